@@ -1,0 +1,241 @@
+"""What a run can be told: one frozen dataclass per component, one docstring per field.
+
+The resolved config is written beside every run and inside every export, so a number can always be traced
+back to the settings that made it. Symbols (B, G, Q, r ...) are those of docs/method.md; where the paper is
+silent the default is this project's own choice and is a setting for that reason.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+CONFIG_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the spots come from and how they become batches."""
+
+    shards: str = "runs/demo/shards"
+    """Folder of a shard set (``manifest.json`` and its tars)."""
+    batch_size: int = 128
+    """B, spots in the global batch."""
+    sections_per_batch: int | None = 2
+    """Fill a batch from this many sections; ``None`` mixes all of them."""
+    stain: Literal["none", "section"] = "section"
+    """``section`` moves each section's optical-density mean and spread to a fixed reference."""
+    views: int = 8
+    """Fixed augmented views per spot (1 = the tile as it is); a frozen stem is run once per view."""
+    flips: bool = True
+    """Views are turned by right angles and mirrored."""
+    jitter: float = 0.1
+    """Spread of the stain jitter in optical-density space; 0 turns it off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenesConfig:
+    """Which genes training learns by name."""
+
+    per_task: int = 300
+    """The most variable genes taken for each task (species and organ); 0 takes every detected gene."""
+    min_detection: float = 0.1
+    """A gene must be seen in this share of the spots of every training section of its task."""
+    held_out_every: int = 6
+    """Past ``held_out_from``, every n-th gene is kept out of training, to test unseen genes; 0 keeps none."""
+    held_out_from: int = 50
+    """Rank of variability from which genes may be held out."""
+    held_out: tuple[str, ...] = ()
+    """Further symbols kept out of training, in any species."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PanelConfig:
+    """The step panel: G genes, log-uniform between the two bounds."""
+
+    min_genes: int = 1
+    """Smallest G."""
+    max_genes: int = 256
+    """Largest G."""
+    variable_share: float = 0.5
+    """Share of the panel drawn in proportion to a gene's variance; the rest is uniform."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LevelsConfig:
+    """How an expression value becomes one of Q levels."""
+
+    kind: Literal["per_gene", "global"] = "per_gene"
+    """``per_gene``: low or high for this gene; ``global``: a level means a value."""
+    n_levels: int = 10
+    """Q, level 0 (count 0) among them."""
+    min_positive: int = 20
+    """Positive spots below which a gene takes the global edges and values."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """The image encoder E and the masked branch."""
+
+    backbone: str = "small"
+    """``small``, or the name of any timm Vision Transformer (``vit_base_patch32_224``)."""
+    pretrained: str = ""
+    """A timm ``.safetensors`` file, or ``hub`` to let timm fetch its weights; empty starts at random."""
+    stem: Literal["pixels", "efficientnet_lite0"] = "pixels"
+    """What turns one patch's pixels into its token (``small`` only). ``efficientnet_lite0`` is frozen."""
+    patch_px: int = 32
+    """Side of a patch in pixels (``small`` only)."""
+    width: int = 192
+    """d of the image encoder (``small`` only)."""
+    depth: int = 3
+    """Transformer blocks (``small`` only)."""
+    heads: int = 4
+    """Attention heads (``small`` only) and of the mask feature generator."""
+    mask_ratio: float = 0.5
+    """r, share of the patches hidden from the masked branch."""
+    target: Literal["self", "ema"] = "self"
+    """Who makes the features to be predicted: the encoder itself (detached) or its moving average."""
+    ema_decay: float = 0.996
+    """Decay of the moving average."""
+    distance: Literal["smooth_l1", "mse", "cosine"] = "smooth_l1"
+    """Distance between predicted and target features."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """The gene-sentence encoder."""
+
+    width: int = 128
+    """d of the sentence encoder."""
+    depth: int = 2
+    """Pre-norm transformer blocks."""
+    heads: int = 4
+    """Attention heads."""
+    max_tokens: int = 16
+    """T, name tokens beyond which the full name is cut (the symbol is not)."""
+    full_name: bool = True
+    """Read the full name after the symbol."""
+    identity: bool = True
+    """Add a learnt row per training gene."""
+    identity_drop: float = 0.3
+    """Chance, per gene and step, that its identity row is left out, as it is for an unseen gene."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignConfig:
+    """The shared space."""
+
+    dim: int = 128
+    """D."""
+    temperature: float = 0.07
+    """Start of InfoNCE's temperature; its inverse is learnt and capped."""
+    max_scale: float = 100.0
+    """Cap of the inverse temperature."""
+    negatives: Literal["all", "same_group", "other_group"] = "same_group"
+    """Which spots are negatives of one another; the group is the section."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaatConfig:
+    """Pair-aware adversarial training: right names, right values, wrong pairs."""
+
+    adversary: Literal["hard", "random"] = "hard"
+    """``hard`` takes the permutation that the pair head now finds most genuine."""
+    candidates: int = 3
+    """Whole permutations the adversary chooses from."""
+    mode: Literal["strata", "spots", "mixed"] = "mixed"
+    """Permute among like genes of the spot, take a gene's level from another spot, or half of each."""
+    strata: int = 4
+    """Strata of detection rate and mean level, per section's panel."""
+    min_level_shift: int = 2
+    """A swap counts only where the level moves at least this much."""
+    hard_columns: bool = True
+    """Mispaired text vectors are further columns of the InfoNCE."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """L = L_nce + w_mfm L_mfm + w_pair L_pair + w_level L_level; a weight of 0 turns its part off."""
+
+    nce: float = 1.0
+    """Weight of InfoNCE."""
+    mfm: float = 1.0
+    """Weight of masked feature modelling."""
+    pair: float = 0.5
+    """Weight of the pair head's loss."""
+    level: float = 1.0
+    """Weight of the image-to-level cross-entropy."""
+    paat: PaatConfig = field(default_factory=PaatConfig)
+    """How mispaired spots are made."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW with warm-up and cosine."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+    weight_decay: float = 0.05
+    """Decoupled decay; not applied to vectors (biases, norms, single rows)."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """Adam's moments."""
+    warmup_steps: int = 50
+    """Linear warm-up."""
+    final_lr: float = 0.02
+    """Share of the peak at the last step."""
+    clip: float = 1.0
+    """Global gradient-norm clip; 0 turns it off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The loop."""
+
+    steps: int = 1000
+    """Budget in optimizer steps, never in time: a clock would break exact resume."""
+    seed: int = 0
+    """Every random draw is hash(seed, purpose, step or epoch, spot)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """``auto`` takes the GPU where there is one."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """``auto``: bf16 autocast on a GPU, fp32 on a CPU."""
+    log_every: int = 10
+    """Steps between lines of ``metrics.jsonl``."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept, besides the best one."""
+    validate_every: int = 50
+    """Steps between validations; 0 never validates."""
+    patience: int = 6
+    """Validations without a better score before training stops; 0 never stops early."""
+    nan_policy: Literal["stop", "skip"] = "stop"
+    """What to do when the loss or a gradient is not finite; ``skip`` is counted and logged."""
+    max_skips: int = 10
+    """Skipped steps after which ``skip`` stops all the same."""
+    tensorboard: bool = False
+    """Also write TensorBoard events (extra ``log``)."""
+    wandb: str = ""
+    """W&B project to log to (extra ``log``); empty for none."""
+    threads: int = 0
+    """CPU threads; 0 leaves torch's choice."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole pretraining run."""
+
+    name: str = "run"
+    """Shown in reports and logs."""
+    version: int = CONFIG_VERSION
+    """Format of this config; another version is refused by name."""
+    data: DataConfig = field(default_factory=DataConfig)
+    genes: GenesConfig = field(default_factory=GenesConfig)
+    panel: PanelConfig = field(default_factory=PanelConfig)
+    levels: LevelsConfig = field(default_factory=LevelsConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    align: AlignConfig = field(default_factory=AlignConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)

@@ -1,0 +1,1 @@
+"""comtip_shards: spatial transcriptomics sections in, WebDataset shards out."""

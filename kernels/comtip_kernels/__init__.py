@@ -1,0 +1,1 @@
+"""comtip_kernels: the operations CoMTIP spends its time in, each with a readable reference."""
