@@ -1,0 +1,49 @@
+"""One rule for choosing an implementation, shared by every operation.
+
+Each operation registers what it has under the names ``reference`` (readable PyTorch), ``cpu`` (fast on a
+CPU) and ``triton`` (GPU). ``impl="auto"`` takes the fastest that can run on the tensor's device and says so
+once in the log; any other name is an order, and an order that cannot be carried out raises.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+
+Impl = Literal["auto", "triton", "cpu", "reference"]
+_PREFERENCE = {"cuda": ("triton", "reference"), "cpu": ("cpu", "reference")}
+_log = logging.getLogger("comtip_kernels")
+_said: set[tuple[str, str]] = set()
+
+
+def choose(op: str, impl: str, device: torch.device, have: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
+    """Return the implementation of ``op`` to call for tensors on ``device``.
+
+    Parameters
+    ----------
+    op
+        Name of the operation, for messages.
+    impl
+        ``"auto"`` or the name of one implementation.
+    device
+        Where the operands live.
+    have
+        Implementations of this operation by name; ``reference`` is always among them.
+
+    Raises
+    ------
+    ValueError
+        If ``impl`` is no known name, or is known but not available for this operation.
+    """
+    if impl == "auto":
+        name = next(n for n in _PREFERENCE.get(device.type, ("reference",)) if n in have)
+        if (op, name) not in _said:
+            _said.add((op, name))
+            _log.info("%s: impl='auto' chose '%s' on %s", op, name, device.type)
+        return have[name]
+    if impl not in have:
+        raise ValueError(f"{op}: impl={impl!r} is not available; choose 'auto' or one of {sorted(have)}")
+    return have[impl]

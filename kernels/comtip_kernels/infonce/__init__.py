@@ -1,0 +1,59 @@
+"""InfoNCE over B images and M >= B texts with learnable temperature, groups and mispaired columns."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from comtip_kernels.dispatch import Impl, choose
+from comtip_kernels.infonce.reference import allowed_pairs, infonce_reference
+
+__all__ = ["allowed_pairs", "infonce", "infonce_reference"]
+_HAVE = {"reference": infonce_reference}
+
+
+def infonce(
+    image_BD: Tensor,
+    text_MD: Tensor,
+    scale: Tensor,
+    *,
+    negatives: str = "all",
+    group_rows: Tensor | None = None,
+    group_columns: Tensor | None = None,
+    class_rows: Tensor | None = None,
+    class_columns: Tensor | None = None,
+    weight_B: Tensor | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Symmetric InfoNCE; columns B..M-1 are further negatives of every image.
+
+    Parameters
+    ----------
+    image_BD, text_MD
+        Vectors of any length (they are normalised here), floating point.
+    scale
+        Inverse temperature, a scalar tensor; its gradient is returned too.
+    negatives
+        ``"all"``, ``"same_group"`` or ``"other_group"``; the last two compare the group ids.
+    group_rows, group_columns
+        (B,) and (M,) integers.
+    class_rows, class_columns
+        (B,) and (M,) integers: equal ones are the same text and never negatives of each other.
+    weight_B
+        Weight of each spot; 0 takes it out, also as a negative.
+    impl
+        Which implementation; see :mod:`comtip_kernels.dispatch`.
+
+    Returns
+    -------
+    Tensor
+        Scalar loss in nats.
+
+    Raises
+    ------
+    ValueError
+        If M < B, an option is unknown, or ``impl`` cannot run.
+    """
+    return choose("infonce", impl, image_BD.device, _HAVE)(
+        image_BD, text_MD, scale, negatives=negatives, group_rows=group_rows, group_columns=group_columns,
+        class_rows=class_rows, class_columns=class_columns, weight_B=weight_B,
+    )  # fmt: skip

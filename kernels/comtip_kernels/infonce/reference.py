@@ -1,0 +1,80 @@
+"""InfoNCE between image and text vectors, written so that it can be checked by eye.
+
+Shapes: B image rows, M >= B text columns (the first B are the true texts, the rest mispaired), D width.
+
+    s_ij   = scale * <x_i, y_j>                    x, y unit vectors
+    L_i2t  = -sum_i w_i (s_ii - lse_{j in N(i)} s_ij) / sum_i w_i        over all M allowed columns
+    L_t2i  = -sum_j w_j (s_jj - lse_{i in N(j)} s_ij) / sum_j w_j        over the B true columns only
+    L      = (L_i2t + L_t2i) / 2
+
+N(i) holds the positive itself, always, and every column that the group rule and the class ids allow.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def allowed_pairs(
+    n_rows: int,
+    n_columns: int,
+    *,
+    negatives: str = "all",
+    group_rows: Tensor | None = None,
+    group_columns: Tensor | None = None,
+    class_rows: Tensor | None = None,
+    class_columns: Tensor | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Return the (B, M) mask of pairs that enter the softmax: positives, and the negatives allowed.
+
+    ``group_*`` are integers (a section, a stain, a platform) that ``negatives`` compares. ``class_*`` are
+    integers that say "the same text": columns of the row's own class are not its negatives.
+    """
+    ok = torch.ones(n_rows, n_columns, dtype=torch.bool, device=device)
+    if negatives not in ("all", "same_group", "other_group"):
+        raise ValueError(f"negatives={negatives!r}: choose 'all', 'same_group' or 'other_group'")
+    if negatives != "all":
+        if group_rows is None or group_columns is None:
+            raise ValueError(f"negatives={negatives!r} needs group ids of rows and columns")
+        same = group_rows[:, None] == group_columns[None, :]
+        ok &= same if negatives == "same_group" else ~same
+    if class_rows is not None and class_columns is not None:
+        ok &= class_rows[:, None] != class_columns[None, :]
+    return ok | torch.eye(n_rows, n_columns, dtype=torch.bool, device=device)
+
+
+def infonce_reference(
+    image_BD: Tensor,
+    text_MD: Tensor,
+    scale: Tensor,
+    *,
+    negatives: str = "all",
+    group_rows: Tensor | None = None,
+    group_columns: Tensor | None = None,
+    class_rows: Tensor | None = None,
+    class_columns: Tensor | None = None,
+    weight_B: Tensor | None = None,
+) -> Tensor:
+    """Symmetric InfoNCE with further text columns; see the module's formula. Returns a scalar."""
+    B, M = image_BD.shape[0], text_MD.shape[0]
+    if M < B:
+        raise ValueError(f"infonce: {M} text columns for {B} images; the first {B} must be the true texts")
+    weight = image_BD.new_ones(B) if weight_B is None else weight_B.to(image_BD.dtype)
+    ok = allowed_pairs(
+        B, M, negatives=negatives, group_rows=group_rows, group_columns=group_columns,
+        class_rows=class_rows, class_columns=class_columns, device=image_BD.device,
+    )  # fmt: skip
+    # A spot of weight 0 has no text of its own (no measured gene of the panel): it is nobody's negative either.
+    silent = weight == 0
+    eye = torch.eye(B, M, dtype=torch.bool, device=image_BD.device)
+    columns = torch.cat([silent, silent.new_zeros(M - B)])
+    ok = (ok & ~columns[None, :] & ~silent[:, None]) | eye
+    logits = scale * (F.normalize(image_BD, dim=-1) @ F.normalize(text_MD, dim=-1).T)
+    logits = logits.masked_fill(~ok, float("-inf"))
+    positive = logits.diagonal()
+    i2t = torch.logsumexp(logits, dim=1) - positive
+    t2i = torch.logsumexp(logits[:, :B], dim=0) - positive
+    return (weight * (i2t + t2i)).sum() / (2 * weight.sum().clamp_min(1))

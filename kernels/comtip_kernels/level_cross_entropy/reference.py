@@ -1,0 +1,76 @@
+"""Scores of spots against every level of every gene, and the two losses that read them.
+
+    s[b, g, q] = scale * <c_b, table[g, q]> + log_prior[g, q]
+    L_level    = sum_{b,g measured} (logsumexp_q s[b, g, q] - s[b, g, level[b, g]]) / number of measured (b, g)
+
+``pair_scores`` are the pair head's logits: bilinear in a sentence and the spot's context. With the text as
+context the sentence's own gene is taken out of the pooled vector in closed form: for t = sum_g p_g h_g,
+the vector without g is (t - p_g h_g) / (1 - p_g), so the score needs only products that live in the table.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def level_scores(context_BD: Tensor, table_GQD: Tensor) -> Tensor:
+    """Return <c_b, table[g, q]> as (B, G, Q)."""
+    G, Q, D = table_GQD.shape
+    return (context_BD @ table_GQD.reshape(G * Q, D).T).reshape(-1, G, Q)
+
+
+def take_level(scores_BGQ: Tensor, levels_BG: Tensor) -> Tensor:
+    """Return scores[b, g, levels[b, g]] as (B, G)."""
+    return scores_BGQ.gather(2, levels_BG.long()[..., None]).squeeze(-1)
+
+
+def level_cross_entropy_reference(
+    image_BD: Tensor,
+    table_GQD: Tensor,
+    levels_BG: Tensor,
+    mask_BG: Tensor,
+    scale: Tensor,
+    log_prior_GQ: Tensor | None = None,
+) -> Tensor:
+    """Return L_level, a scalar; see the module's formula. 0 when nothing is measured."""
+    scores_BGQ = scale * level_scores(image_BD, table_GQD)
+    if log_prior_GQ is not None:
+        scores_BGQ = scores_BGQ + log_prior_GQ
+    loss_BG = torch.logsumexp(scores_BGQ, dim=2) - take_level(scores_BGQ, levels_BG)
+    count = mask_BG.sum().clamp_min(1)
+    return torch.where(mask_BG, loss_BG, torch.zeros_like(loss_BG)).sum() / count
+
+
+def pair_scores_reference(
+    context_BD: Tensor,
+    table_GQD: Tensor,
+    levels_BG: Tensor,
+    *,
+    true_levels_BG: Tensor | None = None,
+    projected_GQD: Tensor | None = None,
+    weight_BG: Tensor | None = None,
+) -> Tensor:
+    """Return the pair head's logits (B, G) of the sentences (g, levels[b, g]).
+
+    Parameters
+    ----------
+    context_BD
+        The image's vector, or the pooled text vector t with ``projected_GQD`` and the rest given.
+    table_GQD
+        Sentences already multiplied by the head's bilinear form: (W^T h)(g, q).
+    levels_BG
+        The level each sentence claims.
+    true_levels_BG, projected_GQD, weight_BG
+        For text context only: true levels, the plain rows h(g, q) that t was pooled from, and the pooling
+        weights p; gene g itself is then taken out of t.
+    """
+    score_BG = take_level(level_scores(context_BD, table_GQD), levels_BG)
+    if weight_BG is None or projected_GQD is None or true_levels_BG is None:
+        return score_BG
+    own_GQQ = table_GQD @ projected_GQD.transpose(1, 2)  # [g, claimed level, true level]
+    G, Q, _ = own_GQQ.shape
+    index_BG = levels_BG.long() * Q + true_levels_BG.long()
+    own_BG = own_GQQ.reshape(1, G, Q * Q).expand(levels_BG.shape[0], -1, -1)
+    own_BG = own_BG.gather(2, index_BG[..., None]).squeeze(-1)
+    return (score_BG - weight_BG * own_BG) / (1 - weight_BG).clamp_min(1e-3)
