@@ -149,6 +149,8 @@ class PaatConfig:
     """Strata of detection rate and mean level, per section's panel."""
     min_level_shift: int = 2
     """A swap counts only where the level moves at least this much."""
+    context: Literal["image", "text"] = "image"
+    """What the pair head judges a sentence by: the tile's vector, or the spot's text without that sentence."""
     hard_columns: bool = True
     """Mispaired text vectors are further columns of the InfoNCE."""
 

@@ -1,0 +1,97 @@
+"""The gene-sentence encoder and the sentence table.
+
+Shapes: N sentences of at most T tokens, G genes of the step panel, Q levels, d the encoder's width. The
+sentence "gene g at level q" is ``[GENE] name tokens ... [VALUE]``; its vector h(g, q) is the output at
+``[GENE]``. Attention never leaves a sentence, so all sentences are encoded in parallel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from comtip_kernels import gene_sentence_embedding, packed_attention
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from comtip_fast.config.schema import TextConfig
+
+
+@dataclass
+class GeneTokens:
+    """Names of G genes as tokens, and their identity rows."""
+
+    ids_GT: Tensor
+    """int64; slot 0 is ``[GENE]``, the name follows, the slot after it is ``[VALUE]``."""
+    length_G: Tensor
+    """int64 tokens per sentence, both special slots included."""
+    identity_G: Tensor
+    """int64 row of the identity table; 0 is "no identity" and is the zero vector."""
+
+    def to(self, device: torch.device | str) -> GeneTokens:
+        """Move all three tensors."""
+        return GeneTokens(self.ids_GT.to(device), self.length_G.to(device), self.identity_G.to(device))
+
+
+class SentenceBlock(nn.Module):
+    """Pre-norm transformer block over N sentences; no dropout."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_attention, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x_NTd: Tensor, length_N: Tensor, *, first_only: bool = False) -> Tensor:
+        """Return (N, T, d), or (N, 1, d) when only ``[GENE]`` is read afterwards (the last block)."""
+        N, T, d = x_NTd.shape
+        qkv = self.qkv(self.norm_attention(x_NTd)).view(N, T, 3, self.heads, d // self.heads)
+        q, k, v = qkv.unbind(2)
+        mixed = packed_attention(q, k, v, length_N).reshape(N, T, d)
+        if first_only:
+            x_NTd, mixed = x_NTd[:, :1], mixed[:, :1]
+        x_NTd = x_NTd + self.out(mixed)
+        return x_NTd + self.mlp(self.norm_mlp(x_NTd))
+
+
+class GeneEncoder(nn.Module):
+    """Encodes gene sentences; ``forward`` builds the table of all (gene, level) pairs of a panel."""
+
+    def __init__(self, config: TextConfig, n_levels: int, vocab_size: int, n_identities: int, longest: int) -> None:
+        super().__init__()
+        d = config.width
+        self.n_levels = n_levels
+        self.token_Vd = nn.Parameter(torch.randn(vocab_size, d) * 0.05)
+        self.type_3d = nn.Parameter(torch.randn(3, d) * 0.02)
+        self.position_Td = nn.Parameter(torch.randn(longest, d) * 0.02)
+        # Levels are ordered: neighbours start out alike (a smooth curve through the space).
+        ramp = torch.linspace(-1, 1, n_levels)[:, None] * torch.randn(1, d) * 0.5
+        self.level_Qd = nn.Parameter(ramp + torch.randn(n_levels, d) * 0.1)
+        self.identity_Id = nn.Parameter(torch.randn(n_identities + 1, d) * 0.05) if config.identity else None
+        self.norm_in, self.norm_out = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.blocks = nn.ModuleList(SentenceBlock(d, config.heads) for _ in range(config.depth))
+
+    def forward(self, genes: GeneTokens) -> Tensor:
+        """Encode every pair (gene of the panel, level): the sentence table h(g, q), (G, Q, d)."""
+        G, Q = genes.length_G.shape[0], self.n_levels
+        level_N = torch.arange(Q, device=genes.ids_GT.device).repeat(G)
+        each = GeneTokens(*(x.repeat_interleave(Q, dim=0) for x in (genes.ids_GT, genes.length_G, genes.identity_G)))
+        return self.encode(each, level_N).view(G, Q, -1)
+
+    def encode(
+        self, genes: GeneTokens, level_lo_N: Tensor, level_hi_N: Tensor | None = None, mix_N: Tensor | None = None
+    ) -> Tensor:
+        """Encode N single sentences to (N, d); two levels and ``mix_N`` in [0, 1] stand for a value between them."""
+        x_NTd = gene_sentence_embedding(
+            genes.ids_GT, genes.length_G, level_lo_N, self.token_Vd, self.type_3d, self.position_Td, self.level_Qd,
+            level_hi_N=level_hi_N, mix_N=mix_N,
+        )  # fmt: skip
+        if self.identity_Id is not None:
+            known_N1 = (genes.identity_G > 0).to(x_NTd.dtype)[:, None]
+            own_Nd = F.embedding(genes.identity_G, self.identity_Id) * known_N1
+            x_NTd = torch.cat([x_NTd[:, :1] + own_Nd[:, None], x_NTd[:, 1:]], dim=1)
+        x_NTd = self.norm_in(x_NTd)
+        for i, block in enumerate(self.blocks):
+            x_NTd = block(x_NTd, genes.length_G, first_only=i == len(self.blocks) - 1)
+        return self.norm_out(x_NTd[:, 0])

@@ -1,0 +1,132 @@
+"""The image encoder E: one Vision Transformer for the full branch and for the masked branch.
+
+Shapes: B tiles of S x S pixels, P patches of p x p pixels, V = P - floor(r P) visible ones, d the width, c the
+width of a stem's features. Works with any timm Vision Transformer by name, and with a small one for a CPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from comtip_fast.config.schema import VisionConfig
+from comtip_fast.models.stems import PIXEL_MEAN, PIXEL_STD, EfficientNetLite0Stem
+
+
+@dataclass
+class ImageTokens:
+    """Output of the encoder over some of a tile's patches."""
+
+    patches_BVd: Tensor
+    """One vector per patch that was given."""
+    pooled_Bd: Tensor
+    """Mean of those vectors."""
+
+
+class VisionEncoder(nn.Module):
+    """timm's Vision Transformer, taken apart so that only the patches asked for are ever computed."""
+
+    def __init__(self, config: VisionConfig, tile_px: int) -> None:
+        super().__init__()
+        vit = _build_vit(config, tile_px)
+        self.patch_px = int(vit.patch_embed.patch_size[0])
+        self.grid = tile_px // self.patch_px
+        self.n_patches = self.grid**2
+        self.width = int(vit.embed_dim)
+        self.n_prefix = int(vit.num_prefix_tokens)
+        self.stem: EfficientNetLite0Stem | None = None
+        # The parts keep timm's names, so that timm's weights load as they are.
+        if config.backbone == "small" and config.stem == "efficientnet_lite0":
+            self.stem = EfficientNetLite0Stem()
+            self.patch_embed: nn.Module = nn.Linear(self.stem.width, self.width)
+        else:
+            self.patch_embed = vit.patch_embed
+        self.pos_embed = vit.pos_embed
+        self.cls_token = vit.cls_token
+        self.reg_token = vit.reg_token
+        self.no_embed_class = bool(vit.no_embed_class)
+        self.norm_pre, self.blocks, self.norm = vit.norm_pre, vit.blocks, vit.norm
+        self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(1, 3, 1, 1), persistent=False)
+
+    def cut(self, tiles_B3SS: Tensor) -> Tensor:
+        """Cut uint8 tiles into normalised patches (B, P, 3, p, p), row by row."""
+        B, _, S, _ = tiles_B3SS.shape
+        if S != self.grid * self.patch_px:
+            raise ValueError(f"tiles are {S} px wide, the encoder was built for {self.grid * self.patch_px} px")
+        x = (tiles_B3SS.to(self.pixel_mean.dtype) / 255 - self.pixel_mean) / self.pixel_std
+        k, p = self.grid, self.patch_px
+        return x.view(B, 3, k, p, k, p).permute(0, 2, 4, 1, 3, 5).reshape(B, k * k, 3, p, p)
+
+    def stem_features(self, tiles_B3SS: Tensor) -> Tensor:
+        """Return what the trainable part reads: the frozen stem's features (B, P, c), or cut patches."""
+        patches = self.cut(tiles_B3SS)
+        if self.stem is None:
+            return patches
+        B, P = patches.shape[:2]
+        return self.stem(patches.flatten(0, 1)).view(B, P, -1)
+
+    def forward(self, features_BP: Tensor, visible_BV: Tensor | None = None) -> ImageTokens:
+        """Encode the patches named by ``visible_BV`` (B, V), or all of them.
+
+        Parameters
+        ----------
+        features_BP
+            What :meth:`stem_features` returned.
+        visible_BV
+            Patch numbers; the others are never embedded nor attended to.
+        """
+        if visible_BV is not None:
+            rows = torch.arange(features_BP.shape[0], device=features_BP.device)[:, None]
+            features_BP = features_BP[rows, visible_BV]
+        B, V = features_BP.shape[:2]
+        if self.stem is not None:
+            x_BVd = self.patch_embed(features_BP)
+        else:
+            # A stride-p convolution over one p x p patch is that patch's embedding, alone.
+            x_BVd = self.patch_embed(features_BP.flatten(0, 1)).reshape(B, V, self.width)
+        x_BVd = x_BVd + self.positions(visible_BV, B)
+        x = torch.cat([*self._prefix(B), x_BVd], dim=1)
+        x = self.norm(self.blocks(self.norm_pre(x)))
+        patches_BVd = x[:, self.n_prefix :]
+        return ImageTokens(patches_BVd, patches_BVd.mean(dim=1))
+
+    def positions(self, visible_BV: Tensor | None, batch: int) -> Tensor:
+        """Return the position rows (B, V, d) of the patches asked for."""
+        rows_Pd = self.pos_embed[0] if self.no_embed_class else self.pos_embed[0, self.n_prefix :]
+        if visible_BV is None:
+            return rows_Pd.expand(batch, -1, -1)
+        return nn.functional.embedding(visible_BV, rows_Pd)
+
+    def _prefix(self, batch: int) -> list[Tensor]:
+        tokens = []
+        if self.cls_token is not None:
+            own = 0 if self.no_embed_class else self.pos_embed[:, :1]
+            tokens.append((self.cls_token + own).expand(batch, -1, -1))
+        if self.reg_token is not None:
+            own = 0 if self.no_embed_class else self.pos_embed[:, 1 : self.n_prefix]
+            tokens.append((self.reg_token + own).expand(batch, -1, -1))
+        return tokens
+
+
+def _build_vit(config: VisionConfig, tile_px: int) -> VisionTransformer:
+    if config.backbone == "small":
+        # BatchNorm is nowhere in it, and no class token: the mean over patches is the tile's vector.
+        return VisionTransformer(
+            img_size=tile_px, patch_size=config.patch_px, embed_dim=config.width, depth=config.depth,
+            num_heads=config.heads, class_token=False, global_pool="avg", num_classes=0, init_values=None,
+            fc_norm=False,
+        )  # fmt: skip
+    try:
+        vit = timm.create_model(config.backbone, pretrained=config.pretrained == "hub", img_size=tile_px, num_classes=0)
+    except (RuntimeError, TypeError) as err:
+        raise ValueError(f"vision.backbone {config.backbone!r}: timm cannot build it for {tile_px} px ({err})") from err
+    if not isinstance(vit, VisionTransformer):
+        raise ValueError(f"vision.backbone {config.backbone!r} is a {type(vit).__name__}, not a Vision Transformer")
+    if config.pretrained not in ("", "hub"):
+        timm.models.load_checkpoint(vit, config.pretrained, strict=False)
+    return vit

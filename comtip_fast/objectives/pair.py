@@ -1,0 +1,36 @@
+"""L_pair: can the pair head tell true sentences from mispaired ones?"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def pair_loss(true_BG: Tensor, false_BG: Tensor, counted_BG: Tensor) -> Tensor:
+    """Binary cross-entropy over the counted swaps, each with its true sentence; a scalar, 0 if none counts.
+
+    Parameters
+    ----------
+    true_BG, false_BG
+        Pair-head logits of the true and the mispaired sentence of each gene, in the same context.
+    counted_BG
+        Swaps whose level moved far enough.
+    """
+    loss_BG = F.softplus(-true_BG) + F.softplus(false_BG)
+    total = torch.where(counted_BG, loss_BG, torch.zeros_like(loss_BG)).sum()
+    return total / (2 * counted_BG.sum().clamp_min(1))
+
+
+@torch.no_grad()
+def pair_auc(true_BG: Tensor, false_BG: Tensor, counted_BG: Tensor) -> float:
+    """Area under the ROC curve of true against mispaired sentences; 0.5 is chance, NaN if none counts."""
+    true, false = true_BG[counted_BG], false_BG[counted_BG]
+    if true.numel() == 0:
+        return float("nan")
+    both = torch.cat([true, false]).double()
+    _, inverse, count = both.unique(sorted=True, return_inverse=True, return_counts=True)
+    last = count.cumsum(0).double()
+    rank = last - (count.double() - 1) / 2  # mean rank of ties
+    n, m = true.numel(), false.numel()
+    return float((rank[inverse[:n]].sum() - n * (n + 1) / 2) / (n * m))
