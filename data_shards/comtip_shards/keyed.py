@@ -11,7 +11,7 @@ Definition
     ``comtip-keyed-1`` NUL, then seed, purpose and every counter in turn, each as
     tag (``i`` or ``s``), length of the payload (uint32, little endian), payload
 
-where an integer v is signed little-endian two's complement in ``v.bit_length() // 8 + 1`` bytes and a string is UTF-8.
+where an integer v is signed little-endian in ``v.bit_length() // 8 + 1`` bytes and a string is UTF-8.
 Lengths make the encoding unambiguous: no two different questions hash the same bytes.
 
 *uniform* number ``index`` is the SplitMix64 finaliser (Stafford's mix 13) of
