@@ -1,1 +1,1 @@
-"""TODO."""
+"""Shard records to batches: genes, levels, step panel, views, loader."""

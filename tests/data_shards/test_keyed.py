@@ -41,7 +41,7 @@ def test_uniform_matches_the_definition_in_plain_integers():
 
 
 def test_different_questions_have_different_keys():
-    asked = [(0, "a"), (0, "a", 0), (0, "a", 0, 0), (0, "a0"), (1, "a"), (0, "a", "0"), (0, "a", 256), 
+    asked = [(0, "a"), (0, "a", 0), (0, "a", 0, 0), (0, "a0"), (1, "a"), (0, "a", "0"), (0, "a", 256),
              (0, "a", 1, 0), (0, "a", 0, 1), (0, "a", -1), (0, "a", 255), (2**80, "a")]  # fmt: skip
     assert len({key(*q) for q in asked}) == len(asked)
     assert key(np.int64(3), "a", np.int32(4)) == key(3, "a", 4)

@@ -1,0 +1,42 @@
+"""One step's data, the same from every loader."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    """B spots and the step panel of G genes.
+
+    ``tiles`` is None where ``features`` already holds what a frozen stem made of them.
+    """
+
+    tiles: Tensor | None
+    """uint8 (B, 3, S, S)."""
+    features: Tensor | None
+    """float (B, P, c), a frozen stem's features of the same tiles."""
+    panel: Tensor
+    """int32 (G,), rows of the gene table."""
+    levels: Tensor
+    """uint8 (B, G)."""
+    measured: Tensor
+    """bool (B, G): the spot's section measured the gene."""
+    section: Tensor
+    """int32 (B,)."""
+    spot_index: Tensor
+    """int64 (B,)."""
+    step: int
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Move every tensor."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in moved.items()})
+
+    def spots(self) -> np.ndarray:
+        """Return ``spot_index`` as numpy, for keyed randomness."""
+        return self.spot_index.cpu().numpy()

@@ -1,0 +1,98 @@
+"""What a run works out from its training split before the first step: genes, levels, strata.
+
+Everything here is a pure function of the shard set and the config; the result is saved with the export, so
+that evaluation and prediction never look at training data again to know what a level means.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from comtip_shards import ShardSet
+from scipy import sparse
+
+from comtip_fast.config.schema import RunConfig
+from comtip_fast.data.levels import LevelTable, fit_levels, log1p_cp10k
+from comtip_fast.data.panel import GeneChoice, choose_genes, rank_by_variance
+from comtip_fast.objectives import strata_of
+
+
+@dataclass
+class TrainingTables:
+    """Tables over the trained genes, in the order of ``genes.trained``.
+
+    ``spots`` are the training spots' indices (sorted); ``levels`` (n_spots, G) uint8 and ``measured``
+    (S, G) bool hold the whole training split, ``variance`` (G,) and ``strata`` (S, G) int64 serve the panel
+    draw and the mispairing; S counts all sections of the shard set.
+    """
+
+    genes: GeneChoice
+    table: LevelTable
+    spots: np.ndarray
+    levels: np.ndarray
+    measured: np.ndarray
+    variance: np.ndarray
+    strata: torch.Tensor
+
+
+def training_tables(shards: ShardSet, config: RunConfig) -> TrainingTables:
+    """Choose genes, fit levels and sort strata from the spots whose split is ``train``."""
+    train = shards.select(split="train")
+    if train.size == 0:
+        raise ValueError(f"{shards.path}: no section has split 'train'; build with --split SECTION=train")
+    section = shards.spots.loc[train, "section"].to_numpy()
+    counts = shards.counts(train)
+    values = log1p_cp10k(counts)
+    measured_SA = np.stack([shards.measured(s) for s in range(len(shards.manifest.sections))])
+    ranked = _rank_tasks(shards, values, section, measured_SA, config)
+    genes = choose_genes({t: r for t, (r, _) in ranked.items()}, [g.symbol for g in shards.genes], config.genes)
+    if genes.trained.size < 2:
+        raise ValueError(f"{shards.path}: fewer than 2 genes are left to train on; lower genes.min_detection")
+    own = values[:, genes.trained].tocsc()
+    raw = counts[:, genes.trained].tocsc().astype(np.float32)
+    raw.data = np.log1p(raw.data)
+    own.sort_indices(), raw.sort_indices()
+    measured_SG = measured_SA[:, genes.trained]
+    table = fit_levels(own, raw, measured_SG[section], config.levels)
+    levels = table.levels(own.toarray(), np.arange(genes.trained.size))
+    return TrainingTables(
+        genes, table, train, levels, measured_SG, _variance(genes, ranked),
+        _strata(levels, section, measured_SG, config),
+    )  # fmt: skip
+
+
+def _rank_tasks(
+    shards: ShardSet, values: sparse.csr_matrix, section: np.ndarray, measured_SA: np.ndarray, config: RunConfig
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    ranked = {}
+    tasks = {s: shards.task_of_section(int(s)) for s in np.unique(section)}
+    for task in sorted(set(tasks.values())):
+        own = [s for s in tasks if tasks[s] == task]
+        ranked[task] = rank_by_variance(
+            [values[section == s] for s in own], [measured_SA[s] for s in own], config.genes.min_detection
+        )
+    return ranked
+
+
+def _variance(genes: GeneChoice, ranked: dict[str, Any]) -> np.ndarray:
+    """Return each trained gene's variance, scaled to its task's mean; the larger where two tasks share it."""
+    out = np.zeros(genes.trained.size)
+    for rows, variance in ranked.values():
+        place = np.searchsorted(genes.trained, rows)
+        hit = (place < genes.trained.size) & (genes.trained[np.minimum(place, genes.trained.size - 1)] == rows)
+        scaled = variance[hit] / max(float(variance[hit].mean()), 1e-9)
+        out[place[hit]] = np.maximum(out[place[hit]], scaled)
+    return out
+
+
+def _strata(levels: np.ndarray, section: np.ndarray, measured_SG: np.ndarray, config: RunConfig) -> torch.Tensor:
+    S, G = measured_SG.shape
+    mean, detection = np.zeros((S, G)), np.zeros((S, G))
+    for s in np.unique(section):
+        mean[s], detection[s] = levels[section == s].mean(0), (levels[section == s] > 0).mean(0)
+    return strata_of(
+        torch.from_numpy(mean), torch.from_numpy(detection), torch.from_numpy(measured_SG), config.loss.paat.strata
+    )
