@@ -111,6 +111,7 @@ class Bundle:
     genes: list[ExportGene]
     sections: list[dict[str, Any]]
     tile_um: float
+    min_mpp: float
     tokenizer_sha256: str
 
     @classmethod
@@ -128,7 +129,8 @@ class Bundle:
             | {"n_spots": s.n_spots}
             for s in shards.manifest.sections
         ]  # fmt: skip
-        return cls(config, sizes, model, tables.table, genes, sections, shards.manifest.tile.um, tokenizer.sha256)
+        tile = shards.manifest.tile
+        return cls(config, sizes, model, tables.table, genes, sections, tile.um, tile.min_mpp, tokenizer.sha256)
 
     def save(self, folder: Path) -> None:
         """Write ``config.json``, ``model.safetensors``, ``levels.safetensors``, ``genes.tsv``, ``README.md``."""
@@ -136,6 +138,7 @@ class Bundle:
         meta = {
             "format": EXPORT_FORMAT, "version": EXPORT_VERSION, "comtip_fast": __version__,
             "config": config_to_dict(self.config), "sizes": asdict(self.sizes), "tile_um": self.tile_um,
+            "min_mpp": self.min_mpp,
             "tokenizer_sha256": self.tokenizer_sha256, "sections": self.sections,
         }  # fmt: skip
         state = {k: v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}
@@ -164,7 +167,7 @@ class Bundle:
         levels = LevelTable(**load_arrays(folder / "levels.safetensors"))
         return cls(
             config, sizes, model.to(device).eval(), levels, genes, meta["sections"], meta["tile_um"],
-            meta["tokenizer_sha256"],
+            meta["min_mpp"], meta["tokenizer_sha256"],
         )  # fmt: skip
 
 
@@ -193,7 +196,7 @@ class Predictor:
         self.trained_genes = [g.key for g in bundle.genes if g.trained]
         self.held_out_genes = [g.key for g in bundle.genes if g.held_out]
         self.train_sections = bundle.sections
-        self.tile_px, self.tile_um = bundle.sizes.tile_px, bundle.tile_um
+        self.tile_px, self.tile_um, self.min_mpp = bundle.sizes.tile_px, bundle.tile_um, bundle.min_mpp
         self._row = {key: i for i, key in enumerate(self.trained_genes)}
 
     @classmethod

@@ -1,1 +1,60 @@
-"""TODO."""
+"""The command line: ``comtip COMMAND``. Each command is one thin module; the work is done elsewhere."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+
+from comtip_fast import __version__
+
+# name -> (module, help); imported only when asked for, so that --help answers at once.
+COMMANDS = {
+    "shards": "build and verify shard sets from tissue sections",
+    "pretrain": "train a model on a shard set",
+    "evaluate": "score a model on sections it never saw, beside nulls and baselines",
+    "predict": "predict gene expression of a section from its tiles",
+    "embed": "embed a section's tiles in the shared space",
+    "export": "write a checkpoint as safetensors and config.json",
+    "genes": "say how a gene identifier is understood",
+    "doctor": "say what this machine can run",
+}
+USER_ERROR, KILLED = 2, 143
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done, 1 a check failed, 2 bad input, 143 stopped by SIGTERM."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser(arguments)
+    args = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.DEBUG if args.debug else logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("h5py", "matplotlib", "PIL", "fsspec", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        return int(args.run(args) or 0)
+    except KeyboardInterrupt:
+        print("comtip: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError) as error:
+        # These say what is wrong with the input, with the file's name; anything else is our bug and is shown whole.
+        if args.debug:
+            raise
+        print(f"comtip: error: {error}", file=sys.stderr)
+        return USER_ERROR
+
+
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="comtip", description="CoMTIP: predict gene expression from histology.")
+    parser.add_argument("--version", action="version", version=f"comtip {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show debug messages and whole tracebacks")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    wanted = next((a for a in arguments if a in COMMANDS), None)
+    for name, text in COMMANDS.items():
+        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        if name == wanted:
+            module = importlib.import_module(f"comtip_fast.cli.{name}")
+            module.add_arguments(sub)
+            sub.set_defaults(run=getattr(module, "run", None) or sub.get_default("run"))
+    return parser

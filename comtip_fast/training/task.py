@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.data.batch import Batch
 from comtip_fast.data.gene_tokens import gene_tokens, take_genes
+from comtip_fast.data.levels import log1p_cp10k
 from comtip_fast.data.tables import TrainingTables, training_tables
 from comtip_fast.data.torch_loader import TorchLoader
 from comtip_fast.genes import GeneTokenizer
@@ -58,6 +59,13 @@ def build_task(config: RunConfig, device: torch.device) -> CoMTIPTask:
     return CoMTIPTask(config, shards, tables, tokenizer, model.to(device), sizes)
 
 
+def pick_device(wanted: str) -> torch.device:
+    """Turn ``auto``, ``cpu`` or ``cuda`` into a device; ``cuda`` without a GPU is an error."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ValueError("train.device=cuda, but PyTorch sees no GPU; use auto or cpu, or see `comtip doctor`")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
 class CoMTIPTask:
     """Joins model, data and losses; satisfies :class:`comtip_fast.training.protocol.TrainingTask`."""
 
@@ -82,6 +90,17 @@ class CoMTIPTask:
     def module(self) -> nn.Module:
         """All parameters."""
         return self.model
+
+    def describe(self) -> str:
+        """Say in a few lines what is about to be trained on what."""
+        genes, count = self.tables.genes, sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        lines = [
+            f"{count / 1e6:.2f} M parameters to train on {self.tables.spots.size} spots; "
+            f"{genes.trained.size} genes trained, {genes.held_out.size} held out by name"
+        ]
+        for task, rows in genes.ranked.items():
+            lines.append(f"  {task}: {rows.size} genes pass genes.min_detection")
+        return "\n".join(lines)
 
     def batches(self, epoch: int) -> list[np.ndarray]:
         """Return the epoch's batches as spot indices, a function of (seed, epoch)."""
@@ -279,8 +298,6 @@ class CoMTIPTask:
         rows = [r for r in rows if r in set(trained.tolist())][:VALIDATION_GENES]
         if not rows:
             return None
-        from comtip_fast.data.levels import log1p_cp10k
-
         spots = self.shards.select(sections=[section])
         measured = log1p_cp10k(self.shards.counts(spots))[:, rows].toarray()
         place = torch.from_numpy(np.searchsorted(trained, rows)).to(self.device)

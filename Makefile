@@ -1,0 +1,55 @@
+# Two commands for a new user: `make demo` and `make test`. The other targets are the steps of CI (.ci/run).
+PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(shell command -v $(p) 2>/dev/null)))
+VENV := .venv
+BIN := $(VENV)/bin
+RUN ?= runs/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check lint types layers spelling format clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+# One stamp per set of packages: installing again is quick when nothing changed.
+$(VENV)/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("comtip-fast needs Python 3.11 or newer; set PYTHON=...") if sys.version_info < (3, 11) else 0'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=24"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[demo]"
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	@touch $@
+
+demo: $(VENV)/installed  ## real tissue to runs/demo/report.html (about 10 minutes on 2 cores)
+	$(BIN)/comtip shards build data_shards/samples --out $(RUN)/shards
+	$(BIN)/comtip shards verify $(RUN)/shards
+	$(BIN)/comtip pretrain --config configs/demo_cpu.yaml --out $(RUN) --resume --set data.shards=$(RUN)/shards
+	$(BIN)/comtip evaluate $(RUN) --shards $(RUN)/shards --out $(RUN)
+	@echo "open $(RUN)/report.html in a browser"
+
+test: $(VENV)/installed-dev  ## all tests
+	$(BIN)/python -m pytest
+
+check: lint types layers spelling  ## everything that needs no test run
+
+lint: $(VENV)/installed-dev  ## ruff, style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/installed-dev  ## mypy
+	$(BIN)/mypy
+
+layers: $(VENV)/installed-dev  ## who may import whom
+	PYTHONPATH=.:kernels:data_shards $(BIN)/lint-imports
+
+spelling: $(VENV)/installed-dev  ## codespell
+	$(BIN)/codespell $$(git ls-files)
+
+format: $(VENV)/installed-dev  ## let ruff write
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove what the targets made
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache

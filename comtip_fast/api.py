@@ -1,0 +1,138 @@
+"""The same from Python: load a run, predict genes and embed tiles, AnnData in and AnnData out.
+
+>>> model = comtip_fast.load("runs/demo")                         # doctest: +SKIP
+>>> model.predict("runs/demo/shards:her2st_A1", ["ERBB2", "CD74"])  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+from comtip_shards.identifiers import GeneResource
+
+from comtip_fast import __version__
+from comtip_fast.constants import LAYER_CP10K, LAYER_RAW, OBSM_EMBEDDING, UNS
+from comtip_fast.data.sections import SectionTiles, TileSpec, open_section
+from comtip_fast.inference import GeneQuery, Predictor
+
+log = logging.getLogger("comtip_fast")
+
+
+def load(path: str | Path, device: str = "cpu") -> Model:
+    """Load a trained model from a run folder or an export folder; nothing is unpickled.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        There is no export, or it is of another format version.
+    """
+    return Model(Predictor.load(path, device), str(path))
+
+
+class Model:
+    """A trained CoMTIP model that reads sections and answers with AnnData."""
+
+    def __init__(self, predictor: Predictor, source: str = "") -> None:
+        self.predictor, self.source = predictor, source
+        self.tile = TileSpec(predictor.tile_px, predictor.tile_um, predictor.min_mpp)
+
+    @property
+    def trained_genes(self) -> list[str]:
+        """Keys of the genes that training learnt, e.g. ``human:ERBB2``."""
+        return list(self.predictor.trained_genes)
+
+    def predict(
+        self, section: str | Path | ad.AnnData, genes: Sequence[str] | None = None, *,
+        overrides: dict[str, str] | None = None,
+    ) -> ad.AnnData:  # fmt: skip
+        """Predict expression from the tiles alone.
+
+        Parameters
+        ----------
+        section
+            ``SHARDS_DIR:section_id``, a source folder, an ``.h5ad``, or an AnnData with an image.
+        genes
+            Symbols, Ensembl ids or previous symbols, also of genes that training never saw; ``None`` takes
+            the trained genes of the section's species.
+        overrides
+            Facts that the source does not state (``mpp``, ``species`` ...).
+
+        Returns
+        -------
+        AnnData
+            ``X`` and ``layers["log1p_cp10k"]``: log1p of counts per 10,000; ``layers["log1p_raw"]``: log1p of
+            counts at the depth of the training sections. ``var`` says of each gene how it was found and
+            whether training saw it. obs_names are those of the section.
+        """
+        opened = open_section(section, self.tile, overrides)
+        var, queries = self._queries(genes, opened.species)
+        out = self.predictor.predict(self._features(opened), queries)
+        data = opened.template.copy()
+        answer = ad.AnnData(X=out["cp10k"], obs=data.obs, var=var, obsm=dict(data.obsm), uns=dict(data.uns))
+        answer.layers[LAYER_CP10K], answer.layers[LAYER_RAW] = out["cp10k"].copy(), out["raw"]
+        answer.uns[UNS] = self._provenance(opened)
+        return answer
+
+    def embed(self, section: str | Path | ad.AnnData, *, overrides: dict[str, str] | None = None) -> ad.AnnData:
+        """Return the section with ``obsm["X_comtip"]``, its tiles in the shared space (unit vectors, float32).
+
+        An AnnData given (in memory or as ``.h5ad``) is copied and kept whole; ``obsm`` gains one entry.
+        """
+        opened = open_section(section, self.tile, overrides)
+        if isinstance(section, ad.AnnData):
+            data = section.copy()
+        elif str(section).endswith(".h5ad"):
+            data = ad.read_h5ad(section)
+        else:
+            data = opened.template.copy()
+        data.obsm[OBSM_EMBEDDING] = self._features(opened).vector_ND
+        data.uns[UNS] = self._provenance(opened)
+        return data
+
+    def _features(self, opened: SectionTiles):  # type: ignore[no-untyped-def]
+        return self.predictor.image_features(opened.tiles_NSS3.transpose(0, 3, 1, 2), opened.stain)
+
+    def _provenance(self, opened: SectionTiles) -> dict[str, str]:
+        return {"version": __version__, "model": self.predictor.config.name, "species": opened.species}
+
+    def _queries(self, genes: Sequence[str] | None, species: str) -> tuple[pd.DataFrame, list[GeneQuery]]:
+        known = {g.key: g for g in self.predictor.bundle.genes}
+        if genes is None:
+            rows = [known[k] for k in self.trained_genes if not species or k.startswith(f"{species}:")]
+            asked = [(g.symbol, g.key, g.symbol, g.name, "model") for g in rows]
+            if not asked:
+                raise ValueError(f"this model was trained on no gene of {species}; name the genes to predict (--genes)")
+        else:
+            asked = [self._resolve(g, species) for g in genes]
+        if not asked:
+            raise ValueError("no genes to predict; name some")
+        index = _unique([a[0] for a in asked])
+        trained, held = set(self.trained_genes), set(self.predictor.held_out_genes)
+        var = pd.DataFrame(
+            {
+                "key": [a[1] for a in asked], "symbol": [a[2] for a in asked], "name": [a[3] for a in asked],
+                "found_by": [a[4] for a in asked],
+                "training": ["trained" if a[1] in trained else "held out" if a[1] in held else "never seen" for a in asked],
+            },
+            index=pd.Index(index, dtype=object),
+        )  # fmt: skip
+        return var, [GeneQuery(a[2], a[3], a[1]) for a in asked]
+
+    def _resolve(self, gene: str, species: str) -> tuple[str, str, str, str, str]:
+        species = species or ("mouse" if gene.upper().startswith("ENSMUSG") else "human")
+        hit = GeneResource.load().resolve(gene, species)
+        if hit.how == "unmapped":
+            log.warning("gene %r is in no table of %s genes: its sentence is the bare symbol", gene, species)
+        return gene, hit.key, hit.symbol or gene, hit.name, hit.how
+
+
+def _unique(names: list[str]) -> list[str]:
+    twice = sorted({n for n in names if names.count(n) > 1}) if len(names) < 5000 else []
+    if twice:
+        raise ValueError(f"genes asked for twice: {', '.join(twice[:5])}")
+    return np.asarray(names, dtype=object).tolist()

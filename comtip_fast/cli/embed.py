@@ -1,0 +1,27 @@
+"""``comtip embed RUN SECTION --out x.h5ad``."""
+
+from __future__ import annotations
+
+import argparse
+
+from comtip_fast.cli.options import SECTION_HELP, add_meta, add_out, fresh_h5ad, meta
+from comtip_fast.constants import OBSM_EMBEDDING
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("run_dir", metavar="RUN", help="a run folder or an export")
+    parser.add_argument("section", metavar="SECTION", help=SECTION_HELP)
+    add_out(parser, f"the .h5ad to write; vectors are in obsm[{OBSM_EMBEDDING!r}]")
+    add_meta(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Embed and write."""
+    from comtip_fast.api import load
+
+    out = fresh_h5ad(args.out)
+    answer = load(args.run_dir).embed(args.section, overrides=meta(args))
+    answer.write_h5ad(out)
+    print(f"{out}: obsm[{OBSM_EMBEDDING!r}] {answer.obsm[OBSM_EMBEDDING].shape[0]} x {answer.obsm[OBSM_EMBEDDING].shape[1]}")
+    return 0

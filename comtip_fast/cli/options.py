@@ -1,0 +1,50 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+SECTION_HELP = "SHARDS_DIR:section_id, a source folder, SOURCE:section_id, or an .h5ad with an image"
+META = ("mpp", "species", "tissue", "donor", "platform", "licence", "attribution", "image")
+
+
+def add_meta(parser: argparse.ArgumentParser) -> None:
+    """Add options for what a source does not state itself."""
+    group = parser.add_argument_group("facts that the source does not state")
+    group.add_argument("--mpp", help="um per px of the image that the positions belong to")
+    group.add_argument("--species", choices=("human", "mouse"))
+    for name in META[2:-1]:
+        group.add_argument(f"--{name}", help=argparse.SUPPRESS if name == "attribution" else None)
+    group.add_argument("--image", help="the image to cut tiles from (a full-resolution H&E for Space Ranger)")
+
+
+def meta(args: argparse.Namespace) -> dict[str, str]:
+    """Return those that were given."""
+    return {k: str(v) for k in META if (v := getattr(args, k, None)) is not None}
+
+
+def add_out(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add ``--out``."""
+    parser.add_argument("--out", type=Path, required=True, help=what)
+
+
+def fresh_h5ad(path: Path) -> Path:
+    """Check an output path before the work starts."""
+    if path.suffix != ".h5ad":
+        raise ValueError(f"--out {path}: the answer is AnnData; give a name that ends in .h5ad")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"--out {path}: the folder {path.parent} does not exist")
+    return path
+
+
+def gene_list(values: list[str]) -> list[str] | None:
+    """Return symbols from the command line; ``@file`` reads one per line, ``all`` means every trained gene."""
+    genes: list[str] = []
+    for value in values:
+        for part in value.split(","):
+            if part.startswith("@"):
+                genes += [line.strip() for line in Path(part[1:]).read_text(encoding="utf-8").splitlines() if line.strip()]
+            elif part.strip():
+                genes.append(part.strip())
+    return None if genes in ([], ["all"]) else genes

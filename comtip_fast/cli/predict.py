@@ -1,0 +1,28 @@
+"""``comtip predict RUN SECTION --genes ... --out x.h5ad``."""
+
+from __future__ import annotations
+
+import argparse
+
+from comtip_fast.cli.options import SECTION_HELP, add_meta, add_out, fresh_h5ad, gene_list, meta
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("run_dir", metavar="RUN", help="a run folder or an export")
+    parser.add_argument("section", metavar="SECTION", help=SECTION_HELP)
+    parser.add_argument("--genes", nargs="+", default=["all"], help="symbols or Ensembl ids, @file, or all (trained genes)")
+    add_out(parser, "the .h5ad to write")
+    add_meta(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Predict and write."""
+    from comtip_fast.api import load
+
+    out = fresh_h5ad(args.out)
+    answer = load(args.run_dir).predict(args.section, gene_list(args.genes), overrides=meta(args))
+    answer.write_h5ad(out)
+    seen = answer.var["training"].value_counts().to_dict()
+    print(f"{out}: {answer.n_obs} spots x {answer.n_vars} genes " + "(" + ", ".join(f"{n} {k}" for k, n in seen.items()) + ")")
+    return 0

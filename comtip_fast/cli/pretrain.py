@@ -1,0 +1,44 @@
+"""``comtip pretrain --config FILE --out RUN``: the training story, told once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from pathlib import Path
+
+from comtip_fast.cli import KILLED
+from comtip_fast.cli.options import add_out
+
+log = logging.getLogger("comtip_fast")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("--config", type=Path, required=True, help="a YAML file, e.g. configs/demo_cpu.yaml")
+    add_out(parser, "folder of the run")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, e.g. train.seed=1")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest good checkpoint of --out")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load the config, build the task, train, export the best weights."""
+    import torch
+
+    from comtip_fast.config.io import load_config
+    from comtip_fast.training.task import build_task, pick_device
+    from comtip_fast.training.trainer import Trainer
+
+    config = load_config(args.config, args.set)
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    device = pick_device(config.train.device)
+    task = build_task(config, device)
+    log.info("%s", task.describe())
+    result = Trainer(task, config, args.out).fit(resume=args.resume)
+    if result.stopped == "sigterm":
+        log.info("stopped at step %d by a signal; go on with --resume", result.step)
+        return KILLED
+    summary = {"step": result.step, "best_step": result.best_step, "best_score": result.best_score, "stopped": result.stopped}
+    print(json.dumps(summary))
+    return 0

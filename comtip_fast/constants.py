@@ -1,0 +1,10 @@
+"""Names that other tools read, spelt once."""
+
+OBSM_EMBEDDING = "X_comtip"
+"""Where ``comtip embed`` puts image vectors in an AnnData."""
+UNS = "comtip"
+"""Where we say in an AnnData which model made it."""
+LAYER_CP10K, LAYER_RAW = "log1p_cp10k", "log1p_raw"
+"""Layers of predicted expression."""
+MICRONS_PER_PIXEL = "microns_per_pixel"
+"""Key of the scale in ``uns["spatial"][...]["scalefactors"]``, as Visium HD writes it."""

@@ -1,0 +1,186 @@
+"""Any SECTION as tiles: a section of a shard set, a source folder, or an AnnData with an image.
+
+A SECTION is written ``SHARDS_DIR:section_id``, ``SOURCE`` or ``SOURCE:section_id`` (anything that
+``comtip shards build`` reads), or a path to an ``.h5ad``. Whatever it is, tiles come out cut at the model's
+physical size and blurred to the model's resolution, because a model must not be told sections apart by either.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+from comtip_shards import ShardSet, SourceError
+from comtip_shards.section import Section
+from comtip_shards.sources import open_source
+from comtip_shards.tiles import StainStats, cut_tiles, limit_resolution, stain_stats
+
+from comtip_fast.constants import MICRONS_PER_PIXEL
+
+OVERVIEW_PX = 1024
+
+
+@dataclass(frozen=True)
+class TileSpec:
+    """How a model's tiles are cut."""
+
+    px: int
+    """S."""
+    um: float
+    """Width of a tile in um."""
+    min_mpp: float
+    """Finer images are blurred to this many um per px first."""
+
+
+@dataclass
+class SectionTiles:
+    """One section, ready for the image encoder."""
+
+    section_id: str
+    species: str
+    tiles_NSS3: np.ndarray
+    """uint8."""
+    stain: StainStats
+    template: ad.AnnData
+    """obs (names, positions, labels), ``obsm["spatial"]`` and the image: what an answer is written into."""
+
+
+def open_section(spec: str | Path | ad.AnnData, tile: TileSpec, overrides: dict[str, str] | None = None) -> SectionTiles:
+    """Open a SECTION.
+
+    Parameters
+    ----------
+    spec
+        See the module's first lines; an AnnData in memory is taken as it is.
+    tile
+        The model's tiles.
+    overrides
+        Facts that the source does not state, e.g. ``{"mpp": "0.5", "species": "human"}``.
+
+    Raises
+    ------
+    SourceError, ShardError, FileNotFoundError
+        Naming the file and what to do.
+    """
+    overrides = overrides or {}
+    if isinstance(spec, ad.AnnData):
+        return _from_anndata(spec, "the AnnData", tile, overrides)
+    path, section_id = split_spec(str(spec))
+    if path.suffix == ".h5ad":
+        return _from_anndata(ad.read_h5ad(path), str(path), tile, overrides)
+    if (path / "manifest.json").is_file():
+        return _from_shards(ShardSet(path), section_id, tile)
+    sources = open_source(path, samples=[section_id] if section_id else None, overrides=overrides)
+    if len(sources) != 1:
+        ids = ", ".join(s.meta.section_id for s in sources)
+        raise SourceError(f"{path} holds {len(sources)} sections ({ids}); name one: {path}:{sources[0].meta.section_id}")
+    return _from_section(sources[0].read(), tile)
+
+
+def split_spec(spec: str) -> tuple[Path, str]:
+    """Return (path, section id) of ``PATH:section_id``; the id is empty where the whole string is a path."""
+    if Path(spec).exists() or ":" not in spec:
+        path, section_id = Path(spec), ""
+    else:
+        head, section_id = spec.rsplit(":", 1)
+        path = Path(head)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; a SECTION is SHARDS_DIR:section_id, a source folder or an .h5ad")
+    return path, section_id
+
+
+def _from_shards(shards: ShardSet, section_id: str, tile: TileSpec) -> SectionTiles:
+    ids = [s.section_id for s in shards.manifest.sections]
+    if section_id not in ids:
+        raise SourceError(f"{shards.path} has no section {section_id!r}; it has: {', '.join(ids)}")
+    made = shards.manifest.tile
+    if (made.px, made.um, made.min_mpp) != (tile.px, tile.um, tile.min_mpp):
+        raise SourceError(
+            f"{shards.path}: tiles of {made.um:g} um in {made.px} px at {made.min_mpp:g} um/px, but the model reads "
+            f"{tile.um:g} um in {tile.px} px at {tile.min_mpp:g} um/px; build shards with the model's tile sizes"
+        )
+    number = ids.index(section_id)
+    meta = shards.manifest.sections[number]
+    spots = shards.select(sections=[number])
+    table = shards.spots.loc[spots]
+    template = _template(
+        table["spot_id"].tolist(), table[["x_px", "y_px"]].to_numpy(float), table[["array_x", "array_y"]].to_numpy(float),
+        table["label"].tolist(), section_id,
+    )  # fmt: skip
+    overview, overview_mpp = shards.overview(number)
+    _attach_image(template, section_id, overview, meta.mpp, overview_mpp, meta.spot_diameter_um)
+    return SectionTiles(section_id, meta.species, shards.tiles(spots), shards.stain(number), template)
+
+
+def _from_section(section: Section, tile: TileSpec) -> SectionTiles:
+    meta = section.meta
+    image = section.load_image()
+    template = _template(section.spot_ids, section.xy, section.array_xy, section.labels, meta.section_id)
+    small, small_mpp, _ = limit_resolution(image, meta.mpp, meta.mpp * max(1.0, max(image.shape[:2]) / OVERVIEW_PX))
+    _attach_image(template, meta.section_id, small, meta.mpp, small_mpp, meta.spot_diameter_um)
+    return _cut(image, section.xy, meta.mpp, tile, meta.section_id, meta.species, template)
+
+
+def _from_anndata(data: ad.AnnData, where: str, tile: TileSpec, overrides: dict[str, str]) -> SectionTiles:
+    if "spatial" not in data.obsm or not data.uns.get("spatial"):
+        raise SourceError(f"{where}: needs obsm['spatial'] and an image in uns['spatial'], as scanpy's read_visium gives")
+    libraries = list(data.uns["spatial"])
+    if len(libraries) != 1:
+        raise SourceError(f"{where}: uns['spatial'] holds {len(libraries)} libraries; subset to one section first")
+    library = data.uns["spatial"][libraries[0]]
+    images, factors = library.get("images", {}), library.get("scalefactors", {})
+    name = next((n for n in ("fullres", "hires", "lowres") if n in images), None)
+    if name is None:
+        raise SourceError(f"{where}: uns['spatial'][{libraries[0]!r}]['images'] holds neither hires nor lowres")
+    stated = overrides.get("mpp") or factors.get(MICRONS_PER_PIXEL)
+    if stated is None:
+        raise SourceError(f"{where}: no scale; give --mpp, the um per px of the coordinates in obsm['spatial']")
+    species = overrides.get("species") or str(data.uns.get("comtip", {}).get("species", ""))
+    factor = float(factors.get(f"tissue_{name}_scalef", 1.0))
+    image = np.asarray(images[name])
+    if image.dtype != np.uint8:
+        image = np.clip(np.rint(image * 255), 0, 255).astype(np.uint8)
+    xy = np.asarray(data.obsm["spatial"], float) * factor
+    outside = (xy < 0).any(1) | (xy[:, 0] > image.shape[1]) | (xy[:, 1] > image.shape[0])
+    if outside.any():
+        raise SourceError(
+            f"{where}: {outside.sum()} of {len(xy)} spots lie outside the {name} image ({image.shape[1]} x {image.shape[0]} "
+            f"px) at scale factor {factor:g}; obsm['spatial'] and the image do not belong together"
+        )
+    template = ad.AnnData(obs=data.obs.copy(), obsm={"spatial": np.asarray(data.obsm["spatial"])}, uns={"spatial": data.uns["spatial"]})
+    return _cut(image[..., :3], xy, float(stated) / factor, tile, str(libraries[0]), species, template)
+
+
+def _cut(
+    image: np.ndarray, xy: np.ndarray, mpp: float, tile: TileSpec, section_id: str, species: str, template: ad.AnnData
+) -> SectionTiles:
+    blurred, blurred_mpp, scale = limit_resolution(image, mpp, tile.min_mpp)
+    tiles = cut_tiles(blurred, xy * scale, tile.um / blurred_mpp, tile.px)
+    return SectionTiles(section_id, species, tiles, stain_stats(tiles), template)
+
+
+def _template(
+    spot_ids: list[str], xy: np.ndarray, array_xy: np.ndarray, labels: list[str], section_id: str
+) -> ad.AnnData:
+    obs = pd.DataFrame({"section_id": pd.Categorical([section_id] * len(spot_ids))}, index=pd.Index(spot_ids, dtype=object))
+    if np.isfinite(array_xy).all():
+        obs["array_col"], obs["array_row"] = array_xy[:, 0], array_xy[:, 1]
+    if any(labels):
+        obs["label"] = pd.Categorical(labels)
+    return ad.AnnData(obs=obs, obsm={"spatial": xy.copy()})
+
+
+def _attach_image(
+    template: ad.AnnData, section_id: str, small: np.ndarray, mpp: float, small_mpp: float, spot_diameter_um: float
+) -> None:
+    """Put the picture where scanpy and squidpy look for it."""
+    factors: dict[str, Any] = {
+        "tissue_hires_scalef": mpp / small_mpp,
+        "spot_diameter_fullres": spot_diameter_um / mpp,
+        MICRONS_PER_PIXEL: mpp,
+    }
+    template.uns["spatial"] = {section_id: {"images": {"hires": small}, "scalefactors": factors}}

