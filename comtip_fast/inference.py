@@ -116,7 +116,13 @@ class Bundle:
 
     @classmethod
     def from_training(
-        cls, config: RunConfig, sizes: ModelSizes, model: CoMTIP, shards: Any, tables: Any, tokenizer: GeneTokenizer
+        cls,
+        config: RunConfig,
+        sizes: ModelSizes,
+        model: CoMTIP,
+        shards: Any,
+        tables: Any,
+        tokenizer: GeneTokenizer,
     ) -> Bundle:
         """Collect what training knows; trained genes come first, in the order of the level table's rows."""
         chosen = [(r, True) for r in tables.genes.trained] + [(r, False) for r in tables.genes.held_out]
@@ -156,7 +162,10 @@ class Bundle:
     def load(cls, folder: Path, device: str | torch.device = "cpu") -> Bundle:
         """Read an export; another format version is refused by name."""
         meta = _read_meta(folder)
-        config, sizes = config_from_dict(meta["config"], str(folder / "config.json")), ModelSizes(**meta["sizes"])
+        config, sizes = (
+            config_from_dict(meta["config"], str(folder / "config.json")),
+            ModelSizes(**meta["sizes"]),
+        )
         model = CoMTIP(config, sizes)
         model.load_state_dict(load_file(folder / "model.safetensors"))
         with (folder / "genes.tsv").open(newline="", encoding="utf-8") as file:

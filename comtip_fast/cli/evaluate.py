@@ -38,7 +38,12 @@ def run(args: argparse.Namespace) -> int:
         )
     sections = [s.strip() for s in args.sections.split(",") if s.strip()] if args.sections else None
     result = evaluate(
-        predictor, shards, sections=sections, train_shards=ShardSet(train), seed=args.seed, n_null=args.null_draws
+        predictor,
+        shards,
+        sections=sections,
+        train_shards=ShardSet(train),
+        seed=args.seed,
+        n_null=args.null_draws,
     )
     args.out.mkdir(parents=True, exist_ok=True)
     write_metrics(result.metrics, args.out / "metrics.json")

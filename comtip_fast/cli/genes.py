@@ -11,7 +11,9 @@ from comtip_fast.genes import GeneTokenizer
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("gene", nargs="+", help="symbol, previous symbol, alias or Ensembl id (with or without version)")
+    parser.add_argument(
+        "gene", nargs="+", help="symbol, previous symbol, alias or Ensembl id (with or without version)"
+    )
     parser.add_argument("--species", choices=("human", "mouse"), help="default: both")
 
 
@@ -27,5 +29,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"{gene}: not known; a model still reads it as a bare symbol")
         for hit in found:
             tokens = tokenizer.encode(hit.symbol, hit.name, 64)
-            print(f"{gene}: {hit.key}  {hit.ensembl or '-'}  {hit.name or '(no name)'}  [found by {hit.how}; {len(tokens)} tokens]")
+            print(
+                f"{gene}: {hit.key}  {hit.ensembl or '-'}  {hit.name or '(no name)'}  [found by {hit.how}; {len(tokens)} tokens]"
+            )
     return 1 if unknown else 0

@@ -44,7 +44,9 @@ def gene_list(values: list[str]) -> list[str] | None:
     for value in values:
         for part in value.split(","):
             if part.startswith("@"):
-                genes += [line.strip() for line in Path(part[1:]).read_text(encoding="utf-8").splitlines() if line.strip()]
+                genes += [
+                    line.strip() for line in Path(part[1:]).read_text(encoding="utf-8").splitlines() if line.strip()
+                ]
             elif part.strip():
                 genes.append(part.strip())
     return None if genes in ([], ["all"]) else genes

@@ -11,7 +11,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("run_dir", metavar="RUN", help="a run folder or an export")
     parser.add_argument("section", metavar="SECTION", help=SECTION_HELP)
-    parser.add_argument("--genes", nargs="+", default=["all"], help="symbols or Ensembl ids, @file, or all (trained genes)")
+    parser.add_argument(
+        "--genes", nargs="+", default=["all"], help="symbols or Ensembl ids, @file, or all (trained genes)"
+    )
     add_out(parser, "the .h5ad to write")
     add_meta(parser)
 
@@ -24,5 +26,10 @@ def run(args: argparse.Namespace) -> int:
     answer = load(args.run_dir).predict(args.section, gene_list(args.genes), overrides=meta(args))
     answer.write_h5ad(out)
     seen = answer.var["training"].value_counts().to_dict()
-    print(f"{out}: {answer.n_obs} spots x {answer.n_vars} genes " + "(" + ", ".join(f"{n} {k}" for k, n in seen.items()) + ")")
+    print(
+        f"{out}: {answer.n_obs} spots x {answer.n_vars} genes "
+        + "("
+        + ", ".join(f"{n} {k}" for k, n in seen.items())
+        + ")"
+    )
     return 0

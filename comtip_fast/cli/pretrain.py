@@ -17,7 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--config", type=Path, required=True, help="a YAML file, e.g. configs/demo_cpu.yaml")
     add_out(parser, "folder of the run")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, e.g. train.seed=1")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, e.g. train.seed=1"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the newest good checkpoint of --out")
 
 
@@ -39,6 +41,11 @@ def run(args: argparse.Namespace) -> int:
     if result.stopped == "sigterm":
         log.info("stopped at step %d by a signal; go on with --resume", result.step)
         return KILLED
-    summary = {"step": result.step, "best_step": result.best_step, "best_score": result.best_score, "stopped": result.stopped}
+    summary = {
+        "step": result.step,
+        "best_step": result.best_step,
+        "best_score": result.best_score,
+        "stopped": result.stopped,
+    }
     print(json.dumps(summary))
     return 0

@@ -18,19 +18,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the two sub-commands."""
     sub = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     build = sub.add_parser("build", help="cut tiles and write shards", description="Build a shard set from sections.")
-    build.add_argument("source", type=Path, help="a manifest.tsv table (or its folder), a legacy ST or a Space Ranger folder")
+    build.add_argument(
+        "source", type=Path, help="a manifest.tsv table (or its folder), a legacy ST or a Space Ranger folder"
+    )
     add_out(build, "folder of the new shard set")
     build.add_argument("--samples", help="sections to take, by id, with commas (default: all)")
     build.add_argument("--format", choices=FORMATS, default="auto")
     build.add_argument("--tile-um", type=float, default=224.0, help="width of a tile in um (default 224)")
     build.add_argument("--tile-px", type=int, default=128, help="width of a tile in px (default 128)")
-    build.add_argument("--min-mpp", type=float, default=3.2, help="blur finer images to this many um per px (default 3.2)")
+    build.add_argument(
+        "--min-mpp", type=float, default=3.2, help="blur finer images to this many um per px (default 3.2)"
+    )
     build.add_argument("--codec", choices=("jpeg", "png", "webp"), default="jpeg")
     build.add_argument("--split", action="append", default=[], metavar="SECTION=SPLIT",
                        help="train, val or test; overrides the source, may be given many times")  # fmt: skip
     add_meta(build)
     build.set_defaults(act=_build)
-    check = sub.add_parser("verify", help="prove a shard set whole", description="Check hashes, counts and every record.")
+    check = sub.add_parser(
+        "verify", help="prove a shard set whole", description="Check hashes, counts and every record."
+    )
     check.add_argument("folder", type=Path)
     check.set_defaults(act=_verify)
 

@@ -96,7 +96,13 @@ def fit_levels(
 
 
 def _fit_row(
-    table: LevelTable, row: int, positive: np.ndarray, raw: np.ndarray, *, n_zero: int, edges: np.ndarray | None
+    table: LevelTable,
+    row: int,
+    positive: np.ndarray,
+    raw: np.ndarray,
+    *,
+    n_zero: int,
+    edges: np.ndarray | None,
 ) -> None:
     """Fill one row; bins that hold too few values borrow the global row's value."""
     Q = table.n_levels

@@ -77,7 +77,13 @@ def choose_genes(ranked: dict[str, np.ndarray], symbols: list[str], config: Gene
 
 
 def draw_panel(
-    trained: np.ndarray, weight: np.ndarray, available: np.ndarray, config: PanelConfig, *, seed: int, step: int
+    trained: np.ndarray,
+    weight: np.ndarray,
+    available: np.ndarray,
+    config: PanelConfig,
+    *,
+    seed: int,
+    step: int,
 ) -> np.ndarray:
     """Draw the step panel: G log-uniform, half by variance and half uniform; sorted positions in ``trained``.
 

@@ -49,7 +49,9 @@ class SectionTiles:
     """obs (names, positions, labels), ``obsm["spatial"]`` and the image: what an answer is written into."""
 
 
-def open_section(spec: str | Path | ad.AnnData, tile: TileSpec, overrides: dict[str, str] | None = None) -> SectionTiles:
+def open_section(
+    spec: str | Path | ad.AnnData, tile: TileSpec, overrides: dict[str, str] | None = None
+) -> SectionTiles:
     """Open a SECTION.
 
     Parameters
@@ -77,7 +79,9 @@ def open_section(spec: str | Path | ad.AnnData, tile: TileSpec, overrides: dict[
     sources = open_source(path, samples=[section_id] if section_id else None, overrides=overrides)
     if len(sources) != 1:
         ids = ", ".join(s.meta.section_id for s in sources)
-        raise SourceError(f"{path} holds {len(sources)} sections ({ids}); name one: {path}:{sources[0].meta.section_id}")
+        raise SourceError(
+            f"{path} holds {len(sources)} sections ({ids}); name one: {path}:{sources[0].meta.section_id}"
+        )
     return _from_section(sources[0].read(), tile)
 
 
@@ -89,7 +93,9 @@ def split_spec(spec: str) -> tuple[Path, str]:
         head, section_id = spec.rsplit(":", 1)
         path = Path(head)
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; a SECTION is SHARDS_DIR:section_id, a source folder or an .h5ad")
+        raise FileNotFoundError(
+            f"{path} does not exist; a SECTION is SHARDS_DIR:section_id, a source folder or an .h5ad"
+        )
     return path, section_id
 
 
@@ -127,7 +133,9 @@ def _from_section(section: Section, tile: TileSpec) -> SectionTiles:
 
 def _from_anndata(data: ad.AnnData, where: str, tile: TileSpec, overrides: dict[str, str]) -> SectionTiles:
     if "spatial" not in data.obsm or not data.uns.get("spatial"):
-        raise SourceError(f"{where}: needs obsm['spatial'] and an image in uns['spatial'], as scanpy's read_visium gives")
+        raise SourceError(
+            f"{where}: needs obsm['spatial'] and an image in uns['spatial'], as scanpy's read_visium gives"
+        )
     libraries = list(data.uns["spatial"])
     if len(libraries) != 1:
         raise SourceError(f"{where}: uns['spatial'] holds {len(libraries)} libraries; subset to one section first")
@@ -151,12 +159,22 @@ def _from_anndata(data: ad.AnnData, where: str, tile: TileSpec, overrides: dict[
             f"{where}: {outside.sum()} of {len(xy)} spots lie outside the {name} image ({image.shape[1]} x {image.shape[0]} "
             f"px) at scale factor {factor:g}; obsm['spatial'] and the image do not belong together"
         )
-    template = ad.AnnData(obs=data.obs.copy(), obsm={"spatial": np.asarray(data.obsm["spatial"])}, uns={"spatial": data.uns["spatial"]})
+    template = ad.AnnData(
+        obs=data.obs.copy(),
+        obsm={"spatial": np.asarray(data.obsm["spatial"])},
+        uns={"spatial": data.uns["spatial"]},
+    )
     return _cut(image[..., :3], xy, float(stated) / factor, tile, str(libraries[0]), species, template)
 
 
 def _cut(
-    image: np.ndarray, xy: np.ndarray, mpp: float, tile: TileSpec, section_id: str, species: str, template: ad.AnnData
+    image: np.ndarray,
+    xy: np.ndarray,
+    mpp: float,
+    tile: TileSpec,
+    section_id: str,
+    species: str,
+    template: ad.AnnData,
 ) -> SectionTiles:
     blurred, blurred_mpp, scale = limit_resolution(image, mpp, tile.min_mpp)
     tiles = cut_tiles(blurred, xy * scale, tile.um / blurred_mpp, tile.px)
@@ -166,7 +184,9 @@ def _cut(
 def _template(
     spot_ids: list[str], xy: np.ndarray, array_xy: np.ndarray, labels: list[str], section_id: str
 ) -> ad.AnnData:
-    obs = pd.DataFrame({"section_id": pd.Categorical([section_id] * len(spot_ids))}, index=pd.Index(spot_ids, dtype=object))
+    obs = pd.DataFrame(
+        {"section_id": pd.Categorical([section_id] * len(spot_ids))}, index=pd.Index(spot_ids, dtype=object)
+    )
     if np.isfinite(array_xy).all():
         obs["array_col"], obs["array_row"] = array_xy[:, 0], array_xy[:, 1]
     if any(labels):
@@ -175,7 +195,12 @@ def _template(
 
 
 def _attach_image(
-    template: ad.AnnData, section_id: str, small: np.ndarray, mpp: float, small_mpp: float, spot_diameter_um: float
+    template: ad.AnnData,
+    section_id: str,
+    small: np.ndarray,
+    mpp: float,
+    small_mpp: float,
+    spot_diameter_um: float,
 ) -> None:
     """Put the picture where scanpy and squidpy look for it."""
     factors: dict[str, Any] = {

@@ -65,7 +65,11 @@ def training_tables(shards: ShardSet, config: RunConfig) -> TrainingTables:
 
 
 def _rank_tasks(
-    shards: ShardSet, values: sparse.csr_matrix, section: np.ndarray, measured_SA: np.ndarray, config: RunConfig
+    shards: ShardSet,
+    values: sparse.csr_matrix,
+    section: np.ndarray,
+    measured_SA: np.ndarray,
+    config: RunConfig,
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     ranked = {}
     tasks = {s: shards.task_of_section(int(s)) for s in np.unique(section)}
@@ -94,5 +98,8 @@ def _strata(levels: np.ndarray, section: np.ndarray, measured_SG: np.ndarray, co
     for s in np.unique(section):
         mean[s], detection[s] = levels[section == s].mean(0), (levels[section == s] > 0).mean(0)
     return strata_of(
-        torch.from_numpy(mean), torch.from_numpy(detection), torch.from_numpy(measured_SG), config.loss.paat.strata
+        torch.from_numpy(mean),
+        torch.from_numpy(detection),
+        torch.from_numpy(measured_SG),
+        config.loss.paat.strata,
     )

@@ -81,7 +81,12 @@ class TorchLoader:
         """Draw the step panel from the genes that the batch's sections measured; positions in ``trained``."""
         available = self.tables.measured[np.unique(section)].any(0)
         return draw_panel(
-            self.tables.genes.trained, self.tables.variance, available, self.config.panel, seed=self.seed, step=step
+            self.tables.genes.trained,
+            self.tables.variance,
+            available,
+            self.config.panel,
+            seed=self.seed,
+            step=step,
         )
 
     def tiles(self, spot_index: np.ndarray, view: np.ndarray) -> np.ndarray:

@@ -45,7 +45,11 @@ class EfficientNetLite0Stem(nn.Module):
         for block in self.blocks.modules():
             # timm names the norm by its place: an inverted residual has three, a separable block two.
             inverted = hasattr(block, "conv_pwl")
-            pairs = {"conv_pw": "bn1", "conv_dw": "bn2", "conv_pwl": "bn3"} if inverted else {"conv_dw": "bn1", "conv_pw": "bn2"}
+            pairs = (
+                {"conv_pw": "bn1", "conv_dw": "bn2", "conv_pwl": "bn3"}
+                if inverted
+                else {"conv_dw": "bn1", "conv_pw": "bn2"}
+            )
             for conv, norm in pairs.items():
                 if isinstance(getattr(block, conv, None), nn.Conv2d):
                     folded, rest = _fold(getattr(block, conv), getattr(block, norm))

@@ -241,7 +241,12 @@ class CoMTIPTask:
         weight = pool_weights(table.scores_GQ, true, measured)
         pooled = table_pool(table.unit_GQD, table.scores_GQ, true, measured)
         return pair_scores(
-            pooled, table.pair_GQD, levels, true_levels_BG=true, projected_GQD=table.unit_GQD, weight_BG=weight
+            pooled,
+            table.pair_GQD,
+            levels,
+            true_levels_BG=true,
+            projected_GQD=table.unit_GQD,
+            weight_BG=weight,
         )
 
     def _nce(self, batch: Batch, out: StepOutput, mispaired: Tensor | None, counted: Tensor | None) -> Tensor:
