@@ -1,1 +1,1 @@
-"""TODO."""
+"""Typed settings: the dataclasses (``schema``) and how files become them (``io``)."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""The task (model, data, losses) and the loop that runs any task."""

@@ -1,0 +1,46 @@
+"""What the loop asks of a task. The loop knows nothing of CoMTIP; a task knows nothing of checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor, nn
+
+
+class TrainingTask(Protocol):
+    """Data, model and losses behind one seam."""
+
+    @property
+    def module(self) -> nn.Module:
+        """All parameters and buffers."""
+        ...
+
+    def fingerprint(self) -> dict[str, str]:
+        """Hashes of what the run reads; a resumed run must find the same."""
+        ...
+
+    def batches(self, epoch: int) -> list[np.ndarray]:
+        """Return the epoch's batches as spot indices: a pure function of (seed, epoch)."""
+        ...
+
+    def batch(self, spot_index: np.ndarray, step: int, epoch: int) -> Any:
+        """Make one batch."""
+        ...
+
+    def losses(self, batch: Any) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Return ``{"loss": total, part: ...}`` and plain numbers to log."""
+        ...
+
+    def after_step(self, step: int) -> None:
+        """Follow an optimizer step (moving averages)."""
+        ...
+
+    def validate(self) -> tuple[float, dict[str, float]]:
+        """Return the score that stops training (higher is better) and its parts."""
+        ...
+
+    def export(self, folder: Path) -> None:
+        """Write what users of the model load, from the weights as they are now."""
+        ...

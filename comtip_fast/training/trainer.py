@@ -1,0 +1,339 @@
+"""The training loop: steps, validation, checkpoints, and getting through being killed.
+
+Everything a run will do is a function of its config, its data and a few integers (step, epoch, place in the
+epoch), so a run killed at any moment and resumed gives the same losses and weights as one that was not.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import math
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from comtip_fast.config.io import config_to_dict, dump_config, flatten
+from comtip_fast.config.schema import RunConfig
+from comtip_fast.training import checkpoint as checkpoints
+from comtip_fast.training.checkpoint import Checkpoint
+from comtip_fast.training.loggers import Logger, make_loggers
+from comtip_fast.training.optim import learning_rate, make_optimizer, optimizer_tensors, restore_optimizer
+from comtip_fast.training.protocol import TrainingTask
+
+log = logging.getLogger("comtip_fast")
+
+# Keys that may differ when a run is resumed: they change neither weights nor the loss trace. The place of the
+# shards may change too, because their hash is compared.
+FREE_KEYS = {
+    "name", "data.shards", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.tensorboard",
+    "train.wandb",
+}  # fmt: skip
+
+
+class TrainingError(ValueError):
+    """Training cannot start or go on; says where and what to do."""
+
+
+@dataclass
+class Progress:
+    """Where a run is: all of its state besides weights and moments."""
+
+    step: int = 0
+    epoch: int = 0
+    position: int = 0
+    """Batches of this epoch already used."""
+    best_step: int = 0
+    best_score: float = float("-inf")
+    bad_validations: int = 0
+    skips: int = 0
+    stopped: str = ""
+    """``steps`` or ``patience`` once training is over."""
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """How a run ended."""
+
+    step: int
+    best_step: int
+    best_score: float
+    stopped: str
+    """``steps``, ``patience`` or ``sigterm``."""
+
+
+class Trainer:
+    """Runs a task to its end, or to the next signal."""
+
+    def __init__(self, task: TrainingTask, config: RunConfig, run_dir: Path | str) -> None:
+        self.task, self.config, self.run_dir = task, config, Path(run_dir)
+        self.checkpoint_dir = self.run_dir / "checkpoints"
+        self.optimizer = make_optimizer(task.module, config.optim)
+        self.progress = Progress()
+        self.device = next(task.module.parameters()).device
+        self._epoch_batches: tuple[int, list[np.ndarray]] = (-1, [])
+        self._loggers: list[Logger] = []
+
+    def fit(self, resume: bool = False) -> FitResult:
+        """Train; with ``resume`` go on from the newest good checkpoint, or start where there is none.
+
+        Raises
+        ------
+        TrainingError
+            The folder is in use or holds another run, the config or data changed, or a loss is not finite.
+        """
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        with _lock(self.run_dir), _deterministic(self.device), _catch_signals() as caught:
+            resumed = self._start(resume)
+            resolved = config_to_dict(self.config)
+            self._loggers = make_loggers(
+                self.config, resolved, self.run_dir, start=self.progress.step, resumed=resumed
+            )
+            try:
+                self._loop(caught)
+            finally:
+                for logger in self._loggers:
+                    logger.close()
+        p = self.progress
+        return FitResult(p.step, p.best_step, p.best_score, p.stopped or "sigterm")
+
+    # -- start ------------------------------------------------------------------------------------------
+
+    def _start(self, resume: bool) -> bool:
+        found = checkpoints.newest_good(self.checkpoint_dir) if self.checkpoint_dir.is_dir() else None
+        if found is None:
+            if checkpoints.steps_of(self.checkpoint_dir):
+                raise TrainingError(f"{self.checkpoint_dir}: no checkpoint is whole; delete the folder to start again")
+            self._write_config()
+            return False
+        step, loaded = found
+        if not resume:
+            raise TrainingError(
+                f"{self.run_dir} already holds a run (step {step}); go on with --resume, or give another --out"
+            )
+        self._check_same_run(loaded.state)
+        self._restore(loaded)
+        log.info("resumed from step %d", step)
+        return True
+
+    def _write_config(self) -> None:
+        (self.run_dir / "config.yaml").write_text(dump_config(self.config), encoding="utf-8")
+
+    def _check_same_run(self, state: dict[str, Any]) -> None:
+        old, new = flatten(state["config"]), flatten(config_to_dict(self.config))
+        changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and k not in FREE_KEYS]
+        if changed:
+            shown = ", ".join(f"{k} ({old.get(k)} -> {new.get(k)})" for k in changed[:5])
+            raise TrainingError(
+                f"{self.run_dir}: cannot resume with another config: {shown}; set them back or give another --out"
+            )
+        found = self.task.fingerprint()
+        if state["fingerprint"] != found:
+            other = [k for k in found if state["fingerprint"].get(k) != found[k]]
+            raise TrainingError(f"{self.run_dir}: cannot resume, what it read has changed: {', '.join(other)}")
+
+    # -- the loop ---------------------------------------------------------------------------------------
+
+    def _loop(self, caught: _Signals) -> None:
+        p, cfg = self.progress, self.config.train
+        if p.stopped:
+            log.info("this run is finished (%s); writing its export again", p.stopped)
+        while not p.stopped:
+            if caught.received:
+                self._save()
+                return
+            self._one_step()
+            if p.step >= cfg.steps:
+                p.stopped = "steps"
+            if cfg.validate_every and (p.step % cfg.validate_every == 0 or p.stopped):
+                self._validate()
+            if p.step % cfg.checkpoint_every == 0 or p.best_step == p.step or p.stopped:
+                self._save()
+        self._export_best()
+
+    def _one_step(self) -> None:
+        p = self.progress
+        began = time.monotonic()
+        spots = self._next_batch()
+        step = p.step + 1
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, self.config.train.steps, self.config.optim)
+        self.task.module.train()
+        with self._autocast():
+            losses, numbers = self.task.losses(self.task.batch(spots, step, p.epoch))
+        self.optimizer.zero_grad(set_to_none=True)
+        losses["loss"].backward()  # type: ignore[no-untyped-call]
+        norm = self._clip()
+        if math.isfinite(float(losses["loss"].detach())) and math.isfinite(norm):
+            self.optimizer.step()
+            self.task.after_step(step)
+        else:
+            self._not_finite(step, spots, losses)
+        p.step, p.position = step, p.position + 1
+        if step % self.config.train.log_every == 0 or step == 1:
+            row = {"step": step, "kind": "train", "epoch": p.epoch}
+            row |= {k: float(v.detach()) for k, v in losses.items()} | numbers
+            row |= {"lr": self.optimizer.param_groups[0]["lr"], "grad_norm": norm, "skips": p.skips}
+            self._log(row | {"spots_per_s": len(spots) / (time.monotonic() - began)})
+
+    def _next_batch(self) -> np.ndarray:
+        p = self.progress
+        while True:
+            if self._epoch_batches[0] != p.epoch:
+                self._epoch_batches = (p.epoch, self.task.batches(p.epoch))
+            batches = self._epoch_batches[1]
+            if not batches:
+                raise TrainingError("the task gives no batches: there are no training spots")
+            if p.position < len(batches):
+                return batches[p.position]
+            p.epoch, p.position = p.epoch + 1, 0
+
+    def _clip(self) -> float:
+        limit = self.config.optim.clip or float("inf")
+        trained = [q for q in self.task.module.parameters() if q.grad is not None]
+        return float(torch.nn.utils.clip_grad_norm_(trained, limit))
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        wanted = self.config.train.precision
+        if wanted == "bf16" or (wanted == "auto" and self.device.type == "cuda"):
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return nullcontext()
+
+    def _not_finite(self, step: int, spots: np.ndarray, losses: dict[str, Tensor]) -> None:
+        """Say what happened where; stop, or skip the update and count it."""
+        parts = {k: float(v.detach()) for k, v in losses.items()}
+        bad = [k for k, v in parts.items() if k != "loss" and not math.isfinite(v)]
+        named = self.task.module.named_parameters()
+        gradients = [n for n, q in named if q.grad is not None and not bool(q.grad.isfinite().all())]
+        where = f"loss part {', '.join(bad)}" if bad else "the gradient"
+        record = {"step": step, "epoch": self.progress.epoch, "position": self.progress.position, "parts": parts,
+                  "gradients": gradients, "spot_index": spots.tolist()}  # fmt: skip
+        with (self.run_dir / "nonfinite.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record).replace("NaN", "null").replace("-Infinity", "null").replace("Infinity", "null") + "\n")
+        first = f", first in {gradients[0]}" if gradients else ""
+        text = f"step {step}: {where} is not finite{first}; the batch is in {self.run_dir / 'nonfinite.jsonl'}"
+        if self.config.train.nan_policy == "stop":
+            raise TrainingError(f"{text}; lower optim.lr, or set train.nan_policy=skip")
+        self.progress.skips += 1
+        log.warning("%s; update skipped (%d so far)", text, self.progress.skips)
+        if self.progress.skips > self.config.train.max_skips:
+            raise TrainingError(f"{text}; more than train.max_skips={self.config.train.max_skips} updates were skipped")
+
+    def _validate(self) -> None:
+        p, cfg = self.progress, self.config.train
+        self.task.module.eval()
+        score, per_task = self.task.validate()
+        better = math.isfinite(score) and score > p.best_score
+        if better:
+            p.best_score, p.best_step, p.bad_validations = score, p.step, 0
+        else:
+            p.bad_validations += 1
+        self._log({"step": p.step, "kind": "valid", "score": score, "per_task": per_task, "best": better})
+        if cfg.patience and p.bad_validations >= cfg.patience and not p.stopped:
+            p.stopped = "patience"
+
+    def _log(self, row: dict[str, Any]) -> None:
+        for logger in self._loggers:
+            logger.log(row)
+
+    # -- state ------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        p = self.progress
+        state = asdict(p) | {"best_score": p.best_score if math.isfinite(p.best_score) else None}
+        state |= {"config": config_to_dict(self.config), "fingerprint": self.task.fingerprint()}
+        state["torch_rng"] = torch.get_rng_state().numpy().tobytes().hex()
+        module = self.task.module
+        checkpoints.save(
+            self.checkpoint_dir, p.step,
+            Checkpoint(module.state_dict(), optimizer_tensors(module, self.optimizer), state),
+        )  # fmt: skip
+        checkpoints.prune(self.checkpoint_dir, self.config.train.keep_checkpoints, p.best_step or None)
+
+    def _restore(self, loaded: Checkpoint) -> None:
+        self.task.module.load_state_dict(loaded.model)
+        restore_optimizer(self.task.module, self.optimizer, loaded.optim)
+        state = loaded.state
+        fields = {k: state[k] for k in asdict(self.progress)}
+        fields["best_score"] = float("-inf") if state["best_score"] is None else state["best_score"]
+        self.progress = Progress(**fields)
+        rng = np.frombuffer(bytes.fromhex(state["torch_rng"]), np.uint8).copy()
+        torch.set_rng_state(torch.from_numpy(rng))
+
+    def _export_best(self) -> None:
+        """Export the best weights (the last ones where nothing was validated), whole or not at all."""
+        step = self.progress.best_step
+        if step and step != self.progress.step:
+            best = checkpoints.load(checkpoints.folder_of(self.checkpoint_dir, step))
+            self.task.module.load_state_dict(best.model)
+        aside, final = self.run_dir / ".export-writing", self.run_dir / "export"
+        shutil.rmtree(aside, ignore_errors=True)
+        self.task.export(aside)
+        shutil.rmtree(final, ignore_errors=True)
+        aside.rename(final)
+
+
+class _Signals:
+    """Remembers that a signal asked for the end."""
+
+    def __init__(self) -> None:
+        self.received = 0
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+        log.warning("signal %d: finishing this step, saving, then stopping", number)
+
+
+@contextmanager
+def _catch_signals() -> Iterator[_Signals]:
+    caught = _Signals()
+    try:
+        old = {s: signal.signal(s, caught) for s in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not in the main thread: signals are someone else's
+        yield caught
+        return
+    try:
+        yield caught
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _lock(run_dir: Path) -> Iterator[None]:
+    """Keep a second process out; the lock dies with its process."""
+    with (run_dir / "run.lock").open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            raise TrainingError(f"{run_dir} is in use by process {file.read().strip() or '?'}; wait for it or stop it") from error
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+@contextmanager
+def _deterministic(device: torch.device) -> Iterator[None]:
+    """Deterministic algorithms on the CPU; on a GPU they cost speed and are the user's choice."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(device.type == "cpu" or before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
