@@ -6,12 +6,13 @@ import argparse
 from pathlib import Path
 
 from comtip_shards.build import build_shards
+from comtip_shards.sources import FORMATS as SOURCE_FORMATS
 from comtip_shards.sources import open_source
 from comtip_shards.verify import verify
 
 from comtip_fast.cli.options import add_meta, add_out, meta
 
-FORMATS = ("auto", "manifest", "legacy_st", "space_ranger")
+FORMATS = ("auto", *SOURCE_FORMATS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

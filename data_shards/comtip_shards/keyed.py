@@ -72,9 +72,7 @@ def bits(seed: SupportsIndex, purpose: str, *counters: SupportsIndex | str, inde
     return z.reshape(index.shape)
 
 
-def uniform(
-    seed: SupportsIndex, purpose: str, *counters: SupportsIndex | str, index: ArrayLike
-) -> np.ndarray:
+def uniform(seed: SupportsIndex, purpose: str, *counters: SupportsIndex | str, index: ArrayLike) -> np.ndarray:
     """Return a uniform number in [0, 1) for each index: float64, the shape of ``index``.
 
     Raises

@@ -1,0 +1,78 @@
+"""A ``manifest.tsv`` table of sections: one row each, with paths relative to the table."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from comtip_shards.errors import SourceError
+from comtip_shards.section import Section, SectionMeta, check_meta
+from comtip_shards.sources.base import (
+    SectionSource,
+    existing,
+    join,
+    number,
+    pick,
+    read_counts_table,
+    read_spots_table,
+    read_table,
+)
+
+NAME = "manifest.tsv"
+REQUIRED = ("sample_id", "species", "tissue", "donor", "image", "counts", "spots", "mpp_um_per_px")
+
+
+def recognise(path: Path) -> str | None:
+    """Return why ``path`` is such a table, or None."""
+    table = path / NAME if path.is_dir() else path
+    if not table.is_file() or table.suffix != ".tsv":
+        return None
+    with table.open(encoding="utf-8", errors="replace") as file:
+        header = file.readline().rstrip("\n").split("\t")
+    return f"{table.name} has the column sample_id" if "sample_id" in header else None
+
+
+def open_sections(path: Path, samples: Sequence[str] | None, overrides: Mapping[str, str]) -> list[SectionSource]:
+    """Return the sections of the table that ``samples`` names, all where it is None."""
+    where = path / NAME if path.is_dir() else path
+    table = read_table(where)
+    missing = [c for c in REQUIRED if c not in table]
+    if missing:
+        raise SourceError(f"{where}: lacks the columns {', '.join(missing)}")
+    ids = table["sample_id"].tolist()
+    twice = sorted({i for i in ids if ids.count(i) > 1})
+    if twice:
+        raise SourceError(f"{where}: sample_id {', '.join(twice)} stands more than once")
+    rows = {str(row["sample_id"]): row for row in table.to_dict("records")}
+    return [_source(rows[name], where, overrides) for name in pick(samples, ids, where)]
+
+
+def _source(row: Mapping[Hashable, Any], where: Path, overrides: Mapping[str, str]) -> SectionSource:
+    root = where.parent
+    name = str(row["sample_id"])
+
+    def fact(key: str, column: str, default: str = "") -> str:
+        return overrides.get(key) or str(row.get(column, default))
+
+    meta = SectionMeta(
+        section_id=name, dataset=str(row.get("dataset", "")), species=fact("species", "species").lower(),
+        tissue=fact("tissue", "tissue"), donor=fact("donor", "donor"), platform=fact("platform", "platform"),
+        licence=fact("licence", "licence"), attribution=fact("attribution", "attribution"),
+        mpp=number(fact("mpp", "mpp_um_per_px"), f"{where}: mpp_um_per_px of {name}"),
+        spot_diameter_um=number(row.get("spot_diameter_um", "100"), f"{where}: spot_diameter_um of {name}"),
+        spot_pitch_um=number(row.get("spot_pitch_um", "200"), f"{where}: spot_pitch_um of {name}"),
+        split=str(row.get("split", "")),
+    )  # fmt: skip
+    check_meta(meta, where)
+    image, counts, spots = (
+        existing(root / str(row[c]), f"{c} of {name} in {where.name}") for c in ("image", "counts", "spots")
+    )
+    if "genes x spots" in str(row.get("counts_layout", "")):
+        raise SourceError(f"{where}: {name}: counts_layout is genes x spots; transpose {counts.name} to spots x genes")
+
+    def load() -> Section:
+        matrix, ids, genes = read_counts_table(counts)
+        return join(meta, image, matrix, ids, genes, [""] * len(genes), read_spots_table(spots), counts, spots)
+
+    return SectionSource(meta, (image, counts, spots), load)

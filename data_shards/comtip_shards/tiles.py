@@ -1,0 +1,114 @@
+"""Tiles at a physical size, a common resolution, and a common stain.
+
+A model must not tell sections apart by how they were scanned. So tiles have a width in um, images finer than a
+common um per px are blurred to it first, and (where the model asks for it) each section's optical density is moved
+to a fixed mean and spread. Optical density is -log10((value + 1) / 256) per channel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+REFERENCE_MEAN, REFERENCE_STD = (0.20, 0.33, 0.20), (0.13, 0.17, 0.12)
+"""Where stain normalisation moves every section: a typical H&E."""
+TISSUE_DENSITY = (0.05, 1.5)
+"""Mean optical density of a pixel that counts as tissue; below is glass, above is ink or a black border."""
+_DENSITY = -np.log10((np.arange(256, dtype=np.float64) + 1) / 256)
+
+
+def limit_resolution(image_HW3: np.ndarray, mpp: float, min_mpp: float) -> tuple[np.ndarray, float, float]:
+    """Shrink an image that is finer than ``min_mpp`` um per px.
+
+    Returns
+    -------
+    image, mpp, scale
+        uint8; its um per px; factor for positions. A coarser image comes back as it is, scale 1.
+    """
+    if mpp >= min_mpp:
+        return image_HW3, mpp, 1.0
+    scale = mpp / min_mpp
+    height, width = image_HW3.shape[:2]
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    small = Image.fromarray(image_HW3).resize(size, Image.Resampling.LANCZOS)
+    return np.asarray(small), mpp * width / size[0], size[0] / width
+
+
+def cut_tiles(image_HW3: np.ndarray, xy_N2: np.ndarray, width_px: float, out_px: int) -> np.ndarray:
+    """Cut square tiles round positions and resample them.
+
+    Parameters
+    ----------
+    image_HW3
+        uint8 RGB.
+    xy_N2
+        Centres, x (column) and y (row) in px of the image; 0 is the image's edge, not a pixel's middle.
+    width_px
+        Width of a tile in px of the image; may be a fraction.
+    out_px
+        S, width of a tile as it is returned.
+
+    Returns
+    -------
+    uint8 (N, S, S, 3); white outside the image.
+    """
+    pad = int(np.ceil(width_px)) + 2
+    padded = Image.fromarray(np.pad(image_HW3, ((pad, pad), (pad, pad), (0, 0)), constant_values=255))
+    half = width_px / 2
+    out = np.empty((len(xy_N2), out_px, out_px, 3), np.uint8)
+    height, width = image_HW3.shape[:2]
+    for i, (x, y) in enumerate(np.asarray(xy_N2, np.float64)):
+        # A spot may lie just outside; its tile is then mostly white, and its box stays inside the padding.
+        cx, cy = np.clip(x, -half, width + half) + pad, np.clip(y, -half, height + half) + pad
+        box = (cx - half, cy - half, cx + half, cy + half)
+        out[i] = np.asarray(padded.resize((out_px, out_px), Image.Resampling.BICUBIC, box=box))
+    return out
+
+
+@dataclass(frozen=True)
+class StainStats:
+    """Mean and spread of a section's optical density over tissue pixels, per channel."""
+
+    od_mean: tuple[float, float, float]
+    od_std: tuple[float, float, float]
+
+
+def stain_stats(tiles_NSS3: np.ndarray) -> StainStats:
+    """Measure a section's stain on its tiles; the reference itself where there is no tissue."""
+    # The mean and spread over pixels need only, per channel, how often each of 256 values is a tissue pixel's.
+    table = _DENSITY.astype(np.float32)
+    counts = np.zeros((3, 256))
+    for tile in tiles_NSS3:
+        density = table[tile].mean(axis=-1)
+        pixels = tile[(density > TISSUE_DENSITY[0]) & (density < TISSUE_DENSITY[1])]
+        for channel in range(3):
+            counts[channel] += np.bincount(pixels[:, channel], minlength=256)
+    total = counts.sum(1)
+    if total.min() == 0:
+        return StainStats(REFERENCE_MEAN, REFERENCE_STD)
+    mean = counts @ _DENSITY / total
+    variance = np.maximum(counts @ _DENSITY**2 / total - mean**2, 0)
+    std = np.maximum(np.sqrt(variance), 1e-3)
+    return StainStats(_rounded(mean), _rounded(std))
+
+
+def normalise_stain(tiles_NSS3: np.ndarray, stats: StainStats) -> np.ndarray:
+    """Move a section's optical density to the reference; uint8, same shape.
+
+    One table of 256 values per channel does it, so the result is exact and quick.
+    """
+    density = (_DENSITY[None] - np.array(stats.od_mean)[:, None]) / np.array(stats.od_std)[:, None]
+    density = density * np.array(REFERENCE_STD)[:, None] + np.array(REFERENCE_MEAN)[:, None]
+    table = np.clip(np.rint(256 * 10.0**-density - 1), 0, 255).astype(np.uint8)
+    out = np.empty_like(tiles_NSS3)
+    for channel in range(3):
+        out[..., channel] = table[channel][tiles_NSS3[..., channel]]
+    return out
+
+
+def _rounded(values: np.ndarray) -> tuple[float, float, float]:
+    """Round, so that the manifest's text holds exactly what is used."""
+    a, b, c = (round(float(v), 6) for v in values)
+    return a, b, c
