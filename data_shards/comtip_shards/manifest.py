@@ -102,6 +102,8 @@ class Manifest:
     n_spots: int
     sections: list[ManifestSection]
     shards: list[ShardEntry]
+    fingerprint: str
+    """Hash of the inputs and settings it was built from."""
     format: str = FORMAT
     version: int = VERSION
 
@@ -148,7 +150,7 @@ def _build(data: dict[str, Any]) -> Manifest:
         )
         for s in data["sections"]
     ]
-    rest = {k: data[k] for k in ("genes_file", "genes_sha256", "n_genes", "n_spots")}
+    rest = {k: data[k] for k in ("genes_file", "genes_sha256", "n_genes", "n_spots", "fingerprint")}
     return Manifest(
         tile=_typed(TileSpec, data["tile"]), sections=sections, shards=[_typed(ShardEntry, s) for s in data["shards"]], **rest
     )
