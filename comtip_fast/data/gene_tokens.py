@@ -8,10 +8,9 @@ import numpy as np
 import torch
 
 from comtip_fast.config.schema import TextConfig
-from comtip_fast.genes import GeneTokenizer
+from comtip_fast.genes import GENE_ID, VALUE_ID, GeneTokenizer
 from comtip_fast.models import GeneTokens
 
-GENE_ID, VALUE_ID = 1, 2
 
 
 def gene_tokens(

@@ -1,1 +1,6 @@
-"""TODO."""
+"""Gene names as text and as tokens."""
+
+from comtip_fast.genes.text import gene_text
+from comtip_fast.genes.tokenizer import GENE_ID, PAD_ID, VALUE_ID, GeneTokenizer
+
+__all__ = ["GENE_ID", "PAD_ID", "VALUE_ID", "GeneTokenizer", "gene_text"]
