@@ -12,7 +12,6 @@ from comtip_fast.genes import GENE_ID, VALUE_ID, GeneTokenizer
 from comtip_fast.models import GeneTokens
 
 
-
 def gene_tokens(
     tokenizer: GeneTokenizer,
     names: Sequence[tuple[str, str]],

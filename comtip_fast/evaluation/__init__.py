@@ -1,1 +1,1 @@
-"""TODO."""
+"""Scores that a critic would accept: correlations, nulls, baselines, and the report."""

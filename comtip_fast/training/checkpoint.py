@@ -1,6 +1,6 @@
 """Checkpoints that are whole or not there: written aside, hashed, renamed; verified on load; never unpickled.
 
-    checkpoints/step_00000100/{model.safetensors, optim.safetensors, state.json, SHA256SUMS}
+checkpoints/step_00000100/{model.safetensors, optim.safetensors, state.json, SHA256SUMS}
 """
 
 from __future__ import annotations
@@ -81,10 +81,14 @@ def load(folder: Path) -> Checkpoint:
     stated = dict(reversed(line.split("  ", 1)) for line in sums.read_text(encoding="utf-8").splitlines() if line)
     for name in FILES:
         if not (folder / name).is_file() or _sha256(folder / name) != stated.get(name):
-            raise CheckpointError(f"{folder / name}: missing, or not what was written; delete the folder to use an older one")
+            raise CheckpointError(
+                f"{folder / name}: missing, or not what was written; delete the folder to use an older one"
+            )
     state = json.loads((folder / FILES[2]).read_text(encoding="utf-8"))
     if (state.get("format"), state.get("version")) != (FORMAT, VERSION):
-        raise CheckpointError(f"{folder}: format {state.get('format')!r} {state.get('version')!r}, expected {FORMAT} {VERSION}")
+        raise CheckpointError(
+            f"{folder}: format {state.get('format')!r} {state.get('version')!r}, expected {FORMAT} {VERSION}"
+        )
     return Checkpoint(load_file(folder / FILES[0]), load_file(folder / FILES[1]), state)
 
 

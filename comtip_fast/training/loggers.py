@@ -100,7 +100,9 @@ class Progress:
         step = row["step"]
         if row["kind"] == "valid":
             parts = "  ".join(f"{task} {score:.4f}" for task, score in row["per_task"].items())
-            self._print(f"step {step}/{self.total}  validation {row['score']:.4f}  ({parts}){'  best' if row['best'] else ''}")
+            self._print(
+                f"step {step}/{self.total}  validation {row['score']:.4f}  ({parts}){'  best' if row['best'] else ''}"
+            )
             return
         done = step - self.start
         left = (self.total - step) * (time.monotonic() - self.began) / done if done > 0 else float("nan")

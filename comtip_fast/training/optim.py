@@ -41,9 +41,7 @@ def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> di
     return out
 
 
-def restore_optimizer(
-    module: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
-) -> None:
+def restore_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
     """Put back what :func:`optimizer_tensors` gave."""
     parameters = dict(module.named_parameters())
     for full, value in tensors.items():

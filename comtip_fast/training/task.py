@@ -13,6 +13,8 @@ import torch
 from comtip_kernels import infonce, level_cross_entropy, pair_scores, pool_weights, table_pool
 from comtip_shards import ShardSet
 from comtip_shards.keyed import uniform
+from comtip_shards.manifest import NAME as MANIFEST
+from comtip_shards.manifest import sha256_of
 from torch import Tensor, nn
 
 from comtip_fast.config.schema import RunConfig
@@ -159,12 +161,9 @@ class CoMTIPTask:
         """Return everything that evaluation and prediction need."""
         return Bundle.from_training(self.config, self.sizes, self.model, self.shards, self.tables, self.tokenizer)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return tensors beyond the module: none."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take back what :meth:`state_dict` gave."""
+    def fingerprint(self) -> dict[str, str]:
+        """Return hashes of what the run reads: a resumed run must find the same."""
+        return {"shards": sha256_of(self.shards.path / MANIFEST), "tokenizer": self.tokenizer.sha256}
 
     # -- parts of a step ------------------------------------------------------------------------------
 

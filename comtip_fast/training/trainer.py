@@ -98,9 +98,7 @@ class Trainer:
         with _lock(self.run_dir), _deterministic(self.device), _catch_signals() as caught:
             resumed = self._start(resume)
             resolved = config_to_dict(self.config)
-            self._loggers = make_loggers(
-                self.config, resolved, self.run_dir, start=self.progress.step, resumed=resumed
-            )
+            self._loggers = make_loggers(self.config, resolved, self.run_dir, start=self.progress.step, resumed=resumed)
             try:
                 self._loop(caught)
             finally:
@@ -221,7 +219,10 @@ class Trainer:
         record = {"step": step, "epoch": self.progress.epoch, "position": self.progress.position, "parts": parts,
                   "gradients": gradients, "spot_index": spots.tolist()}  # fmt: skip
         with (self.run_dir / "nonfinite.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record).replace("NaN", "null").replace("-Infinity", "null").replace("Infinity", "null") + "\n")
+            file.write(
+                json.dumps(record).replace("NaN", "null").replace("-Infinity", "null").replace("Infinity", "null")
+                + "\n"
+            )
         first = f", first in {gradients[0]}" if gradients else ""
         text = f"step {step}: {where} is not finite{first}; the batch is in {self.run_dir / 'nonfinite.jsonl'}"
         if self.config.train.nan_policy == "stop":
@@ -321,7 +322,9 @@ def _lock(run_dir: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             file.seek(0)
-            raise TrainingError(f"{run_dir} is in use by process {file.read().strip() or '?'}; wait for it or stop it") from error
+            raise TrainingError(
+                f"{run_dir} is in use by process {file.read().strip() or '?'}; wait for it or stop it"
+            ) from error
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

@@ -1,0 +1,274 @@
+"""Score a model on sections: zero-shot, on genes it never saw, beside a spatial null and two ridge baselines."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from comtip_shards import ShardSet
+from comtip_shards.tiles import normalise_stain
+
+from comtip_fast.data.levels import log1p_cp10k
+from comtip_fast.evaluation.metrics import Score, pcc_per_gene, score
+from comtip_fast.evaluation.nulls import moved_spots
+from comtip_fast.evaluation.train_reference import TrainReference
+from comtip_fast.inference import GeneQuery, Predictor
+
+log = logging.getLogger("comtip_fast")
+N_HVG = 50
+NORMALISATIONS = ("cp10k", "raw")
+PREDICTORS = ("zero_shot", "zero_shot_unseen_genes", "control_null", "ridge_colour", "ridge_features")
+FORMAT, VERSION = "comtip-metrics", 1
+
+
+@dataclass
+class SectionData:
+    """One evaluated section: what was measured, what was predicted, where."""
+
+    section_id: str
+    task: str
+    keys: list[str]
+    xy: np.ndarray
+    """(N, 2) px of the source image."""
+    measured: dict[str, np.ndarray]
+    """Per normalisation (N, G)."""
+    predicted: dict[str, np.ndarray]
+    hvg: np.ndarray
+    """Positions of the 50 most variable genes in ``keys``; likewise the next two."""
+    panel: np.ndarray
+    unseen: np.ndarray
+    pcc: np.ndarray
+    """(G,) zero-shot, CP10K."""
+    null_means: np.ndarray
+    """Mean PCC over the 50 genes, CP10K, of every draw of the null."""
+
+
+@dataclass
+class Evaluation:
+    """All scores, and the arrays that the report draws."""
+
+    metrics: dict[str, Any]
+    sections: list[SectionData]
+    shards: ShardSet
+    predictor: Predictor
+
+
+def evaluate(
+    predictor: Predictor, shards: ShardSet, *, sections: Sequence[str] | None = None, train_shards: ShardSet,
+    seed: int = 0, n_null: int = 200,
+) -> Evaluation:  # fmt: skip
+    """Score a model.
+
+    Parameters
+    ----------
+    predictor
+        The trained model.
+    shards
+        A shard set with tiles of the model's size.
+    sections
+        Section ids; default: those whose split is ``test``, else all that training did not use.
+    train_shards
+        The set with the model's training sections: the baselines learn from it, and the 50 most variable genes
+        are chosen on it, never on what is evaluated.
+    seed, n_null
+        Of the spatial null.
+
+    Raises
+    ------
+    ValueError
+        Sections unknown or all used in training, tiles of another size, no training section in ``train_shards``.
+    """
+    _check_tiles(predictor, shards)
+    _check_tiles(predictor, train_shards)
+    chosen = choose_sections(predictor, shards, sections)
+    reference = TrainReference(predictor, train_shards)
+    results: dict[str, dict[str, Any]] = {}
+    data: list[SectionData] = []
+    for number in chosen:
+        section_id = shards.manifest.sections[number].section_id
+        log.info("evaluating %s (%d of %d)", section_id, len(data) + 1, len(chosen))
+        one, metrics = _evaluate_section(predictor, shards, number, reference, seed, n_null)
+        data.append(one)
+        results[section_id] = metrics
+    tasks = {t: _merge([results[d.section_id] for d in data if d.task == t]) for t in sorted({d.task for d in data})}
+    whole = {
+        "format": FORMAT, "version": VERSION, "run": predictor.config.name, "seed": seed, "null_draws": n_null,
+        "tasks": tasks, "sections": results,
+    }  # fmt: skip
+    return Evaluation(whole, data, shards, predictor)
+
+
+def choose_sections(predictor: Predictor, shards: ShardSet, wanted: Sequence[str] | None) -> list[int]:
+    """Return section numbers: those asked for, else ``test``, else all that training did not use."""
+    if wanted is not None:
+        return [shards.section_number(s) for s in wanted]
+    entries = list(enumerate(shards.manifest.sections))
+    test = [i for i, s in entries if s.split == "test"]
+    used = {s["section_id"] for s in predictor.train_sections if s["split"] in ("train", "val")}
+    rest = test or [i for i, s in entries if s.section_id not in used]
+    if not rest:
+        raise ValueError(f"{shards.path}: every section was used in training; name some with --sections to score them")
+    return rest
+
+
+def _check_tiles(predictor: Predictor, shards: ShardSet) -> None:
+    made, model = shards.manifest.tile, (predictor.tile_px, predictor.tile_um, predictor.min_mpp)
+    if (made.px, made.um, made.min_mpp) != model:
+        raise ValueError(
+            f"{shards.path}: tiles of {made.um:g} um in {made.px} px at {made.min_mpp:g} um/px, the model reads {model[1]:g} um "
+            f"in {model[0]} px at {model[2]:g}; build with --tile-um {model[1]:g} --tile-px {model[0]} --min-mpp {model[2]:g}"
+        )
+
+
+def _evaluate_section(
+    predictor: Predictor, shards: ShardSet, number: int, reference: TrainReference, seed: int, n_null: int
+) -> tuple[SectionData, dict[str, Any]]:
+    meta, task = shards.manifest.sections[number], shards.task_of_section(number)
+    spots = shards.select(sections=[number])
+    tiles, stain, counts = shards.tiles(spots), shards.stain(number), shards.counts(spots)
+    features = predictor.image_features(tiles.transpose(0, 3, 1, 2), stain)
+    known = {g.key for g, m in zip(shards.genes, shards.measured(number), strict=True) if m}
+    hvg_keys, hvg_from = reference.variable_genes(task, known, N_HVG, fallback=(shards, number))
+    panel_keys = [k for k in predictor.trained_genes if k in known]
+    unseen_keys = [k for k in predictor.held_out_genes if k in known]
+    keys = list(dict.fromkeys([*hvg_keys, *panel_keys, *unseen_keys]))
+    if not keys:
+        raise ValueError(f"{shards.path}: {meta.section_id} measured no gene that can be scored")
+    place = {k: i for i, k in enumerate(keys)}
+    hvg, panel, unseen = (np.array([place[k] for k in some], np.int64) for some in (hvg_keys, panel_keys, unseen_keys))
+    row_of = {g.key: i for i, g in enumerate(shards.genes)}
+    rows = [row_of[k] for k in keys]
+    measured = {
+        "cp10k": log1p_cp10k(counts)[:, rows].toarray().astype(np.float64),
+        "raw": np.log1p(counts[:, rows].toarray().astype(np.float64)),
+    }
+    queries = [GeneQuery(shards.genes[r].symbol, shards.genes[r].name, k) for r, k in zip(rows, keys, strict=True)]
+    predicted = predictor.predict(features, queries)
+    xy = shards.spots.loc[spots, ["x_px", "y_px"]].to_numpy(float)
+    colour = normalise_stain(tiles, stain) if predictor.config.data.stain == "section" else tiles
+    view = _View(
+        task, keys, measured, predicted, hvg, np.unique(np.concatenate([panel, hvg])),
+        _by_variance(unseen, reference.order(task), keys),
+        np.column_stack([_mean_colour(tiles), np.log1p(np.asarray(counts.sum(axis=1)).ravel())]),
+        {"ridge_colour": _mean_colour(colour), "ridge_features": features.pooled_Nd},
+        moved_spots(xy, n_null, seed=seed, section=meta.section_id),
+    )  # fmt: skip
+    scores, null_means = _score_section(view, reference)
+    train = [s for s in predictor.train_sections if s["split"] == "train"]
+    facts = {
+        "sections": [meta.section_id], "donor": meta.donor, "n_spots": int(spots.size), "n_genes_all": int(view.all.size),
+        "n_genes_unseen": len(unseen_keys), "genes_50_hvg": hvg_keys, "hvg_from": hvg_from,
+        "donor_seen_in_training": meta.donor in {s["donor"] for s in train},
+        "section_seen_in_training": meta.section_id in {s["section_id"] for s in train},
+    }  # fmt: skip
+    pcc = pcc_per_gene(measured["cp10k"], predicted["cp10k"])
+    data = SectionData(meta.section_id, task, keys, xy, measured, predicted, hvg, panel, view.unseen, pcc, null_means)
+    return data, facts | scores
+
+
+@dataclass
+class _View:
+    """One section, ready to be scored; genes by position in ``keys``."""
+
+    task: str
+    keys: list[str]
+    measured: dict[str, np.ndarray]
+    predicted: dict[str, np.ndarray]
+    hvg: np.ndarray
+    all: np.ndarray
+    """Panel genes and the most variable ones, ascending."""
+    unseen: np.ndarray
+    """By falling variance."""
+    covariates: np.ndarray
+    inputs: dict[str, np.ndarray]
+    moved: np.ndarray
+
+
+def _score_section(v: _View, reference: TrainReference) -> tuple[dict[str, Any], np.ndarray]:
+    out: dict[str, Any] = {name: {} for name in PREDICTORS}
+    top = np.searchsorted(v.all, v.hvg)
+    first_unseen = np.arange(min(N_HVG, v.unseen.size))
+    null_means = np.zeros(0)
+    for norm in NORMALISATIONS:
+        m, p = v.measured[norm], v.predicted[norm]
+        out["zero_shot"][norm] = asdict(score(m[:, v.all], p[:, v.all], v.covariates, top))
+        out["zero_shot_unseen_genes"][norm] = asdict(score(m[:, v.unseen], p[:, v.unseen], v.covariates, first_unseen))
+        null, draws = _null(m[:, v.all], p[:, v.all], v.covariates, top, v.moved)
+        observed = out["zero_shot"][norm]["mean_pcc_50_hvg"] or 0.0
+        null["p95_mean_pcc_50_hvg"] = float(np.quantile(draws, 0.95)) if draws.size else None
+        null["p_value"] = float((1 + (draws >= observed).sum()) / (1 + draws.size))
+        out["control_null"][norm] = null
+        null_means = draws if norm == "cp10k" else null_means
+        for name, x in v.inputs.items():
+            fitted = reference.ridge(v.task, name, norm, [v.keys[i] for i in v.all], x)
+            out[name][norm] = None if fitted is None else asdict(score(m[:, v.all], fitted, v.covariates, top))
+    return out, null_means
+
+
+def _mean_colour(tiles_NSS3: np.ndarray) -> np.ndarray:
+    return tiles_NSS3.reshape(len(tiles_NSS3), -1, 3).mean(1) / 255.0
+
+
+def _by_variance(rows: np.ndarray, order: dict[str, int], keys: list[str]) -> np.ndarray:
+    return np.array(sorted(rows.tolist(), key=lambda i: (order.get(keys[i], 1 << 40), i)), np.int64)
+
+
+def _null(
+    measured: np.ndarray, predicted: np.ndarray, covariates: np.ndarray, hvg: np.ndarray, moved: np.ndarray
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Return the null's mean scores over draws, and the mean PCC over the 50 genes of each draw."""
+    draws = [score(measured, predicted[take], covariates, hvg) for take in moved]
+    return _mean_scores([asdict(d) for d in draws]), np.array([d.mean_pcc_50_hvg or 0.0 for d in draws])
+
+
+def _mean_scores(scores: list[dict[str, Any]]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key in Score.__dataclass_fields__:
+        values = [s[key] for s in scores if s[key] is not None]
+        out[key] = (
+            (float(np.mean(values)) if values else None)
+            if key != "undefined_genes"
+            else int(round(float(np.mean(values or [0]))))
+        )
+    return out
+
+
+def _merge(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return a task's scores: the mean over its sections (undefined genes: the sum)."""
+    out: dict[str, Any] = {
+        "sections": [s for p in parts for s in p["sections"]], "n_spots": sum(p["n_spots"] for p in parts),
+        "genes_50_hvg": parts[0]["genes_50_hvg"], "donor_seen_in_training": any(p["donor_seen_in_training"] for p in parts),
+    }  # fmt: skip
+    for name in PREDICTORS:
+        out[name] = {}
+        for norm in NORMALISATIONS:
+            scores = [p[name][norm] for p in parts if p[name].get(norm) is not None]
+            out[name][norm] = _mean_scores(scores) if scores else None
+            if scores:
+                out[name][norm]["undefined_genes"] = sum(s["undefined_genes"] for s in scores)
+    return out
+
+
+def write_metrics(metrics: dict[str, Any], path: Path) -> None:
+    """Write ``metrics.json``."""
+    aside = path.with_suffix(".writing")
+    aside.write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    aside.rename(path)
+
+
+def summary_table(metrics: dict[str, Any]) -> str:
+    """Return the main scores as a table of text."""
+    lines = [f"{'task':<28}{'predictor':<24}{'50 HVG':>8}{'all':>8}{'partial':>9}   (mean PCC, log1p CP10K)"]
+    for task, entry in metrics["tasks"].items():
+        for name in PREDICTORS:
+            s = entry[name]["cp10k"]
+            if s is not None:
+                cells = [s["mean_pcc_50_hvg"], s["mean_pcc_all"], s["partial_pcc_50_hvg"]]
+                text = [f"{c:.3f}" if c is not None else "-" for c in cells]
+                lines.append(f"{task:<28}{name:<24}{text[0]:>8}{text[1]:>8}{text[2]:>9}")
+    return "\n".join(lines)
