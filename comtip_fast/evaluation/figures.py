@@ -1,0 +1,180 @@
+"""Pictures of the report, as PNG in base64."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import EllipseCollection
+from matplotlib.figure import Figure
+
+matplotlib.use("Agg")
+INK, GRID = "#22303c", "#d9dee3"
+LOSSES = (
+    ("nce", "InfoNCE: image and its genes"), ("mfm", "MFM: hidden patches"), ("pair", "Pair: right gene, wrong value"),
+    ("level", "Level: how much of a gene"),
+)  # fmt: skip
+NAMES = {
+    "zero_shot": "CoMTIP, zero-shot", "control_null": "null: map turned and shifted", "ridge_colour": "ridge on mean colour",
+    "ridge_features": "ridge on image features",
+}  # fmt: skip
+COLOURS = {"zero_shot": "#0b6e8f", "control_null": "#b8c0c8", "ridge_colour": "#d98c4a", "ridge_features": "#7a9e3f"}
+
+
+def as_uri(figure: Figure, dpi: int = 110) -> str:
+    """Return a figure as a data URI."""
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=dpi, bbox_inches="tight", facecolor="white")
+    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode("ascii")
+
+
+def loss_curves(path: Path) -> str | None:
+    """Draw losses and the validation score from ``metrics.jsonl``; None where there are no rows."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    train, valid = [r for r in rows if r["kind"] == "train"], [r for r in rows if r["kind"] == "valid"]
+    shown = [(k, t) for k, t in LOSSES if any(r.get(k) is not None for r in train)]
+    if not train:
+        return None
+    count = len(shown) + bool(valid)
+    columns = min(3, count)
+    lines = math.ceil(count / columns)
+    figure = Figure(figsize=(3.9 * columns, 2.6 * lines), layout="constrained")
+    axes = list(np.atleast_1d(figure.subplots(lines, columns)).ravel())
+    for axis, (key, title) in zip(axes, shown, strict=False):
+        points = [(r["step"], r[key]) for r in train if r.get(key) is not None]
+        x, y = np.array(points).T
+        axis.plot(x, y, color="#9db4c0", lw=0.8)
+        axis.plot(x, _smooth(y), color="#0b6e8f", lw=1.8)
+        _style(axis, title, "step", "loss")
+    if valid:
+        axis = axes[len(shown)]
+        tasks = sorted({t for r in valid for t in r["per_task"]})
+        for task, colour in zip(tasks, ("#d9534f", "#3b7dd8", "#7a9e3f", "#8a5fb0"), strict=False):
+            xs = [r["step"] for r in valid if r["per_task"].get(task) is not None]
+            axis.plot(xs, [r["per_task"][task] for r in valid if r["per_task"].get(task) is not None], "-o", ms=2.5, lw=1.3,
+                      color=colour, label=task.replace("_", " "))  # fmt: skip
+        best = [r["step"] for r in valid if r.get("best")]
+        if best:
+            axis.axvline(best[-1], color=INK, lw=1, ls=":", label="kept")
+        axis.legend(fontsize=7, frameon=False)
+        _style(axis, "Validation sections (stop training)", "step", "mean PCC")
+    for axis in axes[count:]:
+        axis.set_visible(False)
+    return as_uri(figure)
+
+
+def score_bars(entry: dict[str, Any], norm: str) -> str:
+    """Draw one task's mean PCC over the 50 genes, plain and partial, beside null and baselines."""
+    names = [n for n in NAMES if entry[n].get(norm)]
+    figure = Figure(figsize=(5.4, 2.5), layout="constrained")
+    axis = figure.subplots()
+    y = np.arange(len(names))[::-1]
+    for offset, key, alpha in ((0.19, "mean_pcc_50_hvg", 1.0), (-0.19, "partial_pcc_50_hvg", 0.45)):
+        values = [entry[n][norm][key] or 0.0 for n in names]
+        axis.barh(y + offset, values, 0.36, color=[COLOURS[n] for n in names], alpha=alpha)
+        for at, value in zip(y + offset, values, strict=True):
+            axis.text(max(value, 0) + 0.005, at, f"{value:.2f}", va="center", fontsize=7.5, color=INK)
+    axis.set_yticks(y, [NAMES[n] for n in names], fontsize=8.5)
+    axis.set_xlim(min(0, axis.get_xlim()[0]), axis.get_xlim()[1] * 1.12)
+    _style(axis, "", "mean PCC, 50 most variable genes (pale: colour and depth taken out)", "")
+    return as_uri(figure)
+
+
+def gene_histogram(pcc: np.ndarray, null: np.ndarray, title: str) -> str:
+    """Draw the PCC of every panel gene, and the null's mean."""
+    figure = Figure(figsize=(5.4, 2.3), layout="constrained")
+    axis = figure.subplots()
+    values = pcc[np.isfinite(pcc)]
+    axis.hist(values, bins=np.linspace(-0.4, 1, 43), color="#0b6e8f", alpha=0.85)
+    axis.axvline(float(values.mean()) if values.size else 0.0, color=INK, lw=1.5, label="mean of all panel genes")
+    if null.size:
+        axis.axvspan(
+            *np.quantile(null, [0.025, 0.975]),
+            color="#d98c4a",
+            alpha=0.3,
+            lw=0,
+            label="null, 95 % of draws (mean of 50)",
+        )
+    axis.legend(fontsize=7.5, frameon=False)
+    _style(axis, title, "PCC of one gene", "genes")
+    return as_uri(figure)
+
+
+def maps(
+    overview: np.ndarray, overview_mpp: float, section_mpp: float, xy: np.ndarray, spot_um: float,
+    genes: list[tuple[str, np.ndarray, np.ndarray, float]],
+) -> str:  # fmt: skip
+    """Draw H&E, then per gene the measured and the predicted map over it, in one colour scale per gene.
+
+    ``genes``: (label, measured (N,), predicted (N,), pcc); ``xy`` are px of the source image.
+    """
+    spots = xy * section_mpp / overview_mpp
+    pad = 3 * spot_um / overview_mpp
+    left, top = np.maximum(spots.min(0) - pad, 0)
+    right, bottom = np.minimum(spots.max(0) + pad, overview.shape[1::-1])
+    aspect = (bottom - top) / (right - left)
+    width = 3.1
+    figure = Figure(figsize=(width * 3 + 0.7, (width * aspect + 0.32) * len(genes)), layout="constrained")
+    axes = np.atleast_2d(figure.subplots(len(genes), 3))
+    grey = overview.astype(np.float32).mean(2, keepdims=True).repeat(3, 2) / 255 * 0.35 + 0.65
+    size = 1.15 * spot_um / overview_mpp
+    for row, (label, measured, predicted, pcc) in zip(axes, genes, strict=True):
+        low, high = np.percentile(np.concatenate([measured, predicted]), [1, 99])
+        high = max(high, low + 1e-6)
+        for axis, values, title in (
+            (row[0], None, f"{label}   PCC {pcc:.2f}" if np.isfinite(pcc) else f"{label}   PCC undefined"),
+            (row[1], measured, "measured"), (row[2], predicted, "predicted"),
+        ):  # fmt: skip
+            axis.imshow(overview if values is None else grey, interpolation="bilinear")
+            if values is not None:
+                marks = EllipseCollection(
+                    size, size, 0, units="x", offsets=spots, offset_transform=axis.transData, array=values, cmap="viridis",
+                    clim=(low, high), linewidths=0,
+                )  # fmt: skip
+                axis.add_collection(marks)
+            axis.set_xlim(left, right)
+            axis.set_ylim(bottom, top)
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.set_title(title, fontsize=9, color=INK, loc="left", fontweight="bold" if values is None else "normal")
+            for side in axis.spines.values():
+                side.set_color(GRID)
+        bar = figure.colorbar(marks, ax=row[2], fraction=0.05, pad=0.02)
+        bar.ax.tick_params(labelsize=7)
+        bar.outline.set_visible(False)  # type: ignore[operator]
+        _scale_bar(row[0], overview_mpp, left, right, top, bottom)
+    return as_uri(figure, dpi=90)
+
+
+def _scale_bar(axis: Axes, mpp: float, left: float, right: float, top: float, bottom: float) -> None:
+    length = 1000 / mpp
+    x, y = left + 0.05 * (right - left), bottom - 0.05 * (bottom - top)
+    axis.plot([x, x + length], [y, y], color="black", lw=3, solid_capstyle="butt")
+    axis.text(x + length / 2, y - 0.02 * (bottom - top), "1 mm", ha="center", va="bottom", fontsize=7.5,
+              bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 1})  # fmt: skip
+
+
+def _smooth(y: np.ndarray, share: float = 0.08) -> np.ndarray:
+    """Return a centred running mean; shorter at the ends."""
+    half = max(1, int(len(y) * share / 2))
+    total = np.concatenate([[0.0], np.cumsum(y)])
+    lo, hi = np.maximum(np.arange(len(y)) - half, 0), np.minimum(np.arange(len(y)) + half + 1, len(y))
+    return (total[hi] - total[lo]) / (hi - lo)
+
+
+def _style(axis: Axes, title: str, x: str, y: str) -> None:
+    axis.set_title(title, fontsize=9, color=INK, loc="left")
+    axis.set_xlabel(x, fontsize=8, color=INK)
+    axis.set_ylabel(y, fontsize=8, color=INK)
+    axis.tick_params(labelsize=7.5, colors=INK)
+    axis.grid(color=GRID, lw=0.5)
+    axis.set_axisbelow(True)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)

@@ -1,0 +1,125 @@
+"""report.html: one self-contained page that a biologist can read."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, select_autoescape
+
+from comtip_fast import __version__
+from comtip_fast.evaluation import figures
+from comtip_fast.evaluation.evaluate import PREDICTORS, Evaluation, SectionData
+
+LABELS = {
+    "zero_shot": "CoMTIP, zero-shot",
+    "zero_shot_unseen_genes": "CoMTIP, genes it never saw",
+    "control_null": "Null: its own map, turned and shifted",
+    "ridge_colour": "Ridge on mean tile colour (supervised)",
+    "ridge_features": "Ridge on the image encoder's features (supervised)",
+}
+SHOWN_GENES = "the four best predicted, the median one and the worst of the 50 most variable genes"
+SHOWN_UNSEEN = "the three best predicted among the 50 most variable genes that were kept out of training by name"
+
+
+def write_report(run_dir: Path | None, result: Evaluation, out: Path) -> None:
+    """Write the page.
+
+    Parameters
+    ----------
+    run_dir
+        Run folder with ``metrics.jsonl`` for the loss curves; None where only an export is at hand.
+    result
+        What :func:`comtip_fast.evaluation.evaluate.evaluate` returned.
+    out
+        The file to write.
+    """
+    env = Environment(
+        loader=PackageLoader("comtip_fast.evaluation", "templates"), autoescape=select_autoescape(["html", "j2"]),
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    env.filters["num"] = lambda v: "–" if v is None else f"{v:.3f}"
+    page = env.get_template("report.html.j2").render(
+        name=result.predictor.config.name, version=__version__, date=datetime.date.today().isoformat(),
+        metrics=result.metrics, labels=LABELS, predictors=PREDICTORS, tasks=_tasks(result),
+        curves=figures.loss_curves(run_dir / "metrics.jsonl") if run_dir is not None else None,
+        training=_training(result), shown_genes=SHOWN_GENES, shown_unseen=SHOWN_UNSEEN,
+    )  # fmt: skip
+    out.write_text(page, encoding="utf-8")
+
+
+def _training(result: Evaluation) -> dict[str, Any]:
+    """Say what was trained on what, and whether a validation donor was a training donor."""
+    sections = result.predictor.train_sections
+    donors = {s["donor"] for s in sections if s["split"] == "train"}
+    scored = {d.section_id for d in result.sections}
+    rows = [s | {"scored": s["section_id"] in scored} for s in sections]
+    order = {"train": 0, "val": 1, "test": 2, "": 3}
+    further = [
+        {k: getattr(s, k) for k in ("section_id", "species", "tissue", "donor", "n_spots", "licence", "attribution")}
+        | {"split": "not in the training set", "scored": True}
+        for s in result.shards.manifest.sections
+        if s.section_id in scored and s.section_id not in {r["section_id"] for r in rows}
+    ]
+    return {
+        "rows": sorted(rows, key=lambda s: (s["species"], order[s["split"]], s["section_id"])) + further,
+        "shared_val": [s["section_id"] for s in sections if s["split"] == "val" and s["donor"] in donors],
+        "n_trained": len(result.predictor.trained_genes), "n_held_out": len(result.predictor.held_out_genes),
+        "n_spots": sum(s["n_spots"] for s in sections if s["split"] == "train"),
+        "credits": sorted({s["attribution"] for s in rows + further if s["attribution"]}),
+        "backbone": result.predictor.config.vision.backbone, "stem": result.predictor.config.vision.stem,
+        "tile_um": result.predictor.tile_um, "tile_px": result.predictor.tile_px,
+    }  # fmt: skip
+
+
+def _tasks(result: Evaluation) -> list[dict[str, Any]]:
+    out = []
+    for task, entry in result.metrics["tasks"].items():
+        sections = [_section(result, d) for d in result.sections if d.task == task]
+        out.append(
+            {
+                "title": task.replace("_", " "),
+                "entry": entry,
+                "sections": sections,
+                "bars": figures.score_bars(entry, "cp10k"),
+            }
+        )
+    return out
+
+
+def _section(result: Evaluation, data: SectionData) -> dict[str, Any]:
+    number = result.shards.section_number(data.section_id)
+    meta = result.shards.manifest.sections[number]
+    overview, mpp = result.shards.overview(number)
+    symbol = {g.key: g.symbol for g in result.shards.genes}
+
+    def draw(positions: list[int]) -> str | None:
+        if not positions:
+            return None
+        genes = [
+            (symbol[data.keys[i]], data.measured["cp10k"][:, i], data.predicted["cp10k"][:, i], float(data.pcc[i]))
+            for i in positions
+        ]
+        return figures.maps(overview, mpp, meta.mpp, data.xy, meta.spot_diameter_um, genes)
+
+    chosen = _examples(data)
+    unseen = [i for i in data.unseen[:50] if np.isfinite(data.pcc[i])]
+    best_unseen = sorted(unseen, key=lambda i: -data.pcc[i])[:3]
+    return {
+        "id": data.section_id, "meta": meta, "metrics": result.metrics["sections"][data.section_id],
+        "maps": draw(chosen), "genes": [symbol[data.keys[i]] for i in chosen],
+        "unseen_maps": draw(best_unseen), "unseen_genes": [symbol[data.keys[i]] for i in best_unseen],
+        "histogram": figures.gene_histogram(
+            data.pcc[data.panel], data.null_means, f"{data.section_id}: {data.panel.size} panel genes"
+        ),
+    }  # fmt: skip
+
+
+def _examples(data: SectionData) -> list[int]:
+    """Return the genes to draw, by the rule that the page states."""
+    ranked = sorted(data.hvg.tolist(), key=lambda i: -np.nan_to_num(data.pcc[i]))
+    if len(ranked) <= 6:
+        return ranked
+    return [*ranked[:4], ranked[len(ranked) // 2], ranked[-1]]
