@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
 
     out = fresh_h5ad(args.out)
     answer = load(args.run_dir).embed(args.section, overrides=meta(args))
-    answer.write_h5ad(out)
+    answer.write_h5ad(out, convert_strings_to_categoricals=False)
     print(
         f"{out}: obsm[{OBSM_EMBEDDING!r}] {answer.obsm[OBSM_EMBEDDING].shape[0]} x {answer.obsm[OBSM_EMBEDDING].shape[1]}"
     )

@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
 
     out = fresh_h5ad(args.out)
     answer = load(args.run_dir).predict(args.section, gene_list(args.genes), overrides=meta(args))
-    answer.write_h5ad(out)
+    answer.write_h5ad(out, convert_strings_to_categoricals=False)
     seen = answer.var["training"].value_counts().to_dict()
     print(
         f"{out}: {answer.n_obs} spots x {answer.n_vars} genes "

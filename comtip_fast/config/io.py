@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import json
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
@@ -16,6 +19,35 @@ from comtip_fast.config.schema import CONFIG_VERSION, RunConfig
 
 class ConfigError(ValueError):
     """A config cannot be used; names the file, the key and the fix."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people mean it: ``1e-3`` is a number, a date is text, and a key given twice is an error."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML reads this name)
+        first: [(tag, regexp) for tag, regexp in found if tag != "tag:yaml.org,2002:timestamp"]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Build a dict; PyYAML itself would let the last of two equal keys win."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {name} is given twice", key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that :class:`_Loader` would take for a number."""
+
+
+_ADAPTER = TypeAdapter(RunConfig)
+_FLOAT = re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+for _yaml in (_Loader, _Dumper):
+    _yaml.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
 def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -32,41 +64,48 @@ def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> RunCo
         if not Path(path).is_file():
             raise ConfigError(f"{path}: no such file; configs/ holds examples")
         try:
-            read = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            read = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: not YAML: {str(error).splitlines()[0]}") from error
+            raise ConfigError(f"{path}: not YAML: {_yaml_problem(error)}") from error
         if read is not None and not isinstance(read, dict):
             raise ConfigError(f"{path}: expected keys and values, found {type(read).__name__}")
         data = read or {}
     for item in overrides:
         _override(data, item)
+    if overrides:
+        where = f"{where} with --set {' '.join(overrides)}"
     return config_from_dict(data, where)
 
 
 def config_from_dict(data: Mapping[str, Any], where: str) -> RunConfig:
     """Build a config from plain data; ``where`` names its origin in errors."""
+    data = _without_empty_groups(data)
     version = data.get("version", CONFIG_VERSION)
     if version != CONFIG_VERSION:
         raise ConfigError(f"{where}: config version {version!r}; this comtip-fast reads version {CONFIG_VERSION}")
     _refuse_unknown(data, RunConfig, "", where)
     try:
-        config = TypeAdapter(RunConfig).validate_python(_lists_to_tuples(data))
+        # Strict: "5" is no number, true is no 1. As JSON, because strict Python input would want the dataclasses.
+        config = _ADAPTER.validate_json(json.dumps(data), strict=True)
+    except TypeError as error:
+        raise ConfigError(f"{where}: {error}; use numbers, text, true, false, null and lists") from None
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(p) for p in first["loc"])
-        raise ConfigError(f"{where}: {key}: {first['msg']} (given: {first['input']!r})") from None
-    _check(config, where)
+        given = first["input"]
+        raise ConfigError(f"{where}: {key}: {first['msg']} (given: {given!r}, {type(given).__name__})") from None
+    validate(config, where)
     return config
 
 
 def config_to_dict(config: RunConfig) -> dict[str, Any]:
     """Return the config as plain data (dicts, lists, numbers, strings)."""
-    return _tuples_to_lists(asdict(config))  # type: ignore[no-any-return]
+    return {key: _tuples_to_lists(value) for key, value in asdict(config).items()}
 
 
 def dump_config(config: RunConfig) -> str:
     """Return the config as YAML, every key named; :func:`load_config` reads the same config back."""
-    return yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
+    return yaml.dump(config_to_dict(config), Dumper=_Dumper, sort_keys=False)
 
 
 def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -86,24 +125,26 @@ def _override(data: dict[str, Any], item: str) -> None:
         raise ConfigError(f"--set {item!r}: write KEY=VALUE, e.g. train.steps=100")
     *path, last = key.strip().split(".")
     for part in path:
-        data = data.setdefault(part, {})
+        if data.get(part) is None:
+            data[part] = {}
+        data = data[part]
         if not isinstance(data, dict):
             raise ConfigError(f"--set {item!r}: {part} is a value, not a group of keys")
     data[last] = _scalar(text)
 
 
 def _scalar(text: str) -> Any:
-    """Read a value as YAML, and 1e-3 as the number that it is (YAML 1.1 wants 1.0e-3)."""
     try:
-        value = yaml.safe_load(text)
+        return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"--set: {text!r} is not a YAML value") from error
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+        raise ConfigError(f"--set: {text!r} is not a YAML value: {_yaml_problem(error)}") from error
+
+
+def _yaml_problem(error: Exception) -> str:
+    """Return one line: what is wrong and where."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+    return f"{problem or str(error).splitlines()[0]}{place}"
 
 
 def _groups(cls: type) -> dict[str, type | None]:
@@ -135,10 +176,10 @@ def _nearest(key: str, groups: Mapping[str, Any], prefix: str) -> str:
     return by_leaf[0]
 
 
-def _lists_to_tuples(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _lists_to_tuples(v) for k, v in value.items()}
-    return tuple(value) if isinstance(value, list) else value
+def _without_empty_groups(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop groups with nothing under them: ``optim:`` whose lines are all commented out reads as null."""
+    groups = _groups(RunConfig)
+    return {k: v for k, v in data.items() if v is not None or groups.get(k) is None}
 
 
 def _tuples_to_lists(value: Any) -> Any:
@@ -147,36 +188,82 @@ def _tuples_to_lists(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _check(config: RunConfig, where: str) -> None:
-    """Refuse combinations that no run could use."""
-    c = config
-    rules = [
+def validate(config: RunConfig, where: str = "config") -> None:
+    """Refuse what no run could use: sizes, shares and their combinations.
+
+    Raises
+    ------
+    ConfigError
+        Names the key and what it must be.
+    """
+    for key, value in flatten(config_to_dict(config)).items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ConfigError(f"{where}: {key}: must be a finite number (given: {value!r})")
+    for holds, message in (*_data_rules(config), *_model_rules(config), *_training_rules(config)):
+        if not holds:
+            raise ConfigError(f"{where}: {message}")
+
+
+Rule = tuple[bool, str]
+
+
+def _data_rules(c: RunConfig) -> list[Rule]:
+    per_batch = c.data.sections_per_batch
+    return [
         (c.data.batch_size >= 2, "data.batch_size: needs at least 2 spots, InfoNCE compares them"),
-        (c.data.sections_per_batch is None or c.data.sections_per_batch >= 1, "data.sections_per_batch: 1 or more, or null"),
+        (per_batch is None or per_batch >= 1, "data.sections_per_batch: 1 or more, or null"),
         (c.data.views >= 1, "data.views: at least 1"),
         (c.data.jitter >= 0, "data.jitter: not negative"),
         (0 <= c.genes.min_detection <= 1, "genes.min_detection: a share between 0 and 1"),
-        (c.genes.per_task >= 0 and c.genes.held_out_every >= 0 and c.genes.held_out_from >= 0, "genes: counts cannot be negative"),
+        (c.genes.per_task >= 0, "genes.per_task: not negative (0 takes every detected gene)"),
+        (c.genes.held_out_every >= 0, "genes.held_out_every: not negative (0 holds out none)"),
         (c.genes.held_out_every != 1, "genes.held_out_every: 1 would hold out every gene"),
-        (1 <= c.panel.min_genes <= c.panel.max_genes, "panel: needs 1 <= min_genes <= max_genes"),
+        (c.genes.held_out_from >= 0, "genes.held_out_from: not negative"),
+        (c.panel.min_genes >= 1, "panel.min_genes: at least 1"),
+        (c.panel.min_genes <= c.panel.max_genes, "panel.max_genes: not below panel.min_genes"),
         (0 <= c.panel.variable_share <= 1, "panel.variable_share: a share between 0 and 1"),
         (3 <= c.levels.n_levels <= 256, "levels.n_levels: between 3 and 256 (levels are stored as one byte)"),
-        (0 < c.vision.mask_ratio < 1, "vision.mask_ratio: between 0 and 1, both left out"),
-        (c.vision.width % c.vision.heads == 0, "vision.heads: must divide vision.width"),
-        (0 <= c.vision.ema_decay <= 1, "vision.ema_decay: between 0 and 1"),
-        (c.text.width % c.text.heads == 0, "text.heads: must divide text.width"),
-        (c.text.max_tokens >= 1 and c.text.depth >= 1 and c.vision.depth >= 1, "text and vision: sizes are at least 1"),
-        (0 <= c.text.identity_drop <= 1, "text.identity_drop: a share between 0 and 1"),
-        (c.align.dim >= 2 and c.align.temperature > 0 and c.align.max_scale > 0, "align: sizes and temperatures are positive"),
-        (all(w >= 0 for w in (c.loss.nce, c.loss.mfm, c.loss.pair, c.loss.level)), "loss: weights are not negative"),
-        (any(w > 0 for w in (c.loss.nce, c.loss.mfm, c.loss.pair, c.loss.level)), "loss: all weights are 0"),
-        (c.loss.paat.candidates >= 1 and c.loss.paat.strata >= 1, "loss.paat: candidates and strata are at least 1"),
-        (c.optim.lr > 0 and 0 <= c.optim.final_lr <= 1 and c.optim.clip >= 0, "optim: lr > 0, 0 <= final_lr <= 1, clip >= 0"),
-        (0 <= c.optim.betas[0] < 1 and 0 <= c.optim.betas[1] < 1, "optim.betas: each in [0, 1)"),
-        (c.train.steps >= 1 and c.train.log_every >= 1 and c.train.checkpoint_every >= 1, "train: counts are at least 1"),
-        (c.train.keep_checkpoints >= 1, "train.keep_checkpoints: at least 1"),
-        (c.train.validate_every >= 0 and c.train.patience >= 0 and c.train.threads >= 0, "train: counts are not negative"),
-    ]  # fmt: skip
-    for holds, message in rules:
-        if not holds:
-            raise ConfigError(f"{where}: {message}")
+        (c.levels.min_positive >= 1, "levels.min_positive: at least 1"),
+    ]
+
+
+def _model_rules(c: RunConfig) -> list[Rule]:
+    v, t = c.vision, c.text
+    return [
+        (v.backbone != "", "vision.backbone: small, or the name of a timm Vision Transformer"),
+        (v.patch_px >= 1, "vision.patch_px: at least 1"),
+        (v.width >= 1 and v.depth >= 1, "vision.width and vision.depth: at least 1"),
+        (v.heads >= 1 and v.width % max(1, v.heads) == 0, "vision.heads: must divide vision.width"),
+        (0 < v.mask_ratio < 1, "vision.mask_ratio: between 0 and 1, both left out (loss.mfm=0 turns masking off)"),
+        (0 <= v.ema_decay <= 1, "vision.ema_decay: between 0 and 1"),
+        (t.width >= 1 and t.depth >= 1, "text.width and text.depth: at least 1"),
+        (t.heads >= 1 and t.width % max(1, t.heads) == 0, "text.heads: must divide text.width"),
+        (t.max_tokens >= 1, "text.max_tokens: at least 1"),
+        (0 <= t.identity_drop <= 1, "text.identity_drop: a share between 0 and 1"),
+        (c.align.dim >= 2, "align.dim: at least 2"),
+        (c.align.temperature > 0, "align.temperature: above 0"),
+        (c.align.max_scale > 0, "align.max_scale: above 0"),
+    ]
+
+
+def _training_rules(c: RunConfig) -> list[Rule]:
+    o, t, paat = c.optim, c.train, c.loss.paat
+    weights = {"nce": c.loss.nce, "mfm": c.loss.mfm, "pair": c.loss.pair, "level": c.loss.level}
+    at_least_one = ("steps", "log_every", "checkpoint_every", "keep_checkpoints")
+    not_negative = ("seed", "validate_every", "patience", "max_skips", "threads")
+    return [
+        *((weight >= 0, f"loss.{name}: not negative") for name, weight in weights.items()),
+        (any(weights.values()), "loss: all weights are 0, there is nothing to learn"),
+        (paat.candidates >= 1, "loss.paat.candidates: at least 1"),
+        (paat.strata >= 1, "loss.paat.strata: at least 1"),
+        (paat.min_level_shift >= 1, "loss.paat.min_level_shift: at least 1, or equal levels would count as mispaired"),
+        (o.lr > 0, "optim.lr: above 0"),
+        (o.weight_decay >= 0, "optim.weight_decay: not negative"),
+        (all(0 <= beta < 1 for beta in o.betas), "optim.betas: each in [0, 1)"),
+        (o.warmup_steps >= 0, "optim.warmup_steps: not negative"),
+        (0 <= o.final_lr <= 1, "optim.final_lr: a share of the peak, between 0 and 1"),
+        (o.clip >= 0, "optim.clip: not negative (0 turns it off)"),
+        *((getattr(t, name) >= 1, f"train.{name}: at least 1") for name in at_least_one),
+        *((getattr(t, name) >= 0, f"train.{name}: not negative") for name in not_negative),
+    ]
