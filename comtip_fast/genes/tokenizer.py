@@ -40,8 +40,16 @@ class GeneTokenizer:
     def encode(self, symbol: str, name: str, max_tokens: int) -> list[int]:
         """Return at most ``max_tokens`` ids, at least one.
 
-        The symbol comes whole (cut only where it alone is too long), then as much of the name as fits.
+        The symbol comes whole, then as much of the name as fits. Only a symbol that is alone longer than
+        ``max_tokens`` is cut, and then nothing of the name is left. Without a symbol or name the text is ``?``.
+
+        Raises
+        ------
+        ValueError
+            ``max_tokens`` is below 1.
         """
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1 (given: {max_tokens})")
         first = self._ids(gene_text(symbol, "") or "?")
         rest = self._ids(" " + gene_text("", name)) if name.strip() else []
         return (first + rest)[:max_tokens]
