@@ -1,1 +1,1 @@
-"""TODO."""
+"""A made-up tissue for tests and benchmarks: small, quick, and with something to learn."""

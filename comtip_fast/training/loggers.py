@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import time
+import uuid
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -32,15 +33,15 @@ class JsonlLogger:
 
     def __init__(self, path: Path, up_to_step: int | None) -> None:
         """Open ``path``; rows after ``up_to_step`` are dropped, they will be made again (None keeps nothing)."""
-        kept = [] if up_to_step is None or not path.exists() else _rows_up_to(path, up_to_step)
-        aside = path.with_suffix(".writing")
-        aside.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-        aside.replace(path)
+        if up_to_step is None:
+            path.unlink(missing_ok=True)
+        else:
+            keep_rows_up_to(path, up_to_step)
         self._file: TextIO = path.open("a", encoding="utf-8")
 
     def log(self, row: dict[str, Any]) -> None:
         """Append and flush."""
-        self._file.write(json.dumps(_finite(row)) + "\n")
+        self._file.write(json.dumps(finite(row)) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -51,17 +52,18 @@ class JsonlLogger:
 class TensorBoardLogger:
     """Events for TensorBoard (extra ``log``)."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, start: int) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ValueError("train.tensorboard=true needs TensorBoard: pip install 'comtip-fast[log]'") from error
-        self._writer = SummaryWriter(str(folder))
+        # A resumed run makes the steps after its checkpoint again; their first events are hidden.
+        self._writer = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
 
     def log(self, row: dict[str, Any]) -> None:
         """Write every number of the row."""
-        for key, value in row.items():
-            if isinstance(value, (int, float)) and key != "step" and math.isfinite(value):
+        for key, value in _numbers(row).items():
+            if math.isfinite(value):
                 self._writer.add_scalar(f"{row['kind']}/{key}", value, row["step"])
 
     def close(self) -> None:
@@ -77,11 +79,14 @@ class WandbLogger:
             import wandb
         except ImportError as error:
             raise ValueError("train.wandb needs Weights & Biases: pip install 'comtip-fast[log]'") from error
-        self._run = wandb.init(project=project, dir=str(folder), config=config, resume="allow")
+        known = folder / "wandb_id"
+        if not known.exists():
+            known.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+        self._run = wandb.init(project=project, dir=str(folder), config=config, id=known.read_text(), resume="allow")
 
     def log(self, row: dict[str, Any]) -> None:
         """Send the row."""
-        self._run.log({f"{row['kind']}/{k}": v for k, v in row.items() if k not in {"step", "kind"}}, step=row["step"])
+        self._run.log({f"{row['kind']}/{key}": value for key, value in _numbers(row).items()}, step=row["step"])
 
     def close(self) -> None:
         """Finish the run."""
@@ -126,25 +131,44 @@ def make_loggers(
         Progress(config.train.steps, start),
     ]
     if config.train.tensorboard:
-        loggers.append(TensorBoardLogger(run_dir / "tensorboard"))
+        loggers.append(TensorBoardLogger(run_dir / "tensorboard", start))
     if config.train.wandb:
         loggers.append(WandbLogger(config.train.wandb, run_dir, resolved))
     return loggers
 
 
-def _rows_up_to(path: Path, step: int) -> list[dict[str, Any]]:
-    rows = []
+def _numbers(row: dict[str, Any]) -> dict[str, float]:
+    """Return the numbers of a row, those of nested groups as ``group/name``."""
+    out: dict[str, float] = {}
+    for key, value in row.items():
+        if isinstance(value, dict):
+            out |= {f"{key}/{name}": number for name, number in _numbers(value).items()}
+        elif isinstance(value, (int, float)) and key != "step":
+            out[key] = float(value)
+    return out
+
+
+def keep_rows_up_to(path: Path, step: int) -> None:
+    """Drop the rows of a JSONL file after ``step``, and a last line that a killed run left half written."""
+    if not path.exists():
+        return
+    kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
-            break  # the line that was being written when the run was killed
+            break
         if row["step"] <= step:
-            rows.append(row)
-    return rows
+            kept.append(line + "\n")
+    aside = path.with_suffix(".writing")
+    aside.write_text("".join(kept), encoding="utf-8")
+    aside.replace(path)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Return ``value`` with null for every number that is not finite, which JSON does not have."""
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

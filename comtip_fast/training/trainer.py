@@ -6,19 +6,15 @@ epoch), so a run killed at any moment and resumed gives the same losses and weig
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import math
-import os
 import shutil
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -28,18 +24,20 @@ from torch import Tensor
 from comtip_fast.config.io import config_to_dict, dump_config, flatten
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.training import checkpoint as checkpoints
-from comtip_fast.training.checkpoint import Checkpoint
-from comtip_fast.training.loggers import Logger, make_loggers
+from comtip_fast.training.checkpoint import Checkpoint, CheckpointError
+from comtip_fast.training.loggers import Logger, finite, keep_rows_up_to, make_loggers
 from comtip_fast.training.optim import learning_rate, make_optimizer, optimizer_tensors, restore_optimizer
 from comtip_fast.training.protocol import TrainingTask
+from comtip_fast.training.signals import Signals, catch_signals, hold_run
 
 log = logging.getLogger("comtip_fast")
 
+NONFINITE = "nonfinite.jsonl"
 # Keys that may differ when a run is resumed: they change neither weights nor the loss trace. The place of the
-# shards may change too, because their hash is compared.
+# shards may change too, because their hash is compared; and what to do about a NaN, because it stopped the run.
 FREE_KEYS = {
     "name", "data.shards", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.tensorboard",
-    "train.wandb",
+    "train.wandb", "train.nan_policy", "train.max_skips",
 }  # fmt: skip
 
 
@@ -48,7 +46,7 @@ class TrainingError(ValueError):
 
 
 @dataclass
-class Progress:
+class RunState:
     """Where a run is: all of its state besides weights and moments."""
 
     step: int = 0
@@ -81,10 +79,12 @@ class Trainer:
         self.task, self.config, self.run_dir = task, config, Path(run_dir)
         self.checkpoint_dir = self.run_dir / "checkpoints"
         self.optimizer = make_optimizer(task.module, config.optim)
-        self.progress = Progress()
+        self.progress = RunState()
         self.device = next(task.module.parameters()).device
         self._epoch_batches: tuple[int, list[np.ndarray]] = (-1, [])
         self._loggers: list[Logger] = []
+        self._saved_step = -1
+        self._busy_s, self._busy_spots = 0.0, 0
 
     def fit(self, resume: bool = False) -> FitResult:
         """Train; with ``resume`` go on from the newest good checkpoint, or start where there is none.
@@ -95,7 +95,7 @@ class Trainer:
             The folder is in use or holds another run, the config or data changed, or a loss is not finite.
         """
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        with _lock(self.run_dir), _deterministic(self.device), _catch_signals() as caught:
+        with hold_run(self.run_dir), _deterministic(self.device), catch_signals() as caught:
             resumed = self._start(resume)
             resolved = config_to_dict(self.config)
             self._loggers = make_loggers(self.config, resolved, self.run_dir, start=self.progress.step, resumed=resumed)
@@ -110,24 +110,34 @@ class Trainer:
     # -- start ------------------------------------------------------------------------------------------
 
     def _start(self, resume: bool) -> bool:
-        found = checkpoints.newest_good(self.checkpoint_dir) if self.checkpoint_dir.is_dir() else None
+        checkpoints.clear_leftovers(self.checkpoint_dir)
+        steps = checkpoints.steps_of(self.checkpoint_dir)
+        if steps and not resume:
+            raise TrainingError(
+                f"{self.run_dir} already holds a run (step {steps[-1]}); go on with --resume, or give another --out"
+            )
+        found = checkpoints.newest_good(self.checkpoint_dir)
         if found is None:
-            if checkpoints.steps_of(self.checkpoint_dir):
+            if steps:
                 raise TrainingError(f"{self.checkpoint_dir}: no checkpoint is whole; delete the folder to start again")
+            if resume:
+                log.info("%s holds no checkpoint yet: starting at step 0", self.run_dir)
+            (self.run_dir / NONFINITE).unlink(missing_ok=True)
             self._write_config()
             return False
         step, loaded = found
-        if not resume:
-            raise TrainingError(
-                f"{self.run_dir} already holds a run (step {step}); go on with --resume, or give another --out"
-            )
         self._check_same_run(loaded.state)
+        checkpoints.set_aside_after(self.checkpoint_dir, step)
         self._restore(loaded)
+        self._write_config()
+        keep_rows_up_to(self.run_dir / NONFINITE, step)
         log.info("resumed from step %d", step)
         return True
 
     def _write_config(self) -> None:
-        (self.run_dir / "config.yaml").write_text(dump_config(self.config), encoding="utf-8")
+        aside = self.run_dir / ".config.yaml.writing"
+        aside.write_text(dump_config(self.config), encoding="utf-8")
+        aside.replace(self.run_dir / "config.yaml")
 
     def _check_same_run(self, state: dict[str, Any]) -> None:
         old, new = flatten(state["config"]), flatten(config_to_dict(self.config))
@@ -141,16 +151,25 @@ class Trainer:
         if state["fingerprint"] != found:
             other = [k for k in found if state["fingerprint"].get(k) != found[k]]
             raise TrainingError(f"{self.run_dir}: cannot resume, what it read has changed: {', '.join(other)}")
+        for what, was, now in (
+            ("device", state["device"], self.device.type),
+            ("torch", state["torch"], torch.__version__),
+        ):
+            if was != now:
+                log.warning(
+                    "resuming with %s %s what began with %s: equal up to rounding, not to the bit", what, now, was
+                )
 
     # -- the loop ---------------------------------------------------------------------------------------
 
-    def _loop(self, caught: _Signals) -> None:
+    def _loop(self, caught: Signals) -> None:
         p, cfg = self.progress, self.config.train
         if p.stopped:
             log.info("this run is finished (%s); writing its export again", p.stopped)
         while not p.stopped:
             if caught.received:
-                self._save()
+                if self._saved_step != p.step:
+                    self._save()
                 return
             self._one_step()
             if p.step >= cfg.steps:
@@ -172,7 +191,7 @@ class Trainer:
         with self._autocast():
             losses, numbers = self.task.losses(self.task.batch(spots, step, p.epoch))
         self.optimizer.zero_grad(set_to_none=True)
-        losses["loss"].backward()  # type: ignore[no-untyped-call]
+        losses["loss"].backward()
         norm = self._clip()
         if math.isfinite(float(losses["loss"].detach())) and math.isfinite(norm):
             self.optimizer.step()
@@ -180,11 +199,14 @@ class Trainer:
         else:
             self._not_finite(step, spots, losses)
         p.step, p.position = step, p.position + 1
+        self._busy_s, self._busy_spots = self._busy_s + time.monotonic() - began, self._busy_spots + len(spots)
         if step % self.config.train.log_every == 0 or step == 1:
             row = {"step": step, "kind": "train", "epoch": p.epoch}
             row |= {k: float(v.detach()) for k, v in losses.items()} | numbers
             row |= {"lr": self.optimizer.param_groups[0]["lr"], "grad_norm": norm, "skips": p.skips}
-            self._log(row | {"spots_per_s": len(spots) / (time.monotonic() - began)})
+            row["spots_per_s"] = self._busy_spots / max(self._busy_s, 1e-9)
+            self._busy_s, self._busy_spots = 0.0, 0
+            self._log(row)
 
     def _next_batch(self) -> np.ndarray:
         p = self.progress
@@ -199,9 +221,15 @@ class Trainer:
             p.epoch, p.position = p.epoch + 1, 0
 
     def _clip(self) -> float:
-        limit = self.config.optim.clip or float("inf")
+        """Clip the gradients to ``optim.clip`` and return their norm; gradients that are not finite stay as they are.
+
+        (Scaling by a norm of NaN would make every gradient NaN and hide the first one.)
+        """
         trained = [q for q in self.task.module.parameters() if q.grad is not None]
-        return float(torch.nn.utils.clip_grad_norm_(trained, limit))
+        norm = torch.nn.utils.get_total_norm([q.grad for q in trained if q.grad is not None])
+        if self.config.optim.clip and math.isfinite(float(norm)):
+            torch.nn.utils.clip_grads_with_norm_(trained, self.config.optim.clip, norm)
+        return float(norm)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         wanted = self.config.train.precision
@@ -211,26 +239,27 @@ class Trainer:
 
     def _not_finite(self, step: int, spots: np.ndarray, losses: dict[str, Tensor]) -> None:
         """Say what happened where; stop, or skip the update and count it."""
+        cfg, path = self.config.train, self.run_dir / NONFINITE
         parts = {k: float(v.detach()) for k, v in losses.items()}
-        bad = [k for k, v in parts.items() if k != "loss" and not math.isfinite(v)]
+        bad = [k for k, v in parts.items() if not math.isfinite(v)]
         named = self.task.module.named_parameters()
         gradients = [n for n, q in named if q.grad is not None and not bool(q.grad.isfinite().all())]
-        where = f"loss part {', '.join(bad)}" if bad else "the gradient"
         record = {"step": step, "epoch": self.progress.epoch, "position": self.progress.position, "parts": parts,
                   "gradients": gradients, "spot_index": spots.tolist()}  # fmt: skip
-        with (self.run_dir / "nonfinite.jsonl").open("a", encoding="utf-8") as file:
-            file.write(
-                json.dumps(record).replace("NaN", "null").replace("-Infinity", "null").replace("Infinity", "null")
-                + "\n"
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(finite(record)) + "\n")
+        what = f"loss part {', '.join(k for k in bad if k != 'loss') or 'loss'}" if bad else "the gradient"
+        first = f" (gradients of {len(gradients)} parameters, first {gradients[0]})" if gradients else ""
+        some = ", ".join(str(i) for i in spots[:5].tolist())
+        text = f"step {step}: {what} is not finite{first}; spots {some} ...; the whole batch is in {path}"
+        if cfg.nan_policy == "stop":
+            raise TrainingError(
+                f"{text}. Start again with a lower optim.lr, or go on with --resume --set train.nan_policy=skip"
             )
-        first = f", first in {gradients[0]}" if gradients else ""
-        text = f"step {step}: {where} is not finite{first}; the batch is in {self.run_dir / 'nonfinite.jsonl'}"
-        if self.config.train.nan_policy == "stop":
-            raise TrainingError(f"{text}; lower optim.lr, or set train.nan_policy=skip")
         self.progress.skips += 1
         log.warning("%s; update skipped (%d so far)", text, self.progress.skips)
-        if self.progress.skips > self.config.train.max_skips:
-            raise TrainingError(f"{text}; more than train.max_skips={self.config.train.max_skips} updates were skipped")
+        if self.progress.skips > cfg.max_skips:
+            raise TrainingError(f"{text}; more than train.max_skips={cfg.max_skips} updates were skipped")
 
     def _validate(self) -> None:
         p, cfg = self.progress, self.config.train
@@ -239,8 +268,11 @@ class Trainer:
         better = math.isfinite(score) and score > p.best_score
         if better:
             p.best_score, p.best_step, p.bad_validations = score, p.step, 0
-        else:
+        elif math.isfinite(score):
             p.bad_validations += 1
+        else:
+            # Patience is about scores that get no better; here there is no score to compare.
+            log.warning("step %d: validation gave no score (no section of split val, or no gene to score?)", p.step)
         self._log({"step": p.step, "kind": "valid", "score": score, "per_task": per_task, "best": better})
         if cfg.patience and p.bad_validations >= cfg.patience and not p.stopped:
             p.stopped = "patience"
@@ -255,12 +287,15 @@ class Trainer:
         p = self.progress
         state = asdict(p) | {"best_score": p.best_score if math.isfinite(p.best_score) else None}
         state |= {"config": config_to_dict(self.config), "fingerprint": self.task.fingerprint()}
-        state["torch_rng"] = torch.get_rng_state().numpy().tobytes().hex()
+        state |= {"device": self.device.type, "torch": torch.__version__, "torch_rng": _hex(torch.get_rng_state())}
+        if self.device.type == "cuda":
+            state["cuda_rng"] = _hex(torch.cuda.get_rng_state(self.device))
         module = self.task.module
         checkpoints.save(
             self.checkpoint_dir, p.step,
             Checkpoint(module.state_dict(), optimizer_tensors(module, self.optimizer), state),
         )  # fmt: skip
+        self._saved_step = p.step
         checkpoints.prune(self.checkpoint_dir, self.config.train.keep_checkpoints, p.best_step or None)
 
     def _restore(self, loaded: Checkpoint) -> None:
@@ -269,16 +304,34 @@ class Trainer:
         state = loaded.state
         fields = {k: state[k] for k in asdict(self.progress)}
         fields["best_score"] = float("-inf") if state["best_score"] is None else state["best_score"]
-        self.progress = Progress(**fields)
-        rng = np.frombuffer(bytes.fromhex(state["torch_rng"]), np.uint8).copy()
-        torch.set_rng_state(torch.from_numpy(rng))
+        self.progress = RunState(**fields)
+        torch.set_rng_state(_unhex(state["torch_rng"]))
+        if self.device.type == "cuda" and "cuda_rng" in state:
+            torch.cuda.set_rng_state(_unhex(state["cuda_rng"]), self.device)
+        self._saved_step = self.progress.step
+        self._check_best()
+
+    def _check_best(self) -> None:
+        """Forget a best checkpoint that is damaged or gone, aloud: the next validation sets a new one."""
+        p = self.progress
+        if p.best_step in (0, p.step):
+            return
+        try:
+            checkpoints.verify(checkpoints.folder_of(self.checkpoint_dir, p.best_step))
+        except CheckpointError as error:
+            log.warning(
+                "the best checkpoint so far (step %d, score %.4f) is lost: %s", p.best_step, p.best_score, error
+            )
+            p.best_step, p.best_score = 0, float("-inf")
 
     def _export_best(self) -> None:
         """Export the best weights (the last ones where nothing was validated), whole or not at all."""
+        self._check_best()
         step = self.progress.best_step
         if step and step != self.progress.step:
             best = checkpoints.load(checkpoints.folder_of(self.checkpoint_dir, step))
             self.task.module.load_state_dict(best.model)
+        self.task.module.eval()
         aside, final = self.run_dir / ".export-writing", self.run_dir / "export"
         shutil.rmtree(aside, ignore_errors=True)
         self.task.export(aside)
@@ -286,49 +339,12 @@ class Trainer:
         aside.rename(final)
 
 
-class _Signals:
-    """Remembers that a signal asked for the end."""
-
-    def __init__(self) -> None:
-        self.received = 0
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = number
-        log.warning("signal %d: finishing this step, saving, then stopping", number)
+def _hex(state: Tensor) -> str:
+    return state.cpu().numpy().tobytes().hex()
 
 
-@contextmanager
-def _catch_signals() -> Iterator[_Signals]:
-    caught = _Signals()
-    try:
-        old = {s: signal.signal(s, caught) for s in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:  # not in the main thread: signals are someone else's
-        yield caught
-        return
-    try:
-        yield caught
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def _lock(run_dir: Path) -> Iterator[None]:
-    """Keep a second process out; the lock dies with its process."""
-    with (run_dir / "run.lock").open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.seek(0)
-            raise TrainingError(
-                f"{run_dir} is in use by process {file.read().strip() or '?'}; wait for it or stop it"
-            ) from error
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
+def _unhex(text: str) -> Tensor:
+    return torch.from_numpy(np.frombuffer(bytes.fromhex(text), np.uint8).copy())
 
 
 @contextmanager

@@ -1,0 +1,74 @@
+"""What happens to a run from outside: a signal that asks it to stop, and a second process in its folder."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+log = logging.getLogger("comtip_fast")
+LOCK_FILE = "run.lock"
+
+
+class RunInUseError(ValueError):
+    """Another live process holds the run folder."""
+
+
+class Signals:
+    """Remembers that SIGTERM or SIGINT asked for the end; a second SIGINT ends at once."""
+
+    def __init__(self) -> None:
+        self.received = 0
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Take a signal: the running step is finished first."""
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+        log.warning("%s: finishing this step, saving, then stopping", signal.Signals(number).name)
+
+
+@contextmanager
+def catch_signals() -> Iterator[Signals]:
+    """Take SIGTERM and SIGINT; the earlier handlers come back at the end."""
+    caught, earlier = Signals(), {}
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            earlier[number] = signal.signal(number, caught)
+    except ValueError:
+        log.debug("not in the main thread: signals are left to whoever started this")
+    try:
+        yield caught
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+@contextmanager
+def hold_run(run_dir: Path) -> Iterator[None]:
+    """Keep a second process out of a run folder.
+
+    The kernel drops the lock with the process that holds it, however it ends, so a lock file that a dead process
+    left behind is simply taken over; its text, the process id, is only for people.
+
+    Raises
+    ------
+    RunInUseError
+        A live process holds the folder.
+    """
+    with (run_dir / LOCK_FILE).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read().strip() or "?"
+            raise RunInUseError(f"{run_dir} is in use by process {holder}; wait for it or stop it") from error
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield

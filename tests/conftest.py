@@ -1,0 +1,51 @@
+"""Shared: a tiny source, its shard set, and a tiny config."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from comtip_fast.testing.tiny import write_tiny_source
+from comtip_shards import ShardSet
+from comtip_shards.build import build_shards
+from comtip_shards.sources import open_source
+
+torch.set_num_threads(1)
+
+TINY = [
+    "data.batch_size=32", "data.views=2", "genes.per_task=30", "genes.held_out_from=10", "genes.held_out_every=4",
+    "panel.max_genes=24", "levels.n_levels=5", "levels.min_positive=10", "vision.patch_px=16", "vision.width=32", "vision.depth=1", "vision.heads=2",
+    "text.width=32", "text.depth=1", "text.heads=2", "text.max_tokens=6", "align.dim=32", "optim.warmup_steps=5",
+    "train.steps=20", "train.validate_every=5", "train.checkpoint_every=5", "train.log_every=1", "train.patience=0",
+    "train.threads=1",
+]  # fmt: skip
+TILES = {"tile_px": 32, "tile_um": 224.0, "min_mpp": 5.0}
+
+
+@pytest.fixture(scope="session")
+def tiny_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_source(tmp_path_factory.mktemp("source")).parent
+
+
+@pytest.fixture(scope="session")
+def tiny_shards(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    out = tmp_path_factory.mktemp("shards") / "set"
+    build_shards(open_source(tiny_source), out, **TILES)
+    return ShardSet(out)
+
+
+@pytest.fixture(scope="session")
+def tiny_overrides(tiny_shards: ShardSet) -> list[str]:
+    return [*TINY, f"data.shards={tiny_shards.path}"]
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on the tiny set."""
+    from comtip_fast.config.io import load_config
+    from comtip_fast.training.task import build_task
+    from comtip_fast.training.trainer import Trainer
+
+    config = load_config(None, [*tiny_overrides, "train.steps=60", "train.validate_every=20", "optim.lr=3e-3"])
+    run = tmp_path_factory.mktemp("run") / "run"
+    Trainer(build_task(config, torch.device("cpu")), config, run).fit()
+    return run
