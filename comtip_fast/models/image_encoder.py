@@ -7,9 +7,12 @@ width of a stem's features. Works with any timm Vision Transformer by name, and 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import timm
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -128,5 +131,16 @@ def _build_vit(config: VisionConfig, tile_px: int) -> VisionTransformer:
     if not isinstance(vit, VisionTransformer):
         raise ValueError(f"vision.backbone {config.backbone!r} is a {type(vit).__name__}, not a Vision Transformer")
     if config.pretrained not in ("", "hub"):
-        timm.models.load_checkpoint(vit, config.pretrained, strict=False)
+        _load_weights(vit, Path(config.pretrained))
     return vit
+
+
+def _load_weights(vit: VisionTransformer, path: Path) -> None:
+    """Load a timm ``.safetensors`` file; its classifier is left out, anything else must fit."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        raise ValueError(f"vision.pretrained {str(path)!r}: give an existing .safetensors file (nothing is unpickled)")
+    try:
+        state = {k: v for k, v in load_file(path).items() if not k.startswith(("head.", "head_dist."))}
+        vit.load_state_dict(state)
+    except (RuntimeError, SafetensorError) as err:
+        raise ValueError(f"vision.pretrained {str(path)!r} does not fit {type(vit).__name__}: {err}") from err

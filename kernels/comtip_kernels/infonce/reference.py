@@ -77,4 +77,4 @@ def infonce_reference(
     positive = logits.diagonal()
     i2t = torch.logsumexp(logits, dim=1) - positive
     t2i = torch.logsumexp(logits[:, :B], dim=0) - positive
-    return (weight * (i2t + t2i)).sum() / (2 * weight.sum().clamp_min(1))
+    return (weight * (i2t + t2i)).sum() / (2 * weight.sum().clamp_min(1e-12))
