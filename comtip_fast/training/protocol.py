@@ -9,6 +9,10 @@ import numpy as np
 from torch import Tensor, nn
 
 
+class TrainingError(ValueError):
+    """Training cannot start or go on; says where and what to do."""
+
+
 class TrainingTask(Protocol):
     """Data, model and losses behind one seam."""
 

@@ -11,12 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from comtip_fast.training.protocol import TrainingError
+
 log = logging.getLogger("comtip_fast")
 LOCK_FILE = "run.lock"
-
-
-class RunInUseError(ValueError):
-    """Another live process holds the run folder."""
 
 
 class Signals:
@@ -58,7 +56,7 @@ def hold_run(run_dir: Path) -> Iterator[None]:
 
     Raises
     ------
-    RunInUseError
+    TrainingError
         A live process holds the folder.
     """
     with (run_dir / LOCK_FILE).open("a+", encoding="utf-8") as file:
@@ -67,7 +65,7 @@ def hold_run(run_dir: Path) -> Iterator[None]:
         except BlockingIOError as error:
             file.seek(0)
             holder = file.read().strip() or "?"
-            raise RunInUseError(f"{run_dir} is in use by process {holder}; wait for it or stop it") from error
+            raise TrainingError(f"{run_dir} is in use by process {holder}; wait for it or stop it") from error
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

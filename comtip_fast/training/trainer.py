@@ -27,7 +27,7 @@ from comtip_fast.training import checkpoint as checkpoints
 from comtip_fast.training.checkpoint import Checkpoint, CheckpointError
 from comtip_fast.training.loggers import Logger, finite, keep_rows_up_to, make_loggers
 from comtip_fast.training.optim import learning_rate, make_optimizer, optimizer_tensors, restore_optimizer
-from comtip_fast.training.protocol import TrainingTask
+from comtip_fast.training.protocol import TrainingError, TrainingTask
 from comtip_fast.training.signals import Signals, catch_signals, hold_run
 
 log = logging.getLogger("comtip_fast")
@@ -39,10 +39,6 @@ FREE_KEYS = {
     "name", "data.shards", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.tensorboard",
     "train.wandb", "train.nan_policy", "train.max_skips",
 }  # fmt: skip
-
-
-class TrainingError(ValueError):
-    """Training cannot start or go on; says where and what to do."""
 
 
 @dataclass
@@ -151,14 +147,9 @@ class Trainer:
         if state["fingerprint"] != found:
             other = [k for k in found if state["fingerprint"].get(k) != found[k]]
             raise TrainingError(f"{self.run_dir}: cannot resume, what it read has changed: {', '.join(other)}")
-        for what, was, now in (
-            ("device", state["device"], self.device.type),
-            ("torch", state["torch"], torch.__version__),
-        ):
-            if was != now:
-                log.warning(
-                    "resuming with %s %s what began with %s: equal up to rounding, not to the bit", what, now, was
-                )
+        for what, now in (("device", self.device.type), ("torch", torch.__version__)):
+            if state.get(what, now) != now:
+                log.warning("%s: was %s, is %s; the same up to rounding, but not to the bit", what, state[what], now)
 
     # -- the loop ---------------------------------------------------------------------------------------
 
@@ -319,9 +310,7 @@ class Trainer:
         try:
             checkpoints.verify(checkpoints.folder_of(self.checkpoint_dir, p.best_step))
         except CheckpointError as error:
-            log.warning(
-                "the best checkpoint so far (step %d, score %.4f) is lost: %s", p.best_step, p.best_score, error
-            )
+            log.warning("the best checkpoint (step %d, score %.4f) is lost: %s", p.best_step, p.best_score, error)
             p.best_step, p.best_score = 0, float("-inf")
 
     def _export_best(self) -> None:
