@@ -130,7 +130,8 @@ def _die_at_moment(seconds: float) -> None:
 
 
 def main(folder: Path, seed: int) -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # a fork must find no thread pool
+    torch.optim.AdamW(Net().parameters())  # imports much, once rather than in each fork
     assert _child(lambda: fit(folder / "whole")) == 0
     rng, kills, killed = random.Random(seed), 0, folder / "killed"
 

@@ -1,0 +1,79 @@
+"""The schedule, the groups and the state of the optimizer."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from comtip_fast.config.schema import OptimConfig
+from comtip_fast.training.optim import learning_rate, make_optimizer, optimizer_tensors, restore_optimizer
+
+CONFIG = OptimConfig(lr=0.5, warmup_steps=10, final_lr=0.1, weight_decay=0.3)
+
+
+def test_schedule_at_its_corners() -> None:
+    assert learning_rate(1, 110, CONFIG) == pytest.approx(0.05)
+    assert learning_rate(5, 110, CONFIG) == pytest.approx(0.25)
+    assert learning_rate(10, 110, CONFIG) == 0.5
+    assert learning_rate(60, 110, CONFIG) == pytest.approx(0.5 * (0.1 + 0.9 / 2))
+    assert learning_rate(110, 110, CONFIG) == pytest.approx(0.05)
+
+
+def test_schedule_is_the_cosine() -> None:
+    for step in range(10, 111):
+        share = (step - 10) / 100
+        expected = 0.5 * (0.1 + 0.9 * (math.cos(math.pi * share) + 1) / 2)
+        assert learning_rate(step, 110, CONFIG) == pytest.approx(expected, rel=1e-12)
+    rates = [learning_rate(s, 110, CONFIG) for s in range(1, 111)]
+    assert rates[:10] == sorted(rates[:10])
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+
+
+@pytest.mark.parametrize(("warmup", "total"), [(0, 1), (0, 5), (1, 1), (5, 5), (50, 3)])
+def test_short_runs_have_positive_rates(warmup: int, total: int) -> None:
+    config = OptimConfig(lr=1.0, warmup_steps=warmup, final_lr=0.02)
+    assert all(0 < learning_rate(s, total, config) <= 1 for s in range(1, total + 1))
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+    module.register_parameter("scale", nn.Parameter(torch.tensor(2.0)))
+    module.register_parameter("frozen", nn.Parameter(torch.ones(2, 2), requires_grad=False))
+    return module
+
+
+def test_only_matrices_are_decayed_and_frozen_ones_left_out() -> None:
+    module = net()
+    decayed, plain = make_optimizer(module, CONFIG).param_groups
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
+    names = {id(p): n for n, p in module.named_parameters()}
+    assert {names[id(p)] for p in decayed["params"]} == {"0.weight", "2.weight"}
+    assert {names[id(p)] for p in plain["params"]} == {"0.bias", "1.weight", "1.bias", "2.bias", "scale"}
+
+
+def step(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    (module(torch.ones(5, 3)).square().sum() * module.scale).backward()
+    optimizer.step()
+
+
+def test_state_restored_goes_on_to_the_bit() -> None:
+    a = net()
+    first = make_optimizer(a, CONFIG)
+    for _ in range(3):
+        step(a, first)
+    b = net()
+    b.load_state_dict(a.state_dict())
+    second = make_optimizer(b, CONFIG)
+    tensors = {k: v.clone() for k, v in optimizer_tensors(a, first).items()}
+    assert {"0.weight/step", "0.weight/exp_avg", "scale/exp_avg_sq"} <= tensors.keys()
+    restore_optimizer(b, second, tensors)
+    for _ in range(2):
+        step(a, first)
+        step(b, second)
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        assert torch.equal(p, q)

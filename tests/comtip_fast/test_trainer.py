@@ -1,0 +1,380 @@
+"""The loop: kill and resume, signals, damage, NaN, patience, and what a resumed run refuses."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from comtip_fast.config.io import load_config
+from comtip_fast.training import checkpoint as checkpoints
+from comtip_fast.training.loggers import TIMING
+from comtip_fast.training.trainer import Trainer, TrainingError
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = Path(__file__).with_name("trainer_standin.py")
+
+
+def _load_standin() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("trainer_standin", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+standin = _load_standin()
+fit, config_of, StandIn = standin.fit, standin.config_of, standin.StandIn
+
+
+def trace(folder: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in rows]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert trace(a) == trace(b)
+    assert sorted(p.name for p in (a / "checkpoints").iterdir()) == sorted(
+        p.name for p in (b / "checkpoints").iterdir()
+    )
+    files = [p.relative_to(a) for p in a.rglob("*.safetensors")]
+    assert files
+    for file in files:
+        assert (a / file).read_bytes() == (b / file).read_bytes(), file
+    assert (a / "config.yaml").read_bytes() == (b / "config.yaml").read_bytes()
+
+
+def stop_at(step: int, number: int = signal.SIGTERM) -> Callable[[int], None]:
+    return lambda now: os.kill(os.getpid(), number) if now == step else None
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    fit(folder)
+    return folder
+
+
+# -- a run that nothing disturbs ----------------------------------------------------------------------------
+
+
+def test_run_folder(whole: Path) -> None:
+    assert load_config(whole / "config.yaml") == config_of()
+    rows = trace(whole)
+    assert [r["step"] for r in rows if r["kind"] == "train"] == list(range(1, 18))
+    assert [r["step"] for r in rows if r["kind"] == "valid"] == [3, 6, 9, 12, 15, 17]
+    assert {"loss", "nce", "mfm", "lr", "grad_norm", "scale", "skips", "epoch"} <= rows[0].keys()
+    assert {"score", "per_task", "best"} <= next(r for r in rows if r["kind"] == "valid").keys()
+    losses = [r["loss"] for r in rows if r["kind"] == "train"]
+    assert sum(losses[-3:]) < sum(losses[:3])
+
+
+def test_two_runs_are_equal(whole: Path, tmp_path: Path) -> None:
+    fit(tmp_path / "again")
+    assert_same_run(whole, tmp_path / "again")
+
+
+def test_every_spot_is_used_once_per_epoch_in_the_order_of_batches(tmp_path: Path) -> None:
+    config = config_of("train.steps=10")
+    seen: list[list[int]] = []
+    task = StandIn(config)
+    inner = task.batch
+    task.batch = lambda spots, step, epoch: (seen.append(spots.tolist()), inner(spots, step, epoch))[1]
+    Trainer(task, config, tmp_path / "run").fit()
+    assert [b.tolist() for epoch in (0, 1) for b in task.batches(epoch)] == seen
+    assert sorted(spot for batch in seen[:5] for spot in batch) == list(range(standin.SPOTS))
+
+
+def test_deterministic_setting_is_put_back(tmp_path: Path) -> None:
+    before = torch.are_deterministic_algorithms_enabled()
+    inside: list[bool] = []
+    fit(tmp_path / "run", at_step=lambda step: inside.append(torch.are_deterministic_algorithms_enabled()))
+    assert all(inside)
+    assert torch.are_deterministic_algorithms_enabled() == before
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+# -- killed, and resumed ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [1])
+def test_killed_anywhere_and_resumed_ends_the_same(tmp_path: Path, seed: int) -> None:
+    path = os.pathsep.join(str(ROOT / p) for p in (".", "kernels", "data_shards"))
+    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, SCRIPT, tmp_path, str(seed)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 5, "hardly killed at all"
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.parametrize("step", [1, 4, 7, 9, 16])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_and_resume_ends_the_same(whole: Path, tmp_path: Path, step: int, number: int) -> None:
+    run = tmp_path / "run"
+    result = fit(run, "train.keep_checkpoints=2", at_step=stop_at(step, number))
+    assert (result.stopped, result.step) == ("sigterm", step)
+    assert checkpoints.steps_of(run / "checkpoints")[-1] == step
+    assert not (run / "export").exists()
+    assert fit(run, resume=True).stopped == "steps"
+    assert trace(run) == trace(whole)
+    assert (run / "export/model.safetensors").read_bytes() == (whole / "export/model.safetensors").read_bytes()
+
+
+def test_signal_in_the_last_step_finishes_the_run(tmp_path: Path) -> None:
+    assert fit(tmp_path / "run", at_step=stop_at(17)).stopped == "steps"
+    assert (tmp_path / "run/export").is_dir()
+
+
+def test_signal_before_the_first_step(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, original = tmp_path / "run", Trainer._start
+
+    def start(self: Trainer, resume: bool) -> bool:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, resume)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_start", start)
+        assert fit(run).step == 0
+    assert checkpoints.steps_of(run / "checkpoints") == [0]
+    fit(run, resume=True)
+    assert_same_run(whole, run)
+
+
+def test_resuming_a_finished_run_changes_nothing_and_mends_the_export(whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    shutil.rmtree(run / "export")
+    result = fit(run, resume=True)
+    assert (result.stopped, result.step) == ("steps", 17)
+    assert_same_run(whole, run)
+
+
+def test_resume_without_a_checkpoint_starts(whole: Path, tmp_path: Path) -> None:
+    fit(tmp_path / "run", resume=True)
+    assert_same_run(whole, tmp_path / "run")
+
+
+def test_rows_after_the_checkpoint_are_made_again(whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    fit(run, at_step=stop_at(10))
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 11, "kind": "train", "loss": 99.0}\n{"step": 12, "kind": "tr')
+    fit(run, resume=True)
+    assert trace(run) == trace(whole)
+
+
+@pytest.mark.parametrize("name", [*checkpoints.FILES, "SHA256SUMS"])
+def test_damaged_newest_checkpoint_is_reported_and_the_one_before_used(
+    whole: Path, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    fit(run, "train.keep_checkpoints=1", at_step=stop_at(10))
+    damaged = checkpoints.folder_of(run / "checkpoints", 10)
+    (damaged / name).write_bytes(b"\xff" + (damaged / name).read_bytes()[1:])
+    with caplog.at_level(logging.INFO, "comtip_fast"):
+        fit(run, "train.keep_checkpoints=1", resume=True, at_step=stop_at(13))
+    assert "step_00000010" in caplog.text
+    assert "resumed from step 9" in caplog.text
+    assert (run / "checkpoints/damaged_step_00000010").is_dir()
+    assert 13 in checkpoints.steps_of(run / "checkpoints"), "the damaged one must not count as kept"
+    fit(run, "train.keep_checkpoints=1", resume=True)
+    assert trace(run) == trace(whole)
+
+
+def test_all_checkpoints_damaged_is_an_error(whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    for folder in (run / "checkpoints").iterdir():
+        (folder / "model.safetensors").unlink()
+    with pytest.raises(TrainingError, match="no checkpoint is whole"):
+        fit(run, resume=True)
+
+
+# -- what is refused ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", ["train.steps=18", "optim.lr=0.01", "data.batch_size=4", "train.seed=1",
+                                    "loss.paat.strata=3", "optim.betas=[0.8,0.9]", "train.patience=2"])  # fmt: skip
+def test_resume_with_another_config_names_the_key(whole: Path, tmp_path: Path, change: str) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    with pytest.raises(TrainingError, match=change.split("=")[0].replace(".", r"\.")):
+        fit(tmp_path / "run", change, resume=True)
+
+
+def test_logging_and_keeping_may_change(whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    fit(run, at_step=stop_at(8))
+    free = ["train.log_every=2", "train.keep_checkpoints=9", "train.checkpoint_every=1", "name=other", "data.shards=x"]
+    fit(run, *free, resume=True)
+    assert (run / "export/model.safetensors").read_bytes() == (whole / "export/model.safetensors").read_bytes()
+    assert yaml.safe_load((run / "config.yaml").read_text())["name"] == "other"
+
+
+def test_resume_on_other_data_is_refused(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    task = StandIn(config_of())
+    task.data_hash = "other"
+    with pytest.raises(TrainingError, match="has changed: shards"):
+        Trainer(task, config_of(), tmp_path / "run").fit(resume=True)
+
+
+def test_a_folder_with_a_run_needs_resume(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    with pytest.raises(TrainingError, match=r"already holds a run .*--resume"):
+        fit(tmp_path / "run")
+    assert_same_run(whole, tmp_path / "run")
+
+
+def test_a_second_process_is_kept_out_and_a_dead_one_is_not_waited_for(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    hold = ("import fcntl,os,sys,time; f=open(sys.argv[1],'w'); fcntl.flock(f,fcntl.LOCK_EX); "
+            "f.write(str(os.getpid())); f.flush(); print('held',flush=True); time.sleep(60)")  # fmt: skip
+    with subprocess.Popen([sys.executable, "-c", hold, run / "run.lock"], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(TrainingError, match=f"in use by process {other.pid}"):
+            fit(run)
+        other.kill()
+    assert (run / "run.lock").read_text() == str(other.pid)
+    assert fit(run).stopped == "steps"
+
+
+def test_no_batches_is_an_error(tmp_path: Path) -> None:
+    task = StandIn(config_of())
+    task.batches = lambda epoch: []
+    with pytest.raises(TrainingError, match="no training spots"):
+        Trainer(task, config_of(), tmp_path / "run").fit()
+
+
+# -- validation, patience, pruning, export ------------------------------------------------------------------
+
+
+def run_with_scores(folder: Path, scores: dict[int, float], *overrides: str) -> tuple[Any, Any]:
+    config = config_of("train.validate_every=2", *overrides)
+    task = StandIn(config)
+    task.scores = dict.fromkeys(range(1, 100), 0.0) | scores
+    return Trainer(task, config, folder).fit(), task
+
+
+def test_patience_stops_and_the_best_weights_are_exported(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    result, _ = run_with_scores(run, {2: 0.1, 4: 0.5, 6: 0.3, 8: 0.5, 10: 0.2}, "train.patience=3", "train.steps=90")
+    assert (result.stopped, result.step, result.best_step, result.best_score) == ("patience", 10, 4, 0.5)
+    assert checkpoints.steps_of(run / "checkpoints") == [4, 8, 10]
+    best = checkpoints.load(run / "checkpoints/step_00000004").model
+    exported = checkpoints.load_file(run / "export/model.safetensors")
+    assert all(torch.equal(best[k], exported[k]) for k in best)
+
+
+def test_without_validation_the_last_weights_are_exported(tmp_path: Path) -> None:
+    result = fit(tmp_path / "run", "train.validate_every=0")
+    assert (result.best_step, result.stopped) == (0, "steps")
+    last = checkpoints.load(tmp_path / "run/checkpoints/step_00000017").model
+    exported = checkpoints.load_file(tmp_path / "run/export/model.safetensors")
+    assert all(torch.equal(last[k], exported[k]) for k in last)
+
+
+def test_scores_that_do_not_exist_cost_no_patience(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    nan = dict.fromkeys(range(1, 100), float("nan"))
+    result, _ = run_with_scores(tmp_path / "run", nan, "train.patience=2")
+    assert (result.stopped, result.step, result.best_step) == ("steps", 17, 0)
+    assert "validation gave no score" in caplog.text
+    assert next(r for r in trace(tmp_path / "run") if r["kind"] == "valid")["score"] is None
+
+
+def test_pruning_keeps_newest_and_best(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run_with_scores(run, {2: 1.0}, "train.keep_checkpoints=3", "train.checkpoint_every=1")
+    assert checkpoints.steps_of(run / "checkpoints") == [2, 15, 16, 17]
+
+
+def test_a_lost_best_checkpoint_is_said_and_the_last_weights_are_exported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    _, task = run_with_scores(run, {2: 1.0})
+    (run / "checkpoints/step_00000002/model.safetensors").write_bytes(b"")
+    config = config_of("train.validate_every=2")
+    result = Trainer(task, config, run).fit(resume=True)
+    assert result.best_step == 0
+    assert "best checkpoint (step 2, score 1.0000) is lost" in caplog.text
+    last = checkpoints.load(run / "checkpoints/step_00000017").model
+    assert torch.equal(last["teacher"], checkpoints.load_file(run / "export/model.safetensors")["teacher"])
+
+
+# -- not a number -------------------------------------------------------------------------------------------
+
+
+def run_with_nan(folder: Path, steps: dict[int, str], *overrides: str, resume: bool = False) -> Any:
+    config = config_of(*overrides)
+    task = StandIn(config)
+    task.nan_steps = steps
+    return Trainer(task, config, folder).fit(resume=resume)
+
+
+def nonfinite(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "nonfinite.jsonl").read_text().splitlines()]
+
+
+def test_nan_loss_stops_with_step_part_and_spots(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(TrainingError, match=r"step 7: loss part mfm is not finite .*spots \d+, .*nan_policy=skip"):
+        run_with_nan(run, {7: "loss"})
+    (record,) = nonfinite(run)
+    assert (record["step"], record["epoch"], record["position"]) == (7, 1, 1)
+    assert record["parts"]["mfm"] is None
+    assert record["parts"]["nce"] > 0
+    assert record["spot_index"] == StandIn(config_of()).batches(1)[1].tolist()
+
+
+@pytest.mark.parametrize("clip", ["0", "1"])
+def test_nan_gradient_names_the_parameter_and_no_other(tmp_path: Path, clip: str) -> None:
+    with pytest.raises(TrainingError, match=r"step 5: the gradient is not finite .*first body\.1\.bias"):
+        run_with_nan(tmp_path / "run", {5: "gradient"}, f"optim.clip={clip}")
+    (record,) = nonfinite(tmp_path / "run")
+    assert record["gradients"] == ["body.1.bias"], "clipping must not spread the NaN before it is looked for"
+
+
+def test_skip_leaves_weights_and_counts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = tmp_path / "run"
+    result = run_with_nan(run, {4: "loss", 8: "gradient"}, "train.nan_policy=skip", "train.checkpoint_every=1",
+                          "train.keep_checkpoints=99", "train.log_every=1")  # fmt: skip
+    assert result.stopped == "steps"
+    before, after = (checkpoints.load(checkpoints.folder_of(run / "checkpoints", s)) for s in (3, 4))
+    assert all(torch.equal(before.model[k], after.model[k]) for k in before.model)
+    assert all(torch.equal(before.optim[k], after.optim[k]) for k in before.optim)
+    rows = {r["step"]: r for r in trace(run) if r["kind"] == "train"}
+    assert [rows[s]["skips"] for s in (3, 4, 7, 8, 17)] == [0, 1, 1, 2, 2]
+    assert rows[4]["loss"] is None
+    assert "update skipped (2 so far)" in caplog.text
+    assert len(nonfinite(run)) == 2
+
+
+def test_skip_stops_after_max_skips(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"step 6: .*max_skips=2"):
+        run_with_nan(tmp_path / "run", dict.fromkeys((2, 4, 6), "loss"), "train.nan_policy=skip", "train.max_skips=2")
+
+
+def test_a_run_stopped_by_nan_can_go_on_skipping(tmp_path: Path) -> None:
+    stopped, straight, bad = tmp_path / "stopped", tmp_path / "straight", {7: "loss"}
+    with pytest.raises(TrainingError):
+        run_with_nan(stopped, bad)
+    run_with_nan(stopped, bad, "train.nan_policy=skip", resume=True)
+    run_with_nan(straight, bad, "train.nan_policy=skip")
+    assert_same_run(stopped, straight)
+    assert nonfinite(stopped) == nonfinite(straight)
