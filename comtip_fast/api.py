@@ -15,10 +15,10 @@ import numpy as np
 import pandas as pd
 from comtip_shards.identifiers import GeneResource
 
-from comtip_fast import __version__
+from comtip_fast._version import __version__
 from comtip_fast.constants import LAYER_CP10K, LAYER_RAW, OBSM_EMBEDDING, UNS
-from comtip_fast.data.sections import SectionTiles, TileSpec, open_section
-from comtip_fast.inference import GeneQuery, Predictor
+from comtip_fast.data.sections import SectionTiles, TileSpec, open_section, read_h5ad
+from comtip_fast.inference import GeneQuery, ImageFeatures, Predictor
 
 log = logging.getLogger("comtip_fast")
 
@@ -87,14 +87,14 @@ class Model:
         if isinstance(section, ad.AnnData):
             data = section.copy()
         elif str(section).endswith(".h5ad"):
-            data = ad.read_h5ad(section)
+            data = read_h5ad(Path(section))
         else:
             data = opened.template.copy()
         data.obsm[OBSM_EMBEDDING] = self._features(opened).vector_ND
         data.uns[UNS] = self._provenance(opened)
         return data
 
-    def _features(self, opened: SectionTiles):  # type: ignore[no-untyped-def]
+    def _features(self, opened: SectionTiles) -> ImageFeatures:
         return self.predictor.image_features(opened.tiles_NSS3.transpose(0, 3, 1, 2), opened.stain)
 
     def _provenance(self, opened: SectionTiles) -> dict[str, str]:

@@ -26,7 +26,7 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from comtip_fast import __version__
+from comtip_fast._version import __version__
 from comtip_fast.config.io import config_from_dict, config_to_dict
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.data.gene_tokens import gene_tokens, take_genes
@@ -194,7 +194,7 @@ def _read_meta(folder: Path) -> dict[str, Any]:
 
 
 class Predictor:
-    """A trained model that answers: what is expressed under this tile?"""
+    """A trained model that says what is expressed under a tile."""
 
     def __init__(self, bundle: Bundle, device: str | torch.device = "cpu") -> None:
         self.bundle, self.device = bundle, torch.device(device)

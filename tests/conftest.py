@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from comtip_fast.testing.tiny import write_tiny_source
 from comtip_shards import ShardSet
 from comtip_shards.build import build_shards
 from comtip_shards.sources import open_source
+
+from comtip_fast.testing.tiny import write_tiny_source
 
 torch.set_num_threads(1)
 
@@ -45,7 +46,8 @@ def tiny_run(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory
     from comtip_fast.training.task import build_task
     from comtip_fast.training.trainer import Trainer
 
-    config = load_config(None, [*tiny_overrides, "train.steps=60", "train.validate_every=20", "optim.lr=3e-3"])
+    more = ["train.steps=120", "train.validate_every=20", "optim.lr=3e-3", "vision.stem=efficientnet_lite0"]
+    config = load_config(None, [*tiny_overrides, *more, "loss.nce=0.5", "loss.mfm=0.3"])
     run = tmp_path_factory.mktemp("run") / "run"
     Trainer(build_task(config, torch.device("cpu")), config, run).fit()
     return run

@@ -8,7 +8,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from comtip_fast import __version__
+from comtip_fast._version import __version__
 
 # name -> (module, help); imported only when asked for, so that --help answers at once.
 COMMANDS = {

@@ -103,7 +103,7 @@ def draw_panel(
     hi = min(config.max_genes, open_.size)
     lo = min(config.min_genes, hi)
     size = int(np.clip(np.exp(rng.uniform(np.log(lo), np.log(hi + 1))), lo, hi))
-    n_weighted = int(round(size * config.variable_share))
+    n_weighted = round(size * config.variable_share)
     # Weighted sampling without replacement by exponential races (Efraimidis and Spirakis 2006).
     race = rng.exponential(size=open_.size) / np.maximum(weight[open_], 1e-9)
     first = open_[np.argsort(race, kind="stable")[:n_weighted]]

@@ -73,7 +73,7 @@ def open_section(
         return _from_anndata(spec, "the AnnData", tile, overrides)
     path, section_id = split_spec(str(spec))
     if path.suffix == ".h5ad":
-        return _from_anndata(ad.read_h5ad(path), str(path), tile, overrides)
+        return _from_anndata(read_h5ad(path), str(path), tile, overrides)
     if (path / "manifest.json").is_file():
         return _from_shards(ShardSet(path), section_id, tile)
     sources = open_source(path, samples=[section_id] if section_id else None, overrides=overrides)
@@ -83,6 +83,16 @@ def open_section(
             f"{path} holds {len(sources)} sections ({ids}); name one: {path}:{sources[0].meta.section_id}"
         )
     return _from_section(sources[0].read(), tile)
+
+
+def read_h5ad(path: Path | str) -> ad.AnnData:
+    """Read an AnnData file; what is none is said by name."""
+    try:
+        return ad.read_h5ad(path)
+    except (OSError, KeyError) as error:
+        raise SourceError(
+            f"{path}: not an .h5ad that can be read ({error}); write it with AnnData.write_h5ad"
+        ) from error
 
 
 def split_spec(spec: str) -> tuple[Path, str]:

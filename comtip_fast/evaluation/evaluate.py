@@ -233,7 +233,7 @@ def _mean_scores(scores: list[dict[str, Any]]) -> dict[str, Any]:
         out[key] = (
             (float(np.mean(values)) if values else None)
             if key != "undefined_genes"
-            else int(round(float(np.mean(values or [0]))))
+            else round(float(np.mean(values or [0])))
         )
     return out
 

@@ -31,8 +31,8 @@ COLOURS = {"zero_shot": "#0b6e8f", "control_null": "#b8c0c8", "ridge_colour": "#
 def as_uri(figure: Figure, dpi: int = 110, kind: str = "png") -> str:
     """Return a figure as a data URI: ``png`` for lines and text, ``jpeg`` for tissue (a fifth of the bytes)."""
     out = io.BytesIO()
-    options = {"pil_kwargs": {"quality": 85}} if kind == "jpeg" else {}
-    figure.savefig(out, format=kind, dpi=dpi, bbox_inches="tight", facecolor="white", **options)
+    options = {"quality": 85} if kind == "jpeg" else {}
+    figure.savefig(out, format=kind, dpi=dpi, bbox_inches="tight", facecolor="white", pil_kwargs=options)
     return f"data:image/{kind};base64," + base64.b64encode(out.getvalue()).decode("ascii")
 
 
@@ -93,7 +93,7 @@ def gene_histogram(pcc: np.ndarray, null: np.ndarray, title: str) -> str:
     figure = Figure(figsize=(5.4, 2.3), layout="constrained")
     axis = figure.subplots()
     values = pcc[np.isfinite(pcc)]
-    axis.hist(values, bins=np.linspace(-0.4, 1, 43), color="#0b6e8f", alpha=0.85)
+    axis.hist(values, bins=np.linspace(-0.4, 1, 43).tolist(), color="#0b6e8f", alpha=0.85)
     axis.axvline(float(values.mean()) if values.size else 0.0, color=INK, lw=1.5, label="mean of all panel genes")
     if null.size:
         axis.axvspan(
@@ -149,7 +149,7 @@ def maps(
                 side.set_color(GRID)
         bar = figure.colorbar(marks, ax=row[2], fraction=0.05, pad=0.02)
         bar.ax.tick_params(labelsize=7)
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
         _scale_bar(row[0], overview_mpp, left, right, top, bottom)
     return as_uri(figure, dpi=100, kind="jpeg")
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader, select_autoescape
 
-from comtip_fast import __version__
+from comtip_fast._version import __version__
 from comtip_fast.evaluation import figures
 from comtip_fast.evaluation.evaluate import PREDICTORS, Evaluation, SectionData
 

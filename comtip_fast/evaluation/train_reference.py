@@ -110,7 +110,8 @@ class TrainReference:
             own = self._task_sections(task)
             values = [log1p_cp10k(self.shards.counts(self.shards.select(sections=[n]))) for n in own]
             detection = self.predictor.config.genes.min_detection
-            rows = rank_by_variance(values, [self.shards.measured(n) for n in own], detection)[0] if own else []
+            measured = [self.shards.measured(n) for n in own]
+            rows = rank_by_variance(values, measured, detection)[0].tolist() if own else []
             self._ranked[task] = [self._keys[r] for r in rows]
         return self._ranked[task]
 

@@ -13,6 +13,7 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -33,6 +34,10 @@ class ImageTokens:
 class VisionEncoder(nn.Module):
     """timm's Vision Transformer, taken apart so that only the patches asked for are ever computed."""
 
+    pixel_mean: Tensor
+    pixel_std: Tensor
+    pos_embed: Tensor
+
     def __init__(self, config: VisionConfig, tile_px: int) -> None:
         super().__init__()
         vit = _build_vit(config, tile_px)
@@ -47,7 +52,13 @@ class VisionEncoder(nn.Module):
             self.stem = EfficientNetLite0Stem()
             self.patch_embed: nn.Module = nn.Linear(self.stem.width, self.width)
         else:
+            # Patches are embedded one by one (see forward), so its check of the whole image's size does not apply.
+            vit.patch_embed.strict_img_size = False
             self.patch_embed = vit.patch_embed
+        if vit.pos_embed is None:
+            raise ValueError(
+                f"vision.backbone {config.backbone!r} has no absolute position embedding, which masking needs"
+            )
         self.pos_embed = vit.pos_embed
         self.cls_token = vit.cls_token
         self.reg_token = vit.reg_token
@@ -59,7 +70,7 @@ class VisionEncoder(nn.Module):
     def cut(self, tiles_B3SS: Tensor) -> Tensor:
         """Cut uint8 tiles into normalised patches (B, P, 3, p, p), row by row."""
         B, _, S, _ = tiles_B3SS.shape
-        if S != self.grid * self.patch_px:
+        if self.grid * self.patch_px != S:
             raise ValueError(f"tiles are {S} px wide, the encoder was built for {self.grid * self.patch_px} px")
         x = (tiles_B3SS.to(self.pixel_mean.dtype) / 255 - self.pixel_mean) / self.pixel_std
         k, p = self.grid, self.patch_px
@@ -130,6 +141,10 @@ def _build_vit(config: VisionConfig, tile_px: int) -> VisionTransformer:
         raise ValueError(f"vision.backbone {config.backbone!r}: timm cannot build it for {tile_px} px ({err})") from err
     if not isinstance(vit, VisionTransformer):
         raise ValueError(f"vision.backbone {config.backbone!r} is a {type(vit).__name__}, not a Vision Transformer")
+    if not isinstance(vit.patch_embed, PatchEmbed):
+        raise ValueError(
+            f"vision.backbone {config.backbone!r} embeds patches with a network that sees their neighbours"
+        )
     if config.pretrained not in ("", "hub"):
         _load_weights(vit, Path(config.pretrained))
     return vit

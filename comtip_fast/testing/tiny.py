@@ -68,7 +68,14 @@ def write_tiny_source(
         rate = np.exp(1.2 + 1.5 * level[:, None] * sign[None] + 0.1 * rng.normal(size=(1, len(SYMBOLS))))
         counts = pd.DataFrame(rng.poisson(rate), index=ids, columns=list(SYMBOLS))
         counts.to_csv(folder / f"{section.section_id}.tsv.gz", sep="\t")
-        spots = {"spot_id": ids, "array_x": x, "array_y": y, "pixel_x": x * pitch_px, "pixel_y": y * pitch_px, "in_tissue": 1}
+        spots = {
+            "spot_id": ids,
+            "array_x": x,
+            "array_y": y,
+            "pixel_x": x * pitch_px,
+            "pixel_y": y * pitch_px,
+            "in_tissue": 1,
+        }
         pd.DataFrame(spots).to_csv(folder / f"{section.section_id}_spots.tsv", sep="\t", index=False)
         rows.append(_manifest_row(section, pitch_px))
     table = folder / "manifest.tsv"

@@ -278,10 +278,11 @@ class CoMTIPTask:
         numbers = {}
         if self._logs(batch.step):
             with torch.no_grad():
-                shuffled = [self._pair_logits(batch, out, x, roll=1) for x in (levels, mispaired)]
+                true_elsewhere = self._pair_logits(batch, out, levels, roll=1)
+                false_elsewhere = self._pair_logits(batch, out, mispaired, roll=1)
             auc = pair_auc(true.detach(), false.detach(), counted)
             # The part of the AUC that knowing this very spot is worth; marginals alone give the rest.
-            numbers = {"pair_auc": auc, "pair_auc_gain": auc - pair_auc(*shuffled, counted)}
+            numbers = {"pair_auc": auc, "pair_auc_gain": auc - pair_auc(true_elsewhere, false_elsewhere, counted)}
         return pair_loss(true, false, counted), numbers
 
     def _logs(self, step: int) -> bool:

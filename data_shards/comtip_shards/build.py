@@ -98,7 +98,12 @@ def build_shards(
     staging = out / STAGING
     staging.mkdir(parents=True, exist_ok=True)
     staged: list[Path] = []
-    bar = tqdm(list(zip(sources, metas, prints, strict=True)), desc="sections", unit="section", disable=None if progress else True)
+    bar = tqdm(
+        list(zip(sources, metas, prints, strict=True)),
+        desc="sections",
+        unit="section",
+        disable=None if progress else True,
+    )
     for source, meta, mark in bar:
         bar.set_postfix_str(meta.section_id)
         staged.append(stage_section(source, meta, tile, mark, staging))
@@ -132,7 +137,9 @@ def _with_splits(metas: list[SectionMeta], splits: Mapping[str, str]) -> list[Se
     for meta in metas:
         check_meta(meta, meta.section_id)
     # A section whose donor is not known could be of any donor; it is its own, and never one big "unknown".
-    return [replace(m, donor=f"unstated:{m.section_id}") if m.donor.strip().lower() in UNKNOWN_DONORS else m for m in metas]
+    return [
+        replace(m, donor=f"unstated:{m.section_id}") if m.donor.strip().lower() in UNKNOWN_DONORS else m for m in metas
+    ]
 
 
 def check_splits(metas: list[SectionMeta]) -> list[SectionMeta]:
@@ -204,9 +211,7 @@ def _assemble(
         shards += _write_shards(one, meta, rows, tile, out, first, max_records)
         sections.append(_section_entry(one, meta, rows, len(keys), out, first))
         first += one.n_spots
-    manifest = Manifest(
-        tile, GENES_FILE, sha256_of(out / GENES_FILE), len(keys), first, sections, shards, fingerprint
-    )
+    manifest = Manifest(tile, GENES_FILE, sha256_of(out / GENES_FILE), len(keys), first, sections, shards, fingerprint)
     text = _report(manifest)
     (out / REPORT_FILE).write_text(text, encoding="utf-8")
     aside = out / (NAME + ".writing")
@@ -239,7 +244,11 @@ def _write_shards(
                 part = slice(one.indptr[i], one.indptr[i + 1])
                 order = np.argsort(rows[one.indices[part]], kind="stable")
                 expr = record.encode_expr(rows[one.indices[part]][order], one.data[part][order])
-                for name, data in ((extension, one.tile(i)), ("expr", expr), ("json", record.encode_json(one.spots[i]))):
+                for name, data in (
+                    (extension, one.tile(i)),
+                    ("expr", expr),
+                    ("json", record.encode_json(one.spots[i])),
+                ):
                     info = tarfile.TarInfo(f"{key}.{name}")
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
@@ -273,7 +282,9 @@ def _report(manifest: Manifest) -> str:
     ]
     trained = {s.donor for s in manifest.sections if s.split == "train"}
     for s in manifest.sections:
-        lines.append(f"\n{s.section_id}: {s.species} {s.tissue}, donor {s.donor}, split {s.split or 'none'}, {s.n_spots} spots")
+        lines.append(
+            f"\n{s.section_id}: {s.species} {s.tissue}, donor {s.donor}, split {s.split or 'none'}, {s.n_spots} spots"
+        )
         if s.split == "val" and s.donor in trained:
             lines.append("  the donor is a training donor too: this section may stop training, but proves nothing")
         lines += [f"  {n} spots left out: {reason}" for reason, n in s.source["dropped_spots"].items()]

@@ -130,7 +130,9 @@ def read_manifest(folder: Path) -> Manifest:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ShardError(f"{path}: not the manifest of a shard set")
     if data.get("version") != VERSION:
-        raise ShardError(f"{path}: format version {data.get('version')!r}, this package reads {VERSION}; build the set again")
+        raise ShardError(
+            f"{path}: format version {data.get('version')!r}, this package reads {VERSION}; build the set again"
+        )
     try:
         manifest = _build(data)
     except (TypeError, KeyError, ValueError) as error:
@@ -152,7 +154,10 @@ def _build(data: dict[str, Any]) -> Manifest:
     ]
     rest = {k: data[k] for k in ("genes_file", "genes_sha256", "n_genes", "n_spots", "fingerprint")}
     return Manifest(
-        tile=_typed(TileSpec, data["tile"]), sections=sections, shards=[_typed(ShardEntry, s) for s in data["shards"]], **rest
+        tile=_typed(TileSpec, data["tile"]),
+        sections=sections,
+        shards=[_typed(ShardEntry, s) for s in data["shards"]],
+        **rest,
     )
 
 
@@ -174,7 +179,7 @@ def _check(manifest: Manifest, path: Path) -> None:
     for what, entries, size in (("sections", manifest.sections, "n_spots"), ("shards", manifest.shards, "records")):
         start = 0
         for entry in entries:
-            if entry.first_spot != start:  # type: ignore[attr-defined]
+            if entry.first_spot != start:
                 raise ShardError(f"{path}: {what} do not follow one another at spot {start}")
             start += getattr(entry, size)
         if start != manifest.n_spots:

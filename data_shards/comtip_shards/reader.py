@@ -78,7 +78,9 @@ class ShardSet:
     def counts(self, spot_index: Iterable[int]) -> sparse.csr_matrix:
         """Return raw counts, int32 CSR (n, n_genes)."""
         index = np.asarray(spot_index, np.int64)
-        pairs = [record.decode_expr(self._member(s, "expr"), self.manifest.n_genes, self._where(s)) for s in index.tolist()]
+        pairs = [
+            record.decode_expr(self._member(s, "expr"), self.manifest.n_genes, self._where(s)) for s in index.tolist()
+        ]
         indptr = np.cumsum([0, *(len(rows) for rows, _ in pairs)])
         rows = np.concatenate([r for r, _ in pairs]) if pairs else np.zeros(0, np.int32)
         data = np.concatenate([c for _, c in pairs]) if pairs else np.zeros(0, np.int32)

@@ -48,12 +48,12 @@ def decode_expr(data: bytes, n_genes: int, where: str) -> tuple[np.ndarray, np.n
 def encode_tile(tile_SS3: np.ndarray, codec: str, quality: int) -> bytes:
     """Encode one tile, uint8 (S, S, 3)."""
     out = io.BytesIO()
-    options: dict[str, Any] = {
+    by_codec: dict[str, dict[str, Any]] = {
         "jpeg": {"quality": quality, "subsampling": 0},
         "png": {"optimize": True},
         "webp": {"quality": quality, "method": 4},
-    }[codec]
-    Image.fromarray(tile_SS3).save(out, codec.upper(), **options)
+    }
+    Image.fromarray(tile_SS3).save(out, codec.upper(), **by_codec[codec])
     return out.getvalue()
 
 
@@ -62,7 +62,9 @@ def decode_tile(data: bytes, px: int, codec: str, where: str) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data), formats=[codec.upper()]) as image:
             if image.size != (px, px):
-                raise ShardError(f"{where}: the tile is {image.width} x {image.height} px, the manifest says {px} x {px}")
+                raise ShardError(
+                    f"{where}: the tile is {image.width} x {image.height} px, the manifest says {px} x {px}"
+                )
             return np.asarray(image.convert("RGB"))
     except ShardError:
         raise

@@ -61,7 +61,9 @@ def stage_section(source: SectionSource, meta: SectionMeta, tile: TileSpec, mark
     counts = genes.sum_columns(section.counts)
     notes = list(section.notes)
     if meta.mpp > tile.min_mpp * 1.05:
-        notes.append(f"the image has {meta.mpp:.2f} um per px, coarser than the set's {tile.min_mpp:g}: its blur may show")
+        notes.append(
+            f"the image has {meta.mpp:.2f} um per px, coarser than the set's {tile.min_mpp:g}: its blur may show"
+        )
     if meta.donor.startswith("unstated:"):
         notes.append("the donor is not stated: taken as a donor of its own")
     overview, overview_mpp = _overview(image, meta.mpp)

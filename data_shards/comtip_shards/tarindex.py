@@ -23,9 +23,13 @@ def index_tar(path: Path) -> dict[str, tuple[int, int]]:
         with tarfile.open(path, "r:") as tar:
             for info in tar:
                 if not info.isreg() or "/" in info.name or "\\" in info.name or info.name.startswith("."):
-                    raise ShardError(f"{path}: member {info.name!r} is no plain file of a record; do not use this shard")
+                    raise ShardError(
+                        f"{path}: member {info.name!r} is no plain file of a record; do not use this shard"
+                    )
                 if info.size > MAX_MEMBER_BYTES or info.offset_data + info.size > size:
-                    raise ShardError(f"{path}: member {info.name} claims {info.size} bytes; the shard is damaged or truncated")
+                    raise ShardError(
+                        f"{path}: member {info.name} claims {info.size} bytes; the shard is damaged or truncated"
+                    )
                 if info.name in members:
                     raise ShardError(f"{path}: member {info.name} stands twice")
                 members[info.name] = (info.offset_data, info.size)

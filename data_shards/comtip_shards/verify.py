@@ -38,7 +38,9 @@ class VerifyReport:
     def text(self) -> str:
         """The report, for a person."""
         if self.ok:
-            return f"{self.path}: whole; {self.records} records, {self.counts} counts, every hash and every tile checked"
+            return (
+                f"{self.path}: whole; {self.records} records, {self.counts} counts, every hash and every tile checked"
+            )
         return "\n".join([f"{self.path}: NOT whole, {len(self.problems)} problems", *(f"  {p}" for p in self.problems)])
 
 

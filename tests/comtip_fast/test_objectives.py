@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from comtip_fast.objectives import (
     choose_hardest,
     counted_swaps,

@@ -117,7 +117,7 @@ def test_killed_anywhere_and_resumed_ends_the_same(tmp_path: Path, seed: int) ->
     env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, SCRIPT, tmp_path, str(seed)], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) >= 5, "hardly killed at all"
+    assert int(done.stdout) >= 3, "hardly killed at all"
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 

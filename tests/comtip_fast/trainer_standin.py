@@ -132,21 +132,22 @@ def _die_at_moment(seconds: float) -> None:
 def main(folder: Path, seed: int) -> None:
     torch.set_num_threads(1)  # a fork must find no thread pool
     torch.optim.AdamW(Net().parameters())  # imports much, once rather than in each fork
-    assert _child(lambda: fit(folder / "whole")) == 0
+    assert _child(lambda: fit(folder / "whole", "train.steps=40")) == 0
     rng, kills, killed = random.Random(seed), 0, folder / "killed"
+    while True:
+        # Between two checkpoints lie some 30 file operations: this dies in every part of saving and in between.
+        at_moment, operation, moment = kills % 4 == 3, rng.randint(1, 80), rng.uniform(0.001, 0.05)
 
-    def attempt() -> None:
-        if kills % 3 == 2:
-            _die_at_moment(rng.uniform(0.001, 0.06))
-        else:
-            _die_at_file_operation(killed, rng.randint(1, 90))
-        fit(killed, resume=True)
+        def attempt(at_moment: bool = at_moment, operation: int = operation, moment: float = moment) -> None:
+            _die_at_moment(moment) if at_moment else _die_at_file_operation(killed, operation)
+            fit(killed, "train.steps=40", resume=True)
 
-    while (end := _child(attempt)) != 0:
+        end = _child(attempt)
+        if end == 0:
+            break
         assert end in (-signal.SIGKILL, -signal.SIGALRM), end
         kills += 1
-        rng.random()  # the fork drew from a copy
-        assert kills < 400
+        assert kills < 400, "no progress"
     print(kills)
 
 

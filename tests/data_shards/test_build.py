@@ -11,13 +11,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import webdataset
-from comtip_fast.testing.tiny import TinySection, write_tiny_source
 from comtip_shards import ShardError, ShardSet, SourceError
 from comtip_shards import build as build_module
 from comtip_shards.build import build_shards
 from comtip_shards.sources import open_source
 from comtip_shards.tiles import cut_tiles, stain_stats
 from PIL import Image
+
+from comtip_fast.testing.tiny import TinySection, write_tiny_source
 
 SIZE = {"tile_px": 32, "tile_um": 224.0, "min_mpp": 5.0}
 
@@ -145,7 +146,9 @@ def test_genes_that_do_not_map_are_left_out_and_said(tmp_path: Path):
     assert "AL513523.2" in report.text
     # HER2 is an alias of ERBB2, which is there too: summed, and said.
     row = [g.key for g in shards.genes].index("human:ERBB2")
-    np.testing.assert_array_equal(shards.counts(range(9))[:, row].toarray().ravel(), (table["ERBB2"] + table["HER2"]).to_numpy())
+    np.testing.assert_array_equal(
+        shards.counts(range(9))[:, row].toarray().ravel(), (table["ERBB2"] + table["HER2"]).to_numpy()
+    )
     assert "human:ERBB2 <- ERBB2 + HER2" in report.text
 
 

@@ -4,10 +4,31 @@ from comtip_shards.identifiers import GeneResource, map_genes
 from scipy import sparse
 
 ROWS = [
-    {"species": "human", "symbol": "AAA1", "ensembl": "ENSG00000000001", "name": "alpha", "previous": "OLD1|BOTH", "aliases": "X1"},
-    {"species": "human", "symbol": "BBB1", "ensembl": "ENSG00000000002", "name": "beta", "previous": "BOTH", "aliases": "X1|X2"},
+    {
+        "species": "human",
+        "symbol": "AAA1",
+        "ensembl": "ENSG00000000001",
+        "name": "alpha",
+        "previous": "OLD1|BOTH",
+        "aliases": "X1",
+    },
+    {
+        "species": "human",
+        "symbol": "BBB1",
+        "ensembl": "ENSG00000000002",
+        "name": "beta",
+        "previous": "BOTH",
+        "aliases": "X1|X2",
+    },
     {"species": "human", "symbol": "OLD1", "ensembl": "", "name": "now its own gene", "previous": "", "aliases": ""},
-    {"species": "mouse", "symbol": "Aaa1", "ensembl": "ENSMUSG00000000001", "name": "alpha", "previous": "", "aliases": ""},
+    {
+        "species": "mouse",
+        "symbol": "Aaa1",
+        "ensembl": "ENSMUSG00000000001",
+        "name": "alpha",
+        "previous": "",
+        "aliases": "",
+    },
 ]
 
 

@@ -73,8 +73,8 @@ def test_faults_name_shard_and_key(copy: Path, name: str):
     change, what, message = FAULTS[name]
     rewrite(first_shard(copy), change)
     shards = ShardSet(copy)
-    with pytest.raises(ShardError, match=f"t1-0000.tar.*(000000000).*{message}"):
-        shards.spots if what == "spots" else getattr(shards, what)([0])  # noqa: B018
+    with pytest.raises(ShardError, match=rf"t1-0000\.tar.*(000000000).*{message}"):
+        shards.spots if what == "spots" else getattr(shards, what)([0])
     report = verify(copy)
     assert not report.ok
     assert any("t1-0000.tar" in p for p in report.problems)
@@ -94,7 +94,7 @@ def test_truncated_and_vanished_shards(copy: Path):
     path = first_shard(copy)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ShardError, match="t1-0000.tar"):
+    with pytest.raises(ShardError, match=r"t1-0000\.tar"):
         ShardSet(copy).tiles([48])
     assert not verify(copy).ok
     path.unlink()

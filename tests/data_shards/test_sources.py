@@ -9,12 +9,13 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
-from comtip_fast.testing.tiny import SYMBOLS, TinySection, write_tiny_source
 from comtip_shards import SourceError
 from comtip_shards.sources import open_source, recognise
 from PIL import Image
 from scipy import io as scipy_io
 from scipy import sparse
+
+from comtip_fast.testing.tiny import SYMBOLS, TinySection, write_tiny_source
 
 
 @pytest.fixture
@@ -199,7 +200,9 @@ def test_legacy_st_without_positions_uses_the_array(legacy: Path):
 
 def test_legacy_st_reads_selection_and_works_out_the_scale(legacy: Path):
     x, y = np.array([2, 10, 20] * 3), np.repeat([3, 15, 30], 3)
-    table = pd.DataFrame({"x": x, "y": y, "new_x": x + 0.01, "new_y": y, "pixel_x": x * 25.0, "pixel_y": y * 20.0, "selected": 1})
+    table = pd.DataFrame(
+        {"x": x, "y": y, "new_x": x + 0.01, "new_y": y, "pixel_x": x * 25.0, "pixel_y": y * 20.0, "selected": 1}
+    )
     table.loc[0, "selected"] = 0
     table.to_csv(legacy / "A1_selection.tsv", sep="\t", index=False)
     section = open_source(legacy, overrides=FACTS)[0].read()
@@ -238,7 +241,9 @@ def space_ranger(folder: Path, *, version: int, mex: bool, image: str = "tissue_
     barcodes = [f"ACGT{i:02d}-1" for i in range(12)]
     columns = ["barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres"]
     table = pd.DataFrame(
-        dict(zip(columns, [barcodes, [0, 0] + [1] * 10, rows, 2 * cols + rows % 2, y.round(1), x.round(1)], strict=True))
+        dict(
+            zip(columns, [barcodes, [0, 0] + [1] * 10, rows, 2 * cols + rows % 2, y.round(1), x.round(1)], strict=True)
+        )
     )
     if version == 1:
         table.to_csv(spatial / "tissue_positions_list.csv", header=False, index=False)
@@ -265,7 +270,12 @@ def space_ranger(folder: Path, *, version: int, mex: bool, image: str = "tissue_
         with h5py.File(folder / "filtered_feature_bc_matrix.h5", "w") as file:
             group = file.create_group("matrix")
             group["barcodes"] = np.array(present, "S")
-            for name, values in (("data", counts.data), ("indices", counts.indices), ("indptr", counts.indptr), ("shape", [4, 10])):
+            for name, values in (
+                ("data", counts.data),
+                ("indices", counts.indices),
+                ("indptr", counts.indptr),
+                ("shape", [4, 10]),
+            ):
                 group[name] = values
             for name, values in (("id", GENES), ("name", NAMES), ("feature_type", KINDS)):
                 group[f"features/{name}"] = np.array(values, "S")

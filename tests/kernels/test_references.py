@@ -33,7 +33,9 @@ def randint(rng: torch.Generator, high: int, *shape: int) -> torch.Tensor:
 # -- infonce ----------------------------------------------------------------------------------------------------
 
 
-def slow_infonce(x, y, scale, *, group_r=None, group_c=None, rule="all", class_r=None, class_c=None, weight=None) -> float:
+def slow_infonce(
+    x, y, scale, *, group_r=None, group_c=None, rule="all", class_r=None, class_c=None, weight=None
+) -> float:
     B, M = len(x), len(y)
     x = [[v / math.sqrt(sum(w * w for w in row)) for v in row] for row in x.tolist()]
     y = [[v / math.sqrt(sum(w * w for w in row)) for v in row] for row in y.tolist()]
@@ -83,11 +85,17 @@ def test_infonce_matches_loops(rng, rule: str, further: int):
 
 
 def test_infonce_gradients(rng):
-    x, y, scale = randn(rng, 4, 3, grad=True), randn(rng, 6, 3, grad=True), torch.tensor(2.0, dtype=F64, requires_grad=True)
+    x, y, scale = (
+        randn(rng, 4, 3, grad=True),
+        randn(rng, 6, 3, grad=True),
+        torch.tensor(2.0, dtype=F64, requires_grad=True),
+    )
     group = torch.tensor([0, 0, 1, 1])
 
     def loss(x, y, scale):
-        return infonce(x, y, scale, negatives="same_group", group_rows=group, group_columns=torch.tensor([0, 0, 1, 1, 0, 1]))
+        return infonce(
+            x, y, scale, negatives="same_group", group_rows=group, group_columns=torch.tensor([0, 0, 1, 1, 0, 1])
+        )
 
     assert torch.autograd.gradcheck(loss, (x, y, scale))
 
@@ -198,7 +206,9 @@ def test_pooling_does_not_know_order_or_padding_genes(rng):
     want = table_pool(table, scores, levels, mask)
     torch.testing.assert_close(table_pool(table[order], scores[order], levels[:, order], mask[:, order]), want)
     more = torch.cat([mask, torch.zeros(5, 1, dtype=torch.bool)], 1)
-    wide = table_pool(torch.cat([table, table[:1]]), torch.cat([scores, scores[:1]]), torch.cat([levels, levels[:, :1]], 1), more)
+    wide = table_pool(
+        torch.cat([table, table[:1]]), torch.cat([scores, scores[:1]]), torch.cat([levels, levels[:, :1]], 1), more
+    )
     torch.testing.assert_close(wide, want)
 
 

@@ -1,6 +1,6 @@
 """Make ``genes_v1.tsv.gz`` from public tables; run again, it gives the same bytes.
 
-    python make_genes.py --hgnc hgnc_complete_set.txt.gz --mouse Mus_musculus.gene_info.gz \
+python make_genes.py --hgnc hgnc_complete_set.txt.gz --mouse Mus_musculus.gene_info.gz \
         --mouse-ensembl mouse_genes.tsv.gz
 """
 

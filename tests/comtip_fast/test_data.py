@@ -1,0 +1,149 @@
+"""Levels, gene choice, panels, views and batches."""
+
+import numpy as np
+import pytest
+from comtip_shards import ShardSet
+from scipy import sparse
+
+from comtip_fast.config.io import load_config
+from comtip_fast.config.schema import DataConfig, GenesConfig, LevelsConfig, PanelConfig
+from comtip_fast.data.levels import fit_levels, log1p_cp10k
+from comtip_fast.data.panel import choose_genes, draw_panel, rank_by_variance
+from comtip_fast.data.tables import training_tables
+from comtip_fast.data.torch_loader import TorchLoader
+from comtip_fast.data.views import make_views, view_of
+
+
+def counts(seed: int = 0, n: int = 60, g: int = 5) -> sparse.csr_matrix:
+    return sparse.csr_matrix(np.random.default_rng(seed).poisson([0.2, 1, 3, 8, 0.01], (n, g)).astype(np.int32))
+
+
+def test_log1p_cp10k_matches_the_formula():
+    c = counts()
+    c = sparse.csr_matrix(np.vstack([c.toarray(), np.zeros((1, 5), np.int32)]))  # an empty spot stays 0
+    dense = c.toarray().astype(float)
+    want = np.log1p(dense / np.maximum(dense.sum(1, keepdims=True), 1) * 1e4)
+    np.testing.assert_allclose(log1p_cp10k(c).toarray(), want, rtol=1e-6)
+
+
+def test_levels_are_quantiles_of_the_positive_values():
+    c = counts()
+    values, raw = log1p_cp10k(c).tocsc(), c.astype(np.float32).tocsc()
+    raw.data = np.log1p(raw.data)
+    table = fit_levels(values, raw, np.ones(c.shape, bool), LevelsConfig(n_levels=5, min_positive=10))
+    dense = values.toarray()
+    got = table.levels(dense, np.arange(5))
+    for g in range(4):
+        positive = np.sort(dense[:, g][dense[:, g] > 0])
+        # Gene 0 is seldom seen: it borrows the edges of all genes together.
+        pool = positive if positive.size >= 10 else np.sort(dense[dense > 0])
+        edges = [e for e in np.quantile(pool, [0.25, 0.5, 0.75]) if e > pool.min()]
+        for n in range(len(dense)):
+            v = dense[n, g]
+            want = 0 if v == 0 else 1 + sum(np.float32(e) <= v for e in sorted(set(edges)))
+            assert got[n, g] == want
+    # A level's value is the median of its bin; level 0 is 0; frequencies sum to 1.
+    q = int(got[dense[:, 3] > 0, 3].max())
+    assert table.value_cp10k[3, q] == pytest.approx(np.median(dense[:, 3][got[:, 3] == q]))
+    assert (table.value_cp10k[:, 0] == 0).all()
+    np.testing.assert_allclose(np.exp(table.log_prior).sum(1), 1, rtol=1e-5)
+    assert table.edges.shape == (6, 3)
+
+
+def test_an_edge_value_belongs_to_the_upper_level_and_ties_are_removed():
+    values = sparse.csc_matrix(np.array([[1.0], [1.0], [1.0], [1.0], [2.0], [3.0], [0.0]], np.float32))
+    table = fit_levels(values, values, np.ones((7, 1), bool), LevelsConfig(n_levels=6, min_positive=1))
+    edges = table.edges[0][np.isfinite(table.edges[0])]
+    assert len(set(edges.tolist())) == len(edges)
+    assert edges.min() > 1.0
+    assert table.levels(edges[:1, None].astype(np.float32), np.array([0]))[0, 0] == 2
+
+
+def test_a_value_between_two_levels_mixes_them():
+    values = log1p_cp10k(counts()).tocsc()
+    table = fit_levels(values, values, np.ones((60, 5), bool), LevelsConfig(n_levels=5, min_positive=10))
+    lo, hi, mix = table.between(float(table.value_cp10k[3, 2:4].mean()), 3)
+    assert (lo, hi) == (2, 3)
+    assert mix == pytest.approx(0.5, abs=1e-5)
+
+
+def test_variance_ranks_over_the_sections_that_measured_the_gene():
+    a, b = (np.random.default_rng(s).normal(5, [0.1, 3, 1, 2], (40, 4)).clip(0.01) for s in (0, 1))
+    b[:, 3] = 0
+    known = [np.array([True] * 4), np.array([True, True, True, False])]
+    rows, variance = rank_by_variance([sparse.csr_matrix(a), sparse.csr_matrix(b)], known, 0.1)
+    assert rows.tolist()[:2] == [1, 3]
+    assert variance[1] == pytest.approx(a[:, 3].var(), rel=1e-6)
+    # Measured but not detected in one section: not eligible.
+    rows, _ = rank_by_variance([sparse.csr_matrix(a), sparse.csr_matrix(b)], [known[0], known[0]], 0.1)
+    assert 3 not in rows
+
+
+def test_held_out_genes_are_never_the_most_variable_and_orthologues_go_together():
+    symbols = [f"G{i}" for i in range(20)] + [f"g{i}" for i in range(20)]
+    ranked = {"human_a": np.arange(20), "mouse_a": np.arange(39, 19, -1)}
+    choice = choose_genes(
+        ranked, symbols, GenesConfig(per_task=20, held_out_every=3, held_out_from=5, held_out=("G7",))
+    )
+    names = {symbols[r].upper() for r in choice.held_out}
+    assert not names & {f"G{i}" for i in (*range(5), *range(15, 20))}
+    assert "G7" in names
+    assert not {symbols[r].upper() for r in choice.trained} & names
+    assert sorted([*choice.trained, *choice.held_out]) == list(range(40))
+
+
+def test_panels_are_a_function_of_seed_step_and_sections():
+    trained, weight = np.arange(100, 200), np.linspace(0.1, 5, 100)
+    available = np.arange(100) % 4 != 0
+    config = PanelConfig(min_genes=1, max_genes=64)
+    sizes = []
+    for step in range(300):
+        panel = draw_panel(trained, weight, available, config, seed=3, step=step)
+        again = draw_panel(trained, weight, available, config, seed=3, step=step)
+        assert panel.tolist() == again.tolist() == sorted(set(panel.tolist()))
+        assert available[panel].all()
+        sizes.append(panel.size)
+    assert min(sizes) == 1
+    assert max(sizes) > 55
+    # Log-uniform: as many panels under 8 as over.
+    assert 0.35 < np.mean(np.array(sizes) < 8) < 0.65
+
+
+def test_views_are_turns_and_every_view_comes_once():
+    tiles = np.random.default_rng(0).integers(0, 255, (6, 8, 8, 3)).astype(np.uint8)
+    spots = np.arange(10, 16)
+    plain = make_views(tiles, spots, np.zeros(6, int), None, DataConfig(), seed=0)
+    np.testing.assert_array_equal(plain, tiles)
+    turned = make_views(tiles, spots, np.arange(6), None, DataConfig(jitter=0.0), seed=0)
+    for i in range(6):
+        np.testing.assert_array_equal(np.sort(turned[i].reshape(-1, 3), 0), np.sort(tiles[i].reshape(-1, 3), 0))
+    seen = np.stack([view_of(4, spots, seed=0, epoch=e) for e in range(4)])
+    np.testing.assert_array_equal(np.sort(seen, 0), np.tile(np.arange(4)[:, None], 6))
+    jittered = make_views(tiles, spots, np.full(6, 3), None, DataConfig(flips=False, jitter=0.1), seed=0)
+    again = make_views(tiles[2:3], spots[2:3], np.full(1, 3), None, DataConfig(flips=False, jitter=0.1), seed=0)
+    np.testing.assert_array_equal(jittered[2], again[0])
+    assert 0 < np.abs(jittered.astype(int) - tiles).mean() < 30
+
+
+def test_a_batch_is_made_again_from_its_integers(tiny_shards: ShardSet, tiny_overrides: list[str]):
+    config = load_config(None, tiny_overrides)
+    tables = training_tables(tiny_shards, config)
+    loader, other = TorchLoader(tiny_shards, tables, config), TorchLoader(tiny_shards, tables, config)
+    spots = loader.batches(1)[0]
+    one, two = loader.batch(spots, 7, 1), other.batch(spots, 7, 1)
+    for name in ("tiles", "panel", "levels", "measured", "section", "spot_index"):
+        assert (getattr(one, name) == getattr(two, name)).all(), name
+    assert one.tiles.shape == (len(spots), 3, 32, 32)
+    assert str(one.tiles.dtype) == str(one.levels.dtype) == "torch.uint8"
+    values = log1p_cp10k(tiny_shards.counts(spots))
+    rows = tables.genes.trained[one.panel.numpy()]
+    np.testing.assert_array_equal((values[:, rows].toarray() > 0), one.levels.numpy() > 0)
+    # Nothing but training spots is ever in a batch, and levels were learnt from them alone.
+    split = [tiny_shards.manifest.sections[s].split for s in one.section.tolist()]
+    assert set(split) == {"train"}
+
+
+def test_no_training_section_is_said(tiny_shards: ShardSet, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ShardSet, "select", lambda *_a, **_k: np.zeros(0, np.int64))
+    with pytest.raises(ValueError, match="no section has split 'train'"):
+        training_tables(tiny_shards, load_config(None, tiny_overrides))

@@ -1,0 +1,214 @@
+"""Scores against slow formulas; a null that is a null; baselines that never see what they are scored on."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from comtip_shards import ShardSet
+from scipy import stats
+
+from comtip_fast.evaluation.baselines import fit_ridge
+from comtip_fast.evaluation.evaluate import PREDICTORS, choose_sections, evaluate, summary_table, write_metrics
+from comtip_fast.evaluation.metrics import mean_with_zeros, partial_pcc_per_gene, pcc_per_gene, residuals, score
+from comtip_fast.evaluation.nulls import moved_spots
+from comtip_fast.evaluation.report import write_report
+from comtip_fast.inference import GeneQuery, Predictor, mean_pcc
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+def test_pcc_matches_scipy(rng):
+    a, b = rng.normal(size=(30, 6)), rng.normal(size=(30, 6))
+    got = pcc_per_gene(a, b)
+    np.testing.assert_allclose(got, [stats.pearsonr(a[:, g], b[:, g])[0] for g in range(6)], rtol=1e-10)
+    assert mean_pcc(a, b) == pytest.approx(got.mean())
+
+
+def test_undefined_genes_count_as_zero_and_are_counted(rng):
+    a, b = rng.normal(size=(30, 4)), rng.normal(size=(30, 4))
+    b[:, :2] = a[:, :2]
+    a[:, 1], b[:, 2] = 0.1, 7.3  # constant, and not exactly representable
+    pcc = pcc_per_gene(a, b)
+    assert np.isnan(pcc).tolist() == [False, True, True, False]
+    assert mean_with_zeros(pcc) == pytest.approx((1.0 + pcc[3]) / 4)
+    result = score(a, b, rng.normal(size=(30, 2)), np.array([0, 1]))
+    assert result.undefined_genes == 2
+    assert result.mean_pcc_50_hvg == pytest.approx(0.5)
+    assert mean_with_zeros(np.zeros(0)) is None
+
+
+def test_partial_correlation_is_that_of_residuals(rng):
+    covariates = rng.normal(size=(40, 3))
+    a, b = rng.normal(size=(40, 2)), rng.normal(size=(40, 2))
+    design = np.column_stack([np.ones(40), covariates])
+    for g in range(2):
+        left = a[:, g] - design @ np.linalg.lstsq(design, a[:, g], rcond=None)[0]
+        right = b[:, g] - design @ np.linalg.lstsq(design, b[:, g], rcond=None)[0]
+        assert partial_pcc_per_gene(a, b, covariates)[g] == pytest.approx(np.corrcoef(left, right)[0, 1])
+
+
+def test_colour_alone_has_no_partial_correlation(rng):
+    colour = rng.normal(size=(50, 3))
+    measured = colour @ rng.normal(size=(3, 4)) + 0.1 * rng.normal(size=(50, 4))
+    only_colour = colour @ rng.normal(size=(3, 4)) + 5
+    result = score(measured, only_colour, colour, np.arange(4))
+    assert result.partial_pcc_50_hvg == 0.0
+    collinear = np.column_stack([colour, colour[:, 0] * 2])
+    np.testing.assert_allclose(residuals(measured, collinear), residuals(measured, colour), atol=1e-9)
+
+
+def grid(n: int) -> np.ndarray:
+    return np.stack(np.meshgrid(np.arange(n), np.arange(n)), -1).reshape(-1, 2).astype(float)
+
+
+def test_the_null_keeps_spatial_structure_and_loses_the_place(rng):
+    xy = grid(20)
+    field = np.sin(xy[:, 0] / 4) + np.cos(xy[:, 1] / 5)
+    moved = moved_spots(xy, 200, seed=0, section="s")
+    assert (moved == moved_spots(xy, 200, seed=0, section="s")).all()
+    assert (moved != moved_spots(xy, 200, seed=1, section="s")).any()
+
+    def roughness(values: np.ndarray) -> float:
+        square = values.reshape(20, 20)
+        return float(np.abs(np.diff(square, axis=0)).mean() / values.std())
+
+    shuffled = [roughness(rng.permutation(field)) for _ in range(20)]
+    kept = [roughness(field[m]) for m in moved if field[m].std() > 0.2]
+    assert np.mean(kept) < 0.4 * np.mean(shuffled)
+    pcc = [np.corrcoef(field, field[m])[0, 1] for m in moved]
+    assert abs(np.mean(pcc)) < 0.2
+    # Smooth maps correlate by chance far more than shuffled spots would say.
+    assert np.std(pcc) > 3 / np.sqrt(len(xy))
+
+
+def test_ridge_finds_the_truth_and_picks_alpha_without_the_test(rng):
+    x = rng.normal(size=(120, 5))
+    section = np.repeat([0, 1, 2], 40)
+    truth = rng.normal(size=(5, 3))
+    y = x @ truth + 0.01 * rng.normal(size=(120, 3)) + section[:, None] * 10.0  # sections differ in level
+    model = fit_ridge(x, y, section)
+    new = rng.normal(size=(30, 5))
+    assert min(pcc_per_gene(new @ truth, model.predict(new))) > 0.999
+    noise = fit_ridge(rng.normal(size=(120, 40)), rng.normal(size=(120, 3)), section)
+    assert noise.alpha > model.alpha
+    with pytest.raises(ValueError, match="at least 10"):
+        fit_ridge(x[:5], y[:5], section[:5])
+
+
+def test_ridge_equals_the_normal_equations(rng):
+    x, y = rng.normal(size=(60, 4)), rng.normal(size=(60, 2))
+    model = fit_ridge(x, y, np.zeros(60))
+    z = (x - x.mean(0)) / x.std(0)
+    want = np.linalg.solve(z.T @ z + model.alpha * np.eye(4), z.T @ (y - y.mean(0)))
+    np.testing.assert_allclose(model.weight_FG, want, atol=1e-10)
+
+
+# -- a whole evaluation -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def evaluation(tiny_run: Path, tiny_shards: ShardSet):
+    return evaluate(Predictor.load(tiny_run), tiny_shards, train_shards=tiny_shards, n_null=20)
+
+
+def test_metrics_hold_every_key_and_the_tissue_was_learnt(evaluation, tmp_path: Path):
+    write_metrics(evaluation.metrics, tmp_path / "metrics.json")
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    entry = metrics["tasks"]["human_breast"]
+    assert entry["sections"] == ["x1"]
+    assert not entry["donor_seen_in_training"]
+    for name in PREDICTORS:
+        for norm in ("cp10k", "raw"):
+            assert {"mean_pcc_50_hvg", "mean_pcc_all", "partial_pcc_50_hvg", "undefined_genes"} <= set(
+                entry[name][norm]
+            )
+    # The made-up genes follow the colour: a model that learnt anything beats its own null by far.
+    assert entry["zero_shot"]["cp10k"]["mean_pcc_50_hvg"] > 0.3
+    assert entry["ridge_colour"]["cp10k"]["mean_pcc_50_hvg"] > 0.5
+    assert abs(entry["control_null"]["cp10k"]["mean_pcc_50_hvg"]) < 0.25
+    assert metrics["sections"]["x1"]["control_null"]["cp10k"]["p_value"] <= 0.1
+    assert "human_breast" in summary_table(evaluation.metrics)
+    assert len(entry["genes_50_hvg"]) == len(set(entry["genes_50_hvg"])) > 10
+
+
+def test_unseen_genes_are_those_held_out(evaluation):
+    data = evaluation.sections[0]
+    unseen = {data.keys[i] for i in data.unseen}
+    assert unseen == set(evaluation.predictor.held_out_genes)
+    assert not unseen & set(evaluation.predictor.trained_genes)
+
+
+def test_choice_of_genes_and_baselines_do_not_read_the_test_section(
+    tiny_run: Path, tiny_shards: ShardSet, evaluation, monkeypatch: pytest.MonkeyPatch
+):
+    """Scramble the test section's counts: the chosen genes and all predictions stay the same."""
+    test = set(tiny_shards.select(split="test").tolist())
+    real = ShardSet.counts
+
+    def scrambled(self, spots):
+        out = real(self, spots)
+        return out[::-1] if set(np.asarray(spots).tolist()) == test else out
+
+    monkeypatch.setattr(ShardSet, "counts", scrambled)
+    again = evaluate(Predictor.load(tiny_run), tiny_shards, train_shards=tiny_shards, n_null=2)
+    one, two = evaluation.sections[0], again.sections[0]
+    assert one.keys == two.keys
+    np.testing.assert_array_equal(one.predicted["cp10k"], two.predicted["cp10k"])
+    assert (
+        again.metrics["tasks"]["human_breast"]["zero_shot"] != evaluation.metrics["tasks"]["human_breast"]["zero_shot"]
+    )
+
+
+def test_sections_are_chosen_as_asked(tiny_run: Path, tiny_shards: ShardSet):
+    predictor = Predictor.load(tiny_run)
+    assert choose_sections(predictor, tiny_shards, None) == [tiny_shards.section_number("x1")]
+    assert choose_sections(predictor, tiny_shards, ["v1"]) == [tiny_shards.section_number("v1")]
+    with pytest.raises(ValueError, match="has no section 'zz'"):
+        choose_sections(predictor, tiny_shards, ["zz"])
+
+
+def test_a_seen_section_is_labelled_so(tiny_run: Path, tiny_shards: ShardSet):
+    result = evaluate(Predictor.load(tiny_run), tiny_shards, sections=["t1"], train_shards=tiny_shards, n_null=2)
+    assert result.metrics["sections"]["t1"]["section_seen_in_training"]
+    assert result.metrics["tasks"]["human_breast"]["donor_seen_in_training"]
+
+
+def test_the_report_is_one_file_that_says_what_was_trained(evaluation, tiny_run: Path, tmp_path: Path):
+    write_report(tiny_run, evaluation, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)
+    assert "http" not in re.sub(r'src="data:[^"]*"', "", page)
+    for text in ("t1", "t2", "v1", "x1", "donor_a", "CC0", "made up", "share one colour scale"):
+        assert text in page
+    assert page.count("<img") >= 5
+    assert all(re.search(r'alt="[^"]+"', tag) for tag in re.findall(r"<img[^>]*>", page))
+    assert "The validation section v1 comes from a donor who is also in training" in " ".join(page.split())
+
+
+# -- prediction -------------------------------------------------------------------------------------------------
+
+
+def test_predictions_are_the_expectation_over_levels(tiny_run: Path, tiny_shards: ShardSet):
+    predictor = Predictor.load(tiny_run)
+    spots = tiny_shards.select(split="test")[:3]
+    features = predictor.image_features(tiny_shards.tiles(spots).transpose(0, 3, 1, 2), tiny_shards.stain(3))
+    key = predictor.trained_genes[2]
+    gene = next(g for g in predictor.bundle.genes if g.key == key)
+    got = predictor.predict(features, [GeneQuery(gene.symbol, gene.name, key), GeneQuery("KRT14", "keratin 14")])
+    tokens, rows = predictor._tokens([GeneQuery(gene.symbol, gene.name, key)])
+    table = predictor.model.sentence_table(tokens).unit_GQD[0].detach().numpy()
+    levels, row = predictor.bundle.levels, int(rows[0])
+    scale = float(predictor.model.log_scale_level.detach().exp())
+    for n in range(3):
+        logits = [scale * float(table[q] @ features.vector_ND[n]) + levels.log_prior[row, q] for q in range(5)]
+        weight = np.exp(np.array(logits) - max(logits))
+        want = float((weight / weight.sum() * levels.value_cp10k[row]).sum())
+        assert got["cp10k"][n, 0] == pytest.approx(want, rel=1e-4)
+    assert np.isfinite(got["cp10k"]).all()
+    assert got["raw"].shape == (3, 2)
+    assert predictor.predict(features, [])["cp10k"].shape == (3, 0)

@@ -1,0 +1,217 @@
+"""The model: the table is every sentence encoded once, hidden patches are never computed, timm is timm."""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from comtip_fast.config.schema import AlignConfig, RunConfig, TextConfig, VisionConfig
+from comtip_fast.models import CoMTIP, GeneEncoder, GeneTokens, ModelSizes, VisionEncoder
+
+TEXT = TextConfig(width=16, depth=2, heads=2, max_tokens=5)
+VISION = VisionConfig(patch_px=8, width=16, depth=2, heads=2)
+SIZES = ModelSizes(tile_px=32, n_levels=4, vocab_size=40, n_identities=6, longest=7)
+
+
+def genes(n: int = 6, seed: int = 0) -> GeneTokens:
+    rng = np.random.default_rng(seed)
+    length = torch.from_numpy(rng.integers(3, 8, n))
+    ids = torch.from_numpy(rng.integers(3, 40, (n, 7)))
+    ids[:, 0] = 1
+    ids[torch.arange(7) >= length[:, None]] = 0
+    return GeneTokens(ids, length, torch.arange(1, n + 1) % 7)
+
+
+def encoder() -> GeneEncoder:
+    torch.manual_seed(0)
+    return GeneEncoder(TEXT, 4, 40, 6, 7).double()
+
+
+def model(**vision: object) -> CoMTIP:
+    torch.manual_seed(0)
+    return CoMTIP(RunConfig(vision=replace(VISION, **vision), text=TEXT, align=AlignConfig(dim=12)), SIZES)
+
+
+# -- sentences --------------------------------------------------------------------------------------------------
+
+
+def test_the_table_equals_encoding_every_sentence_of_every_spot():
+    enc, panel = encoder(), genes()
+    levels = torch.randint(4, (5, 6), generator=torch.Generator().manual_seed(1))
+    weight = torch.randn(5, 6, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    from_table = enc(panel)[torch.arange(6), levels]
+    (from_table * weight).sum().backward()
+    grads = {n: p.grad.clone() for n, p in enc.named_parameters()}
+    enc.zero_grad()
+    one_by_one = torch.stack([
+        torch.cat([enc.encode(GeneTokens(panel.ids_GT[g : g + 1, : panel.length_G[g]], panel.length_G[g : g + 1],
+                                         panel.identity_G[g : g + 1]), levels[b, g : g + 1]) for g in range(6)])
+        for b in range(5)
+    ])  # fmt: skip
+    torch.testing.assert_close(one_by_one, from_table, rtol=1e-10, atol=1e-10)
+    (one_by_one * weight).sum().backward()
+    for name, parameter in enc.named_parameters():
+        torch.testing.assert_close(parameter.grad, grads[name], rtol=1e-9, atol=1e-10)
+
+
+def test_a_sentence_depends_on_its_own_tokens_only():
+    enc, panel = encoder(), genes()
+    before = enc(panel)
+    changed = GeneTokens(panel.ids_GT.clone(), panel.length_G, panel.identity_G)
+    changed.ids_GT[2, 1] = (changed.ids_GT[2, 1] + 1) % 37 + 3
+    changed.ids_GT[4, panel.length_G[4] :] = 9  # past the end: not part of the sentence
+    after = enc(changed)
+    others = torch.tensor([0, 1, 3, 4, 5])
+    torch.testing.assert_close(after[others], before[others], rtol=0, atol=1e-14)
+    assert (after[2] - before[2]).abs().max() > 1e-3
+
+
+def test_a_mixed_level_meets_its_ends_and_lies_between():
+    enc, panel = encoder(), genes(2)
+    lo, hi = torch.tensor([1, 2]), torch.tensor([2, 3])
+    ends = [enc.encode(panel, lo, hi, torch.tensor([m, m], dtype=torch.float64)) for m in (0.0, 1.0)]
+    torch.testing.assert_close(ends[0], enc.encode(panel, lo))
+    torch.testing.assert_close(ends[1], enc.encode(panel, hi))
+
+
+def test_no_identity_is_no_identity():
+    enc, panel = encoder(), genes()
+    unknown = GeneTokens(panel.ids_GT, panel.length_G, panel.identity_G * 0)
+    before = enc(unknown)
+    with torch.no_grad():
+        enc.identity_Id[0] += 5.0
+    torch.testing.assert_close(enc(unknown), before, rtol=0, atol=0)
+
+
+# -- patches ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("ratio", "hidden"), [(0.5, 8), (0.25, 4), (0.9, 14)])
+def test_hidden_patches_are_never_computed(ratio: int, hidden: int):
+    net = model(mask_ratio=ratio)
+    entered: list[int] = []
+    attended: list[int] = []
+    net.vision.patch_embed.register_forward_hook(lambda _m, args, _o: entered.append(args[0].shape[0]))
+    net.vision.blocks[0].register_forward_hook(lambda _m, args, _o: attended.append(args[0].shape[1]))
+    tiles = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
+    order = torch.stack([torch.randperm(16) for _ in range(3)])
+    patches = net.vision.stem_features(tiles)
+    # Poison what is hidden: any use of it would show as NaN.
+    rows = torch.arange(3)[:, None]
+    patches[rows, order[:, :hidden]] = float("nan")
+    seen = net.vision(patches, order[:, hidden:])
+    assert entered == [3 * (16 - hidden)]
+    assert attended == [16 - hidden]
+    assert seen.patches_BVd.isfinite().all()
+    assert net.generator(seen.patches_BVd, order[:, :hidden]).isfinite().all()
+
+
+def test_predictions_follow_the_hidden_place_and_see_the_visible():
+    net = model()
+    visible = torch.randn(2, 8, 16)
+    a = net.generator(visible, torch.tensor([[3, 7], [1, 2]]))
+    b = net.generator(visible, torch.tensor([[7, 3], [2, 1]]))
+    torch.testing.assert_close(a, b.flip(1))
+    assert (net.generator(visible * 0, torch.tensor([[3, 7], [1, 2]])) - a).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(("name", "patches"), [("vit_base_patch32_224", 49), ("vit_tiny_patch16_224", 196)])
+def test_timm_backbones_give_what_timm_gives(name: str, patches: int, tmp_path: Path):
+    torch.manual_seed(0)
+    theirs = timm.create_model(name, pretrained=False).eval()
+    save_file(theirs.state_dict(), tmp_path / "weights.safetensors")
+    ours = VisionEncoder(VisionConfig(backbone=name, pretrained=str(tmp_path / "weights.safetensors")), 224).eval()
+    tiles = torch.randint(256, (1, 3, 224, 224), dtype=torch.uint8)
+    normal = (tiles / 255 - ours.pixel_mean) / ours.pixel_std
+    with torch.no_grad():
+        want = theirs.forward_features(normal)[:, 1:]
+        got = ours(ours.stem_features(tiles))
+    assert got.patches_BVd.shape == (1, patches, want.shape[-1])
+    torch.testing.assert_close(got.patches_BVd, want, rtol=1e-4, atol=1e-4)
+    assert int(0.5 * patches) == {49: 24, 196: 98}[patches]
+
+
+def test_backbones_that_cannot_be_are_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match="timm cannot build it"):
+        VisionEncoder(VisionConfig(backbone="vit_enormous"), 224)
+    with pytest.raises(ValueError, match="not a Vision Transformer"):
+        VisionEncoder(VisionConfig(backbone="swin_tiny_patch4_window7_224"), 224)
+    with pytest.raises(ValueError, match=r"existing \.safetensors"):
+        VisionEncoder(VisionConfig(backbone="vit_tiny_patch16_224", pretrained="weights.pth"), 224)
+    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="does not fit"):
+        VisionEncoder(VisionConfig(backbone="vit_tiny_patch16_224", pretrained=str(tmp_path / "x.safetensors")), 224)
+    with pytest.raises(ValueError, match="tiles are 48 px wide"):
+        VisionEncoder(VISION, 32).stem_features(torch.zeros(1, 3, 48, 48, dtype=torch.uint8))
+
+
+def test_the_frozen_stem_is_the_folded_network():
+    from comtip_fast.models.stems import EfficientNetLite0Stem
+
+    torch.manual_seed(0)
+    net = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
+    stem = EfficientNetLite0Stem()
+    stem.load_pretrained()
+    x = torch.randn(4, 3, 32, 32)
+    raw = stem.raw(x)
+    assert raw.shape == (4, 432)
+    # One patch's features do not depend on its neighbours in the batch.
+    torch.testing.assert_close(stem.raw(x[1:2]), raw[1:2], rtol=1e-4, atol=1e-4)
+    assert not any(p.requires_grad for p in stem.parameters())
+    assert not stem.train().training
+    del net
+
+
+# -- the whole --------------------------------------------------------------------------------------------------
+
+
+def step(net: CoMTIP):
+    tiles = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    order = torch.stack([torch.randperm(16, generator=torch.Generator().manual_seed(i)) for i in range(3)])
+    return net(net.vision.stem_features(tiles), order[:, 8:], order[:, :8], genes())
+
+
+def test_temperature_is_clamped_in_the_forward_and_never_in_place():
+    net = model()
+    with torch.no_grad():
+        net.log_scale_nce.fill_(50.0)
+    assert float(step(net).scale_nce.detach()) == pytest.approx(100.0)
+    assert float(net.log_scale_nce.detach()) == 50.0
+
+
+def test_targets_are_detached_and_come_from_the_full_branch():
+    out = step(model())
+    assert not out.target_BKd.requires_grad
+    assert out.predicted_BKd.requires_grad
+    assert out.predicted_BKd.shape == out.target_BKd.shape == (3, 8, 16)
+    torch.testing.assert_close(out.image.vector_BD.norm(dim=-1), torch.ones(3))
+    torch.testing.assert_close(out.table.unit_GQD.norm(dim=-1), torch.ones(6, 4))
+
+
+def test_the_teacher_is_a_moving_average():
+    net = model(target="ema")
+    start = copy.deepcopy(net.teacher.state_dict())
+    with torch.no_grad():
+        for parameter in net.vision.parameters():
+            parameter.add_(1.0)
+    net.update_teacher(0.75)
+    for name, slow in net.teacher.named_parameters():
+        torch.testing.assert_close(slow, start[name] + 0.25)
+    assert not any(p.requires_grad for p in net.teacher.parameters())
+    assert step(net).target_BKd is not None
+
+
+def test_two_runs_give_the_same_bits():
+    grads = []
+    for _ in range(2):
+        net = model()
+        out = step(net)
+        (out.image.vector_BD.sum() + out.table.rows_GQD.square().sum() + out.predicted_BKd.square().sum()).backward()
+        grads.append({n: p.grad for n, p in net.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    assert all(torch.equal(grads[0][n], grads[1][n]) for n in grads[0])
