@@ -125,6 +125,7 @@ class Trainer:
         self._check_same_run(loaded.state)
         checkpoints.set_aside_after(self.checkpoint_dir, step)
         self._restore(loaded)
+        self._prune()  # the run may have been killed just before it would have
         self._write_config()
         keep_rows_up_to(self.run_dir / NONFINITE, step)
         log.info("resumed from step %d", step)
@@ -287,7 +288,11 @@ class Trainer:
             Checkpoint(module.state_dict(), optimizer_tensors(module, self.optimizer), state),
         )  # fmt: skip
         self._saved_step = p.step
-        checkpoints.prune(self.checkpoint_dir, self.config.train.keep_checkpoints, p.best_step or None)
+        self._prune()
+
+    def _prune(self) -> None:
+        best = self.progress.best_step or None
+        checkpoints.prune(self.checkpoint_dir, self.config.train.keep_checkpoints, best)
 
     def _restore(self, loaded: Checkpoint) -> None:
         self.task.module.load_state_dict(loaded.model)
