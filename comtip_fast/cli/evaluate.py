@@ -20,6 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
 
 
+def _own_shards(run_dir: Path, stated: Path) -> Path:
+    """Return where the run's shards are: as its config says, or inside a run folder that was moved."""
+    inside = run_dir / stated.name
+    return inside if not (stated / "manifest.json").is_file() and (inside / "manifest.json").is_file() else stated
+
+
 def run(args: argparse.Namespace) -> int:
     """Score, write both files and print the table."""
     from comtip_shards import ShardSet
@@ -30,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
 
     predictor = Predictor.load(args.run_dir)
     shards = ShardSet(args.shards)
-    train = args.train_shards or Path(predictor.config.data.shards)
+    train = args.train_shards or _own_shards(args.run_dir, Path(predictor.config.data.shards))
     if not (train / "manifest.json").is_file():
         raise FileNotFoundError(
             f"{train} holds no shard set: the ridge baselines train on the model's own training sections; "

@@ -6,6 +6,7 @@ epoch, spot), so a batch can be made again from four integers and resuming needs
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -21,6 +22,7 @@ from comtip_fast.data.panel import draw_panel
 from comtip_fast.data.tables import TrainingTables
 from comtip_fast.data.views import make_views, view_of
 
+log = logging.getLogger("comtip_fast")
 Stem = Callable[[Tensor], Tensor]
 
 
@@ -104,6 +106,7 @@ class TorchLoader:
         """Return features (views, n_spots, P, c) in half precision."""
         views = []
         for view in range(self.config.data.views):
+            log.info("frozen stem: view %d of %d, %d tiles", view + 1, self.config.data.views, len(self.tables.spots))
             parts = [stem(tiles).half() for tiles in self._chunks(view)]
             views.append(torch.cat(parts))
         return torch.stack(views)
