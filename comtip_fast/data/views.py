@@ -42,8 +42,10 @@ def _turn(tile_SS3: np.ndarray, which: int) -> np.ndarray:
 
 def _jitter(tile_SS3: np.ndarray, u: np.ndarray, spread: float) -> np.ndarray:
     """Scale and shift each channel's optical density by up to ``spread``, uniformly."""
-    density = -np.log10((tile_SS3.astype(np.float32) + 1) / 256)
+    # A channel has 256 values, so a table of them says what becomes of each pixel.
+    density = -np.log10((np.arange(256, dtype=np.float32)[:, None] + 1) / 256)
     gain = 1 + spread * (2 * u[:3].astype(np.float32) - 1)
     shift = 0.2 * spread * (2 * u[3:].astype(np.float32) - 1)
     moved = 256 * np.power(10.0, -(density * gain + shift)) - 1
-    return np.clip(np.rint(moved), 0, 255).astype(np.uint8)
+    table = np.clip(np.rint(moved), 0, 255).astype(np.uint8)
+    return np.stack([table[:, c][tile_SS3[..., c]] for c in range(3)], axis=-1)

@@ -108,6 +108,20 @@ def test_prune_keeps_newest_and_best(tmp_path: Path, keep: int, best: int | None
     assert checkpoints.steps_of(tmp_path) == left
 
 
+def test_deleting_half_way_leaves_nothing_that_looks_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = checkpoints.save(tmp_path, 5, some())
+
+    def killed(path: Path, ignore_errors: bool = False) -> None:
+        if path.exists():
+            (path / "model.safetensors").unlink()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.delete(folder)
+    assert checkpoints.steps_of(tmp_path) == []
+
+
 def test_leftovers_of_a_killed_process_are_neither_seen_nor_kept(tmp_path: Path) -> None:
     checkpoints.save(tmp_path, 5, some())
     for name in (".writing-00000009", ".deleting-step_00000003"):

@@ -273,10 +273,12 @@ def run_with_scores(folder: Path, scores: dict[int, float], *overrides: str) -> 
 
 def test_patience_stops_and_the_best_weights_are_exported(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    result, _ = run_with_scores(run, {2: 0.1, 4: 0.5, 6: 0.3, 8: 0.5, 10: 0.2}, "train.patience=3", "train.steps=90")
-    assert (result.stopped, result.step, result.best_step, result.best_score) == ("patience", 10, 4, 0.5)
-    assert checkpoints.steps_of(run / "checkpoints") == [4, 8, 10]
-    best = checkpoints.load(run / "checkpoints/step_00000004").model
+    scores = {2: 0.1, 4: 0.05, 6: 0.5, 8: 0.5, 10: 0.2}
+    result, _ = run_with_scores(run, scores, "train.patience=3", "train.steps=90")
+    # Step 4 is forgiven once step 6 is better; an equal score (step 8) is not better.
+    assert (result.stopped, result.step, result.best_step, result.best_score) == ("patience", 12, 6, 0.5)
+    assert checkpoints.steps_of(run / "checkpoints") == [6, 8, 12]
+    best = checkpoints.load(run / "checkpoints/step_00000006").model
     exported = checkpoints.load_file(run / "export/model.safetensors")
     assert all(torch.equal(best[k], exported[k]) for k in best)
 
@@ -301,6 +303,15 @@ def test_pruning_keeps_newest_and_best(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run_with_scores(run, {2: 1.0}, "train.keep_checkpoints=3", "train.checkpoint_every=1")
     assert checkpoints.steps_of(run / "checkpoints") == [2, 15, 16, 17]
+
+
+def test_resume_tidies_up_after_a_killed_process(whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    fit(run, "train.keep_checkpoints=9")
+    (run / "checkpoints/.writing-00000018").mkdir()
+    (run / "checkpoints/.deleting-step_00000001").mkdir()
+    fit(run, resume=True)
+    assert_same_run(run, whole)
 
 
 def test_a_lost_best_checkpoint_is_said_and_the_last_weights_are_exported(
