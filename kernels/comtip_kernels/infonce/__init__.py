@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from comtip_kernels.dispatch import Impl, choose
+from comtip_kernels.infonce.cpu import infonce_cpu
 from comtip_kernels.infonce.reference import allowed_pairs, infonce_reference
 
 __all__ = ["allowed_pairs", "infonce", "infonce_reference"]
-_HAVE = {"reference": infonce_reference}
+_HAVE = {"reference": infonce_reference, "cpu": infonce_cpu}
 
 
 def infonce(
@@ -53,6 +54,13 @@ def infonce(
     ValueError
         If M < B, an option is unknown, or ``impl`` cannot run.
     """
+    B, M = image_BD.shape[0], text_MD.shape[0]
+    if M < B:
+        raise ValueError(f"infonce: {M} text columns for {B} images; the first {B} must be the true texts")
+    if negatives not in ("all", "same_group", "other_group"):
+        raise ValueError(f"negatives={negatives!r}: choose 'all', 'same_group' or 'other_group'")
+    if negatives != "all" and (group_rows is None or group_columns is None):
+        raise ValueError(f"negatives={negatives!r} needs group ids of rows and columns")
     return choose("infonce", impl, image_BD.device, _HAVE)(
         image_BD, text_MD, scale, negatives=negatives, group_rows=group_rows, group_columns=group_columns,
         class_rows=class_rows, class_columns=class_columns, weight_B=weight_B,

@@ -1,0 +1,126 @@
+"""InfoNCE on the CPU beside open_clip's loss and beside the matrix products that it cannot avoid, in one run.
+
+    python bench/kernels/bench_infonce.py [--rows 8192] [--dim 512] [--rounds 5]
+
+Every round times all of them one after the other (these machines are noisy; a ratio inside a round is not), and the
+medians of the ratios are printed. Peak memory is the growth of the resident set in a process of its own.
+open_clip's ClipLoss for one process is written here as it computes: one matrix of logits, its transpose, two
+cross-entropies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from comtip_kernels import infonce
+from torch.nn import functional as F
+
+
+def clip_loss(x: torch.Tensor, y: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """open_clip's ClipLoss at world size 1."""
+    logits = scale * F.normalize(x, dim=-1) @ F.normalize(y, dim=-1).T
+    labels = torch.arange(len(x))
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+
+def ours(x: torch.Tensor, y: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Run our CPU path."""
+    return infonce(x, y, scale, impl="cpu")
+
+
+def inputs(rows: int, dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return x, y, scale with gradients."""
+    g = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(rows, dim, generator=g).requires_grad_() for _ in range(2))
+    return x, y, torch.tensor(14.3, requires_grad=True)
+
+
+def both_ways(loss: Callable[..., torch.Tensor], rows: int, dim: int) -> Callable[[], None]:
+    """Return a function that runs forward and backward."""
+    x, y, scale = inputs(rows, dim)
+
+    def run() -> None:
+        x.grad = y.grad = scale.grad = None
+        loss(x, y, scale).backward()
+
+    return run
+
+
+def four_products(rows: int, dim: int) -> Callable[[], None]:
+    """Return the floor: logits twice (blocked, as no B x B tensor may exist), and the two gradients."""
+    x, y, _ = (t.detach() for t in inputs(rows, dim))
+    dx, dy = torch.empty_like(x), torch.zeros_like(y)
+    size = max(16, (8 << 20) // (rows * 4))
+
+    def run() -> None:
+        for start in range(0, rows, size):
+            part = slice(start, start + size)
+            x[part] @ y.T
+            e = x[part] @ y.T
+            torch.mm(e, y, out=dx[part])
+            dy.addmm_(e.T, x[part])
+
+    return run
+
+
+def seconds(run: Callable[[], None]) -> float:
+    """Time one call."""
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def extra_peak_mib(name: str, rows: int, dim: int) -> float:
+    """Return how far one forward and backward raises the peak of a fresh process."""
+    code = f"from bench_infonce import *; print(peak({name}, {rows}, {dim}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=__file__.rsplit("/", 1)[0]
+    )
+    return float(done.stdout.split()[-1])
+
+
+def peak(loss: Callable[..., torch.Tensor], rows: int, dim: int) -> float:
+    """Measure, inside that process: a small call first, so that libraries have their buffers."""
+    both_ways(loss, 256, dim)()
+    run = both_ways(loss, rows, dim)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=8192)
+    parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--large", action="store_true", help="also B = 65,536, memory only")
+    args = parser.parse_args()
+    runs = {"ours": both_ways(ours, args.rows, args.dim), "open_clip": both_ways(clip_loss, args.rows, args.dim),
+            "four products": four_products(args.rows, args.dim)}  # fmt: skip
+    for run in runs.values():
+        run()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(args.rounds):
+        for name, run in runs.items():
+            times[name].append(seconds(run))
+    for name, values in times.items():
+        print(f"{name:<14} median {statistics.median(values):.2f} s  (min {min(values):.2f})")
+    faster = [b / a for a, b in zip(times["ours"], times["open_clip"], strict=True)]
+    above = [a / b for a, b in zip(times["ours"], times["four products"], strict=True)]
+    print(f"open_clip / ours {statistics.median(faster):.2f}   ours / four products {statistics.median(above):.2f}")
+    one, two = (extra_peak_mib(n, args.rows, args.dim) for n in ("ours", "clip_loss"))
+    print(f"extra peak memory: ours {one:.0f} MiB, open_clip {two:.0f} MiB, ratio 1/{two / max(one, 1e-9):.1f}")
+    if args.large:
+        print(f"B = 65,536: ours {extra_peak_mib('ours', 65536, args.dim):.0f} MiB extra")
+
+
+if __name__ == "__main__":
+    main()
