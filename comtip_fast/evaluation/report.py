@@ -40,7 +40,7 @@ def write_report(run_dir: Path | None, result: Evaluation, out: Path) -> None:
         loader=PackageLoader("comtip_fast.evaluation", "templates"), autoescape=select_autoescape(["html", "j2"]),
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    env.filters["num"] = lambda v: "–" if v is None else f"{v:.3f}"
+    env.filters["num"] = lambda v: "–" if v is None else f"{v + 0.0:.3f}".replace("-0.000", "0.000")
     page = env.get_template("report.html.j2").render(
         name=result.predictor.config.name, version=__version__, date=datetime.date.today().isoformat(),
         metrics=result.metrics, labels=LABELS, predictors=PREDICTORS, tasks=_tasks(result),
