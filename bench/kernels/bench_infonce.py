@@ -11,12 +11,12 @@ cross-entropies.
 from __future__ import annotations
 
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from comtip_kernels import infonce
@@ -81,7 +81,7 @@ def extra_peak_mib(name: str, rows: int, dim: int) -> float:
     """Return how far one forward and backward raises the peak of a fresh process."""
     code = f"from bench_infonce import *; print(peak({name}, {rows}, {dim}))"
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=__file__.rsplit("/", 1)[0]
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
     )
     return float(done.stdout.split()[-1])
 
@@ -90,9 +90,15 @@ def peak(loss: Callable[..., torch.Tensor], rows: int, dim: int) -> float:
     """Measure, inside that process: a small call first, so that libraries have their buffers."""
     both_ways(loss, 256, dim)()
     run = both_ways(loss, rows, dim)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from what is resident now
+    before = _high_water_kib()
     run()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return (_high_water_kib() - before) / 1024
+
+
+def _high_water_kib() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 
 
 def main() -> None:

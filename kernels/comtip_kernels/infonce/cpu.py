@@ -21,10 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = 8 << 20
-"""Bytes of one block of logits: small enough to stay in the caches while it is worked on."""
+BLOCK_BYTES = 12 << 20
+"""Bytes of one block of logits: small beside what must be kept, large enough for the matrix products to run at speed."""
 HEADROOM = 40.0
 """exp(HEADROOM) times any number of columns is far from overflow in fp32; what it adds below, it adds to the range."""
+EPSILON = 1e-12
+"""Length under which a vector is not normalised, as in torch.nn.functional.normalize."""
 FLOOR = 1e-20
 """A sum below this may have lost terms to underflow; it is done again exactly."""
 
@@ -68,11 +70,19 @@ def _blocks(n_rows: int, n_columns: int, item: int) -> list[Tensor]:
     return [torch.arange(start, min(start + size, n_rows)) for start in range(0, n_rows, size)]
 
 
-def _exponentials(x: Tensor, y: Tensor, scale: float, shift: float, rows: Tensor, masks: Masks) -> Tensor:
-    """Return e (rows, M)."""
-    e = x[int(rows[0]) : int(rows[-1]) + 1] @ y.T
-    e.mul_(scale).sub_(shift).exp_()
-    ok = masks.block(rows, y.shape[0])
+def _with_one(y: Tensor) -> Tensor:
+    """Return y with a last column of ones: against x' = (scale x, -shift) one product gives s_ij - shift."""
+    return torch.cat([y, y.new_ones(y.shape[0], 1)], dim=1)
+
+
+def _exponentials(
+    x: Tensor, wide_y: Tensor, scale: float, shift: float, rows: Tensor, masks: Masks, out: Tensor
+) -> Tensor:
+    """Return e (rows, M), in the memory of ``out``."""
+    own = x[int(rows[0]) : int(rows[-1]) + 1]
+    wide_x = torch.cat([own * scale, own.new_full((own.shape[0], 1), -shift)], dim=1)
+    e = torch.mm(wide_x, wide_y.T, out=out[: rows.numel()]).exp_()
+    ok = masks.block(rows, wide_y.shape[0])
     return e if ok is None else e.mul_(ok)
 
 
@@ -80,11 +90,15 @@ def row_and_column_lse(x: Tensor, y: Tensor, scale: float, masks: Masks) -> tupl
     """Return the log-sum-exp of every row over its allowed columns (B,), and of the first B columns over rows (B,)."""
     B, M = x.shape[0], y.shape[0]
     shift = scale - HEADROOM
-    row, column = x.new_zeros(B), x.new_zeros(B)
-    for rows in _blocks(B, M, x.element_size()):
-        e = _exponentials(x, y, scale, shift, rows, masks)
-        row[rows[0] : rows[-1] + 1] = e.sum(1)
-        column += e[:, :B].sum(0)
+    row, column = x.new_zeros(B), x.new_zeros(M)
+    blocks = _blocks(B, M, x.element_size())
+    wide_y, ones = _with_one(y), x.new_ones(max(B, M))
+    buffer = x.new_empty(blocks[0].numel() if blocks else 0, M)
+    for rows in blocks:
+        e = _exponentials(x, wide_y, scale, shift, rows, masks, buffer)
+        row[rows[0] : rows[-1] + 1] = e.mv(ones[:M])
+        column.addmv_(e.T, ones[: rows.numel()])
+    column = column[:B]
     row_lse, column_lse = row.log() + shift, column.log() + shift
     low = (row < FLOOR).nonzero().squeeze(1)
     for part in low.split(1024):
@@ -114,43 +128,65 @@ def _masked_columns(x: Tensor, y: Tensor, scale: float, columns: Tensor, masks: 
 
 
 class _InfoNCE(torch.autograd.Function):
-    """Unit vectors in, loss out."""
+    """Vectors of any length in, loss out; they are normalised in here, so that no copy of them is kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor, weight: Tensor, masks: Masks) -> Tensor:
+    def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, weight: Tensor, masks: Masks) -> Tensor:
         s = float(scale)
+        x, y = _unit(image), _unit(text)
         row_lse, column_lse = row_and_column_lse(x, y, s, masks)
-        positive = s * (x * y[: x.shape[0]]).sum(1)
+        positive = s * torch.linalg.vecdot(x, y[: x.shape[0]])
         total = weight.sum().clamp_min(1e-12)
-        ctx.save_for_backward(x, y, weight, row_lse, column_lse)
+        ctx.save_for_backward(image, text, weight, row_lse, column_lse)
         ctx.scale, ctx.masks, ctx.total = s, masks, float(total)
         return (weight * (row_lse + column_lse - 2 * positive)).sum() / (2 * total)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, weight, row_lse, column_lse = ctx.saved_tensors
-        s, masks, B = ctx.scale, ctx.masks, x.shape[0]
-        shift = s - HEADROOM
-        half = weight / (2 * ctx.total)
-        # exp(shift - lse) overflows only where the sum underflowed; those rows and columns come in a pass of their own.
-        row_low, column_low = row_lse - shift < _log(FLOOR), column_lse - shift < _log(FLOOR)
-        a = torch.where(row_low, 0.0, half * (shift - row_lse).clamp_max(80.0).exp())
-        b = torch.where(column_low, 0.0, half * (shift - column_lse).clamp_max(80.0).exp())
-        b = torch.cat([b, b.new_zeros(y.shape[0] - B)])
-        dx, dy = torch.empty_like(x), torch.zeros_like(y)
-        for rows in _blocks(B, y.shape[0], x.element_size()):
-            part = slice(int(rows[0]), int(rows[-1]) + 1)
-            e = _exponentials(x, y, s, shift, rows, masks)
-            e.mul_(a[part, None] + b[None, :])
-            torch.mm(e, y, out=dx[part])
-            dy.addmm_(e.T, x[part])
-        _add_low(x, y, s, half, row_lse, column_lse, row_low, column_low, masks, dx, dy)
-        dx.addcmul_(y[:B], -2 * half[:, None])
-        dy[:B].addcmul_(x, -2 * half[:, None])
+        image, text, weight, row_lse, column_lse = ctx.saved_tensors
+        x, y = _unit(image), _unit(text)
+        dx, dy = _unit_gradients(x, y, ctx.scale, weight / (2 * ctx.total), row_lse, column_lse, ctx.masks)
         # Every logit is linear in x, so d loss / d scale needs no further pass over the logits.
-        dscale = (x * dx).sum()
-        grad = grads[0]
-        return dx.mul_(s * grad), dy.mul_(s * grad), dscale * grad, None, None
+        dscale = torch.linalg.vecdot(x, dx).sum() * grads[0]
+        factor = ctx.scale * grads[0]
+        return _through_norm(image, x, dx.mul_(factor)), _through_norm(text, y, dy.mul_(factor)), dscale, None, None
+
+
+def _unit(v: Tensor) -> Tensor:
+    return v / v.norm(dim=-1, keepdim=True).clamp_min(EPSILON)
+
+
+def _through_norm(v: Tensor, unit: Tensor, grad: Tensor) -> Tensor:
+    """Return the gradient of v from that of v / |v|, in the memory of ``grad``."""
+    norm = v.norm(dim=-1, keepdim=True)
+    along = torch.linalg.vecdot(unit, grad).unsqueeze(-1).masked_fill_(norm < EPSILON, 0.0)
+    return grad.addcmul_(unit, along, value=-1).div_(norm.clamp_min(EPSILON))
+
+
+def _unit_gradients(
+    x: Tensor, y: Tensor, s: float, half: Tensor, row_lse: Tensor, column_lse: Tensor, masks: Masks
+) -> tuple[Tensor, Tensor]:
+    """Return d loss / d(s x) and d loss / d(s y); see the module's formula."""
+    B, shift = x.shape[0], s - HEADROOM
+    # exp(shift - lse) overflows only where the sum underflowed; those rows and columns come in a pass of their own.
+    row_low, column_low = row_lse - shift < _log(FLOOR), column_lse - shift < _log(FLOOR)
+    a = torch.where(row_low, 0.0, half * (shift - row_lse).clamp_max(80.0).exp())
+    b = torch.where(column_low, 0.0, half * (shift - column_lse).clamp_max(80.0).exp())
+    b = torch.cat([b, b.new_zeros(y.shape[0] - B)])
+    dx, dy = torch.empty_like(x), torch.zeros_like(y)
+    blocks = _blocks(B, y.shape[0], x.element_size())
+    wide_y = _with_one(y)
+    buffer = x.new_empty(2, blocks[0].numel() if blocks else 0, y.shape[0])
+    for rows in blocks:
+        part = slice(int(rows[0]), int(rows[-1]) + 1)
+        e = _exponentials(x, wide_y, s, shift, rows, masks, buffer[0])
+        e.mul_(torch.add(a[part, None], b[None, :], out=buffer[1, : rows.numel()]))
+        torch.mm(e, y, out=dx[part])
+        dy.addmm_(e.T, x[part])
+    _add_low(x, y, s, half, row_lse, column_lse, row_low, column_low, masks, dx, dy)
+    dx.addcmul_(y[:B], half[:, None], value=-2)
+    dy[:B].addcmul_(x, half[:, None], value=-2)
+    return dx, dy
 
 
 def _add_low(
@@ -185,6 +221,4 @@ def infonce_cpu(
         negatives, group_rows, group_columns, class_rows if class_columns is not None else None, class_columns,
         silent if bool(silent.any()) else None,
     )  # fmt: skip
-    x = torch.nn.functional.normalize(image_BD, dim=-1)
-    y = torch.nn.functional.normalize(text_MD, dim=-1)
-    return _InfoNCE.apply(x, y, scale, weight, masks)  # type: ignore[no-any-return, no-untyped-call]
+    return _InfoNCE.apply(image_BD, text_MD, scale, weight, masks)  # type: ignore[no-any-return, no-untyped-call]
