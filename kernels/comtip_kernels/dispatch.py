@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 import torch
 
+from comtip_kernels.tl_common import can_launch
+
 Impl = Literal["auto", "triton", "cpu", "reference"]
 _PREFERENCE = {"cuda": ("triton", "reference"), "cpu": ("cpu", "reference")}
 _log = logging.getLogger("comtip_kernels")
@@ -39,11 +41,17 @@ def choose(op: str, impl: str, device: torch.device, have: Mapping[str, Callable
         If ``impl`` is no known name, or is known but not available for this operation.
     """
     if impl == "auto":
-        name = next(n for n in _PREFERENCE.get(device.type, ("reference",)) if n in have)
+        ready = [n for n in _PREFERENCE.get(device.type, ()) if n in have and (n != "triton" or can_launch(device))]
+        name = (ready or ["reference"])[0]
         if (op, name) not in _said:
             _said.add((op, name))
             _log.info("%s: impl='auto' chose '%s' on %s", op, name, device.type)
         return have[name]
     if impl not in have:
         raise ValueError(f"{op}: impl={impl!r} is not available; choose 'auto' or one of {sorted(have)}")
+    if impl == "triton" and not can_launch(device):
+        raise ValueError(
+            f"{op}: impl='triton' cannot run on {device.type}: it needs a CUDA device and the triton package "
+            "(or TRITON_INTERPRET=1, for tests)"
+        )
     return have[impl]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from comtip_kernels.dispatch import Impl, choose
@@ -9,7 +11,16 @@ from comtip_kernels.infonce.cpu import infonce_cpu
 from comtip_kernels.infonce.reference import allowed_pairs, infonce_reference
 
 __all__ = ["allowed_pairs", "infonce", "infonce_reference"]
-_HAVE = {"reference": infonce_reference, "cpu": infonce_cpu}
+
+
+def _triton(*args: Any, **kwargs: Any) -> Tensor:
+    """Import the kernels on first use: a machine without Triton never sees them."""
+    from comtip_kernels.infonce.op import infonce_triton
+
+    return infonce_triton(*args, **kwargs)
+
+
+_HAVE = {"reference": infonce_reference, "cpu": infonce_cpu, "triton": _triton}
 
 
 def infonce(

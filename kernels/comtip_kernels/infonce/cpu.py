@@ -221,4 +221,4 @@ def infonce_cpu(
         negatives, group_rows, group_columns, class_rows if class_columns is not None else None, class_columns,
         silent if bool(silent.any()) else None,
     )  # fmt: skip
-    return _InfoNCE.apply(image_BD, text_MD, scale, weight, masks)  # type: ignore[no-any-return, no-untyped-call]
+    return _InfoNCE.apply(image_BD, text_MD, scale, weight, masks)
