@@ -178,6 +178,6 @@ def grad_rows(  # type: ignore[no-untyped-def]
 # Tiles that the ledger passes on sm_80 and sm_90 (no spills, shared memory within the limit); no autotuning, so that a
 # result does not depend on what else the GPU was doing.
 FORWARD: dict[str, Any] = {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3}
-BACKWARD: dict[str, Any] = {"BM": 64, "BN": 64, "BK": 64, "num_warps": 8, "num_stages": 2}
+BACKWARD: dict[str, Any] = {"BM": 64, "BN": 32, "BK": 64, "num_warps": 8, "num_stages": 2}
 MAX_BD = 512
 """Width of the gradient that a program keeps in registers; wider vectors make the logits again per slice."""
