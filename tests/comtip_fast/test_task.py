@@ -5,12 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from comtip_fast.config.io import load_config
-from comtip_fast.training.task import CoMTIPTask, build_task, pick_device
 from comtip_kernels import dispatch
 from comtip_shards import ShardSet
 from comtip_shards.build import build_shards
 from comtip_shards.sources import open_source
+
+from comtip_fast.config.io import load_config
+from comtip_fast.training.task import CoMTIPTask, build_task, pick_device
 
 CPU = torch.device("cpu")
 
