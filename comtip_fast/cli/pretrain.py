@@ -29,9 +29,10 @@ def run(args: argparse.Namespace) -> int:
 
     from comtip_fast.config.io import load_config
     from comtip_fast.training.task import build_task, pick_device
-    from comtip_fast.training.trainer import Trainer
+    from comtip_fast.training.trainer import Trainer, refuse_second_run
 
     config = load_config(args.config, args.set)
+    refuse_second_run(args.out, args.resume)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     device = pick_device(config.train.device)

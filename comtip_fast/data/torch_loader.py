@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -40,6 +41,7 @@ class TorchLoader:
     frozen_stem
         Maps uint8 tiles (N, 3, S, S) to features (N, P, c). Given, it is run once over every view of every
         training spot, in a fixed order (so that a resumed run gets the same bits), and batches carry features.
+        That happens when the first batch is asked for: a run that is already finished does not wait for it.
     """
 
     def __init__(
@@ -48,7 +50,7 @@ class TorchLoader:
         self.shards, self.tables, self.config = shards, tables, config
         self.seed = config.train.seed
         self.section = shards.spots.loc[tables.spots, "section"].to_numpy()
-        self.cache = self._run_stem(frozen_stem) if frozen_stem is not None else None
+        self._stem = frozen_stem
 
     def batches(self, epoch: int) -> list[np.ndarray]:
         """Return the epoch's batches as arrays of spot indices."""
@@ -64,8 +66,8 @@ class TorchLoader:
         panel = self.panel(section, step)
         view = view_of(self.config.data.views, spot_index, seed=self.seed, epoch=epoch)
         tiles = features = None
-        if self.cache is not None:
-            features = self.cache[torch.from_numpy(view), torch.from_numpy(place)].float()
+        if self._stem is not None:
+            features = self._cache[torch.from_numpy(view), torch.from_numpy(place)].float()
         else:
             tiles = torch.from_numpy(self.tiles(spot_index, view)).permute(0, 3, 1, 2)
         return Batch(
@@ -102,8 +104,11 @@ class TorchLoader:
             out[own] = make_views(raw[own], spot_index[own], view[own], stain, self.config.data, seed=self.seed)
         return out
 
-    def _run_stem(self, stem: Stem) -> Tensor:
-        """Return features (views, n_spots, P, c) in half precision."""
+    @cached_property
+    def _cache(self) -> Tensor:
+        """The frozen stem's features (views, n_spots, P, c) in half precision, made when the first batch is asked for."""
+        stem = self._stem
+        assert stem is not None
         views = []
         for view in range(self.config.data.views):
             log.info("frozen stem: view %d of %d, %d tiles", view + 1, self.config.data.views, len(self.tables.spots))

@@ -33,6 +33,7 @@ from comtip_fast.training.signals import Signals, catch_signals, hold_run
 log = logging.getLogger("comtip_fast")
 
 NONFINITE = "nonfinite.jsonl"
+CHECKPOINTS = "checkpoints"
 # Keys that may differ when a run is resumed: they change neither weights nor the loss trace. The place of the
 # shards may change too, because their hash is compared; and what to do about a NaN, because it stopped the run.
 FREE_KEYS = {
@@ -73,7 +74,7 @@ class Trainer:
 
     def __init__(self, task: TrainingTask, config: RunConfig, run_dir: Path | str) -> None:
         self.task, self.config, self.run_dir = task, config, Path(run_dir)
-        self.checkpoint_dir = self.run_dir / "checkpoints"
+        self.checkpoint_dir = self.run_dir / CHECKPOINTS
         self.optimizer = make_optimizer(task.module, config.optim)
         self.progress = RunState()
         self.device = next(task.module.parameters()).device
@@ -108,10 +109,7 @@ class Trainer:
     def _start(self, resume: bool) -> bool:
         checkpoints.clear_leftovers(self.checkpoint_dir)
         steps = checkpoints.steps_of(self.checkpoint_dir)
-        if steps and not resume:
-            raise TrainingError(
-                f"{self.run_dir} already holds a run (step {steps[-1]}); go on with --resume, or give another --out"
-            )
+        refuse_second_run(self.run_dir, resume)
         found = checkpoints.newest_good(self.checkpoint_dir)
         if found is None:
             if steps:
@@ -339,6 +337,15 @@ def _hex(state: Tensor) -> str:
 
 def _unhex(text: str) -> Tensor:
     return torch.from_numpy(np.frombuffer(bytes.fromhex(text), np.uint8).copy())
+
+
+def refuse_second_run(run_dir: Path, resume: bool) -> None:
+    """Refuse to begin where a run is already; asked before anything slow is done."""
+    steps = checkpoints.steps_of(run_dir / CHECKPOINTS)
+    if steps and not resume:
+        raise TrainingError(
+            f"{run_dir} already holds a run (step {steps[-1]}); go on with --resume, or give another --out"
+        )
 
 
 @contextmanager
