@@ -52,6 +52,11 @@ class TorchLoader:
         self.section = shards.spots.loc[tables.spots, "section"].to_numpy()
         self._stem = frozen_stem
 
+    def prepare(self) -> None:
+        """Run the frozen stem now, where there is one; else the first batch does."""
+        if self._stem is not None:
+            self._cache  # noqa: B018
+
     def batches(self, epoch: int) -> list[np.ndarray]:
         """Return the epoch's batches as arrays of spot indices."""
         data = self.config.data

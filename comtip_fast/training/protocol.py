@@ -25,6 +25,10 @@ class TrainingTask(Protocol):
         """Hashes of what the run reads; a resumed run must find the same."""
         ...
 
+    def prepare(self) -> None:
+        """Do what must be done once before the first batch; not called where nothing is left to train."""
+        ...
+
     def batches(self, epoch: int) -> list[np.ndarray]:
         """Return the epoch's batches as spot indices: a pure function of (seed, epoch)."""
         ...

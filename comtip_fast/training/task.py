@@ -104,6 +104,10 @@ class CoMTIPTask:
             lines.append(f"  {task}: {rows.size} genes pass genes.min_detection")
         return "\n".join(lines)
 
+    def prepare(self) -> None:
+        """Run a frozen stem over the training tiles."""
+        self.loader.prepare()
+
     def batches(self, epoch: int) -> list[np.ndarray]:
         """Return the epoch's batches as spot indices, a function of (seed, epoch)."""
         return self.loader.batches(epoch)

@@ -94,6 +94,8 @@ class Trainer:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         with hold_run(self.run_dir), _deterministic(self.device), catch_signals() as caught:
             resumed = self._start(resume)
+            if not self.progress.stopped:
+                self.task.prepare()
             resolved = config_to_dict(self.config)
             self._loggers = make_loggers(self.config, resolved, self.run_dir, start=self.progress.step, resumed=resumed)
             try:

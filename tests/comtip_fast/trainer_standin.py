@@ -49,6 +49,9 @@ class StandIn:
     def fingerprint(self) -> dict[str, str]:
         return {"shards": self.data_hash}
 
+    def prepare(self) -> None:
+        """Nothing to do before the first batch."""
+
     def batches(self, epoch: int) -> list[np.ndarray]:
         order = np.random.default_rng([self.config.train.seed, epoch]).permutation(SPOTS)
         return np.split(order, SPOTS // BATCH)
