@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     build.add_argument("--tile-um", type=float, default=224.0, help="width of a tile in um (default 224)")
     build.add_argument("--tile-px", type=int, default=128, help="width of a tile in px (default 128)")
     build.add_argument(
-        "--min-mpp", type=float, default=3.2, help="blur finer images to this many um per px (default 3.2)"
+        "--min-mpp", type=float, default=4.0, help="blur finer images to this many um per px (default 4)"
     )
     build.add_argument("--codec", choices=("jpeg", "png", "webp"), default="jpeg")
     build.add_argument("--split", action="append", default=[], metavar="SECTION=SPLIT",

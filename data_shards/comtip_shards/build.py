@@ -56,7 +56,7 @@ class BuildReport:
 
 
 def build_shards(
-    sources: Sequence[SectionSource], out: Path, *, tile_px: int = 128, tile_um: float = 224.0, min_mpp: float = 3.2,
+    sources: Sequence[SectionSource], out: Path, *, tile_px: int = 128, tile_um: float = 224.0, min_mpp: float = 4.0,
     codec: str = "jpeg", quality: int = 95, splits: Mapping[str, str] | None = None, max_records: int = 512,
     progress: bool = False,
 ) -> BuildReport:  # fmt: skip
