@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN ?= runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint types layers spelling format clean
+.PHONY: help demo test check lint types layers spelling ledger format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -46,6 +46,9 @@ layers: $(VENV)/installed-dev  ## who may import whom
 
 spelling: $(VENV)/installed-dev  ## codespell
 	$(BIN)/codespell $$(git ls-files)
+
+ledger: $(VENV)/installed-dev  ## compile every GPU kernel ahead of time and compare with bench/ledger.csv
+	PYTHONPATH=kernels $(BIN)/python -m comtip_kernels.ledger --check
 
 format: $(VENV)/installed-dev  ## let ruff write
 	$(BIN)/ruff check --fix .

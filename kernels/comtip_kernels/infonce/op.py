@@ -75,12 +75,13 @@ def infonce_lse(
     )
     shift = scale - HEADROOM
     out = []
+    exact = _tiles(kernels.EXACT, D)
     swapped = _pointers(x, group_y, group_x, class_y, class_x, silent)
     for sums, q, k, own in ((row_sums.sum(0), x, y, ids), (col_sums.sum(0)[:B], y, x, swapped)):
         lse = sums.log() + shift
         low = (sums < FLOOR).to(torch.int32)
-        kernels.exact_lse[(triton.cdiv(B, tiles["BM"]),)](
-            q, k, lse, low, scale, *own, B, k.shape[0], B, D, *q.stride(), *k.stride(), **flags, **tiles
+        kernels.exact_lse[(triton.cdiv(B, exact["BM"]),)](
+            q, k, lse, low, scale, *own, B, k.shape[0], B, D, *q.stride(), *k.stride(), **flags, **exact
         )
         out.append(lse)
     return out[0], out[1]
@@ -103,7 +104,7 @@ def infonce_grads(
     dy = torch.empty(M, D, device=x.device, dtype=torch.float32)
     if B == 0:
         return dx, dy.zero_()
-    tiles = _tiles(kernels.BACKWARD, D)
+    tiles = _tiles(kernels.backward_tiles(x.dtype == torch.float32), D)
     tiles["BD"] = min(kernels.MAX_BD, max(16, triton.next_power_of_2(D)))
     flags = _flags(rule, class_x, silent, x)
     more = (0, M - B)

@@ -178,6 +178,15 @@ def grad_rows(  # type: ignore[no-untyped-def]
 # Tiles that the ledger passes on sm_80 and sm_90 (no spills, shared memory within the limit); no autotuning, so that a
 # result does not depend on what else the GPU was doing.
 FORWARD: dict[str, Any] = {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3}
+EXACT: dict[str, Any] = {"BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 3}
 BACKWARD: dict[str, Any] = {"BM": 64, "BN": 32, "BK": 64, "num_warps": 8, "num_stages": 2}
+BACKWARD_FP32: dict[str, Any] = {"BM": 32, "BN": 32, "BK": 32, "num_warps": 8, "num_stages": 2}
+
+
+def backward_tiles(fp32: bool) -> dict[str, Any]:
+    """Return the backward's tiles: operands of 4 bytes take half the room."""
+    return dict(BACKWARD_FP32 if fp32 else BACKWARD)
+
+
 MAX_BD = 512
 """Width of the gradient that a program keeps in registers; wider vectors make the logits again per slice."""

@@ -1,0 +1,96 @@
+"""``python -m comtip_kernels.ledger``: compile every kernel and write the table; ``--check`` fails where a row got worse."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from comtip_kernels.ledger.aot import SHARED_LIMIT_KIB, Row
+
+COLUMNS = ["triton", *(f.name for f in fields(Row))]
+SLACK = 8
+"""Registers that a row may gain: the allocator moves by a few without a reason that matters."""
+
+
+def problems(row: Row, before: dict[str, str] | None) -> list[str]:
+    """Say what is wrong with a row: by itself, and against the committed one."""
+    where = f"{row.op}/{row.name} sm_{row.arch}"
+    out = []
+    if row.arch in (80, 90) and (row.stack or row.spills):
+        out.append(f"{where}: spills ({row.stack} bytes of stack, {row.spills} local loads and stores)")
+    if row.shared_kib > SHARED_LIMIT_KIB[row.arch]:
+        out.append(f"{where}: {row.shared_kib} KiB of shared memory, {SHARED_LIMIT_KIB[row.arch]} can be had")
+    if before is None:
+        return out
+    if row.registers > int(before["registers"]) + SLACK:
+        out.append(f"{where}: {row.registers} registers, it was {before['registers']}")
+    for name, text in (("spills", "spills"), ("stack", "bytes of stack"), ("shared_kib", "KiB of shared memory")):
+        if getattr(row, name) > int(before[name]):
+            out.append(f"{where}: {getattr(row, name)} {text}, it was {before[name]}")
+    for name, text in (("loads_128", "128-bit loads"), ("async_copies", "asynchronous copies")):
+        if getattr(row, name) < int(before[name]):
+            out.append(f"{where}: {getattr(row, name)} {text}, it was {before[name]}")
+    if row.mma != before["mma"]:
+        out.append(f"{where}: tensor-core instruction {row.mma}, it was {before['mma']}")
+    return out
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """Return the committed rows; none where there is no file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write(path: Path, rows: Iterable[Row], version: str, kept: list[dict[str, str]]) -> None:
+    """Write the rows of this Triton beside those of others."""
+    others = [r for r in kept if r["triton"] != version]
+    ours = [{"triton": version} | {k: str(v) for k, v in asdict(r).items()} for r in rows]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        out = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        out.writeheader()
+        out.writerows(sorted([*others, *ours], key=lambda r: (r["triton"], r["op"], r["name"], int(r["arch"]))))
+
+
+def main() -> int:
+    """Compile, print, and write or check."""
+    parser = argparse.ArgumentParser(prog="python -m comtip_kernels.ledger", description=__doc__)
+    parser.add_argument("--table", type=Path, default=Path("bench/ledger.csv"))
+    parser.add_argument("--check", action="store_true", help="compare with the table instead of writing it")
+    args = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 is set: an interpreted kernel cannot be compiled")
+    import triton
+
+    from comtip_kernels.ledger.aot import compile_entry
+    from comtip_kernels.ledger.entries import ARCHITECTURES, entries
+
+    kept = read(args.table)
+    known = {(r["op"], r["name"], int(r["arch"])): r for r in kept if r["triton"] == triton.__version__}
+    rows, wrong = [], []
+    for entry in entries():
+        for arch in ARCHITECTURES:
+            row = compile_entry(entry, arch)
+            rows.append(row)
+            wrong += problems(row, known.get((row.op, row.name, arch)))
+            print(f"{row.op:<10}{row.name:<22}sm_{arch:<4} {row.registers:>3} regs {row.stack:>4} B stack {row.shared_kib:>4} KiB "
+                  f"{row.mma_count:>3} {row.mma:<7}{row.loads_128:>3} x 128 bit {row.async_copies:>3} async", flush=True)  # fmt: skip
+    if args.check and not known:
+        print(
+            f"{args.table} holds no rows of Triton {triton.__version__}: nothing to compare; spills and limits are checked"
+        )
+    for problem in wrong:
+        print(f"WORSE  {problem}", file=sys.stderr)
+    if not args.check:
+        write(args.table, rows, triton.__version__, kept)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""Compile a Triton kernel for a GPU that is not there, and read what came out.
+
+``triton.compile`` with an ``ASTSource`` and a ``GPUTarget`` needs no driver. The hints that the JIT would add
+(pointers and sizes divisible by 16, strides of 1 as constants) are given by hand: without them the numbers are those of
+another program. Registers and stack come from ``cuobjdump``, instructions from ``nvdisasm``, both in Triton's own wheel.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+SHARED_LIMIT_KIB = {80: 163, 90: 227, 100: 227}
+"""Shared memory that one block may have; a kernel above it compiles, and fails only when it is loaded."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One kernel in one configuration, as it would be launched."""
+
+    op: str
+    name: str
+    kernel: Any
+    types: Mapping[str, str]
+    """Type of every argument that is not a constant: ``*bf16``, ``*fp32``, ``*i32``, ``i32`` ..."""
+    constants: Mapping[str, Any]
+    num_warps: int
+    num_stages: int
+    aligned: frozenset[str] = field(default_factory=frozenset)
+    """Arguments that the JIT would know to be divisible by 16."""
+    wants_tensor_cores: bool = True
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one entry became on one architecture; instructions are counted in the code, not while it runs."""
+
+    op: str
+    name: str
+    arch: int
+    registers: int
+    stack: int
+    spills: int
+    """Loads and stores of local memory."""
+    shared_kib: int
+    mma: str
+    """``HMMA``, ``HGMMA``, ``UTCMMA`` or ``-``."""
+    mma_count: int
+    loads_128: int
+    """Global loads of 128 bits, asynchronous copies to shared memory of 128 bits among them."""
+    async_copies: int
+
+
+def compile_entry(entry: Entry, arch: int) -> Row:
+    """Compile one entry for ``sm_<arch>`` and count."""
+    names = list(entry.kernel.arg_names)
+    signature = {n: "constexpr" if n in entry.constants else entry.types[n] for n in names}
+    constants = {(names.index(k),): v for k, v in entry.constants.items()}
+    hints = {(names.index(n),): [["tt.divisibility", 16]] for n in names if n in entry.aligned}
+    source = ASTSource(fn=entry.kernel, signature=signature, constexprs=constants, attrs=hints)
+    options = {"num_warps": entry.num_warps, "num_stages": entry.num_stages}
+    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(built.asm["cubin"])
+        usage = _tool(triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin)
+        code = _tool(triton.knobs.nvidia.nvdisasm.path, "-c", cubin)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump says nothing of {entry.op}/{entry.name}: {usage[:300]}")
+    kinds = {"HGMMA": r"\bHGMMA\b", "UTCMMA": r"\bUTC\w*MMA", "HMMA": r"\bHMMA\b"}
+    counts = {kind: len(re.findall(pattern, code)) for kind, pattern in kinds.items()}
+    mma = next((kind for kind, count in counts.items() if count), "-")
+    return Row(
+        entry.op, entry.name, arch, int(found[1]), int(found[2]), len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        -(-int(built.metadata.shared) // 1024), mma, counts.get(mma, 0),
+        len(re.findall(r"\bLD(?:G|GSTS)\.E\S*128", code)), len(re.findall(r"\b(?:LDGSTS|UTMALDG)\b", code)),
+    )  # fmt: skip
+
+
+def _tool(*words: object) -> str:
+    return subprocess.run([str(w) for w in words], capture_output=True, text=True, check=True).stdout

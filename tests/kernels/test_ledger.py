@@ -1,0 +1,87 @@
+"""The ledger counts what is there, and says when a row got worse."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("an interpreted kernel cannot be compiled", allow_module_level=True)
+
+from comtip_kernels.ledger.__main__ import main, problems, read, write
+from comtip_kernels.ledger.aot import Row, compile_entry
+from comtip_kernels.ledger.entries import ARCHITECTURES, entries
+
+GOOD = Row("infonce", "forward", 90, 120, 0, 0, 96, "HGMMA", 8, 24, 24)
+
+
+def as_text(row: Row) -> dict[str, str]:
+    return {k: str(v) for k, v in dataclasses.asdict(row).items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"registers": 129}, "129 registers, it was 120"),
+        ({"spills": 2}, "spills"),
+        ({"stack": 8}, "spills"),
+        ({"shared_kib": 97}, "97 KiB of shared memory, it was 96"),
+        ({"shared_kib": 228}, "227 can be had"),
+        ({"mma": "HMMA"}, "HMMA, it was HGMMA"),
+        ({"loads_128": 23}, "23 128-bit loads, it was 24"),
+        ({"async_copies": 0}, "asynchronous copies"),
+    ],
+)
+def test_a_worse_row_is_told(change: dict, message: str):
+    assert problems(GOOD, as_text(GOOD)) == []
+    assert any(message in p for p in problems(dataclasses.replace(GOOD, **change), as_text(GOOD)))
+
+
+def test_spills_need_no_earlier_row():
+    assert problems(dataclasses.replace(GOOD, spills=4), None)
+    assert problems(dataclasses.replace(GOOD, arch=100, spills=4), None) == []
+
+
+def test_rows_of_other_tritons_are_kept(tmp_path: Path):
+    table = tmp_path / "ledger.csv"
+    write(table, [GOOD], "3.6.0", [])
+    write(table, [dataclasses.replace(GOOD, registers=99)], "3.8.0", read(table))
+    assert [(r["triton"], r["registers"]) for r in read(table)] == [("3.6.0", "120"), ("3.8.0", "99")]
+
+
+def test_a_kernel_compiles_and_is_counted():
+    forward = next(e for e in entries() if e.name == "forward_bf16")
+    rows = {arch: compile_entry(forward, arch) for arch in (80, 90)}
+    assert rows[80].mma == "HMMA"
+    assert rows[90].mma == "HGMMA"
+    for row in rows.values():
+        assert 32 <= row.registers <= 255
+        assert row.spills == row.stack == 0
+        assert row.loads_128 > 0
+        assert row.async_copies > 0
+    # Without the JIT's hints it is another program: nothing is loaded 128 bits at a time.
+    blind = compile_entry(dataclasses.replace(forward, aligned=frozenset()), 80)
+    assert blind.loads_128 < rows[80].loads_128
+
+
+def test_the_committed_table_covers_every_kernel():
+    rows = read(Path(__file__).parents[2] / "bench/ledger.csv")
+    have = {(r["op"], r["name"], int(r["arch"])) for r in rows}
+    assert {(e.op, e.name, a) for e in entries() for a in ARCHITECTURES} <= have
+    for row in rows:
+        if int(row["arch"]) in (80, 90):
+            assert row["spills"] == row["stack"] == "0"
+    assert any(r["op"] == "infonce" and r["arch"] == "90" and r["mma"] == "HGMMA" for r in rows)
+
+
+def test_the_interpreter_is_refused():
+    words = [sys.executable, "-m", "comtip_kernels.ledger", "--check"]
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(words, capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 2
+    assert "cannot be compiled" in done.stderr
+    assert callable(main)
