@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from comtip_kernels.dispatch import Impl, choose
+from comtip_kernels.level_cross_entropy.cpu import level_cross_entropy_cpu, pair_scores_cpu
 from comtip_kernels.level_cross_entropy.reference import (
     level_cross_entropy_reference,
     level_scores,
@@ -20,8 +21,8 @@ __all__ = [
     "pair_scores_reference",
     "take_level",
 ]
-_HAVE = {"reference": level_cross_entropy_reference}
-_HAVE_PAIR = {"reference": pair_scores_reference}
+_HAVE = {"reference": level_cross_entropy_reference, "cpu": level_cross_entropy_cpu}
+_HAVE_PAIR = {"reference": pair_scores_reference, "cpu": pair_scores_cpu}
 
 
 def level_cross_entropy(

@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from comtip_kernels.dispatch import Impl, choose
+from comtip_kernels.table_pool.cpu import table_pool_cpu
 from comtip_kernels.table_pool.reference import pool_weights, table_pool_reference
 
 __all__ = ["pool_weights", "table_pool", "table_pool_reference"]
-_HAVE = {"reference": table_pool_reference}
+_HAVE = {"reference": table_pool_reference, "cpu": table_pool_cpu}
 
 
 def table_pool(
