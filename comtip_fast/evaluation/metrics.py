@@ -26,14 +26,24 @@ def pcc_per_gene(measured_NG: np.ndarray, predicted_NG: np.ndarray) -> np.ndarra
     return out
 
 
-def residuals(values_NG: np.ndarray, covariates_NC: np.ndarray) -> np.ndarray:
-    """Return what a linear fit on the covariates and a constant leaves of each column."""
-    design = np.column_stack([np.ones(len(values_NG)), covariates_NC])
+def covariate_basis(covariates_NC: np.ndarray) -> np.ndarray:
+    """Return an orthonormal basis (N, at most C + 1) of a constant and the covariates."""
+    design = np.column_stack([np.ones(len(covariates_NC)), covariates_NC])
     # An orthonormal basis makes collinear covariates (a constant colour channel) harmless.
     left, size, _ = np.linalg.svd(design, full_matrices=False)
-    basis = left[:, size > size[0] * 1e-10]
+    basis: np.ndarray = left[:, size > size[0] * 1e-10]
+    return basis
+
+
+def residuals(values_NG: np.ndarray, covariates_NC: np.ndarray) -> np.ndarray:
+    """Return what a linear fit on the covariates and a constant leaves of each column."""
+    return outside(values_NG, covariate_basis(covariates_NC))
+
+
+def outside(values_NG: np.ndarray, basis_NK: np.ndarray) -> np.ndarray:
+    """Return what an orthonormal basis leaves of each column, float64 (N, G)."""
     values = np.asarray(values_NG, np.float64)
-    left_over = values - basis @ (basis.T @ values)
+    left_over = values - basis_NK @ (basis_NK.T @ values)
     # A column that the covariates explain whole leaves rounding noise: say 0, so that its PCC is undefined.
     explained = np.sqrt((left_over**2).sum(0)) <= 1e-8 * np.sqrt((values**2).sum(0))
     left_over[:, explained] = 0.0
@@ -58,10 +68,16 @@ class Score:
     mean_pcc_all: float | None
     partial_pcc_50_hvg: float | None
     undefined_genes: int
-    """Genes of "all" whose correlation is undefined; they count as 0."""
+    """Genes among all that were scored whose correlation is undefined; they count as 0."""
 
 
-def score(measured_NG: np.ndarray, predicted_NG: np.ndarray, covariates_NC: np.ndarray, hvg: np.ndarray) -> Score:
+def score(
+    measured_NG: np.ndarray,
+    predicted_NG: np.ndarray,
+    covariates_NC: np.ndarray,
+    hvg: np.ndarray,
+    panel: np.ndarray | None = None,
+) -> Score:
     """Score a prediction.
 
     Parameters
@@ -72,7 +88,17 @@ def score(measured_NG: np.ndarray, predicted_NG: np.ndarray, covariates_NC: np.n
         Mean colour and log total counts of each spot.
     hvg
         Positions of the (at most 50) most variable genes among the G.
+    panel
+        Positions of the genes of ``mean_pcc_all``; default all G.
     """
     pcc = pcc_per_gene(measured_NG, predicted_NG)
     partial = partial_pcc_per_gene(measured_NG[:, hvg], predicted_NG[:, hvg], covariates_NC)
-    return Score(mean_with_zeros(pcc[hvg]), mean_with_zeros(pcc), mean_with_zeros(partial), int(np.isnan(pcc).sum()))
+    return from_genes(pcc, partial, hvg, panel)
+
+
+def from_genes(pcc_G: np.ndarray, partial_H: np.ndarray, hvg: np.ndarray, panel: np.ndarray | None = None) -> Score:
+    """Return the score of correlations per gene: ``partial_H`` are those of the ``hvg``."""
+    everything = pcc_G if panel is None else pcc_G[panel]
+    return Score(
+        mean_with_zeros(pcc_G[hvg]), mean_with_zeros(everything), mean_with_zeros(partial_H), int(np.isnan(pcc_G).sum())
+    )

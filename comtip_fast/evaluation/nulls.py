@@ -11,10 +11,14 @@ import numpy as np
 from comtip_shards.keyed import generator
 from scipy.spatial import cKDTree
 
+from comtip_fast.evaluation.metrics import EPSILON, covariate_basis, outside, pcc_per_gene
+
 MAX_SHIFT = 0.5
 """Largest shift, as a share of the section's radius."""
 MIN_TURN = np.pi / 4
 """Draws that hardly move the map would be no null."""
+BLOCK = 128
+"""Genes moved at a time, so that a large section needs little memory."""
 
 
 def moved_spots(xy_N2: np.ndarray, n_draws: int, *, seed: int, section: str) -> np.ndarray:
@@ -32,3 +36,42 @@ def moved_spots(xy_N2: np.ndarray, n_draws: int, *, seed: int, section: str) -> 
         shift = rng.uniform(-MAX_SHIFT, MAX_SHIFT, 2) * radius
         out[draw] = tree.query(centred @ turn.T + shift)[1]
     return out
+
+
+def null_pcc(measured_NG: np.ndarray, predicted_NG: np.ndarray, moved_DN: np.ndarray) -> np.ndarray:
+    """Return the PCC of every gene under every draw, float64 (n_draws, G); NaN where undefined.
+
+    The same numbers as ``pcc_per_gene(measured, predicted[draw])``, without centring and squaring the moved map
+    anew: how often a draw uses each spot gives its mean and its norm.
+    """
+    measured, predicted = np.asarray(measured_NG, np.float64), np.asarray(predicted_NG, np.float64)
+    n, genes = measured.shape
+    out = np.full((len(moved_DN), genes), np.nan)
+    if not out.size:
+        return out
+    used_DN = np.stack([np.bincount(draw, minlength=n) for draw in moved_DN]).astype(np.float64)
+    for start in range(0, genes, BLOCK):
+        a, b = measured[:, start : start + BLOCK], predicted[:, start : start + BLOCK]
+        centred_a, centred_b = a - a.mean(0), b - b.mean(0)
+        norm_a = np.sqrt((centred_a**2).sum(0))
+        flat = (norm_a <= EPSILON * np.sqrt((a * a).sum(0))) | (
+            np.sqrt((centred_b**2).sum(0)) <= EPSILON * np.sqrt((b * b).sum(0))
+        )
+        square_DG = used_DN @ centred_b**2
+        spread_DG = square_DG - (used_DN @ centred_b) ** 2 / n
+        # A draw that puts one spot's value everywhere leaves a difference of equal numbers.
+        defined_DG = (spread_DG > 1e-12 * square_DG) & ~flat
+        cross_DG = np.stack([np.einsum("ng,ng->g", centred_a, centred_b[draw]) for draw in moved_DN])
+        norm_DG = np.sqrt(np.where(defined_DG, spread_DG, 1.0)) * np.where(flat, 1.0, norm_a)
+        out[:, start : start + BLOCK] = np.where(defined_DG, cross_DG / norm_DG, np.nan)
+    return out
+
+
+def null_partial_pcc(
+    measured_NG: np.ndarray, predicted_NG: np.ndarray, covariates_NC: np.ndarray, moved_DN: np.ndarray
+) -> np.ndarray:
+    """Return the partial PCC of every gene under every draw, float64 (n_draws, G): the covariates stay in place."""
+    basis = covariate_basis(covariates_NC)
+    left = outside(measured_NG, basis)
+    draws = [pcc_per_gene(left, outside(predicted_NG[draw], basis)) for draw in moved_DN]
+    return np.stack(draws) if draws else np.zeros((0, left.shape[1]))
