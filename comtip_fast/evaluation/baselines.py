@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -21,6 +21,8 @@ class RidgeModel:
     weight_FG: np.ndarray
     intercept_G: np.ndarray
     alpha: float
+    cv_pcc: float = float("nan")
+    """Mean PCC over folds of the training spots, for the alpha chosen; inputs are compared by it."""
 
     def predict(self, x_NF: np.ndarray) -> np.ndarray:
         """Return (N, G)."""
@@ -44,12 +46,14 @@ def fit_ridge(x_NF: np.ndarray, y_NG: np.ndarray, section_N: np.ndarray) -> Ridg
     sections = np.unique(section_N)
     fold_N = section_N if sections.size > 1 else np.arange(len(x_NF)) % FOLDS
     total = np.zeros(len(ALPHAS))
-    for fold in np.unique(fold_N):
+    folds = np.unique(fold_N)
+    for fold in folds:
         out = fold_N == fold
         models = _path(x_NF[~out], y_NG[~out], section_N[~out])
         # The score of a baseline is the score that it is judged by: correlation within a section.
         total += [mean_with_zeros(pcc_per_gene(y_NG[out], m.predict(x_NF[out]))) or 0.0 for m in models]
-    return _path(x_NF, y_NG, section_N)[int(total.argmax())]
+    best = int(total.argmax())
+    return replace(_path(x_NF, y_NG, section_N)[best], cv_pcc=float(total[best] / folds.size))
 
 
 def _path(x_NF: np.ndarray, y_NG: np.ndarray, section_N: np.ndarray) -> list[RidgeModel]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,12 +12,11 @@ from typing import Any
 
 import numpy as np
 from comtip_shards import ShardSet
-from comtip_shards.tiles import normalise_stain
 
 from comtip_fast.data.levels import log1p_cp10k
-from comtip_fast.evaluation.metrics import Score, pcc_per_gene, score
-from comtip_fast.evaluation.nulls import moved_spots
-from comtip_fast.evaluation.train_reference import TrainReference
+from comtip_fast.evaluation.metrics import Score, from_genes, pcc_per_gene, score
+from comtip_fast.evaluation.nulls import moved_spots, null_partial_pcc, null_pcc
+from comtip_fast.evaluation.train_reference import Inputs, TrainReference, mean_colour, spot_inputs
 from comtip_fast.inference import GeneQuery, Predictor
 
 log = logging.getLogger("comtip_fast")
@@ -45,7 +45,9 @@ class SectionData:
     pcc: np.ndarray
     """(G,) zero-shot, CP10K."""
     null_means: np.ndarray
-    """Mean PCC over the 50 genes, CP10K, of every draw of the null."""
+    """(n_draws,) mean PCC over the 50 genes, CP10K."""
+    null_pcc: np.ndarray
+    """(n_draws, panel genes) float32, CP10K; NaN where undefined."""
 
 
 @dataclass
@@ -59,8 +61,8 @@ class Evaluation:
 
 
 def evaluate(
-    predictor: Predictor, shards: ShardSet, *, sections: Sequence[str] | None = None, train_shards: ShardSet,
-    seed: int = 0, n_null: int = 200,
+    predictor: Predictor, shards: ShardSet, *, sections: Sequence[str] | None = None,
+    train_shards: ShardSet | None = None, seed: int = 0, n_null: int = 200,
 ) -> Evaluation:  # fmt: skip
     """Score a model.
 
@@ -74,19 +76,23 @@ def evaluate(
         Section ids; default: those whose split is ``test``, else all that training did not use.
     train_shards
         The set with the model's training sections: the baselines learn from it, and the 50 most variable genes
-        are chosen on it, never on what is evaluated.
+        are chosen on it, never on what is evaluated. Default: ``shards``. A task that was never trained has no
+        ridge, and its 50 genes are chosen on the evaluated section itself, flagged by ``hvg_from``.
     seed, n_null
         Of the spatial null.
 
     Raises
     ------
     ValueError
-        Sections unknown or all used in training, tiles of another size, no training section in ``train_shards``.
+        Sections unknown or all used in training, tiles of another size, a trained task without its training
+        sections in ``train_shards``.
     """
+    train_shards = shards if train_shards is None else train_shards
     _check_tiles(predictor, shards)
     _check_tiles(predictor, train_shards)
     chosen = choose_sections(predictor, shards, sections)
     reference = TrainReference(predictor, train_shards)
+    reference.check(shards.task_of_section(n) for n in chosen)
     results: dict[str, dict[str, Any]] = {}
     data: list[SectionData] = []
     for number in chosen:
@@ -133,7 +139,8 @@ def _evaluate_section(
     tiles, stain, counts = shards.tiles(spots), shards.stain(number), shards.counts(spots)
     features = predictor.image_features(tiles.transpose(0, 3, 1, 2), stain)
     known = {g.key for g, m in zip(shards.genes, shards.measured(number), strict=True) if m}
-    hvg_keys, hvg_from = reference.variable_genes(task, known, N_HVG, fallback=(shards, number))
+    ranked, hvg_from = reference.ranked_genes(task, fallback=(shards, number))
+    hvg_keys = [k for k in ranked if k in known][:N_HVG]
     panel_keys = [k for k in predictor.trained_genes if k in known]
     unseen_keys = [k for k in predictor.held_out_genes if k in known]
     keys = list(dict.fromkeys([*hvg_keys, *panel_keys, *unseen_keys]))
@@ -150,24 +157,25 @@ def _evaluate_section(
     queries = [GeneQuery(shards.genes[r].symbol, shards.genes[r].name, k) for r, k in zip(rows, keys, strict=True)]
     predicted = predictor.predict(features, queries)
     xy = shards.spots.loc[spots, ["x_px", "y_px"]].to_numpy(float)
-    colour = normalise_stain(tiles, stain) if predictor.config.data.stain == "section" else tiles
     view = _View(
-        task, keys, measured, predicted, hvg, np.unique(np.concatenate([panel, hvg])),
-        _by_variance(unseen, reference.order(task), keys),
-        np.column_stack([_mean_colour(tiles), np.log1p(np.asarray(counts.sum(axis=1)).ravel())]),
-        {"ridge_colour": _mean_colour(colour), "ridge_features": features.pooled_Nd},
-        moved_spots(xy, n_null, seed=seed, section=meta.section_id),
+        task, keys, measured, predicted, hvg, panel, np.union1d(panel, hvg), _by_variance(unseen, ranked, keys),
+        np.column_stack([mean_colour(tiles), np.log1p(np.asarray(counts.sum(axis=1)).ravel())]),
+        spot_inputs(predictor, tiles, stain, features.pooled_Nd), moved_spots(xy, n_null, seed=seed, section=meta.section_id),
     )  # fmt: skip
-    scores, null_means = _score_section(view, reference)
+    scores, null_means, null_genes = _score_section(view, reference)
     train = [s for s in predictor.train_sections if s["split"] == "train"]
+    splits = {s["section_id"]: s["split"] for s in predictor.train_sections}
     facts = {
-        "sections": [meta.section_id], "donor": meta.donor, "n_spots": int(spots.size), "n_genes_all": int(view.all.size),
+        "sections": [meta.section_id], "donor": meta.donor, "n_spots": int(spots.size), "n_genes_all": int(panel.size),
         "n_genes_unseen": len(unseen_keys), "genes_50_hvg": hvg_keys, "hvg_from": hvg_from,
         "donor_seen_in_training": meta.donor in {s["donor"] for s in train},
-        "section_seen_in_training": meta.section_id in {s["section_id"] for s in train},
+        "section_seen_in_training": splits.get(meta.section_id) == "train",
+        "section_stopped_training": splits.get(meta.section_id) == "val",
     }  # fmt: skip
     pcc = pcc_per_gene(measured["cp10k"], predicted["cp10k"])
-    data = SectionData(meta.section_id, task, keys, xy, measured, predicted, hvg, panel, view.unseen, pcc, null_means)
+    data = SectionData(
+        meta.section_id, task, keys, xy, measured, predicted, hvg, panel, view.unseen, pcc, null_means, null_genes
+    )  # fmt: skip
     return data, facts | scores
 
 
@@ -180,50 +188,48 @@ class _View:
     measured: dict[str, np.ndarray]
     predicted: dict[str, np.ndarray]
     hvg: np.ndarray
+    panel: np.ndarray
     all: np.ndarray
-    """Panel genes and the most variable ones, ascending."""
+    """Panel genes and the most variable ones (which may be held out by name), ascending."""
     unseen: np.ndarray
     """By falling variance."""
     covariates: np.ndarray
-    inputs: dict[str, np.ndarray]
+    inputs: Inputs
     moved: np.ndarray
 
 
-def _score_section(v: _View, reference: TrainReference) -> tuple[dict[str, Any], np.ndarray]:
+def _score_section(v: _View, reference: TrainReference) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+    """Return all scores, and of the null under CP10K: the mean of each draw, the PCC of each panel gene."""
     out: dict[str, Any] = {name: {} for name in PREDICTORS}
-    top = np.searchsorted(v.all, v.hvg)
+    top, panel = np.searchsorted(v.all, v.hvg), np.searchsorted(v.all, v.panel)
     first_unseen = np.arange(min(N_HVG, v.unseen.size))
-    null_means = np.zeros(0)
+    keys, kept = [v.keys[i] for i in v.all], (np.zeros(0), np.zeros((0, 0), np.float32))
     for norm in NORMALISATIONS:
         m, p = v.measured[norm], v.predicted[norm]
-        out["zero_shot"][norm] = asdict(score(m[:, v.all], p[:, v.all], v.covariates, top))
+        own = score(m[:, v.all], p[:, v.all], v.covariates, top, panel)
+        out["zero_shot"][norm] = asdict(own)
         out["zero_shot_unseen_genes"][norm] = asdict(score(m[:, v.unseen], p[:, v.unseen], v.covariates, first_unseen))
-        null, draws = _null(m[:, v.all], p[:, v.all], v.covariates, top, v.moved)
-        observed = out["zero_shot"][norm]["mean_pcc_50_hvg"] or 0.0
-        null["p95_mean_pcc_50_hvg"] = float(np.quantile(draws, 0.95)) if draws.size else None
-        null["p_value"] = float((1 + (draws >= observed).sum()) / (1 + draws.size))
-        out["control_null"][norm] = null
-        null_means = draws if norm == "cp10k" else null_means
+        genes = null_pcc(m[:, v.all], p[:, v.all], v.moved)
+        partial = null_partial_pcc(m[:, v.hvg], p[:, v.hvg], v.covariates, v.moved)
+        scores = [from_genes(g, h, top, panel) for g, h in zip(genes, partial, strict=True)]
+        draws = np.array([s.mean_pcc_50_hvg for s in scores if s.mean_pcc_50_hvg is not None])
+        observed = own.mean_pcc_50_hvg
+        out["control_null"][norm] = _mean_scores([asdict(s) for s in scores]) | {
+            "p95_mean_pcc_50_hvg": float(np.quantile(draws, 0.95)) if draws.size else None,
+            "p_value": None if observed is None else float((1 + (draws >= observed).sum()) / (1 + draws.size)),
+        }
+        kept = (draws, genes[:, panel].astype(np.float32)) if norm == "cp10k" else kept
         for name, x in v.inputs.items():
-            fitted = reference.ridge(v.task, name, norm, [v.keys[i] for i in v.all], x)
-            out[name][norm] = None if fitted is None else asdict(score(m[:, v.all], fitted, v.covariates, top))
-    return out, null_means
+            fitted = reference.ridge(v.task, name, norm, keys, x)
+            out[name][norm] = None
+            if fitted is not None:
+                out[name][norm] = asdict(score(m[:, v.all], fitted[0], v.covariates, top, panel)) | fitted[1]
+    return out, *kept
 
 
-def _mean_colour(tiles_NSS3: np.ndarray) -> np.ndarray:
-    return tiles_NSS3.reshape(len(tiles_NSS3), -1, 3).mean(1) / 255.0
-
-
-def _by_variance(rows: np.ndarray, order: dict[str, int], keys: list[str]) -> np.ndarray:
+def _by_variance(rows: np.ndarray, ranked: list[str], keys: list[str]) -> np.ndarray:
+    order = {k: i for i, k in enumerate(ranked)}
     return np.array(sorted(rows.tolist(), key=lambda i: (order.get(keys[i], 1 << 40), i)), np.int64)
-
-
-def _null(
-    measured: np.ndarray, predicted: np.ndarray, covariates: np.ndarray, hvg: np.ndarray, moved: np.ndarray
-) -> tuple[dict[str, Any], np.ndarray]:
-    """Return the null's mean scores over draws, and the mean PCC over the 50 genes of each draw."""
-    draws = [score(measured, predicted[take], covariates, hvg) for take in moved]
-    return _mean_scores([asdict(d) for d in draws]), np.array([d.mean_pcc_50_hvg or 0.0 for d in draws])
 
 
 def _mean_scores(scores: list[dict[str, Any]]) -> dict[str, Any]:
@@ -242,7 +248,8 @@ def _merge(parts: list[dict[str, Any]]) -> dict[str, Any]:
     """Return a task's scores: the mean over its sections (undefined genes: the sum)."""
     out: dict[str, Any] = {
         "sections": [s for p in parts for s in p["sections"]], "n_spots": sum(p["n_spots"] for p in parts),
-        "genes_50_hvg": parts[0]["genes_50_hvg"], "donor_seen_in_training": any(p["donor_seen_in_training"] for p in parts),
+        "genes_50_hvg": parts[0]["genes_50_hvg"], "hvg_from": parts[0]["hvg_from"],
+        "donor_seen_in_training": any(p["donor_seen_in_training"] for p in parts),
     }  # fmt: skip
     for name in PREDICTORS:
         out[name] = {}
@@ -255,10 +262,18 @@ def _merge(parts: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def write_metrics(metrics: dict[str, Any], path: Path) -> None:
-    """Write ``metrics.json``."""
+    """Write ``metrics.json``; what is not a finite number becomes null."""
     aside = path.with_suffix(".writing")
-    aside.write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    aside.write_text(json.dumps(_finite(metrics), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     aside.rename(path)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def summary_table(metrics: dict[str, Any]) -> str:

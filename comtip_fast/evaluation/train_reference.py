@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from comtip_shards import ShardSet
-from comtip_shards.tiles import normalise_stain
+from comtip_shards.section import task_of
+from comtip_shards.tiles import StainStats, normalise_stain
 from scipy import sparse
 
 from comtip_fast.data.levels import log1p_cp10k
 from comtip_fast.data.panel import rank_by_variance
 from comtip_fast.evaluation.baselines import RidgeModel, fit_ridge
 from comtip_fast.inference import Predictor
+
+log = logging.getLogger("comtip_fast")
+MIN_DETECTION = 0.1
+"""A fixed share, not the run's own setting: runs are compared on the same genes."""
+HVG_FROM_TRAINING, HVG_FROM_EVALUATED = "training sections", "evaluated section"
+
+Inputs = dict[str, dict[str, np.ndarray]]
+"""Baseline -> candidate input -> (N, F)."""
+
+
+@dataclass
+class RidgeFit:
+    """The chosen input of one baseline, and one model per set of genes that the same sections measured."""
+
+    input: str
+    groups: list[tuple[np.ndarray, RidgeModel]]
+    cv_pcc: float
 
 
 @dataclass
@@ -22,9 +43,23 @@ class _TrainData:
     section: np.ndarray
     cp10k: sparse.csr_matrix
     raw: sparse.csr_matrix
-    inputs: dict[str, np.ndarray]
+    inputs: Inputs
     measured: dict[int, np.ndarray]
     """Section number -> bool over the gene table."""
+
+
+def spot_inputs(predictor: Predictor, tiles_NSS3: np.ndarray, stain: StainStats, pooled_Nd: np.ndarray) -> Inputs:
+    """Return what each baseline may read of the spots: mean colour (as stored, and as the model sees it), features."""
+    colour = {"tile colour": mean_colour(tiles_NSS3)}
+    if predictor.config.data.stain == "section":
+        colour["stain-normalised tile colour"] = mean_colour(normalise_stain(tiles_NSS3, stain))
+    return {"ridge_colour": colour, "ridge_features": {"encoder features": np.asarray(pooled_Nd, np.float64)}}
+
+
+def mean_colour(tiles_NSS3: np.ndarray) -> np.ndarray:
+    """Return each tile's mean red, green and blue, 0 to 1, float64 (N, 3)."""
+    mean: np.ndarray = tiles_NSS3.reshape(len(tiles_NSS3), -1, 3).mean(1) / 255.0
+    return mean
 
 
 class TrainReference:
@@ -32,75 +67,98 @@ class TrainReference:
 
     def __init__(self, predictor: Predictor, shards: ShardSet) -> None:
         self.predictor, self.shards = predictor, shards
-        trained = {s["section_id"] for s in predictor.train_sections if s["split"] == "train"}
-        self.numbers = [i for i, s in enumerate(shards.manifest.sections) if s.section_id in trained]
-        if not self.numbers:
-            raise ValueError(
-                f"{shards.path} holds none of the sections that the model was trained on ({', '.join(sorted(trained))}); "
-                "the baselines need them: give their shard set with --train-shards"
-            )
+        self.trained: dict[str, list[str]] = {}
+        for s in predictor.train_sections:
+            if s["split"] == "train":
+                self.trained.setdefault(task_of(s["species"], s["tissue"]), []).append(s["section_id"])
+        wanted = {s for ids in self.trained.values() for s in ids}
+        self.numbers = [i for i, s in enumerate(shards.manifest.sections) if s.section_id in wanted]
         self._keys = [g.key for g in shards.genes]
         self._row = {k: i for i, k in enumerate(self._keys)}
         self._ranked: dict[str, list[str]] = {}
         self._data: dict[str, _TrainData | None] = {}
-        self._fits: dict[tuple[str, str, str, tuple[str, ...]], list[tuple[np.ndarray, RidgeModel]] | None] = {}
+        self._fits: dict[tuple[str, str, str, tuple[str, ...]], RidgeFit | None] = {}
 
-    def variable_genes(
-        self, task: str, known: set[str], n: int, *, fallback: tuple[ShardSet, int]
-    ) -> tuple[list[str], str]:
-        """Return the ``n`` most variable genes among ``known``, and where that was judged.
+    def check(self, tasks: Iterable[str]) -> None:
+        """Raise where a task was trained but its training sections are not here; a task never trained may pass.
+
+        Raises
+        ------
+        ValueError
+            Names the task, the sections, and ``--train-shards``.
+        """
+        here = {self.shards.manifest.sections[n].section_id for n in self.numbers}
+        for task in sorted(set(tasks)):
+            missing = sorted(set(self.trained.get(task, [])) - here)
+            if not missing:
+                continue
+            if len(missing) == len(set(self.trained[task])):
+                raise ValueError(
+                    f"{self.shards.path} holds none of the sections that trained {task} ({', '.join(missing)}): the "
+                    "50 most variable genes and the baselines come from them; give their shard set with --train-shards"
+                )
+            log.warning(
+                "%s lacks training sections of %s (%s): its genes and baselines come from the others; "
+                "give the whole set with --train-shards", self.shards.path, task, ", ".join(missing),
+            )  # fmt: skip
+
+    def ranked_genes(self, task: str, *, fallback: tuple[ShardSet, int]) -> tuple[list[str], str]:
+        """Return gene keys by falling variance, and where that was judged.
 
         Judged on the task's training sections; on the evaluated section only where training had none of its task.
         """
         ranked = self._ranking(task)
         if ranked:
-            return [k for k in ranked if k in known][:n], "training sections"
+            return ranked, HVG_FROM_TRAINING
         shards, number = fallback
         values = log1p_cp10k(shards.counts(shards.select(sections=[number])))
-        rows, _ = rank_by_variance([values], [shards.measured(number)], self.predictor.config.genes.min_detection)
-        return [shards.genes[r].key for r in rows[:n]], "the evaluated section (training had none of this task)"
+        rows, _ = rank_by_variance([values], [shards.measured(number)], MIN_DETECTION)
+        return [shards.genes[r].key for r in rows], HVG_FROM_EVALUATED
 
-    def order(self, task: str) -> dict[str, int]:
-        """Return each gene's rank of variability on the task's training sections."""
-        return {k: i for i, k in enumerate(self._ranking(task))}
-
-    def ridge(self, task: str, name: str, norm: str, keys: list[str], x_NF: np.ndarray) -> np.ndarray | None:
+    def ridge(
+        self, task: str, name: str, norm: str, keys: list[str], x: dict[str, np.ndarray]
+    ) -> tuple[np.ndarray, dict[str, Any]] | None:
         """Predict genes by ridge trained on the task's training sections; None where there are none.
 
-        A gene that no training section measured is predicted constant, so that its PCC is undefined and counted.
+        ``x`` has each candidate input, (N, F); the one with the better cross-validation on the training sections is
+        used. Returned with the prediction: that input and the strengths chosen. A gene that no training section
+        measured is predicted constant, so that its PCC is undefined and counted.
         """
-        fits = self._fit(task, name, norm, keys)
-        if fits is None:
+        fit = self._fit(task, name, norm, keys)
+        if fit is None:
             return None
-        out = np.zeros((len(x_NF), len(keys)))
-        for columns, model in fits:
-            out[:, columns] = model.predict(np.asarray(x_NF, np.float64))
-        return out
+        out = np.zeros((len(next(iter(x.values()))), len(keys)))
+        for columns, model in fit.groups:
+            out[:, columns] = model.predict(np.asarray(x[fit.input], np.float64))
+        facts = {"input": fit.input, "alpha": sorted({m.alpha for _, m in fit.groups}), "cv_mean_pcc": fit.cv_pcc}
+        return out, facts
 
-    def _fit(self, task: str, name: str, norm: str, keys: list[str]) -> list[tuple[np.ndarray, RidgeModel]] | None:
+    def _fit(self, task: str, name: str, norm: str, keys: list[str]) -> RidgeFit | None:
         question = (task, name, norm, tuple(keys))
         if question not in self._fits:
             data = self._load(task)
-            self._fits[question] = None if data is None else self._fit_groups(data, name, norm, keys)
+            fits = (
+                [] if data is None else [self._fit_groups(data, x, i, norm, keys) for i, x in data.inputs[name].items()]
+            )
+            self._fits[question] = max(fits, key=lambda f: f.cv_pcc) if fits else None
         return self._fits[question]
 
-    def _fit_groups(
-        self, data: _TrainData, name: str, norm: str, keys: list[str]
-    ) -> list[tuple[np.ndarray, RidgeModel]]:
+    def _fit_groups(self, data: _TrainData, x: np.ndarray, name: str, norm: str, keys: list[str]) -> RidgeFit:
         """Fit one model per set of genes that the same training sections measured."""
         values = data.cp10k if norm == "cp10k" else data.raw
         pattern = np.array(
             [[k in self._row and bool(m[self._row[k]]) for m in data.measured.values()] for k in keys], bool
         )
         numbers = np.array(list(data.measured))
-        out = []
+        groups: list[tuple[np.ndarray, RidgeModel]] = []
         for sections in np.unique(pattern, axis=0):
             columns = np.flatnonzero((pattern == sections).all(1))
             spots = np.isin(data.section, numbers[sections])
             if spots.sum() >= 10:
                 y = values[spots][:, [self._row[keys[c]] for c in columns]].toarray()
-                out.append((columns, fit_ridge(data.inputs[name][spots], y, data.section[spots])))
-        return out
+                groups.append((columns, fit_ridge(x[spots], y, data.section[spots])))
+        total = sum(columns.size * model.cv_pcc for columns, model in groups)
+        return RidgeFit(name, groups, float(total / max(1, sum(columns.size for columns, _ in groups))))
 
     def _task_sections(self, task: str) -> list[int]:
         return [n for n in self.numbers if self.shards.task_of_section(n) == task]
@@ -109,9 +167,8 @@ class TrainReference:
         if task not in self._ranked:
             own = self._task_sections(task)
             values = [log1p_cp10k(self.shards.counts(self.shards.select(sections=[n]))) for n in own]
-            detection = self.predictor.config.genes.min_detection
             measured = [self.shards.measured(n) for n in own]
-            rows = rank_by_variance(values, measured, detection)[0].tolist() if own else []
+            rows = rank_by_variance(values, measured, MIN_DETECTION)[0].tolist() if own else []
             self._ranked[task] = [self._keys[r] for r in rows]
         return self._ranked[task]
 
@@ -127,11 +184,10 @@ class TrainReference:
         counts = self.shards.counts(spots)
         raw = counts.astype(np.float64)
         raw.data = np.log1p(raw.data)
-        colour, features = [], []
+        parts: list[Inputs] = []
         for n in numbers:
             tiles, stain = self.shards.tiles(spots[section == n]), self.shards.stain(n)
-            features.append(self.predictor.image_features(tiles.transpose(0, 3, 1, 2), stain).pooled_Nd)
-            seen = normalise_stain(tiles, stain) if self.predictor.config.data.stain == "section" else tiles
-            colour.append(seen.reshape(len(tiles), -1, 3).mean(1))
-        inputs = {"ridge_colour": np.concatenate(colour), "ridge_features": np.concatenate(features)}
+            pooled = self.predictor.image_features(tiles.transpose(0, 3, 1, 2), stain).pooled_Nd
+            parts.append(spot_inputs(self.predictor, tiles, stain, pooled))
+        inputs = {k: {i: np.concatenate([p[k][i] for p in parts]) for i in parts[0][k]} for k in parts[0]}
         return _TrainData(section, log1p_cp10k(counts), raw, inputs, {n: self.shards.measured(n) for n in numbers})
