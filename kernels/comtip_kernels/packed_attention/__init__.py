@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from comtip_kernels.dispatch import Impl, choose
+from comtip_kernels.packed_attention.cpu import packed_attention_cpu
 from comtip_kernels.packed_attention.reference import packed_attention_reference
 
 __all__ = ["packed_attention", "packed_attention_reference"]
-_HAVE = {"reference": packed_attention_reference}
+_HAVE = {"reference": packed_attention_reference, "cpu": packed_attention_cpu}
 
 
 def packed_attention(
