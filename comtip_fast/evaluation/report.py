@@ -21,7 +21,7 @@ LABELS = {
     "ridge_features": "Ridge on the image encoder's features (supervised)",
 }
 SHOWN_GENES = "the four best predicted, the median one and the worst of the 50 most variable genes"
-SHOWN_UNSEEN = "the three best predicted among the 50 most variable genes that were kept out of training by name"
+SHOWN_UNSEEN = "the two best predicted and the median one of the (up to 50) most variable genes that were kept out of training by name"
 
 
 def write_report(run_dir: Path | None, result: Evaluation, out: Path) -> None:
@@ -68,7 +68,10 @@ def _training(result: Evaluation) -> dict[str, Any]:
         "shared_val": [s["section_id"] for s in sections if s["split"] == "val" and s["donor"] in donors],
         "n_trained": len(result.predictor.trained_genes), "n_held_out": len(result.predictor.held_out_genes),
         "n_spots": sum(s["n_spots"] for s in sections if s["split"] == "train"),
-        "credits": sorted({s["attribution"] for s in rows + further if s["attribution"]}),
+        "credits": [
+            (credit, [s["section_id"] for s in rows + further if s["attribution"] == credit])
+            for credit in sorted({s["attribution"] for s in rows + further if s["attribution"]})
+        ],
         "backbone": result.predictor.config.vision.backbone, "stem": result.predictor.config.vision.stem,
         "tile_um": result.predictor.tile_um, "tile_px": result.predictor.tile_px,
     }  # fmt: skip
@@ -83,10 +86,16 @@ def _tasks(result: Evaluation) -> list[dict[str, Any]]:
                 "title": task.replace("_", " "),
                 "entry": entry,
                 "sections": sections,
+                "ridge_colour": _input_of(sections[0]["metrics"]["ridge_colour"]),
                 "bars": figures.score_bars(entry, "cp10k"),
             }
         )
     return out
+
+
+def _input_of(scores: dict[str, Any]) -> str | None:
+    """Say which colour the baseline chose, where one was fitted."""
+    return scores["cp10k"]["input"] if scores.get("cp10k") else None
 
 
 def _section(result: Evaluation, data: SectionData) -> dict[str, Any]:
@@ -105,14 +114,13 @@ def _section(result: Evaluation, data: SectionData) -> dict[str, Any]:
         return figures.maps(overview, mpp, meta.mpp, data.xy, meta.spot_diameter_um, genes)
 
     chosen = _examples(data)
-    unseen = [i for i in data.unseen[:50] if np.isfinite(data.pcc[i])]
-    best_unseen = sorted(unseen, key=lambda i: -data.pcc[i])[:3]
+    chosen_unseen = _unseen_examples(data)
     return {
         "id": data.section_id, "meta": meta, "metrics": result.metrics["sections"][data.section_id],
         "maps": draw(chosen), "genes": [symbol[data.keys[i]] for i in chosen],
-        "unseen_maps": draw(best_unseen), "unseen_genes": [symbol[data.keys[i]] for i in best_unseen],
+        "unseen_maps": draw(chosen_unseen), "unseen_genes": [symbol[data.keys[i]] for i in chosen_unseen],
         "histogram": figures.gene_histogram(
-            data.pcc[data.panel], data.null_means, f"{data.section_id}: {data.panel.size} panel genes"
+            data.pcc[data.panel], data.null_pcc, f"{data.section_id}: {data.panel.size} panel genes"
         ),
     }  # fmt: skip
 
@@ -123,3 +131,9 @@ def _examples(data: SectionData) -> list[int]:
     if len(ranked) <= 6:
         return ranked
     return [*ranked[:4], ranked[len(ranked) // 2], ranked[-1]]
+
+
+def _unseen_examples(data: SectionData) -> list[int]:
+    """Return the unseen genes to draw, by the rule that the page states."""
+    ranked = sorted(data.unseen[:50].tolist(), key=lambda i: -np.nan_to_num(data.pcc[i]))
+    return ranked if len(ranked) <= 3 else [*ranked[:2], ranked[len(ranked) // 2]]

@@ -71,8 +71,11 @@ class TrainReference:
         for s in predictor.train_sections:
             if s["split"] == "train":
                 self.trained.setdefault(task_of(s["species"], s["tissue"]), []).append(s["section_id"])
-        wanted = {s for ids in self.trained.values() for s in ids}
-        self.numbers = [i for i, s in enumerate(shards.manifest.sections) if s.section_id in wanted]
+        # The same id in another organ is another section.
+        self.numbers = [
+            i for i, s in enumerate(shards.manifest.sections)
+            if s.section_id in self.trained.get(shards.task_of_section(i), [])
+        ]  # fmt: skip
         self._keys = [g.key for g in shards.genes]
         self._row = {k: i for i, k in enumerate(self._keys)}
         self._ranked: dict[str, list[str]] = {}

@@ -1,0 +1,47 @@
+"""The page says what a reader must not be left to guess."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from comtip_shards import ShardSet
+
+from comtip_fast.evaluation.evaluate import evaluate
+from comtip_fast.evaluation.figures import gene_histogram, scale_length
+from comtip_fast.evaluation.report import write_report
+from comtip_fast.inference import Predictor
+
+
+def page_of(run: Path, shards: ShardSet, out: Path, sections: list[str], tissue: str | None = None) -> str:
+    predictor = Predictor.load(run)
+    if tissue:
+        predictor.train_sections = [s | {"tissue": tissue} for s in predictor.train_sections]
+    result = evaluate(predictor, shards, sections=sections, n_null=3)
+    write_report(None, result, out / "report.html")
+    return " ".join((out / "report.html").read_text().split())
+
+
+def test_sections_that_training_used_are_named(tiny_run: Path, tiny_shards: ShardSet, tmp_path: Path):
+    page = page_of(tiny_run, tiny_shards, tmp_path, ["t1", "v1"])
+    assert "t1 trained this model" in page
+    assert "v1 chose when training stopped" in page
+    assert "--sections t1,v1 --null-draws 3 --seed 0" in page
+    assert "t1 against chance" in page
+    assert page.count('src="data:image') >= 2 * 3
+
+
+def test_a_task_never_trained_has_a_page_too(tiny_run: Path, tiny_shards: ShardSet, tmp_path: Path):
+    page = page_of(tiny_run, tiny_shards, tmp_path, ["x1"], tissue="heart")
+    assert "Training had no human breast" in page
+    assert "Ridge on mean tile colour" not in page
+
+
+@pytest.mark.parametrize(("width", "length"), [(6500.0, 2000), (2900, 500), (100, 20), (2, 1), (0.5, 1)])
+def test_scale_bar_is_round_and_short(width: float, length: int):
+    assert scale_length(width) == length
+
+
+@pytest.mark.filterwarnings("error")
+def test_histogram_of_nothing_is_still_a_picture():
+    assert gene_histogram(np.zeros(0), np.zeros((0, 0)), "none").startswith("data:image/png")
+    assert gene_histogram(np.array([np.nan, 0.3]), np.full((2, 2), np.nan), "some").startswith("data:image/png")
