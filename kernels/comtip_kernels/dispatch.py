@@ -7,11 +7,13 @@ once in the log; any other name is an order, and an order that cannot be carried
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from comtip_kernels.tl_common import can_launch
 
@@ -21,8 +23,18 @@ _log = logging.getLogger("comtip_kernels")
 _said: set[tuple[str, str]] = set()
 
 
-def choose(op: str, impl: str, device: torch.device, have: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
-    """Return the implementation of ``op`` to call for tensors on ``device``.
+def later(module: str, name: str) -> Callable[..., Any]:
+    """Return a function that imports its module on first use: a machine without Triton never sees the kernels."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return getattr(importlib.import_module(module), name)(*args, **kwargs)
+
+    call.__name__ = name
+    return call
+
+
+def choose(op: str, impl: str, like: Tensor, have: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
+    """Return the implementation of ``op`` to call for tensors like ``like``.
 
     Parameters
     ----------
@@ -30,8 +42,8 @@ def choose(op: str, impl: str, device: torch.device, have: Mapping[str, Callable
         Name of the operation, for messages.
     impl
         ``"auto"`` or the name of one implementation.
-    device
-        Where the operands live.
+    like
+        One of the operands: its device and its dtype count. The Triton kernels sum in fp32, so fp64 is not theirs.
     have
         Implementations of this operation by name; ``reference`` is always among them.
 
@@ -40,8 +52,10 @@ def choose(op: str, impl: str, device: torch.device, have: Mapping[str, Callable
     ValueError
         If ``impl`` is no known name, or is known but not available for this operation.
     """
+    device = like.device
     if impl == "auto":
-        ready = [n for n in _PREFERENCE.get(device.type, ()) if n in have and (n != "triton" or can_launch(device))]
+        able = can_launch(device) and like.dtype != torch.float64
+        ready = [n for n in _PREFERENCE.get(device.type, ()) if n in have and (n != "triton" or able)]
         name = (ready or ["reference"])[0]
         if (op, name) not in _said:
             _said.add((op, name))
@@ -54,4 +68,6 @@ def choose(op: str, impl: str, device: torch.device, have: Mapping[str, Callable
             f"{op}: impl='triton' cannot run on {device.type}: it needs a CUDA device and the triton package "
             "(or TRITON_INTERPRET=1, for tests)"
         )
+    if impl == "triton" and like.dtype == torch.float64:
+        raise ValueError(f"{op}: impl='triton' sums in fp32 and takes no fp64; use 'auto' or 'reference'")
     return have[impl]

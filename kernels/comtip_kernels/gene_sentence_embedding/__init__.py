@@ -44,6 +44,6 @@ def gene_sentence_embedding(
     Tensor
         (N, T, D), zero past each sentence's end.
     """
-    return choose("gene_sentence_embedding", impl, token_VD.device, _HAVE)(
+    return choose("gene_sentence_embedding", impl, token_VD, _HAVE)(
         ids_NT, length_N, level_lo_N, token_VD, type_3D, position_TD, level_QD, level_hi_N=level_hi_N, mix_N=mix_N
     )

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
-from comtip_kernels.dispatch import Impl, choose
+from comtip_kernels.dispatch import Impl, choose, later
 from comtip_kernels.infonce.cpu import infonce_cpu
 from comtip_kernels.infonce.reference import allowed_pairs, infonce_reference
 
 __all__ = ["allowed_pairs", "infonce", "infonce_reference"]
 
 
-def _triton(*args: Any, **kwargs: Any) -> Tensor:
-    """Import the kernels on first use: a machine without Triton never sees them."""
-    from comtip_kernels.infonce.op import infonce_triton
-
-    return infonce_triton(*args, **kwargs)
-
-
-_HAVE = {"reference": infonce_reference, "cpu": infonce_cpu, "triton": _triton}
+_HAVE = {
+    "reference": infonce_reference,
+    "cpu": infonce_cpu,
+    "triton": later("comtip_kernels.infonce.op", "infonce_triton"),
+}
 
 
 def infonce(
@@ -72,7 +67,7 @@ def infonce(
         raise ValueError(f"negatives={negatives!r}: choose 'all', 'same_group' or 'other_group'")
     if negatives != "all" and (group_rows is None or group_columns is None):
         raise ValueError(f"negatives={negatives!r} needs group ids of rows and columns")
-    return choose("infonce", impl, image_BD.device, _HAVE)(
+    return choose("infonce", impl, image_BD, _HAVE)(
         image_BD, text_MD, scale, negatives=negatives, group_rows=group_rows, group_columns=group_columns,
         class_rows=class_rows, class_columns=class_columns, weight_B=weight_B,
     )  # fmt: skip

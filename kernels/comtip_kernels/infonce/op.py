@@ -10,31 +10,19 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from comtip_kernels.infonce import triton_kernels as kernels
-from comtip_kernels.tl_common import INTERPRETING
+from comtip_kernels.tl_common import INTERPRETING, fitted, power_of_2, precision
 
 HEADROOM = 40.0
 FLOOR = 1e-20
 RULES = {"all": kernels.ALL, "same_group": kernels.SAME_GROUP, "other_group": kernels.OTHER_GROUP}
 Ids = Tensor | None
-
-
-def _precision(x: Tensor) -> str:
-    """Return how fp32 operands are multiplied: on tensor cores unless the user asked torch for the highest precision."""
-    strict = INTERPRETING or x.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
-    return "ieee" if strict else "tf32"
-
-
-def _tiles(config: dict[str, Any], D: int) -> dict[str, Any]:
-    """Return a config for this width; the interpreter gets small tiles, it runs them one number at a time."""
-    small = {"BM": 32, "BN": 32, "BK": 32} if INTERPRETING else {}
-    chosen = config | small
-    return chosen | {"BK": min(int(chosen["BK"]), max(16, triton.next_power_of_2(D)))}
+_SMALL = {"BM": 32, "BN": 32, "BK": 32}
 
 
 def _flags(rule: int, classes: Ids, silent: Ids, x: Tensor) -> dict[str, Any]:
     return {
         "RULE": rule, "CLASSES": classes is not None, "SILENT": silent is not None, "UPCAST": INTERPRETING,
-        "PRECISION": _precision(x),
+        "PRECISION": precision(x),
     }  # fmt: skip
 
 
@@ -51,7 +39,7 @@ def infonce_lse(
     B, M, D = x.shape[0], y.shape[0], x.shape[1]
     if B == 0:
         return x.new_zeros(0, dtype=torch.float32), x.new_zeros(0, dtype=torch.float32)
-    tiles = _tiles(kernels.FORWARD, D)
+    tiles = fitted(kernels.FORWARD, D, _SMALL)
     n_m, n_n = triton.cdiv(B, tiles["BM"]), triton.cdiv(M, tiles["BN"])
     row_sums = torch.empty(n_n, B, device=x.device, dtype=torch.float32)
     col_sums = torch.empty(n_m, M, device=x.device, dtype=torch.float32)
@@ -75,7 +63,7 @@ def infonce_lse(
     )
     shift = scale - HEADROOM
     out = []
-    exact = _tiles(kernels.EXACT, D)
+    exact = fitted(kernels.EXACT, D, _SMALL)
     swapped = _pointers(x, group_y, group_x, class_y, class_x, silent)
     for sums, q, k, own in ((row_sums.sum(0), x, y, ids), (col_sums.sum(0)[:B], y, x, swapped)):
         lse = sums.log() + shift
@@ -104,8 +92,8 @@ def infonce_grads(
     dy = torch.empty(M, D, device=x.device, dtype=torch.float32)
     if B == 0:
         return dx, dy.zero_()
-    tiles = _tiles(kernels.backward_tiles(x.dtype == torch.float32), D)
-    tiles["BD"] = min(kernels.MAX_BD, max(16, triton.next_power_of_2(D)))
+    tiles = fitted(kernels.backward_tiles(x.dtype == torch.float32), D, _SMALL)
+    tiles["BD"] = min(kernels.MAX_BD, power_of_2(D))
     flags = _flags(rule, class_x, silent, x)
     more = (0, M - B)
     floor = torch.tensor(FLOOR).log().item() + scale - HEADROOM

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comtip_kernels.infonce import triton_kernels as infonce
 from comtip_kernels.ledger.aot import Entry
+from comtip_kernels.sentence_table import triton_kernels as table
 
 ARCHITECTURES = (80, 90, 100)
 _IDS = (
@@ -40,9 +41,34 @@ def _infonce(name: str, kernel: object, tiles: dict[str, int], dtype: str) -> En
     )
 
 
+def _table(name: str, kernel: object, config: dict[str, int], dtype: str, mode: int) -> Entry:
+    """Return one kernel over a sentence table of 32 levels, tables and vectors contiguous."""
+    names = list(kernel.arg_names)  # type: ignore[attr-defined]
+    tiles = config | (table.FP32 if dtype == "fp32" and "BD" in config else {})
+    tiles = tiles | {"QP": 32, "NG": max(1, tiles["BN"] // 32)}
+    loss = mode == table.CROSS_ENTROPY
+    constants = {
+        "MODE": mode, "PRIOR": loss, "UPCAST": False, "PRECISION": "ieee" if dtype == "bf16" else "tf32", "c_d": 1, "t_d": 1,
+    } | {k: v for k, v in tiles.items() if k in names}  # fmt: skip
+    kinds = {"c_ptr": dtype, "t_ptr": dtype, "levels_ptr": "u8", "w_ptr": "u8" if loss else "fp32"}
+    types = {n: f"*{kinds.get(n, 'fp32')}" if n.endswith("_ptr") else "i32" for n in names}
+    aligned = frozenset(names) - constants.keys() - {"scale_ptr", "factor_ptr", "n_gene_tiles", "Q"}
+    return Entry("table", f"{name}_{dtype}", kernel, types, constants, tiles["num_warps"], tiles["num_stages"], aligned)
+
+
 def entries() -> list[Entry]:
     """Return every entry."""
     out = []
+    for dtype in ("bf16", "fp32"):
+        for mode, suffix in ((table.PICK, ""), (table.CROSS_ENTROPY, "_loss")):
+            out += [
+                _table(f"{name}{suffix}", kernel, dict(config), dtype, mode)
+                for name, kernel, config in (
+                    ("take", table.take_tiles, table.TAKE),
+                    ("spread", table.spread_rows, table.SPREAD),
+                    ("collect", table.collect_rows, table.COLLECT),
+                )
+            ]
     for dtype in ("bf16", "fp32"):
         forward = dict(infonce.FORWARD)
         out.append(_infonce("forward", infonce.lse_tiles, forward, dtype))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from comtip_kernels.dispatch import Impl, choose
+from comtip_kernels.dispatch import Impl, choose, later
 from comtip_kernels.level_cross_entropy.cpu import level_cross_entropy_cpu, pair_scores_cpu
 from comtip_kernels.level_cross_entropy.reference import (
     level_cross_entropy_reference,
@@ -21,8 +21,16 @@ __all__ = [
     "pair_scores_reference",
     "take_level",
 ]
-_HAVE = {"reference": level_cross_entropy_reference, "cpu": level_cross_entropy_cpu}
-_HAVE_PAIR = {"reference": pair_scores_reference, "cpu": pair_scores_cpu}
+_HAVE = {
+    "reference": level_cross_entropy_reference,
+    "cpu": level_cross_entropy_cpu,
+    "triton": later("comtip_kernels.level_cross_entropy.gpu", "level_cross_entropy_triton"),
+}
+_HAVE_PAIR = {
+    "reference": pair_scores_reference,
+    "cpu": pair_scores_cpu,
+    "triton": later("comtip_kernels.level_cross_entropy.gpu", "pair_scores_triton"),
+}
 
 
 def level_cross_entropy(
@@ -55,7 +63,7 @@ def level_cross_entropy(
     Tensor
         Mean over the measured (spot, gene), in nats; 0 when there are none.
     """
-    return choose("level_cross_entropy", impl, image_BD.device, _HAVE)(
+    return choose("level_cross_entropy", impl, image_BD, _HAVE)(
         image_BD, table_GQD, levels_BG, mask_BG, scale, log_prior_GQ
     )
 
@@ -71,7 +79,7 @@ def pair_scores(
     impl: Impl = "auto",
 ) -> Tensor:
     """Pair-head logits of the sentences (g, levels[b, g]); see :func:`pair_scores_reference`."""
-    return choose("pair_scores", impl, context_BD.device, _HAVE_PAIR)(
+    return choose("pair_scores", impl, context_BD, _HAVE_PAIR)(
         context_BD, table_GQD, levels_BG, true_levels_BG=true_levels_BG, projected_GQD=projected_GQD,
         weight_BG=weight_BG,
     )  # fmt: skip

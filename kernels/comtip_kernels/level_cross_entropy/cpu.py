@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from comtip_kernels.level_cross_entropy.reference import without_own_gene
+
 BLOCK_BYTES = 4 << 20
 """Bytes of one block of scores."""
 
@@ -89,14 +91,7 @@ def pair_scores_cpu(
 ) -> Tensor:  # fmt: skip
     """Return the pair head's logits (B, G); see :mod:`comtip_kernels.level_cross_entropy.reference`."""
     score_BG = _TakenScores.apply(context_BD, table_GQD, levels_BG)
-    if weight_BG is None or projected_GQD is None or true_levels_BG is None:
-        return score_BG
-    Q = table_GQD.shape[1]
-    own_GQQ = table_GQD @ projected_GQD.transpose(1, 2)
-    index_BG = levels_BG.long() * Q + true_levels_BG.long()
-    # One row of (claimed, true) pairs per gene: picked by gene first, so that nothing of size B x G x Q x Q is there.
-    own_BG = own_GQQ.reshape(own_GQQ.shape[0], Q * Q).T.gather(0, index_BG)
-    return (score_BG - weight_BG * own_BG) / (1 - weight_BG).clamp_min(1e-3)
+    return without_own_gene(score_BG, table_GQD, levels_BG, true_levels_BG, projected_GQD, weight_BG)
 
 
 class _TakenScores(torch.autograd.Function):

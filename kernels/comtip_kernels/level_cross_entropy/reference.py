@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def level_scores(context_BD: Tensor, table_GQD: Tensor) -> Tensor:
     """Return <c_b, table[g, q]> as (B, G, Q)."""
     G, Q, D = table_GQD.shape
-    return (context_BD @ table_GQD.reshape(G * Q, D).T).reshape(-1, G, Q)
+    return (context_BD @ table_GQD.reshape(G * Q, D).T).reshape(context_BD.shape[0], G, Q)
 
 
 def take_level(scores_BGQ: Tensor, levels_BG: Tensor) -> Tensor:
@@ -66,11 +67,19 @@ def pair_scores_reference(
         weights p; gene g itself is then taken out of t.
     """
     score_BG = take_level(level_scores(context_BD, table_GQD), levels_BG)
+    return without_own_gene(score_BG, table_GQD, levels_BG, true_levels_BG, projected_GQD, weight_BG)
+
+
+def without_own_gene(
+    score_BG: Tensor, table_GQD: Tensor, levels_BG: Tensor, true_levels_BG: Tensor | None, projected_GQD: Tensor | None,
+    weight_BG: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Take gene g out of the pooled text that it is judged against; as it is where the context is the image's vector."""
     if weight_BG is None or projected_GQD is None or true_levels_BG is None:
         return score_BG
     own_GQQ = table_GQD @ projected_GQD.transpose(1, 2)  # [g, claimed level, true level]
     G, Q, _ = own_GQQ.shape
-    index_BG = levels_BG.long() * Q + true_levels_BG.long()
-    own_BG = own_GQQ.reshape(1, G, Q * Q).expand(levels_BG.shape[0], -1, -1)
-    own_BG = own_BG.gather(2, index_BG[..., None]).squeeze(-1)
+    row_BG = (torch.arange(G, device=levels_BG.device) * Q + levels_BG.long()) * Q + true_levels_BG.long()
+    # As a lookup, whose gradient is summed in a fixed order on every device; a gather's is not.
+    own_BG = F.embedding(row_BG, own_GQQ.reshape(-1, 1)).squeeze(-1)
     return (score_BG - weight_BG * own_BG) / (1 - weight_BG).clamp_min(1e-3)

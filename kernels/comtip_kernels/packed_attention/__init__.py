@@ -31,4 +31,4 @@ def packed_attention(
     Tensor
         (N, T, H, E); rows past a sentence's end carry no meaning.
     """
-    return choose("packed_attention", impl, q_NTHE.device, _HAVE)(q_NTHE, k_NTHE, v_NTHE, length_N)
+    return choose("packed_attention", impl, q_NTHE, _HAVE)(q_NTHE, k_NTHE, v_NTHE, length_N)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from comtip_kernels.dispatch import Impl, choose
+from comtip_kernels.dispatch import Impl, choose, later
 from comtip_kernels.table_pool.cpu import table_pool_cpu
 from comtip_kernels.table_pool.reference import pool_weights, table_pool_reference
 
 __all__ = ["pool_weights", "table_pool", "table_pool_reference"]
-_HAVE = {"reference": table_pool_reference, "cpu": table_pool_cpu}
+_HAVE = {
+    "reference": table_pool_reference,
+    "cpu": table_pool_cpu,
+    "triton": later("comtip_kernels.table_pool.gpu", "table_pool_triton"),
+}
 
 
 def table_pool(
@@ -35,4 +39,4 @@ def table_pool(
     Tensor
         (B, D); the zero vector for a spot with no measured gene.
     """
-    return choose("table_pool", impl, table_GQD.device, _HAVE)(table_GQD, scores_GQ, levels_BG, mask_BG)
+    return choose("table_pool", impl, table_GQD, _HAVE)(table_GQD, scores_GQ, levels_BG, mask_BG)

@@ -20,6 +20,8 @@ def pool_weights(scores_GQ: Tensor, levels_BG: Tensor, mask_BG: Tensor) -> Tenso
     rows_BG = torch.arange(G, device=levels_BG.device) * Q + levels_BG.long()
     score_BG = F.embedding(rows_BG, scores_GQ.reshape(G * Q, 1)).squeeze(-1)
     score_BG = score_BG.masked_fill(~mask_BG, float("-inf"))
+    if G == 0:
+        return score_BG
     top_B1 = score_BG.amax(dim=1, keepdim=True).detach()
     top_B1 = torch.where(torch.isfinite(top_B1), top_B1, torch.zeros_like(top_B1))
     weight_BG = torch.exp(score_BG - top_B1)
@@ -31,4 +33,4 @@ def table_pool_reference(table_GQD: Tensor, scores_GQ: Tensor, levels_BG: Tensor
     G, Q, D = table_GQD.shape
     weight_BG = pool_weights(scores_GQ, levels_BG, mask_BG)
     hot_BGQ = F.one_hot(levels_BG.long(), Q).to(weight_BG.dtype) * weight_BG[..., None]
-    return hot_BGQ.reshape(-1, G * Q).to(table_GQD.dtype) @ table_GQD.reshape(G * Q, D)
+    return hot_BGQ.reshape(levels_BG.shape[0], G * Q).to(table_GQD.dtype) @ table_GQD.reshape(G * Q, D)
