@@ -1,6 +1,7 @@
 """The gene-sentence encoder and the sentence table.
 
-Shapes: N sentences of at most T tokens, G genes of the step panel, Q levels, d the encoder's width. The
+Shapes: N sentences of at most T tokens, S tokens in all, end to end: nothing is padded, so every layer sees tokens and
+nothing else. G genes of the step panel, Q levels, d the encoder's width. The
 sentence "gene g at level q" is ``[GENE] name tokens ... [VALUE]``; its vector h(g, q) is the output at
 ``[GENE]``. Attention never leaves a sentence, so all sentences are encoded in parallel.
 """
@@ -10,9 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from comtip_kernels import gene_sentence_embedding, packed_attention
+from comtip_kernels import gene_sentence_embedding, packed_attention, sentence_start
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from comtip_fast.config.schema import TextConfig
 
@@ -43,16 +43,15 @@ class SentenceBlock(nn.Module):
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x_NTd: Tensor, length_N: Tensor, *, first_only: bool = False) -> Tensor:
-        """Return (N, T, d), or (N, 1, d) when only ``[GENE]`` is read afterwards (the last block)."""
-        N, T, d = x_NTd.shape
-        qkv = self.qkv(self.norm_attention(x_NTd)).view(N, T, 3, self.heads, d // self.heads)
-        q, k, v = qkv.unbind(2)
-        mixed = packed_attention(q, k, v, length_N).reshape(N, T, d)
-        if first_only:
-            x_NTd, mixed = x_NTd[:, :1], mixed[:, :1]
-        x_NTd = x_NTd + self.out(mixed)
-        return x_NTd + self.mlp(self.norm_mlp(x_NTd))
+    def forward(self, x_Sd: Tensor, length_N: Tensor, longest: int, first_N: Tensor | None = None) -> Tensor:
+        """Return (S, d), or (N, d) with ``first_N``, when only ``[GENE]`` is read afterwards (the last block)."""
+        S, d = x_Sd.shape
+        q, k, v = self.qkv(self.norm_attention(x_Sd)).view(S, 3, self.heads, d // self.heads).unbind(1)
+        mixed = packed_attention(q, k, v, length_N, longest=longest).reshape(S, d)
+        if first_N is not None:
+            x_Sd, mixed = x_Sd[first_N], mixed[first_N]
+        x_Sd = x_Sd + self.out(mixed)
+        return x_Sd + self.mlp(self.norm_mlp(x_Sd))
 
 
 class GeneEncoder(nn.Module):
@@ -83,15 +82,12 @@ class GeneEncoder(nn.Module):
         self, genes: GeneTokens, level_lo_N: Tensor, level_hi_N: Tensor | None = None, mix_N: Tensor | None = None
     ) -> Tensor:
         """Encode N single sentences to (N, d); two levels and ``mix_N`` in [0, 1] stand for a value between them."""
-        x_NTd = gene_sentence_embedding(
+        x_Sd = gene_sentence_embedding(
             genes.ids_GT, genes.length_G, level_lo_N, self.token_Vd, self.type_3d, self.position_Td, self.level_Qd,
-            level_hi_N=level_hi_N, mix_N=mix_N,
+            level_hi_N=level_hi_N, mix_N=mix_N, identity_N=genes.identity_G, identity_ID=self.identity_Id,
+            gain_D=self.norm_in.weight, bias_D=self.norm_in.bias, eps=self.norm_in.eps,
         )  # fmt: skip
-        if self.identity_Id is not None:
-            known_N1 = (genes.identity_G > 0).to(x_NTd.dtype)[:, None]
-            own_Nd = F.embedding(genes.identity_G, self.identity_Id) * known_N1
-            x_NTd = torch.cat([x_NTd[:, :1] + own_Nd[:, None], x_NTd[:, 1:]], dim=1)
-        x_NTd = self.norm_in(x_NTd)
+        length_N, longest, first_N = genes.length_G, genes.ids_GT.shape[1], sentence_start(genes.length_G)
         for i, block in enumerate(self.blocks):
-            x_NTd = block(x_NTd, genes.length_G, first_only=i == len(self.blocks) - 1)
-        return self.norm_out(x_NTd[:, 0])
+            x_Sd = block(x_Sd, length_N, longest, first_N if i == len(self.blocks) - 1 else None)
+        return self.norm_out(x_Sd)

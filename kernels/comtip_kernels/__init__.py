@@ -1,11 +1,15 @@
 """comtip_kernels: the operations CoMTIP spends its time in, each beside its readable reference.
 
-Every operation is one function that takes ``impl="auto|triton|cpu|reference"``; today each has its reference,
-and the faster twins will be registered under the same names (see :mod:`comtip_kernels.dispatch`).
+Every operation is one function that takes ``impl="auto|triton|cpu|reference"`` (see :mod:`comtip_kernels.dispatch`).
 """
 
 from comtip_kernels.dispatch import Impl
-from comtip_kernels.gene_sentence_embedding import gene_sentence_embedding
+from comtip_kernels.gene_sentence_embedding import (
+    SentencePlan,
+    gene_sentence_embedding,
+    plan_sentences,
+    sentence_start,
+)
 from comtip_kernels.infonce import infonce
 from comtip_kernels.level_cross_entropy import level_cross_entropy, level_scores, pair_scores, take_level
 from comtip_kernels.packed_attention import packed_attention
@@ -13,13 +17,16 @@ from comtip_kernels.table_pool import pool_weights, table_pool
 
 __all__ = [
     "Impl",
+    "SentencePlan",
     "gene_sentence_embedding",
     "infonce",
     "level_cross_entropy",
     "level_scores",
     "packed_attention",
     "pair_scores",
+    "plan_sentences",
     "pool_weights",
+    "sentence_start",
     "table_pool",
     "take_level",
 ]

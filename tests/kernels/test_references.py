@@ -129,46 +129,51 @@ def test_gene_sentence_embedding_matches_loops(rng):
     token, kind, position, level = (randn(rng, n, D) for n in (V, 3, T, Q))
     ids, length = randint(rng, V, N, T), torch.tensor([2, 6, 3, 4, 5])
     lo, hi, mix = randint(rng, Q, N), randint(rng, Q, N), torch.rand(N, generator=rng, dtype=F64)
-    got = gene_sentence_embedding(ids, length, lo, token, kind, position, level, level_hi_N=hi, mix_N=mix)
+    tables = (ids, length, lo, token, kind, position, level)
+    got = gene_sentence_embedding(*tables, level_hi_N=hi, mix_N=mix, impl="reference")
+    want = []
     for n in range(N):
-        for t in range(T):
-            if t >= length[n]:
-                want = torch.zeros(D, dtype=F64)
-            elif t == length[n] - 1:
-                want = (1 - mix[n]) * level[lo[n]] + mix[n] * level[hi[n]] + kind[2] + position[t]
+        for t in range(int(length[n])):
+            if t == length[n] - 1:
+                want.append((1 - mix[n]) * level[lo[n]] + mix[n] * level[hi[n]] + kind[2] + position[t])
             else:
-                want = token[ids[n, t]] + kind[0 if t == 0 else 1] + position[t]
-            torch.testing.assert_close(got[n, t], want, rtol=0, atol=1e-14)
-    pure = gene_sentence_embedding(ids, length, lo, token, kind, position, level)
-    same = gene_sentence_embedding(ids, length, lo, token, kind, position, level, level_hi_N=hi, mix_N=mix * 0)
+                want.append(token[ids[n, t]] + kind[0 if t == 0 else 1] + position[t])
+    torch.testing.assert_close(got, torch.stack(want), rtol=0, atol=1e-14)
+    pure = gene_sentence_embedding(*tables, impl="reference")
+    same = gene_sentence_embedding(*tables, level_hi_N=hi, mix_N=mix * 0, impl="reference")
     torch.testing.assert_close(pure, same, rtol=0, atol=0)
 
 
 def test_gene_sentence_embedding_gradients(rng):
     ids, length, lo = randint(rng, 5, 3, 4), torch.tensor([2, 4, 3]), torch.tensor([0, 1, 1])
-    tables = tuple(randn(rng, n, 2, grad=True) for n in (5, 3, 4, 2))
-    assert torch.autograd.gradcheck(lambda *t: gene_sentence_embedding(ids, length, lo, *t), tables)
+    own = torch.tensor([2, 0, 1])
+    tables = tuple(randn(rng, n, 2, grad=True) for n in (5, 3, 4, 2, 3))
+    norm = (randn(rng, 2, grad=True), randn(rng, 2, grad=True))
+
+    def embed(token, kind, position, level, identity, gain, bias, impl):
+        return gene_sentence_embedding(
+            ids, length, lo, token, kind, position, level, identity_N=own, identity_ID=identity, gain_D=gain, bias_D=bias,
+            eps=0.1, impl=impl,
+        )  # fmt: skip
+
+    for impl in ("reference", "cpu"):
+        assert torch.autograd.gradcheck(lambda *t, impl=impl: embed(*t, impl=impl), (*tables, *norm))
 
 
 def test_packed_attention_never_leaves_its_sentence(rng):
-    N, T, H, E = 4, 6, 2, 3
-    q, k, v = (randn(rng, N, T, H, E) for _ in range(3))
+    H, E = 2, 3
     length = torch.tensor([1, 3, 6, 2])
-    got = packed_attention(q, k, v, length)
-    for n in range(N):
+    start = length.cumsum(0) - length
+    q, k, v = (randn(rng, int(length.sum()), H, E) for _ in range(3))
+    got = packed_attention(q, k, v, length, impl="reference")
+    for first, size in zip(start.tolist(), length.tolist(), strict=True):
         for h in range(H):
-            for t in range(int(length[n])):
-                scores = [float(q[n, t, h] @ k[n, j, h]) / math.sqrt(E) for j in range(int(length[n]))]
+            for t in range(first, first + size):
+                scores = [float(q[t, h] @ k[j, h]) / math.sqrt(E) for j in range(first, first + size)]
                 top = max(scores)
                 weight = [math.exp(s - top) for s in scores]
-                want = sum(w * v[n, j, h] for j, w in enumerate(weight)) / sum(weight)
-                torch.testing.assert_close(got[n, t, h], want, rtol=1e-12, atol=1e-12)
-    # What stands past the end is never read.
-    poisoned = [x.clone() for x in (q, k, v)]
-    for x in poisoned[1:]:
-        x[1, 3:] = 1e6
-    again = packed_attention(*poisoned, length)
-    torch.testing.assert_close(again[1, :3], got[1, :3], rtol=0, atol=0)
+                want = sum(w * v[first + j, h] for j, w in enumerate(weight)) / sum(weight)
+                torch.testing.assert_close(got[t, h], want, rtol=1e-12, atol=1e-12)
 
 
 # -- the sentence table -----------------------------------------------------------------------------------------

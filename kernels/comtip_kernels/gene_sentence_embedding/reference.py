@@ -1,11 +1,12 @@
-"""Embedding of gene sentences: name tokens, a value slot, type and position rows, summed.
+"""Embedding of gene sentences: name tokens, a value slot, type and position rows, summed; then LayerNorm.
 
 A sentence is ``[GENE] name tokens ... [VALUE]``; its tokens sit in slots 0..length-1 and the value slot is the
 last. The value slot's row is the level's row, or two level rows mixed for a value between two levels.
 
     x[n, t] = token[ids[n, t]] + type[kind(t)] + position[t]       t < length_n - 1
+    x[n, 0]   also + identity[own_n], nothing for own_n = 0
     x[n, t] = (1 - w_n) level[lo_n] + w_n level[hi_n] + type[VALUE] + position[t]      t = length_n - 1
-    x[n, t] = 0                                                    t >= length_n
+    y       = gain (x - mean) / sqrt(var + eps) + bias             where a gain is given
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-GENE_SLOT, NAME_SLOT, VALUE_SLOT = 0, 1, 2
+from comtip_kernels.gene_sentence_embedding.plan import GENE_SLOT, NAME_SLOT, VALUE_SLOT, SentencePlan
 
 
 def gene_sentence_embedding_reference(
@@ -28,18 +29,27 @@ def gene_sentence_embedding_reference(
     *,
     level_hi_N: Tensor | None = None,
     mix_N: Tensor | None = None,
+    identity_N: Tensor | None = None,
+    identity_ID: Tensor | None = None,
+    gain_D: Tensor | None = None,
+    bias_D: Tensor | None = None,
+    eps: float = 1e-5,
+    plan: SentencePlan | None = None,
 ) -> Tensor:
-    """Return x (N, T, D); see the module's formula. ``F.embedding`` keeps the backward repeatable."""
+    """Return y (S, D), sentence after sentence; see the module's formula. ``plan`` is not needed here."""
     T = ids_NT.shape[1]
     slot_T = torch.arange(T, device=ids_NT.device)
     value_NT = slot_T == length_N[:, None] - 1
     inside_NT = slot_T < length_N[:, None]
     kind_NT = torch.where(value_NT, VALUE_SLOT, torch.where(slot_T == 0, GENE_SLOT, NAME_SLOT))
-    level_ND = F.embedding(level_lo_N, level_QD)
+    level_ND = F.embedding(level_lo_N.long(), level_QD)
     if level_hi_N is not None and mix_N is not None:
         mix = mix_N[:, None].to(level_ND.dtype)
-        level_ND = (1 - mix) * level_ND + mix * F.embedding(level_hi_N, level_QD)
-    word_NTD = F.embedding(ids_NT.masked_fill(~inside_NT, 0), token_VD)
+        level_ND = (1 - mix) * level_ND + mix * F.embedding(level_hi_N.long(), level_QD)
+    word_NTD = F.embedding(ids_NT.masked_fill(~inside_NT, 0).long(), token_VD)
+    if identity_N is not None and identity_ID is not None:
+        own_ND = F.embedding(identity_N.long(), identity_ID) * (identity_N > 0).to(identity_ID.dtype)[:, None]
+        word_NTD = word_NTD + own_ND[:, None] * (slot_T == 0).to(own_ND.dtype)[None, :, None]
     word_NTD = torch.where(value_NT[..., None], level_ND[:, None, :], word_NTD)
-    x_NTD = word_NTD + F.embedding(kind_NT, type_3D) + position_TD[:T]
-    return x_NTD.masked_fill(~inside_NT[..., None], 0.0)
+    x_SD = (word_NTD + F.embedding(kind_NT, type_3D) + position_TD[:T])[inside_NT]
+    return x_SD if gain_D is None else F.layer_norm(x_SD, x_SD.shape[-1:], gain_D, bias_D, eps)

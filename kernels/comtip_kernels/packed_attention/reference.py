@@ -7,13 +7,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def packed_attention_reference(q_NTHE: Tensor, k_NTHE: Tensor, v_NTHE: Tensor, length_N: Tensor) -> Tensor:
-    """Return (N, T, H, E): softmax(q k^T / sqrt(E)) v over the first ``length`` tokens of each sentence.
-
-    Rows past a sentence's end are finite but meaningless.
-    """
-    T = q_NTHE.shape[1]
-    keep_NT = torch.arange(T, device=length_N.device) < length_N[:, None]
-    q, k, v = (x.transpose(1, 2) for x in (q_NTHE, k_NTHE, v_NTHE))
+def packed_attention_reference(q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor, length_N: Tensor, longest: int) -> Tensor:
+    """Return (S, H, E): softmax(q k^T / sqrt(E)) v within each sentence; padded to the longest and taken out again."""
+    keep_NT = torch.arange(longest, device=length_N.device) < length_N[:, None]
+    sentence_S, slot_S = keep_NT.nonzero(as_tuple=True)
+    shape = (length_N.shape[0], longest, *q_SHE.shape[1:])
+    q, k, v = (x.new_zeros(shape).index_put((sentence_S, slot_S), x).transpose(1, 2) for x in (q_SHE, k_SHE, v_SHE))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=keep_NT[:, None, None, :])
-    return out.transpose(1, 2)
+    return out.transpose(1, 2)[sentence_S, slot_S]

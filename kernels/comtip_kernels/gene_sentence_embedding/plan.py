@@ -1,0 +1,87 @@
+"""Which tokens of a batch of gene sentences are the same row, worked out once per batch.
+
+Sentences lie end to end, S tokens in all, nothing padded. A token's embedding depends on little: the token and its slot, or
+the identity at slot 0, or the level and its slot. A panel of G genes at Q levels repeats each name Q times, so S tokens are
+U << S different rows. They are made (and normalised) once and copied out; and because LayerNorm's backward is linear
+in the gradient for a fixed input, the gradient is summed over equal tokens first and only then taken through it. One
+write of S rows forward, one read of S rows backward: what is left is the floor of any embedding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+GENE_SLOT, NAME_SLOT, VALUE_SLOT = 0, 1, 2
+_KIND, _HIGH, _SLOT = 1 << 60, 1 << 32, 1 << 20
+
+
+@dataclass(frozen=True)
+class SentencePlan:
+    """Equal tokens of N sentences of S tokens in all; U different rows. All tensors are int64 on the sentences' device."""
+
+    row_S: Tensor
+    """Row of each token, sentence after sentence."""
+    order_S: Tensor
+    """Tokens by row, ascending within a row: the order of every sum over equal tokens."""
+    start_U1: Tensor
+    """Where each row begins in ``order_S``, and S at the end."""
+    kind_U: Tensor
+    """``GENE_SLOT``, ``NAME_SLOT`` or ``VALUE_SLOT``; ascending."""
+    sentence_U: Tensor
+    """A sentence that the row is from: its levels, mix and identity are the row's."""
+    slot_U: Tensor
+    """Position of the row in its sentence."""
+    token_U: Tensor
+    """Token of the row; what it is for ``VALUE_SLOT`` has no meaning."""
+    most: int
+    """Tokens of the most frequent row."""
+
+
+def sentence_start(length_N: Tensor) -> Tensor:
+    """Return the first token of each sentence, (N,), when sentences lie end to end."""
+    return length_N.cumsum(0) - length_N
+
+
+def plan_sentences(
+    ids_NT: Tensor, length_N: Tensor, level_lo_N: Tensor, *, identity_N: Tensor | None = None, mixed: bool = False
+) -> SentencePlan:
+    """Find the different rows of N sentences.
+
+    Parameters
+    ----------
+    ids_NT, length_N, level_lo_N, identity_N
+        As in :func:`comtip_kernels.gene_sentence_embedding`; ids and slots below 2^20 slots and 2^28 ids.
+    mixed
+        The value slots hold two mixed levels: each sentence's is a row of its own.
+
+    Returns
+    -------
+    SentencePlan
+        Its numbers S, U and ``most`` are read on the host: one synchronisation on a GPU.
+    """
+    T = ids_NT.shape[1]
+    inside_NT = torch.arange(T, device=ids_NT.device) < length_N[:, None]
+    sentence_S, slot_S = inside_NT.nonzero(as_tuple=True)
+    token_S = ids_NT[sentence_S, slot_S].long()
+    value_S = slot_S == length_N[sentence_S] - 1
+    first_S = slot_S == 0
+    own_S = 0 if identity_N is None else identity_N.long()[sentence_S]
+    name_key = token_S * _SLOT + slot_S + NAME_SLOT * _KIND
+    value_key = VALUE_SLOT * _KIND + (sentence_S if mixed else level_lo_N.long()[sentence_S] * _SLOT + slot_S)
+    key_S = torch.where(value_S, value_key, torch.where(first_S, token_S * _HIGH + own_S, name_key))
+    sorted_S, order_S = torch.sort(key_S, stable=True)
+    new_S = torch.ones_like(sorted_S, dtype=torch.bool)
+    new_S[1:] = sorted_S[1:] != sorted_S[:-1]
+    row_S = torch.empty_like(order_S)
+    row_S[order_S] = new_S.cumsum(0) - 1
+    start_U = new_S.nonzero().squeeze(1)
+    start_U1 = torch.cat([start_U, start_U.new_full((1,), key_S.shape[0])])
+    model_U = order_S[start_U]
+    most = int(start_U1.diff().max()) if start_U.numel() else 0
+    return SentencePlan(
+        row_S=row_S, order_S=order_S, start_U1=start_U1, kind_U=sorted_S[start_U] // _KIND,
+        sentence_U=sentence_S[model_U], slot_U=slot_S[model_U], token_U=token_S[model_U], most=most,
+    )  # fmt: skip

@@ -1,0 +1,85 @@
+"""The Triton path of packed attention as PyTorch operators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from comtip_kernels.gene_sentence_embedding.plan import sentence_start
+from comtip_kernels.packed_attention import triton_kernels as kernels
+from comtip_kernels.tl_common import INTERPRETING, power_of_2, precision
+
+
+def _launch(q: Tensor, longest: int) -> tuple[int, tuple[int], dict[str, Any]]:
+    """Return W, the grid and the flags for (S, H, E) tensors like ``q``."""
+    S, H, E = q.shape
+    BT = kernels.best_tile(longest)
+    W = BT - longest + 1
+    flags = {"BT": BT, "BE": power_of_2(E), "UPCAST": INTERPRETING, "PRECISION": precision(q)}
+    return W, (triton.cdiv(S, W) * H,), flags | kernels.TILES[BT]
+
+
+@torch.library.custom_op("comtip::packed_attention", mutates_args=())
+def attend(q: Tensor, k: Tensor, v: Tensor, first_S: Tensor, longest: int) -> Tensor:
+    """Return (S, H, E); ``first_S`` int32 is the first token of each token's sentence."""
+    out = torch.empty(q.shape, device=q.device, dtype=q.dtype)
+    if out.numel():
+        S, H, E = q.shape
+        W, grid, flags = _launch(q, longest)
+        strides = (*q.stride(), *k.stride(), *v.stride())
+        kernels.attend_tiles[grid](q, k, v, first_S, out, S, H, E, W, E**-0.5, *strides, **flags)
+    return out
+
+
+@torch.library.custom_op("comtip::packed_attention_grads", mutates_args=())
+def attend_grads(
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, first_S: Tensor, longest: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dq, dk, dv, (S, H, E) each, from the inputs and the gradient alone."""
+    dq, dk, dv = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (q, k, v))
+    if dq.numel():
+        S, H, E = q.shape
+        W, grid, flags = _launch(q, longest)
+        strides = (*q.stride(), *k.stride(), *v.stride(), *grad.stride())
+        kernels.attend_grads[grid](q, k, v, grad, first_S, dq, dk, dv, S, H, E, W, E**-0.5, *strides, **flags)
+    return dq, dk, dv
+
+
+attend.register_fake(lambda q, *rest: q.new_empty(q.shape))
+attend_grads.register_fake(lambda q, k, v, *rest: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    q, k, v, first_S, ctx.longest = inputs
+    ctx.save_for_backward(q, k, v, first_S)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, first_S = ctx.saved_tensors
+    return (*attend_grads(q, k, v, grad.to(q.dtype), first_S, ctx.longest), None, None)
+
+
+attend.register_autograd(_backward, setup_context=_keep)
+
+
+def _products(q: Any, longest: int) -> int:
+    """Return the FLOPs of one product of all tiles, what the mask drops included."""
+    BT = kernels.best_tile(longest)
+    return int(triton.cdiv(q[0], BT - longest + 1) * q[1] * 2 * BT * BT * power_of_2(q[2]))
+
+
+register_flop_formula(torch.ops.comtip.packed_attention)(lambda q, k, v, f, longest, **_k: 2 * _products(q, longest))
+register_flop_formula(torch.ops.comtip.packed_attention_grads)(
+    lambda q, k, v, g, f, longest, **_k: 5 * _products(q, longest)
+)
+
+
+def packed_attention_triton(q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor, length_N: Tensor, longest: int) -> Tensor:
+    """Return (S, H, E); see :mod:`comtip_kernels.packed_attention.reference`."""
+    start_N = sentence_start(length_N).to(torch.int32)
+    first_S = torch.repeat_interleave(start_N, length_N, output_size=q_SHE.shape[0])
+    return attend(q_SHE, k_SHE, v_SHE, first_S, longest)
