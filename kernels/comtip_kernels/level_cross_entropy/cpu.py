@@ -1,8 +1,8 @@
-"""L_level on a CPU, a few genes at a time: the (B, G, Q) scores are never all there, forward or backward.
+"""L_level on a CPU, a few genes at a time: the (B, G, Q) scores are never all there.
 
 With p = softmax over q and c the number of measured (spot, gene), d loss / d s[b, g, q] = (p - [q = level]) / c where
-measured, 0 elsewhere: the backward makes the scores of a block again and multiplies. What the gene-wise maximum is for a
-softmax row of Q numbers is free here, so nothing can overflow.
+measured, 0 elsewhere. The loss is one number, so its gradients are known up to a factor as soon as a block's softmax is: the
+forward pass makes them too, and neither the scores nor their exponentials are made twice.
 """
 
 from __future__ import annotations
@@ -40,37 +40,44 @@ class _LevelCrossEntropy(torch.autograd.Function):
         s = float(scale)
         count = int(mask.sum().clamp_min(1))
         total = image.new_zeros(())
+        grads = None
+        if any(ctx.needs_input_grad):
+            dprior = torch.empty_like(prior) if prior is not None and ctx.needs_input_grad[5] else None
+            grads = (torch.zeros_like(image), torch.empty_like(table), dprior)
         for part in _blocks(image, table):
             scores = _scores(image, table, s, prior, part)
-            own = scores.gather(2, levels[:, part, None].long()).squeeze(2)
-            loss = scores.logsumexp(2).sub_(own)
-            total += loss.masked_fill_(~mask[:, part], 0.0).sum()
-        ctx.save_for_backward(image, table, levels, mask, *(() if prior is None else (prior,)))
-        ctx.scale, ctx.count = s, count
+            index, inside = levels[:, part, None].long(), mask[:, part, None]
+            own = scores.gather(2, index)
+            top = scores.amax(2, keepdim=True)
+            scores.sub_(top).exp_()
+            sums = scores.sum(2, keepdim=True)
+            total += (sums.log() + top - own).masked_fill_(~inside, 0.0).sum()
+            if grads is not None:
+                scores.mul_(inside / (sums * count))
+                scores.scatter_add_(2, index, inside.to(scores.dtype) / -count)
+                _add_gradients(grads, scores, image, table, part)
+        if grads is not None:
+            # Scores are linear in the image's vector, so the scale's gradient needs no pass of its own.
+            dscale = (image * grads[0]).sum()
+            ctx.save_for_backward(grads[0].mul_(s), grads[1].mul_(s), dscale, *(() if grads[2] is None else grads[2:]))
         return total / count
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        image, table, levels, mask, *rest = ctx.saved_tensors
-        prior = rest[0] if rest else None
-        dimage, dtable = torch.zeros_like(image), torch.empty_like(table)
-        dprior = None if prior is None or not ctx.needs_input_grad[5] else torch.empty_like(prior)
-        factor = grads[0] / ctx.count
-        for part in _blocks(image, table):
-            scores = _scores(image, table, ctx.scale, prior, part)
-            g = torch.softmax(scores, 2)
-            index = levels[:, part, None].long()
-            g.scatter_(2, index, g.gather(2, index).sub_(1.0))
-            g.mul_((mask[:, part, None] * factor).to(g.dtype))
-            if dprior is not None:
-                dprior[part] = g.sum(0)
-            rows = table[part]
-            flat = g.flatten(1)
-            dimage.addmm_(flat, rows.reshape(-1, rows.shape[-1]))
-            dtable[part] = (flat.T @ image).view_as(rows)
-        # Scores are linear in the image's vector, so the scale's gradient needs no pass of its own.
-        dscale = (image * dimage).sum()
-        return dimage.mul_(ctx.scale), dtable.mul_(ctx.scale), None, None, dscale, dprior
+        dimage, dtable, dscale, *rest = (t * grads[0] for t in ctx.saved_tensors)
+        return dimage, dtable, None, None, dscale, rest[0] if rest else None
+
+
+def _add_gradients(
+    grads: tuple[Tensor, Tensor, Tensor | None], dscores: Tensor, image: Tensor, table: Tensor, part: slice
+) -> None:
+    """Take the gradient of one block of scores to image, table and prior."""
+    dimage, dtable, dprior = grads
+    rows, flat = table[part], dscores.flatten(1)
+    dimage.addmm_(flat, rows.reshape(-1, rows.shape[-1]))
+    dtable[part] = (flat.T @ image).view_as(rows)
+    if dprior is not None:
+        dprior[part] = dscores.sum(0)
 
 
 def level_cross_entropy_cpu(

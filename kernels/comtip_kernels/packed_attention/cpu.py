@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from comtip_kernels.cpu_common import softmax_
 from comtip_kernels.gene_sentence_embedding.plan import sentence_start
 
 
@@ -40,7 +41,7 @@ def _put(out_SHE: Tensor, token_NL: Tensor, part: Tensor) -> None:
 
 
 def _weights(q: Tensor, k: Tensor) -> Tensor:
-    return torch.bmm(q, k.transpose(1, 2)).softmax(-1)
+    return softmax_(torch.bmm(q, k.transpose(1, 2)))
 
 
 class _PackedAttention(torch.autograd.Function):

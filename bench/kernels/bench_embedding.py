@@ -1,0 +1,81 @@
+"""The gene-sentence embedding on the CPU, beside embedding_bag and LayerNorm, in one run.
+
+    python bench/kernels/bench_embedding.py [--genes 256] [--levels 32] [--dim 256] [--rounds 7]
+
+Forward and backward with LayerNorm, interleaved, medians of the ratio within a round. The plan (which tokens are equal) is worked
+out anew in every call. The peer is one ``F.embedding_bag`` over the concatenated tables with its ids ready, and LayerNorm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from comtip_kernels import gene_sentence_embedding
+from torch.nn import functional as F
+
+VOCABULARY, LONGEST = 4099, 17
+
+
+def calls(genes: int, levels: int, dim: int) -> tuple[dict[str, Callable[[], None]], int]:
+    """Return what is timed, and how many tokens it embeds: each gene of 3 to 16 tokens, at each level."""
+    g = torch.Generator().manual_seed(0)
+    length = torch.randint(3, LONGEST, (genes,), generator=g).repeat_interleave(levels)
+    ids = torch.randint(VOCABULARY, (genes, LONGEST), generator=g)
+    ids[:, 0] = 0
+    ids, level = ids.repeat_interleave(levels, 0), torch.arange(levels).repeat(genes)
+    tables = [torch.randn(n, dim, generator=g).requires_grad_() for n in (VOCABULARY, 3, LONGEST, levels)]
+    gain, bias = torch.ones(dim, requires_grad=True), torch.zeros(dim, requires_grad=True)
+    slot = torch.arange(LONGEST)
+    inside, value = slot < length[:, None], slot == length[:, None] - 1
+    word = torch.where(value, VOCABULARY + 3 + LONGEST + level[:, None], ids)[inside]
+    kind = VOCABULARY + torch.where(value, 2, torch.where(slot == 0, 0, 1))[inside]
+    bag = torch.stack([word, kind, VOCABULARY + 3 + slot.expand_as(inside)[inside]], 1)
+    one = torch.cat([t.detach() for t in tables]).requires_grad_()
+    upstream = torch.randn(bag.shape[0], dim, generator=g)
+    x = torch.randn(bag.shape[0], dim, generator=g).requires_grad_()
+    leaves = (*tables, gain, bias, one, x)
+
+    def timed(forward: Callable[[], torch.Tensor]) -> Callable[[], None]:
+        def call() -> None:
+            for leaf in leaves:
+                leaf.grad = None
+            forward().backward(upstream)
+
+        return call
+
+    return {
+        "ours": timed(lambda: gene_sentence_embedding(ids, length, level, *tables, gain_D=gain, bias_D=bias)),
+        "embedding_bag + LayerNorm": timed(
+            lambda: F.layer_norm(F.embedding_bag(bag, one, mode="sum"), (dim,), gain, bias)
+        ),
+        "LayerNorm alone": timed(lambda: F.layer_norm(x, (dim,), gain, bias)),
+    }, bag.shape[0]
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, value in (("genes", 256), ("levels", 32), ("dim", 256), ("rounds", 7)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    args = parser.parse_args()
+    forms, tokens = calls(args.genes, args.levels, args.dim)
+    times: dict[str, list[float]] = {name: [] for name in forms}
+    for call in forms.values():
+        call()
+    for _ in range(args.rounds):
+        for name, call in forms.items():
+            began = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - began)
+    print(f"{tokens} tokens of width {args.dim}")
+    for name, values in times.items():
+        ratio = statistics.median(b / a for a, b in zip(times["ours"], values, strict=True))
+        print(f"{name:<28}{statistics.median(values) * 1e3:>9.1f} ms  {ratio:>5.2f} x ours")
+
+
+if __name__ == "__main__":
+    main()
