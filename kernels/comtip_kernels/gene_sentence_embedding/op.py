@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -48,48 +49,36 @@ def sentence_rows_grads(
     (torch's embedding backward, which is that); all small ones by one product with what is one-hot, or holds the two shares
     of a mix.
     """
-    D = token.shape[1]
-    value = kind_id == VALUE_SLOT
+    U, D = grad.shape
+    tables = [(token if t is None else t).contiguous() for t in (token, kinds, position, level, identity)]
     dgain, dbias = grad.new_empty(0), grad.new_empty(0)
     if gain is not None:
-        x = _sum_of_rows(
-            token, kinds, position, level, identity, token_id, kind_id, slot_id, lo_id, hi_id, mix, identity_id
-        )
-        x = x - x.mean(1, keepdim=True)
-        rstd = torch.rsqrt(x.square().mean(1, keepdim=True) + eps)
-        x = x * rstd
-        dgain, dbias = (grad * x).sum(0), grad.sum(0)
-        grad = grad * gain.float()
-        grad = rstd * (grad - grad.mean(1, keepdim=True) - x * (grad * x).mean(1, keepdim=True))
+        programs = triton.cdiv(U, kernels.NORM_ROWS)
+        through, dgains, dbiases = (torch.empty(n, D, device=grad.device) for n in (U, programs, programs))
+        if U:
+            ids = [token_id if i is None else i for i in (token_id, kind_id, slot_id, lo_id, hi_id, mix, identity_id)]
+            kernels.norm_grads[(programs,)](
+                *tables, gain.contiguous(), grad.contiguous(), *ids, through, dgains, dbiases, U, D, eps,
+                MIXED=mix is not None, IDENTITY=identity is not None, ROWS=kernels.NORM_ROWS, BD=power_of_2(D),
+                **kernels.NORM,
+            )  # fmt: skip
+        grad, dgain, dbias = through, dgains.sum(0), dbiases.sum(0)
     one = torch.nn.functional.one_hot
+    value = kind_id == VALUE_SLOT
     low = one(lo_id, level.shape[0]).float() * value[:, None]
     if mix is not None and hi_id is not None:
         share = mix.float()[:, None]
         low = (1 - share) * low + share * one(hi_id, level.shape[0]).float() * value[:, None]
     hot = torch.cat([one(kind_id, kinds.shape[0]), one(slot_id, position.shape[0]), low], dim=1)
     small = (hot.float().T @ grad).split([kinds.shape[0], position.shape[0], level.shape[0]])
-    dtoken = torch.ops.aten.embedding_dense_backward(grad * ~value[:, None], token_id, token.shape[0], -1, False)
+    # A row of its own for what is not to be counted: cheaper than gradients with zeros in them.
+    words = torch.where(value, token.shape[0], token_id)
+    dtoken = torch.ops.aten.embedding_dense_backward(grad, words, token.shape[0] + 1, token.shape[0], False)
     didentity = grad.new_empty(0, D)
     if identity is not None and identity_id is not None:
         own = torch.where(kind_id == GENE_SLOT, identity_id, 0)
-        didentity = torch.ops.aten.embedding_dense_backward(grad.contiguous(), own, identity.shape[0], 0, False)
-    return [dtoken, *(s.clone() for s in small), didentity, dgain, dbias]
-
-
-def _sum_of_rows(
-    token: Tensor, kinds: Tensor, position: Tensor, level: Tensor, identity: Maybe, token_id: Tensor, kind_id: Tensor,
-    slot_id: Tensor, lo_id: Tensor, hi_id: Maybe, mix: Maybe, identity_id: Maybe,
-) -> Tensor:  # fmt: skip
-    """Return the rows before LayerNorm again, fp32 (U, D)."""
-    word = level[lo_id].float()
-    if mix is not None and hi_id is not None:
-        share = mix.float()[:, None]
-        word = (1 - share) * word + share * level[hi_id].float()
-    word = torch.where((kind_id == VALUE_SLOT)[:, None], word, token[token_id].float())
-    if identity is not None and identity_id is not None:
-        known = (kind_id == GENE_SLOT) & (identity_id > 0)
-        word = word + identity[identity_id].float() * known[:, None]
-    return word + kinds[kind_id].float() + position[slot_id].float()
+        didentity = torch.ops.aten.embedding_dense_backward(grad, own, identity.shape[0], 0, False)
+    return [dtoken[:-1].clone(), *(s.clone() for s in small), didentity, dgain, dbias]
 
 
 @torch.library.custom_op("comtip::copy_rows", mutates_args=())
@@ -106,37 +95,35 @@ def copy_rows(rows: Tensor, row_S: Tensor, order_S: Tensor, start_U1: Tensor, mo
 @torch.library.custom_op("comtip::sum_equal_tokens", mutates_args=())
 def sum_equal_tokens(grad: Tensor, order_S: Tensor, start_U1: Tensor, most: int) -> Tensor:
     """Return the sum of grad over the tokens of each row, fp32 (U, D); ``most`` tokens in the longest sum."""
-    D = grad.shape[1]
+    D, U = grad.shape[1], start_U1.shape[0] - 1
     if grad.shape[0] == 0:
-        return torch.zeros(start_U1.shape[0] - 1, D, device=grad.device)
-    x, order, start = grad, order_S, start_U1
-    while True:
-        first, last, pieces = _pieces(start, x.shape[0], most)
-        out = torch.empty(first.shape[0], D, device=grad.device, dtype=torch.float32)
-        kernels.sum_pieces[(first.shape[0],)](
-            x, order, first, last, out, D, *x.stride(), ORDERED=order is order_S, BD=power_of_2(D), **kernels.SUM
-        )
-        if most <= kernels.PIECE:
-            return out
-        # The pieces of a row lie side by side now: they are the next round's tokens.
-        x, order, start, most = out, start_U1, pieces, triton.cdiv(most, kernels.PIECE)
+        return torch.zeros(U, D, device=grad.device)
+    piece = max(kernels.PIECE, power_of_2(math.isqrt(most)))
+    row_U = torch.arange(U, device=grad.device)
+    if most <= piece:
+        out = torch.empty(U, D, device=grad.device, dtype=torch.float32)
+        _sum(grad, order_S, start_U1[:-1].contiguous(), start_U1[1:].contiguous(), row_U, out)
+        return out
+    # How many pieces there are is bounded, not read: no synchronisation. A row of one piece is done in the first round; the
+    # pieces of others go behind the U rows, and are added up in the second.
+    count_U = (start_U1.diff() + piece - 1) // piece
+    begin_U1 = torch.nn.functional.pad(count_U.cumsum(0), (1, 0))
+    piece_P = torch.arange(grad.shape[0] // piece + U, device=grad.device)
+    row_P = (torch.searchsorted(begin_U1, piece_P, right=True) - 1).clamp_max(U - 1)
+    first_P = start_U1[row_P] + (piece_P - begin_U1[row_P]) * piece
+    place_P = torch.where(count_U[row_P] == 1, row_P, U + piece_P).masked_fill(piece_P >= begin_U1[-1], -1)
+    out = torch.empty(U + piece_P.shape[0], D, device=grad.device, dtype=torch.float32)
+    _sum(grad, order_S, first_P, torch.minimum(first_P + piece, start_U1[row_P + 1]), place_P, out)
+    _sum(out, None, U + begin_U1[:-1], U + begin_U1[1:], row_U.masked_fill(count_U == 1, -1), out)
+    return out[:U]
 
 
-def _pieces(start: Tensor, tokens: int, most: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return first and last token of each piece, and where each row's pieces begin; pieces past the last are empty.
-
-    How many there are is bounded, not read: no synchronisation.
-    """
-    if most <= kernels.PIECE:
-        return start[:-1].contiguous(), start[1:].contiguous(), start
-    count = (start.diff() + kernels.PIECE - 1) // kernels.PIECE
-    begins = torch.cat([count.new_zeros(1), count.cumsum(0)])
-    bound = tokens // kernels.PIECE + count.shape[0]
-    piece = torch.arange(bound, device=start.device)
-    row = (torch.searchsorted(begins, piece, right=True) - 1).clamp_max(count.shape[0] - 1)
-    first = start[row] + (piece - begins[row]) * kernels.PIECE
-    last = torch.minimum(first + kernels.PIECE, start[row + 1])
-    return first, torch.maximum(first, last), begins
+def _sum(x: Tensor, order: Maybe, first: Tensor, last: Tensor, place: Tensor, out: Tensor) -> None:
+    """Launch ``sum_pieces``; ``x`` and ``out`` may be one buffer where they do not overlap."""
+    kernels.sum_pieces[(first.shape[0],)](
+        x, place if order is None else order, first, last, place, out, x.shape[1], *x.stride(), ORDERED=order is not None,
+        BD=power_of_2(x.shape[1]), **kernels.SUM,
+    )  # fmt: skip
 
 
 @sentence_rows.register_fake

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from comtip_kernels.gene_sentence_embedding import triton_kernels as embedding
 from comtip_kernels.infonce import triton_kernels as infonce
 from comtip_kernels.ledger.aot import Entry
+from comtip_kernels.packed_attention import triton_kernels as attention
 from comtip_kernels.sentence_table import triton_kernels as table
 
 ARCHITECTURES = (80, 90, 100)
@@ -56,10 +58,77 @@ def _table(name: str, kernel: object, config: dict[str, int], dtype: str, mode: 
     return Entry("table", f"{name}_{dtype}", kernel, types, constants, tiles["num_warps"], tiles["num_stages"], aligned)
 
 
+def _embedding(name: str, kernel: object, config: dict[str, int], dtype: str) -> Entry:
+    """Return one kernel of the embedding, width 512, with everything on."""
+    names = list(kernel.arg_names)  # type: ignore[attr-defined]
+    constants = {"MIXED": True, "IDENTITY": True, "NORM": True, "ORDERED": True, "BD": 512, "x_d": 1, **config}
+    constants["ROWS"] = embedding.NORM_ROWS
+    constants = {k: v for k, v in constants.items() if k in names}
+    ids = (
+        "row_id",
+        "order_ptr",
+        "first_ptr",
+        "last_ptr",
+        "place_ptr",
+        "token_id",
+        "kind_id",
+        "slot_id",
+        "lo_id",
+        "hi_id",
+        "identity_id",
+    )
+    types = {n: "*i64" if n in ids else f"*{dtype}" if n.endswith("_ptr") else "i32" for n in names} | {"eps": "fp32"}
+    if name in ("sum_pieces", "norm_grads"):
+        types |= dict.fromkeys({"out_ptr", "grad_ptr", "dgain_ptr", "dbias_ptr"} & set(names), "*fp32")
+    aligned = frozenset(names) - constants.keys() - {"eps", "S", "U"}
+    return Entry(
+        "embedding",
+        f"{name}_{dtype}",
+        kernel,
+        types,
+        constants,
+        config["num_warps"],
+        config["num_stages"],
+        aligned,
+        False,
+    )
+
+
+def _attention(name: str, kernel: object, tile: int, dtype: str) -> Entry:
+    """Return packed attention at head width 64, q, k and v as views of one projection."""
+    names = list(kernel.arg_names)  # type: ignore[attr-defined]
+    config = attention.TILES[tile]
+    precision = "ieee" if dtype == "bf16" else "tf32"
+    constants = {"BT": tile, "BE": 64, "UPCAST": False, "PRECISION": precision} | {
+        n: 1 for n in names if n.endswith("_e")
+    }
+    types = {n: f"*{dtype}" if n.endswith("_ptr") else "i32" for n in names} | {"first_ptr": "*i32", "scale": "fp32"}
+    aligned = frozenset(names) - constants.keys() - {"S", "H", "W", "scale"}
+    return Entry(
+        "attention",
+        f"{name}_{tile}_{dtype}",
+        kernel,
+        types,
+        constants,
+        config["num_warps"],
+        config["num_stages"],
+        aligned,
+    )
+
+
 def entries() -> list[Entry]:
     """Return every entry."""
     out = []
     for dtype in ("bf16", "fp32"):
+        out += [
+            _embedding("make_rows", embedding.make_rows, embedding.MAKE, dtype),
+            _embedding("copy_rows", embedding.copy_rows, embedding.COPY, dtype),
+            _embedding("sum_pieces", embedding.sum_pieces, embedding.SUM, dtype),
+            _embedding("norm_grads", embedding.norm_grads, embedding.NORM, dtype),
+        ]
+        for tile in attention.TILES:
+            out.append(_attention("forward", attention.attend_tiles, tile, dtype))
+            out.append(_attention("backward", attention.attend_grads, tile, dtype))
         for mode, suffix in ((table.PICK, ""), (table.CROSS_ENTROPY, "_loss")):
             out += [
                 _table(f"{name}{suffix}", kernel, dict(config), dtype, mode)

@@ -18,8 +18,8 @@ from comtip_kernels.packed_attention.peers import (
 from comtip_kernels.packed_attention.reference import packed_attention_reference
 
 __all__ = ["packed_attention", "packed_attention_reference"]
-LONGEST_TILE = 128
-"""Tokens of the longest sentence that fits a tile; longer ones are flash-attn's or torch's."""
+LONGEST_TILE = 48
+"""Tokens of the longest sentence that the tiles of 64 tokens are for; longer ones are flash-attn's or torch's."""
 _HAVE = {
     "reference": packed_attention_reference,
     "cpu": packed_attention_cpu,
@@ -50,7 +50,7 @@ def packed_attention(
         The greatest length, where the caller knows it; read from ``length_N`` otherwise (a synchronisation on a GPU).
     impl
         As everywhere (:mod:`comtip_kernels.dispatch`), and ``flash`` and ``varlen``. ``auto`` on a GPU takes the Triton
-        kernel up to 128 tokens, beyond that flash-attn, torch's varlen attention or the reference: the first that can.
+        kernel up to 48 tokens, beyond that flash-attn, torch's varlen attention or the reference: the first that can.
 
     Returns
     -------

@@ -33,9 +33,7 @@ def draw(N: int, longest: int) -> list[int]:
     return [*torch.randint(1, longest + 1, (N - 1,), generator=g).tolist(), longest]
 
 
-@pytest.mark.parametrize(
-    "size", [(1, 1, 1, 1), (9, 7, 2, 20), (40, 16, 1, 32), (6, 36, 1, 5), (3, 70, 1, 16), (2, 128, 1, 8)]
-)
+@pytest.mark.parametrize("size", [(1, 1, 1, 1), (9, 7, 2, 20), (40, 16, 1, 32), (6, 36, 1, 5), (3, 48, 1, 16)])
 def test_equals_fp64_truth(size: tuple[int, ...]):
     qkv, length = case(draw(*size[:2]), *size[2:])
     for got, want in zip(run("triton", [t.float() for t in qkv], length), run("reference", qkv, length), strict=True):
@@ -106,7 +104,7 @@ def test_nan_stays_in_its_sentence():
 def test_grids_that_cuda_takes():
     """Sentences past 65,535 are on grid axis 0, which holds 2^31 - 1; axes 1 and 2 would stop flash-attn (its issue 1786)."""
     q = torch.empty(2_430_000, 8, 64, device="meta")
-    for longest in range(1, 129):
+    for longest in range(1, 49):
         W, grid, flags = op._launch(q, longest)
         assert len(grid) == 1
         assert grid[0] < 2**31

@@ -1,0 +1,124 @@
+"""The ledger's formulas equal what the interpreter counts: see tests/kernels/test_interpreted.py."""
+
+import os
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("runs inside tests/kernels/test_interpreted.py", allow_module_level=True)
+
+from comtip_kernels import plan_sentences
+from comtip_kernels.gene_sentence_embedding import op as embedding
+from comtip_kernels.gene_sentence_embedding import triton_kernels as embedding_kernels
+from comtip_kernels.infonce import op as infonce
+from comtip_kernels.infonce import triton_kernels as infonce_kernels
+from comtip_kernels.ledger import traffic
+from comtip_kernels.ledger.count import Counted, counting
+from comtip_kernels.packed_attention import op as attention
+from comtip_kernels.packed_attention import triton_kernels as attention_kernels
+from comtip_kernels.sentence_table import op as table
+from comtip_kernels.sentence_table import triton_kernels as table_kernels
+from comtip_kernels.tl_common import fitted
+
+
+def same(counted: Counted, formula: traffic.Traffic) -> None:
+    got = (counted.loaded, counted.distinct, counted.stored, counted.flops)
+    assert got == (formula.loaded, formula.distinct, formula.stored, formula.flops)
+
+
+def vectors(*shape: int) -> torch.Tensor:
+    return torch.nn.functional.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(0)), dim=-1)
+
+
+@pytest.mark.parametrize(("B", "M", "D"), [(20, 20, 16), (40, 71, 48), (64, 64, 600)])
+def test_infonce(B: int, M: int, D: int):
+    x, y, scale = vectors(B, D), vectors(M, D), torch.tensor(5.0)
+    nothing = (0, None, None, None, None, None)
+    with counting() as counted:
+        rows, columns = infonce.infonce_lse(x, y, scale, *nothing)
+    counted.loaded -= 2 * 4 * B  # exact_lse reads which rows and columns are low, and finds none
+    forward = traffic.infonce_forward(B, M, D, 4, fitted(infonce_kernels.FORWARD, D, infonce._SMALL))
+    assert (counted.loaded, counted.stored, counted.flops) == (forward.loaded, forward.stored, forward.flops)
+    half = torch.full((B,), 0.5)
+    with counting() as counted:
+        infonce.infonce_grads(x, y, scale, half, half, rows, columns, *nothing)
+    tiles = fitted(infonce_kernels.backward_tiles(True), D, infonce._SMALL)
+    tiles["BD"] = min(infonce_kernels.MAX_BD, infonce.power_of_2(D))
+    backward = traffic.infonce_side(B, M, D, 4, tiles) + traffic.infonce_side(M, B, D, 4, tiles)
+    assert (counted.loaded, counted.stored, counted.flops) == (backward.loaded, backward.stored, backward.flops)
+
+
+@pytest.mark.parametrize(("N", "D"), [(12, 8), (40, 20)])
+def test_embedding(N: int, D: int):
+    g = torch.Generator().manual_seed(N)
+    ids = torch.randint(1, 9, (N // 3, 6), generator=g).repeat_interleave(3, 0)
+    ids[:, 0] = 1
+    length = torch.randint(2, 7, (N // 3,), generator=g).repeat_interleave(3)
+    own, level = torch.arange(1, N // 3 + 1).repeat_interleave(3), torch.arange(3).repeat(N // 3)
+    plan = plan_sentences(ids, length, level, identity_N=own)
+    tables = [torch.randn(n, D, generator=g) for n in (9, 3, 6, 3, N // 3 + 1)]
+    gain, bias, at = torch.ones(D), torch.zeros(D), plan.sentence_U
+    names = (plan.token_U, plan.kind_U, plan.slot_U, level[at], None, None, own[at])
+    kinds = [int((plan.kind_U == k).sum()) for k in range(3)]
+    S, U = plan.row_S.shape[0], at.shape[0]
+    read = sum(
+        t.unique().numel()
+        for t in (
+            plan.token_U[plan.kind_U < 2],
+            plan.kind_U,
+            plan.slot_U,
+            level[at][plan.kind_U == 2],
+            own[at][plan.kind_U == 0],
+        )
+    )
+    # An id is read where its kind needs it: tokens by genes and names, levels by values, all three by none.
+    read_tables = read * D * 4
+    with counting() as counted:
+        rows = embedding.sentence_rows(*tables, gain, bias, 1e-5, *names)
+    same(counted, traffic.sentence_rows(*kinds, D, 4, read_tables + 2 * D * 4))
+    with counting() as counted:
+        embedding.copy_rows(rows, plan.row_S, plan.order_S, plan.start_U1, plan.most)
+    same(counted, traffic.copy_rows(S, U, D, 4))
+    with counting() as counted:
+        summed = embedding.sum_equal_tokens(torch.randn(S, D), plan.order_S, plan.start_U1, plan.most)
+    same(counted, traffic.sum_tokens(S, U, D, 4))
+    with counting() as counted:
+        embedding.sentence_rows_grads(summed, *tables, gain, bias, 1e-5, *names)
+    same(counted, traffic.norm_grads(*kinds, D, 4, embedding_kernels.NORM_ROWS, read_tables + D * 4))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "H", "E"), [([3], 1, 16), ([5, 7, 3, 2, 6, 9, 4], 2, 20), ([10] * 30, 1, 8), ([30, 3, 20], 2, 16)]
+)
+def test_attention(lengths: list[int], H: int, E: int):
+    length = torch.tensor(lengths)
+    first = torch.repeat_interleave((length.cumsum(0) - length).int(), length)
+    S, longest = sum(lengths), max(lengths)
+    q, k, v, g = (torch.randn(S, H, E) for _ in range(4))
+    tile = attention_kernels.best_tile(longest)
+    with counting() as counted:
+        attention.attend(q, k, v, first, longest)
+    same(counted, traffic.attention(S, H, E, 4, longest, tile, backward=False))
+    with counting() as counted:
+        attention.attend_grads(q, k, v, g, first, longest)
+    same(counted, traffic.attention(S, H, E, 4, longest, tile, backward=True))
+
+
+@pytest.mark.parametrize(("B", "G", "Q", "D"), [(9, 4, 3, 8), (33, 19, 10, 40)])
+def test_table(B: int, G: int, Q: int, D: int):
+    image, rows = vectors(B, D), vectors(G, Q, D)
+    levels = torch.randint(Q, (B, G)).to(torch.uint8)
+    with counting() as counted:
+        taken = table.table_take(image, rows, levels)
+    tiles = table._tiles(table_kernels.TAKE, image, Q, D)
+    same(counted, traffic.table_take(B, G, Q, D, 4, tiles))
+    with counting() as counted:
+        table.level_loss(image, rows, levels, torch.ones(B, G, dtype=torch.uint8), torch.tensor(5.0), torch.zeros(G, Q))
+    same(counted, traffic.table_take(B, G, Q, D, 4, tiles, loss=True))
+    with counting() as counted:
+        table.table_spread(taken, rows, levels)
+    same(counted, traffic.table_spread(B, G, Q, D, 4, table._tiles(table_kernels.SPREAD, image, Q, D)))
+    with counting() as counted:
+        table.table_collect(image, taken, levels, Q)
+    same(counted, traffic.table_collect(B, G, Q, D, 4, table._tiles(table_kernels.COLLECT, image, Q, D)))
