@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from comtip_kernels.gene_sentence_embedding import triton_kernels as kernels
-from comtip_kernels.gene_sentence_embedding.plan import GENE_SLOT, VALUE_SLOT, SentencePlan, plan_sentences
+from comtip_kernels.gene_sentence_embedding.plan import VALUE_SLOT, SentencePlan, plan_sentences
 from comtip_kernels.tl_common import power_of_2
 
 Maybe = Tensor | None
@@ -21,6 +21,7 @@ Maybe = Tensor | None
 def sentence_rows(
     token: Tensor, kinds: Tensor, position: Tensor, level: Tensor, identity: Maybe, gain: Maybe, bias: Maybe, eps: float,
     token_id: Tensor, kind_id: Tensor, slot_id: Tensor, lo_id: Tensor, hi_id: Maybe, mix: Maybe, identity_id: Maybe,
+    genes: int, names: int,
 ) -> Tensor:  # fmt: skip
     """Return the U different rows, normalised where there is a gain, in the tables' dtype (U, D)."""
     U, D = token_id.shape[0], token.shape[1]
@@ -41,13 +42,13 @@ def sentence_rows(
 def sentence_rows_grads(
     grad: Tensor, token: Tensor, kinds: Tensor, position: Tensor, level: Tensor, identity: Maybe, gain: Maybe, bias: Maybe,
     eps: float, token_id: Tensor, kind_id: Tensor, slot_id: Tensor, lo_id: Tensor, hi_id: Maybe, mix: Maybe,
-    identity_id: Maybe,
+    identity_id: Maybe, genes: int, names: int,
 ) -> list[Tensor]:  # fmt: skip
     """Return the gradients of token, kinds, position, level, identity, gain and bias, fp32 (empty where there is none).
 
-    ``grad`` is fp32 (U, D), already summed over equal tokens, so all of this is small. The large tables by sort and segment sum
-    (torch's embedding backward, which is that); all small ones by one product with what is one-hot, or holds the two shares
-    of a mix.
+    ``grad`` is fp32 (U, D), summed over equal tokens already and sorted by kind: ``genes`` rows, ``names`` rows, then values. The
+    large tables by sort and segment sum (torch's embedding backward, which is that); all small ones by one product with what is
+    one-hot, or holds the two shares of a mix.
     """
     U, D = grad.shape
     tables = [(token if t is None else t).contiguous() for t in (token, kinds, position, level, identity)]
@@ -71,14 +72,15 @@ def sentence_rows_grads(
         low = (1 - share) * low + share * one(hi_id, level.shape[0]).float() * value[:, None]
     hot = torch.cat([one(kind_id, kinds.shape[0]), one(slot_id, position.shape[0]), low], dim=1)
     small = (hot.float().T @ grad).split([kinds.shape[0], position.shape[0], level.shape[0]])
-    # A row of its own for what is not to be counted: cheaper than gradients with zeros in them.
-    words = torch.where(value, token.shape[0], token_id)
-    dtoken = torch.ops.aten.embedding_dense_backward(grad, words, token.shape[0] + 1, token.shape[0], False)
+    # Rows come sorted by kind, so that each large table's gradient reads its own rows and no others.
+    words = genes + names
+    dtoken = torch.ops.aten.embedding_dense_backward(grad[:words], token_id[:words], token.shape[0], -1, False)
     didentity = grad.new_empty(0, D)
     if identity is not None and identity_id is not None:
-        own = torch.where(kind_id == GENE_SLOT, identity_id, 0)
-        didentity = torch.ops.aten.embedding_dense_backward(grad, own, identity.shape[0], 0, False)
-    return [dtoken[:-1].clone(), *(s.clone() for s in small), didentity, dgain, dbias]
+        didentity = torch.ops.aten.embedding_dense_backward(
+            grad[:genes], identity_id[:genes], identity.shape[0], 0, False
+        )
+    return [dtoken, *(s.clone() for s in small), didentity, dgain, dbias]
 
 
 @torch.library.custom_op("comtip::copy_rows", mutates_args=())
@@ -99,7 +101,7 @@ def sum_equal_tokens(grad: Tensor, order_S: Tensor, start_U1: Tensor, most: int)
     if grad.shape[0] == 0:
         return torch.zeros(U, D, device=grad.device)
     piece = max(kernels.PIECE, power_of_2(math.isqrt(most)))
-    row_U = torch.arange(U, device=grad.device)
+    row_U = torch.arange(U, device=grad.device, dtype=torch.int32)
     if most <= piece:
         out = torch.empty(U, D, device=grad.device, dtype=torch.float32)
         _sum(grad, order_S, start_U1[:-1].contiguous(), start_U1[1:].contiguous(), row_U, out)
@@ -107,8 +109,8 @@ def sum_equal_tokens(grad: Tensor, order_S: Tensor, start_U1: Tensor, most: int)
     # How many pieces there are is bounded, not read: no synchronisation. A row of one piece is done in the first round; the
     # pieces of others go behind the U rows, and are added up in the second.
     count_U = (start_U1.diff() + piece - 1) // piece
-    begin_U1 = torch.nn.functional.pad(count_U.cumsum(0), (1, 0))
-    piece_P = torch.arange(grad.shape[0] // piece + U, device=grad.device)
+    begin_U1 = torch.nn.functional.pad(count_U.cumsum(0, dtype=torch.int32), (1, 0))
+    piece_P = torch.arange(grad.shape[0] // piece + U, device=grad.device, dtype=torch.int32)
     row_P = (torch.searchsorted(begin_U1, piece_P, right=True) - 1).clamp_max(U - 1)
     first_P = start_U1[row_P] + (piece_P - begin_U1[row_P]) * piece
     place_P = torch.where(count_U[row_P] == 1, row_P, U + piece_P).masked_fill(piece_P >= begin_U1[-1], -1)
@@ -161,15 +163,15 @@ def _copy_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, No
 
 
 def _keep_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.eps = inputs[7]
-    ctx.save_for_backward(*inputs[:7], *inputs[8:])
+    ctx.eps, ctx.counts = inputs[7], inputs[15:]
+    ctx.save_for_backward(*inputs[:7], *inputs[8:15])
 
 
 def _rows_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     saved = ctx.saved_tensors
-    out = sentence_rows_grads(grad.float(), *saved[:7], ctx.eps, *saved[7:])
+    out = sentence_rows_grads(grad.float(), *saved[:7], ctx.eps, *saved[7:], *ctx.counts)
     grads = [None if t is None else g.to(t.dtype) for g, t in zip(out, saved[:7], strict=True)]
-    return (*grads, None, *(None for _ in saved[7:]))
+    return (*grads, *(None for _ in range(10)))
 
 
 copy_rows.register_autograd(_copy_backward, setup_context=_keep_copy)
@@ -200,6 +202,6 @@ def gene_sentence_embedding_triton(
     rows_UD = sentence_rows(
         token_VD, type_3D, position_TD, level_QD, identity_ID, gain_D, bias_D if gain_D is not None else None, eps,
         plan.token_U, plan.kind_U, plan.slot_U, level_lo_N.long()[at], None if hi_U is None else hi_U.long(), mix_U,
-        None if own_U is None else own_U.long(),
+        None if own_U is None else own_U.long(), plan.genes, plan.names,
     )  # fmt: skip
     return copy_rows(rows_UD, plan.row_S, plan.order_S, plan.start_U1, plan.most)

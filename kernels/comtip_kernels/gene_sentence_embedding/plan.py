@@ -20,7 +20,10 @@ _KIND, _HIGH, _SLOT = 1 << 60, 1 << 32, 1 << 20
 
 @dataclass(frozen=True)
 class SentencePlan:
-    """Equal tokens of N sentences of S tokens in all; U different rows. All tensors are int64 on the sentences' device."""
+    """Equal tokens of N sentences of S tokens in all; U different rows.
+
+    Tensors are on the sentences' device; the three that are read for every token are int32, the rest int64.
+    """
 
     row_S: Tensor
     """Row of each token, sentence after sentence."""
@@ -38,6 +41,10 @@ class SentencePlan:
     """Token of the row; what it is for ``VALUE_SLOT`` has no meaning."""
     most: int
     """Tokens of the most frequent row."""
+    genes: int
+    """How many rows are ``GENE_SLOT``: they come first."""
+    names: int
+    """How many rows are ``NAME_SLOT``: they come next."""
 
 
 def sentence_start(length_N: Tensor) -> Tensor:
@@ -75,13 +82,15 @@ def plan_sentences(
     sorted_S, order_S = torch.sort(key_S, stable=True)
     new_S = torch.ones_like(sorted_S, dtype=torch.bool)
     new_S[1:] = sorted_S[1:] != sorted_S[:-1]
-    row_S = torch.empty_like(order_S)
-    row_S[order_S] = new_S.cumsum(0) - 1
+    row_S = torch.empty_like(order_S, dtype=torch.int32)
+    row_S[order_S] = (new_S.cumsum(0) - 1).to(torch.int32)
     start_U = new_S.nonzero().squeeze(1)
     start_U1 = torch.cat([start_U, start_U.new_full((1,), key_S.shape[0])])
     model_U = order_S[start_U]
-    most = int(start_U1.diff().max()) if start_U.numel() else 0
+    kind_U = sorted_S[start_U] // _KIND
+    counts = torch.stack([(kind_U == GENE_SLOT).sum(), (kind_U == NAME_SLOT).sum()]).tolist()
     return SentencePlan(
-        row_S=row_S, order_S=order_S, start_U1=start_U1, kind_U=sorted_S[start_U] // _KIND,
-        sentence_U=sentence_S[model_U], slot_U=slot_S[model_U], token_U=token_S[model_U], most=most,
+        row_S=row_S, order_S=order_S.to(torch.int32), start_U1=start_U1.to(torch.int32), kind_U=kind_U,
+        sentence_U=sentence_S[model_U], slot_U=slot_S[model_U], token_U=token_S[model_U],
+        most=int(start_U1.diff().max()) if start_U.numel() else 0, genes=counts[0], names=counts[1],
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""``python -m comtip_kernels.ledger``: compile every kernel and write the table; ``--check`` fails where a row got worse."""
+"""``python -m comtip_kernels.ledger``: compile every kernel and write the tables; ``--check`` fails where a row got worse."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from comtip_kernels.ledger.aot import SHARED_LIMIT_KIB, Row
+from comtip_kernels.ledger.sizes import sizes
 
 COLUMNS = ["triton", *(f.name for f in fields(Row))]
 SLACK = 8
@@ -58,10 +59,36 @@ def write(path: Path, rows: Iterable[Row], version: str, kept: list[dict[str, st
         out.writerows(sorted([*others, *ours], key=lambda r: (r["triton"], r["op"], r["name"], int(r["arch"]))))
 
 
+def sized_problems(path: Path) -> list[str]:
+    """Say where a named size moves or multiplies more than in the committed table, or is not in it."""
+    known = {(r["op"], r["part"], r["size"]): r for r in read(path)}
+    out = []
+    for row in (s.row() for s in sizes()):
+        where = f"{row['op']} {row['part']}, {row['size']}"
+        before = known.get((row["op"], row["part"], row["size"]))
+        if before is None:
+            out.append(f"{where}: not in {path}; write it anew")
+            continue
+        for name in ("memory_mb", "loaded_mb", "gflop"):
+            if float(row[name]) > float(before[name]):
+                out.append(f"{where}: {name} is {row[name]}, it was {before[name]}")
+    return out
+
+
+def write_sizes(path: Path) -> None:
+    """Write what the formulas say of every named size."""
+    rows = [s.row() for s in sizes()]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        out = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        out.writeheader()
+        out.writerows(rows)
+
+
 def main() -> int:
     """Compile, print, and write or check."""
     parser = argparse.ArgumentParser(prog="python -m comtip_kernels.ledger", description=__doc__)
     parser.add_argument("--table", type=Path, default=Path("bench/ledger.csv"))
+    parser.add_argument("--sizes", type=Path, default=Path("bench/traffic.csv"))
     parser.add_argument("--check", action="store_true", help="compare with the table instead of writing it")
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -85,10 +112,17 @@ def main() -> int:
         print(
             f"{args.table} holds no rows of Triton {triton.__version__}: nothing to compare; spills and limits are checked"
         )
+    for sized in sizes():
+        of = sized.row()
+        print(
+            f"{of['op']:<24}{of['part']:<9}{of['size']:<42}{of['memory_mb']:>9} MB, {of['memory_ratio']} x floor, {of['gflop']:>8} GFLOP"
+        )
+    wrong += sized_problems(args.sizes) if args.check else []
     for problem in wrong:
         print(f"WORSE  {problem}", file=sys.stderr)
     if not args.check:
         write(args.table, rows, triton.__version__, kept)
+        write_sizes(args.sizes)
     return 1 if wrong else 0
 
 

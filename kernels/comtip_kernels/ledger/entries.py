@@ -77,7 +77,11 @@ def _embedding(name: str, kernel: object, config: dict[str, int], dtype: str) ->
         "hi_id",
         "identity_id",
     )
-    types = {n: "*i64" if n in ids else f"*{dtype}" if n.endswith("_ptr") else "i32" for n in names} | {"eps": "fp32"}
+    narrow = ("row_id", "order_ptr", "first_ptr", "last_ptr", "place_ptr")
+    types = {
+        n: "*i32" if n in narrow else "*i64" if n in ids else f"*{dtype}" if n.endswith("_ptr") else "i32"
+        for n in names
+    } | {"eps": "fp32"}
     if name in ("sum_pieces", "norm_grads"):
         types |= dict.fromkeys({"out_ptr", "grad_ptr", "dgain_ptr", "dbias_ptr"} & set(names), "*fp32")
     aligned = frozenset(names) - constants.keys() - {"eps", "S", "U"}

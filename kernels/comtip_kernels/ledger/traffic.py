@@ -75,12 +75,12 @@ def sentence_rows(gene: int, name: int, value: int, D: int, size: int, tables: i
 
 def copy_rows(S: int, U: int, D: int, size: int) -> Traffic:
     """Return the copying out of S tokens."""
-    return Traffic(loaded=S * (8 + D * size), distinct=S * 8 + U * D * size, stored=S * D * size)
+    return Traffic(loaded=S * (4 + D * size), distinct=S * 4 + U * D * size, stored=S * D * size)
 
 
 def sum_tokens(S: int, U: int, D: int, size: int) -> Traffic:
     """Return the sums over equal tokens where one round is enough."""
-    return Traffic(loaded=S * (8 + D * size) + 24 * U, distinct=S * (8 + D * size) + 16 * U + 8, stored=4 * U * D)
+    return Traffic(loaded=S * (4 + D * size) + 12 * U, distinct=S * (4 + D * size) + 8 * U + 4, stored=4 * U * D)
 
 
 def norm_grads(gene: int, name: int, value: int, D: int, size: int, rows: int, tables: int) -> Traffic:

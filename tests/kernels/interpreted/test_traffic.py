@@ -59,7 +59,7 @@ def test_embedding(N: int, D: int):
     plan = plan_sentences(ids, length, level, identity_N=own)
     tables = [torch.randn(n, D, generator=g) for n in (9, 3, 6, 3, N // 3 + 1)]
     gain, bias, at = torch.ones(D), torch.zeros(D), plan.sentence_U
-    names = (plan.token_U, plan.kind_U, plan.slot_U, level[at], None, None, own[at])
+    names = (plan.token_U, plan.kind_U, plan.slot_U, level[at], None, None, own[at], plan.genes, plan.names)
     kinds = [int((plan.kind_U == k).sum()) for k in range(3)]
     S, U = plan.row_S.shape[0], at.shape[0]
     read = sum(

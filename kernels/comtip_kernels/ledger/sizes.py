@@ -1,0 +1,122 @@
+"""The named sizes: what every operation moves and multiplies there, its floor, and what a roofline makes of it (predicted)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from comtip_kernels.gene_sentence_embedding import triton_kernels as embedding
+from comtip_kernels.infonce import triton_kernels as infonce
+from comtip_kernels.ledger import traffic
+from comtip_kernels.ledger.traffic import Traffic
+from comtip_kernels.packed_attention import triton_kernels as packed
+from comtip_kernels.sentence_table import triton_kernels as table
+
+PEAKS = {"a100": (312e12, 0.9 * 2.0e12), "h100": (989e12, 0.9 * 3.35e12)}
+"""bf16 FLOP/s of the datasheet, and 90 % of its bytes/s, which is what good kernels reach (kernel authors report as much)."""
+BF16 = 2
+
+
+@dataclass(frozen=True)
+class Sized:
+    """One operation at one named size."""
+
+    op: str
+    part: str
+    size: str
+    moved: Traffic
+    floor_bytes: int
+    floor_flops: int
+
+    def row(self) -> dict[str, str]:
+        """Return the row of the table; times are predicted, in microseconds."""
+        out = {
+            "op": self.op, "part": self.part, "size": self.size, "loaded_mb": f"{self.moved.loaded / 1e6:.1f}",
+            "memory_mb": f"{self.moved.memory / 1e6:.1f}", "floor_mb": f"{self.floor_bytes / 1e6:.1f}",
+            "memory_ratio": f"{self.moved.memory / self.floor_bytes:.3f}", "gflop": f"{self.moved.flops / 1e9:.1f}",
+            "floor_gflop": f"{self.floor_flops / 1e9:.1f}",
+        }  # fmt: skip
+        for gpu, (flops, width) in PEAKS.items():
+            compute, memory = self.moved.flops / flops, self.moved.memory / width
+            out[f"predicted_us_{gpu}"] = f"{max(compute, memory) * 1e6:.0f}"
+            out[f"bound_{gpu}"] = "compute" if compute > memory else "memory"
+        return out
+
+
+def _with_width(config: dict[str, Any], D: int) -> dict[str, Any]:
+    return config | ({"BD": min(config["BD"], D)} if "BD" in config else {})
+
+
+def _infonce(B: int, M: int, D: int, name: str) -> Iterator[Sized]:
+    forward = traffic.infonce_forward(B, M, D, BF16, infonce.FORWARD)
+    yield Sized("infonce", "forward", name, forward, (B + M) * D * BF16 + 8 * B, 2 * B * M * D)
+    tiles = infonce.backward_tiles(False) | {"BD": min(D, infonce.MAX_BD)}
+    backward = traffic.infonce_side(B, M, D, BF16, tiles) + traffic.infonce_side(M, B, D, BF16, tiles)
+    # Deterministic and without a B x M matrix: the logits twice, and a product for each side.
+    yield Sized("infonce", "backward", name, backward, (B + M) * D * (BF16 + 4), 8 * B * M * D)
+
+
+def _embedding(S: int, kinds: tuple[int, int, int], D: int, name: str) -> Iterator[Sized]:
+    U, V = sum(kinds), 4099
+    tables = (V + kinds[0]) * D * BF16
+    forward = traffic.sentence_rows(*kinds, D, BF16, tables) + traffic.copy_rows(S, U, D, BF16)
+    yield Sized("gene_sentence_embedding", "forward", name, forward, S * (D * BF16 + 4), 0)
+    sums = traffic.sum_tokens(S, U, D, BF16)
+    through = traffic.norm_grads(*kinds, D, BF16, embedding.NORM_ROWS, tables)
+    # What torch adds: the gradients of the tables read their rows of the U, and are written.
+    genes, names, _ = kinds
+    read, written = 4 * D * (U + genes + names + genes), 4 * D * (V + genes)
+    yield Sized(
+        "gene_sentence_embedding",
+        "backward",
+        name,
+        sums + through + Traffic(read, read, written),
+        S * D * BF16 + written,
+        0,
+    )
+
+
+def _attention(S: int, H: int, E: int, longest: int, useful: int, name: str) -> Iterator[Sized]:
+    tile = packed.best_tile(longest)
+    for backward, tensors, products in ((False, 4, 2), (True, 7, 5)):
+        moved = traffic.attention(S, H, E, BF16, longest, tile, backward=backward)
+        part = "backward" if backward else "forward"
+        yield Sized("packed_attention", part, name, moved, tensors * S * H * E * BF16, products * 2 * useful * H * E)
+
+
+def _table(B: int, G: int, Q: int, D: int, name: str) -> Iterator[Sized]:
+    def tiles(config: dict[str, Any]) -> dict[str, Any]:
+        QP = 1 << (Q - 1).bit_length()
+        return _with_width(config, D) | {"QP": QP, "NG": max(1, config["BN"] // QP)}
+
+    vectors, rows, each = B * D, G * Q * D, B * G
+    take = traffic.table_take(B, G, Q, D, BF16, tiles(table.TAKE))
+    spread = traffic.table_spread(B, G, Q, D, BF16, tiles(table.SPREAD))
+    collect = traffic.table_collect(B, G, Q, D, BF16, tiles(table.COLLECT))
+    loss = traffic.table_take(B, G, Q, D, BF16, tiles(table.TAKE), loss=True)
+    picked = 2 * B * G * D
+    yield Sized("sentence_table", "take", name, take, (vectors + rows) * BF16 + 5 * each, picked)
+    yield Sized("sentence_table", "spread", name, spread, rows * BF16 + 5 * each + 4 * vectors, picked)
+    yield Sized("sentence_table", "collect", name, collect, vectors * BF16 + 5 * each + 4 * rows, picked)
+    yield Sized("level_cross_entropy", "forward", name, loss, (vectors + rows) * BF16 + 2 * each, picked * Q)
+
+
+def sizes() -> list[Sized]:
+    """Return every operation at its named sizes, bf16.
+
+    The panel is 2,048 genes drawn from the shipped gene table with symbol and name, at most 18 tokens, at 32 levels: S = 851,552
+    tokens, of which 2,048 + 4,355 + 480 are different. The sentences of the attention are 256,000 of 3 to 16 tokens.
+    """
+    out = [
+        *_infonce(32768, 32768, 512, "B = M = 32k, D = 512"),
+        *_infonce(8192, 16384, 512, "B = 8k, M = 16k, D = 512"),
+    ]
+    out += _embedding(851_552, (2048, 4355, 480), 512, "2,048 genes x 32 levels, D = 512")
+    n = 256_000 // 14
+    lengths = range(3, 17)
+    out += _attention(
+        n * sum(lengths), 8, 64, 16, n * sum(x * x for x in lengths), "256k sentences of 3 to 16, 8 heads x 64"
+    )
+    out += _table(4096, 2048, 32, 512, "B = 4k, G = 2k, Q = 32, D = 512")
+    return out
