@@ -3,7 +3,7 @@
 Every operation is one function that takes ``impl="auto|triton|cpu|reference"`` (see :mod:`comtip_kernels.dispatch`).
 """
 
-from comtip_kernels.dispatch import Impl
+from comtip_kernels.dispatch import Impl, prefer
 from comtip_kernels.gene_sentence_embedding import (
     SentencePlan,
     gene_sentence_embedding,
@@ -26,6 +26,7 @@ __all__ = [
     "pair_scores",
     "plan_sentences",
     "pool_weights",
+    "prefer",
     "sentence_start",
     "table_pool",
     "take_level",

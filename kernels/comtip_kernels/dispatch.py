@@ -9,28 +9,52 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from comtip_kernels.tl_common import can_launch
+from comtip_kernels.tl_common import can_launch, triton
 
 Impl = Literal["auto", "triton", "cpu", "reference"]
 _PREFERENCE = {"cuda": ("triton", "reference"), "cpu": ("cpu", "reference")}
 _log = logging.getLogger("comtip_kernels")
 _said: set[tuple[str, str]] = set()
+_preferred: str = "auto"
 
 
-def later(module: str, name: str) -> Callable[..., Any]:
-    """Return a function that imports its module on first use: a machine without Triton never sees the kernels."""
+def with_triton(module: str, name: str) -> Callable[..., Any]:
+    """Return a function of a module that needs Triton, or, where there is none, one that is never called (``can_launch``)."""
+    if triton is None:
+        return lambda *_args, **_kwargs: None
+    return getattr(importlib.import_module(module), name)
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return getattr(importlib.import_module(module), name)(*args, **kwargs)
 
-    call.__name__ = name
-    return call
+@contextmanager
+def prefer(impl: Impl) -> Iterator[None]:
+    """Let ``impl`` stand for ``"auto"`` inside the ``with`` block, in every operation: to compare, or to find a fault.
+
+    Raises
+    ------
+    ValueError
+        When an operation is called that has no such implementation, or where it cannot run.
+    """
+    global _preferred
+    before, _preferred = _preferred, impl
+    try:
+        yield
+    finally:
+        _preferred = before
+
+
+@torch.compiler.assume_constant_result
+def _say(op: str, name: str, device: str) -> None:
+    """Log once which implementation 'auto' took."""
+    if (op, name) not in _said:
+        _said.add((op, name))
+        _log.info("%s: impl='auto' chose '%s' on %s", op, name, device)
 
 
 def choose(op: str, impl: str, like: Tensor, have: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
@@ -53,13 +77,12 @@ def choose(op: str, impl: str, like: Tensor, have: Mapping[str, Callable[..., An
         If ``impl`` is no known name, or is known but not available for this operation.
     """
     device = like.device
+    impl = _preferred if impl == "auto" else impl
     if impl == "auto":
         able = can_launch(device) and like.dtype != torch.float64
         ready = [n for n in _PREFERENCE.get(device.type, ()) if n in have and (n != "triton" or able)]
         name = (ready or ["reference"])[0]
-        if (op, name) not in _said:
-            _said.add((op, name))
-            _log.info("%s: impl='auto' chose '%s' on %s", op, name, device.type)
+        _say(op, name, device.type)
         return have[name]
     if impl not in have:
         raise ValueError(f"{op}: impl={impl!r} is not available; choose 'auto' or one of {sorted(have)}")

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from comtip_kernels import dispatch
+from comtip_kernels import prefer
 from comtip_shards import ShardSet
 from comtip_shards.build import build_shards
 from comtip_shards.sources import open_source
@@ -89,17 +89,15 @@ def test_each_loss_reaches_the_parts_it_trains(tiny_overrides: list[str]):
         assert not any(n.startswith(f) for n in moved for f in foreign), part
 
 
-def test_the_loss_and_its_gradients_are_the_same_with_every_impl(
-    tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
-):
-    """fp64, so that only a wrong formula can differ."""
+def test_the_loss_and_its_gradients_are_the_same_with_every_impl(tiny_overrides: list[str]):
+    """fp64, so that only a wrong formula can differ; the Triton kernels: tests/kernels/interpreted/test_model.py."""
     results = {}
     for wanted in ("reference", "cpu"):
-        monkeypatch.setitem(dispatch._PREFERENCE, "cpu", (wanted, "reference"))
         task = make(tiny_overrides, "panel.min_genes=12")
         task.model.double()
         task.log_prior = task.log_prior.double()
-        losses, _ = one_step(task)
+        with prefer(wanted):
+            losses, _ = one_step(task)
         results[wanted] = losses, {n: p.grad for n, p in task.module.named_parameters() if p.grad is not None}
     for part, value in results["reference"][0].items():
         torch.testing.assert_close(results["cpu"][0][part], value, rtol=1e-9, atol=1e-11)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from comtip_kernels.dispatch import Impl, choose, later
+from comtip_kernels.dispatch import Impl, choose, with_triton
 from comtip_kernels.gene_sentence_embedding.cpu import gene_sentence_embedding_cpu
 from comtip_kernels.gene_sentence_embedding.plan import SentencePlan, plan_sentences, sentence_start
 from comtip_kernels.gene_sentence_embedding.reference import gene_sentence_embedding_reference
@@ -19,7 +19,7 @@ __all__ = [
 _HAVE = {
     "reference": gene_sentence_embedding_reference,
     "cpu": gene_sentence_embedding_cpu,
-    "triton": later("comtip_kernels.gene_sentence_embedding.op", "gene_sentence_embedding_triton"),
+    "triton": with_triton("comtip_kernels.gene_sentence_embedding.op", "gene_sentence_embedding_triton"),
 }
 
 

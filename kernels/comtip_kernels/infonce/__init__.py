@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from comtip_kernels.dispatch import Impl, choose, later
+from comtip_kernels.dispatch import Impl, choose, with_triton
 from comtip_kernels.infonce.cpu import infonce_cpu
 from comtip_kernels.infonce.reference import allowed_pairs, infonce_reference
 
@@ -14,7 +14,7 @@ __all__ = ["allowed_pairs", "infonce", "infonce_reference"]
 _HAVE = {
     "reference": infonce_reference,
     "cpu": infonce_cpu,
-    "triton": later("comtip_kernels.infonce.op", "infonce_triton"),
+    "triton": with_triton("comtip_kernels.infonce.op", "infonce_triton"),
 }
 
 

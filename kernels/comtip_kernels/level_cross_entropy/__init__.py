@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from comtip_kernels.dispatch import Impl, choose, later
+from comtip_kernels.dispatch import Impl, choose, with_triton
 from comtip_kernels.level_cross_entropy.cpu import level_cross_entropy_cpu, pair_scores_cpu
 from comtip_kernels.level_cross_entropy.reference import (
     level_cross_entropy_reference,
@@ -24,12 +24,12 @@ __all__ = [
 _HAVE = {
     "reference": level_cross_entropy_reference,
     "cpu": level_cross_entropy_cpu,
-    "triton": later("comtip_kernels.level_cross_entropy.gpu", "level_cross_entropy_triton"),
+    "triton": with_triton("comtip_kernels.level_cross_entropy.gpu", "level_cross_entropy_triton"),
 }
 _HAVE_PAIR = {
     "reference": pair_scores_reference,
     "cpu": pair_scores_cpu,
-    "triton": later("comtip_kernels.level_cross_entropy.gpu", "pair_scores_triton"),
+    "triton": with_triton("comtip_kernels.level_cross_entropy.gpu", "pair_scores_triton"),
 }
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from comtip_kernels.dispatch import choose, later
+from comtip_kernels.dispatch import choose, with_triton
 from comtip_kernels.packed_attention.cpu import packed_attention_cpu
 from comtip_kernels.packed_attention.peers import (
     can_peer,
@@ -23,7 +23,7 @@ LONGEST_TILE = 48
 _HAVE = {
     "reference": packed_attention_reference,
     "cpu": packed_attention_cpu,
-    "triton": later("comtip_kernels.packed_attention.op", "packed_attention_triton"),
+    "triton": with_triton("comtip_kernels.packed_attention.op", "packed_attention_triton"),
     "flash": packed_attention_flash,
     "varlen": packed_attention_varlen,
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from comtip_kernels.dispatch import Impl, choose, later
+from comtip_kernels.dispatch import Impl, choose, with_triton
 from comtip_kernels.table_pool.cpu import table_pool_cpu
 from comtip_kernels.table_pool.reference import pool_weights, table_pool_reference
 
@@ -12,7 +12,7 @@ __all__ = ["pool_weights", "table_pool", "table_pool_reference"]
 _HAVE = {
     "reference": table_pool_reference,
     "cpu": table_pool_cpu,
-    "triton": later("comtip_kernels.table_pool.gpu", "table_pool_triton"),
+    "triton": with_triton("comtip_kernels.table_pool.gpu", "table_pool_triton"),
 }
 
 

@@ -1,0 +1,73 @@
+"""Every operation inside torch.compile without a graph break: see tests/kernels/test_interpreted.py."""
+
+import os
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("runs inside tests/kernels/test_interpreted.py", allow_module_level=True)
+
+from comtip_kernels import (
+    gene_sentence_embedding,
+    infonce,
+    level_cross_entropy,
+    packed_attention,
+    pair_scores,
+    plan_sentences,
+    table_pool,
+)
+
+
+def randn(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).requires_grad_()
+
+
+def unit(*shape: int) -> torch.Tensor:
+    return torch.nn.functional.normalize(randn(*shape).detach(), dim=-1).requires_grad_()
+
+
+LEVELS = torch.randint(3, (6, 4), generator=torch.Generator().manual_seed(0))
+MASK = torch.ones(6, 4, dtype=torch.bool)
+LENGTH = torch.tensor([3, 5, 2, 4])
+IDS = torch.randint(1, 7, (4, 5), generator=torch.Generator().manual_seed(1))
+PLAN = plan_sentences(IDS, LENGTH, LENGTH - 2)
+
+
+def attend(q: torch.Tensor, impl: str) -> torch.Tensor:
+    return packed_attention(q, q * 2, q + 1, LENGTH, longest=5, impl=impl)
+
+
+def embed(token, kinds, position, level, gain, impl: str) -> torch.Tensor:
+    return gene_sentence_embedding(
+        IDS, LENGTH, LENGTH - 2, token, kinds, position, level, gain_D=gain, plan=PLAN, impl=impl
+    )
+
+
+CASES = {
+    "infonce": (lambda x, y, s, impl: infonce(x, y, s, impl=impl), (randn(6, 8), randn(9, 8), torch.tensor(5.0))),
+    "level_cross_entropy": (
+        lambda x, t, s, impl: level_cross_entropy(x, t, LEVELS, MASK, s, impl=impl),
+        (unit(6, 8), unit(4, 3, 8), torch.tensor(5.0)),
+    ),
+    "table_pool": (lambda t, s, impl: table_pool(t, s, LEVELS, MASK, impl=impl), (unit(4, 3, 8), randn(4, 3))),
+    "pair_scores": (lambda x, t, impl: pair_scores(x, t, LEVELS, impl=impl), (unit(6, 8), unit(4, 3, 8))),
+    "packed_attention": (attend, (randn(14, 2, 8),)),
+    "gene_sentence_embedding": (embed, (randn(7, 8), randn(3, 8), randn(5, 8), randn(4, 8), randn(8))),
+}
+
+
+@pytest.mark.parametrize("impl", ["triton", "cpu", "reference"])
+@pytest.mark.parametrize("name", CASES)
+def test_one_graph(name: str, impl: str):
+    function, arguments = CASES[name]
+    torch.compiler.reset()
+    compiled = torch.compile(lambda *a: function(*a, impl=impl), fullgraph=impl == "triton", backend="aot_eager")
+    for call in (compiled, lambda *a: function(*a, impl="reference")):
+        leaves = [a.detach().clone().requires_grad_() for a in arguments]
+        call(*leaves).square().sum().backward()
+        grads = [leaf.grad for leaf in leaves]
+        if call is compiled:
+            first = grads
+    for a, b in zip(first, grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
