@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN ?= runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint types layers spelling ledger format clean
+.PHONY: help demo test check lint types layers spelling ledger bench format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -49,6 +49,10 @@ spelling: $(VENV)/installed-dev  ## codespell
 
 ledger: $(VENV)/installed-dev  ## compile every GPU kernel ahead of time and compare with bench/ledger.csv
 	PYTHONPATH=kernels $(BIN)/python -m comtip_kernels.ledger --check
+
+bench: $(VENV)/installed-dev  ## microbenchmarks of the CPU paths beside their peers (COMTIP_BENCH=full: the sizes of the docs)
+	PYTHONPATH=bench/kernels $(BIN)/python -m pytest bench/kernels --benchmark-only --benchmark-max-time=0.2 \
+	  --benchmark-min-rounds=3 --benchmark-columns=median,iqr,rounds --benchmark-sort=name
 
 format: $(VENV)/installed-dev  ## let ruff write
 	$(BIN)/ruff check --fix .
