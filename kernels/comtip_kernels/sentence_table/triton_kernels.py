@@ -173,7 +173,9 @@ def collect_rows(  # type: ignore[no-untyped-def]
     exists = (gene < G) & (level < Q)
     tl.store(out_ptr + row[:, None] * D + d[None, :], acc, mask=exists[:, None] & (d[None, :] < D))
     if PRIOR:
-        tl.store(dprior_ptr + row, total, mask=exists & (tl.program_id(1) == 0))
+        # A branch, not a mask: Triton 3.9's interpreter takes no mask that a scalar comparison went into.
+        if tl.program_id(1) == 0:
+            tl.store(dprior_ptr + row, total, mask=exists)
 
 
 # Tiles that the ledger passes (no spills on sm_80 and sm_90). BN is genes of a tile times padded levels; BD is the width of
