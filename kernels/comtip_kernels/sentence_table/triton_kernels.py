@@ -172,7 +172,7 @@ def collect_rows(  # type: ignore[no-untyped-def]
     row = gene.to(tl.int64) * Q + level
     exists = (gene < G) & (level < Q)
     tl.store(out_ptr + row[:, None] * D + d[None, :], acc, mask=exists[:, None] & (d[None, :] < D))
-    if PRIOR:
+    if PRIOR:  # noqa: SIM102
         # A branch, not a mask: Triton 3.9's interpreter takes no mask that a scalar comparison went into.
         if tl.program_id(1) == 0:
             tl.store(dprior_ptr + row, total, mask=exists)
