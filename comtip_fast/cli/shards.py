@@ -7,7 +7,7 @@ from pathlib import Path
 
 from comtip_shards.build import build_shards
 from comtip_shards.sources import FORMATS as SOURCE_FORMATS
-from comtip_shards.sources import open_source
+from comtip_shards.sources import detect, open_source
 from comtip_shards.verify import verify
 
 from comtip_fast.cli.options import add_meta, add_out, meta
@@ -24,7 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_out(build, "folder of the new shard set")
     build.add_argument("--samples", help="sections to take, by id, with commas (default: all)")
-    build.add_argument("--format", choices=FORMATS, default="auto")
+    build.add_argument("--where", action="append", default=[], metavar="KEY=VALUE[,VALUE]",
+                       help="take only sections of this species, tissue, platform, donor or dataset; "
+                       "may be given many times, all must hold")  # fmt: skip
+    build.add_argument("--format", choices=FORMATS, default="auto", help="of the source (default: recognise it)")
     build.add_argument("--tile-um", type=float, default=224.0, help="width of a tile in um (default 224)")
     build.add_argument("--tile-px", type=int, default=128, help="width of a tile in px (default 128)")
     build.add_argument(
@@ -55,13 +58,26 @@ def _build(args: argparse.Namespace) -> int:
         if split not in {"train", "val", "test"}:
             raise ValueError(f"--split {item}: write SECTION=train, SECTION=val or SECTION=test")
         splits[section] = split
-    sources = open_source(args.source, samples=samples, fmt=args.format, overrides=meta(args))
+    fmt = args.format
+    if fmt == "auto" and args.source.exists():
+        reader, why = detect(args.source)
+        fmt = reader.name
+        print(f"read as {fmt}: {why}")
+    sources = open_source(args.source, samples=samples, fmt=fmt, overrides=meta(args), where=_where(args.where))
     report = build_shards(
         sources, args.out, tile_px=args.tile_px, tile_um=args.tile_um, min_mpp=args.min_mpp, codec=args.codec,
         splits=splits, progress=True,
     )  # fmt: skip
     print(report.text)
     return 0
+
+
+def _where(items: list[str]) -> dict[str, list[str]]:
+    out: dict[str, list[str]] = {}
+    for item in items:
+        key, _, values = item.partition("=")
+        out.setdefault(key.strip(), []).extend(v.strip() for v in values.split(",") if v.strip())
+    return out
 
 
 def _verify(args: argparse.Namespace) -> int:

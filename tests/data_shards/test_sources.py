@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from comtip_shards import SourceError
-from comtip_shards.sources import open_source, recognise
+from comtip_shards.sources import detect, open_source
 from PIL import Image
 from scipy import io as scipy_io
 from scipy import sparse
@@ -191,7 +191,7 @@ FACTS = {"species": "human", "tissue": "breast"}
 
 
 def test_legacy_st_without_positions_uses_the_array(legacy: Path):
-    assert recognise(legacy)[0] == "legacy_st"
+    assert detect(legacy)[0].name == "legacy_st"
     section = open_source(legacy, overrides=FACTS)[0].read()
     np.testing.assert_allclose(section.xy[0], [(2 - 1) / 32 * 640, (3 - 1) / 34 * 680])
     assert section.meta.mpp == pytest.approx(200 / (640 / 32))
@@ -286,7 +286,7 @@ def space_ranger(folder: Path, *, version: int, mex: bool, image: str = "tissue_
 @pytest.mark.parametrize("mex", [False, True])
 def test_space_ranger_versions(tmp_path: Path, version: int, mex: bool):
     truth = space_ranger(tmp_path / "run", version=version, mex=mex)
-    assert recognise(tmp_path / "run")[0] == "space_ranger"
+    assert detect(tmp_path / "run")[0].name == "space_ranger"
     section = open_source(tmp_path / "run", overrides={"tissue": "breast"})[0].read()
     assert section.meta.species == "human"
     assert section.gene_ids == GENES[:3]

@@ -1,65 +1,99 @@
-"""Readers of tissue sections. Each module recognises its format and opens its sections lazily."""
+"""Readers of tissue sections. Each module recognises its format and opens its sections lazily.
+
+A new format is one module and one entry in ``READERS``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from comtip_shards.errors import SourceError
 from comtip_shards.sources import legacy_st, manifest_table, space_ranger
-from comtip_shards.sources.base import SectionSource, check_overrides
+from comtip_shards.sources.base import Reader, SectionSource, check_overrides, pick
+from comtip_shards.sources.choose import check_where, choose
 
-__all__ = ["FORMATS", "SectionSource", "open_source", "recognise"]
-_Open = Callable[[Path, Sequence[str] | None, Mapping[str, str]], list[SectionSource]]
-_READERS: dict[str, tuple[Callable[[Path], str | None], _Open, str]] = {
-    "manifest": (manifest_table.recognise, manifest_table.open_sections, "a manifest.tsv with a column sample_id"),
-    "space_ranger": (space_ranger.recognise, space_ranger.open_sections, "a folder with spatial/ from Space Ranger"),
-    "legacy_st": (legacy_st.recognise, legacy_st.open_sections, "count tables ID.tsv.gz with images ID_*.jpg"),
-}
-FORMATS = tuple(_READERS)
+__all__ = ["FORMATS", "READERS", "SectionSource", "detect", "open_source"]
+
+READERS = (
+    Reader(
+        name="manifest", looks_for="a manifest.tsv with a column sample_id", recognise=manifest_table.recognise,
+        open=manifest_table.open_sections, outranks=("*",),
+    ),
+    Reader(
+        name="space_ranger", looks_for="a folder with spatial/ from Space Ranger", recognise=space_ranger.recognise,
+        open=space_ranger.open_sections,
+    ),
+    Reader(
+        name="legacy_st", looks_for="count tables ID.tsv.gz with images ID_*.jpg", recognise=legacy_st.recognise,
+        open=legacy_st.open_sections,
+    ),
+)  # fmt: skip
+_BY_NAME = {reader.name: reader for reader in READERS}
+FORMATS = tuple(_BY_NAME)
 
 
-def recognise(path: Path) -> tuple[str, str] | None:
-    """Return (format, why) for the first reader that knows ``path``."""
-    for name, (knows, _, _) in _READERS.items():
-        why = knows(path)
-        if why:
-            return name, why
-    return None
+def detect(path: Path) -> tuple[Reader, str]:
+    """Return the reader that knows ``path`` and why it does.
+
+    Raises
+    ------
+    SourceError
+        No reader knows it, or more than one does; the message says what was looked for and what was found.
+    """
+    found = {r.name: why for r in READERS if (why := r.recognise(path))}
+    outranked = {
+        other
+        for name in found
+        for other in found
+        if other != name and (other in _BY_NAME[name].outranks or "*" in _BY_NAME[name].outranks)
+    }
+    left = {name: why for name, why in found.items() if name not in outranked}
+    if not left:
+        known = "; ".join(f"{r.name}: {r.looks_for}" for r in READERS)
+        raise SourceError(f"{path}: no known format. Looked for {known}. If it is one of these, force it with --format")
+    if len(left) > 1:
+        seen = "; ".join(f"{name}: {why}" for name, why in left.items())
+        raise SourceError(f"{path}: could be more than one format ({seen}); choose with --format {'|'.join(left)}")
+    name, why = next(iter(left.items()))
+    return _BY_NAME[name], why
 
 
 def open_source(
     path: Path | str, *, samples: Sequence[str] | None = None, fmt: str = "auto",
-    overrides: Mapping[str, str] | None = None,
+    overrides: Mapping[str, str] | None = None, where: Mapping[str, Collection[str]] | None = None,
 ) -> list[SectionSource]:  # fmt: skip
     """Open the sections of a source, without reading them yet.
 
     Parameters
     ----------
     path
-        A table or a folder.
+        A table, a file or a folder.
     samples
         Section ids to take; None takes all.
     fmt
         ``auto`` or one of :data:`FORMATS`.
     overrides
         Facts that the source does not state: species, tissue, donor, platform, licence, attribution, mpp, image.
+    where
+        Take only sections of these values, e.g. ``{"tissue": ["breast", "lung"], "species": ["human"]}``; the keys
+        are ``species``, ``tissue`` (or ``organ``), ``platform`` (or ``technology``), ``donor`` and ``dataset``.
 
     Raises
     ------
     SourceError
         Naming the file and the fix.
     """
-    path, facts = Path(path), dict(overrides or {})
+    path, facts, where = Path(path), dict(overrides or {}), check_where(where or {})
     check_overrides(facts)
     if not path.exists():
         raise SourceError(f"{path}: no such file or folder")
-    if fmt == "auto":
-        found = recognise(path)
-        if found is None:
-            known = "; ".join(f"{name}: {text}" for name, (_, _, text) in _READERS.items())
-            raise SourceError(f"{path}: no known format. Looked for {known}")
-        fmt = found[0]
-    if fmt not in _READERS:
+    if fmt != "auto" and fmt not in _BY_NAME:
         raise SourceError(f"unknown format {fmt!r}; use auto or one of {', '.join(FORMATS)}")
-    return _READERS[fmt][1](path, samples, facts)
+    reader = detect(path)[0] if fmt == "auto" else _BY_NAME[fmt]
+    if reader.catalogue is None:
+        return choose(reader.open(path, samples, facts), where, path, lambda source: source.meta)
+    rows = reader.catalogue(path, facts)
+    wanted = set(pick(samples, [r.section_id for r in rows], path))
+    rows = choose([r for r in rows if r.section_id in wanted], where, path, lambda row: row)
+    return reader.open(path, [r.section_id for r in rows], facts)

@@ -36,6 +36,35 @@ class SectionSource:
         return self.load().check()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """One source format: an entry of the table in :mod:`comtip_shards.sources`."""
+
+    name: str
+    looks_for: str
+    """The layout in a few words, for the message about a folder that no reader knows."""
+    recognise: Callable[[Path], str | None]
+    """Return why a path is of this format, or None. It must be quick and must not raise on other formats."""
+    open: Callable[[Path, Sequence[str] | None, Mapping[str, str]], list[SectionSource]]
+    """``open(path, section ids or None for all, overrides)``; lazy, so that it costs little for many sections."""
+    catalogue: Callable[[Path, Mapping[str, str]], list[CatalogueRow]] | None = None
+    """List the sections from a table of the source without opening them; None where opening is cheap anyway."""
+    outranks: tuple[str, ...] = ()
+    """Formats that this one refines: where both are recognised this one is meant. ``*`` means all others."""
+
+
+@dataclass(frozen=True)
+class CatalogueRow:
+    """What a source's own table says of a section before it is opened: enough to choose by."""
+
+    section_id: str
+    species: str = ""
+    tissue: str = ""
+    platform: str = ""
+    donor: str = ""
+    dataset: str = ""
+
+
 def check_overrides(overrides: Mapping[str, str]) -> None:
     """Refuse facts that no reader uses."""
     for key in overrides:

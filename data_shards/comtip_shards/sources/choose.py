@@ -1,0 +1,65 @@
+"""Choosing sections by what they are: ``{"tissue": ["breast"], "species": ["human"]}``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from comtip_shards.errors import SourceError
+from comtip_shards.section import SectionMeta
+from comtip_shards.sources.base import CatalogueRow
+
+WHERE_KEYS = ("species", "tissue", "platform", "donor", "dataset")
+ALSO_CALLED = {"organ": "tissue", "technology": "platform"}
+_T = TypeVar("_T")
+
+
+def check_where(where: Mapping[str, Collection[str]]) -> dict[str, Collection[str]]:
+    """Return the conditions by their usual names; refuse one on what sections do not state."""
+    out: dict[str, Collection[str]] = {}
+    for key, values in where.items():
+        key = ALSO_CALLED.get(key, key)
+        if key not in WHERE_KEYS:
+            raise SourceError(f"sections cannot be chosen by {key!r}; choose by {', '.join(WHERE_KEYS)}")
+        if not values or isinstance(values, str):
+            raise SourceError(f"choosing by {key}: give a list of values")
+        out[key] = values
+    return out
+
+
+def choose(
+    items: Sequence[_T], where: Mapping[str, Collection[str]], path: Path,
+    facts: Callable[[_T], SectionMeta | CatalogueRow],
+) -> list[_T]:  # fmt: skip
+    """Return the items that meet every condition, in order.
+
+    Values match whole words without regard to case: ``breast`` takes "Breast" and "breast, HER2+". An exact value
+    wins: where "Visium" is there, ``visium`` does not take "Visium HD".
+
+    Raises
+    ------
+    SourceError
+        Nothing meets a condition; the message lists the values there are.
+    """
+    kept = list(items)
+    for key, values in where.items():
+        have = [str(getattr(facts(item), key)) for item in kept]
+        meets = [any(matches(text, value, have) for value in values) for text in have]
+        if not any(meets):
+            there = ", ".join(sorted(set(have))[:20]) or "none"
+            raise SourceError(f"{path}: no section has {key} {' or '.join(values)}; it has: {there}")
+        kept = [item for item, meet in zip(kept, meets, strict=True) if meet]
+    return kept
+
+
+def matches(text: str, value: str, have: Collection[str]) -> bool:
+    """Tell whether ``text`` is ``value``, or holds it as a word where no text of ``have`` is exactly it."""
+    text, value = _plain(text), _plain(value)
+    if any(_plain(other) == value for other in have):
+        return text == value
+    return f" {value} " in f" {text} "
+
+
+def _plain(text: str) -> str:
+    return " ".join("".join(c if c.isalnum() or c == "+" else " " for c in text.lower()).split())
