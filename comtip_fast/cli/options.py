@@ -7,6 +7,15 @@ from pathlib import Path
 
 SECTION_HELP = "SHARDS_DIR:section_id, a source folder, SOURCE:section_id, or an .h5ad with an image"
 META = ("mpp", "species", "tissue", "donor", "platform", "licence", "attribution", "image")
+POOLING = {
+    "pool_um": "width of a pseudo-spot in um (default: 128 for Visium HD, 100 for Xenium)",
+    "pool_from": "what is pooled: bins or cells (Visium HD), transcripts or cells (Xenium)",
+    "bin_um": "bins to pool, Visium HD (default: the largest that pool-um is a multiple of)",
+    "min_cover": "share of a pseudo-spot's bins that must lie in tissue, Visium HD (default 0.5)",
+    "min_pooled": "cells or transcripts that a pseudo-spot must hold (default 1)",
+    "qv": "least quality of a transcript, Xenium (default 20)",
+    "alignment": "Xenium: csv of a 3 x 3 matrix (H&E px to DAPI px), or keypoints from Xenium Explorer",
+}
 
 
 def add_meta(parser: argparse.ArgumentParser) -> None:
@@ -16,12 +25,17 @@ def add_meta(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--species", choices=("human", "mouse"))
     for name in META[2:-1]:
         group.add_argument(f"--{name}", help=argparse.SUPPRESS if name == "attribution" else None)
-    group.add_argument("--image", help="the image to cut tiles from (a full-resolution H&E for Space Ranger)")
+    group.add_argument(
+        "--image", help="the image to cut tiles from (for Space Ranger the original, or the word hires or lowres)"
+    )
+    pooling = parser.add_argument_group("pooling of bins, cells and transcripts to pseudo-spots")
+    for name, text in POOLING.items():
+        pooling.add_argument(f"--{name.replace('_', '-')}", help=text)
 
 
 def meta(args: argparse.Namespace) -> dict[str, str]:
     """Return those that were given."""
-    return {k: str(v) for k in META if (v := getattr(args, k, None)) is not None}
+    return {k: str(v) for k in (*META, *POOLING) if (v := getattr(args, k, None)) is not None}
 
 
 def add_out(parser: argparse.ArgumentParser, what: str) -> None:

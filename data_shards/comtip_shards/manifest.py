@@ -77,6 +77,8 @@ class ManifestSection:
     overview: Overview
     source: dict[str, Any] = field(default_factory=dict)
     """What the build counted: spots dropped, genes not mapped, genes summed, notes."""
+    pooling: str = ""
+    """How bins, cells or transcripts became spots; empty where the spots are those of the slide."""
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,8 @@ class SectionMeta:
     spot_pitch_um: float
     split: str = ""
     """``train``, ``val``, ``test`` or empty."""
+    pooling: str = ""
+    """How bins, cells or transcripts became spots; empty where the spots are those of the slide."""
 
 
 @dataclass
@@ -60,6 +62,8 @@ class Section:
     dropped: dict[str, int] = field(default_factory=dict)
     """Spots left out, by reason."""
     notes: list[str] = field(default_factory=list)
+    n_pooled: np.ndarray | None = None
+    """int64 (n_spots,), the bins, cells or transcripts in each pseudo-spot; None where spots are not pooled."""
 
     def load_image(self) -> np.ndarray:
         """Return the image, uint8 (H, W, 3) RGB."""

@@ -14,7 +14,7 @@ from PIL import Image
 from comtip_shards.identifiers import map_genes
 from comtip_shards.manifest import TileSpec
 from comtip_shards.record import encode_tile
-from comtip_shards.section import SectionMeta
+from comtip_shards.section import Section, SectionMeta
 from comtip_shards.sources.base import SectionSource
 from comtip_shards.tiles import StainStats, cut_tiles, limit_resolution, stain_stats
 
@@ -71,8 +71,7 @@ def stage_section(source: SectionSource, meta: SectionMeta, tile: TileSpec, mark
     header = {
         "n_spots": len(section.spot_ids), "keys": genes.keys, "overview_mpp": overview_mpp,
         "stain": {"od_mean": stain_stats(tiles).od_mean, "od_std": stain_stats(tiles).od_std},
-        "spots": [_spot(section.spot_ids[i], meta, section.xy[i], section.array_xy[i], section.labels[i])
-                  for i in range(len(section.spot_ids))],
+        "spots": [_spot(section, meta, i) for i in range(len(section.spot_ids))],
         "source": {
             "dropped_spots": section.dropped, "genes": genes.report(), "notes": notes,
             "unmapped_genes": len(genes.unmapped), "summed_genes": len(genes.collisions), "counts_left_out": lost - kept,
@@ -101,12 +100,16 @@ def load_staged(path: Path, *, meta_only: bool = False) -> Staged:
         return Staged(*first, arrays["overview"].tobytes(), *(arrays[n] for n in names))
 
 
-def _spot(spot_id: str, meta: SectionMeta, xy: np.ndarray, array: np.ndarray, label: str) -> dict[str, Any]:
+def _spot(section: Section, meta: SectionMeta, i: int) -> dict[str, Any]:
+    xy, array, label = section.xy[i], section.array_xy[i], section.labels[i]
     out: dict[str, Any] = {
-        "section_id": meta.section_id, "spot_id": spot_id, "x_px": round(float(xy[0]), 3), "y_px": round(float(xy[1]), 3),
+        "section_id": meta.section_id, "spot_id": section.spot_ids[i],
+        "x_px": round(float(xy[0]), 3), "y_px": round(float(xy[1]), 3),
     }  # fmt: skip
     if np.isfinite(array).all():
         out |= {"array_x": round(float(array[0]), 4), "array_y": round(float(array[1]), 4)}
+    if section.n_pooled is not None:
+        out["n_pooled"] = int(section.n_pooled[i])
     return out | ({"label": label} if label else {})
 
 

@@ -18,8 +18,11 @@ from scipy import sparse
 from comtip_shards.errors import SourceError
 from comtip_shards.section import Section, SectionMeta, check_unique
 
-META_KEYS = ("species", "tissue", "donor", "platform", "licence", "attribution", "mpp", "image")
-"""Facts that a caller may state where the source does not."""
+META_KEYS = (
+    "species", "tissue", "donor", "platform", "licence", "attribution", "mpp", "image", "alignment",
+    "pool_um", "pool_from", "bin_um", "min_cover", "min_pooled", "qv",
+)  # fmt: skip
+"""Facts that a caller may state where the source does not, and how bins, cells and transcripts are pooled."""
 
 
 @dataclass(frozen=True)

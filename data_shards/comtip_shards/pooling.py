@@ -1,0 +1,158 @@
+"""Bins, cells and transcripts to square pseudo-spots of a chosen width.
+
+Whatever is measured finer than a spot (a *unit*) is added up in the squares of a grid. Nothing is lost on the way:
+what the squares that are left out held is counted, and the result does not depend on the order of the units.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import sparse
+
+from comtip_shards.errors import SourceError
+
+_COMPACT = 1 << 23
+"""Entries that may wait to be summed: about 128 MiB."""
+_LIMIT = 1 << 30
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """The squares that hold enough, ordered by row and then by column, and what the others held."""
+
+    square_N2: np.ndarray
+    """int64 (N, 2), column (x) and row (y) in the grid: square (i, j) covers x from i to i + 1 widths."""
+    counts: sparse.csr_matrix
+    """int32 (N, genes)."""
+    n_units: np.ndarray
+    """int64 (N,), units in each."""
+    dropped_squares: int
+    dropped_units: int
+    dropped_counts: int
+
+    def ids(self) -> list[str]:
+        """Return a name for each square, row then column: ``003x012``."""
+        return [f"{j:03d}x{i:03d}" for i, j in self.square_N2]
+
+
+def squares_of(xy_N2: np.ndarray, width: float) -> np.ndarray:
+    """Return the square that each position lies in.
+
+    Parameters
+    ----------
+    xy_N2
+        float (N, 2), finite, in the unit of ``width``.
+    width
+        Of a square.
+
+    Returns
+    -------
+    int64 (N, 2), for which ``square * width <= xy < (square + 1) * width`` holds as computed in float64.
+    """
+    xy = np.asarray(xy_N2, np.float64)
+    index = np.floor(xy / width)
+    # The quotient is rounded: a position a hair below an edge may come out on it, and the other way round.
+    index -= index * width > xy
+    index += (index + 1) * width <= xy
+    return index.astype(np.int64)
+
+
+class Pooler:
+    """Adds up units in squares, batch after batch."""
+
+    def __init__(self, n_genes: int) -> None:
+        self.n_genes = n_genes
+        self.total_units = 0
+        self.total_counts = 0
+        self._row_of: dict[int, int] = {}
+        self._units = np.zeros(0, np.int64)
+        self._flat: list[np.ndarray] = []
+        self._data: list[np.ndarray] = []
+        self._waiting = 0
+
+    def add_units(self, square_N2: np.ndarray) -> None:
+        """Count one unit in each of these squares, int64 (N, 2); a square may stand many times."""
+        self._count(self._rows(square_N2))
+
+    def add_counts(self, square_N2: np.ndarray, counts: sparse.csr_matrix) -> None:
+        """Add int (N, genes) to the squares that its rows lie in."""
+        rows = self._rows(square_N2)
+        coo = counts.tocoo()
+        self._add(rows[coo.row], coo.col.astype(np.int64), coo.data.astype(np.int64))
+
+    def add_transcripts(self, square_N2: np.ndarray, gene_N: np.ndarray) -> None:
+        """Count units that are each one molecule of one gene, int (N,)."""
+        rows = self._rows(square_N2)
+        self._count(rows)
+        self._add(rows, np.asarray(gene_N, np.int64), np.ones(len(gene_N), np.int64))
+
+    def _count(self, rows: np.ndarray) -> None:
+        self._units += np.bincount(rows, minlength=len(self._units))
+        self.total_units += len(rows)
+
+    def _add(self, rows: np.ndarray, genes: np.ndarray, data: np.ndarray) -> None:
+        self.total_counts += int(data.sum())
+        self._flat.append(rows * self.n_genes + genes)
+        self._data.append(data)
+        self._waiting += len(data)
+        if self._waiting > _COMPACT:
+            self._compact()
+
+    def result(self, *, min_units: int = 1) -> Pooled:
+        """Return the squares with at least ``min_units`` units.
+
+        Raises
+        ------
+        SourceError
+            A sum does not fit 31 bits.
+        """
+        self._compact()
+        flat, data = self._flat[0], self._data[0]
+        if data.size and data.max() > np.iinfo(np.int32).max:
+            raise SourceError("a pseudo-spot holds more than 2^31 - 1 counts of one gene; choose a smaller width")
+        shape = (len(self._units), self.n_genes)
+        whole = sparse.csr_matrix((data, (flat // self.n_genes, flat % self.n_genes)), shape=shape)
+        squares = _decode(np.array(list(self._row_of), np.int64))
+        order = np.lexsort((squares[:, 0], squares[:, 1]))
+        kept = order[self._units[order] >= min_units]
+        counts = whole[kept].astype(np.int32)
+        counts.eliminate_zeros()
+        counts.sort_indices()
+        return Pooled(
+            squares[kept], counts, self._units[kept], len(self._units) - len(kept),
+            self.total_units - int(self._units[kept].sum()), self.total_counts - int(counts.sum(dtype=np.int64)),
+        )  # fmt: skip
+
+    def _rows(self, square_N2: np.ndarray) -> np.ndarray:
+        """Return the row of each square, making new ones."""
+        codes, inverse = np.unique(_encode(square_N2), return_inverse=True)
+        for code in codes.tolist():
+            self._row_of.setdefault(code, len(self._row_of))
+        new = len(self._row_of) - len(self._units)
+        if new:
+            self._units = np.concatenate([self._units, np.zeros(new, np.int64)])
+        return np.array([self._row_of[c] for c in codes.tolist()], np.int64)[inverse]
+
+    def _compact(self) -> None:
+        flat = np.concatenate(self._flat) if self._flat else np.zeros(0, np.int64)
+        data = np.concatenate(self._data) if self._data else np.zeros(0, np.int64)
+        order = np.argsort(flat, kind="stable")
+        flat, data = flat[order], data[order]
+        first = np.flatnonzero(np.r_[True, flat[1:] != flat[:-1]]) if flat.size else np.zeros(0, np.int64)
+        self._flat = [flat[first]]
+        self._data = [np.add.reduceat(data, first) if flat.size else data]
+        self._waiting = len(first)
+
+
+def _encode(square_N2: np.ndarray) -> np.ndarray:
+    squares = np.asarray(square_N2, np.int64)
+    if squares.size and np.abs(squares).max() >= _LIMIT:
+        raise SourceError(f"a position lies {np.abs(squares).max():.3g} squares from the origin; these are no um")
+    return squares[:, 0] * (2 * _LIMIT) + squares[:, 1]
+
+
+def _decode(codes: np.ndarray) -> np.ndarray:
+    column = (codes + _LIMIT) // (2 * _LIMIT)
+    return np.stack([column, codes - column * (2 * _LIMIT)], axis=1)
