@@ -8,8 +8,8 @@ from comtip_shards.appearance import looks_like_he
 from PIL import Image
 
 SAMPLES = Path(__file__).parents[2] / "data_shards/samples"
-# Optical density of red, green and blue that each dye takes (Ruifrok and Johnston 2001).
-HAEMATOXYLIN, EOSIN, DAB = (0.65, 0.70, 0.29), (0.07, 0.99, 0.11), (0.27, 0.57, 0.78)
+# Optical density of red, green and blue that each dye takes (Macenko 2009; DAB from Ruifrok and Johnston 2001).
+HAEMATOXYLIN, EOSIN, DAB = (0.56, 0.72, 0.41), (0.22, 0.80, 0.56), (0.27, 0.57, 0.78)
 
 
 def stained(*dyes: tuple[float, float, float]) -> np.ndarray:
