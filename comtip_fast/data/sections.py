@@ -15,9 +15,10 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 from comtip_shards import ShardSet, SourceError
+from comtip_shards.image import ArraySlide, Slide
 from comtip_shards.section import Section
 from comtip_shards.sources import open_source
-from comtip_shards.tiles import StainStats, cut_tiles, limit_resolution, stain_stats
+from comtip_shards.tiles import StainStats, stain_stats
 
 from comtip_fast.constants import MICRONS_PER_PIXEL
 
@@ -134,11 +135,11 @@ def _from_shards(shards: ShardSet, section_id: str, tile: TileSpec) -> SectionTi
 
 def _from_section(section: Section, tile: TileSpec) -> SectionTiles:
     meta = section.meta
-    image = section.load_image()
     template = _template(section.spot_ids, section.xy, section.array_xy, section.labels, meta.section_id)
-    small, small_mpp, _ = limit_resolution(image, meta.mpp, meta.mpp * max(1.0, max(image.shape[:2]) / OVERVIEW_PX))
-    _attach_image(template, meta.section_id, small, meta.mpp, small_mpp, meta.spot_diameter_um)
-    return _cut(image, section.xy, meta.mpp, tile, meta.section_id, meta.species, template)
+    with section.open_slide() as slide:
+        small, factor = slide.overview(OVERVIEW_PX)
+        _attach_image(template, meta.section_id, small, meta.mpp, meta.mpp * factor, meta.spot_diameter_um)
+        return _cut(slide, section.xy, meta.mpp, tile, meta.section_id, meta.species, template)
 
 
 def _from_anndata(data: ad.AnnData, where: str, tile: TileSpec, overrides: dict[str, str]) -> SectionTiles:
@@ -174,11 +175,19 @@ def _from_anndata(data: ad.AnnData, where: str, tile: TileSpec, overrides: dict[
         obsm={"spatial": np.asarray(data.obsm["spatial"])},
         uns={"spatial": data.uns["spatial"]},
     )
-    return _cut(image[..., :3], xy, float(stated) / factor, tile, str(libraries[0]), species, template)
+    return _cut(
+        ArraySlide(np.ascontiguousarray(image[..., :3]), Path(where)),
+        xy,
+        float(stated) / factor,
+        tile,
+        str(libraries[0]),
+        species,
+        template,
+    )
 
 
 def _cut(
-    image: np.ndarray,
+    slide: Slide,
     xy: np.ndarray,
     mpp: float,
     tile: TileSpec,
@@ -186,8 +195,7 @@ def _cut(
     species: str,
     template: ad.AnnData,
 ) -> SectionTiles:
-    blurred, blurred_mpp, scale = limit_resolution(image, mpp, tile.min_mpp)
-    tiles = cut_tiles(blurred, xy * scale, tile.um / blurred_mpp, tile.px)
+    tiles = slide.tiles(xy, mpp, tile.um, tile.px, tile.min_mpp)
     return SectionTiles(section_id, species, tiles, stain_stats(tiles), template)
 
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from scipy import sparse
 
 from comtip_shards.errors import SourceError
+from comtip_shards.image import Slide, image_size, open_slide
 
 SPLITS = ("train", "val", "test", "")
-MAX_IMAGE_PX = 4_000_000_000
-"""Larger pictures are refused: nothing in this field is, and a hostile file may claim to be."""
 _SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -64,10 +63,24 @@ class Section:
     notes: list[str] = field(default_factory=list)
     n_pooled: np.ndarray | None = None
     """int64 (n_spots,), the bins, cells or transcripts in each pseudo-spot; None where spots are not pooled."""
+    slide_opener: Callable[[], Slide] | None = None
+    """Opens the image where it is not simply the file ``image_path``: pixels inside an h5ad, ready-made patches."""
+
+    def open_slide(self) -> Slide:
+        """Open the image, small or whole-slide; close it, or use it as a context manager."""
+        return self.slide_opener() if self.slide_opener is not None else open_slide(self.image_path)
 
     def load_image(self) -> np.ndarray:
-        """Return the image, uint8 (H, W, 3) RGB."""
-        return load_rgb(self.image_path)
+        """Return the whole image, uint8 (H, W, 3) RGB; for a whole-slide image use :meth:`open_slide`."""
+        with self.open_slide() as slide:
+            return slide.whole()
+
+    def image_size(self) -> tuple[int, int]:
+        """Return (width, height) of the image in px."""
+        if self.slide_opener is None:
+            return image_size(self.image_path)
+        with self.open_slide() as slide:
+            return slide.size
 
     def check(self) -> Section:
         """Return the section itself once everything about it holds.
@@ -93,7 +106,7 @@ class Section:
         return self
 
     def _check_positions(self) -> None:
-        width, height = image_size(self.image_path)
+        width, height = self.image_size()
         x, y = self.xy[:, 0], self.xy[:, 1]
         if not np.isfinite(self.xy).all():
             raise SourceError(f"{self.image_path}: {int((~np.isfinite(self.xy)).any(1).sum())} spots have no position")
@@ -138,36 +151,6 @@ def check_unique(names: list[str], what: str) -> None:
     raise SourceError(
         f"{what}: {len(twice)} stand more than once, e.g. {', '.join(twice[:3])}; the source must hold each once"
     )
-
-
-def image_size(path: Path) -> tuple[int, int]:
-    """Return (width, height) without decoding; refuses what is no image."""
-    _allow_large()
-    try:
-        with Image.open(path) as image:
-            size = (int(image.width), int(image.height))
-    except FileNotFoundError as error:
-        raise SourceError(f"{path}: no such image") from error
-    except (OSError, Image.DecompressionBombError) as error:
-        raise SourceError(f"{path}: not an image that can be read ({error})") from error
-    if size[0] * size[1] > MAX_IMAGE_PX:
-        raise SourceError(f"{path}: {size[0]} x {size[1]} px is larger than any section; shrink it")
-    return size
-
-
-def load_rgb(path: Path) -> np.ndarray:
-    """Return an image as uint8 (H, W, 3) RGB."""
-    image_size(path)
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except OSError as error:
-        raise SourceError(f"{path}: the image is truncated or damaged ({error})") from error
-
-
-def _allow_large() -> None:
-    # Pillow's own limit is for web pages; sections are larger, and MAX_IMAGE_PX guards instead.
-    Image.MAX_IMAGE_PIXELS = MAX_IMAGE_PX
 
 
 def task_of(species: str, tissue: str) -> str:

@@ -12,11 +12,12 @@ import numpy as np
 from PIL import Image
 
 from comtip_shards.identifiers import map_genes
+from comtip_shards.image import Slide
 from comtip_shards.manifest import TileSpec
 from comtip_shards.record import encode_tile
 from comtip_shards.section import Section, SectionMeta
 from comtip_shards.sources.base import SectionSource
-from comtip_shards.tiles import StainStats, cut_tiles, limit_resolution, stain_stats
+from comtip_shards.tiles import StainStats, stain_stats
 
 OVERVIEW_PX = 1024
 
@@ -53,20 +54,19 @@ def stage_section(source: SectionSource, meta: SectionMeta, tile: TileSpec, mark
     if path.is_file():
         return path  # written aside and renamed, so a file that is here is whole
     section = source.read()
-    image = section.load_image()
-    small, mpp, scale = limit_resolution(image, meta.mpp, tile.min_mpp)
-    tiles = cut_tiles(small, section.xy * scale, tile.um / mpp, tile.px)
+    with section.open_slide() as slide:
+        tiles = slide.tiles(section.xy, meta.mpp, tile.um, tile.px, tile.min_mpp)
+        overview, overview_mpp = _overview(slide, meta.mpp)
+        notes = [*section.notes, *slide.notes]
     encoded = [encode_tile(t, tile.codec, tile.quality) for t in tiles]
     genes = map_genes(section.gene_ids, meta.species, symbols=section.gene_symbols)
     counts = genes.sum_columns(section.counts)
-    notes = list(section.notes)
     if meta.mpp > tile.min_mpp * 1.05:
         notes.append(
             f"the image has {meta.mpp:.2f} um per px, coarser than the set's {tile.min_mpp:g}: its blur may show"
         )
     if meta.donor.startswith("unstated:"):
         notes.append("the donor is not stated: taken as a donor of its own")
-    overview, overview_mpp = _overview(image, meta.mpp)
     kept, lost = int(counts.sum(dtype=np.int64)), int(section.counts.sum(dtype=np.int64))
     header = {
         "n_spots": len(section.spot_ids), "keys": genes.keys, "overview_mpp": overview_mpp,
@@ -113,13 +113,12 @@ def _spot(section: Section, meta: SectionMeta, i: int) -> dict[str, Any]:
     return out | ({"label": label} if label else {})
 
 
-def _overview(image: np.ndarray, mpp: float) -> tuple[bytes, float]:
+def _overview(slide: Slide, mpp: float) -> tuple[bytes, float]:
     """Return a JPEG of the whole section, at most 1,024 px, and its um per px."""
-    long = max(image.shape[:2])
-    small, small_mpp, _ = limit_resolution(image, mpp, mpp * max(1.0, long / OVERVIEW_PX))
+    small, factor = slide.overview(OVERVIEW_PX)
     out = io.BytesIO()
     Image.fromarray(small).save(out, "JPEG", quality=85)
-    return out.getvalue(), round(small_mpp, 6)
+    return out.getvalue(), round(mpp * factor, 6)
 
 
 def _bytes(data: bytes) -> np.ndarray:

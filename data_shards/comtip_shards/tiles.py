@@ -7,6 +7,8 @@ to a fixed mean and spread. Optical density is -log10((value + 1) / 256) per cha
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +21,15 @@ TISSUE_DENSITY = (0.05, 1.5)
 _DENSITY = -np.log10((np.arange(256, dtype=np.float64) + 1) / 256)
 
 
+def shrunk_size(size: tuple[int, int], mpp: float, min_mpp: float) -> tuple[tuple[int, int], float, float]:
+    """Return (width, height), um per px and px per px of an image shrunk to ``min_mpp`` um per px, if it is finer."""
+    if mpp >= min_mpp:
+        return size, mpp, 1.0
+    shrink, (width, height) = mpp / min_mpp, size
+    small = (max(1, round(width * shrink)), max(1, round(height * shrink)))
+    return small, mpp * width / small[0], small[0] / width
+
+
 def limit_resolution(image_HW3: np.ndarray, mpp: float, min_mpp: float) -> tuple[np.ndarray, float, float]:
     """Shrink an image that is finer than ``min_mpp`` um per px.
 
@@ -27,13 +38,11 @@ def limit_resolution(image_HW3: np.ndarray, mpp: float, min_mpp: float) -> tuple
     image, mpp, scale
         uint8; its um per px; factor for positions. A coarser image comes back as it is, scale 1.
     """
-    if mpp >= min_mpp:
+    size, small_mpp, scale = shrunk_size((image_HW3.shape[1], image_HW3.shape[0]), mpp, min_mpp)
+    if scale == 1.0:
         return image_HW3, mpp, 1.0
-    scale = mpp / min_mpp
-    height, width = image_HW3.shape[:2]
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
     small = Image.fromarray(image_HW3).resize(size, Image.Resampling.LANCZOS)
-    return np.asarray(small), mpp * width / size[0], size[0] / width
+    return np.asarray(small), small_mpp, scale
 
 
 def cut_tiles(image_HW3: np.ndarray, xy_N2: np.ndarray, width_px: float, out_px: int) -> np.ndarray:
@@ -54,17 +63,44 @@ def cut_tiles(image_HW3: np.ndarray, xy_N2: np.ndarray, width_px: float, out_px:
     -------
     uint8 (N, S, S, 3); white outside the image.
     """
-    pad = int(np.ceil(width_px)) + 2
-    padded = Image.fromarray(np.pad(image_HW3, ((pad, pad), (pad, pad), (0, 0)), constant_values=255))
-    half = width_px / 2
+    size = (image_HW3.shape[1], image_HW3.shape[0])
     out = np.empty((len(xy_N2), out_px, out_px, 3), np.uint8)
-    height, width = image_HW3.shape[:2]
-    for i, (x, y) in enumerate(np.asarray(xy_N2, np.float64)):
-        # A spot may lie just outside; its tile is then mostly white, and its box stays inside the padding.
-        cx, cy = np.clip(x, -half, width + half) + pad, np.clip(y, -half, height + half) + pad
-        box = (cx - half, cy - half, cx + half, cy + half)
-        out[i] = np.asarray(padded.resize((out_px, out_px), Image.Resampling.BICUBIC, box=box))
+    windows = cut_windows(lambda b: image_HW3[b[1] : b[3], b[0] : b[2]], size, xy_N2, width_px, out_px)
+    for i, tile in enumerate(windows):
+        out[i] = tile
     return out
+
+
+def cut_windows(
+    read: Callable[[tuple[int, int, int, int]], np.ndarray], size: tuple[int, int], xy_N2: np.ndarray, width_px: float,
+    out_px: int,
+) -> Iterator[np.ndarray]:  # fmt: skip
+    """Yield the tiles of :func:`cut_tiles` from an image that is read in windows.
+
+    Parameters
+    ----------
+    read
+        Returns uint8 RGB of a window (x0, y0, x1, y1) that lies inside the image.
+    size
+        (width, height) of the image.
+    xy_N2, width_px, out_px
+        As for :func:`cut_tiles`.
+    """
+    width, height = size
+    half = width_px / 2
+    # What the bicubic filter may look at beyond the tile.
+    margin = math.ceil(2 * max(1.0, width_px / out_px)) + 1
+    for x, y in np.asarray(xy_N2, np.float64):
+        # A spot may lie just outside; its tile is then mostly white.
+        cx, cy = float(np.clip(x, -half, width + half)), float(np.clip(y, -half, height + half))
+        left, top = math.floor(cx - half) - margin, math.floor(cy - half) - margin
+        right, bottom = math.ceil(cx + half) + margin, math.ceil(cy + half) + margin
+        x0, y0, x1, y1 = max(left, 0), max(top, 0), min(right, width), min(bottom, height)
+        window = np.full((bottom - top, right - left, 3), 255, np.uint8)
+        if x0 < x1 and y0 < y1:
+            window[y0 - top : y1 - top, x0 - left : x1 - left] = read((x0, y0, x1, y1))
+        box = (cx - half - left, cy - half - top, cx + half - left, cy + half - top)
+        yield np.asarray(Image.fromarray(window).resize((out_px, out_px), Image.Resampling.BICUBIC, box=box))
 
 
 @dataclass(frozen=True)
