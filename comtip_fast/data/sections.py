@@ -122,7 +122,7 @@ def _from_shards(shards: ShardSet, section_id: str, tile: TileSpec) -> SectionTi
         )
     number = ids.index(section_id)
     meta = shards.manifest.sections[number]
-    spots = shards.select(sections=[number])
+    spots = shards.source_order(number)
     table = shards.spots.loc[spots]
     template = _template(
         table["spot_id"].tolist(), table[["x_px", "y_px"]].to_numpy(float), table[["array_x", "array_y"]].to_numpy(float),

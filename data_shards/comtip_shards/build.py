@@ -8,39 +8,25 @@ the manifest comes last: a folder without a manifest is not a shard set.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import shutil
-import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
+from itertools import starmap
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
-from comtip_shards import record
+from comtip_shards import record, spots
 from comtip_shards.errors import ShardError, SourceError
-from comtip_shards.identifiers import RESOURCE, GeneHit, GeneResource
-from comtip_shards.manifest import (
-    NAME,
-    Manifest,
-    ManifestSection,
-    Overview,
-    ShardEntry,
-    TileSpec,
-    pack_bits,
-    read_manifest,
-    sha256_of,
-)
+from comtip_shards.manifest import NAME, TileSpec, read_manifest, sha256_of
 from comtip_shards.section import SectionMeta, check_meta
 from comtip_shards.sources.base import SectionSource
-from comtip_shards.stage import Staged, load_staged, stage_section
+from comtip_shards.stage import Staged, stage_section
+from comtip_shards.writer import FOLDERS, GENES_FILE, REPORT_FILE, made_with, set_fingerprint, write_set
 
-GENES_FILE, REPORT_FILE, STAGING = "genes.tsv", "report.txt", ".building"
-STAGE_VERSION = 1
+STAGING = ".building"
+STAGE_VERSION = 2
 UNKNOWN_DONORS = {"", "unknown", "na", "n/a", "none", "nan", "?"}
 
 
@@ -89,7 +75,7 @@ def build_shards(
     _check_tile(tile)
     metas = check_splits(_with_splits([s.meta for s in sources], splits or {}))
     prints = [_fingerprint(s, m, tile) for s, m in zip(sources, metas, strict=True)]
-    whole = hashlib.sha256(json.dumps([prints, max_records]).encode()).hexdigest()
+    whole = set_fingerprint(prints, max_records)
     if _already_built(out, whole):
         report = (out / REPORT_FILE).read_text(encoding="utf-8")
         manifest = read_manifest(out)
@@ -97,7 +83,7 @@ def build_shards(
         return BuildReport(out, manifest.n_spots, manifest.n_genes, ids, report + "(already built)")
     staging = out / STAGING
     staging.mkdir(parents=True, exist_ok=True)
-    staged: list[Path] = []
+    staged: list[Staged] = []
     bar = tqdm(
         list(zip(sources, metas, prints, strict=True)),
         desc="sections",
@@ -107,7 +93,7 @@ def build_shards(
     for source, meta, mark in bar:
         bar.set_postfix_str(meta.section_id)
         staged.append(stage_section(source, meta, tile, mark, staging))
-    report_text = _assemble(staged, metas, tile, whole, out, max_records)
+    report_text = write_set(staged, tile, out, max_records, starmap)
     shutil.rmtree(staging)
     manifest = read_manifest(out)
     return BuildReport(out, manifest.n_spots, manifest.n_genes, [m.section_id for m in metas], report_text)
@@ -159,17 +145,10 @@ def check_splits(metas: list[SectionMeta]) -> list[SectionMeta]:
 def _fingerprint(source: SectionSource, meta: SectionMeta, tile: TileSpec) -> str:
     files = [f for p in source.inputs for f in (sorted(p.iterdir()) if p.is_dir() else [p]) if f.is_file()]
     facts = {
-        "stage": STAGE_VERSION, "meta": asdict(meta), "tile": asdict(tile), "genes": RESOURCE,
-        "files": [(f.name, sha256_of(f)) for f in files], "pillow": _version("pillow"),
+        "stage": STAGE_VERSION, "meta": asdict(meta), "tile": asdict(tile), "made_with": made_with(),
+        "files": [(f.name, sha256_of(f)) for f in files],
     }  # fmt: skip
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
 
 
 def _already_built(out: Path, fingerprint: str) -> bool:
@@ -182,112 +161,8 @@ def _already_built(out: Path, fingerprint: str) -> bool:
         if read_manifest(out).fingerprint == fingerprint:
             return True
         raise ShardError(f"{out} holds another shard set; give a new folder or delete this one")
-    ours = {STAGING, GENES_FILE, REPORT_FILE, "shards", "overview"}
+    ours = {STAGING, GENES_FILE, REPORT_FILE, spots.FILE, NAME + ".writing", *FOLDERS}
     foreign = sorted(p.name for p in out.iterdir() if p.name not in ours)
     if foreign:
         raise ShardError(f"{out} is not empty ({', '.join(foreign[:3])}); give a new folder")
     return False
-
-
-# -- assembly -----------------------------------------------------------------------------------------------
-
-
-def _assemble(
-    staged: list[Path], metas: list[SectionMeta], tile: TileSpec, fingerprint: str, out: Path, max_records: int
-) -> str:
-    for name in ("shards", "overview"):
-        shutil.rmtree(out / name, ignore_errors=True)
-        (out / name).mkdir()
-    headers = [load_staged(p, meta_only=True) for p in staged]
-    keys = sorted({k for h in headers for k in h.keys})
-    row_of = {k: i for i, k in enumerate(keys)}
-    _write_genes(out / GENES_FILE, keys)
-    sections: list[ManifestSection] = []
-    shards: list[ShardEntry] = []
-    first = 0
-    for path, meta in zip(staged, metas, strict=True):
-        one = load_staged(path)
-        rows = np.array([row_of[k] for k in one.keys], np.int64)
-        shards += _write_shards(one, meta, rows, tile, out, first, max_records)
-        sections.append(_section_entry(one, meta, rows, len(keys), out, first))
-        first += one.n_spots
-    manifest = Manifest(tile, GENES_FILE, sha256_of(out / GENES_FILE), len(keys), first, sections, shards, fingerprint)
-    text = _report(manifest)
-    (out / REPORT_FILE).write_text(text, encoding="utf-8")
-    aside = out / (NAME + ".writing")
-    aside.write_text(manifest.to_json(), encoding="utf-8")
-    aside.rename(out / NAME)
-    return text
-
-
-def _write_genes(path: Path, keys: list[str]) -> None:
-    resource = GeneResource.load()
-    lines = ["key\tspecies\tsymbol\tensembl\tname\n"]
-    for key in keys:
-        species, symbol = key.split(":", 1)
-        hit: GeneHit = resource.resolve(symbol, species)
-        lines.append(f"{key}\t{species}\t{symbol}\t{hit.ensembl}\t{hit.name}\n")
-    path.write_text("".join(lines), encoding="utf-8")
-
-
-def _write_shards(
-    one: Staged, meta: SectionMeta, rows: np.ndarray, tile: TileSpec, out: Path, first: int, max_records: int
-) -> list[ShardEntry]:
-    entries = []
-    extension = record.CODECS[tile.codec]
-    for number, start in enumerate(range(0, one.n_spots, max_records)):
-        file = f"shards/{meta.section_id}-{number:04d}.tar"
-        stop = min(start + max_records, one.n_spots)
-        with tarfile.open(out / file, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for i in range(start, stop):
-                key = record.key_of(first + i)
-                part = slice(one.indptr[i], one.indptr[i + 1])
-                order = np.argsort(rows[one.indices[part]], kind="stable")
-                expr = record.encode_expr(rows[one.indices[part]][order], one.data[part][order])
-                for name, data in (
-                    (extension, one.tile(i)),
-                    ("expr", expr),
-                    ("json", record.encode_json(one.spots[i])),
-                ):
-                    info = tarfile.TarInfo(f"{key}.{name}")
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
-        path = out / file
-        entries.append(
-            ShardEntry(file, sha256_of(path), path.stat().st_size, stop - start, first + start, meta.section_id)
-        )
-    return entries
-
-
-def _section_entry(
-    one: Staged, meta: SectionMeta, rows: np.ndarray, n_genes: int, out: Path, first: int
-) -> ManifestSection:
-    file = f"overview/{meta.section_id}.jpg"
-    (out / file).write_bytes(one.overview)
-    with Image.open(io.BytesIO(one.overview)) as picture:
-        width, height = picture.size
-    measured = np.zeros(n_genes, bool)
-    measured[rows] = True
-    return ManifestSection(
-        **asdict(meta), n_spots=one.n_spots, first_spot=first, n_assay_genes=int(measured.sum()),
-        assay_genes=pack_bits(measured), stain=one.stain,
-        overview=Overview(file, sha256_of(out / file), one.overview_mpp, width, height), source=one.source,
-    )  # fmt: skip
-
-
-def _report(manifest: Manifest) -> str:
-    lines = [
-        f"{len(manifest.sections)} sections, {manifest.n_spots} spots, {manifest.n_genes} genes, {len(manifest.shards)} shards; "
-        f"tiles of {manifest.tile.um:g} um in {manifest.tile.px} px",
-    ]
-    trained = {s.donor for s in manifest.sections if s.split == "train"}
-    for s in manifest.sections:
-        lines.append(
-            f"\n{s.section_id}: {s.species} {s.tissue}, donor {s.donor}, split {s.split or 'none'}, {s.n_spots} spots"
-        )
-        if s.split == "val" and s.donor in trained:
-            lines.append("  the donor is a training donor too: this section may stop training, but proves nothing")
-        lines += [f"  {n} spots left out: {reason}" for reason, n in s.source["dropped_spots"].items()]
-        lines += [f"  {line}" for line in s.source["genes"].splitlines()]
-        lines += [f"  {note}" for note in s.source["notes"]]
-    return "\n".join(lines) + "\n"

@@ -34,6 +34,11 @@ EXTRA = "pip install 'comtip-fast[wsi]'"
 Box = tuple[int, int, int, int]
 
 
+def reading_order(xy_N2: np.ndarray, tile_px: float) -> np.ndarray:
+    """Return the order in which to cut tiles: neighbours share blocks of the file, and row by row finds them decoded."""
+    return np.lexsort((xy_N2[:, 0], np.round(xy_N2[:, 1] / max(tile_px, 1.0))))
+
+
 class Slide(ABC):
     """A picture of known size whose windows can be read; a context manager."""
 
@@ -81,8 +86,7 @@ class Slide(ABC):
         uint8 (N, S, S, 3); white outside the picture.
         """
         out = np.empty((len(xy_N2), tile_px, tile_px, 3), np.uint8)
-        # Neighbours share blocks of the file: reading row by row finds them decoded.
-        order = np.lexsort((xy_N2[:, 0], np.round(xy_N2[:, 1] / max(tile_um / mpp, 1.0))))
+        order = reading_order(xy_N2, tile_um / mpp)
         for i, tile in zip(order, self.iter_tiles(xy_N2[order], mpp, tile_um, tile_px, min_mpp), strict=True):
             out[i] = tile
         return out

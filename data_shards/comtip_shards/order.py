@@ -8,8 +8,9 @@ from comtip_shards.keyed import bits, permutation
 
 
 def epoch_batches(
-    section: np.ndarray, spot_index: np.ndarray, batch_size: int, sections_per_batch: int | None, seed: int, epoch: int
-) -> list[np.ndarray]:
+    section: np.ndarray, spot_index: np.ndarray, batch_size: int, sections_per_batch: int | None, seed: int, epoch: int,
+    run: int = 1,
+) -> list[np.ndarray]:  # fmt: skip
     """Return the batches of one epoch; every spot is in exactly one.
 
     Parameters
@@ -23,6 +24,10 @@ def epoch_batches(
         k of them, of different sections where there still are, make a batch. None shuffles all spots alike.
     seed, epoch
         All that the order depends on.
+    run
+        Spots that stay together: a section's spots are cut into runs of so many that lie side by side in the shards,
+        at another place in each epoch, and runs are shuffled instead of spots. Each run is one sequential read and,
+        by the layout of the shards, a random draw from its section. 1 shuffles every spot alike.
 
     Returns
     -------
@@ -31,21 +36,36 @@ def epoch_batches(
     """
     spot_index = np.asarray(spot_index, np.int64)
     if sections_per_batch is None or np.unique(section).size == 1:
-        order = spot_index[np.argsort(bits(seed, "order", epoch, index=spot_index), kind="stable")]
+        order = _shuffled(np.asarray(section), spot_index, run, seed, epoch)
         return _no_single([order[i : i + batch_size] for i in range(0, order.size, batch_size)])
-    pieces = _pieces(section, spot_index, batch_size, sections_per_batch, seed, epoch)
+    pieces = _pieces(section, spot_index, batch_size, sections_per_batch, seed, epoch, run)
     return _no_single(_combine(pieces, batch_size))
 
 
+def _shuffled(section: np.ndarray, spot_index: np.ndarray, run: int, seed: int, epoch: int) -> np.ndarray:
+    """Return the spots in keyed order, runs of a section kept whole."""
+    leader = spot_index
+    if run > 1:
+        leader = np.empty_like(spot_index)
+        for s in np.unique(section):
+            own = np.sort(spot_index[section == s])
+            place = np.arange(own.size)
+            offset = int(bits(seed, "runs", epoch, index=int(s))) % run
+            by_spot = own[np.maximum(place - (place + offset) % run, 0)]
+            leader[section == s] = by_spot[np.searchsorted(own, spot_index[section == s])]
+    # Spots of one run have the same number; the second key keeps them in the order of the shard.
+    return spot_index[np.lexsort((spot_index, bits(seed, "order", epoch, index=leader)))]
+
+
 def _pieces(
-    section: np.ndarray, spot_index: np.ndarray, batch_size: int, k: int, seed: int, epoch: int
+    section: np.ndarray, spot_index: np.ndarray, batch_size: int, k: int, seed: int, epoch: int, run: int
 ) -> list[tuple[int, np.ndarray]]:
     """Return (section, spots) pieces in shuffled order; pieces of one section differ by at most one spot."""
     pieces = []
     size = max(1, batch_size // k)
     for s in np.unique(section):
         own = spot_index[section == s]
-        own = own[np.argsort(bits(seed, "order", epoch, index=own), kind="stable")]
+        own = _shuffled(np.full(own.size, s), own, run, seed, epoch)
         pieces += [(int(s), part) for part in np.array_split(own, -(-own.size // size))]
     return [pieces[i] for i in permutation(seed, "pieces", epoch, n=len(pieces))]
 
@@ -77,3 +97,28 @@ def _no_single(batches: list[np.ndarray]) -> list[np.ndarray]:
     if len(batches) > 1 and batches[-1].size == 1:
         batches[-2:] = [np.concatenate(batches[-2:])]
     return batches
+
+
+def slice_for_rank(batch: np.ndarray, rank: int, world: int) -> np.ndarray:
+    """Return a rank's part of a global batch: all that the world size decides.
+
+    Parts are contiguous and, taken in the order of ranks, are the batch. Where ``world`` does not divide the batch,
+    the first ranks have one spot more; a batch smaller than ``world`` leaves the last ranks an empty part.
+
+    Parameters
+    ----------
+    batch
+        (B,) spots of the global batch, from :func:`epoch_batches`.
+    rank, world
+        0 <= rank < world.
+
+    Raises
+    ------
+    ValueError
+        ``rank`` is not a rank of ``world``.
+    """
+    if not 0 <= rank < world:
+        raise ValueError(f"rank {rank} is not one of a world of {world}")
+    share, more = divmod(len(batch), world)
+    start = rank * share + min(rank, more)
+    return batch[start : start + share + (rank < more)]

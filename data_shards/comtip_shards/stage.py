@@ -4,113 +4,143 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import dataclass, field
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
 
 from comtip_shards.identifiers import map_genes
-from comtip_shards.image import Slide
+from comtip_shards.image import Slide, reading_order
 from comtip_shards.manifest import TileSpec
-from comtip_shards.record import encode_tile
+from comtip_shards.record import encode_json, encode_tile
 from comtip_shards.section import Section, SectionMeta
 from comtip_shards.sources.base import SectionSource
 from comtip_shards.tiles import StainStats, stain_stats
+from comtip_shards.writer import Records, SectionHead, layout
 
 OVERVIEW_PX = 1024
 
 
-def _none() -> np.ndarray:
-    return np.zeros(0, np.int64)
-
-
-@dataclass
+@dataclass(frozen=True)
 class Staged:
-    """What :func:`stage_section` wrote. Gene indices are positions in ``keys``."""
+    """A section that :func:`stage_section` wrote: a folder; its rows are in the order of the source."""
 
-    n_spots: int
-    keys: list[str]
-    spots: list[dict[str, Any]]
-    source: dict[str, Any]
-    stain: StainStats
-    overview_mpp: float
-    overview: bytes = b""
-    indptr: np.ndarray = field(default_factory=_none)
-    indices: np.ndarray = field(default_factory=_none)
-    data: np.ndarray = field(default_factory=_none)
-    tiles: np.ndarray = field(default_factory=_none)
-    offsets: np.ndarray = field(default_factory=_none)
+    folder: Path
+    meta: SectionMeta
+    fingerprint: str
 
-    def tile(self, i: int) -> bytes:
-        """Return one encoded tile."""
-        return self.tiles[self.offsets[i] : self.offsets[i + 1]].tobytes()
+    @cached_property
+    def _facts(self) -> dict[str, Any]:
+        facts: dict[str, Any] = json.loads((self.folder / "facts.json").read_bytes())
+        return facts
+
+    def head(self) -> SectionHead:
+        """Return everything but the records."""
+        facts = self._facts
+        stain = StainStats(tuple(facts["stain"]["od_mean"]), tuple(facts["stain"]["od_std"]))
+        return SectionHead(
+            self.meta, self.fingerprint, len(facts["spots"]), facts["keys"], stain,
+            (self.folder / "overview.jpg").read_bytes(), facts["overview_mpp"], facts["source"],
+        )  # fmt: skip
+
+    def runs(self, size: int) -> Iterator[Records]:
+        """Yield the records in the order of the layout, ``size`` at a time; tiles are not held in memory."""
+        order = layout(self.meta.section_id, len(self._facts["spots"]))
+        tiles = np.memmap(self.folder / "tiles.bin", np.uint8, "r")
+        with np.load(self.folder / "counts.npz", allow_pickle=False) as arrays:
+            indptr, columns, counts = (arrays[k] for k in ("indptr", "columns", "counts"))
+            starts, sizes = arrays["starts"], arrays["sizes"]
+        for start in range(0, order.size, size):
+            rows = order[start : start + size]
+            spans = [slice(indptr[r], indptr[r + 1]) for r in rows]
+            yield Records(
+                tiles=[tiles[starts[r] : starts[r] + sizes[r]].tobytes() for r in rows],
+                jsons=[encode_json(self._facts["spots"][r]) for r in rows],
+                indptr=np.concatenate([[0], np.cumsum(indptr[rows + 1] - indptr[rows])]),
+                columns=np.concatenate([columns[s] for s in spans]),
+                counts=np.concatenate([counts[s] for s in spans]),
+            )
 
 
-def stage_section(source: SectionSource, meta: SectionMeta, tile: TileSpec, mark: str, staging: Path) -> Path:
-    """Read, cut and encode one section, unless this was done before from the same inputs; returns its file."""
-    path = staging / f"{meta.section_id}-{mark[:16]}.npz"
-    if path.is_file():
-        return path  # written aside and renamed, so a file that is here is whole
+def stage_section(source: SectionSource, meta: SectionMeta, tile: TileSpec, mark: str, staging: Path) -> Staged:
+    """Read, cut and encode one section, unless this was done before from the same inputs."""
+    folder = staging / f"{meta.section_id}-{mark[:16]}"
+    if folder.is_dir():
+        return Staged(folder, meta, mark)  # written aside and renamed, so a folder that is here is whole
     section = source.read()
-    with section.open_slide() as slide:
-        tiles = slide.tiles(section.xy, meta.mpp, tile.um, tile.px, tile.min_mpp)
+    aside = staging / f"{folder.name}.{os.getpid()}.writing"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    with section.open_slide() as slide, (aside / "tiles.bin").open("wb") as file:
+        stain, starts, sizes = _write_tiles(section, slide, tile, file)
         overview, overview_mpp = _overview(slide, meta.mpp)
-        notes = [*section.notes, *slide.notes]
-    encoded = [encode_tile(t, tile.codec, tile.quality) for t in tiles]
+        notes = [*section.notes, *slide.notes, *_notes(meta, tile)]
     genes = map_genes(section.gene_ids, meta.species, symbols=section.gene_symbols)
     counts = genes.sum_columns(section.counts)
-    if meta.mpp > tile.min_mpp * 1.05:
-        notes.append(
-            f"the image has {meta.mpp:.2f} um per px, coarser than the set's {tile.min_mpp:g}: its blur may show"
-        )
-    if meta.donor.startswith("unstated:"):
-        notes.append("the donor is not stated: taken as a donor of its own")
+    np.savez(
+        aside / "counts.npz", indptr=counts.indptr.astype(np.int64), columns=counts.indices.astype(np.int32),
+        counts=counts.data.astype(np.int32), starts=starts, sizes=sizes,
+    )  # fmt: skip
+    (aside / "overview.jpg").write_bytes(overview)
     kept, lost = int(counts.sum(dtype=np.int64)), int(section.counts.sum(dtype=np.int64))
-    header = {
-        "n_spots": len(section.spot_ids), "keys": genes.keys, "overview_mpp": overview_mpp,
-        "stain": {"od_mean": stain_stats(tiles).od_mean, "od_std": stain_stats(tiles).od_std},
+    facts = {
+        "keys": genes.keys, "overview_mpp": overview_mpp, "stain": asdict(stain),
         "spots": [_spot(section, meta, i) for i in range(len(section.spot_ids))],
         "source": {
             "dropped_spots": section.dropped, "genes": genes.report(), "notes": notes,
             "unmapped_genes": len(genes.unmapped), "summed_genes": len(genes.collisions), "counts_left_out": lost - kept,
         },
     }  # fmt: skip
-    aside = path.with_suffix(".writing")
-    with aside.open("wb") as file:
-        np.savez(
-            file, header=_bytes(json.dumps(header).encode()), overview=_bytes(overview), indptr=counts.indptr.astype(np.int64),
-            indices=counts.indices.astype(np.int64), data=counts.data.astype(np.int64), tiles=_bytes(b"".join(encoded)),
-            offsets=np.cumsum([0, *map(len, encoded)], dtype=np.int64),
-        )  # fmt: skip
-    aside.rename(path)
-    return path
+    (aside / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+    aside.rename(folder)
+    return Staged(folder, meta, mark)
 
 
-def load_staged(path: Path, *, meta_only: bool = False) -> Staged:
-    """Read a staged section; with ``meta_only`` without its tiles and counts."""
-    with np.load(path, allow_pickle=False) as arrays:
-        header = json.loads(arrays["header"].tobytes())
-        stain = StainStats(tuple(header["stain"]["od_mean"]), tuple(header["stain"]["od_std"]))
-        first = (header["n_spots"], header["keys"], header["spots"], header["source"], stain, header["overview_mpp"])
-        if meta_only:
-            return Staged(*first)
-        names = ("indptr", "indices", "data", "tiles", "offsets")
-        return Staged(*first, arrays["overview"].tobytes(), *(arrays[n] for n in names))
+def _write_tiles(
+    section: Section, slide: Slide, tile: TileSpec, file: BinaryIO
+) -> tuple[StainStats, np.ndarray, np.ndarray]:
+    """Cut, measure, encode and write tiles one by one; returns the stain, and where each spot's tile begins and its size."""
+    order = reading_order(section.xy, tile.um / section.meta.mpp)
+    starts, sizes = np.zeros((2, order.size), np.int64)
+
+    def tiles() -> Iterator[np.ndarray]:
+        cut = slide.iter_tiles(section.xy[order], section.meta.mpp, tile.um, tile.px, tile.min_mpp)
+        for row, one in zip(order, cut, strict=True):
+            starts[row] = file.tell()
+            sizes[row] = file.write(encode_tile(one, tile.codec, tile.quality))
+            yield one
+
+    return stain_stats(tiles()), starts, sizes
+
+
+def _notes(meta: SectionMeta, tile: TileSpec) -> list[str]:
+    notes = []
+    if meta.mpp > tile.min_mpp * 1.05:
+        notes.append(
+            f"the image has {meta.mpp:.2f} um per px, coarser than the set's {tile.min_mpp:g}: its blur may show"
+        )
+    if meta.donor.startswith("unstated:"):
+        notes.append("the donor is not stated: taken as a donor of its own")
+    return notes
 
 
 def _spot(section: Section, meta: SectionMeta, i: int) -> dict[str, Any]:
-    xy, array, label = section.xy[i], section.array_xy[i], section.labels[i]
+    xy, array = section.xy[i], section.array_xy[i]
     out: dict[str, Any] = {
-        "section_id": meta.section_id, "spot_id": section.spot_ids[i],
+        "section_id": meta.section_id, "spot_id": section.spot_ids[i], "source_row": i,
         "x_px": round(float(xy[0]), 3), "y_px": round(float(xy[1]), 3),
     }  # fmt: skip
     if np.isfinite(array).all():
         out |= {"array_x": round(float(array[0]), 4), "array_y": round(float(array[1]), 4)}
     if section.n_pooled is not None:
         out["n_pooled"] = int(section.n_pooled[i])
-    return out | ({"label": label} if label else {})
+    return out | ({"label": section.labels[i]} if section.labels[i] else {})
 
 
 def _overview(slide: Slide, mpp: float) -> tuple[bytes, float]:
@@ -119,7 +149,3 @@ def _overview(slide: Slide, mpp: float) -> tuple[bytes, float]:
     out = io.BytesIO()
     Image.fromarray(small).save(out, "JPEG", quality=85)
     return out.getvalue(), round(mpp * factor, 6)
-
-
-def _bytes(data: bytes) -> np.ndarray:
-    return np.frombuffer(data, np.uint8)

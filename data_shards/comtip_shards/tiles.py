@@ -8,7 +8,7 @@ to a fixed mean and spread. Optical density is -log10((value + 1) / 256) per cha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -111,7 +111,7 @@ class StainStats:
     od_std: tuple[float, float, float]
 
 
-def stain_stats(tiles_NSS3: np.ndarray) -> StainStats:
+def stain_stats(tiles_NSS3: Iterable[np.ndarray]) -> StainStats:
     """Measure a section's stain on its tiles; the reference itself where there is no tissue."""
     # The mean and spread over pixels need only, per channel, how often each of 256 values is a tissue pixel's.
     table = _DENSITY.astype(np.float32)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from tqdm import tqdm
 
 from comtip_shards import record
@@ -45,29 +46,33 @@ class VerifyReport:
 
 
 def verify(path: Path | str, *, progress: bool = False) -> VerifyReport:
-    """Check a shard set: files against hashes, records against the manifest, spots complete, splits by donor.
+    """Check a shard set: files against hashes, records against tables, spots complete, splits by donor.
 
     Problems are collected (at most 100) rather than raised; only a set without a readable manifest raises.
     """
     shards = ShardSet(path)
     report = VerifyReport(shards.path)
+    table: pd.DataFrame | None = None
     try:
-        n_genes = len(shards.genes)
+        shards.genes  # noqa: B018
     except ShardError as error:
         report.problems.append(str(error))
-        n_genes = shards.manifest.n_genes
+    try:
+        table = shards.spots
+        report.problems += _check_spots(shards, table)
+    except ShardError as error:
+        report.problems.append(str(error))
     for number in range(len(shards.manifest.sections)):
         try:
             shards.overview(number)
-            shards.measured(number)
-        except (ShardError, ValueError, OSError) as error:
+        except ShardError as error:
             report.problems.append(str(error))
     try:
         check_splits([_meta(s) for s in shards.manifest.sections])
     except SourceError as error:
         report.problems.append(str(error))
     for shard in tqdm(shards.manifest.shards, desc="verify", unit="shard", disable=None if progress else True):
-        _verify_shard(shards, shard, n_genes, report)
+        _verify_shard(shards, shard, table, report)
         if len(report.problems) >= MAX_PROBLEMS:
             report.problems.append("... and perhaps more; stopped here")
             break
@@ -78,7 +83,19 @@ def _meta(section: ManifestSection) -> SectionMeta:
     return SectionMeta(**{k: getattr(section, k) for k in SectionMeta.__dataclass_fields__})
 
 
-def _verify_shard(shards: ShardSet, shard: ShardEntry, n_genes: int, report: VerifyReport) -> None:
+def _check_spots(shards: ShardSet, table: pd.DataFrame) -> list[str]:
+    """Every spot of a section once, by id and by row of the source."""
+    problems = []
+    for section in shards.manifest.sections:
+        own = table.iloc[section.first_spot : section.first_spot + section.n_spots]
+        if own["spot_id"].duplicated().any():
+            problems.append(f"{shards.path}: a spot of section {section.section_id} stands twice")
+        if not np.array_equal(np.sort(own["source_row"].to_numpy()), np.arange(section.n_spots)):
+            problems.append(f"{shards.path}: source_row of section {section.section_id} does not count its spots")
+    return problems
+
+
+def _verify_shard(shards: ShardSet, shard: ShardEntry, table: pd.DataFrame | None, report: VerifyReport) -> None:
     path = shards.path / shard.file
     if not path.is_file():
         report.problems.append(f"{path}: the shard is gone; copy it back or build the set again")
@@ -87,46 +104,45 @@ def _verify_shard(shards: ShardSet, shard: ShardEntry, n_genes: int, report: Ver
         report.problems.append(f"{path}: not the bytes that were written (size or SHA-256); copy it again")
     try:
         members = index_tar(path)
+        offsets, sizes = shards.places(shard)
     except ShardError as error:
         report.problems.append(str(error))
         return
-    extension = record.CODECS[shards.manifest.tile.codec]
     spots = range(shard.first_spot, shard.first_spot + shard.records)
-    wanted = {f"{record.key_of(s)}.{e}" for s in spots for e in (extension, "expr", "json")}
-    strange = sorted(set(members) ^ wanted)
+    names = [n for s in spots for n in record.members_of(s, shards.manifest.tile.codec)]
+    indexed = dict(zip(names, zip(offsets.ravel().tolist(), sizes.ravel().tolist(), strict=True), strict=True))
+    strange = sorted({n for n in set(members) | set(indexed) if members.get(n) != indexed.get(n)})
     if strange:
-        report.problems.append(f"{path}: {len(strange)} members missing or too many, e.g. {strange[0]}")
-    section = shards.section_number(shard.section_id)
-    measured = shards.measured(section)
-    data = path.read_bytes()
+        report.problems.append(
+            f"{path}: {len(strange)} members missing, too many, or not where the index says, e.g. {strange[0]}"
+        )
     for spot in spots:
-        _verify_record(data, members, spot, extension, shards, shard, measured, n_genes, report)
+        try:
+            report.counts += _verify_record(shards, shard, spot, table)
+            report.records += 1
+        except ShardError as error:
+            report.problems.append(str(error))
+            if len(report.problems) >= MAX_PROBLEMS:
+                return
 
 
-def _verify_record(
-    data: bytes, members: dict[str, tuple[int, int]], spot: int, extension: str, shards: ShardSet, shard: ShardEntry,
-    measured: np.ndarray, n_genes: int, report: VerifyReport,
-) -> None:  # fmt: skip
-    key = record.key_of(spot)
-    where = f"{shards.path / shard.file}: record {key}"
-
-    def member(name: str) -> bytes:
-        start, size = members[f"{key}.{name}"]
-        return data[start : start + size]
-
-    if any(f"{key}.{e}" not in members for e in (extension, "expr", "json")):
-        return  # already said, for the shard as a whole
-    try:
-        tile = shards.manifest.tile
-        record.decode_tile(member(extension), tile.px, tile.codec, where)
-        rows, counts = record.decode_expr(member("expr"), n_genes, where)
-        if rows.size and not measured[rows].all():
-            raise ShardError(f"{where}.expr: counts of a gene that the section did not measure")
-        meta = record.decode_json(member("json"), where)
-        if meta["section_id"] != shard.section_id:
-            raise ShardError(f"{where}.json: section {meta['section_id']}, the manifest says {shard.section_id}")
-    except ShardError as error:
-        report.problems.append(str(error))
-        return
-    report.records += 1
-    report.counts += int(counts.sum(dtype=np.int64))
+def _verify_record(shards: ShardSet, shard: ShardEntry, spot: int, table: pd.DataFrame | None) -> int:
+    """Check one record whole; returns the sum of its counts."""
+    where = shards.where(spot)
+    shards.tiles([spot])
+    counts = shards.counts([spot])
+    if not shards.measured(shards.section_number(shard.section_id))[counts.indices].all():
+        raise ShardError(f"{where}.expr: counts of a gene that the section did not measure", kind="counts")
+    meta = record.decode_json(shards.members([spot], "json")[0], where)
+    if meta["section_id"] != shard.section_id:
+        raise ShardError(
+            f"{where}.json: says section {meta['section_id']}, the manifest says {shard.section_id}", kind="spot"
+        )
+    if table is not None:
+        row = table.loc[spot]
+        for name, value in meta.items():
+            if row.get(name) != value:
+                raise ShardError(
+                    f"{where}.json: {name} is {value!r}, the table of spots says {row.get(name)!r}", kind="spot"
+                )
+    return int(counts.sum(dtype=np.int64))

@@ -16,6 +16,7 @@ from comtip_shards import build as build_module
 from comtip_shards.build import build_shards
 from comtip_shards.sources import open_source
 from comtip_shards.tiles import cut_tiles, stain_stats
+from comtip_shards.writer import layout
 from PIL import Image
 
 from comtip_fast.testing.tiny import TinySection, write_tiny_source
@@ -29,7 +30,8 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 def test_counts_and_positions_come_back_exactly(tiny_source: Path, tiny_shards: ShardSet):
     number = tiny_shards.section_number("x1")
-    spots = tiny_shards.select(sections=[number])
+    spots = tiny_shards.source_order(number)
+    assert sorted(spots) == tiny_shards.select(sections=[number]).tolist()
     table = pd.read_csv(tiny_source / "x1.tsv.gz", sep="\t", index_col=0)
     symbols = [g.symbol for g in tiny_shards.genes]
     got = pd.DataFrame(tiny_shards.counts(spots).toarray(), columns=symbols)[table.columns.tolist()]
@@ -44,9 +46,9 @@ def test_png_tiles_are_exact_and_stain_is_theirs(tiny_source: Path, tmp_path: Pa
     build_shards(open_source(tiny_source, samples=["t1"]), tmp_path / "s", codec="png", **SIZE)
     shards = ShardSet(tmp_path / "s")
     image = np.asarray(Image.open(tiny_source / "t1.png"))
-    xy = shards.spots[["x_px", "y_px"]].to_numpy()
-    want = cut_tiles(image, xy, 224 / 5, 32)
-    np.testing.assert_array_equal(shards.tiles(range(len(shards))), want)
+    order = shards.source_order(0)
+    want = cut_tiles(image, shards.spots.loc[order, ["x_px", "y_px"]].to_numpy(), 224 / 5, 32)
+    np.testing.assert_array_equal(shards.tiles(order), want)
     assert shards.stain(0) == stain_stats(want)
 
 
@@ -147,7 +149,7 @@ def test_genes_that_do_not_map_are_left_out_and_said(tmp_path: Path):
     # HER2 is an alias of ERBB2, which is there too: summed, and said.
     row = [g.key for g in shards.genes].index("human:ERBB2")
     np.testing.assert_array_equal(
-        shards.counts(range(9))[:, row].toarray().ravel(), (table["ERBB2"] + table["HER2"]).to_numpy()
+        shards.counts(shards.source_order(0))[:, row].toarray().ravel(), (table["ERBB2"] + table["HER2"]).to_numpy()
     )
     assert "human:ERBB2 <- ERBB2 + HER2" in report.text
 
@@ -159,3 +161,42 @@ def test_shards_hold_at_most_what_was_asked_for(tiny_source: Path, tmp_path: Pat
     with tarfile.open(tmp_path / "s" / shards.manifest.shards[1].file) as tar:
         assert tar.getnames()[0] == "000000020.jpg"
     shutil.rmtree(tmp_path / "s")
+
+
+def test_the_index_is_what_dalis_own_tool_writes(tiny_shards: ShardSet, tmp_path: Path):
+    wds2idx = pytest.importorskip("wds2idx", reason="comes with nvidia-dali")
+    for shard in tiny_shards.manifest.shards:
+        path = tiny_shards.path / shard.file
+        wds2idx.IndexCreator(str(path), str(tmp_path / "x.idx"), verbose=False).create_index()
+        assert (tiny_shards.path / shard.index).read_text() == (tmp_path / "x.idx").read_text()
+
+
+def test_dali_reads_shards_by_their_index(tiny_shards: ShardSet):
+    pytest.importorskip("nvidia.dali", reason="extra dali-cu12 or dali-cu13")
+    from nvidia.dali import fn, pipeline_def
+
+    shards = tiny_shards.manifest.shards[:2]
+
+    @pipeline_def(batch_size=sum(s.records for s in shards), num_threads=1, device_id=None)
+    def pipeline() -> object:
+        paths = [str(tiny_shards.path / s.file) for s in shards]
+        index = [str(tiny_shards.path / s.index) for s in shards]
+        return tuple(fn.readers.webdataset(paths=paths, index_paths=index, ext=["jpg", "expr", "json"]))
+
+    pipe = pipeline()
+    pipe.build()
+    for column, part in zip(pipe.run(), ["tile", "expr", "json"], strict=True):
+        want = tiny_shards.members(range(len(column)), part)
+        assert [np.asarray(column.at(i)).tobytes() for i in range(len(column))] == want
+
+
+def test_a_run_of_records_is_a_random_draw_from_the_section(tiny_shards: ShardSet):
+    for number, section in enumerate(tiny_shards.manifest.sections):
+        rows = tiny_shards.spots.loc[tiny_shards.select(sections=[number]), "source_row"].to_numpy()
+        np.testing.assert_array_equal(rows, layout(section.section_id, section.n_spots))
+        assert sorted(rows) == list(range(section.n_spots))
+    many = layout("s", 4000)
+    # Raster order has the rows of a quarter in one quarter of the section; a random draw has them everywhere.
+    halves = (many[:1000] < 2000).mean()
+    assert 0.45 < halves < 0.55
+    assert abs(np.corrcoef(np.arange(4000), many)[0, 1]) < 0.05

@@ -1,7 +1,7 @@
 """A damaged set is never read as a whole one: each fault names the shard, and verify finds it."""
 
 import io
-import json
+import itertools
 import shutil
 import struct
 import tarfile
@@ -11,9 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from comtip_shards import ShardError, ShardSet
-from comtip_shards.order import epoch_batches
-from comtip_shards.record import decode_expr, encode_expr
+from comtip_shards.manifest import read_manifest
+from comtip_shards.record import decode_expr, decode_exprs, encode_expr
+from comtip_shards.testing import change_manifest, reseal, rewrite, seal_files
 from comtip_shards.verify import verify
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 
@@ -25,17 +28,6 @@ def copy(tiny_shards: ShardSet, tmp_path: Path) -> Path:
 
 def first_shard(folder: Path) -> Path:
     return folder / ShardSet(folder).manifest.shards[0].file
-
-
-def rewrite(path: Path, change: Callable[[dict[str, bytes]], None]) -> None:
-    with tarfile.open(path) as tar:
-        members = {m.name: tar.extractfile(m).read() for m in tar}
-    change(members)
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
 
 
 def picture(size: int) -> bytes:
@@ -51,33 +43,68 @@ def test_a_whole_set_verifies(tiny_shards: ShardSet):
     assert report.counts == int(tiny_shards.counts(range(len(tiny_shards))).sum())
 
 
-FAULTS = {
-    "tile of another size": (lambda m: m.update({"000000000.jpg": picture(48)}), "tiles", "48 x 48 px"),
-    "huge tile": (lambda m: m.update({"000000000.jpg": picture(9000)}), "tiles", "9000 x 9000 px"),
-    "tile is noise": (lambda m: m.update({"000000000.jpg": b"\xff\xd8nonsense"}), "tiles", "cannot be decoded"),
-    "tile cut short": (lambda m: m.update({"000000000.jpg": m["000000000.jpg"][:200]}), "tiles", "cannot be decoded"),
-    "tile gone": (lambda m: m.pop("000000000.jpg"), "tiles", r"member \.jpg is missing"),
-    "counts gone": (lambda m: m.pop("000000000.expr"), "counts", r"member \.expr is missing"),
-    "counts of another format": (lambda m: m.update({"000000000.expr": b"CTX2" + b"\0" * 4}), "counts", "not a count record"),
-    "counts cut short": (lambda m: m.update({"000000000.expr": m["000000000.expr"][:-4]}), "counts", "bytes for"),
-    "gene out of range": (lambda m: m.update({"000000000.expr": encode_expr(np.array([9999]), np.array([1]))}), "counts", "stay under"),
-    "genes not ascending": (lambda m: m.update({"000000000.expr": encode_expr(np.array([2, 1]), np.array([1, 1]))}), "counts", "ascend"),
-    "count of zero": (lambda m: m.update({"000000000.expr": encode_expr(np.array([2]), np.array([0]))}), "counts", "counts must be"),
-    "spot of another section": (lambda m: m.update({"000000000.json": m["000000000.json"].replace(b'"t1"', b'"t2"')}), "spots", "says section t2"),
-    "json is not": (lambda m: m.update({"000000000.json": b"{"}), "spots", "not JSON"),
-}  # fmt: skip
+KEY = "000000000"
+DAMAGE = {
+    "tile of another size": lambda m: m.update({f"{KEY}.jpg": picture(48)}),
+    "tile cut short": lambda m: m.update({f"{KEY}.jpg": m[f"{KEY}.jpg"][:200]}),
+    "tile gone": lambda m: m.pop(f"{KEY}.jpg"),
+    "counts gone": lambda m: m.pop(f"{KEY}.expr"),
+    "one count changed": lambda m: m.update({f"{KEY}.expr": m[f"{KEY}.expr"][:-1] + b"\7"}),
+    "tiles exchanged": lambda m: m.update({f"{KEY}.jpg": m["000000001.jpg"], "000000001.jpg": m[f"{KEY}.jpg"]}),
+    "json of another section": lambda m: m.update({f"{KEY}.json": m[f"{KEY}.json"].replace(b'"t1"', b'"t2"')}),
+}
 
 
-@pytest.mark.parametrize("name", FAULTS)
-def test_faults_name_shard_and_key(copy: Path, name: str):
-    change, what, message = FAULTS[name]
-    rewrite(first_shard(copy), change)
-    shards = ShardSet(copy)
-    with pytest.raises(ShardError, match=rf"t1-0000\.tar.*(000000000).*{message}"):
-        shards.spots if what == "spots" else getattr(shards, what)([0])
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_names_shard_and_key(copy: Path, name: str):
+    rewrite(first_shard(copy), DAMAGE[name])
+    part = "expr" if "count" in name else "json" if "json" in name else "tile"
+    with pytest.raises(ShardError, match=rf"t1-0000\.tar: record {KEY}: the member \.\w+ (is not|is cut)") as error:
+        ShardSet(copy).members([0], part)
+    assert error.value.kind in {"checksum", "truncated"}
     report = verify(copy)
     assert not report.ok
     assert any("t1-0000.tar" in p for p in report.problems)
+
+
+def expr(rows: list[int], counts: list[int]) -> bytes:
+    return encode_expr(np.array(rows), np.array(counts))
+
+
+FORGED = {
+    "tile of another size": ("jpg", lambda d: picture(48), "48 x 48 px"),
+    "huge tile": ("jpg", lambda d: picture(9000), "9000 x 9000 px"),
+    "tile is noise": ("jpg", lambda d: b"\xff\xd8nonsense", "cannot be decoded"),
+    "tile cut short": ("jpg", lambda d: d[:200], "cannot be decoded"),
+    "counts of another format": ("expr", lambda d: b"CTX1" + d[4:], "not a count record"),
+    "counts too short": ("expr", lambda d: d[:11], "not a count record"),
+    "counts cut short": ("expr", lambda d: d[:-4], "bytes for"),
+    "more genes than there are bytes": ("expr", lambda d: d[:4] + b"\xff" * 12, "bytes for"),
+    "gene out of range": ("expr", lambda d: expr([9999], [1]), "stay under"),
+    "a gap that does not end": ("expr", lambda d: expr([2, 3], [1, 1])[:-3] + b"\xff\0\0", "gaps between genes"),
+    "a count of 2^31": ("expr", lambda d: expr([2], [2**31]), "counts above 255"),
+    "a large count that is small": ("expr", lambda d: expr([2], [300]).replace(struct.pack("<I", 300), struct.pack("<I", 9)), "counts above"),
+    "json is not": ("json", lambda d: b"{", "not JSON"),
+    "json too deep": ("json", lambda d: b"[" * 100_000, "not JSON"),
+    "json of another section": ("json", lambda d: d.replace(b'"t1"', b'"t2"'), "says section t2"),
+    "json of another place": ("json", lambda d: d.replace(b'"x_px":', b'"x_px":1'), "x_px is"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_what_hashes_do_not_see_decoding_does(copy: Path, name: str):
+    """A set whose every hash agrees with its hostile content."""
+    extension, change, message = FORGED[name]
+    rewrite(first_shard(copy), lambda m: m.update({f"{KEY}.{extension}": change(m[f"{KEY}.{extension}"])}))
+    reseal(copy, read_manifest(copy))
+    report = verify(copy)
+    assert len(report.problems) == 1
+    assert KEY in report.text
+    assert message in report.text
+    if extension != "json":
+        with pytest.raises(ShardError, match=rf"t1-0000\.tar: record {KEY}.*{message}") as error:
+            ShardSet(copy).tiles([0]) if extension == "jpg" else ShardSet(copy).counts([5, 0])
+        assert error.value.kind == {"jpg": "tile", "expr": "counts"}[extension]
 
 
 def test_one_flipped_bit_anywhere_is_found(copy: Path):
@@ -104,35 +131,41 @@ def test_truncated_and_vanished_shards(copy: Path):
 
 
 @pytest.mark.parametrize("kind", ["link", "path", "twice"])
-def test_hostile_tars_are_refused(copy: Path, kind: str):
+def test_hostile_tars_are_not_touched_and_verify_says_so(copy: Path, kind: str):
     path = first_shard(copy)
+    before = ShardSet(copy).tiles(range(49))
     with tarfile.open(path, "a") as tar:
         info = tarfile.TarInfo({"link": "000000099.jpg", "path": "../../evil.jpg", "twice": "000000000.jpg"}[kind])
         if kind == "link":
             info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(info, io.BytesIO(b""))
-    with pytest.raises(ShardError, match=r"no plain file|twice"):
-        ShardSet(copy).tiles([0])
-
-
-def change_manifest(folder: Path, change: Callable[[dict], None]) -> None:
-    path = folder / "manifest.json"
-    data = json.loads(path.read_text())
-    change(data)
-    path.write_text(json.dumps(data))
+    # The reader goes to the indexed, checked members and to nothing else.
+    np.testing.assert_array_equal(ShardSet(copy).tiles(range(49)), before)
+    text = verify(copy).text
+    assert "no plain file" in text or "twice" in text
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(version=2), "format version 2"),
+        (
+            lambda m: m.update(version=1),
+            "format version 1, this package reads 2; build the set again: comtip shards build",
+        ),
         (lambda m: m.update(format="zip"), "not the manifest"),
         (lambda m: m.pop("n_genes"), "n_genes"),
         (lambda m: m.update(n_spots=7), "n_spots says 7"),
         (lambda m: m["shards"][0].update(file="../../etc/passwd"), "leaves the folder"),
         (lambda m: m["shards"][0].update(file="/etc/passwd"), "leaves the folder"),
         (lambda m: m["tile"].update(codec="pickle"), "not understood"),
+        (lambda m: m["shards"][0].update(index="../t1.idx"), "leaves the folder"),
         (lambda m: m["sections"][0].update(surprise=1), "surprise"),
+        (lambda m: m["sections"][0].update(n_spots="49"), "n_spots"),
+        (lambda m: m["sections"][0].update(mpp=None), "mpp"),
+        (lambda m: m["sections"][0].update(assay_genes="AA=="), "assay_genes"),
+        (lambda m: m["shards"][0].update(section_id="t2"), "not within its section"),
+        (lambda m: m["shards"][0].update(bytes=49 * 1024), "more records than it has room"),
+        (lambda m: m["sections"][0].update(donor="someone else"), "edited by hand"),
     ],
 )
 def test_manifests_that_do_not_hold_together(copy: Path, change: Callable[[dict], None], message: str):
@@ -147,47 +180,29 @@ def test_another_gene_table_is_refused(copy: Path):
     with pytest.raises(ShardError, match=r"genes\.tsv"):
         ShardSet(copy).genes  # noqa: B018
     assert "genes.tsv" in verify(copy).text
+    seal_files(copy)
+    with pytest.raises(ShardError, match=r"genes\.tsv: 31 genes, the manifest says 30"):
+        ShardSet(copy).genes  # noqa: B018
 
 
 def test_expr_round_trip_and_its_bytes():
-    rows, counts = np.array([0, 5, 70000]), np.array([1, 2**31 - 1, 3])
+    rows, counts = np.array([0, 5, 261, 517, 70000]), np.array([1, 2**31 - 1, 255, 256, 3])
     data = encode_expr(rows, counts)
-    assert data[:8] == b"CTX1" + struct.pack("<I", 3)
+    # 5 genes; gaps 0, 4, 255, 255 and 69482 = 272 * 255 + 122; two counts above 255.
+    want = b"CTX2" + struct.pack("<5I", 5, 2 + 2 + 2 + 273, 2, 2**31 - 1, 256)
+    want += bytes([0, 4, 255, 0, 255, 0]) + b"\xff" * 272 + bytes([122]) + bytes([0, 255, 254, 255, 2])
+    assert data == want
     got = decode_expr(data, 70001, "here")
     np.testing.assert_array_equal(got[0], rows)
     np.testing.assert_array_equal(got[1], counts)
     assert decode_expr(encode_expr(np.array([]), np.array([])), 5, "here")[0].size == 0
 
 
-# -- order ------------------------------------------------------------------------------------------------------
-
-SECTION = np.repeat([0, 1, 2, 3], [50, 7, 120, 33])
-
-
-@pytest.mark.parametrize("k", [None, 1, 2, 3])
-@pytest.mark.parametrize("batch", [16, 64, 500])
-def test_every_spot_once_per_epoch(k: int | None, batch: int):
-    spots = np.arange(SECTION.size) * 3 + 1
-    batches = epoch_batches(SECTION, spots, batch, k, seed=5, epoch=2)
-    assert sorted(np.concatenate(batches).tolist()) == spots.tolist()
-    assert all(2 <= b.size <= batch + 1 for b in batches)
-
-
-def test_order_is_a_function_of_seed_and_epoch():
-    spots = np.arange(SECTION.size)
-
-    def order(seed: int, epoch: int) -> list[int]:
-        return np.concatenate(epoch_batches(SECTION, spots, 32, 2, seed, epoch)).tolist()
-
-    assert order(1, 0) == order(1, 0)
-    assert order(1, 0) != order(1, 1)
-    assert order(1, 0) != order(2, 0)
-
-
-def test_batches_come_from_few_sections():
-    section = np.repeat(np.arange(8), 64)
-    batches = epoch_batches(section, np.arange(512), 64, 2, seed=0, epoch=0)
-    assert len(batches) == 8
-    assert {np.unique(section[b]).size for b in batches[:-2]} == {2}
-    mixed = epoch_batches(section, np.arange(512), 64, None, seed=0, epoch=0)
-    assert min(np.unique(section[b]).size for b in mixed) > 4
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.dictionaries(st.integers(0, 2999), st.integers(1, 2**31 - 1), max_size=40), max_size=5))
+def test_many_records_decode_as_one_by_one(spots: list[dict[int, int]]):
+    records = [encode_expr(np.array(sorted(s), int), np.array([s[r] for r in sorted(s)], int)) for s in spots]
+    indptr, rows, counts = decode_exprs(records, 3000, str)
+    assert indptr.tolist() == np.cumsum([0, *map(len, spots)]).tolist()
+    got = [dict(zip(rows[a:b].tolist(), counts[a:b].tolist(), strict=True)) for a, b in itertools.pairwise(indptr)]
+    assert got == spots

@@ -1,0 +1,120 @@
+"""``spots.parquet``: one row per spot, so that opening a set decodes no JSON and every read can be checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from comtip_shards.errors import ShardError
+
+FILE = "spots.parquet"
+_TEXT = ("section_id", "spot_id", "label")
+_MAX_TEXT = 4096
+SCHEMA = pa.schema(
+    [
+        ("spot_index", pa.int64()),
+        ("section_id", pa.string()),
+        ("spot_id", pa.string()),
+        ("source_row", pa.int64()),
+        ("x_px", pa.float64()),
+        ("y_px", pa.float64()),
+        ("array_x", pa.float64()),
+        ("array_y", pa.float64()),
+        ("label", pa.string()),
+        ("n_pooled", pa.int64()),
+        ("crc_tile", pa.uint32()),
+        ("crc_expr", pa.uint32()),
+        ("crc_json", pa.uint32()),
+    ]
+)
+CRC_COLUMNS = ["crc_tile", "crc_expr", "crc_json"]
+
+
+def table_of(first_spot: int, metas: Sequence[dict[str, Any]], crcs: np.ndarray) -> pa.Table:
+    """Return the rows of one section.
+
+    Parameters
+    ----------
+    first_spot
+        Spot index of the first row.
+    metas
+        What each record's ``.json`` holds, in the order of spot index.
+    crcs
+        uint32 (n, 3): CRC-32 of each member.
+    """
+    nan = float("nan")
+    columns: dict[str, Any] = {
+        "spot_index": np.arange(first_spot, first_spot + len(metas)),
+        "section_id": [m["section_id"] for m in metas],
+        "spot_id": [m["spot_id"] for m in metas],
+        "source_row": [m["source_row"] for m in metas],
+        "x_px": [float(m["x_px"]) for m in metas],
+        "y_px": [float(m["y_px"]) for m in metas],
+        "array_x": [float(m.get("array_x", nan)) for m in metas],
+        "array_y": [float(m.get("array_y", nan)) for m in metas],
+        "label": [m.get("label", "") for m in metas],
+        "n_pooled": [m.get("n_pooled", 0) for m in metas],
+        **{name: crcs[:, i] for i, name in enumerate(CRC_COLUMNS)},
+    }
+    return pa.table(columns, schema=SCHEMA)
+
+
+class SpotsWriter(pq.ParquetWriter):
+    """Writes the table, one row group per section."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, SCHEMA, compression="zstd", use_dictionary=list(_TEXT))
+
+
+def open_spots(path: Path, n_spots: int) -> pq.ParquetFile:
+    """Open the table without reading it; refuse one that is not of this set or would unfold without bound."""
+    try:
+        file = pq.ParquetFile(path, read_dictionary=list(_TEXT))
+        groups = [file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups)]
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise ShardError(f"{path}: not a table of spots that can be read ({error})", kind="spots") from error
+    if file.schema_arrow.names != SCHEMA.names or file.metadata.num_rows != n_spots:
+        raise ShardError(f"{path}: not the table of this set's {n_spots} spots", kind="spots")
+    if sum(groups) > 2**20 * len(groups) + 256 * n_spots + _MAX_TEXT * n_spots:
+        raise ShardError(f"{path}: {sum(groups)} bytes for {n_spots} spots; do not use this set", kind="spots")
+    return file
+
+
+def read_columns(path: Path, n_spots: int, columns: Sequence[str]) -> pa.Table:
+    """Read some columns; texts stay dictionaries, so that a hostile table cannot unfold them."""
+    file = open_spots(path, n_spots)
+    try:
+        table = file.read(columns=list(columns), use_threads=False)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise ShardError(f"{path}: cannot be read ({error}); copy it again", kind="spots") from error
+    for name in columns:
+        column = table.column(name)
+        wanted = SCHEMA.field(name).type
+        if column.null_count or (column.type != wanted and name not in _TEXT):
+            raise ShardError(f"{path}: column {name} holds {column.type} with {column.null_count} gaps", kind="spots")
+        if name in _TEXT and any(len(v) > _MAX_TEXT for c in column.chunks for v in c.dictionary.to_pylist()):
+            raise ShardError(f"{path}: column {name} holds a text of more than {_MAX_TEXT} characters", kind="spots")
+    return table
+
+
+def read_spots(path: Path, n_spots: int) -> pd.DataFrame:
+    """Return the table for people, indexed by ``spot_index``; ``section_id`` and ``label`` are categories."""
+    names = [n for n in SCHEMA.names if n not in CRC_COLUMNS]
+    table = read_columns(path, n_spots, names)
+    frame = pd.DataFrame({n: table.column(n).to_pandas() for n in names if n not in ("spot_index", "spot_id")})
+    frame.insert(1, "spot_id", table.column("spot_id").cast(pa.string()).to_pandas(types_mapper=None))
+    if not np.array_equal(table.column("spot_index").to_numpy(), np.arange(n_spots)):
+        raise ShardError(f"{path}: spot_index does not count from 0", kind="spots")
+    return frame.set_index(pd.RangeIndex(n_spots, name="spot_index"))
+
+
+def read_crcs(path: Path, n_spots: int) -> np.ndarray:
+    """Return CRC-32 of every member, uint32 (n_spots, 3)."""
+    table = read_columns(path, n_spots, CRC_COLUMNS)
+    return np.stack([table.column(c).to_numpy() for c in CRC_COLUMNS], axis=1)
