@@ -1,19 +1,14 @@
 """Readers: what they read, and what each bad input is told. Fixtures are made here, faithful to the real layouts."""
 
 import gzip
-import json
-import shutil
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pandas as pd
 import pytest
 from comtip_shards import SourceError
 from comtip_shards.sources import detect, open_source
 from PIL import Image
-from scipy import io as scipy_io
-from scipy import sparse
 
 from comtip_fast.testing.tiny import SYMBOLS, TinySection, write_tiny_source
 
@@ -223,119 +218,3 @@ def test_legacy_st_beyond_the_array_is_refused(legacy: Path):
     table.to_csv(legacy / "A1.tsv.gz", sep="\t")
     with pytest.raises(SourceError, match="beyond 33 x 35"):
         open_source(legacy, overrides=FACTS)[0].read()
-
-
-# -- Space Ranger -----------------------------------------------------------------------------------------------
-
-GENES = ["ENSG00000141736", "ENSG00000186847", "ENSG00000019582", "CTRL1"]
-NAMES = ["ERBB2", "KRT14", "CD74", "control"]
-KINDS = ["Gene Expression"] * 3 + ["Antibody Capture"]
-
-
-def space_ranger(folder: Path, *, version: int, mex: bool, image: str = "tissue_hires_image.png") -> sparse.csc_matrix:
-    """Write an ``outs`` folder of a Visium run: 12 spots on a hexagonal grid 140 px apart, 10 in tissue."""
-    spatial = folder / "spatial"
-    spatial.mkdir(parents=True)
-    rows, cols = np.divmod(np.arange(12), 4)
-    y, x = 300 + rows * 140 * np.sqrt(3) / 2, 300 + cols * 140 + (rows % 2) * 70
-    barcodes = [f"ACGT{i:02d}-1" for i in range(12)]
-    columns = ["barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres"]
-    table = pd.DataFrame(
-        dict(
-            zip(columns, [barcodes, [0, 0] + [1] * 10, rows, 2 * cols + rows % 2, y.round(1), x.round(1)], strict=True)
-        )
-    )
-    if version == 1:
-        table.to_csv(spatial / "tissue_positions_list.csv", header=False, index=False)
-    elif version == 2:
-        table.to_csv(spatial / "tissue_positions.csv", index=False)
-    else:
-        table.to_parquet(spatial / "tissue_positions.parquet")
-    factors = {"spot_diameter_fullres": 140 * 0.55, "tissue_hires_scalef": 0.5, "tissue_lowres_scalef": 0.25}
-    (spatial / "scalefactors_json.json").write_text(json.dumps(factors))
-    Image.new("RGB", (600, 500), (220, 180, 220)).save(spatial / image)
-    counts = sparse.random(4, 10, 0.6, "csc", random_state=0, data_rvs=lambda n: np.arange(1, n + 1))
-    present = barcodes[2:]
-    if mex:
-        target = folder / "filtered_feature_bc_matrix"
-        target.mkdir()
-        (target / "barcodes.tsv.gz").write_bytes(gzip.compress(("\n".join(present) + "\n").encode()))
-        lines = "\n".join(f"{g}\t{n}\t{k}" for g, n, k in zip(GENES, NAMES, KINDS, strict=True)) + "\n"
-        (target / "features.tsv.gz").write_bytes(gzip.compress(lines.encode()))
-        scipy_io.mmwrite(target / "matrix.mtx", counts.astype(int))
-        raw = (target / "matrix.mtx").read_bytes()
-        (target / "matrix.mtx").unlink()
-        (target / "matrix.mtx.gz").write_bytes(gzip.compress(raw))
-    else:
-        with h5py.File(folder / "filtered_feature_bc_matrix.h5", "w") as file:
-            group = file.create_group("matrix")
-            group["barcodes"] = np.array(present, "S")
-            for name, values in (
-                ("data", counts.data),
-                ("indices", counts.indices),
-                ("indptr", counts.indptr),
-                ("shape", [4, 10]),
-            ):
-                group[name] = values
-            for name, values in (("id", GENES), ("name", NAMES), ("feature_type", KINDS)):
-                group[f"features/{name}"] = np.array(values, "S")
-    return counts
-
-
-@pytest.mark.parametrize("version", [1, 2, 3])
-@pytest.mark.parametrize("mex", [False, True])
-def test_space_ranger_versions(tmp_path: Path, version: int, mex: bool):
-    truth = space_ranger(tmp_path / "run", version=version, mex=mex)
-    assert detect(tmp_path / "run")[0].name == "space_ranger"
-    section = open_source(tmp_path / "run", overrides={"tissue": "breast"})[0].read()
-    assert section.meta.species == "human"
-    assert section.gene_ids == GENES[:3]
-    np.testing.assert_array_equal(section.counts.toarray(), truth[:3].T.toarray())
-    # Positions are px of the hires picture: half of full resolution, x = column.
-    np.testing.assert_allclose(section.xy[0], [(300 + 2 * 140) * 0.5, 300 * 0.5])
-    assert section.meta.mpp == pytest.approx(100 / 140 / 0.5, rel=1e-3)
-    assert any("cut from tissue_hires_image.png" in n for n in section.notes)
-
-
-def test_space_ranger_takes_the_original_image(tmp_path: Path):
-    space_ranger(tmp_path / "run", version=2, mex=False)
-    Image.new("RGB", (1200, 1000)).save(tmp_path / "full.png")
-    facts = {"tissue": "breast", "image": str(tmp_path / "full.png")}
-    section = open_source(tmp_path / "run", overrides=facts)[0].read()
-    np.testing.assert_allclose(section.xy[0], [300 + 2 * 140, 300])
-    assert section.meta.mpp == pytest.approx(100 / 140, rel=1e-3)
-
-
-def test_space_ranger_without_hires_says_so(tmp_path: Path):
-    space_ranger(tmp_path / "run", version=2, mex=True, image="tissue_lowres_image.png")
-    section = open_source(tmp_path / "run", overrides={"tissue": "breast"})[0].read()
-    assert any("tissue_hires_image.png is not in the folder" in n for n in section.notes)
-    (tmp_path / "run/spatial/tissue_lowres_image.png").unlink()
-    with pytest.raises(SourceError, match="give --image"):
-        open_source(tmp_path / "run", overrides={"tissue": "breast"})
-
-
-def test_space_ranger_bad_inputs(tmp_path: Path):
-    space_ranger(tmp_path / "run", version=2, mex=False)
-    run, facts = tmp_path / "run", {"tissue": "breast"}
-    with pytest.raises(SourceError, match="give --tissue"):
-        open_source(run)
-    wrong = tmp_path / "wrong"
-    shutil.copytree(run, wrong)
-    factors = json.loads((wrong / "spatial/scalefactors_json.json").read_text()) | {"spot_diameter_fullres": 10.0}
-    (wrong / "spatial/scalefactors_json.json").write_text(json.dumps(factors))
-    with pytest.raises(SourceError, match="not of one run"):
-        open_source(wrong, overrides=facts)
-    Image.new("RGB", (100, 80)).save(run / "spatial/tissue_hires_image.png")
-    with pytest.raises(SourceError, match="spots lie outside"):
-        open_source(run, overrides=facts)[0].read()
-    (run / "filtered_feature_bc_matrix.h5").write_bytes(b"not hdf5")
-    with pytest.raises(SourceError, match=r"filtered_feature_bc_matrix\.h5: not an HDF5 file"):
-        open_source(run, overrides=facts)
-
-
-def test_barcodes_without_the_suffix_still_join(tmp_path: Path):
-    space_ranger(tmp_path / "run", version=2, mex=False)
-    path = tmp_path / "run/spatial/tissue_positions.csv"
-    path.write_text(path.read_text().replace("-1,", ","))
-    assert len(open_source(tmp_path / "run", overrides={"tissue": "breast"})[0].read().spot_ids) == 10
