@@ -17,12 +17,13 @@ from scipy import sparse
 
 from comtip_shards.appearance import looks_like_he
 from comtip_shards.errors import SourceError
-from comtip_shards.section import image_size, load_rgb
+from comtip_shards.image import image_size, open_slide
 from comtip_shards.sources.base import as_counts, existing
 
 GENE_KIND = "Gene Expression"
 JUDGED_PX = 30_000_000
 """Images up to this size are read to say whether they look like H&E; larger ones are left to the section report."""
+OVERVIEW_PX = 600
 _MICROSCOPE = ("microscope_image/*", "*tissue_image.*", "*_image.tif", "*_image.tiff", "*_image.btf", "*_image.jpg")
 _IMAGES = {".tif", ".tiff", ".btf", ".jpg", ".jpeg", ".png", ".svs", ".ndpi"}
 
@@ -210,7 +211,8 @@ def appearance_note(image: Path) -> list[str]:
     width, height = image_size(image)
     if width * height > JUDGED_PX:
         return []
-    looks, reason = looks_like_he(load_rgb(image))
+    with open_slide(image) as slide:
+        looks, reason = looks_like_he(slide.overview(OVERVIEW_PX)[0])
     return [] if looks else [f"{image.name} does not look like H&E: {reason}"]
 
 
