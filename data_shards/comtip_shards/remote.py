@@ -1,0 +1,392 @@
+"""Files behind a URL: fetched once into a cache of bounded size, checked, and never waited for without end.
+
+Anything that fsspec reads will do: ``s3://``, ``gs://``, ``https://``, ``hf://datasets/OWNER/NAME``, ``memory://``. What a
+protocol needs besides the URL (a key, ``anon``) comes from its own environment or from fsspec's configuration
+(``FSSPEC_S3_ANON=true``, ``~/.config/fsspec/conf.json``), or is given as ``storage_options``.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import queue
+import re
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from comtip_shards.errors import ShardError
+
+T = TypeVar("T")
+_CHUNK = 1 << 20
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+CACHE_VARIABLE = "COMTIP_CACHE"
+GIB = 2**30
+
+
+def is_url(path: str | Path) -> bool:
+    """Tell a URL from a path; ``file://`` is one."""
+    return _URL.match(str(path)) is not None
+
+
+def default_cache() -> Path:
+    """Return ``$COMTIP_CACHE``, else ``comtip`` in the user's cache folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(os.environ.get(CACHE_VARIABLE) or Path(home) / "comtip")
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long to wait for a remote, in seconds."""
+
+    attempts: int = 5
+    stall: float = 30.0
+    """Without one more byte, an attempt is given up."""
+    total: float = 3600.0
+    """For one file, all attempts together."""
+    backoff: float = 0.5
+    """Pause after the first failure; doubled after each, 30 at most."""
+
+
+@dataclass
+class Remote:
+    """A folder behind a URL.
+
+    Parameters
+    ----------
+    url
+        The folder.
+    cache
+        Where files are kept; by default :func:`default_cache`. Processes may share it.
+    max_bytes
+        The cache's size; files not used for longest go first.
+    patience
+        Retries and timeouts.
+    storage_options
+        Passed to fsspec's file system.
+    """
+
+    url: str
+    cache: Path = field(default_factory=default_cache)
+    max_bytes: int = 50 * GIB
+    patience: Patience = field(default_factory=Patience)
+    storage_options: Mapping[str, Any] = field(default_factory=dict)
+    _fs: tuple[int, Any, str] | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self.url = self.url.rstrip("/")
+        self.cache = Path(self.cache)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_fs": None}
+
+    def fetch(self, name: str, *, sha256: str = "", size: int | None = None, limit: int | None = None) -> Path:
+        """Return a local copy of ``url/name``, from the cache where it is there.
+
+        Parameters
+        ----------
+        name
+            Path below the URL; "" for the URL itself.
+        sha256, size
+            What the bytes must be, where that is known; other bytes are fetched again, then refused.
+        limit
+            Refuse a file of more bytes (default: the cache's size).
+
+        Raises
+        ------
+        ShardError
+            Of kind ``vanished`` (no such file), ``checksum`` (other bytes) or ``remote``, naming the URL and the fix.
+        """
+        where = self._name(name)
+        deadline = time.monotonic() + self.patience.total
+        key = sha256 or self._version(name, where, deadline)
+        path = self.cache / key[:2] / key / _basename(name or self.url)
+        if self._use(path, size):
+            return path
+        with self._locked(key, where, deadline):
+            if not self._use(path, size):
+                aside = self.cache / "fetching" / uuid.uuid4().hex
+                try:
+                    self._download(
+                        name, where, aside, sha256, size, min(limit or self.max_bytes, self.max_bytes), deadline
+                    )
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    aside.replace(path)
+                finally:
+                    aside.unlink(missing_ok=True)
+                self._evict(path)
+        return path
+
+    def read(self, name: str, *, limit: int = GIB) -> bytes:
+        """Return the bytes of a small file as they are now, past the cache."""
+        aside = self.cache / "fetching" / uuid.uuid4().hex
+        deadline = time.monotonic() + self.patience.total
+        try:
+            self._download(name, self._name(name), aside, "", None, limit, deadline)
+            return aside.read_bytes()
+        finally:
+            aside.unlink(missing_ok=True)
+
+    def names(self, pattern: str = "**") -> list[str]:
+        """Return the files below the URL that match a glob pattern, sorted; not every https server can list."""
+        fs, root = self._filesystem()
+        deadline = time.monotonic() + self.patience.total
+        where = self._name(pattern)
+        found = self._retry(where, deadline, lambda: self._call(lambda: fs.glob(f"{root}/{pattern}"), deadline))
+        return sorted(n for f in found if (n := str(f)[len(root) :].lstrip("/")))
+
+    def forget(self, sha256: str) -> None:
+        """Drop a file from the cache, because its copy turned out to be damaged."""
+        shutil.rmtree(self.cache / sha256[:2] / sha256, ignore_errors=True)
+
+    # -- one file -----------------------------------------------------------------------------------------
+
+    def _name(self, name: str) -> str:
+        return f"{self.url}/{name}" if name else self.url
+
+    def _filesystem(self) -> tuple[Any, str]:
+        # A file system does not survive a fork, so each process has its own.
+        if self._fs is None or self._fs[0] != os.getpid():
+            try:
+                from fsspec.core import url_to_fs
+
+                fs, root = url_to_fs(self.url, **{**self._http_options(), **self.storage_options})
+            except (ImportError, ValueError) as error:
+                raise ShardError(
+                    f"{self.url}: cannot be opened ({error}); pip install 'comtip-fast[remote]', or download it first",
+                    kind="remote",
+                ) from error
+            self._fs = (os.getpid(), fs, root.rstrip("/"))
+        return self._fs[1], self._fs[2]
+
+    def _http_options(self) -> dict[str, Any]:
+        """Replace the client's limit of five minutes per file by one per byte."""
+        if not _is_http(self.url):
+            return {}
+        from aiohttp import ClientTimeout
+
+        stall = 2 * self.patience.stall  # only ends what was left already
+        return {"client_kwargs": {"timeout": ClientTimeout(total=None, sock_connect=stall, sock_read=stall)}}
+
+    def _path(self, name: str) -> tuple[Any, str]:
+        fs, root = self._filesystem()
+        return fs, f"{root}/{name}" if name else root
+
+    def _version(self, name: str, where: str, deadline: float) -> str:
+        """Return a key of what the file is now, from what its server says of it."""
+        fs, path = self._path(name)
+        info = self._retry(where, deadline, lambda: self._call(lambda: fs.info(path), deadline))
+        facts = [
+            str(info.get(k)) for k in ("size", "ETag", "etag", "mtime", "LastModified", "updated", "created", "blob_id")
+        ]
+        return hashlib.sha256("\0".join([where, *facts]).encode()).hexdigest()
+
+    def _download(
+        self, name: str, where: str, aside: Path, sha256: str, size: int | None, limit: int, deadline: float
+    ) -> None:
+        def attempt() -> None:
+            digest, n = hashlib.sha256(), 0
+            try:
+                aside.parent.mkdir(parents=True, exist_ok=True)
+                with aside.open("wb") as file:
+                    for chunk in self._chunks(name, deadline):
+                        n += len(chunk)
+                        if n > (limit if size is None else min(size, limit)):
+                            raise _Wrong(f"has more than {n - 1} bytes")
+                        digest.update(chunk)
+                        file.write(chunk)
+            except OSError as error:
+                if error.filename == str(aside) or error.errno in _DISK:
+                    raise ShardError(
+                        f"{where}: cannot be kept in {self.cache} ({error.strerror}); free space, or name another folder "
+                        f"in {CACHE_VARIABLE}",
+                        kind="remote",
+                    ) from error
+                raise
+            if (size is not None and n != size) or (sha256 and digest.hexdigest() != sha256):
+                raise _Wrong(f"came as {n} bytes that are not those of the manifest")
+
+        self._retry(where, deadline, attempt)
+
+    def _chunks(self, name: str, deadline: float) -> Iterator[bytes]:
+        """Yield a file's bytes; a thread reads, so that a server that falls silent is left, not waited for."""
+        fs, path = self._path(name)
+        # An https server may not know ranges: a stream needs none. Without a size it would be asked for first, which some
+        # servers cannot tell; a stream does not use it.
+        options = {"block_size": 0, "size": 1} if _is_http(self.url) else {}
+        chunks: queue.Queue[bytes | BaseException] = queue.Queue(maxsize=4)
+        gone = threading.Event()
+
+        def put(item: bytes | BaseException) -> None:
+            while not gone.is_set():
+                try:
+                    return chunks.put(item, timeout=1)
+                except queue.Full:
+                    continue
+
+        def pull() -> None:
+            try:
+                with fs.open(path, "rb", **options) as file:
+                    while not gone.is_set():
+                        chunk = file.read(_CHUNK)
+                        put(chunk)
+                        if not chunk:
+                            return
+            except BaseException as error:  # whatever it is, it is raised where the file is wanted
+                put(error)
+
+        threading.Thread(target=pull, daemon=True).start()
+        try:
+            while True:
+                try:
+                    item = chunks.get(timeout=max(0.01, min(self.patience.stall, deadline - time.monotonic())))
+                except queue.Empty:
+                    raise TimeoutError(f"no byte for {self.patience.stall:g} s") from None
+                if isinstance(item, BaseException):
+                    raise item
+                if not item:
+                    return
+                yield item
+        finally:
+            gone.set()
+
+    # -- waiting ------------------------------------------------------------------------------------------
+
+    def _call(self, function: Callable[[], T], deadline: float) -> T:
+        """Call in a thread, so that a silent server is left."""
+        answer: queue.Queue[tuple[bool, Any]] = queue.Queue()
+
+        def call() -> None:
+            try:
+                answer.put((True, function()))
+            except BaseException as error:  # raised where it was asked for
+                answer.put((False, error))
+
+        threading.Thread(target=call, daemon=True).start()
+        try:
+            good, value = answer.get(timeout=max(0.01, min(self.patience.stall, deadline - time.monotonic())))
+        except queue.Empty:
+            raise TimeoutError(f"no answer for {self.patience.stall:g} s") from None
+        if not good:
+            raise value
+        return value
+
+    def _retry(self, where: str, deadline: float, attempt: Callable[[], T]) -> T:
+        for number in range(1, self.patience.attempts + 1):
+            try:
+                return attempt()
+            except ShardError:
+                raise
+            except FileNotFoundError as error:
+                raise ShardError(
+                    f"{where}: no such file; is the URL right, and the set whole?", kind="vanished"
+                ) from error
+            except ImportError as error:
+                raise ShardError(f"{where}: {error}; pip install 'comtip-fast[remote]'", kind="remote") from error
+            except Exception as error:  # every protocol has its own kinds
+                pause = min(30.0, self.patience.backoff * 2 ** (number - 1))
+                late = time.monotonic() + pause >= deadline
+                if number == self.patience.attempts or late or not _passing(error):
+                    raise self._given_up(where, error, number) from error
+                time.sleep(pause)
+        raise AssertionError("attempts is at least 1")
+
+    def _given_up(self, where: str, error: Exception, attempts: int) -> ShardError:
+        if isinstance(error, _Wrong):
+            fix = "the remote copy is damaged or was changed: upload the set again"
+            return ShardError(f"{where}: {error}, {attempts} times; {fix}", kind="checksum")
+        if isinstance(error, PermissionError) or getattr(error, "status", 0) in (401, 403):
+            fix = "give the credentials that this storage asks for"
+        else:
+            fix = "check the network and the server, then run again: what was fetched is kept"
+        said = str(error) or type(error).__name__
+        return ShardError(f"{where}: not fetched after {attempts} attempts ({said}); {fix}", kind="remote")
+
+    # -- the cache ----------------------------------------------------------------------------------------
+
+    def _use(self, path: Path, size: int | None) -> bool:
+        try:
+            if size is not None and path.stat().st_size != size:
+                return False
+            os.utime(path)  # used now
+        except OSError:
+            return False
+        return True
+
+    @contextmanager
+    def _locked(self, key: str, where: str, deadline: float) -> Iterator[None]:
+        """Let one process fetch a file while others wait for it, though not for ever."""
+        folder = self.cache / "locks"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = (folder / key).open("w")
+        except OSError as error:
+            raise ShardError(
+                f"{self.cache}: cannot keep files ({error.strerror}); name another folder in {CACHE_VARIABLE}",
+                kind="remote",
+            ) from error
+        with file:
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise ShardError(f"{where}: another process did not fetch it in time", kind="remote") from None
+                    time.sleep(0.05)
+            yield
+
+    def _evict(self, keep: Path) -> None:
+        """Remove what was not used for longest, until the cache has its size; open files stay readable."""
+        files = []
+        for path in self.cache.glob("??/*/*"):
+            try:
+                stat = path.stat()
+            except OSError:
+                continue  # another process was quicker
+            files.append((stat.st_mtime_ns, stat.st_size, path))
+        excess = sum(size for _, size, _ in files) - self.max_bytes
+        for _, size, path in sorted(files):
+            if excess <= 0:
+                break
+            if path != keep:
+                shutil.rmtree(path.parent, ignore_errors=True)
+                excess -= size
+        for path in (self.cache / "fetching").glob("*"):
+            try:
+                if time.time() - path.stat().st_mtime > 24 * 3600:
+                    path.unlink()  # left by a process that was killed
+            except OSError:
+                continue
+
+
+class _Wrong(Exception):
+    """The bytes that came are not the bytes that were asked for."""
+
+
+_DISK = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EFBIG}
+
+
+def _is_http(url: str) -> bool:
+    return url.lower().startswith(("http://", "https://"))
+
+
+def _basename(name: str) -> str:
+    last = name.rsplit("/", 1)[-1].split("?", 1)[0]
+    return last if last.strip(".") and "\0" not in last else "file"
+
+
+def _passing(error: Exception) -> bool:
+    """Tell whether trying again may help."""
+    status = getattr(error, "status", None)
+    if isinstance(status, int) and 400 <= status < 500:
+        return status in (408, 429)
+    return not isinstance(error, (PermissionError, NotImplementedError, TypeError))
