@@ -19,6 +19,7 @@ COMMANDS = {
     "embed": "embed a section's tiles in the shared space",
     "export": "write a checkpoint as safetensors and config.json",
     "genes": "say how a gene identifier is understood",
+    "plan": "predict memory, traffic and time of a run on given hardware",
     "doctor": "say what this machine can run",
 }
 USER_ERROR, KILLED = 2, 143

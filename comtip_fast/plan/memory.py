@@ -1,0 +1,113 @@
+"""Bytes that each rank needs, row by row: what lasts from step to step, and what a step adds at its widest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+
+from comtip_fast.plan.engine import ELEMENT, Engine
+from comtip_fast.plan.parts import Part, Work
+from comtip_fast.plan.sizes import Sizes
+
+PREFETCHED = 2
+"""Batches that a loader holds ready besides the one in use."""
+MAX_LIVE = 1_000_000_000
+"""Elements of whole parameters that ZeRO 3 keeps at once: DeepSpeed's default, as is how soon it wants them again."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the memory table."""
+
+    name: str
+    bytes: float
+    where: str = "device"
+    """``device``, ``host`` or ``nvme``."""
+    lasts: bool = False
+    """From step to step, or only while a step runs."""
+    note: str = ""
+
+
+def state_rows(s: Sizes, e: Engine, ranks: int) -> list[Row]:
+    """Return parameters, gradients, optimizer state and buckets of one rank."""
+    return [*_parameters(s, e, ranks), _gradients(s, e, ranks), *_optimizer(s, e, ranks), *_buckets(s, e)]
+
+
+def _parameters(s: Sizes, e: Engine, ranks: int) -> list[Row]:
+    whole = s.trained * ELEMENT
+    frozen = [Row("frozen weights and buffers", s.frozen * ELEMENT, lasts=True)] if s.frozen else []
+    if e.zero_stage < 3:
+        return [Row("parameters", whole, lasts=True), *frozen]
+    shard = Row("parameters, own shard", whole / ranks, _place(e.offload_param), lasts=True)
+    # DeepSpeed lets go of a parameter between its uses only where the model is larger than this.
+    live = min(s.trained, MAX_LIVE) * ELEMENT
+    return [shard, Row("parameters, gathered", live, note="at most, while the step runs"), *frozen]
+
+
+def _gradients(s: Sizes, e: Engine, ranks: int) -> Row:
+    if e.zero_stage < 2:
+        return Row("gradients", s.trained * ELEMENT)
+    where = "device" if e.offload_optimizer == "none" else "host"
+    return Row("gradients, own shard", s.trained * ELEMENT / ranks, where, lasts=e.zero_stage == 3)
+
+
+def _optimizer(s: Sizes, e: Engine, ranks: int) -> list[Row]:
+    shards = ranks if e.zero_stage >= 1 else 1
+    place, one = _place(e.offload_optimizer), s.trained * ELEMENT / shards
+    moments = Row("AdamW's two moments", 2 * one, place, lasts=True)
+    return [Row("parameters, the optimizer's shard", one, place, lasts=True), moments] if e.has_masters else [moments]
+
+
+def _buckets(s: Sizes, e: Engine) -> list[Row]:
+    """DDP's gradients are views of its buckets; DeepSpeed copies them into one."""
+    if e.kind != "deepspeed" or e.zero_stage == 0:
+        return []
+    bucket = e.bucket_bytes if e.zero_stage == 3 else min(e.bucket_bytes, s.trained * ELEMENT)
+    return [
+        Row("gradient bucket", bucket, lasts=e.zero_stage == 3, note=f"engine.bucket_mb={e.bucket_bytes / 2**20:g}")
+    ]
+
+
+def _place(offload: str) -> str:
+    return {"none": "device", "cpu": "host", "nvme": "nvme"}[offload]
+
+
+def work_rows(s: Sizes, e: Engine, w: Work, parts: Sequence[Part], ranks: int) -> list[Row]:
+    """Return what a step adds: activations part by part, loss buffers, batch, loader."""
+    rows = [Row(f"activations: {p.name}", p.kept) for p in parts if p.kept]
+    if e.micro_batches > 1:
+        # Vectors and table tensors that the losses read, and their gradients.
+        heads = (w.spots * s.D + s.G * s.Q * (3 * s.D + 1)) * ELEMENT
+        rows.append(Row("vectors kept over micro-batches", 2 * heads))
+    if e.precision.weight_copies:
+        rows.append(Row("bf16 copies of weights", s.matrices * 2, note="autocast keeps them for the backward pass"))
+    return [*rows, *_loss(s, e, w, ranks), *_batch(s, w, ranks)]
+
+
+def _loss(s: Sizes, e: Engine, w: Work, ranks: int) -> list[Row]:
+    if not s.has_nce or ranks == 1:
+        return []
+    own = ceil(s.B / ranks)
+    vectors = (own + w.columns) * s.D * 4
+    if e.loss_form == "ring":
+        # Two blocks of images and two of gradients are about at once: one in work, one on its way.
+        return [Row("loss, ring: own vectors, blocks on their way", vectors + 2 * own * (2 * s.D + 1) * 4)]
+    return [Row("loss, gather: all images and their gradients", vectors + 2 * s.B * s.D * 4 + 16 * s.B)]
+
+
+def _batch(s: Sizes, w: Work, ranks: int) -> list[Row]:
+    own = ceil(s.B / ranks)
+    tiles = 0 if s.has_stem else own * 3 * s.S**2
+    features = w.piece * s.P * s.patch_inputs * 4
+    genes = own * s.G * (1 + 1) + (s.B * s.G if ranks > 1 else 0)
+    rows = [Row("batch: tiles, features, levels", tiles + features + genes)]
+    return [
+        *rows,
+        Row("loader: batches held ready", PREFETCHED * (tiles + own * s.G * 2), note=f"{PREFETCHED} batches"),
+    ]
+
+
+def on_device(rows: Sequence[Row]) -> float:
+    """Return the bytes of the device: everything at once, which is a step's widest moment or a little above it."""
+    return sum(r.bytes for r in rows if r.where == "device")

@@ -1,0 +1,173 @@
+"""A plan as text and as plain data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comtip_fast.plan.cost import Precision
+from comtip_fast.plan.plan import FILL, Plan
+
+
+def size(n: float) -> str:
+    """Return bytes as a person writes them, powers of 1,000."""
+    for unit, one in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n >= one:
+            return f"{n / one:.3g} {unit}" if n < 999.5 * one else f"{n / one:.0f} {unit}"
+    return f"{n:.0f} B"
+
+
+def seconds(t: float) -> str:
+    """Return a duration in s, ms or us."""
+    for unit, one in (("s", 1.0), ("ms", 1e-3)):
+        if t >= one:
+            return f"{t / one:.3g} {unit}"
+    return f"{t * 1e6:.3g} us"
+
+
+def flops(n: float) -> str:
+    """Return FLOPs with their prefix."""
+    for unit, one in (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6)):
+        if n >= one:
+            return f"{n / one:.3g} {unit}"
+    return f"{n:.0f} FLOP"
+
+
+def precision_name(p: Precision) -> str:
+    """Say what numbers the model computes with."""
+    if not p.is_bf16:
+        return "fp32"
+    return "bf16 over fp32 weights"
+
+
+def render(plan: Plan, mean: Plan | None = None) -> str:
+    """Return the whole plan as text; ``mean`` is the step with the mean panel."""
+    blocks = [_head(plan), _memory(plan), _compute(plan), _traffic(plan), _times(plan, mean), _assumed(plan)]
+    return "\n\n".join("\n".join(block) for block in blocks if block)
+
+
+def summary(plan: Plan, mean: Plan | None = None, *, timed: bool = True) -> list[str]:
+    """Return the few lines that stand above a config in ``configs/``."""
+    c, e, s = plan.cluster, plan.engine, plan.sizes
+    where = f"{c.nodes} x {c.per_node} x {c.device.name}" if c.nodes > 1 else f"{c.per_node} x {c.device.name}"
+    lines = [
+        f"predicted on {where}, {e.name}, {precision_name(e.precision)}: {size(plan.device_bytes)} of "
+        f"{size(c.device.memory)} per device,",
+        f"{s.trained / 1e6:.1f} M parameters to train, {flops(plan.flops)} per device and step (G = {s.G:,})",
+    ]
+    if timed:
+        usual = mean or plan
+        lines.append(
+            f"{seconds(plan.step_seconds)} per step with the largest panel, {seconds(usual.step_seconds)} with the mean one "
+            f"(G = {usual.sizes.G:,}): {usual.spots_per_s:,.0f} spots/s"
+        )
+        sent = [sum(x) for x in zip(*(t.on_links(c) for t in plan.traffic), strict=True)] or [0.0, 0.0]
+        if c.ranks > 1:
+            lines.append(
+                f"{size(sent[0])} per device and step over {c.link.name}, {size(sent[1])} over {c.fabric.name}"
+            )
+    return lines
+
+
+def _head(plan: Plan) -> list[str]:
+    c, e, s, w = plan.cluster, plan.engine, plan.sizes, plan.work
+    return [
+        f"{plan.name}: every figure below is PREDICTED from the config; nothing was run (formulas: docs/scaling.md)",
+        f"  {c.nodes} node(s) x {c.per_node} x {c.device.name}, {e.name}, {precision_name(e.precision)}, loss form {e.loss_form}, "
+        f"table {'sharded' if e.shard_table else 'whole on every rank'}",
+        f"  B = {s.B:,} spots ({w.spots:,} per rank, {w.piece:,} at once), P = {s.P} patches, G = {s.G:,} "
+        f"genes, Q = {s.Q}, {s.tokens:.1f} tokens per sentence, D = {s.D}",
+        "  parameters to train: "
+        + ", ".join(f"{g.name} {g.trained / 1e6:.2f} M" for g in s.groups if g.trained)
+        + f"; {s.trained / 1e6:.2f} M in all",
+    ]
+
+
+def _memory(plan: Plan) -> list[str]:
+    lines = ["memory per rank (predicted)"]
+    for row in plan.memory:
+        where = "" if row.where == "device" else f"  in {row.where} memory" if row.where == "host" else "  on NVMe"
+        note = f"  ({row.note})" if row.note else ""
+        lines.append(f"  {row.name:<50}{size(row.bytes):>10}{where}{note}")
+    total, room = plan.device_bytes, plan.cluster.device.memory
+    verdict = "fits" if plan.fits else f"DOES NOT FIT: {FILL:.0%} of {size(room)} can hold tensors"
+    return [*lines, f"  {'in all on the device':<50}{size(total):>10}  {total / room:.0%} of {size(room)}: {verdict}"]
+
+
+def _compute(plan: Plan) -> list[str]:
+    lines = ["computation per rank and step (predicted)", f"  {'':<28}{'forward':>14}{'backward':>14}{'moved':>12}"]
+    for p in plan.parts:
+        moved = p.sum("moved") + p.sum("back_moved")
+        lines.append(f"  {p.name:<28}{flops(p.sum('flops')):>14}{flops(p.sum('back_flops')):>14}{size(moved):>12}")
+    return [*lines, f"  {'in all':<28}{flops(plan.flops):>14}"]
+
+
+def _traffic(plan: Plan) -> list[str]:
+    if not plan.traffic:
+        return []
+    c = plan.cluster
+    lines = [
+        "messages per device and step (predicted)",
+        f"  {'':<44}{'kind':<16}{'sent':>10}{c.link.name:>12}{c.fabric.name if c.nodes > 1 else '':>12}",
+    ]
+    for t in plan.traffic:
+        link, fabric = t.on_links(c)
+        between = size(fabric) if c.nodes > 1 else ""
+        lines.append(
+            f"  {t.part + ': ' + t.what:<44}{t.kind:<16}{size(t.sent(c.ranks)):>10}{size(link):>12}{between:>12}"
+        )
+    return lines
+
+
+def _times(plan: Plan, mean: Plan | None) -> list[str]:
+    lines = ["time per step (predicted)"]
+    for t in plan.times:
+        hidden = f"  (and {seconds(t.hidden)} beside computation)" if t.hidden > 0 else ""
+        lines.append(f"  {t.name:<28}{seconds(t.seconds):>10}{t.seconds / plan.step_seconds:>6.0%}  {t.bound}{hidden}")
+    lines.append(
+        f"  {'in all':<28}{seconds(plan.step_seconds):>10}        {plan.spots_per_s:,.0f} spots/s, {plan.utilisation:.0%} of peak"
+    )
+    if mean is not None and mean.sizes.G != plan.sizes.G:
+        lines.append(
+            f"  {f'with the mean panel, G = {mean.sizes.G:,}':<28}{seconds(mean.step_seconds):>10}        {mean.spots_per_s:,.0f} spots/s"
+        )
+    need = mean or plan
+    lines.append(
+        f"  the loader must give {need.loader.tiles_per_s:,.0f} tiles/s per node, {size(need.loader.bytes_per_s)}/s of encoded tiles"
+    )
+    return lines
+
+
+def _assumed(plan: Plan) -> list[str]:
+    f, c, i = plan.cluster.efficiency, plan.cluster, plan.inputs
+    device, link, fabric = c.device, c.link, c.fabric
+    return [
+        f"assumed: {f.compute:.0%} of the peak in products, {f.memory:.0%} of memory bandwidth, {f.link:.0%} of links; "
+        f"tiles of {i.tile_px} px, {size(i.tile_bytes)} each;",
+        f"  {device.name}: {device.bf16 / 1e12:g} TFLOP/s bf16, {device.fp32 / 1e12:g} fp32, "
+        f"{size(device.memory_bytes_per_s)}/s of memory;",
+        f"  {link.name} {size(link.bytes_per_s)}/s and {fabric.name} {size(fabric.bytes_per_s)}/s per device",
+    ]
+
+
+def as_data(plan: Plan, mean: Plan | None = None) -> dict[str, Any]:
+    """Return the plan as plain data for ``--json``; bytes, FLOPs and seconds."""
+    c, e, s = plan.cluster, plan.engine, plan.sizes
+    return {
+        "predicted": True, "name": plan.name,
+        "cluster": {"device": c.device.name, "per_node": c.per_node, "nodes": c.nodes, "link": c.link.name, "fabric": c.fabric.name},
+        "assumed": {"compute": c.efficiency.compute, "memory": c.efficiency.memory, "link": c.efficiency.link,
+                    "tile_px": plan.inputs.tile_px, "tile_bytes": plan.inputs.tile_bytes, "sentence_tokens": s.tokens},
+        "engine": {"kind": e.kind, "zero_stage": e.zero_stage, "bf16": e.bf16, "loss_form": e.loss_form,
+                   "shard_table": e.shard_table, "micro_batches": e.micro_batches,
+                   "activation_checkpointing": e.activation_checkpointing},
+        "sizes": {"B": s.B, "b": plan.work.spots, "P": s.P, "G": s.G, "Q": s.Q, "D": s.D, "parameters": s.trained, "frozen": s.frozen},
+        "memory": [{"name": r.name, "bytes": r.bytes, "where": r.where, "lasts": r.lasts} for r in plan.memory],
+        "device_bytes": plan.device_bytes, "fits": plan.fits,
+        "parts": [{"name": p.name} | {k: p.sum(k) for k in ("flops", "back_flops", "moved", "back_moved")} | {"kept": p.kept} for p in plan.parts],
+        "traffic": [{"part": t.part, "what": t.what, "kind": t.kind, "sent": t.sent(c.ranks), "link": t.on_links(c)[0],
+                     "fabric": t.on_links(c)[1]} for t in plan.traffic],
+        "times": [{"name": t.name, "seconds": t.seconds, "bound": t.bound, "hidden": t.hidden} for t in plan.times],
+        "step_seconds": plan.step_seconds, "spots_per_s": plan.spots_per_s, "utilisation": plan.utilisation,
+        "loader": {"tiles_per_s": plan.loader.tiles_per_s, "bytes_per_s": plan.loader.bytes_per_s},
+        "mean_panel": None if mean is None else {"G": mean.sizes.G, "step_seconds": mean.step_seconds, "spots_per_s": mean.spots_per_s},
+    }  # fmt: skip

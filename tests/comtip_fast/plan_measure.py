@@ -1,0 +1,95 @@
+"""Measure what ``comtip plan`` predicts: tensors kept for the backward pass, and the FLOPs of a real step."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, addmm_flop, sdpa_backward_flop_count, sdpa_flop_count
+
+from comtip_fast.config.io import load_config
+from comtip_fast.plan.cost import AUTOCAST, FP32
+from comtip_fast.plan.parts import Part, Work, step_parts
+from comtip_fast.plan.sizes import Inputs, Sizes, sizes_of
+from comtip_fast.training.task import build_task
+
+CPU = torch.device("cpu")
+aten = torch.ops.aten
+# What torch has no formula for: fused attention under its name on a CPU, and products that add in place.
+MORE_FORMULAS = {
+    aten.addmm_: lambda out, a, b, *rest, **kw: addmm_flop(out, a, b),
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *a, **kw: sdpa_flop_count(q, k, v),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *a, **kw: sdpa_backward_flop_count(g, q, k, v),
+}  # fmt: skip
+
+
+class Kept:
+    """Inside a ``with`` block: every tensor that autograd keeps, each storage once."""
+
+    def __init__(self, besides: list[torch.Tensor]) -> None:
+        self._known = {t.untyped_storage().data_ptr() for t in besides}
+        self._found: dict[int, torch.Tensor] = {}
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda t: t)
+
+    def __enter__(self) -> "Kept":
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._hooks.__exit__(*raised)
+
+    def _pack(self, t: torch.Tensor) -> torch.Tensor:
+        self._found.setdefault(t.untyped_storage().data_ptr(), t)
+        return t
+
+    @property
+    def bytes(self) -> int:
+        found = {k: t for k, t in self._found.items() if k not in self._known}
+        return sum(t.untyped_storage().nbytes() for t in found.values())
+
+
+@dataclass
+class Measured:
+    """One real step, and what the plan says of the same step."""
+
+    forward_flops: int
+    all_flops: int
+    kept_bytes: int
+    sizes: Sizes
+    work: Work
+    parts: list[Part]
+
+    def predicted(self, field: str) -> float:
+        return sum(p.sum(field) for p in self.parts)
+
+    @property
+    def predicted_kept(self) -> float:
+        return sum(p.kept for p in self.parts)
+
+
+def measure(overrides: list[str], *, bf16: bool = False) -> Measured:
+    """Take one step of a task on the CPU."""
+    config = load_config(None, [*overrides, "train.log_every=1000", "panel.min_genes=24"])
+    task = build_task(config, CPU)
+    task.module.train()
+    batch = task.batch(task.batches(0)[0], 1, 0)
+    besides = [*task.model.parameters(), *task.model.buffers(), batch.levels, batch.measured, batch.panel]
+    with (
+        Kept(besides) as kept,
+        FlopCounterMode(display=False, custom_mapping=MORE_FORMULAS) as counter,
+        torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+    ):
+        losses, _ = task.losses(batch)
+    forward, kept_bytes = counter.get_total_flops(), kept.bytes
+    with counter:
+        losses["loss"].backward()
+    G, b = batch.panel.numel(), batch.section.numel()
+    length = task.genes.length_G[batch.panel.long()].double()
+    known = Inputs(tile_px=task.sizes.tile_px, trained_genes=task.sizes.n_identities, panel=G)
+    # The panel's own sentences instead of the mean over all genes: what is tested is the formulas.
+    sizes = replace(
+        sizes_of(config, known, task.model), tokens=float(length.mean()), reach=float((length**2).sum() / length.sum())
+    )
+    work = Work(
+        spots=b, images=b, columns=2 * b if sizes.mispairs and sizes.hard_columns else b, table_rows=G * sizes.Q,
+        precision=AUTOCAST if bf16 else FP32, gpu=False,
+    )  # fmt: skip
+    return Measured(forward, forward + counter.get_total_flops(), kept_bytes, sizes, work, step_parts(sizes, work))

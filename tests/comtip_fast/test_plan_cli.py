@@ -1,0 +1,96 @@
+"""``comtip plan`` as people and programs call it, and the hardware it knows."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from comtip_fast.cli import main
+from comtip_fast.plan.hardware import DEVICES, LINKS, Efficiency, make_cluster
+
+DEMO = Path(__file__).parents[2] / "configs" / "demo_cpu.yaml"
+LARGE = [
+    "--config", str(DEMO), "--set", "vision.backbone=vit_base_patch32_224", "--set", "data.batch_size=4096",
+]  # fmt: skip
+
+
+def plan(capsys: pytest.CaptureFixture[str], *more: str) -> dict:
+    code = main(["plan", *LARGE, "--json", *more])
+    data = json.loads(capsys.readouterr().out)
+    assert data["predicted"] is True
+    assert code == (0 if data["fits"] else 1)
+    return data
+
+
+def test_the_text_says_that_it_is_predicted_and_what_is_assumed(capsys: pytest.CaptureFixture[str]):
+    assert main(["plan", *LARGE, "--gpus", "8", "--nodes", "2"]) == 0
+    text = capsys.readouterr().out
+    assert "PREDICTED" in text
+    assert text.count("(predicted)") == 4
+    assert "assumed: 50% of the peak" in text
+    for part in (
+        "vision, full",
+        "mask generator",
+        "sentence table",
+        "InfoNCE",
+        "L_level",
+        "gradients: summed",
+        "ib-ndr",
+    ):
+        assert part in text
+
+
+def test_parts_add_up(capsys: pytest.CaptureFixture[str]):
+    data = plan(capsys, "--gpus", "4")
+    assert data["device_bytes"] == pytest.approx(sum(r["bytes"] for r in data["memory"] if r["where"] == "device"))
+    assert data["step_seconds"] == pytest.approx(sum(t["seconds"] for t in data["times"]))
+    assert data["spots_per_s"] == pytest.approx(4096 / data["step_seconds"])
+    assert data["mean_panel"]["step_seconds"] < data["step_seconds"]
+
+
+def test_more_devices_take_less_time_and_less_memory_each(capsys: pytest.CaptureFixture[str]):
+    one, eight = plan(capsys), plan(capsys, "--gpus", "8")
+    assert one["traffic"] == []
+    assert 0.1 < eight["step_seconds"] / one["step_seconds"] < 0.3
+    assert eight["device_bytes"] < one["device_bytes"]
+
+
+def test_every_device_and_link_can_be_asked_for(capsys: pytest.CaptureFixture[str]):
+    seconds = {name: plan(capsys, "--gpu", name)["step_seconds"] for name in DEVICES}
+    assert seconds["b200"] < seconds["h200"] < seconds["a100-80"] < seconds["cpu"]
+    assert seconds["h200"] <= seconds["h100"]
+    slow = {name: plan(capsys, "--gpus", "2", "--link", name)["step_seconds"] for name in LINKS}
+    assert slow["nvlink5"] < slow["pcie4"] < slow["memory"]
+
+
+def test_a_slow_loader_is_waited_for(capsys: pytest.CaptureFixture[str]):
+    data = plan(capsys, "--loader-tiles-per-s", "100")
+    assert data["step_seconds"] == pytest.approx(40.96)
+    assert data["times"][-1]["bound"] == "loader"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--gpu", "h101"], "h100"), (["--gpus", "0"], "at least one device"), (["--link", "string"], "nvlink4"),
+        (["--compute-efficiency", "1.5"], "share"), (["--nodes", "8192"], "at least one spot"),
+        (["--set", "engine.king=ddp"], "engine"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused(more: list[str], message: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["plan", *LARGE, *more]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_links_of_two_nodes_share_a_collective_out():
+    from comtip_fast.plan.traffic import Collective
+
+    cluster = make_cluster("h100", per_node=8, nodes=2, efficiency=Efficiency(link=1.0))
+    gather = Collective("x", "x", "all_gather", 16e9)
+    assert gather.sent(16) == 15e9
+    # Half of the 16 GB lies on the other node and comes in over eight adapters.
+    assert gather.on_links(cluster) == (14e9, 1e9)
+    # In a ring every block crosses one adapter.
+    assert Collective("x", "x", "ring", 16e9).on_links(cluster) == (15e9, 15e9)
+    assert gather.seconds(cluster) == pytest.approx(14e9 / 450e9, rel=0.01)
+    assert Collective("x", "x", "ring", 16e9).seconds(cluster) == pytest.approx(15e9 / 50e9, rel=0.01)

@@ -1,0 +1,76 @@
+"""The plan's FLOPs and activations against a real step on the CPU, and its parameters against the real model."""
+
+import pytest
+import torch
+
+from comtip_fast.config.io import load_config
+from comtip_fast.models import CoMTIP
+from comtip_fast.plan.sizes import Inputs, build_on_meta, sizes_of
+from tests.comtip_fast.plan_measure import Measured, measure
+
+VIT = ["vision.patch_px=8", "vision.width=96", "vision.depth=3", "text.width=64", "text.depth=2"]
+SHAPES = {
+    "vision weighs most": VIT,
+    "sentences weigh most": ["text.width=96", "text.depth=3", "align.dim=64", "levels.n_levels=12"],
+    "no masked branch": [*VIT, "loss.mfm=0"],
+    "a teacher": [*VIT, "vision.target=ema"],
+    "no pairs": [*VIT, "loss.pair=0", "loss.paat.hard_columns=false"],
+    "pairs judged by text": ["loss.paat.context=text", "align.dim=128"],
+    "prefix tokens, layer scale": ["vision.backbone=vit_wee_patch16_reg1_gap_256"],
+}
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def step(request: pytest.FixtureRequest, tiny_overrides: list[str]) -> Measured:
+    return measure([*tiny_overrides, *SHAPES[request.param]])
+
+
+def test_flops_of_a_step(step: Measured):
+    assert step.predicted("flops") == pytest.approx(step.forward_flops, rel=0.02)
+    both = step.predicted("flops") + step.predicted("back_flops")
+    assert both == pytest.approx(step.all_flops, rel=0.02)
+
+
+def test_bytes_kept_for_the_backward_pass(step: Measured):
+    s, w = step.sizes, step.work
+    batch = w.spots * s.P * s.patch_inputs * 4
+    assert step.predicted_kept + batch == pytest.approx(step.kept_bytes, rel=0.04)
+
+
+def test_bytes_kept_under_autocast(tiny_overrides: list[str]):
+    step = measure([*tiny_overrides, *VIT], bf16=True)
+    copies = 2 * step.sizes.matrices
+    assert step.predicted_kept + copies == pytest.approx(step.kept_bytes, rel=0.05)
+    full = measure([*tiny_overrides, *VIT])
+    assert step.kept_bytes < 0.75 * full.kept_bytes
+
+
+def test_parameters_are_those_of_the_model(tiny_overrides: list[str]):
+    config = load_config(None, [*tiny_overrides, "vision.target=ema", "vision.stem=efficientnet_lite0"])
+    meta = build_on_meta(config, 32, 30)
+    assert {p.device.type for p in [*meta.parameters(), *meta.buffers()]} == {"meta"}
+    sizes = sizes_of(config, Inputs(tile_px=32, trained_genes=30))
+    from comtip_fast.genes import GeneTokenizer
+    from comtip_fast.models import ModelSizes
+
+    real = CoMTIP(
+        config,
+        ModelSizes(tile_px=32, n_levels=5, vocab_size=GeneTokenizer.load().vocab_size, n_identities=30, longest=8),
+    )
+    trained = sum(p.numel() for p in real.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in real.parameters() if not p.requires_grad) + sum(b.numel() for b in real.buffers())
+    assert (sizes.trained, sizes.frozen) == (trained, frozen)
+
+
+def test_a_block_that_is_not_known_is_refused(tiny_overrides: list[str]):
+    config = load_config(None, [*tiny_overrides, "vision.backbone=vit_giant_patch14_reg4_dinov2"])
+    with pytest.raises(ValueError, match="blocks"):
+        sizes_of(config, Inputs(tile_px=56, trained_genes=30))
+
+
+def test_nothing_is_allocated_for_a_large_model():
+    config = load_config(None, ["vision.backbone=vit_giant_patch14_224"])
+    model = build_on_meta(config, 224, 1000)
+    assert sum(p.numel() for p in model.parameters()) > 1e9
+    assert all(p.is_meta for p in model.parameters())
+    assert torch.get_default_device().type == "cpu"
