@@ -23,6 +23,9 @@ class DataConfig:
     """B, spots in the global batch."""
     sections_per_batch: int | None = 2
     """Fill a batch from this many sections; ``None`` mixes all of them."""
+    run: int = 1
+    """Spots that are read side by side: 1 shuffles every spot alike; with more (8 to 64) an epoch's reads become runs of
+    so many records, for storage where seeks are slow. Shards hold a section's spots shuffled, so a run is a random draw."""
     stain: Literal["none", "section"] = "section"
     """``section`` moves each section's optical-density mean and spread to a fixed reference."""
     views: int = 8
@@ -31,6 +34,25 @@ class DataConfig:
     """Views are turned by right angles and mirrored."""
     jitter: float = 0.1
     """Spread of the stain jitter in optical-density space; 0 turns it off."""
+    zoom: float = 0.0
+    """Views are enlarged by up to this share (0.2: 1 to 1.2 times) round their middle; 0 turns it off."""
+    balance: Literal["none", "organ", "platform"] = "none"
+    """``none``: every spot once per epoch. Else every organ (of a species) or platform gives an epoch the same number of
+    spots: those of small groups come several times, of large ones only a keyed part."""
+    loader: Literal["auto", "torch", "wds", "dali"] = "auto"
+    """Who reads and decodes (docs/data.md); all give the same batches, tiles within JPEG tolerance. ``auto`` takes DALI
+    where training runs on a GPU and DALI is installed, else ``torch``."""
+    workers: int = 2
+    """Threads (``torch``, ``dali``) or processes (``wds``) that decode; 0 decodes within the step."""
+    prefetch: int = 2
+    """Batches made ahead, the bound of the loader's memory."""
+    expression: Literal["auto", "table", "records"] = "auto"
+    """``table`` keeps the levels of all training spots in memory; ``records`` makes them per batch from the records;
+    ``auto`` takes the table up to 1 GiB."""
+    faults: Literal["stop", "skip"] = "stop"
+    """A damaged record stops the run, or another spot of its section takes its place; each is logged and counted."""
+    max_faults: int = 100
+    """Damaged records after which ``skip`` stops all the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +93,8 @@ class LevelsConfig:
     """Q, level 0 (count 0) among them."""
     min_positive: int = 20
     """Positive spots below which a gene takes the global edges and values."""
+    fit_spots: int = 50_000
+    """Genes are ranked and levels learnt from at most this many training spots, an equal share of every section."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,8 +48,10 @@ class LevelTable:
     def levels(self, values_NG: np.ndarray, rows_G: np.ndarray) -> np.ndarray:
         """Return the level of each value: uint8 (N, G); column j uses row ``rows_G[j]``."""
         edges_GE = self.edges[rows_G]
-        above = (values_NG[:, :, None] >= edges_GE[None]).sum(-1)
-        return np.where(values_NG > 0, above + 1, 0).astype(np.uint8)
+        out = (values_NG > 0).astype(np.uint8)
+        for e in range(edges_GE.shape[1]):  # an edge at a time: all at once would need Q times the memory
+            out += (values_NG >= edges_GE[:, e]) & (values_NG > 0)
+        return out
 
     def between(self, value: float, row: int) -> tuple[int, int, float]:
         """Return (lower level, upper level, share of the upper) of a query value, for a mixed level row."""

@@ -21,6 +21,7 @@ from comtip_fast.config.schema import RunConfig
 from comtip_fast.data.batch import Batch
 from comtip_fast.data.gene_tokens import gene_tokens, take_genes
 from comtip_fast.data.levels import log1p_cp10k
+from comtip_fast.data.loaders import make_loader
 from comtip_fast.data.tables import TrainingTables, training_tables
 from comtip_fast.data.torch_loader import TorchLoader
 from comtip_fast.genes import GeneTokenizer
@@ -81,7 +82,7 @@ class CoMTIPTask:
         stem = self._stem if model.vision.stem is not None else None
         if model.vision.stem is not None:
             self._standardise_stem()
-        self.loader = TorchLoader(shards, tables, config, stem)
+        self.loader = make_loader(config, shards, tables, device=self.device, frozen_stem=stem)
         rows = tables.genes.trained
         names = [(shards.genes[r].symbol, shards.genes[r].name) for r in rows]
         self.genes = gene_tokens(tokenizer, names, np.arange(1, rows.size + 1), config.text).to(self.device)
@@ -316,9 +317,8 @@ class CoMTIPTask:
 
     def _section_features(self, section: int, spots: np.ndarray) -> Tensor:
         if section not in self._valid_features:
-            tiles = self.loader.tiles(spots, np.zeros(spots.shape, np.int64))
-            x = torch.from_numpy(tiles).permute(0, 3, 1, 2).to(self.device)
-            self._valid_features[section] = self.model.vision.stem_features(x)
+            _, tiles = self.loader.tiles(spots, np.zeros(spots.shape, np.int64))
+            self._valid_features[section] = self.model.vision.stem_features(tiles.to(self.device))
         return self._valid_features[section]
 
     @torch.no_grad()
@@ -332,7 +332,7 @@ class CoMTIPTask:
         assert stem is not None
         spots = self.tables.spots[:: max(1, self.tables.spots.size // 256)]
         loader = TorchLoader(self.shards, self.tables, self.config)
-        tiles = torch.from_numpy(loader.tiles(spots, np.zeros(spots.shape, np.int64))).permute(0, 3, 1, 2)
+        _, tiles = loader.tiles(spots, np.zeros(spots.shape, np.int64))
         raw = torch.cat([stem.raw(self.model.vision.cut(t.to(self.device)).flatten(0, 1)) for t in tiles.split(64)])
         stem.out_mean.copy_(raw.mean(0))
         stem.out_std.copy_(raw.std(0).clamp_min(1e-4))

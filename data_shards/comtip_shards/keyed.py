@@ -21,6 +21,7 @@ Lengths make the encoding unambiguous: no two different questions hash the same 
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from hashlib import blake2b
 from typing import SupportsIndex
 
@@ -63,13 +64,16 @@ def bits(seed: SupportsIndex, purpose: str, *counters: SupportsIndex | str, inde
     index = np.asarray(index)
     if index.dtype.kind not in "iu":
         raise TypeError(f"index must hold integers, not {index.dtype}")
+    return _mix(np.atleast_1d(index), np.uint64(key(seed, purpose, *counters))).reshape(index.shape)
+
+
+def _mix(index: np.ndarray, key: np.uint64 | np.ndarray) -> np.ndarray:
+    """Return the SplitMix64 finaliser of ``key + (index + 1) * golden``; arrays broadcast."""
     # Wrap-around modulo 2**64 is meant; arrays (not scalars) wrap without a warning.
-    z = np.atleast_1d(index).astype(np.uint64)
-    z = (z + np.uint64(1)) * _GOLDEN + np.uint64(key(seed, purpose, *counters))
+    z = (index.astype(np.uint64) + np.uint64(1)) * _GOLDEN + key
     z = (z ^ (z >> np.uint64(30))) * _MIX_1
     z = (z ^ (z >> np.uint64(27))) * _MIX_2
-    z = z ^ (z >> np.uint64(31))
-    return z.reshape(index.shape)
+    return z ^ (z >> np.uint64(31))
 
 
 def uniform(seed: SupportsIndex, purpose: str, *counters: SupportsIndex | str, index: ArrayLike) -> np.ndarray:
@@ -81,6 +85,12 @@ def uniform(seed: SupportsIndex, purpose: str, *counters: SupportsIndex | str, i
         ``index`` or a counter is not an integer.
     """
     return (bits(seed, purpose, *counters, index=index) >> np.uint64(11)) * 2.0**-53
+
+
+def uniform_rows(keys: Sequence[int], n: int) -> np.ndarray:
+    """Return the first ``n`` uniform numbers of each key: float64 (len(keys), n), many questions at once."""
+    rows = np.array(keys, np.uint64)[:, None]
+    return (_mix(np.arange(n)[None], rows) >> np.uint64(11)) * 2.0**-53
 
 
 def permutation(seed: SupportsIndex, purpose: str, *counters: SupportsIndex | str, n: int) -> np.ndarray:

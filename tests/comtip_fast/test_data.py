@@ -6,12 +6,11 @@ from comtip_shards import ShardSet
 from scipy import sparse
 
 from comtip_fast.config.io import load_config
-from comtip_fast.config.schema import DataConfig, GenesConfig, LevelsConfig, PanelConfig
+from comtip_fast.config.schema import GenesConfig, LevelsConfig, PanelConfig
 from comtip_fast.data.levels import fit_levels, log1p_cp10k
 from comtip_fast.data.panel import choose_genes, draw_panel, rank_by_variance
 from comtip_fast.data.tables import training_tables
 from comtip_fast.data.torch_loader import TorchLoader
-from comtip_fast.data.views import make_views, view_of
 
 
 def counts(seed: int = 0, n: int = 60, g: int = 5) -> sparse.csr_matrix:
@@ -107,22 +106,6 @@ def test_panels_are_a_function_of_seed_step_and_sections():
     assert max(sizes) > 55
     # Log-uniform: as many panels under 8 as over.
     assert 0.35 < np.mean(np.array(sizes) < 8) < 0.65
-
-
-def test_views_are_turns_and_every_view_comes_once():
-    tiles = np.random.default_rng(0).integers(0, 255, (6, 8, 8, 3)).astype(np.uint8)
-    spots = np.arange(10, 16)
-    plain = make_views(tiles, spots, np.zeros(6, int), None, DataConfig(), seed=0)
-    np.testing.assert_array_equal(plain, tiles)
-    turned = make_views(tiles, spots, np.arange(6), None, DataConfig(jitter=0.0), seed=0)
-    for i in range(6):
-        np.testing.assert_array_equal(np.sort(turned[i].reshape(-1, 3), 0), np.sort(tiles[i].reshape(-1, 3), 0))
-    seen = np.stack([view_of(4, spots, seed=0, epoch=e) for e in range(4)])
-    np.testing.assert_array_equal(np.sort(seen, 0), np.tile(np.arange(4)[:, None], 6))
-    jittered = make_views(tiles, spots, np.full(6, 3), None, DataConfig(flips=False, jitter=0.1), seed=0)
-    again = make_views(tiles[2:3], spots[2:3], np.full(1, 3), None, DataConfig(flips=False, jitter=0.1), seed=0)
-    np.testing.assert_array_equal(jittered[2], again[0])
-    assert 0 < np.abs(jittered.astype(int) - tiles).mean() < 30
 
 
 def test_a_batch_is_made_again_from_its_integers(tiny_shards: ShardSet, tiny_overrides: list[str]):

@@ -131,13 +131,13 @@ def test_validation_reads_validation_sections_only(
 ):
     task = make(tiny_overrides)
     asked: set[int] = set()
-    real = ShardSet.tiles
+    real = ShardSet.members
 
-    def tiles(self, spots):
+    def members(self, spots, part):
         asked.update(np.asarray(spots).tolist())
-        return real(self, spots)
+        return real(self, spots, part)
 
-    monkeypatch.setattr(ShardSet, "tiles", tiles)
+    monkeypatch.setattr(ShardSet, "members", members)
     task.validate()
     assert asked == set(tiny_shards.select(split="val").tolist())
 

@@ -1,0 +1,422 @@
+"""All loaders give the same batches, from any place on and to any number of ranks; damage is said and counted."""
+
+import io
+import resource
+import shutil
+import threading
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from comtip_shards import ShardError, ShardSet
+from comtip_shards.balance import balanced_draw
+from comtip_shards.headers import check_size
+from PIL import Image
+
+from comtip_fast.config.io import load_config
+from comtip_fast.data.ahead import Ahead
+from comtip_fast.data.batch import Batch
+from comtip_fast.data.loader import BaseLoader
+from comtip_fast.data.loaders import dali_is_installed, make_loader
+from comtip_fast.data.plan import Plan, rank_slice
+from comtip_fast.data.tables import TrainingTables, training_tables
+
+needs_dali = pytest.mark.skipif(not dali_is_installed(), reason="DALI is not installed (extra dali-cu13)")
+LOADERS = ["torch", "wds", pytest.param("dali", marks=needs_dali)]
+NAMES = ("tiles", "panel", "levels", "measured", "section", "spot_index")
+JPEG_TOLERANCE = 3
+
+
+@pytest.fixture(scope="module")
+def tables(tiny_shards: ShardSet, tiny_overrides: list[str]) -> TrainingTables:
+    return training_tables(tiny_shards, load_config(None, tiny_overrides))
+
+
+@pytest.fixture
+def loader(tiny_shards: ShardSet, tiny_overrides: list[str]):
+    """Make loaders; they are closed when the test ends."""
+    made: list[BaseLoader] = []
+
+    def make(*overrides: str, shards: ShardSet = tiny_shards, rank: int = 0, world: int = 1) -> BaseLoader:
+        config = load_config(None, [*tiny_overrides, "data.zoom=0.2", "data.workers=2", *overrides])
+        made.append(make_loader(config, shards, training_tables(shards, config), rank=rank, world=world))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def same(one: Batch, two: Batch, tolerance: int = 0) -> None:
+    assert one.step == two.step
+    for name in NAMES[1:]:
+        assert torch.equal(getattr(one, name), getattr(two, name)), name
+    assert one.tiles is not None
+    assert two.tiles is not None
+    assert one.tiles.shape == two.tiles.shape
+    assert (one.tiles.int() - two.tiles.int()).abs().max() <= tolerance
+
+
+def whole_epoch(loader: BaseLoader) -> list[Batch]:
+    return [loader.batch(spots, step, 0) for step, spots in enumerate(loader.batches(0), start=1)]
+
+
+# -- the same batches ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("expression", ["table", "records"])
+@pytest.mark.parametrize("name", LOADERS)
+def test_every_loader_gives_what_plain_reading_gives(loader, name: str, expression: str):
+    plain = loader("data.loader=torch", "data.workers=0", "data.expression=table")
+    tested = loader(f"data.loader={name}", f"data.expression={expression}")
+    tolerance = JPEG_TOLERANCE if name == "dali" else 0
+    # Over the end of an epoch, and through both ways of asking.
+    n = len(plain.batches(0)) + 2
+    for want, got in zip(islice(plain.iterate(0, 1, 5), n), islice(tested.iterate(0, 1, 5), n), strict=True):
+        same(want, got, tolerance)
+    for step, spots in enumerate(plain.batches(1), start=1):
+        same(plain.batch(spots, step, 1), tested.batch(spots, step, 1), tolerance)
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_batches_asked_for_out_of_order_are_right_too(loader, name: str):
+    plain, tested = loader("data.loader=torch", "data.workers=0"), loader(f"data.loader={name}")
+    order = plain.batches(0)
+    for epoch, place, step in ((0, 2, 9), (0, 0, 1), (1, 1, 4), (1, 2, 5), (1, 2, 5), (1, 3, 7)):
+        spots = plain.batches(epoch)[place]
+        same(plain.batch(spots, step, epoch), tested.batch(spots, step, epoch), JPEG_TOLERANCE)
+    odd = np.sort(order[0])[:5]  # no batch of the plan
+    same(plain.batch(odd, 3, 0), tested.batch(odd, 3, 0), JPEG_TOLERANCE)
+
+
+def test_batches_in_order_come_from_the_background(loader, monkeypatch: pytest.MonkeyPatch):
+    tested = loader("data.loader=torch")
+    threads = set()
+    real = tested._read
+
+    def read(request, how):
+        threads.add(threading.current_thread().name)
+        return real(request, how)
+
+    monkeypatch.setattr(tested, "_read", read)
+    for step, spots in enumerate(tested.batches(0), start=1):
+        tested.batch(spots, step, 0)
+    assert threads
+    assert all(name.startswith("comtip-loader") for name in threads)
+    first = tested.metrics()
+    assert first["loader_wait_s"] > 0
+    assert tested.metrics()["loader_wait_s"] == 0
+
+
+# -- ranks, epochs, resuming ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_ranks_slice_the_global_batch(loader, name: str):
+    whole = loader("data.loader=torch", "data.workers=0")
+    parts = [loader(f"data.loader={name}", rank=r, world=3) for r in range(3)]
+    for step, spots in enumerate(whole.batches(2), start=1):
+        want = whole.batch(spots, step, 2)
+        got = [p.batch(spots, step, 2) for p in parts]
+        for g in got:
+            assert torch.equal(g.panel, want.panel)
+        for field in ("tiles", "levels", "measured", "section", "spot_index"):
+            joined = torch.cat([getattr(g, field) for g in got])
+            difference = (joined.int() - getattr(want, field).int()).abs().max()
+            assert difference <= (JPEG_TOLERANCE if name == "dali" and field == "tiles" else 0), field
+
+
+def test_slices_are_whole_and_even():
+    for size in range(40):
+        for world in range(1, 9):
+            parts = [rank_slice(size, r, world) for r in range(world)]
+            assert np.concatenate([np.arange(size)[p] for p in parts]).tolist() == list(range(size))
+            sizes = [p.stop - p.start for p in parts]
+            assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize(
+    "more", [(), ("data.sections_per_batch=null",), ("data.run=8",), ("data.batch_size=7",)], ids=str
+)
+def test_100_kills_over_three_world_sizes_lose_and_repeat_nothing(tiny_shards: ShardSet, tiny_overrides, more):
+    config = load_config(None, [*tiny_overrides, *more])
+    plan = Plan(tiny_shards, tiny_shards.select(split="train"), config.data, seed=5)
+    rng = np.random.default_rng(0)
+    epoch, position, step, seen = 0, 0, 1, {}
+    kills = 0
+    while kills < 100:
+        world = int(rng.choice([1, 2, 4]))
+        for request in islice(plan.requests(epoch, position, step), int(rng.integers(0, 9))):
+            for rank in range(world):
+                spots = request.spots[rank_slice(request.spots.size, rank, world)]
+                seen.setdefault(request.epoch, []).append(spots)
+            epoch, position, step = request.epoch, request.position + 1, request.step + 1
+        if position == len(plan.batches(epoch)):
+            epoch, position = epoch + 1, 0
+        kills += 1
+    whole = [e for e in seen if e < epoch]
+    assert len(whole) >= 3
+    for e in whole:
+        assert sorted(np.concatenate(seen[e]).tolist()) == plan.spots.tolist()
+    assert [b.tolist() for b in plan.batches(0)] != [b.tolist() for b in plan.batches(1)]
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_a_new_loader_goes_on_in_the_middle_of_an_epoch_with_other_ranks(loader, name: str):
+    whole = [b.spot_index for b in islice(loader("data.loader=torch", "data.workers=0").iterate(0, 0, 1), 5)]
+    first = [loader(f"data.loader={name}", rank=r, world=2).iterate(0, 0, 1) for r in range(2)]
+    then = [loader(f"data.loader={name}", rank=r, world=3).iterate(0, 2, 3) for r in range(3)]
+    got = [torch.cat([next(it).spot_index for it in first]) for _ in range(2)]
+    got += [torch.cat([next(it).spot_index for it in then]) for _ in range(3)]
+    for it in (*first, *then):
+        it.close()
+    for want, have in zip(whole, got, strict=True):
+        assert torch.equal(want, have)
+
+
+# -- balance -------------------------------------------------------------------------------------------------
+
+
+def test_groups_weigh_alike_and_large_ones_show_all_their_spots_in_time():
+    group = np.repeat(["a", "b", "c"], [90, 9, 21])
+    spots = np.arange(1000, 1120)
+    seen: dict[int, int] = {}
+    for epoch in range(12):
+        drawn = balanced_draw(group, spots, 0, epoch)
+        assert drawn.size == spots.size
+        counts = np.bincount(drawn - 1000, minlength=120)
+        for name in "abc":
+            own = counts[group == name]
+            assert own.sum() == 40
+            assert own.max() - own.min() <= 1  # whole rounds, and a part of one more
+        for spot in drawn:
+            seen[int(spot)] = seen.get(int(spot), 0) + 1
+    assert set(seen) == set(spots.tolist())
+    assert (balanced_draw(group, spots, 0, 3) == balanced_draw(group, spots, 0, 3)).all()
+    assert (balanced_draw(group, spots, 0, 3) != balanced_draw(group, spots, 0, 4)).any()
+
+
+def test_balanced_batches_hold_both_platforms_alike(tiny_shards: ShardSet, loader, monkeypatch: pytest.MonkeyPatch):
+    from comtip_fast.data import plan as module
+
+    monkeypatch.setattr(module, "groups_of", lambda shards, _: ["x", "y", "y", "y"])
+    # Of the two training sections take 49 spots of one and 9 of the other.
+    few = loader("data.balance=platform")
+    spots = np.concatenate([np.arange(49), np.arange(49, 58)])
+    plan = Plan(tiny_shards, spots, few.config.data, seed=0)
+    drawn = np.concatenate(plan.batches(0))
+    assert (drawn < 49).sum() == 29
+    assert (drawn >= 49).sum() == 29
+    assert set(drawn[drawn >= 49].tolist()) == set(range(49, 58))
+    whole = few.batch(few.batches(0)[0], 1, 0)
+    assert whole.tiles is not None
+
+
+# -- bounds --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["torch", pytest.param("dali", marks=needs_dali)])
+def test_no_more_is_made_ahead_than_asked_for(loader, name: str, monkeypatch: pytest.MonkeyPatch):
+    tested = loader(f"data.loader={name}", "data.prefetch=3")
+    begun = []
+    real = tested.records.fetch
+    monkeypatch.setattr(tested.records, "fetch", lambda spots: begun.append(spots) or real(spots))
+    stream = tested.iterate(0, 0, 1)
+    for taken in range(1, 6):
+        next(stream)
+        for _ in range(50):
+            before = len(begun)
+            threading.Event().wait(0.02)
+            if len(begun) == before:
+                break
+        # Ready, under way, and (DALI) two batches in its pipeline.
+        assert taken < len(begun) <= taken + 3 + (3 if name == "dali" else 0)
+    stream.close()
+
+
+def test_ahead_hands_on_errors_and_stops():
+    def numbers(n: int):
+        yield from range(n)
+        raise ValueError("bad")
+
+    ahead = Ahead(numbers(3), 1)
+    got = []
+    with pytest.raises(ValueError, match="bad"):
+        got.extend(ahead)
+    ahead.stop()
+    endless = Ahead(iter(int, 1), 2)
+    assert next(iter(endless)) == 0
+    endless.stop()
+    assert not endless._thread.is_alive()
+    assert list(Ahead(iter([1, 2]), 5)) == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["torch", pytest.param("dali", marks=needs_dali)])
+def test_memory_stays_flat(loader, name: str):
+    tested = loader(f"data.loader={name}", "data.batch_size=16")
+    stream = tested.iterate(0, 0, 1)
+    n = len(tested.batches(0))
+    resident = []
+    for _epoch in range(20):
+        for _ in range(n):
+            next(stream)
+        resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize())
+    stream.close()
+    # 20 epochs of tiles are 6 MB; a loader that kept them would show.
+    assert max(resident[5:]) - resident[4] < 3 << 20
+    assert not [t for t in threading.enumerate() if t.name.startswith("comtip-loader")]
+
+
+# -- faults --------------------------------------------------------------------------------------------------
+
+
+def damaged(shards: ShardSet, folder: Path, spots: list[int], part: str) -> ShardSet:
+    """Copy a set and flip a bit in the middle of a member of some records."""
+    copy = folder / "damaged"
+    shutil.copytree(shards.path, copy)
+    for spot in spots:
+        shard = next(s for s in shards.manifest.shards if s.first_spot <= spot < s.first_spot + s.records)
+        offsets, sizes = shards.places(shard)
+        column = ("tile", "expr").index(part)
+        at = int(offsets[spot - shard.first_spot, column] + sizes[spot - shard.first_spot, column] // 2)
+        path = copy / shard.file
+        data = bytearray(path.read_bytes())
+        data[at] ^= 1
+        path.write_bytes(data)
+    return ShardSet(copy)
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_damage_stops_with_shard_and_key(loader, tiny_shards: ShardSet, tmp_path: Path, name: str):
+    tested = loader(f"data.loader={name}", shards=damaged(tiny_shards, tmp_path, [5], "tile"))
+    with pytest.raises(ShardError, match=r"t1-0000\.tar: record 000000005.*CRC"):
+        whole_epoch(tested)
+
+
+@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("name", LOADERS)
+def test_damage_is_skipped_counted_and_replaced_alike_on_any_ranks(
+    loader, tiny_shards: ShardSet, tmp_path: Path, name: str, world: int
+):
+    bad = [5, 6, 60]
+    shards = damaged(tiny_shards, tmp_path, bad, "tile")
+    ranks = [
+        loader(f"data.loader={name}", "data.faults=skip", shards=shards, rank=r, world=world) for r in range(world)
+    ]
+    for step, spots in enumerate(ranks[0].batches(0), start=1):
+        got = torch.cat([r.batch(spots, step, 0).spot_index for r in ranks]).numpy()
+        assert got.size == spots.size
+        assert not set(bad) & set(got.tolist())
+        whole = ~np.isin(spots, bad)
+        assert (got[whole] == spots[whole]).all()
+        # Stand-ins are of the same section and of the same batch, and do not depend on the ranks.
+        for place in np.flatnonzero(~whole):
+            assert tiny_shards.sections_of([got[place]]) == tiny_shards.sections_of([spots[place]])
+            later = [s for s in np.roll(spots, -place - 1)[:-1] if s not in bad]
+            same_section = [s for s in later if tiny_shards.sections_of([s]) == tiny_shards.sections_of([spots[place]])]
+            assert got[place] == same_section[0]
+    assert set().union(*(r.faults for r in ranks)) == set(bad)
+    assert sum(r.metrics()["faults"] for r in ranks) == len(bad)
+
+
+def test_too_much_damage_stops_after_all(loader, tiny_shards: ShardSet, tmp_path: Path):
+    shards = damaged(tiny_shards, tmp_path, [5, 6, 7], "tile")
+    tested = loader("data.faults=skip", "data.max_faults=2", shards=shards)
+    with pytest.raises(ShardError, match=r"more than data\.max_faults=2"):
+        whole_epoch(tested)
+
+
+def test_spots_whose_counts_are_damaged_are_no_training_spots(loader, tiny_shards: ShardSet, tmp_path: Path):
+    shards = damaged(tiny_shards, tmp_path, [5], "expr")
+    with pytest.raises(ShardError, match="record 000000005"):
+        loader(shards=shards)
+    tested = loader("data.faults=skip", shards=shards)
+    assert sorted(np.concatenate(tested.batches(0)).tolist()) == [s for s in range(98) if s != 5]
+
+
+def test_a_frozen_stem_never_shows_a_damaged_tile(tiny_shards: ShardSet, tiny_overrides, tmp_path: Path):
+    shards = damaged(tiny_shards, tmp_path, [5], "tile")
+    config = load_config(None, [*tiny_overrides, "data.faults=skip"])
+    stem = lambda tiles: tiles.float().mean((2, 3))[:, None]  # noqa: E731
+    tested = make_loader(config, shards, training_tables(shards, config), frozen_stem=stem)
+    for step, spots in enumerate(tested.batches(0), start=1):
+        batch = tested.batch(spots, step, 0)
+        assert 5 not in batch.spot_index.tolist()
+        assert batch.features is not None
+        assert (batch.features > 0).all()
+    assert tested.metrics()["faults"] == 1
+
+
+def jpeg(px: int) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (px, px)).save(out, "JPEG", quality=95)
+    return out.getvalue()
+
+
+def test_sizes_are_known_before_anything_is_decoded():
+    good = jpeg(32)
+    check_size(good, 32, "jpeg", "here")
+    frame = good.index(b"\xff\xc0")
+    huge = good[: frame + 5] + b"\xff\xff\xff\xff" + good[frame + 9 :]
+    twice = good[:frame] + good[frame : frame + 19] + good[frame:]
+    for bad in (huge, twice, good[:-2], good[: frame + 4], b"", b"\xff\xd8\xff\xd9", good[2:], jpeg(48)):
+        with pytest.raises(ShardError, match="here"):
+            check_size(bad, 32, "jpeg", "here")
+    out = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(out, "PNG")
+    check_size(out.getvalue(), 32, "png", "here")
+    with pytest.raises(ShardError, match=r"here.*48"):
+        check_size(out.getvalue(), 48, "png", "here")
+
+
+@needs_dali
+def test_what_dali_cannot_decode_is_found_by_pillow(loader, monkeypatch: pytest.MonkeyPatch):
+    plain, tested = loader("data.loader=torch", "data.workers=0"), loader("data.loader=dali")
+    real = tested.records.fetch
+    calls = []
+
+    def fetch(spots):
+        got = real(spots)
+        calls.append(spots)
+        if len(calls) == 2:  # passes every check of the header, and is no picture: its code table is nonsense
+            codes = got.tiles[1].index(b"\xff\xc4") + 5
+            got.tiles[1] = got.tiles[1][:codes] + b"\xff" * 16 + got.tiles[1][codes + 16 :]
+        return got
+
+    monkeypatch.setattr(tested.records, "fetch", fetch)
+    for want, got in zip(islice(plain.iterate(), 5), islice(tested.iterate(), 5), strict=True):
+        same(want, got, JPEG_TOLERANCE)
+    assert len(calls) >= 6  # one batch was read again
+
+
+# -- tables that do not fit ------------------------------------------------------------------------------------
+
+
+def test_levels_learnt_from_a_part_give_levels_to_all(tiny_shards: ShardSet, tiny_overrides):
+    few = load_config(None, [*tiny_overrides, "levels.fit_spots=100"])
+    assert training_tables(tiny_shards, few).levels is not None
+    object.__setattr__(few.levels, "fit_spots", 40)
+    part = training_tables(tiny_shards, few)
+    assert part.levels is not None
+    assert part.levels.shape == (98, part.genes.trained.size)
+    object.__setattr__(few.data, "expression", "records")
+    none = training_tables(tiny_shards, few)
+    assert none.levels is None
+    assert (none.table.edges == part.table.edges).all()
+    one, two = make_loader(few, tiny_shards, part), make_loader(few, tiny_shards, none)
+    for step, spots in enumerate(one.batches(0), start=1):
+        same(one.batch(spots, step, 0), two.batch(spots, step, 0))
+    whole = training_tables(tiny_shards, load_config(None, tiny_overrides))
+    assert (whole.table.edges.shape != part.table.edges.shape) or (whole.table.edges != part.table.edges).any()
+
+
+def test_dali_that_is_not_there_is_said(tiny_shards: ShardSet, tables, tiny_overrides, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("comtip_fast.data.loaders.dali_is_installed", lambda: False)
+    with pytest.raises(ValueError, match=r"comtip-fast\[dali-cu13\]"):
+        make_loader(load_config(None, [*tiny_overrides, "data.loader=dali"]), tiny_shards, tables)
+    auto = make_loader(load_config(None, tiny_overrides), tiny_shards, tables)
+    assert type(auto).__name__ == "TorchLoader"
+    with pytest.raises(ValueError, match="rank 2 of 2"):
+        make_loader(load_config(None, tiny_overrides), tiny_shards, tables, rank=2, world=2)
