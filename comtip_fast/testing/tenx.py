@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import h5py
 import numpy as np
+import pandas as pd
 from PIL import Image
 from scipy import io as scipy_io
 from scipy import sparse
@@ -57,3 +59,63 @@ def he_picture(width: int, height: int, seed: int = 0) -> Image.Image:
     dyes = np.array([(0.56, 0.72, 0.41), (0.22, 0.80, 0.56)])
     density = rng.uniform(0.1, 0.5, (height, width, 2)) @ dyes
     return Image.fromarray(np.clip(256 * 10.0**-density - 1, 0, 255).astype(np.uint8))
+
+
+def write_visium_hd(
+    root: Path, bin_um: int, counts_FN: np.ndarray, in_tissue_RC: np.ndarray, place: np.ndarray
+) -> Path:
+    """Write ``binned_outputs/square_XXXum`` of Visium HD; the matrix holds the bins in tissue.
+
+    Parameters
+    ----------
+    counts_FN
+        Features x bins in tissue, in row-major order of the grid.
+    in_tissue_RC
+        bool (rows, columns).
+    place
+        float (2, 3): x and y in full-resolution px of (column, row, 1) in um from the middle of the first bin.
+    """
+    folder = root / "binned_outputs" / f"square_{bin_um:03d}um"
+    (folder / "spatial").mkdir(parents=True)
+    row, col = (a.ravel() for a in np.indices(in_tissue_RC.shape))
+    barcodes = np.array([f"s_{bin_um:03d}um_{r:05d}_{c:05d}-1" for r, c in zip(row, col, strict=True)])
+    # The middle of bin (0, 0) is half a bin from the corner that all bin sizes share.
+    um = np.stack([(col + 0.5) * bin_um, (row + 0.5) * bin_um, np.ones(len(row))])
+    x, y = place @ um
+    pd.DataFrame(
+        {
+            "barcode": barcodes, "in_tissue": in_tissue_RC.ravel().astype(np.int64), "array_row": row, "array_col": col,
+            "pxl_row_in_fullres": y, "pxl_col_in_fullres": x,
+        }
+    ).to_parquet(folder / "spatial/tissue_positions.parquet", row_group_size=100)  # fmt: skip
+    mpp = 1 / float(np.sqrt(abs(np.linalg.det(place[:, :2]))))
+    factors = {
+        "spot_diameter_fullres": bin_um / mpp, "bin_size_um": float(bin_um), "microns_per_pixel": mpp,
+        "regist_target_img_scalef": 1.0, "tissue_lowres_scalef": 0.25, "fiducial_diameter_fullres": 1.0,
+        "tissue_hires_scalef": 0.5,
+    }  # fmt: skip
+    (folder / "spatial/scalefactors_json.json").write_text(json.dumps(factors))
+    write_h5(folder / "filtered_feature_bc_matrix.h5", counts_FN, barcodes[in_tissue_RC.ravel()].tolist())
+    return folder
+
+
+def write_segmentation(root: Path, counts_FN: np.ndarray, centres_N2: np.ndarray, mpp: float, radius: float) -> Path:
+    """Write ``segmented_outputs`` of Space Ranger 4: cells are octagons round centres, all in full-resolution px."""
+    folder = root / "segmented_outputs"
+    (folder / "spatial").mkdir(parents=True)
+    (folder / "spatial/scalefactors_json.json").write_text(
+        json.dumps({"tissue_hires_scalef": 0.5, "tissue_lowres_scalef": 0.25, "microns_per_pixel": mpp})
+    )
+    angle = np.linspace(0, 2 * np.pi, 9)
+    ring = radius * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    features = [
+        {
+            "type": "Feature", "geometry": {"type": "Polygon", "coordinates": [(ring + centre).tolist()]},
+            "properties": {"cell_id": i + 1, "classification": {"name": "Cluster 1", "color": [1, 2, 3]}},
+        }
+        for i, centre in enumerate(np.asarray(centres_N2, float))
+    ]  # fmt: skip
+    (folder / "cell_segmentations.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+    barcodes = [f"cellid_{i + 1:09d}-1" for i in range(len(centres_N2))]
+    write_h5(folder / "filtered_feature_cell_matrix.h5", counts_FN, barcodes)
+    return folder

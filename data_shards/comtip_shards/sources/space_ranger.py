@@ -17,6 +17,7 @@ import pandas as pd
 from comtip_shards.errors import SourceError
 from comtip_shards.section import Section, SectionMeta, check_unique
 from comtip_shards.sources.base import SectionSource, Spots, join, number, numbers, pick
+from comtip_shards.sources.pooled import POOL_KEYS, refuse
 from comtip_shards.sources.tenx import (
     TenxMatrix,
     appearance_note,
@@ -24,6 +25,7 @@ from comtip_shards.sources.tenx import (
     find_matrix,
     only,
     scale_factors,
+    section_name,
     species_of,
 )
 
@@ -52,6 +54,7 @@ def recognise(path: Path) -> str | None:
 
 def open_sections(path: Path, samples: Sequence[str] | None, overrides: Mapping[str, str]) -> list[SectionSource]:
     """Return the one section of the folder, named by it."""
+    refuse(overrides, POOL_KEYS, "Visium has spots")
     name = section_name(path)
     pick(samples, [name], path)
     spatial = path / "spatial"
@@ -66,7 +69,7 @@ def open_sections(path: Path, samples: Sequence[str] | None, overrides: Mapping[
     if not overrides.get("tissue"):
         raise SourceError(f"{path}: Space Ranger does not say the tissue; give --tissue")
     image, scale, image_notes = choose_image(path, spatial, factors, overrides.get("image", ""))
-    notes += image_notes + [f"{n} features are not genes: {kind}" for kind, n in features.others().items()]
+    notes += image_notes + features.others_note()
     meta = SectionMeta(
         section_id=name, dataset=name, species=(overrides.get("species") or species_of(features.ids, counts.path)).lower(),
         tissue=overrides["tissue"], donor=overrides.get("donor", ""), platform=overrides.get("platform", "Visium"),
@@ -82,12 +85,6 @@ def open_sections(path: Path, samples: Sequence[str] | None, overrides: Mapping[
         return join(meta, image, matrix, barcodes, genes.ids, genes.symbols, aligned, counts.path, positions, said)
 
     return [SectionSource(meta, (image, *counts.files, positions, spatial / FACTORS), load)]
-
-
-def section_name(path: Path) -> str:
-    """Return the name of a run: its folder's, or the one above ``outs``."""
-    path = path.resolve()
-    return path.parent.name if path.name == "outs" else path.name
 
 
 def _matrix(path: Path) -> tuple[TenxMatrix, list[str]]:

@@ -40,6 +40,15 @@ class Features:
         """Return the rows that are genes, int64; antibodies and controls are not."""
         return np.flatnonzero([kind in ("", GENE_KIND) for kind in self.kinds])
 
+    def only_genes(self) -> Features:
+        """Return the rows that are genes."""
+        rows = self.genes()
+        return Features([self.ids[i] for i in rows], [self.symbols[i] for i in rows], [GENE_KIND] * len(rows))
+
+    def others_note(self) -> list[str]:
+        """Say how many rows are left out because they are not genes."""
+        return [f"{n} features are not genes: {kind}" for kind, n in self.others().items()]
+
     def others(self) -> dict[str, int]:
         """Return how many rows are of each other kind."""
         kinds = [k for k in self.kinds if k not in ("", GENE_KIND)]
@@ -63,10 +72,9 @@ class TenxMatrix:
     def read(self) -> tuple[sparse.csr_matrix, list[str], Features]:
         """Return (int32 barcodes x genes, barcodes, genes); features that are not genes are left out."""
         features = self.features()
-        rows = features.genes()
-        genes = Features([features.ids[i] for i in rows], [features.symbols[i] for i in rows], [GENE_KIND] * len(rows))
+        genes = features.only_genes()
         parts = list(self.chunks(features))
-        counts = sparse.vstack([c for _, c in parts], format="csr") if parts else sparse.csr_matrix((0, len(rows)))
+        counts = sparse.vstack([c for _, c in parts], format="csr") if parts else sparse.csr_matrix((0, len(genes.ids)))
         return sparse.csr_matrix(counts), [b for barcodes, _ in parts for b in barcodes], genes
 
     def chunks(self, features: Features, size: int = 1 << 17) -> Iterator[tuple[list[str], sparse.csr_matrix]]:
@@ -214,6 +222,12 @@ def appearance_note(image: Path) -> list[str]:
     with open_slide(image) as slide:
         looks, reason = looks_like_he(slide.overview(OVERVIEW_PX)[0])
     return [] if looks else [f"{image.name} does not look like H&E: {reason}"]
+
+
+def section_name(path: Path) -> str:
+    """Return the name of a run: its folder's, or the one above ``outs``."""
+    path = path.resolve()
+    return path.parent.name if path.name == "outs" else path.name
 
 
 # -- species ------------------------------------------------------------------------------------------------

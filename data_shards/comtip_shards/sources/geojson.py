@@ -1,0 +1,86 @@
+"""Polygons of cells from a GeoJSON file, one by one: the files of whole slides are too large to parse at once."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from comtip_shards.errors import SourceError
+from comtip_shards.sources.base import existing
+
+_CHUNK = 1 << 20
+_LONGEST = 1 << 26
+_START = re.compile(r'"features"\s*:\s*\[')
+_BETWEEN = re.compile(r"[\s,]*")
+
+
+def iter_features(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the features of a FeatureCollection.
+
+    Raises
+    ------
+    SourceError
+        Not GeoJSON, or it ends within.
+    """
+    decoder = json.JSONDecoder()
+    with existing(path, "file of polygons").open(encoding="utf-8", errors="strict") as file:
+        text = ""
+        while (start := _START.search(text)) is None:
+            more = file.read(_CHUNK)
+            if not more or len(text) > _LONGEST:
+                raise SourceError(f"{path}: no list of features; this is not a GeoJSON FeatureCollection")
+            text += more
+        at = start.end()
+        while True:
+            at = _BETWEEN.match(text, at).end()  # type: ignore[union-attr]  # it matches the empty string too
+            if text[at : at + 1] == "]":
+                return
+            try:
+                feature, at = decoder.raw_decode(text, at)
+            except json.JSONDecodeError as error:
+                more = file.read(_CHUNK)
+                if not more or len(text) - at > _LONGEST:
+                    raise SourceError(f"{path}: ends or is damaged after {text[at : at + 40]!r}") from error
+                text, at = text[at:] + more, 0
+                continue
+            yield feature
+
+
+def centroid(feature: dict[str, Any], path: Path) -> tuple[float, float]:
+    """Return the centre of gravity of a polygon, of the largest where there are several; x, y."""
+    geometry: dict[str, Any] = feature.get("geometry") or {}
+    kind, coordinates = geometry.get("type"), geometry.get("coordinates") or []
+    try:
+        if kind == "Polygon":
+            rings = [np.asarray(coordinates[0], np.float64)]
+        elif kind == "MultiPolygon":
+            rings = [np.asarray(part[0], np.float64) for part in coordinates]
+        else:
+            raise ValueError(f"it is {kind!r}")
+        areas, centres = zip(*(_ring(ring) for ring in rings), strict=True)
+    except (TypeError, ValueError, IndexError, KeyError) as error:
+        raise SourceError(f"{path}: feature {feature.get('properties')} is no polygon ({error})") from error
+    return centres[int(np.argmax(areas))]
+
+
+def _ring(ring: np.ndarray) -> tuple[float, tuple[float, float]]:
+    """Return (area, centre) of a closed ring, float (n, 2)."""
+    if ring.ndim != 2 or ring.shape[1] < 2 or not np.isfinite(ring).all():
+        raise ValueError("its coordinates are no list of finite x, y")
+    # Measured from the first corner, so that large positions do not cancel.
+    first = ring[0, :2]
+    x, y = (ring[:, :2] - first).T
+    cross = x[:-1] * y[1:] - x[1:] * y[:-1]
+    area = cross.sum() / 2
+    if area == 0:
+        return 0.0, tuple(ring[:, :2].mean(axis=0).tolist())
+    centre = (
+        ((x[:-1] + x[1:]) * cross).sum() / (6 * area) + first[0],
+        ((y[:-1] + y[1:]) * cross).sum() / (6 * area) + first[1],
+    )
+    return abs(float(area)), (float(centre[0]), float(centre[1]))

@@ -1,0 +1,75 @@
+"""What readers of bins, cells and transcripts share: their settings, and a section of pseudo-spots."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from comtip_shards.errors import SourceError
+from comtip_shards.pooling import Pooled
+from comtip_shards.section import Section, SectionMeta
+from comtip_shards.sources.base import number
+from comtip_shards.sources.tenx import Features
+
+POOL_KEYS = ("pool_um", "pool_from", "bin_um", "min_cover", "min_pooled", "qv", "alignment")
+
+
+def setting(overrides: Mapping[str, str], key: str, default: float, *, most: float = np.inf) -> float:
+    """Return a positive number that the caller may have stated."""
+    if not overrides.get(key):
+        return default
+    option = f"--{key.replace('_', '-')}"
+    value = number(overrides[key], option)
+    if not 0 < value <= most:
+        limit = f", at most {most:g}" if most < np.inf else ""
+        raise SourceError(f"{option} {overrides[key]}: give a number above 0{limit}")
+    return value
+
+
+def refuse(overrides: Mapping[str, str], keys: Sequence[str], why: str) -> None:
+    """Refuse settings that would be without effect."""
+    for key in keys:
+        if overrides.get(key):
+            raise SourceError(f"--{key.replace('_', '-')} has no effect here: {why}")
+
+
+def pooled_meta(
+    path: Path, name: str, overrides: Mapping[str, str], *, species: str, platform: str, mpp: float, pool_um: float,
+    pooling: str,
+) -> SectionMeta:  # fmt: skip
+    """Return the facts of a section of square pseudo-spots."""
+    if not overrides.get("tissue"):
+        raise SourceError(f"{path}: the folder does not say the tissue; give --tissue")
+    return SectionMeta(
+        section_id=name, dataset=name, species=species.lower(), tissue=overrides["tissue"],
+        donor=overrides.get("donor", ""), platform=overrides.get("platform", platform),
+        licence=overrides.get("licence", ""), attribution=overrides.get("attribution", ""), mpp=mpp,
+        spot_diameter_um=pool_um, spot_pitch_um=pool_um, pooling=pooling,
+    )  # fmt: skip
+
+
+def pooled_section(
+    meta: SectionMeta, image: Path, pooled: Pooled, xy: np.ndarray, genes: Features, *, too_little: str, units: str,
+    notes: Sequence[str],
+) -> Section:  # fmt: skip
+    """Return a section of pseudo-spots.
+
+    Parameters
+    ----------
+    xy
+        float64 (N, 2), centres in px of the image.
+    genes
+        Of the columns of ``pooled.counts``.
+    too_little
+        Why a pseudo-spot was left out, for the count of these.
+    units
+        What was pooled, e.g. ``bins``.
+    """
+    held = f"the pseudo-spots left out held {pooled.dropped_units:,} {units} and {pooled.dropped_counts:,} counts"
+    return Section(
+        meta, image, pooled.counts, genes.ids, genes.symbols, pooled.ids(), xy, pooled.square_N2.astype(np.float64),
+        [""] * len(xy), {too_little: pooled.dropped_squares} if pooled.dropped_squares else {},
+        [*notes, held] if pooled.dropped_squares else list(notes), n_pooled=pooled.n_units,
+    )  # fmt: skip

@@ -1,0 +1,328 @@
+"""Visium HD: what is pooled is compared with sums made bin by bin, on a grid that lies turned on its image."""
+
+import json
+import shutil
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+from comtip_shards import ShardSet, SourceError
+from comtip_shards.build import build_shards
+from comtip_shards.sources import detect, open_source
+from comtip_shards.sources.geojson import centroid, iter_features
+from comtip_shards.verify import verify
+
+from comtip_fast.testing.tenx import GENES, NAMES, he_picture, write_h5, write_segmentation, write_visium_hd
+
+MPP, ANGLE, CORNER = 4.0, 0.2, np.array([40.0, 12.0])
+TURN = np.array([[np.cos(ANGLE), -np.sin(ANGLE)], [np.sin(ANGLE), np.cos(ANGLE)]])
+PLACE = np.column_stack([TURN / MPP, CORNER])
+SHAPE = (20, 25)
+"""Rows and columns of 16 um bins: 2 x 3 whole pseudo-spots of 128 um, half ones below, an eighth to the right."""
+FACTS = {"tissue": "colon", "donor": "P1"}
+
+
+def tissue() -> np.ndarray:
+    out = np.ones(SHAPE, bool)
+    out[:3, :8] = False  # 40 of the 64 bins of the first pseudo-spot stay
+    out[:6, 8:16] = False  # 16 of 64
+    return out
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    root = tmp_path / "colon" / "outs"
+    rng = np.random.default_rng(0)
+    counts = rng.poisson(0.7, (4, tissue().sum()))
+    write_visium_hd(root, 16, counts, tissue(), PLACE)
+    fine = tissue().repeat(2, 0).repeat(2, 1)
+    write_visium_hd(root, 8, rng.poisson(0.2, (4, fine.sum())), fine, PLACE)
+    (root / "spatial").mkdir()
+    he_picture(160, 130).save(root / "spatial/tissue_hires_image.png")
+    he_picture(160, 130).save(tmp_path / "full.png")
+    return root
+
+
+def facts(run: Path, **more: str) -> dict[str, str]:
+    return {**FACTS, "image": str(run.parents[1] / "full.png"), **more}
+
+
+def read(run: Path, **more: str):
+    return open_source(run, overrides=facts(run, **more))[0].read()
+
+
+def truth(run: Path, bin_um: int, pool_um: int) -> dict[str, tuple[int, np.ndarray, np.ndarray]]:
+    """Sum bin by bin: {id: (bins in tissue, counts, centre in px)}."""
+    folder = run / f"binned_outputs/square_{bin_um:03d}um"
+    with h5py.File(folder / "filtered_feature_bc_matrix.h5") as file:
+        group = {n: file[f"matrix/{n}"][()] for n in ("indptr", "indices", "data")}
+        names = file["matrix/barcodes"].asstr()[()]
+        counts = np.zeros((len(names), 4), int)
+        for i in range(len(counts)):
+            part = slice(group["indptr"][i], group["indptr"][i + 1])
+            counts[i, group["indices"][part]] = group["data"][part]
+        rows = dict(zip(names, counts, strict=True))
+    table = pd.read_parquet(folder / "spatial/tissue_positions.parquet")
+    out: dict = {}
+    for bin_ in table[table["in_tissue"] == 1].itertuples():
+        j, i = bin_.array_row * bin_um // pool_um, bin_.array_col * bin_um // pool_um
+        n, total, _ = out.get(f"{j:03d}x{i:03d}", (0, np.zeros(4, int), None))
+        centre = PLACE @ [(i + 0.5) * pool_um, (j + 0.5) * pool_um, 1]
+        out[f"{j:03d}x{i:03d}"] = (n + 1, total + rows[bin_.barcode], centre)
+    return out
+
+
+def same(section, want: dict) -> None:
+    assert section.spot_ids == sorted(want)
+    for i, name in enumerate(section.spot_ids):
+        n, counts, centre = want[name]
+        assert section.n_pooled[i] == n
+        np.testing.assert_array_equal(section.counts[i].toarray()[0], counts)
+        np.testing.assert_allclose(section.xy[i], centre, atol=1e-6)
+
+
+@pytest.mark.parametrize(("bin_um", "more"), [(16, {}), (8, {"bin_um": "8"})])
+def test_bins_are_pooled_and_placed(run: Path, bin_um: int, more: dict):
+    reader, why = detect(run)
+    assert (reader.name, why) == ("visium_hd", "bins of Visium HD in square_016um, square_008um")
+    section = read(run, **more)
+    want = truth(run, bin_um, 128)
+    kept = {k: v for k, v in want.items() if v[0] >= 0.5 * (128 / bin_um) ** 2}
+    # Half pseudo-spots at the edge stay, the eighths and the one with 16 of 64 go.
+    assert sorted(set(want) - set(kept)) == ["000x001", "000x003", "001x003", "002x003"]
+    same(section, kept)
+    assert section.gene_ids == list(GENES)
+    meta = section.meta
+    assert (meta.section_id, meta.species, meta.platform) == ("colon", "human", "Visium HD")
+    assert (meta.mpp, meta.spot_diameter_um, meta.spot_pitch_um) == (pytest.approx(MPP), 128, 128)
+    assert meta.pooling == f"bins of {bin_um} um in squares of 128 um, at least 50% of them in tissue"
+    assert section.dropped == {"pseudo-spots with under 50% of their bins in tissue": 4}
+    lost = [want[k] for k in set(want) - set(kept)]
+    held = f"the pseudo-spots left out held {sum(v[0] for v in lost)} bins and {sum(v[1].sum() for v in lost)} counts"
+    assert held in section.notes
+    assert int(section.counts.sum()) + sum(v[1].sum() for v in lost) == sum(v[1].sum() for v in want.values())
+
+
+def test_other_sizes_and_shares(run: Path):
+    same(read(run, pool_um="48", min_cover="0.01"), truth(run, 16, 48))
+    # 40 um is no multiple of 16: the 8 um bins are taken.
+    same(read(run, pool_um="40", min_cover="0.01"), truth(run, 8, 40))
+    whole = {k: v for k, v in truth(run, 16, 128).items() if v[0] == 64}
+    same(read(run, min_cover="1"), whole)
+    same(open_source(run / "binned_outputs/square_008um", overrides=facts(run, min_cover="1"))[0].read(),
+         {k: v for k, v in truth(run, 8, 128).items() if v[0] == 256})  # fmt: skip
+
+
+def test_round_trip_through_a_shard_set(run: Path, tmp_path: Path):
+    build_shards(open_source(run, overrides=facts(run)), tmp_path / "s", tile_px=16, tile_um=128.0, min_mpp=4.0)
+    assert verify(tmp_path / "s").ok
+    shards = ShardSet(tmp_path / "s")
+    symbols = [g.symbol for g in shards.genes]
+    want = {k: v for k, v in truth(run, 16, 128).items() if v[0] >= 32}
+    counts = pd.DataFrame(shards.counts(range(len(shards))).toarray(), columns=symbols)[list(NAMES)].to_numpy()
+    assert sorted(shards.spots["spot_id"]) == sorted(want)
+    for spot, row in zip(shards.spots.itertuples(), counts, strict=True):
+        n, total, centre = want[spot.spot_id]
+        assert spot.n_pooled == n
+        np.testing.assert_array_equal(row, total)
+        np.testing.assert_allclose([spot.x_px, spot.y_px], centre, atol=1e-3)
+    assert shards.manifest.sections[0].pooling.startswith("bins of 16 um")
+
+
+def test_bins_outside_tissue_of_a_raw_matrix_are_counted(run: Path):
+    folder = run / "binned_outputs/square_016um"
+    before = read(run)
+    with h5py.File(folder / "filtered_feature_bc_matrix.h5") as file:
+        n = len(file["matrix/barcodes"])
+    table = pd.read_parquet(folder / "spatial/tissue_positions.parquet")
+    inside = np.flatnonzero(table["in_tissue"] == 1)
+    raw = np.full((4, len(table)), 3)
+    raw[:, inside] = np.random.default_rng(0).poisson(0.7, (4, n))
+    (folder / "filtered_feature_bc_matrix.h5").unlink()
+    write_h5(folder / "raw_feature_bc_matrix.h5", raw, table["barcode"].tolist())
+    after = read(run)
+    np.testing.assert_array_equal(after.counts.toarray(), before.counts.toarray())
+    left = len(table) - len(inside)
+    assert f"{left} bins with {left * 12:,} counts lie outside tissue and are left out" in after.notes
+
+
+# -- cells ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cells(run: Path) -> tuple[Path, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(1)
+    centres, counts = rng.uniform([20, 20], [140, 110], (60, 2)), rng.poisson(2, (4, 60))
+    write_segmentation(run, counts, centres, MPP, radius=2.0)
+    return run, centres, counts
+
+
+def test_cells_are_pooled_by_their_centres(cells):
+    run, centres, counts = cells
+    section = read(run, pool_from="cells", pool_um="100", min_pooled="2")
+    square = (centres // (100 / MPP)).astype(int)
+    want: dict = {}
+    for (i, j), column in zip(square, counts.T, strict=True):
+        n, total, _ = want.get(f"{j:03d}x{i:03d}", (0, np.zeros(4, int), None))
+        want[f"{j:03d}x{i:03d}"] = (n + 1, total + column, (np.array([i, j]) + 0.5) * 100 / MPP)
+    kept = {k: v for k, v in want.items() if v[0] >= 2}
+    assert 0 < len(kept) < len(want)
+    same(section, kept)
+    assert section.dropped == {"pseudo-spots with under 2 cells": len(want) - len(kept)}
+    assert section.meta.pooling == "segmented cells in squares of 100 um, at least 2"
+
+
+def test_cells_alone_are_recognised(cells):
+    run, _, _ = cells
+    shutil.rmtree(run / "binned_outputs")
+    assert detect(run)[1] == "segmented cells of Visium HD in segmented_outputs"
+    assert read(run).meta.pooling.startswith("segmented cells")
+
+
+def edit_polygons(run: Path, change) -> None:
+    path = run / "segmented_outputs/cell_segmentations.geojson"
+    data = json.loads(path.read_text())
+    change(data["features"])
+    path.write_text(json.dumps(data))
+
+
+def test_cells_without_a_polygon_are_counted(cells):
+    run, _, counts = cells
+    edit_polygons(run, lambda features: features.pop(7))
+    section = read(run, pool_from="cells")
+    assert f"1 cells with {counts[:, 7].sum()} counts have no polygon and are left out" in section.notes
+    assert int(section.counts.sum()) == counts.sum() - counts[:, 7].sum()
+
+
+BAD_CELLS = {
+    "no join": (lambda r: edit_polygons(r, lambda f: [x["properties"].update(cell_id=x["properties"]["cell_id"] + 99) for x in f]),
+                "only 0 of its 60 cells have a polygon"),
+    "twice": (lambda r: edit_polygons(r, lambda f: f.append(f[0])), "cell 1 stands more than once"),
+    "a point": (lambda r: edit_polygons(r, lambda f: f[0]["geometry"].update(type="Point")), "no polygon"),
+    "no id": (lambda r: edit_polygons(r, lambda f: f[0]["properties"].pop("cell_id")), "without cell_id"),
+    "no polygons": (lambda r: (r / "segmented_outputs/cell_segmentations.geojson").unlink(), "no such file"),
+    "other json": (lambda r: (r / "segmented_outputs/cell_segmentations.geojson").write_text("[1]"), "no list of features"),
+    "no counts": (lambda r: (r / "segmented_outputs/filtered_feature_cell_matrix.h5").unlink(), "Space Ranger 4"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_CELLS)
+def test_bad_cells_name_the_file_and_the_fix(cells, name: str):
+    change, message = BAD_CELLS[name]
+    change(cells[0])
+    with pytest.raises(SourceError, match=message):
+        read(cells[0], pool_from="cells")
+
+
+def test_polygons_are_read_in_pieces(cells, monkeypatch: pytest.MonkeyPatch):
+    path = cells[0] / "segmented_outputs/cell_segmentations.geojson"
+    monkeypatch.setattr("comtip_shards.sources.geojson._CHUNK", 37)
+    features = list(iter_features(path))
+    assert features == json.loads(path.read_text())["features"]
+    np.testing.assert_allclose([centroid(f, path) for f in features], cells[1])
+    text = path.read_text()
+    path.write_text(text[: len(text) // 2])
+    with pytest.raises(SourceError, match="ends or is damaged"):
+        list(iter_features(path))
+
+
+# -- what is wrong ----------------------------------------------------------------------------------------------
+
+
+def edit_table(**changes):
+    def change(run: Path) -> None:
+        path = run / "binned_outputs/square_016um/spatial/tissue_positions.parquet"
+        table = pd.read_parquet(path)
+        for column, value in changes.items():
+            table[column] = value(table) if callable(value) else value
+        table.to_parquet(path)
+
+    return change
+
+
+def edit_factors(**changes):
+    def change(run: Path) -> None:
+        path = run / "binned_outputs/square_016um/spatial/scalefactors_json.json"
+        factors = json.loads(path.read_text()) | changes
+        path.write_text(json.dumps({k: v for k, v in factors.items() if v is not None}))
+
+    return change
+
+
+def rename_bins(new):
+    def change(run: Path) -> None:
+        path = run / "binned_outputs/square_016um/filtered_feature_bc_matrix.h5"
+        with h5py.File(path, "r+") as file:
+            names = [new(i, b) for i, b in enumerate(file["matrix/barcodes"].asstr()[()])]
+            del file["matrix/barcodes"]
+            file["matrix/barcodes"] = np.array(names, "S")
+
+    return change
+
+
+def cut_parquet(run: Path) -> None:
+    path = run / "binned_outputs/square_016um/spatial/tissue_positions.parquet"
+    path.write_bytes(path.read_bytes()[:500])
+
+
+BAD = {
+    "out of the grid": (rename_bins(lambda i, b: b.replace("00019", "00090") if i % 50 == 0 or "_00019_" in b else b),
+                        r"\d+ bins are out of the grid .*00090"),
+    "other names": (rename_bins(lambda i, b: f"AAAC{i}-1"), "'AAAC0-1' is not like s_016um"),
+    "other bins": (rename_bins(lambda i, b: b.replace("016um", "008um")), "holds bins of 8 um, not 16"),
+    "nothing in tissue": (edit_table(in_tissue=0), "share no bin in tissue"),
+    "bin twice": (edit_table(array_row=lambda t: t["array_row"] * 0, barcode=lambda t: [f"s_016um_00000_{c:05d}-1" for c in t["array_col"]]),
+                  "475 bins stand more than once"),
+    "columns disagree": (edit_table(array_row=lambda t: t["array_row"][::-1].to_numpy()), "other rows and columns"),
+    "no position": (edit_table(pxl_row_in_fullres=np.nan), "rows have no pxl_row_in_fullres"),
+    "text": (edit_table(pxl_row_in_fullres="here"), "pxl_row_in_fullres holds string, not numbers"),
+    "column gone": (lambda r: edit_table(row=1)(r) or drop_column(r), "lacks the columns pxl_row_in_fullres"),
+    "cut parquet": (cut_parquet, "cannot be read as Parquet"),
+    "no scale": (edit_factors(microns_per_pixel=None), "give --mpp"),
+    "wrong pixel size": (edit_factors(microns_per_pixel=0.3), "a px is 4.0000 um and not 0.3"),
+    "wrong spacing": (edit_factors(microns_per_pixel=8.0, spot_diameter_fullres=2.0), "lie 4.000 px apart"),
+    "wrong bin size": (edit_factors(bin_size_um=8.0), "says bins of 8 um"),
+    "no counts": (lambda r: (r / "binned_outputs/square_016um/filtered_feature_bc_matrix.h5").unlink(), "neither filtered_f"),
+}  # fmt: skip
+
+
+def drop_column(run: Path) -> None:
+    path = run / "binned_outputs/square_016um/spatial/tissue_positions.parquet"
+    pd.read_parquet(path).drop(columns="pxl_row_in_fullres").to_parquet(path)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_names_the_file_and_the_fix(run: Path, name: str):
+    change, message = BAD[name]
+    change(run)
+    with pytest.raises(SourceError, match=message) as caught:
+        read(run)
+    assert "square_016um" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"pool_um": "100"}, "no multiple of the bins of 16, 8 um; use e.g. 96"),
+        ({"bin_um": "2"}, "no bins of 2 um; there are 16, 8 um"),
+        ({"pool_um": "-3"}, "--pool-um -3: give a number above 0"),
+        ({"min_cover": "50"}, "above 0, at most 1"),
+        ({"qv": "20"}, "--qv has no effect here"),
+        ({"pool_from": "transcripts"}, "Visium HD has bins and cells"),
+        ({"mpp": "2"}, "says 4 um per full-resolution px, --mpp says 2"),
+        ({"tissue": ""}, "give --tissue"),
+        ({"image": ""}, "original microscope image"),
+        ({"pool_um": "2048"}, "too few pseudo-spots|lower --min-cover"),
+    ],
+)
+def test_settings_that_cannot_be(run: Path, more: dict, message: str):
+    with pytest.raises(SourceError, match=message):
+        read(run, **more)
+
+
+def test_bins_given_to_the_space_ranger_reader_are_not_taken_for_spots(run: Path):
+    assert detect(run / "binned_outputs/square_016um")[0].name == "visium_hd"
+    with pytest.raises(SourceError, match="no effect here: Visium has spots"):
+        open_source(run / "binned_outputs/square_016um", fmt="space_ranger", overrides=facts(run, pool_um="128"))
