@@ -15,12 +15,11 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 from comtip_shards import ShardSet, SourceError
-from comtip_shards.image import ArraySlide, Slide
+from comtip_shards.image import Slide
 from comtip_shards.section import Section
 from comtip_shards.sources import open_source
+from comtip_shards.sources.anndata_source import MICRONS_PER_PIXEL, centres, library_picture, library_slide
 from comtip_shards.tiles import StainStats, stain_stats
-
-from comtip_fast.constants import MICRONS_PER_PIXEL
 
 OVERVIEW_PX = 1024
 
@@ -151,39 +150,25 @@ def _from_anndata(data: ad.AnnData, where: str, tile: TileSpec, overrides: dict[
     if len(libraries) != 1:
         raise SourceError(f"{where}: uns['spatial'] holds {len(libraries)} libraries; subset to one section first")
     library = data.uns["spatial"][libraries[0]]
-    images, factors = library.get("images", {}), library.get("scalefactors", {})
-    name = next((n for n in ("fullres", "hires", "lowres") if n in images), None)
-    if name is None:
-        raise SourceError(f"{where}: uns['spatial'][{libraries[0]!r}]['images'] holds neither hires nor lowres")
-    stated = overrides.get("mpp") or factors.get(MICRONS_PER_PIXEL)
+    picture = library_picture(library, where)
+    stated = overrides.get("mpp") or picture.mpp
     if stated is None:
         raise SourceError(f"{where}: no scale; give --mpp, the um per px of the coordinates in obsm['spatial']")
     species = overrides.get("species") or str(data.uns.get("comtip", {}).get("species", ""))
-    factor = float(factors.get(f"tissue_{name}_scalef", 1.0))
-    image = np.asarray(images[name])
-    if image.dtype != np.uint8:
-        image = np.clip(np.rint(image * 255), 0, 255).astype(np.uint8)
-    xy = np.asarray(data.obsm["spatial"], float) * factor
-    outside = (xy < 0).any(1) | (xy[:, 0] > image.shape[1]) | (xy[:, 1] > image.shape[0])
+    slide = library_slide(library, picture, Path(where))
+    xy = centres(data.obsm["spatial"], Path(where)) * picture.factor
+    outside = (xy < 0).any(1) | (xy[:, 0] > slide.size[0]) | (xy[:, 1] > slide.size[1])
     if outside.any():
         raise SourceError(
-            f"{where}: {outside.sum()} of {len(xy)} spots lie outside the {name} image ({image.shape[1]} x {image.shape[0]} "
-            f"px) at scale factor {factor:g}; obsm['spatial'] and the image do not belong together"
+            f"{where}: {outside.sum()} of {len(xy)} spots lie outside the {picture.name} image ({slide.size[0]} x "
+            f"{slide.size[1]} px) at scale factor {picture.factor:g}; obsm['spatial'] and the image do not belong together"
         )
     template = ad.AnnData(
         obs=data.obs.copy(),
         obsm={"spatial": np.asarray(data.obsm["spatial"])},
         uns={"spatial": data.uns["spatial"]},
     )
-    return _cut(
-        ArraySlide(np.ascontiguousarray(image[..., :3]), Path(where)),
-        xy,
-        float(stated) / factor,
-        tile,
-        str(libraries[0]),
-        species,
-        template,
-    )
+    return _cut(slide, xy, float(stated) / picture.factor, tile, str(libraries[0]), species, template)
 
 
 def _cut(

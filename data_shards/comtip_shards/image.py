@@ -277,7 +277,8 @@ def to_rgb8(values_HWC: np.ndarray, peak: float, *, alpha: bool = False) -> np.n
 def peak_of(values: np.ndarray) -> float:
     """Return the value that is white: the least of 1, 255, 4095 (12 bits) and 65535 that nothing exceeds.
 
-    1 is for floating point only. A camera writes 12 bits into 16: taken as 16, its picture would be black.
+    1 is for floating point only, and what a filter rings may exceed it. A camera writes 12 bits into 16: taken as 16
+    bits, its picture would be black.
     """
     if values.dtype == np.uint8:
         return 255.0
@@ -285,7 +286,7 @@ def peak_of(values: np.ndarray) -> float:
         return 1.0
     high = float(values.max(initial=0))
     for peak in (1.0, 255.0, 4095.0, 65535.0):
-        if high <= peak and (peak > 1 or np.issubdtype(values.dtype, np.floating)):
+        if (high <= peak and peak > 1) or (high <= 1.02 and np.issubdtype(values.dtype, np.floating)):
             return peak
     raise SourceError(f"pixel values up to {high:g} are of no known depth; convert the image to 8 or 16 bits")
 
