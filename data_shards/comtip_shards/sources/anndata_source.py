@@ -24,6 +24,7 @@ from comtip_shards.errors import SourceError
 from comtip_shards.image import ArraySlide, Slide, open_slide, peak_of, to_rgb8
 from comtip_shards.section import Section, SectionMeta, check_unique
 from comtip_shards.sources.base import SectionSource, Spots, as_counts, existing, join, number, pick
+from comtip_shards.sources.tenx import species_of
 
 MICRONS_PER_PIXEL = "microns_per_pixel"
 """Key of the scale in ``uns["spatial"][...]["scalefactors"]``, as Visium HD writes it."""
@@ -158,7 +159,7 @@ def _source(path: Path, library: str, name: str, overrides: Mapping[str, str]) -
         picture = library_picture(file[f"uns/spatial/{library}"], str(path)) if image is None else None
         stated = _stated(file, library)
         facts = _facts(obs.iloc[rows], overrides)
-        facts.setdefault("species", species_of_var(read_part(file, "var", path), path))
+        facts.setdefault("species", species_of(gene_names(read_part(file, "var", path))[0], path))
     mpp = _scale(overrides, stated[0], image, xy, path, notes)
     factor = 1.0
     if picture is not None:
@@ -256,13 +257,6 @@ def median_gap(xy: np.ndarray) -> float:
     """Return the median distance to the nearest neighbour, NaN for fewer than two positions."""
     xy = xy[np.isfinite(xy).all(1)]
     return float(np.median(cKDTree(xy).query(xy, k=2)[0][:, 1])) if len(xy) > 1 else float("nan")
-
-
-def species_of_var(var: pd.DataFrame, path: Path) -> str:
-    """Tell the species by Ensembl ids."""
-    from comtip_shards.sources.tenx import species_of
-
-    return species_of(gene_names(var)[0], path)
 
 
 def gene_names(var: pd.DataFrame) -> tuple[list[str], list[str]]:
