@@ -1,11 +1,15 @@
 """Attention over many short sentences on the CPU, beside padding to the longest, in one run.
 
-    python bench/kernels/bench_packed_attention.py [--sentences 4000] [--rounds 7]
+    python bench/kernels/bench_packed_attention.py [--sentences 4000] [--rounds 15] [--busy]
 
-Lengths follow the three cases that gene sentences make: symbols, symbols with full names, and those cut at 16 tokens.
-Forward and backward, interleaved, medians of the ratio within a round. "padded" is handed tensors that are padded already, as
-a padded model would have them: what padding itself costs, and what it costs the layers around it, is not counted. "products"
-are the matrix products of the packed form alone, on operands that lie ready: what no packed form can do without.
+Lengths follow the three cases that gene sentences make: symbols, symbols with full names, and those cut at 16 tokens. Forward and
+backward, interleaved, medians of the ratio within a round. On a machine that others use, ``--busy`` takes one thread and counts its
+CPU time.
+
+attention   called as the encoder calls it: one projection, sentences sorted by length. "padded" is handed tensors that are padded
+            already, as a padded model would have them: what padding costs the layers around it is not counted.
+unsorted    the same, with sentences in any order.
+block       a whole block of the encoder (norms, projections, attention, MLP, width 128), packed and padded: what a model gains.
 """
 
 from __future__ import annotations
@@ -16,22 +20,30 @@ import time
 from collections.abc import Callable
 
 import torch
-from comtip_kernels import packed_attention
+from comtip_kernels import packed_attention_qkv
+from torch import nn
 from torch.nn import functional as F
 
 CASES = (("symbols", 5.5, 10), ("symbol and name", 13.7, 36), ("cut at 16", 10.0, 16))
 HEADS, WIDTH = 4, 32
 
 
+def draw(sentences: int, mean: float, longest: int) -> torch.Tensor:
+    """Return lengths in any order."""
+    g = torch.Generator().manual_seed(0)
+    length = (torch.randn(sentences, generator=g) * mean * 0.35 + mean).round().clamp(3, longest).long()
+    length[0] = longest
+    return length
+
+
 def packed(length: torch.Tensor) -> Callable[[], None]:
-    """Return a call of ours: q, k, v as views of one projection, heads joined afterwards."""
+    """Return a call of ours: q, k, v as one projection, heads joined afterwards."""
     x = torch.randn(int(length.sum()), 3, HEADS, WIDTH).requires_grad_()
     upstream = torch.randn(x.shape[0], HEADS * WIDTH)
 
     def call() -> None:
         x.grad = None
-        q, k, v = x.unbind(1)
-        packed_attention(q, k, v, length, longest=int(length.max())).flatten(1).backward(upstream)
+        packed_attention_qkv(x, length, longest=int(length.max())).flatten(1).backward(upstream)
 
     return call
 
@@ -45,26 +57,49 @@ def padded(length: torch.Tensor) -> Callable[[], None]:
 
     def call() -> None:
         x.grad = None
-        q, k, v = (t.transpose(1, 2) for t in x.unbind(2))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
-        out.transpose(1, 2).reshape(upstream.shape).backward(upstream)
+        _padded_attention(x, keep).reshape(upstream.shape).backward(upstream)
 
     return call
 
 
-def products(length: torch.Tensor) -> Callable[[], None]:
-    """Return the seven products of forward and backward, per bucket of one length."""
-    ready = []
-    for L in length.unique().tolist():
-        n = int((length == L).sum()) * HEADS
-        ready.append((torch.randn(n, L, WIDTH), torch.randn(n, WIDTH, L), torch.randn(n, L, L)))
+def _padded_attention(qkv: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=keep).transpose(1, 2)
+
+
+class Block(nn.Module):
+    """The encoder's block, for tokens of any leading shape."""
+
+    def __init__(self, attend: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        d = HEADS * WIDTH
+        self.attend = attend
+        self.one, self.two = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.qkv, self.out = nn.Linear(d, 3 * d), nn.Linear(d, d)
+        self.mlp = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the shape of ``x``."""
+        qkv = self.qkv(self.one(x)).view(*x.shape[:-1], 3, HEADS, WIDTH)
+        x = x + self.out(self.attend(qkv).reshape(x.shape))
+        return x + self.mlp(self.two(x))
+
+
+def block(length: torch.Tensor, pad: bool) -> Callable[[], None]:
+    """Return a call of a whole block."""
+    T = int(length.max())
+    if pad:
+        keep = (torch.arange(T) < length[:, None])[:, None, None, :]
+        module, shape = Block(lambda qkv: _padded_attention(qkv, keep)), (length.shape[0], T)
+    else:
+        module, shape = Block(lambda qkv: packed_attention_qkv(qkv, length, longest=T)), (int(length.sum()),)
+    x = torch.randn(*shape, HEADS * WIDTH).requires_grad_()
+    upstream = torch.randn_like(x)
 
     def call() -> None:
-        for rows, columns, square in ready:
-            for _ in range(3):
-                torch.bmm(rows, columns)
-            for _ in range(4):
-                torch.bmm(square, rows)
+        x.grad = None
+        module.zero_grad()
+        module(x).backward(upstream)
 
     return call
 
@@ -73,25 +108,38 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sentences", type=int, default=4000)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--busy", action="store_true", help="one thread, CPU time instead of the clock on the wall")
     args = parser.parse_args()
+    clock = time.process_time if args.busy else time.perf_counter
+    if args.busy:
+        torch.set_num_threads(1)
     for name, mean, longest in CASES:
-        g = torch.Generator().manual_seed(0)
-        length = (torch.randn(args.sentences, generator=g) * mean * 0.35 + mean).round().clamp(3, longest).long()
-        length[0] = longest
-        calls = {"ours": packed(length), "padded": padded(length), "products": products(length)}
-        times: dict[str, list[float]] = {k: [] for k in calls}
-        for call in calls.values():
+        length = draw(args.sentences, mean, longest)
+        by_length = length.sort().values
+        pairs = {
+            "attention": (packed(by_length), padded(length)),
+            "unsorted": (packed(length), padded(length)),
+            "block": (block(by_length, False), block(length, True)),
+        }
+        print(f"{name}: mean {float(length.float().mean()):.1f}, longest {longest}")
+        for what, calls in pairs.items():
+            ours, theirs = rounds(calls, args.rounds, clock)
+            ratio = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
+            print(f"  {what:<10} ours {statistics.median(ours) * 1e3:>7.1f} ms   padded {statistics.median(theirs) * 1e3:>7.1f} ms"
+                  f"   padded / ours {ratio:.2f}")  # fmt: skip
+
+
+def rounds(calls: tuple[Callable[[], None], ...], count: int, clock: Callable[[], float]) -> list[list[float]]:
+    """Return the times of each, one after the other in every round, each after a call that is not timed: memory and caches are its own."""
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(count):
+        for call, kept in zip(calls, times, strict=True):
             call()
-        for _ in range(args.rounds):
-            for key, call in calls.items():
-                began = time.perf_counter()
-                call()
-                times[key].append(time.perf_counter() - began)
-        ms = {k: statistics.median(v) * 1e3 for k, v in times.items()}
-        ratio = statistics.median(b / a for a, b in zip(times["ours"], times["padded"], strict=True))
-        print(f"{name:<16} mean {float(length.float().mean()):.1f}, longest {longest:<3}"
-              + "".join(f" {k} {v:>6.1f} ms " for k, v in ms.items()) + f" padded / ours {ratio:.2f}")  # fmt: skip
+            began = clock()
+            call()
+            kept.append(clock() - began)
+    return times
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from comtip_kernels import gene_sentence_embedding, packed_attention, sentence_start
+from comtip_kernels import gene_sentence_embedding, packed_attention_qkv, sentence_start
 from torch import Tensor, nn
 
 from comtip_fast.config.schema import TextConfig
@@ -46,8 +46,8 @@ class SentenceBlock(nn.Module):
     def forward(self, x_Sd: Tensor, length_N: Tensor, longest: int, first_N: Tensor | None = None) -> Tensor:
         """Return (S, d), or (N, d) with ``first_N``, when only ``[GENE]`` is read afterwards (the last block)."""
         S, d = x_Sd.shape
-        q, k, v = self.qkv(self.norm_attention(x_Sd)).view(S, 3, self.heads, d // self.heads).unbind(1)
-        mixed = packed_attention(q, k, v, length_N, longest=longest).reshape(S, d)
+        qkv_S3HE = self.qkv(self.norm_attention(x_Sd)).view(S, 3, self.heads, d // self.heads)
+        mixed = packed_attention_qkv(qkv_S3HE, length_N, longest=longest).reshape(S, d)
         if first_N is not None:
             x_Sd, mixed = x_Sd[first_N], mixed[first_N]
         x_Sd = x_Sd + self.out(mixed)
@@ -82,12 +82,16 @@ class GeneEncoder(nn.Module):
         self, genes: GeneTokens, level_lo_N: Tensor, level_hi_N: Tensor | None = None, mix_N: Tensor | None = None
     ) -> Tensor:
         """Encode N single sentences to (N, d); two levels and ``mix_N`` in [0, 1] stand for a value between them."""
+        # Sorted by length once, here: attention then takes equally long ones together in every layer and moves nothing.
+        length_N, order_N = torch.sort(genes.length_G, stable=True)
+        genes = GeneTokens(genes.ids_GT[order_N], length_N, genes.identity_G[order_N])
+        level_hi_N, mix_N = (None if x is None else x[order_N] for x in (level_hi_N, mix_N))
         x_Sd = gene_sentence_embedding(
-            genes.ids_GT, genes.length_G, level_lo_N, self.token_Vd, self.type_3d, self.position_Td, self.level_Qd,
+            genes.ids_GT, length_N, level_lo_N[order_N], self.token_Vd, self.type_3d, self.position_Td, self.level_Qd,
             level_hi_N=level_hi_N, mix_N=mix_N, identity_N=genes.identity_G, identity_ID=self.identity_Id,
             gain_D=self.norm_in.weight, bias_D=self.norm_in.bias, eps=self.norm_in.eps,
         )  # fmt: skip
-        length_N, longest, first_N = genes.length_G, genes.ids_GT.shape[1], sentence_start(genes.length_G)
+        longest, first_N = genes.ids_GT.shape[1], sentence_start(length_N)
         for i, block in enumerate(self.blocks):
             x_Sd = block(x_Sd, length_N, longest, first_N if i == len(self.blocks) - 1 else None)
-        return self.norm_out(x_Sd)
+        return self.norm_out(x_Sd).index_select(0, torch.argsort(order_N))

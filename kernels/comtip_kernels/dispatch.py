@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -57,7 +57,9 @@ def _say(op: str, name: str, device: str) -> None:
         _log.info("%s: impl='auto' chose '%s' on %s", op, name, device)
 
 
-def choose(op: str, impl: str, like: Tensor, have: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
+def choose(
+    op: str, impl: str, like: Tensor, have: Mapping[str, Callable[..., Any]], order: Sequence[str] | None = None
+) -> Callable[..., Any]:
     """Return the implementation of ``op`` to call for tensors like ``like``.
 
     Parameters
@@ -70,6 +72,8 @@ def choose(op: str, impl: str, like: Tensor, have: Mapping[str, Callable[..., An
         One of the operands: its device and its dtype count. The Triton kernels sum in fp32, so fp64 is not theirs.
     have
         Implementations of this operation by name; ``reference`` is always among them.
+    order
+        What ``auto`` tries, first to last, where the operation knows better than the device alone says.
 
     Raises
     ------
@@ -80,7 +84,8 @@ def choose(op: str, impl: str, like: Tensor, have: Mapping[str, Callable[..., An
     impl = _preferred if impl == "auto" else impl
     if impl == "auto":
         able = can_launch(device) and like.dtype != torch.float64
-        ready = [n for n in _PREFERENCE.get(device.type, ()) if n in have and (n != "triton" or able)]
+        tried = _PREFERENCE.get(device.type, ()) if order is None else order
+        ready = [n for n in tried if n in have and (n != "triton" or able)]
         name = (ready or ["reference"])[0]
         _say(op, name, device.type)
         return have[name]
