@@ -161,11 +161,13 @@ def sentence_table(s: Sizes, w: Work) -> list[Cost]:
     p, d, N, rows = w.precision, s.width, w.table_rows, s.G * s.Q
     n, L, heads = N * s.tokens, s.reach, s.text_heads
     keep_cast = p.operand != p.stream
-    one = block(n, L, d, 4 * d, heads, p)
+    # On a CPU attention runs length by length, and keeps each result beside all of them joined.
+    by_length = Cost("by length", saved=0 if w.gpu else n * d * p.operand)
+    one = [*block(n, L, d, 4 * d, heads, p), by_length]
     if w.checkpointing:
         one = checkpointed(one, n * d * p.stream, "block input")
     last = [
-        norm(n, d, p), linear(n, d, 3 * d, p), attention(n, L, d, heads, p), linear(N, d, d, p),
+        norm(n, d, p), linear(n, d, 3 * d, p), attention(n, L, d, heads, p), by_length, linear(N, d, d, p),
         pointwise(N, d, p.stream, reads=2, keep=0, name="add"), *mlp(N, d, 4 * d, p), Cost("first tokens", saved=N * INDEX),
     ]  # fmt: skip
     if w.checkpointing:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 import torch
+from comtip_kernels.packed_attention.cpu import _runs, _shared
 from torch.utils.flop_counter import FlopCounterMode, addmm_flop, sdpa_backward_flop_count, sdpa_flop_count
 
 from comtip_fast.config.io import load_config
@@ -84,10 +85,12 @@ def measure(overrides: list[str], *, bf16: bool = False) -> Measured:
     G, b = batch.panel.numel(), batch.section.numel()
     length = task.genes.length_G[batch.panel.long()].double()
     known = Inputs(tile_px=task.sizes.tile_px, trained_genes=task.sizes.n_identities, panel=G)
-    # The panel's own sentences instead of the mean over all genes: what is tested is the formulas.
-    sizes = replace(
-        sizes_of(config, known, task.model), tokens=float(length.mean()), reach=float((length**2).sum() / length.sum())
-    )
+    # The panel's own sentences instead of the mean over all genes: what is tested is the formulas. On a CPU short sentences
+    # share a matrix, and a token meets all of its tokens.
+    sizes = sizes_of(config, known, task.model)
+    batches = list(_shared(_runs(length.sort().values.long().repeat_interleave(sizes.Q))))
+    met = sum(n * (several * tokens) ** 2 for n, several, tokens in batches)
+    sizes = replace(sizes, tokens=float(length.mean()), reach=met / (float(length.sum()) * sizes.Q))
     work = Work(
         spots=b, images=b, columns=2 * b if sizes.mispairs and sizes.hard_columns else b, table_rows=G * sizes.Q,
         precision=AUTOCAST if bf16 else FP32, gpu=False,
