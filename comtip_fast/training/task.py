@@ -13,8 +13,6 @@ import torch
 from comtip_kernels import infonce, level_cross_entropy, pair_scores, pool_weights, table_pool
 from comtip_shards import ShardSet
 from comtip_shards.keyed import uniform
-from comtip_shards.manifest import NAME as MANIFEST
-from comtip_shards.manifest import sha256_of
 from torch import Tensor, nn
 
 from comtip_fast.config.schema import RunConfig
@@ -168,7 +166,7 @@ class CoMTIPTask:
 
     def fingerprint(self) -> dict[str, str]:
         """Return hashes of what the run reads: a resumed run must find the same."""
-        return {"shards": sha256_of(self.shards.path / MANIFEST), "tokenizer": self.tokenizer.sha256}
+        return {"shards": self.shards.manifest.digest, "tokenizer": self.tokenizer.sha256}
 
     # -- parts of a step ------------------------------------------------------------------------------
 

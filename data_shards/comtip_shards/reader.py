@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
-import zlib
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import pandas as pd
@@ -17,28 +15,41 @@ from scipy import sparse
 
 from comtip_shards import record, spots
 from comtip_shards.errors import ShardError
-from comtip_shards.index import parse_index
-from comtip_shards.manifest import GeneRow, ManifestSection, ShardEntry, read_manifest, sha256_of, unpack_bits
+from comtip_shards.files import SetFiles
+from comtip_shards.manifest import GeneRow, ManifestSection, ShardEntry, unpack_bits
+from comtip_shards.members import MemberReader
+from comtip_shards.remote import Remote
 from comtip_shards.section import task_of
 from comtip_shards.tiles import StainStats
 
-_GAP, _SPAN = 1 << 16, 1 << 23
-"""Members this close are read at once, up to so many bytes."""
-
 
 class ShardSet:
-    """Reads a folder that ``comtip shards build`` wrote.
+    """Reads a set that ``comtip shards build`` wrote.
 
     Every member is checked against its CRC-32 in the table of spots as it is read, and tables against their SHA-256 in
     the manifest: what comes back is what was written, or an error. :func:`comtip_shards.verify.verify` reads everything.
+
+    Parameters
+    ----------
+    path
+        A folder, or the URL of one (``s3://``, ``gs://``, ``https://``, ``hf://`` ...), whose files are fetched into a
+        cache as they are needed.
+    remote
+        How to fetch (cache, timeouts, credentials), where ``path`` is a URL.
+
+    Attributes
+    ----------
+    path
+        The folder; of a remote set a local one with its manifest.
+    name
+        The folder or URL, as errors name it.
     """
 
-    def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
-        self.manifest = read_manifest(self.path)
-        self._extensions = (record.CODECS[self.manifest.tile.codec], "expr", "json")
-        self._index: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        self._starts = np.array([s.first_spot for s in self.manifest.shards], np.int64)
+    def __init__(self, path: Path | str, *, remote: Remote | None = None) -> None:
+        self.files = SetFiles(path, remote)
+        self.manifest = self.files.manifest()
+        self.path, self.name = self.files.folder, self.files.name
+        self._reader = MemberReader(self.files, self.manifest)
         self._section_starts = np.array([s.first_spot for s in self.manifest.sections], np.int64)
 
     def __len__(self) -> int:
@@ -47,9 +58,14 @@ class ShardSet:
     @cached_property
     def genes(self) -> list[GeneRow]:
         """The gene table, in the order of the rows of counts."""
-        path = self._file(self.manifest.genes_file, self.manifest.genes_sha256, "the gene table", "genes")
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+        manifest = self.manifest
+        data = self.files.verified(manifest.genes_file, manifest.genes_sha256, "the gene table", "genes")
+        path = f"{self.name}/{manifest.genes_file}"
+        try:
+            text = io.StringIO(data.decode("utf-8"), newline="")
+            rows = list(csv.DictReader(text, delimiter="\t", quoting=csv.QUOTE_NONE))
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ShardError(f"{path}: not a table ({error}); copy it again", kind="genes") from error
         if len(rows) != self.manifest.n_genes:
             raise ShardError(f"{path}: {len(rows)} genes, the manifest says {self.manifest.n_genes}", kind="genes")
         names = ("key", "species", "symbol", "ensembl", "name")
@@ -64,11 +80,12 @@ class ShardSet:
         Columns: section (number), spot_id, section_id, source_row (place in the source), x_px and y_px (px of the source
         image), array_x, array_y (NaN where unknown), label, n_pooled (0 where a spot is not pooled).
         """
-        frame = spots.read_spots(self._spots_path, len(self))
+        data, n, where = self._reader.spots_table()
+        frame = spots.read_spots(data, n, where)
         frame.insert(0, "section", self.sections_of(np.arange(len(self))))
         ids = np.array([s.section_id for s in self.manifest.sections], dtype=object)
         if not np.array_equal(frame["section_id"].to_numpy(dtype=object), ids[frame["section"].to_numpy()]):
-            raise ShardError(f"{self._spots_path}: sections are not those of the manifest", kind="spots")
+            raise ShardError(f"{where}: sections are not those of the manifest", kind="spots")
         return frame
 
     def sections_of(self, spot_index: Iterable[int]) -> np.ndarray:
@@ -89,14 +106,7 @@ class ShardSet:
         """
         index = np.asarray(spot_index, np.int64)
         self._check_range(index)
-        column = record.PARTS.index(part)
-        out: list[bytes] = [b""] * index.size
-        order = np.argsort(index, kind="stable")
-        shard = np.searchsorted(self._starts, index[order], side="right") - 1
-        for number in np.unique(shard):
-            own = order[shard == number]
-            self._read_shard(int(number), index[own], own, column, out)
-        return out
+        return self._reader.read(index, part)
 
     def tiles(self, spot_index: Iterable[int]) -> np.ndarray:
         """Return tiles, uint8 (n, S, S, 3)."""
@@ -142,7 +152,7 @@ class ShardSet:
         """Return a section's place in the manifest."""
         ids = [s.section_id for s in self.manifest.sections]
         if section_id not in ids:
-            raise ShardError(f"{self.path} has no section {section_id!r}; it has: {', '.join(ids)}")
+            raise ShardError(f"{self.name} has no section {section_id!r}; it has: {', '.join(ids)}")
         return ids.index(section_id)
 
     def task_of_section(self, section: int) -> str:
@@ -153,9 +163,10 @@ class ShardSet:
     def overview(self, section: int) -> tuple[np.ndarray, float]:
         """Return a small picture of the section, uint8 (H, W, 3), and its um per px."""
         entry = self.manifest.sections[section].overview
-        path = self._file(entry.file, entry.sha256, "the overview", "overview")
+        data = self.files.verified(entry.file, entry.sha256, "the overview", "overview")
+        path = f"{self.name}/{entry.file}"
         try:
-            with Image.open(io.BytesIO(path.read_bytes()), formats=["JPEG"]) as image:
+            with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
                 if image.size != (entry.width, entry.height) or entry.width * entry.height > 1 << 24:
                     raise ShardError(
                         f"{path}: {image.width} x {image.height} px, not what the manifest says", kind="overview"
@@ -166,80 +177,14 @@ class ShardSet:
 
     def where(self, spot: int) -> str:
         """Return the name of a record for an error: shard and key."""
-        return f"{self.path / self._shard_of(spot).file}: record {record.key_of(spot)}"
+        return self._reader.where(spot)
 
-    # -- members ----------------------------------------------------------------------------------------
+    def places(self, shard: ShardEntry) -> tuple[np.ndarray, np.ndarray]:
+        """Return where a shard's members lie, from its index: offsets and sizes, int64 (records, 3)."""
+        return self._reader.places(shard)
 
     def _check_range(self, index: np.ndarray) -> None:
         if index.size and not 0 <= index.min() <= index.max() < len(self):
             raise IndexError(
-                f"spots {index.min()} to {index.max()} are not all in {self.path}, which holds {len(self)}"
+                f"spots {index.min()} to {index.max()} are not all in {self.name}, which holds {len(self)}"
             )
-
-    def _shard_of(self, spot: int) -> ShardEntry:
-        return self.manifest.shards[int(np.searchsorted(self._starts, spot, side="right")) - 1]
-
-    def _file(self, name: str, sha256: str, what: str, kind: str) -> Path:
-        """Return the path of a file whose hash is the manifest's."""
-        path = self.path / name
-        if not path.is_file() or sha256_of(path) != sha256:
-            raise ShardError(
-                f"{path}: missing, or not {what} that the manifest was written with; copy it again", kind=kind
-            )
-        return path
-
-    @cached_property
-    def _spots_path(self) -> Path:
-        return self._file(self.manifest.spots_file, self.manifest.spots_sha256, "the table of spots", "spots")
-
-    @cached_property
-    def _crcs(self) -> np.ndarray:
-        return spots.read_crcs(self._spots_path, len(self))
-
-    def places(self, shard: ShardEntry) -> tuple[np.ndarray, np.ndarray]:
-        """Return where a shard's members lie, from its index: offsets and sizes, int64 (records, 3)."""
-        if shard.index not in self._index:
-            path = self._file(shard.index, shard.index_sha256, "the index", "index")
-            self._index[shard.index] = parse_index(path.read_bytes(), shard, self.manifest.tile.codec, str(path))
-        return self._index[shard.index]
-
-    def _read_shard(self, number: int, index: np.ndarray, into: np.ndarray, column: int, out: list[bytes]) -> None:
-        """Read one member of ascending spots of one shard into ``out[into]``."""
-        shard = self.manifest.shards[number]
-        offsets, sizes = self.places(shard)
-        local = index - shard.first_spot
-        start, size = offsets[local, column], sizes[local, column]
-        new_run = np.flatnonzero(np.diff(start) > _GAP + size[:-1]) + 1
-        try:
-            with (self.path / shard.file).open("rb") as file:
-                for run in np.split(np.arange(index.size), new_run):
-                    for piece in np.array_split(
-                        run, -(-int(start[run[-1]] + size[run[-1]] - start[run[0]]) // _SPAN) or 1
-                    ):
-                        self._read_run(file, index[piece], start[piece], size[piece], column, into[piece], out)
-        except FileNotFoundError as error:
-            raise ShardError(
-                f"{self.path / shard.file}: the shard is gone; copy it back or build the set again", kind="vanished"
-            ) from error
-        except OSError as error:
-            raise ShardError(f"{self.path / shard.file}: cannot be read ({error})", kind="unreadable") from error
-
-    def _read_run(
-        self, file: BinaryIO, index: np.ndarray, start: np.ndarray, size: np.ndarray, column: int, into: np.ndarray,
-        out: list[bytes],
-    ) -> None:  # fmt: skip
-        if not index.size:
-            return
-        base = int(start[0])
-        file.seek(base)
-        data = file.read(int(start[-1] + size[-1]) - base)
-        for spot, low, n, place in zip(
-            index.tolist(), (start - base).tolist(), size.tolist(), into.tolist(), strict=True
-        ):
-            member = data[low : low + n]
-            if len(member) != n or zlib.crc32(member) != self._crcs[spot, column]:
-                name = f"{self.where(spot)}: the member .{self._extensions[column]}"
-                if len(member) != n:
-                    raise ShardError(f"{name} is cut short: the shard ends before it; copy it again", kind="truncated")
-                raise ShardError(f"{name} is not what was written (CRC-32); copy the shard again", kind="checksum")
-            out[place] = member

@@ -8,39 +8,29 @@ protocol needs besides the URL (a key, ``anon``) comes from its own environment 
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import os
 import queue
 import re
-import shutil
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from comtip_shards.cache import FileCache, default_cache, default_size
 from comtip_shards.errors import ShardError
 
 T = TypeVar("T")
 _CHUNK = 1 << 20
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-CACHE_VARIABLE = "COMTIP_CACHE"
 GIB = 2**30
 
 
 def is_url(path: str | Path) -> bool:
     """Tell a URL from a path; ``file://`` is one."""
     return _URL.match(str(path)) is not None
-
-
-def default_cache() -> Path:
-    """Return ``$COMTIP_CACHE``, else ``comtip`` in the user's cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(os.environ.get(CACHE_VARIABLE) or Path(home) / "comtip")
 
 
 @dataclass(frozen=True)
@@ -67,7 +57,7 @@ class Remote:
     cache
         Where files are kept; by default :func:`default_cache`. Processes may share it.
     max_bytes
-        The cache's size; files not used for longest go first.
+        The cache's size, by default :func:`default_size`; files not used for longest go first.
     patience
         Retries and timeouts.
     storage_options
@@ -76,7 +66,7 @@ class Remote:
 
     url: str
     cache: Path = field(default_factory=default_cache)
-    max_bytes: int = 50 * GIB
+    max_bytes: int = field(default_factory=default_size)
     patience: Patience = field(default_factory=Patience)
     storage_options: Mapping[str, Any] = field(default_factory=dict)
     _fs: tuple[int, Any, str] | None = field(default=None, repr=False, compare=False)
@@ -108,32 +98,23 @@ class Remote:
         where = self._name(name)
         deadline = time.monotonic() + self.patience.total
         key = sha256 or self._version(name, where, deadline)
-        path = self.cache / key[:2] / key / _basename(name or self.url)
-        if self._use(path, size):
+        files = self._files
+        path = files.path(key, name or self.url)
+        if files.has(path, size):
             return path
-        with self._locked(key, where, deadline):
-            if not self._use(path, size):
-                aside = self.cache / "fetching" / uuid.uuid4().hex
-                try:
-                    self._download(
-                        name, where, aside, sha256, size, min(limit or self.max_bytes, self.max_bytes), deadline
-                    )
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    aside.replace(path)
-                finally:
-                    aside.unlink(missing_ok=True)
-                self._evict(path)
+        bound = min(limit or self.max_bytes, self.max_bytes)
+        with files.locked(key, where, deadline), files.aside() as aside:
+            if not files.has(path, size):
+                self._download(name, where, aside, sha256, size, bound, deadline)
+                files.put(aside, path)
         return path
 
     def read(self, name: str, *, limit: int = GIB) -> bytes:
         """Return the bytes of a small file as they are now, past the cache."""
-        aside = self.cache / "fetching" / uuid.uuid4().hex
         deadline = time.monotonic() + self.patience.total
-        try:
+        with self._files.aside() as aside:
             self._download(name, self._name(name), aside, "", None, limit, deadline)
             return aside.read_bytes()
-        finally:
-            aside.unlink(missing_ok=True)
 
     def names(self, pattern: str = "**") -> list[str]:
         """Return the files below the URL that match a glob pattern, sorted; not every https server can list."""
@@ -143,9 +124,25 @@ class Remote:
         found = self._retry(where, deadline, lambda: self._call(lambda: fs.glob(f"{root}/{pattern}"), deadline))
         return sorted(n for f in found if (n := str(f)[len(root) :].lstrip("/")))
 
+    def keep(self, key: str, name: str, data: bytes) -> Path:
+        """Put bytes that were read already into the cache; returns their path."""
+        files = self._files
+        path = files.path(key, name)
+        with files.aside() as aside:
+            try:
+                aside.write_bytes(data)
+            except OSError as error:
+                raise files.unwritable(error) from error
+            files.put(aside, path)
+        return path
+
     def forget(self, sha256: str) -> None:
         """Drop a file from the cache, because its copy turned out to be damaged."""
-        shutil.rmtree(self.cache / sha256[:2] / sha256, ignore_errors=True)
+        self._files.forget(sha256)
+
+    @property
+    def _files(self) -> FileCache:
+        return FileCache(self.cache, self.max_bytes)
 
     # -- one file -----------------------------------------------------------------------------------------
 
@@ -195,7 +192,6 @@ class Remote:
         def attempt() -> None:
             digest, n = hashlib.sha256(), 0
             try:
-                aside.parent.mkdir(parents=True, exist_ok=True)
                 with aside.open("wb") as file:
                     for chunk in self._chunks(name, deadline):
                         n += len(chunk)
@@ -205,11 +201,7 @@ class Remote:
                         file.write(chunk)
             except OSError as error:
                 if error.filename == str(aside) or error.errno in _DISK:
-                    raise ShardError(
-                        f"{where}: cannot be kept in {self.cache} ({error.strerror}); free space, or name another folder "
-                        f"in {CACHE_VARIABLE}",
-                        kind="remote",
-                    ) from error
+                    raise self._files.unwritable(error) from error
                 raise
             if (size is not None and n != size) or (sha256 and digest.hexdigest() != sha256):
                 raise _Wrong(f"came as {n} bytes that are not those of the manifest")
@@ -285,13 +277,13 @@ class Remote:
                 return attempt()
             except ShardError:
                 raise
-            except FileNotFoundError as error:
-                raise ShardError(
-                    f"{where}: no such file; is the URL right, and the set whole?", kind="vanished"
-                ) from error
             except ImportError as error:
                 raise ShardError(f"{where}: {error}; pip install 'comtip-fast[remote]'", kind="remote") from error
             except Exception as error:  # every protocol has its own kinds
+                if isinstance(error, FileNotFoundError) and _is_absent(error):
+                    raise ShardError(
+                        f"{where}: no such file; is the URL right, and the set whole?", kind="vanished"
+                    ) from error
                 pause = min(30.0, self.patience.backoff * 2 ** (number - 1))
                 late = time.monotonic() + pause >= deadline
                 if number == self.patience.attempts or late or not _passing(error):
@@ -310,63 +302,6 @@ class Remote:
         said = str(error) or type(error).__name__
         return ShardError(f"{where}: not fetched after {attempts} attempts ({said}); {fix}", kind="remote")
 
-    # -- the cache ----------------------------------------------------------------------------------------
-
-    def _use(self, path: Path, size: int | None) -> bool:
-        try:
-            if size is not None and path.stat().st_size != size:
-                return False
-            os.utime(path)  # used now
-        except OSError:
-            return False
-        return True
-
-    @contextmanager
-    def _locked(self, key: str, where: str, deadline: float) -> Iterator[None]:
-        """Let one process fetch a file while others wait for it, though not for ever."""
-        folder = self.cache / "locks"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            file = (folder / key).open("w")
-        except OSError as error:
-            raise ShardError(
-                f"{self.cache}: cannot keep files ({error.strerror}); name another folder in {CACHE_VARIABLE}",
-                kind="remote",
-            ) from error
-        with file:
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > deadline:
-                        raise ShardError(f"{where}: another process did not fetch it in time", kind="remote") from None
-                    time.sleep(0.05)
-            yield
-
-    def _evict(self, keep: Path) -> None:
-        """Remove what was not used for longest, until the cache has its size; open files stay readable."""
-        files = []
-        for path in self.cache.glob("??/*/*"):
-            try:
-                stat = path.stat()
-            except OSError:
-                continue  # another process was quicker
-            files.append((stat.st_mtime_ns, stat.st_size, path))
-        excess = sum(size for _, size, _ in files) - self.max_bytes
-        for _, size, path in sorted(files):
-            if excess <= 0:
-                break
-            if path != keep:
-                shutil.rmtree(path.parent, ignore_errors=True)
-                excess -= size
-        for path in (self.cache / "fetching").glob("*"):
-            try:
-                if time.time() - path.stat().st_mtime > 24 * 3600:
-                    path.unlink()  # left by a process that was killed
-            except OSError:
-                continue
-
 
 class _Wrong(Exception):
     """The bytes that came are not the bytes that were asked for."""
@@ -379,13 +314,16 @@ def _is_http(url: str) -> bool:
     return url.lower().startswith(("http://", "https://"))
 
 
-def _basename(name: str) -> str:
-    last = name.rsplit("/", 1)[-1].split("?", 1)[0]
-    return last if last.strip(".") and "\0" not in last else "file"
+def _is_absent(error: FileNotFoundError) -> bool:
+    """Tell a file that is not there from a server that did not answer: fsspec says FileNotFoundError of both."""
+    cause = error.__cause__
+    return cause is None or getattr(cause, "status", None) == 404 or isinstance(cause, FileNotFoundError)
 
 
-def _passing(error: Exception) -> bool:
+def _passing(error: BaseException) -> bool:
     """Tell whether trying again may help."""
+    if isinstance(error, FileNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__
     status = getattr(error, "status", None)
     if isinstance(status, int) and 400 <= status < 500:
         return status in (408, 429)

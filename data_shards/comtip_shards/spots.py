@@ -72,49 +72,49 @@ class SpotsWriter(pq.ParquetWriter):
         super().__init__(path, SCHEMA, compression="zstd", use_dictionary=list(_TEXT))
 
 
-def open_spots(path: Path, n_spots: int) -> pq.ParquetFile:
+def _open(data: bytes, n_spots: int, where: str) -> pq.ParquetFile:
     """Open the table without reading it; refuse one that is not of this set or would unfold without bound."""
     try:
-        file = pq.ParquetFile(path, read_dictionary=list(_TEXT))
+        file = pq.ParquetFile(pa.BufferReader(data), read_dictionary=list(_TEXT))
         groups = [file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups)]
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise ShardError(f"{path}: not a table of spots that can be read ({error})", kind="spots") from error
+        raise ShardError(f"{where}: not a table of spots that can be read ({error})", kind="spots") from error
     if file.schema_arrow.names != SCHEMA.names or file.metadata.num_rows != n_spots:
-        raise ShardError(f"{path}: not the table of this set's {n_spots} spots", kind="spots")
-    if sum(groups) > 2**20 * len(groups) + 256 * n_spots + _MAX_TEXT * n_spots:
-        raise ShardError(f"{path}: {sum(groups)} bytes for {n_spots} spots; do not use this set", kind="spots")
+        raise ShardError(f"{where}: not the table of this set's {n_spots} spots", kind="spots")
+    if sum(groups) > 2**20 * len(groups) + (256 + _MAX_TEXT) * n_spots:
+        raise ShardError(f"{where}: {sum(groups)} bytes for {n_spots} spots; do not use this set", kind="spots")
     return file
 
 
-def read_columns(path: Path, n_spots: int, columns: Sequence[str]) -> pa.Table:
+def _read(data: bytes, n_spots: int, where: str, columns: Sequence[str]) -> pa.Table:
     """Read some columns; texts stay dictionaries, so that a hostile table cannot unfold them."""
-    file = open_spots(path, n_spots)
+    file = _open(data, n_spots, where)
     try:
         table = file.read(columns=list(columns), use_threads=False)
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise ShardError(f"{path}: cannot be read ({error}); copy it again", kind="spots") from error
+        raise ShardError(f"{where}: cannot be read ({error}); copy it again", kind="spots") from error
     for name in columns:
         column = table.column(name)
         wanted = SCHEMA.field(name).type
         if column.null_count or (column.type != wanted and name not in _TEXT):
-            raise ShardError(f"{path}: column {name} holds {column.type} with {column.null_count} gaps", kind="spots")
+            raise ShardError(f"{where}: column {name} holds {column.type} with {column.null_count} gaps", kind="spots")
         if name in _TEXT and any(len(v) > _MAX_TEXT for c in column.chunks for v in c.dictionary.to_pylist()):
-            raise ShardError(f"{path}: column {name} holds a text of more than {_MAX_TEXT} characters", kind="spots")
+            raise ShardError(f"{where}: column {name} holds a text of more than {_MAX_TEXT} characters", kind="spots")
     return table
 
 
-def read_spots(path: Path, n_spots: int) -> pd.DataFrame:
+def read_spots(data: bytes, n_spots: int, where: str) -> pd.DataFrame:
     """Return the table for people, indexed by ``spot_index``; ``section_id`` and ``label`` are categories."""
     names = [n for n in SCHEMA.names if n not in CRC_COLUMNS]
-    table = read_columns(path, n_spots, names)
+    table = _read(data, n_spots, where, names)
     frame = pd.DataFrame({n: table.column(n).to_pandas() for n in names if n not in ("spot_index", "spot_id")})
-    frame.insert(1, "spot_id", table.column("spot_id").cast(pa.string()).to_pandas(types_mapper=None))
+    frame.insert(1, "spot_id", table.column("spot_id").cast(pa.string()).to_pandas())
     if not np.array_equal(table.column("spot_index").to_numpy(), np.arange(n_spots)):
-        raise ShardError(f"{path}: spot_index does not count from 0", kind="spots")
+        raise ShardError(f"{where}: spot_index does not count from 0", kind="spots")
     return frame.set_index(pd.RangeIndex(n_spots, name="spot_index"))
 
 
-def read_crcs(path: Path, n_spots: int) -> np.ndarray:
+def read_crcs(data: bytes, n_spots: int, where: str) -> np.ndarray:
     """Return CRC-32 of every member, uint32 (n_spots, 3)."""
-    table = read_columns(path, n_spots, CRC_COLUMNS)
+    table = _read(data, n_spots, where, CRC_COLUMNS)
     return np.stack([table.column(c).to_numpy() for c in CRC_COLUMNS], axis=1)

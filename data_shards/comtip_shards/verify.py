@@ -14,6 +14,7 @@ from comtip_shards.build import check_splits
 from comtip_shards.errors import ShardError, SourceError
 from comtip_shards.manifest import ManifestSection, ShardEntry, sha256_of
 from comtip_shards.reader import ShardSet
+from comtip_shards.remote import Remote
 from comtip_shards.section import SectionMeta
 from comtip_shards.tarindex import index_tar
 
@@ -24,7 +25,8 @@ MAX_PROBLEMS = 100
 class VerifyReport:
     """What was found."""
 
-    path: Path
+    name: str
+    """Folder or URL."""
     records: int = 0
     counts: int = 0
     """Sum of all raw counts."""
@@ -40,18 +42,18 @@ class VerifyReport:
         """The report, for a person."""
         if self.ok:
             return (
-                f"{self.path}: whole; {self.records} records, {self.counts} counts, every hash and every tile checked"
+                f"{self.name}: whole; {self.records} records, {self.counts} counts, every hash and every tile checked"
             )
-        return "\n".join([f"{self.path}: NOT whole, {len(self.problems)} problems", *(f"  {p}" for p in self.problems)])
+        return "\n".join([f"{self.name}: NOT whole, {len(self.problems)} problems", *(f"  {p}" for p in self.problems)])
 
 
-def verify(path: Path | str, *, progress: bool = False) -> VerifyReport:
+def verify(path: Path | str, *, progress: bool = False, remote: Remote | None = None) -> VerifyReport:
     """Check a shard set: files against hashes, records against tables, spots complete, splits by donor.
 
     Problems are collected (at most 100) rather than raised; only a set without a readable manifest raises.
     """
-    shards = ShardSet(path)
-    report = VerifyReport(shards.path)
+    shards = ShardSet(path, remote=remote)
+    report = VerifyReport(shards.name)
     table: pd.DataFrame | None = None
     try:
         shards.genes  # noqa: B018
@@ -89,21 +91,21 @@ def _check_spots(shards: ShardSet, table: pd.DataFrame) -> list[str]:
     for section in shards.manifest.sections:
         own = table.iloc[section.first_spot : section.first_spot + section.n_spots]
         if own["spot_id"].duplicated().any():
-            problems.append(f"{shards.path}: a spot of section {section.section_id} stands twice")
+            problems.append(f"{shards.name}: a spot of section {section.section_id} stands twice")
         if not np.array_equal(np.sort(own["source_row"].to_numpy()), np.arange(section.n_spots)):
-            problems.append(f"{shards.path}: source_row of section {section.section_id} does not count its spots")
+            problems.append(f"{shards.name}: source_row of section {section.section_id} does not count its spots")
     return problems
 
 
 def _verify_shard(shards: ShardSet, shard: ShardEntry, table: pd.DataFrame | None, report: VerifyReport) -> None:
-    path = shards.path / shard.file
-    if not path.is_file():
-        report.problems.append(f"{path}: the shard is gone; copy it back or build the set again")
-        return
-    if path.stat().st_size != shard.bytes or sha256_of(path) != shard.sha256:
-        report.problems.append(f"{path}: not the bytes that were written (size or SHA-256); copy it again")
+    name = f"{shards.name}/{shard.file}"
     try:
-        members = index_tar(path)
+        path = shards.files.path(shard.file, shard.sha256, shard.bytes)
+        if not path.is_file():
+            raise ShardError(f"{name}: the shard is gone; copy it back or build the set again", kind="vanished")
+        if path.stat().st_size != shard.bytes or sha256_of(path) != shard.sha256:
+            report.problems.append(f"{name}: not the bytes that were written (size or SHA-256); copy it again")
+        members = index_tar(path, name)
         offsets, sizes = shards.places(shard)
     except ShardError as error:
         report.problems.append(str(error))
@@ -114,7 +116,7 @@ def _verify_shard(shards: ShardSet, shard: ShardEntry, table: pd.DataFrame | Non
     strange = sorted({n for n in set(members) | set(indexed) if members.get(n) != indexed.get(n)})
     if strange:
         report.problems.append(
-            f"{path}: {len(strange)} members missing, too many, or not where the index says, e.g. {strange[0]}"
+            f"{name}: {len(strange)} members missing, too many, or not where the index says, e.g. {strange[0]}"
         )
     for spot in spots:
         try:

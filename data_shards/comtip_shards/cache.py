@@ -1,0 +1,138 @@
+"""A folder of fetched files, bounded in size and shared by processes."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from comtip_shards.errors import ShardError
+
+CACHE_VARIABLE, SIZE_VARIABLE = "COMTIP_CACHE", "COMTIP_CACHE_GB"
+_DAY = 24 * 3600
+
+
+def default_cache() -> Path:
+    """Return ``$COMTIP_CACHE``, else ``comtip`` in the user's cache folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(os.environ.get(CACHE_VARIABLE) or Path(home) / "comtip")
+
+
+def default_size() -> int:
+    """Return ``$COMTIP_CACHE_GB`` in bytes, else 50 GB."""
+    text = os.environ.get(SIZE_VARIABLE, "50")
+    try:
+        return int(float(text) * 1e9)
+    except (ValueError, OverflowError) as error:
+        raise ShardError(f"{SIZE_VARIABLE}={text}: give a number of gigabytes", kind="remote") from error
+
+
+class FileCache:
+    """Files by key; what was not used for longest goes first.
+
+    Parameters
+    ----------
+    folder
+        Made when it is first needed.
+    max_bytes
+        Of all files together.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self.folder, self.max_bytes = folder, max_bytes
+
+    def path(self, key: str, name: str) -> Path:
+        """Return where a file lies if it is here; only the last part of ``name`` is used."""
+        last = name.rsplit("/", 1)[-1].split("?", 1)[0]
+        return self.folder / key[:2] / key / (last if last.strip(".") and "\0" not in last else "file")
+
+    def has(self, path: Path, size: int | None) -> bool:
+        """Tell whether a file is here, with its size where that is known; it counts as used now."""
+        try:
+            if size is not None and path.stat().st_size != size:
+                return False
+            os.utime(path)
+        except OSError:
+            return False
+        return True
+
+    @contextmanager
+    def aside(self) -> Iterator[Path]:
+        """Give a path to write to; it is removed unless it was moved to its place."""
+        path = self.folder / "fetching" / uuid.uuid4().hex
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self.unwritable(error) from error
+        try:
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+
+    def put(self, aside: Path, path: Path) -> None:
+        """Move a whole file to its place, and make room."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            aside.replace(path)
+        except OSError as error:
+            raise self.unwritable(error) from error
+        self._evict(path)
+
+    def forget(self, key: str) -> None:
+        """Drop the files of a key."""
+        shutil.rmtree(self.folder / key[:2] / key, ignore_errors=True)
+
+    def unwritable(self, error: OSError) -> ShardError:
+        """Return the error that says so."""
+        return ShardError(
+            f"{self.folder}: cannot keep files ({error.strerror}); free space, or name another folder in {CACHE_VARIABLE}",
+            kind="remote",
+        )
+
+    @contextmanager
+    def locked(self, key: str, where: str, deadline: float) -> Iterator[None]:
+        """Let one process fetch a file while others wait for it, though not beyond ``deadline`` (monotonic seconds)."""
+        folder = self.folder / "locks"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = (folder / key).open("w")
+        except OSError as error:
+            raise self.unwritable(error) from error
+        with file:
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise ShardError(f"{where}: another process did not fetch it in time", kind="remote") from None
+                    time.sleep(0.05)
+            yield
+
+    def _evict(self, keep: Path) -> None:
+        """Remove files until the cache has its size; those that are open stay readable."""
+        files = []
+        for path in self.folder.glob("??/*/*"):
+            try:
+                stat = path.stat()
+            except OSError:
+                continue  # another process was quicker
+            files.append((stat.st_mtime_ns, stat.st_size, path))
+        excess = sum(size for _, size, _ in files) - self.max_bytes
+        for _, size, path in sorted(files):
+            if excess <= 0:
+                break
+            if path != keep:
+                shutil.rmtree(path.parent, ignore_errors=True)
+                excess -= size
+        for path in (self.folder / "fetching").glob("*"):
+            try:
+                if time.time() - path.stat().st_mtime > _DAY:
+                    path.unlink()  # left by a process that was killed
+            except OSError:
+                continue
