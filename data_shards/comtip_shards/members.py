@@ -87,7 +87,8 @@ class MemberReader:
         if number in self._lost:
             raise self._lost[number]  # a shard that was given up is not waited for again
         try:
-            return self.files.open(shard.file, shard.sha256, shard.bytes), *self.places(shard)
+            offsets, sizes = self.places(shard)
+            return self.files.open(shard.file, shard.sha256, shard.bytes), offsets, sizes
         except ShardError as error:
             self._lost[number] = error
             raise
