@@ -119,3 +119,43 @@ def write_segmentation(root: Path, counts_FN: np.ndarray, centres_N2: np.ndarray
     barcodes = [f"cellid_{i + 1:09d}-1" for i in range(len(centres_N2))]
     write_h5(folder / "filtered_feature_cell_matrix.h5", counts_FN, barcodes)
     return folder
+
+
+def write_xenium(
+    root: Path, transcripts: pd.DataFrame, *, ids: Sequence[str] = GENES, names: Sequence[str] = NAMES,
+    pixel_size: float = 0.2125,
+) -> Path:  # fmt: skip
+    """Write a Xenium run as the instrument's software 3 does: description, transcripts, cells and their counts.
+
+    Parameters
+    ----------
+    transcripts
+        Columns ``feature_name``, ``x_location``, ``y_location`` (um), ``qv`` and ``cell_id``; a cell's centre is the
+        mean of its transcripts.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "experiment.xenium").write_text(
+        json.dumps(
+            {
+                "major_version": 5, "run_name": "a run", "region_name": "Region_1", "panel_organism": "Human",
+                "panel_tissue_type": "Breast", "pixel_size": pixel_size, "analysis_sw_version": "xenium-3.0.0.15",
+            }
+        )
+    )  # fmt: skip
+    table = transcripts.assign(
+        transcript_id=np.arange(len(transcripts), dtype=np.uint64), z_location=np.float32(10.0), fov_name="A1",
+        is_gene=transcripts["feature_name"].isin(list(names)),
+    )  # fmt: skip
+    table = table.astype({"x_location": np.float32, "y_location": np.float32, "qv": np.float32})
+    table.to_parquet(root / "transcripts.parquet", row_group_size=64, index=False)
+    good = table[(table["qv"] >= 20) & (table["cell_id"] != "UNASSIGNED") & table["is_gene"]]
+    cells = good.groupby("cell_id")[["x_location", "y_location"]].mean().astype(float)
+    cells.columns = pd.Index(["x_centroid", "y_centroid"])
+    cells.reset_index().to_parquet(root / "cells.parquet", row_group_size=10, index=False)
+    counts = pd.crosstab(good["feature_name"], good["cell_id"]).reindex(index=list(names), columns=cells.index)
+    matrix = np.vstack([counts.fillna(0).to_numpy(int), np.ones((1, len(cells)), int)])
+    write_h5(
+        root / "cell_feature_matrix.h5", matrix, cells.index.tolist(), [*ids, "NegControlProbe_00001"],
+        [*names, "NegControlProbe_00001"], [GENE_KIND] * len(ids) + ["Negative Control Probe"],
+    )  # fmt: skip
+    return root

@@ -72,6 +72,11 @@ class Pooler:
         self._data: list[np.ndarray] = []
         self._waiting = 0
 
+    @property
+    def units(self) -> np.ndarray:
+        """Units in each square so far, int64, in no particular order."""
+        return self._units
+
     def add_units(self, square_N2: np.ndarray) -> None:
         """Count one unit in each of these squares, int64 (N, 2); a square may stand many times."""
         self._count(self._rows(square_N2))

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from comtip_shards.errors import SourceError
-from comtip_shards.sources import anndata_source, legacy_st, manifest_table, space_ranger, visium_hd
+from comtip_shards.sources import anndata_source, legacy_st, manifest_table, space_ranger, visium_hd, xenium
 from comtip_shards.sources.base import Reader, SectionSource, check_overrides, pick
 from comtip_shards.sources.choose import check_where, choose
 
@@ -31,6 +31,10 @@ READERS = (
     Reader(
         name="anndata", looks_for="an .h5ad with obsm['spatial'], or a folder of them", recognise=anndata_source.recognise,
         open=anndata_source.open_sections,
+    ),
+    Reader(
+        name="xenium", looks_for="experiment.xenium with transcripts.parquet or cells.parquet",
+        recognise=xenium.recognise, open=xenium.open_sections,
     ),
     Reader(
         name="legacy_st", looks_for="count tables ID.tsv.gz with images ID_*.jpg", recognise=legacy_st.recognise,

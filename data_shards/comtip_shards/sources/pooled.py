@@ -51,7 +51,7 @@ def pooled_meta(
 
 
 def pooled_section(
-    meta: SectionMeta, image: Path, pooled: Pooled, xy: np.ndarray, genes: Features, *, too_little: str, units: str,
+    meta: SectionMeta, image: Path, pooled: Pooled, xy: np.ndarray, genes: Features, *, dropped: Mapping[str, int], units: str,
     notes: Sequence[str],
 ) -> Section:  # fmt: skip
     """Return a section of pseudo-spots.
@@ -62,14 +62,14 @@ def pooled_section(
         float64 (N, 2), centres in px of the image.
     genes
         Of the columns of ``pooled.counts``.
-    too_little
-        Why a pseudo-spot was left out, for the count of these.
+    dropped
+        Pseudo-spots that were left out, by reason.
     units
         What was pooled, e.g. ``bins``.
     """
     held = f"the pseudo-spots left out held {pooled.dropped_units:,} {units} and {pooled.dropped_counts:,} counts"
     return Section(
         meta, image, pooled.counts, genes.ids, genes.symbols, pooled.ids(), xy, pooled.square_N2.astype(np.float64),
-        [""] * len(xy), {too_little: pooled.dropped_squares} if pooled.dropped_squares else {},
+        [""] * len(xy), {reason: n for reason, n in dropped.items() if n},
         [*notes, held] if pooled.dropped_squares else list(notes), n_pooled=pooled.n_units,
     )  # fmt: skip

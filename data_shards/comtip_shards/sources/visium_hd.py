@@ -138,7 +138,7 @@ def _bins_source(root: Path, pool_um: float, bins: dict[float, Path], overrides:
         xy = _centres(grid, pooled.square_N2, full_mpp, width, table) * scale
         return pooled_section(
             meta, image, pooled, xy, features.only_genes(), units="bins",
-            too_little=f"pseudo-spots with under {cover:.0%} of their bins in tissue",
+            dropped={f"pseudo-spots with under {cover:.0%} of their bins in tissue": pooled.dropped_squares},
             notes=[*notes, *said, *features.others_note(), *appearance_note(image)],
         )  # fmt: skip
 
@@ -318,7 +318,7 @@ def _cells_source(root: Path, pool_um: float, bins: dict[float, Path], overrides
         xy = (pooled.square_N2 + 0.5) * (pool_um / full_mpp) * scale
         return pooled_section(
             meta, image, pooled, xy, features.only_genes(), units="cells",
-            too_little=f"pseudo-spots with under {least} cells",
+            dropped={f"pseudo-spots with under {least} cells": pooled.dropped_squares},
             notes=[*notes, *said, *features.others_note(), *appearance_note(image)],
         )  # fmt: skip
 

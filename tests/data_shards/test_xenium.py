@@ -1,0 +1,382 @@
+"""Xenium: transcripts and cells pooled on an H&E that lies turned and scaled on the DAPI image."""
+
+import json
+import math
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import tifffile
+from comtip_shards import ShardSet, SourceError
+from comtip_shards.build import build_shards
+from comtip_shards.sources import detect, open_source
+from comtip_shards.sources.alignment import read_alignment
+from comtip_shards.verify import verify
+
+from comtip_fast.testing.tenx import GENES, NAMES, he_picture, write_xenium
+
+PIXEL = 0.2125
+SIZE = (150, 130)
+"""Of the H&E in px; 2 um per px, so that 100 um are 50 px: 3 x 2.6 pseudo-spots."""
+MPP = 2.0
+FACTS = {"tissue": "breast", "donor": "P1"}
+
+
+def matrix(angle: float = math.pi / 2 + 0.02, scale: float = MPP / PIXEL) -> np.ndarray:
+    """Return H&E px to DAPI px: turned by about 90 degrees, as the scanner of the H&E often has it."""
+    c, s = scale * math.cos(angle), scale * math.sin(angle)
+    return np.array([[c, -s, 900.0], [s, c, 3000.0], [0, 0, 1]])
+
+
+def to_run(he_px: np.ndarray) -> np.ndarray:
+    """Take px of the H&E to um of the run."""
+    m = matrix()
+    return (he_px @ m[:2, :2].T + m[:2, 2]) * PIXEL
+
+
+def transcripts() -> tuple[pd.DataFrame, np.ndarray]:
+    """Return a table of 3,000 transcripts with their positions in H&E px; whole px and a half, off every edge."""
+    rng = np.random.default_rng(0)
+    he = np.stack([rng.integers(0, SIZE[0], 3000), rng.integers(0, SIZE[1], 3000)], axis=1) + 0.5
+    um = to_run(he)
+    names = rng.choice([*NAMES[:3], "NegControlProbe_00001", "BLANK_0007", "antisense_PROK2", "UnassignedCodeword_0003"],
+                       3000, p=[0.4, 0.3, 0.2, 0.04, 0.02, 0.02, 0.02])  # fmt: skip
+    table = pd.DataFrame(
+        {
+            "feature_name": names, "x_location": um[:, 0], "y_location": um[:, 1], "qv": rng.choice([12.0, 20.0, 40.0], 3000),
+            "cell_id": rng.choice([*(f"aaaa{i:04d}-1" for i in range(70)), "UNASSIGNED"], 3000),
+        }
+    )  # fmt: skip
+    # Cells are small: each takes the transcripts of one place.
+    place = (he // 18).astype(int)
+    table["cell_id"] = np.where(
+        table["cell_id"] == "UNASSIGNED", "UNASSIGNED", [f"aaaa{j:02d}{i:02d}-1" for i, j in place]
+    )
+    return table, he
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    root = write_xenium(tmp_path / "output_Region_1", transcripts()[0])
+    he_picture(*SIZE).save(root / "breast_he_image.ome.tif")
+    write_matrix(root)
+    return root
+
+
+def write_matrix(root: Path, values: np.ndarray | None = None) -> Path:
+    path = root / "breast_he_imagealignment.csv"
+    np.savetxt(path, matrix() if values is None else values, delimiter=",", fmt="%.10g")
+    return path
+
+
+def write_keypoints(root: Path, n: int = 8, noise_um: float = 0.0) -> Path:
+    rng = np.random.default_rng(3)
+    he = rng.uniform(0, 120, (n, 2))
+    dapi = (to_run(he) + rng.normal(scale=noise_um, size=(n, 2)) if noise_um else to_run(he)) / PIXEL
+    path = root / "breast_he_imagealignment.csv"
+    pd.DataFrame(np.hstack([dapi, he]), columns=["fixedX", "fixedY", "alignmentX", "alignmentY"]).to_csv(
+        path, index=False
+    )
+    return path
+
+
+def read(run: Path, **more: str):
+    return open_source(run, overrides={**FACTS, **more})[0].read()
+
+
+def truth(qv: float = 20.0, pool_px: float = 50.0) -> dict[str, np.ndarray]:
+    """Count transcript by transcript: {id: counts of the four genes}."""
+    table, he = transcripts()
+    out: dict[str, np.ndarray] = {}
+    for row, (x, y) in zip(table.itertuples(), he, strict=True):
+        if row.feature_name in NAMES and row.qv >= qv:
+            key = f"{int(y // pool_px):03d}x{int(x // pool_px):03d}"
+            out.setdefault(key, np.zeros(4, int))[NAMES.index(row.feature_name)] += 1
+    return out
+
+
+def same(section, want: dict[str, np.ndarray], pool_px: float = 50.0) -> None:
+    assert section.spot_ids == sorted(want)
+    for i, name in enumerate(section.spot_ids):
+        np.testing.assert_array_equal(section.counts[i].toarray()[0], want[name])
+        row, col = map(int, name.split("x"))
+        np.testing.assert_allclose(section.xy[i], [(col + 0.5) * pool_px, (row + 0.5) * pool_px], rtol=1e-5)
+
+
+@pytest.mark.parametrize("alignment", ["matrix", "keypoints"])
+def test_transcripts_are_pooled_where_the_tile_shows_them(run: Path, alignment: str):
+    if alignment == "keypoints":
+        write_keypoints(run)
+    reader, why = detect(run)
+    assert (reader.name, why) == ("xenium", "a Xenium run: experiment.xenium, transcripts.parquet, cells.parquet")
+    section = read(run)
+    want = truth()
+    assert len(want) == 9
+    same(section, want)
+    np.testing.assert_array_equal(section.n_pooled, [want[k].sum() for k in section.spot_ids])
+    # GAPDH is on the panel and was never seen: its zeros are measured.
+    assert section.gene_ids == list(GENES)
+    meta = section.meta
+    assert (meta.section_id, meta.species, meta.platform) == ("output_Region_1", "human", "Xenium")
+    assert (meta.mpp, meta.spot_diameter_um) == (pytest.approx(MPP), 100)
+    assert meta.pooling == "transcripts of qv 20 or more in squares of 100 um, at least 5% of a dense one"
+    table = transcripts()[0]
+    genes = table["feature_name"].isin(NAMES)
+    assert f"{(~genes).sum()} transcripts left out: control probes" in section.notes
+    assert f"{(genes & (table['qv'] < 20)).sum()} transcripts left out: of a quality under qv 20" in section.notes
+    assert f"{sum(v.sum() for v in want.values()):,} transcripts of qv 20 or more are pooled" in section.notes
+    assert any("is turned by 91.1 degrees" in n for n in section.notes)
+    assert any(("8 keypoints, which it leaves 0.00 um apart" in n) == (alignment == "keypoints") for n in section.notes)
+
+
+def test_other_sizes_and_qualities(run: Path):
+    same(read(run, qv="40", pool_um="52"), truth(qv=40, pool_px=26), 26)
+    same(read(run, qv="10"), truth(qv=10))
+    counts = {k: v.sum() for k, v in truth().items()}
+    least = sorted(counts.values())[4]
+    section = read(run, min_pooled=str(least))
+    assert section.spot_ids == sorted(k for k, n in counts.items() if n >= least)
+    assert section.dropped == {f"pseudo-spots with under {least} transcripts": 4}
+    lost = sum(sorted(counts.values())[:4])
+    assert f"the pseudo-spots left out held {lost} transcripts and {lost} counts" in section.notes
+
+
+def test_stray_transcripts_on_glass_make_no_spot(run: Path):
+    table, _ = transcripts()
+    stray = table.iloc[:3].copy()
+    um = to_run(np.array([[20.0, 160.0], [70.0, 160.0], [130.0, 160.0]]))
+    stray["x_location"], stray["y_location"], stray["qv"], stray["feature_name"] = um[:, 0], um[:, 1], 40.0, "ERBB2"
+    write_xenium(run, pd.concat([table, stray]))
+    he_picture(150, 200).save(run / "breast_he_image.ome.tif")
+    section = read(run)
+    assert section.spot_ids == sorted(truth())
+    assert sum(section.dropped.values()) == 3
+    assert any("held 3 transcripts and 3 counts" in n for n in section.notes)
+
+
+def test_cells_are_pooled_by_their_centres(run: Path):
+    section = read(run, pool_from="cells")
+    cells = pd.read_parquet(run / "cells.parquet").set_index("cell_id")
+    with h5py.File(run / "cell_feature_matrix.h5") as file:
+        indptr, indices, data = (file[f"matrix/{n}"][()] for n in ("indptr", "indices", "data"))
+        names = file["matrix/barcodes"].asstr()[()]
+    inverse = np.linalg.inv(matrix())
+    want: dict[str, np.ndarray] = {}
+    n_cells: dict[str, int] = {}
+    for i, name in enumerate(names):
+        x, y = (inverse @ [*(cells.loc[name].to_numpy() / PIXEL), 1])[:2]
+        key = f"{int(y // 50):03d}x{int(x // 50):03d}"
+        n_cells[key] = n_cells.get(key, 0) + 1
+        for j in range(indptr[i], indptr[i + 1]):
+            if indices[j] < 4:  # the last is a control probe
+                want.setdefault(key, np.zeros(4, int))[indices[j]] += data[j]
+    same(section, want)
+    assert section.n_pooled.tolist() == [n_cells[k] for k in section.spot_ids]
+    assert "1 features are not genes: Negative Control Probe" in section.notes
+    assert section.meta.pooling == "cells in squares of 100 um, at least 1"
+    (run / "transcripts.parquet").unlink()
+    assert read(run).meta.pooling.startswith("cells")
+
+
+def test_round_trip_through_a_shard_set(run: Path, tmp_path: Path):
+    build_shards(open_source(run, overrides=FACTS), tmp_path / "s", tile_px=16, tile_um=100.0, min_mpp=2.0)
+    assert verify(tmp_path / "s").ok
+    shards = ShardSet(tmp_path / "s")
+    symbols = [g.symbol for g in shards.genes]
+    counts = pd.DataFrame(shards.counts(range(len(shards))).toarray(), columns=symbols)[list(NAMES)].to_numpy()
+    want = truth()
+    assert sorted(shards.spots["spot_id"]) == sorted(want)
+    for spot, row in zip(shards.spots.itertuples(), counts, strict=True):
+        np.testing.assert_array_equal(row, want[spot.spot_id])
+        assert spot.n_pooled == want[spot.spot_id].sum()
+    assert shards.measured(0).all()
+
+
+@pytest.mark.parametrize("kind", ["gene_panel.json", "names"])
+def test_genes_without_the_matrix_of_cells(run: Path, kind: str):
+    (run / "cell_feature_matrix.h5").unlink()
+    if kind == "gene_panel.json":
+        gene = [
+            {"type": {"descriptor": "gene", "data": {"id": i, "name": n}}} for i, n in zip(GENES, NAMES, strict=True)
+        ]
+        control = [{"type": {"descriptor": "negative_control_probe", "data": {"name": "NegControlProbe_00001"}}}]
+        (run / "gene_panel.json").write_text(json.dumps({"payload": {"targets": gene + control}}))
+    section = read(run)
+    if kind == "names":
+        assert section.gene_ids == ["CD74", "ERBB2", "KRT14"]
+        assert any("never seen count as not measured" in n for n in section.notes)
+    else:
+        same(section, truth())
+    assert sum(v.sum() for v in truth().values()) == section.counts.sum()
+
+
+def test_version_1_writes_names_as_bytes_and_has_no_gene_flag(run: Path):
+    table = pd.read_parquet(run / "transcripts.parquet").drop(columns="is_gene")
+    table["feature_name"] = [n.encode() for n in table["feature_name"]]
+    table.to_parquet(run / "transcripts.parquet", index=False)
+    same(read(run), truth())
+
+
+@pytest.mark.parametrize("axes", ["YXS", "SYX", "QYXS"])
+def test_axes_of_the_he_image(run: Path, axes: str):
+    rgb = np.asarray(he_picture(*SIZE))
+    shaped = {"YXS": rgb, "SYX": np.moveaxis(rgb, -1, 0), "QYXS": rgb[None]}[axes]
+    tifffile.imwrite(run / "breast_he_image.ome.tif", shaped, photometric="rgb", metadata={"axes": axes})
+    section = read(run)
+    same(section, truth())
+    np.testing.assert_array_equal(section.load_image(), rgb)
+
+
+# -- alignment --------------------------------------------------------------------------------------------------
+
+
+def test_keypoints_say_how_far_apart_they_stay(run: Path):
+    path = write_keypoints(run, n=40, noise_um=5.0)
+    fit = read_alignment(path, PIXEL)
+    table = pd.read_csv(path).to_numpy()
+    mapped = np.column_stack([table[:, 2:], np.ones(40)]) @ fit.matrix_33[:2].T
+    apart = np.linalg.norm(mapped - table[:, :2], axis=1) * PIXEL
+    rms = np.sqrt((apart**2).mean())
+    assert 4 < rms < 10  # 5 um in x and in y
+    assert (
+        f"40 keypoints, which it leaves {rms:.2f} um apart (root mean square), at most {apart.max():.2f}"
+        in fit.notes[0]
+    )
+    np.testing.assert_allclose(fit.to_image(mapped), table[:, 2:])
+    assert fit.scale() * PIXEL == pytest.approx(MPP, rel=0.03)
+    assert "cannot be told" in read_alignment(write_keypoints(run, n=3), PIXEL).notes[0]
+
+
+def one_wrong(root: Path) -> None:
+    path = write_keypoints(root)
+    table = pd.read_csv(path)
+    table.loc[4, "fixedX"] += 2000
+    table.to_csv(path, index=False)
+
+
+BAD_ALIGNMENT = {
+    "gone": (lambda r: (r / "breast_he_imagealignment.csv").unlink(), "no alignment of breast_he_image.ome.tif.*--alignment"),
+    "one wrong": (one_wrong, r"leaves keypoints \d+\.\d um apart.*the worst is number 5"),
+    "two points": (lambda r: write_keypoints(r, n=2), "2 keypoints, or all on a line"),
+    "other columns": (lambda r: (r / "breast_he_imagealignment.csv").write_text("a,b\n1,2\n"), "expected fixedX"),
+    "text": (lambda r: (r / "breast_he_imagealignment.csv").write_text("1,2,3\n4,x5y,6\n0,0,1\n"), "neither a matrix"),
+    "2 x 3": (lambda r: write_matrix(r, matrix()[:2]), "2 x 3 numbers, expected"),
+    "projective": (lambda r: write_matrix(r, matrix() + [[0, 0, 0], [0, 0, 0], [1e-3, 0, 0]]), "no affine map"),
+    "stretched": (lambda r: write_matrix(r, matrix() * [[1, 1.5, 1], [1, 1.5, 1], [1, 1, 1]]), "scales the two axes"),
+    "flat": (lambda r: write_matrix(r, matrix() * [[0, 0, 1], [0, 0, 1], [1, 1, 1]]), "scales the two axes"),
+    "elsewhere": (lambda r: write_matrix(r, matrix() + [[0, 0, 9e4], [0, 0, 0], [0, 0, 0]]), "beside the H&E"),
+    "inverted": (lambda r: write_matrix(r, np.linalg.inv(matrix())), "H&E px to DAPI px, not back|cannot be"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_ALIGNMENT)
+def test_a_bad_alignment_names_the_file_and_the_fix(run: Path, name: str):
+    change, message = BAD_ALIGNMENT[name]
+    change(run)
+    with pytest.raises(SourceError, match=message):
+        read(run)
+
+
+def test_the_scale_of_the_image_is_checked(run: Path):
+    def tag(um: float) -> None:
+        per_cm = (1e4 / um, 1e4 / um)
+        tifffile.imwrite(run / "breast_he_image.ome.tif", np.asarray(he_picture(*SIZE)), photometric="rgb",
+                         resolution=per_cm, resolutionunit="CENTIMETER", ome=False)  # fmt: skip
+
+    tag(MPP)
+    same(read(run), truth())
+    tag(0.5)
+    with pytest.raises(
+        SourceError, match=r"makes an H&E px 2\.0000 um, but .*he_image\.ome\.tif says 0\.5; .*--mpp 2\.0000"
+    ):
+        read(run)
+    same(read(run, mpp="2.0"), truth())
+    # The other way round, a px of 0.5 um comes out as 0.2125 ** 2 / 0.5.
+    write_matrix(run, np.linalg.inv(matrix(scale=0.5 / PIXEL)))
+    with pytest.raises(SourceError, match="the other way round: invert it"):
+        read(run)
+
+
+# -- what is wrong ----------------------------------------------------------------------------------------------
+
+
+def edit_transcripts(**changes):
+    def change(run: Path) -> None:
+        table = pd.read_parquet(run / "transcripts.parquet")
+        for column, value in changes.items():
+            table[column] = value
+        table.to_parquet(run / "transcripts.parquet", index=False)
+
+    return change
+
+
+def edit_experiment(**changes):
+    def change(run: Path) -> None:
+        path = run / "experiment.xenium"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
+
+
+def cut(name: str):
+    return lambda run: (run / name).write_bytes((run / name).read_bytes()[:900])
+
+
+BAD = {
+    "no image": (lambda r: (r / "breast_he_image.ome.tif").unlink(), "no H&E image .*--image"),
+    "two images": (lambda r: he_picture(9, 9).save(r / "b_he_image.ome.tif"), "more than one H&E image"),
+    "pixel size gone": (edit_experiment(pixel_size=None), "pixel_size is None; .* 0.2125"),
+    "pixel size absurd": (edit_experiment(pixel_size=212.5), "pixel_size is 212.5"),
+    "pixel size is text": (edit_experiment(pixel_size="small"), "not a number"),
+    "experiment cut": (lambda r: (r / "experiment.xenium").write_text("{"), "not JSON"),
+    "low quality": (edit_transcripts(qv=3.0), r"no transcript is left \(.*quality under qv 20.*lower --qv"),
+    "only controls": (edit_transcripts(feature_name="BLANK_0001"), r"no transcript is left \(3,000 .*control probes"),
+    "other genes": (edit_transcripts(feature_name="TTN", is_gene=True), "of no gene of the panel"),
+    "no positions": (edit_transcripts(x_location=np.nan), "without a position"),
+    "position is text": (edit_transcripts(x_location="here"), "x_location holds string"),
+    "not um": (edit_transcripts(x_location=1e15), "no um"),
+    "column gone": (lambda r: pd.read_parquet(r / "transcripts.parquet").drop(columns="qv").to_parquet(r / "transcripts.parquet"),
+                    "lacks the columns qv"),
+    "cut": (cut("transcripts.parquet"), "transcripts.parquet: cannot be read as Parquet"),
+    "nothing to pool": (lambda r: [(r / n).unlink() for n in ("transcripts.parquet", "cell_feature_matrix.h5")], "one of them is needed"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_names_the_file_and_the_fix(run: Path, name: str):
+    change, message = BAD[name]
+    change(run)
+    with pytest.raises(SourceError, match=message):
+        read(run)
+
+
+def rename_cells(run: Path) -> None:
+    table = pd.read_parquet(run / "cells.parquet")
+    table["cell_id"] = [f"other{i}" for i in range(len(table))]
+    table.to_parquet(run / "cells.parquet")
+
+
+BAD_CELLS = {
+    "no join": (rename_cells, "only 0 of its .* cells are in"),
+    "no counts": (lambda r: (r / "cell_feature_matrix.h5").unlink(), "no cell_feature_matrix.h5"),
+    "no cells": (lambda r: (r / "cells.parquet").unlink(), "cells.parquet: no such file"),
+    "qv": (lambda r: None, "--qv has no effect here"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CELLS)
+def test_bad_cells_name_the_file_and_the_fix(run: Path, name: str):
+    change, message = BAD_CELLS[name]
+    change(run)
+    with pytest.raises(SourceError, match=message):
+        read(run, pool_from="cells", **({"qv": "30"} if name == "qv" else {}))
+
+
+def test_species_and_tissue(run: Path):
+    edit_experiment(panel_organism="Zebrafish")(run)
+    assert read(run).meta.species == "human"  # by its Ensembl ids
+    assert read(run, species="mouse").meta.species == "mouse"
+    with pytest.raises(SourceError, match="give --tissue"):
+        open_source(run)
