@@ -5,6 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from comtip_fast.config.schema import RunConfig
+    from comtip_fast.plan.hardware import Cluster
+    from comtip_fast.plan.sizes import Inputs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,10 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--loader-tiles-per-s", type=float, metavar="N", help="what the loader gives per node, if measured"
     )
-    assumed = parser.add_argument_group("assumptions: shares of a peak, 0 to 1")
+    assumed = parser.add_argument_group("assumptions: shares of a peak, 0 to 1, and launches")
     assumed.add_argument("--compute-efficiency", type=float, default=0.5, metavar="X", help="of FLOP/s (default 0.5)")
     assumed.add_argument("--memory-efficiency", type=float, default=0.8, metavar="X", help="of bytes/s (default 0.8)")
     assumed.add_argument("--link-efficiency", type=float, default=0.8, metavar="X", help="of links (default 0.8)")
+    assumed.add_argument("--launch-us", type=float, default=10.0, metavar="US", help="of one operation (default 10)")
     sweep = parser.add_argument_group("sweep over the number of devices")
     sweep.add_argument("--sweep", action="store_true", help="compare designs from 1 to --most devices")
     sweep.add_argument("--most", type=int, default=1024, metavar="N", help="the most devices (default 1024)")
@@ -45,14 +52,32 @@ def run(args: argparse.Namespace) -> int:
     from comtip_fast.plan.sizes import Inputs
 
     config = load_config(args.config, args.set)
-    cluster = make_cluster(
-        args.gpu, per_node=args.gpus, nodes=args.nodes, link=args.link, fabric=args.fabric,
-        efficiency=Efficiency(compute=args.compute_efficiency, memory=args.memory_efficiency, link=args.link_efficiency),
+    shares = Efficiency(
+        compute=args.compute_efficiency, memory=args.memory_efficiency, link=args.link_efficiency,
+        launch_s=args.launch_us * 1e-6,
     )  # fmt: skip
+    cluster = make_cluster(
+        args.gpu, per_node=args.gpus, nodes=args.nodes, link=args.link, fabric=args.fabric, efficiency=shares
+    )
     inputs = Inputs(
         tile_px=args.tile_px, tile_bytes=args.tile_kb * 1e3, trained_genes=args.trained_genes, panel=args.panel
     )
+    if args.sweep:
+        return _sweep(args, config, cluster, inputs)
     plan = make_plan(config, cluster, inputs, loader_tiles_per_s=args.loader_tiles_per_s)
     mean = at_mean_panel(plan, config) if args.panel is None else None
     print(json.dumps(as_data(plan, mean), indent=1) if args.json else render(plan, mean))
     return 0 if plan.fits else 1
+
+
+def _sweep(args: argparse.Namespace, config: RunConfig, cluster: Cluster, inputs: Inputs) -> int:
+    """Compare designs over the number of devices: a table, plain data, or figures and a table in a folder."""
+    from comtip_fast.plan.sweep import as_rows, sweep, table, write
+
+    found = sweep(config, cluster, inputs, most=args.most)
+    if args.out is not None:
+        for path in write(found, args.out):
+            print(path)
+    else:
+        print(json.dumps(as_rows(found), indent=1) if args.json else table(found))
+    return 0

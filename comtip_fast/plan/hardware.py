@@ -48,6 +48,8 @@ class Efficiency:
     """Of a device's memory bandwidth, in kernels that only move data."""
     link: float = 0.8
     """Of a link's bandwidth, in collectives."""
+    launch_s: float = 10e-6
+    """Seconds that one operation takes at least, forward, and twice that backward: its kernels have to be launched."""
 
 
 LINKS = {
@@ -114,6 +116,8 @@ class Cluster:
             share = getattr(self.efficiency, name)
             if not 0 < share <= 1:
                 raise ValueError(f"efficiency {name} is a share above 0 and up to 1 (given: {share})")
+        if self.efficiency.launch_s < 0:
+            raise ValueError(f"a launch takes no negative time (given: {self.efficiency.launch_s})")
 
     @property
     def ranks(self) -> int:

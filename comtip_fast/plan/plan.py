@@ -13,7 +13,7 @@ from comtip_fast.plan.hardware import Cluster
 from comtip_fast.plan.memory import Row, on_device, state_rows, work_rows
 from comtip_fast.plan.parts import Part, Work, step_parts
 from comtip_fast.plan.sizes import Inputs, Sizes, mean_panel, sizes_of
-from comtip_fast.plan.timing import Timed, cost_seconds, optimizer_cost, time_collectives, time_parts
+from comtip_fast.plan.timing import Timed, optimizer_cost, spend, time_collectives, time_parts
 from comtip_fast.plan.traffic import Collective, step_traffic
 
 
@@ -157,16 +157,14 @@ def work_of(s: Sizes, e: Engine, c: Cluster) -> Work:
 def _optimizer_time(s: Sizes, e: Engine, c: Cluster) -> Timed:
     elements = s.trained / (c.ranks if e.zero_stage else 1)
     cost: Cost = optimizer_cost(elements)
-    return Timed("optimizer", sum(cost_seconds([cost], c, e.precision)[:2]), "memory")
+    spent = spend([cost], c, e.precision)
+    return Timed("optimizer", spent.forward + spent.backward, spent.bound)
 
 
 def _beside(parts: Sequence[Part], c: Cluster, e: Engine) -> dict[str, float]:
-    """Return the computation that messages can hide behind: half of InfoNCE's time for each way round the ring."""
-    forward = backward = 0.0
-    beside = {}
-    for part in parts:
-        f, b = (part.times * x for x in cost_seconds(part.costs, c, e.precision)[:2])
-        forward, backward = forward + f, backward + b
-        if part.name == "InfoNCE":
-            beside["InfoNCE"] = f + b
-    return beside | {"forward": forward, "backward": backward}
+    """Return the seconds of computation that messages can hide behind."""
+    spent = {part.name: spend(part.costs, c, e.precision, part.times) for part in parts}
+    beside = {"forward": sum(x.forward for x in spent.values()), "backward": sum(x.backward for x in spent.values())}
+    if "InfoNCE" in spent:
+        beside["InfoNCE"] = spent["InfoNCE"].forward + spent["InfoNCE"].backward
+    return beside

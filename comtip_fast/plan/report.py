@@ -141,7 +141,7 @@ def _assumed(plan: Plan) -> list[str]:
     f, c, i = plan.cluster.efficiency, plan.cluster, plan.inputs
     device, link, fabric = c.device, c.link, c.fabric
     return [
-        f"assumed: {f.compute:.0%} of the peak in products, {f.memory:.0%} of memory bandwidth, {f.link:.0%} of links; "
+        f"assumed: {f.compute:.0%} of the peak in products, {f.memory:.0%} of memory bandwidth, {f.link:.0%} of links, {seconds(f.launch_s)} to launch; "
         f"tiles of {i.tile_px} px, {size(i.tile_bytes)} each;",
         f"  {device.name}: {device.bf16 / 1e12:g} TFLOP/s bf16, {device.fp32 / 1e12:g} fp32, "
         f"{size(device.memory_bytes_per_s)}/s of memory;",
@@ -155,7 +155,7 @@ def as_data(plan: Plan, mean: Plan | None = None) -> dict[str, Any]:
     return {
         "predicted": True, "name": plan.name,
         "cluster": {"device": c.device.name, "per_node": c.per_node, "nodes": c.nodes, "link": c.link.name, "fabric": c.fabric.name},
-        "assumed": {"compute": c.efficiency.compute, "memory": c.efficiency.memory, "link": c.efficiency.link,
+        "assumed": {"compute": c.efficiency.compute, "memory": c.efficiency.memory, "link": c.efficiency.link, "launch_s": c.efficiency.launch_s,
                     "tile_px": plan.inputs.tile_px, "tile_bytes": plan.inputs.tile_bytes, "sentence_tokens": s.tokens},
         "engine": {"kind": e.kind, "zero_stage": e.zero_stage, "bf16": e.bf16, "loss_form": e.loss_form,
                    "shard_table": e.shard_table, "micro_batches": e.micro_batches,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from comtip_fast.plan.cost import Cost, Precision
 from comtip_fast.plan.hardware import Cluster
@@ -18,7 +18,7 @@ class Timed:
     name: str
     seconds: float
     bound: str
-    """``compute``, ``memory``, ``link`` or ``loader``."""
+    """``compute``, ``memory``, ``launches``, ``link`` or ``loader``."""
     hidden: float = 0.0
     """Seconds besides that run beside something else."""
 
@@ -29,27 +29,47 @@ def rates(c: Cluster, p: Precision) -> tuple[float, float]:
     return peak * c.efficiency.compute, c.device.memory_bytes_per_s * c.efficiency.memory
 
 
-def cost_seconds(costs: Sequence[Cost], c: Cluster, p: Precision) -> tuple[float, float, float]:
-    """Return seconds forward and backward, and how many of both are bound by memory."""
+@dataclass
+class Spent:
+    """Seconds of some operations."""
+
+    forward: float = 0.0
+    backward: float = 0.0
+    by: dict[str, float] = field(default_factory=dict)
+    """The same seconds by what bounds each operation."""
+
+    @property
+    def bound(self) -> str:
+        """What bounds most of it."""
+        return max(self.by, key=lambda k: self.by[k]) if self.by else "compute"
+
+
+def spend(costs: Sequence[Cost], c: Cluster, p: Precision, times: int = 1) -> Spent:
+    """Return what operations take: each the longest of its products, its bytes and its launches."""
     flops, width = rates(c, p)
-    forward = backward = memory = 0.0
+    out, launch = Spent(), c.efficiency.launch_s
     for cost in costs:
-        for f, m, is_forward in ((cost.flops, cost.moved, True), (cost.back_flops, cost.back_moved, False)):
-            compute, move = f / flops, m / width
-            seconds = max(compute, move)
-            forward, backward = forward + seconds * is_forward, backward + seconds * (not is_forward)
-            memory += move if move > compute else 0.0
-    return forward, backward, memory
+        for f, m, least, backward in (
+            (cost.flops, cost.moved, launch, False), (cost.back_flops, cost.back_moved, 2 * launch, True),
+        ):  # fmt: skip
+            if not f and not m:
+                continue
+            seconds, bound = max((f / flops, "compute"), (m / width, "memory"), (least, "launches"))
+            seconds *= times
+            out.by[bound] = out.by.get(bound, 0.0) + seconds
+            if backward:
+                out.backward += seconds
+            else:
+                out.forward += seconds
+    return out
 
 
 def time_parts(parts: Sequence[Part], c: Cluster, p: Precision) -> list[Timed]:
     """Return the computation of every part."""
     out = []
     for part in parts:
-        forward, backward, memory = cost_seconds(part.costs, c, p)
-        seconds = forward + backward
-        bound = "memory" if memory > seconds / 2 else "compute"
-        out.append(Timed(part.name, seconds * part.times, bound))
+        spent = spend(part.costs, c, p, part.times)
+        out.append(Timed(part.name, spent.forward + spent.backward, spent.bound))
     return out
 
 
