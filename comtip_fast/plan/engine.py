@@ -38,6 +38,10 @@ class Engine:
         """Bytes of an element in the model's forward and backward pass."""
         return AUTOCAST if self.bf16 else FP32
 
+    def shares_table(self, genes: int, ranks: int) -> bool:
+        """Say whether ranks share the panel's genes out; with fewer genes than ranks every rank encodes all of them."""
+        return self.shard_table and 1 < ranks <= genes
+
     @property
     def has_masters(self) -> bool:
         """ZeRO 1 to 3 keep their shard of the parameters a second time, for the optimizer."""
@@ -64,7 +68,7 @@ def engine_of(config: RunConfig, ranks: int, gpu: bool) -> Engine:
         return Engine(kind=kind, bf16=bf16)
     return Engine(
         kind=kind, zero_stage=e.zero_stage if kind == "deepspeed" else 0, bf16=bf16, loss_form=e.loss_form,
-        shard_table=e.shard_table and ranks > 1, micro_batches=e.micro_batches,
+        shard_table=e.shard_table, micro_batches=e.micro_batches,
         activation_checkpointing=e.activation_checkpointing, offload_optimizer=e.offload_optimizer,
         offload_param=e.offload_param, bucket_bytes=e.bucket_mb * MEGABYTE, prefetch_bytes=e.prefetch_mb * MEGABYTE,
         persist_elements=e.persist_elements,

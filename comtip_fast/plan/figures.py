@@ -16,7 +16,7 @@ from comtip_fast.plan.sweep import DESIGNS, Growth, Point, Sweep, stops_at
 # Colour-blind safe (Okabe and Ito); the table is the colour, the loss form the dash.
 COLOURS = ("#D55E00", "#D55E00", "#0072B2", "#0072B2", "#009E73", "#E69F00", "#CC79A7")
 DASHES = ("-", (0, (4, 2)), "-", (0, (4, 2)), "-", "-", "-")
-STYLE = {
+STYLE: Any = {
     "font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
     "grid.color": "#dddddd", "grid.linewidth": 0.6, "legend.frameon": False, "figure.dpi": 200,
 }  # fmt: skip
@@ -37,9 +37,9 @@ def _most(found: Sweep) -> int:
 
 
 def draw_speed(found: Sweep, path: Path) -> None:
-    """Draw spots per second of strong and weak growth, each beside perfect growth; a dot where a design stops."""
+    """Draw spots per second of strong growth, and per device of weak growth; a dot where a design stops."""
     with plt.rc_context(STYLE):
-        figure, panels = plt.subplots(1, 2, figsize=(9.2, 3.9), sharey=True, layout="constrained")
+        figure, panels = plt.subplots(1, 2, figsize=(9.2, 4.0), layout="constrained")
         titles = (
             ("strong", f"Same batch, B = {found.batch:,}"),
             ("weak", f"{found.per_device:,} spots per device: B and negatives grow"),
@@ -47,7 +47,11 @@ def draw_speed(found: Sweep, path: Path) -> None:
         for axes, (growth, title) in zip(panels, titles, strict=True):
             _speed_panel(found, axes, growth)  # type: ignore[arg-type]
             axes.set_title(title, loc="left")
+        panels[0].set_yscale("log")
         panels[0].set_ylabel("spots per second (predicted)")
+        panels[1].set_ylim(bottom=0)
+        panels[1].yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
+        panels[1].set_ylabel("spots per second and device (predicted)")
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8.5)
         figure.savefig(path)
@@ -56,18 +60,34 @@ def draw_speed(found: Sweep, path: Path) -> None:
 
 def _speed_panel(found: Sweep, axes: Any, growth: Growth) -> None:
     chosen = DESIGNS[:4]
-    first = found.line(growth, chosen[0])
-    ideal = [first[0].usual.spots_per_s * p.devices for p in first]
-    axes.plot([p.devices for p in first], ideal, color="#999999", lw=1, ls=":", label="perfect growth")
+
+    def height(p: Point) -> float:
+        return p.usual.spots_per_s / (p.devices if growth == "weak" else 1)
+
+    if growth == "strong":
+        first = found.line(growth, chosen[0])
+        ideal = [first[0].usual.spots_per_s * p.devices for p in first]
+        axes.plot([p.devices for p in first], ideal, color="#999999", lw=1, ls=":", label="perfect growth")
     for design, colour, dash in zip(chosen, COLOURS, DASHES, strict=False):
         line = found.line(growth, design)
-        axes.plot([p.devices for p in line], [p.usual.spots_per_s for p in line], color=colour, ls=dash, lw=1.8, label=design.name)
+        axes.plot(
+            [p.devices for p in line], [height(p) for p in line], color=colour, ls=dash, lw=1.8, label=design.name
+        )
         at = next(p for p in line if p.devices == stops_at(line))
         if at is not line[-1]:
-            axes.plot(at.devices, at.usual.spots_per_s, "o", ms=5.5, mfc="white", mec=colour, mew=1.6, zorder=5)
-    axes.plot([], [], "o", ms=5.5, mfc="white", mec="#444444", mew=1.6, ls="none", label="scaling stops (last doubling < 1.5 x)")
+            axes.plot(at.devices, height(at), "o", ms=5.5, mfc="white", mec=colour, mew=1.6, zorder=5)
+    axes.plot(
+        [],
+        [],
+        "o",
+        ms=5.5,
+        mfc="white",
+        mec="#444444",
+        mew=1.6,
+        ls="none",
+        label="scaling stops (last doubling < 1.5 x)",
+    )
     _axis_of_devices(axes, _most(found))
-    axes.set_yscale("log")
 
 
 def draw_memory(found: Sweep, path: Path) -> None:
@@ -79,17 +99,26 @@ def draw_memory(found: Sweep, path: Path) -> None:
         _whole_panel(found, panels[2])
         for axes in panels:
             _axis_of_devices(axes, _most(found))
-            axes.set_yscale("log")
             axes.tick_params(axis="x", labelsize=7)
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
             axes.legend(fontsize=8)
+        for axes in panels[:2]:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+        panels[2].set_ylim(bottom=0)
         panels[0].set_ylabel("GB per device (predicted)")
         figure.savefig(path)
         plt.close(figure)
 
 
 def _plot(axes: Any, line: list[Point], values: list[float], index: int, label: str) -> None:
-    axes.plot([p.devices for p in line], [v / 1e9 for v in values], color=COLOURS[index], ls=DASHES[index], lw=1.8, label=label)
+    axes.plot(
+        [p.devices for p in line],
+        [v / 1e9 for v in values],
+        color=COLOURS[index],
+        ls=DASHES[index],
+        lw=1.8,
+        label=label,
+    )
 
 
 def _state_panel(found: Sweep, axes: Any) -> None:
@@ -108,7 +137,13 @@ def _loss_panel(found: Sweep, axes: Any) -> None:
     axes.set_title("Buffers of the contrastive loss", loc="left")
     for index, label in ((2, "gather: all images"), (3, "ring: blocks on their way")):
         line = [p for p in found.line("weak", DESIGNS[index]) if p.devices > 1]
-        _plot(axes, line, [sum(r.bytes for r in p.largest.memory if r.name.startswith("loss")) for p in line], index, label)
+        _plot(
+            axes,
+            line,
+            [sum(r.bytes for r in p.largest.memory if r.name.startswith("loss")) for p in line],
+            index,
+            label,
+        )
 
 
 def _whole_panel(found: Sweep, axes: Any) -> None:
@@ -118,4 +153,6 @@ def _whole_panel(found: Sweep, axes: Any) -> None:
         _plot(axes, line, [p.largest.device_bytes for p in line], index, label)
     room = found.cluster.device.memory / 1e9
     axes.axhline(room, color="#444444", lw=1, ls=":")
-    axes.annotate(f"{found.cluster.device.name}: {room:g} GB", (1, room), xytext=(2, 3), textcoords="offset points", fontsize=8)
+    axes.annotate(
+        f"{found.cluster.device.name}: {room:g} GB", (1, room), xytext=(2, 3), textcoords="offset points", fontsize=8
+    )

@@ -10,8 +10,6 @@ from comtip_fast.plan.engine import ELEMENT, Engine
 from comtip_fast.plan.parts import Part, Work
 from comtip_fast.plan.sizes import Sizes
 
-PREFETCHED = 2
-"""Batches that a loader holds ready besides the one in use."""
 MAX_LIVE = 1_000_000_000
 """Elements of whole parameters that ZeRO 3 keeps at once: DeepSpeed's default, as is how soon it wants them again."""
 
@@ -102,10 +100,10 @@ def _batch(s: Sizes, w: Work, ranks: int) -> list[Row]:
     features = w.piece * s.P * s.patch_inputs * 4
     genes = own * s.G * (1 + 1) + (s.B * s.G if ranks > 1 else 0)
     rows = [Row("batch: tiles, features, levels", tiles + features + genes)]
-    return [
-        *rows,
-        Row("loader: batches held ready", PREFETCHED * (tiles + own * s.G * 2), note=f"{PREFETCHED} batches"),
-    ]
+    # DALI has two batches in work, every loader completes one, and data.prefetch wait.
+    dali = s.loader == "dali" or (s.loader == "auto" and w.gpu)
+    ahead = s.prefetch + (3 if dali else 1)
+    return [*rows, Row("loader: batches made ahead", ahead * (tiles + own * s.G * 2), note=f"{ahead} batches")]
 
 
 def on_device(rows: Sequence[Row]) -> float:

@@ -145,7 +145,7 @@ def work_of(s: Sizes, e: Engine, c: Cluster) -> Work:
     """Return the busiest rank's share of a step."""
     own = ceil(s.B / c.ranks)
     rows = s.G * s.Q
-    if e.shard_table and c.ranks <= s.G:
+    if e.shares_table(s.G, c.ranks):
         rows = ceil(s.G / c.ranks) * s.Q
     mispaired = s.hard_columns and s.G >= 2 and s.has_nce
     return Work(

@@ -73,7 +73,7 @@ def _head(plan: Plan) -> list[str]:
     return [
         f"{plan.name}: every figure below is PREDICTED from the config; nothing was run (formulas: docs/scaling.md)",
         f"  {c.nodes} node(s) x {c.per_node} x {c.device.name}, {e.name}, {precision_name(e.precision)}, loss form {e.loss_form}, "
-        f"table {'sharded' if e.shard_table else 'whole on every rank'}",
+        f"table {'sharded' if e.shares_table(s.G, c.ranks) else 'whole on every rank'}",
         f"  B = {s.B:,} spots ({w.spots:,} per rank, {w.piece:,} at once), P = {s.P} patches, G = {s.G:,} "
         f"genes, Q = {s.Q}, {s.tokens:.1f} tokens per sentence, D = {s.D}",
         "  parameters to train: "
@@ -141,8 +141,8 @@ def _assumed(plan: Plan) -> list[str]:
     f, c, i = plan.cluster.efficiency, plan.cluster, plan.inputs
     device, link, fabric = c.device, c.link, c.fabric
     return [
-        f"assumed: {f.compute:.0%} of the peak in products, {f.memory:.0%} of memory bandwidth, {f.link:.0%} of links, {seconds(f.launch_s)} to launch; "
-        f"tiles of {i.tile_px} px, {size(i.tile_bytes)} each;",
+        f"assumed: {f.compute:.0%} of the peak in products, {f.memory:.0%} of memory bandwidth, {f.link:.0%} of links,",
+        f"  {seconds(f.launch_s)} to launch an operation; tiles of {i.tile_px} px, {size(i.tile_bytes)} each;",
         f"  {device.name}: {device.bf16 / 1e12:g} TFLOP/s bf16, {device.fp32 / 1e12:g} fp32, "
         f"{size(device.memory_bytes_per_s)}/s of memory;",
         f"  {link.name} {size(link.bytes_per_s)}/s and {fabric.name} {size(fabric.bytes_per_s)}/s per device",

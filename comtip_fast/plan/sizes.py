@@ -96,6 +96,8 @@ class Sizes:
     text_context: bool
     groups: tuple[Group, ...]
     tile_bytes: float
+    loader: str
+    prefetch: int
 
     @property
     def V(self) -> int:
@@ -192,7 +194,7 @@ def sizes_of(config: RunConfig, inputs: Inputs | None = None, model: CoMTIP | No
         candidates=paat.candidates if paat.adversary == "hard" else 1, has_mfm=loss.mfm > 0,
         has_teacher=model.teacher is not None, has_pair=loss.pair > 0, has_level=loss.level > 0, has_nce=loss.nce > 0,
         hard_columns=paat.hard_columns, text_context=paat.context == "text", groups=parameter_groups(model),
-        tile_bytes=given.tile_bytes,
+        tile_bytes=given.tile_bytes, loader=config.data.loader, prefetch=config.data.prefetch,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The same config on 1 to 1,024 devices, in every design: where does each stop to scale?
+"""The same config on 1 to 1,024 devices, in every design, and where each stops to scale.
 
 Two ways to grow. *Strong*: the global batch stays, so the run gives the same answer, sooner. *Weak*: spots per device stay, so
 the batch, and with it the number of negatives, grows with the devices. Speeds are of the mean panel, memory of the largest.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -105,9 +106,7 @@ def sweep(config: RunConfig, home: Cluster, inputs: Inputs, *, most: int = 1024)
     for growth, design, devices, B in _cases(config.data.batch_size, per_device, most):
         cluster = replace(home, per_node=min(devices, PER_NODE), nodes=-(-devices // PER_NODE))
         e = _engine(config, design, cluster)
-        one, two = (
-            make_plan(config, cluster, inputs, engine=e, sizes=replace(s, B=B)) for s in (usual, sizes)
-        )
+        one, two = (make_plan(config, cluster, inputs, engine=e, sizes=replace(s, B=B)) for s in (usual, sizes))
         points.append(Point(growth, design, devices, one, two))
     return Sweep(config.name, home, per_device, config.data.batch_size, tuple(points))
 
@@ -124,15 +123,13 @@ def _cases(batch: int, per_device: int, most: int) -> Iterator[tuple[Growth, Des
 
 def _engine(config: RunConfig, d: Design, c: Cluster) -> Engine:
     own = engine_of(config, c.ranks, c.device.name != "cpu")
-    return replace(
-        own, kind=d.kind, zero_stage=d.zero_stage, loss_form=d.loss_form, shard_table=d.shard_table and c.ranks > 1
-    )
+    return replace(own, kind=d.kind, zero_stage=d.zero_stage, loss_form=d.loss_form, shard_table=d.shard_table)
 
 
 def stops_at(line: Sequence[Point]) -> int:
     """Return the most devices whose last doubling was still worth it."""
     last = line[0].devices
-    for before, after in zip(line, line[1:], strict=False):
+    for before, after in pairwise(line):
         if after.usual.spots_per_s < WORTH * before.usual.spots_per_s:
             break
         last = after.devices

@@ -79,7 +79,7 @@ def loss_traffic(s: Sizes, e: Engine) -> list[Collective]:
             Collective("loss", "images", "ring", vectors, hidden_by="InfoNCE"),
             Collective("loss", "row statistics", "ring", s.B * FP32),
             Collective("loss", "images and statistics again", "ring", vectors + s.B * FP32, hidden_by="InfoNCE"),
-            Collective("loss", "images' gradients", "ring", vectors, hidden_by="InfoNCE"),
+            Collective("loss", "images' gradients", "ring", vectors),
         ]
     return [
         *out,
@@ -90,9 +90,9 @@ def loss_traffic(s: Sizes, e: Engine) -> list[Collective]:
     ]
 
 
-def table_traffic(s: Sizes, e: Engine) -> list[Collective]:
+def table_traffic(s: Sizes, e: Engine, ranks: int) -> list[Collective]:
     """Send each rank's rows of a sharded table to all others, and their gradients back."""
-    if not e.shard_table:
+    if not e.shares_table(s.G, ranks):
         return []
     rows = s.G * s.Q * (s.D + 1) * e.precision.operand
     return [
@@ -123,4 +123,4 @@ def step_traffic(s: Sizes, e: Engine, ranks: int) -> list[Collective]:
     """Return everything that travels in a step; nothing for one rank."""
     if ranks == 1:
         return []
-    return [*loss_traffic(s, e), *table_traffic(s, e), *gradient_traffic(s, e)]
+    return [*loss_traffic(s, e), *table_traffic(s, e, ranks), *gradient_traffic(s, e)]

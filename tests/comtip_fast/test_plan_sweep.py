@@ -1,0 +1,93 @@
+"""The sweep over devices: what must grow, what must not, and where it says that scaling stops."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from comtip_fast.cli import main
+from comtip_fast.config.io import load_config
+from comtip_fast.plan.hardware import make_cluster
+from comtip_fast.plan.sizes import Inputs
+from comtip_fast.plan.sweep import DESIGNS, WORTH, Sweep, stops_at, sweep, table
+
+DEMO = Path(__file__).parents[2] / "configs" / "demo_cpu.yaml"
+LARGE = [
+    "vision.backbone=vit_base_patch32_224", "data.batch_size=4096", "panel.max_genes=512", "levels.n_levels=32", "text.depth=4",
+    "text.width=256", "align.dim=256",
+]  # fmt: skip
+WHOLE_GATHER, WHOLE_RING, SHARDED_GATHER, SHARDED_RING = DESIGNS[:4]
+
+
+@pytest.fixture(scope="module")
+def found() -> Sweep:
+    return sweep(load_config(DEMO, LARGE), make_cluster("h100", per_node=8), Inputs(trained_genes=4000))
+
+
+def memory(found: Sweep, design: int, starts: str) -> list[float]:
+    return [
+        sum(r.bytes for r in p.largest.memory if r.name.startswith(starts)) for p in found.line("weak", DESIGNS[design])
+    ]
+
+
+def test_a_whole_table_costs_the_same_everywhere_and_a_shared_one_less(found: Sweep):
+    def seconds(design: int) -> list[float]:
+        line = found.line("weak", DESIGNS[design])
+        return [next(t.seconds for t in p.largest.times if t.name == "sentence table") for p in line]
+
+    assert len(set(seconds(0))) == 1
+    whole, shared = seconds(0), seconds(2)
+    assert shared[3] < whole[3] / 4
+    # Fewer genes than ranks are not shared out: 512 on 1,024 devices.
+    assert shared[10] == whole[10]
+
+
+def test_the_ring_keeps_its_buffers_and_gathering_does_not(found: Sweep):
+    gather, ring = memory(found, 2, "loss"), memory(found, 3, "loss")
+    assert ring[1] == ring[-1]
+    assert gather[-1] == pytest.approx(1024 * 2 * found.per_device * 256 * 4, rel=0.02)
+
+
+def test_each_stage_of_zero_keeps_less(found: Sweep):
+    state = [
+        sum(sum(x) for x in zip(memory(found, d, "gradients"), memory(found, d, "AdamW"), strict=True))
+        for d in (2, 4, 5, 6)
+    ]
+    assert state[0] > state[1] > state[2] >= state[3]
+
+
+def test_where_it_stops_is_the_first_doubling_that_is_not_worth_it(found: Sweep):
+    for design in (WHOLE_GATHER, WHOLE_RING, SHARDED_GATHER, SHARDED_RING):
+        line = {p.devices: p.usual.spots_per_s for p in found.line("strong", design)}
+        last = stops_at(found.line("strong", design))
+        assert all(line[2 * n] >= WORTH * line[n] for n in line if 2 * n <= last)
+        if 2 * last in line:
+            assert line[2 * last] < WORTH * line[last]
+
+
+def test_sharing_the_table_pays_where_the_batch_is_spread_thin(found: Sweep):
+    whole, shared = ({p.devices: p.usual.spots_per_s for p in found.line("strong", d)} for d in DESIGNS[0:3:2])
+    assert shared[64] > 1.2 * whole[64]
+    assert shared[1] == whole[1]
+
+
+def test_the_table_has_a_row_per_design_and_growth(found: Sweep):
+    rows = [line for line in table(found).splitlines() if line.startswith("| ")]
+    assert len(rows) == 1 + 2 * len(DESIGNS)
+    assert "PREDICTED" in table(found)
+
+
+def test_the_command_writes_figures(tmp_path: Path):
+    overrides = [x for key in LARGE for x in ("--set", key)]
+    assert (
+        main(
+            ["plan", "--config", str(DEMO), *overrides, "--gpus", "2", "--sweep", "--most", "4", "--out", str(tmp_path)]
+        )
+        == 0
+    )
+    for name in ("scaling_speed.png", "scaling_memory.png"):
+        with Image.open(tmp_path / name) as picture:
+            pixels = picture.convert("L")
+            assert picture.width > 1500
+            assert pixels.getextrema()[0] < 100
+    assert "sharded table, ring" in (tmp_path / "scaling_table.md").read_text()
