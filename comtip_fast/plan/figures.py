@@ -100,7 +100,7 @@ def draw_memory(found: Sweep, path: Path) -> None:
         for axes in panels:
             _axis_of_devices(axes, _most(found))
             axes.tick_params(axis="x", labelsize=7)
-            axes.legend(fontsize=8)
+            axes.legend(fontsize=8, loc="center right" if axes is panels[2] else "best")
         for axes in panels[:2]:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
