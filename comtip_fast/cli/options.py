@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 SECTION_HELP = "SHARDS_DIR:section_id, a source folder, SOURCE:section_id, or an .h5ad with an image"
-META = ("mpp", "species", "tissue", "donor", "platform", "licence", "attribution", "image")
+META = ("mpp", "species", "tissue", "donor", "platform", "licence", "attribution", "pixels", "image")
 POOLING = {
     "pool_um": "width of a pseudo-spot in um (default: 128 for Visium HD, 100 for Xenium)",
     "pool_from": "what is pooled: bins or cells (Visium HD), transcripts or cells (Xenium)",
@@ -23,10 +23,14 @@ def add_meta(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("facts that the source does not state")
     group.add_argument("--mpp", help="um per px of the image that the positions belong to")
     group.add_argument("--species", choices=("human", "mouse"))
-    for name in META[2:-1]:
+    for name in META[2:-2]:
         group.add_argument(f"--{name}", help=argparse.SUPPRESS if name == "attribution" else None)
     group.add_argument(
-        "--image", help="the image to cut tiles from (for Space Ranger the original, or the word hires or lowres)"
+        "--image", help="the image to cut tiles from (for Space Ranger the original, or the word hires or lowres); "
+        "{id} in it stands for the section"
+    )  # fmt: skip
+    group.add_argument(
+        "--pixels", choices=("wsi", "patches"), help="HEST: what tiles are cut from (default: WSI if there)"
     )
     pooling = parser.add_argument_group("pooling of bins, cells and transcripts to pseudo-spots")
     for name, text in POOLING.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +81,17 @@ class Section:
             return image_size(self.image_path)
         with self.open_slide() as slide:
             return slide.size
+
+    def keep(self, mask: np.ndarray, otherwise: str) -> Section:
+        """Return the section with the spots where ``mask`` holds; the others are counted under ``otherwise``."""
+        rows = np.flatnonzero(mask)
+        lost = len(self.spot_ids) - rows.size
+        return replace(
+            self, counts=self.counts[rows], spot_ids=[self.spot_ids[i] for i in rows], xy=self.xy[rows],
+            array_xy=self.array_xy[rows], labels=[self.labels[i] for i in rows],
+            dropped={**self.dropped, **({otherwise: self.dropped.get(otherwise, 0) + lost} if lost else {})},
+            n_pooled=None if self.n_pooled is None else self.n_pooled[rows],
+        )  # fmt: skip
 
     def check(self) -> Section:
         """Return the section itself once everything about it holds.

@@ -9,7 +9,15 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from comtip_shards.errors import SourceError
-from comtip_shards.sources import anndata_source, legacy_st, manifest_table, space_ranger, visium_hd, xenium
+from comtip_shards.sources import (
+    anndata_source,
+    hest,
+    legacy_st,
+    manifest_table,
+    space_ranger,
+    visium_hd,
+    xenium,
+)
 from comtip_shards.sources.base import Reader, SectionSource, check_overrides, pick
 from comtip_shards.sources.choose import check_where, choose
 
@@ -27,6 +35,10 @@ READERS = (
     Reader(
         name="visium_hd", looks_for="binned_outputs/square_016um or segmented_outputs of Visium HD",
         recognise=visium_hd.recognise, open=visium_hd.open_sections, outranks=("space_ranger",),
+    ),
+    Reader(
+        name="hest", looks_for="st/ID.h5ad beside wsis/ or patches/ of HEST-1k", recognise=hest.recognise,
+        open=hest.open_sections, catalogue=hest.catalogue,
     ),
     Reader(
         name="anndata", looks_for="an .h5ad with obsm['spatial'], or a folder of them", recognise=anndata_source.recognise,

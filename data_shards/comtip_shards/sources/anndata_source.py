@@ -110,7 +110,7 @@ def open_sections(path: Path, samples: Sequence[str] | None, overrides: Mapping[
 
 def _libraries(path: Path) -> dict[str, str]:
     """Return {section id: key in uns["spatial"], "" where there is none}."""
-    with _open(path) as file:
+    with open_h5ad(path) as file:
         if "obsm/spatial" not in file:
             raise SourceError(f"{path}: no obsm['spatial']; put the spots' centres there, x and y in px of the image")
         keys = list(file["uns/spatial"]) if "uns/spatial" in file else []
@@ -124,7 +124,8 @@ def safe_id(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "_", text).strip("._-") or "section"
 
 
-def _open(path: Path) -> h5py.File:
+def open_h5ad(path: Path) -> h5py.File:
+    """Open an AnnData file; what is none is said by name."""
     try:
         return h5py.File(path, "r")
     except OSError as error:
@@ -143,7 +144,7 @@ def read_part(file: h5py.File, key: str, path: Path) -> Any:
 
 def _source(path: Path, library: str, name: str, overrides: Mapping[str, str]) -> SectionSource:
     notes: list[str] = []
-    with _open(path) as file:
+    with open_h5ad(path) as file:
         obs = read_part(file, "obs", path)
         rows = rows_of(obs, library, path) if library and len(file["uns/spatial"]) > 1 else np.arange(len(obs))
         xy = centres(read_part(file, "obsm/spatial", path), path)[rows]
@@ -185,7 +186,7 @@ def _source(path: Path, library: str, name: str, overrides: Mapping[str, str]) -
 
 
 def _inner_slide(path: Path, library: str, picture: Picture) -> Slide:
-    with _open(path) as file:
+    with open_h5ad(path) as file:
         return library_slide(file[f"uns/spatial/{library}"], picture, path)
 
 
@@ -285,7 +286,7 @@ def read_spots(
     factor
         px of the image per px of ``obsm["spatial"]``.
     """
-    with _open(path) as file:
+    with open_h5ad(path) as file:
         obs = read_part(file, "obs", path).iloc[rows]
         xy = centres(read_part(file, "obsm/spatial", path), path)[rows] * factor
         matrix, var, said = raw_counts(file, path)

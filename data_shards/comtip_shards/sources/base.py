@@ -19,7 +19,7 @@ from comtip_shards.errors import SourceError
 from comtip_shards.section import Section, SectionMeta, check_unique
 
 META_KEYS = (
-    "species", "tissue", "donor", "platform", "licence", "attribution", "mpp", "image", "alignment",
+    "species", "tissue", "donor", "platform", "licence", "attribution", "mpp", "image", "pixels", "alignment",
     "pool_um", "pool_from", "bin_um", "min_cover", "min_pooled", "qv",
 )  # fmt: skip
 """Facts that a caller may state where the source does not, and how bins, cells and transcripts are pooled."""
@@ -94,7 +94,8 @@ def pick(wanted: Sequence[str] | None, have: Sequence[str], where: Path) -> list
         if name not in have:
             near = difflib.get_close_matches(name, have, n=1, cutoff=0)
             raise SourceError(
-                f"{where}: no section {name!r}; did you mean {near[0] if near else '?'}? It has: {', '.join(have)}"
+                f"{where}: no section {name!r}; did you mean {near[0] if near else '?'}? It has: {', '.join(have[:20])}"
+                + (f" and {len(have) - 20} more" if len(have) > 20 else "")
             )
     return list(wanted)
 
@@ -110,7 +111,8 @@ def read_table(path: Path, sep: str = "\t") -> pd.DataFrame:
     """Read a small table as text."""
     existing(path, "table")
     try:
-        table = pd.read_csv(path, sep=sep, dtype=str, keep_default_na=False)
+        # Spreadsheets and HEST begin their tables with a byte order mark.
+        table = pd.read_csv(path, sep=sep, dtype=str, keep_default_na=False, encoding="utf-8-sig")
     except (OSError, EOFError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise SourceError(f"{path}: cannot be read as a table ({error})") from error
     if table.empty:
