@@ -15,6 +15,7 @@ from comtip_shards.sources import (
     legacy_st,
     manifest_table,
     space_ranger,
+    stimage,
     visium_hd,
     xenium,
 )
@@ -39,6 +40,10 @@ READERS = (
     Reader(
         name="hest", looks_for="st/ID.h5ad beside wsis/ or patches/ of HEST-1k", recognise=hest.recognise,
         open=hest.open_sections, catalogue=hest.catalogue,
+    ),
+    Reader(
+        name="stimage", looks_for="ST, Visium or VisiumHD with coord/SLIDE_coord.csv of STimage-1K4M",
+        recognise=stimage.recognise, open=stimage.open_sections, catalogue=stimage.catalogue,
     ),
     Reader(
         name="anndata", looks_for="an .h5ad with obsm['spatial'], or a folder of them", recognise=anndata_source.recognise,

@@ -120,18 +120,18 @@ def read_table(path: Path, sep: str = "\t") -> pd.DataFrame:
     return table
 
 
-def read_counts_table(path: Path) -> tuple[sparse.csr_matrix, list[str], list[str]]:
+def read_counts_table(path: Path, sep: str = "\t") -> tuple[sparse.csr_matrix, list[str], list[str]]:
     """Read spots x genes with a header and an id column: (int32 counts, spot ids, gene ids)."""
     existing(path, "count table")
     # pyarrow reads tables of 20,000 columns several times faster than pandas, and keeps repeated names.
     options = pa_csv.ReadOptions(skip_rows=1, autogenerate_column_names=True, block_size=1 << 27)
     try:
-        names = _header(path)
-        body = pa_csv.read_csv(path, read_options=options, parse_options=pa_csv.ParseOptions(delimiter="\t"))
+        names = _header(path, sep)
+        body = pa_csv.read_csv(path, read_options=options, parse_options=pa_csv.ParseOptions(delimiter=sep))
     except (OSError, EOFError, UnicodeDecodeError, pa.ArrowInvalid) as error:
         text = str(error).splitlines()[0]
         raise SourceError(
-            f"{path}: cannot be read as spots x genes, tab-separated ({text}); is the file whole?"
+            f"{path}: cannot be read as spots x genes, separated by {sep!r} ({text}); is the file whole?"
         ) from error
     # R writes one name fewer than there are columns; others name the id column or leave it empty.
     genes = names[1:] if len(names) == body.num_columns else names
@@ -148,10 +148,10 @@ def read_counts_table(path: Path) -> tuple[sparse.csr_matrix, list[str], list[st
     return as_counts(sparse.csr_matrix(values), path, spots, genes), spots, genes
 
 
-def _header(path: Path) -> list[str]:
+def _header(path: Path, sep: str) -> list[str]:
     with path.open("rb") as raw, gzip.open(raw) if path.suffix == ".gz" else raw as file:
         line = file.readline().decode("utf-8").rstrip("\r\n")
-    return [n.strip().strip('"') for n in line.split("\t")]
+    return [n.strip().strip('"') for n in line.split(sep)]
 
 
 def as_counts(matrix: sparse.csr_matrix, path: Path, spots: Sequence[str], genes: Sequence[str]) -> sparse.csr_matrix:
