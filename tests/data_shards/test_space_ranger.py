@@ -14,6 +14,7 @@ from comtip_shards.sources import detect, open_source
 from comtip_shards.verify import verify
 from PIL import Image
 
+from comtip_fast.cli import main
 from comtip_fast.testing.tenx import GENES, NAMES, he_picture, write_h5, write_mex
 
 REAL = Path(__file__).parent / "fixtures/space_ranger"
@@ -108,8 +109,8 @@ def test_every_layout_reads_the_same(tmp_path: Path, full: str, layout: str, cou
 
 
 def test_round_trip_through_a_shard_set(run: Path, full: str, tmp_path: Path):
-    sources = open_source(run, overrides={**FACTS, "image": full})
-    build_shards(sources, tmp_path / "s", tile_px=16, tile_um=100.0, min_mpp=3.0)
+    options = ["--tissue", "breast", "--image", full, "--tile-px", "16", "--tile-um", "100", "--min-mpp", "3"]
+    assert main(["shards", "build", str(run), "--out", str(tmp_path / "s"), *options]) == 0
     assert verify(tmp_path / "s").ok
     shards = ShardSet(tmp_path / "s")
     want = pd.DataFrame(COUNTS[:3].T, index=BARCODES[2:], columns=NAMES[:3])
@@ -168,6 +169,21 @@ def test_the_scale_is_checked_against_the_spacing(run: Path, full: str):
     assert open_source(run, overrides={**facts, "mpp": "2.86"})[0].meta.mpp == 2.86
     with pytest.raises(SourceError, match=r"0\.5 um per px is stated, but neighbours are 35\.0 px .* 2\.85"):
         open_source(run, overrides={**facts, "mpp": "0.5"})
+
+
+def test_a_whole_slide_of_11_mm(run: Path, full: str):
+    row, col = (a.ravel() for a in np.mgrid[0:128, 0:112])
+    col = 2 * col + row % 2
+    names = [*BARCODES, *(f"T{i}-1" for i in range(128 * 112 - 12))]
+    x, y = 10 + col * 0.5 * 2.5, 5 + row * 0.75**0.5 * 2.5
+    values = [names, np.arange(len(row)) < 12, row, col, y, x]
+    table = pd.DataFrame(dict(zip(COLUMNS, values, strict=True)))
+    table.astype({"in_tissue": int}).to_csv(run / "spatial/tissue_positions.csv", index=False)
+    (run / "spatial/scalefactors_json.json").write_text(json.dumps({"spot_diameter_fullres": 2.5 * 0.65}))
+    section = open_source(run, overrides={**FACTS, "image": full})[0].read()
+    assert section.meta.mpp == pytest.approx(40.0)
+    assert section.dropped == {"in tissue but not in the counts": 2}
+    assert not any("whole slide" in n for n in section.notes)
 
 
 def edit_positions(run: Path, **changes) -> None:

@@ -9,11 +9,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from comtip_shards import ShardSet, SourceError
-from comtip_shards.build import build_shards
 from comtip_shards.sources import detect, open_source
 from comtip_shards.sources.geojson import centroid, iter_features
 from comtip_shards.verify import verify
 
+from comtip_fast.cli import main
 from comtip_fast.testing.tenx import GENES, NAMES, he_picture, write_h5, write_segmentation, write_visium_hd
 
 MPP, ANGLE, CORNER = 4.0, 0.2, np.array([40.0, 12.0])
@@ -116,7 +116,9 @@ def test_other_sizes_and_shares(run: Path):
 
 
 def test_round_trip_through_a_shard_set(run: Path, tmp_path: Path):
-    build_shards(open_source(run, overrides=facts(run)), tmp_path / "s", tile_px=16, tile_um=128.0, min_mpp=4.0)
+    image = ["--image", str(run.parents[1] / "full.png"), "--tissue", "colon", "--donor", "P1"]
+    options = [*image, "--pool-um", "128", "--tile-px", "16", "--tile-um", "128", "--min-mpp", "4"]
+    assert main(["shards", "build", str(run), "--out", str(tmp_path / "s"), *options]) == 0
     assert verify(tmp_path / "s").ok
     shards = ShardSet(tmp_path / "s")
     symbols = [g.symbol for g in shards.genes]
@@ -146,6 +148,16 @@ def test_bins_outside_tissue_of_a_raw_matrix_are_counted(run: Path):
     np.testing.assert_array_equal(after.counts.toarray(), before.counts.toarray())
     left = len(table) - len(inside)
     assert f"{left} bins with {left * 12:,} counts lie outside tissue and are left out" in after.notes
+
+
+def test_batches_do_not_matter(run: Path, monkeypatch: pytest.MonkeyPatch):
+    before = read(run)
+    for module in ("visium_hd", "parquet"):
+        monkeypatch.setattr(f"comtip_shards.sources.{module}.BATCH", 37)
+    after = read(run)
+    assert after.spot_ids == before.spot_ids
+    np.testing.assert_array_equal(after.counts.toarray(), before.counts.toarray())
+    np.testing.assert_allclose(after.xy, before.xy)
 
 
 # -- cells ------------------------------------------------------------------------------------------------------

@@ -10,11 +10,12 @@ import pandas as pd
 import pytest
 import tifffile
 from comtip_shards import ShardSet, SourceError
-from comtip_shards.build import build_shards
 from comtip_shards.sources import detect, open_source
 from comtip_shards.sources.alignment import read_alignment
 from comtip_shards.verify import verify
+from PIL import Image
 
+from comtip_fast.cli import main
 from comtip_fast.testing.tenx import GENES, NAMES, he_picture, write_xenium
 
 PIXEL = 0.2125
@@ -181,7 +182,13 @@ def test_cells_are_pooled_by_their_centres(run: Path):
 
 
 def test_round_trip_through_a_shard_set(run: Path, tmp_path: Path):
-    build_shards(open_source(run, overrides=FACTS), tmp_path / "s", tile_px=16, tile_um=100.0, min_mpp=2.0)
+    # Each pseudo-spot's ground has a shade of its own, so that a tile tells which ground it shows.
+    shade = np.arange(9).reshape(3, 3).repeat(50, 0).repeat(50, 1)[: SIZE[1], : SIZE[0]]
+    picture = np.stack([120 + 10 * shade, 60 + 12 * shade, 130 + 8 * shade], axis=-1).astype(np.uint8)
+    Image.fromarray(picture).save(run / "breast_he_image.ome.tif")
+    options = ["--tissue", "breast", "--pool-um", "100", "--qv", "20", "--codec", "png"]
+    options += ["--tile-px", "25", "--tile-um", "100", "--min-mpp", "2"]
+    assert main(["shards", "build", str(run), "--out", str(tmp_path / "s"), *options]) == 0
     assert verify(tmp_path / "s").ok
     shards = ShardSet(tmp_path / "s")
     symbols = [g.symbol for g in shards.genes]
@@ -192,6 +199,21 @@ def test_round_trip_through_a_shard_set(run: Path, tmp_path: Path):
         np.testing.assert_array_equal(row, want[spot.spot_id])
         assert spot.n_pooled == want[spot.spot_id].sum()
     assert shards.measured(0).all()
+    for spot, tile in zip(shards.spots.itertuples(), shards.tiles(range(len(shards))), strict=True):
+        row_, col_ = map(int, spot.spot_id.split("x"))
+        inner = tile[2:13, 2:-2]  # resampling mixes the edges, and below the last row there is glass
+        np.testing.assert_array_equal(inner, np.broadcast_to(picture[row_ * 50, col_ * 50], inner.shape))
+
+
+def test_batches_do_not_matter(run: Path, monkeypatch: pytest.MonkeyPatch):
+    for module in ("xenium", "parquet"):
+        monkeypatch.setattr(f"comtip_shards.sources.{module}.BATCH", 13)
+    same(read(run), truth())
+    few = read(run, pool_from="cells")
+    monkeypatch.undo()
+    many = read(run, pool_from="cells")
+    assert few.spot_ids == many.spot_ids
+    np.testing.assert_array_equal(few.counts.toarray(), many.counts.toarray())
 
 
 @pytest.mark.parametrize("kind", ["gene_panel.json", "names"])
