@@ -259,6 +259,14 @@ def test_barcodes_without_the_suffix_still_join(run: Path, full: str, where: str
     assert len(open_source(run, overrides={**FACTS, "image": full})[0].read().spot_ids) == 10
 
 
+def test_two_runs_in_one_matrix_are_not_guessed_at(run: Path, full: str):
+    edit_positions(run, barcode=[b.removesuffix("-1") for b in BARCODES])
+    both = [*BARCODES[2:], *(b.replace("-1", "-2") for b in BARCODES[2:])]
+    write_h5(run / "filtered_feature_bc_matrix.h5", np.hstack([COUNTS, COUNTS]), both)
+    with pytest.raises(SourceError, match="share no spot id"):
+        open_source(run, overrides={**FACTS, "image": full})[0].read()
+
+
 # -- real folders -----------------------------------------------------------------------------------------------
 
 
