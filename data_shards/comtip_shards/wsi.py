@@ -132,11 +132,11 @@ class OpenSlideSlide(PyramidSlide):
 
 
 class BlockedSlide(PyramidSlide):
-    """Levels that are zarr arrays of any axis order: (y, x, 3), (3 or 4, y, x), (1, y, x, 3), gray, 8 or 16 bits."""
+    """Levels that are zarr, dask or mapped arrays of any axis order: (y, x, 3), (3 or 4, y, x), (1, y, x, 3), gray, 8 or 16 bits."""
 
     def __init__(self, path: Path, arrays: list[Any], axes: str, *, alpha: bool = False) -> None:
         """Take levels, finest first, and the names of their axes; ``y`` and ``x`` say which are rows and columns."""
-        self.path, self.notes, self._arrays, self._alpha = path, [], arrays, alpha
+        self.path, self.notes, self.reader, self._arrays, self._alpha = path, [], "zarr", arrays, alpha
         axes = axes.lower()
         self._y, self._x, self._c = axes.index("y"), axes.index("x"), _channel_axis(axes, arrays[0].shape, path)
         self.levels = [(int(a.shape[self._x]), int(a.shape[self._y])) for a in arrays]
@@ -217,6 +217,10 @@ class BlockedSlide(PyramidSlide):
         kept = sorted((self._y, self._x, self._c))
         return np.ascontiguousarray(values.transpose([kept.index(a) for a in (self._y, self._x, self._c)]))
 
+    def close(self) -> None:
+        """Let go of the decoded blocks."""
+        self._cache.clear()
+
 
 class TiffSlide(BlockedSlide):
     """A TIFF, by tifffile."""
@@ -256,8 +260,8 @@ def _levels_of(file: Any, series: Any, path: Path, tifffile: Any) -> list[Any]:
 
 
 def _block_size(array: Any, y: int, x: int) -> tuple[int, int]:
-    """Return (rows, columns) of what is decoded at once: a chunk of a zarr array, a square of a mapped one."""
-    chunks = getattr(array, "chunks", (MAPPED_BLOCK,) * array.ndim)
+    """Return (rows, columns) of what is decoded at once: a chunk of a zarr or dask array, a square of a mapped one."""
+    chunks = getattr(array, "chunksize", None) or getattr(array, "chunks", (MAPPED_BLOCK,) * array.ndim)
     return min(int(chunks[y]), int(array.shape[y])), min(int(chunks[x]), int(array.shape[x]))
 
 

@@ -15,6 +15,7 @@ from comtip_shards.sources import (
     legacy_st,
     manifest_table,
     space_ranger,
+    spatialdata_source,
     stimage,
     visium_hd,
     xenium,
@@ -44,6 +45,10 @@ READERS = (
     Reader(
         name="stimage", looks_for="ST, Visium or VisiumHD with coord/SLIDE_coord.csv of STimage-1K4M",
         recognise=stimage.recognise, open=stimage.open_sections, catalogue=stimage.catalogue,
+    ),
+    Reader(
+        name="spatialdata", looks_for="a SpatialData store (.zarr)", recognise=spatialdata_source.recognise,
+        open=spatialdata_source.open_sections,
     ),
     Reader(
         name="anndata", looks_for="an .h5ad with obsm['spatial'], or a folder of them", recognise=anndata_source.recognise,

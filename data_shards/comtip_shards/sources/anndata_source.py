@@ -159,7 +159,7 @@ def _source(path: Path, library: str, name: str, overrides: Mapping[str, str]) -
             )
         picture = library_picture(file[f"uns/spatial/{library}"], str(path)) if image is None else None
         stated = _stated(file, library)
-        facts = _facts(obs.iloc[rows], overrides)
+        facts = facts_of(obs.iloc[rows], overrides)
         facts.setdefault("species", species_of(gene_names(read_part(file, "var", path))[0], path))
     mpp = _scale(overrides, stated[0], image, xy, path, notes)
     factor = 1.0
@@ -200,7 +200,7 @@ def _stated(file: h5py.File, library: str) -> tuple[float | None, float | None]:
     return found[0], found[1]
 
 
-def _facts(obs: pd.DataFrame, overrides: Mapping[str, str]) -> dict[str, str]:
+def facts_of(obs: pd.DataFrame, overrides: Mapping[str, str]) -> dict[str, str]:
     """Return what is stated, or what a column of ``obs`` says alike of all spots."""
     facts = {}
     for key, columns in _FACTS.items():
@@ -289,40 +289,65 @@ def read_spots(
     with open_h5ad(path) as file:
         obs = read_part(file, "obs", path).iloc[rows]
         xy = centres(read_part(file, "obsm/spatial", path), path)[rows] * factor
-        matrix, var, said = raw_counts(file, path)
+        matrix, var, said = raw_counts(_Parts(file, path), path)
+    return annotated(obs, xy, matrix[rows], var, meta, image, path, [*notes, *said])
+
+
+def annotated(
+    obs: pd.DataFrame, xy: np.ndarray, matrix: sparse.csr_matrix, var: pd.DataFrame, meta: SectionMeta, image: Path,
+    path: Path, notes: list[str],
+) -> Section:  # fmt: skip
+    """Return a section from the parts of an AnnData, row by row alike: ``in_tissue``, array and labels are in ``obs``."""
     names = [str(v) for v in obs.index]
     check_unique(names, f"{path}: obs names")
     ids, symbols = gene_names(var)
-    kinds = (
-        var["feature_types"].astype(str).to_numpy() if "feature_types" in var else np.full(len(ids), "Gene Expression")
-    )
-    genes = np.flatnonzero(kinds == "Gene Expression")
-    said += [
-        f"{n} features are not genes: {kind}"
-        for kind, n in pd.Series(kinds[kinds != "Gene Expression"]).value_counts().items()
-    ]
+    kinds = var["feature_types"].astype(str) if "feature_types" in var else pd.Series(["Gene Expression"] * len(ids))
+    genes = np.flatnonzero(kinds.to_numpy() == "Gene Expression")
+    others = kinds[kinds.to_numpy() != "Gene Expression"].value_counts()
+    notes = notes + [f"{n} features are not genes: {kind}" for kind, n in others.items()]
     ids, symbols = [ids[i] for i in genes], [symbols[i] for i in genes]
-    counts = as_counts(sparse.csr_matrix(matrix[rows][:, genes]), path, names, ids)
+    counts = as_counts(sparse.csr_matrix(matrix[:, genes]), path, names, ids)
     has_array = {"array_col", "array_row"} <= set(obs)
     array = obs[["array_col", "array_row"]].to_numpy(np.float64) if has_array else np.full((len(obs), 2), np.nan)
     tissue = obs["in_tissue"].astype(float).to_numpy() == 1 if "in_tissue" in obs else np.ones(len(obs), bool)
     labels = obs["label"].astype(str).tolist() if "label" in obs else [""] * len(obs)
     spots = Spots(names, xy, array, labels, tissue)
-    return join(meta, image, counts, names, ids, symbols, spots, path, path, [*notes, *said])
+    return join(meta, image, counts, names, ids, symbols, spots, path, path, notes)
 
 
-def raw_counts(file: h5py.File, path: Path) -> tuple[sparse.csr_matrix, pd.DataFrame, list[str]]:
-    """Return (spots x genes, var, notes): the first of ``layers["counts"]``, ``X`` and ``raw.X`` that holds counts."""
-    found = [key for key in COUNTS if key in file]
+class _Parts:
+    """Elements of an open file by name, read when asked for."""
+
+    def __init__(self, file: h5py.File, path: Path) -> None:
+        self._file, self._path = file, path
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._file
+
+    def __getitem__(self, key: str) -> Any:
+        return read_part(self._file, key, self._path)
+
+
+def raw_counts(parts: Any, path: Path) -> tuple[sparse.csr_matrix, pd.DataFrame, list[str]]:
+    """Return (spots x genes, var, notes): the first of ``layers["counts"]``, ``X`` and ``raw.X`` that holds counts.
+
+    Parameters
+    ----------
+    parts
+        Has the elements that an AnnData has, by the names that they have in a file: ``X``, ``raw/var``.
+    path
+        For messages.
+    """
+    found = [key for key in COUNTS if key in parts]
     if not found:
         raise SourceError(f"{path}: neither layers['counts'] nor X is there; raw counts are needed")
     for key in found:
-        matrix = sparse.csr_matrix(read_part(file, key, path))
+        matrix = sparse.csr_matrix(parts[key])
         data = matrix.data
         if data.size == 0 or (np.isfinite(data).all() and data.min() >= 0 and (data == np.rint(data)).all()):
             break
     else:
         key = found[0]  # none is raw: the caller's check says what is wrong with the first
-        matrix = sparse.csr_matrix(read_part(file, key, path))
-    var = read_part(file, "raw/var" if key.startswith("raw/") else "var", path)
+        matrix = sparse.csr_matrix(parts[key])
+    var = parts["raw/var" if key.startswith("raw/") else "var"]
     return matrix, var, [] if key == "X" == found[0] else [f"counts are those of {key} ({path.name})"]
