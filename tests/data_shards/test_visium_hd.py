@@ -336,5 +336,5 @@ def test_settings_that_cannot_be(run: Path, more: dict, message: str):
 
 def test_bins_given_to_the_space_ranger_reader_are_not_taken_for_spots(run: Path):
     assert detect(run / "binned_outputs/square_016um")[0].name == "visium_hd"
-    with pytest.raises(SourceError, match="no effect here: Visium has spots"):
+    with pytest.raises(SourceError, match="no effect here: space_ranger is read spot by spot"):
         open_source(run / "binned_outputs/square_016um", fmt="space_ranger", overrides=facts(run, pool_um="128"))

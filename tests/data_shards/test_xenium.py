@@ -396,6 +396,27 @@ def test_bad_cells_name_the_file_and_the_fix(run: Path, name: str):
         read(run, pool_from="cells", **({"qv": "30"} if name == "qv" else {}))
 
 
+def test_version_1_numbers_its_cells(run: Path):
+    before = read(run, pool_from="cells")
+    table = pd.read_parquet(run / "cells.parquet")
+    number = {name: i + 1 for i, name in enumerate(table["cell_id"])}
+    table.assign(cell_id=table["cell_id"].map(number)).to_parquet(run / "cells.parquet", index=False)
+    with h5py.File(run / "cell_feature_matrix.h5", "r+") as file:
+        names = [str(number[n]) for n in file["matrix/barcodes"].asstr()[()]]
+        del file["matrix/barcodes"]
+        file["matrix/barcodes"] = np.array(names, "S")
+    np.testing.assert_array_equal(read(run, pool_from="cells").counts.toarray(), before.counts.toarray())
+
+
+def test_image_and_alignment_may_lie_elsewhere(run: Path, tmp_path: Path):
+    for name in ("breast_he_image.ome.tif", "breast_he_imagealignment.csv"):
+        (run / name).rename(tmp_path / name)
+    same(read(run, image=str(tmp_path / "breast_he_image.ome.tif")), truth())
+    (tmp_path / "breast_he_imagealignment.csv").rename(tmp_path / "mine.csv")
+    stated = {"image": str(tmp_path / "breast_he_image.ome.tif"), "alignment": str(tmp_path / "mine.csv")}
+    same(read(run, **stated), truth())
+
+
 def test_species_and_tissue(run: Path):
     edit_experiment(panel_organism="Zebrafish")(run)
     assert read(run).meta.species == "human"  # by its Ensembl ids

@@ -20,7 +20,7 @@ from comtip_shards.sources import (
     visium_hd,
     xenium,
 )
-from comtip_shards.sources.base import Reader, SectionSource, check_overrides, pick
+from comtip_shards.sources.base import POOL_KEYS, Reader, SectionSource, check_overrides, pick, refuse
 from comtip_shards.sources.choose import check_where, choose
 
 __all__ = ["FORMATS", "READERS", "SectionSource", "detect", "open_source"]
@@ -36,7 +36,7 @@ READERS = (
     ),
     Reader(
         name="visium_hd", looks_for="binned_outputs/square_016um or segmented_outputs of Visium HD",
-        recognise=visium_hd.recognise, open=visium_hd.open_sections, outranks=("space_ranger",),
+        recognise=visium_hd.recognise, open=visium_hd.open_sections, outranks=("space_ranger",), pools=True,
     ),
     Reader(
         name="hest", looks_for="st/ID.h5ad beside wsis/ or patches/ of HEST-1k", recognise=hest.recognise,
@@ -56,7 +56,7 @@ READERS = (
     ),
     Reader(
         name="xenium", looks_for="experiment.xenium with transcripts.parquet or cells.parquet",
-        recognise=xenium.recognise, open=xenium.open_sections,
+        recognise=xenium.recognise, open=xenium.open_sections, pools=True,
     ),
     Reader(
         name="legacy_st", looks_for="count tables ID.tsv.gz with images ID_*.jpg", recognise=legacy_st.recognise,
@@ -125,6 +125,8 @@ def open_source(
     if fmt != "auto" and fmt not in _BY_NAME:
         raise SourceError(f"unknown format {fmt!r}; use auto or one of {', '.join(FORMATS)}")
     reader = detect(path)[0] if fmt == "auto" else _BY_NAME[fmt]
+    if not reader.pools:
+        refuse(facts, POOL_KEYS, f"{reader.name} is read spot by spot")
     if reader.catalogue is None:
         return choose(reader.open(path, samples, facts), where, path, lambda source: source.meta)
     rows = reader.catalogue(path, facts)

@@ -18,9 +18,9 @@ from scipy import sparse
 from comtip_shards.errors import SourceError
 from comtip_shards.section import Section, SectionMeta, check_unique
 
+POOL_KEYS = ("pool_um", "pool_from", "bin_um", "min_cover", "min_pooled", "qv", "alignment")
 META_KEYS = (
-    "species", "tissue", "donor", "platform", "licence", "attribution", "mpp", "image", "pixels", "alignment",
-    "pool_um", "pool_from", "bin_um", "min_cover", "min_pooled", "qv",
+    "species", "tissue", "donor", "platform", "licence", "attribution", "mpp", "image", "pixels", *POOL_KEYS,
 )  # fmt: skip
 """Facts that a caller may state where the source does not, and how bins, cells and transcripts are pooled."""
 
@@ -54,6 +54,8 @@ class Reader:
     """List the sections from a table of the source without opening them; None where opening is cheap anyway."""
     outranks: tuple[str, ...] = ()
     """Formats that this one refines: where both are recognised this one is meant. ``*`` means all others."""
+    pools: bool = False
+    """It pools bins, cells or transcripts to spots; elsewhere settings of pooling are refused."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,13 @@ def check_overrides(overrides: Mapping[str, str]) -> None:
     for key in overrides:
         if key not in META_KEYS:
             raise SourceError(f"unknown fact {key!r}; {', '.join(META_KEYS)} can be stated")
+
+
+def refuse(overrides: Mapping[str, str], keys: Sequence[str], why: str) -> None:
+    """Refuse settings that would be without effect."""
+    for key in keys:
+        if overrides.get(key):
+            raise SourceError(f"--{key.replace('_', '-')} has no effect here: {why}")
 
 
 def number(value: Any, what: str) -> float:

@@ -13,8 +13,6 @@ from comtip_shards.section import Section, SectionMeta
 from comtip_shards.sources.base import number
 from comtip_shards.sources.tenx import Features
 
-POOL_KEYS = ("pool_um", "pool_from", "bin_um", "min_cover", "min_pooled", "qv", "alignment")
-
 
 def setting(overrides: Mapping[str, str], key: str, default: float, *, most: float = np.inf) -> float:
     """Return a positive number that the caller may have stated."""
@@ -26,13 +24,6 @@ def setting(overrides: Mapping[str, str], key: str, default: float, *, most: flo
         limit = f", at most {most:g}" if most < np.inf else ""
         raise SourceError(f"{option} {overrides[key]}: give a number above 0{limit}")
     return value
-
-
-def refuse(overrides: Mapping[str, str], keys: Sequence[str], why: str) -> None:
-    """Refuse settings that would be without effect."""
-    for key in keys:
-        if overrides.get(key):
-            raise SourceError(f"--{key.replace('_', '-')} has no effect here: {why}")
 
 
 def pooled_meta(

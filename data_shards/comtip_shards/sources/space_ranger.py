@@ -17,7 +17,6 @@ import pandas as pd
 from comtip_shards.errors import SourceError
 from comtip_shards.section import Section, SectionMeta, check_unique
 from comtip_shards.sources.base import SectionSource, Spots, join, number, numbers, pick
-from comtip_shards.sources.pooled import POOL_KEYS, refuse
 from comtip_shards.sources.tenx import (
     TenxMatrix,
     appearance_note,
@@ -54,7 +53,6 @@ def recognise(path: Path) -> str | None:
 
 def open_sections(path: Path, samples: Sequence[str] | None, overrides: Mapping[str, str]) -> list[SectionSource]:
     """Return the one section of the folder, named by it."""
-    refuse(overrides, POOL_KEYS, "Visium has spots")
     name = section_name(path)
     pick(samples, [name], path)
     spatial = path / "spatial"

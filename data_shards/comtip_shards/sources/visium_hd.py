@@ -20,10 +20,10 @@ import pyarrow.compute as pc
 from comtip_shards.errors import SourceError
 from comtip_shards.pooling import Pooler, squares_of
 from comtip_shards.section import Section
-from comtip_shards.sources.base import SectionSource, existing, number, pick
+from comtip_shards.sources.base import SectionSource, existing, number, pick, refuse
 from comtip_shards.sources.geojson import centroid, iter_features
 from comtip_shards.sources.parquet import BATCH, all_numbers, batches
-from comtip_shards.sources.pooled import pooled_meta, pooled_section, refuse, setting
+from comtip_shards.sources.pooled import pooled_meta, pooled_section, setting
 from comtip_shards.sources.tenx import (
     Features,
     TenxMatrix,
@@ -49,8 +49,8 @@ def recognise(path: Path) -> str | None:
     bins = _bins(path)
     if bins:
         return f"bins of Visium HD in {', '.join(p.name for p in bins.values())}"
-    matrix = find_matrix(path / "segmented_outputs", "filtered_feature_cell_matrix")
-    return "segmented cells of Visium HD in segmented_outputs" if matrix else None
+    cells = any((path / "segmented_outputs").glob("*filtered_feature_cell_matrix*"))
+    return "segmented cells of Visium HD in segmented_outputs" if cells else None
 
 
 def open_sections(path: Path, samples: Sequence[str] | None, overrides: Mapping[str, str]) -> list[SectionSource]:
@@ -122,7 +122,7 @@ def _bins_source(root: Path, pool_um: float, bins: dict[float, Path], overrides:
     meta = pooled_meta(
         root, section_name(root), overrides, species=overrides.get("species") or species_of(features.ids, counts.path),
         platform="Visium HD", mpp=full_mpp / scale, pool_um=pool_um,
-        pooling=f"bins of {width:g} um in squares of {pool_um:g} um, at least {cover:.0%} of them in tissue",
+        pooling=f"bins of {width:g} um in squares of {pool_um:g} um, at least {100 * cover:g}% of them in tissue",
     )  # fmt: skip
     side = round(pool_um / width)
     table = folder / "spatial" / TABLE
@@ -133,12 +133,12 @@ def _bins_source(root: Path, pool_um: float, bins: dict[float, Path], overrides:
         pooled = pooler.result(min_units=max(1, math.ceil(cover * side * side - 1e-9)))
         if not len(pooled.n_units):
             raise SourceError(
-                f"{table}: no square of {pool_um:g} um has {cover:.0%} of its bins in tissue; lower --min-cover or --pool-um"
+                f"{table}: no square of {pool_um:g} um has {100 * cover:g}% of its bins in tissue; lower --min-cover or --pool-um"
             )
         xy = _centres(grid, pooled.square_N2, full_mpp, width, table) * scale
         return pooled_section(
             meta, image, pooled, xy, features.only_genes(), units="bins",
-            dropped={f"pseudo-spots with under {cover:.0%} of their bins in tissue": pooled.dropped_squares},
+            dropped={f"pseudo-spots with under {100 * cover:g}% of their bins in tissue": pooled.dropped_squares},
             notes=[*notes, *said, *features.others_note(), *appearance_note(image)],
         )  # fmt: skip
 

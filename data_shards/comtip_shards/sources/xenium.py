@@ -22,9 +22,9 @@ from comtip_shards.image import open_slide
 from comtip_shards.pooling import Pooled, Pooler, squares_of
 from comtip_shards.section import Section, SectionMeta, check_unique
 from comtip_shards.sources.alignment import Alignment, read_alignment
-from comtip_shards.sources.base import SectionSource, existing, number, pick
+from comtip_shards.sources.base import SectionSource, existing, number, pick, refuse
 from comtip_shards.sources.parquet import BATCH, all_numbers, batches, has_column, numbers_of
-from comtip_shards.sources.pooled import pooled_meta, pooled_section, refuse, setting
+from comtip_shards.sources.pooled import pooled_meta, pooled_section, setting
 from comtip_shards.sources.tenx import (
     GENE_KIND,
     Features,
@@ -138,8 +138,9 @@ def _open(path: Path, experiment: Mapping[str, Any], overrides: Mapping[str, str
             "H&E of the same section with --image, and its alignment with --alignment"
         )
     existing(image, "H&E image (--image)")
+    beside = image.with_name(re.sub(r"(\.ome)?\.\w+$", "", image.name) + "alignment.csv")
     file = (
-        Path(overrides["alignment"]) if overrides.get("alignment")
+        Path(overrides["alignment"]) if overrides.get("alignment") else beside if beside.is_file()
         else _find(path, _ALIGNED, "alignment (say which with --alignment)")
     )  # fmt: skip
     if file is None:
