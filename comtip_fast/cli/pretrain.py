@@ -28,6 +28,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from comtip_fast.config.io import load_config
+    from comtip_fast.training.distributed import joined
     from comtip_fast.training.task import build_task, pick_device
     from comtip_fast.training.trainer import Trainer, refuse_second_run
 
@@ -35,10 +36,12 @@ def run(args: argparse.Namespace) -> int:
     refuse_second_run(args.out, args.resume)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
-    device = pick_device(config.train.device)
-    task = build_task(config, device)
-    log.info("%s", task.describe())
-    result = Trainer(task, config, args.out).fit(resume=args.resume)
+    with joined(config.engine.timeout_s, config.train.device) as group:
+        if group.rank > 0:
+            log.setLevel(logging.WARNING)
+        task = build_task(config, pick_device(config.train.device), group)
+        log.info("%s", task.describe())
+        result = Trainer(task, config, args.out, group).fit(resume=args.resume)
     if result.stopped == "sigterm":
         log.info("stopped at step %d by a signal; go on with --resume", result.step)
         return KILLED
@@ -48,5 +51,6 @@ def run(args: argparse.Namespace) -> int:
         "best_score": result.best_score,
         "stopped": result.stopped,
     }
-    print(json.dumps(summary))
+    if group.rank == 0:
+        print(json.dumps(summary))
     return 0

@@ -200,7 +200,12 @@ def validate(config: RunConfig, where: str = "config") -> None:
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, float) and not math.isfinite(number):
                 raise ConfigError(f"{where}: {key}: must be a finite number (given: {value!r})")
-    for holds, message in (*_data_rules(config), *_model_rules(config), *_training_rules(config)):
+    for holds, message in (
+        *_data_rules(config),
+        *_model_rules(config),
+        *_training_rules(config),
+        *_engine_rules(config),
+    ):
         if not holds:
             raise ConfigError(f"{where}: {message}")
 
@@ -271,4 +276,27 @@ def _training_rules(c: RunConfig) -> list[Rule]:
         (o.clip >= 0, "optim.clip: not negative (0 turns it off)"),
         *((getattr(t, name) >= 1, f"train.{name}: at least 1") for name in at_least_one),
         *((getattr(t, name) >= 0, f"train.{name}: not negative") for name in not_negative),
+    ]
+
+
+def _engine_rules(c: RunConfig) -> list[Rule]:
+    e = c.engine
+    nvme = "nvme" in (e.offload_optimizer, e.offload_param)
+    offloads = e.offload_optimizer != "none" or e.offload_param != "none"
+    return [
+        (not offloads or e.kind == "deepspeed", "engine.offload_*: needs engine.kind=deepspeed"),
+        (
+            e.offload_optimizer == "none" or e.zero_stage >= 1,
+            "engine.offload_optimizer: needs engine.zero_stage 1 to 3",
+        ),
+        (e.offload_param == "none" or e.zero_stage == 3, "engine.offload_param: needs engine.zero_stage=3"),
+        (
+            e.offload_optimizer != "nvme" or e.zero_stage == 3,
+            "engine.offload_optimizer=nvme: needs engine.zero_stage=3",
+        ),
+        (not nvme or e.nvme_path != "", "engine.nvme_path: name a folder on the NVMe drive"),
+        (e.bucket_mb > 0 and e.prefetch_mb >= 0, "engine.bucket_mb and engine.prefetch_mb: above 0, and not negative"),
+        (e.persist_elements >= 0, "engine.persist_elements: not negative"),
+        (e.micro_batches >= 1, "engine.micro_batches: at least 1"),
+        (e.timeout_s > 0, "engine.timeout_s: above 0"),
     ]

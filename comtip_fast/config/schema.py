@@ -248,6 +248,40 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How the step is spread over processes and memory; none of it changes what a step computes (docs/training.md)."""
+
+    kind: Literal["auto", "single", "ddp", "deepspeed"] = "auto"
+    """``auto``: one process alone, DDP where several were launched; ``deepspeed`` needs the extra of that name."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """ZeRO (``deepspeed`` only): 0 shards nothing, 1 optimizer state, 2 gradients too, 3 parameters too."""
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    """Where ZeRO keeps optimizer state: on the device, in host memory, on ``nvme_path`` (ZeRO 3)."""
+    offload_param: Literal["none", "cpu", "nvme"] = "none"
+    """Where ZeRO 3 keeps parameters that are not in use."""
+    nvme_path: str = ""
+    """Folder on a local NVMe drive."""
+    bucket_mb: float = 25.0
+    """Size of the pieces in which gradients are reduced (DDP and ZeRO 0 to 3) and ZeRO 1 and 2 gather parameters."""
+    prefetch_mb: float = 50.0
+    """Parameters that ZeRO 3 gathers ahead of their use."""
+    persist_elements: int = 100_000
+    """Parameters of fewer elements stay whole on every rank under ZeRO 3."""
+    micro_batches: int = 1
+    """Pieces in which each rank works through its share of the batch; the negatives stay those of the global batch."""
+    loss_form: Literal["gather", "ring"] = "gather"
+    """InfoNCE over ranks: gather all images, or let them travel round a ring in O(B/W) memory."""
+    shard_table: bool = True
+    """Each rank encodes its share of the panel's genes; the sentence table is gathered."""
+    activation_checkpointing: bool = False
+    """Keep only the input of each transformer block and compute the block again in the backward pass."""
+    compile: bool = False
+    """Compile the image encoder's and the sentence encoder's blocks with ``torch.compile``."""
+    timeout_s: float = 600.0
+    """A collective that a rank does not reach within this time ends the run on every rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A whole pretraining run."""
 
@@ -265,3 +299,4 @@ class RunConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)

@@ -1,7 +1,8 @@
 """CoMTIP as one module that knows one device: tiles and gene sentences in, vectors of the shared space out.
 
 Shapes: B spots, P patches, V visible, K hidden, G genes of the step panel, Q levels, D the shared width.
-Losses are not here (see :mod:`comtip_fast.objectives`): this module only turns inputs into vectors.
+Losses are not here (see :mod:`comtip_fast.objectives`): this module only turns inputs into vectors. What modules return are
+tuples with names: ZeRO 3 looks for the tensors in a module's output, and looks into tuples, lists and dicts only.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from comtip_fast.collectives import Group, counts_of, gather_rows, share_of
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.models.gene_encoder import GeneEncoder, GeneTokens
 from comtip_fast.models.image_encoder import VisionEncoder
@@ -36,8 +39,7 @@ class ModelSizes:
     """Slots of the longest gene sentence, both special ones included."""
 
 
-@dataclass
-class ImageOutput:
+class ImageOutput(NamedTuple):
     """One tile in the shared space."""
 
     vector_BD: Tensor
@@ -48,8 +50,7 @@ class ImageOutput:
     """Z, the full branch's patch features."""
 
 
-@dataclass
-class SentenceTable:
+class SentenceTable(NamedTuple):
     """The distinct sentences of a step in the shared space."""
 
     rows_GQD: Tensor
@@ -62,12 +63,12 @@ class SentenceTable:
     """Rows times the pair head's bilinear form, scaled: a dot product with a context is a logit."""
 
 
-@dataclass
-class StepOutput:
+class StepOutput(NamedTuple):
     """Everything the losses read."""
 
     image: ImageOutput
-    table: SentenceTable
+    table: SentenceTable | None
+    """None where it was not asked for."""
     predicted_BKd: Tensor | None
     """Predicted features of the hidden patches; None without MFM."""
     target_BKd: Tensor | None
@@ -76,6 +77,18 @@ class StepOutput:
     """InfoNCE's inverse temperature, clamped."""
     scale_level: Tensor
     """L_level's inverse temperature, clamped."""
+
+
+def _one_number(value: float) -> nn.Parameter:
+    """Return a parameter of shape (1,): ZeRO shards no parameter without a dimension."""
+    return nn.Parameter(torch.tensor([value]))
+
+
+def _give_scalars_a_dimension(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Let weights of version 0.1, whose temperatures had the shape (), be loaded."""
+    for name in ("log_scale_nce", "log_scale_level", "pair_head.log_scale"):
+        if prefix + name in state:
+            state[prefix + name] = state[prefix + name].reshape(1)
 
 
 class Projection(nn.Module):
@@ -98,7 +111,7 @@ class PairHead(nn.Module):
         super().__init__()
         self.form = nn.Linear(dim, dim, bias=False)
         nn.init.eye_(self.form.weight)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(5.0)))
+        self.log_scale = _one_number(math.log(5.0))
 
     def forward(self, unit_GQD: Tensor) -> Tensor:
         """Return scale * W^T h for every row of the table."""
@@ -118,15 +131,21 @@ class CoMTIP(nn.Module):
         self.pool_query = nn.Linear(config.text.width, 1, bias=False)
         self.pair_head = PairHead(D)
         self.max_log_scale = math.log(config.align.max_scale)
-        self.log_scale_nce = nn.Parameter(torch.tensor(math.log(1 / config.align.temperature)))
-        self.log_scale_level = nn.Parameter(torch.tensor(math.log(10.0)))
+        self.log_scale_nce = _one_number(math.log(1 / config.align.temperature))
+        self.log_scale_level = _one_number(math.log(10.0))
+        self.register_load_state_dict_pre_hook(_give_scalars_a_dimension)
+        self.vision.recompute = self.genes.recompute = config.engine.activation_checkpointing
+        if config.loss.mfm <= 0:
+            # What no loss reaches is no parameter to train: weight decay must not move it, in any engine.
+            self.generator.requires_grad_(False)
         self.teacher: VisionEncoder | None = None
         if config.vision.target == "ema":
             self.teacher = copy.deepcopy(self.vision).requires_grad_(False)
 
     def forward(
-        self, features_BP: Tensor, visible_BV: Tensor | None, hidden_BK: Tensor | None, genes: GeneTokens
-    ) -> StepOutput:
+        self, features_BP: Tensor, visible_BV: Tensor | None, hidden_BK: Tensor | None, genes: GeneTokens | None,
+        group: Group | None = None,
+    ) -> StepOutput:  # fmt: skip
         """One training pass over B tiles and the panel's sentence table.
 
         Parameters
@@ -136,7 +155,9 @@ class CoMTIP(nn.Module):
         visible_BV, hidden_BK
             Patch numbers of the masked branch, int64; None turns MFM off.
         genes
-            Tokens of the panel's G genes.
+            Tokens of the panel's G genes; None leaves the table out.
+        group
+            Ranks that share the table's encoding; None encodes all of it here.
         """
         image = self.encode_image(features_BP)
         predicted = target = None
@@ -145,7 +166,7 @@ class CoMTIP(nn.Module):
             predicted = self.generator(seen.patches_BVd, hidden_BK)
             target = self._target(features_BP, image, hidden_BK)
         return StepOutput(
-            image, self.sentence_table(genes), predicted, target,
+            image, None if genes is None else self.sentence_table(genes, group), predicted, target,
             self._scale(self.log_scale_nce), self._scale(self.log_scale_level),
         )  # fmt: skip
 
@@ -155,12 +176,31 @@ class CoMTIP(nn.Module):
         vector_BD = F.normalize(self.project_image(tokens.pooled_Bd), dim=-1)
         return ImageOutput(vector_BD, tokens.pooled_Bd, tokens.patches_BVd)
 
-    def sentence_table(self, genes: GeneTokens) -> SentenceTable:
-        """Encode each distinct (gene, level) of the panel once and project it."""
-        h_GQd = self.genes(genes)
-        rows_GQD = self.project_text(h_GQd)
+    def sentence_table(self, genes: GeneTokens, group: Group | None = None) -> SentenceTable:
+        """Encode each distinct (gene, level) of the panel once, each rank its share of genes, and project it."""
+        G = genes.length_G.shape[0]
+        # Fewer genes than ranks cost little, and no rank may be left without any.
+        if group is None or group.size == 1 or group.size > G:
+            rows_GQD, scores_GQ = self._rows_and_scores(genes)
+        else:
+            own = share_of(G, group.rank, group.size)
+            rows, scores = self._rows_and_scores(
+                GeneTokens(genes.ids_GT[own], genes.length_G[own], genes.identity_G[own])
+            )
+            both = torch.cat([rows, scores[..., None].to(rows.dtype)], dim=-1)
+            both = gather_rows(both, group, counts_of(G, group.size))
+            rows_GQD, scores_GQ = both[..., :-1], both[..., -1]
         unit_GQD = F.normalize(rows_GQD, dim=-1)
-        return SentenceTable(rows_GQD, unit_GQD, self.pool_query(h_GQd).squeeze(-1), self.pair_head(unit_GQD))
+        return SentenceTable(rows_GQD, unit_GQD, scores_GQ, self.pair_head(unit_GQD))
+
+    def _rows_and_scores(self, genes: GeneTokens) -> tuple[Tensor, Tensor]:
+        h_GQd = self.genes(genes)
+        return self.project_text(h_GQd), self.pool_query(h_GQd).squeeze(-1)
+
+    def compile_blocks(self) -> None:
+        """Compile both encoders' blocks with ``torch.compile``, in place; shapes that change compile once more."""
+        for block in (*self.vision.blocks, *self.genes.blocks):
+            block.compile()
 
     @torch.no_grad()
     def update_teacher(self, decay: float) -> None:
@@ -177,4 +217,4 @@ class CoMTIP(nn.Module):
         return full_BPd[rows, hidden_BK]
 
     def _scale(self, log_scale: Tensor) -> Tensor:
-        return log_scale.clamp(max=self.max_log_scale).exp()
+        return log_scale.clamp(max=self.max_log_scale).exp().reshape(())

@@ -15,6 +15,7 @@ from comtip_kernels import gene_sentence_embedding, packed_attention_qkv, senten
 from torch import Tensor, nn
 
 from comtip_fast.config.schema import TextConfig
+from comtip_fast.models.recompute import run_block
 
 
 @dataclass
@@ -70,6 +71,7 @@ class GeneEncoder(nn.Module):
         self.identity_Id = nn.Parameter(torch.randn(n_identities + 1, d) * 0.05) if config.identity else None
         self.norm_in, self.norm_out = nn.LayerNorm(d), nn.LayerNorm(d)
         self.blocks = nn.ModuleList(SentenceBlock(d, config.heads) for _ in range(config.depth))
+        self.recompute = False
 
     def forward(self, genes: GeneTokens) -> Tensor:
         """Encode every pair (gene of the panel, level): the sentence table h(g, q), (G, Q, d)."""
@@ -93,5 +95,6 @@ class GeneEncoder(nn.Module):
         )  # fmt: skip
         longest, first_N = genes.ids_GT.shape[1], sentence_start(length_N)
         for i, block in enumerate(self.blocks):
-            x_Sd = block(x_Sd, length_N, longest, first_N if i == len(self.blocks) - 1 else None)
+            last = first_N if i == len(self.blocks) - 1 else None
+            x_Sd = run_block(block, x_Sd, length_N, longest, last, recompute=self.recompute)
         return self.norm_out(x_Sd).index_select(0, torch.argsort(order_N))

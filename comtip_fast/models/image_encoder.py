@@ -6,8 +6,8 @@ width of a stem's features. Works with any timm Vision Transformer by name, and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import timm
 import torch
@@ -18,11 +18,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from comtip_fast.config.schema import VisionConfig
+from comtip_fast.models.recompute import run_block
 from comtip_fast.models.stems import PIXEL_MEAN, PIXEL_STD, EfficientNetLite0Stem
 
 
-@dataclass
-class ImageTokens:
+class ImageTokens(NamedTuple):
     """Output of the encoder over some of a tile's patches."""
 
     patches_BVd: Tensor
@@ -64,6 +64,7 @@ class VisionEncoder(nn.Module):
         self.reg_token = vit.reg_token
         self.no_embed_class = bool(vit.no_embed_class)
         self.norm_pre, self.blocks, self.norm = vit.norm_pre, vit.blocks, vit.norm
+        self.recompute = False
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(1, 3, 1, 1), persistent=False)
 
@@ -105,7 +106,10 @@ class VisionEncoder(nn.Module):
             x_BVd = self.patch_embed(features_BP.flatten(0, 1)).reshape(B, V, self.width)
         x_BVd = x_BVd + self.positions(visible_BV, B)
         x = torch.cat([*self._prefix(B), x_BVd], dim=1)
-        x = self.norm(self.blocks(self.norm_pre(x)))
+        x = self.norm_pre(x)
+        for block in self.blocks:
+            x = run_block(block, x, recompute=self.recompute)
+        x = self.norm(x)
         patches_BVd = x[:, self.n_prefix :]
         return ImageTokens(patches_BVd, patches_BVd.mean(dim=1))
 

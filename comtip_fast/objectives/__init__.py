@@ -1,6 +1,6 @@
 """Losses as pure functions of tensors; no parameters, no randomness, no files."""
 
-from comtip_fast.objectives.contrastive import same_text_ids
+from comtip_fast.objectives.contrastive import Pairs, global_infonce, same_text_hash, same_text_ids
 from comtip_fast.objectives.masked import feature_health, masked_feature_loss
 from comtip_fast.objectives.mispair import (
     choose_hardest,
@@ -12,13 +12,16 @@ from comtip_fast.objectives.mispair import (
 from comtip_fast.objectives.pair import pair_auc, pair_loss
 
 __all__ = [
+    "Pairs",
     "choose_hardest",
     "counted_swaps",
     "feature_health",
+    "global_infonce",
     "masked_feature_loss",
     "pair_auc",
     "pair_loss",
     "permute_within_strata",
+    "same_text_hash",
     "same_text_ids",
     "strata_of",
     "take_from_other_spots",

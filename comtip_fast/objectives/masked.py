@@ -17,8 +17,9 @@ def masked_feature_loss(predicted_BKd: Tensor, target_BKd: Tensor, distance: str
     distance
         ``"smooth_l1"``, ``"mse"`` (both over elements) or ``"cosine"`` (1 - cos, over patches).
     """
-    target = F.layer_norm(target_BKd.detach().float(), target_BKd.shape[-1:])
-    predicted = predicted_BKd.float()
+    wide = torch.promote_types(predicted_BKd.dtype, torch.float32)
+    target = F.layer_norm(target_BKd.detach().to(wide), target_BKd.shape[-1:])
+    predicted = predicted_BKd.to(wide)
     if distance == "smooth_l1":
         return F.smooth_l1_loss(predicted, target)
     if distance == "mse":

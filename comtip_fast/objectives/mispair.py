@@ -41,24 +41,35 @@ def permute_within_strata(levels_BG: Tensor, stratum_BG: Tensor, u_CBG: Tensor, 
     return torch.empty_like(values_CBG).scatter_(-1, slots_CBG, values_CBG)
 
 
-def take_from_other_spots(levels_BG: Tensor, section_B: Tensor, u_CBG: Tensor) -> Tensor:
-    """Give each gene of each spot the level it has in another spot of the same section; return (C, B, G).
+def take_from_other_spots(
+    levels_BG: Tensor, section_B: Tensor, u_CbG: Tensor, rows: slice = slice(None)
+) -> Tensor:  # fmt: skip
+    """Give each gene of each spot the level it has in another spot of the same section; return (C, b, G).
 
     A spot that is alone in its section keeps its levels. Each gene's marginal over the section is kept, so
     that only the image, or the other genes, can tell.
+
+    Parameters
+    ----------
+    levels_BG, section_B
+        All spots that can be taken from.
+    u_CbG
+        Uniforms of the b spots that are asked for.
+    rows
+        Which of the B spots those are.
     """
     order_B = section_B.argsort(stable=True)
-    place_B = order_B.argsort(stable=True)
-    sorted_B = section_B[order_B]
-    start_B = torch.searchsorted(sorted_B, section_B)
-    count_B = torch.searchsorted(sorted_B, section_B, right=True) - start_B
-    own_B = place_B - start_B
-    others_B11 = (count_B - 1).clamp_min(0)[:, None]
-    step_CBG = (u_CBG * others_B11).long().clamp_max((count_B - 2).clamp_min(0)[:, None].expand(u_CBG.shape[1:]))
-    other_CBG = (own_B[:, None] + 1 + step_CBG) % count_B[:, None]
-    other_CBG = torch.where(count_B[:, None] > 1, other_CBG, own_B[:, None])
-    spot_CBG = order_B[start_B[:, None] + other_CBG]
-    return levels_BG.expand(u_CBG.shape[0], -1, -1).gather(1, spot_CBG)
+    place_b = order_B.argsort(stable=True)[rows]
+    sorted_B, section_b = section_B[order_B], section_B[rows]
+    start_b = torch.searchsorted(sorted_B, section_b)
+    count_b = torch.searchsorted(sorted_B, section_b, right=True) - start_b
+    own_b = place_b - start_b
+    others_b1 = (count_b - 1).clamp_min(0)[:, None]
+    step_CbG = (u_CbG * others_b1).long().clamp_max((count_b - 2).clamp_min(0)[:, None].expand(u_CbG.shape[1:]))
+    other_CbG = (own_b[:, None] + 1 + step_CbG) % count_b[:, None]
+    other_CbG = torch.where(count_b[:, None] > 1, other_CbG, own_b[:, None])
+    spot_CbG = order_B[start_b[:, None] + other_CbG]
+    return levels_BG.expand(u_CbG.shape[0], -1, -1).gather(1, spot_CbG)
 
 
 def counted_swaps(levels_BG: Tensor, mispaired_BG: Tensor, measured_BG: Tensor, min_level_shift: int) -> Tensor:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from comtip_shards.build import build_shards
+from comtip_shards.sources import open_source
 from PIL import Image
 
 SYMBOLS = (
@@ -107,3 +109,10 @@ def _write_image(path: Path, field: np.ndarray, rng: np.random.Generator) -> Non
     base = np.stack([200 - 70 * field, 150 - 40 * field, 200 + 10 * field], axis=-1)
     noisy = base + rng.normal(scale=6, size=base.shape)
     Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)).save(path)
+
+
+def tiny_shards(folder: Path) -> Path:
+    """Write a tiny source and build its shard set below ``folder``; return the set's path."""
+    source = write_tiny_source(folder / "source").parent
+    build_shards(open_source(source), folder / "shards", tile_px=32, tile_um=224.0, min_mpp=5.0)
+    return folder / "shards"

@@ -18,7 +18,7 @@ class TrainingTask(Protocol):
 
     @property
     def module(self) -> nn.Module:
-        """All parameters and buffers."""
+        """All parameters and buffers; what validation and export read."""
         ...
 
     def fingerprint(self) -> dict[str, str]:
@@ -34,14 +34,18 @@ class TrainingTask(Protocol):
         ...
 
     def batch(self, spot_index: np.ndarray, step: int, epoch: int) -> Any:
-        """Make one batch."""
+        """Make this rank's share of one batch."""
         ...
 
-    def losses(self, batch: Any) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Return ``{"loss": total, part: ...}`` and plain numbers to log."""
+    def losses(self, module: nn.Module, batch: Any) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Return ``{"loss": total, part: ...}`` and plain numbers to log.
+
+        ``module`` is the one that is trained: :attr:`module`, or what an engine made of a copy of it. The losses are
+        this rank's shares: summed over ranks they are the batch's.
+        """
         ...
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, module: nn.Module, step: int) -> None:
         """Follow an optimizer step (moving averages)."""
         ...
 

@@ -12,8 +12,8 @@ import math
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from comtip_fast.collectives import Alone, Group
 from comtip_fast.config.io import config_to_dict, dump_config, flatten
-from comtip_fast.config.schema import RunConfig
+from comtip_fast.config.schema import EngineConfig, RunConfig
 from comtip_fast.training import checkpoint as checkpoints
 from comtip_fast.training.checkpoint import Checkpoint, CheckpointError
+from comtip_fast.training.distributed import first_does
+from comtip_fast.training.engine import Engine, make_engine
 from comtip_fast.training.loggers import Logger, finite, keep_rows_up_to, make_loggers
-from comtip_fast.training.optim import learning_rate, make_optimizer, optimizer_tensors, restore_optimizer
+from comtip_fast.training.optim import learning_rate
+from comtip_fast.training.pieces import forward_backward
 from comtip_fast.training.protocol import TrainingError, TrainingTask
 from comtip_fast.training.signals import Signals, catch_signals, hold_run
 
@@ -35,10 +39,12 @@ log = logging.getLogger("comtip_fast")
 NONFINITE = "nonfinite.jsonl"
 CHECKPOINTS = "checkpoints"
 # Keys that may differ when a run is resumed: they change neither weights nor the loss trace. The place of the
-# shards may change too, because their hash is compared; and what to do about a NaN, because it stopped the run.
+# shards may change too, because their hash is compared; and what to do about a NaN, because it stopped the run. How the
+# step is spread over ranks changes it by rounding only, so a run may go on with another engine or number of ranks.
 FREE_KEYS = {
     "name", "data.shards", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.tensorboard",
     "train.wandb", "train.nan_policy", "train.max_skips",
+    *(f"engine.{f.name}" for f in fields(EngineConfig)),
 }  # fmt: skip
 
 
@@ -72,15 +78,20 @@ class FitResult:
 class Trainer:
     """Runs a task to its end, or to the next signal."""
 
-    def __init__(self, task: TrainingTask, config: RunConfig, run_dir: Path | str) -> None:
+    def __init__(
+        self, task: TrainingTask, config: RunConfig, run_dir: Path | str, group: Group | None = None
+    ) -> None:  # fmt: skip
         self.task, self.config, self.run_dir = task, config, Path(run_dir)
+        self.group = group or Alone()
         self.checkpoint_dir = self.run_dir / CHECKPOINTS
-        self.optimizer = make_optimizer(task.module, config.optim)
         self.progress = RunState()
+        self._asked_to_stop = False
         self.device = next(task.module.parameters()).device
         self._epoch_batches: tuple[int, list[np.ndarray]] = (-1, [])
         self._loggers: list[Logger] = []
         self._saved_step = -1
+        self.engine: Engine
+        self._found: Checkpoint | None = None
         self._busy_s, self._busy_spots = 0.0, 0
 
     def fit(self, resume: bool = False) -> FitResult:
@@ -91,13 +102,19 @@ class Trainer:
         TrainingError
             The folder is in use or holds another run, the config or data changed, or a loss is not finite.
         """
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        with hold_run(self.run_dir), _deterministic(self.device), catch_signals() as caught:
+        with ExitStack() as stack:
+            # One process holds the folder and writes to it; what it meets there, all of them say.
+            first_does(lambda: self._take_folder(stack), self.group)
+            stack.enter_context(_deterministic(self.device))
+            caught = stack.enter_context(catch_signals())
             resumed = self._start(resume)
             if not self.progress.stopped:
                 self.task.prepare()
-            resolved = config_to_dict(self.config)
-            self._loggers = make_loggers(self.config, resolved, self.run_dir, start=self.progress.step, resumed=resumed)
+            if self._first:
+                resolved = config_to_dict(self.config)
+                self._loggers = make_loggers(
+                    self.config, resolved, self.run_dir, start=self.progress.step, resumed=resumed
+                )
             try:
                 self._loop(caught)
             finally:
@@ -108,7 +125,27 @@ class Trainer:
 
     # -- start ------------------------------------------------------------------------------------------
 
+    @property
+    def _first(self) -> bool:
+        return self.group.rank == 0
+
+    def _take_folder(self, stack: ExitStack) -> None:
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(hold_run(self.run_dir))
+
     def _start(self, resume: bool) -> bool:
+        step = first_does(lambda: self._find_start(resume), self.group)
+        if step is None:
+            self.engine = make_engine(self.task.module, self.config, self.group)
+            return False
+        loaded = self._found or checkpoints.load(checkpoints.folder_of(self.checkpoint_dir, step))
+        self._found = None
+        self._restore(loaded)
+        log.info("resumed from step %d", step)
+        return True
+
+    def _find_start(self, resume: bool) -> int | None:
+        """Find where to start, and make the folder ready for it; None is step 0. Rank 0 keeps what it read."""
         checkpoints.clear_leftovers(self.checkpoint_dir)
         steps = checkpoints.steps_of(self.checkpoint_dir)
         refuse_second_run(self.run_dir, resume)
@@ -120,16 +157,15 @@ class Trainer:
                 log.info("%s holds no checkpoint yet: starting at step 0", self.run_dir)
             (self.run_dir / NONFINITE).unlink(missing_ok=True)
             self._write_config()
-            return False
-        step, loaded = found
-        self._check_same_run(loaded.state)
+            return None
+        step, self._found = found
+        self._check_same_run(self._found.state)
         checkpoints.set_aside_after(self.checkpoint_dir, step)
-        self._restore(loaded)
-        self._prune()  # the run may have been killed just before it would have
+        best = self._found.state["best_step"]
+        checkpoints.prune(self.checkpoint_dir, self.config.train.keep_checkpoints, best or None)  # as after a save
         self._write_config()
         keep_rows_up_to(self.run_dir / NONFINITE, step)
-        log.info("resumed from step %d", step)
-        return True
+        return step
 
     def _write_config(self) -> None:
         aside = self.run_dir / ".config.yaml.writing"
@@ -148,6 +184,10 @@ class Trainer:
         if state["fingerprint"] != found:
             other = [k for k in found if state["fingerprint"].get(k) != found[k]]
             raise TrainingError(f"{self.run_dir}: cannot resume, what it read has changed: {', '.join(other)}")
+        now_run = self.config.engine.kind, self.group.size
+        then_run = state["config"].get("engine", {}).get("kind", "auto"), state.get("world_size", 1)
+        if now_run != then_run:
+            log.warning("was engine %s over %d ranks, is %s over %d; the same up to rounding", *then_run, *now_run)
         for what, now in (("device", self.device.type), ("torch", torch.__version__)):
             if state.get(what, now) != now:
                 log.warning("%s: was %s, is %s; the same up to rounding, but not to the bit", what, state[what], now)
@@ -159,11 +199,11 @@ class Trainer:
         if p.stopped:
             log.info("this run is finished (%s); writing its export again", p.stopped)
         while not p.stopped:
-            if caught.received:
+            if self._asked_to_stop or (caught.received and self.group.size == 1):
                 if self._saved_step != p.step:
                     self._save()
                 return
-            self._one_step()
+            self._one_step(caught)
             if p.step >= cfg.steps:
                 p.stopped = "steps"
             if cfg.validate_every and (p.step % cfg.validate_every == 0 or p.stopped):
@@ -172,30 +212,29 @@ class Trainer:
                 self._save()
         self._export_best()
 
-    def _one_step(self) -> None:
+    def _one_step(self, caught: Signals) -> None:
         p = self.progress
         began = time.monotonic()
         spots = self._next_batch()
         step = p.step + 1
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, self.config.train.steps, self.config.optim)
-        self.task.module.train()
-        with self._autocast():
-            losses, numbers = self.task.losses(self.task.batch(spots, step, p.epoch))
-        self.optimizer.zero_grad(set_to_none=True)
-        losses["loss"].backward()
-        norm = self._clip()
-        if math.isfinite(float(losses["loss"].detach())) and math.isfinite(norm):
-            self.optimizer.step()
-            self.task.after_step(step)
+        rate = learning_rate(step, self.config.train.steps, self.config.optim)
+        self.engine.module.train()
+        batch = self.task.batch(spots, step, p.epoch)
+        self.engine.start_step(rate)
+        shares, numbers = forward_backward(self.engine, self.task, batch, self.config.engine.micro_batches)
+        losses, numbers = self._over_ranks(shares, numbers, caught)
+        finite = math.isfinite(losses["loss"])
+        norm = self.engine.update(finite)
+        if finite and math.isfinite(norm):
+            with self.engine.writable():
+                self.task.after_step(self.engine.module, step)
         else:
             self._not_finite(step, spots, losses)
         p.step, p.position = step, p.position + 1
         self._busy_s, self._busy_spots = self._busy_s + time.monotonic() - began, self._busy_spots + len(spots)
         if step % self.config.train.log_every == 0 or step == 1:
             row = {"step": step, "kind": "train", "epoch": p.epoch}
-            row |= {k: float(v.detach()) for k, v in losses.items()} | numbers
-            row |= {"lr": self.optimizer.param_groups[0]["lr"], "grad_norm": norm, "skips": p.skips}
+            row |= losses | numbers | {"lr": rate, "grad_norm": norm, "skips": p.skips}
             row["spots_per_s"] = self._busy_spots / max(self._busy_s, 1e-9)
             self._busy_s, self._busy_spots = 0.0, 0
             self._log(row)
@@ -212,34 +251,30 @@ class Trainer:
                 return batches[p.position]
             p.epoch, p.position = p.epoch + 1, 0
 
-    def _clip(self) -> float:
-        """Clip the gradients to ``optim.clip`` and return their norm; gradients that are not finite stay as they are.
+    def _over_ranks(
+        self, shares: dict[str, Tensor], numbers: dict[str, float], caught: Signals
+    ) -> tuple[dict[str, float], dict[str, float]]:  # fmt: skip
+        """Return losses summed and numbers averaged over ranks; hear of it when some rank was asked to stop."""
+        losses = {k: float(v) for k, v in shares.items()}
+        if self.group.size == 1:
+            return losses, numbers
+        values = [*losses.values(), float(bool(caught.received)), *numbers.values()]
+        summed = self.group.sum(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
+        self._asked_to_stop = self._asked_to_stop or summed[len(losses)] > 0
+        means = (v / self.group.size for v in summed[len(losses) + 1 :])
+        return dict(zip(losses, summed, strict=False)), dict(zip(numbers, means, strict=True))
 
-        (Scaling by a norm of NaN would make every gradient NaN and hide the first one.)
-        """
-        trained = [q for q in self.task.module.parameters() if q.grad is not None]
-        norm = torch.nn.utils.get_total_norm([q.grad for q in trained if q.grad is not None])
-        if self.config.optim.clip and math.isfinite(float(norm)):
-            torch.nn.utils.clip_grads_with_norm_(trained, self.config.optim.clip, norm)
-        return float(norm)
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        wanted = self.config.train.precision
-        if wanted == "bf16" or (wanted == "auto" and self.device.type == "cuda"):
-            return torch.autocast(self.device.type, dtype=torch.bfloat16)
-        return nullcontext()
-
-    def _not_finite(self, step: int, spots: np.ndarray, losses: dict[str, Tensor]) -> None:
+    def _not_finite(self, step: int, spots: np.ndarray, parts: dict[str, float]) -> None:
         """Say what happened where; stop, or skip the update and count it."""
         cfg, path = self.config.train, self.run_dir / NONFINITE
-        parts = {k: float(v.detach()) for k, v in losses.items()}
         bad = [k for k, v in parts.items() if not math.isfinite(v)]
-        named = self.task.module.named_parameters()
+        named = self.engine.module.named_parameters()
         gradients = [n for n, q in named if q.grad is not None and not bool(q.grad.isfinite().all())]
         record = {"step": step, "epoch": self.progress.epoch, "position": self.progress.position, "parts": parts,
                   "gradients": gradients, "spot_index": spots.tolist()}  # fmt: skip
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(finite(record)) + "\n")
+        if self._first:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(finite(record)) + "\n")
         what = f"loss part {', '.join(k for k in bad if k != 'loss') or 'loss'}" if bad else "the gradient"
         first = f" (gradients of {len(gradients)} parameters, first {gradients[0]})" if gradients else ""
         some = ", ".join(str(i) for i in spots[:5].tolist())
@@ -255,8 +290,8 @@ class Trainer:
 
     def _validate(self) -> None:
         p, cfg = self.progress, self.config.train
-        self.task.module.eval()
-        score, per_task = self.task.validate()
+        self.engine.bring_home()
+        score, per_task = first_does(self._score, self.group)
         better = math.isfinite(score) and score > p.best_score
         if better:
             p.best_score, p.best_step, p.bad_validations = score, p.step, 0
@@ -269,6 +304,10 @@ class Trainer:
         if cfg.patience and p.bad_validations >= cfg.patience and not p.stopped:
             p.stopped = "patience"
 
+    def _score(self) -> tuple[float, dict[str, float]]:
+        self.task.module.eval()
+        return self.task.validate()
+
     def _log(self, row: dict[str, Any]) -> None:
         for logger in self._loggers:
             logger.log(row)
@@ -276,27 +315,28 @@ class Trainer:
     # -- state ------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
+        """Gather what is sharded and write it; whole, so that any engine over any number of ranks can go on."""
+        self.engine.bring_home()
+        optim = self.engine.optimizer_state()
+        first_does(lambda: self._write_checkpoint(optim), self.group)
+        self._saved_step = self.progress.step
+
+    def _write_checkpoint(self, optim: dict[str, Tensor]) -> None:
         p = self.progress
         state = asdict(p) | {"best_score": p.best_score if math.isfinite(p.best_score) else None}
         state |= {"config": config_to_dict(self.config), "fingerprint": self.task.fingerprint()}
+        state |= {"world_size": self.group.size, "engine": self.engine.name}
         state |= {"device": self.device.type, "torch": torch.__version__, "torch_rng": _hex(torch.get_rng_state())}
         if self.device.type == "cuda":
             state["cuda_rng"] = _hex(torch.cuda.get_rng_state(self.device))
-        module = self.task.module
-        checkpoints.save(
-            self.checkpoint_dir, p.step,
-            Checkpoint(module.state_dict(), optimizer_tensors(module, self.optimizer), state),
-        )  # fmt: skip
-        self._saved_step = p.step
-        self._prune()
-
-    def _prune(self) -> None:
-        best = self.progress.best_step or None
-        checkpoints.prune(self.checkpoint_dir, self.config.train.keep_checkpoints, best)
+        checkpoints.save(self.checkpoint_dir, p.step, Checkpoint(self.task.module.state_dict(), optim, state))
+        checkpoints.prune(self.checkpoint_dir, self.config.train.keep_checkpoints, p.best_step or None)
 
     def _restore(self, loaded: Checkpoint) -> None:
         self.task.module.load_state_dict(loaded.model)
-        restore_optimizer(self.task.module, self.optimizer, loaded.optim)
+        # Engines take the weights they find; moments are theirs to shard.
+        self.engine = make_engine(self.task.module, self.config, self.group)
+        self.engine.restore(loaded.optim)
         state = loaded.state
         fields = {k: state[k] for k in asdict(self.progress)}
         fields["best_score"] = float("-inf") if state["best_score"] is None else state["best_score"]
@@ -320,6 +360,10 @@ class Trainer:
 
     def _export_best(self) -> None:
         """Export the best weights (the last ones where nothing was validated), whole or not at all."""
+        self.engine.bring_home()
+        first_does(self._write_export, self.group)
+
+    def _write_export(self) -> None:
         self._check_best()
         step = self.progress.best_step
         if step and step != self.progress.step:

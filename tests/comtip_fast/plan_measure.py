@@ -78,7 +78,7 @@ def measure(overrides: list[str], *, bf16: bool = False) -> Measured:
         FlopCounterMode(display=False, custom_mapping=MORE_FORMULAS) as counter,
         torch.autocast("cpu", torch.bfloat16, enabled=bf16),
     ):
-        losses, _ = task.losses(batch)
+        losses, _ = task.losses(task.module, batch)
     forward, kept_bytes = counter.get_total_flops(), kept.bytes
     with counter:
         losses["loss"].backward()

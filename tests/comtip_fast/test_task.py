@@ -22,7 +22,7 @@ def make(overrides: list[str], *more: str) -> CoMTIPTask:
 
 def one_step(task: CoMTIPTask, step: int = 1):
     task.module.train()
-    losses, numbers = task.losses(task.batch(task.batches(0)[0], step, 0))
+    losses, numbers = task.losses(task.module, task.batch(task.batches(0)[0], step, 0))
     losses["loss"].backward()
     return losses, numbers
 
@@ -65,7 +65,7 @@ def test_every_switch_takes_a_step(name: str, tiny_overrides: list[str]):
     assert numbers["scale"] == pytest.approx(1 / 0.07, rel=1e-4)
     gradients = {n: p.grad for n, p in task.module.named_parameters() if p.grad is not None}
     assert all(torch.isfinite(g).all() for g in gradients.values())
-    task.after_step(1)
+    task.after_step(task.module, 1)
     score, per_task = task.validate()
     assert np.isfinite(score)
     assert set(per_task) == {"human_breast"}
@@ -95,7 +95,7 @@ def test_the_loss_and_its_gradients_are_the_same_with_every_impl(tiny_overrides:
     for wanted in ("reference", "cpu"):
         task = make(tiny_overrides, "panel.min_genes=12")
         task.model.double()
-        task.log_prior = task.log_prior.double()
+        task.step.log_prior = task.step.log_prior.double()
         with prefer(wanted):
             losses, _ = one_step(task)
         results[wanted] = losses, {n: p.grad for n, p in task.module.named_parameters() if p.grad is not None}
@@ -108,9 +108,9 @@ def test_the_loss_and_its_gradients_are_the_same_with_every_impl(tiny_overrides:
 def test_a_step_can_be_made_again_from_its_number(tiny_overrides: list[str]):
     one, two = make(tiny_overrides), make(tiny_overrides)
     for step in (3, 4):
-        a, b = (t.losses(t.batch(t.batches(1)[1], step, 1))[0] for t in (one, two))
+        a, b = (t.losses(t.module, t.batch(t.batches(1)[1], step, 1))[0] for t in (one, two))
         assert all(torch.equal(a[k], b[k]) for k in a)
-    c = one.losses(one.batch(one.batches(1)[1], 5, 1))[0]
+    c = one.losses(one.module, one.batch(one.batches(1)[1], 5, 1))[0]
     assert not torch.equal(a["loss"], c["loss"])
 
 

@@ -61,7 +61,7 @@ class StandIn:
         self.step = step
         return self.x[spot_index], self.y[spot_index]
 
-    def losses(self, batch: tuple[Tensor, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
+    def losses(self, module: Net, batch: tuple[Tensor, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
         x, y = batch
         nce, mfm = (self.module.body(x) - y).square().mean(), self.module.body[0].weight.square().mean()
         kind = self.nan_steps.get(self.step)
@@ -71,7 +71,7 @@ class StandIn:
             mfm = mfm + (self.module.body[1].bias * 0).sum().sqrt()
         return {"loss": nce + 0.1 * mfm, "nce": nce, "mfm": mfm}, {"scale": 1.0}
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, module: Net, step: int) -> None:
         self.module.teacher.mul_(0.9).add_(self.module.body[0].weight.detach(), alpha=0.1)
 
     @torch.no_grad()

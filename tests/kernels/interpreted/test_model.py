@@ -29,7 +29,7 @@ def step(overrides: list[str], impl: str) -> tuple[dict[str, torch.Tensor], dict
     task = build_task(load_config(None, [*overrides, *more]), torch.device("cpu"))
     task.module.train()
     with prefer(impl):
-        losses, _ = task.losses(task.batch(task.batches(0)[0], 1, 0))
+        losses, _ = task.losses(task.module, task.batch(task.batches(0)[0], 1, 0))
         losses["loss"].backward()
     return losses, {n: p.grad for n, p in task.module.named_parameters() if p.grad is not None}
 

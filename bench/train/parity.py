@@ -1,0 +1,208 @@
+"""Same answer? Losses and gradients of one step over W ranks against one process, for every engine and form.
+
+    python bench/train/parity.py                 the whole matrix, W = 1, 2, 4, as a Markdown table
+    python bench/train/parity.py --quick         the part that `make test` runs
+
+Each world size is started once and works through its cases. A case is one global batch of a tiny model, ragged over ranks,
+with mispaired columns and spots of one text; the reference is one process with the whole batch. Deviation: largest relative
+L2 over parameters, ||g - g_ref|| / ||g_ref||.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from comtip_fast.collectives import Alone, Group
+from comtip_fast.config.io import load_config
+from comtip_fast.testing.distributed import run_distributed
+from comtip_fast.testing.tiny import tiny_shards
+from comtip_fast.training.distributed import broadcast, find_place, joined
+from comtip_fast.training.engine import Engine, make_engine
+from comtip_fast.training.pieces import forward_backward
+from comtip_fast.training.task import CoMTIPTask, build_task
+
+TINY = [
+    "data.batch_size=22", "data.views=1", "genes.per_task=30", "genes.held_out_from=10", "genes.held_out_every=4",
+    "panel.min_genes=7", "panel.max_genes=24", "levels.n_levels=5", "levels.min_positive=10", "vision.patch_px=16",
+    "vision.width=32", "vision.depth=2", "vision.heads=2", "text.width=32", "text.depth=2", "text.heads=2",
+    "text.max_tokens=6", "align.dim=32", "train.log_every=1", "optim.clip=0", "train.threads=1",
+]  # fmt: skip
+LIMIT = {"fp64": 1e-12, "fp32": 1e-5}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to run the step."""
+
+    engine: str = "ddp"
+    dtype: str = "fp32"
+    form: str = "gather"
+    shard_table: bool = True
+    pieces: int = 1
+    recompute: bool = False
+    more: tuple[str, ...] = ()
+
+    def overrides(self) -> list[str]:
+        """Return the settings that make this case."""
+        kind = "deepspeed" if self.engine.startswith("zero") else "auto"
+        return [
+            f"engine.kind={kind}", f"engine.zero_stage={self.engine[-1] if kind == 'deepspeed' else 1}",
+            f"engine.loss_form={self.form}", f"engine.shard_table={str(self.shard_table).lower()}",
+            f"engine.micro_batches={self.pieces}", f"engine.activation_checkpointing={str(self.recompute).lower()}",
+            "engine.persist_elements=100", "engine.bucket_mb=0.05", *self.more,
+        ]  # fmt: skip
+
+
+def cases(quick: bool, world: int = 2) -> list[Case]:
+    """Return the matrix, or the corners of it; of four ranks a few will do."""
+    if quick and world > 2:
+        return [Case("ddp", "fp64"), Case("ddp", "fp64", "ring", True, 2, more=("data.batch_size=5",))]
+    if quick:
+        return [
+            Case("ddp", "fp64"), Case("ddp", "fp64", "ring", False, 3, True), Case("ddp", "fp32", "ring"),
+            Case("ddp", "fp64", more=("panel.max_genes=1", "panel.min_genes=1")),
+            Case("ddp", "fp64", more=("loss.paat.context=text", "align.negatives=all", "vision.target=ema")),
+            Case("zero1", "fp32", "ring", True, 2), Case("zero2", "fp32"), Case("zero3", "fp32"),
+            Case("zero3", "fp32", "gather", True, 3), Case("zero3", "fp32", "gather", True, 1, True),
+        ]  # fmt: skip
+    switches = list(itertools.product(("gather", "ring"), (True, False), (1, 3), (False, True)))
+    return [
+        *(Case("ddp", dtype, *s) for dtype in ("fp64", "fp32") for s in switches),
+        *(Case(f"zero{stage}", "fp32", *s) for stage in range(4) for s in switches),
+        *(Case("ddp", "fp64", more=more) for more in (
+            ("panel.max_genes=1", "panel.min_genes=1"), ("loss.paat.context=text",), ("align.negatives=all",),
+            ("align.negatives=other_group",), ("vision.target=ema",), ("loss.paat.mode=spots",),
+            ("loss.paat.hard_columns=false",), ("loss.mfm=0",), ("loss.nce=0",), ("data.batch_size=5",),
+        )),
+    ]  # fmt: skip
+
+
+def make_task(shards: str, case: Case, group: Group) -> CoMTIPTask:
+    task = build_task(
+        load_config(None, [*TINY, f"data.shards={shards}", *case.overrides()]), torch.device("cpu"), group
+    )
+    if case.dtype == "fp64":
+        task.model.double()
+        task.step.log_prior = task.step.log_prior.double()
+    return task
+
+
+def one_step(task: CoMTIPTask, group: Group, engine: Engine) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Return the global losses and every parameter's gradient of step 1."""
+    engine.module.train()
+    engine.start_step(1e-3)
+    batch = task.batch(task.batches(0)[0], 1, 0)
+    shares, _ = forward_backward(engine, task, batch, task.config.engine.micro_batches)
+    losses = {k: float(group.sum(v.double())) for k, v in shares.items()}
+    return losses, {n: g for n, g in gradients(engine).items()}
+
+
+def gradients(engine: Engine) -> dict[str, Tensor]:
+    named = [(n, p) for n, p in engine.module.named_parameters() if p.requires_grad]
+    if engine.name in ("zero1", "zero2", "zero3"):
+        from deepspeed.utils import safe_get_full_grad
+
+        return {n: safe_get_full_grad(p).detach().clone() for n, p in named}
+    return {n: p.grad.detach().clone() for n, p in named if p.grad is not None}
+
+
+def deviation(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> tuple[float, str]:
+    """Return the largest relative L2 over tensors and whose it is; a tensor that should be 0 counts as it is."""
+    worst, where = 0.0, ""
+    if found.keys() != wanted.keys():
+        return float("inf"), str(found.keys() ^ wanted.keys())
+    for name, reference in wanted.items():
+        size = float(reference.norm())
+        off = float((found[name].to(reference.dtype).view_as(reference) - reference).norm()) / (size or 1.0)
+        if off > worst or off != off:
+            worst, where = off, name
+    return worst, where
+
+
+def rank(shards: str, out: str, listed: list[Case]) -> None:
+    """Work through cases as one rank; rank 0 writes rows."""
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    rows = []
+    references: dict[tuple[object, ...], tuple[dict[str, float], dict[str, Tensor]]] = {}
+    with joined(120, "cpu") as group:
+        for case in listed:
+            key = (case.dtype, case.more)
+            if group.rank == 0 and key not in references:
+                plain = make_task(shards, Case("single", case.dtype, more=case.more), Alone())
+                references[key] = one_step(plain, Alone(), make_engine(plain.module, plain.config, Alone()))
+            task = make_task(shards, case, group)
+            engine = make_engine(task.module, task.config, group)
+            losses, found = one_step(task, group, engine)
+            broadcast(None, group)
+            if group.rank == 0:
+                wanted_losses, wanted = references[key]
+                off = max(abs(losses[k] - v) / max(1e-30, abs(v)) for k, v in wanted_losses.items())
+                worst, where = deviation(found, wanted)
+                rows.append(asdict(case) | {
+                    "W": group.size, "name": engine.name, "loss": off, "gradient": worst, "where": where,
+                    "ok": max(off, worst) <= LIMIT[case.dtype],
+                })  # fmt: skip
+    if rows:
+        Path(out).write_text(json.dumps(rows))
+
+
+def run(shards: str, worlds: list[int], quick: bool, engine: str = "") -> list[dict[str, object]]:
+    """Start each world size once and return its rows."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for world in worlds:
+            out = Path(folder) / f"{world}.json"
+            arguments = [__file__, "--rank", shards, str(out), "--engine", engine, *(["--quick"] if quick else [])]
+            run_distributed(arguments, world, timeout_s=1800)
+            rows += json.loads(out.read_text())
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--worlds", default="1,2,4")
+    parser.add_argument("--engine", default="", help="only this one: ddp, zero0, zero1, zero2 or zero3")
+    parser.add_argument("--rank", nargs=2, metavar=("SHARDS", "OUT"), help="be one rank (used by the script itself)")
+    args = parser.parse_args()
+    if args.rank:
+        found = cases(args.quick, find_place().size)
+        rank(*args.rank, [c for c in found if args.engine in c.engine])
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        rows = run(str(tiny_shards(Path(folder))), [int(w) for w in args.worlds.split(",")], args.quick, args.engine)
+    print("| W | engine | dtype | form | table sharded | pieces | recompute | further | loss | worst gradient |")
+    print("| - | - | - | - | - | - | - | - | - | - |")
+    for r in rows:
+        cells = (
+            r["W"],
+            r["name"],
+            r["dtype"],
+            r["form"],
+            r["shard_table"],
+            r["pieces"],
+            r["recompute"],
+            " ".join(r["more"]),
+        )
+        print(
+            "|",
+            " | ".join(map(str, cells)),
+            f"| {r['loss']:.1e} | {r['gradient']:.1e}{'' if r['ok'] else ' TOO FAR'} |",
+        )
+    bad = sum(not r["ok"] for r in rows)
+    print(f"\n{len(rows)} cases, {bad} too far")
+    sys.exit(bool(bad))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Start a command as several ranks on this machine, as ``torchrun`` would, and end all of them when one fails."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+
+class RankError(RuntimeError):
+    """A rank failed or took too long; holds the end of what it said."""
+
+
+def free_port() -> int:
+    """Return a TCP port that is free now."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def rank_environment(rank: int, world_size: int, port: int, more: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the environment that a launcher gives one rank, with one thread and on the CPU."""
+    own = {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+    }  # fmt: skip
+    return {**os.environ, **own, **(more or {})}
+
+
+def run_distributed(
+    arguments: Sequence[str], world_size: int, *, timeout_s: float = 300.0, environment: Mapping[str, str] | None = None
+) -> list[str]:
+    """Run ``python ARGUMENTS`` as ``world_size`` ranks and return what each printed.
+
+    Parameters
+    ----------
+    arguments
+        What follows ``python``: a script or ``-m module``, and its arguments.
+    world_size
+        W; every rank gets one thread.
+    timeout_s
+        Time for all of it.
+    environment
+        Further variables.
+
+    Raises
+    ------
+    RankError
+        A rank ended with another code than 0, or time ran out; the others are ended too.
+    """
+    port, began = free_port(), time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        files = [(Path(folder) / f"rank{rank}").open("w+b") for rank in range(world_size)]
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, *arguments], stdout=file, stderr=subprocess.STDOUT,
+                env=rank_environment(rank, world_size, port, environment),
+            )
+            for rank, file in enumerate(files)
+        ]  # fmt: skip
+        try:
+            while any(rank.poll() is None for rank in ranks):
+                failed = [i for i, rank in enumerate(ranks) if rank.poll() not in (None, 0)]
+                if failed or time.monotonic() - began > timeout_s:
+                    break
+                time.sleep(0.05)
+            codes = [rank.poll() for rank in ranks]
+        finally:
+            for rank in ranks:
+                if rank.poll() is None:
+                    rank.kill()
+                rank.wait()
+        said = [_read(file) for file in files]
+    bad = [i for i, code in enumerate(codes) if code not in (None, 0)] or [i for i, c in enumerate(codes) if c is None]
+    if bad:
+        i = bad[0]
+        how = f"took more than {timeout_s:.0f} s" if codes[i] is None else f"ended with {codes[i]}"
+        raise RankError(f"rank {i} of {world_size} {how}:\n{said[i][-4000:]}")
+    return said
+
+
+def _read(file: IO[bytes]) -> str:
+    file.seek(0)
+    text = file.read().decode("utf-8", "replace")
+    file.close()
+    return text

@@ -1,0 +1,201 @@
+"""DeepSpeed ZeRO 0 to 3 behind the engine's seam; its config is derived from ours (:func:`deepspeed_config`).
+
+What is ours stays ours: precision is autocast inside the forward pass, accumulation is by pieces whose negatives are those
+of the global batch, and checkpoints are whole and know no engine, so a run can go on with another stage or number of ranks.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from comtip_fast.collectives import Group
+from comtip_fast.config.schema import RunConfig
+from comtip_fast.training.engine import StepModule, autocast_of, clip
+from comtip_fast.training.optim import make_optimizer, optimizer_tensors, restore_optimizer
+from comtip_fast.training.protocol import TrainingError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+_FLOAT = 4
+
+
+def deepspeed_config(config: RunConfig, world_size: int, gpu: bool) -> dict[str, Any]:
+    """Return DeepSpeed's config; nobody writes one by hand.
+
+    Parameters
+    ----------
+    config
+        The run.
+    world_size
+        W.
+    gpu
+        Whether collectives run beside the work, on a stream of their own.
+    """
+    e = config.engine
+    # In elements; DeepSpeed wants buckets of an even number.
+    bucket, prefetch = (max(2, int(mb * 2**20 / _FLOAT) // 2 * 2) for mb in (e.bucket_mb, e.prefetch_mb))
+    zero: dict[str, Any] = {"stage": e.zero_stage, "overlap_comm": gpu, "reduce_bucket_size": bucket}
+    if e.zero_stage in (1, 2):
+        zero["allgather_bucket_size"] = bucket
+    if e.zero_stage == 3:
+        zero |= {
+            "stage3_prefetch_bucket_size": prefetch,
+            "stage3_param_persistence_threshold": e.persist_elements,
+        }
+    for key, where in (("offload_optimizer", e.offload_optimizer), ("offload_param", e.offload_param)):
+        if where != "none":
+            zero[key] = {"device": where, "pin_memory": gpu}
+            if where == "nvme":
+                zero[key]["nvme_path"] = e.nvme_path
+    return {
+        # Shares of a batch may be ragged and are cut outside of DeepSpeed, which only wants numbers that fit together.
+        "train_micro_batch_size_per_gpu": max(1, config.data.batch_size // world_size),
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.optim.clip if e.zero_stage else 0.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+
+
+class DeepSpeedEngine:
+    """Optimizer state, gradients and parameters sharded over ranks as ``engine.zero_stage`` says."""
+
+    def __init__(self, module: nn.Module, config: RunConfig, group: Group) -> None:
+        self.config, self.group, self.stage = config, group, config.engine.zero_stage
+        self.name = f"zero{self.stage}"
+        device = next(module.parameters()).device
+        self._deepspeed = _import(device)
+        if not dist.is_initialized():  # one process alone; DeepSpeed wants a group all the same
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1
+            )
+        # ZeRO 3 takes a module's parameters away; the task keeps its own, which is filled when somebody reads it.
+        self._home = module
+        self.module = copy.deepcopy(module) if self.stage == 3 else module
+        self.optimizer = make_optimizer(self.module, config.optim)
+        made = self._deepspeed.initialize(
+            model=StepModule(self.module, autocast_of(config, device)), optimizer=self.optimizer,
+            config=deepspeed_config(config, group.size, device.type == "cuda"), dist_init_required=False,
+        )  # fmt: skip
+        self._engine = made[0]
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """See :meth:`.engine.Engine.call`."""
+        return self._engine(function, *args)
+
+    def start_step(self, rate: float) -> None:
+        """See :meth:`.engine.Engine.start_step`; DeepSpeed forgets gradients when it steps."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = rate
+
+    def piece(self, last: bool) -> AbstractContextManager[Any]:
+        """See :meth:`.engine.Engine.piece`."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        """See :meth:`.engine.Engine.backward`; DeepSpeed averages, so the share is multiplied by the number of ranks."""
+        # A loss that is not finite must not leave finite gradients, which DeepSpeed would apply.
+        factor = self.group.size if math.isfinite(float(loss.detach())) else math.nan
+        self._engine.backward(loss * factor)
+
+    def update(self, finite: bool) -> float:
+        """See :meth:`.engine.Engine.update`; ZeRO works out the norm, clips and refuses what is not finite by itself."""
+        if self.stage == 0:
+            norm = clip(self.module, self.config.optim.clip)
+            if finite and math.isfinite(norm):
+                self._engine.step()
+            else:
+                self._engine.zero_grad()
+            return norm
+        self._engine.step()
+        return float(self._engine.optimizer._global_grad_norm)
+
+    @contextmanager
+    def writable(self) -> Iterator[None]:
+        """See :meth:`.engine.Engine.writable`; every rank writes the same, rank 0's is taken."""
+        if self.stage < 3:
+            yield
+            return
+        with self._deepspeed.zero.GatheredParameters(list(self.module.parameters()), modifier_rank=0):
+            yield
+
+    def bring_home(self) -> None:
+        """Fill the task's own module, one tensor at a time."""
+        if self.stage < 3:
+            return
+        targets = dict(self._home.named_parameters())
+        with torch.no_grad():
+            for name, parameter in self.module.named_parameters():
+                with self._deepspeed.zero.GatheredParameters([parameter]):
+                    targets[name].copy_(parameter)
+            for target, source in zip(self._home.buffers(), self.module.buffers(), strict=True):
+                target.copy_(source)
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """See :meth:`.engine.Engine.optimizer_state`; gathered one tensor at a time."""
+        first = self.group.rank == 0
+        if self.stage == 0:
+            return optimizer_tensors(self.module, self.optimizer) if first else {}
+        steps = self._steps()
+        out: dict[str, Tensor] = {}
+        for name, parameter in self._trained():
+            for key in MOMENTS:
+                value = self._deepspeed.utils.safe_get_full_optimizer_state(parameter, key)
+                if first and value is not None:
+                    out[f"{name}/{key}"] = value.detach().float().cpu().contiguous().clone()
+            if first and steps is not None:
+                out[f"{name}/step"] = torch.tensor(steps)
+        return out
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """See :meth:`.engine.Engine.restore`."""
+        if self.stage == 0:
+            restore_optimizer(self.module, self.optimizer, tensors)
+            return
+        for name, parameter in self._trained():
+            for key in MOMENTS:
+                if f"{name}/{key}" in tensors:
+                    value = tensors[f"{name}/{key}"].to(self._device())
+                    self._deepspeed.utils.safe_set_full_optimizer_state(parameter, value, key)
+        steps = {float(v) for k, v in tensors.items() if k.endswith("/step")}
+        if len(steps) > 1:
+            raise TrainingError(f"the optimizer's steps differ from parameter to parameter ({sorted(steps)[:3]} ...)")
+        for state in self.optimizer.state.values():
+            for step in steps:
+                state["step"] = torch.tensor(step)
+
+    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((n, p) for n, p in self.module.named_parameters() if p.requires_grad)
+
+    def _steps(self) -> float | None:
+        """Return how many steps the optimizer has made; the same for all parameters, because all get a gradient."""
+        counts = [float(state["step"]) for state in self.optimizer.state.values() if "step" in state]
+        return counts[0] if counts else None
+
+    def _device(self) -> torch.device:
+        return next(self._home.parameters()).device
+
+
+def _import(device: torch.device) -> ModuleType:
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise TrainingError("engine.kind=deepspeed needs DeepSpeed: pip install 'comtip-fast[deepspeed]'") from error
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return deepspeed

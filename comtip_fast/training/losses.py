@@ -1,0 +1,296 @@
+"""CoMTIP's losses for one rank's share of a batch: shares of global losses, whose sum over ranks is the loss.
+
+L = w_nce L_nce + w_mfm L_mfm + w_pair L_pair + w_level L_level (docs/method.md). Every random draw is
+hash(seed, purpose, step, spot), so a step can be repeated anywhere from its number and its spots, and every mean divides
+by the count of the global batch, so that it does not matter who has which spots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from comtip_kernels import level_cross_entropy, pair_scores, pool_weights, table_pool
+from comtip_shards.keyed import uniform
+from torch import Tensor
+
+from comtip_fast.collectives import Group, counts_of, share_of
+from comtip_fast.config.schema import RunConfig
+from comtip_fast.data.batch import Batch
+from comtip_fast.data.gene_tokens import take_genes
+from comtip_fast.models import CoMTIP, SentenceTable, StepOutput
+from comtip_fast.models.gene_encoder import GeneTokens
+from comtip_fast.objectives import (
+    Pairs,
+    choose_hardest,
+    counted_swaps,
+    feature_health,
+    global_infonce,
+    masked_feature_loss,
+    pair_auc,
+    pair_loss,
+    permute_within_strata,
+    same_text_hash,
+    same_text_ids,
+    take_from_other_spots,
+)
+
+Parts = dict[str, Tensor]
+Numbers = dict[str, float]
+
+
+@dataclass
+class Heads:
+    """What the losses over spots and sentences read: vectors of the shared space."""
+
+    vector_bD: Tensor
+    """Images of this rank."""
+    table: SentenceTable
+    scale_nce: Tensor
+    scale_level: Tensor
+
+    @classmethod
+    def of(cls, out: StepOutput) -> Heads:
+        """Take them from a step's output."""
+        assert out.table is not None
+        return cls(out.image.vector_BD, out.table, out.scale_nce, out.scale_level)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every tensor by name."""
+        t = self.table
+        return {
+            "vector": self.vector_bD, "rows": t.rows_GQD, "unit": t.unit_GQD, "scores": t.scores_GQ, "pair": t.pair_GQD,
+            "scale_nce": self.scale_nce, "scale_level": self.scale_level,
+        }  # fmt: skip
+
+    @classmethod
+    def from_tensors(cls, t: dict[str, Tensor]) -> Heads:
+        """Undo :meth:`tensors`."""
+        table = SentenceTable(t["rows"], t["unit"], t["scores"], t["pair"])
+        return cls(t["vector"], table, t["scale_nce"], t["scale_level"])
+
+
+class StepLosses:
+    """The losses of a run.
+
+    Parameters
+    ----------
+    config
+        The run.
+    genes
+        Tokens of all trained genes.
+    log_prior
+        Log frequency of each trained gene's levels.
+    strata
+        Stratum of each gene per section, for PAAT.
+    group
+        The ranks that share a batch.
+    """
+
+    def __init__(
+        self, config: RunConfig, genes: GeneTokens, log_prior: Tensor, strata: Tensor, group: Group
+    ) -> None:  # fmt: skip
+        self.config, self.genes, self.log_prior, self.strata, self.group = config, genes, log_prior, strata, group
+
+    # -- what goes in -----------------------------------------------------------------------------------
+
+    def encode(self, model: CoMTIP, batch: Batch, *, masked: bool = True, table: bool = True) -> StepOutput:
+        """Run the model over a batch, with the masked branch and the sentence table where they are wanted."""
+        features = batch.features
+        if features is None:
+            assert batch.tiles is not None
+            features = model.vision.stem_features(batch.tiles)
+        visible, hidden = self._mask(batch, model.vision.n_patches) if masked else (None, None)
+        genes = self._panel_genes(batch) if table else None
+        group = self.group if self.config.engine.shard_table else None
+        return model(features, visible, hidden, genes, group)
+
+    def counts(self, batch: Batch) -> list[int]:
+        """Return how many spots of the global batch each rank has."""
+        return counts_of(batch.of or batch.section.numel(), self.group.size)
+
+    def _mask(self, batch: Batch, P: int) -> tuple[Tensor | None, Tensor | None]:
+        """Draw the hidden patches: floor(r P) of each tile, by the rank of keyed uniforms."""
+        if self.config.loss.mfm <= 0:
+            return None, None
+        hidden = int(self.config.vision.mask_ratio * P)
+        u = uniform(self.config.train.seed, "mask", batch.step, index=batch.spots()[:, None] * P + np.arange(P))
+        order = torch.from_numpy(u.argsort(axis=1, kind="stable")).to(batch.panel.device)
+        return order[:, hidden:].sort(dim=1).values, order[:, :hidden].sort(dim=1).values
+
+    def _panel_genes(self, batch: Batch) -> GeneTokens:
+        rows = batch.panel.long()
+        genes = take_genes(self.genes, rows)
+        if self.config.text.identity_drop > 0:
+            u = uniform(self.config.train.seed, "identity", batch.step, index=rows.cpu().numpy())
+            keep = torch.from_numpy(u >= self.config.text.identity_drop).to(rows.device)
+            genes = GeneTokens(genes.ids_GT, genes.length_G, genes.identity_G * keep)
+        return genes
+
+    # -- what comes out ---------------------------------------------------------------------------------
+
+    def over_heads(self, batch: Batch, heads: Heads) -> tuple[Parts, Numbers]:
+        """Return this rank's shares of L_nce, L_pair and L_level, and plain numbers to log."""
+        weights, parts = self.config.loss, {}
+        numbers = {"genes": float(batch.panel.numel()), "scale": float(heads.scale_nce.detach())}
+        mispaired, counted = self._mispair(batch, heads)
+        n_level, n_pair = self._shares(batch.measured, counted)
+        if weights.nce > 0:
+            parts["nce"] = self._nce(batch, heads, mispaired, counted)
+        if weights.pair > 0 and mispaired is not None and counted is not None:
+            value, auc = self._pair(batch, heads, mispaired, counted)
+            parts["pair"] = value * n_pair
+            numbers |= auc
+        if weights.level > 0:
+            parts["level"] = n_level * level_cross_entropy(
+                heads.vector_bD, heads.table.unit_GQD, batch.levels.long(), batch.measured, heads.scale_level,
+                self.log_prior[batch.panel.long()],
+            )  # fmt: skip
+        return parts, numbers
+
+    def masked(self, out: StepOutput, n_all: int) -> Tensor | None:
+        """Return the share of L_mfm of these tiles, of ``n_all`` in the global batch; None without MFM."""
+        if self.config.loss.mfm <= 0 or out.predicted_BKd is None or out.target_BKd is None:
+            return None
+        n = out.predicted_BKd.shape[0]
+        if n == 0:
+            return out.predicted_BKd.sum()
+        return masked_feature_loss(out.predicted_BKd, out.target_BKd, self.config.vision.distance) * (n / n_all)
+
+    def whole(self, parts: Parts, heads: Heads) -> Parts:
+        """Return ``{"loss": weighted sum of the parts, part: ...}``.
+
+        A parameter that no part of this step reads (the pair head, for a panel of one gene) has gradient 0, not none:
+        an optimizer that keeps parameters in one flat piece knows no other, and all engines are to agree.
+        """
+        used = {name for part in parts for name in _READ[part]}
+        if "pair" in parts and self.config.loss.paat.context == "text":
+            used |= {"scores", "rows"}
+        parts = {name: parts[name] for name in PARTS if name in parts}
+        unread = [t.sum() * 0 for name, t in heads.tensors().items() if name not in used and name != "unit"]
+        total = sum((getattr(self.config.loss, name) * value for name, value in parts.items()), heads.scale_nce * 0)
+        return {"loss": sum(unread, total), **parts}
+
+    def logs(self, step: int) -> bool:
+        """Say whether this step's slower numbers are wanted."""
+        return step % self.config.train.log_every == 0
+
+    def health(self, batch: Batch, out: StepOutput) -> Numbers:
+        """Return how much patch features still differ, in the steps that are logged."""
+        return feature_health(out.image.patches_BPd) if self.logs(batch.step) and batch.section.numel() else {}
+
+    def _shares(self, measured: Tensor, counted: Tensor | None) -> tuple[Tensor | float, Tensor | float]:
+        """Return what part of all measured, and of all counted (spot, gene) of the global batch are here."""
+        if self.group.size == 1:
+            return 1.0, 1.0
+        own = torch.stack([measured.sum(), measured.new_zeros(()).sum() if counted is None else counted.sum()])
+        every = self.group.sum(own).clamp_min(1)
+        n_level, n_pair = (own.to(torch.float64) / every).to(self.log_prior.dtype).unbind()
+        return n_level, n_pair
+
+    @torch.no_grad()
+    def _mispair(self, batch: Batch, heads: Heads) -> tuple[Tensor | None, Tensor | None]:
+        """Return the adversary's levels (b, G) and which of its swaps count; None for a panel of one gene."""
+        paat = self.config.loss.paat
+        wanted = self.config.loss.pair > 0 or paat.hard_columns
+        if batch.panel.numel() < 2 or not wanted:
+            return None, None
+        levels = batch.levels.long()
+        candidates = self._candidates(batch, levels)
+        counted = counted_swaps(levels, candidates, batch.measured, paat.min_level_shift)
+        if paat.adversary == "random" or candidates.shape[0] == 1:
+            return candidates[0], counted[0]
+        logits = torch.stack([self._pair_logits(batch, heads, c) for c in candidates])
+        best = choose_hardest(logits, counted)
+        rows = torch.arange(best.shape[0], device=best.device)
+        return candidates[best, rows], counted[best, rows]
+
+    def _candidates(self, batch: Batch, levels: Tensor) -> Tensor:
+        """Draw C whole mispairings (C, b, G): within strata, from other spots, or by a coin per spot."""
+        paat, seed, spots = self.config.loss.paat, self.config.train.seed, batch.spots()
+        panel, device = batch.panel.long(), levels.device
+        index = spots[:, None] * (1 << 20) + panel.cpu().numpy()
+
+        def draw(purpose: str) -> Tensor:
+            u = [uniform(seed, purpose, batch.step, c, index=index) for c in range(paat.candidates)]
+            return torch.from_numpy(np.stack(u)).to(device)
+
+        section = batch.section.long()
+        strata = self.strata[section][:, panel]
+        within = permute_within_strata(levels, strata, draw("mispair-from"), draw("mispair-to"))
+        if paat.mode == "strata":
+            return within
+        others = self._from_other_spots(batch, levels, draw("mispair-spot"))
+        if paat.mode == "spots":
+            return others
+        coin = torch.from_numpy(uniform(seed, "mispair-mode", batch.step, index=spots) < 0.5).to(device)
+        return torch.where(coin[None, :, None], within, others)
+
+    def _from_other_spots(self, batch: Batch, levels: Tensor, u: Tensor) -> Tensor:
+        """Take levels from spots of the same section, wherever in the global batch they are."""
+        counts, group = self.counts(batch), self.group
+        if group.size == 1:
+            return take_from_other_spots(levels, batch.section.long(), u)
+        # A byte per spot and gene; ranks' loaders may have put spots in the place of damaged ones, so they are asked.
+        every_level = group.gather_rows(batch.levels, counts).long()
+        every_section = group.gather_rows(batch.section, counts).long()
+        return take_from_other_spots(every_level, every_section, u, share_of(sum(counts), group.rank, group.size))
+
+    def _pair_logits(self, batch: Batch, heads: Heads, levels: Tensor, roll: int = 0) -> Tensor:
+        """Return pair-head logits of the sentences (g, levels) in each spot's context."""
+        table = heads.table
+        if self.config.loss.paat.context == "image":
+            return pair_scores(heads.vector_bD.roll(roll, 0), table.pair_GQD, levels)
+        true = batch.levels.long().roll(roll, 0)
+        measured = batch.measured.roll(roll, 0)
+        weight = pool_weights(table.scores_GQ, true, measured)
+        pooled = table_pool(table.unit_GQD, table.scores_GQ, true, measured)
+        return pair_scores(
+            pooled,
+            table.pair_GQD,
+            levels,
+            true_levels_BG=true,
+            projected_GQD=table.unit_GQD,
+            weight_BG=weight,
+        )
+
+    def _nce(self, batch: Batch, heads: Heads, mispaired: Tensor | None, counted: Tensor | None) -> Tensor:
+        """Align images with texts; mispaired texts in which something counts are further columns."""
+        table, levels, measured = heads.table, batch.levels.long(), batch.measured
+        section = batch.section.long()
+        use = torch.zeros_like(section, dtype=torch.bool) if counted is None else counted.any(1)
+        if not self.config.loss.paat.hard_columns:
+            use = torch.zeros_like(use)
+        all_levels = levels if mispaired is None else torch.cat([levels, mispaired[use]])
+        all_measured = torch.cat([measured, measured[use]])
+        # Alone, small integers do; ranks that do not see each other's texts compare hashes of them.
+        text_class = (same_text_ids if self.group.size == 1 else same_text_hash)(all_levels, all_measured)
+        weight = measured.any(1).to(heads.vector_bD.dtype)
+        pairs = Pairs(text_class, torch.cat([section, section[use]]), weight, self.config.align.negatives)
+        text = table_pool(table.rows_GQD, table.scores_GQ, all_levels, all_measured)
+        form = self.config.engine.loss_form
+        return global_infonce(heads.vector_bD, text, heads.scale_nce, pairs, self.group, self.counts(batch), form)
+
+    def _pair(
+        self, batch: Batch, heads: Heads, mispaired: Tensor, counted: Tensor
+    ) -> tuple[Tensor, Numbers]:  # fmt: skip
+        levels = batch.levels.long()
+        true, false = self._pair_logits(batch, heads, levels), self._pair_logits(batch, heads, mispaired)
+        numbers = {}
+        if self.logs(batch.step):
+            with torch.no_grad():
+                true_elsewhere = self._pair_logits(batch, heads, levels, roll=1)
+                false_elsewhere = self._pair_logits(batch, heads, mispaired, roll=1)
+            auc = pair_auc(true.detach(), false.detach(), counted)
+            # The part of the AUC that knowing this very spot is worth; marginals alone give the rest.
+            numbers = {"pair_auc": auc, "pair_auc_gain": auc - pair_auc(true_elsewhere, false_elsewhere, counted)}
+        return pair_loss(true, false, counted), numbers
+
+
+PARTS = ("nce", "mfm", "pair", "level")
+# Which tensors of the heads each part reads; ``unit`` is made of ``rows``.
+_READ: dict[str, set[str]] = {
+    "nce": {"vector", "rows", "scores", "scale_nce"}, "level": {"vector", "rows", "scale_level"},
+    "pair": {"vector", "pair"}, "mfm": set(),
+}  # fmt: skip

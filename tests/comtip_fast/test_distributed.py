@@ -1,0 +1,109 @@
+"""Several ranks give the answer of one: losses and gradients (the whole matrix: bench/train/parity.py)."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from comtip_shards import ShardSet
+
+from comtip_fast.collectives import counts_of, share_of
+from comtip_fast.config.io import ConfigError, load_config
+from comtip_fast.testing.distributed import RankError, run_distributed
+from comtip_fast.training.distributed import TrainingError, find_place, first_host
+
+ROOT = Path(__file__).parents[2]
+
+
+def load_script(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+parity = load_script(ROOT / "bench" / "train" / "parity.py")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+def test_losses_and_gradients_are_those_of_one_process(world: int, tiny_shards: ShardSet):
+    rows = parity.run(str(tiny_shards.path), [world], quick=True)
+    assert len(rows) == len(parity.cases(quick=True, world=world))
+    for row in rows:
+        assert row["ok"], row
+
+
+def test_shares_are_contiguous_and_leave_nothing_out():
+    for n in (0, 1, 5, 12, 13):
+        for size in (1, 2, 4, 7):
+            rows = [i for rank in range(size) for i in range(n)[share_of(n, rank, size)]]
+            assert rows == list(range(n))
+            assert max(counts_of(n, size)) - min(counts_of(n, size)) <= 1
+
+
+def test_the_launcher_is_found_in_the_environment():
+    torchrun = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1234"}
+    place = find_place(torchrun)
+    assert (place.rank, place.size, place.local_rank, place.address, place.port) == (3, 4, 1, "a", 1234)
+    slurm = {
+        "SLURM_PROCID": "9", "SLURM_STEP_NUM_TASKS": "16", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "70123",
+        "SLURM_STEP_NODELIST": "gpu[03-04,11]", "SLURM_NTASKS": "16",
+    }  # fmt: skip
+    place = find_place(slurm)
+    assert (place.rank, place.size, place.local_rank, place.address) == (9, 16, 1, "gpu03")
+    assert find_place(slurm | {"SLURM_STEP_NODELIST": "b1,b2"}).address == "b1"
+    # salloc alone starts one process, whatever the allocation holds.
+    assert find_place({"SLURM_NTASKS": "16", "SLURM_PROCID": "0"}).size == 1
+    assert find_place({}).size == 1
+    with pytest.raises(TrainingError, match="MASTER_ADDR"):
+        find_place({"RANK": "0", "WORLD_SIZE": "2"})
+    with pytest.raises(TrainingError, match="MASTER_ADDR"):
+        first_host("")
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        (["engine.offload_optimizer=cpu"], "deepspeed"),
+        (["engine.kind=deepspeed", "engine.offload_param=cpu"], "zero_stage=3"),
+        (["engine.kind=deepspeed", "engine.zero_stage=3", "engine.offload_param=nvme"], "nvme_path"),
+        (["engine.micro_batches=0"], "at least 1"),
+    ],
+)
+def test_engine_settings_that_do_not_fit_are_refused(bad: list[str], says: str):
+    with pytest.raises(ConfigError, match=says):
+        load_config(None, bad)
+
+
+def test_deepspeeds_config_is_derived_from_ours():
+    from comtip_fast.training.engine_deepspeed import deepspeed_config
+
+    config = load_config(None, [
+        "engine.kind=deepspeed", "engine.zero_stage=3", "engine.offload_optimizer=nvme", "engine.offload_param=cpu",
+        "engine.nvme_path=scratch", "engine.bucket_mb=4", "optim.clip=0.5", "data.batch_size=64",
+    ])  # fmt: skip
+    made = deepspeed_config(config, 4, gpu=True)
+    zero = made["zero_optimization"]
+    assert (zero["stage"], zero["reduce_bucket_size"]) == (3, 2**20)
+    assert zero["offload_optimizer"] == {"device": "nvme", "pin_memory": True, "nvme_path": "scratch"}
+    assert zero["offload_param"] == {"device": "cpu", "pin_memory": True}
+    assert made["gradient_clipping"] == 0.5
+    assert made["train_micro_batch_size_per_gpu"] == 16
+    json.dumps(made)
+
+
+def test_a_failing_rank_ends_the_others_and_is_named(tmp_path: Path):
+    script = tmp_path / "s.py"
+    script.write_text(
+        "import os, sys, time\nif os.environ['RANK'] == '1':\n    print('no such thing'); sys.exit(3)\ntime.sleep(60)\n"
+    )
+    with pytest.raises(RankError, match=r"rank 1 of 2 ended with 3:\nno such thing"):
+        run_distributed([str(script)], 2, timeout_s=50)
