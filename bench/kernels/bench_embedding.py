@@ -1,18 +1,17 @@
 """The gene-sentence embedding on the CPU, beside embedding_bag and LayerNorm, in one run.
 
-    python bench/kernels/bench_embedding.py [--genes 256] [--levels 32] [--dim 256] [--rounds 7]
+    python bench/kernels/bench_embedding.py [--genes 256] [--levels 32] [--dim 256] [--rounds 7] [--busy]
 
-Forward and backward with LayerNorm, interleaved, medians of the ratio within a round. The plan (which tokens are equal) is worked
+Forward and backward with LayerNorm, medians of the ratio within a round (see ``rounds.py``). The plan (which tokens are equal) is worked
 out anew in every call. The peer is one ``F.embedding_bag`` over the concatenated tables with its ids ready, and LayerNorm.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 
+import rounds
 import torch
 from comtip_kernels import gene_sentence_embedding
 from torch.nn import functional as F
@@ -59,22 +58,15 @@ def calls(genes: int, levels: int, dim: int) -> tuple[dict[str, Callable[[], Non
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, value in (("genes", 256), ("levels", 32), ("dim", 256), ("rounds", 7)):
+    for name, value in (("genes", 256), ("levels", 32), ("dim", 256)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    rounds.add_options(parser, 7)
     args = parser.parse_args()
     forms, tokens = calls(args.genes, args.levels, args.dim)
-    times: dict[str, list[float]] = {name: [] for name in forms}
-    for call in forms.values():
-        call()
-    for _ in range(args.rounds):
-        for name, call in forms.items():
-            began = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - began)
+    times = rounds.run(forms, args.rounds, args.busy)
     print(f"{tokens} tokens of width {args.dim}")
-    for name, values in times.items():
-        ratio = statistics.median(b / a for a, b in zip(times["ours"], values, strict=True))
-        print(f"{name:<28}{statistics.median(values) * 1e3:>9.1f} ms  {ratio:>5.2f} x ours")
+    for name in forms:
+        print(f"{name:<28}{rounds.ms(times, name):>9.1f} ms  {rounds.ratio(times, name, 'ours'):>5.2f} x ours")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
 """InfoNCE on the CPU beside open_clip's loss and beside the matrix products that it cannot avoid, in one run.
 
-    python bench/kernels/bench_infonce.py [--rows 8192] [--dim 512] [--rounds 5]
+    python bench/kernels/bench_infonce.py [--rows 8192] [--dim 512] [--rounds 5] [--busy]
 
-Every round times all of them one after the other (these machines are noisy; a ratio inside a round is not), and the
-medians of the ratios are printed. Peak memory is the growth of the resident set in a process of its own.
+Medians of the ratios within a round (see ``rounds.py``). Peak memory is the growth of the resident set in a process of its own.
 open_clip's ClipLoss for one process is written here as it computes: one matrix of logits, its transpose, two
 cross-entropies.
 """
@@ -11,13 +10,12 @@ cross-entropies.
 from __future__ import annotations
 
 import argparse
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
+import rounds
 import torch
 from comtip_kernels import infonce
 from torch.nn import functional as F
@@ -70,13 +68,6 @@ def four_products(rows: int, dim: int) -> Callable[[], None]:
     return run
 
 
-def seconds(run: Callable[[], None]) -> float:
-    """Time one call."""
-    began = time.perf_counter()
-    run()
-    return time.perf_counter() - began
-
-
 def extra_peak_mib(name: str, rows: int, dim: int) -> float:
     """Return how far one forward and backward raises the peak of a fresh process."""
     code = f"from bench_infonce import *; print(peak({name}, {rows}, {dim}))"
@@ -106,22 +97,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=8192)
     parser.add_argument("--dim", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=5)
+    rounds.add_options(parser, 5)
     parser.add_argument("--large", action="store_true", help="also B = 65,536, memory only")
     args = parser.parse_args()
     runs = {"ours": both_ways(ours, args.rows, args.dim), "open_clip": both_ways(clip_loss, args.rows, args.dim),
             "four products": four_products(args.rows, args.dim)}  # fmt: skip
-    for run in runs.values():
-        run()
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(args.rounds):
-        for name, run in runs.items():
-            times[name].append(seconds(run))
-    for name, values in times.items():
-        print(f"{name:<14} median {statistics.median(values):.2f} s  (min {min(values):.2f})")
-    faster = [b / a for a, b in zip(times["ours"], times["open_clip"], strict=True)]
-    above = [a / b for a, b in zip(times["ours"], times["four products"], strict=True)]
-    print(f"open_clip / ours {statistics.median(faster):.2f}   ours / four products {statistics.median(above):.2f}")
+    times = rounds.run(runs, args.rounds, args.busy)
+    for name in runs:
+        print(f"{name:<14} median {rounds.ms(times, name) / 1e3:.2f} s")
+    for of, to in (("open_clip", "ours"), ("ours", "four products"), ("four products", "open_clip")):
+        print(f"{of} / {to} {rounds.ratio(times, of, to):.2f}")
     one, two = (extra_peak_mib(n, args.rows, args.dim) for n in ("ours", "clip_loss"))
     print(f"extra peak memory: ours {one:.0f} MiB, open_clip {two:.0f} MiB, ratio 1/{two / max(one, 1e-9):.1f}")
     if args.large:

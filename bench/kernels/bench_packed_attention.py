@@ -3,8 +3,7 @@
     python bench/kernels/bench_packed_attention.py [--sentences 4000] [--rounds 15] [--busy]
 
 Lengths follow the three cases that gene sentences make: symbols, symbols with full names, and those cut at 16 tokens. Forward and
-backward, interleaved, medians of the ratio within a round. On a machine that others use, ``--busy`` takes one thread and counts its
-CPU time.
+backward, medians of the ratio within a round (see ``rounds.py``).
 
 attention   called as the encoder calls it: one projection, sentences sorted by length. "padded" is handed tensors that are padded
             already, as a padded model would have them: what padding costs the layers around it is not counted.
@@ -15,10 +14,9 @@ block       a whole block of the encoder (norms, projections, attention, MLP, wi
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 
+import rounds
 import torch
 from comtip_kernels import packed_attention_qkv
 from torch import nn
@@ -108,12 +106,8 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sentences", type=int, default=4000)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--busy", action="store_true", help="one thread, CPU time instead of the clock on the wall")
+    rounds.add_options(parser, 15)
     args = parser.parse_args()
-    clock = time.process_time if args.busy else time.perf_counter
-    if args.busy:
-        torch.set_num_threads(1)
     for name, mean, longest in CASES:
         length = draw(args.sentences, mean, longest)
         by_length = length.sort().values
@@ -124,22 +118,9 @@ def main() -> None:
         }
         print(f"{name}: mean {float(length.float().mean()):.1f}, longest {longest}")
         for what, calls in pairs.items():
-            ours, theirs = rounds(calls, args.rounds, clock)
-            ratio = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
-            print(f"  {what:<10} ours {statistics.median(ours) * 1e3:>7.1f} ms   padded {statistics.median(theirs) * 1e3:>7.1f} ms"
-                  f"   padded / ours {ratio:.2f}")  # fmt: skip
-
-
-def rounds(calls: tuple[Callable[[], None], ...], count: int, clock: Callable[[], float]) -> list[list[float]]:
-    """Return the times of each, one after the other in every round, each after a call that is not timed: memory and caches are its own."""
-    times: list[list[float]] = [[] for _ in calls]
-    for _ in range(count):
-        for call, kept in zip(calls, times, strict=True):
-            call()
-            began = clock()
-            call()
-            kept.append(clock() - began)
-    return times
+            times = rounds.run({"ours": calls[0], "padded": calls[1]}, args.rounds, args.busy)
+            print(f"  {what:<10} ours {rounds.ms(times, 'ours'):>7.1f} ms   padded {rounds.ms(times, 'padded'):>7.1f} ms"
+                  f"   padded / ours {rounds.ratio(times, 'padded', 'ours'):.2f}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,18 +1,17 @@
 """The operations over the sentence table on the CPU, beside their dense forms and peers, in one run.
 
-    python bench/kernels/bench_table.py [--spots 512] [--genes 512] [--levels 32] [--dim 256] [--rounds 7]
+    python bench/kernels/bench_table.py [--spots 512] [--genes 512] [--levels 32] [--dim 256] [--rounds 7] [--busy]
 
-Forward and backward, interleaved, medians. Memory is the peak of live tensor bytes above the inputs, as the profiler
+Forward and backward, medians (see ``rounds.py``). Memory is the peak of live tensor bytes above the inputs, as the profiler
 counts allocations: it does not depend on what the machine is doing.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 
+import rounds
 import torch
 from comtip_kernels import level_cross_entropy, pool_weights, table_pool
 from torch.nn import functional as F
@@ -64,13 +63,11 @@ CASES: dict[str, dict[str, Callable[[dict[str, torch.Tensor]], torch.Tensor]]] =
 }
 
 
-def once(loss: Callable[[dict[str, torch.Tensor]], torch.Tensor], x: dict[str, torch.Tensor]) -> float:
-    """Time one forward and backward."""
+def once(loss: Callable[[dict[str, torch.Tensor]], torch.Tensor], x: dict[str, torch.Tensor]) -> None:
+    """Run one forward and backward."""
     for t in x.values():
         t.grad = None
-    began = time.perf_counter()
     loss(x).backward()
-    return time.perf_counter() - began
 
 
 def peak_mib(loss: Callable[[dict[str, torch.Tensor]], torch.Tensor], x: dict[str, torch.Tensor]) -> float:
@@ -91,19 +88,19 @@ def peak_mib(loss: Callable[[dict[str, torch.Tensor]], torch.Tensor], x: dict[st
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, value in (("spots", 512), ("genes", 512), ("levels", 32), ("dim", 256), ("rounds", 7)):
+    for name, value in (("spots", 512), ("genes", 512), ("levels", 32), ("dim", 256)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    rounds.add_options(parser, 7)
     args = parser.parse_args()
     x = make(args.spots, args.genes, args.levels, args.dim)
     for op, forms in CASES.items():
-        times: dict[str, list[float]] = {name: [] for name in forms}
         memory = {name: peak_mib(loss, x) for name, loss in forms.items()}
-        for _ in range(args.rounds):
-            for name, loss in forms.items():
-                times[name].append(once(loss, x))
+        times = rounds.run(
+            {name: lambda loss=loss: once(loss, x) for name, loss in forms.items()}, args.rounds, args.busy
+        )
         for name in forms:
-            ratio = statistics.median(b / a for a, b in zip(times["cpu"], times[name], strict=True))
-            print(f"{op:<22}{name:<18}{statistics.median(times[name]) * 1e3:>9.1f} ms  {ratio:>5.2f} x ours "
+            ratio = rounds.ratio(times, name, "cpu")
+            print(f"{op:<22}{name:<18}{rounds.ms(times, name):>9.1f} ms  {ratio:>5.2f} x ours "
                   f"{memory[name]:>8.0f} MiB  {memory[name] / memory['cpu']:>5.2f} x ours")  # fmt: skip
 
 

@@ -33,7 +33,8 @@ def embedding_calls() -> dict[str, Callable[[], object]]:
 def attention_calls() -> dict[str, Callable[[], object]]:
     g = torch.Generator().manual_seed(0)
     length = (torch.randn(4000 if FULL else 500, generator=g) * 2 + 5.5).round().clamp(3, 10).long()
-    return {"ours": bench_packed_attention.packed(length), "padded": bench_packed_attention.padded(length)}
+    ours, padded = bench_packed_attention.packed, bench_packed_attention.padded
+    return {"ours": ours(length.sort().values), "unsorted": ours(length), "padded": padded(length)}
 
 
 def table_calls(op: str) -> dict[str, Callable[[], object]]:

@@ -101,7 +101,7 @@ def _embedding(name: str, kernel: object, config: dict[str, int], dtype: str) ->
 def _attention(name: str, kernel: object, tile: int, dtype: str) -> Entry:
     """Return packed attention at head width 64, q, k and v as views of one projection."""
     names = list(kernel.arg_names)  # type: ignore[attr-defined]
-    config = attention.TILES[tile]
+    config = attention.config(tile, dtype == "fp32", name == "backward")
     precision = "ieee" if dtype == "bf16" else "tf32"
     constants = {"BT": tile, "BE": 64, "UPCAST": False, "PRECISION": precision} | {
         n: 1 for n in names if n.endswith("_e")

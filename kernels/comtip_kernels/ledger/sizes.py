@@ -91,15 +91,23 @@ def _table(B: int, G: int, Q: int, D: int, name: str) -> Iterator[Sized]:
         return _with_width(config, D) | {"QP": QP, "NG": max(1, config["BN"] // QP)}
 
     vectors, rows, each = B * D, G * Q * D, B * G
+    picked = 2 * B * G * D
     take = traffic.table_take(B, G, Q, D, BF16, tiles(table.TAKE))
     spread = traffic.table_spread(B, G, Q, D, BF16, tiles(table.SPREAD))
     collect = traffic.table_collect(B, G, Q, D, BF16, tiles(table.COLLECT))
     loss = traffic.table_take(B, G, Q, D, BF16, tiles(table.TAKE), loss=True)
-    picked = 2 * B * G * D
-    yield Sized("sentence_table", "take", name, take, (vectors + rows) * BF16 + 5 * each, picked)
-    yield Sized("sentence_table", "spread", name, spread, rows * BF16 + 5 * each + 4 * vectors, picked)
-    yield Sized("sentence_table", "collect", name, collect, vectors * BF16 + 5 * each + 4 * rows, picked)
-    yield Sized("level_cross_entropy", "forward", name, loss, (vectors + rows) * BF16 + 2 * each, picked * Q)
+    dloss = traffic.table_spread(B, G, Q, D, BF16, tiles(table.SPREAD), loss=True) + traffic.table_collect(
+        B, G, Q, D, BF16, tiles(table.COLLECT), loss=True
+    )
+    # Floors: every operand once and every result once; of pooling and pairs, only the products that a level picks.
+    inputs = (vectors + rows) * BF16
+    yield Sized("table_pool", "forward", name, spread, rows * BF16 + 5 * each + 4 * vectors, picked)
+    yield Sized("table_pool", "backward", name, take + collect, inputs + 9 * each + 4 * rows, 2 * picked)
+    yield Sized("pair_scores", "forward", name, take, inputs + 5 * each, picked)
+    yield Sized("pair_scores", "backward", name, spread + collect, inputs + 5 * each + 4 * (vectors + rows), 2 * picked)
+    yield Sized("level_cross_entropy", "forward", name, loss, inputs + 2 * each, picked * Q)
+    # The scores again, and a product for each side.
+    yield Sized("level_cross_entropy", "backward", name, dloss, inputs + 2 * each + 4 * (vectors + rows), 3 * picked * Q)
 
 
 def sizes() -> list[Sized]:

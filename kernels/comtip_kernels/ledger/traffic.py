@@ -97,8 +97,9 @@ def attention(S: int, H: int, E: int, size: int, longest: int, tile: int, *, bac
     tiles = ceil(S / W)
     width = max(16, 1 << (E - 1).bit_length())
     reads, writes, products = (4, 3, 5) if backward else (3, 1, 2)
+    again = 3 if backward and size == 4 else 0  # q, k and dO, from a cache
     return Traffic(
-        loaded=reads * S * H * E * size + 4 * _looked_at(S, W, tile, tiles) * H,
+        loaded=(reads + again) * S * H * E * size + 4 * _looked_at(S, W, tile, tiles) * H,
         distinct=reads * S * H * E * size + 4 * S,
         stored=writes * S * H * E * size,
         flops=products * tiles * H * 2 * tile * tile * width,
@@ -122,23 +123,34 @@ def table_take(B: int, G: int, Q: int, D: int, size: int, t: Tiles, *, loss: boo
     return Traffic(loaded, distinct, 4 * rows * cols if loss else 4 * B * G, flops)
 
 
-def table_spread(B: int, G: int, Q: int, D: int, size: int, t: Tiles) -> Traffic:
-    """Return the weighted sums of rows for every spot; weights fp32, levels one byte."""
+def table_spread(B: int, G: int, Q: int, D: int, size: int, t: Tiles, *, loss: bool = False) -> Traffic:
+    """Return the weighted sums of rows for every spot; with ``loss`` L_level's gradient by the image, its weights made again."""
     rows, cols, slices = ceil(B / t["BM"]), ceil(G / t["NG"]), ceil(D / t["BD"])
+    given = _weights(B, G, Q, D, size, t, loss=loss)
     return Traffic(
-        loaded=slices * 5 * B * G + rows * G * Q * D * size,
-        distinct=5 * B * G + G * Q * D * size,
+        loaded=slices * given.loaded + rows * G * Q * D * size,
+        distinct=given.distinct + (0 if loss else G * Q * D * size),
         stored=4 * B * D,
-        flops=rows * cols * slices * 2 * t["BM"] * t["NG"] * t["QP"] * t["BD"],
+        flops=slices * given.flops + rows * cols * slices * 2 * t["BM"] * t["NG"] * t["QP"] * t["BD"],
     )
 
 
-def table_collect(B: int, G: int, Q: int, D: int, size: int, t: Tiles) -> Traffic:
-    """Return the weighted sums of spots for every row of the table."""
+def table_collect(B: int, G: int, Q: int, D: int, size: int, t: Tiles, *, loss: bool = False) -> Traffic:
+    """Return the weighted sums of spots for every row; with ``loss`` L_level's gradient by the table, and by the prior."""
     rows, cols, slices = ceil(B / t["BM"]), ceil(G / t["NG"]), ceil(D / t["BD"])
+    given = _weights(B, G, Q, D, size, t, loss=loss)
     return Traffic(
-        loaded=slices * 5 * B * G + cols * B * D * size,
-        distinct=5 * B * G + B * D * size,
-        stored=4 * G * Q * D,
-        flops=rows * cols * slices * 2 * t["BM"] * t["NG"] * t["QP"] * t["BD"],
+        loaded=slices * given.loaded + cols * B * D * size,
+        distinct=given.distinct + (0 if loss else B * D * size),
+        stored=4 * G * Q * D + (4 * G * Q if loss else 0),
+        flops=slices * given.flops + rows * cols * slices * 2 * t["BM"] * t["NG"] * t["QP"] * t["BD"],
     )
+
+
+def _weights(B: int, G: int, Q: int, D: int, size: int, t: Tiles, *, loss: bool) -> Traffic:
+    """Return what it takes to know every weight once: fp32 and a level where given, the scores and their prior where made again."""
+    if not loss:
+        return Traffic(5 * B * G, 5 * B * G, 0)
+    scores = table_take(B, G, Q, D, size, t, loss=True)
+    rows, cols = ceil(B / t["BM"]), ceil(G / t["NG"])
+    return Traffic(scores.loaded + rows * cols * 4, scores.distinct + 4, 0, scores.flops)  # and the factor

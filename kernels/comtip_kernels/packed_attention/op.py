@@ -14,13 +14,13 @@ from comtip_kernels.packed_attention import triton_kernels as kernels
 from comtip_kernels.tl_common import INTERPRETING, power_of_2, precision
 
 
-def _launch(q: Tensor, longest: int) -> tuple[int, tuple[int], dict[str, Any]]:
+def _launch(q: Tensor, longest: int, backward: bool = False) -> tuple[int, tuple[int], dict[str, Any]]:
     """Return W, the grid and the flags for (S, H, E) tensors like ``q``."""
     S, H, E = q.shape
     BT = kernels.best_tile(longest)
     W = BT - longest + 1
     flags = {"BT": BT, "BE": power_of_2(E), "UPCAST": INTERPRETING, "PRECISION": precision(q)}
-    return W, (triton.cdiv(S, W) * H,), flags | kernels.TILES[BT]
+    return W, (triton.cdiv(S, W) * H,), flags | kernels.config(BT, q.dtype == torch.float32, backward)
 
 
 @torch.library.custom_op("comtip::packed_attention", mutates_args=())
@@ -43,7 +43,7 @@ def attend_grads(
     dq, dk, dv = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (q, k, v))
     if dq.numel():
         S, H, E = q.shape
-        W, grid, flags = _launch(q, longest)
+        W, grid, flags = _launch(q, longest, backward=True)
         strides = (*q.stride(), *k.stride(), *v.stride(), *grad.stride())
         kernels.attend_grads[grid](q, k, v, grad, first_S, dq, dk, dv, S, H, E, W, E**-0.5, *strides, **flags)
     return dq, dk, dv

@@ -84,15 +84,23 @@ def attend_grads(  # type: ignore[no-untyped-def]
         k = k.to(tl.float32)
     p = _softmax(q, k, first, owned, scale, PRECISION)
     g = _load(g_ptr, token, head, owned, g_s, g_h, g_e, E, BE)
-    v = _load(v_ptr, token, head, owned, v_s, v_h, v_e, E, BE)
     if UPCAST:
         g = g.to(tl.float32)
-        v = v.to(tl.float32)
     _store(dv_ptr, tl.dot(tl.trans(p.to(g.dtype)), g, input_precision=PRECISION), token, head, owned, H, E, BE)
+    if q_ptr.dtype.element_ty == tl.float32:
+        # Four bytes an element: loaded again, from a cache, as keeping it asks for more registers than there are. So below.
+        g = _load(g_ptr, token, head, owned, g_s, g_h, g_e, E, BE)
+    v = _load(v_ptr, token, head, owned, v_s, v_h, v_e, E, BE)
+    if UPCAST:
+        v = v.to(tl.float32)
     dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
     # d softmax; the sum over the row is of this very p and dp, so that no saved output is needed.
     ds = (p * (dp - tl.sum(p * dp, axis=1)[:, None]) * scale).to(q.dtype)
+    if q_ptr.dtype.element_ty == tl.float32:
+        k = _load(k_ptr, token, head, owned, k_s, k_h, k_e, E, BE)
     _store(dq_ptr, tl.dot(ds, k, input_precision=PRECISION), token, head, owned, H, E, BE)
+    if q_ptr.dtype.element_ty == tl.float32:
+        q = _load(q_ptr, token, head, owned, q_s, q_h, q_e, E, BE)
     _store(dk_ptr, tl.dot(tl.trans(ds), q, input_precision=PRECISION), token, head, owned, H, E, BE)
 
 
@@ -101,6 +109,13 @@ TILES: dict[int, dict[str, Any]] = {
     64: {"num_warps": 4, "num_stages": 1},
 }
 """What the ledger passes, by tokens of a tile; a backward of 128 tokens spills on sm_80, whatever its warps."""
+FP32_GRADS: dict[int, dict[str, Any]] = {32: {}, 64: {"num_warps": 8}}
+"""What is different for gradients of four bytes."""
+
+
+def config(tile: int, fp32: bool, backward: bool) -> dict[str, Any]:
+    """Return warps and stages for a tile of so many tokens."""
+    return TILES[tile] | (FP32_GRADS[tile] if fp32 and backward else {})
 
 
 def best_tile(longest: int) -> int:

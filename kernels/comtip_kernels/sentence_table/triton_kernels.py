@@ -182,6 +182,6 @@ def collect_rows(  # type: ignore[no-untyped-def]
 # the output that a program keeps in registers.
 TAKE: dict[str, Any] = {"BM": 64, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3}
 SPREAD: dict[str, Any] = {"BM": 64, "BN": 32, "BK": 64, "BD": 256, "num_warps": 8, "num_stages": 2}
-COLLECT: dict[str, Any] = {"BM": 32, "BN": 64, "BK": 64, "BD": 256, "num_warps": 8, "num_stages": 2}
+COLLECT: dict[str, Any] = {"BM": 64, "BN": 64, "BK": 64, "BD": 256, "num_warps": 8, "num_stages": 2}
 FP32: dict[str, Any] = {"BM": 32, "BN": 32, "BK": 32}
 """Operands of 4 bytes take half the room: these tiles replace those of the gradients."""

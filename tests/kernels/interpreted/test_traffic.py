@@ -122,3 +122,18 @@ def test_table(B: int, G: int, Q: int, D: int):
     with counting() as counted:
         table.table_collect(image, taken, levels, Q)
     same(counted, traffic.table_collect(B, G, Q, D, 4, table._tiles(table_kernels.COLLECT, image, Q, D)))
+
+
+@pytest.mark.parametrize(("B", "G", "Q", "D"), [(9, 4, 3, 8), (33, 19, 10, 40), (20, 3, 5, 300)])
+def test_gradients_of_level_loss(B: int, G: int, Q: int, D: int):
+    image, rows = vectors(B, D), vectors(G, Q, D)
+    levels, weight = torch.randint(Q, (B, G)).to(torch.uint8), torch.ones(B, G, dtype=torch.uint8)
+    with counting() as counted:
+        table.level_loss_grads(image, rows, levels, weight, torch.tensor(5.0), torch.zeros(G, Q), torch.tensor(1.0))
+    spread, collect = (table._tiles(c, image, Q, D) for c in (table_kernels.SPREAD, table_kernels.COLLECT))
+    both = traffic.table_spread(B, G, Q, D, 4, spread, loss=True) + traffic.table_collect(
+        B, G, Q, D, 4, collect, loss=True
+    )
+    assert (counted.loaded, counted.stored, counted.flops) == (both.loaded, both.stored, both.flops)
+    # Each of the two finds all of its operands anew; the counter sees them once.
+    assert 2 * counted.distinct == both.distinct
