@@ -107,7 +107,9 @@ def _table(B: int, G: int, Q: int, D: int, name: str) -> Iterator[Sized]:
     yield Sized("pair_scores", "backward", name, spread + collect, inputs + 5 * each + 4 * (vectors + rows), 2 * picked)
     yield Sized("level_cross_entropy", "forward", name, loss, inputs + 2 * each, picked * Q)
     # The scores again, and a product for each side.
-    yield Sized("level_cross_entropy", "backward", name, dloss, inputs + 2 * each + 4 * (vectors + rows), 3 * picked * Q)
+    yield Sized(
+        "level_cross_entropy", "backward", name, dloss, inputs + 2 * each + 4 * (vectors + rows), 3 * picked * Q
+    )
 
 
 def sizes() -> list[Sized]:
