@@ -1,4 +1,4 @@
-"""``comtip shards build SOURCE --out DIR`` and ``comtip shards verify DIR``."""
+"""``comtip shards check|build SOURCE --out DIR`` and ``comtip shards verify DIR``."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 
 from comtip_shards.build import build_shards
+from comtip_shards.curate import check_sources
 from comtip_shards.sources import FORMATS as SOURCE_FORMATS
-from comtip_shards.sources import detect, open_source
+from comtip_shards.sources import SectionSource, detect, open_source
 from comtip_shards.verify import verify
 
 from comtip_fast.cli.options import add_meta, add_out, meta
@@ -16,33 +17,60 @@ FORMATS = ("auto", *SOURCE_FORMATS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the two sub-commands."""
+    """Declare the sub-commands."""
     sub = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    build = sub.add_parser("build", help="cut tiles and write shards", description="Build a shard set from sections.")
-    build.add_argument(
+    _add_build(
+        sub.add_parser("build", help="cut tiles and write shards", description="Build a shard set from sections.")
+    )
+    check = sub.add_parser(
+        "check", help="look sections over before they are built",
+        description="Make the checks of a curator on every section: a page each with the spots over the picture, and a table.",
+    )  # fmt: skip
+    _add_source(check)
+    add_out(check, "a new folder, or one that an earlier check wrote")
+    check.add_argument("--strict", action="store_true", help="exit with 1 when a check fails")
+    check.set_defaults(act=_check)
+    verify = sub.add_parser(
+        "verify", help="prove a shard set whole", description="Check hashes, counts and every record."
+    )
+    verify.add_argument("folder", type=Path)
+    verify.set_defaults(act=_verify)
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    """Add what names sections."""
+    parser.add_argument(
         "source", type=Path, help="a manifest.tsv table (or its folder), a legacy ST or a Space Ranger folder"
     )
+    parser.add_argument("--samples", help="sections to take, by id, with commas (default: all)")
+    parser.add_argument("--where", action="append", default=[], metavar="KEY=VALUE[,VALUE]",
+                        help="take only sections of this species, tissue, platform, donor or dataset; "
+                        "may be given many times, all must hold")  # fmt: skip
+    parser.add_argument("--format", choices=FORMATS, default="auto", help="of the source (default: recognise it)")
+    parser.add_argument("--tile-um", type=float, default=224.0, help="width of a tile in um (default 224)")
+    add_meta(parser)
+
+
+def _add_build(build: argparse.ArgumentParser) -> None:
+    _add_source(build)
     add_out(build, "folder of the new shard set")
-    build.add_argument("--samples", help="sections to take, by id, with commas (default: all)")
-    build.add_argument("--where", action="append", default=[], metavar="KEY=VALUE[,VALUE]",
-                       help="take only sections of this species, tissue, platform, donor or dataset; "
-                       "may be given many times, all must hold")  # fmt: skip
-    build.add_argument("--format", choices=FORMATS, default="auto", help="of the source (default: recognise it)")
-    build.add_argument("--tile-um", type=float, default=224.0, help="width of a tile in um (default 224)")
     build.add_argument("--tile-px", type=int, default=128, help="width of a tile in px (default 128)")
     build.add_argument(
         "--min-mpp", type=float, default=4.0, help="blur finer images to this many um per px (default 4)"
     )
     build.add_argument("--codec", choices=("jpeg", "png", "webp"), default="jpeg")
-    build.add_argument("--split", action="append", default=[], metavar="SECTION=SPLIT",
+    build.add_argument("--strict", action="store_true", help="refuse sections that fail a check")
+    group = build.add_argument_group("splits: by donor, and benchmarks kept out of training")
+    group.add_argument("--split", action="append", default=[], metavar="SECTION=SPLIT",
                        help="train, val or test; overrides the source, may be given many times")  # fmt: skip
-    add_meta(build)
+    group.add_argument("--auto-split", type=_shares, metavar="TRAIN,VAL,TEST",
+                       help="draw donors without a split, e.g. 0.8,0.1,0.1")  # fmt: skip
+    group.add_argument("--seed", type=int, default=0, help="of --auto-split (default 0)")
+    group.add_argument("--allow-benchmark", action="append", default=[], metavar="ID",
+                       help="train on this section although a benchmark scores it or its donor")  # fmt: skip
+    group.add_argument("--benchmark-ids", type=Path, metavar="FILE",
+                       help="further ids to keep out of training: one a line, or a table with the column id")  # fmt: skip
     build.set_defaults(act=_build)
-    check = sub.add_parser(
-        "verify", help="prove a shard set whole", description="Check hashes, counts and every record."
-    )
-    check.add_argument("folder", type=Path)
-    check.set_defaults(act=_verify)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -51,25 +79,41 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _build(args: argparse.Namespace) -> int:
-    samples = [s.strip() for s in args.samples.split(",") if s.strip()] if args.samples else None
     splits = {}
     for item in args.split:
         section, _, split = item.partition("=")
         if split not in {"train", "val", "test"}:
             raise ValueError(f"--split {item}: write SECTION=train, SECTION=val or SECTION=test")
         splits[section] = split
+    report = build_shards(
+        _open(args), args.out, tile_px=args.tile_px, tile_um=args.tile_um, min_mpp=args.min_mpp, codec=args.codec,
+        splits=splits, strict=args.strict, allow_benchmark=args.allow_benchmark, benchmark_ids=args.benchmark_ids,
+        auto_split=args.auto_split, seed=args.seed, progress=True,
+    )  # fmt: skip
+    print(report.text)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    reports = check_sources(_open(args), args.out, tile_um=args.tile_um, progress=True)
+    for report in reports:
+        print(f"{report.section_id}: {report.status}", *(f"  {line}" for line in report.lines), sep="\n")
+    print(f"pages: {args.out / 'index.html'}")
+    return int(args.strict and any(r.status == "fail" for r in reports))
+
+
+def _open(args: argparse.Namespace) -> list[SectionSource]:
+    samples = [s.strip() for s in args.samples.split(",") if s.strip()] if args.samples else None
     fmt = args.format
     if fmt == "auto" and args.source.exists():
         reader, why = detect(args.source)
         fmt = reader.name
         print(f"read as {fmt}: {why}")
-    sources = open_source(args.source, samples=samples, fmt=fmt, overrides=meta(args), where=_where(args.where))
-    report = build_shards(
-        sources, args.out, tile_px=args.tile_px, tile_um=args.tile_um, min_mpp=args.min_mpp, codec=args.codec,
-        splits=splits, progress=True,
-    )  # fmt: skip
-    print(report.text)
-    return 0
+    return open_source(args.source, samples=samples, fmt=fmt, overrides=meta(args), where=_where(args.where))
+
+
+def _shares(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
 
 
 def _where(items: list[str]) -> dict[str, list[str]]:

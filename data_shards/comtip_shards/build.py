@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import starmap
 from pathlib import Path
@@ -18,16 +18,17 @@ from pathlib import Path
 from tqdm import tqdm
 
 from comtip_shards import record, spots
+from comtip_shards.curate import refuse_failed, write_pages
 from comtip_shards.errors import ShardError, SourceError
+from comtip_shards.leakage import check_duplicates, keep_apart
 from comtip_shards.manifest import NAME, TileSpec, read_manifest, sha256_of
 from comtip_shards.section import SectionMeta, check_meta
 from comtip_shards.sources.base import SectionSource
 from comtip_shards.stage import Staged, stage_section
 from comtip_shards.writer import FOLDERS, GENES_FILE, REPORT_FILE, made_with, set_fingerprint, write_set
 
-STAGING = ".building"
-STAGE_VERSION = 2
-UNKNOWN_DONORS = {"", "unknown", "na", "n/a", "none", "nan", "?"}
+STAGING, REPORTS = ".building", "report"
+STAGE_VERSION = 3
 
 
 @dataclass
@@ -44,7 +45,8 @@ class BuildReport:
 def build_shards(
     sources: Sequence[SectionSource], out: Path, *, tile_px: int = 128, tile_um: float = 224.0, min_mpp: float = 4.0,
     codec: str = "jpeg", quality: int = 95, splits: Mapping[str, str] | None = None, max_records: int = 512,
-    progress: bool = False,
+    strict: bool = False, allow_benchmark: Collection[str] = (), benchmark_ids: Path | None = None,
+    auto_split: Sequence[float] | None = None, seed: int = 0, progress: bool = False,
 ) -> BuildReport:  # fmt: skip
     """Build a shard set in ``out``.
 
@@ -62,6 +64,10 @@ def build_shards(
         ``{section_id: "train" | "val" | "test"}``, wins over the sources' own.
     max_records
         Records per tar file.
+    strict
+        Refuse sections that fail a check; otherwise failures are told in ``report/`` and the manifest's notes.
+    allow_benchmark, benchmark_ids, auto_split, seed
+        Of :func:`comtip_shards.leakage.keep_apart`.
     progress
         Show a bar on a terminal.
 
@@ -73,12 +79,17 @@ def build_shards(
     out = Path(out)
     tile = TileSpec(tile_px, float(tile_um), float(min_mpp), codec, quality)
     _check_tile(tile)
-    metas = check_splits(_with_splits([s.meta for s in sources], splits or {}))
+    metas, notes = keep_apart(
+        _with_splits([s.meta for s in sources], splits or {}), allow=allow_benchmark, benchmark_ids=benchmark_ids,
+        auto_split=auto_split, seed=seed,
+    )  # fmt: skip
     prints = [_fingerprint(s, m, tile) for s, m in zip(sources, metas, strict=True)]
     whole = set_fingerprint(prints, max_records)
     if _already_built(out, whole):
         report = (out / REPORT_FILE).read_text(encoding="utf-8")
         manifest = read_manifest(out)
+        if strict:
+            refuse_failed((s.section_id, s.source["checks"]) for s in manifest.sections)
         ids = [s.section_id for s in manifest.sections]
         return BuildReport(out, manifest.n_spots, manifest.n_genes, ids, report + "(already built)")
     staging = out / STAGING
@@ -93,7 +104,12 @@ def build_shards(
     for source, meta, mark in bar:
         bar.set_postfix_str(meta.section_id)
         staged.append(stage_section(source, meta, tile, mark, staging))
-    report_text = write_set(staged, tile, out, max_records, starmap)
+    heads = [s.head() for s in staged]
+    write_pages([(h.meta.section_id, h.pages, h.source["checks"]) for h in heads], out / REPORTS)
+    if strict:
+        refuse_failed((h.meta.section_id, h.source["checks"]) for h in heads)
+    notes |= check_duplicates([(h.meta, h.source["print"]) for h in heads])
+    report_text = write_set(staged, tile, out, max_records, starmap, notes=notes)
     shutil.rmtree(staging)
     manifest = read_manifest(out)
     return BuildReport(out, manifest.n_spots, manifest.n_genes, [m.section_id for m in metas], report_text)
@@ -122,23 +138,6 @@ def _with_splits(metas: list[SectionMeta], splits: Mapping[str, str]) -> list[Se
     metas = [replace(m, split=splits.get(m.section_id, m.split)) for m in metas]
     for meta in metas:
         check_meta(meta, meta.section_id)
-    # A section whose donor is not known could be of any donor; it is its own, and never one big "unknown".
-    return [
-        replace(m, donor=f"unstated:{m.section_id}") if m.donor.strip().lower() in UNKNOWN_DONORS else m for m in metas
-    ]
-
-
-def check_splits(metas: list[SectionMeta]) -> list[SectionMeta]:
-    """Refuse a donor in train (or val) and test: that is leakage. Train and val may share one, it is reported."""
-    for meta in metas:
-        if meta.split != "test":
-            continue
-        shared = [m.section_id for m in metas if m.donor == meta.donor and m.split in ("train", "val")]
-        if shared:
-            raise SourceError(
-                f"donor {meta.donor} is in the test section {meta.section_id} and in {', '.join(shared)}; "
-                "split by donor, with --split SECTION=train|val|test"
-            )
     return metas
 
 
@@ -161,7 +160,7 @@ def _already_built(out: Path, fingerprint: str) -> bool:
         if read_manifest(out).fingerprint == fingerprint:
             return True
         raise ShardError(f"{out} holds another shard set; give a new folder or delete this one")
-    ours = {STAGING, GENES_FILE, REPORT_FILE, spots.FILE, NAME + ".writing", *FOLDERS}
+    ours = {STAGING, REPORTS, GENES_FILE, REPORT_FILE, spots.FILE, NAME + ".writing", *FOLDERS}
     foreign = sorted(p.name for p in out.iterdir() if p.name not in ours)
     if foreign:
         raise ShardError(f"{out} is not empty ({', '.join(foreign[:3])}); give a new folder")

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,8 +15,11 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
+from comtip_shards.curate.page import EXTENSIONS, pages
+from comtip_shards.curate.run import check_section
 from comtip_shards.identifiers import map_genes
 from comtip_shards.image import Slide, reading_order
+from comtip_shards.leakage import section_print
 from comtip_shards.manifest import TileSpec
 from comtip_shards.record import encode_json, encode_tile
 from comtip_shards.section import Section, SectionMeta
@@ -47,6 +50,7 @@ class Staged:
         return SectionHead(
             self.meta, self.fingerprint, len(facts["spots"]), facts["keys"], stain,
             (self.folder / "overview.jpg").read_bytes(), facts["overview_mpp"], facts["source"],
+            {e: (self.folder / f"report.{e}").read_text(encoding="utf-8") for e in EXTENSIONS},
         )  # fmt: skip
 
     def runs(self, size: int) -> Iterator[Records]:
@@ -80,7 +84,8 @@ def stage_section(source: SectionSource, meta: SectionMeta, tile: TileSpec, mark
     with section.open_slide() as slide, (aside / "tiles.bin").open("wb") as file:
         stain, starts, sizes = _write_tiles(section, slide, tile, file)
         overview, overview_mpp = _overview(slide, meta.mpp)
-        notes = [*section.notes, *slide.notes, *_notes(meta, tile)]
+        checked = check_section(replace(section, meta=meta), slide, tile_um=tile.um)
+        notes = [*section.notes, *slide.notes, *_notes(meta, tile), *checked.lines]
     genes = map_genes(section.gene_ids, meta.species, symbols=section.gene_symbols)
     counts = genes.sum_columns(section.counts)
     np.savez(
@@ -88,6 +93,8 @@ def stage_section(source: SectionSource, meta: SectionMeta, tile: TileSpec, mark
         counts=counts.data.astype(np.int32), starts=starts, sizes=sizes,
     )  # fmt: skip
     (aside / "overview.jpg").write_bytes(overview)
+    for extension, page in pages(checked).items():
+        (aside / f"report.{extension}").write_text(page, encoding="utf-8")
     kept, lost = int(counts.sum(dtype=np.int64)), int(section.counts.sum(dtype=np.int64))
     facts = {
         "keys": genes.keys, "overview_mpp": overview_mpp, "stain": asdict(stain),
@@ -95,6 +102,7 @@ def stage_section(source: SectionSource, meta: SectionMeta, tile: TileSpec, mark
         "source": {
             "dropped_spots": section.dropped, "genes": genes.report(), "notes": notes,
             "unmapped_genes": len(genes.unmapped), "summed_genes": len(genes.collisions), "counts_left_out": lost - kept,
+            "checks": checked.summary(), "print": section_print(counts, genes.keys, np.asarray(Image.open(io.BytesIO(overview)))),
         },
     }  # fmt: skip
     (aside / "facts.json").write_text(json.dumps(facts), encoding="utf-8")

@@ -10,8 +10,8 @@ import pandas as pd
 from tqdm import tqdm
 
 from comtip_shards import record
-from comtip_shards.build import check_splits
 from comtip_shards.errors import ShardError, SourceError
+from comtip_shards.leakage import check_splits
 from comtip_shards.manifest import ManifestSection, ShardEntry, sha256_of
 from comtip_shards.reader import ShardSet
 from comtip_shards.remote import Remote

@@ -12,11 +12,11 @@ import json
 import shutil
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -57,7 +57,9 @@ class SectionHead:
     stain: StainStats
     overview: bytes
     overview_mpp: float
-    source: dict[str, object]
+    source: dict[str, Any]
+    pages: dict[str, str] = field(default_factory=dict)
+    """What its checks found: ``{"json": text, "html": text}``."""
 
 
 @dataclass
@@ -119,7 +121,7 @@ class Written:
 
 def write_set(
     sections: Sequence[SectionRecords], tile: TileSpec, out: Path, records_per_shard: int, run: Runner,
-    part: Part | None = None,
+    part: Part | None = None, notes: Mapping[str, str] | None = None,
 ) -> str:  # fmt: skip
     """Write a whole set, the manifest last; returns the report's text.
 
@@ -133,6 +135,8 @@ def write_set(
         Folder; shards that an unfinished build left there are replaced.
     run
         Calls a function for each tuple of arguments and returns the results in order; perhaps in other processes.
+    notes
+        ``{section_id: note}``, what only shows beside the other sections.
     """
     for name in FOLDERS:
         shutil.rmtree(out / name, ignore_errors=True)
@@ -141,7 +145,8 @@ def write_set(
     keys = sorted({k for h in heads for k in h.keys})
     _write_genes(out / GENES_FILE, keys)
     first = np.concatenate([[0], np.cumsum([h.n_spots for h in heads])]).tolist()
-    work = [(s, keys, tile, out, first[i], records_per_shard) for i, s in enumerate(sections)]
+    more = [[n] if (n := (notes or {}).get(h.meta.section_id)) else [] for h in heads]
+    work = [(s, keys, tile, out, first[i], records_per_shard, more[i]) for i, s in enumerate(sections)]
     done = list(run(write_section, work))
     _join_spots([out / "spots" / f"{h.meta.section_id}.parquet" for h in heads], out / spots.FILE)
     shutil.rmtree(out / "spots")
@@ -160,10 +165,12 @@ def write_set(
 
 
 def write_section(
-    records: SectionRecords, keys: list[str], tile: TileSpec, out: Path, first: int, records_per_shard: int
-) -> Written:
+    records: SectionRecords, keys: list[str], tile: TileSpec, out: Path, first: int, records_per_shard: int,
+    notes: Sequence[str] = (),
+) -> Written:  # fmt: skip
     """Write one section's shards, indexes, overview and rows of the table of spots."""
     head = records.head()
+    head.source = head.source | {"notes": [*head.source["notes"], *notes]}
     meta = head.meta
     place = {k: i for i, k in enumerate(keys)}
     rows = np.array([place[k] for k in head.keys], np.int64)

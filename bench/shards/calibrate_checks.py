@@ -1,0 +1,65 @@
+"""How often the checks of a section find each fault, and how often they cry without one.
+
+    PYTHONPATH=.:kernels:data_shards python bench/shards/calibrate_checks.py data_shards/samples --out checks.md
+
+Every section of the source is checked as it is, then spoiled by every fault of :mod:`comtip_fast.testing.faults`. A fault
+counts as found when the check that is made for it warns or fails; what else speaks up is listed beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+from comtip_shards.curate import check_section
+from comtip_shards.curate.finding import FAIL, WARN, SectionReport
+from comtip_shards.section import Section
+from comtip_shards.sources import open_source
+from tqdm import tqdm
+
+from comtip_fast.testing.faults import FAULTS
+
+
+def alarms(report: SectionReport) -> set[str]:
+    return {f.name for f in report.findings if f.status in (WARN, FAIL)}
+
+
+def calibrate(sections: list[Section], folder: Path) -> list[str]:
+    lines = ["| fault | check | found | named alone | other alarms |", "|---|---|---|---|---|"]
+    sound = Counter(name for s in sections for name in alarms(check_section(s)))
+    n = len(sections)
+    lines.append(f"| none | | | | {_counted(sound, n)} |")
+    for fault, (check, spoil) in tqdm(FAULTS.items(), desc="faults"):
+        found, alone, others = 0, 0, Counter[str]()
+        for section in sections:
+            heard = alarms(check_section(spoil(section, folder)))
+            found += check in heard
+            alone += heard == {check}
+            others.update(heard - {check})
+        lines.append(f"| {fault} | `{check}` | {found} / {n} | {alone} / {n} | {_counted(others, n)} |")
+    return lines
+
+
+def _counted(names: Counter[str], n: int) -> str:
+    return ", ".join(f"`{name}` {k} / {n}" for name, k in names.most_common()) or f"0 / {n}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("source", type=Path)
+    parser.add_argument("--samples", help="sections, with commas")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    samples = args.samples.split(",") if args.samples else None
+    sections = [s.read() for s in open_source(args.source, samples=samples)]
+    with tempfile.TemporaryDirectory() as folder:
+        text = "\n".join(calibrate(sections, Path(folder))) + "\n"
+    print(text)
+    if args.out:
+        args.out.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
