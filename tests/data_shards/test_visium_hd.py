@@ -40,7 +40,7 @@ def run(tmp_path: Path) -> Path:
     fine = tissue().repeat(2, 0).repeat(2, 1)
     write_visium_hd(root, 8, rng.poisson(0.2, (4, fine.sum())), fine, PLACE)
     (root / "spatial").mkdir()
-    he_picture(160, 130).save(root / "spatial/tissue_hires_image.png")
+    he_picture(80, 65).save(root / "spatial/tissue_hires_image.png")
     he_picture(160, 130).save(tmp_path / "full.png")
     return root
 
@@ -131,6 +131,17 @@ def test_round_trip_through_a_shard_set(run: Path, tmp_path: Path):
         np.testing.assert_array_equal(row, total)
         np.testing.assert_allclose([spot.x_px, spot.y_px], centre, atol=1e-3)
     assert shards.manifest.sections[0].pooling.startswith("bins of 16 um")
+
+
+def test_the_hires_picture_is_taken_only_when_asked_for(run: Path):
+    want = {k: (n, c, xy * 0.5) for k, (n, c, xy) in truth(run, 16, 128).items() if n >= 32}
+    section = read(run, image="hires")
+    same(section, want)
+    assert section.meta.mpp == pytest.approx(2 * MPP)
+    assert any("cut from tissue_hires_image.png, 0.5000 of full resolution" in n for n in section.notes)
+    with pytest.raises(SourceError, match="say --image hires"):
+        read(run, image="")
+    same(read(run), {k: (n, c, xy * 2) for k, (n, c, xy) in want.items()})
 
 
 def test_bins_outside_tissue_of_a_raw_matrix_are_counted(run: Path):

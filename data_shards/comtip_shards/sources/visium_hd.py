@@ -84,6 +84,12 @@ def _bins(path: Path) -> dict[float, Path]:
     return dict(sorted(found.items(), reverse=True))
 
 
+def _pictures(folder: Path, root: Path) -> Path:
+    """Return where the shrunk pictures lie: beside the positions, or once for all bins."""
+    places = (folder / "spatial", root / "spatial")
+    return next((p for p in places if any(p.glob("tissue_*_image.png"))), places[0])
+
+
 # -- bins ---------------------------------------------------------------------------------------------------
 
 
@@ -117,7 +123,7 @@ def _bins_source(root: Path, pool_um: float, bins: dict[float, Path], overrides:
     if factors.get("bin_size_um", width) != width:
         raise SourceError(f"{folder}: {FACTORS} says bins of {factors['bin_size_um']:g} um; take both from one run")
     full_mpp = _scale(factors, folder / "spatial" / FACTORS, overrides)
-    image, scale, notes = choose_image(root, folder / "spatial", factors, overrides.get("image", ""))
+    image, scale, notes = choose_image(root, _pictures(folder, root), factors, overrides.get("image", ""))
     features = counts.features()
     meta = pooled_meta(
         root, section_name(root), overrides, species=overrides.get("species") or species_of(features.ids, counts.path),
@@ -301,7 +307,7 @@ def _cells_source(root: Path, pool_um: float, bins: dict[float, Path], overrides
         raise SourceError(f"{folder / 'spatial' / FACTORS}: no such file, but it holds the scale of positions")
     factors = scale_factors(spatial / FACTORS)
     full_mpp = _scale(factors, spatial / FACTORS, overrides)
-    image, scale, notes = choose_image(root, spatial, factors, overrides.get("image", ""))
+    image, scale, notes = choose_image(root, _pictures(spatial.parent, root), factors, overrides.get("image", ""))
     features = counts.features()
     least = int(setting(overrides, "min_pooled", 1))
     meta = pooled_meta(

@@ -93,19 +93,14 @@ def open_sections(path: Path, samples: Sequence[str] | None, overrides: Mapping[
     least = int(setting(overrides, "min_pooled", 0)) or None
     if what == "cells":
         refuse(overrides, ("qv",), "cells were counted by the instrument, at qv 20")
-        table, text = path / CELLS, f"cells in squares of {run.pool_um:g} um, at least {least or 1}"
-    else:
-        table, text = (
-            path / TRANSCRIPTS,
-            f"transcripts of qv {qv:g} or more in squares of {run.pool_um:g} um, at least ",
-        )
-        text += str(least) if least else f"{MIN_OF_DENSE:.0%} of a dense one"
-    existing(table, f"table of {what}")
-    if what == "cells" and panel is None:
-        raise SourceError(f"{path}: no cell_feature_matrix.h5, the counts of the cells; or pool transcripts")
+        if panel is None:
+            raise SourceError(f"{path}: no cell_feature_matrix.h5, the counts of the cells; or pool transcripts")
+    table = existing(path / (CELLS if what == "cells" else TRANSCRIPTS), f"table of {what}")
+    units = what if what == "cells" else f"transcripts of qv {qv:g} or more"
+    enough = str(least or 1) if least or what == "cells" else f"{MIN_OF_DENSE:.0%} of a dense one"
     meta = pooled_meta(
         path, name, overrides, species=_species(run.features, experiment, path, overrides), platform="Xenium", mpp=run.mpp,
-        pool_um=run.pool_um, pooling=text,
+        pool_um=run.pool_um, pooling=f"{units} in squares of {run.pool_um:g} um, at least {enough}",
     )  # fmt: skip
 
     def load() -> Section:
