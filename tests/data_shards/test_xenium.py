@@ -283,7 +283,7 @@ BAD_ALIGNMENT = {
     "one wrong": (one_wrong, r"leaves keypoints \d+\.\d um apart.*the worst is number 5"),
     "two points": (lambda r: write_keypoints(r, n=2), "2 keypoints, or all on a line"),
     "other columns": (lambda r: (r / "breast_he_imagealignment.csv").write_text("a,b\n1,2\n"), "expected fixedX"),
-    "text": (lambda r: (r / "breast_he_imagealignment.csv").write_text("1,2,3\n4,x5y,6\n0,0,1\n"), "neither a matrix"),
+    "text": (lambda r: (r / "breast_he_imagealignment.csv").write_text("1,2,3\n4,x5y,6\n0,0,1\n"), "cannot be read as a matrix of 3 x 3"),
     "2 x 3": (lambda r: write_matrix(r, matrix()[:2]), "2 x 3 numbers, expected"),
     "projective": (lambda r: write_matrix(r, matrix() + [[0, 0, 0], [0, 0, 0], [1e-3, 0, 0]]), "no affine map"),
     "stretched": (lambda r: write_matrix(r, matrix() * [[1, 1.5, 1], [1, 1.5, 1], [1, 1, 1]]), "scales the two axes"),

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from comtip_shards.errors import SourceError
-from comtip_shards.sources.base import existing
+from comtip_shards.sources.base import existing, reading
 
 POINTS = ("fixedx", "fixedy", "alignmentx", "alignmenty")
 MAX_RESIDUAL_UM = 20.0
@@ -55,8 +55,7 @@ def read_alignment(path: Path, pixel_size: float) -> Alignment:
     SourceError
         Neither of the two, no affine map, or a fit that leaves marked points too far apart.
     """
-    existing(path, "alignment of the H&E image")
-    try:
+    with reading(existing(path, "alignment of the H&E image"), "a matrix of 3 x 3 numbers or keypoints with a header"):
         with path.open(encoding="utf-8-sig") as file:
             header = [n.strip().strip('"').lower() for n in file.readline().split(",")]
         named = any(n.isalpha() for n in header)
@@ -71,8 +70,6 @@ def read_alignment(path: Path, pixel_size: float) -> Alignment:
             matrix, notes = _fit(points[:, 2:], points[:, :2], pixel_size, path)
         else:
             matrix, notes = table.to_numpy(np.float64), [f"alignment by the matrix in {path.name}"]
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{path}: neither a matrix of 3 x 3 numbers nor keypoints with a header ({error})") from error
     return Alignment(path, _checked(matrix, path), notes)
 
 
@@ -106,7 +103,7 @@ def _checked(matrix: np.ndarray, path: Path) -> np.ndarray:
     if not np.allclose(matrix[2], [0, 0, 1], atol=1e-9):
         raise SourceError(f"{path}: the last row is {matrix[2].tolist()}, not 0, 0, 1; this is no affine map")
     large, small = np.linalg.svd(matrix[:2, :2], compute_uv=False)
-    if small <= 1e-6 or large > MAX_STRETCH * small:
+    if not 1e-2 < small <= large < 1e2 or large > MAX_STRETCH * small:
         raise SourceError(
             f"{path}: scales the two axes by {large:.3g} and {small:.3g}; both images show the same glass, so this is no "
             "map between them; export it again from Xenium Explorer"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import gzip
-from collections.abc import Callable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,6 +109,18 @@ def pick(wanted: Sequence[str] | None, have: Sequence[str], where: Path) -> list
                 + (f" and {len(have) - 20} more" if len(have) > 20 else "")
             )
     return list(wanted)
+
+
+@contextmanager
+def reading(path: Path, what: str) -> Iterator[None]:
+    """Say of a file that cannot be read which it is and what it should be; libraries raise all kinds of errors."""
+    try:
+        yield
+    except SourceError:
+        raise
+    except (OSError, EOFError, KeyError, ValueError, TypeError, RuntimeError, MemoryError, zlib.error) as error:
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SourceError(f"{path}: cannot be read as {what} ({text}); is the file whole?") from error
 
 
 def existing(path: Path, what: str) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from comtip_shards.errors import SourceError
-from comtip_shards.sources.base import existing
+from comtip_shards.sources.base import existing, reading
 
 _CHUNK = 1 << 20
 _LONGEST = 1 << 26
@@ -28,7 +28,7 @@ def iter_features(path: Path) -> Iterator[dict[str, Any]]:
         Not GeoJSON, or it ends within.
     """
     decoder = json.JSONDecoder()
-    with existing(path, "file of polygons").open(encoding="utf-8", errors="strict") as file:
+    with reading(path, "GeoJSON"), existing(path, "file of polygons").open(encoding="utf-8") as file:
         text = ""
         while (start := _START.search(text)) is None:
             more = file.read(_CHUNK)

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from comtip_shards.errors import SourceError
+from comtip_shards.sources.base import existing, reading
 
 BATCH = 1 << 17
 
@@ -33,10 +34,8 @@ def batches(path: Path, names: Sequence[str], *, dictionary: Sequence[str] = ())
         raise SourceError(
             f"{path}: lacks the columns {', '.join(missing)}; it has {', '.join(file.schema_arrow.names)}"
         )
-    try:
+    with reading(path, "Parquet"):
         yield from file.iter_batches(BATCH, columns=list(names))
-    except (OSError, pa.ArrowInvalid) as error:
-        raise SourceError(f"{path}: cannot be read to its end ({error}); is the file whole?") from error
 
 
 def numbers_of(batch: pa.RecordBatch, names: Sequence[str], path: Path) -> np.ndarray:
@@ -61,9 +60,5 @@ def all_numbers(batch: pa.RecordBatch, names: Sequence[str], path: Path) -> np.n
 
 
 def _open(path: Path, dictionary: Sequence[str] = ()) -> pq.ParquetFile:
-    try:
+    with reading(existing(path, "table"), "Parquet"):
         return pq.ParquetFile(path, read_dictionary=list(dictionary))
-    except FileNotFoundError as error:
-        raise SourceError(f"{path}: no such file") from error
-    except (OSError, pa.ArrowInvalid) as error:
-        raise SourceError(f"{path}: cannot be read as Parquet ({error}); is the file whole?") from error

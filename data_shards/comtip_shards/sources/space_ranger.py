@@ -16,7 +16,7 @@ import pandas as pd
 
 from comtip_shards.errors import SourceError
 from comtip_shards.section import Section, SectionMeta, check_unique
-from comtip_shards.sources.base import SectionSource, Spots, join, number, numbers, pick
+from comtip_shards.sources.base import SectionSource, Spots, join, number, numbers, pick, reading
 from comtip_shards.sources.tenx import (
     TenxMatrix,
     appearance_note,
@@ -108,7 +108,7 @@ def _positions_files(spatial: Path) -> list[Path]:
 
 def read_positions(path: Path) -> Spots:
     """Read positions, with or without a header, as csv (packed or not) or parquet."""
-    try:
+    with reading(path, "tissue positions"):
         if path.suffix == ".parquet":
             table = pd.read_parquet(path).astype(str)
         else:
@@ -118,8 +118,6 @@ def read_positions(path: Path) -> Spots:
             table = pd.read_csv(
                 path, header=0 if header else None, dtype=str, keep_default_na=False, encoding="utf-8-sig"
             )
-    except (OSError, EOFError, ValueError) as error:
-        raise SourceError(f"{path}: cannot be read as tissue positions ({error})") from error
     if set(COLUMNS) <= set(table.columns):
         table = table[COLUMNS]
     elif table.shape[1] != len(COLUMNS) or "barcode" in table.columns:

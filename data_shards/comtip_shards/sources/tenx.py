@@ -18,9 +18,9 @@ from scipy import sparse
 from comtip_shards.appearance import looks_like_he
 from comtip_shards.errors import SourceError
 from comtip_shards.image import image_size, open_slide
-from comtip_shards.sources.base import as_counts, existing
+from comtip_shards.sources.base import as_counts, existing, reading
 
-GENE_KIND = "Gene Expression"
+GENE_KIND, MATRIX = "Gene Expression", "a feature-barcode matrix of 10x Genomics"
 JUDGED_PX = 30_000_000
 """Images up to this size are read to say whether they look like H&E; larger ones are left to the section report."""
 OVERVIEW_PX = 600
@@ -65,7 +65,7 @@ class TenxMatrix:
     def features(self) -> Features:
         """Read the rows' names."""
         if self.path.suffix == ".h5":
-            with _open_h5(self.path) as file:
+            with reading(self.path, MATRIX), _open_h5(self.path) as file:
                 return _h5_features(file)
         return _mex_features(self.files[1])
 
@@ -85,12 +85,9 @@ class TenxMatrix:
             barcodes, counts = _read_mex(self, len(features.ids))
             yield barcodes, as_counts(counts[:, rows], self.path, barcodes, ids)
             return
-        with _open_h5(self.path) as file:
-            try:
-                for barcodes, counts in _h5_chunks(file, self.path, len(features.ids), size):
-                    yield barcodes, as_counts(counts[:, rows], self.path, barcodes, ids)
-            except (OSError, KeyError) as error:
-                raise SourceError(f"{self.path}: cannot be read to its end ({error}); is the file whole?") from error
+        with reading(self.path, MATRIX), _open_h5(self.path) as file:
+            for barcodes, counts in _h5_chunks(file, self.path, len(features.ids), size):
+                yield barcodes, as_counts(counts[:, rows], self.path, barcodes, ids)
 
 
 # -- finding ------------------------------------------------------------------------------------------------
@@ -253,7 +250,7 @@ def _open_h5(path: Path) -> h5py.File:
     missing = [n for n in needed if f"matrix/{n}" not in file]
     if missing:
         file.close()
-        raise SourceError(f"{path}: no /matrix/{missing[0]}; this is not a feature-barcode matrix of 10x Genomics")
+        raise SourceError(f"{path}: no /matrix/{missing[0]}; this is not {MATRIX}")
     return file
 
 
@@ -297,10 +294,8 @@ def _h5_chunks(
 def _read_mex(matrix: TenxMatrix, n_features: int) -> tuple[list[str], sparse.csr_matrix]:
     path, _, barcodes_file = matrix.files
     barcodes = [line.split("\t")[0] for line in _lines(barcodes_file)]
-    try:
+    with reading(path, "a Matrix Market file"):
         counts = sparse.csc_matrix(scipy_io.mmread(path))
-    except (OSError, EOFError, ValueError) as error:
-        raise SourceError(f"{path}: cannot be read as a matrix ({error}); is the file whole?") from error
     if counts.shape != (n_features, len(barcodes)):
         raise SourceError(
             f"{path}: the matrix is {counts.shape}, but there are {n_features} features and {len(barcodes)} barcodes"
@@ -309,11 +304,9 @@ def _read_mex(matrix: TenxMatrix, n_features: int) -> tuple[list[str], sparse.cs
 
 
 def _lines(path: Path) -> list[str]:
-    try:
+    with reading(path, "lines of text"):
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
-        raise SourceError(f"{path}: cannot be decompressed ({error}); is the file whole?") from error
-    return raw.decode("utf-8").splitlines()
+        return raw.decode("utf-8").splitlines()
 
 
 def _mex_features(path: Path) -> Features:

@@ -22,7 +22,7 @@ from comtip_shards.image import open_slide
 from comtip_shards.pooling import Pooled, Pooler, squares_of
 from comtip_shards.section import Section, SectionMeta, check_unique
 from comtip_shards.sources.alignment import Alignment, read_alignment
-from comtip_shards.sources.base import SectionSource, existing, number, pick, refuse
+from comtip_shards.sources.base import SectionSource, existing, number, pick, reading, refuse
 from comtip_shards.sources.parquet import BATCH, all_numbers, batches, has_column, numbers_of
 from comtip_shards.sources.pooled import pooled_meta, pooled_section, setting
 from comtip_shards.sources.tenx import (
@@ -179,7 +179,7 @@ def _panel(path: Path) -> tuple[Features, list[str]]:
         raise SourceError(f"{path}: neither {TRANSCRIPTS} nor cell_feature_matrix.h5 is there; one of them is needed")
     names: set[str] = set()
     for batch in batches(path / TRANSCRIPTS, ["feature_name"], dictionary=["feature_name"]):
-        names |= set(_words(batch)[0])
+        names |= set(_words(batch, path / TRANSCRIPTS)[0])
     genes = sorted(n for n in names if not CONTROL.match(n))
     note = "no cell_feature_matrix.h5 or gene_panel.json: genes of the panel that were never seen count as not measured"
     return Features(genes, genes, [GENE_KIND] * len(genes)), [note]
@@ -220,13 +220,19 @@ def _check_scale(run: _Run, stated: str) -> None:
 # -- transcripts --------------------------------------------------------------------------------------------
 
 
-def _words(batch: pa.RecordBatch) -> tuple[list[str], np.ndarray]:
+def _words(batch: pa.RecordBatch, path: Path) -> tuple[list[str], np.ndarray]:
     """Return the different feature names of a batch and, per row, which it is (-1 for none)."""
     column = batch.column("feature_name")
     if not pa.types.is_dictionary(column.type):
         column = column.dictionary_encode()
-    words = [w.decode() if isinstance(w, bytes) else str(w) for w in column.dictionary.to_pylist()]
+    words = _texts(column.dictionary, path)
     return words, column.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def _texts(column: pa.Array, path: Path) -> list[str]:
+    """Return values as text; version 1 wrote bytes, or numbers."""
+    with reading(path, "Parquet"):
+        return [v.decode() if isinstance(v, bytes) else str(v) for v in column.to_pylist()]
 
 
 def _pool_transcripts(run: _Run, path: Path, qv: float) -> tuple[Pooler, list[str]]:
@@ -237,7 +243,7 @@ def _pool_transcripts(run: _Run, path: Path, qv: float) -> tuple[Pooler, list[st
     flagged = has_column(path, "is_gene")
     columns = ["feature_name", "x_location", "y_location", "qv", *(["is_gene"] if flagged else [])]
     for batch in batches(path, columns, dictionary=["feature_name"]):
-        words, code = _words(batch)
+        words, code = _words(batch, path)
         kinds = np.array([*(_kind(w, row_of) for w in words), -2], np.int64)
         gene = kinds[code]  # -1 is a control, -2 no gene of the panel; code -1 is the last, -2
         if flagged:
@@ -273,7 +279,7 @@ def _pool_cells(run: _Run, path: Path, counts: TenxMatrix) -> tuple[Pooler, list
     where: dict[str, tuple[float, float]] = {}
     n = 0
     for batch in batches(path, ["cell_id", "x_centroid", "y_centroid"]):
-        cells = [c.decode() if isinstance(c, bytes) else str(c) for c in batch.column("cell_id").to_pylist()]
+        cells = _texts(batch.column("cell_id"), path)
         xy = all_numbers(batch, ["x_centroid", "y_centroid"], path)
         where.update(zip(cells, map(tuple, xy.tolist()), strict=True))
         n += len(cells)
