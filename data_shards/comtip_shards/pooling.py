@@ -56,6 +56,7 @@ def squares_of(xy_N2: np.ndarray, width: float) -> np.ndarray:
     # The quotient is rounded: a position a hair below an edge may come out on it, and the other way round.
     index -= index * width > xy
     index += (index + 1) * width <= xy
+    _check_near(index)
     return index.astype(np.int64)
 
 
@@ -153,9 +154,13 @@ class Pooler:
 
 def _encode(square_N2: np.ndarray) -> np.ndarray:
     squares = np.asarray(square_N2, np.int64)
-    if squares.size and np.abs(squares).max() >= _LIMIT:
-        raise SourceError(f"a position lies {np.abs(squares).max():.3g} squares from the origin; these are no um")
+    _check_near(squares)
     return squares[:, 0] * (2 * _LIMIT) + squares[:, 1]
+
+
+def _check_near(squares: np.ndarray) -> None:
+    if squares.size and not np.abs(squares).max() < _LIMIT:
+        raise SourceError(f"a position lies {np.abs(squares).max():.3g} squares from the origin; these are no um")
 
 
 def _decode(codes: np.ndarray) -> np.ndarray:

@@ -224,6 +224,7 @@ BAD = {
     "column gone": (
         lambda r: (r / "spatial/tissue_positions.csv").write_text("barcode,in_tissue\nA-1,1\n"), "2 columns.*expected six",
     ),
+    "no rows": (lambda r: (r / "spatial/tissue_positions.csv").write_text(",".join(COLUMNS) + "\n"), "no rows"),
     "no table": (lambda r: (r / "spatial/tissue_positions.csv").unlink(), "none of tissue_positions.parquet"),
     "no counts": (lambda r: (r / "filtered_feature_bc_matrix.h5").unlink(), "neither filtered_feature_bc_matrix.h5"),
     "two matrices": (second_matrix, "more than one filtered_feature_bc_matrix.h5"),

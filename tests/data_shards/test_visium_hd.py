@@ -94,6 +94,7 @@ def test_bins_are_pooled_and_placed(run: Path, bin_um: int, more: dict):
     assert sorted(set(want) - set(kept)) == ["000x001", "000x003", "001x003", "002x003"]
     same(section, kept)
     assert section.gene_ids == list(GENES)
+    assert "the grid of bins is turned by 11.5 degrees on the image" in section.notes
     meta = section.meta
     assert (meta.section_id, meta.species, meta.platform) == ("colon", "human", "Visium HD")
     assert (meta.mpp, meta.spot_diameter_um, meta.spot_pitch_um) == (pytest.approx(MPP), 128, 128)
@@ -224,6 +225,7 @@ BAD_CELLS = {
                 "only 0 of its 60 cells have a polygon"),
     "twice": (lambda r: edit_polygons(r, lambda f: f.append(f[0])), "cell 1 stands more than once"),
     "a point": (lambda r: edit_polygons(r, lambda f: f[0]["geometry"].update(type="Point")), "no polygon"),
+    "a number": (lambda r: edit_polygons(r, lambda f: f.insert(0, 7)), "7 is no feature"),
     "no id": (lambda r: edit_polygons(r, lambda f: f[0]["properties"].pop("cell_id")), "without cell_id"),
     "no polygons": (lambda r: (r / "segmented_outputs/cell_segmentations.geojson").unlink(), "no such file"),
     "other json": (lambda r: (r / "segmented_outputs/cell_segmentations.geojson").write_text("[1]"), "no list of features"),

@@ -48,6 +48,13 @@ def iter_features(path: Path) -> Iterator[dict[str, Any]]:
                     raise SourceError(f"{path}: ends or is damaged after {text[at : at + 40]!r}") from error
                 text, at = text[at:] + more, 0
                 continue
+            parts = (
+                [feature, *(feature.get(n) or {} for n in ("geometry", "properties"))]
+                if isinstance(feature, dict)
+                else [None]
+            )
+            if not all(isinstance(part, dict) for part in parts):
+                raise SourceError(f"{path}: {str(feature)[:60]} is no feature with geometry and properties")
             yield feature
 
 

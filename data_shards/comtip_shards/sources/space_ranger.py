@@ -125,6 +125,8 @@ def read_positions(path: Path) -> Spots:
         raise SourceError(f"{path}: {table.shape[1]} columns ({have}), expected six: {', '.join(COLUMNS)}")
     else:
         table.columns = pd.Index(COLUMNS)
+    if table.empty:
+        raise SourceError(f"{path}: the table has no rows")
     check_unique(table["barcode"].tolist(), f"{path}: barcodes")
     tissue = numbers(table, ["in_tissue"], path)[:, 0] == 1
     return Spots(

@@ -141,11 +141,11 @@ def _bins_source(root: Path, pool_um: float, bins: dict[float, Path], overrides:
             raise SourceError(
                 f"{table}: no square of {pool_um:g} um has {100 * cover:g}% of its bins in tissue; lower --min-cover or --pool-um"
             )
-        xy = _centres(grid, pooled.square_N2, full_mpp, width, table) * scale
+        xy, lies = _centres(grid, pooled.square_N2, full_mpp, width, table)
         return pooled_section(
-            meta, image, pooled, xy, features.only_genes(), units="bins",
+            meta, image, pooled, xy * scale, features.only_genes(), units="bins",
             dropped={f"pseudo-spots with under {100 * cover:g}% of their bins in tissue": pooled.dropped_squares},
-            notes=[*notes, *said, *features.others_note(), *appearance_note(image)],
+            notes=[*notes, *said, lies, *features.others_note(), *appearance_note(image)],
         )  # fmt: skip
 
     return SectionSource(meta, (image, *counts.files, table, folder / "spatial" / FACTORS), load)
@@ -260,8 +260,8 @@ def _pool_bins(
     return pooler, notes
 
 
-def _centres(grid: _Grid, square_N2: np.ndarray, mpp: float, width: float, path: Path) -> np.ndarray:
-    """Return the centres of blocks in full-resolution px, float64 (N, 2).
+def _centres(grid: _Grid, square_N2: np.ndarray, mpp: float, width: float, path: Path) -> tuple[np.ndarray, str]:
+    """Return the centres of blocks in full-resolution px, float64 (N, 2), and how the grid lies.
 
     The mean over the bins of a block is its centre where the block is whole; where bins are missing it is moved by
     the grid's own steps on the image.
@@ -284,7 +284,10 @@ def _centres(grid: _Grid, square_N2: np.ndarray, mpp: float, width: float, path:
     index = square_N2[:, 1] * grid.blocks() + square_N2[:, 0]
     own = grid.sums[index, 1:] / grid.sums[index, :1]
     centre = (square_N2 + 0.5) * grid.side - 0.5
-    return own[:, :2] + (centre - own[:, 2:]) @ fit[:2]
+    angle = float(np.degrees(np.arctan2(fit[0, 1], fit[0, 0])))
+    mirrored = " and mirrored" if np.linalg.det(fit[:2]) < 0 else ""
+    note = f"the grid of bins is turned by {angle:.1f} degrees{mirrored} on the image"
+    return own[:, :2] + (centre - own[:, 2:]) @ fit[:2], note
 
 
 # -- cells --------------------------------------------------------------------------------------------------
