@@ -20,6 +20,7 @@ COMMANDS = {
     "export": "write a checkpoint as safetensors and config.json",
     "genes": "say how a gene identifier is understood",
     "plan": "predict memory, traffic and time of a run on given hardware",
+    "bench": "measure loaders on this machine",
     "doctor": "say what this machine can run",
 }
 USER_ERROR, KILLED = 2, 143

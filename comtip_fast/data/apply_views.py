@@ -59,13 +59,13 @@ def _by_tile(tiles_N3SS: Tensor, plan: ViewPlan) -> Tensor:
         for i in range(N):
             target[i] = turn_tile(source[i], int(plan.turn_N[i]), (1, 2))
         return out
-    tables = plan.table_N3V
+    flat, at = target.reshape(-1).data, 0
     for i in range(N):
         turned = turn_tile(source[i], int(plan.turn_N[i]), (1, 2))
         for c in range(3):
             # bytes.translate maps a byte in half a nanosecond, several times faster than indexing with an array.
-            mapped = turned[c].tobytes().translate(tables[i, c].tobytes())
-            target[i, c] = np.frombuffer(mapped, np.uint8).reshape(S, S)
+            flat[at : at + S * S] = turned[c].tobytes().translate(plan.table_N3V[i, c].tobytes())
+            at += S * S
     return out
 
 

@@ -7,7 +7,8 @@ and DALI is given their bytes: reading costs a few per cent of decoding.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -32,7 +33,7 @@ class DaliLoader(BaseLoader):
     At most ``data.prefetch`` batches wait, one is completed and two are in DALI.
     """
 
-    def _stream(self, requests: Iterator[Request]) -> Iterator[Made]:
+    def _stream(self, requests: Iterator[Request]) -> Generator[Made, None, None]:
         if self.config.data.workers == 0:
             yield from self._decoded(requests)
             return
@@ -70,7 +71,7 @@ class DaliLoader(BaseLoader):
         for i, data in enumerate(got.tiles):
             if i not in got.faults:
                 try:
-                    check_size(data, tile.px, tile.codec, self.shards.where(int(got.spots[i])))
+                    check_size(data, tile.px, tile.codec, partial(self.shards.where, int(got.spots[i])))
                 except ShardError as error:
                     got.faults[i] = error
         return got

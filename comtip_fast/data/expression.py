@@ -33,15 +33,14 @@ def dense_values(csr: Csr, genes: np.ndarray, n_genes: int) -> np.ndarray:
         Rows of the gene table.
     """
     indptr, rows, counts = csr
-    n = np.diff(indptr)
-    spot = np.repeat(np.arange(n.size), n)
-    total = np.bincount(spot, weights=counts, minlength=n.size)
-    place = np.full(n_genes, -1, np.int64)
+    n = indptr.size - 1
+    whole = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+    scale = 1e4 / np.maximum((whole[indptr[1:]] - whole[indptr[:-1]]).astype(np.float64), 1.0)
+    place = np.full(n_genes, -1, np.int32)
     place[genes] = np.arange(genes.size)
     column = place[rows]
-    wanted = column >= 0
-    spot = spot[wanted]
-    scale = 1e4 / np.maximum(total, 1.0)
-    out = np.zeros((n.size, genes.size), np.float32)
+    wanted = np.flatnonzero(column >= 0)
+    spot = np.searchsorted(indptr, wanted, side="right") - 1
+    out = np.zeros((n, genes.size), np.float32)
     out[spot, column[wanted]] = np.log1p((scale[spot] * counts[wanted]).astype(np.float32))
     return out

@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 import torch
 from comtip_shards import ShardError, ShardSet
+from scipy import sparse
 from torch import Tensor
 from tqdm import tqdm
 
@@ -59,7 +60,9 @@ class BaseLoader(ABC):
     config
         The run.
     rank, world
-        Which part of each global batch is made. The panel is that of the global batch.
+        Which part of each global batch is made; the panel is that of the global batch. What ranks must know of one
+        another's spots (levels, sections) they gather from the batches themselves: where a damaged record was skipped,
+        only the rank that read it knows who stands in.
     device
         Where views are made: on a GPU decoded tiles are moved first.
     frozen_stem
@@ -82,7 +85,7 @@ class BaseLoader(ABC):
         self.faults: dict[int, ShardError] = {}
         """Damaged records met so far, by spot."""
         self._stem = frozen_stem
-        self._running: Iterator[Made] | None = None
+        self._running: Generator[Made, None, None] | None = None
         self._next: tuple[int, int, int] | None = None
         self._wait_s = 0.0
 
@@ -113,14 +116,14 @@ class BaseLoader(ABC):
         self._wait_s += time.perf_counter() - began
         return batch
 
-    def iterate(self, epoch: int = 0, position: int = 0, step: int = 1) -> Iterator[Batch]:
+    def iterate(self, epoch: int = 0, position: int = 0, step: int = 1) -> Generator[Batch, None, None]:
         """Go through this rank's batches from a place on, for ever; close the iterator to stop its workers."""
         stream = self._stream(self.plan.requests(epoch, position, step))
         try:
             for made in stream:
                 yield self._deliver(made)
         finally:
-            _close(stream)
+            stream.close()
 
     def metrics(self) -> dict[str, float]:
         """Return what to log: seconds spent waiting for batches since the last call, damaged records so far."""
@@ -130,7 +133,8 @@ class BaseLoader(ABC):
 
     def close(self) -> None:
         """Stop what works in the background; asked for another batch, the loader starts again."""
-        _close(self._running)
+        if self._running is not None:
+            self._running.close()
         self._running = self._next = None
 
     def tiles(self, spot_index: np.ndarray, view: np.ndarray) -> tuple[np.ndarray, Tensor]:
@@ -149,10 +153,18 @@ class BaseLoader(ABC):
         plan = self._views(spot_index[whole], view[whole])
         return got.spots[whole], apply_views(torch.from_numpy(got.tiles_NSS3[whole]), plan)
 
+    def counts(self, spot_index: np.ndarray) -> tuple[np.ndarray, sparse.csr_matrix]:
+        """Return any spots' raw counts: int64 (n,) and int32 CSR (n, n_genes), damaged ones as in :meth:`tiles`."""
+        counts, faults = self.records.counts(spot_index)
+        if faults and self.config.data.faults == "stop":
+            raise faults[min(faults)]
+        self._count({int(spot_index[i]): error for i, error in faults.items()})
+        return np.delete(spot_index, list(faults)), counts
+
     # -- making a batch -------------------------------------------------------------------------------
 
     @abstractmethod
-    def _stream(self, requests: Iterator[Request]) -> Iterator[Made]:
+    def _stream(self, requests: Iterator[Request]) -> Generator[Made, None, None]:
         """Make batches in the order asked for, some of them ahead."""
 
     def _made(self, spots: np.ndarray, step: int, epoch: int) -> Made:
@@ -305,9 +317,3 @@ class BaseLoader(ABC):
             out[torch.from_numpy(np.searchsorted(spots, whole))] = features
         assert out is not None
         return out
-
-
-def _close(stream: Iterator[Made] | None) -> None:
-    close = getattr(stream, "close", None)
-    if close is not None:
-        close()

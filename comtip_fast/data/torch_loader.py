@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from comtip_fast.data.loader import BaseLoader, Made
@@ -13,7 +13,7 @@ from comtip_fast.data.plan import Request
 class TorchLoader(BaseLoader):
     """Each of ``data.workers`` threads makes one batch at a time; ``data.prefetch`` batches are under way or ready."""
 
-    def _stream(self, requests: Iterator[Request]) -> Iterator[Made]:
+    def _stream(self, requests: Iterator[Request]) -> Generator[Made, None, None]:
         data = self.config.data
         if data.workers == 0:
             yield from map(self._make, requests)

@@ -117,22 +117,22 @@ def _tables(
     """
     table = np.empty((len(view), 3, 256), np.uint8)
     for s in np.unique(section):
-        table[section == s] = _stain_table(stain_of(int(s)) if config.stain == "section" else None)
+        table[section == s] = stain_table(stain_of(int(s)) if config.stain == "section" else None)
     moved = np.flatnonzero(view > 0)
     if config.jitter > 0 and moved.size:
         keys = [key(seed, "jitter", int(view[i]), int(spot_index[i])) for i in moved]
-        jitter = _jitter_table(uniform_rows(keys, 6), config.jitter)
+        jitter = jitter_tables(uniform_rows(keys, 6), config.jitter)
         table[moved] = np.take_along_axis(jitter, table[moved].astype(np.int64), axis=2)
     return table
 
 
-def _stain_table(stain: StainStats | None) -> np.ndarray:
+def stain_table(stain: StainStats | None) -> np.ndarray:
     """Return uint8 (3, 256), what stain normalisation makes of each value."""
     ramp = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, axis=1)
     return (ramp if stain is None else normalise_stain(ramp, stain)).T
 
 
-def _jitter_table(u_N6: np.ndarray, spread: float) -> np.ndarray:
+def jitter_tables(u_N6: np.ndarray, spread: float) -> np.ndarray:
     """Scale and shift each channel's optical density by up to ``spread``, uniformly: uint8 (N, 3, 256)."""
     density = -np.log10((np.arange(256, dtype=np.float32) + 1) / 256)
     u = u_N6.astype(np.float32)[:, :, None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from itertools import islice
 
 import torch
@@ -20,7 +20,7 @@ class WdsLoader(BaseLoader):
     take another loader.
     """
 
-    def _stream(self, requests: Iterator[Request]) -> Iterator[Made]:
+    def _stream(self, requests: Iterator[Request]) -> Generator[Made, None, None]:
         data = self.config.data
         # A tee would hold on to requests; workers make their own from the first one.
         first = next(requests, None)

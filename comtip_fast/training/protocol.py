@@ -29,6 +29,14 @@ class TrainingTask(Protocol):
         """Do what must be done once before the first batch; not called where nothing is left to train."""
         ...
 
+    def close(self) -> None:
+        """Stop what reads ahead; asked for another batch, the task starts it again."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """Return numbers of the data since the last call, to log beside the losses; called on every rank at once."""
+        ...
+
     def batches(self, epoch: int) -> list[np.ndarray]:
         """Return the epoch's batches as spot indices: a pure function of (seed, epoch)."""
         ...

@@ -84,7 +84,7 @@ class CoMTIPTask:
             config, self.genes, torch.from_numpy(tables.table.log_prior).to(self.device), tables.strata.to(self.device),
             group,
         )  # fmt: skip
-        self._valid_features: dict[int, Tensor] = {}
+        self._valid_features: dict[int, tuple[np.ndarray, Tensor]] = {}
 
     @property
     def module(self) -> nn.Module:
@@ -105,6 +105,17 @@ class CoMTIPTask:
     def prepare(self) -> None:
         """Run a frozen stem over the training tiles."""
         self.loader.prepare()
+
+    def close(self) -> None:
+        """Stop the loader's workers."""
+        self.loader.close()
+
+    def metrics(self) -> dict[str, float]:
+        """Return seconds spent waiting for batches (of the rank that waited longest) and damaged records (of all ranks)."""
+        own = self.loader.metrics()
+        wait = self.group.max(torch.tensor(own["loader_wait_s"], device=self.device))
+        faults = self.group.sum(torch.tensor(own["faults"], device=self.device))
+        return {"loader_wait_s": float(wait), "faults": float(faults)}
 
     def batches(self, epoch: int) -> list[np.ndarray]:
         """Return the epoch's batches as spot indices, a function of (seed, epoch)."""
@@ -209,17 +220,19 @@ class CoMTIPTask:
         rows = [r for r in rows if r in set(trained.tolist())][:VALIDATION_GENES]
         if not rows:
             return None
-        spots = self.shards.select(sections=[section])
-        measured = log1p_cp10k(self.shards.counts(spots))[:, rows].toarray()
+        spots, features = self._section_features(section)
+        measured = log1p_cp10k(self.loader.counts(spots)[1])[:, rows].toarray()
         place = torch.from_numpy(np.searchsorted(trained, rows)).to(self.device)
-        image = self.model.encode_image(self._section_features(section, spots)).vector_BD
+        image = self.model.encode_image(features).vector_BD
         predicted = predict_trained(self.model, take_genes(self.genes, place), image, self.tables.table, place)
         return mean_pcc(measured, predicted["cp10k"])
 
-    def _section_features(self, section: int, spots: np.ndarray) -> Tensor:
+    def _section_features(self, section: int) -> tuple[np.ndarray, Tensor]:
+        """Return a section's whole spots and what the stem makes of their tiles."""
         if section not in self._valid_features:
-            _, tiles = self.loader.tiles(spots, np.zeros(spots.shape, np.int64))
-            self._valid_features[section] = self.model.vision.stem_features(tiles.to(self.device))
+            spots, _ = self.loader.counts(self.shards.select(sections=[section]))
+            spots, tiles = self.loader.tiles(spots, np.zeros(spots.shape, np.int64))
+            self._valid_features[section] = spots, self.model.vision.stem_features(tiles.to(self.device))
         return self._valid_features[section]
 
     @torch.no_grad()

@@ -44,6 +44,8 @@ CHECKPOINTS = "checkpoints"
 FREE_KEYS = {
     "name", "data.shards", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.tensorboard",
     "train.wandb", "train.nan_policy", "train.max_skips",
+    # Which loader reads changes tiles by no more than JPEG decoders differ; the others change no batch at all.
+    "data.loader", "data.workers", "data.prefetch", "data.expression", "data.max_faults",
     *(f"engine.{f.name}" for f in fields(EngineConfig)),
 }  # fmt: skip
 
@@ -118,6 +120,7 @@ class Trainer:
             try:
                 self._loop(caught)
             finally:
+                self.task.close()
                 for logger in self._loggers:
                     logger.close()
         p = self.progress
@@ -236,6 +239,7 @@ class Trainer:
             row = {"step": step, "kind": "train", "epoch": p.epoch}
             row |= losses | numbers | {"lr": rate, "grad_norm": norm, "skips": p.skips}
             row["spots_per_s"] = self._busy_spots / max(self._busy_s, 1e-9)
+            row |= self.task.metrics()
             self._busy_s, self._busy_spots = 0.0, 0
             self._log(row)
 

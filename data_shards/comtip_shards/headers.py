@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+from collections.abc import Callable
 
 from PIL import Image
 
@@ -14,22 +15,22 @@ _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _SCAN, _END = 0xDA, b"\xff\xd9"
 
 
-def check_size(data: bytes, px: int, codec: str, where: str) -> None:
+def check_size(data: bytes, px: int, codec: str, where: Callable[[], str]) -> None:
     """Refuse a tile that does not say it is px x px, or (JPEG) has no end.
 
     Raises
     ------
     ShardError
-        ``where`` names the record.
+        ``where`` gives the name of the record, when it is needed.
     """
     try:
         size = _jpeg_size(data) if codec == "jpeg" else _other_size(data, codec)
     except (IndexError, struct.error, OSError, ValueError) as error:
         raise ShardError(
-            f"{where}: the tile cannot be decoded ({type(error).__name__}: {error})", kind="tile"
+            f"{where()}: the tile cannot be decoded ({type(error).__name__}: {error})", kind="tile"
         ) from error
     if size != (px, px):
-        raise ShardError(f"{where}: the tile is {size[0]} x {size[1]} px, the manifest says {px} x {px}", kind="tile")
+        raise ShardError(f"{where()}: the tile is {size[0]} x {size[1]} px, the manifest says {px} x {px}", kind="tile")
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int]:

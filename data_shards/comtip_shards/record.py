@@ -102,48 +102,49 @@ def decode_exprs(
     if wrong.size:
         i = int(wrong[0])
         raise ShardError(f"{where(i)}.expr: {sizes[i]} bytes for {n[i]} genes, expected {expected[i]}", kind="counts")
-    gap_start = start + _HEAD + 4 * n_large
-    rows = _decode_rows(flat[_ranges(gap_start, n_gap)], n, n_gap, n_genes, where)
-    small = flat[_ranges(gap_start + n_gap, n)]
-    large = flat[_ranges(start + _HEAD, 4 * n_large)].view("<u4")
-    return np.concatenate([[0], np.cumsum(n)]), rows, _decode_counts(small, large, n, n_large, where)
+    gap_start = _HEAD + 4 * n_large
+    large = _cut(records, np.full(B, _HEAD), gap_start).view("<u4")
+    rows = _decode_rows(_cut(records, gap_start, gap_start + n_gap), n, n_gap, n_genes, where)
+    counts = _decode_counts(_cut(records, gap_start + n_gap, sizes), large, n, n_large, where)
+    return np.concatenate([[0], np.cumsum(n)]), rows, counts
 
 
 def _not_counts(where: str) -> ShardError:
     return ShardError(f"{where}.expr: not a count record ({EXPR_MAGIC.decode()})", kind="counts")
 
 
-def _ranges(start: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """Return the concatenation of ``arange(start[i], start[i] + size[i])``."""
-    ends = np.cumsum(size)
-    return np.arange(ends[-1] if ends.size else 0) + np.repeat(start - (ends - size), size)
+def _cut(records: Sequence[bytes], start: np.ndarray, stop: np.ndarray) -> np.ndarray:
+    """Return ``record[start:stop]`` of all records, end to end: uint8."""
+    parts = [r[a:b] for r, a, b in zip(records, start.tolist(), stop.tolist(), strict=True)]
+    return np.frombuffer(b"".join(parts), np.uint8)
 
 
-def _per_record(values: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """Return the sum of ``values`` over each record's run of ``size`` entries."""
-    total = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
-    ends = np.cumsum(size)
-    return total[ends] - total[ends - size]
+def _per_record(places: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """Return how many of ``places`` lie in each record's run of ``size`` entries."""
+    return np.bincount(np.searchsorted(np.cumsum(size), places, side="right"), minlength=size.size)
 
 
 def _decode_rows(
     gaps: np.ndarray, n: np.ndarray, n_gap: np.ndarray, n_genes: int, where: Callable[[int], str]
 ) -> np.ndarray:
-    last = gaps < 255  # ends a gap
     ends = np.cumsum(n_gap)
-    open_end = np.zeros(n.size, bool)
-    open_end[n_gap > 0] = ~last[ends[n_gap > 0] - 1]
-    wrong = np.flatnonzero((_per_record(last, n_gap) != n) | open_end)
+    full = np.flatnonzero(gaps == 255)  # does not end a gap
+    open_end = np.isin(ends - 1, full) & (n_gap > 0)
+    wrong = np.flatnonzero((n_gap - _per_record(full, n_gap) != n) | open_end)
     if wrong.size:
         raise ShardError(
             f"{where(int(wrong[0]))}.expr: the gaps between genes are not those of its genes", kind="counts"
         )
-    total = np.cumsum(gaps, dtype=np.int64)
+    # A byte that ends a gap also stands for its gene: the sum up to it is the gene's row, plus one.
+    steps = gaps.astype(np.uint16)
+    steps += 1
+    steps[full] = 255
+    total = np.cumsum(steps, dtype=np.int64)
     before = np.concatenate([[0], total])[ends - n_gap]
-    first = np.cumsum(n) - n
-    rows = total[last] - np.repeat(before, n) + np.arange(int(n.sum())) - np.repeat(first, n)
-    if rows.size and rows.max() >= n_genes:
-        i = int(np.searchsorted(np.cumsum(n), int(np.flatnonzero(rows >= n_genes)[0]), side="right"))
+    rows = np.delete(total, full) - np.repeat(before + 1, n)
+    last = np.cumsum(n)[n > 0] - 1
+    if last.size and rows[last].max() >= n_genes:
+        i = int(np.flatnonzero(n > 0)[int(np.flatnonzero(rows[last] >= n_genes)[0])])
         raise ShardError(f"{where(i)}.expr: gene rows must stay under {n_genes}", kind="counts")
     return rows.astype(np.int32)
 
@@ -151,10 +152,10 @@ def _decode_rows(
 def _decode_counts(
     small: np.ndarray, large: np.ndarray, n: np.ndarray, n_large: np.ndarray, where: Callable[[int], str]
 ) -> np.ndarray:
-    elsewhere = small == 255
+    elsewhere = np.flatnonzero(small == 255)
     wrong = np.flatnonzero(_per_record(elsewhere, n) != n_large)
     if not wrong.size and large.size:
-        bad = (large <= 255) | (large > np.iinfo(np.int32).max)
+        bad = np.flatnonzero((large <= 255) | (large > np.iinfo(np.int32).max))
         wrong = np.flatnonzero(_per_record(bad, n_large))
     if wrong.size:
         raise ShardError(

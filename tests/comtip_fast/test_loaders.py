@@ -1,6 +1,7 @@
 """All loaders give the same batches, from any place on and to any number of ranks; damage is said and counted."""
 
 import io
+import json
 import resource
 import shutil
 import threading
@@ -22,6 +23,8 @@ from comtip_fast.data.loader import BaseLoader
 from comtip_fast.data.loaders import dali_is_installed, make_loader
 from comtip_fast.data.plan import Plan, rank_slice
 from comtip_fast.data.tables import TrainingTables, training_tables
+from comtip_fast.training.task import build_task
+from comtip_fast.training.trainer import Trainer
 
 needs_dali = pytest.mark.skipif(not dali_is_installed(), reason="DALI is not installed (extra dali-cu13)")
 LOADERS = ["torch", "wds", pytest.param("dali", marks=needs_dali)]
@@ -357,18 +360,18 @@ def jpeg(px: int) -> bytes:
 
 def test_sizes_are_known_before_anything_is_decoded():
     good = jpeg(32)
-    check_size(good, 32, "jpeg", "here")
+    check_size(good, 32, "jpeg", lambda: "here")
     frame = good.index(b"\xff\xc0")
     huge = good[: frame + 5] + b"\xff\xff\xff\xff" + good[frame + 9 :]
     twice = good[:frame] + good[frame : frame + 19] + good[frame:]
     for bad in (huge, twice, good[:-2], good[: frame + 4], b"", b"\xff\xd8\xff\xd9", good[2:], jpeg(48)):
         with pytest.raises(ShardError, match="here"):
-            check_size(bad, 32, "jpeg", "here")
+            check_size(bad, 32, "jpeg", lambda: "here")
     out = io.BytesIO()
     Image.new("RGB", (32, 32)).save(out, "PNG")
-    check_size(out.getvalue(), 32, "png", "here")
+    check_size(out.getvalue(), 32, "png", lambda: "here")
     with pytest.raises(ShardError, match=r"here.*48"):
-        check_size(out.getvalue(), 48, "png", "here")
+        check_size(out.getvalue(), 48, "png", lambda: "here")
 
 
 @needs_dali
@@ -420,3 +423,32 @@ def test_dali_that_is_not_there_is_said(tiny_shards: ShardSet, tables, tiny_over
     assert type(auto).__name__ == "TorchLoader"
     with pytest.raises(ValueError, match="rank 2 of 2"):
         make_loader(load_config(None, tiny_overrides), tiny_shards, tables, rank=2, world=2)
+
+
+def test_a_run_logs_waiting_and_damage(tiny_shards: ShardSet, tiny_overrides: list[str], tmp_path: Path):
+    shards = damaged(tiny_shards, tmp_path, [5], "tile")
+    more = ["data.faults=skip", "train.steps=8", "train.validate_every=0", "train.checkpoint_every=100"]
+    config = load_config(None, [*tiny_overrides, *more, f"data.shards={shards.path}"])
+    Trainer(build_task(config, torch.device("cpu")), config, tmp_path / "run").fit()
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    trained = [r for r in rows if r["kind"] == "train"]
+    assert trained[-1]["faults"] == 1
+    assert all(r["loader_wait_s"] >= 0 for r in trained)
+    assert not [t for t in threading.enumerate() if t.name.startswith("comtip-loader")]
+
+
+@pytest.mark.parametrize("part", ["tile", "expr"])
+def test_validation_goes_without_damaged_spots(
+    tiny_shards: ShardSet, tiny_overrides: list[str], tmp_path: Path, part: str
+):
+    val = tiny_shards.select(split="val")
+    shards = damaged(tiny_shards, tmp_path, [int(val[3])], part)
+    config = load_config(None, [*tiny_overrides, f"data.shards={shards.path}"])
+    with pytest.raises(ShardError, match=f"record {val[3]:09d}"):
+        build_task(config, torch.device("cpu")).validate()
+    task = build_task(
+        load_config(None, [*tiny_overrides, f"data.shards={shards.path}", "data.faults=skip"]), torch.device("cpu")
+    )
+    score, _ = task.validate()
+    assert np.isfinite(score)
+    assert set(task.loader.faults) == {int(val[3])}

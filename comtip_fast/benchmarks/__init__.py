@@ -1,0 +1,1 @@
+"""Measurements that users can repeat: each contender in one run, rounds interleaved, medians."""

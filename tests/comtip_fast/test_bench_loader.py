@@ -1,0 +1,91 @@
+"""``comtip bench loader`` measures every contender and says what it measured; peers do the same work as our loaders."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from comtip_shards import ShardSet
+
+from comtip_fast.benchmarks import loaders as bench
+from comtip_fast.benchmarks.loader_peers import H5Tiles, TileViews, write_h5
+from comtip_fast.benchmarks.rounds import Contender, run_rounds
+from comtip_fast.config.schema import DataConfig
+from comtip_fast.data.loaders import dali_is_installed
+from comtip_fast.data.views import turn_tile
+
+
+def test_the_command_measures_every_contender(tiny_shards: ShardSet, tmp_path: Path):
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from comtip_fast.cli import main; sys.exit(main())",
+        "bench",
+        "loader",
+    ]
+    command += ["--shards", str(tiny_shards.path), "--work", str(tmp_path), "--rounds", "1", "--spots", "24"]
+    command += ["--batch-size", "8", "--epochs", "1", "--workers", "1"]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "results.csv").read_text().splitlines()
+    assert "commit" in lines[0]
+    assert "32 px tiles, batches of 8" in lines[1]
+    rows = {r["contender"]: r for r in csv.DictReader(lines[2:])}
+    wanted = {bench.PEER, bench.PEER_PILLOW, bench.H5, bench.TORCH, bench.WDS, bench.PIL_LIMIT}
+    if dali_is_installed():
+        wanted |= {bench.DALI, bench.DALI_TABLE, bench.READER, bench.DALI_LIMIT}
+        assert "DALI loader / webdataset + PIL, numpy views: " in done.stdout
+    assert wanted <= set(rows)
+    assert all(float(r["spots_per_s"]) > 0 and float(r["cpu_ms_per_spot"]) > 0 for r in rows.values())
+    assert float(rows[bench.H5]["bytes_per_spot"]) == 3 * 32 * 32
+    assert (tmp_path / "memory.csv").read_text().count(",1,") == 1 + dali_is_installed()
+
+
+def test_ratios_are_those_of_rounds():
+    def contender(name: str, rates: list[float]) -> Contender:
+        return Contender(name, iter(()), 1.0, rates, [1.0] * len(rates))  # type: ignore[arg-type]
+
+    # The whole machine is slow in the second round: the ratio of medians would be 2, each round's is 3.
+    found = bench.ratios([contender(bench.DALI, [300, 30, 330]), contender(bench.PEER, [100, 10, 110])])
+    assert found == {"DALI loader / webdataset + PIL, numpy views": pytest.approx(3)}
+
+
+def test_rounds_are_interleaved_and_warm_batches_do_not_count():
+    order: list[str] = []
+
+    def batches(name: str):
+        while True:
+            order.append(name)
+            yield 10
+
+    both = [Contender(n, batches(n), 1.0) for n in "ab"]
+    run_rounds(both, rounds=2, spots=25, warm=2)
+    assert "".join(order) == ("a" * 5 + "b" * 5) * 2
+    assert all(len(c.spots_per_s) == 2 for c in both)
+
+
+def test_peers_make_the_same_views(tiny_shards: ShardSet):
+    tile = tiny_shards.tiles([3])[0]
+    table = np.random.default_rng(0).integers(0, 256, (3, 256)).astype(np.uint8)
+    views = [TileViews(tiny_shards, DataConfig(), how) for how in ("numpy", "pillow")]
+    for turn in range(8):
+        want = turn_tile(tile, turn)
+        want = np.stack([table[c][want[..., c]] for c in range(3)])
+        for one in views:
+            np.testing.assert_array_equal(one.view(tile, turn, table), want)
+
+
+def test_h5_files_hold_the_training_tiles(tiny_shards: ShardSet, tmp_path: Path):
+    write_h5(tiny_shards, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["t1.h5", "t2.h5"]
+    views = TileViews(tiny_shards, DataConfig(jitter=0.0, stain="none"), "numpy")
+    views.view = lambda image, turn, table: image  # type: ignore[method-assign]
+    tiles = H5Tiles(tmp_path, tiny_shards, np.zeros((98, 2), np.uint8), views, 0.0)
+    train = tiny_shards.select(split="train")
+    assert len(tiles) == train.size
+    for i in (0, 48, 49, 97):
+        np.testing.assert_array_equal(tiles[i][0], tiny_shards.tiles(train[[i]])[0])
