@@ -12,7 +12,7 @@ POOLING = {
     "pool_from": "what is pooled: bins or cells (Visium HD), transcripts or cells (Xenium)",
     "bin_um": "bins to pool, Visium HD (default: the largest that pool-um is a multiple of)",
     "min_cover": "share of a pseudo-spot's bins that must lie in tissue, Visium HD (default 0.5)",
-    "min_pooled": "cells or transcripts that a pseudo-spot must hold (default 1)",
+    "min_pooled": "what a pseudo-spot must hold (default: 1 cell, or 5 %% of the transcripts that a dense one holds)",
     "qv": "least quality of a transcript, Xenium (default 20)",
     "alignment": "Xenium: csv of a 3 x 3 matrix (H&E px to DAPI px), or keypoints from Xenium Explorer",
 }
