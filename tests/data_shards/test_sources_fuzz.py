@@ -70,7 +70,7 @@ def test_damaged_files_are_read_or_refused(case: str, tmp_path: Path):
     rng = np.random.default_rng(sum(map(ord, case)))
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix != ".tif")
     messages: list[str] = []
-    for _ in range(50):
+    for _ in range(30):
         file = files[rng.integers(len(files))]
         raw = file.read_bytes()
         file.write_bytes(mutated(raw, rng))
@@ -80,6 +80,6 @@ def test_damaged_files_are_read_or_refused(case: str, tmp_path: Path):
             messages.append(str(error))
         finally:
             file.write_bytes(raw)
-    assert len(messages) > 5
+    assert len(messages) > 4
     silent = [m for m in messages if str(folder) not in m and not m.startswith("section ")]
     assert not silent  # each says which file, or which section
