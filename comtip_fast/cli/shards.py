@@ -7,12 +7,14 @@ from pathlib import Path
 
 from comtip_shards.build import build_shards
 from comtip_shards.curate import check_sources
+from comtip_shards.remote import is_url
 from comtip_shards.sources import FORMATS as SOURCE_FORMATS
 from comtip_shards.sources import SectionSource, detect, open_source
 from comtip_shards.verify import verify
 
 from comtip_fast.cli.options import add_meta, add_out, meta
 
+HEST_PATCH_UM = 112.0
 FORMATS = ("auto", *SOURCE_FORMATS)
 
 
@@ -40,7 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_source(parser: argparse.ArgumentParser) -> None:
     """Add what names sections."""
     parser.add_argument(
-        "source", type=Path, help="a manifest.tsv table (or its folder), a legacy ST or a Space Ranger folder"
+        "source",
+        help="a folder or file of any known format, or the URL of one (s3://, gs://, https://, hf://datasets/...)",
+    )
+    parser.add_argument(
+        "--cache", type=Path, help="where files behind a URL are kept (default: the user's cache folder)"
     )
     parser.add_argument("--samples", help="sections to take, by id, with commas (default: all)")
     parser.add_argument("--where", action="append", default=[], metavar="KEY=VALUE[,VALUE]",
@@ -104,12 +110,27 @@ def _check(args: argparse.Namespace) -> int:
 
 def _open(args: argparse.Namespace) -> list[SectionSource]:
     samples = [s.strip() for s in args.samples.split(",") if s.strip()] if args.samples else None
-    fmt = args.format
-    if fmt == "auto" and args.source.exists():
-        reader, why = detect(args.source)
-        fmt = reader.name
-        print(f"read as {fmt}: {why}")
-    return open_source(args.source, samples=samples, fmt=fmt, overrides=meta(args), where=_where(args.where))
+    return open_source(
+        args.source, samples=samples, fmt=_format(args), overrides=_facts(args), where=_where(args.where), cache=args.cache,
+        progress=True,
+    )  # fmt: skip
+
+
+def _format(args: argparse.Namespace) -> str:
+    """Return the format, and say why where it was recognised."""
+    if args.format != "auto" or is_url(args.source) or not Path(args.source).exists():
+        return str(args.format)
+    reader, why = detect(Path(args.source))
+    print(f"read as {reader.name}: {why}")
+    return reader.name
+
+
+def _facts(args: argparse.Namespace) -> dict[str, str]:
+    facts = meta(args)
+    if is_url(args.source):
+        # Patches are a tenth of the WSIs to fetch, but only so wide.
+        facts.setdefault("pixels", "patches" if args.tile_um <= HEST_PATCH_UM else "wsi")
+    return facts
 
 
 def _shares(text: str) -> list[float]:

@@ -118,11 +118,21 @@ class Remote:
 
     def names(self, pattern: str = "**") -> list[str]:
         """Return the files below the URL that match a glob pattern, sorted; not every https server can list."""
+        return sorted(self.sizes(pattern))
+
+    def sizes(self, pattern: str = "**") -> dict[str, int | None]:
+        """Return the files of :meth:`names` with their bytes, None where the server does not say."""
         fs, root = self._filesystem()
         deadline = time.monotonic() + self.patience.total
         where = self._name(pattern)
-        found = self._retry(where, deadline, lambda: self._call(lambda: fs.glob(f"{root}/{pattern}"), deadline))
-        return sorted(n for f in found if (n := str(f)[len(root) :].lstrip("/")))
+        found = self._retry(
+            where, deadline, lambda: self._call(lambda: fs.glob(f"{root}/{pattern}", detail=True), deadline)
+        )
+        return {
+            str(path)[len(root) :].lstrip("/"): None if info.get("size") is None else int(info["size"])
+            for path, info in found.items()
+            if info.get("type") != "directory"
+        }
 
     def keep(self, key: str, name: str, data: bytes) -> Path:
         """Put bytes that were read already into the cache; returns their path."""

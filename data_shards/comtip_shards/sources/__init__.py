@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from comtip_shards.errors import SourceError
+from comtip_shards.remote import is_url
 from comtip_shards.sources import (
     anndata_source,
     hest,
@@ -22,6 +23,7 @@ from comtip_shards.sources import (
 )
 from comtip_shards.sources.base import POOL_KEYS, Reader, SectionSource, check_overrides, pick, refuse
 from comtip_shards.sources.choose import check_where, choose
+from comtip_shards.sources.fetch import fetch_source
 
 __all__ = ["FORMATS", "READERS", "SectionSource", "detect", "open_source"]
 
@@ -96,13 +98,14 @@ def detect(path: Path) -> tuple[Reader, str]:
 def open_source(
     path: Path | str, *, samples: Sequence[str] | None = None, fmt: str = "auto",
     overrides: Mapping[str, str] | None = None, where: Mapping[str, Collection[str]] | None = None,
+    cache: Path | None = None, progress: bool = False,
 ) -> list[SectionSource]:  # fmt: skip
     """Open the sections of a source, without reading them yet.
 
     Parameters
     ----------
     path
-        A table, a file or a folder.
+        A table, a file or a folder; or the URL of one, of which what is needed is fetched first.
     samples
         Section ids to take; None takes all.
     fmt
@@ -112,18 +115,28 @@ def open_source(
     where
         Take only sections of these values, e.g. ``{"tissue": ["breast", "lung"], "species": ["human"]}``; the keys
         are ``species``, ``tissue`` (or ``organ``), ``platform`` (or ``technology``), ``donor`` and ``dataset``.
+    cache
+        Where files behind a URL are kept, see :func:`comtip_shards.sources.fetch.fetch_source`.
+    progress
+        Show a bar on a terminal while files are fetched.
 
     Raises
     ------
     SourceError
         Naming the file and the fix.
     """
-    path, facts, where = Path(path), dict(overrides or {}), check_where(where or {})
+    facts, where = dict(overrides or {}), check_where(where or {})
     check_overrides(facts)
-    if not path.exists():
-        raise SourceError(f"{path}: no such file or folder")
     if fmt != "auto" and fmt not in _BY_NAME:
         raise SourceError(f"unknown format {fmt!r}; use auto or one of {', '.join(FORMATS)}")
+    if is_url(path):
+        fetched = fetch_source(
+            str(path), fmt=fmt, samples=samples, where=where, facts=facts, cache=cache, progress=progress
+        )
+        path, fmt, samples = fetched.path, fetched.fmt, fetched.samples
+    path = Path(path)
+    if not path.exists():
+        raise SourceError(f"{path}: no such file or folder")
     reader = detect(path)[0] if fmt == "auto" else _BY_NAME[fmt]
     if not reader.pools:
         refuse(facts, POOL_KEYS, f"{reader.name} is read spot by spot")

@@ -9,6 +9,7 @@ from typing import Any
 from comtip_shards.errors import SourceError
 from comtip_shards.section import Section, SectionMeta, check_meta
 from comtip_shards.sources.base import (
+    CatalogueRow,
     SectionSource,
     existing,
     join,
@@ -20,6 +21,7 @@ from comtip_shards.sources.base import (
 )
 
 NAME = "manifest.tsv"
+FILES = ("image", "counts", "spots")
 REQUIRED = ("sample_id", "species", "tissue", "donor", "image", "counts", "spots", "mpp_um_per_px")
 
 
@@ -36,6 +38,30 @@ def recognise(path: Path) -> str | None:
 def open_sections(path: Path, samples: Sequence[str] | None, overrides: Mapping[str, str]) -> list[SectionSource]:
     """Return the sections of the table that ``samples`` names, all where it is None."""
     where = path / NAME if path.is_dir() else path
+    rows = _rows(where)
+    return [_source(rows[name], where, overrides) for name in pick(samples, list(rows), where)]
+
+
+def catalogue(folder: Path) -> list[CatalogueRow]:
+    """Return what the table of a folder says of its sections; their files need not be there."""
+    return [
+        CatalogueRow(name, *(str(row.get(c, "")) for c in ("species", "tissue", "platform", "donor", "dataset")))
+        for name, row in _rows(folder / NAME).items()
+    ]
+
+
+def files_of(folder: Path, section: str) -> tuple[str, ...]:
+    """Return the files of a section, as the table of a folder names them."""
+    row = _rows(folder / NAME)[section]
+    return tuple(str(row[c]) for c in FILES)
+
+
+def ids_of(folder: Path) -> list[str]:
+    """Return the sections of a folder's table."""
+    return list(_rows(folder / NAME))
+
+
+def _rows(where: Path) -> dict[str, dict[Hashable, Any]]:
     table = read_table(where)
     missing = [c for c in REQUIRED if c not in table]
     if missing:
@@ -44,8 +70,7 @@ def open_sections(path: Path, samples: Sequence[str] | None, overrides: Mapping[
     twice = sorted({i for i in ids if ids.count(i) > 1})
     if twice:
         raise SourceError(f"{where}: sample_id {', '.join(twice)} stands more than once")
-    rows = {str(row["sample_id"]): row for row in table.to_dict("records")}
-    return [_source(rows[name], where, overrides) for name in pick(samples, ids, where)]
+    return {str(row["sample_id"]): row for row in table.to_dict("records")}
 
 
 def _source(row: Mapping[Hashable, Any], where: Path, overrides: Mapping[str, str]) -> SectionSource:
@@ -65,9 +90,7 @@ def _source(row: Mapping[Hashable, Any], where: Path, overrides: Mapping[str, st
         split=str(row.get("split", "")),
     )  # fmt: skip
     check_meta(meta, where)
-    image, counts, spots = (
-        existing(root / str(row[c]), f"{c} of {name} in {where.name}") for c in ("image", "counts", "spots")
-    )
+    image, counts, spots = (existing(root / str(row[c]), f"{c} of {name} in {where.name}") for c in FILES)
     if "genes x spots" in str(row.get("counts_layout", "")):
         raise SourceError(f"{where}: {name}: counts_layout is genes x spots; transpose {counts.name} to spots x genes")
 

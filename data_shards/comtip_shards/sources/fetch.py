@@ -1,0 +1,214 @@
+"""A source behind a URL: what is needed of it is fetched into a folder of the same layout, and read from there.
+
+Only the listing of what a format needs is asked for, tables first; sections are chosen by these, and then only their
+files are fetched. A file is fetched once, checked for its size, and kept: run again, a broken-off fetch goes on.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import os
+import shutil
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from tqdm import tqdm
+
+from comtip_shards.errors import SourceError
+from comtip_shards.remote import Patience, Remote, default_cache
+from comtip_shards.sources.base import pick
+from comtip_shards.sources.choose import choose
+from comtip_shards.sources.layouts import LAYOUTS, Layout
+
+FETCHERS = 4
+UNBOUNDED = 1 << 62
+"""Sources are not evicted while a set is built from them; whoever built it deletes the folder."""
+PATIENCE = Patience(stall=300.0, total=24 * 3600.0)
+"""Listings of thousands of files take their time, and so do slides of many GB."""
+FILE_SUFFIXES = (".h5ad", ".tsv")
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """What was fetched."""
+
+    path: Path
+    """Give this to the reader."""
+    fmt: str
+    why: str
+    samples: list[str] | None
+    """Sections that were chosen; None where the format does not tell sections by files."""
+    n_files: int
+    n_bytes: int
+
+
+@dataclass
+class _Listing:
+    """Names and sizes behind a URL, asked for pattern by pattern."""
+
+    remote: Remote
+    _known: dict[str, dict[str, int | None]] = field(default_factory=dict)
+
+    def match(self, pattern: str) -> dict[str, int | None]:
+        if pattern not in self._known:
+            self._known[pattern] = {n: s for n, s in self.remote.sizes(pattern).items() if _is_inside(n)}
+        return self._known[pattern]
+
+    def needs(self, patterns: Sequence[str], section: str) -> dict[str, int | None]:
+        """Return the files of one section; ``{id}`` in a pattern stands for it, and is listed once for all."""
+        out: dict[str, int | None] = {}
+        for pattern in patterns:
+            for name, size in self.match(pattern.replace("{id}", "*")).items():
+                if "{id}" not in pattern or fnmatch.fnmatchcase(name, pattern.replace("{id}", _literal(section))):
+                    out[name] = size
+        return out
+
+
+def _literal(text: str) -> str:
+    return "".join(f"[{c}]" if c in "*?[" else c for c in text)
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\\" not in name
+
+
+def fetch_source(
+    url: str, *, fmt: str = "auto", samples: Sequence[str] | None = None,
+    where: Mapping[str, Collection[str]] | None = None, facts: Mapping[str, str] | None = None, cache: Path | None = None,
+    progress: bool = False,
+) -> Fetched:  # fmt: skip
+    """Fetch what a build needs of a source behind a URL.
+
+    Parameters
+    ----------
+    url
+        A folder (or one ``.h5ad`` or ``manifest.tsv``) that fsspec reads: ``s3://``, ``gs://``, ``https://``,
+        ``hf://datasets/OWNER/NAME``.
+    fmt
+        ``auto`` tells the format by the names of files.
+    samples, where
+        As for :func:`comtip_shards.sources.open_source`.
+    facts
+        Facts that a caller states; ``pixels`` says whether HEST's WSIs or patches are fetched.
+    cache
+        Where files are kept; by default ``sources`` in :func:`comtip_shards.remote.default_cache`.
+    progress
+        Show a bar on a terminal.
+
+    Raises
+    ------
+    SourceError
+        The format is not known, or no section meets the conditions, or the disk is too small.
+    ShardError
+        The remote failed; what was fetched is kept.
+    """
+    folder, only = _split(url)
+    remote = Remote(folder, cache or default_cache() / "sources", UNBOUNDED, PATIENCE)
+    listing = _Listing(remote)
+    layout, why = _recognise(listing, url, fmt, only)
+    root = remote.cache / "trees" / hashlib.sha256(remote.url.encode()).hexdigest()[:16] / _tail(remote.url)
+    tables = {n: s for pattern in layout.tables for n, s in listing.match(pattern).items()}
+    _fetch(remote, tables, root, None)
+    chosen = _choose(layout, listing, root, url, samples, where or {}, only)
+    needed = dict(tables)
+    for section in chosen if chosen is not None else [""]:
+        needed |= listing.needs(layout.files(root, section, facts or {}), section)
+    if only:
+        needed[only] = listing.match(only).get(only)
+    wanted = sum(s or 0 for s in needed.values())
+    _check_disk(remote.cache, wanted, url)
+    bar = tqdm(total=wanted, desc="fetching", unit="B", unit_scale=True, disable=None if progress else True)
+    with bar:
+        n_bytes = _fetch(remote, needed, root, bar)
+    return Fetched(root / only if only else root, layout.fmt, why, chosen and [layout.section(c) for c in chosen],
+                   len(needed), n_bytes)  # fmt: skip
+
+
+def _split(url: str) -> tuple[str, str]:
+    """Return (folder, file in it or "")."""
+    head, _, last = url.rstrip("/").rpartition("/")
+    return (head, last) if last.endswith(FILE_SUFFIXES) else (url, "")
+
+
+def _tail(url: str) -> Path:
+    """Return the last two names of a URL's path: a run is named by its folder, or by the one above ``outs``."""
+    parts = [p for p in url.split("://", 1)[1].split("?")[0].split("/") if p and p.strip(".")]
+    return Path(*parts[-2:]) if parts else Path("source")
+
+
+def _recognise(listing: _Listing, url: str, fmt: str, only: str) -> tuple[Layout, str]:
+    if fmt != "auto":
+        return LAYOUTS[fmt], "as asked for"
+    if only:
+        kind = LAYOUTS["anndata" if only.endswith(".h5ad") else "manifest"]
+        return kind, f"{only} by its name"
+    for layout in LAYOUTS.values():
+        found = [next(iter(sorted(listing.match(mark))), "") for mark in layout.marks]
+        if all(found):
+            return layout, f"{', '.join(found)} and the like"
+    known = "; ".join(f"{n}: {' and '.join(la.marks)}" for n, la in LAYOUTS.items())
+    raise SourceError(
+        f"{url}: no known format. Looked for {known}. If it is one of these, force it with --format; a server that "
+        "cannot list its files cannot be searched: download it first"
+    )
+
+
+def _choose(
+    layout: Layout, listing: _Listing, root: Path, url: str, samples: Sequence[str] | None,
+    where: Mapping[str, Collection[str]], only: str,
+) -> list[str] | None:  # fmt: skip
+    """Return the names of the chosen sections as files spell them; None where all files are needed."""
+    if layout.names is None:
+        if where:
+            raise SourceError(f"{url}: {layout.fmt} has no table of sections to choose from; name them with --samples")
+        return None
+    stems = layout.names(root, listing.match(only or layout.marks[0]))
+    spelt = {layout.section(stem): stem for stem in stems}
+    ids = pick(samples, list(spelt), Path(url))
+    rows = {row.section_id: row for row in layout.rows(root)} if layout.rows else {}
+    if where and not rows:
+        raise SourceError(f"{url}: no table says what its sections are, so they cannot be chosen by {', '.join(where)}")
+    if where:
+        known = [rows[i] for i in ids if i in rows]
+        ids = [row.section_id for row in choose(known, where, Path(url), lambda row: row)]
+    return [spelt[i] for i in ids]
+
+
+def _check_disk(cache: Path, wanted: int, url: str) -> None:
+    cache.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(cache).free
+    have = sum(f.stat().st_size for f in (cache / "trees").rglob("*") if f.is_file()) if wanted > free else 0
+    if wanted - have > free:
+        raise SourceError(
+            f"{url}: {wanted / 1e9:.1f} GB are needed, but only {free / 1e9:.1f} GB are free in {cache}; take fewer sections "
+            "(--samples, --where), or give another folder with --cache"
+        )
+
+
+def _fetch(remote: Remote, files: Mapping[str, int | None], root: Path, bar: tqdm | None) -> int:
+    """Fetch files into a tree of the source's layout; returns their bytes."""
+
+    def one(item: tuple[str, int | None]) -> int:
+        name, size = item
+        kept = remote.fetch(name, size=size)
+        target = root / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not (target.exists() and target.samefile(kept)):
+            aside = target.with_name(f"{target.name}.{os.getpid()}.writing")
+            aside.unlink(missing_ok=True)
+            try:
+                os.link(kept, aside)
+            except OSError:
+                shutil.copyfile(kept, aside)  # a file system without hard links
+            aside.replace(target)
+        n = target.stat().st_size
+        if bar is not None:
+            bar.update(n)
+        return n
+
+    with ThreadPoolExecutor(FETCHERS) as pool:
+        return sum(pool.map(one, sorted(files.items())))
