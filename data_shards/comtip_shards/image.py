@@ -47,9 +47,16 @@ class Slide(ABC):
     """(width, height) in px."""
     mpp: float | None = None
     """um per px by the file's own tags, None where it has none that can be."""
+    tile_limit_um: float = math.inf
+    """Widest tile that can be cut. Where it is finite there are pixels round spots only, in ready-made patches."""
     reader: str = ""
     """What decodes it, with its version where that may change a pixel."""
     notes: list[str]
+
+    @property
+    def whole_size(self) -> tuple[int, int]:
+        """(width, height) of the largest copy of the whole picture that can be read."""
+        return self.size
 
     @abstractmethod
     def scaled(self, box: Box, size: tuple[int, int]) -> np.ndarray:

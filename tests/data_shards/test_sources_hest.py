@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from comtip_shards import ShardSet, SourceError
 from comtip_shards.build import build_shards
+from comtip_shards.curate import check_section
 from comtip_shards.sources import detect, open_source
 from comtip_shards.sources.hest import NO_PATCH
 
@@ -163,6 +164,11 @@ def test_a_set_is_built_from_it(folder: Path, tmp_path: Path):
     sources = open_source(folder, where={"species": ["human"]}, overrides={"pixels": "patches"})
     report = build_shards(sources, tmp_path / "set", tile_px=32, tile_um=112.0, min_mpp=1.0)
     assert report.n_spots == 44
+    # The checks of a curator use what there is: patches at the spots, a small picture of the whole.
+    for source in sources:
+        figures = {f.name: f.figure for f in check_section(source.read()).findings}
+        assert figures["blur"] is not None
+        assert figures["stain"] is not None
     assert f"3 spots left out: {NO_PATCH}" in report.text
     section = ShardSet(tmp_path / "set").manifest.sections[0]
     assert "BY-NC" in section.licence

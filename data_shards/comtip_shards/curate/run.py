@@ -60,14 +60,17 @@ def check_section(section: Section, slide: Slide | None = None, *, tile_um: floa
 def look_at(section: Section, slide: Slide, tile_um: float) -> Look:
     """Read what the checks need of the image: a small picture of all of it, and some windows."""
     mpp = section.meta.mpp
-    wanted = max(PICTURE_MPP, mpp * max(slide.size) / MAX_PICTURE_PX)
+    wanted = max(PICTURE_MPP, mpp * max(slide.size) / min(MAX_PICTURE_PX, max(slide.whole_size)))
     size, small_mpp, scale = shrunk_size(slide.size, mpp, wanted)
     none = np.zeros((0, PATCH_PX, PATCH_PX, 3), np.uint8)
     look = Look(section, slide.shrunk(size), small_mpp, scale, none, tile_um, _scalefactors(section.image_path))
     patch_mpp = max(PATCH_MPP, mpp)
     _, fine_mpp, fine_scale = shrunk_size(slide.size, mpp, patch_mpp)
     xy = np.floor(_patch_centres(look) / scale * fine_scale) / fine_scale  # whole px: nothing is resampled
-    look.patches_NPP3 = slide.tiles(xy, mpp, PATCH_PX * fine_mpp, PATCH_PX, patch_mpp)
+    side = PATCH_PX
+    if np.isfinite(slide.tile_limit_um):  # pixels at spots only, and no wider than ready-made patches
+        xy, side = _evenly(section.xy, MAX_PATCHES), max(1, min(side, int(1.004 * slide.tile_limit_um / fine_mpp)))
+    look.patches_NPP3 = slide.tiles(xy, mpp, side * fine_mpp, side, patch_mpp)
     return look
 
 

@@ -112,13 +112,19 @@ class PatchSlide(Slide):
         if not patches.has_pixels:
             raise SourceError(f"{patches.path}: holds coords but no img, so there are no pixels; download wsis/ID.tif")
         self.path, self.size, self.notes, self.reader = patches.path, size, [], "h5py"
+        self.tile_limit_um = patches.width_um
         self._patches, self._small = patches, small
         self._row_at = {(float(x), float(y)): patches.row_of[s] for s, (x, y) in zip(spot_ids, xy_N2, strict=True)}
         self._file = _open(patches.path)
 
+    @property
+    def whole_size(self) -> tuple[int, int]:
+        """(width, height) of the small picture."""
+        return self._small.size
+
     def scaled(self, box: Box, size: tuple[int, int]) -> np.ndarray:
         """Read a window of the small picture; between patches there are no finer pixels."""
-        if size[0] > self._small.size[0] or size[1] > self._small.size[1]:
+        if size[0] > self._small.size[0] + 1 or size[1] > self._small.size[1] + 1:
             raise SourceError(
                 f"{self.path}: patches have no pixels between them, and the small picture has only {self._small.size[0]} x "
                 f"{self._small.size[1]} px; download wsis/ID.tif"
@@ -134,7 +140,7 @@ class PatchSlide(Slide):
         self, xy_N2: np.ndarray, mpp: float, tile_um: float, tile_px: int, min_mpp: float
     ) -> Iterator[np.ndarray]:
         """Yield the middle of the patches at some spots' centres."""
-        width = self._patches.width_um
+        width = self.tile_limit_um
         if tile_um > width * 1.005:
             raise SourceError(
                 f"{self.path}: patches are {width:g} um wide, tiles of {tile_um:g} um cannot be cut from them; build with "
