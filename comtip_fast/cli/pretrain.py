@@ -28,20 +28,27 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from comtip_fast.config.io import load_config
+    from comtip_fast.plan.live import step_cost
     from comtip_fast.training.distributed import joined
     from comtip_fast.training.task import build_task, pick_device
     from comtip_fast.training.trainer import Trainer, refuse_second_run
+    from comtip_fast.training.watch import ClockedGroup
 
     config = load_config(args.config, args.set)
     refuse_second_run(args.out, args.resume)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
-    with joined(config.engine.timeout_s, config.train.device) as group:
+    with joined(config.engine.timeout_s, config.train.device) as ranks:
+        device = pick_device(config.train.device)
+        group = ClockedGroup(ranks, device)
         if group.rank > 0:
             log.setLevel(logging.WARNING)
-        task = build_task(config, pick_device(config.train.device), group)
+        task = build_task(config, device, group)
         log.info("%s", task.describe())
-        result = Trainer(task, config, args.out, group).fit(resume=args.resume)
+        cost = step_cost(
+            config, task.model, tile_px=task.sizes.tile_px, trained_genes=task.sizes.n_identities, ranks=group.size
+        )
+        result = Trainer(task, config, args.out, group, cost=cost).fit(resume=args.resume)
     if result.stopped == "sigterm":
         log.info("stopped at step %d by a signal; go on with --resume", result.step)
         return KILLED

@@ -205,6 +205,7 @@ def validate(config: RunConfig, where: str = "config") -> None:
         *_model_rules(config),
         *_training_rules(config),
         *_engine_rules(config),
+        *_watch_rules(config),
     ):
         if not holds:
             raise ConfigError(f"{where}: {message}")
@@ -299,4 +300,15 @@ def _engine_rules(c: RunConfig) -> list[Rule]:
         (e.persist_elements >= 0, "engine.persist_elements: not negative"),
         (e.micro_batches >= 1, "engine.micro_batches: at least 1"),
         (e.timeout_s > 0, "engine.timeout_s: above 0"),
+    ]
+
+
+def _watch_rules(c: RunConfig) -> list[Rule]:
+    w = c.watch
+    return [
+        (min(w.stall_s, w.loss_jump, w.norm_jump) >= 0, "watch.stall_s, loss_jump, norm_jump: not negative (0 is off)"),
+        (
+            w.trace is None or 1 <= w.trace[0] <= w.trace[1],
+            "watch.trace: first and last step, from 1, e.g. [20, 25]",
+        ),
     ]

@@ -282,6 +282,20 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WatchConfig:
+    """What is said of a run besides its losses; none of it changes a step."""
+
+    stall_s: float = 300.0
+    """A step, validation or checkpoint that takes longer is flagged, with the stack of every thread; 0 never."""
+    loss_jump: float = 3.0
+    """A loss above so many times the median of the last 50 steps is flagged; 0 never."""
+    norm_jump: float = 30.0
+    """The same for the norm of the gradients."""
+    trace: tuple[int, int] | None = None
+    """First and last step to trace with ``torch.profiler``, e.g. ``[20, 25]``; one file per rank in RUN/trace."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A whole pretraining run."""
 
@@ -299,4 +313,5 @@ class RunConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)

@@ -12,9 +12,6 @@ from typing import Any, Protocol, TextIO
 
 from comtip_fast.config.schema import RunConfig
 
-TIMING = ("spots_per_s", "elapsed_s")
-"""Fields of a row that differ from run to run."""
-
 
 class Logger(Protocol):
     """Takes one row of numbers."""
@@ -105,6 +102,8 @@ class Progress:
         step = row["step"]
         if row["kind"] == "valid":
             parts = "  ".join(f"{task} {score:.4f}" for task, score in row["per_task"].items())
+            if "r1" in row:
+                parts += f"  R@1 {row['r1']:.3f} {row['t1']:.3f}"
             self._print(
                 f"step {step}/{self.total}  validation {row['score']:.4f}  ({parts}){'  best' if row['best'] else ''}"
             )
@@ -113,7 +112,14 @@ class Progress:
         left = (self.total - step) * (time.monotonic() - self.began) / done if done > 0 else float("nan")
         losses = "  ".join(f"{k} {row[k]:.4f}" for k in ("loss", "nce", "mfm", "pair", "level") if k in row)
         eta = f"{int(left // 60)}:{int(left % 60):02d}" if math.isfinite(left) else "-"
-        self._print(f"step {step}/{self.total}  {losses}  {row['spots_per_s']:.0f} spots/s  {eta} left")
+        speed = f"{row['spots_per_s']:.0f} spots/s"
+        if "mfu" in row:
+            speed += f"  {row['mfu']:.0%} MFU"
+        # Waiting is said where it is worth a thought.
+        for key, text in (("loader_wait_share", "waiting for tiles"), ("comm_share", "in collectives")):
+            if row.get(key, 0.0) >= 0.05:
+                speed += f"  {row[key]:.0%} {text}"
+        self._print(f"step {step}/{self.total}  {losses}  {speed}  {eta} left")
 
     def close(self) -> None:
         """Nothing to close."""

@@ -134,6 +134,7 @@ class StepLosses:
         """Return this rank's shares of L_nce, L_pair and L_level, and plain numbers to log."""
         weights, parts = self.config.loss, {}
         numbers = {"genes": float(batch.panel.numel()), "scale": float(heads.scale_nce.detach())}
+        numbers["tokens"] = float(self.genes.length_G[batch.panel.long()].sum()) * self.config.levels.n_levels
         mispaired, counted = self._mispair(batch, heads)
         n_level, n_pair = self._shares(batch.measured, counted)
         if weights.nce > 0:

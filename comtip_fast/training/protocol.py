@@ -57,8 +57,8 @@ class TrainingTask(Protocol):
         """Follow an optimizer step (moving averages)."""
         ...
 
-    def validate(self) -> tuple[float, dict[str, float]]:
-        """Return the score that stops training (higher is better) and its parts."""
+    def validate(self) -> tuple[float, dict[str, float], dict[str, float]]:
+        """Return the score that stops training (higher is better), its parts, and further numbers to log."""
         ...
 
     def export(self, folder: Path) -> None:

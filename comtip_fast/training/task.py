@@ -15,17 +15,15 @@ from torch import Tensor, nn
 from comtip_fast.collectives import Alone, Group, share_of
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.data.batch import Batch
-from comtip_fast.data.gene_tokens import gene_tokens, take_genes
-from comtip_fast.data.levels import log1p_cp10k
+from comtip_fast.data.gene_tokens import gene_tokens
 from comtip_fast.data.loaders import make_loader
 from comtip_fast.data.tables import TrainingTables, training_tables
 from comtip_fast.data.torch_loader import TorchLoader
 from comtip_fast.genes import GeneTokenizer
-from comtip_fast.inference import Bundle, mean_pcc, predict_trained
+from comtip_fast.inference import Bundle
 from comtip_fast.models import CoMTIP, ModelSizes
 from comtip_fast.training.losses import Heads, Numbers, Parts, StepLosses
-
-VALIDATION_GENES = 50
+from comtip_fast.training.validation import Validation
 
 
 def build_task(config: RunConfig, device: torch.device, group: Group | None = None) -> CoMTIPTask:
@@ -84,7 +82,7 @@ class CoMTIPTask:
             config, self.genes, torch.from_numpy(tables.table.log_prior).to(self.device), tables.strata.to(self.device),
             group,
         )  # fmt: skip
-        self._valid_features: dict[int, tuple[np.ndarray, Tensor]] = {}
+        self.validation = Validation(model, shards, tables, self.loader, self.genes, config)
 
     @property
     def module(self) -> nn.Module:
@@ -181,17 +179,9 @@ class CoMTIPTask:
         """Let the EMA teacher follow."""
         _as_model(module).update_teacher(self.config.vision.ema_decay)
 
-    @torch.no_grad()
-    def validate(self) -> tuple[float, dict[str, float]]:
-        """Return the mean zero-shot PCC over the validation sections, and each task's."""
-        scores: dict[str, list[float]] = {}
-        for section in self._validation_sections():
-            task = self.shards.task_of_section(section)
-            pcc = self._validate_section(section, task)
-            if pcc is not None:
-                scores.setdefault(task, []).append(pcc)
-        per_task = {task: float(np.mean(values)) for task, values in scores.items()}
-        return float(np.mean(list(per_task.values()))) if per_task else float("nan"), per_task
+    def validate(self) -> tuple[float, dict[str, float], dict[str, float]]:
+        """Return the mean zero-shot PCC over the validation sections, each task's, and the shared space in numbers."""
+        return self.validation.score()
 
     def export(self, folder: Path) -> None:
         """Write weights, levels, genes and config as they are now."""
@@ -205,35 +195,7 @@ class CoMTIPTask:
         """Return hashes of what the run reads: a resumed run must find the same."""
         return {"shards": self.shards.manifest.digest, "tokenizer": self.tokenizer.sha256}
 
-    # -- validation and the frozen stem ---------------------------------------------------------------
-
-    def _validation_sections(self) -> list[int]:
-        return [i for i, s in enumerate(self.shards.manifest.sections) if s.split == "val"]
-
-    def _validate_section(self, section: int, task: str) -> float | None:
-        ranked = self.tables.genes.ranked.get(task)
-        if ranked is None:
-            return None
-        known = self.shards.measured(section)
-        rows = [r for r in ranked if known[r]]
-        trained = self.tables.genes.trained
-        rows = [r for r in rows if r in set(trained.tolist())][:VALIDATION_GENES]
-        if not rows:
-            return None
-        spots, features = self._section_features(section)
-        measured = log1p_cp10k(self.loader.counts(spots)[1])[:, rows].toarray()
-        place = torch.from_numpy(np.searchsorted(trained, rows)).to(self.device)
-        image = self.model.encode_image(features).vector_BD
-        predicted = predict_trained(self.model, take_genes(self.genes, place), image, self.tables.table, place)
-        return mean_pcc(measured, predicted["cp10k"])
-
-    def _section_features(self, section: int) -> tuple[np.ndarray, Tensor]:
-        """Return a section's whole spots and what the stem makes of their tiles."""
-        if section not in self._valid_features:
-            spots, _ = self.loader.counts(self.shards.select(sections=[section]))
-            spots, tiles = self.loader.tiles(spots, np.zeros(spots.shape, np.int64))
-            self._valid_features[section] = spots, self.model.vision.stem_features(tiles.to(self.device))
-        return self._valid_features[section]
+    # -- the frozen stem ------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _stem(self, tiles: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from comtip_fast.collectives import Alone, Group
 from comtip_fast.config.io import config_to_dict, dump_config, flatten
-from comtip_fast.config.schema import EngineConfig, RunConfig
+from comtip_fast.config.schema import EngineConfig, RunConfig, WatchConfig
 from comtip_fast.training import checkpoint as checkpoints
 from comtip_fast.training.checkpoint import Checkpoint, CheckpointError
 from comtip_fast.training.distributed import first_does
@@ -33,6 +33,7 @@ from comtip_fast.training.optim import learning_rate
 from comtip_fast.training.pieces import forward_backward
 from comtip_fast.training.protocol import TrainingError, TrainingTask
 from comtip_fast.training.signals import Signals, catch_signals, hold_run
+from comtip_fast.training.watch import EVENTS, Alarm, ClockedGroup, Events, Meter, StepCost, Tracer, Watchdog
 
 log = logging.getLogger("comtip_fast")
 
@@ -46,7 +47,7 @@ FREE_KEYS = {
     "train.wandb", "train.nan_policy", "train.max_skips",
     # Which loader reads changes tiles by no more than JPEG decoders differ; the others change no batch at all.
     "data.loader", "data.workers", "data.prefetch", "data.expression", "data.max_faults",
-    *(f"engine.{f.name}" for f in fields(EngineConfig)),
+    *(f"engine.{f.name}" for f in fields(EngineConfig)), *(f"watch.{f.name}" for f in fields(WatchConfig)),
 }  # fmt: skip
 
 
@@ -81,7 +82,8 @@ class Trainer:
     """Runs a task to its end, or to the next signal."""
 
     def __init__(
-        self, task: TrainingTask, config: RunConfig, run_dir: Path | str, group: Group | None = None
+        self, task: TrainingTask, config: RunConfig, run_dir: Path | str, group: Group | None = None, *,
+        cost: StepCost | None = None,
     ) -> None:  # fmt: skip
         self.task, self.config, self.run_dir = task, config, Path(run_dir)
         self.group = group or Alone()
@@ -94,7 +96,11 @@ class Trainer:
         self._saved_step = -1
         self.engine: Engine
         self._found: Checkpoint | None = None
-        self._busy_s, self._busy_spots = 0.0, 0
+        comm = self.group.seconds if isinstance(self.group, ClockedGroup) else lambda: 0.0
+        self._meter, self._alarm = Meter(self.device, comm, cost), Alarm(config.watch)
+        self._events = Events(self.run_dir / EVENTS)
+        self._tracer = Tracer(config.watch.trace, self.run_dir / "trace", self.group.rank, self.device)
+        self._dog = Watchdog(config.watch.stall_s, self._stalled, self.run_dir / f"stalled_rank{self.group.rank}.txt")
 
     def fit(self, resume: bool = False) -> FitResult:
         """Train; with ``resume`` go on from the newest good checkpoint, or start where there is none.
@@ -118,8 +124,10 @@ class Trainer:
                     self.config, resolved, self.run_dir, start=self.progress.step, resumed=resumed
                 )
             try:
-                self._loop(caught)
+                with self._dog:
+                    self._loop(caught)
             finally:
+                self._tracer.close()
                 self.task.close()
                 for logger in self._loggers:
                     logger.close()
@@ -206,13 +214,17 @@ class Trainer:
                 if self._saved_step != p.step:
                     self._save()
                 return
+            self._dog.beat(f"step {p.step + 1}")
             self._one_step(caught)
             if p.step >= cfg.steps:
                 p.stopped = "steps"
             if cfg.validate_every and (p.step % cfg.validate_every == 0 or p.stopped):
+                self._dog.beat(f"validation after step {p.step}")
                 self._validate()
             if p.step % cfg.checkpoint_every == 0 or p.best_step == p.step or p.stopped:
+                self._dog.beat(f"the checkpoint of step {p.step}")
                 self._save()
+        self._dog.beat("the export")
         self._export_best()
 
     def _one_step(self, caught: Signals) -> None:
@@ -222,6 +234,7 @@ class Trainer:
         step = p.step + 1
         rate = learning_rate(step, self.config.train.steps, self.config.optim)
         self.engine.module.train()
+        self._tracer.before(step)
         batch = self.task.batch(spots, step, p.epoch)
         self.engine.start_step(rate)
         shares, numbers = forward_backward(self.engine, self.task, batch, self.config.engine.micro_batches)
@@ -234,14 +247,16 @@ class Trainer:
         else:
             self._not_finite(step, spots, losses)
         p.step, p.position = step, p.position + 1
-        self._busy_s, self._busy_spots = self._busy_s + time.monotonic() - began, self._busy_spots + len(spots)
+        self._tracer.after(step)
+        self._meter.add(time.monotonic() - began, len(spots), numbers)
+        wrong = self._alarm.look(losses["loss"], norm)
+        if wrong is not None and self._first:
+            self._events.flag("jump", step, wrong)
         if step % self.config.train.log_every == 0 or step == 1:
             row = {"step": step, "kind": "train", "epoch": p.epoch}
             row |= losses | numbers | {"lr": rate, "grad_norm": norm, "skips": p.skips}
-            row["spots_per_s"] = self._busy_spots / max(self._busy_s, 1e-9)
-            row |= self.task.metrics()
-            self._busy_s, self._busy_spots = 0.0, 0
-            self._log(row)
+            data = self.task.metrics()
+            self._log(row | self._meter.row(data.pop("loader_wait_s", 0.0)) | data)
 
     def _next_batch(self) -> np.ndarray:
         p = self.progress
@@ -295,7 +310,7 @@ class Trainer:
     def _validate(self) -> None:
         p, cfg = self.progress, self.config.train
         self.engine.bring_home()
-        score, per_task = first_does(self._score, self.group)
+        score, per_task, space = first_does(self._score, self.group)
         better = math.isfinite(score) and score > p.best_score
         if better:
             p.best_score, p.best_step, p.bad_validations = score, p.step, 0
@@ -304,11 +319,14 @@ class Trainer:
         else:
             # Patience is about scores that get no better; here there is no score to compare.
             log.warning("step %d: validation gave no score (no section of split val, or no gene to score?)", p.step)
-        self._log({"step": p.step, "kind": "valid", "score": score, "per_task": per_task, "best": better})
+        self._log({"step": p.step, "kind": "valid", "score": score, "per_task": per_task, "best": better} | space)
         if cfg.patience and p.bad_validations >= cfg.patience and not p.stopped:
             p.stopped = "patience"
 
-    def _score(self) -> tuple[float, dict[str, float]]:
+    def _stalled(self, text: str) -> None:
+        self._events.flag("stall", self.progress.step, text)
+
+    def _score(self) -> tuple[float, dict[str, float], dict[str, float]]:
         self.task.module.eval()
         return self.task.validate()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import os
@@ -12,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -21,29 +19,17 @@ import yaml
 
 from comtip_fast.config.io import load_config
 from comtip_fast.training import checkpoint as checkpoints
-from comtip_fast.training.loggers import TIMING
 from comtip_fast.training.trainer import Trainer, TrainingError
+from comtip_fast.training.watch import CLOCKED
+from tests.comtip_fast.trainer_standin import SPOTS, StandIn, config_of, fit
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("trainer_standin.py")
 
 
-def _load_standin() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("trainer_standin", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-standin = _load_standin()
-fit, config_of, StandIn = standin.fit, standin.config_of, standin.StandIn
-
-
 def trace(folder: Path) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [{k: v for k, v in row.items() if k not in TIMING} for row in rows]
+    return [{k: v for k, v in row.items() if k not in CLOCKED} for row in rows]
 
 
 def assert_same_run(a: Path, b: Path) -> None:
@@ -96,7 +82,7 @@ def test_every_spot_is_used_once_per_epoch_in_the_order_of_batches(tmp_path: Pat
     task.batch = lambda spots, step, epoch: (seen.append(spots.tolist()), inner(spots, step, epoch))[1]
     Trainer(task, config, tmp_path / "run").fit()
     assert [b.tolist() for epoch in (0, 1) for b in task.batches(epoch)] == seen
-    assert sorted(spot for batch in seen[:5] for spot in batch) == list(range(standin.SPOTS))
+    assert sorted(spot for batch in seen[:5] for spot in batch) == list(range(SPOTS))
 
 
 def test_deterministic_setting_is_put_back(tmp_path: Path) -> None:

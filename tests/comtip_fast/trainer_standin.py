@@ -81,10 +81,10 @@ class StandIn:
         self.module.teacher.mul_(0.9).add_(self.module.body[0].weight.detach(), alpha=0.1)
 
     @torch.no_grad()
-    def validate(self) -> tuple[float, dict[str, float]]:
+    def validate(self) -> tuple[float, dict[str, float], dict[str, float]]:
         assert not self.module.training
         score = self.scores.get(self.step, -float((self.module.body(self.x) - self.y).square().mean()))
-        return score, {"human_breast": score}
+        return score, {"human_breast": score}, {}
 
     def export(self, folder: Path) -> None:
         folder.mkdir()

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 
 import comtip_fast
 from comtip_fast.cli import main
+from comtip_fast.training.watch import CLOCKED
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
 BUILD = ["--tile-px", "32", "--tile-um", "224", "--min-mpp", "5"]
@@ -41,7 +42,7 @@ def config(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) 
 
 def losses_of(run_dir: Path) -> list[tuple]:
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [tuple(sorted((k, str(v)) for k, v in r.items() if k not in ("spots_per_s", "elapsed_s"))) for r in rows]
+    return [tuple(sorted((k, str(v)) for k, v in r.items() if k not in CLOCKED)) for r in rows]
 
 
 def test_build_and_verify(tiny_source: Path, tmp_path: Path):

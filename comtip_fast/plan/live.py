@@ -1,0 +1,55 @@
+"""What ``comtip plan`` knows, for a run that is under way: FLOPs of its steps, and the peak of its device."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import torch
+
+from comtip_fast.config.schema import RunConfig
+from comtip_fast.models import CoMTIP
+from comtip_fast.plan.engine import engine_of
+from comtip_fast.plan.hardware import DEVICES, Device, make_cluster
+from comtip_fast.plan.parts import step_parts
+from comtip_fast.plan.plan import work_of
+from comtip_fast.plan.sizes import Inputs, sizes_of
+from comtip_fast.training.watch import StepCost
+
+
+def step_cost(config: RunConfig, model: CoMTIP, *, tile_px: int, trained_genes: int, ranks: int) -> StepCost:
+    """Return the cost of this run's steps on the device that ``model`` is on.
+
+    Parameters
+    ----------
+    config, model
+        The run and its model.
+    tile_px, trained_genes
+        S, and genes with a row of their own.
+    ranks
+        W.
+    """
+    device = next(model.parameters()).device
+    gpu = device.type == "cuda"
+    known = device_of(torch.cuda.get_device_name(device)) if gpu else None
+    sizes = sizes_of(config, Inputs(tile_px=tile_px, trained_genes=trained_genes), model)
+    engine, cluster = engine_of(config, ranks, gpu), make_cluster("h100" if gpu else "cpu", per_node=ranks)
+
+    @cache
+    def flops(spots: int, genes: int) -> float:
+        s = replace(sizes, B=spots, G=genes)
+        return sum(p.sum("flops") + p.sum("back_flops") for p in step_parts(s, work_of(s, engine, cluster)))
+
+    peak = None if known is None else known.bf16 if engine.bf16 else known.fp32
+    return StepCost(flops, peak)
+
+
+def device_of(name: str) -> Device | None:
+    """Return the entry of the hardware table for a device's own name, or None: ``NVIDIA H100 80GB HBM3`` is ``h100``."""
+    words = name.lower().replace("-", " ").split()
+    for key, device in DEVICES.items():
+        family, _, memory = key.partition("-")
+        sized = not memory or any(w.startswith(memory) for w in words)
+        if family in words and sized and "pcie" not in words and "nvl" not in words:
+            return device
+    return None

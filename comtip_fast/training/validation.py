@@ -1,0 +1,123 @@
+"""Validation sections: zero-shot scores, which stop training, and the state of the shared space, which is watched."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from comtip_kernels import table_pool
+from comtip_shards import ShardSet
+from torch import Tensor
+from torch.nn import functional as F
+
+from comtip_fast.config.schema import RunConfig
+from comtip_fast.data.gene_tokens import take_genes
+from comtip_fast.data.levels import log1p_cp10k
+from comtip_fast.data.loader import BaseLoader
+from comtip_fast.data.tables import TrainingTables
+from comtip_fast.inference import mean_pcc, predict_trained
+from comtip_fast.models import CoMTIP, GeneTokens
+
+VALIDATION_GENES = 50
+SPACE_SPOTS, SPACE_GENES = 256, 256
+"""Retrieval among so many spots of a section (more would be harder, and not comparable), by so many genes."""
+
+
+class Validation:
+    """Scores a model on the sections of split ``val``.
+
+    Parameters
+    ----------
+    model
+        The model, as it is when it is asked.
+    shards, tables, loader, genes
+        What the task made of the run's data.
+    config
+        The run.
+    """
+
+    def __init__(
+        self, model: CoMTIP, shards: ShardSet, tables: TrainingTables, loader: BaseLoader, genes: GeneTokens,
+        config: RunConfig,
+    ) -> None:  # fmt: skip
+        self.model, self.shards, self.tables, self.loader, self.genes = model, shards, tables, loader, genes
+        self.config = config
+        self.device = next(model.parameters()).device
+        self._features: dict[int, tuple[np.ndarray, Tensor]] = {}
+
+    @torch.no_grad()
+    def score(self) -> tuple[float, dict[str, float], dict[str, float]]:
+        """Return the mean zero-shot PCC over the sections, each task's, and the numbers of the shared space."""
+        scores: dict[str, list[float]] = {}
+        spaces = []
+        for section in self._sections():
+            task = self.shards.task_of_section(section)
+            rows = self._rows(section, task, VALIDATION_GENES)
+            if rows.size == 0:
+                continue
+            spots, features = self._section_features(section)
+            image = self.model.encode_image(features).vector_BD
+            scores.setdefault(task, []).append(self._pcc(spots, rows, image))
+            spaces.append(self._space(section, spots, image))
+        per_task = {task: float(np.mean(values)) for task, values in scores.items()}
+        mean = float(np.mean(list(per_task.values()))) if per_task else float("nan")
+        return mean, per_task, {k: float(np.mean([s[k] for s in spaces])) for k in spaces[0]} if spaces else {}
+
+    def _sections(self) -> list[int]:
+        return [i for i, s in enumerate(self.shards.manifest.sections) if s.split == "val"]
+
+    def _rows(self, section: int, task: str, most: int) -> np.ndarray:
+        """Return the task's most variable trained genes that the section measured, as rows of the gene table."""
+        ranked = self.tables.genes.ranked.get(task)
+        if ranked is None:
+            return np.zeros(0, np.int64)
+        return ranked[self.shards.measured(section)[ranked] & np.isin(ranked, self.tables.genes.trained)][:most]
+
+    def _pcc(self, spots: np.ndarray, rows: np.ndarray, image: Tensor) -> float:
+        measured = log1p_cp10k(self.loader.counts(spots)[1])[:, rows].toarray()
+        place = torch.from_numpy(np.searchsorted(self.tables.genes.trained, rows)).to(self.device)
+        predicted = predict_trained(self.model, take_genes(self.genes, place), image, self.tables.table, place)
+        return mean_pcc(measured, predicted["cp10k"])
+
+    def _space(self, section: int, spots: np.ndarray, image: Tensor) -> dict[str, float]:
+        """Pool the spots' true sentences into text vectors and see how they lie to the images."""
+        keep = np.linspace(0, spots.size - 1, min(spots.size, SPACE_SPOTS)).round().astype(np.int64)
+        rows = self._rows(section, self.shards.task_of_section(section), SPACE_GENES)
+        place = np.searchsorted(self.tables.genes.trained, rows)
+        values = log1p_cp10k(self.loader.counts(spots[keep])[1])[:, rows].toarray()
+        levels = torch.from_numpy(self.tables.table.levels(values, place)).long().to(self.device)
+        table = self.model.sentence_table(take_genes(self.genes, torch.from_numpy(place).to(self.device)))
+        text = table_pool(table.rows_GQD, table.scores_GQ, levels, torch.ones_like(levels, dtype=torch.bool))
+        return space_numbers(image[torch.from_numpy(keep).to(image.device)], text)
+
+    def _section_features(self, section: int) -> tuple[np.ndarray, Tensor]:
+        """Return the section's whole spots and what the encoder reads of their tiles."""
+        if section not in self._features:
+            spots, _ = self.loader.counts(self.shards.select(sections=[section]))
+            spots, tiles = self.loader.tiles(spots, np.zeros(spots.shape, np.int64))
+            self._features[section] = spots, self.model.vision.stem_features(tiles.to(self.device))
+        return self._features[section]
+
+
+def space_numbers(image_ND: Tensor, text_ND: Tensor) -> dict[str, float]:
+    """Return alignment, uniformity and retrieval of N paired vectors.
+
+    Returns
+    -------
+    dict
+        ``alignment``: mean squared distance of a pair, 0 to 4, lower is nearer. ``uniformity_image`` and
+        ``uniformity_text``: log of the mean of exp(-2 d^2) over other pairs, at most 0, lower is more spread (Wang and
+        Isola 2020). ``r1``, ``r5``: share of images whose own text is the nearest, among the five nearest; ``t1``,
+        ``t5`` the other way round. A tie counts against.
+    """
+    image, text = F.normalize(image_ND.float(), dim=-1), F.normalize(text_ND.float(), dim=-1)
+    s_NN = image @ text.T
+    own = s_NN.diagonal()
+    out = {"alignment": float((2 - 2 * own).mean())}
+    for name, x in (("image", image), ("text", text)):
+        distance = (2 - 2 * (x @ x.T)).clamp_min(0)
+        off = ~torch.eye(x.shape[0], dtype=torch.bool, device=x.device)
+        out[f"uniformity_{name}"] = float((-2 * distance[off]).exp().mean().log()) if x.shape[0] > 1 else 0.0
+    for letter, ahead in (("r", s_NN >= own[:, None]), ("t", s_NN >= own[None, :])):
+        rank = ahead.sum(1 if letter == "r" else 0)
+        out |= {f"{letter}{k}": float((rank <= k).float().mean()) for k in (1, 5)}
+    return out

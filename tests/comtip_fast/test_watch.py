@@ -1,0 +1,180 @@
+"""Watching a run: rates, shares, alarms, the watchdog, traces, and the numbers of the shared space."""
+
+import gzip
+import json
+import math
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from comtip_fast.collectives import Alone
+from comtip_fast.config.io import ConfigError
+from comtip_fast.config.schema import WatchConfig
+from comtip_fast.plan.live import device_of, step_cost
+from comtip_fast.training.trainer import Trainer
+from comtip_fast.training.validation import space_numbers
+from comtip_fast.training.watch import Alarm, ClockedGroup, Events, Meter, StepCost, Watchdog
+from tests.comtip_fast.trainer_standin import StandIn, config_of
+
+CPU = torch.device("cpu")
+
+
+def rows_of(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
+    path = folder / name
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_the_meter_divides_by_the_time_of_its_own_window():
+    meter = Meter(CPU, comm=lambda: 0.5, cost=StepCost(lambda spots, genes: 1e9 * spots * genes, peak=1e12))
+    for _ in range(2):
+        meter.add(1.0, 10, {"genes": 5.0, "tokens": 100.0})
+    row = meter.row(loader_wait_s=0.2)
+    assert row["spots_per_s"] == pytest.approx(10)
+    assert row["tokens_per_s"] == pytest.approx(100)
+    assert row["tflops_per_s"] == pytest.approx(0.05)
+    assert row["mfu"] == pytest.approx(0.05)
+    assert row["loader_wait_share"] == pytest.approx(0.1)
+    assert row["comm_share"] == pytest.approx(0.25)
+    meter.add(4.0, 10, {})
+    assert meter.row(0.0)["spots_per_s"] == pytest.approx(2.5)
+
+
+def test_a_clocked_group_counts_the_time_of_its_collectives_once():
+    class Slow(Alone):
+        def sum(self, values):
+            time.sleep(0.03)
+            return values
+
+    group = ClockedGroup(Slow(), CPU)
+    group.sum(torch.ones(1))
+    group.sum(torch.ones(1))
+    assert group.seconds() >= 0.06
+    assert group.seconds() == 0.0
+
+
+def test_the_alarm_wants_a_history_and_names_what_jumped():
+    alarm = Alarm(WatchConfig(loss_jump=3.0, norm_jump=30.0))
+    assert all(alarm.look(5.0 + 0.1 * i, 1.0) is None for i in range(20))
+    assert alarm.look(7.0, 2.0) is None
+    said = alarm.look(60.0, 1.0)
+    assert said is not None
+    assert said.startswith("loss 60")
+    said = alarm.look(6.0, 99.0)
+    assert said is not None
+    assert said.startswith("gradient norm")
+    assert Alarm(WatchConfig(loss_jump=0, norm_jump=0)).look(math.inf, math.inf) is None
+
+
+def test_the_watchdog_says_once_what_takes_so_long_and_where_it_stands(tmp_path: Path):
+    said: list[str] = []
+    with Watchdog(0.2, said.append, tmp_path / "stacks.txt") as dog:
+        dog.beat("step 7")
+        time.sleep(1.0)
+        dog.beat("step 8")
+    assert len(said) == 1
+    assert "step 7" in said[0]
+    assert "test_the_watchdog" in (tmp_path / "stacks.txt").read_text()
+
+
+def test_a_run_flags_a_jump_and_a_stall_and_goes_on(tmp_path: Path):
+    config = config_of(
+        "train.steps=40",
+        "watch.stall_s=0.3",
+        "watch.norm_jump=0",
+        "watch.loss_jump=20",
+        "optim.lr=1e-6",
+        "train.validate_every=0",
+    )
+    task = StandIn(config, at_step=lambda step: time.sleep(1.0) if step == 5 else None)
+    plain = task.losses
+
+    def jumping(module, batch):
+        losses, numbers = plain(module, batch)
+        return {k: v * (100 if task.step == 35 else 1) for k, v in losses.items()}, numbers
+
+    task.losses = jumping
+    result = Trainer(task, config, tmp_path).fit()
+    assert result.step == 40
+    events = rows_of(tmp_path, "events.jsonl")
+    assert [(e["kind"], e["step"]) for e in events] == [("stall", 4), ("jump", 35)]
+    assert "step 5" in events[0]["text"]
+
+
+def test_a_trace_is_written_for_the_steps_asked_for_also_when_the_run_ends_early(tmp_path: Path):
+    for name, trace in (("inside", "[2,3]"), ("early", "[16,99]")):
+        config = config_of(f"watch.trace={trace}")
+        Trainer(StandIn(config), config, tmp_path / name).fit()
+        with gzip.open(tmp_path / name / "trace/rank0.json.gz", "rt") as file:
+            events = json.load(file)["traceEvents"]
+        steps = sum(e.get("name") == "Optimizer.step#AdamW.step" for e in events)
+        assert steps == 2
+
+
+def test_perfect_random_and_turned_pairs():
+    x = torch.nn.functional.normalize(torch.randn(64, 16, generator=torch.Generator().manual_seed(0)), dim=-1)
+    same = space_numbers(x, x)
+    assert same["alignment"] == pytest.approx(0, abs=1e-5)
+    assert same["r1"] == same["t1"] == 1.0
+    shifted = space_numbers(x, x.roll(1, 0))
+    assert shifted["r1"] == shifted["t1"] == 0.0
+    assert space_numbers(x, -x)["alignment"] == pytest.approx(4, abs=1e-5)
+    # All vectors alike: no spread, and a tie is no find.
+    one = x[:1].expand(64, 16)
+    assert space_numbers(one, one)["uniformity_image"] == pytest.approx(0, abs=1e-6)
+    assert space_numbers(one, one)["r5"] == 0.0
+    slow = sum(math.exp(-2 * float((a - b).square().sum())) for i, a in enumerate(x) for j, b in enumerate(x) if i != j)
+    assert same["uniformity_text"] == pytest.approx(math.log(slow / (64 * 63)), abs=1e-5)
+
+
+def test_rows_and_validation_of_a_real_task_carry_the_numbers(tiny_run: Path):
+    rows = rows_of(tiny_run)
+    train = [r for r in rows if r["kind"] == "train"]
+    wanted = {"spots_per_s", "tokens_per_s", "loader_wait_share", "comm_share", "memory_gib", "faults"}
+    assert wanted <= train[-1].keys()
+    assert 0 <= train[-1]["loader_wait_share"] <= 1
+    assert "mfu" not in train[-1]  # no peak is known for a CPU
+    valid = [r for r in rows if r["kind"] == "valid"]
+    assert {"alignment", "uniformity_image", "r1", "t5"} <= valid[-1].keys()
+
+
+def test_the_cost_of_a_step_is_what_the_flop_counter_counts(tiny_shards, tiny_overrides):
+    from comtip_kernels.dispatch import prefer
+
+    from comtip_fast.config.io import load_config
+    from comtip_fast.training.task import build_task
+
+    config = load_config(None, [*tiny_overrides, f"data.shards={tiny_shards.path}", "loss.paat.candidates=1"])
+    task = build_task(config, CPU)
+    cost = step_cost(config, task.model, tile_px=task.sizes.tile_px, trained_genes=task.sizes.n_identities, ranks=1)
+    small, large = cost.flops(8, 4), cost.flops(16, 4)
+    assert small < large < 2 * small + 1
+    assert cost.peak is None
+    spots = task.batches(0)[0]
+    batch = task.batch(spots, 3, 0)
+    with prefer("reference"), FlopCounterMode(display=False) as counted:
+        losses, _ = task.losses(task.model, batch)
+        losses["loss"].backward()
+    assert cost.flops(len(spots), batch.panel.numel()) == pytest.approx(counted.get_total_flops(), rel=0.1)
+
+
+def test_device_names_find_their_row():
+    for name, key in (("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA A100-SXM4-40GB", "a100-40"), ("NVIDIA H200", "h200")):
+        found = device_of(name)
+        assert found is not None
+        assert found.name == key
+    assert device_of("NVIDIA GeForce RTX 4090") is None
+    assert device_of("NVIDIA H100 PCIe") is None
+
+
+def test_events_are_lines_of_json(tmp_path: Path):
+    Events(tmp_path / "events.jsonl").flag("jump", 3, "loss 9 is 3.0 times the median")
+    assert rows_of(tmp_path, "events.jsonl") == [{"step": 3, "kind": "jump", "text": "loss 9 is 3.0 times the median"}]
+
+
+@pytest.mark.parametrize("bad", ["watch.trace=[5,2]", "watch.trace=[0,2]", "watch.stall_s=-1"])
+def test_settings_that_cannot_be_are_refused(bad: str):
+    with pytest.raises(ConfigError, match=r"watch\."):
+        config_of(bad)
