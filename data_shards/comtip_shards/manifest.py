@@ -6,8 +6,9 @@ import base64
 import binascii
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ FORMAT, VERSION = "comtip-shards", 2
 NAME = "manifest.json"
 REBUILD = "build the set again: comtip shards build SOURCE --out NEW_DIR"
 TAR_BLOCK = 512
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+"""One part of a path below the folder: nothing that leaves it."""
 _strict = with_config(ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
 
 
@@ -209,9 +212,13 @@ def _check(manifest: Manifest, where: str) -> None:
             f"{where}: tiles of {manifest.tile.px} px in {manifest.tile.codec!r} are not understood", kind="manifest"
         )
     for name in files_of(manifest):
-        parts = PurePosixPath(name).parts
-        if PurePosixPath(name).is_absolute() or ".." in parts or not parts or "\\" in name or "\0" in name:
-            raise ShardError(f"{where}: the file name {name!r} leaves the folder", kind="manifest")
+        if not all(_FILE_NAME.fullmatch(part) for part in name.split("/")):
+            raise ShardError(
+                f"{where}: the file name {name[:100]!r} leaves the folder, or is none that a build gives",
+                kind="manifest",
+            )
+    if not manifest.sections:
+        raise ShardError(f"{where}: no sections", kind="manifest")
     for what, entries, size in (("sections", manifest.sections, "n_spots"), ("shards", manifest.shards, "records")):
         start = 0
         for entry in entries:

@@ -16,6 +16,8 @@ from comtip_shards.errors import ShardError
 FILE = "spots.parquet"
 _TEXT = ("section_id", "spot_id", "label")
 _MAX_TEXT = 4096
+_BROKEN = (pa.ArrowException, OSError, ValueError, LookupError, OverflowError)
+"""What pyarrow raises on tables that are damaged or made up."""
 SCHEMA = pa.schema(
     [
         ("spot_index", pa.int64()),
@@ -77,7 +79,7 @@ def _open(data: bytes, n_spots: int, where: str) -> pq.ParquetFile:
     try:
         file = pq.ParquetFile(pa.BufferReader(data), read_dictionary=list(_TEXT))
         groups = [file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups)]
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except _BROKEN as error:
         raise ShardError(f"{where}: not a table of spots that can be read ({error})", kind="spots") from error
     if file.schema_arrow.names != SCHEMA.names or file.metadata.num_rows != n_spots:
         raise ShardError(f"{where}: not the table of this set's {n_spots} spots", kind="spots")
@@ -91,16 +93,25 @@ def _read(data: bytes, n_spots: int, where: str, columns: Sequence[str]) -> pa.T
     file = _open(data, n_spots, where)
     try:
         table = file.read(columns=list(columns), use_threads=False)
-    except (pa.ArrowException, OSError, ValueError) as error:
+        table.validate(full=True)
+        wrong = next((n for n in columns if not _is_sound(table.column(n), n)), None)
+    except _BROKEN as error:
         raise ShardError(f"{where}: cannot be read ({error}); copy it again", kind="spots") from error
-    for name in columns:
-        column = table.column(name)
-        wanted = SCHEMA.field(name).type
-        if column.null_count or (column.type != wanted and name not in _TEXT):
-            raise ShardError(f"{where}: column {name} holds {column.type} with {column.null_count} gaps", kind="spots")
-        if name in _TEXT and any(len(v) > _MAX_TEXT for c in column.chunks for v in c.dictionary.to_pylist()):
-            raise ShardError(f"{where}: column {name} holds a text of more than {_MAX_TEXT} characters", kind="spots")
+    if wrong is not None:
+        column = table.column(wrong)
+        raise ShardError(f"{where}: column {wrong} holds {column.type} with {column.null_count} gaps", kind="spots")
     return table
+
+
+def _is_sound(column: pa.ChunkedArray, name: str) -> bool:
+    """Tell whether a column has its type, no gaps, and only texts of a bearable length."""
+    if column.null_count:
+        return False
+    if name not in _TEXT:
+        return bool(column.type == SCHEMA.field(name).type)
+    if not (pa.types.is_dictionary(column.type) and pa.types.is_string(column.type.value_type)):
+        return False
+    return all(len(v) <= _MAX_TEXT for c in column.chunks for v in c.dictionary.to_pylist())
 
 
 def read_spots(data: bytes, n_spots: int, where: str) -> pd.DataFrame:
