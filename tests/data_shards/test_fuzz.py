@@ -1,0 +1,45 @@
+"""Random damage and forgeries; ``bench/shards/fuzz.py`` does the same ten thousand times."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from comtip_shards import fuzz
+from comtip_shards.build import build_shards
+from comtip_shards.fuzz import Fuzzer
+from comtip_shards.reader import ShardSet
+from comtip_shards.sources import open_source
+
+from comtip_fast.testing.tiny import TinySection, write_tiny_source
+
+
+@pytest.fixture(scope="module")
+def fuzzer(tmp_path_factory: pytest.TempPathFactory) -> Fuzzer:
+    folder = tmp_path_factory.mktemp("fuzz")
+    write_tiny_source(folder / "source", [TinySection("a", "d", "train"), TinySection("b", "e", "val")], side=2)
+    build_shards(open_source(folder / "source"), folder / "set", tile_px=16, max_records=3)
+    return Fuzzer(folder / "set", folder / "work")
+
+
+@pytest.mark.parametrize("block", range(6))
+def test_damage_is_found_and_never_read_as_other_data(fuzzer: Fuzzer, block: int):
+    outcomes = [fuzzer.run(np.random.default_rng([20, block, i]), forge=False) for i in range(30)]
+    assert [o for o in outcomes if o.wrong] == []
+    assert [o for o in outcomes if not o.found and not o.harmless] == []
+    assert sum(o.found for o in outcomes) > 20
+
+
+@pytest.mark.parametrize("block", range(6))
+def test_forgeries_neither_crash_nor_hang(fuzzer: Fuzzer, block: int):
+    """Any error but ShardError fails; so does the suite's time limit."""
+    outcomes = [fuzzer.run(np.random.default_rng([21, block, i]), forge=True) for i in range(20)]
+    assert sum(o.found for o in outcomes) > 5
+
+
+def test_the_judge_sees_a_reader_that_checks_nothing(fuzzer: Fuzzer, monkeypatch: pytest.MonkeyPatch):
+    """The fuzzer itself: with CRC checks off, other data does come back and is called wrong."""
+    monkeypatch.setattr("comtip_shards.members.zlib.crc32", lambda data: 0)
+    monkeypatch.setattr("comtip_shards.members.spots.read_crcs", lambda *a: np.zeros((len(ShardSet(fuzzer.work)), 3), np.uint32))
+    monkeypatch.setattr(fuzz, "BYTES", {"digit changed": fuzz.BYTES["digit changed"]})
+    outcomes = [fuzzer.run(np.random.default_rng([22, i]), forge=False) for i in range(40)]
+    assert any(o.wrong for o in outcomes)
