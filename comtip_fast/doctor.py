@@ -26,7 +26,7 @@ class Finding:
 def examine() -> list[Finding]:
     """Look at everything that can make training faster or stop it from running."""
     checks: list[Callable[[], Finding]] = [
-        _python, _memory, _torch, _gpu, _triton, _dali, _flash_attn, _deepspeed, _demo_weights, _loggers,
+        _python, _memory, _torch, _gpu, _triton, _dali, _flash_attn, _deepspeed, _engines, _demo_weights, _loggers,
     ]  # fmt: skip
     return [check() for check in checks]
 
@@ -111,9 +111,27 @@ def _deepspeed() -> Finding:
     version = _version("deepspeed")
     if version is None:
         return Finding(
-            "DeepSpeed", "missing", "not installed; one process only", "pip install 'comtip-fast[deepspeed]'"
+            "DeepSpeed",
+            "missing",
+            "not installed; DDP runs without it, ZeRO does not",
+            "pip install 'comtip-fast[deepspeed]'",
         )
     return Finding("DeepSpeed", "ok", version)
+
+
+def _engines() -> Finding:
+    """Say how a run can be spread here (``engine.kind`` of a config)."""
+    import torch
+    from torch import distributed
+
+    if not distributed.is_available():
+        return Finding("Engines", "missing", "one process alone", "this PyTorch was built without torch.distributed")
+    nccl = torch.cuda.is_available() and distributed.is_nccl_available()
+    backends = [*(["nccl"] if nccl else []), *(["gloo"] if distributed.is_gloo_available() else [])]
+    zero = ", DeepSpeed ZeRO 0 to 3" if _version("deepspeed") else ""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    ranks = f"{gpus} GPU rank(s) on this machine" if gpus else "CPU ranks"
+    return Finding("Engines", "ok", f"one process, DDP{zero}; {ranks} over {' or '.join(backends)}")
 
 
 def _demo_weights() -> Finding:

@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, required=True, help="a YAML file, e.g. configs/8xh100.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the config")
     parser.add_argument("--json", action="store_true", help="print plain data instead of text")
+    parser.add_argument("--brief", action="store_true", help="print only the lines that stand in configs/*.yaml")
     where = parser.add_argument_group("where it is to run")
     where.add_argument("--gpu", default="h100", help="h100 (default), h200, b200, a100-80, a100-40 or cpu")
     where.add_argument("--gpus", type=int, default=1, metavar="N", help="devices per node (default 1)")
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from comtip_fast.config.io import load_config
     from comtip_fast.plan.hardware import Efficiency, make_cluster
     from comtip_fast.plan.plan import at_mean_panel, make_plan
-    from comtip_fast.plan.report import as_data, render
+    from comtip_fast.plan.report import as_data, render, summary
     from comtip_fast.plan.sizes import Inputs
 
     config = load_config(args.config, args.set)
@@ -66,7 +67,10 @@ def run(args: argparse.Namespace) -> int:
         return _sweep(args, config, cluster, inputs)
     plan = make_plan(config, cluster, inputs, loader_tiles_per_s=args.loader_tiles_per_s)
     mean = at_mean_panel(plan, config) if args.panel is None else None
-    print(json.dumps(as_data(plan, mean), indent=1) if args.json else render(plan, mean))
+    if args.brief:
+        print("\n".join(summary(plan, mean)))
+    else:
+        print(json.dumps(as_data(plan, mean), indent=1) if args.json else render(plan, mean))
     return 0 if plan.fits else 1
 
 

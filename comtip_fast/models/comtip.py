@@ -115,7 +115,8 @@ class PairHead(nn.Module):
 
     def forward(self, unit_GQD: Tensor) -> Tensor:
         """Return scale * W^T h for every row of the table."""
-        return self.form(unit_GQD) * self.log_scale.clamp(max=math.log(50.0)).exp()
+        # Of shape (), so that a table in bf16 stays one.
+        return self.form(unit_GQD) * self.log_scale.clamp(max=math.log(50.0)).exp().squeeze(0)
 
 
 class CoMTIP(nn.Module):

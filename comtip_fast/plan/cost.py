@@ -60,8 +60,15 @@ def forward_only(costs: Iterable[Cost]) -> list[Cost]:
 
 
 def checkpointed(costs: list[Cost], kept: float, name: str) -> list[Cost]:
-    """Return operations that keep only ``kept`` bytes, their input, and run forward again in the backward pass."""
-    again = [Cost(c.name, c.flops, c.flops + c.back_flops, c.moved, c.moved + c.back_moved) for c in costs]
+    """Return operations that keep only ``kept`` bytes, their input, and run forward again in the backward pass.
+
+    They run again up to the last tensor that the backward pass wants: what comes after it does not.
+    """
+    last = max(i for i, c in enumerate(costs) if c.saved)
+    again = [
+        Cost(c.name, c.flops, c.back_flops + c.flops * (i < last), c.moved, c.back_moved + c.moved * (i < last))
+        for i, c in enumerate(costs)
+    ]
     return [*again, Cost(name, saved=kept)]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.plan.cost import AUTOCAST, FP32, Precision
@@ -59,13 +59,9 @@ class Engine:
 
 def engine_of(config: RunConfig, ranks: int, gpu: bool) -> Engine:
     """Resolve a config's ``engine`` and ``train.precision`` for so many ranks of a kind."""
-    # Configs without the group run as one process or DDP.
-    e: Any = getattr(config, "engine", None)
-    wanted: Any = e.kind if e is not None else "auto"
-    kind: Kind = wanted if wanted != "auto" else "single" if ranks == 1 else "ddp"
+    e = config.engine
+    kind: Kind = e.kind if e.kind != "auto" else "single" if ranks == 1 else "ddp"
     bf16 = config.train.precision == "bf16" or (config.train.precision == "auto" and gpu)
-    if e is None:
-        return Engine(kind=kind, bf16=bf16)
     return Engine(
         kind=kind, zero_stage=e.zero_stage if kind == "deepspeed" else 0, bf16=bf16, loss_form=e.loss_form,
         shard_table=e.shard_table, micro_batches=e.micro_batches,

@@ -100,11 +100,13 @@ def draw_memory(found: Sweep, path: Path) -> None:
         for axes in panels:
             _axis_of_devices(axes, _most(found))
             axes.tick_params(axis="x", labelsize=7)
-            axes.legend(fontsize=8, loc="center right" if axes is panels[2] else "best")
-        for axes in panels[:2]:
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-        panels[2].set_ylim(bottom=0)
+        for axes in (panels[0], panels[2]):
+            axes.set_ylim(0, axes.get_ylim()[1] * 1.25)
+        panels[1].set_yscale("log")
+        panels[1].yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+        panels[0].legend(fontsize=8, loc="upper right")
+        panels[1].legend(fontsize=8, loc="upper left")
+        panels[2].legend(fontsize=8, loc="upper center", ncols=3, columnspacing=1.0, handlelength=1.6)
         panels[0].set_ylabel("GB per device (predicted)")
         figure.savefig(path)
         plt.close(figure)
@@ -123,7 +125,7 @@ def _plot(axes: Any, line: list[Point], values: list[float], index: int, label: 
 
 def _state_panel(found: Sweep, axes: Any) -> None:
     axes.set_title("State from step to step", loc="left")
-    for index, label in ((2, "DDP"), (4, "ZeRO 1"), (5, "ZeRO 2"), (6, "ZeRO 3")):
+    for index, label in ((2, "DDP"), (4, "ZeRO 1 and 2"), (6, "ZeRO 3")):
         line = found.line("weak", DESIGNS[index])
         state = [sum(r.bytes for r in p.largest.memory if _is_state(r.name)) for p in line]
         _plot(axes, line, state, index, label)
@@ -148,11 +150,11 @@ def _loss_panel(found: Sweep, axes: Any) -> None:
 
 def _whole_panel(found: Sweep, axes: Any) -> None:
     axes.set_title("Everything, largest panel", loc="left")
-    for index, label in ((0, "whole table"), (2, "sharded table"), (6, "sharded table, ZeRO 3")):
+    for index, label in ((0, "whole table"), (2, "sharded, gather"), (3, "sharded, ring")):
         line = found.line("weak", DESIGNS[index])
         _plot(axes, line, [p.largest.device_bytes for p in line], index, label)
     room = found.cluster.device.memory / 1e9
     axes.axhline(room, color="#444444", lw=1, ls=":")
     axes.annotate(
-        f"{found.cluster.device.name}: {room:g} GB", (1, room), xytext=(2, 3), textcoords="offset points", fontsize=8
+        f"{found.cluster.device.name}: {room:g} GB", (16, room), xytext=(0, 3), textcoords="offset points", fontsize=8
     )

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
+from comtip_fast.plan.cost import INDEX
 from comtip_fast.plan.engine import ELEMENT, Engine
-from comtip_fast.plan.parts import Part, Work
+from comtip_fast.plan.parts import Part, Work, largest_block
 from comtip_fast.plan.sizes import Sizes
 
 MAX_LIVE = 1_000_000_000
@@ -40,11 +41,13 @@ def _parameters(s: Sizes, e: Engine, ranks: int) -> list[Row]:
     shard = Row("parameters, own shard", whole / ranks, _place(e.offload_param), lasts=True)
     # DeepSpeed lets go of a parameter between its uses only where the model is larger than this.
     live = min(s.trained, MAX_LIVE) * ELEMENT
-    return [shard, Row("parameters, gathered", live, note="at most, while the step runs"), *frozen]
+    # Validation and export read the task's own module, which stays whole.
+    home = Row("parameters, the task's own copy", whole, lasts=True)
+    return [shard, home, Row("parameters, gathered", live, note="at most, while the step runs"), *frozen]
 
 
 def _gradients(s: Sizes, e: Engine, ranks: int) -> Row:
-    if e.zero_stage < 2:
+    if e.zero_stage < 1:
         return Row("gradients", s.trained * ELEMENT)
     where = "device" if e.offload_optimizer == "none" else "host"
     return Row("gradients, own shard", s.trained * ELEMENT / ranks, where, lasts=e.zero_stage == 3)
@@ -74,13 +77,15 @@ def _place(offload: str) -> str:
 def work_rows(s: Sizes, e: Engine, w: Work, parts: Sequence[Part], ranks: int) -> list[Row]:
     """Return what a step adds: activations part by part, loss buffers, batch, loader."""
     rows = [Row(f"activations: {p.name}", p.kept) for p in parts if p.kept]
+    if w.checkpointing:
+        rows.append(Row("activations: the block computed again", largest_block(s, w)))
     if e.micro_batches > 1:
         # Vectors and table tensors that the losses read, and their gradients.
         heads = (w.spots * s.D + s.G * s.Q * (3 * s.D + 1)) * ELEMENT
         rows.append(Row("vectors kept over micro-batches", 2 * heads))
     if e.precision.weight_copies:
         rows.append(Row("bf16 copies of weights", s.matrices * 2, note="autocast keeps them for the backward pass"))
-    return [*rows, *_loss(s, e, w, ranks), *_batch(s, w, ranks)]
+    return [*rows, *_loss(s, e, w, ranks), *_pairs(s, ranks), *_batch(s, w, ranks)]
 
 
 def _loss(s: Sizes, e: Engine, w: Work, ranks: int) -> list[Row]:
@@ -94,11 +99,21 @@ def _loss(s: Sizes, e: Engine, w: Work, ranks: int) -> list[Row]:
     return [Row("loss, gather: all images and their gradients", vectors + 2 * s.B * s.D * 4 + 16 * s.B)]
 
 
+def _pairs(s: Sizes, ranks: int) -> list[Row]:
+    """Return what drawing mispaired spots takes while it lasts: about eight tensors of int64 or fp64 per candidate."""
+    if not s.mispairs:
+        return []
+    rows = [Row("adversary's candidates", 8 * INDEX * s.candidates * ceil(s.B / ranks) * s.G, note="estimate")]
+    if s.other_spots and ranks > 1:
+        rows.append(Row("levels of all spots", s.B * s.G * (1 + INDEX), note="loss.paat.mode=strata needs none"))
+    return rows
+
+
 def _batch(s: Sizes, w: Work, ranks: int) -> list[Row]:
     own = ceil(s.B / ranks)
     tiles = 0 if s.has_stem else own * 3 * s.S**2
     features = w.piece * s.P * s.patch_inputs * 4
-    genes = own * s.G * (1 + 1) + (s.B * s.G if ranks > 1 else 0)
+    genes = own * s.G * (1 + 1)
     rows = [Row("batch: tiles, features, levels", tiles + features + genes)]
     # DALI has two batches in work, every loader completes one, and data.prefetch wait.
     dali = s.loader == "dali" or (s.loader == "auto" and w.gpu)

@@ -114,6 +114,13 @@ def vision(s: Sizes, w: Work, patches: int, *, masked: bool) -> list[Cost]:
     return [*costs, norm(n, d, p), Cost("patch numbers", saved=index)]
 
 
+def largest_block(s: Sizes, w: Work) -> float:
+    """Return the bytes that the block which keeps most keeps: there for a moment when blocks are computed again."""
+    image = block(w.piece * (s.P + s.prefix), s.P + s.prefix, s.d, s.mlp, s.heads, w.precision)
+    text = block(w.table_rows * s.tokens, s.reach, s.width, 4 * s.width, s.text_heads, w.precision)
+    return max(total(image, "saved"), total(text, "saved"))
+
+
 def image_head(s: Sizes, w: Work) -> list[Cost]:
     """Mean over patches, projection, length 1."""
     n = w.piece * s.P
@@ -175,7 +182,7 @@ def sentence_table(s: Sizes, w: Work) -> list[Cost]:
     embed = Cost("embed", moved=n * d * p.stream, back_moved=n * d * p.stream, saved=n * 4)
     head = [
         norm(N, d, p), *projection(N, d, s.D, p), linear(N, d, 1, p, keep=False), *unit(rows, s.D, p),
-        linear(rows, s.D, s.D, p, keep=keep_cast), pointwise(rows, s.D, p.operand, keep=2, name="pair scale"),
+        linear(rows, s.D, s.D, p, keep=keep_cast), pointwise(rows, s.D, p.operand, keep=2 if s.has_pair else 1, name="pair scale"),
     ]  # fmt: skip
     return [embed, *(one * (s.text_depth - 1)), *last, *head]
 

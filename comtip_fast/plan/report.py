@@ -45,26 +45,27 @@ def render(plan: Plan, mean: Plan | None = None) -> str:
     return "\n\n".join("\n".join(block) for block in blocks if block)
 
 
-def summary(plan: Plan, mean: Plan | None = None, *, timed: bool = True) -> list[str]:
-    """Return the few lines that stand above a config in ``configs/``."""
+def summary(plan: Plan, mean: Plan | None = None) -> list[str]:
+    """Return the few lines that stand above a config in ``configs/``; times only where the device's peak is no guess."""
     c, e, s = plan.cluster, plan.engine, plan.sizes
-    where = f"{c.nodes} x {c.per_node} x {c.device.name}" if c.nodes > 1 else f"{c.per_node} x {c.device.name}"
+    devices = f"{c.nodes} x {c.per_node} x {c.device.name}" if c.nodes > 1 else f"{c.per_node} x {c.device.name}"
     lines = [
-        f"predicted on {where}, {e.name}, {precision_name(e.precision)}: {size(plan.device_bytes)} of "
-        f"{size(c.device.memory)} per device,",
-        f"{s.trained / 1e6:.1f} M parameters to train, {flops(plan.flops)} per device and step (G = {s.G:,})",
+        f"predicted, {devices}, {e.name}, {precision_name(e.precision)}:",
+        f"  {size(plan.device_bytes)} of {size(c.device.memory)} per device with the largest panel (G = {s.G:,})",
+        f"  {s.trained / 1e6:.1f} M parameters to train; {flops(plan.flops)} per device and step",
     ]
-    if timed:
-        usual = mean or plan
-        lines.append(
-            f"{seconds(plan.step_seconds)} per step with the largest panel, {seconds(usual.step_seconds)} with the mean one "
-            f"(G = {usual.sizes.G:,}): {usual.spots_per_s:,.0f} spots/s"
+    if c.device.name == "cpu":
+        return lines
+    lines.append(f"  {seconds(plan.step_seconds)} per step, {plan.spots_per_s:,.0f} spots/s")
+    if mean is not None and mean.sizes.G != s.G:
+        usual = (
+            f"{seconds(mean.step_seconds)}, {mean.spots_per_s:,.0f} spots/s with the mean panel (G = {mean.sizes.G:,})"
         )
-        sent = [sum(x) for x in zip(*(t.on_links(c) for t in plan.traffic), strict=True)] or [0.0, 0.0]
-        if c.ranks > 1:
-            lines.append(
-                f"{size(sent[0])} per device and step over {c.link.name}, {size(sent[1])} over {c.fabric.name}"
-            )
+        lines[-1] += f"; {usual}"
+    if c.ranks > 1:
+        link, fabric = (sum(t.on_links(c)[i] for t in plan.traffic) for i in (0, 1))
+        between = f", {size(fabric)} over {c.fabric.name}" if c.nodes > 1 else ""
+        lines.append(f"  {size(link)} per device and step over {c.link.name}{between}")
     return lines
 
 

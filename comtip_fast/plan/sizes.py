@@ -93,6 +93,8 @@ class Sizes:
     has_level: bool
     has_nce: bool
     hard_columns: bool
+    other_spots: bool
+    """Mispaired levels may come from other spots of the section."""
     text_context: bool
     groups: tuple[Group, ...]
     tile_bytes: float
@@ -118,6 +120,11 @@ class Sizes:
     def matrices(self) -> int:
         """Elements that autocast copies."""
         return sum(g.matrices for g in self.groups)
+
+    @property
+    def image_side(self) -> int:
+        """Parameters with gradients that every micro-batch goes through."""
+        return sum(g.trained for g in self.groups if g.name in ("image encoder", "mask generator", "image head"))
 
     @property
     def mispairs(self) -> bool:
@@ -193,7 +200,7 @@ def sizes_of(config: RunConfig, inputs: Inputs | None = None, model: CoMTIP | No
         text_depth=text.depth, text_heads=text.heads, D=config.align.dim,
         candidates=paat.candidates if paat.adversary == "hard" else 1, has_mfm=loss.mfm > 0,
         has_teacher=model.teacher is not None, has_pair=loss.pair > 0, has_level=loss.level > 0, has_nce=loss.nce > 0,
-        hard_columns=paat.hard_columns, text_context=paat.context == "text", groups=parameter_groups(model),
+        hard_columns=paat.hard_columns, other_spots=paat.mode != "strata", text_context=paat.context == "text", groups=parameter_groups(model),
         tile_bytes=given.tile_bytes, loader=config.data.loader, prefetch=config.data.prefetch,
     )  # fmt: skip
 
@@ -209,13 +216,14 @@ PARTS: Sequence[tuple[str, tuple[str, ...]]] = (
     ("image encoder", ("vision",)),
     ("mask generator", ("generator",)),
     ("gene encoder", ("genes",)),
-    ("heads", ("project_image", "project_text", "pool_query", "pair_head")),
+    ("image head", ("project_image",)),
+    ("text heads", ("project_text", "pool_query", "pair_head")),
     ("teacher", ("teacher",)),
 )
 
 
 def parameter_groups(model: nn.Module) -> tuple[Group, ...]:
-    """Count every parameter and buffer once, by part; the two temperatures go with the heads."""
+    """Count every parameter and buffer once, by part; the two temperatures go with the text's heads."""
     of = {child: name for name, children in PARTS for child in children}
     found: dict[str, list[int]] = {name: [0, 0, 0, 0] for name, _ in PARTS}
     operands = {
@@ -225,7 +233,7 @@ def parameter_groups(model: nn.Module) -> tuple[Group, ...]:
         for own in ("weight", "in_proj_weight")
     }
     for name, p in model.named_parameters():
-        row = found[of.get(name.split(".")[0], "heads")]
+        row = found[of.get(name.split(".")[0], "text heads")]
         if p.requires_grad:
             row[0] += p.numel()
             row[2] += p.numel() if name in operands else 0
@@ -233,7 +241,7 @@ def parameter_groups(model: nn.Module) -> tuple[Group, ...]:
         else:
             row[1] += p.numel()
     for name, b in model.named_buffers():
-        found[of.get(name.split(".")[0], "heads")][1] += b.numel()
+        found[of.get(name.split(".")[0], "text heads")][1] += b.numel()
     return tuple(
         Group(name=name, trained=t, frozen=f, matrices=m, tensors=k) for name, (t, f, m, k) in found.items() if t or f
     )

@@ -22,7 +22,7 @@ class Collective:
     """One kind of message in a step."""
 
     part: str
-    """``loss``, ``table``, ``gradients`` or ``parameters``."""
+    """``loss``, ``pairs``, ``table``, ``gradients`` or ``parameters``."""
     what: str
     kind: str
     """``all_gather``, ``reduce_scatter``, ``all_reduce`` or ``ring``."""
@@ -71,23 +71,31 @@ def loss_traffic(s: Sizes, e: Engine) -> list[Collective]:
     """InfoNCE over all ranks: images move, texts stay, so mispaired columns add nothing."""
     if not s.has_nce:
         return []
-    vectors, ids = s.B * s.D * FP32, s.B * ID
-    out = [Collective("loss", "who is whose negative", "all_gather", ids)]
+    vectors, numbers = s.B * s.D * FP32, s.B * FP32
+    out = [Collective("loss", "who is whose negative", "all_gather", s.B * ID)]
     if e.loss_form == "ring":
         return [
             *out,
             Collective("loss", "images", "ring", vectors, hidden_by="InfoNCE"),
-            Collective("loss", "row statistics", "ring", s.B * FP32),
-            Collective("loss", "images and statistics again", "ring", vectors + s.B * FP32, hidden_by="InfoNCE"),
-            Collective("loss", "images' gradients", "ring", vectors),
+            Collective("loss", "row statistics", "ring", numbers, hidden_by="InfoNCE"),
+            Collective("loss", "images and statistics again", "ring", vectors + numbers, hidden_by="InfoNCE"),
+            Collective("loss", "images' gradients", "ring", vectors, hidden_by="InfoNCE"),
         ]
     return [
         *out,
         Collective("loss", "images", "all_gather", vectors),
-        Collective("loss", "row maxima and sums", "all_reduce", s.B * FP32, times=2),
-        Collective("loss", "row statistics", "all_gather", s.B * FP32),
+        Collective("loss", "row maxima", "all_reduce", numbers),
+        Collective("loss", "row sums", "reduce_scatter", numbers),
+        Collective("loss", "row statistics", "all_gather", numbers),
         Collective("loss", "images' gradients", "reduce_scatter", vectors),
     ]
+
+
+def pair_traffic(s: Sizes) -> list[Collective]:
+    """Levels of all spots, a byte each: a mispaired spot may take a gene's level from a spot of another rank."""
+    if not s.mispairs or not s.other_spots:
+        return []
+    return [Collective("pairs", "levels and sections of all spots", "all_gather", s.B * (s.G + 4))]
 
 
 def table_traffic(s: Sizes, e: Engine, ranks: int) -> list[Collective]:
@@ -102,18 +110,21 @@ def table_traffic(s: Sizes, e: Engine, ranks: int) -> list[Collective]:
 
 
 def gradient_traffic(s: Sizes, e: Engine) -> list[Collective]:
-    """Gradients summed over ranks and, under ZeRO, parameters gathered; as DDP and DeepSpeed do it, counted in the tests."""
-    whole = s.trained * ELEMENT
+    """Gradients summed over ranks and, under ZeRO, parameters gathered; as DDP and DeepSpeed do it, counted in the tests.
+
+    Of n micro-batches each goes through the image's parameters, and the last through the text's too.
+    """
+    whole, n = s.trained * ELEMENT, e.micro_batches
+    pieces = (s.image_side * n + s.trained - s.image_side) * ELEMENT
     if e.zero_stage == 3:
-        # A model below DeepSpeed's limit stays whole from its forward to its backward pass.
-        passes = e.micro_batches * (1 if s.trained <= MAX_LIVE else 2) + (e.micro_batches if e.micro_batches > 1 else 0)
+        # A model below DeepSpeed's limit stays whole from its forward to its backward pass; not so between micro-batches.
+        used = 3 * pieces if n > 1 else whole * (1 if s.trained <= MAX_LIVE else 2)
         return [
-            Collective("parameters", "gathered for use", "all_gather", whole, times=passes, hidden_by="forward"),
-            Collective(
-                "gradients", "to their owners", "reduce_scatter", whole, times=e.micro_batches, hidden_by="backward"
-            ),
+            Collective("parameters", "gathered for use", "all_gather", used, hidden_by="forward"),
+            Collective("gradients", "to their owners", "reduce_scatter", pieces, hidden_by="backward"),
         ]
-    out = [Collective("gradients", "summed", "all_reduce", whole, hidden_by="backward")]
+    summed = pieces if e.zero_stage == 2 else whole
+    out = [Collective("gradients", "summed", "all_reduce", summed, hidden_by="backward")]
     if e.zero_stage:
         out.append(Collective("parameters", "gathered after the step", "all_gather", whole))
     return out
@@ -123,4 +134,4 @@ def step_traffic(s: Sizes, e: Engine, ranks: int) -> list[Collective]:
     """Return everything that travels in a step; nothing for one rank."""
     if ranks == 1:
         return []
-    return [*loss_traffic(s, e), *table_traffic(s, e, ranks), *gradient_traffic(s, e)]
+    return [*loss_traffic(s, e), *pair_traffic(s), *table_traffic(s, e, ranks), *gradient_traffic(s, e)]

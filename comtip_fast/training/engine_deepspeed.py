@@ -81,6 +81,7 @@ class DeepSpeedEngine:
             dist.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1
             )
+        os.environ.setdefault("LOCAL_RANK", "0")  # where no launcher set it, and DeepSpeed insists on it
         # ZeRO 3 takes a module's parameters away; the task keeps its own, which is filled when somebody reads it.
         self._home = module
         self.module = copy.deepcopy(module) if self.stage == 3 else module

@@ -4,12 +4,19 @@ from dataclasses import dataclass, replace
 
 import torch
 from comtip_kernels.packed_attention.cpu import _runs, _shared
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, addmm_flop, sdpa_backward_flop_count, sdpa_flop_count
 
+from comtip_fast.collectives import Alone
 from comtip_fast.config.io import load_config
+from comtip_fast.data.batch import Batch
 from comtip_fast.plan.cost import AUTOCAST, FP32
+from comtip_fast.plan.hardware import make_cluster
 from comtip_fast.plan.parts import Part, Work, step_parts
+from comtip_fast.plan.plan import Plan, make_plan
 from comtip_fast.plan.sizes import Inputs, Sizes, sizes_of
+from comtip_fast.training.engine import make_engine
+from comtip_fast.training.pieces import forward_backward
 from comtip_fast.training.task import build_task
 
 CPU = torch.device("cpu")
@@ -40,6 +47,10 @@ class Kept:
     def _pack(self, t: torch.Tensor) -> torch.Tensor:
         self._found.setdefault(t.untyped_storage().data_ptr(), t)
         return t
+
+    def forget(self) -> None:
+        """Let go of the tensors; a graph that no backward pass went through would hold them, and its hooks this object."""
+        self._found.clear()
 
     @property
     def bytes(self) -> int:
@@ -93,6 +104,42 @@ def measure(overrides: list[str], *, bf16: bool = False) -> Measured:
     sizes = replace(sizes, tokens=float(length.mean()), reach=met / (float(length.sum()) * sizes.Q))
     work = Work(
         spots=b, images=b, columns=2 * b if sizes.mispairs and sizes.hard_columns else b, table_rows=G * sizes.Q,
-        precision=AUTOCAST if bf16 else FP32, gpu=False,
+        precision=AUTOCAST if bf16 else FP32, gpu=False, checkpointing=config.engine.activation_checkpointing,
     )  # fmt: skip
     return Measured(forward, forward + counter.get_total_flops(), kept_bytes, sizes, work, step_parts(sizes, work))
+
+
+def measure_peak(overrides: list[str]) -> tuple[float, Plan]:
+    """Return the most bytes that tensors and their allocator held during one step of one process, and the step's plan."""
+    config = load_config(None, [*overrides, "train.log_every=1000", "panel.min_genes=24"])
+    task = build_task(config, CPU)
+    first, second = (task.batch(task.batches(0)[0], step, 0) for step in (1, 2))
+    engine = make_engine(task.module, config, Alone())
+
+    def step(batch: Batch) -> None:
+        engine.module.train()
+        engine.start_step(1e-4)
+        forward_backward(engine, task, batch, config.engine.micro_batches)
+        engine.update(True)
+
+    step(first)
+    model = [*task.model.parameters(), *task.model.buffers()]
+    state = [v for entries in engine.optimizer.state.values() for v in entries.values()]
+    gradients = [p.grad for p in task.model.parameters() if p.grad is not None]
+    held = sum(t.nbytes for t in (*model, *state, *gradients, second.tiles, second.levels, second.measured))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step(second)
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    length = task.genes.length_G[second.panel.long()].double()
+    known = Inputs(tile_px=task.sizes.tile_px, trained_genes=task.sizes.n_identities, panel=second.panel.numel())
+    sizes = replace(
+        sizes_of(config, known),
+        B=second.section.numel(),
+        tokens=float(length.mean()),
+        reach=float((length**2).sum() / length.sum()),
+    )
+    return held + most, make_plan(config, make_cluster("cpu"), known, sizes=sizes)

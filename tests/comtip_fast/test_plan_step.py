@@ -6,7 +6,7 @@ import torch
 from comtip_fast.config.io import load_config
 from comtip_fast.models import CoMTIP
 from comtip_fast.plan.sizes import Inputs, build_on_meta, sizes_of
-from tests.comtip_fast.plan_measure import Measured, measure
+from tests.comtip_fast.plan_measure import Measured, measure, measure_peak
 
 VIT = ["vision.patch_px=8", "vision.width=96", "vision.depth=3", "text.width=64", "text.depth=2"]
 SHAPES = {
@@ -16,6 +16,8 @@ SHAPES = {
     "a teacher": [*VIT, "vision.target=ema"],
     "no pairs": [*VIT, "loss.pair=0", "loss.paat.hard_columns=false"],
     "pairs judged by text": ["loss.paat.context=text", "align.dim=128"],
+    "levels alone": ["loss.nce=0", "loss.mfm=0", "loss.pair=0", "align.dim=192", "levels.n_levels=16"],
+    "blocks computed again": [*VIT, "engine.activation_checkpointing=true"],
     "prefix tokens, layer scale": ["vision.backbone=vit_wee_patch16_reg1_gap_256"],
 }
 
@@ -43,6 +45,21 @@ def test_bytes_kept_under_autocast(tiny_overrides: list[str]):
     assert step.predicted_kept + copies == pytest.approx(step.kept_bytes, rel=0.05)
     full = measure([*tiny_overrides, *VIT])
     assert step.kept_bytes < 0.75 * full.kept_bytes
+
+
+@pytest.mark.parametrize("more", [[], ["engine.activation_checkpointing=true"], ["engine.micro_batches=4"]], ids=str)
+def test_the_widest_moment_of_a_step(more: list[str], tiny_overrides: list[str]):
+    wide = [
+        "vision.patch_px=4",
+        "vision.width=128",
+        "vision.depth=4",
+        "text.width=128",
+        "text.depth=3",
+        "align.dim=128",
+    ]
+    measured, plan = measure_peak([*tiny_overrides, *wide, *more, "data.workers=0"])
+    ahead = sum(r.bytes for r in plan.memory if r.name.startswith("loader"))
+    assert plan.device_bytes - ahead == pytest.approx(measured, rel=0.10)
 
 
 def test_parameters_are_those_of_the_model(tiny_overrides: list[str]):

@@ -275,7 +275,7 @@ def test_help_is_quick_and_names_every_command():
     done = run("--help")
     assert done.returncode == 0
     assert time.monotonic() - began < 30
-    for name in ("shards", "pretrain", "evaluate", "predict", "embed", "export", "genes", "doctor"):
+    for name in ("shards", "pretrain", "evaluate", "predict", "embed", "export", "genes", "plan", "doctor"):
         assert name in done.stdout
     probe = "import sys; from comtip_fast.cli import main\ntry: main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, env=ENV, check=True).stdout

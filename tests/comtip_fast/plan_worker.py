@@ -1,0 +1,137 @@
+"""Run by every rank: steps of several engines; prints live bytes and what was sent, as one line of JSON per case.
+
+``plan_worker.py SHARDS NAME=OVERRIDE,OVERRIDE ...``. Collectives are counted where PyTorch is called, DDP's own by its hook.
+"""
+
+import gc
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+SENT: Counter[str] = Counter()
+COUNTING = [False]
+
+
+def count(kind: str, whole: int) -> None:
+    """Add what one rank sends for a tensor of ``whole`` bytes, by the algorithm that needs least."""
+    if COUNTING[0]:
+        W = dist.get_world_size()
+        SENT[kind] += (2 if kind == "all_reduce" else 1) * whole * (W - 1) / W
+
+
+def patch() -> None:
+    """Count in front of torch.distributed; before DeepSpeed is imported, which keeps what it finds."""
+
+    def front(name: str, kind: str, which: int) -> None:
+        real = getattr(dist, name, None)
+        if real is None:
+            return
+
+        def counted(*args: Any, **more: Any) -> Any:
+            tensors = [a for a in (*args, *more.values()) if isinstance(a, torch.Tensor)]
+            count(kind, tensors[which].nbytes)
+            # PyTorch's newer names may call its older ones.
+            before, COUNTING[0] = COUNTING[0], False
+            try:
+                return real(*args, **more)
+            finally:
+                COUNTING[0] = before
+
+        setattr(dist, name, counted)
+
+    front("all_reduce", "all_reduce", 0)
+    for name in ("all_gather_into_tensor", "all_gather_single"):
+        front(name, "all_gather", 0)
+    for name in ("reduce_scatter_tensor", "reduce_scatter_single"):
+        front(name, "reduce_scatter", 1)
+    real = dist.batch_isend_irecv
+
+    def sent(ops: list[Any]) -> Any:
+        if COUNTING[0]:
+            SENT["ring"] += sum(op.tensor.nbytes for op in ops if op.op is dist.isend)
+        return real(ops)
+
+    dist.batch_isend_irecv = sent
+
+
+def live() -> int:
+    """Return the bytes of every tensor that Python can reach, gradients included, each storage once."""
+    gc.collect()
+    tensors = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and t.device.type == "cpu"]
+    # A gradient has no Python object of its own until somebody asks for it.
+    tensors += [t.grad for t in tensors if isinstance(t, torch.nn.Parameter) and t.grad is not None]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def one_case(shards: str, name: str, overrides: list[str], group: Any) -> dict[str, Any]:
+    """Take three steps and measure the third."""
+    from comtip_fast.config.io import load_config
+    from comtip_fast.training.engine import TorchEngine, make_engine
+    from comtip_fast.training.pieces import forward_backward
+    from comtip_fast.training.task import build_task
+    from tests.comtip_fast.plan_measure import Kept
+
+    config = load_config(None, [*overrides, f"data.shards={shards}"])
+    task = build_task(config, torch.device("cpu"), group)
+    batches = [task.batch(task.batches(0)[0], step, 0) for step in (1, 2, 3)]
+    model = [*task.model.parameters(), *task.model.buffers()]
+    before = live() - sum(t.nbytes for t in model)
+    engine = make_engine(task.module, config, group)
+    if isinstance(engine, TorchEngine) and group.size > 1:
+        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+        # DDP calls its collectives from C++; as a hook they are called, and counted, here.
+        engine._step.register_comm_hook(None, allreduce_hook)
+    SENT.clear()
+    out: dict[str, Any] = {
+        "name": name,
+        "trained": int(task.sizes.n_identities),
+        "genes": int(batches[2].panel.numel()),
+        "spots": int(batches[2].section.numel()),
+    }
+    out["length"] = [int(n) for n in task.genes.length_G[batches[2].panel.long()]]
+    for step, batch in enumerate(batches, start=1):
+        engine.module.train()
+        engine.start_step(1e-4)
+        COUNTING[0] = step == 3
+        besides = [*engine.module.parameters(), *engine.module.buffers(), batch.levels, batch.measured, batch.panel]
+        with Kept(besides) as kept:
+            forward_backward(engine, task, batch, config.engine.micro_batches)
+        if step == 3:
+            out["kept"] = kept.bytes
+        kept.forget()
+        del besides
+        if step == 3:
+            out["after_backward"] = live() - before
+        engine.update(True)
+    COUNTING[0] = False
+    out["after_step"] = live() - before
+    out["sent"] = dict(SENT)
+    return out
+
+
+def main() -> None:
+    """Work through the cases of the command line."""
+    patch()
+    from comtip_fast.training.distributed import find_place, joined
+
+    shards, *cases = sys.argv[1:]
+    with joined(120.0, "cpu", find_place()) as group:
+        if any("deepspeed" in case for case in cases):
+            import deepspeed  # noqa: F401
+        # What is there by now is nobody's step: left out of every count, which makes counting quick.
+        gc.collect()
+        gc.freeze()
+        for case in cases:
+            name, _, overrides = case.partition("=")
+            print("CASE " + json.dumps(one_case(shards, name, overrides.split(";"), group)), flush=True)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    main()

@@ -1,0 +1,72 @@
+"""Every config in ``configs/``: it loads, what it says of itself is what ``comtip plan`` says, and it takes a step."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+from comtip_shards import ShardSet
+
+from comtip_fast.cli import main
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+NEEDED = {"demo_cpu", "1gpu", "8xa100", "8xh100", "multinode_h100"}
+COMMAND, SAID = "# comtip plan ", "#   "
+# Sizes alone: which parts of the method and of the engine are on is what the config says.
+SMALL = [
+    "data.batch_size=12", "data.views=2", "data.workers=0", "genes.per_task=30", "genes.held_out_from=10", "genes.held_out_every=4",
+    "panel.max_genes=16", "panel.min_genes=8", "levels.n_levels=5", "levels.min_positive=10", "text.width=32", "text.depth=2",
+    "text.heads=2", "text.max_tokens=6", "align.dim=32", "train.steps=1", "train.validate_every=0", "train.log_every=1",
+    "train.device=cpu", "train.threads=1", "train.precision=fp32",
+]  # fmt: skip
+BACKBONE = {
+    "vit_base_patch32_224": ["vision.backbone=vit_tiny_patch16_224", "vision.heads=3"],
+    "small": ["vision.patch_px=16"],
+}
+
+
+def header(path: Path) -> tuple[list[str], list[str]]:
+    """Return the arguments of the plan that a config names, and the lines that follow it there."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith(COMMAND))
+    said = []
+    for line in lines[at + 1 :]:
+        if not line.startswith(SAID):
+            break
+        said.append(line.removeprefix(SAID))
+    return shlex.split(lines[at])[3:], said
+
+
+def test_all_recipes_are_there():
+    assert {p.stem for p in CONFIGS} >= NEEDED
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_what_a_config_says_is_what_the_plan_says(path: Path, capsys: pytest.CaptureFixture[str]):
+    arguments, said = header(path)
+    assert arguments[:2] == ["--config", f"configs/{path.name}"]
+    arguments[1] = str(path)
+    assert main(["plan", *arguments, "--brief"]) == 0
+    assert said == capsys.readouterr().out.splitlines(), f"write into {path} what `comtip plan ... --brief` prints"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_a_config_builds_and_takes_a_step(path: Path, tiny_shards: ShardSet, tmp_path: Path):
+    text = path.read_text(encoding="utf-8")
+    backbone = next(more for name, more in BACKBONE.items() if f"backbone: {name}" in text)
+    overrides = [x for key in [*SMALL, *backbone, f"data.shards={tiny_shards.path}"] for x in ("--set", key)]
+    command = ["pretrain", "--config", str(path), "--out", str(tmp_path / "run"), *overrides]
+    assert main([*command, "--set", "engine.kind=auto"]) == 0
+    assert (tmp_path / "run" / "export" / "model.safetensors").is_file()
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert '"nce"' in metrics
+    assert '"mfm"' in metrics
+
+
+def test_a_comment_that_rots_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = next(p for p in CONFIGS if p.stem == "8xh100")
+    changed = tmp_path / "changed.yaml"
+    changed.write_text(path.read_text().replace("batch_size: 8192", "batch_size: 4096"))
+    arguments, said = header(changed)
+    arguments[1] = str(changed)
+    main(["plan", *arguments, "--brief"])
+    assert said != capsys.readouterr().out.splitlines()
