@@ -13,7 +13,8 @@ import base64
 import csv
 import difflib
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -38,7 +39,8 @@ MIN_PRINT_COUNTS = 20
 """A spot with fewer counts may agree with another by chance."""
 SHARED_SPOTS, PICTURE_BITS = 0.2, 12
 """Two sections are one when so large a share of the smaller one's spots has the same counts, or when so few of the 256
-bits of their pictures differ. Serial sections share no spot, and those of ``samples/`` differ in 58 bits or more."""
+bits of their pictures differ. Serial sections share no spot, and in ``samples/`` their pictures differ in 26 bits or
+more; a shrunk and compressed copy differs in at most 5 from its original."""
 
 
 def keep_apart(
@@ -84,6 +86,7 @@ class BenchmarkSection:
     role: str
     """``scored`` or ``same donor``."""
     donor: str
+    """As the HEST reader names it: the study's title, cut, and the patient in it."""
     known_from: str
 
 
@@ -196,15 +199,20 @@ def _protected(metas: Sequence[SectionMeta], benchmark: Mapping[str, BenchmarkSe
         why[meta.section_id] = f"{found.id} is {what} benchmark task {found.task} ({found.known_from})"
         if is_stated(meta.donor):
             donors.setdefault(meta.donor, meta.section_id)
-    names = {s.donor: s.id for s in benchmark.values() if s.donor}
+    names = {_folded(s.donor): s.id for s in benchmark.values() if s.donor}
     for meta in metas:
         if meta.section_id in why:
             continue
         if meta.donor in donors:
             why[meta.section_id] = f"its donor {meta.donor} is that of {donors[meta.donor]}, which a benchmark scores"
-        elif meta.donor in names:
-            why[meta.section_id] = f"its donor {meta.donor} is that of benchmark section {names[meta.donor]}"
+        elif _folded(meta.donor) in names:
+            why[meta.section_id] = f"its donor {meta.donor} is that of benchmark section {names[_folded(meta.donor)]}"
     return why
+
+
+def _folded(donor: str) -> str:
+    """Return a donor without what differs between versions of a table: case and spaces."""
+    return "".join(donor.split()).lower()
 
 
 def is_stated(donor: str) -> bool:
@@ -342,10 +350,8 @@ def check_duplicates(sections: Sequence[tuple[SectionMeta, Mapping[str, Any]]]) 
         Naming both sections and what they share.
     """
     notes: dict[str, str] = {}
-    for (a, print_a), (b, print_b) in combinations(sections, 2):
-        shared = _shared(print_a, print_b)
-        if not shared:
-            continue
+    for i, j, shared in _alike([p for _, p in sections]) if len(sections) > 1 else ():
+        (a, _), (b, _) = sections[i], sections[j]
         if a.split and b.split and a.split != b.split:
             raise SourceError(
                 f"{a.section_id} (split {a.split}) and {b.section_id} (split {b.split}) are one section under two ids: "
@@ -355,21 +361,39 @@ def check_duplicates(sections: Sequence[tuple[SectionMeta, Mapping[str, Any]]]) 
     return notes
 
 
-def _shared(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
-    """Say what two sections share, "" where nothing does."""
-    mine, other = (np.frombuffer(base64.b64decode(p["spots"]), "<u8") for p in (a, b))
-    # Of a sketch only what lies below the other's largest hash could be in it: a full sketch says nothing above.
-    limit = min((s[-1] for s in (mine, other) if len(s) == SKETCH), default=np.uint64(2**64 - 1))
-    mine, other = mine[mine <= limit], other[other <= limit]
-    common, least = len(np.intersect1d(mine, other)), min(len(mine), len(other))
-    if common >= 2 and common >= SHARED_SPOTS * least:
-        return f"{common} of {least} compared spots have exactly the same counts"
-    left, right = (np.frombuffer(base64.b64decode(p["picture"]), np.uint8) for p in (a, b))
-    apart = int(np.unpackbits(left ^ right).sum())
+def _alike(prints: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, int, str]]:
+    """Yield (i, j, what they share), i < j; thousands of sections take a second, since only pairs that share are compared."""
+    sketches = [np.frombuffer(base64.b64decode(p["spots"]), "<u8") for p in prints]
+    holders: dict[int, list[int]] = {}
+    for i, sketch in enumerate(sketches):
+        for value in sketch.tolist():
+            holders.setdefault(value, []).append(i)
+    common = Counter(pair for held in holders.values() for pair in combinations(held, 2))
+    raw = [np.frombuffer(base64.b64decode(p["picture"]), np.uint8) for p in prints]
+    bits = np.unpackbits(np.array(raw, np.uint8).reshape(len(prints), -1), axis=1).astype(np.float32)
+    apart = bits @ (1 - bits).T
+    apart += apart.T
     # A blank picture has hardly a bit set, and would be like any other blank one.
-    if apart <= PICTURE_BITS and min(int(np.unpackbits(v).sum()) for v in (left, right)) > 2 * PICTURE_BITS:
-        return f"their pictures differ in {apart} of 256 bits"
-    return ""
+    plain = bits.sum(1) <= 2 * PICTURE_BITS
+    apart[plain] = apart[:, plain] = np.inf
+    near = zip(*np.nonzero(np.triu(apart <= PICTURE_BITS, 1)), strict=True)
+    for i, j in sorted({*common, *((int(i), int(j)) for i, j in near)}):
+        shared = _shared_spots(sketches[i], sketches[j])
+        if shared:
+            yield i, j, shared
+        elif apart[i, j] <= PICTURE_BITS:
+            yield i, j, f"their pictures differ in {apart[i, j]:.0f} of 256 bits"
+
+
+def _shared_spots(a: np.ndarray, b: np.ndarray) -> str:
+    """Say how many spots two sketches share, "" where it is few."""
+    # Of a sketch only what lies below the other's largest hash could be in it: a full sketch says nothing above.
+    limit = min((s[-1] for s in (a, b) if len(s) == SKETCH), default=np.uint64(2**64 - 1))
+    a, b = a[a <= limit], b[b <= limit]
+    common, least = len(np.intersect1d(a, b)), min(len(a), len(b))
+    if common < 2 or common < SHARED_SPOTS * least:
+        return ""
+    return f"{common} of {least} compared spots have exactly the same counts"
 
 
 def _text(data: bytes) -> str:

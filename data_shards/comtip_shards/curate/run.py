@@ -31,6 +31,7 @@ CAUSES = (
     ("stain", ("on_tissue", "background", "blur", *POSITIONS)),
     ("full_or_hires", ("scale", "on_tissue", "background", "orientation", "corner")),
     ("orientation", ("on_tissue", "background", "corner")),
+    ("scale", ("corner",)),
     ("corner", ("on_tissue",)),
     ("on_tissue", ("background",)),
 )
