@@ -203,6 +203,22 @@ def image_size(path: Path) -> tuple[int, int]:
         raise SourceError(f"{path}: not an image that can be read ({error})") from error
 
 
+def mpp_by_tag(path: Path, notes: list[str]) -> float | None:
+    """Return um per px by a picture's own resolution tag, and say so in ``notes``; None where it has none to believe."""
+    if path.suffix.lower() in VENDOR_SUFFIXES or not _is_plain(path):
+        with open_slide(path) as slide:
+            mpp = slide.mpp
+    else:
+        try:
+            with Image.open(path) as image:
+                mpp = _mpp_of_dpi(image)
+        except (OSError, Image.DecompressionBombError, ValueError) as error:
+            raise SourceError(f"{path}: not an image that can be read ({error})") from error
+    if mpp is not None:
+        notes.append(f"scale from the resolution tag of {path.name}: {mpp:g} um per px")
+    return mpp
+
+
 def load_rgb(path: Path) -> np.ndarray:
     """Return an image as uint8 (H, W, 3) RGB."""
     with open_slide(path) as slide:
@@ -237,13 +253,15 @@ def _open_plain(path: Path) -> Slide:
                     f"{path}: {size[0]} x {size[1]} px in {image.format}, which can only be decoded whole; convert it to a "
                     "tiled TIFF, e.g. vips tiffsave IN OUT.tif --tile --pyramid --compression jpeg"
                 )
-            dpi = image.info.get("dpi")
-            pixels = _flatten(image)
+            mpp, pixels = _mpp_of_dpi(image), _flatten(image)
     except (OSError, Image.DecompressionBombError, ValueError) as error:
         raise SourceError(f"{path}: not an image that can be read, or it is truncated or damaged ({error})") from error
-    return ArraySlide(
-        pixels, path, mpp=plausible_mpp(25_400 / float(dpi[0]) if dpi and dpi[0] else None), reader="Pillow"
-    )
+    return ArraySlide(pixels, path, mpp=mpp, reader="Pillow")
+
+
+def _mpp_of_dpi(image: Image.Image) -> float | None:
+    dpi = image.info.get("dpi")
+    return plausible_mpp(25_400 / float(dpi[0]) if dpi and dpi[0] else None)
 
 
 def _flatten(image: Image.Image) -> np.ndarray:

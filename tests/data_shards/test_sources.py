@@ -46,6 +46,14 @@ def test_manifest_table_reads_what_was_written(source: Path):
     assert section.load_image().shape == (200, 200, 3)
 
 
+def test_a_scale_that_is_not_stated_may_be_in_the_picture(source: Path):
+    edit(source, "manifest.tsv", mpp_um_per_px="")
+    Image.open(source / "t1.png").save(source / "t1.png", dpi=(25_400 / 5, 25_400 / 5))
+    section = read(source)
+    assert section.meta.mpp == pytest.approx(5.0, rel=1e-3)
+    assert any("resolution tag of t1.png" in n for n in section.notes)
+
+
 def test_counts_may_be_written_1_0(source: Path):
     table = counts_of(source)
     table.astype(float).to_csv(source / "t1.tsv.gz", sep="\t")

@@ -8,6 +8,7 @@ import anndata as ad
 import h5py
 import numpy as np
 import pytest
+import tifffile
 from comtip_shards import ShardSet, SourceError
 from comtip_shards.build import build_shards
 from comtip_shards.curate import check_section
@@ -158,6 +159,20 @@ def test_a_spacing_that_is_not_the_stated_one_is_said(folder: Path):
     assert any(
         "spots are 100.0 um apart at 0.7000 um per px, but inter_spot_dist says 58 um" in n for n in section.notes
     )
+
+
+def test_a_scale_that_is_stated_nowhere_may_be_in_the_wsi(folder: Path):
+    (folder / "HEST_v1_1_0.csv").unlink()
+    path = folder / "metadata/TENX1.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "pixel_size_um_estimated": None}))
+    with pytest.raises(SourceError, match="no pixel_size_um_estimated"):
+        read(folder)
+    per_cm = round(10_000 / 0.7)
+    tifffile.imwrite(folder / "wsis/TENX1.tif", picture(VISIUM), photometric="rgb", tile=(256, 256),
+                     resolution=(per_cm, per_cm), resolutionunit="CENTIMETER")  # fmt: skip
+    section = read(folder)
+    assert section.meta.mpp == pytest.approx(0.7, rel=1e-3)
+    assert any("resolution tag of TENX1.tif" in n for n in section.notes)
 
 
 def test_a_set_is_built_from_it(folder: Path, tmp_path: Path):

@@ -21,7 +21,7 @@ from scipy import sparse
 from scipy.spatial import cKDTree
 
 from comtip_shards.errors import SourceError
-from comtip_shards.image import ArraySlide, Slide, open_slide, peak_of, to_rgb8
+from comtip_shards.image import ArraySlide, Slide, mpp_by_tag, peak_of, to_rgb8
 from comtip_shards.section import Section, SectionMeta, check_unique
 from comtip_shards.sources.base import SectionSource, Spots, as_counts, existing, join, number, pick
 from comtip_shards.sources.tenx import species_of
@@ -223,11 +223,9 @@ def _scale(
         mpp = VISIUM_PITCH_UM / median_gap(xy)
         notes.append(f"scale from the {VISIUM_PITCH_UM:g} um between neighbouring Visium spots: {mpp:.4f} um per px")
         return mpp
-    if image is not None:
-        with open_slide(image) as slide:
-            if slide.mpp is not None:
-                notes.append(f"scale from the resolution tag of {image.name}: {slide.mpp:g} um per px")
-                return slide.mpp
+    tagged = mpp_by_tag(image, notes) if image is not None else None
+    if tagged is not None:
+        return tagged
     raise SourceError(
         f"{path}: no scale; give --mpp, the um per px of the positions in obsm['spatial'], or --platform Visium to take "
         "it from the 100 um between its spots"

@@ -17,7 +17,7 @@ import h5py
 import numpy as np
 
 from comtip_shards.errors import SourceError
-from comtip_shards.image import Slide
+from comtip_shards.image import Slide, mpp_by_tag
 from comtip_shards.section import Section, SectionMeta
 from comtip_shards.sources.anndata_source import (
     SPECIES_NAMES,
@@ -127,7 +127,7 @@ def _source(path: Path, row: CatalogueRow, facts: Mapping[str, Any], overrides: 
     notes: list[str] = []
     if not facts:
         notes.append(f"neither metadata/{name}.json nor a {TABLE} says anything of {name}")
-    mpp = _scale(path, name, facts, overrides, notes)
+    mpp = _scale(path, name, facts, overrides, wsi, notes)
     pitch, diameter = _geometry(table, mpp, facts, row.platform, notes)
     if not row.tissue:
         raise SourceError(f"{path}: nothing says the tissue of {name}; download metadata/{name}.json, or give --tissue")
@@ -155,8 +155,10 @@ def _wsi(path: Path, name: str, overrides: Mapping[str, str]) -> Path | None:
     return wsi
 
 
-def _scale(path: Path, name: str, facts: Mapping[str, Any], overrides: Mapping[str, str], notes: list[str]) -> float:
-    """Return um per px of the WSI: estimated by HEST from the spots, else what the file had embedded."""
+def _scale(
+    path: Path, name: str, facts: Mapping[str, Any], overrides: Mapping[str, str], wsi: Path | None, notes: list[str]
+) -> float:
+    """Return um per px of the WSI: estimated by HEST from the spots, else what the file had embedded, or has."""
     where = path / "metadata" / f"{name}.json"
     if overrides.get("mpp"):
         return number(overrides["mpp"], "--mpp")
@@ -166,6 +168,9 @@ def _scale(path: Path, name: str, facts: Mapping[str, Any], overrides: Mapping[s
             if key.endswith("embedded"):
                 notes.append("scale from pixel_size_um_embedded: HEST could not estimate it from the spots")
             return value
+    tagged = mpp_by_tag(wsi, notes) if wsi is not None else None
+    if tagged is not None:
+        return tagged
     raise SourceError(f"{where}: no pixel_size_um_estimated of {name}; download it, or give --mpp")
 
 

@@ -6,7 +6,10 @@ from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from comtip_shards.errors import SourceError
+from comtip_shards.image import mpp_by_tag
 from comtip_shards.section import Section, SectionMeta, check_meta
 from comtip_shards.sources.base import (
     CatalogueRow,
@@ -80,22 +83,25 @@ def _source(row: Mapping[Hashable, Any], where: Path, overrides: Mapping[str, st
     def fact(key: str, column: str, default: str = "") -> str:
         return overrides.get(key) or str(row.get(column, default))
 
+    image, counts, spots = (existing(root / str(row[c]), f"{c} of {name} in {where.name}") for c in FILES)
+    notes: list[str] = []
+    mpp = number(fact("mpp", "mpp_um_per_px"), f"{where}: mpp_um_per_px of {name}")
+    if not np.isfinite(mpp):
+        mpp = mpp_by_tag(image, notes) or mpp
     meta = SectionMeta(
         section_id=name, dataset=str(row.get("dataset", "")), species=fact("species", "species").lower(),
         tissue=fact("tissue", "tissue"), donor=fact("donor", "donor"), platform=fact("platform", "platform"),
-        licence=fact("licence", "licence"), attribution=fact("attribution", "attribution"),
-        mpp=number(fact("mpp", "mpp_um_per_px"), f"{where}: mpp_um_per_px of {name}"),
+        licence=fact("licence", "licence"), attribution=fact("attribution", "attribution"), mpp=mpp,
         spot_diameter_um=number(row.get("spot_diameter_um", "100"), f"{where}: spot_diameter_um of {name}"),
         spot_pitch_um=number(row.get("spot_pitch_um", "200"), f"{where}: spot_pitch_um of {name}"),
         split=str(row.get("split", "")),
     )  # fmt: skip
     check_meta(meta, where)
-    image, counts, spots = (existing(root / str(row[c]), f"{c} of {name} in {where.name}") for c in FILES)
     if "genes x spots" in str(row.get("counts_layout", "")):
         raise SourceError(f"{where}: {name}: counts_layout is genes x spots; transpose {counts.name} to spots x genes")
 
     def load() -> Section:
         matrix, ids, genes = read_counts_table(counts)
-        return join(meta, image, matrix, ids, genes, [""] * len(genes), read_spots_table(spots), counts, spots)
+        return join(meta, image, matrix, ids, genes, [""] * len(genes), read_spots_table(spots), counts, spots, notes)
 
     return SectionSource(meta, (image, counts, spots), load)
