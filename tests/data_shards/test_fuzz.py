@@ -1,6 +1,5 @@
 """Random damage and forgeries; ``bench/shards/fuzz.py`` does the same ten thousand times."""
 
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -39,7 +38,9 @@ def test_forgeries_neither_crash_nor_hang(fuzzer: Fuzzer, block: int):
 def test_the_judge_sees_a_reader_that_checks_nothing(fuzzer: Fuzzer, monkeypatch: pytest.MonkeyPatch):
     """The fuzzer itself: with CRC checks off, other data does come back and is called wrong."""
     monkeypatch.setattr("comtip_shards.members.zlib.crc32", lambda data: 0)
-    monkeypatch.setattr("comtip_shards.members.spots.read_crcs", lambda *a: np.zeros((len(ShardSet(fuzzer.work)), 3), np.uint32))
+    monkeypatch.setattr(
+        "comtip_shards.members.spots.read_crcs", lambda *a: np.zeros((len(ShardSet(fuzzer.work)), 3), np.uint32)
+    )
     monkeypatch.setattr(fuzz, "BYTES", {"digit changed": fuzz.BYTES["digit changed"]})
     outcomes = [fuzzer.run(np.random.default_rng([22, i]), forge=False) for i in range(40)]
     assert any(o.wrong for o in outcomes)

@@ -1,0 +1,117 @@
+"""Building on real sections, beside HEST's layout: spots per second and bytes per spot, in one run.
+
+    PYTHONPATH=.:data_shards python bench/shards/build.py [--samples her2st_C2,her2st_C3] [--rounds 3] [--jobs 2]
+
+HEST's layout is what its files hold (hestcore, v1.3): patches h5 with ``img`` uint8 (N, px, px, 3), uncompressed in chunks
+of one, ``coords`` and ``barcode``; and an h5ad of raw counts. It is written here with h5py and anndata from the same
+sections, read by the same readers and cut by the same code, without checks, hashes or pictures: less work than a build.
+Two sizes of tile: at the picture's own resolution (the most detail that the pixels hold), and the default 224 um.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import anndata as ad
+import h5py
+import numpy as np
+import pandas as pd
+from comtip_shards.build import build_shards
+from comtip_shards.reader import ShardSet
+from comtip_shards.sources import SectionSource, open_source
+
+SAMPLES = Path(__file__).parents[2] / "data_shards/samples"
+PX = 224
+
+
+def write_hest(sources: Sequence[SectionSource], out: Path, tile_um: float, min_mpp: float) -> None:
+    """Write sections in HEST's layout."""
+    for folder in ("patches", "st"):
+        (out / folder).mkdir(parents=True)
+    for source in sources:
+        section = source.read()
+        name = section.meta.section_id
+        with section.open_slide() as slide:
+            tiles = slide.tiles(section.xy, section.meta.mpp, tile_um, PX, min_mpp)
+        with h5py.File(out / f"patches/{name}.h5", "w") as file:
+            file.create_dataset("img", data=tiles, chunks=(1, PX, PX, 3))
+            half = tile_um / section.meta.mpp / 2
+            file.create_dataset("coords", data=np.rint(section.xy - half).astype(np.int64))
+            barcode = np.array(section.spot_ids, dtype=object)[:, None]
+            file.create_dataset("barcode", data=barcode, dtype=h5py.string_dtype())
+        obs = pd.DataFrame(
+            {"in_tissue": 1, "pxl_col_in_fullres": section.xy[:, 0], "pxl_row_in_fullres": section.xy[:, 1]},
+            index=section.spot_ids,
+        )
+        table = ad.AnnData(section.counts.astype(np.float32), obs=obs, var=pd.DataFrame(index=section.gene_ids))
+        table.obsm["spatial"] = section.xy
+        table.write_h5ad(out / f"st/{name}.h5ad")
+
+
+def timed(work: Callable[[Path], object], out: Path, rounds: int) -> float:
+    """Return the median of a few runs, each into a new folder."""
+    seconds = []
+    for _ in range(rounds):
+        shutil.rmtree(out, ignore_errors=True)
+        began = time.perf_counter()
+        work(out)
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
+
+
+def size_of(folder: Path, pattern: str = "**/*") -> int:
+    return sum(p.stat().st_size for p in folder.glob(pattern) if p.is_file())
+
+
+def parts(folder: Path) -> dict[str, float]:
+    """Return bytes per spot of a shard set by what they hold."""
+    shards = ShardSet(folder)
+    spots, n = range(len(shards)), len(shards)
+    out = {f"{part} members": sum(map(len, shards.members(spots, part))) / n for part in ("tile", "expr", "json")}
+    out["tar headers, padding"] = size_of(folder, "shards/*.tar") / n - sum(out.values())
+    out["indexes, tables, manifest"] = (size_of(folder, "shards/*.idx") + size_of(folder, "*")) / n
+    out["overviews, pages of checks"] = (size_of(folder, "overview/*") + size_of(folder, "report/*")) / n
+    return out
+
+
+def run(samples: list[str], tile_um: float, min_mpp: float, rounds: int, jobs: int, folder: Path) -> None:
+    sources = open_source(SAMPLES, samples=samples)
+    how = {"tile_px": PX, "tile_um": tile_um, "min_mpp": min_mpp}
+    hest = timed(lambda out: write_hest(sources, out, tile_um, min_mpp), folder / "hest", rounds)
+    one = timed(lambda out: build_shards(sources, out, **how), folder / "shards", rounds)
+    many = timed(lambda out: build_shards(sources, out, jobs=jobs, **how), folder / "many", rounds)
+    n = len(ShardSet(folder / "shards"))
+    patches, counts = size_of(folder / "hest", "patches/*") / n, size_of(folder / "hest", "st/*") / n
+    own = size_of(folder / "shards") / n
+    print(
+        f"\n{n} spots of {', '.join(samples)}; tiles of {tile_um:g} um in {PX} px, pictures blurred to {min_mpp:g} um/px"
+    )
+    print(f"{'':28}{'spots/s':>10}{'bytes/spot':>12}")
+    print(f"{'HEST layout':28}{n / hest:10.0f}{patches + counts:12.0f}   (patches {patches:.0f}, h5ad {counts:.0f})")
+    print(f"{'shards, 1 process':28}{n / one:10.0f}{own:12.0f}   1/{(patches + counts) / own:.1f} of the bytes")
+    print(f"{f'shards, {jobs} processes':28}{n / many:10.0f}")
+    for name, value in parts(folder / "shards").items():
+        print(f"    {name:36}{value:10.0f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", default="her2st_C2,her2st_C3,her2st_C4,her2st_C5")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=2)
+    args = parser.parse_args()
+    samples = args.samples.split(",")
+    finest = min(s.meta.mpp for s in open_source(SAMPLES, samples=samples))
+    with tempfile.TemporaryDirectory() as folder:
+        for name, (tile_um, min_mpp) in {"own": (PX * finest, finest), "default": (224.0, finest)}.items():
+            run(samples, tile_um, min_mpp, args.rounds, args.jobs, Path(folder) / name)
+
+
+if __name__ == "__main__":
+    main()
