@@ -1,4 +1,4 @@
-"""``comtip shards check|build SOURCE --out DIR`` and ``comtip shards verify DIR``."""
+"""``comtip shards check|build SOURCE --out DIR``, ``merge PART ... --out DIR`` and ``verify SET``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from comtip_shards.build import build_shards
 from comtip_shards.curate import check_sources
+from comtip_shards.merge import merge_sets
 from comtip_shards.remote import is_url
 from comtip_shards.sources import FORMATS as SOURCE_FORMATS
 from comtip_shards.sources import SectionSource, detect, open_source
@@ -32,10 +33,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_out(check, "a new folder, or one that an earlier check wrote")
     check.add_argument("--strict", action="store_true", help="exit with 1 when a check fails")
     check.set_defaults(act=_check)
+    merge = sub.add_parser(
+        "merge", help="join parts, or sets built alike",
+        description="Join shard sets without decoding a tile: the parts of one build, or sets with the same settings.",
+    )  # fmt: skip
+    merge.add_argument("parts", nargs="+", metavar="PART", help="folders or URLs")
+    add_out(merge, "folder of the joined set")
+    _add_jobs(merge)
+    merge.set_defaults(act=_merge)
     verify = sub.add_parser(
         "verify", help="prove a shard set whole", description="Check hashes, counts and every record."
     )
-    verify.add_argument("folder", type=Path)
+    verify.add_argument("set", metavar="SET", help="a folder, or a URL (s3://, gs://, https://, hf://)")
     verify.set_defaults(act=_verify)
 
 
@@ -65,6 +74,9 @@ def _add_build(build: argparse.ArgumentParser) -> None:
         "--min-mpp", type=float, default=4.0, help="blur finer images to this many um per px (default 4)"
     )
     build.add_argument("--codec", choices=("jpeg", "png", "webp"), default="jpeg")
+    _add_jobs(build)
+    build.add_argument("--part", type=_part, metavar="I/N",
+                       help="build the I-th of N parts, e.g. one per machine, each into its own --out; then merge")  # fmt: skip
     build.add_argument("--strict", action="store_true", help="refuse sections that fail a check")
     group = build.add_argument_group("splits: by donor, and benchmarks kept out of training")
     group.add_argument("--split", action="append", default=[], metavar="SECTION=SPLIT",
@@ -77,6 +89,24 @@ def _add_build(build: argparse.ArgumentParser) -> None:
     group.add_argument("--benchmark-ids", type=Path, metavar="FILE",
                        help="further ids to keep out of training: one a line, or a table with the column id")  # fmt: skip
     build.set_defaults(act=_build)
+
+
+def _add_jobs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--jobs", type=_positive, default=1, metavar="N",
+                        help="processes that work on sections side by side (default 1); the bytes do not depend on it")  # fmt: skip
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number from 1")
+    return int(text)
+
+
+def _part(text: str) -> tuple[int, int]:
+    index, _, of = text.partition("/")
+    if not (index.isdecimal() and of.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r}: write I/N, e.g. 2/4")
+    return int(index), int(of)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -94,9 +124,14 @@ def _build(args: argparse.Namespace) -> int:
     report = build_shards(
         _open(args), args.out, tile_px=args.tile_px, tile_um=args.tile_um, min_mpp=args.min_mpp, codec=args.codec,
         splits=splits, strict=args.strict, allow_benchmark=args.allow_benchmark, benchmark_ids=args.benchmark_ids,
-        auto_split=args.auto_split, seed=args.seed, progress=True,
+        auto_split=args.auto_split, seed=args.seed, jobs=args.jobs, part=args.part, progress=True,
     )  # fmt: skip
     print(report.text)
+    return 0
+
+
+def _merge(args: argparse.Namespace) -> int:
+    print(merge_sets(args.parts, args.out, jobs=args.jobs, progress=True).text)
     return 0
 
 
@@ -146,6 +181,6 @@ def _where(items: list[str]) -> dict[str, list[str]]:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    report = verify(args.folder)
+    report = verify(args.set, progress=True)
     print(report.text)
     return 0 if report.ok else 1

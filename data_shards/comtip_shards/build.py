@@ -1,7 +1,7 @@
 """Sections to a shard set: deterministic to the byte, restartable, never half written.
 
-Sections are read, cut and encoded one by one into a staging folder; a section already staged from the same inputs
-with the same settings is not read again. Once all are there, the gene table is known, the shards are written and
+Sections are read, cut and encoded into a staging folder, several side by side; a section already staged from the same
+inputs with the same settings is not read again. Once all are there, the gene table is known, the shards are written and
 the manifest comes last: a folder without a manifest is not a shard set.
 """
 
@@ -9,26 +9,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import starmap
+from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
-from comtip_shards import record, spots
+from comtip_shards import record
 from comtip_shards.curate import refuse_failed, write_pages
-from comtip_shards.errors import ShardError, SourceError
+from comtip_shards.errors import SourceError
+from comtip_shards.jobs import run_jobs
 from comtip_shards.leakage import check_duplicates, keep_apart
-from comtip_shards.manifest import NAME, TileSpec, read_manifest, sha256_of
+from comtip_shards.manifest import Manifest, Part, TileSpec, sha256_of
+from comtip_shards.outfolder import built_already, writing
 from comtip_shards.section import SectionMeta, check_meta
 from comtip_shards.sources.base import SectionSource
-from comtip_shards.stage import Staged, stage_section
-from comtip_shards.writer import FOLDERS, GENES_FILE, REPORT_FILE, made_with, set_fingerprint, write_set
+from comtip_shards.stage import stage_section
+from comtip_shards.writer import REPORTS, SectionRecords, made_with, report, set_fingerprint, write_set
 
-STAGING, REPORTS = ".building", "report"
-STAGE_VERSION = 3
+STAGE_VERSION = 4
 
 
 @dataclass
@@ -46,7 +44,8 @@ def build_shards(
     sources: Sequence[SectionSource], out: Path, *, tile_px: int = 128, tile_um: float = 224.0, min_mpp: float = 4.0,
     codec: str = "jpeg", quality: int = 95, splits: Mapping[str, str] | None = None, max_records: int = 512,
     strict: bool = False, allow_benchmark: Collection[str] = (), benchmark_ids: Path | None = None,
-    auto_split: Sequence[float] | None = None, seed: int = 0, progress: bool = False,
+    auto_split: Sequence[float] | None = None, seed: int = 0, jobs: int = 1, part: tuple[int, int] | None = None,
+    progress: bool = False,
 ) -> BuildReport:  # fmt: skip
     """Build a shard set in ``out``.
 
@@ -68,13 +67,18 @@ def build_shards(
         Refuse sections that fail a check; otherwise failures are told in ``report/`` and the manifest's notes.
     allow_benchmark, benchmark_ids, auto_split, seed
         Of :func:`comtip_shards.leakage.keep_apart`.
+    jobs
+        Processes that work on sections side by side; the bytes do not depend on it.
+    part
+        (i, n), 1 <= i <= n: build the i-th of n parts of the set, perhaps on its own machine; all parts are given the
+        same sources. :func:`comtip_shards.merge.merge_sets` joins them.
     progress
         Show a bar on a terminal.
 
     Raises
     ------
     SourceError, ShardError
-        Bad input, a donor on both sides of a split, or an ``out`` that holds something else.
+        Bad input, a donor on both sides of a split, an ``out`` that holds something else or cannot be written.
     """
     out = Path(out)
     tile = TileSpec(tile_px, float(tile_um), float(min_mpp), codec, quality)
@@ -83,36 +87,50 @@ def build_shards(
         _with_splits([s.meta for s in sources], splits or {}), allow=allow_benchmark, benchmark_ids=benchmark_ids,
         auto_split=auto_split, seed=seed,
     )  # fmt: skip
-    prints = [_fingerprint(s, m, tile) for s, m in zip(sources, metas, strict=True)]
-    whole = set_fingerprint(prints, max_records)
-    if _already_built(out, whole):
-        report = (out / REPORT_FILE).read_text(encoding="utf-8")
-        manifest = read_manifest(out)
+    place = _part_of(metas, part)
+    own = [(sources[i], metas[i], tile) for i in (range(len(metas)) if place is None else place.sections)]
+    prints = run_jobs(_fingerprint, own, jobs=jobs, label="hashing inputs", progress=progress)
+    done = built_already(out, set_fingerprint(prints, max_records), place)
+    if done is not None:
         if strict:
-            refuse_failed((s.section_id, s.source["checks"]) for s in manifest.sections)
-        ids = [s.section_id for s in manifest.sections]
-        return BuildReport(out, manifest.n_spots, manifest.n_genes, ids, report + "(already built)")
-    staging = out / STAGING
-    staging.mkdir(parents=True, exist_ok=True)
-    staged: list[Staged] = []
-    bar = tqdm(
-        list(zip(sources, metas, prints, strict=True)),
-        desc="sections",
-        unit="section",
-        disable=None if progress else True,
-    )
-    for source, meta, mark in bar:
-        bar.set_postfix_str(meta.section_id)
-        staged.append(stage_section(source, meta, tile, mark, staging))
-    heads = [s.head() for s in staged]
-    write_pages([(h.meta.section_id, h.pages, h.source["checks"]) for h in heads], out / REPORTS)
+            refuse_failed((s.section_id, s.source["checks"]) for s in done.sections)
+        return report_of(out, done, "(already built)")
+    with writing(out) as staging:
+        work = [(*one, mark, staging) for one, mark in zip(own, prints, strict=True)]
+        staged = run_jobs(stage_section, work, jobs=jobs, label="sections", progress=progress)
+        beside = look_over(staged, out, strict=strict)
+        run = partial(run_jobs, jobs=jobs, label="shards", progress=progress)
+        manifest = write_set(staged, tile, out, max_records, run, place, notes, beside)
+    return report_of(out, manifest)
+
+
+def look_over(sections: Sequence[SectionRecords], out: Path, *, strict: bool = False) -> dict[str, str]:
+    """Write what the checks found into ``report/`` and compare the sections; returns notes on those that stand twice."""
+    heads = (s.head() for s in sections)  # one at a time
+    write_pages(((h.meta.section_id, h.pages, h.source["checks"]) for h in heads), out / REPORTS)
+    facts = [(h.meta, h.source) for h in (s.head() for s in sections)]
     if strict:
-        refuse_failed((h.meta.section_id, h.source["checks"]) for h in heads)
-    notes |= check_duplicates([(h.meta, h.source["print"]) for h in heads])
-    report_text = write_set(staged, tile, out, max_records, starmap, notes=notes)
-    shutil.rmtree(staging)
-    manifest = read_manifest(out)
-    return BuildReport(out, manifest.n_spots, manifest.n_genes, [m.section_id for m in metas], report_text)
+        refuse_failed((meta.section_id, source["checks"]) for meta, source in facts)
+    return check_duplicates([(meta, source["print"]) for meta, source in facts])
+
+
+def report_of(out: Path, manifest: Manifest, more: str = "") -> BuildReport:
+    """Return what a finished set holds."""
+    ids = [s.section_id for s in manifest.sections]
+    return BuildReport(out, manifest.n_spots, manifest.n_genes, ids, report(manifest) + more)
+
+
+def _part_of(metas: list[SectionMeta], part: tuple[int, int] | None) -> Part | None:
+    """Return which sections a part holds: every n-th, so that neighbours in the source, often alike, are spread."""
+    if part is None:
+        return None
+    index, of = part
+    if not 1 <= index <= of <= len(metas):
+        raise SourceError(
+            f"part {index}/{of} of {len(metas)} sections cannot be; write i/n, i from 1 to n, n at most that"
+        )
+    whole = hashlib.sha256(json.dumps([asdict(m) for m in metas], sort_keys=True).encode()).hexdigest()
+    return Part(index, of, list(range(index - 1, len(metas), of)), whole)
 
 
 # -- checks -------------------------------------------------------------------------------------------------
@@ -135,10 +153,20 @@ def _with_splits(metas: list[SectionMeta], splits: Mapping[str, str]) -> list[Se
         raise SourceError(f"--split names {', '.join(unknown)}, which is not among the sections {', '.join(ids)}")
     if not metas:
         raise SourceError("no sections to build from")
-    metas = [replace(m, split=splits.get(m.section_id, m.split)) for m in metas]
+    metas = [_as_written(replace(m, split=splits.get(m.section_id, m.split))) for m in metas]
     for meta in metas:
         check_meta(meta, meta.section_id)
     return metas
+
+
+def _as_written(meta: SectionMeta) -> SectionMeta:
+    """Return numbers as floats: 4 and 4.0 would be two texts in the manifest."""
+    return replace(
+        meta,
+        mpp=float(meta.mpp),
+        spot_diameter_um=float(meta.spot_diameter_um),
+        spot_pitch_um=float(meta.spot_pitch_um),
+    )
 
 
 def _fingerprint(source: SectionSource, meta: SectionMeta, tile: TileSpec) -> str:
@@ -148,20 +176,3 @@ def _fingerprint(source: SectionSource, meta: SectionMeta, tile: TileSpec) -> st
         "files": [(f.name, sha256_of(f)) for f in files],
     }  # fmt: skip
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def _already_built(out: Path, fingerprint: str) -> bool:
-    """Tell whether ``out`` is this very set; refuse it when it holds anything else."""
-    if not out.exists():
-        return False
-    if not out.is_dir():
-        raise ShardError(f"{out} is a file; give a folder")
-    if (out / NAME).is_file():
-        if read_manifest(out).fingerprint == fingerprint:
-            return True
-        raise ShardError(f"{out} holds another shard set; give a new folder or delete this one")
-    ours = {STAGING, REPORTS, GENES_FILE, REPORT_FILE, spots.FILE, NAME + ".writing", *FOLDERS}
-    foreign = sorted(p.name for p in out.iterdir() if p.name not in ours)
-    if foreign:
-        raise ShardError(f"{out} is not empty ({', '.join(foreign[:3])}); give a new folder")
-    return False

@@ -118,6 +118,8 @@ class Part:
     of: int
     sections: list[int]
     """Place of each section in the whole, from 0."""
+    whole: str
+    """Hash of all sections' metadata: parts of one build share it."""
 
 
 @_strict

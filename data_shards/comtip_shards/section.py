@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +39,11 @@ class SectionMeta:
     """``train``, ``val``, ``test`` or empty."""
     pooling: str = ""
     """How bins, cells or transcripts became spots; empty where the spots are those of the slide."""
+
+
+def meta_of(entry: object) -> SectionMeta:
+    """Return the metadata that a section's entry of a manifest repeats."""
+    return SectionMeta(**{f.name: getattr(entry, f.name) for f in fields(SectionMeta)})
 
 
 @dataclass

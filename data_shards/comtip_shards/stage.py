@@ -8,7 +8,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,6 +20,7 @@ from comtip_shards.identifiers import map_genes
 from comtip_shards.image import Slide, reading_order
 from comtip_shards.leakage import section_print
 from comtip_shards.manifest import TileSpec
+from comtip_shards.outfolder import WRITING
 from comtip_shards.record import encode_json, encode_tile
 from comtip_shards.section import Section, SectionMeta
 from comtip_shards.sources.base import SectionSource
@@ -38,24 +38,20 @@ class Staged:
     meta: SectionMeta
     fingerprint: str
 
-    @cached_property
-    def _facts(self) -> dict[str, Any]:
-        facts: dict[str, Any] = json.loads((self.folder / "facts.json").read_bytes())
-        return facts
-
     def head(self) -> SectionHead:
         """Return everything but the records."""
-        facts = self._facts
+        facts = json.loads((self.folder / "facts.json").read_bytes())
         stain = StainStats(tuple(facts["stain"]["od_mean"]), tuple(facts["stain"]["od_std"]))
         return SectionHead(
-            self.meta, self.fingerprint, len(facts["spots"]), facts["keys"], stain,
+            self.meta, self.fingerprint, facts["n_spots"], facts["keys"], stain,
             (self.folder / "overview.jpg").read_bytes(), facts["overview_mpp"], facts["source"],
             {e: (self.folder / f"report.{e}").read_text(encoding="utf-8") for e in EXTENSIONS},
         )  # fmt: skip
 
     def runs(self, size: int) -> Iterator[Records]:
         """Yield the records in the order of the layout, ``size`` at a time; tiles are not held in memory."""
-        order = layout(self.meta.section_id, len(self._facts["spots"]))
+        spots = json.loads((self.folder / "spots.json").read_bytes())
+        order = layout(self.meta.section_id, len(spots))
         tiles = np.memmap(self.folder / "tiles.bin", np.uint8, "r")
         with np.load(self.folder / "counts.npz", allow_pickle=False) as arrays:
             indptr, columns, counts = (arrays[k] for k in ("indptr", "columns", "counts"))
@@ -65,7 +61,7 @@ class Staged:
             spans = [slice(indptr[r], indptr[r + 1]) for r in rows]
             yield Records(
                 tiles=[tiles[starts[r] : starts[r] + sizes[r]].tobytes() for r in rows],
-                jsons=[encode_json(self._facts["spots"][r]) for r in rows],
+                jsons=[encode_json(spots[r]) for r in rows],
                 indptr=np.concatenate([[0], np.cumsum(indptr[rows + 1] - indptr[rows])]),
                 columns=np.concatenate([columns[s] for s in spans]),
                 counts=np.concatenate([counts[s] for s in spans]),
@@ -78,7 +74,7 @@ def stage_section(source: SectionSource, meta: SectionMeta, tile: TileSpec, mark
     if folder.is_dir():
         return Staged(folder, meta, mark)  # written aside and renamed, so a folder that is here is whole
     section = source.read()
-    aside = staging / f"{folder.name}.{os.getpid()}.writing"
+    aside = staging / f"{folder.name}.{os.getpid()}{WRITING}"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     with section.open_slide() as slide, (aside / "tiles.bin").open("wb") as file:
@@ -97,8 +93,7 @@ def stage_section(source: SectionSource, meta: SectionMeta, tile: TileSpec, mark
         (aside / f"report.{extension}").write_text(page, encoding="utf-8")
     kept, lost = int(counts.sum(dtype=np.int64)), int(section.counts.sum(dtype=np.int64))
     facts = {
-        "keys": genes.keys, "overview_mpp": overview_mpp, "stain": asdict(stain),
-        "spots": [_spot(section, meta, i) for i in range(len(section.spot_ids))],
+        "n_spots": len(section.spot_ids), "keys": genes.keys, "overview_mpp": overview_mpp, "stain": asdict(stain),
         "source": {
             "dropped_spots": section.dropped, "genes": genes.report(), "notes": notes,
             "unmapped_genes": len(genes.unmapped), "summed_genes": len(genes.collisions), "counts_left_out": lost - kept,
@@ -106,7 +101,14 @@ def stage_section(source: SectionSource, meta: SectionMeta, tile: TileSpec, mark
         },
     }  # fmt: skip
     (aside / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
-    aside.rename(folder)
+    spots = [_spot(section, meta, i) for i in range(len(section.spot_ids))]
+    (aside / "spots.json").write_text(json.dumps(spots), encoding="utf-8")
+    try:
+        aside.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+        shutil.rmtree(aside)  # a worker of a build that was killed had just finished the same
     return Staged(folder, meta, mark)
 
 

@@ -12,10 +12,10 @@ from tqdm import tqdm
 from comtip_shards import record
 from comtip_shards.errors import ShardError, SourceError
 from comtip_shards.leakage import check_splits
-from comtip_shards.manifest import ManifestSection, ShardEntry, sha256_of
+from comtip_shards.manifest import ShardEntry, sha256_of
 from comtip_shards.reader import ShardSet
 from comtip_shards.remote import Remote
-from comtip_shards.section import SectionMeta
+from comtip_shards.section import meta_of
 from comtip_shards.tarindex import index_tar
 
 MAX_PROBLEMS = 100
@@ -70,7 +70,7 @@ def verify(path: Path | str, *, progress: bool = False, remote: Remote | None = 
         except ShardError as error:
             report.problems.append(str(error))
     try:
-        check_splits([_meta(s) for s in shards.manifest.sections])
+        check_splits([meta_of(s) for s in shards.manifest.sections])
     except SourceError as error:
         report.problems.append(str(error))
     for shard in tqdm(shards.manifest.shards, desc="verify", unit="shard", disable=None if progress else True):
@@ -79,10 +79,6 @@ def verify(path: Path | str, *, progress: bool = False, remote: Remote | None = 
             report.problems.append("... and perhaps more; stopped here")
             break
     return report
-
-
-def _meta(section: ManifestSection) -> SectionMeta:
-    return SectionMeta(**{k: getattr(section, k) for k in SectionMeta.__dataclass_fields__})
 
 
 def _check_spots(shards: ShardSet, table: pd.DataFrame) -> list[str]:

@@ -12,7 +12,7 @@ import json
 import shutil
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -36,12 +36,13 @@ from comtip_shards.manifest import (
     ShardEntry,
     TileSpec,
     pack_bits,
+    parse_manifest,
     sha256_of,
 )
 from comtip_shards.section import SectionMeta
 from comtip_shards.tiles import StainStats
 
-GENES_FILE, REPORT_FILE = "genes.tsv", "report.txt"
+GENES_FILE, REPORT_FILE, REPORTS = "genes.tsv", "report.txt", "report"
 FOLDERS = ("shards", "overview", "spots")
 
 
@@ -108,7 +109,7 @@ def set_fingerprint(prints: Sequence[str], records_per_shard: int) -> str:
     return hashlib.sha256(json.dumps([list(prints), records_per_shard]).encode()).hexdigest()
 
 
-Runner = Callable[[Callable[..., "Written"], Iterable[tuple[object, ...]]], Iterable["Written"]]
+Runner = Callable[[Callable[..., "Written"], Sequence[tuple[object, ...]]], list["Written"]]
 
 
 @dataclass
@@ -121,9 +122,9 @@ class Written:
 
 def write_set(
     sections: Sequence[SectionRecords], tile: TileSpec, out: Path, records_per_shard: int, run: Runner,
-    part: Part | None = None, notes: Mapping[str, str] | None = None,
-) -> str:  # fmt: skip
-    """Write a whole set, the manifest last; returns the report's text.
+    part: Part | None = None, notes: Mapping[str, str] | None = None, beside: Mapping[str, str] | None = None,
+) -> Manifest:  # fmt: skip
+    """Write a whole set, the manifest last; returns the manifest.
 
     Parameters
     ----------
@@ -134,44 +135,49 @@ def write_set(
     out
         Folder; shards that an unfinished build left there are replaced.
     run
-        Calls a function for each tuple of arguments and returns the results in order; perhaps in other processes.
-    notes
-        ``{section_id: note}``, what only shows beside the other sections.
+        :func:`comtip_shards.jobs.run_jobs`, with its settings.
+    notes, beside
+        ``{section_id: note}``: of the section itself, and what only shows beside the other sections of the set.
     """
     for name in FOLDERS:
         shutil.rmtree(out / name, ignore_errors=True)
         (out / name).mkdir()
-    heads = [s.head() for s in sections]
-    keys = sorted({k for h in heads for k in h.keys})
+    union: set[str] = set()
+    first, prints = [0], []
+    for one in sections:  # one head at a time: a thousand of them hold many names
+        head = one.head()
+        union.update(head.keys)
+        first.append(first[-1] + head.n_spots)
+        prints.append(head.fingerprint)
+    keys = sorted(union)
     _write_genes(out / GENES_FILE, keys)
-    first = np.concatenate([[0], np.cumsum([h.n_spots for h in heads])]).tolist()
-    more = [[n] if (n := (notes or {}).get(h.meta.section_id)) else [] for h in heads]
-    work = [(s, keys, tile, out, first[i], records_per_shard, more[i]) for i, s in enumerate(sections)]
-    done = list(run(write_section, work))
-    _join_spots([out / "spots" / f"{h.meta.section_id}.parquet" for h in heads], out / spots.FILE)
+    more = (notes or {}, beside or {})
+    work = [(s, keys, tile, out, first[i], records_per_shard, *more) for i, s in enumerate(sections)]
+    done = run(write_section, work)
+    _join_spots([out / "spots" / f"{d.section.section_id}.parquet" for d in done], out / spots.FILE)
     shutil.rmtree(out / "spots")
     manifest = Manifest(
         tile=tile, records_per_shard=records_per_shard, genes_file=GENES_FILE, genes_sha256=sha256_of(out / GENES_FILE),
         n_genes=len(keys), spots_file=spots.FILE, spots_sha256=sha256_of(out / spots.FILE), n_spots=first[-1],
         sections=[d.section for d in done], shards=[e for d in done for e in d.shards],
-        fingerprint=set_fingerprint([h.fingerprint for h in heads], records_per_shard), made_with=made_with(), part=part,
+        fingerprint=set_fingerprint(prints, records_per_shard), made_with=made_with(), part=part,
     )  # fmt: skip
-    text = report(manifest)
-    (out / REPORT_FILE).write_text(text, encoding="utf-8")
+    (out / REPORT_FILE).write_text(report(manifest), encoding="utf-8")
     aside = out / (NAME + ".writing")
     aside.write_text(manifest.to_json(), encoding="utf-8")
     aside.rename(out / NAME)
-    return text
+    return parse_manifest((out / NAME).read_bytes(), str(out / NAME))
 
 
 def write_section(
     records: SectionRecords, keys: list[str], tile: TileSpec, out: Path, first: int, records_per_shard: int,
-    notes: Sequence[str] = (),
+    notes: Mapping[str, str], beside: Mapping[str, str],
 ) -> Written:  # fmt: skip
     """Write one section's shards, indexes, overview and rows of the table of spots."""
     head = records.head()
-    head.source = head.source | {"notes": [*head.source["notes"], *notes]}
     meta = head.meta
+    own, others = ([n[meta.section_id]] if meta.section_id in n else [] for n in (notes, beside))
+    head.source = head.source | {"notes": [*head.source["notes"], *own], "beside": others}
     place = {k: i for i, k in enumerate(keys)}
     rows = np.array([place[k] for k in head.keys], np.int64)
     entries = []
@@ -265,5 +271,5 @@ def report(manifest: Manifest) -> str:
             lines.append("  the donor is a training donor too: this section may stop training, but proves nothing")
         lines += [f"  {n} spots left out: {reason}" for reason, n in s.source["dropped_spots"].items()]
         lines += [f"  {line}" for line in s.source["genes"].splitlines()]
-        lines += [f"  {note}" for note in s.source["notes"]]
+        lines += [f"  {note}" for note in (*s.source["notes"], *s.source["beside"])]
     return "\n".join(lines) + "\n"

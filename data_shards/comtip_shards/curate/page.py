@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,14 +84,16 @@ def pages(report: SectionReport) -> dict[str, str]:
     return {"json": report.to_json(), "html": section_page(report)}
 
 
-def write_pages(sections: Sequence[tuple[str, Mapping[str, str], Sequence[Mapping[str, Any]]]], folder: Path) -> None:
+def write_pages(sections: Iterable[tuple[str, Mapping[str, str], Sequence[Mapping[str, Any]]]], folder: Path) -> None:
     """Write a folder of reports anew: (section id, :func:`pages`, :meth:`SectionReport.summary`) each, and ``index.html``."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    for section, texts, _ in sections:
+    summaries = []
+    for section, texts, summary in sections:  # one at a time: pages hold pictures
         for extension, text in texts.items():
             (folder / f"{section}.{extension}").write_text(text, encoding="utf-8")
-    (folder / "index.html").write_text(index_page([(i, summary) for i, _, summary in sections]), encoding="utf-8")
+        summaries.append((section, summary))
+    (folder / "index.html").write_text(index_page(summaries), encoding="utf-8")
 
 
 def _template(name: str) -> Template:

@@ -1,0 +1,88 @@
+"""The same function on many inputs, in one process or several; results in order, a clear error when a process dies."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from pickle import PicklingError
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+from comtip_shards.errors import ShardError
+
+T = TypeVar("T")
+_watching = False
+
+
+def run_jobs(
+    function: Callable[..., T], arguments: Sequence[tuple[Any, ...]], *, jobs: int = 1, label: str, unit: str = "section",
+    progress: bool = False,
+) -> list[T]:  # fmt: skip
+    """Call ``function(*a)`` for each ``a``; returns the results in the order of ``arguments``.
+
+    Parameters
+    ----------
+    function, arguments
+        What to call, and with what. Closures may be among them.
+    jobs
+        Processes; 1 stays in this one. They are started afresh, not forked.
+    label, unit, progress
+        Of the bar on a terminal.
+
+    Raises
+    ------
+    ShardError
+        A process was killed, perhaps for lack of memory; what ``function`` raises is raised as it is.
+    """
+    bar = tqdm(total=len(arguments), desc=label, unit=unit, disable=None if progress else True)
+    with bar:
+        if jobs <= 1 or len(arguments) <= 1:
+            results = []
+            for a in arguments:
+                results.append(function(*a))
+                bar.update()
+            return results
+        return _in_processes(function, arguments, jobs, bar)
+
+
+def _in_processes(function: Callable[..., T], arguments: Sequence[tuple[Any, ...]], jobs: int, bar: Any) -> list[T]:
+    from joblib import Parallel, delayed
+
+    results: dict[int, T] = {}
+    calls = (delayed(_call)(os.getpid(), number, function, a) for number, a in enumerate(arguments))
+    pool = Parallel(n_jobs=min(jobs, len(arguments)), backend="loky", batch_size=1, return_as="generator_unordered")
+    try:
+        for number, result in pool(calls):
+            results[number] = result
+            bar.update()
+    except BrokenProcessPool as error:
+        raise ShardError(
+            "a worker process was killed, perhaps because memory ran out; run again with fewer --jobs: what is done is kept"
+        ) from error
+    except PicklingError as error:
+        raise ShardError(f"a section cannot be handed to another process ({error}); use --jobs 1") from error
+    return [results[i] for i in range(len(arguments))]
+
+
+def _call(parent: int, number: int, function: Callable[..., T], arguments: tuple[Any, ...]) -> tuple[int, T]:
+    _end_with(parent)
+    return number, function(*arguments)
+
+
+def _end_with(parent: int) -> None:
+    """End this worker soon after its parent is gone: killed, it cannot tell us, and nobody wants our result."""
+    global _watching
+    if _watching:
+        return
+    _watching = True
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
