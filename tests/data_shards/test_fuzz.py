@@ -1,6 +1,5 @@
 """Random damage and forgeries; ``bench/shards/fuzz.py`` does the same ten thousand times."""
 
-
 import numpy as np
 import pytest
 from comtip_shards import fuzz
