@@ -78,7 +78,12 @@ def main() -> None:
                 loc="lower right", fontsize=8, frameon=False)  # fmt: skip
     for name in dict.fromkeys(r["loader"] for r in memory):
         own = [r for r in memory if r["loader"] == name]
-        lines.plot([int(r["epoch"]) for r in own], [float(r["resident_mb"]) for r in own], label=name)
+        lines.plot(
+            [int(r["epoch"]) for r in own],
+            [float(r["resident_mb"]) for r in own],
+            label=name,
+            color=OURS if "dali" in name else "#7fb3d5",
+        )
     lines.set_ylim(0, None)
     lines.set_xlabel("epoch")
     lines.set_ylabel("resident memory, MB")

@@ -18,9 +18,10 @@ from comtip_shards import ShardError
 from comtip_shards.headers import check_size
 from comtip_shards.record import encode_tile
 
+from comtip_fast.collectives import share_of
 from comtip_fast.data.ahead import Ahead
 from comtip_fast.data.loader import BaseLoader, Made
-from comtip_fast.data.plan import Request, rank_slice
+from comtip_fast.data.plan import Request
 from comtip_fast.data.records import Encoded, Spots
 
 IN_DALI = 2
@@ -66,7 +67,7 @@ class DaliLoader(BaseLoader):
 
     def _fetch(self, request: Request) -> Encoded:
         """Read this rank's records; what DALI must not see is a fault."""
-        got = self.records.fetch(request.spots[rank_slice(request.spots.size, self.rank, self.world)])
+        got = self.records.fetch(request.spots[share_of(request.spots.size, self.rank, self.world)])
         tile = self.shards.manifest.tile
         for i, data in enumerate(got.tiles):
             if i not in got.faults:

@@ -20,12 +20,13 @@ from scipy import sparse
 from torch import Tensor
 from tqdm import tqdm
 
+from comtip_fast.collectives import share_of
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.data.apply_views import apply_views
 from comtip_fast.data.batch import Batch
 from comtip_fast.data.expression import levels_from_counts, levels_from_table
 from comtip_fast.data.panel import draw_panel
-from comtip_fast.data.plan import Plan, Request, rank_slice
+from comtip_fast.data.plan import Plan, Request
 from comtip_fast.data.records import Csr, Records, Spots
 from comtip_fast.data.tables import TrainingTables
 from comtip_fast.data.views import ViewPlan, plan_views, view_of
@@ -200,7 +201,7 @@ class BaseLoader(ABC):
 
     def _read(self, request: Request, read: Callable[[np.ndarray], Spots]) -> Spots:
         """Read this rank's records; where one is damaged, stop or let another spot of the batch stand in."""
-        own = rank_slice(request.spots.size, self.rank, self.world)
+        own = share_of(request.spots.size, self.rank, self.world)
         got = read(request.spots[own])
         if got.faults and self.config.data.faults == "stop":
             got.refuse_faults()
@@ -285,7 +286,7 @@ class BaseLoader(ABC):
 
     def _from_cache(self, request: Request) -> Made:
         cache = self._cache
-        own = rank_slice(request.spots.size, self.rank, self.world)
+        own = share_of(request.spots.size, self.rank, self.world)
         spots = request.spots[own].copy()
         for i in np.flatnonzero(np.isin(spots, list(self.faults))):
             others = (int(other[0]) for other in self._stand_ins(request.spots, own.start + i))

@@ -30,13 +30,6 @@ class Request:
     """int64 (B,), all ranks' spots."""
 
 
-def rank_slice(size: int, rank: int, world: int) -> slice:
-    """Return a rank's part of a batch of ``size`` spots: contiguous, parts differ by at most one spot."""
-    small, more = divmod(size, world)
-    start = rank * small + min(rank, more)
-    return slice(start, start + small + (rank < more))
-
-
 class Plan:
     """The batches of every epoch.
 

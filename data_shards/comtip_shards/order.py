@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import numpy as np
 
 from comtip_shards.keyed import bits, permutation
+
+LOOK_AHEAD = 512
+"""Pieces among which a batch is put together."""
 
 
 def epoch_batches(
@@ -71,9 +76,13 @@ def _pieces(
 
 
 def _combine(pieces: list[tuple[int, np.ndarray]], batch_size: int) -> list[np.ndarray]:
-    """Fill batches from the front of the queue, passing over sections that the batch already has."""
+    """Fill batches from the front of the queue, passing over sections that the batch already has.
+
+    Only the first pieces of the queue are looked at, so that millions of spots take seconds and not days.
+    """
     batches = []
-    queue = list(pieces)
+    later = iter(pieces)
+    queue = list(islice(later, LOOK_AHEAD))
     while queue:
         taken: list[int] = []
         used: set[int] = set()
@@ -89,7 +98,7 @@ def _combine(pieces: list[tuple[int, np.ndarray]], batch_size: int) -> list[np.n
                     room -= part.size
         batches.append(np.concatenate([queue[i][1] for i in taken]))
         gone = set(taken)
-        queue = [piece for i, piece in enumerate(queue) if i not in gone]
+        queue = [piece for i, piece in enumerate(queue) if i not in gone] + list(islice(later, len(taken)))
     return batches
 
 

@@ -16,12 +16,13 @@ from comtip_shards.balance import balanced_draw
 from comtip_shards.headers import check_size
 from PIL import Image
 
+from comtip_fast.collectives import share_of
 from comtip_fast.config.io import load_config
 from comtip_fast.data.ahead import Ahead
 from comtip_fast.data.batch import Batch
 from comtip_fast.data.loader import BaseLoader
 from comtip_fast.data.loaders import dali_is_installed, make_loader
-from comtip_fast.data.plan import Plan, rank_slice
+from comtip_fast.data.plan import Plan
 from comtip_fast.data.tables import TrainingTables, training_tables
 from comtip_fast.training.task import build_task
 from comtip_fast.training.trainer import Trainer
@@ -131,13 +132,15 @@ def test_ranks_slice_the_global_batch(loader, name: str):
             assert difference <= (JPEG_TOLERANCE if name == "dali" and field == "tiles" else 0), field
 
 
-def test_slices_are_whole_and_even():
-    for size in range(40):
-        for world in range(1, 9):
-            parts = [rank_slice(size, r, world) for r in range(world)]
-            assert np.concatenate([np.arange(size)[p] for p in parts]).tolist() == list(range(size))
-            sizes = [p.stop - p.start for p in parts]
-            assert max(sizes) - min(sizes) <= 1
+@pytest.mark.parametrize("name", LOADERS)
+def test_a_rank_without_spots_has_an_empty_batch(loader, name: str):
+    batch = next(
+        loader(f"data.loader={name}", "data.batch_size=2", "data.expression=records", rank=4, world=5).iterate()
+    )
+    assert batch.tiles is not None
+    assert batch.tiles.shape == (0, 3, 32, 32)
+    assert batch.levels.shape == (0, batch.panel.numel())
+    assert batch.panel.numel() > 0
 
 
 @pytest.mark.parametrize(
@@ -153,7 +156,7 @@ def test_100_kills_over_three_world_sizes_lose_and_repeat_nothing(tiny_shards: S
         world = int(rng.choice([1, 2, 4]))
         for request in islice(plan.requests(epoch, position, step), int(rng.integers(0, 9))):
             for rank in range(world):
-                spots = request.spots[rank_slice(request.spots.size, rank, world)]
+                spots = request.spots[share_of(request.spots.size, rank, world)]
                 seen.setdefault(request.epoch, []).append(spots)
             epoch, position, step = request.epoch, request.position + 1, request.step + 1
         if position == len(plan.batches(epoch)):

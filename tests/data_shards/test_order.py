@@ -45,6 +45,33 @@ def test_the_default_order_is_pinned():
     assert [b.tolist() for b in again] == [b.tolist() for b in batches]
 
 
+def test_large_sets_are_ordered_by_a_bounded_look_ahead(monkeypatch: pytest.MonkeyPatch):
+    from comtip_shards import order
+
+    # One section has most of the spots, so that most batches find no second section for a long way.
+    section = np.repeat(np.arange(6), [20_000, 300, 41, 7, 500, 9])
+    spots = np.arange(section.size)
+    pieces = order._pieces(section, spots, 16, 4, 0, 0, 1)
+    assert len(pieces) > 2 * order.LOOK_AHEAD
+    looked: list[int] = []
+
+    def smallest(sizes):
+        sizes = list(sizes)
+        looked.append(len(sizes))
+        return min(sizes)
+
+    monkeypatch.setattr(order, "min", smallest, raising=False)
+    bounded = order._combine(pieces, 16)
+    assert max(looked) == order.LOOK_AHEAD
+    assert sorted(np.concatenate(bounded).tolist()) == spots.tolist()
+    assert all(b.size <= 16 for b in bounded)
+    # Where the whole queue is within sight, the bound changes nothing.
+    few = order._pieces(section[-857:], spots[-857:], 16, 4, 0, 0, 1)
+    short = [b.tolist() for b in order._combine(few, 16)]
+    monkeypatch.setattr(order, "LOOK_AHEAD", 1 << 30)
+    assert short == [b.tolist() for b in order._combine(few, 16)]
+
+
 @pytest.mark.parametrize("k", [None, 2])
 def test_runs_are_sequential_reads_and_differ_between_epochs(k: int | None):
     section = np.repeat(np.arange(4), 256)
