@@ -1,6 +1,6 @@
 """Microbenchmarks of the CPU paths beside their peers, by pytest-benchmark: ``make bench``.
 
-Sizes are small enough for CI; COMTIP_BENCH=full takes those of docs/kernels.md. Nothing fails on a time: groups show ratios, the
+Sizes are small enough for CI; COMTIP_BENCH=full takes those of kernels/README.md. Nothing fails on a time: groups show ratios, the
 tables of the docs come from the ``bench_*.py`` scripts, which interleave.
 """
 

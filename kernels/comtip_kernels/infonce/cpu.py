@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = 12 << 20
+BLOCK_BYTES = 8 << 20
 """Bytes of one block of logits: small beside what must be kept, large enough for the matrix products to run at speed."""
 HEADROOM = 40.0
 """exp(HEADROOM) times any number of columns is far from overflow in fp32; what it adds below, it adds to the range."""

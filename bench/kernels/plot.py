@@ -1,0 +1,110 @@
+"""Draw what the ledger says of every operation beside its floor, and print the tables of kernels/README.md.
+
+    python bench/kernels/plot.py [--sizes bench/traffic.csv] [--out kernels/floors.png]
+
+Nothing in it was timed: bytes and FLOPs are counted, times follow from a roofline and are predictions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from pathlib import Path
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+ROOT = Path(__file__).parents[2]
+BLUE, ORANGE, GREEN, PINK = "#0072b2", "#e69f00", "#009e73", "#cc79a7"
+HEAD = ("operation", "size", "MB moved", "x floor", "GFLOP", "x floor", "A100 µs", "H100 µs", "bound by")
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """Return the rows of the table of sizes."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def flop_ratio(row: dict[str, str]) -> float | None:
+    """Return FLOPs over the floor's; None where no product is needed at all."""
+    floor = float(row["floor_gflop"])
+    return float(row["gflop"]) / floor if floor else None
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """Return the rows as Markdown; times are predicted."""
+    lines = ["| " + " | ".join(HEAD) + " |", "|---|---|" + "---:|" * 6 + "---|"]
+    for r in rows:
+        ratio = flop_ratio(r)
+        flops = ("", "") if ratio is None else (f"{float(r['gflop']):,.0f}", f"{ratio:.2f}")
+        cells = (
+            f"`{r['op']}` {r['part']}", r["size"], f"{float(r['memory_mb']):,.0f}", f"{float(r['memory_ratio']):.2f}", *flops,
+            f"{int(r['predicted_us_a100']):,}", f"{int(r['predicted_us_h100']):,}", r["bound_h100"],
+        )  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def kernels_table(rows: list[dict[str, str]], triton: str = "3.8.0") -> str:
+    """Return the bf16 kernels as Markdown, what sm_80, sm_90 and sm_100 make of each side by side."""
+    by_kernel: dict[str, dict[str, dict[str, str]]] = {}
+    for r in rows:
+        if r["triton"] == triton and r["name"].endswith("_bf16"):
+            by_kernel.setdefault(f"`{r['op']}` {r['name'].removesuffix('_bf16')}", {})[r["arch"]] = r
+    columns = ("registers", "shared_kib", "mma", "loads_128", "async_copies", "spills")
+    lines = ["| kernel, bf16 | registers | shared KiB | tensor cores | 128-bit loads | async copies | spills |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for kernel, archs in by_kernel.items():
+        cells = [" / ".join(archs[a][c] for a in ("80", "90", "100")) for c in columns]
+        lines.append("| " + " | ".join((kernel, *cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(rows: list[dict[str, str]], out: Path) -> None:
+    """Draw ratios to the floors on the left and predicted times on the right."""
+    rows = rows[::-1]
+    names = [f"{r['op']}  {r['part']}\n{r['size']}" for r in rows]
+    y = range(len(rows))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 0.52 * len(rows) + 1.2), sharey=True, layout="constrained")
+    moved = [float(r["memory_ratio"]) for r in rows]
+    left.barh([v + 0.2 for v in y], moved, 0.38, color=BLUE, label="bytes from and to memory")
+    made = [flop_ratio(r) or 0 for r in rows]
+    left.barh([v - 0.2 for v in y], made, 0.38, color=ORANGE, label="FLOPs, what tiles pad and drop included")
+    for v, a, b in zip(y, moved, made, strict=True):
+        left.text(a * 1.03, v + 0.2, f"{a:.2f}", va="center", fontsize=7)
+        if b:
+            left.text(b * 1.03, v - 0.2, f"{b:.2f}", va="center", fontsize=7)
+    left.axvline(1, color="black", lw=0.8)
+    left.set(xscale="log", xlim=(0.7, 80), xlabel="times the floor (1 is the floor)", yticks=list(y))
+    left.set_yticklabels(names, fontsize=7.5)
+    ticks = [1, 2, 5, 10, 32]
+    left.set_xticks(ticks, [str(t) for t in ticks])
+    left.minorticks_off()
+    for gpu, color, offset in (("a100", GREEN, 0.2), ("h100", PINK, -0.2)):
+        ms = [float(r[f"predicted_us_{gpu}"]) / 1e3 for r in rows]
+        right.barh([v + offset for v in y], ms, 0.38, color=color, label=gpu.upper())
+        for v, value in zip(y, ms, strict=True):
+            right.text(value * 1.06, v + offset, f"{value:.2g}", va="center", fontsize=7)
+    right.set(xscale="log", xlim=(0.08, 60), xlabel="milliseconds on a roofline: predicted, no GPU has run this")
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(loc="lower right", fontsize=8, frameon=False)
+    figure.savefig(out, dpi=110)
+
+
+def main() -> None:
+    """Draw and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", type=Path, default=ROOT / "bench/traffic.csv")
+    parser.add_argument("--out", type=Path, default=ROOT / "kernels/floors.png")
+    args = parser.parse_args()
+    rows = read(args.sizes)
+    draw(rows, args.out)
+    print(table(rows))
+    print(kernels_table(read(args.sizes.with_name("ledger.csv"))), end="")
+
+
+if __name__ == "__main__":
+    main()
