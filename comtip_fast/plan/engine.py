@@ -30,8 +30,6 @@ class Engine:
     offload_optimizer: Place = "none"
     offload_param: Place = "none"
     bucket_bytes: float = 25 * MEGABYTE
-    prefetch_bytes: float = 50 * MEGABYTE
-    persist_elements: int = 100_000
 
     @property
     def precision(self) -> Precision:
@@ -58,14 +56,20 @@ class Engine:
 
 
 def engine_of(config: RunConfig, ranks: int, gpu: bool) -> Engine:
-    """Resolve a config's ``engine`` and ``train.precision`` for so many ranks of a kind."""
+    """Resolve a config's ``engine`` and ``train.precision`` for so many ranks of a kind.
+
+    Raises
+    ------
+    ValueError
+        ``engine.kind: single`` on several devices.
+    """
     e = config.engine
+    if e.kind == "single" and ranks > 1:
+        raise ValueError(f"engine.kind=single on {ranks} devices: use auto, ddp or deepspeed, or plan for one device")
     kind: Kind = e.kind if e.kind != "auto" else "single" if ranks == 1 else "ddp"
     bf16 = config.train.precision == "bf16" or (config.train.precision == "auto" and gpu)
     return Engine(
         kind=kind, zero_stage=e.zero_stage if kind == "deepspeed" else 0, bf16=bf16, loss_form=e.loss_form,
-        shard_table=e.shard_table, micro_batches=e.micro_batches,
-        activation_checkpointing=e.activation_checkpointing, offload_optimizer=e.offload_optimizer,
-        offload_param=e.offload_param, bucket_bytes=e.bucket_mb * MEGABYTE, prefetch_bytes=e.prefetch_mb * MEGABYTE,
-        persist_elements=e.persist_elements,
+        shard_table=e.shard_table, micro_batches=e.micro_batches, activation_checkpointing=e.activation_checkpointing,
+        offload_optimizer=e.offload_optimizer, offload_param=e.offload_param, bucket_bytes=e.bucket_mb * MEGABYTE,
     )  # fmt: skip

@@ -170,7 +170,7 @@ def sentence_table(s: Sizes, w: Work) -> list[Cost]:
     keep_cast = p.operand != p.stream
     # On a CPU attention runs length by length, and keeps each result beside all of them joined.
     by_length = Cost("by length", saved=0 if w.gpu else n * d * p.operand)
-    one = [*block(n, L, d, 4 * d, heads, p), by_length]
+    one = [by_length, *block(n, L, d, 4 * d, heads, p)]
     if w.checkpointing:
         one = checkpointed(one, n * d * p.stream, "block input")
     last = [

@@ -69,12 +69,22 @@ def test_a_slow_loader_is_waited_for(capsys: pytest.CaptureFixture[str]):
     assert data["times"][-1]["bound"] == "loader"
 
 
+def test_offloading_moves_state_off_the_device(capsys: pytest.CaptureFixture[str]):
+    zero = ["--gpus", "4", "--set", "engine.kind=deepspeed", "--set", "engine.zero_stage=3"]
+    here = plan(capsys, *zero)
+    there = plan(capsys, *zero, "--set", "engine.offload_optimizer=cpu", "--set", "engine.offload_param=cpu")
+    moved = {r["name"]: r["bytes"] for r in there["memory"] if r["where"] == "host"}
+    # Parameters, their gradients, the optimizer's shard of them and two moments: five numbers of fp32 each, over four ranks.
+    assert sum(moved.values()) == pytest.approx(there["sizes"]["parameters"] * 4 * 5 / 4)
+    assert here["device_bytes"] - there["device_bytes"] == pytest.approx(sum(moved.values()))
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
         (["--gpu", "h101"], "h100"), (["--gpus", "0"], "at least one device"), (["--link", "string"], "nvlink4"),
         (["--compute-efficiency", "1.5"], "share"), (["--nodes", "8192"], "at least one spot"),
-        (["--set", "engine.king=ddp"], "engine"),
+        (["--set", "engine.king=ddp"], "engine"), (["--gpus", "2", "--set", "engine.kind=single"], "2 devices"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused(more: list[str], message: str, capsys: pytest.CaptureFixture[str]):

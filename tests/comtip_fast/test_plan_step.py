@@ -13,6 +13,7 @@ SHAPES = {
     "vision weighs most": VIT,
     "sentences weigh most": ["text.width=96", "text.depth=3", "align.dim=64", "levels.n_levels=12"],
     "no masked branch": [*VIT, "loss.mfm=0"],
+    "many patches": ["vision.patch_px=4", "vision.width=32", "vision.depth=4"],
     "a teacher": [*VIT, "vision.target=ema"],
     "no pairs": [*VIT, "loss.pair=0", "loss.paat.hard_columns=false"],
     "pairs judged by text": ["loss.paat.context=text", "align.dim=128"],
