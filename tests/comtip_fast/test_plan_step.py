@@ -1,12 +1,19 @@
 """The plan's FLOPs and activations against a real step on the CPU, and its parameters against the real model."""
 
+from dataclasses import replace
+from typing import Any
+
+import comtip_kernels as kernels
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from comtip_fast.config.io import load_config
 from comtip_fast.models import CoMTIP
-from comtip_fast.plan.sizes import Inputs, build_on_meta, sizes_of
-from tests.comtip_fast.plan_measure import Measured, measure, measure_peak
+from comtip_fast.plan.cost import FP32, total
+from comtip_fast.plan.parts import SPREAD_WIDTH, Work, infonce, level, pair, pooling
+from comtip_fast.plan.sizes import Inputs, Sizes, build_on_meta, sizes_of
+from tests.comtip_fast.plan_measure import MORE_FORMULAS, Measured, measure, measure_peak
 
 VIT = ["vision.patch_px=8", "vision.width=96", "vision.depth=3", "text.width=64", "text.depth=2"]
 SHAPES = {
@@ -92,3 +99,67 @@ def test_nothing_is_allocated_for_a_large_model():
     assert sum(p.numel() for p in model.parameters()) > 1e9
     assert all(p.is_meta for p in model.parameters())
     assert torch.get_default_device().type == "cpu"
+
+
+SMALL = {"B": 48, "M": 80, "G": 6, "Q": 4, "D": 32}
+
+
+def loss_parts(sizes: Sizes, *, gpu: bool) -> dict[str, tuple[float, float]]:
+    """Return FLOPs forward and backward of the losses over spots and sentences, at the sizes of ``SMALL``."""
+    sizes = replace(sizes, G=SMALL["G"], Q=SMALL["Q"], D=SMALL["D"], candidates=1)
+    work = Work(spots=SMALL["B"], images=SMALL["B"], columns=SMALL["M"], table_rows=24, precision=FP32, gpu=gpu)
+    found = {
+        "pool": pooling(sizes, work, SMALL["B"]),
+        "nce": infonce(sizes, work),
+        "level": level(sizes, work),
+        "pair": pair(sizes, work),
+    }
+    return {name: (total(costs, "flops"), total(costs, "back_flops")) for name, costs in found.items()}
+
+
+@pytest.fixture(scope="module")
+def any_sizes(tiny_overrides: list[str]) -> Sizes:
+    return sizes_of(load_config(None, tiny_overrides), Inputs(tile_px=32, trained_genes=30))
+
+
+def test_flops_of_each_loss_on_a_cpu(any_sizes: Sizes):
+    B, M, G, Q, D = SMALL.values()
+    images, texts, table = (torch.randn(n, D, requires_grad=True) for n in (B, M, G * Q))
+    levels, measured, scale = torch.randint(0, Q, (B, G)), torch.ones(B, G, dtype=torch.bool), torch.tensor(5.0)
+    rows = torch.nn.functional.normalize(table, dim=-1).view(G, Q, D)
+    losses = {
+        "nce": lambda: kernels.infonce(images, texts, scale, impl="cpu"),
+        "level": lambda: kernels.level_cross_entropy(images, rows, levels, measured, scale, impl="cpu"),
+        "pair": lambda: sum(kernels.pair_scores(images, rows, levels, impl="cpu").sum() for _ in range(2)),
+    }
+    predicted = loss_parts(any_sizes, gpu=False)
+    for name, loss in losses.items():
+        with FlopCounterMode(display=False, custom_mapping=MORE_FORMULAS) as forward:
+            value = loss()
+        with FlopCounterMode(display=False, custom_mapping=MORE_FORMULAS) as backward:
+            value.backward(retain_graph=True)
+        # The CPU's InfoNCE has one more column, which holds a shift: 1/32 here.
+        counted = forward.get_total_flops(), backward.get_total_flops()
+        assert predicted[name] == pytest.approx(counted, rel=1 / 32), name
+
+
+def test_flops_of_each_loss_on_a_gpu_are_those_the_kernels_state(any_sizes: Sizes):
+    op = pytest.importorskip("comtip_kernels.sentence_table.op")
+    pytest.importorskip("comtip_kernels.infonce.op")
+    B, M, G, Q, D = SMALL.values()
+    images, texts, table, levels = (torch.empty(s, device="meta") for s in ((B, D), (M, D), (G, Q, D), (B, G)))
+
+    def stated(operator: Any, *args: Any) -> int:
+        return int(flop_registry[operator](*args))
+
+    ops = torch.ops.comtip
+    take, spread = stated(ops.table_take, images, table, levels), stated(ops.table_spread, levels, table, levels)
+    collect = stated(ops.table_collect, images, levels, levels, Q)
+    level_forward = stated(ops.level_loss, images, table)
+    assert loss_parts(any_sizes, gpu=True) == {
+        "pool": (spread, take + collect),
+        "nce": (stated(ops.infonce_lse, images, texts), stated(ops.infonce_grads, images, texts)),
+        "level": (level_forward, stated(ops.level_loss_grads, images, table)),
+        "pair": (2 * take, 2 * (spread + collect)),
+    }
+    assert op.kernels.SPREAD["BD"] == SPREAD_WIDTH
