@@ -20,6 +20,7 @@ from comtip_shards.sources import open_source
 from PIL import Image
 from scipy import sparse
 
+from comtip_fast.cli import main
 from comtip_fast.testing.faults import FAULTS
 from comtip_fast.testing.tiny import TinySection, write_tiny_source
 
@@ -204,9 +205,13 @@ def test_what_cannot_be_read_becomes_a_finding(tmp_path: Path):
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"a.json", "a.html", "b.json", "b.html", "index.html"}
     assert "spots lie outside" in (tmp_path / "out/a.html").read_text()
     assert check_source(open_source(tmp_path / "s")[0]).status == FAIL
-    (tmp_path / "out/thesis.txt").write_text("mine")
-    with pytest.raises(SourceError, match=r"other files \(thesis.txt\)"):
-        check_sources(open_source(tmp_path / "s"), tmp_path / "out")
+    check_sources(open_source(tmp_path / "s", samples=["b"]), tmp_path / "out")  # its own files it replaces
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"b.json", "b.html", "index.html"}
+    for name in ("thesis.txt", "settings.json"):
+        (tmp_path / "out" / name).write_text("mine")
+        with pytest.raises(SourceError, match=rf"other files \({name}\)"):
+            check_sources(open_source(tmp_path / "s"), tmp_path / "out")
+        (tmp_path / "out" / name).unlink()
 
 
 def test_a_build_reports_and_under_strict_refuses(tmp_path: Path):
@@ -227,3 +232,14 @@ def test_a_build_reports_and_under_strict_refuses(tmp_path: Path):
     assert {p.name for p in (out / "report").iterdir()} == {"a.json", "a.html", "b.json", "b.html", "index.html"}
     with pytest.raises(SourceError, match="--strict"):  # also where the set is built already
         build_shards(open_source(tmp_path / "s"), out, strict=True, **SIZE)
+
+
+def test_the_command_writes_pages_and_under_strict_exits_with_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    write_tiny_source(tmp_path / "s", [TinySection("a", "d", "train")], side=4)
+    Image.open(tmp_path / "s/a.png").convert("L").convert("RGB").save(tmp_path / "s/a.png")
+    words = ["shards", "check", str(tmp_path / "s"), "--out", str(tmp_path / "out")]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "a: fail\n  check stain: fail: grey" in said
+    assert (tmp_path / "out/index.html").is_file()
+    assert main([*words, "--strict"]) == 1

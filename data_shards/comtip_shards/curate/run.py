@@ -162,10 +162,19 @@ def check_sources(
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise SourceError(f"{out} is a file; give a folder")
-    foreign = sorted(p.name for p in out.iterdir() if p.suffix not in {".json", ".html"}) if out.exists() else []
+    foreign = _foreign(out) if out.exists() else []
     if foreign:
         raise SourceError(f"{out} holds other files ({', '.join(foreign[:3])}); give a new folder")
     bar = tqdm(sources, desc="checks", unit="section", disable=None if progress else True)
     reports = [check_source(s, tile_um=tile_um) for s in bar]
     write_pages([(r.section_id, pages(r), r.summary()) for r in reports], out)
     return reports
+
+
+def _foreign(folder: Path) -> list[str]:
+    """Return what in a folder was not written by a check: it writes pairs of .json and .html, and an index."""
+    there = {p.name for p in folder.iterdir()}
+    stems = {Path(n).stem for n in there if n.endswith(".json")} & {Path(n).stem for n in there if n.endswith(".html")}
+    return sorted(
+        n for n in there if n != "index.html" and not (n.endswith((".json", ".html")) and Path(n).stem in stems)
+    )
