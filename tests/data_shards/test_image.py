@@ -149,7 +149,9 @@ def test_axes_and_depths(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPa
     assert difference(load_rgb(path), PICTURE) <= 1
 
 
-def test_gray_and_what_is_transparent(tmp_path: Path):
+@pytest.mark.parametrize("windows_from", [0, 10**8])
+def test_gray_and_what_is_transparent(tmp_path: Path, windows_from: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(image_module, "WINDOWED_PX", windows_from)
     gray = PICTURE[..., 0]
     for name, values in (
         ("a.png", gray),

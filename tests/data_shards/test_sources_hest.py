@@ -12,6 +12,7 @@ import tifffile
 from comtip_shards import ShardSet, SourceError
 from comtip_shards.build import build_shards
 from comtip_shards.curate import check_section
+from comtip_shards.leakage import guard_benchmark, load_benchmark
 from comtip_shards.sources import detect, open_source
 from comtip_shards.sources.hest import NO_PATCH
 
@@ -173,6 +174,15 @@ def test_a_scale_that_is_stated_nowhere_may_be_in_the_wsi(folder: Path):
     section = read(folder)
     assert section.meta.mpp == pytest.approx(0.7, rel=1e-3)
     assert any("resolution tag of TENX1.tif" in n for n in section.notes)
+
+
+def test_donors_are_named_as_in_the_list_of_benchmark_donors(tmp_path: Path):
+    # The list spells donors as this reader does; a section of one of them is held back, whatever its id.
+    one = HestSection("NEW1", title="FFPE Human Breast using the Entire Sample Area", patient="patient 1")
+    meta = open_source(write_hest(tmp_path, [one], wsis=False))[0].meta
+    guarded, notes = guard_benchmark([meta], benchmark=load_benchmark())
+    assert guarded[0].split == "test"
+    assert "benchmark" in notes["NEW1"]
 
 
 def test_a_set_is_built_from_it(folder: Path, tmp_path: Path):

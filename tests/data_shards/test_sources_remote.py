@@ -211,6 +211,20 @@ def test_names_that_leave_the_folder_are_not_followed(name: str):
     assert not fetch_module._is_inside(name)
 
 
+def test_a_hostile_listing_writes_nothing_outside(memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    real = Remote.sizes
+
+    def hostile(self: Remote, pattern: str = "**") -> dict[str, int | None]:
+        names = {"metadata/../../../../evil.json": None, "/evil.json": None} if pattern.startswith("metadata") else {}
+        return real(self, pattern) | names
+
+    monkeypatch.setattr(Remote, "sizes", hostile)
+    monkeypatch.setattr(fetch_module.fnmatch, "fnmatchcase", lambda name, pattern: True)
+    found = fetch_source(memory, samples=["TENX1"], facts={"pixels": "patches"}, cache=tmp_path / "a/b/cache")
+    assert found.n_files > 4
+    assert not list(tmp_path.rglob("evil*"))
+
+
 def test_a_section_with_a_pattern_in_its_name_matches_itself_only(tmp_path: Path):
     (tmp_path / "s").mkdir()
     for name in ("a[1].h5ad", "a1.h5ad"):

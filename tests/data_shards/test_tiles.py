@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 from comtip_shards.tiles import (
     REFERENCE_MEAN,
     REFERENCE_STD,
@@ -8,6 +9,7 @@ from comtip_shards.tiles import (
     normalise_stain,
     stain_stats,
 )
+from PIL import Image
 
 
 def gradient(height: int, width: int) -> np.ndarray:
@@ -32,6 +34,19 @@ def test_fractional_widths_are_kept():
     tile = cut_tiles(image, np.array([[50.0, 50.0]]), 33.4, 334)[0]
     edge = int(np.argmax(tile[167, :, 0] > 100))
     assert abs(edge - (10 + 16.7) * 10) <= 3
+
+
+@pytest.mark.parametrize(("width", "out"), [(64.0, 32), (33.4, 50), (120.7, 16)])
+def test_windows_give_what_the_whole_image_gives(width: float, out: int):
+    image = np.random.default_rng(0).integers(0, 256, (150, 180, 3)).astype(np.uint8)
+    xy = np.array([[90.0, 70.0], [3.3, 149.0], [179.5, 10.2], [100.4, 80.6]])
+    pad = 200
+    padded = Image.fromarray(np.pad(image, ((pad, pad), (pad, pad), (0, 0)), constant_values=255))
+    for (x, y), tile in zip(xy + pad, cut_tiles(image, xy, width, out), strict=True):
+        box = (x - width / 2, y - width / 2, x + width / 2, y + width / 2)
+        want = np.asarray(padded.resize((out, out), Image.Resampling.BICUBIC, box=box)).astype(int)
+        # The filter's weights are rounded: a px may differ by one.
+        assert np.abs(want - tile).max() <= 1
 
 
 def test_outside_is_white():
