@@ -43,13 +43,17 @@ def config_of(case: str) -> RunConfig:
     return load_config(None, [*SETTINGS, *CASES[case]])
 
 
-@pytest.fixture(scope="module")
-def measured(tiny_shards: ShardSet) -> dict[str, dict[str, Any]]:
-    """Every case, worked through by two ranks that were started once; what rank 0 found."""
+def measure_all(shards: Path) -> dict[str, dict[str, Any]]:
+    """Work every case through with two ranks that are started once; return what rank 0 found."""
     cases = [f"{name}={';'.join([*SETTINGS, *more])}" for name, more in CASES.items()]
-    said = run_distributed([str(WORKER), str(tiny_shards.path), *cases], W, timeout_s=400)
+    said = run_distributed([str(WORKER), str(shards), *cases], W, timeout_s=500)
     found = [json.loads(line[5:]) for line in said[0].splitlines() if line.startswith("CASE ")]
     return {f["name"]: f for f in found}
+
+
+@pytest.fixture(scope="module")
+def measured(tiny_shards: ShardSet) -> dict[str, dict[str, Any]]:
+    return measure_all(tiny_shards.path)
 
 
 def plan_of(case: str, found: dict[str, Any]) -> Plan:
