@@ -21,7 +21,7 @@ from comtip_shards.sources import open_source
 from PIL import Image
 
 from comtip_fast.benchmarks.loader_peers import h5_batches, webdataset_batches, write_h5
-from comtip_fast.benchmarks.rounds import Contender, describe_machine, resident_mb, run_rounds
+from comtip_fast.benchmarks.rounds import Contender, describe_machine, give_back_free_memory, resident_mb, run_rounds
 from comtip_fast.config.schema import DataConfig, PanelConfig, RunConfig, TrainConfig
 from comtip_fast.data.loader import BaseLoader
 from comtip_fast.data.loaders import dali_is_installed, make_loader
@@ -132,6 +132,7 @@ def memory(setting: Setting, epochs: int) -> dict[str, list[float]]:
         for _ in range(epochs):
             for _ in range(n):
                 next(stream)
+            give_back_free_memory()
             out[name].append(resident_mb())
         stream.close()
     return out
