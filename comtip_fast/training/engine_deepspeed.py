@@ -91,6 +91,8 @@ class DeepSpeedEngine:
             config=deepspeed_config(config, group.size, device.type == "cuda"), dist_init_required=False,
         )  # fmt: skip
         self._engine = made[0]
+        if self.stage:
+            self._make_moments()
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """See :meth:`.engine.Engine.call`."""
@@ -169,14 +171,34 @@ class DeepSpeedEngine:
         for name, parameter in self._trained():
             for key in MOMENTS:
                 if f"{name}/{key}" in tensors:
-                    value = tensors[f"{name}/{key}"].to(self._device())
-                    self._deepspeed.utils.safe_set_full_optimizer_state(parameter, value, key)
+                    self._set_moment(parameter, key, tensors[f"{name}/{key}"].to(self._device()))
         steps = {float(v) for k, v in tensors.items() if k.endswith("/step")}
         if len(steps) > 1:
             raise TrainingError(f"the optimizer's steps differ from parameter to parameter ({sorted(steps)[:3]} ...)")
         for state in self.optimizer.state.values():
             for step in steps:
                 state["step"] = torch.tensor(step)
+
+    def _make_moments(self) -> None:
+        """Give the optimizer its state now: DeepSpeed finds it only where it was there before the first group's step."""
+        zero = self._engine.optimizer
+        flat = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
+        if self.config.engine.offload_optimizer != "nvme":
+            for shard in flat:
+                moments = {key: torch.zeros_like(shard, requires_grad=False) for key in MOMENTS}
+                self.optimizer.state[shard].update(step=torch.tensor(0.0), **moments)
+        if self.stage < 3:
+            zero._lazy_init_hp_params_optimizer_state()
+
+    def _set_moment(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
+        utils = self._deepspeed.utils
+        if self.stage < 3:
+            utils.safe_set_full_optimizer_state(parameter, value, key)
+            return
+        # ZeRO 3 pads a parameter to a multiple of the ranks; its own setter for whole tensors does not.
+        length = utils.safe_get_local_optimizer_state(parameter, key).numel()
+        padded = nn.functional.pad(value.flatten(), (0, length * self.group.size - value.numel()))
+        utils.safe_set_local_optimizer_state(parameter, padded.split(length)[self.group.rank], key)
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((n, p) for n, p in self.module.named_parameters() if p.requires_grad)

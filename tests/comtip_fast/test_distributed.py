@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 from comtip_shards import ShardSet
 
-from comtip_fast.collectives import counts_of, share_of
+from comtip_fast.collectives import Alone, counts_of, share_of
 from comtip_fast.config.io import ConfigError, load_config
+from comtip_fast.testing import tiny
 from comtip_fast.testing.distributed import RankError, run_distributed
+from comtip_fast.training import checkpoint
 from comtip_fast.training.distributed import TrainingError, find_place, first_host
 
 ROOT = Path(__file__).parents[2]
@@ -30,6 +32,7 @@ def load_script(path: Path) -> Any:
 
 
 parity = load_script(ROOT / "bench" / "train" / "parity.py")
+curves = load_script(ROOT / "bench" / "train" / "curves.py")
 
 
 @pytest.mark.slow
@@ -107,3 +110,33 @@ def test_a_failing_rank_ends_the_others_and_is_named(tmp_path: Path):
     )
     with pytest.raises(RankError, match=r"rank 1 of 2 ended with 3:\nno such thing"):
         run_distributed([str(script)], 2, timeout_s=50)
+
+
+@pytest.mark.slow
+def test_whole_runs_give_one_process_curve_and_go_on_with_another_engine(tiny_shards: ShardSet, tmp_path: Path):
+    """Through the trainer: SIGTERM to one rank stops all at one step; checkpoints know no engine and no world size."""
+    rows = curves.run(str(tiny_shards.path), tmp_path, 12, [2], quick=True)
+    assert [row["run"] for row in rows] == curves.QUICK
+    for row in rows:
+        assert row["ok"], row
+    for run in curves.QUICK:
+        folder = tmp_path / "2" / run.name
+        assert (folder / "export" / "model.safetensors").is_file()
+        written = json.loads((checkpoint.folder_of(folder / "checkpoints", 12) / "state.json").read_text())
+        assert written["world_size"] == 2
+    # What two ranks of ZeRO left goes on alone, from where two ranks of another engine stopped.
+    checkpoint.delete(checkpoint.folder_of(tmp_path / "2" / "zero3-ddp" / "checkpoints", 12))
+    curves.train(
+        str(tiny_shards.path), tmp_path / "2" / "zero3-ddp", 12, Alone(), settings=curves.engine("single"), resume=True
+    )
+    assert curves.deviations(curves.losses(tmp_path / "2" / "zero3-ddp"), curves.losses(tmp_path / "one"))[10] < 1e-5
+
+
+def test_the_loss_curve_is_the_one_committed(tmp_path: Path):
+    """A change of the curve is a change of what is trained: say so, and write it again (bench/train/curves.py)."""
+    shards = tiny.tiny_shards(tmp_path)
+    curves.train(str(shards), tmp_path / "run", 50, Alone(), settings=curves.engine("single"))
+    golden = json.loads((ROOT / "tests" / "golden" / "loss_curve.json").read_text())["losses"]
+    off = curves.deviations(curves.losses(tmp_path / "run"), golden)
+    assert off[10] <= 1e-5, off
+    assert off[50] <= 1e-3, off

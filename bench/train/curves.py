@@ -1,0 +1,162 @@
+"""Same run? Loss curves of whole training runs over W ranks, and of runs resumed elsewhere, against one process.
+
+    python bench/train/curves.py                 50 steps, every engine, W = 1, 2, 4, as a Markdown table
+    python bench/train/curves.py --golden FILE   write one process' curve, as tests/golden/loss_curve.json holds it
+
+A run goes through the trainer: checkpoints, validation and export included. One that changes its engine is stopped half way
+by a SIGTERM to one rank and goes on from the checkpoint. Deviation: |loss - loss of one process| / loss, the largest over the steps so far.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from comtip_fast.collectives import Alone, Group
+from comtip_fast.config.io import load_config
+from comtip_fast.data.batch import Batch
+from comtip_fast.testing.distributed import run_distributed
+from comtip_fast.testing.tiny import tiny_shards
+from comtip_fast.training.distributed import joined
+from comtip_fast.training.task import build_task
+from comtip_fast.training.trainer import Trainer
+
+LIMITS = {10: 1e-5, 50: 1e-3}
+TINY = [
+    "data.batch_size=22", "data.views=1", "genes.per_task=30", "genes.held_out_from=10", "genes.held_out_every=4",
+    "panel.min_genes=1", "panel.max_genes=24", "levels.n_levels=5", "levels.min_positive=10", "vision.patch_px=16",
+    "vision.width=32", "vision.depth=1", "vision.heads=2", "vision.target=ema", "text.width=32", "text.depth=1",
+    "text.heads=2", "text.max_tokens=6", "align.dim=32", "optim.warmup_steps=5", "train.log_every=1", "train.patience=0",
+    "train.validate_every=25", "train.threads=1", "train.device=cpu",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run: its engine, and where it stops half way the engine that goes on."""
+
+    first: str = "ddp"
+    then: str = ""
+    settings: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Say it as a file name."""
+        return "-".join([self.first, *([self.then] if self.then else []), *self.settings]).replace("=", "_")
+
+
+ALL = [
+    *(Run(e) for e in ("ddp", "zero0", "zero1", "zero2", "zero3")), Run("ddp", settings=("engine.loss_form=ring",)),
+    Run("ddp", settings=("engine.micro_batches=3",)), Run("zero3", settings=("engine.micro_batches=3",)),
+    Run("zero1", "zero3"), Run("zero3", "ddp"), Run("ddp", "zero2"),
+]  # fmt: skip
+QUICK = [Run("ddp"), Run("zero1", "zero3", ("engine.loss_form=ring",)), Run("zero3", "ddp")]
+
+
+def engine(name: str) -> list[str]:
+    """Return the settings of an engine by its short name."""
+    if not name.startswith("zero"):
+        return ["engine.kind=auto"]
+    stage = f"engine.zero_stage={name[-1]}"
+    return ["engine.kind=deepspeed", stage, "engine.persist_elements=100", "engine.bucket_mb=0.05"]
+
+
+def train(
+    shards: str, folder: Path, steps: int, group: Group, *, settings: list[str], stop: int = 0, resume: bool = False
+) -> None:
+    """Run or go on with a run as one of the group's ranks; at step ``stop`` the last rank gets a SIGTERM."""
+    config = load_config(None, [*TINY, f"data.shards={shards}", f"train.steps={steps}", *settings])
+    task = build_task(config, torch.device("cpu"), group)
+    batch = task.batch
+
+    def watched(spots: np.ndarray, step: int, epoch: int) -> Batch:
+        if step == stop and group.rank == group.size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch(spots, step, epoch)
+
+    task.batch = watched  # type: ignore[method-assign]
+    Trainer(task, config, folder, group).fit(resume=resume)
+
+
+def rank(shards: str, folder: Path, steps: int, runs: list[Run]) -> None:
+    """Work through runs as one rank."""
+    torch.set_num_threads(1)
+    logging.getLogger("comtip_fast").setLevel(logging.ERROR)
+    with joined(120, "cpu") as group:
+        for run in runs:
+            half = steps // 2 if run.then else 0
+            first, out = [*engine(run.first), *run.settings], folder / run.name
+            train(shards, out, steps, group, settings=first, stop=half)
+            if run.then:
+                train(shards, out, steps, group, settings=[*engine(run.then), *run.settings], resume=True)
+
+
+def losses(folder: Path) -> list[float]:
+    """Return the loss of every step of a run."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if row["kind"] == "train"]
+
+
+def deviations(found: list[float], wanted: list[float]) -> dict[int, float]:
+    """Return the largest relative deviation over the first 10, and over the first 50 steps."""
+    assert len(found) == len(wanted), (len(found), len(wanted))
+    off = [abs(a - b) / abs(b) for a, b in zip(found, wanted, strict=True)]
+    return {n: max(off[:n]) for n in LIMITS if n <= len(off)}
+
+
+def run(shards: str, folder: Path, steps: int, worlds: list[int], quick: bool) -> list[dict[str, object]]:
+    """Train one process and every world size; return rows of deviations."""
+    train(shards, folder / "one", steps, Alone(), settings=engine("single"))
+    wanted, rows = losses(folder / "one"), []
+    for world in worlds:
+        below = folder / str(world)
+        arguments = [__file__, "--rank", shards, str(below), "--steps", str(steps), *(["--quick"] if quick else [])]
+        run_distributed(arguments, world, timeout_s=1800)
+        for one in QUICK if quick else ALL:
+            off = deviations(losses(below / one.name), wanted)
+            rows.append({"W": world, "run": one, "off": off, "ok": all(off[n] <= LIMITS[n] for n in off)})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--worlds", default="1,2,4")
+    parser.add_argument("--golden", type=Path, help="write one process' curve here and end")
+    parser.add_argument("--rank", nargs=2, metavar=("SHARDS", "FOLDER"), help="be one rank (used by the script itself)")
+    args = parser.parse_args()
+    if args.rank:
+        rank(args.rank[0], Path(args.rank[1]), args.steps, QUICK if args.quick else ALL)
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shards = str(tiny_shards(folder))
+        if args.golden:
+            torch.set_num_threads(1)
+            train(shards, folder / "one", args.steps, Alone(), settings=engine("single"))
+            args.golden.write_text(json.dumps({"losses": losses(folder / "one")}, indent=1) + "\n")
+            return
+        rows = run(shards, folder, args.steps, [int(w) for w in args.worlds.split(",")], args.quick)
+    print("| W | engine | then | further | first 10 steps | 50 steps |\n| - | - | - | - | - | - |")
+    for r in rows:
+        one, off = r["run"], r["off"]
+        shown = " | ".join(f"{off[n]:.1e}" if n in off else "" for n in LIMITS)
+        print(
+            f"| {r['W']} | {one.first} | {one.then} | {' '.join(one.settings)} | {shown} |{'' if r['ok'] else ' TOO FAR'}"
+        )
+    sys.exit(not all(r["ok"] for r in rows))
+
+
+if __name__ == "__main__":
+    main()
