@@ -57,10 +57,14 @@ class Run:
 
 ALL = [
     *(Run(e) for e in ("ddp", "zero0", "zero1", "zero2", "zero3")), Run("ddp", settings=("engine.loss_form=ring",)),
-    Run("ddp", settings=("engine.micro_batches=3",)), Run("zero3", settings=("engine.micro_batches=3",)),
+    Run("ddp", settings=("engine.micro_batches=3",)), *(Run(f"zero{stage}", settings=("engine.micro_batches=3",)) for stage in range(4)),
     Run("zero1", "zero3"), Run("zero3", "ddp"), Run("ddp", "zero2"),
 ]  # fmt: skip
-QUICK = [Run("ddp"), Run("zero1", "zero3", ("engine.loss_form=ring",)), Run("zero3", "ddp")]
+QUICK = [
+    Run("ddp"),
+    Run("zero1", "zero3", ("engine.loss_form=ring",)),
+    Run("zero3", "ddp", ("engine.micro_batches=3",)),
+]
 
 
 def engine(name: str) -> list[str]:

@@ -28,6 +28,8 @@ class Engine(Protocol):
     """As it is said to people: ``single``, ``ddp``, ``zero1`` ..."""
     module: nn.Module
     """What is trained."""
+    table_first: bool
+    """In which of a step's pieces the sentence table, and with it every parameter, is read: the first, or the last."""
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """Return ``function(module, *args)``, called inside the wrapped module's forward under the run's precision."""
@@ -93,6 +95,8 @@ class TorchEngine:
     def __init__(self, module: nn.Module, config: RunConfig, group: Group) -> None:
         self.module, self.config, self.group = module, config, group
         self.name = "single" if group.size == 1 else "ddp"
+        # DDP waits for every parameter in the pass that is reduced, the last.
+        self.table_first = False
         device = next(module.parameters()).device
         self.optimizer = make_optimizer(module, config.optim)
         self._step: nn.Module = StepModule(module, autocast_of(config, device))

@@ -75,6 +75,8 @@ class DeepSpeedEngine:
     def __init__(self, module: nn.Module, config: RunConfig, group: Group) -> None:
         self.config, self.group, self.stage = config, group, config.engine.zero_stage
         self.name = f"zero{self.stage}"
+        # ZeRO 3 forgets the gradients of the step before with the first pass, and only those of parameters it reads.
+        self.table_first = self.stage == 3
         device = next(module.parameters()).device
         self._deepspeed = _import(device)
         if not dist.is_initialized():  # one process alone; DeepSpeed wants a group all the same

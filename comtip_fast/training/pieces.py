@@ -27,8 +27,8 @@ class PieceableTask(Protocol):
         """Cut this rank's share into at most ``n`` pieces."""
         ...
 
-    def embed(self, module: nn.Module, piece: Any, last: bool) -> Tensors:
-        """Return the piece's vectors, and with the last piece what the whole batch shares."""
+    def embed(self, module: nn.Module, piece: Any, table: bool) -> Tensors:
+        """Return the piece's vectors, and with ``table``, which one piece has, what the whole batch shares."""
         ...
 
     def join(self, embedded: list[Tensors]) -> Tensors:
@@ -40,7 +40,7 @@ class PieceableTask(Protocol):
         ...
 
     def replay(
-        self, module: nn.Module, batch: Any, piece: Any, gradients: Tensors, last: bool
+        self, module: nn.Module, batch: Any, piece: Any, gradients: Tensors, table: bool
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, float]]:  # fmt: skip
         """Return a scalar whose gradient is the piece's, and the parts of the loss that the piece has by itself."""
         ...
@@ -63,8 +63,9 @@ def forward_backward(engine: Engine, task: TrainingTask, batch: Any, n: int) -> 
 def _in_pieces(engine: Engine, task: PieceableTask, batch: Any, n: int) -> tuple[Tensors, dict[str, float]]:
     pieces = task.pieces(batch, n)
     final = len(pieces) - 1
+    whole = 0 if engine.table_first else final
     with torch.no_grad():
-        embedded = [engine.call(task.embed, piece, i == final) for i, piece in enumerate(pieces)]
+        embedded = [engine.call(task.embed, piece, i == whole) for i, piece in enumerate(pieces)]
     leaves = {name: t.detach().requires_grad_() for name, t in task.join(embedded).items()}
     losses, numbers = task.losses_of(batch, leaves)
     names = list(leaves)
@@ -73,7 +74,7 @@ def _in_pieces(engine: Engine, task: PieceableTask, batch: Any, n: int) -> tuple
     out = {name: value.detach() for name, value in losses.items()}
     for i, (piece, own) in enumerate(zip(pieces, task.cut(gradients, pieces), strict=True)):
         with engine.piece(last=i == final):
-            scalar, parts, more = engine.call(task.replay, batch, piece, own, i == final)
+            scalar, parts, more = engine.call(task.replay, batch, piece, own, i == whole)
             engine.backward(scalar)
         numbers |= more
         for name, value in parts.items():

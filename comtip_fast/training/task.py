@@ -142,14 +142,15 @@ class CoMTIPTask:
         b, n = batch.section.numel(), max(1, min(n, min(self.step.counts(batch))))
         return [batch.part(share_of(b, i, n)) for i in range(n)]
 
-    def embed(self, module: nn.Module, piece: Batch, last: bool) -> dict[str, Tensor]:
-        """Return image vectors, and with the last piece the sentence table and scales."""
-        out = self.step.encode(_as_model(module), piece, masked=False, table=last)
-        return Heads.of(out).tensors() if last else {"vector": out.image.vector_BD}
+    def embed(self, module: nn.Module, piece: Batch, table: bool) -> dict[str, Tensor]:
+        """Return image vectors, and with ``table`` the sentence table and scales."""
+        out = self.step.encode(_as_model(module), piece, masked=False, table=table)
+        return Heads.of(out).tensors() if table else {"vector": out.image.vector_BD}
 
     def join(self, embedded: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Put all image vectors beside the one table."""
-        return embedded[-1] | {"vector": torch.cat([e["vector"] for e in embedded])}
+        with_table = max(embedded, key=len)
+        return with_table | {"vector": torch.cat([e["vector"] for e in embedded])}
 
     def losses_of(self, batch: Batch, tensors: dict[str, Tensor]) -> tuple[Parts, Numbers]:
         """Return the losses over spots and sentences."""
@@ -158,11 +159,11 @@ class CoMTIPTask:
         return self.step.whole(parts, heads), numbers
 
     def replay(
-        self, module: nn.Module, batch: Batch, piece: Batch, gradients: dict[str, Tensor], last: bool
+        self, module: nn.Module, batch: Batch, piece: Batch, gradients: dict[str, Tensor], table: bool
     ) -> tuple[Tensor, Parts, Numbers]:
         """Return <gradients, what embedding gives again> + w_mfm L_mfm, and L_mfm's share."""
-        out = self.step.encode(_as_model(module), piece, table=last)
-        again = Heads.of(out).tensors() if last else {"vector": out.image.vector_BD}
+        out = self.step.encode(_as_model(module), piece, table=table)
+        again = Heads.of(out).tensors() if table else {"vector": out.image.vector_BD}
         scalar = torch.stack([(again[name] * gradients[name]).sum() for name in again]).sum()
         mfm = self.step.masked(out, sum(self.step.counts(batch)))
         if mfm is None:
