@@ -33,6 +33,7 @@ def load_script(path: Path) -> Any:
 
 parity = load_script(ROOT / "bench" / "train" / "parity.py")
 curves = load_script(ROOT / "bench" / "train" / "curves.py")
+traffic = load_script(ROOT / "bench" / "train" / "traffic.py")
 
 
 @pytest.mark.slow
@@ -42,6 +43,14 @@ def test_losses_and_gradients_are_those_of_one_process(world: int, tiny_shards: 
     assert len(rows) == len(parity.cases(quick=True, world=world))
     for row in rows:
         assert row["ok"], row
+
+
+def test_the_contrastive_loss_moves_what_its_formula_says_and_a_share_of_the_peers():
+    rows = traffic.run([2], 16, 256)
+    assert {(row["form"], row["columns"]) for row in rows} == {(f, n) for f in ("gather", "ring") for n in (16, 32)}
+    for row in rows:
+        assert row["bytes"] == pytest.approx(row["formula"], rel=0.02), row
+        assert row["share"] <= traffic.LIMIT[row["form"]], row
 
 
 def test_shares_are_contiguous_and_leave_nothing_out():

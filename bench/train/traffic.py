@@ -1,0 +1,144 @@
+"""Bytes that the contrastive loss moves in a step, counted, beside open_clip's way, at the same W and in one run.
+
+    python bench/train/traffic.py                    W = 2 and 4, 64 spots a rank, D = 512
+
+Counted is what PyTorch hands to the communication library, forward and backward, by watching its operators; the bytes of a
+collective are those that a rank sends in a ring: an all-gather or reduce-scatter of n bytes per rank (W-1) n, an all-reduce
+of n bytes 2 (W-1)/W n, a message its size. The baseline is what ``local_loss`` with ``gather_with_grad`` does: both
+sides' features are gathered with a gradient, and each rank takes its own rows of both directions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from comtip_fast.collectives import Group, counts_of, gather_rows
+from comtip_fast.objectives import Pairs, global_infonce
+from comtip_fast.testing.distributed import run_distributed
+from comtip_fast.training.distributed import joined
+
+LIMIT = {"gather": 0.52, "ring": 0.77}
+
+
+class Count(TorchDispatchMode):
+    """Adds up the bytes of every collective of the ``c10d`` operators."""
+
+    def __init__(self, world: int) -> None:
+        super().__init__()
+        self.world = world
+        self.bytes: dict[str, float] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name()
+        if name.startswith("c10d::"):
+            short, W = name[6:].rstrip("_"), self.world
+            if short in ("allreduce", "_allgather_base", "_reduce_scatter_base", "send"):
+                # The smaller side of a gather or scatter is one rank's.
+                sizes = [t.nbytes for t in _tensors(args)]
+                factor = {"allreduce": 2 * (W - 1) / W, "send": 1.0}.get(short, W - 1.0)
+                self.bytes[short] = self.bytes.get(short, 0.0) + factor * min(sizes)
+            elif short not in ("recv", "barrier"):
+                raise NotImplementedError(f"{name} is not counted")
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def total(self) -> float:
+        """All bytes."""
+        return sum(self.bytes.values())
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [t for v in value for t in _tensors(v)] if isinstance(value, (list, tuple)) else []
+
+
+def open_clip_way(image: Tensor, text: Tensor, scale: Tensor, group: Group, counts: list[int]) -> Tensor:
+    """Return this rank's loss: own rows of both directions against all gathered features of the other side."""
+    image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
+    everyone = [gather_rows(v, group, counts) for v in (image, text)]
+    labels = torch.arange(len(image)) + len(image) * group.rank
+    logits = (scale * image @ everyone[1].T, scale * text @ everyone[0].T)
+    return sum(F.cross_entropy(each, labels) for each in logits) / 2
+
+
+def formula(form: str, b: int, D: int, W: int) -> float:
+    """Return the bytes a rank sends for b spots of D fp32 numbers."""
+    vectors, per_image = 4 * b * D * (W - 1), 4 * b * (W - 1)
+    weights = 2 * (W - 1) / W * 4  # the sum of all weights
+    if form == "gather":
+        # Forward: vectors, 16 bytes of ids, the rows' maxima (all-reduced: twice) and sums; backward: log-sums, gradients.
+        return 2 * vectors + per_image * (4 + 2 + 1 + 1) + weights
+    # Forward: vectors, ids, statistics; backward: vectors with their log-sums, gradients.
+    return 3 * vectors + per_image * (4 + 1 + 1) + weights
+
+
+def rank(out: str, spots: int, width: int) -> None:
+    """Count as one rank."""
+    torch.set_num_threads(1)
+    rows = []
+    with joined(120, "cpu") as group:
+        counts = counts_of(spots * group.size, group.size)
+        torch.manual_seed(group.rank)
+        image, text = (torch.randn(spots, width, requires_grad=True) for _ in range(2))
+        more = torch.randn(spots, width, requires_grad=True)
+        scale, ids = torch.tensor(14.0, requires_grad=True), torch.arange(2 * spots) + 2 * spots * group.rank
+        with Count(group.size) as peer:
+            open_clip_way(image, text, scale, group, counts).backward()
+        for form in LIMIT:
+            for columns in (spots, 2 * spots):
+                texts = torch.cat([text, more])[:columns]
+                pairs = Pairs(ids[:columns], torch.zeros(columns, dtype=torch.int64), torch.ones(spots))
+                with Count(group.size) as ours:
+                    global_infonce(image, texts, scale, pairs, group, counts, form).backward()
+                rows.append({
+                    "W": group.size, "form": form, "spots": spots, "columns": columns, "D": width, "bytes": ours.total,
+                    "formula": formula(form, spots, width, group.size), "open_clip": peer.total,
+                    "share": ours.total / peer.total, "by": ours.bytes,
+                })  # fmt: skip
+        if group.rank == 0:
+            Path(out).write_text(json.dumps(rows))
+
+
+def run(worlds: list[int], spots: int, width: int) -> list[dict[str, Any]]:
+    """Count for every world size."""
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for world in worlds:
+            out = Path(folder) / f"{world}.json"
+            run_distributed([__file__, "--rank", str(out), "--spots", str(spots), "--width", str(width)], world)
+            rows += json.loads(out.read_text())
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--worlds", default="2,4")
+    parser.add_argument("--spots", type=int, default=64, help="per rank")
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--rank", help="be one rank (used by the script itself)")
+    args = parser.parse_args()
+    if args.rank:
+        rank(args.rank, args.spots, args.width)
+        return
+    rows = run([int(w) for w in args.worlds.split(",")], args.spots, args.width)
+    print("| W | form | spots | columns | D | bytes per rank | formula | open_clip's way | share |")
+    print("| - | - | - | - | - | - | - | - | - |")
+    for r in rows:
+        print(f"| {r['W']} | {r['form']} | {r['spots']} | {r['columns']} | {r['D']} | {r['bytes']:.0f} | "
+              f"{r['formula']:.0f} | {r['open_clip']:.0f} | {r['share']:.3f} |")  # fmt: skip
+    sys.exit(not all(r["share"] <= LIMIT[r["form"]] and abs(r["bytes"] / r["formula"] - 1) <= 0.02 for r in rows))
+
+
+if __name__ == "__main__":
+    main()
