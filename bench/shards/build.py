@@ -5,7 +5,8 @@
 HEST's layout is what its files hold (hestcore, v1.3): patches h5 with ``img`` uint8 (N, px, px, 3), uncompressed in chunks
 of one, ``coords`` and ``barcode``; and an h5ad of raw counts. It is written here with h5py and anndata from the same
 sections, read by the same readers and cut by the same code, without checks, hashes or pictures: less work than a build.
-Two sizes of tile: at the picture's own resolution (the most detail that the pixels hold), and the default 224 um.
+Three ways to cut: the defaults (224 um, blurred to 4 um/px, quality 95), and tiles at the picture's own resolution, which
+hold the most detail that pixels can, at quality 95 and 85.
 """
 
 from __future__ import annotations
@@ -80,18 +81,17 @@ def parts(folder: Path) -> dict[str, float]:
     return out
 
 
-def run(samples: list[str], tile_um: float, min_mpp: float, rounds: int, jobs: int, folder: Path) -> None:
+def run(samples: list[str], tile_um: float, min_mpp: float, quality: int, rounds: int, jobs: int, folder: Path) -> None:
     sources = open_source(SAMPLES, samples=samples)
-    how = {"tile_px": PX, "tile_um": tile_um, "min_mpp": min_mpp}
+    how = {"tile_px": PX, "tile_um": tile_um, "min_mpp": min_mpp, "quality": quality}
     hest = timed(lambda out: write_hest(sources, out, tile_um, min_mpp), folder / "hest", rounds)
     one = timed(lambda out: build_shards(sources, out, **how), folder / "shards", rounds)
     many = timed(lambda out: build_shards(sources, out, jobs=jobs, **how), folder / "many", rounds)
     n = len(ShardSet(folder / "shards"))
     patches, counts = size_of(folder / "hest", "patches/*") / n, size_of(folder / "hest", "st/*") / n
     own = size_of(folder / "shards") / n
-    print(
-        f"\n{n} spots of {', '.join(samples)}; tiles of {tile_um:g} um in {PX} px, pictures blurred to {min_mpp:g} um/px"
-    )
+    cut = f"tiles of {tile_um:g} um in {PX} px, pictures blurred to {min_mpp:g} um/px, quality {quality}"
+    print(f"\n{n} spots of {', '.join(samples)}; {cut}")
     print(f"{'':28}{'spots/s':>10}{'bytes/spot':>12}")
     print(f"{'HEST layout':28}{n / hest:10.0f}{patches + counts:12.0f}   (patches {patches:.0f}, h5ad {counts:.0f})")
     print(f"{'shards, 1 process':28}{n / one:10.0f}{own:12.0f}   1/{(patches + counts) / own:.1f} of the bytes")
@@ -109,8 +109,8 @@ def main() -> None:
     samples = args.samples.split(",")
     finest = min(s.meta.mpp for s in open_source(SAMPLES, samples=samples))
     with tempfile.TemporaryDirectory() as folder:
-        for name, (tile_um, min_mpp) in {"own": (PX * finest, finest), "default": (224.0, finest)}.items():
-            run(samples, tile_um, min_mpp, args.rounds, args.jobs, Path(folder) / name)
+        for number, cut in enumerate(((224.0, 4.0, 95), (PX * finest, finest, 95), (PX * finest, finest, 85))):
+            run(samples, *cut, args.rounds, args.jobs, Path(folder) / str(number))
 
 
 if __name__ == "__main__":

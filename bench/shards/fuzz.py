@@ -48,7 +48,7 @@ def main() -> int:
         )
         build_shards(open_source(Path(folder) / "source"), Path(folder) / "set", tile_px=16, max_records=5)
         fuzzer = Fuzzer(Path(folder) / "set", Path(folder) / "work")
-        for number in tqdm(range(args.n), disable=None):
+        for number in tqdm(range(args.n), mininterval=20):
             forge = number % 2 == 1
             signal.alarm(args.limit)
             try:

@@ -74,6 +74,7 @@ def _add_build(build: argparse.ArgumentParser) -> None:
         "--min-mpp", type=float, default=4.0, help="blur finer images to this many um per px (default 4)"
     )
     build.add_argument("--codec", choices=("jpeg", "png", "webp"), default="jpeg")
+    build.add_argument("--quality", type=int, default=95, help="of jpeg and webp, 1 to 100 (default 95)")
     _add_jobs(build)
     build.add_argument("--part", type=_part, metavar="I/N",
                        help="build the I-th of N parts, e.g. one per machine, each into its own --out; then merge")  # fmt: skip
@@ -123,7 +124,7 @@ def _build(args: argparse.Namespace) -> int:
         splits[section] = split
     report = build_shards(
         _open(args), args.out, tile_px=args.tile_px, tile_um=args.tile_um, min_mpp=args.min_mpp, codec=args.codec,
-        splits=splits, strict=args.strict, allow_benchmark=args.allow_benchmark, benchmark_ids=args.benchmark_ids,
+        quality=args.quality,         splits=splits, strict=args.strict, allow_benchmark=args.allow_benchmark, benchmark_ids=args.benchmark_ids,
         auto_split=args.auto_split, seed=args.seed, jobs=args.jobs, part=args.part, progress=True,
     )  # fmt: skip
     print(report.text)

@@ -26,7 +26,7 @@ from comtip_shards.sources.base import SectionSource
 from comtip_shards.stage import stage_section
 from comtip_shards.writer import REPORTS, SectionRecords, made_with, report, set_fingerprint, write_set
 
-STAGE_VERSION = 4
+STAGE_VERSION = 5
 
 
 @dataclass
@@ -58,7 +58,7 @@ def build_shards(
     tile_px, tile_um, min_mpp
         S, the width of a tile in um, and the um per px that finer images are blurred to.
     codec, quality
-        ``jpeg``, ``png`` (exact) or ``webp``.
+        ``jpeg``, ``png`` (exact) or ``webp``; 1 to 100, of the first and the last.
     splits
         ``{section_id: "train" | "val" | "test"}``, wins over the sources' own.
     max_records
@@ -139,6 +139,8 @@ def _part_of(metas: list[SectionMeta], part: tuple[int, int] | None) -> Part | N
 def _check_tile(tile: TileSpec) -> None:
     if tile.codec not in record.CODECS:
         raise SourceError(f"codec {tile.codec!r}; use {', '.join(record.CODECS)}")
+    if not 1 <= tile.quality <= 100:
+        raise SourceError(f"quality {tile.quality}; use 1 to 100")
     if not 8 <= tile.px <= 4096 or not 1 <= tile.um <= 10_000 or not 0 < tile.min_mpp <= 100:
         raise SourceError(f"tiles of {tile.um:g} um in {tile.px} px at {tile.min_mpp:g} um/px cannot be; see --help")
 
