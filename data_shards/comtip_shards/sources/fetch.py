@@ -110,6 +110,8 @@ def fetch_source(
     remote = Remote(folder, cache or default_cache() / "sources", UNBOUNDED, PATIENCE)
     listing = _Listing(remote)
     layout, why = _recognise(listing, url, fmt, only)
+    if progress:
+        tqdm.write(f"read as {layout.fmt}: {why}")
     root = remote.cache / "trees" / hashlib.sha256(remote.url.encode()).hexdigest()[:16] / _tail(remote.url)
     tables = {n: s for pattern in layout.tables for n, s in listing.match(pattern).items()}
     _fetch(remote, tables, root, None)
