@@ -32,10 +32,8 @@ CASES = {
     "DDP, whole table, strata": ["engine.shard_table=false", "loss.paat.mode=strata"],
     "DDP, micro-batches": ["engine.micro_batches=3"],
     **{f"ZeRO {n}": ["engine.kind=deepspeed", f"engine.zero_stage={n}"] for n in range(4)},
-    **{
-        f"ZeRO {n}, micro-batches": ["engine.kind=deepspeed", f"engine.zero_stage={n}", "engine.micro_batches=3"]
-        for n in (2, 3)
-    },
+    "ZeRO 2, micro-batches": ["engine.kind=deepspeed", "engine.zero_stage=2", "engine.micro_batches=3"],
+    "ZeRO 3, micro-batches": ["engine.kind=deepspeed", "engine.zero_stage=3", "engine.micro_batches=3"],
 }
 
 
@@ -107,9 +105,11 @@ def test_every_collective_is_counted(case: str, measured: dict[str, dict[str, An
     # Besides, ranks agree on a few single numbers: counts, weights, norms.
     assert found.keys() - predicted.keys() <= {"all_reduce"}
     for kind, sent in predicted.items():
-        # Between micro-batches ZeRO 3 gathers ahead by the trace of another pass: what it fetches in vain is its own affair.
-        vague = case == "ZeRO 3, micro-batches" and kind == "all_gather"
-        assert sent == pytest.approx(found[kind], rel=0.10 if vague else 0.02, abs=100), kind
+        if case == "ZeRO 3, micro-batches" and kind == "all_gather":
+            # DeepSpeed gathers by the trace of another pass, in part in vain: the plan is a lower bound here.
+            assert sent <= found[kind] < 1.35 * sent
+        else:
+            assert sent == pytest.approx(found[kind], rel=0.02, abs=100), kind
 
 
 def test_what_is_shared_out_is_smaller(measured: dict[str, dict[str, Any]]):
