@@ -243,3 +243,14 @@ def test_the_command_writes_pages_and_under_strict_exits_with_1(tmp_path: Path, 
     assert "a: fail\n  check stain: fail: grey" in said
     assert (tmp_path / "out/index.html").is_file()
     assert main([*words, "--strict"]) == 1
+
+
+def test_a_real_picture_that_is_not_he_is_told_and_scattered_spots_have_no_scale(tmp_path: Path):
+    folder = Path(__file__).parent / "fixtures" / "space_ranger"
+    facts = {"tissue": "placenta", "species": "mouse", "image": "lowres"}
+    (eosin,) = open_source(folder / "visium_sr3_mex", overrides=facts)
+    assert alarms(check_source(eosin)) == {"stain"}
+    (scattered,) = open_source(folder / "visium_sr1_h5", overrides=facts | {"species": "human", "tissue": "heart"})
+    report = check_source(scattered)
+    assert finding(report, "scale").said == "spots lie on no lattice"
+    assert finding(report, "stain").status == OK

@@ -67,7 +67,7 @@ def scale(look: Look) -> Finding:
     expected = stated if isfinite(stated) and stated > 0 else known
     if not isfinite(expected) or not isfinite(look.pitch_px):
         return not_applicable(
-            "scale", "the distance of spots is not known" if not isfinite(expected) else "too few spots"
+            "scale", "the distance of spots is not known" if not isfinite(expected) else "spots lie on no lattice"
         )
     measured = look.pitch_px * look.mpp
     error = max(measured / expected, expected / measured) - 1

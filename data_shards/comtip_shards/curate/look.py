@@ -38,6 +38,9 @@ MIN_COLOUR = 0.2
 printed on the slide, dust and pens do not."""
 SMOOTH_UM = 25.0
 """Tissue is judged over this width, so that gaps between cells belong to it."""
+LATTICE_SHARE = 0.4
+"""Share of the distances to the six nearest neighbours that must agree for there to be a lattice: 0.67 on a square
+without rim, 0.47 to 0.62 on the sections of ``samples/``, 0.25 where spots are scattered."""
 COMPONENTS, VARIABLE_GENES, MIN_DETECTED = 5, 300, 0.1
 MIN_FIT_SPOTS, MAX_FIT_SPOTS = 60, 1500
 """Fewer spots than this cannot tell a fit from chance (there are 8 features); more are thinned, evenly."""
@@ -85,7 +88,7 @@ class Look:
 
     @cached_property
     def pitch_px(self) -> float:
-        """Distance of neighbouring spots in px of the picture, NaN for fewer than 4 spots."""
+        """Distance of neighbouring spots in px of the picture, NaN where they lie on no lattice."""
         return lattice_pitch(self.xy)
 
     @cached_property
@@ -219,10 +222,11 @@ def explained(features: np.ndarray, values: np.ndarray) -> float:
 
 
 def lattice_pitch(xy: np.ndarray) -> float:
-    """Return the distance of neighbours on a square or hexagonal lattice, px.
+    """Return the distance of neighbours on a square or hexagonal lattice, px; NaN where spots lie on none.
 
     It is the middle of the most common distance among the six nearest neighbours of all spots, within a quarter: a
-    square has four at one pitch, a hexagon six. Means of nearest neighbours are too small where spots jitter.
+    square has four at one pitch, a hexagon six, spots scattered over an array hardly two. Means of nearest neighbours
+    are too small where spots jitter.
     """
     if len(xy) < 4:
         return float("nan")
@@ -232,6 +236,8 @@ def lattice_pitch(xy: np.ndarray) -> float:
         return float("nan")
     stop = np.searchsorted(logs, logs + np.log(1.25), side="right")
     start = int(np.argmax(stop - np.arange(len(logs))))
+    if stop[start] - start < LATTICE_SHARE * len(logs):
+        return float("nan")
     return float(np.exp(np.median(logs[start : stop[start]])))
 
 
