@@ -12,11 +12,14 @@ from comtip_kernels.gene_sentence_embedding import (
 )
 from comtip_kernels.infonce import infonce
 from comtip_kernels.level_cross_entropy import level_cross_entropy, level_scores, pair_scores, take_level
+from comtip_kernels.modules import GeneSentenceEmbedding, InfoNCE
 from comtip_kernels.packed_attention import packed_attention, packed_attention_qkv
 from comtip_kernels.table_pool import pool_weights, table_pool
 
 __all__ = [
+    "GeneSentenceEmbedding",
     "Impl",
+    "InfoNCE",
     "SentencePlan",
     "gene_sentence_embedding",
     "infonce",

@@ -11,10 +11,18 @@ from comtip_kernels import (
     packed_attention,
     pair_scores,
     pool_weights,
+    prefer,
     table_pool,
 )
 
 F64 = torch.float64
+
+
+@pytest.fixture(autouse=True)
+def the_reference():
+    """What is not said otherwise runs the reference: on a CPU, ``auto`` would take the blocked path."""
+    with prefer("reference"):
+        yield
 
 
 @pytest.fixture
@@ -251,5 +259,12 @@ def test_pair_scores_take_the_gene_itself_out_of_the_text(rng):
             context = sum(p[k] * plain[k, levels[b, k]] for k in rest) / sum(p[k] for k in rest)
             want = float(context @ judged[g, claimed[b, g]])
             assert float(got[b, g]) == pytest.approx(want, rel=1e-9, abs=1e-9)
+    inputs = [t.detach().requires_grad_() for t in (plain, judged, weight)]
+    assert torch.autograd.gradcheck(
+        lambda p, j, w: pair_scores(
+            table_pool(p, scores, levels, mask), j, claimed, true_levels_BG=levels, projected_GQD=p, weight_BG=w
+        ),
+        inputs,
+    )
     image = randn(rng, 5, 6)
     assert float(pair_scores(image, judged, claimed)[2, 1]) == pytest.approx(float(image[2] @ judged[1, claimed[2, 1]]))

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from comtip_kernels.infonce.cpu import FLOOR, HEADROOM, Masks, _blocks, _exponentials, _log, _with_one
+from comtip_kernels.infonce.cpu import FLOOR, HEADROOM, Masks, _blocks, _exponentials, _log
 
 __all__ = ["BlockIds", "block_gradients", "block_lse"]
 
@@ -71,9 +71,9 @@ def block_lse(x: Tensor, y: Tensor, scale: float, ids: BlockIds, *, impl: str = 
     shift = scale - HEADROOM
     row, column = x.new_zeros(R), x.new_zeros(C)
     blocks = _rows(x, y)
-    buffer, wide_y = x.new_empty(blocks[0].numel() if blocks else 0, C), _with_one(y)
+    buffer = x.new_empty(blocks[0].numel() if blocks else 0, C)
     for rows in blocks:
-        e = _exponentials(x, wide_y, scale, shift, rows, ids, buffer)
+        e = _exponentials(x, y, scale, shift, rows, ids, buffer)
         row[rows] = e.sum(1)
         column += e.sum(0)
     row_lse, column_lse = row.log() + shift, column.log() + shift
@@ -107,14 +107,14 @@ def block_gradients(
     shift, floor = scale - HEADROOM, _log(FLOOR)
     low = bool((row_lse - shift).lt(floor).any() | (column_lse - shift).lt(floor).any())
     a, b = half_row * (shift - row_lse).exp(), half_column * (shift - column_lse).exp()
-    blocks, wide_y = ([torch.arange(x.shape[0])] if impl == "reference" else _rows(x, y)), _with_one(y)
+    blocks = [torch.arange(x.shape[0])] if impl == "reference" else _rows(x, y)
     buffer = x.new_empty(blocks[0].numel() if blocks else 0, y.shape[0])
     for rows in blocks:
         if low or impl == "reference":
             s = _logits(x, y, scale, ids, rows)
             g = half_row[rows, None] * (s - row_lse[rows, None]).exp() + half_column * (s - column_lse).exp()
         else:
-            g = _exponentials(x, wide_y, scale, shift, rows, ids, buffer).mul_(a[rows, None] + b)
+            g = _exponentials(x, y, scale, shift, rows, ids, buffer).mul_(a[rows, None] + b)
         dx[rows] = g @ y
         dy.addmm_(g.T, x[rows])
     return dx, dy

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = 8 << 20
+BLOCK_BYTES = 12 << 20
 """Bytes of one block of logits: small beside what must be kept, large enough for the matrix products to run at speed."""
 HEADROOM = 40.0
 """exp(HEADROOM) times any number of columns is far from overflow in fp32; what it adds below, it adds to the range."""
@@ -70,19 +70,13 @@ def _blocks(n_rows: int, n_columns: int, item: int) -> list[Tensor]:
     return [torch.arange(start, min(start + size, n_rows)) for start in range(0, n_rows, size)]
 
 
-def _with_one(y: Tensor) -> Tensor:
-    """Return y with a last column of ones: against x' = (scale x, -shift) one product gives s_ij - shift."""
-    return torch.cat([y, y.new_ones(y.shape[0], 1)], dim=1)
-
-
-def _exponentials(
-    x: Tensor, wide_y: Tensor, scale: float, shift: float, rows: Tensor, masks: Masks, out: Tensor
-) -> Tensor:
+def _exponentials(x: Tensor, y: Tensor, scale: float, shift: float, rows: Tensor, masks: Masks, out: Tensor) -> Tensor:
     """Return e (rows, M), in the memory of ``out``."""
     own = x[int(rows[0]) : int(rows[-1]) + 1]
-    wide_x = torch.cat([own * scale, own.new_full((own.shape[0], 1), -shift)], dim=1)
-    e = torch.mm(wide_x, wide_y.T, out=out[: rows.numel()]).exp_()
-    ok = masks.block(rows, wide_y.shape[0])
+    # Scale and shift come in at the end of the product, so that its sums round as those of numbers below 1.
+    minus = x.new_tensor(-shift).expand(own.shape[0], y.shape[0])
+    e = torch.addmm(minus, own, y.T, alpha=scale, out=out[: rows.numel()]).exp_()
+    ok = masks.block(rows, y.shape[0])
     return e if ok is None else e.mul_(ok)
 
 
@@ -92,10 +86,10 @@ def row_and_column_lse(x: Tensor, y: Tensor, scale: float, masks: Masks) -> tupl
     shift = scale - HEADROOM
     row, column = x.new_zeros(B), x.new_zeros(M)
     blocks = _blocks(B, M, x.element_size())
-    wide_y, ones = _with_one(y), x.new_ones(max(B, M))
+    ones = x.new_ones(max(B, M))
     buffer = x.new_empty(blocks[0].numel() if blocks else 0, M)
     for rows in blocks:
-        e = _exponentials(x, wide_y, scale, shift, rows, masks, buffer)
+        e = _exponentials(x, y, scale, shift, rows, masks, buffer)
         row[rows[0] : rows[-1] + 1] = e.mv(ones[:M])
         column.addmv_(e.T, ones[: rows.numel()])
     column = column[:B]
@@ -175,11 +169,10 @@ def _unit_gradients(
     b = torch.cat([b, b.new_zeros(y.shape[0] - B)])
     dx, dy = torch.empty_like(x), torch.zeros_like(y)
     blocks = _blocks(B, y.shape[0], x.element_size())
-    wide_y = _with_one(y)
     buffer = x.new_empty(2, blocks[0].numel() if blocks else 0, y.shape[0])
     for rows in blocks:
         part = slice(int(rows[0]), int(rows[-1]) + 1)
-        e = _exponentials(x, wide_y, s, shift, rows, masks, buffer[0])
+        e = _exponentials(x, y, s, shift, rows, masks, buffer[0])
         e.mul_(torch.add(a[part, None], b[None, :], out=buffer[1, : rows.numel()]))
         torch.mm(e, y, out=dx[part])
         dy.addmm_(e.T, x[part])

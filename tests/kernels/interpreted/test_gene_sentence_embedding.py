@@ -121,6 +121,20 @@ def test_empty_stride_0_and_the_same_bits_twice():
     torch.testing.assert_close(*grads)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_shows_in_its_tokens_and_in_no_other(bad: float):
+    sentences, tables, more = case(20, 5, 8)
+    token = tables["token_VD"].clone()
+    hit = int(sentences["ids_NT"][0, 1])
+    token[hit, 3] = bad
+    out = gene_sentence_embedding(**sentences, **(tables | {"token_VD": token}), **more["norm"], impl="triton")
+    want = gene_sentence_embedding(**sentences, **tables, **more["norm"], impl="triton")
+    inside = torch.arange(5) < sentences["length_N"][:, None] - 1
+    of_hit = ((sentences["ids_NT"] == hit) & inside)[torch.arange(5) < sentences["length_N"][:, None]]
+    assert not torch.isfinite(out[of_hit]).all(1).any()
+    torch.testing.assert_close(out[~of_hit], want[~of_hit])
+
+
 def test_opcheck_and_flops():
     sentences, tables, more = case(12, 5, 16)
     identity, gain = more["identity"]["identity_ID"].requires_grad_(), more["norm"]["gain_D"].requires_grad_()
@@ -136,6 +150,11 @@ def test_opcheck_and_flops():
     torch.library.opcheck(op.sentence_rows, arguments)
     rows = torch.randn(plan.kind_U.shape[0], 16, requires_grad=True)
     torch.library.opcheck(op.copy_rows, (rows, plan.row_S, plan.order_S, plan.start_U1, plan.most))
+    summed = (rows.detach()[plan.row_S.long()], plan.order_S, plan.start_U1, plan.most)
+    forward_only = ("test_schema", "test_faketensor")  # a backward has none of its own
+    torch.library.opcheck(op.sum_equal_tokens, summed, test_utils=forward_only)
+    detached = [t.detach() if isinstance(t, torch.Tensor) else t for t in (rows, *arguments)]
+    torch.library.opcheck(op.sentence_rows_grads, detached, test_utils=forward_only)
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:

@@ -9,9 +9,11 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs inside tests/kernels/test_interpreted.py", allow_module_level=True)
 
 from comtip_kernels import infonce
-from comtip_kernels.infonce.op import infonce_lse
+from comtip_kernels.infonce.op import infonce_grads, infonce_lse
 
 F64 = torch.float64
+FORWARD_ONLY = ("test_schema", "test_faketensor")
+"""For operators that are a backward: they have none of their own."""
 
 
 def tensors(B: int, M: int, D: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,6 +80,49 @@ def test_underflow_gets_its_exact_pass(kind: str):
         assert float((a.to(F64) - b).norm()) <= 1e-3 * max(1.0, float(b.norm()))
 
 
+@pytest.mark.parametrize("kind", ["plain", "opposite", "half opposite", "identical"])
+@pytest.mark.parametrize("D", [32, 512])
+def test_lse_is_within_2e_5_of_fp64_at_scale_100(kind: str, D: int):
+    x, y = tensors(40, 40, D)
+    if kind != "plain":
+        x = x[:1].expand(40, -1).clone()
+        y = {"opposite": -x, "identical": x, "half opposite": x * torch.tensor([1.0, -1.0]).repeat(20)[:, None]}[kind]
+    x, y = (torch.nn.functional.normalize(t, dim=-1) for t in (x, y))
+    got = infonce_lse(x, y, torch.tensor(100.0), 0, None, None, None, None, None)
+    logits = 100.0 * (x.double() @ y.double().T)
+    for lse, want in zip(got, (logits.logsumexp(1), logits.logsumexp(0)), strict=True):
+        assert float((lse.double() - want).abs().max()) < 2e-5
+
+
+def test_nobody_in_the_batch():
+    """An all-ignored batch must cost 0, not NaN (trl 6859)."""
+    x, y = tensors(4, 6, 3)
+    for weight, rows in ((torch.zeros(4), 4), (None, 0)):
+        got = run("triton", x[:rows], y, 5.0, torch.float32, weight_B=weight)
+        assert all(float(t.abs().sum()) == 0 for t in got)
+
+
+def test_many_bf16_gradients_are_summed_in_fp32():
+    """Hundreds of rows pull one text the same way; in bf16 their sum would stop growing (Liger-Kernel 512, 830)."""
+    x, y = tensors(1, 1, 16)
+    x, y = x.expand(300, -1), torch.cat([y.expand(300, -1), -y])
+    truth = run("reference", x, y, 1.0, F64)
+    got = run("triton", x, y, 1.0, torch.bfloat16)
+    torch.testing.assert_close(got[2][-1].to(F64), truth[2][-1], rtol=2e-2, atol=1e-6)
+
+
+def test_what_is_saved_grows_with_b_and_not_with_b_squared():
+    """A loss that keeps its chunks keeps them all (open_clip 942, 1214)."""
+    sizes = {}
+    for B in (32, 128):
+        x, y = (t.requires_grad_() for t in tensors(B, B, 8))
+        saved: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=saved: (s.append(t.numel()), t)[1], lambda t: t):
+            infonce(x, y, torch.tensor(5.0), impl="triton")
+        sizes[B] = sum(saved)
+    assert sizes[128] < 4.2 * sizes[32]
+
+
 def test_strides_and_stride_0_gradients():
     x, y = tensors(20, 30, 24)
     want = run("triton", x, y, 5.0, torch.float32)
@@ -106,9 +151,10 @@ def test_twice_the_same_bits_and_nan_shows():
     x, y = tensors(20, 20, 8)
     one, two = (run("triton", x, y, 20.0, torch.float32) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
-    x = x.detach().clone()
-    x[3, 2] = float("nan")
-    assert not torch.isfinite(infonce(x, y, torch.tensor(5.0), impl="triton"))
+    for bad in (float("nan"), float("inf")):
+        z = x.detach().clone()
+        z[3, 2] = bad
+        assert not torch.isfinite(infonce(z, y, torch.tensor(5.0), impl="triton"))
 
 
 def test_opcheck_and_flops():
@@ -116,6 +162,9 @@ def test_opcheck_and_flops():
     ids = torch.zeros(12, dtype=torch.int32)
     arguments = (x, y, torch.tensor(5.0, requires_grad=True), 1, ids[:9].clone(), ids, None, None, None)
     torch.library.opcheck(infonce_lse, arguments)
+    half, low = torch.full((9,), 0.5), torch.zeros(9)
+    more = (half, half, low, low, *arguments[3:])
+    torch.library.opcheck(infonce_grads, (x.detach(), y.detach(), torch.tensor(5.0), *more), test_utils=FORWARD_ONLY)
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:

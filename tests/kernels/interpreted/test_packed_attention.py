@@ -92,9 +92,11 @@ def test_strides_of_one_projection_stride_0_gradients_and_the_same_bits_twice():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_nan_stays_in_its_sentence():
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_stays_in_its_sentence(bad: float):
     qkv, length = case([3, 4, 2], 1, 8, torch.float32)
-    qkv[1][4, 0, 0] = float("nan")
+    qkv[1][4, 0, 0] = bad
+    qkv[0][4, 0, 0] = bad
     out = packed_attention(*qkv, length, impl="triton")
     assert torch.isfinite(out[:3]).all()
     assert torch.isfinite(out[7:]).all()
@@ -117,6 +119,8 @@ def test_opcheck_and_flops():
     first = torch.repeat_interleave((length.cumsum(0) - length).int(), length)
     leaves = [t.requires_grad_() for t in qkv]
     torch.library.opcheck(op.attend, (*leaves, first, 5))
+    backward = [t.detach() for t in (*leaves, leaves[0] * 2)]
+    torch.library.opcheck(op.attend_grads, (*backward, first, 5), test_utils=("test_schema", "test_faketensor"))
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:

@@ -119,13 +119,27 @@ def test_twice_the_same_bits(what: str):
     assert all(torch.equal(a, b) for a, b in zip(run(what, "triton", inputs), run(what, "triton", inputs), strict=True))
 
 
-def test_nan_and_infinity_show():
-    image, table, _, prior, levels, mask = case(6, 4, 3, 8)
-    for bad in (float("nan"), float("inf")):
-        wrong = image.clone()
-        wrong[0, 2] = bad
-        loss = level_cross_entropy(wrong, table, levels, mask | True, torch.tensor(3.0), prior, impl="triton")
-        assert not torch.isfinite(loss)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_and_infinity_show(bad: float):
+    image, table, scores, prior, levels, mask = case(6, 4, 3, 8)
+    wrong, row = image.clone(), table.clone()
+    wrong[0, 2] = bad
+    row[1, :, 2] = bad
+    assert not torch.isfinite(
+        level_cross_entropy(wrong, table, levels, mask | True, torch.tensor(3.0), prior, impl="triton")
+    )
+    assert not torch.isfinite(table_pool(row, scores, levels, mask | True, impl="triton")).any(0)[2]
+    scored = torch.isfinite(pair_scores(wrong, table, levels, impl="triton"))
+    assert not scored[0].any()
+    assert scored[1:].all()
+
+
+def test_many_bf16_gradients_are_summed_in_fp32():
+    """A row of the table takes a gradient from every spot: in bf16 the sum stops growing at 256 (Liger-Kernel 512, 830)."""
+    table = torch.zeros(1, 2, 16, dtype=torch.bfloat16).requires_grad_()
+    image, levels = torch.ones(700, 16, dtype=torch.bfloat16), torch.zeros(700, 1, dtype=torch.uint8)
+    pair_scores(image, table, levels, impl="triton").sum().backward()
+    assert table.grad[0, 0, 0] == 700
 
 
 def test_opcheck_and_flops():
@@ -140,6 +154,8 @@ def test_opcheck_and_flops():
     arguments = (image, table, levels, mask.to(torch.uint8), scale, prior.requires_grad_())
     torch.library.opcheck(op.level_loss, arguments)
     torch.library.opcheck(op.level_loss, (*arguments[:5], None))
+    backward = (*(t.detach() for t in arguments), torch.tensor(1.0))
+    torch.library.opcheck(op.level_loss_grads, backward, test_utils=("test_schema", "test_faketensor"))
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:

@@ -1,0 +1,97 @@
+"""The two operations that own parameters, as modules."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from comtip_kernels.dispatch import Impl
+from comtip_kernels.gene_sentence_embedding import SentencePlan, gene_sentence_embedding
+from comtip_kernels.infonce import infonce
+
+
+class InfoNCE(nn.Module):
+    """Symmetric InfoNCE with a learnable temperature; see :func:`comtip_kernels.infonce`.
+
+    Parameters
+    ----------
+    temperature
+        Where the temperature starts.
+    max_scale
+        What 1 / temperature may reach. The parameter itself is never written to: it is clamped where it is read.
+    negatives, impl
+        As in :func:`comtip_kernels.infonce`.
+
+    Raises
+    ------
+    ValueError
+        If the temperature is not above 0.
+    """
+
+    def __init__(
+        self, temperature: float = 0.07, max_scale: float = 100.0, *, negatives: str = "all", impl: Impl = "auto"
+    ) -> None:
+        super().__init__()
+        if not temperature > 0:
+            raise ValueError(f"InfoNCE: temperature={temperature}; it must be above 0")
+        self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
+        self.max_log_scale, self.negatives, self.impl = math.log(max_scale), negatives, impl
+
+    @property
+    def scale(self) -> Tensor:
+        """Inverse temperature, clamped."""
+        return self.log_scale.clamp(max=self.max_log_scale).exp()
+
+    def forward(
+        self, image_BD: Tensor, text_MD: Tensor, *, group_rows: Tensor | None = None, group_columns: Tensor | None = None,
+        class_rows: Tensor | None = None, class_columns: Tensor | None = None, weight_B: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Return the loss, a scalar in nats; the arguments are those of :func:`comtip_kernels.infonce`."""
+        return infonce(
+            image_BD, text_MD, self.scale, negatives=self.negatives, group_rows=group_rows, group_columns=group_columns,
+            class_rows=class_rows, class_columns=class_columns, weight_B=weight_B, impl=self.impl,
+        )  # fmt: skip
+
+
+class GeneSentenceEmbedding(nn.Module):
+    """The tables of gene sentences and the LayerNorm after them; see :func:`comtip_kernels.gene_sentence_embedding`.
+
+    Parameters
+    ----------
+    vocabulary, longest, levels
+        Rows of the token, position and level tables.
+    width
+        Width D of every row.
+    identities
+        Genes with an identity row of their own; identity 0 is "none". 0 makes no identity table.
+    eps, impl
+        As in :func:`comtip_kernels.gene_sentence_embedding`.
+    """
+
+    def __init__(
+        self, vocabulary: int, longest: int, levels: int, width: int, *, identities: int = 0, eps: float = 1e-5,
+        impl: Impl = "auto",
+    ) -> None:  # fmt: skip
+        super().__init__()
+
+        def table(rows: int) -> nn.Parameter:
+            return nn.Parameter(torch.randn(rows, width) * 0.02)
+
+        self.token_VD, self.type_3D, self.position_TD, self.level_QD = map(table, (vocabulary, 3, longest, levels))
+        self.identity_ID = table(identities + 1) if identities else None
+        self.norm = nn.LayerNorm(width, eps=eps)
+        self.impl = impl
+
+    def forward(
+        self, ids_NT: Tensor, length_N: Tensor, level_lo_N: Tensor, *, level_hi_N: Tensor | None = None,
+        mix_N: Tensor | None = None, identity_N: Tensor | None = None, plan: SentencePlan | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Return (S, D), the tokens of every sentence end to end; without ``identity_N`` no gene has an identity."""
+        identity_ID = None if identity_N is None else self.identity_ID
+        return gene_sentence_embedding(
+            ids_NT, length_N, level_lo_N, self.token_VD, self.type_3D, self.position_TD, self.level_QD,
+            level_hi_N=level_hi_N, mix_N=mix_N, identity_N=identity_N, identity_ID=identity_ID, gain_D=self.norm.weight,
+            bias_D=self.norm.bias, eps=self.norm.eps, plan=plan, impl=self.impl,
+        )  # fmt: skip
