@@ -23,6 +23,7 @@ from comtip_shards.sources import open_source
 from comtip_shards.testing import change_manifest, rewrite
 from comtip_shards.verify import verify
 
+from comtip_fast.cli import main
 from comtip_fast.testing.tiny import TinySection, write_tiny_source
 
 SIZE = {"tile_px": 32, "tile_um": 224.0, "min_mpp": 5.0, "max_records": 20}
@@ -283,3 +284,21 @@ def test_numbers_are_written_one_way(tiny_source: Path, tmp_path: Path):
     build_shards(whole, tmp_path / "int", **SIZE)  # type: ignore[arg-type]
     merge_sets([tmp_path / "int"], tmp_path / "merged")
     assert files_of(tmp_path / "int") == files_of(tmp_path / "merged")
+
+
+def test_the_commands(tiny_source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    how = ["--tile-px", "32", "--min-mpp", "5"]
+    for part in ("1/2", "2/2"):
+        out = str(tmp_path / part[0])
+        assert main(["shards", "build", str(tiny_source), "--out", out, "--part", part, *how]) == 0
+    assert main(["shards", "merge", str(tmp_path / "1"), str(tmp_path / "2"), "--out", str(tmp_path / "set")]) == 0
+    assert "4 sections, 196 spots" in capsys.readouterr().out
+    assert main(["shards", "verify", f"file://{tmp_path}/set"]) == 0
+    assert "whole; 196 records" in capsys.readouterr().out
+    assert main(["shards", "merge", str(tmp_path / "1"), "--out", str(tmp_path / "half")]) == 2
+    assert "part 2/2 is missing" in capsys.readouterr().err
+    assert main(["shards", "build", str(tiny_source), "--out", str(tmp_path / "x"), "--quality", "0", *how]) == 2
+    assert "quality 0; use 1 to 100" in capsys.readouterr().err
+    for bad in (["--part", "1-2"], ["--jobs", "0"]):
+        with pytest.raises(SystemExit):
+            main(["shards", "build", str(tiny_source), "--out", str(tmp_path / "x"), *bad])
