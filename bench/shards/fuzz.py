@@ -44,9 +44,9 @@ def main() -> int:
     began = time.time()
     with tempfile.TemporaryDirectory() as folder:
         write_tiny_source(
-            Path(folder) / "source", [TinySection("a", "d", "train"), TinySection("b", "e", "val")], side=3
+            Path(folder) / "source", [TinySection("a", "d", "train"), TinySection("b", "e", "val")], side=2
         )
-        build_shards(open_source(Path(folder) / "source"), Path(folder) / "set", tile_px=16, max_records=5)
+        build_shards(open_source(Path(folder) / "source"), Path(folder) / "set", tile_px=16, max_records=3)
         fuzzer = Fuzzer(Path(folder) / "set", Path(folder) / "work")
         for number in tqdm(range(args.n), mininterval=20):
             forge = number % 2 == 1
