@@ -11,24 +11,28 @@ from comtip_fast.cli.options import add_out
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("run_dir", type=Path, metavar="RUN", help="a run folder or an export")
-    parser.add_argument("--shards", type=Path, required=True, help="shard set with the sections to score")
+    parser.add_argument("--shards", required=True, help="shard set (folder or URL) with the sections to score")
     add_out(parser, "folder for metrics.json and report.html")
     parser.add_argument("--sections", help="section ids with commas (default: split test, else all not trained on)")
-    parser.add_argument("--train-shards", type=Path,
+    parser.add_argument("--train-shards",
                         help="shard set with the training sections, for the ridge baselines (default: the run's own)")  # fmt: skip
     parser.add_argument("--null-draws", type=int, default=200, help="draws of the spatial null (default 200)")
     parser.add_argument("--seed", type=int, default=0)
 
 
-def _own_shards(run_dir: Path, stated: Path) -> Path:
+def _own_shards(run_dir: Path, stated: str) -> str:
     """Return where the run's shards are: as its config says, or inside a run folder that was moved."""
-    inside = run_dir / stated.name
-    return inside if not (stated / "manifest.json").is_file() and (inside / "manifest.json").is_file() else stated
+    from comtip_shards.remote import is_url
+
+    inside = run_dir / Path(stated).name
+    here = is_url(stated) or (Path(stated) / "manifest.json").is_file()
+    return stated if here or not (inside / "manifest.json").is_file() else str(inside)
 
 
 def run(args: argparse.Namespace) -> int:
     """Score, write both files and print the table."""
     from comtip_shards import ShardSet
+    from comtip_shards.remote import is_url
 
     from comtip_fast.evaluation.evaluate import evaluate, summary_table, write_metrics
     from comtip_fast.evaluation.report import write_report
@@ -36,8 +40,8 @@ def run(args: argparse.Namespace) -> int:
 
     predictor = Predictor.load(args.run_dir)
     shards = ShardSet(args.shards)
-    train = args.train_shards or _own_shards(args.run_dir, Path(predictor.config.data.shards))
-    if not (train / "manifest.json").is_file():
+    train = args.train_shards or _own_shards(args.run_dir, predictor.config.data.shards)
+    if not is_url(train) and not (Path(train) / "manifest.json").is_file():
         raise FileNotFoundError(
             f"{train} holds no shard set: the ridge baselines train on the model's own training sections; "
             "give them with --train-shards"

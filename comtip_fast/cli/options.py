@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-SECTION_HELP = "SHARDS_DIR:section_id, a source folder, SOURCE:section_id, or an .h5ad with an image"
+SECTION_HELP = "SHARDS:section_id (a folder or a URL), a source folder, SOURCE:section_id, or an .h5ad with an image"
 META = ("mpp", "species", "tissue", "donor", "platform", "licence", "attribution", "pixels", "image")
 POOLING = {
     "pool_um": "width of a pseudo-spot in um (default: 128 for Visium HD, 100 for Xenium)",

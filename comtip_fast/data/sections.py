@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from comtip_shards import ShardSet, SourceError
 from comtip_shards.image import Slide
+from comtip_shards.remote import is_url
 from comtip_shards.section import Section
 from comtip_shards.sources import open_source
 from comtip_shards.sources.anndata_source import MICRONS_PER_PIXEL, centres, library_picture, library_slide
@@ -71,6 +72,11 @@ def open_section(
     overrides = overrides or {}
     if isinstance(spec, ad.AnnData):
         return _from_anndata(spec, "the AnnData", tile, overrides)
+    if is_url(str(spec)):
+        url, _, section_id = str(spec).rpartition(":")
+        if "/" in section_id:
+            raise SourceError(f"{spec}: name a section of the shard set there: {spec}:section_id")
+        return _from_shards(ShardSet(url), section_id, tile)
     path, section_id = split_spec(str(spec))
     if path.suffix == ".h5ad":
         return _from_anndata(read_h5ad(path), str(path), tile, overrides)

@@ -11,10 +11,12 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
-from comtip_shards import ShardError, ShardSet
+from comtip_shards import ShardError, ShardSet, SourceError
 from comtip_shards.remote import Patience, Remote
 from comtip_shards.testing import change_manifest, rewrite
 from comtip_shards.verify import verify
+
+from comtip_fast.data.sections import TileSpec, open_section
 
 QUICK = Patience(attempts=2, stall=0.5, total=2, backoff=0.01)
 
@@ -100,6 +102,17 @@ def test_a_file_url_needs_no_cache(tiny_shards: ShardSet):
     near = ShardSet(f"file://{tiny_shards.path}")
     assert near.path == tiny_shards.path
     assert near.members([5], "expr") == tiny_shards.members([5], "expr")
+
+
+def test_a_section_of_a_remote_set_is_a_section(bucket: object, tiny_shards: ShardSet, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("COMTIP_CACHE", str(tmp_path))
+    spec = TileSpec(32, 224.0, 5.0)
+    far, near = (open_section(f"{p}:x1", spec) for p in ("memory://bucket/set", tiny_shards.path))
+    np.testing.assert_array_equal(far.tiles_NSS3, near.tiles_NSS3)
+    assert far.template.obs_names.tolist() == near.template.obs_names.tolist()
+    assert far.template.obs_names[:2].tolist() == ["1x1", "2x1"]  # in the order of the source, not of the shards
+    with pytest.raises(SourceError, match="name a section"):
+        open_section("memory://bucket/set", spec)
 
 
 def test_a_remote_shard_that_is_damaged_or_gone(bucket: fsspec.AbstractFileSystem, tmp_path: Path):
