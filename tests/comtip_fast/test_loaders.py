@@ -453,6 +453,6 @@ def test_validation_goes_without_damaged_spots(
     task = build_task(
         load_config(None, [*tiny_overrides, f"data.shards={shards.path}", "data.faults=skip"]), torch.device("cpu")
     )
-    score, _ = task.validate()
+    score, *_ = task.validate()
     assert np.isfinite(score)
     assert set(task.loader.faults) == {int(val[3])}
