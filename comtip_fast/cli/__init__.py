@@ -27,7 +27,11 @@ USER_ERROR, KILLED = 2, 143
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 done, 1 a check failed, 2 bad input, 143 stopped by SIGTERM."""
+    """Run one command and return its exit code.
+
+    0 done, 1 a check failed or a bug, 2 bad input, 75 to be started again (a rank lost, a disk full), 130 interrupted,
+    143 stopped by SIGTERM and saved.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = _parser(arguments)
     args = parser.parse_args(arguments)

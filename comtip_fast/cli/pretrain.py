@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import sys
 from pathlib import Path
 
 from comtip_fast.cli import KILLED
@@ -24,6 +25,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Train; a failure that a fresh start mends is said in one sentence and has its own exit code."""
+    from comtip_fast.training.failures import RESTART_CODE, RestartError
+
+    try:
+        return _train(args)
+    except RestartError as error:
+        if args.debug:
+            raise
+        print(f"comtip: error: {error}", file=sys.stderr)
+        return RESTART_CODE
+
+
+def _train(args: argparse.Namespace) -> int:
     """Load the config, build the task, train, export the best weights."""
     import torch
 

@@ -306,7 +306,10 @@ def _engine_rules(c: RunConfig) -> list[Rule]:
 def _watch_rules(c: RunConfig) -> list[Rule]:
     w = c.watch
     return [
-        (min(w.stall_s, w.loss_jump, w.norm_jump) >= 0, "watch.stall_s, loss_jump, norm_jump: not negative (0 is off)"),
+        (
+            min(w.stall_s, w.stall_stop_s, w.loss_jump, w.norm_jump) >= 0,
+            "watch.stall_s, stall_stop_s, loss_jump, norm_jump: not negative (0 is off)",
+        ),
         (
             w.trace is None or 1 <= w.trace[0] <= w.trace[1],
             "watch.trace: first and last step, from 1, e.g. [20, 25]",

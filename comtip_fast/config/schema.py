@@ -287,6 +287,8 @@ class WatchConfig:
 
     stall_s: float = 300.0
     """A step, validation or checkpoint that takes longer is flagged, with the stack of every thread; 0 never."""
+    stall_stop_s: float = 1800.0
+    """After so long the process ends with code 75, so that the launcher starts it again; 0 never."""
     loss_jump: float = 3.0
     """A loss above so many times the median of the last 50 steps is flagged; 0 never."""
     norm_jump: float = 30.0

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from comtip_fast.training.failures import ADVICE, RestartError, disk_trouble
+
 log = logging.getLogger("comtip_fast")
 FORMAT, VERSION = "comtip-checkpoint", 1
 SUMS = "SHA256SUMS"
@@ -53,10 +55,38 @@ def steps_of(root: Path) -> list[int]:
 
 
 def save(root: Path, step: int, checkpoint: Checkpoint) -> Path:
-    """Write one checkpoint; at no moment does its folder exist half written."""
+    """Write one checkpoint; at no moment does its folder exist half written.
+
+    Raises
+    ------
+    RestartError
+        The disk is full or fails; what was written of this checkpoint is removed, older ones are as they were.
+    """
     root.mkdir(parents=True, exist_ok=True)
     final, aside = folder_of(root, step), root / f".writing-{step:08d}"
     shutil.rmtree(aside, ignore_errors=True)
+    try:
+        _write(aside, checkpoint)
+        if final.exists():
+            delete(final)
+        aside.rename(final)
+        _flush(root)
+    except Exception as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        said = disk_trouble(error)
+        if said is None:
+            raise
+        size, free = _bytes(checkpoint) / 2**20, shutil.disk_usage(root).free / 2**20
+        older = [s for s in steps_of(root) if s != step]
+        last = f"that of step {older[-1]} is as it was" if older else "there is none before it"
+        raise RestartError(
+            f"{final}: cannot write this checkpoint, {said}; it takes {size:.1f} MiB, {free:.1f} MiB are free; "
+            f"{last}; make room, then {ADVICE}"
+        ) from error
+    return final
+
+
+def _write(aside: Path, checkpoint: Checkpoint) -> None:
     aside.mkdir()
     # A copy of each tensor: safetensors refuses tied weights, which share their memory.
     save_file({k: v.detach().cpu().clone().contiguous() for k, v in checkpoint.model.items()}, aside / FILES[0])
@@ -67,11 +97,10 @@ def save(root: Path, step: int, checkpoint: Checkpoint) -> Path:
     (aside / SUMS).write_text(sums, encoding="utf-8")
     for path in (*aside.iterdir(), aside):
         _flush(path)
-    if final.exists():
-        delete(final)
-    aside.rename(final)
-    _flush(root)
-    return final
+
+
+def _bytes(checkpoint: Checkpoint) -> int:
+    return sum(t.numel() * t.element_size() for t in (*checkpoint.model.values(), *checkpoint.optim.values()))
 
 
 def load(folder: Path) -> Checkpoint:

@@ -19,9 +19,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from comtip_fast.collectives import Alone, Group
+from comtip_fast.training.failures import RestartError, disk_trouble, no_longer_than, said_clearly
 from comtip_fast.training.protocol import TrainingError
 
 T = TypeVar("T")
+LEAVING_S = 30.0
 _FIRST_PORT, _PORTS = 20000, 10000
 # The names of newer releases of PyTorch, where it has them; the older ones are deprecated there.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -161,13 +163,34 @@ def joined(timeout_s: float = 600.0, device: str = "auto", place: Place | None =
     os.environ.setdefault("MASTER_ADDR", place.address)
     os.environ.setdefault("MASTER_PORT", str(place.port))
     os.environ["LOCAL_RANK"] = str(place.local_rank)  # read by DeepSpeed
-    dist.init_process_group(
-        "nccl" if gpu else "gloo", rank=place.rank, world_size=place.size, timeout=timedelta(seconds=timeout_s)
-    )
+    with said_clearly(place.rank, place.size, lambda: "while joining the other ranks", timeout_s):
+        timeout = timedelta(seconds=timeout_s)
+        dist.init_process_group(
+            "nccl" if gpu else "gloo",
+            store=_store(place, timeout),
+            rank=place.rank,
+            world_size=place.size,
+            timeout=timeout,
+        )
     try:
-        yield ProcessGroup()
+        with said_clearly(place.rank, place.size, lambda: "before or after the steps", timeout_s):
+            yield ProcessGroup()
     finally:
-        dist.destroy_process_group()
+        with no_longer_than(LEAVING_S, "leaving the other ranks"):
+            dist.destroy_process_group()
+
+
+def _store(place: Place, timeout: timedelta) -> dist.Store:
+    """Return where ranks find one another.
+
+    The store that torchrun's agent serves outlives its workers and keeps the addresses of dead ones, so every start has
+    names of its own there. With TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 every start has a store of its own instead: needed
+    where an agent may be replaced, because agents then count restarts differently.
+    """
+    store = next(iter(dist.rendezvous("env://", place.rank, place.size, timeout=timeout)))[0]
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return store
+    return dist.PrefixStore(f"start{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}of{place.size}", store)
 
 
 def broadcast(value: T, group: Group) -> T:
@@ -182,7 +205,8 @@ def broadcast(value: T, group: Group) -> T:
 def first_does(work: Callable[[], T], group: Group) -> T:
     """Let rank 0 do ``work`` and return what it gave on every rank; what it raises is raised on every rank.
 
-    The result must be plain data. Other ranks raise :class:`TrainingError` with rank 0's message.
+    The result must be plain data. Other ranks raise :class:`TrainingError`, or :class:`RestartError` where rank 0 did,
+    with rank 0's message.
     """
     if group.size == 1:
         return work()
@@ -192,9 +216,10 @@ def first_does(work: Callable[[], T], group: Group) -> T:
             result = work()
         except Exception as caught:
             error = caught
-    said = broadcast((result, None if error is None else str(error)), group)
+    mends = isinstance(error, RestartError) or (error is not None and disk_trouble(error) is not None)
+    said = broadcast((result, None if error is None else str(error), mends), group)
     if error is not None:
         raise error
     if said[1] is not None:
-        raise TrainingError(f"rank 0: {said[1]}")
+        raise (RestartError if said[2] else TrainingError)(f"rank 0: {said[1]}")
     return said[0]  # type: ignore[return-value]

@@ -6,6 +6,7 @@ import fcntl
 import logging
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,24 +49,37 @@ def catch_signals() -> Iterator[Signals]:
 
 
 @contextmanager
-def hold_run(run_dir: Path) -> Iterator[None]:
+def hold_run(run_dir: Path, patience_s: float = 0.0) -> Iterator[None]:
     """Keep a second process out of a run folder.
 
     The kernel drops the lock with the process that holds it, however it ends, so a lock file that a dead process
     left behind is simply taken over; its text, the process id, is only for people.
+
+    Parameters
+    ----------
+    run_dir
+        The folder, which exists.
+    patience_s
+        How long to wait for the holder to end: after a lost node its ranks, or its file server's lease, may outlive it.
 
     Raises
     ------
     TrainingError
         A live process holds the folder.
     """
+    until = time.monotonic() + patience_s
     with (run_dir / LOCK_FILE).open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            holder = file.read().strip() or "?"
-            raise TrainingError(f"{run_dir} is in use by process {holder}; wait for it or stop it") from error
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() < until:
+                    time.sleep(0.1)
+                    continue
+                file.seek(0)
+                holder = file.read().strip() or "?"
+                raise TrainingError(f"{run_dir} is in use by process {holder}; wait for it or stop it") from error
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

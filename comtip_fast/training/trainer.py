@@ -28,6 +28,7 @@ from comtip_fast.training import checkpoint as checkpoints
 from comtip_fast.training.checkpoint import Checkpoint, CheckpointError
 from comtip_fast.training.distributed import first_does
 from comtip_fast.training.engine import Engine, make_engine
+from comtip_fast.training.failures import ADVICE, end_now, said_clearly
 from comtip_fast.training.loggers import Logger, finite, keep_rows_up_to, make_loggers
 from comtip_fast.training.optim import learning_rate
 from comtip_fast.training.pieces import forward_backward
@@ -39,6 +40,8 @@ log = logging.getLogger("comtip_fast")
 
 NONFINITE = "nonfinite.jsonl"
 CHECKPOINTS = "checkpoints"
+# Seconds that a restarted rank 0 waits for the folder's last holder to end.
+TAKEOVER_S = 60.0
 # Keys that may differ when a run is resumed: they change neither weights nor the loss trace. The place of the
 # shards may change too, because their hash is compared; and what to do about a NaN, because it stopped the run. How the
 # step is spread over ranks changes it by rounding only, so a run may go on with another engine or number of ranks.
@@ -100,7 +103,10 @@ class Trainer:
         self._meter, self._alarm = Meter(self.device, comm, cost), Alarm(config.watch)
         self._events = Events(self.run_dir / EVENTS)
         self._tracer = Tracer(config.watch.trace, self.run_dir / "trace", self.group.rank, self.device)
-        self._dog = Watchdog(config.watch.stall_s, self._stalled, self.run_dir / f"stalled_rank{self.group.rank}.txt")
+        self._dog = Watchdog(
+            config.watch.stall_s, self._stalled, self.run_dir / f"stalled_rank{self.group.rank}.txt",
+            stop_s=config.watch.stall_stop_s, stop=self._stop_stalled,
+        )  # fmt: skip
 
     def fit(self, resume: bool = False) -> FitResult:
         """Train; with ``resume`` go on from the newest good checkpoint, or start where there is none.
@@ -109,8 +115,11 @@ class Trainer:
         ------
         TrainingError
             The folder is in use or holds another run, the config or data changed, or a loss is not finite.
+        RestartError
+            A rank was lost or late, or the disk is full: a fresh process can go on with ``resume``.
         """
-        with ExitStack() as stack:
+        size, timeout_s = self.group.size, self.config.engine.timeout_s
+        with said_clearly(self.group.rank, size, lambda: f"during {self._dog.what}", timeout_s), ExitStack() as stack:
             # One process holds the folder and writes to it; what it meets there, all of them say.
             first_does(lambda: self._take_folder(stack), self.group)
             stack.enter_context(_deterministic(self.device))
@@ -123,9 +132,10 @@ class Trainer:
                 self._loggers = make_loggers(
                     self.config, resolved, self.run_dir, start=self.progress.step, resumed=resumed
                 )
+            # The watchdog looks on while things are closed, too: a stuck loader can hang there.
+            stack.enter_context(self._dog)
             try:
-                with self._dog:
-                    self._loop(caught)
+                self._loop(caught)
             finally:
                 self._tracer.close()
                 self.task.close()
@@ -142,7 +152,7 @@ class Trainer:
 
     def _take_folder(self, stack: ExitStack) -> None:
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(hold_run(self.run_dir))
+        stack.enter_context(hold_run(self.run_dir, TAKEOVER_S if self.group.size > 1 else 0.0))
 
     def _start(self, resume: bool) -> bool:
         step = first_does(lambda: self._find_start(resume), self.group)
@@ -325,6 +335,11 @@ class Trainer:
 
     def _stalled(self, text: str) -> None:
         self._events.flag("stall", self.progress.step, text)
+
+    def _stop_stalled(self, text: str) -> None:
+        who = f"rank {self.group.rank} of {self.group.size}: " if self.group.size > 1 else ""
+        log.error("comtip: error: %s%s; ended, %s", who, text, ADVICE)
+        end_now()
 
     def _score(self) -> tuple[float, dict[str, float], dict[str, float]]:
         self.task.module.eval()

@@ -17,7 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -179,17 +179,21 @@ class Alarm:
 
 
 class Watchdog:
-    """A thread that says so when no step ends for long, with the stack of every thread; it ends nothing itself."""
+    """A thread that says so when no step ends for long, with the stack of every thread; after ``stop_s`` it calls ``stop``."""
 
-    def __init__(self, limit_s: float, report: Callable[[str], None], stacks: Path) -> None:
-        self._limit, self._report, self._stacks = limit_s, report, stacks
-        self._beat, self._what, self._said = time.monotonic(), "the first step", False
+    def __init__(
+        self, limit_s: float, report: Callable[[str], None], stacks: Path, *, stop_s: float = 0.0,
+        stop: Callable[[str], None] = lambda text: None,
+    ) -> None:  # fmt: skip
+        self._limit, self._report, self._stacks = limit_s or math.inf, report, stacks
+        self._stop_s, self._stop = stop_s or math.inf, stop
+        self._beat, self.what, self._said = time.monotonic(), "the start", False
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
-        """Start, unless the limit is 0."""
-        if self._limit > 0:
+        """Start, unless both limits are 0."""
+        if min(self._limit, self._stop_s) < math.inf:
             self._thread.start()
         return self
 
@@ -201,16 +205,20 @@ class Watchdog:
 
     def beat(self, what: str) -> None:
         """Hear that the run lives, and what it does next."""
-        self._beat, self._what, self._said = time.monotonic(), what, False
+        self._beat, self.what, self._said = time.monotonic(), what, False
 
     def _run(self) -> None:
-        while not self._end.wait(min(1.0, self._limit / 4)):
+        while not self._end.wait(min(1.0, self._limit / 4, self._stop_s / 4)):
             silent = time.monotonic() - self._beat
-            if silent > self._limit and not self._said:
+            if silent > min(self._limit, self._stop_s) and not self._said:
                 self._said = True
-                with self._stacks.open("a", encoding="utf-8") as file:
-                    faulthandler.dump_traceback(file)
-                self._report(f"stalled: {self._what} has taken {silent:.0f} s; where it stands is in {self._stacks}")
+                with suppress(OSError):  # a full disk may be the reason, and must not end this thread
+                    with self._stacks.open("a", encoding="utf-8") as file:
+                        faulthandler.dump_traceback(file)
+                    self._report(f"stalled: {self.what} has taken {silent:.0f} s; where it stands is in {self._stacks}")
+            if silent > self._stop_s:
+                self._stop(f"{self.what} has taken more than watch.stall_stop_s={self._stop_s:g} s")
+                return
 
 
 class Events:

@@ -1,0 +1,198 @@
+"""Break ranks of a run down at random, let torchrun's agent start them again, and compare with a run left alone.
+
+    python bench/train/faults.py --kills 50            a table: kind, where, seconds until the run went on, same run or not
+    python bench/train/faults.py --kills 10 --fresh    fresh interpreters, as torchrun starts them: imports count too
+
+Two gloo ranks train a tiny model on made-up sections. *Same*: every row of metrics.jsonl but its clocks, and every byte of
+the exported weights. Every kind of breakdown is set off once, then ``--kills`` seeded kills, five to a run, then a whole
+agent is killed with its ranks and another takes its place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from comtip_fast.config.io import dump_config, load_config
+from comtip_fast.testing.breakdowns import Breakdown, deaths, read_stamps
+from comtip_fast.testing.distributed import free_port
+from comtip_fast.testing.elastic import Spec, start_agent
+from comtip_fast.testing.tiny import tiny_shards
+from comtip_fast.training.watch import CLOCKED
+
+STEPS, PER_RUN = 24, 5
+TINY = [
+    "data.batch_size=32", "data.views=2", "genes.per_task=30", "genes.held_out_from=10", "genes.held_out_every=4",
+    "panel.max_genes=24", "levels.n_levels=5", "levels.min_positive=10", "vision.patch_px=16", "vision.width=32",
+    "vision.depth=1", "vision.heads=2", "text.width=32", "text.depth=1", "text.heads=2", "text.max_tokens=6",
+    "align.dim=32", "optim.warmup_steps=5", f"train.steps={STEPS}", "train.validate_every=8", "train.checkpoint_every=4",
+    "train.log_every=1", "train.patience=0", "train.threads=1", "train.device=cpu", "data.workers=1",
+]  # fmt: skip
+# One of each kind that is not a plain kill, each with what makes it short.
+NAMED = (
+    Breakdown("SIGTERM on one rank", 1, 3),
+    Breakdown("disk full", 0, 3),
+    Breakdown("checkpoint truncated, then killed", 0, 13),
+    Breakdown("checkpoint bit-flipped, then killed", 1, 14),
+    Breakdown("stalled", 1, 15, ("watch.stall_s=4", "watch.stall_stop_s=8")),
+    Breakdown("frozen", 1, 18, ("engine.timeout_s=10",)),
+)
+
+
+@dataclass
+class Outcome:
+    """One run with its breakdowns."""
+
+    folder: Path
+    code: int
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    """See :func:`comtip_fast.testing.breakdowns.deaths`."""
+
+
+def write_config(shards: Path | str, folder: Path, more: Sequence[str] = ()) -> Path:
+    """Write the tiny config and return its path."""
+    path = folder / "config.yaml"
+    path.write_text(dump_config(load_config(None, [*TINY, f"data.shards={shards}", *more])), encoding="utf-8")
+    return path
+
+
+def spec_of(config: Path, folder: Path, breakdowns: Sequence[Breakdown] = (), **more: Any) -> Spec:
+    """Return the spec of one run in ``folder``."""
+    folder.mkdir(parents=True)
+    arguments = ["pretrain", "--config", str(config), "--out", str(folder / "run"), "--resume"]
+    more = {"max_restarts": len(breakdowns) + 1} | more
+    return Spec(arguments, str(folder / "run"), str(folder), dict(enumerate(breakdowns)), **more)
+
+
+def run(config: Path, folder: Path, breakdowns: Sequence[Breakdown] = (), **more: Any) -> Outcome:
+    """Run under one agent to the end; a breakdown each attempt."""
+    spec = spec_of(config, folder, breakdowns, **more)
+    code = start_agent(spec.write(folder / "spec.json")).wait(600)
+    return Outcome(folder, code, deaths(read_stamps(spec.stamps)))
+
+
+def lose_a_node(config: Path, folder: Path) -> Outcome:
+    """Two agents of one rank each; kill one with its rank, and let a third take its place."""
+    spec = spec_of(config, folder, ranks=1, nodes=(2, 2), port=free_port(), max_restarts=3)
+    path = spec.write(folder / "spec.json")
+    agents = [start_agent(path)]
+    time.sleep(0.5)  # the first serves the rendezvous, and is not the one to die
+    agents.append(start_agent(path))
+    try:
+        _wait(lambda: any(r["event"] == "step" and r["step"] >= 10 for r in read_stamps(spec.stamps)), agents)
+        began = time.time()
+        # A session of its own: its ranks and servers die with it, as on a node that loses power.
+        os.killpg(agents[1].pid, signal.SIGKILL)
+        agents.append(start_agent(path))
+        code = max(agents[0].wait(300), agents[2].wait(300))
+    finally:
+        for agent in agents:
+            if agent.poll() is None:
+                os.killpg(agent.pid, signal.SIGKILL)
+            agent.wait()
+    starts = [r["time"] for r in read_stamps(spec.stamps) if r["event"] == "start" and r["time"] > began]
+    steps = [r["time"] for r in read_stamps(spec.stamps) if r["event"] == "step" and starts and r["time"] > min(starts)]
+    row = {"kind": "node lost, another comes", "rank": 1, "attempt": 0}
+    return Outcome(folder, code, [row | {"seconds": min(steps) - began if steps else math.nan}])
+
+
+def _wait(ready: Any, agents: Sequence[Any], limit_s: float = 120) -> None:
+    until = time.monotonic() + limit_s
+    while not ready():
+        if time.monotonic() > until or any(agent.poll() is not None for agent in agents):
+            raise RuntimeError("the run did not come to the step at which the node should be lost")
+        time.sleep(0.02)
+
+
+def differences(one: Path, other: Path) -> list[str]:
+    """Return in what two run folders differ."""
+    out = [] if trace(one) == trace(other) else ["metrics.jsonl"]
+    a, b = one / "export/model.safetensors", other / "export/model.safetensors"
+    if not (a.is_file() and b.is_file() and a.read_bytes() == b.read_bytes()):
+        out.append(a.name)
+    # Neither half a checkpoint nor one that should have gone.
+    names = [
+        sorted(p.name for p in (d / "checkpoints").glob("*") if not p.name.startswith("damaged_")) for d in (one, other)
+    ]
+    return out if names[0] == names[1] else [*out, "checkpoints"]
+
+
+def trace(run_dir: Path) -> list[dict[str, Any]]:
+    """Return the rows of a run without their clocks."""
+    path = run_dir / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    return [{k: v for k, v in row.items() if k not in CLOCKED} for row in rows]
+
+
+def random_kills(n: int, seed: int) -> list[Breakdown]:
+    """Return ``n`` kills, each somewhere else."""
+    rng = random.Random(seed)
+    out = []
+    for i in range(n):
+        rank = rng.randrange(2)
+        # Between two checkpoints lie some 40 file operations, all of rank 0, and some 60 collectives.
+        out.append((
+            Breakdown("killed in a step", rank, rng.randint(1, STEPS)),
+            Breakdown("killed at a file operation", 0, rng.randint(1, 120)),
+            Breakdown("killed in a collective", rank, rng.randint(1, 120)),
+            Breakdown("killed at a moment", rank, round(rng.uniform(0.0, 0.6), 3)),
+        )[i % 4])  # fmt: skip
+    return out
+
+
+def table(config: Path, folder: Path, kills: int, seed: int, fresh: bool) -> list[dict[str, Any]]:
+    """Run everything and return a row per breakdown."""
+    whole = run(config, folder / "whole")
+    if whole.code:
+        raise RuntimeError(f"the run that nothing disturbs ended with {whole.code}; see {folder / 'whole'}")
+    drawn = random_kills(kills, seed)
+    rounds = [list(NAMED), *(drawn[i : i + PER_RUN] for i in range(0, kills, PER_RUN))]
+    outcomes = []
+    for number, breakdowns in enumerate(rounds):
+        outcomes.append((run(config, folder / f"round{number}", breakdowns, fresh=fresh), breakdowns))
+    rows = []
+    for outcome, breakdowns in outcomes:
+        same = outcome.code == 0 and not differences(outcome.folder / "run", whole.folder / "run")
+        for row in outcome.rows:
+            rows.append(row | {"at": breakdowns[row["attempt"]].at, "same": same})
+    lost = lose_a_node(config, folder / "node")
+    same = lost.code == 0 and not differences(lost.folder / "run", whole.folder / "run")
+    return [*rows, lost.rows[0] | {"at": 10, "same": same}]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fresh", action="store_true", help="ranks are fresh interpreters")
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        config = write_config(tiny_shards(folder / "tiny"), folder)
+        rows = table(config, folder, args.kills, args.seed, args.fresh)
+    print("| kind | rank | at | restart, s | same run |\n|---|---|---|---|---|")
+    for r in rows:
+        print(f"| {r['kind']} | {r['rank']} | {r['at']:g} | {r['seconds']:.1f} | {'yes' if r['same'] else 'NO'} |")
+    seconds = [r["seconds"] for r in rows if r["kind"].startswith("killed") and math.isfinite(r["seconds"])]
+    same = sum(r["same"] for r in rows)
+    print(
+        f"\n{len(rows)} breakdowns, {same} of them in runs that ended the same; restart after a kill: median "
+        f"{statistics.median(seconds):.1f} s, longest {max(seconds):.1f} s"
+    )
+    return 0 if same == len(rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""Failures that a fresh start mends: said in one sentence on every rank, within a bounded time, with an exit code of their own.
+
+A rank that dies takes its connections with it, so the others fail in their next collective; what they then get to see
+is a line of the transport. :func:`said_clearly` turns it into what happened, where, and what to do.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+
+RESTART_CODE = 75
+"""Exit code of a process that a fresh start with ``--resume`` helps (``EX_TEMPFAIL`` of sysexits.h)."""
+ADVICE = "the launcher starts it again from the last good checkpoint; without one, run the same command with --resume"
+_FULL = {
+    errno.ENOSPC: "no space is left",
+    errno.EDQUOT: "the quota is used up",
+    errno.EFBIG: "a file may not grow so large",
+}
+_BROKEN = {
+    errno.EIO: "the device failed",
+    errno.ESTALE: "the file server lost the file",
+    errno.EROFS: "it is read-only",
+}
+
+
+class RestartError(RuntimeError):
+    """Say that only a fresh process can go on, from the last good checkpoint."""
+
+
+@contextmanager
+def said_clearly(rank: int, size: int, where: Callable[[], str], timeout_s: float) -> Iterator[None]:
+    """Turn a lost rank, a late rank and a full disk into a :class:`RestartError`; all else passes as it is.
+
+    Parameters
+    ----------
+    rank, size
+        Of this process.
+    where
+        Says what was being done.
+    timeout_s
+        How long a collective waits for a rank.
+    """
+    try:
+        yield
+    except OSError as error:
+        said = disk_trouble(error)
+        if said is None:
+            raise
+        raise RestartError(f"{_who(rank, size)}{where()}: {said}; make room, then {ADVICE}") from error
+    except RuntimeError as error:
+        if isinstance(error, RestartError) or size == 1 or not _of_collective(error):
+            raise
+        late = any(word in str(error).lower() for word in ("timed out", "timeout", "time out"))
+        what = (
+            f"a rank did not come to a collective within engine.timeout_s={timeout_s:g} s"
+            if late
+            else "the connection to another rank is lost: it ended, or its node did (its own log says why)"
+        )
+        raise RestartError(f"{_who(rank, size)}{where()}: {what}; {ADVICE}") from error
+
+
+def disk_trouble(error: BaseException) -> str | None:
+    """Return what is wrong with the disk, or None where ``error`` is of another kind.
+
+    The safetensors library wraps the system's error and keeps its number in the text only.
+    """
+    known = _FULL | _BROKEN
+    number = getattr(error, "errno", None)
+    if number is None:
+        number = next((n for n in known if f"os error {n})" in str(error)), None)
+    if number not in known:
+        return None
+    name = getattr(error, "filename", None)
+    return f"{name}: {known[number]}" if name else f"{known[number]} ({os.strerror(number)})"
+
+
+@contextmanager
+def no_longer_than(seconds: float, what: str) -> Iterator[None]:
+    """End this process if the block takes longer: what waits for ranks that are gone may wait for ever."""
+
+    def end() -> None:
+        sys.stderr.write(f"comtip: error: {what} took more than {seconds:g} s; ended\n")
+        end_now()
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def end_now(code: int = RESTART_CODE) -> None:
+    """End this process from any thread, whatever the others are stuck in."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
+
+
+def _who(rank: int, size: int) -> str:
+    return f"rank {rank} of {size}, " if size > 1 else ""
+
+
+def _of_collective(error: RuntimeError) -> bool:
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or any(
+        word in text for word in ("gloo", "nccl", "connection closed by peer")
+    )

@@ -1,0 +1,157 @@
+"""Ranks that break down under torchrun's agent: said on every rank, started again, and the same run in the end."""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from comtip_shards import ShardSet
+
+from comtip_fast.testing.elastic import said_by
+from comtip_fast.training import checkpoint as checkpoints
+from comtip_fast.training.checkpoint import Checkpoint
+from comtip_fast.training.failures import RestartError, disk_trouble, said_clearly
+from comtip_fast.training.protocol import TrainingError
+from comtip_fast.training.signals import hold_run
+
+SCRIPT = Path(__file__).parents[2] / "bench" / "train" / "faults.py"
+
+
+def load_script() -> Any:
+    spec = importlib.util.spec_from_file_location("faults", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["faults"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+faults = load_script()
+
+
+@pytest.fixture(scope="module")
+def config(tiny_shards: ShardSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return faults.write_config(tiny_shards.path, tmp_path_factory.mktemp("config"))
+
+
+@pytest.fixture(scope="module")
+def whole(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    outcome = faults.run(config, tmp_path_factory.mktemp("whole") / "w")
+    assert outcome.code == 0
+    return outcome.folder / "run"
+
+
+@pytest.fixture(scope="module")
+def named(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return faults.run(config, tmp_path_factory.mktemp("named") / "n", faults.NAMED)
+
+
+def test_five_seeded_kills_leave_the_same_run(config: Path, whole: Path, tmp_path: Path):
+    outcome = faults.run(config, tmp_path / "killed", faults.random_kills(5, seed=3))
+    assert outcome.code == 0
+    assert len(outcome.rows) >= 3, "hardly killed at all"
+    assert all(math.isfinite(r["seconds"]) for r in outcome.rows[:-1])
+    assert faults.differences(outcome.folder / "run", whole) == []
+
+
+def test_every_other_breakdown_leaves_the_same_run(named: Any, whole: Path):
+    assert [r["kind"] for r in named.rows] == [b.kind for b in faults.NAMED]
+    assert named.code == 0
+    assert faults.differences(named.folder / "run", whole) == []
+    damaged = sorted(p.name for p in (named.folder / "run/checkpoints").glob("damaged_*"))
+    assert len(damaged) >= 1
+
+
+@pytest.mark.parametrize(
+    ("attempt", "rank", "says"),
+    [
+        (0, 0, "stopped at step 3 by a signal"),
+        (1, 0, "no space is left"),
+        (1, 1, "rank 0: .*no space is left"),
+        (2, 1, "during step 13: the connection to another rank is lost"),
+        (3, 0, "passed over a damaged checkpoint"),
+        (4, 1, "step 15 has taken more than watch.stall_stop_s=8 s"),
+        (5, 0, "during step 18: a rank did not come to a collective within engine.timeout_s=10 s"),
+    ],
+)
+def test_every_rank_says_what_happened(named: Any, attempt: int, rank: int, says: str):
+    import re
+
+    assert re.search(says, said_by(named.folder, attempt, rank)), said_by(named.folder, attempt, rank)[-2000:]
+
+
+# -- in parts ------------------------------------------------------------------------------------------------
+
+
+def some() -> Checkpoint:
+    return Checkpoint({"a": torch.ones(300)}, {"a/step": torch.ones(())}, {"step": 1})
+
+
+@pytest.mark.parametrize("broken", [OSError(errno.ENOSPC, "No space left on device"),
+                                    RuntimeError("I/O error: No space left on device (os error 28)")])  # fmt: skip
+def test_a_full_disk_leaves_no_half_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: Exception):
+    checkpoints.save(tmp_path, 1, some())
+    plain = checkpoints.save_file
+
+    def full(tensors: Any, path: Path) -> None:
+        plain(tensors, path)
+        raise broken
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    with pytest.raises(RestartError, match=r"step_00000002: .*no space is left.* that of step 1 is as it was"):
+        checkpoints.save(tmp_path, 2, some())
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
+    checkpoints.load(tmp_path / "step_00000001")
+
+
+def test_a_limit_of_the_system_on_files_is_said_too(tmp_path: Path):
+    import subprocess
+
+    code = (
+        "import resource, signal, sys, torch; from pathlib import Path\n"
+        "from comtip_fast.training.checkpoint import Checkpoint, save\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
+        "save(Path(sys.argv[1]), 2, Checkpoint({'a': torch.ones(30000)}, {}, {}))\n"
+    )
+    import os
+
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], env=env, capture_output=True, text=True, check=False)
+    assert "RestartError" in done.stderr.splitlines()[-1], done.stderr
+    assert "may not grow so large" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_what_a_fresh_start_mends_is_renamed():
+    assert disk_trouble(OSError(errno.ENOENT, "no such file")) is None
+    for error, size in ((ValueError("x"), 2), (RuntimeError("shape mismatch"), 2), (RuntimeError("gloo"), 1)):
+        with pytest.raises(type(error)) as caught, said_clearly(0, size, lambda: "step 1", 1.0):
+            raise error
+        assert caught.value is error
+    with (
+        pytest.raises(RestartError, match=r"rank 1 of 2, step 1: the connection"),
+        said_clearly(1, 2, lambda: "step 1", 1.0),
+    ):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+
+
+def test_a_restarted_rank_waits_for_the_folder(tmp_path: Path):
+    import threading
+
+    with hold_run(tmp_path), pytest.raises(TrainingError, match="in use"), hold_run(tmp_path, 0.2):
+        pass
+    held = hold_run(tmp_path)
+    held.__enter__()
+    threading.Timer(0.5, lambda: held.__exit__(None, None, None)).start()
+    began = time.monotonic()
+    with hold_run(tmp_path, 20):
+        assert time.monotonic() - began >= 0.3
