@@ -158,7 +158,7 @@ def _disk_full(at: float, run_dir: Path, strike: Strike) -> None:
             strike(lambda: None)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    checkpoints.save_file = save_file
+    checkpoints.save_file = save_file  # type: ignore[assignment]
 
 
 def _spoil_newest(change: Callable[[bytes], bytes]) -> Callable[[float, Path, Strike], None]:
