@@ -1,6 +1,9 @@
 """Every config in ``configs/``: it loads, what it says of itself is what ``comtip plan`` says, and it takes a step."""
 
+import os
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,7 +58,16 @@ def test_a_config_builds_and_takes_a_step(path: Path, tiny_shards: ShardSet, tmp
     backbone = next(more for name, more in BACKBONE.items() if f"backbone: {name}" in text)
     overrides = [x for key in [*SMALL, *backbone, f"data.shards={tiny_shards.path}"] for x in ("--set", key)]
     command = ["pretrain", "--config", str(path), "--out", str(tmp_path / "run"), *overrides]
-    assert main([*command, "--set", "engine.kind=auto"]) == 0
+    if "kind: deepspeed" not in text:
+        assert main(command) == 0
+    else:
+        # In a process of its own: DeepSpeed leaves a process group and much else behind.
+        code = f"import sys; from comtip_fast.cli import main; sys.exit(main({command!r}))"
+        environment = os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "run" / "export" / "model.safetensors").is_file()
     metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert '"nce"' in metrics
