@@ -32,12 +32,12 @@ from comtip_fast.testing.elastic import Spec, start_agent
 from comtip_fast.testing.tiny import tiny_shards
 from comtip_fast.training.watch import CLOCKED
 
-STEPS, PER_RUN = 24, 5
+STEPS, PER_RUN = 40, 5
 TINY = [
     "data.batch_size=32", "data.views=2", "genes.per_task=30", "genes.held_out_from=10", "genes.held_out_every=4",
     "panel.max_genes=24", "levels.n_levels=5", "levels.min_positive=10", "vision.patch_px=16", "vision.width=32",
     "vision.depth=1", "vision.heads=2", "text.width=32", "text.depth=1", "text.heads=2", "text.max_tokens=6",
-    "align.dim=32", "optim.warmup_steps=5", f"train.steps={STEPS}", "train.validate_every=8", "train.checkpoint_every=4",
+    "align.dim=32", "optim.warmup_steps=5", f"train.steps={STEPS}", "train.validate_every=10", "train.checkpoint_every=4",
     "train.log_every=1", "train.patience=0", "train.threads=1", "train.device=cpu", "data.workers=1",
 ]  # fmt: skip
 # One of each kind that is not a plain kill, each with what makes it short.
@@ -142,12 +142,12 @@ def random_kills(n: int, seed: int) -> list[Breakdown]:
     out = []
     for i in range(n):
         rank = rng.randrange(2)
-        # Between two checkpoints lie some 40 file operations, all of rank 0, and some 60 collectives.
+        # All count from the start of the attempt, and strike before its run can end.
         out.append((
-            Breakdown("killed in a step", rank, rng.randint(1, STEPS)),
-            Breakdown("killed at a file operation", 0, rng.randint(1, 120)),
-            Breakdown("killed in a collective", rank, rng.randint(1, 120)),
-            Breakdown("killed at a moment", rank, round(rng.uniform(0.0, 0.6), 3)),
+            Breakdown("killed in a step", rank, rng.randint(1, 7)),
+            Breakdown("killed at a file operation", 0, rng.randint(1, 90)),
+            Breakdown("killed in a collective", rank, rng.randint(1, 60)),
+            Breakdown("killed at a moment", rank, round(rng.uniform(0.0, 0.15), 3)),
         )[i % 4])  # fmt: skip
     return out
 

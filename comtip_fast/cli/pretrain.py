@@ -21,6 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, e.g. train.seed=1"
     )
+    parser.add_argument(
+        "--from",
+        dest="start_from",
+        type=Path,
+        metavar="EXPORT",
+        help="begin with the weights of an export or finished run",
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the newest good checkpoint of --out")
 
 
@@ -48,7 +55,8 @@ def _train(args: argparse.Namespace) -> int:
     from comtip_fast.training.trainer import Trainer, refuse_second_run
     from comtip_fast.training.watch import ClockedGroup
 
-    config = load_config(args.config, args.set)
+    begin = [] if args.start_from is None else [f"train.start_from={json.dumps(str(args.start_from))}"]
+    config = load_config(args.config, [*args.set, *begin])
     refuse_second_run(args.out, args.resume)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)

@@ -219,6 +219,8 @@ class TrainConfig:
 
     steps: int = 1000
     """Budget in optimizer steps, never in time: a clock would break exact resume."""
+    start_from: str = ""
+    """Export (or finished run) whose weights the run begins with, where names and shapes agree; see ``--from``."""
     seed: int = 0
     """Every random draw is hash(seed, purpose, step or epoch, spot)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -229,6 +231,8 @@ class TrainConfig:
     """Steps between lines of ``metrics.jsonl``."""
     checkpoint_every: int = 100
     """Steps between checkpoints."""
+    async_checkpoint: bool = True
+    """Write checkpoints in a thread beside the steps; takes a copy of weights and moments in host memory meanwhile."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept, besides the best one."""
     validate_every: int = 50

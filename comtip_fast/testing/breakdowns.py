@@ -90,7 +90,15 @@ def _once_at(step: float, act: Callable[[], None]) -> None:
 
 
 def _kill_in_step(at: float, run_dir: Path, strike: Strike) -> None:
-    _once_at(at, strike)
+    """Count the steps of this start, so that a kill strikes however far the run has come."""
+    left = [int(at)]
+
+    def act(step: int) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            strike()
+
+    at_every_step(act)
 
 
 def _kill_at_moment(at: float, run_dir: Path, strike: Strike) -> None:

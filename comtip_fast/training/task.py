@@ -24,6 +24,7 @@ from comtip_fast.inference import Bundle
 from comtip_fast.models import CoMTIP, ModelSizes
 from comtip_fast.training.losses import Heads, Numbers, Parts, StepLosses
 from comtip_fast.training.validation import Validation
+from comtip_fast.training.warm_start import start_from
 
 
 def build_task(config: RunConfig, device: torch.device, group: Group | None = None) -> CoMTIPTask:
@@ -44,7 +45,12 @@ def build_task(config: RunConfig, device: torch.device, group: Group | None = No
         model.vision.stem.load_pretrained()
     if config.engine.compile:
         model.compile_blocks()
-    return CoMTIPTask(config, shards, tables, tokenizer, model.to(device), sizes, group or Alone())
+    task = CoMTIPTask(config, shards, tables, tokenizer, model.to(device), sizes, group or Alone())
+    if config.train.start_from:
+        # After the task has set the stem's output scale from its own tiles: the encoder was trained on the old scale.
+        keys = [shards.genes[row].key for row in tables.genes.trained]
+        start_from(task.model, config.train.start_from, keys, tokenizer.sha256)
+    return task
 
 
 def _as_model(module: nn.Module) -> CoMTIP:

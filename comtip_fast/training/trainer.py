@@ -26,6 +26,7 @@ from comtip_fast.config.io import config_to_dict, dump_config, flatten
 from comtip_fast.config.schema import EngineConfig, RunConfig, WatchConfig
 from comtip_fast.training import checkpoint as checkpoints
 from comtip_fast.training.checkpoint import Checkpoint, CheckpointError
+from comtip_fast.training.checkpoint_writer import Writer, copied
 from comtip_fast.training.distributed import first_does
 from comtip_fast.training.engine import Engine, make_engine
 from comtip_fast.training.failures import ADVICE, end_now, said_clearly
@@ -47,7 +48,7 @@ TAKEOVER_S = 60.0
 # step is spread over ranks changes it by rounding only, so a run may go on with another engine or number of ranks.
 FREE_KEYS = {
     "name", "data.shards", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.tensorboard",
-    "train.wandb", "train.nan_policy", "train.max_skips",
+    "train.wandb", "train.nan_policy", "train.max_skips", "train.async_checkpoint",
     # Which loader reads changes tiles by no more than JPEG decoders differ; the others change no batch at all.
     "data.loader", "data.workers", "data.prefetch", "data.expression", "data.max_faults",
     *(f"engine.{f.name}" for f in fields(EngineConfig)), *(f"watch.{f.name}" for f in fields(WatchConfig)),
@@ -93,6 +94,7 @@ class Trainer:
         self.checkpoint_dir = self.run_dir / CHECKPOINTS
         self.progress = RunState()
         self._asked_to_stop = False
+        self._writer, self._write_failed = Writer(), False
         self.device = next(task.module.parameters()).device
         self._epoch_batches: tuple[int, list[np.ndarray]] = (-1, [])
         self._loggers: list[Logger] = []
@@ -137,6 +139,7 @@ class Trainer:
             try:
                 self._loop(caught)
             finally:
+                self._writer.settle()
                 self._tracer.close()
                 self.task.close()
                 for logger in self._loggers:
@@ -223,7 +226,10 @@ class Trainer:
             if self._asked_to_stop or (caught.received and self.group.size == 1):
                 if self._saved_step != p.step:
                     self._save()
+                first_does(self._writer.drain, self.group)
                 return
+            if self._write_failed or (self._writer.failed and self.group.size == 1):
+                first_does(self._writer.check, self.group)
             self._dog.beat(f"step {p.step + 1}")
             self._one_step(caught)
             if p.step >= cfg.steps:
@@ -234,6 +240,8 @@ class Trainer:
             if p.step % cfg.checkpoint_every == 0 or p.best_step == p.step or p.stopped:
                 self._dog.beat(f"the checkpoint of step {p.step}")
                 self._save()
+        self._dog.beat("the last checkpoint")
+        first_does(self._writer.drain, self.group)
         self._dog.beat("the export")
         self._export_best()
 
@@ -283,14 +291,16 @@ class Trainer:
     def _over_ranks(
         self, shares: dict[str, Tensor], numbers: dict[str, float], caught: Signals
     ) -> tuple[dict[str, float], dict[str, float]]:  # fmt: skip
-        """Return losses summed and numbers averaged over ranks; hear of it when some rank was asked to stop."""
+        """Return losses summed and numbers averaged over ranks; hear of ranks that were asked to stop or failed to write."""
         losses = {k: float(v) for k, v in shares.items()}
         if self.group.size == 1:
             return losses, numbers
-        values = [*losses.values(), float(bool(caught.received)), *numbers.values()]
+        flags = [float(bool(caught.received)), float(self._writer.failed)]
+        values = [*losses.values(), *flags, *numbers.values()]
         summed = self.group.sum(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
         self._asked_to_stop = self._asked_to_stop or summed[len(losses)] > 0
-        means = (v / self.group.size for v in summed[len(losses) + 1 :])
+        self._write_failed = summed[len(losses) + 1] > 0
+        means = (v / self.group.size for v in summed[len(losses) + 2 :])
         return dict(zip(losses, summed, strict=False)), dict(zip(numbers, means, strict=True))
 
     def _not_finite(self, step: int, spots: np.ndarray, parts: dict[str, float]) -> None:
@@ -355,10 +365,23 @@ class Trainer:
         """Gather what is sharded and write it; whole, so that any engine over any number of ranks can go on."""
         self.engine.bring_home()
         optim = self.engine.optimizer_state()
-        first_does(lambda: self._write_checkpoint(optim), self.group)
+        first_does(lambda: self._write_checkpoint(self._checkpoint(optim)), self.group)
         self._saved_step = self.progress.step
 
-    def _write_checkpoint(self, optim: dict[str, Tensor]) -> None:
+    def _write_checkpoint(self, made: Checkpoint) -> None:
+        step, best, keep = self.progress.step, self.progress.best_step or None, self.config.train.keep_checkpoints
+
+        def write(taken: Checkpoint) -> None:
+            checkpoints.save(self.checkpoint_dir, step, taken)
+            checkpoints.prune(self.checkpoint_dir, keep, best)
+
+        if self.config.train.async_checkpoint:
+            taken = copied(made)
+            self._writer.submit(lambda: write(taken))
+        else:
+            write(made)
+
+    def _checkpoint(self, optim: dict[str, Tensor]) -> Checkpoint:
         p = self.progress
         state = asdict(p) | {"best_score": p.best_score if math.isfinite(p.best_score) else None}
         state |= {"config": config_to_dict(self.config), "fingerprint": self.task.fingerprint()}
@@ -366,8 +389,7 @@ class Trainer:
         state |= {"device": self.device.type, "torch": torch.__version__, "torch_rng": _hex(torch.get_rng_state())}
         if self.device.type == "cuda":
             state["cuda_rng"] = _hex(torch.cuda.get_rng_state(self.device))
-        checkpoints.save(self.checkpoint_dir, p.step, Checkpoint(self.task.module.state_dict(), optim, state))
-        checkpoints.prune(self.checkpoint_dir, self.config.train.keep_checkpoints, p.best_step or None)
+        return Checkpoint(self.task.module.state_dict(), optim, state)
 
     def _restore(self, loaded: Checkpoint) -> None:
         self.task.module.load_state_dict(loaded.model)

@@ -17,9 +17,11 @@ from comtip_shards import ShardSet
 from comtip_fast.testing.elastic import said_by
 from comtip_fast.training import checkpoint as checkpoints
 from comtip_fast.training.checkpoint import Checkpoint
+from comtip_fast.training.checkpoint_writer import Writer, copied
 from comtip_fast.training.failures import RestartError, disk_trouble, said_clearly
 from comtip_fast.training.protocol import TrainingError
 from comtip_fast.training.signals import hold_run
+from tests.comtip_fast.trainer_standin import fit
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "train" / "faults.py"
 
@@ -155,3 +157,61 @@ def test_a_restarted_rank_waits_for_the_folder(tmp_path: Path):
     began = time.monotonic()
     with hold_run(tmp_path, 20):
         assert time.monotonic() - began >= 0.3
+
+
+# -- checkpoints beside the steps ---------------------------------------------------------------------------
+
+
+def test_one_write_is_on_its_way_and_its_error_comes_once():
+    writer, order = Writer(), []
+
+    def slow() -> None:
+        time.sleep(0.2)
+        order.append("first")
+
+    def bad() -> None:
+        order.append("second")
+        raise RestartError("no space is left")
+
+    writer.submit(slow)
+    assert order == [], "the caller must not wait"
+    writer.submit(bad)
+    assert order[0] == "first", "at most one at a time"
+    with pytest.raises(RestartError, match="no space"):
+        writer.drain()
+    writer.drain()
+    assert not writer.failed
+
+
+def test_a_copy_is_not_changed_by_the_next_step():
+    made = some()
+    taken = copied(made)
+    made.model["a"].mul_(0)
+    made.optim["a/step"].add_(1)
+    assert float(taken.model["a"].sum()) == 300
+    assert float(taken.optim["a/step"]) == 1
+
+
+def test_written_beside_the_steps_or_within_them_is_the_same_run(tmp_path: Path):
+    for name in ("true", "false"):
+        fit(tmp_path / name, f"train.async_checkpoint={name}", "train.checkpoint_every=1", "train.keep_checkpoints=99")
+    one, other = (sorted((tmp_path / n / "checkpoints").rglob("*.safetensors")) for n in ("true", "false"))
+    assert len(one) == len(other) >= 34
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(one, other, strict=True))
+
+
+def test_an_error_of_the_thread_ends_the_run_at_the_next_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(root: Path, step: int, checkpoint: Checkpoint) -> Path:
+        raise RestartError(f"step {step}: no space is left")
+
+    monkeypatch.setattr(checkpoints, "save", full)
+    seen: list[int] = []
+
+    def slow(step: int) -> None:
+        seen.append(step)
+        time.sleep(0.02)
+
+    with pytest.raises(RestartError, match="step 3: no space"):
+        fit(tmp_path / "run", at_step=slow)
+    assert seen[-1] <= 6
+    assert not (tmp_path / "run/export").exists()

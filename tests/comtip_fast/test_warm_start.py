@@ -1,0 +1,75 @@
+"""Beginning from an export: what fits is taken, genes find their rows by key, and what was not taken is said."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from comtip_fast.cli import main
+from comtip_fast.config.io import dump_config, load_config
+from comtip_fast.inference import Bundle
+from comtip_fast.training.task import CoMTIPTask, build_task
+
+IDENTITY = "genes.identity_Id"
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    task = make(tiny_overrides, "train.seed=5")
+    folder = tmp_path_factory.mktemp("export") / "export"
+    task.export(folder)
+    return folder
+
+
+def make(overrides: list[str], *more: str) -> CoMTIPTask:
+    return build_task(load_config(None, [*overrides, *more]), torch.device("cpu"))
+
+
+def keys_of(task: CoMTIPTask) -> list[str]:
+    return [task.shards.genes[row].key for row in task.tables.genes.trained]
+
+
+def test_weights_are_taken_and_genes_find_their_rows_by_key(exported: Path, tiny_overrides: list[str]):
+    old = Bundle.load(exported)
+    # Another gene list: other genes are held out, so rows move.
+    more = ["genes.held_out_every=3", "genes.held_out_from=6"]
+    plain, task = make(tiny_overrides, *more), make(tiny_overrides, *more, f"train.start_from={exported}")
+    before, theirs, ours = plain.model.state_dict(), old.model.state_dict(), task.model.state_dict()
+    for name in theirs.keys() - {IDENTITY}:
+        assert torch.equal(theirs[name], ours[name]), name
+    old_keys, keys = [g.key for g in old.genes if g.trained], keys_of(task)
+    assert old_keys != keys[: len(old_keys)]
+    known = set(old_keys) & set(keys)
+    assert known
+    assert set(keys) - known, "a gene must be new"
+    for row, key in enumerate(keys, start=1):
+        wanted = theirs[IDENTITY][1 + old_keys.index(key)] if key in known else before[IDENTITY][row]
+        assert torch.equal(ours[IDENTITY][row], wanted), key
+    assert (task.tables.table.log_prior == plain.tables.table.log_prior).all(), "levels are those of the new data"
+
+
+def test_what_does_not_fit_is_left_and_said(
+    exported: Path, tiny_overrides: list[str], caplog: pytest.LogCaptureFixture
+):
+    with caplog.at_level(logging.WARNING, "comtip_fast"):
+        task = make(tiny_overrides, "levels.n_levels=7", "vision.target=ema", f"train.start_from={exported}")
+    assert "not taken: genes.level_Qd: (5, 32) there, (7, 32) here" in caplog.text
+    assert caplog.text.count("not taken") == 1
+    assert task.model.teacher is not None
+    teacher, vision = task.model.teacher.state_dict(), task.model.vision.state_dict()
+    assert all(torch.equal(teacher[k], vision[k]) for k in vision)
+    with pytest.raises(FileNotFoundError, match="no export"):
+        make(tiny_overrides, f"train.start_from={exported.parent}/nothing")
+
+
+def test_the_command_goes_on_from_an_export(exported: Path, tiny_overrides: list[str], tmp_path: Path):
+    path = tmp_path / "c.yaml"
+    path.write_text(dump_config(load_config(None, [*tiny_overrides, "train.steps=2", "train.validate_every=0"])))
+    out = tmp_path / "run"
+    assert main(["pretrain", "--config", str(path), "--out", str(out), "--from", str(exported)]) == 0
+    assert load_config(out / "config.yaml").train.start_from == str(exported)
+    assert json.loads((out / "metrics.jsonl").read_text().splitlines()[0])["step"] == 1
