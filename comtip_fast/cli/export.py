@@ -11,6 +11,11 @@ from comtip_fast.cli.options import add_out
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("run_dir", type=Path, metavar="RUN", help="a run folder")
+    parser.add_argument(
+        "--checkpoint",
+        metavar="WHICH",
+        help="newest, best or a step: from a checkpoint, also of a run that has not ended",
+    )
     add_out(parser, "folder to write")
 
 
@@ -20,6 +25,11 @@ def run(args: argparse.Namespace) -> int:
 
     if args.out.exists() and any(args.out.iterdir()):
         raise FileExistsError(f"--out {args.out} exists and is not empty; give a new folder")
-    Predictor.load(args.run_dir).bundle.save(args.out)
+    if args.checkpoint is None:
+        Predictor.load(args.run_dir).bundle.save(args.out)
+    else:
+        from comtip_fast.training.exporting import export_checkpoint
+
+        print(f"step {export_checkpoint(args.run_dir, args.checkpoint, args.out)}")
     print(f"{args.out}: " + ", ".join(sorted(p.name for p in args.out.iterdir())))
     return 0

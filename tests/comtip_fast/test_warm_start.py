@@ -73,3 +73,14 @@ def test_the_command_goes_on_from_an_export(exported: Path, tiny_overrides: list
     assert main(["pretrain", "--config", str(path), "--out", str(out), "--from", str(exported)]) == 0
     assert load_config(out / "config.yaml").train.start_from == str(exported)
     assert json.loads((out / "metrics.jsonl").read_text().splitlines()[0])["step"] == 1
+
+
+def test_a_checkpoint_exports_what_a_finished_run_would(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    best, newest = tmp_path / "best", tmp_path / "newest"
+    assert main(["export", str(tiny_run), "--checkpoint", "best", "--out", str(best)]) == 0
+    for path in sorted((tiny_run / "export").iterdir()):
+        assert (best / path.name).read_bytes() == path.read_bytes(), path.name
+    assert main(["export", str(tiny_run), "--checkpoint", "newest", "--out", str(newest)]) == 0
+    assert "step 120" in capsys.readouterr().out
+    assert main(["export", str(tiny_run), "--checkpoint", "7", "--out", str(tmp_path / "none")]) == 2
+    assert "no whole checkpoint '7'" in capsys.readouterr().err
