@@ -72,6 +72,13 @@ def test_every_other_breakdown_leaves_the_same_run(named: Any, whole: Path):
     assert len(damaged) >= 1
 
 
+@pytest.mark.slow
+def test_a_lost_node_is_replaced_and_leaves_the_same_run(config: Path, whole: Path, tmp_path: Path):
+    outcome = faults.lose_a_node(config, tmp_path / "node")
+    assert outcome.code == 0
+    assert faults.differences(outcome.folder / "run", whole) == []
+
+
 @pytest.mark.parametrize(
     ("attempt", "rank", "says"),
     [
