@@ -46,7 +46,9 @@ def tiny_run(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory
     from comtip_fast.training.task import build_task
     from comtip_fast.training.trainer import Trainer
 
-    more = ["train.steps=120", "train.validate_every=20", "optim.lr=3e-3", "vision.stem=efficientnet_lite0"]
+    # At twice this rate the sentence table collapses in a third of the seeds (4 of 11, where 1 of 11 did in another order
+    # of the same spots), and a test of what was learnt would be a test of luck.
+    more = ["train.steps=200", "train.validate_every=40", "optim.lr=1.5e-3", "vision.stem=efficientnet_lite0"]
     config = load_config(None, [*tiny_overrides, *more, "loss.nce=0.5", "loss.mfm=0.3"])
     run = tmp_path_factory.mktemp("run") / "run"
     Trainer(build_task(config, torch.device("cpu")), config, run).fit()
