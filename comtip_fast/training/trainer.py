@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from comtip_fast.collectives import Alone, Group
-from comtip_fast.config.io import config_to_dict, dump_config, flatten
-from comtip_fast.config.schema import EngineConfig, RunConfig, WatchConfig
+from comtip_fast.config.io import config_to_dict, dump_config
+from comtip_fast.config.schema import RunConfig
 from comtip_fast.training import checkpoint as checkpoints
 from comtip_fast.training.checkpoint import Checkpoint, CheckpointError
 from comtip_fast.training.checkpoint_writer import Writer, copied
@@ -34,6 +34,7 @@ from comtip_fast.training.loggers import Logger, finite, keep_rows_up_to, make_l
 from comtip_fast.training.optim import learning_rate
 from comtip_fast.training.pieces import forward_backward
 from comtip_fast.training.protocol import TrainingError, TrainingTask
+from comtip_fast.training.run_state import RunState, check_same_run, random_state, set_random_state
 from comtip_fast.training.signals import Signals, catch_signals, hold_run
 from comtip_fast.training.watch import EVENTS, Alarm, ClockedGroup, Events, Meter, StepCost, Tracer, Watchdog
 
@@ -43,32 +44,6 @@ NONFINITE = "nonfinite.jsonl"
 CHECKPOINTS = "checkpoints"
 # Seconds that a restarted rank 0 waits for the folder's last holder to end.
 TAKEOVER_S = 60.0
-# Keys that may differ when a run is resumed: they change neither weights nor the loss trace. The place of the
-# shards may change too, because their hash is compared; and what to do about a NaN, because it stopped the run. How the
-# step is spread over ranks changes it by rounding only, so a run may go on with another engine or number of ranks.
-FREE_KEYS = {
-    "name", "data.shards", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.tensorboard",
-    "train.wandb", "train.nan_policy", "train.max_skips", "train.async_checkpoint",
-    # Which loader reads changes tiles by no more than JPEG decoders differ; the others change no batch at all.
-    "data.loader", "data.workers", "data.prefetch", "data.expression", "data.max_faults",
-    *(f"engine.{f.name}" for f in fields(EngineConfig)), *(f"watch.{f.name}" for f in fields(WatchConfig)),
-}  # fmt: skip
-
-
-@dataclass
-class RunState:
-    """Where a run is: all of its state besides weights and moments."""
-
-    step: int = 0
-    epoch: int = 0
-    position: int = 0
-    """Batches of this epoch already used."""
-    best_step: int = 0
-    best_score: float = float("-inf")
-    bad_validations: int = 0
-    skips: int = 0
-    stopped: str = ""
-    """``steps`` or ``patience`` once training is over."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +158,9 @@ class Trainer:
             self._write_config()
             return None
         step, self._found = found
-        self._check_same_run(self._found.state)
+        check_same_run(
+            self.run_dir, self._found.state, self.config, self.task.fingerprint(), self.group.size, self.device
+        )
         checkpoints.set_aside_after(self.checkpoint_dir, step)
         best = self._found.state["best_step"]
         checkpoints.prune(self.checkpoint_dir, self.config.train.keep_checkpoints, best or None)  # as after a save
@@ -195,26 +172,6 @@ class Trainer:
         aside = self.run_dir / ".config.yaml.writing"
         aside.write_text(dump_config(self.config), encoding="utf-8")
         aside.replace(self.run_dir / "config.yaml")
-
-    def _check_same_run(self, state: dict[str, Any]) -> None:
-        old, new = flatten(state["config"]), flatten(config_to_dict(self.config))
-        changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and k not in FREE_KEYS]
-        if changed:
-            shown = ", ".join(f"{k} ({old.get(k)} -> {new.get(k)})" for k in changed[:5])
-            raise TrainingError(
-                f"{self.run_dir}: cannot resume with another config: {shown}; set them back or give another --out"
-            )
-        found = self.task.fingerprint()
-        if state["fingerprint"] != found:
-            other = [k for k in found if state["fingerprint"].get(k) != found[k]]
-            raise TrainingError(f"{self.run_dir}: cannot resume, what it read has changed: {', '.join(other)}")
-        now_run = self.config.engine.kind, self.group.size
-        then_run = state["config"].get("engine", {}).get("kind", "auto"), state.get("world_size", 1)
-        if now_run != then_run:
-            log.warning("was engine %s over %d ranks, is %s over %d; the same up to rounding", *then_run, *now_run)
-        for what, now in (("device", self.device.type), ("torch", torch.__version__)):
-            if state.get(what, now) != now:
-                log.warning("%s: was %s, is %s; the same up to rounding, but not to the bit", what, state[what], now)
 
     # -- the loop ---------------------------------------------------------------------------------------
 
@@ -382,13 +339,10 @@ class Trainer:
             write(made)
 
     def _checkpoint(self, optim: dict[str, Tensor]) -> Checkpoint:
-        p = self.progress
-        state = asdict(p) | {"best_score": p.best_score if math.isfinite(p.best_score) else None}
+        state = self.progress.as_plain() | random_state(self.device)
         state |= {"config": config_to_dict(self.config), "fingerprint": self.task.fingerprint()}
         state |= {"world_size": self.group.size, "engine": self.engine.name}
-        state |= {"device": self.device.type, "torch": torch.__version__, "torch_rng": _hex(torch.get_rng_state())}
-        if self.device.type == "cuda":
-            state["cuda_rng"] = _hex(torch.cuda.get_rng_state(self.device))
+        state |= {"device": self.device.type, "torch": torch.__version__}
         return Checkpoint(self.task.module.state_dict(), optim, state)
 
     def _restore(self, loaded: Checkpoint) -> None:
@@ -396,13 +350,8 @@ class Trainer:
         # Engines take the weights they find; moments are theirs to shard.
         self.engine = make_engine(self.task.module, self.config, self.group)
         self.engine.restore(loaded.optim)
-        state = loaded.state
-        fields = {k: state[k] for k in asdict(self.progress)}
-        fields["best_score"] = float("-inf") if state["best_score"] is None else state["best_score"]
-        self.progress = RunState(**fields)
-        torch.set_rng_state(_unhex(state["torch_rng"]))
-        if self.device.type == "cuda" and "cuda_rng" in state:
-            torch.cuda.set_rng_state(_unhex(state["cuda_rng"]), self.device)
+        self.progress = RunState.from_plain(loaded.state)
+        set_random_state(loaded.state, self.device)
         self._saved_step = self.progress.step
         self._check_best()
 
@@ -434,14 +383,6 @@ class Trainer:
         self.task.export(aside)
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
-
-
-def _hex(state: Tensor) -> str:
-    return state.cpu().numpy().tobytes().hex()
-
-
-def _unhex(text: str) -> Tensor:
-    return torch.from_numpy(np.frombuffer(bytes.fromhex(text), np.uint8).copy())
 
 
 def refuse_second_run(run_dir: Path, resume: bool) -> None:

@@ -106,28 +106,3 @@ def _no_single(batches: list[np.ndarray]) -> list[np.ndarray]:
     if len(batches) > 1 and batches[-1].size == 1:
         batches[-2:] = [np.concatenate(batches[-2:])]
     return batches
-
-
-def slice_for_rank(batch: np.ndarray, rank: int, world: int) -> np.ndarray:
-    """Return a rank's part of a global batch: all that the world size decides.
-
-    Parts are contiguous and, taken in the order of ranks, are the batch. Where ``world`` does not divide the batch,
-    the first ranks have one spot more; a batch smaller than ``world`` leaves the last ranks an empty part.
-
-    Parameters
-    ----------
-    batch
-        (B,) spots of the global batch, from :func:`epoch_batches`.
-    rank, world
-        0 <= rank < world.
-
-    Raises
-    ------
-    ValueError
-        ``rank`` is not a rank of ``world``.
-    """
-    if not 0 <= rank < world:
-        raise ValueError(f"rank {rank} is not one of a world of {world}")
-    share, more = divmod(len(batch), world)
-    start = rank * share + min(rank, more)
-    return batch[start : start + share + (rank < more)]

@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
-from comtip_shards.order import epoch_batches, slice_for_rank
+from comtip_shards.order import epoch_batches
+
+from comtip_fast.collectives import share_of
 
 SECTION = np.repeat([0, 1, 2, 3], [50, 7, 120, 33])
 
@@ -88,13 +90,11 @@ def test_runs_are_sequential_reads_and_differ_between_epochs(k: int | None):
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 def test_ranks_slice_the_batch(size: int, world: int):
     batch = np.arange(size) * 7
-    parts = [slice_for_rank(batch, r, world) for r in range(world)]
+    parts = [batch[share_of(size, r, world)] for r in range(world)]
     assert np.concatenate(parts).tolist() == batch.tolist()
     sizes = [p.size for p in parts]
     assert max(sizes) - min(sizes) <= 1
     assert sizes == sorted(sizes, reverse=True)
-    with pytest.raises(ValueError, match=f"rank {world} is not one"):
-        slice_for_rank(batch, world, world)
 
 
 # -- resume -----------------------------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ def delivered(section: np.ndarray, seed: int, world: int, state: int, steps: int
     while len(out) < steps:
         batches = epoch_batches(section, np.arange(section.size), 24, 2, seed, epoch, run=run)
         for batch in batches[max(0, state - done) :]:
-            out.append([int(s) for r in ranks for s in slice_for_rank(batch, r, world)])
+            out.append([int(s) for r in ranks for s in batch[share_of(batch.size, r, world)]])
             if len(out) == steps:
                 break
         done += len(batches)
