@@ -81,6 +81,6 @@ def test_a_checkpoint_exports_what_a_finished_run_would(tiny_run: Path, tmp_path
     for path in sorted((tiny_run / "export").iterdir()):
         assert (best / path.name).read_bytes() == path.read_bytes(), path.name
     assert main(["export", str(tiny_run), "--checkpoint", "newest", "--out", str(newest)]) == 0
-    assert "step 120" in capsys.readouterr().out
+    assert "step 200" in capsys.readouterr().out
     assert main(["export", str(tiny_run), "--checkpoint", "7", "--out", str(tmp_path / "none")]) == 2
     assert "no whole checkpoint '7'" in capsys.readouterr().err
