@@ -16,11 +16,13 @@ import math
 import os
 import random
 import signal
+import socket
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,15 +90,19 @@ def lose_a_node(config: Path, folder: Path) -> Outcome:
     spec = spec_of(config, folder, ranks=1, nodes=(2, 2), port=free_port(), max_restarts=3)
     path = spec.write(folder / "spec.json")
     agents = [start_agent(path)]
-    time.sleep(0.5)  # the first serves the rendezvous, and is not the one to die
-    agents.append(start_agent(path))
     try:
+        # Whichever agent comes first serves the rendezvous, which dies with it: that must not be the one to be killed.
+        _wait(lambda: _is_served(spec.port), agents)
+        agents.append(start_agent(path))
         _wait(lambda: any(r["event"] == "step" and r["step"] >= 10 for r in read_stamps(spec.stamps)), agents)
         began = time.time()
         # A session of its own: its ranks and servers die with it, as on a node that loses power.
         os.killpg(agents[1].pid, signal.SIGKILL)
         agents.append(start_agent(path))
-        code = max(agents[0].wait(300), agents[2].wait(300))
+        left = (agents[0], agents[2])
+        # Once one has failed, the other would wait in vain for a second node.
+        _wait_until(lambda: all(a.poll() is not None for a in left) or any(a.poll() for a in left), 300)
+        code = 0 if all(agent.poll() == 0 for agent in left) else 1
     finally:
         for agent in agents:
             if agent.poll() is None:
@@ -108,12 +114,23 @@ def lose_a_node(config: Path, folder: Path) -> Outcome:
     return Outcome(folder, code, [row | {"seconds": min(steps) - began if steps else math.nan}])
 
 
-def _wait(ready: Any, agents: Sequence[Any], limit_s: float = 120) -> None:
+def _is_served(port: int) -> bool:
+    with socket.socket() as s:
+        return s.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _wait(ready: Callable[[], bool], agents: Sequence[subprocess.Popen[bytes]], limit_s: float = 120) -> None:
+    if not _wait_until(lambda: ready() or any(a.poll() is not None for a in agents), limit_s) or not ready():
+        raise RuntimeError("the run did not come to the step at which the node should be lost")
+
+
+def _wait_until(ready: Callable[[], bool], limit_s: float) -> bool:
     until = time.monotonic() + limit_s
     while not ready():
-        if time.monotonic() > until or any(agent.poll() is not None for agent in agents):
-            raise RuntimeError("the run did not come to the step at which the node should be lost")
+        if time.monotonic() > until:
+            return False
         time.sleep(0.02)
+    return True
 
 
 def differences(one: Path, other: Path) -> list[str]:
