@@ -34,8 +34,9 @@ def dense_values(csr: Csr, genes: np.ndarray, n_genes: int) -> np.ndarray:
     """
     indptr, rows, counts = csr
     n = indptr.size - 1
-    whole = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-    scale = 1e4 / np.maximum((whole[indptr[1:]] - whole[indptr[:-1]]).astype(np.float64), 1.0)
+    total = np.add.reduceat(np.append(counts, np.int32(0)), indptr[:-1], dtype=np.int64)
+    total[indptr[1:] == indptr[:-1]] = 0  # where there is nothing to add, reduceat returns what comes next
+    scale = 1e4 / np.maximum(total.astype(np.float64), 1.0)
     place = np.full(n_genes, -1, np.int32)
     place[genes] = np.arange(genes.size)
     column = place[rows]

@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 import torch
-from comtip_shards import ShardError, ShardSet
+from comtip_shards import RECORD_FAULTS, ShardError, ShardSet
 from scipy import sparse
 from torch import Tensor
 from tqdm import tqdm
@@ -127,10 +128,11 @@ class BaseLoader(ABC):
             stream.close()
 
     def metrics(self) -> dict[str, float]:
-        """Return what to log: seconds spent waiting for batches since the last call, damaged records so far."""
+        """Return what to log: seconds spent waiting for batches since the last call; damaged records so far, also by kind."""
+        kinds = Counter(error.kind for error in self.faults.values())
         out = {"loader_wait_s": self._wait_s, "faults": float(len(self.faults))}
         self._wait_s = 0.0
-        return out
+        return out | {f"faults_{kind}": float(kinds[kind]) for kind in RECORD_FAULTS}
 
     def close(self) -> None:
         """Stop what works in the background; asked for another batch, the loader starts again."""

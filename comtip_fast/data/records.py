@@ -82,6 +82,13 @@ class Records:
     def fetch(self, spots: np.ndarray) -> Encoded:
         """Read records without decoding their tiles; counts are decoded, which also checks them."""
         got = Encoded(np.array(spots, np.int64), [], [], None, {})
+        if self.with_counts:
+            try:
+                got.tiles, got.exprs = self.shards.members_of(got.spots, ("tile", "expr"))
+                got.csr = self._decode_exprs(got.exprs, got.spots)
+                return got
+            except ShardError:  # below, each is read by itself, to know which are whole
+                pass
         got.tiles = _each(got, lambda own: self.shards.members(own, "tile"))
         if self.with_counts:
             self._fetch_counts(got)

@@ -115,11 +115,15 @@ class CoMTIPTask:
         self.loader.close()
 
     def metrics(self) -> dict[str, float]:
-        """Return seconds spent waiting for batches (of the rank that waited longest) and damaged records (of all ranks)."""
+        """Return seconds spent waiting for batches, of the rank that waited longest, and damaged records, of all ranks.
+
+        Damaged records are told in all and, where there are any, by kind.
+        """
         own = self.loader.metrics()
-        wait = self.group.max(torch.tensor(own["loader_wait_s"], device=self.device))
-        faults = self.group.sum(torch.tensor(own["faults"], device=self.device))
-        return {"loader_wait_s": float(wait), "faults": float(faults)}
+        wait = self.group.max(torch.tensor(own.pop("loader_wait_s"), device=self.device))
+        counts = self.group.sum(torch.tensor(list(own.values()), device=self.device)).tolist()
+        faults = {name: n for name, n in zip(own, counts, strict=True) if n or name == "faults"}
+        return {"loader_wait_s": float(wait), **faults}
 
     def batches(self, epoch: int) -> list[np.ndarray]:
         """Return the epoch's batches as spot indices, a function of (seed, epoch)."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+RECORD_FAULTS = ("vanished", "truncated", "checksum", "unreadable", "remote", "index", "tile", "counts")
+"""Kinds of :class:`ShardError` that a record can be left out for; FORMAT.md says what each is."""
+
 
 class SourceError(ValueError):
     """A source (table, image, counts, request) cannot be used; the message names the file and the fix."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from functools import cached_property
 from typing import BinaryIO
 
@@ -59,29 +60,31 @@ class MemberReader:
             self._index[shard.index] = parse_index(text, shard, self.manifest.tile.codec, name)
         return self._index[shard.index]
 
-    def read(self, index: np.ndarray, part: str) -> list[bytes]:
-        """Return one member of each record, in the order of ``index``."""
-        column = record.PARTS.index(part)
-        out: list[bytes] = [b""] * index.size
+    def read(self, index: np.ndarray, parts: Sequence[str]) -> list[list[bytes]]:
+        """Return, part by part, those members of each record, in the order of ``index``; a record's are read at once."""
+        columns = [record.PARTS.index(part) for part in parts]
+        out: list[list[bytes]] = [[b""] * index.size for _ in columns]
         order = np.argsort(index, kind="stable")
         shard = self.shard_numbers(index[order])
         for number in np.unique(shard):
             own = order[shard == number]
-            self._read_shard(int(number), index[own], own, column, out)
+            self._read_shard(int(number), index[own], own, columns, out)
         return out
 
-    def _read_shard(self, number: int, index: np.ndarray, into: np.ndarray, column: int, out: list[bytes]) -> None:
-        """Read one member of ascending spots of one shard into ``out[into]``."""
+    def _read_shard(
+        self, number: int, index: np.ndarray, into: np.ndarray, columns: list[int], out: list[list[bytes]]
+    ) -> None:
+        """Read members of ascending spots of one shard into ``out[...][into]``."""
         shard = self.manifest.shards[number]
         try:
-            self._read_file(number, shard, index, into, column, out)
+            self._read_file(number, shard, index, into, columns, out)
         except ShardError as error:
             # The cached copy of a remote shard may have been damaged since it was checked: fetch it again, once.
             damaged = error.kind in ("checksum", "truncated") and number not in self._lost
             if not damaged or number in self._again or not self.files.forget(shard.sha256):
                 raise
             self._again.add(number)
-            self._read_file(number, shard, index, into, column, out)
+            self._read_file(number, shard, index, into, columns, out)
 
     def _open(self, number: int, shard: ShardEntry) -> tuple[BinaryIO, np.ndarray, np.ndarray]:
         if number in self._lost:
@@ -94,41 +97,48 @@ class MemberReader:
             raise
 
     def _read_file(
-        self, number: int, shard: ShardEntry, index: np.ndarray, into: np.ndarray, column: int, out: list[bytes]
-    ) -> None:
+        self, number: int, shard: ShardEntry, index: np.ndarray, into: np.ndarray, columns: list[int], out: list[list[bytes]]
+    ) -> None:  # fmt: skip
         try:
             file, offsets, sizes = self._open(number, shard)
-            local = index - shard.first_spot
-            start, size = offsets[local, column], sizes[local, column]
+            local = (index - shard.first_spot)[:, None]
+            start, size = offsets[local, columns], sizes[local, columns]
+            low, high = start.min(1), (start + size).max(1)
             with file:
-                for run in _runs(start, size):
-                    self._read_run(file, index[run], start[run], size[run], column, into[run], out)
+                for run in _runs(low, high):
+                    self._read_run(file, index[run], start[run], size[run], columns, into[run], out)
         except OSError as error:
             raise ShardError(f"{self.files.name}/{shard.file}: cannot be read ({error})", kind="unreadable") from error
 
     def _read_run(
-        self, file: BinaryIO, index: np.ndarray, start: np.ndarray, size: np.ndarray, column: int, into: np.ndarray,
-        out: list[bytes],
+        self, file: BinaryIO, index: np.ndarray, start: np.ndarray, size: np.ndarray, columns: list[int], into: np.ndarray,
+        out: list[list[bytes]],
     ) -> None:  # fmt: skip
-        base = int(start[0])
+        base = int(start[0].min())
         file.seek(base)
-        data = file.read(int(start[-1] + size[-1]) - base)
-        lows = (start - base).tolist()
-        for spot, low, n, place in zip(index.tolist(), lows, size.tolist(), into.tolist(), strict=True):
-            member = data[low : low + n]
-            if len(member) != n or zlib.crc32(member) != self._crcs[spot, column]:
-                name = f"{self.where(spot)}: the member .{self._extensions[column]}"
-                if len(member) != n:
-                    raise ShardError(f"{name} is cut short: the shard ends before it; copy it again", kind="truncated")
-                raise ShardError(f"{name} is not what was written (CRC-32); copy the shard again", kind="checksum")
-            out[place] = member
+        data = file.read(int((start[-1] + size[-1]).max()) - base)
+        for k, column in enumerate(columns):
+            lows, ns, crcs = (start[:, k] - base).tolist(), size[:, k].tolist(), self._crcs[index, column].tolist()
+            for place, low, n, crc in zip(into.tolist(), lows, ns, crcs, strict=True):
+                member = data[low : low + n]
+                if len(member) != n or zlib.crc32(member) != crc:
+                    spot = int(index[into == place][0])
+                    raise self._damaged(f"{self.where(spot)}: the member .{self._extensions[column]}", len(member) != n)
+                out[k][place] = member
+
+    @staticmethod
+    def _damaged(name: str, short: bool) -> ShardError:
+        if short:
+            return ShardError(f"{name} is cut short: the shard ends before it; copy it again", kind="truncated")
+        return ShardError(f"{name} is not what was written (CRC-32); copy the shard again", kind="checksum")
 
 
-def _runs(start: np.ndarray, size: np.ndarray) -> list[np.ndarray]:
-    """Split ascending members into runs that one read covers: close together, and bounded in all."""
+def _runs(low: np.ndarray, high: np.ndarray) -> list[slice]:
+    """Split ascending records, from ``low`` to ``high``, into runs that one read covers: close together, and bounded in all."""
     runs, first = [], 0
-    for i in range(1, start.size + 1):
-        if i == start.size or start[i] - start[i - 1] > size[i - 1] + _GAP or start[i] + size[i] - start[first] > _SPAN:
-            runs.append(np.arange(first, i))
+    starts, ends = low.tolist(), high.tolist()
+    for i in range(1, len(starts) + 1):
+        if i == len(starts) or starts[i] - ends[i - 1] > _GAP or ends[i] - starts[first] > _SPAN:
+            runs.append(slice(first, i))
             first = i
     return runs

@@ -104,9 +104,13 @@ class ShardSet:
         ShardError
             A shard is gone or cut short, or the bytes are not those that were written.
         """
+        return self.members_of(spot_index, (part,))[0]
+
+    def members_of(self, spot_index: Iterable[int], parts: Sequence[str]) -> list[list[bytes]]:
+        """Return several members of each record, part by part; see :meth:`members`. A record is read once."""
         index = np.asarray(spot_index, np.int64)
         self._check_range(index)
-        return self._reader.read(index, part)
+        return self._reader.read(index, parts)
 
     def tiles(self, spot_index: Iterable[int]) -> np.ndarray:
         """Return tiles, uint8 (n, S, S, 3)."""

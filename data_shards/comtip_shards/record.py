@@ -129,19 +129,20 @@ def _decode_rows(
 ) -> np.ndarray:
     ends = np.cumsum(n_gap)
     full = np.flatnonzero(gaps == 255)  # does not end a gap
-    open_end = np.isin(ends - 1, full) & (n_gap > 0)
+    open_end = n_gap > 0
+    open_end[open_end] = gaps[ends[open_end] - 1] == 255
     wrong = np.flatnonzero((n_gap - _per_record(full, n_gap) != n) | open_end)
     if wrong.size:
         raise ShardError(
             f"{where(int(wrong[0]))}.expr: the gaps between genes are not those of its genes", kind="counts"
         )
     # A byte that ends a gap also stands for its gene: the sum up to it is the gene's row, plus one.
-    steps = gaps.astype(np.uint16)
+    steps = gaps.astype(np.int64)
     steps += 1
     steps[full] = 255
-    total = np.cumsum(steps, dtype=np.int64)
+    total = np.cumsum(steps)
     before = np.concatenate([[0], total])[ends - n_gap]
-    rows = np.delete(total, full) - np.repeat(before + 1, n)
+    rows = (np.delete(total, full) if full.size else total) - np.repeat(before + 1, n)
     last = np.cumsum(n)[n > 0] - 1
     if last.size and rows[last].max() >= n_genes:
         i = int(np.flatnonzero(n > 0)[int(np.flatnonzero(rows[last] >= n_genes)[0])])

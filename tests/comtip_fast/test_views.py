@@ -79,14 +79,21 @@ def test_zoom_enlarges_the_middle_within_its_range():
         assert got[i, 30, 31:33, 0].mean() == pytest.approx(31.5 * 3, abs=1)
 
 
-@pytest.mark.parametrize("batched", [True, False], ids=["as on a GPU", "as on a CPU"])
+WAYS = {
+    "as on a GPU": {"batched": True},
+    "on a CPU": {"batched": False, "compiled": False},
+    "on a CPU, with numba": {"batched": False, "compiled": True},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     "config", [{}, {"stain": "none"}, {"jitter": 0.0, "stain": "none"}, {"flips": False}, {"zoom": 0.3}], ids=str
 )
-def test_batched_views_are_the_readable_ones(batched: bool, config: dict):
+def test_fast_views_are_the_readable_ones(way: str, config: dict):
     p = plan(**config)
     want = make_views(tiles(), p)
-    got = apply_views(torch.from_numpy(tiles()), p, batched=batched).permute(0, 2, 3, 1).numpy()
+    got = apply_views(torch.from_numpy(tiles()), p, **WAYS[way]).permute(0, 2, 3, 1).numpy()
     difference = np.abs(got.astype(int) - want)
     if "zoom" in config:
         # Resampling may round a half the other way; the stain tables are no steeper than 2 here.
