@@ -178,25 +178,23 @@ class CoMTIP(nn.Module):
         return ImageOutput(vector_BD, tokens.pooled_Bd, tokens.patches_BVd)
 
     def sentence_table(self, genes: GeneTokens, group: Group | None = None) -> SentenceTable:
-        """Encode each distinct (gene, level) of the panel once, each rank its share of genes, and project it."""
-        G = genes.length_G.shape[0]
-        # Fewer genes than ranks cost little, and no rank may be left without any.
-        if group is None or group.size == 1 or group.size > G:
-            rows_GQD, scores_GQ = self._rows_and_scores(genes)
+        """Encode each distinct (gene, level) of the panel once, each rank its share of them, and project it."""
+        G, Q = genes.length_G.shape[0], self.genes.n_levels
+        # Fewer sentences than ranks cost little, and no rank may be left without any.
+        if group is None or group.size == 1 or group.size > G * Q:
+            rows_ND, scores_N = self._rows_and_scores(genes, slice(0, G * Q))
         else:
-            own = share_of(G, group.rank, group.size)
-            rows, scores = self._rows_and_scores(
-                GeneTokens(genes.ids_GT[own], genes.length_G[own], genes.identity_G[own])
-            )
-            both = torch.cat([rows, scores[..., None].to(rows.dtype)], dim=-1)
-            both = gather_rows(both, group, counts_of(G, group.size))
-            rows_GQD, scores_GQ = both[..., :-1], both[..., -1]
+            rows, scores = self._rows_and_scores(genes, share_of(G * Q, group.rank, group.size))
+            both = torch.cat([rows, scores[:, None].to(rows.dtype)], dim=-1)
+            both = gather_rows(both, group, counts_of(G * Q, group.size))
+            rows_ND, scores_N = both[:, :-1], both[:, -1]
+        rows_GQD = rows_ND.view(G, Q, -1)
         unit_GQD = F.normalize(rows_GQD, dim=-1)
-        return SentenceTable(rows_GQD, unit_GQD, scores_GQ, self.pair_head(unit_GQD))
+        return SentenceTable(rows_GQD, unit_GQD, scores_N.view(G, Q), self.pair_head(unit_GQD))
 
-    def _rows_and_scores(self, genes: GeneTokens) -> tuple[Tensor, Tensor]:
-        h_GQd = self.genes(genes)
-        return self.project_text(h_GQd), self.pool_query(h_GQd).squeeze(-1)
+    def _rows_and_scores(self, genes: GeneTokens, sentences: slice) -> tuple[Tensor, Tensor]:
+        h_Nd = self.genes(genes, sentences)
+        return self.project_text(h_Nd), self.pool_query(h_Nd).squeeze(-1)
 
     def compile_blocks(self) -> None:
         """Compile both encoders' blocks with ``torch.compile``, in place; shapes that change compile once more."""

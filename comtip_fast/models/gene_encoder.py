@@ -73,12 +73,13 @@ class GeneEncoder(nn.Module):
         self.blocks = nn.ModuleList(SentenceBlock(d, config.heads) for _ in range(config.depth))
         self.recompute = False
 
-    def forward(self, genes: GeneTokens) -> Tensor:
-        """Encode every pair (gene of the panel, level): the sentence table h(g, q), (G, Q, d)."""
+    def forward(self, genes: GeneTokens, sentences: slice | None = None) -> Tensor:
+        """Encode every pair (gene of the panel, level), gene by gene, or some: rows of the table h(g, q), (N, d)."""
         G, Q = genes.length_G.shape[0], self.n_levels
-        level_N = torch.arange(Q, device=genes.ids_GT.device).repeat(G)
-        each = GeneTokens(*(x.repeat_interleave(Q, dim=0) for x in (genes.ids_GT, genes.length_G, genes.identity_G)))
-        return self.encode(each, level_N).view(G, Q, -1)
+        number = torch.arange(G * Q, device=genes.ids_GT.device)[sentences or slice(None)]
+        gene = number // Q
+        each = GeneTokens(genes.ids_GT[gene], genes.length_G[gene], genes.identity_G[gene])
+        return self.encode(each, number % Q)
 
     def encode(
         self, genes: GeneTokens, level_lo_N: Tensor, level_hi_N: Tensor | None = None, mix_N: Tensor | None = None

@@ -36,9 +36,9 @@ class Engine:
         """Bytes of an element in the model's forward and backward pass."""
         return AUTOCAST if self.bf16 else FP32
 
-    def shares_table(self, genes: int, ranks: int) -> bool:
-        """Say whether ranks share the panel's genes out; with fewer genes than ranks every rank encodes all of them."""
-        return self.shard_table and 1 < ranks <= genes
+    def shares_table(self, sentences: int, ranks: int) -> bool:
+        """Say whether ranks share the panel's sentences out; where there are fewer than ranks, every rank encodes all."""
+        return self.shard_table and 1 < ranks <= sentences
 
     @property
     def has_masters(self) -> bool:

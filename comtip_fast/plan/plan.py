@@ -145,8 +145,8 @@ def work_of(s: Sizes, e: Engine, c: Cluster) -> Work:
     """Return the busiest rank's share of a step."""
     own = ceil(s.B / c.ranks)
     rows = s.G * s.Q
-    if e.shares_table(s.G, c.ranks):
-        rows = ceil(s.G / c.ranks) * s.Q
+    if e.shares_table(rows, c.ranks):
+        rows = ceil(rows / c.ranks)
     mispaired = s.hard_columns and s.G >= 2 and s.has_nce
     return Work(
         spots=own, pieces=e.micro_batches, images=s.B, columns=2 * own if mispaired else own, table_rows=rows, precision=e.precision,

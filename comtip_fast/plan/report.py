@@ -74,7 +74,7 @@ def _head(plan: Plan) -> list[str]:
     return [
         f"{plan.name}: every figure below is PREDICTED from the config; nothing was run (formulas: docs/scaling.md)",
         f"  {c.nodes} node(s) x {c.per_node} x {c.device.name}, {e.name}, {precision_name(e.precision)}, loss form {e.loss_form}, "
-        f"table {'sharded' if e.shares_table(s.G, c.ranks) else 'whole on every rank'}",
+        f"table {'sharded' if e.shares_table(s.G * s.Q, c.ranks) else 'whole on every rank'}",
         f"  B = {s.B:,} spots ({w.spots:,} per rank, {w.piece:,} at once), P = {s.P} patches, G = {s.G:,} "
         f"genes, Q = {s.Q}, {s.tokens:.1f} tokens per sentence, D = {s.D}",
         "  parameters to train: "

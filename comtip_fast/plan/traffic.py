@@ -100,7 +100,7 @@ def pair_traffic(s: Sizes) -> list[Collective]:
 
 def table_traffic(s: Sizes, e: Engine, ranks: int) -> list[Collective]:
     """Send each rank's rows of a sharded table to all others, and their gradients back."""
-    if not e.shares_table(s.G, ranks):
+    if not e.shares_table(s.G * s.Q, ranks):
         return []
     rows = s.G * s.Q * (s.D + 1) * e.precision.operand
     return [

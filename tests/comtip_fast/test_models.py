@@ -44,7 +44,10 @@ def test_the_table_equals_encoding_every_sentence_of_every_spot():
     enc, panel = encoder(), genes()
     levels = torch.randint(4, (5, 6), generator=torch.Generator().manual_seed(1))
     weight = torch.randn(5, 6, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    from_table = enc(panel)[torch.arange(6), levels]
+    table = enc(panel)
+    in_parts = torch.cat([enc(panel, slice(0, 7)), enc(panel, slice(7, 24))])  # the cut is inside a gene
+    torch.testing.assert_close(in_parts, table, rtol=1e-12, atol=1e-12)
+    from_table = table.view(6, 4, 16)[torch.arange(6), levels]
     (from_table * weight).sum().backward()
     grads = {n: p.grad.clone() for n, p in enc.named_parameters()}
     enc.zero_grad()
@@ -61,11 +64,11 @@ def test_the_table_equals_encoding_every_sentence_of_every_spot():
 
 def test_a_sentence_depends_on_its_own_tokens_only():
     enc, panel = encoder(), genes()
-    before = enc(panel)
+    before = enc(panel).view(6, 4, 16)
     changed = GeneTokens(panel.ids_GT.clone(), panel.length_G, panel.identity_G)
     changed.ids_GT[2, 1] = (changed.ids_GT[2, 1] + 1) % 37 + 3
     changed.ids_GT[4, panel.length_G[4] :] = 9  # past the end: not part of the sentence
-    after = enc(changed)
+    after = enc(changed).view(6, 4, 16)
     others = torch.tensor([0, 1, 3, 4, 5])
     torch.testing.assert_close(after[others], before[others], rtol=0, atol=1e-14)
     assert (after[2] - before[2]).abs().max() > 1e-3

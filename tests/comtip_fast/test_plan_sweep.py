@@ -38,8 +38,9 @@ def test_a_whole_table_costs_the_same_everywhere_and_a_shared_one_less(found: Sw
     assert len(set(seconds(0))) == 1
     whole, shared = seconds(0), seconds(2)
     assert shared[3] < whole[3] / 4
-    # Fewer genes than ranks are not shared out: 512 on 1,024 devices.
-    assert shared[10] == whole[10]
+    # Sentences are shared out, not genes: 512 genes still go over 1,024 devices.
+    assert shared[10] < whole[10] / 4
+    assert shared[10] <= shared[9]
 
 
 def test_the_ring_keeps_its_buffers_and_gathering_does_not(found: Sweep):
