@@ -64,6 +64,8 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="comtip", description="CoMTIP: predict gene expression from histology.")
     parser.add_argument("--version", action="version", version=f"comtip {__version__}")
     parser.add_argument("--debug", action="store_true", help="show debug messages and whole tracebacks")
+    # DeepSpeed's launcher adds it before the rest, unless told otherwise; what it says stands in LOCAL_RANK too.
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     wanted = next((a for a in arguments if a in COMMANDS), None)
     for name, text in COMMANDS.items():

@@ -10,6 +10,7 @@ import copy
 import logging
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
@@ -223,4 +224,9 @@ def _import(device: torch.device) -> ModuleType:
     except ImportError as error:
         raise TrainingError("engine.kind=deepspeed needs DeepSpeed: pip install 'comtip-fast[deepspeed]'") from error
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Its use of names that PyTorch deprecates, said at every call.
+    warnings.filterwarnings("ignore", r"`torch.distributed.\w+` is deprecated", FutureWarning)
+    if device.type == "cpu":
+        # Else it compiles an all-reduce that only its tensor-parallel layers call, for a minute and more.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
