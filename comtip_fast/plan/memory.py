@@ -41,9 +41,14 @@ def _parameters(s: Sizes, e: Engine, ranks: int) -> list[Row]:
     shard = Row("parameters, own shard", whole / ranks, _place(e.offload_param), lasts=True)
     # DeepSpeed lets go of a parameter between its uses only where the model is larger than this.
     live = min(s.trained, MAX_LIVE) * ELEMENT
-    # Validation and export read the task's own module, which stays whole.
-    home = Row("parameters, the task's own copy", whole, lasts=True)
-    return [shard, home, Row("parameters, gathered", live, note="at most, while the step runs"), *frozen]
+    rows = [shard, Row("parameters, gathered", live, note="at most, while the step runs"), *frozen]
+    if whole > live:
+        # Between steps they take the room of what a step gathers, and here more.
+        rows.append(Row("parameters, whole on rank 0", whole - live, note="more than a step; validation, checkpoints"))
+    if s.frozen:
+        # The loader reads a frozen stem of the task's own module, which therefore stays.
+        rows.append(Row("frozen weights, own shard", s.frozen * ELEMENT / ranks, lasts=True))
+    return rows
 
 
 def _gradients(s: Sizes, e: Engine, ranks: int) -> Row:

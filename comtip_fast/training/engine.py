@@ -55,8 +55,8 @@ class Engine(Protocol):
         """Open the module's parameters for reading and writing in place."""
         ...
 
-    def bring_home(self) -> None:
-        """Bring the task's own module up to date; every rank calls it before it reads weights outside a step."""
+    def at_home(self) -> AbstractContextManager[Any]:
+        """Surround what rank 0 reads from the task's own module outside of steps; every rank calls it."""
         ...
 
     def optimizer_state(self) -> dict[str, Tensor]:
@@ -136,8 +136,9 @@ class TorchEngine:
         """Every rank holds every parameter."""
         return nullcontext()
 
-    def bring_home(self) -> None:
+    def at_home(self) -> AbstractContextManager[Any]:
         """Do nothing: the task's module is the one that is trained."""
+        return nullcontext()
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """See :meth:`Engine.optimizer_state`."""

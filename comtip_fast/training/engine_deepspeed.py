@@ -85,9 +85,9 @@ class DeepSpeedEngine:
                 "nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1
             )
         os.environ.setdefault("LOCAL_RANK", "0")  # where no launcher set it, and DeepSpeed insists on it
-        # ZeRO 3 takes a module's parameters away; the task keeps its own, which is filled when somebody reads it.
+        # ZeRO 3 takes a module's parameters away; the task keeps a module of its own, see :meth:`at_home`.
         self._home = module
-        self.module = copy.deepcopy(module) if self.stage == 3 else module
+        self.module = _moved(module) if self.stage == 3 else module
         self.optimizer = make_optimizer(self.module, config.optim)
         made = self._deepspeed.initialize(
             model=StepModule(self.module, autocast_of(config, device)), optimizer=self.optimizer,
@@ -138,17 +138,24 @@ class DeepSpeedEngine:
         with self._deepspeed.zero.GatheredParameters(list(self.module.parameters()), modifier_rank=0):
             yield
 
-    def bring_home(self) -> None:
-        """Fill the task's own module, one tensor at a time."""
+    @contextmanager
+    def at_home(self) -> Iterator[None]:
+        """Fill the task's own module on rank 0, one tensor at a time; outside of this its trained weights take no memory."""
         if self.stage < 3:
+            yield
             return
-        targets = dict(self._home.named_parameters())
-        with torch.no_grad():
-            for name, parameter in self.module.named_parameters():
-                with self._deepspeed.zero.GatheredParameters([parameter]):
-                    targets[name].copy_(parameter)
+        first, targets = self.group.rank == 0, dict(self._home.named_parameters())
+        for name, parameter in self.module.named_parameters():
+            with self._deepspeed.zero.GatheredParameters([parameter]):
+                if first:
+                    targets[name].data = parameter.detach().clone()
+        if first:
             for target, source in zip(self._home.buffers(), self.module.buffers(), strict=True):
                 target.copy_(source)
+        try:
+            yield
+        finally:
+            _empty(self._home)
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """See :meth:`.engine.Engine.optimizer_state`; gathered one tensor at a time."""
@@ -213,6 +220,21 @@ class DeepSpeedEngine:
 
     def _device(self) -> torch.device:
         return next(self._home.parameters()).device
+
+
+def _moved(module: nn.Module) -> nn.Module:
+    """Return a module with the trained weights of ``module``, which keeps none; copies of all else."""
+    taken: dict[int, Any] = {id(q): nn.Parameter(q.data) for q in module.parameters() if q.requires_grad}
+    moved = copy.deepcopy(module, taken)
+    _empty(module)
+    return moved
+
+
+def _empty(module: nn.Module) -> None:
+    """Let go of trained weights; frozen ones stay, because the loader reads a frozen stem between steps."""
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.new_empty(0)
 
 
 def _import(device: torch.device) -> ModuleType:

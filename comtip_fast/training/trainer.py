@@ -286,8 +286,8 @@ class Trainer:
 
     def _validate(self) -> None:
         p, cfg = self.progress, self.config.train
-        self.engine.bring_home()
-        score, per_task, space = first_does(self._score, self.group)
+        with self.engine.at_home():
+            score, per_task, space = first_does(self._score, self.group)
         better = math.isfinite(score) and score > p.best_score
         if better:
             p.best_score, p.best_step, p.bad_validations = score, p.step, 0
@@ -320,9 +320,9 @@ class Trainer:
 
     def _save(self) -> None:
         """Gather what is sharded and write it; whole, so that any engine over any number of ranks can go on."""
-        self.engine.bring_home()
         optim = self.engine.optimizer_state()
-        first_does(lambda: self._write_checkpoint(self._checkpoint(optim)), self.group)
+        with self.engine.at_home():
+            first_does(lambda: self._write_checkpoint(self._checkpoint(optim)), self.group)
         self._saved_step = self.progress.step
 
     def _write_checkpoint(self, made: Checkpoint) -> None:
@@ -368,8 +368,8 @@ class Trainer:
 
     def _export_best(self) -> None:
         """Export the best weights (the last ones where nothing was validated), whole or not at all."""
-        self.engine.bring_home()
-        first_does(self._write_export, self.group)
+        with self.engine.at_home():
+            first_does(self._write_export, self.group)
 
     def _write_export(self) -> None:
         self._check_best()
