@@ -1,6 +1,7 @@
 """Same run? Loss curves of whole training runs over W ranks, and of runs resumed elsewhere, against one process.
 
     python bench/train/curves.py                 50 steps, every engine, W = 1, 2, 4, as a Markdown table
+    python bench/train/curves.py --runs offload  the same with state and parameters in host memory (nvme: in files, needs libaio)
     python bench/train/curves.py --golden FILE   write one process' curve, as tests/golden/loss_curve.json holds it
 
 A run goes through the trainer: checkpoints, validation and export included. One that changes its engine is stopped half way
@@ -66,6 +67,18 @@ QUICK = [
     Run("zero3", "ddp", ("engine.micro_batches=3",)),
 ]
 
+OFFLOAD = [
+    *(Run(f"zero{n}", settings=("engine.offload_optimizer=cpu",)) for n in (1, 2)),
+    Run("zero3", "zero3", ("engine.offload_optimizer=cpu", "engine.offload_param=cpu")),
+]
+NVME = [
+    Run("zero3", "zero3", ("engine.offload_optimizer=nvme", "engine.offload_param=nvme")),
+    Run("zero3", "zero3", ("engine.offload_optimizer=cpu", "engine.offload_param=nvme")),
+]
+RUNS = {"all": ALL, "quick": QUICK, "offload": OFFLOAD, "nvme": NVME}
+# DeepSpeed leaves in memory what is smaller than 1 MiB on a rank.
+WIDE = {"nvme": ["vision.width=512"]}
+
 
 def engine(name: str) -> list[str]:
     """Return the settings of an engine by its short name."""
@@ -92,17 +105,17 @@ def train(
     Trainer(task, config, folder, group).fit(resume=resume)
 
 
-def rank(shards: str, folder: Path, steps: int, runs: list[Run]) -> None:
+def rank(shards: str, folder: Path, steps: int, which: str) -> None:
     """Work through runs as one rank."""
     torch.set_num_threads(1)
     logging.getLogger("comtip_fast").setLevel(logging.ERROR)
     with joined(120, "cpu") as group:
-        for run in runs:
-            half = steps // 2 if run.then else 0
-            first, out = [*engine(run.first), *run.settings], folder / run.name
-            train(shards, out, steps, group, settings=first, stop=half)
+        for run in RUNS[which]:
+            half, out = steps // 2 if run.then else 0, folder / run.name
+            more = [*run.settings, *WIDE.get(which, []), f"engine.nvme_path={folder / 'nvme'}"]
+            train(shards, out, steps, group, settings=[*engine(run.first), *more], stop=half)
             if run.then:
-                train(shards, out, steps, group, settings=[*engine(run.then), *run.settings], resume=True)
+                train(shards, out, steps, group, settings=[*engine(run.then), *more], resume=True)
 
 
 def losses(folder: Path) -> list[float]:
@@ -118,15 +131,15 @@ def deviations(found: list[float], wanted: list[float]) -> dict[int, float]:
     return {n: max(off[:n]) for n in LIMITS if n <= len(off)}
 
 
-def run(shards: str, folder: Path, steps: int, worlds: list[int], quick: bool) -> list[dict[str, object]]:
+def run(shards: str, folder: Path, steps: int, worlds: list[int], which: str) -> list[dict[str, object]]:
     """Train one process and every world size; return rows of deviations."""
-    train(shards, folder / "one", steps, Alone(), settings=engine("single"))
+    train(shards, folder / "one", steps, Alone(), settings=[*engine("single"), *WIDE.get(which, [])])
     wanted, rows = losses(folder / "one"), []
     for world in worlds:
         below = folder / str(world)
-        arguments = [__file__, "--rank", shards, str(below), "--steps", str(steps), *(["--quick"] if quick else [])]
+        arguments = [__file__, "--rank", shards, str(below), "--steps", str(steps), "--runs", which]
         run_distributed(arguments, world, timeout_s=1800)
-        for one in QUICK if quick else ALL:
+        for one in RUNS[which]:
             off = deviations(losses(below / one.name), wanted)
             rows.append({"W": world, "run": one, "off": off, "ok": all(off[n] <= LIMITS[n] for n in off)})
     return rows
@@ -134,14 +147,14 @@ def run(shards: str, folder: Path, steps: int, worlds: list[int], quick: bool) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--runs", choices=RUNS, default="all")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--worlds", default="1,2,4")
     parser.add_argument("--golden", type=Path, help="write one process' curve here and end")
     parser.add_argument("--rank", nargs=2, metavar=("SHARDS", "FOLDER"), help="be one rank (used by the script itself)")
     args = parser.parse_args()
     if args.rank:
-        rank(args.rank[0], Path(args.rank[1]), args.steps, QUICK if args.quick else ALL)
+        rank(args.rank[0], Path(args.rank[1]), args.steps, args.runs)
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -151,7 +164,7 @@ def main() -> None:
             train(shards, folder / "one", args.steps, Alone(), settings=engine("single"))
             args.golden.write_text(json.dumps({"losses": losses(folder / "one")}, indent=1) + "\n")
             return
-        rows = run(shards, folder, args.steps, [int(w) for w in args.worlds.split(",")], args.quick)
+        rows = run(shards, folder, args.steps, [int(w) for w in args.worlds.split(",")], args.runs)
     print("| W | engine | then | further | first 10 steps | 50 steps |\n| - | - | - | - | - | - |")
     for r in rows:
         one, off = r["run"], r["off"]

@@ -51,6 +51,7 @@ def _train(args: argparse.Namespace) -> int:
     from comtip_fast.config.io import load_config
     from comtip_fast.plan.live import step_cost
     from comtip_fast.training.distributed import joined
+    from comtip_fast.training.engine import check_engine
     from comtip_fast.training.task import build_task, pick_device
     from comtip_fast.training.trainer import Trainer, refuse_second_run
     from comtip_fast.training.watch import ClockedGroup
@@ -60,8 +61,9 @@ def _train(args: argparse.Namespace) -> int:
     refuse_second_run(args.out, args.resume)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
+    device = pick_device(config.train.device)
+    check_engine(config, device)
     with joined(config.engine.timeout_s, config.train.device) as ranks:
-        device = pick_device(config.train.device)
         group = ClockedGroup(ranks, device)
         if group.rank > 0:
             log.setLevel(logging.WARNING)

@@ -158,6 +158,20 @@ def clip(module: nn.Module, limit: float) -> float:
     return float(norm)
 
 
+def check_engine(config: RunConfig, device: torch.device) -> None:
+    """Refuse, before anything slow is done, an engine that lacks something on this machine.
+
+    Raises
+    ------
+    TrainingError
+        Says what is missing.
+    """
+    if config.engine.kind == "deepspeed":
+        from comtip_fast.training.engine_deepspeed import check_deepspeed
+
+        check_deepspeed(config, device)
+
+
 def make_engine(module: nn.Module, config: RunConfig, group: Group) -> Engine:
     """Return the engine that the config asks for; ``module`` already holds the weights to start from.
 

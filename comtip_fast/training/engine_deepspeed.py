@@ -13,18 +13,22 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils import cpp_extension
 
 from comtip_fast.collectives import Group
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.training.engine import StepModule, autocast_of, clip
 from comtip_fast.training.optim import make_optimizer, optimizer_tensors, restore_optimizer
 from comtip_fast.training.protocol import TrainingError
+
+log = logging.getLogger("comtip_fast")
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _FLOAT = 4
@@ -193,10 +197,15 @@ class DeepSpeedEngine:
         """Give the optimizer its state now: DeepSpeed finds it only where it was there before the first group's step."""
         zero = self._engine.optimizer
         flat = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
-        if self.config.engine.offload_optimizer != "nvme":
-            for shard in flat:
-                moments = {key: torch.zeros_like(shard, requires_grad=False) for key in MOMENTS}
-                self.optimizer.state[shard].update(step=torch.tensor(0.0), **moments)
+        for i, shard in enumerate(flat):
+            # With NVMe a shard is a file, and comes into memory for as long as it is worked on.
+            swapped = self.stage == 3 and zero._swappable_optimizer_subgroup(i)
+            if swapped:
+                zero._optimizer_states_and_gradient_swap_in(i)
+            moments = {key: torch.zeros_like(shard, requires_grad=False) for key in MOMENTS}
+            self.optimizer.state[shard].update(step=torch.tensor(0.0), **moments)
+            if swapped:
+                zero._optimizer_states_and_gradient_swap_out(i)
         if self.stage < 3:
             zero._lazy_init_hp_params_optimizer_state()
 
@@ -220,6 +229,38 @@ class DeepSpeedEngine:
 
     def _device(self) -> torch.device:
         return next(self._home.parameters()).device
+
+
+def check_deepspeed(config: RunConfig, device: torch.device) -> None:
+    """Refuse, before data are read, what would fail later; compile what NVMe offload needs.
+
+    Raises
+    ------
+    TrainingError
+        DeepSpeed is not there, or ``nvme`` is asked for without the folder or what asynchronous I/O takes.
+    """
+    deepspeed, e = _import(device), config.engine
+    if "nvme" not in (e.offload_optimizer, e.offload_param):
+        return
+    try:
+        Path(e.nvme_path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainingError(f"engine.nvme_path={e.nvme_path}: {error.strerror}") from error
+    builder = deepspeed.accelerator.get_accelerator().create_op_builder("AsyncIOBuilder")
+    if not builder.is_compatible() or not cpp_extension.is_ninja_available():
+        raise TrainingError(
+            "engine.offload_*=nvme: DeepSpeed has to compile its async_io, which takes a C++ compiler, ninja, and libaio with "
+            "its headers (package libaio-dev or libaio-devel; elsewhere, name them in CFLAGS and LDFLAGS). Install them, or "
+            "use cpu"
+        )
+    folder = Path(cpp_extension._get_build_directory(builder.name, verbose=False))
+    if not (folder / f"{builder.name}.so").exists() or (folder / "lock").exists():
+        # PyTorch before 2.14 (its issue 189245) waits there for ever where a build was killed.
+        log.info("DeepSpeed compiles %s, for some minutes; should it hang, delete %s", builder.name, folder / "lock")
+    try:
+        builder.load(verbose=False)
+    except (RuntimeError, ImportError) as error:
+        raise TrainingError(f"DeepSpeed's {builder.name}, for engine.offload_*=nvme: {error}") from error
 
 
 def _moved(module: nn.Module) -> nn.Module:

@@ -124,7 +124,7 @@ def test_a_failing_rank_ends_the_others_and_is_named(tmp_path: Path):
 @pytest.mark.slow
 def test_whole_runs_give_one_process_curve_and_go_on_with_another_engine(tiny_shards: ShardSet, tmp_path: Path):
     """Through the trainer: SIGTERM to one rank stops all at one step; checkpoints know no engine and no world size."""
-    rows = curves.run(str(tiny_shards.path), tmp_path, 12, [2], quick=True)
+    rows = curves.run(str(tiny_shards.path), tmp_path, 12, [2], "quick")
     assert [row["run"] for row in rows] == curves.QUICK
     for row in rows:
         assert row["ok"], row
