@@ -255,7 +255,7 @@ def check_deepspeed(config: RunConfig, device: torch.device) -> None:
         )
     folder = Path(cpp_extension._get_build_directory(builder.name, verbose=False))
     if not (folder / f"{builder.name}.so").exists() or (folder / "lock").exists():
-        # PyTorch before 2.14 (its issue 189245) waits there for ever where a build was killed.
+        # Older PyTorch (its issue 189245) waits there for ever where a build was killed.
         log.info("DeepSpeed compiles %s, for some minutes; should it hang, delete %s", builder.name, folder / "lock")
     try:
         builder.load(verbose=False)
