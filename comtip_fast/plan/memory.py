@@ -110,7 +110,7 @@ def _pairs(s: Sizes, ranks: int) -> list[Row]:
         return []
     rows = [Row("adversary's candidates", 8 * INDEX * s.candidates * ceil(s.B / ranks) * s.G, note="estimate")]
     if s.other_spots and ranks > 1:
-        rows.append(Row("levels of all spots", s.B * s.G * (1 + INDEX), note="loss.paat.mode=strata needs none"))
+        rows.append(Row("levels of all spots", s.B * s.G, note="loss.paat.mode=strata needs none"))
     return rows
 
 

@@ -234,9 +234,11 @@ class StepLosses:
         if group.size == 1:
             return take_from_other_spots(levels, batch.section.long(), u)
         # A byte per spot and gene; ranks' loaders may have put spots in the place of damaged ones, so they are asked.
-        every_level = group.gather_rows(batch.levels, counts).long()
+        every_level = group.gather_rows(batch.levels, counts)
         every_section = group.gather_rows(batch.section, counts).long()
-        return take_from_other_spots(every_level, every_section, u, share_of(sum(counts), group.rank, group.size))
+        own = share_of(sum(counts), group.rank, group.size)
+        # Bytes until each spot has chosen: as int64, the levels of all spots would take eight times the room.
+        return take_from_other_spots(every_level, every_section, u, own).long()
 
     def _pair_logits(self, batch: Batch, heads: Heads, levels: Tensor, roll: int = 0) -> Tensor:
         """Return pair-head logits of the sentences (g, levels) in each spot's context."""

@@ -68,6 +68,17 @@ def test_other_spots_give_the_same_gene_of_the_same_section_and_never_ones_own()
     assert set(spot[:, 0].unique().tolist()) == {2, 4, 7}
 
 
+def test_levels_of_other_spots_are_taken_as_bytes_by_whoever_has_the_rows():
+    """All spots' levels travel as bytes; only what a rank takes may become wider."""
+    section = torch.tensor([0, 1, 0, 1, 0, 2, 1, 0, 1])
+    levels, u = (torch.arange(B * G).reshape(B, G) % 251).byte(), uniform(7, 3, B, G)
+    whole = take_from_other_spots(levels.long(), section, u)
+    for rows in (slice(0, 4), slice(4, 9), slice(9, 9)):
+        part = take_from_other_spots(levels, section, u[:, rows], rows)
+        assert part.dtype == torch.uint8
+        assert torch.equal(part.long(), whole[:, rows])
+
+
 def test_a_swap_counts_only_where_the_level_moves_enough(levels):
     moved = (levels + torch.arange(G).remainder(4)).clamp_max(Q - 1)
     measured = torch.arange(G).expand(B, G) % 5 != 0
