@@ -24,6 +24,10 @@ COMMANDS = {
     "doctor": "say what this machine can run",
 }
 USER_ERROR, KILLED = 2, 143
+# These say what is wrong with the input, with the file's name; anything else is our bug and is shown whole.
+BAD_INPUT = (
+    ValueError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError,
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,15 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("comtip: interrupted", file=sys.stderr)
         return 130
-    except (
-        ValueError,
-        FileNotFoundError,
-        PermissionError,
-        IsADirectoryError,
-        NotADirectoryError,
-        FileExistsError,
-    ) as error:
-        # These say what is wrong with the input, with the file's name; anything else is our bug and is shown whole.
+    except BAD_INPUT as error:
         if args.debug:
             raise
         print(f"comtip: error: {error}", file=sys.stderr)

@@ -8,7 +8,7 @@ import logging
 import sys
 from pathlib import Path
 
-from comtip_fast.cli import KILLED
+from comtip_fast.cli import BAD_INPUT, KILLED, USER_ERROR
 from comtip_fast.cli.options import add_out
 
 log = logging.getLogger("comtip_fast")
@@ -32,7 +32,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train; a failure that a fresh start mends is said in one sentence and has its own exit code."""
+    """Train; a failure that a fresh start mends is said in one sentence and has its own exit code.
+
+    Bad input is not tried again, although torchrun would.
+    """
+    from comtip_fast.training.refusals import Refusals
+
+    refusals = Refusals([*map(str, (args.config, args.out, args.start_from)), *args.set])
+    known = refusals.known()
+    if known is not None:
+        print(f"comtip: error: {known}", file=sys.stderr)
+        return USER_ERROR
+    try:
+        return _train_or_say(args)
+    except BAD_INPUT as error:
+        refusals.note(str(error), begun=any((args.out / "checkpoints").glob("step_*")))
+        raise
+
+
+def _train_or_say(args: argparse.Namespace) -> int:
     from comtip_fast.training.failures import RESTART_CODE, RestartError
 
     try:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import psutil
@@ -15,8 +17,12 @@ import torch
 
 from comtip_fast.config.io import dump_config, load_config
 from comtip_fast.testing.distributed import free_port, rank_environment
+from comtip_fast.training.refusals import Refusals
 from comtip_fast.training.task import build_task
 from comtip_fast.training.trainer import Trainer
+
+# What a launcher sets by itself.
+RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def losses(run: Path) -> list[float]:
@@ -39,12 +45,61 @@ def test_deepspeeds_launcher_gives_the_losses_of_one_process(tiny_overrides: lis
         str(programs / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port()), *bind, "--no_python",
         str(programs / "comtip"), "pretrain", "--config", str(config), "--out", str(tmp_path / "run"),
     ]  # fmt: skip
-    environment = rank_environment(0, 1, 0, {"TORCH_EXTENSIONS_DIR": str(tmp_path / "compiled")})
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        del environment[name]
+    environment = {k: v for k, v in rank_environment(0, 1, 0).items() if k not in RANKS}
+    environment["TORCH_EXTENSIONS_DIR"] = str(tmp_path / "compiled")
     environment["PATH"] = os.pathsep.join((str(programs), environment["PATH"]))
     done = subprocess.run(launched, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "FutureWarning" not in done.stderr, "DeepSpeed's use of PyTorch is no news to a user"
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
     assert not list((tmp_path / "compiled").glob("*")), "compiled at the start of a run, a minute and more"
+
+
+def agent(start: int) -> dict[str, str]:
+    return {
+        "TORCHELASTIC_RUN_ID": "r",
+        "LOCAL_RANK": "0",
+        "TORCHELASTIC_RESTART_COUNT": str(start),
+        "TORCHELASTIC_MAX_RESTARTS": "3",
+    }
+
+
+def test_bad_input_is_final_before_the_first_checkpoint_and_after_it_the_second_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    command = ["c.yaml", "run"]
+    Refusals(command, agent(0)).note("no such file", begun=False)
+    assert "no such file (start 1 of 3 again" in str(Refusals(command, agent(1)).known())
+    assert Refusals(["other.yaml", "run"], agent(1)).known() is None
+    assert Refusals(command, agent(0)).known() is None, "a new agent begins anew"
+    Refusals(command, agent(0)).note("in use", begun=True)
+    assert Refusals(command, agent(1)).known() is None
+    Refusals(command, agent(1)).note("in use", begun=True)
+    assert Refusals(command, agent(2)).known() is not None
+    assert Refusals(command, agent(3)).known() is not None
+    assert list(tmp_path.iterdir()) == [], "the last start clears up"
+    Refusals(command, {}).note("no such file", begun=False)
+    assert list(tmp_path.iterdir()) == [], "nothing is noted outside torchrun"
+
+
+@pytest.mark.slow
+def test_torchrun_is_soon_done_with_bad_input(tmp_path: Path):
+    """Three restarts: the first start finds out, the others say it again without so much as importing PyTorch."""
+    config = tmp_path / "c.yaml"
+    config.write_text("data:\n  shards: no-such-set\n")
+    programs = Path(sys.executable).parent
+    launched = [
+        str(programs / "torchrun"), "--standalone", "--nproc-per-node", "2", "--max-restarts", "3", "--no-python",
+        str(programs / "comtip"), "pretrain", "--config", str(config), "--out", str(tmp_path / "run"), "--resume",
+    ]  # fmt: skip
+    (tmp_path / "notes").mkdir()
+    environment = {k: v for k, v in rank_environment(0, 1, 0).items() if k not in RANKS}
+    environment |= {"TMPDIR": str(tmp_path / "notes"), "PYTHONPROFILEIMPORTTIME": "1"}
+    done = subprocess.run(launched, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 1
+    assert "no-such-set" in done.stderr
+    for start in (1, 2, 3):
+        assert f"(start {start} of 3 again; it cannot help)" in done.stderr
+    # The agent imports it once, and each of two ranks at most once.
+    assert 1 <= len(re.findall(r"\| +torch\n", done.stderr)) <= 3
