@@ -87,6 +87,8 @@ def _attend(qkv: tuple[Tensor, ...], batches: list[Batch]) -> Tensor:
     return torch.cat(out)
 
 
+# Shapes follow the lengths: torch.compile would compile anew with every batch, until its limit is reached.
+@torch.compiler.disable
 def _packed(qkv: tuple[Tensor, ...], length_N: Tensor) -> Tensor:
     """Return (S, H, E)."""
     S, runs = qkv[0].shape[0], _runs(length_N)
