@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -106,6 +108,17 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(_unhex(state["torch_rng"]))
     if device.type == "cuda" and "cuda_rng" in state:
         torch.cuda.set_rng_state(_unhex(state["cuda_rng"]), device)
+
+
+@contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """Deterministic algorithms on the CPU; on a GPU they cost speed and are the user's choice."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(device.type == "cpu" or before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def _hex(state: Tensor) -> str:

@@ -11,8 +11,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from comtip_fast.training.loggers import Logger, finite, keep_rows_up_to, make_l
 from comtip_fast.training.optim import learning_rate
 from comtip_fast.training.pieces import forward_backward
 from comtip_fast.training.protocol import TrainingError, TrainingTask
-from comtip_fast.training.run_state import RunState, check_same_run, random_state, set_random_state
+from comtip_fast.training.run_state import RunState, check_same_run, deterministic, random_state, set_random_state
 from comtip_fast.training.signals import Signals, catch_signals, hold_run
 from comtip_fast.training.watch import EVENTS, Alarm, ClockedGroup, Events, Meter, StepCost, Tracer, Watchdog
 
@@ -99,7 +98,7 @@ class Trainer:
         with said_clearly(self.group.rank, size, lambda: f"during {self._dog.what}", timeout_s), ExitStack() as stack:
             # One process holds the folder and writes to it; what it meets there, all of them say.
             first_does(lambda: self._take_folder(stack), self.group)
-            stack.enter_context(_deterministic(self.device))
+            stack.enter_context(deterministic(self.device))
             caught = stack.enter_context(catch_signals())
             resumed = self._start(resume)
             if not self.progress.stopped:
@@ -392,14 +391,3 @@ def refuse_second_run(run_dir: Path, resume: bool) -> None:
         raise TrainingError(
             f"{run_dir} already holds a run (step {steps[-1]}); go on with --resume, or give another --out"
         )
-
-
-@contextmanager
-def _deterministic(device: torch.device) -> Iterator[None]:
-    """Deterministic algorithms on the CPU; on a GPU they cost speed and are the user's choice."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(device.type == "cpu" or before)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
