@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from comtip_kernels import (
@@ -31,6 +32,7 @@ from comtip_kernels import (
     plan_sentences,
     table_pool,
 )
+from comtip_kernels.infonce.blocks import BlockIds, block_gradients, block_lse
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -76,6 +78,44 @@ def infonce_case(device: str, small: bool) -> Case:
     return Case(
         "infonce", f"B={B} M={M} D={D}", [x, y, scale], lambda *t: infonce(*t, impl="triton"),
         lambda *t: infonce(*t, impl="reference"), 10.0 * B * M * D, 20.0 * (B + M) * D, peers,
+    )  # fmt: skip
+
+
+class _Block(torch.autograd.Function):
+    """Mean log-sum-exp over negatives of a block's rows and columns, on the two functions that a rank calls."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor, ids: BlockIds) -> Tensor:
+        lse = block_lse(x, y, scale, ids, impl="triton")
+        ctx.save_for_backward(x, y, scale, *lse)
+        ctx.ids = ids
+        return lse[0].mean() + lse[1].mean()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, scale, *lse = ctx.saved_tensors
+        half = [torch.full_like(t, 1 / t.numel()) for t in lse]
+        dx, dy = block_gradients(x, y, scale, ctx.ids, half[0], lse[0], half[1], lse[1], impl="triton")
+        factor = scale * grads[0]
+        return (dx * factor).to(x.dtype), (dy * factor).to(y.dtype), (x.float() * dx).sum() * grads[0], None
+
+
+def block_case(device: str, small: bool) -> Case:
+    """Return one rank's block of the loss over many: all images against its own texts."""
+    R, C, D = (40, 24, 32) if small else (65536, 2048, 512)
+    x, y, scale = _randn(device, R, D), _randn(device, C, D), torch.tensor(20.0, device=device, requires_grad=True)
+    rows, columns = (torch.arange(n, device=device) // 2 << 32 for n in (R, C))
+    ids = BlockIds("all", None, None, rows, columns, None)
+
+    def dense(x: Tensor, y: Tensor, s: Tensor) -> Tensor:
+        logits = s.to(x.dtype) * (F.normalize(x, dim=-1) @ F.normalize(y, dim=-1).T)
+        logits = logits.masked_fill(rows[:, None] == columns, -torch.inf)
+        return logits.logsumexp(1).mean() + logits.logsumexp(0).mean()
+
+    return Case(
+        "infonce_block", f"R={R} C={C} D={D}", [x, y, scale],
+        lambda x, y, s: _Block.apply(F.normalize(x, dim=-1), F.normalize(y, dim=-1), s, ids), dense, 10.0 * R * C * D,
+        20.0 * (R + C) * D,
     )  # fmt: skip
 
 
@@ -265,7 +305,7 @@ def main() -> None:
     device = "cpu" if args.dry_run else "cuda"
     small = args.dry_run
     made = (
-        infonce_case(device, small), embedding_case(device, small),
+        infonce_case(device, small), block_case(device, small), embedding_case(device, small),
         *(attention_case(device, small, longest) for longest in ((16,) if small else (10, 16, 24, 32, 48))),
         *table_cases(device, small),
     )  # fmt: skip

@@ -173,20 +173,21 @@ class _GlobalInfoNCE(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor, run: _Run, form: str) -> Tensor:
-        s, own, b = float(scale), run.rows(run.group.rank), x.shape[0]
+        # The scale stays where it is, as everything does: reading a number would make the host wait for the GPU.
+        s, own, b = scale.detach(), run.rows(run.group.rank), x.shape[0]
         all_x, row_lse, column_lse = _FORMS[form][0](x, y, s, run)
         positive = s * torch.linalg.vecdot(x, y[:b])
         # The negatives' sums are whole now; a rank has both vectors of its own positives.
         row_lse = torch.logaddexp(row_lse, positive)
         column_lse = torch.logaddexp(column_lse[:b], positive)
-        ctx.save_for_backward(x if all_x is None else all_x, y, row_lse, column_lse)
-        ctx.scale, ctx.run, ctx.form = s, run, form
+        ctx.save_for_backward(x if all_x is None else all_x, y, s, row_lse, column_lse)
+        ctx.run, ctx.form = run, form
         half = run.half(x)[own]
         return (half * (row_lse + column_lse - 2 * positive)).sum()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        held, y, row_lse, column_lse = ctx.saved_tensors
+        held, y, s, row_lse, column_lse = ctx.saved_tensors
         run: _Run = ctx.run
         own = run.rows(run.group.rank)
         x = held[own] if ctx.form == "gather" else held
@@ -194,20 +195,20 @@ class _GlobalInfoNCE(torch.autograd.Function):
         half = run.half(x)[own]
         more = (0, y.shape[0] - b)
         columns = F.pad(half, more), F.pad(column_lse, more)
-        dx, dy = _FORMS[ctx.form][1](held, y, ctx.scale, run, row_lse, columns)
-        positive = ctx.scale * torch.linalg.vecdot(x, y[:b])
+        dx, dy = _FORMS[ctx.form][1](held, y, s, run, row_lse, columns)
+        positive = s * torch.linalg.vecdot(x, y[:b])
         at_positive = (half * ((positive - row_lse).exp() + (positive - column_lse).exp() - 2))[:, None]
         dx, dy[:b] = dx + at_positive * y[:b], dy[:b] + at_positive * x
         # Every logit is linear in x and in the scale; the shares of all ranks add up to the scale's gradient.
         dscale = torch.linalg.vecdot(x, dx).sum() * grads[0]
-        factor = ctx.scale * grads[0]
+        factor = s * grads[0]
         return dx * factor, dy * factor, dscale, None, None
 
 
 Columns = tuple[Tensor, Tensor]
 
 
-def _gather_forward(x: Tensor, y: Tensor, s: float, run: _Run) -> tuple[Tensor | None, Tensor, Tensor]:
+def _gather_forward(x: Tensor, y: Tensor, s: Tensor, run: _Run) -> tuple[Tensor | None, Tensor, Tensor]:
     """Return all images, and the log-sum-exp over negatives of the own images and of the own columns."""
     all_x = run.group.gather_rows(x, run.counts)
     row, column = block_lse(all_x, y, s, run.ids(slice(None)))
@@ -217,7 +218,7 @@ def _gather_forward(x: Tensor, y: Tensor, s: float, run: _Run) -> tuple[Tensor |
 
 
 def _gather_backward(
-    all_x: Tensor, y: Tensor, s: float, run: _Run, row_lse: Tensor, columns: Columns
+    all_x: Tensor, y: Tensor, s: Tensor, run: _Run, row_lse: Tensor, columns: Columns
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of own images and columns, negatives only."""
     rows = run.group.gather_rows(row_lse, run.counts)
@@ -225,7 +226,7 @@ def _gather_backward(
     return run.group.scatter_rows(dx, run.counts), dy
 
 
-def _ring_forward(x: Tensor, y: Tensor, s: float, run: _Run) -> tuple[Tensor | None, Tensor, Tensor]:
+def _ring_forward(x: Tensor, y: Tensor, s: Tensor, run: _Run) -> tuple[Tensor | None, Tensor, Tensor]:
     """As :func:`_gather_forward`; images come by, and their running statistics follow one step behind them."""
     column = y.new_full((y.shape[0],), -torch.inf)
 
@@ -240,7 +241,7 @@ def _ring_forward(x: Tensor, y: Tensor, s: float, run: _Run) -> tuple[Tensor | N
 
 
 def _ring_backward(
-    x: Tensor, y: Tensor, s: float, run: _Run, row_lse: Tensor, columns: Columns
+    x: Tensor, y: Tensor, s: Tensor, run: _Run, row_lse: Tensor, columns: Columns
 ) -> tuple[Tensor, Tensor]:
     """As :func:`_gather_backward`; images come by once more, and their gradients follow them."""
     dy, half = torch.zeros_like(y), run.half(x)

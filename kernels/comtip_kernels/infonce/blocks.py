@@ -7,17 +7,20 @@ block by themselves, wherever they stand; whoever has both vectors adds them. Pu
     lse_i  = log(exp(s_ii) + sum over blocks exp(row lse))      likewise per column
     ds_ij  = half_i exp(s_ij - lse_i) + half_j exp(s_ij - lse_j)
 
-Neither function makes an (R, C) tensor: blocks of rows of the block are worked through in turn (:mod:`.cpu`, plain
-PyTorch on any device). ``impl="reference"`` is the formula at once.
+``triton`` has the kernels of the whole loss (:mod:`.blocks_op`): no (R, C) tensor, and nothing is read on the host. ``cpu``
+makes none either: it works through rows of the block in turn, in plain PyTorch, on any device. ``reference`` is the formula.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from comtip_kernels.dispatch import Impl, choose, with_triton
 from comtip_kernels.infonce.cpu import FLOOR, HEADROOM, Masks, _blocks, _exponentials, _log
 
 __all__ = ["BlockIds", "block_gradients", "block_lse"]
@@ -25,7 +28,10 @@ __all__ = ["BlockIds", "block_gradients", "block_lse"]
 
 @dataclass
 class BlockIds(Masks):
-    """Which pairs of a block are negatives; every row and column has a class. See :class:`.cpu.Masks`."""
+    """Which pairs of a block are negatives; every row and column has a class. See :class:`.cpu.Masks`.
+
+    Classes are compared as 64-bit integers (they may be hashes), groups as 32-bit ones.
+    """
 
     silent_columns: Tensor | None = None
     """bool (C,): the text of a spot of weight 0, nobody's negative; None where there are none."""
@@ -50,7 +56,7 @@ class BlockIds(Masks):
         return ok
 
 
-def block_lse(x: Tensor, y: Tensor, scale: float, ids: BlockIds, *, impl: str = "auto") -> tuple[Tensor, Tensor]:
+def block_lse(x: Tensor, y: Tensor, scale: Tensor, ids: BlockIds, *, impl: Impl = "auto") -> tuple[Tensor, Tensor]:
     """Return the log-sum-exp over negatives of every row (R,) and of every column (C,); -inf where there are none.
 
     Parameters
@@ -58,43 +64,35 @@ def block_lse(x: Tensor, y: Tensor, scale: float, ids: BlockIds, *, impl: str = 
     x, y
         Unit vectors (R, D) and (C, D).
     scale
-        Inverse temperature.
+        Inverse temperature, a scalar tensor.
     ids
         Who is whose negative.
     impl
-        ``auto`` or ``reference``.
+        Which implementation; see :mod:`comtip_kernels.dispatch`. ``cpu`` runs on any device.
+
+    Returns
+    -------
+    tuple of Tensor
+        In the vectors' dtype, and at least fp32.
+
+    Raises
+    ------
+    ValueError
+        If ``ids`` has no classes, or ``impl`` cannot run.
     """
-    if impl == "reference":
-        logits = _logits(x, y, scale, ids, torch.arange(x.shape[0], device=x.device))
-        return logits.logsumexp(1), logits.logsumexp(0)
-    R, C = x.shape[0], y.shape[0]
-    shift = scale - HEADROOM
-    row, column = x.new_zeros(R), x.new_zeros(C)
-    blocks = _rows(x, y)
-    buffer = x.new_empty(blocks[0].numel() if blocks else 0, C)
-    for rows in blocks:
-        e = _exponentials(x, y, scale, shift, rows, ids, buffer)
-        row[rows] = e.sum(1)
-        column += e.sum(0)
-    row_lse, column_lse = row.log() + shift, column.log() + shift
-    # Sums that underflowed may stand for negatives far off, or for none at all: done again, each with its own maximum.
-    for part in (row < FLOOR).nonzero().squeeze(1).split(1024):
-        row_lse[part] = _logits(x, y, scale, ids, part).logsumexp(1)
-    for part in (column < FLOOR).nonzero().squeeze(1).split(1024):
-        column_lse[part] = _logits(x, y[part], scale, _columns(ids, part), None).logsumexp(0)
-    return row_lse, column_lse
+    return _chosen("infonce_block_lse", impl, x, ids, _LSE)(x, y, scale, ids)
 
 
 def block_gradients(
-    x: Tensor, y: Tensor, scale: float, ids: BlockIds, half_row: Tensor, row_lse: Tensor, half_column: Tensor,
-    column_lse: Tensor, *, impl: str = "auto",
+    x: Tensor, y: Tensor, scale: Tensor, ids: BlockIds, half_row: Tensor, row_lse: Tensor, half_column: Tensor,
+    column_lse: Tensor, *, impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return sum_j g_ij y_j (R, D) and sum_i g_ij x_i (C, D) over the block's negatives; see the module's formula.
 
     Parameters
     ----------
-    x, y, scale, ids
-        As for :func:`block_lse`.
+    x, y, scale, ids, impl
+        As for :func:`block_lse`; so are dtypes and errors.
     half_row, half_column
         Weight of each row's and column's own softmax in the loss; 0 where it has none (further columns).
     row_lse, column_lse
@@ -103,21 +101,90 @@ def block_gradients(
     # A column without a softmax of its own has no log-sum-exp either; +inf makes its exponentials 0, not NaN.
     column_lse = torch.where(half_column != 0, column_lse, torch.inf)
     row_lse = torch.where(half_row != 0, row_lse, torch.inf)
+    run = _chosen("infonce_block_gradients", impl, x, ids, _GRADIENTS)
+    return run(x, y, scale, ids, half_row, row_lse, half_column, column_lse)
+
+
+def _chosen(op: str, impl: str, x: Tensor, ids: BlockIds, have: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
+    if ids.class_rows is None or ids.class_columns is None:
+        raise ValueError(f"{op}: a block's rows and columns need classes, by which positives are told from negatives")
+    # The blocks of rows run on any device, and are better than a whole (R, C) tensor where there is no Triton.
+    return choose(op, impl, x, have, ("triton", "cpu") if x.is_cuda else ("cpu",))
+
+
+def _lse_reference(x: Tensor, y: Tensor, scale: Tensor, ids: BlockIds) -> tuple[Tensor, Tensor]:
+    logits = _logits(_wide(x), _wide(y), scale, ids, None)
+    return logits.logsumexp(1), logits.logsumexp(0)
+
+
+def _lse_cpu(x: Tensor, y: Tensor, scale: Tensor, ids: BlockIds) -> tuple[Tensor, Tensor]:
+    x, y, s = _wide(x), _wide(y), float(scale)
+    R, C = x.shape[0], y.shape[0]
+    shift = s - HEADROOM
+    row, column = x.new_zeros(R), x.new_zeros(C)
+    blocks = _rows(x, y)
+    buffer = x.new_empty(blocks[0].numel() if blocks else 0, C)
+    for rows in blocks:
+        e = _exponentials(x, y, s, shift, rows, ids, buffer)
+        row[rows] = e.sum(1)
+        column += e.sum(0)
+    row_lse, column_lse = row.log() + shift, column.log() + shift
+    # Sums that underflowed may stand for negatives far off, or for none at all: done again, each with its own maximum.
+    for part in (row < FLOOR).nonzero().squeeze(1).split(1024):
+        row_lse[part] = _logits(x, y, s, ids, part).logsumexp(1)
+    for part in (column < FLOOR).nonzero().squeeze(1).split(1024):
+        column_lse[part] = _logits(x, y[part], s, _columns(ids, part), None).logsumexp(0)
+    return row_lse, column_lse
+
+
+def _gradients_reference(
+    x: Tensor, y: Tensor, scale: Tensor, ids: BlockIds, half_row: Tensor, row_lse: Tensor, half_column: Tensor,
+    column_lse: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x, y = _wide(x), _wide(y)
+    s = _logits(x, y, scale, ids, None)
+    g = half_row[:, None] * (s - row_lse[:, None]).exp() + half_column * (s - column_lse).exp()
+    return g @ y, g.T @ x
+
+
+def _gradients_cpu(
+    x: Tensor, y: Tensor, scale: Tensor, ids: BlockIds, half_row: Tensor, row_lse: Tensor, half_column: Tensor,
+    column_lse: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x, y, s = _wide(x), _wide(y), float(scale)
     dx, dy = torch.zeros_like(x), torch.zeros_like(y)
-    shift, floor = scale - HEADROOM, _log(FLOOR)
+    shift, floor = s - HEADROOM, _log(FLOOR)
     low = bool((row_lse - shift).lt(floor).any() | (column_lse - shift).lt(floor).any())
     a, b = half_row * (shift - row_lse).exp(), half_column * (shift - column_lse).exp()
-    blocks = [torch.arange(x.shape[0])] if impl == "reference" else _rows(x, y)
+    blocks = _rows(x, y)
     buffer = x.new_empty(blocks[0].numel() if blocks else 0, y.shape[0])
     for rows in blocks:
-        if low or impl == "reference":
-            s = _logits(x, y, scale, ids, rows)
-            g = half_row[rows, None] * (s - row_lse[rows, None]).exp() + half_column * (s - column_lse).exp()
+        if low:
+            logits = _logits(x, y, s, ids, rows)
+            g = half_row[rows, None] * (logits - row_lse[rows, None]).exp()
+            g += half_column * (logits - column_lse).exp()
         else:
-            g = _exponentials(x, y, scale, shift, rows, ids, buffer).mul_(a[rows, None] + b)
+            g = _exponentials(x, y, s, shift, rows, ids, buffer).mul_(a[rows, None] + b)
         dx[rows] = g @ y
         dy.addmm_(g.T, x[rows])
     return dx, dy
+
+
+_LSE = {
+    "reference": _lse_reference,
+    "cpu": _lse_cpu,
+    "triton": with_triton("comtip_kernels.infonce.blocks_op", "lse_triton"),
+}
+_GRADIENTS = {
+    "reference": _gradients_reference,
+    "cpu": _gradients_cpu,
+    "triton": with_triton("comtip_kernels.infonce.blocks_op", "gradients_triton"),
+}
+
+
+def _wide(v: Tensor) -> Tensor:
+    """Return at least fp32: statistics of logits up to 100 cannot be kept in bf16."""
+    return v.to(torch.promote_types(v.dtype, torch.float32))
 
 
 def _rows(x: Tensor, y: Tensor) -> list[Tensor]:
@@ -137,6 +204,6 @@ def _columns(ids: BlockIds, part: Tensor) -> BlockIds:
     )  # fmt: skip
 
 
-def _logits(x: Tensor, y: Tensor, scale: float, ids: BlockIds, rows: Tensor | None) -> Tensor:
+def _logits(x: Tensor, y: Tensor, scale: float | Tensor, ids: BlockIds, rows: Tensor | None) -> Tensor:
     rows = torch.arange(x.shape[0], device=x.device) if rows is None else rows
     return (scale * (x[rows] @ y.T)).masked_fill(~ids.block(rows, y.shape[0]), float("-inf"))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from comtip_kernels.infonce import triton_kernels as kernels
@@ -19,16 +22,95 @@ Ids = Tensor | None
 _SMALL = {"BM": 32, "BN": 32, "BK": 32}
 
 
-def _flags(rule: int, classes: Ids, silent: Ids, x: Tensor) -> dict[str, Any]:
-    return {
-        "RULE": rule, "CLASSES": classes is not None, "SILENT": silent is not None, "UPCAST": INTERPRETING,
-        "PRECISION": precision(x),
-    }  # fmt: skip
+@dataclass(frozen=True)
+class Pairs:
+    """Which pairs the kernels let in: what is common to both directions, and the integers of rows and of columns."""
+
+    rule: int
+    rows: tuple[Ids, Ids, Ids]
+    """Groups, classes, silent flags; None where nothing is compared."""
+    columns: tuple[Ids, Ids, Ids]
+    diagonal: bool
+    """Pair (i, i) is a positive, for every row."""
+
+    def flags(self, x: Tensor) -> dict[str, Any]:
+        """Return what kernels are compiled for."""
+        _, classes, silent = self.rows
+        return {
+            "RULE": self.rule, "CLASSES": classes is not None, "SILENT": silent is not None, "DIAGONAL": self.diagonal,
+            "UPCAST": INTERPRETING, "PRECISION": precision(x),
+        }  # fmt: skip
+
+    def pointers(self, x: Tensor) -> list[Tensor]:
+        """Return something to point at also for ids that are not there; it is never read."""
+        return [x if i is None else i for both in zip(self.rows, self.columns, strict=True) for i in both]
+
+    def swapped(self) -> Pairs:
+        """Return the same with rows for columns."""
+        return replace(self, rows=self.columns, columns=self.rows)
 
 
-def _pointers(x: Tensor, *ids: Ids) -> list[Tensor]:
-    """Return something to point at also for ids that are not there; it is never read."""
-    return [x if i is None else i for i in ids]
+def lse_of(x: Tensor, y: Tensor, scale: Tensor, pairs: Pairs, columns: int) -> tuple[Tensor, Tensor]:
+    """Return the log-sum-exp of every row and of the first ``columns`` columns, fp32; -inf where no pair is let in."""
+    (R, D), C = x.shape, y.shape[0]
+    tiles, exact = fitted(kernels.FORWARD, D, _SMALL), fitted(kernels.EXACT, D, _SMALL)
+    n_m, n_n = triton.cdiv(R, tiles["BM"]), triton.cdiv(C, tiles["BN"])
+    row_sums = torch.empty(n_n, R, device=x.device, dtype=torch.float32)
+    col_sums = torch.empty(n_m, C, device=x.device, dtype=torch.float32)
+    flags = pairs.flags(x)
+    kernels.lse_tiles[(n_m * n_n,)](
+        x, y, row_sums, col_sums, scale, *pairs.pointers(x), R, C, D, *x.stride(), *y.stride(), n_n, HEADROOM=HEADROOM,
+        **flags, **tiles,
+    )  # fmt: skip
+    shift = scale - HEADROOM
+    out = []
+    for sums, q, k, own in ((row_sums.sum(0), x, y, pairs), (col_sums.sum(0)[:columns], y, x, pairs.swapped())):
+        lse, low, silent = sums.log() + shift, sums < FLOOR, own.rows[2]
+        if not pairs.diagonal and silent is not None:
+            low &= silent[: low.shape[0]] == 0  # nothing is let in there: -inf is right already
+        kernels.exact_lse[(triton.cdiv(low.shape[0], exact["BM"]),)](
+            q, k, lse, low.to(torch.int32), scale, *own.pointers(x), low.shape[0], k.shape[0], D, *q.stride(), *k.stride(),
+            **flags, **exact,
+        )  # fmt: skip
+        out.append(lse)
+    return out[0], out[1]
+
+
+Stats = tuple[Tensor, Tensor]
+"""Of rows or columns: weight of the softmax in the loss, and log-sum-exp, +inf where there is no softmax; fp32."""
+
+
+def gradients_of(
+    x: Tensor, y: Tensor, scale: Tensor, pairs: Pairs, rows: Stats, columns: Stats
+) -> tuple[Tensor, Tensor]:
+    """Return sum_j g_ij y_j, fp32 (R, D), and sum_i g_ij x_i, fp32 (C, D)."""
+    D = x.shape[1]
+    tiles = fitted(kernels.backward_tiles(x.dtype == torch.float32), D, _SMALL)
+    tiles["BD"] = min(kernels.MAX_BD, power_of_2(D))
+    floor = math.log(FLOOR) + scale - HEADROOM
+    flags = pairs.flags(x)
+    of_rows, of_columns = ((lse, half, (lse < floor).to(torch.int32)) for half, lse in (rows, columns))
+    out = []
+    for q, k, own, other, who in ((x, y, of_rows, of_columns, pairs), (y, x, of_columns, of_rows, pairs.swapped())):
+        grid = (triton.cdiv(q.shape[0], tiles["BM"]), triton.cdiv(D, tiles["BD"]))
+        # The whole loss is square enough for one program per block of rows.
+        parts, per_part = (1, k.shape[0]) if pairs.diagonal else kernels.shares(grid[0] * grid[1], k.shape[0])
+        made = torch.empty(parts, q.shape[0], D, device=x.device, dtype=torch.float32)
+        kernels.grad_rows[(*grid, parts)](
+            q, k, made, own[0], other[0], own[1], other[1], own[2], other[2], scale, *who.pointers(x), q.shape[0], k.shape[0],
+            per_part, D, *q.stride(), *k.stride(), HEADROOM=HEADROOM, **flags, **tiles,
+        )  # fmt: skip
+        out.append(made[0] if parts == 1 else made.sum(0))
+    return out[0], out[1]
+
+
+def _pairs(
+    columns: int, rule: int, group_x: Ids, group_y: Ids, class_x: Ids, class_y: Ids, silent: Ids
+) -> Pairs:  # fmt: skip
+    """Return who is let in; ``silent`` marks pairs, no further column is silent."""
+    if silent is not None:
+        silent = F.pad(silent, (0, columns - silent.shape[0]))
+    return Pairs(rule, (group_x, class_x, silent), (group_y, class_y, silent), diagonal=True)
 
 
 @torch.library.custom_op("comtip::infonce_lse", mutates_args=())
@@ -36,43 +118,10 @@ def infonce_lse(
     x: Tensor, y: Tensor, scale: Tensor, rule: int, group_x: Ids, group_y: Ids, class_x: Ids, class_y: Ids, silent: Ids
 ) -> tuple[Tensor, Tensor]:
     """Return the log-sum-exp of each row over its allowed columns and of the first B columns over rows, fp32 (B,)."""
-    B, M, D = x.shape[0], y.shape[0], x.shape[1]
+    B = x.shape[0]
     if B == 0:
         return x.new_zeros(0, dtype=torch.float32), x.new_zeros(0, dtype=torch.float32)
-    tiles = fitted(kernels.FORWARD, D, _SMALL)
-    n_m, n_n = triton.cdiv(B, tiles["BM"]), triton.cdiv(M, tiles["BN"])
-    row_sums = torch.empty(n_n, B, device=x.device, dtype=torch.float32)
-    col_sums = torch.empty(n_m, M, device=x.device, dtype=torch.float32)
-    flags, ids = _flags(rule, class_x, silent, x), _pointers(x, group_x, group_y, class_x, class_y, silent)
-    kernels.lse_tiles[(n_m * n_n,)](
-        x,
-        y,
-        row_sums,
-        col_sums,
-        scale,
-        *ids,
-        B,
-        M,
-        D,
-        *x.stride(),
-        *y.stride(),
-        n_n,
-        HEADROOM=HEADROOM,
-        **flags,
-        **tiles,
-    )
-    shift = scale - HEADROOM
-    out = []
-    exact = fitted(kernels.EXACT, D, _SMALL)
-    swapped = _pointers(x, group_y, group_x, class_y, class_x, silent)
-    for sums, q, k, own in ((row_sums.sum(0), x, y, ids), (col_sums.sum(0)[:B], y, x, swapped)):
-        lse = sums.log() + shift
-        low = (sums < FLOOR).to(torch.int32)
-        kernels.exact_lse[(triton.cdiv(B, exact["BM"]),)](
-            q, k, lse, low, scale, *own, B, k.shape[0], B, D, *q.stride(), *k.stride(), **flags, **exact
-        )
-        out.append(lse)
-    return out[0], out[1]
+    return lse_of(x, y, scale, _pairs(y.shape[0], rule, group_x, group_y, class_x, class_y, silent), B)
 
 
 @infonce_lse.register_fake
@@ -87,32 +136,13 @@ def infonce_grads(
     group_x: Ids, group_y: Ids, class_x: Ids, class_y: Ids, silent: Ids,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return sum_j g_ij y_j, fp32 (B, D), and sum_i g_ij x_i, fp32 (M, D)."""
-    B, M, D = x.shape[0], y.shape[0], x.shape[1]
-    dx = torch.empty(B, D, device=x.device, dtype=torch.float32)
-    dy = torch.empty(M, D, device=x.device, dtype=torch.float32)
+    B, M = x.shape[0], y.shape[0]
     if B == 0:
-        return dx, dy.zero_()
-    tiles = fitted(kernels.backward_tiles(x.dtype == torch.float32), D, _SMALL)
-    tiles["BD"] = min(kernels.MAX_BD, power_of_2(D))
-    flags = _flags(rule, class_x, silent, x)
-    more = (0, M - B)
-    floor = torch.tensor(FLOOR).log().item() + scale - HEADROOM
-    rows = (half_row.float().contiguous(), row_lse, (row_lse < floor).to(torch.int32))
-    columns = tuple(
-        torch.nn.functional.pad(t, more).contiguous()
-        for t in (half_column.float(), column_lse, (column_lse < floor).to(torch.int32))
-    )
-    ids, swapped = (
-        _pointers(x, group_x, group_y, class_x, class_y, silent),
-        _pointers(x, group_y, group_x, class_y, class_x, silent),
-    )
-    for q, k, out, own, other, who in ((x, y, dx, rows, columns, ids), (y, x, dy, columns, rows, swapped)):
-        grid = (triton.cdiv(q.shape[0], tiles["BM"]), triton.cdiv(D, tiles["BD"]))
-        kernels.grad_rows[grid](
-            q, k, out, own[1], other[1], own[0], other[0], own[2], other[2], scale, *who, q.shape[0], k.shape[0], B, D,
-            *q.stride(), *k.stride(), HEADROOM=HEADROOM, **flags, **tiles,
-        )  # fmt: skip
-    return dx, dy
+        dx, dy = (torch.zeros_like(v, dtype=torch.float32, memory_format=torch.contiguous_format) for v in (x, y))
+        return dx, dy
+    pairs, more = _pairs(M, rule, group_x, group_y, class_x, class_y, silent), (0, M - B)
+    columns = (F.pad(half_column.float(), more).contiguous(), F.pad(column_lse, more, value=math.inf).contiguous())
+    return gradients_of(x, y, scale, pairs, (half_row.float().contiguous(), row_lse), columns)
 
 
 @infonce_grads.register_fake
@@ -152,7 +182,7 @@ def infonce_triton(
 ) -> Tensor:  # fmt: skip
     """Symmetric InfoNCE; see :func:`comtip_kernels.infonce.infonce`. Returns a scalar, fp32."""
     B = image_BD.shape[0]
-    x, y = (torch.nn.functional.normalize(v, dim=-1) for v in (image_BD, text_MD))
+    x, y = (F.normalize(v, dim=-1) for v in (image_BD, text_MD))
     weight = torch.ones(B, device=x.device) if weight_B is None else weight_B.detach().float()
     # Groups are compared only where the rule asks; which spots are silent is data, and is never looked at on the host.
     groups = [

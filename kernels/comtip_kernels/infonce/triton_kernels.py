@@ -1,10 +1,13 @@
-"""InfoNCE on a GPU: two Triton kernels, no B x M matrix, no atomics, nothing that depends on the order of programs.
+"""InfoNCE on a GPU: Triton kernels, no B x M matrix, no atomics, nothing that depends on the order of programs.
 
 Forward, one pass over the logits: each program owns one tile, makes e = exp(s - shift) once, and stores the tile's row
 sums and column sums; a sum over tiles in fixed order finishes both directions (u = 2 B M D FLOPs). Rows or columns
 whose sum underflowed are done again by ``exact_lse``, which returns at once where there are none: the choice is made
 on the device. Backward: ``grad_rows`` makes dX with one program per block of rows, and, with its arguments swapped,
 dY (2u each). Vectors come in at length 1; see ``op.py``.
+
+DIAGONAL says whether pair (i, i) is a positive, as in the whole loss. Without it the same kernels work on a block of rows and
+columns of a larger matrix, which may hold no positive and no negative at all; see ``blocks_op.py``.
 """
 
 from __future__ import annotations
@@ -47,12 +50,20 @@ def _logits(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _allowed(  # type: ignore[no-untyped-def]
-    rows, cols, n_rows, n_cols, n_pairs, group_q, group_k, class_q, class_k, silent,
-    RULE: tl.constexpr, CLASSES: tl.constexpr, SILENT: tl.constexpr,
+    rows, cols, n_rows, n_cols, group_q, group_k, class_q, class_k, silent_q, silent_k,
+    RULE: tl.constexpr, CLASSES: tl.constexpr, SILENT: tl.constexpr, DIAGONAL: tl.constexpr,
 ):  # fmt: skip
-    """Return which pairs enter the softmax: bool (BM, BN). ``n_pairs`` = B, how many rows and columns are pairs."""
+    """Return which pairs enter the softmax: bool (BM, BN); with DIAGONAL (i, i) is the positive, and always does."""
     inside = (rows[:, None] < n_rows) & (cols[None, :] < n_cols)
     ok = inside
+    if CLASSES:
+        cq = tl.load(class_q + rows, mask=rows < n_rows, other=0)
+        ck = tl.load(class_k + cols, mask=cols < n_cols, other=0)
+        ok = ok & (cq[:, None] != ck[None, :])
+    if SILENT:
+        sq = tl.load(silent_q + rows, mask=rows < n_rows, other=0)
+        sk = tl.load(silent_k + cols, mask=cols < n_cols, other=0)
+        ok = ok & (sq[:, None] == 0) & (sk[None, :] == 0)
     if RULE != 0:
         gq = tl.load(group_q + rows, mask=rows < n_rows, other=0)
         gk = tl.load(group_k + cols, mask=cols < n_cols, other=0)
@@ -60,22 +71,16 @@ def _allowed(  # type: ignore[no-untyped-def]
             ok = ok & (gq[:, None] == gk[None, :])
         else:
             ok = ok & (gq[:, None] != gk[None, :])
-    if CLASSES:
-        cq = tl.load(class_q + rows, mask=rows < n_rows, other=0)
-        ck = tl.load(class_k + cols, mask=cols < n_cols, other=0)
-        ok = ok & (cq[:, None] != ck[None, :])
-    if SILENT:
-        sq = tl.load(silent + rows, mask=rows < n_pairs, other=0)
-        sk = tl.load(silent + cols, mask=cols < n_pairs, other=0)
-        ok = ok & (sq[:, None] == 0) & (sk[None, :] == 0)
-    return ok | (inside & (rows[:, None] == cols[None, :]))
+    if DIAGONAL:
+        ok = ok | (inside & (rows[:, None] == cols[None, :]))
+    return ok
 
 
 @triton.jit
 def lse_tiles(  # type: ignore[no-untyped-def]
-    x_ptr, y_ptr, row_sums, col_sums, scale_ptr, group_x, group_y, class_x, class_y, silent, B, M, D, x_row, x_d, y_row, y_d,
-    n_col_tiles, HEADROOM: tl.constexpr, RULE: tl.constexpr, CLASSES: tl.constexpr, SILENT: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    x_ptr, y_ptr, row_sums, col_sums, scale_ptr, group_x, group_y, class_x, class_y, silent_x, silent_y, B, M, D, x_row, x_d,
+    y_row, y_d, n_col_tiles, HEADROOM: tl.constexpr, RULE: tl.constexpr, CLASSES: tl.constexpr, SILENT: tl.constexpr,
+    DIAGONAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Store the row sums (n_col_tiles, B) and the column sums (n_row_tiles, M) of one tile of exp(s - shift)."""
     pid = tl.program_id(0)
@@ -84,7 +89,9 @@ def lse_tiles(  # type: ignore[no-untyped-def]
     scale = tl.load(scale_ptr)
     s = _logits(x_ptr, y_ptr, rows, cols, B, M, D, x_row, x_d, y_row, y_d, BM, BN, BK, UPCAST, PRECISION)
     e = tl.exp2((s * scale - (scale - HEADROOM)) * LOG2E)
-    ok = _allowed(rows, cols, B, M, B, group_x, group_y, class_x, class_y, silent, RULE, CLASSES, SILENT)
+    ok = _allowed(
+        rows, cols, B, M, group_x, group_y, class_x, class_y, silent_x, silent_y, RULE, CLASSES, SILENT, DIAGONAL
+    )
     e = tl.where(ok, e, 0.0)
     tl.store(row_sums + tile_n.to(tl.int64) * B + rows, tl.sum(e, axis=1), mask=rows < B)
     tl.store(col_sums + tile_m.to(tl.int64) * M + cols, tl.sum(e, axis=0), mask=cols < M)
@@ -92,9 +99,9 @@ def lse_tiles(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def exact_lse(  # type: ignore[no-untyped-def]
-    q_ptr, k_ptr, lse_ptr, low_ptr, scale_ptr, group_q, group_k, class_q, class_k, silent, n_out, n_cols, n_pairs, D, q_row,
-    q_d, k_row, k_d, RULE: tl.constexpr, CLASSES: tl.constexpr, SILENT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    q_ptr, k_ptr, lse_ptr, low_ptr, scale_ptr, group_q, group_k, class_q, class_k, silent_q, silent_k, n_out, n_cols, D, q_row,
+    q_d, k_row, k_d, RULE: tl.constexpr, CLASSES: tl.constexpr, SILENT: tl.constexpr, DIAGONAL: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Do the log-sum-exp of the rows marked ``low`` again, with a running maximum; nothing to do, nothing done."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -105,11 +112,24 @@ def exact_lse(  # type: ignore[no-untyped-def]
         total = tl.zeros((BM,), tl.float32)
         for start in range(0, n_cols, BN):
             cols = start + tl.arange(0, BN)
+            ok = _allowed(
+                rows,
+                cols,
+                n_out,
+                n_cols,
+                group_q,
+                group_k,
+                class_q,
+                class_k,
+                silent_q,
+                silent_k,
+                RULE,
+                CLASSES,
+                SILENT,
+                DIAGONAL,
+            )
             s = scale * _logits(
                 q_ptr, k_ptr, rows, cols, n_out, n_cols, D, q_row, q_d, k_row, k_d, BM, BN, BK, UPCAST, PRECISION
-            )
-            ok = _allowed(
-                rows, cols, n_out, n_cols, n_pairs, group_q, group_k, class_q, class_k, silent, RULE, CLASSES, SILENT
             )
             s = tl.where(ok, s, float("-inf"))
             new = tl.maximum(top, tl.max(s, axis=1))
@@ -122,16 +142,30 @@ def exact_lse(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def grad_rows(  # type: ignore[no-untyped-def]
-    q_ptr, k_ptr, out_ptr, lse_q, lse_k, half_q, half_k, low_q, low_k, scale_ptr, group_q, group_k, class_q, class_k, silent,
-    n_rows, n_cols, n_pairs, D, q_row, q_d, k_row, k_d, HEADROOM: tl.constexpr, RULE: tl.constexpr, CLASSES: tl.constexpr,
-    SILENT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q_ptr, k_ptr, out_ptr, lse_q, lse_k, half_q, half_k, low_q, low_k, scale_ptr, group_q, group_k, class_q, class_k, silent_q,
+    silent_k, n_rows, n_cols, per_part, D, q_row, q_d, k_row, k_d, HEADROOM: tl.constexpr, RULE: tl.constexpr, CLASSES: tl.constexpr,
+    SILENT: tl.constexpr, DIAGONAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Store sum_j g_ij k_j, fp32 (n_rows, D), for one block of rows and one slice of BD columns of D.
+
+    Without DIAGONAL: (parts, n_rows, D), each over ``per_part`` columns.
 
     g_ij = half_q[i] exp(s_ij - lse_q[i]) + half_k[j] exp(s_ij - lse_k[j]), both from one exponential unless a sum of
     this tile had underflowed.
     """
+    if not DIAGONAL:
+        # A block may be long and thin: programs share out its columns, each part is stored by itself.
+        first = tl.program_id(2) * per_part
+        n_cols = tl.minimum(n_cols - first, per_part)
+        k_ptr += first.to(tl.int64) * k_row
+        out_ptr += (tl.program_id(2) * n_rows).to(tl.int64) * D
+        lse_k += first
+        half_k += first
+        low_k += first
+        group_k += first
+        class_k += first
+        silent_k += first
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     d_out = tl.program_id(1) * BD + tl.arange(0, BD)
     scale = tl.load(scale_ptr)
@@ -158,7 +192,20 @@ def grad_rows(  # type: ignore[no-untyped-def]
             b = half * tl.exp2(tl.minimum(shift - lse, 80.0) * LOG2E)
             g = tl.exp2((s - shift) * LOG2E) * (a[:, None] + b[None, :])
         ok = _allowed(
-            rows, cols, n_rows, n_cols, n_pairs, group_q, group_k, class_q, class_k, silent, RULE, CLASSES, SILENT
+            rows,
+            cols,
+            n_rows,
+            n_cols,
+            group_q,
+            group_k,
+            class_q,
+            class_k,
+            silent_q,
+            silent_k,
+            RULE,
+            CLASSES,
+            SILENT,
+            DIAGONAL,
         )
         g = tl.where(ok, g, 0.0)
         k = tl.load(
@@ -190,3 +237,14 @@ def backward_tiles(fp32: bool) -> dict[str, Any]:
 
 MAX_BD = 512
 """Width of the gradient that a program keeps in registers; wider vectors make the logits again per slice."""
+PROGRAMS, LEAST_PART = 256, 512
+"""A block's gradient is shared out among about so many programs, two for each multiprocessor of a large GPU, over at least so
+many columns each. Constants: the order of a sum must not depend on the GPU."""
+
+
+def shares(programs: int, n_cols: int) -> tuple[int, int]:
+    """Return in how many parts ``programs`` blocks of rows work through a block's columns, and how long a part is."""
+    per_part = max(LEAST_PART, triton.cdiv(n_cols * programs, PROGRAMS))
+    # Multiples of every tile and of 16, so that a part is read as quickly as the whole.
+    per_part = 64 * triton.cdiv(per_part, 64)
+    return triton.cdiv(n_cols, per_part), per_part

@@ -10,7 +10,10 @@ from comtip_kernels.sentence_table import triton_kernels as table
 
 ARCHITECTURES = (80, 90, 100)
 _IDS = (
-    "silent",
+    "silent_x",
+    "silent_y",
+    "silent_q",
+    "silent_k",
     "group_x",
     "group_y",
     "class_x",
@@ -23,23 +26,32 @@ _IDS = (
     "low_k",
     "low_ptr",
 )
-_SIZES = ("B", "M", "D", "n_rows", "n_cols", "n_pairs", "n_out", "n_col_tiles", "x_row", "y_row", "q_row", "k_row")
+_SIZES = ("B", "M", "D", "n_rows", "n_cols", "per_part", "n_out", "n_col_tiles", "x_row", "y_row", "q_row", "k_row")
 
 
-def _infonce(name: str, kernel: object, tiles: dict[str, int], dtype: str) -> Entry:
-    """Return one InfoNCE kernel with every kind of mask on, vectors contiguous."""
+def _infonce(name: str, kernel: object, tiles: dict[str, int], dtype: str, block: bool) -> Entry:
+    """Return one InfoNCE kernel with every kind of mask on, vectors contiguous; a block's classes are hashes of 64 bits."""
     names = list(kernel.arg_names)  # type: ignore[attr-defined]
     constants = {
-        "HEADROOM": 40.0, "RULE": infonce.SAME_GROUP, "CLASSES": True, "SILENT": True, "UPCAST": False,
-        "PRECISION": "ieee" if dtype == "bf16" else "tf32",
+        "HEADROOM": 40.0, "RULE": infonce.SAME_GROUP, "CLASSES": True, "SILENT": True, "DIAGONAL": not block,
+        "UPCAST": False, "PRECISION": "ieee" if dtype == "bf16" else "tf32",
     } | {k: v for k, v in tiles.items() if k in names} | {n: 1 for n in names if n.endswith("_d")}  # fmt: skip
     if "HEADROOM" not in names:
         constants.pop("HEADROOM")
     types = {n: f"*{dtype}" if n in ("x_ptr", "y_ptr", "q_ptr", "k_ptr") else "*i32" if n in _IDS else "i32" if n in _SIZES else "*fp32"
              for n in names}  # fmt: skip
+    if block:
+        types |= {n: "*i64" for n in names if n.startswith("class_")}
     aligned = frozenset(n for n in names if n not in constants and n not in ("scale_ptr", "n_col_tiles"))
     return Entry(
-        "infonce", f"{name}_{dtype}", kernel, types, constants, tiles["num_warps"], tiles["num_stages"], aligned
+        "infonce",
+        f"{name}{'_block' if block else ''}_{dtype}",
+        kernel,
+        types,
+        constants,
+        tiles["num_warps"],
+        tiles["num_stages"],
+        aligned,
     )
 
 
@@ -143,16 +155,10 @@ def entries() -> list[Entry]:
                 )
             ]
     for dtype in ("bf16", "fp32"):
-        forward = dict(infonce.FORWARD)
-        out.append(_infonce("forward", infonce.lse_tiles, forward, dtype))
-        out.append(_infonce("exact", infonce.exact_lse, dict(infonce.EXACT), dtype))
-        for width in (128, 512):
-            out.append(
-                _infonce(
-                    f"backward_d{width}",
-                    infonce.grad_rows,
-                    infonce.backward_tiles(dtype == "fp32") | {"BD": width},
-                    dtype,
-                )
-            )
+        for block in (False, True):
+            out.append(_infonce("forward", infonce.lse_tiles, dict(infonce.FORWARD), dtype, block))
+            out.append(_infonce("exact", infonce.exact_lse, dict(infonce.EXACT), dtype, block))
+            for width in (128, 512):
+                tiles = infonce.backward_tiles(dtype == "fp32") | {"BD": width}
+                out.append(_infonce(f"backward_d{width}", infonce.grad_rows, tiles, dtype, block))
     return out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 from comtip_kernels.gene_sentence_embedding import triton_kernels as embedding
@@ -55,6 +56,21 @@ def _infonce(B: int, M: int, D: int, name: str) -> Iterator[Sized]:
     backward = traffic.infonce_side(B, M, D, BF16, tiles) + traffic.infonce_side(M, B, D, BF16, tiles)
     # Deterministic and without a B x M matrix: the logits twice, and a product for each side.
     yield Sized("infonce", "backward", name, backward, (B + M) * D * (BF16 + 4), 8 * B * M * D)
+
+
+def _infonce_block(R: int, C: int, D: int, name: str) -> Iterator[Sized]:
+    ids, stats = traffic.BLOCK_IDS, 8 * (R + C)
+    vectors = (R + C) * (D * BF16 + ids)
+    forward = traffic.infonce_forward(R, C, D, BF16, infonce.FORWARD, ids)
+    yield Sized("infonce_block", "forward", name, forward, vectors + stats // 2, 2 * R * C * D)
+    tiles = infonce.backward_tiles(False) | {"BD": min(D, infonce.MAX_BD)}
+    sides = []
+    for n, m in ((R, C), (C, R)):
+        parts, _ = infonce.shares(ceil(n / tiles["BM"]) * ceil(D / tiles["BD"]), m)
+        added = (4 * parts * n * D, 4 * n * D) if parts > 1 else (0, 0)
+        sides += [traffic.infonce_side(n, m, D, BF16, tiles, ids, parts), Traffic(added[0], added[0], added[1])]
+    moved = sides[0] + sides[1] + sides[2] + sides[3]
+    yield Sized("infonce_block", "backward", name, moved, vectors + stats + (R + C) * D * 4, 8 * R * C * D)
 
 
 def _embedding(S: int, kinds: tuple[int, int, int], D: int, name: str) -> Iterator[Sized]:
@@ -121,6 +137,8 @@ def sizes() -> list[Sized]:
     out = [
         *_infonce(32768, 32768, 512, "B = M = 32k, D = 512"),
         *_infonce(8192, 16384, 512, "B = 8k, M = 16k, D = 512"),
+        # One of 64 ranks with 1,024 images each and as many mispaired texts, all images gathered.
+        *_infonce_block(65536, 2048, 512, "R = 64k, C = 2k, D = 512"),
     ]
     out += _embedding(851_552, (2048, 4355, 480), 512, "2,048 genes x 32 levels, D = 512")
     n = 256_000 // 14

@@ -43,25 +43,29 @@ def _padded(D: int, t: Tiles) -> int:
     return ceil(D / t["BK"]) * int(t["BK"])
 
 
-def infonce_forward(B: int, M: int, D: int, size: int, t: Tiles) -> Traffic:
-    """Return the one pass over the logits, without groups; ``size`` is the bytes of an element."""
+BLOCK_IDS = 12
+"""Bytes per row and column of a block of InfoNCE: class and silent flag."""
+
+
+def infonce_forward(B: int, M: int, D: int, size: int, t: Tiles, ids: int = 0) -> Traffic:
+    """Return the one pass over the logits; ``size`` is the bytes of an element, ``ids`` of what masks read of a row or column."""
     rows, cols = ceil(B / t["BM"]), ceil(M / t["BN"])
     return Traffic(
-        loaded=(cols * B + rows * M) * D * size + 4 * rows * cols,
-        distinct=(B + M) * D * size + 4,
+        loaded=(cols * B + rows * M) * (D * size + ids) + 4 * rows * cols,
+        distinct=(B + M) * (D * size + ids) + 4,
         stored=4 * (cols * B + rows * M),
         flops=rows * cols * 2 * t["BM"] * t["BN"] * _padded(D, t),
     )
 
 
-def infonce_side(n: int, m: int, D: int, size: int, t: Tiles) -> Traffic:
-    """Return the gradient of one side's n vectors against the other's m."""
+def infonce_side(n: int, m: int, D: int, size: int, t: Tiles, ids: int = 0, parts: int = 1) -> Traffic:
+    """Return the gradient of one side's n vectors against the other's m, worked through in ``parts``."""
     rows, cols, slices = ceil(n / t["BM"]), ceil(m / t["BN"]), ceil(D / t["BD"])
-    vectors = cols * n * D + rows * m * D
+    masked = (cols * n + rows * m) * (D * size + ids)
     return Traffic(
-        loaded=slices * (12 * n + 4 * rows + vectors * size + rows * 12 * m) + rows * m * D * size,
-        distinct=(n + m) * (D * size + 12) + 4,
-        stored=4 * n * D,
+        loaded=slices * (parts * (12 * n + 4 * rows) + masked + rows * 12 * m) + rows * m * D * size,
+        distinct=(n + m) * (D * size + ids + 12) + 4,
+        stored=4 * n * D * parts,
         flops=rows * cols * slices * 2 * t["BM"] * t["BN"] * (_padded(D, t) + t["BD"]),
     )
 

@@ -17,7 +17,15 @@ SPEC = importlib.util.spec_from_file_location("gpu", Path(__file__).parents[3] /
 gpu = importlib.util.module_from_spec(SPEC)
 sys.modules["gpu"] = gpu  # where its dataclass looks for its module
 SPEC.loader.exec_module(gpu)
-OPS = ("infonce", "gene_sentence_embedding", "packed_attention", "table_pool", "level_cross_entropy", "pair_scores")
+OPS = (
+    "infonce",
+    "infonce_block",
+    "gene_sentence_embedding",
+    "packed_attention",
+    "table_pool",
+    "level_cross_entropy",
+    "pair_scores",
+)
 
 
 def test_every_path_runs_and_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
@@ -26,7 +34,7 @@ def test_every_path_runs_and_nothing_is_written(tmp_path: Path, monkeypatch: pyt
     gpu.main()
     said = capsys.readouterr().out.splitlines()
     for op in OPS:
-        assert [line.split()[-1] for line in said if line.startswith(op)] == ["correct", "ran", "ran"]
+        assert [line.split()[-1] for line in said if line.startswith(f"{op} ")] == ["correct", "ran", "ran"]
     assert not out.exists()
 
 

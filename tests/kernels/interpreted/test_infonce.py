@@ -94,6 +94,18 @@ def test_lse_is_within_2e_5_of_fp64_at_scale_100(kind: str, D: int):
         assert float((lse.double() - want).abs().max()) < 2e-5
 
 
+def test_a_further_text_like_its_image_beside_sums_that_underflowed():
+    """It has no softmax of its own: exp(100) times a weight of 0 must be 0, not NaN."""
+    x, _ = tensors(1, 1, 8)
+    x, y = x.expand(4, -1).clone(), torch.cat([-x.expand(4, -1), x.expand(2, -1)])
+    (loss, _, dy, _), want = (
+        run("triton", x, y.clone(), 100.0, torch.float32),
+        run("reference", x, y.clone(), 100.0, F64),
+    )
+    torch.testing.assert_close(loss.to(F64), want[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(dy.to(F64), want[2], rtol=0, atol=1e-5)
+
+
 def test_nobody_in_the_batch():
     """An all-ignored batch must cost 0, not NaN (trl 6859)."""
     x, y = tensors(4, 6, 3)

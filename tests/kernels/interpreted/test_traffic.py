@@ -11,6 +11,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from comtip_kernels import plan_sentences
 from comtip_kernels.gene_sentence_embedding import op as embedding
 from comtip_kernels.gene_sentence_embedding import triton_kernels as embedding_kernels
+from comtip_kernels.infonce import blocks_op as blocks
 from comtip_kernels.infonce import op as infonce
 from comtip_kernels.infonce import triton_kernels as infonce_kernels
 from comtip_kernels.ledger import traffic
@@ -46,6 +47,29 @@ def test_infonce(B: int, M: int, D: int):
     tiles = fitted(infonce_kernels.backward_tiles(True), D, infonce._SMALL)
     tiles["BD"] = min(infonce_kernels.MAX_BD, infonce.power_of_2(D))
     backward = traffic.infonce_side(B, M, D, 4, tiles) + traffic.infonce_side(M, B, D, 4, tiles)
+    assert (counted.loaded, counted.stored, counted.flops) == (backward.loaded, backward.stored, backward.flops)
+
+
+@pytest.mark.parametrize(("R", "C", "D", "least"), [(20, 20, 16, 512), (200, 71, 48, 64)])
+def test_infonce_block(R: int, C: int, D: int, least: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(infonce_kernels, "LEAST_PART", least)
+    x, y, scale = vectors(R, D), vectors(C, D), torch.tensor(5.0)
+    classes, silent = (torch.arange(R), torch.arange(C) + R), [torch.zeros(n, dtype=torch.int32) for n in (R, C)]
+    who = (0, None, None, *classes, *silent)
+    with counting() as counted:
+        rows, columns = blocks.infonce_block_lse(x, y, scale, *who)
+    counted.loaded -= 4 * (R + C)  # exact_lse reads which rows and columns are low, and finds none
+    tiles, ids = fitted(infonce_kernels.FORWARD, D, infonce._SMALL), traffic.BLOCK_IDS
+    forward = traffic.infonce_forward(R, C, D, 4, tiles, ids)
+    assert (counted.loaded, counted.stored, counted.flops) == (forward.loaded, forward.stored, forward.flops)
+    with counting() as counted:
+        blocks.infonce_block_grads(x, y, scale, torch.ones(R), rows, torch.ones(C), columns, *who)
+    tiles = fitted(infonce_kernels.backward_tiles(True), D, infonce._SMALL)
+    tiles["BD"] = min(infonce_kernels.MAX_BD, infonce.power_of_2(D))
+    parts = [infonce_kernels.shares(-(-n // tiles["BM"]), m)[0] for n, m in ((R, C), (C, R))]
+    assert parts == ([1, 1] if least == 512 else [2, 4])
+    both = [traffic.infonce_side(n, m, D, 4, tiles, ids, p) for n, m, p in ((R, C, parts[0]), (C, R, parts[1]))]
+    backward = both[0] + both[1]
     assert (counted.loaded, counted.stored, counted.flops) == (backward.loaded, backward.stored, backward.flops)
 
 
