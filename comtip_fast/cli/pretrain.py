@@ -69,7 +69,7 @@ def _train(args: argparse.Namespace) -> int:
     from comtip_fast.config.io import load_config
     from comtip_fast.plan.live import step_cost
     from comtip_fast.training.distributed import joined
-    from comtip_fast.training.engine import check_engine
+    from comtip_fast.training.engine import check_engine, set_product_precision
     from comtip_fast.training.task import build_task, pick_device
     from comtip_fast.training.trainer import Trainer, refuse_second_run
     from comtip_fast.training.watch import ClockedGroup
@@ -81,6 +81,7 @@ def _train(args: argparse.Namespace) -> int:
         torch.set_num_threads(config.train.threads)
     device = pick_device(config.train.device)
     check_engine(config, device)
+    set_product_precision(config, device)
     with joined(config.engine.timeout_s, config.train.device) as ranks:
         group = ClockedGroup(ranks, device)
         if group.rank > 0:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from comtip_fast.config.io import load_config
+from comtip_fast.training.engine import set_product_precision
 from comtip_fast.training.task import build_task
 from comtip_fast.training.trainer import Trainer
 
@@ -70,3 +71,16 @@ def test_compiled_blocks_give_the_same_losses(
     _, losses = run(tiny_overrides, tmp_path / "run", "engine.compile=true")
     assert sorted(type(m).__name__ for m in compiled) == ["Block", "SentenceBlock"]
     assert losses == pytest.approx(plain, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "set_to"),
+    [("cuda", "auto", ["high"]), ("cuda", "bf16", ["high"]), ("cuda", "fp32", []), ("cpu", "bf16", [])],
+)
+def test_products_of_the_losses_use_tensor_cores_under_bf16(
+    device: str, precision: str, set_to: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[str] = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
+    set_product_precision(load_config(None, [f"train.precision={precision}"]), torch.device(device))
+    assert asked == set_to
