@@ -192,11 +192,11 @@ def _decode_all(tiles: list[bytes]) -> int:
 
 def _dali_alone(tiles: list[bytes], setting: Setting) -> Generator[int, None, None]:
     """Decode tiles that lie in memory: no loader built on this decoder can be faster."""
-    from comtip_fast.data.dali_loader import IN_DALI, Decoder
+    from comtip_fast.data.dali_loader import Decoder
 
     decoder = Decoder(setting.batch_size, setting.workers, None)
     chunks = _chunks(tiles, setting.batch_size)
-    for _ in range(IN_DALI):
+    for _ in range(decoder.depth):
         decoder.start(next(chunks))
     while True:
         size = len(decoder.take())

@@ -237,8 +237,8 @@ def test_no_more_is_made_ahead_than_asked_for(loader, name: str, monkeypatch: py
             threading.Event().wait(0.02)
             if len(begun) == before:
                 break
-        # Ready, under way, and (DALI) two batches in its pipeline.
-        assert taken < len(begun) <= taken + 3 + (3 if name == "dali" else 0)
+        # Ready, under way, and (DALI, on a CPU) four batches in its pipeline.
+        assert taken < len(begun) <= taken + 3 + (5 if name == "dali" else 0)
     stream.close()
 
 
