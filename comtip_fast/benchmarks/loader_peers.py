@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from comtip_fast.config.schema import DataConfig
 from comtip_fast.data.tables import TrainingTables
 from comtip_fast.data.views import ViewPlan, jitter_tables, make_views, stain_table
+from comtip_fast.data.wds_loader import forked
 
 _TURNS = (
     None, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270,
@@ -79,10 +80,8 @@ def webdataset_batches(
         .map(decode)
         .batched(config.batch_size, collation_fn=_collate)
     )
-    loader = DataLoader(
-        pipeline, batch_size=None, num_workers=config.workers, prefetch_factor=2, worker_init_fn=_one_thread
-    )
-    for tiles, _, _ in loader:
+    loader = DataLoader(pipeline, batch_size=None, num_workers=config.workers, prefetch_factor=2)
+    for tiles, _, _ in forked(loader):
         yield len(tiles)
 
 
@@ -107,10 +106,6 @@ class _DecodeRecord:
 def _collate(samples: list[tuple[np.ndarray, np.ndarray, int]]) -> tuple[Tensor, Tensor, Tensor]:
     tiles, levels, section = zip(*samples, strict=True)
     return torch.from_numpy(np.stack(tiles)), torch.from_numpy(np.stack(levels)), torch.tensor(section)
-
-
-def _one_thread(_: int) -> None:
-    torch.set_num_threads(1)
 
 
 def write_h5(shards: ShardSet, folder: Path) -> None:
@@ -173,7 +168,7 @@ def h5_batches(
     while True:
         loader = DataLoader(
             data, config.batch_size, sampler=RandomSampler(data, num_samples=1 << 20), num_workers=config.workers,
-            collate_fn=_collate, prefetch_factor=2, worker_init_fn=_one_thread,
+            collate_fn=_collate, prefetch_factor=2,
         )  # fmt: skip
-        for tiles, _, _ in loader:
+        for tiles, _, _ in forked(loader):
             yield len(tiles)

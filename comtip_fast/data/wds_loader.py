@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Generator, Iterator
 from itertools import islice
+from typing import Any
 
 import torch
 from comtip_shards import ShardError
@@ -29,10 +31,25 @@ class WdsLoader(BaseLoader):
         n = data.workers
         ahead = max(1, data.prefetch // n) if n else None
         batches = _Batches(self, first)
-        for made in DataLoader(batches, batch_size=None, num_workers=n, prefetch_factor=ahead):
+        loader = DataLoader(batches, batch_size=None, num_workers=n, prefetch_factor=ahead)
+        for made in forked(loader) if n else loader:
             if isinstance(made, ShardError):
                 raise made
             yield made
+
+
+def forked(loader: DataLoader) -> Iterator[Any]:
+    """Start a ``DataLoader``'s worker processes so that they never collect what they inherited.
+
+    A pipeline of DALI, when it is collected, waits for its threads, which a fork has not: the worker would hang for ever.
+    """
+    frozen = gc.get_freeze_count()
+    gc.freeze()
+    try:
+        return iter(loader)
+    finally:
+        if not frozen:
+            gc.unfreeze()
 
 
 class _Batches(IterableDataset):
