@@ -133,6 +133,7 @@ def deviations(found: list[float], wanted: list[float]) -> dict[int, float]:
 
 def run(shards: str, folder: Path, steps: int, worlds: list[int], which: str) -> list[dict[str, object]]:
     """Train one process and every world size; return rows of deviations."""
+    torch.set_num_threads(1)  # as ranks do: sums in another order differ in their last bits
     train(shards, folder / "one", steps, Alone(), settings=[*engine("single"), *WIDE.get(which, [])])
     wanted, rows = losses(folder / "one"), []
     for world in worlds:
