@@ -44,6 +44,7 @@ def forked(loader: DataLoader) -> Iterator[Any]:
     A pipeline of DALI, when it is collected, waits for its threads, which a fork has not: the worker would hang for ever.
     """
     frozen = gc.get_freeze_count()
+    gc.collect()  # thawed, garbage would count as old and stay for long
     gc.freeze()
     try:
         return iter(loader)

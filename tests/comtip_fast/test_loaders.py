@@ -261,8 +261,13 @@ def test_ahead_hands_on_errors_and_stops():
     assert list(Ahead(iter([1, 2]), 5)) == [1, 2]
 
 
+def threads_of_loaders() -> set[threading.Thread]:
+    return {t for t in threading.enumerate() if t.name.startswith("comtip-loader")}
+
+
 @pytest.mark.parametrize("name", ["torch", pytest.param("dali", marks=needs_dali)])
 def test_memory_stays_flat(loader, name: str):
+    before = threads_of_loaders()  # of loaders that other tests left behind
     tested = loader(f"data.loader={name}", "data.batch_size=16")
     stream = tested.iterate(0, 0, 1)
     n = len(tested.batches(0))
@@ -274,7 +279,7 @@ def test_memory_stays_flat(loader, name: str):
     stream.close()
     # 20 epochs of tiles are 6 MB; a loader that kept them would show.
     assert max(resident[5:]) - resident[4] < 3 << 20
-    assert not [t for t in threading.enumerate() if t.name.startswith("comtip-loader")]
+    assert not threads_of_loaders() - before
 
 
 # -- faults --------------------------------------------------------------------------------------------------
@@ -432,6 +437,7 @@ def test_dali_that_is_not_there_is_said(tiny_shards: ShardSet, tables, tiny_over
 
 
 def test_a_run_logs_waiting_and_damage(tiny_shards: ShardSet, tiny_overrides: list[str], tmp_path: Path):
+    before = threads_of_loaders()
     shards = damaged(tiny_shards, tmp_path, [5], "tile")
     more = ["data.faults=skip", "train.steps=8", "train.validate_every=0", "train.checkpoint_every=100"]
     config = load_config(None, [*tiny_overrides, *more, f"data.shards={shards.path}"])
@@ -441,7 +447,7 @@ def test_a_run_logs_waiting_and_damage(tiny_shards: ShardSet, tiny_overrides: li
     assert {k: v for k, v in trained[-1].items() if k.startswith("faults")} == {"faults": 1, "faults_checksum": 1}
     assert all(0 <= r["loader_wait_share"] <= 1 for r in trained)
     assert any(r["loader_wait_share"] > 0 for r in trained)
-    assert not [t for t in threading.enumerate() if t.name.startswith("comtip-loader")]
+    assert not threads_of_loaders() - before
 
 
 @pytest.mark.parametrize("part", ["tile", "expr"])
