@@ -121,10 +121,14 @@ class Sizes:
         """Elements that autocast copies."""
         return sum(g.matrices for g in self.groups)
 
+    def trained_in(self, *names: str) -> int:
+        """Return the parameters with gradients of some groups."""
+        return sum(g.trained for g in self.groups if g.name in names)
+
     @property
     def image_side(self) -> int:
         """Parameters with gradients that every micro-batch goes through."""
-        return sum(g.trained for g in self.groups if g.name in ("image encoder", "mask generator", "image head"))
+        return self.trained_in("image encoder", "mask generator", "image head")
 
     @property
     def mispairs(self) -> bool:

@@ -117,8 +117,8 @@ def gradient_traffic(s: Sizes, e: Engine) -> list[Collective]:
     whole, n = s.trained * ELEMENT, e.micro_batches
     pieces = (s.image_side * n + s.trained - s.image_side) * ELEMENT
     if e.zero_stage == 3:
-        # A model below DeepSpeed's limit stays whole from its forward to its backward pass; not so between micro-batches.
-        used = 3 * pieces if n > 1 else whole * (1 if s.trained <= MAX_LIVE else 2)
+        # A model below DeepSpeed's limit stays whole from its forward to its backward pass.
+        used = _gathered_in_pieces(s, n) if n > 1 else whole * (1 if s.trained <= MAX_LIVE else 2)
         return [
             Collective("parameters", "gathered for use", "all_gather", used, hidden_by="forward"),
             Collective("gradients", "to their owners", "reduce_scatter", pieces, hidden_by="backward"),
@@ -128,6 +128,20 @@ def gradient_traffic(s: Sizes, e: Engine) -> list[Collective]:
     if e.zero_stage:
         out.append(Collective("parameters", "gathered after the step", "all_gather", whole))
     return out
+
+
+def _gathered_in_pieces(s: Sizes, n: int) -> int:
+    """Return the bytes of parameters that ZeRO 3 gathers for n micro-batches, as counted of DeepSpeed 0.19.
+
+    A module is gathered whenever it is entered, the image encoder once for each branch, and kept from a forward pass to its
+    backward pass only where the pass before was of the same modules: from the third micro-batch on. The first pass is
+    gathered by the trace of the step before, which read everything.
+    """
+    full = s.trained_in("image encoder", "image head")
+    replay = full + (s.trained_in("image encoder", "mask generator") if s.has_mfm else 0)
+    text = s.trained - s.image_side
+    embedded = s.trained + (n - 1) * full
+    return ELEMENT * (embedded + 2 * (replay + text) + 2 * replay + (n - 2) * replay)
 
 
 def step_traffic(s: Sizes, e: Engine, ranks: int) -> list[Collective]:
