@@ -1,6 +1,7 @@
 """Views of whole batches, fast: on a GPU as batched operations, on a CPU tile by tile without Python's hand on a pixel.
 
-On a CPU code compiled by numba makes them in one pass where it is installed. All ways give what :func:`comtip_fast.data.views.make_views` gives.
+On a CPU code compiled by numba makes them in one pass where it is installed. All ways give what
+:func:`comtip_fast.data.views.make_views` gives.
 """
 
 from __future__ import annotations

@@ -140,8 +140,8 @@ def _gathered_in_pieces(s: Sizes, n: int) -> int:
     full = s.trained_in("image encoder", "image head")
     replay = full + (s.trained_in("image encoder", "mask generator") if s.has_mfm else 0)
     text = s.trained - s.image_side
-    embedded = s.trained + (n - 1) * full
-    return ELEMENT * (embedded + 2 * (replay + text) + 2 * replay + (n - 2) * replay)
+    # Embedded once; replayed n times forward, and twice gathered again for the backward pass.
+    return ELEMENT * (s.trained + (n - 1) * full + (n + 2) * replay + 2 * text)
 
 
 def step_traffic(s: Sizes, e: Engine, ranks: int) -> list[Collective]:
