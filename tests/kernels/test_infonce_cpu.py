@@ -43,13 +43,42 @@ def options_of(kind: str, B: int, M: int) -> dict[str, object]:
 @pytest.mark.parametrize("kind", ["plain", "same", "other", "class", "weight", "all"])
 @pytest.mark.parametrize(("B", "M", "D"), [(1, 1, 3), (2, 5, 1), (17, 17, 8), (33, 70, 19)])
 def test_equals_the_reference(kind: str, B: int, M: int, D: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cpu, "BLOCK_BYTES", 16 * M * 8)  # several blocks, the last one ragged
+    monkeypatch.setattr(cpu, "KEPT_BYTES", 5 * 16 * 16 * 8)  # some tiles are kept, some made again
+    monkeypatch.setattr(cpu, "TILE", 16)  # several tiles each way, the last ones ragged
     x, y = case(B, M, D)
     options = options_of(kind, B, M)
     for got, want in zip(
         value_and_grads("cpu", x, y, 7.0, **options), value_and_grads("reference", x, y, 7.0, **options), strict=True
     ):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["plain", "all"])
+def test_kept_tiles_change_no_bit_and_serve_again(kind: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cpu, "TILE", 16)
+    x, y = case(33, 70, 8)
+    results = []
+    for kept in (0, 3 * 16 * 16 * 8, 1 << 20):
+        monkeypatch.setattr(cpu, "KEPT_BYTES", kept)
+        x.grad = y.grad = None
+        loss = infonce(x, y, torch.tensor(9.0, dtype=F64), impl="cpu", **options_of(kind, 33, 70))
+        loss.backward(retain_graph=True)
+        once = x.grad.clone()
+        loss.backward()
+        assert torch.equal(x.grad, 2 * once)
+        results.append((loss.detach(), once, y.grad))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_what_is_kept_has_a_limit(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cpu, "TILE", 16)
+    x, y = case(64, 64, 8)
+    make = cpu.Exponentials(
+        x.detach(), y.detach(), 1.0, cpu.Masks("all", None, None, None, None), keep_bytes=3 * 16 * 16 * 8 + 7
+    )
+    cpu.sums(make)
+    assert len(make.kept) == 3
 
 
 def hostile(kind: str, B: int, D: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,7 +120,7 @@ def test_lse_is_within_2e_5_of_fp64_at_scale_100(kind: str, D: int):
     """Absolute, at numbers around 100, where one step of fp32 is 8e-6."""
     x, y = hostile(kind, 64, D) if kind != "plain" else tuple(t.detach() for t in case(64, 64, D))
     x, y = (torch.nn.functional.normalize(t, dim=-1).float() for t in (x, y))
-    got = cpu.row_and_column_lse(x, y, 100.0, cpu.Masks("all", None, None, None, None, None))
+    got = cpu.row_and_column_lse(cpu.Exponentials(x, y, 100.0, cpu.Masks("all", None, None, None, None)))
     logits = 100.0 * (x.double() @ y.double().T)
     for lse, want in zip(got, (logits.logsumexp(1), logits.logsumexp(0)), strict=True):
         assert float((lse.double() - want).abs().max()) < 2e-5

@@ -8,20 +8,20 @@ block by themselves, wherever they stand; whoever has both vectors adds them. Pu
     ds_ij  = half_i exp(s_ij - lse_i) + half_j exp(s_ij - lse_j)
 
 ``triton`` has the kernels of the whole loss (:mod:`.blocks_op`): no (R, C) tensor, and nothing is read on the host. ``cpu``
-makes none either: it works through rows of the block in turn, in plain PyTorch, on any device. ``reference`` is the formula.
+makes none either: it works through tiles of the block in turn, in plain PyTorch, on any device. ``reference`` is the formula.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from comtip_kernels.dispatch import Impl, choose, with_triton
-from comtip_kernels.infonce.cpu import FLOOR, HEADROOM, Masks, _blocks, _exponentials, _log
+from comtip_kernels.infonce.cpu import FLOOR, LOG_FLOOR, TILE, Exponentials, Masks, masked_logits, sums, tiles
 
 __all__ = ["BlockIds", "block_gradients", "block_lse"]
 
@@ -33,27 +33,12 @@ class BlockIds(Masks):
     Classes are compared as 64-bit integers (they may be hashes), groups as 32-bit ones.
     """
 
-    silent_columns: Tensor | None = None
-    """bool (C,): the text of a spot of weight 0, nobody's negative; None where there are none."""
+    own_pairs: ClassVar[bool] = False
 
     @property
     def trivial(self) -> bool:
         """A class rules something out, always."""
         return False
-
-    def block(self, rows: Tensor, n_columns: int) -> Tensor:
-        """Return the bool mask (rows, C) of negatives."""
-        assert self.class_rows is not None
-        assert self.class_columns is not None
-        ok = self.class_rows[rows, None] != self.class_columns[None, :]
-        if self.negatives != "all" and self.group_rows is not None and self.group_columns is not None:
-            same = self.group_rows[rows, None] == self.group_columns[None, :]
-            ok &= same if self.negatives == "same_group" else ~same
-        if self.silent_rows is not None:
-            ok &= ~self.silent_rows[rows, None]
-        if self.silent_columns is not None:
-            ok &= ~self.silent_columns
-        return ok
 
 
 def block_lse(x: Tensor, y: Tensor, scale: Tensor, ids: BlockIds, *, impl: Impl = "auto") -> tuple[Tensor, Tensor]:
@@ -113,27 +98,22 @@ def _chosen(op: str, impl: str, x: Tensor, ids: BlockIds, have: Mapping[str, Cal
 
 
 def _lse_reference(x: Tensor, y: Tensor, scale: Tensor, ids: BlockIds) -> tuple[Tensor, Tensor]:
-    logits = _logits(_wide(x), _wide(y), scale, ids, None)
+    logits = masked_logits(_wide(x), _wide(y), scale, ids)
     return logits.logsumexp(1), logits.logsumexp(0)
 
 
 def _lse_cpu(x: Tensor, y: Tensor, scale: Tensor, ids: BlockIds) -> tuple[Tensor, Tensor]:
     x, y, s = _wide(x), _wide(y), float(scale)
-    R, C = x.shape[0], y.shape[0]
-    shift = s - HEADROOM
-    row, column = x.new_zeros(R), x.new_zeros(C)
-    blocks = _rows(x, y)
-    buffer = x.new_empty(blocks[0].numel() if blocks else 0, C)
-    for rows in blocks:
-        e = _exponentials(x, y, s, shift, rows, ids, buffer)
-        row[rows] = e.sum(1)
-        column += e.sum(0)
-    row_lse, column_lse = row.log() + shift, column.log() + shift
+    make = Exponentials(x, y, s, ids)
+    row, column = sums(make)
+    row_lse, column_lse = row.log() + make.shift, column.log() + make.shift
+    if row.numel() == 0 or column.numel() == 0:
+        return row_lse, column_lse
     # Sums that underflowed may stand for negatives far off, or for none at all: done again, each with its own maximum.
-    for part in (row < FLOOR).nonzero().squeeze(1).split(1024):
-        row_lse[part] = _logits(x, y, s, ids, part).logsumexp(1)
-    for part in (column < FLOOR).nonzero().squeeze(1).split(1024):
-        column_lse[part] = _logits(x, y[part], s, _columns(ids, part), None).logsumexp(0)
+    for part in (row < FLOOR).nonzero().squeeze(1).split(TILE):
+        row_lse[part] = masked_logits(x, y, s, ids, rows=part).logsumexp(1)
+    for part in (column < FLOOR).nonzero().squeeze(1).split(TILE):
+        column_lse[part] = masked_logits(x, y, s, ids, columns=part).logsumexp(0)
     return row_lse, column_lse
 
 
@@ -142,7 +122,7 @@ def _gradients_reference(
     column_lse: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     x, y = _wide(x), _wide(y)
-    s = _logits(x, y, scale, ids, None)
+    s = masked_logits(x, y, scale, ids)
     g = half_row[:, None] * (s - row_lse[:, None]).exp() + half_column * (s - column_lse).exp()
     return g @ y, g.T @ x
 
@@ -153,20 +133,19 @@ def _gradients_cpu(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     x, y, s = _wide(x), _wide(y), float(scale)
     dx, dy = torch.zeros_like(x), torch.zeros_like(y)
-    shift, floor = s - HEADROOM, _log(FLOOR)
-    low = bool((row_lse - shift).lt(floor).any() | (column_lse - shift).lt(floor).any())
+    make = Exponentials(x, y, s, ids)
+    shift = make.shift
+    low = bool((row_lse - shift).lt(LOG_FLOOR).any() | (column_lse - shift).lt(LOG_FLOOR).any())
     a, b = half_row * (shift - row_lse).exp(), half_column * (shift - column_lse).exp()
-    blocks = _rows(x, y)
-    buffer = x.new_empty(blocks[0].numel() if blocks else 0, y.shape[0])
-    for rows in blocks:
+    for rows, columns in tiles(x.shape[0], y.shape[0]):
         if low:
-            logits = _logits(x, y, s, ids, rows)
+            logits = masked_logits(x, y, s, ids, rows=rows, columns=columns)
             g = half_row[rows, None] * (logits - row_lse[rows, None]).exp()
-            g += half_column * (logits - column_lse).exp()
+            g += half_column[columns] * (logits - column_lse[columns]).exp()
         else:
-            g = _exponentials(x, y, s, shift, rows, ids, buffer).mul_(a[rows, None] + b)
-        dx[rows] = g @ y
-        dy.addmm_(g.T, x[rows])
+            g = make.weighted(rows, columns, a, b)
+        dx[rows].addmm_(g, y[columns])
+        dy[columns].addmm_(g.T, x[rows])
     return dx, dy
 
 
@@ -185,25 +164,3 @@ _GRADIENTS = {
 def _wide(v: Tensor) -> Tensor:
     """Return at least fp32: statistics of logits up to 100 cannot be kept in bf16."""
     return v.to(torch.promote_types(v.dtype, torch.float32))
-
-
-def _rows(x: Tensor, y: Tensor) -> list[Tensor]:
-    """Return blocks of rows whose logits fill about one block of memory; none where there is nothing to multiply."""
-    if x.shape[0] == 0 or y.shape[0] == 0:
-        return []
-    return [rows.to(x.device) for rows in _blocks(x.shape[0], y.shape[0], x.element_size())]
-
-
-def _columns(ids: BlockIds, part: Tensor) -> BlockIds:
-    def of(values: Tensor | None) -> Tensor | None:
-        return None if values is None else values[part]
-
-    return BlockIds(
-        ids.negatives, ids.group_rows, of(ids.group_columns), ids.class_rows, of(ids.class_columns), ids.silent_rows,
-        of(ids.silent_columns),
-    )  # fmt: skip
-
-
-def _logits(x: Tensor, y: Tensor, scale: float | Tensor, ids: BlockIds, rows: Tensor | None) -> Tensor:
-    rows = torch.arange(x.shape[0], device=x.device) if rows is None else rows
-    return (scale * (x[rows] @ y.T)).masked_fill(~ids.block(rows, y.shape[0]), float("-inf"))

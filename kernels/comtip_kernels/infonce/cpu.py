@@ -1,4 +1,4 @@
-"""InfoNCE on a CPU, one block of rows at a time: no (B, M) tensor, one exponential per logit for both directions.
+"""InfoNCE on a CPU, one tile of logits at a time: no (B, M) tensor, one exponential per logit for both directions.
 
 The vectors are of length 1, so every logit lies in [-scale, scale]: a shift that is the same for all rows and
 columns keeps every exponential in range, and one value e_ij = exp(s_ij - shift) adds to row i's sum and to column
@@ -7,28 +7,37 @@ j's. With the row and column log-sum-exp known, the gradient with respect to s_i
     g_ij = e_ij (a_i + b_j)          a_i = w_i exp(shift - lse_i) / 2W        b_j = w_j exp(shift - lse_j) / 2W
 
 (b_j = 0 for the further columns j >= B), minus w_i / W on the diagonal: a second pass makes e_ij again and multiplies.
-That is four products of B x M x D in all. Sums that underflow (a row whose every similarity is far below the
-best there can be) are found by their size and done again exactly, with a shift of their own.
+That is four products of B x M x D in all, and less where the first pass keeps its first tiles (``KEPT_BYTES``). Sums that
+underflow (a row whose every similarity is far below the best there can be) are found by their size and done again
+exactly, with a shift of their own.
 
-Saved for the backward: the inputs, two numbers per row and one per column.
+Saved for the backward: the inputs, two numbers per row, one per column, and those tiles, whose number does not grow with B.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-BLOCK_BYTES = 12 << 20
-"""Bytes of one block of logits: small beside what must be kept, large enough for the matrix products to run at speed."""
+TILE = 1024
+"""Most rows and columns of a tile of logits: products of these run at the speed of large ones (long thin blocks of rows
+take a tenth longer), and what is done to each logit between them stays in the cache."""
+KEPT_BYTES = 16 << 20
+"""Most bytes of exponentials that the backward need not make again: all of them up to 2,048 pairs in fp32."""
 HEADROOM = 40.0
 """exp(HEADROOM) times any number of columns is far from overflow in fp32; what it adds below, it adds to the range."""
 EPSILON = 1e-12
 """Length under which a vector is not normalised, as in torch.nn.functional.normalize."""
 FLOOR = 1e-20
 """A sum below this may have lost terms to underflow; it is done again exactly."""
+LOG_FLOOR = math.log(FLOOR)
+LOG2_E = math.log2(math.e)
+Index = Tensor | slice
 
 
 @dataclass
@@ -40,85 +49,143 @@ class Masks:
     group_columns: Tensor | None
     class_rows: Tensor | None
     class_columns: Tensor | None
-    silent_rows: Tensor | None
+    silent_rows: Tensor | None = None
     """bool (B,): spots of weight 0, nobody's negatives; None where there are none."""
+    silent_columns: Tensor | None = None
+    """bool (M,): their texts."""
+    own_pairs: ClassVar[bool] = True
+    """Whether column i is row i's positive, which always counts."""
 
     @property
     def trivial(self) -> bool:
         """Every pair is allowed."""
         return self.negatives == "all" and self.class_rows is None and self.silent_rows is None
 
-    def block(self, rows: Tensor, n_columns: int) -> Tensor | None:
-        """Return the bool mask (rows, M) of allowed pairs, positives included; None where all are."""
+    def block(self, rows: Index, columns: Index, like: Tensor) -> Tensor | None:
+        """Return the bool mask of allowed pairs of some rows and columns, shaped as ``like``; None where all are."""
         if self.trivial:
             return None
-        ok = torch.ones(rows.numel(), n_columns, dtype=torch.bool, device=rows.device)
+        ok = torch.ones_like(like, dtype=torch.bool)
         if self.negatives != "all" and self.group_rows is not None and self.group_columns is not None:
-            same = self.group_rows[rows, None] == self.group_columns[None, :]
-            ok = same if self.negatives == "same_group" else ~same
+            same = self.group_rows[rows][:, None] == self.group_columns[columns]
+            ok &= same if self.negatives == "same_group" else ~same
         if self.class_rows is not None and self.class_columns is not None:
-            ok = ok & (self.class_rows[rows, None] != self.class_columns[None, :])
+            ok &= self.class_rows[rows][:, None] != self.class_columns[columns]
         if self.silent_rows is not None:
-            ok[:, : self.silent_rows.numel()] &= ~self.silent_rows
-            ok &= ~self.silent_rows[rows, None]
-        ok[torch.arange(rows.numel(), device=rows.device), rows] = True
-        return ok
+            ok &= ~self.silent_rows[rows][:, None]
+        if self.silent_columns is not None:
+            ok &= ~self.silent_columns[columns]
+        return ok | _same(rows, columns, like) if self.own_pairs else ok
 
 
-def _blocks(n_rows: int, n_columns: int, item: int) -> list[Tensor]:
-    size = max(16, BLOCK_BYTES // max(1, n_columns * item))
-    return [torch.arange(start, min(start + size, n_rows)) for start in range(0, n_rows, size)]
+def _same(rows: Index, columns: Index, like: Tensor) -> Tensor:
+    def numbers(index: Index, n: int) -> Tensor:
+        if isinstance(index, Tensor):
+            return index
+        start = index.start or 0
+        return torch.arange(start, start + n, device=like.device)
+
+    return numbers(rows, like.shape[0])[:, None] == numbers(columns, like.shape[1])
 
 
-def _exponentials(x: Tensor, y: Tensor, scale: float, shift: float, rows: Tensor, masks: Masks, out: Tensor) -> Tensor:
-    """Return e (rows, M), in the memory of ``out``."""
-    own = x[int(rows[0]) : int(rows[-1]) + 1]
-    # Scale and shift come in at the end of the product, so that its sums round as those of numbers below 1.
-    minus = x.new_tensor(-shift).expand(own.shape[0], y.shape[0])
-    e = torch.addmm(minus, own, y.T, alpha=scale, out=out[: rows.numel()]).exp_()
-    ok = masks.block(rows, y.shape[0])
-    return e if ok is None else e.mul_(ok)
+def tiles(n_rows: int, n_columns: int) -> Iterator[tuple[slice, slice]]:
+    """Cut a matrix into tiles, row after row; none where there is nothing to multiply."""
+    for top in range(0, n_rows, TILE):
+        for left in range(0, n_columns, TILE):
+            yield slice(top, min(top + TILE, n_rows)), slice(left, min(left + TILE, n_columns))
 
 
-def row_and_column_lse(x: Tensor, y: Tensor, scale: float, masks: Masks) -> tuple[Tensor, Tensor]:
+Tiles = dict[tuple[int, int], Tensor]
+
+
+class Exponentials:
+    """Makes exp(s_ij - shift) of one tile after another, in the same memory, but for those that it keeps.
+
+    Parameters
+    ----------
+    x, y
+        Unit vectors (B, D) and (M, D).
+    scale
+        Inverse temperature.
+    masks
+        Which pairs are allowed.
+    kept
+        Tiles that need not be made, by their first row and column; what ``keep_bytes`` allows is added.
+    keep_bytes
+        Bytes of tiles to keep.
+    """
+
+    def __init__(
+        self, x: Tensor, y: Tensor, scale: float, masks: Masks, kept: Tiles | None = None, keep_bytes: int = 0
+    ) -> None:
+        self.x, self.y, self.scale, self.masks = x, y, scale, masks
+        self.shift = scale - HEADROOM
+        self.kept = {} if kept is None else kept
+        self._free = x.new_empty(min(keep_bytes // x.element_size(), x.shape[0] * y.shape[0]))
+        # By powers of 2, which take less than half the time of powers of e.
+        self._minus = x.new_tensor(-self.shift * LOG2_E)
+        self._memory = x.new_empty(2, min(TILE, x.shape[0]) * min(TILE, y.shape[0]))
+
+    def tile(self, rows: slice, columns: slice) -> Tensor:
+        """Return e (rows, columns), not to be changed; 0 where a pair is not allowed."""
+        place = (rows.start, columns.start)
+        if place in self.kept:
+            return self.kept[place]
+        x, y = self.x[rows], self.y[columns]
+        shape = (x.shape[0], y.shape[0])
+        keep = self._free.numel() >= shape[0] * shape[1]
+        out = (self._free if keep else self._memory[0])[: shape[0] * shape[1]].view(shape)
+        # Scale and shift come in at the end of the product, so that its sums round as those of numbers below 1.
+        e = torch.addmm(self._minus.expand(shape), x, y.T, alpha=self.scale * LOG2_E, out=out).exp2_()
+        ok = self.masks.block(rows, columns, e)
+        if ok is not None:
+            e.mul_(ok)
+        if keep:
+            self.kept[place] = e
+            self._free = self._free[e.numel() :]
+        return e
+
+    def weighted(self, rows: slice, columns: slice, a: Tensor, b: Tensor) -> Tensor:
+        """Return e_ij (a_i + b_j) of a tile, for a (B,) and b (M,)."""
+        e = self.tile(rows, columns)
+        out = self._memory[1, : e.numel()].view(e.shape)
+        return torch.add(a[rows, None], b[columns], out=out).mul_(e)
+
+
+def row_and_column_lse(make: Exponentials) -> tuple[Tensor, Tensor]:
     """Return the log-sum-exp of every row over its allowed columns (B,), and of the first B columns over rows (B,)."""
-    B, M = x.shape[0], y.shape[0]
-    shift = scale - HEADROOM
-    row, column = x.new_zeros(B), x.new_zeros(M)
-    blocks = _blocks(B, M, x.element_size())
-    ones = x.new_ones(max(B, M))
-    buffer = x.new_empty(blocks[0].numel() if blocks else 0, M)
-    for rows in blocks:
-        e = _exponentials(x, y, scale, shift, rows, masks, buffer)
-        row[rows[0] : rows[-1] + 1] = e.mv(ones[:M])
-        column.addmv_(e.T, ones[: rows.numel()])
-    column = column[:B]
+    x, y, scale, masks, shift = make.x, make.y, make.scale, make.masks, make.shift
+    row, column = sums(make)
+    column = column[: x.shape[0]]
     row_lse, column_lse = row.log() + shift, column.log() + shift
-    low = (row < FLOOR).nonzero().squeeze(1)
-    for part in low.split(1024):
-        row_lse[part] = _masked_logits(x, y, scale, part, masks).logsumexp(1)
-    low = (column < FLOOR).nonzero().squeeze(1)
-    for part in low.split(1024):
-        column_lse[part] = _masked_columns(x, y, scale, part, masks).logsumexp(0)
+    for part in (row < FLOOR).nonzero().squeeze(1).split(TILE):
+        row_lse[part] = masked_logits(x, y, scale, masks, rows=part).logsumexp(1)
+    for part in (column < FLOOR).nonzero().squeeze(1).split(TILE):
+        column_lse[part] = masked_logits(x, y, scale, masks, columns=part).logsumexp(0)
     return row_lse, column_lse
 
 
-def _masked_logits(x: Tensor, y: Tensor, scale: float, rows: Tensor, masks: Masks) -> Tensor:
-    logits = scale * (x[rows] @ y.T)
-    ok = masks.block(rows, y.shape[0])
+def sums(make: Exponentials) -> tuple[Tensor, Tensor]:
+    """Return the sums of exp(s_ij - shift) over allowed columns (B,) and over rows (M,)."""
+    row, column = make.x.new_zeros(make.x.shape[0]), make.x.new_zeros(make.y.shape[0])
+    ones = row.new_ones(TILE)
+    for rows, columns in tiles(row.numel(), column.numel()):
+        e = make.tile(rows, columns)
+        row[rows].addmv_(e, ones[: e.shape[1]])
+        column[columns].addmv_(e.T, ones[: e.shape[0]])
+    return row, column
+
+
+_ALL = slice(None)
+
+
+def masked_logits(
+    x: Tensor, y: Tensor, scale: float | Tensor, masks: Masks, *, rows: Index = _ALL, columns: Index = _ALL
+) -> Tensor:
+    """Return the logits of some rows and columns, -inf where a pair is not allowed."""
+    logits = scale * (x[rows] @ y[columns].T)
+    ok = masks.block(rows, columns, logits)
     return logits if ok is None else logits.masked_fill(~ok, float("-inf"))
-
-
-def _masked_columns(x: Tensor, y: Tensor, scale: float, columns: Tensor, masks: Masks) -> Tensor:
-    logits = scale * (x @ y[columns].T)
-    if masks.trivial:
-        return logits
-    parts = [
-        ok[:, columns]
-        for rows in _blocks(x.shape[0], y.shape[0], 1)
-        if (ok := masks.block(rows, y.shape[0])) is not None
-    ]
-    return logits.masked_fill(~torch.cat(parts), float("-inf"))
 
 
 class _InfoNCE(torch.autograd.Function):
@@ -128,18 +195,20 @@ class _InfoNCE(torch.autograd.Function):
     def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, weight: Tensor, masks: Masks) -> Tensor:
         s = float(scale)
         x, y = _unit(image), _unit(text)
-        row_lse, column_lse = row_and_column_lse(x, y, s, masks)
+        make = Exponentials(x, y, s, masks, keep_bytes=KEPT_BYTES if any(ctx.needs_input_grad) else 0)
+        row_lse, column_lse = row_and_column_lse(make)
         positive = s * torch.linalg.vecdot(x, y[: x.shape[0]])
         total = weight.sum().clamp_min(1e-12)
         ctx.save_for_backward(image, text, weight, row_lse, column_lse)
-        ctx.scale, ctx.masks, ctx.total = s, masks, float(total)
+        ctx.scale, ctx.masks, ctx.total, ctx.kept = s, masks, float(total), make.kept
         return (weight * (row_lse + column_lse - 2 * positive)).sum() / (2 * total)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         image, text, weight, row_lse, column_lse = ctx.saved_tensors
         x, y = _unit(image), _unit(text)
-        dx, dy = _unit_gradients(x, y, ctx.scale, weight / (2 * ctx.total), row_lse, column_lse, ctx.masks)
+        make = Exponentials(x, y, ctx.scale, ctx.masks, ctx.kept)
+        dx, dy = _unit_gradients(make, weight / (2 * ctx.total), row_lse, column_lse)
         # Every logit is linear in x, so d loss / d scale needs no further pass over the logits.
         dscale = torch.linalg.vecdot(x, dx).sum() * grads[0]
         factor = ctx.scale * grads[0]
@@ -157,26 +226,21 @@ def _through_norm(v: Tensor, unit: Tensor, grad: Tensor) -> Tensor:
     return grad.addcmul_(unit, along, value=-1).div_(norm.clamp_min(EPSILON))
 
 
-def _unit_gradients(
-    x: Tensor, y: Tensor, s: float, half: Tensor, row_lse: Tensor, column_lse: Tensor, masks: Masks
-) -> tuple[Tensor, Tensor]:
+def _unit_gradients(make: Exponentials, half: Tensor, row_lse: Tensor, column_lse: Tensor) -> tuple[Tensor, Tensor]:
     """Return d loss / d(s x) and d loss / d(s y); see the module's formula."""
-    B, shift = x.shape[0], s - HEADROOM
+    x, y, shift = make.x, make.y, make.shift
+    B = x.shape[0]
     # exp(shift - lse) overflows only where the sum underflowed; those rows and columns come in a pass of their own.
-    row_low, column_low = row_lse - shift < _log(FLOOR), column_lse - shift < _log(FLOOR)
+    row_low, column_low = row_lse - shift < LOG_FLOOR, column_lse - shift < LOG_FLOOR
     a = torch.where(row_low, 0.0, half * (shift - row_lse).clamp_max(80.0).exp())
     b = torch.where(column_low, 0.0, half * (shift - column_lse).clamp_max(80.0).exp())
     b = torch.cat([b, b.new_zeros(y.shape[0] - B)])
-    dx, dy = torch.empty_like(x), torch.zeros_like(y)
-    blocks = _blocks(B, y.shape[0], x.element_size())
-    buffer = x.new_empty(2, blocks[0].numel() if blocks else 0, y.shape[0])
-    for rows in blocks:
-        part = slice(int(rows[0]), int(rows[-1]) + 1)
-        e = _exponentials(x, y, s, shift, rows, masks, buffer[0])
-        e.mul_(torch.add(a[part, None], b[None, :], out=buffer[1, : rows.numel()]))
-        torch.mm(e, y, out=dx[part])
-        dy.addmm_(e.T, x[part])
-    _add_low(x, y, s, half, row_lse, column_lse, row_low, column_low, masks, dx, dy)
+    dx, dy = torch.zeros_like(x), torch.zeros_like(y)
+    for rows, columns in tiles(B, y.shape[0]):
+        g = make.weighted(rows, columns, a, b)
+        dx[rows].addmm_(g, y[columns])
+        dy[columns].addmm_(g.T, x[rows])
+    _add_low(x, y, make.scale, half, row_lse, column_lse, row_low, column_low, make.masks, dx, dy)
     dx.addcmul_(y[:B], half[:, None], value=-2)
     dy[:B].addcmul_(x, half[:, None], value=-2)
     return dx, dy
@@ -187,18 +251,16 @@ def _add_low(
     column_low: Tensor, masks: Masks, dx: Tensor, dy: Tensor,
 ) -> None:  # fmt: skip
     """Add the gradient of rows and columns whose sums underflowed, exactly."""
-    for part in row_low.nonzero().squeeze(1).split(1024):
-        p = (_masked_logits(x, y, scale, part, masks) - row_lse[part, None]).exp_().mul_(half[part, None])
+    for part in row_low.nonzero().squeeze(1).split(TILE):
+        logits = masked_logits(x, y, scale, masks, rows=part)
+        p = (logits - row_lse[part, None]).exp_().mul_(half[part, None])
         dx[part] += p @ y
         dy += p.T @ x[part]
-    for part in column_low.nonzero().squeeze(1).split(1024):
-        p = (_masked_columns(x, y, scale, part, masks) - column_lse[None, part]).exp_().mul_(half[None, part])
+    for part in column_low.nonzero().squeeze(1).split(TILE):
+        logits = masked_logits(x, y, scale, masks, columns=part)
+        p = (logits - column_lse[None, part]).exp_().mul_(half[None, part])
         dx += p @ y[part]
         dy[part] += p.T @ x
-
-
-def _log(value: float) -> float:
-    return float(torch.tensor(value, dtype=torch.float64).log())
 
 
 def infonce_cpu(
@@ -211,7 +273,9 @@ def infonce_cpu(
     weight = image_BD.new_ones(B) if weight_B is None else weight_B.detach().to(image_BD.dtype)
     silent = weight == 0
     masks = Masks(
-        negatives, group_rows, group_columns, class_rows if class_columns is not None else None, class_columns,
-        silent if bool(silent.any()) else None,
-    )  # fmt: skip
+        negatives, group_rows, group_columns, class_rows if class_columns is not None else None, class_columns
+    )
+    if bool(silent.any()):
+        masks.silent_rows = silent
+        masks.silent_columns = nn.functional.pad(silent, (0, text_MD.shape[0] - B))
     return _InfoNCE.apply(image_BD, text_MD, scale, weight, masks)
