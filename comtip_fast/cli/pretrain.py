@@ -68,11 +68,11 @@ def _train(args: argparse.Namespace) -> int:
 
     from comtip_fast.config.io import load_config
     from comtip_fast.plan.live import step_cost
+    from comtip_fast.training.comm_clock import ClockedGroup
     from comtip_fast.training.distributed import joined
     from comtip_fast.training.engine import check_engine, set_product_precision
     from comtip_fast.training.task import build_task, pick_device
     from comtip_fast.training.trainer import Trainer, refuse_second_run
-    from comtip_fast.training.watch import ClockedGroup
 
     begin = [] if args.start_from is None else [f"train.start_from={json.dumps(str(args.start_from))}"]
     config = load_config(args.config, [*args.set, *begin])

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from comtip_fast.collectives import Group
 from comtip_fast.config.schema import RunConfig
+from comtip_fast.training.comm_clock import clock_of
 from comtip_fast.training.optim import make_optimizer, optimizer_tensors, restore_optimizer
 from comtip_fast.training.protocol import TrainingError
 
@@ -109,6 +110,7 @@ class TorchEngine:
         # DDP waits for every parameter in the pass that is reduced, the last.
         self.table_first = False
         device = next(module.parameters()).device
+        self._clock = clock_of(group, device)
         self.optimizer = make_optimizer(module, config.optim)
         self._step: nn.Module = StepModule(module, autocast_of(config, device))
         if group.size > 1:
@@ -134,7 +136,12 @@ class TorchEngine:
 
     def backward(self, loss: Tensor) -> None:
         """See :meth:`Engine.backward`; DDP averages, so the share is multiplied by the number of ranks."""
-        (loss * self.group.size if self.group.size > 1 else loss).backward()
+        if self.group.size == 1:
+            loss.backward()
+            return
+        loss = loss * self.group.size
+        with self._clock.after_backward(loss):
+            loss.backward()
 
     def update(self, finite: bool) -> float:
         """See :meth:`Engine.update`. Scaling by a norm of NaN would make every gradient NaN and hide the first one."""

@@ -24,6 +24,7 @@ from torch.utils import cpp_extension
 
 from comtip_fast.collectives import Group
 from comtip_fast.config.schema import RunConfig
+from comtip_fast.training.comm_clock import clock_backend, clock_of
 from comtip_fast.training.engine import StepModule, autocast_of, clip
 from comtip_fast.training.optim import make_optimizer, optimizer_tensors, restore_optimizer
 from comtip_fast.training.protocol import TrainingError
@@ -98,6 +99,7 @@ class DeepSpeedEngine:
             config=deepspeed_config(config, group.size, device.type == "cuda"), dist_init_required=False,
         )  # fmt: skip
         self._engine = made[0]
+        clock_backend(self._deepspeed.comm.comm.cdb, clock_of(group, device))
         if self.stage:
             self._make_moments()
 

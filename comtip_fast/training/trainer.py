@@ -26,6 +26,7 @@ from comtip_fast.config.schema import RunConfig
 from comtip_fast.training import checkpoint as checkpoints
 from comtip_fast.training.checkpoint import Checkpoint, CheckpointError
 from comtip_fast.training.checkpoint_writer import Writer, copied
+from comtip_fast.training.comm_clock import clock_of
 from comtip_fast.training.distributed import first_does
 from comtip_fast.training.engine import Engine, make_engine
 from comtip_fast.training.failures import ADVICE, end_now, said_clearly
@@ -35,7 +36,7 @@ from comtip_fast.training.pieces import forward_backward
 from comtip_fast.training.protocol import TrainingError, TrainingTask
 from comtip_fast.training.run_state import RunState, check_same_run, deterministic, random_state, set_random_state
 from comtip_fast.training.signals import Signals, catch_signals, hold_run
-from comtip_fast.training.watch import EVENTS, Alarm, ClockedGroup, Events, Meter, StepCost, Tracer, Watchdog
+from comtip_fast.training.watch import EVENTS, Alarm, Events, Meter, StepCost, Tracer, Watchdog
 
 log = logging.getLogger("comtip_fast")
 
@@ -75,8 +76,8 @@ class Trainer:
         self._saved_step = -1
         self.engine: Engine
         self._found: Checkpoint | None = None
-        comm = self.group.seconds if isinstance(self.group, ClockedGroup) else lambda: 0.0
-        self._meter, self._alarm = Meter(self.device, comm, cost), Alarm(config.watch)
+        self._meter = Meter(self.device, clock_of(self.group, self.device).seconds, cost)
+        self._alarm = Alarm(config.watch)
         self._events = Events(self.run_dir / EVENTS)
         self._tracer = Tracer(config.watch.trace, self.run_dir / "trace", self.group.rank, self.device)
         self._dog = Watchdog(
@@ -203,6 +204,7 @@ class Trainer:
 
     def _one_step(self, caught: Signals) -> None:
         p = self.progress
+        self._meter.begin()
         began = time.monotonic()
         spots = self._next_batch()
         step = p.step + 1

@@ -16,88 +16,20 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from comtip_fast.collectives import Group
 from comtip_fast.config.schema import WatchConfig
 
 log = logging.getLogger("comtip_fast")
 EVENTS = "events.jsonl"
 CLOCKED = ("spots_per_s", "tokens_per_s", "tflops_per_s", "mfu", "loader_wait_share", "comm_share", "memory_gib")
 """Fields of a row that differ from run to run."""
-
-
-class ClockedGroup:
-    """A group that knows how long this rank spent in its collectives (waiting for other ranks included).
-
-    Seen are the collectives of losses and table; those that DDP and ZeRO run beside the backward pass are in the
-    profiler's trace. On a GPU the time is taken by events on its stream, so that nothing waits for being measured.
-    """
-
-    def __init__(self, group: Group, device: torch.device) -> None:
-        self.inner, self.rank, self.size = group, group.rank, group.size
-        self._cuda = device.type == "cuda"
-        self._seconds = 0.0
-        self._pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-
-    def gather_rows(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        """See :class:`Group`."""
-        with self._clocked():
-            return self.inner.gather_rows(rows, counts)
-
-    def scatter_rows(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        """See :class:`Group`."""
-        with self._clocked():
-            return self.inner.scatter_rows(rows, counts)
-
-    def sum(self, values: Tensor) -> Tensor:
-        """See :class:`Group`."""
-        with self._clocked():
-            return self.inner.sum(values)
-
-    def max(self, values: Tensor) -> Tensor:
-        """See :class:`Group`."""
-        with self._clocked():
-            return self.inner.max(values)
-
-    def pass_on(self, send: Sequence[Tensor], receive: Sequence[Tensor]) -> Callable[[], None]:
-        """See :class:`Group`; only waiting counts, what the ring does meanwhile is computation."""
-        wait = self.inner.pass_on(send, receive)
-
-        def clocked_wait() -> None:
-            with self._clocked():
-                wait()
-
-        return clocked_wait
-
-    def seconds(self) -> float:
-        """Return the seconds since the last call."""
-        if self._pairs:
-            self._pairs[-1][1].synchronize()
-            self._seconds += sum(a.elapsed_time(b) for a, b in self._pairs) / 1e3
-            self._pairs = []
-        out, self._seconds = self._seconds, 0.0
-        return out
-
-    @contextmanager
-    def _clocked(self) -> Iterator[None]:
-        if not self._cuda:
-            began = time.perf_counter()
-            yield
-            self._seconds += time.perf_counter() - began
-            return
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()
-        yield
-        last.record()
-        self._pairs.append((first, last))
 
 
 @dataclass
@@ -119,13 +51,19 @@ class Meter:
     """Seconds spent in collectives since the last call."""
     cost: StepCost | None = None
     _seconds: float = 0.0
+    _comm: float = 0.0
     _spots: int = 0
     _tokens: float = 0.0
     _flops: float = 0.0
 
+    def begin(self) -> None:
+        """Forget collectives between steps: those of validation and checkpoints."""
+        self.comm()
+
     def add(self, seconds: float, spots: int, numbers: dict[str, float]) -> None:
         """Count one step; ``numbers`` may hold ``genes`` and ``tokens``."""
         self._seconds += seconds
+        self._comm += self.comm()
         self._spots += spots
         self._tokens += numbers.get("tokens", 0.0)
         if self.cost is not None and "genes" in numbers:
@@ -141,9 +79,9 @@ class Meter:
             out["tflops_per_s"] = self._flops / seconds / 1e12
             if self.cost is not None and self.cost.peak:
                 out["mfu"] = self._flops / seconds / self.cost.peak
-        out |= {"loader_wait_share": loader_wait_s / seconds, "comm_share": self.comm() / seconds}
+        out |= {"loader_wait_share": loader_wait_s / seconds, "comm_share": self._comm / seconds}
         out["memory_gib"] = peak_memory(self.device) / 2**30
-        self._seconds, self._spots, self._tokens, self._flops = 0.0, 0, 0.0, 0.0
+        self._seconds, self._comm, self._spots, self._tokens, self._flops = 0.0, 0.0, 0, 0.0, 0.0
         return out
 
 

@@ -14,9 +14,11 @@ from comtip_fast.collectives import Alone
 from comtip_fast.config.io import ConfigError
 from comtip_fast.config.schema import WatchConfig
 from comtip_fast.plan.live import device_of, step_cost
+from comtip_fast.testing.distributed import run_distributed
+from comtip_fast.training.comm_clock import ClockedGroup, CommClock, clock_backend
 from comtip_fast.training.trainer import Trainer
 from comtip_fast.training.validation import space_numbers
-from comtip_fast.training.watch import Alarm, ClockedGroup, Events, Meter, StepCost, Watchdog
+from comtip_fast.training.watch import Alarm, Events, Meter, StepCost, Watchdog
 from tests.comtip_fast.trainer_standin import StandIn, config_of
 
 CPU = torch.device("cpu")
@@ -28,7 +30,9 @@ def rows_of(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
 
 
 def test_the_meter_divides_by_the_time_of_its_own_window():
-    meter = Meter(CPU, comm=lambda: 0.5, cost=StepCost(lambda spots, genes: 1e9 * spots * genes, peak=1e12))
+    waited = iter((9.0, 0.2, 0.3, 0.0, 0.0))
+    meter = Meter(CPU, comm=lambda: next(waited), cost=StepCost(lambda spots, genes: 1e9 * spots * genes, peak=1e12))
+    meter.begin()  # what was waited for between steps is not theirs
     for _ in range(2):
         meter.add(1.0, 10, {"genes": 5.0, "tokens": 100.0})
     row = meter.row(loader_wait_s=0.2)
@@ -51,8 +55,37 @@ def test_a_clocked_group_counts_the_time_of_its_collectives_once():
     group = ClockedGroup(Slow(), CPU)
     group.sum(torch.ones(1))
     group.sum(torch.ones(1))
-    assert group.seconds() >= 0.06
-    assert group.seconds() == 0.0
+    assert group.clock.seconds() >= 0.06
+    assert group.clock.seconds() == 0.0
+
+
+def test_who_waits_for_a_slow_rank_is_counted_for_every_engine(tiny_shards, tiny_overrides):
+    """Rank 1 is slow in its backward pass alone: rank 0 meets that in the gradients' collectives, nowhere else."""
+    pytest.importorskip("deepspeed")
+    worker = Path(__file__).with_name("comm_worker.py")
+    overrides = ",".join([*tiny_overrides, f"data.shards={tiny_shards.path}"])
+    said = run_distributed([str(worker), overrides], 2)
+    ranks = [json.loads(text.strip().splitlines()[-1]) for text in said]
+    assert ranks[0].keys() == {"ddp", "zero0", "zero1", "zero2", "zero3"}
+    for name, waited in ranks[0].items():
+        assert waited > ranks[1][name] + 0.3, (name, ranks)
+
+
+def test_a_collective_of_collectives_counts_once_and_a_backend_has_one_clock():
+    class Backend:
+        def all_reduce(self) -> None:
+            time.sleep(0.03)
+
+        def reduce(self) -> None:
+            self.all_reduce()
+
+    backend, before, clock = Backend(), CommClock(CPU), CommClock(CPU)
+    clock_backend(backend, before)
+    clock_backend(backend, clock)
+    began = time.perf_counter()
+    backend.reduce()
+    assert 0.03 <= clock.seconds() <= time.perf_counter() - began
+    assert before.seconds() == 0.0
 
 
 def test_the_alarm_wants_a_history_and_names_what_jumped():

@@ -1,0 +1,172 @@
+"""How long a rank waits for others: a clock, and what reads it while losses, table, DDP and ZeRO exchange numbers.
+
+On a CPU the clock counts the time in which a collective holds the step up. On a GPU it counts, by events, the time that
+collectives take on their stream, so that nothing waits for being measured: for losses, table and DDP that is what the
+step waits for; ZeRO's collectives have streams of their own and count in full, beside computation as well.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from comtip_fast.collectives import Group
+
+COLLECTIVES = (
+    "broadcast", "reduce", "all_reduce", "all_reduce_coalesced", "reduce_scatter", "reduce_scatter_tensor",
+    "all_gather", "all_gather_into_tensor", "all_gather_coalesced", "all_to_all", "all_to_all_single",
+)  # fmt: skip
+"""Of DeepSpeed's backend, what ZeRO may call in a step."""
+
+
+class CommClock:
+    """Adds up time spent in communication.
+
+    Parameters
+    ----------
+    device
+        Where the run computes; on a GPU time is taken by events.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._seconds, self._depth = 0.0, 0
+        self._pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Count what happens inside; a collective made of others counts once."""
+        self._depth += 1
+        began = self._now() if self._depth == 1 else None
+        try:
+            yield
+        finally:
+            self._depth -= 1
+            if began is not None:
+                self._count(began)
+
+    @contextmanager
+    def after_backward(self, loss: Tensor) -> Iterator[None]:
+        """Count, in a backward pass from ``loss`` made inside, what it still waits for when its own work is done.
+
+        PyTorch runs what is queued for the end of a backward pass in order, and DDP queues its wait with its last
+        bucket: behind ours, which is queued with the first gradient.
+        """
+        began: list[Any] = []
+
+        def queue(_gradient: Tensor) -> None:
+            engine = torch.autograd.Variable._execution_engine
+            engine.queue_callback(lambda: began.append(self._now()))
+
+        handle = loss.register_hook(queue)
+        yield
+        handle.remove()
+        if began:
+            self._count(began[-1])
+
+    def clocked(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """Return ``call`` with its time counted, and that of waiting for the work it may return."""
+
+        @functools.wraps(call)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            with self.running():
+                work = call(*args, **kwargs)
+            return _ClockedWork(work, self) if hasattr(work, "wait") else work
+
+        return counted
+
+    def seconds(self) -> float:
+        """Return the seconds since the last call."""
+        for first, last in self._pairs:
+            last.synchronize()
+            self._seconds += first.elapsed_time(last) / 1e3
+        self._pairs = []
+        out, self._seconds = self._seconds, 0.0
+        return out
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _count(self, began: Any) -> None:
+        if self._cuda:
+            self._pairs.append((began, self._now()))
+        else:
+            self._seconds += time.perf_counter() - began
+
+
+class _ClockedWork:
+    """A collective under way."""
+
+    def __init__(self, work: Any, clock: CommClock) -> None:
+        self._work, self._clock = work, clock
+
+    def wait(self, *args: Any, **kwargs: Any) -> Any:
+        with self._clock.running():
+            return self._work.wait(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._work, name)
+
+
+class ClockedGroup:
+    """A group that counts the time of its collectives, for losses and table; engines find its ``clock`` and use it too."""
+
+    def __init__(self, group: Group, device: torch.device) -> None:
+        self.inner, self.rank, self.size = group, group.rank, group.size
+        self.clock = CommClock(device)
+
+    def gather_rows(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """See :class:`Group`."""
+        with self.clock.running():
+            return self.inner.gather_rows(rows, counts)
+
+    def scatter_rows(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """See :class:`Group`."""
+        with self.clock.running():
+            return self.inner.scatter_rows(rows, counts)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """See :class:`Group`."""
+        with self.clock.running():
+            return self.inner.sum(values)
+
+    def max(self, values: Tensor) -> Tensor:
+        """See :class:`Group`."""
+        with self.clock.running():
+            return self.inner.max(values)
+
+    def pass_on(self, send: Sequence[Tensor], receive: Sequence[Tensor]) -> Callable[[], None]:
+        """See :class:`Group`; only waiting counts, what the ring does meanwhile is computation."""
+        wait = self.inner.pass_on(send, receive)
+
+        def clocked_wait() -> None:
+            with self.clock.running():
+                wait()
+
+        return clocked_wait
+
+
+def clock_of(group: Group, device: torch.device) -> CommClock:
+    """Return the group's clock, or one that nobody reads."""
+    return group.clock if isinstance(group, ClockedGroup) else CommClock(device)
+
+
+def clock_backend(backend: Any, clock: CommClock) -> None:
+    """Count the collectives of DeepSpeed's communication backend; the last clock given is the one that counts."""
+    for name in COLLECTIVES:
+        plain = getattr(backend, name, None)
+        plain = getattr(plain, "comtip_plain", plain)
+        if plain is not None:
+            counted: Any = clock.clocked(plain)
+            counted.comtip_plain = plain
+            setattr(backend, name, counted)

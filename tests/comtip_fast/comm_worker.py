@@ -1,0 +1,68 @@
+"""Run by every rank: one step of every engine with rank 1 slow in its backward pass; prints the seconds each engine waited.
+
+``comm_worker.py OVERRIDE,OVERRIDE,...``
+"""
+
+import json
+import sys
+import time
+
+import torch
+
+SLOW_S = 0.5
+
+
+def seconds_of(overrides: list[str], ranks: object, kind: list[str]) -> tuple[str, float]:
+    """Return the engine's name and how long its second step waited for the other rank."""
+    from comtip_fast.config.io import load_config
+    from comtip_fast.training.comm_clock import ClockedGroup
+    from comtip_fast.training.engine import make_engine
+    from comtip_fast.training.pieces import forward_backward
+    from comtip_fast.training.task import build_task
+
+    device = torch.device("cpu")
+    config = load_config(None, [*overrides, *kind])
+    group = ClockedGroup(ranks, device)
+    task = build_task(config, device, group)
+    engine = make_engine(task.module, config, group)
+    order: list[str] = []
+    slow = ""
+
+    def gradient_of(name: str) -> None:
+        order.append(name)
+        if name == slow:
+            time.sleep(SLOW_S)
+
+    for name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(lambda gradient, name=name: gradient_of(name))
+    waited = 0.0
+    for step in (1, 2):
+        # By the last gradient of all, the losses' own collectives are over.
+        slow = order[-1] if step == 2 and group.rank == 1 else ""
+        batch = task.batch(task.batches(0)[0], step, 0)
+        engine.module.train()
+        engine.start_step(1e-4)
+        group.sum(torch.zeros(1))  # both begin together
+        group.clock.seconds()
+        forward_backward(engine, task, batch, 1)
+        waited = group.clock.seconds()
+        engine.update(True)
+    return engine.name, waited
+
+
+def main() -> None:
+    """Work through the engines."""
+    from comtip_fast.training.distributed import joined
+
+    torch.set_num_threads(1)
+    overrides = sys.argv[1].split(",")
+    kinds = [["engine.kind=ddp"]]
+    kinds += [["engine.kind=deepspeed", f"engine.zero_stage={stage}", "engine.bucket_mb=0.05"] for stage in range(4)]
+    with joined(60.0, "cpu") as ranks:
+        found = dict(seconds_of(overrides, ranks, kind) for kind in kinds)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
