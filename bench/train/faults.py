@@ -5,7 +5,8 @@
 
 Two gloo ranks train a tiny model on made-up sections. *Same*: every row of metrics.jsonl but its clocks, and every byte of
 the exported weights. Every kind of breakdown is set off once, then ``--kills`` seeded kills, five to a run, then a whole
-agent is killed with its ranks and another takes its place.
+agent is killed with its ranks and another takes its place; or none does, until later, and the ranks are fewer meanwhile: then
+the losses are the same up to rounding.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,8 @@ from comtip_fast.testing.tiny import tiny_shards
 from comtip_fast.training.watch import CLOCKED
 
 STEPS, PER_RUN = 40, 5
+SIZED = 1e-4
+"""Largest relative difference of a loss where the number of ranks changed on the way."""
 TINY = [
     "data.batch_size=32", "data.views=2", "genes.per_task=30", "genes.held_out_from=10", "genes.held_out_every=4",
     "panel.max_genes=24", "levels.n_levels=5", "levels.min_positive=10", "vision.patch_px=16", "vision.width=32",
@@ -81,37 +85,86 @@ def spec_of(config: Path, folder: Path, breakdowns: Sequence[Breakdown] = (), **
 def run(config: Path, folder: Path, breakdowns: Sequence[Breakdown] = (), **more: Any) -> Outcome:
     """Run under one agent to the end; a breakdown each attempt."""
     spec = spec_of(config, folder, breakdowns, **more)
-    code = start_agent(spec.write(folder / "spec.json")).wait(600)
+    code = start_agent(spec.write(spec.path)).wait(600)
     return Outcome(folder, code, deaths(read_stamps(spec.stamps)))
 
 
 def lose_a_node(config: Path, folder: Path) -> Outcome:
     """Two agents of one rank each; kill one with its rank, and let a third take its place."""
     spec = spec_of(config, folder, ranks=1, nodes=(2, 2), port=free_port(), max_restarts=3)
-    path = spec.write(folder / "spec.json")
-    agents = [start_agent(path)]
+    with _two_agents(spec) as agents:
+        _wait(lambda: _steps(spec, 10), agents)
+        began = time.time()
+        _end_node(agents[1])
+        agents.append(start_agent(spec.path))
+        code = _finish([agents[0], agents[2]])
+    row = {"kind": "node lost, another comes", "rank": 1, "attempt": 0}
+    return Outcome(folder, code, [row | {"seconds": _until_next_step(spec, began)}])
+
+
+def shrink_and_grow(config: Path, folder: Path) -> Outcome:
+    """Two agents of one rank each, where one is enough: kill one, let the other go on alone, then add a third."""
+    spec = spec_of(config, folder, ranks=1, nodes=(1, 2), port=free_port(), max_restarts=3, step_s=0.4)
+    with _two_agents(spec) as agents:
+        _wait(lambda: _steps(spec, 8, world=2), agents)
+        began = time.time()
+        _end_node(agents[1])
+        alone = agents[:1]
+        _wait(lambda: _steps(spec, 14, world=1), alone)
+        alone_after = _until_next_step(spec, began)
+        joined = time.time()
+        agents.append(start_agent(spec.path))
+        code = _finish([agents[0], agents[2]])
+    if not any(r["world"] == 2 for r in _stamped(spec, "step") if r["time"] > joined):
+        code = code or 1  # the third never took part
+    row = {"rank": 1, "attempt": 0}
+    return Outcome(folder, code, [
+        row | {"kind": "node lost, none comes", "seconds": alone_after},
+        row | {"kind": "a node more", "seconds": _until_next_step(spec, joined)},
+    ])  # fmt: skip
+
+
+@contextmanager
+def _two_agents(spec: Spec) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Start two agents, the one that serves the rendezvous first; end whatever still runs in the end."""
+    spec.write(spec.path)
+    agents = [start_agent(spec.path)]
     try:
         # Whichever agent comes first serves the rendezvous, which dies with it: that must not be the one to be killed.
         _wait(lambda: _is_served(spec.port), agents)
-        agents.append(start_agent(path))
-        _wait(lambda: any(r["event"] == "step" and r["step"] >= 10 for r in read_stamps(spec.stamps)), agents)
-        began = time.time()
-        # A session of its own: its ranks and servers die with it, as on a node that loses power.
-        os.killpg(agents[1].pid, signal.SIGKILL)
-        agents.append(start_agent(path))
-        left = (agents[0], agents[2])
-        # Once one has failed, the other would wait in vain for a second node.
-        _wait_until(lambda: all(a.poll() is not None for a in left) or any(a.poll() for a in left), 300)
-        code = 0 if all(agent.poll() == 0 for agent in left) else 1
+        agents.append(start_agent(spec.path))
+        yield agents
     finally:
         for agent in agents:
             if agent.poll() is None:
-                os.killpg(agent.pid, signal.SIGKILL)
+                _end_node(agent)
             agent.wait()
-    starts = [r["time"] for r in read_stamps(spec.stamps) if r["event"] == "start" and r["time"] > began]
-    steps = [r["time"] for r in read_stamps(spec.stamps) if r["event"] == "step" and starts and r["time"] > min(starts)]
-    row = {"kind": "node lost, another comes", "rank": 1, "attempt": 0}
-    return Outcome(folder, code, [row | {"seconds": min(steps) - began if steps else math.nan}])
+
+
+def _end_node(agent: subprocess.Popen[bytes]) -> None:
+    """Kill a session: its ranks and servers die with the agent, as on a node that loses power."""
+    os.killpg(agent.pid, signal.SIGKILL)
+
+
+def _finish(agents: Sequence[subprocess.Popen[bytes]]) -> int:
+    # Once one has failed, the other would wait in vain for a second node.
+    _wait_until(lambda: all(a.poll() is not None for a in agents) or any(a.poll() for a in agents), 300)
+    return 0 if all(agent.poll() == 0 for agent in agents) else 1
+
+
+def _stamped(spec: Spec, event: str) -> list[dict[str, Any]]:
+    return [r for r in read_stamps(spec.stamps) if r["event"] == event]
+
+
+def _steps(spec: Spec, step: int, world: int | None = None) -> bool:
+    return any(r["step"] >= step and world in (None, r["world"]) for r in _stamped(spec, "step"))
+
+
+def _until_next_step(spec: Spec, began: float) -> float:
+    """Return the seconds from then to the first step of a start that came after."""
+    starts = [r["time"] for r in _stamped(spec, "start") if r["time"] > began]
+    steps = [r["time"] for r in _stamped(spec, "step") if starts and r["time"] > min(starts)]
+    return min(steps) - began if steps else math.nan
 
 
 def _is_served(port: int) -> bool:
@@ -144,6 +197,15 @@ def differences(one: Path, other: Path) -> list[str]:
         sorted(p.name for p in (d / "checkpoints").glob("*") if not p.name.startswith("damaged_")) for d in (one, other)
     ]
     return out if names[0] == names[1] else [*out, "checkpoints"]
+
+
+def far_apart(one: Path, other: Path) -> float:
+    """Return the largest relative difference of a loss; infinite where the runs have not the same steps, each once."""
+    a, b = ({r["step"]: r["loss"] for r in trace(d) if r["kind"] == "train"} for d in (one, other))
+    once = all(sum(r["kind"] == "train" for r in trace(d)) == len(t) for d, t in ((one, a), (other, b)))
+    if not once or a.keys() != b.keys() or not a:
+        return math.inf
+    return max(abs(a[step] - b[step]) / abs(b[step]) for step in a)
 
 
 def trace(run_dir: Path) -> list[dict[str, Any]]:
@@ -186,7 +248,12 @@ def table(config: Path, folder: Path, kills: int, seed: int, fresh: bool) -> lis
             rows.append(row | {"at": breakdowns[row["attempt"]].at, "same": same})
     lost = lose_a_node(config, folder / "node")
     same = lost.code == 0 and not differences(lost.folder / "run", whole.folder / "run")
-    return [*rows, lost.rows[0] | {"at": 10, "same": same}]
+    rows.append(lost.rows[0] | {"at": 10, "same": same})
+    # Another number of ranks adds up in another order.
+    sized = shrink_and_grow(config, folder / "sized")
+    far = far_apart(sized.folder / "run", whole.folder / "run") if sized.code == 0 else math.inf
+    print(f"a node less, then one more: losses differ by {far:.1e} at most")
+    return [*rows, *(r | {"at": 8, "same": far < SIZED} for r in sized.rows)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -44,6 +45,8 @@ class Spec:
     port: int = 0
     """Of the rendezvous, where there are several agents; the first agent to come serves it."""
     fresh: bool = False
+    step_s: float = 0.0
+    """Sleep before every step, so that an agent has time to come while the run lasts."""
     shutdown_s: int = 3
     """How long the agent waits for ranks that it asked to end."""
 
@@ -51,6 +54,11 @@ class Spec:
     def stamps(self) -> Path:
         """File of stamps."""
         return Path(self.folder) / "stamps.jsonl"
+
+    @property
+    def path(self) -> Path:
+        """Where it is usually written."""
+        return Path(self.folder) / "spec.json"
 
     def write(self, path: Path) -> Path:
         """Write as JSON and return the path."""
@@ -73,11 +81,17 @@ def worker(spec: Spec) -> int:
         signal.signal(number, signal.SIG_DFL)
     rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     stamps = Stamps(spec.stamps, rank, attempt)
-    stamps.write("start", world=int(os.environ["WORLD_SIZE"]), node=int(os.environ["GROUP_RANK"]))
+    stamps.write("start", node=int(os.environ["GROUP_RANK"]))
     breakdown = spec.breakdowns.get(attempt)
     if breakdown is not None and breakdown.rank == rank:
         arm(breakdown, Path(spec.run_dir), stamps)
-    at_every_step(lambda step: stamps.write("step", step=step))
+    world = int(os.environ["WORLD_SIZE"])
+
+    def stamp(step: int) -> None:
+        stamps.write("step", step=step, world=world)
+        time.sleep(spec.step_s)
+
+    at_every_step(stamp)
     from comtip_fast.cli import main
 
     more = [word for setting in (breakdown.settings if breakdown else ()) for word in ("--set", setting)]

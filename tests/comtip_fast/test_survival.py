@@ -79,6 +79,13 @@ def test_a_lost_node_is_replaced_and_leaves_the_same_run(config: Path, whole: Pa
     assert faults.differences(outcome.folder / "run", whole) == []
 
 
+@pytest.mark.slow
+def test_a_run_goes_on_with_fewer_nodes_and_then_with_more(config: Path, whole: Path, tmp_path: Path):
+    outcome = faults.shrink_and_grow(config, tmp_path / "sized")
+    assert outcome.code == 0
+    assert faults.far_apart(outcome.folder / "run", whole) < faults.SIZED
+
+
 @pytest.mark.parametrize(
     ("attempt", "rank", "says"),
     [
