@@ -1,6 +1,6 @@
 """Losses as pure functions of tensors; no parameters, no randomness, no files."""
 
-from comtip_fast.objectives.contrastive import Pairs, global_infonce, same_text_hash, same_text_ids
+from comtip_fast.objectives.contrastive import Pairs, global_infonce, same_text_hash
 from comtip_fast.objectives.masked import feature_health, masked_feature_loss
 from comtip_fast.objectives.mispair import (
     choose_hardest,
@@ -22,7 +22,6 @@ __all__ = [
     "pair_loss",
     "permute_within_strata",
     "same_text_hash",
-    "same_text_ids",
     "strata_of",
     "take_from_other_spots",
 ]

@@ -29,17 +29,10 @@ from comtip_fast.collectives import Group
 _MIX = (-7046029254386353131, -4658895280553007687, -7723592293110705685)
 
 
-def same_text_ids(levels_XG: Tensor, measured_XG: Tensor) -> Tensor:
-    """Give equal small integers to rows whose measured genes and levels are all equal; (X,) int64.
-
-    Two spots with the same text are not each other's negatives.
-    """
-    return same_text_hash(levels_XG, measured_XG).unique(return_inverse=True)[1]
-
-
 def same_text_hash(levels_XG: Tensor, measured_XG: Tensor) -> Tensor:
-    """Give equal 64-bit integers to equal texts, each row for itself, so that other ranks' rows need not be seen; (X,).
+    """Give equal 64-bit integers to rows whose measured genes and levels are all equal; (X,) int64.
 
+    Two spots with the same text are not each other's negatives. Each row by itself, so that other ranks' need not be seen.
     Among 10^10 pairs of different texts, two get the same hash with a chance of 1 in 10^9.
     """
     # SplitMix64's finaliser over (place of the gene, level), summed; all of it wraps modulo 2^64, as meant.

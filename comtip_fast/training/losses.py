@@ -32,7 +32,6 @@ from comtip_fast.objectives import (
     pair_loss,
     permute_within_strata,
     same_text_hash,
-    same_text_ids,
     take_from_other_spots,
 )
 
@@ -267,8 +266,8 @@ class StepLosses:
             use = torch.zeros_like(use)
         all_levels = levels if mispaired is None else torch.cat([levels, mispaired[use]])
         all_measured = torch.cat([measured, measured[use]])
-        # Alone, small integers do; ranks that do not see each other's texts compare hashes of them.
-        text_class = (same_text_ids if self.group.size == 1 else same_text_hash)(all_levels, all_measured)
+        # Hashes: ranks do not see each other's texts, and numbering texts would be one wait for the device.
+        text_class = same_text_hash(all_levels, all_measured)
         weight = measured.any(1).to(heads.vector_bD.dtype)
         pairs = Pairs(text_class, torch.cat([section, section[use]]), weight, self.config.align.negatives)
         text = table_pool(table.rows_GQD, table.scores_GQ, all_levels, all_measured)

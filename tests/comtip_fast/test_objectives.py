@@ -13,7 +13,7 @@ from comtip_fast.objectives import (
     pair_auc,
     pair_loss,
     permute_within_strata,
-    same_text_ids,
+    same_text_hash,
     strata_of,
     take_from_other_spots,
 )
@@ -163,12 +163,12 @@ def test_collapse_is_seen():
     assert same["patch_rank"] < 1.5
 
 
-def test_same_text_ids_ignore_what_was_not_measured(levels):
+def test_equal_texts_are_known_without_what_was_not_measured(levels):
     measured = torch.ones(B, G, dtype=torch.bool)
     measured[:, 5] = False
     again = levels.clone()
     again[3] = again[0]
     again[3, 5] += 1
-    ids = same_text_ids(again, measured)
+    ids = same_text_hash(again, measured)
     assert ids[3] == ids[0]
     assert ids.unique().numel() == B - 1

@@ -42,9 +42,10 @@ def infonce(
     negatives
         ``"all"``, ``"same_group"`` or ``"other_group"``; the last two compare the group ids.
     group_rows, group_columns
-        (B,) and (M,) integers.
+        (B,) and (M,) integers of up to 32 bits.
     class_rows, class_columns
-        (B,) and (M,) integers: equal ones are the same text and never negatives of each other.
+        (B,) and (M,) integers of up to 64 bits (hashes will do): equal ones are the same text and never negatives of
+        each other.
     weight_B
         Weight of each spot; 0 takes it out, also as a negative.
     impl

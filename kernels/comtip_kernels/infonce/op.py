@@ -53,7 +53,8 @@ class Pairs:
 def lse_of(x: Tensor, y: Tensor, scale: Tensor, pairs: Pairs, columns: int) -> tuple[Tensor, Tensor]:
     """Return the log-sum-exp of every row and of the first ``columns`` columns, fp32; -inf where no pair is let in."""
     (R, D), C = x.shape, y.shape[0]
-    tiles, exact = fitted(kernels.FORWARD, D, _SMALL), fitted(kernels.EXACT, D, _SMALL)
+    tiles = fitted(kernels.FORWARD, D, _SMALL)
+    exact = fitted(kernels.exact_tiles(x.dtype == torch.float32), D, _SMALL)
     n_m, n_n = triton.cdiv(R, tiles["BM"]), triton.cdiv(C, tiles["BN"])
     row_sums = torch.empty(n_n, R, device=x.device, dtype=torch.float32)
     col_sums = torch.empty(n_m, C, device=x.device, dtype=torch.float32)
@@ -189,7 +190,8 @@ def infonce_triton(
         None if g is None or negatives == "all" else g.to(torch.int32).contiguous() for g in (group_rows, group_columns)
     ]
     both = class_rows is not None and class_columns is not None
-    classes = [c.to(torch.int32).contiguous() if both and c is not None else None for c in (class_rows, class_columns)]
+    # Classes keep their 64 bits, which may be a hash's.
+    classes = [c.to(torch.int64).contiguous() if both and c is not None else None for c in (class_rows, class_columns)]
     silent = None if weight_B is None else (weight == 0).to(torch.int32)
     row_lse, column_lse = infonce_lse(x, y, scale.float(), RULES[negatives], *groups, *classes, silent)
     positive = scale.float() * (x.float() * y[:B].float()).sum(-1)

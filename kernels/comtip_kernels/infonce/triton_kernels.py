@@ -226,8 +226,14 @@ def grad_rows(  # type: ignore[no-untyped-def]
 # result does not depend on what else the GPU was doing.
 FORWARD: dict[str, Any] = {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3}
 EXACT: dict[str, Any] = {"BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 3}
+EXACT_FP32: dict[str, Any] = {"BM": 64, "BN": 32, "BK": 32, "num_warps": 4, "num_stages": 3}
 BACKWARD: dict[str, Any] = {"BM": 64, "BN": 32, "BK": 64, "num_warps": 8, "num_stages": 2}
 BACKWARD_FP32: dict[str, Any] = {"BM": 32, "BN": 32, "BK": 32, "num_warps": 8, "num_stages": 2}
+
+
+def exact_tiles(fp32: bool) -> dict[str, Any]:
+    """Return the exact pass' tiles; masks of 64-bit classes leave fewer registers."""
+    return dict(EXACT_FP32 if fp32 else EXACT)
 
 
 def backward_tiles(fp32: bool) -> dict[str, Any]:

@@ -30,7 +30,7 @@ _SIZES = ("B", "M", "D", "n_rows", "n_cols", "per_part", "n_out", "n_col_tiles",
 
 
 def _infonce(name: str, kernel: object, tiles: dict[str, int], dtype: str, block: bool) -> Entry:
-    """Return one InfoNCE kernel with every kind of mask on, vectors contiguous; a block's classes are hashes of 64 bits."""
+    """Return one InfoNCE kernel with every kind of mask on, vectors contiguous; classes are 64 bits wide, as hashes are."""
     names = list(kernel.arg_names)  # type: ignore[attr-defined]
     constants = {
         "HEADROOM": 40.0, "RULE": infonce.SAME_GROUP, "CLASSES": True, "SILENT": True, "DIAGONAL": not block,
@@ -40,8 +40,7 @@ def _infonce(name: str, kernel: object, tiles: dict[str, int], dtype: str, block
         constants.pop("HEADROOM")
     types = {n: f"*{dtype}" if n in ("x_ptr", "y_ptr", "q_ptr", "k_ptr") else "*i32" if n in _IDS else "i32" if n in _SIZES else "*fp32"
              for n in names}  # fmt: skip
-    if block:
-        types |= {n: "*i64" for n in names if n.startswith("class_")}
+    types |= {n: "*i64" for n in names if n.startswith("class_")}
     aligned = frozenset(n for n in names if n not in constants and n not in ("scale_ptr", "n_col_tiles"))
     return Entry(
         "infonce",
@@ -157,7 +156,7 @@ def entries() -> list[Entry]:
     for dtype in ("bf16", "fp32"):
         for block in (False, True):
             out.append(_infonce("forward", infonce.lse_tiles, dict(infonce.FORWARD), dtype, block))
-            out.append(_infonce("exact", infonce.exact_lse, dict(infonce.EXACT), dtype, block))
+            out.append(_infonce("exact", infonce.exact_lse, infonce.exact_tiles(dtype == "fp32"), dtype, block))
             for width in (128, 512):
                 tiles = infonce.backward_tiles(dtype == "fp32") | {"BD": width}
                 out.append(_infonce(f"backward_d{width}", infonce.grad_rows, tiles, dtype, block))

@@ -169,6 +169,16 @@ def test_twice_the_same_bits_and_nan_shows():
         assert not torch.isfinite(infonce(z, y, torch.tensor(5.0), impl="triton"))
 
 
+def test_classes_that_differ_in_their_upper_half_only_are_different_texts():
+    x, y = tensors(6, 6, 16)
+    classes = torch.tensor([7, 7 + 2**32, 7 - 2**40, 7, -1, 2**32 - 1])
+    truth = run("reference", x, y, 9.0, F64, class_rows=classes, class_columns=classes)
+    for got, want in zip(
+        run("triton", x, y, 9.0, torch.float32, class_rows=classes, class_columns=classes), truth, strict=True
+    ):
+        torch.testing.assert_close(got.to(F64), want, rtol=2e-5, atol=2e-6)
+
+
 def test_opcheck_and_flops():
     x, y = (torch.nn.functional.normalize(t, dim=-1).requires_grad_() for t in tensors(9, 12, 8))
     ids = torch.zeros(12, dtype=torch.int32)
