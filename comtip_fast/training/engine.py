@@ -115,8 +115,10 @@ class TorchEngine:
         self._step: nn.Module = StepModule(module, autocast_of(config, device))
         if group.size > 1:
             self._step = DistributedDataParallel(
-                self._step, bucket_cap_mb=config.engine.bucket_mb, broadcast_buffers=False, gradient_as_bucket_view=True
+                self._step, bucket_cap_mb=config.engine.bucket_mb, gradient_as_bucket_view=True
             )
+            # Set, as the argument's name depends on PyTorch's version: no rank changes buffers by itself.
+            self._step.broadcast_buffers = False
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """See :meth:`Engine.call`."""
