@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
+from comtip_kernels.infonce.cpu import KEPT_BYTES
+
 from comtip_fast.plan.cost import (
     INDEX,
     STATISTIC,
@@ -205,10 +207,17 @@ POOL_KEPT = 3 * INDEX + 2 * 4 + 1
 
 
 def infonce(s: Sizes, w: Work) -> list[Cost]:
-    """Own text columns against all images, one pass; backward makes the logits again, on a GPU once per side."""
-    u = 2.0 * w.images * w.columns * s.D
+    """Own text columns against all images, one pass; backward makes the logits again, on a GPU once per side.
+
+    One CPU process keeps the exponentials of its first tiles instead.
+    """
+    pairs = w.images * w.columns
+    u = 2.0 * pairs * s.D
     vectors = (w.images + w.columns) * s.D * w.precision.operand
-    return [Cost("logits", u, (4 if w.gpu else 3) * u, vectors, 3 * vectors, (w.images + w.columns) * STATISTIC)]
+    alone = not w.gpu and w.images == w.spots
+    kept = min(pairs, KEPT_BYTES // 4) if alone else 0
+    back = 4 * u if w.gpu else (3 - kept / max(1, pairs)) * u
+    return [Cost("logits", u, back, vectors, 3 * vectors, (w.images + w.columns) * STATISTIC + 4 * kept)]
 
 
 def level(s: Sizes, w: Work) -> list[Cost]:

@@ -101,7 +101,7 @@ def hostile(kind: str, B: int, D: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("kind", "dtype"),
-    itertools.product(["opposite", "half opposite", "identical", "rows opposite"], [torch.float32, F64]),
+    list(itertools.product(["opposite", "half opposite", "identical", "rows opposite"], [torch.float32, F64])),
 )
 def test_hostile_inputs_at_scale_100_stay_exact(kind: str, dtype: torch.dtype):
     x, y = hostile(kind, 37, 16)
@@ -124,6 +124,22 @@ def test_lse_is_within_2e_5_of_fp64_at_scale_100(kind: str, D: int):
     logits = 100.0 * (x.double() @ y.double().T)
     for lse, want in zip(got, (logits.logsumexp(1), logits.logsumexp(0)), strict=True):
         assert float((lse.double() - want).abs().max()) < 2e-5
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bf16_vectors_are_worked_on_in_fp32(autocast: bool):
+    x, y = (t.detach().bfloat16() for t in case(65, 80, 32))
+    truth = value_and_grads("reference", x.double(), y.double(), 100.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        xs, ys = x.clone().requires_grad_(), y.clone().requires_grad_()
+        scale = torch.tensor(100.0, requires_grad=True)
+        loss = infonce(xs, ys, scale, impl="cpu")
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert xs.grad.dtype == torch.bfloat16
+    assert abs(float(loss.detach()) - float(truth[0])) < 2e-5 * float(truth[0])
+    for got, want in zip((xs.grad, ys.grad, scale.grad), truth[1:], strict=True):
+        assert float((got.double() - want.double()).norm() / want.double().norm()) < 2**-8  # bf16's own step
 
 
 @pytest.mark.parametrize("impl", ["cpu", "reference"])

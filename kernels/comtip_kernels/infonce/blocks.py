@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from comtip_kernels.dispatch import Impl, choose, with_triton
-from comtip_kernels.infonce.cpu import FLOOR, LOG_FLOOR, TILE, Exponentials, Masks, masked_logits, sums, tiles
+from comtip_kernels.infonce.cpu import FLOOR, LOG_FLOOR, TILE, Exponentials, Masks, masked_logits, sums, tiles, wide
 
 __all__ = ["BlockIds", "block_gradients", "block_lse"]
 
@@ -98,12 +98,12 @@ def _chosen(op: str, impl: str, x: Tensor, ids: BlockIds, have: Mapping[str, Cal
 
 
 def _lse_reference(x: Tensor, y: Tensor, scale: Tensor, ids: BlockIds) -> tuple[Tensor, Tensor]:
-    logits = masked_logits(_wide(x), _wide(y), scale, ids)
+    logits = masked_logits(wide(x), wide(y), scale, ids)
     return logits.logsumexp(1), logits.logsumexp(0)
 
 
 def _lse_cpu(x: Tensor, y: Tensor, scale: Tensor, ids: BlockIds) -> tuple[Tensor, Tensor]:
-    x, y, s = _wide(x), _wide(y), float(scale)
+    x, y, s = wide(x), wide(y), float(scale)
     make = Exponentials(x, y, s, ids)
     row, column = sums(make)
     row_lse, column_lse = row.log() + make.shift, column.log() + make.shift
@@ -121,7 +121,7 @@ def _gradients_reference(
     x: Tensor, y: Tensor, scale: Tensor, ids: BlockIds, half_row: Tensor, row_lse: Tensor, half_column: Tensor,
     column_lse: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    x, y = _wide(x), _wide(y)
+    x, y = wide(x), wide(y)
     s = masked_logits(x, y, scale, ids)
     g = half_row[:, None] * (s - row_lse[:, None]).exp() + half_column * (s - column_lse).exp()
     return g @ y, g.T @ x
@@ -131,7 +131,7 @@ def _gradients_cpu(
     x: Tensor, y: Tensor, scale: Tensor, ids: BlockIds, half_row: Tensor, row_lse: Tensor, half_column: Tensor,
     column_lse: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    x, y, s = _wide(x), _wide(y), float(scale)
+    x, y, s = wide(x), wide(y), float(scale)
     dx, dy = torch.zeros_like(x), torch.zeros_like(y)
     make = Exponentials(x, y, s, ids)
     shift = make.shift
@@ -159,8 +159,3 @@ _GRADIENTS = {
     "cpu": _gradients_cpu,
     "triton": with_triton("comtip_kernels.infonce.blocks_op", "gradients_triton"),
 }
-
-
-def _wide(v: Tensor) -> Tensor:
-    """Return at least fp32: statistics of logits up to 100 cannot be kept in bf16."""
-    return v.to(torch.promote_types(v.dtype, torch.float32))

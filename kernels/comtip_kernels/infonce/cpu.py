@@ -215,15 +215,21 @@ class _InfoNCE(torch.autograd.Function):
         return _through_norm(image, x, dx.mul_(factor)), _through_norm(text, y, dy.mul_(factor)), dscale, None, None
 
 
+def wide(v: Tensor) -> Tensor:
+    """Return at least fp32: statistics of logits up to 100 cannot be kept in bf16."""
+    return v.to(torch.promote_types(v.dtype, torch.float32))
+
+
 def _unit(v: Tensor) -> Tensor:
+    v = wide(v)
     return v / v.norm(dim=-1, keepdim=True).clamp_min(EPSILON)
 
 
 def _through_norm(v: Tensor, unit: Tensor, grad: Tensor) -> Tensor:
     """Return the gradient of v from that of v / |v|, in the memory of ``grad``."""
-    norm = v.norm(dim=-1, keepdim=True)
+    norm = wide(v).norm(dim=-1, keepdim=True)
     along = torch.linalg.vecdot(unit, grad).unsqueeze(-1).masked_fill_(norm < EPSILON, 0.0)
-    return grad.addcmul_(unit, along, value=-1).div_(norm.clamp_min(EPSILON))
+    return grad.addcmul_(unit, along, value=-1).div_(norm.clamp_min(EPSILON)).to(v.dtype)
 
 
 def _unit_gradients(make: Exponentials, half: Tensor, row_lse: Tensor, column_lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -268,9 +274,9 @@ def infonce_cpu(
     group_columns: Tensor | None = None, class_rows: Tensor | None = None, class_columns: Tensor | None = None,
     weight_B: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Symmetric InfoNCE; see :func:`comtip_kernels.infonce.infonce`. Returns a scalar."""
-    B = image_BD.shape[0]
-    weight = image_BD.new_ones(B) if weight_B is None else weight_B.detach().to(image_BD.dtype)
+    """Symmetric InfoNCE; see :func:`comtip_kernels.infonce.infonce`. Returns a scalar, at least fp32."""
+    B, dtype = image_BD.shape[0], torch.promote_types(image_BD.dtype, torch.float32)
+    weight = image_BD.new_ones(B, dtype=dtype) if weight_B is None else weight_B.detach().to(dtype)
     silent = weight == 0
     masks = Masks(
         negatives, group_rows, group_columns, class_rows if class_columns is not None else None, class_columns
@@ -278,4 +284,5 @@ def infonce_cpu(
     if bool(silent.any()):
         masks.silent_rows = silent
         masks.silent_columns = nn.functional.pad(silent, (0, text_MD.shape[0] - B))
-    return _InfoNCE.apply(image_BD, text_MD, scale, weight, masks)
+    with torch.autocast(image_BD.device.type, enabled=False):  # its bf16 would come back through the products
+        return _InfoNCE.apply(image_BD, text_MD, scale, weight, masks)
