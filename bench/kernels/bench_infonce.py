@@ -53,44 +53,28 @@ def both_ways(loss: Callable[..., torch.Tensor], rows: int, dim: int) -> Callabl
     return run
 
 
-def three_products(rows: int, dim: int) -> Callable[[], None]:
-    """Return what no exact method can avoid, even one that stores every logit: logits once, and the two gradients.
+def products(rows: int, dim: int, n: int, exponentials: bool = False) -> Callable[[], None]:
+    """Return a floor: the products alone, in tiles that share one tile's memory.
 
-    All tiles share one tile's memory here, so that storing them costs nothing.
-    """
-    x, y, _ = (t.detach() for t in inputs(rows, dim))
-    dx, dy = torch.empty_like(x), torch.empty_like(y)
-
-    def run() -> None:
-        dx.zero_(), dy.zero_()
-        for i, j in tiles(rows, rows):
-            e = x[i] @ y[j].T
-            dx[i].addmm_(e, y[j])
-            dy[j].addmm_(e.T, x[i])
-
-    return run
-
-
-def four_products(rows: int, dim: int, exponentials: bool = False) -> Callable[[], None]:
-    """Return the floor of a method that stores no logits: logits twice, in tiles, and the two gradients.
-
-    The tiles are ours: of those tried, long thin blocks of rows included, they give the fastest products. ``exponentials``
-    adds what a softmax needs beside them at least: one of each logit in either pass, in place.
+    Three (``n``) no exact method can avoid, even one that stores every logit: logits, and two gradients. One that stores
+    none makes the logits twice. The tiles are ours: of those tried, long thin blocks of rows included, they give the
+    fastest products. ``exponentials`` adds one of each logit and pass, in place, which a softmax needs beside them.
     """
     x, y, _ = (t.detach() for t in inputs(rows, dim))
     x, y = F.normalize(x, dim=-1), F.normalize(y, dim=-1)
     dx, dy = torch.empty_like(x), torch.empty_like(y)
 
+    def logits(i: slice, j: slice) -> torch.Tensor:
+        e = x[i] @ y[j].T
+        return e.exp_() if exponentials else e
+
     def run() -> None:
-        for i, j in tiles(rows, rows):
-            first = x[i] @ y[j].T
-            if exponentials:
-                first.exp_()
+        if n == 4:
+            for i, j in tiles(rows, rows):
+                logits(i, j)
         dx.zero_(), dy.zero_()
         for i, j in tiles(rows, rows):
-            e = x[i] @ y[j].T
-            if exponentials:
-                e.exp_()
+            e = logits(i, j)
             dx[i].addmm_(e, y[j])
             dy[j].addmm_(e.T, x[i])
 
@@ -130,8 +114,8 @@ def main() -> None:
     args = parser.parse_args()
     size = (args.rows, args.dim)
     runs = {
-        "ours": both_ways(ours, *size), "open_clip": both_ways(clip_loss, *size), "three products": three_products(*size),
-        "four products": four_products(*size), "with exponentials": four_products(*size, exponentials=True),
+        "ours": both_ways(ours, *size), "open_clip": both_ways(clip_loss, *size), "three products": products(*size, 3),
+        "four products": products(*size, 4), "with exponentials": products(*size, 4, exponentials=True),
     }  # fmt: skip
     times = rounds.run(runs, args.rounds, args.busy)
     for name in runs:

@@ -85,7 +85,7 @@ def spec_of(config: Path, folder: Path, breakdowns: Sequence[Breakdown] = (), **
 def run(config: Path, folder: Path, breakdowns: Sequence[Breakdown] = (), **more: Any) -> Outcome:
     """Run under one agent to the end; a breakdown each attempt."""
     spec = spec_of(config, folder, breakdowns, **more)
-    code = start_agent(spec.write(spec.path)).wait(600)
+    code = start_agent(spec.write()).wait(600)
     return Outcome(folder, code, deaths(read_stamps(spec.stamps)))
 
 
@@ -127,7 +127,7 @@ def shrink_and_grow(config: Path, folder: Path) -> Outcome:
 @contextmanager
 def _two_agents(spec: Spec) -> Iterator[list[subprocess.Popen[bytes]]]:
     """Start two agents, the one that serves the rendezvous first; end whatever still runs in the end."""
-    spec.write(spec.path)
+    spec.write()
     agents = [start_agent(spec.path)]
     try:
         # Whichever agent comes first serves the rendezvous, which dies with it: that must not be the one to be killed.

@@ -57,13 +57,13 @@ class Spec:
 
     @property
     def path(self) -> Path:
-        """Where it is usually written."""
+        """Where it is written."""
         return Path(self.folder) / "spec.json"
 
-    def write(self, path: Path) -> Path:
-        """Write as JSON and return the path."""
-        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
-        return path
+    def write(self) -> Path:
+        """Write as JSON to :attr:`path` and return it."""
+        self.path.write_text(json.dumps(asdict(self)), encoding="utf-8")
+        return self.path
 
     @classmethod
     def read(cls, path: Path) -> Spec:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from comtip_kernels.dispatch import Impl, choose, with_triton
-from comtip_kernels.infonce.cpu import FLOOR, LOG_FLOOR, TILE, Exponentials, Masks, masked_logits, sums, tiles, wide
+from comtip_kernels.infonce.cpu import LOG_FLOOR, Exponentials, Masks, masked_logits, row_and_column_lse, tiles, wide
 
 __all__ = ["BlockIds", "block_gradients", "block_lse"]
 
@@ -103,18 +103,7 @@ def _lse_reference(x: Tensor, y: Tensor, scale: Tensor, ids: BlockIds) -> tuple[
 
 
 def _lse_cpu(x: Tensor, y: Tensor, scale: Tensor, ids: BlockIds) -> tuple[Tensor, Tensor]:
-    x, y, s = wide(x), wide(y), float(scale)
-    make = Exponentials(x, y, s, ids)
-    row, column = sums(make)
-    row_lse, column_lse = row.log() + make.shift, column.log() + make.shift
-    if row.numel() == 0 or column.numel() == 0:
-        return row_lse, column_lse
-    # Sums that underflowed may stand for negatives far off, or for none at all: done again, each with its own maximum.
-    for part in (row < FLOOR).nonzero().squeeze(1).split(TILE):
-        row_lse[part] = masked_logits(x, y, s, ids, rows=part).logsumexp(1)
-    for part in (column < FLOOR).nonzero().squeeze(1).split(TILE):
-        column_lse[part] = masked_logits(x, y, s, ids, columns=part).logsumexp(0)
-    return row_lse, column_lse
+    return row_and_column_lse(Exponentials(wide(x), wide(y), float(scale), ids))
 
 
 def _gradients_reference(

@@ -153,11 +153,13 @@ class Exponentials:
 
 
 def row_and_column_lse(make: Exponentials) -> tuple[Tensor, Tensor]:
-    """Return the log-sum-exp of every row over its allowed columns (B,), and of the first B columns over rows (B,)."""
-    x, y, scale, masks, shift = make.x, make.y, make.scale, make.masks, make.shift
+    """Return the log-sum-exp of every row, and of every column that has a softmax of its own, over allowed pairs."""
+    x, y, scale, masks = make.x, make.y, make.scale, make.masks
     row, column = sums(make)
-    column = column[: x.shape[0]]
-    row_lse, column_lse = row.log() + shift, column.log() + shift
+    if masks.own_pairs:  # columns from the B-th on are further negatives
+        column = column[: x.shape[0]]
+    row_lse, column_lse = row.log() + make.shift, column.log() + make.shift
+    # Sums that underflowed may stand for logits far off, or for none at all: done again, each with its own maximum.
     for part in (row < FLOOR).nonzero().squeeze(1).split(TILE):
         row_lse[part] = masked_logits(x, y, scale, masks, rows=part).logsumexp(1)
     for part in (column < FLOOR).nonzero().squeeze(1).split(TILE):

@@ -13,10 +13,9 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from comtip_kernels.infonce import triton_kernels as kernels
+from comtip_kernels.infonce.cpu import FLOOR, HEADROOM, LOG_FLOOR
 from comtip_kernels.tl_common import INTERPRETING, fitted, power_of_2, precision
 
-HEADROOM = 40.0
-FLOOR = 1e-20
 RULES = {"all": kernels.ALL, "same_group": kernels.SAME_GROUP, "other_group": kernels.OTHER_GROUP}
 Ids = Tensor | None
 _SMALL = {"BM": 32, "BN": 32, "BK": 32}
@@ -88,7 +87,7 @@ def gradients_of(
     D = x.shape[1]
     tiles = fitted(kernels.backward_tiles(x.dtype == torch.float32), D, _SMALL)
     tiles["BD"] = min(kernels.MAX_BD, power_of_2(D))
-    floor = math.log(FLOOR) + scale - HEADROOM
+    floor = LOG_FLOOR + scale - HEADROOM
     flags = pairs.flags(x)
     of_rows, of_columns = ((lse, half, (lse < floor).to(torch.int32)) for half, lse in (rows, columns))
     out = []

@@ -113,21 +113,9 @@ def exact_lse(  # type: ignore[no-untyped-def]
         for start in range(0, n_cols, BN):
             cols = start + tl.arange(0, BN)
             ok = _allowed(
-                rows,
-                cols,
-                n_out,
-                n_cols,
-                group_q,
-                group_k,
-                class_q,
-                class_k,
-                silent_q,
-                silent_k,
-                RULE,
-                CLASSES,
-                SILENT,
-                DIAGONAL,
-            )
+                rows, cols, n_out, n_cols, group_q, group_k, class_q, class_k, silent_q, silent_k, RULE,
+                CLASSES, SILENT, DIAGONAL,
+            )  # fmt: skip
             s = scale * _logits(
                 q_ptr, k_ptr, rows, cols, n_out, n_cols, D, q_row, q_d, k_row, k_d, BM, BN, BK, UPCAST, PRECISION
             )
@@ -192,21 +180,9 @@ def grad_rows(  # type: ignore[no-untyped-def]
             b = half * tl.exp2(tl.minimum(shift - lse, 80.0) * LOG2E)
             g = tl.exp2((s - shift) * LOG2E) * (a[:, None] + b[None, :])
         ok = _allowed(
-            rows,
-            cols,
-            n_rows,
-            n_cols,
-            group_q,
-            group_k,
-            class_q,
-            class_k,
-            silent_q,
-            silent_k,
-            RULE,
-            CLASSES,
-            SILENT,
-            DIAGONAL,
-        )
+            rows, cols, n_rows, n_cols, group_q, group_k, class_q, class_k, silent_q, silent_k, RULE,
+            CLASSES, SILENT, DIAGONAL,
+        )  # fmt: skip
         g = tl.where(ok, g, 0.0)
         k = tl.load(
             k_ptr + cols[:, None] * k_row + d_out[None, :] * k_d, mask=(cols[:, None] < n_cols) & (d_out[None, :] < D),
