@@ -13,7 +13,7 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 import pandas as pd
-from comtip_shards.identifiers import GeneResource
+from comtip_shards.genes.identifiers import GeneResource
 
 from comtip_fast._version import __version__
 from comtip_fast.constants import LAYER_CP10K, LAYER_RAW, OBSM_EMBEDDING, UNS

@@ -1,6 +1,6 @@
 """What the model and the losses know of other processes: a group with a handful of collectives, handed to them.
 
-Nothing here imports ``torch.distributed``; :mod:`comtip_fast.training.distributed` has the group that does. One process
+Nothing here imports ``torch.distributed``; :mod:`comtip_fast.training.distributed.process_group` has the group that does. One process
 is :class:`Alone`, whose collectives return what they are given, so a loss is written once.
 
 Rows are shared out in contiguous, nearly equal slices (:func:`share_of`): the global batch and the genes of the sentence

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from comtip_shards import ShardSet
-from comtip_shards.build import build_shards
+from comtip_shards.build.build import build_shards
 from comtip_shards.sources import open_source
 
-from comtip_fast.testing.tiny import write_tiny_source
+from testkit.tiny import write_tiny_source
 
 torch.set_num_threads(1)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from comtip_fast.plan.memory import state_rows
-from comtip_fast.testing.tiny import tiny_shards
+from testkit.tiny import tiny_shards
 from tests.comtip_fast.test_plan_ranks import CASES, W, measure_all, plan_of, total
 
 

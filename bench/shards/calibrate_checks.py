@@ -2,7 +2,7 @@
 
     PYTHONPATH=.:kernels:data_shards python bench/shards/calibrate_checks.py data_shards/samples --out checks.md
 
-Every section of the source is checked as it is, then spoiled by every fault of :mod:`comtip_fast.testing.faults`. A fault
+Every section of the source is checked as it is, then spoiled by every fault of :mod:`testkit.faults`. A fault
 counts as found when the check that is made for it warns or fails; what else speaks up is listed beside it.
 """
 
@@ -13,13 +13,13 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from comtip_shards.curate import check_section
-from comtip_shards.curate.finding import FAIL, WARN, SectionReport
-from comtip_shards.section import Section
+from comtip_shards.qc import check_section
+from comtip_shards.qc.result import FAIL, WARN, SectionReport
+from comtip_shards.sections.section import Section
 from comtip_shards.sources import open_source
 from tqdm import tqdm
 
-from comtip_fast.testing.faults import FAULTS
+from testkit.faults import FAULTS
 
 
 def alarms(report: SectionReport) -> set[str]:

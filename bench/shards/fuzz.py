@@ -18,12 +18,12 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from comtip_shards.build import build_shards
-from comtip_shards.fuzz import Fuzzer
+from comtip_shards.build.build import build_shards
 from comtip_shards.sources import open_source
 from tqdm import tqdm
 
-from comtip_fast.testing.tiny import TinySection, write_tiny_source
+from testkit.fuzz import Fuzzer
+from testkit.tiny import TinySection, write_tiny_source
 
 
 def hang(*_: object) -> None:

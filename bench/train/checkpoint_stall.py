@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 
-from comtip_fast.training import checkpoint as checkpoints
-from comtip_fast.training.checkpoint import Checkpoint
-from comtip_fast.training.checkpoint_writer import Writer, copied
+from comtip_fast.training.checkpoint import store as checkpoints
+from comtip_fast.training.checkpoint.async_writer import Writer, copied
+from comtip_fast.training.checkpoint.store import Checkpoint
 
 
 def measure(mib: float, rounds: int, folder: Path) -> tuple[list[float], list[float]]:

@@ -26,11 +26,11 @@ import torch
 from comtip_fast.collectives import Alone, Group
 from comtip_fast.config.io import load_config
 from comtip_fast.data.batch import Batch
-from comtip_fast.testing.distributed import run_distributed
-from comtip_fast.testing.tiny import tiny_shards
-from comtip_fast.training.distributed import joined
+from comtip_fast.training.distributed.process_group import joined
 from comtip_fast.training.task import build_task
 from comtip_fast.training.trainer import Trainer
+from testkit.distributed import run_distributed
+from testkit.tiny import tiny_shards
 
 LIMITS = {10: 1e-5, 50: 1e-3}
 TINY = [

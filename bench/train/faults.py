@@ -30,11 +30,11 @@ from pathlib import Path
 from typing import Any
 
 from comtip_fast.config.io import dump_config, load_config
-from comtip_fast.testing.breakdowns import Breakdown, deaths, read_stamps
-from comtip_fast.testing.distributed import free_port
-from comtip_fast.testing.elastic import Spec, start_agent
-from comtip_fast.testing.tiny import tiny_shards
-from comtip_fast.training.watch import CLOCKED
+from comtip_fast.training.monitor.monitor import CLOCKED
+from testkit.breakdowns import Breakdown, deaths, read_stamps
+from testkit.distributed import free_port
+from testkit.elastic import Spec, start_agent
+from testkit.tiny import tiny_shards
 
 STEPS, PER_RUN = 40, 5
 SIZED = 1e-4
@@ -64,7 +64,7 @@ class Outcome:
     folder: Path
     code: int
     rows: list[dict[str, Any]] = field(default_factory=list)
-    """See :func:`comtip_fast.testing.breakdowns.deaths`."""
+    """See :func:`testkit.breakdowns.deaths`."""
 
 
 def write_config(shards: Path | str, folder: Path, more: Sequence[str] = ()) -> Path:

@@ -23,12 +23,13 @@ from torch import Tensor
 
 from comtip_fast.collectives import Alone, Group
 from comtip_fast.config.io import load_config
-from comtip_fast.testing.distributed import run_distributed
-from comtip_fast.testing.tiny import tiny_shards
-from comtip_fast.training.distributed import broadcast, find_place, joined
-from comtip_fast.training.engine import Engine, make_engine
-from comtip_fast.training.pieces import forward_backward
+from comtip_fast.training.distributed.process_group import broadcast, find_place, joined
+from comtip_fast.training.engines.base import Engine
+from comtip_fast.training.engines.factory import make_engine
+from comtip_fast.training.grad_cache import forward_backward
 from comtip_fast.training.task import CoMTIPTask, build_task
+from testkit.distributed import run_distributed
+from testkit.tiny import tiny_shards
 
 TINY = [
     "data.batch_size=22", "data.views=1", "genes.per_task=30", "genes.held_out_from=10", "genes.held_out_every=4",

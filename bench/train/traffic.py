@@ -24,8 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from comtip_fast.collectives import Group, counts_of, gather_rows
 from comtip_fast.objectives import Pairs, global_infonce
-from comtip_fast.testing.distributed import run_distributed
-from comtip_fast.training.distributed import joined
+from comtip_fast.training.distributed.process_group import joined
+from testkit.distributed import run_distributed
 
 LIMIT = {"gather": 0.52, "ring": 0.77}
 

@@ -14,21 +14,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from comtip_shards import ShardSet, record
+from comtip_shards import ShardSet
+from comtip_shards.format import record
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from comtip_fast.config.schema import DataConfig
-from comtip_fast.data.tables import TrainingTables
-from comtip_fast.data.views import ViewPlan, jitter_tables, make_views, stain_table
-from comtip_fast.data.wds_loader import forked
+from comtip_fast.data.augment.views import ViewPlan, jitter_tables, make_views, stain_table
+from comtip_fast.data.expression.training_tables import TrainingTables
+from comtip_fast.data.loaders.webdataset import forked
 
 _TURNS = (
     None, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270,
     Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.TRANSVERSE, Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE,
 )  # fmt: skip
-"""The eight turns of :func:`comtip_fast.data.views.turn_tile` as Pillow has them."""
+"""The eight turns of :func:`comtip_fast.data.augment.views.turn_tile` as Pillow has them."""
 
 
 class TileViews:
@@ -39,7 +40,7 @@ class TileViews:
     shards, config
         Sections' stains, and how strong the jitter is.
     how
-        ``numpy`` (:func:`comtip_fast.data.views.make_views`) or ``pillow`` (``transpose`` and ``point``), which is quicker.
+        ``numpy`` (:func:`comtip_fast.data.augment.views.make_views`) or ``pillow`` (``transpose`` and ``point``), which is quicker.
     """
 
     def __init__(self, shards: ShardSet, config: DataConfig, how: str) -> None:

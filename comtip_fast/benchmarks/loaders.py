@@ -16,17 +16,17 @@ from typing import Any, Literal
 
 import numpy as np
 from comtip_shards import ShardSet
-from comtip_shards.build import build_shards
+from comtip_shards.build.build import build_shards
 from comtip_shards.sources import open_source
 from PIL import Image
 
 from comtip_fast.benchmarks.loader_peers import h5_batches, webdataset_batches, write_h5
 from comtip_fast.benchmarks.rounds import Contender, describe_machine, give_back_free_memory, resident_mb, run_rounds
 from comtip_fast.config.schema import DataConfig, PanelConfig, RunConfig, TrainConfig
-from comtip_fast.data.loader import BaseLoader
-from comtip_fast.data.loaders import dali_is_installed, make_loader
+from comtip_fast.data.expression.training_tables import TrainingTables, training_tables
+from comtip_fast.data.loaders.base import BaseLoader
+from comtip_fast.data.loaders.factory import dali_is_installed, make_loader
 from comtip_fast.data.records import Encoded, Records
-from comtip_fast.data.tables import TrainingTables, training_tables
 
 log = logging.getLogger("comtip_fast")
 
@@ -192,7 +192,7 @@ def _decode_all(tiles: list[bytes]) -> int:
 
 def _dali_alone(tiles: list[bytes], setting: Setting) -> Generator[int, None, None]:
     """Decode tiles that lie in memory: no loader built on this decoder can be faster."""
-    from comtip_fast.data.dali_loader import Decoder
+    from comtip_fast.data.loaders.dali import Decoder
 
     decoder = Decoder(setting.batch_size, setting.workers, None)
     chunks = _chunks(tiles, setting.batch_size)

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _own_shards(run_dir: Path, stated: str) -> str:
     """Return where the run's shards are: as its config says, or inside a run folder that was moved."""
-    from comtip_shards.remote import is_url
+    from comtip_shards.storage.remote import is_url
 
     inside = run_dir / Path(stated).name
     here = is_url(stated) or (Path(stated) / "manifest.json").is_file()
@@ -32,7 +32,7 @@ def _own_shards(run_dir: Path, stated: str) -> str:
 def run(args: argparse.Namespace) -> int:
     """Score, write both files and print the table."""
     from comtip_shards import ShardSet
-    from comtip_shards.remote import is_url
+    from comtip_shards.storage.remote import is_url
 
     from comtip_fast.evaluation.evaluate import evaluate, summary_table, write_metrics
     from comtip_fast.evaluation.report import write_report

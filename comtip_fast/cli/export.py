@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     if args.checkpoint is None:
         Predictor.load(args.run_dir).bundle.save(args.out)
     else:
-        from comtip_fast.training.exporting import export_checkpoint
+        from comtip_fast.training.export_checkpoint import export_checkpoint
 
         print(f"step {export_checkpoint(args.run_dir, args.checkpoint, args.out)}")
     print(f"{args.out}: " + ", ".join(sorted(p.name for p in args.out.iterdir())))

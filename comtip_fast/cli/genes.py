@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from comtip_shards.identifiers import GeneResource
+from comtip_shards.genes.identifiers import GeneResource
 
 from comtip_fast.genes import GeneTokenizer
 

@@ -76,7 +76,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _sweep(args: argparse.Namespace, config: RunConfig, cluster: Cluster, inputs: Inputs) -> int:
     """Compare designs over the number of devices: a table, plain data, or figures and a table in a folder."""
-    from comtip_fast.plan.sweep import as_rows, sweep, table, write
+    from comtip_fast.plan.figures import write
+    from comtip_fast.plan.sweep import as_rows, sweep, table
 
     found = sweep(config, cluster, inputs, most=args.most)
     if args.out is not None:

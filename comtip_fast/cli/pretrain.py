@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
 
     Bad input is not tried again, although torchrun would.
     """
-    from comtip_fast.training.refusals import Refusals
+    from comtip_fast.training.distributed.restart_guard import Refusals
 
     refusals = Refusals([*map(str, (args.config, args.out, args.start_from)), *args.set])
     known = refusals.known()
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _train_or_say(args: argparse.Namespace) -> int:
-    from comtip_fast.training.failures import RESTART_CODE, RestartError
+    from comtip_fast.training.distributed.failures import RESTART_CODE, RestartError
 
     try:
         return _train(args)
@@ -68,9 +68,10 @@ def _train(args: argparse.Namespace) -> int:
 
     from comtip_fast.config.io import load_config
     from comtip_fast.plan.live import step_cost
-    from comtip_fast.training.comm_clock import ClockedGroup
-    from comtip_fast.training.distributed import joined
-    from comtip_fast.training.engine import check_engine, set_product_precision
+    from comtip_fast.training.distributed.comm_timer import ClockedGroup
+    from comtip_fast.training.distributed.process_group import joined
+    from comtip_fast.training.engines.base import set_product_precision
+    from comtip_fast.training.engines.factory import check_engine
     from comtip_fast.training.task import build_task, pick_device
     from comtip_fast.training.trainer import Trainer, refuse_second_run
 

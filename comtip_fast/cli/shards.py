@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from comtip_shards.build import build_shards
-from comtip_shards.curate import check_sources
-from comtip_shards.merge import merge_sets
-from comtip_shards.remote import is_url
+from comtip_shards.build.build import build_shards
+from comtip_shards.build.merge import merge_sets
+from comtip_shards.qc import check_sources
+from comtip_shards.reader.verify import verify
 from comtip_shards.sources import FORMATS as SOURCE_FORMATS
 from comtip_shards.sources import SectionSource, detect, open_source
-from comtip_shards.verify import verify
+from comtip_shards.storage.remote import is_url
 
 from comtip_fast.cli.options import add_meta, add_out, meta
 

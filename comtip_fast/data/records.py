@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
-from comtip_shards import ShardError, ShardSet, record
+from comtip_shards import ShardError, ShardSet
+from comtip_shards.format import record
 from scipy import sparse
 
 Csr = tuple[np.ndarray, np.ndarray, np.ndarray]

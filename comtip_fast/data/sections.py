@@ -15,12 +15,12 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 from comtip_shards import ShardSet, SourceError
-from comtip_shards.image import Slide
-from comtip_shards.remote import is_url
-from comtip_shards.section import Section
+from comtip_shards.sections.section import Section
+from comtip_shards.slides.base import Slide
+from comtip_shards.slides.tiles import StainStats, stain_stats
 from comtip_shards.sources import open_source
 from comtip_shards.sources.anndata_source import MICRONS_PER_PIXEL, centres, library_picture, library_slide
-from comtip_shards.tiles import StainStats, stain_stats
+from comtip_shards.storage.remote import is_url
 
 OVERVIEW_PX = 1024
 

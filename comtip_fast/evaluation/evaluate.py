@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from comtip_shards import ShardSet
 
-from comtip_fast.data.levels import log1p_cp10k
+from comtip_fast.data.expression.levels import log1p_cp10k
 from comtip_fast.evaluation.metrics import Score, from_genes, pcc_per_gene, score
 from comtip_fast.evaluation.nulls import moved_spots, null_partial_pcc, null_pcc
 from comtip_fast.evaluation.train_reference import Inputs, TrainReference, mean_colour, spot_inputs

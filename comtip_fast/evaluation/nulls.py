@@ -8,7 +8,7 @@ nearest. The map keeps its smoothness and nearly its values; only its place is w
 from __future__ import annotations
 
 import numpy as np
-from comtip_shards.keyed import generator
+from comtip_shards.sampling.rng import generator
 from scipy.spatial import cKDTree
 
 from comtip_fast.evaluation.metrics import EPSILON, covariate_basis, outside, pcc_per_gene

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 from comtip_shards import ShardSet
-from comtip_shards.section import task_of
-from comtip_shards.tiles import StainStats, normalise_stain
+from comtip_shards.sections.section import task_of
+from comtip_shards.slides.tiles import StainStats, normalise_stain
 from scipy import sparse
 
-from comtip_fast.data.levels import log1p_cp10k
-from comtip_fast.data.panel import rank_by_variance
+from comtip_fast.data.expression.levels import log1p_cp10k
+from comtip_fast.data.expression.panel import rank_by_variance
 from comtip_fast.evaluation.baselines import RidgeModel, fit_ridge
 from comtip_fast.inference import Predictor
 

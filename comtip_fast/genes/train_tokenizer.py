@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from comtip_shards.identifiers import GeneResource
+from comtip_shards.genes.identifiers import GeneResource
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from comtip_fast.genes.text import gene_text

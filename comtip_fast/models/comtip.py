@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from comtip_fast.collectives import Group, counts_of, gather_rows, share_of
 from comtip_fast.config.schema import RunConfig
-from comtip_fast.models.gene_encoder import GeneEncoder, GeneTokens
+from comtip_fast.genes.tokens import GeneTokens
+from comtip_fast.models.gene_encoder import GeneEncoder
 from comtip_fast.models.image_encoder import VisionEncoder
 from comtip_fast.models.mask_generator import MaskFeatureGenerator
 

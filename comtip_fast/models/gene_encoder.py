@@ -8,30 +8,13 @@ sentence "gene g at level q" is ``[GENE] name tokens ... [VALUE]``; its vector h
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from comtip_kernels import gene_sentence_embedding, packed_attention_qkv, sentence_start
 from torch import Tensor, nn
 
 from comtip_fast.config.schema import TextConfig
+from comtip_fast.genes.tokens import GeneTokens
 from comtip_fast.models.recompute import run_block
-
-
-@dataclass
-class GeneTokens:
-    """Names of G genes as tokens, and their identity rows."""
-
-    ids_GT: Tensor
-    """int64; slot 0 is ``[GENE]``, the name follows, the slot after it is ``[VALUE]``."""
-    length_G: Tensor
-    """int64 tokens per sentence, both special slots included."""
-    identity_G: Tensor
-    """int64 row of the identity table; 0 is "no identity" and is the zero vector."""
-
-    def to(self, device: torch.device | str) -> GeneTokens:
-        """Move all three tensors."""
-        return GeneTokens(self.ids_GT.to(device), self.length_G.to(device), self.identity_G.to(device))
 
 
 class SentenceBlock(nn.Module):

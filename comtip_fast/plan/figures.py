@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from comtip_fast.plan.sweep import DESIGNS, Growth, Point, Sweep, stops_at
+from comtip_fast.plan.sweep import DESIGNS, Growth, Point, Sweep, stops_at, table
 
 # Colour-blind safe (Okabe and Ito); the table is the colour, the loss form the dash.
 COLOURS = ("#D55E00", "#D55E00", "#0072B2", "#0072B2", "#009E73", "#E69F00", "#CC79A7")
@@ -158,3 +158,13 @@ def _whole_panel(found: Sweep, axes: Any) -> None:
     axes.annotate(
         f"{found.cluster.device.name}: {room:g} GB", (16, room), xytext=(0, 3), textcoords="offset points", fontsize=8
     )
+
+
+def write(found: Sweep, folder: Path) -> list[Path]:
+    """Write the table and the two figures; return their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / "scaling_table.md", folder / "scaling_speed.png", folder / "scaling_memory.png"]
+    paths[0].write_text(table(found) + "\n", encoding="utf-8")
+    draw_speed(found, paths[1])
+    draw_memory(found, paths[2])
+    return paths

@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from comtip_shards.identifiers import GeneResource
+from comtip_shards.genes.identifiers import GeneResource
 from timm.layers import Attention, Mlp
 from timm.models.vision_transformer import Block
 from torch import nn

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Literal
 
 from comtip_fast.config.schema import RunConfig
@@ -179,15 +178,3 @@ def table(found: Sweep) -> str:
                 f"| {'nowhere' if enough is None else enough} | {size(at.largest.device_bytes)} |"
             )
     return "\n".join(lines)
-
-
-def write(found: Sweep, folder: Path) -> list[Path]:
-    """Write the table and the two figures; return their paths."""
-    from comtip_fast.plan.figures import draw_memory, draw_speed
-
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / "scaling_table.md", folder / "scaling_speed.png", folder / "scaling_memory.png"]
-    paths[0].write_text(table(found) + "\n", encoding="utf-8")
-    draw_speed(found, paths[1])
-    draw_memory(found, paths[2])
-    return paths

@@ -12,15 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from comtip_kernels import level_cross_entropy, pair_scores, pool_weights, table_pool
-from comtip_shards.keyed import uniform
+from comtip_shards.sampling.rng import uniform
 from torch import Tensor
 
 from comtip_fast.collectives import Group, counts_of, share_of
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.data.batch import Batch
-from comtip_fast.data.gene_tokens import take_genes
+from comtip_fast.genes.tokens import GeneTokens, take_genes
 from comtip_fast.models import CoMTIP, SentenceTable, StepOutput
-from comtip_fast.models.gene_encoder import GeneTokens
 from comtip_fast.objectives import (
     Pairs,
     choose_hardest,

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from comtip_fast.collectives import Alone, Group, share_of
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.data.batch import Batch
-from comtip_fast.data.gene_tokens import gene_tokens
-from comtip_fast.data.loaders import make_loader
-from comtip_fast.data.tables import TrainingTables, training_tables
-from comtip_fast.data.torch_loader import TorchLoader
+from comtip_fast.data.expression.training_tables import TrainingTables, training_tables
+from comtip_fast.data.loaders.factory import make_loader
+from comtip_fast.data.loaders.torch import TorchLoader
+from comtip_fast.export import Bundle
 from comtip_fast.genes import GeneTokenizer
-from comtip_fast.inference import Bundle
+from comtip_fast.genes.tokens import gene_tokens
 from comtip_fast.models import CoMTIP, ModelSizes
 from comtip_fast.training.losses import Heads, Numbers, Parts, StepLosses
 from comtip_fast.training.validation import Validation
@@ -145,7 +145,7 @@ class CoMTIPTask:
             parts["mfm"] = mfm
         return self.step.whole(parts, heads), numbers | self.step.health(batch, out)
 
-    # -- the same in pieces, see comtip_fast.training.pieces ------------------------------------------
+    # -- the same in pieces, see comtip_fast.training.grad_cache ------------------------------------------
 
     def pieces(self, batch: Batch, n: int) -> list[Batch]:
         """Cut this rank's share into ``n`` pieces, fewer where a rank has fewer spots; as many on every rank."""

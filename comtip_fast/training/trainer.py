@@ -23,20 +23,27 @@ from torch import Tensor
 from comtip_fast.collectives import Alone, Group
 from comtip_fast.config.io import config_to_dict, dump_config
 from comtip_fast.config.schema import RunConfig
-from comtip_fast.training import checkpoint as checkpoints
-from comtip_fast.training.checkpoint import Checkpoint, CheckpointError
-from comtip_fast.training.checkpoint_writer import Writer, copied
-from comtip_fast.training.comm_clock import clock_of
-from comtip_fast.training.distributed import first_does
-from comtip_fast.training.engine import Engine, make_engine
-from comtip_fast.training.failures import ADVICE, end_now, said_clearly
-from comtip_fast.training.loggers import Logger, finite, keep_rows_up_to, make_loggers
+from comtip_fast.training.checkpoint import store as checkpoints
+from comtip_fast.training.checkpoint.async_writer import Writer, copied
+from comtip_fast.training.checkpoint.run_state import (
+    RunState,
+    check_same_run,
+    deterministic,
+    random_state,
+    set_random_state,
+)
+from comtip_fast.training.checkpoint.store import Checkpoint, CheckpointError
+from comtip_fast.training.distributed.comm_timer import clock_of
+from comtip_fast.training.distributed.failures import ADVICE, end_now, said_clearly
+from comtip_fast.training.distributed.process_group import first_does
+from comtip_fast.training.distributed.signals import Signals, catch_signals, hold_run
+from comtip_fast.training.engines.base import Engine
+from comtip_fast.training.engines.factory import make_engine
+from comtip_fast.training.grad_cache import forward_backward
+from comtip_fast.training.monitor.loggers import Logger, finite, keep_rows_up_to, make_loggers
+from comtip_fast.training.monitor.monitor import EVENTS, Alarm, Events, Meter, StepCost, Tracer, Watchdog
 from comtip_fast.training.optim import learning_rate
-from comtip_fast.training.pieces import forward_backward
 from comtip_fast.training.protocol import TrainingError, TrainingTask
-from comtip_fast.training.run_state import RunState, check_same_run, deterministic, random_state, set_random_state
-from comtip_fast.training.signals import Signals, catch_signals, hold_run
-from comtip_fast.training.watch import EVENTS, Alarm, Events, Meter, StepCost, Tracer, Watchdog
 
 log = logging.getLogger("comtip_fast")
 

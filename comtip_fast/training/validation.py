@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from comtip_fast.config.schema import RunConfig
-from comtip_fast.data.gene_tokens import take_genes
-from comtip_fast.data.levels import log1p_cp10k
-from comtip_fast.data.loader import BaseLoader
-from comtip_fast.data.tables import TrainingTables
-from comtip_fast.inference import mean_pcc, predict_trained
-from comtip_fast.models import CoMTIP, GeneTokens
+from comtip_fast.data.expression.levels import log1p_cp10k
+from comtip_fast.data.expression.training_tables import TrainingTables
+from comtip_fast.data.loaders.base import BaseLoader
+from comtip_fast.genes.tokens import GeneTokens, take_genes
+from comtip_fast.inference import predict_trained
+from comtip_fast.metrics import mean_pcc
+from comtip_fast.models import CoMTIP
 
 VALIDATION_GENES = 50
 SPACE_SPOTS, SPACE_GENES = 256, 256

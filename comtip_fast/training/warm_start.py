@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from comtip_fast.inference import Bundle
+from comtip_fast.export import Bundle
 from comtip_fast.models import CoMTIP
 
 log = logging.getLogger("comtip_fast")

@@ -1,6 +1,6 @@
 """Tissue sections to WebDataset shards of tiles and raw counts, and back. Needs neither torch nor a GPU."""
 
 from comtip_shards.errors import RECORD_FAULTS, ShardError, SourceError
-from comtip_shards.reader import ShardSet
+from comtip_shards.reader.shard_set import ShardSet
 
 __all__ = ["RECORD_FAULTS", "ShardError", "ShardSet", "SourceError"]

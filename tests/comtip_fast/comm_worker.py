@@ -15,9 +15,9 @@ SLOW_S = 0.5
 def seconds_of(overrides: list[str], ranks: object, kind: list[str]) -> tuple[str, float]:
     """Return the engine's name and how long its second step waited for the other rank."""
     from comtip_fast.config.io import load_config
-    from comtip_fast.training.comm_clock import ClockedGroup
-    from comtip_fast.training.engine import make_engine
-    from comtip_fast.training.pieces import forward_backward
+    from comtip_fast.training.distributed.comm_timer import ClockedGroup
+    from comtip_fast.training.engines.factory import make_engine
+    from comtip_fast.training.grad_cache import forward_backward
     from comtip_fast.training.task import build_task
 
     device = torch.device("cpu")
@@ -53,7 +53,7 @@ def seconds_of(overrides: list[str], ranks: object, kind: list[str]) -> tuple[st
 
 def main() -> None:
     """Work through the engines."""
-    from comtip_fast.training.distributed import joined
+    from comtip_fast.training.distributed.process_group import joined
 
     torch.set_num_threads(1)
     overrides = sys.argv[1].split(",")

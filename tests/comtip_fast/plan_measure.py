@@ -15,8 +15,8 @@ from comtip_fast.plan.hardware import make_cluster
 from comtip_fast.plan.parts import Part, Work, step_parts
 from comtip_fast.plan.plan import Plan, make_plan
 from comtip_fast.plan.sizes import Inputs, Sizes, sizes_of
-from comtip_fast.training.engine import make_engine
-from comtip_fast.training.pieces import forward_backward
+from comtip_fast.training.engines.factory import make_engine
+from comtip_fast.training.grad_cache import forward_backward
 from comtip_fast.training.task import build_task
 
 CPU = torch.device("cpu")

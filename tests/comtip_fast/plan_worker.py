@@ -71,8 +71,9 @@ def live() -> int:
 def one_case(shards: str, name: str, overrides: list[str], group: Any) -> dict[str, Any]:
     """Take three steps and measure the third."""
     from comtip_fast.config.io import load_config
-    from comtip_fast.training.engine import TorchEngine, make_engine
-    from comtip_fast.training.pieces import forward_backward
+    from comtip_fast.training.engines.factory import make_engine
+    from comtip_fast.training.engines.torch import TorchEngine
+    from comtip_fast.training.grad_cache import forward_backward
     from comtip_fast.training.task import build_task
     from tests.comtip_fast.plan_measure import Kept
 
@@ -118,7 +119,7 @@ def one_case(shards: str, name: str, overrides: list[str], group: Any) -> dict[s
 def main() -> None:
     """Work through the cases of the command line."""
     patch()
-    from comtip_fast.training.distributed import find_place, joined
+    from comtip_fast.training.distributed.process_group import find_place, joined
 
     shards, *cases = sys.argv[1:]
     with joined(120.0, "cpu", find_place()) as group:

@@ -14,8 +14,8 @@ from comtip_fast.benchmarks import loaders as bench
 from comtip_fast.benchmarks.loader_peers import H5Tiles, TileViews, write_h5
 from comtip_fast.benchmarks.rounds import Contender, run_rounds
 from comtip_fast.config.schema import DataConfig
-from comtip_fast.data.loaders import dali_is_installed
-from comtip_fast.data.views import turn_tile
+from comtip_fast.data.augment.views import turn_tile
+from comtip_fast.data.loaders.factory import dali_is_installed
 
 
 def test_the_command_measures_every_contender(tiny_shards: ShardSet, tmp_path: Path):

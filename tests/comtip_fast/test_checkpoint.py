@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from comtip_fast.training import checkpoint as checkpoints
-from comtip_fast.training.checkpoint import Checkpoint, CheckpointError
+from comtip_fast.training.checkpoint import store as checkpoints
+from comtip_fast.training.checkpoint.store import Checkpoint, CheckpointError
 
 
 def some(value: float = 1.0) -> Checkpoint:

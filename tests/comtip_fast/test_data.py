@@ -7,10 +7,10 @@ from scipy import sparse
 
 from comtip_fast.config.io import load_config
 from comtip_fast.config.schema import GenesConfig, LevelsConfig, PanelConfig
-from comtip_fast.data.levels import fit_levels, log1p_cp10k
-from comtip_fast.data.panel import choose_genes, draw_panel, rank_by_variance
-from comtip_fast.data.tables import training_tables
-from comtip_fast.data.torch_loader import TorchLoader
+from comtip_fast.data.expression.levels import fit_levels, log1p_cp10k
+from comtip_fast.data.expression.panel import choose_genes, draw_panel, rank_by_variance
+from comtip_fast.data.expression.training_tables import training_tables
+from comtip_fast.data.loaders.torch import TorchLoader
 
 
 def counts(seed: int = 0, n: int = 60, g: int = 5) -> sparse.csr_matrix:

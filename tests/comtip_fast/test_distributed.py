@@ -13,10 +13,10 @@ from comtip_shards import ShardSet
 
 from comtip_fast.collectives import Alone, counts_of, share_of
 from comtip_fast.config.io import ConfigError, load_config
-from comtip_fast.testing import tiny
-from comtip_fast.testing.distributed import RankError, run_distributed
-from comtip_fast.training import checkpoint
-from comtip_fast.training.distributed import TrainingError, find_place, first_host
+from comtip_fast.training.checkpoint import store as checkpoint
+from comtip_fast.training.distributed.process_group import TrainingError, find_place, first_host
+from testkit import tiny
+from testkit.distributed import RankError, run_distributed
 
 ROOT = Path(__file__).parents[2]
 
@@ -96,7 +96,7 @@ def test_engine_settings_that_do_not_fit_are_refused(bad: list[str], says: str):
 
 
 def test_deepspeeds_config_is_derived_from_ours():
-    from comtip_fast.training.engine_deepspeed import deepspeed_config
+    from comtip_fast.training.engines.deepspeed import deepspeed_config
 
     config = load_config(None, [
         "engine.kind=deepspeed", "engine.zero_stage=3", "engine.offload_optimizer=nvme", "engine.offload_param=cpu",

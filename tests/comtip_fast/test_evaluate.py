@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from comtip_shards import ShardSet
-from comtip_shards.build import build_shards
+from comtip_shards.build.build import build_shards
 from comtip_shards.sources import open_source
 
 from comtip_fast.evaluation.evaluate import SectionData, evaluate, write_metrics
 from comtip_fast.evaluation.metrics import pcc_per_gene
 from comtip_fast.evaluation.train_reference import TrainReference, spot_inputs
 from comtip_fast.inference import Predictor
-from comtip_fast.testing.tiny import TinySection, write_tiny_source
+from testkit.tiny import TinySection, write_tiny_source
 
 TILES = {"tile_px": 32, "tile_um": 224.0, "min_mpp": 5.0}
 

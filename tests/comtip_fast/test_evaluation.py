@@ -14,7 +14,8 @@ from comtip_fast.evaluation.evaluate import PREDICTORS, choose_sections, evaluat
 from comtip_fast.evaluation.metrics import mean_with_zeros, partial_pcc_per_gene, pcc_per_gene, residuals, score
 from comtip_fast.evaluation.nulls import moved_spots
 from comtip_fast.evaluation.report import write_report
-from comtip_fast.inference import GeneQuery, Predictor, mean_pcc
+from comtip_fast.inference import GeneQuery, Predictor
+from comtip_fast.metrics import mean_pcc
 
 
 @pytest.fixture

@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from comtip_fast.config.io import dump_config, load_config
-from comtip_fast.testing.distributed import free_port, rank_environment
-from comtip_fast.training.refusals import Refusals
+from comtip_fast.training.distributed.restart_guard import Refusals
 from comtip_fast.training.task import build_task
 from comtip_fast.training.trainer import Trainer
+from testkit.distributed import free_port, rank_environment
 
 # What a launcher sets by itself.
 RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

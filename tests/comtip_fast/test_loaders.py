@@ -14,18 +14,18 @@ import numpy as np
 import pytest
 import torch
 from comtip_shards import ShardError, ShardSet
-from comtip_shards.balance import balanced_draw
-from comtip_shards.headers import check_size
+from comtip_shards.format.image_header import check_size
+from comtip_shards.sampling.balance import balanced_draw
 from PIL import Image
 
 from comtip_fast.collectives import share_of
 from comtip_fast.config.io import load_config
-from comtip_fast.data.ahead import Ahead
 from comtip_fast.data.batch import Batch
-from comtip_fast.data.loader import BaseLoader
-from comtip_fast.data.loaders import dali_is_installed, make_loader
-from comtip_fast.data.plan import Plan
-from comtip_fast.data.tables import TrainingTables, training_tables
+from comtip_fast.data.expression.training_tables import TrainingTables, training_tables
+from comtip_fast.data.loaders.base import BaseLoader
+from comtip_fast.data.loaders.factory import dali_is_installed, make_loader
+from comtip_fast.data.loaders.prefetch import Ahead
+from comtip_fast.data.loaders.schedule import Plan
 from comtip_fast.training.task import build_task
 from comtip_fast.training.trainer import Trainer
 
@@ -207,7 +207,7 @@ def test_groups_weigh_alike_and_large_ones_show_all_their_spots_in_time():
 
 
 def test_balanced_batches_hold_both_platforms_alike(tiny_shards: ShardSet, loader, monkeypatch: pytest.MonkeyPatch):
-    from comtip_fast.data import plan as module
+    from comtip_fast.data.loaders import schedule as module
 
     monkeypatch.setattr(module, "groups_of", lambda shards, _: ["x", "y", "y", "y"])
     # Of the two training sections take 49 spots of one and 9 of the other.
@@ -427,7 +427,7 @@ def test_levels_learnt_from_a_part_give_levels_to_all(tiny_shards: ShardSet, tin
 
 
 def test_dali_that_is_not_there_is_said(tiny_shards: ShardSet, tables, tiny_overrides, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("comtip_fast.data.loaders.dali_is_installed", lambda: False)
+    monkeypatch.setattr("comtip_fast.data.loaders.factory.dali_is_installed", lambda: False)
     with pytest.raises(ValueError, match=r"comtip-fast\[dali-cu13\]"):
         make_loader(load_config(None, [*tiny_overrides, "data.loader=dali"]), tiny_shards, tables)
     auto = make_loader(load_config(None, tiny_overrides), tiny_shards, tables)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from comtip_fast.config.io import config_to_dict, load_config
-from comtip_fast.training.loggers import JsonlLogger, Progress, TensorBoardLogger, WandbLogger, make_loggers
+from comtip_fast.training.monitor.loggers import JsonlLogger, Progress, TensorBoardLogger, WandbLogger, make_loggers
 
 TRAIN = {"step": 10, "kind": "train", "loss": 1.5, "nce": 0.5, "lr": 1e-3, "spots_per_s": 321.0}
 VALID = {"step": 20, "kind": "valid", "score": 0.25, "per_task": {"human_breast": 0.25}, "best": True}

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from comtip_fast.config.schema import AlignConfig, RunConfig, TextConfig, VisionConfig
-from comtip_fast.models import CoMTIP, GeneEncoder, GeneTokens, ModelSizes, VisionEncoder
+from comtip_fast.genes.tokens import GeneTokens
+from comtip_fast.models import CoMTIP, GeneEncoder, ModelSizes, VisionEncoder
 
 TEXT = TextConfig(width=16, depth=2, heads=2, max_tokens=5)
 VISION = VisionConfig(patch_px=8, width=16, depth=2, heads=2)

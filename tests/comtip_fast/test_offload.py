@@ -11,7 +11,7 @@ from comtip_shards import ShardSet
 
 from comtip_fast.cli import main
 from comtip_fast.config.io import load_config
-from comtip_fast.training.engine import check_engine
+from comtip_fast.training.engines.factory import check_engine
 from comtip_fast.training.protocol import TrainingError
 from tests.comtip_fast.test_distributed import curves
 

@@ -14,7 +14,7 @@ from comtip_fast.plan.hardware import make_cluster
 from comtip_fast.plan.memory import Row, state_rows
 from comtip_fast.plan.plan import Plan, make_plan
 from comtip_fast.plan.sizes import Inputs, sizes_of
-from comtip_fast.testing.distributed import run_distributed
+from testkit.distributed import run_distributed
 
 WORKER = Path(__file__).with_name("plan_worker.py")
 W = 2

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from comtip_fast.config.io import load_config
-from comtip_fast.training.engine import set_product_precision
+from comtip_fast.training.engines.base import set_product_precision
 from comtip_fast.training.task import build_task
 from comtip_fast.training.trainer import Trainer
 

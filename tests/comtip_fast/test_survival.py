@@ -14,13 +14,13 @@ import pytest
 import torch
 from comtip_shards import ShardSet
 
-from comtip_fast.testing.elastic import said_by
-from comtip_fast.training import checkpoint as checkpoints
-from comtip_fast.training.checkpoint import Checkpoint
-from comtip_fast.training.checkpoint_writer import Writer, copied
-from comtip_fast.training.failures import RestartError, disk_trouble, said_clearly
+from comtip_fast.training.checkpoint import store as checkpoints
+from comtip_fast.training.checkpoint.async_writer import Writer, copied
+from comtip_fast.training.checkpoint.store import Checkpoint
+from comtip_fast.training.distributed.failures import RestartError, disk_trouble, said_clearly
+from comtip_fast.training.distributed.signals import hold_run
 from comtip_fast.training.protocol import TrainingError
-from comtip_fast.training.signals import hold_run
+from testkit.elastic import said_by
 from tests.comtip_fast.trainer_standin import fit
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "train" / "faults.py"
@@ -133,7 +133,7 @@ def test_a_limit_of_the_system_on_files_is_said_too(tmp_path: Path):
 
     code = (
         "import resource, signal, sys, torch; from pathlib import Path\n"
-        "from comtip_fast.training.checkpoint import Checkpoint, save\n"
+        "from comtip_fast.training.checkpoint.store import Checkpoint, save\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
         "save(Path(sys.argv[1]), 2, Checkpoint({'a': torch.ones(30000)}, {}, {}))\n"

@@ -7,7 +7,7 @@ import json
 from importlib.resources import files
 
 import pytest
-from comtip_shards.identifiers import GeneResource
+from comtip_shards.genes.identifiers import GeneResource
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -18,9 +18,9 @@ import torch
 import yaml
 
 from comtip_fast.config.io import load_config
-from comtip_fast.training import checkpoint as checkpoints
+from comtip_fast.training.checkpoint import store as checkpoints
+from comtip_fast.training.monitor.monitor import CLOCKED
 from comtip_fast.training.trainer import Trainer, TrainingError
-from comtip_fast.training.watch import CLOCKED
 from tests.comtip_fast.trainer_standin import SPOTS, StandIn, config_of, fit
 
 ROOT = Path(__file__).parents[2]

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from comtip_shards.keyed import uniform
-from comtip_shards.tiles import StainStats, normalise_stain
+from comtip_shards.sampling.rng import uniform
+from comtip_shards.slides.tiles import StainStats, normalise_stain
 
 from comtip_fast.config.schema import DataConfig
-from comtip_fast.data.apply_views import apply_views
-from comtip_fast.data.views import make_views, plan_views, view_of
+from comtip_fast.data.augment.apply_views import apply_views
+from comtip_fast.data.augment.views import make_views, plan_views, view_of
 
 STAINS = [StainStats((0.2, 0.3, 0.25), (0.1, 0.15, 0.1)), StainStats((0.4, 0.5, 0.3), (0.2, 0.2, 0.1))]
 SPOTS = np.arange(10, 26)

@@ -11,7 +11,7 @@ import torch
 
 from comtip_fast.cli import main
 from comtip_fast.config.io import dump_config, load_config
-from comtip_fast.inference import Bundle
+from comtip_fast.export import Bundle
 from comtip_fast.training.task import CoMTIPTask, build_task
 
 IDENTITY = "genes.identity_Id"

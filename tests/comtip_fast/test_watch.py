@@ -14,11 +14,11 @@ from comtip_fast.collectives import Alone
 from comtip_fast.config.io import ConfigError
 from comtip_fast.config.schema import WatchConfig
 from comtip_fast.plan.live import device_of, step_cost
-from comtip_fast.testing.distributed import run_distributed
-from comtip_fast.training.comm_clock import ClockedGroup, CommClock, clock_backend
+from comtip_fast.training.distributed.comm_timer import ClockedGroup, CommClock, clock_backend
+from comtip_fast.training.monitor.monitor import Alarm, Events, Meter, StepCost, Watchdog
 from comtip_fast.training.trainer import Trainer
 from comtip_fast.training.validation import space_numbers
-from comtip_fast.training.watch import Alarm, Events, Meter, StepCost, Watchdog
+from testkit.distributed import run_distributed
 from tests.comtip_fast.trainer_standin import StandIn, config_of
 
 CPU = torch.device("cpu")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from comtip_shards.appearance import looks_like_he
+from comtip_shards.slides.appearance import looks_like_he
 from PIL import Image
 
 SAMPLES = Path(__file__).parents[2] / "data_shards/samples"

@@ -12,14 +12,14 @@ import pandas as pd
 import pytest
 import webdataset
 from comtip_shards import ShardError, ShardSet, SourceError
-from comtip_shards import build as build_module
-from comtip_shards.build import build_shards
+from comtip_shards.build import build as build_module
+from comtip_shards.build.build import build_shards
+from comtip_shards.build.writer import layout
+from comtip_shards.slides.tiles import cut_tiles, stain_stats
 from comtip_shards.sources import open_source
-from comtip_shards.tiles import cut_tiles, stain_stats
-from comtip_shards.writer import layout
 from PIL import Image
 
-from comtip_fast.testing.tiny import TinySection, write_tiny_source
+from testkit.tiny import TinySection, write_tiny_source
 
 SIZE = {"tile_px": 32, "tile_um": 224.0, "min_mpp": 5.0}
 

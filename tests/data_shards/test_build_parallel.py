@@ -14,17 +14,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from comtip_shards import ShardError, ShardSet, SourceError, stage
-from comtip_shards.build import build_shards
-from comtip_shards.jobs import run_jobs
-from comtip_shards.merge import merge_sets
-from comtip_shards.outfolder import STAGING, writing
+from comtip_shards import ShardError, ShardSet, SourceError
+from comtip_shards.build import staging as stage
+from comtip_shards.build.build import build_shards
+from comtip_shards.build.jobs import run_jobs
+from comtip_shards.build.merge import merge_sets
+from comtip_shards.build.output_dir import STAGING, writing
+from comtip_shards.reader.verify import verify
 from comtip_shards.sources import open_source
-from comtip_shards.testing import change_manifest, rewrite
-from comtip_shards.verify import verify
 
 from comtip_fast.cli import main
-from comtip_fast.testing.tiny import TinySection, write_tiny_source
+from testkit.shards import change_manifest, rewrite
+from testkit.tiny import TinySection, write_tiny_source
 
 SIZE = {"tile_px": 32, "tile_um": 224.0, "min_mpp": 5.0, "max_records": 20}
 ROOT = Path(__file__).parents[2]
@@ -105,7 +106,7 @@ def test_kills_at_random_points_lose_nothing(
 def test_workers_end_with_the_builder(tmp_path: Path):
     script = tmp_path / "wait.py"
     script.write_text(
-        "import os, sys, time\nfrom comtip_shards.jobs import run_jobs\n"
+        "import os, sys, time\nfrom comtip_shards.build.jobs import run_jobs\n"
         "def wait(i):\n    open(f'{sys.argv[1] if len(sys.argv) > 1 else i[0]}', 'a').write(f'{os.getpid()}\\n')\n    time.sleep(60)\n"
         "if __name__ == '__main__':\n    run_jobs(wait, [((sys.argv[2],),)] * 2, jobs=2, label='x')\n"
     )
@@ -178,7 +179,7 @@ def test_parts_are_sets_and_merge_to_the_whole(
         raise AssertionError("a tile was decoded or encoded")
 
     monkeypatch.setattr(stage, "encode_tile", refuse)
-    monkeypatch.setattr("comtip_shards.record.decode_tile", refuse)
+    monkeypatch.setattr("comtip_shards.format.record.decode_tile", refuse)
     report = merge_sets([parts[2], parts[0], parts[1]], tmp_path / "set")
     assert files_of(tmp_path / "set") == whole
     assert report.sections == ["t1", "t2", "v1", "x1"]

@@ -9,20 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 from comtip_shards import ShardSet, SourceError
-from comtip_shards.build import build_shards
-from comtip_shards.curate import check_section, check_source, check_sources
-from comtip_shards.curate import look as look_module
-from comtip_shards.curate.finding import FAIL, NOT_APPLICABLE, OK, WARN, Finding, SectionReport, explain, graded
-from comtip_shards.curate.page import overlay, pages, ramp
-from comtip_shards.curate.run import look_at
-from comtip_shards.section import Section
+from comtip_shards.build.build import build_shards
+from comtip_shards.qc import check_section, check_source, check_sources
+from comtip_shards.qc import context as look_module
+from comtip_shards.qc.page import overlay, pages, ramp
+from comtip_shards.qc.result import FAIL, NOT_APPLICABLE, OK, WARN, Finding, SectionReport, explain, graded
+from comtip_shards.qc.run import look_at
+from comtip_shards.sections.section import Section
 from comtip_shards.sources import open_source
 from PIL import Image
 from scipy import sparse
 
 from comtip_fast.cli import main
-from comtip_fast.testing.faults import FAULTS
-from comtip_fast.testing.tiny import TinySection, write_tiny_source
+from testkit.faults import FAULTS
+from testkit.tiny import TinySection, write_tiny_source
 
 SAMPLES = Path(__file__).parents[2] / "data_shards" / "samples"
 SIZE = {"tile_px": 32, "tile_um": 224.0, "min_mpp": 5.0}

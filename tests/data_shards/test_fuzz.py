@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
-from comtip_shards import fuzz
-from comtip_shards.build import build_shards
-from comtip_shards.fuzz import Fuzzer
-from comtip_shards.reader import ShardSet
+from comtip_shards.build.build import build_shards
+from comtip_shards.reader.shard_set import ShardSet
 from comtip_shards.sources import open_source
 
-from comtip_fast.testing.tiny import TinySection, write_tiny_source
+from testkit import fuzz
+from testkit.fuzz import Fuzzer
+from testkit.tiny import TinySection, write_tiny_source
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +36,10 @@ def test_forgeries_neither_crash_nor_hang(fuzzer: Fuzzer, block: int):
 
 def test_the_judge_sees_a_reader_that_checks_nothing(fuzzer: Fuzzer, monkeypatch: pytest.MonkeyPatch):
     """The fuzzer itself: with CRC checks off, other data does come back and is called wrong."""
-    monkeypatch.setattr("comtip_shards.members.zlib.crc32", lambda data: 0)
+    monkeypatch.setattr("comtip_shards.reader.record_reader.zlib.crc32", lambda data: 0)
     monkeypatch.setattr(
-        "comtip_shards.members.spots.read_crcs", lambda *a: np.zeros((len(ShardSet(fuzzer.work)), 3), np.uint32)
+        "comtip_shards.reader.record_reader.spots.read_crcs",
+        lambda *a: np.zeros((len(ShardSet(fuzzer.work)), 3), np.uint32),
     )
     monkeypatch.setattr(fuzz, "BYTES", {"digit changed": fuzz.BYTES["digit changed"]})
     outcomes = [fuzzer.run(np.random.default_rng([22, i]), forge=False) for i in range(40)]

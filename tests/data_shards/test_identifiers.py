@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from comtip_shards.identifiers import GeneResource, map_genes
+from comtip_shards.genes.identifiers import GeneResource, map_genes
 from scipy import sparse
 
 ROWS = [

@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
-from comtip_shards import SourceError, wsi
-from comtip_shards import image as image_module
-from comtip_shards.image import ArraySlide, image_size, load_rgb, open_slide, peak_of, to_rgb8
+from comtip_shards import SourceError
+from comtip_shards.slides import open as image_module
+from comtip_shards.slides import wsi
+from comtip_shards.slides.base import ArraySlide, peak_of, to_rgb8
+from comtip_shards.slides.open import image_size, load_rgb, open_slide
 from PIL import Image
 
 RNG = np.random.default_rng(0)

@@ -5,7 +5,7 @@ from hashlib import blake2b
 
 import numpy as np
 import pytest
-from comtip_shards.keyed import bits, generator, key, permutation, uniform
+from comtip_shards.sampling.rng import bits, generator, key, permutation, uniform
 
 
 def test_golden_values_never_change():

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from comtip_shards import ShardSet, SourceError
-from comtip_shards.build import build_shards
-from comtip_shards.leakage import (
+from comtip_shards.build.build import build_shards
+from comtip_shards.sections.leakage import (
     SKETCH,
     benchmark_of,
     check_duplicates,
@@ -24,12 +24,12 @@ from comtip_shards.leakage import (
     section_print,
     spot_hashes,
 )
-from comtip_shards.section import SectionMeta
+from comtip_shards.sections.section import SectionMeta
 from comtip_shards.sources import hest, open_source
 from PIL import Image
 from scipy import sparse
 
-from comtip_fast.testing.tiny import TinySection, write_tiny_source
+from testkit.tiny import TinySection, write_tiny_source
 
 SIZE = {"tile_px": 32, "tile_um": 224.0, "min_mpp": 5.0}
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from comtip_shards.order import epoch_batches
+from comtip_shards.sampling.order import epoch_batches
 
 from comtip_fast.collectives import share_of
 
@@ -48,7 +48,7 @@ def test_the_default_order_is_pinned():
 
 
 def test_large_sets_are_ordered_by_a_bounded_look_ahead(monkeypatch: pytest.MonkeyPatch):
-    from comtip_shards import order
+    from comtip_shards.sampling import order
 
     # One section has most of the spots, so that most batches find no second section for a long way.
     section = np.repeat(np.arange(6), [20_000, 300, 41, 7, 500, 9])

@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
-from comtip_shards import SourceError, pooling
-from comtip_shards.pooling import Pooler, squares_of
+from comtip_shards import SourceError
+from comtip_shards.sections import pooling
+from comtip_shards.sections.pooling import Pooler, squares_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse

@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from comtip_shards import ShardError, ShardSet
-from comtip_shards.manifest import read_manifest
-from comtip_shards.record import decode_expr, decode_exprs, encode_expr
-from comtip_shards.testing import change_manifest, reseal, rewrite, seal_files
-from comtip_shards.verify import verify
+from comtip_shards.format.manifest import read_manifest
+from comtip_shards.format.record import decode_expr, decode_exprs, encode_expr
+from comtip_shards.reader.verify import verify
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+
+from testkit.shards import change_manifest, reseal, rewrite, seal_files
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from pathlib import Path
 import fsspec
 import pytest
 from comtip_shards import ShardError
-from comtip_shards.remote import Patience, Remote, is_url
+from comtip_shards.storage.remote import Patience, Remote, is_url
 
 DATA = bytes(range(256)) * 40
 SHA = hashlib.sha256(DATA).hexdigest()

@@ -10,7 +10,7 @@ from comtip_shards import SourceError
 from comtip_shards.sources import detect, open_source
 from PIL import Image
 
-from comtip_fast.testing.tiny import SYMBOLS, TinySection, write_tiny_source
+from testkit.tiny import SYMBOLS, TinySection, write_tiny_source
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from comtip_shards import SourceError
 from comtip_shards.sources import READERS, detect, open_source
 from comtip_shards.sources.choose import check_where, choose, matches
 
-from comtip_fast.testing.tiny import TinySection, write_tiny_source
+from testkit.tiny import TinySection, write_tiny_source
 
 
 @pytest.fixture

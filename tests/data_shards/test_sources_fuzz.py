@@ -9,7 +9,7 @@ import pytest
 from comtip_shards import SourceError
 from comtip_shards.sources import open_source
 
-from comtip_fast.testing.tenx import NAMES, he_picture, write_segmentation, write_visium_hd, write_xenium
+from testkit.tenx import NAMES, he_picture, write_segmentation, write_visium_hd, write_xenium
 
 REAL = Path(__file__).parent / "fixtures/space_ranger"
 CASES = {

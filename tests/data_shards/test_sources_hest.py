@@ -10,23 +10,13 @@ import numpy as np
 import pytest
 import tifffile
 from comtip_shards import ShardSet, SourceError
-from comtip_shards.build import build_shards
-from comtip_shards.curate import check_section
-from comtip_shards.leakage import guard_benchmark, load_benchmark
+from comtip_shards.build.build import build_shards
+from comtip_shards.qc import check_section
+from comtip_shards.sections.leakage import guard_benchmark, load_benchmark
 from comtip_shards.sources import detect, open_source
 from comtip_shards.sources.hest import NO_PATCH
 
-from comtip_fast.testing.hest import (
-    DEFAULT,
-    GENES,
-    HestSection,
-    counts,
-    picture,
-    spots,
-    write_hest,
-    write_patches,
-    write_table,
-)
+from testkit.hest import DEFAULT, GENES, HestSection, counts, picture, spots, write_hest, write_patches, write_table
 
 VISIUM, XENIUM, MOUSE = DEFAULT
 

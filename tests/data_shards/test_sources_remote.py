@@ -10,17 +10,17 @@ from pathlib import Path
 import fsspec
 import pytest
 from comtip_shards import ShardError, SourceError
-from comtip_shards.build import build_shards
-from comtip_shards.remote import Remote
+from comtip_shards.build.build import build_shards
 from comtip_shards.sources import fetch as fetch_module
 from comtip_shards.sources import open_source
 from comtip_shards.sources.fetch import fetch_source
+from comtip_shards.storage.remote import Remote
 
 from comtip_fast.cli import main
-from comtip_fast.testing.hest import write_hest
-from comtip_fast.testing.stimage import DEFAULT as SLIDES
-from comtip_fast.testing.stimage import write_stimage
-from comtip_fast.testing.tiny import TinySection, write_tiny_source
+from testkit.hest import write_hest
+from testkit.stimage import DEFAULT as SLIDES
+from testkit.stimage import write_stimage
+from testkit.tiny import TinySection, write_tiny_source
 
 TILES = {"tile_px": 16, "tile_um": 112.0, "min_mpp": 2.0}
 

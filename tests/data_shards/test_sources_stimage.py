@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from comtip_shards import SourceError
-from comtip_shards.build import build_shards
+from comtip_shards.build.build import build_shards
 from comtip_shards.sources import detect, open_source
 from PIL import Image
 
-from comtip_fast.testing.stimage import DEFAULT, GENES, coord, counts, write_meta, write_slide, write_stimage
+from testkit.stimage import DEFAULT, GENES, coord, counts, write_meta, write_slide, write_stimage
 
 ST, VISIUM, MOUSE = DEFAULT
 

@@ -9,13 +9,13 @@ import numpy as np
 import pandas as pd
 import pytest
 from comtip_shards import ShardSet, SourceError
-from comtip_shards.build import build_shards
+from comtip_shards.build.build import build_shards
+from comtip_shards.reader.verify import verify
 from comtip_shards.sources import detect, open_source
-from comtip_shards.verify import verify
 from PIL import Image
 
 from comtip_fast.cli import main
-from comtip_fast.testing.tenx import GENES, NAMES, he_picture, write_h5, write_mex
+from testkit.tenx import GENES, NAMES, he_picture, write_h5, write_mex
 
 REAL = Path(__file__).parent / "fixtures/space_ranger"
 KINDS = ["Gene Expression"] * 3 + ["Antibody Capture"]

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from comtip_shards.tiles import (
+from comtip_shards.slides.tiles import (
     REFERENCE_MEAN,
     REFERENCE_STD,
     StainStats,

@@ -9,12 +9,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from comtip_shards import ShardSet, SourceError
+from comtip_shards.reader.verify import verify
 from comtip_shards.sources import detect, open_source
 from comtip_shards.sources.geojson import centroid, iter_features
-from comtip_shards.verify import verify
 
 from comtip_fast.cli import main
-from comtip_fast.testing.tenx import GENES, NAMES, he_picture, write_h5, write_segmentation, write_visium_hd
+from testkit.tenx import GENES, NAMES, he_picture, write_h5, write_segmentation, write_visium_hd
 
 MPP, ANGLE, CORNER = 4.0, 0.2, np.array([40.0, 12.0])
 TURN = np.array([[np.cos(ANGLE), -np.sin(ANGLE)], [np.sin(ANGLE), np.cos(ANGLE)]])

@@ -10,13 +10,13 @@ import pandas as pd
 import pytest
 import tifffile
 from comtip_shards import ShardSet, SourceError
+from comtip_shards.reader.verify import verify
 from comtip_shards.sources import detect, open_source
 from comtip_shards.sources.alignment import read_alignment
-from comtip_shards.verify import verify
 from PIL import Image
 
 from comtip_fast.cli import main
-from comtip_fast.testing.tenx import GENES, NAMES, he_picture, write_xenium
+from testkit.tenx import GENES, NAMES, he_picture, write_xenium
 
 PIXEL = 0.2125
 SIZE = (150, 130)

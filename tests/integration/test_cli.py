@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 import comtip_fast
 from comtip_fast.cli import main
-from comtip_fast.training.watch import CLOCKED
+from comtip_fast.training.monitor.monitor import CLOCKED
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
 BUILD = ["--tile-px", "32", "--tile-um", "224", "--min-mpp", "5"]

@@ -9,7 +9,6 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from comtip_shards.errors import SourceError
-from comtip_shards.remote import is_url
 from comtip_shards.sources import (
     anndata_source,
     hest,
@@ -24,6 +23,7 @@ from comtip_shards.sources import (
 from comtip_shards.sources.base import POOL_KEYS, Reader, SectionSource, check_overrides, pick, refuse
 from comtip_shards.sources.choose import check_where, choose
 from comtip_shards.sources.fetch import fetch_source
+from comtip_shards.storage.remote import is_url
 
 __all__ = ["FORMATS", "READERS", "SectionSource", "detect", "open_source"]
 

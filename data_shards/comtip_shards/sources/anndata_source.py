@@ -21,8 +21,9 @@ from scipy import sparse
 from scipy.spatial import cKDTree
 
 from comtip_shards.errors import SourceError
-from comtip_shards.image import ArraySlide, Slide, mpp_by_tag, peak_of, to_rgb8
-from comtip_shards.section import Section, SectionMeta, check_unique
+from comtip_shards.sections.section import Section, SectionMeta, check_unique
+from comtip_shards.slides.base import ArraySlide, Slide, peak_of, to_rgb8
+from comtip_shards.slides.open import mpp_by_tag
 from comtip_shards.sources.base import SectionSource, Spots, as_counts, existing, join, number, pick
 from comtip_shards.sources.tenx import species_of
 

@@ -18,7 +18,7 @@ import pyarrow.csv as pa_csv
 from scipy import sparse
 
 from comtip_shards.errors import SourceError
-from comtip_shards.section import Section, SectionMeta, check_unique
+from comtip_shards.sections.section import Section, SectionMeta, check_unique
 
 POOL_KEYS = ("pool_um", "pool_from", "bin_um", "min_cover", "min_pooled", "qv", "alignment")
 META_KEYS = (

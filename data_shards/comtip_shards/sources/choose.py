@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from comtip_shards.errors import SourceError
-from comtip_shards.section import SectionMeta
+from comtip_shards.sections.section import SectionMeta
 from comtip_shards.sources.base import CatalogueRow
 
 WHERE_KEYS = ("species", "tissue", "platform", "donor", "dataset")

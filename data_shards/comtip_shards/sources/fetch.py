@@ -18,10 +18,10 @@ from pathlib import Path, PurePosixPath
 from tqdm import tqdm
 
 from comtip_shards.errors import SourceError
-from comtip_shards.remote import Patience, Remote, default_cache
 from comtip_shards.sources.base import pick
 from comtip_shards.sources.choose import choose
 from comtip_shards.sources.layouts import LAYOUTS, Layout
+from comtip_shards.storage.remote import Patience, Remote, default_cache
 
 FETCHERS = 4
 UNBOUNDED = 1 << 62
@@ -95,7 +95,7 @@ def fetch_source(
     facts
         Facts that a caller states; ``pixels`` says whether HEST's WSIs or patches are fetched.
     cache
-        Where files are kept; by default ``sources`` in :func:`comtip_shards.remote.default_cache`.
+        Where files are kept; by default ``sources`` in :func:`comtip_shards.storage.remote.default_cache`.
     progress
         Show a bar on a terminal.
 

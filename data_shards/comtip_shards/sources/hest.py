@@ -17,8 +17,9 @@ import h5py
 import numpy as np
 
 from comtip_shards.errors import SourceError
-from comtip_shards.image import Slide, mpp_by_tag
-from comtip_shards.section import Section, SectionMeta
+from comtip_shards.sections.section import Section, SectionMeta
+from comtip_shards.slides.base import Slide
+from comtip_shards.slides.open import mpp_by_tag
 from comtip_shards.sources.anndata_source import (
     SPECIES_NAMES,
     centres,

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from comtip_shards.errors import SourceError
-from comtip_shards.image import image_size
-from comtip_shards.section import Section, SectionMeta
+from comtip_shards.sections.section import Section, SectionMeta
+from comtip_shards.slides.open import image_size
 from comtip_shards.sources.base import (
     SectionSource,
     Spots,

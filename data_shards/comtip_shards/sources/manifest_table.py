@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from comtip_shards.errors import SourceError
-from comtip_shards.image import mpp_by_tag
-from comtip_shards.section import Section, SectionMeta, check_meta
+from comtip_shards.sections.section import Section, SectionMeta, check_meta
+from comtip_shards.slides.open import mpp_by_tag
 from comtip_shards.sources.base import (
     CatalogueRow,
     SectionSource,

@@ -13,9 +13,9 @@ import numpy as np
 from PIL import Image
 
 from comtip_shards.errors import SourceError
-from comtip_shards.image import ArraySlide, Box, Slide
-from comtip_shards.section import check_unique
-from comtip_shards.tiles import shrunk_size
+from comtip_shards.sections.section import check_unique
+from comtip_shards.slides.base import ArraySlide, Box, Slide
+from comtip_shards.slides.tiles import shrunk_size
 
 HEST_MPP = 0.5
 """um per px of HEST's patches."""

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from comtip_shards.errors import SourceError
-from comtip_shards.pooling import Pooled
-from comtip_shards.section import Section, SectionMeta
+from comtip_shards.sections.pooling import Pooled
+from comtip_shards.sections.section import Section, SectionMeta
 from comtip_shards.sources.base import number
 from comtip_shards.sources.tenx import Features
 

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from comtip_shards.errors import SourceError
-from comtip_shards.section import Section, SectionMeta, check_unique
+from comtip_shards.sections.section import Section, SectionMeta, check_unique
 from comtip_shards.sources.base import SectionSource, Spots, join, number, numbers, pick, reading
 from comtip_shards.sources.tenx import (
     TenxMatrix,

@@ -16,7 +16,8 @@ import numpy as np
 import pandas as pd
 
 from comtip_shards.errors import SourceError
-from comtip_shards.section import Section, SectionMeta
+from comtip_shards.sections.section import Section, SectionMeta
+from comtip_shards.slides.wsi import BlockedSlide
 from comtip_shards.sources.anndata_source import (
     VISIUM_DIAMETER_UM,
     VISIUM_PITCH_UM,
@@ -29,7 +30,6 @@ from comtip_shards.sources.anndata_source import (
 )
 from comtip_shards.sources.base import SectionSource, number, pick
 from comtip_shards.sources.tenx import species_of
-from comtip_shards.wsi import BlockedSlide
 
 NO_SHAPE, NO_ROW = "in the table but without a shape", "shapes without a row in the table"
 

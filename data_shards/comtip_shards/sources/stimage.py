@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from comtip_shards.errors import SourceError
-from comtip_shards.section import Section, SectionMeta
+from comtip_shards.sections.section import Section, SectionMeta
 from comtip_shards.sources.anndata_source import SPECIES_NAMES, median_gap, safe_id
 from comtip_shards.sources.base import (
     CatalogueRow,

@@ -15,9 +15,9 @@ import numpy as np
 from scipy import io as scipy_io
 from scipy import sparse
 
-from comtip_shards.appearance import looks_like_he
 from comtip_shards.errors import SourceError
-from comtip_shards.image import image_size, open_slide
+from comtip_shards.slides.appearance import looks_like_he
+from comtip_shards.slides.open import image_size, open_slide
 from comtip_shards.sources.base import as_counts, existing, reading
 
 GENE_KIND, MATRIX = "Gene Expression", "a feature-barcode matrix of 10x Genomics"

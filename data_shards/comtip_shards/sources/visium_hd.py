@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from comtip_shards.errors import SourceError
-from comtip_shards.pooling import Pooler, squares_of
-from comtip_shards.section import Section
+from comtip_shards.sections.pooling import Pooler, squares_of
+from comtip_shards.sections.section import Section
 from comtip_shards.sources.base import SectionSource, existing, number, pick, refuse
 from comtip_shards.sources.geojson import centroid, iter_features
 from comtip_shards.sources.parquet import BATCH, all_numbers, batches

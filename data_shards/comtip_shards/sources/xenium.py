@@ -18,9 +18,9 @@ import numpy as np
 import pyarrow as pa
 
 from comtip_shards.errors import SourceError
-from comtip_shards.image import open_slide
-from comtip_shards.pooling import Pooled, Pooler, squares_of
-from comtip_shards.section import Section, SectionMeta, check_unique
+from comtip_shards.sections.pooling import Pooled, Pooler, squares_of
+from comtip_shards.sections.section import Section, SectionMeta, check_unique
+from comtip_shards.slides.open import open_slide
 from comtip_shards.sources.alignment import Alignment, read_alignment
 from comtip_shards.sources.base import SectionSource, existing, number, pick, reading, refuse
 from comtip_shards.sources.parquet import BATCH, all_numbers, batches, has_column, numbers_of

@@ -1,0 +1,1 @@
+"""Random views of tiles: flips, turns, stain and colour jitter."""

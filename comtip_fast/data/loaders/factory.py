@@ -1,0 +1,54 @@
+"""Choose a loader by name."""
+
+from __future__ import annotations
+
+import logging
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from comtip_shards import ShardSet
+
+from comtip_fast.config.schema import RunConfig
+from comtip_fast.data.expression.training_tables import TrainingTables
+from comtip_fast.data.loaders.base import BaseLoader, Stem
+from comtip_fast.data.loaders.torch import TorchLoader
+from comtip_fast.data.loaders.webdataset import WdsLoader
+
+log = logging.getLogger("comtip_fast")
+
+
+def make_loader(
+    config: RunConfig, shards: ShardSet, tables: TrainingTables, *, rank: int = 0, world: int = 1,
+    device: torch.device | str = "cpu", frozen_stem: Stem | None = None,
+) -> BaseLoader:  # fmt: skip
+    """Return the loader that ``data.loader`` names; see :class:`comtip_fast.data.loaders.base.BaseLoader`.
+
+    Raises
+    ------
+    ValueError
+        ``data.loader`` is ``dali``, and DALI is not installed.
+    """
+    device = torch.device(device)
+    name = config.data.loader
+    if name == "auto":
+        name = "dali" if device.type == "cuda" and dali_is_installed() and frozen_stem is None else "torch"
+        log.debug("data.loader=auto: %s", name)
+    kwargs: dict[str, Any] = {"rank": rank, "world": world, "device": device}
+    if name == "torch":
+        return TorchLoader(shards, tables, config, frozen_stem, **kwargs)
+    if name == "wds":
+        return WdsLoader(shards, tables, config, frozen_stem, **kwargs)
+    if not dali_is_installed():
+        raise ValueError(
+            "data.loader=dali, but NVIDIA DALI is not installed: pip install 'comtip-fast[dali-cu13]' "
+            "(dali-cu12 for CUDA 12; both also decode on CPUs), or use data.loader=torch"
+        )
+    from comtip_fast.data.loaders.dali import DaliLoader
+
+    return DaliLoader(shards, tables, config, frozen_stem, **kwargs)
+
+
+def dali_is_installed() -> bool:
+    """Tell whether DALI can be imported."""
+    return find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None

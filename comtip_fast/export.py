@@ -1,0 +1,147 @@
+"""The export on disk: weights, levels, genes, config and model card; saved and loaded without pickle."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save_file as save_arrays
+from safetensors.torch import load_file, save_file
+
+from comtip_fast._version import __version__
+from comtip_fast.config.io import config_from_dict, config_to_dict
+from comtip_fast.config.schema import RunConfig
+from comtip_fast.data.expression.levels import LevelTable
+from comtip_fast.genes import GeneTokenizer
+from comtip_fast.models import CoMTIP, ModelSizes
+
+EXPORT_FORMAT, EXPORT_VERSION = "comtip-export", 1
+
+
+@dataclass(frozen=True)
+class ExportGene:
+    """One gene the model knows of."""
+
+    key: str
+    symbol: str
+    ensembl: str
+    name: str
+    trained: bool
+    held_out: bool
+
+
+@dataclass
+class Bundle:
+    """Everything that evaluation and prediction need; ``save`` and ``load`` never pickle."""
+
+    config: RunConfig
+    sizes: ModelSizes
+    model: CoMTIP
+    levels: LevelTable
+    genes: list[ExportGene]
+    sections: list[dict[str, Any]]
+    tile_um: float
+    min_mpp: float
+    tokenizer_sha256: str
+
+    @classmethod
+    def from_training(
+        cls,
+        config: RunConfig,
+        sizes: ModelSizes,
+        model: CoMTIP,
+        shards: Any,
+        tables: Any,
+        tokenizer: GeneTokenizer,
+    ) -> Bundle:
+        """Collect what training knows; trained genes come first, in the order of the level table's rows."""
+        chosen = [(r, True) for r in tables.genes.trained] + [(r, False) for r in tables.genes.held_out]
+        genes = []
+        for row, trained in chosen:
+            g = shards.genes[row]
+            genes.append(ExportGene(g.key, g.symbol, g.ensembl, g.name, trained, not trained))
+        sections = [
+            {k: getattr(s, k) for k in ("section_id", "dataset", "species", "tissue", "donor", "licence", "attribution", "split")}
+            | {"n_spots": s.n_spots}
+            for s in shards.manifest.sections
+        ]  # fmt: skip
+        tile = shards.manifest.tile
+        return cls(config, sizes, model, tables.table, genes, sections, tile.um, tile.min_mpp, tokenizer.sha256)
+
+    def save(self, folder: Path) -> None:
+        """Write ``config.json``, ``model.safetensors``, ``levels.safetensors``, ``genes.tsv``, ``README.md``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        meta = {
+            "format": EXPORT_FORMAT, "version": EXPORT_VERSION, "comtip_fast": __version__,
+            "config": config_to_dict(self.config), "sizes": asdict(self.sizes), "tile_um": self.tile_um,
+            "min_mpp": self.min_mpp,
+            "tokenizer_sha256": self.tokenizer_sha256, "sections": self.sections,
+        }  # fmt: skip
+        state = {k: v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}
+        save_file(state, folder / "model.safetensors")
+        save_arrays(self.levels.to_arrays(), folder / "levels.safetensors")
+        with (folder / "genes.tsv").open("w", newline="", encoding="utf-8") as file:
+            out = csv.writer(file, delimiter="\t", lineterminator="\n")
+            out.writerow(["key", "symbol", "ensembl", "name", "trained", "held_out"])
+            for g in self.genes:
+                out.writerow([g.key, g.symbol, g.ensembl, g.name, int(g.trained), int(g.held_out)])
+        (folder / "README.md").write_text(model_card(self), encoding="utf-8")
+        (folder / "config.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path, device: str | torch.device = "cpu") -> Bundle:
+        """Read an export; another format version is refused by name."""
+        meta = _read_meta(folder)
+        config, sizes = (
+            config_from_dict(meta["config"], str(folder / "config.json")),
+            ModelSizes(**meta["sizes"]),
+        )
+        model = CoMTIP(config, sizes)
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+        with (folder / "genes.tsv").open(newline="", encoding="utf-8") as file:
+            genes = [
+                ExportGene(r["key"], r["symbol"], r["ensembl"], r["name"], r["trained"] == "1", r["held_out"] == "1")
+                for r in csv.DictReader(file, delimiter="\t")
+            ]
+        levels = LevelTable(**load_arrays(folder / "levels.safetensors"))
+        return cls(
+            config, sizes, model.to(device).eval(), levels, genes, meta["sections"], meta["tile_um"],
+            meta["min_mpp"], meta["tokenizer_sha256"],
+        )  # fmt: skip
+
+
+def _read_meta(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no export (config.json is missing); give a finished run or its export")
+    meta = json.loads(path.read_text(encoding="utf-8"))
+    if meta.get("format") != EXPORT_FORMAT or meta.get("version") != EXPORT_VERSION:
+        raise ValueError(
+            f"{path}: format {meta.get('format')!r} version {meta.get('version')!r}; this comtip-fast "
+            f"({__version__}) reads {EXPORT_FORMAT!r} version {EXPORT_VERSION}"
+        )
+    return dict(meta)
+
+
+def model_card(bundle: Bundle) -> str:
+    """Return the export's README: what it was trained on, under which licences, and what it must not be used for."""
+    rows = "\n".join(
+        f"| {s['section_id']} | {s['split'] or '-'} | {s['species']} | {s['tissue']} | {s['donor']} | {s['n_spots']} | {s['licence']} |"
+        for s in bundle.sections
+    )
+    credits = "\n".join(f"- {a}" for a in sorted({s["attribution"] for s in bundle.sections if s["attribution"]}))
+    trained, held = sum(g.trained for g in bundle.genes), sum(g.held_out for g in bundle.genes)
+    return (
+        f"# {bundle.config.name}: a CoMTIP model\n\n"
+        f"Made by comtip-fast {__version__}. Tiles of {bundle.tile_um:g} um in {bundle.sizes.tile_px} px; "
+        f"{trained} genes trained, {held} held out by name.\n\n"
+        "Only sections whose split is `train` moved the weights; `val` chose when to stop; `test` was not read.\n\n"
+        "| section | split | species | tissue | donor | spots | licence |\n|---|---|---|---|---|---|---|\n"
+        f"{rows}\n\n## Attribution\n{credits}\n\n## Use\nResearch only; not a medical device. "
+        "`comtip_fast.load(<this folder>)`; weights are safetensors and nothing is unpickled.\n"
+    )

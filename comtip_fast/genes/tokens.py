@@ -1,0 +1,66 @@
+"""Gene names as the token tensors that the sentence encoder reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from comtip_fast.config.schema import TextConfig
+from comtip_fast.genes.tokenizer import GENE_ID, VALUE_ID, GeneTokenizer
+
+
+@dataclass
+class GeneTokens:
+    """Names of G genes as tokens, and their identity rows."""
+
+    ids_GT: Tensor
+    """int64; slot 0 is ``[GENE]``, the name follows, the slot after it is ``[VALUE]``."""
+    length_G: Tensor
+    """int64 tokens per sentence, both special slots included."""
+    identity_G: Tensor
+    """int64 row of the identity table; 0 is "no identity" and is the zero vector."""
+
+    def to(self, device: torch.device | str) -> GeneTokens:
+        """Move all three tensors."""
+        return GeneTokens(self.ids_GT.to(device), self.length_G.to(device), self.identity_G.to(device))
+
+
+def gene_tokens(
+    tokenizer: GeneTokenizer,
+    names: Sequence[tuple[str, str]],
+    identity: np.ndarray,
+    config: TextConfig,
+) -> GeneTokens:
+    """Tokenise ``(symbol, full name)`` pairs as ``[GENE] name tokens [VALUE]``.
+
+    Parameters
+    ----------
+    tokenizer
+        The project's sub-word tokenizer.
+    names
+        One pair per gene; the full name may be empty.
+    identity
+        (G,) identity rows, 0 for a gene that training did not see.
+    config
+        Longest name in tokens, and whether full names are read.
+    """
+    T = config.max_tokens + 2
+    ids = np.zeros((len(names), T), np.int64)
+    length = np.zeros(len(names), np.int64)
+    for i, (symbol, name) in enumerate(names):
+        tokens = tokenizer.encode(symbol, name if config.full_name else "", config.max_tokens)[: config.max_tokens]
+        row = [GENE_ID, *tokens, VALUE_ID]
+        ids[i, : len(row)], length[i] = row, len(row)
+    # Shorter panels need no wider a tensor than their longest sentence; the table is built from slices of this.
+    return GeneTokens(torch.from_numpy(ids), torch.from_numpy(length), torch.from_numpy(identity.astype(np.int64)))
+
+
+def take_genes(genes: GeneTokens, rows: torch.Tensor) -> GeneTokens:
+    """Return the genes in ``rows``, padded only to the longest of them."""
+    length = genes.length_G[rows]
+    width = int(length.max()) if len(rows) else 2
+    return GeneTokens(genes.ids_GT[rows, :width], length, genes.identity_G[rows])

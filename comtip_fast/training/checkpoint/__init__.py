@@ -1,0 +1,1 @@
+"""Checkpoints: the store on disk, the asynchronous writer and the state of a run."""

@@ -1,0 +1,1 @@
+"""Process groups, communication timing, failures and signals."""

@@ -1,0 +1,1 @@
+"""Ways to run a step: one process, DDP or DeepSpeed ZeRO."""

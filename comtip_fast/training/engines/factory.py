@@ -1,0 +1,44 @@
+"""Choose the engine that the config asks for."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from comtip_fast.collectives import Group
+from comtip_fast.config.schema import RunConfig
+from comtip_fast.training.engines.base import Engine
+from comtip_fast.training.engines.torch import TorchEngine
+from comtip_fast.training.protocol import TrainingError
+
+
+def check_engine(config: RunConfig, device: torch.device) -> None:
+    """Refuse, before anything slow is done, an engine that lacks something on this machine.
+
+    Raises
+    ------
+    TrainingError
+        Says what is missing.
+    """
+    if config.engine.kind == "deepspeed":
+        from comtip_fast.training.engines.deepspeed import check_deepspeed
+
+        check_deepspeed(config, device)
+
+
+def make_engine(module: nn.Module, config: RunConfig, group: Group) -> Engine:
+    """Return the engine that the config asks for; ``module`` already holds the weights to start from.
+
+    Raises
+    ------
+    TrainingError
+        ``engine.kind`` does not fit the number of processes, or DeepSpeed is not there.
+    """
+    kind = config.engine.kind
+    if kind == "single" and group.size > 1:
+        raise TrainingError(f"engine.kind=single, but {group.size} processes were launched; use auto, ddp or deepspeed")
+    if kind == "deepspeed":
+        from comtip_fast.training.engines.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(module, config, group)
+    return TorchEngine(module, config, group)

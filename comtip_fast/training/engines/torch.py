@@ -1,0 +1,85 @@
+"""One process, or PyTorch's DistributedDataParallel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from comtip_fast.collectives import Group
+from comtip_fast.config.schema import RunConfig
+from comtip_fast.training.distributed.comm_timer import clock_of
+from comtip_fast.training.engines.base import StepModule, autocast_of, clip
+from comtip_fast.training.optim import make_optimizer, optimizer_tensors, restore_optimizer
+
+
+class TorchEngine:
+    """One process, or PyTorch's DistributedDataParallel over several."""
+
+    def __init__(self, module: nn.Module, config: RunConfig, group: Group) -> None:
+        self.module, self.config, self.group = module, config, group
+        self.name = "single" if group.size == 1 else "ddp"
+        # DDP waits for every parameter in the pass that is reduced, the last.
+        self.table_first = False
+        device = next(module.parameters()).device
+        self._clock = clock_of(group, device)
+        self.optimizer = make_optimizer(module, config.optim)
+        self._step: nn.Module = StepModule(module, autocast_of(config, device))
+        if group.size > 1:
+            self._step = DistributedDataParallel(
+                self._step, bucket_cap_mb=config.engine.bucket_mb, gradient_as_bucket_view=True
+            )
+            # Set, as the argument's name depends on PyTorch's version: no rank changes buffers by itself.
+            self._step.broadcast_buffers = False
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """See :meth:`Engine.call`."""
+        return self._step(function, *args)
+
+    def start_step(self, rate: float) -> None:
+        """See :meth:`Engine.start_step`."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def piece(self, last: bool) -> AbstractContextManager[Any]:
+        """See :meth:`Engine.piece`."""
+        if last or not isinstance(self._step, DistributedDataParallel):
+            return nullcontext()
+        return self._step.no_sync()
+
+    def backward(self, loss: Tensor) -> None:
+        """See :meth:`Engine.backward`; DDP averages, so the share is multiplied by the number of ranks."""
+        if self.group.size == 1:
+            loss.backward()
+            return
+        loss = loss * self.group.size
+        with self._clock.after_backward(loss):
+            loss.backward()
+
+    def update(self, finite: bool) -> float:
+        """See :meth:`Engine.update`. Scaling by a norm of NaN would make every gradient NaN and hide the first one."""
+        norm = clip(self.module, self.config.optim.clip)
+        if finite and math.isfinite(norm):
+            self.optimizer.step()
+        return norm
+
+    def writable(self) -> AbstractContextManager[Any]:
+        """Every rank holds every parameter."""
+        return nullcontext()
+
+    def at_home(self) -> AbstractContextManager[Any]:
+        """Do nothing: the task's module is the one that is trained."""
+        return nullcontext()
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """See :meth:`Engine.optimizer_state`."""
+        return optimizer_tensors(self.module, self.optimizer) if self.group.rank == 0 else {}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """See :meth:`Engine.restore`."""
+        restore_optimizer(self.module, self.optimizer, tensors)

@@ -1,0 +1,1 @@
+"""Metrics, loggers, profiler and watchdog."""

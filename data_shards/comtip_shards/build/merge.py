@@ -1,0 +1,160 @@
+"""Several shard sets to one: bytes are moved, tiles are not decoded, only gene rows and spot indices are rewritten."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+
+from comtip_shards.build.build import BuildReport, look_over, report_of
+from comtip_shards.qc.page import EXTENSIONS
+from comtip_shards.errors import ShardError
+from comtip_shards.build.jobs import run_jobs
+from comtip_shards.sections.leakage import check_splits
+from comtip_shards.format.manifest import Manifest
+from comtip_shards.build.output_dir import built_already, writing
+from comtip_shards.reader.shard_set import ShardSet
+from comtip_shards.sections.section import meta_of
+from comtip_shards.build.writer import REPORTS, Records, SectionHead, set_fingerprint, write_set
+
+
+@dataclass(frozen=True)
+class FinishedSection:
+    """A section of a finished set, by the set's folder or URL and the section's number."""
+
+    path: str
+    digest: str
+    """Of its manifest, so that a process that keeps sets open never takes another for it."""
+    number: int
+
+    def head(self) -> SectionHead:
+        """Return everything but the records."""
+        shards = _open(self.path, self.digest)
+        section = shards.manifest.sections[self.number]
+        keys = [shards.genes[i].key for i in np.flatnonzero(shards.measured(self.number))]
+        overview = shards.files.verified(section.overview.file, section.overview.sha256, "the overview", "overview")
+        return SectionHead(
+            meta_of(section), section.fingerprint, section.n_spots, keys, section.stain, overview,
+            section.overview.um_per_px, section.source, _pages(shards, section.section_id),
+        )  # fmt: skip
+
+    def runs(self, size: int) -> Iterator[Records]:
+        """Yield the records as they follow one another: the layout depends on nothing outside the section."""
+        shards = _open(self.path, self.digest)
+        section = shards.manifest.sections[self.number]
+        place = np.cumsum(shards.measured(self.number)) - 1
+        for start in range(0, section.n_spots, size):
+            spots = np.arange(start, min(start + size, section.n_spots)) + section.first_spot
+            counts = shards.counts(spots)
+            yield Records(
+                tiles=shards.members(spots, "tile"), jsons=shards.members(spots, "json"), indptr=counts.indptr,
+                columns=place[counts.indices], counts=counts.data,
+            )  # fmt: skip
+
+
+def _pages(shards: ShardSet, section_id: str) -> dict[str, str]:
+    """Return the pages of a section's checks; they are for people, so a set without them is none the worse."""
+    paths = {e: shards.path / REPORTS / f"{section_id}.{e}" for e in EXTENSIONS}
+    return {e: p.read_text(encoding="utf-8") for e, p in paths.items() if p.is_file()}
+
+
+@lru_cache(maxsize=4)
+def _open(path: str, digest: str) -> ShardSet:
+    shards = ShardSet(path)
+    if shards.manifest.digest != digest:
+        raise ShardError(f"{path} was changed while it was merged; run again")
+    return shards
+
+
+def merge_sets(parts: Sequence[Path | str], out: Path, *, jobs: int = 1, progress: bool = False) -> BuildReport:
+    """Join shard sets: the parts of one build, or whole sets that were built with the same settings.
+
+    Parts of one build give, to the byte, the set that one build of everything gives. Sets that are not parts follow one
+    another in the order they are given in.
+
+    Parameters
+    ----------
+    parts
+        Folders or URLs.
+    out
+        A new folder, or one that the same merge left unfinished.
+    jobs, progress
+        As for :func:`comtip_shards.build.build.build_shards`.
+
+    Raises
+    ------
+    ShardError, SourceError
+        Settings differ, a part is missing or given twice, a section is in two sets, a donor would be in training and
+        test, or a record of a part is damaged.
+    """
+    out = Path(out)
+    if not parts:
+        raise ShardError("nothing to merge; give the folders of the parts")
+    manifests = {str(p): ShardSet(p).manifest for p in parts}
+    if len(manifests) != len(parts):
+        raise ShardError("a set is given twice")
+    _check_settings(manifests)
+    sections = _in_order(manifests)
+    metas = [meta_of(manifests[s.path].sections[s.number]) for s in sections]
+    _check_distinct(sections, manifests)
+    check_splits(metas)
+    first = next(iter(manifests.values()))
+    prints = [manifests[s.path].sections[s.number].fingerprint for s in sections]
+    done = built_already(out, set_fingerprint(prints, first.records_per_shard), None)
+    if done is None:
+        with writing(out):
+            run = partial(run_jobs, jobs=jobs, label="shards", progress=progress)
+            beside = look_over(sections, out)
+            done = write_set(sections, first.tile, out, first.records_per_shard, run, beside=beside)
+    return report_of(out, done)
+
+
+def _check_settings(manifests: dict[str, Manifest]) -> None:
+    (name, first), *others = manifests.items()
+    for other_name, other in others:
+        for what in ("tile", "records_per_shard", "made_with"):
+            one, two = getattr(first, what), getattr(other, what)
+            if one != two:
+                raise ShardError(
+                    f"{name} and {other_name} differ in {what}: {one} and {two}; build both with the same settings and "
+                    "package versions"
+                )
+
+
+def _check_distinct(sections: list[FinishedSection], manifests: dict[str, Manifest]) -> None:
+    seen: dict[str, str] = {}
+    for s in sections:
+        name = manifests[s.path].sections[s.number].section_id
+        if name in seen:
+            raise ShardError(f"section {name} is in {seen[name]} and in {s.path}; leave one of the two out")
+        seen[name] = s.path
+
+
+def _in_order(manifests: dict[str, Manifest]) -> list[FinishedSection]:
+    """Return the sections in their order: that of the whole for parts, else that of the sets."""
+    parts = {name: m.part for name, m in manifests.items() if m.part is not None}
+    if not parts:
+        return [FinishedSection(name, m.digest, i) for name, m in manifests.items() for i in range(len(m.sections))]
+    alone = [name for name in manifests if name not in parts]
+    if alone:
+        raise ShardError(f"{alone[0]} is not a part of a build, {next(iter(parts))} is; merge the parts first")
+    by_index: dict[int, str] = {}
+    of, whole = next((p.of, p.whole) for p in parts.values())
+    for name, part in parts.items():
+        if (part.of, part.whole) != (of, whole):
+            raise ShardError(f"{name} is part {part.index}/{part.of} of another build than {next(iter(parts))}")
+        if part.index in by_index:
+            raise ShardError(f"{name} and {by_index[part.index]} are both part {part.index}/{of}; leave one out")
+        by_index[part.index] = name
+    missing = [f"{i}/{of}" for i in range(1, of + 1) if i not in by_index]
+    if missing:
+        raise ShardError(f"part {', '.join(missing)} is missing; build it with --part and give it too")
+    placed = {
+        place: FinishedSection(name, manifests[name].digest, i)
+        for name, part in parts.items()
+        for i, place in enumerate(part.sections)
+    }
+    return [placed[i] for i in sorted(placed)]

@@ -1,0 +1,161 @@
+"""One section, cut and encoded, waiting until the gene table of the whole set is known."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from comtip_shards.qc.page import EXTENSIONS, pages
+from comtip_shards.qc.run import check_section
+from comtip_shards.genes.identifiers import map_genes
+from comtip_shards.slides.base import Slide, reading_order
+from comtip_shards.sections.leakage import section_print
+from comtip_shards.format.manifest import TileSpec
+from comtip_shards.build.output_dir import WRITING
+from comtip_shards.format.record import encode_json, encode_tile
+from comtip_shards.sections.section import Section, SectionMeta
+from comtip_shards.sources.base import SectionSource
+from comtip_shards.slides.tiles import StainStats, stain_stats
+from comtip_shards.build.writer import Records, SectionHead, layout
+
+OVERVIEW_PX = 1024
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A section that :func:`stage_section` wrote: a folder; its rows are in the order of the source."""
+
+    folder: Path
+    meta: SectionMeta
+    fingerprint: str
+
+    def head(self) -> SectionHead:
+        """Return everything but the records."""
+        facts = json.loads((self.folder / "facts.json").read_bytes())
+        stain = StainStats(tuple(facts["stain"]["od_mean"]), tuple(facts["stain"]["od_std"]))
+        return SectionHead(
+            self.meta, self.fingerprint, facts["n_spots"], facts["keys"], stain,
+            (self.folder / "overview.jpg").read_bytes(), facts["overview_mpp"], facts["source"],
+            {e: (self.folder / f"report.{e}").read_text(encoding="utf-8") for e in EXTENSIONS},
+        )  # fmt: skip
+
+    def runs(self, size: int) -> Iterator[Records]:
+        """Yield the records in the order of the layout, ``size`` at a time; tiles are not held in memory."""
+        spots = json.loads((self.folder / "spots.json").read_bytes())
+        order = layout(self.meta.section_id, len(spots))
+        tiles = np.memmap(self.folder / "tiles.bin", np.uint8, "r")
+        with np.load(self.folder / "counts.npz", allow_pickle=False) as arrays:
+            indptr, columns, counts = (arrays[k] for k in ("indptr", "columns", "counts"))
+            starts, sizes = arrays["starts"], arrays["sizes"]
+        for start in range(0, order.size, size):
+            rows = order[start : start + size]
+            spans = [slice(indptr[r], indptr[r + 1]) for r in rows]
+            yield Records(
+                tiles=[tiles[starts[r] : starts[r] + sizes[r]].tobytes() for r in rows],
+                jsons=[encode_json(spots[r]) for r in rows],
+                indptr=np.concatenate([[0], np.cumsum(indptr[rows + 1] - indptr[rows])]),
+                columns=np.concatenate([columns[s] for s in spans]),
+                counts=np.concatenate([counts[s] for s in spans]),
+            )
+
+
+def stage_section(source: SectionSource, meta: SectionMeta, tile: TileSpec, mark: str, staging: Path) -> Staged:
+    """Read, cut and encode one section, unless this was done before from the same inputs."""
+    folder = staging / f"{meta.section_id}-{mark[:16]}"
+    if folder.is_dir():
+        return Staged(folder, meta, mark)  # written aside and renamed, so a folder that is here is whole
+    section = source.read()
+    aside = staging / f"{folder.name}.{os.getpid()}{WRITING}"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    with section.open_slide() as slide, (aside / "tiles.bin").open("wb") as file:
+        stain, starts, sizes = _write_tiles(section, slide, tile, file)
+        overview, overview_mpp = _overview(slide, meta.mpp)
+        checked = check_section(replace(section, meta=meta), slide, tile_um=tile.um)
+        notes = [*section.notes, *slide.notes, *_notes(meta, tile), *checked.lines]
+    genes = map_genes(section.gene_ids, meta.species, symbols=section.gene_symbols)
+    counts = genes.sum_columns(section.counts)
+    np.savez(
+        aside / "counts.npz", indptr=counts.indptr.astype(np.int64), columns=counts.indices.astype(np.int32),
+        counts=counts.data.astype(np.int32), starts=starts, sizes=sizes,
+    )  # fmt: skip
+    (aside / "overview.jpg").write_bytes(overview)
+    for extension, page in pages(checked).items():
+        (aside / f"report.{extension}").write_text(page, encoding="utf-8")
+    kept, lost = int(counts.sum(dtype=np.int64)), int(section.counts.sum(dtype=np.int64))
+    facts = {
+        "n_spots": len(section.spot_ids), "keys": genes.keys, "overview_mpp": overview_mpp, "stain": asdict(stain),
+        "source": {
+            "dropped_spots": section.dropped, "genes": genes.report(), "notes": notes,
+            "unmapped_genes": len(genes.unmapped), "summed_genes": len(genes.collisions), "counts_left_out": lost - kept,
+            "checks": checked.summary(), "print": section_print(counts, genes.keys, np.asarray(Image.open(io.BytesIO(overview)))),
+        },
+    }  # fmt: skip
+    (aside / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+    spots = [_spot(section, meta, i) for i in range(len(section.spot_ids))]
+    (aside / "spots.json").write_text(json.dumps(spots), encoding="utf-8")
+    try:
+        aside.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+        shutil.rmtree(aside)  # a worker of a build that was killed had just finished the same
+    return Staged(folder, meta, mark)
+
+
+def _write_tiles(
+    section: Section, slide: Slide, tile: TileSpec, file: BinaryIO
+) -> tuple[StainStats, np.ndarray, np.ndarray]:
+    """Cut, measure, encode and write tiles one by one; returns the stain, and where each spot's tile begins and its size."""
+    order = reading_order(section.xy, tile.um / section.meta.mpp)
+    starts, sizes = np.zeros((2, order.size), np.int64)
+
+    def tiles() -> Iterator[np.ndarray]:
+        cut = slide.iter_tiles(section.xy[order], section.meta.mpp, tile.um, tile.px, tile.min_mpp)
+        for row, one in zip(order, cut, strict=True):
+            starts[row] = file.tell()
+            sizes[row] = file.write(encode_tile(one, tile.codec, tile.quality))
+            yield one
+
+    return stain_stats(tiles()), starts, sizes
+
+
+def _notes(meta: SectionMeta, tile: TileSpec) -> list[str]:
+    notes = []
+    if meta.mpp > tile.min_mpp * 1.05:
+        notes.append(
+            f"the image has {meta.mpp:.2f} um per px, coarser than the set's {tile.min_mpp:g}: its blur may show"
+        )
+    if meta.donor.startswith("unstated:"):
+        notes.append("the donor is not stated: taken as a donor of its own")
+    return notes
+
+
+def _spot(section: Section, meta: SectionMeta, i: int) -> dict[str, Any]:
+    xy, array = section.xy[i], section.array_xy[i]
+    out: dict[str, Any] = {
+        "section_id": meta.section_id, "spot_id": section.spot_ids[i], "source_row": i,
+        "x_px": round(float(xy[0]), 3), "y_px": round(float(xy[1]), 3),
+    }  # fmt: skip
+    if np.isfinite(array).all():
+        out |= {"array_x": round(float(array[0]), 4), "array_y": round(float(array[1]), 4)}
+    if section.n_pooled is not None:
+        out["n_pooled"] = int(section.n_pooled[i])
+    return out | ({"label": section.labels[i]} if section.labels[i] else {})
+
+
+def _overview(slide: Slide, mpp: float) -> tuple[bytes, float]:
+    """Return a JPEG of the whole section, at most 1,024 px, and its um per px."""
+    small, factor = slide.overview(OVERVIEW_PX)
+    out = io.BytesIO()
+    Image.fromarray(small).save(out, "JPEG", quality=85)
+    return out.getvalue(), round(mpp * factor, 6)

@@ -1,0 +1,1 @@
+"""What is stored in a shard set: manifest, record, index and spot table (see FORMAT.md)."""

@@ -1,0 +1,68 @@
+"""The index beside each shard: DALI's text format, so that its reader opens shards without scanning them.
+
+One line ``v1.2 N``, then one line per record: extension, offset, size and name of each member in turn.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from comtip_shards.errors import ShardError
+from comtip_shards.format.manifest import TAR_BLOCK, ShardEntry
+from comtip_shards.format.record import MAX_MEMBER_BYTES, PARTS, members_of
+
+INDEX_VERSION = "v1.2"
+
+
+def index_text(first_spot: int, codec: str, offsets: np.ndarray, sizes: np.ndarray) -> str:
+    """Return the text of an index.
+
+    Parameters
+    ----------
+    first_spot
+        Spot index of the first record.
+    codec
+        Of the tiles.
+    offsets, sizes
+        int64 (n, 3): where each member's data begins, and its bytes.
+    """
+    lines = [f"{INDEX_VERSION} {len(offsets)}\n"]
+    for i, (starts, lengths) in enumerate(zip(offsets.tolist(), sizes.tolist(), strict=True)):
+        names = members_of(first_spot + i, codec)
+        fields = [f"{n[n.index('.') + 1 :]} {o} {s} {n}" for n, o, s in zip(names, starts, lengths, strict=True)]
+        lines.append(" ".join(fields) + "\n")
+    return "".join(lines)
+
+
+def parse_index(text: bytes, shard: ShardEntry, codec: str, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return (offsets, sizes), int64 (n, 3); refuses anything that :func:`index_text` would not write.
+
+    Raises
+    ------
+    ShardError
+        Naming the index.
+    """
+    head, _, body = text.partition(b"\n")
+    if head != f"{INDEX_VERSION} {shard.records}".encode():
+        raise ShardError(f"{where}: not an index {INDEX_VERSION} of {shard.records} records", kind="index")
+    fields = body.split()
+    if len(fields) != shard.records * 4 * len(PARTS):
+        raise ShardError(f"{where}: {len(fields)} fields for {shard.records} records", kind="index")
+    table = np.array(fields, dtype=object).reshape(shard.records, len(PARTS), 4)
+    try:
+        offsets, sizes = table[..., 1].astype(np.int64), table[..., 2].astype(np.int64)
+    except (ValueError, OverflowError) as error:
+        raise ShardError(f"{where}: an offset or a size is not a number", kind="index") from error
+    ends = (offsets + sizes).ravel()
+    apart = np.all(offsets.ravel()[1:] >= ends[:-1])
+    if (
+        not apart
+        or offsets[0, 0] < TAR_BLOCK
+        or sizes.min() < 0
+        or sizes.max() > MAX_MEMBER_BYTES
+        or ends[-1] > shard.bytes
+    ):
+        raise ShardError(f"{where}: members overlap or leave the shard", kind="index")
+    if index_text(shard.first_spot, codec, offsets, sizes).encode() != text:
+        raise ShardError(f"{where}: names are not those of its records", kind="index")
+    return offsets, sizes

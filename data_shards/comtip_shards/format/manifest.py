@@ -1,0 +1,275 @@
+"""``manifest.json``: what a shard set holds, typed, hashed, and validated when it is read."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+
+from comtip_shards.errors import ShardError
+from comtip_shards.format.record import CODECS
+from comtip_shards.slides.tiles import StainStats
+
+FORMAT, VERSION = "comtip-shards", 2
+NAME = "manifest.json"
+REBUILD = "build the set again: comtip shards build SOURCE --out NEW_DIR"
+TAR_BLOCK = 512
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+"""One part of a path below the folder: nothing that leaves it."""
+_strict = with_config(ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
+
+
+@_strict
+@dataclass(frozen=True)
+class TileSpec:
+    """How tiles were cut."""
+
+    px: int
+    um: float
+    min_mpp: float
+    codec: str
+    quality: int
+
+
+@dataclass(frozen=True)
+class GeneRow:
+    """One gene of the gene table."""
+
+    key: str
+    species: str
+    symbol: str
+    ensembl: str
+    name: str
+
+
+@_strict
+@dataclass(frozen=True)
+class Overview:
+    """A small picture of the whole section, for reports."""
+
+    file: str
+    sha256: str
+    um_per_px: float
+    width: int
+    height: int
+
+
+@_strict
+@dataclass(frozen=True)
+class ManifestSection:
+    """One section: where it is from, what it measured, which spots are its."""
+
+    section_id: str
+    dataset: str
+    species: str
+    tissue: str
+    donor: str
+    platform: str
+    licence: str
+    attribution: str
+    mpp: float
+    spot_diameter_um: float
+    spot_pitch_um: float
+    split: str
+    n_spots: int
+    first_spot: int
+    n_assay_genes: int
+    assay_genes: str
+    """Base64 of a bitset over the gene table, first gene in the highest bit of the first byte."""
+    stain: StainStats
+    overview: Overview
+    fingerprint: str
+    """Hash of the section's inputs and of the settings it was cut with."""
+    source: dict[str, Any] = field(default_factory=dict)
+    """What the build counted: spots dropped, genes not mapped, genes summed, notes."""
+    pooling: str = ""
+    """How bins, cells or transcripts became spots; empty where the spots are those of the slide."""
+
+
+@_strict
+@dataclass(frozen=True)
+class ShardEntry:
+    """One tar file and its DALI index."""
+
+    file: str
+    sha256: str
+    bytes: int
+    index: str
+    index_sha256: str
+    records: int
+    first_spot: int
+    section_id: str
+
+
+@_strict
+@dataclass(frozen=True)
+class Part:
+    """Which part of a larger build this set is: ``--part index/of``."""
+
+    index: int
+    of: int
+    sections: list[int]
+    """Place of each section in the whole, from 0."""
+    whole: str
+    """Hash of all sections' metadata: parts of one build share it."""
+
+
+@_strict
+@dataclass(frozen=True)
+class Manifest:
+    """A whole shard set."""
+
+    tile: TileSpec
+    records_per_shard: int
+    genes_file: str
+    genes_sha256: str
+    n_genes: int
+    spots_file: str
+    spots_sha256: str
+    n_spots: int
+    sections: list[ManifestSection]
+    shards: list[ShardEntry]
+    fingerprint: str
+    """Hash of the sections' fingerprints and ``records_per_shard``."""
+    made_with: dict[str, str]
+    """Versions that the bytes depend on."""
+    part: Part | None = None
+    format: str = FORMAT
+    version: int = VERSION
+    digest: str = ""
+    """SHA-256 over all other fields."""
+
+    def to_json(self) -> str:
+        """Return the text of the file, with its digest."""
+        data = asdict(self)
+        data["digest"] = digest_of(data)
+        return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+_ADAPTER = TypeAdapter(Manifest)
+
+
+def digest_of(data: dict[str, Any]) -> str:
+    """Return the SHA-256 over a manifest's fields but ``digest``: sorted keys, no spaces, UTF-8."""
+    rest = {k: v for k, v in data.items() if k != "digest"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and validate ``folder/manifest.json``.
+
+    Raises
+    ------
+    ShardError
+        There is none, or it is of another version, or it does not hold together.
+    """
+    path = folder / NAME
+    if not path.is_file():
+        raise ShardError(
+            f"{folder}: no {NAME}; give the folder that `comtip shards build --out` wrote", kind="manifest"
+        )
+    return parse_manifest(path.read_bytes(), str(path))
+
+
+def parse_manifest(text: bytes, where: str) -> Manifest:
+    """Validate the bytes of a manifest; ``where`` names it in errors."""
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ShardError(f"{where}: not JSON ({error}); copy it again, or {REBUILD}", kind="manifest") from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise ShardError(f"{where}: not the manifest of a shard set", kind="manifest")
+    if data.get("version") != VERSION:
+        raise ShardError(
+            f"{where}: format version {data.get('version')!r}, this package reads {VERSION}; {REBUILD}", kind="manifest"
+        )
+    try:
+        manifest = _ADAPTER.validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(p) for p in first["loc"])
+        raise ShardError(f"{where}: {place}: {first['msg']}; copy it again", kind="manifest") from error
+    _check(manifest, where)
+    if digest_of(data) != manifest.digest:
+        raise ShardError(
+            f"{where}: its digest is not that of its content: damaged, or edited by hand. Copy it again; to change a "
+            "split or another fact, build again with the option for it",
+            kind="manifest",
+        )
+    return manifest
+
+
+def _check(manifest: Manifest, where: str) -> None:
+    if manifest.tile.codec not in CODECS or not 1 <= manifest.tile.px <= 4096:
+        raise ShardError(
+            f"{where}: tiles of {manifest.tile.px} px in {manifest.tile.codec!r} are not understood", kind="manifest"
+        )
+    for name in files_of(manifest):
+        if not all(_FILE_NAME.fullmatch(part) for part in name.split("/")):
+            raise ShardError(
+                f"{where}: the file name {name[:100]!r} leaves the folder, or is none that a build gives",
+                kind="manifest",
+            )
+    if not manifest.sections:
+        raise ShardError(f"{where}: no sections", kind="manifest")
+    for what, entries, size in (("sections", manifest.sections, "n_spots"), ("shards", manifest.shards, "records")):
+        start = 0
+        for entry in entries:
+            if entry.first_spot != start or getattr(entry, size) < 1:
+                raise ShardError(f"{where}: {what} do not follow one another at spot {start}", kind="manifest")
+            start += getattr(entry, size)
+        if start != manifest.n_spots:
+            raise ShardError(f"{where}: {what} hold {start} spots, n_spots says {manifest.n_spots}", kind="manifest")
+    # Three members of at least one header and one block: a small file cannot claim endless records.
+    if any(s.bytes < s.records * 6 * TAR_BLOCK or s.records > manifest.records_per_shard for s in manifest.shards):
+        raise ShardError(f"{where}: a shard claims more records than it has room for", kind="manifest")
+    ids = [s.section_id for s in manifest.sections]
+    if len(set(ids)) != len(ids):
+        raise ShardError(f"{where}: a section stands twice", kind="manifest")
+    ends = {s.section_id: (s.first_spot, s.first_spot + s.n_spots) for s in manifest.sections}
+    for shard in manifest.shards:
+        low, high = ends.get(shard.section_id, (0, -1))
+        if shard.first_spot < low or shard.first_spot + shard.records > high:
+            raise ShardError(f"{where}: shard {shard.file} is not within its section", kind="manifest")
+    for section in manifest.sections:
+        unpack_bits(section.assay_genes, manifest.n_genes)
+
+
+def files_of(manifest: Manifest) -> dict[str, str]:
+    """Return {file: SHA-256} of every file that the manifest vouches for."""
+    out = {manifest.genes_file: manifest.genes_sha256, manifest.spots_file: manifest.spots_sha256}
+    out |= {s.overview.file: s.overview.sha256 for s in manifest.sections}
+    for shard in manifest.shards:
+        out |= {shard.file: shard.sha256, shard.index: shard.index_sha256}
+    return out
+
+
+def pack_bits(measured: np.ndarray) -> str:
+    """Encode a boolean mask over the gene table."""
+    return base64.b64encode(np.packbits(measured).tobytes()).decode("ascii")
+
+
+def unpack_bits(text: str, n_genes: int) -> np.ndarray:
+    """Decode :func:`pack_bits`."""
+    try:
+        raw = np.frombuffer(base64.b64decode(text, validate=True), np.uint8)
+    except (binascii.Error, ValueError) as error:
+        raise ShardError(f"assay_genes is not base64 ({error})", kind="manifest") from error
+    if raw.size != (n_genes + 7) // 8:
+        raise ShardError(f"assay_genes holds {raw.size} bytes, {(n_genes + 7) // 8} were expected", kind="manifest")
+    return np.unpackbits(raw, count=n_genes).astype(bool)
+
+
+def sha256_of(path: Path) -> str:
+    """Return a file's SHA-256 in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

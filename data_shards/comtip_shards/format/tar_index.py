@@ -1,0 +1,43 @@
+"""Where each member of a shard lies, from its tar headers; anything but plain small files is refused."""
+
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+
+from comtip_shards.errors import ShardError
+from comtip_shards.format.record import MAX_MEMBER_BYTES
+
+
+def index_tar(path: Path, where: str = "") -> dict[str, tuple[int, int]]:
+    """Return {member name: (offset of its data, size)}; ``where`` names the shard in errors (default: its path).
+
+    Raises
+    ------
+    ShardError
+        The file is missing or truncated, or a member is a link, a folder, too large, or named like a path.
+    """
+    where = where or str(path)
+    members: dict[str, tuple[int, int]] = {}
+    try:
+        size = path.stat().st_size
+        with tarfile.open(path, "r:") as tar:
+            for info in tar:
+                if not info.isreg() or "/" in info.name or "\\" in info.name or info.name.startswith("."):
+                    raise ShardError(
+                        f"{where}: member {info.name!r} is no plain file of a record; do not use this shard"
+                    )
+                if info.size > MAX_MEMBER_BYTES or info.offset_data + info.size > size:
+                    raise ShardError(
+                        f"{where}: member {info.name} claims {info.size} bytes; the shard is damaged or truncated"
+                    )
+                if info.name in members:
+                    raise ShardError(f"{where}: member {info.name} stands twice")
+                members[info.name] = (info.offset_data, info.size)
+    except FileNotFoundError as error:
+        raise ShardError(f"{where}: the shard is gone; copy it back or build the set again") from error
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+        if isinstance(error, ShardError):
+            raise
+        raise ShardError(f"{where}: not a tar file that can be read ({error}); copy it again") from error
+    return members

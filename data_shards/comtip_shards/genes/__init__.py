@@ -1,0 +1,1 @@
+"""Gene identifiers and the table that maps them to one key."""

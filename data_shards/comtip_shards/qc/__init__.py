@@ -1,0 +1,9 @@
+"""Checks that a curator would make before a section is trained on, and the pages that show them."""
+
+from comtip_shards.qc.page import pages, write_pages
+from comtip_shards.qc.result import Finding, SectionReport, refuse_failed
+from comtip_shards.qc.run import check_section, check_source, check_sources
+
+__all__ = [
+    "Finding", "SectionReport", "check_section", "check_source", "check_sources", "pages", "refuse_failed", "write_pages",
+]  # fmt: skip

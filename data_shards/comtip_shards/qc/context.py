@@ -1,0 +1,262 @@
+"""A section as the checks see it: a small picture, tissue told from glass, and how well counts fit the picture.
+
+The *fit* is the share of the variance of expression (total counts and the first principal components over spots) that
+colour and texture of the picture under the spots explain, adjusted for the number of features. It needs no training
+and no knowledge of organ or gene, and falls to that of a shifted map once positions are wrong by more than a spot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from scipy import ndimage, sparse
+from scipy.spatial import cKDTree
+
+from comtip_shards.sections.section import Section
+
+PICTURE_MPP, MAX_PICTURE_PX = 4.0, 3000
+"""The picture that positions are judged on: um per px, and the longest side; coarser where it would be larger."""
+PATCH_MPP, PATCH_PX, MAX_PATCHES = 2.0, 96, 48
+"""Windows that colour and sharpness are judged on."""
+CELL = 2
+"""Density is averaged over so many px of the picture, which keeps texture and costs a quarter."""
+BLACK = 1.5
+"""Mean optical density above which a pixel is no tissue: a border, a masked background, a pen."""
+GLASS_RANGE = (0.02, 0.06)
+"""Bounds of the distance in density that tells tissue from glass; Otsu's threshold is kept between them, since it means
+nothing on a picture without glass (one whose background was painted over)."""
+MAX_GLASS = 0.1
+"""Optical density of glass in its densest channel; the brightest fifth of a picture full of tissue is denser in green."""
+ON_TISSUE_SHARE, MIN_ON_TISSUE = 0.2, 0.6
+"""A spot is on tissue when this share of it is; positions may be right when this share of their spots are."""
+MIN_COLOUR = 0.2
+"""Density of green less that of blue, over the distance from glass. Eosin and haematoxylin take green most; grey frames
+printed on the slide, dust and pens do not."""
+SMOOTH_UM = 25.0
+"""Tissue is judged over this width, so that gaps between cells belong to it."""
+LATTICE_SHARE = 0.4
+"""Share of the distances to the six nearest neighbours that must agree for there to be a lattice: 0.67 on a square
+without rim, 0.47 to 0.62 on the sections of ``samples/``, 0.25 where spots are scattered."""
+COMPONENTS, VARIABLE_GENES, MIN_DETECTED = 5, 300, 0.1
+MIN_FIT_SPOTS, MAX_FIT_SPOTS = 60, 1500
+"""Fewer spots than this cannot tell a fit from chance (there are 8 features); more are thinned, evenly."""
+N_NULL, SEEN_SD = 24, 4.0
+"""Shifted maps that say what a fit is by chance, and how many of their standard deviations above them is a fit."""
+_DENSITY = (-np.log10((np.arange(256) + 1) / 256)).astype(np.float32)
+
+
+@dataclass
+class Look:
+    """What the checks are given. Everything dear is computed once, when first asked for."""
+
+    section: Section
+    picture_HW3: np.ndarray
+    """uint8 RGB."""
+    mpp: float
+    """um per px of the picture, by the section's stated scale."""
+    scale: float
+    """px of the picture per px of the section's image."""
+    patches_NPP3: np.ndarray
+    """uint8 RGB windows round some spots, at their own resolution where that is coarser than 2 um per px."""
+    tile_um: float
+    hires: dict[str, float] = field(default_factory=dict)
+    """Factors of a scalefactors_json.json that lies beside the image."""
+    memo: dict[Hashable, Any] = field(default_factory=dict)
+    """What several checks share."""
+
+    @cached_property
+    def xy(self) -> np.ndarray:
+        """Positions in px of the picture, float64 (n, 2)."""
+        return np.asarray(self.section.xy, np.float64) * self.scale
+
+    @cached_property
+    def totals(self) -> np.ndarray:
+        """Counts per spot, int64."""
+        return np.asarray(self.section.counts.sum(axis=1, dtype=np.int64)).ravel()
+
+    @property
+    def spot_um(self) -> float:
+        """Diameter of a spot in um; half the spacing where it is not stated, 100 where that is not either."""
+        for value in (self.section.meta.spot_diameter_um, self.section.meta.spot_pitch_um / 2):
+            if np.isfinite(value) and value > 0:
+                return float(value)
+        return 100.0
+
+    @cached_property
+    def pitch_px(self) -> float:
+        """Distance of neighbouring spots in px of the picture, NaN where they lie on no lattice."""
+        return lattice_pitch(self.xy)
+
+    @cached_property
+    def _cells(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean optical density, and mean square over channels' mean, of cells of 2 x 2 px; 0 where all is black.
+
+        Returns
+        -------
+        density, square
+            float32 (H // 2, W // 2, 3) and (H // 2, W // 2).
+        """
+        height, width = (n // CELL * CELL for n in self.picture_HW3.shape[:2])
+        density = _DENSITY[self.picture_HW3[:height, :width]]
+        corners = [density[i::CELL, j::CELL] for i in range(CELL) for j in range(CELL)]
+        cells = sum(corners) / np.float32(len(corners))
+        square = sum(np.square(_over_channels(c)) for c in corners) / np.float32(len(corners))
+        black = ndimage.uniform_filter(_over_channels(cells), 3) > BLACK
+        cells[black], square[black] = 0, 0
+        return cells, square
+
+    @cached_property
+    def tissue(self) -> np.ndarray:
+        """Where the picture shows tissue, bool per cell of 2 x 2 px."""
+        density = self._cells[0]
+        mean = _over_channels(density)
+        seen = mean > 0
+        if not seen.any():
+            return np.zeros(mean.shape, bool)
+        glass = np.median(density[seen & (mean <= np.quantile(mean[seen], 0.2))], axis=0)
+        if glass.max() > MAX_GLASS:  # no glass in the picture: what a blank slide looks like will do
+            glass = np.full(3, 0.03, np.float32)
+        sigma = SMOOTH_UM / (CELL * self.mpp)
+        above = np.clip(density - glass, -0.3, 0.3)
+        above[~seen] = 0
+        distance = ndimage.gaussian_filter(np.sqrt(_over_channels(np.square(above))), sigma)
+        threshold = np.clip(otsu(np.minimum(distance[seen], 2 * GLASS_RANGE[1])), *GLASS_RANGE)
+        colour = ndimage.gaussian_filter(above[..., 1] - above[..., 2], sigma)
+        return (distance > threshold) & (colour > MIN_COLOUR * distance) & seen
+
+    def tissue_share(self, xy: np.ndarray, width_um: float) -> np.ndarray:
+        """Return the share of tissue in squares of ``width_um`` round positions; 0 outside the picture."""
+        size = max(1, round(width_um / (CELL * self.mpp)))
+        if ("share", size) not in self.memo:
+            self.memo["share", size] = ndimage.uniform_filter(self.tissue.astype(np.float32), size, mode="constant")
+        return _sample(self.memo["share", size][None], xy / CELL)[:, 0]
+
+    def on_tissue(self, xy: np.ndarray) -> np.ndarray:
+        """Return which spots at ``xy`` are on tissue, bool (n,)."""
+        return self.tissue_share(xy, max(self.spot_um, 2 * CELL * self.mpp)) >= ON_TISSUE_SHARE
+
+    @cached_property
+    def _features(self) -> np.ndarray:
+        """Colour and texture at the scale of a spot, float32 (4, cells, cells)."""
+        sigma = self.spot_um / 3 / (CELL * self.mpp)
+        density, square = self._cells
+        blurred = [ndimage.gaussian_filter(density[..., c], sigma) for c in range(3)]
+        texture = ndimage.gaussian_filter(square, sigma) - np.square(sum(blurred) / 3)
+        return np.stack([*blurred, np.sqrt(np.maximum(texture, 0))])
+
+    @cached_property
+    def _expression(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of the spots that are used, and their standardised expression (n, 1 + components)."""
+        enough = np.flatnonzero(self.totals >= max(20, 0.1 * np.median(self.totals)))
+        if len(enough) > MAX_FIT_SPOTS:
+            enough = enough[np.linspace(0, len(enough) - 1, MAX_FIT_SPOTS).astype(int)]
+        if len(enough) < MIN_FIT_SPOTS:
+            return enough, np.zeros((len(enough), 0))
+        return enough, expression_components(self.section.counts[enough])
+
+    @property
+    def can_fit(self) -> bool:
+        """Whether there is enough to compute a fit from."""
+        return self._expression[1].shape[1] > 0
+
+    def fit(self, xy: np.ndarray) -> float:
+        """Return how well expression fits the picture with all spots at ``xy`` (n, 2), px of the picture.
+
+        It is 0 where most spots would be off tissue: glass and frames explain something of any map, by chance.
+        """
+        if self.on_tissue(xy[self._expression[0]]).mean() < MIN_ON_TISSUE:
+            return 0.0
+        return self._explained_at(xy)
+
+    def _explained_at(self, xy: np.ndarray) -> float:
+        rows, expression = self._expression
+        values = _sample(self._features, xy[rows] / CELL)
+        return explained(np.column_stack([values, values**2]), expression)
+
+    @cached_property
+    def as_given(self) -> float:
+        """The fit of the positions as they are."""
+        return self.fit(self.xy)
+
+    def chance(self, xy: np.ndarray) -> float:
+        """Return the fit that positions must reach to be more than chance.
+
+        It is that of maps shifted within the spots' box: their mean and so many standard deviations.
+        """
+        low, high = xy.min(0), xy.max(0)
+        span = np.maximum(high - low, 1e-9)
+        rng = np.random.default_rng(0)  # a fixed draw: a report is a function of the section
+        shifts = rng.uniform(0.2, 0.8, (N_NULL, 2)) * span
+        null = [self._explained_at(low + (xy - low + s) % span) for s in shifts]
+        return float(np.mean(null) + SEEN_SD * np.std(null))
+
+
+def expression_components(counts: sparse.csr_matrix) -> np.ndarray:
+    """Return log total counts and the first principal components of log1p CP10K, standardised (n, 1 + k)."""
+    totals = np.asarray(counts.sum(axis=1), np.float64).ravel()
+    logged = sparse.csr_matrix(counts.multiply(1e4 / totals[:, None]))
+    logged.data = np.log1p(logged.data)
+    detected = np.diff(sparse.csc_matrix(counts).indptr) >= MIN_DETECTED * len(totals)
+    logged = logged[:, detected]
+    variance = np.asarray(logged.multiply(logged).mean(axis=0) - np.square(logged.mean(axis=0))).ravel()
+    dense = logged[:, np.sort(np.argsort(-variance, kind="stable")[:VARIABLE_GENES])].toarray()
+    left, size, _ = np.linalg.svd(dense - dense.mean(0), full_matrices=False)
+    k = min(COMPONENTS, int((size > 1e-9).sum()))
+    out = np.column_stack([np.log(totals), left[:, :k] * size[:k]])
+    out = out[:, out.std(0) > 1e-9]
+    return (out - out.mean(0)) / out.std(0)
+
+
+def explained(features: np.ndarray, values: np.ndarray) -> float:
+    """Return the adjusted share of the variance of ``values`` (standardised) that ``features`` explain, mean of columns."""
+    n, p = features.shape
+    centred = features - features.mean(0)
+    centred /= centred.std(0) + 1e-9
+    basis, _ = np.linalg.qr(centred)
+    share = np.square(basis.T @ values).sum(0) / np.square(values).sum(0)
+    return float(np.mean(1 - (1 - share) * (n - 1) / (n - p - 1)))
+
+
+def lattice_pitch(xy: np.ndarray) -> float:
+    """Return the distance of neighbours on a square or hexagonal lattice, px; NaN where spots lie on none.
+
+    It is the middle of the most common distance among the six nearest neighbours of all spots, within a quarter: a
+    square has four at one pitch, a hexagon six, spots scattered over an array hardly two. Means of nearest neighbours
+    are too small where spots jitter.
+    """
+    if len(xy) < 4:
+        return float("nan")
+    distance, _ = cKDTree(xy).query(xy, k=min(7, len(xy)))
+    logs = np.sort(np.log(distance[:, 1:][distance[:, 1:] > 0]))  # two spots in one place say nothing
+    if not logs.size:
+        return float("nan")
+    stop = np.searchsorted(logs, logs + np.log(1.25), side="right")
+    start = int(np.argmax(stop - np.arange(len(logs))))
+    if stop[start] - start < LATTICE_SHARE * len(logs):
+        return float("nan")
+    return float(np.exp(np.median(logs[start : stop[start]])))
+
+
+def otsu(values: np.ndarray) -> float:
+    """Return the threshold that parts values into the two classes with the largest variance between them."""
+    count, edges = np.histogram(values, 256)
+    middle = (edges[1:] + edges[:-1]) / 2
+    below, mass = np.cumsum(count), np.cumsum(count * middle)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        between = np.square(mass[-1] * below / below[-1] - mass) / (below * (below[-1] - below))
+    return float(middle[np.nanargmax(between)]) if np.isfinite(between).any() else float(middle[0])
+
+
+def _over_channels(values_HW3: np.ndarray) -> np.ndarray:
+    """Return the mean over channels; numpy's own over a last axis of 3 takes ten times as long."""
+    return (values_HW3[..., 0] + values_HW3[..., 1] + values_HW3[..., 2]) / 3
+
+
+def _sample(maps_KHW: np.ndarray, xy: np.ndarray) -> np.ndarray:
+    """Return the maps' values at positions (px from the edge), float (n, K); 0 outside."""
+    at = [xy[:, 1] - 0.5, xy[:, 0] - 0.5]
+    return np.stack([ndimage.map_coordinates(m, at, order=1, mode="constant") for m in maps_KHW], axis=1)

@@ -1,0 +1,104 @@
+"""The pages of a check: one per section with its overlay picture, and a table of all sections. Files stand alone."""
+
+from __future__ import annotations
+
+import base64
+import io
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from PIL import Image, ImageDraw
+
+from comtip_shards.qc.context import Look
+from comtip_shards.qc.result import FAIL, WARN, Finding, SectionReport, worst
+
+EXTENSIONS = ("json", "html")
+OVERLAY_PX = 1000
+RAMP = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
+"""Few counts to many, readable without colour vision."""
+MARK = (220, 30, 30)
+_SUPER = 2
+"""Drawn larger and shrunk, so that discs are smooth."""
+
+
+def overlay(look: Look, findings: Sequence[Finding]) -> bytes:
+    """Return a JPEG: the picture, spots coloured by log total counts, those of a failed check ringed in red."""
+    height, width = look.picture_HW3.shape[:2]
+    scale = _SUPER * min(1.0, OVERLAY_PX / max(height, width))
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    canvas = Image.fromarray(look.picture_HW3).resize(size, Image.Resampling.LANCZOS).convert("RGB")
+    draw = ImageDraw.Draw(canvas)
+    radius = look.spot_um / 2 / look.mpp * scale
+    radius = float(np.clip(radius, 2.0 * _SUPER, 12.0 * _SUPER)) * 0.8
+    marked = {i for f in findings if f.status in (WARN, FAIL) for i in f.spots}
+    colours = ramp(np.log1p(look.totals))
+    for i, (x, y) in enumerate(look.xy * scale):
+        box = (x - radius, y - radius, x + radius, y + radius)
+        draw.ellipse(box, fill=tuple(int(c) for c in colours[i]))
+        if i in marked:
+            ring = (box[0] - 3, box[1] - 3, box[2] + 3, box[3] + 3)
+            draw.ellipse(ring, outline=MARK, width=2 * _SUPER)
+    out = io.BytesIO()
+    canvas.resize((max(1, size[0] // _SUPER), max(1, size[1] // _SUPER)), Image.Resampling.BOX).save(
+        out, "JPEG", quality=82
+    )
+    return out.getvalue()
+
+
+def ramp(values: np.ndarray) -> np.ndarray:
+    """Return colours uint8 (n, 3): 2nd to 98th percentile over :data:`RAMP`."""
+    low, high = np.quantile(values, [0.02, 0.98])
+    at = np.clip((values - low) / max(high - low, 1e-9), 0, 1) * (len(RAMP) - 1)
+    anchors = np.array(RAMP, np.float64)
+    return np.stack([np.interp(at, np.arange(len(RAMP)), anchors[:, c]) for c in range(3)], 1).round().astype(np.uint8)
+
+
+def section_page(report: SectionReport) -> str:
+    """Return the HTML of one section."""
+    picture = base64.b64encode(report.overlay).decode("ascii") if report.overlay else ""
+    css = ", ".join(f"rgb{c}" for c in RAMP)
+    marked = sum(1 for f in report.findings if f.status in (WARN, FAIL) and f.spots)
+    return _template("section.html.j2").render(report=report, picture=picture, ramp=css, marked=marked)
+
+
+def index_page(sections: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> str:
+    """Return the HTML table of all sections: (section id, :meth:`SectionReport.summary`) each."""
+    names = list(dict.fromkeys(f["name"] for _, findings in sections for f in findings))
+    rows = [
+        {
+            "section_id": section,
+            "status": worst(f["status"] for f in findings),
+            "cells": {f["name"]: f for f in findings},
+        }
+        for section, findings in sections
+    ]
+    return _template("index.html.j2").render(rows=rows, names=names)
+
+
+def pages(report: SectionReport) -> dict[str, str]:
+    """Return the texts of ``<section_id>.json`` and ``.html``, by extension."""
+    return {"json": report.to_json(), "html": section_page(report)}
+
+
+def write_pages(sections: Iterable[tuple[str, Mapping[str, str], Sequence[Mapping[str, Any]]]], folder: Path) -> None:
+    """Write a folder of reports anew: (section id, :func:`pages`, :meth:`SectionReport.summary`) each, and ``index.html``."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    summaries = []
+    for section, texts, summary in sections:  # one at a time: pages hold pictures
+        for extension, text in texts.items():
+            (folder / f"{section}.{extension}").write_text(text, encoding="utf-8")
+        summaries.append((section, summary))
+    (folder / "index.html").write_text(index_page(summaries), encoding="utf-8")
+
+
+def _template(name: str) -> Template:
+    env = Environment(
+        loader=PackageLoader("comtip_shards.qc", "templates"), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    return env.get_template(name)

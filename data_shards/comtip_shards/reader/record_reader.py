@@ -1,0 +1,145 @@
+"""Members of records by offset, each checked as it is read."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from functools import cached_property
+from typing import BinaryIO
+
+import numpy as np
+
+from comtip_shards.errors import ShardError
+from comtip_shards.format import record
+from comtip_shards.format import spot_table as spots
+from comtip_shards.format.index import parse_index
+from comtip_shards.format.manifest import Manifest, ShardEntry
+from comtip_shards.reader.shard_files import SetFiles
+
+_GAP, _SPAN = 1 << 16, 1 << 23
+"""Members this close are read at once, up to so many bytes."""
+
+
+class MemberReader:
+    """Reads ``tile``, ``expr`` and ``json`` members of a set's records."""
+
+    def __init__(self, files: SetFiles, manifest: Manifest) -> None:
+        self.files, self.manifest = files, manifest
+        self._extensions = (record.CODECS[manifest.tile.codec], "expr", "json")
+        self._index: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self._starts = np.array([s.first_spot for s in manifest.shards], np.int64)
+        self._again: set[int] = set()
+        self._lost: dict[int, ShardError] = {}
+
+    @cached_property
+    def _crcs(self) -> np.ndarray:
+        return spots.read_crcs(*self.spots_table())
+
+    def spots_table(self) -> tuple[bytes, int, str]:
+        """Return the bytes of the table of spots, their number, and the table's name."""
+        manifest = self.manifest
+        data = self.files.verified(manifest.spots_file, manifest.spots_sha256, "the table of spots", "spots")
+        return data, manifest.n_spots, f"{self.files.name}/{manifest.spots_file}"
+
+    def shard_numbers(self, index: np.ndarray) -> np.ndarray:
+        """Return the place in the manifest of each spot's shard."""
+        return np.searchsorted(self._starts, index, side="right") - 1
+
+    def shard_of(self, spot: int) -> ShardEntry:
+        """Return a spot's shard."""
+        return self.manifest.shards[int(self.shard_numbers(np.array(spot)))]
+
+    def where(self, spot: int) -> str:
+        """Return the name of a record for an error: shard and key."""
+        return f"{self.files.name}/{self.shard_of(spot).file}: record {record.key_of(spot)}"
+
+    def places(self, shard: ShardEntry) -> tuple[np.ndarray, np.ndarray]:
+        """Return where a shard's members lie, from its index: offsets and sizes, int64 (records, 3)."""
+        if shard.index not in self._index:
+            text = self.files.verified(shard.index, shard.index_sha256, "the index", "index")
+            name = f"{self.files.name}/{shard.index}"
+            self._index[shard.index] = parse_index(text, shard, self.manifest.tile.codec, name)
+        return self._index[shard.index]
+
+    def read(self, index: np.ndarray, parts: Sequence[str]) -> list[list[bytes]]:
+        """Return, part by part, those members of each record, in the order of ``index``; a record's are read at once."""
+        columns = [record.PARTS.index(part) for part in parts]
+        out: list[list[bytes]] = [[b""] * index.size for _ in columns]
+        order = np.argsort(index, kind="stable")
+        shard = self.shard_numbers(index[order])
+        for number in np.unique(shard):
+            own = order[shard == number]
+            self._read_shard(int(number), index[own], own, columns, out)
+        return out
+
+    def _read_shard(
+        self, number: int, index: np.ndarray, into: np.ndarray, columns: list[int], out: list[list[bytes]]
+    ) -> None:
+        """Read members of ascending spots of one shard into ``out[...][into]``."""
+        shard = self.manifest.shards[number]
+        try:
+            self._read_file(number, shard, index, into, columns, out)
+        except ShardError as error:
+            # The cached copy of a remote shard may have been damaged since it was checked: fetch it again, once.
+            damaged = error.kind in ("checksum", "truncated") and number not in self._lost
+            if not damaged or number in self._again or not self.files.forget(shard.sha256):
+                raise
+            self._again.add(number)
+            self._read_file(number, shard, index, into, columns, out)
+
+    def _open(self, number: int, shard: ShardEntry) -> tuple[BinaryIO, np.ndarray, np.ndarray]:
+        if number in self._lost:
+            raise self._lost[number]  # a shard that was given up is not waited for again
+        try:
+            offsets, sizes = self.places(shard)
+            return self.files.open(shard.file, shard.sha256, shard.bytes), offsets, sizes
+        except ShardError as error:
+            self._lost[number] = error
+            raise
+
+    def _read_file(
+        self, number: int, shard: ShardEntry, index: np.ndarray, into: np.ndarray, columns: list[int], out: list[list[bytes]]
+    ) -> None:  # fmt: skip
+        try:
+            file, offsets, sizes = self._open(number, shard)
+            local = (index - shard.first_spot)[:, None]
+            start, size = offsets[local, columns], sizes[local, columns]
+            low, high = start.min(1), (start + size).max(1)
+            with file:
+                for run in _runs(low, high):
+                    self._read_run(file, index[run], start[run], size[run], columns, into[run], out)
+        except OSError as error:
+            raise ShardError(f"{self.files.name}/{shard.file}: cannot be read ({error})", kind="unreadable") from error
+
+    def _read_run(
+        self, file: BinaryIO, index: np.ndarray, start: np.ndarray, size: np.ndarray, columns: list[int], into: np.ndarray,
+        out: list[list[bytes]],
+    ) -> None:  # fmt: skip
+        base = int(start[0].min())
+        file.seek(base)
+        data = file.read(int((start[-1] + size[-1]).max()) - base)
+        for k, column in enumerate(columns):
+            lows, ns, crcs = (start[:, k] - base).tolist(), size[:, k].tolist(), self._crcs[index, column].tolist()
+            for place, low, n, crc in zip(into.tolist(), lows, ns, crcs, strict=True):
+                member = data[low : low + n]
+                if len(member) != n or zlib.crc32(member) != crc:
+                    spot = int(index[into == place][0])
+                    raise self._damaged(f"{self.where(spot)}: the member .{self._extensions[column]}", len(member) != n)
+                out[k][place] = member
+
+    @staticmethod
+    def _damaged(name: str, short: bool) -> ShardError:
+        if short:
+            return ShardError(f"{name} is cut short: the shard ends before it; copy it again", kind="truncated")
+        return ShardError(f"{name} is not what was written (CRC-32); copy the shard again", kind="checksum")
+
+
+def _runs(low: np.ndarray, high: np.ndarray) -> list[slice]:
+    """Split ascending records, from ``low`` to ``high``, into runs that one read covers: close together, and bounded in all."""
+    runs, first = [], 0
+    starts, ends = low.tolist(), high.tolist()
+    for i in range(1, len(starts) + 1):
+        if i == len(starts) or starts[i] - ends[i - 1] > _GAP or ends[i] - starts[first] > _SPAN:
+            runs.append(slice(first, i))
+            first = i
+    return runs

@@ -1,0 +1,88 @@
+"""The files of a shard set, in a folder or behind a URL, each checked against the manifest before it is trusted."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import BinaryIO
+from urllib.parse import unquote, urlsplit
+
+from comtip_shards.errors import ShardError
+from comtip_shards.format.manifest import NAME, Manifest, parse_manifest, read_manifest
+from comtip_shards.storage.remote import Remote, is_url
+
+
+class SetFiles:
+    """Gives local paths of a set's files.
+
+    Attributes
+    ----------
+    name
+        The folder or URL, as errors name it.
+    folder
+        A local folder with at least ``manifest.json``.
+    """
+
+    def __init__(self, path: Path | str, remote: Remote | None = None) -> None:
+        self.remote: Remote | None = None
+        if not is_url(path):
+            self.folder = Path(path)
+        elif str(path).lower().startswith("file://"):
+            self.folder = Path(unquote(urlsplit(str(path)).path))
+        else:
+            self.remote = remote or Remote(str(path))
+        self.name = str(self.folder) if self.remote is None else self.remote.url
+
+    def manifest(self) -> Manifest:
+        """Read the manifest; of a remote set the one that is there now, which is kept in :attr:`folder`."""
+        if self.remote is None:
+            return read_manifest(self.folder)
+        text = self.remote.read(NAME)
+        manifest = parse_manifest(text, f"{self.name}/{NAME}")
+        key = hashlib.sha256(self.name.encode() + text).hexdigest()
+        self.folder = self.remote.keep(key, NAME, text).parent
+        return manifest
+
+    def path(self, name: str, sha256: str, size: int | None = None) -> Path:
+        """Return the local path of a file; a remote one is fetched and checked as it comes."""
+        return self.folder / name if self.remote is None else self.remote.fetch(name, sha256=sha256, size=size)
+
+    def open(self, name: str, sha256: str, size: int) -> BinaryIO:
+        """Open a shard for reading at random places."""
+        for _ in range(3):
+            try:
+                return self.path(name, sha256, size).open("rb")
+            except FileNotFoundError:
+                if self.remote is None:
+                    break
+                # Another process needed the cache's room between the two; fetch it again.
+        raise ShardError(f"{self.name}/{name}: the shard is gone; copy it back or build the set again", kind="vanished")
+
+    def verified(self, name: str, sha256: str, what: str, kind: str) -> bytes:
+        """Return the bytes of a small file after their hash was found to be the manifest's.
+
+        Raises
+        ------
+        ShardError
+            Of the given kind; ``what`` says what the file should have been.
+        """
+        for _ in range(2):
+            path = self.path(name, sha256)
+            try:
+                data = path.read_bytes()
+            except OSError:
+                break
+            if hashlib.sha256(data).hexdigest() == sha256:
+                return data
+            if not self.forget(sha256):
+                break
+        raise ShardError(
+            f"{self.name}/{name}: missing, or not {what} that the manifest was written with; copy it again", kind=kind
+        )
+
+    def forget(self, sha256: str) -> bool:
+        """Drop the cached copy of a remote file, so that it is fetched again; tell whether there is one to fetch."""
+        if self.remote is None:
+            return False
+        self.remote.forget(sha256)
+        return True

@@ -1,0 +1,195 @@
+"""A shard set on disk, read at random: tiles, counts, spots, sections."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+from scipy import sparse
+
+from comtip_shards.errors import ShardError
+from comtip_shards.format import record
+from comtip_shards.format import spot_table as spots
+from comtip_shards.format.manifest import GeneRow, ManifestSection, ShardEntry, unpack_bits
+from comtip_shards.reader.record_reader import MemberReader
+from comtip_shards.reader.shard_files import SetFiles
+from comtip_shards.sections.section import task_of
+from comtip_shards.slides.tiles import StainStats
+from comtip_shards.storage.remote import Remote
+
+
+class ShardSet:
+    """Reads a set that ``comtip shards build`` wrote.
+
+    Every member is checked against its CRC-32 in the table of spots as it is read, and tables against their SHA-256 in
+    the manifest: what comes back is what was written, or an error. :func:`comtip_shards.reader.verify.verify` reads everything.
+
+    Parameters
+    ----------
+    path
+        A folder, or the URL of one (``s3://``, ``gs://``, ``https://``, ``hf://`` ...), whose files are fetched into a
+        cache as they are needed.
+    remote
+        How to fetch (cache, timeouts, credentials), where ``path`` is a URL.
+
+    Attributes
+    ----------
+    path
+        The folder; of a remote set a local one with its manifest.
+    name
+        The folder or URL, as errors name it.
+    """
+
+    def __init__(self, path: Path | str, *, remote: Remote | None = None) -> None:
+        self.files = SetFiles(path, remote)
+        self.manifest = self.files.manifest()
+        self.path, self.name = self.files.folder, self.files.name
+        self._reader = MemberReader(self.files, self.manifest)
+        self._section_starts = np.array([s.first_spot for s in self.manifest.sections], np.int64)
+
+    def __len__(self) -> int:
+        return self.manifest.n_spots
+
+    @cached_property
+    def genes(self) -> list[GeneRow]:
+        """The gene table, in the order of the rows of counts."""
+        manifest = self.manifest
+        data = self.files.verified(manifest.genes_file, manifest.genes_sha256, "the gene table", "genes")
+        path = f"{self.name}/{manifest.genes_file}"
+        try:
+            text = io.StringIO(data.decode("utf-8"), newline="")
+            rows = list(csv.DictReader(text, delimiter="\t", quoting=csv.QUOTE_NONE))
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ShardError(f"{path}: not a table ({error}); copy it again", kind="genes") from error
+        if len(rows) != self.manifest.n_genes:
+            raise ShardError(f"{path}: {len(rows)} genes, the manifest says {self.manifest.n_genes}", kind="genes")
+        names = ("key", "species", "symbol", "ensembl", "name")
+        if any(set(r) != set(names) or None in r.values() for r in rows):
+            raise ShardError(f"{path}: the columns are not {', '.join(names)}", kind="genes")
+        return [GeneRow(*(r[n] for n in names)) for r in rows]
+
+    @cached_property
+    def spots(self) -> pd.DataFrame:
+        """One row per spot, indexed by ``spot_index``.
+
+        Columns: section (number), spot_id, section_id, source_row (place in the source), x_px and y_px (px of the source
+        image), array_x, array_y (NaN where unknown), label, n_pooled (0 where a spot is not pooled).
+        """
+        data, n, where = self._reader.spots_table()
+        frame = spots.read_spots(data, n, where)
+        frame.insert(0, "section", self.sections_of(np.arange(len(self))))
+        ids = np.array([s.section_id for s in self.manifest.sections], dtype=object)
+        if not np.array_equal(frame["section_id"].to_numpy(dtype=object), ids[frame["section"].to_numpy()]):
+            raise ShardError(f"{where}: sections are not those of the manifest", kind="spots")
+        return frame
+
+    def sections_of(self, spot_index: Iterable[int]) -> np.ndarray:
+        """Return the number of each spot's section, int32; reads nothing."""
+        index = np.asarray(spot_index, np.int64)
+        self._check_range(index)
+        return (np.searchsorted(self._section_starts, index, side="right") - 1).astype(np.int32)
+
+    def members(self, spot_index: Iterable[int], part: str) -> list[bytes]:
+        """Return one member of each record as it was written: ``tile``, ``expr`` or ``json``.
+
+        Records that lie side by side are read at once.
+
+        Raises
+        ------
+        ShardError
+            A shard is gone or cut short, or the bytes are not those that were written.
+        """
+        return self.members_of(spot_index, (part,))[0]
+
+    def members_of(self, spot_index: Iterable[int], parts: Sequence[str]) -> list[list[bytes]]:
+        """Return several members of each record, part by part; see :meth:`members`. A record is read once."""
+        index = np.asarray(spot_index, np.int64)
+        self._check_range(index)
+        return self._reader.read(index, parts)
+
+    def tiles(self, spot_index: Iterable[int]) -> np.ndarray:
+        """Return tiles, uint8 (n, S, S, 3)."""
+        spec = self.manifest.tile
+        index = np.asarray(spot_index, np.int64)
+        out = np.empty((index.size, spec.px, spec.px, 3), np.uint8)
+        for i, data in enumerate(self.members(index, "tile")):
+            out[i] = record.decode_tile(data, spec.px, spec.codec, self.where(int(index[i])))
+        return out
+
+    def counts(self, spot_index: Iterable[int]) -> sparse.csr_matrix:
+        """Return raw counts, int32 CSR (n, n_genes)."""
+        index = np.asarray(spot_index, np.int64)
+        n_genes = self.manifest.n_genes
+        indptr, rows, data = record.decode_exprs(
+            self.members(index, "expr"), n_genes, lambda i: self.where(int(index[i]))
+        )
+        return sparse.csr_matrix((data, rows, indptr), shape=(index.size, n_genes), dtype=np.int32)
+
+    def measured(self, section: int) -> np.ndarray:
+        """Return which genes of the table a section measured: bool (n_genes,)."""
+        return unpack_bits(self.manifest.sections[section].assay_genes, self.manifest.n_genes)
+
+    def select(self, split: str | None = None, sections: Sequence[int] | None = None) -> np.ndarray:
+        """Return the spots of a split and/or of some sections (by number), ascending int64."""
+        parts = [
+            np.arange(s.first_spot, s.first_spot + s.n_spots, dtype=np.int64)
+            for i, s in enumerate(self.manifest.sections)
+            if (split is None or s.split == split) and (sections is None or i in set(sections))
+        ]
+        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+    def source_order(self, section: int) -> np.ndarray:
+        """Return a section's spots in the order of their source, int64: shards hold them shuffled."""
+        own = self.select(sections=[section])
+        return own[np.argsort(self.spots["source_row"].to_numpy()[own], kind="stable")]
+
+    def stain(self, section: int) -> StainStats:
+        """Return a section's stain."""
+        return self.manifest.sections[section].stain
+
+    def section_number(self, section_id: str) -> int:
+        """Return a section's place in the manifest."""
+        ids = [s.section_id for s in self.manifest.sections]
+        if section_id not in ids:
+            raise ShardError(f"{self.name} has no section {section_id!r}; it has: {', '.join(ids)}")
+        return ids.index(section_id)
+
+    def task_of_section(self, section: int) -> str:
+        """Return species and organ of a section as one word."""
+        meta: ManifestSection = self.manifest.sections[section]
+        return task_of(meta.species, meta.tissue)
+
+    def overview(self, section: int) -> tuple[np.ndarray, float]:
+        """Return a small picture of the section, uint8 (H, W, 3), and its um per px."""
+        entry = self.manifest.sections[section].overview
+        data = self.files.verified(entry.file, entry.sha256, "the overview", "overview")
+        path = f"{self.name}/{entry.file}"
+        try:
+            with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
+                if image.size != (entry.width, entry.height) or entry.width * entry.height > 1 << 24:
+                    raise ShardError(
+                        f"{path}: {image.width} x {image.height} px, not what the manifest says", kind="overview"
+                    )
+                return np.asarray(image.convert("RGB")), entry.um_per_px
+        except OSError as error:
+            raise ShardError(f"{path}: the overview cannot be decoded ({error})", kind="overview") from error
+
+    def where(self, spot: int) -> str:
+        """Return the name of a record for an error: shard and key."""
+        return self._reader.where(spot)
+
+    def places(self, shard: ShardEntry) -> tuple[np.ndarray, np.ndarray]:
+        """Return where a shard's members lie, from its index: offsets and sizes, int64 (records, 3)."""
+        return self._reader.places(shard)
+
+    def _check_range(self, index: np.ndarray) -> None:
+        if index.size and not 0 <= index.min() <= index.max() < len(self):
+            raise IndexError(
+                f"spots {index.min()} to {index.max()} are not all in {self.name}, which holds {len(self)}"
+            )

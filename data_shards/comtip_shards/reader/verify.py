@@ -1,0 +1,146 @@
+"""Proof that a shard set is whole: every hash, every record, every count."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from comtip_shards.errors import ShardError, SourceError
+from comtip_shards.format import record
+from comtip_shards.format.manifest import ShardEntry, sha256_of
+from comtip_shards.format.tar_index import index_tar
+from comtip_shards.reader.shard_set import ShardSet
+from comtip_shards.sections.leakage import check_splits
+from comtip_shards.sections.section import meta_of
+from comtip_shards.storage.remote import Remote
+
+MAX_PROBLEMS = 100
+
+
+@dataclass
+class VerifyReport:
+    """What was found."""
+
+    name: str
+    """Folder or URL."""
+    records: int = 0
+    counts: int = 0
+    """Sum of all raw counts."""
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """No problem was found."""
+        return not self.problems
+
+    @property
+    def text(self) -> str:
+        """The report, for a person."""
+        if self.ok:
+            return (
+                f"{self.name}: whole; {self.records} records, {self.counts} counts, every hash and every tile checked"
+            )
+        return "\n".join([f"{self.name}: NOT whole, {len(self.problems)} problems", *(f"  {p}" for p in self.problems)])
+
+
+def verify(path: Path | str, *, progress: bool = False, remote: Remote | None = None) -> VerifyReport:
+    """Check a shard set: files against hashes, records against tables, spots complete, splits by donor.
+
+    Problems are collected (at most 100) rather than raised; only a set without a readable manifest raises.
+    """
+    shards = ShardSet(path, remote=remote)
+    report = VerifyReport(shards.name)
+    table: pd.DataFrame | None = None
+    try:
+        shards.genes  # noqa: B018
+    except ShardError as error:
+        report.problems.append(str(error))
+    try:
+        table = shards.spots
+        report.problems += _check_spots(shards, table)
+    except ShardError as error:
+        report.problems.append(str(error))
+    for number in range(len(shards.manifest.sections)):
+        try:
+            shards.overview(number)
+        except ShardError as error:
+            report.problems.append(str(error))
+    try:
+        check_splits([meta_of(s) for s in shards.manifest.sections])
+    except SourceError as error:
+        report.problems.append(str(error))
+    for shard in tqdm(shards.manifest.shards, desc="verify", unit="shard", disable=None if progress else True):
+        _verify_shard(shards, shard, table, report)
+        if len(report.problems) >= MAX_PROBLEMS:
+            report.problems.append("... and perhaps more; stopped here")
+            break
+    return report
+
+
+def _check_spots(shards: ShardSet, table: pd.DataFrame) -> list[str]:
+    """Every spot of a section once, by id and by row of the source."""
+    problems = []
+    for section in shards.manifest.sections:
+        own = table.iloc[section.first_spot : section.first_spot + section.n_spots]
+        if own["spot_id"].duplicated().any():
+            problems.append(f"{shards.name}: a spot of section {section.section_id} stands twice")
+        if not np.array_equal(np.sort(own["source_row"].to_numpy()), np.arange(section.n_spots)):
+            problems.append(f"{shards.name}: source_row of section {section.section_id} does not count its spots")
+    return problems
+
+
+def _verify_shard(shards: ShardSet, shard: ShardEntry, table: pd.DataFrame | None, report: VerifyReport) -> None:
+    name = f"{shards.name}/{shard.file}"
+    try:
+        path = shards.files.path(shard.file, shard.sha256, shard.bytes)
+        if not path.is_file():
+            raise ShardError(f"{name}: the shard is gone; copy it back or build the set again", kind="vanished")
+        if path.stat().st_size != shard.bytes or sha256_of(path) != shard.sha256:
+            report.problems.append(f"{name}: not the bytes that were written (size or SHA-256); copy it again")
+        members = index_tar(path, name)
+        offsets, sizes = shards.places(shard)
+    except ShardError as error:
+        report.problems.append(str(error))
+        return
+    spots = range(shard.first_spot, shard.first_spot + shard.records)
+    names = [n for s in spots for n in record.members_of(s, shards.manifest.tile.codec)]
+    indexed = dict(zip(names, zip(offsets.ravel().tolist(), sizes.ravel().tolist(), strict=True), strict=True))
+    strange = sorted({n for n in set(members) | set(indexed) if members.get(n) != indexed.get(n)})
+    if strange:
+        report.problems.append(
+            f"{name}: {len(strange)} members missing, too many, or not where the index says, e.g. {strange[0]}"
+        )
+    for spot in spots:
+        try:
+            report.counts += _verify_record(shards, shard, spot, table)
+            report.records += 1
+        except ShardError as error:
+            report.problems.append(str(error))
+            if len(report.problems) >= MAX_PROBLEMS:
+                return
+
+
+def _verify_record(shards: ShardSet, shard: ShardEntry, spot: int, table: pd.DataFrame | None) -> int:
+    """Check one record whole; returns the sum of its counts."""
+    where = shards.where(spot)
+    shards.tiles([spot])
+    counts = shards.counts([spot])
+    if not shards.measured(shards.section_number(shard.section_id))[counts.indices].all():
+        raise ShardError(f"{where}.expr: counts of a gene that the section did not measure", kind="counts")
+    meta = record.decode_json(shards.members([spot], "json")[0], where)
+    if meta["section_id"] != shard.section_id:
+        raise ShardError(
+            f"{where}.json: says section {meta['section_id']}, the manifest says {shard.section_id}", kind="spot"
+        )
+    if table is not None:
+        row = table.loc[spot]
+        for name, value in meta.items():
+            if row.get(name) != value:
+                raise ShardError(
+                    f"{where}.json: {name} is {value!r}, the table of spots says {row.get(name)!r}", kind="spot"
+                )
+    return int(counts.sum(dtype=np.int64))

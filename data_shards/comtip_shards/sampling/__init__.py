@@ -1,0 +1,1 @@
+"""Epoch order, balanced sampling and keyed random numbers."""

@@ -1,0 +1,1 @@
+"""Sections, pooling of small spots, and checks for leakage between splits."""

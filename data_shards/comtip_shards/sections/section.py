@@ -1,0 +1,176 @@
+"""A section as every source gives it: one image, its spots, raw counts; checked before anything is built from it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+import numpy as np
+from scipy import sparse
+
+from comtip_shards.errors import SourceError
+from comtip_shards.slides.base import Slide
+from comtip_shards.slides.open import image_size, open_slide
+
+SPLITS = ("train", "val", "test", "")
+_SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SectionMeta:
+    """What is known of a section besides its data."""
+
+    section_id: str
+    dataset: str
+    species: str
+    """``human`` or ``mouse``."""
+    tissue: str
+    donor: str
+    """Patient or animal: the unit of every split."""
+    platform: str
+    licence: str
+    attribution: str
+    mpp: float
+    """um per px of the image that the positions belong to."""
+    spot_diameter_um: float
+    spot_pitch_um: float
+    split: str = ""
+    """``train``, ``val``, ``test`` or empty."""
+    pooling: str = ""
+    """How bins, cells or transcripts became spots; empty where the spots are those of the slide."""
+
+
+def meta_of(entry: object) -> SectionMeta:
+    """Return the metadata that a section's entry of a manifest repeats."""
+    return SectionMeta(**{f.name: getattr(entry, f.name) for f in fields(SectionMeta)})
+
+
+@dataclass
+class Section:
+    """Spots in tissue with their raw counts, joined to one image."""
+
+    meta: SectionMeta
+    image_path: Path
+    counts: sparse.csr_matrix
+    """int32 (n_spots, n_genes)."""
+    gene_ids: list[str]
+    gene_symbols: list[str]
+    """The source's own symbols, "" where it gives none."""
+    spot_ids: list[str]
+    xy: np.ndarray
+    """float64 (n_spots, 2), x (column) and y (row) of the spot's centre in px of the image."""
+    array_xy: np.ndarray
+    """float64 (n_spots, 2), NaN where unknown."""
+    labels: list[str]
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Spots left out, by reason."""
+    notes: list[str] = field(default_factory=list)
+    n_pooled: np.ndarray | None = None
+    """int64 (n_spots,), the bins, cells or transcripts in each pseudo-spot; None where spots are not pooled."""
+    slide_opener: Callable[[], Slide] | None = None
+    """Opens the image where it is not simply the file ``image_path``: pixels inside an h5ad, ready-made patches."""
+
+    def open_slide(self) -> Slide:
+        """Open the image, small or whole-slide; close it, or use it as a context manager."""
+        return self.slide_opener() if self.slide_opener is not None else open_slide(self.image_path)
+
+    def load_image(self) -> np.ndarray:
+        """Return the whole image, uint8 (H, W, 3) RGB; for a whole-slide image use :meth:`open_slide`."""
+        with self.open_slide() as slide:
+            return slide.whole()
+
+    def image_size(self) -> tuple[int, int]:
+        """Return (width, height) of the image in px."""
+        if self.slide_opener is None:
+            return image_size(self.image_path)
+        with self.open_slide() as slide:
+            return slide.size
+
+    def keep(self, mask: np.ndarray, otherwise: str) -> Section:
+        """Return the section with the spots where ``mask`` holds; the others are counted under ``otherwise``."""
+        rows = np.flatnonzero(mask)
+        lost = len(self.spot_ids) - rows.size
+        return replace(
+            self, counts=self.counts[rows], spot_ids=[self.spot_ids[i] for i in rows], xy=self.xy[rows],
+            array_xy=self.array_xy[rows], labels=[self.labels[i] for i in rows],
+            dropped={**self.dropped, **({otherwise: self.dropped.get(otherwise, 0) + lost} if lost else {})},
+            n_pooled=None if self.n_pooled is None else self.n_pooled[rows],
+        )  # fmt: skip
+
+    def check(self) -> Section:
+        """Return the section itself once everything about it holds.
+
+        Raises
+        ------
+        SourceError
+            Naming the file and the fix.
+        """
+        check_meta(self.meta, self.image_path)
+        where = f"section {self.meta.section_id}"
+        if not self.spot_ids:
+            raise SourceError(
+                f"{where}: no spot is in tissue and in the counts; look at the in_tissue column and the ids"
+            )
+        check_unique(self.spot_ids, f"{where}: spot ids")
+        check_unique(self.gene_ids, f"{where}: gene identifiers")
+        if self.counts.shape != (len(self.spot_ids), len(self.gene_ids)):
+            raise SourceError(
+                f"{where}: counts are {self.counts.shape}, spots x genes {len(self.spot_ids)} x {len(self.gene_ids)}"
+            )
+        self._check_positions()
+        return self
+
+    def _check_positions(self) -> None:
+        width, height = self.image_size()
+        x, y = self.xy[:, 0], self.xy[:, 1]
+        if not np.isfinite(self.xy).all():
+            raise SourceError(f"{self.image_path}: {int((~np.isfinite(self.xy)).any(1).sum())} spots have no position")
+        slack = 0.5 * self.meta.spot_diameter_um / self.meta.mpp
+        outside = (x < -slack) | (y < -slack) | (x > width + slack) | (y > height + slack)
+        if outside.any():
+            raise SourceError(
+                f"{self.image_path}: the image is {width} x {height} px, but {int(outside.sum())} of {len(x)} spots lie outside "
+                f"(x {x.min():.0f} to {x.max():.0f}, y {y.min():.0f} to {y.max():.0f}); give the image that the positions "
+                "belong to, or positions in px of this image"
+            )
+
+
+def check_meta(meta: SectionMeta, where: Path | str) -> None:
+    """Refuse metadata that nothing could be built from."""
+    if not _SAFE_ID.fullmatch(meta.section_id):
+        raise SourceError(f"{where}: section id {meta.section_id!r}; use letters, digits, '.', '_' and '-'")
+    if meta.species not in ("human", "mouse"):
+        raise SourceError(
+            f"{where}: section {meta.section_id}: species {meta.species!r}; state human or mouse (--species)"
+        )
+    if not (np.isfinite(meta.mpp) and meta.mpp > 0):
+        raise SourceError(
+            f"{where}: section {meta.section_id}: no scale; give the um per px of the image (--mpp, or mpp_um_per_px)"
+        )
+    if not 0.05 <= meta.mpp <= 50:
+        raise SourceError(
+            f"{where}: section {meta.section_id}: {meta.mpp:g} um per px cannot be; 0.05 to 50 are understood"
+        )
+    if meta.split not in SPLITS:
+        raise SourceError(
+            f"{where}: section {meta.section_id}: split {meta.split!r}; use train, val, test or leave it empty"
+        )
+
+
+def check_unique(names: list[str], what: str) -> None:
+    """Refuse names that stand twice."""
+    if len(set(names)) == len(names):
+        return
+    seen: set[str] = set()
+    twice = [n for n in names if n in seen or seen.add(n)]  # type: ignore[func-returns-value]
+    raise SourceError(
+        f"{what}: {len(twice)} stand more than once, e.g. {', '.join(twice[:3])}; the source must hold each once"
+    )
+
+
+def task_of(species: str, tissue: str) -> str:
+    """Return species and organ as one word: ``human_breast``."""
+    organ = tissue.split(",")[0].strip().lower()
+    return f"{species}_{re.sub(r'[^a-z0-9]+', '_', organ).strip('_') or 'unknown'}"

@@ -1,0 +1,1 @@
+"""Section images: opening, windowed reading, tile cutting and stain normalisation."""

@@ -1,0 +1,213 @@
+"""Slide: a section image whose windows can be read at any scale; images in memory; pixel depth and scale.
+
+Pixel (0, 0) covers [0, 1) x [0, 1): positions are px from the image's edge, and a smaller copy of an image covers the same
+ground.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from PIL import Image
+
+from comtip_shards.errors import SourceError
+from comtip_shards.slides.tiles import cut_windows, shrunk_size
+
+MAX_IMAGE_PX = 1_000_000_000_000
+"""Larger pictures are refused: nothing in this field is, and a hostile file may claim to be."""
+MAX_WHOLE_PX = 1_000_000_000
+"""Largest picture that is decoded whole, because its format (JPEG, PNG) leaves no choice."""
+BAND_PX = 16_000_000
+"""Source pixels decoded at once when a large picture is shrunk."""
+PLAUSIBLE_MPP = (0.05, 20.0)
+"""um per px that a file's own resolution tag is believed for; 72 and 96 dpi are defaults of programs, not scales."""
+EXTRA = "pip install 'comtip-fast[wsi]'"
+Box = tuple[int, int, int, int]
+
+
+def reading_order(xy_N2: np.ndarray, tile_px: float) -> np.ndarray:
+    """Return the order in which to cut tiles: neighbours share blocks of the file, and row by row finds them decoded."""
+    return np.lexsort((xy_N2[:, 0], np.round(xy_N2[:, 1] / max(tile_px, 1.0))))
+
+
+class Slide(ABC):
+    """A picture of known size whose windows can be read; a context manager."""
+
+    path: Path
+    size: tuple[int, int]
+    """(width, height) in px."""
+    mpp: float | None = None
+    """um per px by the file's own tags, None where it has none that can be."""
+    tile_limit_um: float = math.inf
+    """Widest tile that can be cut. Where it is finite there are pixels round spots only, in ready-made patches."""
+    reader: str = ""
+    """What decodes it, with its version where that may change a pixel."""
+    notes: list[str]
+
+    @property
+    def whole_size(self) -> tuple[int, int]:
+        """(width, height) of the largest copy of the whole picture that can be read."""
+        return self.size
+
+    @abstractmethod
+    def scaled(self, box: Box, size: tuple[int, int]) -> np.ndarray:
+        """Read a window of the picture as it would be if it were shrunk as a whole.
+
+        Parameters
+        ----------
+        box
+            (x0, y0, x1, y1), px of the shrunk picture, inside it.
+        size
+            (width, height) of the shrunk picture, at most its own.
+
+        Returns
+        -------
+        uint8 (y1 - y0, x1 - x0, 3) RGB.
+        """
+
+    def tiles(self, xy_N2: np.ndarray, mpp: float, tile_um: float, tile_px: int, min_mpp: float) -> np.ndarray:
+        """Cut square tiles round positions.
+
+        Parameters
+        ----------
+        xy_N2
+            Centres, px of the picture.
+        mpp
+            Its um per px.
+        tile_um, tile_px
+            Width of a tile in um, and S.
+        min_mpp
+            A finer picture is blurred to this many um per px first.
+
+        Returns
+        -------
+        uint8 (N, S, S, 3); white outside the picture.
+        """
+        out = np.empty((len(xy_N2), tile_px, tile_px, 3), np.uint8)
+        order = reading_order(xy_N2, tile_um / mpp)
+        for i, tile in zip(order, self.iter_tiles(xy_N2[order], mpp, tile_um, tile_px, min_mpp), strict=True):
+            out[i] = tile
+        return out
+
+    def iter_tiles(
+        self, xy_N2: np.ndarray, mpp: float, tile_um: float, tile_px: int, min_mpp: float
+    ) -> Iterator[np.ndarray]:
+        """Yield the tiles of :meth:`tiles` one by one, in the order of ``xy_N2``."""
+        size, small_mpp, scale = shrunk_size(self.size, mpp, min_mpp)
+        yield from cut_windows(
+            lambda box: self.scaled(box, size), size, np.asarray(xy_N2) * scale, tile_um / small_mpp, tile_px
+        )
+
+    def overview(self, max_px: int) -> tuple[np.ndarray, float]:
+        """Return the whole picture with its longer side at most ``max_px``, and its own px per px of that."""
+        size, factor, _ = shrunk_size(self.size, 1.0, max(1.0, max(self.size) / max_px))
+        return self.shrunk(size), factor
+
+    def shrunk(self, size: tuple[int, int]) -> np.ndarray:
+        """Return the whole picture shrunk to ``size``, uint8 RGB, decoded in bands."""
+        width, height = size
+        pixels_per_row = self.size[0] * self.size[1] / height
+        rows = max(1, int(BAND_PX / pixels_per_row))
+        out = np.empty((height, width, 3), np.uint8)
+        for y in range(0, height, rows):
+            stop = min(y + rows, height)
+            out[y:stop] = self.scaled((0, y, width, stop), size)
+        return out
+
+    def whole(self) -> np.ndarray:
+        """Return every pixel, uint8 (H, W, 3) RGB; refused for a picture that must be read in windows."""
+        if self.size[0] * self.size[1] > MAX_WHOLE_PX:
+            raise SourceError(
+                f"{self.path}: {self.size[0]} x {self.size[1]} px do not belong in memory; read windows or an overview"
+            )
+        return self.shrunk(self.size)
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close the file."""
+
+    def __enter__(self) -> Slide:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class ArraySlide(Slide):
+    """A picture in memory."""
+
+    def __init__(self, pixels_HW3: np.ndarray, path: Path, *, mpp: float | None = None, reader: str = "") -> None:
+        self.pixels, self.path, self.mpp, self.reader = pixels_HW3, path, mpp, reader
+        self.size = (pixels_HW3.shape[1], pixels_HW3.shape[0])
+        self.notes = []
+        self._shrunk: tuple[tuple[int, int], np.ndarray] = (self.size, pixels_HW3)
+
+    def scaled(self, box: Box, size: tuple[int, int]) -> np.ndarray:
+        """Read a window; the shrunk picture is made once and kept."""
+        if self._shrunk[0] != size:
+            small = Image.fromarray(self.pixels).resize(size, Image.Resampling.LANCZOS)
+            self._shrunk = (size, self.pixels if size == self.size else np.asarray(small))
+        x0, y0, x1, y1 = box
+        return self._shrunk[1][y0:y1, x0:x1]
+
+    def shrunk(self, size: tuple[int, int]) -> np.ndarray:
+        """Return the whole picture shrunk to ``size``."""
+        return self.scaled((0, 0, *size), size)
+
+    def close(self) -> None:
+        """Do nothing: no file is open."""
+
+
+def to_rgb8(values_HWC: np.ndarray, peak: float, *, alpha: bool = False) -> np.ndarray:
+    """Return uint8 RGB of gray (C = 1 or 2) or colour (C = 3 or 4) values.
+
+    Parameters
+    ----------
+    values_HWC
+        Any real dtype.
+    peak
+        The value that is white, see :func:`peak_of`.
+    alpha
+        The last channel is opacity: what is transparent shows white. Otherwise a fourth channel is left out.
+    """
+    values = values_HWC
+    if values.dtype != np.uint8 or peak != 255:
+        values = np.clip(np.rint(values * (255.0 / peak)), 0, 255).astype(np.uint8)
+    colour, opacity = values, None
+    if values.shape[2] in (2, 4):
+        colour, opacity = values[..., :-1], values[..., -1:]
+    if alpha and opacity is not None:
+        part = opacity.astype(np.float32) / 255
+        colour = np.rint(colour * part + 255 * (1 - part)).astype(np.uint8)
+    return np.ascontiguousarray(np.broadcast_to(colour, (*colour.shape[:2], 3)))
+
+
+def peak_of(values: np.ndarray) -> float:
+    """Return the value that is white: the least of 1, 255, 4095 (12 bits) and 65535 that nothing exceeds.
+
+    1 is for floating point only, and what a filter rings may exceed it. A camera writes 12 bits into 16: taken as 16
+    bits, its picture would be black.
+    """
+    if values.dtype == np.uint8:
+        return 255.0
+    if values.dtype == np.bool_:
+        return 1.0
+    high = float(values.max(initial=0))
+    for peak in (1.0, 255.0, 4095.0, 65535.0):
+        if (high <= peak and peak > 1) or (high <= 1.02 and np.issubdtype(values.dtype, np.floating)):
+            return peak
+    raise SourceError(f"pixel values up to {high:g} are of no known depth; convert the image to 8 or 16 bits")
+
+
+def plausible_mpp(mpp: float | None) -> float | None:
+    """Return um per px rounded to 6 digits, None where no microscope makes such a picture."""
+    if mpp is None or not math.isfinite(mpp) or not PLAUSIBLE_MPP[0] <= mpp <= PLAUSIBLE_MPP[1]:
+        return None
+    return round(mpp, 6)

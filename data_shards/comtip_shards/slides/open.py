@@ -1,0 +1,136 @@
+"""Pictures of sections: a small one is held in memory, a whole-slide image is read in windows, never whole.
+
+:func:`open_slide` gives the same :class:`Slide` for both. Pixel (0, 0) covers [0, 1) x [0, 1): positions are px from
+the image's edge, and a smaller copy of an image covers the same ground.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from comtip_shards.errors import SourceError
+from comtip_shards.slides.base import MAX_IMAGE_PX, MAX_WHOLE_PX, ArraySlide, Slide, peak_of, plausible_mpp, to_rgb8
+from comtip_shards.slides.wsi import open_windowed
+
+WINDOWED_PX = 100_000_000
+"""A TIFF with more pixels is read in windows."""
+BITS_PER_SAMPLE = 258
+VENDOR_SUFFIXES = {".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".czi", ".dcm"}
+
+
+def open_slide(path: Path) -> Slide:
+    """Open the picture of a section, whatever its format.
+
+    Large TIFFs and scanner formats are read in windows, which needs the extra ``wsi`` (tifffile and zarr, or
+    openslide); other pictures are decoded whole by Pillow.
+
+    Raises
+    ------
+    SourceError
+        Not a picture, damaged, absurdly large, or in need of a package that is not installed.
+    """
+    if not path.is_file():
+        raise SourceError(f"{path}: no such image")
+    if path.suffix.lower() in VENDOR_SUFFIXES or not _is_plain(path):
+        return open_windowed(path)
+    return _open_plain(path)
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Return (width, height), where possible without decoding; refuses what is no image."""
+    if not path.is_file():
+        raise SourceError(f"{path}: no such image")
+    if path.suffix.lower() in VENDOR_SUFFIXES or not _is_plain(path):
+        with open_slide(path) as slide:
+            return slide.size
+    try:
+        with Image.open(path) as image:
+            return _checked((int(image.width), int(image.height)), path)
+    except (OSError, Image.DecompressionBombError, ValueError) as error:
+        raise SourceError(f"{path}: not an image that can be read ({error})") from error
+
+
+def mpp_by_tag(path: Path, notes: list[str]) -> float | None:
+    """Return um per px by a picture's own resolution tag, and say so in ``notes``; None where it has none to believe."""
+    if path.suffix.lower() in VENDOR_SUFFIXES or not _is_plain(path):
+        with open_slide(path) as slide:
+            mpp = slide.mpp
+    else:
+        try:
+            with Image.open(path) as image:
+                mpp = _mpp_of_dpi(image)
+        except (OSError, Image.DecompressionBombError, ValueError) as error:
+            raise SourceError(f"{path}: not an image that can be read ({error})") from error
+    if mpp is not None:
+        notes.append(f"scale from the resolution tag of {path.name}: {mpp:g} um per px")
+    return mpp
+
+
+def load_rgb(path: Path) -> np.ndarray:
+    """Return an image as uint8 (H, W, 3) RGB."""
+    with open_slide(path) as slide:
+        return slide.whole()
+
+
+def _is_plain(path: Path) -> bool:
+    """Tell whether Pillow decodes the picture rightly and in bounded memory."""
+    _allow_large()
+    try:
+        with Image.open(path) as image:
+            if image.format != "TIFF":
+                return True
+            # Channels may be pages of their own, values may have 16 bits: Pillow would show one page, or clip.
+            if set(image.tag_v2.get(BITS_PER_SAMPLE, (1,))) - {1, 8}:  # type: ignore[attr-defined]
+                return False
+            colour = image.mode in {"RGB", "RGBA", "P", "CMYK", "YCbCr", "LAB"}
+            gray = image.mode in {"1", "L", "LA"} and getattr(image, "n_frames", 1) == 1
+            return (colour or gray) and image.width * image.height <= WINDOWED_PX
+    except (OSError, Image.DecompressionBombError, ValueError):
+        with path.open("rb") as file:
+            tiff = file.read(4) in {b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"}
+        return not tiff
+
+
+def _open_plain(path: Path) -> Slide:
+    try:
+        with Image.open(path) as image:
+            size = _checked((int(image.width), int(image.height)), path)
+            if size[0] * size[1] > MAX_WHOLE_PX:
+                raise SourceError(
+                    f"{path}: {size[0]} x {size[1]} px in {image.format}, which can only be decoded whole; convert it to a "
+                    "tiled TIFF, e.g. vips tiffsave IN OUT.tif --tile --pyramid --compression jpeg"
+                )
+            mpp, pixels = _mpp_of_dpi(image), _flatten(image)
+    except (OSError, Image.DecompressionBombError, ValueError) as error:
+        raise SourceError(f"{path}: not an image that can be read, or it is truncated or damaged ({error})") from error
+    return ArraySlide(pixels, path, mpp=mpp, reader="Pillow")
+
+
+def _mpp_of_dpi(image: Image.Image) -> float | None:
+    dpi = image.info.get("dpi")
+    return plausible_mpp(25_400 / float(dpi[0]) if dpi and dpi[0] else None)
+
+
+def _flatten(image: Image.Image) -> np.ndarray:
+    """Return uint8 RGB; what is transparent shows white, as on glass, and 16 bits become 8."""
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image)
+        return to_rgb8(values[..., None], peak_of(values))
+    if image.mode in {"RGBA", "LA", "PA"} or (image.mode == "P" and "transparency" in image.info):
+        clear = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return np.asarray(Image.alpha_composite(clear, image.convert("RGBA")).convert("RGB"))
+    return np.asarray(image.convert("RGB"))
+
+
+def _checked(size: tuple[int, int], path: Path) -> tuple[int, int]:
+    if size[0] * size[1] > MAX_IMAGE_PX or min(size) < 1:
+        raise SourceError(f"{path}: {size[0]} x {size[1]} px cannot be a section; is the file damaged?")
+    return size
+
+
+def _allow_large() -> None:
+    # Pillow's own limit is for web pages; sections are larger, and the limits above guard instead.
+    Image.MAX_IMAGE_PIXELS = None

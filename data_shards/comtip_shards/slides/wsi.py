@@ -1,0 +1,297 @@
+"""Whole-slide images in windows: TIFFs (BigTIFF, OME, pyramids) by tifffile, scanners' formats by openslide.
+
+Both are optional (the extra ``wsi``). A window is read from the coarsest level of the pyramid that is still fine
+enough, and shrunk from there with an anti-aliasing filter.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections import OrderedDict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from comtip_shards.errors import SourceError
+from comtip_shards.slides.base import EXTRA, MAX_IMAGE_PX, Box, Slide, peak_of, plausible_mpp, to_rgb8
+
+CACHE_BYTES = 192 << 20
+"""Decoded blocks that are kept, per open slide."""
+MAX_BLOCK_BYTES = 512 << 20
+"""A file whose smallest unit of decoding is larger is refused: it could only be read whole."""
+MAPPED_BLOCK = 1024
+LANCZOS_SUPPORT = 3
+RETILE = "convert it, e.g. vips tiffsave IN OUT.tif --tile --pyramid --compression jpeg --bigtiff"
+
+
+def open_windowed(path: Path) -> Slide:
+    """Open a picture that is read in windows.
+
+    Raises
+    ------
+    SourceError
+        Neither package reads it, or the one that would is not installed.
+    """
+    openslide = _optional("openslide")
+    vendor = openslide.OpenSlide.detect_format(str(path)) if openslide else None
+    if openslide and vendor and vendor != "generic-tiff":
+        return OpenSlideSlide(path, openslide)
+    tried = [] if openslide else ["openslide-python is not installed"]
+    tifffile = _optional("tifffile")
+    if tifffile and _optional("zarr"):
+        try:
+            return TiffSlide(path, tifffile)
+        except SourceError:
+            raise
+        except Exception as error:  # on damaged headers tifffile raises what it likes, division by zero among it
+            tried.append(f"tifffile: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+    else:
+        tried.append("tifffile and zarr are not installed")
+    if openslide and vendor:
+        return OpenSlideSlide(path, openslide)
+    missing = any("not installed" in t for t in tried)
+    fix = EXTRA if missing else f"is it whole, and a picture? If so, {RETILE}"
+    raise SourceError(f"{path}: cannot be read as a slide ({'; '.join(tried)}); {fix}")
+
+
+def _optional(name: str) -> Any:
+    try:
+        return __import__(name)
+    except ImportError:
+        return None
+
+
+class PyramidSlide(Slide):
+    """A picture with coarser copies of itself."""
+
+    levels: list[tuple[int, int]]
+    """(width, height) of each level, finest first."""
+
+    @abstractmethod
+    def _read(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:
+        """Return a window that lies inside a level, uint8 RGB."""
+
+    def scaled(self, box: Box, size: tuple[int, int]) -> np.ndarray:
+        """Read a window of the shrunk picture from the coarsest level that is fine enough."""
+        level = self._level_for(size[0])
+        lw, lh = self.levels[level]
+        x0, y0, x1, y1 = box
+        if (lw, lh) == size:
+            return self._read(level, x0, y0, x1 - x0, y1 - y0)
+        fx, fy = lw / size[0], lh / size[1]
+        left, top = max(0, math.floor((x0 - LANCZOS_SUPPORT) * fx)), max(0, math.floor((y0 - LANCZOS_SUPPORT) * fy))
+        right = min(lw, math.ceil((x1 + LANCZOS_SUPPORT) * fx))
+        bottom = min(lh, math.ceil((y1 + LANCZOS_SUPPORT) * fy))
+        window = Image.fromarray(self._read(level, left, top, right - left, bottom - top))
+        source = (x0 * fx - left, y0 * fy - top, min(x1 * fx, lw) - left, min(y1 * fy, lh) - top)
+        return np.asarray(window.resize((x1 - x0, y1 - y0), Image.Resampling.LANCZOS, box=source))
+
+    def _level_for(self, width: int) -> int:
+        # A level one px narrower than asked for is its rounding, not a lack of detail.
+        fine = [i for i, (w, _) in enumerate(self.levels) if w >= width - 1]
+        return fine[-1] if fine else 0
+
+    def _check_size(self) -> None:
+        if self.size[0] * self.size[1] > MAX_IMAGE_PX:
+            raise SourceError(f"{self.path}: {self.size[0]} x {self.size[1]} px cannot be a section; is it damaged?")
+
+
+class OpenSlideSlide(PyramidSlide):
+    """A scanner's file, by openslide."""
+
+    def __init__(self, path: Path, openslide: Any) -> None:
+        self.path, self.notes, self._error = path, [], openslide.OpenSlideError
+        try:
+            self._slide = openslide.OpenSlide(str(path))
+        except openslide.OpenSlideError as error:
+            raise SourceError(f"{path}: openslide cannot read it ({error}); is the file whole?") from error
+        self._slide.set_cache(openslide.OpenSlideCache(CACHE_BYTES))
+        self.levels = [(int(w), int(h)) for w, h in self._slide.level_dimensions]
+        self.size = self.levels[0]
+        self.reader = f"openslide {openslide.__library_version__}"
+        self.notes.append(f"{path.name}: read in windows by {self.reader}")
+        tag = self._slide.properties.get(openslide.PROPERTY_NAME_MPP_X)
+        self.mpp = plausible_mpp(float(tag)) if tag else None
+        self._check_size()
+
+    def _read(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:
+        fx, fy = self.size[0] / self.levels[level][0], self.size[1] / self.levels[level][1]
+        try:
+            rgba = self._slide.read_region((round(x * fx), round(y * fy)), level, (width, height))
+        except self._error as error:
+            raise SourceError(f"{self.path}: a window cannot be decoded ({error}); is the file whole?") from error
+        return to_rgb8(np.asarray(rgba), 255.0, alpha=True)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._slide.close()
+
+
+class BlockedSlide(PyramidSlide):
+    """Levels that are zarr, dask or mapped arrays of any axis order: (y, x, 3), (3 or 4, y, x), (1, y, x, 3), gray, 8 or 16 bits."""
+
+    def __init__(self, path: Path, arrays: list[Any], axes: str, *, alpha: bool = False) -> None:
+        """Take levels, finest first, and the names of their axes; ``y`` and ``x`` say which are rows and columns."""
+        self.path, self.notes, self.reader, self._arrays, self._alpha = path, [], "zarr", arrays, alpha
+        axes = axes.lower()
+        self._y, self._x, self._c = axes.index("y"), axes.index("x"), _channel_axis(axes, arrays[0].shape, path)
+        self.levels = [(int(a.shape[self._x]), int(a.shape[self._y])) for a in arrays]
+        self.size = self.levels[0]
+        self._check_size()
+        self._cache: OrderedDict[tuple[int, int, int], np.ndarray] = OrderedDict()
+        self._cached = 0
+        self._blocks = [_block_size(a, self._y, self._x) for a in arrays]
+        block = max(
+            a.nbytes // (a.shape[self._y] * a.shape[self._x]) * h * w
+            for a, (h, w) in zip(arrays, self._blocks, strict=True)
+        )
+        if block > MAX_BLOCK_BYTES:
+            raise SourceError(f"{path}: stored in blocks of {block >> 20} MB, so it can only be read whole; {RETILE}")
+        self._peak = self._find_peak()
+
+    def _find_peak(self) -> float:
+        if self._arrays[0].dtype == np.uint8:
+            return 255.0
+        # The depth must be one for all windows. The coarsest level may have averaged the brightest pixel away, so
+        # a depth is only told apart by its order of magnitude.
+        last = len(self._arrays) - 1
+        width, height = self.levels[last]
+        peak = 0.0
+        for top in range(0, height, 1024):
+            for left in range(0, width, 1024):
+                window = self._raw(last, left, top, min(1024, width - left), min(1024, height - top))
+                peak = max(peak, peak_of(window))
+        self.notes.append(f"{self.path.name}: {self._arrays[0].dtype} pixels, {peak:g} is taken as white")
+        return peak
+
+    def _read(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:
+        return to_rgb8(self._raw(level, x, y, width, height), self._peak, alpha=self._alpha)
+
+    def _raw(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:
+        """Return a window of stored values, (height, width, channels)."""
+        array = self._arrays[level]
+        bh, bw = self._blocks[level]
+        channels = 1 if self._c is None else int(array.shape[self._c])
+        out = np.empty((height, width, channels), array.dtype)
+        for row in range(y // bh, (y + height - 1) // bh + 1):
+            for column in range(x // bw, (x + width - 1) // bw + 1):
+                block = self._block(level, row, column)
+                top, left = row * bh, column * bw
+                y0, y1 = max(y, top), min(y + height, top + block.shape[0])
+                x0, x1 = max(x, left), min(x + width, left + block.shape[1])
+                out[y0 - y : y1 - y, x0 - x : x1 - x] = block[y0 - top : y1 - top, x0 - left : x1 - left]
+        return out
+
+    def _block(self, level: int, row: int, column: int) -> np.ndarray:
+        key = (level, row, column)
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key]
+        array = self._arrays[level]
+        bh, bw = self._blocks[level]
+        where: list[Any] = [slice(None) if i == self._c else 0 for i in range(array.ndim)]
+        where[self._y] = slice(row * bh, (row + 1) * bh)
+        where[self._x] = slice(column * bw, (column + 1) * bw)
+        try:
+            values = np.asarray(array[tuple(where)])
+        except Exception as error:  # codecs raise what they like on damaged bytes
+            raise SourceError(
+                f"{self.path}: the block at row {row}, column {column} of level {level} cannot be decoded "
+                f"({type(error).__name__}: {error}); is the file whole?"
+            ) from error
+        values = self._channels_last(values)
+        self._cache[key] = values
+        self._cached += values.nbytes
+        while self._cached > CACHE_BYTES and len(self._cache) > 1:
+            self._cached -= self._cache.popitem(last=False)[1].nbytes
+        return values
+
+    def _channels_last(self, values: np.ndarray) -> np.ndarray:
+        if self._c is None:
+            order = [0, 1] if self._y < self._x else [1, 0]
+            return np.ascontiguousarray(values.transpose(order))[..., None]
+        kept = sorted((self._y, self._x, self._c))
+        return np.ascontiguousarray(values.transpose([kept.index(a) for a in (self._y, self._x, self._c)]))
+
+    def close(self) -> None:
+        """Let go of the decoded blocks."""
+        self._cache.clear()
+
+
+class TiffSlide(BlockedSlide):
+    """A TIFF, by tifffile."""
+
+    def __init__(self, path: Path, tifffile: Any) -> None:
+        self._file = tifffile.TiffFile(path)
+        try:
+            series = max(self._file.series, key=lambda s: _extent(s.axes, s.shape))
+            arrays = _levels_of(self._file, series, path, tifffile)
+            page = series.levels[0].pages[0]
+            # Associated alpha or not, an interleaved fourth sample is opacity if the file says so.
+            alpha = bool(page.extrasamples) and page.extrasamples[0] in (1, 2)
+            super().__init__(path, arrays, series.axes, alpha=alpha)
+            self.reader = f"tifffile {version('tifffile')}"
+            self.notes.append(f"{path.name}: read in windows by {self.reader}")
+            self.mpp = _tiff_mpp(self._file, page, tifffile)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _levels_of(file: Any, series: Any, path: Path, tifffile: Any) -> list[Any]:
+    """Return a series' levels as arrays that decode no more than what is asked for."""
+    import zarr
+
+    number = file.series.index(series)
+    # Uncompressed in one piece is to tifffile one huge chunk, to the operating system pages of a file.
+    return [
+        zarr.open(series.aszarr(level=i), mode="r") if level.dataoffset is None
+        else tifffile.memmap(path, series=number, level=i, mode="r")
+        for i, level in enumerate(series.levels)
+    ]  # fmt: skip
+
+
+def _block_size(array: Any, y: int, x: int) -> tuple[int, int]:
+    """Return (rows, columns) of what is decoded at once: a chunk of a zarr or dask array, a square of a mapped one."""
+    chunks = getattr(array, "chunksize", None) or getattr(array, "chunks", (MAPPED_BLOCK,) * array.ndim)
+    return min(int(chunks[y]), int(array.shape[y])), min(int(chunks[x]), int(array.shape[x]))
+
+
+def _extent(axes: str, shape: tuple[int, ...]) -> int:
+    sizes = dict(zip(axes, shape, strict=True))
+    return int(sizes.get("Y", 0)) * int(sizes.get("X", 0))
+
+
+def _channel_axis(axes: str, shape: tuple[int, ...], path: Path) -> int | None:
+    """Return which axis holds gray or colour, None where there is none; all others must have one entry."""
+    rest = [i for i, name in enumerate(axes) if name not in "yx" and shape[i] > 1]
+    if not rest:
+        return None
+    if len(rest) == 1 and shape[rest[0]] in (2, 3, 4):
+        return rest[0]
+    raise SourceError(
+        f"{path}: axes {axes} of shape {shape}: not one picture in colour or gray; give an H&E image of three channels"
+    )
+
+
+def _tiff_mpp(file: Any, page: Any, tifffile: Any) -> float | None:
+    """Return um per px by OME-XML or by the resolution tags."""
+    if file.is_ome and file.ome_metadata:
+        image = tifffile.xml2dict(file.ome_metadata).get("OME", {}).get("Image", {})
+        pixels = (image[0] if isinstance(image, list) else image).get("Pixels", {})
+        size, unit = pixels.get("PhysicalSizeX"), pixels.get("PhysicalSizeXUnit", "µm")
+        factor = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4}.get(str(unit))
+        if size is not None and factor is not None:
+            return plausible_mpp(float(size) * factor)
+    if "XResolution" not in page.tags or int(page.resolutionunit) not in (2, 3):
+        return None
+    per_um = page.get_resolution("micrometer")[0]
+    return plausible_mpp(1 / per_um if per_um else None)

@@ -1,0 +1,1 @@
+"""Access to local and remote storage, and the cache of remote files."""
