@@ -40,11 +40,11 @@ def cell(values: list[float | None]) -> str:
     return mean if len(known) == 1 else f"{mean} ({min(known):.3f} to {max(known):.3f})"
 
 
-def table(runs: list[dict[str, Any]], task: str, norm: str) -> list[str]:
-    """Return one task's table in Markdown."""
+def table(runs: list[dict[str, Any]], cohort: str, norm: str) -> list[str]:
+    """Return one cohort's table in Markdown."""
     lines = ["| method | " + " | ".join(HEADS) + " | undefined |", "|---|---|---|---|---|"]
     for key, name in NAMES.items():
-        scores = [r["tasks"][task][key][norm] for r in runs]
+        scores = [r["cohorts"][cohort][key][norm] for r in runs]
         cells = [cell([s[c] for s in scores]) for c in COLUMNS]
         lines.append(
             f"| {name} | " + " | ".join(cells) + f" | {', '.join(str(s['undefined_genes']) for s in scores)} |"
@@ -64,9 +64,9 @@ def write_results(folders: list[Path]) -> None:
         "The 50 most variable genes are chosen on the training sections. Ridge learns from the same training spots, its",
         "strength chosen by leaving training sections out; a gene with an undefined PCC counts as 0 and is counted.",
     ]  # fmt: skip
-    for task in runs[0]["tasks"]:
+    for cohort in runs[0]["cohorts"]:
         for norm, title in (("cp10k", "log1p CP10K"), ("raw", "log1p raw counts")):
-            lines += ["", f"## {task.replace('_', ' ')}, {title}", *table(runs, task, norm)]
+            lines += ["", f"## {cohort.replace('_', ' ')}, {title}", *table(runs, cohort, norm)]
     lines += ["", "## Training", "| seed | stopped | best step | validation |", "|---|---|---|---|"]
     for folder, seed in zip(folders, seeds, strict=True):
         rows = [json.loads(x) for x in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

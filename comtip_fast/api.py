@@ -17,7 +17,7 @@ from comtip_shards.genes.identifiers import GeneResource
 
 from comtip_fast._version import __version__
 from comtip_fast.constants import LAYER_CP10K, LAYER_RAW, OBSM_EMBEDDING, UNS
-from comtip_fast.data.sections import SectionTiles, TileSpec, open_section, read_h5ad
+from comtip_fast.data.sections import SectionTiles, TileGeometry, open_section, read_h5ad
 from comtip_fast.inference import GeneQuery, ImageFeatures, Predictor
 
 log = logging.getLogger("comtip_fast")
@@ -39,7 +39,7 @@ class Model:
 
     def __init__(self, predictor: Predictor, source: str = "") -> None:
         self.predictor, self.source = predictor, source
-        self.tile = TileSpec(predictor.tile_px, predictor.tile_um, predictor.min_mpp)
+        self.tile = TileGeometry(predictor.tile_px, predictor.tile_um, predictor.min_mpp)
 
     @property
     def trained_genes(self) -> list[str]:

@@ -1,7 +1,7 @@
 """What the model and the losses know of other processes: a group with a handful of collectives, handed to them.
 
 Nothing here imports ``torch.distributed``; :mod:`comtip_fast.training.distributed.process_group` has the group that does. One process
-is :class:`Alone`, whose collectives return what they are given, so a loss is written once.
+is :class:`SingleProcessGroup`, whose collectives return what they are given, so a loss is written once.
 
 Rows are shared out in contiguous, nearly equal slices (:func:`share_of`): the global batch and the genes of the sentence
 table alike. Convention for losses: each rank returns *its share* of the global loss, the shares add up to it, and
@@ -46,12 +46,12 @@ class Group(Protocol):
         """Return the maximum over ranks. No gradient."""
         ...
 
-    def pass_on(self, send: Sequence[Tensor], receive: Sequence[Tensor]) -> Callable[[], None]:
+    def ring_shift(self, send: Sequence[Tensor], receive: Sequence[Tensor]) -> Callable[[], None]:
         """Start sending to the next rank and receiving from the one before; the call that is returned waits."""
         ...
 
 
-class Alone:
+class SingleProcessGroup:
     """A group of one."""
 
     rank = 0
@@ -73,7 +73,7 @@ class Alone:
         """Return the values."""
         return values
 
-    def pass_on(self, send: Sequence[Tensor], receive: Sequence[Tensor]) -> Callable[[], None]:
+    def ring_shift(self, send: Sequence[Tensor], receive: Sequence[Tensor]) -> Callable[[], None]:
         """Hand what is sent straight to who receives: oneself."""
         for source, target in zip(send, receive, strict=True):
             target.copy_(source)

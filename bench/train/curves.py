@@ -23,10 +23,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from comtip_fast.collectives import Alone, Group
+from comtip_fast.collectives import Group, SingleProcessGroup
 from comtip_fast.config.io import load_config
 from comtip_fast.data.batch import Batch
-from comtip_fast.training.distributed.process_group import joined
+from comtip_fast.training.distributed.process_group import init_distributed
 from comtip_fast.training.task import build_task
 from comtip_fast.training.trainer import Trainer
 from testkit.distributed import run_distributed
@@ -34,7 +34,7 @@ from testkit.tiny import tiny_shards
 
 LIMITS = {10: 1e-5, 50: 1e-3}
 TINY = [
-    "data.batch_size=22", "data.views=1", "genes.per_task=30", "genes.held_out_from=10", "genes.held_out_every=4",
+    "data.batch_size=22", "data.views=1", "genes.per_cohort=30", "genes.held_out_from=10", "genes.held_out_every=4",
     "panel.min_genes=1", "panel.max_genes=24", "levels.n_levels=5", "levels.min_positive=10", "vision.patch_px=16",
     "vision.width=32", "vision.depth=1", "vision.heads=2", "vision.target=ema", "text.width=32", "text.depth=1",
     "text.heads=2", "text.max_tokens=6", "align.dim=32", "optim.warmup_steps=5", "train.log_every=1", "train.patience=0",
@@ -109,7 +109,7 @@ def rank(shards: str, folder: Path, steps: int, which: str) -> None:
     """Work through runs as one rank."""
     torch.set_num_threads(1)
     logging.getLogger("comtip_fast").setLevel(logging.ERROR)
-    with joined(120, "cpu") as group:
+    with init_distributed(120, "cpu") as group:
         for run in RUNS[which]:
             half, out = steps // 2 if run.then else 0, folder / run.name
             more = [*run.settings, *WIDE.get(which, []), f"engine.nvme_path={folder / 'nvme'}"]
@@ -134,7 +134,7 @@ def deviations(found: list[float], wanted: list[float]) -> dict[int, float]:
 def run(shards: str, folder: Path, steps: int, worlds: list[int], which: str) -> list[dict[str, object]]:
     """Train one process and every world size; return rows of deviations."""
     torch.set_num_threads(1)  # as ranks do: sums in another order differ in their last bits
-    train(shards, folder / "one", steps, Alone(), settings=[*engine("single"), *WIDE.get(which, [])])
+    train(shards, folder / "one", steps, SingleProcessGroup(), settings=[*engine("single"), *WIDE.get(which, [])])
     wanted, rows = losses(folder / "one"), []
     for world in worlds:
         below = folder / str(world)
@@ -162,7 +162,7 @@ def main() -> None:
         shards = str(tiny_shards(folder))
         if args.golden:
             torch.set_num_threads(1)
-            train(shards, folder / "one", args.steps, Alone(), settings=engine("single"))
+            train(shards, folder / "one", args.steps, SingleProcessGroup(), settings=engine("single"))
             args.golden.write_text(json.dumps({"losses": losses(folder / "one")}, indent=1) + "\n")
             return
         rows = run(shards, folder, args.steps, [int(w) for w in args.worlds.split(",")], args.runs)

@@ -40,7 +40,7 @@ STEPS, PER_RUN = 40, 5
 SIZED = 1e-4
 """Largest relative difference of a loss where the number of ranks changed on the way."""
 TINY = [
-    "data.batch_size=32", "data.views=2", "genes.per_task=30", "genes.held_out_from=10", "genes.held_out_every=4",
+    "data.batch_size=32", "data.views=2", "genes.per_cohort=30", "genes.held_out_from=10", "genes.held_out_every=4",
     "panel.max_genes=24", "levels.n_levels=5", "levels.min_positive=10", "vision.patch_px=16", "vision.width=32",
     "vision.depth=1", "vision.heads=2", "text.width=32", "text.depth=1", "text.heads=2", "text.max_tokens=6",
     "align.dim=32", "optim.warmup_steps=5", f"train.steps={STEPS}", "train.validate_every=10", "train.checkpoint_every=4",

@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from comtip_fast.collectives import Alone, Group
+from comtip_fast.collectives import Group, SingleProcessGroup
 from comtip_fast.config.io import load_config
-from comtip_fast.training.distributed.process_group import broadcast, find_place, joined
+from comtip_fast.training.distributed.process_group import broadcast, distributed_env, init_distributed
 from comtip_fast.training.engines.base import Engine
 from comtip_fast.training.engines.factory import make_engine
 from comtip_fast.training.grad_cache import forward_backward
@@ -32,7 +32,7 @@ from testkit.distributed import run_distributed
 from testkit.tiny import tiny_shards
 
 TINY = [
-    "data.batch_size=22", "data.views=1", "genes.per_task=30", "genes.held_out_from=10", "genes.held_out_every=4",
+    "data.batch_size=22", "data.views=1", "genes.per_cohort=30", "genes.held_out_from=10", "genes.held_out_every=4",
     "panel.min_genes=7", "panel.max_genes=24", "levels.n_levels=5", "levels.min_positive=10", "vision.patch_px=16",
     "vision.width=32", "vision.depth=2", "vision.heads=2", "text.width=32", "text.depth=2", "text.heads=2",
     "text.max_tokens=6", "align.dim=32", "train.log_every=1", "optim.clip=0", "train.threads=1",
@@ -141,12 +141,14 @@ def rank(shards: str, out: str, listed: list[Case]) -> None:
     torch.use_deterministic_algorithms(True)
     rows = []
     references: dict[tuple[object, ...], tuple[dict[str, float], dict[str, Tensor]]] = {}
-    with joined(120, "cpu") as group:
+    with init_distributed(120, "cpu") as group:
         for case in listed:
             key = (case.dtype, case.more)
             if group.rank == 0 and key not in references:
-                plain = make_task(shards, Case("single", case.dtype, more=case.more), Alone())
-                references[key] = one_step(plain, Alone(), make_engine(plain.module, plain.config, Alone()))
+                plain = make_task(shards, Case("single", case.dtype, more=case.more), SingleProcessGroup())
+                references[key] = one_step(
+                    plain, SingleProcessGroup(), make_engine(plain.module, plain.config, SingleProcessGroup())
+                )
             task = make_task(shards, case, group)
             engine = make_engine(task.module, task.config, group)
             losses, found = one_step(task, group, engine)
@@ -183,7 +185,7 @@ def main() -> None:
     parser.add_argument("--rank", nargs=2, metavar=("SHARDS", "OUT"), help="be one rank (used by the script itself)")
     args = parser.parse_args()
     if args.rank:
-        found = cases(args.quick, find_place().size)
+        found = cases(args.quick, distributed_env().size)
         rank(*args.rank, [c for c in found if args.engine in c.engine])
         return
     with tempfile.TemporaryDirectory() as folder:

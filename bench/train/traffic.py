@@ -23,8 +23,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from comtip_fast.collectives import Group, counts_of, gather_rows
-from comtip_fast.objectives import Pairs, global_infonce
-from comtip_fast.training.distributed.process_group import joined
+from comtip_fast.objectives import PairMetadata, global_infonce
+from comtip_fast.training.distributed.process_group import init_distributed
 from testkit.distributed import run_distributed
 
 LIMIT = {"gather": 0.52, "ring": 0.77}
@@ -87,7 +87,7 @@ def rank(out: str, spots: int, width: int) -> None:
     """Count as one rank."""
     torch.set_num_threads(1)
     rows = []
-    with joined(120, "cpu") as group:
+    with init_distributed(120, "cpu") as group:
         counts = counts_of(spots * group.size, group.size)
         torch.manual_seed(group.rank)
         image, text = (torch.randn(spots, width, requires_grad=True) for _ in range(2))
@@ -98,7 +98,7 @@ def rank(out: str, spots: int, width: int) -> None:
         for form in LIMIT:
             for columns in (spots, 2 * spots):
                 texts = torch.cat([text, more])[:columns]
-                pairs = Pairs(ids[:columns], torch.zeros(columns, dtype=torch.int64), torch.ones(spots))
+                pairs = PairMetadata(ids[:columns], torch.zeros(columns, dtype=torch.int64), torch.ones(spots))
                 with Count(group.size) as ours:
                     global_infonce(image, texts, scale, pairs, group, counts, form).backward()
                 rows.append({

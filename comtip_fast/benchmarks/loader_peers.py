@@ -119,13 +119,13 @@ def write_h5(shards: ShardSet, folder: Path) -> None:
         if section.split != "train" or path.is_file():
             continue
         spots, px = shards.select(sections=[number]), shards.manifest.tile.px
-        aside = path.with_suffix(".writing")
-        with h5py.File(aside, "w") as file:
+        tmp_path = path.with_suffix(".writing")
+        with h5py.File(tmp_path, "w") as file:
             img = file.create_dataset("img", (spots.size, px, px, 3), np.uint8, chunks=(1, px, px, 3))
             for start in range(0, spots.size, 128):
                 img[start : start + 128] = shards.tiles(spots[start : start + 128])
             file["barcode"] = spots
-        aside.rename(path)
+        tmp_path.rename(path)
 
 
 class H5Tiles(Dataset):

@@ -26,7 +26,7 @@ from comtip_fast.config.schema import DataConfig, PanelConfig, RunConfig, TrainC
 from comtip_fast.data.expression.training_tables import TrainingTables, training_tables
 from comtip_fast.data.loaders.base import BaseLoader
 from comtip_fast.data.loaders.factory import dali_is_installed, make_loader
-from comtip_fast.data.records import Encoded, Records
+from comtip_fast.data.records import EncodedSpots, SpotReader
 
 log = logging.getLogger("comtip_fast")
 
@@ -84,7 +84,7 @@ def measure(setting: Setting) -> list[Contender]:
     table = training_tables(setting.shards, replace(config, data=replace(config.data, expression="table")))
     panel = np.sort(np.random.default_rng(0).permutation(streamed.genes.trained.size)[:256])
     spots = streamed.spots
-    encoded = Records(setting.shards, with_counts=True).fetch(spots)
+    encoded = SpotReader(setting.shards, with_counts=True).fetch(spots)
     made: list[Contender] = []
 
     def add(name: str, batches: Generator[int, None, None], bytes_per_spot: float) -> None:
@@ -155,11 +155,11 @@ def _ours(kind: Kind, setting: Setting, tables: TrainingTables, rate_mb: float =
         yield len(batch.tiles)
 
 
-def _slow_down(records: Records, bytes_per_s: float) -> None:
+def _slow_down(records: SpotReader, bytes_per_s: float) -> None:
     """Let records come no faster than a storage gives them."""
-    fetch: Callable[[np.ndarray], Encoded] = records.fetch
+    fetch: Callable[[np.ndarray], EncodedSpots] = records.fetch
 
-    def slow(spots: np.ndarray) -> Encoded:
+    def slow(spots: np.ndarray) -> EncodedSpots:
         began = time.perf_counter()
         got = fetch(spots)
         took = sum(map(len, got.tiles)) + sum(map(len, got.exprs))
@@ -233,7 +233,7 @@ def _at(name: str, rate_mb: float) -> str:
     return f"{name}, storage of {rate_mb:g} MB/s" if rate_mb else name
 
 
-def _sizes(shards: ShardSet, encoded: Encoded) -> dict[str, float]:
+def _sizes(shards: ShardSet, encoded: EncodedSpots) -> dict[str, float]:
     """Return bytes per spot, as each contender reads them."""
     tile = float(np.mean([len(t) for t in encoded.tiles]))
     expr = float(np.mean([len(e) for e in encoded.exprs]))

@@ -35,7 +35,7 @@ class Contender:
 
     @property
     def median(self) -> float:
-        """Spots per second."""
+        """DecodedSpots per second."""
         return median(self.spots_per_s)
 
 
@@ -49,7 +49,7 @@ def run_rounds(contenders: list[Contender], *, rounds: int, spots: int, warm: in
     rounds
         How often.
     spots
-        Spots per round, at least.
+        DecodedSpots per round, at least.
     warm
         Batches taken before the clock starts in each round: what was made ahead while others ran.
     """

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("facts of the data that the config does not hold")
     data.add_argument("--tile-px", type=int, default=224, metavar="S", help="side of a tile (default 224)")
     data.add_argument("--tile-kb", type=float, default=30.0, metavar="KB", help="size of an encoded tile (default 30)")
-    data.add_argument("--trained-genes", type=int, metavar="N", help="default: genes.per_task")
+    data.add_argument("--trained-genes", type=int, metavar="N", help="default: genes.per_cohort")
     data.add_argument("--panel", type=int, metavar="G", help="genes of a step (default: panel.max_genes, the largest)")
     data.add_argument(
         "--loader-tiles-per-s", type=float, metavar="N", help="what the loader gives per node, if measured"

@@ -36,9 +36,9 @@ def run(args: argparse.Namespace) -> int:
 
     Bad input is not tried again, although torchrun would.
     """
-    from comtip_fast.training.distributed.restart_guard import Refusals
+    from comtip_fast.training.distributed.restart_guard import RestartGuard
 
-    refusals = Refusals([*map(str, (args.config, args.out, args.start_from)), *args.set])
+    refusals = RestartGuard([*map(str, (args.config, args.out, args.start_from)), *args.set])
     known = refusals.known()
     if known is not None:
         print(f"comtip: error: {known}", file=sys.stderr)
@@ -69,7 +69,7 @@ def _train(args: argparse.Namespace) -> int:
     from comtip_fast.config.io import load_config
     from comtip_fast.plan.live import step_cost
     from comtip_fast.training.distributed.comm_timer import ClockedGroup
-    from comtip_fast.training.distributed.process_group import joined
+    from comtip_fast.training.distributed.process_group import init_distributed
     from comtip_fast.training.engines.base import set_product_precision
     from comtip_fast.training.engines.factory import check_engine
     from comtip_fast.training.task import build_task, pick_device
@@ -83,7 +83,7 @@ def _train(args: argparse.Namespace) -> int:
     device = pick_device(config.train.device)
     check_engine(config, device)
     set_product_precision(config, device)
-    with joined(config.engine.timeout_s, config.train.device) as ranks:
+    with init_distributed(config.engine.timeout_s, config.train.device) as ranks:
         group = ClockedGroup(ranks, device)
         if group.rank > 0:
             log.setLevel(logging.WARNING)

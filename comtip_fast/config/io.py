@@ -44,6 +44,8 @@ class _Dumper(yaml.SafeDumper):
     """Quotes text that :class:`_Loader` would take for a number."""
 
 
+RENAMED = {"genes.per_task": "genes.per_cohort"}
+"""Keys of earlier releases; configs, checkpoints and exports that hold them are still read."""
 _ADAPTER = TypeAdapter(RunConfig)
 _FLOAT = re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 for _yaml in (_Loader, _Dumper):
@@ -79,7 +81,7 @@ def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> RunCo
 
 def config_from_dict(data: Mapping[str, Any], where: str) -> RunConfig:
     """Build a config from plain data; ``where`` names its origin in errors."""
-    data = _without_empty_groups(data)
+    data = _with_current_names(_without_empty_groups(data))
     version = data.get("version", CONFIG_VERSION)
     if version != CONFIG_VERSION:
         raise ConfigError(f"{where}: config version {version!r}; this comtip-fast reads version {CONFIG_VERSION}")
@@ -182,6 +184,18 @@ def _without_empty_groups(data: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in data.items() if v is not None or groups.get(k) is None}
 
 
+def _with_current_names(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Move the values of renamed keys; a key given under both names is left for :func:`_refuse_unknown`."""
+    out = {k: dict(v) if isinstance(v, Mapping) else v for k, v in data.items()}
+    for old, new in RENAMED.items():
+        (group, old_key), (new_group, new_key) = old.split("."), new.split(".")
+        section = out.get(group)
+        if isinstance(section, dict) and old_key in section and new_key not in out.get(new_group, {}):
+            value = section.pop(old_key)
+            out.setdefault(new_group, {})[new_key] = value
+    return out
+
+
 def _tuples_to_lists(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _tuples_to_lists(v) for k, v in value.items()}
@@ -227,7 +241,7 @@ def _data_rules(c: RunConfig) -> list[Rule]:
         (c.data.prefetch >= 1, "data.prefetch: at least 1 (data.workers=0 reads nothing ahead)"),
         (c.levels.fit_spots >= 100, "levels.fit_spots: at least 100"),
         (0 <= c.genes.min_detection <= 1, "genes.min_detection: a share between 0 and 1"),
-        (c.genes.per_task >= 0, "genes.per_task: not negative (0 takes every detected gene)"),
+        (c.genes.per_cohort >= 0, "genes.per_cohort: not negative (0 takes every detected gene)"),
         (c.genes.held_out_every >= 0, "genes.held_out_every: not negative (0 holds out none)"),
         (c.genes.held_out_every != 1, "genes.held_out_every: 1 would hold out every gene"),
         (c.genes.held_out_from >= 0, "genes.held_out_from: not negative"),

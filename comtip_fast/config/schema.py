@@ -59,7 +59,7 @@ class DataConfig:
 class GenesConfig:
     """Which genes training learns by name."""
 
-    per_task: int = 300
+    per_cohort: int = 300
     """The most variable genes taken for each task (species and organ); 0 takes every detected gene."""
     min_detection: float = 0.1
     """A gene must be seen in this share of the spots of every training section of its task."""

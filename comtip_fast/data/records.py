@@ -1,4 +1,4 @@
-"""Records of a batch, read in big runs; a damaged one is known by its place and can be replaced."""
+"""SpotReader of a batch, read in big runs; a damaged one is known by its place and can be replaced."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Csr = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 @dataclass
-class Encoded:
-    """Records of b spots as they lie in their shards."""
+class EncodedSpots:
+    """SpotReader of b spots as they lie in their shards."""
 
     spots: np.ndarray
     """int64 (b,)."""
     tiles: list[bytes]
-    """Encoded tiles; what is damaged is empty."""
+    """EncodedSpots tiles; what is damaged is empty."""
     exprs: list[bytes]
     """Members ``.expr``; none where counts are not wanted."""
     csr: Csr | None
@@ -31,14 +31,14 @@ class Encoded:
 
 
 @dataclass
-class Spots:
+class DecodedSpots:
     """Decoded records of b spots."""
 
-    encoded: Encoded
+    encoded: EncodedSpots
     tiles_NSS3: np.ndarray
     """uint8 (b, S, S, 3); what a damaged record leaves there means nothing."""
     replaced: dict[int, ShardError] = field(default_factory=dict)
-    """Spots whose places others took, and why."""
+    """DecodedSpots whose places others took, and why."""
 
     @property
     def spots(self) -> np.ndarray:
@@ -55,7 +55,7 @@ class Spots:
         for _, error in sorted(self.faults.items()):
             raise error
 
-    def put(self, place: int, other: Spots) -> bool:
+    def put(self, place: int, other: DecodedSpots) -> bool:
         """Let one whole record stand in for a damaged one; tell whether ``other`` was whole."""
         if other.faults:
             return False
@@ -66,7 +66,7 @@ class Spots:
         return True
 
 
-class Records:
+class SpotReader:
     """Reads and decodes records of a shard set, with Pillow.
 
     Parameters
@@ -80,9 +80,9 @@ class Records:
     def __init__(self, shards: ShardSet, *, with_counts: bool) -> None:
         self.shards, self.with_counts = shards, with_counts
 
-    def fetch(self, spots: np.ndarray) -> Encoded:
+    def fetch(self, spots: np.ndarray) -> EncodedSpots:
         """Read records without decoding their tiles; counts are decoded, which also checks them."""
-        got = Encoded(np.array(spots, np.int64), [], [], None, {})
+        got = EncodedSpots(np.array(spots, np.int64), [], [], None, {})
         if self.with_counts:
             try:
                 got.tiles, got.exprs = self.shards.members_of(got.spots, ("tile", "expr"))
@@ -95,11 +95,11 @@ class Records:
             self._fetch_counts(got)
         return got
 
-    def read(self, spots: np.ndarray) -> Spots:
+    def read(self, spots: np.ndarray) -> DecodedSpots:
         """Read and decode records."""
         return self.decode(self.fetch(spots))
 
-    def decode(self, got: Encoded) -> Spots:
+    def decode(self, got: EncodedSpots) -> DecodedSpots:
         """Decode tiles; their size is checked before their pixels are."""
         tile = self.shards.manifest.tile
         out = np.empty((got.spots.size, tile.px, tile.px, 3), np.uint8)
@@ -110,9 +110,9 @@ class Records:
                 out[i] = record.decode_tile(data, tile.px, tile.codec, self.shards.where(int(got.spots[i])))
             except ShardError as error:
                 got.faults[i] = error
-        return Spots(got, out)
+        return DecodedSpots(got, out)
 
-    def csr(self, got: Encoded) -> Csr:
+    def csr(self, got: EncodedSpots) -> Csr:
         """Return the counts of whole records."""
         if got.csr is None:
             got.csr = self._decode_exprs(got.exprs, got.spots)
@@ -120,14 +120,14 @@ class Records:
 
     def counts(self, spots: np.ndarray) -> tuple[sparse.csr_matrix, dict[int, ShardError]]:
         """Return raw counts of the whole records among ``spots``, int32 CSR, and what is wrong with the others, by place."""
-        got = Encoded(np.array(spots, np.int64), [], [], None, {})
+        got = EncodedSpots(np.array(spots, np.int64), [], [], None, {})
         self._fetch_counts(got)
         got.exprs = [e for i, e in enumerate(got.exprs) if i not in got.faults]
         indptr, rows, counts = self.csr(got)
         shape = (len(got.exprs), self.shards.manifest.n_genes)
         return sparse.csr_matrix((counts, rows, indptr), shape=shape, dtype=np.int32), got.faults
 
-    def _fetch_counts(self, got: Encoded) -> None:
+    def _fetch_counts(self, got: EncodedSpots) -> None:
         def read(own: np.ndarray) -> list[bytes]:
             exprs = self.shards.members(own, "expr")
             csr = self._decode_exprs(exprs, own)
@@ -141,7 +141,7 @@ class Records:
         return record.decode_exprs(exprs, self.shards.manifest.n_genes, lambda i: self.shards.where(int(spots[i])))
 
 
-def _each(got: Encoded, read: Callable[[np.ndarray], list[bytes]]) -> list[bytes]:
+def _each(got: EncodedSpots, read: Callable[[np.ndarray], list[bytes]]) -> list[bytes]:
     """Read all at once; where that fails, one by one, to know which are whole."""
     try:
         return read(got.spots)

@@ -26,7 +26,7 @@ OVERVIEW_PX = 1024
 
 
 @dataclass(frozen=True)
-class TileSpec:
+class TileGeometry:
     """How a model's tiles are cut."""
 
     px: int
@@ -51,7 +51,7 @@ class SectionTiles:
 
 
 def open_section(
-    spec: str | Path | ad.AnnData, tile: TileSpec, overrides: dict[str, str] | None = None
+    spec: str | Path | ad.AnnData, tile: TileGeometry, overrides: dict[str, str] | None = None
 ) -> SectionTiles:
     """Open a SECTION.
 
@@ -115,7 +115,7 @@ def split_spec(spec: str) -> tuple[Path, str]:
     return path, section_id
 
 
-def _from_shards(shards: ShardSet, section_id: str, tile: TileSpec) -> SectionTiles:
+def _from_shards(shards: ShardSet, section_id: str, tile: TileGeometry) -> SectionTiles:
     ids = [s.section_id for s in shards.manifest.sections]
     if section_id not in ids:
         raise SourceError(f"{shards.path} has no section {section_id!r}; it has: {', '.join(ids)}")
@@ -138,7 +138,7 @@ def _from_shards(shards: ShardSet, section_id: str, tile: TileSpec) -> SectionTi
     return SectionTiles(section_id, meta.species, shards.tiles(spots), shards.stain(number), template)
 
 
-def _from_section(section: Section, tile: TileSpec) -> SectionTiles:
+def _from_section(section: Section, tile: TileGeometry) -> SectionTiles:
     meta = section.meta
     template = _template(section.spot_ids, section.xy, section.array_xy, section.labels, meta.section_id)
     with section.open_slide() as slide:
@@ -147,7 +147,7 @@ def _from_section(section: Section, tile: TileSpec) -> SectionTiles:
         return _cut(slide, section.xy, meta.mpp, tile, meta.section_id, meta.species, template)
 
 
-def _from_anndata(data: ad.AnnData, where: str, tile: TileSpec, overrides: dict[str, str]) -> SectionTiles:
+def _from_anndata(data: ad.AnnData, where: str, tile: TileGeometry, overrides: dict[str, str]) -> SectionTiles:
     if "spatial" not in data.obsm or not data.uns.get("spatial"):
         raise SourceError(
             f"{where}: needs obsm['spatial'] and an image in uns['spatial'], as scanpy's read_visium gives"
@@ -181,7 +181,7 @@ def _cut(
     slide: Slide,
     xy: np.ndarray,
     mpp: float,
-    tile: TileSpec,
+    tile: TileGeometry,
     section_id: str,
     species: str,
     template: ad.AnnData,

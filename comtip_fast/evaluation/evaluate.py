@@ -31,7 +31,7 @@ class SectionData:
     """One evaluated section: what was measured, what was predicted, where."""
 
     section_id: str
-    task: str
+    cohort: str
     keys: list[str]
     xy: np.ndarray
     """(N, 2) px of the source image."""
@@ -76,7 +76,7 @@ def evaluate(
         Section ids; default: those whose split is ``test``, else all that training did not use.
     train_shards
         The set with the model's training sections: the baselines learn from it, and the 50 most variable genes
-        are chosen on it, never on what is evaluated. Default: ``shards``. A task that was never trained has no
+        are chosen on it, never on what is evaluated. Default: ``shards``. A cohort that was never trained has no
         ridge, and its 50 genes are chosen on the evaluated section itself, flagged by ``hvg_from``.
     seed, n_null
         Of the spatial null.
@@ -84,7 +84,7 @@ def evaluate(
     Raises
     ------
     ValueError
-        Sections unknown or all used in training, tiles of another size, a trained task without its training
+        Sections unknown or all used in training, tiles of another size, a trained cohort without its training
         sections in ``train_shards``.
     """
     train_shards = shards if train_shards is None else train_shards
@@ -92,7 +92,7 @@ def evaluate(
     _check_tiles(predictor, train_shards)
     chosen = choose_sections(predictor, shards, sections)
     reference = TrainReference(predictor, train_shards)
-    reference.check(shards.task_of_section(n) for n in chosen)
+    reference.check(shards.cohort_of_section(n) for n in chosen)
     results: dict[str, dict[str, Any]] = {}
     data: list[SectionData] = []
     for number in chosen:
@@ -101,10 +101,12 @@ def evaluate(
         one, metrics = _evaluate_section(predictor, shards, number, reference, seed, n_null)
         data.append(one)
         results[section_id] = metrics
-    tasks = {t: _merge([results[d.section_id] for d in data if d.task == t]) for t in sorted({d.task for d in data})}
+    cohorts = {
+        t: _merge([results[d.section_id] for d in data if d.cohort == t]) for t in sorted({d.cohort for d in data})
+    }
     whole = {
         "format": FORMAT, "version": VERSION, "run": predictor.config.name, "seed": seed, "null_draws": n_null,
-        "tasks": tasks, "sections": results,
+        "cohorts": cohorts, "sections": results,
     }  # fmt: skip
     return Evaluation(whole, data, shards, predictor)
 
@@ -134,12 +136,12 @@ def _check_tiles(predictor: Predictor, shards: ShardSet) -> None:
 def _evaluate_section(
     predictor: Predictor, shards: ShardSet, number: int, reference: TrainReference, seed: int, n_null: int
 ) -> tuple[SectionData, dict[str, Any]]:
-    meta, task = shards.manifest.sections[number], shards.task_of_section(number)
+    meta, cohort = shards.manifest.sections[number], shards.cohort_of_section(number)
     spots = shards.select(sections=[number])
     tiles, stain, counts = shards.tiles(spots), shards.stain(number), shards.counts(spots)
     features = predictor.image_features(tiles.transpose(0, 3, 1, 2), stain)
     known = {g.key for g, m in zip(shards.genes, shards.measured(number), strict=True) if m}
-    ranked, hvg_from = reference.ranked_genes(task, fallback=(shards, number))
+    ranked, hvg_from = reference.ranked_genes(cohort, fallback=(shards, number))
     hvg_keys = [k for k in ranked if k in known][:N_HVG]
     panel_keys = [k for k in predictor.trained_genes if k in known]
     unseen_keys = [k for k in predictor.held_out_genes if k in known]
@@ -158,7 +160,7 @@ def _evaluate_section(
     predicted = predictor.predict(features, queries)
     xy = shards.spots.loc[spots, ["x_px", "y_px"]].to_numpy(float)
     view = _View(
-        task, keys, measured, predicted, hvg, panel, np.union1d(panel, hvg), _by_variance(unseen, ranked, keys),
+        cohort, keys, measured, predicted, hvg, panel, np.union1d(panel, hvg), _by_variance(unseen, ranked, keys),
         np.column_stack([mean_colour(tiles), np.log1p(np.asarray(counts.sum(axis=1)).ravel())]),
         spot_inputs(predictor, tiles, stain, features.pooled_Nd), moved_spots(xy, n_null, seed=seed, section=meta.section_id),
     )  # fmt: skip
@@ -174,7 +176,7 @@ def _evaluate_section(
     }  # fmt: skip
     pcc = pcc_per_gene(measured["cp10k"], predicted["cp10k"])
     data = SectionData(
-        meta.section_id, task, keys, xy, measured, predicted, hvg, panel, view.unseen, pcc, null_means, null_genes
+        meta.section_id, cohort, keys, xy, measured, predicted, hvg, panel, view.unseen, pcc, null_means, null_genes
     )  # fmt: skip
     return data, facts | scores
 
@@ -183,7 +185,7 @@ def _evaluate_section(
 class _View:
     """One section, ready to be scored; genes by position in ``keys``."""
 
-    task: str
+    cohort: str
     keys: list[str]
     measured: dict[str, np.ndarray]
     predicted: dict[str, np.ndarray]
@@ -220,7 +222,7 @@ def _score_section(v: _View, reference: TrainReference) -> tuple[dict[str, Any],
         }
         kept = (draws, genes[:, panel].astype(np.float32)) if norm == "cp10k" else kept
         for name, x in v.inputs.items():
-            fitted = reference.ridge(v.task, name, norm, keys, x)
+            fitted = reference.ridge(v.cohort, name, norm, keys, x)
             out[name][norm] = None
             if fitted is not None:
                 out[name][norm] = asdict(score(m[:, v.all], fitted[0], v.covariates, top, panel)) | fitted[1]
@@ -245,7 +247,7 @@ def _mean_scores(scores: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _merge(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return a task's scores: the mean over its sections (undefined genes: the sum)."""
+    """Return a cohort's scores: the mean over its sections (undefined genes: the sum)."""
     out: dict[str, Any] = {
         "sections": [s for p in parts for s in p["sections"]], "n_spots": sum(p["n_spots"] for p in parts),
         "genes_50_hvg": parts[0]["genes_50_hvg"], "hvg_from": parts[0]["hvg_from"],
@@ -263,9 +265,9 @@ def _merge(parts: list[dict[str, Any]]) -> dict[str, Any]:
 
 def write_metrics(metrics: dict[str, Any], path: Path) -> None:
     """Write ``metrics.json``; what is not a finite number becomes null."""
-    aside = path.with_suffix(".writing")
-    aside.write_text(json.dumps(_finite(metrics), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    aside.rename(path)
+    tmp_path = path.with_suffix(".writing")
+    tmp_path.write_text(json.dumps(_finite(metrics), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    tmp_path.rename(path)
 
 
 def _finite(value: Any) -> Any:
@@ -278,12 +280,12 @@ def _finite(value: Any) -> Any:
 
 def summary_table(metrics: dict[str, Any]) -> str:
     """Return the main scores as a table of text."""
-    lines = [f"{'task':<28}{'predictor':<24}{'50 HVG':>8}{'all':>8}{'partial':>9}   (mean PCC, log1p CP10K)"]
-    for task, entry in metrics["tasks"].items():
+    lines = [f"{'cohort':<28}{'predictor':<24}{'50 HVG':>8}{'all':>8}{'partial':>9}   (mean PCC, log1p CP10K)"]
+    for cohort, entry in metrics["cohorts"].items():
         for name in PREDICTORS:
             s = entry[name]["cp10k"]
             if s is not None:
                 cells = [s["mean_pcc_50_hvg"], s["mean_pcc_all"], s["partial_pcc_50_hvg"]]
                 text = [f"{c:.3f}" if c is not None else "-" for c in cells]
-                lines.append(f"{task:<28}{name:<24}{text[0]:>8}{text[1]:>8}{text[2]:>9}")
+                lines.append(f"{cohort:<28}{name:<24}{text[0]:>8}{text[1]:>8}{text[2]:>9}")
     return "\n".join(lines)

@@ -56,11 +56,11 @@ def loss_curves(path: Path) -> str | None:
         _style(axis, title, "step", "loss")
     if valid:
         axis = axes[len(shown)]
-        tasks = sorted({t for r in valid for t in r["per_task"]})
-        for task, colour in zip(tasks, ("#d9534f", "#3b7dd8", "#7a9e3f", "#8a5fb0"), strict=False):
-            xs = [r["step"] for r in valid if r["per_task"].get(task) is not None]
-            axis.plot(xs, [r["per_task"][task] for r in valid if r["per_task"].get(task) is not None], "-o", ms=2.5, lw=1.3,
-                      color=colour, label=task.replace("_", " "))  # fmt: skip
+        scores = [(r["step"], r.get("per_cohort", r.get("per_task", {}))) for r in valid]  # per_task: until 0.1
+        cohorts = sorted({name for _, found in scores for name in found})
+        for cohort, colour in zip(cohorts, ("#d9534f", "#3b7dd8", "#7a9e3f", "#8a5fb0"), strict=False):
+            points = [(step, found[cohort]) for step, found in scores if found.get(cohort) is not None]
+            axis.plot(*zip(*points, strict=True), "-o", ms=2.5, lw=1.3, color=colour, label=cohort.replace("_", " "))
         best = [r["step"] for r in valid if r.get("best")]
         if best:
             axis.axvline(best[-1], color=INK, lw=1, ls=":", label="kept")
@@ -72,7 +72,7 @@ def loss_curves(path: Path) -> str | None:
 
 
 def score_bars(entry: dict[str, Any], norm: str) -> str:
-    """Draw one task's mean PCC over the 50 genes, plain and partial, beside null and baselines."""
+    """Draw one cohort's mean PCC over the 50 genes, plain and partial, beside null and baselines."""
     names = [n for n in NAMES if entry[n].get(norm)]
     figure = Figure(figsize=(5.4, 2.5), layout="constrained")
     axis = figure.subplots()

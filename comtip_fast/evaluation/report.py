@@ -43,7 +43,7 @@ def write_report(run_dir: Path | None, result: Evaluation, out: Path) -> None:
     env.filters["num"] = lambda v: "–" if v is None else f"{v + 0.0:.3f}".replace("-0.000", "0.000")
     page = env.get_template("report.html.j2").render(
         name=result.predictor.config.name, version=__version__, date=datetime.date.today().isoformat(),
-        metrics=result.metrics, labels=LABELS, predictors=PREDICTORS, tasks=_tasks(result),
+        metrics=result.metrics, labels=LABELS, predictors=PREDICTORS, cohorts=_cohorts(result),
         curves=figures.loss_curves(run_dir / "metrics.jsonl") if run_dir is not None else None,
         training=_training(result), shown_genes=SHOWN_GENES, shown_unseen=SHOWN_UNSEEN,
     )  # fmt: skip
@@ -77,13 +77,13 @@ def _training(result: Evaluation) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _tasks(result: Evaluation) -> list[dict[str, Any]]:
+def _cohorts(result: Evaluation) -> list[dict[str, Any]]:
     out = []
-    for task, entry in result.metrics["tasks"].items():
-        sections = [_section(result, d) for d in result.sections if d.task == task]
+    for cohort, entry in result.metrics["cohorts"].items():
+        sections = [_section(result, d) for d in result.sections if d.cohort == cohort]
         out.append(
             {
-                "title": task.replace("_", " "),
+                "title": cohort.replace("_", " "),
                 "entry": entry,
                 "sections": sections,
                 "ridge_colour": _input_of(sections[0]["metrics"]["ridge_colour"]),

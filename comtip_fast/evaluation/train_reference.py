@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from comtip_shards import ShardSet
-from comtip_shards.sections.section import task_of
+from comtip_shards.sections.section import cohort_of
 from comtip_shards.slides.tiles import StainStats, normalise_stain
 from scipy import sparse
 
@@ -38,7 +38,7 @@ class RidgeFit:
 
 @dataclass
 class _TrainData:
-    """The training spots of one task."""
+    """The training spots of one cohort."""
 
     section: np.ndarray
     cp10k: sparse.csr_matrix
@@ -63,18 +63,18 @@ def mean_colour(tiles_NSS3: np.ndarray) -> np.ndarray:
 
 
 class TrainReference:
-    """Training sections of a model, read once per task."""
+    """Training sections of a model, read once per cohort."""
 
     def __init__(self, predictor: Predictor, shards: ShardSet) -> None:
         self.predictor, self.shards = predictor, shards
         self.trained: dict[str, list[str]] = {}
         for s in predictor.train_sections:
             if s["split"] == "train":
-                self.trained.setdefault(task_of(s["species"], s["tissue"]), []).append(s["section_id"])
+                self.trained.setdefault(cohort_of(s["species"], s["tissue"]), []).append(s["section_id"])
         # The same id in another organ is another section.
         self.numbers = [
             i for i, s in enumerate(shards.manifest.sections)
-            if s.section_id in self.trained.get(shards.task_of_section(i), [])
+            if s.section_id in self.trained.get(shards.cohort_of_section(i), [])
         ]  # fmt: skip
         self._keys = [g.key for g in shards.genes]
         self._row = {k: i for i, k in enumerate(self._keys)}
@@ -82,35 +82,35 @@ class TrainReference:
         self._data: dict[str, _TrainData | None] = {}
         self._fits: dict[tuple[str, str, str, tuple[str, ...]], RidgeFit | None] = {}
 
-    def check(self, tasks: Iterable[str]) -> None:
-        """Raise where a task was trained but its training sections are not here; a task never trained may pass.
+    def check(self, cohorts: Iterable[str]) -> None:
+        """Raise where a cohort was trained but its training sections are not here; a cohort never trained may pass.
 
         Raises
         ------
         ValueError
-            Names the task, the sections, and ``--train-shards``.
+            Names the cohort, the sections, and ``--train-shards``.
         """
         here = {self.shards.manifest.sections[n].section_id for n in self.numbers}
-        for task in sorted(set(tasks)):
-            missing = sorted(set(self.trained.get(task, [])) - here)
+        for cohort in sorted(set(cohorts)):
+            missing = sorted(set(self.trained.get(cohort, [])) - here)
             if not missing:
                 continue
-            if len(missing) == len(set(self.trained[task])):
+            if len(missing) == len(set(self.trained[cohort])):
                 raise ValueError(
-                    f"{self.shards.path} holds none of the sections that trained {task} ({', '.join(missing)}): the "
+                    f"{self.shards.path} holds none of the sections that trained {cohort} ({', '.join(missing)}): the "
                     "50 most variable genes and the baselines come from them; give their shard set with --train-shards"
                 )
             log.warning(
                 "%s lacks training sections of %s (%s): its genes and baselines come from the others; "
-                "give the whole set with --train-shards", self.shards.path, task, ", ".join(missing),
+                "give the whole set with --train-shards", self.shards.path, cohort, ", ".join(missing),
             )  # fmt: skip
 
-    def ranked_genes(self, task: str, *, fallback: tuple[ShardSet, int]) -> tuple[list[str], str]:
+    def ranked_genes(self, cohort: str, *, fallback: tuple[ShardSet, int]) -> tuple[list[str], str]:
         """Return gene keys by falling variance, and where that was judged.
 
-        Judged on the task's training sections; on the evaluated section only where training had none of its task.
+        Judged on the cohort's training sections; on the evaluated section only where training had none of its cohort.
         """
-        ranked = self._ranking(task)
+        ranked = self._ranking(cohort)
         if ranked:
             return ranked, HVG_FROM_TRAINING
         shards, number = fallback
@@ -119,15 +119,15 @@ class TrainReference:
         return [shards.genes[r].key for r in rows], HVG_FROM_EVALUATED
 
     def ridge(
-        self, task: str, name: str, norm: str, keys: list[str], x: dict[str, np.ndarray]
+        self, cohort: str, name: str, norm: str, keys: list[str], x: dict[str, np.ndarray]
     ) -> tuple[np.ndarray, dict[str, Any]] | None:
-        """Predict genes by ridge trained on the task's training sections; None where there are none.
+        """Predict genes by ridge trained on the cohort's training sections; None where there are none.
 
         ``x`` has each candidate input, (N, F); the one with the better cross-validation on the training sections is
         used. Returned with the prediction: that input and the strengths chosen. A gene that no training section
         measured is predicted constant, so that its PCC is undefined and counted.
         """
-        fit = self._fit(task, name, norm, keys)
+        fit = self._fit(cohort, name, norm, keys)
         if fit is None:
             return None
         out = np.zeros((len(next(iter(x.values()))), len(keys)))
@@ -136,10 +136,10 @@ class TrainReference:
         facts = {"input": fit.input, "alpha": sorted({m.alpha for _, m in fit.groups}), "cv_mean_pcc": fit.cv_pcc}
         return out, facts
 
-    def _fit(self, task: str, name: str, norm: str, keys: list[str]) -> RidgeFit | None:
-        question = (task, name, norm, tuple(keys))
+    def _fit(self, cohort: str, name: str, norm: str, keys: list[str]) -> RidgeFit | None:
+        question = (cohort, name, norm, tuple(keys))
         if question not in self._fits:
-            data = self._load(task)
+            data = self._load(cohort)
             fits = (
                 [] if data is None else [self._fit_groups(data, x, i, norm, keys) for i, x in data.inputs[name].items()]
             )
@@ -163,23 +163,23 @@ class TrainReference:
         total = sum(columns.size * model.cv_pcc for columns, model in groups)
         return RidgeFit(name, groups, float(total / max(1, sum(columns.size for columns, _ in groups))))
 
-    def _task_sections(self, task: str) -> list[int]:
-        return [n for n in self.numbers if self.shards.task_of_section(n) == task]
+    def _cohort_sections(self, cohort: str) -> list[int]:
+        return [n for n in self.numbers if self.shards.cohort_of_section(n) == cohort]
 
-    def _ranking(self, task: str) -> list[str]:
-        if task not in self._ranked:
-            own = self._task_sections(task)
+    def _ranking(self, cohort: str) -> list[str]:
+        if cohort not in self._ranked:
+            own = self._cohort_sections(cohort)
             values = [log1p_cp10k(self.shards.counts(self.shards.select(sections=[n]))) for n in own]
             measured = [self.shards.measured(n) for n in own]
             rows = rank_by_variance(values, measured, MIN_DETECTION)[0].tolist() if own else []
-            self._ranked[task] = [self._keys[r] for r in rows]
-        return self._ranked[task]
+            self._ranked[cohort] = [self._keys[r] for r in rows]
+        return self._ranked[cohort]
 
-    def _load(self, task: str) -> _TrainData | None:
-        if task not in self._data:
-            own = self._task_sections(task)
-            self._data[task] = self._read(own) if own else None
-        return self._data[task]
+    def _load(self, cohort: str) -> _TrainData | None:
+        if cohort not in self._data:
+            own = self._cohort_sections(cohort)
+            self._data[cohort] = self._read(own) if own else None
+        return self._data[cohort]
 
     def _read(self, numbers: list[int]) -> _TrainData:
         spots = self.shards.select(sections=numbers)

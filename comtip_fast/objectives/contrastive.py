@@ -54,7 +54,7 @@ def _shifted(z: Tensor, n: int) -> Tensor:
 
 
 @dataclass
-class Pairs:
+class PairMetadata:
     """What says who is whose negative: the rank's own images first, then its further texts, in this order everywhere."""
 
     text_class_m: Tensor
@@ -67,7 +67,7 @@ class Pairs:
 
 
 def global_infonce(
-    image_bD: Tensor, text_mD: Tensor, scale: Tensor, pairs: Pairs, group: Group, counts: Sequence[int],
+    image_bD: Tensor, text_mD: Tensor, scale: Tensor, pairs: PairMetadata, group: Group, counts: Sequence[int],
     form: str = "gather",
 ) -> Tensor:  # fmt: skip
     """Return this rank's share of the symmetric InfoNCE of the global batch (:func:`comtip_kernels.infonce`).
@@ -108,12 +108,12 @@ def global_infonce(
         wide = torch.promote_types(image_bD.dtype, torch.float32)
         x, y = (F.normalize(v.to(wide), dim=-1) for v in (image_bD, text_mD))
         total = group.sum(pairs.weight_b.detach().to(wide).sum()).clamp_min(1e-12)
-        run = _Run(group, list(counts), _Everyone.meet(pairs, group, counts), pairs, total)
+        run = _Run(group, list(counts), _RowMetadata.gather_row_metadata(pairs, group, counts), pairs, total)
         return _GlobalInfoNCE.apply(x, y, scale.to(wide), run, form)
 
 
 @dataclass
-class _Everyone:
+class _RowMetadata:
     """Integers and weights of all B images, on every rank: 16 bytes each."""
 
     text_class: Tensor
@@ -121,7 +121,7 @@ class _Everyone:
     weight: Tensor
 
     @classmethod
-    def meet(cls, pairs: Pairs, group: Group, counts: Sequence[int]) -> _Everyone:
+    def gather_row_metadata(cls, pairs: PairMetadata, group: Group, counts: Sequence[int]) -> _RowMetadata:
         b = pairs.weight_b.shape[0]
         small = torch.stack([pairs.section_m[:b].int(), pairs.weight_b.detach().float().view(torch.int32)], dim=1)
         packed = torch.cat([pairs.text_class_m[:b].contiguous().view(torch.int32).view(b, 2), small], dim=1)
@@ -136,8 +136,8 @@ class _Run:
 
     group: Group
     counts: list[int]
-    everyone: _Everyone
-    pairs: Pairs
+    everyone: _RowMetadata
+    pairs: PairMetadata
     total: Tensor
     """Sum of all weights."""
 
@@ -149,11 +149,11 @@ class _Run:
     def ids(self, rows: slice) -> BlockIds:
         """Say who is whose negative in the block [rows, own columns]."""
         e, p = self.everyone, self.pairs
-        silent = p.weight_b == 0
-        more = silent.new_zeros(p.text_class_m.shape[0] - silent.shape[0])
+        excluded = p.weight_b == 0
+        more = excluded.new_zeros(p.text_class_m.shape[0] - excluded.shape[0])
         return BlockIds(
             p.negatives, e.section[rows], p.section_m, e.text_class[rows], p.text_class_m, e.weight[rows] == 0,
-            torch.cat([silent, more]),
+            torch.cat([excluded, more]),
         )  # fmt: skip
 
     def half(self, like: Tensor) -> Tensor:
@@ -265,7 +265,7 @@ def _round_the_ring(
         wait, incoming = _nothing, block
         if step + 1 < W:
             incoming = own.new_empty(before, *own.shape[1:])
-            wait = group.pass_on([block], [incoming])
+            wait = group.ring_shift([block], [incoming])
         made = work(block, owner)
         if step == 0:
             mine = made
@@ -273,7 +273,7 @@ def _round_the_ring(
             arrive()
             made = (made if step == 1 else join(carried, made)).contiguous()
             carried = made.new_empty(before, *made.shape[1:])
-            arrive = group.pass_on([made], [carried])
+            arrive = group.ring_shift([made], [carried])
         wait()
         block = incoming
     arrive()

@@ -9,14 +9,14 @@ from comtip_fast.config.schema import RunConfig
 from comtip_fast.plan.cost import AUTOCAST, FP32, Precision
 
 Kind = Literal["single", "ddp", "deepspeed"]
-Place = Literal["none", "cpu", "nvme"]
+OffloadTarget = Literal["none", "cpu", "nvme"]
 MEGABYTE = 1 << 20
 ELEMENT = 4
 """Bytes of a parameter, of its gradient and of each moment: every engine keeps them in fp32 and computes under autocast."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Engine:
+class EngineSpec:
     """Resolved settings; names are those of ``engine`` in the config."""
 
     kind: Kind = "single"
@@ -27,8 +27,8 @@ class Engine:
     shard_table: bool = False
     micro_batches: int = 1
     activation_checkpointing: bool = False
-    offload_optimizer: Place = "none"
-    offload_param: Place = "none"
+    offload_optimizer: OffloadTarget = "none"
+    offload_param: OffloadTarget = "none"
     bucket_bytes: float = 25 * MEGABYTE
 
     @property
@@ -55,7 +55,7 @@ class Engine:
         )
 
 
-def engine_of(config: RunConfig, ranks: int, gpu: bool) -> Engine:
+def engine_of(config: RunConfig, ranks: int, gpu: bool) -> EngineSpec:
     """Resolve a config's ``engine`` and ``train.precision`` for so many ranks of a kind.
 
     Raises
@@ -68,7 +68,7 @@ def engine_of(config: RunConfig, ranks: int, gpu: bool) -> Engine:
         raise ValueError(f"engine.kind=single on {ranks} devices: use auto, ddp or deepspeed, or plan for one device")
     kind: Kind = e.kind if e.kind != "auto" else "single" if ranks == 1 else "ddp"
     bf16 = config.train.precision == "bf16" or (config.train.precision == "auto" and gpu)
-    return Engine(
+    return EngineSpec(
         kind=kind, zero_stage=e.zero_stage if kind == "deepspeed" else 0, bf16=bf16, loss_form=e.loss_form,
         shard_table=e.shard_table, micro_batches=e.micro_batches, activation_checkpointing=e.activation_checkpointing,
         offload_optimizer=e.offload_optimizer, offload_param=e.offload_param, bucket_bytes=e.bucket_mb * MEGABYTE,

@@ -134,7 +134,7 @@ def make_cluster(
     fabric: str | None = None,
     efficiency: Efficiency | None = None,
 ) -> Cluster:
-    """Look devices and links up by name.
+    """SectionContext devices and links up by name.
 
     Raises
     ------

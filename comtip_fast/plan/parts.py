@@ -30,7 +30,7 @@ SPREAD_WIDTH = 256
 
 
 @dataclass(frozen=True)
-class Part:
+class StepPart:
     """One part of a step on one rank."""
 
     name: str
@@ -72,27 +72,30 @@ class Work:
         return ceil(self.spots / self.pieces)
 
 
-def step_parts(s: Sizes, w: Work) -> list[Part]:
+def step_parts(s: Sizes, w: Work) -> list[StepPart]:
     """Return every part of one forward and backward pass over ``w``."""
     n = w.pieces
     full, table = vision(s, w, s.P, masked=False) + image_head(s, w), sentence_table(s, w)
-    parts = [Part("vision, full", full, n)]
+    parts = [StepPart("vision, full", full, n)]
     if s.has_mfm:
-        parts += [Part("vision, masked", vision(s, w, s.V, masked=True), n), Part("mask generator", generator(s, w), n)]
+        parts += [
+            StepPart("vision, masked", vision(s, w, s.V, masked=True), n),
+            StepPart("mask generator", generator(s, w), n),
+        ]
         if s.has_teacher:
-            parts.append(Part("teacher", forward_only(vision(s, w, s.P, masked=False)), n))
-    parts.append(Part("sentence table", table))
+            parts.append(StepPart("teacher", forward_only(vision(s, w, s.P, masked=False)), n))
+    parts.append(StepPart("sentence table", table))
     if n > 1:
         parts += [
-            Part("vision, full, first look", forward_only(full), n),
-            Part("table, first look", forward_only(table)),
+            StepPart("vision, full, first look", forward_only(full), n),
+            StepPart("table, first look", forward_only(table)),
         ]
     if s.has_nce:
-        parts += [Part("pooling", pooling(s, w, w.columns)), Part("InfoNCE", infonce(s, w))]
+        parts += [StepPart("pooling", pooling(s, w, w.columns)), StepPart("InfoNCE", infonce(s, w))]
     if s.has_level:
-        parts.append(Part("L_level", level(s, w)))
+        parts.append(StepPart("L_level", level(s, w)))
     if s.mispairs:
-        parts.append(Part("L_pair and adversary", pair(s, w)))
+        parts.append(StepPart("L_pair and adversary", pair(s, w)))
     return parts
 
 

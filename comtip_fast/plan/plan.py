@@ -8,10 +8,10 @@ from math import ceil
 
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.plan.cost import Cost
-from comtip_fast.plan.engine import Engine, engine_of
+from comtip_fast.plan.engine import EngineSpec, engine_of
 from comtip_fast.plan.hardware import Cluster
-from comtip_fast.plan.memory import Row, on_device, state_rows, work_rows
-from comtip_fast.plan.parts import Part, Work, step_parts
+from comtip_fast.plan.memory import MemoryRow, on_device, state_rows, work_rows
+from comtip_fast.plan.parts import StepPart, Work, step_parts
 from comtip_fast.plan.sizes import Inputs, Sizes, mean_panel, sizes_of
 from comtip_fast.plan.timing import Timed, optimizer_cost, spend, time_collectives, time_parts
 from comtip_fast.plan.traffic import Collective, step_traffic
@@ -35,12 +35,12 @@ class Plan:
 
     name: str
     cluster: Cluster
-    engine: Engine
+    engine: EngineSpec
     sizes: Sizes
     inputs: Inputs
     work: Work
-    parts: tuple[Part, ...]
-    memory: tuple[Row, ...]
+    parts: tuple[StepPart, ...]
+    memory: tuple[MemoryRow, ...]
     traffic: tuple[Collective, ...]
     times: tuple[Timed, ...]
     loader: Loader
@@ -85,7 +85,7 @@ def make_plan(
     cluster: Cluster,
     inputs: Inputs | None = None,
     *,
-    engine: Engine | None = None,
+    engine: EngineSpec | None = None,
     sizes: Sizes | None = None,
     loader_tiles_per_s: float | None = None,
 ) -> Plan:
@@ -141,7 +141,7 @@ def at_mean_panel(plan: Plan, config: RunConfig) -> Plan:
     )  # fmt: skip
 
 
-def work_of(s: Sizes, e: Engine, c: Cluster) -> Work:
+def work_of(s: Sizes, e: EngineSpec, c: Cluster) -> Work:
     """Return the busiest rank's share of a step."""
     own = ceil(s.B / c.ranks)
     rows = s.G * s.Q
@@ -154,14 +154,14 @@ def work_of(s: Sizes, e: Engine, c: Cluster) -> Work:
     )  # fmt: skip
 
 
-def _optimizer_time(s: Sizes, e: Engine, c: Cluster) -> Timed:
+def _optimizer_time(s: Sizes, e: EngineSpec, c: Cluster) -> Timed:
     elements = s.trained / (c.ranks if e.zero_stage else 1)
     cost: Cost = optimizer_cost(elements)
     spent = spend([cost], c, e.precision)
     return Timed("optimizer", spent.forward + spent.backward, spent.bound)
 
 
-def _beside(parts: Sequence[Part], c: Cluster, e: Engine) -> dict[str, float]:
+def _beside(parts: Sequence[StepPart], c: Cluster, e: EngineSpec) -> dict[str, float]:
     """Return the seconds of computation that messages can hide behind."""
     spent = {part.name: spend(part.costs, c, e.precision, part.times) for part in parts}
     beside = {"forward": sum(x.forward for x in spent.values()), "backward": sum(x.backward for x in spent.values())}

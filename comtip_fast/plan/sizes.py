@@ -24,7 +24,7 @@ from comtip_fast.models import CoMTIP, ModelSizes
 EVERY = 23
 """One gene in so many is tokenised to find how long sentences are."""
 DEFAULT_GENES = 10_000
-"""Trained genes where ``genes.per_task`` is 0 and nothing is said."""
+"""Trained genes where ``genes.per_cohort`` is 0 and nothing is said."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class Inputs:
     tile_bytes: float = 30e3
     """Bytes of one encoded tile in a shard."""
     trained_genes: int | None = None
-    """Genes with a row of their own; None takes ``genes.per_task``."""
+    """Genes with a row of their own; None takes ``genes.per_cohort``."""
     panel: int | None = None
     """G; None takes ``panel.max_genes``, the largest step."""
     sentence_tokens: float | None = None
@@ -44,7 +44,7 @@ class Inputs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Group:
+class ParameterGroup:
     """Parameters of one part."""
 
     name: str
@@ -96,7 +96,7 @@ class Sizes:
     other_spots: bool
     """Mispaired levels may come from other spots of the section."""
     text_context: bool
-    groups: tuple[Group, ...]
+    groups: tuple[ParameterGroup, ...]
     tile_bytes: float
     loader: str
     prefetch: int
@@ -181,7 +181,7 @@ def sizes_of(config: RunConfig, inputs: Inputs | None = None, model: CoMTIP | No
         The backbone's blocks are not the ones whose costs are known.
     """
     given = inputs or Inputs()
-    genes = given.trained_genes or config.genes.per_task or DEFAULT_GENES
+    genes = given.trained_genes or config.genes.per_cohort or DEFAULT_GENES
     model = model or build_on_meta(config, given.tile_px, genes)
     E, paat, loss, text = model.vision, config.loss.paat, config.loss, config.text
     block: Any = E.blocks[0]
@@ -226,7 +226,7 @@ PARTS: Sequence[tuple[str, tuple[str, ...]]] = (
 )
 
 
-def parameter_groups(model: nn.Module) -> tuple[Group, ...]:
+def parameter_groups(model: nn.Module) -> tuple[ParameterGroup, ...]:
     """Count every parameter and buffer once, by part; the two temperatures go with the text's heads."""
     of = {child: name for name, children in PARTS for child in children}
     found: dict[str, list[int]] = {name: [0, 0, 0, 0] for name, _ in PARTS}
@@ -247,5 +247,7 @@ def parameter_groups(model: nn.Module) -> tuple[Group, ...]:
     for name, b in model.named_buffers():
         found[of.get(name.split(".")[0], "text heads")][1] += b.numel()
     return tuple(
-        Group(name=name, trained=t, frozen=f, matrices=m, tensors=k) for name, (t, f, m, k) in found.items() if t or f
+        ParameterGroup(name=name, trained=t, frozen=f, matrices=m, tensors=k)
+        for name, (t, f, m, k) in found.items()
+        if t or f
     )

@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from comtip_fast.config.schema import RunConfig
-from comtip_fast.plan.engine import Engine, engine_of
+from comtip_fast.plan.engine import EngineSpec, engine_of
 from comtip_fast.plan.hardware import Cluster
 from comtip_fast.plan.plan import Plan, make_plan
 from comtip_fast.plan.report import size
@@ -120,7 +120,7 @@ def _cases(batch: int, per_device: int, most: int) -> Iterator[tuple[Growth, Des
             devices *= 2
 
 
-def _engine(config: RunConfig, d: Design, c: Cluster) -> Engine:
+def _engine(config: RunConfig, d: Design, c: Cluster) -> EngineSpec:
     own = engine_of(config, c.ranks, c.device.name != "cpu")
     return replace(own, kind=d.kind, zero_stage=d.zero_stage, loss_form=d.loss_form, shard_table=d.shard_table)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from comtip_fast.plan.cost import Cost, Precision
 from comtip_fast.plan.hardware import Cluster
-from comtip_fast.plan.parts import Part
+from comtip_fast.plan.parts import StepPart
 from comtip_fast.plan.traffic import Collective
 
 
@@ -64,7 +64,7 @@ def spend(costs: Sequence[Cost], c: Cluster, p: Precision, times: int = 1) -> Sp
     return out
 
 
-def time_parts(parts: Sequence[Part], c: Cluster, p: Precision) -> list[Timed]:
+def time_parts(parts: Sequence[StepPart], c: Cluster, p: Precision) -> list[Timed]:
     """Return the computation of every part."""
     out = []
     for part in parts:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from comtip_fast.plan.engine import ELEMENT, Engine
+from comtip_fast.plan.engine import ELEMENT, EngineSpec
 from comtip_fast.plan.hardware import Cluster
 from comtip_fast.plan.memory import MAX_LIVE
 from comtip_fast.plan.sizes import Sizes
@@ -31,7 +31,7 @@ class Collective:
     times: float = 1.0
     """How often in a step."""
     hidden_by: str = ""
-    """Part of the step whose computation it runs beside; empty: it is waited for."""
+    """StepPart of the step whose computation it runs beside; empty: it is waited for."""
 
     def sent(self, ranks: int) -> float:
         """Return the bytes that each rank sends in a step."""
@@ -67,7 +67,7 @@ class Collective:
         return max(link / (rate * c.link.bytes_per_s), fabric / (rate * c.fabric.bytes_per_s)) + hops
 
 
-def loss_traffic(s: Sizes, e: Engine) -> list[Collective]:
+def loss_traffic(s: Sizes, e: EngineSpec) -> list[Collective]:
     """InfoNCE over all ranks: images move, texts stay, so mispaired columns add nothing."""
     if not s.has_nce:
         return []
@@ -98,7 +98,7 @@ def pair_traffic(s: Sizes) -> list[Collective]:
     return [Collective("pairs", "levels and sections of all spots", "all_gather", s.B * (s.G + 4))]
 
 
-def table_traffic(s: Sizes, e: Engine, ranks: int) -> list[Collective]:
+def table_traffic(s: Sizes, e: EngineSpec, ranks: int) -> list[Collective]:
     """Send each rank's rows of a sharded table to all others, and their gradients back."""
     if not e.shares_table(s.G * s.Q, ranks):
         return []
@@ -109,7 +109,7 @@ def table_traffic(s: Sizes, e: Engine, ranks: int) -> list[Collective]:
     ]
 
 
-def gradient_traffic(s: Sizes, e: Engine) -> list[Collective]:
+def gradient_traffic(s: Sizes, e: EngineSpec) -> list[Collective]:
     """Gradients summed over ranks and, under ZeRO, parameters gathered; as DDP and DeepSpeed do it, counted in the tests.
 
     Of n micro-batches each goes through the image's parameters, and the last through the text's too.
@@ -144,7 +144,7 @@ def _gathered_in_pieces(s: Sizes, n: int) -> int:
     return ELEMENT * (s.trained + (n - 1) * full + (n + 2) * replay + 2 * text)
 
 
-def step_traffic(s: Sizes, e: Engine, ranks: int) -> list[Collective]:
+def step_traffic(s: Sizes, e: EngineSpec, ranks: int) -> list[Collective]:
     """Return everything that travels in a step; nothing for one rank."""
     if ranks == 1:
         return []

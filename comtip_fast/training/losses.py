@@ -21,7 +21,7 @@ from comtip_fast.data.batch import Batch
 from comtip_fast.genes.tokens import GeneTokens, take_genes
 from comtip_fast.models import CoMTIP, SentenceTable, StepOutput
 from comtip_fast.objectives import (
-    Pairs,
+    PairMetadata,
     choose_hardest,
     counted_swaps,
     feature_health,
@@ -39,7 +39,7 @@ Numbers = dict[str, float]
 
 
 @dataclass
-class Heads:
+class LossInputs:
     """What the losses over spots and sentences read: vectors of the shared space."""
 
     vector_bD: Tensor
@@ -49,7 +49,7 @@ class Heads:
     scale_level: Tensor
 
     @classmethod
-    def of(cls, out: StepOutput) -> Heads:
+    def of(cls, out: StepOutput) -> LossInputs:
         """Take them from a step's output."""
         assert out.table is not None
         return cls(out.image.vector_BD, out.table, out.scale_nce, out.scale_level)
@@ -63,7 +63,7 @@ class Heads:
         }  # fmt: skip
 
     @classmethod
-    def from_tensors(cls, t: dict[str, Tensor]) -> Heads:
+    def from_tensors(cls, t: dict[str, Tensor]) -> LossInputs:
         """Undo :meth:`tensors`."""
         table = SentenceTable(t["rows"], t["unit"], t["scores"], t["pair"])
         return cls(t["vector"], table, t["scale_nce"], t["scale_level"])
@@ -128,7 +128,7 @@ class StepLosses:
 
     # -- what comes out ---------------------------------------------------------------------------------
 
-    def over_heads(self, batch: Batch, heads: Heads) -> tuple[Parts, Numbers]:
+    def embedding_losses(self, batch: Batch, heads: LossInputs) -> tuple[Parts, Numbers]:
         """Return this rank's shares of L_nce, L_pair and L_level, and plain numbers to log."""
         weights, parts = self.config.loss, {}
         numbers = {"genes": float(batch.panel.numel()), "scale": float(heads.scale_nce.detach())}
@@ -157,7 +157,7 @@ class StepLosses:
             return out.predicted_BKd.sum()
         return masked_feature_loss(out.predicted_BKd, out.target_BKd, self.config.vision.distance) * (n / n_all)
 
-    def whole(self, parts: Parts, heads: Heads) -> Parts:
+    def weighted_total(self, parts: Parts, heads: LossInputs) -> Parts:
         """Return ``{"loss": weighted sum of the parts, part: ...}``.
 
         A parameter that no part of this step reads (the pair head, for a panel of one gene) has gradient 0, not none:
@@ -189,7 +189,7 @@ class StepLosses:
         return n_level, n_pair
 
     @torch.no_grad()
-    def _mispair(self, batch: Batch, heads: Heads) -> tuple[Tensor | None, Tensor | None]:
+    def _mispair(self, batch: Batch, heads: LossInputs) -> tuple[Tensor | None, Tensor | None]:
         """Return the adversary's levels (b, G) and which of its swaps count; None for a panel of one gene."""
         paat = self.config.loss.paat
         wanted = self.config.loss.pair > 0 or paat.hard_columns
@@ -238,7 +238,7 @@ class StepLosses:
         # Bytes until each spot has chosen: as int64, the levels of all spots would take eight times the room.
         return take_from_other_spots(every_level, every_section, u, own).long()
 
-    def _pair_logits(self, batch: Batch, heads: Heads, levels: Tensor, roll: int = 0) -> Tensor:
+    def _pair_logits(self, batch: Batch, heads: LossInputs, levels: Tensor, roll: int = 0) -> Tensor:
         """Return pair-head logits of the sentences (g, levels) in each spot's context."""
         table = heads.table
         if self.config.loss.paat.context == "image":
@@ -256,7 +256,7 @@ class StepLosses:
             weight_BG=weight,
         )
 
-    def _nce(self, batch: Batch, heads: Heads, mispaired: Tensor | None, counted: Tensor | None) -> Tensor:
+    def _nce(self, batch: Batch, heads: LossInputs, mispaired: Tensor | None, counted: Tensor | None) -> Tensor:
         """Align images with texts; mispaired texts in which something counts are further columns."""
         table, levels, measured = heads.table, batch.levels.long(), batch.measured
         section = batch.section.long()
@@ -268,13 +268,13 @@ class StepLosses:
         # Hashes: ranks do not see each other's texts, and numbering texts would be one wait for the device.
         text_class = same_text_hash(all_levels, all_measured)
         weight = measured.any(1).to(heads.vector_bD.dtype)
-        pairs = Pairs(text_class, torch.cat([section, section[use]]), weight, self.config.align.negatives)
+        pairs = PairMetadata(text_class, torch.cat([section, section[use]]), weight, self.config.align.negatives)
         text = table_pool(table.rows_GQD, table.scores_GQ, all_levels, all_measured)
         form = self.config.engine.loss_form
         return global_infonce(heads.vector_bD, text, heads.scale_nce, pairs, self.group, self.counts(batch), form)
 
     def _pair(
-        self, batch: Batch, heads: Heads, mispaired: Tensor, counted: Tensor
+        self, batch: Batch, heads: LossInputs, mispaired: Tensor, counted: Tensor
     ) -> tuple[Tensor, Numbers]:  # fmt: skip
         levels = batch.levels.long()
         true, false = self._pair_logits(batch, heads, levels), self._pair_logits(batch, heads, mispaired)

@@ -12,7 +12,7 @@ import torch
 from comtip_shards import ShardSet
 from torch import Tensor, nn
 
-from comtip_fast.collectives import Alone, Group, share_of
+from comtip_fast.collectives import Group, SingleProcessGroup, share_of
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.data.batch import Batch
 from comtip_fast.data.expression.training_tables import TrainingTables, training_tables
@@ -22,7 +22,7 @@ from comtip_fast.export import Bundle
 from comtip_fast.genes import GeneTokenizer
 from comtip_fast.genes.tokens import gene_tokens
 from comtip_fast.models import CoMTIP, ModelSizes
-from comtip_fast.training.losses import Heads, Numbers, Parts, StepLosses
+from comtip_fast.training.losses import LossInputs, Numbers, Parts, StepLosses
 from comtip_fast.training.validation import Validation
 from comtip_fast.training.warm_start import start_from
 
@@ -45,7 +45,7 @@ def build_task(config: RunConfig, device: torch.device, group: Group | None = No
         model.vision.stem.load_pretrained()
     if config.engine.compile:
         model.compile_blocks()
-    task = CoMTIPTask(config, shards, tables, tokenizer, model.to(device), sizes, group or Alone())
+    task = CoMTIPTask(config, shards, tables, tokenizer, model.to(device), sizes, group or SingleProcessGroup())
     if config.train.start_from:
         # After the task has set the stem's output scale from its own tiles: the encoder was trained on the old scale.
         keys = [shards.genes[row].key for row in tables.genes.trained]
@@ -138,12 +138,12 @@ class CoMTIPTask:
     def losses(self, module: nn.Module, batch: Batch) -> tuple[Parts, Numbers]:
         """Return this rank's shares ``{"loss": total, part: ...}`` as scalars with gradients, and numbers to log."""
         out = self.step.encode(_as_model(module), batch)
-        heads = Heads.of(out)
-        parts, numbers = self.step.over_heads(batch, heads)
+        heads = LossInputs.of(out)
+        parts, numbers = self.step.embedding_losses(batch, heads)
         mfm = self.step.masked(out, sum(self.step.counts(batch)))
         if mfm is not None:
             parts["mfm"] = mfm
-        return self.step.whole(parts, heads), numbers | self.step.health(batch, out)
+        return self.step.weighted_total(parts, heads), numbers | self.step.health(batch, out)
 
     # -- the same in pieces, see comtip_fast.training.grad_cache ------------------------------------------
 
@@ -155,7 +155,7 @@ class CoMTIPTask:
     def embed(self, module: nn.Module, piece: Batch, table: bool) -> dict[str, Tensor]:
         """Return image vectors, and with ``table`` the sentence table and scales."""
         out = self.step.encode(_as_model(module), piece, masked=False, table=table)
-        return Heads.of(out).tensors() if table else {"vector": out.image.vector_BD}
+        return LossInputs.of(out).tensors() if table else {"vector": out.image.vector_BD}
 
     def join(self, embedded: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Put all image vectors beside the one table."""
@@ -164,16 +164,16 @@ class CoMTIPTask:
 
     def losses_of(self, batch: Batch, tensors: dict[str, Tensor]) -> tuple[Parts, Numbers]:
         """Return the losses over spots and sentences."""
-        heads = Heads.from_tensors(tensors)
-        parts, numbers = self.step.over_heads(batch, heads)
-        return self.step.whole(parts, heads), numbers
+        heads = LossInputs.from_tensors(tensors)
+        parts, numbers = self.step.embedding_losses(batch, heads)
+        return self.step.weighted_total(parts, heads), numbers
 
     def replay(
         self, module: nn.Module, batch: Batch, piece: Batch, gradients: dict[str, Tensor], table: bool
     ) -> tuple[Tensor, Parts, Numbers]:
         """Return <gradients, what embedding gives again> + w_mfm L_mfm, and L_mfm's share."""
         out = self.step.encode(_as_model(module), piece, table=table)
-        again = Heads.of(out).tensors() if table else {"vector": out.image.vector_BD}
+        again = LossInputs.of(out).tensors() if table else {"vector": out.image.vector_BD}
         scalar = torch.stack([(again[name] * gradients[name]).sum() for name in again]).sum()
         mfm = self.step.masked(out, sum(self.step.counts(batch)))
         if mfm is None:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from comtip_fast.collectives import Alone, Group
+from comtip_fast.collectives import Group, SingleProcessGroup
 from comtip_fast.config.io import config_to_dict, dump_config
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.training.checkpoint import store as checkpoints
@@ -34,14 +34,22 @@ from comtip_fast.training.checkpoint.run_state import (
 )
 from comtip_fast.training.checkpoint.store import Checkpoint, CheckpointError
 from comtip_fast.training.distributed.comm_timer import clock_of
-from comtip_fast.training.distributed.failures import ADVICE, end_now, said_clearly
-from comtip_fast.training.distributed.process_group import first_does
+from comtip_fast.training.distributed.failures import ADVICE, explain_failures, hard_exit
+from comtip_fast.training.distributed.process_group import on_rank_zero
 from comtip_fast.training.distributed.signals import Signals, catch_signals, hold_run
 from comtip_fast.training.engines.base import Engine
 from comtip_fast.training.engines.factory import make_engine
 from comtip_fast.training.grad_cache import forward_backward
 from comtip_fast.training.monitor.loggers import Logger, finite, keep_rows_up_to, make_loggers
-from comtip_fast.training.monitor.monitor import EVENTS, Alarm, Events, Meter, StepCost, Tracer, Watchdog
+from comtip_fast.training.monitor.monitor import (
+    EVENTS,
+    Events,
+    Profiler,
+    SpikeDetector,
+    StepCost,
+    ThroughputMeter,
+    Watchdog,
+)
 from comtip_fast.training.optim import learning_rate
 from comtip_fast.training.protocol import TrainingError, TrainingTask
 
@@ -72,7 +80,7 @@ class Trainer:
         cost: StepCost | None = None,
     ) -> None:  # fmt: skip
         self.task, self.config, self.run_dir = task, config, Path(run_dir)
-        self.group = group or Alone()
+        self.group = group or SingleProcessGroup()
         self.checkpoint_dir = self.run_dir / CHECKPOINTS
         self.progress = RunState()
         self._asked_to_stop = False
@@ -83,11 +91,11 @@ class Trainer:
         self._saved_step = -1
         self.engine: Engine
         self._found: Checkpoint | None = None
-        self._meter = Meter(self.device, clock_of(self.group, self.device).seconds, cost)
-        self._alarm = Alarm(config.watch)
+        self._meter = ThroughputMeter(self.device, clock_of(self.group, self.device).seconds, cost)
+        self._spikes = SpikeDetector(config.watch)
         self._events = Events(self.run_dir / EVENTS)
-        self._tracer = Tracer(config.watch.trace, self.run_dir / "trace", self.group.rank, self.device)
-        self._dog = Watchdog(
+        self._profiler = Profiler(config.watch.trace, self.run_dir / "trace", self.group.rank, self.device)
+        self._watchdog = Watchdog(
             config.watch.stall_s, self._stalled, self.run_dir / f"stalled_rank{self.group.rank}.txt",
             stop_s=config.watch.stall_stop_s, stop=self._stop_stalled,
         )  # fmt: skip
@@ -103,9 +111,12 @@ class Trainer:
             A rank was lost or late, or the disk is full: a fresh process can go on with ``resume``.
         """
         size, timeout_s = self.group.size, self.config.engine.timeout_s
-        with said_clearly(self.group.rank, size, lambda: f"during {self._dog.what}", timeout_s), ExitStack() as stack:
+        with (
+            explain_failures(self.group.rank, size, lambda: f"during {self._watchdog.what}", timeout_s),
+            ExitStack() as stack,
+        ):
             # One process holds the folder and writes to it; what it meets there, all of them say.
-            first_does(lambda: self._take_folder(stack), self.group)
+            on_rank_zero(lambda: self._take_folder(stack), self.group)
             stack.enter_context(deterministic(self.device))
             caught = stack.enter_context(catch_signals())
             resumed = self._start(resume)
@@ -117,12 +128,12 @@ class Trainer:
                     self.config, resolved, self.run_dir, start=self.progress.step, resumed=resumed
                 )
             # The watchdog looks on while things are closed, too: a stuck loader can hang there.
-            stack.enter_context(self._dog)
+            stack.enter_context(self._watchdog)
             try:
                 self._loop(caught)
             finally:
-                self._writer.settle()
-                self._tracer.close()
+                self._writer.join_quietly()
+                self._profiler.close()
                 self.task.close()
                 for logger in self._loggers:
                     logger.close()
@@ -140,7 +151,7 @@ class Trainer:
         stack.enter_context(hold_run(self.run_dir, TAKEOVER_S if self.group.size > 1 else 0.0))
 
     def _start(self, resume: bool) -> bool:
-        step = first_does(lambda: self._find_start(resume), self.group)
+        step = on_rank_zero(lambda: self._find_start(resume), self.group)
         if step is None:
             self.engine = make_engine(self.task.module, self.config, self.group)
             return False
@@ -168,7 +179,7 @@ class Trainer:
         check_same_run(
             self.run_dir, self._found.state, self.config, self.task.fingerprint(), self.group.size, self.device
         )
-        checkpoints.set_aside_after(self.checkpoint_dir, step)
+        checkpoints.quarantine_newer(self.checkpoint_dir, step)
         best = self._found.state["best_step"]
         checkpoints.prune(self.checkpoint_dir, self.config.train.keep_checkpoints, best or None)  # as after a save
         self._write_config()
@@ -176,9 +187,9 @@ class Trainer:
         return step
 
     def _write_config(self) -> None:
-        aside = self.run_dir / ".config.yaml.writing"
-        aside.write_text(dump_config(self.config), encoding="utf-8")
-        aside.replace(self.run_dir / "config.yaml")
+        tmp_path = self.run_dir / ".config.yaml.writing"
+        tmp_path.write_text(dump_config(self.config), encoding="utf-8")
+        tmp_path.replace(self.run_dir / "config.yaml")
 
     # -- the loop ---------------------------------------------------------------------------------------
 
@@ -190,23 +201,23 @@ class Trainer:
             if self._asked_to_stop or (caught.received and self.group.size == 1):
                 if self._saved_step != p.step:
                     self._save()
-                first_does(self._writer.drain, self.group)
+                on_rank_zero(self._writer.drain, self.group)
                 return
             if self._write_failed or (self._writer.failed and self.group.size == 1):
-                first_does(self._writer.check, self.group)
-            self._dog.beat(f"step {p.step + 1}")
+                on_rank_zero(self._writer.check, self.group)
+            self._watchdog.reset(f"step {p.step + 1}")
             self._one_step(caught)
             if p.step >= cfg.steps:
                 p.stopped = "steps"
             if cfg.validate_every and (p.step % cfg.validate_every == 0 or p.stopped):
-                self._dog.beat(f"validation after step {p.step}")
+                self._watchdog.reset(f"validation after step {p.step}")
                 self._validate()
             if p.step % cfg.checkpoint_every == 0 or p.best_step == p.step or p.stopped:
-                self._dog.beat(f"the checkpoint of step {p.step}")
+                self._watchdog.reset(f"the checkpoint of step {p.step}")
                 self._save()
-        self._dog.beat("the last checkpoint")
-        first_does(self._writer.drain, self.group)
-        self._dog.beat("the export")
+        self._watchdog.reset("the last checkpoint")
+        on_rank_zero(self._writer.drain, self.group)
+        self._watchdog.reset("the export")
         self._export_best()
 
     def _one_step(self, caught: Signals) -> None:
@@ -217,7 +228,7 @@ class Trainer:
         step = p.step + 1
         rate = learning_rate(step, self.config.train.steps, self.config.optim)
         self.engine.module.train()
-        self._tracer.before(step)
+        self._profiler.before(step)
         batch = self.task.batch(spots, step, p.epoch)
         self.engine.start_step(rate)
         shares, numbers = forward_backward(self.engine, self.task, batch, self.config.engine.micro_batches)
@@ -225,14 +236,14 @@ class Trainer:
         finite = math.isfinite(losses["loss"])
         norm = self.engine.update(finite)
         if finite and math.isfinite(norm):
-            with self.engine.writable():
+            with self.engine.summon_full_params():
                 self.task.after_step(self.engine.module, step)
         else:
             self._not_finite(step, spots, losses)
         p.step, p.position = step, p.position + 1
-        self._tracer.after(step)
+        self._profiler.after(step)
         self._meter.add(time.monotonic() - began, len(spots), numbers)
-        wrong = self._alarm.look(losses["loss"], norm)
+        wrong = self._spikes.update(losses["loss"], norm)
         if wrong is not None and self._first:
             self._events.flag("jump", step, wrong)
         if step % self.config.train.log_every == 0 or step == 1:
@@ -294,17 +305,17 @@ class Trainer:
 
     def _validate(self) -> None:
         p, cfg = self.progress, self.config.train
-        with self.engine.at_home():
-            score, per_task, space = first_does(self._score, self.group)
+        with self.engine.gathered_for_read():
+            score, per_cohort, space = on_rank_zero(self._score, self.group)
         better = math.isfinite(score) and score > p.best_score
         if better:
             p.best_score, p.best_step, p.bad_validations = score, p.step, 0
         elif math.isfinite(score):
             p.bad_validations += 1
         else:
-            # Patience is about scores that get no better; here there is no score to compare.
+            # RetryPolicy is about scores that get no better; here there is no score to compare.
             log.warning("step %d: validation gave no score (no section of split val, or no gene to score?)", p.step)
-        self._log({"step": p.step, "kind": "valid", "score": score, "per_task": per_task, "best": better} | space)
+        self._log({"step": p.step, "kind": "valid", "score": score, "per_cohort": per_cohort, "best": better} | space)
         if cfg.patience and p.bad_validations >= cfg.patience and not p.stopped:
             p.stopped = "patience"
 
@@ -314,7 +325,7 @@ class Trainer:
     def _stop_stalled(self, text: str) -> None:
         who = f"rank {self.group.rank} of {self.group.size}: " if self.group.size > 1 else ""
         log.error("comtip: error: %s%s; ended, %s", who, text, ADVICE)
-        end_now()
+        hard_exit()
 
     def _score(self) -> tuple[float, dict[str, float], dict[str, float]]:
         self.task.module.eval()
@@ -329,8 +340,8 @@ class Trainer:
     def _save(self) -> None:
         """Gather what is sharded and write it; whole, so that any engine over any number of ranks can go on."""
         optim = self.engine.optimizer_state()
-        with self.engine.at_home():
-            first_does(lambda: self._write_checkpoint(self._checkpoint(optim)), self.group)
+        with self.engine.gathered_for_read():
+            on_rank_zero(lambda: self._write_checkpoint(self._checkpoint(optim)), self.group)
         self._saved_step = self.progress.step
 
     def _write_checkpoint(self, made: Checkpoint) -> None:
@@ -376,8 +387,8 @@ class Trainer:
 
     def _export_best(self) -> None:
         """Export the best weights (the last ones where nothing was validated), whole or not at all."""
-        with self.engine.at_home():
-            first_does(self._write_export, self.group)
+        with self.engine.gathered_for_read():
+            on_rank_zero(self._write_export, self.group)
 
     def _write_export(self) -> None:
         self._check_best()
@@ -386,11 +397,11 @@ class Trainer:
             best = checkpoints.load(checkpoints.folder_of(self.checkpoint_dir, step))
             self.task.module.load_state_dict(best.model)
         self.task.module.eval()
-        aside, final = self.run_dir / ".export-writing", self.run_dir / "export"
-        shutil.rmtree(aside, ignore_errors=True)
-        self.task.export(aside)
+        tmp_path, final = self.run_dir / ".export-writing", self.run_dir / "export"
+        shutil.rmtree(tmp_path, ignore_errors=True)
+        self.task.export(tmp_path)
         shutil.rmtree(final, ignore_errors=True)
-        aside.rename(final)
+        tmp_path.rename(final)
 
 
 def refuse_second_run(run_dir: Path, resume: bool) -> None:

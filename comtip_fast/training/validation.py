@@ -31,7 +31,7 @@ class Validation:
     model
         The model, as it is when it is asked.
     shards, tables, loader, genes
-        What the task made of the run's data.
+        What the cohort made of the run's data.
     config
         The run.
     """
@@ -47,28 +47,28 @@ class Validation:
 
     @torch.no_grad()
     def score(self) -> tuple[float, dict[str, float], dict[str, float]]:
-        """Return the mean zero-shot PCC over the sections, each task's, and the numbers of the shared space."""
+        """Return the mean zero-shot PCC over the sections, each cohort's, and the numbers of the shared space."""
         scores: dict[str, list[float]] = {}
         spaces = []
         for section in self._sections():
-            task = self.shards.task_of_section(section)
-            rows = self._rows(section, task, VALIDATION_GENES)
+            cohort = self.shards.cohort_of_section(section)
+            rows = self._rows(section, cohort, VALIDATION_GENES)
             if rows.size == 0:
                 continue
             spots, features = self._section_features(section)
             image = self.model.encode_image(features).vector_BD
-            scores.setdefault(task, []).append(self._pcc(spots, rows, image))
+            scores.setdefault(cohort, []).append(self._pcc(spots, rows, image))
             spaces.append(self._space(section, spots, image))
-        per_task = {task: float(np.mean(values)) for task, values in scores.items()}
-        mean = float(np.mean(list(per_task.values()))) if per_task else float("nan")
-        return mean, per_task, {k: float(np.mean([s[k] for s in spaces])) for k in spaces[0]} if spaces else {}
+        per_cohort = {cohort: float(np.mean(values)) for cohort, values in scores.items()}
+        mean = float(np.mean(list(per_cohort.values()))) if per_cohort else float("nan")
+        return mean, per_cohort, {k: float(np.mean([s[k] for s in spaces])) for k in spaces[0]} if spaces else {}
 
     def _sections(self) -> list[int]:
         return [i for i, s in enumerate(self.shards.manifest.sections) if s.split == "val"]
 
-    def _rows(self, section: int, task: str, most: int) -> np.ndarray:
-        """Return the task's most variable trained genes that the section measured, as rows of the gene table."""
-        ranked = self.tables.genes.ranked.get(task)
+    def _rows(self, section: int, cohort: str, most: int) -> np.ndarray:
+        """Return the cohort's most variable trained genes that the section measured, as rows of the gene table."""
+        ranked = self.tables.genes.ranked.get(cohort)
         if ranked is None:
             return np.zeros(0, np.int64)
         return ranked[self.shards.measured(section)[ranked] & np.isin(ranked, self.tables.genes.trained)][:most]
@@ -82,7 +82,7 @@ class Validation:
     def _space(self, section: int, spots: np.ndarray, image: Tensor) -> dict[str, float]:
         """Pool the spots' true sentences into text vectors and see how they lie to the images."""
         keep = np.linspace(0, spots.size - 1, min(spots.size, SPACE_SPOTS)).round().astype(np.int64)
-        rows = self._rows(section, self.shards.task_of_section(section), SPACE_GENES)
+        rows = self._rows(section, self.shards.cohort_of_section(section), SPACE_GENES)
         place = np.searchsorted(self.tables.genes.trained, rows)
         values = log1p_cp10k(self.loader.counts(spots[keep])[1])[:, rows].toarray()
         levels = torch.from_numpy(self.tables.table.levels(values, place)).long().to(self.device)

@@ -53,13 +53,13 @@ def seconds_of(overrides: list[str], ranks: object, kind: list[str]) -> tuple[st
 
 def main() -> None:
     """Work through the engines."""
-    from comtip_fast.training.distributed.process_group import joined
+    from comtip_fast.training.distributed.process_group import init_distributed
 
     torch.set_num_threads(1)
     overrides = sys.argv[1].split(",")
     kinds = [["engine.kind=ddp"]]
     kinds += [["engine.kind=deepspeed", f"engine.zero_stage={stage}", "engine.bucket_mb=0.05"] for stage in range(4)]
-    with joined(60.0, "cpu") as ranks:
+    with init_distributed(60.0, "cpu") as ranks:
         found = dict(seconds_of(overrides, ranks, kind) for kind in kinds)
     print(json.dumps(found))
 

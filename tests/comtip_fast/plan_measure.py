@@ -7,12 +7,12 @@ from comtip_kernels.packed_attention.cpu import _runs, _shared
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, addmm_flop, sdpa_backward_flop_count, sdpa_flop_count
 
-from comtip_fast.collectives import Alone
+from comtip_fast.collectives import SingleProcessGroup
 from comtip_fast.config.io import load_config
 from comtip_fast.data.batch import Batch
 from comtip_fast.plan.cost import AUTOCAST, FP32
 from comtip_fast.plan.hardware import make_cluster
-from comtip_fast.plan.parts import Part, Work, step_parts
+from comtip_fast.plan.parts import StepPart, Work, step_parts
 from comtip_fast.plan.plan import Plan, make_plan
 from comtip_fast.plan.sizes import Inputs, Sizes, sizes_of
 from comtip_fast.training.engines.factory import make_engine
@@ -67,7 +67,7 @@ class Measured:
     kept_bytes: int
     sizes: Sizes
     work: Work
-    parts: list[Part]
+    parts: list[StepPart]
 
     def predicted(self, field: str) -> float:
         return sum(p.sum(field) for p in self.parts)
@@ -114,7 +114,7 @@ def measure_peak(overrides: list[str]) -> tuple[float, Plan]:
     config = load_config(None, [*overrides, "train.log_every=1000", "panel.min_genes=24"])
     task = build_task(config, CPU)
     first, second = (task.batch(task.batches(0)[0], step, 0) for step in (1, 2))
-    engine = make_engine(task.module, config, Alone())
+    engine = make_engine(task.module, config, SingleProcessGroup())
 
     def step(batch: Batch) -> None:
         engine.module.train()

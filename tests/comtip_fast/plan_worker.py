@@ -119,10 +119,10 @@ def one_case(shards: str, name: str, overrides: list[str], group: Any) -> dict[s
 def main() -> None:
     """Work through the cases of the command line."""
     patch()
-    from comtip_fast.training.distributed.process_group import find_place, joined
+    from comtip_fast.training.distributed.process_group import distributed_env, init_distributed
 
     shards, *cases = sys.argv[1:]
-    with joined(120.0, "cpu", find_place()) as group:
+    with init_distributed(120.0, "cpu", distributed_env()) as group:
         if any("deepspeed" in case for case in cases):
             import deepspeed  # noqa: F401
         # What is there by now is nobody's step: left out of every count, which makes counting quick.

@@ -85,7 +85,7 @@ def test_newest_good_passes_over_damage_and_says_so(tmp_path: Path, caplog: pyte
 def test_damaged_newer_ones_do_not_count_as_kept(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         checkpoints.save(tmp_path, step, some())
-    checkpoints.set_aside_after(tmp_path, 10)
+    checkpoints.quarantine_newer(tmp_path, 10)
     checkpoints.save(tmp_path, 15, some())
     checkpoints.prune(tmp_path, 1, None)
     assert checkpoints.steps_of(tmp_path) == [15]

@@ -112,7 +112,7 @@ def test_wrong_type_is_refused_by_key(item: str) -> None:
 @pytest.mark.parametrize(
     "item",
     ["data.batch_size=1", "data.sections_per_batch=0", "data.views=0", "data.jitter=-1", "genes.min_detection=1.5",
-     "genes.per_task=-1", "genes.held_out_every=1", "panel.min_genes=0", "panel.max_genes=0", "panel.variable_share=2",
+     "genes.per_cohort=-1", "genes.held_out_every=1", "panel.min_genes=0", "panel.max_genes=0", "panel.variable_share=2",
      "levels.n_levels=2", "levels.n_levels=257", "levels.min_positive=0", "vision.patch_px=0", "vision.width=0",
      "vision.depth=0", "vision.heads=0", "vision.heads=7", "vision.mask_ratio=0", "vision.mask_ratio=1",
      "vision.ema_decay=2", "text.heads=3", "text.heads=0", "text.max_tokens=0", "text.identity_drop=-0.1",

@@ -82,7 +82,7 @@ def test_held_out_genes_are_never_the_most_variable_and_orthologues_go_together(
     symbols = [f"G{i}" for i in range(20)] + [f"g{i}" for i in range(20)]
     ranked = {"human_a": np.arange(20), "mouse_a": np.arange(39, 19, -1)}
     choice = choose_genes(
-        ranked, symbols, GenesConfig(per_task=20, held_out_every=3, held_out_from=5, held_out=("G7",))
+        ranked, symbols, GenesConfig(per_cohort=20, held_out_every=3, held_out_from=5, held_out=("G7",))
     )
     names = {symbols[r].upper() for r in choice.held_out}
     assert not names & {f"G{i}" for i in (*range(5), *range(15, 20))}

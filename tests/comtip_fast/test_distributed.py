@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from comtip_shards import ShardSet
 
-from comtip_fast.collectives import Alone, counts_of, share_of
+from comtip_fast.collectives import SingleProcessGroup, counts_of, share_of
 from comtip_fast.config.io import ConfigError, load_config
 from comtip_fast.training.checkpoint import store as checkpoint
-from comtip_fast.training.distributed.process_group import TrainingError, find_place, first_host
+from comtip_fast.training.distributed.process_group import TrainingError, distributed_env, first_host
 from testkit import tiny
 from testkit.distributed import RankError, run_distributed
 
@@ -63,20 +63,20 @@ def test_shares_are_contiguous_and_leave_nothing_out():
 
 def test_the_launcher_is_found_in_the_environment():
     torchrun = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1234"}
-    place = find_place(torchrun)
+    place = distributed_env(torchrun)
     assert (place.rank, place.size, place.local_rank, place.address, place.port) == (3, 4, 1, "a", 1234)
     slurm = {
         "SLURM_PROCID": "9", "SLURM_STEP_NUM_TASKS": "16", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "70123",
         "SLURM_STEP_NODELIST": "gpu[03-04,11]", "SLURM_NTASKS": "16",
     }  # fmt: skip
-    place = find_place(slurm)
+    place = distributed_env(slurm)
     assert (place.rank, place.size, place.local_rank, place.address) == (9, 16, 1, "gpu03")
-    assert find_place(slurm | {"SLURM_STEP_NODELIST": "b1,b2"}).address == "b1"
+    assert distributed_env(slurm | {"SLURM_STEP_NODELIST": "b1,b2"}).address == "b1"
     # salloc alone starts one process, whatever the allocation holds.
-    assert find_place({"SLURM_NTASKS": "16", "SLURM_PROCID": "0"}).size == 1
-    assert find_place({}).size == 1
+    assert distributed_env({"SLURM_NTASKS": "16", "SLURM_PROCID": "0"}).size == 1
+    assert distributed_env({}).size == 1
     with pytest.raises(TrainingError, match="MASTER_ADDR"):
-        find_place({"RANK": "0", "WORLD_SIZE": "2"})
+        distributed_env({"RANK": "0", "WORLD_SIZE": "2"})
     with pytest.raises(TrainingError, match="MASTER_ADDR"):
         first_host("")
 
@@ -136,14 +136,14 @@ def test_whole_runs_give_one_process_curve_and_go_on_with_another_engine(tiny_sh
     # What two ranks of ZeRO left goes on alone, from where two ranks of another engine stopped.
     other = tmp_path / "2" / curves.QUICK[-1].name
     checkpoint.delete(checkpoint.folder_of(other / "checkpoints", 12))
-    curves.train(str(tiny_shards.path), other, 12, Alone(), settings=curves.engine("single"), resume=True)
+    curves.train(str(tiny_shards.path), other, 12, SingleProcessGroup(), settings=curves.engine("single"), resume=True)
     assert curves.deviations(curves.losses(other), curves.losses(tmp_path / "one"))[10] < 1e-5
 
 
 def test_the_loss_curve_is_the_one_committed(tmp_path: Path):
     """A change of the curve is a change of what is trained: say so, and write it again (bench/train/curves.py)."""
     shards = tiny.tiny_shards(tmp_path)
-    curves.train(str(shards), tmp_path / "run", 50, Alone(), settings=curves.engine("single"))
+    curves.train(str(shards), tmp_path / "run", 50, SingleProcessGroup(), settings=curves.engine("single"))
     golden = json.loads((ROOT / "tests" / "golden" / "loss_curve.json").read_text())["losses"]
     off = curves.deviations(curves.losses(tmp_path / "run"), golden)
     assert off[10] <= 1e-5, off

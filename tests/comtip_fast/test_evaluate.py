@@ -70,10 +70,10 @@ def test_a_validation_section_is_said(predictor: Predictor, tiny_shards: ShardSe
 def test_a_task_never_trained_is_flagged_and_has_no_ridge(predictor: Predictor, other_shards: ShardSet, tmp_path: Path):
     result = evaluate(without_task(predictor), other_shards, n_null=3)
     write_metrics(result.metrics, tmp_path / "metrics.json")
-    task = json.loads((tmp_path / "metrics.json").read_text())["tasks"]["human_breast"]
-    assert task["hvg_from"] == "evaluated section"
-    assert task["ridge_colour"]["cp10k"] is None
-    assert task["zero_shot"]["raw"]["mean_pcc_50_hvg"] is not None
+    cohort = json.loads((tmp_path / "metrics.json").read_text())["cohorts"]["human_breast"]
+    assert cohort["hvg_from"] == "evaluated section"
+    assert cohort["ridge_colour"]["cp10k"] is None
+    assert cohort["zero_shot"]["raw"]["mean_pcc_50_hvg"] is not None
     data = result.sections[0]
     # Unseen genes come by their variance too, though no training section says it.
     variance = data.measured["cp10k"][:, data.unseen].var(0)

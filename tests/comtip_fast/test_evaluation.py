@@ -120,7 +120,7 @@ def evaluation(tiny_run: Path, tiny_shards: ShardSet):
 def test_metrics_hold_every_key_and_the_tissue_was_learnt(evaluation, tmp_path: Path):
     write_metrics(evaluation.metrics, tmp_path / "metrics.json")
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    entry = metrics["tasks"]["human_breast"]
+    entry = metrics["cohorts"]["human_breast"]
     assert entry["sections"] == ["x1"]
     assert not entry["donor_seen_in_training"]
     for name in PREDICTORS:
@@ -161,7 +161,8 @@ def test_choice_of_genes_and_baselines_do_not_read_the_test_section(
     assert one.keys == two.keys
     np.testing.assert_array_equal(one.predicted["cp10k"], two.predicted["cp10k"])
     assert (
-        again.metrics["tasks"]["human_breast"]["zero_shot"] != evaluation.metrics["tasks"]["human_breast"]["zero_shot"]
+        again.metrics["cohorts"]["human_breast"]["zero_shot"]
+        != evaluation.metrics["cohorts"]["human_breast"]["zero_shot"]
     )
 
 
@@ -176,7 +177,7 @@ def test_sections_are_chosen_as_asked(tiny_run: Path, tiny_shards: ShardSet):
 def test_a_seen_section_is_labelled_so(tiny_run: Path, tiny_shards: ShardSet):
     result = evaluate(Predictor.load(tiny_run), tiny_shards, sections=["t1"], train_shards=tiny_shards, n_null=2)
     assert result.metrics["sections"]["t1"]["section_seen_in_training"]
-    assert result.metrics["tasks"]["human_breast"]["donor_seen_in_training"]
+    assert result.metrics["cohorts"]["human_breast"]["donor_seen_in_training"]
 
 
 def test_the_report_is_one_file_that_says_what_was_trained(evaluation, tiny_run: Path, tmp_path: Path):

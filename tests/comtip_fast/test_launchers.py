@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from comtip_fast.config.io import dump_config, load_config
-from comtip_fast.training.distributed.restart_guard import Refusals
+from comtip_fast.training.distributed.restart_guard import RestartGuard
 from comtip_fast.training.task import build_task
 from comtip_fast.training.trainer import Trainer
 from testkit.distributed import free_port, rank_environment
@@ -69,17 +69,17 @@ def test_bad_input_is_final_before_the_first_checkpoint_and_after_it_the_second_
 ):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     command = ["c.yaml", "run"]
-    Refusals(command, agent(0)).note("no such file", begun=False)
-    assert "no such file (start 1 of 3 again" in str(Refusals(command, agent(1)).known())
-    assert Refusals(["other.yaml", "run"], agent(1)).known() is None
-    assert Refusals(command, agent(0)).known() is None, "a new agent begins anew"
-    Refusals(command, agent(0)).note("in use", begun=True)
-    assert Refusals(command, agent(1)).known() is None
-    Refusals(command, agent(1)).note("in use", begun=True)
-    assert Refusals(command, agent(2)).known() is not None
-    assert Refusals(command, agent(3)).known() is not None
+    RestartGuard(command, agent(0)).note("no such file", begun=False)
+    assert "no such file (start 1 of 3 again" in str(RestartGuard(command, agent(1)).known())
+    assert RestartGuard(["other.yaml", "run"], agent(1)).known() is None
+    assert RestartGuard(command, agent(0)).known() is None, "a new agent begins anew"
+    RestartGuard(command, agent(0)).note("in use", begun=True)
+    assert RestartGuard(command, agent(1)).known() is None
+    RestartGuard(command, agent(1)).note("in use", begun=True)
+    assert RestartGuard(command, agent(2)).known() is not None
+    assert RestartGuard(command, agent(3)).known() is not None
     assert list(tmp_path.iterdir()) == [], "the last start clears up"
-    Refusals(command, {}).note("no such file", begun=False)
+    RestartGuard(command, {}).note("no such file", begun=False)
     assert list(tmp_path.iterdir()) == [], "nothing is noted outside torchrun"
 
 

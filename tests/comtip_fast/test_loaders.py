@@ -25,7 +25,7 @@ from comtip_fast.data.expression.training_tables import TrainingTables, training
 from comtip_fast.data.loaders.base import BaseLoader
 from comtip_fast.data.loaders.factory import dali_is_installed, make_loader
 from comtip_fast.data.loaders.prefetch import Ahead
-from comtip_fast.data.loaders.schedule import Plan
+from comtip_fast.data.loaders.schedule import EpochSchedule
 from comtip_fast.training.task import build_task
 from comtip_fast.training.trainer import Trainer
 
@@ -150,7 +150,7 @@ def test_a_rank_without_spots_has_an_empty_batch(loader, name: str):
 )
 def test_100_kills_over_three_world_sizes_lose_and_repeat_nothing(tiny_shards: ShardSet, tiny_overrides, more):
     config = load_config(None, [*tiny_overrides, *more])
-    plan = Plan(tiny_shards, tiny_shards.select(split="train"), config.data, seed=5)
+    plan = EpochSchedule(tiny_shards, tiny_shards.select(split="train"), config.data, seed=5)
     rng = np.random.default_rng(0)
     epoch, position, step, seen = 0, 0, 1, {}
     kills = 0
@@ -213,7 +213,7 @@ def test_balanced_batches_hold_both_platforms_alike(tiny_shards: ShardSet, loade
     # Of the two training sections take 49 spots of one and 9 of the other.
     few = loader("data.balance=platform")
     spots = np.concatenate([np.arange(49), np.arange(49, 58)])
-    plan = Plan(tiny_shards, spots, few.config.data, seed=0)
+    plan = EpochSchedule(tiny_shards, spots, few.config.data, seed=0)
     drawn = np.concatenate(plan.batches(0))
     assert (drawn < 49).sum() == 29
     assert (drawn >= 49).sum() == 29

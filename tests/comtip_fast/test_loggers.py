@@ -16,7 +16,7 @@ from comtip_fast.config.io import config_to_dict, load_config
 from comtip_fast.training.monitor.loggers import JsonlLogger, Progress, TensorBoardLogger, WandbLogger, make_loggers
 
 TRAIN = {"step": 10, "kind": "train", "loss": 1.5, "nce": 0.5, "lr": 1e-3, "spots_per_s": 321.0}
-VALID = {"step": 20, "kind": "valid", "score": 0.25, "per_task": {"human_breast": 0.25}, "best": True}
+VALID = {"step": 20, "kind": "valid", "score": 0.25, "per_cohort": {"human_breast": 0.25}, "best": True}
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -57,7 +57,7 @@ def test_progress_says_step_loss_speed_and_time_left_in_whole_lines() -> None:
     first, second = stream.getvalue().splitlines()
     assert re.fullmatch(r"step 10/100  loss 1\.5000  nce 0\.5000  321 spots/s  \d+:\d\d left", first)
     assert second == "step 20/100  validation 0.2500  (human_breast 0.2500)  best"
-    progress.log(VALID | {"score": float("nan"), "per_task": {}, "best": False})
+    progress.log(VALID | {"score": float("nan"), "per_cohort": {}, "best": False})
 
 
 def test_only_the_file_and_the_lines_by_default(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_tensorboard_writes_events(tmp_path: Path) -> None:
 
     events = EventAccumulator(str(tmp_path))
     events.Reload()
-    assert {"train/loss", "train/lr", "valid/score", "valid/per_task/human_breast"} <= set(events.Tags()["scalars"])
+    assert {"train/loss", "train/lr", "valid/score", "valid/per_cohort/human_breast"} <= set(events.Tags()["scalars"])
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(10, 1.5)]
 
 
@@ -107,4 +107,4 @@ def test_wandb_gets_numbers_by_step_and_a_resumed_run_keeps_its_id(
         logger.close()
     assert started[0]["project"] == "project"
     assert started[0]["id"] == started[1]["id"]
-    assert sent[0] == ({"valid/score": 0.25, "valid/per_task/human_breast": 0.25, "valid/best": 1.0}, 20)
+    assert sent[0] == ({"valid/score": 0.25, "valid/per_cohort/human_breast": 0.25, "valid/best": 1.0}, 20)

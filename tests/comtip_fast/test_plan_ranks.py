@@ -11,7 +11,7 @@ from comtip_shards import ShardSet
 from comtip_fast.config.io import load_config
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.plan.hardware import make_cluster
-from comtip_fast.plan.memory import Row, state_rows
+from comtip_fast.plan.memory import MemoryRow, state_rows
 from comtip_fast.plan.plan import Plan, make_plan
 from comtip_fast.plan.sizes import Inputs, sizes_of
 from testkit.distributed import run_distributed
@@ -19,7 +19,7 @@ from testkit.distributed import run_distributed
 WORKER = Path(__file__).with_name("plan_worker.py")
 W = 2
 SETTINGS = [
-    "data.batch_size=24", "data.views=1", "data.workers=0", "genes.per_task=30", "genes.held_out_from=10",
+    "data.batch_size=24", "data.views=1", "data.workers=0", "genes.per_cohort=30", "genes.held_out_from=10",
     "genes.held_out_every=4", "panel.min_genes=24", "panel.max_genes=24", "levels.n_levels=5", "levels.min_positive=10",
     "vision.patch_px=8", "vision.width=128", "vision.depth=3", "vision.heads=2", "text.width=64", "text.depth=2",
     "text.heads=2", "text.max_tokens=6", "align.dim=64", "train.log_every=1000", "train.threads=1",
@@ -67,7 +67,7 @@ def plan_of(case: str, found: dict[str, Any]) -> Plan:
     return make_plan(config, make_cluster("cpu", per_node=W), known, sizes=sizes)
 
 
-def total(rows: list[Row] | tuple[Row, ...], *, lasting: bool) -> float:
+def total(rows: list[MemoryRow] | tuple[MemoryRow, ...], *, lasting: bool) -> float:
     return sum(r.bytes for r in rows if r.lasts or not lasting)
 
 

@@ -17,7 +17,7 @@ from comtip_shards import ShardSet
 from comtip_fast.training.checkpoint import store as checkpoints
 from comtip_fast.training.checkpoint.async_writer import Writer, copied
 from comtip_fast.training.checkpoint.store import Checkpoint
-from comtip_fast.training.distributed.failures import RestartError, disk_trouble, said_clearly
+from comtip_fast.training.distributed.failures import RestartError, disk_trouble, explain_failures
 from comtip_fast.training.distributed.signals import hold_run
 from comtip_fast.training.protocol import TrainingError
 from testkit.elastic import said_by
@@ -150,12 +150,12 @@ def test_a_limit_of_the_system_on_files_is_said_too(tmp_path: Path):
 def test_only_what_a_fresh_start_mends_is_renamed():
     assert disk_trouble(OSError(errno.ENOENT, "no such file")) is None
     for error, size in ((ValueError("x"), 2), (RuntimeError("shape mismatch"), 2), (RuntimeError("gloo"), 1)):
-        with pytest.raises(type(error)) as caught, said_clearly(0, size, lambda: "step 1", 1.0):
+        with pytest.raises(type(error)) as caught, explain_failures(0, size, lambda: "step 1", 1.0):
             raise error
         assert caught.value is error
     with (
         pytest.raises(RestartError, match=r"rank 1 of 2, step 1: the connection"),
-        said_clearly(1, 2, lambda: "step 1", 1.0),
+        explain_failures(1, 2, lambda: "step 1", 1.0),
     ):
         raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
 

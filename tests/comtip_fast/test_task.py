@@ -66,9 +66,9 @@ def test_every_switch_takes_a_step(name: str, tiny_overrides: list[str]):
     gradients = {n: p.grad for n, p in task.module.named_parameters() if p.grad is not None}
     assert all(torch.isfinite(g).all() for g in gradients.values())
     task.after_step(task.module, 1)
-    score, per_task, _ = task.validate()
+    score, per_cohort, _ = task.validate()
     assert np.isfinite(score)
-    assert set(per_task) == {"human_breast"}
+    assert set(per_cohort) == {"human_breast"}
 
 
 def test_each_loss_reaches_the_parts_it_trains(tiny_overrides: list[str]):

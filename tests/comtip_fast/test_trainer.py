@@ -64,7 +64,7 @@ def test_run_folder(whole: Path) -> None:
     assert [r["step"] for r in rows if r["kind"] == "train"] == list(range(1, 18))
     assert [r["step"] for r in rows if r["kind"] == "valid"] == [3, 6, 9, 12, 15, 17]
     assert {"loss", "nce", "mfm", "lr", "grad_norm", "scale", "skips", "epoch"} <= rows[0].keys()
-    assert {"score", "per_task", "best"} <= next(r for r in rows if r["kind"] == "valid").keys()
+    assert {"score", "per_cohort", "best"} <= next(r for r in rows if r["kind"] == "valid").keys()
     losses = [r["loss"] for r in rows if r["kind"] == "train"]
     assert sum(losses[-3:]) < sum(losses[:3])
 

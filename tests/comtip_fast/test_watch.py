@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from comtip_fast.collectives import Alone
+from comtip_fast.collectives import SingleProcessGroup
 from comtip_fast.config.io import ConfigError
 from comtip_fast.config.schema import WatchConfig
 from comtip_fast.plan.live import device_of, step_cost
 from comtip_fast.training.distributed.comm_timer import ClockedGroup, CommClock, clock_backend
-from comtip_fast.training.monitor.monitor import Alarm, Events, Meter, StepCost, Watchdog
+from comtip_fast.training.monitor.monitor import Events, SpikeDetector, StepCost, ThroughputMeter, Watchdog
 from comtip_fast.training.trainer import Trainer
 from comtip_fast.training.validation import space_numbers
 from testkit.distributed import run_distributed
@@ -31,7 +31,9 @@ def rows_of(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
 
 def test_the_meter_divides_by_the_time_of_its_own_window():
     waited = iter((9.0, 0.2, 0.3, 0.0, 0.0))
-    meter = Meter(CPU, comm=lambda: next(waited), cost=StepCost(lambda spots, genes: 1e9 * spots * genes, peak=1e12))
+    meter = ThroughputMeter(
+        CPU, comm=lambda: next(waited), cost=StepCost(lambda spots, genes: 1e9 * spots * genes, peak=1e12)
+    )
     meter.begin()  # what was waited for between steps is not theirs
     for _ in range(2):
         meter.add(1.0, 10, {"genes": 5.0, "tokens": 100.0})
@@ -47,7 +49,7 @@ def test_the_meter_divides_by_the_time_of_its_own_window():
 
 
 def test_a_clocked_group_counts_the_time_of_its_collectives_once():
-    class Slow(Alone):
+    class Slow(SingleProcessGroup):
         def sum(self, values):
             time.sleep(0.03)
             return values
@@ -89,24 +91,24 @@ def test_a_collective_of_collectives_counts_once_and_a_backend_has_one_clock():
 
 
 def test_the_alarm_wants_a_history_and_names_what_jumped():
-    alarm = Alarm(WatchConfig(loss_jump=3.0, norm_jump=30.0))
-    assert all(alarm.look(5.0 + 0.1 * i, 1.0) is None for i in range(20))
-    assert alarm.look(7.0, 2.0) is None
-    said = alarm.look(60.0, 1.0)
+    alarm = SpikeDetector(WatchConfig(loss_jump=3.0, norm_jump=30.0))
+    assert all(alarm.update(5.0 + 0.1 * i, 1.0) is None for i in range(20))
+    assert alarm.update(7.0, 2.0) is None
+    said = alarm.update(60.0, 1.0)
     assert said is not None
     assert said.startswith("loss 60")
-    said = alarm.look(6.0, 99.0)
+    said = alarm.update(6.0, 99.0)
     assert said is not None
     assert said.startswith("gradient norm")
-    assert Alarm(WatchConfig(loss_jump=0, norm_jump=0)).look(math.inf, math.inf) is None
+    assert SpikeDetector(WatchConfig(loss_jump=0, norm_jump=0)).update(math.inf, math.inf) is None
 
 
 def test_the_watchdog_says_once_what_takes_so_long_and_where_it_stands(tmp_path: Path):
     said: list[str] = []
     with Watchdog(0.2, said.append, tmp_path / "stacks.txt") as dog:
-        dog.beat("step 7")
+        dog.reset("step 7")
         time.sleep(1.0)
-        dog.beat("step 8")
+        dog.reset("step 8")
     assert len(said) == 1
     assert "step 7" in said[0]
     assert "test_the_watchdog" in (tmp_path / "stacks.txt").read_text()

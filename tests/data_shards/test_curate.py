@@ -14,7 +14,7 @@ from comtip_shards.qc import check_section, check_source, check_sources
 from comtip_shards.qc import context as look_module
 from comtip_shards.qc.page import overlay, pages, ramp
 from comtip_shards.qc.result import FAIL, NOT_APPLICABLE, OK, WARN, Finding, SectionReport, explain, graded
-from comtip_shards.qc.run import look_at
+from comtip_shards.qc.run import build_context
 from comtip_shards.sections.section import Section
 from comtip_shards.sources import open_source
 from PIL import Image
@@ -181,7 +181,7 @@ def test_pages_stand_alone_and_escape(tiny: Section):
 
 def test_overlay_rings_the_spots_of_a_failed_check(tiny: Section):
     with tiny.open_slide() as slide:
-        look = look_at(tiny, slide, 224.0)
+        look = build_context(tiny, slide, 224.0)
     findings = [
         Finding(name="a", status=FAIL, said="", spots=tuple(range(10))),
         Finding(name="b", status=OK, said="", spots=(12,)),

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from comtip_shards import ShardError, ShardSet, SourceError
 from comtip_shards.reader.verify import verify
-from comtip_shards.storage.remote import Patience, Remote
+from comtip_shards.storage.remote import Remote, RetryPolicy
 
 from comtip_fast.data.sections import TileSpec, open_section
 from testkit.shards import change_manifest, rewrite
 
-QUICK = Patience(attempts=2, stall=0.5, total=2, backoff=0.01)
+QUICK = RetryPolicy(attempts=2, stall=0.5, total=2, backoff=0.01)
 
 
 @pytest.fixture

@@ -15,13 +15,13 @@ from comtip_shards.sections.leakage import (
     benchmark_of,
     check_duplicates,
     check_splits,
+    enforce_split_policy,
     guard_benchmark,
-    keep_apart,
     load_benchmark,
     own_donors,
     picture_bits,
     propose_split,
-    section_print,
+    section_fingerprint,
     spot_hashes,
 )
 from comtip_shards.sections.section import SectionMeta
@@ -92,11 +92,11 @@ def test_a_donor_shared_with_a_benchmark_section_is_kept_out():
     with pytest.raises(SourceError, match=r"other \(split train\).*that of TENX95"):
         guard_benchmark([pair[0], replace(pair[1], split="train")])
     # An unknown donor is nobody's, so it protects nobody else.
-    metas, _ = keep_apart([meta("TENX95"), meta("other", split="train")])
+    metas, _ = enforce_split_policy([meta("TENX95"), meta("other", split="train")])
     assert [m.split for m in metas] == ["test", "train"]
     # Allowed by name, its donor still may not stand on both sides.
     with pytest.raises(SourceError, match=r"donor patient 2 is in the test section other and in TENX95"):
-        keep_apart([replace(pair[0], split="train"), replace(pair[1], split="test")], allow=["TENX95"])
+        enforce_split_policy([replace(pair[0], split="train"), replace(pair[1], split="test")], allow=["TENX95"])
 
 
 def test_a_donor_of_the_list_is_kept_out_by_the_name_that_hest_gives(tmp_path: Path):
@@ -132,7 +132,7 @@ def test_a_list_of_ones_own_is_added(tmp_path: Path, text: str):
     assert {"mine", "tenx95"} <= set(known)
     assert known["mine"].task in ("OURS", "ids")
     with pytest.raises(SourceError, match="mine is a section of benchmark task"):
-        keep_apart([meta("mine", split="train")], benchmark_ids=path)
+        enforce_split_policy([meta("mine", split="train")], benchmark_ids=path)
 
 
 @pytest.mark.parametrize(
@@ -226,9 +226,9 @@ def test_hashes_do_not_depend_on_the_order_of_genes_or_spots():
 
 
 def test_the_same_counts_under_two_ids_are_refused_across_splits():
-    one = section_print(expression(), KEYS, picture(0))
-    part = section_print(expression()[100:], KEYS, picture(1))  # cropped, and another picture
-    other = section_print(expression(seed=5), KEYS, picture(2))
+    one = section_fingerprint(expression(), KEYS, picture(0))
+    part = section_fingerprint(expression()[100:], KEYS, picture(1))  # cropped, and another picture
+    other = section_fingerprint(expression(seed=5), KEYS, picture(2))
     assert len(one["spots"]) > SKETCH
     a, b, c = meta("a", "P1", "train"), meta("b", "P2", "test"), meta("c", "P3", "test")
     assert check_duplicates([(a, one), (c, other)]) == {}
@@ -244,10 +244,10 @@ def test_the_same_picture_under_two_ids_is_refused_across_splits(tmp_path: Path)
     image = Image.fromarray(picture())
     image.resize((270, 256)).save(tmp_path / "again.jpg", quality=60)
     again = np.asarray(Image.open(tmp_path / "again.jpg"))
-    one, two = section_print(expression(), KEYS, picture()), section_print(expression(seed=9), KEYS, again)
+    one, two = section_fingerprint(expression(), KEYS, picture()), section_fingerprint(expression(seed=9), KEYS, again)
     with pytest.raises(SourceError, match=r"their pictures differ in [0-9]+ of 256 bits"):
         check_duplicates([(meta("a", "P1", "train"), one), (meta("b", "P2", "test"), two)])
-    blank = [section_print(expression(seed=s), KEYS, np.full((50, 50, 3), 240, np.uint8)) for s in (1, 2)]
+    blank = [section_fingerprint(expression(seed=s), KEYS, np.full((50, 50, 3), 240, np.uint8)) for s in (1, 2)]
     assert check_duplicates([(meta("a", "P1", "train"), blank[0]), (meta("b", "P2", "test"), blank[1])]) == {}
 
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import fsspec
 import pytest
 from comtip_shards import ShardError
-from comtip_shards.storage.remote import Patience, Remote, is_url
+from comtip_shards.storage.remote import Remote, RetryPolicy, is_url
 
 DATA = bytes(range(256)) * 40
 SHA = hashlib.sha256(DATA).hexdigest()
-QUICK = Patience(attempts=3, stall=0.4, total=5, backoff=0.01)
+QUICK = RetryPolicy(attempts=3, stall=0.4, total=5, backoff=0.01)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -106,7 +106,7 @@ def test_failures_are_told_and_leave_nothing(
 
 
 def test_the_total_time_is_a_limit(server: ThreadingHTTPServer, tmp_path: Path):
-    patience = Patience(attempts=100, stall=0.3, total=1.0, backoff=0.01)
+    patience = RetryPolicy(attempts=100, stall=0.3, total=1.0, backoff=0.01)
     start = time.monotonic()
     with pytest.raises(ShardError, match="check the network"):
         remote(server, "silent", tmp_path, patience=patience).fetch("x", sha256=SHA)

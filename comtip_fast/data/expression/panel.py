@@ -17,7 +17,7 @@ from comtip_fast.config.schema import GenesConfig, PanelConfig
 
 @dataclass
 class GeneChoice:
-    """Rows of the gene table, sorted; and per task its genes by falling variance."""
+    """Rows of the gene table, sorted; and per cohort its genes by falling variance."""
 
     trained: np.ndarray
     held_out: np.ndarray
@@ -27,7 +27,7 @@ class GeneChoice:
 def rank_by_variance(
     values: list[sparse.csr_matrix], measured: list[np.ndarray], min_detection: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rank genes of one task by the variance of log1p CP10K over its training sections.
+    """Rank genes of one cohort by the variance of log1p CP10K over its training sections.
 
     A gene must be detected in ``min_detection`` of the spots of every training section that measured it.
 
@@ -57,21 +57,21 @@ def rank_by_variance(
 
 
 def choose_genes(ranked: dict[str, np.ndarray], symbols: list[str], config: GenesConfig) -> GeneChoice:
-    """Choose trained and held-out genes from each task's ranking.
+    """Choose trained and held-out genes from each cohort's ranking.
 
-    A gene held out for one task is held out for all, and so are its orthologues (same upper-case symbol):
+    A gene held out for one cohort is held out for all, and so are its orthologues (same upper-case symbol):
     they share their text, and would be seen otherwise.
     """
     names = np.array([s.upper() for s in symbols])
     out = {s.upper() for s in config.held_out}
     for rows in ranked.values():
-        top = rows[: config.per_task] if config.per_task else rows
+        top = rows[: config.per_cohort] if config.per_cohort else rows
         if config.held_out_every:
             out.update(names[top[config.held_out_from :: config.held_out_every]])
-    # The most variable genes of any task are what it is scored on: they are never held out by rank.
+    # The most variable genes of any cohort are what it is scored on: they are never held out by rank.
     kept = {n for rows in ranked.values() for n in names[rows[: config.held_out_from]]}
     out = {s.upper() for s in config.held_out} | (out - kept)
-    wanted = np.unique(np.concatenate([r[: config.per_task] if config.per_task else r for r in ranked.values()]))
+    wanted = np.unique(np.concatenate([r[: config.per_cohort] if config.per_cohort else r for r in ranked.values()]))
     hidden = np.isin(names[wanted], list(out))
     return GeneChoice(wanted[~hidden], wanted[hidden], ranked)
 

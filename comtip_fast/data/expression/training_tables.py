@@ -19,7 +19,7 @@ from scipy import sparse
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.data.expression.levels import LevelTable, fit_levels, log1p_cp10k
 from comtip_fast.data.expression.panel import GeneChoice, choose_genes, rank_by_variance
-from comtip_fast.data.records import Records
+from comtip_fast.data.records import SpotReader
 from comtip_fast.objectives import strata_of
 
 log = logging.getLogger("comtip_fast")
@@ -64,7 +64,7 @@ def training_tables(shards: ShardSet, config: RunConfig) -> TrainingTables:
     section = shards.sections_of(fit)
     values = log1p_cp10k(counts)
     measured_SA = np.stack([shards.measured(s) for s in range(len(shards.manifest.sections))])
-    ranked = _rank_tasks(shards, values, section, measured_SA, config)
+    ranked = _rank_cohorts(shards, values, section, measured_SA, config)
     genes = choose_genes({t: r for t, (r, _) in ranked.items()}, [g.symbol for g in shards.genes], config.genes)
     if genes.trained.size < 2:
         raise ValueError(f"{shards.path}: fewer than 2 genes are left to train on; lower genes.min_detection")
@@ -107,7 +107,7 @@ def _read_counts(
     shards: ShardSet, spots: np.ndarray, config: RunConfig
 ) -> tuple[np.ndarray, sparse.csr_matrix, np.ndarray]:
     """Return (whole spots, their counts, damaged spots)."""
-    counts, faults = Records(shards, with_counts=True).counts(spots)
+    counts, faults = SpotReader(shards, with_counts=True).counts(spots)
     for place, error in sorted(faults.items()):
         if config.data.faults == "stop":
             raise error
@@ -131,7 +131,7 @@ def _all_levels(
     return np.concatenate(spots), np.concatenate(levels)
 
 
-def _rank_tasks(
+def _rank_cohorts(
     shards: ShardSet,
     values: sparse.csr_matrix,
     section: np.ndarray,
@@ -139,17 +139,17 @@ def _rank_tasks(
     config: RunConfig,
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     ranked = {}
-    tasks = {s: shards.task_of_section(int(s)) for s in np.unique(section)}
-    for task in sorted(set(tasks.values())):
-        own = [s for s in tasks if tasks[s] == task]
-        ranked[task] = rank_by_variance(
+    cohorts = {s: shards.cohort_of_section(int(s)) for s in np.unique(section)}
+    for cohort in sorted(set(cohorts.values())):
+        own = [s for s in cohorts if cohorts[s] == cohort]
+        ranked[cohort] = rank_by_variance(
             [values[section == s] for s in own], [measured_SA[s] for s in own], config.genes.min_detection
         )
     return ranked
 
 
 def _variance(genes: GeneChoice, ranked: dict[str, Any]) -> np.ndarray:
-    """Return each trained gene's variance, scaled to its task's mean; the larger where two tasks share it."""
+    """Return each trained gene's variance, scaled to its cohort's mean; the larger where two cohorts share it."""
     out = np.zeros(genes.trained.size)
     for rows, variance in ranked.values():
         place = np.searchsorted(genes.trained, rows)

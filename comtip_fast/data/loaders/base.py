@@ -29,8 +29,8 @@ from comtip_fast.data.batch import Batch
 from comtip_fast.data.expression.batch_levels import levels_from_counts, levels_from_table
 from comtip_fast.data.expression.panel import draw_panel
 from comtip_fast.data.expression.training_tables import TrainingTables
-from comtip_fast.data.loaders.schedule import Plan, Request
-from comtip_fast.data.records import Csr, Records, Spots
+from comtip_fast.data.loaders.schedule import EpochSchedule, Request
+from comtip_fast.data.records import Csr, DecodedSpots, SpotReader
 
 log = logging.getLogger("comtip_fast")
 Stem = Callable[[Tensor], Tensor]
@@ -82,8 +82,8 @@ class BaseLoader(ABC):
         self.shards, self.tables, self.config = shards, tables, config
         self.rank, self.world, self.device = rank, world, torch.device(device)
         self.seed = config.train.seed
-        self.plan = Plan(shards, tables.spots, config.data, self.seed)
-        self.records = Records(shards, with_counts=tables.levels is None)
+        self.plan = EpochSchedule(shards, tables.spots, config.data, self.seed)
+        self.records = SpotReader(shards, with_counts=tables.levels is None)
         self.faults: dict[int, ShardError] = {}
         """Damaged records met so far, by spot."""
         self._stem = frozen_stem
@@ -201,7 +201,7 @@ class BaseLoader(ABC):
         """Read, decode and complete one batch in this thread."""
         return self._complete(request, self._read(request, self.records.read))
 
-    def _read(self, request: Request, read: Callable[[np.ndarray], Spots]) -> Spots:
+    def _read(self, request: Request, read: Callable[[np.ndarray], DecodedSpots]) -> DecodedSpots:
         """Read this rank's records; where one is damaged, stop or let another spot of the batch stand in."""
         own = share_of(request.spots.size, self.rank, self.world)
         got = read(request.spots[own])
@@ -221,7 +221,7 @@ class BaseLoader(ABC):
         after = after[np.argsort(section[after] != section[place], kind="stable")]
         yield from spots[after][:, None]
 
-    def _complete(self, request: Request, got: Spots) -> Made:
+    def _complete(self, request: Request, got: DecodedSpots) -> Made:
         """Join tiles with panel, levels and sections; make the views unless a GPU does."""
         csr = self.records.csr(got.encoded) if self.records.with_counts else None
         batch = self._labels(request, got.spots, csr)

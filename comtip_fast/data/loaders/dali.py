@@ -22,7 +22,7 @@ from comtip_fast.collectives import share_of
 from comtip_fast.data.loaders.base import BaseLoader, Made
 from comtip_fast.data.loaders.prefetch import Ahead
 from comtip_fast.data.loaders.schedule import Request
-from comtip_fast.data.records import Encoded, Spots
+from comtip_fast.data.records import DecodedSpots, EncodedSpots
 
 DEPTH_CPU, DEPTH_GPU = 4, 2
 """Batches inside DALI. On a CPU its threads and the one that completes batches want the same cores: the more batches are
@@ -47,7 +47,7 @@ class DaliLoader(BaseLoader):
 
     def _decoded(self, requests: Iterator[Request]) -> Iterator[Made]:
         decoder = self._decoder()
-        waiting: deque[tuple[Request, Encoded]] = deque()
+        waiting: deque[tuple[Request, EncodedSpots]] = deque()
         for request in requests:
             got = self._fetch(request)
             if got.faults or not got.spots.size:
@@ -66,7 +66,7 @@ class DaliLoader(BaseLoader):
         device_id = None if self.device.type == "cpu" else self.device.index or 0
         return Decoder(-(-size // self.world), max(1, self.config.data.workers), device_id)
 
-    def _fetch(self, request: Request) -> Encoded:
+    def _fetch(self, request: Request) -> EncodedSpots:
         """Read this rank's records; what DALI must not see is a fault."""
         got = self.records.fetch(request.spots[share_of(request.spots.size, self.rank, self.world)])
         tile = self.shards.manifest.tile
@@ -78,11 +78,11 @@ class DaliLoader(BaseLoader):
                     got.faults[i] = error
         return got
 
-    def _finish(self, decoder: Decoder, waiting: deque[tuple[Request, Encoded]]) -> Iterator[Made]:
+    def _finish(self, decoder: Decoder, waiting: deque[tuple[Request, EncodedSpots]]) -> Iterator[Made]:
         while waiting:
             yield self._take(decoder, waiting)
 
-    def _take(self, decoder: Decoder, waiting: deque[tuple[Request, Encoded]]) -> Made:
+    def _take(self, decoder: Decoder, waiting: deque[tuple[Request, EncodedSpots]]) -> Made:
         request, got = waiting.popleft()
         try:
             tiles = decoder.take()
@@ -90,7 +90,7 @@ class DaliLoader(BaseLoader):
             # DALI does not say which tile it could not decode, and its pipeline is of no more use; Pillow finds the tile.
             decoder.restart([encoded.tiles for _, encoded in waiting])
             return self._make(request)
-        made = self._complete(request, Spots(got, tiles))
+        made = self._complete(request, DecodedSpots(got, tiles))
         decoder.release()
         return made
 

@@ -30,7 +30,7 @@ class Request:
     """int64 (B,), all ranks' spots."""
 
 
-class Plan:
+class EpochSchedule:
     """The batches of every epoch.
 
     Parameters
@@ -97,5 +97,5 @@ def groups_of(shards: ShardSet, balance: str) -> list[str]:
     """Return what ``data.balance`` weighs alike, per section."""
     sections = shards.manifest.sections
     if balance == "organ":
-        return [shards.task_of_section(i) for i in range(len(sections))]
+        return [shards.cohort_of_section(i) for i in range(len(sections))]
     return [s.platform.strip().lower() for s in sections]

@@ -49,7 +49,7 @@ class Writer:
             self._thread = None
         self.check()
 
-    def settle(self) -> None:
+    def join_quietly(self) -> None:
         """Wait without raising: for a run that ends by another error, which must be the one that is seen."""
         if self._thread is not None:
             self._thread.join()

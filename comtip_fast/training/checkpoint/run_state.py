@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from comtip_fast.config.io import config_to_dict, flatten
+from comtip_fast.config.io import config_from_dict, config_to_dict, flatten
 from comtip_fast.config.schema import EngineConfig, RunConfig, WatchConfig
 from comtip_fast.training.protocol import TrainingError
 
@@ -76,7 +76,9 @@ def check_same_run(
     TrainingError
         A key outside :data:`FREE_KEYS`, or what the run reads, has changed.
     """
-    old, new = flatten(state["config"]), flatten(config_to_dict(config))
+    # Through the reader: keys that are new since then are at their defaults, renamed ones under their new names.
+    then = config_from_dict(state["config"], f"the checkpoint in {run_dir}")
+    old, new = flatten(config_to_dict(then)), flatten(config_to_dict(config))
     changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and k not in FREE_KEYS]
     if changed:
         shown = ", ".join(f"{k} ({old.get(k)} -> {new.get(k)})" for k in changed[:5])

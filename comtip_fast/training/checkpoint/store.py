@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: written aside, hashed, renamed; verified on load; never unpickled.
+"""Checkpoints that are whole or not there: written tmp_path, hashed, renamed; verified on load; never unpickled.
 
     checkpoints/step_00000100/{model.safetensors, optim.safetensors, state.json, SHA256SUMS}
 
@@ -63,16 +63,16 @@ def save(root: Path, step: int, checkpoint: Checkpoint) -> Path:
         The disk is full or fails; what was written of this checkpoint is removed, older ones are as they were.
     """
     root.mkdir(parents=True, exist_ok=True)
-    final, aside = folder_of(root, step), root / f".writing-{step:08d}"
-    shutil.rmtree(aside, ignore_errors=True)
+    final, tmp_path = folder_of(root, step), root / f".writing-{step:08d}"
+    shutil.rmtree(tmp_path, ignore_errors=True)
     try:
-        _write(aside, checkpoint)
+        _write(tmp_path, checkpoint)
         if final.exists():
             delete(final)
-        aside.rename(final)
+        tmp_path.rename(final)
         _flush(root)
     except Exception as error:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(tmp_path, ignore_errors=True)
         said = disk_trouble(error)
         if said is None:
             raise
@@ -86,16 +86,16 @@ def save(root: Path, step: int, checkpoint: Checkpoint) -> Path:
     return final
 
 
-def _write(aside: Path, checkpoint: Checkpoint) -> None:
-    aside.mkdir()
+def _write(tmp_path: Path, checkpoint: Checkpoint) -> None:
+    tmp_path.mkdir()
     # A copy of each tensor: safetensors refuses tied weights, which share their memory.
-    save_file({k: v.detach().cpu().clone().contiguous() for k, v in checkpoint.model.items()}, aside / FILES[0])
-    save_file(checkpoint.optim, aside / FILES[1])
+    save_file({k: v.detach().cpu().clone().contiguous() for k, v in checkpoint.model.items()}, tmp_path / FILES[0])
+    save_file(checkpoint.optim, tmp_path / FILES[1])
     state = {"format": FORMAT, "version": VERSION} | checkpoint.state
-    (aside / FILES[2]).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-    sums = "".join(f"{_sha256(aside / name)}  {name}\n" for name in FILES)
-    (aside / SUMS).write_text(sums, encoding="utf-8")
-    for path in (*aside.iterdir(), aside):
+    (tmp_path / FILES[2]).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+    sums = "".join(f"{_sha256(tmp_path / name)}  {name}\n" for name in FILES)
+    (tmp_path / SUMS).write_text(sums, encoding="utf-8")
+    for path in (*tmp_path.iterdir(), tmp_path):
         _flush(path)
 
 
@@ -150,7 +150,7 @@ def newest_good(root: Path) -> tuple[int, Checkpoint] | None:
     return None
 
 
-def set_aside_after(root: Path, step: int) -> None:
+def quarantine_newer(root: Path, step: int) -> None:
     """Rename checkpoints newer than ``step`` to ``damaged_step_*``: they did not verify and must not count as kept."""
     for newer in steps_of(root):
         if newer > step:
@@ -177,10 +177,10 @@ def prune(root: Path, keep: int, best: int | None) -> None:
 
 def delete(folder: Path) -> None:
     """Delete a checkpoint; killed half way, it leaves no folder that looks like a checkpoint."""
-    aside = folder.with_name(f".deleting-{folder.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    folder.rename(aside)
-    shutil.rmtree(aside)
+    tmp_path = folder.with_name(f".deleting-{folder.name}")
+    shutil.rmtree(tmp_path, ignore_errors=True)
+    folder.rename(tmp_path)
+    shutil.rmtree(tmp_path)
 
 
 def _sha256(path: Path) -> str:

@@ -145,9 +145,9 @@ class ClockedGroup:
         with self.clock.running():
             return self.inner.max(values)
 
-    def pass_on(self, send: Sequence[Tensor], receive: Sequence[Tensor]) -> Callable[[], None]:
+    def ring_shift(self, send: Sequence[Tensor], receive: Sequence[Tensor]) -> Callable[[], None]:
         """See :class:`Group`; only waiting counts, what the ring does meanwhile is computation."""
-        wait = self.inner.pass_on(send, receive)
+        wait = self.inner.ring_shift(send, receive)
 
         def clocked_wait() -> None:
             with self.clock.running():

@@ -1,7 +1,7 @@
 """Failures that a fresh start mends: said in one sentence on every rank, within a bounded time, with an exit code of their own.
 
 A rank that dies takes its connections with it, so the others fail in their next collective; what they then get to see
-is a line of the transport. :func:`said_clearly` turns it into what happened, where, and what to do.
+is a line of the transport. :func:`explain_failures` turns it into what happened, where, and what to do.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class RestartError(RuntimeError):
 
 
 @contextmanager
-def said_clearly(rank: int, size: int, where: Callable[[], str], timeout_s: float) -> Iterator[None]:
+def explain_failures(rank: int, size: int, where: Callable[[], str], timeout_s: float) -> Iterator[None]:
     """Turn a lost rank, a late rank and a full disk into a :class:`RestartError`; all else passes as it is.
 
     Parameters
@@ -87,7 +87,7 @@ def no_longer_than(seconds: float, what: str) -> Iterator[None]:
 
     def end() -> None:
         sys.stderr.write(f"comtip: error: {what} took more than {seconds:g} s; ended\n")
-        end_now()
+        hard_exit()
 
     timer = threading.Timer(seconds, end)
     timer.daemon = True
@@ -98,7 +98,7 @@ def no_longer_than(seconds: float, what: str) -> Iterator[None]:
         timer.cancel()
 
 
-def end_now(code: int = RESTART_CODE) -> None:
+def hard_exit(code: int = RESTART_CODE) -> None:
     """End this process from any thread, whatever the others are stuck in."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()

@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from comtip_fast.collectives import Alone, Group
-from comtip_fast.training.distributed.failures import RestartError, disk_trouble, no_longer_than, said_clearly
+from comtip_fast.collectives import Group, SingleProcessGroup
+from comtip_fast.training.distributed.failures import RestartError, disk_trouble, explain_failures, no_longer_than
 from comtip_fast.training.protocol import TrainingError
 
 T = TypeVar("T")
@@ -31,7 +31,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_ten
 
 
 @dataclass(frozen=True)
-class Place:
+class DistributedEnv:
     """Where this process stands among those that were launched together."""
 
     rank: int = 0
@@ -44,7 +44,7 @@ class Place:
     """``torchrun`` (or ``deepspeed``, which speaks the same), ``slurm`` or ``none``."""
 
 
-def find_place(environ: Mapping[str, str] = os.environ) -> Place:
+def distributed_env(environ: Mapping[str, str] = os.environ) -> DistributedEnv:
     """Read the launcher's environment.
 
     Raises
@@ -58,7 +58,7 @@ def find_place(environ: Mapping[str, str] = os.environ) -> Place:
             raise TrainingError(f"the launcher set no {', '.join(missing)}; start with torchrun, deepspeed or srun")
         rank = int(environ["RANK"])
         local = int(environ.get("LOCAL_RANK", rank))
-        return Place(
+        return DistributedEnv(
             rank, int(environ["WORLD_SIZE"]), local, environ["MASTER_ADDR"], int(environ["MASTER_PORT"]), "torchrun"
         )
     # Inside a step of srun only: an allocation alone (salloc) sets SLURM_NTASKS for one process.
@@ -66,8 +66,10 @@ def find_place(environ: Mapping[str, str] = os.environ) -> Place:
     if size > 1 and "SLURM_PROCID" in environ:
         address = environ.get("MASTER_ADDR") or first_host(environ.get("SLURM_STEP_NODELIST", ""))
         port = int(environ.get("MASTER_PORT", _FIRST_PORT + int(environ.get("SLURM_JOB_ID", "0")) % _PORTS))
-        return Place(int(environ["SLURM_PROCID"]), size, int(environ.get("SLURM_LOCALID", "0")), address, port, "slurm")
-    return Place()
+        return DistributedEnv(
+            int(environ["SLURM_PROCID"]), size, int(environ.get("SLURM_LOCALID", "0")), address, port, "slurm"
+        )
+    return DistributedEnv()
 
 
 def first_host(nodes: str) -> str:
@@ -121,7 +123,7 @@ class ProcessGroup:
         dist.all_reduce(out, dist.ReduceOp.MAX)
         return out
 
-    def pass_on(self, send: Sequence[Tensor], receive: Sequence[Tensor]) -> Callable[[], None]:
+    def ring_shift(self, send: Sequence[Tensor], receive: Sequence[Tensor]) -> Callable[[], None]:
         """Start one step of a ring."""
         after, before = (self.rank + 1) % self.size, (self.rank - 1) % self.size
         ops = [dist.P2POp(dist.isend, t, after) for t in send if t.numel()]
@@ -141,7 +143,9 @@ def _padded(rows: Tensor, length: int) -> Tensor:
 
 
 @contextmanager
-def joined(timeout_s: float = 600.0, device: str = "auto", place: Place | None = None) -> Iterator[Group]:
+def init_distributed(
+    timeout_s: float = 600.0, device: str = "auto", place: DistributedEnv | None = None
+) -> Iterator[Group]:
     """Join the processes that were launched with this one, for as long as the ``with`` block lasts.
 
     Parameters
@@ -153,9 +157,9 @@ def joined(timeout_s: float = 600.0, device: str = "auto", place: Place | None =
     place
         Where this process stands; None reads the environment.
     """
-    place = find_place() if place is None else place
+    place = distributed_env() if place is None else place
     if place.size == 1:
-        yield Alone()
+        yield SingleProcessGroup()
         return
     gpu = device != "cpu" and torch.cuda.is_available()
     if gpu:
@@ -163,7 +167,7 @@ def joined(timeout_s: float = 600.0, device: str = "auto", place: Place | None =
     os.environ.setdefault("MASTER_ADDR", place.address)
     os.environ.setdefault("MASTER_PORT", str(place.port))
     os.environ["LOCAL_RANK"] = str(place.local_rank)  # read by DeepSpeed
-    with said_clearly(place.rank, place.size, lambda: "while joining the other ranks", timeout_s):
+    with explain_failures(place.rank, place.size, lambda: "while joining the other ranks", timeout_s):
         timeout = timedelta(seconds=timeout_s)
         dist.init_process_group(
             "nccl" if gpu else "gloo",
@@ -173,14 +177,14 @@ def joined(timeout_s: float = 600.0, device: str = "auto", place: Place | None =
             timeout=timeout,
         )
     try:
-        with said_clearly(place.rank, place.size, lambda: "before or after the steps", timeout_s):
+        with explain_failures(place.rank, place.size, lambda: "before or after the steps", timeout_s):
             yield ProcessGroup()
     finally:
         with no_longer_than(LEAVING_S, "leaving the other ranks"):
             dist.destroy_process_group()
 
 
-def _store(place: Place, timeout: timedelta) -> dist.Store:
+def _store(place: DistributedEnv, timeout: timedelta) -> dist.Store:
     """Return where ranks find one another.
 
     The store that torchrun's agent serves outlives its workers and keeps the addresses of dead ones, so every start has
@@ -202,7 +206,7 @@ def broadcast(value: T, group: Group) -> T:
     return box[0]
 
 
-def first_does(work: Callable[[], T], group: Group) -> T:
+def on_rank_zero(work: Callable[[], T], group: Group) -> T:
     """Let rank 0 do ``work`` and return what it gave on every rank; what it raises is raised on every rank.
 
     The result must be plain data. Other ranks raise :class:`TrainingError`, or :class:`RestartError` where rank 0 did,

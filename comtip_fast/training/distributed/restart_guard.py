@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 
-class Refusals:
+class RestartGuard:
     """The note between two starts of one rank; does nothing outside torchrun.
 
     Parameters

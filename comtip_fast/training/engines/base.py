@@ -47,11 +47,11 @@ class Engine(Protocol):
         """Clip and step, unless the norm or, as the caller says, the loss is not finite; return the gradients' norm."""
         ...
 
-    def writable(self) -> AbstractContextManager[Any]:
+    def summon_full_params(self) -> AbstractContextManager[Any]:
         """Open the module's parameters for reading and writing in place."""
         ...
 
-    def at_home(self) -> AbstractContextManager[Any]:
+    def gathered_for_read(self) -> AbstractContextManager[Any]:
         """Surround what rank 0 reads from the task's own module outside of steps; every rank calls it."""
         ...
 

@@ -90,7 +90,7 @@ class DeepSpeedEngine:
                 "nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1
             )
         os.environ.setdefault("LOCAL_RANK", "0")  # where no launcher set it, and DeepSpeed insists on it
-        # ZeRO 3 takes a module's parameters away; the task keeps a module of its own, see :meth:`at_home`.
+        # ZeRO 3 takes a module's parameters away; the task keeps a module of its own, see :meth:`gathered_for_read`.
         self._home = module
         self.module = _moved(module) if self.stage == 3 else module
         self.optimizer = make_optimizer(self.module, config.optim)
@@ -136,8 +136,8 @@ class DeepSpeedEngine:
         return float(self._engine.optimizer._global_grad_norm)
 
     @contextmanager
-    def writable(self) -> Iterator[None]:
-        """See :meth:`.engine.Engine.writable`; every rank writes the same, rank 0's is taken."""
+    def summon_full_params(self) -> Iterator[None]:
+        """See :meth:`.engine.Engine.summon_full_params`; every rank writes the same, rank 0's is taken."""
         if self.stage < 3:
             yield
             return
@@ -145,7 +145,7 @@ class DeepSpeedEngine:
             yield
 
     @contextmanager
-    def at_home(self) -> Iterator[None]:
+    def gathered_for_read(self) -> Iterator[None]:
         """Fill the task's own module on rank 0, one tensor at a time; outside of this its trained weights take no memory."""
         if self.stage < 3:
             yield

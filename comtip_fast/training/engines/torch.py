@@ -68,11 +68,11 @@ class TorchEngine:
             self.optimizer.step()
         return norm
 
-    def writable(self) -> AbstractContextManager[Any]:
+    def summon_full_params(self) -> AbstractContextManager[Any]:
         """Every rank holds every parameter."""
         return nullcontext()
 
-    def at_home(self) -> AbstractContextManager[Any]:
+    def gathered_for_read(self) -> AbstractContextManager[Any]:
         """Do nothing: the task's module is the one that is trained."""
         return nullcontext()
 

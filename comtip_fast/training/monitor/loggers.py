@@ -101,7 +101,7 @@ class Progress:
         """Print the row."""
         step = row["step"]
         if row["kind"] == "valid":
-            parts = "  ".join(f"{task} {score:.4f}" for task, score in row["per_task"].items())
+            parts = "  ".join(f"{task} {score:.4f}" for task, score in row["per_cohort"].items())
             if "r1" in row:
                 parts += f"  R@1 {row['r1']:.3f} {row['t1']:.3f}"
             self._print(
@@ -166,9 +166,9 @@ def keep_rows_up_to(path: Path, step: int) -> None:
             break
         if row["step"] <= step:
             kept.append(line + "\n")
-    aside = path.with_suffix(".writing")
-    aside.write_text("".join(kept), encoding="utf-8")
-    aside.replace(path)
+    tmp_path = path.with_suffix(".writing")
+    tmp_path.write_text("".join(kept), encoding="utf-8")
+    tmp_path.replace(path)
 
 
 def finite(value: Any) -> Any:

@@ -43,7 +43,7 @@ class StepCost:
 
 
 @dataclass
-class Meter:
+class ThroughputMeter:
     """Adds up the steps between two logged rows."""
 
     device: torch.device
@@ -94,14 +94,14 @@ def peak_memory(device: torch.device) -> int:
 
 
 @dataclass
-class Alarm:
+class SpikeDetector:
     """Says when losses or gradients leave the range they were in; a warning, the run goes on."""
 
     config: WatchConfig
     _losses: deque[float] = field(default_factory=lambda: deque(maxlen=50))
     _norms: deque[float] = field(default_factory=lambda: deque(maxlen=50))
 
-    def look(self, loss: float, norm: float) -> str | None:
+    def update(self, loss: float, norm: float) -> str | None:
         """Return what is wrong with this step, or None."""
         said = None
         for value, before, limit, what in (
@@ -141,7 +141,7 @@ class Watchdog:
         if self._thread.is_alive():
             self._thread.join()
 
-    def beat(self, what: str) -> None:
+    def reset(self, what: str) -> None:
         """Hear that the run lives, and what it does next."""
         self._beat, self.what, self._said = time.monotonic(), what, False
 
@@ -172,7 +172,7 @@ class Events:
             file.write(json.dumps({"step": step, "kind": kind, "text": text}) + "\n")
 
 
-class Tracer:
+class Profiler:
     """Traces some steps with ``torch.profiler`` and writes a Chrome trace per rank."""
 
     def __init__(self, steps: tuple[int, int] | None, folder: Path, rank: int, device: torch.device) -> None:

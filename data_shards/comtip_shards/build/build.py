@@ -18,8 +18,8 @@ from comtip_shards.format import record
 from comtip_shards.qc import refuse_failed, write_pages
 from comtip_shards.errors import SourceError
 from comtip_shards.build.jobs import run_jobs
-from comtip_shards.sections.leakage import check_duplicates, keep_apart
-from comtip_shards.format.manifest import Manifest, Part, TileSpec, sha256_of
+from comtip_shards.sections.leakage import check_duplicates, enforce_split_policy
+from comtip_shards.format.manifest import Manifest, BuildPart, TileSpec, sha256_of
 from comtip_shards.build.output_dir import built_already, writing
 from comtip_shards.sections.section import SectionMeta, check_meta
 from comtip_shards.sources.base import SectionSource
@@ -62,11 +62,11 @@ def build_shards(
     splits
         ``{section_id: "train" | "val" | "test"}``, wins over the sources' own.
     max_records
-        Records per tar file.
+        RecordRun per tar file.
     strict
         Refuse sections that fail a check; otherwise failures are told in ``report/`` and the manifest's notes.
     allow_benchmark, benchmark_ids, auto_split, seed
-        Of :func:`comtip_shards.sections.leakage.keep_apart`.
+        Of :func:`comtip_shards.sections.leakage.enforce_split_policy`.
     jobs
         Processes that work on sections side by side; the bytes do not depend on it.
     part
@@ -83,7 +83,7 @@ def build_shards(
     out = Path(out)
     tile = TileSpec(tile_px, float(tile_um), float(min_mpp), codec, quality)
     _check_tile(tile)
-    metas, notes = keep_apart(
+    metas, notes = enforce_split_policy(
         _with_splits([s.meta for s in sources], splits or {}), allow=allow_benchmark, benchmark_ids=benchmark_ids,
         auto_split=auto_split, seed=seed,
     )  # fmt: skip
@@ -120,7 +120,7 @@ def report_of(out: Path, manifest: Manifest, more: str = "") -> BuildReport:
     return BuildReport(out, manifest.n_spots, manifest.n_genes, ids, report(manifest) + more)
 
 
-def _part_of(metas: list[SectionMeta], part: tuple[int, int] | None) -> Part | None:
+def _part_of(metas: list[SectionMeta], part: tuple[int, int] | None) -> BuildPart | None:
     """Return which sections a part holds: every n-th, so that neighbours in the source, often alike, are spread."""
     if part is None:
         return None
@@ -130,7 +130,7 @@ def _part_of(metas: list[SectionMeta], part: tuple[int, int] | None) -> Part | N
             f"part {index}/{of} of {len(metas)} sections cannot be; write i/n, i from 1 to n, n at most that"
         )
     whole = hashlib.sha256(json.dumps([asdict(m) for m in metas], sort_keys=True).encode()).hexdigest()
-    return Part(index, of, list(range(index - 1, len(metas), of)), whole)
+    return BuildPart(index, of, list(range(index - 1, len(metas), of)), whole)
 
 
 # -- checks -------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from comtip_shards.format.manifest import Manifest
 from comtip_shards.build.output_dir import built_already, writing
 from comtip_shards.reader.shard_set import ShardSet
 from comtip_shards.sections.section import meta_of
-from comtip_shards.build.writer import REPORTS, Records, SectionHead, set_fingerprint, write_set
+from comtip_shards.build.writer import REPORTS, RecordRun, SectionHead, set_fingerprint, write_set
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class FinishedSection:
             section.overview.um_per_px, section.source, _pages(shards, section.section_id),
         )  # fmt: skip
 
-    def runs(self, size: int) -> Iterator[Records]:
+    def runs(self, size: int) -> Iterator[RecordRun]:
         """Yield the records as they follow one another: the layout depends on nothing outside the section."""
         shards = _open(self.path, self.digest)
         section = shards.manifest.sections[self.number]
@@ -49,7 +49,7 @@ class FinishedSection:
         for start in range(0, section.n_spots, size):
             spots = np.arange(start, min(start + size, section.n_spots)) + section.first_spot
             counts = shards.counts(spots)
-            yield Records(
+            yield RecordRun(
                 tiles=shards.members(spots, "tile"), jsons=shards.members(spots, "json"), indptr=counts.indptr,
                 columns=place[counts.indices], counts=counts.data,
             )  # fmt: skip

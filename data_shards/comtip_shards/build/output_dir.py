@@ -11,7 +11,7 @@ from pathlib import Path
 
 from comtip_shards.format import spot_table as spots
 from comtip_shards.errors import ShardError
-from comtip_shards.format.manifest import NAME, Manifest, Part, read_manifest
+from comtip_shards.format.manifest import NAME, Manifest, BuildPart, read_manifest
 from comtip_shards.build.writer import FOLDERS, GENES_FILE, REPORT_FILE, REPORTS
 
 STAGING = ".building"
@@ -20,7 +20,7 @@ WRITING = ".writing"
 _OURS = {STAGING, REPORTS, GENES_FILE, REPORT_FILE, spots.FILE, NAME + WRITING, *FOLDERS}
 
 
-def built_already(out: Path, fingerprint: str, part: Part | None) -> Manifest | None:
+def built_already(out: Path, fingerprint: str, part: BuildPart | None) -> Manifest | None:
     """Return the manifest where ``out`` is this very set, None where it may be written; refuse anything else."""
     if not out.exists():
         return None

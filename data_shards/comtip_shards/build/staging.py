@@ -18,14 +18,14 @@ from comtip_shards.qc.page import EXTENSIONS, pages
 from comtip_shards.qc.run import check_section
 from comtip_shards.genes.identifiers import map_genes
 from comtip_shards.slides.base import Slide, reading_order
-from comtip_shards.sections.leakage import section_print
+from comtip_shards.sections.leakage import section_fingerprint
 from comtip_shards.format.manifest import TileSpec
 from comtip_shards.build.output_dir import WRITING
 from comtip_shards.format.record import encode_json, encode_tile
 from comtip_shards.sections.section import Section, SectionMeta
 from comtip_shards.sources.base import SectionSource
 from comtip_shards.slides.tiles import StainStats, stain_stats
-from comtip_shards.build.writer import Records, SectionHead, layout
+from comtip_shards.build.writer import RecordRun, SectionHead, layout
 
 OVERVIEW_PX = 1024
 
@@ -48,7 +48,7 @@ class Staged:
             {e: (self.folder / f"report.{e}").read_text(encoding="utf-8") for e in EXTENSIONS},
         )  # fmt: skip
 
-    def runs(self, size: int) -> Iterator[Records]:
+    def runs(self, size: int) -> Iterator[RecordRun]:
         """Yield the records in the order of the layout, ``size`` at a time; tiles are not held in memory."""
         spots = json.loads((self.folder / "spots.json").read_bytes())
         order = layout(self.meta.section_id, len(spots))
@@ -59,7 +59,7 @@ class Staged:
         for start in range(0, order.size, size):
             rows = order[start : start + size]
             spans = [slice(indptr[r], indptr[r + 1]) for r in rows]
-            yield Records(
+            yield RecordRun(
                 tiles=[tiles[starts[r] : starts[r] + sizes[r]].tobytes() for r in rows],
                 jsons=[encode_json(spots[r]) for r in rows],
                 indptr=np.concatenate([[0], np.cumsum(indptr[rows + 1] - indptr[rows])]),
@@ -72,12 +72,12 @@ def stage_section(source: SectionSource, meta: SectionMeta, tile: TileSpec, mark
     """Read, cut and encode one section, unless this was done before from the same inputs."""
     folder = staging / f"{meta.section_id}-{mark[:16]}"
     if folder.is_dir():
-        return Staged(folder, meta, mark)  # written aside and renamed, so a folder that is here is whole
+        return Staged(folder, meta, mark)  # written tmp_path and renamed, so a folder that is here is whole
     section = source.read()
-    aside = staging / f"{folder.name}.{os.getpid()}{WRITING}"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    with section.open_slide() as slide, (aside / "tiles.bin").open("wb") as file:
+    tmp_path = staging / f"{folder.name}.{os.getpid()}{WRITING}"
+    shutil.rmtree(tmp_path, ignore_errors=True)
+    tmp_path.mkdir()
+    with section.open_slide() as slide, (tmp_path / "tiles.bin").open("wb") as file:
         stain, starts, sizes = _write_tiles(section, slide, tile, file)
         overview, overview_mpp = _overview(slide, meta.mpp)
         checked = check_section(replace(section, meta=meta), slide, tile_um=tile.um)
@@ -85,30 +85,30 @@ def stage_section(source: SectionSource, meta: SectionMeta, tile: TileSpec, mark
     genes = map_genes(section.gene_ids, meta.species, symbols=section.gene_symbols)
     counts = genes.sum_columns(section.counts)
     np.savez(
-        aside / "counts.npz", indptr=counts.indptr.astype(np.int64), columns=counts.indices.astype(np.int32),
+        tmp_path / "counts.npz", indptr=counts.indptr.astype(np.int64), columns=counts.indices.astype(np.int32),
         counts=counts.data.astype(np.int32), starts=starts, sizes=sizes,
     )  # fmt: skip
-    (aside / "overview.jpg").write_bytes(overview)
+    (tmp_path / "overview.jpg").write_bytes(overview)
     for extension, page in pages(checked).items():
-        (aside / f"report.{extension}").write_text(page, encoding="utf-8")
+        (tmp_path / f"report.{extension}").write_text(page, encoding="utf-8")
     kept, lost = int(counts.sum(dtype=np.int64)), int(section.counts.sum(dtype=np.int64))
     facts = {
         "n_spots": len(section.spot_ids), "keys": genes.keys, "overview_mpp": overview_mpp, "stain": asdict(stain),
         "source": {
             "dropped_spots": section.dropped, "genes": genes.report(), "notes": notes,
             "unmapped_genes": len(genes.unmapped), "summed_genes": len(genes.collisions), "counts_left_out": lost - kept,
-            "checks": checked.summary(), "print": section_print(counts, genes.keys, np.asarray(Image.open(io.BytesIO(overview)))),
+            "checks": checked.summary(), "print": section_fingerprint(counts, genes.keys, np.asarray(Image.open(io.BytesIO(overview)))),
         },
     }  # fmt: skip
-    (aside / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+    (tmp_path / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
     spots = [_spot(section, meta, i) for i in range(len(section.spot_ids))]
-    (aside / "spots.json").write_text(json.dumps(spots), encoding="utf-8")
+    (tmp_path / "spots.json").write_text(json.dumps(spots), encoding="utf-8")
     try:
-        aside.rename(folder)
+        tmp_path.rename(folder)
     except OSError:
         if not folder.is_dir():
             raise
-        shutil.rmtree(aside)  # a worker of a build that was killed had just finished the same
+        shutil.rmtree(tmp_path)  # a worker of a build that was killed had just finished the same
     return Staged(folder, meta, mark)
 
 

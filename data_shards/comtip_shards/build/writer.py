@@ -32,7 +32,7 @@ from comtip_shards.format.manifest import (
     Manifest,
     ManifestSection,
     Overview,
-    Part,
+    BuildPart,
     ShardEntry,
     TileSpec,
     pack_bits,
@@ -54,7 +54,7 @@ class SectionHead:
     fingerprint: str
     n_spots: int
     keys: list[str]
-    """Genes that it measured; ``Records.columns`` are places in this list."""
+    """Genes that it measured; ``RecordRun.columns`` are places in this list."""
     stain: StainStats
     overview: bytes
     overview_mpp: float
@@ -64,7 +64,7 @@ class SectionHead:
 
 
 @dataclass
-class Records:
+class RecordRun:
     """A run of records, in the order of the layout."""
 
     tiles: list[bytes]
@@ -80,7 +80,7 @@ class SectionRecords(Protocol):
     def head(self) -> SectionHead:
         """Return everything but the records."""
 
-    def runs(self, size: int) -> Iterator[Records]:
+    def runs(self, size: int) -> Iterator[RecordRun]:
         """Yield the records, ``size`` at a time."""
 
 
@@ -122,7 +122,7 @@ class Written:
 
 def write_set(
     sections: Sequence[SectionRecords], tile: TileSpec, out: Path, records_per_shard: int, run: Runner,
-    part: Part | None = None, notes: Mapping[str, str] | None = None, beside: Mapping[str, str] | None = None,
+    part: BuildPart | None = None, notes: Mapping[str, str] | None = None, beside: Mapping[str, str] | None = None,
 ) -> Manifest:  # fmt: skip
     """Write a whole set, the manifest last; returns the manifest.
 
@@ -163,9 +163,9 @@ def write_set(
         fingerprint=set_fingerprint(prints, records_per_shard), made_with=made_with(), part=part,
     )  # fmt: skip
     (out / REPORT_FILE).write_text(report(manifest), encoding="utf-8")
-    aside = out / (NAME + ".writing")
-    aside.write_text(manifest.to_json(), encoding="utf-8")
-    aside.rename(out / NAME)
+    tmp_path = out / (NAME + ".writing")
+    tmp_path.write_text(manifest.to_json(), encoding="utf-8")
+    tmp_path.rename(out / NAME)
     return parse_manifest((out / NAME).read_bytes(), str(out / NAME))
 
 
@@ -195,7 +195,7 @@ def write_section(
 
 
 def _write_shard(
-    run: Records, rows: np.ndarray, codec: str, out: Path, stem: str, first: int, section_id: str
+    run: RecordRun, rows: np.ndarray, codec: str, out: Path, stem: str, first: int, section_id: str
 ) -> tuple[ShardEntry, np.ndarray]:
     n = len(run.tiles)
     offsets, sizes, crcs = (np.zeros((n, 3), t) for t in (np.int64, np.int64, np.uint32))

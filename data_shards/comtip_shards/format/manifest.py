@@ -111,7 +111,7 @@ class ShardEntry:
 
 @_strict
 @dataclass(frozen=True)
-class Part:
+class BuildPart:
     """Which part of a larger build this set is: ``--part index/of``."""
 
     index: int
@@ -141,7 +141,7 @@ class Manifest:
     """Hash of the sections' fingerprints and ``records_per_shard``."""
     made_with: dict[str, str]
     """Versions that the bytes depend on."""
-    part: Part | None = None
+    part: BuildPart | None = None
     format: str = FORMAT
     version: int = VERSION
     digest: str = ""

@@ -50,7 +50,7 @@ _DENSITY = (-np.log10((np.arange(256) + 1) / 256)).astype(np.float32)
 
 
 @dataclass
-class Look:
+class SectionContext:
     """What the checks are given. Everything dear is computed once, when first asked for."""
 
     section: Section

@@ -7,7 +7,7 @@ import hashlib
 import numpy as np
 
 from comtip_shards.genes.identifiers import map_genes
-from comtip_shards.qc.context import Look
+from comtip_shards.qc.context import SectionContext
 from comtip_shards.qc.result import Finding, graded, not_applicable
 
 JOIN_WARN, JOIN_FAIL = 0.01, 0.2
@@ -24,7 +24,7 @@ REPEATED_COUNTS, REPEATED_WARN, REPEATED_FAIL = 20, 0.001, 0.05
 """Two spots with this many counts that agree in every gene are one spot written twice: chance does not do that."""
 
 
-def join(look: Look) -> Finding:
+def join(look: SectionContext) -> Finding:
     """Spots that were in only one of the two files, counts and positions."""
     dropped = look.section.dropped
     lost = {reason: n for reason, n in dropped.items() if reason != NOT_LOST}
@@ -40,7 +40,7 @@ def join(look: Look) -> Finding:
     )
 
 
-def genes(look: Look) -> Finding:
+def genes(look: SectionContext) -> Finding:
     """Share of counts that is lost with genes whose identifier is not known, and genes that share one."""
     section = look.section
     mapped = map_genes(section.gene_ids, section.meta.species, symbols=section.gene_symbols)
@@ -58,7 +58,7 @@ def genes(look: Look) -> Finding:
     )  # fmt: skip
 
 
-def empty_spots(look: Look) -> Finding:
+def empty_spots(look: SectionContext) -> Finding:
     """Spots with hardly a count."""
     rows = np.flatnonzero(look.totals < EMPTY_COUNTS)
     share = len(rows) / len(look.totals)
@@ -69,7 +69,7 @@ def empty_spots(look: Look) -> Finding:
     )  # fmt: skip
 
 
-def repeated_spots(look: Look) -> Finding:
+def repeated_spots(look: SectionContext) -> Finding:
     """Spots that have the counts, or the place, of another."""
     counts = look.section.counts
     seen: dict[bytes, int] = {}

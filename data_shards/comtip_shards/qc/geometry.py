@@ -12,7 +12,7 @@ from math import inf, isfinite
 
 import numpy as np
 
-from comtip_shards.qc.context import Look
+from comtip_shards.qc.context import SectionContext
 from comtip_shards.qc.result import FAIL, OK, WARN, Finding, graded, not_applicable
 
 ON_TISSUE_WARN, ON_TISSUE_FAIL = 0.9, 0.6
@@ -41,7 +41,7 @@ HALF_TILES_UM = (56.0,)
 """Half of the tiles that others cut (112 um: 224 px at 0.5 um per px), beside half of ours and of a spot."""
 
 
-def on_tissue(look: Look) -> Finding:
+def on_tissue(look: SectionContext) -> Finding:
     """Share of spots whose ground is tissue, told from glass by optical density."""
     off = np.flatnonzero(~look.on_tissue(look.xy))
     figure = 1 - len(off) / len(look.xy)
@@ -61,7 +61,7 @@ def platform_pitch(platform: str) -> float:
     return float("nan")
 
 
-def scale(look: Look) -> Finding:
+def scale(look: SectionContext) -> Finding:
     """Spot spacing in um, by the stated um per px, against the platform's."""
     stated, known = look.section.meta.spot_pitch_um, platform_pitch(look.section.meta.platform)
     expected = stated if isfinite(stated) and stated > 0 else known
@@ -84,7 +84,7 @@ def scale(look: Look) -> Finding:
     )  # fmt: skip
 
 
-def full_or_hires(look: Look) -> Finding:
+def full_or_hires(look: SectionContext) -> Finding:
     """Whether positions are px of another size of this image: of full resolution or of the hires picture."""
     name = "full_or_hires"
     if not _suspicious(look):
@@ -111,7 +111,7 @@ def full_or_hires(look: Look) -> Finding:
     )  # fmt: skip
 
 
-def _suspicious(look: Look) -> bool:
+def _suspicious(look: SectionContext) -> bool:
     """Tell whether a search for another scale is worth its time: it costs a second and could find chance."""
     height, width = look.picture_HW3.shape[:2]
     right, low = look.xy.max(0)
@@ -120,7 +120,7 @@ def _suspicious(look: Look) -> bool:
     return bool(corner or outside) or on_tissue(look).status != OK or scale(look).status != OK
 
 
-def _best_scale(look: Look) -> tuple[float, float]:
+def _best_scale(look: SectionContext) -> tuple[float, float]:
     """Return (factor on positions, its fit), by a grid of 1 % steps and finer ones round the best."""
     steps = int(np.log(RESOLUTION_RANGE) / 0.01)
     limits = np.array([look.picture_HW3.shape[1], look.picture_HW3.shape[0]]) * 1.05
@@ -140,7 +140,7 @@ def _best_scale(look: Look) -> tuple[float, float]:
     return float(best), fine[best]
 
 
-def best_shift(look: Look) -> tuple[tuple[float, float], float]:
+def best_shift(look: SectionContext) -> tuple[tuple[float, float], float]:
     """Return the shift of all positions, um in x and y, that fits best, and its fit."""
     if "shift" not in look.memo:
         halves = sorted({look.spot_um / 2, look.tile_um / 2, *HALF_TILES_UM})
@@ -152,7 +152,7 @@ def best_shift(look: Look) -> tuple[tuple[float, float], float]:
     return look.memo["shift"]
 
 
-def corner(look: Look) -> Finding:
+def corner(look: SectionContext) -> Finding:
     """Whether positions are corners of tiles or spots, or lie beside their tissue, rather than centres."""
     name = "corner"
     if not look.can_fit:
@@ -182,7 +182,7 @@ _TURNS: dict[str, Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarra
 }
 
 
-def best_turn(look: Look) -> tuple[str, np.ndarray, float]:
+def best_turn(look: SectionContext) -> tuple[str, np.ndarray, float]:
     """Return the other orientation that fits best: what it is, positions, fit."""
     if "turn" not in look.memo:
         tried = [(what, xy, look.fit(xy)) for what, xy in turned(look)]
@@ -190,7 +190,7 @@ def best_turn(look: Look) -> tuple[str, np.ndarray, float]:
     return look.memo["turn"]
 
 
-def orientation(look: Look) -> Finding:
+def orientation(look: SectionContext) -> Finding:
     """Whether expression fits the picture better with x and y swapped, mirrored or turned."""
     name = "orientation"
     if not look.can_fit:
@@ -212,7 +212,7 @@ def orientation(look: Look) -> Finding:
     )  # fmt: skip
 
 
-def turned(look: Look) -> Iterator[tuple[str, np.ndarray]]:
+def turned(look: SectionContext) -> Iterator[tuple[str, np.ndarray]]:
     """Yield positions under the other seven symmetries, of the picture's frame and of the spots' own box."""
     height, width = look.picture_HW3.shape[:2]
     middle = np.array([width, height]) / 2

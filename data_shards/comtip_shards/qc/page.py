@@ -13,7 +13,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from PIL import Image, ImageDraw
 
-from comtip_shards.qc.context import Look
+from comtip_shards.qc.context import SectionContext
 from comtip_shards.qc.result import FAIL, WARN, Finding, SectionReport, worst
 
 EXTENSIONS = ("json", "html")
@@ -25,7 +25,7 @@ _SUPER = 2
 """Drawn larger and shrunk, so that discs are smooth."""
 
 
-def overlay(look: Look, findings: Sequence[Finding]) -> bytes:
+def overlay(look: SectionContext, findings: Sequence[Finding]) -> bytes:
     """Return a JPEG: the picture, spots coloured by log total counts, those of a failed check ringed in red."""
     height, width = look.picture_HW3.shape[:2]
     scale = _SUPER * min(1.0, OVERLAY_PX / max(height, width))

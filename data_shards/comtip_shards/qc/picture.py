@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from scipy import ndimage
 
-from comtip_shards.qc.context import Look
+from comtip_shards.qc.context import SectionContext
 from comtip_shards.qc.result import FAIL, OK, Finding, graded, not_applicable
 from comtip_shards.slides.appearance import looks_like_he
 
@@ -18,7 +18,7 @@ BACKGROUND_WARN, BACKGROUND_FAIL = 0.4, 0.7
 small biopsy a quarter; with more the tile is too wide, or the tissue was cut out of its surroundings."""
 
 
-def blur(look: Look) -> Finding:
+def blur(look: SectionContext) -> Finding:
     """Whether the picture has detail as fine as its pixels."""
     if not len(look.patches_NPP3):
         return not_applicable("blur", "no spot lies inside the picture")
@@ -40,7 +40,7 @@ def sharpness(patches_NPP3: np.ndarray) -> float:
     return float(fine / coarse) if coarse > 1e-6 else float("nan")
 
 
-def background(look: Look) -> Finding:
+def background(look: SectionContext) -> Finding:
     """Share of glass in tiles, over spots that are on tissue."""
     ground = look.on_tissue(look.xy)
     if not ground.any():
@@ -55,7 +55,7 @@ def background(look: Look) -> Finding:
     )  # fmt: skip
 
 
-def stain(look: Look) -> Finding:
+def stain(look: SectionContext) -> Finding:
     """Whether the picture is H&E by its colours."""
     if not len(look.patches_NPP3):
         return not_applicable("stain", "no spot lies inside the picture")

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from comtip_shards.errors import SourceError
 from comtip_shards.qc import counts, geometry, picture
-from comtip_shards.qc.context import CELL, MAX_PATCHES, MAX_PICTURE_PX, PATCH_MPP, PATCH_PX, PICTURE_MPP, Look
+from comtip_shards.qc.context import CELL, MAX_PATCHES, MAX_PICTURE_PX, PATCH_MPP, PATCH_PX, PICTURE_MPP, SectionContext
 from comtip_shards.qc.page import overlay, pages, write_pages
 from comtip_shards.qc.result import FAIL, Finding, SectionReport, explain
 from comtip_shards.sections.section import Section
@@ -20,7 +20,7 @@ from comtip_shards.slides.base import Slide
 from comtip_shards.slides.tiles import shrunk_size
 from comtip_shards.sources.base import SectionSource
 
-CHECKS: tuple[Callable[[Look], Finding], ...] = (
+CHECKS: tuple[Callable[[SectionContext], Finding], ...] = (
     counts.join, counts.genes, counts.empty_spots, counts.repeated_spots,
     picture.stain, picture.blur, picture.background,
     geometry.on_tissue, geometry.scale, geometry.full_or_hires, geometry.orientation, geometry.corner,
@@ -53,18 +53,20 @@ def check_section(section: Section, slide: Slide | None = None, *, tile_um: floa
     if slide is None:
         with section.open_slide() as opened:
             return check_section(section, opened, tile_um=tile_um)
-    look = look_at(section, slide, tile_um)
+    look = build_context(section, slide, tile_um)
     findings = explain([check(look) for check in CHECKS], CAUSES)
     return SectionReport(section.meta.section_id, _facts(look), findings, section.spot_ids, overlay(look, findings))
 
 
-def look_at(section: Section, slide: Slide, tile_um: float) -> Look:
+def build_context(section: Section, slide: Slide, tile_um: float) -> SectionContext:
     """Read what the checks need of the image: a small picture of all of it, and some windows."""
     mpp = section.meta.mpp
     wanted = max(PICTURE_MPP, mpp * max(slide.size) / min(MAX_PICTURE_PX, max(slide.whole_size)))
     size, small_mpp, scale = shrunk_size(slide.size, mpp, wanted)
     none = np.zeros((0, PATCH_PX, PATCH_PX, 3), np.uint8)
-    look = Look(section, slide.shrunk(size), small_mpp, scale, none, tile_um, _scalefactors(section.image_path))
+    look = SectionContext(
+        section, slide.shrunk(size), small_mpp, scale, none, tile_um, _scalefactors(section.image_path)
+    )
     patch_mpp = max(PATCH_MPP, mpp)
     _, fine_mpp, fine_scale = shrunk_size(slide.size, mpp, patch_mpp)
     xy = np.floor(_patch_centres(look) / scale * fine_scale) / fine_scale  # whole px: nothing is resampled
@@ -75,7 +77,7 @@ def look_at(section: Section, slide: Slide, tile_um: float) -> Look:
     return look
 
 
-def _patch_centres(look: Look) -> np.ndarray:
+def _patch_centres(look: SectionContext) -> np.ndarray:
     """Return where to judge colour and sharpness, px of the picture: half at spots on tissue, half anywhere on tissue.
 
     Positions may be wrong, and tissue that no spot covers may be another stain; without tissue, any spot inside will do.
@@ -107,7 +109,7 @@ def _scalefactors(image: Path) -> dict[str, float]:
     return {}
 
 
-def _facts(look: Look) -> dict[str, Any]:
+def _facts(look: SectionContext) -> dict[str, Any]:
     meta = look.section.meta
     names = (
         "dataset",

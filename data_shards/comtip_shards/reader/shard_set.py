@@ -19,7 +19,7 @@ from comtip_shards.format import spot_table as spots
 from comtip_shards.format.manifest import GeneRow, ManifestSection, ShardEntry, unpack_bits
 from comtip_shards.reader.record_reader import MemberReader
 from comtip_shards.reader.shard_files import SetFiles
-from comtip_shards.sections.section import task_of
+from comtip_shards.sections.section import cohort_of
 from comtip_shards.slides.tiles import StainStats
 from comtip_shards.storage.remote import Remote
 
@@ -160,10 +160,10 @@ class ShardSet:
             raise ShardError(f"{self.name} has no section {section_id!r}; it has: {', '.join(ids)}")
         return ids.index(section_id)
 
-    def task_of_section(self, section: int) -> str:
+    def cohort_of_section(self, section: int) -> str:
         """Return species and organ of a section as one word."""
         meta: ManifestSection = self.manifest.sections[section]
-        return task_of(meta.species, meta.tissue)
+        return cohort_of(meta.species, meta.tissue)
 
     def overview(self, section: int) -> tuple[np.ndarray, float]:
         """Return a small picture of the section, uint8 (H, W, 3), and its um per px."""

@@ -43,7 +43,7 @@ bits of their pictures differ. Serial sections share no spot, and in ``samples/`
 more; a shrunk and compressed copy differs in at most 5 from its original."""
 
 
-def keep_apart(
+def enforce_split_policy(
     metas: Sequence[SectionMeta], *, allow: Collection[str] = (), benchmark_ids: Path | None = None,
     auto_split: Sequence[float] | None = None, seed: int = 0,
 ) -> tuple[list[SectionMeta], dict[str, str]]:  # fmt: skip
@@ -299,7 +299,7 @@ def _empty(metas: Sequence[SectionMeta], shares: Sequence[float]) -> list[str]:
 # -- one section under two ids ----------------------------------------------------------------------------------
 
 
-def section_print(counts: sparse.csr_matrix, keys: Sequence[str], picture_HW3: np.ndarray) -> dict[str, str]:
+def section_fingerprint(counts: sparse.csr_matrix, keys: Sequence[str], picture_HW3: np.ndarray) -> dict[str, str]:
     """Return what a section is recognised by under another id, as text for the manifest.
 
     Parameters
@@ -338,7 +338,7 @@ def check_duplicates(sections: Sequence[tuple[SectionMeta, Mapping[str, Any]]]) 
     Parameters
     ----------
     sections
-        (facts, :func:`section_print`) of all sections of a set.
+        (facts, :func:`section_fingerprint`) of all sections of a set.
 
     Returns
     -------

@@ -21,12 +21,12 @@ from comtip_shards.errors import SourceError
 from comtip_shards.sources.base import pick
 from comtip_shards.sources.choose import choose
 from comtip_shards.sources.layouts import LAYOUTS, Layout
-from comtip_shards.storage.remote import Patience, Remote, default_cache
+from comtip_shards.storage.remote import Remote, RetryPolicy, default_cache
 
 FETCHERS = 4
 UNBOUNDED = 1 << 62
 """Sources are not evicted while a set is built from them; whoever built it deletes the folder."""
-PATIENCE = Patience(stall=300.0, total=24 * 3600.0)
+PATIENCE = RetryPolicy(stall=300.0, total=24 * 3600.0)
 """Listings of thousands of files take their time, and so do slides of many GB."""
 FILE_SUFFIXES = (".h5ad", ".tsv")
 
@@ -200,13 +200,13 @@ def _fetch(remote: Remote, files: Mapping[str, int | None], root: Path, bar: tqd
         target = root / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if not (target.exists() and target.samefile(kept)):
-            aside = target.with_name(f"{target.name}.{os.getpid()}.writing")
-            aside.unlink(missing_ok=True)
+            tmp_path = target.with_name(f"{target.name}.{os.getpid()}.writing")
+            tmp_path.unlink(missing_ok=True)
             try:
-                os.link(kept, aside)
+                os.link(kept, tmp_path)
             except OSError:
-                shutil.copyfile(kept, aside)  # a file system without hard links
-            aside.replace(target)
+                shutil.copyfile(kept, tmp_path)  # a file system without hard links
+            tmp_path.replace(target)
         n = target.stat().st_size
         if bar is not None:
             bar.update(n)

@@ -62,7 +62,7 @@ class FileCache:
         return True
 
     @contextmanager
-    def aside(self) -> Iterator[Path]:
+    def tmp_path(self) -> Iterator[Path]:
         """Give a path to write to; it is removed unless it was moved to its place."""
         path = self.folder / "fetching" / uuid.uuid4().hex
         try:
@@ -74,11 +74,11 @@ class FileCache:
         finally:
             path.unlink(missing_ok=True)
 
-    def put(self, aside: Path, path: Path) -> None:
+    def put(self, tmp_path: Path, path: Path) -> None:
         """Move a whole file to its place, and make room."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            aside.replace(path)
+            tmp_path.replace(path)
         except OSError as error:
             raise self.unwritable(error) from error
         self._evict(path)

@@ -34,7 +34,7 @@ def is_url(path: str | Path) -> bool:
 
 
 @dataclass(frozen=True)
-class Patience:
+class RetryPolicy:
     """How long to wait for a remote, in seconds."""
 
     attempts: int = 5
@@ -67,7 +67,7 @@ class Remote:
     url: str
     cache: Path = field(default_factory=default_cache)
     max_bytes: int = field(default_factory=default_size)
-    patience: Patience = field(default_factory=Patience)
+    patience: RetryPolicy = field(default_factory=RetryPolicy)
     storage_options: Mapping[str, Any] = field(default_factory=dict)
     _fs: tuple[int, Any, str] | None = field(default=None, repr=False, compare=False)
 
@@ -103,18 +103,18 @@ class Remote:
         if files.has(path, size):
             return path
         bound = min(limit or self.max_bytes, self.max_bytes)
-        with files.locked(key, where, deadline), files.aside() as aside:
+        with files.locked(key, where, deadline), files.tmp_path() as tmp_path:
             if not files.has(path, size):
-                self._download(name, where, aside, sha256, size, bound, deadline)
-                files.put(aside, path)
+                self._download(name, where, tmp_path, sha256, size, bound, deadline)
+                files.put(tmp_path, path)
         return path
 
     def read(self, name: str, *, limit: int = GIB) -> bytes:
         """Return the bytes of a small file as they are now, past the cache."""
         deadline = time.monotonic() + self.patience.total
-        with self._files.aside() as aside:
-            self._download(name, self._name(name), aside, "", None, limit, deadline)
-            return aside.read_bytes()
+        with self._files.tmp_path() as tmp_path:
+            self._download(name, self._name(name), tmp_path, "", None, limit, deadline)
+            return tmp_path.read_bytes()
 
     def names(self, pattern: str = "**") -> list[str]:
         """Return the files below the URL that match a glob pattern, sorted; not every https server can list."""
@@ -138,12 +138,12 @@ class Remote:
         """Put bytes that were read already into the cache; returns their path."""
         files = self._files
         path = files.path(key, name)
-        with files.aside() as aside:
+        with files.tmp_path() as tmp_path:
             try:
-                aside.write_bytes(data)
+                tmp_path.write_bytes(data)
             except OSError as error:
                 raise files.unwritable(error) from error
-            files.put(aside, path)
+            files.put(tmp_path, path)
         return path
 
     def forget(self, sha256: str) -> None:
@@ -197,12 +197,12 @@ class Remote:
         return hashlib.sha256("\0".join([where, *facts]).encode()).hexdigest()
 
     def _download(
-        self, name: str, where: str, aside: Path, sha256: str, size: int | None, limit: int, deadline: float
+        self, name: str, where: str, tmp_path: Path, sha256: str, size: int | None, limit: int, deadline: float
     ) -> None:
         def attempt() -> None:
             digest, n = hashlib.sha256(), 0
             try:
-                with aside.open("wb") as file:
+                with tmp_path.open("wb") as file:
                     for chunk in self._chunks(name, deadline):
                         n += len(chunk)
                         if n > (limit if size is None else min(size, limit)):
@@ -210,7 +210,7 @@ class Remote:
                         digest.update(chunk)
                         file.write(chunk)
             except OSError as error:
-                if error.filename == str(aside) or error.errno in _DISK:
+                if error.filename == str(tmp_path) or error.errno in _DISK:
                     raise self._files.unwritable(error) from error
                 raise
             if (size is not None and n != size) or (sha256 and digest.hexdigest() != sha256):

@@ -253,7 +253,7 @@ class Rank:
     def max(self, values: torch.Tensor) -> torch.Tensor:
         return torch.stack(self._all(values)).amax(0)
 
-    def pass_on(self, send: Sequence[torch.Tensor], receive: Sequence[torch.Tensor]) -> Callable[[], None]:
+    def ring_shift(self, send: Sequence[torch.Tensor], receive: Sequence[torch.Tensor]) -> Callable[[], None]:
         call = self._post([t.clone() for t in send])
 
         def wait() -> None:
