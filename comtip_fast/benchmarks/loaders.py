@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 from comtip_shards import ShardSet
-from comtip_shards.build.build import build_shards
+from comtip_shards.builder.build import build_shards
 from comtip_shards.sources import open_source
 from PIL import Image
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from comtip_shards.build.build import build_shards
-from comtip_shards.build.merge import merge_sets
+from comtip_shards.builder.build import build_shards
+from comtip_shards.builder.merge import merge_sets
 from comtip_shards.qc import check_sources
 from comtip_shards.reader.verify import verify
 from comtip_shards.sources import FORMATS as SOURCE_FORMATS

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from comtip_shards import ShardSet
-from comtip_shards.build.build import build_shards
+from comtip_shards.builder.build import build_shards
 from comtip_shards.sources import open_source
 
 from comtip_fast.evaluation.evaluate import SectionData, evaluate, write_metrics

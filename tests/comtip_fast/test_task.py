@@ -7,7 +7,7 @@ import pytest
 import torch
 from comtip_kernels import prefer
 from comtip_shards import ShardSet
-from comtip_shards.build.build import build_shards
+from comtip_shards.builder.build import build_shards
 from comtip_shards.sources import open_source
 
 from comtip_fast.config.io import load_config

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
-from comtip_shards.build.build import BuildReport, look_over, report_of
-from comtip_shards.qc.page import EXTENSIONS
+from comtip_shards.builder.build import BuildReport, look_over, report_of
+from comtip_shards.builder.jobs import run_jobs
+from comtip_shards.builder.output_dir import built_already, writing
+from comtip_shards.builder.writer import REPORTS, RecordRun, SectionHead, set_fingerprint, write_set
 from comtip_shards.errors import ShardError
-from comtip_shards.build.jobs import run_jobs
-from comtip_shards.sections.leakage import check_splits
 from comtip_shards.format.manifest import Manifest
-from comtip_shards.build.output_dir import built_already, writing
+from comtip_shards.qc.page import EXTENSIONS
 from comtip_shards.reader.shard_set import ShardSet
+from comtip_shards.sections.leakage import check_splits
 from comtip_shards.sections.section import meta_of
-from comtip_shards.build.writer import REPORTS, RecordRun, SectionHead, set_fingerprint, write_set
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def merge_sets(parts: Sequence[Path | str], out: Path, *, jobs: int = 1, progres
     out
         A new folder, or one that the same merge left unfinished.
     jobs, progress
-        As for :func:`comtip_shards.build.build.build_shards`.
+        As for :func:`comtip_shards.builder.build.build_shards`.
 
     Raises
     ------

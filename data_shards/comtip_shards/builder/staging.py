@@ -14,18 +14,18 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
+from comtip_shards.builder.output_dir import WRITING
+from comtip_shards.builder.writer import RecordRun, SectionHead, layout
+from comtip_shards.format.manifest import TileSpec
+from comtip_shards.format.record import encode_json, encode_tile
+from comtip_shards.genes.identifiers import map_genes
 from comtip_shards.qc.page import EXTENSIONS, pages
 from comtip_shards.qc.run import check_section
-from comtip_shards.genes.identifiers import map_genes
-from comtip_shards.slides.base import Slide, reading_order
 from comtip_shards.sections.leakage import section_fingerprint
-from comtip_shards.format.manifest import TileSpec
-from comtip_shards.build.output_dir import WRITING
-from comtip_shards.format.record import encode_json, encode_tile
 from comtip_shards.sections.section import Section, SectionMeta
-from comtip_shards.sources.base import SectionSource
+from comtip_shards.slides.base import Slide, reading_order
 from comtip_shards.slides.tiles import StainStats, stain_stats
-from comtip_shards.build.writer import RecordRun, SectionHead, layout
+from comtip_shards.sources.base import SectionSource
 
 OVERVIEW_PX = 1024
 

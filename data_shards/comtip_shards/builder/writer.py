@@ -23,22 +23,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from comtip_shards.format import record, spot_table as spots
-from comtip_shards.genes.identifiers import RESOURCE, GeneResource
+from comtip_shards.format import record
+from comtip_shards.format import spot_table as spots
 from comtip_shards.format.index import index_text
-from comtip_shards.sampling.rng import permutation
 from comtip_shards.format.manifest import (
     NAME,
+    BuildPart,
     Manifest,
     ManifestSection,
     Overview,
-    BuildPart,
     ShardEntry,
     TileSpec,
     pack_bits,
     parse_manifest,
     sha256_of,
 )
+from comtip_shards.genes.identifiers import RESOURCE, GeneResource
+from comtip_shards.sampling.rng import permutation
 from comtip_shards.sections.section import SectionMeta
 from comtip_shards.slides.tiles import StainStats
 
@@ -135,7 +136,7 @@ def write_set(
     out
         Folder; shards that an unfinished build left there are replaced.
     run
-        :func:`comtip_shards.build.jobs.run_jobs`, with its settings.
+        :func:`comtip_shards.builder.jobs.run_jobs`, with its settings.
     notes, beside
         ``{section_id: note}``: of the section itself, and what only shows beside the other sections of the set.
     """

@@ -14,17 +14,17 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from comtip_shards.format import record
-from comtip_shards.qc import refuse_failed, write_pages
+from comtip_shards.builder.jobs import run_jobs
+from comtip_shards.builder.output_dir import built_already, writing
+from comtip_shards.builder.staging import stage_section
+from comtip_shards.builder.writer import REPORTS, SectionRecords, made_with, report, set_fingerprint, write_set
 from comtip_shards.errors import SourceError
-from comtip_shards.build.jobs import run_jobs
+from comtip_shards.format import record
+from comtip_shards.format.manifest import BuildPart, Manifest, TileSpec, sha256_of
+from comtip_shards.qc import refuse_failed, write_pages
 from comtip_shards.sections.leakage import check_duplicates, enforce_split_policy
-from comtip_shards.format.manifest import Manifest, BuildPart, TileSpec, sha256_of
-from comtip_shards.build.output_dir import built_already, writing
 from comtip_shards.sections.section import SectionMeta, check_meta
 from comtip_shards.sources.base import SectionSource
-from comtip_shards.build.staging import stage_section
-from comtip_shards.build.writer import REPORTS, SectionRecords, made_with, report, set_fingerprint, write_set
 
 STAGE_VERSION = 5
 
@@ -71,7 +71,7 @@ def build_shards(
         Processes that work on sections side by side; the bytes do not depend on it.
     part
         (i, n), 1 <= i <= n: build the i-th of n parts of the set, perhaps on its own machine; all parts are given the
-        same sources. :func:`comtip_shards.build.merge.merge_sets` joins them.
+        same sources. :func:`comtip_shards.builder.merge.merge_sets` joins them.
     progress
         Show a bar on a terminal.
 
