@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from comtip_fast.cli.options import SECTION_HELP, add_meta, add_out, fresh_h5ad, gene_list, meta
+from comtip_fast.cli.options import SECTION_HELP, add_device, add_facts, add_out, fresh_h5ad, gene_list, read_facts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,7 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--genes", nargs="+", default=["all"], help="symbols or Ensembl ids, @file, or all (trained genes)"
     )
     add_out(parser, "the .h5ad to write")
-    add_meta(parser)
+    add_facts(parser)
+    add_device(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -23,7 +24,9 @@ def run(args: argparse.Namespace) -> int:
     from comtip_fast.api import load
 
     out = fresh_h5ad(args.out)
-    answer = load(args.run_dir).predict(args.section, gene_list(args.genes), overrides=meta(args))
+    facts, pooling = read_facts(args)
+    model = load(args.run_dir, args.device)
+    answer = model.predict(args.section, gene_list(args.genes), facts=facts, pooling=pooling)
     answer.write_h5ad(out, convert_strings_to_categoricals=False)
     seen = answer.var["training"].value_counts().to_dict()
     print(

@@ -58,13 +58,6 @@ def _as_model(module: nn.Module) -> CoMTIP:
     return module
 
 
-def pick_device(wanted: str) -> torch.device:
-    """Turn ``auto``, ``cpu`` or ``cuda`` into a device; ``cuda`` without a GPU is an error."""
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ValueError("train.device=cuda, but PyTorch sees no GPU; use auto or cpu, or see `comtip doctor`")
-    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
-
-
 class CoMTIPTask:
     """Joins model, data and losses; satisfies :class:`comtip_fast.training.protocol.TrainingTask`."""
 
