@@ -38,8 +38,10 @@ def feature_health(patches_BPd: Tensor) -> dict[str, float]:
     dict
         ``patch_variance``: variance over the patches of a tile, mean over tiles and channels, of the
         layer-normalised features (0 = every patch the same). ``patch_rank``: effective rank, the exponential
-        of the entropy of the normalised singular values of all patches (1 = collapse).
+        of the entropy of the normalised singular values of all patches (1 = collapse). Both NaN without tiles.
     """
+    if patches_BPd.shape[0] == 0:
+        return {"patch_variance": float("nan"), "patch_rank": float("nan")}
     x = F.layer_norm(patches_BPd.float(), patches_BPd.shape[-1:])
     variance = x.var(dim=1, unbiased=False).mean()
     flat = x.flatten(0, 1)

@@ -176,8 +176,8 @@ class StepLosses:
         return step % self.config.train.log_every == 0
 
     def health(self, batch: Batch, out: StepOutput) -> Numbers:
-        """Return how much patch features still differ, in the steps that are logged."""
-        return feature_health(out.image.patches_BPd) if self.logs(batch.step) and batch.section.numel() else {}
+        """Return how much patch features still differ, in the steps that are logged; NaN on a rank without spots."""
+        return feature_health(out.image.patches_BPd) if self.logs(batch.step) else {}
 
     def _shares(self, measured: Tensor, counted: Tensor | None) -> tuple[Tensor | float, Tensor | float]:
         """Return what part of all measured, and of all counted (spot, gene) of the global batch are here."""

@@ -52,6 +52,7 @@ from comtip_fast.training.monitor.monitor import (
 )
 from comtip_fast.training.optim import learning_rate
 from comtip_fast.training.protocol import TrainingError, TrainingTask
+from comtip_fast.training.rank_numbers import RankNumbers
 
 log = logging.getLogger("comtip_fast")
 
@@ -91,6 +92,7 @@ class Trainer:
         self._saved_step = -1
         self.engine: Engine
         self._found: Checkpoint | None = None
+        self._rank_numbers = RankNumbers(self.group, self.device)
         self._meter = ThroughputMeter(self.device, clock_of(self.group, self.device).seconds, cost)
         self._spikes = SpikeDetector(config.watch)
         self._events = Events(self.run_dir / EVENTS)
@@ -271,13 +273,10 @@ class Trainer:
         losses = {k: float(v) for k, v in shares.items()}
         if self.group.size == 1:
             return losses, numbers
-        flags = [float(bool(caught.received)), float(self._writer.failed)]
-        values = [*losses.values(), *flags, *numbers.values()]
-        summed = self.group.sum(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
-        self._asked_to_stop = self._asked_to_stop or summed[len(losses)] > 0
-        self._write_failed = summed[len(losses) + 1] > 0
-        means = (v / self.group.size for v in summed[len(losses) + 2 :])
-        return dict(zip(losses, summed, strict=False)), dict(zip(numbers, means, strict=True))
+        reduced = self._rank_numbers.reduce(losses, numbers, [bool(caught.received), bool(self._writer.failed)])
+        self._asked_to_stop = self._asked_to_stop or reduced.flags[0]
+        self._write_failed = reduced.flags[1]
+        return reduced.sums, reduced.means
 
     def _not_finite(self, step: int, spots: np.ndarray, parts: dict[str, float]) -> None:
         """Say what happened where; stop, or skip the update and count it."""
