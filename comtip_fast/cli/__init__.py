@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from comtip_fast._version import __version__
+from comtip_fast.streams import drain, reader_is_gone, write_line
 
 # name -> (module, help); imported only when asked for, so that --help answers at once.
 COMMANDS = {
@@ -24,6 +25,7 @@ COMMANDS = {
     "doctor": "say what this machine can run",
 }
 USER_ERROR, KILLED = 2, 143
+PIPE_CLOSED = 141  # as a shell reports a program that SIGPIPE ended
 # These say what is wrong with the input, with the file's name; anything else is our bug and is shown whole.
 BAD_INPUT = (
     ValueError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError,
@@ -34,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
     0 done, 1 a check failed or a bug, 2 bad input, 75 to be started again (a rank lost, a disk full), 130 interrupted,
-    143 stopped by SIGTERM and saved.
+    141 the reader of the output has ended, 143 stopped by SIGTERM or SIGHUP and saved.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = _parser(arguments)
@@ -45,15 +47,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command != "pretrain" and not args.debug:
         logging.getLogger("comtip_kernels").setLevel(logging.WARNING)
     try:
-        return int(args.run(args) or 0)
+        code = int(args.run(args) or 0)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
-        print("comtip: interrupted", file=sys.stderr)
+        write_line("comtip: interrupted", sys.stderr)
         return 130
+    except BrokenPipeError:
+        if not (reader_is_gone(sys.stdout) or reader_is_gone(sys.stderr)):
+            raise
+        return PIPE_CLOSED
     except BAD_INPUT as error:
         if args.debug:
             raise
-        print(f"comtip: error: {error}", file=sys.stderr)
+        write_line(f"comtip: error: {error}", sys.stderr)
         return USER_ERROR
+    finally:
+        drain(sys.stdout)
+        drain(sys.stderr)
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from comtip_fast.cli import BAD_INPUT, KILLED, USER_ERROR
 from comtip_fast.cli.options import add_out
+from comtip_fast.streams import write_line
 
 log = logging.getLogger("comtip_fast")
 
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     guard = RestartGuard([*map(str, (args.config, args.out, args.start_from)), *args.set])
     known = guard.known()
     if known is not None:
-        print(f"comtip: error: {known}", file=sys.stderr)
+        write_line(f"comtip: error: {known}", sys.stderr)
         return USER_ERROR
     try:
         return _train_or_explain(args)
@@ -56,18 +57,20 @@ def _train_or_explain(args: argparse.Namespace) -> int:
     except RestartError as error:
         if args.debug:
             raise
-        print(f"comtip: error: {error}", file=sys.stderr)
+        write_line(f"comtip: error: {error}", sys.stderr)
         return RESTART_CODE
 
 
 def _train(args: argparse.Namespace) -> int:
     from comtip_fast.pretraining import pretrain
     from comtip_fast.training.distributed.process_group import distributed_env
+    from comtip_fast.training.monitor.loggers import finite
 
     result = pretrain(args.config, args.out, overrides=args.set, start_from=args.start_from, resume=args.resume)
     if result.stopped == "sigterm":
         log.info("stopped at step %d by a signal; continue with --resume", result.step)
         return KILLED
     if distributed_env().rank == 0:
-        print(json.dumps(asdict(result)))
+        # Everything is on disk by now: a closed standard output is no failure of the run.
+        write_line(json.dumps(finite(asdict(result)), allow_nan=False), sys.stdout)
     return 0

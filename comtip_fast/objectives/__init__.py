@@ -1,7 +1,7 @@
 """Losses as pure functions of tensors; no parameters, no randomness, no files."""
 
 from comtip_fast.objectives.contrastive import PairMetadata, global_infonce, same_text_hash
-from comtip_fast.objectives.masked import feature_health, masked_feature_loss
+from comtip_fast.objectives.masked import HEALTH, feature_health, masked_feature_loss
 from comtip_fast.objectives.mispair import (
     choose_hardest,
     counted_swaps,
@@ -12,6 +12,7 @@ from comtip_fast.objectives.mispair import (
 from comtip_fast.objectives.pair import pair_auc, pair_loss
 
 __all__ = [
+    "HEALTH",
     "PairMetadata",
     "choose_hardest",
     "counted_swaps",

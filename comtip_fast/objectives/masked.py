@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+HEALTH = ("patch_variance", "patch_rank")
+"""Names of the numbers of :func:`feature_health`."""
+
 
 def masked_feature_loss(predicted_BKd: Tensor, target_BKd: Tensor, distance: str = "smooth_l1") -> Tensor:
     """Return the mean distance to the layer-normalised, detached target.
@@ -38,15 +41,16 @@ def feature_health(patches_BPd: Tensor) -> dict[str, float]:
     dict
         ``patch_variance``: variance over the patches of a tile, mean over tiles and channels, of the
         layer-normalised features (0 = every patch the same). ``patch_rank``: effective rank, the exponential
-        of the entropy of the normalised singular values of all patches (1 = collapse). Both NaN without tiles.
+        of the entropy of the normalised singular values of all patches (1 = collapse). Both are NaN without tiles
+        and where a feature is not finite: the singular value decomposition raises there.
     """
-    if patches_BPd.shape[0] == 0:
-        return {"patch_variance": float("nan"), "patch_rank": float("nan")}
     x = F.layer_norm(patches_BPd.float(), patches_BPd.shape[-1:])
+    if x.numel() == 0 or not bool(x.isfinite().all()):
+        return dict.fromkeys(HEALTH, float("nan"))
     variance = x.var(dim=1, unbiased=False).mean()
     flat = x.flatten(0, 1)
     flat = flat - flat.mean(0)
     singular = torch.linalg.svdvals(flat[:1024])
     share = singular / singular.sum().clamp_min(1e-12)
     entropy = -(share * share.clamp_min(1e-12).log()).sum()
-    return {"patch_variance": float(variance), "patch_rank": float(entropy.exp())}
+    return dict(zip(HEALTH, (float(variance), float(entropy.exp())), strict=True))

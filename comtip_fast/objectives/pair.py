@@ -24,9 +24,9 @@ def pair_loss(true_BG: Tensor, false_BG: Tensor, counted_BG: Tensor) -> Tensor:
 
 @torch.no_grad()
 def pair_auc(true_BG: Tensor, false_BG: Tensor, counted_BG: Tensor) -> float:
-    """Area under the ROC curve of true against mispaired sentences; 0.5 is chance, NaN if none counts."""
+    """Area under the ROC curve of true against mispaired sentences; 0.5 is chance, NaN if none counts or a logit is NaN."""
     true, false = true_BG[counted_BG], false_BG[counted_BG]
-    if true.numel() == 0:
+    if true.numel() == 0 or bool(true.isnan().any() | false.isnan().any()):
         return float("nan")
     both = torch.cat([true, false]).double()
     _, inverse, count = both.unique(sorted=True, return_inverse=True, return_counts=True)

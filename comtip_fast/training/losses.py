@@ -21,6 +21,7 @@ from comtip_fast.data.batch import Batch
 from comtip_fast.genes.tokens import GeneTokens, take_genes
 from comtip_fast.models import CoMTIP, SentenceTable, StepOutput
 from comtip_fast.objectives import (
+    HEALTH,
     PairMetadata,
     choose_hardest,
     counted_swaps,
@@ -33,6 +34,7 @@ from comtip_fast.objectives import (
     same_text_hash,
     take_from_other_spots,
 )
+from comtip_fast.training.diagnostics import diagnostic, undefined
 
 Parts = dict[str, Tensor]
 Numbers = dict[str, float]
@@ -177,7 +179,9 @@ class StepLosses:
 
     def health(self, batch: Batch, out: StepOutput) -> Numbers:
         """Return how much patch features still differ, in the steps that are logged; NaN on a rank without spots."""
-        return feature_health(out.image.patches_BPd) if self.logs(batch.step) else {}
+        if not self.logs(batch.step):
+            return {}
+        return diagnostic("feature health", lambda: feature_health(out.image.patches_BPd), undefined(HEALTH))
 
     def _shares(self, measured: Tensor, counted: Tensor | None) -> tuple[Tensor | float, Tensor | float]:
         """Return what part of all measured, and of all counted (spot, gene) of the global batch are here."""
@@ -280,15 +284,27 @@ class StepLosses:
         true, false = self._pair_logits(batch, heads, levels), self._pair_logits(batch, heads, mispaired)
         numbers = {}
         if self.logs(batch.step):
-            with torch.no_grad():
-                true_elsewhere = self._pair_logits(batch, heads, levels, roll=1)
-                false_elsewhere = self._pair_logits(batch, heads, mispaired, roll=1)
-            auc = pair_auc(true.detach(), false.detach(), counted)
-            # The part of the AUC that knowing this very spot is worth; marginals alone give the rest.
-            numbers = {"pair_auc": auc, "pair_auc_gain": auc - pair_auc(true_elsewhere, false_elsewhere, counted)}
+            numbers = diagnostic(
+                "the AUC of the pair head",
+                lambda: self._pair_numbers(batch, heads, mispaired, counted, true.detach(), false.detach()),
+                undefined(PAIR_NUMBERS),
+            )
         return pair_loss(true, false, counted), numbers
 
+    @torch.no_grad()
+    def _pair_numbers(
+        self, batch: Batch, heads: LossInputs, mispaired: Tensor, counted: Tensor, true: Tensor, false: Tensor
+    ) -> Numbers:
+        levels = batch.levels.long()
+        true_elsewhere = self._pair_logits(batch, heads, levels, roll=1)
+        false_elsewhere = self._pair_logits(batch, heads, mispaired, roll=1)
+        auc = pair_auc(true, false, counted)
+        # The part of the AUC that knowing this very spot is worth; marginals alone give the rest.
+        gain = auc - pair_auc(true_elsewhere, false_elsewhere, counted)
+        return dict(zip(PAIR_NUMBERS, (auc, gain), strict=True))
 
+
+PAIR_NUMBERS = ("pair_auc", "pair_auc_gain")
 PARTS = ("nce", "mfm", "pair", "level")
 # Which tensors of the heads each part reads; ``unit`` is made of ``rows``.
 _READ: dict[str, set[str]] = {

@@ -6,7 +6,6 @@ epoch), so a run killed at any moment and resumed gives the same losses and weig
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import shutil
@@ -33,6 +32,7 @@ from comtip_fast.training.checkpoint.run_state import (
     set_random_state,
 )
 from comtip_fast.training.checkpoint.store import Checkpoint, CheckpointError
+from comtip_fast.training.diagnostics import diagnostic
 from comtip_fast.training.distributed.comm_timer import clock_of
 from comtip_fast.training.distributed.failures import ADVICE, explain_failures, hard_exit
 from comtip_fast.training.distributed.process_group import on_rank_zero
@@ -40,7 +40,7 @@ from comtip_fast.training.distributed.signals import Signals, catch_signals, hol
 from comtip_fast.training.engines.base import Engine
 from comtip_fast.training.engines.factory import make_engine
 from comtip_fast.training.grad_cache import forward_backward
-from comtip_fast.training.monitor.loggers import Logger, finite, keep_rows_up_to, make_loggers
+from comtip_fast.training.monitor.loggers import BestEffort, Logger, append_row, keep_rows_up_to, make_loggers
 from comtip_fast.training.monitor.monitor import (
     EVENTS,
     Events,
@@ -126,16 +126,17 @@ class Trainer:
                 self.task.prepare()
             if self._first:
                 resolved = config_to_dict(self.config)
-                self._loggers = make_loggers(
+                record, *shown = make_loggers(
                     self.config, resolved, self.run_dir, start=self.progress.step, resumed=resumed
                 )
+                self._loggers = [record, *map(BestEffort, shown)]
             # The watchdog looks on while things are closed, too: a stuck loader can hang there.
             stack.enter_context(self._watchdog)
             try:
                 self._loop(caught)
             finally:
                 self._writer.join_quietly()
-                self._profiler.close()
+                diagnostic("the trace", self._profiler.close, None)
                 self.task.close()
                 for logger in self._loggers:
                     logger.close()
@@ -230,7 +231,7 @@ class Trainer:
         step = p.step + 1
         rate = learning_rate(step, self.config.train.steps, self.config.optim)
         self.engine.module.train()
-        self._profiler.before(step)
+        diagnostic("the trace", lambda: self._profiler.before(step), None)
         batch = self.task.batch(spots, step, p.epoch)
         self.engine.start_step(rate)
         shares, numbers = forward_backward(self.engine, self.task, batch, self.config.engine.micro_batches)
@@ -243,16 +244,17 @@ class Trainer:
         else:
             self._not_finite(step, spots, losses)
         p.step, p.position = step, p.position + 1
-        self._profiler.after(step)
-        self._meter.add(time.monotonic() - began, len(spots), numbers)
-        wrong = self._spikes.update(losses["loss"], norm)
+        diagnostic("the trace", lambda: self._profiler.after(step), None)
+        diagnostic("the meter", lambda: self._meter.add(time.monotonic() - began, len(spots), numbers), None)
+        wrong = diagnostic("the alarm", lambda: self._spikes.update(losses["loss"], norm), None)
         if wrong is not None and self._first:
-            self._events.flag("jump", step, wrong)
+            self._flag("jump", step, wrong)
         if step % self.config.train.log_every == 0 or step == 1:
             row = {"step": step, "kind": "train", "epoch": p.epoch}
             row |= losses | numbers | {"lr": rate, "grad_norm": norm, "skips": p.skips}
             data = self.task.metrics()
-            self._log(row | self._meter.row(data.pop("loader_wait_s", 0.0)) | data)
+            waited = data.pop("loader_wait_s", 0.0)
+            self._log(row | diagnostic("the meter", lambda: self._meter.row(waited), {}) | data)
 
     def _next_batch(self) -> np.ndarray:
         p = self.progress
@@ -287,8 +289,8 @@ class Trainer:
         record = {"step": step, "epoch": self.progress.epoch, "position": self.progress.position, "parts": parts,
                   "gradients": gradients, "spot_index": spots.tolist()}  # fmt: skip
         if self._first:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(finite(record)) + "\n")
+            # A disk that is full must not hide what is wrong with the loss.
+            diagnostic(f"writing {NONFINITE}", lambda: append_row(path, record), None)
         what = f"loss part {', '.join(k for k in bad if k != 'loss') or 'loss'}" if bad else "the gradient"
         first = f" (gradients of {len(gradients)} parameters, first {gradients[0]})" if gradients else ""
         some = ", ".join(str(i) for i in spots[:5].tolist())
@@ -319,7 +321,10 @@ class Trainer:
             p.stopped = "patience"
 
     def _stalled(self, text: str) -> None:
-        self._events.flag("stall", self.progress.step, text)
+        self._flag("stall", self.progress.step, text)
+
+    def _flag(self, kind: str, step: int, text: str) -> None:
+        diagnostic("writing the event log", lambda: self._events.flag(kind, step, text), None)
 
     def _stop_stalled(self, text: str) -> None:
         who = f"rank {self.group.rank} of {self.group.size}: " if self.group.size > 1 else ""

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
+from comtip_fast.streams import drain, write_line
+
 RESTART_CODE = 75
 """Exit code of a process that a fresh start with ``--resume`` helps (``EX_TEMPFAIL`` of sysexits.h)."""
 ADVICE = "the launcher starts it again from the last good checkpoint; without one, run the same command with --resume"
@@ -86,7 +88,7 @@ def no_longer_than(seconds: float, what: str) -> Iterator[None]:
     """End this process if the block takes longer: what waits for ranks that are gone may wait for ever."""
 
     def end() -> None:
-        sys.stderr.write(f"comtip: error: {what} took more than {seconds:g} s; ended\n")
+        write_line(f"comtip: error: {what} took more than {seconds:g} s; ended", sys.stderr)
         hard_exit()
 
     timer = threading.Timer(seconds, end)
@@ -101,7 +103,7 @@ def no_longer_than(seconds: float, what: str) -> Iterator[None]:
 def hard_exit(code: int = RESTART_CODE) -> None:
     """End this process from any thread, whatever the others are stuck in."""
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+        drain(stream)
     os._exit(code)
 
 

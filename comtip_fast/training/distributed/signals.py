@@ -19,7 +19,7 @@ LOCK_FILE = "run.lock"
 
 
 class Signals:
-    """Remembers that SIGTERM or SIGINT asked for the end; a second SIGINT ends at once."""
+    """Remembers that SIGTERM, SIGHUP or SIGINT asked for the end; a second SIGINT ends at once."""
 
     def __init__(self) -> None:
         self.received = 0
@@ -34,10 +34,15 @@ class Signals:
 
 @contextmanager
 def catch_signals() -> Iterator[Signals]:
-    """Take SIGTERM and SIGINT; the earlier handlers come back at the end."""
+    """Take SIGTERM, SIGINT and SIGHUP; the earlier handlers come back at the end.
+
+    A SIGHUP that is ignored stays ignored: that is how nohup lets a run outlive its terminal.
+    """
     caught, earlier = Signals(), {}
     try:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             earlier[number] = signal.signal(number, caught)
     except ValueError:
         log.debug("not in the main thread: signals are left to whoever started this")
