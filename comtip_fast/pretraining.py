@@ -12,12 +12,13 @@ import torch
 from comtip_fast.config.io import load_config
 from comtip_fast.devices import pick_device
 from comtip_fast.plan.live import step_cost
+from comtip_fast.training.checkpoint.store import steps_of
 from comtip_fast.training.distributed.comm_timer import ClockedGroup
 from comtip_fast.training.distributed.process_group import init_distributed
 from comtip_fast.training.engines.base import set_product_precision
 from comtip_fast.training.engines.factory import check_engine
 from comtip_fast.training.task import build_task
-from comtip_fast.training.trainer import FitResult, Trainer, refuse_second_run
+from comtip_fast.training.trainer import CHECKPOINTS, FitResult, Trainer, refuse_second_run
 
 log = logging.getLogger("comtip_fast")
 
@@ -84,7 +85,9 @@ def pretrain(
         group = ClockedGroup(ranks, target)
         if group.rank > 0:
             log.setLevel(logging.WARNING)
-        task = build_task(run, target, group)
+        # A checkpoint holds all weights; the file of initial weights may be gone by now.
+        fresh = not (resume and steps_of(out / CHECKPOINTS))
+        task = build_task(run, target, group, initialise=fresh)
         log.info("%s", task.describe())
         cost = step_cost(
             run, task.model, tile_px=task.sizes.tile_px, trained_genes=task.sizes.n_identities, ranks=group.size

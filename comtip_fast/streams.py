@@ -6,8 +6,10 @@ import errno
 import os
 import select
 import stat
-from contextlib import suppress
-from typing import TextIO
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO
 
 # The reader of a pipe has ended, a terminal was closed, a log's connection is lost: nothing written later will be read.
 _GONE = (errno.EPIPE, errno.EIO, errno.ECONNRESET, errno.ENOTCONN, errno.ESHUTDOWN)
@@ -33,6 +35,49 @@ def write_line(text: str, stream: TextIO | None) -> bool:
             return True
         return False
     return True
+
+
+class Guarded:
+    """A stream for everything that people read beside the work (logs, progress bars, warnings): writing never fails."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write, or drop the text."""
+        self._attempt(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, or drop what is not taken."""
+        self._attempt(self._stream.flush)
+
+    def _attempt(self, work: Callable[[], object]) -> None:
+        try:
+            work()
+        except OSError as error:
+            if error.errno in _GONE:
+                silence(self._stream)
+        except ValueError:  # closed
+            return
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def guarded_stderr() -> Iterator[None]:
+    """Let ``sys.stderr`` be guarded while the block runs."""
+    plain = sys.stderr
+    if plain is None:
+        yield
+        return
+    sys.stderr = Guarded(plain)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        drain(plain)
+        sys.stderr = plain
 
 
 def silence(stream: TextIO | None) -> None:

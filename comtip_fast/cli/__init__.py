@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from comtip_fast._version import __version__
-from comtip_fast.streams import drain, reader_is_gone, write_line
+from comtip_fast.streams import drain, guarded_stderr, reader_is_gone, write_line
 
 # name -> (module, help); imported only when asked for, so that --help answers at once.
 COMMANDS = {
@@ -24,7 +24,7 @@ COMMANDS = {
     "bench": "measure loaders on this machine",
     "doctor": "say what this machine can run",
 }
-USER_ERROR, KILLED = 2, 143
+USER_ERROR, RESTART, KILLED = 2, 75, 143
 PIPE_CLOSED = 141  # as a shell reports a program that SIGPIPE ended
 # These say what is wrong with the input, with the file's name; anything else is our bug and is shown whole.
 BAD_INPUT = (
@@ -38,7 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 done, 1 a check failed or a bug, 2 bad input, 75 to be started again (a rank lost, a disk full), 130 interrupted,
     141 the reader of the output has ended, 143 stopped by SIGTERM or SIGHUP and saved.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    with guarded_stderr():
+        return _main(list(sys.argv[1:] if argv is None else argv))
+
+
+def _main(arguments: list[str]) -> int:
     parser = _parser(arguments)
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.DEBUG if args.debug else logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -62,9 +66,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         write_line(f"comtip: error: {error}", sys.stderr)
         return USER_ERROR
+    except Exception as error:
+        found = _of_the_disk(error)
+        if found is None or args.debug:
+            raise
+        write_line(f"comtip: error: {found[1]}", sys.stderr)
+        return found[0]
     finally:
         drain(sys.stdout)
-        drain(sys.stderr)
+
+
+def _of_the_disk(error: Exception) -> tuple[int, str] | None:
+    """Return the exit code and the message of an error of the disk, None for any other error."""
+    from comtip_shards.storage.disk import disk_trouble, unwritable
+
+    said = disk_trouble(error)
+    if said is not None:
+        return RESTART, f"{said}; make room, then run the same command again"
+    said = unwritable(error)
+    return None if said is None else (USER_ERROR, f"{said}; give another path, or make this one summon_full_params")
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:

@@ -20,11 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Embed and write."""
     from comtip_fast.api import load
+    from comtip_fast.data.h5ad import write_h5ad
 
-    out = fresh_h5ad(args.out)
+    out = fresh_h5ad(args)
     facts, pooling = read_facts(args)
     answer = load(args.run_dir, args.device).embed(args.section, facts=facts, pooling=pooling)
-    answer.write_h5ad(out, convert_strings_to_categoricals=False)
+    write_h5ad(answer, out)
     print(
         f"{out}: obsm[{OBSM_EMBEDDING!r}] {answer.obsm[OBSM_EMBEDDING].shape[0]} x {answer.obsm[OBSM_EMBEDDING].shape[1]}"
     )

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
 from comtip_shards.sections.facts import PoolingOptions, SectionFacts, option_specs, parse_facts
+from comtip_shards.storage.atomic import refuse_input_as_output
+
+from comtip_fast.constants import UNS
 
 SECTION_HELP = "SHARDS:section_id (a folder or a URL), a source folder, SOURCE:section_id, or an .h5ad with an image"
 TITLES: dict[Any, str] = {
@@ -40,13 +44,32 @@ def add_out(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--out", type=Path, required=True, help=what)
 
 
-def fresh_h5ad(path: Path) -> Path:
-    """Check an output path before the work starts."""
+def fresh_h5ad(args: argparse.Namespace) -> Path:
+    """Check ``--out`` before the work starts: its name, its folder, and that it is none of the inputs."""
+    path: Path = args.out
     if path.suffix != ".h5ad":
         raise ValueError(f"--out {path}: the output is AnnData; give a name that ends in .h5ad")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"--out {path}: the folder {path.parent} does not exist; create it first")
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"--out {path}: the folder {path.parent} cannot be written; give another one")
+    given = [args.section, args.section.rpartition(":")[0], args.image, args.alignment]
+    given += [g[1:] for value in getattr(args, "genes", None) or [] for g in value.split(",") if g.startswith("@")]
+    inputs = [Path(p) for p in given if p]
+    # In a folder of sources, an earlier answer may be written anew; anything else may be one of the sources.
+    answer = path.is_file() and _is_answer(path)
+    refuse_input_as_output(path, [p for p in inputs if not (answer and p.is_dir())])
     return path
+
+
+def _is_answer(path: Path) -> bool:
+    import h5py
+
+    try:
+        with h5py.File(path, "r") as file:
+            return UNS in file.get("uns", {})
+    except OSError:
+        return False
 
 
 def gene_list(values: list[str]) -> list[str] | None:

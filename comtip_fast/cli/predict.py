@@ -22,12 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Predict and write."""
     from comtip_fast.api import load
+    from comtip_fast.data.h5ad import write_h5ad
 
-    out = fresh_h5ad(args.out)
+    out = fresh_h5ad(args)
     facts, pooling = read_facts(args)
     model = load(args.run_dir, args.device)
     answer = model.predict(args.section, gene_list(args.genes), facts=facts, pooling=pooling)
-    answer.write_h5ad(out, convert_strings_to_categoricals=False)
+    write_h5ad(answer, out)
     seen = answer.var["training"].value_counts().to_dict()
     print(
         f"{out}: {answer.n_obs} spots x {answer.n_vars} genes "

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from comtip_shards import ShardSet
+from comtip_shards.storage.atomic import write_atomic
 
 from comtip_fast.data.expression.levels import log1p_cp10k
 from comtip_fast.evaluation.metrics import Score, from_genes, pcc_per_gene, score
@@ -265,9 +266,7 @@ def _merge(parts: list[dict[str, Any]]) -> dict[str, Any]:
 
 def write_metrics(metrics: dict[str, Any], path: Path) -> None:
     """Write ``metrics.json``; what is not a finite number becomes null."""
-    tmp_path = path.with_suffix(".writing")
-    tmp_path.write_text(json.dumps(_finite(metrics), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    tmp_path.rename(path)
+    write_atomic(path, json.dumps(_finite(metrics), indent=1, allow_nan=False) + "\n")
 
 
 def _finite(value: Any) -> Any:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from comtip_shards.storage.atomic import write_atomic
 from jinja2 import Environment, PackageLoader, select_autoescape
 
 from comtip_fast._version import __version__
@@ -47,7 +48,7 @@ def write_report(run_dir: Path | None, result: Evaluation, out: Path) -> None:
         curves=figures.loss_curves(run_dir / "metrics.jsonl") if run_dir is not None else None,
         training=_training(result), shown_genes=SHOWN_GENES, shown_unseen=SHOWN_UNSEEN,
     )  # fmt: skip
-    out.write_text(page, encoding="utf-8")
+    write_atomic(out, page)
 
 
 def _training(result: Evaluation) -> dict[str, Any]:

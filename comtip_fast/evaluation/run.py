@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -64,8 +65,15 @@ def evaluate_run(
     ['human_breast']
     """
     run = Path(run)
+    if out is not None:
+        _check_writable(Path(out))  # before the work, which takes long
     predictor = Predictor.load(run, pick_device(device))
     train = str(train_shards) if train_shards else _own_shards(run, predictor.config.data.shards)
+    if train_shards is None and is_url(train):
+        raise ValueError(
+            f"{run}: its config names the training sections by the URL {train}, which is not fetched on a model's word; "
+            "if you trust it, give it with --train-shards"
+        )
     if not is_url(train) and not (Path(train) / "manifest.json").is_file():
         raise FileNotFoundError(
             f"{train}: no shard set here, but the ridge baselines train on the model's own training sections; "
@@ -81,7 +89,6 @@ def evaluate_run(
     )
     if out is not None:
         folder = Path(out)
-        folder.mkdir(parents=True, exist_ok=True)
         write_metrics(result.metrics, folder / "metrics.json")
         log_dir = run if (run / "metrics.jsonl").is_file() else None
         write_report(log_dir, result, folder / "report.html")
@@ -93,3 +100,9 @@ def _own_shards(run: Path, configured: str) -> str:
     inside = run / Path(configured).name
     present = is_url(configured) or (Path(configured) / "manifest.json").is_file()
     return configured if present or not (inside / "manifest.json").is_file() else str(inside)
+
+
+def _check_writable(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"--out {folder}: the folder cannot be written; give another one")

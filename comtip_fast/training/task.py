@@ -5,6 +5,7 @@ The losses are in :mod:`comtip_fast.training.losses`.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +28,19 @@ from comtip_fast.training.validation import Validation
 from comtip_fast.training.warm_start import start_from
 
 
-def build_task(config: RunConfig, device: torch.device, group: Group | None = None) -> CoMTIPTask:
-    """Open the shard set, work out the training tables and build the model, all from the config; alike on all ranks."""
+def build_task(
+    config: RunConfig, device: torch.device, group: Group | None = None, *, initialise: bool = True
+) -> CoMTIPTask:
+    """Open the shard set, work out the training tables and build the model, all from the config; alike on all ranks.
+
+    Parameters
+    ----------
+    config, device, group
+        Of the run.
+    initialise
+        Read the weights that the config begins with (``vision.pretrained``, ``train.start_from``). False where a
+        checkpoint holds all weights: those files may be gone by then.
+    """
     torch.manual_seed(config.train.seed)
     shards = ShardSet(config.data.shards)
     tables = training_tables(shards, config)
@@ -40,13 +52,14 @@ def build_task(config: RunConfig, device: torch.device, group: Group | None = No
         n_identities=tables.genes.trained.size,
         longest=config.text.max_tokens + 2,
     )
-    model = CoMTIP(config, sizes)
+    vision = config.vision if initialise else replace(config.vision, pretrained="")
+    model = CoMTIP(replace(config, vision=vision), sizes)
     if model.vision.stem is not None:
         model.vision.stem.load_pretrained()
     if config.engine.compile:
         model.compile_blocks()
     task = CoMTIPTask(config, shards, tables, tokenizer, model.to(device), sizes, group or SingleProcessGroup())
-    if config.train.start_from:
+    if config.train.start_from and initialise:
         # After the task has set the stem's output scale from its own tiles: the encoder was trained on the old scale.
         keys = [shards.genes[row].key for row in tables.genes.trained]
         start_from(task.model, config.train.start_from, keys, tokenizer.sha256)

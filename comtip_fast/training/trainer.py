@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from comtip_shards.storage.atomic import atomic_folder, write_atomic
 from torch import Tensor
 
 from comtip_fast.collectives import Group, SingleProcessGroup
@@ -190,9 +190,7 @@ class Trainer:
         return step
 
     def _write_config(self) -> None:
-        tmp_path = self.run_dir / ".config.yaml.writing"
-        tmp_path.write_text(dump_config(self.config), encoding="utf-8")
-        tmp_path.replace(self.run_dir / "config.yaml")
+        write_atomic(self.run_dir / "config.yaml", dump_config(self.config))
 
     # -- the loop ---------------------------------------------------------------------------------------
 
@@ -401,11 +399,8 @@ class Trainer:
             best = checkpoints.load(checkpoints.folder_of(self.checkpoint_dir, step))
             self.task.module.load_state_dict(best.model)
         self.task.module.eval()
-        tmp_path, final = self.run_dir / ".export-writing", self.run_dir / "export"
-        shutil.rmtree(tmp_path, ignore_errors=True)
-        self.task.export(tmp_path)
-        shutil.rmtree(final, ignore_errors=True)
-        tmp_path.rename(final)
+        with atomic_folder(self.run_dir / "export") as tmp_path:
+            self.task.export(tmp_path)
 
 
 def refuse_second_run(run_dir: Path, resume: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -85,6 +86,11 @@ def hold_run(run_dir: Path, patience_s: float = 0.0) -> Iterator[None]:
                 file.seek(0)
                 holder = file.read().strip() or "?"
                 raise TrainingError(f"{run_dir} is in use by process {holder}; wait for it or stop it") from error
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
+                    raise
+                log.warning("%s: its file system has no locks; a second run in this folder is not noticed", run_dir)
+                break
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

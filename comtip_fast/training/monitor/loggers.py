@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+from comtip_shards.storage.atomic import write_atomic
+
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.streams import write_line
 
@@ -202,9 +204,7 @@ def keep_rows_up_to(path: Path, step: int) -> None:
             break
         if row["step"] <= step:
             kept.append(line + "\n")
-    tmp_path = path.with_suffix(".writing")
-    tmp_path.write_text("".join(kept), encoding="utf-8")
-    tmp_path.replace(path)
+    write_atomic(path, "".join(kept))
 
 
 def finite(value: Any) -> Any:

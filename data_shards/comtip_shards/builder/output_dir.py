@@ -13,11 +13,14 @@ from comtip_shards.builder.writer import FOLDERS, GENES_FILE, REPORT_FILE, REPOR
 from comtip_shards.errors import ShardError
 from comtip_shards.format import spot_table as spots
 from comtip_shards.format.manifest import NAME, BuildPart, Manifest, read_manifest
+from comtip_shards.storage.atomic import tmp_path_of
 
 STAGING = ".building"
 WRITING = ".writing"
 """Ends the names of folders that are not whole yet."""
 _OURS = {STAGING, REPORTS, GENES_FILE, REPORT_FILE, spots.FILE, NAME + WRITING, *FOLDERS}
+_TEMPORARY = {tmp_path_of(Path(name)).name for name in (NAME, REPORT_FILE, REPORTS)}
+_OURS |= _TEMPORARY | {f"{name}.old" for name in _TEMPORARY}
 
 
 def built_already(out: Path, fingerprint: str, part: BuildPart | None) -> Manifest | None:

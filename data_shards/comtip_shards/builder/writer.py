@@ -42,6 +42,7 @@ from comtip_shards.genes.identifiers import RESOURCE, GeneResource
 from comtip_shards.sampling.rng import permutation
 from comtip_shards.sections.section import SectionMeta
 from comtip_shards.slides.tiles import StainStats
+from comtip_shards.storage.atomic import flush, flush_tree, write_atomic
 
 GENES_FILE, REPORT_FILE, REPORTS = "genes.tsv", "report.txt", "report"
 FOLDERS = ("shards", "overview", "spots")
@@ -163,10 +164,14 @@ def write_set(
         sections=[d.section for d in done], shards=[e for d in done for e in d.shards],
         fingerprint=set_fingerprint(prints, records_per_shard), made_with=made_with(), part=part,
     )  # fmt: skip
-    (out / REPORT_FILE).write_text(report(manifest), encoding="utf-8")
-    tmp_path = out / (NAME + ".writing")
-    tmp_path.write_text(manifest.to_json(), encoding="utf-8")
-    tmp_path.rename(out / NAME)
+    write_atomic(out / REPORT_FILE, report(manifest))
+    for name in FOLDERS:
+        if (out / name).exists():
+            flush_tree(out / name)
+    for name in (GENES_FILE, spots.FILE):
+        flush(out / name)
+    # Last, as a set with a manifest counts as whole: after a power cut, too.
+    write_atomic(out / NAME, manifest.to_json())
     return parse_manifest((out / NAME).read_bytes(), str(out / NAME))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from PIL import Image, ImageDraw
 
 from comtip_shards.qc.context import SectionContext
 from comtip_shards.qc.result import FAIL, WARN, Finding, SectionReport, worst
+from comtip_shards.storage.atomic import atomic_folder
 
 EXTENSIONS = ("json", "html")
 OVERLAY_PX = 1000
@@ -86,14 +86,15 @@ def pages(report: SectionReport) -> dict[str, str]:
 
 def write_pages(sections: Iterable[tuple[str, Mapping[str, str], Sequence[Mapping[str, Any]]]], folder: Path) -> None:
     """Write a folder of reports anew: (section id, :func:`pages`, :meth:`SectionReport.summary`) each, and ``index.html``."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     summaries = []
-    for section, texts, summary in sections:  # one at a time: pages hold pictures
-        for extension, text in texts.items():
-            (folder / f"{section}.{extension}").write_text(text, encoding="utf-8")
-        summaries.append((section, summary))
-    (folder / "index.html").write_text(index_page(summaries), encoding="utf-8")
+    with atomic_folder(folder) as tmp_path:
+        tmp_path.mkdir()
+        for section, texts, summary in sections:  # one at a time: pages hold pictures
+            for extension, text in texts.items():
+                (tmp_path / f"{section}.{extension}").write_text(text, encoding="utf-8")
+            summaries.append((section, summary))
+        (tmp_path / "index.html").write_text(index_page(summaries), encoding="utf-8")
 
 
 def _template(name: str) -> Template:
