@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import csv
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from comtip_shards.storage.atomic import atomic_folder
+from safetensors import SafetensorError
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
+from comtip_fast import export_checks
 from comtip_fast._version import __version__
 from comtip_fast.config.io import config_from_dict, config_to_dict
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.data.expression.levels import LevelTable
+from comtip_fast.export_checks import ExportError
 from comtip_fast.genes import GeneTokenizer
 from comtip_fast.models import CoMTIP, ModelSizes
 
@@ -179,3 +183,10 @@ def model_card(bundle: Bundle) -> str:
         f"{rows}\n\n## Attribution\n{credits}\n\n## Use\nResearch only; not a medical device. "
         "`comtip_fast.load(<this folder>)`; weights are safetensors and nothing is unpickled.\n"
     )
+
+
+def _read_tensors(read: Any, path: Path) -> Any:
+    try:
+        return read(path)
+    except SafetensorError as error:
+        raise ExportError(f"{path}: no whole safetensors file ({error}); get the export again") from error

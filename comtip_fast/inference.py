@@ -14,17 +14,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from comtip_shards.slides.tiles import StainStats, normalise_stain
-from safetensors import SafetensorError
 from torch import Tensor
 
 from comtip_fast.data.expression.levels import LevelTable
 from comtip_fast.export import Bundle
-from comtip_fast.export_checks import ExportError
 from comtip_fast.genes import GeneTokenizer
 from comtip_fast.genes.tokens import GeneTokens, gene_tokens, take_genes
 from comtip_fast.models import CoMTIP
@@ -72,13 +69,6 @@ def predict_trained(
     scale = model.log_scale_level.clamp(max=model.max_log_scale).exp()
     out = expected_values(image_ND, unit_GQD, scale, prior, tables)
     return {k: v.float().cpu().numpy() for k, v in out.items()}
-
-
-def _read_tensors(read: Any, path: Path) -> Any:
-    try:
-        return read(path)
-    except SafetensorError as error:
-        raise ExportError(f"{path}: no whole safetensors file ({error}); get the export again") from error
 
 
 class Predictor:

@@ -72,7 +72,7 @@ def guarded_stderr() -> Iterator[None]:
     if plain is None:
         yield
         return
-    sys.stderr = Guarded(plain)  # type: ignore[assignment]
+    sys.stderr = Guarded(plain)
     try:
         yield
     finally:

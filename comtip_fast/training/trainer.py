@@ -252,7 +252,8 @@ class Trainer:
             row |= losses | numbers | {"lr": rate, "grad_norm": norm, "skips": p.skips}
             data = self.task.metrics()
             waited = data.pop("loader_wait_s", 0.0)
-            self._log(row | diagnostic("the meter", lambda: self._meter.row(waited), {}) | data)
+            nothing: dict[str, float] = {}
+            self._log(row | diagnostic("the meter", lambda: self._meter.row(waited), nothing) | data)
 
     def _next_batch(self) -> np.ndarray:
         p = self.progress

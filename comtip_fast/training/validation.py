@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -66,13 +67,8 @@ class Validation:
             chosen = np.linspace(0, spots.size - 1, min(spots.size, SPACE_SPOTS)).round().astype(np.int64)
             # Read outside of the diagnostic: a damaged record ends the run under data.faults=stop.
             counts = self.loader.counts(spots[chosen])[1]
-            spaces.append(
-                diagnostic(
-                    "the numbers of the shared space",
-                    lambda s=section, c=chosen, n=counts, i=image: self._space(s, c, n, i),
-                    undefined(SPACE),
-                )
-            )
+            compute = partial(self._space, section, chosen, counts, image)
+            spaces.append(diagnostic("the statistics of the shared space", compute, undefined(SPACE)))
         per_cohort = {cohort: float(np.mean(values)) for cohort, values in scores.items()}
         mean = float(np.mean(list(per_cohort.values()))) if per_cohort else float("nan")
         return mean, per_cohort, {k: _mean_of_finite([s[k] for s in spaces]) for k in SPACE} if spaces else {}
