@@ -21,6 +21,7 @@ from comtip_shards.builder.writer import REPORTS, SectionRecords, made_with, rep
 from comtip_shards.errors import SourceError
 from comtip_shards.format import record
 from comtip_shards.format.manifest import BuildPart, Manifest, TileSpec, sha256_of
+from comtip_shards.names import same_file
 from comtip_shards.qc import refuse_failed, write_pages
 from comtip_shards.sections.leakage import check_duplicates, enforce_split_policy
 from comtip_shards.sections.section import SectionMeta, check_meta
@@ -150,6 +151,9 @@ def _with_splits(metas: list[SectionMeta], splits: Mapping[str, str]) -> list[Se
     twice = sorted({i for i in ids if ids.count(i) > 1})
     if twice:
         raise SourceError(f"section ids must differ: {', '.join(twice)} stands more than once")
+    alike = same_file(ids)
+    if alike:
+        raise SourceError(f"section ids must differ in more than case: {alike[0]} and {alike[1]}; rename one")
     unknown = sorted(set(splits) - set(ids))
     if unknown:
         raise SourceError(f"--split names {', '.join(unknown)}, which is not among the sections {', '.join(ids)}")

@@ -15,6 +15,7 @@ from comtip_shards.builder.output_dir import built_already, writing
 from comtip_shards.builder.writer import REPORTS, RecordRun, SectionHead, set_fingerprint, write_set
 from comtip_shards.errors import ShardError
 from comtip_shards.format.manifest import Manifest
+from comtip_shards.names import same_file
 from comtip_shards.qc.page import EXTENSIONS
 from comtip_shards.reader.shard_set import ShardSet
 from comtip_shards.sections.leakage import check_splits
@@ -131,6 +132,12 @@ def _check_distinct(sections: list[FinishedSection], manifests: dict[str, Manife
         if name in seen:
             raise ShardError(f"section {name} is in {seen[name]} and in {s.path}; leave one of the two out")
         seen[name] = s.path
+    alike = same_file(seen)
+    if alike:
+        raise ShardError(
+            f"section {alike[0]} of {seen[alike[0]]} and {alike[1]} of {seen[alike[1]]} differ only in case; build one again "
+            "under another id"
+        )
 
 
 def _in_order(manifests: dict[str, Manifest]) -> list[FinishedSection]:

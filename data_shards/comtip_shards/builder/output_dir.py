@@ -38,7 +38,21 @@ def built_already(out: Path, fingerprint: str, part: BuildPart | None) -> Manife
     foreign = sorted(p.name for p in out.iterdir() if p.name not in _OURS)
     if foreign:
         raise ShardError(f"{out} is not empty ({', '.join(foreign[:3])}); give a new folder")
+    refuse_links(out)
     return None
+
+
+def refuse_links(out: Path) -> None:
+    """Refuse an unfinished build that holds links: writing would go through them to files elsewhere.
+
+    Raises
+    ------
+    ShardError
+        Naming the first link.
+    """
+    for path in [p for n in sorted(_OURS) for p in (out / n, *(out / n).rglob("*"))]:
+        if path.is_symlink():
+            raise ShardError(f"{path}: is a link, which no build writes; delete it, or give a new folder")
 
 
 @contextmanager

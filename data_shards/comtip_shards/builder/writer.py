@@ -27,6 +27,7 @@ from comtip_shards.format import record
 from comtip_shards.format import spot_table as spots
 from comtip_shards.format.index import index_text
 from comtip_shards.format.manifest import (
+    GENES_FILE,
     NAME,
     BuildPart,
     Manifest,
@@ -34,17 +35,20 @@ from comtip_shards.format.manifest import (
     Overview,
     ShardEntry,
     TileSpec,
+    overview_file,
     pack_bits,
     parse_manifest,
     sha256_of,
+    shard_stem,
 )
 from comtip_shards.genes.identifiers import RESOURCE, GeneResource
+from comtip_shards.names import inside
 from comtip_shards.sampling.rng import permutation
 from comtip_shards.sections.section import SectionMeta
 from comtip_shards.slides.tiles import StainStats
 from comtip_shards.storage.atomic import flush, flush_tree, write_atomic
 
-GENES_FILE, REPORT_FILE, REPORTS = "genes.tsv", "report.txt", "report"
+REPORT_FILE, REPORTS = "report.txt", "report"
 FOLDERS = ("shards", "overview", "spots")
 
 
@@ -156,7 +160,7 @@ def write_set(
     more = (notes or {}, beside or {})
     work = [(s, keys, tile, out, first[i], records_per_shard, *more) for i, s in enumerate(sections)]
     done = run(write_section, work)
-    _join_spots([out / "spots" / f"{d.section.section_id}.parquet" for d in done], out / spots.FILE)
+    _join_spots([inside(out, f"spots/{d.section.section_id}.parquet") for d in done], out / spots.FILE)
     shutil.rmtree(out / "spots")
     manifest = Manifest(
         tile=tile, records_per_shard=records_per_shard, genes_file=GENES_FILE, genes_sha256=sha256_of(out / GENES_FILE),
@@ -187,10 +191,10 @@ def write_section(
     place = {k: i for i, k in enumerate(keys)}
     rows = np.array([place[k] for k in head.keys], np.int64)
     entries = []
-    with spots.SpotsWriter(out / "spots" / f"{meta.section_id}.parquet") as table:
+    with spots.SpotsWriter(inside(out, f"spots/{meta.section_id}.parquet")) as table:
         crcs, metas, start = [], [], first
         for number, run in enumerate(records.runs(records_per_shard)):
-            file = f"shards/{meta.section_id}-{number:04d}"
+            file = shard_stem(meta.section_id, number)
             entry, crc = _write_shard(run, rows, tile.codec, out, file, start, meta.section_id)
             entries.append(entry)
             crcs.append(crc)
@@ -205,7 +209,7 @@ def _write_shard(
 ) -> tuple[ShardEntry, np.ndarray]:
     n = len(run.tiles)
     offsets, sizes, crcs = (np.zeros((n, 3), t) for t in (np.int64, np.int64, np.uint32))
-    path, index = out / f"{stem}.tar", out / f"{stem}.idx"
+    path, index = inside(out, f"{stem}.tar"), inside(out, f"{stem}.idx")
     with path.open("wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for i in range(n):
             span = slice(run.indptr[i], run.indptr[i + 1])
@@ -230,8 +234,8 @@ def _write_shard(
 
 
 def _section_entry(head: SectionHead, rows: np.ndarray, n_genes: int, out: Path, first: int) -> ManifestSection:
-    file = f"overview/{head.meta.section_id}.jpg"
-    (out / file).write_bytes(head.overview)
+    file = overview_file(head.meta.section_id)
+    inside(out, file).write_bytes(head.overview)
     with Image.open(io.BytesIO(head.overview)) as picture:
         width, height = picture.size
     measured = np.zeros(n_genes, bool)

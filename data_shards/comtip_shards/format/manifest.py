@@ -6,7 +6,7 @@ import base64
 import binascii
 import hashlib
 import json
-import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,15 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
 from comtip_shards.errors import ShardError
 from comtip_shards.format.record import CODECS
+from comtip_shards.format.spot_table import FILE as SPOTS_FILE
+from comtip_shards.names import FOREIGN, check_section_id, is_sha256, problem_with_file, same_file, shown
 from comtip_shards.slides.tiles import StainStats
 
 FORMAT, VERSION = "comtip-shards", 2
 NAME = "manifest.json"
 REBUILD = "build the set again: comtip shards build SOURCE --out NEW_DIR"
 TAR_BLOCK = 512
-_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
-"""One part of a path below the folder: nothing that leaves it."""
+GENES_FILE = "genes.tsv"
 _strict = with_config(ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
 
 
@@ -213,12 +214,7 @@ def _check(manifest: Manifest, where: str) -> None:
         raise ShardError(
             f"{where}: tiles of {manifest.tile.px} px in {manifest.tile.codec!r} are not understood", kind="manifest"
         )
-    for name in files_of(manifest):
-        if not all(_FILE_NAME.fullmatch(part) for part in name.split("/")):
-            raise ShardError(
-                f"{where}: the file name {name[:100]!r} leaves the folder, or is none that a build gives",
-                kind="manifest",
-            )
+    _check_names(manifest, where)
     if not manifest.sections:
         raise ShardError(f"{where}: no sections", kind="manifest")
     for what, entries, size in (("sections", manifest.sections, "n_spots"), ("shards", manifest.shards, "records")):
@@ -240,8 +236,63 @@ def _check(manifest: Manifest, where: str) -> None:
         low, high = ends.get(shard.section_id, (0, -1))
         if shard.first_spot < low or shard.first_spot + shard.records > high:
             raise ShardError(f"{where}: shard {shard.file} is not within its section", kind="manifest")
+    for field_name, name, right in _names(manifest):
+        if name != right:
+            raise _manifest_error(
+                f"{where}: {field_name}: {shown(name)} is not {right}, as a build names it; {FOREIGN}"
+            )
     for section in manifest.sections:
         unpack_bits(section.assay_genes, manifest.n_genes)
+
+
+def shard_stem(section_id: str, number: int) -> str:
+    """Return the name of a section's shard, from 0, without its extension; FORMAT.md fixes it."""
+    return f"shards/{section_id}-{number:04d}"
+
+
+def overview_file(section_id: str) -> str:
+    """Return the name of a section's overview; FORMAT.md fixes it."""
+    return f"overview/{section_id}.jpg"
+
+
+def _check_names(manifest: Manifest, where: str) -> None:
+    """Refuse names that could become a path anywhere but where FORMAT.md puts them.
+
+    Section ids, file names and hashes are all parts of paths: in a merged set, in reports, in the cache.
+    """
+    for i, section in enumerate(manifest.sections):
+        check_section_id(section.section_id, f"{where}: sections.{i}.section_id", _manifest_error, FOREIGN)
+    twins = same_file(s.section_id for s in manifest.sections)
+    if twins:
+        raise _manifest_error(
+            f"{where}: sections.section_id: {shown(twins[0])} and {shown(twins[1])} are the same file name on systems "
+            "that ignore case; rename one and build again"
+        )
+    for field_name, name, _ in _names(manifest):
+        problem = problem_with_file(name)
+        if problem:
+            raise _manifest_error(f"{where}: {field_name}: the file name {shown(name)} {problem}; {FOREIGN}")
+    for name, digest in files_of(manifest).items():
+        if not is_sha256(digest):
+            raise _manifest_error(f"{where}: the SHA-256 of {name} is {shown(digest)}, not 64 hex digits; {FOREIGN}")
+
+
+def _names(manifest: Manifest) -> Iterator[tuple[str, str, str]]:
+    """Yield every file that a manifest names: (field, name, the name that a build gives)."""
+    yield "genes_file", manifest.genes_file, GENES_FILE
+    yield "spots_file", manifest.spots_file, SPOTS_FILE
+    for i, section in enumerate(manifest.sections):
+        yield f"sections.{i}.overview.file", section.overview.file, overview_file(section.section_id)
+    number: dict[str, int] = {}
+    for i, shard in enumerate(manifest.shards):
+        k = number[shard.section_id] = number.get(shard.section_id, -1) + 1
+        stem = shard_stem(shard.section_id, k)
+        yield f"shards.{i}.file", shard.file, f"{stem}.tar"
+        yield f"shards.{i}.index", shard.index, f"{stem}.idx"
+
+
+def _manifest_error(message: str) -> ShardError:
+    return ShardError(message, kind="manifest")
 
 
 def files_of(manifest: Manifest) -> dict[str, str]:

@@ -12,6 +12,8 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from PIL import Image, ImageDraw
 
+from comtip_shards.errors import SourceError
+from comtip_shards.names import inside
 from comtip_shards.qc.context import SectionContext
 from comtip_shards.qc.result import FAIL, WARN, Finding, SectionReport, worst
 from comtip_shards.storage.atomic import atomic_folder
@@ -86,13 +88,17 @@ def pages(report: SectionReport) -> dict[str, str]:
 
 def write_pages(sections: Iterable[tuple[str, Mapping[str, str], Sequence[Mapping[str, Any]]]], folder: Path) -> None:
     """Write a folder of reports anew: (section id, :func:`pages`, :meth:`SectionReport.summary`) each, and ``index.html``."""
+    if folder.is_symlink():
+        raise SourceError(
+            f"{folder}: is a link, and the folder of reports is written anew; delete it, or give a new folder"
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     summaries = []
     with atomic_folder(folder) as tmp_path:
         tmp_path.mkdir()
-        for section, texts, summary in sections:  # one at a time: pages hold pictures
+        for section, texts, summary in sections:  # one at a time: pages hold images
             for extension, text in texts.items():
-                (tmp_path / f"{section}.{extension}").write_text(text, encoding="utf-8")
+                inside(tmp_path, f"{section}.{extension}").write_text(text, encoding="utf-8")
             summaries.append((section, summary))
         (tmp_path / "index.html").write_text(index_page(summaries), encoding="utf-8")
 

@@ -9,6 +9,7 @@ from urllib.parse import unquote, urlsplit
 
 from comtip_shards.errors import ShardError
 from comtip_shards.format.manifest import NAME, Manifest, parse_manifest, read_manifest
+from comtip_shards.names import inside
 from comtip_shards.storage.remote import Remote, is_url
 
 
@@ -45,7 +46,7 @@ class SetFiles:
 
     def path(self, name: str, sha256: str, size: int | None = None) -> Path:
         """Return the local path of a file; a remote one is fetched and checked as it comes."""
-        return self.folder / name if self.remote is None else self.remote.fetch(name, sha256=sha256, size=size)
+        return inside(self.folder, name) if self.remote is None else self.remote.fetch(name, sha256=sha256, size=size)
 
     def open(self, name: str, sha256: str, size: int) -> BinaryIO:
         """Open a shard for reading at random places."""

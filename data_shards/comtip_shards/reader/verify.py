@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from comtip_shards.builder.writer import REPORT_FILE, REPORTS
 from comtip_shards.errors import ShardError, SourceError
 from comtip_shards.format import record
 from comtip_shards.format.manifest import ShardEntry, sha256_of
@@ -64,6 +65,7 @@ def verify(path: Path | str, *, progress: bool = False, remote: Remote | None = 
         report.problems += _check_spots(shards, table)
     except ShardError as error:
         report.problems.append(str(error))
+    report.problems += _check_links(shards)
     for number in range(len(shards.manifest.sections)):
         try:
             shards.overview(number)
@@ -79,6 +81,14 @@ def verify(path: Path | str, *, progress: bool = False, remote: Remote | None = 
             report.problems.append("... and perhaps more; stopped here")
             break
     return report
+
+
+def _check_links(shards: ShardSet) -> list[str]:
+    """Pages for people are not hashed: a link among them shows, or hands on, a file of another folder."""
+    if shards.files.remote is not None:
+        return []
+    pages = [shards.path / REPORT_FILE, shards.path / REPORTS, *sorted((shards.path / REPORTS).rglob("*"))]
+    return [f"{p}: is a link, which no build writes; delete it, no reader needs it" for p in pages if p.is_symlink()]
 
 
 def _check_spots(shards: ShardSet, table: pd.DataFrame) -> list[str]:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from comtip_shards.errors import ShardError
+from comtip_shards.names import FOREIGN, is_sha256, problem_with, shown
 
 CACHE_VARIABLE, SIZE_VARIABLE = "COMTIP_CACHE", "COMTIP_CACHE_GB"
 _DAY = 24 * 3600
@@ -47,9 +48,15 @@ class FileCache:
         self.folder, self.max_bytes = folder, max_bytes
 
     def path(self, key: str, name: str) -> Path:
-        """Return where a file lies if it is here; only the last part of ``name`` is used."""
+        """Return where a file lies if it is here; only the last part of ``name`` is used, where it is a file name."""
         last = name.rsplit("/", 1)[-1].split("?", 1)[0]
-        return self.folder / key[:2] / key / (last if last.strip(".") and "\0" not in last else "file")
+        return self._of(key) / (last if not problem_with(last) else "file")
+
+    def _of(self, key: str) -> Path:
+        """Return the folder of a key, which may be a hash that a manifest states."""
+        if not is_sha256(key):
+            raise ShardError(f"{shown(key)} is no SHA-256, so no file is kept under it; {FOREIGN}", kind="manifest")
+        return self.folder / key[:2] / key
 
     def has(self, path: Path, size: int | None) -> bool:
         """Tell whether a file is here, with its size where that is known; it counts as used now."""
@@ -85,7 +92,7 @@ class FileCache:
 
     def forget(self, key: str) -> None:
         """Drop the files of a key."""
-        shutil.rmtree(self.folder / key[:2] / key, ignore_errors=True)
+        shutil.rmtree(self._of(key), ignore_errors=True)
 
     def unwritable(self, error: OSError) -> ShardError:
         """Return the error that says so."""
@@ -100,7 +107,7 @@ class FileCache:
         folder = self.folder / "locks"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            file = (folder / key).open("w")
+            file = (folder / self._of(key).name).open("w")
         except OSError as error:
             raise self.unwritable(error) from error
         with file:
