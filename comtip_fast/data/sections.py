@@ -20,6 +20,7 @@ from comtip_shards.slides.base import Slide
 from comtip_shards.slides.tiles import StainStats, stain_stats
 from comtip_shards.sources import open_source
 from comtip_shards.sources.anndata_source import MICRONS_PER_PIXEL, centres, library_picture, library_slide
+from comtip_shards.sources.hdf5 import check_hdf5
 from comtip_shards.storage.remote import is_url
 
 OVERVIEW_PX = 1024
@@ -92,13 +93,13 @@ def open_section(
 
 
 def read_h5ad(path: Path | str) -> ad.AnnData:
-    """Read an AnnData file; what is none is said by name."""
+    """Read an AnnData file that names no other file; what is none is said by name."""
+    fix = "write it with AnnData.write_h5ad"
+    check_hdf5(Path(path), "an .h5ad", fix)
     try:
         return ad.read_h5ad(path)
     except (OSError, KeyError) as error:
-        raise SourceError(
-            f"{path}: not an .h5ad that can be read ({error}); write it with AnnData.write_h5ad"
-        ) from error
+        raise SourceError(f"{path}: not an .h5ad that can be read ({error}); {fix}") from error
 
 
 def split_spec(spec: str) -> tuple[Path, str]:

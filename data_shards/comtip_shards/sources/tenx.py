@@ -19,6 +19,7 @@ from comtip_shards.errors import SourceError
 from comtip_shards.slides.appearance import looks_like_he
 from comtip_shards.slides.open import image_size, open_slide
 from comtip_shards.sources.base import as_counts, existing, reading
+from comtip_shards.sources.hdf5 import open_hdf5
 
 GENE_KIND, MATRIX = "Gene Expression", "a feature-barcode matrix of 10x Genomics"
 JUDGED_PX = 30_000_000
@@ -242,10 +243,7 @@ def species_of(ids: Sequence[str], where: Path) -> str:
 
 
 def _open_h5(path: Path) -> h5py.File:
-    try:
-        file = h5py.File(path, "r")
-    except OSError as error:
-        raise SourceError(f"{path}: not an HDF5 file that can be read ({error})") from error
+    file = open_hdf5(path, "an HDF5 file", "is it whole?")
     needed = ("features/id", "barcodes", "data", "indices", "indptr", "shape")
     missing = [n for n in needed if f"matrix/{n}" not in file]
     if missing:
