@@ -142,7 +142,7 @@ def test_only_listed_codecs_pass_wherever_they_are_named(tmp_path: Path, name: s
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "not the metadata"),
+        (b"", "is not the metadata"),
         (b"[" * 100_000, "not the metadata"),
         (b"\xff\xfe\x00", "not the metadata"),
         (json.dumps({"filters": [{"id": "pickle"}]}).encode("utf-16"), "the codec 'pickle'"),
@@ -150,7 +150,7 @@ def test_only_listed_codecs_pass_wherever_they_are_named(tmp_path: Path, name: s
 )
 def test_metadata_that_cannot_be_understood_is_refused(tmp_path: Path, data: bytes, message: str):
     (tmp_path / ".zarray").write_bytes(data)
-    with pytest.raises(SourceError, match=rf"\.zarray: {message}"):
+    with pytest.raises(SourceError, match=rf"\.zarray.* {message}"):
         check_store(tmp_path)
 
 

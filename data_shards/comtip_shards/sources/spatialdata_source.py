@@ -54,7 +54,7 @@ def open_sections(path: Path, samples: Sequence[str] | None, overrides: Mapping[
 
 def read_store(path: Path) -> Any:
     """Open a store whose metadata passes :func:`comtip_shards.sources.zarr_metadata.check_store`; images stay on the disk."""
-    check_store(path)
+    check_store(path, "a SpatialData store")
     try:
         spatialdata = import_module("spatialdata")
     except ImportError as error:

@@ -31,13 +31,15 @@ MAX_BYTES = 256 * 2**20
 """Largest metadata file; a consolidated one of 100,000 arrays has about 100 MB."""
 
 
-def check_store(path: Path) -> None:
+def check_store(path: Path, what: str = "a Zarr store") -> None:
     """Refuse a Zarr store (format 2 or 3) that is not safe to open. Call it before any library opens the store.
 
     Parameters
     ----------
     path
         Folder of the store. It may be a link itself; nothing below it may be one.
+    what
+        What it should be, for messages.
 
     Raises
     ------
@@ -53,7 +55,7 @@ def check_store(path: Path) -> None:
                     f"{_shown(file)}: is a link; links in a store are not followed, copy the file itself there"
                 )
             if name in METADATA:
-                _check_file(file)
+                _check_file(file, path, what)
 
 
 def _unreadable(error: OSError) -> None:
@@ -64,7 +66,7 @@ def _shown(file: Path) -> str:
     return str(file) if str(file).isprintable() else ascii(str(file))
 
 
-def _check_file(file: Path) -> None:
+def _check_file(file: Path, store: Path, what: str) -> None:
     if not file.is_file():
         raise SourceError(
             f"{_shown(file)}: is no regular file, but the metadata of a Zarr array or group; copy the store again"
@@ -87,7 +89,8 @@ def _check_file(file: Path) -> None:
         if isinstance(error, SourceError):
             raise
         raise SourceError(
-            f"{_shown(file)}: not the metadata of a Zarr array or group ({error}); copy the store again"
+            f"{_shown(store)}: not {what} that can be read ({_shown(file.relative_to(store))} is not the metadata of a Zarr array or "
+            f"group: {error}); copy the store again"
         ) from error
 
 
