@@ -34,7 +34,7 @@ from comtip_fast.objectives import (
     same_text_hash,
     take_from_other_spots,
 )
-from comtip_fast.training.diagnostics import diagnostic, undefined
+from comtip_fast.training.monitor.diagnostics import diagnostic, undefined
 
 Parts = dict[str, Tensor]
 Numbers = dict[str, float]

@@ -32,14 +32,15 @@ from comtip_fast.training.checkpoint.run_state import (
     set_random_state,
 )
 from comtip_fast.training.checkpoint.store import Checkpoint, CheckpointError
-from comtip_fast.training.diagnostics import diagnostic
 from comtip_fast.training.distributed.comm_timer import clock_of
 from comtip_fast.training.distributed.failures import ADVICE, explain_failures, hard_exit
 from comtip_fast.training.distributed.process_group import on_rank_zero
+from comtip_fast.training.distributed.rank_numbers import RankNumbers
 from comtip_fast.training.distributed.signals import Signals, catch_signals, hold_run
 from comtip_fast.training.engines.base import Engine
 from comtip_fast.training.engines.factory import make_engine
 from comtip_fast.training.grad_cache import forward_backward
+from comtip_fast.training.monitor.diagnostics import diagnostic
 from comtip_fast.training.monitor.loggers import BestEffort, Logger, append_row, keep_rows_up_to, make_loggers
 from comtip_fast.training.monitor.monitor import (
     EVENTS,
@@ -52,7 +53,6 @@ from comtip_fast.training.monitor.monitor import (
 )
 from comtip_fast.training.optim import learning_rate
 from comtip_fast.training.protocol import TrainingError, TrainingTask
-from comtip_fast.training.rank_numbers import RankNumbers
 
 log = logging.getLogger("comtip_fast")
 

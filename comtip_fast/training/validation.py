@@ -20,7 +20,7 @@ from comtip_fast.genes.tokens import GeneTokens, take_genes
 from comtip_fast.inference import predict_trained
 from comtip_fast.metrics import mean_pcc
 from comtip_fast.models import CoMTIP
-from comtip_fast.training.diagnostics import diagnostic, undefined
+from comtip_fast.training.monitor.diagnostics import diagnostic, undefined
 
 VALIDATION_GENES = 50
 SPACE = ("alignment", "uniformity_image", "uniformity_text", "r1", "r5", "t1", "t5")

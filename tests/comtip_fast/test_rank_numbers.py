@@ -17,7 +17,7 @@ from torch import Tensor
 
 from comtip_fast.collectives import SingleProcessGroup
 from comtip_fast.config.io import load_config
-from comtip_fast.training.rank_numbers import RankNumbers, Reduced
+from comtip_fast.training.distributed.rank_numbers import RankNumbers, Reduced
 from comtip_fast.training.task import build_task
 from comtip_fast.training.trainer import Trainer
 from testkit.distributed import run_distributed

@@ -17,10 +17,10 @@ from pathlib import Path
 from comtip_shards.builder.jobs import run_jobs
 from comtip_shards.builder.output_dir import built_already, writing
 from comtip_shards.builder.staging import stage_section
-from comtip_shards.builder.writer import REPORTS, SectionRecords, made_with, report, set_fingerprint, write_set
+from comtip_shards.builder.writer import SectionRecords, made_with, report, set_fingerprint, write_set
 from comtip_shards.errors import SourceError
 from comtip_shards.format import record
-from comtip_shards.format.manifest import BuildPart, Manifest, TileSpec, sha256_of
+from comtip_shards.format.manifest import REPORTS, BuildPart, Manifest, TileSpec, sha256_of
 from comtip_shards.names import same_file
 from comtip_shards.qc import refuse_failed, write_pages
 from comtip_shards.sections.leakage import check_duplicates, enforce_split_policy
@@ -28,6 +28,7 @@ from comtip_shards.sections.section import SectionMeta, check_meta
 from comtip_shards.sources.base import SectionSource
 
 STAGE_VERSION = 5
+MAX_UM = 1e6
 
 
 @dataclass
@@ -130,8 +131,12 @@ def _part_of(metas: list[SectionMeta], part: tuple[int, int] | None) -> BuildPar
         raise SourceError(
             f"part {index}/{of} of {len(metas)} sections cannot be; write i/n, i from 1 to n, n at most that"
         )
-    whole = hashlib.sha256(json.dumps([asdict(m) for m in metas], sort_keys=True).encode()).hexdigest()
-    return BuildPart(index, of, list(range(index - 1, len(metas), of)), whole)
+    return BuildPart(index, of, list(range(index - 1, len(metas), of)), hash_of(metas))
+
+
+def hash_of(metas: Sequence[SectionMeta]) -> str:
+    """Return the hash of all sections' metadata that the parts of a build share."""
+    return hashlib.sha256(json.dumps([asdict(m) for m in metas], sort_keys=True).encode()).hexdigest()
 
 
 # -- checks -------------------------------------------------------------------------------------------------
@@ -162,7 +167,18 @@ def _with_splits(metas: list[SectionMeta], splits: Mapping[str, str]) -> list[Se
     metas = [_as_written(replace(m, split=splits.get(m.section_id, m.split))) for m in metas]
     for meta in metas:
         check_meta(meta, meta.section_id)
+        _check_sizes(meta)
     return metas
+
+
+def _check_sizes(meta: SectionMeta) -> None:
+    """Refuse, before any work, what a manifest cannot hold."""
+    for what, value in (("spot diameter", meta.spot_diameter_um), ("distance between spots", meta.spot_pitch_um)):
+        if not 0 < value <= MAX_UM:
+            raise SourceError(
+                f"section {meta.section_id}: the {what} is {value:g} um, and 0 to {MAX_UM:g} is needed; the source must state it, or "
+                "hold at least two spots at different positions to measure it by"
+            )
 
 
 def _as_written(meta: SectionMeta) -> SectionMeta:

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from comtip_shards.builder.writer import FOLDERS, GENES_FILE, REPORT_FILE, REPORTS
+from comtip_shards.builder.writer import FOLDERS, GENES_FILE
 from comtip_shards.errors import ShardError
 from comtip_shards.format import spot_table as spots
-from comtip_shards.format.manifest import NAME, BuildPart, Manifest, read_manifest
+from comtip_shards.format.manifest import NAME, REPORT_FILE, REPORTS, BuildPart, Manifest, read_manifest
 from comtip_shards.storage.atomic import tmp_path_of
 
 STAGING = ".building"

@@ -29,6 +29,7 @@ from comtip_shards.format.index import index_text
 from comtip_shards.format.manifest import (
     GENES_FILE,
     NAME,
+    REPORT_FILE,
     BuildPart,
     Manifest,
     ManifestSection,
@@ -48,7 +49,6 @@ from comtip_shards.sections.section import SectionMeta
 from comtip_shards.slides.tiles import StainStats
 from comtip_shards.storage.atomic import flush, flush_tree, write_atomic
 
-REPORT_FILE, REPORTS = "report.txt", "report"
 FOLDERS = ("shards", "overview", "spots")
 
 

@@ -9,10 +9,10 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
 from comtip_shards.errors import ShardError
 from comtip_shards.format.record import CODECS
@@ -25,7 +25,14 @@ NAME = "manifest.json"
 REBUILD = "build the set again: comtip shards build SOURCE --out NEW_DIR"
 TAR_BLOCK = 512
 GENES_FILE = "genes.tsv"
+REPORT_FILE, REPORTS = "report.txt", "report"
 _strict = with_config(ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
+MAX_TEXT, MAX_SPOTS = 1 << 16, 10**9
+"""Longest text, in characters; most spots, because a record's key has nine digits."""
+Text = Annotated[str, Field(max_length=MAX_TEXT)]
+Um = Annotated[float, Field(gt=0, le=1e6)]
+Index = Annotated[int, Field(ge=0, lt=MAX_SPOTS)]
+Count = Annotated[int, Field(ge=1, le=MAX_SPOTS)]
 
 
 @_strict
@@ -33,11 +40,11 @@ _strict = with_config(ConfigDict(strict=True, extra="forbid", allow_inf_nan=Fals
 class TileSpec:
     """How tiles were cut."""
 
-    px: int
-    um: float
-    min_mpp: float
+    px: Annotated[int, Field(ge=1, le=4096)]
+    um: Annotated[float, Field(gt=0, le=10_000)]
+    min_mpp: Annotated[float, Field(gt=0, le=100)]
     codec: str
-    quality: int
+    quality: Annotated[int, Field(ge=1, le=100)]
 
 
 @dataclass(frozen=True)
@@ -58,9 +65,56 @@ class Overview:
 
     file: str
     sha256: str
-    um_per_px: float
-    width: int
-    height: int
+    um_per_px: Um
+    width: Annotated[int, Field(ge=1, le=4096)]
+    height: Annotated[int, Field(ge=1, le=4096)]
+
+
+@_strict
+@dataclass(frozen=True)
+class _Check:
+    """One check of a section, as :meth:`comtip_shards.qc.result.SectionReport.summary` gives it."""
+
+    name: Annotated[str, Field(max_length=100)]
+    status: Literal["ok", "warn", "fail", "not applicable"]
+    figure: int | float | None
+    said: Text
+    advice: Text
+
+
+@_strict
+@dataclass(frozen=True)
+class _Print:
+    """What :func:`comtip_shards.sections.leakage.section_fingerprint` gives."""
+
+    spots: Annotated[str, Field(max_length=1 << 12)]
+    picture: Annotated[str, Field(max_length=1 << 8)]
+
+
+@with_config(ConfigDict(strict=True, extra="ignore", allow_inf_nan=False))
+@dataclass(frozen=True)
+class _Source:
+    """What must be in ``ManifestSection.source``; more may be."""
+
+    dropped_spots: dict[Text, int]
+    genes: Text
+    notes: Annotated[list[Text], Field(max_length=1000)]
+    beside: Annotated[list[Text], Field(max_length=1000)]
+    checks: Annotated[list[_Check], Field(max_length=100)]
+    print: _Print
+
+
+_SOURCE = TypeAdapter(_Source)
+
+
+def _check_source(source: dict[str, Any]) -> dict[str, Any]:
+    # By way of JSON: strict validation takes no dict for a dataclass.
+    found = _SOURCE.validate_json(json.dumps(source)).print
+    for name, text, unit, most in (("spots", found.spots, 8, 1024), ("picture", found.picture, 32, 32)):
+        size = len(base64.b64decode(text, validate=True))
+        if size % unit or not (name == "spots" or size) or size > most:
+            raise ValueError(f"print.{name} has {size} bytes")
+    return source
 
 
 @_strict
@@ -69,19 +123,19 @@ class ManifestSection:
     """One section: where it is from, what it measured, which spots are its."""
 
     section_id: str
-    dataset: str
-    species: str
-    tissue: str
-    donor: str
-    platform: str
-    licence: str
-    attribution: str
-    mpp: float
-    spot_diameter_um: float
-    spot_pitch_um: float
-    split: str
-    n_spots: int
-    first_spot: int
+    dataset: Text
+    species: Literal["human", "mouse"]
+    tissue: Text
+    donor: Text
+    platform: Text
+    licence: Text
+    attribution: Text
+    mpp: Annotated[float, Field(ge=0.05, le=50)]
+    spot_diameter_um: Um
+    spot_pitch_um: Um
+    split: Literal["train", "val", "test", ""]
+    n_spots: Count
+    first_spot: Index
     n_assay_genes: int
     assay_genes: str
     """Base64 of a bitset over the gene table, first gene in the highest bit of the first byte."""
@@ -89,9 +143,9 @@ class ManifestSection:
     overview: Overview
     fingerprint: str
     """Hash of the section's inputs and of the settings it was cut with."""
-    source: dict[str, Any] = field(default_factory=dict)
+    source: Annotated[dict[str, Any], AfterValidator(_check_source)] = field(default_factory=dict)
     """What the build counted: spots dropped, genes not mapped, genes summed, notes."""
-    pooling: str = ""
+    pooling: Text = ""
     """How bins, cells or transcripts became spots; empty where the spots are those of the slide."""
 
 
@@ -102,11 +156,11 @@ class ShardEntry:
 
     file: str
     sha256: str
-    bytes: int
+    bytes: Annotated[int, Field(ge=1, lt=1 << 62)]
     index: str
     index_sha256: str
-    records: int
-    first_spot: int
+    records: Count
+    first_spot: Index
     section_id: str
 
 
@@ -115,9 +169,9 @@ class ShardEntry:
 class BuildPart:
     """Which part of a larger build this set is: ``--part index/of``."""
 
-    index: int
-    of: int
-    sections: list[int]
+    index: Count
+    of: Count
+    sections: list[Index]
     """Place of each section in the whole, from 0."""
     whole: str
     """Hash of all sections' metadata: parts of one build share it."""
@@ -129,13 +183,13 @@ class Manifest:
     """A whole shard set."""
 
     tile: TileSpec
-    records_per_shard: int
+    records_per_shard: Count
     genes_file: str
     genes_sha256: str
-    n_genes: int
+    n_genes: Annotated[int, Field(ge=0, le=10_000_000)]
     spots_file: str
     spots_sha256: str
-    n_spots: int
+    n_spots: Annotated[int, Field(ge=0, le=MAX_SPOTS)]
     sections: list[ManifestSection]
     shards: list[ShardEntry]
     fingerprint: str
@@ -241,8 +295,22 @@ def _check(manifest: Manifest, where: str) -> None:
             raise _manifest_error(
                 f"{where}: {field_name}: {shown(name)} is not {right}, as a build names it; {FOREIGN}"
             )
-    for section in manifest.sections:
-        unpack_bits(section.assay_genes, manifest.n_genes)
+    for i, section in enumerate(manifest.sections):
+        measured = int(unpack_bits(section.assay_genes, manifest.n_genes).sum())
+        if measured != section.n_assay_genes:
+            raise _manifest_error(
+                f"{where}: sections.{i}.n_assay_genes: {section.n_assay_genes}, but assay_genes has {measured}"
+            )
+        if not (all(-1 <= v <= 10 for v in section.stain.od_mean) and all(0 < v <= 10 for v in section.stain.od_std)):
+            raise _manifest_error(f"{where}: sections.{i}.stain: {section.stain} is no optical density; {FOREIGN}")
+    part = manifest.part
+    if part is not None:
+        places = list(range(part.index - 1, part.index - 1 + part.of * len(manifest.sections), part.of))
+        if part.index > part.of or part.sections != places:
+            raise _manifest_error(
+                f"{where}: part.sections: part {part.index}/{part.of} with {len(manifest.sections)} sections does not hold "
+                f"those; {FOREIGN}"
+            )
 
 
 def shard_stem(section_id: str, number: int) -> str:

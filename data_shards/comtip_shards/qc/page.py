@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +67,16 @@ def section_page(report: SectionReport) -> str:
     return _template("section.html.j2").render(report=report, picture=picture, ramp=css, marked=marked)
 
 
-def index_page(sections: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> str:
-    """Return the HTML table of all sections: (section id, :meth:`SectionReport.summary`) each."""
+def index_page(sections: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], without_page: Collection[str] = ()) -> str:
+    """Return the HTML table of all sections: (section id, :meth:`SectionReport.summary`) each.
+
+    ``without_page`` are ids of sections that the table does not link to a page of their own.
+    """
     names = list(dict.fromkeys(f["name"] for _, findings in sections for f in findings))
     rows = [
         {
             "section_id": section,
+            "page": section not in without_page,
             "status": worst(f["status"] for f in findings),
             "cells": {f["name"]: f for f in findings},
         }
@@ -93,14 +97,16 @@ def write_pages(sections: Iterable[tuple[str, Mapping[str, str], Sequence[Mappin
             f"{folder}: is a link, and the folder of reports is written anew; delete it, or give a new folder"
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    summaries = []
+    summaries, without_page = [], set()
     with atomic_folder(folder) as tmp_path:
         tmp_path.mkdir()
         for section, texts, summary in sections:  # one at a time: pages hold images
             for extension, text in texts.items():
                 inside(tmp_path, f"{section}.{extension}").write_text(text, encoding="utf-8")
             summaries.append((section, summary))
-        (tmp_path / "index.html").write_text(index_page(summaries), encoding="utf-8")
+            if "html" not in texts:
+                without_page.add(section)
+        (tmp_path / "index.html").write_text(index_page(summaries, without_page), encoding="utf-8")
 
 
 def _template(name: str) -> Template:
