@@ -57,13 +57,14 @@ def write_results(folders: list[Path]) -> None:
     runs = [json.loads((f / "metrics.json").read_text(encoding="utf-8")) for f in folders]
     seeds = [json.loads(json.dumps(_seed(f))) for f in folders]
     lines = [
-        "# Results of the demo", "",
+        "# Results of the demo",
+        "",
         f"`configs/demo_cpu.yaml` on the sample sections, seeds {', '.join(map(str, seeds))}: mean (smallest to largest).",
         "Made by `bench/demo_seeds.py`, whose first lines hold the commands. Breast is scored on her2st_A1 (patient_A; training",
         "saw patient_C), olfactory bulb on mob_Rep9 (mouse_D; training saw mouse_A and the unstated donor of mob_st2k).",
         "The 50 most variable genes are chosen on the training sections. Ridge learns from the same training spots, its",
         "strength chosen by leaving training sections out; a gene with an undefined PCC counts as 0 and is counted.",
-    ]  # fmt: skip
+    ]
     for cohort in runs[0]["cohorts"]:
         for norm, title in (("cp10k", "log1p CP10K"), ("raw", "log1p raw counts")):
             lines += ["", f"## {cohort.replace('_', ' ')}, {title}", *table(runs, cohort, norm)]

@@ -27,10 +27,16 @@ def free_port() -> int:
 def rank_environment(rank: int, world_size: int, port: int, more: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return the environment that a launcher gives one rank, with one thread and on the CPU."""
     own = {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
         "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-    }  # fmt: skip
+    }
     return {**os.environ, **own, **(more or {})}
 
 
@@ -60,11 +66,13 @@ def run_distributed(
         files = [(Path(folder) / f"rank{rank}").open("w+b") for rank in range(world_size)]
         ranks = [
             subprocess.Popen(
-                [sys.executable, *arguments], stdout=file, stderr=subprocess.STDOUT,
+                [sys.executable, *arguments],
+                stdout=file,
+                stderr=subprocess.STDOUT,
                 env=rank_environment(rank, world_size, port, environment),
             )
             for rank, file in enumerate(files)
-        ]  # fmt: skip
+        ]
         try:
             while any(rank.poll() is None for rank in ranks):
                 failed = [i for i, rank in enumerate(ranks) if rank.poll() not in (None, 0)]

@@ -108,13 +108,21 @@ def agent(spec_path: Path) -> int:
     spec = Spec.read(spec_path)
     endpoint = f"127.0.0.1:{spec.port or free_port()}"
     config = LaunchConfig(
-        min_nodes=spec.nodes[0], max_nodes=spec.nodes[1], nproc_per_node=spec.ranks, run_id="faults", rdzv_backend="c10d",
-        rdzv_endpoint=endpoint, max_restarts=spec.max_restarts, monitor_interval=0.05, start_method="forkserver",
-        local_addr="127.0.0.1", shutdown_timeout=spec.shutdown_s,
+        min_nodes=spec.nodes[0],
+        max_nodes=spec.nodes[1],
+        nproc_per_node=spec.ranks,
+        run_id="faults",
+        rdzv_backend="c10d",
+        rdzv_endpoint=endpoint,
+        max_restarts=spec.max_restarts,
+        monitor_interval=0.05,
+        start_method="forkserver",
+        local_addr="127.0.0.1",
+        shutdown_timeout=spec.shutdown_s,
         # A lost agent is noticed when its heartbeats stop; torchrun's own values are 5 s and 3.
         rdzv_configs={"keep_alive_interval": 1, "keep_alive_max_attempt": 3, "last_call_timeout": 2},
         logs_specs=DefaultLogsSpecs(log_dir=str(Path(spec.folder) / f"agent{os.getpid()}"), redirects=Std.ALL),
-    )  # fmt: skip
+    )
     try:
         if spec.fresh:
             elastic_launch(config, sys.executable)("-u", "-m", __spec__.name, "--worker", str(spec_path))
@@ -131,9 +139,12 @@ def agent(spec_path: Path) -> int:
 def start_agent(spec_path: Path) -> subprocess.Popen[bytes]:
     """Start an agent in a session of its own, so that a whole node can be killed by its group."""
     environment = os.environ | {
-        "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-        "CUDA_VISIBLE_DEVICES": "", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-    }  # fmt: skip
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+        "CUDA_VISIBLE_DEVICES": "",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }
     log = spec_path.with_suffix(f".agent{len(list(spec_path.parent.glob('*.agent*.log')))}.log").open("wb")
     command = [sys.executable, "-m", __spec__.name, str(spec_path)]
     with log:

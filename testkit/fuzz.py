@@ -156,9 +156,12 @@ class Fuzzer:
         table = pq.read_table(path)
         column = rng.integers(table.num_columns)
         values: list[Any] = [
-            pa.nulls(table.num_rows), pa.array(["x" * 9000] * table.num_rows), pa.array([-1.5] * table.num_rows),
-            pa.array([2**40] * table.num_rows), pa.array([[1]] * table.num_rows),
-        ]  # fmt: skip
+            pa.nulls(table.num_rows),
+            pa.array(["x" * 9000] * table.num_rows),
+            pa.array([-1.5] * table.num_rows),
+            pa.array([2**40] * table.num_rows),
+            pa.array([[1]] * table.num_rows),
+        ]
         table = table.set_column(int(column), table.column_names[column], values[rng.integers(len(values))])
         pq.write_table(table, path)
         seal_files(self.work)
@@ -196,8 +199,12 @@ class Fuzzer:
 
 
 FORGERIES: tuple[Callable[[Fuzzer, Generator], str], ...] = (
-    Fuzzer._forge_member, Fuzzer._forge_table, Fuzzer._forge_column, Fuzzer._forge_index, Fuzzer._forge_manifest,
-)  # fmt: skip
+    Fuzzer._forge_member,
+    Fuzzer._forge_table,
+    Fuzzer._forge_column,
+    Fuzzer._forge_index,
+    Fuzzer._forge_manifest,
+)
 
 
 def _seal_index(folder: Path, number: int) -> None:
@@ -303,6 +310,13 @@ def _change_digit(rng: Generator, data: bytes) -> bytes:
 
 
 BYTES: dict[str, Callable[[Generator, bytes], bytes]] = {
-    "bit flipped": _flip_bit, "bytes set": _set_bytes, "zeroed": _zero, "removed": _remove, "inserted": _insert,
-    "repeated": _repeat, "cut": _cut, "appended": _append, "digit changed": _change_digit,
-}  # fmt: skip
+    "bit flipped": _flip_bit,
+    "bytes set": _set_bytes,
+    "zeroed": _zero,
+    "removed": _remove,
+    "inserted": _insert,
+    "repeated": _repeat,
+    "cut": _cut,
+    "appended": _append,
+    "digit changed": _change_digit,
+}

@@ -69,9 +69,14 @@ def counts(section: HestSection) -> np.ndarray:
 
 
 def write_hest(
-    folder: Path, sections: Sequence[HestSection] = DEFAULT, *, wsis: bool = True, patches: bool = True, img: bool = True,
+    folder: Path,
+    sections: Sequence[HestSection] = DEFAULT,
+    *,
+    wsis: bool = True,
+    patches: bool = True,
+    img: bool = True,
     without_patch: int = 3,
-) -> Path:  # fmt: skip
+) -> Path:
     """Write a folder; patches lie in another order than spots, and the first ``without_patch`` spots have none."""
     for section in sections:
         write_st(folder / "st" / f"{section.id}.h5ad", section)
@@ -88,13 +93,21 @@ def write_table(path: Path, sections: Sequence[HestSection]) -> None:
     """Write the table of sections, which begins with a byte order mark."""
     rows = [
         {
-            "dataset_title": s.title, "id": s.id, "image_filename": f"{s.id}.tif", "organ": s.organ, "species": s.species,
-            "patient": s.patient, "st_technology": s.technology, "license": "CC BY 4.0", "study_link": "https://example.org",
-            "pixel_size_um_estimated": s.mpp, "inter_spot_dist": "" if s.pooled() else s.pitch_um,
+            "dataset_title": s.title,
+            "id": s.id,
+            "image_filename": f"{s.id}.tif",
+            "organ": s.organ,
+            "species": s.species,
+            "patient": s.patient,
+            "st_technology": s.technology,
+            "license": "CC BY 4.0",
+            "study_link": "https://example.org",
+            "pixel_size_um_estimated": s.mpp,
+            "inter_spot_dist": "" if s.pooled() else s.pitch_um,
             "spot_diameter": "" if s.pooled() else s.pitch_um * 0.55,
         }
         for s in sections
-    ]  # fmt: skip
+    ]
     pd.DataFrame(rows).to_csv(path, index=False, encoding="utf-8-sig")
 
 
@@ -103,10 +116,15 @@ def write_metadata(path: Path, section: HestSection) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     width = picture(section).shape[1]
     facts = {
-        "id": section.id, "organ": section.organ, "species": section.species, "st_technology": section.technology,
-        "pixel_size_um_estimated": section.mpp, "pixel_size_um_embedded": None, "fullres_px_width": width,
+        "id": section.id,
+        "organ": section.organ,
+        "species": section.species,
+        "st_technology": section.technology,
+        "pixel_size_um_estimated": section.mpp,
+        "pixel_size_um_embedded": None,
+        "fullres_px_width": width,
         "fullres_px_height": width,
-    }  # fmt: skip
+    }
     path.write_text(json.dumps(facts), encoding="utf-8")
 
 
@@ -116,9 +134,15 @@ def write_st(path: Path, section: HestSection) -> None:
     ids, xy = spots(section)
     row, column = np.divmod(np.arange(len(ids)), section.side)
     obs = pd.DataFrame(
-        {"in_tissue": 1, "array_row": row, "array_col": column, "pxl_col_in_fullres": xy[:, 0],
-         "pxl_row_in_fullres": xy[:, 1]}, index=ids,
-    )  # fmt: skip
+        {
+            "in_tissue": 1,
+            "array_row": row,
+            "array_col": column,
+            "pxl_col_in_fullres": xy[:, 0],
+            "pxl_row_in_fullres": xy[:, 1],
+        },
+        index=ids,
+    )
     image = Image.fromarray(picture(section))
     small = np.asarray(image.resize((image.width // 4, image.height // 4), Image.Resampling.BOX))
     factors = {"tissue_downscaled_fullres_scalef": 0.25, "spot_diameter_fullres": 55 / section.mpp}

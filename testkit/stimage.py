@@ -86,7 +86,17 @@ def write_meta(path: Path, slides: Sequence[StSlide], *, sep: str = ",", title: 
     """Write the table of slides."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [
-        {"slide": s.slide, "species": s.species, "tissue": s.tissue, "pmid": "123,456", "title": title, "abstract": "a\nb",
-         "tech": s.tech, "spot_num": "16", "gene_num": "4"} for s in slides
-    ]  # fmt: skip
+        {
+            "slide": s.slide,
+            "species": s.species,
+            "tissue": s.tissue,
+            "pmid": "123,456",
+            "title": title,
+            "abstract": "a\nb",
+            "tech": s.tech,
+            "spot_num": "16",
+            "gene_num": "4",
+        }
+        for s in slides
+    ]
     pd.DataFrame(rows).to_csv(path, sep=sep, index=False, quoting=1 if sep == "," else 0)

@@ -17,10 +17,37 @@ from comtip_shards.sources import open_source
 from PIL import Image
 
 SYMBOLS = (
-    "ERBB2", "KRT14", "KRT17", "CD74", "HLA-DRA", "IGHG1", "COL1A1", "COL3A1", "ACTA2", "VIM", "EPCAM", "KRT8", "KRT18",
-    "KRT19", "MUC1", "ESR1", "PGR", "MKI67", "TOP2A", "CD3E", "CD8A", "MS4A1", "PECAM1", "FN1", "SPARC", "LUM", "DCN",
-    "B2M", "FTH1", "GAPDH",
-)  # fmt: skip
+    "ERBB2",
+    "KRT14",
+    "KRT17",
+    "CD74",
+    "HLA-DRA",
+    "IGHG1",
+    "COL1A1",
+    "COL3A1",
+    "ACTA2",
+    "VIM",
+    "EPCAM",
+    "KRT8",
+    "KRT18",
+    "KRT19",
+    "MUC1",
+    "ESR1",
+    "PGR",
+    "MKI67",
+    "TOP2A",
+    "CD3E",
+    "CD8A",
+    "MS4A1",
+    "PECAM1",
+    "FN1",
+    "SPARC",
+    "LUM",
+    "DCN",
+    "B2M",
+    "FTH1",
+    "GAPDH",
+)
 
 
 @dataclass(frozen=True)
@@ -33,9 +60,11 @@ class TinySection:
 
 
 DEFAULT = (
-    TinySection("t1", "donor_a", "train"), TinySection("t2", "donor_b", "train"), TinySection("v1", "donor_b", "val"),
+    TinySection("t1", "donor_a", "train"),
+    TinySection("t2", "donor_b", "train"),
+    TinySection("v1", "donor_b", "val"),
     TinySection("x1", "donor_c", "test"),
-)  # fmt: skip
+)
 
 
 def write_tiny_source(
@@ -88,11 +117,22 @@ def write_tiny_source(
 def _manifest_row(section: TinySection, pitch_px: int) -> dict[str, object]:
     name = section.section_id
     return {
-        "sample_id": name, "dataset": "tiny", "species": "human", "tissue": "breast, made up", "donor": section.donor,
-        "platform": "none", "image": f"{name}.png", "counts": f"{name}.tsv.gz", "spots": f"{name}_spots.tsv",
-        "spot_diameter_um": 100, "spot_pitch_um": 200, "mpp_um_per_px": 200 / pitch_px, "licence": "CC0",
-        "split": section.split, "attribution": "made up",
-    }  # fmt: skip
+        "sample_id": name,
+        "dataset": "tiny",
+        "species": "human",
+        "tissue": "breast, made up",
+        "donor": section.donor,
+        "platform": "none",
+        "image": f"{name}.png",
+        "counts": f"{name}.tsv.gz",
+        "spots": f"{name}_spots.tsv",
+        "spot_diameter_um": 100,
+        "spot_pitch_um": 200,
+        "mpp_um_per_px": 200 / pitch_px,
+        "licence": "CC0",
+        "split": section.split,
+        "attribution": "made up",
+    }
 
 
 def _smooth_field(rng: np.random.Generator, size: int) -> np.ndarray:

@@ -74,8 +74,13 @@ def main() -> None:
     bars.set_xlim(0, 1.12 * max(float(r["highest"]) for r in rows))
     bars.set_xlabel("spots per second: median of the rounds (line: lowest to highest)")
     handles = [plt.Rectangle((0, 0), 1, 1, color=c) for c in (OURS, PEERS, LIMITS)]
-    bars.legend(handles, ["tiles and levels ready, our order", "tiles and levels ready, theirs", "decoding alone"],
-                loc="lower right", fontsize=8, frameon=False)  # fmt: skip
+    bars.legend(
+        handles,
+        ["tiles and levels ready, our order", "tiles and levels ready, theirs", "decoding alone"],
+        loc="lower right",
+        fontsize=8,
+        frameon=False,
+    )
     for name in dict.fromkeys(r["loader"] for r in memory):
         own = [r for r in memory if r["loader"] == name]
         lines.plot(

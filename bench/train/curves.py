@@ -34,12 +34,32 @@ from testkit.tiny import tiny_shards
 
 LIMITS = {10: 1e-5, 50: 1e-3}
 TINY = [
-    "data.batch_size=22", "data.views=1", "genes.per_cohort=30", "genes.held_out_from=10", "genes.held_out_every=4",
-    "panel.min_genes=1", "panel.max_genes=24", "levels.n_levels=5", "levels.min_positive=10", "vision.patch_px=16",
-    "vision.width=32", "vision.depth=1", "vision.heads=2", "vision.target=ema", "text.width=32", "text.depth=1",
-    "text.heads=2", "text.max_tokens=6", "align.dim=32", "optim.warmup_steps=5", "train.log_every=1", "train.patience=0",
-    "train.validate_every=25", "train.threads=1", "train.device=cpu",
-]  # fmt: skip
+    "data.batch_size=22",
+    "data.views=1",
+    "genes.per_cohort=30",
+    "genes.held_out_from=10",
+    "genes.held_out_every=4",
+    "panel.min_genes=1",
+    "panel.max_genes=24",
+    "levels.n_levels=5",
+    "levels.min_positive=10",
+    "vision.patch_px=16",
+    "vision.width=32",
+    "vision.depth=1",
+    "vision.heads=2",
+    "vision.target=ema",
+    "text.width=32",
+    "text.depth=1",
+    "text.heads=2",
+    "text.max_tokens=6",
+    "align.dim=32",
+    "optim.warmup_steps=5",
+    "train.log_every=1",
+    "train.patience=0",
+    "train.validate_every=25",
+    "train.threads=1",
+    "train.device=cpu",
+]
 
 
 @dataclass(frozen=True)
@@ -57,10 +77,14 @@ class Run:
 
 
 ALL = [
-    *(Run(e) for e in ("ddp", "zero0", "zero1", "zero2", "zero3")), Run("ddp", settings=("engine.loss_form=ring",)),
-    Run("ddp", settings=("engine.micro_batches=3",)), *(Run(f"zero{stage}", settings=("engine.micro_batches=3",)) for stage in range(4)),
-    Run("zero1", "zero3"), Run("zero3", "ddp"), Run("ddp", "zero2"),
-]  # fmt: skip
+    *(Run(e) for e in ("ddp", "zero0", "zero1", "zero2", "zero3")),
+    Run("ddp", settings=("engine.loss_form=ring",)),
+    Run("ddp", settings=("engine.micro_batches=3",)),
+    *(Run(f"zero{stage}", settings=("engine.micro_batches=3",)) for stage in range(4)),
+    Run("zero1", "zero3"),
+    Run("zero3", "ddp"),
+    Run("ddp", "zero2"),
+]
 QUICK = [
     Run("ddp"),
     Run("zero1", "zero3", ("engine.loss_form=ring",)),

@@ -40,12 +40,33 @@ STEPS, PER_RUN = 40, 5
 SIZED = 1e-4
 """Largest relative difference of a loss where the number of ranks changed on the way."""
 TINY = [
-    "data.batch_size=32", "data.views=2", "genes.per_cohort=30", "genes.held_out_from=10", "genes.held_out_every=4",
-    "panel.max_genes=24", "levels.n_levels=5", "levels.min_positive=10", "vision.patch_px=16", "vision.width=32",
-    "vision.depth=1", "vision.heads=2", "text.width=32", "text.depth=1", "text.heads=2", "text.max_tokens=6",
-    "align.dim=32", "optim.warmup_steps=5", f"train.steps={STEPS}", "train.validate_every=10", "train.checkpoint_every=4",
-    "train.log_every=1", "train.patience=0", "train.threads=1", "train.device=cpu", "data.workers=1",
-]  # fmt: skip
+    "data.batch_size=32",
+    "data.views=2",
+    "genes.per_cohort=30",
+    "genes.held_out_from=10",
+    "genes.held_out_every=4",
+    "panel.max_genes=24",
+    "levels.n_levels=5",
+    "levels.min_positive=10",
+    "vision.patch_px=16",
+    "vision.width=32",
+    "vision.depth=1",
+    "vision.heads=2",
+    "text.width=32",
+    "text.depth=1",
+    "text.heads=2",
+    "text.max_tokens=6",
+    "align.dim=32",
+    "optim.warmup_steps=5",
+    f"train.steps={STEPS}",
+    "train.validate_every=10",
+    "train.checkpoint_every=4",
+    "train.log_every=1",
+    "train.patience=0",
+    "train.threads=1",
+    "train.device=cpu",
+    "data.workers=1",
+]
 # One of each kind that is not a plain kill, each with what makes it short.
 NAMED = (
     Breakdown("SIGTERM on one rank", 1, 3),
@@ -118,10 +139,14 @@ def shrink_and_grow(config: Path, folder: Path) -> Outcome:
     if not any(r["world"] == 2 for r in _stamped(spec, "step") if r["time"] > joined):
         code = code or 1  # the third never took part
     row = {"rank": 1, "attempt": 0}
-    return Outcome(folder, code, [
-        row | {"kind": "node lost, none comes", "seconds": alone_after},
-        row | {"kind": "a node more", "seconds": _until_next_step(spec, joined)},
-    ])  # fmt: skip
+    return Outcome(
+        folder,
+        code,
+        [
+            row | {"kind": "node lost, none comes", "seconds": alone_after},
+            row | {"kind": "a node more", "seconds": _until_next_step(spec, joined)},
+        ],
+    )
 
 
 @contextmanager
@@ -222,12 +247,14 @@ def random_kills(n: int, seed: int) -> list[Breakdown]:
     for i in range(n):
         rank = rng.randrange(2)
         # All count from the start of the attempt, and strike before its run can end.
-        out.append((
-            Breakdown("killed in a step", rank, rng.randint(1, 7)),
-            Breakdown("killed at a file operation", 0, rng.randint(1, 90)),
-            Breakdown("killed in a collective", rank, rng.randint(1, 60)),
-            Breakdown("killed at a moment", rank, round(rng.uniform(0.0, 0.15), 3)),
-        )[i % 4])  # fmt: skip
+        out.append(
+            (
+                Breakdown("killed in a step", rank, rng.randint(1, 7)),
+                Breakdown("killed at a file operation", 0, rng.randint(1, 90)),
+                Breakdown("killed in a collective", rank, rng.randint(1, 60)),
+                Breakdown("killed at a moment", rank, round(rng.uniform(0.0, 0.15), 3)),
+            )[i % 4]
+        )
     return out
 
 

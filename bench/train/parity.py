@@ -32,11 +32,28 @@ from testkit.distributed import run_distributed
 from testkit.tiny import tiny_shards
 
 TINY = [
-    "data.batch_size=22", "data.views=1", "genes.per_cohort=30", "genes.held_out_from=10", "genes.held_out_every=4",
-    "panel.min_genes=7", "panel.max_genes=24", "levels.n_levels=5", "levels.min_positive=10", "vision.patch_px=16",
-    "vision.width=32", "vision.depth=2", "vision.heads=2", "text.width=32", "text.depth=2", "text.heads=2",
-    "text.max_tokens=6", "align.dim=32", "train.log_every=1", "optim.clip=0", "train.threads=1",
-]  # fmt: skip
+    "data.batch_size=22",
+    "data.views=1",
+    "genes.per_cohort=30",
+    "genes.held_out_from=10",
+    "genes.held_out_every=4",
+    "panel.min_genes=7",
+    "panel.max_genes=24",
+    "levels.n_levels=5",
+    "levels.min_positive=10",
+    "vision.patch_px=16",
+    "vision.width=32",
+    "vision.depth=2",
+    "vision.heads=2",
+    "text.width=32",
+    "text.depth=2",
+    "text.heads=2",
+    "text.max_tokens=6",
+    "align.dim=32",
+    "train.log_every=1",
+    "optim.clip=0",
+    "train.threads=1",
+]
 LIMIT = {"fp64": 1e-12, "fp32": 1e-5}
 
 
@@ -56,11 +73,16 @@ class Case:
         """Return the settings that make this case."""
         kind = "deepspeed" if self.engine.startswith("zero") else "auto"
         return [
-            f"engine.kind={kind}", f"engine.zero_stage={self.engine[-1] if kind == 'deepspeed' else 1}",
-            f"engine.loss_form={self.form}", f"engine.shard_table={str(self.shard_table).lower()}",
-            f"engine.micro_batches={self.pieces}", f"engine.activation_checkpointing={str(self.recompute).lower()}",
-            "engine.persist_elements=100", "engine.bucket_mb=0.05", *self.more,
-        ]  # fmt: skip
+            f"engine.kind={kind}",
+            f"engine.zero_stage={self.engine[-1] if kind == 'deepspeed' else 1}",
+            f"engine.loss_form={self.form}",
+            f"engine.shard_table={str(self.shard_table).lower()}",
+            f"engine.micro_batches={self.pieces}",
+            f"engine.activation_checkpointing={str(self.recompute).lower()}",
+            "engine.persist_elements=100",
+            "engine.bucket_mb=0.05",
+            *self.more,
+        ]
 
 
 def cases(quick: bool, world: int = 2) -> list[Case]:
@@ -69,22 +91,37 @@ def cases(quick: bool, world: int = 2) -> list[Case]:
         return [Case("ddp", "fp64"), Case("ddp", "fp64", "ring", True, 2, more=("data.batch_size=5",))]
     if quick:
         return [
-            Case("ddp", "fp64"), Case("ddp", "fp64", "ring", False, 3, True), Case("ddp", "fp32", "ring"),
+            Case("ddp", "fp64"),
+            Case("ddp", "fp64", "ring", False, 3, True),
+            Case("ddp", "fp32", "ring"),
             Case("ddp", "fp64", more=("panel.max_genes=1", "panel.min_genes=1")),
             Case("ddp", "fp64", more=("loss.paat.context=text", "align.negatives=all", "vision.target=ema")),
-            Case("zero1", "fp32", "ring", True, 2), Case("zero2", "fp32"), Case("zero3", "fp32"),
-            Case("zero3", "fp32", "gather", True, 3), Case("zero3", "fp32", "gather", True, 1, True),
-        ]  # fmt: skip
+            Case("zero1", "fp32", "ring", True, 2),
+            Case("zero2", "fp32"),
+            Case("zero3", "fp32"),
+            Case("zero3", "fp32", "gather", True, 3),
+            Case("zero3", "fp32", "gather", True, 1, True),
+        ]
     switches = list(itertools.product(("gather", "ring"), (True, False), (1, 3), (False, True)))
     return [
         *(Case("ddp", dtype, *s) for dtype in ("fp64", "fp32") for s in switches),
         *(Case(f"zero{stage}", "fp32", *s) for stage in range(4) for s in switches),
-        *(Case("ddp", "fp64", more=more) for more in (
-            ("panel.max_genes=1", "panel.min_genes=1"), ("loss.paat.context=text",), ("align.negatives=all",),
-            ("align.negatives=other_group",), ("vision.target=ema",), ("loss.paat.mode=spots",),
-            ("loss.paat.hard_columns=false",), ("loss.mfm=0",), ("loss.nce=0",), ("data.batch_size=5",),
-        )),
-    ]  # fmt: skip
+        *(
+            Case("ddp", "fp64", more=more)
+            for more in (
+                ("panel.max_genes=1", "panel.min_genes=1"),
+                ("loss.paat.context=text",),
+                ("align.negatives=all",),
+                ("align.negatives=other_group",),
+                ("vision.target=ema",),
+                ("loss.paat.mode=spots",),
+                ("loss.paat.hard_columns=false",),
+                ("loss.mfm=0",),
+                ("loss.nce=0",),
+                ("data.batch_size=5",),
+            )
+        ),
+    ]
 
 
 def make_task(shards: str, case: Case, group: Group) -> CoMTIPTask:
@@ -157,10 +194,17 @@ def rank(shards: str, out: str, listed: list[Case]) -> None:
                 wanted_losses, wanted = references[key]
                 off = max(abs(losses[k] - v) / max(1e-30, abs(v)) for k, v in wanted_losses.items())
                 worst, where = deviation(found, wanted)
-                rows.append(asdict(case) | {
-                    "W": group.size, "name": engine.name, "loss": off, "gradient": worst, "where": where,
-                    "ok": max(off, worst) <= LIMIT[case.dtype],
-                })  # fmt: skip
+                rows.append(
+                    asdict(case)
+                    | {
+                        "W": group.size,
+                        "name": engine.name,
+                        "loss": off,
+                        "gradient": worst,
+                        "where": where,
+                        "ok": max(off, worst) <= LIMIT[case.dtype],
+                    }
+                )
     if rows:
         Path(out).write_text(json.dumps(rows))
 

@@ -101,11 +101,20 @@ def rank(out: str, spots: int, width: int) -> None:
                 pairs = PairMetadata(ids[:columns], torch.zeros(columns, dtype=torch.int64), torch.ones(spots))
                 with Count(group.size) as ours:
                     global_infonce(image, texts, scale, pairs, group, counts, form).backward()
-                rows.append({
-                    "W": group.size, "form": form, "spots": spots, "columns": columns, "D": width, "bytes": ours.total,
-                    "formula": formula(form, spots, width, group.size), "open_clip": peer.total,
-                    "share": ours.total / peer.total, "by": ours.bytes,
-                })  # fmt: skip
+                rows.append(
+                    {
+                        "W": group.size,
+                        "form": form,
+                        "spots": spots,
+                        "columns": columns,
+                        "D": width,
+                        "bytes": ours.total,
+                        "formula": formula(form, spots, width, group.size),
+                        "open_clip": peer.total,
+                        "share": ours.total / peer.total,
+                        "by": ours.bytes,
+                    }
+                )
         if group.rank == 0:
             Path(out).write_text(json.dumps(rows))
 
@@ -135,8 +144,10 @@ def main() -> None:
     print("| W | form | spots | columns | D | bytes per rank | formula | open_clip's way | share |")
     print("| - | - | - | - | - | - | - | - | - |")
     for r in rows:
-        print(f"| {r['W']} | {r['form']} | {r['spots']} | {r['columns']} | {r['D']} | {r['bytes']:.0f} | "
-              f"{r['formula']:.0f} | {r['open_clip']:.0f} | {r['share']:.3f} |")  # fmt: skip
+        print(
+            f"| {r['W']} | {r['form']} | {r['spots']} | {r['columns']} | {r['D']} | {r['bytes']:.0f} | "
+            f"{r['formula']:.0f} | {r['open_clip']:.0f} | {r['share']:.3f} |"
+        )
     sys.exit(not all(r["share"] <= LIMIT[r["form"]] and abs(r["bytes"] / r["formula"] - 1) <= 0.02 for r in rows))
 
 

@@ -111,8 +111,13 @@ def some() -> Checkpoint:
     return Checkpoint({"a": torch.ones(300)}, {"a/step": torch.ones(())}, {"step": 1})
 
 
-@pytest.mark.parametrize("broken", [OSError(errno.ENOSPC, "No space left on device"),
-                                    RuntimeError("I/O error: No space left on device (os error 28)")])  # fmt: skip
+@pytest.mark.parametrize(
+    "broken",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("I/O error: No space left on device (os error 28)"),
+    ],
+)
 def test_a_full_disk_leaves_no_half_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: Exception):
     checkpoints.save(tmp_path, 1, some())
     plain = checkpoints.save_file

@@ -121,9 +121,7 @@ def test_a_section_that_fits_nothing_is_not_judged(tiny: Section):
     rng = np.random.default_rng(0)
     noise = sparse.csr_matrix(rng.poisson(4.0, (400, tiny.counts.shape[1])).astype(np.int32))
     xy = np.stack(np.meshgrid(np.linspace(20, 300, 20), np.linspace(20, 300, 20)), -1).reshape(-1, 2)
-    section = replace(
-        tiny, counts=noise, xy=xy, spot_ids=[str(i) for i in range(400)], array_xy=xy, labels=[""] * 400
-    )  # fmt: skip
+    section = replace(tiny, counts=noise, xy=xy, spot_ids=[str(i) for i in range(400)], array_xy=xy, labels=[""] * 400)
     assert finding(check_section(section), "orientation").status == NOT_APPLICABLE
 
 
@@ -133,10 +131,15 @@ def test_no_section_is_too_odd_to_report_on(tiny: Section, tmp_path: Path, colou
     Image.new("RGB", (321, 319), colour).save(tmp_path / "flat.png")
     rows = slice(0, n)
     section = replace(
-        tiny, image_path=tmp_path / "flat.png", counts=tiny.counts[rows], xy=tiny.xy[rows], spot_ids=tiny.spot_ids[rows],
-        array_xy=tiny.array_xy[rows], labels=tiny.labels[rows],
+        tiny,
+        image_path=tmp_path / "flat.png",
+        counts=tiny.counts[rows],
+        xy=tiny.xy[rows],
+        spot_ids=tiny.spot_ids[rows],
+        array_xy=tiny.array_xy[rows],
+        labels=tiny.labels[rows],
         meta=replace(tiny.meta, spot_diameter_um=float("nan"), spot_pitch_um=float("nan")),
-    )  # fmt: skip
+    )
     report = check_section(section)
     assert len(report.findings) == 12
     json.loads(report.to_json())
