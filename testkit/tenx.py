@@ -1,4 +1,4 @@
-"""Write the files of 10x Genomics as its pipelines do, small, for tests of the readers."""
+"""Synthetic outputs of the 10x Genomics pipelines for tests of the readers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def write_h5(
     names: Sequence[str] = NAMES,
     kinds: Sequence[str] | None = None,
 ) -> None:
-    """Write a feature-barcode matrix (features x barcodes) in the h5 layout of Cell Ranger 3 and later."""
+    """Write a feature-barcode matrix, (features, barcodes), in the h5 layout of Cell Ranger 3 and later."""
     matrix = sparse.csc_matrix(counts_FN)
     path.parent.mkdir(parents=True, exist_ok=True)
     with h5py.File(path, "w") as file:
@@ -51,7 +51,7 @@ def write_mex(
     kinds: Sequence[str] | None = None,
     prefix: str = "",
 ) -> None:
-    """Write the three packed files of the Market Exchange format."""
+    """Write the three gzipped files of the Market Exchange format."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = ["\t".join(row) for row in zip(ids, names, kinds or [GENE_KIND] * len(ids), strict=True)]
     for name, rows in (("barcodes.tsv", barcodes), ("features.tsv", lines)):
@@ -63,7 +63,7 @@ def write_mex(
 
 
 def he_picture(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Return pink and purple noise in the colours of haematoxylin and eosin."""
+    """Return random noise in the colours of haematoxylin and eosin."""
     rng = np.random.default_rng(seed)
     dyes = np.array([(0.56, 0.72, 0.41), (0.22, 0.80, 0.56)])
     density = rng.uniform(0.1, 0.5, (height, width, 2)) @ dyes
@@ -71,26 +71,26 @@ def he_picture(width: int, height: int, seed: int = 0) -> Image.Image:
 
 
 def write_visium_hd(
-    root: Path, bin_um: int, counts_FN: np.ndarray, in_tissue_RC: np.ndarray, place: np.ndarray
+    root: Path, bin_um: int, counts_FN: np.ndarray, in_tissue_RC: np.ndarray, affine: np.ndarray
 ) -> Path:
-    """Write ``binned_outputs/square_XXXum`` of Visium HD; the matrix holds the bins in tissue.
+    """Write ``binned_outputs/square_XXXum`` of Visium HD; the matrix holds only bins in tissue.
 
     Parameters
     ----------
     counts_FN
-        Features x bins in tissue, in row-major order of the grid.
+        (features, bins in tissue), bins in row-major order of the grid.
     in_tissue_RC
         bool (rows, columns).
-    place
-        float (2, 3): x and y in full-resolution px of (column, row, 1) in um from the middle of the first bin.
+    affine
+        float (2, 3): maps (column, row, 1), in um from the corner of the grid, to x and y in full-resolution px.
     """
     folder = root / "binned_outputs" / f"square_{bin_um:03d}um"
     (folder / "spatial").mkdir(parents=True)
     row, col = (a.ravel() for a in np.indices(in_tissue_RC.shape))
     barcodes = np.array([f"s_{bin_um:03d}um_{r:05d}_{c:05d}-1" for r, c in zip(row, col, strict=True)])
-    # The middle of bin (0, 0) is half a bin from the corner that all bin sizes share.
+    # The centre of bin (0, 0) is half a bin from the corner, which all bin sizes share.
     um = np.stack([(col + 0.5) * bin_um, (row + 0.5) * bin_um, np.ones(len(row))])
-    x, y = place @ um
+    x, y = affine @ um
     pd.DataFrame(
         {
             "barcode": barcodes,
@@ -101,7 +101,7 @@ def write_visium_hd(
             "pxl_col_in_fullres": x,
         }
     ).to_parquet(folder / "spatial/tissue_positions.parquet", row_group_size=100)
-    mpp = 1 / float(np.sqrt(abs(np.linalg.det(place[:, :2]))))
+    mpp = 1 / float(np.sqrt(abs(np.linalg.det(affine[:, :2]))))
     factors = {
         "spot_diameter_fullres": bin_um / mpp,
         "bin_size_um": float(bin_um),
@@ -117,7 +117,7 @@ def write_visium_hd(
 
 
 def write_segmentation(root: Path, counts_FN: np.ndarray, centres_N2: np.ndarray, mpp: float, radius: float) -> Path:
-    """Write ``segmented_outputs`` of Space Ranger 4: cells are octagons round centres, all in full-resolution px."""
+    """Write ``segmented_outputs`` of Space Ranger 4: one octagon per cell centre, in full-resolution px."""
     folder = root / "segmented_outputs"
     (folder / "spatial").mkdir(parents=True)
     (folder / "spatial/scalefactors_json.json").write_text(
@@ -147,13 +147,13 @@ def write_xenium(
     names: Sequence[str] = NAMES,
     pixel_size: float = 0.2125,
 ) -> Path:
-    """Write a Xenium run as the instrument's software 3 does: description, transcripts, cells and their counts.
+    """Write a Xenium output folder (software 3): experiment file, transcripts, cells and the cell-feature matrix.
 
     Parameters
     ----------
     transcripts
-        Columns ``feature_name``, ``x_location``, ``y_location`` (um), ``qv`` and ``cell_id``; a cell's centre is the
-        mean of its transcripts.
+        Columns ``feature_name``, ``x_location``, ``y_location`` (um), ``qv`` and ``cell_id``; the centre of a cell is
+        the mean of its transcripts.
     """
     root.mkdir(parents=True, exist_ok=True)
     (root / "experiment.xenium").write_text(

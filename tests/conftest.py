@@ -1,4 +1,4 @@
-"""Shared: a tiny source, its shard set, and a tiny config."""
+"""Shared fixtures: a tiny source, its shard set, a tiny config and a finished run."""
 
 from pathlib import Path
 
@@ -60,7 +60,7 @@ def tiny_overrides(tiny_shards: ShardSet) -> list[str]:
 
 @pytest.fixture(scope="session")
 def tiny_run(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run on the tiny set."""
+    """Return the folder of a finished run on the tiny set."""
     from comtip_fast.config.io import load_config
     from comtip_fast.training.task import build_task
     from comtip_fast.training.trainer import Trainer

@@ -130,7 +130,7 @@ def test_a_failing_rank_ends_the_others_and_is_named(tmp_path: Path):
     script.write_text(
         "import os, sys, time\nif os.environ['RANK'] == '1':\n    print('no such thing'); sys.exit(3)\ntime.sleep(60)\n"
     )
-    with pytest.raises(RankError, match=r"rank 1 of 2 ended with 3:\nno such thing"):
+    with pytest.raises(RankError, match=r"rank 1 of 2 exited with code 3:\nno such thing"):
         run_distributed([str(script)], 2, timeout_s=50)
 
 
