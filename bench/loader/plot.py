@@ -1,4 +1,4 @@
-"""Draw docs/loader.png and fill the table in docs/data.md from what ``comtip bench loader --out bench/loader`` wrote."""
+"""Draw docs/loader.png and fill the table in docs/data_loading.md from what ``bench/loader/compare.py --out bench/loader`` wrote."""
 
 import argparse
 import csv
@@ -57,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=HERE, help="folder of the result files")
     parser.add_argument("--out", type=Path, default=HERE.parents[1] / "docs" / "loader.png")
-    parser.add_argument("--page", type=Path, default=HERE.parents[1] / "docs" / "data.md")
+    parser.add_argument("--page", type=Path, default=HERE.parents[1] / "docs" / "data_loading.md")
     args = parser.parse_args()
     notes, rows = read(args.results / "results.csv")
     _, memory = read(args.results / "memory.csv")
