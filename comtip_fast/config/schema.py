@@ -40,7 +40,7 @@ class DataConfig:
     """``none``: every spot once per epoch. Else every organ (of a species) or platform gives an epoch the same number of
     spots: those of small groups come several times, of large ones only a keyed part."""
     loader: Literal["auto", "torch", "wds", "dali"] = "auto"
-    """Who reads and decodes (docs/data.md); all give the same batches, tiles within JPEG tolerance. ``auto`` takes DALI
+    """Who reads and decodes (docs/data_loading.md); all give the same batches, tiles within JPEG tolerance. ``auto`` takes DALI
     where training runs on a GPU and DALI is installed, else ``torch``."""
     workers: int = 2
     """Threads (``torch``, ``dali``) or processes (``wds``) that decode; 0 decodes within the step."""
