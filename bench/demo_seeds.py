@@ -1,6 +1,6 @@
-"""The demo's scores over several seeds, as docs/results.md, and the README's picture.
+"""Aggregate the demo's scores over several seeds into docs/results.md, and draw docs/demo.jpg.
 
-make demo  # seed 0, and the shards
+make demo  # builds the shards and trains seed 0
 for s in 1 2; do
   comtip pretrain --config configs/demo_cpu.yaml --out runs/seed$s --set train.seed=$s
   comtip evaluate runs/seed$s --shards runs/demo/shards --out runs/seed$s
@@ -21,18 +21,18 @@ import numpy as np
 
 NAMES = {
     "zero_shot": "**CoMTIP, zero-shot**",
-    "zero_shot_unseen_genes": "CoMTIP, genes it never saw",
-    "control_null": "null: its own map, turned and shifted",
+    "zero_shot_unseen_genes": "CoMTIP, genes not in training",
+    "control_null": "spatial null: predicted map rotated and shifted",
     "ridge_colour": "ridge on mean colour (supervised)",
-    "ridge_features": "ridge on the encoder's features (supervised)",
+    "ridge_features": "ridge on encoder features (supervised)",
 }
 COLUMNS = ("mean_pcc_50_hvg", "mean_pcc_all", "partial_pcc_50_hvg")
-HEADS = ("50 most variable", "all panel genes", "50, colour and depth out")
+HEADS = ("50 most variable", "all panel genes", "50, partial (colour, depth)")
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 
 def cell(values: list[float | None]) -> str:
-    """Return mean and range."""
+    """Return the mean and range as text."""
     known = [v for v in values if v is not None]
     if not known:
         return "-"
@@ -41,7 +41,7 @@ def cell(values: list[float | None]) -> str:
 
 
 def table(runs: list[dict[str, Any]], cohort: str, norm: str) -> list[str]:
-    """Return one cohort's table in Markdown."""
+    """Return the Markdown table of one cohort."""
     lines = ["| method | " + " | ".join(HEADS) + " | undefined |", "|---|---|---|---|---|"]
     for key, name in NAMES.items():
         scores = [r["cohorts"][cohort][key][norm] for r in runs]
@@ -57,13 +57,17 @@ def write_results(folders: list[Path]) -> None:
     runs = [json.loads((f / "metrics.json").read_text(encoding="utf-8")) for f in folders]
     seeds = [json.loads(json.dumps(_seed(f))) for f in folders]
     lines = [
-        "# Results of the demo", "",
-        f"`configs/demo_cpu.yaml` on the sample sections, seeds {', '.join(map(str, seeds))}: mean (smallest to largest).",
-        "Made by `bench/demo_seeds.py`, whose first lines hold the commands. Breast is scored on her2st_A1 (patient_A; training",
-        "saw patient_C), olfactory bulb on mob_Rep9 (mouse_D; training saw mouse_A and the unstated donor of mob_st2k).",
-        "The 50 most variable genes are chosen on the training sections. Ridge learns from the same training spots, its",
-        "strength chosen by leaving training sections out; a gene with an undefined PCC counts as 0 and is counted.",
-    ]  # fmt: skip
+        "# Results of the demo",
+        "",
+        f"`configs/demo_cpu.yaml` on the sample sections, seeds {', '.join(map(str, seeds))}: mean PCC (range over seeds).",
+        "The page is written by `bench/demo_seeds.py`; its docstring lists the commands.",
+        "",
+        "- Test sections: breast her2st_A1 (patient_A, trained on patient_C); olfactory bulb mob_Rep9 (mouse_D, trained on",
+        "  mouse_A and the unstated donor of mob_st2k).",
+        "- The 50 most variable genes are chosen on the training sections.",
+        "- Ridge regression is fitted on the same training spots; its penalty is chosen by leave-one-section-out.",
+        "- A gene with an undefined PCC counts as 0; the last column counts such genes per seed.",
+    ]
     for cohort in runs[0]["cohorts"]:
         for norm, title in (("cp10k", "log1p CP10K"), ("raw", "log1p raw counts")):
             lines += ["", f"## {cohort.replace('_', ' ')}, {title}", *table(runs, cohort, norm)]
@@ -84,7 +88,7 @@ def _seed(folder: Path) -> int:
 
 
 def write_picture(folder: Path) -> None:
-    """Write docs/demo.jpg: two of the best predicted genes of the bulb's test section."""
+    """Write docs/demo.jpg: the two best predicted genes of the olfactory bulb test section."""
     from comtip_shards import ShardSet
 
     from comtip_fast.evaluation.figures import maps
@@ -114,7 +118,7 @@ def write_picture(folder: Path) -> None:
 
 
 def main() -> None:
-    """Write both."""
+    """Write the results page and the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path)
     folders = parser.parse_args().runs

@@ -1,1 +1,1 @@
-"""A made-up tissue for tests and benchmarks: small, quick, and with something to learn."""
+"""Test support: synthetic sources, shard corruption, fault injection and multi-process launchers. Not in the wheel."""

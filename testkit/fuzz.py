@@ -1,8 +1,8 @@
-"""For tests: mutate a shard set at random and judge what reader and verify make of it.
+"""Mutate a shard set at random and check what the reader and ``verify`` do with it.
 
-Two kinds of mutation. *Damage* changes files and nothing else: every byte that carries data must be found by ``verify``,
-and the reader must give what was written or say no. A *forgery* makes every hash agree with the change afterwards: what
-it holds is then what was "written", so other data may come back, but nothing may crash, hang or grow without bound.
+There are two kinds of mutation. *Damage* changes files only: ``verify`` must detect every changed data byte, and the
+reader must return the original data or raise. A *forgery* also updates every hash to match: different data may then be
+returned, but nothing may crash, hang or use unbounded memory.
 """
 
 from __future__ import annotations
@@ -31,29 +31,29 @@ Generator = np.random.Generator
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a mutation was and what came of it."""
+    """A mutation and its effect."""
 
     what: str
     """File and operation."""
     found: bool
-    """``verify`` or opening the set said that it is not whole."""
+    """``verify``, or opening the set, reported damage."""
     harmless: bool
-    """No data was changed: bytes as before, or a manifest that says the same in other words."""
+    """No data changed: the bytes are the same, or the manifest parses to the same JSON."""
     refused: int
-    """Reads that raised ShardError."""
+    """Number of reads that raised ShardError."""
     wrong: tuple[str, ...]
-    """Reads that gave other data than was written, without an error; empty for a forgery."""
+    """Reads that returned different data without an error; empty for a forgery."""
 
 
 class Fuzzer:
-    """Mutates copies of one small set.
+    """Mutate copies of one small shard set.
 
     Parameters
     ----------
     source
-        A whole set; it is not touched.
+        An intact set; it is not modified.
     work
-        A folder for the copy that is mutated.
+        Folder for the copy that is mutated.
     """
 
     def __init__(self, source: Path, work: Path) -> None:
@@ -67,22 +67,22 @@ class Fuzzer:
         self.truth = _read_all(ShardSet(source))
 
     def run(self, rng: Generator, *, forge: bool) -> Outcome:
-        """Mutate, judge, and put everything back.
+        """Apply one mutation, evaluate it, and restore the set.
 
         Raises
         ------
         Exception
-            Anything but ShardError that reader or verify raised: a finding.
+            Anything other than ShardError raised by the reader or ``verify``: a bug.
         """
         what = self._forge(rng) if forge else self._damage(rng)
         try:
-            return self._judge(what, forge)
+            return self._evaluate(what, forge)
         finally:
             self._restore()
 
-    # -- judging ------------------------------------------------------------------------------------------
+    # -- evaluation ------------------------------------------------------------------------------------------
 
-    def _judge(self, what: str, forge: bool) -> Outcome:
+    def _evaluate(self, what: str, forge: bool) -> Outcome:
         try:
             found = not verify(self.work).ok
         except ShardError:
@@ -118,7 +118,7 @@ class Fuzzer:
         if chance < 0.9:
             path.write_bytes(BYTES[operation](rng, self.files[name]))
         elif chance < 0.95:
-            operation = "gone"
+            operation = "deleted"
             path.unlink()
         else:
             other = self.names[rng.integers(len(self.names))]
@@ -129,8 +129,8 @@ class Fuzzer:
     # -- forgeries ----------------------------------------------------------------------------------------
 
     def _forge(self, rng: Generator) -> str:
-        kind = FORGERIES[rng.integers(len(FORGERIES))]
-        return f"forged: {kind(self, rng)}"
+        forge = FORGERIES[rng.integers(len(FORGERIES))]
+        return f"forged: {forge(self, rng)}"
 
     def _forge_member(self, rng: Generator) -> str:
         manifest = read_manifest(self.work)
@@ -151,14 +151,17 @@ class Fuzzer:
         return f"{name}: {operation}"
 
     def _forge_column(self, rng: Generator) -> str:
-        """Write a well-formed table whose column holds something else."""
+        """Write a valid parquet file with one column replaced by other values."""
         path = self.work / spots.FILE
         table = pq.read_table(path)
         column = rng.integers(table.num_columns)
         values: list[Any] = [
-            pa.nulls(table.num_rows), pa.array(["x" * 9000] * table.num_rows), pa.array([-1.5] * table.num_rows),
-            pa.array([2**40] * table.num_rows), pa.array([[1]] * table.num_rows),
-        ]  # fmt: skip
+            pa.nulls(table.num_rows),
+            pa.array(["x" * 9000] * table.num_rows),
+            pa.array([-1.5] * table.num_rows),
+            pa.array([2**40] * table.num_rows),
+            pa.array([[1]] * table.num_rows),
+        ]
         table = table.set_column(int(column), table.column_names[column], values[rng.integers(len(values))])
         pq.write_table(table, path)
         seal_files(self.work)
@@ -174,30 +177,34 @@ class Fuzzer:
         return f"{path.name}: {operation}"
 
     def _forge_manifest(self, rng: Generator) -> str:
-        """Change one value somewhere in the manifest, and its digest."""
+        """Replace one random value in the manifest and update the digest."""
         what = ""
 
         def change(data: dict[str, Any]) -> None:
             nonlocal what
-            place: Any = data
+            node: Any = data
             while True:
-                keys = list(place) if isinstance(place, dict) else list(range(len(place)))
+                keys = list(node) if isinstance(node, dict) else list(range(len(node)))
                 key = keys[rng.integers(len(keys))]
                 what += f".{key}"
-                inner = place[key]
+                inner = node[key]
                 if not isinstance(inner, (dict, list)) or not inner or rng.random() < 0.1:
                     break
-                place = inner
+                node = inner
             values: list[Any] = [None, -1, 0, 2**62, 1e300, "", "../../x", "\0", [], {}, True, [[[]]], "A" * 5000]
-            place[key] = values[rng.integers(len(values))]
+            node[key] = values[rng.integers(len(values))]
 
         change_manifest(self.work, change, seal=True)
         return f"{NAME}{what}"
 
 
 FORGERIES: tuple[Callable[[Fuzzer, Generator], str], ...] = (
-    Fuzzer._forge_member, Fuzzer._forge_table, Fuzzer._forge_column, Fuzzer._forge_index, Fuzzer._forge_manifest,
-)  # fmt: skip
+    Fuzzer._forge_member,
+    Fuzzer._forge_table,
+    Fuzzer._forge_column,
+    Fuzzer._forge_index,
+    Fuzzer._forge_manifest,
+)
 
 
 def _seal_index(folder: Path, number: int) -> None:
@@ -216,7 +223,7 @@ def _same_json(now: bytes | None, before: bytes) -> bool:
 
 
 def _read_all(shards: ShardSet) -> dict[str, bytes | None]:
-    """Read everything there is, piece by piece: {name: bytes}, None where the reader says no."""
+    """Read every item of the set: {name: bytes}, with None where the reader raises."""
     reads: dict[str, Callable[[], bytes]] = {
         "genes": lambda: repr(shards.genes).encode(),
         "spots": lambda: shards.spots.to_csv().encode(),
@@ -245,7 +252,7 @@ def _csr_bytes(shards: ShardSet, spot: int) -> bytes:
     return file.getvalue()
 
 
-# -- operations on bytes ----------------------------------------------------------------------------------------
+# -- byte mutations ----------------------------------------------------------------------------------------
 
 
 def _span(rng: Generator, data: bytes, most: int = 64) -> tuple[int, int]:
@@ -294,15 +301,22 @@ def _append(rng: Generator, data: bytes) -> bytes:
 
 
 def _change_digit(rng: Generator, data: bytes) -> bytes:
-    """Change a digit: in text tables a number stays a number."""
+    """Change one digit, so that numbers in text tables stay numbers."""
     digits = [i for i, b in enumerate(data) if 48 <= b <= 57]
     if not digits:
         return _flip_bit(rng, data)
-    place = digits[rng.integers(len(digits))]
-    return data[:place] + bytes([48 + int(rng.integers(10))]) + data[place + 1 :]
+    index = digits[rng.integers(len(digits))]
+    return data[:index] + bytes([48 + int(rng.integers(10))]) + data[index + 1 :]
 
 
 BYTES: dict[str, Callable[[Generator, bytes], bytes]] = {
-    "bit flipped": _flip_bit, "bytes set": _set_bytes, "zeroed": _zero, "removed": _remove, "inserted": _insert,
-    "repeated": _repeat, "cut": _cut, "appended": _append, "digit changed": _change_digit,
-}  # fmt: skip
+    "bit flipped": _flip_bit,
+    "bytes set": _set_bytes,
+    "zeroed": _zero,
+    "removed": _remove,
+    "inserted": _insert,
+    "repeated": _repeat,
+    "cut": _cut,
+    "appended": _append,
+    "digit changed": _change_digit,
+}

@@ -1,4 +1,4 @@
-"""Write a folder in the layout of HEST-1k, small, for tests of the reader."""
+"""Synthetic HEST-1k folder for tests of the reader."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PATCH_UM, PATCH_PX = 112.0, 224
 
 @dataclass(frozen=True)
 class HestSection:
-    """One made-up section."""
+    """One synthetic section."""
 
     id: str
     technology: str = "Visium"
@@ -34,7 +34,7 @@ class HestSection:
     title: str = "A study, with a comma"
 
     def pooled(self) -> bool:
-        """Tell whether its spots are squares."""
+        """Return whether spots are pooled squares."""
         return self.technology in ("Xenium", "Visium HD")
 
 
@@ -48,7 +48,7 @@ DEFAULT = (
 
 
 def picture(section: HestSection) -> np.ndarray:
-    """Return the WSI, uint8 RGB: red says the column, green the row, blue has detail."""
+    """Return the WSI, uint8 RGB: red encodes the column, green the row, blue adds detail."""
     width = round((section.side + 1) * section.pitch_um / section.mpp)
     y, x = np.mgrid[0:width, 0:width]
     blue = 150 + 60 * np.sin(x / 9) * np.cos(y / 13)
@@ -56,23 +56,28 @@ def picture(section: HestSection) -> np.ndarray:
 
 
 def spots(section: HestSection) -> tuple[list[str], np.ndarray]:
-    """Return barcodes, and centres in px of the WSI."""
+    """Return barcodes and spot centres in px of the WSI."""
     row, column = np.divmod(np.arange(section.side**2), section.side)
     ids = [f"{r:03d}x{c:03d}" if section.pooled() else f"BC{r}{c}-1" for r, c in zip(row, column, strict=True)]
     return ids, (np.stack([column, row], axis=1) + 1) * section.pitch_um / section.mpp
 
 
 def counts(section: HestSection) -> np.ndarray:
-    """Return raw counts, spots x genes."""
+    """Return raw counts, (spots, genes)."""
     seed = sum(section.id.encode())
     return np.random.default_rng(seed).poisson(3, (section.side**2, len(GENES)))
 
 
 def write_hest(
-    folder: Path, sections: Sequence[HestSection] = DEFAULT, *, wsis: bool = True, patches: bool = True, img: bool = True,
+    folder: Path,
+    sections: Sequence[HestSection] = DEFAULT,
+    *,
+    wsis: bool = True,
+    patches: bool = True,
+    img: bool = True,
     without_patch: int = 3,
-) -> Path:  # fmt: skip
-    """Write a folder; patches lie in another order than spots, and the first ``without_patch`` spots have none."""
+) -> Path:
+    """Write the folder; patches are in a different order than spots, and the first ``without_patch`` spots have none."""
     for section in sections:
         write_st(folder / "st" / f"{section.id}.h5ad", section)
         write_metadata(folder / "metadata" / f"{section.id}.json", section)
@@ -85,40 +90,59 @@ def write_hest(
 
 
 def write_table(path: Path, sections: Sequence[HestSection]) -> None:
-    """Write the table of sections, which begins with a byte order mark."""
+    """Write the table of sections, with a byte order mark as in HEST."""
     rows = [
         {
-            "dataset_title": s.title, "id": s.id, "image_filename": f"{s.id}.tif", "organ": s.organ, "species": s.species,
-            "patient": s.patient, "st_technology": s.technology, "license": "CC BY 4.0", "study_link": "https://example.org",
-            "pixel_size_um_estimated": s.mpp, "inter_spot_dist": "" if s.pooled() else s.pitch_um,
+            "dataset_title": s.title,
+            "id": s.id,
+            "image_filename": f"{s.id}.tif",
+            "organ": s.organ,
+            "species": s.species,
+            "patient": s.patient,
+            "st_technology": s.technology,
+            "license": "CC BY 4.0",
+            "study_link": "https://example.org",
+            "pixel_size_um_estimated": s.mpp,
+            "inter_spot_dist": "" if s.pooled() else s.pitch_um,
             "spot_diameter": "" if s.pooled() else s.pitch_um * 0.55,
         }
         for s in sections
-    ]  # fmt: skip
+    ]
     pd.DataFrame(rows).to_csv(path, index=False, encoding="utf-8-sig")
 
 
 def write_metadata(path: Path, section: HestSection) -> None:
-    """Write the facts of one section."""
+    """Write the metadata JSON of one section."""
     path.parent.mkdir(parents=True, exist_ok=True)
     width = picture(section).shape[1]
     facts = {
-        "id": section.id, "organ": section.organ, "species": section.species, "st_technology": section.technology,
-        "pixel_size_um_estimated": section.mpp, "pixel_size_um_embedded": None, "fullres_px_width": width,
+        "id": section.id,
+        "organ": section.organ,
+        "species": section.species,
+        "st_technology": section.technology,
+        "pixel_size_um_estimated": section.mpp,
+        "pixel_size_um_embedded": None,
+        "fullres_px_width": width,
         "fullres_px_height": width,
-    }  # fmt: skip
+    }
     path.write_text(json.dumps(facts), encoding="utf-8")
 
 
 def write_st(path: Path, section: HestSection) -> None:
-    """Write the expression: counts in uint16 for pooled sections, positions, a small picture."""
+    """Write the h5ad: counts (uint16 for pooled sections), positions and a downscaled image."""
     path.parent.mkdir(parents=True, exist_ok=True)
     ids, xy = spots(section)
     row, column = np.divmod(np.arange(len(ids)), section.side)
     obs = pd.DataFrame(
-        {"in_tissue": 1, "array_row": row, "array_col": column, "pxl_col_in_fullres": xy[:, 0],
-         "pxl_row_in_fullres": xy[:, 1]}, index=ids,
-    )  # fmt: skip
+        {
+            "in_tissue": 1,
+            "array_row": row,
+            "array_col": column,
+            "pxl_col_in_fullres": xy[:, 0],
+            "pxl_row_in_fullres": xy[:, 1],
+        },
+        index=ids,
+    )
     image = Image.fromarray(picture(section))
     small = np.asarray(image.resize((image.width // 4, image.height // 4), Image.Resampling.BOX))
     factors = {"tissue_downscaled_fullres_scalef": 0.25, "spot_diameter_fullres": 55 / section.mpp}
@@ -129,7 +153,7 @@ def write_st(path: Path, section: HestSection) -> None:
 
 
 def write_wsi(path: Path, section: HestSection) -> None:
-    """Write a pyramid in a tiled BigTIFF."""
+    """Write a pyramidal, tiled BigTIFF."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(picture(section))
     with tifffile.TiffWriter(path, bigtiff=True) as out:
@@ -140,7 +164,7 @@ def write_wsi(path: Path, section: HestSection) -> None:
 
 
 def write_patches(path: Path, section: HestSection, without_patch: int, *, img: bool = True) -> None:
-    """Write patches of 224 px at 0.5 um per px, uncompressed, each a chunk; ``coords`` are top-left corners."""
+    """Write patches of 224 px at 0.5 um per px, uncompressed, one per chunk; ``coords`` are top-left corners."""
     path.parent.mkdir(parents=True, exist_ok=True)
     ids, xy = spots(section)
     width = round(PATCH_UM / section.mpp)

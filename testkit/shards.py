@@ -1,4 +1,4 @@
-"""For tests: damage a shard set, or forge one, where every hash, CRC and index agrees with the damage."""
+"""Corrupt a shard set, with or without updating the hashes, CRCs and indexes to match."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def read_tar(path: Path) -> dict[str, bytes]:
 
 
 def rewrite(path: Path, change: Callable[[dict[str, bytes]], object]) -> None:
-    """Change the members of a tar, and nothing else of the set."""
+    """Rewrite the members of a tar without updating anything else in the set."""
     members = read_tar(path)
     change(members)
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
@@ -39,7 +39,7 @@ def rewrite(path: Path, change: Callable[[dict[str, bytes]], object]) -> None:
 
 
 def change_manifest(folder: Path, change: Callable[[dict[str, Any]], object], *, seal: bool = False) -> None:
-    """Change ``manifest.json``; with ``seal`` its digest too."""
+    """Edit ``manifest.json``; with ``seal`` also update its digest."""
     path = folder / "manifest.json"
     data = json.loads(path.read_text())
     change(data)
@@ -49,20 +49,20 @@ def change_manifest(folder: Path, change: Callable[[dict[str, Any]], object], *,
 
 
 def reseal(folder: Path, manifest: Manifest) -> None:
-    """Make indexes, CRCs, hashes and the digest agree with what now lies in the tars and tables."""
+    """Recompute indexes, CRCs, hashes and the digest from the current tars and tables."""
     table = pq.read_table(folder / manifest.spots_file).to_pydict()
     entries = []
     for shard in manifest.shards:
         path = folder / shard.file
         with tarfile.open(path) as tar:
-            places = {m.name: (m.offset_data, m.size) for m in tar}
+            spans = {m.name: (m.offset_data, m.size) for m in tar}
         data = path.read_bytes()
         names = [members_of(s, manifest.tile.codec) for s in range(shard.first_spot, shard.first_spot + shard.records)]
-        place = np.array([[places[n] for n in three] for three in names])
-        for spot, three in enumerate(place.tolist(), shard.first_spot):
+        span = np.array([[spans[n] for n in three] for three in names])
+        for spot, three in enumerate(span.tolist(), shard.first_spot):
             for column, (start, size) in zip(spots.CRC_COLUMNS, three, strict=True):
                 table[column][spot] = zlib.crc32(data[start : start + size])
-        text = index_text(shard.first_spot, manifest.tile.codec, place[..., 0], place[..., 1])
+        text = index_text(shard.first_spot, manifest.tile.codec, span[..., 0], span[..., 1])
         (folder / shard.index).write_text(text)
         sealed = dataclasses.replace(
             shard, sha256=sha256_of(path), bytes=len(data), index_sha256=sha256_of(folder / shard.index)
@@ -73,7 +73,7 @@ def reseal(folder: Path, manifest: Manifest) -> None:
 
 
 def seal_files(folder: Path, more: dict[str, Any] | None = None) -> None:
-    """Make the manifest vouch for the tables that now lie there."""
+    """Update the manifest to the hashes of the current tables."""
 
     def change(data: dict[str, Any]) -> None:
         data.update(more or {})

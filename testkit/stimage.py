@@ -1,4 +1,4 @@
-"""Write a folder in the layout of STimage-1K4M, small, for tests of the reader."""
+"""Synthetic STimage-1K4M folder for tests of the reader."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GENES = ("ERBB2", "KRT14", "CD74", "GAPDH")
 
 @dataclass(frozen=True)
 class StSlide:
-    """One made-up slide."""
+    """One synthetic slide."""
 
     slide: str
     tech: str = "ST"
@@ -23,13 +23,13 @@ class StSlide:
     tissue: str = "breast"
     mpp: float = 4.0
     drawn_um: float = 100.0
-    """Width that ``r`` stands for."""
+    """Spot diameter that ``r`` encodes, in um."""
     picture: str = "TIFF"
-    """What the file called .png really is."""
+    """Actual format of the ``.png`` file."""
 
     @property
     def pitch_um(self) -> float:
-        """Distance between spots."""
+        """Centre-to-centre spot distance in um."""
         return 200.0 if self.tech == "ST" else 100.0
 
 
@@ -41,7 +41,7 @@ DEFAULT = (
 
 
 def counts(one: StSlide, side: int = 4) -> pd.DataFrame:
-    """Return raw counts, spots x genes; spots are named by slide and array."""
+    """Return raw counts, (spots, genes); spots are named by slide and array position."""
     names = [f"{one.slide}_{x}x{y}" for x in range(1, side + 1) for y in range(1, side + 1)]
     seed = sum(one.slide.encode())
     return pd.DataFrame(
@@ -50,7 +50,7 @@ def counts(one: StSlide, side: int = 4) -> pd.DataFrame:
 
 
 def coord(one: StSlide, side: int = 4) -> pd.DataFrame:
-    """Return positions: y before x, and the radius on every row."""
+    """Return positions: y before x, with the radius in every row."""
     step = one.pitch_um / one.mpp
     rows = [
         (f"{one.slide}_{x}x{y}", y * step + 3.25, x * step, one.drawn_um / 2 / one.mpp)
@@ -61,7 +61,7 @@ def coord(one: StSlide, side: int = 4) -> pd.DataFrame:
 
 
 def write_slide(folder: Path, one: StSlide, side: int = 4) -> None:
-    """Write the three files of a slide; rows of the counts are in another order than those of the positions."""
+    """Write the three files of a slide; the rows of counts and positions are ordered differently."""
     tech = folder / one.tech
     for name in ("coord", "gene_exp", "image"):
         (tech / name).mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ def write_slide(folder: Path, one: StSlide, side: int = 4) -> None:
 
 
 def write_stimage(folder: Path, slides: Sequence[StSlide] = DEFAULT) -> Path:
-    """Write a folder with its newest table: commas, quotes, and a title with both."""
+    """Write the folder with the newest table format: comma-separated, quoted, and a title that contains both."""
     for one in slides:
         write_slide(folder, one)
     write_meta(folder / "meta" / "meta_all_gene02122025.csv", slides)
@@ -83,10 +83,20 @@ def write_stimage(folder: Path, slides: Sequence[StSlide] = DEFAULT) -> Path:
 
 
 def write_meta(path: Path, slides: Sequence[StSlide], *, sep: str = ",", title: str = 'Title 1: "A", and B.') -> None:
-    """Write the table of slides."""
+    """Write the metadata table of slides."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [
-        {"slide": s.slide, "species": s.species, "tissue": s.tissue, "pmid": "123,456", "title": title, "abstract": "a\nb",
-         "tech": s.tech, "spot_num": "16", "gene_num": "4"} for s in slides
-    ]  # fmt: skip
+        {
+            "slide": s.slide,
+            "species": s.species,
+            "tissue": s.tissue,
+            "pmid": "123,456",
+            "title": title,
+            "abstract": "a\nb",
+            "tech": s.tech,
+            "spot_num": "16",
+            "gene_num": "4",
+        }
+        for s in slides
+    ]
     pd.DataFrame(rows).to_csv(path, sep=sep, index=False, quoting=1 if sep == "," else 0)

@@ -1,4 +1,4 @@
-"""Write the files of 10x Genomics as its pipelines do, small, for tests of the readers."""
+"""Synthetic outputs of the 10x Genomics pipelines for tests of the readers."""
 
 from __future__ import annotations
 
@@ -20,10 +20,14 @@ GENE_KIND = "Gene Expression"
 
 
 def write_h5(
-    path: Path, counts_FN: np.ndarray | sparse.spmatrix, barcodes: Sequence[str], ids: Sequence[str] = GENES,
-    names: Sequence[str] = NAMES, kinds: Sequence[str] | None = None,
-) -> None:  # fmt: skip
-    """Write a feature-barcode matrix (features x barcodes) in the h5 layout of Cell Ranger 3 and later."""
+    path: Path,
+    counts_FN: np.ndarray | sparse.spmatrix,
+    barcodes: Sequence[str],
+    ids: Sequence[str] = GENES,
+    names: Sequence[str] = NAMES,
+    kinds: Sequence[str] | None = None,
+) -> None:
+    """Write a feature-barcode matrix, (features, barcodes), in the h5 layout of Cell Ranger 3 and later."""
     matrix = sparse.csc_matrix(counts_FN)
     path.parent.mkdir(parents=True, exist_ok=True)
     with h5py.File(path, "w") as file:
@@ -39,10 +43,15 @@ def write_h5(
 
 
 def write_mex(
-    folder: Path, counts_FN: np.ndarray | sparse.spmatrix, barcodes: Sequence[str], ids: Sequence[str] = GENES,
-    names: Sequence[str] = NAMES, kinds: Sequence[str] | None = None, prefix: str = "",
-) -> None:  # fmt: skip
-    """Write the three packed files of the Market Exchange format."""
+    folder: Path,
+    counts_FN: np.ndarray | sparse.spmatrix,
+    barcodes: Sequence[str],
+    ids: Sequence[str] = GENES,
+    names: Sequence[str] = NAMES,
+    kinds: Sequence[str] | None = None,
+    prefix: str = "",
+) -> None:
+    """Write the three gzipped files of the Market Exchange format."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = ["\t".join(row) for row in zip(ids, names, kinds or [GENE_KIND] * len(ids), strict=True)]
     for name, rows in (("barcodes.tsv", barcodes), ("features.tsv", lines)):
@@ -54,7 +63,7 @@ def write_mex(
 
 
 def he_picture(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Return pink and purple noise in the colours of haematoxylin and eosin."""
+    """Return random noise in the colours of haematoxylin and eosin."""
     rng = np.random.default_rng(seed)
     dyes = np.array([(0.56, 0.72, 0.41), (0.22, 0.80, 0.56)])
     density = rng.uniform(0.1, 0.5, (height, width, 2)) @ dyes
@@ -62,45 +71,53 @@ def he_picture(width: int, height: int, seed: int = 0) -> Image.Image:
 
 
 def write_visium_hd(
-    root: Path, bin_um: int, counts_FN: np.ndarray, in_tissue_RC: np.ndarray, place: np.ndarray
+    root: Path, bin_um: int, counts_FN: np.ndarray, in_tissue_RC: np.ndarray, affine: np.ndarray
 ) -> Path:
-    """Write ``binned_outputs/square_XXXum`` of Visium HD; the matrix holds the bins in tissue.
+    """Write ``binned_outputs/square_XXXum`` of Visium HD; the matrix holds only bins in tissue.
 
     Parameters
     ----------
     counts_FN
-        Features x bins in tissue, in row-major order of the grid.
+        (features, bins in tissue), bins in row-major order of the grid.
     in_tissue_RC
         bool (rows, columns).
-    place
-        float (2, 3): x and y in full-resolution px of (column, row, 1) in um from the middle of the first bin.
+    affine
+        float (2, 3): maps (column, row, 1), in um from the corner of the grid, to x and y in full-resolution px.
     """
     folder = root / "binned_outputs" / f"square_{bin_um:03d}um"
     (folder / "spatial").mkdir(parents=True)
     row, col = (a.ravel() for a in np.indices(in_tissue_RC.shape))
     barcodes = np.array([f"s_{bin_um:03d}um_{r:05d}_{c:05d}-1" for r, c in zip(row, col, strict=True)])
-    # The middle of bin (0, 0) is half a bin from the corner that all bin sizes share.
+    # The centre of bin (0, 0) is half a bin from the corner, which all bin sizes share.
     um = np.stack([(col + 0.5) * bin_um, (row + 0.5) * bin_um, np.ones(len(row))])
-    x, y = place @ um
+    x, y = affine @ um
     pd.DataFrame(
         {
-            "barcode": barcodes, "in_tissue": in_tissue_RC.ravel().astype(np.int64), "array_row": row, "array_col": col,
-            "pxl_row_in_fullres": y, "pxl_col_in_fullres": x,
+            "barcode": barcodes,
+            "in_tissue": in_tissue_RC.ravel().astype(np.int64),
+            "array_row": row,
+            "array_col": col,
+            "pxl_row_in_fullres": y,
+            "pxl_col_in_fullres": x,
         }
-    ).to_parquet(folder / "spatial/tissue_positions.parquet", row_group_size=100)  # fmt: skip
-    mpp = 1 / float(np.sqrt(abs(np.linalg.det(place[:, :2]))))
+    ).to_parquet(folder / "spatial/tissue_positions.parquet", row_group_size=100)
+    mpp = 1 / float(np.sqrt(abs(np.linalg.det(affine[:, :2]))))
     factors = {
-        "spot_diameter_fullres": bin_um / mpp, "bin_size_um": float(bin_um), "microns_per_pixel": mpp,
-        "regist_target_img_scalef": 1.0, "tissue_lowres_scalef": 0.25, "fiducial_diameter_fullres": 1.0,
+        "spot_diameter_fullres": bin_um / mpp,
+        "bin_size_um": float(bin_um),
+        "microns_per_pixel": mpp,
+        "regist_target_img_scalef": 1.0,
+        "tissue_lowres_scalef": 0.25,
+        "fiducial_diameter_fullres": 1.0,
         "tissue_hires_scalef": 0.5,
-    }  # fmt: skip
+    }
     (folder / "spatial/scalefactors_json.json").write_text(json.dumps(factors))
     write_h5(folder / "filtered_feature_bc_matrix.h5", counts_FN, barcodes[in_tissue_RC.ravel()].tolist())
     return folder
 
 
 def write_segmentation(root: Path, counts_FN: np.ndarray, centres_N2: np.ndarray, mpp: float, radius: float) -> Path:
-    """Write ``segmented_outputs`` of Space Ranger 4: cells are octagons round centres, all in full-resolution px."""
+    """Write ``segmented_outputs`` of Space Ranger 4: one octagon per cell centre, in full-resolution px."""
     folder = root / "segmented_outputs"
     (folder / "spatial").mkdir(parents=True)
     (folder / "spatial/scalefactors_json.json").write_text(
@@ -110,11 +127,12 @@ def write_segmentation(root: Path, counts_FN: np.ndarray, centres_N2: np.ndarray
     ring = radius * np.stack([np.cos(angle), np.sin(angle)], axis=1)
     features = [
         {
-            "type": "Feature", "geometry": {"type": "Polygon", "coordinates": [(ring + centre).tolist()]},
+            "type": "Feature",
+            "geometry": {"type": "Polygon", "coordinates": [(ring + centre).tolist()]},
             "properties": {"cell_id": i + 1, "classification": {"name": "Cluster 1", "color": [1, 2, 3]}},
         }
         for i, centre in enumerate(np.asarray(centres_N2, float))
-    ]  # fmt: skip
+    ]
     (folder / "cell_segmentations.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": features}))
     barcodes = [f"cellid_{i + 1:09d}-1" for i in range(len(centres_N2))]
     write_h5(folder / "filtered_feature_cell_matrix.h5", counts_FN, barcodes)
@@ -122,30 +140,41 @@ def write_segmentation(root: Path, counts_FN: np.ndarray, centres_N2: np.ndarray
 
 
 def write_xenium(
-    root: Path, transcripts: pd.DataFrame, *, ids: Sequence[str] = GENES, names: Sequence[str] = NAMES,
+    root: Path,
+    transcripts: pd.DataFrame,
+    *,
+    ids: Sequence[str] = GENES,
+    names: Sequence[str] = NAMES,
     pixel_size: float = 0.2125,
-) -> Path:  # fmt: skip
-    """Write a Xenium run as the instrument's software 3 does: description, transcripts, cells and their counts.
+) -> Path:
+    """Write a Xenium output folder (software 3): experiment file, transcripts, cells and the cell-feature matrix.
 
     Parameters
     ----------
     transcripts
-        Columns ``feature_name``, ``x_location``, ``y_location`` (um), ``qv`` and ``cell_id``; a cell's centre is the
-        mean of its transcripts.
+        Columns ``feature_name``, ``x_location``, ``y_location`` (um), ``qv`` and ``cell_id``; the centre of a cell is
+        the mean of its transcripts.
     """
     root.mkdir(parents=True, exist_ok=True)
     (root / "experiment.xenium").write_text(
         json.dumps(
             {
-                "major_version": 5, "run_name": "a run", "region_name": "Region_1", "panel_organism": "Human",
-                "panel_tissue_type": "Breast", "pixel_size": pixel_size, "analysis_sw_version": "xenium-3.0.0.15",
+                "major_version": 5,
+                "run_name": "a run",
+                "region_name": "Region_1",
+                "panel_organism": "Human",
+                "panel_tissue_type": "Breast",
+                "pixel_size": pixel_size,
+                "analysis_sw_version": "xenium-3.0.0.15",
             }
         )
-    )  # fmt: skip
+    )
     table = transcripts.assign(
-        transcript_id=np.arange(len(transcripts), dtype=np.uint64), z_location=np.float32(10.0), fov_name="A1",
+        transcript_id=np.arange(len(transcripts), dtype=np.uint64),
+        z_location=np.float32(10.0),
+        fov_name="A1",
         is_gene=transcripts["feature_name"].isin(list(names)),
-    )  # fmt: skip
+    )
     table = table.astype({"x_location": np.float32, "y_location": np.float32, "qv": np.float32})
     table.to_parquet(root / "transcripts.parquet", row_group_size=64, index=False)
     good = table[(table["qv"] >= 20) & (table["cell_id"] != "UNASSIGNED") & table["is_gene"]]
@@ -155,7 +184,11 @@ def write_xenium(
     counts = pd.crosstab(good["feature_name"], good["cell_id"]).reindex(index=list(names), columns=cells.index)
     matrix = np.vstack([counts.fillna(0).to_numpy(int), np.ones((1, len(cells)), int)])
     write_h5(
-        root / "cell_feature_matrix.h5", matrix, cells.index.tolist(), [*ids, "NegControlProbe_00001"],
-        [*names, "NegControlProbe_00001"], [GENE_KIND] * len(ids) + ["Negative Control Probe"],
-    )  # fmt: skip
+        root / "cell_feature_matrix.h5",
+        matrix,
+        cells.index.tolist(),
+        [*ids, "NegControlProbe_00001"],
+        [*names, "NegControlProbe_00001"],
+        [GENE_KIND] * len(ids) + ["Negative Control Probe"],
+    )
     return root

@@ -1,7 +1,7 @@
-"""Write tiny sources: sections whose genes follow what the picture shows.
+"""Tiny synthetic sources in which gene expression depends on the image.
 
-Each section has a smooth field; the picture is bluer where it is high, half of the genes go up with it and half
-down. So a model that learns anything predicts above chance, and one that learns nothing does not.
+Each section has a smooth random field. The image is bluer where the field is high; half of the genes increase with it
+and half decrease. A model that learns predicts above chance, and a model that does not learn cannot.
 """
 
 from __future__ import annotations
@@ -17,15 +17,42 @@ from comtip_shards.sources import open_source
 from PIL import Image
 
 SYMBOLS = (
-    "ERBB2", "KRT14", "KRT17", "CD74", "HLA-DRA", "IGHG1", "COL1A1", "COL3A1", "ACTA2", "VIM", "EPCAM", "KRT8", "KRT18",
-    "KRT19", "MUC1", "ESR1", "PGR", "MKI67", "TOP2A", "CD3E", "CD8A", "MS4A1", "PECAM1", "FN1", "SPARC", "LUM", "DCN",
-    "B2M", "FTH1", "GAPDH",
-)  # fmt: skip
+    "ERBB2",
+    "KRT14",
+    "KRT17",
+    "CD74",
+    "HLA-DRA",
+    "IGHG1",
+    "COL1A1",
+    "COL3A1",
+    "ACTA2",
+    "VIM",
+    "EPCAM",
+    "KRT8",
+    "KRT18",
+    "KRT19",
+    "MUC1",
+    "ESR1",
+    "PGR",
+    "MKI67",
+    "TOP2A",
+    "CD3E",
+    "CD8A",
+    "MS4A1",
+    "PECAM1",
+    "FN1",
+    "SPARC",
+    "LUM",
+    "DCN",
+    "B2M",
+    "FTH1",
+    "GAPDH",
+)
 
 
 @dataclass(frozen=True)
 class TinySection:
-    """One made-up section."""
+    """One synthetic section."""
 
     section_id: str
     donor: str
@@ -33,28 +60,30 @@ class TinySection:
 
 
 DEFAULT = (
-    TinySection("t1", "donor_a", "train"), TinySection("t2", "donor_b", "train"), TinySection("v1", "donor_b", "val"),
+    TinySection("t1", "donor_a", "train"),
+    TinySection("t2", "donor_b", "train"),
+    TinySection("v1", "donor_b", "val"),
     TinySection("x1", "donor_c", "test"),
-)  # fmt: skip
+)
 
 
 def write_tiny_source(
     folder: Path, sections: Sequence[TinySection] = DEFAULT, *, side: int = 7, seed: int = 0, pitch_px: int = 40
 ) -> Path:
-    """Write images, counts, spots and ``manifest.tsv`` into ``folder``; return the table's path.
+    """Write images, counts, spots and ``manifest.tsv`` into ``folder``; return the path of the table.
 
     Parameters
     ----------
     folder
-        Made if it is not there.
+        Created if it does not exist.
     sections
-        What to write.
+        Sections to write.
     side
         Spots per side; ``side ** 2`` spots in all.
     seed
-        Another seed gives other tissue.
+        Seed of the random fields and counts.
     pitch_px
-        Distance of spots in px; 200 um.
+        Distance between spots in px; it stands for 200 um.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -88,15 +117,26 @@ def write_tiny_source(
 def _manifest_row(section: TinySection, pitch_px: int) -> dict[str, object]:
     name = section.section_id
     return {
-        "sample_id": name, "dataset": "tiny", "species": "human", "tissue": "breast, made up", "donor": section.donor,
-        "platform": "none", "image": f"{name}.png", "counts": f"{name}.tsv.gz", "spots": f"{name}_spots.tsv",
-        "spot_diameter_um": 100, "spot_pitch_um": 200, "mpp_um_per_px": 200 / pitch_px, "licence": "CC0",
-        "split": section.split, "attribution": "made up",
-    }  # fmt: skip
+        "sample_id": name,
+        "dataset": "tiny",
+        "species": "human",
+        "tissue": "breast, made up",
+        "donor": section.donor,
+        "platform": "none",
+        "image": f"{name}.png",
+        "counts": f"{name}.tsv.gz",
+        "spots": f"{name}_spots.tsv",
+        "spot_diameter_um": 100,
+        "spot_pitch_um": 200,
+        "mpp_um_per_px": 200 / pitch_px,
+        "licence": "CC0",
+        "split": section.split,
+        "attribution": "made up",
+    }
 
 
 def _smooth_field(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Return a field in [-1, 1], float64 (size, size), of a few waves."""
+    """Return a sum of four random waves scaled to [-1, 1], float64 (size, size)."""
     y, x = np.mgrid[0:size, 0:size] / size
     out = np.zeros((size, size))
     for _ in range(4):
@@ -112,7 +152,7 @@ def _write_image(path: Path, field: np.ndarray, rng: np.random.Generator) -> Non
 
 
 def tiny_shards(folder: Path) -> Path:
-    """Write a tiny source and build its shard set below ``folder``; return the set's path."""
+    """Write a tiny source, build its shard set under ``folder``, and return the path of the set."""
     source = write_tiny_source(folder / "source").parent
     build_shards(open_source(source), folder / "shards", tile_px=32, tile_um=224.0, min_mpp=5.0)
     return folder / "shards"

@@ -1,4 +1,4 @@
-"""Shared: a tiny source, its shard set, and a tiny config."""
+"""Shared fixtures: a tiny source, its shard set, a tiny config and a finished run."""
 
 from pathlib import Path
 
@@ -13,12 +13,31 @@ from testkit.tiny import write_tiny_source
 torch.set_num_threads(1)
 
 TINY = [
-    "data.batch_size=32", "data.views=2", "genes.per_cohort=30", "genes.held_out_from=10", "genes.held_out_every=4",
-    "panel.max_genes=24", "levels.n_levels=5", "levels.min_positive=10", "vision.patch_px=16", "vision.width=32", "vision.depth=1", "vision.heads=2",
-    "text.width=32", "text.depth=1", "text.heads=2", "text.max_tokens=6", "align.dim=32", "optim.warmup_steps=5",
-    "train.steps=20", "train.validate_every=5", "train.checkpoint_every=5", "train.log_every=1", "train.patience=0",
+    "data.batch_size=32",
+    "data.views=2",
+    "genes.per_cohort=30",
+    "genes.held_out_from=10",
+    "genes.held_out_every=4",
+    "panel.max_genes=24",
+    "levels.n_levels=5",
+    "levels.min_positive=10",
+    "vision.patch_px=16",
+    "vision.width=32",
+    "vision.depth=1",
+    "vision.heads=2",
+    "text.width=32",
+    "text.depth=1",
+    "text.heads=2",
+    "text.max_tokens=6",
+    "align.dim=32",
+    "optim.warmup_steps=5",
+    "train.steps=20",
+    "train.validate_every=5",
+    "train.checkpoint_every=5",
+    "train.log_every=1",
+    "train.patience=0",
     "train.threads=1",
-]  # fmt: skip
+]
 TILES = {"tile_px": 32, "tile_um": 224.0, "min_mpp": 5.0}
 
 
@@ -41,7 +60,7 @@ def tiny_overrides(tiny_shards: ShardSet) -> list[str]:
 
 @pytest.fixture(scope="session")
 def tiny_run(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run on the tiny set."""
+    """Return the folder of a finished run on the tiny set."""
     from comtip_fast.config.io import load_config
     from comtip_fast.training.task import build_task
     from comtip_fast.training.trainer import Trainer

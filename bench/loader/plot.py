@@ -1,4 +1,4 @@
-"""Draw docs/loader.png and fill the table in docs/data.md from what ``comtip bench loader --out bench/loader`` wrote."""
+"""Draw docs/loader.png and fill the table in docs/data_loading.md from what ``bench/loader/compare.py --out bench/loader`` wrote."""
 
 import argparse
 import csv
@@ -57,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=HERE, help="folder of the result files")
     parser.add_argument("--out", type=Path, default=HERE.parents[1] / "docs" / "loader.png")
-    parser.add_argument("--page", type=Path, default=HERE.parents[1] / "docs" / "data.md")
+    parser.add_argument("--page", type=Path, default=HERE.parents[1] / "docs" / "data_loading.md")
     args = parser.parse_args()
     notes, rows = read(args.results / "results.csv")
     _, memory = read(args.results / "memory.csv")
@@ -74,8 +74,13 @@ def main() -> None:
     bars.set_xlim(0, 1.12 * max(float(r["highest"]) for r in rows))
     bars.set_xlabel("spots per second: median of the rounds (line: lowest to highest)")
     handles = [plt.Rectangle((0, 0), 1, 1, color=c) for c in (OURS, PEERS, LIMITS)]
-    bars.legend(handles, ["tiles and levels ready, our order", "tiles and levels ready, theirs", "decoding alone"],
-                loc="lower right", fontsize=8, frameon=False)  # fmt: skip
+    bars.legend(
+        handles,
+        ["tiles and levels ready, our order", "tiles and levels ready, theirs", "decoding alone"],
+        loc="lower right",
+        fontsize=8,
+        frameon=False,
+    )
     for name in dict.fromkeys(r["loader"] for r in memory):
         own = [r for r in memory if r["loader"] == name]
         lines.plot(

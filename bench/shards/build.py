@@ -1,12 +1,12 @@
-"""Building on real sections, beside HEST's layout: spots per second and bytes per spot, in one run.
+"""Build speed and size on real sections, compared with HEST's layout: spots per second and bytes per spot.
 
     PYTHONPATH=.:data_shards python bench/shards/build.py [--samples her2st_C2,her2st_C3] [--rounds 3] [--jobs 2]
 
-HEST's layout is what its files hold (hestcore, v1.3): patches h5 with ``img`` uint8 (N, px, px, 3), uncompressed in chunks
-of one, ``coords`` and ``barcode``; and an h5ad of raw counts. It is written here with h5py and anndata from the same
-sections, read by the same readers and cut by the same code, without checks, hashes or pictures: less work than a build.
-Three ways to cut: the defaults (224 um, blurred to 4 um/px, quality 95), and tiles at the picture's own resolution, which
-hold the most detail that pixels can, at quality 95 and 85.
+HEST's layout (hestcore, v1.3) is a patches h5 with ``img`` uint8 (N, px, px, 3), uncompressed with one patch per chunk,
+``coords`` and ``barcode``, and an h5ad of raw counts. It is written here with h5py and anndata from the same sections,
+with the same readers and the same tile code, but without checks, hashes or overviews: less work than a build.
+Tiles are cut in three ways: with the defaults (224 um, blurred to 4 um/px, quality 95), and at the resolution of the image,
+which keeps all detail, at quality 95 and 85.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def write_hest(sources: Sequence[SectionSource], out: Path, tile_um: float, min_
 
 
 def timed(work: Callable[[Path], object], out: Path, rounds: int) -> float:
-    """Return the median of a few runs, each into a new folder."""
+    """Return the median seconds of ``rounds`` runs, each into a new folder."""
     seconds = []
     for _ in range(rounds):
         shutil.rmtree(out, ignore_errors=True)
@@ -71,13 +71,13 @@ def size_of(folder: Path, pattern: str = "**/*") -> int:
 
 
 def parts(folder: Path) -> dict[str, float]:
-    """Return bytes per spot of a shard set by what they hold."""
+    """Return bytes per spot of a shard set by content."""
     shards = ShardSet(folder)
     spots, n = range(len(shards)), len(shards)
     out = {f"{part} members": sum(map(len, shards.members(spots, part))) / n for part in ("tile", "expr", "json")}
     out["tar headers, padding"] = size_of(folder, "shards/*.tar") / n - sum(out.values())
     out["indexes, tables, manifest"] = (size_of(folder, "shards/*.idx") + size_of(folder, "*")) / n
-    out["overviews, pages of checks"] = (size_of(folder, "overview/*") + size_of(folder, "report/*")) / n
+    out["overviews, check reports"] = (size_of(folder, "overview/*") + size_of(folder, "report/*")) / n
     return out
 
 
@@ -90,7 +90,7 @@ def run(samples: list[str], tile_um: float, min_mpp: float, quality: int, rounds
     n = len(ShardSet(folder / "shards"))
     patches, counts = size_of(folder / "hest", "patches/*") / n, size_of(folder / "hest", "st/*") / n
     own = size_of(folder / "shards") / n
-    cut = f"tiles of {tile_um:g} um in {PX} px, pictures blurred to {min_mpp:g} um/px, quality {quality}"
+    cut = f"tiles of {tile_um:g} um in {PX} px, images blurred to {min_mpp:g} um/px, quality {quality}"
     print(f"\n{n} spots of {', '.join(samples)}; {cut}")
     print(f"{'':28}{'spots/s':>10}{'bytes/spot':>12}")
     print(f"{'HEST layout':28}{n / hest:10.0f}{patches + counts:12.0f}   (patches {patches:.0f}, h5ad {counts:.0f})")

@@ -1,9 +1,9 @@
-"""How often the checks of a section find each fault, and how often they cry without one.
+"""Detection rate of the section checks for each section fault, and their false alarm rate.
 
     PYTHONPATH=.:kernels:data_shards python bench/shards/calibrate_checks.py data_shards/samples --out checks.md
 
-Every section of the source is checked as it is, then spoiled by every fault of :mod:`testkit.faults`. A fault
-counts as found when the check that is made for it warns or fails; what else speaks up is listed beside it.
+Every section of the source is checked unmodified, then with every fault of :mod:`testkit.section_faults`. A fault
+counts as found when the check designed for it warns or fails; alarms of other checks are listed in the last column.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from comtip_shards.sections.section import Section
 from comtip_shards.sources import open_source
 from tqdm import tqdm
 
-from testkit.faults import FAULTS
+from testkit.section_faults import SECTION_FAULTS
 
 
 def alarms(report: SectionReport) -> set[str]:
@@ -27,17 +27,17 @@ def alarms(report: SectionReport) -> set[str]:
 
 
 def calibrate(sections: list[Section], folder: Path) -> list[str]:
-    lines = ["| fault | check | found | named alone | other alarms |", "|---|---|---|---|---|"]
+    lines = ["| fault | check | found | no other alarm | other alarms |", "|---|---|---|---|---|"]
     sound = Counter(name for s in sections for name in alarms(check_section(s)))
     n = len(sections)
     lines.append(f"| none | | | | {_counted(sound, n)} |")
-    for fault, (check, spoil) in tqdm(FAULTS.items(), desc="faults"):
+    for fault, (check, corrupt) in tqdm(SECTION_FAULTS.items(), desc="faults"):
         found, alone, others = 0, 0, Counter[str]()
         for section in sections:
-            heard = alarms(check_section(spoil(section, folder)))
-            found += check in heard
-            alone += heard == {check}
-            others.update(heard - {check})
+            raised = alarms(check_section(corrupt(section, folder)))
+            found += check in raised
+            alone += raised == {check}
+            others.update(raised - {check})
         lines.append(f"| {fault} | `{check}` | {found} / {n} | {alone} / {n} | {_counted(others, n)} |")
     return lines
 
@@ -49,7 +49,7 @@ def _counted(names: Counter[str], n: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path)
-    parser.add_argument("--samples", help="sections, with commas")
+    parser.add_argument("--samples", help="section ids, comma-separated")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     samples = args.samples.split(",") if args.samples else None

@@ -1,8 +1,9 @@
-"""Mutate shard sets at random: ``PYTHONPATH=.:data_shards python bench/shards/fuzz.py --n 10000 --seed 0``.
+"""Fuzz the shard reader: ``PYTHONPATH=.:data_shards python bench/shards/fuzz.py --n 10000 --seed 0``.
 
-Half of the mutations are damage (files change, hashes do not), half are forgeries (every hash agrees). The run fails on
-the first crash (anything but ShardError), hang (a mutation over --limit seconds), other data without an error, or damage
-that ``verify`` does not find; it prints what reproduces it. Memory is bounded by --memory-gb.
+Half of the mutations are damage (files change, hashes do not), half are forgeries (every hash is updated to match). The
+run stops at the first crash (any exception but ShardError), hang (a mutation that takes longer than --limit seconds),
+wrong data without an error, or damage that ``verify`` misses, and prints the seed and number that reproduce it. Memory is
+limited to --memory-gb.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from testkit.tiny import TinySection, write_tiny_source
 
 
 def hang(*_: object) -> None:
-    raise TimeoutError("hangs")
+    raise TimeoutError("a read or verify did not return within --limit seconds")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--n", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=int, default=60, help="seconds for one mutation")
+    parser.add_argument("--limit", type=int, default=60, help="time limit of one mutation in seconds")
     parser.add_argument("--memory-gb", type=float, default=8.0)
     args = parser.parse_args()
     size = int(args.memory_gb * 2**30)
@@ -66,7 +67,7 @@ def main() -> int:
             counts[f"{kind}, found"] += outcome.found
             counts["reads refused"] += outcome.refused
     print(
-        f"{args.n} mutations, seed {args.seed}, {time.time() - began:.0f} s: no crash, no hang, no other data, no damage missed"
+        f"{args.n} mutations, seed {args.seed}, {time.time() - began:.0f} s: no crash, no hang, no wrong data, no undetected damage"
     )
     print(", ".join(f"{k}: {v}" for k, v in sorted(counts.items())))
     return 0

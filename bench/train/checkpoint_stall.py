@@ -1,9 +1,9 @@
-"""How long a step stands still for a checkpoint: written within the step against copied in it and written beside.
+"""Time a step is blocked by a checkpoint: synchronous write against copy plus asynchronous write.
 
     python bench/train/checkpoint_stall.py --mib 256 --rounds 5
 
-Weights and two moments of so many MiB in all, both ways in turns; the thread is waited for between rounds, as steps in between
-would do. Printed is the median of each and their ratio.
+The checkpoint holds weights and two moments, ``--mib`` in total. Both ways alternate, and the writer thread is joined
+between rounds, as it would be during the steps in between. The script prints the median of each and their ratio.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from comtip_fast.training.checkpoint.store import Checkpoint
 
 
 def measure(mib: float, rounds: int, folder: Path) -> tuple[list[float], list[float]]:
-    """Return the seconds of both ways, per round: within the step, beside it."""
+    """Return the seconds per round: synchronous, asynchronous."""
     rows = int(mib * 2**20 / 4 / 3 / 1024 / 16)
-    made = Checkpoint(
+    checkpoint = Checkpoint(
         {f"w{i}": torch.randn(rows, 1024) for i in range(16)},
         {f"w{i}/{k}": torch.randn(rows, 1024) for i in range(16) for k in ("exp_avg", "exp_avg_sq")},
         {"step": 1},
     )
     writer = Writer()
-    within, beside = [], []
+    blocking, asynchronous = [], []
 
     def submit() -> None:
-        taken = copied(made)
+        taken = copied(checkpoint)
         writer.submit(lambda: _none(checkpoints.save(folder, 2, taken)))
 
     for _ in range(rounds + 1):
-        within.append(_seconds(lambda: _none(checkpoints.save(folder, 1, made))))
-        beside.append(_seconds(submit))
+        blocking.append(_seconds(lambda: _none(checkpoints.save(folder, 1, checkpoint))))
+        asynchronous.append(_seconds(submit))
         writer.drain()
-    return within[1:], beside[1:]  # the first warms the allocator and the disk's cache
+    return blocking[1:], asynchronous[1:]  # the first round warms up the allocator and the disk cache
 
 
 def _none(_: object) -> None: ...
@@ -60,10 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as name:
-        within, beside = measure(args.mib, args.rounds, Path(name))
-    a, b = statistics.median(within), statistics.median(beside)
-    ratios = [x / y for x, y in zip(within, beside, strict=True)]
-    print(f"{args.mib:g} MiB: within the step {a:.2f} s, beside it {b:.2f} s; stands still {a / b:.1f} times less long")
+        blocking, asynchronous = measure(args.mib, args.rounds, Path(name))
+    a, b = statistics.median(blocking), statistics.median(asynchronous)
+    ratios = [x / y for x, y in zip(blocking, asynchronous, strict=True)]
+    print(f"{args.mib:g} MiB: synchronous {a:.2f} s, asynchronous {b:.2f} s per step; ratio {a / b:.1f}")
     print(f"ratio per round: {min(ratios):.1f} to {max(ratios):.1f}")
     return 0
 

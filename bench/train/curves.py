@@ -1,11 +1,11 @@
-"""Same run? Loss curves of whole training runs over W ranks, and of runs resumed elsewhere, against one process.
+"""Loss curve parity of whole training runs: W ranks, and runs resumed under another engine, against one process.
 
     python bench/train/curves.py                 50 steps, every engine, W = 1, 2, 4, as a Markdown table
-    python bench/train/curves.py --runs offload  the same with state and parameters in host memory (nvme: in files, needs libaio)
-    python bench/train/curves.py --golden FILE   write one process' curve, as tests/golden/loss_curve.json holds it
+    python bench/train/curves.py --runs offload  the same with CPU offload (nvme: NVMe offload, needs libaio)
+    python bench/train/curves.py --golden FILE   write the curve of one process, the content of tests/golden/loss_curve.json
 
-A run goes through the trainer: checkpoints, validation and export included. One that changes its engine is stopped half way
-by a SIGTERM to one rank and goes on from the checkpoint. Deviation: |loss - loss of one process| / loss, the largest over the steps so far.
+Every run uses the trainer with checkpoints, validation and export. A run that changes its engine is stopped half way by a
+SIGTERM to one rank and resumes from the checkpoint. Deviation is the largest |loss - loss of one process| / loss so far.
 """
 
 from __future__ import annotations
@@ -34,17 +34,37 @@ from testkit.tiny import tiny_shards
 
 LIMITS = {10: 1e-5, 50: 1e-3}
 TINY = [
-    "data.batch_size=22", "data.views=1", "genes.per_cohort=30", "genes.held_out_from=10", "genes.held_out_every=4",
-    "panel.min_genes=1", "panel.max_genes=24", "levels.n_levels=5", "levels.min_positive=10", "vision.patch_px=16",
-    "vision.width=32", "vision.depth=1", "vision.heads=2", "vision.target=ema", "text.width=32", "text.depth=1",
-    "text.heads=2", "text.max_tokens=6", "align.dim=32", "optim.warmup_steps=5", "train.log_every=1", "train.patience=0",
-    "train.validate_every=25", "train.threads=1", "train.device=cpu",
-]  # fmt: skip
+    "data.batch_size=22",
+    "data.views=1",
+    "genes.per_cohort=30",
+    "genes.held_out_from=10",
+    "genes.held_out_every=4",
+    "panel.min_genes=1",
+    "panel.max_genes=24",
+    "levels.n_levels=5",
+    "levels.min_positive=10",
+    "vision.patch_px=16",
+    "vision.width=32",
+    "vision.depth=1",
+    "vision.heads=2",
+    "vision.target=ema",
+    "text.width=32",
+    "text.depth=1",
+    "text.heads=2",
+    "text.max_tokens=6",
+    "align.dim=32",
+    "optim.warmup_steps=5",
+    "train.log_every=1",
+    "train.patience=0",
+    "train.validate_every=25",
+    "train.threads=1",
+    "train.device=cpu",
+]
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run: its engine, and where it stops half way the engine that goes on."""
+    """A run: its engine and, if it is stopped half way, the engine that resumes it."""
 
     first: str = "ddp"
     then: str = ""
@@ -52,15 +72,19 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Say it as a file name."""
+        """Return a name that is valid as a file name."""
         return "-".join([self.first, *([self.then] if self.then else []), *self.settings]).replace("=", "_")
 
 
 ALL = [
-    *(Run(e) for e in ("ddp", "zero0", "zero1", "zero2", "zero3")), Run("ddp", settings=("engine.loss_form=ring",)),
-    Run("ddp", settings=("engine.micro_batches=3",)), *(Run(f"zero{stage}", settings=("engine.micro_batches=3",)) for stage in range(4)),
-    Run("zero1", "zero3"), Run("zero3", "ddp"), Run("ddp", "zero2"),
-]  # fmt: skip
+    *(Run(e) for e in ("ddp", "zero0", "zero1", "zero2", "zero3")),
+    Run("ddp", settings=("engine.loss_form=ring",)),
+    Run("ddp", settings=("engine.micro_batches=3",)),
+    *(Run(f"zero{stage}", settings=("engine.micro_batches=3",)) for stage in range(4)),
+    Run("zero1", "zero3"),
+    Run("zero3", "ddp"),
+    Run("ddp", "zero2"),
+]
 QUICK = [
     Run("ddp"),
     Run("zero1", "zero3", ("engine.loss_form=ring",)),
@@ -76,12 +100,12 @@ NVME = [
     Run("zero3", "zero3", ("engine.offload_optimizer=cpu", "engine.offload_param=nvme")),
 ]
 RUNS = {"all": ALL, "quick": QUICK, "offload": OFFLOAD, "nvme": NVME}
-# DeepSpeed leaves in memory what is smaller than 1 MiB on a rank.
+# DeepSpeed keeps tensors smaller than 1 MiB per rank in memory.
 WIDE = {"nvme": ["vision.width=512"]}
 
 
 def engine(name: str) -> list[str]:
-    """Return the settings of an engine by its short name."""
+    """Return the config overrides of an engine by its short name."""
     if not name.startswith("zero"):
         return ["engine.kind=auto"]
     stage = f"engine.zero_stage={name[-1]}"
@@ -91,22 +115,22 @@ def engine(name: str) -> list[str]:
 def train(
     shards: str, folder: Path, steps: int, group: Group, *, settings: list[str], stop: int = 0, resume: bool = False
 ) -> None:
-    """Run or go on with a run as one of the group's ranks; at step ``stop`` the last rank gets a SIGTERM."""
+    """Start or resume a run as one rank of the group; at step ``stop`` the last rank receives a SIGTERM."""
     config = load_config(None, [*TINY, f"data.shards={shards}", f"train.steps={steps}", *settings])
     task = build_task(config, torch.device("cpu"), group)
     batch = task.batch
 
-    def watched(spots: np.ndarray, step: int, epoch: int) -> Batch:
+    def batch_or_stop(spots: np.ndarray, step: int, epoch: int) -> Batch:
         if step == stop and group.rank == group.size - 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return batch(spots, step, epoch)
 
-    task.batch = watched  # type: ignore[method-assign]
+    task.batch = batch_or_stop  # type: ignore[method-assign]
     Trainer(task, config, folder, group).fit(resume=resume)
 
 
 def rank(shards: str, folder: Path, steps: int, which: str) -> None:
-    """Work through runs as one rank."""
+    """Execute all runs as one rank."""
     torch.set_num_threads(1)
     logging.getLogger("comtip_fast").setLevel(logging.ERROR)
     with init_distributed(120, "cpu") as group:
@@ -125,15 +149,15 @@ def losses(folder: Path) -> list[float]:
 
 
 def deviations(found: list[float], wanted: list[float]) -> dict[int, float]:
-    """Return the largest relative deviation over the first 10, and over the first 50 steps."""
+    """Return the largest relative deviation over the first 10 and the first 50 steps."""
     assert len(found) == len(wanted), (len(found), len(wanted))
     off = [abs(a - b) / abs(b) for a, b in zip(found, wanted, strict=True)]
     return {n: max(off[:n]) for n in LIMITS if n <= len(off)}
 
 
 def run(shards: str, folder: Path, steps: int, worlds: list[int], which: str) -> list[dict[str, object]]:
-    """Train one process and every world size; return rows of deviations."""
-    torch.set_num_threads(1)  # as ranks do: sums in another order differ in their last bits
+    """Train with one process and with every world size; return one row of deviations per run."""
+    torch.set_num_threads(1)  # the same as in the ranks: another summation order changes the last bits
     train(shards, folder / "one", steps, SingleProcessGroup(), settings=[*engine("single"), *WIDE.get(which, [])])
     wanted, rows = losses(folder / "one"), []
     for world in worlds:
@@ -151,8 +175,8 @@ def main() -> None:
     parser.add_argument("--runs", choices=RUNS, default="all")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--worlds", default="1,2,4")
-    parser.add_argument("--golden", type=Path, help="write one process' curve here and end")
-    parser.add_argument("--rank", nargs=2, metavar=("SHARDS", "FOLDER"), help="be one rank (used by the script itself)")
+    parser.add_argument("--golden", type=Path, help="write the curve of one process to this file and exit")
+    parser.add_argument("--rank", nargs=2, metavar=("SHARDS", "FOLDER"), help="run as one rank (used internally)")
     args = parser.parse_args()
     if args.rank:
         rank(args.rank[0], Path(args.rank[1]), args.steps, args.runs)
@@ -166,12 +190,12 @@ def main() -> None:
             args.golden.write_text(json.dumps({"losses": losses(folder / "one")}, indent=1) + "\n")
             return
         rows = run(shards, folder, args.steps, [int(w) for w in args.worlds.split(",")], args.runs)
-    print("| W | engine | then | further | first 10 steps | 50 steps |\n| - | - | - | - | - | - |")
+    print("| W | engine | resumed with | settings | first 10 steps | 50 steps |\n| - | - | - | - | - | - |")
     for r in rows:
         one, off = r["run"], r["off"]
         shown = " | ".join(f"{off[n]:.1e}" if n in off else "" for n in LIMITS)
         print(
-            f"| {r['W']} | {one.first} | {one.then} | {' '.join(one.settings)} | {shown} |{'' if r['ok'] else ' TOO FAR'}"
+            f"| {r['W']} | {one.first} | {one.then} | {' '.join(one.settings)} | {shown} |{'' if r['ok'] else ' ABOVE LIMIT'}"
         )
     sys.exit(not all(r["ok"] for r in rows))
 

@@ -1,11 +1,11 @@
-"""Same answer? Losses and gradients of one step over W ranks against one process, for every engine and form.
+"""Parity of one step: losses and gradients over W ranks against one process, for every engine and loss form.
 
-    python bench/train/parity.py                 the whole matrix, W = 1, 2, 4, as a Markdown table
-    python bench/train/parity.py --quick         the part that `make test` runs
+    python bench/train/parity.py                 all cases, W = 1, 2, 4, as a Markdown table
+    python bench/train/parity.py --quick         the subset that `make test` runs
 
-Each world size is started once and works through its cases. A case is one global batch of a tiny model, ragged over ranks,
-with mispaired columns and spots of one text; the reference is one process with the whole batch. Deviation: largest relative
-L2 over parameters, ||g - g_ref|| / ||g_ref||.
+Each world size is launched once and runs all of its cases. A case is one global batch of a tiny model, split unevenly over
+the ranks, with mispaired columns and spots that share a text; the reference is one process with the whole batch. Deviation
+is the largest relative L2 error over parameters, ||g - g_ref|| / ||g_ref||.
 """
 
 from __future__ import annotations
@@ -32,67 +32,104 @@ from testkit.distributed import run_distributed
 from testkit.tiny import tiny_shards
 
 TINY = [
-    "data.batch_size=22", "data.views=1", "genes.per_cohort=30", "genes.held_out_from=10", "genes.held_out_every=4",
-    "panel.min_genes=7", "panel.max_genes=24", "levels.n_levels=5", "levels.min_positive=10", "vision.patch_px=16",
-    "vision.width=32", "vision.depth=2", "vision.heads=2", "text.width=32", "text.depth=2", "text.heads=2",
-    "text.max_tokens=6", "align.dim=32", "train.log_every=1", "optim.clip=0", "train.threads=1",
-]  # fmt: skip
+    "data.batch_size=22",
+    "data.views=1",
+    "genes.per_cohort=30",
+    "genes.held_out_from=10",
+    "genes.held_out_every=4",
+    "panel.min_genes=7",
+    "panel.max_genes=24",
+    "levels.n_levels=5",
+    "levels.min_positive=10",
+    "vision.patch_px=16",
+    "vision.width=32",
+    "vision.depth=2",
+    "vision.heads=2",
+    "text.width=32",
+    "text.depth=2",
+    "text.heads=2",
+    "text.max_tokens=6",
+    "align.dim=32",
+    "train.log_every=1",
+    "optim.clip=0",
+    "train.threads=1",
+]
 LIMIT = {"fp64": 1e-12, "fp32": 1e-5}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One way to run the step."""
+    """One configuration of the step."""
 
     engine: str = "ddp"
     dtype: str = "fp32"
     form: str = "gather"
     shard_table: bool = True
-    pieces: int = 1
+    micro_batches: int = 1
     recompute: bool = False
     more: tuple[str, ...] = ()
 
     def overrides(self) -> list[str]:
-        """Return the settings that make this case."""
+        """Return the config overrides of this case."""
         kind = "deepspeed" if self.engine.startswith("zero") else "auto"
         return [
-            f"engine.kind={kind}", f"engine.zero_stage={self.engine[-1] if kind == 'deepspeed' else 1}",
-            f"engine.loss_form={self.form}", f"engine.shard_table={str(self.shard_table).lower()}",
-            f"engine.micro_batches={self.pieces}", f"engine.activation_checkpointing={str(self.recompute).lower()}",
-            "engine.persist_elements=100", "engine.bucket_mb=0.05", *self.more,
-        ]  # fmt: skip
+            f"engine.kind={kind}",
+            f"engine.zero_stage={self.engine[-1] if kind == 'deepspeed' else 1}",
+            f"engine.loss_form={self.form}",
+            f"engine.shard_table={str(self.shard_table).lower()}",
+            f"engine.micro_batches={self.micro_batches}",
+            f"engine.activation_checkpointing={str(self.recompute).lower()}",
+            "engine.persist_elements=100",
+            "engine.bucket_mb=0.05",
+            *self.more,
+        ]
 
 
 def cases(quick: bool, world: int = 2) -> list[Case]:
-    """Return the matrix, or the corners of it; of four ranks a few will do."""
+    """Return all cases, or with ``quick`` a subset that covers every option once (two cases for four ranks)."""
     if quick and world > 2:
         return [Case("ddp", "fp64"), Case("ddp", "fp64", "ring", True, 2, more=("data.batch_size=5",))]
     if quick:
         return [
-            Case("ddp", "fp64"), Case("ddp", "fp64", "ring", False, 3, True), Case("ddp", "fp32", "ring"),
+            Case("ddp", "fp64"),
+            Case("ddp", "fp64", "ring", False, 3, True),
+            Case("ddp", "fp32", "ring"),
             Case("ddp", "fp64", more=("panel.max_genes=1", "panel.min_genes=1")),
             Case("ddp", "fp64", more=("loss.paat.context=text", "align.negatives=all", "vision.target=ema")),
-            Case("zero1", "fp32", "ring", True, 2), Case("zero2", "fp32"), Case("zero3", "fp32"),
-            Case("zero3", "fp32", "gather", True, 3), Case("zero3", "fp32", "gather", True, 1, True),
-        ]  # fmt: skip
+            Case("zero1", "fp32", "ring", True, 2),
+            Case("zero2", "fp32"),
+            Case("zero3", "fp32"),
+            Case("zero3", "fp32", "gather", True, 3),
+            Case("zero3", "fp32", "gather", True, 1, True),
+        ]
     switches = list(itertools.product(("gather", "ring"), (True, False), (1, 3), (False, True)))
     return [
         *(Case("ddp", dtype, *s) for dtype in ("fp64", "fp32") for s in switches),
         *(Case(f"zero{stage}", "fp32", *s) for stage in range(4) for s in switches),
-        *(Case("ddp", "fp64", more=more) for more in (
-            ("panel.max_genes=1", "panel.min_genes=1"), ("loss.paat.context=text",), ("align.negatives=all",),
-            ("align.negatives=other_group",), ("vision.target=ema",), ("loss.paat.mode=spots",),
-            ("loss.paat.hard_columns=false",), ("loss.mfm=0",), ("loss.nce=0",), ("data.batch_size=5",),
-        )),
-    ]  # fmt: skip
+        *(
+            Case("ddp", "fp64", more=more)
+            for more in (
+                ("panel.max_genes=1", "panel.min_genes=1"),
+                ("loss.paat.context=text",),
+                ("align.negatives=all",),
+                ("align.negatives=other_group",),
+                ("vision.target=ema",),
+                ("loss.paat.mode=spots",),
+                ("loss.paat.hard_columns=false",),
+                ("loss.mfm=0",),
+                ("loss.nce=0",),
+                ("data.batch_size=5",),
+            )
+        ),
+    ]
 
 
 def make_task(shards: str, case: Case, group: Group) -> CoMTIPTask:
     task = build_task(
         load_config(None, [*TINY, f"data.shards={shards}", *case.overrides()]), torch.device("cpu"), group
     )
-    # At the start all images look alike, and gradients are small differences of large numbers: in fp32 one process alone is
-    # then 5e-6 from its own fp64 result. Away from it, 2e-6.
+    # At initialisation all image vectors are nearly equal and gradients are small differences of large numbers: in fp32 one
+    # process alone deviates by 5e-6 from its own fp64 result. With perturbed weights it is 2e-6.
     noise = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in task.model.parameters():
@@ -104,7 +141,7 @@ def make_task(shards: str, case: Case, group: Group) -> CoMTIPTask:
 
 
 def one_step(task: CoMTIPTask, group: Group, engine: Engine) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """Return the global losses and every parameter's gradient of step 1."""
+    """Return the global losses and the gradient of every parameter at step 1."""
     engine.module.train()
     engine.start_step(1e-3)
     batch = task.batch(task.batches(0)[0], 1, 0)
@@ -123,7 +160,7 @@ def gradients(engine: Engine) -> dict[str, Tensor]:
 
 
 def deviation(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> tuple[float, str]:
-    """Return the largest relative L2 over tensors and whose it is; a tensor that should be 0 counts as it is."""
+    """Return the largest relative L2 error over tensors and the tensor's name; the error is absolute if the reference is 0."""
     worst, where = 0.0, ""
     if found.keys() != wanted.keys():
         return float("inf"), str(found.keys() ^ wanted.keys())
@@ -136,7 +173,7 @@ def deviation(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> tuple[floa
 
 
 def rank(shards: str, out: str, listed: list[Case]) -> None:
-    """Work through cases as one rank; rank 0 writes rows."""
+    """Run all cases as one rank; rank 0 writes the rows."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     rows = []
@@ -145,9 +182,9 @@ def rank(shards: str, out: str, listed: list[Case]) -> None:
         for case in listed:
             key = (case.dtype, case.more)
             if group.rank == 0 and key not in references:
-                plain = make_task(shards, Case("single", case.dtype, more=case.more), SingleProcessGroup())
+                single = make_task(shards, Case("single", case.dtype, more=case.more), SingleProcessGroup())
                 references[key] = one_step(
-                    plain, SingleProcessGroup(), make_engine(plain.module, plain.config, SingleProcessGroup())
+                    single, SingleProcessGroup(), make_engine(single.module, single.config, SingleProcessGroup())
                 )
             task = make_task(shards, case, group)
             engine = make_engine(task.module, task.config, group)
@@ -157,16 +194,23 @@ def rank(shards: str, out: str, listed: list[Case]) -> None:
                 wanted_losses, wanted = references[key]
                 off = max(abs(losses[k] - v) / max(1e-30, abs(v)) for k, v in wanted_losses.items())
                 worst, where = deviation(found, wanted)
-                rows.append(asdict(case) | {
-                    "W": group.size, "name": engine.name, "loss": off, "gradient": worst, "where": where,
-                    "ok": max(off, worst) <= LIMIT[case.dtype],
-                })  # fmt: skip
+                rows.append(
+                    asdict(case)
+                    | {
+                        "W": group.size,
+                        "name": engine.name,
+                        "loss": off,
+                        "gradient": worst,
+                        "where": where,
+                        "ok": max(off, worst) <= LIMIT[case.dtype],
+                    }
+                )
     if rows:
         Path(out).write_text(json.dumps(rows))
 
 
 def run(shards: str, worlds: list[int], quick: bool, engine: str = "") -> list[dict[str, object]]:
-    """Start each world size once and return its rows."""
+    """Launch each world size once and return the rows."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for world in worlds:
@@ -181,8 +225,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--worlds", default="1,2,4")
-    parser.add_argument("--engine", default="", help="only this one: ddp, zero0, zero1, zero2 or zero3")
-    parser.add_argument("--rank", nargs=2, metavar=("SHARDS", "OUT"), help="be one rank (used by the script itself)")
+    parser.add_argument("--engine", default="", help="run only this engine: ddp, zero0, zero1, zero2 or zero3")
+    parser.add_argument("--rank", nargs=2, metavar=("SHARDS", "OUT"), help="run as one rank (used internally)")
     args = parser.parse_args()
     if args.rank:
         found = cases(args.quick, distributed_env().size)
@@ -190,7 +234,9 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         rows = run(str(tiny_shards(Path(folder))), [int(w) for w in args.worlds.split(",")], args.quick, args.engine)
-    print("| W | engine | dtype | form | table sharded | pieces | recompute | further | loss | worst gradient |")
+    print(
+        "| W | engine | dtype | form | table sharded | micro-batches | recompute | settings | loss | worst gradient |"
+    )
     print("| - | - | - | - | - | - | - | - | - | - |")
     for r in rows:
         cells = (
@@ -199,17 +245,17 @@ def main() -> None:
             r["dtype"],
             r["form"],
             r["shard_table"],
-            r["pieces"],
+            r["micro_batches"],
             r["recompute"],
             " ".join(r["more"]),
         )
         print(
             "|",
             " | ".join(map(str, cells)),
-            f"| {r['loss']:.1e} | {r['gradient']:.1e}{'' if r['ok'] else ' TOO FAR'} |",
+            f"| {r['loss']:.1e} | {r['gradient']:.1e}{'' if r['ok'] else ' ABOVE LIMIT'} |",
         )
     bad = sum(not r["ok"] for r in rows)
-    print(f"\n{len(rows)} cases, {bad} too far")
+    print(f"\n{len(rows)} cases, {bad} above the limit")
     sys.exit(bool(bad))
 
 

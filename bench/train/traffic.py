@@ -1,11 +1,11 @@
-"""Bytes that the contrastive loss moves in a step, counted, beside open_clip's way, at the same W and in one run.
+"""Communication volume of the contrastive loss per step, counted and compared with open_clip's method.
 
-    python bench/train/traffic.py                    W = 2 and 4, 64 spots a rank, D = 512
+    python bench/train/traffic.py                    W = 2 and 4, 64 spots per rank, D = 512
 
-Counted is what PyTorch hands to the communication library, forward and backward, by watching its operators; the bytes of a
-collective are those that a rank sends in a ring: an all-gather or reduce-scatter of n bytes per rank (W-1) n, an all-reduce
-of n bytes 2 (W-1)/W n, a message its size. The baseline is what ``local_loss`` with ``gather_with_grad`` does: both
-sides' features are gathered with a gradient, and each rank takes its own rows of both directions.
+The count covers the ``c10d`` operators of the forward and backward pass. Bytes of a collective are those one rank sends in
+a ring algorithm: (W-1) n for an all-gather or reduce-scatter of n bytes per rank, 2 (W-1)/W n for an all-reduce of n bytes,
+and the size of a point-to-point message. The baseline is open_clip's ``local_loss`` with ``gather_with_grad``: the features
+of both modalities are gathered with gradients, and each rank computes its own rows of both directions.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LIMIT = {"gather": 0.52, "ring": 0.77}
 
 
 class Count(TorchDispatchMode):
-    """Adds up the bytes of every collective of the ``c10d`` operators."""
+    """Sum the bytes of every ``c10d`` collective."""
 
     def __init__(self, world: int) -> None:
         super().__init__()
@@ -43,17 +43,17 @@ class Count(TorchDispatchMode):
         if name.startswith("c10d::"):
             short, W = name[6:].rstrip("_"), self.world
             if short in ("allreduce", "_allgather_base", "_reduce_scatter_base", "send"):
-                # The smaller side of a gather or scatter is one rank's.
+                # The smaller tensor of a gather or scatter belongs to one rank.
                 sizes = [t.nbytes for t in _tensors(args)]
                 factor = {"allreduce": 2 * (W - 1) / W, "send": 1.0}.get(short, W - 1.0)
                 self.bytes[short] = self.bytes.get(short, 0.0) + factor * min(sizes)
             elif short not in ("recv", "barrier"):
-                raise NotImplementedError(f"{name} is not counted")
+                raise NotImplementedError(f"no byte count is defined for the collective {name}; add it here")
         return func(*args, **(kwargs or {}))
 
     @property
     def total(self) -> float:
-        """All bytes."""
+        """Total bytes."""
         return sum(self.bytes.values())
 
 
@@ -63,19 +63,19 @@ def _tensors(value: Any) -> list[Tensor]:
     return [t for v in value for t in _tensors(v)] if isinstance(value, (list, tuple)) else []
 
 
-def open_clip_way(image: Tensor, text: Tensor, scale: Tensor, group: Group, counts: list[int]) -> Tensor:
-    """Return this rank's loss: own rows of both directions against all gathered features of the other side."""
+def open_clip_loss(image: Tensor, text: Tensor, scale: Tensor, group: Group, counts: list[int]) -> Tensor:
+    """Return this rank's loss: its rows of both directions against the gathered features of the other modality."""
     image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
-    everyone = [gather_rows(v, group, counts) for v in (image, text)]
+    gathered = [gather_rows(v, group, counts) for v in (image, text)]
     labels = torch.arange(len(image)) + len(image) * group.rank
-    logits = (scale * image @ everyone[1].T, scale * text @ everyone[0].T)
+    logits = (scale * image @ gathered[1].T, scale * text @ gathered[0].T)
     return sum(F.cross_entropy(each, labels) for each in logits) / 2
 
 
 def formula(form: str, b: int, D: int, W: int) -> float:
-    """Return the bytes a rank sends for b spots of D fp32 numbers."""
+    """Return the bytes one rank sends for b spots of D fp32 values."""
     vectors, per_image = 4 * b * D * (W - 1), 4 * b * (W - 1)
-    weights = 2 * (W - 1) / W * 4  # the sum of all weights
+    weights = 2 * (W - 1) / W * 4  # all-reduce of the summed weights
     if form == "gather":
         # Forward: vectors, 16 bytes of ids, the rows' maxima (all-reduced: twice) and sums; backward: log-sums, gradients.
         return 2 * vectors + per_image * (4 + 2 + 1 + 1) + weights
@@ -84,7 +84,7 @@ def formula(form: str, b: int, D: int, W: int) -> float:
 
 
 def rank(out: str, spots: int, width: int) -> None:
-    """Count as one rank."""
+    """Count the bytes as one rank."""
     torch.set_num_threads(1)
     rows = []
     with init_distributed(120, "cpu") as group:
@@ -94,24 +94,33 @@ def rank(out: str, spots: int, width: int) -> None:
         more = torch.randn(spots, width, requires_grad=True)
         scale, ids = torch.tensor(14.0, requires_grad=True), torch.arange(2 * spots) + 2 * spots * group.rank
         with Count(group.size) as peer:
-            open_clip_way(image, text, scale, group, counts).backward()
+            open_clip_loss(image, text, scale, group, counts).backward()
         for form in LIMIT:
             for columns in (spots, 2 * spots):
                 texts = torch.cat([text, more])[:columns]
                 pairs = PairMetadata(ids[:columns], torch.zeros(columns, dtype=torch.int64), torch.ones(spots))
                 with Count(group.size) as ours:
                     global_infonce(image, texts, scale, pairs, group, counts, form).backward()
-                rows.append({
-                    "W": group.size, "form": form, "spots": spots, "columns": columns, "D": width, "bytes": ours.total,
-                    "formula": formula(form, spots, width, group.size), "open_clip": peer.total,
-                    "share": ours.total / peer.total, "by": ours.bytes,
-                })  # fmt: skip
+                rows.append(
+                    {
+                        "W": group.size,
+                        "form": form,
+                        "spots": spots,
+                        "columns": columns,
+                        "D": width,
+                        "bytes": ours.total,
+                        "formula": formula(form, spots, width, group.size),
+                        "open_clip": peer.total,
+                        "share": ours.total / peer.total,
+                        "by": ours.bytes,
+                    }
+                )
         if group.rank == 0:
             Path(out).write_text(json.dumps(rows))
 
 
 def run(worlds: list[int], spots: int, width: int) -> list[dict[str, Any]]:
-    """Count for every world size."""
+    """Count the bytes for every world size."""
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for world in worlds:
@@ -126,17 +135,19 @@ def main() -> None:
     parser.add_argument("--worlds", default="2,4")
     parser.add_argument("--spots", type=int, default=64, help="per rank")
     parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--rank", help="be one rank (used by the script itself)")
+    parser.add_argument("--rank", help="run as one rank (used internally)")
     args = parser.parse_args()
     if args.rank:
         rank(args.rank, args.spots, args.width)
         return
     rows = run([int(w) for w in args.worlds.split(",")], args.spots, args.width)
-    print("| W | form | spots | columns | D | bytes per rank | formula | open_clip's way | share |")
+    print("| W | form | spots | columns | D | bytes per rank | formula | open_clip | share |")
     print("| - | - | - | - | - | - | - | - | - |")
     for r in rows:
-        print(f"| {r['W']} | {r['form']} | {r['spots']} | {r['columns']} | {r['D']} | {r['bytes']:.0f} | "
-              f"{r['formula']:.0f} | {r['open_clip']:.0f} | {r['share']:.3f} |")  # fmt: skip
+        print(
+            f"| {r['W']} | {r['form']} | {r['spots']} | {r['columns']} | {r['D']} | {r['bytes']:.0f} | "
+            f"{r['formula']:.0f} | {r['open_clip']:.0f} | {r['share']:.3f} |"
+        )
     sys.exit(not all(r["share"] <= LIMIT[r["form"]] and abs(r["bytes"] / r["formula"] - 1) <= 0.02 for r in rows))
 
 

@@ -1,4 +1,7 @@
-"""``comtip bench loader``: what hands over how many spots per second, tiles and levels ready, in one run."""
+"""Measurements of ``comtip bench loader``: spots per second of each loader on a shard set, and the decoders' limits.
+
+``bench/loader/compare.py`` adds the loaders of other projects to the same rounds.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,7 @@ import csv
 import io
 import logging
 import os
-import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import cycle
@@ -20,7 +22,6 @@ from comtip_shards.builder.build import build_shards
 from comtip_shards.sources import open_source
 from PIL import Image
 
-from comtip_fast.benchmarks.loader_peers import h5_batches, webdataset_batches, write_h5
 from comtip_fast.benchmarks.rounds import Contender, describe_machine, give_back_free_memory, resident_mb, run_rounds
 from comtip_fast.config.schema import DataConfig, PanelConfig, RunConfig, TrainConfig
 from comtip_fast.data.expression.training_tables import TrainingTables, training_tables
@@ -32,93 +33,105 @@ log = logging.getLogger("comtip_fast")
 
 DALI, TORCH, WDS = "comtip, dali", "comtip, torch", "comtip, wds"
 DALI_TABLE = "comtip, dali, levels in memory"
-PEER, PEER_PILLOW = "webdataset + PIL, numpy views", "webdataset + PIL, Pillow views"
-H5 = "HEST-style h5"
-READER, DALI_LIMIT, PIL_LIMIT = (
-    "DALI's own reader, decode only",
-    "DALI decoding, nothing else",
-    "PIL decoding, nothing else",
+DALI_LIMIT, PIL_LIMIT = "DALI decoding, nothing else", "PIL decoding, nothing else"
+RATIOS = (
+    ("DALI loader / DALI decoding, nothing else", DALI, DALI_LIMIT),
+    ("DALI loader, levels in memory / DALI decoding, nothing else", DALI_TABLE, DALI_LIMIT),
 )
-MB = 1e6
 MEMORY_SPOTS = 512
 Kind = Literal["torch", "wds", "dali"]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured on what."""
+    """The shard set and the sizes of a measurement."""
 
     shards: ShardSet
-    work: Path
-    """Folder for the h5 files."""
     workers: int
     batch_size: int
     rounds: int
     spots: int
-    """Per round and contender."""
-    rate_mb: float
-    """The stated storage rate, MB/s; 0 leaves those rows out."""
+    """Spots per round and contender."""
 
     @property
     def config(self) -> RunConfig:
-        """Return the run that loaders are made for; levels come from the records, as those of the peers do."""
+        """Return the run config for the loaders; levels are decoded from the records, as other loaders have to."""
         data = DataConfig(
             shards=str(self.shards.path), batch_size=self.batch_size, workers=self.workers, expression="records"
         )
         return RunConfig(data=data, panel=PanelConfig(min_genes=256, max_genes=256), train=TrainConfig(threads=1))
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """Data that all contenders read."""
+
+    streamed: TrainingTables
+    """Tables of a run that decodes levels from the records."""
+    in_memory: TrainingTables
+    """Tables of a run that keeps all levels in memory."""
+    encoded: EncodedSpots
+    """All training spots, encoded."""
+    bytes_per_spot: dict[str, float]
+    """Bytes read per spot: ``tile``, ``record`` (tile and counts), ``tar`` (whole shards), ``raw`` (decoded pixels)."""
+
+
 def open_set(shards: Path | None, source: Path, work: Path, px: int) -> ShardSet:
-    """Open the set to measure on; without one build ``source`` at ``px`` once, into ``work``."""
+    """Open ``shards``; if it is None, build ``source`` at ``px`` into ``work`` once and open that."""
     if shards is None:
         shards = work / f"shards_{px}px"
-        log.info("building %s at %d px into %s, unless it is there", source, px, shards)
+        log.info("building %s at %d px into %s, if it is not there yet", source, px, shards)
         build_shards(open_source(source), shards, tile_px=px, tile_um=224.0, progress=True)
     return ShardSet(shards)
 
 
-def measure(setting: Setting) -> list[Contender]:
-    """Measure every contender; worker processes are started before any thread of DALI is."""
+def load_inputs(setting: Setting) -> Inputs:
+    """Compute the training tables and read the encoded training spots."""
     config = setting.config
     streamed = training_tables(setting.shards, config)
-    table = training_tables(setting.shards, replace(config, data=replace(config.data, expression="table")))
-    panel = np.sort(np.random.default_rng(0).permutation(streamed.genes.trained.size)[:256])
-    spots = streamed.spots
-    encoded = SpotReader(setting.shards, with_counts=True).fetch(spots)
-    made: list[Contender] = []
+    in_memory = training_tables(setting.shards, replace(config, data=replace(config.data, expression="table")))
+    encoded = SpotReader(setting.shards, with_counts=True).fetch(streamed.spots)
+    return Inputs(streamed, in_memory, encoded, _bytes_per_spot(setting.shards, encoded))
 
-    def add(name: str, batches: Generator[int, None, None], bytes_per_spot: float) -> None:
-        log.info("starting: %s", name)
-        next(batches)
-        made.append(Contender(name, batches, bytes_per_spot))
 
-    sizes = _sizes(setting.shards, encoded)
-    for name, how in ((PEER, "numpy"), (PEER_PILLOW, "pillow")):
-        add(name, webdataset_batches(setting.shards, streamed, panel, config.data, how), sizes["tar"])
-    write_h5(setting.shards, setting.work / "h5")
-    rates = [0.0, setting.rate_mb] if setting.rate_mb else [0.0]
-    for rate in rates:
-        batches = h5_batches(setting.work / "h5", setting.shards, table, panel, config.data, "numpy", rate * MB)
-        add(_at(H5, rate), batches, sizes["raw"])
-    add(PIL_LIMIT, _pil_alone(encoded.tiles, setting), sizes["tile"])
-    add(WDS, _ours("wds", setting, streamed), sizes["record"])
-    add(TORCH, _ours("torch", setting, streamed), sizes["record"])
+def contenders_of(setting: Setting, inputs: Inputs) -> list[Contender]:
+    """Return the loaders and decoders to measure, those with worker processes first."""
+    size = inputs.bytes_per_spot
+
+    def ours(name: str, kind: Kind, tables: TrainingTables, bytes_per_spot: float) -> Contender:
+        return Contender(name, batch_sizes(make(kind, setting, tables)), bytes_per_spot)
+
+    found = [
+        Contender(PIL_LIMIT, _pil_alone(inputs.encoded.tiles, setting), size["tile"]),
+        ours(WDS, "wds", inputs.streamed, size["record"]),
+        ours(TORCH, "torch", inputs.streamed, size["record"]),
+    ]
     if dali_is_installed():
-        for rate in rates:
-            add(_at(DALI, rate), _ours("dali", setting, streamed, rate), sizes["record"])
-        add(DALI_TABLE, _ours("dali", setting, table), sizes["tile"])
-        add(READER, _dali_reader(setting), sizes["tar"])
-        add(DALI_LIMIT, _dali_alone(encoded.tiles, setting), sizes["tile"])
+        found += [
+            ours(DALI, "dali", inputs.streamed, size["record"]),
+            ours(DALI_TABLE, "dali", inputs.in_memory, size["tile"]),
+            Contender(DALI_LIMIT, _dali_alone(inputs.encoded.tiles, setting), size["tile"]),
+        ]
+    return found
+
+
+def measure(setting: Setting, contenders: list[Contender]) -> None:
+    """Start the contenders in their order, run all rounds, and close them.
+
+    Contenders that fork worker processes must come before those that use DALI, whose threads do not survive a fork.
+    """
     try:
-        run_rounds(made, rounds=setting.rounds, spots=setting.spots, warm=2 * setting.workers + 4)
+        for contender in contenders:
+            log.info("starting: %s", contender.name)
+            next(contender.batches)
+        run_rounds(contenders, rounds=setting.rounds, spots=setting.spots, warm=2 * setting.workers + 4)
     finally:
-        for contender in made:
+        for contender in contenders:
             contender.batches.close()
-    return made
 
 
 def memory(setting: Setting, epochs: int) -> dict[str, list[float]]:
-    """Return resident MB after each of ``epochs`` epochs of about 512 spots, by loader, one after the other."""
+    """Return the resident MB after each of ``epochs`` epochs of about 512 spots, per loader."""
     tables = training_tables(setting.shards, setting.config)
     tables.spots = tables.spots[:: max(1, tables.spots.size // MEMORY_SPOTS)]
     out: dict[str, list[float]] = {}
@@ -126,7 +139,7 @@ def memory(setting: Setting, epochs: int) -> dict[str, list[float]]:
     for name, kind in kinds:
         if kind == "dali" and not dali_is_installed():
             continue
-        loader = _make(kind, setting, tables)
+        loader = make(kind, setting, tables)
         stream, n = loader.iterate(), len(loader.batches(0))
         out[name] = []
         for _ in range(epochs):
@@ -141,32 +154,17 @@ def memory(setting: Setting, epochs: int) -> dict[str, list[float]]:
 # -- contenders --------------------------------------------------------------------------------------------------
 
 
-def _make(kind: Kind, setting: Setting, tables: TrainingTables) -> BaseLoader:
+def make(kind: Kind, setting: Setting, tables: TrainingTables) -> BaseLoader:
+    """Return one of this project's loaders."""
     config = setting.config
     return make_loader(replace(config, data=replace(config.data, loader=kind)), setting.shards, tables)
 
 
-def _ours(kind: Kind, setting: Setting, tables: TrainingTables, rate_mb: float = 0.0) -> Generator[int, None, None]:
-    loader = _make(kind, setting, tables)
-    if rate_mb:
-        _slow_down(loader.records, rate_mb * MB)
+def batch_sizes(loader: BaseLoader) -> Generator[int, None, None]:
+    """Iterate over a loader without end and yield the number of spots of each batch."""
     for batch in loader.iterate():
         assert batch.tiles is not None
         yield len(batch.tiles)
-
-
-def _slow_down(records: SpotReader, bytes_per_s: float) -> None:
-    """Let records come no faster than a storage gives them."""
-    fetch: Callable[[np.ndarray], EncodedSpots] = records.fetch
-
-    def slow(spots: np.ndarray) -> EncodedSpots:
-        began = time.perf_counter()
-        got = fetch(spots)
-        took = sum(map(len, got.tiles)) + sum(map(len, got.exprs))
-        time.sleep(max(0.0, took / bytes_per_s - (time.perf_counter() - began)))
-        return got
-
-    records.fetch = slow  # type: ignore[method-assign]
 
 
 def _chunks(tiles: list[bytes], size: int) -> Iterator[list[bytes]]:
@@ -175,7 +173,7 @@ def _chunks(tiles: list[bytes], size: int) -> Iterator[list[bytes]]:
 
 
 def _pil_alone(tiles: list[bytes], setting: Setting) -> Generator[int, None, None]:
-    """Decode tiles that lie in memory, in processes that hand nothing over."""
+    """Decode tiles from memory in processes that return no pixels."""
     with ProcessPoolExecutor(setting.workers) as pool:
         chunks = _chunks(tiles, setting.batch_size)
         ahead = [pool.submit(_decode_all, next(chunks)) for _ in range(2 * setting.workers)]
@@ -191,7 +189,7 @@ def _decode_all(tiles: list[bytes]) -> int:
 
 
 def _dali_alone(tiles: list[bytes], setting: Setting) -> Generator[int, None, None]:
-    """Decode tiles that lie in memory: no loader built on this decoder can be faster."""
+    """Decode tiles from memory: an upper bound for every loader that uses this decoder."""
     from comtip_fast.data.loaders.dali import Decoder
 
     decoder = Decoder(setting.batch_size, setting.workers, None)
@@ -205,36 +203,8 @@ def _dali_alone(tiles: list[bytes], setting: Setting) -> Generator[int, None, No
         yield size
 
 
-def _dali_reader(setting: Setting) -> Generator[int, None, None]:
-    """``fn.readers.webdataset`` with the set's index files: DALI's order, no views, levels or resuming."""
-    from importlib import import_module
-
-    dali: Any = import_module("nvidia.dali")
-    shards = setting.shards
-    train = {s.section_id for s in shards.manifest.sections if s.split == "train"}
-    own = [s for s in shards.manifest.shards if s.section_id in train]
-
-    @dali.pipeline_def(batch_size=setting.batch_size, num_threads=setting.workers, device_id=None)
-    def pipeline() -> Any:
-        jpeg, expr = dali.fn.readers.webdataset(
-            paths=[str(shards.path / s.file) for s in own], index_paths=[str(shards.path / s.index) for s in own],
-            ext=["jpg", "expr"], random_shuffle=True, initial_fill=512, missing_component_behavior="error",
-        )  # fmt: skip
-        return dali.fn.decoders.image(jpeg, device="cpu", output_type=dali.types.RGB), expr
-
-    pipe = pipeline()
-    pipe.build()
-    while True:
-        tiles, _ = pipe.run()
-        yield len(tiles)
-
-
-def _at(name: str, rate_mb: float) -> str:
-    return f"{name}, storage of {rate_mb:g} MB/s" if rate_mb else name
-
-
-def _sizes(shards: ShardSet, encoded: EncodedSpots) -> dict[str, float]:
-    """Return bytes per spot, as each contender reads them."""
+def _bytes_per_spot(shards: ShardSet, encoded: EncodedSpots) -> dict[str, float]:
+    """Return the bytes read per spot by kind of access."""
     tile = float(np.mean([len(t) for t in encoded.tiles]))
     expr = float(np.mean([len(e) for e in encoded.exprs]))
     tar = sum(s.bytes for s in shards.manifest.shards) / len(shards)
@@ -250,47 +220,53 @@ def rows_of(contenders: Sequence[Contender]) -> list[dict[str, Any]]:
     """Return one row per contender."""
     return [
         {
-            "contender": c.name, "spots_per_s": round(c.median, 1), "lowest": round(min(c.spots_per_s), 1),
-            "highest": round(max(c.spots_per_s), 1), "cpu_ms_per_spot": round(float(np.median(c.cpu_ms)), 4),
+            "contender": c.name,
+            "spots_per_s": round(c.median, 1),
+            "lowest": round(min(c.spots_per_s), 1),
+            "highest": round(max(c.spots_per_s), 1),
+            "cpu_ms_per_spot": round(float(np.median(c.cpu_ms)), 4),
             "bytes_per_spot": round(c.bytes_per_spot),
         }
         for c in contenders
-    ]  # fmt: skip
+    ]
 
 
-def ratios(contenders: Sequence[Contender]) -> dict[str, float]:
-    """Return the medians over rounds of the ratios that are promised; each round's contenders ran side by side."""
+def ratios(contenders: Sequence[Contender], pairs: Sequence[tuple[str, str, str]] = RATIOS) -> dict[str, float]:
+    """Return the median over rounds of the ratio of each pair of (label, numerator, denominator)."""
     rate = {c.name: np.array(c.spots_per_s) for c in contenders}
-    out = {}
-    for label, above, below in (
-        ("DALI loader / webdataset + PIL, numpy views", DALI, PEER),
-        ("DALI loader / webdataset + PIL, Pillow views", DALI, PEER_PILLOW),
-        ("DALI loader / DALI decoding, nothing else", DALI, DALI_LIMIT),
-        ("DALI loader, levels in memory / DALI decoding, nothing else", DALI_TABLE, DALI_LIMIT),
-    ):
-        if above in rate and below in rate:
-            out[label] = float(np.median(rate[above] / rate[below]))
-    return out
+    return {
+        label: float(np.median(rate[above] / rate[below]))
+        for label, above, below in pairs
+        if above in rate and below in rate
+    }
 
 
-def table_of(contenders: Sequence[Contender], resident: dict[str, list[float]]) -> list[str]:
-    """Return the lines of the report."""
+def table_of(
+    contenders: Sequence[Contender],
+    resident: dict[str, list[float]],
+    pairs: Sequence[tuple[str, str, str]] = RATIOS,
+) -> list[str]:
+    """Return the lines of the printed report."""
     lines = [f"{'':48s} {'spots/s':>9s} {'(range)':>17s} {'CPU ms/spot':>12s} {'bytes/spot':>11s}"]
     for r in sorted(rows_of(contenders), key=lambda row: -row["spots_per_s"]):
         spread = f"({r['lowest']:.0f} to {r['highest']:.0f})"
         lines.append(
             f"{r['contender']:48s} {r['spots_per_s']:9.0f} {spread:>17s} {r['cpu_ms_per_spot']:12.3f} {r['bytes_per_spot']:11d}"
         )
-    lines += [f"{label}: {value:.2f}" for label, value in ratios(contenders).items()]
+    lines += [f"{label}: {value:.2f}" for label, value in ratios(contenders, pairs).items()]
     for name, mb in resident.items():
         lines.append(f"{name}: {mb[0]:.0f} MB resident after epoch 1, {mb[-1]:.0f} MB after epoch {len(mb)}")
     return lines
 
 
 def write_results(
-    folder: Path, setting: Setting, contenders: Sequence[Contender], resident: dict[str, list[float]]
+    folder: Path,
+    setting: Setting,
+    contenders: Sequence[Contender],
+    resident: dict[str, list[float]],
+    pairs: Sequence[tuple[str, str, str]] = RATIOS,
 ) -> None:
-    """Write ``results.csv``, ``ratios.csv`` and ``memory.csv``; the first lines say on what machine and with what sizes."""
+    """Write ``results.csv``, ``ratios.csv`` and ``memory.csv``; their first lines name the machine and the sizes."""
     folder.mkdir(parents=True, exist_ok=True)
     head = [
         f"# {describe_machine(len(os.sched_getaffinity(0)))}",
@@ -299,7 +275,10 @@ def write_results(
     ]
     _write_csv(folder / "results.csv", head, COLUMNS, [list(r.values()) for r in rows_of(contenders)])
     _write_csv(
-        folder / "ratios.csv", head, ("ratio", "value"), [[k, round(v, 4)] for k, v in ratios(contenders).items()]
+        folder / "ratios.csv",
+        head,
+        ("ratio", "value"),
+        [[k, round(v, 4)] for k, v in ratios(contenders, pairs).items()],
     )
     if resident:
         table = [[name, i + 1, round(mb, 1)] for name, values in resident.items() for i, mb in enumerate(values)]

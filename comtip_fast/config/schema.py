@@ -50,7 +50,7 @@ class DataConfig:
     """``none``: every spot once per epoch. Otherwise every organ (of a species) or platform contributes the same number
     of spots to an epoch: small groups are repeated, large groups are subsampled."""
     loader: Literal["auto", "torch", "wds", "dali"] = "auto"
-    """Reader and decoder (docs/training.md). All return the same batches, tiles within JPEG tolerance. ``auto`` selects
+    """Reader and decoder (docs/data_loading.md). All return the same batches, tiles within JPEG tolerance. ``auto`` selects
     DALI if training runs on a GPU and DALI is installed, and ``torch`` otherwise."""
     workers: CountOrZero = 2
     """Decoding threads (``torch``, ``dali``) or processes (``wds``); 0 decodes in the training process."""

@@ -1,4 +1,4 @@
-"""``comtip bench loader`` measures every contender and says what it measured; peers do the same work as our loaders."""
+"""``comtip bench loader`` and ``bench/loader/compare.py`` measure every contender; peers do the same work as our loaders."""
 
 import csv
 import os
@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 from comtip_shards import ShardSet
 
+from bench.loader import compare
+from bench.loader.peers import H5Tiles, TileViews, write_h5
 from comtip_fast.benchmarks import loaders as bench
-from comtip_fast.benchmarks.loader_peers import H5Tiles, TileViews, write_h5
 from comtip_fast.benchmarks.rounds import Contender, run_rounds
 from comtip_fast.config.schema import DataConfig
 from comtip_fast.data.augment.views import turn_tile
 from comtip_fast.data.loaders.factory import dali_is_installed
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_command_measures_every_contender(tiny_shards: ShardSet, tmp_path: Path):
@@ -35,22 +38,48 @@ def test_the_command_measures_every_contender(tiny_shards: ShardSet, tmp_path: P
     assert "commit" in lines[0]
     assert "32 px tiles, batches of 8" in lines[1]
     rows = {r["contender"]: r for r in csv.DictReader(lines[2:])}
-    wanted = {bench.PEER, bench.PEER_PILLOW, bench.H5, bench.TORCH, bench.WDS, bench.PIL_LIMIT}
+    wanted = {bench.TORCH, bench.WDS, bench.PIL_LIMIT}
     if dali_is_installed():
-        wanted |= {bench.DALI, bench.DALI_TABLE, bench.READER, bench.DALI_LIMIT}
-        assert "DALI loader / webdataset + PIL, numpy views: " in done.stdout
-    assert wanted <= set(rows)
+        wanted |= {bench.DALI, bench.DALI_TABLE, bench.DALI_LIMIT}
+        assert "DALI loader / DALI decoding, nothing else: " in done.stdout
+    assert wanted == set(rows)
     assert all(float(r["spots_per_s"]) > 0 and float(r["cpu_ms_per_spot"]) > 0 for r in rows.values())
-    assert float(rows[bench.H5]["bytes_per_spot"]) == 3 * 32 * 32
     assert (tmp_path / "memory.csv").read_text().count(",1,") == 1 + dali_is_installed()
 
 
-def test_ratios_are_those_of_rounds():
+def test_the_comparison_measures_peers_and_loaders(tiny_shards: ShardSet, tmp_path: Path):
+    command = [sys.executable, str(ROOT / "bench" / "loader" / "compare.py"), "--shards", str(tiny_shards.path)]
+    command += ["--work", str(tmp_path), "--rounds", "1", "--spots", "24", "--batch-size", "8", "--epochs", "1"]
+    command += ["--workers", "1"]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "results.csv").read_text().splitlines()
+    rows = {r["contender"]: r for r in csv.DictReader(lines[2:])}
+    wanted = {compare.WEBDATASET, compare.WEBDATASET_PILLOW, compare.H5, bench.TORCH, bench.WDS, bench.PIL_LIMIT}
+    if dali_is_installed():
+        wanted |= {bench.DALI, bench.DALI_TABLE, compare.DALI_READER, bench.DALI_LIMIT}
+        assert "DALI loader / webdataset + PIL, numpy views: " in done.stdout
+    assert wanted <= set(rows)
+    assert all(float(r["spots_per_s"]) > 0 and float(r["cpu_ms_per_spot"]) > 0 for r in rows.values())
+    assert float(rows[compare.H5]["bytes_per_spot"]) == 3 * 32 * 32
+    # One rate-limited row per kind of storage access.
+    assert sum("storage of 100 MB/s" in name for name in rows) == 1 + dali_is_installed()
+
+
+def test_the_package_does_not_import_the_peers():
+    sources = (ROOT / "comtip_fast").rglob("*.py")
+    assert not [p for p in sources if "bench.loader" in p.read_text()]
+
+
+def test_ratios_are_computed_per_round():
     def contender(name: str, rates: list[float]) -> Contender:
         return Contender(name, iter(()), 1.0, rates, [1.0] * len(rates))  # type: ignore[arg-type]
 
-    # The whole machine is slow in the second round: the ratio of medians would be 2, each round's is 3.
-    found = bench.ratios([contender(bench.DALI, [300, 30, 330]), contender(bench.PEER, [100, 10, 110])])
+    # The machine is slow in the second round: the ratio of medians would be 2, that of each round is 3.
+    found = bench.ratios(
+        [contender(bench.DALI, [300, 30, 330]), contender(compare.WEBDATASET, [100, 10, 110])], compare.RATIOS
+    )
     assert found == {"DALI loader / webdataset + PIL, numpy views": pytest.approx(3)}
 
 

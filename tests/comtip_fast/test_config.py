@@ -61,8 +61,17 @@ def test_text_that_looks_like_something_else_survives(tmp_path: Path, name: str)
 
 def test_overrides_are_yaml_and_win(tmp_path: Path) -> None:
     path = written(tmp_path, "train: {steps: 7}\n")
-    config = load_config(path, ["train.steps=9", "optim.lr=1e-3", "genes.held_out=[KRT14, TP53]",
-                                "data.sections_per_batch=null", "name=trial", "data.shards=a=b"])  # fmt: skip
+    config = load_config(
+        path,
+        [
+            "train.steps=9",
+            "optim.lr=1e-3",
+            "genes.held_out=[KRT14, TP53]",
+            "data.sections_per_batch=null",
+            "name=trial",
+            "data.shards=a=b",
+        ],
+    )
     assert (config.train.steps, config.optim.lr, config.name) == (9, 1e-3, "trial")
     assert config.genes.held_out == ("KRT14", "TP53")
     assert config.data.sections_per_batch is None
@@ -99,10 +108,23 @@ def test_unknown_key_names_file_key_and_nearest(tmp_path: Path, text: str, key: 
 
 @pytest.mark.parametrize(
     "item",
-    ["train.steps=true", "train.steps='5'", "train.steps=2.5", "train.steps=[1]", "train.steps=null", "optim.lr='1'",
-     "name=5", "data.flips=1", "genes.held_out=KRT14", "optim.betas=[0.9]", "optim.betas=[0.9,0.9,0.9]",
-     "loss.paat.mode=foo", "train.device=gpu", "optim.lr=x"],
-)  # fmt: skip
+    [
+        "train.steps=true",
+        "train.steps='5'",
+        "train.steps=2.5",
+        "train.steps=[1]",
+        "train.steps=null",
+        "optim.lr='1'",
+        "name=5",
+        "data.flips=1",
+        "genes.held_out=KRT14",
+        "optim.betas=[0.9]",
+        "optim.betas=[0.9,0.9,0.9]",
+        "loss.paat.mode=foo",
+        "train.device=gpu",
+        "optim.lr=x",
+    ],
+)
 def test_wrong_type_is_refused_by_key(item: str) -> None:
     with pytest.raises(ConfigError, match=item.split("=")[0].replace(".", r"\.")) as caught:
         load_config(None, [item])
@@ -111,18 +133,59 @@ def test_wrong_type_is_refused_by_key(item: str) -> None:
 
 @pytest.mark.parametrize(
     "item",
-    ["data.batch_size=1", "data.sections_per_batch=0", "data.views=0", "data.jitter=-1", "genes.min_detection=1.5",
-     "genes.per_cohort=-1", "genes.held_out_every=1", "panel.min_genes=0", "panel.max_genes=0", "panel.variable_share=2",
-     "levels.n_levels=2", "levels.n_levels=257", "levels.min_positive=0", "vision.patch_px=0", "vision.width=0",
-     "vision.depth=0", "vision.heads=0", "vision.heads=7", "vision.mask_ratio=0", "vision.mask_ratio=1",
-     "vision.ema_decay=2", "text.heads=3", "text.heads=0", "text.max_tokens=0", "text.identity_drop=-0.1",
-     "align.dim=1", "align.temperature=0", "align.max_scale=0", "loss.nce=-1", "loss.paat.candidates=0",
-     "loss.paat.strata=0", "loss.paat.min_level_shift=0", "optim.lr=0", "optim.lr=.inf", "optim.lr=.nan",
-     "optim.weight_decay=-1", "optim.betas=[1, 0.9]", "optim.betas=[0.9, .nan]", "optim.warmup_steps=-1",
-     "optim.final_lr=2", "optim.clip=-1", "train.steps=0", "train.log_every=0", "train.checkpoint_every=0",
-     "train.keep_checkpoints=0", "train.validate_every=-1", "train.patience=-1", "train.max_skips=-1",
-     "train.threads=-1", "train.seed=-1"],
-)  # fmt: skip
+    [
+        "data.batch_size=1",
+        "data.sections_per_batch=0",
+        "data.views=0",
+        "data.jitter=-1",
+        "genes.min_detection=1.5",
+        "genes.per_cohort=-1",
+        "genes.held_out_every=1",
+        "panel.min_genes=0",
+        "panel.max_genes=0",
+        "panel.variable_share=2",
+        "levels.n_levels=2",
+        "levels.n_levels=257",
+        "levels.min_positive=0",
+        "vision.patch_px=0",
+        "vision.width=0",
+        "vision.depth=0",
+        "vision.heads=0",
+        "vision.heads=7",
+        "vision.mask_ratio=0",
+        "vision.mask_ratio=1",
+        "vision.ema_decay=2",
+        "text.heads=3",
+        "text.heads=0",
+        "text.max_tokens=0",
+        "text.identity_drop=-0.1",
+        "align.dim=1",
+        "align.temperature=0",
+        "align.max_scale=0",
+        "loss.nce=-1",
+        "loss.paat.candidates=0",
+        "loss.paat.strata=0",
+        "loss.paat.min_level_shift=0",
+        "optim.lr=0",
+        "optim.lr=.inf",
+        "optim.lr=.nan",
+        "optim.weight_decay=-1",
+        "optim.betas=[1, 0.9]",
+        "optim.betas=[0.9, .nan]",
+        "optim.warmup_steps=-1",
+        "optim.final_lr=2",
+        "optim.clip=-1",
+        "train.steps=0",
+        "train.log_every=0",
+        "train.checkpoint_every=0",
+        "train.keep_checkpoints=0",
+        "train.validate_every=-1",
+        "train.patience=-1",
+        "train.max_skips=-1",
+        "train.threads=-1",
+        "train.seed=-1",
+    ],
+)
 def test_impossible_values_are_refused_by_key(item: str) -> None:
     with pytest.raises(ConfigError, match=item.split("=")[0].replace(".", r"\.")):
         load_config(None, [item])

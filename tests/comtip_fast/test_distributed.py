@@ -66,9 +66,13 @@ def test_the_launcher_is_found_in_the_environment():
     place = distributed_env(torchrun)
     assert (place.rank, place.size, place.local_rank, place.address, place.port) == (3, 4, 1, "a", 1234)
     slurm = {
-        "SLURM_PROCID": "9", "SLURM_STEP_NUM_TASKS": "16", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "70123",
-        "SLURM_STEP_NODELIST": "gpu[03-04,11]", "SLURM_NTASKS": "16",
-    }  # fmt: skip
+        "SLURM_PROCID": "9",
+        "SLURM_STEP_NUM_TASKS": "16",
+        "SLURM_LOCALID": "1",
+        "SLURM_JOB_ID": "70123",
+        "SLURM_STEP_NODELIST": "gpu[03-04,11]",
+        "SLURM_NTASKS": "16",
+    }
     place = distributed_env(slurm)
     assert (place.rank, place.size, place.local_rank, place.address) == (9, 16, 1, "gpu03")
     assert distributed_env(slurm | {"SLURM_STEP_NODELIST": "b1,b2"}).address == "b1"
@@ -98,10 +102,19 @@ def test_engine_settings_that_do_not_fit_are_refused(bad: list[str], says: str):
 def test_deepspeeds_config_is_derived_from_ours():
     from comtip_fast.training.engines.deepspeed import deepspeed_config
 
-    config = load_config(None, [
-        "engine.kind=deepspeed", "engine.zero_stage=3", "engine.offload_optimizer=nvme", "engine.offload_param=cpu",
-        "engine.nvme_path=scratch", "engine.bucket_mb=4", "optim.clip=0.5", "data.batch_size=64",
-    ])  # fmt: skip
+    config = load_config(
+        None,
+        [
+            "engine.kind=deepspeed",
+            "engine.zero_stage=3",
+            "engine.offload_optimizer=nvme",
+            "engine.offload_param=cpu",
+            "engine.nvme_path=scratch",
+            "engine.bucket_mb=4",
+            "optim.clip=0.5",
+            "data.batch_size=64",
+        ],
+    )
     made = deepspeed_config(config, 4, gpu=True)
     zero = made["zero_optimization"]
     assert (zero["stage"], zero["reduce_bucket_size"]) == (3, 2**20)
@@ -117,7 +130,7 @@ def test_a_failing_rank_ends_the_others_and_is_named(tmp_path: Path):
     script.write_text(
         "import os, sys, time\nif os.environ['RANK'] == '1':\n    print('no such thing'); sys.exit(3)\ntime.sleep(60)\n"
     )
-    with pytest.raises(RankError, match=r"rank 1 of 2 ended with 3:\nno such thing"):
+    with pytest.raises(RankError, match=r"rank 1 of 2 exited with code 3:\nno such thing"):
         run_distributed([str(script)], 2, timeout_s=50)
 
 

@@ -42,9 +42,20 @@ def test_deepspeeds_launcher_gives_the_losses_of_one_process(tiny_overrides: lis
     # Binding needs numactl and a core for each rank; a machine that has neither still runs the rest.
     bind = ["--bind_cores_to_rank"] if shutil.which("numactl") and (psutil.cpu_count(logical=False) or 0) >= 2 else []
     launched = [
-        str(programs / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port()), *bind, "--no_python",
-        str(programs / "comtip"), "pretrain", "--config", str(config), "--out", str(tmp_path / "run"),
-    ]  # fmt: skip
+        str(programs / "deepspeed"),
+        "--num_gpus",
+        "2",
+        "--master_port",
+        str(free_port()),
+        *bind,
+        "--no_python",
+        str(programs / "comtip"),
+        "pretrain",
+        "--config",
+        str(config),
+        "--out",
+        str(tmp_path / "run"),
+    ]
     environment = {k: v for k, v in rank_environment(0, 1, 0).items() if k not in RANKS}
     environment["TORCH_EXTENSIONS_DIR"] = str(tmp_path / "compiled")
     environment["PATH"] = os.pathsep.join((str(programs), environment["PATH"]))
@@ -90,9 +101,21 @@ def test_torchrun_is_soon_done_with_bad_input(tmp_path: Path):
     config.write_text("data:\n  shards: no-such-set\n")
     programs = Path(sys.executable).parent
     launched = [
-        str(programs / "torchrun"), "--standalone", "--nproc-per-node", "2", "--max-restarts", "3", "--no-python",
-        str(programs / "comtip"), "pretrain", "--config", str(config), "--out", str(tmp_path / "run"), "--resume",
-    ]  # fmt: skip
+        str(programs / "torchrun"),
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--max-restarts",
+        "3",
+        "--no-python",
+        str(programs / "comtip"),
+        "pretrain",
+        "--config",
+        str(config),
+        "--out",
+        str(tmp_path / "run"),
+        "--resume",
+    ]
     (tmp_path / "notes").mkdir()
     environment = {k: v for k, v in rank_environment(0, 1, 0).items() if k not in RANKS}
     environment |= {"TMPDIR": str(tmp_path / "notes"), "PYTHONPROFILEIMPORTTIME": "1"}

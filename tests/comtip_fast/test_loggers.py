@@ -36,8 +36,13 @@ def test_jsonl_has_no_nan(tmp_path: Path) -> None:
     logger.log({"step": 1, "kind": "x", "a": float("nan"), "b": {"c": float("inf")}, "d": [float("-inf"), 1.0]})
     logger.close()
     text = (tmp_path / "m.jsonl").read_text()
-    assert json.loads(text, parse_constant=pytest.fail) == {"step": 1, "kind": "x", "a": None, "b": {"c": None},
-                                                            "d": [None, 1.0]}  # fmt: skip
+    assert json.loads(text, parse_constant=pytest.fail) == {
+        "step": 1,
+        "kind": "x",
+        "a": None,
+        "b": {"c": None},
+        "d": [None, 1.0],
+    }
 
 
 def test_jsonl_keeps_rows_up_to_the_step_and_drops_a_half_line(tmp_path: Path) -> None:
@@ -82,8 +87,9 @@ def test_tensorboard_writes_events(tmp_path: Path) -> None:
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(10, 1.5)]
 
 
-@pytest.mark.parametrize(("module", "override"), [("torch.utils.tensorboard", "train.tensorboard=true"),
-                                                  ("wandb", "train.wandb=project")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("module", "override"), [("torch.utils.tensorboard", "train.tensorboard=true"), ("wandb", "train.wandb=project")]
+)
 def test_missing_service_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, override: str
 ) -> None:

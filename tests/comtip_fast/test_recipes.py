@@ -16,11 +16,28 @@ NEEDED = {"demo_cpu", "1gpu", "8xa100", "8xh100", "multinode_h100"}
 COMMAND, SAID = "# comtip plan ", "#   "
 # Sizes alone: which parts of the method and of the engine are on is what the config says.
 SMALL = [
-    "data.batch_size=12", "data.views=2", "data.workers=0", "genes.per_cohort=30", "genes.held_out_from=10", "genes.held_out_every=4",
-    "panel.max_genes=16", "panel.min_genes=8", "levels.n_levels=5", "levels.min_positive=10", "text.width=32", "text.depth=2",
-    "text.heads=2", "text.max_tokens=6", "align.dim=32", "train.steps=1", "train.validate_every=0", "train.log_every=1",
-    "train.device=cpu", "train.threads=1", "train.precision=fp32",
-]  # fmt: skip
+    "data.batch_size=12",
+    "data.views=2",
+    "data.workers=0",
+    "genes.per_cohort=30",
+    "genes.held_out_from=10",
+    "genes.held_out_every=4",
+    "panel.max_genes=16",
+    "panel.min_genes=8",
+    "levels.n_levels=5",
+    "levels.min_positive=10",
+    "text.width=32",
+    "text.depth=2",
+    "text.heads=2",
+    "text.max_tokens=6",
+    "align.dim=32",
+    "train.steps=1",
+    "train.validate_every=0",
+    "train.log_every=1",
+    "train.device=cpu",
+    "train.threads=1",
+    "train.precision=fp32",
+]
 BACKBONE = {
     "vit_base_patch32_224": ["vision.backbone=vit_tiny_patch16_224", "vision.heads=3"],
     "small": ["vision.patch_px=16"],

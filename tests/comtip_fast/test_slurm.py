@@ -37,10 +37,18 @@ def cluster(tmp_path: Path) -> dict[str, str]:
         path.write_text(f"#!/usr/bin/env bash\n{body}\n")
         path.chmod(0o755)
     return {
-        "PATH": f"{commands}:{os.environ['PATH']}", "HERE": str(tmp_path), "CONFIG": "c.yaml", "RUN": str(tmp_path / "run"),
-        "SLURM_JOB_ID": "42", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2", "SLURM_NTASKS": "16",
-        "SLURM_GPUS_ON_NODE": "8", "IMAGE": "comtip.sif", "SLURM_SUBMIT_DIR": str(SCRIPTS[0].parents[2]),
-    }  # fmt: skip
+        "PATH": f"{commands}:{os.environ['PATH']}",
+        "HERE": str(tmp_path),
+        "CONFIG": "c.yaml",
+        "RUN": str(tmp_path / "run"),
+        "SLURM_JOB_ID": "42",
+        "SLURM_JOB_NODELIST": "node[7-8]",
+        "SLURM_NNODES": "2",
+        "SLURM_NTASKS": "16",
+        "SLURM_GPUS_ON_NODE": "8",
+        "IMAGE": "comtip.sif",
+        "SLURM_SUBMIT_DIR": str(SCRIPTS[0].parents[2]),
+    }
 
 
 def read(here: str, name: str) -> str:

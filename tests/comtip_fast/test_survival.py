@@ -1,4 +1,4 @@
-"""Ranks that break down under torchrun's agent: said on every rank, started again, and the same run in the end."""
+"""Failures injected under torchrun's agent: every rank reports them, ranks restart, and the result is the same."""
 
 from __future__ import annotations
 
@@ -20,74 +20,74 @@ from comtip_fast.training.checkpoint.store import Checkpoint
 from comtip_fast.training.distributed.failures import RestartError, disk_trouble, explain_failures
 from comtip_fast.training.distributed.signals import hold_run
 from comtip_fast.training.protocol import TrainingError
-from testkit.elastic import said_by
+from testkit.elastic import stderr_of
 from tests.comtip_fast.trainer_standin import fit
 
-SCRIPT = Path(__file__).parents[2] / "bench" / "train" / "faults.py"
+SCRIPT = Path(__file__).parents[2] / "bench" / "train" / "fault_injection.py"
 
 
 def load_script() -> Any:
-    spec = importlib.util.spec_from_file_location("faults", SCRIPT)
+    spec = importlib.util.spec_from_file_location("fault_injection_bench", SCRIPT)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["faults"] = module
+    sys.modules["fault_injection_bench"] = module
     spec.loader.exec_module(module)
     return module
 
 
-faults = load_script()
+bench = load_script()
 
 
 @pytest.fixture(scope="module")
 def config(tiny_shards: ShardSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return faults.write_config(tiny_shards.path, tmp_path_factory.mktemp("config"))
+    return bench.write_config(tiny_shards.path, tmp_path_factory.mktemp("config"))
 
 
 @pytest.fixture(scope="module")
 def whole(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    outcome = faults.run(config, tmp_path_factory.mktemp("whole") / "w")
+    outcome = bench.run(config, tmp_path_factory.mktemp("whole") / "w")
     assert outcome.code == 0
     return outcome.folder / "run"
 
 
 @pytest.fixture(scope="module")
 def named(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return faults.run(config, tmp_path_factory.mktemp("named") / "n", faults.NAMED)
+    return bench.run(config, tmp_path_factory.mktemp("named") / "n", bench.NAMED)
 
 
 def test_five_seeded_kills_leave_the_same_run(config: Path, whole: Path, tmp_path: Path):
-    outcome = faults.run(config, tmp_path / "killed", faults.random_kills(5, seed=3))
+    outcome = bench.run(config, tmp_path / "killed", bench.random_kills(5, seed=3))
     assert outcome.code == 0
     assert len(outcome.rows) >= 3, "hardly killed at all"
     assert all(math.isfinite(r["seconds"]) for r in outcome.rows[:-1])
-    assert faults.differences(outcome.folder / "run", whole) == []
+    assert bench.differences(outcome.folder / "run", whole) == []
 
 
-def test_every_other_breakdown_leaves_the_same_run(named: Any, whole: Path):
-    assert [r["kind"] for r in named.rows] == [b.kind for b in faults.NAMED]
+def test_every_other_failure_leaves_the_same_run(named: Any, whole: Path):
+    assert [r["kind"] for r in named.rows] == [b.kind for b in bench.NAMED]
     assert named.code == 0
-    assert faults.differences(named.folder / "run", whole) == []
+    assert bench.differences(named.folder / "run", whole) == []
     damaged = sorted(p.name for p in (named.folder / "run/checkpoints").glob("damaged_*"))
     assert len(damaged) >= 1
 
 
 @pytest.mark.slow
 def test_a_lost_node_is_replaced_and_leaves_the_same_run(config: Path, whole: Path, tmp_path: Path):
-    outcome = faults.lose_a_node(config, tmp_path / "node")
+    outcome = bench.replace_node(config, tmp_path / "node")
     assert outcome.code == 0
-    assert faults.differences(outcome.folder / "run", whole) == []
+    assert bench.differences(outcome.folder / "run", whole) == []
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_fewer_nodes_and_then_with_more(config: Path, whole: Path, tmp_path: Path):
-    outcome = faults.shrink_and_grow(config, tmp_path / "sized")
+def test_a_run_continues_with_fewer_nodes_and_then_with_more(config: Path, whole: Path, tmp_path: Path):
+    outcome = bench.shrink_and_grow(config, tmp_path / "sized")
     assert outcome.code == 0
-    assert faults.far_apart(outcome.folder / "run", whole) < faults.SIZED
+    assert bench.largest_difference(outcome.folder / "run", whole) < bench.RESIZED_TOLERANCE
 
 
 @pytest.mark.parametrize(
-    ("attempt", "rank", "says"),
+    ("attempt", "rank", "message"),
     [
         (0, 0, "stopped at step 3 by a signal"),
         (1, 0, "no space is left"),
@@ -98,21 +98,26 @@ def test_a_run_goes_on_with_fewer_nodes_and_then_with_more(config: Path, whole: 
         (5, 0, "during step 18: a rank did not come to a collective within engine.timeout_s=10 s"),
     ],
 )
-def test_every_rank_says_what_happened(named: Any, attempt: int, rank: int, says: str):
+def test_every_rank_reports_what_happened(named: Any, attempt: int, rank: int, message: str):
     import re
 
-    assert re.search(says, said_by(named.folder, attempt, rank)), said_by(named.folder, attempt, rank)[-2000:]
+    assert re.search(message, stderr_of(named.folder, attempt, rank)), stderr_of(named.folder, attempt, rank)[-2000:]
 
 
-# -- in parts ------------------------------------------------------------------------------------------------
+# -- unit tests ------------------------------------------------------------------------------------------------
 
 
 def some() -> Checkpoint:
     return Checkpoint({"a": torch.ones(300)}, {"a/step": torch.ones(())}, {"step": 1})
 
 
-@pytest.mark.parametrize("broken", [OSError(errno.ENOSPC, "No space left on device"),
-                                    RuntimeError("I/O error: No space left on device (os error 28)")])  # fmt: skip
+@pytest.mark.parametrize(
+    "broken",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("I/O error: No space left on device (os error 28)"),
+    ],
+)
 def test_a_full_disk_leaves_no_half_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: Exception):
     checkpoints.save(tmp_path, 1, some())
     plain = checkpoints.save_file
@@ -128,7 +133,7 @@ def test_a_full_disk_leaves_no_half_checkpoint(tmp_path: Path, monkeypatch: pyte
     checkpoints.load(tmp_path / "step_00000001")
 
 
-def test_a_limit_of_the_system_on_files_is_said_too(tmp_path: Path):
+def test_a_file_size_limit_is_reported_too(tmp_path: Path):
     import subprocess
 
     code = (
@@ -147,7 +152,7 @@ def test_a_limit_of_the_system_on_files_is_said_too(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_only_what_a_fresh_start_mends_is_renamed():
+def test_only_errors_that_a_restart_can_fix_are_converted():
     assert disk_trouble(OSError(errno.ENOENT, "no such file")) is None
     for error, size in ((ValueError("x"), 2), (RuntimeError("shape mismatch"), 2), (RuntimeError("gloo"), 1)):
         with pytest.raises(type(error)) as caught, explain_failures(0, size, lambda: "step 1", 1.0):
@@ -173,10 +178,10 @@ def test_a_restarted_rank_waits_for_the_folder(tmp_path: Path):
         assert time.monotonic() - began >= 0.3
 
 
-# -- checkpoints beside the steps ---------------------------------------------------------------------------
+# -- asynchronous checkpoints ---------------------------------------------------------------------------
 
 
-def test_one_write_is_on_its_way_and_its_error_comes_once():
+def test_at_most_one_write_is_in_flight_and_its_error_is_raised_once():
     writer, order = Writer(), []
 
     def slow() -> None:
@@ -206,7 +211,7 @@ def test_a_copy_is_not_changed_by_the_next_step():
     assert float(taken.optim["a/step"]) == 1
 
 
-def test_written_beside_the_steps_or_within_them_is_the_same_run(tmp_path: Path):
+def test_asynchronous_and_synchronous_checkpoints_give_the_same_run(tmp_path: Path):
     for name in ("true", "false"):
         fit(tmp_path / name, f"train.async_checkpoint={name}", "train.checkpoint_every=1", "train.keep_checkpoints=99")
     one, other = (sorted((tmp_path / n / "checkpoints").rglob("*.safetensors")) for n in ("true", "false"))

@@ -118,9 +118,13 @@ def test_a_step_can_be_made_again_from_its_number(tiny_overrides: list[str]):
 def test_a_timm_backbone_trains_on_224_px_tiles(tiny_source: Path, tmp_path: Path, tiny_overrides: list[str]):
     build_shards(open_source(tiny_source), tmp_path / "s", tile_px=224, tile_um=224.0, min_mpp=5.0)
     task = make(
-        tiny_overrides, f"data.shards={tmp_path / 's'}", "vision.backbone=vit_base_patch32_224", "data.batch_size=4",
-        "data.views=1", "panel.min_genes=8",
-    )  # fmt: skip
+        tiny_overrides,
+        f"data.shards={tmp_path / 's'}",
+        "vision.backbone=vit_base_patch32_224",
+        "data.batch_size=4",
+        "data.views=1",
+        "panel.min_genes=8",
+    )
     losses, _ = one_step(task)
     assert task.model.vision.n_patches == 49
     assert set(losses) >= {"nce", "mfm", "level"}

@@ -193,8 +193,18 @@ def test_all_checkpoints_damaged_is_an_error(whole: Path, tmp_path: Path) -> Non
 # -- what is refused ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("change", ["train.steps=18", "optim.lr=0.01", "data.batch_size=4", "train.seed=1",
-                                    "loss.paat.strata=3", "optim.betas=[0.8,0.9]", "train.patience=2"])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        "train.steps=18",
+        "optim.lr=0.01",
+        "data.batch_size=4",
+        "train.seed=1",
+        "loss.paat.strata=3",
+        "optim.betas=[0.8,0.9]",
+        "train.patience=2",
+    ],
+)
 def test_resume_with_another_config_names_the_key(whole: Path, tmp_path: Path, change: str) -> None:
     shutil.copytree(whole, tmp_path / "run")
     with pytest.raises(TrainingError, match=change.split("=")[0].replace(".", r"\.")):
@@ -228,8 +238,10 @@ def test_a_folder_with_a_run_needs_resume(whole: Path, tmp_path: Path) -> None:
 def test_a_second_process_is_kept_out_and_a_dead_one_is_not_waited_for(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    hold = ("import fcntl,os,sys,time; f=open(sys.argv[1],'w'); fcntl.flock(f,fcntl.LOCK_EX); "
-            "f.write(str(os.getpid())); f.flush(); print('held',flush=True); time.sleep(60)")  # fmt: skip
+    hold = (
+        "import fcntl,os,sys,time; f=open(sys.argv[1],'w'); fcntl.flock(f,fcntl.LOCK_EX); "
+        "f.write(str(os.getpid())); f.flush(); print('held',flush=True); time.sleep(60)"
+    )
     with subprocess.Popen([sys.executable, "-c", hold, run / "run.lock"], stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         other.stdout.readline()
@@ -349,8 +361,14 @@ def test_nan_gradient_names_the_parameter_and_no_other(tmp_path: Path, clip: str
 
 def test_skip_leaves_weights_and_counts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = tmp_path / "run"
-    result = run_with_nan(run, {4: "loss", 8: "gradient"}, "train.nan_policy=skip", "train.checkpoint_every=1",
-                          "train.keep_checkpoints=99", "train.log_every=1")  # fmt: skip
+    result = run_with_nan(
+        run,
+        {4: "loss", 8: "gradient"},
+        "train.nan_policy=skip",
+        "train.checkpoint_every=1",
+        "train.keep_checkpoints=99",
+        "train.log_every=1",
+    )
     assert result.stopped == "steps"
     before, after = (checkpoints.load(checkpoints.folder_of(run / "checkpoints", s)) for s in (3, 4))
     assert all(torch.equal(before.model[k], after.model[k]) for k in before.model)

@@ -92,8 +92,16 @@ class StandIn:
 
 
 def config_of(*overrides: str) -> RunConfig:
-    base = ["train.steps=17", "train.checkpoint_every=4", "train.validate_every=3", "train.log_every=1",
-            "train.patience=0", "optim.warmup_steps=3", "optim.lr=0.05", "train.device=cpu"]  # fmt: skip
+    base = [
+        "train.steps=17",
+        "train.checkpoint_every=4",
+        "train.validate_every=3",
+        "train.log_every=1",
+        "train.patience=0",
+        "optim.warmup_steps=3",
+        "optim.lr=0.05",
+        "train.device=cpu",
+    ]
     return load_config(None, [*base, *overrides])
 
 

@@ -143,13 +143,20 @@ def test_a_full_disk_ends_cleanly_and_the_build_goes_on_after(
     tiny_source: Path, tmp_path: Path, whole: dict[str, bytes]
 ):
     """A limit on the size of files stands for the full disk; the builder is a process of its own."""
-    code = COMMAND.replace("build_shards(", "import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-                           "resource.setrlimit(resource.RLIMIT_FSIZE, (30000, 30000))\nbuild_shards(", 1)  # fmt: skip
+    code = COMMAND.replace(
+        "build_shards(",
+        "import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (30000, 30000))\nbuild_shards(",
+        1,
+    )
     path = os.pathsep.join(str(ROOT / p) for p in (".", "kernels", "data_shards"))
     run = subprocess.run(
-        [sys.executable, "-c", code, str(tiny_source), str(tmp_path / "set"), "1"], env={**os.environ, "PYTHONPATH": path},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, "-c", code, str(tiny_source), str(tmp_path / "set"), "1"],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert run.returncode == 1
     assert "cannot be written" in run.stderr
     assert "what is done is kept" in run.stderr

@@ -1,4 +1,4 @@
-"""Each check finds its own fault, names it alone, and is silent on sound sections; pages stand alone and escape."""
+"""Each check detects its own fault and no other, passes valid sections; report pages are self-contained and escaped."""
 
 import io
 import json
@@ -21,7 +21,7 @@ from PIL import Image
 from scipy import sparse
 
 from comtip_fast.cli import main
-from testkit.faults import FAULTS
+from testkit.section_faults import SECTION_FAULTS
 from testkit.tiny import TinySection, write_tiny_source
 
 SAMPLES = Path(__file__).parents[2] / "data_shards" / "samples"
@@ -38,7 +38,7 @@ def finding(report: SectionReport, name: str) -> Finding:
 
 @pytest.fixture(scope="module")
 def sound() -> Section:
-    """A real section of an olfactory bulb, the quickest to read."""
+    """Return a real olfactory bulb section, the fastest to read."""
     return open_source(SAMPLES, samples=["mob2k_1"])[0].read()
 
 
@@ -60,25 +60,27 @@ def test_sound_sections_raise_no_alarm(sound: Section, breast: Section):
         assert NOT_APPLICABLE not in {f.status for f in report.findings}
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", SECTION_FAULTS)
 def test_each_fault_is_found_by_its_check_alone(sound: Section, breast: Section, fault: str, tmp_path: Path):
-    check, spoil = FAULTS[fault]
-    # Spots of the bulb are so dense that squares round them leave no glass between.
-    report = check_section(spoil(breast if check == "background" else sound, tmp_path))
+    check, corrupt = SECTION_FAULTS[fault]
+    # Bulb spots are so dense that squares around them leave no background in between.
+    report = check_section(corrupt(breast if check == "background" else sound, tmp_path))
     assert alarms(report) == {check}, report.lines
     assert finding(report, check).advice
 
 
-@pytest.mark.parametrize("fault", ["x and y swapped", "mirrored within the spots' box", "corners of 112 um tiles"])
+@pytest.mark.parametrize(
+    "fault", ["x and y swapped", "mirrored within the bounding box of the spots", "corners of 112 um tiles as centres"]
+)
 def test_positions_are_judged_on_other_tissue_too(breast: Section, fault: str, tmp_path: Path):
-    check, spoil = FAULTS[fault]
-    assert alarms(check_section(spoil(breast, tmp_path))) == {check}
+    check, corrupt = SECTION_FAULTS[fault]
+    assert alarms(check_section(corrupt(breast, tmp_path))) == {check}
 
 
 def test_orientation_says_what_to_do(sound: Section, tmp_path: Path):
-    report = check_section(FAULTS["mirrored in the picture"][1](sound, tmp_path))
+    report = check_section(SECTION_FAULTS["mirrored across the image"][1](sound, tmp_path))
     assert "mirrored left to right" in finding(report, "orientation").said
-    report = check_section(FAULTS["x and y swapped"][1](sound, tmp_path))
+    report = check_section(SECTION_FAULTS["x and y swapped"][1](sound, tmp_path))
     assert re.match("positions fit with x and y swapped", finding(report, "orientation").said)
 
 
@@ -121,9 +123,7 @@ def test_a_section_that_fits_nothing_is_not_judged(tiny: Section):
     rng = np.random.default_rng(0)
     noise = sparse.csr_matrix(rng.poisson(4.0, (400, tiny.counts.shape[1])).astype(np.int32))
     xy = np.stack(np.meshgrid(np.linspace(20, 300, 20), np.linspace(20, 300, 20)), -1).reshape(-1, 2)
-    section = replace(
-        tiny, counts=noise, xy=xy, spot_ids=[str(i) for i in range(400)], array_xy=xy, labels=[""] * 400
-    )  # fmt: skip
+    section = replace(tiny, counts=noise, xy=xy, spot_ids=[str(i) for i in range(400)], array_xy=xy, labels=[""] * 400)
     assert finding(check_section(section), "orientation").status == NOT_APPLICABLE
 
 
@@ -133,10 +133,15 @@ def test_no_section_is_too_odd_to_report_on(tiny: Section, tmp_path: Path, colou
     Image.new("RGB", (321, 319), colour).save(tmp_path / "flat.png")
     rows = slice(0, n)
     section = replace(
-        tiny, image_path=tmp_path / "flat.png", counts=tiny.counts[rows], xy=tiny.xy[rows], spot_ids=tiny.spot_ids[rows],
-        array_xy=tiny.array_xy[rows], labels=tiny.labels[rows],
+        tiny,
+        image_path=tmp_path / "flat.png",
+        counts=tiny.counts[rows],
+        xy=tiny.xy[rows],
+        spot_ids=tiny.spot_ids[rows],
+        array_xy=tiny.array_xy[rows],
+        labels=tiny.labels[rows],
         meta=replace(tiny.meta, spot_diameter_um=float("nan"), spot_pitch_um=float("nan")),
-    )  # fmt: skip
+    )
     report = check_section(section)
     assert len(report.findings) == 12
     json.loads(report.to_json())

@@ -30,8 +30,10 @@ SPOTS = np.array([[450.0, 350.0], [120.3, 600.8], [5.0, 5.0], [898.0, 350.0], [-
 def write_pyramid(path: Path, picture: np.ndarray, levels: int = 3, *, subifds: bool = True, **options) -> Path:
     """Write a tiled BigTIFF as scanners do: each level half of the one before, as SubIFDs or as pages."""
     options = {"tile": (128, 128), "photometric": "rgb"} | options
-    halves = [Image.fromarray(picture).resize((picture.shape[1] >> i, picture.shape[0] >> i), Image.Resampling.BOX)
-              for i in range(levels)]  # fmt: skip
+    halves = [
+        Image.fromarray(picture).resize((picture.shape[1] >> i, picture.shape[0] >> i), Image.Resampling.BOX)
+        for i in range(levels)
+    ]
     with tifffile.TiffWriter(path, bigtiff=True) as out:
         more = {"subifds": levels - 1} if subifds else {}
         out.write(np.asarray(halves[0]), resolution=(20_000, 20_000), resolutionunit="CENTIMETER", **more, **options)
@@ -123,15 +125,19 @@ LAYOUTS = {
     "3 y x planar": lambda p: tifffile.imwrite(
         p, np.moveaxis(PICTURE, 2, 0), photometric="rgb", planarconfig="separate", tile=(128, 128)
     ),
-    "4 y x": lambda p: ome(p, np.concatenate([np.moveaxis(PICTURE, 2, 0), PICTURE[None, ..., 0] * 0]), "CYX", "minisblack"),
+    "4 y x": lambda p: ome(
+        p, np.concatenate([np.moveaxis(PICTURE, 2, 0), PICTURE[None, ..., 0] * 0]), "CYX", "minisblack"
+    ),
     "y x 4, opaque": lambda p: tifffile.imwrite(
         p, np.dstack([PICTURE, np.full((700, 900, 1), 255, np.uint8)]), photometric="rgb", extrasamples=["unassalpha"]
     ),
     "16 bits": lambda p: tifffile.imwrite(p, PICTURE.astype(np.uint16) * 257, photometric="rgb", tile=(128, 128)),
-    "12 bits in 16": lambda p: tifffile.imwrite(p, PICTURE.astype(np.uint16) * 16 + 8, photometric="rgb", tile=(128, 128)),
+    "12 bits in 16": lambda p: tifffile.imwrite(
+        p, PICTURE.astype(np.uint16) * 16 + 8, photometric="rgb", tile=(128, 128)
+    ),
     "in one piece": lambda p: tifffile.imwrite(p, PICTURE, photometric="rgb"),
     "strips": lambda p: tifffile.imwrite(p, PICTURE, photometric="rgb", rowsperstrip=13, compression="zlib"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -195,8 +201,16 @@ def test_memory_is_bounded_by_blocks_and_not_by_the_picture(tmp_path: Path, monk
     # 8,192 x 6,144 px: 151 MB as RGB.
     path = tmp_path / "big.tif"
     block = np.full((512, 512, 3), 180, np.uint8)
-    tifffile.imwrite(path, (block for _ in range(16 * 12)), shape=(6144, 8192, 3), dtype=np.uint8, photometric="rgb",
-                     tile=(512, 512), compression="jpeg", bigtiff=True)  # fmt: skip
+    tifffile.imwrite(
+        path,
+        (block for _ in range(16 * 12)),
+        shape=(6144, 8192, 3),
+        dtype=np.uint8,
+        photometric="rgb",
+        tile=(512, 512),
+        compression="jpeg",
+        bigtiff=True,
+    )
     monkeypatch.setattr(wsi, "CACHE_BYTES", 8 << 20)
     monkeypatch.setattr(image_module, "BAND_PX", 4_000_000)
     monkeypatch.setattr(image_module, "WINDOWED_PX", 10_000_000)

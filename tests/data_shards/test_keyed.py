@@ -12,11 +12,15 @@ def test_golden_values_never_change():
     assert key(0, "order", 1, 2) == 0xE38BD671CC295041
     assert key(-5, "x") == 0x97E8B1AEAF70F679
     assert uniform(0, "view", index=np.arange(4)).tolist() == [
-        0.5582348737133491, 0.47016213047977096, 0.9220501495551953, 0.31652838631515534,
-    ]  # fmt: skip
+        0.5582348737133491,
+        0.47016213047977096,
+        0.9220501495551953,
+        0.31652838631515534,
+    ]
     assert uniform(7, "mask", 3, index=np.array([[0, 1], [2, -1]])).tolist() == [
-        [0.7123284511253085, 0.9238886201303398], [0.17819529031866554, 0.2577555833215457],
-    ]  # fmt: skip
+        [0.7123284511253085, 0.9238886201303398],
+        [0.17819529031866554, 0.2577555833215457],
+    ]
     assert permutation(0, "p", n=8).tolist() == [5, 0, 4, 3, 6, 2, 7, 1]
     assert generator(0, "panel", 3).random(2).tolist() == [0.8465731610173957, 0.7891512597884575]
 
@@ -41,8 +45,20 @@ def test_uniform_matches_the_definition_in_plain_integers():
 
 
 def test_different_questions_have_different_keys():
-    asked = [(0, "a"), (0, "a", 0), (0, "a", 0, 0), (0, "a0"), (1, "a"), (0, "a", "0"), (0, "a", 256),
-             (0, "a", 1, 0), (0, "a", 0, 1), (0, "a", -1), (0, "a", 255), (2**80, "a")]  # fmt: skip
+    asked = [
+        (0, "a"),
+        (0, "a", 0),
+        (0, "a", 0, 0),
+        (0, "a0"),
+        (1, "a"),
+        (0, "a", "0"),
+        (0, "a", 256),
+        (0, "a", 1, 0),
+        (0, "a", 0, 1),
+        (0, "a", -1),
+        (0, "a", 255),
+        (2**80, "a"),
+    ]
     assert len({key(*q) for q in asked}) == len(asked)
     assert key(np.int64(3), "a", np.int32(4)) == key(3, "a", 4)
 

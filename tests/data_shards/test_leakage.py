@@ -36,9 +36,19 @@ SIZE = {"tile_px": 32, "tile_um": 224.0, "min_mpp": 5.0}
 
 def meta(section_id: str, donor: str = "", split: str = "", dataset: str = "ours") -> SectionMeta:
     return SectionMeta(
-        section_id=section_id, dataset=dataset, species="human", tissue="breast", donor=donor, platform="Visium", licence="",
-        attribution="", mpp=0.5, spot_diameter_um=55, spot_pitch_um=100, split=split,
-    )  # fmt: skip
+        section_id=section_id,
+        dataset=dataset,
+        species="human",
+        tissue="breast",
+        donor=donor,
+        platform="Visium",
+        licence="",
+        attribution="",
+        mpp=0.5,
+        spot_diameter_um=55,
+        spot_pitch_um=100,
+        split=split,
+    )
 
 
 def test_the_list_holds_every_task_whole():
@@ -46,8 +56,17 @@ def test_the_list_holds_every_task_whole():
     scored = Counter(s.task for s in sections if s.role == "scored")
     # Sections per task as the HEST-Benchmark publishes them.
     assert scored == {
-        "IDC": 4, "PRAD": 23, "PAAD": 3, "SKCM": 2, "COAD": 4, "READ": 4, "CCRCC": 24, "HCC": 2, "LUNG": 2, "LYMPH_IDC": 4,
-    }  # fmt: skip
+        "IDC": 4,
+        "PRAD": 23,
+        "PAAD": 3,
+        "SKCM": 2,
+        "COAD": 4,
+        "READ": 4,
+        "CCRCC": 24,
+        "HCC": 2,
+        "LUNG": 2,
+        "LYMPH_IDC": 4,
+    }
     donors = {s.donor for s in sections if s.role == "scored"}
     for other in (s for s in sections if s.role == "same donor"):
         assert other.donor in donors
@@ -57,11 +76,16 @@ def test_the_list_holds_every_task_whole():
 @pytest.mark.parametrize(
     ("section", "found"),
     [
-        (meta("TENX95"), "TENX95"), (meta("tenx95"), "TENX95"), (meta("hest_TENX95"), "TENX95"),
-        (meta("MEND139.v2", dataset="HEST-1k"), "MEND139"), (meta("patient-INT1"), None), (meta("TENX950"), None),
-        (meta("hest_TENX950"), None), (meta("her2st_A1"), None),
+        (meta("TENX95"), "TENX95"),
+        (meta("tenx95"), "TENX95"),
+        (meta("hest_TENX95"), "TENX95"),
+        (meta("MEND139.v2", dataset="HEST-1k"), "MEND139"),
+        (meta("patient-INT1"), None),
+        (meta("TENX950"), None),
+        (meta("hest_TENX950"), None),
+        (meta("her2st_A1"), None),
     ],
-)  # fmt: skip
+)
 def test_ids_are_recognised_whole_or_as_a_word_of_hest(section: SectionMeta, found: str | None):
     hit = benchmark_of(section, load_benchmark())
     assert (hit.id if hit else None) == found
@@ -269,7 +293,7 @@ def test_a_build_refuses_what_leaks(tmp_path: Path):
     assert splits == {"TENX95": "test", "b": "test", "c": "train"}
     allowed = build_shards(
         sources, tmp_path / "more", splits={"TENX95": "train"}, allow_benchmark=["TENX95", "b"], **SIZE
-    )  # fmt: skip
+    )
     assert "allowed by name" in allowed.text
 
 

@@ -12,10 +12,13 @@ from scipy import sparse
 N_GENES = 5
 units = st.lists(
     st.tuples(
-        st.floats(-1e5, 1e5, allow_subnormal=False), st.floats(-1e5, 1e5, allow_subnormal=False),
+        st.floats(-1e5, 1e5, allow_subnormal=False),
+        st.floats(-1e5, 1e5, allow_subnormal=False),
         st.lists(st.integers(0, 9), min_size=N_GENES, max_size=N_GENES),
-    ), min_size=1, max_size=60,
-)  # fmt: skip
+    ),
+    min_size=1,
+    max_size=60,
+)
 widths = st.floats(0.5, 5_000)
 
 

@@ -84,12 +84,16 @@ FORGED = {
     "gene out of range": ("expr", lambda d: expr([9999], [1]), "stay under"),
     "a gap that does not end": ("expr", lambda d: expr([2, 3], [1, 1])[:-3] + b"\xff\0\0", "gaps between genes"),
     "a count of 2^31": ("expr", lambda d: expr([2], [2**31]), "counts above 255"),
-    "a large count that is small": ("expr", lambda d: expr([2], [300]).replace(struct.pack("<I", 300), struct.pack("<I", 9)), "counts above"),
+    "a large count that is small": (
+        "expr",
+        lambda d: expr([2], [300]).replace(struct.pack("<I", 300), struct.pack("<I", 9)),
+        "counts above",
+    ),
     "json is not": ("json", lambda d: b"{", "not JSON"),
     "json too deep": ("json", lambda d: b"[" * 100_000, "not JSON"),
     "json of another section": ("json", lambda d: d.replace(b'"t1"', b'"t2"'), "says section t2"),
     "json of another place": ("json", lambda d: d.replace(b'"x_px":', b'"x_px":1'), "x_px is"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FORGED)

@@ -63,8 +63,12 @@ def test_a_run_killed_at_any_moment_and_resumed_is_the_same_run(config: Path, tm
     out = tmp_path / "killed"
     kills = 0
     for delay in (0.1, 0.9, 1.7, 0.4):
-        process = subprocess.Popen(command("pretrain", "--config", config, "--out", out, "--resume"), env=ENV,
-                                   stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)  # fmt: skip
+        process = subprocess.Popen(
+            command("pretrain", "--config", config, "--out", out, "--resume"),
+            env=ENV,
+            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )
         # Wait for training to move on, then strike after a while that differs each time.
         before = len((out / "metrics.jsonl").read_text().splitlines()) if (out / "metrics.jsonl").exists() else 0
         deadline = time.monotonic() + 60
@@ -89,8 +93,22 @@ def test_a_run_killed_at_any_moment_and_resumed_is_the_same_run(config: Path, tm
 
 def test_sigterm_saves_and_exits(config: Path, tmp_path: Path):
     out = tmp_path / "run"
-    process = subprocess.Popen(command("pretrain", "--config", config, "--out", out, "--set", "train.checkpoint_every=1000",
-                                       "--set", "train.validate_every=0"), env=ENV, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    process = subprocess.Popen(
+        command(
+            "pretrain",
+            "--config",
+            config,
+            "--out",
+            out,
+            "--set",
+            "train.checkpoint_every=1000",
+            "--set",
+            "train.validate_every=0",
+        ),
+        env=ENV,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
         time.sleep(0.02)
         assert process.poll() is None
@@ -210,20 +228,32 @@ def test_nothing_is_unpickled_on_load(tiny_run: Path, tiny_shards: ShardSet, mon
 
 
 BAD = {
-    "unknown key": (["pretrain", "--config", "{config}", "--out", "{tmp}/r", "--set", "train.stepz=3"], "did you mean train.steps"),
-    "no shards": (["pretrain", "--config", "{config}", "--out", "{tmp}/r", "--set", "data.shards=/nowhere"], "/nowhere: no manifest.json"),
+    "unknown key": (
+        ["pretrain", "--config", "{config}", "--out", "{tmp}/r", "--set", "train.stepz=3"],
+        "did you mean train.steps",
+    ),
+    "no shards": (
+        ["pretrain", "--config", "{config}", "--out", "{tmp}/r", "--set", "data.shards=/nowhere"],
+        "/nowhere: no manifest.json",
+    ),
     "a run is there": (["pretrain", "--config", "{config}", "--out", "{run}"], "--resume"),
     "no config": (["pretrain", "--config", "/nowhere.yaml", "--out", "{tmp}/r"], "/nowhere.yaml: no such file"),
     "no run": (["evaluate", "/nowhere", "--shards", "{shards}", "--out", "{tmp}/e"], "/nowhere does not exist"),
-    "no training shards": (["evaluate", "{run}", "--shards", "{shards}", "--train-shards", "/nowhere", "--out", "{tmp}/e"], "--train-shards"),
+    "no training shards": (
+        ["evaluate", "{run}", "--shards", "{shards}", "--train-shards", "/nowhere", "--out", "{tmp}/e"],
+        "--train-shards",
+    ),
     "no section": (["predict", "{run}", "{shards}:zz", "--out", "{tmp}/x.h5ad"], "has no section 'zz'; it has: t1"),
     "not h5ad": (["predict", "{run}", "{shards}:x1", "--out", "{tmp}/x.csv"], "ends in .h5ad"),
     "no folder": (["embed", "{run}", "{shards}:x1", "--out", "{tmp}/no/x.h5ad"], "the folder"),
-    "gene twice": (["predict", "{run}", "{shards}:x1", "--genes", "ERBB2", "ERBB2", "--out", "{tmp}/x.h5ad"], "asked for twice: ERBB2"),
+    "gene twice": (
+        ["predict", "{run}", "{shards}:x1", "--genes", "ERBB2", "ERBB2", "--out", "{tmp}/x.h5ad"],
+        "asked for twice: ERBB2",
+    ),
     "split": (["shards", "build", "{source}", "--out", "{tmp}/s", "--split", "t1=dev"], "SECTION=train"),
     "export over": (["export", "{run}", "--out", "{run}"], "not empty"),
     "h5ad is none": (["embed", "{run}", "{tmp}/bad.h5ad", "--out", "{tmp}/x.h5ad"], "bad.h5ad"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD)

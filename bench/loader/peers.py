@@ -1,14 +1,15 @@
-"""How others load tiles: webdataset with Pillow, and HEST's h5 files through a PyTorch ``DataLoader``.
+"""Loaders of other projects: webdataset with Pillow, HEST-style h5 files with a ``DataLoader``, and DALI's reader.
 
-Both hand over what our loaders do: uint8 tiles with the same kinds of views (stain tables, turns, jitter) and levels of
-a panel of genes. Views are drawn from a generator per worker, which is cheaper than keyed numbers.
+The first two return what the loaders of comtip_fast return: uint8 tiles with the same kinds of views (stain tables,
+rotations, jitter) and the levels of a gene panel. Their views are drawn from one generator per worker, which is cheaper
+than keyed random numbers. DALI's reader only decodes.
 """
 
 from __future__ import annotations
 
 import io
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,19 @@ from comtip_fast.config.schema import DataConfig
 from comtip_fast.data.augment.views import ViewPlan, jitter_tables, make_views, stain_table
 from comtip_fast.data.expression.training_tables import TrainingTables
 from comtip_fast.data.loaders.webdataset import forked
+from comtip_fast.data.records import EncodedSpots, SpotReader
 
 _TURNS = (
-    None, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270,
-    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.TRANSVERSE, Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE,
-)  # fmt: skip
-"""The eight turns of :func:`comtip_fast.data.augment.views.turn_tile` as Pillow has them."""
+    None,
+    Image.Transpose.ROTATE_90,
+    Image.Transpose.ROTATE_180,
+    Image.Transpose.ROTATE_270,
+    Image.Transpose.FLIP_LEFT_RIGHT,
+    Image.Transpose.TRANSVERSE,
+    Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE,
+)
+"""Pillow methods for the eight turns of :func:`comtip_fast.data.augment.views.turn_tile`."""
 
 
 class TileViews:
@@ -38,9 +46,10 @@ class TileViews:
     Parameters
     ----------
     shards, config
-        Sections' stains, and how strong the jitter is.
+        Stain of each section, and the strength of the jitter.
     how
-        ``numpy`` (:func:`comtip_fast.data.augment.views.make_views`) or ``pillow`` (``transpose`` and ``point``), which is quicker.
+        ``numpy`` (:func:`comtip_fast.data.augment.views.make_views`) or ``pillow`` (``transpose`` and ``point``), which is
+        faster.
     """
 
     def __init__(self, shards: ShardSet, config: DataConfig, how: str) -> None:
@@ -49,13 +58,13 @@ class TileViews:
         self._rng = np.random.default_rng()
 
     def __call__(self, image: Image.Image | np.ndarray, section: int) -> np.ndarray:
-        """Return uint8 (3, S, S) in a view drawn at random."""
+        """Return a random view, uint8 (3, S, S)."""
         jitter = jitter_tables(self._rng.random((1, 6)), self.jitter)[0]
         table = np.stack([jitter[c][self.stain[section][c]] for c in range(3)])
         return self.view(image, int(self._rng.integers(8)), table)
 
     def view(self, image: Image.Image | np.ndarray, turn: int, table_3V: np.ndarray) -> np.ndarray:
-        """Turn, then map values: uint8 (3, S, S)."""
+        """Turn the tile and map its values: uint8 (3, S, S)."""
         if self.how == "numpy":
             plan = ViewPlan(np.zeros(1, np.int64), np.array([turn]), table_3V[None])
             return np.ascontiguousarray(make_views(np.asarray(image)[None], plan)[0].transpose(2, 0, 1))
@@ -68,7 +77,7 @@ class TileViews:
 def webdataset_batches(
     shards: ShardSet, tables: TrainingTables, panel: np.ndarray, config: DataConfig, views: str
 ) -> Generator[int, None, None]:
-    """Go through ``webdataset``'s batches: shuffled tars, Pillow in worker processes; yields sizes, for ever."""
+    """Read shuffled tars with ``webdataset``, decode with Pillow in worker processes, and yield batch sizes without end."""
     import webdataset
 
     train = {s.section_id for s in shards.manifest.sections if s.split == "train"}
@@ -87,7 +96,7 @@ def webdataset_batches(
 
 
 class _DecodeRecord:
-    """A WebDataset sample to (tile, levels, section)."""
+    """Convert a WebDataset sample to (tile, levels, section)."""
 
     def __init__(self, shards: ShardSet, tables: TrainingTables, panel: np.ndarray, views: TileViews) -> None:
         self.shards, self.tables, self.panel, self.views = shards, tables, panel, views
@@ -110,7 +119,7 @@ def _collate(samples: list[tuple[np.ndarray, np.ndarray, int]]) -> tuple[Tensor,
 
 
 def write_h5(shards: ShardSet, folder: Path) -> None:
-    """Write each training section's tiles as HEST does: an h5 file with raw ``img`` (N, S, S, 3), a chunk per tile."""
+    """Write the tiles of each training section as HEST does: an h5 file with raw ``img`` (N, S, S, 3), one tile per chunk."""
     import h5py
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -129,9 +138,9 @@ def write_h5(shards: ShardSet, folder: Path) -> None:
 
 
 class H5Tiles(Dataset):
-    """One spot by number: its tile from the h5 file, its levels from memory, where such trainers keep expression.
+    """Dataset of spots: tiles from h5 files, levels from memory, where trainers of this kind keep expression.
 
-    ``bytes_per_s`` is the rate at which each worker reads; 0 is as fast as it goes.
+    ``bytes_per_s`` limits the read rate of each worker; 0 is no limit.
     """
 
     def __init__(
@@ -139,17 +148,17 @@ class H5Tiles(Dataset):
     ) -> None:
         self.folder, self.levels, self.views, self.bytes_per_s = folder, levels, views, bytes_per_s
         train = [(i, s) for i, s in enumerate(shards.manifest.sections) if s.split == "train"]
-        self.place = [(s.section_id, i, row) for i, s in train for row in range(s.n_spots)]
+        self.rows = [(s.section_id, i, row) for i, s in train for row in range(s.n_spots)]
         self._files: dict[str, Any] = {}
 
     def __len__(self) -> int:
-        return len(self.place)
+        return len(self.rows)
 
     def __getitem__(self, item: int) -> tuple[np.ndarray, np.ndarray, int]:
         import h5py
 
         began = time.perf_counter()
-        name, section, row = self.place[item]
+        name, section, row = self.rows[item]
         if name not in self._files:
             self._files[name] = h5py.File(self.folder / f"{name}.h5")["img"]
         tile = self._files[name][row]
@@ -159,17 +168,67 @@ class H5Tiles(Dataset):
 
 
 def h5_batches(
-    folder: Path, shards: ShardSet, tables: TrainingTables, panel: np.ndarray, config: DataConfig, views: str,
+    folder: Path,
+    shards: ShardSet,
+    tables: TrainingTables,
+    panel: np.ndarray,
+    config: DataConfig,
+    views: str,
     bytes_per_s: float = 0.0,
-) -> Generator[int, None, None]:  # fmt: skip
-    """Go through batches of h5 tiles in random order; yields sizes, for ever."""
+) -> Generator[int, None, None]:
+    """Read h5 tiles in random order with a ``DataLoader`` and yield batch sizes without end."""
     assert tables.levels is not None
     rate = bytes_per_s / config.workers
     data = H5Tiles(folder, shards, tables.levels[:, panel], TileViews(shards, config, views), rate)
     while True:
         loader = DataLoader(
-            data, config.batch_size, sampler=RandomSampler(data, num_samples=1 << 20), num_workers=config.workers,
-            collate_fn=_collate, prefetch_factor=2,
-        )  # fmt: skip
+            data,
+            config.batch_size,
+            sampler=RandomSampler(data, num_samples=1 << 20),
+            num_workers=config.workers,
+            collate_fn=_collate,
+            prefetch_factor=2,
+        )
         for tiles, _, _ in forked(loader):
             yield len(tiles)
+
+
+def dali_reader_batches(shards: ShardSet, config: DataConfig) -> Generator[int, None, None]:
+    """Read with ``fn.readers.webdataset`` and the set's index files: DALI's order; no views, levels or exact resume."""
+    from importlib import import_module
+
+    dali: Any = import_module("nvidia.dali")
+    train = {s.section_id for s in shards.manifest.sections if s.split == "train"}
+    own = [s for s in shards.manifest.shards if s.section_id in train]
+
+    @dali.pipeline_def(batch_size=config.batch_size, num_threads=config.workers, device_id=None)
+    def pipeline() -> Any:
+        jpeg, expr = dali.fn.readers.webdataset(
+            paths=[str(shards.path / s.file) for s in own],
+            index_paths=[str(shards.path / s.index) for s in own],
+            ext=["jpg", "expr"],
+            random_shuffle=True,
+            initial_fill=512,
+            missing_component_behavior="error",
+        )
+        return dali.fn.decoders.image(jpeg, device="cpu", output_type=dali.types.RGB), expr
+
+    pipe = pipeline()
+    pipe.build()
+    while True:
+        tiles, _ = pipe.run()
+        yield len(tiles)
+
+
+def limit_rate(records: SpotReader, bytes_per_s: float) -> None:
+    """Limit a reader to the rate of a slow storage."""
+    fetch: Callable[[np.ndarray], EncodedSpots] = records.fetch
+
+    def slow(spots: np.ndarray) -> EncodedSpots:
+        began = time.perf_counter()
+        got = fetch(spots)
+        size = sum(map(len, got.tiles)) + sum(map(len, got.exprs))
+        time.sleep(max(0.0, size / bytes_per_s - (time.perf_counter() - began)))
+        return got
+
+    records.fetch = slow  # type: ignore[method-assign]

@@ -1,6 +1,6 @@
-"""Spoil a sound section in the ways that real ones are spoiled, to prove that the checks find it.
+"""Section faults: corrupt a valid section the way real data is corrupted, to test the section checks.
 
-Each fault takes a section and a folder to write a changed picture into, and returns another section.
+A fault takes a section and a folder for a modified image, and returns the corrupted section.
 """
 
 from __future__ import annotations
@@ -16,39 +16,39 @@ from PIL import Image, ImageFilter
 from scipy import sparse
 from scipy.spatial import cKDTree
 
-Spoil = Callable[[Section, Path], Section]
+SectionFault = Callable[[Section, Path], Section]
 
 
-def _moved(change: Callable[[np.ndarray, np.ndarray, float], np.ndarray]) -> Spoil:
-    """Return a fault of positions: ``change(xy, (width, height), um per px)``."""
+def _moved(change: Callable[[np.ndarray, np.ndarray, float], np.ndarray]) -> SectionFault:
+    """Return a fault that moves spots: ``change(xy, (width, height), um_per_px)``."""
 
-    def spoil(section: Section, folder: Path) -> Section:
+    def corrupt(section: Section, folder: Path) -> Section:
         height, width = section.load_image().shape[:2]
         return replace(section, xy=change(section.xy.copy(), np.array([width, height]), section.meta.mpp))
 
-    return spoil
+    return corrupt
 
 
-def _repainted(change: Callable[[Image.Image, Section], Image.Image]) -> Spoil:
-    """Return a fault of the picture."""
+def _repainted(change: Callable[[Image.Image, Section], Image.Image]) -> SectionFault:
+    """Return a fault that changes the image."""
 
-    def spoil(section: Section, folder: Path) -> Section:
+    def corrupt(section: Section, folder: Path) -> Section:
         path = folder / f"{section.meta.section_id}.png"
         change(Image.fromarray(section.load_image()), section).save(path, compress_level=1)
         return replace(section, image_path=path)
 
-    return spoil
+    return corrupt
 
 
-def _recounted(change: Callable[[sparse.lil_matrix, np.ndarray], None], share: float) -> Spoil:
-    """Return a fault of the counts of a share of the spots."""
+def _recounted(change: Callable[[sparse.lil_matrix, np.ndarray], None], share: float) -> SectionFault:
+    """Return a fault that changes the counts of a fraction of the spots."""
 
-    def spoil(section: Section, folder: Path) -> Section:
+    def corrupt(section: Section, folder: Path) -> Section:
         counts, n = section.counts.tolil(), len(section.spot_ids)
         change(counts, np.random.default_rng(1).permutation(n)[: max(2, int(share * n) // 2 * 2)])
         return replace(section, counts=sparse.csr_matrix(counts.tocsr(), dtype=np.int32))
 
-    return spoil
+    return corrupt
 
 
 def _zero(counts: sparse.lil_matrix, rows: np.ndarray) -> None:
@@ -69,7 +69,7 @@ def _flipped_in_box(xy: np.ndarray, size: np.ndarray, mpp: float) -> np.ndarray:
 
 
 def _strayed(xy: np.ndarray, size: np.ndarray, mpp: float) -> np.ndarray:
-    """Move three in ten spots to where the frame is far from any spot, on a lattice as spots are."""
+    """Move 30 % of the spots to lattice positions of the frame that are far from every spot."""
     pitch = lattice_pitch(xy)
     grid = np.stack(np.meshgrid(*(np.arange(0.12 * n, 0.88 * n, pitch) for n in size)), -1).reshape(-1, 2)
     free = grid[cKDTree(xy).query(grid)[0] > 3 * pitch]
@@ -80,7 +80,7 @@ def _strayed(xy: np.ndarray, size: np.ndarray, mpp: float) -> np.ndarray:
 
 
 def _cut_out(image: Image.Image, section: Section) -> Image.Image:
-    """Leave a square of nine tenths of a spot under each spot, and white around."""
+    """Keep a square of 90 % of the spot diameter around each spot and fill the rest with white."""
     pixels = np.asarray(image)
     out = np.full_like(pixels, 250)
     radius = 0.45 * section.meta.spot_diameter_um / section.meta.mpp
@@ -92,18 +92,18 @@ def _cut_out(image: Image.Image, section: Section) -> Image.Image:
 
 
 def _fluorescent(image: Image.Image, section: Section) -> Image.Image:
-    """Nuclei light up blue on black."""
+    """Return blue nuclei on a black background."""
     dark = 255 - np.asarray(image.convert("L")).astype(np.float32)
     out = np.zeros((*dark.shape, 3), np.uint8)
     out[..., 2] = np.clip(1.3 * (dark - 30), 0, 255)
     return Image.fromarray(out)
 
 
-def _blurred(um: float) -> Spoil:
+def _blurred(um: float) -> SectionFault:
     return _repainted(lambda image, section: image.filter(ImageFilter.GaussianBlur(um / section.meta.mpp)))
 
 
-def _scaled_mpp(factor: float) -> Spoil:
+def _scaled_mpp(factor: float) -> SectionFault:
     return lambda section, folder: replace(section, meta=replace(section.meta, mpp=section.meta.mpp * factor))
 
 
@@ -118,25 +118,25 @@ def _half_joined(section: Section, folder: Path) -> Section:
     return replace(section, dropped=section.dropped | lost)
 
 
-FAULTS: dict[str, tuple[str, Spoil]] = {
+SECTION_FAULTS: dict[str, tuple[str, SectionFault]] = {
     "x and y swapped": ("orientation", _moved(lambda xy, size, mpp: xy[:, ::-1])),
-    "mirrored in the picture": ("orientation", _moved(_mirrored)),
-    "mirrored within the spots' box": ("orientation", _moved(_flipped_in_box)),
-    "corners of 224 um tiles": ("corner", _moved(lambda xy, size, mpp: xy - 112 / mpp)),
-    "corners of 112 um tiles": ("corner", _moved(lambda xy, size, mpp: xy - 56 / mpp)),
-    "positions of a picture half the size": ("full_or_hires", _moved(lambda xy, size, mpp: xy * 0.5)),
-    "positions of a hires picture (0.17)": ("full_or_hires", _moved(lambda xy, size, mpp: xy * 0.17)),
+    "mirrored across the image": ("orientation", _moved(_mirrored)),
+    "mirrored within the bounding box of the spots": ("orientation", _moved(_flipped_in_box)),
+    "corners of 224 um tiles as centres": ("corner", _moved(lambda xy, size, mpp: xy - 112 / mpp)),
+    "corners of 112 um tiles as centres": ("corner", _moved(lambda xy, size, mpp: xy - 56 / mpp)),
+    "positions in px of an image half the size": ("full_or_hires", _moved(lambda xy, size, mpp: xy * 0.5)),
+    "positions in px of the hires image (0.17)": ("full_or_hires", _moved(lambda xy, size, mpp: xy * 0.17)),
     "um per px 1.5 times too large": ("scale", _scaled_mpp(1.5)),
-    "um per px half of what it is": ("scale", _scaled_mpp(0.5)),
-    "a third of the spots on glass": ("on_tissue", _moved(_strayed)),
-    "tissue cut out of its surroundings": ("background", _repainted(_cut_out)),
+    "um per px half the true value": ("scale", _scaled_mpp(0.5)),
+    "30 % of the spots on background": ("on_tissue", _moved(_strayed)),
+    "tissue cut out, background white": ("background", _repainted(_cut_out)),
     "blurred by 4 um": ("blur", _blurred(4)),
     "blurred by 10 um": ("blur", _blurred(10)),
-    "gray picture": ("stain", _repainted(lambda image, section: image.convert("L").convert("RGB"))),
-    "fluorescence": ("stain", _repainted(_fluorescent)),
-    "a fifth of the spots empty": ("empty_spots", _recounted(_zero, 0.2)),
-    "one spot in twenty repeated": ("repeated_spots", _recounted(_copy, 0.1)),
-    "a fifth of the genes unknown": ("genes", _unknown_genes),
-    "a quarter of the spots not joined": ("join", _half_joined),
+    "grey-scale image": ("stain", _repainted(lambda image, section: image.convert("L").convert("RGB"))),
+    "fluorescence image": ("stain", _repainted(_fluorescent)),
+    "20 % of the spots empty": ("empty_spots", _recounted(_zero, 0.2)),
+    "5 % of the spots duplicated": ("repeated_spots", _recounted(_copy, 0.1)),
+    "20 % of the genes unknown": ("genes", _unknown_genes),
+    "25 % of the spots not joined": ("join", _half_joined),
 }
-"""{fault: (the check that must find it, how to make it)}."""
+"""{fault: (the check that must detect it, the function that applies it)}."""
