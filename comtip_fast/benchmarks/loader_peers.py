@@ -26,9 +26,15 @@ from comtip_fast.data.expression.training_tables import TrainingTables
 from comtip_fast.data.loaders.webdataset import forked
 
 _TURNS = (
-    None, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270,
-    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.TRANSVERSE, Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE,
-)  # fmt: skip
+    None,
+    Image.Transpose.ROTATE_90,
+    Image.Transpose.ROTATE_180,
+    Image.Transpose.ROTATE_270,
+    Image.Transpose.FLIP_LEFT_RIGHT,
+    Image.Transpose.TRANSVERSE,
+    Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE,
+)
 """The eight turns of :func:`comtip_fast.data.augment.views.turn_tile` as Pillow has them."""
 
 
@@ -159,17 +165,26 @@ class H5Tiles(Dataset):
 
 
 def h5_batches(
-    folder: Path, shards: ShardSet, tables: TrainingTables, panel: np.ndarray, config: DataConfig, views: str,
+    folder: Path,
+    shards: ShardSet,
+    tables: TrainingTables,
+    panel: np.ndarray,
+    config: DataConfig,
+    views: str,
     bytes_per_s: float = 0.0,
-) -> Generator[int, None, None]:  # fmt: skip
+) -> Generator[int, None, None]:
     """Go through batches of h5 tiles in random order; yields sizes, for ever."""
     assert tables.levels is not None
     rate = bytes_per_s / config.workers
     data = H5Tiles(folder, shards, tables.levels[:, panel], TileViews(shards, config, views), rate)
     while True:
         loader = DataLoader(
-            data, config.batch_size, sampler=RandomSampler(data, num_samples=1 << 20), num_workers=config.workers,
-            collate_fn=_collate, prefetch_factor=2,
-        )  # fmt: skip
+            data,
+            config.batch_size,
+            sampler=RandomSampler(data, num_samples=1 << 20),
+            num_workers=config.workers,
+            collate_fn=_collate,
+            prefetch_factor=2,
+        )
         for tiles, _, _ in forked(loader):
             yield len(tiles)

@@ -217,9 +217,13 @@ def _dali_reader(setting: Setting) -> Generator[int, None, None]:
     @dali.pipeline_def(batch_size=setting.batch_size, num_threads=setting.workers, device_id=None)
     def pipeline() -> Any:
         jpeg, expr = dali.fn.readers.webdataset(
-            paths=[str(shards.path / s.file) for s in own], index_paths=[str(shards.path / s.index) for s in own],
-            ext=["jpg", "expr"], random_shuffle=True, initial_fill=512, missing_component_behavior="error",
-        )  # fmt: skip
+            paths=[str(shards.path / s.file) for s in own],
+            index_paths=[str(shards.path / s.index) for s in own],
+            ext=["jpg", "expr"],
+            random_shuffle=True,
+            initial_fill=512,
+            missing_component_behavior="error",
+        )
         return dali.fn.decoders.image(jpeg, device="cpu", output_type=dali.types.RGB), expr
 
     pipe = pipeline()
@@ -250,12 +254,15 @@ def rows_of(contenders: Sequence[Contender]) -> list[dict[str, Any]]:
     """Return one row per contender."""
     return [
         {
-            "contender": c.name, "spots_per_s": round(c.median, 1), "lowest": round(min(c.spots_per_s), 1),
-            "highest": round(max(c.spots_per_s), 1), "cpu_ms_per_spot": round(float(np.median(c.cpu_ms)), 4),
+            "contender": c.name,
+            "spots_per_s": round(c.median, 1),
+            "lowest": round(min(c.spots_per_s), 1),
+            "highest": round(max(c.spots_per_s), 1),
+            "cpu_ms_per_spot": round(float(np.median(c.cpu_ms)), 4),
             "bytes_per_spot": round(c.bytes_per_spot),
         }
         for c in contenders
-    ]  # fmt: skip
+    ]
 
 
 def ratios(contenders: Sequence[Contender]) -> dict[str, float]:

@@ -130,9 +130,12 @@ def _from_shards(shards: ShardSet, section_id: str, tile: TileGeometry) -> Secti
     spots = shards.source_order(number)
     table = shards.spots.loc[spots]
     template = _template(
-        table["spot_id"].tolist(), table[["x_px", "y_px"]].to_numpy(float), table[["array_x", "array_y"]].to_numpy(float),
-        table["label"].tolist(), section_id,
-    )  # fmt: skip
+        table["spot_id"].tolist(),
+        table[["x_px", "y_px"]].to_numpy(float),
+        table[["array_x", "array_y"]].to_numpy(float),
+        table["label"].tolist(),
+        section_id,
+    )
     overview, overview_mpp = shards.overview(number)
     _attach_image(template, section_id, overview, meta.mpp, overview_mpp, meta.spot_diameter_um)
     return SectionTiles(section_id, meta.species, shards.tiles(spots), shards.stain(number), template)

@@ -41,9 +41,7 @@ def permute_within_strata(levels_BG: Tensor, stratum_BG: Tensor, u_CBG: Tensor, 
     return torch.empty_like(values_CBG).scatter_(-1, slots_CBG, values_CBG)
 
 
-def take_from_other_spots(
-    levels_BG: Tensor, section_B: Tensor, u_CbG: Tensor, rows: slice = slice(None)
-) -> Tensor:  # fmt: skip
+def take_from_other_spots(levels_BG: Tensor, section_B: Tensor, u_CbG: Tensor, rows: slice = slice(None)) -> Tensor:
     """Give each gene of each spot the level it has in another spot of the same section; return (C, b, G).
 
     A spot that is alone in its section keeps its levels. Each gene's marginal over the section is kept, so

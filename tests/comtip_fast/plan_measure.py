@@ -25,8 +25,10 @@ aten = torch.ops.aten
 MORE_FORMULAS = {
     aten.addmm_: lambda out, a, b, *rest, **kw: addmm_flop(out, a, b),
     aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *a, **kw: sdpa_flop_count(q, k, v),
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *a, **kw: sdpa_backward_flop_count(g, q, k, v),
-}  # fmt: skip
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *a, **kw: sdpa_backward_flop_count(
+        g, q, k, v
+    ),
+}
 
 
 class Kept:
@@ -103,9 +105,14 @@ def measure(overrides: list[str], *, bf16: bool = False) -> Measured:
     met = sum(n * (several * tokens) ** 2 for n, several, tokens in batches)
     sizes = replace(sizes, tokens=float(length.mean()), reach=met / (float(length.sum()) * sizes.Q))
     work = Work(
-        spots=b, images=b, columns=2 * b if sizes.mispairs and sizes.hard_columns else b, table_rows=G * sizes.Q,
-        precision=AUTOCAST if bf16 else FP32, gpu=False, checkpointing=config.engine.activation_checkpointing,
-    )  # fmt: skip
+        spots=b,
+        images=b,
+        columns=2 * b if sizes.mispairs and sizes.hard_columns else b,
+        table_rows=G * sizes.Q,
+        precision=AUTOCAST if bf16 else FP32,
+        gpu=False,
+        checkpointing=config.engine.activation_checkpointing,
+    )
     return Measured(forward, forward + counter.get_total_flops(), kept_bytes, sizes, work, step_parts(sizes, work))
 
 

@@ -52,11 +52,24 @@ def test_the_table_equals_encoding_every_sentence_of_every_spot():
     (from_table * weight).sum().backward()
     grads = {n: p.grad.clone() for n, p in enc.named_parameters()}
     enc.zero_grad()
-    one_by_one = torch.stack([
-        torch.cat([enc.encode(GeneTokens(panel.ids_GT[g : g + 1, : panel.length_G[g]], panel.length_G[g : g + 1],
-                                         panel.identity_G[g : g + 1]), levels[b, g : g + 1]) for g in range(6)])
-        for b in range(5)
-    ])  # fmt: skip
+    one_by_one = torch.stack(
+        [
+            torch.cat(
+                [
+                    enc.encode(
+                        GeneTokens(
+                            panel.ids_GT[g : g + 1, : panel.length_G[g]],
+                            panel.length_G[g : g + 1],
+                            panel.identity_G[g : g + 1],
+                        ),
+                        levels[b, g : g + 1],
+                    )
+                    for g in range(6)
+                ]
+            )
+            for b in range(5)
+        ]
+    )
     torch.testing.assert_close(one_by_one, from_table, rtol=1e-10, atol=1e-10)
     (one_by_one * weight).sum().backward()
     for name, parameter in enc.named_parameters():

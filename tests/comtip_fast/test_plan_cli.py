@@ -10,8 +10,13 @@ from comtip_fast.plan.hardware import DEVICES, LINKS, Efficiency, make_cluster
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo_cpu.yaml"
 LARGE = [
-    "--config", str(DEMO), "--set", "vision.backbone=vit_base_patch32_224", "--set", "data.batch_size=4096",
-]  # fmt: skip
+    "--config",
+    str(DEMO),
+    "--set",
+    "vision.backbone=vit_base_patch32_224",
+    "--set",
+    "data.batch_size=4096",
+]
 
 
 def plan(capsys: pytest.CaptureFixture[str], *more: str) -> dict:
@@ -82,11 +87,15 @@ def test_offloading_moves_state_off_the_device(capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--gpu", "h101"], "h100"), (["--gpus", "0"], "at least one device"), (["--link", "string"], "nvlink4"),
-        (["--compute-efficiency", "1.5"], "share"), (["--nodes", "8192"], "at least one spot"),
-        (["--set", "engine.king=ddp"], "engine"), (["--gpus", "2", "--set", "engine.kind=single"], "2 devices"),
+        (["--gpu", "h101"], "h100"),
+        (["--gpus", "0"], "at least one device"),
+        (["--link", "string"], "nvlink4"),
+        (["--compute-efficiency", "1.5"], "share"),
+        (["--nodes", "8192"], "at least one spot"),
+        (["--set", "engine.king=ddp"], "engine"),
+        (["--gpus", "2", "--set", "engine.kind=single"], "2 devices"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_is_refused(more: list[str], message: str, capsys: pytest.CaptureFixture[str]):
     assert main(["plan", *LARGE, *more]) == 2
     assert message in capsys.readouterr().err

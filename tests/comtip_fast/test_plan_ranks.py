@@ -19,12 +19,30 @@ from testkit.distributed import run_distributed
 WORKER = Path(__file__).with_name("plan_worker.py")
 W = 2
 SETTINGS = [
-    "data.batch_size=24", "data.views=1", "data.workers=0", "genes.per_cohort=30", "genes.held_out_from=10",
-    "genes.held_out_every=4", "panel.min_genes=24", "panel.max_genes=24", "levels.n_levels=5", "levels.min_positive=10",
-    "vision.patch_px=8", "vision.width=128", "vision.depth=3", "vision.heads=2", "text.width=64", "text.depth=2",
-    "text.heads=2", "text.max_tokens=6", "align.dim=64", "train.log_every=1000", "train.threads=1",
-    "engine.bucket_mb=0.5", "engine.persist_elements=100",
-]  # fmt: skip
+    "data.batch_size=24",
+    "data.views=1",
+    "data.workers=0",
+    "genes.per_cohort=30",
+    "genes.held_out_from=10",
+    "genes.held_out_every=4",
+    "panel.min_genes=24",
+    "panel.max_genes=24",
+    "levels.n_levels=5",
+    "levels.min_positive=10",
+    "vision.patch_px=8",
+    "vision.width=128",
+    "vision.depth=3",
+    "vision.heads=2",
+    "text.width=64",
+    "text.depth=2",
+    "text.heads=2",
+    "text.max_tokens=6",
+    "align.dim=64",
+    "train.log_every=1000",
+    "train.threads=1",
+    "engine.bucket_mb=0.5",
+    "engine.persist_elements=100",
+]
 pytestmark = pytest.mark.slow
 CASES = {
     "DDP": [],

@@ -13,9 +13,14 @@ from comtip_fast.plan.sweep import DESIGNS, WORTH, Sweep, stops_at, sweep, table
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo_cpu.yaml"
 LARGE = [
-    "vision.backbone=vit_base_patch32_224", "data.batch_size=4096", "panel.max_genes=512", "levels.n_levels=32", "text.depth=4",
-    "text.width=256", "align.dim=256",
-]  # fmt: skip
+    "vision.backbone=vit_base_patch32_224",
+    "data.batch_size=4096",
+    "panel.max_genes=512",
+    "levels.n_levels=32",
+    "text.depth=4",
+    "text.width=256",
+    "align.dim=256",
+]
 WHOLE_GATHER, WHOLE_RING, SHARDED_GATHER, SHARDED_RING = DESIGNS[:4]
 
 

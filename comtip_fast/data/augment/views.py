@@ -44,9 +44,15 @@ def view_of(n_views: int, spot_index: np.ndarray, *, seed: int, epoch: int) -> n
 
 
 def plan_views(
-    spot_index: np.ndarray, view: np.ndarray, section: np.ndarray, stain_of: Callable[[int], StainStats],
-    config: DataConfig, *, tile_px: int, seed: int,
-) -> ViewPlan:  # fmt: skip
+    spot_index: np.ndarray,
+    view: np.ndarray,
+    section: np.ndarray,
+    stain_of: Callable[[int], StainStats],
+    config: DataConfig,
+    *,
+    tile_px: int,
+    seed: int,
+) -> ViewPlan:
     """Say how the views asked for are made.
 
     Parameters
@@ -108,9 +114,13 @@ def _enlarge(tile_SS3: np.ndarray, margin: int) -> np.ndarray:
 
 
 def _tables(
-    spot_index: np.ndarray, view: np.ndarray, section: np.ndarray, stain_of: Callable[[int], StainStats],
-    config: DataConfig, seed: int,
-) -> np.ndarray:  # fmt: skip
+    spot_index: np.ndarray,
+    view: np.ndarray,
+    section: np.ndarray,
+    stain_of: Callable[[int], StainStats],
+    config: DataConfig,
+    seed: int,
+) -> np.ndarray:
     """Return uint8 (N, 3, 256): the section's stain normalised, then jittered.
 
     Values have 8 bits, so a table says exactly what normalising, rounding and jittering make of each.

@@ -83,9 +83,11 @@ def fit_levels(
     """
     Q, G = config.n_levels, values.shape[1]
     table = LevelTable(
-        np.full((G + 1, Q - 2), np.inf, np.float32), np.zeros((G + 1, Q), np.float32),
-        np.zeros((G + 1, Q), np.float32), np.zeros((G + 1, Q), np.float32),
-    )  # fmt: skip
+        np.full((G + 1, Q - 2), np.inf, np.float32),
+        np.zeros((G + 1, Q), np.float32),
+        np.zeros((G + 1, Q), np.float32),
+        np.zeros((G + 1, Q), np.float32),
+    )
     n_measured = measured_NG.sum(0)
     _fit_row(table, G, values.data, raw.data, n_zero=int(n_measured.sum()) - values.nnz, edges=None)
     for g in range(G):

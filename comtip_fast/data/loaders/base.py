@@ -74,9 +74,16 @@ class BaseLoader(ABC):
     """
 
     def __init__(
-        self, shards: ShardSet, tables: TrainingTables, config: RunConfig, frozen_stem: Stem | None = None, *,
-        rank: int = 0, world: int = 1, device: torch.device | str = "cpu",
-    ) -> None:  # fmt: skip
+        self,
+        shards: ShardSet,
+        tables: TrainingTables,
+        config: RunConfig,
+        frozen_stem: Stem | None = None,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> None:
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} of {world} ranks cannot be")
         self.shards, self.tables, self.config = shards, tables, config

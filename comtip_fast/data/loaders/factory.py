@@ -19,9 +19,15 @@ log = logging.getLogger("comtip_fast")
 
 
 def make_loader(
-    config: RunConfig, shards: ShardSet, tables: TrainingTables, *, rank: int = 0, world: int = 1,
-    device: torch.device | str = "cpu", frozen_stem: Stem | None = None,
-) -> BaseLoader:  # fmt: skip
+    config: RunConfig,
+    shards: ShardSet,
+    tables: TrainingTables,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    device: torch.device | str = "cpu",
+    frozen_stem: Stem | None = None,
+) -> BaseLoader:
     """Return the loader that ``data.loader`` names; see :class:`comtip_fast.data.loaders.base.BaseLoader`.
 
     Raises
