@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from comtip_fast.config.schema import DataConfig
 from comtip_fast.data.augment.views import ViewPlan, jitter_tables, make_views, stain_table
 from comtip_fast.data.expression.training_tables import TrainingTables
-from comtip_fast.data.loaders.webdataset import forked
+from comtip_fast.data.loaders.webdataset import start_workers
 
 _TURNS = (
     None,
@@ -35,7 +35,7 @@ _TURNS = (
     Image.Transpose.FLIP_TOP_BOTTOM,
     Image.Transpose.TRANSPOSE,
 )
-"""The eight turns of :func:`comtip_fast.data.augment.views.turn_tile` as Pillow has them."""
+"""The eight turns of :func:`comtip_fast.data.augment.views.rotate_flip` as Pillow has them."""
 
 
 class TileViews:
@@ -88,7 +88,7 @@ def webdataset_batches(
         .batched(config.batch_size, collation_fn=_collate)
     )
     loader = DataLoader(pipeline, batch_size=None, num_workers=config.workers, prefetch_factor=2)
-    for tiles, _, _ in forked(loader):
+    for tiles, _, _ in start_workers(loader):
         yield len(tiles)
 
 
@@ -186,5 +186,5 @@ def h5_batches(
             collate_fn=_collate,
             prefetch_factor=2,
         )
-        for tiles, _, _ in forked(loader):
+        for tiles, _, _ in start_workers(loader):
             yield len(tiles)
