@@ -62,9 +62,14 @@ class Evaluation:
 
 
 def evaluate(
-    predictor: Predictor, shards: ShardSet, *, sections: Sequence[str] | None = None,
-    train_shards: ShardSet | None = None, seed: int = 0, n_null: int = 200,
-) -> Evaluation:  # fmt: skip
+    predictor: Predictor,
+    shards: ShardSet,
+    *,
+    sections: Sequence[str] | None = None,
+    train_shards: ShardSet | None = None,
+    seed: int = 0,
+    n_null: int = 200,
+) -> Evaluation:
     """Score a model.
 
     Parameters
@@ -106,9 +111,14 @@ def evaluate(
         t: _merge([results[d.section_id] for d in data if d.cohort == t]) for t in sorted({d.cohort for d in data})
     }
     whole = {
-        "format": FORMAT, "version": VERSION, "run": predictor.config.name, "seed": seed, "null_draws": n_null,
-        "cohorts": cohorts, "sections": results,
-    }  # fmt: skip
+        "format": FORMAT,
+        "version": VERSION,
+        "run": predictor.config.name,
+        "seed": seed,
+        "null_draws": n_null,
+        "cohorts": cohorts,
+        "sections": results,
+    }
     return Evaluation(whole, data, shards, predictor)
 
 
@@ -161,24 +171,37 @@ def _evaluate_section(
     predicted = predictor.predict(features, queries)
     xy = shards.spots.loc[spots, ["x_px", "y_px"]].to_numpy(float)
     view = _View(
-        cohort, keys, measured, predicted, hvg, panel, np.union1d(panel, hvg), _by_variance(unseen, ranked, keys),
+        cohort,
+        keys,
+        measured,
+        predicted,
+        hvg,
+        panel,
+        np.union1d(panel, hvg),
+        _by_variance(unseen, ranked, keys),
         np.column_stack([mean_colour(tiles), np.log1p(np.asarray(counts.sum(axis=1)).ravel())]),
-        spot_inputs(predictor, tiles, stain, features.pooled_Nd), moved_spots(xy, n_null, seed=seed, section=meta.section_id),
-    )  # fmt: skip
+        spot_inputs(predictor, tiles, stain, features.pooled_Nd),
+        moved_spots(xy, n_null, seed=seed, section=meta.section_id),
+    )
     scores, null_means, null_genes = _score_section(view, reference)
     train = [s for s in predictor.train_sections if s["split"] == "train"]
     splits = {s["section_id"]: s["split"] for s in predictor.train_sections}
     facts = {
-        "sections": [meta.section_id], "donor": meta.donor, "n_spots": int(spots.size), "n_genes_all": int(panel.size),
-        "n_genes_unseen": len(unseen_keys), "genes_50_hvg": hvg_keys, "hvg_from": hvg_from,
+        "sections": [meta.section_id],
+        "donor": meta.donor,
+        "n_spots": int(spots.size),
+        "n_genes_all": int(panel.size),
+        "n_genes_unseen": len(unseen_keys),
+        "genes_50_hvg": hvg_keys,
+        "hvg_from": hvg_from,
         "donor_seen_in_training": meta.donor in {s["donor"] for s in train},
         "section_seen_in_training": splits.get(meta.section_id) == "train",
         "section_stopped_training": splits.get(meta.section_id) == "val",
-    }  # fmt: skip
+    }
     pcc = pcc_per_gene(measured["cp10k"], predicted["cp10k"])
     data = SectionData(
         meta.section_id, cohort, keys, xy, measured, predicted, hvg, panel, view.unseen, pcc, null_means, null_genes
-    )  # fmt: skip
+    )
     return data, facts | scores
 
 
@@ -250,10 +273,12 @@ def _mean_scores(scores: list[dict[str, Any]]) -> dict[str, Any]:
 def _merge(parts: list[dict[str, Any]]) -> dict[str, Any]:
     """Return a cohort's scores: the mean over its sections (undefined genes: the sum)."""
     out: dict[str, Any] = {
-        "sections": [s for p in parts for s in p["sections"]], "n_spots": sum(p["n_spots"] for p in parts),
-        "genes_50_hvg": parts[0]["genes_50_hvg"], "hvg_from": parts[0]["hvg_from"],
+        "sections": [s for p in parts for s in p["sections"]],
+        "n_spots": sum(p["n_spots"] for p in parts),
+        "genes_50_hvg": parts[0]["genes_50_hvg"],
+        "hvg_from": parts[0]["hvg_from"],
         "donor_seen_in_training": any(p["donor_seen_in_training"] for p in parts),
-    }  # fmt: skip
+    }
     for name in PREDICTORS:
         out[name] = {}
         for norm in NORMALISATIONS:

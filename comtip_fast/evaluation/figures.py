@@ -18,13 +18,17 @@ from matplotlib.figure import Figure
 matplotlib.use("Agg")
 INK, GRID = "#22303c", "#d9dee3"
 LOSSES = (
-    ("nce", "InfoNCE: image and its genes"), ("mfm", "MFM: hidden patches"), ("pair", "Pair: right gene, wrong value"),
+    ("nce", "InfoNCE: image and its genes"),
+    ("mfm", "MFM: hidden patches"),
+    ("pair", "Pair: right gene, wrong value"),
     ("level", "Level: how much of a gene"),
-)  # fmt: skip
+)
 NAMES = {
-    "zero_shot": "CoMTIP, zero-shot", "control_null": "null: map turned and shifted", "ridge_colour": "ridge on mean colour",
+    "zero_shot": "CoMTIP, zero-shot",
+    "control_null": "null: map turned and shifted",
+    "ridge_colour": "ridge on mean colour",
     "ridge_features": "ridge on image features",
-}  # fmt: skip
+}
 COLOURS = {"zero_shot": "#0b6e8f", "control_null": "#b8c0c8", "ridge_colour": "#d98c4a", "ridge_features": "#7a9e3f"}
 
 
@@ -98,8 +102,9 @@ def gene_histogram(pcc: np.ndarray, null: np.ndarray, title: str) -> str:
     bins = np.linspace(-0.6, 1, 49)
     chance, values = np.nan_to_num(null.ravel()), np.nan_to_num(pcc)
     for x, colour, alpha, label in (
-        (chance, "#b8c0c8", 0.9, "null, every gene and draw"), (values, "#0b6e8f", 0.7, "CoMTIP"),
-    ):  # fmt: skip
+        (chance, "#b8c0c8", 0.9, "null, every gene and draw"),
+        (values, "#0b6e8f", 0.7, "CoMTIP"),
+    ):
         if x.size:
             share = np.full(x.size, 100.0 / x.size)
             axis.hist(
@@ -114,9 +119,13 @@ def gene_histogram(pcc: np.ndarray, null: np.ndarray, title: str) -> str:
 
 
 def maps(
-    overview: np.ndarray, overview_mpp: float, section_mpp: float, xy: np.ndarray, spot_um: float,
+    overview: np.ndarray,
+    overview_mpp: float,
+    section_mpp: float,
+    xy: np.ndarray,
+    spot_um: float,
     genes: list[tuple[str, np.ndarray, np.ndarray, float]],
-) -> str:  # fmt: skip
+) -> str:
     """Draw H&E, then per gene the measured and the predicted map over it, in one colour scale per gene.
 
     ``genes``: (label, measured (N,), predicted (N,), pcc); ``xy`` are px of the source image.
@@ -136,14 +145,23 @@ def maps(
         high = max(high, low + 1e-6)
         for axis, values, title in (
             (row[0], None, f"{label}   PCC {pcc:.2f}" if np.isfinite(pcc) else f"{label}   PCC undefined"),
-            (row[1], measured, "measured"), (row[2], predicted, "predicted"),
-        ):  # fmt: skip
+            (row[1], measured, "measured"),
+            (row[2], predicted, "predicted"),
+        ):
             axis.imshow(overview if values is None else grey, interpolation="bilinear")
             if values is not None:
                 marks = EllipseCollection(
-                    size, size, 0, units="x", offsets=spots, offset_transform=axis.transData, array=values, cmap="viridis",
-                    clim=(low, high), linewidths=0,
-                )  # fmt: skip
+                    size,
+                    size,
+                    0,
+                    units="x",
+                    offsets=spots,
+                    offset_transform=axis.transData,
+                    array=values,
+                    cmap="viridis",
+                    clim=(low, high),
+                    linewidths=0,
+                )
                 axis.add_collection(marks)
             axis.set_xlim(left, right)
             axis.set_ylim(bottom, top)
@@ -165,8 +183,15 @@ def _scale_bar(axis: Axes, mpp: float, left: float, right: float, top: float, bo
     x, y = left + 0.05 * (right - left), bottom - 0.05 * (bottom - top)
     axis.plot([x, x + length], [y, y], color="white", lw=6, solid_capstyle="projecting", alpha=0.85)
     axis.plot([x, x + length], [y, y], color="black", lw=3, solid_capstyle="butt")
-    axis.text(x + length / 2, y - 0.02 * (bottom - top), f"{um:,} µm", ha="center", va="bottom", fontsize=7.5,
-              bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 1})  # fmt: skip
+    axis.text(
+        x + length / 2,
+        y - 0.02 * (bottom - top),
+        f"{um:,} µm",
+        ha="center",
+        va="bottom",
+        fontsize=7.5,
+        bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 1},
+    )
 
 
 def scale_length(width_um: float) -> int:

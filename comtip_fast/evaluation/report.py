@@ -38,16 +38,25 @@ def write_report(run_dir: Path | None, result: Evaluation, out: Path) -> None:
         The file to write.
     """
     env = Environment(
-        loader=PackageLoader("comtip_fast.evaluation", "templates"), autoescape=select_autoescape(["html", "j2"]),
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+        loader=PackageLoader("comtip_fast.evaluation", "templates"),
+        autoescape=select_autoescape(["html", "j2"]),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     env.filters["num"] = lambda v: "–" if v is None else f"{v + 0.0:.3f}".replace("-0.000", "0.000")
     page = env.get_template("report.html.j2").render(
-        name=result.predictor.config.name, version=__version__, date=datetime.date.today().isoformat(),
-        metrics=result.metrics, labels=LABELS, predictors=PREDICTORS, cohorts=_cohorts(result),
+        name=result.predictor.config.name,
+        version=__version__,
+        date=datetime.date.today().isoformat(),
+        metrics=result.metrics,
+        labels=LABELS,
+        predictors=PREDICTORS,
+        cohorts=_cohorts(result),
         curves=figures.loss_curves(run_dir / "metrics.jsonl") if run_dir is not None else None,
-        training=_training(result), shown_genes=SHOWN_GENES, shown_unseen=SHOWN_UNSEEN,
-    )  # fmt: skip
+        training=_training(result),
+        shown_genes=SHOWN_GENES,
+        shown_unseen=SHOWN_UNSEEN,
+    )
     write_atomic(out, page)
 
 
@@ -67,15 +76,18 @@ def _training(result: Evaluation) -> dict[str, Any]:
     return {
         "rows": sorted(rows, key=lambda s: (s["species"], order[s["split"]], s["section_id"])) + further,
         "shared_val": [s["section_id"] for s in sections if s["split"] == "val" and s["donor"] in donors],
-        "n_trained": len(result.predictor.trained_genes), "n_held_out": len(result.predictor.held_out_genes),
+        "n_trained": len(result.predictor.trained_genes),
+        "n_held_out": len(result.predictor.held_out_genes),
         "n_spots": sum(s["n_spots"] for s in sections if s["split"] == "train"),
         "credits": [
             (credit, [s["section_id"] for s in rows + further if s["attribution"] == credit])
             for credit in sorted({s["attribution"] for s in rows + further if s["attribution"]})
         ],
-        "backbone": result.predictor.config.vision.backbone, "stem": result.predictor.config.vision.stem,
-        "tile_um": result.predictor.tile_um, "tile_px": result.predictor.tile_px,
-    }  # fmt: skip
+        "backbone": result.predictor.config.vision.backbone,
+        "stem": result.predictor.config.vision.stem,
+        "tile_um": result.predictor.tile_um,
+        "tile_px": result.predictor.tile_px,
+    }
 
 
 def _cohorts(result: Evaluation) -> list[dict[str, Any]]:
@@ -117,13 +129,17 @@ def _section(result: Evaluation, data: SectionData) -> dict[str, Any]:
     chosen = _examples(data)
     chosen_unseen = _unseen_examples(data)
     return {
-        "id": data.section_id, "meta": meta, "metrics": result.metrics["sections"][data.section_id],
-        "maps": draw(chosen), "genes": [symbol[data.keys[i]] for i in chosen],
-        "unseen_maps": draw(chosen_unseen), "unseen_genes": [symbol[data.keys[i]] for i in chosen_unseen],
+        "id": data.section_id,
+        "meta": meta,
+        "metrics": result.metrics["sections"][data.section_id],
+        "maps": draw(chosen),
+        "genes": [symbol[data.keys[i]] for i in chosen],
+        "unseen_maps": draw(chosen_unseen),
+        "unseen_genes": [symbol[data.keys[i]] for i in chosen_unseen],
         "histogram": figures.gene_histogram(
             data.pcc[data.panel], data.null_pcc, f"{data.section_id}: {data.panel.size} panel genes"
         ),
-    }  # fmt: skip
+    }
 
 
 def _examples(data: SectionData) -> list[int]:

@@ -73,9 +73,10 @@ class TrainReference:
                 self.trained.setdefault(cohort_of(s["species"], s["tissue"]), []).append(s["section_id"])
         # The same id in another organ is another section.
         self.numbers = [
-            i for i, s in enumerate(shards.manifest.sections)
+            i
+            for i, s in enumerate(shards.manifest.sections)
             if s.section_id in self.trained.get(shards.cohort_of_section(i), [])
-        ]  # fmt: skip
+        ]
         self._keys = [g.key for g in shards.genes]
         self._row = {k: i for i, k in enumerate(self._keys)}
         self._ranked: dict[str, list[str]] = {}
@@ -102,8 +103,11 @@ class TrainReference:
                 )
             log.warning(
                 "%s lacks training sections of %s (%s): its genes and baselines come from the others; "
-                "give the whole set with --train-shards", self.shards.path, cohort, ", ".join(missing),
-            )  # fmt: skip
+                "give the whole set with --train-shards",
+                self.shards.path,
+                cohort,
+                ", ".join(missing),
+            )
 
     def ranked_genes(self, cohort: str, *, fallback: tuple[ShardSet, int]) -> tuple[list[str], str]:
         """Return gene keys by falling variance, and where that was judged.

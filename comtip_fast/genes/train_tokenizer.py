@@ -27,9 +27,12 @@ def main() -> None:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, min_frequency=2, special_tokens=[], show_progress=False,
+        vocab_size=VOCABULARY,
+        min_frequency=2,
+        special_tokens=[],
+        show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
+    )
     tokenizer.train_from_iterator(texts, trainer)
     _reserve(tokenizer)
     path = Path(__file__).with_name(FILE)

@@ -145,9 +145,13 @@ class CoMTIP(nn.Module):
             self.teacher = copy.deepcopy(self.vision).requires_grad_(False)
 
     def forward(
-        self, features_BP: Tensor, visible_BV: Tensor | None, hidden_BK: Tensor | None, genes: GeneTokens | None,
+        self,
+        features_BP: Tensor,
+        visible_BV: Tensor | None,
+        hidden_BK: Tensor | None,
+        genes: GeneTokens | None,
         group: Group | None = None,
-    ) -> StepOutput:  # fmt: skip
+    ) -> StepOutput:
         """One training pass over B tiles and the panel's sentence table.
 
         Parameters
@@ -168,9 +172,13 @@ class CoMTIP(nn.Module):
             predicted = self.generator(seen.patches_BVd, hidden_BK)
             target = self._target(features_BP, image, hidden_BK)
         return StepOutput(
-            image, None if genes is None else self.sentence_table(genes, group), predicted, target,
-            self._scale(self.log_scale_nce), self._scale(self.log_scale_level),
-        )  # fmt: skip
+            image,
+            None if genes is None else self.sentence_table(genes, group),
+            predicted,
+            target,
+            self._scale(self.log_scale_nce),
+            self._scale(self.log_scale_level),
+        )
 
     def encode_image(self, features_BP: Tensor) -> ImageOutput:
         """Full branch: all P patches, pooled and projected."""

@@ -73,10 +73,21 @@ class GeneEncoder(nn.Module):
         genes = GeneTokens(genes.ids_GT[order_N], length_N, genes.identity_G[order_N])
         level_hi_N, mix_N = (None if x is None else x[order_N] for x in (level_hi_N, mix_N))
         x_Sd = gene_sentence_embedding(
-            genes.ids_GT, length_N, level_lo_N[order_N], self.token_Vd, self.type_3d, self.position_Td, self.level_Qd,
-            level_hi_N=level_hi_N, mix_N=mix_N, identity_N=genes.identity_G, identity_ID=self.identity_Id,
-            gain_D=self.norm_in.weight, bias_D=self.norm_in.bias, eps=self.norm_in.eps,
-        )  # fmt: skip
+            genes.ids_GT,
+            length_N,
+            level_lo_N[order_N],
+            self.token_Vd,
+            self.type_3d,
+            self.position_Td,
+            self.level_Qd,
+            level_hi_N=level_hi_N,
+            mix_N=mix_N,
+            identity_N=genes.identity_G,
+            identity_ID=self.identity_Id,
+            gain_D=self.norm_in.weight,
+            bias_D=self.norm_in.bias,
+            eps=self.norm_in.eps,
+        )
         longest, first_N = genes.ids_GT.shape[1], sentence_start(length_N)
         for i, block in enumerate(self.blocks):
             last = first_N if i == len(self.blocks) - 1 else None

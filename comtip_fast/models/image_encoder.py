@@ -135,10 +135,17 @@ def _build_vit(config: VisionConfig, tile_px: int) -> VisionTransformer:
     if config.backbone == "small":
         # BatchNorm is nowhere in it, and no class token: the mean over patches is the tile's vector.
         return VisionTransformer(
-            img_size=tile_px, patch_size=config.patch_px, embed_dim=config.width, depth=config.depth,
-            num_heads=config.heads, class_token=False, global_pool="avg", num_classes=0, init_values=None,
+            img_size=tile_px,
+            patch_size=config.patch_px,
+            embed_dim=config.width,
+            depth=config.depth,
+            num_heads=config.heads,
+            class_token=False,
+            global_pool="avg",
+            num_classes=0,
+            init_values=None,
             fc_norm=False,
-        )  # fmt: skip
+        )
     try:
         vit = timm.create_model(config.backbone, pretrained=config.pretrained == "hub", img_size=tile_px, num_classes=0)
     except (RuntimeError, TypeError) as err:

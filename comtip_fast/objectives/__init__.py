@@ -6,7 +6,6 @@ from comtip_fast.objectives.mispair import (
     choose_hardest,
     counted_swaps,
     permute_within_strata,
-    strata_of,
     take_from_other_spots,
 )
 from comtip_fast.objectives.pair import pair_auc, pair_loss
@@ -23,6 +22,5 @@ __all__ = [
     "pair_loss",
     "permute_within_strata",
     "same_text_hash",
-    "strata_of",
     "take_from_other_spots",
 ]

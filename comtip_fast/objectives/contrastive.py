@@ -67,9 +67,14 @@ class PairMetadata:
 
 
 def global_infonce(
-    image_bD: Tensor, text_mD: Tensor, scale: Tensor, pairs: PairMetadata, group: Group, counts: Sequence[int],
+    image_bD: Tensor,
+    text_mD: Tensor,
+    scale: Tensor,
+    pairs: PairMetadata,
+    group: Group,
+    counts: Sequence[int],
     form: str = "gather",
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Return this rank's share of the symmetric InfoNCE of the global batch (:func:`comtip_kernels.infonce`).
 
     Parameters
@@ -99,10 +104,16 @@ def global_infonce(
         raise ValueError(f"global_infonce: {b} images, {text_mD.shape[0]} texts, counts {list(counts)}")
     if group.size == 1:
         return infonce(
-            image_bD, text_mD, scale, negatives=pairs.negatives, group_rows=pairs.section_m[:b],
-            group_columns=pairs.section_m, class_rows=pairs.text_class_m[:b], class_columns=pairs.text_class_m,
+            image_bD,
+            text_mD,
+            scale,
+            negatives=pairs.negatives,
+            group_rows=pairs.section_m[:b],
+            group_columns=pairs.section_m,
+            class_rows=pairs.text_class_m[:b],
+            class_columns=pairs.text_class_m,
             weight_B=pairs.weight_b,
-        )  # fmt: skip
+        )
     # Logits up to 100 cannot be kept in bf16: vectors come to full precision here, whatever autocast says.
     with torch.autocast(image_bD.device.type, enabled=False):
         wide = torch.promote_types(image_bD.dtype, torch.float32)
@@ -152,9 +163,14 @@ class _Run:
         excluded = p.weight_b == 0
         more = excluded.new_zeros(p.text_class_m.shape[0] - excluded.shape[0])
         return BlockIds(
-            p.negatives, e.section[rows], p.section_m, e.text_class[rows], p.text_class_m, e.weight[rows] == 0,
+            p.negatives,
+            e.section[rows],
+            p.section_m,
+            e.text_class[rows],
+            p.text_class_m,
+            e.weight[rows] == 0,
             torch.cat([excluded, more]),
-        )  # fmt: skip
+        )
 
     def half(self, like: Tensor) -> Tensor:
         """Return every image's weight in one direction of the loss (B,)."""

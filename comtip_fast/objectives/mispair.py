@@ -9,26 +9,6 @@ import torch
 from torch import Tensor
 
 
-def strata_of(mean_level_SG: Tensor, detection_SG: Tensor, measured_SG: Tensor, n_strata: int) -> Tensor:
-    """Sort each section's measured genes into strata of like detection rate and mean level.
-
-    Genes are ranked by detection rate plus mean level (both scaled to their section's spread) and the ranks
-    cut into ``n_strata`` equal parts. Unmeasured genes get a stratum of their own, so that no value moves
-    between measured and unmeasured genes.
-
-    Returns
-    -------
-    Tensor
-        (S, G) int64, S sections.
-    """
-    score = mean_level_SG / mean_level_SG.amax(1, keepdim=True).clamp_min(1e-9) + detection_SG
-    score = score.masked_fill(~measured_SG, float("inf"))
-    rank_SG = score.argsort(dim=1, stable=True).argsort(dim=1, stable=True)
-    count_S1 = measured_SG.sum(1, keepdim=True).clamp_min(1)
-    stratum = torch.div(rank_SG * n_strata, count_S1, rounding_mode="floor").clamp_max(n_strata - 1)
-    return stratum.masked_fill(~measured_SG, n_strata)
-
-
 def permute_within_strata(levels_BG: Tensor, stratum_BG: Tensor, u_CBG: Tensor, v_CBG: Tensor) -> Tensor:
     """Permute each spot's levels among the genes of one stratum; return (C, B, G).
 
@@ -41,9 +21,7 @@ def permute_within_strata(levels_BG: Tensor, stratum_BG: Tensor, u_CBG: Tensor, 
     return torch.empty_like(values_CBG).scatter_(-1, slots_CBG, values_CBG)
 
 
-def take_from_other_spots(
-    levels_BG: Tensor, section_B: Tensor, u_CbG: Tensor, rows: slice = slice(None)
-) -> Tensor:  # fmt: skip
+def take_from_other_spots(levels_BG: Tensor, section_B: Tensor, u_CbG: Tensor, rows: slice = slice(None)) -> Tensor:
     """Give each gene of each spot the level it has in another spot of the same section; return (C, b, G).
 
     A spot that is alone in its section keeps its levels. Each gene's marginal over the section is kept, so

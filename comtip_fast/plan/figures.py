@@ -17,9 +17,16 @@ from comtip_fast.plan.sweep import DESIGNS, Growth, Point, Sweep, stops_at, tabl
 COLOURS = ("#D55E00", "#D55E00", "#0072B2", "#0072B2", "#009E73", "#E69F00", "#CC79A7")
 DASHES = ("-", (0, (4, 2)), "-", (0, (4, 2)), "-", "-", "-")
 STYLE: Any = {
-    "font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-    "grid.color": "#dddddd", "grid.linewidth": 0.6, "legend.frameon": False, "figure.dpi": 200,
-}  # fmt: skip
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "figure.dpi": 200,
+}
 
 
 def _axis_of_devices(axes: Any, most: int) -> None:

@@ -108,7 +108,7 @@ class StepLosses:
 
     def counts(self, batch: Batch) -> list[int]:
         """Return how many spots of the global batch each rank has."""
-        return counts_of(batch.of or batch.section.numel(), self.group.size)
+        return counts_of(batch.global_size or batch.section.numel(), self.group.size)
 
     def _mask(self, batch: Batch, P: int) -> tuple[Tensor | None, Tensor | None]:
         """Draw the hidden patches: floor(r P) of each tile, by the rank of keyed uniforms."""

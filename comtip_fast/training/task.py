@@ -138,7 +138,7 @@ class CoMTIPTask:
     def batch(self, spot_index: np.ndarray, step: int, epoch: int) -> Batch:
         """Make this rank's share of one global batch, on this task's device."""
         batch = self.loader.batch(spot_index, step, epoch).to(self.device)
-        batch.of = len(spot_index)
+        batch.global_size = len(spot_index)
         return batch
 
     def losses(self, module: nn.Module, batch: Batch) -> tuple[Parts, Numbers]:
@@ -156,7 +156,7 @@ class CoMTIPTask:
     def pieces(self, batch: Batch, n: int) -> list[Batch]:
         """Cut this rank's share into ``n`` pieces, fewer where a rank has fewer spots; as many on every rank."""
         b, n = batch.section.numel(), max(1, min(n, min(self.step.counts(batch))))
-        return [batch.part(share_of(b, i, n)) for i in range(n)]
+        return [batch.select(share_of(b, i, n)) for i in range(n)]
 
     def embed(self, module: nn.Module, piece: Batch, table: bool) -> dict[str, Tensor]:
         """Return image vectors, and with ``table`` the sentence table and scales."""

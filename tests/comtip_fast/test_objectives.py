@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from comtip_fast.data.expression.strata import gene_strata
 from comtip_fast.objectives import (
     choose_hardest,
     counted_swaps,
@@ -14,7 +15,6 @@ from comtip_fast.objectives import (
     pair_loss,
     permute_within_strata,
     same_text_hash,
-    strata_of,
     take_from_other_spots,
 )
 
@@ -99,7 +99,7 @@ def test_strata_hold_genes_of_like_detection():
     mean = torch.tensor([[0.1, 3.0, 0.2, 2.9, 1.0, 1.1]])
     detection = torch.tensor([[0.1, 1.0, 0.1, 1.0, 0.5, 0.5]])
     measured = torch.tensor([[True, True, True, True, True, False]])
-    got = strata_of(mean, detection, measured, 2)[0]
+    got = gene_strata(mean, detection, measured, 2)[0]
     assert got[5] == 2
     assert got[0] == got[2]
     assert got[1] == got[3]
