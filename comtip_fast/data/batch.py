@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,7 +46,3 @@ class Batch:
         for name in ("tiles", "features", "levels", "measured", "section", "spot_index"):
             values[name] = None if values[name] is None else values[name][rows]
         return Batch(**values)
-
-    def spots(self) -> np.ndarray:
-        """Return ``spot_index`` as a NumPy array, for keyed random draws."""
-        return self.spot_index.cpu().numpy()

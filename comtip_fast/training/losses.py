@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from comtip_kernels import level_cross_entropy, pair_scores, pool_weights, table_pool
-from comtip_shards.sampling.rng import uniform
 from torch import Tensor
 
 from comtip_fast.collectives import Group, counts_of, share_of
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.data.batch import Batch
+from comtip_fast.device_rng import uniform
 from comtip_fast.genes.tokens import GeneTokens, take_genes
 from comtip_fast.models import CoMTIP, SentenceTable, StepOutput
 from comtip_fast.objectives import (
@@ -115,16 +114,16 @@ class StepLosses:
         if self.config.loss.mfm <= 0:
             return None, None
         hidden = int(self.config.vision.mask_ratio * P)
-        u = uniform(self.config.train.seed, "mask", batch.step, index=batch.spots()[:, None] * P + np.arange(P))
-        order = torch.from_numpy(u.argsort(axis=1, kind="stable")).to(batch.panel.device)
+        patches = torch.arange(P, device=batch.spot_index.device)
+        u = uniform(self.config.train.seed, "mask", batch.step, index=batch.spot_index[:, None] * P + patches)
+        order = u.argsort(dim=1, stable=True)
         return order[:, hidden:].sort(dim=1).values, order[:, :hidden].sort(dim=1).values
 
     def _panel_genes(self, batch: Batch) -> GeneTokens:
         rows = batch.panel.long()
         genes = take_genes(self.genes, rows)
         if self.config.text.identity_drop > 0:
-            u = uniform(self.config.train.seed, "identity", batch.step, index=rows.cpu().numpy())
-            keep = torch.from_numpy(u >= self.config.text.identity_drop).to(rows.device)
+            keep = uniform(self.config.train.seed, "identity", batch.step, index=rows) >= self.config.text.identity_drop
             genes = GeneTokens(genes.ids_GT, genes.length_G, genes.identity_G * keep)
         return genes
 
@@ -211,13 +210,12 @@ class StepLosses:
 
     def _candidates(self, batch: Batch, levels: Tensor) -> Tensor:
         """Draw C whole mispairings (C, b, G): within strata, from other spots, or by a coin per spot."""
-        paat, seed, spots = self.config.loss.paat, self.config.train.seed, batch.spots()
-        panel, device = batch.panel.long(), levels.device
-        index = spots[:, None] * (1 << 20) + panel.cpu().numpy()
+        paat, seed, spots = self.config.loss.paat, self.config.train.seed, batch.spot_index
+        panel = batch.panel.long()
+        index = spots[:, None] * (1 << 20) + panel
 
         def draw(purpose: str) -> Tensor:
-            u = [uniform(seed, purpose, batch.step, c, index=index) for c in range(paat.candidates)]
-            return torch.from_numpy(np.stack(u)).to(device)
+            return torch.stack([uniform(seed, purpose, batch.step, c, index=index) for c in range(paat.candidates)])
 
         section = batch.section.long()
         strata = self.strata[section][:, panel]
@@ -227,7 +225,7 @@ class StepLosses:
         others = self._from_other_spots(batch, levels, draw("mispair-spot"))
         if paat.mode == "spots":
             return others
-        coin = torch.from_numpy(uniform(seed, "mispair-mode", batch.step, index=spots) < 0.5).to(device)
+        coin = uniform(seed, "mispair-mode", batch.step, index=spots) < 0.5
         return torch.where(coin[None, :, None], within, others)
 
     def _from_other_spots(self, batch: Batch, levels: Tensor, u: Tensor) -> Tensor:
