@@ -42,7 +42,7 @@ class VisionEncoder(nn.Module):
         super().__init__()
         vit = _build_vit(config, tile_px)
         self.patch_px = int(vit.patch_embed.patch_size[0])
-        self.grid = tile_px // self.patch_px
+        self.grid = patches_per_side(config, self.patch_px, tile_px)
         self.n_patches = self.grid**2
         self.width = int(vit.embed_dim)
         self.n_prefix = int(vit.num_prefix_tokens)
@@ -129,6 +129,46 @@ class VisionEncoder(nn.Module):
             own = 0 if self.no_embed_class else self.pos_embed[:, 1 : self.n_prefix]
             tokens.append((self.reg_token + own).expand(batch, -1, -1))
         return tokens
+
+
+def patches_per_side(config: VisionConfig, patch_px: int, tile_px: int) -> int:
+    """Return how many patches lie side by side in a tile.
+
+    Raises
+    ------
+    ValueError
+        They do not fill the tile; names the setting.
+    """
+    if tile_px % patch_px:
+        small = config.backbone == "small"
+        cause = (
+            f"vision.patch_px={patch_px}"
+            if small
+            else f"vision.backbone {config.backbone!r} has patches of {patch_px} px"
+        )
+        fits = [n for n in range(4, tile_px + 1) if tile_px % n == 0]
+        fix = f"give one of {', '.join(map(str, fits))}" if small else "take another backbone"
+        raise ValueError(
+            f"{cause}: tiles of {tile_px} px, as in data.shards, cannot be cut into whole patches; {fix}, or build shards "
+            f"with --tile-px {max(1, round(tile_px / patch_px)) * patch_px}"
+        )
+    return tile_px // patch_px
+
+
+def check_mask(config: VisionConfig, n_patches: int) -> None:
+    """Check that masking hides at least one patch of a tile, and leaves one.
+
+    Raises
+    ------
+    ValueError
+        It hides none: the loss over hidden patches is then a mean over nothing.
+    """
+    if int(config.mask_ratio * n_patches) < 1:
+        least = f"{1 / n_patches:.2g} hides one" if n_patches > 1 else "one patch cannot be hidden and seen"
+        raise ValueError(
+            f"vision.mask_ratio={config.mask_ratio:g} hides none of the {n_patches} patches of a tile ({least}); give more, "
+            "make patches smaller (vision.patch_px), or turn masking off with loss.mfm=0"
+        )
 
 
 def _build_vit(config: VisionConfig, tile_px: int) -> VisionTransformer:

@@ -23,6 +23,7 @@ from comtip_fast.export import Bundle
 from comtip_fast.genes import GeneTokenizer
 from comtip_fast.genes.tokens import gene_tokens
 from comtip_fast.models import CoMTIP, ModelSizes
+from comtip_fast.models.image_encoder import check_mask, patches_per_side
 from comtip_fast.training.losses import LossInputs, Numbers, Parts, StepLosses
 from comtip_fast.training.validation import Validation
 from comtip_fast.training.warm_start import start_from
@@ -43,6 +44,8 @@ def build_task(
     """
     torch.manual_seed(config.train.seed)
     shards = ShardSet(config.data.shards)
+    if config.vision.backbone == "small":  # before the tables, which can take long
+        check_vision(config, patches_per_side(config.vision, config.vision.patch_px, shards.manifest.tile.px) ** 2)
     tables = training_tables(shards, config)
     tokenizer = GeneTokenizer.load()
     sizes = ModelSizes(
@@ -54,6 +57,7 @@ def build_task(
     )
     vision = config.vision if initialise else replace(config.vision, pretrained="")
     model = CoMTIP(replace(config, vision=vision), sizes)
+    check_vision(config, model.vision.n_patches)
     if model.vision.stem is not None:
         model.vision.stem.load_pretrained()
     if config.engine.compile:
@@ -64,6 +68,12 @@ def build_task(
         keys = [shards.genes[row].key for row in tables.genes.trained]
         start_from(task.model, config.train.start_from, keys, tokenizer.sha256)
     return task
+
+
+def check_vision(config: RunConfig, n_patches: int) -> None:
+    """Refuse masking that hides no patch."""
+    if config.loss.mfm > 0:
+        check_mask(config.vision, n_patches)
 
 
 def _as_model(module: nn.Module) -> CoMTIP:
