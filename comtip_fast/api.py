@@ -6,6 +6,7 @@ The command line is a thin layer over these functions.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -167,7 +168,7 @@ class Model:
 
 
 def _unique(names: list[str]) -> list[str]:
-    twice = sorted({n for n in names if names.count(n) > 1}) if len(names) < 5000 else []
+    twice = sorted(name for name, n in Counter(names).items() if n > 1)
     if twice:
         raise ValueError(f"genes asked for twice: {', '.join(twice[:5])}")
     return np.asarray(names, dtype=object).tolist()

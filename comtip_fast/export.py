@@ -168,14 +168,16 @@ def _read_meta(folder: Path) -> dict[str, Any]:
 
 def model_card(bundle: Bundle) -> str:
     """Return the export's README: what it was trained on, under which licences, and what it must not be used for."""
+    columns = ("section_id", "split", "species", "tissue", "donor", "n_spots", "licence")
     rows = "\n".join(
-        f"| {s['section_id']} | {s['split'] or '-'} | {s['species']} | {s['tissue']} | {s['donor']} | {s['n_spots']} | {s['licence']} |"
-        for s in bundle.sections
+        "| " + " | ".join(_markdown("-" if s[c] == "" else s[c]) for c in columns) + " |" for s in bundle.sections
     )
-    credits = "\n".join(f"- {a}" for a in sorted({s["attribution"] for s in bundle.sections if s["attribution"]}))
+    credits = "\n".join(
+        f"- {_markdown(a)}" for a in sorted({s["attribution"] for s in bundle.sections if s["attribution"]})
+    )
     trained, held = sum(g.trained for g in bundle.genes), sum(g.held_out for g in bundle.genes)
     return (
-        f"# {bundle.config.name}: a CoMTIP model\n\n"
+        f"# {_markdown(bundle.config.name)}: a CoMTIP model\n\n"
         f"Made by comtip-fast {__version__}. Tiles of {bundle.tile_um:g} um in {bundle.sizes.tile_px} px; "
         f"{trained} genes trained, {held} held out by name.\n\n"
         "Only sections whose split is `train` moved the weights; `val` chose when to stop; `test` was not read.\n\n"

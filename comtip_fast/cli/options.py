@@ -13,6 +13,9 @@ from comtip_shards.storage.atomic import refuse_input_as_output
 from comtip_fast.constants import UNS
 
 SECTION_HELP = "SHARDS:section_id (a folder or a URL), a source folder, SOURCE:section_id, or an .h5ad with an image"
+GENE_FILE_BYTES = 4 << 20
+GENE_HEADERS = set("gene genes symbol symbols gene_symbol gene_name gene_id ensembl ensembl_id x".split())
+"""First lines of lists that name the column; x is what R writes for a vector."""
 TITLES: dict[Any, str] = {
     SectionFacts: "facts about the section, which take precedence over what the source states",
     PoolingOptions: "pooling of bins, cells and transcripts to pseudo-spots",
@@ -73,14 +76,66 @@ def _is_answer(path: Path) -> bool:
 
 
 def gene_list(values: list[str]) -> list[str] | None:
-    """Return gene names from the command line; ``@file`` reads one per line, ``all`` selects every trained gene."""
+    """Return gene names from the command line, or None for every trained gene.
+
+    Parameters
+    ----------
+    values
+        Symbols or Ensembl ids, also joined by commas; ``@file`` reads a file (:func:`read_gene_file`); ``all``, alone,
+        selects every trained gene.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError
+        No gene is named, ``all`` is combined with others, or a file is no list of genes.
+    """
+    parts = [part.strip() for value in values for part in value.split(",") if part.strip()]
     genes: list[str] = []
-    for value in values:
-        for part in value.split(","):
-            if part.startswith("@"):
-                genes += [
-                    line.strip() for line in Path(part[1:]).read_text(encoding="utf-8").splitlines() if line.strip()
-                ]
-            elif part.strip():
-                genes.append(part.strip())
-    return None if genes in ([], ["all"]) else genes
+    for part in parts:
+        genes += read_gene_file(Path(part[1:])) if part.startswith("@") else [part]
+    if genes == ["all"]:
+        return None
+    if "all" in genes:
+        raise ValueError("--genes: all selects every trained gene and cannot be combined with others; give it alone")
+    if not genes:
+        raise ValueError("--genes names no gene; give symbols or Ensembl ids, @file, or all")
+    return genes
+
+
+def read_gene_file(path: Path) -> list[str]:
+    """Read a list of genes: one a line or with commas, in UTF-8; ``#`` begins a comment, a header is passed over.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError
+        The file is missing, empty, too large, of another encoding, or a table of several columns.
+    """
+    where = f"--genes @{path}"
+    if not path.exists():
+        raise FileNotFoundError(f"{where}: no such file; give an existing one, or gene names without @")
+    if path.is_dir():
+        raise ValueError(f"{where}: a folder; give a file with one gene a line")
+    with path.open("rb") as file:
+        raw = file.read(GENE_FILE_BYTES + 1)
+    if len(raw) > GENE_FILE_BYTES:
+        raise ValueError(f"{where}: larger than {GENE_FILE_BYTES >> 20} MiB, no list of genes; give one gene a line")
+    try:
+        # Excel and R on Windows write a byte order mark, in UTF-16 where "Unicode text" was chosen.
+        text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{where}: no text in UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from None
+    genes: list[str] = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        cells = [c.strip().strip('"') for c in line.partition("#")[0].replace(";", ",").split(",")]
+        cells = [c for c in cells if c]
+        bad = next((c for c in cells if any(x in "\t\0" or not x.isprintable() for x in c)), None)
+        if bad is not None:
+            raise ValueError(f"{where}, line {number}: {bad[:40]!r} is no gene name; give one gene a line, no table")
+        if not genes and len(cells) == 1 and cells[0].lower() in GENE_HEADERS:
+            continue
+        genes += cells
+    if not genes:
+        raise ValueError(f"{where}: names no gene; give one gene a line (all trained genes: --genes all)")
+    return genes

@@ -10,9 +10,11 @@ from comtip_shards.storage.remote import is_url
 
 from comtip_fast.config.io import load_config
 from comtip_fast.training.checkpoint import store as checkpoints
-from comtip_fast.training.checkpoint.store import CheckpointError
+from comtip_fast.training.checkpoint.store import Checkpoint, CheckpointError
 from comtip_fast.training.task import build_task
 from comtip_fast.training.trainer import CHECKPOINTS
+
+ATTEMPTS = 10
 
 
 def export_checkpoint(run_dir: Path, which: str, out: Path, shards: str | None = None) -> int:
@@ -36,19 +38,7 @@ def export_checkpoint(run_dir: Path, which: str, out: Path, shards: str | None =
     CheckpointError
         The run has no such checkpoint, or it is damaged.
     """
-    root = run_dir / CHECKPOINTS
-    steps = checkpoints.steps_of(root)
-    if not steps:
-        raise CheckpointError(f"{run_dir} holds no checkpoint; give the folder of a run")
-    found = checkpoints.newest_good(root) if which in ("newest", "best") else None
-    if which == "newest" and found is not None:
-        step, loaded = found
-    else:
-        step = int(found[1].state["best_step"]) if found is not None else _step(which)
-        if step not in steps:
-            had = ", ".join(str(s) for s in steps)
-            raise CheckpointError(f"{root}: no whole checkpoint {which!r}; there are steps {had}")
-        loaded = checkpoints.load(checkpoints.folder_of(root, step))
+    step, loaded = _read(run_dir, which)
     config = load_config(run_dir / "config.yaml")
     config = replace(config, data=replace(config.data, shards=_shards_of(run_dir, config.data.shards, shards)))
     # The checkpoint holds all weights: none are read from elsewhere.
@@ -59,6 +49,32 @@ def export_checkpoint(run_dir: Path, which: str, out: Path, shards: str | None =
     task.module.eval()
     task.export(out)
     return step
+
+
+def _read(run_dir: Path, which: str) -> tuple[int, Checkpoint]:
+    """Read a checkpoint; again where the run, still going on, deleted it for a newer one meanwhile."""
+    root = run_dir / CHECKPOINTS
+    for attempt in range(ATTEMPTS):
+        steps = checkpoints.steps_of(root)
+        if not steps:
+            raise CheckpointError(f"{run_dir} holds no checkpoint; give the folder of a run")
+        try:
+            return _choose(root, which, steps)
+        except (CheckpointError, OSError):
+            if attempt == ATTEMPTS - 1 or checkpoints.steps_of(root) == steps:
+                raise
+    raise AssertionError("the last attempt raises")
+
+
+def _choose(root: Path, which: str, steps: list[int]) -> tuple[int, Checkpoint]:
+    found = checkpoints.newest_good(root) if which in ("newest", "best") else None
+    if which == "newest" and found is not None:
+        return found
+    step = int(found[1].state["best_step"]) if found is not None else _step(which)
+    if step not in checkpoints.steps_of(root):
+        had = ", ".join(str(s) for s in steps)
+        raise CheckpointError(f"{root}: no whole checkpoint {which!r}; there are steps {had}")
+    return step, checkpoints.load(checkpoints.folder_of(root, step))
 
 
 def _shards_of(run_dir: Path, stated: str, given: str | None) -> str:

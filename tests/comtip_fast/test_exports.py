@@ -309,3 +309,45 @@ def test_what_a_run_names_is_not_fetched(
     said = capsys.readouterr().err
     assert url in said
     assert "give it with --train-shards" in said
+
+
+@pytest.mark.parametrize("which", ["newest", "best"])
+def test_a_checkpoint_that_a_live_run_deletes_meanwhile_is_read_anew(
+    which: str, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from comtip_fast.training import export_checkpoint as exporting
+    from comtip_fast.training.checkpoint import store as checkpoints
+
+    run = tmp_path / "run"
+    shutil.copytree(run_dir, run)
+    root = run / "checkpoints"
+    (last,) = checkpoints.steps_of(root)
+    state = json.loads((checkpoints.folder_of(root, last) / "state.json").read_text())
+    plain, moves = checkpoints.load, [0]
+
+    def load(folder: Path) -> Any:
+        """Each time one is read, the run has a newer one and deletes this one: three times."""
+        if moves[0] < 3:
+            moves[0] += 1
+            newer = checkpoints.folder_of(root, last + moves[0])
+            folder.rename(newer)
+            text = json.dumps(state | {"best_step": last + moves[0], "step": last + moves[0]})
+            (newer / "state.json").write_text(text)
+            sums = "".join(f"{checkpoints._sha256(newer / n)}  {n}\n" for n in checkpoints.FILES)
+            (newer / checkpoints.SUMS).write_text(sums)
+        return plain(folder)
+
+    monkeypatch.setattr(checkpoints, "load", load)
+    assert exporting.export_checkpoint(run, which, tmp_path / "out") == last + 3
+    assert moves == [3]
+
+
+def test_a_model_card_holds_no_markup_of_its_sections(run_dir: Path, tmp_path: Path):
+    bundle = Bundle.load(run_dir / "export")
+    bad = {"attribution": "<script>alert(1)</script>\n# heading", "donor": "a|b", "licence": ""}
+    bundle.sections = [bundle.sections[0] | bad]
+    bundle.save(tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "<script" not in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; # heading" in text
+    assert r"| a\|b |" in text

@@ -139,8 +139,9 @@ def newest_good(root: Path) -> tuple[int, Checkpoint] | None:
     for step in reversed(steps_of(root)):
         try:
             return step, load(folder_of(root, step))
-        except CheckpointError as error:
-            log.warning("passed over a damaged checkpoint: %s", error)
+        except (CheckpointError, FileNotFoundError) as error:
+            if folder_of(root, step).is_dir():  # else a run that goes on has deleted it meanwhile
+                log.warning("passed over a damaged checkpoint: %s", error)
     return None
 
 
