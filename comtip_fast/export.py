@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -192,3 +193,8 @@ def _read_tensors(read: Any, path: Path) -> Any:
         return read(path)
     except SafetensorError as error:
         raise ExportError(f"{path}: no whole safetensors file ({error}); get the export again") from error
+
+
+def _markdown(value: object) -> str:
+    """Return a text of a source as one cell of Markdown: no HTML, no further cells or lines."""
+    return html.escape(" ".join(str(value).split()), quote=False).replace("|", "\\|")

@@ -11,7 +11,6 @@ and values are those of the global row.
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,8 +130,3 @@ class Predictor:
         tokens = gene_tokens(self.tokenizer, [(g.symbol, g.name) for g in genes], identity, self.config.text)
         whole = take_genes(tokens, torch.arange(len(genes)))
         return whole.to(self.device), torch.from_numpy(rows).to(self.device)
-
-
-def _markdown(value: object) -> str:
-    """Return a text of a source as one cell of Markdown: no HTML, no further cells or lines."""
-    return html.escape(" ".join(str(value).split()), quote=False).replace("|", "\\|")

@@ -82,7 +82,7 @@ def _of_the_disk(error: Exception) -> tuple[int, str] | None:
 
     said = disk_trouble(error)
     if said is not None:
-        return RESTART, f"{said}; make room, then run the same command again"
+        return RESTART, f"{said}; make room (or repair the device), then run the same command again"
     said = unwritable(error)
     return None if said is None else (USER_ERROR, f"{said}; give another path, or make this one summon_full_params")
 

@@ -14,7 +14,9 @@ from comtip_fast.constants import UNS
 
 SECTION_HELP = "SHARDS:section_id (a folder or a URL), a source folder, SOURCE:section_id, or an .h5ad with an image"
 GENE_FILE_BYTES = 4 << 20
-GENE_HEADERS = set("gene genes symbol symbols gene_symbol gene_name gene_id ensembl ensembl_id x".split())
+GENE_HEADERS = set(
+    ["gene", "genes", "symbol", "symbols", "gene_symbol", "gene_name", "gene_id", "ensembl", "ensembl_id", "x"]
+)
 """First lines of lists that name the column; x is what R writes for a vector."""
 TITLES: dict[Any, str] = {
     SectionFacts: "facts about the section, which take precedence over what the source states",

@@ -138,7 +138,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(
     assert limited(600, *arguments) == RESTART_CODE
     said = capsys.readouterr().err
     assert str(out) in said
-    assert "a file may not grow so large; make room" in said
+    assert "a file may not grow so large; make room (or repair the device), then run" in said
     left = {p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file() and "old" not in p.parts}
     if command == "export":
         assert left == set()

@@ -26,6 +26,7 @@ from comtip_shards.sections.section import Section, SectionMeta
 from comtip_shards.slides.base import Slide, reading_order
 from comtip_shards.slides.tiles import StainStats, stain_stats
 from comtip_shards.sources.base import SectionSource
+from comtip_shards.storage.atomic import flush_tree
 
 OVERVIEW_PX = 1024
 
@@ -103,6 +104,7 @@ def stage_section(source: SectionSource, meta: SectionMeta, tile: TileSpec, mark
     (tmp_path / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
     spots = [_spot(section, meta, i) for i in range(len(section.spot_ids))]
     (tmp_path / "spots.json").write_text(json.dumps(spots), encoding="utf-8")
+    flush_tree(tmp_path)
     try:
         tmp_path.rename(folder)
     except OSError:

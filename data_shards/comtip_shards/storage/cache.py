@@ -13,6 +13,7 @@ from pathlib import Path
 
 from comtip_shards.errors import ShardError
 from comtip_shards.names import FOREIGN, is_sha256, problem_with, shown
+from comtip_shards.storage.atomic import flush
 
 CACHE_VARIABLE, SIZE_VARIABLE = "COMTIP_CACHE", "COMTIP_CACHE_GB"
 _DAY = 24 * 3600
@@ -85,6 +86,7 @@ class FileCache:
         """Move a whole file to its place, and make room."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            flush(tmp_path)  # a file in the cache is not hashed again
             tmp_path.replace(path)
         except OSError as error:
             raise self.unwritable(error) from error
