@@ -17,7 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sections", help="comma-separated section ids (default: split test, otherwise all that training did not use)"
     )
     parser.add_argument(
-        "--train-shards", help="shard set with the training sections, for the ridge baselines (default: the run's own)"
+        "--train-shards",
+        help="shard set with the training sections, for the ridge baselines (default: the folder in the run's config)",
     )
     parser.add_argument("--null-draws", type=int, default=200, help="draws of the spatial null (default 200)")
     parser.add_argument("--seed", type=int, default=0)
