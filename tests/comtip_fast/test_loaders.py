@@ -1,4 +1,4 @@
-"""All loaders give the same batches, from any place on and to any number of ranks; damage is said and counted."""
+"""All loaders give the same batches, from any position and on any number of ranks; damage is reported and counted."""
 
 import gc
 import io
@@ -42,16 +42,16 @@ def tables(tiny_shards: ShardSet, tiny_overrides: list[str]) -> TrainingTables:
 
 @pytest.fixture
 def loader(tiny_shards: ShardSet, tiny_overrides: list[str]):
-    """Make loaders; they are closed when the test ends."""
-    made: list[BaseLoader] = []
+    """Return a function that creates loaders; they are closed when the test ends."""
+    created: list[BaseLoader] = []
 
     def make(*overrides: str, shards: ShardSet = tiny_shards, rank: int = 0, world: int = 1) -> BaseLoader:
         config = load_config(None, [*tiny_overrides, "data.zoom=0.2", "data.workers=2", *overrides])
-        made.append(make_loader(config, shards, training_tables(shards, config), rank=rank, world=world))
-        return made[-1]
+        created.append(make_loader(config, shards, training_tables(shards, config), rank=rank, world=world))
+        return created[-1]
 
     yield make
-    for one in made:
+    for one in created:
         one.close()
 
 
@@ -78,7 +78,7 @@ def test_every_loader_gives_what_plain_reading_gives(loader, name: str, expressi
     plain = loader("data.loader=torch", "data.workers=0", "data.expression=table")
     tested = loader(f"data.loader={name}", f"data.expression={expression}")
     tolerance = JPEG_TOLERANCE if name == "dali" else 0
-    # Over the end of an epoch, and through both ways of asking.
+    # Past the end of an epoch, through both interfaces.
     n = len(plain.batches(0)) + 2
     for want, got in zip(islice(plain.iterate(0, 1, 5), n), islice(tested.iterate(0, 1, 5), n), strict=True):
         same(want, got, tolerance)
@@ -90,10 +90,10 @@ def test_every_loader_gives_what_plain_reading_gives(loader, name: str, expressi
 def test_batches_asked_for_out_of_order_are_right_too(loader, name: str):
     plain, tested = loader("data.loader=torch", "data.workers=0"), loader(f"data.loader={name}")
     order = plain.batches(0)
-    for epoch, place, step in ((0, 2, 9), (0, 0, 1), (1, 1, 4), (1, 2, 5), (1, 2, 5), (1, 3, 7)):
-        spots = plain.batches(epoch)[place]
+    for epoch, position, step in ((0, 2, 9), (0, 0, 1), (1, 1, 4), (1, 2, 5), (1, 2, 5), (1, 3, 7)):
+        spots = plain.batches(epoch)[position]
         same(plain.batch(spots, step, epoch), tested.batch(spots, step, epoch), JPEG_TOLERANCE)
-    odd = np.sort(order[0])[:5]  # no batch of the plan
+    odd = np.sort(order[0])[:5]  # not a batch of the schedule
     same(plain.batch(odd, 3, 0), tested.batch(odd, 3, 0), JPEG_TOLERANCE)
 
 
@@ -172,7 +172,7 @@ def test_100_kills_over_three_world_sizes_lose_and_repeat_nothing(tiny_shards: S
 
 
 @pytest.mark.parametrize("name", LOADERS)
-def test_a_new_loader_goes_on_in_the_middle_of_an_epoch_with_other_ranks(loader, name: str):
+def test_a_new_loader_continues_in_the_middle_of_an_epoch_with_other_ranks(loader, name: str):
     whole = [b.spot_index for b in islice(loader("data.loader=torch", "data.workers=0").iterate(0, 0, 1), 5)]
     first = [loader(f"data.loader={name}", rank=r, world=2).iterate(0, 0, 1) for r in range(2)]
     then = [loader(f"data.loader={name}", rank=r, world=3).iterate(0, 2, 3) for r in range(3)]
@@ -198,7 +198,7 @@ def test_groups_weigh_alike_and_large_ones_show_all_their_spots_in_time():
         for name in "abc":
             own = counts[group == name]
             assert own.sum() == 40
-            assert own.max() - own.min() <= 1  # whole rounds, and a part of one more
+            assert own.max() - own.min() <= 1  # complete passes and part of another
         for spot in drawn:
             seen[int(spot)] = seen.get(int(spot), 0) + 1
     assert set(seen) == set(spots.tolist())
@@ -210,7 +210,7 @@ def test_balanced_batches_hold_both_platforms_alike(tiny_shards: ShardSet, loade
     from comtip_fast.data.loaders import schedule as module
 
     monkeypatch.setattr(module, "groups_of", lambda shards, _: ["x", "y", "y", "y"])
-    # Of the two training sections take 49 spots of one and 9 of the other.
+    # Take 49 spots of one training section and 9 of the other.
     few = loader("data.balance=platform")
     spots = np.concatenate([np.arange(49), np.arange(49, 58)])
     plan = EpochSchedule(tiny_shards, spots, few.config.data, seed=0)
@@ -239,7 +239,7 @@ def test_no_more_is_made_ahead_than_asked_for(loader, name: str, monkeypatch: py
             threading.Event().wait(0.02)
             if len(begun) == before:
                 break
-        # Ready, under way, and (DALI, on a CPU) four batches in its pipeline.
+        # Ready, in progress, and (DALI on a CPU) four batches in its pipeline.
         assert taken < len(begun) <= taken + 3 + (5 if name == "dali" else 0)
     stream.close()
 
@@ -267,7 +267,7 @@ def threads_of_loaders() -> set[threading.Thread]:
 
 @pytest.mark.parametrize("name", ["torch", pytest.param("dali", marks=needs_dali)])
 def test_memory_stays_flat(loader, name: str):
-    before = threads_of_loaders()  # of loaders that other tests left behind
+    before = threads_of_loaders()  # from loaders of other tests
     tested = loader(f"data.loader={name}", "data.batch_size=16")
     stream = tested.iterate(0, 0, 1)
     n = len(tested.batches(0))
@@ -277,7 +277,7 @@ def test_memory_stays_flat(loader, name: str):
             next(stream)
         resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize())
     stream.close()
-    # 20 epochs of tiles are 6 MB; a loader that kept them would show.
+    # 20 epochs of tiles are 6 MB; a loader that kept them would be detected.
     assert max(resident[5:]) - resident[4] < 3 << 20
     assert not threads_of_loaders() - before
 
@@ -286,7 +286,7 @@ def test_memory_stays_flat(loader, name: str):
 
 
 def damaged(shards: ShardSet, folder: Path, spots: list[int], part: str) -> ShardSet:
-    """Copy a set and flip a bit in the middle of a member of some records."""
+    """Copy a set and flip one bit in the middle of a member of some records."""
     copy = folder / "damaged"
     shutil.copytree(shards.path, copy)
     for spot in spots:
@@ -324,12 +324,12 @@ def test_damage_is_skipped_counted_and_replaced_alike_on_any_ranks(
         assert not set(bad) & set(got.tolist())
         whole = ~np.isin(spots, bad)
         assert (got[whole] == spots[whole]).all()
-        # Stand-ins are of the same section and of the same batch, and do not depend on the ranks.
-        for place in np.flatnonzero(~whole):
-            assert tiny_shards.sections_of([got[place]]) == tiny_shards.sections_of([spots[place]])
-            later = [s for s in np.roll(spots, -place - 1)[:-1] if s not in bad]
-            same_section = [s for s in later if tiny_shards.sections_of([s]) == tiny_shards.sections_of([spots[place]])]
-            assert got[place] == same_section[0]
+        # Replacements come from the same section and the same batch, independent of the ranks.
+        for index in np.flatnonzero(~whole):
+            assert tiny_shards.sections_of([got[index]]) == tiny_shards.sections_of([spots[index]])
+            later = [s for s in np.roll(spots, -index - 1)[:-1] if s not in bad]
+            same_section = [s for s in later if tiny_shards.sections_of([s]) == tiny_shards.sections_of([spots[index]])]
+            assert got[index] == same_section[0]
     assert set().union(*(r.faults for r in ranks)) == set(bad)
     metrics = [r.metrics() for r in ranks]
     assert sum(m["faults"] for m in metrics) == sum(m["faults_checksum"] for m in metrics) == len(bad)
@@ -394,7 +394,7 @@ def test_what_dali_cannot_decode_is_found_by_pillow(loader, monkeypatch: pytest.
     def fetch(spots):
         got = real(spots)
         calls.append(spots)
-        if len(calls) == 2:  # passes every check of the header, and is no picture: its code table is nonsense
+        if len(calls) == 2:  # has a valid header, but its code table is invalid
             codes = got.tiles[1].index(b"\xff\xc4") + 5
             got.tiles[1] = got.tiles[1][:codes] + b"\xff" * 16 + got.tiles[1][codes + 16 :]
         return got
@@ -402,7 +402,7 @@ def test_what_dali_cannot_decode_is_found_by_pillow(loader, monkeypatch: pytest.
     monkeypatch.setattr(tested.records, "fetch", fetch)
     for want, got in zip(islice(plain.iterate(), 5), islice(tested.iterate(), 5), strict=True):
         same(want, got, JPEG_TOLERANCE)
-    assert len(calls) >= 6  # one batch was read again
+    assert len(calls) >= 6  # one batch is read twice
 
 
 # -- tables that do not fit ------------------------------------------------------------------------------------
@@ -426,7 +426,9 @@ def test_levels_learnt_from_a_part_give_levels_to_all(tiny_shards: ShardSet, tin
     assert (whole.table.edges.shape != part.table.edges.shape) or (whole.table.edges != part.table.edges).any()
 
 
-def test_dali_that_is_not_there_is_said(tiny_shards: ShardSet, tables, tiny_overrides, monkeypatch: pytest.MonkeyPatch):
+def test_dali_that_is_not_there_is_reported(
+    tiny_shards: ShardSet, tables, tiny_overrides, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr("comtip_fast.data.loaders.factory.dali_is_installed", lambda: False)
     with pytest.raises(ValueError, match=r"comtip-fast\[dali-cu13\]"):
         make_loader(load_config(None, [*tiny_overrides, "data.loader=dali"]), tiny_shards, tables)
@@ -468,7 +470,7 @@ def test_validation_goes_without_damaged_spots(
 
 
 def test_worker_processes_never_collect_what_they_inherited(loader, tmp_path: Path):
-    # A DALI pipeline that is collected in a fork waits for threads that the fork has not: seen to hang once in a while.
+    # Collecting a DALI pipeline in a forked process waits for threads that do not exist there, and hung occasionally.
     class Left:
         def __init__(self) -> None:
             self.itself = self
@@ -490,5 +492,5 @@ def test_worker_processes_never_collect_what_they_inherited(loader, tmp_path: Pa
     for step, spots in enumerate(tested.batches(0), start=1):
         assert tested.batch(spots, step, 0).spot_index.tolist() == spots.tolist()
     tested.close()
-    assert isinstance(tested.garbage, Left)  # workers made those batches
+    assert isinstance(tested.garbage, Left)  # these batches come from workers
     assert not list(tmp_path.iterdir())
