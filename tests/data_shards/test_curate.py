@@ -244,8 +244,8 @@ def test_the_command_writes_pages_and_under_strict_exits_with_1(tmp_path: Path, 
     Image.open(tmp_path / "s/a.png").convert("L").convert("RGB").save(tmp_path / "s/a.png")
     words = ["shards", "check", str(tmp_path / "s"), "--out", str(tmp_path / "out")]
     assert main(words) == 0
-    said = capsys.readouterr().out
-    assert "a: fail\n  check stain: fail: grey" in said
+    output = capsys.readouterr().out
+    assert "a: fail\n  check stain: fail: grey" in output
     assert (tmp_path / "out/index.html").is_file()
     assert main([*words, "--strict"]) == 1
 
