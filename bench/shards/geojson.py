@@ -2,7 +2,7 @@
 
     PYTHONPATH=.:data_shards python bench/shards/geojson.py --cells 60000
 
-Both readers yield the features of one synthetic file of octagon-like cells; rounds alternate. Printed are CPU seconds.
+Both readers yield the features of one synthetic file of cell polygons; rounds alternate. The script prints CPU seconds.
 """
 
 from __future__ import annotations
