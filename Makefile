@@ -22,7 +22,7 @@ $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
 	@touch $@
 
-demo: $(VENV)/installed  ## real tissue to runs/demo/report.html (about 10 minutes on 2 cores)
+demo: $(VENV)/installed  ## build, train and evaluate: runs/demo/report.html (about 7 minutes on 2 cores)
 	$(BIN)/comtip shards build data_shards/samples --out $(RUN)/shards --jobs 2
 	$(BIN)/comtip shards verify $(RUN)/shards
 	$(BIN)/comtip pretrain --config configs/demo_cpu.yaml --out $(RUN) --resume --set data.shards=$(RUN)/shards
@@ -32,7 +32,7 @@ demo: $(VENV)/installed  ## real tissue to runs/demo/report.html (about 10 minut
 test: $(VENV)/installed-dev  ## all tests
 	$(BIN)/python -m pytest
 
-check: lint types layers spelling  ## everything that needs no test run
+check: lint types layers spelling  ## all static checks
 
 lint: $(VENV)/installed-dev  ## ruff, style and format
 	$(BIN)/ruff check .
@@ -41,7 +41,7 @@ lint: $(VENV)/installed-dev  ## ruff, style and format
 types: $(VENV)/installed-dev  ## mypy
 	$(BIN)/mypy
 
-layers: $(VENV)/installed-dev  ## who may import whom
+layers: $(VENV)/installed-dev  ## import rules between packages and layers
 	PYTHONPATH=.:kernels:data_shards $(BIN)/lint-imports
 
 spelling: $(VENV)/installed-dev  ## codespell
@@ -50,13 +50,13 @@ spelling: $(VENV)/installed-dev  ## codespell
 ledger: $(VENV)/installed-dev  ## compile every GPU kernel ahead of time and compare with bench/ledger.csv
 	PYTHONPATH=kernels $(BIN)/python -m comtip_kernels.ledger --check
 
-bench: $(VENV)/installed-dev  ## microbenchmarks of the CPU paths beside their peers (COMTIP_BENCH=full: the sizes of the docs)
+bench: $(VENV)/installed-dev  ## microbenchmarks of the CPU kernels and their peers (COMTIP_BENCH=full: the sizes in the docs)
 	PYTHONPATH=bench/kernels $(BIN)/python -m pytest bench/kernels --benchmark-only --benchmark-max-time=0.2 \
 	  --benchmark-min-rounds=3 --benchmark-columns=median,iqr,rounds --benchmark-sort=name
 
-format: $(VENV)/installed-dev  ## let ruff write
+format: $(VENV)/installed-dev  ## format the code with ruff
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:  ## remove what the targets made
+clean:  ## remove generated files
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""Draw docs/loader.png and fill the table in docs/data_loading.md from what ``bench/loader/compare.py --out bench/loader`` wrote."""
+"""Draw docs/loader.png and fill the table in docs/data_loading.md from the results of ``bench/loader/compare.py``."""
 
 import argparse
 import csv
@@ -14,7 +14,7 @@ OURS, PEERS, LIMITS = "#1b6ca8", "#b9b9b9", "#e3a857"
 
 
 def read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Return the notes at the head of a result file and its rows."""
+    """Return the header notes and the rows of a result file."""
     lines = path.read_text(encoding="utf-8").splitlines()
     notes = [line[2:] for line in lines if line.startswith("# ")]
     return notes, list(csv.DictReader(line for line in lines if not line.startswith("#")))
@@ -27,7 +27,7 @@ def colour(name: str) -> str:
 def table(
     notes: list[str], rows: list[dict[str, str]], ratios: list[dict[str, str]], memory: list[dict[str, str]]
 ) -> str:
-    """Return the table as Markdown, with the machine it was measured on."""
+    """Return the table as Markdown, with a description of the machine."""
     lines = ["| | spots/s | lowest to highest | CPU ms/spot | bytes read/spot |", "|---|---|---|---|---|"]
     for r in rows:
         low, high = float(r["lowest"]), float(r["highest"])
@@ -46,7 +46,7 @@ def table(
 
 
 def fill(page: Path, text: str) -> None:
-    """Put the table between its two marks."""
+    """Replace the table between its two markers."""
     begin, end = "<!-- loader table -->", "<!-- loader table end -->"
     head, _, rest = page.read_text(encoding="utf-8").partition(begin)
     _, _, tail = rest.partition(end)

@@ -1,10 +1,10 @@
-"""Make the sample sections of this folder from the published ones; run again, it gives the same bytes.
+"""Build the sample sections of this folder from the published files; the output is byte-deterministic.
 
     python data_shards/samples/make_samples.py SOURCE
 
-``SOURCE`` is a folder with a ``manifest.tsv`` and the files that it names. Counts and spot tables are copied
-as they are. Images are made small: those sharper than 2 um/px are resampled to it, PNG becomes JPEG; the
-manifest's sizes and scale are those of the images written here, and spot positions are moved with them.
+``SOURCE`` is a folder with a ``manifest.tsv`` and the files it names. Counts are copied unchanged. Images finer than
+2 um/px are resampled to it, PNG is converted to JPEG; sizes and scale in the manifest, and spot positions, are those of
+the written images.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def make_section(row: pd.Series, source: Path, out: Path) -> pd.Series:
 
 
 def main() -> None:
-    """Write every section, ``manifest.tsv`` and ``SHA256SUMS`` beside this file."""
+    """Write every section, ``manifest.tsv`` and ``SHA256SUMS`` next to this file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path, help="folder that holds manifest.tsv and the published files")
     source: Path = parser.parse_args().source

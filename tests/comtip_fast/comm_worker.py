@@ -1,4 +1,4 @@
-"""Run by every rank: one step of every engine with rank 1 slow in its backward pass; prints the seconds each engine waited.
+"""Executed by every rank: one step of every engine with a slow backward pass on rank 1; prints the seconds spent waiting.
 
 ``comm_worker.py OVERRIDE,OVERRIDE,...``
 """
@@ -13,7 +13,7 @@ SLOW_S = 0.5
 
 
 def seconds_of(overrides: list[str], ranks: object, kind: list[str]) -> tuple[str, float]:
-    """Return the engine's name and how long its second step waited for the other rank."""
+    """Return the name of the engine and how long its second step waited for the other rank."""
     from comtip_fast.config.io import load_config
     from comtip_fast.training.distributed.comm_timer import ClockedGroup
     from comtip_fast.training.engines.factory import make_engine
@@ -38,12 +38,12 @@ def seconds_of(overrides: list[str], ranks: object, kind: list[str]) -> tuple[st
             parameter.register_hook(lambda gradient, name=name: gradient_of(name))
     waited = 0.0
     for step in (1, 2):
-        # By the last gradient of all, the losses' own collectives are over.
+        # The collectives of the losses are finished when the last gradient is computed.
         slow = order[-1] if step == 2 and group.rank == 1 else ""
         batch = task.batch(task.batches(0)[0], step, 0)
         engine.module.train()
         engine.start_step(1e-4)
-        group.sum(torch.zeros(1))  # both begin together
+        group.sum(torch.zeros(1))  # both ranks start together
         group.clock.seconds()
         forward_backward(engine, task, batch, 1)
         waited = group.clock.seconds()
@@ -52,7 +52,7 @@ def seconds_of(overrides: list[str], ranks: object, kind: list[str]) -> tuple[st
 
 
 def main() -> None:
-    """Work through the engines."""
+    """Run all engines."""
     from comtip_fast.training.distributed.process_group import init_distributed
 
     torch.set_num_threads(1)

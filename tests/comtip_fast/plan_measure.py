@@ -21,7 +21,7 @@ from comtip_fast.training.task import build_task
 
 CPU = torch.device("cpu")
 aten = torch.ops.aten
-# What torch has no formula for: fused attention under its name on a CPU, and products that add in place.
+# Operators without a formula in torch: fused attention on a CPU, and in-place matrix products.
 MORE_FORMULAS = {
     aten.addmm_: lambda out, a, b, *rest, **kw: addmm_flop(out, a, b),
     aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *a, **kw: sdpa_flop_count(q, k, v),
@@ -32,7 +32,7 @@ MORE_FORMULAS = {
 
 
 class Kept:
-    """Inside a ``with`` block: every tensor that autograd keeps, each storage once."""
+    """Context manager that records every tensor autograd saves, each storage once."""
 
     def __init__(self, besides: list[torch.Tensor]) -> None:
         self._known = {t.untyped_storage().data_ptr() for t in besides}
@@ -51,7 +51,7 @@ class Kept:
         return t
 
     def forget(self) -> None:
-        """Let go of the tensors; a graph that no backward pass went through would hold them, and its hooks this object."""
+        """Release the tensors; a graph without a backward pass would keep them alive through its hooks."""
         self._found.clear()
 
     @property
@@ -62,7 +62,7 @@ class Kept:
 
 @dataclass
 class Measured:
-    """One real step, and what the plan says of the same step."""
+    """A measured step and the plan of the same step."""
 
     forward_flops: int
     all_flops: int
@@ -80,7 +80,7 @@ class Measured:
 
 
 def measure(overrides: list[str], *, bf16: bool = False) -> Measured:
-    """Take one step of a task on the CPU."""
+    """Run one step of a task on the CPU."""
     config = load_config(None, [*overrides, "train.log_every=1000", "panel.min_genes=24"])
     task = build_task(config, CPU)
     task.module.train()
@@ -98,8 +98,8 @@ def measure(overrides: list[str], *, bf16: bool = False) -> Measured:
     G, b = batch.panel.numel(), batch.section.numel()
     length = task.genes.length_G[batch.panel.long()].double()
     known = Inputs(tile_px=task.sizes.tile_px, trained_genes=task.sizes.n_identities, panel=G)
-    # The panel's own sentences instead of the mean over all genes: what is tested is the formulas. On a CPU short sentences
-    # share a matrix, and a token meets all of its tokens.
+    # Use the sentences of this panel instead of the mean over all genes, to test the formulas alone. On a CPU short sentences
+    # share a matrix, and a token attends to all of its tokens.
     sizes = sizes_of(config, known, task.model)
     batches = list(_shared(_runs(length.sort().values.long().repeat_interleave(sizes.Q))))
     met = sum(n * (several * tokens) ** 2 for n, several, tokens in batches)
@@ -117,7 +117,7 @@ def measure(overrides: list[str], *, bf16: bool = False) -> Measured:
 
 
 def measure_peak(overrides: list[str]) -> tuple[float, Plan]:
-    """Return the most bytes that tensors and their allocator held during one step of one process, and the step's plan."""
+    """Return the peak bytes of tensors and allocator during one step of one process, and the plan of the step."""
     config = load_config(None, [*overrides, "train.log_every=1000", "panel.min_genes=24"])
     task = build_task(config, CPU)
     first, second = (task.batch(task.batches(0)[0], step, 0) for step in (1, 2))

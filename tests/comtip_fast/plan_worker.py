@@ -1,6 +1,6 @@
-"""Run by every rank: steps of several engines; prints live bytes and what was sent, as one line of JSON per case.
+"""Executed by every rank: steps of several engines; prints live and sent bytes, one line of JSON per case.
 
-``plan_worker.py SHARDS NAME=OVERRIDE,OVERRIDE ...``. Collectives are counted where PyTorch is called, DDP's own by its hook.
+``plan_worker.py SHARDS NAME=OVERRIDE,OVERRIDE ...``. Collectives are counted at PyTorch's Python API, those of DDP in a communication hook.
 """
 
 import gc
@@ -18,14 +18,14 @@ COUNTING = [False]
 
 
 def count(kind: str, whole: int) -> None:
-    """Add what one rank sends for a tensor of ``whole`` bytes, by the algorithm that needs least."""
+    """Add the bytes one rank sends for a tensor of ``whole`` bytes, with the bandwidth-optimal algorithm."""
     if COUNTING[0]:
         W = dist.get_world_size()
         SENT[kind] += (2 if kind == "all_reduce" else 1) * whole * (W - 1) / W
 
 
 def patch() -> None:
-    """Count in front of torch.distributed; before DeepSpeed is imported, which keeps what it finds."""
+    """Wrap torch.distributed to count; must run before DeepSpeed is imported, which stores references to it."""
 
     def front(name: str, kind: str, which: int) -> None:
         real = getattr(dist, name, None)
@@ -35,7 +35,7 @@ def patch() -> None:
         def counted(*args: Any, **more: Any) -> Any:
             tensors = [a for a in (*args, *more.values()) if isinstance(a, torch.Tensor)]
             count(kind, tensors[which].nbytes)
-            # PyTorch's newer names may call its older ones.
+            # Newer PyTorch functions may call the older ones.
             before, COUNTING[0] = COUNTING[0], False
             try:
                 return real(*args, **more)
@@ -60,16 +60,16 @@ def patch() -> None:
 
 
 def live() -> int:
-    """Return the bytes of every tensor that Python can reach, gradients included, each storage once."""
+    """Return the bytes of all tensors reachable from Python, gradients included, each storage once."""
     gc.collect()
     tensors = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and t.device.type == "cpu"]
-    # A gradient has no Python object of its own until somebody asks for it.
+    # A gradient has no Python object until it is accessed.
     tensors += [t.grad for t in tensors if isinstance(t, torch.nn.Parameter) and t.grad is not None]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def one_case(shards: str, name: str, overrides: list[str], group: Any) -> dict[str, Any]:
-    """Take three steps and measure the third."""
+    """Run three steps and measure the third."""
     from comtip_fast.config.io import load_config
     from comtip_fast.training.engines.factory import make_engine
     from comtip_fast.training.engines.torch import TorchEngine
@@ -86,7 +86,7 @@ def one_case(shards: str, name: str, overrides: list[str], group: Any) -> dict[s
     if isinstance(engine, TorchEngine) and group.size > 1:
         from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-        # DDP calls its collectives from C++; as a hook they are called, and counted, here.
+        # DDP calls its collectives from C++; a communication hook calls and counts them here.
         engine._step.register_comm_hook(None, allreduce_hook)
     SENT.clear()
     out: dict[str, Any] = {
@@ -117,7 +117,7 @@ def one_case(shards: str, name: str, overrides: list[str], group: Any) -> dict[s
 
 
 def main() -> None:
-    """Work through the cases of the command line."""
+    """Run the cases of the command line."""
     patch()
     from comtip_fast.training.distributed.process_group import distributed_env, init_distributed
 
@@ -125,7 +125,7 @@ def main() -> None:
     with init_distributed(120.0, "cpu", distributed_env()) as group:
         if any("deepspeed" in case for case in cases):
             import deepspeed  # noqa: F401
-        # What is there by now is nobody's step: left out of every count, which makes counting quick.
+        # Existing objects belong to no step: freezing them excludes them from every count, which makes counting fast.
         gc.collect()
         gc.freeze()
         for case in cases:

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, and any damage is found."""
+"""Checkpoints are complete or absent, and any damage is detected."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_any_damage_is_found_and_the_file_named(tmp_path: Path, name: str, damag
         checkpoints.load(folder)
 
 
-def test_newest_good_passes_over_damage_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_newest_good_skips_damage_and_reports_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for step in (10, 20, 30):
         checkpoints.save(tmp_path, step, some(step))
     (checkpoints.folder_of(tmp_path, 30) / "model.safetensors").write_bytes(b"x")

@@ -1,4 +1,4 @@
-"""Config files: strict in, exact out."""
+"""Config files are read strictly and written exactly."""
 
 from __future__ import annotations
 

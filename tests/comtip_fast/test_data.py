@@ -34,14 +34,14 @@ def test_levels_are_quantiles_of_the_positive_values():
     got = table.levels(dense, np.arange(5))
     for g in range(4):
         positive = np.sort(dense[:, g][dense[:, g] > 0])
-        # Gene 0 is seldom seen: it borrows the edges of all genes together.
+        # Gene 0 has few positive spots: it uses the edges of the global row.
         pool = positive if positive.size >= 10 else np.sort(dense[dense > 0])
         edges = [e for e in np.quantile(pool, [0.25, 0.5, 0.75]) if e > pool.min()]
         for n in range(len(dense)):
             v = dense[n, g]
             want = 0 if v == 0 else 1 + sum(np.float32(e) <= v for e in sorted(set(edges)))
             assert got[n, g] == want
-    # A level's value is the median of its bin; level 0 is 0; frequencies sum to 1.
+    # The value of a level is the median of its bin; level 0 is 0; frequencies sum to 1.
     q = int(got[dense[:, 3] > 0, 3].max())
     assert table.value_cp10k[3, q] == pytest.approx(np.median(dense[:, 3][got[:, 3] == q]))
     assert (table.value_cp10k[:, 0] == 0).all()
@@ -121,12 +121,14 @@ def test_a_batch_is_made_again_from_its_integers(tiny_shards: ShardSet, tiny_ove
     values = log1p_cp10k(tiny_shards.counts(spots))
     rows = tables.genes.trained[one.panel.numpy()]
     np.testing.assert_array_equal((values[:, rows].toarray() > 0), one.levels.numpy() > 0)
-    # Nothing but training spots is ever in a batch, and levels were learnt from them alone.
+    # Batches contain training spots only, and levels are fitted on them only.
     split = [tiny_shards.manifest.sections[s].split for s in one.section.tolist()]
     assert set(split) == {"train"}
 
 
-def test_no_training_section_is_said(tiny_shards: ShardSet, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch):
+def test_no_training_section_is_reported(
+    tiny_shards: ShardSet, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(ShardSet, "select", lambda *_a, **_k: np.zeros(0, np.int64))
     with pytest.raises(ValueError, match="no section has split 'train'"):
         training_tables(tiny_shards, load_config(None, tiny_overrides))

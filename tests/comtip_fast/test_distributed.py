@@ -1,4 +1,4 @@
-"""Several ranks give the answer of one: losses and gradients (the whole matrix: bench/train/parity.py)."""
+"""Several ranks give the losses and gradients of one process (all cases: bench/train/parity.py)."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def test_shares_are_contiguous_and_leave_nothing_out():
 
 def test_the_launcher_is_found_in_the_environment():
     torchrun = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1234"}
-    place = distributed_env(torchrun)
-    assert (place.rank, place.size, place.local_rank, place.address, place.port) == (3, 4, 1, "a", 1234)
+    env = distributed_env(torchrun)
+    assert (env.rank, env.size, env.local_rank, env.address, env.port) == (3, 4, 1, "a", 1234)
     slurm = {
         "SLURM_PROCID": "9",
         "SLURM_STEP_NUM_TASKS": "16",
@@ -73,10 +73,10 @@ def test_the_launcher_is_found_in_the_environment():
         "SLURM_STEP_NODELIST": "gpu[03-04,11]",
         "SLURM_NTASKS": "16",
     }
-    place = distributed_env(slurm)
-    assert (place.rank, place.size, place.local_rank, place.address) == (9, 16, 1, "gpu03")
+    env = distributed_env(slurm)
+    assert (env.rank, env.size, env.local_rank, env.address) == (9, 16, 1, "gpu03")
     assert distributed_env(slurm | {"SLURM_STEP_NODELIST": "b1,b2"}).address == "b1"
-    # salloc alone starts one process, whatever the allocation holds.
+    # salloc alone starts one process, independent of the size of the allocation.
     assert distributed_env({"SLURM_NTASKS": "16", "SLURM_PROCID": "0"}).size == 1
     assert distributed_env({}).size == 1
     with pytest.raises(TrainingError, match="MASTER_ADDR"):
@@ -115,14 +115,14 @@ def test_deepspeeds_config_is_derived_from_ours():
             "data.batch_size=64",
         ],
     )
-    made = deepspeed_config(config, 4, gpu=True)
-    zero = made["zero_optimization"]
+    derived = deepspeed_config(config, 4, gpu=True)
+    zero = derived["zero_optimization"]
     assert (zero["stage"], zero["reduce_bucket_size"]) == (3, 2**20)
     assert zero["offload_optimizer"] == {"device": "nvme", "pin_memory": True, "nvme_path": "scratch"}
     assert zero["offload_param"] == {"device": "cpu", "pin_memory": True}
-    assert made["gradient_clipping"] == 0.5
-    assert made["train_micro_batch_size_per_gpu"] == 16
-    json.dumps(made)
+    assert derived["gradient_clipping"] == 0.5
+    assert derived["train_micro_batch_size_per_gpu"] == 16
+    json.dumps(derived)
 
 
 def test_a_failing_rank_ends_the_others_and_is_named(tmp_path: Path):
@@ -135,8 +135,8 @@ def test_a_failing_rank_ends_the_others_and_is_named(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_whole_runs_give_one_process_curve_and_go_on_with_another_engine(tiny_shards: ShardSet, tmp_path: Path):
-    """Through the trainer: SIGTERM to one rank stops all at one step; checkpoints know no engine and no world size."""
+def test_whole_runs_give_one_process_curve_and_resume_with_another_engine(tiny_shards: ShardSet, tmp_path: Path):
+    """With the trainer: SIGTERM to one rank stops all at the same step; checkpoints are independent of engine and world size."""
     rows = curves.run(str(tiny_shards.path), tmp_path, 12, [2], "quick")
     assert [row["run"] for row in rows] == curves.QUICK
     for row in rows:
@@ -146,7 +146,7 @@ def test_whole_runs_give_one_process_curve_and_go_on_with_another_engine(tiny_sh
         assert (folder / "export" / "model.safetensors").is_file()
         written = json.loads((checkpoint.folder_of(folder / "checkpoints", 12) / "state.json").read_text())
         assert written["world_size"] == 2
-    # What two ranks of ZeRO left goes on alone, from where two ranks of another engine stopped.
+    # One process resumes the run of two ZeRO ranks, which resumed that of two ranks of another engine.
     other = tmp_path / "2" / curves.QUICK[-1].name
     checkpoint.delete(checkpoint.folder_of(other / "checkpoints", 12))
     curves.train(str(tiny_shards.path), other, 12, SingleProcessGroup(), settings=curves.engine("single"), resume=True)
@@ -154,7 +154,7 @@ def test_whole_runs_give_one_process_curve_and_go_on_with_another_engine(tiny_sh
 
 
 def test_the_loss_curve_is_the_one_committed(tmp_path: Path):
-    """A change of the curve is a change of what is trained: say so, and write it again (bench/train/curves.py)."""
+    """A different curve means that training has changed: state it in the CHANGELOG and rewrite the file (bench/train/curves.py)."""
     shards = tiny.tiny_shards(tmp_path)
     curves.train(str(shards), tmp_path / "run", 50, SingleProcessGroup(), settings=curves.engine("single"))
     golden = json.loads((ROOT / "tests" / "golden" / "loss_curve.json").read_text())["losses"]

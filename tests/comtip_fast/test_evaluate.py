@@ -1,4 +1,4 @@
-"""What an evaluation is scored on, and what it refuses."""
+"""What an evaluation scores, and what it refuses."""
 
 import json
 from dataclasses import replace
@@ -21,7 +21,7 @@ TILES = {"tile_px": 32, "tile_um": 224.0, "min_mpp": 5.0}
 
 @pytest.fixture(scope="module")
 def other_shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
-    """A section of another day, without the training sections."""
+    """A new section, without the training sections."""
     folder = tmp_path_factory.mktemp("other")
     write_tiny_source(folder / "source", [TinySection("y1", "donor_a", "")], seed=5)
     build_shards(open_source(folder / "source"), folder / "set", **TILES)
@@ -34,7 +34,7 @@ def predictor(tiny_run: Path) -> Predictor:
 
 
 def without_task(predictor: Predictor) -> Predictor:
-    """The same model, as if it had been trained on another organ."""
+    """The same model, labelled as trained on another organ."""
     other = Predictor(predictor.bundle)
     other.train_sections = [s | {"tissue": "heart"} for s in predictor.train_sections]
     return other
@@ -47,21 +47,21 @@ def test_a_trained_task_needs_its_training_sections(predictor: Predictor, other_
         evaluate(predictor, other_shards, train_shards=other_shards, n_null=2)
 
 
-def test_some_training_sections_missing_is_said(predictor: Predictor, tiny_shards: ShardSet, caplog):
+def test_some_training_sections_missing_is_reported(predictor: Predictor, tiny_shards: ShardSet, caplog):
     more = Predictor(predictor.bundle)
     more.train_sections = [*predictor.train_sections, predictor.train_sections[0] | {"section_id": "t9"}]
     TrainReference(more, tiny_shards).check(["human_breast"])
     assert "lacks training sections of human_breast (t9)" in caplog.text
 
 
-def test_a_section_of_a_trained_donor_is_said(predictor: Predictor, other_shards: ShardSet, tiny_shards: ShardSet):
+def test_a_section_of_a_trained_donor_is_reported(predictor: Predictor, other_shards: ShardSet, tiny_shards: ShardSet):
     entry = evaluate(predictor, other_shards, train_shards=tiny_shards, n_null=2).metrics["sections"]["y1"]
     assert entry["donor_seen_in_training"]
     assert not entry["section_seen_in_training"]
     assert entry["hvg_from"] == "training sections"
 
 
-def test_a_validation_section_is_said(predictor: Predictor, tiny_shards: ShardSet):
+def test_a_validation_section_is_reported(predictor: Predictor, tiny_shards: ShardSet):
     entry = evaluate(predictor, tiny_shards, sections=["v1"], n_null=2).metrics["sections"]["v1"]
     assert entry["section_stopped_training"]
     assert not entry["section_seen_in_training"]
@@ -75,7 +75,7 @@ def test_a_task_never_trained_is_flagged_and_has_no_ridge(predictor: Predictor, 
     assert cohort["ridge_colour"]["cp10k"] is None
     assert cohort["zero_shot"]["raw"]["mean_pcc_50_hvg"] is not None
     data = result.sections[0]
-    # Unseen genes come by their variance too, though no training section says it.
+    # Unseen genes are ranked by variance too, although no training section measured them.
     variance = data.measured["cp10k"][:, data.unseen].var(0)
     assert (np.diff(variance) <= 1e-6).all()
 
@@ -87,7 +87,7 @@ def test_all_means_trained_genes_and_held_out_variable_genes_are_still_scored(
     data: SectionData = result.sections[0]
     entry = result.metrics["sections"]["x1"]["zero_shot"]["cp10k"]
     assert {data.keys[i] for i in data.panel} == set(predictor.trained_genes)
-    # The tiny set has fewer than 50 genes, so that the held-out ones are among the most variable.
+    # The tiny set has fewer than 50 genes, so the held-out genes are among the most variable.
     assert {data.keys[i] for i in data.hvg} & set(predictor.held_out_genes)
     pcc = np.nan_to_num(pcc_per_gene(data.measured["cp10k"], data.predicted["cp10k"]))
     assert entry["mean_pcc_all"] == pytest.approx(pcc[data.panel].mean())
@@ -109,7 +109,7 @@ def test_the_colour_of_the_baseline_is_chosen_on_training_sections(predictor: Pr
     prediction, facts = reference.ridge("human_breast", "ridge_colour", "cp10k", keys, x) or (None, {})
     assert facts["input"] == max(both, key=lambda i: both[i])
     assert facts["cv_mean_pcc"] == pytest.approx(max(both.values()))
-    # The other input is really not read.
+    # The other input is not read.
     unused = next(i for i in x if i != facts["input"])
     again, _ = reference.ridge("human_breast", "ridge_colour", "cp10k", keys, x | {unused: x[unused] * 0}) or (None, {})
     np.testing.assert_array_equal(prediction, again)

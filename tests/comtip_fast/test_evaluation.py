@@ -1,4 +1,4 @@
-"""Scores against slow formulas; a null that is a null; baselines that never see what they are scored on."""
+"""Scores against slow formulas; a valid null; baselines that never see the sections they are scored on."""
 
 import json
 import re
@@ -67,7 +67,7 @@ def grid(n: int) -> np.ndarray:
     return np.stack(np.meshgrid(np.arange(n), np.arange(n)), -1).reshape(-1, 2).astype(float)
 
 
-def test_the_null_keeps_spatial_structure_and_loses_the_place(rng):
+def test_the_null_keeps_spatial_structure_and_loses_the_position(rng):
     xy = grid(20)
     field = np.sin(xy[:, 0] / 4) + np.cos(xy[:, 1] / 5)
     moved = moved_spots(xy, 200, seed=0, section="s")
@@ -83,7 +83,7 @@ def test_the_null_keeps_spatial_structure_and_loses_the_place(rng):
     assert np.mean(kept) < 0.4 * np.mean(shuffled)
     pcc = [np.corrcoef(field, field[m])[0, 1] for m in moved]
     assert abs(np.mean(pcc)) < 0.2
-    # Smooth maps correlate by chance far more than shuffled spots would say.
+    # Smooth maps correlate by chance far more than shuffled spots suggest.
     assert np.std(pcc) > 3 / np.sqrt(len(xy))
 
 
@@ -128,7 +128,7 @@ def test_metrics_hold_every_key_and_the_tissue_was_learnt(evaluation, tmp_path: 
             assert {"mean_pcc_50_hvg", "mean_pcc_all", "partial_pcc_50_hvg", "undefined_genes"} <= set(
                 entry[name][norm]
             )
-    # The made-up genes follow the colour: a model that learnt anything beats its own null by far.
+    # The synthetic genes follow the colour: a model that has learnt anything clearly beats its null.
     assert entry["zero_shot"]["cp10k"]["mean_pcc_50_hvg"] > 0.3
     assert entry["ridge_colour"]["cp10k"]["mean_pcc_50_hvg"] > 0.5
     assert abs(entry["control_null"]["cp10k"]["mean_pcc_50_hvg"]) < 0.25
@@ -147,7 +147,7 @@ def test_unseen_genes_are_those_held_out(evaluation):
 def test_choice_of_genes_and_baselines_do_not_read_the_test_section(
     tiny_run: Path, tiny_shards: ShardSet, evaluation, monkeypatch: pytest.MonkeyPatch
 ):
-    """Scramble the test section's counts: the chosen genes and all predictions stay the same."""
+    """Scramble the counts of the test section: the chosen genes and all predictions do not change."""
     test = set(tiny_shards.select(split="test").tolist())
     real = ShardSet.counts
 

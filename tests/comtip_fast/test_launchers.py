@@ -1,4 +1,4 @@
-"""Whole runs under the launchers that the documents name (torchrun's agent: test_survival.py; SLURM: test_slurm.py)."""
+"""Whole runs under the documented launchers (torchrun's agent: test_survival.py; SLURM: test_slurm.py)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from comtip_fast.training.task import build_task
 from comtip_fast.training.trainer import Trainer
 from testkit.distributed import free_port, rank_environment
 
-# What a launcher sets by itself.
+# Variables that a launcher sets.
 RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -32,14 +32,14 @@ def losses(run: Path) -> list[float]:
 
 @pytest.mark.slow
 def test_deepspeeds_launcher_gives_the_losses_of_one_process(tiny_overrides: list[str], tmp_path: Path):
-    """As docs/training.md starts it, its ``--local_rank`` included; and DeepSpeed compiles nothing for it."""
+    """The command of docs/training.md, including ``--local_rank``; DeepSpeed compiles nothing for it."""
     settings = [*tiny_overrides, "train.steps=4", "train.device=cpu", "data.workers=1"]
     alone = load_config(None, settings)
     Trainer(build_task(alone, torch.device("cpu")), alone, tmp_path / "alone").fit()
     config = tmp_path / "config.yaml"
     config.write_text(dump_config(load_config(None, [*settings, "engine.kind=deepspeed", "engine.zero_stage=2"])))
     programs = Path(sys.executable).parent
-    # Binding needs numactl and a core for each rank; a machine that has neither still runs the rest.
+    # Binding needs numactl and one core per rank; without them the rest of the test still runs.
     bind = ["--bind_cores_to_rank"] if shutil.which("numactl") and (psutil.cpu_count(logical=False) or 0) >= 2 else []
     launched = [
         str(programs / "deepspeed"),
@@ -96,7 +96,7 @@ def test_bad_input_is_final_before_the_first_checkpoint_and_after_it_the_second_
 
 @pytest.mark.slow
 def test_torchrun_is_soon_done_with_bad_input(tmp_path: Path):
-    """Three restarts: the first start finds out, the others say it again without so much as importing PyTorch."""
+    """Three restarts: the first start finds the error, the others repeat it without importing PyTorch."""
     config = tmp_path / "c.yaml"
     config.write_text("data:\n  shards: no-such-set\n")
     programs = Path(sys.executable).parent
@@ -124,5 +124,5 @@ def test_torchrun_is_soon_done_with_bad_input(tmp_path: Path):
     assert "no-such-set" in done.stderr
     for start in (1, 2, 3):
         assert f"(start {start} of 3 again; it cannot help)" in done.stderr
-    # The agent imports it once, and each of two ranks at most once.
+    # The agent imports PyTorch once, and each of the two ranks at most once.
     assert 1 <= len(re.findall(r"\| +torch\n", done.stderr)) <= 3

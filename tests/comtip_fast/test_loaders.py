@@ -269,7 +269,7 @@ def threads_of_loaders() -> set[threading.Thread]:
 
 @pytest.mark.parametrize("name", ["torch", pytest.param("dali", marks=needs_dali)])
 def test_memory_stays_flat(loader, name: str):
-    before = threads_of_loaders()  # of loaders that other tests left behind
+    before = threads_of_loaders()  # from loaders of other tests
     tested = loader(f"data.loader={name}", "data.batch_size=16")
     stream = tested.iterate(0, 0, 1)
     n = len(tested.batches(0))
@@ -404,7 +404,7 @@ def test_what_dali_cannot_decode_is_found_by_pillow(loader, monkeypatch: pytest.
     monkeypatch.setattr(tested.records, "fetch", fetch)
     for want, got in zip(islice(plain.iterate(), 5), islice(tested.iterate(), 5), strict=True):
         same(want, got, JPEG_TOLERANCE)
-    assert len(calls) >= 6  # one batch was read again
+    assert len(calls) >= 6  # one batch is read twice
 
 
 # -- level tables that do not fit into memory ------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Where numbers go: the JSONL file, the lines for people, and the two optional services."""
+"""Loggers: the JSONL file, the progress lines, TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 

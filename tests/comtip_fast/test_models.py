@@ -1,4 +1,4 @@
-"""The model: the table is every sentence encoded once, hidden patches are never computed, timm is timm."""
+"""The model: the table encodes every sentence once, hidden patches are never computed, timm backbones equal timm."""
 
 import copy
 from dataclasses import replace
@@ -46,7 +46,7 @@ def test_the_table_equals_encoding_every_sentence_of_every_spot():
     levels = torch.randint(4, (5, 6), generator=torch.Generator().manual_seed(1))
     weight = torch.randn(5, 6, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     table = enc(panel)
-    in_parts = torch.cat([enc(panel, slice(0, 7)), enc(panel, slice(7, 24))])  # the cut is inside a gene
+    in_parts = torch.cat([enc(panel, slice(0, 7)), enc(panel, slice(7, 24))])  # the slice starts inside a gene
     torch.testing.assert_close(in_parts, table, rtol=1e-12, atol=1e-12)
     from_table = table.view(6, 4, 16)[torch.arange(6), levels]
     (from_table * weight).sum().backward()
@@ -81,7 +81,7 @@ def test_a_sentence_depends_on_its_own_tokens_only():
     before = enc(panel).view(6, 4, 16)
     changed = GeneTokens(panel.ids_GT.clone(), panel.length_G, panel.identity_G)
     changed.ids_GT[2, 1] = (changed.ids_GT[2, 1] + 1) % 37 + 3
-    changed.ids_GT[4, panel.length_G[4] :] = 9  # past the end: not part of the sentence
+    changed.ids_GT[4, panel.length_G[4] :] = 9  # past the end of the sentence
     after = enc(changed).view(6, 4, 16)
     others = torch.tensor([0, 1, 3, 4, 5])
     torch.testing.assert_close(after[others], before[others], rtol=0, atol=1e-14)
@@ -118,7 +118,7 @@ def test_hidden_patches_are_never_computed(ratio: int, hidden: int):
     tiles = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
     order = torch.stack([torch.randperm(16) for _ in range(3)])
     patches = net.vision.stem_features(tiles)
-    # Poison what is hidden: any use of it would show as NaN.
+    # Set hidden patches to NaN: any use of them would propagate.
     rows = torch.arange(3)[:, None]
     patches[rows, order[:, :hidden]] = float("nan")
     seen = net.vision(patches, order[:, hidden:])
@@ -128,7 +128,7 @@ def test_hidden_patches_are_never_computed(ratio: int, hidden: int):
     assert net.generator(seen.patches_BVd, order[:, :hidden]).isfinite().all()
 
 
-def test_predictions_follow_the_hidden_place_and_see_the_visible():
+def test_predictions_follow_the_hidden_position_and_see_the_visible():
     net = model()
     visible = torch.randn(2, 8, 16)
     a = net.generator(visible, torch.tensor([[3, 7], [1, 2]]))
@@ -177,14 +177,14 @@ def test_the_frozen_stem_is_the_folded_network():
     x = torch.randn(4, 3, 32, 32)
     raw = stem.raw(x)
     assert raw.shape == (4, 432)
-    # One patch's features do not depend on its neighbours in the batch.
+    # The features of a patch do not depend on the rest of the batch.
     torch.testing.assert_close(stem.raw(x[1:2]), raw[1:2], rtol=1e-4, atol=1e-4)
     assert not any(p.requires_grad for p in stem.parameters())
     assert not stem.train().training
     del net
 
 
-# -- the whole --------------------------------------------------------------------------------------------------
+# -- whole model --------------------------------------------------------------------------------------------------
 
 
 def step(net: CoMTIP):

@@ -1,4 +1,4 @@
-"""The quick null equals the slow one, gene by gene, undefined ones too."""
+"""The fast null equals the slow one for every gene, undefined genes included."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def test_quick_null_is_the_slow_one(rng, xy):
     covariates = rng.normal(size=(63, 4))
     a[:, 3], b[:, BLOCK + 1] = 0.1, 7.3
     moved = moved_spots(xy, 12, seed=0, section="s")
-    moved[5] = 11  # every spot gets one spot's prediction
+    moved[5] = 11  # every spot gets the prediction of one spot
     got, partial = null_pcc(a, b, moved), null_partial_pcc(a[:, :6], b[:, :6], covariates, moved)
     assert np.isnan(got[5]).all()
     for draw in range(12):
@@ -46,7 +46,7 @@ def test_no_draws_no_genes(rng, xy):
 
 
 def test_random_fields_are_centred_near_zero_and_wider_than_shuffles(rng, xy):
-    """Smooth fields that have nothing to do with one another: the null is centred, and as wide as chance is."""
+    """For independent smooth fields the null is centred and has the spread of chance correlations."""
 
     def field() -> np.ndarray:
         k, phase = rng.uniform(-0.6, 0.6, (2, 3)), rng.uniform(0, 6.3, 3)

@@ -1,4 +1,4 @@
-"""Losses against slow formulas; and mispairing changes nothing but the pairing."""
+"""Losses against slow formulas; mispairing changes only the pairing."""
 
 import math
 
@@ -35,7 +35,7 @@ def uniform(seed: int, *shape: int) -> torch.Tensor:
 
 def test_within_strata_every_spot_keeps_its_values_in_every_stratum(levels):
     strata = torch.arange(G).remainder(3).expand(B, G).clone()
-    strata[:, -4:] = 3  # not measured: a stratum of their own
+    strata[:, -4:] = 3  # not measured: a separate stratum
     out = permute_within_strata(levels, strata, uniform(2, C, B, G), uniform(3, C, B, G))
     assert out.shape == (C, B, G)
     for s in range(4):
@@ -56,7 +56,7 @@ def test_within_strata_is_a_uniform_permutation():
 
 def test_other_spots_give_the_same_gene_of_the_same_section_and_never_ones_own():
     section = torch.tensor([0, 1, 0, 1, 0, 2, 1, 0, 1])
-    tagged = torch.arange(B)[:, None] * G + torch.arange(G)  # a level that says where it is from
+    tagged = torch.arange(B)[:, None] * G + torch.arange(G)  # a level that identifies its origin
     out = take_from_other_spots(tagged, section, uniform(6, 200, B, G))
     spot, gene = out // G, out % G
     assert (gene == torch.arange(G)).all()
@@ -64,12 +64,12 @@ def test_other_spots_give_the_same_gene_of_the_same_section_and_never_ones_own()
     alone = section == 2
     assert (spot[:, alone] == 5).all()
     assert (spot[:, ~alone] != torch.arange(B)[~alone][:, None]).all()
-    # Every other spot of the section is drawn.
+    # Every other spot of the section can be drawn.
     assert set(spot[:, 0].unique().tolist()) == {2, 4, 7}
 
 
 def test_levels_of_other_spots_are_taken_as_bytes_by_whoever_has_the_rows():
-    """All spots' levels travel as bytes; only what a rank takes may become wider."""
+    """Levels of all spots are communicated as bytes; only the levels a rank takes may be widened."""
     section = torch.tensor([0, 1, 0, 1, 0, 2, 1, 0, 1])
     levels, u = (torch.arange(B * G).reshape(B, G) % 251).byte(), uniform(7, 3, B, G)
     whole = take_from_other_spots(levels.long(), section, u)

@@ -1,4 +1,4 @@
-"""ZeRO with state and parameters in host memory or in files: the losses of a run without, through a stop and a resume."""
+"""ZeRO with CPU or NVMe offload gives the losses of a run without it, also through a stop and a resume."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def test_nvme_without_libaio_is_refused_before_data_are_read(
     for setting in [*NVME, f"engine.nvme_path={tmp_path / 'nvme'}"]:
         arguments += ["--set", setting]
     assert main(arguments) == 2
-    said = capsys.readouterr().err
-    assert "libaio-dev" in said
-    assert "no-such-set" not in said
+    output = capsys.readouterr().err
+    assert "libaio-dev" in output
+    assert "no-such-set" not in output
     assert not (tmp_path / "run").exists()
 
 

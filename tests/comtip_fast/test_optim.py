@@ -1,4 +1,4 @@
-"""The schedule, the groups and the state of the optimizer."""
+"""Learning rate schedule, parameter groups and state of the optimizer."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def step(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     optimizer.step()
 
 
-def test_state_restored_goes_on_to_the_bit() -> None:
+def test_state_restored_continues_bit_exactly() -> None:
     a = net()
     first = make_optimizer(a, CONFIG)
     for _ in range(3):

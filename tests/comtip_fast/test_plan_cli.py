@@ -1,4 +1,4 @@
-"""``comtip plan`` as people and programs call it, and the hardware it knows."""
+"""``comtip plan`` as text and as JSON, and its table of hardware."""
 
 import json
 from pathlib import Path
@@ -79,7 +79,7 @@ def test_offloading_moves_state_off_the_device(capsys: pytest.CaptureFixture[str
     here = plan(capsys, *zero)
     there = plan(capsys, *zero, "--set", "engine.offload_optimizer=cpu", "--set", "engine.offload_param=cpu")
     moved = {r["name"]: r["bytes"] for r in there["memory"] if r["where"] == "host"}
-    # Parameters, their gradients, the optimizer's shard of them and two moments: five numbers of fp32 each, over four ranks.
+    # Parameters, gradients, the optimizer's shard and two moments: five fp32 values each, over four ranks.
     assert sum(moved.values()) == pytest.approx(there["sizes"]["parameters"] * 4 * 5 / 4)
     assert here["device_bytes"] - there["device_bytes"] == pytest.approx(sum(moved.values()))
 
@@ -107,9 +107,9 @@ def test_links_of_two_nodes_share_a_collective_out():
     cluster = make_cluster("h100", per_node=8, nodes=2, efficiency=Efficiency(link=1.0))
     gather = Collective("x", "x", "all_gather", 16e9)
     assert gather.sent(16) == 15e9
-    # Half of the 16 GB lies on the other node and comes in over eight adapters.
+    # Half of the 16 GB is on the other node and arrives over eight adapters.
     assert gather.on_links(cluster) == (14e9, 1e9)
-    # In a ring every block crosses one adapter.
+    # In a ring every block crosses nodes over one adapter.
     assert Collective("x", "x", "ring", 16e9).on_links(cluster) == (15e9, 15e9)
     assert gather.seconds(cluster) == pytest.approx(14e9 / 450e9, rel=0.01)
     assert Collective("x", "x", "ring", 16e9).seconds(cluster) == pytest.approx(15e9 / 50e9, rel=0.01)

@@ -1,4 +1,4 @@
-"""The plan's memory and traffic against two gloo ranks: live bytes of every engine, and every collective counted."""
+"""Memory and communication of the plan against two gloo ranks: live bytes of every engine, every collective counted."""
 
 import json
 from dataclasses import replace
@@ -63,10 +63,10 @@ def config_of(case: str) -> RunConfig:
 
 
 def measure_all(shards: Path) -> dict[str, dict[str, Any]]:
-    """Work every case through with two ranks that are started once; return what rank 0 found."""
+    """Run all cases with two ranks that are launched once; return the results of rank 0."""
     cases = [f"{name}={';'.join([*SETTINGS, *more])}" for name, more in CASES.items()]
-    said = run_distributed([str(WORKER), str(shards), *cases], W, timeout_s=500)
-    found = [json.loads(line[5:]) for line in said[0].splitlines() if line.startswith("CASE ")]
+    outputs = run_distributed([str(WORKER), str(shards), *cases], W, timeout_s=500)
+    found = [json.loads(line[5:]) for line in outputs[0].splitlines() if line.startswith("CASE ")]
     return {f["name"]: f for f in found}
 
 
@@ -76,7 +76,7 @@ def measured(tiny_shards: ShardSet) -> dict[str, dict[str, Any]]:
 
 
 def plan_of(case: str, found: dict[str, Any]) -> Plan:
-    """Plan the very step that was measured: its spots, its genes, their sentences."""
+    """Plan exactly the measured step: its spots, its genes, their sentences."""
     config, n = config_of(case), len(found["length"])
     known = Inputs(tile_px=32, trained_genes=found["trained"], panel=found["genes"])
     own = found["length"][: -(-n // W)] if config.engine.shard_table else found["length"]
@@ -94,7 +94,7 @@ def test_live_bytes_from_step_to_step(case: str, measured: dict[str, dict[str, A
     plan = plan_of(case, measured[case])
     rows = state_rows(plan.sizes, plan.engine, W)
     if not case.startswith("ZeRO"):
-        # Outside of DeepSpeed gradients stay until the next step begins.
+        # Without DeepSpeed, gradients are kept until the next step starts.
         rows = [replace(r, lasts=True) for r in rows]
     assert total(rows, lasting=True) == pytest.approx(measured[case]["after_step"], rel=0.02)
 
@@ -102,7 +102,7 @@ def test_live_bytes_from_step_to_step(case: str, measured: dict[str, dict[str, A
 @pytest.mark.parametrize("case", CASES)
 def test_live_bytes_when_gradients_are_there(case: str, measured: dict[str, dict[str, Any]]):
     plan = plan_of(case, measured[case])
-    # The bucket of ZeRO 1 and 2, and what ZeRO 3 gathers, are gone by the end of the backward pass.
+    # The bucket of ZeRO 1 and 2, and parameters gathered by ZeRO 3, are freed by the end of the backward pass.
     rows = [r for r in state_rows(plan.sizes, plan.engine, W) if r.lasts or r.name.startswith("gradients")]
     assert total(rows, lasting=False) == pytest.approx(measured[case]["after_backward"], rel=0.10)
 
@@ -112,7 +112,7 @@ def test_activations_of_a_rank(case: str, measured: dict[str, dict[str, Any]]):
     plan, found = plan_of(case, measured[case]), measured[case]
     kept = sum(p.kept for p in plan.parts)
     batch = plan.work.spots * plan.sizes.P * plan.sizes.patch_inputs * 4
-    # The loss over ranks keeps vectors of length 1 and, where it gathers, all images; gradients come later.
+    # The distributed loss stores unit vectors and, with gather, all images; gradients come later.
     vectors = plan.work.spots * (0 if plan.engine.loss_form == "ring" else W - 1) * plan.sizes.D * 4
     assert kept + batch + vectors == pytest.approx(found["kept"], rel=0.10)
 
@@ -123,7 +123,7 @@ def test_every_collective_is_counted(case: str, measured: dict[str, dict[str, An
     predicted: dict[str, float] = {}
     for item in plan.traffic:
         predicted[item.kind] = predicted.get(item.kind, 0.0) + item.sent(W)
-    # Besides, ranks agree on a few single numbers: counts, weights, norms.
+    # In addition, ranks reduce a few scalars: counts, weights, norms.
     assert found.keys() - predicted.keys() <= {"all_reduce"}
     for kind, sent in predicted.items():
         assert sent == pytest.approx(found[kind], rel=0.02, abs=100), kind

@@ -1,4 +1,4 @@
-"""The plan's FLOPs and activations against a real step on the CPU, and its parameters against the real model."""
+"""FLOPs and activations of the plan against a real CPU step, and its parameters against the real model."""
 
 from dataclasses import replace
 from typing import Any
@@ -105,7 +105,7 @@ SMALL = {"B": 48, "M": 80, "G": 6, "Q": 4, "D": 32}
 
 
 def loss_parts(sizes: Sizes, *, gpu: bool) -> dict[str, tuple[float, float]]:
-    """Return FLOPs forward and backward of the losses over spots and sentences, at the sizes of ``SMALL``."""
+    """Return the forward and backward FLOPs of the losses over spots and sentences, for the sizes in ``SMALL``."""
     sizes = replace(sizes, G=SMALL["G"], Q=SMALL["Q"], D=SMALL["D"], candidates=1)
     work = Work(spots=SMALL["B"], images=SMALL["B"], columns=SMALL["M"], table_rows=24, precision=FP32, gpu=gpu)
     found = {

@@ -1,4 +1,4 @@
-"""The sweep over devices: what must grow, what must not, and where it says that scaling stops."""
+"""The sweep over devices: what grows, what does not, and where scaling stops."""
 
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def test_a_whole_table_costs_the_same_everywhere_and_a_shared_one_less(found: Sw
     assert len(set(seconds(0))) == 1
     whole, shared = seconds(0), seconds(2)
     assert shared[3] < whole[3] / 4
-    # Sentences are shared out, not genes: 512 genes still go over 1,024 devices.
+    # Sentences are sharded, not genes: 512 genes still use 1,024 devices.
     assert shared[10] < whole[10] / 4
     assert shared[10] <= shared[9]
 
@@ -83,18 +83,18 @@ def test_the_table_has_a_row_per_design_and_growth(found: Sweep):
     assert "PREDICTED" in table(found)
 
 
-def test_the_table_in_the_docs_is_todays():
+def test_the_table_in_the_docs_is_up_to_date():
     root = Path(__file__).parents[2]
     config = load_config(root / "configs" / "multinode_h100.yaml")
     found = sweep(config, make_cluster("h100", per_node=8, nodes=8), Inputs())
-    said = (
+    written = (
         (root / "docs" / "scaling.md")
         .read_text()
         .partition("<!-- sweep -->\n")[2]
         .partition("<!-- end of sweep -->")[0]
     )
-    assert said.strip() == table(found), (
-        "run the command above the figures again, and put scaling_table.md in its place"
+    assert written.strip() == table(found), (
+        "run the command above the figures again and replace the table by scaling_table.md"
     )
 
 

@@ -1,4 +1,4 @@
-"""bf16 and compiled blocks: the same run, nearly and exactly."""
+"""bf16 gives nearly the same run, compiled blocks exactly the same."""
 
 import json
 from pathlib import Path
@@ -52,7 +52,7 @@ def test_bf16_computes_in_bf16_and_keeps_fp32(
     assert {p.dtype for p in trainer.engine.module.parameters()} == {torch.float32}
     moments = trainer.engine.optimizer_state().values()
     assert {t.dtype for t in moments} == {torch.float32}
-    # bf16 has 8 bits: 1/256 of a number; steps drift apart slowly.
+    # bf16 has 8 significant bits, a relative error of 1/256; steps diverge slowly.
     assert losses != plain
     assert losses == pytest.approx(plain, rel=0.02)
 
@@ -63,7 +63,7 @@ def test_compiled_blocks_give_the_same_losses(
     compiled: list[nn.Module] = []
 
     def trace(self: nn.Module) -> None:
-        # Traced and run forward and backward by PyTorch's own operations: Inductor's C++ takes a minute and a half.
+        # aot_eager traces forward and backward with PyTorch operations; compiling with Inductor takes 90 s.
         compiled.append(self)
         self._compiled_call_impl = torch.compile(self._call_impl, backend="aot_eager")
 

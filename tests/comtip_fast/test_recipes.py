@@ -1,4 +1,4 @@
-"""Every config in ``configs/``: it loads, what it says of itself is what ``comtip plan`` says, and it takes a step."""
+"""Every config in ``configs/`` loads, its header equals the output of ``comtip plan``, and it runs a step."""
 
 import os
 import shlex
@@ -13,8 +13,8 @@ from comtip_fast.cli import main
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 NEEDED = {"demo_cpu", "1gpu", "8xa100", "8xh100", "multinode_h100"}
-COMMAND, SAID = "# comtip plan ", "#   "
-# Sizes alone: which parts of the method and of the engine are on is what the config says.
+COMMAND, INDENT = "# comtip plan ", "#   "
+# Only sizes are overridden; the parts of the method and of the engine are those of the config.
 SMALL = [
     "data.batch_size=12",
     "data.views=2",
@@ -45,15 +45,15 @@ BACKBONE = {
 
 
 def header(path: Path) -> tuple[list[str], list[str]]:
-    """Return the arguments of the plan that a config names, and the lines that follow it there."""
+    """Return the plan arguments in the header of a config, and the lines after them."""
     lines = path.read_text(encoding="utf-8").splitlines()
     at = next(i for i, line in enumerate(lines) if line.startswith(COMMAND))
-    said = []
+    header_lines = []
     for line in lines[at + 1 :]:
-        if not line.startswith(SAID):
+        if not line.startswith(INDENT):
             break
-        said.append(line.removeprefix(SAID))
-    return shlex.split(lines[at])[3:], said
+        header_lines.append(line.removeprefix(INDENT))
+    return shlex.split(lines[at])[3:], header_lines
 
 
 def test_all_recipes_are_there():
@@ -61,12 +61,14 @@ def test_all_recipes_are_there():
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
-def test_what_a_config_says_is_what_the_plan_says(path: Path, capsys: pytest.CaptureFixture[str]):
-    arguments, said = header(path)
+def test_the_header_of_a_config_is_the_output_of_the_plan(path: Path, capsys: pytest.CaptureFixture[str]):
+    arguments, expected = header(path)
     assert arguments[:2] == ["--config", f"configs/{path.name}"]
     arguments[1] = str(path)
     assert main(["plan", *arguments, "--brief"]) == 0
-    assert said == capsys.readouterr().out.splitlines(), f"write into {path} what `comtip plan ... --brief` prints"
+    assert expected == capsys.readouterr().out.splitlines(), (
+        f"{path}: its header is out of date; replace it by the output of `comtip plan ... --brief`"
+    )
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
@@ -78,7 +80,7 @@ def test_a_config_builds_and_takes_a_step(path: Path, tiny_shards: ShardSet, tmp
     if "kind: deepspeed" not in text:
         assert main(command) == 0
     else:
-        # In a process of its own: DeepSpeed leaves a process group and much else behind.
+        # In a separate process: DeepSpeed leaves a process group and other global state.
         code = f"import sys; from comtip_fast.cli import main; sys.exit(main({command!r}))"
         environment = os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
         done = subprocess.run(
@@ -91,11 +93,11 @@ def test_a_config_builds_and_takes_a_step(path: Path, tiny_shards: ShardSet, tmp
     assert '"mfm"' in metrics
 
 
-def test_a_comment_that_rots_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_an_outdated_header_is_detected(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = next(p for p in CONFIGS if p.stem == "8xh100")
     changed = tmp_path / "changed.yaml"
     changed.write_text(path.read_text().replace("batch_size: 8192", "batch_size: 4096"))
-    arguments, said = header(changed)
+    arguments, expected = header(changed)
     arguments[1] = str(changed)
     main(["plan", *arguments, "--brief"])
-    assert said != capsys.readouterr().out.splitlines()
+    assert expected != capsys.readouterr().out.splitlines()

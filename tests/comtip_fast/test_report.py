@@ -1,4 +1,4 @@
-"""The page says what a reader must not be left to guess."""
+"""The report states everything a reader needs to interpret the scores."""
 
 from pathlib import Path
 

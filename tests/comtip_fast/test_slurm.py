@@ -1,4 +1,4 @@
-"""The SLURM scripts, run by bash with stand-ins for SLURM's commands: what is started, and what happens to a signal."""
+"""The SLURM scripts, run by bash with stubs of the SLURM commands: what they start, and how they handle signals."""
 
 import os
 import shutil
@@ -13,10 +13,10 @@ import pytest
 SCRIPTS = sorted((Path(__file__).parents[2] / "configs" / "slurm").glob("*.sbatch"))
 STAND_INS = {
     "scontrol": 'if [ "$1" = show ]; then printf "node7\\nnode8\\n"; else echo "$@" >> "$HERE/scontrol"; fi',
-    # SLURM signals the steps of a job, not its batch script.
+    # scancel signals the steps of a job, not its batch script.
     "scancel": 'echo "$@" >> "$HERE/scancel"; kill -TERM "$(cat "$HERE/pid")"',
     "srun": 'while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
-    # As comtip does: on SIGTERM it takes a moment to save, and ends with 143.
+    # Like comtip: on SIGTERM it needs a moment to save, then exits with 143.
     "comtip": """
 echo "$@" > "$HERE/arguments"; echo $$ > "$HERE/pid"
 [ -z "${ENDS_WITH:-}" ] || exit "$ENDS_WITH"
@@ -29,7 +29,7 @@ while true; do sleep 0.05; done""",
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> dict[str, str]:
-    """Return an environment in which SLURM's commands are stand-ins that leave notes in ``HERE``."""
+    """Return an environment in which the SLURM commands are stubs that record their calls in ``HERE``."""
     commands = tmp_path / "bin"
     commands.mkdir()
     for name, body in STAND_INS.items():
@@ -77,14 +77,14 @@ def test_a_script_is_sound(script: Path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.stem)
-def test_sigterm_saves_and_goes_back_into_the_queue(script: Path, cluster: dict[str, str]):
+def test_sigterm_saves_and_requeues(script: Path, cluster: dict[str, str]):
     with subprocess.Popen(
         ["bash", script], env=cluster, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as job:
         wait_for(Path(cluster["HERE"]) / "pid")
         job.send_signal(signal.SIGTERM)
-        said, _ = job.communicate(timeout=20)
-    assert job.returncode == 0, said
+        output, _ = job.communicate(timeout=20)
+    assert job.returncode == 0, output
     assert read(cluster["HERE"], "saved") == "saved\n"
     assert read(cluster["HERE"], "scancel").split() == ["--signal=TERM", "42"]
     assert read(cluster["HERE"], "scontrol").split() == ["requeue", "42"]

@@ -203,10 +203,10 @@ def test_at_most_one_write_is_in_flight_and_its_error_is_raised_once():
 
 
 def test_a_copy_is_not_changed_by_the_next_step():
-    made = some()
-    taken = copied(made)
-    made.model["a"].mul_(0)
-    made.optim["a/step"].add_(1)
+    original = some()
+    taken = copied(original)
+    original.model["a"].mul_(0)
+    original.optim["a/step"].add_(1)
     assert float(taken.model["a"].sum()) == 300
     assert float(taken.optim["a/step"]) == 1
 

@@ -1,4 +1,4 @@
-"""The task as a whole: every switch takes a step, every loss reaches what it should, and impl= changes nothing."""
+"""The whole task: every option runs a step, every loss reaches the parts it trains, and impl= changes nothing."""
 
 from pathlib import Path
 
@@ -91,7 +91,7 @@ def test_each_loss_reaches_the_parts_it_trains(tiny_overrides: list[str]):
 
 
 def test_the_loss_and_its_gradients_are_the_same_with_every_impl(tiny_overrides: list[str]):
-    """fp64, so that only a wrong formula can differ; the Triton kernels: tests/kernels/interpreted/test_model.py."""
+    """fp64, so that only a wrong formula can differ (Triton kernels: tests/kernels/interpreted/test_model.py)."""
     results = {}
     for wanted in ("reference", "cpu"):
         task = make(tiny_overrides, "panel.min_genes=12")

@@ -1,4 +1,4 @@
-"""The gene tokenizer: offline, never empty, never raises, and the symbol is never cut for the name."""
+"""The gene tokenizer works offline, never returns nothing, never raises, and never truncates the symbol for the name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from comtip_fast.genes import GENE_ID, PAD_ID, VALUE_ID, GeneTokenizer, gene_text
 from comtip_fast.genes.tokenizer import FILE, SPECIALS
 
-# A new file is a new version: exports carry this hash, and ids of one file mean nothing in another.
+# A new file is a new version: exports store this hash, and ids are valid for one file only.
 V1 = "f7b1c59d2ea19e8144fa6e51c10d397e6bb8c444d6d243c2a6210dc77a53a9ff"
 ANY_TEXT = st.text(alphabet=st.characters(), max_size=40)
 

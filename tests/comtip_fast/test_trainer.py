@@ -1,4 +1,4 @@
-"""The loop: kill and resume, signals, damage, NaN, patience, and what a resumed run refuses."""
+"""The training loop: kill and resume, signals, damage, NaN, early stopping, and what a resumed run refuses."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# -- a run that nothing disturbs ----------------------------------------------------------------------------
+# -- undisturbed runs ----------------------------------------------------------------------------
 
 
 def test_run_folder(whole: Path) -> None:
@@ -94,7 +94,7 @@ def test_deterministic_setting_is_put_back(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-# -- killed, and resumed ------------------------------------------------------------------------------------
+# -- kill and resume ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", [1])
@@ -190,7 +190,7 @@ def test_all_checkpoints_damaged_is_an_error(whole: Path, tmp_path: Path) -> Non
         fit(run, resume=True)
 
 
-# -- what is refused ----------------------------------------------------------------------------------------
+# -- refused input ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def test_no_batches_is_an_error(tmp_path: Path) -> None:
         Trainer(task, config_of(), tmp_path / "run").fit()
 
 
-# -- validation, patience, pruning, export ------------------------------------------------------------------
+# -- validation, early stopping, pruning, export ------------------------------------------------------------------
 
 
 def run_with_scores(folder: Path, scores: dict[int, float], *overrides: str) -> tuple[Any, Any]:
@@ -273,7 +273,7 @@ def test_patience_stops_and_the_best_weights_are_exported(tmp_path: Path) -> Non
     run = tmp_path / "run"
     scores = {2: 0.1, 4: 0.05, 6: 0.5, 8: 0.5, 10: 0.2}
     result, _ = run_with_scores(run, scores, "train.patience=3", "train.steps=90")
-    # Step 4 is forgiven once step 6 is better; an equal score (step 8) is not better.
+    # The bad score of step 4 no longer counts once step 6 is better; an equal score (step 8) is not better.
     assert (result.stopped, result.step, result.best_step, result.best_score) == ("patience", 12, 6, 0.5)
     assert checkpoints.steps_of(run / "checkpoints") == [6, 8, 12]
     best = checkpoints.load(run / "checkpoints/step_00000006").model
@@ -312,7 +312,7 @@ def test_resume_tidies_up_after_a_killed_process(whole: Path, tmp_path: Path) ->
     assert_same_run(run, whole)
 
 
-def test_a_lost_best_checkpoint_is_said_and_the_last_weights_are_exported(
+def test_a_lost_best_checkpoint_is_reported_and_the_last_weights_are_exported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = tmp_path / "run"
@@ -326,7 +326,7 @@ def test_a_lost_best_checkpoint_is_said_and_the_last_weights_are_exported(
     assert torch.equal(last["teacher"], checkpoints.load_file(run / "export/model.safetensors")["teacher"])
 
 
-# -- not a number -------------------------------------------------------------------------------------------
+# -- NaN -------------------------------------------------------------------------------------------
 
 
 def run_with_nan(folder: Path, steps: dict[int, str], *overrides: str, resume: bool = False) -> Any:
@@ -385,7 +385,7 @@ def test_skip_stops_after_max_skips(tmp_path: Path) -> None:
         run_with_nan(tmp_path / "run", dict.fromkeys((2, 4, 6), "loss"), "train.nan_policy=skip", "train.max_skips=2")
 
 
-def test_a_run_stopped_by_nan_can_go_on_skipping(tmp_path: Path) -> None:
+def test_a_run_stopped_by_nan_can_continue_with_skips(tmp_path: Path) -> None:
     stopped, straight, bad = tmp_path / "stopped", tmp_path / "straight", {7: "loss"}
     with pytest.raises(TrainingError):
         run_with_nan(stopped, bad)

@@ -1,4 +1,4 @@
-"""Views: what is done to a tile, and that batched operations do what the readable way does."""
+"""Views of a tile, and equality of batched operations and the reference."""
 
 import numpy as np
 import pytest
@@ -72,7 +72,7 @@ def test_zoom_enlarges_the_middle_within_its_range():
     ramp = np.broadcast_to((np.arange(64, dtype=np.uint8) * 3)[None, None, :, None], (16, 64, 64, 3))
     got = make_views(np.ascontiguousarray(ramp), p).astype(float)
     for i in range(16):
-        # Enlarged f times round the middle, a ramp is flatter by f and keeps its middle value.
+        # Enlarged f times around the centre, a ramp is flatter by f and keeps its central value.
         factor = (64 - 2 * p.margin_N[i]) / 64
         slope = np.polyfit(np.arange(8, 56), got[i, 30, 8:56, 0], 1)[0]
         assert slope == pytest.approx(3 * factor, rel=0.02)
@@ -96,7 +96,7 @@ def test_fast_views_are_the_readable_ones(way: str, config: dict):
     got = apply_views(torch.from_numpy(tiles()), p, **WAYS[way]).permute(0, 2, 3, 1).numpy()
     difference = np.abs(got.astype(int) - want)
     if "zoom" in config:
-        # Resampling may round a half the other way; the stain tables are no steeper than 2 here.
+        # Resampling may round halves differently; the stain tables have a slope of at most 2 here.
         assert difference.max() <= 2
         assert (difference > 0).mean() < 0.01
     else:

@@ -1,4 +1,4 @@
-"""Beginning from an export: what fits is taken, genes find their rows by key, and what was not taken is said."""
+"""Warm start from an export: matching tensors are copied, gene rows by key, and the rest is reported."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def keys_of(task: CoMTIPTask) -> list[str]:
 
 def test_weights_are_taken_and_genes_find_their_rows_by_key(exported: Path, tiny_overrides: list[str]):
     old = Bundle.load(exported)
-    # Another gene list: other genes are held out, so rows move.
+    # Another gene list holds out other genes, so rows move.
     more = ["genes.held_out_every=3", "genes.held_out_from=6"]
     plain, task = make(tiny_overrides, *more), make(tiny_overrides, *more, f"train.start_from={exported}")
     before, theirs, ours = plain.model.state_dict(), old.model.state_dict(), task.model.state_dict()
@@ -52,7 +52,7 @@ def test_weights_are_taken_and_genes_find_their_rows_by_key(exported: Path, tiny
     assert (task.tables.table.log_prior == plain.tables.table.log_prior).all(), "levels are those of the new data"
 
 
-def test_what_does_not_fit_is_left_and_said(
+def test_what_does_not_fit_is_left_and_reported(
     exported: Path, tiny_overrides: list[str], caplog: pytest.LogCaptureFixture
 ):
     with caplog.at_level(logging.WARNING, "comtip_fast"):
@@ -66,7 +66,7 @@ def test_what_does_not_fit_is_left_and_said(
         make(tiny_overrides, f"train.start_from={exported.parent}/nothing")
 
 
-def test_the_command_goes_on_from_an_export(exported: Path, tiny_overrides: list[str], tmp_path: Path):
+def test_the_command_starts_from_an_export(exported: Path, tiny_overrides: list[str], tmp_path: Path):
     path = tmp_path / "c.yaml"
     path.write_text(dump_config(load_config(None, [*tiny_overrides, "train.steps=2", "train.validate_every=0"])))
     out = tmp_path / "run"

@@ -1,4 +1,4 @@
-"""Watching a run: rates, shares, alarms, the watchdog, traces, and the numbers of the shared space."""
+"""Run monitoring: throughput, spike detection, watchdog, traces, and metrics of the shared space."""
 
 import gzip
 import json
@@ -34,7 +34,7 @@ def test_the_meter_divides_by_the_time_of_its_own_window():
     meter = ThroughputMeter(
         CPU, comm=lambda: next(waited), cost=StepCost(lambda spots, genes: 1e9 * spots * genes, peak=1e12)
     )
-    meter.begin()  # what was waited for between steps is not theirs
+    meter.begin()  # waiting between steps is not counted
     for _ in range(2):
         meter.add(1.0, 10, {"genes": 5.0, "tokens": 100.0})
     row = meter.row(loader_wait_s=0.2)
@@ -62,12 +62,12 @@ def test_a_clocked_group_counts_the_time_of_its_collectives_once():
 
 
 def test_who_waits_for_a_slow_rank_is_counted_for_every_engine(tiny_shards, tiny_overrides):
-    """Rank 1 is slow in its backward pass alone: rank 0 meets that in the gradients' collectives, nowhere else."""
+    """Rank 1 is slow in its backward pass only: rank 0 waits in the gradient collectives and nowhere else."""
     pytest.importorskip("deepspeed")
     worker = Path(__file__).with_name("comm_worker.py")
     overrides = ",".join([*tiny_overrides, f"data.shards={tiny_shards.path}"])
-    said = run_distributed([str(worker), overrides], 2)
-    ranks = [json.loads(text.strip().splitlines()[-1]) for text in said]
+    outputs = run_distributed([str(worker), overrides], 2)
+    ranks = [json.loads(text.strip().splitlines()[-1]) for text in outputs]
     assert ranks[0].keys() == {"ddp", "zero0", "zero1", "zero2", "zero3"}
     for name, waited in ranks[0].items():
         assert waited > ranks[1][name] + 0.3, (name, ranks)
@@ -94,27 +94,27 @@ def test_the_alarm_wants_a_history_and_names_what_jumped():
     alarm = SpikeDetector(WatchConfig(loss_jump=3.0, norm_jump=30.0))
     assert all(alarm.update(5.0 + 0.1 * i, 1.0) is None for i in range(20))
     assert alarm.update(7.0, 2.0) is None
-    said = alarm.update(60.0, 1.0)
-    assert said is not None
-    assert said.startswith("loss 60")
-    said = alarm.update(6.0, 99.0)
-    assert said is not None
-    assert said.startswith("gradient norm")
+    message = alarm.update(60.0, 1.0)
+    assert message is not None
+    assert message.startswith("loss 60")
+    message = alarm.update(6.0, 99.0)
+    assert message is not None
+    assert message.startswith("gradient norm")
     assert SpikeDetector(WatchConfig(loss_jump=0, norm_jump=0)).update(math.inf, math.inf) is None
 
 
-def test_the_watchdog_says_once_what_takes_so_long_and_where_it_stands(tmp_path: Path):
-    said: list[str] = []
-    with Watchdog(0.2, said.append, tmp_path / "stacks.txt") as dog:
+def test_the_watchdog_says_once_what_takes_so_long_and_its_stack(tmp_path: Path):
+    reports: list[str] = []
+    with Watchdog(0.2, reports.append, tmp_path / "stacks.txt") as dog:
         dog.reset("step 7")
         time.sleep(1.0)
         dog.reset("step 8")
-    assert len(said) == 1
-    assert "step 7" in said[0]
+    assert len(reports) == 1
+    assert "step 7" in reports[0]
     assert "test_the_watchdog" in (tmp_path / "stacks.txt").read_text()
 
 
-def test_a_run_flags_a_jump_and_a_stall_and_goes_on(tmp_path: Path):
+def test_a_run_flags_a_jump_and_a_stall_and_continues(tmp_path: Path):
     config = config_of(
         "train.steps=40",
         "watch.stall_s=0.3",
@@ -156,7 +156,7 @@ def test_perfect_random_and_turned_pairs():
     shifted = space_numbers(x, x.roll(1, 0))
     assert shifted["r1"] == shifted["t1"] == 0.0
     assert space_numbers(x, -x)["alignment"] == pytest.approx(4, abs=1e-5)
-    # All vectors alike: no spread, and a tie is no find.
+    # All vectors are equal: no spread, and a tie does not count as retrieved.
     one = x[:1].expand(64, 16)
     assert space_numbers(one, one)["uniformity_image"] == pytest.approx(0, abs=1e-6)
     assert space_numbers(one, one)["r5"] == 0.0
@@ -170,7 +170,7 @@ def test_rows_and_validation_of_a_real_task_carry_the_numbers(tiny_run: Path):
     wanted = {"spots_per_s", "tokens_per_s", "loader_wait_share", "comm_share", "memory_gib", "faults"}
     assert wanted <= train[-1].keys()
     assert 0 <= train[-1]["loader_wait_share"] <= 1
-    assert "mfu" not in train[-1]  # no peak is known for a CPU
+    assert "mfu" not in train[-1]  # the peak of a CPU is not known
     valid = [r for r in rows if r["kind"] == "valid"]
     assert {"alignment", "uniformity_image", "r1", "t5"} <= valid[-1].keys()
 

@@ -1,7 +1,7 @@
-"""A task of a few numbers for the trainer's tests; as a script, it trains while it is killed again and again.
+"""A minimal task for tests of the trainer; as a script, it trains while being killed repeatedly.
 
-``python trainer_standin.py FOLDER SEED`` trains twice, into FOLDER/whole undisturbed and into FOLDER/killed with
-SIGKILL at random file operations and random moments, each time resumed. It prints how often it was killed.
+``python trainer_standin.py FOLDER SEED`` trains twice: undisturbed in FOLDER/whole, and in FOLDER/killed with
+SIGKILL at random file operations and times, resuming after each. It prints the number of kills.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Net(nn.Module):
 
 
 class StandIn:
-    """Satisfies TrainingTask. Dropout makes it depend on torch's random state, the teacher on after_step."""
+    """Implement TrainingTask. Dropout makes it depend on torch's random state, the teacher on after_step."""
 
     def __init__(self, config: RunConfig, at_step: Callable[[int], None] = lambda step: None) -> None:
         torch.manual_seed(config.train.seed)
@@ -50,10 +50,10 @@ class StandIn:
         return {"shards": self.data_hash}
 
     def prepare(self) -> None:
-        """Nothing to do before the first batch."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """Nothing reads ahead."""
+        """Do nothing."""
 
     def metrics(self) -> dict[str, float]:
         return {"faults": 0.0}
@@ -73,7 +73,7 @@ class StandIn:
         kind = self.nan_steps.get(self.step)
         if kind == "loss":
             mfm = mfm * float("nan")
-        elif kind == "gradient":  # the value of sqrt at 0 is fine, its slope is not
+        elif kind == "gradient":  # sqrt is finite at 0, its derivative is not
             mfm = mfm + (self.module.body[1].bias * 0).sum().sqrt()
         return {"loss": nce + 0.1 * mfm, "nce": nce, "mfm": mfm}, {"scale": 1.0}
 
@@ -114,7 +114,7 @@ def fit(folder: Path, *overrides: str, resume: bool = False, at_step: Callable[[
 
 
 def _child(work: Callable[[], object]) -> int:
-    """Run ``work`` in a fork and return how it ended: 0, or minus the signal's number."""
+    """Run ``work`` in a fork and return its exit status: 0, or minus the signal number."""
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -142,17 +142,17 @@ def _die_at_file_operation(folder: Path, countdown: int) -> None:
 
 
 def _die_at_moment(seconds: float) -> None:
-    """Die of an alarm that nobody handles: as sudden as SIGKILL, and it can hit no other process."""
+    """Die of an unhandled alarm: as sudden as SIGKILL, and it cannot hit another process."""
     signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 def main(folder: Path, seed: int) -> None:
-    torch.set_num_threads(1)  # a fork must find no thread pool
-    torch.optim.AdamW(Net().parameters())  # imports much, once rather than in each fork
+    torch.set_num_threads(1)  # a fork must not inherit a thread pool
+    torch.optim.AdamW(Net().parameters())  # slow import, once instead of in each fork
     assert _child(lambda: fit(folder / "whole", "train.steps=40")) == 0
     rng, kills, killed = random.Random(seed), 0, folder / "killed"
     while True:
-        # Between two checkpoints lie some 30 file operations: this dies in every part of saving and in between.
+        # There are about 30 file operations between two checkpoints: kills hit every part of saving and the steps in between.
         at_moment, operation, moment = kills % 4 == 3, rng.randint(1, 80), rng.uniform(0.001, 0.05)
 
         def attempt(at_moment: bool = at_moment, operation: int = operation, moment: float = moment) -> None:

@@ -1,4 +1,4 @@
-"""H&E is told from what is not, on the real sections of the repo and on pictures mixed from known dyes."""
+"""H&E is distinguished from other stains, on the real sample sections and on images mixed from known dyes."""
 
 from pathlib import Path
 
@@ -8,12 +8,12 @@ from comtip_shards.slides.appearance import looks_like_he
 from PIL import Image
 
 SAMPLES = Path(__file__).parents[2] / "data_shards/samples"
-# Optical density of red, green and blue that each dye takes (Macenko 2009; DAB from Ruifrok and Johnston 2001).
+# Optical density of each dye in red, green and blue (Macenko 2009; DAB from Ruifrok and Johnston 2001).
 HAEMATOXYLIN, EOSIN, DAB = (0.56, 0.72, 0.41), (0.22, 0.80, 0.56), (0.27, 0.57, 0.78)
 
 
 def stained(*dyes: tuple[float, float, float]) -> np.ndarray:
-    """Return a picture of 100 x 100 px whose left half is glass and whose right half is tissue."""
+    """Return an image of 100 x 100 px whose left half is background and whose right half is tissue."""
     rng = np.random.default_rng(0)
     density = np.zeros((100, 100, 3))
     for dye in dyes:
@@ -35,7 +35,7 @@ def test_real_sections_look_like_he(name: str):
     assert not looks_like_he(255 - rgb)[0]
 
 
-def test_dyes_are_told_apart():
+def test_dyes_are_distinguished():
     assert looks_like_he(stained(HAEMATOXYLIN, EOSIN))[0]
     for dyes, word in (((EOSIN,), "eosin alone"), ((DAB, HAEMATOXYLIN, DAB), "antibody"), ((), "blank")):
         looks, reason = looks_like_he(stained(*dyes))
@@ -43,7 +43,7 @@ def test_dyes_are_told_apart():
         assert word in reason
 
 
-def test_fluorescence_is_told():
+def test_fluorescence_is_reported():
     rng = np.random.default_rng(0)
     nuclei = np.zeros((100, 100, 3), np.uint8)
     assert "black" in looks_like_he(nuclei)[1]

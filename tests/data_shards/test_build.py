@@ -1,4 +1,4 @@
-"""A shard set is a function of its inputs, and never half there."""
+"""A shard set is a function of its inputs, and complete or absent."""
 
 import dataclasses
 import io
@@ -59,7 +59,7 @@ def test_two_builds_are_the_same_bytes(tiny_source: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("killed_at", [1, 2, 3])
-def test_a_killed_build_goes_on_and_ends_the_same(
+def test_a_killed_build_continues_and_ends_the_same(
     tiny_source: Path, tmp_path: Path, killed_at: int, monkeypatch: pytest.MonkeyPatch
 ):
     whole = tmp_path / "whole"
@@ -80,7 +80,7 @@ def test_a_killed_build_goes_on_and_ends_the_same(
         ShardSet(out)
     monkeypatch.setattr(build_module, "stage_section", real)
     sources = open_source(tiny_source)
-    # What was staged is not read again: reading it would fail.
+    # Staged sections are not read again: reading them would fail.
     done = set(calls[:killed_at])
 
     def refuse():
@@ -137,7 +137,7 @@ def test_splits_name_sections_that_exist(tiny_source: Path, tmp_path: Path):
         build_shards(open_source(tiny_source), tmp_path / "out", splits={"zz": "val"}, **SIZE)
 
 
-def test_genes_that_do_not_map_are_left_out_and_said(tmp_path: Path):
+def test_genes_that_do_not_map_are_left_out_and_reported(tmp_path: Path):
     write_tiny_source(tmp_path / "s", [TinySection("a", "d", "train")], side=3)
     table = pd.read_csv(tmp_path / "s/a.tsv.gz", sep="\t", index_col=0)
     table = table.rename(columns={"KRT14": "AL513523.2", "KRT17": "ERBB2L", "CD74": "HER2"})
@@ -146,7 +146,7 @@ def test_genes_that_do_not_map_are_left_out_and_said(tmp_path: Path):
     shards = ShardSet(tmp_path / "out")
     assert "not mapped" in report.text
     assert "AL513523.2" in report.text
-    # HER2 is an alias of ERBB2, which is there too: summed, and said.
+    # HER2 is an alias of ERBB2, which is also present: summed and reported.
     row = [g.key for g in shards.genes].index("human:ERBB2")
     np.testing.assert_array_equal(
         shards.counts(shards.source_order(0))[:, row].toarray().ravel(), (table["ERBB2"] + table["HER2"]).to_numpy()
@@ -196,7 +196,7 @@ def test_a_run_of_records_is_a_random_draw_from_the_section(tiny_shards: ShardSe
         np.testing.assert_array_equal(rows, layout(section.section_id, section.n_spots))
         assert sorted(rows) == list(range(section.n_spots))
     many = layout("s", 4000)
-    # Raster order has the rows of a quarter in one quarter of the section; a random draw has them everywhere.
+    # In raster order a quarter of the records covers a quarter of the section; a random sample covers all of it.
     halves = (many[:1000] < 2000).mean()
     assert 0.45 < halves < 0.55
     assert abs(np.corrcoef(np.arange(4000), many)[0, 1]) < 0.05

@@ -1,4 +1,4 @@
-"""Jobs, parts and kills do not change a byte; merging moves bytes and refuses what does not belong together."""
+"""Jobs, parts and kills do not change a byte; merging copies bytes and refuses incompatible sets."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def complain(number: int) -> int:
     return number
 
 
-def test_a_worker_that_is_killed_or_complains_is_told():
+def test_a_worker_that_is_killed_or_complains_is_reported():
     with pytest.raises(ShardError, match=r"worker process was killed.*fewer --jobs"):
         run_jobs(die, [(1,), (2,)], jobs=2, label="x")
     assert run_jobs(complain, [(5,), (4,), (3,)], jobs=2, label="x") == [5, 4, 3]
@@ -81,9 +81,9 @@ def test_a_worker_that_is_killed_or_complains_is_told():
 def test_kills_at_random_points_lose_nothing(
     tiny_source: Path, tmp_path: Path, whole: dict[str, bytes], jobs: int, kills: int
 ):
-    """SIGKILL the builder again and again, a little later each time; then let it through and compare every byte.
+    """SIGKILL the builder repeatedly, a little later each time; then let it finish and compare every byte.
 
-    What two processes end with is what one process makes without a kill.
+    The result of two processes equals that of one undisturbed process.
     """
     rng = np.random.default_rng(jobs)
     out = tmp_path / "set"
@@ -139,10 +139,10 @@ def test_one_writer_at_a_time(tiny_source: Path, tmp_path: Path):
         build_shards(open_source(tiny_source), tmp_path / "set", **SIZE)
 
 
-def test_a_full_disk_ends_cleanly_and_the_build_goes_on_after(
+def test_a_full_disk_ends_cleanly_and_the_build_continues_after(
     tiny_source: Path, tmp_path: Path, whole: dict[str, bytes]
 ):
-    """A limit on the size of files stands for the full disk; the builder is a process of its own."""
+    """A file size limit simulates a full disk; the builder is a separate process."""
     code = COMMAND.replace(
         "build_shards(",
         "import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
@@ -190,7 +190,7 @@ def test_parts_are_sets_and_merge_to_the_whole(
     report = merge_sets([parts[2], parts[0], parts[1]], tmp_path / "set")
     assert files_of(tmp_path / "set") == whole
     assert report.sections == ["t1", "t2", "v1", "x1"]
-    # Merging again is no work.
+    # Merging again does nothing.
     merge_sets(parts, tmp_path / "set", jobs=2)
     assert files_of(tmp_path / "set") == whole
     with pytest.raises(ShardError, match="holds another shard set"):
@@ -230,7 +230,7 @@ def test_parts_are_of_one_build(tiny_source: Path, parts: list[Path], tmp_path: 
 
 @pytest.fixture(scope="module")
 def studies(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two studies built apart, with different genes."""
+    """Two studies built separately, with different genes."""
     folder = tmp_path_factory.mktemp("studies")
     for number, name in enumerate("ab"):
         write_tiny_source(folder / f"s{name}", [TinySection(name, f"donor_{name}", "train")], side=4, seed=number)
@@ -286,7 +286,7 @@ def test_other_package_versions_do_not_mix(studies: list[Path], tmp_path: Path):
 
 
 def test_numbers_are_written_one_way(tiny_source: Path, tmp_path: Path):
-    """A source that says 4 and one that says 4.0 mean the same bytes, merged or not."""
+    """A source that states 4 and one that states 4.0 give the same bytes, merged or not."""
     sources = open_source(tiny_source, samples=["t1"])
     whole = [dataclasses.replace(s, meta=dataclasses.replace(s.meta, mpp=5, spot_diameter_um=100)) for s in sources]
     build_shards(whole, tmp_path / "int", **SIZE)  # type: ignore[arg-type]

@@ -77,7 +77,7 @@ def test_positions_are_judged_on_other_tissue_too(breast: Section, fault: str, t
     assert alarms(check_section(corrupt(breast, tmp_path))) == {check}
 
 
-def test_orientation_says_what_to_do(sound: Section, tmp_path: Path):
+def test_orientation_advises_what_to_do(sound: Section, tmp_path: Path):
     report = check_section(SECTION_FAULTS["mirrored across the image"][1](sound, tmp_path))
     assert "mirrored left to right" in finding(report, "orientation").said
     report = check_section(SECTION_FAULTS["x and y swapped"][1](sound, tmp_path))
@@ -170,7 +170,7 @@ def test_ramp_is_dark_for_few_and_bright_for_many():
     assert ramp(np.ones(3)).shape == (3, 3)
 
 
-def test_pages_stand_alone_and_escape(tiny: Section):
+def test_pages_are_self_contained_and_escaped(tiny: Section):
     hostile = "<script>alert(1)</script>"
     meta = replace(tiny.meta, tissue=hostile, donor=hostile)
     report = check_section(replace(tiny, meta=meta, spot_ids=[hostile, *tiny.spot_ids[1:]], notes=[hostile]))
@@ -210,7 +210,7 @@ def test_what_cannot_be_read_becomes_a_finding(tmp_path: Path):
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"a.json", "a.html", "b.json", "b.html", "index.html"}
     assert "spots lie outside" in (tmp_path / "out/a.html").read_text()
     assert check_source(open_source(tmp_path / "s")[0]).status == FAIL
-    check_sources(open_source(tmp_path / "s", samples=["b"]), tmp_path / "out")  # its own files it replaces
+    check_sources(open_source(tmp_path / "s", samples=["b"]), tmp_path / "out")  # it replaces its own files
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"b.json", "b.html", "index.html"}
     for name in ("thesis.txt", "settings.json"):
         (tmp_path / "out" / name).write_text("mine")
@@ -235,7 +235,7 @@ def test_a_build_reports_and_under_strict_refuses(tmp_path: Path):
     assert {f["name"]: f["status"] for f in source["checks"]}["stain"] == FAIL
     assert any(note.startswith("check stain: fail") for note in source["notes"])
     assert {p.name for p in (out / "report").iterdir()} == {"a.json", "a.html", "b.json", "b.html", "index.html"}
-    with pytest.raises(SourceError, match="--strict"):  # also where the set is built already
+    with pytest.raises(SourceError, match="--strict"):  # also if the set is already built
         build_shards(open_source(tmp_path / "s"), out, strict=True, **SIZE)
 
 
@@ -244,13 +244,13 @@ def test_the_command_writes_pages_and_under_strict_exits_with_1(tmp_path: Path, 
     Image.open(tmp_path / "s/a.png").convert("L").convert("RGB").save(tmp_path / "s/a.png")
     words = ["shards", "check", str(tmp_path / "s"), "--out", str(tmp_path / "out")]
     assert main(words) == 0
-    said = capsys.readouterr().out
-    assert "a: fail\n  check stain: fail: grey" in said
+    output = capsys.readouterr().out
+    assert "a: fail\n  check stain: fail: grey" in output
     assert (tmp_path / "out/index.html").is_file()
     assert main([*words, "--strict"]) == 1
 
 
-def test_a_real_picture_that_is_not_he_is_told_and_scattered_spots_have_no_scale(tmp_path: Path):
+def test_a_real_picture_that_is_not_he_is_reported_and_scattered_spots_have_no_scale(tmp_path: Path):
     folder = Path(__file__).parent / "fixtures" / "space_ranger"
     facts = {"tissue": "placenta", "species": "mouse", "image": "lowres"}
     (eosin,) = open_source(folder / "visium_sr3_mex", overrides=facts)

@@ -1,4 +1,4 @@
-"""Faults are named and cost no more than they must; remote sets read like local ones, or say why not."""
+"""Errors are specific and affect no other records; remote sets read like local ones, or raise a clear error."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_a_remote_shard_that_is_damaged_or_gone(bucket: fsspec.AbstractFileSyste
     shards = ShardSet("memory://bucket/set", remote=remote(tmp_path))
     start = time.monotonic()
     for spot in range(49):
-        # Given up once, not 49 times.
+        # Reported once, not 49 times.
         with pytest.raises(
             ShardError, match=r"memory://bucket/set/shards/t1-0000\.tar: came as .* upload the set again"
         ):

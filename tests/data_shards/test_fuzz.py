@@ -1,4 +1,4 @@
-"""Random damage and forgeries; ``bench/shards/fuzz.py`` does the same ten thousand times."""
+"""Random damage and forgeries; ``bench/shards/fuzz.py`` runs ten thousand of them."""
 
 import numpy as np
 import pytest
@@ -29,13 +29,13 @@ def test_damage_is_found_and_never_read_as_other_data(fuzzer: Fuzzer, block: int
 
 @pytest.mark.parametrize("block", range(6))
 def test_forgeries_neither_crash_nor_hang(fuzzer: Fuzzer, block: int):
-    """Any error but ShardError fails; so does the suite's time limit."""
+    """Any error other than ShardError fails the test, and so does its time limit."""
     outcomes = [fuzzer.run(np.random.default_rng([21, block, i]), forge=True) for i in range(20)]
     assert sum(o.found for o in outcomes) > 5
 
 
 def test_the_judge_sees_a_reader_that_checks_nothing(fuzzer: Fuzzer, monkeypatch: pytest.MonkeyPatch):
-    """The fuzzer itself: with CRC checks off, other data does come back and is called wrong."""
+    """Test of the fuzzer: with CRC checks off, wrong data is returned and detected."""
     monkeypatch.setattr("comtip_shards.reader.record_reader.zlib.crc32", lambda data: 0)
     monkeypatch.setattr(
         "comtip_shards.reader.record_reader.spots.read_crcs",

@@ -1,4 +1,4 @@
-"""Whole-slide images in windows equal the whole picture in memory, whatever the file; and memory stays bounded."""
+"""Whole-slide images read in windows equal the image in memory for every file type, and memory stays bounded."""
 
 import tracemalloc
 from pathlib import Path
@@ -17,7 +17,7 @@ RNG = np.random.default_rng(0)
 
 
 def smooth(height: int, width: int) -> np.ndarray:
-    """A picture with detail at several scales, and no noise that a JPEG would lose."""
+    """Return an image with detail at several scales and no noise that JPEG would remove."""
     y, x = np.mgrid[0:height, 0:width]
     waves = [np.sin(x / a + y / b + c) for a, b, c in ((40, 90, 0), (13, 50, 1), (70, 11, 2))]
     return np.stack([140 + 80 * w for w in waves], axis=-1).astype(np.uint8)
@@ -28,7 +28,7 @@ SPOTS = np.array([[450.0, 350.0], [120.3, 600.8], [5.0, 5.0], [898.0, 350.0], [-
 
 
 def write_pyramid(path: Path, picture: np.ndarray, levels: int = 3, *, subifds: bool = True, **options) -> Path:
-    """Write a tiled BigTIFF as scanners do: each level half of the one before, as SubIFDs or as pages."""
+    """Write a tiled BigTIFF as scanners do: each level half the size of the previous, as SubIFDs or as pages."""
     options = {"tile": (128, 128), "photometric": "rgb"} | options
     halves = [
         Image.fromarray(picture).resize((picture.shape[1] >> i, picture.shape[0] >> i), Image.Resampling.BOX)
@@ -44,7 +44,7 @@ def write_pyramid(path: Path, picture: np.ndarray, levels: int = 3, *, subifds: 
 
 @pytest.fixture
 def windowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read every TIFF in windows, however small."""
+    """Read every TIFF in windows, however small it is."""
     monkeypatch.setattr(image_module, "WINDOWED_PX", 0)
 
 
@@ -64,9 +64,9 @@ def test_windows_equal_the_picture_in_memory(tmp_path: Path, min_mpp: float, sub
     path = write_pyramid(tmp_path / "a.tif", PICTURE, subifds=subifds)
     in_memory = ArraySlide(PICTURE, path)
     want = in_memory.tiles(SPOTS, 0.5, 60.0, 48, min_mpp)
-    # Level 0 gives the same pixels up to rounding; coarser levels were made by another filter.
+    # Level 0 gives the same pixels up to rounding; coarser levels were computed with another filter.
     assert difference(tiles_of(path, min_mpp), want) <= (2 if min_mpp < 1 else 8)
-    # White lies outside, at the same place: a tile at the corner is 60 um wide, its spot 2.5 um from the edges.
+    # Outside is white, at the same pixels: a tile at the corner is 60 um wide, its spot 2.5 um from the edges.
     assert (tiles_of(path, min_mpp)[2, :20, :20] == 255).all()
     with open_slide(path) as slide:
         assert slide.size == (900, 700)
@@ -151,7 +151,7 @@ def test_axes_and_depths(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPa
         assert difference(slide.whole(), PICTURE) <= 1
         if "x 3" in name and "planar" not in name:
             assert slide.mpp == 0.25
-    # A small file of the same layout goes the plain way where Pillow reads it rightly, and gives the same.
+    # A small file of the same layout is read by Pillow if it reads it correctly, with the same result.
     monkeypatch.undo()
     assert image_size(path) == (900, 700)
     assert difference(load_rgb(path), PICTURE) <= 1
@@ -181,7 +181,7 @@ def test_gray_and_what_is_transparent(tmp_path: Path, windows_from: int, monkeyp
         np.testing.assert_array_equal(shown[:, 450:], PICTURE[:, 450:])
 
 
-def test_depths_are_told_apart():
+def test_depths_are_distinguished():
     for high, peak in ((1.0, 1.0), (200.0, 255.0), (255.4, 4095.0), (60_000.0, 65_535.0)):
         assert peak_of(np.array([0.1, high], np.float32)) == peak
     assert peak_of(np.array([0, 1], np.uint16)) == 255
@@ -225,7 +225,7 @@ def test_memory_is_bounded_by_blocks_and_not_by_the_picture(tmp_path: Path, monk
     assert peak < 40e6, f"{peak / 1e6:.0f} MB at most"
 
 
-def test_bad_pictures_are_told_by_name_and_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_bad_pictures_are_reported_with_name_and_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(image_module, "WINDOWED_PX", 0)
     path = write_pyramid(tmp_path / "a.tif", PICTURE, compression="zlib")
     whole = path.read_bytes()
@@ -255,7 +255,7 @@ def test_bad_pictures_are_told_by_name_and_fix(tmp_path: Path, monkeypatch: pyte
         open_slide(path)
 
 
-def test_without_the_extra_its_name_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_without_the_extra_its_name_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(image_module, "WINDOWED_PX", 0)
     monkeypatch.setattr(wsi, "_optional", lambda name: None)
     path = write_pyramid(tmp_path / "a.tif", PICTURE)
@@ -264,7 +264,7 @@ def test_without_the_extra_its_name_is_said(tmp_path: Path, monkeypatch: pytest.
 
 
 def refusal(path: Path) -> str | None:
-    """Return why a slide is not read, None where it is."""
+    """Return why a slide cannot be read, or None."""
     try:
         with wsi.open_windowed(path) as slide:
             slide.whole()
@@ -278,8 +278,8 @@ def test_whatever_becomes_of_a_header_the_picture_is_read_or_the_file_is_named(t
     refused = []
     for case in range(150):
         data = bytearray(whole)
-        for place in RNG.integers(0, len(data) if case % 2 else 400, 3):
-            data[place] = RNG.choice([0, 255, int(RNG.integers(256))])
+        for offset in RNG.integers(0, len(data) if case % 2 else 400, 3):
+            data[offset] = RNG.choice([0, 255, int(RNG.integers(256))])
         path = tmp_path / f"{case}.tif"
         path.write_bytes(data)
         why = refusal(path)

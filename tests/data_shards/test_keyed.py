@@ -1,4 +1,4 @@
-"""keyed.py is a contract: these values must never change, or the order of every run does."""
+"""Random numbers of sampling/rng.py are a contract: a change of these values would change the order of every run."""
 
 import warnings
 from hashlib import blake2b

@@ -1,4 +1,4 @@
-"""What a model is scored on stays out of what it learns from."""
+"""Test data is kept out of the training data."""
 
 import json
 from collections import Counter
@@ -54,7 +54,7 @@ def meta(section_id: str, donor: str = "", split: str = "", dataset: str = "ours
 def test_the_list_holds_every_task_whole():
     sections = load_benchmark().values()
     scored = Counter(s.task for s in sections if s.role == "scored")
-    # Sections per task as the HEST-Benchmark publishes them.
+    # Sections per task as published by HEST-Benchmark.
     assert scored == {
         "IDC": 4,
         "PRAD": 23,
@@ -115,16 +115,16 @@ def test_a_donor_shared_with_a_benchmark_section_is_kept_out():
     assert "donor patient 2 is that of TENX95" in notes["other"]
     with pytest.raises(SourceError, match=r"other \(split train\).*that of TENX95"):
         guard_benchmark([pair[0], replace(pair[1], split="train")])
-    # An unknown donor is nobody's, so it protects nobody else.
+    # An unknown donor is unique, so it affects no other section.
     metas, _ = enforce_split_policy([meta("TENX95"), meta("other", split="train")])
     assert [m.split for m in metas] == ["test", "train"]
-    # Allowed by name, its donor still may not stand on both sides.
+    # Allowed by name, but its donor may still not be in both splits.
     with pytest.raises(SourceError, match=r"donor patient 2 is in the test section other and in TENX95"):
         enforce_split_policy([replace(pair[0], split="train"), replace(pair[1], split="test")], allow=["TENX95"])
 
 
 def test_a_donor_of_the_list_is_kept_out_by_the_name_that_hest_gives(tmp_path: Path):
-    # A section that a later version of HEST may hold: not on the list, but of a patient that is.
+    # A section of a later HEST version: not on the list, but of a listed patient.
     (tmp_path / "st").mkdir()
     (tmp_path / "st/NEW1.h5ad").touch()
     (tmp_path / "metadata").mkdir()
@@ -162,7 +162,7 @@ def test_a_list_of_ones_own_is_added(tmp_path: Path, text: str):
 @pytest.mark.parametrize(
     ("text", "says"), [("", "holds no benchmark id"), ("task\tname\nA\tb\n", "lacks the column id")]
 )
-def test_a_bad_list_is_told(tmp_path: Path, text: str, says: str):
+def test_a_bad_list_is_reported(tmp_path: Path, text: str, says: str):
     (tmp_path / "ids.tsv").write_text(text)
     with pytest.raises(SourceError, match=rf"ids\.tsv.*{says}"):
         load_benchmark(tmp_path / "ids.tsv")
@@ -181,7 +181,7 @@ def test_a_donor_on_both_sides_is_refused():
         check_splits([meta("a", "P1", "train"), meta("b", "P1", "test")])
 
 
-# -- proposed splits --------------------------------------------------------------------------------------------
+# -- automatic splits --------------------------------------------------------------------------------------------
 
 
 def donors(n: int) -> list[SectionMeta]:
@@ -197,7 +197,7 @@ def test_a_proposed_split_goes_by_donor_and_repeats():
     share = Counter(m.split for m in out[::2])
     assert share["train"] / 300 == pytest.approx(0.8, abs=0.07)
     assert share["val"] / 300 == pytest.approx(0.1, abs=0.05)
-    # Further donors move nobody.
+    # Additional donors move no one.
     assert propose_split(donors(400), [0.8, 0.1, 0.1], seed=0)[:600] == out
 
 
@@ -219,7 +219,7 @@ def test_an_empty_split_is_refused_with_a_seed_that_works():
         propose_split(donors(2), [0.8, 0.1], seed=0)
 
 
-# -- one section under two ids ----------------------------------------------------------------------------------
+# -- duplicate sections ----------------------------------------------------------------------------------
 
 
 def expression(n: int = 300, genes: int = 50, seed: int = 0) -> sparse.csr_matrix:
@@ -251,7 +251,7 @@ def test_hashes_do_not_depend_on_the_order_of_genes_or_spots():
 
 def test_the_same_counts_under_two_ids_are_refused_across_splits():
     one = section_fingerprint(expression(), KEYS, picture(0))
-    part = section_fingerprint(expression()[100:], KEYS, picture(1))  # cropped, and another picture
+    part = section_fingerprint(expression()[100:], KEYS, picture(1))  # cropped, and another image
     other = section_fingerprint(expression(seed=5), KEYS, picture(2))
     assert len(one["spots"]) > SKETCH
     a, b, c = meta("a", "P1", "train"), meta("b", "P2", "test"), meta("c", "P3", "test")
@@ -297,7 +297,7 @@ def test_a_build_refuses_what_leaks(tmp_path: Path):
     assert "allowed by name" in allowed.text
 
 
-def test_a_build_refuses_a_section_that_stands_twice(tmp_path: Path):
+def test_a_build_refuses_a_section_that_is_a_duplicate(tmp_path: Path):
     write_tiny_source(tmp_path / "s", [TinySection("a", "p1", "train"), TinySection("b", "p2", "test")], side=6)
     for name in ("{}.tsv.gz", "{}_spots.tsv"):
         (tmp_path / "s" / name.format("b")).write_bytes((tmp_path / "s" / name.format("a")).read_bytes())

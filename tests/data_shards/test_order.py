@@ -1,4 +1,4 @@
-"""The order of spots: a pure function of seed and epoch; every spot once; runs that lie side by side."""
+"""Sample order: a pure function of seed and epoch; every spot once; runs of consecutive records."""
 
 import numpy as np
 import pytest
@@ -40,7 +40,7 @@ def test_batches_come_from_few_sections():
 
 
 def test_the_default_order_is_pinned():
-    """Another order would change every run; a run of one is the same as no runs."""
+    """Another order would change every training run; runs of length 1 equal no runs."""
     batches = epoch_batches(SECTION, np.arange(SECTION.size), 32, 2, seed=0, epoch=0)
     assert batches[0][:6].tolist() == [49, 47, 3, 14, 4, 42]
     again = epoch_batches(SECTION, np.arange(SECTION.size), 32, 2, seed=0, epoch=0, run=1)
@@ -50,7 +50,7 @@ def test_the_default_order_is_pinned():
 def test_large_sets_are_ordered_by_a_bounded_look_ahead(monkeypatch: pytest.MonkeyPatch):
     from comtip_shards.sampling import order
 
-    # One section has most of the spots, so that most batches find no second section for a long way.
+    # One section has most of the spots, so most batches find a second section only far ahead.
     section = np.repeat(np.arange(6), [20_000, 300, 41, 7, 500, 9])
     spots = np.arange(section.size)
     pieces = order._pieces(section, spots, 16, 4, 0, 0, 1)
@@ -67,7 +67,7 @@ def test_large_sets_are_ordered_by_a_bounded_look_ahead(monkeypatch: pytest.Monk
     assert max(looked) == order.LOOK_AHEAD
     assert sorted(np.concatenate(bounded).tolist()) == spots.tolist()
     assert all(b.size <= 16 for b in bounded)
-    # Where the whole queue is within sight, the bound changes nothing.
+    # If the whole queue is within the look-ahead, the bound changes nothing.
     few = order._pieces(section[-857:], spots[-857:], 16, 4, 0, 0, 1)
     short = [b.tolist() for b in order._combine(few, 16)]
     monkeypatch.setattr(order, "LOOK_AHEAD", 1 << 30)
@@ -80,7 +80,7 @@ def test_runs_are_sequential_reads_and_differ_between_epochs(k: int | None):
     orders = [np.concatenate(epoch_batches(section, np.arange(1024), 64, k, 1, e, run=16)) for e in range(3)]
     for order in orders:
         seeks = 1 + int((np.diff(order) != 1).sum())
-        # 1024 / 16 runs, one more per section for the offset, and a cut where a batch is full.
+        # 1024 / 16 runs, one more per section for the offset, and one split per full batch.
         assert seeks <= 64 + 4 + 2 * 16
     heads = [set(order[1:][np.diff(order) != 1].tolist()) for order in orders]
     assert heads[0] != heads[1] != heads[2]
@@ -101,7 +101,7 @@ def test_ranks_slice_the_batch(size: int, world: int):
 
 
 def delivered(section: np.ndarray, seed: int, world: int, state: int, steps: int, run: int) -> list[list[int]]:
-    """Return what all ranks of one life of a run receive, step by step: a new process that knows only ``state``."""
+    """Return what all ranks receive per step in one attempt: a new process that knows only ``state``."""
     out: list[list[int]] = []
     ranks = range(world)
     epoch = done = 0
@@ -119,7 +119,7 @@ def delivered(section: np.ndarray, seed: int, world: int, state: int, steps: int
 
 @pytest.mark.parametrize("run", [1, 8])
 def test_a_hundred_kills_on_three_world_sizes_lose_and_repeat_nothing(run: int):
-    """A run is killed at random steps and goes on with another number of ranks; its state is the step alone."""
+    """A run is killed at random steps and resumes with another number of ranks; its only state is the step."""
     rng = np.random.default_rng(11)
     section = np.repeat([0, 1, 2, 3, 4], [61, 7, 110, 40, 33])
     per_epoch = len(epoch_batches(section, np.arange(section.size), 24, 2, 3, 0, run=run))

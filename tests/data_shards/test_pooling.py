@@ -1,4 +1,4 @@
-"""Pooling loses nothing, puts nothing into another square, and does not see the order of rows."""
+"""Pooling loses nothing, assigns everything to the right square, and does not depend on row order."""
 
 import numpy as np
 import pytest
@@ -63,7 +63,7 @@ def test_nothing_is_lost(rows, width, min_units, batches):
 @given(st.lists(st.floats(-1e7, 1e7), min_size=2, max_size=40), widths)
 @settings(max_examples=150, deadline=None)
 def test_no_position_lies_outside_its_square(values, width):
-    # Positions on and a hair beside the edges are where a plain floor division goes wrong.
+    # Positions on the edges, and just off them, are where a plain floor division fails.
     edges = np.round(np.array(values) / width) * width
     xy = np.concatenate([values, edges, np.nextafter(edges, np.inf), np.nextafter(edges, -np.inf)])
     xy = np.stack([xy, xy[::-1]], axis=1)
@@ -84,7 +84,7 @@ def test_the_order_of_rows_does_not_matter(rows, width, random, batches):
 
 
 def test_transcripts_are_units_and_counts(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(pooling, "_COMPACT", 7)  # sums in between, as a large section does
+    monkeypatch.setattr(pooling, "_COMPACT", 7)  # with intermediate sums, as for a large section
     rng = np.random.default_rng(0)
     xy, genes = rng.uniform(0, 300, (200, 2)), rng.integers(0, N_GENES, 200)
     pooler = Pooler(N_GENES)

@@ -1,4 +1,4 @@
-"""A damaged set is never read as a whole one: each fault names the shard, and verify finds it."""
+"""A damaged set is never read as an intact one: each error names the shard, and verify detects it."""
 
 import io
 import itertools
@@ -92,13 +92,13 @@ FORGED = {
     "json is not": ("json", lambda d: b"{", "not JSON"),
     "json too deep": ("json", lambda d: b"[" * 100_000, "not JSON"),
     "json of another section": ("json", lambda d: d.replace(b'"t1"', b'"t2"'), "says section t2"),
-    "json of another place": ("json", lambda d: d.replace(b'"x_px":', b'"x_px":1'), "x_px is"),
+    "json of another spot": ("json", lambda d: d.replace(b'"x_px":', b'"x_px":1'), "x_px is"),
 }
 
 
 @pytest.mark.parametrize("name", FORGED)
 def test_what_hashes_do_not_see_decoding_does(copy: Path, name: str):
-    """A set whose every hash agrees with its hostile content."""
+    """A malicious set whose hashes all match."""
     extension, change, message = FORGED[name]
     rewrite(first_shard(copy), lambda m: m.update({f"{KEY}.{extension}": change(m[f"{KEY}.{extension}"])}))
     reseal(copy, read_manifest(copy))
@@ -115,9 +115,9 @@ def test_what_hashes_do_not_see_decoding_does(copy: Path, name: str):
 def test_one_flipped_bit_anywhere_is_found(copy: Path):
     path = first_shard(copy)
     data = bytearray(path.read_bytes())
-    for place in np.random.default_rng(0).integers(0, len(data), 12):
+    for offset in np.random.default_rng(0).integers(0, len(data), 12):
         changed = data.copy()
-        changed[place] ^= 0x10
+        changed[offset] ^= 0x10
         path.write_bytes(changed)
         assert not verify(copy).ok
 
@@ -136,7 +136,7 @@ def test_truncated_and_vanished_shards(copy: Path):
 
 
 @pytest.mark.parametrize("kind", ["link", "path", "twice"])
-def test_hostile_tars_are_not_touched_and_verify_says_so(copy: Path, kind: str):
+def test_hostile_tars_are_not_touched_and_verify_reports_them(copy: Path, kind: str):
     path = first_shard(copy)
     before = ShardSet(copy).tiles(range(49))
     with tarfile.open(path, "a") as tar:
@@ -144,7 +144,7 @@ def test_hostile_tars_are_not_touched_and_verify_says_so(copy: Path, kind: str):
         if kind == "link":
             info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(info, io.BytesIO(b""))
-    # The reader goes to the indexed, checked members and to nothing else.
+    # The reader accesses only indexed and verified members.
     np.testing.assert_array_equal(ShardSet(copy).tiles(range(49)), before)
     text = verify(copy).text
     assert "no plain file" in text or "twice" in text

@@ -1,4 +1,4 @@
-"""Remotes that are slow, wrong, cut short or gone: an error that names the URL, never other bytes, never a hang."""
+"""Slow, wrong, truncated and missing remotes raise an error that names the URL; never wrong bytes, never a hang."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ QUICK = RetryPolicy(attempts=3, stall=0.4, total=5, backoff=0.01)
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers by the first part of the path; ``server.asked`` counts."""
+    """Respond according to the first part of the path; ``server.asked`` counts requests."""
 
     def do_GET(self) -> None:
         behaviour = self.path.split("/")[1]
@@ -77,7 +77,7 @@ def test_a_file_is_fetched_once(server: ThreadingHTTPServer, tmp_path: Path, beh
     assert path.read_bytes() == DATA
     assert path.name == "x.bin"
     asked = dict(server.asked)
-    # Another process, another place: the same bytes are not fetched again.
+    # Another process and another URL: the same bytes are not downloaded again.
     assert pickle.loads(pickle.dumps(one)).fetch("b/x.bin", sha256=SHA, size=len(DATA)) == path
     assert server.asked == asked
     assert not list((tmp_path / "fetching").iterdir())
@@ -94,7 +94,7 @@ def test_a_file_is_fetched_once(server: ThreadingHTTPServer, tmp_path: Path, beh
         ("403", "remote", r"after 1 attempts.*credentials"),
     ],
 )
-def test_failures_are_told_and_leave_nothing(
+def test_failures_are_reported_and_leave_nothing(
     server: ThreadingHTTPServer, tmp_path: Path, behaviour: str, kind: str, message: str
 ):
     start = time.monotonic()
@@ -171,7 +171,7 @@ def test_many_threads_fetch_one_file_once(server: ThreadingHTTPServer, tmp_path:
     assert server.asked == {"/good/x": 1}
 
 
-def test_a_cache_that_cannot_be_written_is_told(memory: fsspec.AbstractFileSystem, tmp_path: Path):
+def test_a_cache_that_cannot_be_written_is_reported(memory: fsspec.AbstractFileSystem, tmp_path: Path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(ShardError, match=r"cannot keep files.*COMTIP_CACHE"):
         Remote("memory://box", tmp_path / "file", patience=QUICK).fetch("a.txt", sha256="0" * 64)
@@ -182,7 +182,7 @@ def test_unknown_protocols_say_what_to_install(tmp_path: Path):
         Remote("nosuch://x", tmp_path).read("manifest.json")
 
 
-def test_urls_are_told_from_paths():
+def test_urls_are_distinguished_from_paths():
     assert is_url("s3://bucket/set")
     assert is_url("file:///tmp/set")
     assert not is_url("runs/demo/shards:t1")

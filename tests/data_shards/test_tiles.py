@@ -13,7 +13,7 @@ from PIL import Image
 
 
 def gradient(height: int, width: int) -> np.ndarray:
-    """Red says the column, green the row."""
+    """Return an image whose red encodes the column and green the row."""
     y, x = np.mgrid[0:height, 0:width]
     return np.stack([x, y, np.full_like(x, 7)], axis=-1).astype(np.uint8)
 
@@ -21,7 +21,7 @@ def gradient(height: int, width: int) -> np.ndarray:
 def test_tiles_lie_where_the_spot_is_and_have_the_width_asked_for():
     image = gradient(200, 250)
     tile = cut_tiles(image, np.array([[120.0, 80.0]]), 64, 32)[0].astype(float)
-    # x, not y, is the column. A tile's middle is its spot; pixel i covers [i, i + 1).
+    # x is the column. The centre of a tile is its spot; pixel i covers [i, i + 1).
     assert abs(tile[..., 0].mean() - 119.5) < 0.6
     assert abs(tile[..., 1].mean() - 79.5) < 0.6
     step = np.diff(tile[16, 4:-4, 0]).mean()
@@ -45,7 +45,7 @@ def test_windows_give_what_the_whole_image_gives(width: float, out: int):
     for (x, y), tile in zip(xy + pad, cut_tiles(image, xy, width, out), strict=True):
         box = (x - width / 2, y - width / 2, x + width / 2, y + width / 2)
         want = np.asarray(padded.resize((out, out), Image.Resampling.BICUBIC, box=box)).astype(int)
-        # The filter's weights are rounded: a px may differ by one.
+        # Filter weights are rounded: a pixel may differ by one.
         assert np.abs(want - tile).max() <= 1
 
 
@@ -99,6 +99,6 @@ def test_normalising_moves_every_section_to_the_reference():
     after = stain_stats(out)
     np.testing.assert_allclose(after.od_mean, REFERENCE_MEAN, atol=0.01)
     np.testing.assert_allclose(after.od_std, REFERENCE_STD, atol=0.01)
-    # Order of brightness within a channel is untouched.
+    # The order of brightness within a channel is unchanged.
     flat_in, flat_out = tiles[..., 0].ravel(), out[..., 0].ravel().astype(int)
     assert (np.diff(flat_out[np.argsort(flat_in, kind="stable")]) >= 0).all()

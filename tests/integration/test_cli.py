@@ -1,4 +1,4 @@
-"""The real command line, end to end, on a tiny made-up set: what a user types and what comes back."""
+"""The command line, end to end, on a tiny synthetic set."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def run(*args: object, **options) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def config(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A config file with the tiny settings, and long enough to be killed inside."""
+    """A config file with tiny settings, long enough for a kill during training."""
     from comtip_fast.config.io import dump_config, load_config
 
     path = tmp_path_factory.mktemp("config") / "tiny.yaml"
@@ -69,7 +69,7 @@ def test_a_run_killed_at_any_moment_and_resumed_is_the_same_run(config: Path, tm
             stderr=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
         )
-        # Wait for training to move on, then strike after a while that differs each time.
+        # Wait until training proceeds, then kill after a different delay each time.
         before = len((out / "metrics.jsonl").read_text().splitlines()) if (out / "metrics.jsonl").exists() else 0
         deadline = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < deadline:
@@ -154,12 +154,12 @@ def test_predictions_open_in_scanpy_and_squidpy(outputs: Path, tiny_shards: Shar
     import squidpy as sq
 
     data = sc.read_h5ad(outputs / "p.h5ad")
-    # In the order of the source, not in that of the shards.
+    # In the order of the source, not of the shards.
     order = tiny_shards.source_order(tiny_shards.section_number("x1"))
     assert data.obs_names.tolist() == tiny_shards.spots.loc[order, "spot_id"].tolist()
     assert data.var_names.tolist() == ["ERBB2", "ENSG00000186847.3", "TTN"]
     assert data.var["symbol"].tolist() == ["ERBB2", "KRT14", "TTN"]
-    # TTN is in none of the training sections: predicted all the same.
+    # TTN is in none of the training sections and is predicted nevertheless.
     assert data.var["training"]["TTN"] == "never seen"
     assert np.isfinite(data.X).all()
     assert data.X[:, 2].std() > 0
@@ -185,7 +185,7 @@ def test_anndata_in_keeps_what_it_holds(outputs: Path, tiny_run: Path, tmp_path:
     assert after.var_names.tolist() == data.var_names.tolist()
     vectors = after.obsm["X_comtip"]
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
-    # Cut again from the small overview picture, in another order: the same tissue, nearly the same vectors.
+    # Tiles from the small overview image, in another order: the same tissue, nearly the same vectors.
     first = ad.read_h5ad(outputs / "e.h5ad")[after.obs_names.tolist()].obsm["X_comtip"]
     assert (first * vectors).sum(1).mean() > 0.9
 
@@ -195,7 +195,7 @@ def test_the_same_from_python(tiny_run: Path, tiny_source: Path, tiny_shards: Sh
     data = model.predict(f"{tiny_source}:x1", ["ERBB2"])
     assert data.shape == (49, 1)
     stored = ad.read_h5ad(outputs / "p.h5ad")
-    # From the source (never a JPEG) and from shards (JPEG tiles): the same to a hair.
+    # From the source (no JPEG) and from shards (JPEG tiles): nearly identical.
     assert np.corrcoef(data.X[:, 0], stored.X[:, 0])[0, 1] > 0.98
     every = model.predict(f"{tiny_shards.path}:x1")
     assert every.var["key"].tolist() == model.trained_genes
@@ -257,7 +257,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_told_in_one_line(
+def test_bad_input_is_reported_in_one_line(
     name: str, config: Path, tiny_run: Path, tiny_shards: ShardSet, tiny_source: Path, tmp_path: Path, capsys
 ):
     (tmp_path / "bad.h5ad").write_bytes(b"not hdf5")
