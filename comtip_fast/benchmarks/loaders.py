@@ -199,7 +199,7 @@ def _dali_alone(tiles: list[bytes], setting: Setting) -> Generator[int, None, No
     for _ in range(decoder.depth):
         decoder.start(next(chunks))
     while True:
-        size = len(decoder.take())
+        size = len(decoder.get())
         decoder.release()
         decoder.start(next(chunks))
         yield size

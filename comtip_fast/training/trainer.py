@@ -23,6 +23,7 @@ from torch import Tensor
 from comtip_fast.collectives import Group, SingleProcessGroup
 from comtip_fast.config.io import config_to_dict, dump_config
 from comtip_fast.config.schema import RunConfig
+from comtip_fast.metrics import finite_or_none
 from comtip_fast.training.checkpoint import store as checkpoints
 from comtip_fast.training.checkpoint.async_writer import Writer, copied
 from comtip_fast.training.checkpoint.run_state import (
@@ -40,7 +41,7 @@ from comtip_fast.training.distributed.signals import Signals, catch_signals, hol
 from comtip_fast.training.engines.base import Engine
 from comtip_fast.training.engines.factory import make_engine
 from comtip_fast.training.grad_cache import forward_backward
-from comtip_fast.training.monitor.loggers import Logger, finite, keep_rows_up_to, make_loggers
+from comtip_fast.training.monitor.loggers import Logger, keep_rows_up_to, make_loggers
 from comtip_fast.training.monitor.monitor import (
     EVENTS,
     Events,
@@ -289,7 +290,7 @@ class Trainer:
                   "gradients": gradients, "spot_index": spots.tolist()}  # fmt: skip
         if self._first:
             with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(finite(record)) + "\n")
+                file.write(json.dumps(finite_or_none(record)) + "\n")
         what = f"loss part {', '.join(k for k in bad if k != 'loss') or 'loss'}" if bad else "the gradient"
         first = f" (gradients of {len(gradients)} parameters, first {gradients[0]})" if gradients else ""
         some = ", ".join(str(i) for i in spots[:5].tolist())

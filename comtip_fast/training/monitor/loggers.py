@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from comtip_fast.config.schema import RunConfig
+from comtip_fast.metrics import finite_or_none
 
 
 class Logger(Protocol):
@@ -38,7 +39,7 @@ class JsonlLogger:
 
     def log(self, row: dict[str, Any]) -> None:
         """Append and flush."""
-        self._file.write(json.dumps(finite(row)) + "\n")
+        self._file.write(json.dumps(finite_or_none(row)) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -169,12 +170,3 @@ def keep_rows_up_to(path: Path, step: int) -> None:
     tmp_path = path.with_suffix(".writing")
     tmp_path.write_text("".join(kept), encoding="utf-8")
     tmp_path.replace(path)
-
-
-def finite(value: Any) -> Any:
-    """Return ``value`` with null for every number that is not finite, which JSON does not have."""
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
