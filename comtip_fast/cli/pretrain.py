@@ -62,9 +62,9 @@ def _train_or_explain(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
+    from comtip_fast.metrics import finite_or_none
     from comtip_fast.pretraining import pretrain
     from comtip_fast.training.distributed.process_group import distributed_env
-    from comtip_fast.training.monitor.loggers import finite
 
     result = pretrain(args.config, args.out, overrides=args.set, start_from=args.start_from, resume=args.resume)
     if result.stopped == "sigterm":
@@ -72,5 +72,5 @@ def _train(args: argparse.Namespace) -> int:
         return KILLED
     if distributed_env().rank == 0:
         # Everything is on disk by now: a closed standard output is no failure of the run.
-        write_line(json.dumps(finite(asdict(result)), allow_nan=False), sys.stdout)
+        write_line(json.dumps(finite_or_none(asdict(result)), allow_nan=False), sys.stdout)
     return 0

@@ -1,4 +1,4 @@
-"""Losses as pure functions of tensors; no parameters, no randomness, no files."""
+"""Losses as pure functions of tensors: no parameters, no random draws, no file access."""
 
 from comtip_fast.objectives.contrastive import PairMetadata, global_infonce, same_text_hash
 from comtip_fast.objectives.masked import HEALTH, feature_health, masked_feature_loss

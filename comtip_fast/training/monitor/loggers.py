@@ -15,6 +15,7 @@ from typing import Any, Protocol, TextIO
 from comtip_shards.storage.atomic import write_atomic
 
 from comtip_fast.config.schema import RunConfig
+from comtip_fast.metrics import finite_or_none
 from comtip_fast.streams import write_line
 
 log = logging.getLogger("comtip_fast")
@@ -45,7 +46,7 @@ class JsonlLogger:
 
     def log(self, row: dict[str, Any]) -> None:
         """Append and flush."""
-        self._file.write(json.dumps(finite(row)) + "\n")
+        self._file.write(json.dumps(finite_or_none(row)) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -189,7 +190,7 @@ def _numbers(row: dict[str, Any]) -> dict[str, float]:
 def append_row(path: Path, row: dict[str, Any]) -> None:
     """Append one row to a JSONL file; numbers that are not finite become null."""
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(finite(row)) + "\n")
+        file.write(json.dumps(finite_or_none(row)) + "\n")
 
 
 def keep_rows_up_to(path: Path, step: int) -> None:
@@ -205,12 +206,3 @@ def keep_rows_up_to(path: Path, step: int) -> None:
         if row["step"] <= step:
             kept.append(line + "\n")
     write_atomic(path, "".join(kept))
-
-
-def finite(value: Any) -> Any:
-    """Return ``value`` with null for every number that is not finite, which JSON does not have."""
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
