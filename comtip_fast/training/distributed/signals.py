@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import logging
 import os
@@ -12,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+
+from comtip_shards.storage.cache import NO_LOCKS
 
 from comtip_fast.training.protocol import TrainingError
 
@@ -54,6 +55,27 @@ def catch_signals() -> Iterator[Signals]:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
+def refuse_links(run_dir: Path) -> None:
+    """Refuse a run folder with symbolic links: a run that resumes truncates, appends to and deletes what is in it.
+
+    What wandb keeps in its own folder is left to wandb, which makes links there.
+
+    Raises
+    ------
+    TrainingError
+        Naming the first link.
+    """
+    for root, folders, files in os.walk(run_dir, followlinks=False):
+        for name in sorted([*folders, *files]):
+            path = Path(root, name)
+            if path.is_symlink():
+                raise TrainingError(
+                    f"{path}: is a link, which no run writes; put the file or folder itself there, or give a new --out"
+                )
+        if "wandb" in folders and Path(root) == run_dir:
+            folders.remove("wandb")
+
+
 @contextmanager
 def hold_run(run_dir: Path, patience_s: float = 0.0) -> Iterator[None]:
     """Keep a second process out of a run folder.
@@ -71,10 +93,14 @@ def hold_run(run_dir: Path, patience_s: float = 0.0) -> Iterator[None]:
     Raises
     ------
     TrainingError
-        A live process holds the folder.
+        A live process holds the folder, or there are links in it.
     """
+    refuse_links(run_dir)
     until = time.monotonic() + patience_s
-    with (run_dir / LOCK_FILE).open("a+", encoding="utf-8") as file:
+    descriptor = os.open(
+        run_dir / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666
+    )
+    with open(descriptor, "a+", encoding="utf-8") as file:  # noqa: PTH123
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -87,9 +113,13 @@ def hold_run(run_dir: Path, patience_s: float = 0.0) -> Iterator[None]:
                 holder = file.read().strip() or "?"
                 raise TrainingError(f"{run_dir} is in use by process {holder}; wait for it or stop it") from error
             except OSError as error:
-                if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
+                if error.errno not in NO_LOCKS:
                     raise
-                log.warning("%s: its file system has no locks; a second run in this folder is not noticed", run_dir)
+                log.warning(
+                    "%s: this file system has no locks (%s); see to it that only one run writes here",
+                    run_dir,
+                    error.strerror,
+                )
                 break
         file.truncate(0)
         file.write(str(os.getpid()))

@@ -15,12 +15,12 @@ from functools import partial
 from pathlib import Path
 
 from comtip_shards.builder.jobs import run_jobs
-from comtip_shards.builder.output_dir import built_already, writing
+from comtip_shards.builder.output_dir import built_already, clear_staging, writing
 from comtip_shards.builder.staging import stage_section
 from comtip_shards.builder.writer import SectionRecords, made_with, report, set_fingerprint, write_set
 from comtip_shards.errors import SourceError
 from comtip_shards.format import record
-from comtip_shards.format.manifest import REPORTS, BuildPart, Manifest, TileSpec, sha256_of
+from comtip_shards.format.manifest import NAME, REPORTS, BuildPart, Manifest, TileSpec, sha256_of
 from comtip_shards.names import same_file
 from comtip_shards.qc import refuse_failed, write_pages
 from comtip_shards.sections.leakage import check_duplicates, enforce_split_policy
@@ -96,8 +96,13 @@ def build_shards(
     if done is not None:
         if strict:
             refuse_failed((s.section_id, s.source["checks"]) for s in done.sections)
+        clear_staging(out)
         return report_of(out, done, "(already built)")
     with writing(out) as staging:
+        done = built_already(out, set_fingerprint(prints, max_records), place)
+        if done is not None:  # by another process, since the first look
+            return report_of(out, done, "(already built)")
+        (out / NAME).unlink(missing_ok=True)  # of a set with files missing: without them it is not one
         work = [(*one, mark, staging) for one, mark in zip(own, prints, strict=True)]
         staged = run_jobs(stage_section, work, jobs=jobs, label="sections", progress=progress)
         beside = look_over(staged, out, strict=strict)

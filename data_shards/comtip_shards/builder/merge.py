@@ -11,11 +11,11 @@ import numpy as np
 
 from comtip_shards.builder.build import BuildReport, hash_of, look_over, report_of
 from comtip_shards.builder.jobs import run_jobs
-from comtip_shards.builder.output_dir import built_already, writing
+from comtip_shards.builder.output_dir import built_already, clear_staging, writing
 from comtip_shards.builder.writer import RecordRun, SectionHead, set_fingerprint, write_set
 from comtip_shards.errors import ShardError
 from comtip_shards.format.image_header import check_size
-from comtip_shards.format.manifest import REPORTS, Manifest, ManifestSection
+from comtip_shards.format.manifest import NAME, REPORTS, Manifest, ManifestSection
 from comtip_shards.names import FOREIGN, same_file
 from comtip_shards.qc.stored import stored_pages
 from comtip_shards.reader.shard_set import ShardSet
@@ -126,9 +126,16 @@ def merge_sets(parts: Sequence[Path | str], out: Path, *, jobs: int = 1, progres
     check_splits(metas)
     first = next(iter(manifests.values()))
     prints = [manifests[s.path].sections[s.number].fingerprint for s in sections]
-    done = built_already(out, set_fingerprint(prints, first.records_per_shard), None)
-    if done is None:
+    mark = set_fingerprint(prints, first.records_per_shard)
+    done = built_already(out, mark, None)
+    if done is not None:
+        clear_staging(out)
+    else:
         with writing(out):
+            done = built_already(out, mark, None)
+            if done is not None:  # by another process, since the first look
+                return report_of(out, done)
+            (out / NAME).unlink(missing_ok=True)  # of a set with files missing: without them it is not one
             run = partial(run_jobs, jobs=jobs, label="shards", progress=progress)
             beside = look_over(sections, out)
             done = write_set(sections, first.tile, out, first.records_per_shard, run, beside=beside)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -17,6 +18,8 @@ from comtip_shards.storage.atomic import flush
 
 CACHE_VARIABLE, SIZE_VARIABLE = "COMTIP_CACHE", "COMTIP_CACHE_GB"
 _DAY = 24 * 3600
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+"""What ``flock`` says on network file systems that are mounted without locks."""
 
 
 def default_cache() -> Path:
@@ -117,7 +120,11 @@ class FileCache:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
-                except BlockingIOError:
+                except OSError as error:
+                    if error.errno in NO_LOCKS:
+                        break  # two processes may fetch the same file; each is moved to its place whole
+                    if not isinstance(error, BlockingIOError):
+                        raise self.unwritable(error) from error
                     if time.monotonic() > deadline:
                         raise ShardError(f"{where}: another process did not fetch it in time", kind="remote") from None
                     time.sleep(0.05)
