@@ -8,6 +8,8 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from comtip_shards.names import printable
+
 from comtip_fast._version import __version__
 from comtip_fast.streams import drain, guarded_stderr, reader_is_gone, write_line
 
@@ -45,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(arguments: list[str]) -> int:
     parser = _parser(arguments)
     args = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.DEBUG if args.debug else logging.INFO, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Printable("%(message)s"))
+    logging.basicConfig(level=logging.DEBUG if args.debug else logging.INFO, handlers=[handler])
     for noisy in ("h5py", "matplotlib", "PIL", "fsspec", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     if args.command != "pretrain" and not args.debug:
@@ -64,7 +68,7 @@ def _main(arguments: list[str]) -> int:
     except BAD_INPUT as error:
         if args.debug:
             raise
-        write_line(f"comtip: error: {error}", sys.stderr)
+        write_line(f"comtip: error: {printable(str(error))}", sys.stderr)
         return USER_ERROR
     except Exception as error:
         found = _of_the_disk(error)
@@ -84,7 +88,15 @@ def _of_the_disk(error: Exception) -> tuple[int, str] | None:
     if said is not None:
         return RESTART, f"{said}; make room (or repair the device), then run the same command again"
     said = unwritable(error)
-    return None if said is None else (USER_ERROR, f"{said}; give another path, or make this one summon_full_params")
+    return None if said is None else (USER_ERROR, f"{said}; give another path, or make this one writable")
+
+
+class _Printable(logging.Formatter):
+    """Escapes control characters: messages quote names and texts from files."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        return printable(super().format(record))
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:

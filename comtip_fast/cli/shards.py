@@ -7,6 +7,7 @@ from pathlib import Path
 
 from comtip_shards.builder.build import build_shards
 from comtip_shards.builder.merge import merge_sets
+from comtip_shards.names import printable
 from comtip_shards.qc import check_sources
 from comtip_shards.reader.verify import verify
 from comtip_shards.sources import FORMATS as SOURCE_FORMATS
@@ -140,19 +141,19 @@ def _build(args: argparse.Namespace) -> int:
         part=args.part,
         progress=True,
     )
-    print(report.text)
+    print(printable(report.text))
     return 0
 
 
 def _merge(args: argparse.Namespace) -> int:
-    print(merge_sets(args.parts, args.out, jobs=args.jobs, progress=True).text)
+    print(printable(merge_sets(args.parts, args.out, jobs=args.jobs, progress=True).text))
     return 0
 
 
 def _check(args: argparse.Namespace) -> int:
     reports = check_sources(_open(args), args.out, tile_um=args.tile_um, progress=True)
     for report in reports:
-        print(f"{report.section_id}: {report.status}", *(f"  {line}" for line in report.lines), sep="\n")
+        print(printable("\n".join([f"{report.section_id}: {report.status}", *(f"  {line}" for line in report.lines)])))
     print(f"pages: {args.out / 'index.html'}")
     return int(args.strict and any(r.status == "fail" for r in reports))
 
@@ -178,7 +179,7 @@ def _format(args: argparse.Namespace) -> str:
     if args.format != "auto" or is_url(args.source) or not Path(args.source).exists():
         return str(args.format)
     reader, why = detect(Path(args.source))
-    print(f"read as {reader.name}: {why}")
+    print(printable(f"read as {reader.name}: {why}"))
     return reader.name
 
 
@@ -196,5 +197,5 @@ def _where(items: list[str]) -> dict[str, list[str]]:
 
 def _verify(args: argparse.Namespace) -> int:
     report = verify(args.set, progress=True)
-    print(report.text)
+    print(printable(report.text))
     return 0 if report.ok else 1

@@ -20,6 +20,9 @@ class ConfigError(ValueError):
     """A config cannot be used; names the file, the key and the fix."""
 
 
+MAX_NODES = 100_000
+
+
 class _Loader(yaml.SafeLoader):
     """YAML as people mean it: ``1e-3`` is a number, a date is text, and a key given twice is an error."""
 
@@ -27,6 +30,18 @@ class _Loader(yaml.SafeLoader):
         first: [(tag, regexp) for tag, regexp in found if tag != "tag:yaml.org,2002:timestamp"]
         for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+
+    def get_single_node(self) -> yaml.Node | None:
+        """Compose the document; refuse aliases that stand for more than anyone writes by hand."""
+        node = super().get_single_node()
+        if node is not None and _written_out(node, {}) > MAX_NODES:
+            raise yaml.constructor.ConstructorError(
+                None,
+                None,
+                f"aliases (*name) stand for more than {MAX_NODES:,} values; write the values themselves",
+                node.start_mark,
+            )
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Build a dict; PyYAML itself would let the last of two equal keys win."""
@@ -37,6 +52,16 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"the key {name} is given twice", key.start_mark)
             seen.add(name)
         return super().construct_mapping(node, deep)
+
+
+def _written_out(node: yaml.Node, known: dict[int, int]) -> int:
+    """Return how many nodes there would be with every alias written out; one that holds itself counts as too many."""
+    if id(node) not in known:
+        known[id(node)] = MAX_NODES + 1
+        children = [] if isinstance(node, yaml.ScalarNode) else node.value
+        parts = [n for c in children for n in (c if isinstance(c, tuple) else (c,))]
+        known[id(node)] = 1 + sum(_written_out(n, known) for n in parts)
+    return known[id(node)]
 
 
 class _Dumper(yaml.SafeDumper):

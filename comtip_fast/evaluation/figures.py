@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 matplotlib.use("Agg")
 INK, GRID = "#22303c", "#d9dee3"
+MAX_LABEL = 80
 LOSSES = (
     ("nce", "InfoNCE: image and genes"),
     ("mfm", "MFM: features of hidden patches"),
@@ -30,6 +31,15 @@ NAMES = {
     "ridge_features": "ridge on image features",
 }
 COLOURS = {"zero_shot": "#0b6e8f", "control_null": "#b8c0c8", "ridge_colour": "#d98c4a", "ridge_features": "#7a9e3f"}
+
+
+def plain(text: str) -> str:
+    """Return a text from a file for a figure: at most :data:`MAX_LABEL` characters, all printable.
+
+    Use it with ``parse_math=False``: matplotlib reads ``$`` as the begin of a formula, and lays out a text of any length.
+    """
+    text = "".join(c if c.isprintable() else "?" for c in text[: MAX_LABEL + 1])
+    return text if len(text) <= MAX_LABEL else text[: MAX_LABEL - 1] + "…"
 
 
 def as_uri(figure: Figure, dpi: int = 110, kind: str = "png") -> str:
@@ -64,7 +74,8 @@ def loss_curves(path: Path) -> str | None:
         cohorts = sorted({name for _, found in scores for name in found})
         for cohort, colour in zip(cohorts, ("#d9534f", "#3b7dd8", "#7a9e3f", "#8a5fb0"), strict=False):
             points = [(step, found[cohort]) for step, found in scores if found.get(cohort) is not None]
-            axis.plot(*zip(*points, strict=True), "-o", ms=2.5, lw=1.3, color=colour, label=cohort.replace("_", " "))
+            label = plain(cohort.replace("_", " "))
+            axis.plot(*zip(*points, strict=True), "-o", ms=2.5, lw=1.3, color=colour, label=label)
         best = [r["step"] for r in valid if r.get("best")]
         if best:
             axis.axvline(best[-1], color=INK, lw=1, ls=":", label="best")
@@ -167,7 +178,8 @@ def maps(
             axis.set_ylim(bottom, top)
             axis.set_xticks([])
             axis.set_yticks([])
-            axis.set_title(title, fontsize=9, color=INK, loc="left", fontweight="bold" if values is None else "normal")
+            axis.set_title(plain(title), fontsize=9, color=INK, loc="left", parse_math=False,
+                           fontweight="bold" if values is None else "normal")  # fmt: skip
             for side in axis.spines.values():
                 side.set_color(GRID)
         bar = figure.colorbar(marks, ax=row[2], fraction=0.05, pad=0.02)
@@ -209,7 +221,7 @@ def _smooth(y: np.ndarray, share: float = 0.08) -> np.ndarray:
 
 
 def _style(axis: Axes, title: str, x: str, y: str) -> None:
-    axis.set_title(title, fontsize=9, color=INK, loc="left")
+    axis.set_title(plain(title), fontsize=9, color=INK, loc="left", parse_math=False)
     axis.set_xlabel(x, fontsize=8, color=INK)
     axis.set_ylabel(y, fontsize=8, color=INK)
     axis.tick_params(labelsize=7.5, colors=INK)

@@ -64,6 +64,14 @@ def shown(name: str) -> str:
     return ascii(name[:100]) + ("..." if len(name) > 100 else "")
 
 
+def printable(text: str) -> str:
+    """Return a text for a terminal: control characters other than line ends and tabs are escaped.
+
+    Names and notes of a set may hold escape sequences, which a terminal would carry out.
+    """
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
 def check_section_id(section_id: str, where: str, error: Callable[[str], Exception], fix: str) -> None:
     """Refuse a section id that may not become part of a path.
 

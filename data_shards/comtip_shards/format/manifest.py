@@ -18,6 +18,7 @@ from comtip_shards.errors import ShardError
 from comtip_shards.format.record import CODECS
 from comtip_shards.format.spot_table import FILE as SPOTS_FILE
 from comtip_shards.names import FOREIGN, check_section_id, is_sha256, problem_with_file, same_file, shown
+from comtip_shards.regular import read_regular
 from comtip_shards.slides.tiles import StainStats
 
 FORMAT, VERSION = "comtip-shards", 2
@@ -232,7 +233,10 @@ def read_manifest(folder: Path) -> Manifest:
         raise ShardError(
             f"{folder}: no {NAME}; give the folder that `comtip shards build --out` wrote", kind="manifest"
         )
-    return parse_manifest(path.read_bytes(), str(path))
+    try:
+        return parse_manifest(read_regular(path), str(path))
+    except OSError as error:
+        raise ShardError(f"{path}: cannot be read ({error.strerror}); {FOREIGN}", kind="manifest") from error
 
 
 def parse_manifest(text: bytes, where: str) -> Manifest:

@@ -15,6 +15,8 @@ from comtip_shards.errors import ShardError
 
 EXPR_MAGIC = b"CTX2"
 _HEAD = 16
+_PNG_RGB8 = b"\x08\x02"
+"""Bit depth and colour type in the header of a PNG."""
 CODECS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
 """Codec -> extension of the tar member."""
 PARTS = ("tile", "expr", "json")
@@ -193,7 +195,11 @@ def decode_tile(data: bytes, px: int, codec: str, where: str) -> np.ndarray:
                     f"{where}: the tile is {image.width} x {image.height} px, the manifest says {px} x {px}",
                     kind="tile",
                 )
-            return np.asarray(image.convert("RGB"))
+            # Pillow turns 16 bits to 8 in silence, and other decoders do not.
+            deep = codec == "png" and data[24:26] != _PNG_RGB8
+            if image.mode != "RGB" or deep or getattr(image, "n_frames", 1) != 1:
+                raise ShardError(f"{where}: the tile is no single picture of 3 x 8 bits", kind="tile")
+            return np.asarray(image)
     except ShardError:
         raise
     except Exception as error:  # Pillow's decoders raise many kinds on damaged bytes

@@ -10,6 +10,7 @@ from urllib.parse import unquote, urlsplit
 from comtip_shards.errors import ShardError
 from comtip_shards.format.manifest import NAME, Manifest, parse_manifest, read_manifest
 from comtip_shards.names import inside
+from comtip_shards.regular import read_regular
 from comtip_shards.storage.remote import Remote, is_url
 
 
@@ -70,7 +71,7 @@ class SetFiles:
         for _ in range(2):
             path = self.path(name, sha256)
             try:
-                data = path.read_bytes()
+                data = read_regular(path)
             except OSError:
                 break
             if hashlib.sha256(data).hexdigest() == sha256:

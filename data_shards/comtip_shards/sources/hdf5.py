@@ -14,6 +14,9 @@ import h5py
 from comtip_shards.errors import SourceError
 from comtip_shards.names import shown
 
+MAX_UNPACKED, MAX_RATIO = 2**30, 1100
+"""A dataset of more bytes than the first may unpack to at most so many times its bytes in the file; deflate packs zeros to
+one 1,032th."""
 MAX_OBJECTS, MAX_DEPTH = 1_000_000, 64
 """Most groups and datasets, and deepest nesting: a file of a few MB can claim more than memory holds."""
 
@@ -99,6 +102,12 @@ def _children(
 
 
 def _check_dataset(data: h5py.Dataset, place: str, path: Path) -> None:
+    size, stored = data.nbytes if data.shape is not None else 0, data.id.get_storage_size()
+    if size > MAX_UNPACKED and size > MAX_RATIO * stored:
+        raise SourceError(
+            f"{path}: {shown(place)} claims {size / 2**30:.1f} GiB in {data.shape}, but {stored} bytes of it are in the file; it "
+            "was not written whole, get it again"
+        )
     kind = (
         "a virtual dataset" if data.is_virtual else "kept in another file (external storage)" if data.external else ""
     )
