@@ -313,7 +313,7 @@ class Trainer:
         elif math.isfinite(score):
             p.bad_validations += 1
         else:
-            # RetryPolicy is about scores that get no better; here there is no score to compare.
+            # Patience is about scores that get no better; here there is no score to compare.
             log.warning("step %d: validation gave no score (no section of split val, or no gene to score?)", p.step)
         self._log({"step": p.step, "kind": "valid", "score": score, "per_cohort": per_cohort, "best": better} | space)
         if cfg.patience and p.bad_validations >= cfg.patience and not p.stopped:

@@ -17,10 +17,10 @@ from comtip_shards import ShardError, ShardSet, SourceError
 from comtip_shards.format.record import decode_tile
 from comtip_shards.names import printable
 from comtip_shards.reader.verify import verify
-from comtip_shards.regular import read_regular
 from comtip_shards.sources import tenx
 from comtip_shards.sources.hdf5 import open_hdf5
 from comtip_shards.sources.tenx import TenxMatrix
+from comtip_shards.storage.regular_file import read_regular
 from PIL import Image
 
 from comtip_fast.cli import main

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: written tmp_path, hashed, renamed; verified on load; never unpickled.
+"""Checkpoints that are whole or not there: written to a temporary path, hashed, renamed; verified on load; never unpickled.
 
     checkpoints/step_00000100/{model.safetensors, optim.safetensors, state.json, SHA256SUMS}
 

@@ -54,7 +54,7 @@ def explain_failures(rank: int, size: int, where: Callable[[], str], timeout_s: 
         refused = unwritable(error)
         if refused is not None:
             raise TrainingError(
-                f"{_who(rank, size)}{where()}: {refused}; make it summon_full_params, or give another folder"
+                f"{_who(rank, size)}{where()}: {refused}; make it writable, or give another folder"
             ) from error
         if not isinstance(error, RuntimeError) or size == 1 or not _of_collective(error):
             raise

@@ -73,7 +73,7 @@ def stage_section(source: SectionSource, meta: SectionMeta, tile: TileSpec, mark
     """Read, cut and encode one section, unless this was done before from the same inputs."""
     folder = staging / f"{meta.section_id}-{mark[:16]}"
     if folder.is_dir():
-        return Staged(folder, meta, mark)  # written tmp_path and renamed, so a folder that is here is whole
+        return Staged(folder, meta, mark)  # written to a temporary path and renamed, so a folder that is here is whole
     section = source.read()
     tmp_path = staging / f"{folder.name}.{os.getpid()}{WRITING}"
     shutil.rmtree(tmp_path, ignore_errors=True)

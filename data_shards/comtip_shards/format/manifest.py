@@ -18,8 +18,8 @@ from comtip_shards.errors import ShardError
 from comtip_shards.format.record import CODECS
 from comtip_shards.format.spot_table import FILE as SPOTS_FILE
 from comtip_shards.names import FOREIGN, check_section_id, is_sha256, problem_with_file, same_file, shown
-from comtip_shards.regular import read_regular
 from comtip_shards.slides.tiles import StainStats
+from comtip_shards.storage.regular_file import read_regular
 
 FORMAT, VERSION = "comtip-shards", 2
 NAME = "manifest.json"

@@ -10,7 +10,7 @@ from urllib.parse import unquote, urlsplit
 from comtip_shards.errors import ShardError
 from comtip_shards.format.manifest import NAME, Manifest, parse_manifest, read_manifest
 from comtip_shards.names import inside
-from comtip_shards.regular import read_regular
+from comtip_shards.storage.regular_file import read_regular
 from comtip_shards.storage.remote import Remote, is_url
 
 
