@@ -327,12 +327,12 @@ def main() -> None:
                 print(f"{case.op:<26}{name:<24}failed: {str(error).splitlines()[0]}")
                 continue
             share = 100 * max(case.flops / peak_flops, case.bytes / bandwidth) / (middle * 1e-3)
-            said = (
+            reported = (
                 "ran"
                 if args.dry_run
                 else f"{middle:>9.3f} ms ({low:.3f} to {high:.3f}) {memory:>9.0f} MiB {share:>6.1f} % of roofline"
             )
-            print(f"{case.op:<26}{name:<24}{said}")
+            print(f"{case.op:<26}{name:<24}{reported}")
             rows.append(about() | {
                 "op": case.op, "size": case.size, "provider": name, "ms_50": f"{middle:.4f}", "ms_20": f"{low:.4f}",
                 "ms_80": f"{high:.4f}", "peak_mib": f"{memory:.0f}", "percent_of_roofline": f"{share:.1f}",

@@ -143,8 +143,8 @@ def test_flops_of_each_loss_on_a_cpu(any_sizes: Sizes):
 
 
 def test_flops_of_each_loss_on_a_gpu_are_those_the_kernels_state(any_sizes: Sizes):
-    op = pytest.importorskip("comtip_kernels.sentence_table.op")
-    pytest.importorskip("comtip_kernels.infonce.op")
+    op = pytest.importorskip("comtip_kernels.sentence_table.triton_op")
+    pytest.importorskip("comtip_kernels.infonce.triton_op")
     B, M, G, Q, D = SMALL.values()
     images, texts, table, levels = (torch.empty(s, device="meta") for s in ((B, D), (M, D), (G, Q, D), (B, G)))
 
@@ -152,8 +152,8 @@ def test_flops_of_each_loss_on_a_gpu_are_those_the_kernels_state(any_sizes: Size
         return int(flop_registry[operator](*args))
 
     ops = torch.ops.comtip
-    take, spread = stated(ops.table_take, images, table, levels), stated(ops.table_spread, levels, table, levels)
-    collect = stated(ops.table_collect, images, levels, levels, Q)
+    take, spread = stated(ops.sampled_dot, images, table, levels), stated(ops.weighted_sum, levels, table, levels)
+    collect = stated(ops.weighted_sum_transpose, images, levels, levels, Q)
     level_forward = stated(ops.level_loss, images, table)
     assert loss_parts(any_sizes, gpu=True) == {
         "pool": (spread, take + collect),
@@ -161,4 +161,4 @@ def test_flops_of_each_loss_on_a_gpu_are_those_the_kernels_state(any_sizes: Size
         "level": (level_forward, stated(ops.level_loss_grads, images, table)),
         "pair": (2 * take, 2 * (spread + collect)),
     }
-    assert op.kernels.SPREAD["BD"] == SPREAD_WIDTH
+    assert op.kernels.WEIGHTED_SUM["bf16"]["BD"] == SPREAD_WIDTH

@@ -127,7 +127,7 @@ def test_more_than_65535_sentences():
     )
 
 
-def varlen_stand_in(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+def varlen_stand_in(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, deterministic=False):
     """Take what flash-attn and torch take, and check that it is theirs."""
     assert cu_seqlens_q.dtype == torch.int32
     assert max_seqlen_q == max_seqlen_k >= int(cu_seqlens_q.diff().max())
@@ -140,13 +140,13 @@ def test_other_kernels_behind_the_same_call(name: str, monkeypatch: pytest.Monke
     finder = {"flash": "flash_varlen", "varlen": "torch_varlen"}[name]
     monkeypatch.setattr(peers, finder, lambda: varlen_stand_in)
     with pytest.raises(
-        ValueError, match=f"impl='{name}' takes fp16 or bf16 on a CUDA device, not torch.float64 on cpu"
+        ValueError, match=f"impl='{name}' needs fp16 or bf16 on a CUDA device, not torch.float64 on cpu"
     ):
         packed_attention(*qkv, length, impl=name)
     monkeypatch.setattr(peers, "can_peer", lambda like: True)
     want = packed_attention(*qkv, length)
     torch.testing.assert_close(packed_attention(*qkv, length, impl=name), want)
-    monkeypatch.setattr(peers, "MOST_SENTENCES", 2)  # nine sentences in five pieces
+    monkeypatch.setattr(peers, "MAX_SENTENCES", 2)  # nine sentences in five pieces
     torch.testing.assert_close(packed_attention(*qkv, length, impl=name), want)
     monkeypatch.setattr(peers, finder, lambda: None)
     with pytest.raises(ValueError, match=f"impl='{name}' needs"):
@@ -154,23 +154,23 @@ def test_other_kernels_behind_the_same_call(name: str, monkeypatch: pytest.Monke
 
 
 def test_what_auto_takes_for_long_sentences(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
-    """The first peer that is there and takes the dtype, then padding; said once."""
+    """The first peer that is there and takes the dtype, then padding; reported once."""
 
     class OnCuda:
         is_cuda, dtype, device = True, torch.bfloat16, torch.device("cuda")
 
     def chosen(longest: int, like: object = OnCuda) -> str:
-        have = {name: (lambda name=name: name) for name in attention._HAVE}
-        return attention._choose(like, longest, "auto", have)()
+        have = {name: (lambda name=name: name) for name in attention._IMPLEMENTATIONS}
+        return attention._choose((like,), longest, "auto", have)()
 
-    monkeypatch.setattr(dispatch, "_said", set())
+    monkeypatch.setattr(dispatch, "_reported", set())
     monkeypatch.setattr(dispatch, "can_launch", lambda device: True)
     monkeypatch.setattr(peers, "flash_varlen", lambda: varlen_stand_in)
     monkeypatch.setattr(peers, "torch_varlen", lambda: varlen_stand_in)
     with caplog.at_level("INFO", "comtip_kernels"):
         assert [chosen(n) for n in (3, 48, 49, 200)] == ["triton", "triton", "flash", "flash"]
-    said = [r.getMessage() for r in caplog.records]
-    assert said == [f"packed_attention: impl='auto' chose '{n}' on cuda" for n in ("triton", "flash")]
+    reported = [r.getMessage() for r in caplog.records]
+    assert reported == [f"packed_attention: impl='auto' chose '{n}' on cuda" for n in ("triton", "flash")]
     monkeypatch.setattr(peers, "flash_varlen", lambda: None)
     assert chosen(49) == "varlen"
     monkeypatch.setattr(OnCuda, "dtype", torch.float32)
@@ -181,7 +181,7 @@ def test_what_auto_takes_for_long_sentences(monkeypatch: pytest.MonkeyPatch, cap
 
 def test_a_sentence_longer_than_a_tile():
     qkv, length = case([200, 3], 1, 4)
-    with pytest.raises(ValueError, match="a sentence of 200 tokens"):
+    with pytest.raises(ValueError, match="a sentence has 200 tokens"):
         packed_attention(*qkv, length, impl="triton")
     torch.testing.assert_close(
         packed_attention(*qkv, length), packed_attention(*qkv, length, impl="reference"), rtol=1e-10, atol=1e-12

@@ -9,7 +9,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs inside tests/kernels/test_interpreted.py", allow_module_level=True)
 
 from comtip_kernels import gene_sentence_embedding, plan_sentences
-from comtip_kernels.gene_sentence_embedding import op, triton_kernels
+from comtip_kernels.gene_sentence_embedding import triton_kernels
+from comtip_kernels.gene_sentence_embedding import triton_op as op
 
 F64 = torch.float64
 

@@ -32,9 +32,9 @@ def test_every_path_runs_and_nothing_is_written(tmp_path: Path, monkeypatch: pyt
     out = tmp_path / "results.csv"
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--dry-run", "--out", str(out)])
     gpu.main()
-    said = capsys.readouterr().out.splitlines()
+    reported = capsys.readouterr().out.splitlines()
     for op in OPS:
-        assert [line.split()[-1] for line in said if line.startswith(f"{op} ")] == ["correct", "ran", "ran"]
+        assert [line.split()[-1] for line in reported if line.startswith(f"{op} ")] == ["correct", "ran", "ran"]
     assert not out.exists()
 
 

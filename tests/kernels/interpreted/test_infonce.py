@@ -9,7 +9,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs inside tests/kernels/test_interpreted.py", allow_module_level=True)
 
 from comtip_kernels import infonce
-from comtip_kernels.infonce.op import infonce_grads, infonce_lse
+from comtip_kernels.infonce.triton_op import infonce_grads, infonce_lse
 
 F64 = torch.float64
 FORWARD_ONLY = ("test_schema", "test_faketensor")
@@ -88,7 +88,7 @@ def test_lse_is_within_2e_5_of_fp64_at_scale_100(kind: str, D: int):
         x = x[:1].expand(40, -1).clone()
         y = {"opposite": -x, "identical": x, "half opposite": x * torch.tensor([1.0, -1.0]).repeat(20)[:, None]}[kind]
     x, y = (torch.nn.functional.normalize(t, dim=-1) for t in (x, y))
-    got = infonce_lse(x, y, torch.tensor(100.0), 0, None, None, None, None, None)
+    got = infonce_lse(x, y, torch.tensor(100.0), 0, None, None, None, None, None, False)[:2]
     logits = 100.0 * (x.double() @ y.double().T)
     for lse, want in zip(got, (logits.logsumexp(1), logits.logsumexp(0)), strict=True):
         assert float((lse.double() - want).abs().max()) < 2e-5
@@ -182,7 +182,7 @@ def test_classes_that_differ_in_their_upper_half_only_are_different_texts():
 def test_opcheck_and_flops():
     x, y = (torch.nn.functional.normalize(t, dim=-1).requires_grad_() for t in tensors(9, 12, 8))
     ids = torch.zeros(12, dtype=torch.int32)
-    arguments = (x, y, torch.tensor(5.0, requires_grad=True), 1, ids[:9].clone(), ids, None, None, None)
+    arguments = (x, y, torch.tensor(5.0, requires_grad=True), 1, ids[:9].clone(), ids, None, None, None, False)
     torch.library.opcheck(infonce_lse, arguments)
     half, low = torch.full((9,), 0.5), torch.zeros(9)
     more = (half, half, low, low, *arguments[3:])

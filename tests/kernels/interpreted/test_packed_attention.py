@@ -9,7 +9,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs inside tests/kernels/test_interpreted.py", allow_module_level=True)
 
 from comtip_kernels import packed_attention
-from comtip_kernels.packed_attention import op, triton_kernels
+from comtip_kernels.packed_attention import triton_kernels
+from comtip_kernels.packed_attention import triton_op as op
 
 F64 = torch.float64
 
@@ -105,13 +106,13 @@ def test_nan_stays_in_its_sentence(bad: float):
 
 def test_grids_that_cuda_takes():
     """Sentences past 65,535 are on grid axis 0, which holds 2^31 - 1; axes 1 and 2 would stop flash-attn (its issue 1786)."""
-    q = torch.empty(2_430_000, 8, 64, device="meta")
+    q = torch.empty(2_430_000, 8, 64, device="meta", dtype=torch.bfloat16)
     for longest in range(1, 49):
-        W, grid, flags = op._launch(q, longest)
+        W, grid, flags = op.launch_options(q, longest)
         assert len(grid) == 1
         assert grid[0] < 2**31
         assert 1 <= W == flags["BT"] - longest + 1
-        assert flags["BT"] in triton_kernels.TILES
+        assert ("bf16", flags["BT"]) in triton_kernels.LAUNCH
 
 
 def test_opcheck_and_flops():

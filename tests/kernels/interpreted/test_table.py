@@ -9,7 +9,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs inside tests/kernels/test_interpreted.py", allow_module_level=True)
 
 from comtip_kernels import level_cross_entropy, pair_scores, pool_weights, table_pool
-from comtip_kernels.sentence_table import op
+from comtip_kernels.sentence_table import triton_op as op
 
 F64 = torch.float64
 SIZES = [(1, 1, 2, 3), (33, 19, 10, 20), (18, 5, 32, 40), (5, 3, 70, 24)]
@@ -148,13 +148,13 @@ def test_opcheck_and_flops():
     table.requires_grad_()
     weight = torch.rand(9, 5, requires_grad=True)
     scale = torch.tensor(5.0, requires_grad=True)
-    torch.library.opcheck(op.table_take, (image, table, levels))
-    torch.library.opcheck(op.table_spread, (weight, table, levels))
-    torch.library.opcheck(op.table_collect, (image, weight, levels, 3))
-    arguments = (image, table, levels, mask.to(torch.uint8), scale, prior.requires_grad_())
+    torch.library.opcheck(op.sampled_dot, (image, table, levels, False))
+    torch.library.opcheck(op.weighted_sum, (weight, table, levels, False))
+    torch.library.opcheck(op.weighted_sum_transpose, (image, weight, levels, 3, False))
+    arguments = (image, table, levels, mask.to(torch.uint8), scale, prior.requires_grad_(), False)
     torch.library.opcheck(op.level_loss, arguments)
-    torch.library.opcheck(op.level_loss, (*arguments[:5], None))
-    backward = (*(t.detach() for t in arguments), torch.tensor(1.0))
+    torch.library.opcheck(op.level_loss, (*arguments[:5], None, False))
+    backward = (*(t.detach() for t in arguments[:-1]), torch.tensor(1.0), False)
     torch.library.opcheck(op.level_loss_grads, backward, test_utils=("test_schema", "test_faketensor"))
     from torch.utils.flop_counter import FlopCounterMode
 
