@@ -177,6 +177,12 @@ MUTANTS = [
         ("mask", "(first[:, None] == first[None, :]) & owned[:, None]", "owned[:, None]"),
         ("missing scale", " * (scale * LOG2E)", " * LOG2E"),
     ),
+    *_of(
+        ATTENTION,
+        "_store",
+        ("tail", "(dim[None, :] < head_dim)", "(dim[None, :] < head_dim - 1)"),
+        ("wrong head", "* n_heads + head)", "* n_heads)"),
+    ),
     *_of(ATTENTION, "_rounded", ("dtype", "x.to(ptr.dtype.element_ty)", "x.to(tl.float32)")),
     *_of(
         ATTENTION,
