@@ -92,8 +92,8 @@ def write_picture(folder: Path) -> None:
     from comtip_shards import ShardSet
 
     from comtip_fast.evaluation.figures import maps
-    from comtip_fast.evaluation.metrics import pcc_per_gene
     from comtip_fast.inference import GeneQuery, Predictor
+    from comtip_fast.metrics import pcc_per_gene
 
     predictor = Predictor.load(folder)
     shards = ShardSet(predictor.config.data.shards)

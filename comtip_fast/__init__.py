@@ -1,4 +1,8 @@
-"""CoMTIP, fast: one space for histology tiles and the gene expression measured under them."""
+"""CoMTIP: one shared space for histology tiles and the gene expression measured under them.
+
+:func:`build_shards`, :func:`pretrain`, :func:`evaluate` and :func:`load` are the Python interface; ``comtip`` on the
+command line calls the same functions.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,24 @@ from typing import TYPE_CHECKING, Any
 
 from comtip_fast._version import __version__
 
-__all__ = ["Model", "__version__", "load"]
+__all__ = [
+    "Model",
+    "PoolingOptions",
+    "SectionFacts",
+    "__version__",
+    "build_shards",
+    "evaluate",
+    "load",
+    "pretrain",
+]
 
 if TYPE_CHECKING:
-    from comtip_fast.api import Model, load
+    from comtip_fast.api import Model, PoolingOptions, SectionFacts, build_shards, evaluate, load, pretrain
 
 
 def __getattr__(name: str) -> Any:
-    """Import the API on first use: ``comtip --help`` should not wait for torch."""
-    if name in {"Model", "load"}:
+    """Import the interface on first use, so that ``comtip --help`` does not import torch."""
+    if name in __all__:
         from comtip_fast import api
 
         return getattr(api, name)

@@ -1,12 +1,12 @@
-"""The same from Python: load a run, predict genes and embed tiles, AnnData in and AnnData out.
+"""The Python interface: build shards, pretrain, evaluate, load, predict and embed; AnnData in, AnnData out.
 
->>> model = comtip_fast.load("runs/demo")                         # doctest: +SKIP
->>> model.predict("runs/demo/shards:her2st_A1", ["ERBB2", "CD74"])  # doctest: +SKIP
+The command line is a thin layer over these functions.
 """
 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,24 +14,45 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 from comtip_shards.genes.identifiers import GeneResource
+from comtip_shards.sections.facts import PoolingOptions, SectionFacts
 
 from comtip_fast._version import __version__
 from comtip_fast.constants import LAYER_CP10K, LAYER_RAW, OBSM_EMBEDDING, UNS
 from comtip_fast.data.sections import SectionTiles, TileGeometry, open_section, read_h5ad
+from comtip_fast.devices import pick_device
+from comtip_fast.evaluation.run import evaluate_run as evaluate
 from comtip_fast.inference import GeneQuery, ImageFeatures, Predictor
+from comtip_fast.pretraining import pretrain
+from comtip_fast.shards import Facts, build_shards, open_sections, stated_text
+
+__all__ = ["Model", "PoolingOptions", "SectionFacts", "build_shards", "evaluate", "load", "open_sections", "pretrain"]
 
 log = logging.getLogger("comtip_fast")
 
 
-def load(path: str | Path, device: str = "cpu") -> Model:
+def load(path: str | Path, device: str = "auto") -> Model:
     """Load a trained model from a run folder or an export folder; nothing is unpickled.
+
+    Parameters
+    ----------
+    path
+        A run folder or an export.
+    device
+        ``auto`` (a GPU if there is one), ``cpu`` or ``cuda``.
 
     Raises
     ------
     FileNotFoundError, ValueError
-        There is no export, or it is of another format version.
+        There is no export, or it has another format version.
+
+    Examples
+    --------
+    >>> import comtip_fast
+    >>> model = comtip_fast.load("run")
+    >>> model.trained_genes[:2]
+    ['human:ACTA2', 'human:B2M']
     """
-    return Model(Predictor.load(path, device), str(path))
+    return Model(Predictor.load(path, pick_device(device)), str(path))
 
 
 class Model:
@@ -48,7 +69,7 @@ class Model:
 
     def predict(
         self, section: str | Path | ad.AnnData, genes: Sequence[str] | None = None, *,
-        overrides: dict[str, str] | None = None,
+        facts: Facts = None, pooling: PoolingOptions | None = None,
     ) -> ad.AnnData:  # fmt: skip
         """Predict expression from the tiles alone.
 
@@ -59,8 +80,8 @@ class Model:
         genes
             Symbols, Ensembl ids or previous symbols, also of genes that training never saw; ``None`` takes
             the trained genes of the section's species.
-        overrides
-            Facts that the source does not state (``mpp``, ``species`` ...).
+        facts, pooling
+            Facts about the section (``SectionFacts(mpp=0.5)`` or ``{"mpp": 0.5}``) and options for pooling.
 
         Returns
         -------
@@ -68,8 +89,15 @@ class Model:
             ``X`` and ``layers["log1p_cp10k"]``: log1p of counts per 10,000; ``layers["log1p_raw"]``: log1p of
             counts at the depth of the training sections. ``var`` says of each gene how it was found and
             whether training saw it. obs_names are those of the section.
+
+        Examples
+        --------
+        >>> import comtip_fast
+        >>> predicted = comtip_fast.load("run").predict("set:x1", ["ERBB2", "TTN"])
+        >>> predicted.shape, predicted.var["training"].tolist()
+        ((49, 2), ['trained', 'never seen'])
         """
-        opened = open_section(section, self.tile, overrides)
+        opened = open_section(section, self.tile, stated_text(facts, pooling))
         var, queries = self._queries(genes, opened.species)
         out = self.predictor.predict(self._features(opened), queries)
         data = opened.template.copy()
@@ -78,12 +106,20 @@ class Model:
         answer.uns[UNS] = self._provenance(opened)
         return answer
 
-    def embed(self, section: str | Path | ad.AnnData, *, overrides: dict[str, str] | None = None) -> ad.AnnData:
+    def embed(
+        self, section: str | Path | ad.AnnData, *, facts: Facts = None, pooling: PoolingOptions | None = None
+    ) -> ad.AnnData:
         """Return the section with ``obsm["X_comtip"]``, its tiles in the shared space (unit vectors, float32).
 
-        An AnnData given (in memory or as ``.h5ad``) is copied and kept whole; ``obsm`` gains one entry.
+        An AnnData (in memory or as ``.h5ad``) is copied; ``obsm`` gains one entry.
+
+        Examples
+        --------
+        >>> import comtip_fast
+        >>> comtip_fast.load("run").embed("set:x1").obsm["X_comtip"].shape
+        (49, 32)
         """
-        opened = open_section(section, self.tile, overrides)
+        opened = open_section(section, self.tile, stated_text(facts, pooling))
         if isinstance(section, ad.AnnData):
             data = section.copy()
         elif str(section).endswith(".h5ad"):
@@ -132,7 +168,7 @@ class Model:
 
 
 def _unique(names: list[str]) -> list[str]:
-    twice = sorted({n for n in names if names.count(n) > 1}) if len(names) < 5000 else []
+    twice = sorted(name for name, n in Counter(names).items() if n > 1)
     if twice:
         raise ValueError(f"genes asked for twice: {', '.join(twice[:5])}")
     return np.asarray(names, dtype=object).tolist()

@@ -1,11 +1,11 @@
-"""What the model and the losses know of other processes: a group with a handful of collectives, handed to them.
+"""Process-group interface passed to the model and the losses.
 
-Nothing here imports ``torch.distributed``; :mod:`comtip_fast.training.distributed.process_group` has the group that does. One process
-is :class:`SingleProcessGroup`, whose collectives return what they are given, so a loss is written once.
+This module does not import ``torch.distributed``; :mod:`comtip_fast.training.distributed.process_group` implements the
+interface with it. :class:`SingleProcessGroup` implements it for one process, so that losses need no special case.
 
-Rows are shared out in contiguous, nearly equal slices (:func:`share_of`): the global batch and the genes of the sentence
-table alike. Convention for losses: each rank returns *its share* of the global loss, the shares add up to it, and
-gradients are summed over ranks.
+Rows, of the global batch or of the sentence table, are split over ranks into contiguous slices of nearly equal size
+(:func:`share_of`). Convention for losses: each rank returns its share of the global loss, the shares sum to the global
+loss, and gradients are summed over ranks.
 """
 
 from __future__ import annotations
@@ -18,75 +18,75 @@ from torch import Tensor
 
 
 class Group(Protocol):
-    """The processes that train together."""
+    """A group of processes and its collectives, none of which is differentiable."""
 
     @property
     def rank(self) -> int:
-        """Number of this process, 0 to ``size`` - 1."""
+        """Rank of this process, 0 to ``size`` - 1."""
         ...
 
     @property
     def size(self) -> int:
-        """W, how many there are."""
+        """Number of processes, W."""
         ...
 
     def gather_rows(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        """Return every rank's rows, rank after rank; ``counts`` says how many each has. No gradient."""
+        """All-gather: return the rows of all ranks in rank order; ``counts`` has each rank's number of rows."""
         ...
 
     def scatter_rows(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        """Return the sum over ranks of this rank's part of the rows: the reverse of :meth:`gather_rows`. No gradient."""
+        """Reduce-scatter: return this rank's slice of the rows, summed over ranks; the inverse of :meth:`gather_rows`."""
         ...
 
     def sum(self, values: Tensor) -> Tensor:
-        """Return the sum over ranks. No gradient."""
+        """All-reduce: return the sum over ranks."""
         ...
 
     def max(self, values: Tensor) -> Tensor:
-        """Return the maximum over ranks. No gradient."""
+        """All-reduce: return the maximum over ranks."""
         ...
 
     def ring_shift(self, send: Sequence[Tensor], receive: Sequence[Tensor]) -> Callable[[], None]:
-        """Start sending to the next rank and receiving from the one before; the call that is returned waits."""
+        """Start to send to the next rank and to receive from the previous one; call the returned function to wait."""
         ...
 
 
 class SingleProcessGroup:
-    """A group of one."""
+    """A group of one process; its collectives return their input."""
 
     rank = 0
     size = 1
 
     def gather_rows(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        """Return the rows."""
+        """Return ``rows``."""
         return rows
 
     def scatter_rows(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        """Return the rows."""
+        """Return ``rows``."""
         return rows
 
     def sum(self, values: Tensor) -> Tensor:
-        """Return the values."""
+        """Return ``values``."""
         return values
 
     def max(self, values: Tensor) -> Tensor:
-        """Return the values."""
+        """Return ``values``."""
         return values
 
     def ring_shift(self, send: Sequence[Tensor], receive: Sequence[Tensor]) -> Callable[[], None]:
-        """Hand what is sent straight to who receives: oneself."""
+        """Copy ``send`` to ``receive``."""
         for source, target in zip(send, receive, strict=True):
             target.copy_(source)
         return lambda: None
 
 
 def counts_of(n: int, size: int) -> list[int]:
-    """Return how many of ``n`` rows each of ``size`` ranks has; they differ by at most one, the first have more."""
+    """Return how many of ``n`` rows each of ``size`` ranks has; counts differ by at most one, larger ones come first."""
     return [n // size + (rank < n % size) for rank in range(size)]
 
 
 def share_of(n: int, rank: int, size: int) -> slice:
-    """Return which of ``n`` rows are this rank's."""
+    """Return the slice of ``n`` rows that belongs to ``rank``."""
     counts = counts_of(n, size)
     start = sum(counts[:rank])
     return slice(start, start + counts[rank])
@@ -104,5 +104,5 @@ class _GatherRows(torch.autograd.Function):
 
 
 def gather_rows(rows: Tensor, group: Group, counts: Sequence[int]) -> Tensor:
-    """All-gather rows with a gradient: each row's is summed over all ranks and goes back to where it came from."""
+    """All-gather rows, differentiably: the backward pass sums gradients over ranks and scatters them (reduce-scatter)."""
     return rows if group.size == 1 else _GatherRows.apply(rows, group, counts)

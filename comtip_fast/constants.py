@@ -1,8 +1,8 @@
-"""Names that other tools read, spelt once."""
+"""Keys of the AnnData objects that this package writes."""
 
 OBSM_EMBEDDING = "X_comtip"
-"""Where ``comtip embed`` puts image vectors in an AnnData."""
+"""``obsm`` key of the image vectors that ``comtip embed`` writes."""
 UNS = "comtip"
-"""Where we say in an AnnData which model made it."""
+"""``uns`` key of the record of the model that produced the results."""
 LAYER_CP10K, LAYER_RAW = "log1p_cp10k", "log1p_raw"
-"""Layers of predicted expression."""
+"""``layers`` keys of predicted expression."""

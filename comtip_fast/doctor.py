@@ -26,8 +26,18 @@ class DoctorCheck:
 def examine() -> list[DoctorCheck]:
     """SectionContext at everything that can make training faster or stop it from running."""
     checks: list[Callable[[], DoctorCheck]] = [
-        _python, _memory, _torch, _gpu, _triton, _dali, _flash_attn, _deepspeed, _engines, _demo_weights, _loggers,
-    ]  # fmt: skip
+        _python,
+        _memory,
+        _torch,
+        _gpu,
+        _triton,
+        _dali,
+        _flash_attn,
+        _deepspeed,
+        _engines,
+        _demo_weights,
+        _loggers,
+    ]
     return [check() for check in checks]
 
 

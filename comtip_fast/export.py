@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from comtip_shards.storage.atomic import atomic_folder
+from safetensors import SafetensorError
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
+from comtip_fast import export_checks
 from comtip_fast._version import __version__
 from comtip_fast.config.io import config_from_dict, config_to_dict
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.data.expression.levels import LevelTable
+from comtip_fast.export_checks import ExportError
 from comtip_fast.genes import GeneTokenizer
 from comtip_fast.models import CoMTIP, ModelSizes
 
@@ -74,13 +79,31 @@ class Bundle:
         return cls(config, sizes, model, tables.table, genes, sections, tile.um, tile.min_mpp, tokenizer.sha256)
 
     def save(self, folder: Path) -> None:
-        """Write ``config.json``, ``model.safetensors``, ``levels.safetensors``, ``genes.tsv``, ``README.md``."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write ``config.json``, ``model.safetensors``, ``levels.safetensors``, ``genes.tsv``, ``README.md``.
+
+        An older export at ``folder`` is replaced when the new one is whole.
+
+        Raises
+        ------
+        FileExistsError
+            ``folder`` holds other files.
+        """
+        others = (
+            sorted(p.name for p in folder.iterdir() if p.name not in export_checks.FILES) if folder.exists() else []
+        )
+        if others:
+            raise FileExistsError(f"{folder} holds other files ({', '.join(others[:3])}); give a new folder")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_folder(folder) as tmp_path:
+            self._write(tmp_path)
+
+    def _write(self, folder: Path) -> None:
+        folder.mkdir()
         meta = {
             "format": EXPORT_FORMAT, "version": EXPORT_VERSION, "comtip_fast": __version__,
             "config": config_to_dict(self.config), "sizes": asdict(self.sizes), "tile_um": self.tile_um,
             "min_mpp": self.min_mpp,
-            "tokenizer_sha256": self.tokenizer_sha256, "sections": self.sections,
+            "tokenizer_sha256": self.tokenizer_sha256, "sections": self.sections, "hashes": export_checks.SUMS,
         }  # fmt: skip
         state = {k: v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}
         save_file(state, folder / "model.safetensors")
@@ -92,34 +115,50 @@ class Bundle:
                 out.writerow([g.key, g.symbol, g.ensembl, g.name, int(g.trained), int(g.held_out)])
         (folder / "README.md").write_text(model_card(self), encoding="utf-8")
         (folder / "config.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+        export_checks.write_sums(folder)
 
     @classmethod
     def load(cls, folder: Path, device: str | torch.device = "cpu") -> Bundle:
-        """Read an export; another format version is refused by name."""
+        """Read an export; another format version is refused by name. Nothing outside of ``folder`` is read.
+
+        Raises
+        ------
+        FileNotFoundError, ValueError
+            There is no export, it is of another version, or a file is damaged, edited or of another model.
+        """
         meta = _read_meta(folder)
-        config, sizes = (
-            config_from_dict(meta["config"], str(folder / "config.json")),
-            ModelSizes(**meta["sizes"]),
+        export_checks.verify_files(folder, hashed="hashes" in meta)
+        where = folder / "config.json"
+        try:
+            config, sizes = config_from_dict(meta["config"], str(where)), ModelSizes(**meta["sizes"])
+            rest = (meta["sections"], meta["tile_um"], meta["min_mpp"], meta["tokenizer_sha256"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ExportError(
+                f"{where}: a field is missing or of another type ({error}); get the export again"
+            ) from error
+        # All weights are in the export: those that training began with are not needed, and may be gone.
+        config = replace(
+            config, vision=replace(config.vision, pretrained=""), train=replace(config.train, start_from="")
         )
+        rows = export_checks.read_genes(folder / "genes.tsv", sizes.n_identities)
+        arrays = _read_tensors(load_arrays, folder / "levels.safetensors")
+        export_checks.check_levels(arrays, folder / "levels.safetensors", sizes.n_identities, sizes.n_levels)
+        weights = _read_tensors(load_file, folder / "model.safetensors")
         model = CoMTIP(config, sizes)
-        model.load_state_dict(load_file(folder / "model.safetensors"))
-        with (folder / "genes.tsv").open(newline="", encoding="utf-8") as file:
-            genes = [
-                ExportGene(r["key"], r["symbol"], r["ensembl"], r["name"], r["trained"] == "1", r["held_out"] == "1")
-                for r in csv.DictReader(file, delimiter="\t")
-            ]
-        levels = LevelTable(**load_arrays(folder / "levels.safetensors"))
-        return cls(
-            config, sizes, model.to(device).eval(), levels, genes, meta["sections"], meta["tile_um"],
-            meta["min_mpp"], meta["tokenizer_sha256"],
-        )  # fmt: skip
+        export_checks.check_weights(weights, model.state_dict(), folder / "model.safetensors")
+        model.load_state_dict(weights)
+        genes = [
+            ExportGene(r["key"], r["symbol"], r["ensembl"], r["name"], r["trained"] == "1", r["held_out"] == "1")
+            for r in rows
+        ]
+        return cls(config, sizes, model.to(device).eval(), LevelTable(**arrays), genes, *rest)
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no export (config.json is missing); give a finished run or its export")
-    meta = json.loads(path.read_text(encoding="utf-8"))
+    meta = export_checks.read_json(path)
     if meta.get("format") != EXPORT_FORMAT or meta.get("version") != EXPORT_VERSION:
         raise ValueError(
             f"{path}: format {meta.get('format')!r} version {meta.get('version')!r}; this comtip-fast "
@@ -130,14 +169,16 @@ def _read_meta(folder: Path) -> dict[str, Any]:
 
 def model_card(bundle: Bundle) -> str:
     """Return the export's README: what it was trained on, under which licences, and what it must not be used for."""
+    columns = ("section_id", "split", "species", "tissue", "donor", "n_spots", "licence")
     rows = "\n".join(
-        f"| {s['section_id']} | {s['split'] or '-'} | {s['species']} | {s['tissue']} | {s['donor']} | {s['n_spots']} | {s['licence']} |"
-        for s in bundle.sections
+        "| " + " | ".join(_markdown("-" if s[c] == "" else s[c]) for c in columns) + " |" for s in bundle.sections
     )
-    credits = "\n".join(f"- {a}" for a in sorted({s["attribution"] for s in bundle.sections if s["attribution"]}))
+    credits = "\n".join(
+        f"- {_markdown(a)}" for a in sorted({s["attribution"] for s in bundle.sections if s["attribution"]})
+    )
     trained, held = sum(g.trained for g in bundle.genes), sum(g.held_out for g in bundle.genes)
     return (
-        f"# {bundle.config.name}: a CoMTIP model\n\n"
+        f"# {_markdown(bundle.config.name)}: a CoMTIP model\n\n"
         f"Made by comtip-fast {__version__}. Tiles of {bundle.tile_um:g} um in {bundle.sizes.tile_px} px; "
         f"{trained} genes trained, {held} held out by name.\n\n"
         "Only sections whose split is `train` moved the weights; `val` chose when to stop; `test` was not read.\n\n"
@@ -145,3 +186,15 @@ def model_card(bundle: Bundle) -> str:
         f"{rows}\n\n## Attribution\n{credits}\n\n## Use\nResearch only; not a medical device. "
         "`comtip_fast.load(<this folder>)`; weights are safetensors and nothing is unpickled.\n"
     )
+
+
+def _read_tensors(read: Any, path: Path) -> Any:
+    try:
+        return read(path)
+    except SafetensorError as error:
+        raise ExportError(f"{path}: no whole safetensors file ({error}); get the export again") from error
+
+
+def _markdown(value: object) -> str:
+    """Return a text of a source as one cell of Markdown: no HTML, no further cells or lines."""
+    return html.escape(" ".join(str(value).split()), quote=False).replace("|", "\\|")

@@ -1,12 +1,58 @@
-"""Scores shared by training and evaluation."""
+"""Metrics shared by training and evaluation: Pearson correlation (PCC) per gene, and numbers for JSON."""
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import numpy as np
+
+EPSILON = 1e-10
+"""Relative spread below which a column counts as constant."""
+
+
+def pcc_per_gene(measured_NG: np.ndarray, predicted_NG: np.ndarray) -> np.ndarray:
+    """Return Pearson's correlation over N spots for each of G genes.
+
+    Returns
+    -------
+    ndarray
+        float64 (G,); NaN where either side is constant.
+
+    Raises
+    ------
+    ValueError
+        The two shapes differ.
+    """
+    a = np.asarray(measured_NG, np.float64)
+    b = np.asarray(predicted_NG, np.float64)
+    if a.shape != b.shape:
+        raise ValueError(f"pcc_per_gene: measured has shape {a.shape}, predicted {b.shape}; they must be equal")
+    scale_a, scale_b = np.sqrt((a * a).sum(0)), np.sqrt((b * b).sum(0))
+    a, b = a - a.mean(0), b - b.mean(0)
+    norm_a, norm_b = np.sqrt((a * a).sum(0)), np.sqrt((b * b).sum(0))
+    # A constant column is not exactly 0 after centring; its norm is rounding noise relative to its values.
+    defined = (norm_a > EPSILON * scale_a) & (norm_b > EPSILON * scale_b)
+    out = np.full(a.shape[1], np.nan)
+    out[defined] = (a * b).sum(0)[defined] / (norm_a * norm_b)[defined]
+    return out
+
+
+def mean_with_zeros(pcc_G: np.ndarray) -> float | None:
+    """Return the mean with undefined correlations counted as 0; None without any gene."""
+    return float(np.nan_to_num(pcc_G).mean()) if pcc_G.size else None
 
 
 def mean_pcc(measured_NG: np.ndarray, predicted_NG: np.ndarray) -> float:
-    """Return the mean Pearson correlation over genes; a gene without variance on either side counts 0."""
-    a, b = measured_NG - measured_NG.mean(0), predicted_NG - predicted_NG.mean(0)
-    norm = np.sqrt((a * a).sum(0) * (b * b).sum(0))
-    return float(np.where(norm > 1e-12, (a * b).sum(0) / np.maximum(norm, 1e-12), 0.0).mean())
+    """Return the mean of :func:`pcc_per_gene`; an undefined correlation counts as 0, and no gene gives NaN."""
+    mean = mean_with_zeros(pcc_per_gene(measured_NG, predicted_NG))
+    return math.nan if mean is None else mean
+
+
+def finite_or_none(value: Any) -> Any:
+    """Replace every float that is not finite by None, in nested dicts and lists: JSON has neither NaN nor infinity."""
+    if isinstance(value, dict):
+        return {k: finite_or_none(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [finite_or_none(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from comtip_shards import ShardSet
-from comtip_shards.build.build import build_shards
+from comtip_shards.builder.build import build_shards
 from comtip_shards.sources import open_source
 
 from testkit.tiny import write_tiny_source

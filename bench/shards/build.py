@@ -23,7 +23,7 @@ import anndata as ad
 import h5py
 import numpy as np
 import pandas as pd
-from comtip_shards.build.build import build_shards
+from comtip_shards.builder.build import build_shards
 from comtip_shards.reader.shard_set import ShardSet
 from comtip_shards.sources import SectionSource, open_source
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 from comtip_shards import ShardSet
-from comtip_shards.build.build import build_shards
+from comtip_shards.builder.build import build_shards
 from comtip_shards.sources import open_source
 from PIL import Image
 
@@ -197,7 +197,7 @@ def _dali_alone(tiles: list[bytes], setting: Setting) -> Generator[int, None, No
     for _ in range(decoder.depth):
         decoder.start(next(chunks))
     while True:
-        size = len(decoder.take())
+        size = len(decoder.get())
         decoder.release()
         decoder.start(next(chunks))
         yield size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from comtip_fast.cli.options import SECTION_HELP, add_meta, add_out, fresh_h5ad, meta
+from comtip_fast.cli.options import SECTION_HELP, add_device, add_facts, add_out, fresh_h5ad, read_facts
 from comtip_fast.constants import OBSM_EMBEDDING
 
 
@@ -13,16 +13,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", metavar="RUN", help="a run folder or an export")
     parser.add_argument("section", metavar="SECTION", help=SECTION_HELP)
     add_out(parser, f"the .h5ad to write; vectors are in obsm[{OBSM_EMBEDDING!r}]")
-    add_meta(parser)
+    add_facts(parser)
+    add_device(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Embed and write."""
     from comtip_fast.api import load
+    from comtip_fast.data.h5ad import write_h5ad
 
-    out = fresh_h5ad(args.out)
-    answer = load(args.run_dir).embed(args.section, overrides=meta(args))
-    answer.write_h5ad(out, convert_strings_to_categoricals=False)
+    out = fresh_h5ad(args)
+    facts, pooling = read_facts(args)
+    answer = load(args.run_dir, args.device).embed(args.section, facts=facts, pooling=pooling)
+    write_h5ad(answer, out)
     print(
         f"{out}: obsm[{OBSM_EMBEDDING!r}] {answer.obsm[OBSM_EMBEDDING].shape[0]} x {answer.obsm[OBSM_EMBEDDING].shape[1]}"
     )

@@ -16,6 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="WHICH",
         help="newest, best or a step: from a checkpoint, also of a run that has not ended",
     )
+    parser.add_argument(
+        "--shards", help="with --checkpoint: the run's shard set (default: the folder its config names)"
+    )
     add_out(parser, "folder to write")
 
 
@@ -30,6 +33,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         from comtip_fast.training.export_checkpoint import export_checkpoint
 
-        print(f"step {export_checkpoint(args.run_dir, args.checkpoint, args.out)}")
+        print(f"step {export_checkpoint(args.run_dir, args.checkpoint, args.out, args.shards)}")
     print(f"{args.out}: " + ", ".join(sorted(p.name for p in args.out.iterdir())))
     return 0

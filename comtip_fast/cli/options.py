@@ -3,43 +3,45 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
+from typing import Any
+
+from comtip_shards.sections.facts import PoolingOptions, SectionFacts, option_specs, parse_facts
+from comtip_shards.storage.atomic import refuse_input_as_output
+
+from comtip_fast.constants import UNS
 
 SECTION_HELP = "SHARDS:section_id (a folder or a URL), a source folder, SOURCE:section_id, or an .h5ad with an image"
-META = ("mpp", "species", "tissue", "donor", "platform", "licence", "attribution", "pixels", "image")
-POOLING = {
-    "pool_um": "width of a pseudo-spot in um (default: 128 for Visium HD, 100 for Xenium)",
-    "pool_from": "what is pooled: bins or cells (Visium HD), transcripts or cells (Xenium)",
-    "bin_um": "bins to pool, Visium HD (default: the largest that pool-um is a multiple of)",
-    "min_cover": "share of a pseudo-spot's bins that must lie in tissue, Visium HD (default 0.5)",
-    "min_pooled": "what a pseudo-spot must hold (default: 1 cell, or 5 %% of the transcripts that a dense one holds)",
-    "qv": "least quality of a transcript, Xenium (default 20)",
-    "alignment": "Xenium: csv of a 3 x 3 matrix (H&E px to DAPI px), or keypoints from Xenium Explorer",
+GENE_FILE_BYTES = 4 << 20
+GENE_HEADERS = set(
+    ["gene", "genes", "symbol", "symbols", "gene_symbol", "gene_name", "gene_id", "ensembl", "ensembl_id", "x"]
+)
+"""First lines of lists that name the column; x is what R writes for a vector."""
+TITLES: dict[Any, str] = {
+    SectionFacts: "facts about the section, which take precedence over what the source states",
+    PoolingOptions: "pooling of bins, cells and transcripts to pseudo-spots",
 }
 
 
-def add_meta(parser: argparse.ArgumentParser) -> None:
-    """Add options for what a source does not state itself."""
-    group = parser.add_argument_group("facts that the source does not state")
-    group.add_argument("--mpp", help="um per px of the image that the positions belong to")
-    group.add_argument("--species", choices=("human", "mouse"))
-    for name in META[2:-2]:
-        group.add_argument(f"--{name}", help=argparse.SUPPRESS if name == "attribution" else None)
-    group.add_argument(
-        "--image", help="the image to cut tiles from (for Space Ranger the original, or the word hires or lowres); "
-        "{id} in it stands for the section"
-    )  # fmt: skip
-    group.add_argument(
-        "--pixels", choices=("wsi", "patches"), help="HEST: what tiles are cut from (default: WSI if there)"
-    )
-    pooling = parser.add_argument_group("pooling of bins, cells and transcripts to pseudo-spots")
-    for name, text in POOLING.items():
-        pooling.add_argument(f"--{name.replace('_', '-')}", help=text)
+def add_facts(parser: argparse.ArgumentParser) -> None:
+    """Add one option per field of :class:`SectionFacts` and :class:`PoolingOptions`."""
+    for cls, title in TITLES.items():
+        group = parser.add_argument_group(title)
+        for spec in option_specs(cls):
+            text = spec.description.replace("%", "%%")
+            group.add_argument(f"--{spec.name.replace('_', '-')}", choices=spec.choices or None, help=text)
 
 
-def meta(args: argparse.Namespace) -> dict[str, str]:
-    """Return those that were given."""
-    return {k: str(v) for k in (*META, *POOLING) if (v := getattr(args, k, None)) is not None}
+def read_facts(args: argparse.Namespace) -> tuple[SectionFacts, PoolingOptions]:
+    """Return the stated facts and options, checked."""
+    names = [spec.name for cls in TITLES for spec in option_specs(cls)]
+    return parse_facts({name: getattr(args, name) for name in names})
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add ``--device``."""
+    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu or cuda (default auto)")
 
 
 def add_out(parser: argparse.ArgumentParser, what: str) -> None:
@@ -47,24 +49,95 @@ def add_out(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--out", type=Path, required=True, help=what)
 
 
-def fresh_h5ad(path: Path) -> Path:
-    """Check an output path before the work starts."""
+def fresh_h5ad(args: argparse.Namespace) -> Path:
+    """Check ``--out`` before the work starts: its name, its folder, and that it is none of the inputs."""
+    path: Path = args.out
     if path.suffix != ".h5ad":
-        raise ValueError(f"--out {path}: the answer is AnnData; give a name that ends in .h5ad")
+        raise ValueError(f"--out {path}: the output is AnnData; give a name that ends in .h5ad")
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"--out {path}: the folder {path.parent} does not exist")
+        raise FileNotFoundError(f"--out {path}: the folder {path.parent} does not exist; create it first")
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"--out {path}: the folder {path.parent} cannot be written; give another one")
+    given = [args.section, args.section.rpartition(":")[0], args.image, args.alignment]
+    given += [g[1:] for value in getattr(args, "genes", None) or [] for g in value.split(",") if g.startswith("@")]
+    inputs = [Path(p) for p in given if p]
+    # In a folder of sources, an earlier answer may be written anew; anything else may be one of the sources.
+    answer = path.is_file() and _is_answer(path)
+    refuse_input_as_output(path, [p for p in inputs if not (answer and p.is_dir())])
     return path
 
 
+def _is_answer(path: Path) -> bool:
+    import h5py
+
+    try:
+        with h5py.File(path, "r") as file:
+            return UNS in file.get("uns", {})
+    except OSError:
+        return False
+
+
 def gene_list(values: list[str]) -> list[str] | None:
-    """Return symbols from the command line; ``@file`` reads one per line, ``all`` means every trained gene."""
+    """Return gene names from the command line, or None for every trained gene.
+
+    Parameters
+    ----------
+    values
+        Symbols or Ensembl ids, also joined by commas; ``@file`` reads a file (:func:`read_gene_file`); ``all``, alone,
+        selects every trained gene.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError
+        No gene is named, ``all`` is combined with others, or a file is no list of genes.
+    """
+    parts = [part.strip() for value in values for part in value.split(",") if part.strip()]
     genes: list[str] = []
-    for value in values:
-        for part in value.split(","):
-            if part.startswith("@"):
-                genes += [
-                    line.strip() for line in Path(part[1:]).read_text(encoding="utf-8").splitlines() if line.strip()
-                ]
-            elif part.strip():
-                genes.append(part.strip())
-    return None if genes in ([], ["all"]) else genes
+    for part in parts:
+        genes += read_gene_file(Path(part[1:])) if part.startswith("@") else [part]
+    if genes == ["all"]:
+        return None
+    if "all" in genes:
+        raise ValueError("--genes: all selects every trained gene and cannot be combined with others; give it alone")
+    if not genes:
+        raise ValueError("--genes names no gene; give symbols or Ensembl ids, @file, or all")
+    return genes
+
+
+def read_gene_file(path: Path) -> list[str]:
+    """Read a list of genes: one a line or with commas, in UTF-8; ``#`` begins a comment, a header is passed over.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError
+        The file is missing, empty, too large, of another encoding, or a table of several columns.
+    """
+    where = f"--genes @{path}"
+    if not path.exists():
+        raise FileNotFoundError(f"{where}: no such file; give an existing one, or gene names without @")
+    if path.is_dir():
+        raise ValueError(f"{where}: a folder; give a file with one gene a line")
+    with path.open("rb") as file:
+        raw = file.read(GENE_FILE_BYTES + 1)
+    if len(raw) > GENE_FILE_BYTES:
+        raise ValueError(f"{where}: larger than {GENE_FILE_BYTES >> 20} MiB, no list of genes; give one gene a line")
+    try:
+        # Excel and R on Windows write a byte order mark, in UTF-16 where "Unicode text" was chosen.
+        text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{where}: no text in UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from None
+    genes: list[str] = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        cells = [c.strip().strip('"') for c in line.partition("#")[0].replace(";", ",").split(",")]
+        cells = [c for c in cells if c]
+        bad = next((c for c in cells if any(x in "\t\0" or not x.isprintable() for x in c)), None)
+        if bad is not None:
+            raise ValueError(f"{where}, line {number}: {bad[:40]!r} is no gene name; give one gene a line, no table")
+        if not genes and len(cells) == 1 and cells[0].lower() in GENE_HEADERS:
+            continue
+        genes += cells
+    if not genes:
+        raise ValueError(f"{where}: names no gene; give one gene a line (all trained genes: --genes all)")
+    return genes

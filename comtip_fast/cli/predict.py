@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from comtip_fast.cli.options import SECTION_HELP, add_meta, add_out, fresh_h5ad, gene_list, meta
+from comtip_fast.cli.options import SECTION_HELP, add_device, add_facts, add_out, fresh_h5ad, gene_list, read_facts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,16 +15,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--genes", nargs="+", default=["all"], help="symbols or Ensembl ids, @file, or all (trained genes)"
     )
     add_out(parser, "the .h5ad to write")
-    add_meta(parser)
+    add_facts(parser)
+    add_device(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Predict and write."""
     from comtip_fast.api import load
+    from comtip_fast.data.h5ad import write_h5ad
 
-    out = fresh_h5ad(args.out)
-    answer = load(args.run_dir).predict(args.section, gene_list(args.genes), overrides=meta(args))
-    answer.write_h5ad(out, convert_strings_to_categoricals=False)
+    out = fresh_h5ad(args)
+    facts, pooling = read_facts(args)
+    model = load(args.run_dir, args.device)
+    answer = model.predict(args.section, gene_list(args.genes), facts=facts, pooling=pooling)
+    write_h5ad(answer, out)
     seen = answer.var["training"].value_counts().to_dict()
     print(
         f"{out}: {answer.n_obs} spots x {answer.n_vars} genes "

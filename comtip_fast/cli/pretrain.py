@@ -1,4 +1,4 @@
-"""``comtip pretrain --config FILE --out RUN``: the training story, told once."""
+"""``comtip pretrain --config FILE --out RUN``."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import argparse
 import json
 import logging
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from comtip_fast.cli import BAD_INPUT, KILLED, USER_ERROR
 from comtip_fast.cli.options import add_out
+from comtip_fast.streams import write_line
 
 log = logging.getLogger("comtip_fast")
 
@@ -26,31 +28,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="start_from",
         type=Path,
         metavar="EXPORT",
-        help="begin with the weights of an export or finished run",
+        help="initial weights: an export or a finished run",
     )
-    parser.add_argument("--resume", action="store_true", help="go on from the newest good checkpoint of --out")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest valid checkpoint in --out")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train; a failure that a fresh start mends is said in one sentence and has its own exit code.
-
-    Bad input is not tried again, although torchrun would.
-    """
+    """Train. A failure that a restart can fix has its own exit code; bad input is not retried, although torchrun would."""
     from comtip_fast.training.distributed.restart_guard import RestartGuard
 
-    refusals = RestartGuard([*map(str, (args.config, args.out, args.start_from)), *args.set])
-    known = refusals.known()
+    guard = RestartGuard([*map(str, (args.config, args.out, args.start_from)), *args.set])
+    known = guard.known()
     if known is not None:
-        print(f"comtip: error: {known}", file=sys.stderr)
+        write_line(f"comtip: error: {known}", sys.stderr)
         return USER_ERROR
     try:
-        return _train_or_say(args)
+        return _train_or_explain(args)
     except BAD_INPUT as error:
-        refusals.note(str(error), begun=any((args.out / "checkpoints").glob("step_*")))
+        guard.note(str(error), begun=any((args.out / "checkpoints").glob("step_*")))
         raise
 
 
-def _train_or_say(args: argparse.Namespace) -> int:
+def _train_or_explain(args: argparse.Namespace) -> int:
     from comtip_fast.training.distributed.failures import RESTART_CODE, RestartError
 
     try:
@@ -58,50 +57,20 @@ def _train_or_say(args: argparse.Namespace) -> int:
     except RestartError as error:
         if args.debug:
             raise
-        print(f"comtip: error: {error}", file=sys.stderr)
+        write_line(f"comtip: error: {error}", sys.stderr)
         return RESTART_CODE
 
 
 def _train(args: argparse.Namespace) -> int:
-    """Load the config, build the task, train, export the best weights."""
-    import torch
+    from comtip_fast.metrics import finite_or_none
+    from comtip_fast.pretraining import pretrain
+    from comtip_fast.training.distributed.process_group import distributed_env
 
-    from comtip_fast.config.io import load_config
-    from comtip_fast.plan.live import step_cost
-    from comtip_fast.training.distributed.comm_timer import ClockedGroup
-    from comtip_fast.training.distributed.process_group import init_distributed
-    from comtip_fast.training.engines.base import set_product_precision
-    from comtip_fast.training.engines.factory import check_engine
-    from comtip_fast.training.task import build_task, pick_device
-    from comtip_fast.training.trainer import Trainer, refuse_second_run
-
-    begin = [] if args.start_from is None else [f"train.start_from={json.dumps(str(args.start_from))}"]
-    config = load_config(args.config, [*args.set, *begin])
-    refuse_second_run(args.out, args.resume)
-    if config.train.threads:
-        torch.set_num_threads(config.train.threads)
-    device = pick_device(config.train.device)
-    check_engine(config, device)
-    set_product_precision(config, device)
-    with init_distributed(config.engine.timeout_s, config.train.device) as ranks:
-        group = ClockedGroup(ranks, device)
-        if group.rank > 0:
-            log.setLevel(logging.WARNING)
-        task = build_task(config, device, group)
-        log.info("%s", task.describe())
-        cost = step_cost(
-            config, task.model, tile_px=task.sizes.tile_px, trained_genes=task.sizes.n_identities, ranks=group.size
-        )
-        result = Trainer(task, config, args.out, group, cost=cost).fit(resume=args.resume)
+    result = pretrain(args.config, args.out, overrides=args.set, start_from=args.start_from, resume=args.resume)
     if result.stopped == "sigterm":
-        log.info("stopped at step %d by a signal; go on with --resume", result.step)
+        log.info("stopped at step %d by a signal; continue with --resume", result.step)
         return KILLED
-    summary = {
-        "step": result.step,
-        "best_step": result.best_step,
-        "best_score": result.best_score,
-        "stopped": result.stopped,
-    }
-    if group.rank == 0:
-        print(json.dumps(summary))
+    if distributed_env().rank == 0:
+        # Everything is on disk by now: a closed standard output is no failure of the run.
+        write_line(json.dumps(finite_or_none(asdict(result)), allow_nan=False), sys.stdout)
     return 0

@@ -5,17 +5,18 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from comtip_shards.build.build import build_shards
-from comtip_shards.build.merge import merge_sets
+from comtip_shards.builder.build import build_shards
+from comtip_shards.builder.merge import merge_sets
+from comtip_shards.names import printable
 from comtip_shards.qc import check_sources
 from comtip_shards.reader.verify import verify
 from comtip_shards.sources import FORMATS as SOURCE_FORMATS
-from comtip_shards.sources import SectionSource, detect, open_source
+from comtip_shards.sources import SectionSource, detect
 from comtip_shards.storage.remote import is_url
 
-from comtip_fast.cli.options import add_meta, add_out, meta
+from comtip_fast.cli.options import add_facts, add_out, read_facts
+from comtip_fast.shards import open_sections
 
-HEST_PATCH_UM = 112.0
 FORMATS = ("auto", *SOURCE_FORMATS)
 
 
@@ -63,7 +64,7 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
                         "may be given many times, all must hold")  # fmt: skip
     parser.add_argument("--format", choices=FORMATS, default="auto", help="of the source (default: recognise it)")
     parser.add_argument("--tile-um", type=float, default=224.0, help="width of a tile in um (default 224)")
-    add_meta(parser)
+    add_facts(parser)
 
 
 def _add_build(build: argparse.ArgumentParser) -> None:
@@ -123,33 +124,54 @@ def _build(args: argparse.Namespace) -> int:
             raise ValueError(f"--split {item}: write SECTION=train, SECTION=val or SECTION=test")
         splits[section] = split
     report = build_shards(
-        _open(args), args.out, tile_px=args.tile_px, tile_um=args.tile_um, min_mpp=args.min_mpp, codec=args.codec,
-        quality=args.quality,         splits=splits, strict=args.strict, allow_benchmark=args.allow_benchmark, benchmark_ids=args.benchmark_ids,
-        auto_split=args.auto_split, seed=args.seed, jobs=args.jobs, part=args.part, progress=True,
-    )  # fmt: skip
-    print(report.text)
+        _open(args),
+        args.out,
+        tile_px=args.tile_px,
+        tile_um=args.tile_um,
+        min_mpp=args.min_mpp,
+        codec=args.codec,
+        quality=args.quality,
+        splits=splits,
+        strict=args.strict,
+        allow_benchmark=args.allow_benchmark,
+        benchmark_ids=args.benchmark_ids,
+        auto_split=args.auto_split,
+        seed=args.seed,
+        jobs=args.jobs,
+        part=args.part,
+        progress=True,
+    )
+    print(printable(report.text))
     return 0
 
 
 def _merge(args: argparse.Namespace) -> int:
-    print(merge_sets(args.parts, args.out, jobs=args.jobs, progress=True).text)
+    print(printable(merge_sets(args.parts, args.out, jobs=args.jobs, progress=True).text))
     return 0
 
 
 def _check(args: argparse.Namespace) -> int:
     reports = check_sources(_open(args), args.out, tile_um=args.tile_um, progress=True)
     for report in reports:
-        print(f"{report.section_id}: {report.status}", *(f"  {line}" for line in report.lines), sep="\n")
+        print(printable("\n".join([f"{report.section_id}: {report.status}", *(f"  {line}" for line in report.lines)])))
     print(f"pages: {args.out / 'index.html'}")
     return int(args.strict and any(r.status == "fail" for r in reports))
 
 
 def _open(args: argparse.Namespace) -> list[SectionSource]:
+    facts, pooling = read_facts(args)
     samples = [s.strip() for s in args.samples.split(",") if s.strip()] if args.samples else None
-    return open_source(
-        args.source, samples=samples, fmt=_format(args), overrides=_facts(args), where=_where(args.where), cache=args.cache,
+    return open_sections(
+        args.source,
+        facts=facts,
+        pooling=pooling,
+        fmt=_format(args),
+        samples=samples,
+        where=_where(args.where),
+        cache=args.cache,
+        tile_um=args.tile_um,
         progress=True,
-    )  # fmt: skip
+    )
 
 
 def _format(args: argparse.Namespace) -> str:
@@ -157,16 +179,8 @@ def _format(args: argparse.Namespace) -> str:
     if args.format != "auto" or is_url(args.source) or not Path(args.source).exists():
         return str(args.format)
     reader, why = detect(Path(args.source))
-    print(f"read as {reader.name}: {why}")
+    print(printable(f"read as {reader.name}: {why}"))
     return reader.name
-
-
-def _facts(args: argparse.Namespace) -> dict[str, str]:
-    facts = meta(args)
-    if is_url(args.source):
-        # Patches are a tenth of the WSIs to fetch, but only so wide.
-        facts.setdefault("pixels", "patches" if args.tile_um <= HEST_PATCH_UM else "wsi")
-    return facts
 
 
 def _shares(text: str) -> list[float]:
@@ -183,5 +197,5 @@ def _where(items: list[str]) -> dict[str, list[str]]:
 
 def _verify(args: argparse.Namespace) -> int:
     report = verify(args.set, progress=True)
-    print(report.text)
+    print(printable(report.text))
     return 0 if report.ok else 1

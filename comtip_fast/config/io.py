@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
@@ -21,6 +20,9 @@ class ConfigError(ValueError):
     """A config cannot be used; names the file, the key and the fix."""
 
 
+MAX_NODES = 100_000
+
+
 class _Loader(yaml.SafeLoader):
     """YAML as people mean it: ``1e-3`` is a number, a date is text, and a key given twice is an error."""
 
@@ -28,6 +30,18 @@ class _Loader(yaml.SafeLoader):
         first: [(tag, regexp) for tag, regexp in found if tag != "tag:yaml.org,2002:timestamp"]
         for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+
+    def get_single_node(self) -> yaml.Node | None:
+        """Compose the document; refuse aliases that stand for more than anyone writes by hand."""
+        node = super().get_single_node()
+        if node is not None and _written_out(node, {}) > MAX_NODES:
+            raise yaml.constructor.ConstructorError(
+                None,
+                None,
+                f"aliases (*name) stand for more than {MAX_NODES:,} values; write the values themselves",
+                node.start_mark,
+            )
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Build a dict; PyYAML itself would let the last of two equal keys win."""
@@ -40,6 +54,16 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _written_out(node: yaml.Node, known: dict[int, int]) -> int:
+    """Return how many nodes there would be with every alias written out; one that holds itself counts as too many."""
+    if id(node) not in known:
+        known[id(node)] = MAX_NODES + 1
+        children = [] if isinstance(node, yaml.ScalarNode) else node.value
+        parts = [n for c in children for n in (c if isinstance(c, tuple) else (c,))]
+        known[id(node)] = 1 + sum(_written_out(n, known) for n in parts)
+    return known[id(node)]
+
+
 class _Dumper(yaml.SafeDumper):
     """Quotes text that :class:`_Loader` would take for a number."""
 
@@ -47,6 +71,8 @@ class _Dumper(yaml.SafeDumper):
 RENAMED = {"genes.per_task": "genes.per_cohort"}
 """Keys of earlier releases; configs, checkpoints and exports that hold them are still read."""
 _ADAPTER = TypeAdapter(RunConfig)
+_UNION_BRANCHES = {"int", "constrained-int", "tuple[int, int]"}
+"""Parts of pydantic's locations that name a branch of a union and are no key."""
 _FLOAT = re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 for _yaml in (_Loader, _Dumper):
     _yaml.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
@@ -86,16 +112,7 @@ def config_from_dict(data: Mapping[str, Any], where: str) -> RunConfig:
     if version != CONFIG_VERSION:
         raise ConfigError(f"{where}: config version {version!r}; this comtip-fast reads version {CONFIG_VERSION}")
     _refuse_unknown(data, RunConfig, "", where)
-    try:
-        # Strict: "5" is no number, true is no 1. As JSON, because strict Python input would want the dataclasses.
-        config = _ADAPTER.validate_json(json.dumps(data), strict=True)
-    except TypeError as error:
-        raise ConfigError(f"{where}: {error}; use numbers, text, true, false, null and lists") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(p) for p in first["loc"])
-        given = first["input"]
-        raise ConfigError(f"{where}: {key}: {first['msg']} (given: {given!r}, {type(given).__name__})") from None
+    config = _build(data, where)
     validate(config, where)
     return config
 
@@ -203,94 +220,52 @@ def _tuples_to_lists(value: Any) -> Any:
 
 
 def validate(config: RunConfig, where: str = "config") -> None:
-    """Refuse what no run could use: sizes, shares and their combinations.
+    """Check the bounds of every field and the combinations that no run could use.
 
     Raises
     ------
     ConfigError
         Names the key and what it must be.
     """
-    for key, value in flatten(config_to_dict(config)).items():
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, float) and not math.isfinite(number):
-                raise ConfigError(f"{where}: {key}: must be a finite number (given: {value!r})")
-    for holds, message in (
-        *_data_rules(config),
-        *_model_rules(config),
-        *_training_rules(config),
-        *_engine_rules(config),
-        *_watch_rules(config),
-    ):
+    _build(config_to_dict(config), where)
+    for holds, message in (*_model_rules(config), *_training_rules(config), *_engine_rules(config)):
         if not holds:
             raise ConfigError(f"{where}: {message}")
+
+
+def _build(data: Mapping[str, Any], where: str) -> RunConfig:
+    """Check types and bounds; return the config."""
+    try:
+        # Strict: "5" is no number, true is no 1. As JSON, because strict Python input would want the dataclasses.
+        return _ADAPTER.validate_json(json.dumps(data), strict=True)
+    except TypeError as error:
+        raise ConfigError(f"{where}: {error}; use numbers, text, true, false, null and lists") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(p) for p in first["loc"] if p not in _UNION_BRANCHES)
+        given = first["input"]
+        raise ConfigError(f"{where}: {key}: {first['msg']} (given: {given!r}, {type(given).__name__})") from None
 
 
 Rule = tuple[bool, str]
 
 
-def _data_rules(c: RunConfig) -> list[Rule]:
-    per_batch = c.data.sections_per_batch
-    return [
-        (c.data.batch_size >= 2, "data.batch_size: needs at least 2 spots, InfoNCE compares them"),
-        (per_batch is None or per_batch >= 1, "data.sections_per_batch: 1 or more, or null"),
-        (c.data.views >= 1, "data.views: at least 1"),
-        (c.data.run >= 1, "data.run: at least 1"),
-        (c.data.jitter >= 0, "data.jitter: not negative"),
-        (0 <= c.data.zoom <= 1, "data.zoom: a share between 0 and 1"),
-        *((getattr(c.data, n) >= 0, f"data.{n}: not negative") for n in ("workers", "max_faults")),
-        (c.data.prefetch >= 1, "data.prefetch: at least 1 (data.workers=0 reads nothing ahead)"),
-        (c.levels.fit_spots >= 100, "levels.fit_spots: at least 100"),
-        (0 <= c.genes.min_detection <= 1, "genes.min_detection: a share between 0 and 1"),
-        (c.genes.per_cohort >= 0, "genes.per_cohort: not negative (0 takes every detected gene)"),
-        (c.genes.held_out_every >= 0, "genes.held_out_every: not negative (0 holds out none)"),
-        (c.genes.held_out_every != 1, "genes.held_out_every: 1 would hold out every gene"),
-        (c.genes.held_out_from >= 0, "genes.held_out_from: not negative"),
-        (c.panel.min_genes >= 1, "panel.min_genes: at least 1"),
-        (c.panel.min_genes <= c.panel.max_genes, "panel.max_genes: not below panel.min_genes"),
-        (0 <= c.panel.variable_share <= 1, "panel.variable_share: a share between 0 and 1"),
-        (3 <= c.levels.n_levels <= 256, "levels.n_levels: between 3 and 256 (levels are stored as one byte)"),
-        (c.levels.min_positive >= 1, "levels.min_positive: at least 1"),
-    ]
-
-
 def _model_rules(c: RunConfig) -> list[Rule]:
-    v, t = c.vision, c.text
+    v, t, genes = c.vision, c.text, c.genes
     return [
-        (v.backbone != "", "vision.backbone: small, or the name of a timm Vision Transformer"),
-        (v.patch_px >= 1, "vision.patch_px: at least 1"),
-        (v.width >= 1 and v.depth >= 1, "vision.width and vision.depth: at least 1"),
-        (v.heads >= 1 and v.width % max(1, v.heads) == 0, "vision.heads: must divide vision.width"),
-        (0 < v.mask_ratio < 1, "vision.mask_ratio: between 0 and 1, both left out (loss.mfm=0 turns masking off)"),
-        (0 <= v.ema_decay <= 1, "vision.ema_decay: between 0 and 1"),
-        (t.width >= 1 and t.depth >= 1, "text.width and text.depth: at least 1"),
-        (t.heads >= 1 and t.width % max(1, t.heads) == 0, "text.heads: must divide text.width"),
-        (t.max_tokens >= 1, "text.max_tokens: at least 1"),
-        (0 <= t.identity_drop <= 1, "text.identity_drop: a share between 0 and 1"),
-        (c.align.dim >= 2, "align.dim: at least 2"),
-        (c.align.temperature > 0, "align.temperature: above 0"),
-        (c.align.max_scale > 0, "align.max_scale: above 0"),
+        (genes.held_out_every != 1, "genes.held_out_every: 1 would hold out every gene; use 0 or at least 2"),
+        (c.panel.min_genes <= c.panel.max_genes, "panel.max_genes: must not be below panel.min_genes"),
+        (v.width % v.heads == 0, "vision.heads: must divide vision.width"),
+        (t.width % t.heads == 0, "text.heads: must divide text.width"),
     ]
 
 
 def _training_rules(c: RunConfig) -> list[Rule]:
-    o, t, paat = c.optim, c.train, c.loss.paat
-    weights = {"nce": c.loss.nce, "mfm": c.loss.mfm, "pair": c.loss.pair, "level": c.loss.level}
-    at_least_one = ("steps", "log_every", "checkpoint_every", "keep_checkpoints")
-    not_negative = ("seed", "validate_every", "patience", "max_skips", "threads")
+    weights = (c.loss.nce, c.loss.mfm, c.loss.pair, c.loss.level)
+    trace = c.watch.trace
     return [
-        *((weight >= 0, f"loss.{name}: not negative") for name, weight in weights.items()),
-        (any(weights.values()), "loss: all weights are 0, there is nothing to learn"),
-        (paat.candidates >= 1, "loss.paat.candidates: at least 1"),
-        (paat.strata >= 1, "loss.paat.strata: at least 1"),
-        (paat.min_level_shift >= 1, "loss.paat.min_level_shift: at least 1, or equal levels would count as mispaired"),
-        (o.lr > 0, "optim.lr: above 0"),
-        (o.weight_decay >= 0, "optim.weight_decay: not negative"),
-        (all(0 <= beta < 1 for beta in o.betas), "optim.betas: each in [0, 1)"),
-        (o.warmup_steps >= 0, "optim.warmup_steps: not negative"),
-        (0 <= o.final_lr <= 1, "optim.final_lr: a share of the peak, between 0 and 1"),
-        (o.clip >= 0, "optim.clip: not negative (0 turns it off)"),
-        *((getattr(t, name) >= 1, f"train.{name}: at least 1") for name in at_least_one),
-        *((getattr(t, name) >= 0, f"train.{name}: not negative") for name in not_negative),
+        (any(weights), "loss: all weights are 0, so there is nothing to learn; set at least one above 0"),
+        (trace is None or 1 <= trace[0] <= trace[1], "watch.trace: first and last step, from 1, e.g. [20, 25]"),
     ]
 
 
@@ -298,34 +273,11 @@ def _engine_rules(c: RunConfig) -> list[Rule]:
     e = c.engine
     nvme = "nvme" in (e.offload_optimizer, e.offload_param)
     offloads = e.offload_optimizer != "none" or e.offload_param != "none"
+    on_state, on_parameters = e.offload_optimizer, e.offload_param
     return [
         (not offloads or e.kind == "deepspeed", "engine.offload_*: needs engine.kind=deepspeed"),
-        (
-            e.offload_optimizer == "none" or e.zero_stage >= 1,
-            "engine.offload_optimizer: needs engine.zero_stage 1 to 3",
-        ),
-        (e.offload_param == "none" or e.zero_stage == 3, "engine.offload_param: needs engine.zero_stage=3"),
-        (
-            e.offload_optimizer != "nvme" or e.zero_stage == 3,
-            "engine.offload_optimizer=nvme: needs engine.zero_stage=3",
-        ),
-        (not nvme or e.nvme_path != "", "engine.nvme_path: name a folder on the NVMe drive"),
-        (e.bucket_mb > 0 and e.prefetch_mb >= 0, "engine.bucket_mb and engine.prefetch_mb: above 0, and not negative"),
-        (e.persist_elements >= 0, "engine.persist_elements: not negative"),
-        (e.micro_batches >= 1, "engine.micro_batches: at least 1"),
-        (e.timeout_s > 0, "engine.timeout_s: above 0"),
-    ]
-
-
-def _watch_rules(c: RunConfig) -> list[Rule]:
-    w = c.watch
-    return [
-        (
-            min(w.stall_s, w.stall_stop_s, w.loss_jump, w.norm_jump) >= 0,
-            "watch.stall_s, stall_stop_s, loss_jump, norm_jump: not negative (0 is off)",
-        ),
-        (
-            w.trace is None or 1 <= w.trace[0] <= w.trace[1],
-            "watch.trace: first and last step, from 1, e.g. [20, 25]",
-        ),
+        (on_state == "none" or e.zero_stage >= 1, "engine.offload_optimizer: needs engine.zero_stage 1 to 3"),
+        (on_parameters == "none" or e.zero_stage == 3, "engine.offload_param: needs engine.zero_stage=3"),
+        (on_state != "nvme" or e.zero_stage == 3, "engine.offload_optimizer=nvme: needs engine.zero_stage=3"),
+        (not nvme or e.nvme_path != "", "engine.nvme_path: must name a folder on the NVMe drive"),
     ]

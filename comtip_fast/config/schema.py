@@ -1,125 +1,136 @@
-"""What a run can be told: one frozen dataclass per component, one docstring per field.
+"""The settings of a run: one frozen dataclass per component, one docstring and one bound per field.
 
-The resolved config is written beside every run and inside every export, so a number can always be traced
-back to the settings that made it. Symbols (B, G, Q, r ...) are those of docs/method.md; where the paper is
-silent the default is this project's own choice and is a setting for that reason.
+The resolved config is written into every run folder and every export, so that a result can be traced to the settings
+that produced it. Symbols (B, G, Q, r ...) are those of docs/method.md. Where the paper gives no value, the default is
+this project's choice. ``python -m comtip_fast.config.settings_page`` generates docs/settings.md from this file.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 CONFIG_VERSION = 1
+
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+PositiveOrZero = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+OpenShare = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+Beta = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the spots come from and how they become batches."""
+    """Training data and batches."""
 
     shards: str = "runs/demo/shards"
-    """Folder of a shard set (``manifest.json`` and its tars)."""
-    batch_size: int = 128
-    """B, spots in the global batch."""
-    sections_per_batch: int | None = 2
-    """Fill a batch from this many sections; ``None`` mixes all of them."""
-    run: int = 1
-    """Spots that are read side by side: 1 shuffles every spot alike; with more (8 to 64) an epoch's reads become runs of
-    so many records, for storage where seeks are slow. Shards hold a section's spots shuffled, so a run is a random draw."""
+    """Folder or URL of a shard set (``manifest.json`` and its tar files)."""
+    batch_size: Annotated[int, Field(ge=2)] = 128
+    """B, spots in the global batch; InfoNCE compares at least two."""
+    sections_per_batch: Count | None = 2
+    """Number of sections a batch is drawn from; ``null`` draws from all sections."""
+    run: Count = 1
+    """Number of consecutive records read together. 1 shuffles single spots; 8 to 64 turns the reads of an epoch into
+    sequential runs for storage with slow seeks. Records of a section are stored shuffled, so a run is a random sample."""
     stain: Literal["none", "section"] = "section"
-    """``section`` moves each section's optical-density mean and spread to a fixed reference."""
-    views: int = 8
-    """Fixed augmented views per spot (1 = the tile as it is); a frozen stem is run once per view."""
+    """``section`` moves the optical-density mean and spread of each section to a fixed reference."""
+    views: Count = 8
+    """Fixed augmented views per spot (1 = the original tile). A frozen stem runs once per view."""
     flips: bool = True
-    """Views are turned by right angles and mirrored."""
-    jitter: float = 0.1
-    """Spread of the stain jitter in optical-density space; 0 turns it off."""
-    zoom: float = 0.0
-    """Views are enlarged by up to this share (0.2: 1 to 1.2 times) round their middle; 0 turns it off."""
+    """Rotate views by right angles and mirror them."""
+    jitter: PositiveOrZero = 0.1
+    """Standard deviation of the stain jitter in optical-density space; 0 disables it."""
+    zoom: Share = 0.0
+    """Largest random enlargement about the tile's centre (0.2: a factor of 1 to 1.2); 0 disables it."""
     balance: Literal["none", "organ", "platform"] = "none"
-    """``none``: every spot once per epoch. Else every organ (of a species) or platform gives an epoch the same number of
-    spots: those of small groups come several times, of large ones only a keyed part."""
+    """``none``: every spot once per epoch. Otherwise every organ (of a species) or platform contributes the same number
+    of spots to an epoch: small groups are repeated, large groups are subsampled."""
     loader: Literal["auto", "torch", "wds", "dali"] = "auto"
-    """Who reads and decodes (docs/data_loading.md); all give the same batches, tiles within JPEG tolerance. ``auto`` takes DALI
-    where training runs on a GPU and DALI is installed, else ``torch``."""
-    workers: int = 2
-    """Threads (``torch``, ``dali``) or processes (``wds``) that decode; 0 decodes within the step."""
-    prefetch: int = 2
-    """Batches made ahead, the bound of the loader's memory."""
+    """Reader and decoder (docs/data_loading.md). All return the same batches, tiles within JPEG tolerance. ``auto`` selects
+    DALI if training runs on a GPU and DALI is installed, and ``torch`` otherwise."""
+    workers: CountOrZero = 2
+    """Decoding threads (``torch``, ``dali``) or processes (``wds``); 0 decodes in the training process."""
+    prefetch: Count = 2
+    """Batches prepared in advance; bounds the loader's memory."""
     expression: Literal["auto", "table", "records"] = "auto"
-    """``table`` keeps the levels of all training spots in memory; ``records`` makes them per batch from the records;
-    ``auto`` takes the table up to 1 GiB."""
+    """``table`` keeps the levels of all training spots in memory, ``records`` computes them per batch, ``auto`` uses the
+    table up to 1 GiB."""
     faults: Literal["stop", "skip"] = "stop"
-    """A damaged record stops the run, or another spot of its section takes its place; each is logged and counted."""
-    max_faults: int = 100
-    """Damaged records after which ``skip`` stops all the same."""
+    """Damaged records: ``stop`` ends the run, ``skip`` substitutes another spot of the section. Each is logged and
+    counted."""
+    max_faults: CountOrZero = 100
+    """Number of damaged records after which ``skip`` ends the run too."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenesConfig:
-    """Which genes training learns by name."""
+    """Genes that are trained by name."""
 
-    per_cohort: int = 300
-    """The most variable genes taken for each task (species and organ); 0 takes every detected gene."""
-    min_detection: float = 0.1
-    """A gene must be seen in this share of the spots of every training section of its task."""
-    held_out_every: int = 6
-    """Past ``held_out_from``, every n-th gene is kept out of training, to test unseen genes; 0 keeps none."""
-    held_out_from: int = 50
-    """Rank of variability from which genes may be held out."""
+    per_cohort: CountOrZero = 300
+    """Number of most variable genes selected per cohort (species and organ); 0 selects every detected gene."""
+    min_detection: Share = 0.1
+    """Share of spots in which a gene must be detected, in every training section of its cohort."""
+    held_out_every: CountOrZero = 6
+    """Every n-th gene from rank ``held_out_from`` on is excluded from training, to test unseen genes; 0 excludes none."""
+    held_out_from: CountOrZero = 50
+    """Variability rank from which genes may be held out."""
     held_out: tuple[str, ...] = ()
-    """Further symbols kept out of training, in any species."""
+    """Further symbols to exclude from training, in every species."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PanelConfig:
     """The step panel: G genes, log-uniform between the two bounds."""
 
-    min_genes: int = 1
+    min_genes: Count = 1
     """Smallest G."""
-    max_genes: int = 256
+    max_genes: Count = 256
     """Largest G."""
-    variable_share: float = 0.5
-    """Share of the panel drawn in proportion to a gene's variance; the rest is uniform."""
+    variable_share: Share = 0.5
+    """Share of the panel drawn in proportion to gene variance; the rest is drawn uniformly."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LevelsConfig:
-    """How an expression value becomes one of Q levels."""
+    """Quantisation of expression values into Q levels."""
 
     kind: Literal["per_gene", "global"] = "per_gene"
-    """``per_gene``: low or high for this gene; ``global``: a level means a value."""
-    n_levels: int = 10
-    """Q, level 0 (count 0) among them."""
-    min_positive: int = 20
-    """Positive spots below which a gene takes the global edges and values."""
-    fit_spots: int = 50_000
-    """Genes are ranked and levels learnt from at most this many training spots, an equal share of every section."""
+    """``per_gene``: a level is low or high for its gene; ``global``: a level is the same value for every gene."""
+    n_levels: Annotated[int, Field(ge=3, le=256)] = 10
+    """Q, including level 0 (count 0). Levels are stored as one byte."""
+    min_positive: Count = 20
+    """Number of positive spots below which a gene uses the global edges and values."""
+    fit_spots: Annotated[int, Field(ge=100)] = 50_000
+    """Largest number of training spots used to rank genes and fit levels, an equal share per section."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
     """The image encoder E and the masked branch."""
 
-    backbone: str = "small"
-    """``small``, or the name of any timm Vision Transformer (``vit_base_patch32_224``)."""
+    backbone: Annotated[str, Field(min_length=1)] = "small"
+    """``small``, or the name of a timm Vision Transformer (``vit_base_patch32_224``)."""
     pretrained: str = ""
-    """A timm ``.safetensors`` file, or ``hub`` to let timm fetch its weights; empty starts at random."""
+    """A timm ``.safetensors`` file, or ``hub`` to download weights through timm; empty for random weights."""
     stem: Literal["pixels", "efficientnet_lite0"] = "pixels"
-    """What turns one patch's pixels into its token (``small`` only). ``efficientnet_lite0`` is frozen."""
-    patch_px: int = 32
+    """Patch embedding of ``small``: a linear map of the pixels, or frozen EfficientNet features."""
+    patch_px: Count = 32
     """Side of a patch in pixels (``small`` only)."""
-    width: int = 192
+    width: Count = 192
     """d of the image encoder (``small`` only)."""
-    depth: int = 3
+    depth: Count = 3
     """Transformer blocks (``small`` only)."""
-    heads: int = 4
-    """Attention heads (``small`` only) and of the mask feature generator."""
-    mask_ratio: float = 0.5
-    """r, share of the patches hidden from the masked branch."""
+    heads: Count = 4
+    """Attention heads of ``small`` and of the mask feature generator."""
+    mask_ratio: OpenShare = 0.5
+    """r, share of patches hidden from the masked branch; ``loss.mfm=0`` disables masking."""
     target: Literal["self", "ema"] = "self"
-    """Who makes the features to be predicted: the encoder itself (detached) or its moving average."""
-    ema_decay: float = 0.996
+    """Source of the target features: the encoder itself (detached) or its exponential moving average."""
+    ema_decay: Share = 0.996
     """Decay of the moving average."""
     distance: Literal["smooth_l1", "mse", "cosine"] = "smooth_l1"
     """Distance between predicted and target features."""
@@ -129,34 +140,34 @@ class VisionConfig:
 class TextConfig:
     """The gene-sentence encoder."""
 
-    width: int = 128
+    width: Count = 128
     """d of the sentence encoder."""
-    depth: int = 2
+    depth: Count = 2
     """Pre-norm transformer blocks."""
-    heads: int = 4
+    heads: Count = 4
     """Attention heads."""
-    max_tokens: int = 16
-    """T, name tokens beyond which the full name is cut (the symbol is not)."""
+    max_tokens: Count = 16
+    """T, number of name tokens at which the full name is truncated (the symbol is kept)."""
     full_name: bool = True
-    """Read the full name after the symbol."""
+    """Append the full name to the symbol."""
     identity: bool = True
-    """Add a learnt row per training gene."""
-    identity_drop: float = 0.3
-    """Chance, per gene and step, that its identity row is left out, as it is for an unseen gene."""
+    """Add a learnt embedding per training gene."""
+    identity_drop: Share = 0.3
+    """Probability, per gene and step, of dropping the identity embedding, as for an unseen gene."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AlignConfig:
     """The shared space."""
 
-    dim: int = 128
+    dim: Annotated[int, Field(ge=2)] = 128
     """D."""
-    temperature: float = 0.07
-    """Start of InfoNCE's temperature; its inverse is learnt and capped."""
-    max_scale: float = 100.0
-    """Cap of the inverse temperature."""
+    temperature: Positive = 0.07
+    """Initial InfoNCE temperature; its inverse is learnt and clamped."""
+    max_scale: Positive = 100.0
+    """Upper bound of the inverse temperature."""
     negatives: Literal["all", "same_group", "other_group"] = "same_group"
-    """Which spots are negatives of one another; the group is the section."""
+    """Spots that are used as negatives of a spot; the group is the section."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,151 +175,151 @@ class PaatConfig:
     """Pair-aware adversarial training: right names, right values, wrong pairs."""
 
     adversary: Literal["hard", "random"] = "hard"
-    """``hard`` takes the permutation that the pair head now finds most genuine."""
-    candidates: int = 3
-    """Whole permutations the adversary chooses from."""
+    """``hard`` selects the permutation that the pair head currently scores as most genuine."""
+    candidates: Count = 3
+    """Permutations that the adversary selects from."""
     mode: Literal["strata", "spots", "mixed"] = "mixed"
-    """Permute among like genes of the spot, take a gene's level from another spot, or half of each."""
-    strata: int = 4
-    """Strata of detection rate and mean level, per section's panel."""
-    min_level_shift: int = 2
-    """A swap counts only where the level moves at least this much."""
+    """Permute among similar genes of the spot, take the level of another spot, or half of each."""
+    strata: Count = 4
+    """Strata of detection rate and mean level in the panel of a section."""
+    min_level_shift: Count = 2
+    """Smallest change of level that counts as a mispairing."""
     context: Literal["image", "text"] = "image"
-    """What the pair head judges a sentence by: the tile's vector, or the spot's text without that sentence."""
+    """Context of the pair head: the tile's vector, or the spot's text without that sentence."""
     hard_columns: bool = True
-    """Mispaired text vectors are further columns of the InfoNCE."""
+    """Use mispaired text vectors as additional InfoNCE columns."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """L = L_nce + w_mfm L_mfm + w_pair L_pair + w_level L_level; a weight of 0 turns its part off."""
+    """L = w_nce L_nce + w_mfm L_mfm + w_pair L_pair + w_level L_level; a weight of 0 disables a part."""
 
-    nce: float = 1.0
+    nce: PositiveOrZero = 1.0
     """Weight of InfoNCE."""
-    mfm: float = 1.0
+    mfm: PositiveOrZero = 1.0
     """Weight of masked feature modelling."""
-    pair: float = 0.5
+    pair: PositiveOrZero = 0.5
     """Weight of the pair head's loss."""
-    level: float = 1.0
+    level: PositiveOrZero = 1.0
     """Weight of the image-to-level cross-entropy."""
     paat: PaatConfig = field(default_factory=PaatConfig)
-    """How mispaired spots are made."""
+    """Construction of mispaired spots."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW with warm-up and cosine."""
+    """AdamW with linear warm-up and cosine decay."""
 
-    lr: float = 1e-3
+    lr: Positive = 1e-3
     """Peak learning rate."""
-    weight_decay: float = 0.05
-    """Decoupled decay; not applied to vectors (biases, norms, single rows)."""
-    betas: tuple[float, float] = (0.9, 0.98)
-    """Adam's moments."""
-    warmup_steps: int = 50
-    """Linear warm-up."""
-    final_lr: float = 0.02
-    """Share of the peak at the last step."""
-    clip: float = 1.0
-    """Global gradient-norm clip; 0 turns it off."""
+    weight_decay: PositiveOrZero = 0.05
+    """Decoupled weight decay; not applied to vectors (biases, norms, single embeddings)."""
+    betas: tuple[Beta, Beta] = (0.9, 0.98)
+    """Coefficients of Adam's running averages."""
+    warmup_steps: CountOrZero = 50
+    """Steps of linear warm-up."""
+    final_lr: Share = 0.02
+    """Learning rate at the last step, as a share of the peak."""
+    clip: PositiveOrZero = 1.0
+    """Maximum global gradient norm; 0 disables clipping."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The loop."""
+    """The training loop."""
 
-    steps: int = 1000
-    """Budget in optimizer steps, never in time: a clock would break exact resume."""
+    steps: Count = 1000
+    """Budget in optimizer steps. A time budget would break exact resume."""
     start_from: str = ""
-    """Export (or finished run) whose weights the run begins with, where names and shapes agree; see ``--from``."""
-    seed: int = 0
+    """Export or finished run that provides initial weights where names and shapes agree; set by ``--from``."""
+    seed: CountOrZero = 0
     """Every random draw is hash(seed, purpose, step or epoch, spot)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """``auto`` takes the GPU where there is one."""
+    """``auto`` uses a GPU if there is one."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """``auto``: bf16 autocast on a GPU, fp32 on a CPU."""
-    log_every: int = 10
-    """Steps between lines of ``metrics.jsonl``."""
-    checkpoint_every: int = 100
+    log_every: Count = 10
+    """Steps between rows of ``metrics.jsonl``."""
+    checkpoint_every: Count = 100
     """Steps between checkpoints."""
     async_checkpoint: bool = True
-    """Write checkpoints in a thread beside the steps; takes a copy of weights and moments in host memory meanwhile."""
-    keep_checkpoints: int = 2
-    """Newest checkpoints kept, besides the best one."""
-    validate_every: int = 50
-    """Steps between validations; 0 never validates."""
-    patience: int = 6
-    """Validations without a better score before training stops; 0 never stops early."""
+    """Write checkpoints in a background thread; needs a copy of weights and moments in host memory meanwhile."""
+    keep_checkpoints: Count = 2
+    """Number of newest checkpoints to keep, in addition to the best one."""
+    validate_every: CountOrZero = 50
+    """Steps between validations; 0 disables validation."""
+    patience: CountOrZero = 6
+    """Validations without improvement before training stops; 0 disables early stopping."""
     nan_policy: Literal["stop", "skip"] = "stop"
-    """What to do when the loss or a gradient is not finite; ``skip`` is counted and logged."""
-    max_skips: int = 10
-    """Skipped steps after which ``skip`` stops all the same."""
+    """Policy for a non-finite loss or gradient; ``skip`` drops the update, and is counted and logged."""
+    max_skips: CountOrZero = 10
+    """Number of skipped steps after which ``skip`` ends the run too."""
     tensorboard: bool = False
     """Also write TensorBoard events (extra ``log``)."""
     wandb: str = ""
     """W&B project to log to (extra ``log``); empty for none."""
-    threads: int = 0
-    """CPU threads; 0 leaves torch's choice."""
+    threads: CountOrZero = 0
+    """CPU threads; 0 keeps PyTorch's default."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """How the step is spread over processes and memory; none of it changes what a step computes (docs/training.md)."""
+    """Distribution of a step over processes and memory. No key changes what a step computes (docs/training.md)."""
 
     kind: Literal["auto", "single", "ddp", "deepspeed"] = "auto"
-    """``auto``: one process alone, DDP where several were launched; ``deepspeed`` needs the extra of that name."""
+    """``auto``: a single process, or DDP if several were launched; ``deepspeed`` needs the extra of that name."""
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """ZeRO (``deepspeed`` only): 0 shards nothing, 1 optimizer state, 2 gradients too, 3 parameters too."""
+    """ZeRO stage (``deepspeed`` only): 0 shards nothing, 1 optimizer state, 2 also gradients, 3 also parameters."""
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
-    """Where ZeRO keeps optimizer state: on the device, in host memory, on ``nvme_path`` (ZeRO 3)."""
+    """Placement of ZeRO optimizer state: device, host memory, or ``nvme_path`` (ZeRO 3)."""
     offload_param: Literal["none", "cpu", "nvme"] = "none"
-    """Where ZeRO 3 keeps parameters that are not in use."""
+    """Placement of unused ZeRO 3 parameters."""
     nvme_path: str = ""
     """Folder on a local NVMe drive."""
-    bucket_mb: float = 25.0
-    """Size of the pieces in which gradients are reduced (DDP and ZeRO 0 to 3) and ZeRO 1 and 2 gather parameters."""
-    prefetch_mb: float = 50.0
-    """Parameters that ZeRO 3 gathers ahead of their use."""
-    persist_elements: int = 100_000
-    """Parameters of fewer elements stay whole on every rank under ZeRO 3."""
-    micro_batches: int = 1
-    """Pieces in which each rank works through its share of the batch; the negatives stay those of the global batch."""
+    bucket_mb: Positive = 25.0
+    """Bucket size for reducing gradients (DDP and ZeRO 0 to 3) and for gathering parameters (ZeRO 1 and 2)."""
+    prefetch_mb: PositiveOrZero = 50.0
+    """Parameters that ZeRO 3 gathers ahead of use."""
+    persist_elements: CountOrZero = 100_000
+    """ZeRO 3 keeps parameters with fewer elements on every rank."""
+    micro_batches: Count = 1
+    """Pieces into which a rank splits its share of the batch; negatives remain those of the global batch."""
     loss_form: Literal["gather", "ring"] = "gather"
-    """InfoNCE over ranks: gather all images, or let them travel round a ring in O(B/W) memory."""
+    """InfoNCE over ranks: all-gather the images, or pass them round a ring in O(B/W) memory."""
     shard_table: bool = True
-    """Each rank encodes its share of the panel's genes; the sentence table is gathered."""
+    """Each rank encodes a share of the panel's genes; the sentence table is gathered."""
     activation_checkpointing: bool = False
-    """Keep only the input of each transformer block and compute the block again in the backward pass."""
+    """Store only the input of each transformer block and recompute the block in the backward pass."""
     compile: bool = False
-    """Compile the image encoder's and the sentence encoder's blocks with ``torch.compile``."""
-    timeout_s: float = 600.0
-    """A collective that a rank does not reach within this time ends the run on every rank."""
+    """Compile the blocks of both encoders with ``torch.compile``."""
+    timeout_s: Positive = 600.0
+    """Timeout of a collective; after it the run ends on every rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WatchConfig:
-    """What is said of a run besides its losses; none of it changes a step."""
+    """Monitoring of a run; no key changes a step."""
 
-    stall_s: float = 300.0
-    """A step, validation or checkpoint that takes longer is flagged, with the stack of every thread; 0 never."""
-    stall_stop_s: float = 1800.0
-    """After so long the process ends with code 75, so that the launcher starts it again; 0 never."""
-    loss_jump: float = 3.0
-    """A loss above so many times the median of the last 50 steps is flagged; 0 never."""
-    norm_jump: float = 30.0
-    """The same for the norm of the gradients."""
+    stall_s: PositiveOrZero = 300.0
+    """A longer step, validation or checkpoint is flagged, with a stack trace of every thread; 0 disables it."""
+    stall_stop_s: PositiveOrZero = 1800.0
+    """After this long the process exits with code 75, so that the launcher restarts it; 0 disables it."""
+    loss_jump: PositiveOrZero = 3.0
+    """Flag a loss above this multiple of the median of the last 50 steps; 0 disables it."""
+    norm_jump: PositiveOrZero = 30.0
+    """The same for the gradient norm."""
     trace: tuple[int, int] | None = None
-    """First and last step to trace with ``torch.profiler``, e.g. ``[20, 25]``; one file per rank in RUN/trace."""
+    """First and last step to record with ``torch.profiler``, e.g. ``[20, 25]``; one file per rank in RUN/trace."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A whole pretraining run."""
+    """A pretraining run."""
 
     name: str = "run"
     """Shown in reports and logs."""
     version: int = CONFIG_VERSION
-    """Format of this config; another version is refused by name."""
+    """Format version of this config; other versions are refused."""
     data: DataConfig = field(default_factory=DataConfig)
     genes: GenesConfig = field(default_factory=GenesConfig)
     panel: PanelConfig = field(default_factory=PanelConfig)

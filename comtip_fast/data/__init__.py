@@ -1,1 +1,1 @@
-"""Shard records to batches: genes, levels, step panel, views, loader."""
+"""From shard records to batches: genes, levels, step panel, views, loaders."""

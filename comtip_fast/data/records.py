@@ -1,4 +1,4 @@
-"""SpotReader of a batch, read in big runs; a damaged one is known by its place and can be replaced."""
+"""Read and decode the records of a batch; damaged records are reported by their index in the batch."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ Csr = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 @dataclass
 class EncodedSpots:
-    """SpotReader of b spots as they lie in their shards."""
+    """Records of b spots as stored in their shards."""
 
     spots: np.ndarray
     """int64 (b,)."""
     tiles: list[bytes]
-    """EncodedSpots tiles; what is damaged is empty."""
+    """Encoded tiles; empty bytes for a damaged record."""
     exprs: list[bytes]
-    """Members ``.expr``; none where counts are not wanted."""
+    """``.expr`` members; an empty list if counts are not read."""
     csr: Csr | None
-    """The counts, where every record is whole."""
+    """Decoded counts; None until every record has been decoded."""
     faults: dict[int, ShardError]
-    """What is wrong with which of them, by place."""
+    """Errors of the damaged records, by index in the batch."""
 
 
 @dataclass
 class DecodedSpots:
-    """Decoded records of b spots."""
+    """Records of b spots with decoded tiles."""
 
     encoded: EncodedSpots
     tiles_NSS3: np.ndarray
-    """uint8 (b, S, S, 3); what a damaged record leaves there means nothing."""
+    """uint8 (b, S, S, 3); undefined for damaged records."""
     replaced: dict[int, ShardError] = field(default_factory=dict)
-    """DecodedSpots whose places others took, and why."""
+    """Errors of the damaged records that were replaced, by spot index."""
 
     @property
     def spots(self) -> np.ndarray:
@@ -47,110 +47,110 @@ class DecodedSpots:
 
     @property
     def faults(self) -> dict[int, ShardError]:
-        """What is wrong with which of them, by place."""
+        """Errors of the damaged records, by index in the batch."""
         return self.encoded.faults
 
-    def refuse_faults(self) -> None:
-        """Raise the first fault."""
-        for _, error in sorted(self.faults.items()):
-            raise error
+    def raise_faults(self) -> None:
+        """Raise the error of the first damaged record, if there is one."""
+        if self.faults:
+            raise self.faults[min(self.faults)]
 
-    def put(self, place: int, other: DecodedSpots) -> bool:
-        """Let one whole record stand in for a damaged one; tell whether ``other`` was whole."""
-        if other.faults:
+    def replace(self, index: int, spare: DecodedSpots) -> bool:
+        """Replace a damaged record by the only record of ``spare``; return False if that one is damaged too."""
+        if spare.faults:
             return False
-        self.replaced[int(self.spots[place])] = self.faults.pop(place)
-        self.spots[place], self.tiles_NSS3[place] = other.spots[0], other.tiles_NSS3[0]
+        self.replaced[int(self.spots[index])] = self.faults.pop(index)
+        self.spots[index], self.tiles_NSS3[index] = spare.spots[0], spare.tiles_NSS3[0]
         if self.encoded.exprs:
-            self.encoded.exprs[place], self.encoded.csr = other.encoded.exprs[0], None
+            self.encoded.exprs[index], self.encoded.csr = spare.encoded.exprs[0], None
         return True
 
 
 class SpotReader:
-    """Reads and decodes records of a shard set, with Pillow.
+    """Reads the records of a shard set and decodes them with Pillow.
 
     Parameters
     ----------
     shards
-        The set.
+        The shard set.
     with_counts
-        Read the counts too.
+        Also read the counts.
     """
 
     def __init__(self, shards: ShardSet, *, with_counts: bool) -> None:
         self.shards, self.with_counts = shards, with_counts
 
     def fetch(self, spots: np.ndarray) -> EncodedSpots:
-        """Read records without decoding their tiles; counts are decoded, which also checks them."""
-        got = EncodedSpots(np.array(spots, np.int64), [], [], None, {})
+        """Read records without decoding their tiles; counts are decoded, which also validates them."""
+        encoded = EncodedSpots(np.array(spots, np.int64), [], [], None, {})
         if self.with_counts:
             try:
-                got.tiles, got.exprs = self.shards.members_of(got.spots, ("tile", "expr"))
-                got.csr = self._decode_exprs(got.exprs, got.spots)
-                return got
-            except ShardError:  # below, each is read by itself, to know which are whole
+                encoded.tiles, encoded.exprs = self.shards.members_of(encoded.spots, ("tile", "expr"))
+                encoded.csr = self._decode_exprs(encoded.exprs, encoded.spots)
+                return encoded
+            except ShardError:  # read each record separately below, to find the damaged ones
                 pass
-        got.tiles = _each(got, lambda own: self.shards.members(own, "tile"))
+        encoded.tiles = _read_members(encoded, lambda spots: self.shards.members(spots, "tile"))
         if self.with_counts:
-            self._fetch_counts(got)
-        return got
+            self._fetch_counts(encoded)
+        return encoded
 
     def read(self, spots: np.ndarray) -> DecodedSpots:
         """Read and decode records."""
         return self.decode(self.fetch(spots))
 
-    def decode(self, got: EncodedSpots) -> DecodedSpots:
-        """Decode tiles; their size is checked before their pixels are."""
+    def decode(self, encoded: EncodedSpots) -> DecodedSpots:
+        """Decode tiles; a tile of the wrong size becomes a fault before its pixels are decoded."""
         tile = self.shards.manifest.tile
-        out = np.empty((got.spots.size, tile.px, tile.px, 3), np.uint8)
-        for i, data in enumerate(got.tiles):
-            if i in got.faults:
+        out = np.empty((encoded.spots.size, tile.px, tile.px, 3), np.uint8)
+        for i, data in enumerate(encoded.tiles):
+            if i in encoded.faults:
                 continue
             try:
-                out[i] = record.decode_tile(data, tile.px, tile.codec, self.shards.where(int(got.spots[i])))
+                out[i] = record.decode_tile(data, tile.px, tile.codec, self.shards.where(int(encoded.spots[i])))
             except ShardError as error:
-                got.faults[i] = error
-        return DecodedSpots(got, out)
+                encoded.faults[i] = error
+        return DecodedSpots(encoded, out)
 
-    def csr(self, got: EncodedSpots) -> Csr:
-        """Return the counts of whole records."""
-        if got.csr is None:
-            got.csr = self._decode_exprs(got.exprs, got.spots)
-        return got.csr
+    def csr(self, encoded: EncodedSpots) -> Csr:
+        """Return the counts; every record must be readable."""
+        if encoded.csr is None:
+            encoded.csr = self._decode_exprs(encoded.exprs, encoded.spots)
+        return encoded.csr
 
     def counts(self, spots: np.ndarray) -> tuple[sparse.csr_matrix, dict[int, ShardError]]:
-        """Return raw counts of the whole records among ``spots``, int32 CSR, and what is wrong with the others, by place."""
-        got = EncodedSpots(np.array(spots, np.int64), [], [], None, {})
-        self._fetch_counts(got)
-        got.exprs = [e for i, e in enumerate(got.exprs) if i not in got.faults]
-        indptr, rows, counts = self.csr(got)
-        shape = (len(got.exprs), self.shards.manifest.n_genes)
-        return sparse.csr_matrix((counts, rows, indptr), shape=shape, dtype=np.int32), got.faults
+        """Return the raw counts of the readable records, int32 CSR, and the faults by index in ``spots``."""
+        encoded = EncodedSpots(np.array(spots, np.int64), [], [], None, {})
+        self._fetch_counts(encoded)
+        encoded.exprs = [e for i, e in enumerate(encoded.exprs) if i not in encoded.faults]
+        indptr, rows, counts = self.csr(encoded)
+        shape = (len(encoded.exprs), self.shards.manifest.n_genes)
+        return sparse.csr_matrix((counts, rows, indptr), shape=shape, dtype=np.int32), encoded.faults
 
-    def _fetch_counts(self, got: EncodedSpots) -> None:
-        def read(own: np.ndarray) -> list[bytes]:
-            exprs = self.shards.members(own, "expr")
-            csr = self._decode_exprs(exprs, own)
-            if own.size == got.spots.size:
-                got.csr = csr
+    def _fetch_counts(self, encoded: EncodedSpots) -> None:
+        def read(spots: np.ndarray) -> list[bytes]:
+            exprs = self.shards.members(spots, "expr")
+            csr = self._decode_exprs(exprs, spots)
+            if spots.size == encoded.spots.size:
+                encoded.csr = csr
             return exprs
 
-        got.exprs = _each(got, read)
+        encoded.exprs = _read_members(encoded, read)
 
     def _decode_exprs(self, exprs: list[bytes], spots: np.ndarray) -> Csr:
         return record.decode_exprs(exprs, self.shards.manifest.n_genes, lambda i: self.shards.where(int(spots[i])))
 
 
-def _each(got: EncodedSpots, read: Callable[[np.ndarray], list[bytes]]) -> list[bytes]:
-    """Read all at once; where that fails, one by one, to know which are whole."""
+def _read_members(encoded: EncodedSpots, read: Callable[[np.ndarray], list[bytes]]) -> list[bytes]:
+    """Read all members in one call; if that fails, read them one by one and record a fault for each damaged one."""
     try:
-        return read(got.spots)
+        return read(encoded.spots)
     except ShardError:
         out = []
-        for i in range(got.spots.size):
+        for i in range(encoded.spots.size):
             try:
-                out += read(got.spots[i : i + 1])
+                out += read(encoded.spots[i : i + 1])
             except ShardError as error:
                 out.append(b"")
-                got.faults.setdefault(i, error)
+                encoded.faults.setdefault(i, error)
         return out

@@ -1,8 +1,8 @@
-"""Any SECTION as tiles: a section of a shard set, a source folder, or an AnnData with an image.
+"""Open a SECTION as tiles: a section of a shard set, a source folder, or an AnnData with an image.
 
-A SECTION is written ``SHARDS_DIR:section_id``, ``SOURCE`` or ``SOURCE:section_id`` (anything that
-``comtip shards build`` reads), or a path to an ``.h5ad``. Whatever it is, tiles come out cut at the model's
-physical size and blurred to the model's resolution, because a model must not be told sections apart by either.
+A SECTION is ``SHARDS_DIR:section_id``, ``SOURCE`` or ``SOURCE:section_id`` (anything that ``comtip shards build``
+reads), or a path to an ``.h5ad``. Tiles always have the model's physical size and resolution, so that a model cannot
+distinguish sections by either.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from comtip_shards.slides.base import Slide
 from comtip_shards.slides.tiles import StainStats, stain_stats
 from comtip_shards.sources import open_source
 from comtip_shards.sources.anndata_source import MICRONS_PER_PIXEL, centres, library_picture, library_slide
+from comtip_shards.sources.hdf5 import check_hdf5
 from comtip_shards.storage.remote import is_url
 
 OVERVIEW_PX = 1024
@@ -27,27 +28,27 @@ OVERVIEW_PX = 1024
 
 @dataclass(frozen=True)
 class TileGeometry:
-    """How a model's tiles are cut."""
+    """Size and resolution of a model's tiles."""
 
     px: int
-    """S."""
+    """Side of a tile in pixels, S."""
     um: float
     """Width of a tile in um."""
     min_mpp: float
-    """Finer images are blurred to this many um per px first."""
+    """Images with a higher resolution are first resampled to this many um per px."""
 
 
 @dataclass
 class SectionTiles:
-    """One section, ready for the image encoder."""
+    """Tiles of one section, for the image encoder."""
 
     section_id: str
     species: str
     tiles_NSS3: np.ndarray
-    """uint8."""
+    """uint8 (n_spots, S, S, 3)."""
     stain: StainStats
     template: ad.AnnData
-    """obs (names, positions, labels), ``obsm["spatial"]`` and the image: what an answer is written into."""
+    """The AnnData to add results to: obs (names, positions, labels), ``obsm["spatial"]`` and the image."""
 
 
 def open_section(
@@ -58,16 +59,20 @@ def open_section(
     Parameters
     ----------
     spec
-        See the module's first lines; an AnnData in memory is taken as it is.
+        A SECTION as in the module docstring, or an AnnData.
     tile
-        The model's tiles.
+        Tile geometry of the model.
     overrides
-        Facts that the source does not state, e.g. ``{"mpp": "0.5", "species": "human"}``.
+        Metadata that the source does not provide, e.g. ``{"mpp": "0.5", "species": "human"}``.
 
     Raises
     ------
-    SourceError, ShardError, FileNotFoundError
-        Naming the file and what to do.
+    FileNotFoundError
+        The path does not exist.
+    SourceError
+        The source cannot be read, lacks metadata, or has tiles of another geometry.
+    ShardError
+        A record of the shard set is damaged.
     """
     overrides = overrides or {}
     if isinstance(spec, ad.AnnData):
@@ -75,7 +80,7 @@ def open_section(
     if is_url(str(spec)):
         url, _, section_id = str(spec).rpartition(":")
         if "/" in section_id:
-            raise SourceError(f"{spec}: name a section of the shard set there: {spec}:section_id")
+            raise SourceError(f"{spec}: no section is named; give {spec}:section_id")
         return _from_shards(ShardSet(url), section_id, tile)
     path, section_id = split_spec(str(spec))
     if path.suffix == ".h5ad":
@@ -86,32 +91,36 @@ def open_section(
     if len(sources) != 1:
         ids = ", ".join(s.meta.section_id for s in sources)
         raise SourceError(
-            f"{path} holds {len(sources)} sections ({ids}); name one: {path}:{sources[0].meta.section_id}"
+            f"{path} contains {len(sources)} sections ({ids}); name one of them, e.g. {path}:{sources[0].meta.section_id}"
         )
     return _from_section(sources[0].read(), tile)
 
 
 def read_h5ad(path: Path | str) -> ad.AnnData:
-    """Read an AnnData file; what is none is said by name."""
+    """Read an AnnData file that names no other file; raises :class:`SourceError` if it is not one."""
+    fix = "write it with AnnData.write_h5ad"
+    check_hdf5(Path(path), "an .h5ad", fix)
     try:
         return ad.read_h5ad(path)
     except (OSError, KeyError) as error:
-        raise SourceError(
-            f"{path}: not an .h5ad that can be read ({error}); write it with AnnData.write_h5ad"
-        ) from error
+        raise SourceError(f"{path}: not a readable .h5ad file ({error}); {fix}") from error
 
 
 def split_spec(spec: str) -> tuple[Path, str]:
-    """Return (path, section id) of ``PATH:section_id``; the id is empty where the whole string is a path."""
+    """Return (path, section id) of ``PATH:section_id``; the id is empty if the string is a path.
+
+    Raises
+    ------
+    FileNotFoundError
+        The path does not exist.
+    """
     if Path(spec).exists() or ":" not in spec:
         path, section_id = Path(spec), ""
     else:
         head, section_id = spec.rsplit(":", 1)
         path = Path(head)
     if not path.exists():
-        raise FileNotFoundError(
-            f"{path} does not exist; a SECTION is SHARDS_DIR:section_id, a source folder or an .h5ad"
-        )
+        raise FileNotFoundError(f"{path} does not exist; give SHARDS_DIR:section_id, a source folder or an .h5ad file")
     return path, section_id
 
 
@@ -119,20 +128,24 @@ def _from_shards(shards: ShardSet, section_id: str, tile: TileGeometry) -> Secti
     ids = [s.section_id for s in shards.manifest.sections]
     if section_id not in ids:
         raise SourceError(f"{shards.path} has no section {section_id!r}; it has: {', '.join(ids)}")
-    made = shards.manifest.tile
-    if (made.px, made.um, made.min_mpp) != (tile.px, tile.um, tile.min_mpp):
+    own = shards.manifest.tile
+    if (own.px, own.um, own.min_mpp) != (tile.px, tile.um, tile.min_mpp):
         raise SourceError(
-            f"{shards.path}: tiles of {made.um:g} um in {made.px} px at {made.min_mpp:g} um/px, but the model reads "
-            f"{tile.um:g} um in {tile.px} px at {tile.min_mpp:g} um/px; build shards with the model's tile sizes"
+            f"{shards.path}: tiles of {own.um:g} um in {own.px} px at {own.min_mpp:g} um/px, but the model reads "
+            f"{tile.um:g} um in {tile.px} px at {tile.min_mpp:g} um/px; build shards with --tile-um {tile.um:g} "
+            f"--tile-px {tile.px} --min-mpp {tile.min_mpp:g}"
         )
     number = ids.index(section_id)
     meta = shards.manifest.sections[number]
     spots = shards.source_order(number)
     table = shards.spots.loc[spots]
     template = _template(
-        table["spot_id"].tolist(), table[["x_px", "y_px"]].to_numpy(float), table[["array_x", "array_y"]].to_numpy(float),
-        table["label"].tolist(), section_id,
-    )  # fmt: skip
+        table["spot_id"].tolist(),
+        table[["x_px", "y_px"]].to_numpy(float),
+        table[["array_x", "array_y"]].to_numpy(float),
+        table["label"].tolist(),
+        section_id,
+    )
     overview, overview_mpp = shards.overview(number)
     _attach_image(template, section_id, overview, meta.mpp, overview_mpp, meta.spot_diameter_um)
     return SectionTiles(section_id, meta.species, shards.tiles(spots), shards.stain(number), template)
@@ -150,16 +163,18 @@ def _from_section(section: Section, tile: TileGeometry) -> SectionTiles:
 def _from_anndata(data: ad.AnnData, where: str, tile: TileGeometry, overrides: dict[str, str]) -> SectionTiles:
     if "spatial" not in data.obsm or not data.uns.get("spatial"):
         raise SourceError(
-            f"{where}: needs obsm['spatial'] and an image in uns['spatial'], as scanpy's read_visium gives"
+            f"{where}: obsm['spatial'] or an image in uns['spatial'] is missing; add them as scanpy.read_visium does"
         )
     libraries = list(data.uns["spatial"])
     if len(libraries) != 1:
-        raise SourceError(f"{where}: uns['spatial'] holds {len(libraries)} libraries; subset to one section first")
+        raise SourceError(f"{where}: uns['spatial'] has {len(libraries)} libraries; subset to one section")
     library = data.uns["spatial"][libraries[0]]
     picture = library_picture(library, where)
     stated = overrides.get("mpp") or picture.mpp
     if stated is None:
-        raise SourceError(f"{where}: no scale; give --mpp, the um per px of the coordinates in obsm['spatial']")
+        raise SourceError(
+            f"{where}: the image has no scale; give --mpp, um per px of the coordinates in obsm['spatial']"
+        )
     species = overrides.get("species") or str(data.uns.get("comtip", {}).get("species", ""))
     slide = library_slide(library, picture, Path(where))
     xy = centres(data.obsm["spatial"], Path(where)) * picture.factor
@@ -167,7 +182,7 @@ def _from_anndata(data: ad.AnnData, where: str, tile: TileGeometry, overrides: d
     if outside.any():
         raise SourceError(
             f"{where}: {outside.sum()} of {len(xy)} spots lie outside the {picture.name} image ({slide.size[0]} x "
-            f"{slide.size[1]} px) at scale factor {picture.factor:g}; obsm['spatial'] and the image do not belong together"
+            f"{slide.size[1]} px) at scale factor {picture.factor:g}; correct obsm['spatial'] or the image"
         )
     template = ad.AnnData(
         obs=data.obs.copy(),
@@ -211,7 +226,7 @@ def _attach_image(
     small_mpp: float,
     spot_diameter_um: float,
 ) -> None:
-    """Put the picture where scanpy and squidpy look for it."""
+    """Store the overview image in ``uns["spatial"]``, where scanpy and squidpy read it."""
     factors: dict[str, Any] = {
         "tissue_hires_scalef": mpp / small_mpp,
         "spot_diameter_fullres": spot_diameter_um / mpp,

@@ -1,1 +1,1 @@
-"""Scores that a critic would accept: correlations, nulls, baselines, and the report."""
+"""Evaluation: correlations, spatial null, supervised baselines, and the report."""

@@ -1,4 +1,4 @@
-"""report.html: one self-contained page that a biologist can read."""
+"""Write ``report.html``, one self-contained page for readers without a machine-learning background."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from comtip_shards.storage.atomic import write_atomic
 from jinja2 import Environment, PackageLoader, select_autoescape
 
 from comtip_fast._version import __version__
@@ -15,66 +16,78 @@ from comtip_fast.evaluation.evaluate import PREDICTORS, Evaluation, SectionData
 
 LABELS = {
     "zero_shot": "CoMTIP, zero-shot",
-    "zero_shot_unseen_genes": "CoMTIP, genes it never saw",
-    "control_null": "Null: its own map, turned and shifted",
+    "zero_shot_unseen_genes": "CoMTIP, unseen genes",
+    "control_null": "Null: rotated and shifted predictions",
     "ridge_colour": "Ridge on mean tile colour (supervised)",
     "ridge_features": "Ridge on the image encoder's features (supervised)",
 }
-SHOWN_GENES = "the four best predicted, the median one and the worst of the 50 most variable genes"
-SHOWN_UNSEEN = "the two best predicted and the median one of the (up to 50) most variable genes that were kept out of training by name"
+SHOWN_GENES = "the four best, the median and the worst predicted of the 50 most variable genes"
+SHOWN_UNSEEN = "the two best and the median predicted of the (up to 50) most variable held-out genes"
 
 
 def write_report(run_dir: Path | None, result: Evaluation, out: Path) -> None:
-    """Write the page.
+    """Write the report.
 
     Parameters
     ----------
     run_dir
-        Run folder with ``metrics.jsonl`` for the loss curves; None where only an export is at hand.
+        Run folder with ``metrics.jsonl``, for the loss curves; None for an export.
     result
-        What :func:`comtip_fast.evaluation.evaluate.evaluate` returned.
+        From :func:`comtip_fast.evaluation.evaluate.evaluate`.
     out
         The file to write.
     """
     env = Environment(
-        loader=PackageLoader("comtip_fast.evaluation", "templates"), autoescape=select_autoescape(["html", "j2"]),
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+        loader=PackageLoader("comtip_fast.evaluation", "templates"),
+        autoescape=select_autoescape(["html", "j2"]),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     env.filters["num"] = lambda v: "–" if v is None else f"{v + 0.0:.3f}".replace("-0.000", "0.000")
     page = env.get_template("report.html.j2").render(
-        name=result.predictor.config.name, version=__version__, date=datetime.date.today().isoformat(),
-        metrics=result.metrics, labels=LABELS, predictors=PREDICTORS, cohorts=_cohorts(result),
+        name=result.predictor.config.name,
+        version=__version__,
+        date=datetime.date.today().isoformat(),
+        metrics=result.metrics,
+        labels=LABELS,
+        predictors=PREDICTORS,
+        cohorts=_cohorts(result),
         curves=figures.loss_curves(run_dir / "metrics.jsonl") if run_dir is not None else None,
-        training=_training(result), shown_genes=SHOWN_GENES, shown_unseen=SHOWN_UNSEEN,
-    )  # fmt: skip
-    out.write_text(page, encoding="utf-8")
+        training=_training(result),
+        shown_genes=SHOWN_GENES,
+        shown_unseen=SHOWN_UNSEEN,
+    )
+    write_atomic(out, page)
 
 
 def _training(result: Evaluation) -> dict[str, Any]:
-    """Say what was trained on what, and whether a validation donor was a training donor."""
+    """Return what the page states about training: sections, donors, genes and credits."""
     sections = result.predictor.train_sections
     donors = {s["donor"] for s in sections if s["split"] == "train"}
     scored = {d.section_id for d in result.sections}
     rows = [s | {"scored": s["section_id"] in scored} for s in sections]
     order = {"train": 0, "val": 1, "test": 2, "": 3}
-    further = [
+    not_in_training_set = [
         {k: getattr(s, k) for k in ("section_id", "species", "tissue", "donor", "n_spots", "licence", "attribution")}
         | {"split": "not in the training set", "scored": True}
         for s in result.shards.manifest.sections
         if s.section_id in scored and s.section_id not in {r["section_id"] for r in rows}
     ]
     return {
-        "rows": sorted(rows, key=lambda s: (s["species"], order[s["split"]], s["section_id"])) + further,
+        "rows": sorted(rows, key=lambda s: (s["species"], order[s["split"]], s["section_id"])) + not_in_training_set,
         "shared_val": [s["section_id"] for s in sections if s["split"] == "val" and s["donor"] in donors],
-        "n_trained": len(result.predictor.trained_genes), "n_held_out": len(result.predictor.held_out_genes),
+        "n_trained": len(result.predictor.trained_genes),
+        "n_held_out": len(result.predictor.held_out_genes),
         "n_spots": sum(s["n_spots"] for s in sections if s["split"] == "train"),
         "credits": [
-            (credit, [s["section_id"] for s in rows + further if s["attribution"] == credit])
-            for credit in sorted({s["attribution"] for s in rows + further if s["attribution"]})
+            (credit, [s["section_id"] for s in rows + not_in_training_set if s["attribution"] == credit])
+            for credit in sorted({s["attribution"] for s in rows + not_in_training_set if s["attribution"]})
         ],
-        "backbone": result.predictor.config.vision.backbone, "stem": result.predictor.config.vision.stem,
-        "tile_um": result.predictor.tile_um, "tile_px": result.predictor.tile_px,
-    }  # fmt: skip
+        "backbone": result.predictor.config.vision.backbone,
+        "stem": result.predictor.config.vision.stem,
+        "tile_um": result.predictor.tile_um,
+        "tile_px": result.predictor.tile_px,
+    }
 
 
 def _cohorts(result: Evaluation) -> list[dict[str, Any]]:
@@ -94,7 +107,7 @@ def _cohorts(result: Evaluation) -> list[dict[str, Any]]:
 
 
 def _input_of(scores: dict[str, Any]) -> str | None:
-    """Say which colour the baseline chose, where one was fitted."""
+    """Return the input that the baseline chose; None if no baseline was fitted."""
     return scores["cp10k"]["input"] if scores.get("cp10k") else None
 
 
@@ -104,29 +117,33 @@ def _section(result: Evaluation, data: SectionData) -> dict[str, Any]:
     overview, mpp = result.shards.overview(number)
     symbol = {g.key: g.symbol for g in result.shards.genes}
 
-    def draw(positions: list[int]) -> str | None:
-        if not positions:
+    def draw(indices: list[int]) -> str | None:
+        if not indices:
             return None
         genes = [
             (symbol[data.keys[i]], data.measured["cp10k"][:, i], data.predicted["cp10k"][:, i], float(data.pcc[i]))
-            for i in positions
+            for i in indices
         ]
         return figures.maps(overview, mpp, meta.mpp, data.xy, meta.spot_diameter_um, genes)
 
     chosen = _examples(data)
     chosen_unseen = _unseen_examples(data)
     return {
-        "id": data.section_id, "meta": meta, "metrics": result.metrics["sections"][data.section_id],
-        "maps": draw(chosen), "genes": [symbol[data.keys[i]] for i in chosen],
-        "unseen_maps": draw(chosen_unseen), "unseen_genes": [symbol[data.keys[i]] for i in chosen_unseen],
+        "id": data.section_id,
+        "meta": meta,
+        "metrics": result.metrics["sections"][data.section_id],
+        "maps": draw(chosen),
+        "genes": [symbol[data.keys[i]] for i in chosen],
+        "unseen_maps": draw(chosen_unseen),
+        "unseen_genes": [symbol[data.keys[i]] for i in chosen_unseen],
         "histogram": figures.gene_histogram(
             data.pcc[data.panel], data.null_pcc, f"{data.section_id}: {data.panel.size} panel genes"
         ),
-    }  # fmt: skip
+    }
 
 
 def _examples(data: SectionData) -> list[int]:
-    """Return the genes to draw, by the rule that the page states."""
+    """Return the genes to draw, see ``SHOWN_GENES``."""
     ranked = sorted(data.hvg.tolist(), key=lambda i: -np.nan_to_num(data.pcc[i]))
     if len(ranked) <= 6:
         return ranked
@@ -134,6 +151,6 @@ def _examples(data: SectionData) -> list[int]:
 
 
 def _unseen_examples(data: SectionData) -> list[int]:
-    """Return the unseen genes to draw, by the rule that the page states."""
+    """Return the unseen genes to draw, see ``SHOWN_UNSEEN``."""
     ranked = sorted(data.unseen[:50].tolist(), key=lambda i: -np.nan_to_num(data.pcc[i]))
     return ranked if len(ranked) <= 3 else [*ranked[:2], ranked[len(ranked) // 2]]

@@ -1,4 +1,4 @@
-"""What evaluation learns from the training sections: which genes vary, and the ridge baselines. Nothing else."""
+"""What evaluation derives from the training sections: the most variable genes and the ridge baselines."""
 
 from __future__ import annotations
 
@@ -20,20 +20,22 @@ from comtip_fast.inference import Predictor
 
 log = logging.getLogger("comtip_fast")
 MIN_DETECTION = 0.1
-"""A fixed share, not the run's own setting: runs are compared on the same genes."""
+"""Smallest detection rate; fixed and not the run's setting, so that runs are compared on the same genes."""
 HVG_FROM_TRAINING, HVG_FROM_EVALUATED = "training sections", "evaluated section"
 
 Inputs = dict[str, dict[str, np.ndarray]]
-"""Baseline -> candidate input -> (N, F)."""
+"""Maps a baseline to its candidate inputs, each (N, F)."""
 
 
 @dataclass
 class RidgeFit:
-    """The chosen input of one baseline, and one model per set of genes that the same sections measured."""
+    """A fitted baseline: the chosen input, and one model per group of genes that the same sections measured."""
 
     input: str
     groups: list[tuple[np.ndarray, RidgeModel]]
+    """Columns of the genes, and their model."""
     cv_pcc: float
+    """Cross-validated mean PCC over all genes."""
 
 
 @dataclass
@@ -41,15 +43,16 @@ class _TrainData:
     """The training spots of one cohort."""
 
     section: np.ndarray
+    """Section number of each spot."""
     cp10k: sparse.csr_matrix
     raw: sparse.csr_matrix
     inputs: Inputs
     measured: dict[int, np.ndarray]
-    """Section number -> bool over the gene table."""
+    """Maps a section number to bool over the gene table."""
 
 
 def spot_inputs(predictor: Predictor, tiles_NSS3: np.ndarray, stain: StainStats, pooled_Nd: np.ndarray) -> Inputs:
-    """Return what each baseline may read of the spots: mean colour (as stored, and as the model sees it), features."""
+    """Return the candidate inputs of each baseline: mean colour, as stored and stain-normalised, and encoder features."""
     colour = {"tile colour": mean_colour(tiles_NSS3)}
     if predictor.config.data.stain == "section":
         colour["stain-normalised tile colour"] = mean_colour(normalise_stain(tiles_NSS3, stain))
@@ -63,7 +66,15 @@ def mean_colour(tiles_NSS3: np.ndarray) -> np.ndarray:
 
 
 class TrainReference:
-    """Training sections of a model, read once per cohort."""
+    """The training sections of a model; each cohort is read once.
+
+    Parameters
+    ----------
+    predictor
+        The model.
+    shards
+        The shard set with its training sections.
+    """
 
     def __init__(self, predictor: Predictor, shards: ShardSet) -> None:
         self.predictor, self.shards = predictor, shards
@@ -71,11 +82,12 @@ class TrainReference:
         for s in predictor.train_sections:
             if s["split"] == "train":
                 self.trained.setdefault(cohort_of(s["species"], s["tissue"]), []).append(s["section_id"])
-        # The same id in another organ is another section.
+        # The cohort is compared too: the same id in another organ is another section.
         self.numbers = [
-            i for i, s in enumerate(shards.manifest.sections)
+            i
+            for i, s in enumerate(shards.manifest.sections)
             if s.section_id in self.trained.get(shards.cohort_of_section(i), [])
-        ]  # fmt: skip
+        ]
         self._keys = [g.key for g in shards.genes]
         self._row = {k: i for i, k in enumerate(self._keys)}
         self._ranked: dict[str, list[str]] = {}
@@ -83,32 +95,35 @@ class TrainReference:
         self._fits: dict[tuple[str, str, str, tuple[str, ...]], RidgeFit | None] = {}
 
     def check(self, cohorts: Iterable[str]) -> None:
-        """Raise where a cohort was trained but its training sections are not here; a cohort never trained may pass.
+        """Check that the training sections of the given cohorts are in the shard set; log those that are missing.
 
         Raises
         ------
         ValueError
-            Names the cohort, the sections, and ``--train-shards``.
+            A cohort was trained, but the shard set has none of its training sections.
         """
-        here = {self.shards.manifest.sections[n].section_id for n in self.numbers}
+        present = {self.shards.manifest.sections[n].section_id for n in self.numbers}
         for cohort in sorted(set(cohorts)):
-            missing = sorted(set(self.trained.get(cohort, [])) - here)
+            missing = sorted(set(self.trained.get(cohort, [])) - present)
             if not missing:
                 continue
             if len(missing) == len(set(self.trained[cohort])):
                 raise ValueError(
-                    f"{self.shards.path} holds none of the sections that trained {cohort} ({', '.join(missing)}): the "
-                    "50 most variable genes and the baselines come from them; give their shard set with --train-shards"
+                    f"{self.shards.path} contains none of the training sections of {cohort} ({', '.join(missing)}), from "
+                    "which the 50 most variable genes and the baselines are computed; give their shard set with --train-shards"
                 )
             log.warning(
-                "%s lacks training sections of %s (%s): its genes and baselines come from the others; "
-                "give the whole set with --train-shards", self.shards.path, cohort, ", ".join(missing),
-            )  # fmt: skip
+                "%s lacks training sections of %s (%s): genes and baselines are computed from the others; "
+                "give the complete set with --train-shards",
+                self.shards.path,
+                cohort,
+                ", ".join(missing),
+            )
 
     def ranked_genes(self, cohort: str, *, fallback: tuple[ShardSet, int]) -> tuple[list[str], str]:
-        """Return gene keys by falling variance, and where that was judged.
+        """Return gene keys by decreasing variance, and which sections the variance was computed on.
 
-        Judged on the cohort's training sections; on the evaluated section only where training had none of its cohort.
+        These are the cohort's training sections, or the evaluated section (``fallback``) if the cohort was not trained.
         """
         ranked = self._ranking(cohort)
         if ranked:
@@ -121,11 +136,16 @@ class TrainReference:
     def ridge(
         self, cohort: str, name: str, norm: str, keys: list[str], x: dict[str, np.ndarray]
     ) -> tuple[np.ndarray, dict[str, Any]] | None:
-        """Predict genes by ridge trained on the cohort's training sections; None where there are none.
+        """Predict genes by ridge regression trained on the cohort's training sections.
 
-        ``x`` has each candidate input, (N, F); the one with the better cross-validation on the training sections is
-        used. Returned with the prediction: that input and the strengths chosen. A gene that no training section
-        measured is predicted constant, so that its PCC is undefined and counted.
+        ``x`` has the candidate inputs, each (N, F); the one with the higher cross-validated PCC on the training sections
+        is used. A gene that no training section measured is predicted as constant, so that its PCC is undefined.
+
+        Returns
+        -------
+        tuple or None
+            The prediction (N, genes), and the chosen input, alphas and cross-validated PCC; None if the cohort has no
+            training sections.
         """
         fit = self._fit(cohort, name, norm, keys)
         if fit is None:
@@ -137,17 +157,17 @@ class TrainReference:
         return out, facts
 
     def _fit(self, cohort: str, name: str, norm: str, keys: list[str]) -> RidgeFit | None:
-        question = (cohort, name, norm, tuple(keys))
-        if question not in self._fits:
+        cache_key = (cohort, name, norm, tuple(keys))
+        if cache_key not in self._fits:
             data = self._load(cohort)
             fits = (
                 [] if data is None else [self._fit_groups(data, x, i, norm, keys) for i, x in data.inputs[name].items()]
             )
-            self._fits[question] = max(fits, key=lambda f: f.cv_pcc) if fits else None
-        return self._fits[question]
+            self._fits[cache_key] = max(fits, key=lambda f: f.cv_pcc) if fits else None
+        return self._fits[cache_key]
 
     def _fit_groups(self, data: _TrainData, x: np.ndarray, name: str, norm: str, keys: list[str]) -> RidgeFit:
-        """Fit one model per set of genes that the same training sections measured."""
+        """Fit one model per group of genes that the same training sections measured."""
         values = data.cp10k if norm == "cp10k" else data.raw
         pattern = np.array(
             [[k in self._row and bool(m[self._row[k]]) for m in data.measured.values()] for k in keys], bool

@@ -1,4 +1,4 @@
-"""Gene names as the token tensors that the sentence encoder reads."""
+"""Gene names as token tensors, the input of the sentence encoder."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from comtip_fast.genes.tokenizer import GENE_ID, VALUE_ID, GeneTokenizer
 
 @dataclass
 class GeneTokens:
-    """Names of G genes as tokens, and their identity rows."""
+    """Tokens and identity rows of G genes."""
 
     ids_GT: Tensor
-    """int64; slot 0 is ``[GENE]``, the name follows, the slot after it is ``[VALUE]``."""
+    """int64; ``[GENE]``, the tokens of the name, ``[VALUE]``, then padding."""
     length_G: Tensor
-    """int64 tokens per sentence, both special slots included."""
+    """int64, number of tokens with ``[GENE]`` and ``[VALUE]``."""
     identity_G: Tensor
-    """int64 row of the identity table; 0 is "no identity" and is the zero vector."""
+    """int64, row of the identity table; 0 means no identity embedding is added."""
 
     def to(self, device: torch.device | str) -> GeneTokens:
-        """Move all three tensors."""
+        """Return the tokens on ``device``."""
         return GeneTokens(self.ids_GT.to(device), self.length_G.to(device), self.identity_G.to(device))
 
 
@@ -40,13 +40,13 @@ def gene_tokens(
     Parameters
     ----------
     tokenizer
-        The project's sub-word tokenizer.
+        The sub-word tokenizer.
     names
         One pair per gene; the full name may be empty.
     identity
-        (G,) identity rows, 0 for a gene that training did not see.
+        (G,) identity rows, 0 for a gene that was not trained.
     config
-        Longest name in tokens, and whether full names are read.
+        ``max_tokens`` and ``full_name`` are read.
     """
     T = config.max_tokens + 2
     ids = np.zeros((len(names), T), np.int64)
@@ -55,12 +55,12 @@ def gene_tokens(
         tokens = tokenizer.encode(symbol, name if config.full_name else "", config.max_tokens)[: config.max_tokens]
         row = [GENE_ID, *tokens, VALUE_ID]
         ids[i, : len(row)], length[i] = row, len(row)
-    # Shorter panels need no wider a tensor than their longest sentence; the table is built from slices of this.
+
     return GeneTokens(torch.from_numpy(ids), torch.from_numpy(length), torch.from_numpy(identity.astype(np.int64)))
 
 
 def take_genes(genes: GeneTokens, rows: torch.Tensor) -> GeneTokens:
-    """Return the genes in ``rows``, padded only to the longest of them."""
+    """Return the genes in ``rows``, padded to the longest of them."""
     length = genes.length_G[rows]
     width = int(length.max()) if len(rows) else 2
     return GeneTokens(genes.ids_GT[rows, :width], length, genes.identity_G[rows])

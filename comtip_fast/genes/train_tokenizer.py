@@ -1,4 +1,4 @@
-"""Make ``tokenizer_v1.json`` from the gene-name table: ``python -m comtip_fast.genes.train_tokenizer``."""
+"""Train ``tokenizer_v1.json`` on the gene-name table: ``python -m comtip_fast.genes.train_tokenizer``."""
 
 from __future__ import annotations
 
@@ -15,21 +15,24 @@ VOCABULARY = 4096
 
 
 def main() -> None:
-    """Train on symbols and names of all genes but pseudogenes, whose names repeat those of their parents."""
+    """Train on symbols and names of all genes except pseudogenes, whose names repeat those of their parent genes."""
     texts = []
     for row in GeneResource.load().rows:
         if row["kind"] != "pseudo":
             texts += [gene_text(row["symbol"], ""), " " + gene_text("", row["name"])]
     tokenizer = Tokenizer(models.BPE())
-    # Digits stand alone: KRT14 and KRT17 share "KRT", and no number is a word of its own.
+    # Every digit is a token: KRT14 and KRT17 share "KRT", and numbers do not become tokens.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, min_frequency=2, special_tokens=[], show_progress=False,
+        vocab_size=VOCABULARY,
+        min_frequency=2,
+        special_tokens=[],
+        show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
+    )
     tokenizer.train_from_iterator(texts, trainer)
     _reserve(tokenizer)
     path = Path(__file__).with_name(FILE)
@@ -38,7 +41,7 @@ def main() -> None:
 
 
 def _reserve(tokenizer: Tokenizer) -> None:
-    """Move all ids up to free the first ones for the special slots, which no text can ever produce."""
+    """Shift all ids to reserve the first ones for the special tokens, which no text is encoded to."""
     data = json.loads(tokenizer.to_str())
     vocabulary = {name: i for i, name in enumerate(SPECIALS)}
     for token, i in sorted(data["model"]["vocab"].items(), key=lambda item: item[1]):

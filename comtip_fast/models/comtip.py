@@ -1,8 +1,8 @@
-"""CoMTIP as one module that knows one device: tiles and gene sentences in, vectors of the shared space out.
+"""The CoMTIP model on a single device: maps tiles and gene sentences to vectors in the shared space.
 
-Shapes: B spots, P patches, V visible, K hidden, G genes of the step panel, Q levels, D the shared width.
-Losses are not here (see :mod:`comtip_fast.objectives`): this module only turns inputs into vectors. What modules return are
-tuples with names: ZeRO 3 looks for the tensors in a module's output, and looks into tuples, lists and dicts only.
+Shapes: B spots, P patches, V visible patches, K hidden patches, G genes of the step panel, Q levels, D the shared width.
+Losses are in :mod:`comtip_fast.objectives`. Modules return named tuples because ZeRO 3 finds the tensors of a module's
+output in tuples, lists and dicts only.
 """
 
 from __future__ import annotations
@@ -26,74 +26,74 @@ from comtip_fast.models.mask_generator import MaskFeatureGenerator
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSizes:
-    """What the model has to know about the data it is built for; saved with the weights."""
+    """Sizes of the model that follow from the data; saved with the weights."""
 
     tile_px: int
-    """S."""
+    """Side of a tile in pixels, S."""
     n_levels: int
-    """Q."""
+    """Number of expression levels, Q."""
     vocab_size: int
-    """Rows of the token table."""
+    """Number of token ids."""
     n_identities: int
-    """Genes of training with a row of their own."""
+    """Number of trained genes, each with a row of the identity table."""
     longest: int
-    """Slots of the longest gene sentence, both special ones included."""
+    """Tokens of the longest gene sentence, with ``[GENE]`` and ``[VALUE]``."""
 
 
 class ImageOutput(NamedTuple):
-    """One tile in the shared space."""
+    """Tiles in the shared space."""
 
     vector_BD: Tensor
-    """Unit vector z."""
+    """Unit vectors z."""
     pooled_Bd: Tensor
     """Mean patch feature of the full branch, before projection."""
     patches_BPd: Tensor
-    """Z, the full branch's patch features."""
+    """Patch features of the full branch, Z."""
 
 
 class SentenceTable(NamedTuple):
     """The distinct sentences of a step in the shared space."""
 
     rows_GQD: Tensor
-    """Projected h(g, q), any length: what pooling sums."""
+    """Projected h(g, q), not normalised; pooling sums these."""
     unit_GQD: Tensor
-    """The same rows at length 1: what L_level and prediction compare with an image."""
+    """The same rows at unit length; L_level and prediction compare them with images."""
     scores_GQ: Tensor
     """Pooling scores."""
     pair_GQD: Tensor
-    """Rows times the pair head's bilinear form, scaled: a dot product with a context is a logit."""
+    """Rows times the pair head's bilinear form and scale; the dot product with a context vector is a logit."""
 
 
 class StepOutput(NamedTuple):
-    """Everything the losses read."""
+    """Output of a training step, input of the losses."""
 
     image: ImageOutput
     table: SentenceTable | None
-    """None where it was not asked for."""
+    """None if no genes were given."""
     predicted_BKd: Tensor | None
     """Predicted features of the hidden patches; None without MFM."""
     target_BKd: Tensor | None
-    """The full branch's features there, detached."""
+    """Features of the hidden patches from the full branch or the teacher, detached."""
     scale_nce: Tensor
-    """InfoNCE's inverse temperature, clamped."""
+    """Inverse temperature of InfoNCE, clamped."""
     scale_level: Tensor
-    """L_level's inverse temperature, clamped."""
+    """Inverse temperature of L_level, clamped."""
 
 
-def _one_number(value: float) -> nn.Parameter:
-    """Return a parameter of shape (1,): ZeRO shards no parameter without a dimension."""
+def _scalar_parameter(value: float) -> nn.Parameter:
+    """Return a parameter of shape (1,); ZeRO cannot shard a parameter of shape ()."""
     return nn.Parameter(torch.tensor([value]))
 
 
-def _give_scalars_a_dimension(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """Let weights of version 0.1, whose temperatures had the shape (), be loaded."""
+def _reshape_scalars(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Load weights of version 0.1, in which temperatures have shape ()."""
     for name in ("log_scale_nce", "log_scale_level", "pair_head.log_scale"):
         if prefix + name in state:
             state[prefix + name] = state[prefix + name].reshape(1)
 
 
 class Projection(nn.Module):
-    """Two-layer head from an encoder's width into the shared space."""
+    """Projection head from an encoder's width to the shared space: a linear layer plus a two-layer MLP."""
 
     def __init__(self, width: int, dim: int) -> None:
         super().__init__()
@@ -106,17 +106,17 @@ class Projection(nn.Module):
 
 
 class PairHead(nn.Module):
-    """Bilinear judge of a sentence in a context: c^T W h, with a learnt scale."""
+    """Bilinear score c^T W h of a sentence h in a context c, with a learnable scale."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.form = nn.Linear(dim, dim, bias=False)
         nn.init.eye_(self.form.weight)
-        self.log_scale = _one_number(math.log(5.0))
+        self.log_scale = _scalar_parameter(math.log(5.0))
 
     def forward(self, unit_GQD: Tensor) -> Tensor:
-        """Return scale * W^T h for every row of the table."""
-        # Of shape (), so that a table in bf16 stays one.
+        """Return scale * W h for every row of the table, (G, Q, D)."""
+        # The scale gets shape (), so that it does not promote a bf16 table to fp32.
         return self.form(unit_GQD) * self.log_scale.clamp(max=math.log(50.0)).exp().squeeze(0)
 
 
@@ -133,62 +133,70 @@ class CoMTIP(nn.Module):
         self.pool_query = nn.Linear(config.text.width, 1, bias=False)
         self.pair_head = PairHead(D)
         self.max_log_scale = math.log(config.align.max_scale)
-        self.log_scale_nce = _one_number(math.log(1 / config.align.temperature))
-        self.log_scale_level = _one_number(math.log(10.0))
-        self.register_load_state_dict_pre_hook(_give_scalars_a_dimension)
+        self.log_scale_nce = _scalar_parameter(math.log(1 / config.align.temperature))
+        self.log_scale_level = _scalar_parameter(math.log(10.0))
+        self.register_load_state_dict_pre_hook(_reshape_scalars)
         self.vision.recompute = self.genes.recompute = config.engine.activation_checkpointing
         if config.loss.mfm <= 0:
-            # What no loss reaches is no parameter to train: weight decay must not move it, in any engine.
+            # Without MFM no loss reaches the generator; it is frozen so that weight decay does not change it.
             self.generator.requires_grad_(False)
         self.teacher: VisionEncoder | None = None
         if config.vision.target == "ema":
             self.teacher = copy.deepcopy(self.vision).requires_grad_(False)
 
     def forward(
-        self, features_BP: Tensor, visible_BV: Tensor | None, hidden_BK: Tensor | None, genes: GeneTokens | None,
+        self,
+        features_BP: Tensor,
+        visible_BV: Tensor | None,
+        hidden_BK: Tensor | None,
+        genes: GeneTokens | None,
         group: Group | None = None,
-    ) -> StepOutput:  # fmt: skip
-        """One training pass over B tiles and the panel's sentence table.
+    ) -> StepOutput:
+        """Encode B tiles and the panel's sentence table.
 
         Parameters
         ----------
         features_BP
             ``vision.stem_features(tiles)``.
         visible_BV, hidden_BK
-            Patch numbers of the masked branch, int64; None turns MFM off.
+            int64 patch indices of the masked branch; None skips it.
         genes
-            Tokens of the panel's G genes; None leaves the table out.
+            Tokens of the panel's G genes; None skips the table.
         group
-            Ranks that share the table's encoding; None encodes all of it here.
+            Ranks that share the encoding of the table; None encodes all of it on this rank.
         """
         image = self.encode_image(features_BP)
         predicted = target = None
         if visible_BV is not None and hidden_BK is not None:
-            seen = self.vision(features_BP, visible_BV)
-            predicted = self.generator(seen.patches_BVd, hidden_BK)
+            visible = self.vision(features_BP, visible_BV)
+            predicted = self.generator(visible.patches_BVd, hidden_BK)
             target = self._target(features_BP, image, hidden_BK)
         return StepOutput(
-            image, None if genes is None else self.sentence_table(genes, group), predicted, target,
-            self._scale(self.log_scale_nce), self._scale(self.log_scale_level),
-        )  # fmt: skip
+            image,
+            None if genes is None else self.sentence_table(genes, group),
+            predicted,
+            target,
+            self._scale(self.log_scale_nce),
+            self._scale(self.log_scale_level),
+        )
 
     def encode_image(self, features_BP: Tensor) -> ImageOutput:
-        """Full branch: all P patches, pooled and projected."""
+        """Encode all P patches (full branch), pool and project."""
         tokens = self.vision(features_BP)
         vector_BD = F.normalize(self.project_image(tokens.pooled_Bd), dim=-1)
         return ImageOutput(vector_BD, tokens.pooled_Bd, tokens.patches_BVd)
 
     def sentence_table(self, genes: GeneTokens, group: Group | None = None) -> SentenceTable:
-        """Encode each distinct (gene, level) of the panel once, each rank its share of them, and project it."""
+        """Encode and project each distinct (gene, level) of the panel once; with a group, each rank encodes its share."""
         G, Q = genes.length_G.shape[0], self.genes.n_levels
-        # Fewer sentences than ranks cost little, and no rank may be left without any.
+        # With fewer sentences than ranks every rank encodes all: it is cheap, and no rank's share may be empty.
         if group is None or group.size == 1 or group.size > G * Q:
             rows_ND, scores_N = self._rows_and_scores(genes, slice(0, G * Q))
         else:
             rows, scores = self._rows_and_scores(genes, share_of(G * Q, group.rank, group.size))
-            both = torch.cat([rows, scores[:, None].to(rows.dtype)], dim=-1)
-            both = gather_rows(both, group, counts_of(G * Q, group.size))
-            rows_ND, scores_N = both[:, :-1], both[:, -1]
+            packed = torch.cat([rows, scores[:, None].to(rows.dtype)], dim=-1)
+            packed = gather_rows(packed, group, counts_of(G * Q, group.size))
+            rows_ND, scores_N = packed[:, :-1], packed[:, -1]
         rows_GQD = rows_ND.view(G, Q, -1)
         unit_GQD = F.normalize(rows_GQD, dim=-1)
         return SentenceTable(rows_GQD, unit_GQD, scores_N.view(G, Q), self.pair_head(unit_GQD))
@@ -198,17 +206,17 @@ class CoMTIP(nn.Module):
         return self.project_text(h_Nd), self.pool_query(h_Nd).squeeze(-1)
 
     def compile_blocks(self) -> None:
-        """Compile both encoders' blocks with ``torch.compile``, in place; shapes that change compile once more."""
+        """Compile the blocks of both encoders with ``torch.compile``, in place; a new shape triggers one recompilation."""
         for block in (*self.vision.blocks, *self.genes.blocks):
             block.compile()
 
     @torch.no_grad()
     def update_teacher(self, decay: float) -> None:
-        """Move the EMA teacher towards the encoder; nothing without a teacher."""
+        """Update the EMA teacher from the encoder; without a teacher, do nothing."""
         if self.teacher is None:
             return
-        for slow, fast in zip(self.teacher.parameters(), self.vision.parameters(), strict=True):
-            slow.lerp_(fast.to(slow.dtype), 1 - decay)
+        for teacher, student in zip(self.teacher.parameters(), self.vision.parameters(), strict=True):
+            teacher.lerp_(student.to(teacher.dtype), 1 - decay)
 
     @torch.no_grad()
     def _target(self, features_BP: Tensor, image: ImageOutput, hidden_BK: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
-"""The gene-sentence encoder and the sentence table.
+"""Gene-sentence encoder and sentence table.
 
-Shapes: N sentences of at most T tokens, S tokens in all, end to end: nothing is padded, so every layer sees tokens and
-nothing else. G genes of the step panel, Q levels, d the encoder's width. The
-sentence "gene g at level q" is ``[GENE] name tokens ... [VALUE]``; its vector h(g, q) is the output at
-``[GENE]``. Attention never leaves a sentence, so all sentences are encoded in parallel.
+The sentence "gene g at level q" is ``[GENE] name tokens ... [VALUE]``; its vector h(g, q) is the output at ``[GENE]``.
+Attention is restricted to a sentence, so all sentences are encoded in parallel. Sentences are packed without padding.
+
+Shapes: N sentences of at most T tokens, S tokens in total, G genes of the step panel, Q levels, d the encoder's width.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from comtip_fast.models.recompute import run_block
 
 
 class SentenceBlock(nn.Module):
-    """Pre-norm transformer block over N sentences; no dropout."""
+    """Pre-norm transformer block over N packed sentences; no dropout."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -28,18 +28,18 @@ class SentenceBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x_Sd: Tensor, length_N: Tensor, longest: int, first_N: Tensor | None = None) -> Tensor:
-        """Return (S, d), or (N, d) with ``first_N``, when only ``[GENE]`` is read afterwards (the last block)."""
+        """Return (S, d); with ``first_N``, the indices of the ``[GENE]`` tokens, return only their rows (N, d)."""
         S, d = x_Sd.shape
         qkv_S3HE = self.qkv(self.norm_attention(x_Sd)).view(S, 3, self.heads, d // self.heads)
-        mixed = packed_attention_qkv(qkv_S3HE, length_N, longest=longest).reshape(S, d)
+        attended = packed_attention_qkv(qkv_S3HE, length_N, longest=longest).reshape(S, d)
         if first_N is not None:
-            x_Sd, mixed = x_Sd[first_N], mixed[first_N]
-        x_Sd = x_Sd + self.out(mixed)
+            x_Sd, attended = x_Sd[first_N], attended[first_N]
+        x_Sd = x_Sd + self.out(attended)
         return x_Sd + self.mlp(self.norm_mlp(x_Sd))
 
 
 class GeneEncoder(nn.Module):
-    """Encodes gene sentences; ``forward`` builds the table of all (gene, level) pairs of a panel."""
+    """Encodes gene sentences; ``forward`` computes the table of all (gene, level) pairs of a panel."""
 
     def __init__(self, config: TextConfig, n_levels: int, vocab_size: int, n_identities: int, longest: int) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class GeneEncoder(nn.Module):
         self.token_Vd = nn.Parameter(torch.randn(vocab_size, d) * 0.05)
         self.type_3d = nn.Parameter(torch.randn(3, d) * 0.02)
         self.position_Td = nn.Parameter(torch.randn(longest, d) * 0.02)
-        # Levels are ordered: neighbours start out alike (a smooth curve through the space).
+        # Levels are ordered, so neighbouring levels are initialised to similar vectors (a line plus noise).
         ramp = torch.linspace(-1, 1, n_levels)[:, None] * torch.randn(1, d) * 0.5
         self.level_Qd = nn.Parameter(ramp + torch.randn(n_levels, d) * 0.1)
         self.identity_Id = nn.Parameter(torch.randn(n_identities + 1, d) * 0.05) if config.identity else None
@@ -57,28 +57,40 @@ class GeneEncoder(nn.Module):
         self.recompute = False
 
     def forward(self, genes: GeneTokens, sentences: slice | None = None) -> Tensor:
-        """Encode every pair (gene of the panel, level), gene by gene, or some: rows of the table h(g, q), (N, d)."""
+        """Return rows (N, d) of the sentence table h(g, q), in gene-major order; by default all G * Q rows."""
         G, Q = genes.length_G.shape[0], self.n_levels
-        number = torch.arange(G * Q, device=genes.ids_GT.device)[sentences or slice(None)]
-        gene = number // Q
-        each = GeneTokens(genes.ids_GT[gene], genes.length_G[gene], genes.identity_G[gene])
-        return self.encode(each, number % Q)
+        index_N = torch.arange(G * Q, device=genes.ids_GT.device)[sentences or slice(None)]
+        gene_N = index_N // Q
+        tokens = GeneTokens(genes.ids_GT[gene_N], genes.length_G[gene_N], genes.identity_G[gene_N])
+        return self.encode(tokens, index_N % Q)
 
     def encode(
         self, genes: GeneTokens, level_lo_N: Tensor, level_hi_N: Tensor | None = None, mix_N: Tensor | None = None
     ) -> Tensor:
-        """Encode N single sentences to (N, d); two levels and ``mix_N`` in [0, 1] stand for a value between them."""
-        # Sorted by length once, here: attention then takes equally long ones together in every layer and moves nothing.
+        """Encode N sentences to (N, d); with ``level_hi_N`` and ``mix_N`` in [0, 1], levels are interpolated linearly."""
+        # Sentences are sorted by length once, so that attention processes equal lengths together in every layer without
+        # moving data.
         length_N, order_N = torch.sort(genes.length_G, stable=True)
         genes = GeneTokens(genes.ids_GT[order_N], length_N, genes.identity_G[order_N])
         level_hi_N, mix_N = (None if x is None else x[order_N] for x in (level_hi_N, mix_N))
         x_Sd = gene_sentence_embedding(
-            genes.ids_GT, length_N, level_lo_N[order_N], self.token_Vd, self.type_3d, self.position_Td, self.level_Qd,
-            level_hi_N=level_hi_N, mix_N=mix_N, identity_N=genes.identity_G, identity_ID=self.identity_Id,
-            gain_D=self.norm_in.weight, bias_D=self.norm_in.bias, eps=self.norm_in.eps,
-        )  # fmt: skip
+            genes.ids_GT,
+            length_N,
+            level_lo_N[order_N],
+            self.token_Vd,
+            self.type_3d,
+            self.position_Td,
+            self.level_Qd,
+            level_hi_N=level_hi_N,
+            mix_N=mix_N,
+            identity_N=genes.identity_G,
+            identity_ID=self.identity_Id,
+            gain_D=self.norm_in.weight,
+            bias_D=self.norm_in.bias,
+            eps=self.norm_in.eps,
+        )
         longest, first_N = genes.ids_GT.shape[1], sentence_start(length_N)
         for i, block in enumerate(self.blocks):
-            last = first_N if i == len(self.blocks) - 1 else None
-            x_Sd = run_block(block, x_Sd, length_N, longest, last, recompute=self.recompute)
+            rows = first_N if i == len(self.blocks) - 1 else None  # after the last block only [GENE] is used
+            x_Sd = run_block(block, x_Sd, length_N, longest, rows, recompute=self.recompute)
         return self.norm_out(x_Sd).index_select(0, torch.argsort(order_N))

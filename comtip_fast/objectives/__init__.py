@@ -1,17 +1,17 @@
-"""Losses as pure functions of tensors; no parameters, no randomness, no files."""
+"""Losses as pure functions of tensors: no parameters, no random draws, no file access."""
 
 from comtip_fast.objectives.contrastive import PairMetadata, global_infonce, same_text_hash
-from comtip_fast.objectives.masked import feature_health, masked_feature_loss
+from comtip_fast.objectives.masked import HEALTH, feature_health, masked_feature_loss
 from comtip_fast.objectives.mispair import (
     choose_hardest,
     counted_swaps,
     permute_within_strata,
-    strata_of,
     take_from_other_spots,
 )
 from comtip_fast.objectives.pair import pair_auc, pair_loss
 
 __all__ = [
+    "HEALTH",
     "PairMetadata",
     "choose_hardest",
     "counted_swaps",
@@ -22,6 +22,5 @@ __all__ = [
     "pair_loss",
     "permute_within_strata",
     "same_text_hash",
-    "strata_of",
     "take_from_other_spots",
 ]

@@ -1,15 +1,16 @@
-"""The alignment loss over the global batch, exact, with each logit computed once on one rank.
+"""InfoNCE over the global batch; exact, and each logit is computed once, on one rank.
 
-The images' features move, the texts stay where they are: rank w holds its b_w images and its m_w >= b_w text columns (the
-first b_w true, the rest mispaired), and works out the block [all B images, its m_w columns]. So traffic does not grow with
-mispaired columns. Two forms, equal up to rounding (D is the width, per rank, in numbers, W ranks):
+Image vectors are communicated, text vectors are not: rank w has b_w images and m_w >= b_w text columns (the first b_w
+are true, the others mispaired) and computes the block [all B images, its m_w columns]. Communication is therefore
+independent of the number of mispaired columns. There are two forms, equal up to rounding; volumes are elements sent per
+rank, for vectors of width D:
 
-``gather``  all images gathered (B D), their gradients reduce-scattered (B D), and a few numbers per image;
-``ring``    blocks of images travel round the ring while the block before is worked on, in the backward pass with their
-            gradients: three times (B D) instead of two, but only B/W images in memory.
+``gather``  all-gather the images (B D), reduce-scatter their gradients (B D), and exchange a few numbers per image;
+``ring``    pass blocks of images round a ring of W ranks, overlapped with the computation on the previous block, and in
+            the backward pass their gradients too: 3 B D instead of 2 B D, but only B / W images in memory.
 
-Each rank returns its share of the loss and the gradient of the sum of shares, see :mod:`comtip_fast.collectives`; its
-backward takes for granted that all ranks scale their share alike.
+Each rank returns its share of the loss and the gradient of the sum of shares, see :mod:`comtip_fast.collectives`. The
+backward pass assumes that all ranks scale their share equally.
 """
 
 from __future__ import annotations
@@ -26,262 +27,288 @@ from torch.nn import functional as F
 
 from comtip_fast.collectives import Group
 
-_MIX = (-7046029254386353131, -4658895280553007687, -7723592293110705685)
+_SPLITMIX64 = (-7046029254386353131, -4658895280553007687, -7723592293110705685)
+"""Increment and multipliers of the SplitMix64 generator, as signed integers."""
 
 
 def same_text_hash(levels_XG: Tensor, measured_XG: Tensor) -> Tensor:
-    """Give equal 64-bit integers to rows whose measured genes and levels are all equal; (X,) int64.
+    """Hash each spot's text; rows with equal levels of equal measured genes get equal hashes, int64 (X,).
 
-    Two spots with the same text are not each other's negatives. Each row by itself, so that other ranks' need not be seen.
-    Among 10^10 pairs of different texts, two get the same hash with a chance of 1 in 10^9.
+    Two spots with the same text are not negatives of each other. The hash of a row does not depend on other rows, so
+    ranks compute it without communication. Among 10^10 pairs of different texts, the probability of a collision is 10^-9.
     """
-    # SplitMix64's finaliser over (place of the gene, level), summed; all of it wraps modulo 2^64, as meant.
-    place_G = torch.arange(1, levels_XG.shape[1] + 1, device=levels_XG.device)
-    word_XG = place_G * 512 + torch.where(measured_XG, levels_XG.long() + 1, 0)
-    return _mixed(word_XG).sum(1)
+    # The sum over genes of SplitMix64(gene index, level); arithmetic wraps modulo 2^64.
+    index_G = torch.arange(1, levels_XG.shape[1] + 1, device=levels_XG.device)
+    word_XG = index_G * 512 + torch.where(measured_XG, levels_XG.long() + 1, 0)
+    return _splitmix64(word_XG).sum(1)
 
 
-def _mixed(word: Tensor) -> Tensor:
-    z = word * _MIX[0]
-    z = (z ^ _shifted(z, 30)) * _MIX[1]
-    z = (z ^ _shifted(z, 27)) * _MIX[2]
-    return z ^ _shifted(z, 31)
+def _splitmix64(word: Tensor) -> Tensor:
+    z = word * _SPLITMIX64[0]
+    z = (z ^ _logical_shift(z, 30)) * _SPLITMIX64[1]
+    z = (z ^ _logical_shift(z, 27)) * _SPLITMIX64[2]
+    return z ^ _logical_shift(z, 31)
 
 
-def _shifted(z: Tensor, n: int) -> Tensor:
-    """Shift right without the sign."""
+def _logical_shift(z: Tensor, n: int) -> Tensor:
+    """Shift right by ``n`` bits without sign extension."""
     return (z >> n) & ((1 << (64 - n)) - 1)
 
 
 @dataclass
 class PairMetadata:
-    """What says who is whose negative: the rank's own images first, then its further texts, in this order everywhere."""
+    """Defines which pairs are negatives. Columns are the texts of the rank's b images, then its mispaired texts."""
 
     text_class_m: Tensor
-    """int64: equal ones are the same text; the first b are the images' own."""
+    """int64; equal classes have the same text and are not negatives of each other."""
     section_m: Tensor
-    """Integers that ``negatives`` compares."""
+    """Section of each column; ``negatives`` compares it."""
     weight_b: Tensor
-    """0 takes a spot out, also as a negative; travels as fp32."""
+    """Weight of each spot; 0 excludes it, also as a negative. Sent as fp32."""
     negatives: str = "all"
+    """``align.negatives`` of the config."""
 
 
 def global_infonce(
-    image_bD: Tensor, text_mD: Tensor, scale: Tensor, pairs: PairMetadata, group: Group, counts: Sequence[int],
+    image_bD: Tensor,
+    text_mD: Tensor,
+    scale: Tensor,
+    pairs: PairMetadata,
+    group: Group,
+    counts: Sequence[int],
     form: str = "gather",
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Return this rank's share of the symmetric InfoNCE of the global batch (:func:`comtip_kernels.infonce`).
 
     Parameters
     ----------
     image_bD, text_mD
-        This rank's images and texts, any length.
+        Vectors of this rank's images and texts; they are normalised here.
     scale
         Inverse temperature, a scalar.
     pairs
-        Classes, groups and weights of this rank.
+        Text classes, sections and weights of this rank.
     group
-        The ranks.
+        The process group.
     counts
-        b of every rank.
+        Number of images of every rank.
     form
         ``gather`` or ``ring``.
 
     Raises
     ------
     ValueError
-        Unknown form, fewer texts than images, or counts that do not fit.
+        The form is unknown, there are fewer texts than images, or ``counts`` disagrees with the number of images.
     """
     b = image_bD.shape[0]
     if form not in _FORMS:
-        raise ValueError(f"loss form {form!r}: choose one of {', '.join(_FORMS)}")
+        raise ValueError(f"global_infonce: form={form!r}: choose one of {', '.join(_FORMS)}")
     if text_mD.shape[0] < b or counts[group.rank] != b:
-        raise ValueError(f"global_infonce: {b} images, {text_mD.shape[0]} texts, counts {list(counts)}")
+        raise ValueError(
+            f"global_infonce: {b} images, {text_mD.shape[0]} texts, counts {list(counts)}; "
+            "give at least one text per image, and this rank's number of images in counts"
+        )
     if group.size == 1:
         return infonce(
-            image_bD, text_mD, scale, negatives=pairs.negatives, group_rows=pairs.section_m[:b],
-            group_columns=pairs.section_m, class_rows=pairs.text_class_m[:b], class_columns=pairs.text_class_m,
+            image_bD,
+            text_mD,
+            scale,
+            negatives=pairs.negatives,
+            group_rows=pairs.section_m[:b],
+            group_columns=pairs.section_m,
+            class_rows=pairs.text_class_m[:b],
+            class_columns=pairs.text_class_m,
             weight_B=pairs.weight_b,
-        )  # fmt: skip
-    # Logits up to 100 cannot be kept in bf16: vectors come to full precision here, whatever autocast says.
+        )
+    # bf16 is not precise enough for logits up to 100, so the loss runs in fp32 also under autocast.
     with torch.autocast(image_bD.device.type, enabled=False):
         wide = torch.promote_types(image_bD.dtype, torch.float32)
         x, y = (F.normalize(v.to(wide), dim=-1) for v in (image_bD, text_mD))
         total = group.sum(pairs.weight_b.detach().to(wide).sum()).clamp_min(1e-12)
-        run = _Run(group, list(counts), _RowMetadata.gather_row_metadata(pairs, group, counts), pairs, total)
-        return _GlobalInfoNCE.apply(x, y, scale.to(wide), run, form)
+        context = _LossContext(group, list(counts), _RowMetadata.gather(pairs, group, counts), pairs, total)
+        return _GlobalInfoNCE.apply(x, y, scale.to(wide), context, form)
 
 
 @dataclass
 class _RowMetadata:
-    """Integers and weights of all B images, on every rank: 16 bytes each."""
+    """Text class, section and weight of all B images, gathered to every rank: 16 bytes per image."""
 
     text_class: Tensor
     section: Tensor
     weight: Tensor
 
     @classmethod
-    def gather_row_metadata(cls, pairs: PairMetadata, group: Group, counts: Sequence[int]) -> _RowMetadata:
+    def gather(cls, pairs: PairMetadata, group: Group, counts: Sequence[int]) -> _RowMetadata:
+        """All-gather the metadata of each rank's images in one message."""
         b = pairs.weight_b.shape[0]
         small = torch.stack([pairs.section_m[:b].int(), pairs.weight_b.detach().float().view(torch.int32)], dim=1)
         packed = torch.cat([pairs.text_class_m[:b].contiguous().view(torch.int32).view(b, 2), small], dim=1)
-        found = group.gather_rows(packed, counts)
-        text_class = found[:, :2].contiguous().view(torch.int64).squeeze(1)
-        return cls(text_class, found[:, 2], found[:, 3].contiguous().view(torch.float32))
+        gathered = group.gather_rows(packed, counts)
+        text_class = gathered[:, :2].contiguous().view(torch.int64).squeeze(1)
+        return cls(text_class, gathered[:, 2], gathered[:, 3].contiguous().view(torch.float32))
 
 
 @dataclass
-class _Run:
-    """All that one call knows besides its vectors."""
+class _LossContext:
+    """Everything that one evaluation of the loss needs besides the vectors."""
 
     group: Group
     counts: list[int]
-    everyone: _RowMetadata
+    row_metadata: _RowMetadata
     pairs: PairMetadata
     total: Tensor
-    """Sum of all weights."""
+    """Sum of the weights over the global batch."""
 
     def rows(self, owner: int) -> slice:
-        """Return which of the B images are ``owner``'s."""
+        """Return the slice of the B images that belongs to rank ``owner``."""
         start = sum(self.counts[:owner])
         return slice(start, start + self.counts[owner])
 
     def ids(self, rows: slice) -> BlockIds:
-        """Say who is whose negative in the block [rows, own columns]."""
-        e, p = self.everyone, self.pairs
+        """Return which pairs of the block [rows, own columns] are negatives."""
+        r, p = self.row_metadata, self.pairs
         excluded = p.weight_b == 0
-        more = excluded.new_zeros(p.text_class_m.shape[0] - excluded.shape[0])
+        mispaired = excluded.new_zeros(p.text_class_m.shape[0] - excluded.shape[0])
         return BlockIds(
-            p.negatives, e.section[rows], p.section_m, e.text_class[rows], p.text_class_m, e.weight[rows] == 0,
-            torch.cat([excluded, more]),
-        )  # fmt: skip
+            p.negatives,
+            r.section[rows],
+            p.section_m,
+            r.text_class[rows],
+            p.text_class_m,
+            r.weight[rows] == 0,
+            torch.cat([excluded, mispaired]),
+        )
 
-    def half(self, like: Tensor) -> Tensor:
-        """Return every image's weight in one direction of the loss (B,)."""
-        return self.everyone.weight.to(like.dtype) / (2 * self.total)
+    def row_weight(self, like: Tensor) -> Tensor:
+        """Return each image's weight in one of the two directions of the loss, (B,)."""
+        return self.row_metadata.weight.to(like.dtype) / (2 * self.total)
 
 
 class _GlobalInfoNCE(torch.autograd.Function):
-    """Unit vectors in, this rank's share of the loss out."""
+    """Maps unit vectors to this rank's share of the loss."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor, run: _Run, form: str) -> Tensor:
-        # The scale stays where it is, as everything does: reading a number would make the host wait for the GPU.
-        s, own, b = scale.detach(), run.rows(run.group.rank), x.shape[0]
-        all_x, row_lse, column_lse = _FORMS[form][0](x, y, s, run)
+    def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor, context: _LossContext, form: str) -> Tensor:
+        # Nothing is read on the host, the scale included: that would synchronise with the GPU.
+        s, own, b = scale.detach(), context.rows(context.group.rank), x.shape[0]
+        all_x, row_lse, column_lse = _FORMS[form][0](x, y, s, context)
         positive = s * torch.linalg.vecdot(x, y[:b])
-        # The negatives' sums are whole now; a rank has both vectors of its own positives.
+        # The log-sum-exps cover all negatives; each rank adds its own positives, whose vectors it has.
         row_lse = torch.logaddexp(row_lse, positive)
         column_lse = torch.logaddexp(column_lse[:b], positive)
         ctx.save_for_backward(x if all_x is None else all_x, y, s, row_lse, column_lse)
-        ctx.run, ctx.form = run, form
-        half = run.half(x)[own]
-        return (half * (row_lse + column_lse - 2 * positive)).sum()
+        ctx.context, ctx.form = context, form
+        weight = context.row_weight(x)[own]
+        return (weight * (row_lse + column_lse - 2 * positive)).sum()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        held, y, s, row_lse, column_lse = ctx.saved_tensors
-        run: _Run = ctx.run
-        own = run.rows(run.group.rank)
-        x = held[own] if ctx.form == "gather" else held
+        saved_x, y, s, row_lse, column_lse = ctx.saved_tensors
+        context: _LossContext = ctx.context
+        own = context.rows(context.group.rank)
+        x = saved_x[own] if ctx.form == "gather" else saved_x
         b = x.shape[0]
-        half = run.half(x)[own]
-        more = (0, y.shape[0] - b)
-        columns = F.pad(half, more), F.pad(column_lse, more)
-        dx, dy = _FORMS[ctx.form][1](held, y, s, run, row_lse, columns)
+        weight = context.row_weight(x)[own]
+        padding = (0, y.shape[0] - b)
+        columns = F.pad(weight, padding), F.pad(column_lse, padding)
+        dx, dy = _FORMS[ctx.form][1](saved_x, y, s, context, row_lse, columns)
         positive = s * torch.linalg.vecdot(x, y[:b])
-        at_positive = (half * ((positive - row_lse).exp() + (positive - column_lse).exp() - 2))[:, None]
-        dx, dy[:b] = dx + at_positive * y[:b], dy[:b] + at_positive * x
-        # Every logit is linear in x and in the scale; the shares of all ranks add up to the scale's gradient.
+        dpositive = (weight * ((positive - row_lse).exp() + (positive - column_lse).exp() - 2))[:, None]
+        dx, dy[:b] = dx + dpositive * y[:b], dy[:b] + dpositive * x
+        # Every logit is linear in x and in the scale; the scale's gradient is the sum over ranks of these shares.
         dscale = torch.linalg.vecdot(x, dx).sum() * grads[0]
         factor = s * grads[0]
         return dx * factor, dy * factor, dscale, None, None
 
 
 Columns = tuple[Tensor, Tensor]
+"""Weight and log-sum-exp of each of the rank's m columns."""
 
 
-def _gather_forward(x: Tensor, y: Tensor, s: Tensor, run: _Run) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Return all images, and the log-sum-exp over negatives of the own images and of the own columns."""
-    all_x = run.group.gather_rows(x, run.counts)
-    row, column = block_lse(all_x, y, s, run.ids(slice(None)))
-    top = run.group.max(row).clamp_min(-1e30)  # a row without negatives has -inf everywhere, which must not make NaN
-    row = run.group.scatter_rows((row - top).exp(), run.counts).log() + top[run.rows(run.group.rank)]
+def _gather_forward(x: Tensor, y: Tensor, s: Tensor, context: _LossContext) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Return all images, and the log-sum-exp over negatives of this rank's images and of its columns."""
+    all_x = context.group.gather_rows(x, context.counts)
+    row, column = block_lse(all_x, y, s, context.ids(slice(None)))
+    top = context.group.max(row).clamp_min(-1e30)  # a row without negatives is -inf on all ranks: avoid inf - inf
+    row = context.group.scatter_rows((row - top).exp(), context.counts).log() + top[context.rows(context.group.rank)]
     return all_x, row, column
 
 
 def _gather_backward(
-    all_x: Tensor, y: Tensor, s: Tensor, run: _Run, row_lse: Tensor, columns: Columns
+    all_x: Tensor, y: Tensor, s: Tensor, context: _LossContext, row_lse: Tensor, columns: Columns
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of own images and columns, negatives only."""
-    rows = run.group.gather_rows(row_lse, run.counts)
-    dx, dy = block_gradients(all_x, y, s, run.ids(slice(None)), run.half(all_x), rows, *columns)
-    return run.group.scatter_rows(dx, run.counts), dy
+    """Return the gradients of this rank's images and columns from negatives."""
+    rows = context.group.gather_rows(row_lse, context.counts)
+    dx, dy = block_gradients(all_x, y, s, context.ids(slice(None)), context.row_weight(all_x), rows, *columns)
+    return context.group.scatter_rows(dx, context.counts), dy
 
 
-def _ring_forward(x: Tensor, y: Tensor, s: Tensor, run: _Run) -> tuple[Tensor | None, Tensor, Tensor]:
-    """As :func:`_gather_forward`; images come by, and their running statistics follow one step behind them."""
+def _ring_forward(x: Tensor, y: Tensor, s: Tensor, context: _LossContext) -> tuple[Tensor | None, Tensor, Tensor]:
+    """As :func:`_gather_forward`, but image blocks circulate; their log-sum-exps follow one step later."""
     column = y.new_full((y.shape[0],), -torch.inf)
 
-    def work(block: Tensor, owner: int) -> Tensor:
+    def block_forward(block: Tensor, owner: int) -> Tensor:
         nonlocal column
-        row, more = block_lse(block, y, s, run.ids(run.rows(owner)))
-        column = torch.logaddexp(column, more)
+        row, block_column = block_lse(block, y, s, context.ids(context.rows(owner)))
+        column = torch.logaddexp(column, block_column)
         return row
 
-    row = _round_the_ring(x, run, work, torch.logaddexp)
+    row = _ring_reduce(x, context, block_forward, torch.logaddexp)
     return None, row, column
 
 
 def _ring_backward(
-    x: Tensor, y: Tensor, s: Tensor, run: _Run, row_lse: Tensor, columns: Columns
+    x: Tensor, y: Tensor, s: Tensor, context: _LossContext, row_lse: Tensor, columns: Columns
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`_gather_backward`; images come by once more, and their gradients follow them."""
-    dy, half = torch.zeros_like(y), run.half(x)
+    """As :func:`_gather_backward`, but image blocks circulate again; their gradients follow one step later."""
+    dy, weight = torch.zeros_like(y), context.row_weight(x)
 
-    def work(block: Tensor, owner: int) -> Tensor:
-        rows = run.rows(owner)
-        dx, more = block_gradients(block[:, :-1], y, s, run.ids(rows), half[rows], block[:, -1], *columns)
-        dy.add_(more)
+    def block_backward(block: Tensor, owner: int) -> Tensor:
+        rows = context.rows(owner)
+        dx, block_dy = block_gradients(block[:, :-1], y, s, context.ids(rows), weight[rows], block[:, -1], *columns)
+        dy.add_(block_dy)
         return dx
 
-    return _round_the_ring(torch.cat([x, row_lse[:, None]], dim=1), run, work, torch.add), dy
+    return _ring_reduce(torch.cat([x, row_lse[:, None]], dim=1), context, block_backward, torch.add), dy
 
 
-def _round_the_ring(
-    own: Tensor, run: _Run, work: Callable[[Tensor, int], Tensor], join: Callable[[Tensor, Tensor], Tensor]
+def _ring_reduce(
+    own: Tensor,
+    context: _LossContext,
+    compute: Callable[[Tensor, int], Tensor],
+    reduce: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """Send every rank's block past every other rank; return what all ranks made of the own block, joined.
+    """Apply ``compute`` to this rank's block on every rank and return the reduced result.
 
-    At step k a rank works on the block of rank - k, while the next block is on its way. What is made of a block is
-    joined from its second station on, follows it one step behind, also while there is work, and comes home with the
-    last step, where the owner joins its own part: W - 1 messages of each kind in all.
+    Blocks travel round the ring. At step k a rank computes on the block of rank - k while it receives the next one. The
+    partial result of a block travels one step behind it, is reduced on every rank it passes, and arrives at the block's
+    owner in the last step, which adds its own result. Each rank sends W - 1 blocks and W - 1 partial results.
     """
-    group, W = run.group, run.group.size
-    block, mine, carried, arrive = own, own, own, _nothing
+    group, W = context.group, context.group.size
+    block, own_result, partial, wait_partial = own, own, own, _no_wait
     for step in range(W):
         owner = (group.rank - step) % W
-        before = run.counts[(owner - 1) % W]
-        wait, incoming = _nothing, block
+        incoming_rows = context.counts[(owner - 1) % W]
+        wait_block, incoming = _no_wait, block
         if step + 1 < W:
-            incoming = own.new_empty(before, *own.shape[1:])
-            wait = group.ring_shift([block], [incoming])
-        made = work(block, owner)
+            incoming = own.new_empty(incoming_rows, *own.shape[1:])
+            wait_block = group.ring_shift([block], [incoming])
+        result = compute(block, owner)
         if step == 0:
-            mine = made
+            own_result = result
         else:
-            arrive()
-            made = (made if step == 1 else join(carried, made)).contiguous()
-            carried = made.new_empty(before, *made.shape[1:])
-            arrive = group.ring_shift([made], [carried])
-        wait()
+            wait_partial()
+            result = (result if step == 1 else reduce(partial, result)).contiguous()
+            partial = result.new_empty(incoming_rows, *result.shape[1:])
+            wait_partial = group.ring_shift([result], [partial])
+        wait_block()
         block = incoming
-    arrive()
-    return join(carried, mine)
+    wait_partial()
+    return reduce(partial, own_result)
 
 
-def _nothing() -> None:
-    """Wait for nothing."""
+def _no_wait() -> None:
+    """Do nothing: no transfer is in progress."""
 
 
 _FORMS = {"gather": (_gather_forward, _gather_backward), "ring": (_ring_forward, _ring_backward)}

@@ -1,10 +1,13 @@
-"""L_mfm: distance between predicted and true features of the hidden patches, and a watch on collapse."""
+"""L_mfm: distance between predicted and target features of the hidden patches, and metrics that detect collapse."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+HEALTH = ("patch_variance", "patch_rank")
+"""Names of the numbers of :func:`feature_health`."""
 
 
 def masked_feature_loss(predicted_BKd: Tensor, target_BKd: Tensor, distance: str = "smooth_l1") -> Tensor:
@@ -15,7 +18,12 @@ def masked_feature_loss(predicted_BKd: Tensor, target_BKd: Tensor, distance: str
     predicted_BKd, target_BKd
         Features of the K hidden patches of B tiles.
     distance
-        ``"smooth_l1"``, ``"mse"`` (both over elements) or ``"cosine"`` (1 - cos, over patches).
+        ``"smooth_l1"`` or ``"mse"`` (mean over elements), or ``"cosine"`` (1 - cos, mean over patches).
+
+    Raises
+    ------
+    ValueError
+        The distance is unknown.
     """
     wide = torch.promote_types(predicted_BKd.dtype, torch.float32)
     target = F.layer_norm(target_BKd.detach().to(wide), target_BKd.shape[-1:])
@@ -31,20 +39,23 @@ def masked_feature_loss(predicted_BKd: Tensor, target_BKd: Tensor, distance: str
 
 @torch.no_grad()
 def feature_health(patches_BPd: Tensor) -> dict[str, float]:
-    """Measure whether the encoder's patch features still differ from patch to patch.
+    """Measure whether the encoder's features differ between patches.
 
     Returns
     -------
     dict
-        ``patch_variance``: variance over the patches of a tile, mean over tiles and channels, of the
-        layer-normalised features (0 = every patch the same). ``patch_rank``: effective rank, the exponential
-        of the entropy of the normalised singular values of all patches (1 = collapse).
+        ``patch_variance``: variance of the layer-normalised features over the patches of a tile, mean over tiles and
+        channels; 0 if all patches are equal. ``patch_rank``: effective rank of the patch features, the exponential of
+        the entropy of their normalised singular values; 1 means collapse. Both are NaN without tiles and for features
+        that are not finite, where the singular value decomposition would raise.
     """
     x = F.layer_norm(patches_BPd.float(), patches_BPd.shape[-1:])
+    if x.numel() == 0 or not bool(x.isfinite().all()):
+        return dict.fromkeys(HEALTH, float("nan"))
     variance = x.var(dim=1, unbiased=False).mean()
     flat = x.flatten(0, 1)
     flat = flat - flat.mean(0)
     singular = torch.linalg.svdvals(flat[:1024])
     share = singular / singular.sum().clamp_min(1e-12)
     entropy = -(share * share.clamp_min(1e-12).log()).sum()
-    return {"patch_variance": float(variance), "patch_rank": float(entropy.exp())}
+    return dict(zip(HEALTH, (float(variance), float(entropy.exp())), strict=True))

@@ -1,6 +1,6 @@
-"""PAAT's mispaired spots: right gene names, right values, wrong pairs. Pure functions of given uniforms.
+"""Mispaired spots for PAAT: the spot's genes and values, wrongly paired. Pure functions of given uniform numbers.
 
-Shapes: C candidates, B spots, G genes of the panel. Levels are integers; True in a mask means measured.
+Shapes: C candidates, B spots, G genes of the panel. Levels are integers; masks are True for measured genes.
 """
 
 from __future__ import annotations
@@ -9,61 +9,39 @@ import torch
 from torch import Tensor
 
 
-def strata_of(mean_level_SG: Tensor, detection_SG: Tensor, measured_SG: Tensor, n_strata: int) -> Tensor:
-    """Sort each section's measured genes into strata of like detection rate and mean level.
-
-    Genes are ranked by detection rate plus mean level (both scaled to their section's spread) and the ranks
-    cut into ``n_strata`` equal parts. Unmeasured genes get a stratum of their own, so that no value moves
-    between measured and unmeasured genes.
-
-    Returns
-    -------
-    Tensor
-        (S, G) int64, S sections.
-    """
-    score = mean_level_SG / mean_level_SG.amax(1, keepdim=True).clamp_min(1e-9) + detection_SG
-    score = score.masked_fill(~measured_SG, float("inf"))
-    rank_SG = score.argsort(dim=1, stable=True).argsort(dim=1, stable=True)
-    count_S1 = measured_SG.sum(1, keepdim=True).clamp_min(1)
-    stratum = torch.div(rank_SG * n_strata, count_S1, rounding_mode="floor").clamp_max(n_strata - 1)
-    return stratum.masked_fill(~measured_SG, n_strata)
-
-
 def permute_within_strata(levels_BG: Tensor, stratum_BG: Tensor, u_CBG: Tensor, v_CBG: Tensor) -> Tensor:
-    """Permute each spot's levels among the genes of one stratum; return (C, B, G).
+    """Permute each spot's levels among the genes of the same stratum; return (C, B, G).
 
-    Two independent random orders, both grouped by stratum, are matched place by place: within each stratum
-    that is a uniform permutation, so a spot keeps exactly its own values.
+    Two independent random orders, both sorted by stratum, are matched element by element. Within each stratum this is a
+    uniform permutation, so a spot keeps exactly its own values.
     """
-    slots_CBG = (stratum_BG + u_CBG).argsort(dim=-1, stable=True)
-    taken_CBG = (stratum_BG + v_CBG).argsort(dim=-1, stable=True)
-    values_CBG = levels_BG.expand_as(u_CBG.long()).gather(-1, taken_CBG)
-    return torch.empty_like(values_CBG).scatter_(-1, slots_CBG, values_CBG)
+    target_CBG = (stratum_BG + u_CBG).argsort(dim=-1, stable=True)
+    source_CBG = (stratum_BG + v_CBG).argsort(dim=-1, stable=True)
+    values_CBG = levels_BG.expand_as(u_CBG.long()).gather(-1, source_CBG)
+    return torch.empty_like(values_CBG).scatter_(-1, target_CBG, values_CBG)
 
 
-def take_from_other_spots(
-    levels_BG: Tensor, section_B: Tensor, u_CbG: Tensor, rows: slice = slice(None)
-) -> Tensor:  # fmt: skip
-    """Give each gene of each spot the level it has in another spot of the same section; return (C, b, G).
+def take_from_other_spots(levels_BG: Tensor, section_B: Tensor, u_CbG: Tensor, rows: slice = slice(None)) -> Tensor:
+    """Replace each level by the level of the same gene in another spot of the section; return (C, b, G).
 
-    A spot that is alone in its section keeps its levels. Each gene's marginal over the section is kept, so
-    that only the image, or the other genes, can tell.
+    The only spot of a section keeps its levels. Each gene's marginal distribution in the section is preserved, so that
+    only the image or the other genes can reveal the replacement.
 
     Parameters
     ----------
     levels_BG, section_B
-        All spots that can be taken from.
+        All spots.
     u_CbG
-        Uniforms of the b spots that are asked for.
+        Uniform numbers for the b spots in ``rows``.
     rows
-        Which of the B spots those are.
+        The spots whose levels are replaced.
     """
     order_B = section_B.argsort(stable=True)
-    place_b = order_B.argsort(stable=True)[rows]
+    rank_b = order_B.argsort(stable=True)[rows]
     sorted_B, section_b = section_B[order_B], section_B[rows]
     start_b = torch.searchsorted(sorted_B, section_b)
     count_b = torch.searchsorted(sorted_B, section_b, right=True) - start_b
-    own_b = place_b - start_b
+    own_b = rank_b - start_b
     others_b1 = (count_b - 1).clamp_min(0)[:, None]
     step_CbG = (u_CbG * others_b1).long().clamp_max((count_b - 2).clamp_min(0)[:, None].expand(u_CbG.shape[1:]))
     other_CbG = (own_b[:, None] + 1 + step_CbG) % count_b[:, None]
@@ -73,16 +51,16 @@ def take_from_other_spots(
 
 
 def counted_swaps(levels_BG: Tensor, mispaired_BG: Tensor, measured_BG: Tensor, min_level_shift: int) -> Tensor:
-    """Return where a swap counts: measured, and the level moved by at least ``min_level_shift``."""
-    moved = (levels_BG.long() - mispaired_BG.long()).abs() >= min_level_shift
-    return moved & measured_BG
+    """Return the mask of swaps that count: the gene is measured and its level changed by ``min_level_shift`` or more."""
+    shifted = (levels_BG.long() - mispaired_BG.long()).abs() >= min_level_shift
+    return shifted & measured_BG
 
 
 def choose_hardest(logits_CBG: Tensor, counted_CBG: Tensor) -> Tensor:
-    """Return the candidate (B,) whose counted swaps the pair head finds most genuine on average.
+    """Return the candidate (B,) whose counted swaps have the largest mean logit of the pair head.
 
-    Whole candidates are compared, never single swaps, so that the result is still a permutation. A candidate
-    in which nothing counts is chosen only where no other exists.
+    Candidates are compared as a whole, so that the result is still a permutation. A candidate without counted swaps is
+    chosen only if no candidate has any.
     """
     number_CB = counted_CBG.sum(-1)
     mean_CB = torch.where(counted_CBG, logits_CBG, torch.zeros_like(logits_CBG)).sum(-1) / number_CB.clamp_min(1)

@@ -1,4 +1,4 @@
-"""L_pair: whether the pair head can tell true sentences from mispaired ones."""
+"""L_pair: classification of true against mispaired sentences by the pair head."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from torch.nn import functional as F
 
 
 def pair_loss(true_BG: Tensor, false_BG: Tensor, counted_BG: Tensor) -> Tensor:
-    """Binary cross-entropy over the counted swaps, each with its true sentence; a scalar, 0 if none counts.
+    """Return the binary cross-entropy over the counted swaps and their true sentences; 0 without counted swaps.
 
     Parameters
     ----------
     true_BG, false_BG
         Pair-head logits of the true and the mispaired sentence of each gene, in the same context.
     counted_BG
-        Swaps whose level moved far enough.
+        Mask of the swaps whose level changed enough.
     """
     loss_BG = F.softplus(-true_BG) + F.softplus(false_BG)
     total = torch.where(counted_BG, loss_BG, torch.zeros_like(loss_BG)).sum()
@@ -24,13 +24,16 @@ def pair_loss(true_BG: Tensor, false_BG: Tensor, counted_BG: Tensor) -> Tensor:
 
 @torch.no_grad()
 def pair_auc(true_BG: Tensor, false_BG: Tensor, counted_BG: Tensor) -> float:
-    """Area under the ROC curve of true against mispaired sentences; 0.5 is chance, NaN if none counts."""
+    """Return the area under the ROC curve of true against mispaired sentences.
+
+    0.5 is chance; NaN if no swap is counted or a logit is NaN.
+    """
     true, false = true_BG[counted_BG], false_BG[counted_BG]
-    if true.numel() == 0:
+    if true.numel() == 0 or bool(true.isnan().any() | false.isnan().any()):
         return float("nan")
     both = torch.cat([true, false]).double()
     _, inverse, count = both.unique(sorted=True, return_inverse=True, return_counts=True)
     last = count.cumsum(0).double()
-    rank = last - (count.double() - 1) / 2  # mean rank of ties
+    rank = last - (count.double() - 1) / 2  # ties get their mean rank
     n, m = true.numel(), false.numel()
     return float((rank[inverse[:n]].sum() - n * (n + 1) / 2) / (n * m))

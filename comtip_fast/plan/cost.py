@@ -76,9 +76,13 @@ def linear(n: float, i: int, o: int, p: Precision, *, input_grad: bool = True, k
     """N vectors through an (i, o) matrix; ``keep`` is False where another operation keeps the input already."""
     product, e = 2.0 * n * i * o, p.operand
     return Cost(
-        f"linear {i}x{o}", product, (2 if input_grad else 1) * product,
-        (n * (i + o) + i * o) * e, (2 * n * (i + o) + 2 * i * o) * e, n * i * e if keep else 0.0,
-    )  # fmt: skip
+        f"linear {i}x{o}",
+        product,
+        (2 if input_grad else 1) * product,
+        (n * (i + o) + i * o) * e,
+        (2 * n * (i + o) + 2 * i * o) * e,
+        n * i * e if keep else 0.0,
+    )
 
 
 def norm(n: float, d: int, p: Precision) -> Cost:
@@ -102,14 +106,21 @@ def attention(n: float, length: float, d: int, heads: int, p: Precision) -> Cost
 def block(n: float, length: float, d: int, hidden: int, heads: int, p: Precision) -> list[Cost]:
     """One pre-norm transformer block over n tokens in sequences of ``length``: keeps 2 streams and 6 + 2 hidden/d operands."""
     return [
-        norm(n, d, p), linear(n, d, 3 * d, p), attention(n, length, d, heads, p), linear(n, d, d, p),
-        pointwise(n, d, p.stream, reads=2, keep=0, name="add"), *mlp(n, d, hidden, p),
-    ]  # fmt: skip
+        norm(n, d, p),
+        linear(n, d, 3 * d, p),
+        attention(n, length, d, heads, p),
+        linear(n, d, d, p),
+        pointwise(n, d, p.stream, reads=2, keep=0, name="add"),
+        *mlp(n, d, hidden, p),
+    ]
 
 
 def mlp(n: float, d: int, hidden: int, p: Precision) -> list[Cost]:
     """Norm, widen, GELU, narrow, add."""
     return [
-        norm(n, d, p), linear(n, d, hidden, p), pointwise(n, hidden, p.operand, name="gelu"), linear(n, hidden, d, p),
+        norm(n, d, p),
+        linear(n, d, hidden, p),
+        pointwise(n, hidden, p.operand, name="gelu"),
+        linear(n, hidden, d, p),
         pointwise(n, d, p.stream, reads=2, keep=0, name="add"),
-    ]  # fmt: skip
+    ]

@@ -69,7 +69,14 @@ def engine_of(config: RunConfig, ranks: int, gpu: bool) -> EngineSpec:
     kind: Kind = e.kind if e.kind != "auto" else "single" if ranks == 1 else "ddp"
     bf16 = config.train.precision == "bf16" or (config.train.precision == "auto" and gpu)
     return EngineSpec(
-        kind=kind, zero_stage=e.zero_stage if kind == "deepspeed" else 0, bf16=bf16, loss_form=e.loss_form,
-        shard_table=e.shard_table, micro_batches=e.micro_batches, activation_checkpointing=e.activation_checkpointing,
-        offload_optimizer=e.offload_optimizer, offload_param=e.offload_param, bucket_bytes=e.bucket_mb * MEGABYTE,
-    )  # fmt: skip
+        kind=kind,
+        zero_stage=e.zero_stage if kind == "deepspeed" else 0,
+        bf16=bf16,
+        loss_form=e.loss_form,
+        shard_table=e.shard_table,
+        micro_batches=e.micro_batches,
+        activation_checkpointing=e.activation_checkpointing,
+        offload_optimizer=e.offload_optimizer,
+        offload_param=e.offload_param,
+        bucket_bytes=e.bucket_mb * MEGABYTE,
+    )

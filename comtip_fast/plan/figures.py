@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from comtip_shards.storage.atomic import write_atomic
 
 matplotlib.use("Agg")
+from comtip_shards.storage.atomic import atomic_path
 from matplotlib import pyplot as plt
 from matplotlib.ticker import FuncFormatter, NullLocator
 
@@ -17,9 +19,16 @@ from comtip_fast.plan.sweep import DESIGNS, Growth, Point, Sweep, stops_at, tabl
 COLOURS = ("#D55E00", "#D55E00", "#0072B2", "#0072B2", "#009E73", "#E69F00", "#CC79A7")
 DASHES = ("-", (0, (4, 2)), "-", (0, (4, 2)), "-", "-", "-")
 STYLE: Any = {
-    "font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-    "grid.color": "#dddddd", "grid.linewidth": 0.6, "legend.frameon": False, "figure.dpi": 200,
-}  # fmt: skip
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "figure.dpi": 200,
+}
 
 
 def _axis_of_devices(axes: Any, most: int) -> None:
@@ -54,7 +63,8 @@ def draw_speed(found: Sweep, path: Path) -> None:
         panels[1].set_ylabel("spots per second and device (predicted)")
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8.5)
-        figure.savefig(path)
+        with atomic_path(path) as tmp_path:
+            figure.savefig(tmp_path, format=path.suffix[1:])
         plt.close(figure)
 
 
@@ -108,7 +118,8 @@ def draw_memory(found: Sweep, path: Path) -> None:
         panels[1].legend(fontsize=8, loc="upper left")
         panels[2].legend(fontsize=8, loc="upper center", ncols=3, columnspacing=1.0, handlelength=1.6)
         panels[0].set_ylabel("GB per device (predicted)")
-        figure.savefig(path)
+        with atomic_path(path) as tmp_path:
+            figure.savefig(tmp_path, format=path.suffix[1:])
         plt.close(figure)
 
 
@@ -164,7 +175,7 @@ def write(found: Sweep, folder: Path) -> list[Path]:
     """Write the table and the two figures; return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "scaling_table.md", folder / "scaling_speed.png", folder / "scaling_memory.png"]
-    paths[0].write_text(table(found) + "\n", encoding="utf-8")
+    write_atomic(paths[0], table(found) + "\n")
     draw_speed(found, paths[1])
     draw_memory(found, paths[2])
     return paths

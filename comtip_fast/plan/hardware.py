@@ -72,20 +72,56 @@ LINKS = {
 DEVICES = {
     device.name: device
     for device in (
-        Device(name="a100-40", memory=40e9, bf16=312e12, fp32=19.5e12, memory_bytes_per_s=1.555e12,
-               link="nvlink3", fabric="ib-hdr"),
-        Device(name="a100-80", memory=80e9, bf16=312e12, fp32=19.5e12, memory_bytes_per_s=2.039e12,
-               link="nvlink3", fabric="ib-hdr"),
-        Device(name="h100", memory=80e9, bf16=989e12, fp32=67e12, memory_bytes_per_s=3.35e12,
-               link="nvlink4", fabric="ib-ndr"),
-        Device(name="h200", memory=141e9, bf16=989e12, fp32=67e12, memory_bytes_per_s=4.8e12,
-               link="nvlink4", fabric="ib-ndr"),
-        Device(name="b200", memory=180e9, bf16=2250e12, fp32=75e12, memory_bytes_per_s=8e12,
-               link="nvlink5", fabric="ib-ndr"),
-        Device(name="cpu", memory=16e9, bf16=192e9, fp32=192e9, memory_bytes_per_s=20e9,
-               link="memory", fabric="eth-100"),
+        Device(
+            name="a100-40",
+            memory=40e9,
+            bf16=312e12,
+            fp32=19.5e12,
+            memory_bytes_per_s=1.555e12,
+            link="nvlink3",
+            fabric="ib-hdr",
+        ),
+        Device(
+            name="a100-80",
+            memory=80e9,
+            bf16=312e12,
+            fp32=19.5e12,
+            memory_bytes_per_s=2.039e12,
+            link="nvlink3",
+            fabric="ib-hdr",
+        ),
+        Device(
+            name="h100",
+            memory=80e9,
+            bf16=989e12,
+            fp32=67e12,
+            memory_bytes_per_s=3.35e12,
+            link="nvlink4",
+            fabric="ib-ndr",
+        ),
+        Device(
+            name="h200",
+            memory=141e9,
+            bf16=989e12,
+            fp32=67e12,
+            memory_bytes_per_s=4.8e12,
+            link="nvlink4",
+            fabric="ib-ndr",
+        ),
+        Device(
+            name="b200",
+            memory=180e9,
+            bf16=2250e12,
+            fp32=75e12,
+            memory_bytes_per_s=8e12,
+            link="nvlink5",
+            fabric="ib-ndr",
+        ),
+        Device(
+            name="cpu", memory=16e9, bf16=192e9, fp32=192e9, memory_bytes_per_s=20e9, link="memory", fabric="eth-100"
+        ),
     )
-}  # fmt: skip
+}
 """SXM modules. ``cpu`` stands for two cores at 3 GHz with two 8-wide fused multiply-adds each; it is assumed."""
 
 
@@ -149,6 +185,10 @@ def make_cluster(
         if name not in LINKS:
             raise ValueError(f"link {name!r}: choose one of {', '.join(LINKS)}")
     return Cluster(
-        device=found, per_node=per_node, nodes=nodes, link=LINKS[wanted[0]], fabric=LINKS[wanted[1]],
+        device=found,
+        per_node=per_node,
+        nodes=nodes,
+        link=LINKS[wanted[0]],
+        fabric=LINKS[wanted[1]],
         efficiency=efficiency or Efficiency(),
-    )  # fmt: skip
+    )

@@ -131,17 +131,21 @@ def image_head(s: Sizes, w: Work) -> list[Cost]:
     n = w.piece * s.P
     return [
         Cost("mean", moved=n * s.d * w.precision.stream, back_moved=n * s.d * w.precision.stream),
-        *projection(w.piece, s.d, s.D, w.precision), *unit(w.piece, s.D, w.precision),
-    ]  # fmt: skip
+        *projection(w.piece, s.d, s.D, w.precision),
+        *unit(w.piece, s.D, w.precision),
+    ]
 
 
 def projection(n: float, width: int, D: int, p: Precision) -> list[Cost]:
     """Two-layer head with a skip; skip and norm keep one input between them where it needs no cast."""
     return [
-        linear(n, width, D, p, keep=p.operand != p.stream), norm(n, width, p), linear(n, width, 2 * D, p),
-        pointwise(n, 2 * D, p.operand, name="gelu"), linear(n, 2 * D, D, p),
+        linear(n, width, D, p, keep=p.operand != p.stream),
+        norm(n, width, p),
+        linear(n, width, 2 * D, p),
+        pointwise(n, 2 * D, p.operand, name="gelu"),
+        linear(n, 2 * D, D, p),
         pointwise(n, D, p.operand, reads=2, keep=0, name="add"),
-    ]  # fmt: skip
+    ]
 
 
 def unit(n: float, D: int, p: Precision) -> list[Cost]:
@@ -161,11 +165,19 @@ def generator(s: Sizes, w: Work) -> list[Cost]:
     keys = (nV - nK) * 2 * d * p.operand
     cross = Cost(cross.name, cross.flops, cross.back_flops, cross.moved, cross.back_moved, cross.saved + keys)
     return [
-        pointwise(nK, d, p.stream, reads=2, keep=0, name="queries"), norm(nK, d, p), norm(nV, d, p),
-        linear(nK, d, d, p), linear(nV, d, 2 * d, p), cross, linear(nK, d, d, p),
-        pointwise(nK, d, p.stream, reads=2, keep=0, name="add"), *mlp(nK, d, 4 * d, p), linear(nK, d, d, p),
-        pointwise(nK, d, 4, reads=2, keep=2, name="L_mfm"), Cost("patch numbers", saved=nK * INDEX),
-    ]  # fmt: skip
+        pointwise(nK, d, p.stream, reads=2, keep=0, name="queries"),
+        norm(nK, d, p),
+        norm(nV, d, p),
+        linear(nK, d, d, p),
+        linear(nV, d, 2 * d, p),
+        cross,
+        linear(nK, d, d, p),
+        pointwise(nK, d, p.stream, reads=2, keep=0, name="add"),
+        *mlp(nK, d, 4 * d, p),
+        linear(nK, d, d, p),
+        pointwise(nK, d, 4, reads=2, keep=2, name="L_mfm"),
+        Cost("patch numbers", saved=nK * INDEX),
+    ]
 
 
 def sentence_table(s: Sizes, w: Work) -> list[Cost]:
@@ -179,16 +191,26 @@ def sentence_table(s: Sizes, w: Work) -> list[Cost]:
     if w.checkpointing:
         one = checkpointed(one, n * d * p.stream, "block input")
     last = [
-        norm(n, d, p), linear(n, d, 3 * d, p), attention(n, L, d, heads, p), by_length, linear(N, d, d, p),
-        pointwise(N, d, p.stream, reads=2, keep=0, name="add"), *mlp(N, d, 4 * d, p), Cost("first tokens", saved=N * INDEX),
-    ]  # fmt: skip
+        norm(n, d, p),
+        linear(n, d, 3 * d, p),
+        attention(n, L, d, heads, p),
+        by_length,
+        linear(N, d, d, p),
+        pointwise(N, d, p.stream, reads=2, keep=0, name="add"),
+        *mlp(N, d, 4 * d, p),
+        Cost("first tokens", saved=N * INDEX),
+    ]
     if w.checkpointing:
         last = checkpointed(last, n * d * p.stream, "block input")
     embed = Cost("embed", moved=n * d * p.stream, back_moved=n * d * p.stream, saved=n * 4)
     head = [
-        norm(N, d, p), *projection(N, d, s.D, p), linear(N, d, 1, p, keep=False), *unit(rows, s.D, p),
-        linear(rows, s.D, s.D, p, keep=keep_cast), pointwise(rows, s.D, p.operand, keep=2 if s.has_pair else 1, name="pair scale"),
-    ]  # fmt: skip
+        norm(N, d, p),
+        *projection(N, d, s.D, p),
+        linear(N, d, 1, p, keep=False),
+        *unit(rows, s.D, p),
+        linear(rows, s.D, s.D, p, keep=keep_cast),
+        pointwise(rows, s.D, p.operand, keep=2 if s.has_pair else 1, name="pair scale"),
+    ]
     return [embed, *(one * (s.text_depth - 1)), *last, *head]
 
 

@@ -126,19 +126,31 @@ def make_plan(
         missing = s.B / cluster.nodes / loader_tiles_per_s - sum(t.seconds for t in times)
         times.append(Timed("wait: loader", max(0.0, missing), "loader"))
     return Plan(
-        name=config.name, cluster=cluster, engine=e, sizes=s, inputs=given, work=w, parts=tuple(parts),
-        memory=(*state_rows(s, e, W), *work_rows(s, e, w, parts, W)), traffic=tuple(traffic), times=tuple(times),
+        name=config.name,
+        cluster=cluster,
+        engine=e,
+        sizes=s,
+        inputs=given,
+        work=w,
+        parts=tuple(parts),
+        memory=(*state_rows(s, e, W), *work_rows(s, e, w, parts, W)),
+        traffic=tuple(traffic),
+        times=tuple(times),
         loader=Loader(tiles_per_s=tiles, bytes_per_s=tiles * s.tile_bytes, given_tiles_per_s=loader_tiles_per_s),
-    )  # fmt: skip
+    )
 
 
 def at_mean_panel(plan: Plan, config: RunConfig) -> Plan:
     """Return the plan of a step with the mean panel instead of the largest."""
     G = mean_panel(min(config.panel.min_genes, plan.sizes.G), plan.sizes.G)
     return make_plan(
-        config, plan.cluster, plan.inputs, engine=plan.engine, sizes=plan.sizes.at_panel(G),
+        config,
+        plan.cluster,
+        plan.inputs,
+        engine=plan.engine,
+        sizes=plan.sizes.at_panel(G),
         loader_tiles_per_s=plan.loader.given_tiles_per_s,
-    )  # fmt: skip
+    )
 
 
 def work_of(s: Sizes, e: EngineSpec, c: Cluster) -> Work:
@@ -149,9 +161,15 @@ def work_of(s: Sizes, e: EngineSpec, c: Cluster) -> Work:
         rows = ceil(rows / c.ranks)
     mispaired = s.hard_columns and s.G >= 2 and s.has_nce
     return Work(
-        spots=own, pieces=e.micro_batches, images=s.B, columns=2 * own if mispaired else own, table_rows=rows, precision=e.precision,
-        gpu=c.device.name != "cpu", checkpointing=e.activation_checkpointing,
-    )  # fmt: skip
+        spots=own,
+        pieces=e.micro_batches,
+        images=s.B,
+        columns=2 * own if mispaired else own,
+        table_rows=rows,
+        precision=e.precision,
+        gpu=c.device.name != "cpu",
+        checkpointing=e.activation_checkpointing,
+    )
 
 
 def _optimizer_time(s: Sizes, e: EngineSpec, c: Cluster) -> Timed:

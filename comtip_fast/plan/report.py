@@ -154,21 +154,67 @@ def as_data(plan: Plan, mean: Plan | None = None) -> dict[str, Any]:
     """Return the plan as plain data for ``--json``; bytes, FLOPs and seconds."""
     c, e, s = plan.cluster, plan.engine, plan.sizes
     return {
-        "predicted": True, "name": plan.name,
-        "cluster": {"device": c.device.name, "per_node": c.per_node, "nodes": c.nodes, "link": c.link.name, "fabric": c.fabric.name},
-        "assumed": {"compute": c.efficiency.compute, "memory": c.efficiency.memory, "link": c.efficiency.link, "launch_s": c.efficiency.launch_s,
-                    "tile_px": plan.inputs.tile_px, "tile_bytes": plan.inputs.tile_bytes, "sentence_tokens": s.tokens},
-        "engine": {"kind": e.kind, "zero_stage": e.zero_stage, "bf16": e.bf16, "loss_form": e.loss_form,
-                   "shard_table": e.shard_table, "micro_batches": e.micro_batches,
-                   "activation_checkpointing": e.activation_checkpointing},
-        "sizes": {"B": s.B, "b": plan.work.spots, "P": s.P, "G": s.G, "Q": s.Q, "D": s.D, "parameters": s.trained, "frozen": s.frozen},
+        "predicted": True,
+        "name": plan.name,
+        "cluster": {
+            "device": c.device.name,
+            "per_node": c.per_node,
+            "nodes": c.nodes,
+            "link": c.link.name,
+            "fabric": c.fabric.name,
+        },
+        "assumed": {
+            "compute": c.efficiency.compute,
+            "memory": c.efficiency.memory,
+            "link": c.efficiency.link,
+            "launch_s": c.efficiency.launch_s,
+            "tile_px": plan.inputs.tile_px,
+            "tile_bytes": plan.inputs.tile_bytes,
+            "sentence_tokens": s.tokens,
+        },
+        "engine": {
+            "kind": e.kind,
+            "zero_stage": e.zero_stage,
+            "bf16": e.bf16,
+            "loss_form": e.loss_form,
+            "shard_table": e.shard_table,
+            "micro_batches": e.micro_batches,
+            "activation_checkpointing": e.activation_checkpointing,
+        },
+        "sizes": {
+            "B": s.B,
+            "b": plan.work.spots,
+            "P": s.P,
+            "G": s.G,
+            "Q": s.Q,
+            "D": s.D,
+            "parameters": s.trained,
+            "frozen": s.frozen,
+        },
         "memory": [{"name": r.name, "bytes": r.bytes, "where": r.where, "lasts": r.lasts} for r in plan.memory],
-        "device_bytes": plan.device_bytes, "fits": plan.fits,
-        "parts": [{"name": p.name} | {k: p.sum(k) for k in ("flops", "back_flops", "moved", "back_moved")} | {"kept": p.kept} for p in plan.parts],
-        "traffic": [{"part": t.part, "what": t.what, "kind": t.kind, "sent": t.sent(c.ranks), "link": t.on_links(c)[0],
-                     "fabric": t.on_links(c)[1]} for t in plan.traffic],
+        "device_bytes": plan.device_bytes,
+        "fits": plan.fits,
+        "parts": [
+            {"name": p.name} | {k: p.sum(k) for k in ("flops", "back_flops", "moved", "back_moved")} | {"kept": p.kept}
+            for p in plan.parts
+        ],
+        "traffic": [
+            {
+                "part": t.part,
+                "what": t.what,
+                "kind": t.kind,
+                "sent": t.sent(c.ranks),
+                "link": t.on_links(c)[0],
+                "fabric": t.on_links(c)[1],
+            }
+            for t in plan.traffic
+        ],
         "times": [{"name": t.name, "seconds": t.seconds, "bound": t.bound, "hidden": t.hidden} for t in plan.times],
-        "step_seconds": plan.step_seconds, "spots_per_s": plan.spots_per_s, "utilisation": plan.utilisation,
+        "step_seconds": plan.step_seconds,
+        "spots_per_s": plan.spots_per_s,
+        "utilisation": plan.utilisation,
         "loader": {"tiles_per_s": plan.loader.tiles_per_s, "bytes_per_s": plan.loader.bytes_per_s},
-        "mean_panel": None if mean is None else {"G": mean.sizes.G, "step_seconds": mean.step_seconds, "spots_per_s": mean.spots_per_s},
-    }  # fmt: skip
+        "mean_panel": None
+        if mean is None
+        else {"G": mean.sizes.G, "step_seconds": mean.step_seconds, "spots_per_s": mean.spots_per_s},
+    }

@@ -156,9 +156,12 @@ def build_on_meta(config: RunConfig, tile_px: int, trained_genes: int) -> CoMTIP
     """Build the model as training would, with shapes but no memory and no weights read."""
     config = replace(config, vision=replace(config.vision, pretrained=""))
     sizes = ModelSizes(
-        tile_px=tile_px, n_levels=config.levels.n_levels, vocab_size=GeneTokenizer.load().vocab_size,
-        n_identities=trained_genes, longest=config.text.max_tokens + 2,
-    )  # fmt: skip
+        tile_px=tile_px,
+        n_levels=config.levels.n_levels,
+        vocab_size=GeneTokenizer.load().vocab_size,
+        n_identities=trained_genes,
+        longest=config.text.max_tokens + 2,
+    )
     with torch.device("meta"):
         return CoMTIP(config, sizes)
 
@@ -194,19 +197,42 @@ def sizes_of(config: RunConfig, inputs: Inputs | None = None, model: CoMTIP | No
         reach *= given.sentence_tokens / tokens
         tokens = given.sentence_tokens
     return Sizes(
-        B=config.data.batch_size, S=given.tile_px, P=E.n_patches, prefix=E.n_prefix,
+        B=config.data.batch_size,
+        S=given.tile_px,
+        P=E.n_patches,
+        prefix=E.n_prefix,
         hidden_patches=int(config.vision.mask_ratio * E.n_patches),
-        patch_inputs=3 * E.patch_px**2 if E.stem is None else E.stem.width, has_stem=E.stem is not None,
-        d=E.width, depth=len(E.blocks), heads=block.attn.num_heads, mlp=block.mlp.fc1.out_features,
+        patch_inputs=3 * E.patch_px**2 if E.stem is None else E.stem.width,
+        has_stem=E.stem is not None,
+        d=E.width,
+        depth=len(E.blocks),
+        heads=block.attn.num_heads,
+        mlp=block.mlp.fc1.out_features,
         layer_scale=not isinstance(block.ls1, nn.Identity),
-        generator_heads=config.vision.heads, G=given.panel or min(config.panel.max_genes, genes),
-        Q=config.levels.n_levels, tokens=tokens, reach=reach, longest=text.max_tokens + 2, width=text.width,
-        text_depth=text.depth, text_heads=text.heads, D=config.align.dim,
-        candidates=paat.candidates if paat.adversary == "hard" else 1, has_mfm=loss.mfm > 0,
-        has_teacher=model.teacher is not None, has_pair=loss.pair > 0, has_level=loss.level > 0, has_nce=loss.nce > 0,
-        hard_columns=paat.hard_columns, other_spots=paat.mode != "strata", text_context=paat.context == "text", groups=parameter_groups(model),
-        tile_bytes=given.tile_bytes, loader=config.data.loader, prefetch=config.data.prefetch,
-    )  # fmt: skip
+        generator_heads=config.vision.heads,
+        G=given.panel or min(config.panel.max_genes, genes),
+        Q=config.levels.n_levels,
+        tokens=tokens,
+        reach=reach,
+        longest=text.max_tokens + 2,
+        width=text.width,
+        text_depth=text.depth,
+        text_heads=text.heads,
+        D=config.align.dim,
+        candidates=paat.candidates if paat.adversary == "hard" else 1,
+        has_mfm=loss.mfm > 0,
+        has_teacher=model.teacher is not None,
+        has_pair=loss.pair > 0,
+        has_level=loss.level > 0,
+        has_nce=loss.nce > 0,
+        hard_columns=paat.hard_columns,
+        other_spots=paat.mode != "strata",
+        text_context=paat.context == "text",
+        groups=parameter_groups(model),
+        tile_bytes=given.tile_bytes,
+        loader=config.data.loader,
+        prefetch=config.data.prefetch,
+    )
 
 
 def mean_panel(least: int, most: int) -> int:

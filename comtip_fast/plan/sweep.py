@@ -149,12 +149,19 @@ def as_rows(found: Sweep) -> list[dict[str, Any]]:
     """Return every point as plain data."""
     return [
         {
-            "predicted": True, "growth": p.growth, "design": p.design.name, "devices": p.devices, "B": p.usual.sizes.B,
-            "step_seconds": p.usual.step_seconds, "spots_per_s": p.usual.spots_per_s, "device_bytes": p.largest.device_bytes,
-            "fits": p.largest.fits, "takes_most": holds_back(p),
+            "predicted": True,
+            "growth": p.growth,
+            "design": p.design.name,
+            "devices": p.devices,
+            "B": p.usual.sizes.B,
+            "step_seconds": p.usual.step_seconds,
+            "spots_per_s": p.usual.spots_per_s,
+            "device_bytes": p.largest.device_bytes,
+            "fits": p.largest.fits,
+            "takes_most": holds_back(p),
         }
         for p in found.points
-    ]  # fmt: skip
+    ]
 
 
 def table(found: Sweep) -> str:

@@ -50,8 +50,9 @@ def spend(costs: Sequence[Cost], c: Cluster, p: Precision, times: int = 1) -> Sp
     out, launch = Spent(), c.efficiency.launch_s
     for cost in costs:
         for f, m, least, backward in (
-            (cost.flops, cost.moved, launch, False), (cost.back_flops, cost.back_moved, 2 * launch, True),
-        ):  # fmt: skip
+            (cost.flops, cost.moved, launch, False),
+            (cost.back_flops, cost.back_moved, 2 * launch, True),
+        ):
             if not f and not m:
                 continue
             seconds, bound = max((f / flops, "compute"), (m / width, "memory"), (least, "launches"))

@@ -6,53 +6,84 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from comtip_shards.storage.remote import is_url
 
 from comtip_fast.config.io import load_config
 from comtip_fast.training.checkpoint import store as checkpoints
-from comtip_fast.training.checkpoint.store import CheckpointError
+from comtip_fast.training.checkpoint.store import Checkpoint, CheckpointError
 from comtip_fast.training.task import build_task
 from comtip_fast.training.trainer import CHECKPOINTS
 
+ATTEMPTS = 10
 
-def export_checkpoint(run_dir: Path, which: str, out: Path) -> int:
+
+def export_checkpoint(run_dir: Path, which: str, out: Path, shards: str | None = None) -> int:
     """Write the weights of one checkpoint as a finished run would export them; return its step.
 
     Parameters
     ----------
     run_dir
-        The run; its shard set must be where its config says.
+        The run.
     which
         ``newest``, ``best`` (by validation so far) or a step.
     out
         Folder to write.
+    shards
+        The shard set that the run was trained on; None takes the folder that the run's config names.
 
     Raises
     ------
+    ValueError
+        The run's config names a URL: a file of the run must not decide what is fetched, so ``shards`` must name it.
     CheckpointError
         The run has no such checkpoint, or it is damaged.
     """
-    root = run_dir / CHECKPOINTS
-    steps = checkpoints.steps_of(root)
-    if not steps:
-        raise CheckpointError(f"{run_dir} holds no checkpoint; give the folder of a run")
-    found = checkpoints.newest_good(root) if which in ("newest", "best") else None
-    if which == "newest" and found is not None:
-        step, loaded = found
-    else:
-        step = int(found[1].state["best_step"]) if found is not None else _step(which)
-        if step not in steps:
-            had = ", ".join(str(s) for s in steps)
-            raise CheckpointError(f"{root}: no whole checkpoint {which!r}; there are steps {had}")
-        loaded = checkpoints.load(checkpoints.folder_of(root, step))
+    step, loaded = _read(run_dir, which)
     config = load_config(run_dir / "config.yaml")
+    config = replace(config, data=replace(config.data, shards=_shards_of(run_dir, config.data.shards, shards)))
     # The checkpoint holds all weights: none are read from elsewhere.
-    task = build_task(replace(config, train=replace(config.train, start_from="")), torch.device("cpu"))
+    task = build_task(config, torch.device("cpu"), initialise=False)
     if loaded.state["fingerprint"] != task.fingerprint():
         raise CheckpointError(f"{config.data.shards}: not the shard set or tokenizer that {run_dir} was trained with")
     task.module.load_state_dict(loaded.model)
     task.module.eval()
     task.export(out)
     return step
+
+
+def _read(run_dir: Path, which: str) -> tuple[int, Checkpoint]:
+    """Read a checkpoint; again where the run, still going on, deleted it for a newer one meanwhile."""
+    root = run_dir / CHECKPOINTS
+    for attempt in range(ATTEMPTS):
+        steps = checkpoints.steps_of(root)
+        if not steps:
+            raise CheckpointError(f"{run_dir} holds no checkpoint; give the folder of a run")
+        try:
+            return _choose(root, which, steps)
+        except (CheckpointError, OSError):
+            if attempt == ATTEMPTS - 1 or checkpoints.steps_of(root) == steps:
+                raise
+    raise AssertionError("the last attempt raises")
+
+
+def _choose(root: Path, which: str, steps: list[int]) -> tuple[int, Checkpoint]:
+    found = checkpoints.newest_good(root) if which in ("newest", "best") else None
+    if which == "newest" and found is not None:
+        return found
+    step = int(found[1].state["best_step"]) if found is not None else _step(which)
+    if step not in checkpoints.steps_of(root):
+        had = ", ".join(str(s) for s in steps)
+        raise CheckpointError(f"{root}: no whole checkpoint {which!r}; there are steps {had}")
+    return step, checkpoints.load(checkpoints.folder_of(root, step))
+
+
+def _shards_of(run_dir: Path, stated: str, given: str | None) -> str:
+    if given is None and is_url(stated):
+        raise ValueError(
+            f"{run_dir / 'config.yaml'}: data.shards is the URL {stated}, which is not fetched on a run's word; if you "
+            "trust it, give it with --shards"
+        )
+    return stated if given is None else given
 
 
 def _step(which: str) -> int:

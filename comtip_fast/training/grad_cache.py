@@ -8,6 +8,7 @@ are held for one piece at a time, at the cost of one further forward pass.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -72,11 +73,18 @@ def _in_pieces(engine: Engine, task: PieceableTask, batch: Any, n: int) -> tuple
     found = torch.autograd.grad(losses["loss"], [leaves[k] for k in names], allow_unused=True)
     gradients = {k: torch.zeros_like(leaves[k]) if g is None else g for k, g in zip(names, found, strict=True)}
     out = {name: value.detach() for name, value in losses.items()}
+    per_piece: dict[str, list[float]] = {}
     for i, (piece, own) in enumerate(zip(pieces, task.cut(gradients, pieces), strict=True)):
         with engine.piece(last=i == final):
             scalar, parts, more = engine.call(task.replay, batch, piece, own, i == whole)
             engine.backward(scalar)
-        numbers |= more
+        for name, number in more.items():
+            per_piece.setdefault(name, []).append(number)
         for name, value in parts.items():
             out[name] = out[name] + value.detach() if name in out else value.detach()
-    return out, numbers
+    return out, numbers | {name: _mean_of_finite(values) for name, values in per_piece.items()}
+
+
+def _mean_of_finite(values: list[float]) -> float:
+    finite = [v for v in values if math.isfinite(v)]
+    return sum(finite) / len(finite) if finite else math.nan

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from comtip_kernels import level_cross_entropy, pair_scores, pool_weights, table_pool
-from comtip_shards.sampling.rng import uniform
 from torch import Tensor
 
 from comtip_fast.collectives import Group, counts_of, share_of
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.data.batch import Batch
+from comtip_fast.device_rng import uniform
 from comtip_fast.genes.tokens import GeneTokens, take_genes
 from comtip_fast.models import CoMTIP, SentenceTable, StepOutput
 from comtip_fast.objectives import (
+    HEALTH,
     PairMetadata,
     choose_hardest,
     counted_swaps,
@@ -33,6 +33,7 @@ from comtip_fast.objectives import (
     same_text_hash,
     take_from_other_spots,
 )
+from comtip_fast.training.monitor.diagnostics import diagnostic, undefined
 
 Parts = dict[str, Tensor]
 Numbers = dict[str, float]
@@ -106,23 +107,23 @@ class StepLosses:
 
     def counts(self, batch: Batch) -> list[int]:
         """Return how many spots of the global batch each rank has."""
-        return counts_of(batch.of or batch.section.numel(), self.group.size)
+        return counts_of(batch.global_size or batch.section.numel(), self.group.size)
 
     def _mask(self, batch: Batch, P: int) -> tuple[Tensor | None, Tensor | None]:
         """Draw the hidden patches: floor(r P) of each tile, by the rank of keyed uniforms."""
         if self.config.loss.mfm <= 0:
             return None, None
         hidden = int(self.config.vision.mask_ratio * P)
-        u = uniform(self.config.train.seed, "mask", batch.step, index=batch.spots()[:, None] * P + np.arange(P))
-        order = torch.from_numpy(u.argsort(axis=1, kind="stable")).to(batch.panel.device)
+        patches = torch.arange(P, device=batch.spot_index.device)
+        u = uniform(self.config.train.seed, "mask", batch.step, index=batch.spot_index[:, None] * P + patches)
+        order = u.argsort(dim=1, stable=True)
         return order[:, hidden:].sort(dim=1).values, order[:, :hidden].sort(dim=1).values
 
     def _panel_genes(self, batch: Batch) -> GeneTokens:
         rows = batch.panel.long()
         genes = take_genes(self.genes, rows)
         if self.config.text.identity_drop > 0:
-            u = uniform(self.config.train.seed, "identity", batch.step, index=rows.cpu().numpy())
-            keep = torch.from_numpy(u >= self.config.text.identity_drop).to(rows.device)
+            keep = uniform(self.config.train.seed, "identity", batch.step, index=rows) >= self.config.text.identity_drop
             genes = GeneTokens(genes.ids_GT, genes.length_G, genes.identity_G * keep)
         return genes
 
@@ -176,8 +177,10 @@ class StepLosses:
         return step % self.config.train.log_every == 0
 
     def health(self, batch: Batch, out: StepOutput) -> Numbers:
-        """Return how much patch features still differ, in the steps that are logged."""
-        return feature_health(out.image.patches_BPd) if self.logs(batch.step) and batch.section.numel() else {}
+        """Return how much patch features still differ, in the steps that are logged; NaN on a rank without spots."""
+        if not self.logs(batch.step):
+            return {}
+        return diagnostic("feature health", lambda: feature_health(out.image.patches_BPd), undefined(HEALTH))
 
     def _shares(self, measured: Tensor, counted: Tensor | None) -> tuple[Tensor | float, Tensor | float]:
         """Return what part of all measured, and of all counted (spot, gene) of the global batch are here."""
@@ -207,13 +210,12 @@ class StepLosses:
 
     def _candidates(self, batch: Batch, levels: Tensor) -> Tensor:
         """Draw C whole mispairings (C, b, G): within strata, from other spots, or by a coin per spot."""
-        paat, seed, spots = self.config.loss.paat, self.config.train.seed, batch.spots()
-        panel, device = batch.panel.long(), levels.device
-        index = spots[:, None] * (1 << 20) + panel.cpu().numpy()
+        paat, seed, spots = self.config.loss.paat, self.config.train.seed, batch.spot_index
+        panel = batch.panel.long()
+        index = spots[:, None] * (1 << 20) + panel
 
         def draw(purpose: str) -> Tensor:
-            u = [uniform(seed, purpose, batch.step, c, index=index) for c in range(paat.candidates)]
-            return torch.from_numpy(np.stack(u)).to(device)
+            return torch.stack([uniform(seed, purpose, batch.step, c, index=index) for c in range(paat.candidates)])
 
         section = batch.section.long()
         strata = self.strata[section][:, panel]
@@ -223,7 +225,7 @@ class StepLosses:
         others = self._from_other_spots(batch, levels, draw("mispair-spot"))
         if paat.mode == "spots":
             return others
-        coin = torch.from_numpy(uniform(seed, "mispair-mode", batch.step, index=spots) < 0.5).to(device)
+        coin = uniform(seed, "mispair-mode", batch.step, index=spots) < 0.5
         return torch.where(coin[None, :, None], within, others)
 
     def _from_other_spots(self, batch: Batch, levels: Tensor, u: Tensor) -> Tensor:
@@ -280,15 +282,27 @@ class StepLosses:
         true, false = self._pair_logits(batch, heads, levels), self._pair_logits(batch, heads, mispaired)
         numbers = {}
         if self.logs(batch.step):
-            with torch.no_grad():
-                true_elsewhere = self._pair_logits(batch, heads, levels, roll=1)
-                false_elsewhere = self._pair_logits(batch, heads, mispaired, roll=1)
-            auc = pair_auc(true.detach(), false.detach(), counted)
-            # The part of the AUC that knowing this very spot is worth; marginals alone give the rest.
-            numbers = {"pair_auc": auc, "pair_auc_gain": auc - pair_auc(true_elsewhere, false_elsewhere, counted)}
+            numbers = diagnostic(
+                "the AUC of the pair head",
+                lambda: self._pair_numbers(batch, heads, mispaired, counted, true.detach(), false.detach()),
+                undefined(PAIR_NUMBERS),
+            )
         return pair_loss(true, false, counted), numbers
 
+    @torch.no_grad()
+    def _pair_numbers(
+        self, batch: Batch, heads: LossInputs, mispaired: Tensor, counted: Tensor, true: Tensor, false: Tensor
+    ) -> Numbers:
+        levels = batch.levels.long()
+        true_elsewhere = self._pair_logits(batch, heads, levels, roll=1)
+        false_elsewhere = self._pair_logits(batch, heads, mispaired, roll=1)
+        auc = pair_auc(true, false, counted)
+        # The part of the AUC that knowing this very spot is worth; marginals alone give the rest.
+        gain = auc - pair_auc(true_elsewhere, false_elsewhere, counted)
+        return dict(zip(PAIR_NUMBERS, (auc, gain), strict=True))
 
+
+PAIR_NUMBERS = ("pair_auc", "pair_auc_gain")
 PARTS = ("nce", "mfm", "pair", "level")
 # Which tensors of the heads each part reads; ``unit`` is made of ``rows``.
 _READ: dict[str, set[str]] = {

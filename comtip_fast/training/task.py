@@ -5,6 +5,7 @@ The losses are in :mod:`comtip_fast.training.losses`.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,15 +23,29 @@ from comtip_fast.export import Bundle
 from comtip_fast.genes import GeneTokenizer
 from comtip_fast.genes.tokens import gene_tokens
 from comtip_fast.models import CoMTIP, ModelSizes
+from comtip_fast.models.image_encoder import check_mask, patches_per_side
 from comtip_fast.training.losses import LossInputs, Numbers, Parts, StepLosses
 from comtip_fast.training.validation import Validation
 from comtip_fast.training.warm_start import start_from
 
 
-def build_task(config: RunConfig, device: torch.device, group: Group | None = None) -> CoMTIPTask:
-    """Open the shard set, work out the training tables and build the model, all from the config; alike on all ranks."""
+def build_task(
+    config: RunConfig, device: torch.device, group: Group | None = None, *, initialise: bool = True
+) -> CoMTIPTask:
+    """Open the shard set, work out the training tables and build the model, all from the config; alike on all ranks.
+
+    Parameters
+    ----------
+    config, device, group
+        Of the run.
+    initialise
+        Read the weights that the config begins with (``vision.pretrained``, ``train.start_from``). False where a
+        checkpoint holds all weights: those files may be gone by then.
+    """
     torch.manual_seed(config.train.seed)
     shards = ShardSet(config.data.shards)
+    if config.vision.backbone == "small":  # before the tables, which can take long
+        check_vision(config, patches_per_side(config.vision, config.vision.patch_px, shards.manifest.tile.px) ** 2)
     tables = training_tables(shards, config)
     tokenizer = GeneTokenizer.load()
     sizes = ModelSizes(
@@ -40,29 +55,30 @@ def build_task(config: RunConfig, device: torch.device, group: Group | None = No
         n_identities=tables.genes.trained.size,
         longest=config.text.max_tokens + 2,
     )
-    model = CoMTIP(config, sizes)
+    vision = config.vision if initialise else replace(config.vision, pretrained="")
+    model = CoMTIP(replace(config, vision=vision), sizes)
+    check_vision(config, model.vision.n_patches)
     if model.vision.stem is not None:
         model.vision.stem.load_pretrained()
     if config.engine.compile:
         model.compile_blocks()
     task = CoMTIPTask(config, shards, tables, tokenizer, model.to(device), sizes, group or SingleProcessGroup())
-    if config.train.start_from:
+    if config.train.start_from and initialise:
         # After the task has set the stem's output scale from its own tiles: the encoder was trained on the old scale.
         keys = [shards.genes[row].key for row in tables.genes.trained]
         start_from(task.model, config.train.start_from, keys, tokenizer.sha256)
     return task
 
 
+def check_vision(config: RunConfig, n_patches: int) -> None:
+    """Refuse masking that hides no patch."""
+    if config.loss.mfm > 0:
+        check_mask(config.vision, n_patches)
+
+
 def _as_model(module: nn.Module) -> CoMTIP:
     assert isinstance(module, CoMTIP)
     return module
-
-
-def pick_device(wanted: str) -> torch.device:
-    """Turn ``auto``, ``cpu`` or ``cuda`` into a device; ``cuda`` without a GPU is an error."""
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ValueError("train.device=cuda, but PyTorch sees no GPU; use auto or cpu, or see `comtip doctor`")
-    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 class CoMTIPTask:
@@ -132,7 +148,7 @@ class CoMTIPTask:
     def batch(self, spot_index: np.ndarray, step: int, epoch: int) -> Batch:
         """Make this rank's share of one global batch, on this task's device."""
         batch = self.loader.batch(spot_index, step, epoch).to(self.device)
-        batch.of = len(spot_index)
+        batch.global_size = len(spot_index)
         return batch
 
     def losses(self, module: nn.Module, batch: Batch) -> tuple[Parts, Numbers]:
@@ -150,7 +166,7 @@ class CoMTIPTask:
     def pieces(self, batch: Batch, n: int) -> list[Batch]:
         """Cut this rank's share into ``n`` pieces, fewer where a rank has fewer spots; as many on every rank."""
         b, n = batch.section.numel(), max(1, min(n, min(self.step.counts(batch))))
-        return [batch.part(share_of(b, i, n)) for i in range(n)]
+        return [batch.select(share_of(b, i, n)) for i in range(n)]
 
     def embed(self, module: nn.Module, piece: Batch, table: bool) -> dict[str, Tensor]:
         """Return image vectors, and with ``table`` the sentence table and scales."""

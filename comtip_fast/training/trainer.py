@@ -6,10 +6,8 @@ epoch), so a run killed at any moment and resumed gives the same losses and weig
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import shutil
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from comtip_shards.storage.atomic import atomic_folder, write_atomic
 from torch import Tensor
 
 from comtip_fast.collectives import Group, SingleProcessGroup
@@ -36,11 +35,13 @@ from comtip_fast.training.checkpoint.store import Checkpoint, CheckpointError
 from comtip_fast.training.distributed.comm_timer import clock_of
 from comtip_fast.training.distributed.failures import ADVICE, explain_failures, hard_exit
 from comtip_fast.training.distributed.process_group import on_rank_zero
+from comtip_fast.training.distributed.rank_numbers import RankNumbers
 from comtip_fast.training.distributed.signals import Signals, catch_signals, hold_run
 from comtip_fast.training.engines.base import Engine
 from comtip_fast.training.engines.factory import make_engine
 from comtip_fast.training.grad_cache import forward_backward
-from comtip_fast.training.monitor.loggers import Logger, finite, keep_rows_up_to, make_loggers
+from comtip_fast.training.monitor.diagnostics import diagnostic
+from comtip_fast.training.monitor.loggers import BestEffort, Logger, append_row, keep_rows_up_to, make_loggers
 from comtip_fast.training.monitor.monitor import (
     EVENTS,
     Events,
@@ -91,6 +92,7 @@ class Trainer:
         self._saved_step = -1
         self.engine: Engine
         self._found: Checkpoint | None = None
+        self._rank_numbers = RankNumbers(self.group, self.device)
         self._meter = ThroughputMeter(self.device, clock_of(self.group, self.device).seconds, cost)
         self._spikes = SpikeDetector(config.watch)
         self._events = Events(self.run_dir / EVENTS)
@@ -124,16 +126,17 @@ class Trainer:
                 self.task.prepare()
             if self._first:
                 resolved = config_to_dict(self.config)
-                self._loggers = make_loggers(
+                record, *shown = make_loggers(
                     self.config, resolved, self.run_dir, start=self.progress.step, resumed=resumed
                 )
+                self._loggers = [record, *map(BestEffort, shown)]
             # The watchdog looks on while things are closed, too: a stuck loader can hang there.
             stack.enter_context(self._watchdog)
             try:
                 self._loop(caught)
             finally:
                 self._writer.join_quietly()
-                self._profiler.close()
+                diagnostic("the trace", self._profiler.close, None)
                 self.task.close()
                 for logger in self._loggers:
                     logger.close()
@@ -187,9 +190,7 @@ class Trainer:
         return step
 
     def _write_config(self) -> None:
-        tmp_path = self.run_dir / ".config.yaml.writing"
-        tmp_path.write_text(dump_config(self.config), encoding="utf-8")
-        tmp_path.replace(self.run_dir / "config.yaml")
+        write_atomic(self.run_dir / "config.yaml", dump_config(self.config))
 
     # -- the loop ---------------------------------------------------------------------------------------
 
@@ -228,7 +229,7 @@ class Trainer:
         step = p.step + 1
         rate = learning_rate(step, self.config.train.steps, self.config.optim)
         self.engine.module.train()
-        self._profiler.before(step)
+        diagnostic("the trace", lambda: self._profiler.before(step), None)
         batch = self.task.batch(spots, step, p.epoch)
         self.engine.start_step(rate)
         shares, numbers = forward_backward(self.engine, self.task, batch, self.config.engine.micro_batches)
@@ -241,16 +242,18 @@ class Trainer:
         else:
             self._not_finite(step, spots, losses)
         p.step, p.position = step, p.position + 1
-        self._profiler.after(step)
-        self._meter.add(time.monotonic() - began, len(spots), numbers)
-        wrong = self._spikes.update(losses["loss"], norm)
+        diagnostic("the trace", lambda: self._profiler.after(step), None)
+        diagnostic("the meter", lambda: self._meter.add(time.monotonic() - began, len(spots), numbers), None)
+        wrong = diagnostic("the alarm", lambda: self._spikes.update(losses["loss"], norm), None)
         if wrong is not None and self._first:
-            self._events.flag("jump", step, wrong)
+            self._flag("jump", step, wrong)
         if step % self.config.train.log_every == 0 or step == 1:
             row = {"step": step, "kind": "train", "epoch": p.epoch}
             row |= losses | numbers | {"lr": rate, "grad_norm": norm, "skips": p.skips}
             data = self.task.metrics()
-            self._log(row | self._meter.row(data.pop("loader_wait_s", 0.0)) | data)
+            waited = data.pop("loader_wait_s", 0.0)
+            nothing: dict[str, float] = {}
+            self._log(row | diagnostic("the meter", lambda: self._meter.row(waited), nothing) | data)
 
     def _next_batch(self) -> np.ndarray:
         p = self.progress
@@ -271,13 +274,10 @@ class Trainer:
         losses = {k: float(v) for k, v in shares.items()}
         if self.group.size == 1:
             return losses, numbers
-        flags = [float(bool(caught.received)), float(self._writer.failed)]
-        values = [*losses.values(), *flags, *numbers.values()]
-        summed = self.group.sum(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
-        self._asked_to_stop = self._asked_to_stop or summed[len(losses)] > 0
-        self._write_failed = summed[len(losses) + 1] > 0
-        means = (v / self.group.size for v in summed[len(losses) + 2 :])
-        return dict(zip(losses, summed, strict=False)), dict(zip(numbers, means, strict=True))
+        reduced = self._rank_numbers.reduce(losses, numbers, [bool(caught.received), bool(self._writer.failed)])
+        self._asked_to_stop = self._asked_to_stop or reduced.flags[0]
+        self._write_failed = reduced.flags[1]
+        return reduced.sums, reduced.means
 
     def _not_finite(self, step: int, spots: np.ndarray, parts: dict[str, float]) -> None:
         """Say what happened where; stop, or skip the update and count it."""
@@ -288,8 +288,8 @@ class Trainer:
         record = {"step": step, "epoch": self.progress.epoch, "position": self.progress.position, "parts": parts,
                   "gradients": gradients, "spot_index": spots.tolist()}  # fmt: skip
         if self._first:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(finite(record)) + "\n")
+            # A disk that is full must not hide what is wrong with the loss.
+            diagnostic(f"writing {NONFINITE}", lambda: append_row(path, record), None)
         what = f"loss part {', '.join(k for k in bad if k != 'loss') or 'loss'}" if bad else "the gradient"
         first = f" (gradients of {len(gradients)} parameters, first {gradients[0]})" if gradients else ""
         some = ", ".join(str(i) for i in spots[:5].tolist())
@@ -313,14 +313,17 @@ class Trainer:
         elif math.isfinite(score):
             p.bad_validations += 1
         else:
-            # RetryPolicy is about scores that get no better; here there is no score to compare.
+            # Patience is about scores that get no better; here there is no score to compare.
             log.warning("step %d: validation gave no score (no section of split val, or no gene to score?)", p.step)
         self._log({"step": p.step, "kind": "valid", "score": score, "per_cohort": per_cohort, "best": better} | space)
         if cfg.patience and p.bad_validations >= cfg.patience and not p.stopped:
             p.stopped = "patience"
 
     def _stalled(self, text: str) -> None:
-        self._events.flag("stall", self.progress.step, text)
+        self._flag("stall", self.progress.step, text)
+
+    def _flag(self, kind: str, step: int, text: str) -> None:
+        diagnostic("writing the event log", lambda: self._events.flag(kind, step, text), None)
 
     def _stop_stalled(self, text: str) -> None:
         who = f"rank {self.group.rank} of {self.group.size}: " if self.group.size > 1 else ""
@@ -397,11 +400,8 @@ class Trainer:
             best = checkpoints.load(checkpoints.folder_of(self.checkpoint_dir, step))
             self.task.module.load_state_dict(best.model)
         self.task.module.eval()
-        tmp_path, final = self.run_dir / ".export-writing", self.run_dir / "export"
-        shutil.rmtree(tmp_path, ignore_errors=True)
-        self.task.export(tmp_path)
-        shutil.rmtree(final, ignore_errors=True)
-        tmp_path.rename(final)
+        with atomic_folder(self.run_dir / "export") as tmp_path:
+            self.task.export(tmp_path)
 
 
 def refuse_second_run(run_dir: Path, resume: bool) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import numpy as np
 import torch
 from comtip_kernels import table_pool
@@ -17,8 +20,11 @@ from comtip_fast.genes.tokens import GeneTokens, take_genes
 from comtip_fast.inference import predict_trained
 from comtip_fast.metrics import mean_pcc
 from comtip_fast.models import CoMTIP
+from comtip_fast.training.monitor.diagnostics import diagnostic, undefined
 
 VALIDATION_GENES = 50
+SPACE = ("alignment", "uniformity_image", "uniformity_text", "r1", "r5", "t1", "t5")
+"""Names of the numbers of :func:`space_numbers`."""
 SPACE_SPOTS, SPACE_GENES = 256, 256
 """Retrieval among so many spots of a section (more would be harder, and not comparable), by so many genes."""
 
@@ -58,10 +64,14 @@ class Validation:
             spots, features = self._section_features(section)
             image = self.model.encode_image(features).vector_BD
             scores.setdefault(cohort, []).append(self._pcc(spots, rows, image))
-            spaces.append(self._space(section, spots, image))
+            chosen = np.linspace(0, spots.size - 1, min(spots.size, SPACE_SPOTS)).round().astype(np.int64)
+            # Read outside of the diagnostic: a damaged record ends the run under data.faults=stop.
+            counts = self.loader.counts(spots[chosen])[1]
+            compute = partial(self._space, section, chosen, counts, image)
+            spaces.append(diagnostic("the statistics of the shared space", compute, undefined(SPACE)))
         per_cohort = {cohort: float(np.mean(values)) for cohort, values in scores.items()}
         mean = float(np.mean(list(per_cohort.values()))) if per_cohort else float("nan")
-        return mean, per_cohort, {k: float(np.mean([s[k] for s in spaces])) for k in spaces[0]} if spaces else {}
+        return mean, per_cohort, {k: _mean_of_finite([s[k] for s in spaces]) for k in SPACE} if spaces else {}
 
     def _sections(self) -> list[int]:
         return [i for i, s in enumerate(self.shards.manifest.sections) if s.split == "val"]
@@ -77,14 +87,14 @@ class Validation:
         measured = log1p_cp10k(self.loader.counts(spots)[1])[:, rows].toarray()
         place = torch.from_numpy(np.searchsorted(self.tables.genes.trained, rows)).to(self.device)
         predicted = predict_trained(self.model, take_genes(self.genes, place), image, self.tables.table, place)
-        return mean_pcc(measured, predicted["cp10k"])
+        # A gene without variance counts 0; a prediction of NaN has no score and must not become the best one.
+        return mean_pcc(measured, predicted["cp10k"]) if np.isfinite(predicted["cp10k"]).all() else float("nan")
 
-    def _space(self, section: int, spots: np.ndarray, image: Tensor) -> dict[str, float]:
-        """Pool the spots' true sentences into text vectors and see how they lie to the images."""
-        keep = np.linspace(0, spots.size - 1, min(spots.size, SPACE_SPOTS)).round().astype(np.int64)
+    def _space(self, section: int, keep: np.ndarray, counts: Any, image: Tensor) -> dict[str, float]:
+        """Pool the true sentences of the spots ``keep`` into text vectors and see how they lie to the images."""
         rows = self._rows(section, self.shards.cohort_of_section(section), SPACE_GENES)
         place = np.searchsorted(self.tables.genes.trained, rows)
-        values = log1p_cp10k(self.loader.counts(spots[keep])[1])[:, rows].toarray()
+        values = log1p_cp10k(counts)[:, rows].toarray()
         levels = torch.from_numpy(self.tables.table.levels(values, place)).long().to(self.device)
         table = self.model.sentence_table(take_genes(self.genes, torch.from_numpy(place).to(self.device)))
         text = table_pool(table.rows_GQD, table.scores_GQ, levels, torch.ones_like(levels, dtype=torch.bool))
@@ -99,6 +109,11 @@ class Validation:
         return self._features[section]
 
 
+def _mean_of_finite(values: list[float]) -> float:
+    finite = [v for v in values if np.isfinite(v)]
+    return float(np.mean(finite)) if finite else float("nan")
+
+
 def space_numbers(image_ND: Tensor, text_ND: Tensor) -> dict[str, float]:
     """Return alignment, uniformity and retrieval of N paired vectors.
 
@@ -108,11 +123,13 @@ def space_numbers(image_ND: Tensor, text_ND: Tensor) -> dict[str, float]:
         ``alignment``: mean squared distance of a pair, 0 to 4, lower is nearer. ``uniformity_image`` and
         ``uniformity_text``: log of the mean of exp(-2 d^2) over other pairs, at most 0, lower is more spread (Wang and
         Isola 2020). ``r1``, ``r5``: share of images whose own text is the nearest, among the five nearest; ``t1``,
-        ``t5`` the other way round. A tie counts against.
+        ``t5`` the other way round. A tie counts against. All are NaN without pairs and where a vector is not finite.
     """
     image, text = F.normalize(image_ND.float(), dim=-1), F.normalize(text_ND.float(), dim=-1)
     s_NN = image @ text.T
     own = s_NN.diagonal()
+    if image.shape[0] == 0 or not bool(image.isfinite().all() & text.isfinite().all()):
+        return undefined(SPACE)
     out = {"alignment": float((2 - 2 * own).mean())}
     for name, x in (("image", image), ("text", text)):
         distance = (2 - 2 * (x @ x.T)).clamp_min(0)

@@ -15,7 +15,7 @@ from bench.loader.peers import H5Tiles, TileViews, write_h5
 from comtip_fast.benchmarks import loaders as bench
 from comtip_fast.benchmarks.rounds import Contender, run_rounds
 from comtip_fast.config.schema import DataConfig
-from comtip_fast.data.augment.views import turn_tile
+from comtip_fast.data.augment.views import rotate_flip
 from comtip_fast.data.loaders.factory import dali_is_installed
 
 ROOT = Path(__file__).parents[2]
@@ -102,7 +102,7 @@ def test_peers_make_the_same_views(tiny_shards: ShardSet):
     table = np.random.default_rng(0).integers(0, 256, (3, 256)).astype(np.uint8)
     views = [TileViews(tiny_shards, DataConfig(), how) for how in ("numpy", "pillow")]
     for turn in range(8):
-        want = turn_tile(tile, turn)
+        want = rotate_flip(tile, turn)
         want = np.stack([table[c][want[..., c]] for c in range(3)])
         for one in views:
             np.testing.assert_array_equal(one.view(tile, turn, table), want)

@@ -1,4 +1,4 @@
-"""What an evaluation scores, and what it refuses."""
+"""Which sections and genes an evaluation scores, and which input it rejects."""
 
 import json
 from dataclasses import replace
@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from comtip_shards import ShardSet
-from comtip_shards.build.build import build_shards
+from comtip_shards.builder.build import build_shards
 from comtip_shards.sources import open_source
 
 from comtip_fast.evaluation.evaluate import SectionData, evaluate, write_metrics
-from comtip_fast.evaluation.metrics import pcc_per_gene
 from comtip_fast.evaluation.train_reference import TrainReference, spot_inputs
 from comtip_fast.inference import Predictor
+from comtip_fast.metrics import pcc_per_gene
 from testkit.tiny import TinySection, write_tiny_source
 
 TILES = {"tile_px": 32, "tile_um": 224.0, "min_mpp": 5.0}
@@ -21,7 +21,7 @@ TILES = {"tile_px": 32, "tile_um": 224.0, "min_mpp": 5.0}
 
 @pytest.fixture(scope="module")
 def other_shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
-    """A new section, without the training sections."""
+    """A shard set with one further section and without the training sections."""
     folder = tmp_path_factory.mktemp("other")
     write_tiny_source(folder / "source", [TinySection("y1", "donor_a", "")], seed=5)
     build_shards(open_source(folder / "source"), folder / "set", **TILES)
@@ -33,61 +33,61 @@ def predictor(tiny_run: Path) -> Predictor:
     return Predictor.load(tiny_run)
 
 
-def without_task(predictor: Predictor) -> Predictor:
-    """The same model, labelled as trained on another organ."""
+def with_other_cohort(predictor: Predictor) -> Predictor:
+    """Return the same model with metadata of another organ."""
     other = Predictor(predictor.bundle)
     other.train_sections = [s | {"tissue": "heart"} for s in predictor.train_sections]
     return other
 
 
-def test_a_trained_task_needs_its_training_sections(predictor: Predictor, other_shards: ShardSet):
-    with pytest.raises(ValueError, match=r"none of the sections that trained human_breast \(t1, t2\).*--train-shards"):
+def test_a_trained_cohort_needs_its_training_sections(predictor: Predictor, other_shards: ShardSet):
+    with pytest.raises(ValueError, match=r"none of the training sections of human_breast \(t1, t2\).*--train-shards"):
         evaluate(predictor, other_shards, n_null=2)
     with pytest.raises(ValueError, match="--train-shards"):
         evaluate(predictor, other_shards, train_shards=other_shards, n_null=2)
 
 
-def test_some_training_sections_missing_is_reported(predictor: Predictor, tiny_shards: ShardSet, caplog):
+def test_missing_training_sections_are_logged(predictor: Predictor, tiny_shards: ShardSet, caplog):
     more = Predictor(predictor.bundle)
     more.train_sections = [*predictor.train_sections, predictor.train_sections[0] | {"section_id": "t9"}]
     TrainReference(more, tiny_shards).check(["human_breast"])
     assert "lacks training sections of human_breast (t9)" in caplog.text
 
 
-def test_a_section_of_a_trained_donor_is_reported(predictor: Predictor, other_shards: ShardSet, tiny_shards: ShardSet):
+def test_a_section_of_a_trained_donor_is_flagged(predictor: Predictor, other_shards: ShardSet, tiny_shards: ShardSet):
     entry = evaluate(predictor, other_shards, train_shards=tiny_shards, n_null=2).metrics["sections"]["y1"]
     assert entry["donor_seen_in_training"]
     assert not entry["section_seen_in_training"]
     assert entry["hvg_from"] == "training sections"
 
 
-def test_a_validation_section_is_reported(predictor: Predictor, tiny_shards: ShardSet):
+def test_a_validation_section_is_flagged(predictor: Predictor, tiny_shards: ShardSet):
     entry = evaluate(predictor, tiny_shards, sections=["v1"], n_null=2).metrics["sections"]["v1"]
     assert entry["section_stopped_training"]
     assert not entry["section_seen_in_training"]
 
 
-def test_a_task_never_trained_is_flagged_and_has_no_ridge(predictor: Predictor, other_shards: ShardSet, tmp_path: Path):
-    result = evaluate(without_task(predictor), other_shards, n_null=3)
+def test_an_untrained_cohort_is_flagged_and_has_no_ridge(predictor: Predictor, other_shards: ShardSet, tmp_path: Path):
+    result = evaluate(with_other_cohort(predictor), other_shards, n_null=3)
     write_metrics(result.metrics, tmp_path / "metrics.json")
     cohort = json.loads((tmp_path / "metrics.json").read_text())["cohorts"]["human_breast"]
     assert cohort["hvg_from"] == "evaluated section"
     assert cohort["ridge_colour"]["cp10k"] is None
     assert cohort["zero_shot"]["raw"]["mean_pcc_50_hvg"] is not None
     data = result.sections[0]
-    # Unseen genes are ranked by variance too, although no training section measured them.
+    # Unseen genes are ordered by their variance in the evaluated section.
     variance = data.measured["cp10k"][:, data.unseen].var(0)
     assert (np.diff(variance) <= 1e-6).all()
 
 
-def test_all_means_trained_genes_and_held_out_variable_genes_are_still_scored(
+def test_mean_pcc_all_covers_trained_genes_and_variable_held_out_genes_are_scored(
     predictor: Predictor, tiny_shards: ShardSet
 ):
     result = evaluate(predictor, tiny_shards, n_null=3)
     data: SectionData = result.sections[0]
     entry = result.metrics["sections"]["x1"]["zero_shot"]["cp10k"]
     assert {data.keys[i] for i in data.panel} == set(predictor.trained_genes)
-    # The tiny set has fewer than 50 genes, so the held-out genes are among the most variable.
+    # The tiny set has fewer than 50 genes, so the held-out ones are among the most variable.
     assert {data.keys[i] for i in data.hvg} & set(predictor.held_out_genes)
     pcc = np.nan_to_num(pcc_per_gene(data.measured["cp10k"], data.predicted["cp10k"]))
     assert entry["mean_pcc_all"] == pytest.approx(pcc[data.panel].mean())
@@ -115,7 +115,7 @@ def test_the_colour_of_the_baseline_is_chosen_on_training_sections(predictor: Pr
     np.testing.assert_array_equal(prediction, again)
 
 
-def test_a_gene_that_one_training_section_lacks_learns_from_the_other(
+def test_a_gene_that_one_training_section_lacks_is_fitted_on_the_other(
     predictor: Predictor, tiny_shards: ShardSet, monkeypatch: pytest.MonkeyPatch
 ):
     reference = TrainReference(predictor, tiny_shards)
@@ -146,6 +146,6 @@ def test_a_gene_that_one_training_section_lacks_learns_from_the_other(
     assert (out[:, 2] == 0).all()
 
 
-def test_numbers_that_are_none_become_null(tmp_path: Path):
+def test_numbers_that_are_not_finite_become_null(tmp_path: Path):
     write_metrics({"a": [float("nan"), 1.5], "b": {"c": float("inf"), "d": 3}}, tmp_path / "m.json")
     assert json.loads((tmp_path / "m.json").read_text()) == {"a": [None, 1.5], "b": {"c": None, "d": 3}}

@@ -1,4 +1,4 @@
-"""Scores against slow formulas; a valid null; baselines that never see the sections they are scored on."""
+"""Scores against direct formulas; the null is valid; baselines do not use the scored sections."""
 
 import json
 import re
@@ -11,11 +11,11 @@ from scipy import stats
 
 from comtip_fast.evaluation.baselines import fit_ridge
 from comtip_fast.evaluation.evaluate import PREDICTORS, choose_sections, evaluate, summary_table, write_metrics
-from comtip_fast.evaluation.metrics import mean_with_zeros, partial_pcc_per_gene, pcc_per_gene, residuals, score
+from comtip_fast.evaluation.metrics import partial_pcc_per_gene, residuals, score
 from comtip_fast.evaluation.nulls import moved_spots
 from comtip_fast.evaluation.report import write_report
 from comtip_fast.inference import GeneQuery, Predictor
-from comtip_fast.metrics import mean_pcc
+from comtip_fast.metrics import mean_pcc, mean_with_zeros, pcc_per_gene
 
 
 @pytest.fixture
@@ -41,6 +41,19 @@ def test_undefined_genes_count_as_zero_and_are_counted(rng):
     assert result.undefined_genes == 2
     assert result.mean_pcc_50_hvg == pytest.approx(0.5)
     assert mean_with_zeros(np.zeros(0)) is None
+    assert np.isnan(mean_pcc(np.zeros((30, 0)), np.zeros((30, 0))))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_mean_pcc_counts_a_gene_without_variance_as_zero(rng, dtype: type):
+    """The validation score is the mean of r_g over genes, with r_g = 0 where measured or predicted has no variance."""
+    a, b = (rng.normal(size=(40, 5)).astype(dtype) for _ in range(2))
+    a[:, 1], b[:, 3] = 0.0, 0.3
+    x, y = a.astype(float) - a.mean(0, dtype=float), b.astype(float) - b.mean(0, dtype=float)
+    norm = np.sqrt((x * x).sum(0) * (y * y).sum(0))
+    want = np.where(norm > 1e-12, (x * y).sum(0) / np.maximum(norm, 1e-12), 0.0).mean()
+    assert mean_pcc(a, b) == pytest.approx(want, rel=1e-12)
+    assert mean_pcc(a, b) == mean_with_zeros(pcc_per_gene(a, b))
 
 
 def test_partial_correlation_is_that_of_residuals(rng):
@@ -67,7 +80,7 @@ def grid(n: int) -> np.ndarray:
     return np.stack(np.meshgrid(np.arange(n), np.arange(n)), -1).reshape(-1, 2).astype(float)
 
 
-def test_the_null_keeps_spatial_structure_and_loses_the_position(rng):
+def test_the_null_keeps_spatial_structure_but_not_alignment(rng):
     xy = grid(20)
     field = np.sin(xy[:, 0] / 4) + np.cos(xy[:, 1] / 5)
     moved = moved_spots(xy, 200, seed=0, section="s")
@@ -83,11 +96,11 @@ def test_the_null_keeps_spatial_structure_and_loses_the_position(rng):
     assert np.mean(kept) < 0.4 * np.mean(shuffled)
     pcc = [np.corrcoef(field, field[m])[0, 1] for m in moved]
     assert abs(np.mean(pcc)) < 0.2
-    # Smooth maps correlate by chance far more than shuffled spots suggest.
+    # Smooth maps correlate by chance far more than a permutation of spots suggests.
     assert np.std(pcc) > 3 / np.sqrt(len(xy))
 
 
-def test_ridge_finds_the_truth_and_picks_alpha_without_the_test(rng):
+def test_ridge_recovers_the_coefficients_and_regularises_noise(rng):
     x = rng.normal(size=(120, 5))
     section = np.repeat([0, 1, 2], 40)
     truth = rng.normal(size=(5, 3))
@@ -109,7 +122,7 @@ def test_ridge_equals_the_normal_equations(rng):
     np.testing.assert_allclose(model.weight_FG, want, atol=1e-10)
 
 
-# -- a whole evaluation -----------------------------------------------------------------------------------------
+# -- complete evaluation ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +130,7 @@ def evaluation(tiny_run: Path, tiny_shards: ShardSet):
     return evaluate(Predictor.load(tiny_run), tiny_shards, train_shards=tiny_shards, n_null=20)
 
 
-def test_metrics_hold_every_key_and_the_tissue_was_learnt(evaluation, tmp_path: Path):
+def test_metrics_contain_every_key_and_the_model_learned(evaluation, tmp_path: Path):
     write_metrics(evaluation.metrics, tmp_path / "metrics.json")
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     entry = metrics["cohorts"]["human_breast"]
@@ -128,7 +141,7 @@ def test_metrics_hold_every_key_and_the_tissue_was_learnt(evaluation, tmp_path: 
             assert {"mean_pcc_50_hvg", "mean_pcc_all", "partial_pcc_50_hvg", "undefined_genes"} <= set(
                 entry[name][norm]
             )
-    # The synthetic genes follow the colour: a model that has learnt anything clearly beats its null.
+    # The synthetic genes follow the colour, so that a trained model scores far above its null.
     assert entry["zero_shot"]["cp10k"]["mean_pcc_50_hvg"] > 0.3
     assert entry["ridge_colour"]["cp10k"]["mean_pcc_50_hvg"] > 0.5
     assert abs(entry["control_null"]["cp10k"]["mean_pcc_50_hvg"]) < 0.25
@@ -137,7 +150,7 @@ def test_metrics_hold_every_key_and_the_tissue_was_learnt(evaluation, tmp_path: 
     assert len(entry["genes_50_hvg"]) == len(set(entry["genes_50_hvg"])) > 10
 
 
-def test_unseen_genes_are_those_held_out(evaluation):
+def test_unseen_genes_are_the_held_out_genes(evaluation):
     data = evaluation.sections[0]
     unseen = {data.keys[i] for i in data.unseen}
     assert unseen == set(evaluation.predictor.held_out_genes)
@@ -147,7 +160,7 @@ def test_unseen_genes_are_those_held_out(evaluation):
 def test_choice_of_genes_and_baselines_do_not_read_the_test_section(
     tiny_run: Path, tiny_shards: ShardSet, evaluation, monkeypatch: pytest.MonkeyPatch
 ):
-    """Scramble the counts of the test section: the chosen genes and all predictions do not change."""
+    """With scrambled counts of the test section, the chosen genes and all predictions are the same."""
     test = set(tiny_shards.select(split="test").tolist())
     real = ShardSet.counts
 
@@ -166,7 +179,7 @@ def test_choice_of_genes_and_baselines_do_not_read_the_test_section(
     )
 
 
-def test_sections_are_chosen_as_asked(tiny_run: Path, tiny_shards: ShardSet):
+def test_sections_are_chosen_by_id_or_split(tiny_run: Path, tiny_shards: ShardSet):
     predictor = Predictor.load(tiny_run)
     assert choose_sections(predictor, tiny_shards, None) == [tiny_shards.section_number("x1")]
     assert choose_sections(predictor, tiny_shards, ["v1"]) == [tiny_shards.section_number("v1")]
@@ -174,13 +187,13 @@ def test_sections_are_chosen_as_asked(tiny_run: Path, tiny_shards: ShardSet):
         choose_sections(predictor, tiny_shards, ["zz"])
 
 
-def test_a_seen_section_is_labelled_so(tiny_run: Path, tiny_shards: ShardSet):
+def test_a_training_section_is_flagged(tiny_run: Path, tiny_shards: ShardSet):
     result = evaluate(Predictor.load(tiny_run), tiny_shards, sections=["t1"], train_shards=tiny_shards, n_null=2)
     assert result.metrics["sections"]["t1"]["section_seen_in_training"]
     assert result.metrics["cohorts"]["human_breast"]["donor_seen_in_training"]
 
 
-def test_the_report_is_one_file_that_says_what_was_trained(evaluation, tiny_run: Path, tmp_path: Path):
+def test_the_report_is_one_file_that_states_the_training_data(evaluation, tiny_run: Path, tmp_path: Path):
     write_report(tiny_run, evaluation, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert not re.findall(r'(?:src|href)="(?!data:)', page)

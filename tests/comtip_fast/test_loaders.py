@@ -1,4 +1,4 @@
-"""All loaders give the same batches, from any position and on any number of ranks; damage is reported and counted."""
+"""All loaders return the same batches, from any position and on any number of ranks; damage is reported and counted."""
 
 import gc
 import io
@@ -24,7 +24,7 @@ from comtip_fast.data.batch import Batch
 from comtip_fast.data.expression.training_tables import TrainingTables, training_tables
 from comtip_fast.data.loaders.base import BaseLoader
 from comtip_fast.data.loaders.factory import dali_is_installed, make_loader
-from comtip_fast.data.loaders.prefetch import Ahead
+from comtip_fast.data.loaders.prefetch import Prefetcher
 from comtip_fast.data.loaders.schedule import EpochSchedule
 from comtip_fast.training.task import build_task
 from comtip_fast.training.trainer import Trainer
@@ -42,16 +42,16 @@ def tables(tiny_shards: ShardSet, tiny_overrides: list[str]) -> TrainingTables:
 
 @pytest.fixture
 def loader(tiny_shards: ShardSet, tiny_overrides: list[str]):
-    """Return a function that creates loaders; they are closed when the test ends."""
-    created: list[BaseLoader] = []
+    """Return a factory of loaders, which are closed when the test ends."""
+    loaders: list[BaseLoader] = []
 
     def make(*overrides: str, shards: ShardSet = tiny_shards, rank: int = 0, world: int = 1) -> BaseLoader:
         config = load_config(None, [*tiny_overrides, "data.zoom=0.2", "data.workers=2", *overrides])
-        created.append(make_loader(config, shards, training_tables(shards, config), rank=rank, world=world))
-        return created[-1]
+        loaders.append(make_loader(config, shards, training_tables(shards, config), rank=rank, world=world))
+        return loaders[-1]
 
     yield make
-    for one in created:
+    for one in loaders:
         one.close()
 
 
@@ -74,7 +74,7 @@ def whole_epoch(loader: BaseLoader) -> list[Batch]:
 
 @pytest.mark.parametrize("expression", ["table", "records"])
 @pytest.mark.parametrize("name", LOADERS)
-def test_every_loader_gives_what_plain_reading_gives(loader, name: str, expression: str):
+def test_every_loader_returns_the_batches_of_the_reference_loader(loader, name: str, expression: str):
     plain = loader("data.loader=torch", "data.workers=0", "data.expression=table")
     tested = loader(f"data.loader={name}", f"data.expression={expression}")
     tolerance = JPEG_TOLERANCE if name == "dali" else 0
@@ -87,7 +87,7 @@ def test_every_loader_gives_what_plain_reading_gives(loader, name: str, expressi
 
 
 @pytest.mark.parametrize("name", LOADERS)
-def test_batches_asked_for_out_of_order_are_right_too(loader, name: str):
+def test_batches_requested_out_of_order_are_correct(loader, name: str):
     plain, tested = loader("data.loader=torch", "data.workers=0"), loader(f"data.loader={name}")
     order = plain.batches(0)
     for epoch, position, step in ((0, 2, 9), (0, 0, 1), (1, 1, 4), (1, 2, 5), (1, 2, 5), (1, 3, 7)):
@@ -102,9 +102,9 @@ def test_batches_in_order_come_from_the_background(loader, monkeypatch: pytest.M
     threads = set()
     real = tested._read
 
-    def read(request, how):
+    def read(scheduled, how):
         threads.add(threading.current_thread().name)
-        return real(request, how)
+        return real(scheduled, how)
 
     monkeypatch.setattr(tested, "_read", read)
     for step, spots in enumerate(tested.batches(0), start=1):
@@ -129,8 +129,8 @@ def test_ranks_slice_the_global_batch(loader, name: str):
         for g in got:
             assert torch.equal(g.panel, want.panel)
         for field in ("tiles", "levels", "measured", "section", "spot_index"):
-            joined = torch.cat([getattr(g, field) for g in got])
-            difference = (joined.int() - getattr(want, field).int()).abs().max()
+            all_ranks = torch.cat([getattr(g, field) for g in got])
+            difference = (all_ranks.int() - getattr(want, field).int()).abs().max()
             assert difference <= (JPEG_TOLERANCE if name == "dali" and field == "tiles" else 0), field
 
 
@@ -150,29 +150,29 @@ def test_a_rank_without_spots_has_an_empty_batch(loader, name: str):
 )
 def test_100_kills_over_three_world_sizes_lose_and_repeat_nothing(tiny_shards: ShardSet, tiny_overrides, more):
     config = load_config(None, [*tiny_overrides, *more])
-    plan = EpochSchedule(tiny_shards, tiny_shards.select(split="train"), config.data, seed=5)
+    schedule = EpochSchedule(tiny_shards, tiny_shards.select(split="train"), config.data, seed=5)
     rng = np.random.default_rng(0)
     epoch, position, step, seen = 0, 0, 1, {}
     kills = 0
     while kills < 100:
         world = int(rng.choice([1, 2, 4]))
-        for request in islice(plan.requests(epoch, position, step), int(rng.integers(0, 9))):
+        for scheduled in islice(schedule.iterate(epoch, position, step), int(rng.integers(0, 9))):
             for rank in range(world):
-                spots = request.spots[share_of(request.spots.size, rank, world)]
-                seen.setdefault(request.epoch, []).append(spots)
-            epoch, position, step = request.epoch, request.position + 1, request.step + 1
-        if position == len(plan.batches(epoch)):
+                spots = scheduled.spots[share_of(scheduled.spots.size, rank, world)]
+                seen.setdefault(scheduled.epoch, []).append(spots)
+            epoch, position, step = scheduled.epoch, scheduled.position + 1, scheduled.step + 1
+        if position == len(schedule.batches(epoch)):
             epoch, position = epoch + 1, 0
         kills += 1
-    whole = [e for e in seen if e < epoch]
-    assert len(whole) >= 3
-    for e in whole:
-        assert sorted(np.concatenate(seen[e]).tolist()) == plan.spots.tolist()
-    assert [b.tolist() for b in plan.batches(0)] != [b.tolist() for b in plan.batches(1)]
+    complete = [e for e in seen if e < epoch]
+    assert len(complete) >= 3
+    for e in complete:
+        assert sorted(np.concatenate(seen[e]).tolist()) == schedule.spots.tolist()
+    assert [b.tolist() for b in schedule.batches(0)] != [b.tolist() for b in schedule.batches(1)]
 
 
 @pytest.mark.parametrize("name", LOADERS)
-def test_a_new_loader_continues_in_the_middle_of_an_epoch_with_other_ranks(loader, name: str):
+def test_a_new_loader_resumes_in_the_middle_of_an_epoch_on_a_different_number_of_ranks(loader, name: str):
     whole = [b.spot_index for b in islice(loader("data.loader=torch", "data.workers=0").iterate(0, 0, 1), 5)]
     first = [loader(f"data.loader={name}", rank=r, world=2).iterate(0, 0, 1) for r in range(2)]
     then = [loader(f"data.loader={name}", rank=r, world=3).iterate(0, 2, 3) for r in range(3)]
@@ -187,7 +187,7 @@ def test_a_new_loader_continues_in_the_middle_of_an_epoch_with_other_ranks(loade
 # -- balance -------------------------------------------------------------------------------------------------
 
 
-def test_groups_weigh_alike_and_large_ones_show_all_their_spots_in_time():
+def test_groups_have_equal_weight_and_large_ones_show_all_their_spots_over_epochs():
     group = np.repeat(["a", "b", "c"], [90, 9, 21])
     spots = np.arange(1000, 1120)
     seen: dict[int, int] = {}
@@ -198,7 +198,7 @@ def test_groups_weigh_alike_and_large_ones_show_all_their_spots_in_time():
         for name in "abc":
             own = counts[group == name]
             assert own.sum() == 40
-            assert own.max() - own.min() <= 1  # complete passes and part of another
+            assert own.max() - own.min() <= 1  # complete rounds and a fraction of the next
         for spot in drawn:
             seen[int(spot)] = seen.get(int(spot), 0) + 1
     assert set(seen) == set(spots.tolist())
@@ -206,11 +206,13 @@ def test_groups_weigh_alike_and_large_ones_show_all_their_spots_in_time():
     assert (balanced_draw(group, spots, 0, 3) != balanced_draw(group, spots, 0, 4)).any()
 
 
-def test_balanced_batches_hold_both_platforms_alike(tiny_shards: ShardSet, loader, monkeypatch: pytest.MonkeyPatch):
+def test_balanced_batches_contain_both_platforms_equally(
+    tiny_shards: ShardSet, loader, monkeypatch: pytest.MonkeyPatch
+):
     from comtip_fast.data.loaders import schedule as module
 
-    monkeypatch.setattr(module, "groups_of", lambda shards, _: ["x", "y", "y", "y"])
-    # Take 49 spots of one training section and 9 of the other.
+    monkeypatch.setattr(module, "balance_groups", lambda shards, _: ["x", "y", "y", "y"])
+    # 49 spots of one training section and 9 of the other.
     few = loader("data.balance=platform")
     spots = np.concatenate([np.arange(49), np.arange(49, 58)])
     plan = EpochSchedule(tiny_shards, spots, few.config.data, seed=0)
@@ -226,39 +228,39 @@ def test_balanced_batches_hold_both_platforms_alike(tiny_shards: ShardSet, loade
 
 
 @pytest.mark.parametrize("name", ["torch", pytest.param("dali", marks=needs_dali)])
-def test_no_more_is_made_ahead_than_asked_for(loader, name: str, monkeypatch: pytest.MonkeyPatch):
+def test_prefetching_is_bounded(loader, name: str, monkeypatch: pytest.MonkeyPatch):
     tested = loader(f"data.loader={name}", "data.prefetch=3")
-    begun = []
+    started = []
     real = tested.records.fetch
-    monkeypatch.setattr(tested.records, "fetch", lambda spots: begun.append(spots) or real(spots))
+    monkeypatch.setattr(tested.records, "fetch", lambda spots: started.append(spots) or real(spots))
     stream = tested.iterate(0, 0, 1)
-    for taken in range(1, 6):
+    for consumed in range(1, 6):
         next(stream)
         for _ in range(50):
-            before = len(begun)
+            before = len(started)
             threading.Event().wait(0.02)
-            if len(begun) == before:
+            if len(started) == before:
                 break
-        # Ready, in progress, and (DALI on a CPU) four batches in its pipeline.
-        assert taken < len(begun) <= taken + 3 + (5 if name == "dali" else 0)
+        # Ready, in progress, and (DALI, on a CPU) four batches in its pipeline.
+        assert consumed < len(started) <= consumed + 3 + (5 if name == "dali" else 0)
     stream.close()
 
 
-def test_ahead_hands_on_errors_and_stops():
+def test_the_prefetcher_raises_errors_of_its_source_and_stops():
     def numbers(n: int):
         yield from range(n)
         raise ValueError("bad")
 
-    ahead = Ahead(numbers(3), 1)
+    prefetcher = Prefetcher(numbers(3), 1)
     got = []
     with pytest.raises(ValueError, match="bad"):
-        got.extend(ahead)
-    ahead.stop()
-    endless = Ahead(iter(int, 1), 2)
+        got.extend(prefetcher)
+    prefetcher.stop()
+    endless = Prefetcher(iter(int, 1), 2)
     assert next(iter(endless)) == 0
     endless.stop()
     assert not endless._thread.is_alive()
-    assert list(Ahead(iter([1, 2]), 5)) == [1, 2]
+    assert list(Prefetcher(iter([1, 2]), 5)) == [1, 2]
 
 
 def threads_of_loaders() -> set[threading.Thread]:
@@ -277,7 +279,7 @@ def test_memory_stays_flat(loader, name: str):
             next(stream)
         resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize())
     stream.close()
-    # 20 epochs of tiles are 6 MB; a loader that kept them would be detected.
+    # 20 epochs of tiles are 6 MB; a loader that kept them would exceed the limit.
     assert max(resident[5:]) - resident[4] < 3 << 20
     assert not threads_of_loaders() - before
 
@@ -286,7 +288,7 @@ def test_memory_stays_flat(loader, name: str):
 
 
 def damaged(shards: ShardSet, folder: Path, spots: list[int], part: str) -> ShardSet:
-    """Copy a set and flip one bit in the middle of a member of some records."""
+    """Copy a shard set and flip a bit in the middle of a member of the given records."""
     copy = folder / "damaged"
     shutil.copytree(shards.path, copy)
     for spot in spots:
@@ -302,7 +304,7 @@ def damaged(shards: ShardSet, folder: Path, spots: list[int], part: str) -> Shar
 
 
 @pytest.mark.parametrize("name", LOADERS)
-def test_damage_stops_with_shard_and_key(loader, tiny_shards: ShardSet, tmp_path: Path, name: str):
+def test_a_damaged_record_stops_the_loader_with_shard_and_key(loader, tiny_shards: ShardSet, tmp_path: Path, name: str):
     tested = loader(f"data.loader={name}", shards=damaged(tiny_shards, tmp_path, [5], "tile"))
     with pytest.raises(ShardError, match=r"t1-0000\.tar: record 000000005.*CRC"):
         whole_epoch(tested)
@@ -310,7 +312,7 @@ def test_damage_stops_with_shard_and_key(loader, tiny_shards: ShardSet, tmp_path
 
 @pytest.mark.parametrize("world", [1, 3])
 @pytest.mark.parametrize("name", LOADERS)
-def test_damage_is_skipped_counted_and_replaced_alike_on_any_ranks(
+def test_damaged_records_are_skipped_counted_and_replaced_the_same_on_any_ranks(
     loader, tiny_shards: ShardSet, tmp_path: Path, name: str, world: int
 ):
     bad = [5, 6, 60]
@@ -322,27 +324,27 @@ def test_damage_is_skipped_counted_and_replaced_alike_on_any_ranks(
         got = torch.cat([r.batch(spots, step, 0).spot_index for r in ranks]).numpy()
         assert got.size == spots.size
         assert not set(bad) & set(got.tolist())
-        whole = ~np.isin(spots, bad)
-        assert (got[whole] == spots[whole]).all()
-        # Replacements come from the same section and the same batch, independent of the ranks.
-        for index in np.flatnonzero(~whole):
-            assert tiny_shards.sections_of([got[index]]) == tiny_shards.sections_of([spots[index]])
-            later = [s for s in np.roll(spots, -index - 1)[:-1] if s not in bad]
-            same_section = [s for s in later if tiny_shards.sections_of([s]) == tiny_shards.sections_of([spots[index]])]
-            assert got[index] == same_section[0]
+        readable = ~np.isin(spots, bad)
+        assert (got[readable] == spots[readable]).all()
+        # Replacements come from the same section and the same batch, and do not depend on the ranks.
+        for i in np.flatnonzero(~readable):
+            assert tiny_shards.sections_of([got[i]]) == tiny_shards.sections_of([spots[i]])
+            later = [s for s in np.roll(spots, -i - 1)[:-1] if s not in bad]
+            same_section = [s for s in later if tiny_shards.sections_of([s]) == tiny_shards.sections_of([spots[i]])]
+            assert got[i] == same_section[0]
     assert set().union(*(r.faults for r in ranks)) == set(bad)
     metrics = [r.metrics() for r in ranks]
     assert sum(m["faults"] for m in metrics) == sum(m["faults_checksum"] for m in metrics) == len(bad)
 
 
-def test_too_much_damage_stops_after_all(loader, tiny_shards: ShardSet, tmp_path: Path):
+def test_more_damaged_records_than_the_limit_stop_the_loader(loader, tiny_shards: ShardSet, tmp_path: Path):
     shards = damaged(tiny_shards, tmp_path, [5, 6, 7], "tile")
     tested = loader("data.faults=skip", "data.max_faults=2", shards=shards)
     with pytest.raises(ShardError, match=r"more than data\.max_faults=2"):
         whole_epoch(tested)
 
 
-def test_spots_whose_counts_are_damaged_are_no_training_spots(loader, tiny_shards: ShardSet, tmp_path: Path):
+def test_spots_with_damaged_counts_are_excluded_from_training(loader, tiny_shards: ShardSet, tmp_path: Path):
     shards = damaged(tiny_shards, tmp_path, [5], "expr")
     with pytest.raises(ShardError, match="record 000000005"):
         loader(shards=shards)
@@ -350,7 +352,7 @@ def test_spots_whose_counts_are_damaged_are_no_training_spots(loader, tiny_shard
     assert sorted(np.concatenate(tested.batches(0)).tolist()) == [s for s in range(98) if s != 5]
 
 
-def test_a_frozen_stem_never_shows_a_damaged_tile(tiny_shards: ShardSet, tiny_overrides, tmp_path: Path):
+def test_features_of_a_frozen_stem_exclude_damaged_tiles(tiny_shards: ShardSet, tiny_overrides, tmp_path: Path):
     shards = damaged(tiny_shards, tmp_path, [5], "tile")
     config = load_config(None, [*tiny_overrides, "data.faults=skip"])
     stem = lambda tiles: tiles.float().mean((2, 3))[:, None]  # noqa: E731
@@ -369,13 +371,13 @@ def jpeg(px: int) -> bytes:
     return out.getvalue()
 
 
-def test_sizes_are_known_before_anything_is_decoded():
+def test_tile_sizes_are_checked_before_decoding():
     good = jpeg(32)
     check_size(good, 32, "jpeg", lambda: "here")
     frame = good.index(b"\xff\xc0")
     huge = good[: frame + 5] + b"\xff\xff\xff\xff" + good[frame + 9 :]
-    twice = good[:frame] + good[frame : frame + 19] + good[frame:]
-    for bad in (huge, twice, good[:-2], good[: frame + 4], b"", b"\xff\xd8\xff\xd9", good[2:], jpeg(48)):
+    two_frames = good[:frame] + good[frame : frame + 19] + good[frame:]
+    for bad in (huge, two_frames, good[:-2], good[: frame + 4], b"", b"\xff\xd8\xff\xd9", good[2:], jpeg(48)):
         with pytest.raises(ShardError, match="here"):
             check_size(bad, 32, "jpeg", lambda: "here")
     out = io.BytesIO()
@@ -394,7 +396,7 @@ def test_what_dali_cannot_decode_is_found_by_pillow(loader, monkeypatch: pytest.
     def fetch(spots):
         got = real(spots)
         calls.append(spots)
-        if len(calls) == 2:  # has a valid header, but its code table is invalid
+        if len(calls) == 2:  # passes every header check but has an invalid Huffman table
             codes = got.tiles[1].index(b"\xff\xc4") + 5
             got.tiles[1] = got.tiles[1][:codes] + b"\xff" * 16 + got.tiles[1][codes + 16 :]
         return got
@@ -405,10 +407,10 @@ def test_what_dali_cannot_decode_is_found_by_pillow(loader, monkeypatch: pytest.
     assert len(calls) >= 6  # one batch is read twice
 
 
-# -- tables that do not fit ------------------------------------------------------------------------------------
+# -- level tables that do not fit into memory ------------------------------------------------------------------
 
 
-def test_levels_learnt_from_a_part_give_levels_to_all(tiny_shards: ShardSet, tiny_overrides):
+def test_levels_fitted_on_a_sample_apply_to_all_spots(tiny_shards: ShardSet, tiny_overrides):
     few = load_config(None, [*tiny_overrides, "levels.fit_spots=100"])
     assert training_tables(tiny_shards, few).levels is not None
     object.__setattr__(few.levels, "fit_spots", 40)
@@ -426,9 +428,7 @@ def test_levels_learnt_from_a_part_give_levels_to_all(tiny_shards: ShardSet, tin
     assert (whole.table.edges.shape != part.table.edges.shape) or (whole.table.edges != part.table.edges).any()
 
 
-def test_dali_that_is_not_there_is_reported(
-    tiny_shards: ShardSet, tables, tiny_overrides, monkeypatch: pytest.MonkeyPatch
-):
+def test_missing_dali_is_reported(tiny_shards: ShardSet, tables, tiny_overrides, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("comtip_fast.data.loaders.factory.dali_is_installed", lambda: False)
     with pytest.raises(ValueError, match=r"comtip-fast\[dali-cu13\]"):
         make_loader(load_config(None, [*tiny_overrides, "data.loader=dali"]), tiny_shards, tables)
@@ -438,7 +438,7 @@ def test_dali_that_is_not_there_is_reported(
         make_loader(load_config(None, tiny_overrides), tiny_shards, tables, rank=2, world=2)
 
 
-def test_a_run_logs_waiting_and_damage(tiny_shards: ShardSet, tiny_overrides: list[str], tmp_path: Path):
+def test_a_run_logs_loader_waits_and_damaged_records(tiny_shards: ShardSet, tiny_overrides: list[str], tmp_path: Path):
     before = threads_of_loaders()
     shards = damaged(tiny_shards, tmp_path, [5], "tile")
     more = ["data.faults=skip", "train.steps=8", "train.validate_every=0", "train.checkpoint_every=100"]
@@ -453,9 +453,7 @@ def test_a_run_logs_waiting_and_damage(tiny_shards: ShardSet, tiny_overrides: li
 
 
 @pytest.mark.parametrize("part", ["tile", "expr"])
-def test_validation_goes_without_damaged_spots(
-    tiny_shards: ShardSet, tiny_overrides: list[str], tmp_path: Path, part: str
-):
+def test_validation_skips_damaged_spots(tiny_shards: ShardSet, tiny_overrides: list[str], tmp_path: Path, part: str):
     val = tiny_shards.select(split="val")
     shards = damaged(tiny_shards, tmp_path, [int(val[3])], part)
     config = load_config(None, [*tiny_overrides, f"data.shards={shards.path}"])
@@ -469,9 +467,9 @@ def test_validation_goes_without_damaged_spots(
     assert set(task.loader.faults) == {int(val[3])}
 
 
-def test_worker_processes_never_collect_what_they_inherited(loader, tmp_path: Path):
-    # Collecting a DALI pipeline in a forked process waits for threads that do not exist there, and hung occasionally.
-    class Left:
+def test_worker_processes_never_collect_inherited_objects(loader, tmp_path: Path):
+    # The destructor of a DALI pipeline in a forked process waits for threads that do not exist there, and can hang.
+    class Garbage:
         def __init__(self) -> None:
             self.itself = self
 
@@ -479,18 +477,18 @@ def test_worker_processes_never_collect_what_they_inherited(loader, tmp_path: Pa
             (tmp_path / f"collected by {os.getpid()}").touch()
 
     tested = loader("data.loader=wds")
-    tested.garbage = Left()
-    real = tested._make
+    tested.garbage = Garbage()
+    real = tested._load
 
-    def collects(request):
+    def collects(scheduled):
         del tested.garbage
         gc.collect()
         tested.garbage = None
-        return real(request)
+        return real(scheduled)
 
-    tested._make = collects
+    tested._load = collects
     for step, spots in enumerate(tested.batches(0), start=1):
         assert tested.batch(spots, step, 0).spot_index.tolist() == spots.tolist()
     tested.close()
-    assert isinstance(tested.garbage, Left)  # these batches come from workers
+    assert isinstance(tested.garbage, Garbage)  # workers loaded the batches
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""The model: the table encodes every sentence once, hidden patches are never computed, timm backbones equal timm."""
+"""The model: the table equals encoding each sentence, hidden patches are never computed, outputs equal timm's."""
 
 import copy
 from dataclasses import replace
@@ -41,12 +41,12 @@ def model(**vision: object) -> CoMTIP:
 # -- sentences --------------------------------------------------------------------------------------------------
 
 
-def test_the_table_equals_encoding_every_sentence_of_every_spot():
+def test_the_table_equals_encoding_each_sentence_of_each_spot():
     enc, panel = encoder(), genes()
     levels = torch.randint(4, (5, 6), generator=torch.Generator().manual_seed(1))
     weight = torch.randn(5, 6, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     table = enc(panel)
-    in_parts = torch.cat([enc(panel, slice(0, 7)), enc(panel, slice(7, 24))])  # the slice starts inside a gene
+    in_parts = torch.cat([enc(panel, slice(0, 7)), enc(panel, slice(7, 24))])  # the slices split a gene
     torch.testing.assert_close(in_parts, table, rtol=1e-12, atol=1e-12)
     from_table = table.view(6, 4, 16)[torch.arange(6), levels]
     (from_table * weight).sum().backward()
@@ -81,14 +81,14 @@ def test_a_sentence_depends_on_its_own_tokens_only():
     before = enc(panel).view(6, 4, 16)
     changed = GeneTokens(panel.ids_GT.clone(), panel.length_G, panel.identity_G)
     changed.ids_GT[2, 1] = (changed.ids_GT[2, 1] + 1) % 37 + 3
-    changed.ids_GT[4, panel.length_G[4] :] = 9  # past the end of the sentence
+    changed.ids_GT[4, panel.length_G[4] :] = 9  # padding
     after = enc(changed).view(6, 4, 16)
     others = torch.tensor([0, 1, 3, 4, 5])
     torch.testing.assert_close(after[others], before[others], rtol=0, atol=1e-14)
     assert (after[2] - before[2]).abs().max() > 1e-3
 
 
-def test_a_mixed_level_meets_its_ends_and_lies_between():
+def test_level_interpolation_equals_the_levels_at_both_ends():
     enc, panel = encoder(), genes(2)
     lo, hi = torch.tensor([1, 2]), torch.tensor([2, 3])
     ends = [enc.encode(panel, lo, hi, torch.tensor([m, m], dtype=torch.float64)) for m in (0.0, 1.0)]
@@ -96,7 +96,7 @@ def test_a_mixed_level_meets_its_ends_and_lies_between():
     torch.testing.assert_close(ends[1], enc.encode(panel, hi))
 
 
-def test_no_identity_is_no_identity():
+def test_identity_row_0_is_not_used():
     enc, panel = encoder(), genes()
     unknown = GeneTokens(panel.ids_GT, panel.length_G, panel.identity_G * 0)
     before = enc(unknown)
@@ -118,7 +118,7 @@ def test_hidden_patches_are_never_computed(ratio: int, hidden: int):
     tiles = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
     order = torch.stack([torch.randperm(16) for _ in range(3)])
     patches = net.vision.stem_features(tiles)
-    # Set hidden patches to NaN: any use of them would propagate.
+    # Hidden patches are NaN: any use of them would propagate.
     rows = torch.arange(3)[:, None]
     patches[rows, order[:, :hidden]] = float("nan")
     seen = net.vision(patches, order[:, hidden:])
@@ -128,7 +128,7 @@ def test_hidden_patches_are_never_computed(ratio: int, hidden: int):
     assert net.generator(seen.patches_BVd, order[:, :hidden]).isfinite().all()
 
 
-def test_predictions_follow_the_hidden_position_and_see_the_visible():
+def test_predictions_depend_on_the_hidden_position_and_the_visible_patches():
     net = model()
     visible = torch.randn(2, 8, 16)
     a = net.generator(visible, torch.tensor([[3, 7], [1, 2]]))
@@ -138,7 +138,7 @@ def test_predictions_follow_the_hidden_position_and_see_the_visible():
 
 
 @pytest.mark.parametrize(("name", "patches"), [("vit_base_patch32_224", 49), ("vit_tiny_patch16_224", 196)])
-def test_timm_backbones_give_what_timm_gives(name: str, patches: int, tmp_path: Path):
+def test_timm_backbones_return_the_features_of_timm(name: str, patches: int, tmp_path: Path):
     torch.manual_seed(0)
     theirs = timm.create_model(name, pretrained=False).eval()
     save_file(theirs.state_dict(), tmp_path / "weights.safetensors")
@@ -153,7 +153,7 @@ def test_timm_backbones_give_what_timm_gives(name: str, patches: int, tmp_path: 
     assert int(0.5 * patches) == {49: 24, 196: 98}[patches]
 
 
-def test_backbones_that_cannot_be_are_refused(tmp_path: Path):
+def test_invalid_backbones_and_weights_are_reported(tmp_path: Path):
     with pytest.raises(ValueError, match="timm cannot build it"):
         VisionEncoder(VisionConfig(backbone="vit_enormous"), 224)
     with pytest.raises(ValueError, match="not a Vision Transformer"):
@@ -161,13 +161,13 @@ def test_backbones_that_cannot_be_are_refused(tmp_path: Path):
     with pytest.raises(ValueError, match=r"existing \.safetensors"):
         VisionEncoder(VisionConfig(backbone="vit_tiny_patch16_224", pretrained="weights.pth"), 224)
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match="does not fit"):
+    with pytest.raises(ValueError, match=r"do not fit vision\.backbone"):
         VisionEncoder(VisionConfig(backbone="vit_tiny_patch16_224", pretrained=str(tmp_path / "x.safetensors")), 224)
     with pytest.raises(ValueError, match="tiles are 48 px wide"):
         VisionEncoder(VISION, 32).stem_features(torch.zeros(1, 3, 48, 48, dtype=torch.uint8))
 
 
-def test_the_frozen_stem_is_the_folded_network():
+def test_the_frozen_stem_folds_batch_norms_and_ignores_the_batch():
     from comtip_fast.models.stems import EfficientNetLite0Stem
 
     torch.manual_seed(0)
@@ -184,7 +184,7 @@ def test_the_frozen_stem_is_the_folded_network():
     del net
 
 
-# -- whole model --------------------------------------------------------------------------------------------------
+# -- CoMTIP -----------------------------------------------------------------------------------------------------
 
 
 def step(net: CoMTIP):
@@ -223,7 +223,7 @@ def test_the_teacher_is_a_moving_average():
     assert step(net).target_BKd is not None
 
 
-def test_two_runs_give_the_same_bits():
+def test_gradients_are_bitwise_reproducible():
     grads = []
     for _ in range(2):
         net = model()

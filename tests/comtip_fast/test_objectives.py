@@ -1,10 +1,11 @@
-"""Losses against slow formulas; mispairing changes only the pairing."""
+"""Losses against direct formulas; mispairing changes only the pairing of genes and values."""
 
 import math
 
 import pytest
 import torch
 
+from comtip_fast.data.expression.strata import gene_strata
 from comtip_fast.objectives import (
     choose_hardest,
     counted_swaps,
@@ -14,7 +15,6 @@ from comtip_fast.objectives import (
     pair_loss,
     permute_within_strata,
     same_text_hash,
-    strata_of,
     take_from_other_spots,
 )
 
@@ -33,9 +33,9 @@ def uniform(seed: int, *shape: int) -> torch.Tensor:
 # -- mispairing -------------------------------------------------------------------------------------------------
 
 
-def test_within_strata_every_spot_keeps_its_values_in_every_stratum(levels):
+def test_permutation_within_strata_keeps_the_values_of_every_stratum(levels):
     strata = torch.arange(G).remainder(3).expand(B, G).clone()
-    strata[:, -4:] = 3  # not measured: a separate stratum
+    strata[:, -4:] = 3  # unmeasured genes form their own stratum
     out = permute_within_strata(levels, strata, uniform(2, C, B, G), uniform(3, C, B, G))
     assert out.shape == (C, B, G)
     for s in range(4):
@@ -45,7 +45,7 @@ def test_within_strata_every_spot_keeps_its_values_in_every_stratum(levels):
     assert (out[0] != out[1]).any()
 
 
-def test_within_strata_is_a_uniform_permutation():
+def test_permutation_within_strata_is_uniform():
     levels = torch.arange(3).expand(1, 3)
     n = 6000
     out = permute_within_strata(levels, torch.zeros(1, 3, dtype=torch.long), uniform(4, n, 1, 3), uniform(5, n, 1, 3))
@@ -54,9 +54,9 @@ def test_within_strata_is_a_uniform_permutation():
     assert (count.double() / n - 1 / 6).abs().max() < 0.02
 
 
-def test_other_spots_give_the_same_gene_of_the_same_section_and_never_ones_own():
+def test_levels_come_from_another_spot_of_the_section_and_the_same_gene():
     section = torch.tensor([0, 1, 0, 1, 0, 2, 1, 0, 1])
-    tagged = torch.arange(B)[:, None] * G + torch.arange(G)  # a level that identifies its origin
+    tagged = torch.arange(B)[:, None] * G + torch.arange(G)  # levels that encode their origin
     out = take_from_other_spots(tagged, section, uniform(6, 200, B, G))
     spot, gene = out // G, out % G
     assert (gene == torch.arange(G)).all()
@@ -68,18 +68,18 @@ def test_other_spots_give_the_same_gene_of_the_same_section_and_never_ones_own()
     assert set(spot[:, 0].unique().tolist()) == {2, 4, 7}
 
 
-def test_levels_of_other_spots_are_taken_as_bytes_by_whoever_has_the_rows():
-    """Levels of all spots are communicated as bytes; only the levels a rank takes may be widened."""
+def test_levels_of_other_spots_stay_uint8_and_do_not_depend_on_the_slice():
+    """Ranks exchange levels as bytes; only the levels that a rank uses may be widened."""
     section = torch.tensor([0, 1, 0, 1, 0, 2, 1, 0, 1])
     levels, u = (torch.arange(B * G).reshape(B, G) % 251).byte(), uniform(7, 3, B, G)
-    whole = take_from_other_spots(levels.long(), section, u)
+    expected = take_from_other_spots(levels.long(), section, u)
     for rows in (slice(0, 4), slice(4, 9), slice(9, 9)):
-        part = take_from_other_spots(levels, section, u[:, rows], rows)
-        assert part.dtype == torch.uint8
-        assert torch.equal(part.long(), whole[:, rows])
+        got = take_from_other_spots(levels, section, u[:, rows], rows)
+        assert got.dtype == torch.uint8
+        assert torch.equal(got.long(), expected[:, rows])
 
 
-def test_a_swap_counts_only_where_the_level_moves_enough(levels):
+def test_a_swap_counts_only_if_the_level_changes_enough(levels):
     moved = (levels + torch.arange(G).remainder(4)).clamp_max(Q - 1)
     measured = torch.arange(G).expand(B, G) % 5 != 0
     got = counted_swaps(levels, moved, measured, 2)
@@ -88,18 +88,18 @@ def test_a_swap_counts_only_where_the_level_moves_enough(levels):
             assert bool(got[b, g]) == (bool(measured[b, g]) and abs(int(levels[b, g]) - int(moved[b, g])) >= 2)
 
 
-def test_the_adversary_takes_whole_permutations():
+def test_the_adversary_chooses_complete_permutations():
     logits = torch.tensor([[[0.0, 9.0], [1.0, 1.0]], [[3.0, 3.0], [5.0, -9.0]]])  # (C=2, B=2, G=2)
     counted = torch.tensor([[[True, False], [True, True]], [[True, True], [True, True]]])
     assert choose_hardest(logits, counted).tolist() == [1, 0]
     assert choose_hardest(logits, counted & torch.tensor([False, True])[:, None, None]).tolist() == [1, 1]
 
 
-def test_strata_hold_genes_of_like_detection():
+def test_strata_contain_genes_of_similar_detection_and_level():
     mean = torch.tensor([[0.1, 3.0, 0.2, 2.9, 1.0, 1.1]])
     detection = torch.tensor([[0.1, 1.0, 0.1, 1.0, 0.5, 0.5]])
     measured = torch.tensor([[True, True, True, True, True, False]])
-    got = strata_of(mean, detection, measured, 2)[0]
+    got = gene_strata(mean, detection, measured, 2)[0]
     assert got[5] == 2
     assert got[0] == got[2]
     assert got[1] == got[3]
@@ -147,12 +147,12 @@ def test_masked_feature_loss_matches_loops(distance: str):
     assert predicted.grad is not None
 
 
-def test_masked_feature_loss_refuses_other_distances():
+def test_masked_feature_loss_rejects_unknown_distances():
     with pytest.raises(ValueError, match="l7"):
         masked_feature_loss(torch.zeros(1, 1, 2), torch.zeros(1, 1, 2), "l7")
 
 
-def test_collapse_is_seen():
+def test_feature_health_detects_collapse():
     good = uniform(12, 8, 16, 32)
     flat = good.mean(1, keepdim=True).expand(-1, 16, -1)
     one = torch.ones(8, 16, 1, dtype=torch.float64) * uniform(13, 32)
@@ -163,7 +163,7 @@ def test_collapse_is_seen():
     assert same["patch_rank"] < 1.5
 
 
-def test_equal_texts_are_known_without_what_was_not_measured(levels):
+def test_the_text_hash_ignores_unmeasured_genes(levels):
     measured = torch.ones(B, G, dtype=torch.bool)
     measured[:, 5] = False
     again = levels.clone()

@@ -1,4 +1,4 @@
-"""The report states everything a reader needs to interpret the scores."""
+"""The report states how each section was used and how it was scored."""
 
 from pathlib import Path
 
@@ -21,27 +21,27 @@ def page_of(run: Path, shards: ShardSet, out: Path, sections: list[str], tissue:
     return " ".join((out / "report.html").read_text().split())
 
 
-def test_sections_that_training_used_are_named(tiny_run: Path, tiny_shards: ShardSet, tmp_path: Path):
+def test_sections_that_training_used_are_reported(tiny_run: Path, tiny_shards: ShardSet, tmp_path: Path):
     page = page_of(tiny_run, tiny_shards, tmp_path, ["t1", "v1"])
-    assert "t1 trained this model" in page
-    assert "v1 chose when training stopped" in page
+    assert "t1 was used to train this model" in page
+    assert "v1 determined when training stopped" in page
     assert "--sections t1,v1 --null-draws 3 --seed 0" in page
     assert "t1 against chance" in page
     assert page.count('src="data:image') >= 2 * 3
 
 
-def test_a_task_never_trained_has_a_page_too(tiny_run: Path, tiny_shards: ShardSet, tmp_path: Path):
+def test_an_untrained_cohort_is_reported(tiny_run: Path, tiny_shards: ShardSet, tmp_path: Path):
     page = page_of(tiny_run, tiny_shards, tmp_path, ["x1"], tissue="heart")
-    assert "Training had no human breast" in page
+    assert "The training set has no human breast" in page
     assert "Ridge on mean tile colour" not in page
 
 
 @pytest.mark.parametrize(("width", "length"), [(6500.0, 2000), (2900, 500), (100, 20), (2, 1), (0.5, 1)])
-def test_scale_bar_is_round_and_short(width: float, length: int):
+def test_the_scale_bar_has_a_round_length(width: float, length: int):
     assert scale_length(width) == length
 
 
 @pytest.mark.filterwarnings("error")
-def test_histogram_of_nothing_is_still_a_picture():
+def test_a_histogram_without_values_is_drawn():
     assert gene_histogram(np.zeros(0), np.zeros((0, 0)), "none").startswith("data:image/png")
     assert gene_histogram(np.array([np.nan, 0.3]), np.full((2, 2), np.nan), "some").startswith("data:image/png")

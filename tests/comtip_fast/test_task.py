@@ -7,11 +7,12 @@ import pytest
 import torch
 from comtip_kernels import prefer
 from comtip_shards import ShardSet
-from comtip_shards.build.build import build_shards
+from comtip_shards.builder.build import build_shards
 from comtip_shards.sources import open_source
 
 from comtip_fast.config.io import load_config
-from comtip_fast.training.task import CoMTIPTask, build_task, pick_device
+from comtip_fast.devices import pick_device
+from comtip_fast.training.task import CoMTIPTask, build_task
 
 CPU = torch.device("cpu")
 
@@ -149,7 +150,7 @@ def test_validation_reads_validation_sections_only(
 def test_devices_are_refused_by_name():
     assert pick_device("cpu").type == "cpu"
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="sees no GPU"):
+        with pytest.raises(ValueError, match="finds no GPU"):
             pick_device("cuda")
 
 

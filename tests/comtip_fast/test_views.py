@@ -8,7 +8,7 @@ from comtip_shards.slides.tiles import StainStats, normalise_stain
 
 from comtip_fast.config.schema import DataConfig
 from comtip_fast.data.augment.apply_views import apply_views
-from comtip_fast.data.augment.views import make_views, plan_views, view_of
+from comtip_fast.data.augment.views import make_views, plan_views, view_indices
 
 STAINS = [StainStats((0.2, 0.3, 0.25), (0.1, 0.15, 0.1)), StainStats((0.4, 0.5, 0.3), (0.2, 0.2, 0.1))]
 SPOTS = np.arange(10, 26)
@@ -28,7 +28,7 @@ def plan(px: int = 24, view: np.ndarray = VIEW, seed: int = 3, **config: object)
 def test_view_0_is_the_tile_and_every_view_comes_once():
     still = plan(view=np.zeros(16, int), stain="none", zoom=0.3)
     np.testing.assert_array_equal(make_views(tiles(), still), tiles())
-    seen = np.stack([view_of(4, SPOTS, seed=0, epoch=e) for e in range(4)])
+    seen = np.stack([view_indices(4, SPOTS, seed=0, epoch=e) for e in range(4)])
     np.testing.assert_array_equal(np.sort(seen, 0), np.tile(np.arange(4)[:, None], 16))
 
 
@@ -43,7 +43,7 @@ def test_turns_are_the_eight_of_a_square():
             {
                 t.tobytes()
                 for t in make_views(
-                    np.repeat(tiles()[:1], 8, 0), plan(view=view, stain="none", jitter=0.0).part(slice(8))
+                    np.repeat(tiles()[:1], 8, 0), plan(view=view, stain="none", jitter=0.0).select(slice(8))
                 )
             }
         )

@@ -12,9 +12,9 @@ import pandas as pd
 import pytest
 import webdataset
 from comtip_shards import ShardError, ShardSet, SourceError
-from comtip_shards.build import build as build_module
-from comtip_shards.build.build import build_shards
-from comtip_shards.build.writer import layout
+from comtip_shards.builder import build as build_module
+from comtip_shards.builder.build import build_shards
+from comtip_shards.builder.writer import layout
 from comtip_shards.slides.tiles import cut_tiles, stain_stats
 from comtip_shards.sources import open_source
 from PIL import Image

@@ -15,11 +15,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from comtip_shards import ShardError, ShardSet, SourceError
-from comtip_shards.build import staging as stage
-from comtip_shards.build.build import build_shards
-from comtip_shards.build.jobs import run_jobs
-from comtip_shards.build.merge import merge_sets
-from comtip_shards.build.output_dir import STAGING, writing
+from comtip_shards.builder import staging as stage
+from comtip_shards.builder.build import build_shards
+from comtip_shards.builder.jobs import run_jobs
+from comtip_shards.builder.merge import merge_sets
+from comtip_shards.builder.output_dir import STAGING, writing
 from comtip_shards.reader.verify import verify
 from comtip_shards.sources import open_source
 
@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 COMMAND = """
 import sys
 from pathlib import Path
-from comtip_shards.build import build_shards
+from comtip_shards.builder import build_shards
 from comtip_shards.sources import open_source
 build_shards(open_source(sys.argv[1]), Path(sys.argv[2]), tile_px=32, tile_um=224.0, min_mpp=5.0, max_records=20,
              jobs=int(sys.argv[3]))
@@ -106,7 +106,7 @@ def test_kills_at_random_points_lose_nothing(
 def test_workers_end_with_the_builder(tmp_path: Path):
     script = tmp_path / "wait.py"
     script.write_text(
-        "import os, sys, time\nfrom comtip_shards.build.jobs import run_jobs\n"
+        "import os, sys, time\nfrom comtip_shards.builder.jobs import run_jobs\n"
         "def wait(i):\n    open(f'{sys.argv[1] if len(sys.argv) > 1 else i[0]}', 'a').write(f'{os.getpid()}\\n')\n    time.sleep(60)\n"
         "if __name__ == '__main__':\n    run_jobs(wait, [((sys.argv[2],),)] * 2, jobs=2, label='x')\n"
     )

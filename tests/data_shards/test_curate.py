@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from comtip_shards import ShardSet, SourceError
-from comtip_shards.build.build import build_shards
+from comtip_shards.builder.build import build_shards
 from comtip_shards.qc import check_section, check_source, check_sources
 from comtip_shards.qc import context as look_module
 from comtip_shards.qc.page import overlay, pages, ramp

@@ -15,7 +15,7 @@ from comtip_shards import ShardError, ShardSet, SourceError
 from comtip_shards.reader.verify import verify
 from comtip_shards.storage.remote import Remote, RetryPolicy
 
-from comtip_fast.data.sections import TileSpec, open_section
+from comtip_fast.data.sections import TileGeometry, open_section
 from testkit.shards import change_manifest, rewrite
 
 QUICK = RetryPolicy(attempts=2, stall=0.5, total=2, backoff=0.01)
@@ -106,7 +106,7 @@ def test_a_file_url_needs_no_cache(tiny_shards: ShardSet):
 
 def test_a_section_of_a_remote_set_is_a_section(bucket: object, tiny_shards: ShardSet, tmp_path: Path, monkeypatch):
     monkeypatch.setenv("COMTIP_CACHE", str(tmp_path))
-    spec = TileSpec(32, 224.0, 5.0)
+    spec = TileGeometry(32, 224.0, 5.0)
     far, near = (open_section(f"{p}:x1", spec) for p in ("memory://bucket/set", tiny_shards.path))
     np.testing.assert_array_equal(far.tiles_NSS3, near.tiles_NSS3)
     assert far.template.obs_names.tolist() == near.template.obs_names.tolist()

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from comtip_shards.build.build import build_shards
+from comtip_shards.builder.build import build_shards
 from comtip_shards.reader.shard_set import ShardSet
 from comtip_shards.sources import open_source
 

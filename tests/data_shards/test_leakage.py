@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from comtip_shards import ShardSet, SourceError
-from comtip_shards.build.build import build_shards
+from comtip_shards.builder.build import build_shards
 from comtip_shards.sections.leakage import (
     SKETCH,
     benchmark_of,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tifffile
 from comtip_shards import ShardSet, SourceError
-from comtip_shards.build.build import build_shards
+from comtip_shards.builder.build import build_shards
 from comtip_shards.qc import check_section
 from comtip_shards.sections.leakage import guard_benchmark, load_benchmark
 from comtip_shards.sources import detect, open_source

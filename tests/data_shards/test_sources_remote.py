@@ -10,7 +10,7 @@ from pathlib import Path
 import fsspec
 import pytest
 from comtip_shards import ShardError, SourceError
-from comtip_shards.build.build import build_shards
+from comtip_shards.builder.build import build_shards
 from comtip_shards.sources import fetch as fetch_module
 from comtip_shards.sources import open_source
 from comtip_shards.sources.fetch import fetch_source

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from comtip_shards import SourceError
-from comtip_shards.build.build import build_shards
+from comtip_shards.builder.build import build_shards
 from comtip_shards.sources import detect, open_source
 from PIL import Image
 

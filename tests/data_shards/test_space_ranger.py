@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from comtip_shards import ShardSet, SourceError
-from comtip_shards.build.build import build_shards
+from comtip_shards.builder.build import build_shards
 from comtip_shards.reader.verify import verify
 from comtip_shards.sources import detect, open_source
 from PIL import Image

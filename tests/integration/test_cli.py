@@ -144,7 +144,7 @@ def test_evaluate_writes_both_files(tiny_run: Path, tiny_shards: ShardSet, tmp_p
         ]
     )
     assert code == 0
-    assert json.loads((tmp_path / "e/metrics.json").read_text())["tasks"]["human_breast"]["zero_shot"]["cp10k"]
+    assert json.loads((tmp_path / "e/metrics.json").read_text())["cohorts"]["human_breast"]["zero_shot"]["cp10k"]
     assert (tmp_path / "e/report.html").stat().st_size > 50_000
     assert "zero_shot" in capsys.readouterr().out
 

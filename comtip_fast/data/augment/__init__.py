@@ -1,1 +1,1 @@
-"""Random views of tiles: flips, turns, stain and colour jitter."""
+"""Random views of tiles: zoom, rotation, mirroring, stain normalisation and jitter."""

@@ -1,11 +1,11 @@
-"""Augmented views of a tile, each a fixed function of (seed, spot, view).
+"""Augmented views of a tile, each a deterministic function of (seed, spot, view).
 
-View 0 is the tile as it is, its section's stain normalised. The others are also zoomed, turned by right angles,
-mirrored, and their stain is jittered in optical-density space. A fixed, small number of views lets a frozen stem
-be run once per view and kept.
+View 0 is the original tile with its section's stain normalised. The other views are also zoomed, rotated by
+multiples of 90 degrees, mirrored, and jittered in optical-density space. The number of views is small and fixed, so
+the output of a frozen stem can be computed once per view and cached.
 
-:func:`plan_views` says what happens to each tile, as numbers; :func:`make_views` is the readable way of doing it and
-:mod:`comtip_fast.data.augment.apply_views` the fast one.
+:func:`plan_views` computes the parameters of each view, :func:`make_views` is the reference implementation, and
+:mod:`comtip_fast.data.augment.apply_views` is the fast one.
 """
 
 from __future__ import annotations
@@ -22,121 +22,132 @@ from comtip_fast.config.schema import DataConfig
 
 @dataclass(frozen=True)
 class ViewPlan:
-    """What is done to each of N tiles, in this order: cut off a margin and enlarge, turn, map the values."""
+    """Parameters of the views of N tiles, applied in this order: zoom, rotate and mirror, map pixel values."""
 
     margin_N: np.ndarray
-    """int64, px cut off each side."""
-    turn_N: np.ndarray
-    """int64, 0 to 7: quarter turns, plus 4 where it is mirrored left to right afterwards."""
-    table_N3V: np.ndarray | None
-    """uint8 (N, 3, 256), what becomes of each value of each channel; None leaves every value as it is."""
+    """int64, pixels cropped from each side before resizing to the full size."""
+    orientation_N: np.ndarray
+    """int64, 0 to 7: number of quarter turns, plus 4 if the tile is then mirrored left to right."""
+    lut_N3V: np.ndarray | None
+    """uint8 (N, 3, 256), look-up table of each channel's pixel values; None leaves all values unchanged."""
 
-    def part(self, rows: slice | np.ndarray) -> ViewPlan:
-        """Return the plan of some of the tiles."""
-        table = None if self.table_N3V is None else self.table_N3V[rows]
-        return ViewPlan(self.margin_N[rows], self.turn_N[rows], table)
+    def select(self, rows: slice | np.ndarray) -> ViewPlan:
+        """Return the plan of a subset of the tiles."""
+        lut = None if self.lut_N3V is None else self.lut_N3V[rows]
+        return ViewPlan(self.margin_N[rows], self.orientation_N[rows], lut)
 
 
-def view_of(n_views: int, spot_index: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
-    """Return which view each spot shows in this epoch: int64 (B,); every view once in ``n_views`` epochs."""
+def view_indices(n_views: int, spot_index: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
+    """Return the view of each spot in this epoch, int64 (B,); ``n_views`` epochs show every view once."""
     start = np.floor(uniform(seed, "view", index=spot_index) * n_views).astype(np.int64)
     return (start + epoch) % n_views
 
 
 def plan_views(
-    spot_index: np.ndarray, view: np.ndarray, section: np.ndarray, stain_of: Callable[[int], StainStats],
-    config: DataConfig, *, tile_px: int, seed: int,
-) -> ViewPlan:  # fmt: skip
-    """Say how the views asked for are made.
+    spot_index: np.ndarray,
+    view: np.ndarray,
+    section: np.ndarray,
+    stain_of: Callable[[int], StainStats],
+    config: DataConfig,
+    *,
+    tile_px: int,
+    seed: int,
+) -> ViewPlan:
+    """Compute the parameters of the requested views.
 
     Parameters
     ----------
     spot_index, view, section
         (N,) integers.
     stain_of
-        Gives a section's stain.
+        Returns a section's stain statistics.
     config
-        ``stain``, ``flips``, ``jitter`` and ``zoom``.
+        ``stain``, ``flips``, ``jitter`` and ``zoom`` are read.
     tile_px
-        S, on which the margins of a zoom depend.
+        S, which scales the margins of the zoom.
     seed
         The run's seed.
     """
-    moved = view > 0
-    most = int(tile_px * (1 - 1 / (1 + config.zoom)) / 2)
+    augmented = view > 0
+    max_margin = int(tile_px * (1 - 1 / (1 + config.zoom)) / 2)
     margin = np.zeros(view.shape, np.int64)
-    if most > 0:
+    if max_margin > 0:
         keys = [key(seed, "zoom", int(v), int(s)) for v, s in zip(view, spot_index, strict=True)]
-        margin = np.where(moved, np.floor(uniform_rows(keys, 1)[:, 0] * (most + 1)), 0).astype(np.int64)
-    turn = np.where(moved, view % 8, 0) if config.flips else np.zeros(view.shape, np.int64)
-    table = None
-    if config.stain == "section" or (config.jitter > 0 and moved.any()):
-        table = _tables(spot_index, view, section, stain_of, config, seed)
-    return ViewPlan(margin, turn, table)
+        drawn = np.floor(uniform_rows(keys, 1)[:, 0] * (max_margin + 1))
+        margin = np.where(augmented, drawn, 0).astype(np.int64)
+    orientation = np.where(augmented, view % 8, 0) if config.flips else np.zeros(view.shape, np.int64)
+    lut = None
+    if config.stain == "section" or (config.jitter > 0 and augmented.any()):
+        lut = _lookup_tables(spot_index, view, section, stain_of, config, seed)
+    return ViewPlan(margin, orientation, lut)
 
 
 def make_views(tiles_NSS3: np.ndarray, plan: ViewPlan) -> np.ndarray:
-    """Return the views as uint8 (N, S, S, 3): the readable way, tile by tile."""
+    """Return the views, uint8 (N, S, S, 3): the reference implementation, one tile at a time."""
     out = np.empty_like(tiles_NSS3)
     for i, tile in enumerate(tiles_NSS3):
-        view = turn_tile(_enlarge(tile, int(plan.margin_N[i])), int(plan.turn_N[i]))
-        if plan.table_N3V is not None:
-            view = np.stack([plan.table_N3V[i, c][view[..., c]] for c in range(3)], axis=-1)
+        view = rotate_flip(_zoom(tile, int(plan.margin_N[i])), int(plan.orientation_N[i]))
+        if plan.lut_N3V is not None:
+            view = np.stack([plan.lut_N3V[i, c][view[..., c]] for c in range(3)], axis=-1)
         out[i] = view
     return out
 
 
-def turn_tile(tile: np.ndarray, which: int, axes: tuple[int, int] = (0, 1)) -> np.ndarray:
-    """Turn ``which % 4`` quarters, then mirror left to right where ``which`` is 4 or more; a view, not a copy."""
-    turned = np.rot90(tile, which % 4, axes)
-    return np.flip(turned, axes[1]) if which >= 4 else turned
+def rotate_flip(tile: np.ndarray, orientation: int, axes: tuple[int, int] = (0, 1)) -> np.ndarray:
+    """Rotate by ``orientation % 4`` quarter turns, then mirror left to right if it is 4 or more; no copy is made."""
+    rotated = np.rot90(tile, orientation % 4, axes)
+    return np.flip(rotated, axes[1]) if orientation >= 4 else rotated
 
 
-def _enlarge(tile_SS3: np.ndarray, margin: int) -> np.ndarray:
-    """Cut ``margin`` px off each side and resample what is left to S, linearly between the middles of pixels."""
+def _zoom(tile_SS3: np.ndarray, margin: int) -> np.ndarray:
+    """Crop ``margin`` px from each side and resize to S, bilinearly between pixel centres."""
     if margin == 0:
         return tile_SS3
     S = tile_SS3.shape[0]
-    inner = tile_SS3[margin : S - margin, margin : S - margin].astype(np.float32)
-    n = inner.shape[0]
-    at = np.clip((np.arange(S, dtype=np.float32) + 0.5) * (n / S) - 0.5, 0, n - 1)
-    low = np.floor(at).astype(np.int64)
-    high, share = np.minimum(low + 1, n - 1), (at - low).astype(np.float32)
-    rows = inner[low] * (1 - share)[:, None, None] + inner[high] * share[:, None, None]
-    both = rows[:, low] * (1 - share)[None, :, None] + rows[:, high] * share[None, :, None]
+    crop = tile_SS3[margin : S - margin, margin : S - margin].astype(np.float32)
+    n = crop.shape[0]
+    x = np.clip((np.arange(S, dtype=np.float32) + 0.5) * (n / S) - 0.5, 0, n - 1)
+    low = np.floor(x).astype(np.int64)
+    high, fraction = np.minimum(low + 1, n - 1), (x - low).astype(np.float32)
+    rows = crop[low] * (1 - fraction)[:, None, None] + crop[high] * fraction[:, None, None]
+    both = rows[:, low] * (1 - fraction)[None, :, None] + rows[:, high] * fraction[None, :, None]
     return np.rint(both).astype(np.uint8)
 
 
-def _tables(
-    spot_index: np.ndarray, view: np.ndarray, section: np.ndarray, stain_of: Callable[[int], StainStats],
-    config: DataConfig, seed: int,
-) -> np.ndarray:  # fmt: skip
-    """Return uint8 (N, 3, 256): the section's stain normalised, then jittered.
+def _lookup_tables(
+    spot_index: np.ndarray,
+    view: np.ndarray,
+    section: np.ndarray,
+    stain_of: Callable[[int], StainStats],
+    config: DataConfig,
+    seed: int,
+) -> np.ndarray:
+    """Return uint8 (N, 3, 256): stain normalisation of the section, followed by jitter.
 
-    Values have 8 bits, so a table says exactly what normalising, rounding and jittering make of each.
+    Pixel values have 8 bits, so a table of 256 entries is exact, rounding between the two operations included.
     """
-    table = np.empty((len(view), 3, 256), np.uint8)
+    lut = np.empty((len(view), 3, 256), np.uint8)
     for s in np.unique(section):
-        table[section == s] = stain_table(stain_of(int(s)) if config.stain == "section" else None)
-    moved = np.flatnonzero(view > 0)
-    if config.jitter > 0 and moved.size:
-        keys = [key(seed, "jitter", int(view[i]), int(spot_index[i])) for i in moved]
+        lut[section == s] = stain_table(stain_of(int(s)) if config.stain == "section" else None)
+    augmented = np.flatnonzero(view > 0)
+    if config.jitter > 0 and augmented.size:
+        keys = [key(seed, "jitter", int(view[i]), int(spot_index[i])) for i in augmented]
         jitter = jitter_tables(uniform_rows(keys, 6), config.jitter)
-        table[moved] = np.take_along_axis(jitter, table[moved].astype(np.int64), axis=2)
-    return table
+        lut[augmented] = np.take_along_axis(jitter, lut[augmented].astype(np.int64), axis=2)
+    return lut
 
 
 def stain_table(stain: StainStats | None) -> np.ndarray:
-    """Return uint8 (3, 256), what stain normalisation makes of each value."""
+    """Return the look-up table of stain normalisation, uint8 (3, 256); None gives the identity."""
     ramp = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, axis=1)
     return (ramp if stain is None else normalise_stain(ramp, stain)).T
 
 
-def jitter_tables(u_N6: np.ndarray, spread: float) -> np.ndarray:
-    """Scale and shift each channel's optical density by up to ``spread``, uniformly: uint8 (N, 3, 256)."""
+def jitter_tables(u_N6: np.ndarray, strength: float) -> np.ndarray:
+    """Scale and shift each channel's optical density by up to ``strength``, uniformly: uint8 (N, 3, 256)."""
     density = -np.log10((np.arange(256, dtype=np.float32) + 1) / 256)
     u = u_N6.astype(np.float32)[:, :, None]
-    gain = 1 + spread * (2 * u[:, :3] - 1)
-    shift = 0.2 * spread * (2 * u[:, 3:] - 1)
-    moved = 256 * np.power(10.0, -(density * gain + shift)) - 1
-    return np.clip(np.rint(moved), 0, 255).astype(np.uint8)
+    gain = 1 + strength * (2 * u[:, :3] - 1)
+    shift = 0.2 * strength * (2 * u[:, 3:] - 1)
+    value = 256 * np.power(10.0, -(density * gain + shift)) - 1
+    return np.clip(np.rint(value), 0, 255).astype(np.uint8)

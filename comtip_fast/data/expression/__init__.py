@@ -1,1 +1,1 @@
-"""Expression levels, the gene panel and the tables computed from the training split."""
+"""Expression levels, the gene panel, and the tables computed from the training split."""

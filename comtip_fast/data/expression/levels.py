@@ -1,8 +1,8 @@
-"""Expression values as levels: edges and values, learnt from the training split only.
+"""Discretise expression values into levels; edges and level values are fitted on the training split only.
 
-A value is log1p of counts scaled to 10,000 per spot. Level 0 is count 0; positive values take levels 1 to Q-1
-by Q-2 interior edges (quantiles of the training split's positive values, ties removed). The table belongs to
-the model: it is saved with the checkpoint and never with the shards.
+A value is log1p of counts scaled to 10,000 per spot. Level 0 is count 0; positive values fall into levels 1 to Q-1,
+separated by Q-2 edges (quantiles of the training split's positive values, without duplicates). The table belongs to
+the model: it is saved with the checkpoint, not with the shards.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ def log1p_cp10k(counts: sparse.csr_matrix, totals: np.ndarray | None = None) -> 
 
 @dataclass
 class LevelTable:
-    """Edges and values of Q levels, per gene of the gene list it was fitted on; one further row is global.
+    """Edges and values of Q levels, one row per trained gene and one global row.
 
-    ``edges`` (R, Q-2) float32, unused edges +inf; ``value_cp10k`` and ``value_raw`` (R, Q) float32 are the
-    level's value in log1p CP10K and in log1p raw counts; ``log_prior`` (R, Q) is the log frequency of each
-    level. Row i belongs to gene i, the last row is the global one, for genes that training did not see.
+    ``edges`` (R, Q-2) float32, unused edges are +inf; ``value_cp10k`` and ``value_raw`` (R, Q) float32 are each
+    level's value in log1p CP10K and in log1p raw counts; ``log_prior`` (R, Q) float32 is each level's log frequency.
+    Row i belongs to gene i; the last row is global and is used for genes that were not trained.
     """
 
     edges: FloatArray
@@ -42,19 +42,19 @@ class LevelTable:
 
     @property
     def n_levels(self) -> int:
-        """Q."""
+        """Number of levels, Q."""
         return int(self.value_cp10k.shape[1])
 
     def levels(self, values_NG: np.ndarray, rows_G: np.ndarray) -> np.ndarray:
-        """Return the level of each value: uint8 (N, G); column j uses row ``rows_G[j]``."""
+        """Return the level of each value, uint8 (N, G); column j uses row ``rows_G[j]`` of the table."""
         edges_GE = self.edges[rows_G]
         out = (values_NG > 0).astype(np.uint8)
-        for e in range(edges_GE.shape[1]):  # an edge at a time: all at once would need Q times the memory
+        for e in range(edges_GE.shape[1]):  # one edge at a time: all at once needs Q times the memory
             out += (values_NG >= edges_GE[:, e]) & (values_NG > 0)
         return out
 
     def between(self, value: float, row: int) -> tuple[int, int, float]:
-        """Return (lower level, upper level, share of the upper) of a query value, for a mixed level row."""
+        """Return (lower level, upper level, weight of the upper level) to interpolate between for a value."""
         values = self.value_cp10k[row]
         hi = int(np.clip(np.searchsorted(values, value), 1, self.n_levels - 1))
         lo = hi - 1
@@ -70,30 +70,32 @@ class LevelTable:
 def fit_levels(
     values: sparse.csc_matrix, raw: sparse.csc_matrix, measured_NG: np.ndarray, config: LevelsConfig
 ) -> LevelTable:
-    """Learn a level table from training spots.
+    """Fit a level table on training spots.
 
     Parameters
     ----------
     values, raw
-        (N, G) log1p CP10K and log1p raw counts of the training spots, sparse by column.
+        (N, G) log1p CP10K and log1p raw counts of the training spots, CSC.
     measured_NG
-        bool (N, G), where the spot's section measured the gene.
+        bool (N, G), whether the spot's section measured the gene.
     config
-        Kind, Q, and the positives below which a gene falls back to the global row.
+        Kind, Q, and the number of positive values below which a gene uses the global edges.
     """
     Q, G = config.n_levels, values.shape[1]
     table = LevelTable(
-        np.full((G + 1, Q - 2), np.inf, np.float32), np.zeros((G + 1, Q), np.float32),
-        np.zeros((G + 1, Q), np.float32), np.zeros((G + 1, Q), np.float32),
-    )  # fmt: skip
+        np.full((G + 1, Q - 2), np.inf, np.float32),
+        np.zeros((G + 1, Q), np.float32),
+        np.zeros((G + 1, Q), np.float32),
+        np.zeros((G + 1, Q), np.float32),
+    )
     n_measured = measured_NG.sum(0)
     _fit_row(table, G, values.data, raw.data, n_zero=int(n_measured.sum()) - values.nnz, edges=None)
     for g in range(G):
-        part = slice(values.indptr[g], values.indptr[g + 1])
-        positive = values.data[part]
+        column = slice(values.indptr[g], values.indptr[g + 1])
+        positive = values.data[column]
         n_zero = int(n_measured[g]) - positive.size
-        own = config.kind == "per_gene" and positive.size >= config.min_positive
-        _fit_row(table, g, positive, raw.data[part], n_zero=n_zero, edges=None if own else table.edges[G])
+        own_edges = config.kind == "per_gene" and positive.size >= config.min_positive
+        _fit_row(table, g, positive, raw.data[column], n_zero=n_zero, edges=None if own_edges else table.edges[G])
     return table
 
 
@@ -106,11 +108,11 @@ def _fit_row(
     n_zero: int,
     edges: np.ndarray | None,
 ) -> None:
-    """Fill one row; bins that hold too few values borrow the global row's value."""
+    """Fill one row; a level with too few values gets the value of the global row."""
     Q = table.n_levels
     if edges is None:
         cuts = np.quantile(positive, np.arange(1, Q - 1) / (Q - 1)) if positive.size else np.zeros(0)
-        # An edge equal to the smallest value would leave level 1 empty; equal edges would leave others empty.
+        # An edge equal to the smallest value would leave level 1 empty; duplicate edges would leave other levels empty.
         cuts = np.unique(cuts[cuts > positive.min()]) if positive.size else cuts
         edges = np.full(Q - 2, np.inf, np.float32)
         edges[: cuts.size] = cuts

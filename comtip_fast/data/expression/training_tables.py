@@ -1,7 +1,7 @@
-"""What a run works out from its training split before the first step: genes, levels, strata.
+"""Tables computed from the training split before the first step: genes, levels, strata.
 
-Everything here is a pure function of the shard set and the config; the result is saved with the export, so
-that evaluation and prediction never look at training data again to know what a level means.
+They are a pure function of the shard set and the config. Genes and levels are saved with the export, so that
+evaluation and prediction do not need the training data.
 """
 
 from __future__ import annotations
@@ -11,54 +11,57 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from comtip_shards import ShardError, ShardSet
 from comtip_shards.sampling.rng import bits
 from scipy import sparse
+from torch import Tensor
 
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.data.expression.levels import LevelTable, fit_levels, log1p_cp10k
 from comtip_fast.data.expression.panel import GeneChoice, choose_genes, rank_by_variance
+from comtip_fast.data.expression.strata import strata_from_levels
 from comtip_fast.data.records import SpotReader
-from comtip_fast.objectives import strata_of
 
 log = logging.getLogger("comtip_fast")
 TABLE_BYTES = 1 << 30
-"""Largest table of levels that ``data.expression: auto`` keeps in memory."""
+"""Size in bytes up to which ``data.expression: auto`` keeps the levels of all training spots in memory."""
 
 
 @dataclass
 class TrainingTables:
-    """Tables over the trained genes, in the order of ``genes.trained``.
-
-    ``spots`` are the training spots' indices (sorted); ``levels`` (n_spots, G) uint8 holds the whole training split,
-    or is None where that is made per batch (``data.expression``); ``measured`` (S, G) bool, ``variance`` (G,) and
-    ``strata`` (S, G) int64 serve the panel draw and the mispairing; S counts all sections of the shard set and
-    ``n_genes`` all its genes.
-    """
+    """Tables over the G trained genes, in the order of ``genes.trained``, and the S sections of the shard set."""
 
     genes: GeneChoice
     table: LevelTable
     spots: np.ndarray
+    """int64, indices of the training spots, ascending."""
     levels: np.ndarray | None
+    """uint8 (n_spots, G), levels of all training spots; None if levels are computed per batch (``data.expression``)."""
     measured: np.ndarray
+    """bool (S, G), whether the section measured the gene."""
     n_genes: int
+    """Number of genes in the shard set."""
     variance: np.ndarray
-    strata: torch.Tensor
+    """(G,), weights of the panel draw."""
+    strata: Tensor
+    """int64 (S, G), strata of the mispairing."""
 
 
 def training_tables(shards: ShardSet, config: RunConfig) -> TrainingTables:
-    """Choose genes, fit levels and sort strata from the spots whose split is ``train``.
+    """Choose genes, fit levels and compute strata from the spots whose split is ``train``.
+
+    Under ``data.faults: skip``, spots with damaged counts are removed from training and logged.
 
     Raises
     ------
-    ValueError, ShardError
-        No training section, too few genes, or a damaged record under ``data.faults: stop``. Under ``skip`` spots whose
-        counts are found damaged here are left out of training, and said.
+    ValueError
+        There is no training section, or fewer than 2 genes are eligible.
+    ShardError
+        A record is damaged and ``data.faults`` is ``stop``, or more than ``data.max_faults`` records are damaged.
     """
     train = shards.select(split="train")
     if train.size == 0:
-        raise ValueError(f"{shards.path}: no section has split 'train'; build with --split SECTION=train")
+        raise ValueError(f"{shards.path}: no section has split 'train'; rebuild with --split SECTION=train")
     fit, counts, damaged = _read_counts(shards, _fit_spots(shards, train, config.levels.fit_spots), config)
     train = np.setdiff1d(train, damaged)
     section = shards.sections_of(fit)
@@ -67,31 +70,38 @@ def training_tables(shards: ShardSet, config: RunConfig) -> TrainingTables:
     ranked = _rank_cohorts(shards, values, section, measured_SA, config)
     genes = choose_genes({t: r for t, (r, _) in ranked.items()}, [g.symbol for g in shards.genes], config.genes)
     if genes.trained.size < 2:
-        raise ValueError(f"{shards.path}: fewer than 2 genes are left to train on; lower genes.min_detection")
-    own = values[:, genes.trained].tocsc()
+        raise ValueError(f"{shards.path}: fewer than 2 genes are eligible for training; lower genes.min_detection")
+    cp10k = values[:, genes.trained].tocsc()
     raw = counts[:, genes.trained].tocsc().astype(np.float32)
     raw.data = np.log1p(raw.data)
-    own.sort_indices(), raw.sort_indices()
+    cp10k.sort_indices()
+    raw.sort_indices()
     measured_SG = measured_SA[:, genes.trained]
-    table = fit_levels(own, raw, measured_SG[section], config.levels)
-    levels = table.levels(own.toarray(), np.arange(genes.trained.size))
-    strata = _strata(levels, section, measured_SG, config)
-    kept: np.ndarray | None = levels if fit.size == train.size else None
-    if not _keeps_table(train.size * genes.trained.size, config):
-        kept = None
-    elif kept is None:
-        train, kept = _all_levels(shards, train, genes.trained, table, config)
+    table = fit_levels(cp10k, raw, measured_SG[section], config.levels)
+    fit_levels_NG = table.levels(cp10k.toarray(), np.arange(genes.trained.size))
+    levels: np.ndarray | None = None
+    if _keep_in_memory(train.size * genes.trained.size, config):
+        levels = fit_levels_NG
+        if fit.size < train.size:
+            train, levels = _all_levels(shards, train, genes.trained, table, config)
     return TrainingTables(
-        genes, table, train, kept, measured_SG, shards.manifest.n_genes, _variance(genes, ranked), strata
+        genes=genes,
+        table=table,
+        spots=train,
+        levels=levels,
+        measured=measured_SG,
+        n_genes=shards.manifest.n_genes,
+        variance=_variance(genes, ranked),
+        strata=strata_from_levels(fit_levels_NG, section, measured_SG, config.loss.paat.strata),
     )
 
 
-def _keeps_table(size: int, config: RunConfig) -> bool:
+def _keep_in_memory(size: int, config: RunConfig) -> bool:
     return config.data.expression == "table" or (config.data.expression == "auto" and size <= TABLE_BYTES)
 
 
 def _fit_spots(shards: ShardSet, train: np.ndarray, most: int) -> np.ndarray:
-    """Return the spots to learn from, ascending: all, or the same keyed share of every section."""
+    """Return the spots to fit on, ascending: all of them, or a keyed sample of every section in proportion."""
     if train.size <= most:
         return train
     section = shards.sections_of(train)
@@ -106,27 +116,30 @@ def _fit_spots(shards: ShardSet, train: np.ndarray, most: int) -> np.ndarray:
 def _read_counts(
     shards: ShardSet, spots: np.ndarray, config: RunConfig
 ) -> tuple[np.ndarray, sparse.csr_matrix, np.ndarray]:
-    """Return (whole spots, their counts, damaged spots)."""
+    """Return (readable spots, their counts, damaged spots)."""
     counts, faults = SpotReader(shards, with_counts=True).counts(spots)
-    for place, error in sorted(faults.items()):
+    for i, error in sorted(faults.items()):
         if config.data.faults == "stop":
             raise error
-        log.warning("spot %d is left out of training: %s", spots[place], error)
+        log.warning("spot %d is excluded from training: %s", spots[i], error)
     damaged = spots[sorted(faults)]
     if damaged.size > config.data.max_faults:
-        raise ShardError(f"{shards.path}: {damaged.size} records are damaged, data.max_faults={config.data.max_faults}")
+        raise ShardError(
+            f"{shards.path}: {damaged.size} records are damaged, data.max_faults={config.data.max_faults}; "
+            "run `comtip shards verify`, then rebuild or raise the limit"
+        )
     return np.setdiff1d(spots, damaged), counts, damaged
 
 
 def _all_levels(
     shards: ShardSet, train: np.ndarray, genes: np.ndarray, table: LevelTable, config: RunConfig, size: int = 4096
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return (whole training spots, their levels), a chunk at a time."""
+    """Return (readable training spots, their levels), read in chunks of ``size`` spots."""
     spots, levels = [], []
     for start in range(0, train.size, size):
-        whole, counts, _ = _read_counts(shards, train[start : start + size], config)
+        readable, counts, _ = _read_counts(shards, train[start : start + size], config)
         values = log1p_cp10k(counts)[:, genes].toarray()
-        spots.append(whole)
+        spots.append(readable)
         levels.append(table.levels(values, np.arange(genes.size)))
     return np.concatenate(spots), np.concatenate(levels)
 
@@ -149,24 +162,11 @@ def _rank_cohorts(
 
 
 def _variance(genes: GeneChoice, ranked: dict[str, Any]) -> np.ndarray:
-    """Return each trained gene's variance, scaled to its cohort's mean; the larger where two cohorts share it."""
+    """Return each trained gene's variance divided by its cohort's mean; the maximum over the cohorts of the gene."""
     out = np.zeros(genes.trained.size)
     for rows, variance in ranked.values():
-        place = np.searchsorted(genes.trained, rows)
-        hit = (place < genes.trained.size) & (genes.trained[np.minimum(place, genes.trained.size - 1)] == rows)
-        scaled = variance[hit] / max(float(variance[hit].mean()), 1e-9)
-        out[place[hit]] = np.maximum(out[place[hit]], scaled)
+        index = np.searchsorted(genes.trained, rows)
+        trained = (index < genes.trained.size) & (genes.trained[np.minimum(index, genes.trained.size - 1)] == rows)
+        scaled = variance[trained] / max(float(variance[trained].mean()), 1e-9)
+        out[index[trained]] = np.maximum(out[index[trained]], scaled)
     return out
-
-
-def _strata(levels: np.ndarray, section: np.ndarray, measured_SG: np.ndarray, config: RunConfig) -> torch.Tensor:
-    S, G = measured_SG.shape
-    mean, detection = np.zeros((S, G)), np.zeros((S, G))
-    for s in np.unique(section):
-        mean[s], detection[s] = levels[section == s].mean(0), (levels[section == s] > 0).mean(0)
-    return strata_of(
-        torch.from_numpy(mean),
-        torch.from_numpy(detection),
-        torch.from_numpy(measured_SG),
-        config.loss.paat.strata,
-    )

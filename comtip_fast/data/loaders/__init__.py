@@ -1,1 +1,1 @@
-"""Loaders: DALI, WebDataset and plain threads return the same batches in the same order."""
+"""Loaders: DALI, WebDataset and PyTorch threads return the same batches in the same order."""

@@ -1,7 +1,7 @@
-"""Tiles decoded by NVIDIA DALI: by its threads on a CPU, by its JPEG units on a GPU, in this project's order.
+"""Tiles decoded by NVIDIA DALI, on CPU threads or on the GPU's JPEG units, in this project's batch order.
 
-DALI's own WebDataset reader shuffles in a buffer and cannot be told an order, so records are read here, in big runs,
-and DALI is given their bytes: reading costs a few per cent of decoding.
+DALI's own WebDataset reader shuffles in a buffer and does not accept an order. So records are read here, in large
+contiguous reads, and DALI decodes their bytes; reading costs a few per cent of decoding.
 """
 
 from __future__ import annotations
@@ -19,91 +19,94 @@ from comtip_shards.format.image_header import check_size
 from comtip_shards.format.record import encode_tile
 
 from comtip_fast.collectives import share_of
-from comtip_fast.data.loaders.base import BaseLoader, Made
-from comtip_fast.data.loaders.prefetch import Ahead
-from comtip_fast.data.loaders.schedule import Request
+from comtip_fast.data.loaders.base import BaseLoader, PreparedBatch
+from comtip_fast.data.loaders.prefetch import Prefetcher
+from comtip_fast.data.loaders.schedule import ScheduledBatch
 from comtip_fast.data.records import DecodedSpots, EncodedSpots
 
 DEPTH_CPU, DEPTH_GPU = 4, 2
-"""Batches inside DALI. On a CPU its threads and the one that completes batches want the same cores: the more batches are
-ready, the less they wait for one another (a tenth more spots/s with four than with two). On a GPU memory is dearer."""
+"""Batches inside DALI. On a CPU, DALI's threads compete for cores with the thread that assembles batches; with more
+batches in flight they wait less for each other (measured: 10 % more spots/s with four than with two). On a GPU memory is
+scarcer."""
+
+Pending = deque[tuple[ScheduledBatch, EncodedSpots]]
 
 
 class DaliLoader(BaseLoader):
-    """One thread reads and completes batches, ``data.workers`` threads of DALI decode them.
+    """One thread reads and assembles batches, ``data.workers`` DALI threads decode them.
 
-    At most ``data.prefetch`` batches wait, one is completed and :attr:`Decoder.depth` are in DALI.
+    At most ``data.prefetch`` batches are ready, one is being assembled and :attr:`Decoder.depth` are inside DALI.
     """
 
-    def _stream(self, requests: Iterator[Request]) -> Generator[Made, None, None]:
+    def _stream(self, batches: Iterator[ScheduledBatch]) -> Generator[PreparedBatch, None, None]:
         if self.config.data.workers == 0:
-            yield from self._decoded(requests)
+            yield from self._decode(batches)
             return
-        ahead = Ahead(self._decoded(requests), self.config.data.prefetch)
+        prefetcher = Prefetcher(self._decode(batches), self.config.data.prefetch)
         try:
-            yield from ahead
+            yield from prefetcher
         finally:
-            ahead.stop()
+            prefetcher.stop()
 
-    def _decoded(self, requests: Iterator[Request]) -> Iterator[Made]:
-        decoder = self._decoder()
-        waiting: deque[tuple[Request, EncodedSpots]] = deque()
-        for request in requests:
-            got = self._fetch(request)
-            if got.faults or not got.spots.size:
-                # Damage is rare; Pillow makes this batch, after those before it.
-                yield from self._finish(decoder, waiting)
-                yield self._make(request)
+    def _decode(self, batches: Iterator[ScheduledBatch]) -> Iterator[PreparedBatch]:
+        decoder = self._make_decoder()
+        pending: Pending = deque()
+        for scheduled in batches:
+            encoded = self._fetch(scheduled)
+            if encoded.faults or not encoded.spots.size:
+                # Damaged records are rare; Pillow decodes this batch, after the batches before it.
+                yield from self._drain(decoder, pending)
+                yield self._load(scheduled)
                 continue
-            decoder.start(got.tiles)
-            waiting.append((request, got))
-            if len(waiting) == decoder.depth:
-                yield self._take(decoder, waiting)
-        yield from self._finish(decoder, waiting)
+            decoder.start(encoded.tiles)
+            pending.append((scheduled, encoded))
+            if len(pending) == decoder.depth:
+                yield self._next_decoded(decoder, pending)
+        yield from self._drain(decoder, pending)
 
-    def _decoder(self) -> Decoder:
-        size = self.config.data.batch_size + 1  # a batch of one is joined to the one before it
+    def _make_decoder(self) -> Decoder:
+        size = self.config.data.batch_size + 1  # a final batch of one spot is merged into the batch before it
         device_id = None if self.device.type == "cpu" else self.device.index or 0
         return Decoder(-(-size // self.world), max(1, self.config.data.workers), device_id)
 
-    def _fetch(self, request: Request) -> EncodedSpots:
-        """Read this rank's records; what DALI must not see is a fault."""
-        got = self.records.fetch(request.spots[share_of(request.spots.size, self.rank, self.world)])
+    def _fetch(self, scheduled: ScheduledBatch) -> EncodedSpots:
+        """Read this rank's records; a tile that DALI must not decode becomes a fault."""
+        encoded = self.records.fetch(scheduled.spots[share_of(scheduled.spots.size, self.rank, self.world)])
         tile = self.shards.manifest.tile
-        for i, data in enumerate(got.tiles):
-            if i not in got.faults:
+        for i, data in enumerate(encoded.tiles):
+            if i not in encoded.faults:
                 try:
-                    check_size(data, tile.px, tile.codec, partial(self.shards.where, int(got.spots[i])))
+                    check_size(data, tile.px, tile.codec, partial(self.shards.where, int(encoded.spots[i])))
                 except ShardError as error:
-                    got.faults[i] = error
-        return got
+                    encoded.faults[i] = error
+        return encoded
 
-    def _finish(self, decoder: Decoder, waiting: deque[tuple[Request, EncodedSpots]]) -> Iterator[Made]:
-        while waiting:
-            yield self._take(decoder, waiting)
+    def _drain(self, decoder: Decoder, pending: Pending) -> Iterator[PreparedBatch]:
+        while pending:
+            yield self._next_decoded(decoder, pending)
 
-    def _take(self, decoder: Decoder, waiting: deque[tuple[Request, EncodedSpots]]) -> Made:
-        request, got = waiting.popleft()
+    def _next_decoded(self, decoder: Decoder, pending: Pending) -> PreparedBatch:
+        scheduled, encoded = pending.popleft()
         try:
-            tiles = decoder.take()
+            tiles = decoder.get()
         except RuntimeError:
-            # DALI does not say which tile it could not decode, and its pipeline is of no more use; Pillow finds the tile.
-            decoder.restart([encoded.tiles for _, encoded in waiting])
-            return self._make(request)
-        made = self._complete(request, DecodedSpots(got, tiles))
+            # DALI does not report which tile failed, and its pipeline cannot be used again; Pillow finds the tile.
+            decoder.restart([encoded.tiles for _, encoded in pending])
+            return self._load(scheduled)
+        prepared = self._assemble(scheduled, DecodedSpots(encoded, tiles))
         decoder.release()
-        return made
+        return prepared
 
 
 class Decoder:
-    """DALI's image decoder, fed by hand.
+    """DALI's image decoder with externally supplied input.
 
     Parameters
     ----------
     batch_size
-        Largest number of tiles at once.
+        Largest number of tiles in a batch.
     threads
-        Of DALI.
+        Number of DALI threads.
     device_id
         GPU that decodes; None for the CPU.
     """
@@ -114,11 +117,11 @@ class Decoder:
         self._pipe = self._build()
 
     def start(self, tiles: list[bytes]) -> None:
-        """Begin to decode a batch."""
+        """Start to decode a batch."""
         self._pipe.feed_input("tiles", [np.frombuffer(data, np.uint8) for data in tiles])
         self._pipe.schedule_run()
 
-    def take(self) -> Any:
+    def get(self) -> Any:
         """Return the oldest batch, uint8 (b, S, S, 3): an array, or a tensor on the GPU; valid until :meth:`release`.
 
         Raises
@@ -132,11 +135,11 @@ class Decoder:
         return torch.from_dlpack(out.as_tensor()).clone()
 
     def release(self) -> None:
-        """Give the memory of the last batch taken back to DALI."""
+        """Return the memory of the last batch to DALI."""
         self._pipe.release_outputs()
 
     def restart(self, batches: list[list[bytes]]) -> None:
-        """Start a new pipeline and decode ``batches`` again."""
+        """Build a new pipeline and decode ``batches`` again."""
         self._pipe = self._build()
         for tiles in batches:
             self.start(tiles)
@@ -155,7 +158,7 @@ class Decoder:
 
         pipe = decode()
         pipe.build()
-        # The first run of a pipeline runs all places of its queue; a picture of one pixel in each gets that over with.
+        # The first run of a pipeline fills its whole queue; feed it images of one pixel and discard them.
         dot = np.frombuffer(encode_tile(np.zeros((1, 1, 3), np.uint8), "png", 0), np.uint8)
         for _ in range(self.depth):
             pipe.feed_input("tiles", [dot])

@@ -1,4 +1,4 @@
-"""Choose a loader by name."""
+"""Create the loader that the config names."""
 
 from __future__ import annotations
 
@@ -19,15 +19,21 @@ log = logging.getLogger("comtip_fast")
 
 
 def make_loader(
-    config: RunConfig, shards: ShardSet, tables: TrainingTables, *, rank: int = 0, world: int = 1,
-    device: torch.device | str = "cpu", frozen_stem: Stem | None = None,
-) -> BaseLoader:  # fmt: skip
-    """Return the loader that ``data.loader`` names; see :class:`comtip_fast.data.loaders.base.BaseLoader`.
+    config: RunConfig,
+    shards: ShardSet,
+    tables: TrainingTables,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    device: torch.device | str = "cpu",
+    frozen_stem: Stem | None = None,
+) -> BaseLoader:
+    """Return the loader that ``data.loader`` names; parameters as in :class:`comtip_fast.data.loaders.base.BaseLoader`.
 
     Raises
     ------
     ValueError
-        ``data.loader`` is ``dali``, and DALI is not installed.
+        ``data.loader`` is ``dali`` and DALI is not installed.
     """
     device = torch.device(device)
     name = config.data.loader
@@ -41,8 +47,8 @@ def make_loader(
         return WdsLoader(shards, tables, config, frozen_stem, **kwargs)
     if not dali_is_installed():
         raise ValueError(
-            "data.loader=dali, but NVIDIA DALI is not installed: pip install 'comtip-fast[dali-cu13]' "
-            "(dali-cu12 for CUDA 12; both also decode on CPUs), or use data.loader=torch"
+            "data.loader=dali: NVIDIA DALI is not installed; pip install 'comtip-fast[dali-cu13]' "
+            "(dali-cu12 for CUDA 12; both also decode on CPUs), or set data.loader=torch"
         )
     from comtip_fast.data.loaders.dali import DaliLoader
 
@@ -50,5 +56,5 @@ def make_loader(
 
 
 def dali_is_installed() -> bool:
-    """Tell whether DALI can be imported."""
+    """Return whether DALI can be imported."""
     return find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None

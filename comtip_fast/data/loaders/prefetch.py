@@ -1,4 +1,4 @@
-"""Items made in the background by one thread, a bounded number of them ahead."""
+"""Run an iterator in a background thread, a bounded number of items ahead."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ Item = TypeVar("Item")
 _POLL_S = 0.1
 
 
-class Ahead(Generic[Item]):
-    """Iterates over ``source`` in a thread of its own.
+class Prefetcher(Generic[Item]):
+    """Iterates over ``source`` in a background thread.
 
     Parameters
     ----------
     source
-        A generator; it is closed in its thread.
+        An iterator; a generator is closed in the background thread.
     depth
-        Items that may wait; one more is being made.
+        Number of finished items that may wait; one more is being produced.
     """
 
     def __init__(self, source: Iterator[Item], depth: int) -> None:
         self._source = source
         self._ready: queue.Queue[tuple[Item | None, BaseException | None]] = queue.Queue(depth)
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="comtip-loader", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="comtip-loader", daemon=True)
         self._thread.start()
-        # The interpreter must not be torn down under a thread that is inside a decoder.
+        # The interpreter must not shut down while the thread is inside a decoder.
         atexit.register(self.stop)
 
     def __iter__(self) -> Iterator[Item]:
@@ -42,7 +42,7 @@ class Ahead(Generic[Item]):
             yield item
 
     def stop(self) -> None:
-        """Stop the thread and forget what is ready; may be called twice."""
+        """Stop the thread and discard finished items; may be called more than once."""
         self._stop.set()
         while self._thread.is_alive():
             try:
@@ -52,7 +52,7 @@ class Ahead(Generic[Item]):
         self._thread.join()
         atexit.unregister(self.stop)
 
-    def _work(self) -> None:
+    def _run(self) -> None:
         last: tuple[Item | None, BaseException | None] = (None, None)
         try:
             for item in self._source:
@@ -67,6 +67,7 @@ class Ahead(Generic[Item]):
             self._put(last)
 
     def _put(self, entry: tuple[Item | None, BaseException | None]) -> bool:
+        """Add an entry to the queue; return False if the thread was told to stop while the queue was full."""
         while not self._stop.is_set():
             try:
                 self._ready.put(entry, timeout=_POLL_S)

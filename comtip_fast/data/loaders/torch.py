@@ -1,4 +1,4 @@
-"""The plain loader: Pillow in this process, on a few threads. What other loaders give is measured against it."""
+"""The reference loader: Pillow in this process, on a few threads. The other loaders are tested against it."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from comtip_fast.data.loaders.base import BaseLoader, Made
-from comtip_fast.data.loaders.schedule import Request
+from comtip_fast.data.loaders.base import BaseLoader, PreparedBatch
+from comtip_fast.data.loaders.schedule import ScheduledBatch
 
 
 class TorchLoader(BaseLoader):
-    """Each of ``data.workers`` threads makes one batch at a time; ``data.prefetch`` batches are under way or ready."""
+    """Each of ``data.workers`` threads loads one batch at a time; ``data.prefetch`` batches are in progress or ready."""
 
-    def _stream(self, requests: Iterator[Request]) -> Generator[Made, None, None]:
+    def _stream(self, batches: Iterator[ScheduledBatch]) -> Generator[PreparedBatch, None, None]:
         data = self.config.data
         if data.workers == 0:
-            yield from map(self._make, requests)
+            yield from map(self._load, batches)
             return
         with ThreadPoolExecutor(data.workers, thread_name_prefix="comtip-loader") as pool:
-            ahead: deque[Future[Made]] = deque()
+            pending: deque[Future[PreparedBatch]] = deque()
             try:
-                for request in requests:
-                    ahead.append(pool.submit(self._make, request))
-                    if len(ahead) > data.prefetch:
-                        yield ahead.popleft().result()
-                while ahead:
-                    yield ahead.popleft().result()
+                for scheduled in batches:
+                    pending.append(pool.submit(self._load, scheduled))
+                    if len(pending) > data.prefetch:
+                        yield pending.popleft().result()
+                while pending:
+                    yield pending.popleft().result()
             finally:
-                for future in ahead:
+                for future in pending:
                     future.cancel()

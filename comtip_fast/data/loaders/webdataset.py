@@ -1,4 +1,4 @@
-"""Worker processes read the WebDataset tars: a PyTorch ``DataLoader``, in this project's order."""
+"""Worker processes read the WebDataset tars: a PyTorch ``DataLoader`` with this project's batch order."""
 
 from __future__ import annotations
 
@@ -11,40 +11,40 @@ import torch
 from comtip_shards import ShardError
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from comtip_fast.data.loaders.base import BaseLoader, Made
-from comtip_fast.data.loaders.schedule import Request
+from comtip_fast.data.loaders.base import BaseLoader, PreparedBatch
+from comtip_fast.data.loaders.schedule import ScheduledBatch
 
 
 class WdsLoader(BaseLoader):
-    """Each of ``data.workers`` processes makes every n-th batch; about ``data.prefetch`` batches are ready.
+    """Each of n = ``data.workers`` processes loads every n-th batch; about ``data.prefetch`` batches are ready.
 
-    Batches come through shared memory; where that is small (containers often have 64 MB), give the container more or
-    take another loader.
+    Batches are passed through shared memory. If that is too small (containers often have 64 MB), enlarge it or use
+    another loader.
     """
 
-    def _stream(self, requests: Iterator[Request]) -> Generator[Made, None, None]:
+    def _stream(self, batches: Iterator[ScheduledBatch]) -> Generator[PreparedBatch, None, None]:
         data = self.config.data
-        # A tee would hold on to requests; workers make their own from the first one.
-        first = next(requests, None)
+        # Only the first batch is read here: each worker iterates over the schedule itself.
+        first = next(batches, None)
         if first is None:
             return
         n = data.workers
-        ahead = max(1, data.prefetch // n) if n else None
-        batches = _Batches(self, first)
-        loader = DataLoader(batches, batch_size=None, num_workers=n, prefetch_factor=ahead)
-        for made in forked(loader) if n else loader:
-            if isinstance(made, ShardError):
-                raise made
-            yield made
+        prefetch_factor = max(1, data.prefetch // n) if n else None
+        dataset = _WorkerBatches(self, first)
+        loader = DataLoader(dataset, batch_size=None, num_workers=n, prefetch_factor=prefetch_factor)
+        for item in start_workers(loader) if n else loader:
+            if isinstance(item, ShardError):
+                raise item
+            yield item
 
 
-def forked(loader: DataLoader) -> Iterator[Any]:
-    """Start a ``DataLoader``'s worker processes so that they never collect what they inherited.
+def start_workers(loader: DataLoader) -> Iterator[Any]:
+    """Start a ``DataLoader``'s worker processes so that they never garbage-collect inherited objects.
 
-    A pipeline of DALI, when it is collected, waits for its threads, which a fork has not: the worker would hang for ever.
+    The destructor of a DALI pipeline waits for its threads, which do not exist after a fork: the worker would hang.
     """
     frozen = gc.get_freeze_count()
-    gc.collect()  # thawed, garbage would count as old and stay for long
+    gc.collect()  # garbage that is frozen would move to the oldest generation and stay for long
     gc.freeze()
     try:
         return iter(loader)
@@ -53,23 +53,23 @@ def forked(loader: DataLoader) -> Iterator[Any]:
             gc.unfreeze()
 
 
-class _Batches(IterableDataset):
-    """Worker w of n makes batches w, w + n, ...; a ``DataLoader`` takes them in turn, so in order."""
+class _WorkerBatches(IterableDataset):
+    """Worker w of n loads batches w, w + n, ...; the ``DataLoader`` reads the workers in turn, which keeps the order."""
 
-    def __init__(self, loader: WdsLoader, first: Request) -> None:
+    def __init__(self, loader: WdsLoader, first: ScheduledBatch) -> None:
         self.loader, self.first = loader, first
 
-    def __iter__(self) -> Iterator[Made | ShardError]:
+    def __iter__(self) -> Iterator[PreparedBatch | ShardError]:
         info = get_worker_info()
         start, step = (info.id, info.num_workers) if info else (0, 1)
         if info:
             torch.set_num_threads(1)
         first = self.first
-        for request in islice(self.loader.plan.requests(first.epoch, first.position, first.step), start, None, step):
+        batches = self.loader.schedule.iterate(first.epoch, first.position, first.step)
+        for scheduled in islice(batches, start, None, step):
             try:
-                made: Made | ShardError = self.loader._make(request)
+                prepared = self.loader._load(scheduled)
             except ShardError as error:
-                made = error
-            yield made
-            if isinstance(made, ShardError):
+                yield error
                 return
+            yield prepared

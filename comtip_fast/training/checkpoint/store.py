@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: written tmp_path, hashed, renamed; verified on load; never unpickled.
+"""Checkpoints that are whole or not there: written to a temporary path, hashed, renamed; verified on load; never unpickled.
 
     checkpoints/step_00000100/{model.safetensors, optim.safetensors, state.json, SHA256SUMS}
 
@@ -11,16 +11,17 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from comtip_shards.storage.atomic import atomic_folder
+from comtip_shards.storage.disk import disk_trouble
 from safetensors.torch import load_file, save_file
 
-from comtip_fast.training.distributed.failures import ADVICE, RestartError, disk_trouble
+from comtip_fast.training.distributed.failures import ADVICE, RestartError
 
 log = logging.getLogger("comtip_fast")
 FORMAT, VERSION = "comtip-checkpoint", 1
@@ -63,16 +64,11 @@ def save(root: Path, step: int, checkpoint: Checkpoint) -> Path:
         The disk is full or fails; what was written of this checkpoint is removed, older ones are as they were.
     """
     root.mkdir(parents=True, exist_ok=True)
-    final, tmp_path = folder_of(root, step), root / f".writing-{step:08d}"
-    shutil.rmtree(tmp_path, ignore_errors=True)
+    final = folder_of(root, step)
     try:
-        _write(tmp_path, checkpoint)
-        if final.exists():
-            delete(final)
-        tmp_path.rename(final)
-        _flush(root)
+        with atomic_folder(final, root / f".writing-{step:08d}") as tmp_path:
+            _write(tmp_path, checkpoint)
     except Exception as error:
-        shutil.rmtree(tmp_path, ignore_errors=True)
         said = disk_trouble(error)
         if said is None:
             raise
@@ -95,8 +91,6 @@ def _write(tmp_path: Path, checkpoint: Checkpoint) -> None:
     (tmp_path / FILES[2]).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
     sums = "".join(f"{_sha256(tmp_path / name)}  {name}\n" for name in FILES)
     (tmp_path / SUMS).write_text(sums, encoding="utf-8")
-    for path in (*tmp_path.iterdir(), tmp_path):
-        _flush(path)
 
 
 def _bytes(checkpoint: Checkpoint) -> int:
@@ -145,8 +139,9 @@ def newest_good(root: Path) -> tuple[int, Checkpoint] | None:
     for step in reversed(steps_of(root)):
         try:
             return step, load(folder_of(root, step))
-        except CheckpointError as error:
-            log.warning("passed over a damaged checkpoint: %s", error)
+        except (CheckpointError, FileNotFoundError) as error:
+            if folder_of(root, step).is_dir():  # else a run that goes on has deleted it meanwhile
+                log.warning("passed over a damaged checkpoint: %s", error)
     return None
 
 
@@ -186,11 +181,3 @@ def delete(folder: Path) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

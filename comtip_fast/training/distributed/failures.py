@@ -6,7 +6,6 @@ is a line of the transport. :func:`explain_failures` turns it into what happened
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import threading
@@ -14,20 +13,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch.distributed as dist
+from comtip_shards.storage.disk import disk_trouble, unwritable
+
+from comtip_fast.streams import drain, write_line
+from comtip_fast.training.protocol import TrainingError
 
 RESTART_CODE = 75
 """Exit code of a process that a fresh start with ``--resume`` helps (``EX_TEMPFAIL`` of sysexits.h)."""
 ADVICE = "the launcher starts it again from the last good checkpoint; without one, run the same command with --resume"
-_FULL = {
-    errno.ENOSPC: "no space is left",
-    errno.EDQUOT: "the quota is used up",
-    errno.EFBIG: "a file may not grow so large",
-}
-_BROKEN = {
-    errno.EIO: "the device failed",
-    errno.ESTALE: "the file server lost the file",
-    errno.EROFS: "it is read-only",
-}
 
 
 class RestartError(RuntimeError):
@@ -36,7 +29,10 @@ class RestartError(RuntimeError):
 
 @contextmanager
 def explain_failures(rank: int, size: int, where: Callable[[], str], timeout_s: float) -> Iterator[None]:
-    """Turn a lost rank, a late rank and a full disk into a :class:`RestartError`; all else passes as it is.
+    """Turn a lost rank, a late rank and a full disk into a :class:`RestartError`; most else passes as it is.
+
+    A path that can never be written (a read-only file system) becomes a :class:`TrainingError`: starting again does not
+    help there.
 
     Parameters
     ----------
@@ -49,13 +45,18 @@ def explain_failures(rank: int, size: int, where: Callable[[], str], timeout_s: 
     """
     try:
         yield
-    except OSError as error:
+    except (RestartError, TrainingError):
+        raise
+    except Exception as error:
         said = disk_trouble(error)
-        if said is None:
-            raise
-        raise RestartError(f"{_who(rank, size)}{where()}: {said}; make room, then {ADVICE}") from error
-    except RuntimeError as error:
-        if isinstance(error, RestartError) or size == 1 or not _of_collective(error):
+        if said is not None:
+            raise RestartError(f"{_who(rank, size)}{where()}: {said}; make room, then {ADVICE}") from error
+        refused = unwritable(error)
+        if refused is not None:
+            raise TrainingError(
+                f"{_who(rank, size)}{where()}: {refused}; make it writable, or give another folder"
+            ) from error
+        if not isinstance(error, RuntimeError) or size == 1 or not _of_collective(error):
             raise
         late = any(word in str(error).lower() for word in ("timed out", "timeout", "time out"))
         what = (
@@ -66,27 +67,12 @@ def explain_failures(rank: int, size: int, where: Callable[[], str], timeout_s: 
         raise RestartError(f"{_who(rank, size)}{where()}: {what}; {ADVICE}") from error
 
 
-def disk_trouble(error: BaseException) -> str | None:
-    """Return what is wrong with the disk, or None where ``error`` is of another kind.
-
-    The safetensors library wraps the system's error and keeps its number in the text only.
-    """
-    known = _FULL | _BROKEN
-    number = getattr(error, "errno", None)
-    if number is None:
-        number = next((n for n in known if f"os error {n})" in str(error)), None)
-    if number not in known:
-        return None
-    name = getattr(error, "filename", None)
-    return f"{name}: {known[number]}" if name else f"{known[number]} ({os.strerror(number)})"
-
-
 @contextmanager
 def no_longer_than(seconds: float, what: str) -> Iterator[None]:
     """End this process if the block takes longer: what waits for ranks that are gone may wait for ever."""
 
     def end() -> None:
-        sys.stderr.write(f"comtip: error: {what} took more than {seconds:g} s; ended\n")
+        write_line(f"comtip: error: {what} took more than {seconds:g} s; ended", sys.stderr)
         hard_exit()
 
     timer = threading.Timer(seconds, end)
@@ -101,7 +87,7 @@ def no_longer_than(seconds: float, what: str) -> Iterator[None]:
 def hard_exit(code: int = RESTART_CODE) -> None:
     """End this process from any thread, whatever the others are stuck in."""
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+        drain(stream)
     os._exit(code)
 
 

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from comtip_shards.storage.cache import NO_LOCKS
+
 from comtip_fast.training.protocol import TrainingError
 
 log = logging.getLogger("comtip_fast")
@@ -19,7 +21,7 @@ LOCK_FILE = "run.lock"
 
 
 class Signals:
-    """Remembers that SIGTERM or SIGINT asked for the end; a second SIGINT ends at once."""
+    """Remembers that SIGTERM, SIGHUP or SIGINT asked for the end; a second SIGINT ends at once."""
 
     def __init__(self) -> None:
         self.received = 0
@@ -34,10 +36,15 @@ class Signals:
 
 @contextmanager
 def catch_signals() -> Iterator[Signals]:
-    """Take SIGTERM and SIGINT; the earlier handlers come back at the end."""
+    """Take SIGTERM, SIGINT and SIGHUP; the earlier handlers come back at the end.
+
+    A SIGHUP that is ignored stays ignored: that is how nohup lets a run outlive its terminal.
+    """
     caught, earlier = Signals(), {}
     try:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             earlier[number] = signal.signal(number, caught)
     except ValueError:
         log.debug("not in the main thread: signals are left to whoever started this")
@@ -46,6 +53,27 @@ def catch_signals() -> Iterator[Signals]:
     finally:
         for number, handler in earlier.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def refuse_links(run_dir: Path) -> None:
+    """Refuse a run folder with symbolic links: a run that resumes truncates, appends to and deletes what is in it.
+
+    What wandb keeps in its own folder is left to wandb, which makes links there.
+
+    Raises
+    ------
+    TrainingError
+        Naming the first link.
+    """
+    for root, folders, files in os.walk(run_dir, followlinks=False):
+        for name in sorted([*folders, *files]):
+            path = Path(root, name)
+            if path.is_symlink():
+                raise TrainingError(
+                    f"{path}: is a link, which no run writes; put the file or folder itself there, or give a new --out"
+                )
+        if "wandb" in folders and Path(root) == run_dir:
+            folders.remove("wandb")
 
 
 @contextmanager
@@ -65,10 +93,14 @@ def hold_run(run_dir: Path, patience_s: float = 0.0) -> Iterator[None]:
     Raises
     ------
     TrainingError
-        A live process holds the folder.
+        A live process holds the folder, or there are links in it.
     """
+    refuse_links(run_dir)
     until = time.monotonic() + patience_s
-    with (run_dir / LOCK_FILE).open("a+", encoding="utf-8") as file:
+    descriptor = os.open(
+        run_dir / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666
+    )
+    with open(descriptor, "a+", encoding="utf-8") as file:  # noqa: PTH123
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -80,6 +112,15 @@ def hold_run(run_dir: Path, patience_s: float = 0.0) -> Iterator[None]:
                 file.seek(0)
                 holder = file.read().strip() or "?"
                 raise TrainingError(f"{run_dir} is in use by process {holder}; wait for it or stop it") from error
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                log.warning(
+                    "%s: this file system has no locks (%s); see to it that only one run writes here",
+                    run_dir,
+                    error.strerror,
+                )
+                break
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+from comtip_shards.storage.atomic import write_atomic
+
 from comtip_fast.config.schema import RunConfig
+from comtip_fast.metrics import finite_or_none
+from comtip_fast.streams import write_line
+
+log = logging.getLogger("comtip_fast")
 
 
 class Logger(Protocol):
@@ -38,7 +46,7 @@ class JsonlLogger:
 
     def log(self, row: dict[str, Any]) -> None:
         """Append and flush."""
-        self._file.write(json.dumps(finite(row)) + "\n")
+        self._file.write(json.dumps(finite_or_none(row)) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -90,6 +98,31 @@ class WandbLogger:
         self._run.finish()
 
 
+class BestEffort:
+    """Passes rows on to a logger that people watch; its first error is a warning and its end, never the run's."""
+
+    def __init__(self, logger: Logger) -> None:
+        self._logger: Logger | None = logger
+        self._name = type(logger).__name__
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Pass the row on."""
+        self._attempt(lambda logger: logger.log(row))
+
+    def close(self) -> None:
+        """Finish."""
+        self._attempt(lambda logger: logger.close())
+
+    def _attempt(self, work: Callable[[Logger], None]) -> None:
+        if self._logger is None:
+            return
+        try:
+            work(self._logger)
+        except Exception as error:  # any error: the record of a run is metrics.jsonl
+            self._logger = None
+            log.warning("%s stops, training continues: %s: %s", self._name, type(error).__name__, error)
+
+
 class Progress:
     """A line per logged step: where we are, how fast, how long still."""
 
@@ -112,7 +145,7 @@ class Progress:
         left = (self.total - step) * (time.monotonic() - self.began) / done if done > 0 else float("nan")
         losses = "  ".join(f"{k} {row[k]:.4f}" for k in ("loss", "nce", "mfm", "pair", "level") if k in row)
         eta = f"{int(left // 60)}:{int(left % 60):02d}" if math.isfinite(left) else "-"
-        speed = f"{row['spots_per_s']:.0f} spots/s"
+        speed = f"{row['spots_per_s']:.0f} spots/s" if "spots_per_s" in row else ""
         if "mfu" in row:
             speed += f"  {row['mfu']:.0%} MFU"
         # Waiting is said where it is worth a thought.
@@ -125,7 +158,7 @@ class Progress:
         """Nothing to close."""
 
     def _print(self, text: str) -> None:
-        print(text, file=self.stream, flush=True)
+        write_line(text, self.stream)
 
 
 def make_loggers(
@@ -154,6 +187,12 @@ def _numbers(row: dict[str, Any]) -> dict[str, float]:
     return out
 
 
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Append one row to a JSONL file; numbers that are not finite become null."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(finite_or_none(row)) + "\n")
+
+
 def keep_rows_up_to(path: Path, step: int) -> None:
     """Drop the rows of a JSONL file after ``step``, and a last line that a killed run left half written."""
     if not path.exists():
@@ -166,15 +205,4 @@ def keep_rows_up_to(path: Path, step: int) -> None:
             break
         if row["step"] <= step:
             kept.append(line + "\n")
-    tmp_path = path.with_suffix(".writing")
-    tmp_path.write_text("".join(kept), encoding="utf-8")
-    tmp_path.replace(path)
-
-
-def finite(value: Any) -> Any:
-    """Return ``value`` with null for every number that is not finite, which JSON does not have."""
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    write_atomic(path, "".join(kept))

@@ -196,11 +196,12 @@ class Profiler:
 
     def close(self) -> None:
         """Write what was traced so far, also when the run ends before the last step to trace."""
-        if self._profile is None:
+        profile, self._profile = self._profile, None
+        if profile is None:
             return
-        self._profile.__exit__(None, None, None)
+        self._steps = None  # also after an error below: it must not come again in every further step
+        profile.__exit__(None, None, None)
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"rank{self._rank}.json.gz"
-        self._profile.export_chrome_trace(str(path))
-        self._profile, self._steps = None, None
+        profile.export_chrome_trace(str(path))
         log.info("trace: %s (open it in Perfetto or chrome://tracing)", path)

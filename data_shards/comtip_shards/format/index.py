@@ -14,6 +14,10 @@ from comtip_shards.format.record import MAX_MEMBER_BYTES, PARTS, members_of
 INDEX_VERSION = "v1.2"
 
 
+MAX_TILE_BYTES, MAX_MEMBER_OVERHEAD = 8, 1 << 16
+"""Most bytes of a tile per pixel, and of what is not pixels; raw pixels are 3, and no codec adds as much again."""
+
+
 def index_text(first_spot: int, codec: str, offsets: np.ndarray, sizes: np.ndarray) -> str:
     """Return the text of an index.
 
@@ -34,7 +38,7 @@ def index_text(first_spot: int, codec: str, offsets: np.ndarray, sizes: np.ndarr
     return "".join(lines)
 
 
-def parse_index(text: bytes, shard: ShardEntry, codec: str, where: str) -> tuple[np.ndarray, np.ndarray]:
+def parse_index(text: bytes, shard: ShardEntry, codec: str, px: int, where: str) -> tuple[np.ndarray, np.ndarray]:
     """Return (offsets, sizes), int64 (n, 3); refuses anything that :func:`index_text` would not write.
 
     Raises
@@ -63,6 +67,8 @@ def parse_index(text: bytes, shard: ShardEntry, codec: str, where: str) -> tuple
         or ends[-1] > shard.bytes
     ):
         raise ShardError(f"{where}: members overlap or leave the shard", kind="index")
+    if sizes[:, 0].max() > MAX_TILE_BYTES * px * px + MAX_MEMBER_OVERHEAD or sizes[:, 2].max() > MAX_MEMBER_OVERHEAD:
+        raise ShardError(f"{where}: a tile or a .json has more bytes than a tile of {px} px can have", kind="index")
     if index_text(shard.first_spot, codec, offsets, sizes).encode() != text:
         raise ShardError(f"{where}: names are not those of its records", kind="index")
     return offsets, sizes

@@ -6,25 +6,34 @@ import base64
 import binascii
 import hashlib
 import json
-import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
 from comtip_shards.errors import ShardError
 from comtip_shards.format.record import CODECS
+from comtip_shards.format.spot_table import FILE as SPOTS_FILE
+from comtip_shards.names import FOREIGN, check_section_id, is_sha256, problem_with_file, same_file, shown
 from comtip_shards.slides.tiles import StainStats
+from comtip_shards.storage.regular_file import read_regular
 
 FORMAT, VERSION = "comtip-shards", 2
 NAME = "manifest.json"
 REBUILD = "build the set again: comtip shards build SOURCE --out NEW_DIR"
 TAR_BLOCK = 512
-_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
-"""One part of a path below the folder: nothing that leaves it."""
+GENES_FILE = "genes.tsv"
+REPORT_FILE, REPORTS = "report.txt", "report"
 _strict = with_config(ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
+MAX_TEXT, MAX_SPOTS = 1 << 16, 10**9
+"""Longest text, in characters; most spots, because a record's key has nine digits."""
+Text = Annotated[str, Field(max_length=MAX_TEXT)]
+Um = Annotated[float, Field(gt=0, le=1e6)]
+Index = Annotated[int, Field(ge=0, lt=MAX_SPOTS)]
+Count = Annotated[int, Field(ge=1, le=MAX_SPOTS)]
 
 
 @_strict
@@ -32,11 +41,11 @@ _strict = with_config(ConfigDict(strict=True, extra="forbid", allow_inf_nan=Fals
 class TileSpec:
     """How tiles were cut."""
 
-    px: int
-    um: float
-    min_mpp: float
+    px: Annotated[int, Field(ge=1, le=4096)]
+    um: Annotated[float, Field(gt=0, le=10_000)]
+    min_mpp: Annotated[float, Field(gt=0, le=100)]
     codec: str
-    quality: int
+    quality: Annotated[int, Field(ge=1, le=100)]
 
 
 @dataclass(frozen=True)
@@ -57,9 +66,56 @@ class Overview:
 
     file: str
     sha256: str
-    um_per_px: float
-    width: int
-    height: int
+    um_per_px: Um
+    width: Annotated[int, Field(ge=1, le=4096)]
+    height: Annotated[int, Field(ge=1, le=4096)]
+
+
+@_strict
+@dataclass(frozen=True)
+class _Check:
+    """One check of a section, as :meth:`comtip_shards.qc.result.SectionReport.summary` gives it."""
+
+    name: Annotated[str, Field(max_length=100)]
+    status: Literal["ok", "warn", "fail", "not applicable"]
+    figure: int | float | None
+    said: Text
+    advice: Text
+
+
+@_strict
+@dataclass(frozen=True)
+class _Print:
+    """What :func:`comtip_shards.sections.leakage.section_fingerprint` gives."""
+
+    spots: Annotated[str, Field(max_length=1 << 12)]
+    picture: Annotated[str, Field(max_length=1 << 8)]
+
+
+@with_config(ConfigDict(strict=True, extra="ignore", allow_inf_nan=False))
+@dataclass(frozen=True)
+class _Source:
+    """What must be in ``ManifestSection.source``; more may be."""
+
+    dropped_spots: dict[Text, int]
+    genes: Text
+    notes: Annotated[list[Text], Field(max_length=1000)]
+    beside: Annotated[list[Text], Field(max_length=1000)]
+    checks: Annotated[list[_Check], Field(max_length=100)]
+    print: _Print
+
+
+_SOURCE = TypeAdapter(_Source)
+
+
+def _check_source(source: dict[str, Any]) -> dict[str, Any]:
+    # By way of JSON: strict validation takes no dict for a dataclass.
+    found = _SOURCE.validate_json(json.dumps(source)).print
+    for name, text, unit, most in (("spots", found.spots, 8, 1024), ("picture", found.picture, 32, 32)):
+        size = len(base64.b64decode(text, validate=True))
+        if size % unit or not (name == "spots" or size) or size > most:
+            raise ValueError(f"print.{name} has {size} bytes")
+    return source
 
 
 @_strict
@@ -68,19 +124,19 @@ class ManifestSection:
     """One section: where it is from, what it measured, which spots are its."""
 
     section_id: str
-    dataset: str
-    species: str
-    tissue: str
-    donor: str
-    platform: str
-    licence: str
-    attribution: str
-    mpp: float
-    spot_diameter_um: float
-    spot_pitch_um: float
-    split: str
-    n_spots: int
-    first_spot: int
+    dataset: Text
+    species: Literal["human", "mouse"]
+    tissue: Text
+    donor: Text
+    platform: Text
+    licence: Text
+    attribution: Text
+    mpp: Annotated[float, Field(ge=0.05, le=50)]
+    spot_diameter_um: Um
+    spot_pitch_um: Um
+    split: Literal["train", "val", "test", ""]
+    n_spots: Count
+    first_spot: Index
     n_assay_genes: int
     assay_genes: str
     """Base64 of a bitset over the gene table, first gene in the highest bit of the first byte."""
@@ -88,9 +144,9 @@ class ManifestSection:
     overview: Overview
     fingerprint: str
     """Hash of the section's inputs and of the settings it was cut with."""
-    source: dict[str, Any] = field(default_factory=dict)
+    source: Annotated[dict[str, Any], AfterValidator(_check_source)] = field(default_factory=dict)
     """What the build counted: spots dropped, genes not mapped, genes summed, notes."""
-    pooling: str = ""
+    pooling: Text = ""
     """How bins, cells or transcripts became spots; empty where the spots are those of the slide."""
 
 
@@ -101,11 +157,11 @@ class ShardEntry:
 
     file: str
     sha256: str
-    bytes: int
+    bytes: Annotated[int, Field(ge=1, lt=1 << 62)]
     index: str
     index_sha256: str
-    records: int
-    first_spot: int
+    records: Count
+    first_spot: Index
     section_id: str
 
 
@@ -114,9 +170,9 @@ class ShardEntry:
 class BuildPart:
     """Which part of a larger build this set is: ``--part index/of``."""
 
-    index: int
-    of: int
-    sections: list[int]
+    index: Count
+    of: Count
+    sections: list[Index]
     """Place of each section in the whole, from 0."""
     whole: str
     """Hash of all sections' metadata: parts of one build share it."""
@@ -128,13 +184,13 @@ class Manifest:
     """A whole shard set."""
 
     tile: TileSpec
-    records_per_shard: int
+    records_per_shard: Count
     genes_file: str
     genes_sha256: str
-    n_genes: int
+    n_genes: Annotated[int, Field(ge=0, le=10_000_000)]
     spots_file: str
     spots_sha256: str
-    n_spots: int
+    n_spots: Annotated[int, Field(ge=0, le=MAX_SPOTS)]
     sections: list[ManifestSection]
     shards: list[ShardEntry]
     fingerprint: str
@@ -177,7 +233,10 @@ def read_manifest(folder: Path) -> Manifest:
         raise ShardError(
             f"{folder}: no {NAME}; give the folder that `comtip shards build --out` wrote", kind="manifest"
         )
-    return parse_manifest(path.read_bytes(), str(path))
+    try:
+        return parse_manifest(read_regular(path), str(path))
+    except OSError as error:
+        raise ShardError(f"{path}: cannot be read ({error.strerror}); {FOREIGN}", kind="manifest") from error
 
 
 def parse_manifest(text: bytes, where: str) -> Manifest:
@@ -213,12 +272,7 @@ def _check(manifest: Manifest, where: str) -> None:
         raise ShardError(
             f"{where}: tiles of {manifest.tile.px} px in {manifest.tile.codec!r} are not understood", kind="manifest"
         )
-    for name in files_of(manifest):
-        if not all(_FILE_NAME.fullmatch(part) for part in name.split("/")):
-            raise ShardError(
-                f"{where}: the file name {name[:100]!r} leaves the folder, or is none that a build gives",
-                kind="manifest",
-            )
+    _check_names(manifest, where)
     if not manifest.sections:
         raise ShardError(f"{where}: no sections", kind="manifest")
     for what, entries, size in (("sections", manifest.sections, "n_spots"), ("shards", manifest.shards, "records")):
@@ -240,8 +294,77 @@ def _check(manifest: Manifest, where: str) -> None:
         low, high = ends.get(shard.section_id, (0, -1))
         if shard.first_spot < low or shard.first_spot + shard.records > high:
             raise ShardError(f"{where}: shard {shard.file} is not within its section", kind="manifest")
-    for section in manifest.sections:
-        unpack_bits(section.assay_genes, manifest.n_genes)
+    for field_name, name, right in _names(manifest):
+        if name != right:
+            raise _manifest_error(
+                f"{where}: {field_name}: {shown(name)} is not {right}, as a build names it; {FOREIGN}"
+            )
+    for i, section in enumerate(manifest.sections):
+        measured = int(unpack_bits(section.assay_genes, manifest.n_genes).sum())
+        if measured != section.n_assay_genes:
+            raise _manifest_error(
+                f"{where}: sections.{i}.n_assay_genes: {section.n_assay_genes}, but assay_genes has {measured}"
+            )
+        if not (all(-1 <= v <= 10 for v in section.stain.od_mean) and all(0 < v <= 10 for v in section.stain.od_std)):
+            raise _manifest_error(f"{where}: sections.{i}.stain: {section.stain} is no optical density; {FOREIGN}")
+    part = manifest.part
+    if part is not None:
+        places = list(range(part.index - 1, part.index - 1 + part.of * len(manifest.sections), part.of))
+        if part.index > part.of or part.sections != places:
+            raise _manifest_error(
+                f"{where}: part.sections: part {part.index}/{part.of} with {len(manifest.sections)} sections does not hold "
+                f"those; {FOREIGN}"
+            )
+
+
+def shard_stem(section_id: str, number: int) -> str:
+    """Return the name of a section's shard, from 0, without its extension; FORMAT.md fixes it."""
+    return f"shards/{section_id}-{number:04d}"
+
+
+def overview_file(section_id: str) -> str:
+    """Return the name of a section's overview; FORMAT.md fixes it."""
+    return f"overview/{section_id}.jpg"
+
+
+def _check_names(manifest: Manifest, where: str) -> None:
+    """Refuse names that could become a path anywhere but where FORMAT.md puts them.
+
+    Section ids, file names and hashes are all parts of paths: in a merged set, in reports, in the cache.
+    """
+    for i, section in enumerate(manifest.sections):
+        check_section_id(section.section_id, f"{where}: sections.{i}.section_id", _manifest_error, FOREIGN)
+    twins = same_file(s.section_id for s in manifest.sections)
+    if twins:
+        raise _manifest_error(
+            f"{where}: sections.section_id: {shown(twins[0])} and {shown(twins[1])} are the same file name on systems "
+            "that ignore case; rename one and build again"
+        )
+    for field_name, name, _ in _names(manifest):
+        problem = problem_with_file(name)
+        if problem:
+            raise _manifest_error(f"{where}: {field_name}: the file name {shown(name)} {problem}; {FOREIGN}")
+    for name, digest in files_of(manifest).items():
+        if not is_sha256(digest):
+            raise _manifest_error(f"{where}: the SHA-256 of {name} is {shown(digest)}, not 64 hex digits; {FOREIGN}")
+
+
+def _names(manifest: Manifest) -> Iterator[tuple[str, str, str]]:
+    """Yield every file that a manifest names: (field, name, the name that a build gives)."""
+    yield "genes_file", manifest.genes_file, GENES_FILE
+    yield "spots_file", manifest.spots_file, SPOTS_FILE
+    for i, section in enumerate(manifest.sections):
+        yield f"sections.{i}.overview.file", section.overview.file, overview_file(section.section_id)
+    number: dict[str, int] = {}
+    for i, shard in enumerate(manifest.shards):
+        k = number[shard.section_id] = number.get(shard.section_id, -1) + 1
+        stem = shard_stem(shard.section_id, k)
+        yield f"shards.{i}.file", shard.file, f"{stem}.tar"
+        yield f"shards.{i}.index", shard.index, f"{stem}.idx"
+
+
+def _manifest_error(message: str) -> ShardError:
+    return ShardError(message, kind="manifest")
 
 
 def files_of(manifest: Manifest) -> dict[str, str]:

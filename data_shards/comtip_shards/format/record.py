@@ -15,11 +15,17 @@ from comtip_shards.errors import ShardError
 
 EXPR_MAGIC = b"CTX2"
 _HEAD = 16
+_PNG_RGB8 = b"\x08\x02"
+"""Bit depth and colour type in the header of a PNG."""
 CODECS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
 """Codec -> extension of the tar member."""
 PARTS = ("tile", "expr", "json")
 """The members of a record, in the order of the tar."""
 MAX_MEMBER_BYTES = 64 * 2**20
+MAX_TEXT, MAX_PX = 4096, 1e12
+"""Longest spot id or label, in characters; largest position, in px."""
+_REQUIRED = {"section_id": str, "spot_id": str, "source_row": int, "x_px": float, "y_px": float}
+_FIELDS = _REQUIRED | {"array_x": float, "array_y": float, "label": str, "n_pooled": int}
 
 
 def members_of(spot_index: int, codec: str) -> tuple[str, str, str]:
@@ -189,7 +195,11 @@ def decode_tile(data: bytes, px: int, codec: str, where: str) -> np.ndarray:
                     f"{where}: the tile is {image.width} x {image.height} px, the manifest says {px} x {px}",
                     kind="tile",
                 )
-            return np.asarray(image.convert("RGB"))
+            # Pillow turns 16 bits to 8 in silence, and other decoders do not.
+            deep = codec == "png" and data[24:26] != _PNG_RGB8
+            if image.mode != "RGB" or deep or getattr(image, "n_frames", 1) != 1:
+                raise ShardError(f"{where}: the tile is no single picture of 3 x 8 bits", kind="tile")
+            return np.asarray(image)
     except ShardError:
         raise
     except Exception as error:  # Pillow's decoders raise many kinds on damaged bytes
@@ -209,11 +219,22 @@ def decode_json(data: bytes, where: str) -> dict[str, Any]:
         meta = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise ShardError(f"{where}.json: not JSON ({error})", kind="spot") from error
-    missing = (
-        {"section_id", "spot_id", "x_px", "y_px", "source_row"} - set(meta)
-        if isinstance(meta, dict)
-        else {"everything"}
-    )
+    missing = set(_REQUIRED) - set(meta) if isinstance(meta, dict) else {"everything"}
     if missing:
         raise ShardError(f"{where}.json: lacks {', '.join(sorted(missing))}", kind="spot")
+    for name, value in meta.items():
+        if not _is_field(name, value):
+            raise ShardError(f"{where}.json: {name[:40]!r} is {str(value)[:40]!r}, which no build writes", kind="spot")
     return dict(meta)
+
+
+def _is_field(name: str, value: object) -> bool:
+    """Tell whether a field of a spot's metadata is known and has a value of its type."""
+    kind = _FIELDS.get(name)
+    if kind is str:
+        return isinstance(value, str) and len(value) <= MAX_TEXT
+    if isinstance(value, bool) or kind is None:
+        return False
+    if kind is int:
+        return isinstance(value, int) and 0 <= value < 2**63
+    return isinstance(value, (int, float)) and abs(value) < MAX_PX

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,11 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from PIL import Image, ImageDraw
 
+from comtip_shards.errors import SourceError
+from comtip_shards.names import inside
 from comtip_shards.qc.context import SectionContext
 from comtip_shards.qc.result import FAIL, WARN, Finding, SectionReport, worst
+from comtip_shards.storage.atomic import atomic_folder
 
 EXTENSIONS = ("json", "html")
 OVERLAY_PX = 1000
@@ -65,12 +67,16 @@ def section_page(report: SectionReport) -> str:
     return _template("section.html.j2").render(report=report, picture=picture, ramp=css, marked=marked)
 
 
-def index_page(sections: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> str:
-    """Return the HTML table of all sections: (section id, :meth:`SectionReport.summary`) each."""
+def index_page(sections: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], without_page: Collection[str] = ()) -> str:
+    """Return the HTML table of all sections: (section id, :meth:`SectionReport.summary`) each.
+
+    ``without_page`` are ids of sections that the table does not link to a page of their own.
+    """
     names = list(dict.fromkeys(f["name"] for _, findings in sections for f in findings))
     rows = [
         {
             "section_id": section,
+            "page": section not in without_page,
             "status": worst(f["status"] for f in findings),
             "cells": {f["name"]: f for f in findings},
         }
@@ -86,14 +92,21 @@ def pages(report: SectionReport) -> dict[str, str]:
 
 def write_pages(sections: Iterable[tuple[str, Mapping[str, str], Sequence[Mapping[str, Any]]]], folder: Path) -> None:
     """Write a folder of reports anew: (section id, :func:`pages`, :meth:`SectionReport.summary`) each, and ``index.html``."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    summaries = []
-    for section, texts, summary in sections:  # one at a time: pages hold pictures
-        for extension, text in texts.items():
-            (folder / f"{section}.{extension}").write_text(text, encoding="utf-8")
-        summaries.append((section, summary))
-    (folder / "index.html").write_text(index_page(summaries), encoding="utf-8")
+    if folder.is_symlink():
+        raise SourceError(
+            f"{folder}: is a link, and the folder of reports is written anew; delete it, or give a new folder"
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    summaries, without_page = [], set()
+    with atomic_folder(folder) as tmp_path:
+        tmp_path.mkdir()
+        for section, texts, summary in sections:  # one at a time: pages hold images
+            for extension, text in texts.items():
+                inside(tmp_path, f"{section}.{extension}").write_text(text, encoding="utf-8")
+            summaries.append((section, summary))
+            if "html" not in texts:
+                without_page.add(section)
+        (tmp_path / "index.html").write_text(index_page(summaries, without_page), encoding="utf-8")
 
 
 def _template(name: str) -> Template:

@@ -31,7 +31,7 @@ class Finding:
     """The measurement in a sentence."""
     advice: str = ""
     """What to do, empty where all is well."""
-    spots: tuple[int, ...] = ()
+    spots: Sequence[int] = ()
     """Rows of the spots that the finding is about."""
 
     @property

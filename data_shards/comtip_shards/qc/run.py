@@ -161,7 +161,7 @@ def check_sources(
     SourceError
         ``out`` holds other files.
     """
-    out = Path(out)
+    out = Path(out).resolve()  # the user may name a link; what is below it may be none
     if out.exists() and not out.is_dir():
         raise SourceError(f"{out} is a file; give a folder")
     foreign = _foreign(out) if out.exists() else []

@@ -57,8 +57,8 @@ class MemberReader:
         """Return where a shard's members lie, from its index: offsets and sizes, int64 (records, 3)."""
         if shard.index not in self._index:
             text = self.files.verified(shard.index, shard.index_sha256, "the index", "index")
-            name = f"{self.files.name}/{shard.index}"
-            self._index[shard.index] = parse_index(text, shard, self.manifest.tile.codec, name)
+            name, tile = f"{self.files.name}/{shard.index}", self.manifest.tile
+            self._index[shard.index] = parse_index(text, shard, tile.codec, tile.px, name)
         return self._index[shard.index]
 
     def read(self, index: np.ndarray, parts: Sequence[str]) -> list[list[bytes]]:

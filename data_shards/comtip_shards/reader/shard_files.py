@@ -9,6 +9,8 @@ from urllib.parse import unquote, urlsplit
 
 from comtip_shards.errors import ShardError
 from comtip_shards.format.manifest import NAME, Manifest, parse_manifest, read_manifest
+from comtip_shards.names import inside
+from comtip_shards.storage.regular_file import read_regular
 from comtip_shards.storage.remote import Remote, is_url
 
 
@@ -45,7 +47,7 @@ class SetFiles:
 
     def path(self, name: str, sha256: str, size: int | None = None) -> Path:
         """Return the local path of a file; a remote one is fetched and checked as it comes."""
-        return self.folder / name if self.remote is None else self.remote.fetch(name, sha256=sha256, size=size)
+        return inside(self.folder, name) if self.remote is None else self.remote.fetch(name, sha256=sha256, size=size)
 
     def open(self, name: str, sha256: str, size: int) -> BinaryIO:
         """Open a shard for reading at random places."""
@@ -69,7 +71,7 @@ class SetFiles:
         for _ in range(2):
             path = self.path(name, sha256)
             try:
-                data = path.read_bytes()
+                data = read_regular(path)
             except OSError:
                 break
             if hashlib.sha256(data).hexdigest() == sha256:

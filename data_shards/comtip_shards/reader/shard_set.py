@@ -17,11 +17,15 @@ from comtip_shards.errors import ShardError
 from comtip_shards.format import record
 from comtip_shards.format import spot_table as spots
 from comtip_shards.format.manifest import GeneRow, ManifestSection, ShardEntry, unpack_bits
+from comtip_shards.names import FOREIGN, shown
 from comtip_shards.reader.record_reader import MemberReader
 from comtip_shards.reader.shard_files import SetFiles
 from comtip_shards.sections.section import cohort_of
 from comtip_shards.slides.tiles import StainStats
 from comtip_shards.storage.remote import Remote
+
+MAX_GENE_TEXT = 1000
+"""Longest text in the gene table, in characters."""
 
 
 class ShardSet:
@@ -72,7 +76,9 @@ class ShardSet:
         names = ("key", "species", "symbol", "ensembl", "name")
         if any(set(r) != set(names) or None in r.values() for r in rows):
             raise ShardError(f"{path}: the columns are not {', '.join(names)}", kind="genes")
-        return [GeneRow(*(r[n] for n in names)) for r in rows]
+        genes = [GeneRow(*(r[n] for n in names)) for r in rows]
+        _check_genes(genes, path)
+        return genes
 
     @cached_property
     def spots(self) -> pd.DataFrame:
@@ -193,3 +199,22 @@ class ShardSet:
             raise IndexError(
                 f"spots {index.min()} to {index.max()} are not all in {self.name}, which holds {len(self)}"
             )
+
+
+def _check_genes(genes: Sequence[GeneRow], path: str) -> None:
+    """Refuse a gene table whose keys do not each stand for one gene: counts are added and predicted by key."""
+    seen: set[str] = set()
+    for line, gene in enumerate(genes, 2):
+        problem = ""
+        if gene.key in seen:
+            problem = "stands twice"
+        elif gene.key != f"{gene.species}:{gene.symbol}" or gene.species not in ("human", "mouse"):
+            problem = f"is not species:symbol of {gene.species[:20]!r} and {gene.symbol[:40]!r}"
+        elif (
+            not (gene.symbol and gene.key.isprintable())
+            or max(len(gene.key), len(gene.ensembl), len(gene.name)) > MAX_GENE_TEXT
+        ):
+            problem = "is empty, longer than a name, or holds control characters"
+        if problem:
+            raise ShardError(f"{path}: line {line}: the key {shown(gene.key)} {problem}; {FOREIGN}", kind="genes")
+        seen.add(gene.key)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,7 +12,7 @@ from tqdm import tqdm
 
 from comtip_shards.errors import ShardError, SourceError
 from comtip_shards.format import record
-from comtip_shards.format.manifest import ShardEntry, sha256_of
+from comtip_shards.format.manifest import REPORT_FILE, REPORTS, ShardEntry, sha256_of
 from comtip_shards.format.tar_index import index_tar
 from comtip_shards.reader.shard_set import ShardSet
 from comtip_shards.sections.leakage import check_splits
@@ -64,6 +65,7 @@ def verify(path: Path | str, *, progress: bool = False, remote: Remote | None = 
         report.problems += _check_spots(shards, table)
     except ShardError as error:
         report.problems.append(str(error))
+    report.problems += _check_links(shards)
     for number in range(len(shards.manifest.sections)):
         try:
             shards.overview(number)
@@ -81,16 +83,43 @@ def verify(path: Path | str, *, progress: bool = False, remote: Remote | None = 
     return report
 
 
+def _check_links(shards: ShardSet) -> list[str]:
+    """Pages for people are not hashed: a link among them shows, or hands on, a file of another folder."""
+    if shards.files.remote is not None:
+        return []
+    pages = [shards.path / REPORT_FILE, shards.path / REPORTS, *sorted((shards.path / REPORTS).rglob("*"))]
+    return [f"{p}: is a link, which no build writes; delete it, no reader needs it" for p in pages if p.is_symlink()]
+
+
 def _check_spots(shards: ShardSet, table: pd.DataFrame) -> list[str]:
     """Every spot of a section once, by id and by row of the source."""
     problems = []
-    for section in shards.manifest.sections:
-        own = table.iloc[section.first_spot : section.first_spot + section.n_spots]
-        if own["spot_id"].duplicated().any():
-            problems.append(f"{shards.name}: a spot of section {section.section_id} stands twice")
-        if not np.array_equal(np.sort(own["source_row"].to_numpy()), np.arange(section.n_spots)):
-            problems.append(f"{shards.name}: source_row of section {section.section_id} does not count its spots")
+    for number in range(len(shards.manifest.sections)):
+        try:
+            check_section_spots(shards, number, table)
+        except ShardError as error:
+            problems.append(str(error))
     return problems
+
+
+def check_section_spots(shards: ShardSet, number: int, table: pd.DataFrame) -> None:
+    """Refuse a section whose rows of the table of spots are not each one spot.
+
+    Raises
+    ------
+    ShardError
+        Naming the set and the section.
+    """
+    section = shards.manifest.sections[number]
+    own = table.iloc[section.first_spot : section.first_spot + section.n_spots]
+    if own["spot_id"].duplicated().any():
+        raise ShardError(f"{shards.name}: a spot of section {section.section_id} stands twice", kind="spots")
+    if not np.array_equal(np.sort(own["source_row"].to_numpy()), np.arange(section.n_spots)):
+        raise ShardError(
+            f"{shards.name}: source_row of section {section.section_id} does not count its spots", kind="spots"
+        )
+    if not np.isfinite(own[["x_px", "y_px"]].to_numpy()).all():
+        raise ShardError(f"{shards.name}: a spot of section {section.section_id} has no position", kind="spots")
 
 
 def _verify_shard(shards: ShardSet, shard: ShardEntry, table: pd.DataFrame | None, report: VerifyReport) -> None:
@@ -131,16 +160,37 @@ def _verify_record(shards: ShardSet, shard: ShardEntry, spot: int, table: pd.Dat
     counts = shards.counts([spot])
     if not shards.measured(shards.section_number(shard.section_id))[counts.indices].all():
         raise ShardError(f"{where}.expr: counts of a gene that the section did not measure", kind="counts")
-    meta = record.decode_json(shards.members([spot], "json")[0], where)
-    if meta["section_id"] != shard.section_id:
-        raise ShardError(
-            f"{where}.json: says section {meta['section_id']}, the manifest says {shard.section_id}", kind="spot"
-        )
-    if table is not None:
-        row = table.loc[spot]
-        for name, value in meta.items():
-            if row.get(name) != value:
-                raise ShardError(
-                    f"{where}.json: {name} is {value!r}, the table of spots says {row.get(name)!r}", kind="spot"
-                )
+    row = table.loc[spot] if table is not None else None
+    check_spot(shards.members([spot], "json")[0], shard.section_id, row, where)
     return int(counts.sum(dtype=np.int64))
+
+
+def check_spot(data: bytes, section_id: str, row: Any, where: str) -> None:
+    """Refuse a member ``.json`` that says otherwise than the manifest and the table of spots.
+
+    Parameters
+    ----------
+    data
+        The member.
+    section_id
+        Of the shard that it is in.
+    row
+        Mapping or Series of the table of spots; None where there is no table.
+    where
+        Shard and key, for messages.
+
+    Raises
+    ------
+    ShardError
+        Of kind ``spot``.
+    """
+    meta = record.decode_json(data, where)
+    if meta["section_id"] != section_id:
+        raise ShardError(
+            f"{where}.json: says section {meta['section_id']}, the manifest says {section_id}", kind="spot"
+        )
+    for name, value in meta.items() if row is not None else ():
+        if row.get(name) != value:
+            raise ShardError(
+                f"{where}.json: {name} is {value!r}, the table of spots says {row.get(name)!r}", kind="spot"
+            )

@@ -11,11 +11,12 @@ import numpy as np
 from scipy import sparse
 
 from comtip_shards.errors import SourceError
+from comtip_shards.names import check_section_id
 from comtip_shards.slides.base import Slide
 from comtip_shards.slides.open import image_size, open_slide
 
 SPLITS = ("train", "val", "test", "")
-_SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+RENAME = "use ASCII letters, digits, '.', '_' and '-', at most 100, and begin with a letter or digit"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,10 @@ class SectionMeta:
     """``train``, ``val``, ``test`` or empty."""
     pooling: str = ""
     """How bins, cells or transcripts became spots; empty where the spots are those of the slide."""
+
+    def __post_init__(self) -> None:
+        # Here and not in each reader: an id names files in a build, in a report, in a check.
+        check_section_id(self.section_id, self.dataset or "a section", SourceError, RENAME)
 
 
 def meta_of(entry: object) -> SectionMeta:
@@ -139,8 +144,7 @@ class Section:
 
 def check_meta(meta: SectionMeta, where: Path | str) -> None:
     """Refuse metadata that nothing could be built from."""
-    if not _SAFE_ID.fullmatch(meta.section_id):
-        raise SourceError(f"{where}: section id {meta.section_id!r}; use letters, digits, '.', '_' and '-'")
+    check_section_id(meta.section_id, str(where), SourceError, RENAME)
     if meta.species not in ("human", "mouse"):
         raise SourceError(
             f"{where}: section {meta.section_id}: species {meta.species!r}; state human or mouse (--species)"

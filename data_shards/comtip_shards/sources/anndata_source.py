@@ -25,6 +25,7 @@ from comtip_shards.sections.section import Section, SectionMeta, check_unique
 from comtip_shards.slides.base import ArraySlide, Slide, peak_of, to_rgb8
 from comtip_shards.slides.open import mpp_by_tag
 from comtip_shards.sources.base import SectionSource, Spots, as_counts, existing, join, number, pick
+from comtip_shards.sources.hdf5 import open_hdf5
 from comtip_shards.sources.tenx import species_of
 
 MICRONS_PER_PIXEL = "microns_per_pixel"
@@ -80,7 +81,11 @@ def recognise(path: Path) -> str | None:
     files = _files(path)
     if not files or not h5py.is_hdf5(files[0]):
         return None
-    with h5py.File(files[0], "r") as file:
+    try:
+        opened = open_h5ad(files[0])
+    except SourceError:
+        return f"{files[0].name} is an HDF5 file"  # reading it says what is wrong with it
+    with opened as file:
         if "obsm/spatial" not in file:
             return None
         return f"{files[0].name} holds obsm['spatial']" + (" and uns['spatial']" if "uns/spatial" in file else "")
@@ -126,11 +131,8 @@ def safe_id(text: str) -> str:
 
 
 def open_h5ad(path: Path) -> h5py.File:
-    """Open an AnnData file; what is none is said by name."""
-    try:
-        return h5py.File(path, "r")
-    except OSError as error:
-        raise SourceError(f"{path}: not an .h5ad that can be read ({error}); is the file whole?") from error
+    """Open an AnnData file, checked by :func:`comtip_shards.sources.hdf5.open_hdf5`."""
+    return open_hdf5(path, "an .h5ad", "is the file whole?")
 
 
 def read_part(file: h5py.File, key: str, path: Path) -> Any:

@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from tqdm import tqdm
 
 from comtip_shards.errors import SourceError
+from comtip_shards.names import shown
 from comtip_shards.sources.base import pick
 from comtip_shards.sources.choose import choose
 from comtip_shards.sources.layouts import LAYOUTS, Layout
@@ -29,6 +30,8 @@ UNBOUNDED = 1 << 62
 PATIENCE = RetryPolicy(stall=300.0, total=24 * 3600.0)
 """Listings of thousands of files take their time, and so do slides of many GB."""
 FILE_SUFFIXES = (".h5ad", ".tsv")
+MAX_PART = 200
+"""Bytes of one part of a name; a file system takes 255, and the copy has a suffix while it is written."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,11 @@ class _Listing:
         """Return the files of one section; ``{id}`` in a pattern stands for it, and is listed once for all."""
         out: dict[str, int | None] = {}
         for pattern in patterns:
+            if not _is_inside(pattern):  # some are what the source's own table says
+                raise SourceError(
+                    f"{self.remote.url}: a table of section {section} names the file {shown(pattern)}, which leaves the "
+                    "folder or is no file name; mend the table, or download the source and give its files by hand"
+                )
             for name, size in self.match(pattern.replace("{id}", "*")).items():
                 if "{id}" not in pattern or fnmatch.fnmatchcase(name, pattern.replace("{id}", _literal(section))):
                     out[name] = size
@@ -72,8 +80,10 @@ def _literal(text: str) -> str:
 
 
 def _is_inside(name: str) -> bool:
+    """Tell whether a name of a listing stays below the folder, on every system, and can be a file's name."""
     path = PurePosixPath(name)
-    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\\" not in name
+    safe = name.isprintable() and "\\" not in name and all(len(part.encode()) <= MAX_PART for part in path.parts)
+    return safe and bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 
 def fetch_source(

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from comtip_shards.errors import SourceError
-from comtip_shards.sections.section import Section, SectionMeta, check_meta
+from comtip_shards.names import check_section_id
+from comtip_shards.sections.section import RENAME, Section, SectionMeta, check_meta
 from comtip_shards.slides.open import mpp_by_tag
 from comtip_shards.sources.base import (
     CatalogueRow,
@@ -70,6 +71,8 @@ def _rows(where: Path) -> dict[str, dict[Hashable, Any]]:
     if missing:
         raise SourceError(f"{where}: lacks the columns {', '.join(missing)}")
     ids = table["sample_id"].tolist()
+    for row, name in enumerate(ids, 2):
+        check_section_id(name, f"{where}: sample_id in row {row}", SourceError, RENAME)
     twice = sorted({i for i in ids if ids.count(i) > 1})
     if twice:
         raise SourceError(f"{where}: sample_id {', '.join(twice)} stands more than once")

@@ -16,6 +16,7 @@ from comtip_shards.errors import SourceError
 from comtip_shards.sections.section import check_unique
 from comtip_shards.slides.base import ArraySlide, Box, Slide
 from comtip_shards.slides.tiles import shrunk_size
+from comtip_shards.sources.hdf5 import open_hdf5
 
 HEST_MPP = 0.5
 """um per px of HEST's patches."""
@@ -97,10 +98,7 @@ def read_patches(path: Path, mpp: float) -> Patches:
 
 
 def _open(path: Path) -> h5py.File:
-    try:
-        return h5py.File(path, "r")
-    except OSError as error:
-        raise SourceError(f"{path}: not an HDF5 file that can be read ({error}); is it whole?") from error
+    return open_hdf5(path, "an HDF5 file", "is it whole?")
 
 
 class PatchSlide(Slide):

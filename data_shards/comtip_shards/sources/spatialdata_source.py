@@ -30,6 +30,7 @@ from comtip_shards.sources.anndata_source import (
 )
 from comtip_shards.sources.base import SectionSource, number, pick
 from comtip_shards.sources.tenx import species_of
+from comtip_shards.sources.zarr_metadata import check_store
 
 NO_SHAPE, NO_ROW = "in the table but without a shape", "shapes without a row in the table"
 
@@ -52,7 +53,8 @@ def open_sections(path: Path, samples: Sequence[str] | None, overrides: Mapping[
 
 
 def read_store(path: Path) -> Any:
-    """Open a store; its images stay on the disk."""
+    """Open a store whose metadata passes :func:`comtip_shards.sources.zarr_metadata.check_store`; images stay on the disk."""
+    check_store(path, "a SpatialData store")
     try:
         spatialdata = import_module("spatialdata")
     except ImportError as error:

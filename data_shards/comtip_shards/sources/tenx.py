@@ -19,11 +19,14 @@ from comtip_shards.errors import SourceError
 from comtip_shards.slides.appearance import looks_like_he
 from comtip_shards.slides.open import image_size, open_slide
 from comtip_shards.sources.base import as_counts, existing, reading
+from comtip_shards.sources.hdf5 import open_hdf5
 
 GENE_KIND, MATRIX = "Gene Expression", "a feature-barcode matrix of 10x Genomics"
 JUDGED_PX = 30_000_000
 """Images up to this size are read to say whether they look like H&E; larger ones are left to the section report."""
 OVERVIEW_PX = 600
+MAX_TEXT_BYTES = 2**30
+"""Most bytes of a list of barcodes or features, unpacked; 10 million barcodes have 200 MB."""
 _MICROSCOPE = ("microscope_image/*", "*tissue_image.*", "*_image.tif", "*_image.tiff", "*_image.btf", "*_image.jpg")
 _IMAGES = {".tif", ".tiff", ".btf", ".jpg", ".jpeg", ".png", ".svs", ".ndpi"}
 
@@ -242,10 +245,7 @@ def species_of(ids: Sequence[str], where: Path) -> str:
 
 
 def _open_h5(path: Path) -> h5py.File:
-    try:
-        file = h5py.File(path, "r")
-    except OSError as error:
-        raise SourceError(f"{path}: not an HDF5 file that can be read ({error})") from error
+    file = open_hdf5(path, "an HDF5 file", "is it whole?")
     needed = ("features/id", "barcodes", "data", "indices", "indptr", "shape")
     missing = [n for n in needed if f"matrix/{n}" not in file]
     if missing:
@@ -305,7 +305,12 @@ def _read_mex(matrix: TenxMatrix, n_features: int) -> tuple[list[str], sparse.cs
 
 def _lines(path: Path) -> list[str]:
     with reading(path, "lines of text"):
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            raw = file.read(MAX_TEXT_BYTES + 1)
+        if len(raw) > MAX_TEXT_BYTES:
+            raise SourceError(
+                f"{path}: more than {MAX_TEXT_BYTES:,} bytes of text, unpacked; no list of names is that long"
+            )
         return raw.decode("utf-8").splitlines()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -12,9 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from comtip_shards.errors import ShardError
+from comtip_shards.names import FOREIGN, is_sha256, problem_with, shown
+from comtip_shards.storage.atomic import flush
 
 CACHE_VARIABLE, SIZE_VARIABLE = "COMTIP_CACHE", "COMTIP_CACHE_GB"
 _DAY = 24 * 3600
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+"""What ``flock`` says on network file systems that are mounted without locks."""
 
 
 def default_cache() -> Path:
@@ -47,9 +52,15 @@ class FileCache:
         self.folder, self.max_bytes = folder, max_bytes
 
     def path(self, key: str, name: str) -> Path:
-        """Return where a file lies if it is here; only the last part of ``name`` is used."""
+        """Return where a file lies if it is here; only the last part of ``name`` is used, where it is a file name."""
         last = name.rsplit("/", 1)[-1].split("?", 1)[0]
-        return self.folder / key[:2] / key / (last if last.strip(".") and "\0" not in last else "file")
+        return self._of(key) / (last if not problem_with(last) else "file")
+
+    def _of(self, key: str) -> Path:
+        """Return the folder of a key, which may be a hash that a manifest states."""
+        if not is_sha256(key):
+            raise ShardError(f"{shown(key)} is no SHA-256, so no file is kept under it; {FOREIGN}", kind="manifest")
+        return self.folder / key[:2] / key
 
     def has(self, path: Path, size: int | None) -> bool:
         """Tell whether a file is here, with its size where that is known; it counts as used now."""
@@ -78,6 +89,7 @@ class FileCache:
         """Move a whole file to its place, and make room."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            flush(tmp_path)  # a file in the cache is not hashed again
             tmp_path.replace(path)
         except OSError as error:
             raise self.unwritable(error) from error
@@ -85,7 +97,7 @@ class FileCache:
 
     def forget(self, key: str) -> None:
         """Drop the files of a key."""
-        shutil.rmtree(self.folder / key[:2] / key, ignore_errors=True)
+        shutil.rmtree(self._of(key), ignore_errors=True)
 
     def unwritable(self, error: OSError) -> ShardError:
         """Return the error that says so."""
@@ -100,7 +112,7 @@ class FileCache:
         folder = self.folder / "locks"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            file = (folder / key).open("w")
+            file = (folder / self._of(key).name).open("w")
         except OSError as error:
             raise self.unwritable(error) from error
         with file:
@@ -108,7 +120,11 @@ class FileCache:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
-                except BlockingIOError:
+                except OSError as error:
+                    if error.errno in NO_LOCKS:
+                        break  # two processes may fetch the same file; each is moved to its place whole
+                    if not isinstance(error, BlockingIOError):
+                        raise self.unwritable(error) from error
                     if time.monotonic() > deadline:
                         raise ShardError(f"{where}: another process did not fetch it in time", kind="remote") from None
                     time.sleep(0.05)

@@ -14,18 +14,19 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
+from comtip_shards.builder.output_dir import WRITING
+from comtip_shards.builder.writer import RecordRun, SectionHead, layout
+from comtip_shards.format.manifest import TileSpec
+from comtip_shards.format.record import encode_json, encode_tile
+from comtip_shards.genes.identifiers import map_genes
 from comtip_shards.qc.page import EXTENSIONS, pages
 from comtip_shards.qc.run import check_section
-from comtip_shards.genes.identifiers import map_genes
-from comtip_shards.slides.base import Slide, reading_order
 from comtip_shards.sections.leakage import section_fingerprint
-from comtip_shards.format.manifest import TileSpec
-from comtip_shards.build.output_dir import WRITING
-from comtip_shards.format.record import encode_json, encode_tile
 from comtip_shards.sections.section import Section, SectionMeta
-from comtip_shards.sources.base import SectionSource
+from comtip_shards.slides.base import Slide, reading_order
 from comtip_shards.slides.tiles import StainStats, stain_stats
-from comtip_shards.build.writer import RecordRun, SectionHead, layout
+from comtip_shards.sources.base import SectionSource
+from comtip_shards.storage.atomic import flush_tree
 
 OVERVIEW_PX = 1024
 
@@ -72,7 +73,7 @@ def stage_section(source: SectionSource, meta: SectionMeta, tile: TileSpec, mark
     """Read, cut and encode one section, unless this was done before from the same inputs."""
     folder = staging / f"{meta.section_id}-{mark[:16]}"
     if folder.is_dir():
-        return Staged(folder, meta, mark)  # written tmp_path and renamed, so a folder that is here is whole
+        return Staged(folder, meta, mark)  # written to a temporary path and renamed, so a folder that is here is whole
     section = source.read()
     tmp_path = staging / f"{folder.name}.{os.getpid()}{WRITING}"
     shutil.rmtree(tmp_path, ignore_errors=True)
@@ -103,6 +104,7 @@ def stage_section(source: SectionSource, meta: SectionMeta, tile: TileSpec, mark
     (tmp_path / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
     spots = [_spot(section, meta, i) for i in range(len(section.spot_ids))]
     (tmp_path / "spots.json").write_text(json.dumps(spots), encoding="utf-8")
+    flush_tree(tmp_path)
     try:
         tmp_path.rename(folder)
     except OSError:

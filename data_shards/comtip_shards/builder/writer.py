@@ -23,26 +23,32 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from comtip_shards.format import record, spot_table as spots
-from comtip_shards.genes.identifiers import RESOURCE, GeneResource
+from comtip_shards.format import record
+from comtip_shards.format import spot_table as spots
 from comtip_shards.format.index import index_text
-from comtip_shards.sampling.rng import permutation
 from comtip_shards.format.manifest import (
+    GENES_FILE,
     NAME,
+    REPORT_FILE,
+    BuildPart,
     Manifest,
     ManifestSection,
     Overview,
-    BuildPart,
     ShardEntry,
     TileSpec,
+    overview_file,
     pack_bits,
     parse_manifest,
     sha256_of,
+    shard_stem,
 )
+from comtip_shards.genes.identifiers import RESOURCE, GeneResource
+from comtip_shards.names import inside
+from comtip_shards.sampling.rng import permutation
 from comtip_shards.sections.section import SectionMeta
 from comtip_shards.slides.tiles import StainStats
+from comtip_shards.storage.atomic import flush, flush_tree, write_atomic
 
-GENES_FILE, REPORT_FILE, REPORTS = "genes.tsv", "report.txt", "report"
 FOLDERS = ("shards", "overview", "spots")
 
 
@@ -135,7 +141,7 @@ def write_set(
     out
         Folder; shards that an unfinished build left there are replaced.
     run
-        :func:`comtip_shards.build.jobs.run_jobs`, with its settings.
+        :func:`comtip_shards.builder.jobs.run_jobs`, with its settings.
     notes, beside
         ``{section_id: note}``: of the section itself, and what only shows beside the other sections of the set.
     """
@@ -154,7 +160,7 @@ def write_set(
     more = (notes or {}, beside or {})
     work = [(s, keys, tile, out, first[i], records_per_shard, *more) for i, s in enumerate(sections)]
     done = run(write_section, work)
-    _join_spots([out / "spots" / f"{d.section.section_id}.parquet" for d in done], out / spots.FILE)
+    _join_spots([inside(out, f"spots/{d.section.section_id}.parquet") for d in done], out / spots.FILE)
     shutil.rmtree(out / "spots")
     manifest = Manifest(
         tile=tile, records_per_shard=records_per_shard, genes_file=GENES_FILE, genes_sha256=sha256_of(out / GENES_FILE),
@@ -162,10 +168,14 @@ def write_set(
         sections=[d.section for d in done], shards=[e for d in done for e in d.shards],
         fingerprint=set_fingerprint(prints, records_per_shard), made_with=made_with(), part=part,
     )  # fmt: skip
-    (out / REPORT_FILE).write_text(report(manifest), encoding="utf-8")
-    tmp_path = out / (NAME + ".writing")
-    tmp_path.write_text(manifest.to_json(), encoding="utf-8")
-    tmp_path.rename(out / NAME)
+    write_atomic(out / REPORT_FILE, report(manifest))
+    for name in FOLDERS:
+        if (out / name).exists():
+            flush_tree(out / name)
+    for name in (GENES_FILE, spots.FILE):
+        flush(out / name)
+    # Last, as a set with a manifest counts as whole: after a power cut, too.
+    write_atomic(out / NAME, manifest.to_json())
     return parse_manifest((out / NAME).read_bytes(), str(out / NAME))
 
 
@@ -181,10 +191,10 @@ def write_section(
     place = {k: i for i, k in enumerate(keys)}
     rows = np.array([place[k] for k in head.keys], np.int64)
     entries = []
-    with spots.SpotsWriter(out / "spots" / f"{meta.section_id}.parquet") as table:
+    with spots.SpotsWriter(inside(out, f"spots/{meta.section_id}.parquet")) as table:
         crcs, metas, start = [], [], first
         for number, run in enumerate(records.runs(records_per_shard)):
-            file = f"shards/{meta.section_id}-{number:04d}"
+            file = shard_stem(meta.section_id, number)
             entry, crc = _write_shard(run, rows, tile.codec, out, file, start, meta.section_id)
             entries.append(entry)
             crcs.append(crc)
@@ -199,7 +209,7 @@ def _write_shard(
 ) -> tuple[ShardEntry, np.ndarray]:
     n = len(run.tiles)
     offsets, sizes, crcs = (np.zeros((n, 3), t) for t in (np.int64, np.int64, np.uint32))
-    path, index = out / f"{stem}.tar", out / f"{stem}.idx"
+    path, index = inside(out, f"{stem}.tar"), inside(out, f"{stem}.idx")
     with path.open("wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for i in range(n):
             span = slice(run.indptr[i], run.indptr[i + 1])
@@ -224,8 +234,8 @@ def _write_shard(
 
 
 def _section_entry(head: SectionHead, rows: np.ndarray, n_genes: int, out: Path, first: int) -> ManifestSection:
-    file = f"overview/{head.meta.section_id}.jpg"
-    (out / file).write_bytes(head.overview)
+    file = overview_file(head.meta.section_id)
+    inside(out, file).write_bytes(head.overview)
     with Image.open(io.BytesIO(head.overview)) as picture:
         width, height = picture.size
     measured = np.zeros(n_genes, bool)

@@ -14,19 +14,21 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from comtip_shards.format import record
-from comtip_shards.qc import refuse_failed, write_pages
+from comtip_shards.builder.jobs import run_jobs
+from comtip_shards.builder.output_dir import built_already, clear_staging, writing
+from comtip_shards.builder.staging import stage_section
+from comtip_shards.builder.writer import SectionRecords, made_with, report, set_fingerprint, write_set
 from comtip_shards.errors import SourceError
-from comtip_shards.build.jobs import run_jobs
+from comtip_shards.format import record
+from comtip_shards.format.manifest import NAME, REPORTS, BuildPart, Manifest, TileSpec, sha256_of
+from comtip_shards.names import same_file
+from comtip_shards.qc import refuse_failed, write_pages
 from comtip_shards.sections.leakage import check_duplicates, enforce_split_policy
-from comtip_shards.format.manifest import Manifest, BuildPart, TileSpec, sha256_of
-from comtip_shards.build.output_dir import built_already, writing
 from comtip_shards.sections.section import SectionMeta, check_meta
 from comtip_shards.sources.base import SectionSource
-from comtip_shards.build.staging import stage_section
-from comtip_shards.build.writer import REPORTS, SectionRecords, made_with, report, set_fingerprint, write_set
 
 STAGE_VERSION = 5
+MAX_UM = 1e6
 
 
 @dataclass
@@ -71,7 +73,7 @@ def build_shards(
         Processes that work on sections side by side; the bytes do not depend on it.
     part
         (i, n), 1 <= i <= n: build the i-th of n parts of the set, perhaps on its own machine; all parts are given the
-        same sources. :func:`comtip_shards.build.merge.merge_sets` joins them.
+        same sources. :func:`comtip_shards.builder.merge.merge_sets` joins them.
     progress
         Show a bar on a terminal.
 
@@ -94,8 +96,13 @@ def build_shards(
     if done is not None:
         if strict:
             refuse_failed((s.section_id, s.source["checks"]) for s in done.sections)
+        clear_staging(out)
         return report_of(out, done, "(already built)")
     with writing(out) as staging:
+        done = built_already(out, set_fingerprint(prints, max_records), place)
+        if done is not None:  # by another process, since the first look
+            return report_of(out, done, "(already built)")
+        (out / NAME).unlink(missing_ok=True)  # of a set with files missing: without them it is not one
         work = [(*one, mark, staging) for one, mark in zip(own, prints, strict=True)]
         staged = run_jobs(stage_section, work, jobs=jobs, label="sections", progress=progress)
         beside = look_over(staged, out, strict=strict)
@@ -129,8 +136,12 @@ def _part_of(metas: list[SectionMeta], part: tuple[int, int] | None) -> BuildPar
         raise SourceError(
             f"part {index}/{of} of {len(metas)} sections cannot be; write i/n, i from 1 to n, n at most that"
         )
-    whole = hashlib.sha256(json.dumps([asdict(m) for m in metas], sort_keys=True).encode()).hexdigest()
-    return BuildPart(index, of, list(range(index - 1, len(metas), of)), whole)
+    return BuildPart(index, of, list(range(index - 1, len(metas), of)), hash_of(metas))
+
+
+def hash_of(metas: Sequence[SectionMeta]) -> str:
+    """Return the hash of all sections' metadata that the parts of a build share."""
+    return hashlib.sha256(json.dumps([asdict(m) for m in metas], sort_keys=True).encode()).hexdigest()
 
 
 # -- checks -------------------------------------------------------------------------------------------------
@@ -150,6 +161,9 @@ def _with_splits(metas: list[SectionMeta], splits: Mapping[str, str]) -> list[Se
     twice = sorted({i for i in ids if ids.count(i) > 1})
     if twice:
         raise SourceError(f"section ids must differ: {', '.join(twice)} stands more than once")
+    alike = same_file(ids)
+    if alike:
+        raise SourceError(f"section ids must differ in more than case: {alike[0]} and {alike[1]}; rename one")
     unknown = sorted(set(splits) - set(ids))
     if unknown:
         raise SourceError(f"--split names {', '.join(unknown)}, which is not among the sections {', '.join(ids)}")
@@ -158,7 +172,18 @@ def _with_splits(metas: list[SectionMeta], splits: Mapping[str, str]) -> list[Se
     metas = [_as_written(replace(m, split=splits.get(m.section_id, m.split))) for m in metas]
     for meta in metas:
         check_meta(meta, meta.section_id)
+        _check_sizes(meta)
     return metas
+
+
+def _check_sizes(meta: SectionMeta) -> None:
+    """Refuse, before any work, what a manifest cannot hold."""
+    for what, value in (("spot diameter", meta.spot_diameter_um), ("distance between spots", meta.spot_pitch_um)):
+        if not 0 < value <= MAX_UM:
+            raise SourceError(
+                f"section {meta.section_id}: the {what} is {value:g} um, and 0 to {MAX_UM:g} is needed; the source must state it, or "
+                "hold at least two spots at different positions to measure it by"
+            )
 
 
 def _as_written(meta: SectionMeta) -> SectionMeta:

@@ -9,16 +9,19 @@ from pathlib import Path
 
 import numpy as np
 
-from comtip_shards.build.build import BuildReport, look_over, report_of
-from comtip_shards.qc.page import EXTENSIONS
+from comtip_shards.builder.build import BuildReport, hash_of, look_over, report_of
+from comtip_shards.builder.jobs import run_jobs
+from comtip_shards.builder.output_dir import built_already, clear_staging, writing
+from comtip_shards.builder.writer import RecordRun, SectionHead, set_fingerprint, write_set
 from comtip_shards.errors import ShardError
-from comtip_shards.build.jobs import run_jobs
-from comtip_shards.sections.leakage import check_splits
-from comtip_shards.format.manifest import Manifest
-from comtip_shards.build.output_dir import built_already, writing
+from comtip_shards.format.image_header import check_size
+from comtip_shards.format.manifest import NAME, REPORTS, Manifest, ManifestSection
+from comtip_shards.names import FOREIGN, same_file
+from comtip_shards.qc.stored import stored_pages
 from comtip_shards.reader.shard_set import ShardSet
+from comtip_shards.reader.verify import check_section_spots, check_spot
+from comtip_shards.sections.leakage import check_splits
 from comtip_shards.sections.section import meta_of
-from comtip_shards.build.writer import REPORTS, RecordRun, SectionHead, set_fingerprint, write_set
 
 
 @dataclass(frozen=True)
@@ -35,30 +38,50 @@ class FinishedSection:
         shards = _open(self.path, self.digest)
         section = shards.manifest.sections[self.number]
         keys = [shards.genes[i].key for i in np.flatnonzero(shards.measured(self.number))]
+        shards.overview(self.number)  # it is an image of the size that the manifest says
         overview = shards.files.verified(section.overview.file, section.overview.sha256, "the overview", "overview")
+        check_section_spots(shards, self.number, shards.spots)
         return SectionHead(
             meta_of(section), section.fingerprint, section.n_spots, keys, section.stain, overview,
-            section.overview.um_per_px, section.source, _pages(shards, section.section_id),
+            section.overview.um_per_px, section.source, self.pages()[0],
         )  # fmt: skip
+
+    def pages(self) -> tuple[dict[str, str], str]:
+        """Return the pages of the section's checks, and why there are none; a set without them is none the worse."""
+        shards = _open(self.path, self.digest)
+        return stored_pages(shards.path / REPORTS, shards.manifest.sections[self.number].section_id)
 
     def runs(self, size: int) -> Iterator[RecordRun]:
         """Yield the records as they follow one another: the layout depends on nothing outside the section."""
         shards = _open(self.path, self.digest)
         section = shards.manifest.sections[self.number]
-        place = np.cumsum(shards.measured(self.number)) - 1
+        measured = shards.measured(self.number)
+        place = np.cumsum(measured) - 1
         for start in range(0, section.n_spots, size):
             spots = np.arange(start, min(start + size, section.n_spots)) + section.first_spot
             counts = shards.counts(spots)
+            tiles, jsons = shards.members_of(spots, ("tile", "json"))
+            _check_records(shards, section, spots, tiles, jsons, measured[counts.indices])
             yield RecordRun(
-                tiles=shards.members(spots, "tile"), jsons=shards.members(spots, "json"), indptr=counts.indptr,
-                columns=place[counts.indices], counts=counts.data,
-            )  # fmt: skip
+                tiles=tiles, jsons=jsons, indptr=counts.indptr, columns=place[counts.indices], counts=counts.data
+            )
 
 
-def _pages(shards: ShardSet, section_id: str) -> dict[str, str]:
-    """Return the pages of a section's checks; they are for people, so a set without them is none the worse."""
-    paths = {e: shards.path / REPORTS / f"{section_id}.{e}" for e in EXTENSIONS}
-    return {e: p.read_text(encoding="utf-8") for e, p in paths.items() if p.is_file()}
+def _check_records(
+    shards: ShardSet, section: ManifestSection, spots: np.ndarray, tiles: Sequence[bytes], jsons: Sequence[bytes],
+    measured: np.ndarray,
+) -> None:  # fmt: skip
+    """Refuse what ``verify`` would refuse of these records, but for pixels, which are not decoded."""
+    if not measured.all():
+        raise ShardError(
+            f"{shards.name}: section {section.section_id}: counts of a gene that it did not measure; {FOREIGN}",
+            kind="counts",
+        )
+    rows = shards.spots.iloc[spots].to_dict("records")
+    tile = shards.manifest.tile
+    for spot, data, text, row in zip(spots.tolist(), tiles, jsons, rows, strict=True):
+        check_size(data, tile.px, tile.codec, partial(shards.where, spot))
+        check_spot(text, section.section_id, row, shards.where(spot))
 
 
 @lru_cache(maxsize=4)
@@ -82,7 +105,7 @@ def merge_sets(parts: Sequence[Path | str], out: Path, *, jobs: int = 1, progres
     out
         A new folder, or one that the same merge left unfinished.
     jobs, progress
-        As for :func:`comtip_shards.build.build.build_shards`.
+        As for :func:`comtip_shards.builder.build.build_shards`.
 
     Raises
     ------
@@ -103,13 +126,21 @@ def merge_sets(parts: Sequence[Path | str], out: Path, *, jobs: int = 1, progres
     check_splits(metas)
     first = next(iter(manifests.values()))
     prints = [manifests[s.path].sections[s.number].fingerprint for s in sections]
-    done = built_already(out, set_fingerprint(prints, first.records_per_shard), None)
-    if done is None:
+    mark = set_fingerprint(prints, first.records_per_shard)
+    done = built_already(out, mark, None)
+    if done is not None:
+        clear_staging(out)
+    else:
         with writing(out):
+            done = built_already(out, mark, None)
+            if done is not None:  # by another process, since the first look
+                return report_of(out, done)
+            (out / NAME).unlink(missing_ok=True)  # of a set with files missing: without them it is not one
             run = partial(run_jobs, jobs=jobs, label="shards", progress=progress)
             beside = look_over(sections, out)
             done = write_set(sections, first.tile, out, first.records_per_shard, run, beside=beside)
-    return report_of(out, done)
+    lost = [(manifests[s.path].sections[s.number].section_id, s.pages()[1]) for s in sections]
+    return report_of(out, done, "".join(f"{i}: its page in report/ was left out: {why}\n" for i, why in lost if why))
 
 
 def _check_settings(manifests: dict[str, Manifest]) -> None:
@@ -131,6 +162,12 @@ def _check_distinct(sections: list[FinishedSection], manifests: dict[str, Manife
         if name in seen:
             raise ShardError(f"section {name} is in {seen[name]} and in {s.path}; leave one of the two out")
         seen[name] = s.path
+    alike = same_file(seen)
+    if alike:
+        raise ShardError(
+            f"section {alike[0]} of {seen[alike[0]]} and {alike[1]} of {seen[alike[1]]} differ only in case; build one again "
+            "under another id"
+        )
 
 
 def _in_order(manifests: dict[str, Manifest]) -> list[FinishedSection]:
@@ -157,4 +194,14 @@ def _in_order(manifests: dict[str, Manifest]) -> list[FinishedSection]:
         for name, part in parts.items()
         for i, place in enumerate(part.sections)
     }
-    return [placed[i] for i in sorted(placed)]
+    if sorted(placed) != list(range(len(placed))):
+        raise ShardError(
+            f"the parts {', '.join(parts)} do not hold each section once; build them again from one source"
+        )
+    sections = [placed[i] for i in sorted(placed)]
+    metas = [meta_of(manifests[s.path].sections[s.number]) for s in sections]
+    if hash_of(metas) != whole:
+        raise ShardError(
+            f"the parts {', '.join(parts)} do not hold the sections of one build; build them again from one source"
+        )
+    return sections

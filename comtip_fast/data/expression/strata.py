@@ -1,0 +1,37 @@
+"""Strata of genes with similar detection rate and mean level, within which PAAT permutes levels."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def gene_strata(mean_level_SG: Tensor, detection_SG: Tensor, measured_SG: Tensor, n_strata: int) -> Tensor:
+    """Assign each section's measured genes to strata of similar detection rate and mean level.
+
+    Genes are ranked by detection rate plus mean level, the latter divided by its maximum over the section's genes, and
+    the ranks are cut into ``n_strata`` equal parts. Unmeasured genes form one further stratum, so that no value moves
+    between measured and unmeasured genes.
+
+    Returns
+    -------
+    Tensor
+        (S, G) int64 for S sections; ``n_strata`` marks unmeasured genes.
+    """
+    score = mean_level_SG / mean_level_SG.amax(1, keepdim=True).clamp_min(1e-9) + detection_SG
+    score = score.masked_fill(~measured_SG, float("inf"))
+    rank_SG = score.argsort(dim=1, stable=True).argsort(dim=1, stable=True)
+    count_S1 = measured_SG.sum(1, keepdim=True).clamp_min(1)
+    stratum = torch.div(rank_SG * n_strata, count_S1, rounding_mode="floor").clamp_max(n_strata - 1)
+    return stratum.masked_fill(~measured_SG, n_strata)
+
+
+def strata_from_levels(levels_NG: np.ndarray, section_N: np.ndarray, measured_SG: np.ndarray, n_strata: int) -> Tensor:
+    """Return the strata (S, G) of all sections, from the levels of N training spots."""
+    S, G = measured_SG.shape
+    mean, detection = np.zeros((S, G)), np.zeros((S, G))
+    for s in np.unique(section_N):
+        levels = levels_NG[section_N == s]
+        mean[s], detection[s] = levels.mean(0), (levels > 0).mean(0)
+    return gene_strata(torch.from_numpy(mean), torch.from_numpy(detection), torch.from_numpy(measured_SG), n_strata)

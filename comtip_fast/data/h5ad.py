@@ -1,0 +1,94 @@
+"""AnnData written atomically: an earlier answer is kept until the new one is whole, and a full disk is a plain error."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import h5py
+from comtip_shards.storage.atomic import atomic_path
+
+
+def write_h5ad(data: ad.AnnData, target: Path) -> None:
+    """Write an .h5ad next to its target and rename it.
+
+    Raises
+    ------
+    OSError
+        The disk is full or fails; names the target, which is as it was.
+    """
+    with atomic_path(target) as tmp_path, tmp_path.open("r+b", buffering=0) as raw:
+        file = _DiskFile(raw)
+        try:
+            with h5py.File(file, "w") as h5:
+                ad.io.write_elem(h5, "/", data)
+        finally:
+            if file.error is not None:
+                raise OSError(file.error.errno, os.strerror(file.error.errno or 0), str(target)) from file.error
+
+
+class _DiskFile:
+    """File for h5py that keeps the first error of a write instead of raising it.
+
+    The HDF5 library can crash the process when a write fails while it closes a file. It never hears of the error here:
+    what cannot be written is dropped, and the caller asks for :attr:`error` afterwards.
+    """
+
+    def __init__(self, raw: io.FileIO) -> None:
+        self._raw = raw
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Write all of the data."""
+        view = memoryview(data).cast("B")
+        if self.error is not None:
+            self._raw.seek(len(view), os.SEEK_CUR)
+            return len(view)
+        at, done = self._raw.tell(), 0
+        try:
+            while done < len(view):
+                done += self._raw.write(view[done:]) or 0
+        except OSError as error:
+            self.error = error
+            self._raw.seek(at + len(view))
+        return len(view)
+
+    def readinto(self, buffer: Any) -> int:
+        """Read; zeros where nothing could be written."""
+        view = memoryview(buffer).cast("B")
+        done = 0
+        while done < len(view):
+            n = self._raw.readinto(view[done:])
+            if not n:
+                break
+            done += n
+        view[done:] = bytes(len(view) - done)
+        return len(view)
+
+    def read(self, size: int) -> bytes:
+        """Read as :meth:`readinto` does."""
+        buffer = bytearray(size)
+        self.readinto(buffer)
+        return bytes(buffer)
+
+    def truncate(self, size: int | None = None) -> int:
+        """Set the size."""
+        try:
+            return self._raw.truncate(size)
+        except OSError as error:
+            self.error = self.error or error
+            return size or 0
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move."""
+        return self._raw.seek(offset, whence)
+
+    def tell(self) -> int:
+        """Return the position."""
+        return self._raw.tell()
+
+    def flush(self) -> None:
+        """Nothing is buffered."""

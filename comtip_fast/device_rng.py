@@ -1,0 +1,51 @@
+"""Keyed uniform numbers on any device: the PyTorch twin of :func:`comtip_shards.sampling.rng.uniform`, equal to the bit.
+
+Indices stay on their device and so do the numbers: a training step that draws there neither waits for the device nor
+uploads anything. Only the 64-bit key is computed on the host, and it enters the kernels as a scalar argument.
+"""
+
+from __future__ import annotations
+
+from typing import SupportsIndex
+
+import torch
+from comtip_shards.sampling.rng import key
+from torch import Tensor
+
+# SplitMix64 as in comtip_shards.sampling.rng, as signed 64-bit integers: products and sums wrap in two's complement.
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+_MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
+_MIX_2 = 0x94D049BB133111EB - 2**64
+
+
+def uniform(seed: SupportsIndex, purpose: str, *counters: SupportsIndex | str, index: Tensor) -> Tensor:
+    """Return a uniform number in [0, 1) for each index: float64, the shape and device of ``index``.
+
+    Parameters
+    ----------
+    seed, purpose, counters
+        The key, as in :func:`comtip_shards.sampling.rng.key`.
+    index
+        Integers of any shape.
+
+    Raises
+    ------
+    TypeError
+        ``index`` does not hold integers.
+    """
+    if index.dtype.is_floating_point or index.dtype.is_complex or index.dtype == torch.bool:
+        raise TypeError(f"index must hold integers, not {index.dtype}")
+    z = (index.long() + 1) * _GOLDEN + _signed(key(seed, purpose, *counters))
+    z = (z ^ _shift(z, 30)) * _MIX_1
+    z = (z ^ _shift(z, 27)) * _MIX_2
+    z = z ^ _shift(z, 31)
+    return _shift(z, 11).double() * 2.0**-53
+
+
+def _shift(z: Tensor, n: int) -> Tensor:
+    """Shift right without the sign."""
+    return (z >> n) & ((1 << (64 - n)) - 1)
+
+
+def _signed(value: int) -> int:
+    return value - 2**64 if value >= 2**63 else value

@@ -1,0 +1,22 @@
+"""Choice of the device."""
+
+from __future__ import annotations
+
+import torch
+
+
+def pick_device(requested: str | torch.device) -> torch.device:
+    """Return the device for ``auto``, ``cpu``, ``cuda`` or a device such as ``cuda:1``.
+
+    Raises
+    ------
+    ValueError
+        CUDA was requested and PyTorch finds no GPU.
+    """
+    name = str(requested)
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name}: PyTorch finds no GPU; use auto or cpu, and see `comtip doctor`")
+    return device

@@ -1,0 +1,108 @@
+"""Evaluate a run or an export: scores, baselines and the report, from paths."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from comtip_shards import ShardSet
+from comtip_shards.storage.remote import is_url
+
+from comtip_fast.devices import pick_device
+from comtip_fast.evaluation.evaluate import Evaluation, evaluate, write_metrics
+from comtip_fast.evaluation.report import write_report
+from comtip_fast.inference import Predictor
+
+
+def evaluate_run(
+    run: Path | str,
+    shards: Path | str,
+    out: Path | str | None = None,
+    *,
+    sections: Sequence[str] | None = None,
+    train_shards: Path | str | None = None,
+    null_draws: int = 200,
+    seed: int = 0,
+    device: str = "auto",
+) -> Evaluation:
+    """Score a model on sections, with nulls and baselines.
+
+    Parameters
+    ----------
+    run
+        A run folder or an export.
+    shards
+        Shard set (folder or URL) with the sections to score; its tiles have the model's size.
+    out
+        Folder for ``metrics.json`` and ``report.html``; ``None`` writes nothing.
+    sections
+        Section ids; default: those whose split is ``test``, otherwise all that training did not use.
+    train_shards
+        Shard set with the training sections, for the ridge baselines; default: the run's own.
+    null_draws, seed
+        Number of draws of the spatial null, and its seed.
+    device
+        ``auto``, ``cpu`` or ``cuda``.
+
+    Returns
+    -------
+    Evaluation
+        ``metrics`` (the content of ``metrics.json``) and the arrays behind them.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no export, or no shard set with the training sections.
+    ValueError
+        Unknown sections, tiles of another size, or a trained cohort without its training sections.
+
+    Examples
+    --------
+    >>> import comtip_fast
+    >>> scores = comtip_fast.evaluate("run", "set", "scores", null_draws=5, device="cpu")
+    >>> sorted(scores.metrics["cohorts"])
+    ['human_breast']
+    """
+    run = Path(run)
+    if out is not None:
+        _check_writable(Path(out))  # before the work, which takes long
+    predictor = Predictor.load(run, pick_device(device))
+    train = str(train_shards) if train_shards else _own_shards(run, predictor.config.data.shards)
+    if train_shards is None and is_url(train):
+        raise ValueError(
+            f"{run}: its config names the training sections by the URL {train}, which is not fetched on a model's word; "
+            "if you trust it, give it with --train-shards"
+        )
+    if not is_url(train) and not (Path(train) / "manifest.json").is_file():
+        raise FileNotFoundError(
+            f"{train}: no shard set here, but the ridge baselines train on the model's own training sections; "
+            "give them with --train-shards"
+        )
+    result = evaluate(
+        predictor,
+        ShardSet(shards),
+        sections=sections,
+        train_shards=ShardSet(train),
+        seed=seed,
+        n_null=null_draws,
+    )
+    if out is not None:
+        folder = Path(out)
+        write_metrics(result.metrics, folder / "metrics.json")
+        log_dir = run if (run / "metrics.jsonl").is_file() else None
+        write_report(log_dir, result, folder / "report.html")
+    return result
+
+
+def _own_shards(run: Path, configured: str) -> str:
+    """Return the path of the run's shard set: as configured, or inside a run folder that was moved."""
+    inside = run / Path(configured).name
+    present = is_url(configured) or (Path(configured) / "manifest.json").is_file()
+    return configured if present or not (inside / "manifest.json").is_file() else str(inside)
+
+
+def _check_writable(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"--out {folder}: the folder cannot be written; give another one")

@@ -1,0 +1,95 @@
+"""Pretraining from a config: the entry point that reads as a story."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from comtip_fast.config.io import load_config
+from comtip_fast.devices import pick_device
+from comtip_fast.plan.live import step_cost
+from comtip_fast.training.checkpoint.store import steps_of
+from comtip_fast.training.distributed.comm_timer import ClockedGroup
+from comtip_fast.training.distributed.process_group import init_distributed
+from comtip_fast.training.engines.base import set_product_precision
+from comtip_fast.training.engines.factory import check_engine
+from comtip_fast.training.task import build_task
+from comtip_fast.training.trainer import CHECKPOINTS, FitResult, Trainer, refuse_second_run
+
+log = logging.getLogger("comtip_fast")
+
+
+def pretrain(
+    config: Path | str | None,
+    out: Path | str,
+    *,
+    overrides: Sequence[str] = (),
+    start_from: Path | str | None = None,
+    resume: bool = False,
+    device: str | None = None,
+) -> FitResult:
+    """Train a model and export its best weights.
+
+    Parameters
+    ----------
+    config
+        A YAML file (docs/settings.md lists every key); ``None`` starts from the defaults.
+    out
+        Folder of the run.
+    overrides
+        ``key=value`` settings that take precedence over the file, e.g. ``"train.steps=500"``.
+    start_from
+        An export or finished run that provides initial weights where names and shapes agree.
+    resume
+        Continue from the newest valid checkpoint in ``out``, or start if there is none.
+    device
+        ``auto``, ``cpu`` or ``cuda``; ``None`` takes ``train.device`` of the config.
+
+    Returns
+    -------
+    FitResult
+        Last step, best step and its validation score, and why training stopped.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError
+        The config, the shard set or the run folder cannot be used.
+    comtip_fast.training.distributed.failures.RestartError
+        A rank was lost or a disk is full; a new process can continue with ``resume``.
+
+    Examples
+    --------
+    >>> import comtip_fast
+    >>> result = comtip_fast.pretrain("tiny.yaml", "run", overrides=["train.steps=20"], device="cpu")
+    >>> result.step, result.stopped
+    (20, 'steps')
+    """
+    out = Path(out)
+    settings = list(overrides)
+    if start_from is not None:
+        settings.append(f"train.start_from={json.dumps(str(start_from))}")
+    if device is not None:
+        settings.append(f"train.device={device}")
+    run = load_config(config, settings)
+    refuse_second_run(out, resume)
+    if run.train.threads:
+        torch.set_num_threads(run.train.threads)
+    target = pick_device(run.train.device)
+    check_engine(run, target)
+    set_product_precision(run, target)
+    with init_distributed(run.engine.timeout_s, run.train.device) as ranks:
+        group = ClockedGroup(ranks, target)
+        if group.rank > 0:
+            log.setLevel(logging.WARNING)
+        # A checkpoint holds all weights; the file of initial weights may be gone by now.
+        fresh = not (resume and steps_of(out / CHECKPOINTS))
+        task = build_task(run, target, group, initialise=fresh)
+        log.info("%s", task.describe())
+        cost = step_cost(
+            run, task.model, tile_px=task.sizes.tile_px, trained_genes=task.sizes.n_identities, ranks=group.size
+        )
+        return Trainer(task, run, out, group, cost=cost).fit(resume=resume)

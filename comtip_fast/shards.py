@@ -1,0 +1,103 @@
+"""Build shard sets from Python, with typed facts; does not import torch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from comtip_shards import builder
+from comtip_shards.builder import BuildReport
+from comtip_shards.sections.facts import PoolingOptions, SectionFacts, parse_facts, stated
+from comtip_shards.sources import SectionSource, open_source
+from comtip_shards.storage.remote import is_url
+
+HEST_PATCH_UM = 112.0
+Facts = SectionFacts | Mapping[str, Any] | None
+
+
+def build_shards(
+    source: str | Path,
+    out: str | Path,
+    *,
+    facts: Facts = None,
+    pooling: PoolingOptions | None = None,
+    fmt: str = "auto",
+    samples: Sequence[str] | None = None,
+    where: Mapping[str, Collection[str]] | None = None,
+    cache: Path | None = None,
+    tile_um: float = 224.0,
+    progress: bool = False,
+    **settings: Any,
+) -> BuildReport:
+    """Build a shard set from a source of any known format.
+
+    Parameters
+    ----------
+    source
+        A table, a file or a folder of any format of ``comtip shards build``, or the URL of one.
+    out
+        Folder of the new shard set, or one that a build of the same set left unfinished.
+    facts
+        Facts about the sections, as :class:`SectionFacts` or as a dict (``{"mpp": 0.5}``).
+    pooling
+        Pooling of bins, cells and transcripts.
+    fmt, samples, where, cache
+        Format, selection of sections, and cache for URLs, see :func:`comtip_shards.sources.open_source`.
+    tile_um
+        Width of a tile in um.
+    progress
+        Show a progress bar on a terminal.
+    **settings
+        Further keywords of :func:`comtip_shards.builder.build_shards`, e.g. ``tile_px``, ``splits``, ``jobs``.
+
+    Returns
+    -------
+    BuildReport
+        Numbers of spots and genes, section ids, and a summary as text.
+
+    Raises
+    ------
+    comtip_shards.SourceError, comtip_shards.ShardError
+        Bad input or output folder; names the file and the fix.
+
+    Examples
+    --------
+    >>> import comtip_fast
+    >>> report = comtip_fast.build_shards("sections", "set", tile_px=32, min_mpp=5.0)
+    >>> report.n_spots, report.n_genes
+    (196, 30)
+    """
+    sources = open_sections(
+        source, facts=facts, pooling=pooling, fmt=fmt, samples=samples, where=where, cache=cache, tile_um=tile_um,
+        progress=progress,
+    )  # fmt: skip
+    return builder.build_shards(sources, Path(out), tile_um=tile_um, progress=progress, **settings)
+
+
+def open_sections(
+    source: str | Path,
+    *,
+    facts: Facts = None,
+    pooling: PoolingOptions | None = None,
+    fmt: str = "auto",
+    samples: Sequence[str] | None = None,
+    where: Mapping[str, Collection[str]] | None = None,
+    cache: Path | None = None,
+    tile_um: float = 224.0,
+    progress: bool = False,
+) -> list[SectionSource]:
+    """Open the sections of a source without reading them; parameters as in :func:`build_shards`."""
+    texts = stated_text(facts, pooling)
+    if is_url(source):
+        # Patches are a tenth of the size of whole-slide images, but only this wide.
+        texts.setdefault("pixels", "patches" if tile_um <= HEST_PATCH_UM else "wsi")
+    return open_source(source, samples=samples, fmt=fmt, overrides=texts, where=where, cache=cache, progress=progress)
+
+
+def stated_text(facts: Facts, pooling: PoolingOptions | None) -> dict[str, str]:
+    """Return what is stated, as text for the readers."""
+    if isinstance(facts, Mapping):
+        parsed, more = parse_facts(facts)
+        return stated(more, pooling, parsed)
+    return stated(facts, pooling)

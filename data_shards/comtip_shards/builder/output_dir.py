@@ -1,0 +1,186 @@
+"""The folder that a shard set is written into: whose it is, who writes, and what a full disk leaves behind."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from comtip_shards.builder.writer import FOLDERS, GENES_FILE
+from comtip_shards.errors import ShardError
+from comtip_shards.format import spot_table as spots
+from comtip_shards.format.manifest import NAME, REPORT_FILE, REPORTS, BuildPart, Manifest, files_of, read_manifest
+from comtip_shards.names import inside
+from comtip_shards.storage.atomic import tmp_path_of
+from comtip_shards.storage.cache import NO_LOCKS
+from comtip_shards.storage.regular_file import read_regular
+
+STAGING = ".building"
+WRITING = ".writing"
+"""Ends the names of folders that are not whole yet."""
+REMOVING = ".building.removing"
+"""The staging folder while it is deleted: renamed first, so that a build that starts meanwhile has a folder of its own."""
+_OURS = {STAGING, REMOVING, REPORTS, GENES_FILE, REPORT_FILE, spots.FILE, NAME + WRITING, *FOLDERS}
+_TEMPORARY = {tmp_path_of(Path(name)).name for name in (NAME, REPORT_FILE, REPORTS)}
+_OURS |= _TEMPORARY | {f"{name}.old" for name in _TEMPORARY}
+
+
+def built_already(out: Path, fingerprint: str, part: BuildPart | None) -> Manifest | None:
+    """Return the manifest where ``out`` is this very set and whole, None where it may be written.
+
+    Call it before :func:`writing`, so that a finished set need not be summon_full_params, and again inside: another process may
+    have finished in between.
+
+    Raises
+    ------
+    ShardError
+        ``out`` holds anything else.
+    """
+    if not out.exists():
+        return None
+    if not out.is_dir():
+        raise ShardError(f"{out} is a file; give a folder")
+    if (out / NAME).is_file():
+        manifest = read_manifest(out)
+        if (manifest.fingerprint, manifest.part) != (fingerprint, part):
+            raise ShardError(f"{out} holds another shard set; give a new folder or delete this one")
+        if is_whole(out, manifest):
+            return manifest
+    foreign = sorted(p.name for p in out.iterdir() if p.name not in {NAME, *_OURS})
+    if foreign:
+        raise ShardError(f"{out} is not empty ({', '.join(foreign[:3])}); give a new folder")
+    refuse_links(out)
+    return None
+
+
+def is_whole(out: Path, manifest: Manifest) -> bool:
+    """Tell whether every file of a set is there: tars by their size, the small files by their hash."""
+    tars = {s.file: s.bytes for s in manifest.shards}
+    try:
+        for name, digest in files_of(manifest).items():
+            path = inside(out, name)
+            if name in tars:
+                if not path.is_file() or path.stat().st_size != tars[name]:
+                    return False
+            elif hashlib.sha256(read_regular(path)).hexdigest() != digest:
+                return False
+    except OSError:
+        return False
+    return True
+
+
+def clear_staging(out: Path) -> None:
+    """Remove what a build that was killed after its last step left next to a finished set, unless somebody uses it."""
+    if (out / STAGING).is_dir() or (out / REMOVING).is_dir():
+        with suppress(ShardError), writing(out):
+            pass
+
+
+def refuse_links(out: Path) -> None:
+    """Refuse an unfinished build that holds links: writing would go through them to files elsewhere.
+
+    Raises
+    ------
+    ShardError
+        Naming the first link.
+    """
+    for path in [p for n in sorted(_OURS) for p in (out / n, *(out / n).rglob("*"))]:
+        if path.is_symlink():
+            raise ShardError(f"{path}: is a link, which no build writes; delete it, or give a new folder")
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Hold the lock file in the staging folder."""
+    lock = _lock(out)
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+def _lock(out: Path) -> int:
+    path = out / STAGING / "lock"
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        except (FileExistsError, FileNotFoundError):
+            if (out / STAGING).is_file():
+                raise ShardError(f"{out / STAGING} is a file; delete it, or give a new folder") from None
+            continue  # the holder removed the folder in between
+        try:
+            lock_or_warn(lock, out)
+            # The holder may have removed the folder after this process opened the file: then the lock is on nothing.
+            if os.path.samestat(os.fstat(lock), path.stat()):
+                return lock
+        except FileNotFoundError:
+            pass
+        except BlockingIOError:
+            os.close(lock)
+            raise ShardError(f"{out}: another process is writing here; wait for it, or give a new folder") from None
+        os.close(lock)
+
+
+def lock_or_warn(file: int, folder: Path) -> None:
+    """Lock a file for this process alone; a file system without locks is told on stderr and used as it is.
+
+    Raises
+    ------
+    BlockingIOError
+        Another process holds it.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        print(
+            f"comtip: warning: {folder}: this file system has no locks ({error.strerror}); see to it that only one process "
+            "writes here",
+            file=sys.stderr,
+        )
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[Path]:
+    """Hold ``out`` for one writer; gives the staging folder, which is removed when all went well.
+
+    Raises
+    ------
+    ShardError
+        Another process writes there, or the disk is full or does not let us write: what is done is kept.
+    """
+    staging = out / STAGING
+    try:
+        with _locked(out):
+            for left in staging.glob(f"*{WRITING}"):
+                shutil.rmtree(left, ignore_errors=True)  # by a process that was killed
+            yield staging
+            shutil.rmtree(out / REMOVING, ignore_errors=True)
+            staging.rename(out / REMOVING)
+            shutil.rmtree(out / REMOVING)
+    except OSError as error:
+        # Sources say for themselves what they cannot read; what is left is ours to write.
+        if error.errno not in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EFBIG,
+            errno.EROFS,
+            errno.EACCES,
+            errno.EPERM,
+            errno.EISDIR,
+        ):
+            raise
+        raise ShardError(
+            f"{error.filename or out}: cannot be written ({error.strerror or error}); free space or allow it, then run the "
+            "same command again: what is done is kept"
+        ) from error

@@ -1,0 +1,118 @@
+"""HDF5 files opened only after their structure was checked: all their data must be in the file itself.
+
+An HDF5 file can name other files: by external links, external storage and virtual datasets. The library opens these
+without a word, and what they hold would become part of a shard set or of an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import h5py
+
+from comtip_shards.errors import SourceError
+from comtip_shards.names import shown
+
+MAX_UNPACKED, MAX_RATIO = 2**30, 1100
+"""A dataset of more bytes than the first may unpack to at most so many times its bytes in the file; deflate packs zeros to
+one 1,032th."""
+MAX_OBJECTS, MAX_DEPTH = 1_000_000, 64
+"""Most groups and datasets, and deepest nesting: a file of a few MB can claim more than memory holds."""
+
+
+def open_hdf5(path: Path, what: str, fix: str) -> h5py.File:
+    """Open an HDF5 file for reading, once everything in it is known to lie in it.
+
+    Parameters
+    ----------
+    path
+        The file.
+    what
+        What it should be, for messages: ``an .h5ad``.
+    fix
+        What to do where it is not HDF5, for messages.
+
+    Returns
+    -------
+    h5py.File
+        Close it, or use it as a context manager.
+
+    Raises
+    ------
+    SourceError
+        It is no HDF5 file; or it has a link other than a hard one, external storage or a virtual dataset. Nothing that
+        these name was opened.
+    """
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        raise SourceError(f"{path}: not {what} that can be read ({error}); {fix}") from error
+    try:
+        _check(file, path)
+    except (OSError, RuntimeError, KeyError, ValueError) as error:
+        file.close()
+        if isinstance(error, SourceError):
+            raise
+        raise SourceError(f"{path}: not {what} that can be read ({error}); {fix}") from error
+    return file
+
+
+def check_hdf5(path: Path, what: str, fix: str) -> None:
+    """Check a file that a library opens by its name; see :func:`open_hdf5`."""
+    open_hdf5(path, what, fix).close()
+
+
+def _check(file: h5py.File, path: Path) -> None:
+    seen = set()
+    left: list[tuple[str, h5py.Group]] = [("", file)]
+    while left:
+        place, group = left.pop()
+        for name, child in _children(group, place, path):
+            address = h5py.h5o.get_info(child.id).addr
+            if address in seen:  # hard links may make a circle
+                continue
+            seen.add(address)
+            inner = f"{place}/{name}"
+            if len(seen) > MAX_OBJECTS or inner.count("/") > MAX_DEPTH:
+                raise SourceError(
+                    f"{path}: more than {MAX_OBJECTS:,} objects or {MAX_DEPTH} levels of groups, the last at {shown(inner)}; "
+                    "write the file again with the data that is needed"
+                )
+            if isinstance(child, h5py.Group):
+                left.append((inner, child))
+            elif isinstance(child, h5py.Dataset):
+                _check_dataset(child, inner, path)
+
+
+def _children(
+    group: h5py.Group, place: str, path: Path
+) -> Iterator[tuple[str, h5py.Group | h5py.Dataset | h5py.Datatype]]:
+    for name in group:
+        link = group.get(name, getlink=True)
+        if not isinstance(link, h5py.HardLink):
+            kind = {h5py.ExternalLink: "an external link", h5py.SoftLink: "a soft link"}.get(
+                type(link), "a link of another kind"
+            )
+            raise SourceError(
+                f"{path}: {shown(f'{place}/{name}')} is {kind}; links are not followed, write the file again with the data in "
+                "their place (h5repack does not; anndata.read_h5ad and write_h5ad do)"
+            )
+        yield name, group[name]
+
+
+def _check_dataset(data: h5py.Dataset, place: str, path: Path) -> None:
+    size, stored = data.nbytes if data.shape is not None else 0, data.id.get_storage_size()
+    if size > MAX_UNPACKED and size > MAX_RATIO * stored:
+        raise SourceError(
+            f"{path}: {shown(place)} claims {size / 2**30:.1f} GiB in {data.shape}, but {stored} bytes of it are in the file; it "
+            "was not written whole, get it again"
+        )
+    kind = (
+        "a virtual dataset" if data.is_virtual else "kept in another file (external storage)" if data.external else ""
+    )
+    if kind:
+        raise SourceError(
+            f"{path}: {shown(place)} is {kind}; other files are not read, write the file again with the data in it (h5repack, or "
+            "anndata.read_h5ad and write_h5ad)"
+        )

@@ -1,0 +1,212 @@
+"""Atomic writes: a file or folder is there whole, or not at all, whenever the process ends.
+
+Everything is written to a temporary path next to its target, flushed to the device and renamed. The temporary path of a
+target is always the same, so what a killed process left of it is overwritten and not added to.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from comtip_shards.storage.disk import error_number
+
+_SUFFIX = ".writing"
+_NAME_BYTES = 255
+# File systems that do not flush a folder, or not at all, say so with one of these.
+_NO_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)
+_NO_LOCK = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
+
+
+def tmp_path_of(target: Path) -> Path:
+    """Return the temporary path of a target: ``.NAME.writing`` in the same folder, shortened where that is too long."""
+    name = f".{target.name}{_SUFFIX}"
+    if len(os.fsencode(name)) > _NAME_BYTES:
+        name = f".{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:32]}{_SUFFIX}"
+    return target.with_name(name)
+
+
+@contextmanager
+def atomic_path(target: Path | str) -> Iterator[Path]:
+    """Give the temporary path of a file; it becomes ``target`` when the block ends without an error.
+
+    ``target`` keeps its content until then, also where the disk is full, and keeps its permissions. A symbolic link is
+    followed.
+
+    Raises
+    ------
+    FileExistsError
+        Another process is writing the same target.
+    ValueError
+        ``target`` is no regular file: a folder, a device, a pipe.
+    OSError
+        The disk refuses; names the target.
+    """
+    target = Path(os.path.realpath(target))
+    mode = _mode_of(target)
+    tmp_path = tmp_path_of(target)
+    with _named(target):
+        descriptor = _locked(tmp_path, target)
+        try:
+            created = os.fstat(descriptor).st_mode & 0o777 if mode is None else mode
+            yield tmp_path
+            os.chmod(tmp_path, created)  # noqa: PTH101  safetensors makes files that only their owner can read
+            flush(tmp_path)
+            tmp_path.rename(target)
+            flush(target.parent)
+        except BaseException:
+            with suppress(OSError):
+                tmp_path.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(descriptor)
+
+
+def write_atomic(target: Path | str, content: str | bytes) -> None:
+    """Write a small file; see :func:`atomic_path`."""
+    with atomic_path(target) as tmp_path:
+        tmp_path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def atomic_folder(target: Path, tmp_path: Path | None = None) -> Iterator[Path]:
+    """Give the temporary path of a folder, which does not exist; it becomes ``target`` when the block ends without an error.
+
+    An older folder at ``target`` is there until the new one is whole, and is deleted after it took its place.
+
+    Parameters
+    ----------
+    target
+        The folder; its parent exists.
+    tmp_path
+        On the same file system; None takes :func:`tmp_path_of`.
+
+    Raises
+    ------
+    OSError
+        The disk refuses; names the target.
+    """
+    tmp_path = tmp_path or tmp_path_of(target)
+    shutil.rmtree(tmp_path, ignore_errors=True)
+    old = tmp_path.with_name(f"{tmp_path.name}.old")
+    with _named(target):
+        try:
+            yield tmp_path
+            _open_up(tmp_path)
+            flush_tree(tmp_path)
+            shutil.rmtree(old, ignore_errors=True)
+            if target.exists():
+                target.rename(old)
+            tmp_path.rename(target)
+            flush(target.parent)
+        except BaseException:
+            shutil.rmtree(tmp_path, ignore_errors=True)
+            if old.exists() and not target.exists():
+                old.rename(target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def flush(path: Path) -> None:
+    """Flush a file or folder to the device, where its file system can do that."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FLUSH:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def flush_tree(folder: Path) -> None:
+    """Flush every file below a folder, and the folders."""
+    for path in folder.rglob("*"):
+        flush(path)
+    flush(folder)
+
+
+def refuse_input_as_output(out: Path, inputs: Iterable[Path | str], option: str = "--out") -> None:
+    """Refuse an output that is, or is a file of, one of the inputs, by whatever link it is named.
+
+    Raises
+    ------
+    ValueError
+        Names both paths.
+    """
+    for item in map(Path, inputs):
+        if not item.exists():
+            continue
+        same = out.exists() and (out.samefile(item) or (item.is_dir() and _holds(item, out)))
+        if same:
+            raise ValueError(f"{option} {out} is the input {item} itself (or a file of it); give another {option}")
+
+
+def _holds(folder: Path, out: Path) -> bool:
+    """Say whether an existing file lies in a folder of inputs, also by a hard link."""
+    if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder)):
+        return True
+    stat = out.stat()
+    if out.is_dir() or stat.st_nlink == 1:
+        return False
+    return any(p.is_file() and p.samefile(out) for p in folder.rglob("*"))
+
+
+def _mode_of(target: Path) -> int | None:
+    """Return the permissions of an existing regular file, None where there is none."""
+    if not target.exists():
+        return None
+    if not target.is_file():
+        raise ValueError(f"{target} is no regular file; give the name of a file to write")
+    return target.stat().st_mode & 0o777
+
+
+def _locked(tmp_path: Path, target: Path) -> int:
+    """Create the temporary file and hold it against other processes; the kernel frees it with this one."""
+    while True:
+        descriptor = os.open(tmp_path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _NO_LOCK:
+                os.close(descriptor)
+                if isinstance(error, BlockingIOError):
+                    raise FileExistsError(
+                        f"{target}: another process is writing it; wait for that, or give another name"
+                    ) from None
+                raise
+        # Between opening and locking, its former holder may have renamed it: then it is the target by now.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.lstat(tmp_path)):
+                os.ftruncate(descriptor, 0)
+                return descriptor
+        os.close(descriptor)
+
+
+def _open_up(folder: Path) -> None:
+    """Give every file the permissions of a new file; safetensors makes files that only their owner can read."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
+
+
+@contextmanager
+def _named(target: Path) -> Iterator[None]:
+    """Name the target in errors of libraries that do not, as OSError with the number of the system."""
+    try:
+        yield
+    except Exception as error:
+        number = error_number(error)
+        if number is None or (isinstance(error, OSError) and error.filename):
+            raise
+        raise OSError(number, os.strerror(number), str(target)) from error

@@ -1,0 +1,49 @@
+"""The Python interface: its docstring examples run in order on the tiny set, in a folder that a user would have."""
+
+import doctest
+import shutil
+from pathlib import Path
+
+import pytest
+from comtip_shards import SourceError
+
+import comtip_fast
+from comtip_fast import api
+from comtip_fast.config.io import dump_config, load_config
+from tests.conftest import TINY
+
+EXAMPLES = (api.build_shards, api.pretrain, api.evaluate, api.load, api.Model.predict, api.Model.embed)
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("user")
+    shutil.copytree(tiny_source, folder / "sections")
+    settings = [*TINY, "data.shards=set", "train.validate_every=10"]
+    (folder / "tiny.yaml").write_text(dump_config(load_config(None, settings)))
+    return folder
+
+
+def test_every_example_of_the_interface_runs(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.chdir(folder)
+    for function in EXAMPLES:
+        found = doctest.DocTestFinder(recurse=False).find(function, function.__name__, globs={})
+        assert [example.source for test in found for example in test.examples], f"{function.__name__} has no example"
+        for test in found:
+            runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
+            runner.run(test)
+            assert runner.summarize(verbose=False).failed == 0, capsys.readouterr().out
+    assert (folder / "scores/report.html").is_file()
+
+
+def test_the_package_exports_the_interface():
+    for name in comtip_fast.__all__:
+        assert getattr(comtip_fast, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = comtip_fast.nothing
+
+
+def test_facts_are_checked_before_anything_is_read(folder: Path):
+    with pytest.raises(SourceError, match=r"unknown fact 'specie'"):
+        comtip_fast.build_shards(folder / "sections", folder / "never", facts={"specie": "human"})
+    assert not (folder / "never").exists()

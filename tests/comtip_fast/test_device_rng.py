@@ -1,0 +1,37 @@
+"""Numbers drawn on a device are those that NumPy draws, to the bit."""
+
+import numpy as np
+import pytest
+import torch
+from comtip_shards.sampling import rng
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from comtip_fast.device_rng import uniform
+
+
+@pytest.mark.parametrize("purpose", ["mask", "identity", "mispair-from"])
+@pytest.mark.parametrize("counters", [(), (0,), (7, 2), (2**40, -3)])
+def test_equal_to_numpy_to_the_bit(purpose: str, counters: tuple[int, ...]):
+    edges = [0, 1, 2, 2**20, 2**31 - 1, 2**31, 2**40 + 17, 2**62, 2**63 - 2]
+    spread = rng.bits(0, "test", index=np.arange(4000)).astype(np.int64) & (2**62 - 1)
+    index = np.concatenate([edges, spread])
+    for seed in (0, 1, 12345678901234567890):
+        expected = rng.uniform(seed, purpose, *counters, index=index)
+        found = uniform(seed, purpose, *counters, index=torch.from_numpy(index))
+        assert found.dtype == torch.float64
+        np.testing.assert_array_equal(found.numpy(), expected)
+
+
+def test_shapes_and_narrow_integers():
+    index = np.arange(12, dtype=np.int32).reshape(3, 4)
+    np.testing.assert_array_equal(uniform(1, "a", index=torch.from_numpy(index)), rng.uniform(1, "a", index=index))
+    with pytest.raises(TypeError, match="float32"):
+        uniform(1, "a", index=torch.zeros(2))
+
+
+def test_nothing_leaves_the_device():
+    """On stand-in CUDA tensors: a copy to the host or an upload would raise or show as another device."""
+    with FakeTensorMode():
+        found = uniform(3, "mask", 5, index=torch.arange(6, device="cuda"))
+    assert found.device.type == "cuda"
+    assert found.dtype == torch.float64

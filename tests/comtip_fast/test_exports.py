@@ -1,0 +1,353 @@
+"""Exports: self-contained, and refused where they are not what was written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from comtip_shards import ShardSet
+from safetensors.numpy import load_file, save_file
+
+from comtip_fast.cli import main
+from comtip_fast.config.io import load_config
+from comtip_fast.export import Bundle
+from comtip_fast.export_checks import HASHED, SUMS
+from comtip_fast.inference import Predictor
+from comtip_fast.models import image_encoder
+from comtip_fast.training.export_checkpoint import export_checkpoint
+from comtip_fast.training.task import build_task
+from comtip_fast.training.trainer import Trainer
+
+SHORT = ["train.steps=2", "train.validate_every=0", "train.device=cpu"]
+
+
+def train(folder: Path, overrides: list[str]) -> Path:
+    config = load_config(None, [*overrides, *SHORT])
+    Trainer(build_task(config, torch.device("cpu")), config, folder).fit()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_dir(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tmp_path_factory.mktemp("exports") / "run", tiny_overrides)
+
+
+@pytest.fixture
+def export(run_dir: Path, tmp_path: Path) -> Path:
+    shutil.copytree(run_dir / "export", tmp_path / "export")
+    return tmp_path / "export"
+
+
+def make_old(folder: Path) -> None:
+    """Turn an export into one of a version that had no hashes."""
+    (folder / SUMS).unlink()
+    edit_json(folder, lambda meta: meta.pop("hashes"))
+
+
+def edit_json(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    meta = json.loads((folder / "config.json").read_text())
+    change(meta)
+    (folder / "config.json").write_text(json.dumps(meta))
+
+
+def edit_lines(folder: Path, change: Callable[[list[str]], list[str]]) -> None:
+    lines = (folder / "genes.tsv").read_text().splitlines()
+    (folder / "genes.tsv").write_text("\n".join(change(lines)) + "\n")
+
+
+def edit_arrays(folder: Path, name: str, change: Callable[[dict[str, np.ndarray]], Any]) -> None:
+    arrays = {k: v.copy() for k, v in load_file(folder / name).items()}
+    change(arrays)
+    save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, folder / name)
+
+
+def test_a_whole_export_and_one_without_hashes_load(export: Path):
+    new = Bundle.load(export)
+    assert sorted(p.name for p in export.iterdir()) == sorted([*HASHED, "README.md", SUMS])
+    # For people, who may add to it.
+    (export / "README.md").write_text("my notes")
+    assert len(Bundle.load(export).genes) == len(new.genes)
+    make_old(export)
+    assert [g.key for g in Bundle.load(export).genes] == [g.key for g in new.genes]
+
+
+def test_sums_are_those_of_sha256sum(export: Path):
+    import hashlib
+
+    lines = dict(reversed(line.split("  ")) for line in (export / SUMS).read_text().splitlines())  # type: ignore[misc]
+    assert lines == {n: hashlib.sha256((export / n).read_bytes()).hexdigest() for n in HASHED}
+
+
+@pytest.mark.parametrize("name", HASHED)
+@pytest.mark.parametrize("kind", ["byte", "cut", "gone"])
+def test_any_change_of_a_file_is_named(name: str, kind: str, export: Path):
+    path = export / name
+    raw = path.read_bytes()
+    if kind == "gone":
+        path.unlink()
+    elif kind == "cut":
+        path.write_bytes(raw[: len(raw) - 40])
+    else:
+        # The last byte: of a weight, of a gene's flag, of a brace's newline.
+        path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    expected = FileNotFoundError if (name, kind) == ("config.json", "gone") else ValueError
+    with pytest.raises(expected, match=r"config\.json" if name == "config.json" else name.replace(".", r"\.")):
+        Bundle.load(export)
+
+
+def test_hashes_that_were_removed_are_missed(export: Path):
+    (export / SUMS).unlink()
+    with pytest.raises(ValueError, match=rf"{SUMS}: missing"):
+        Bundle.load(export)
+
+
+def _swap_sets(lines: list[str]) -> list[str]:
+    """Put a held-out gene where a trained one was."""
+    held = next(i for i, line in enumerate(lines) if line.endswith("\t0\t1"))
+    return [lines[0], lines[held], *lines[1:held], *lines[held + 1 :]]
+
+
+GENES: dict[str, tuple[Callable[[list[str]], list[str]], str]] = {
+    "a trained gene cut": (lambda x: [x[0], *x[2:]], "trained genes, which come first"),
+    "all but three cut": (lambda x: x[:4], "the model was trained on"),
+    "a held-out gene in front": (_swap_sets, "trained genes, which come first"),
+    "a gene twice": (lambda x: [*x[:-1], x[-2]], "is empty or there twice"),
+    "no key": (lambda x: [x[0], "\t" + x[1].split("\t", 1)[1], *x[2:]], "is empty or there twice"),
+    "a cell missing": (lambda x: [x[0], x[1].rsplit("\t", 1)[0], *x[2:]], "not 6 cells"),
+    "a cell more": (lambda x: [x[0], x[1] + "\tx", *x[2:]], "not 6 cells"),
+    "another flag": (lambda x: [x[0], x[1][:-3] + "2\t0", *x[2:]], "must be 1 and 0, or 0 and 1"),
+    "another header": (lambda x: [x[0].upper(), *x[1:]], "columns"),
+    "no header": (lambda x: x[1:], "columns"),
+    "one huge cell": (lambda x: [x[0], "x" * 200_000 + x[1], *x[2:]], "no table of genes"),
+}
+
+
+@pytest.mark.parametrize("case", GENES)
+def test_gene_rows_that_do_not_fit_are_refused_without_hashes_too(case: str, export: Path):
+    make_old(export)
+    change, says = GENES[case]
+    edit_lines(export, change)
+    with pytest.raises(ValueError, match=rf"genes\.tsv.*{says}"):
+        Bundle.load(export)
+
+
+def set_one(name: str, value: float, at: Any = 0) -> Callable[[dict[str, np.ndarray]], None]:
+    def change(arrays: dict[str, np.ndarray]) -> None:
+        arrays[name].reshape(-1)[at] = value
+
+    return change
+
+
+LEVELS: dict[str, tuple[Callable[[dict[str, np.ndarray]], Any], str]] = {
+    **{f"NaN in {n}": (set_one(n, np.nan), f"{n} holds 1 numbers") for n in ("edges", "value_cp10k", "value_raw", "log_prior")},
+    "infinite value": (set_one("value_cp10k", np.inf, -1), "value_cp10k holds"),
+    "a row less": (lambda a: a.update(value_raw=a["value_raw"][1:]), "value_raw is"),
+    "a level less": (lambda a: a.update(log_prior=a["log_prior"][:, 1:]), "log_prior is"),
+    "doubles": (lambda a: a.update(edges=a["edges"].astype(np.float64)), "edges is float64"),
+    "an array less": (lambda a: a.pop("edges"), "expected"),
+    "an array more": (lambda a: a.update(more=np.zeros(3, np.float32)), "expected"),
+    "edges descend": (lambda a: a.update(edges=a["edges"][:, ::-1]), "not ascending"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LEVELS)
+def test_levels_that_do_not_fit_are_refused_without_hashes_too(case: str, export: Path):
+    make_old(export)
+    change, says = LEVELS[case]
+    edit_arrays(export, "levels.safetensors", change)
+    with pytest.raises(ValueError, match=rf"levels\.safetensors: .*{says}"):
+        Bundle.load(export)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite_are_refused_without_hashes_too(bad: float, export: Path):
+    make_old(export)
+    names = sorted(k for k, v in load_file(export / "model.safetensors").items() if v.dtype == np.float32)
+    for name in (names[0], names[len(names) // 2], names[-1]):
+        before = (export / "model.safetensors").read_bytes()
+        edit_arrays(export, "model.safetensors", set_one(name, bad, -1))
+        with pytest.raises(ValueError, match=rf"model\.safetensors: {name} holds numbers that are not finite"):
+            Bundle.load(export)
+        (export / "model.safetensors").write_bytes(before)
+
+
+def test_weights_of_another_model_are_named(export: Path):
+    make_old(export)
+    name = sorted(load_file(export / "model.safetensors"))[0]
+    before = (export / "model.safetensors").read_bytes()
+    for change, says in (
+        (lambda a: a.pop(name), "tensors missing"),
+        (lambda a: a.update(more=np.zeros(3, np.float32)), "unknown: more"),
+        (lambda a: a.update({name: np.concatenate([a[name], a[name]])}), "the model needs"),
+    ):
+        edit_arrays(export, "model.safetensors", change)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=rf"model\.safetensors: .*{says}"):
+            Bundle.load(export)
+        (export / "model.safetensors").write_bytes(before)
+    (export / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      "[:9])
+    with pytest.raises(ValueError, match="no whole safetensors file"):
+        Bundle.load(export)
+
+
+CONFIGS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "no sizes": lambda m: m.pop("sizes"), "sizes of another name": lambda m: m["sizes"].update(x=1),
+    "no tile": lambda m: m.pop("tile_um"), "config is a list": lambda m: m.update(config=[]),
+    "sizes are a list": lambda m: m.update(sizes=[1, 2]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_a_config_that_is_none_is_named(case: str, export: Path):
+    make_old(export)
+    edit_json(export, CONFIGS[case])
+    with pytest.raises(ValueError, match=r"config\.json"):
+        Bundle.load(export)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "\x00", "[" * 100_000])
+def test_a_config_that_is_no_json_is_named(text: str, export: Path):
+    (export / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json: "):
+        Bundle.load(export)
+
+
+def test_predict_with_a_bad_export_has_code_2(export: Path, tiny_shards: ShardSet, capsys: pytest.CaptureFixture[str]):
+    lines = (export / "genes.tsv").read_text().splitlines()
+    (export / "genes.tsv").write_text("\n".join([lines[0], *reversed(lines[1:6]), *lines[6:]]) + "\n")
+    out = export.parent / "x.h5ad"
+    assert main(["predict", str(export), f"{tiny_shards.path}:x1", "--out", str(out)]) == 2
+    assert "genes.tsv: not what was written" in capsys.readouterr().err
+    assert not out.exists()
+
+
+# -- self-contained ------------------------------------------------------------------------------------------------
+
+
+def no_network(*_args: Any, **_kwargs: Any) -> Any:
+    raise AssertionError("weights were fetched")
+
+
+@pytest.mark.parametrize("pretrained", ["gone.safetensors", "hub"])
+def test_an_export_needs_no_pretrained_weights(
+    pretrained: str, export: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """Also exports of other versions, whose config still names a file or the hub."""
+    plain = image_encoder.timm.create_model
+
+    def create(name: str, **options: Any) -> Any:
+        assert not options.get("pretrained"), "weights were fetched"
+        return plain(name, **options)
+
+    monkeypatch.setattr(image_encoder.timm, "create_model", create)
+    make_old(export)
+    edit_json(export, lambda m: m["config"]["vision"].update(pretrained=pretrained))
+    edit_json(export, lambda m: m["config"]["train"].update(start_from=str(tmp_path / "gone")))
+    bundle = Bundle.load(export)
+    assert (bundle.config.vision.pretrained, bundle.config.train.start_from) == ("", "")
+    bundle.save(tmp_path / "again")
+    assert Predictor.load(tmp_path / "again").config.vision.pretrained == ""
+
+
+def test_a_run_goes_on_and_is_exported_when_the_weights_it_began_with_are_gone(
+    tiny_overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    import timm
+    from safetensors.torch import save_file as save_tensors
+
+    backbone = "vit_tiny_patch16_224"
+    weights = tmp_path / "vit.safetensors"
+    net = timm.create_model(backbone, pretrained=False, img_size=32, num_classes=0)
+    save_tensors({k: v.clone() for k, v in net.state_dict().items()}, weights)
+    config = tmp_path / "c.yaml"
+    config.write_text("{}\n")
+    settings = [*tiny_overrides, *SHORT, f"vision.backbone={backbone}", f"vision.pretrained={weights}"]
+    arguments = ["pretrain", "--config", str(config), "--out", str(tmp_path / "run")]
+    arguments += [f"--set={s}" for s in settings]
+    assert main(arguments) == 0
+    weights.unlink()
+    assert main([*arguments, "--resume"]) == 0
+    assert export_checkpoint(tmp_path / "run", "newest", tmp_path / "out") == 2
+    one, other = (load_file(p / "model.safetensors") for p in (tmp_path / "out", tmp_path / "run" / "export"))
+    assert all((one[k] == other[k]).all() for k in one.keys() | other.keys())
+    Predictor.load(tmp_path / "run")
+    capsys.readouterr()
+    # A new run does need them.
+    assert main([*arguments[:4], str(tmp_path / "new"), *arguments[5:]]) == 2
+    assert "vision.pretrained" in capsys.readouterr().err
+
+
+def test_what_a_run_names_is_not_fetched(
+    run_dir: Path, tiny_shards: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):  # fmt: skip
+    from comtip_shards.storage import remote
+
+    monkeypatch.setattr(remote.Remote, "fetch", no_network)
+    monkeypatch.setattr(remote.Remote, "read", no_network)
+    run = tmp_path / "run"
+    shutil.copytree(run_dir, run)
+    url = "https://example.invalid/shards"
+    text = (run / "config.yaml").read_text().replace(str(tiny_shards.path), url)
+    assert url in text
+    (run / "config.yaml").write_text(text)
+    assert main(["export", str(run), "--checkpoint", "newest", "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert url in said
+    assert "give it with --shards" in said
+    shards = ["--shards", str(tiny_shards.path)]
+    assert main(["export", str(run), "--checkpoint", "newest", *shards, "--out", str(tmp_path / "out")]) == 0
+    make_old(run / "export")
+    edit_json(run / "export", lambda m: m["config"]["data"].update(shards=url))
+    capsys.readouterr()
+    assert main(["evaluate", str(run), *shards, "--sections", "x1", "--out", str(tmp_path / "e")]) == 2
+    said = capsys.readouterr().err
+    assert url in said
+    assert "give it with --train-shards" in said
+
+
+@pytest.mark.parametrize("which", ["newest", "best"])
+def test_a_checkpoint_that_a_live_run_deletes_meanwhile_is_read_anew(
+    which: str, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from comtip_fast.training import export_checkpoint as exporting
+    from comtip_fast.training.checkpoint import store as checkpoints
+
+    run = tmp_path / "run"
+    shutil.copytree(run_dir, run)
+    root = run / "checkpoints"
+    (last,) = checkpoints.steps_of(root)
+    state = json.loads((checkpoints.folder_of(root, last) / "state.json").read_text())
+    plain, moves = checkpoints.load, [0]
+
+    def load(folder: Path) -> Any:
+        """Each time one is read, the run has a newer one and deletes this one: three times."""
+        if moves[0] < 3:
+            moves[0] += 1
+            newer = checkpoints.folder_of(root, last + moves[0])
+            folder.rename(newer)
+            text = json.dumps(state | {"best_step": last + moves[0], "step": last + moves[0]})
+            (newer / "state.json").write_text(text)
+            sums = "".join(f"{checkpoints._sha256(newer / n)}  {n}\n" for n in checkpoints.FILES)
+            (newer / checkpoints.SUMS).write_text(sums)
+        return plain(folder)
+
+    monkeypatch.setattr(checkpoints, "load", load)
+    assert exporting.export_checkpoint(run, which, tmp_path / "out") == last + 3
+    assert moves == [3]
+
+
+def test_a_model_card_holds_no_markup_of_its_sections(run_dir: Path, tmp_path: Path):
+    bundle = Bundle.load(run_dir / "export")
+    bad = {"attribution": "<script>alert(1)</script>\n# heading", "donor": "a|b", "licence": ""}
+    bundle.sections = [bundle.sections[0] | bad]
+    bundle.save(tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "<script" not in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; # heading" in text
+    assert r"| a\|b |" in text

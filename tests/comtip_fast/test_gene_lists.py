@@ -1,0 +1,77 @@
+"""Lists of genes as people have them: what each file means, or why it is refused."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from comtip_fast.api import _unique
+from comtip_fast.cli.options import gene_list
+
+GENES = ["ERBB2", "CD74", "KRT17"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"ERBB2\nCD74\nKRT17\n", b"ERBB2\nCD74\nKRT17", b"ERBB2\r\nCD74\r\nKRT17\r\n", b"\xef\xbb\xbfERBB2\nCD74\nKRT17\n",
+        "ERBB2\nCD74\nKRT17\n".encode("utf-16"), b"ERBB2,CD74,KRT17\n", b"ERBB2, CD74,\nKRT17\n", b"ERBB2;CD74;KRT17",
+        b"# markers\nERBB2 # HER2\n\nCD74\n  KRT17  \n", b"gene\nERBB2\nCD74\nKRT17\n", b"\xef\xbb\xbfGene_Symbol\nERBB2\nCD74\nKRT17\n",
+        b'"x"\n"ERBB2"\n"CD74"\n"KRT17"\n', b"ERBB2\rCD74\rKRT17\r",
+    ],
+)  # fmt: skip
+def test_a_file_of_three_genes_is_three_genes(content: bytes, tmp_path: Path):
+    path = tmp_path / "genes.txt"
+    path.write_bytes(content)
+    assert gene_list([f"@{path}"]) == GENES
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "names no gene"), (b"\n\n", "names no gene"), (b"# nothing\n", "names no gene"), (b"gene\n", "names no gene"),
+        (b"\xef\xbb\xbf", "names no gene"), (b"ERBB2\nCD74\xff\n", "no text in UTF-8"), (b"\x89HDF\r\n\x1a\n\0\0\xff", "no text in UTF-8"),
+        (b"ERBB2\tHER2 receptor\n", r"line 1: 'ERBB2\\tHER2 receptor' is no gene name"), (b"ERBB2\nCD\x0074\n", "line 2"),
+        (b"A" * (5 << 20), "larger than 4 MiB"), (b"all\nERBB2\n", "all stands for every trained gene"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_no_list_of_genes_is_refused(content: bytes, says: str, tmp_path: Path):
+    path = tmp_path / "genes.txt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=says):
+        gene_list([f"@{path}"])
+
+
+def test_other_values():
+    assert gene_list(["all"]) is None
+    assert gene_list(["ERBB2,CD74", "KRT17"]) == GENES
+    for bad in (["all", "ERBB2"], ["ERBB2,all"]):
+        with pytest.raises(ValueError, match="all stands for every trained gene"):
+            gene_list(bad)
+    for bad in ([], [""], [","]):
+        with pytest.raises(ValueError, match="names no gene"):
+            gene_list(bad)
+
+
+def test_paths_that_are_no_file(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"--genes @.*: no such file"):
+        gene_list([f"@{tmp_path / 'none'}"])
+    with pytest.raises(ValueError, match="a folder"):
+        gene_list([f"@{tmp_path}"])
+    with pytest.raises(ValueError, match="larger than"):
+        gene_list(["@/dev/zero"])
+    reader, writer = os.pipe()  # as @<(grep ...) gives
+    os.write(writer, b"ERBB2\nCD74\nKRT17\n")
+    os.close(writer)
+    assert gene_list([f"@/dev/fd/{reader}"]) == GENES
+    os.close(reader)
+
+
+@pytest.mark.parametrize("n", [2, 4_999, 5_000, 60_000])
+def test_genes_asked_for_twice_are_refused_however_many(n: int):
+    names = [f"G{i}" for i in range(n)]
+    assert _unique(names) == names
+    with pytest.raises(ValueError, match="asked for twice: G1"):
+        _unique([*names, "G1"])

@@ -1,0 +1,49 @@
+"""Stated facts and pooling options: typed, bounded, and refused by name."""
+
+from dataclasses import fields
+
+import pytest
+from comtip_shards import SourceError
+from comtip_shards.sections.facts import PoolingOptions, SectionFacts, option_specs, parse_facts, stated
+from comtip_shards.sources.base import META_KEYS, POOL_KEYS
+
+
+def test_text_is_accepted_at_the_edge_and_becomes_a_number():
+    facts, pooling = parse_facts({"mpp": "0.5", "species": "mouse", "pool_um": 64, "tissue": None})
+    assert facts == SectionFacts(mpp=0.5, species="mouse")
+    assert pooling == PoolingOptions(pool_um=64.0)
+    assert stated(facts, pooling) == {"mpp": "0.5", "species": "mouse", "pool_um": "64"}
+    assert stated(None, SectionFacts()) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("mpp", "0", "greater than 0"),
+        ("mpp", "-1", "greater than 0"),
+        ("mpp", "nan", "finite"),
+        ("mpp", "half", "valid number"),
+        ("species", "rat", "'human' or 'mouse'"),
+        ("tissue", "", "at least 1 character"),
+        ("min_cover", 1.5, "less than or equal to 1"),
+        ("pool_from", "spots", "'bins', 'cells' or 'transcripts'"),
+        ("qv", -1, "greater than or equal to 0"),
+    ],
+)
+def test_values_out_of_bounds_name_the_option_the_value_and_the_bound(name, value, reason):
+    with pytest.raises(SourceError, match=f"--{name.replace('_', '-')} .*{reason}"):
+        parse_facts({name: value})
+
+
+def test_an_unknown_fact_is_refused_with_the_known_ones():
+    with pytest.raises(SourceError, match=r"unknown fact 'specie'.*species"):
+        parse_facts({"specie": "human"})
+
+
+def test_the_readers_know_every_fact():
+    names = [spec.name for cls in (SectionFacts, PoolingOptions) for spec in option_specs(cls)]
+    assert set(names) == set(META_KEYS)
+    assert {f.name for f in fields(PoolingOptions)} == set(POOL_KEYS)
+    choices = {spec.name: spec.choices for spec in option_specs(SectionFacts)}
+    assert choices["species"] == ("human", "mouse")
+    assert choices["mpp"] == ()
