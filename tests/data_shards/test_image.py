@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tifffile
 from comtip_shards import SourceError
+from comtip_shards.slides import base as base_module
 from comtip_shards.slides import open as image_module
 from comtip_shards.slides import wsi
 from comtip_shards.slides.base import ArraySlide, peak_of, to_rgb8
@@ -212,7 +213,7 @@ def test_memory_is_bounded_by_blocks_and_not_by_the_picture(tmp_path: Path, monk
         bigtiff=True,
     )
     monkeypatch.setattr(wsi, "CACHE_BYTES", 8 << 20)
-    monkeypatch.setattr(image_module, "BAND_PX", 4_000_000)
+    monkeypatch.setattr(base_module, "BAND_PX", 4_000_000)
     monkeypatch.setattr(image_module, "WINDOWED_PX", 10_000_000)
     xy = RNG.uniform((0, 0), (8192, 6144), (100, 2))
     tracemalloc.start()
@@ -243,7 +244,8 @@ def test_bad_pictures_are_reported_with_name_and_fix(tmp_path: Path, monkeypatch
         open_slide(path)
     with pytest.raises(SourceError, match=r"gone\.tif: no such image"):
         open_slide(tmp_path / "gone.tif")
-    monkeypatch.setattr(image_module, "MAX_WHOLE_PX", 100)
+    for module in (base_module, image_module):
+        monkeypatch.setattr(module, "MAX_WHOLE_PX", 100)
     Image.fromarray(PICTURE).save(tmp_path / "b.png")
     with pytest.raises(SourceError, match=r"b\.png: 900 x 700 px in PNG, which can only be decoded whole; convert it"):
         open_slide(tmp_path / "b.png")
