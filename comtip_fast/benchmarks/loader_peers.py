@@ -1,7 +1,7 @@
-"""How others load tiles: webdataset with Pillow, and HEST's h5 files through a PyTorch ``DataLoader``.
+"""Peer loaders: webdataset with Pillow, and h5 files in HEST's layout with a PyTorch ``DataLoader``.
 
-Both hand over what our loaders do: uint8 tiles with the same kinds of views (stain tables, turns, jitter) and levels of
-a panel of genes. Views are drawn from a generator per worker, which is cheaper than keyed numbers.
+Both return what our loaders return: uint8 tiles with the same kinds of views (stain normalisation, orientation, jitter)
+and the levels of a gene panel. Views are drawn from one generator per worker, which is cheaper than keyed random numbers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from comtip_fast.data.augment.views import ViewPlan, jitter_tables, make_views, 
 from comtip_fast.data.expression.training_tables import TrainingTables
 from comtip_fast.data.loaders.webdataset import start_workers
 
-_TURNS = (
+_ORIENTATIONS = (
     None,
     Image.Transpose.ROTATE_90,
     Image.Transpose.ROTATE_180,
@@ -35,46 +35,47 @@ _TURNS = (
     Image.Transpose.FLIP_TOP_BOTTOM,
     Image.Transpose.TRANSPOSE,
 )
-"""The eight turns of :func:`comtip_fast.data.augment.views.rotate_flip` as Pillow has them."""
+"""The eight orientations of :func:`comtip_fast.data.augment.views.rotate_flip` as Pillow operations."""
 
 
 class TileViews:
-    """Views of one tile at a time.
+    """Computes random views of single tiles.
 
     Parameters
     ----------
     shards, config
-        Sections' stains, and how strong the jitter is.
-    how
-        ``numpy`` (:func:`comtip_fast.data.augment.views.make_views`) or ``pillow`` (``transpose`` and ``point``), which is quicker.
+        Stain of each section, and strength of the jitter.
+    backend
+        ``numpy`` (:func:`comtip_fast.data.augment.views.make_views`), or ``pillow`` (``transpose`` and ``point``), which is
+        faster.
     """
 
-    def __init__(self, shards: ShardSet, config: DataConfig, how: str) -> None:
-        self.how, self.jitter = how, config.jitter
+    def __init__(self, shards: ShardSet, config: DataConfig, backend: str) -> None:
+        self.backend, self.jitter = backend, config.jitter
         self.stain = [stain_table(shards.stain(i)) for i in range(len(shards.manifest.sections))]
         self._rng = np.random.default_rng()
 
     def __call__(self, image: Image.Image | np.ndarray, section: int) -> np.ndarray:
-        """Return uint8 (3, S, S) in a view drawn at random."""
+        """Return a random view, uint8 (3, S, S)."""
         jitter = jitter_tables(self._rng.random((1, 6)), self.jitter)[0]
-        table = np.stack([jitter[c][self.stain[section][c]] for c in range(3)])
-        return self.view(image, int(self._rng.integers(8)), table)
+        lut = np.stack([jitter[c][self.stain[section][c]] for c in range(3)])
+        return self.view(image, int(self._rng.integers(8)), lut)
 
-    def view(self, image: Image.Image | np.ndarray, turn: int, table_3V: np.ndarray) -> np.ndarray:
-        """Turn, then map values: uint8 (3, S, S)."""
-        if self.how == "numpy":
-            plan = ViewPlan(np.zeros(1, np.int64), np.array([turn]), table_3V[None])
+    def view(self, image: Image.Image | np.ndarray, orientation: int, lut_3V: np.ndarray) -> np.ndarray:
+        """Rotate and mirror, then map pixel values: uint8 (3, S, S)."""
+        if self.backend == "numpy":
+            plan = ViewPlan(np.zeros(1, np.int64), np.array([orientation]), lut_3V[None])
             return np.ascontiguousarray(make_views(np.asarray(image)[None], plan)[0].transpose(2, 0, 1))
-        picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-        method = _TURNS[turn]
-        picture = picture if method is None else picture.transpose(method)
-        return np.ascontiguousarray(np.asarray(picture.point(table_3V.ravel().tolist())).transpose(2, 0, 1))
+        pil_image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+        method = _ORIENTATIONS[orientation]
+        pil_image = pil_image if method is None else pil_image.transpose(method)
+        return np.ascontiguousarray(np.asarray(pil_image.point(lut_3V.ravel().tolist())).transpose(2, 0, 1))
 
 
 def webdataset_batches(
     shards: ShardSet, tables: TrainingTables, panel: np.ndarray, config: DataConfig, views: str
 ) -> Generator[int, None, None]:
-    """Go through ``webdataset``'s batches: shuffled tars, Pillow in worker processes; yields sizes, for ever."""
+    """Yield batch sizes of ``webdataset``, without end: shuffled tars, Pillow in worker processes."""
     import webdataset
 
     train = {s.section_id for s in shards.manifest.sections if s.split == "train"}
@@ -93,7 +94,7 @@ def webdataset_batches(
 
 
 class _DecodeRecord:
-    """A WebDataset sample to (tile, levels, section)."""
+    """Maps a WebDataset sample to (tile, levels, section)."""
 
     def __init__(self, shards: ShardSet, tables: TrainingTables, panel: np.ndarray, views: TileViews) -> None:
         self.shards, self.tables, self.panel, self.views = shards, tables, panel, views
@@ -116,7 +117,7 @@ def _collate(samples: list[tuple[np.ndarray, np.ndarray, int]]) -> tuple[Tensor,
 
 
 def write_h5(shards: ShardSet, folder: Path) -> None:
-    """Write each training section's tiles as HEST does: an h5 file with raw ``img`` (N, S, S, 3), a chunk per tile."""
+    """Write each training section's tiles to an h5 file as HEST does: raw ``img`` (N, S, S, 3), one chunk per tile."""
     import h5py
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -135,9 +136,9 @@ def write_h5(shards: ShardSet, folder: Path) -> None:
 
 
 class H5Tiles(Dataset):
-    """One spot by number: its tile from the h5 file, its levels from memory, where such trainers keep expression.
+    """Map-style dataset of spots: tiles from h5 files, levels from memory.
 
-    ``bytes_per_s`` is the rate at which each worker reads; 0 is as fast as it goes.
+    ``bytes_per_s`` limits the read rate of each worker; 0 means no limit.
     """
 
     def __init__(
@@ -145,22 +146,22 @@ class H5Tiles(Dataset):
     ) -> None:
         self.folder, self.levels, self.views, self.bytes_per_s = folder, levels, views, bytes_per_s
         train = [(i, s) for i, s in enumerate(shards.manifest.sections) if s.split == "train"]
-        self.place = [(s.section_id, i, row) for i, s in train for row in range(s.n_spots)]
+        self._rows = [(s.section_id, i, row) for i, s in train for row in range(s.n_spots)]
         self._files: dict[str, Any] = {}
 
     def __len__(self) -> int:
-        return len(self.place)
+        return len(self._rows)
 
     def __getitem__(self, item: int) -> tuple[np.ndarray, np.ndarray, int]:
         import h5py
 
-        began = time.perf_counter()
-        name, section, row = self.place[item]
+        start = time.perf_counter()
+        name, section, row = self._rows[item]
         if name not in self._files:
             self._files[name] = h5py.File(self.folder / f"{name}.h5")["img"]
         tile = self._files[name][row]
         if self.bytes_per_s:
-            time.sleep(max(0.0, tile.nbytes / self.bytes_per_s - (time.perf_counter() - began)))
+            time.sleep(max(0.0, tile.nbytes / self.bytes_per_s - (time.perf_counter() - start)))
         return self.views(tile, section), self.levels[item], section
 
 
@@ -173,7 +174,7 @@ def h5_batches(
     views: str,
     bytes_per_s: float = 0.0,
 ) -> Generator[int, None, None]:
-    """Go through batches of h5 tiles in random order; yields sizes, for ever."""
+    """Yield batch sizes of h5 tiles in random order, without end."""
     assert tables.levels is not None
     rate = bytes_per_s / config.workers
     data = H5Tiles(folder, shards, tables.levels[:, panel], TileViews(shards, config, views), rate)

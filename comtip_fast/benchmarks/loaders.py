@@ -1,4 +1,4 @@
-"""``comtip bench loader``: what hands over how many spots per second, tiles and levels ready, in one run."""
+"""``comtip bench loader``: spots per second of our loaders, of peers, and of the decoders."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from comtip_shards.sources import open_source
 from PIL import Image
 
 from comtip_fast.benchmarks.loader_peers import h5_batches, webdataset_batches, write_h5
-from comtip_fast.benchmarks.rounds import Contender, describe_machine, give_back_free_memory, resident_mb, run_rounds
+from comtip_fast.benchmarks.rounds import Contender, describe_machine, resident_mb, run_rounds, trim_free_memory
 from comtip_fast.config.schema import DataConfig, PanelConfig, RunConfig, TrainConfig
 from comtip_fast.data.expression.training_tables import TrainingTables, training_tables
 from comtip_fast.data.loaders.base import BaseLoader
@@ -46,7 +46,7 @@ Kind = Literal["torch", "wds", "dali"]
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured on what."""
+    """Settings of a measurement."""
 
     shards: ShardSet
     work: Path
@@ -55,13 +55,13 @@ class Setting:
     batch_size: int
     rounds: int
     spots: int
-    """Per round and contender."""
+    """Number of spots per round and contender."""
     rate_mb: float
-    """The stated storage rate, MB/s; 0 leaves those rows out."""
+    """Simulated storage rate in MB/s; 0 skips those contenders."""
 
     @property
     def config(self) -> RunConfig:
-        """Return the run that loaders are made for; levels come from the records, as those of the peers do."""
+        """Config of the loaders; levels come from the records, as those of the peers do."""
         data = DataConfig(
             shards=str(self.shards.path), batch_size=self.batch_size, workers=self.workers, expression="records"
         )
@@ -69,28 +69,28 @@ class Setting:
 
 
 def open_set(shards: Path | None, source: Path, work: Path, px: int) -> ShardSet:
-    """Open the set to measure on; without one build ``source`` at ``px`` once, into ``work``."""
+    """Open the shard set to measure on; without one, build ``source`` at ``px`` into ``work``, unless it exists."""
     if shards is None:
         shards = work / f"shards_{px}px"
-        log.info("building %s at %d px into %s, unless it is there", source, px, shards)
+        log.info("building %s at %d px into %s, unless it exists", source, px, shards)
         build_shards(open_source(source), shards, tile_px=px, tile_um=224.0, progress=True)
     return ShardSet(shards)
 
 
 def measure(setting: Setting) -> list[Contender]:
-    """Measure every contender; worker processes are started before any thread of DALI is."""
+    """Measure every contender; worker processes are forked before DALI starts threads."""
     config = setting.config
     streamed = training_tables(setting.shards, config)
     table = training_tables(setting.shards, replace(config, data=replace(config.data, expression="table")))
     panel = np.sort(np.random.default_rng(0).permutation(streamed.genes.trained.size)[:256])
     spots = streamed.spots
     encoded = SpotReader(setting.shards, with_counts=True).fetch(spots)
-    made: list[Contender] = []
+    contenders: list[Contender] = []
 
     def add(name: str, batches: Generator[int, None, None], bytes_per_spot: float) -> None:
         log.info("starting: %s", name)
         next(batches)
-        made.append(Contender(name, batches, bytes_per_spot))
+        contenders.append(Contender(name, batches, bytes_per_spot))
 
     sizes = _sizes(setting.shards, encoded)
     for name, how in ((PEER, "numpy"), (PEER_PILLOW, "pillow")):
@@ -99,26 +99,26 @@ def measure(setting: Setting) -> list[Contender]:
     rates = [0.0, setting.rate_mb] if setting.rate_mb else [0.0]
     for rate in rates:
         batches = h5_batches(setting.work / "h5", setting.shards, table, panel, config.data, "numpy", rate * MB)
-        add(_at(H5, rate), batches, sizes["raw"])
-    add(PIL_LIMIT, _pil_alone(encoded.tiles, setting), sizes["tile"])
+        add(_at_rate(H5, rate), batches, sizes["raw"])
+    add(PIL_LIMIT, _pil_decoding(encoded.tiles, setting), sizes["tile"])
     add(WDS, _ours("wds", setting, streamed), sizes["record"])
     add(TORCH, _ours("torch", setting, streamed), sizes["record"])
     if dali_is_installed():
         for rate in rates:
-            add(_at(DALI, rate), _ours("dali", setting, streamed, rate), sizes["record"])
+            add(_at_rate(DALI, rate), _ours("dali", setting, streamed, rate), sizes["record"])
         add(DALI_TABLE, _ours("dali", setting, table), sizes["tile"])
         add(READER, _dali_reader(setting), sizes["tar"])
-        add(DALI_LIMIT, _dali_alone(encoded.tiles, setting), sizes["tile"])
+        add(DALI_LIMIT, _dali_decoding(encoded.tiles, setting), sizes["tile"])
     try:
-        run_rounds(made, rounds=setting.rounds, spots=setting.spots, warm=2 * setting.workers + 4)
+        run_rounds(contenders, rounds=setting.rounds, spots=setting.spots, warm=2 * setting.workers + 4)
     finally:
-        for contender in made:
+        for contender in contenders:
             contender.batches.close()
-    return made
+    return contenders
 
 
 def memory(setting: Setting, epochs: int) -> dict[str, list[float]]:
-    """Return resident MB after each of ``epochs`` epochs of about 512 spots, by loader, one after the other."""
+    """Return the resident memory in MB after each of ``epochs`` epochs of about 512 spots, by loader."""
     tables = training_tables(setting.shards, setting.config)
     tables.spots = tables.spots[:: max(1, tables.spots.size // MEMORY_SPOTS)]
     out: dict[str, list[float]] = {}
@@ -132,7 +132,7 @@ def memory(setting: Setting, epochs: int) -> dict[str, list[float]]:
         for _ in range(epochs):
             for _ in range(n):
                 next(stream)
-            give_back_free_memory()
+            trim_free_memory()
             out[name].append(resident_mb())
         stream.close()
     return out
@@ -156,32 +156,32 @@ def _ours(kind: Kind, setting: Setting, tables: TrainingTables, rate_mb: float =
 
 
 def _slow_down(records: SpotReader, bytes_per_s: float) -> None:
-    """Let records come no faster than a storage gives them."""
+    """Limit the read rate of a reader, to simulate slow storage."""
     fetch: Callable[[np.ndarray], EncodedSpots] = records.fetch
 
     def slow(spots: np.ndarray) -> EncodedSpots:
-        began = time.perf_counter()
-        got = fetch(spots)
-        took = sum(map(len, got.tiles)) + sum(map(len, got.exprs))
-        time.sleep(max(0.0, took / bytes_per_s - (time.perf_counter() - began)))
-        return got
+        start = time.perf_counter()
+        encoded = fetch(spots)
+        size = sum(map(len, encoded.tiles)) + sum(map(len, encoded.exprs))
+        time.sleep(max(0.0, size / bytes_per_s - (time.perf_counter() - start)))
+        return encoded
 
     records.fetch = slow  # type: ignore[method-assign]
 
 
 def _chunks(tiles: list[bytes], size: int) -> Iterator[list[bytes]]:
-    whole = [tiles[i : i + size] for i in range(0, len(tiles) - size + 1, size)]
-    return cycle(whole or [tiles])
+    full_chunks = [tiles[i : i + size] for i in range(0, len(tiles) - size + 1, size)]
+    return cycle(full_chunks or [tiles])
 
 
-def _pil_alone(tiles: list[bytes], setting: Setting) -> Generator[int, None, None]:
-    """Decode tiles that lie in memory, in processes that hand nothing over."""
+def _pil_decoding(tiles: list[bytes], setting: Setting) -> Generator[int, None, None]:
+    """Decode tiles from memory with Pillow in worker processes, which return only counts."""
     with ProcessPoolExecutor(setting.workers) as pool:
         chunks = _chunks(tiles, setting.batch_size)
-        ahead = [pool.submit(_decode_all, next(chunks)) for _ in range(2 * setting.workers)]
+        pending = [pool.submit(_decode_all, next(chunks)) for _ in range(2 * setting.workers)]
         while True:
-            ahead.append(pool.submit(_decode_all, next(chunks)))
-            yield ahead.pop(0).result()
+            pending.append(pool.submit(_decode_all, next(chunks)))
+            yield pending.pop(0).result()
 
 
 def _decode_all(tiles: list[bytes]) -> int:
@@ -190,8 +190,8 @@ def _decode_all(tiles: list[bytes]) -> int:
     return len(tiles)
 
 
-def _dali_alone(tiles: list[bytes], setting: Setting) -> Generator[int, None, None]:
-    """Decode tiles that lie in memory: no loader built on this decoder can be faster."""
+def _dali_decoding(tiles: list[bytes], setting: Setting) -> Generator[int, None, None]:
+    """Decode tiles from memory with DALI: an upper limit for loaders built on this decoder."""
     from comtip_fast.data.loaders.dali import Decoder
 
     decoder = Decoder(setting.batch_size, setting.workers, None)
@@ -206,19 +206,19 @@ def _dali_alone(tiles: list[bytes], setting: Setting) -> Generator[int, None, No
 
 
 def _dali_reader(setting: Setting) -> Generator[int, None, None]:
-    """``fn.readers.webdataset`` with the set's index files: DALI's order, no views, levels or resuming."""
+    """Read with ``fn.readers.webdataset`` and the set's index files: DALI's order, without views, levels or resuming."""
     from importlib import import_module
 
     dali: Any = import_module("nvidia.dali")
     shards = setting.shards
     train = {s.section_id for s in shards.manifest.sections if s.split == "train"}
-    own = [s for s in shards.manifest.shards if s.section_id in train]
+    files = [s for s in shards.manifest.shards if s.section_id in train]
 
     @dali.pipeline_def(batch_size=setting.batch_size, num_threads=setting.workers, device_id=None)
     def pipeline() -> Any:
         jpeg, expr = dali.fn.readers.webdataset(
-            paths=[str(shards.path / s.file) for s in own],
-            index_paths=[str(shards.path / s.index) for s in own],
+            paths=[str(shards.path / s.file) for s in files],
+            index_paths=[str(shards.path / s.index) for s in files],
             ext=["jpg", "expr"],
             random_shuffle=True,
             initial_fill=512,
@@ -233,12 +233,12 @@ def _dali_reader(setting: Setting) -> Generator[int, None, None]:
         yield len(tiles)
 
 
-def _at(name: str, rate_mb: float) -> str:
+def _at_rate(name: str, rate_mb: float) -> str:
     return f"{name}, storage of {rate_mb:g} MB/s" if rate_mb else name
 
 
 def _sizes(shards: ShardSet, encoded: EncodedSpots) -> dict[str, float]:
-    """Return bytes per spot, as each contender reads them."""
+    """Return the bytes per spot of each way of storing them."""
     tile = float(np.mean([len(t) for t in encoded.tiles]))
     expr = float(np.mean([len(e) for e in encoded.exprs]))
     tar = sum(s.bytes for s in shards.manifest.shards) / len(shards)
@@ -266,7 +266,7 @@ def rows_of(contenders: Sequence[Contender]) -> list[dict[str, Any]]:
 
 
 def ratios(contenders: Sequence[Contender]) -> dict[str, float]:
-    """Return the medians over rounds of the ratios that are promised; each round's contenders ran side by side."""
+    """Return the documented ratios of contenders, each the median over rounds of the ratio within a round."""
     rate = {c.name: np.array(c.spots_per_s) for c in contenders}
     out = {}
     for label, above, below in (
@@ -297,7 +297,7 @@ def table_of(contenders: Sequence[Contender], resident: dict[str, list[float]]) 
 def write_results(
     folder: Path, setting: Setting, contenders: Sequence[Contender], resident: dict[str, list[float]]
 ) -> None:
-    """Write ``results.csv``, ``ratios.csv`` and ``memory.csv``; the first lines say on what machine and with what sizes."""
+    """Write ``results.csv``, ``ratios.csv`` and ``memory.csv``; the header has the machine and the settings."""
     folder.mkdir(parents=True, exist_ok=True)
     head = [
         f"# {describe_machine(len(os.sched_getaffinity(0)))}",

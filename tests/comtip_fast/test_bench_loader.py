@@ -1,4 +1,4 @@
-"""``comtip bench loader`` measures every contender and says what it measured; peers do the same work as our loaders."""
+"""``comtip bench loader`` measures every contender and records the settings; peers compute the same views."""
 
 import csv
 import os
@@ -35,23 +35,23 @@ def test_the_command_measures_every_contender(tiny_shards: ShardSet, tmp_path: P
     assert "commit" in lines[0]
     assert "32 px tiles, batches of 8" in lines[1]
     rows = {r["contender"]: r for r in csv.DictReader(lines[2:])}
-    wanted = {bench.PEER, bench.PEER_PILLOW, bench.H5, bench.TORCH, bench.WDS, bench.PIL_LIMIT}
+    expected = {bench.PEER, bench.PEER_PILLOW, bench.H5, bench.TORCH, bench.WDS, bench.PIL_LIMIT}
     if dali_is_installed():
-        wanted |= {bench.DALI, bench.DALI_TABLE, bench.READER, bench.DALI_LIMIT}
+        expected |= {bench.DALI, bench.DALI_TABLE, bench.READER, bench.DALI_LIMIT}
         assert "DALI loader / webdataset + PIL, numpy views: " in done.stdout
-    assert wanted <= set(rows)
+    assert expected <= set(rows)
     assert all(float(r["spots_per_s"]) > 0 and float(r["cpu_ms_per_spot"]) > 0 for r in rows.values())
     assert float(rows[bench.H5]["bytes_per_spot"]) == 3 * 32 * 32
     assert (tmp_path / "memory.csv").read_text().count(",1,") == 1 + dali_is_installed()
 
 
-def test_ratios_are_those_of_rounds():
+def test_ratios_are_computed_within_rounds():
     def contender(name: str, rates: list[float]) -> Contender:
         return Contender(name, iter(()), 1.0, rates, [1.0] * len(rates))  # type: ignore[arg-type]
 
-    # The whole machine is slow in the second round: the ratio of medians would be 2, each round's is 3.
-    found = bench.ratios([contender(bench.DALI, [300, 30, 330]), contender(bench.PEER, [100, 10, 110])])
-    assert found == {"DALI loader / webdataset + PIL, numpy views": pytest.approx(3)}
+    # The machine is slow in the second round; the ratio is 3 in every round.
+    ratios = bench.ratios([contender(bench.DALI, [300, 30, 330]), contender(bench.PEER, [100, 10, 110])])
+    assert ratios == {"DALI loader / webdataset + PIL, numpy views": pytest.approx(3)}
 
 
 def test_rounds_are_interleaved_and_warm_batches_do_not_count():
@@ -68,22 +68,22 @@ def test_rounds_are_interleaved_and_warm_batches_do_not_count():
     assert all(len(c.spots_per_s) == 2 for c in both)
 
 
-def test_peers_make_the_same_views(tiny_shards: ShardSet):
+def test_peers_compute_the_same_views(tiny_shards: ShardSet):
     tile = tiny_shards.tiles([3])[0]
     table = np.random.default_rng(0).integers(0, 256, (3, 256)).astype(np.uint8)
-    views = [TileViews(tiny_shards, DataConfig(), how) for how in ("numpy", "pillow")]
-    for turn in range(8):
-        want = rotate_flip(tile, turn)
+    views = [TileViews(tiny_shards, DataConfig(), backend) for backend in ("numpy", "pillow")]
+    for orientation in range(8):
+        want = rotate_flip(tile, orientation)
         want = np.stack([table[c][want[..., c]] for c in range(3)])
         for one in views:
-            np.testing.assert_array_equal(one.view(tile, turn, table), want)
+            np.testing.assert_array_equal(one.view(tile, orientation, table), want)
 
 
-def test_h5_files_hold_the_training_tiles(tiny_shards: ShardSet, tmp_path: Path):
+def test_h5_files_contain_the_training_tiles(tiny_shards: ShardSet, tmp_path: Path):
     write_h5(tiny_shards, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["t1.h5", "t2.h5"]
     views = TileViews(tiny_shards, DataConfig(jitter=0.0, stain="none"), "numpy")
-    views.view = lambda image, turn, table: image  # type: ignore[method-assign]
+    views.view = lambda image, orientation, lut: image  # type: ignore[method-assign]
     tiles = H5Tiles(tmp_path, tiny_shards, np.zeros((98, 2), np.uint8), views, 0.0)
     train = tiny_shards.select(split="train")
     assert len(tiles) == train.size
