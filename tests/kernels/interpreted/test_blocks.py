@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from comtip_fast.collectives import counts_of, share_of
-from comtip_fast.objectives import Pairs, global_infonce
+from comtip_fast.objectives import PairMetadata, global_infonce
 
 F64 = torch.float64
 RULES = ("all", "same_group", "other_group")
@@ -304,7 +304,7 @@ def test_ranks_on_triton_equal_the_single_operation(form: str, world: int, rule:
     def work(rank: Rank) -> list[torch.Tensor]:
         own, mine = share_of(B, rank.rank, world), columns[rank.rank]
         leaves = [t.clone().requires_grad_() for t in (x[own], texts[mine], torch.tensor(20.0))]
-        pairs = Pairs(text[mine], section[mine], weight[own], rule)
+        pairs = PairMetadata(text[mine], section[mine], weight[own], rule)
         with NothingRead() as mode:
             loss = global_infonce(*leaves, pairs, rank, counts, form)
             loss.backward()
