@@ -1,9 +1,9 @@
-"""The gene-sentence embedding on the CPU, beside embedding_bag and LayerNorm, in one run.
+"""The gene-sentence embedding on the CPU, compared with embedding_bag and LayerNorm in one run.
 
     python bench/kernels/bench_embedding.py [--genes 256] [--levels 32] [--dim 256] [--rounds 7] [--busy]
 
-Forward and backward with LayerNorm, medians of the ratio within a round (see ``rounds.py``). The plan (which tokens are equal) is worked
-out anew in every call. The peer is one ``F.embedding_bag`` over the concatenated tables with its ids ready, and LayerNorm.
+Forward and backward with LayerNorm, medians of the ratio within a round (see ``rounds.py``). The plan (which tokens are equal) is
+computed in every call. The peer is one ``F.embedding_bag`` over the concatenated tables with its ids ready, and LayerNorm.
 """
 
 from __future__ import annotations

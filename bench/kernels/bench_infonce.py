@@ -1,4 +1,4 @@
-"""InfoNCE on the CPU beside open_clip's loss and beside the matrix products that it cannot avoid, in one run.
+"""InfoNCE on the CPU, compared with open_clip's loss and with the matrix products that it cannot avoid, in one run.
 
     python bench/kernels/bench_infonce.py [--rows 8192] [--dim 512] [--rounds 5] [--busy]
 
@@ -56,9 +56,8 @@ def both_ways(loss: Callable[..., torch.Tensor], rows: int, dim: int) -> Callabl
 def products(rows: int, dim: int, n: int, exponentials: bool = False) -> Callable[[], None]:
     """Return a floor: the products alone, in tiles that share one tile's memory.
 
-    Three (``n``) no exact method can avoid, even one that stores every logit: logits, and two gradients. One that stores
-    none makes the logits twice. The tiles are ours: of those tried, long thin blocks of rows included, they give the
-    fastest products. ``exponentials`` adds one of each logit and pass, in place, which a softmax needs beside them.
+    No exact method can avoid three (``n``), even one that stores every logit: logits and two gradients. A method that
+    stores none computes the logits twice. The tiles are those of the CPU path, the fastest of those tried. ``exponentials`` adds one of each logit and pass, in place, which a softmax needs too.
     """
     x, y, _ = (t.detach() for t in inputs(rows, dim))
     x, y = F.normalize(x, dim=-1), F.normalize(y, dim=-1)
@@ -114,14 +113,22 @@ def main() -> None:
     args = parser.parse_args()
     size = (args.rows, args.dim)
     runs = {
-        "ours": both_ways(ours, *size), "open_clip": both_ways(clip_loss, *size), "three products": products(*size, 3),
-        "four products": products(*size, 4), "with exponentials": products(*size, 4, exponentials=True),
-    }  # fmt: skip
+        "ours": both_ways(ours, *size),
+        "open_clip": both_ways(clip_loss, *size),
+        "three products": products(*size, 3),
+        "four products": products(*size, 4),
+        "with exponentials": products(*size, 4, exponentials=True),
+    }
     times = rounds.run(runs, args.rounds, args.busy)
     for name in runs:
         print(f"{name:<17} median {rounds.ms(times, name) / 1e3:.2f} s")
-    for of, to in (("open_clip", "ours"), ("ours", "four products"), ("open_clip", "three products"),
-                   ("open_clip", "four products"), ("open_clip", "with exponentials")):  # fmt: skip
+    for of, to in (
+        ("open_clip", "ours"),
+        ("ours", "four products"),
+        ("open_clip", "three products"),
+        ("open_clip", "four products"),
+        ("open_clip", "with exponentials"),
+    ):
         print(f"{of} / {to} {rounds.ratio(times, of, to):.2f}")
     one, two = (extra_peak_mib(n, args.rows, args.dim) for n in ("ours", "clip_loss"))
     print(f"extra peak memory: ours {one:.0f} MiB, open_clip {two:.0f} MiB, ratio 1/{two / max(one, 1e-9):.1f}")

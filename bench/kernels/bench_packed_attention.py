@@ -1,4 +1,4 @@
-"""Attention over many short sentences on the CPU, beside padding to the longest, in one run.
+"""Attention over many short sentences on the CPU, compared with padding to the longest in one run.
 
     python bench/kernels/bench_packed_attention.py [--sentences 4000] [--rounds 15] [--busy]
 
@@ -119,8 +119,10 @@ def main() -> None:
         print(f"{name}: mean {float(length.float().mean()):.1f}, longest {longest}")
         for what, calls in pairs.items():
             times = rounds.run({"ours": calls[0], "padded": calls[1]}, args.rounds, args.busy)
-            print(f"  {what:<10} ours {rounds.ms(times, 'ours'):>7.1f} ms   padded {rounds.ms(times, 'padded'):>7.1f} ms"
-                  f"   padded / ours {rounds.ratio(times, 'padded', 'ours'):.2f}")  # fmt: skip
+            print(
+                f"  {what:<10} ours {rounds.ms(times, 'ours'):>7.1f} ms   padded {rounds.ms(times, 'padded'):>7.1f} ms"
+                f"   padded / ours {rounds.ratio(times, 'padded', 'ours'):.2f}"
+            )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The operations over the sentence table on the CPU, beside their dense forms and peers, in one run.
+"""The operations over the sentence table on the CPU, compared with their dense forms and peers in one run.
 
     python bench/kernels/bench_table.py [--spots 512] [--genes 512] [--levels 32] [--dim 256] [--rounds 7] [--busy]
 
@@ -100,8 +100,10 @@ def main() -> None:
         )
         for name in forms:
             ratio = rounds.ratio(times, name, "cpu")
-            print(f"{op:<22}{name:<18}{rounds.ms(times, name):>9.1f} ms  {ratio:>5.2f} x ours "
-                  f"{memory[name]:>8.0f} MiB  {memory[name] / memory['cpu']:>5.2f} x ours")  # fmt: skip
+            print(
+                f"{op:<22}{name:<18}{rounds.ms(times, name):>9.1f} ms  {ratio:>5.2f} x ours "
+                f"{memory[name]:>8.0f} MiB  {memory[name] / memory['cpu']:>5.2f} x ours"
+            )
 
 
 if __name__ == "__main__":

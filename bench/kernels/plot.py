@@ -1,8 +1,8 @@
-"""Draw what the ledger says of every operation beside its floor, and print the tables of kernels/README.md.
+"""Plot bytes and FLOPs of every operation relative to its lower bound, and print the tables of kernels/README.md.
 
     python bench/kernels/plot.py [--sizes bench/traffic.csv] [--out kernels/floors.png]
 
-Nothing in it was timed: bytes and FLOPs are counted, times follow from a roofline and are predictions.
+Nothing is timed: bytes and FLOPs are counted, times are predicted from a roofline.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def flop_ratio(row: dict[str, str]) -> float | None:
-    """Return FLOPs over the floor's; None where no product is needed at all."""
+    """Return FLOPs relative to the lower bound; None if no product is needed."""
     floor = float(row["floor_gflop"])
     return float(row["gflop"]) / floor if floor else None
 
@@ -40,15 +40,21 @@ def table(rows: list[dict[str, str]]) -> str:
         ratio = flop_ratio(r)
         flops = ("", "") if ratio is None else (f"{float(r['gflop']):,.0f}", f"{ratio:.2f}")
         cells = (
-            f"`{r['op']}` {r['part']}", r["size"], f"{float(r['memory_mb']):,.0f}", f"{float(r['memory_ratio']):.2f}", *flops,
-            f"{int(r['predicted_us_a100']):,}", f"{int(r['predicted_us_h100']):,}", r["bound_h100"],
-        )  # fmt: skip
+            f"`{r['op']}` {r['part']}",
+            r["size"],
+            f"{float(r['memory_mb']):,.0f}",
+            f"{float(r['memory_ratio']):.2f}",
+            *flops,
+            f"{int(r['predicted_us_a100']):,}",
+            f"{int(r['predicted_us_h100']):,}",
+            r["bound_h100"],
+        )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def kernels_table(rows: list[dict[str, str]], triton: str = "3.8.0") -> str:
-    """Return the bf16 kernels as Markdown, what sm_80, sm_90 and sm_100 make of each side by side."""
+    """Return the bf16 kernels as Markdown, with sm_80, sm_90 and sm_100 in one row."""
     by_kernel: dict[str, dict[str, dict[str, str]]] = {}
     for r in rows:
         if r["triton"] == triton and r["name"].endswith("_bf16"):
@@ -70,9 +76,9 @@ def draw(rows: list[dict[str, str]], out: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 0.52 * len(rows) + 1.2), sharey=True, layout="constrained")
     moved = [float(r["memory_ratio"]) for r in rows]
     left.barh([v + 0.2 for v in y], moved, 0.38, color=BLUE, label="bytes from and to memory")
-    made = [flop_ratio(r) or 0 for r in rows]
-    left.barh([v - 0.2 for v in y], made, 0.38, color=ORANGE, label="FLOPs, what tiles pad and drop included")
-    for v, a, b in zip(y, moved, made, strict=True):
+    products = [flop_ratio(r) or 0 for r in rows]
+    left.barh([v - 0.2 for v in y], products, 0.38, color=ORANGE, label="FLOPs, including padding and masks")
+    for v, a, b in zip(y, moved, products, strict=True):
         left.text(a * 1.03, v + 0.2, f"{a:.2f}", va="center", fontsize=7)
         if b:
             left.text(b * 1.03, v - 0.2, f"{b:.2f}", va="center", fontsize=7)

@@ -1,4 +1,4 @@
-"""What the CPU benches share: everything timed in turn, round after round, so that a ratio is of neighbours in time."""
+"""Shared by the CPU benchmarks: calls are timed alternately in rounds, so that each ratio compares adjacent times."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Times = dict[str, list[float]]
 def add_options(parser: argparse.ArgumentParser, rounds: int) -> None:
     """Add ``--rounds`` and ``--busy``."""
     parser.add_argument("--rounds", type=int, default=rounds)
-    parser.add_argument("--busy", action="store_true", help="others use this machine: one thread, and its CPU time")
+    parser.add_argument("--busy", action="store_true", help="for a machine that is not idle: one thread, CPU time")
 
 
 def run(calls: Mapping[str, Callable[[], object]], rounds: int, busy: bool) -> Times:

@@ -48,10 +48,19 @@ def test_gene_sentence_embedding(identities: int):
     length, level, own = torch.tensor([2, 5, 3, 4, 5, 2]), torch.tensor([0, 1, 2, 0, 1, 2]), torch.arange(6) % 5
     out = embed(ids, length, level, identity_N=own if identities else None)
     want = gene_sentence_embedding(
-        ids, length, level, embed.token_VD, embed.type_3D, embed.position_TD, embed.level_QD,
-        identity_N=own if identities else None, identity_ID=embed.identity_ID, gain_D=embed.norm.weight,
-        bias_D=embed.norm.bias, impl="reference",
-    )  # fmt: skip
+        ids,
+        length,
+        level,
+        embed.token_VD,
+        embed.type_3D,
+        embed.position_TD,
+        embed.level_QD,
+        identity_N=own if identities else None,
+        identity_ID=embed.identity_ID,
+        gain_D=embed.norm.weight,
+        bias_D=embed.norm.bias,
+        impl="reference",
+    )
     torch.testing.assert_close(out, want)
     out.square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in embed.parameters())

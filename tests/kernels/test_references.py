@@ -82,13 +82,27 @@ def test_infonce_matches_loops(rng, rule: str, further: int):
     class_c = torch.cat([classes, torch.arange(10, 10 + further)])
     weight = torch.tensor([1, 1, 0, 2, 1, 0.5, 1], dtype=F64)
     got = infonce(
-        x, y, torch.tensor(3.0, dtype=F64), negatives=rule, group_rows=group, group_columns=group_c, class_rows=classes,
-        class_columns=class_c, weight_B=weight,
-    )  # fmt: skip
+        x,
+        y,
+        torch.tensor(3.0, dtype=F64),
+        negatives=rule,
+        group_rows=group,
+        group_columns=group_c,
+        class_rows=classes,
+        class_columns=class_c,
+        weight_B=weight,
+    )
     want = slow_infonce(
-        x, y, 3.0, rule=rule, group_r=group.tolist(), group_c=group_c.tolist(), class_r=classes.tolist(),
-        class_c=class_c.tolist(), weight=weight,
-    )  # fmt: skip
+        x,
+        y,
+        3.0,
+        rule=rule,
+        group_r=group.tolist(),
+        group_c=group_c.tolist(),
+        class_r=classes.tolist(),
+        class_c=class_c.tolist(),
+        weight=weight,
+    )
     assert float(got) == pytest.approx(want, rel=1e-12)
 
 
@@ -160,9 +174,20 @@ def test_gene_sentence_embedding_gradients(rng):
 
     def embed(token, kind, position, level, identity, gain, bias, impl):
         return gene_sentence_embedding(
-            ids, length, lo, token, kind, position, level, identity_N=own, identity_ID=identity, gain_D=gain, bias_D=bias,
-            eps=0.1, impl=impl,
-        )  # fmt: skip
+            ids,
+            length,
+            lo,
+            token,
+            kind,
+            position,
+            level,
+            identity_N=own,
+            identity_ID=identity,
+            gain_D=gain,
+            bias_D=bias,
+            eps=0.1,
+            impl=impl,
+        )
 
     for impl in ("reference", "cpu"):
         assert torch.autograd.gradcheck(lambda *t, impl=impl: embed(*t, impl=impl), (*tables, *norm))

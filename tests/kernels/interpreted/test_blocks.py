@@ -49,7 +49,7 @@ def all_of(impl: str, x: torch.Tensor, y: torch.Tensor, scale: float, ids: Block
     rows, columns = (torch.logaddexp(t, torch.tensor(0.3 * scale, dtype=F64)).to(wide) for t in truth)
     row_weight, column_weight = (torch.linspace(0.1, 1, t.shape[0], dtype=wide) for t in truth)
     row_weight[::4] = 0
-    column_weight[columns.shape[0] // 2 :] = 0  # further columns, whose log-sum-exp is never made
+    column_weight[columns.shape[0] // 2 :] = 0  # further columns, whose log-sum-exp does not exist
     columns[columns.shape[0] // 2 :] = 0
     return [*lse, *block_gradients(x, y, s, ids, row_weight, rows, column_weight, columns, impl=impl)]
 
@@ -297,8 +297,10 @@ def test_ranks_on_triton_equal_the_single_operation(form: str, world: int, rule:
     section, weight = torch.randint(2, (B + extra,), generator=g), torch.rand(B, generator=g) + 0.1
     weight[::4] = 0
     counts = counts_of(B, world)
-    columns = [torch.cat([torch.arange(B)[share_of(B, r, world)], B + torch.arange(extra)[share_of(extra, r, world)]])
-               for r in range(world)]  # fmt: skip
+    columns = [
+        torch.cat([torch.arange(B)[share_of(B, r, world)], B + torch.arange(extra)[share_of(extra, r, world)]])
+        for r in range(world)
+    ]
     texts = torch.cat([y, more])
 
     def work(rank: Rank) -> list[torch.Tensor]:

@@ -59,10 +59,21 @@ def test_opcheck_and_flops():
     at = plan.sentence_U
     floats = [t.requires_grad_() for t in tables.values()]
     arguments = (
-        *floats, identity, gain, more["norm"]["bias_D"].requires_grad_(), 1e-5, plan.token_U, plan.kind_U, plan.slot_U,
-        sentences["level_lo_N"][at], more["mix"]["level_hi_N"][at], more["mix"]["mix_N"][at], own[at],
-        plan.genes, plan.names,
-    )  # fmt: skip
+        *floats,
+        identity,
+        gain,
+        more["norm"]["bias_D"].requires_grad_(),
+        1e-5,
+        plan.token_U,
+        plan.kind_U,
+        plan.slot_U,
+        sentences["level_lo_N"][at],
+        more["mix"]["level_hi_N"][at],
+        more["mix"]["mix_N"][at],
+        own[at],
+        plan.genes,
+        plan.names,
+    )
     torch.library.opcheck(op.sentence_rows, arguments)
     rows = torch.randn(plan.kind_U.shape[0], 16, requires_grad=True)
     torch.library.opcheck(op.copy_rows, (rows, plan.row_S, plan.order_S, plan.start_U1, plan.most))

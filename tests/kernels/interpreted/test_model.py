@@ -18,10 +18,18 @@ from comtip_fast.config.io import load_config
 from comtip_fast.training.task import build_task
 
 KERNELS = (
-    (embedding, "make_rows"), (embedding, "copy_rows"), (embedding, "sum_pieces"), (embedding, "norm_grads"),
-    (infonce, "lse_tiles"), (infonce, "grad_rows"), (attention, "attention_forward"), (attention, "attention_grads"),
-    (table, "sampled_dot"), (table, "weighted_sum"), (table, "weighted_sum_transpose"),
-)  # fmt: skip
+    (embedding, "make_rows"),
+    (embedding, "copy_rows"),
+    (embedding, "sum_pieces"),
+    (embedding, "norm_grads"),
+    (infonce, "lse_tiles"),
+    (infonce, "grad_rows"),
+    (attention, "attention_forward"),
+    (attention, "attention_grads"),
+    (table, "sampled_dot"),
+    (table, "weighted_sum"),
+    (table, "weighted_sum_transpose"),
+)
 
 
 def step(overrides: list[str], impl: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
