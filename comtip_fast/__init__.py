@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from comtip_fast._version import __version__
 
 __all__ = [
+    "CountOptions",
     "Model",
     "PoolingOptions",
     "SectionFacts",
@@ -22,7 +23,16 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from comtip_fast.api import Model, PoolingOptions, SectionFacts, build_shards, evaluate, load, pretrain
+    from comtip_fast.api import (
+        CountOptions,
+        Model,
+        PoolingOptions,
+        SectionFacts,
+        build_shards,
+        evaluate,
+        load,
+        pretrain,
+    )
 
 
 def __getattr__(name: str) -> Any:

@@ -13,19 +13,30 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 import pandas as pd
+from comtip_shards import SourceError
 from comtip_shards.genes.identifiers import GeneResource
-from comtip_shards.sections.facts import PoolingOptions, SectionFacts
+from comtip_shards.sections.facts import CountOptions, PoolingOptions, SectionFacts
 
 from comtip_fast._version import __version__
 from comtip_fast.constants import LAYER_CP10K, LAYER_RAW, OBSM_EMBEDDING, UNS
-from comtip_fast.data.sections import SectionTiles, TileGeometry, open_section, read_h5ad
+from comtip_fast.data.sections import H5AD_SUFFIXES, SectionTiles, TileGeometry, open_section, read_h5ad
 from comtip_fast.devices import pick_device
 from comtip_fast.evaluation.run import evaluate_run as evaluate
 from comtip_fast.inference import GeneQuery, ImageFeatures, Predictor
 from comtip_fast.pretraining import pretrain
 from comtip_fast.shards import Facts, build_shards, open_sections, stated_text
 
-__all__ = ["Model", "PoolingOptions", "SectionFacts", "build_shards", "evaluate", "load", "open_sections", "pretrain"]
+__all__ = [
+    "CountOptions",
+    "Model",
+    "PoolingOptions",
+    "SectionFacts",
+    "build_shards",
+    "evaluate",
+    "load",
+    "open_sections",
+    "pretrain",
+]
 
 log = logging.getLogger("comtip_fast")
 
@@ -69,7 +80,7 @@ class Model:
 
     def predict(
         self, section: str | Path | ad.AnnData, genes: Sequence[str] | None = None, *,
-        facts: Facts = None, pooling: PoolingOptions | None = None,
+        facts: Facts = None, pooling: PoolingOptions | None = None, counts: CountOptions | None = None,
     ) -> ad.AnnData:  # fmt: skip
         """Predict expression from the tiles alone.
 
@@ -80,8 +91,9 @@ class Model:
         genes
             Symbols, Ensembl ids or previous symbols, also of genes that training never saw; ``None`` takes
             the trained genes of the section's species.
-        facts, pooling
-            Facts about the section (``SectionFacts(mpp=0.5)`` or ``{"mpp": 0.5}``) and options for pooling.
+        facts, pooling, counts
+            Facts about the section (``SectionFacts(mpp=0.5)`` or ``{"mpp": 0.5}``) and options for pooling
+            and for counts and positions in an AnnData.
 
         Returns
         -------
@@ -97,8 +109,8 @@ class Model:
         >>> predicted.shape, predicted.var["training"].tolist()
         ((49, 2), ['trained', 'never seen'])
         """
-        opened = open_section(section, self.tile, stated_text(facts, pooling))
-        var, queries = self._queries(genes, opened.species)
+        opened = open_section(section, self.tile, stated_text(facts, pooling, counts))
+        var, queries = self._queries(genes, self._species(opened))
         out = self.predictor.predict(self._features(opened), queries)
         data = opened.template.copy()
         answer = ad.AnnData(X=out["cp10k"], obs=data.obs, var=var, obsm=dict(data.obsm), uns=dict(data.uns))
@@ -107,7 +119,12 @@ class Model:
         return answer
 
     def embed(
-        self, section: str | Path | ad.AnnData, *, facts: Facts = None, pooling: PoolingOptions | None = None
+        self,
+        section: str | Path | ad.AnnData,
+        *,
+        facts: Facts = None,
+        pooling: PoolingOptions | None = None,
+        counts: CountOptions | None = None,
     ) -> ad.AnnData:
         """Return the section with ``obsm["X_comtip"]``, its tiles in the shared space (unit vectors, float32).
 
@@ -119,16 +136,28 @@ class Model:
         >>> comtip_fast.load("run").embed("set:x1").obsm["X_comtip"].shape
         (49, 32)
         """
-        opened = open_section(section, self.tile, stated_text(facts, pooling))
+        opened = open_section(section, self.tile, stated_text(facts, pooling, counts))
         if isinstance(section, ad.AnnData):
             data = section.copy()
-        elif str(section).endswith(".h5ad"):
+        elif str(section).endswith(H5AD_SUFFIXES):
             data = read_h5ad(Path(section))
         else:
             data = opened.template.copy()
         data.obsm[OBSM_EMBEDDING] = self._features(opened).vector_ND
         data.uns[UNS] = self._provenance(opened)
         return data
+
+    def _species(self, opened: SectionTiles) -> str:
+        """Return the species of a section; one that is not known must be the only one that the model was trained on."""
+        if opened.species:
+            return opened.species
+        trained = sorted({key.split(":")[0] for key in self.trained_genes})
+        if len(trained) == 1:
+            log.warning("section %s does not state its species: taken as %s", opened.section_id, trained[0])
+            return trained[0]
+        raise SourceError(
+            f"section {opened.section_id}: no species, and the model was trained on {' and '.join(trained)}; set --species"
+        )
 
     def _features(self, opened: SectionTiles) -> ImageFeatures:
         return self.predictor.image_features(opened.tiles_NSS3.transpose(0, 3, 1, 2), opened.stain)

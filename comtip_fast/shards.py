@@ -8,7 +8,7 @@ from typing import Any
 
 from comtip_shards import builder
 from comtip_shards.builder import BuildReport
-from comtip_shards.sections.facts import PoolingOptions, SectionFacts, parse_facts, stated
+from comtip_shards.sections.facts import CountOptions, PoolingOptions, SectionFacts, parse_facts, stated
 from comtip_shards.sources import SectionSource, open_source
 from comtip_shards.storage.remote import is_url
 
@@ -22,6 +22,7 @@ def build_shards(
     *,
     facts: Facts = None,
     pooling: PoolingOptions | None = None,
+    counts: CountOptions | None = None,
     fmt: str = "auto",
     samples: Sequence[str] | None = None,
     where: Mapping[str, Collection[str]] | None = None,
@@ -40,8 +41,8 @@ def build_shards(
         Folder of the new shard set, or one that a build of the same set left unfinished.
     facts
         Facts about the sections, as :class:`SectionFacts` or as a dict (``{"mpp": 0.5}``).
-    pooling
-        Pooling of bins, cells and transcripts.
+    pooling, counts
+        Pooling of bins, cells and transcripts; counts and positions in an AnnData.
     fmt, samples, where, cache
         Format, selection of sections, and cache for URLs, see :func:`comtip_shards.sources.open_source`.
     tile_um
@@ -69,7 +70,7 @@ def build_shards(
     (196, 30)
     """
     sources = open_sections(
-        source, facts=facts, pooling=pooling, fmt=fmt, samples=samples, where=where, cache=cache, tile_um=tile_um,
+        source, facts=facts, pooling=pooling, counts=counts, fmt=fmt, samples=samples, where=where, cache=cache, tile_um=tile_um,
         progress=progress,
     )  # fmt: skip
     return builder.build_shards(sources, Path(out), tile_um=tile_um, progress=progress, **settings)
@@ -80,6 +81,7 @@ def open_sections(
     *,
     facts: Facts = None,
     pooling: PoolingOptions | None = None,
+    counts: CountOptions | None = None,
     fmt: str = "auto",
     samples: Sequence[str] | None = None,
     where: Mapping[str, Collection[str]] | None = None,
@@ -88,16 +90,15 @@ def open_sections(
     progress: bool = False,
 ) -> list[SectionSource]:
     """Open the sections of a source without reading them; parameters as in :func:`build_shards`."""
-    texts = stated_text(facts, pooling)
+    texts = stated_text(facts, pooling, counts)
     if is_url(source):
         # Patches are a tenth of the size of whole-slide images, but only this wide.
         texts.setdefault("pixels", "patches" if tile_um <= HEST_PATCH_UM else "wsi")
     return open_source(source, samples=samples, fmt=fmt, overrides=texts, where=where, cache=cache, progress=progress)
 
 
-def stated_text(facts: Facts, pooling: PoolingOptions | None) -> dict[str, str]:
+def stated_text(facts: Facts, pooling: PoolingOptions | None, counts: CountOptions | None) -> dict[str, str]:
     """Return what is stated, as text for the readers."""
     if isinstance(facts, Mapping):
-        parsed, more = parse_facts(facts)
-        return stated(more, pooling, parsed)
-    return stated(facts, pooling)
+        return stated(*parse_facts(facts), pooling, counts)
+    return stated(facts, pooling, counts)

@@ -23,8 +23,8 @@ def run(args: argparse.Namespace) -> int:
     from comtip_fast.data.h5ad import write_h5ad
 
     out = fresh_h5ad(args)
-    facts, pooling = read_facts(args)
-    answer = load(args.run_dir, args.device).embed(args.section, facts=facts, pooling=pooling)
+    facts, pooling, counts = read_facts(args)
+    answer = load(args.run_dir, args.device).embed(args.section, facts=facts, pooling=pooling, counts=counts)
     write_h5ad(answer, out)
     print(
         f"{out}: obsm[{OBSM_EMBEDDING!r}] {answer.obsm[OBSM_EMBEDDING].shape[0]} x {answer.obsm[OBSM_EMBEDDING].shape[1]}"

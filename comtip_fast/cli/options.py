@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from comtip_shards.sections.facts import PoolingOptions, SectionFacts, option_specs, parse_facts
+from comtip_shards.sections.facts import CountOptions, PoolingOptions, SectionFacts, option_specs, parse_facts
 from comtip_shards.storage.atomic import refuse_input_as_output
 
 from comtip_fast.constants import UNS
@@ -20,12 +20,13 @@ GENE_HEADERS = set(
 """First lines of lists that name the column; x is what R writes for a vector."""
 TITLES: dict[Any, str] = {
     SectionFacts: "facts about the section, which take precedence over what the source states",
+    CountOptions: "counts and positions in an AnnData",
     PoolingOptions: "pooling of bins, cells and transcripts to pseudo-spots",
 }
 
 
 def add_facts(parser: argparse.ArgumentParser) -> None:
-    """Add one option per field of :class:`SectionFacts` and :class:`PoolingOptions`."""
+    """Add one option per field of the option classes in :mod:`comtip_shards.sections.facts`."""
     for cls, title in TITLES.items():
         group = parser.add_argument_group(title)
         for spec in option_specs(cls):
@@ -33,7 +34,7 @@ def add_facts(parser: argparse.ArgumentParser) -> None:
             group.add_argument(f"--{spec.name.replace('_', '-')}", choices=spec.choices or None, help=text)
 
 
-def read_facts(args: argparse.Namespace) -> tuple[SectionFacts, PoolingOptions]:
+def read_facts(args: argparse.Namespace) -> tuple[SectionFacts, PoolingOptions, CountOptions]:
     """Return the stated facts and options, checked."""
     names = [spec.name for cls in TITLES for spec in option_specs(cls)]
     return parse_facts({name: getattr(args, name) for name in names})

@@ -25,9 +25,9 @@ def run(args: argparse.Namespace) -> int:
     from comtip_fast.data.h5ad import write_h5ad
 
     out = fresh_h5ad(args)
-    facts, pooling = read_facts(args)
+    facts, pooling, counts = read_facts(args)
     model = load(args.run_dir, args.device)
-    answer = model.predict(args.section, gene_list(args.genes), facts=facts, pooling=pooling)
+    answer = model.predict(args.section, gene_list(args.genes), facts=facts, pooling=pooling, counts=counts)
     write_h5ad(answer, out)
     seen = answer.var["training"].value_counts().to_dict()
     print(

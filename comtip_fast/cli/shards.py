@@ -159,12 +159,13 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _open(args: argparse.Namespace) -> list[SectionSource]:
-    facts, pooling = read_facts(args)
+    facts, pooling, counts = read_facts(args)
     samples = [s.strip() for s in args.samples.split(",") if s.strip()] if args.samples else None
     return open_sections(
         args.source,
         facts=facts,
         pooling=pooling,
+        counts=counts,
         fmt=_format(args),
         samples=samples,
         where=_where(args.where),

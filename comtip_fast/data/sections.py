@@ -17,13 +17,19 @@ import pandas as pd
 from comtip_shards import ShardSet, SourceError
 from comtip_shards.sections.section import Section
 from comtip_shards.slides.base import Slide
+from comtip_shards.slides.open import open_slide
 from comtip_shards.slides.tiles import StainStats, stain_stats
 from comtip_shards.sources import open_source
-from comtip_shards.sources.anndata_source import MICRONS_PER_PIXEL, centres, library_picture, library_slide
-from comtip_shards.sources.hdf5 import check_hdf5
+from comtip_shards.sources.anndata_source import MICRONS_PER_PIXEL, library_names, library_slide, view_library
+from comtip_shards.sources.anndata_store import SUFFIXES as H5AD_SUFFIXES
+from comtip_shards.sources.anndata_store import MemoryStore, open_h5ad
+from comtip_shards.sources.base import check_options, check_overrides
+from comtip_shards.sources.packaging import unpacked
 from comtip_shards.storage.remote import is_url
 
 OVERVIEW_PX = 1024
+MPP_RANGE = (0.05, 50.0)
+"""um per px of an image that tiles are cut from."""
 
 
 @dataclass(frozen=True)
@@ -74,36 +80,52 @@ def open_section(
     ShardError
         A record of the shard set is damaged.
     """
-    overrides = overrides or {}
+    overrides = dict(overrides or {})
+    check_overrides(overrides)
     if isinstance(spec, ad.AnnData):
         return _from_anndata(spec, "the AnnData", tile, overrides)
     if is_url(str(spec)):
         url, _, section_id = str(spec).rpartition(":")
         if "/" in section_id:
             raise SourceError(f"{spec}: no section is named; give {spec}:section_id")
+        _refuse_overrides(overrides, url)
         return _from_shards(ShardSet(url), section_id, tile)
     path, section_id = split_spec(str(spec))
-    if path.suffix == ".h5ad":
-        return _from_anndata(read_h5ad(path), str(path), tile, overrides)
+    if path.name.endswith(H5AD_SUFFIXES):
+        return _from_anndata(read_h5ad(path), str(path), tile, overrides, section_id)
     if (path / "manifest.json").is_file():
+        _refuse_overrides(overrides, str(path))
         return _from_shards(ShardSet(path), section_id, tile)
-    sources = open_source(path, samples=[section_id] if section_id else None, overrides=overrides)
+    # The tissue does not matter here, so a source that does not state it is not refused.
+    facts = {"tissue": "unstated", **{k: v for k, v in overrides.items() if v}}
+    sources = open_source(path, samples=[section_id] if section_id else None, overrides=facts)
     if len(sources) != 1:
         ids = ", ".join(s.meta.section_id for s in sources)
         raise SourceError(
             f"{path} contains {len(sources)} sections ({ids}); name one of them, e.g. {path}:{sources[0].meta.section_id}"
         )
-    return _from_section(sources[0].read(), tile)
+    return _from_section(sources[0].read_spots(), tile)
+
+
+def _refuse_overrides(overrides: dict[str, str], where: str) -> None:
+    """Raise for facts about a section of a shard set, which states them itself."""
+    stated = [k for k, v in overrides.items() if v]
+    if stated:
+        options = ", ".join(f"--{k.replace('_', '-')}" for k in stated)
+        raise SourceError(
+            f"{where}: {options} has no effect here: a shard set states the facts of its sections; leave it out"
+        )
 
 
 def read_h5ad(path: Path | str) -> ad.AnnData:
     """Read an AnnData file that names no other file; raises :class:`SourceError` if it is not one."""
-    fix = "write it with AnnData.write_h5ad"
-    check_hdf5(Path(path), "an .h5ad", fix)
+    open_h5ad(Path(path)).close()  # names files that are no data, and refuses data in other files
     try:
-        return ad.read_h5ad(path)
-    except (OSError, KeyError) as error:
-        raise SourceError(f"{path}: not a readable .h5ad file ({error}); {fix}") from error
+        return ad.read_h5ad(unpacked(Path(path)))
+    except Exception as error:  # anndata raises many kinds of errors
+        raise SourceError(
+            f"{path}: not a readable .h5ad file ({type(error).__name__}: {error}); write it with AnnData.write_h5ad"
+        ) from error
 
 
 def split_spec(spec: str) -> tuple[Path, str]:
@@ -160,36 +182,53 @@ def _from_section(section: Section, tile: TileGeometry) -> SectionTiles:
         return _cut(slide, section.xy, meta.mpp, tile, meta.section_id, meta.species, template)
 
 
-def _from_anndata(data: ad.AnnData, where: str, tile: TileGeometry, overrides: dict[str, str]) -> SectionTiles:
-    if "spatial" not in data.obsm or not data.uns.get("spatial"):
+def _from_anndata(
+    data: ad.AnnData, where: str, tile: TileGeometry, overrides: dict[str, str], section_id: str = ""
+) -> SectionTiles:
+    check_options(overrides, ("image", "positions"), "an AnnData whose counts are not read")
+    store = MemoryStore(data, Path(where))
+    libraries = library_names(data.uns.get("spatial", {}))
+    if section_id and section_id not in libraries:
         raise SourceError(
-            f"{where}: obsm['spatial'] or an image in uns['spatial'] is missing; add them as scanpy.read_visium does"
+            f"{where}: no section {section_id!r} in uns['spatial']; it has: {', '.join(libraries) or 'none'}"
         )
-    libraries = list(data.uns["spatial"])
-    if len(libraries) != 1:
-        raise SourceError(f"{where}: uns['spatial'] has {len(libraries)} libraries; subset to one section")
-    library = data.uns["spatial"][libraries[0]]
-    picture = library_picture(library, where)
-    stated = overrides.get("mpp") or picture.mpp
-    if stated is None:
+    if len(libraries) > 1:
         raise SourceError(
-            f"{where}: the image has no scale; give --mpp, um per px of the coordinates in obsm['spatial']"
+            f"{where}: uns['spatial'] holds {len(libraries)} libraries ({', '.join(libraries)}); subset to one section first"
         )
-    species = overrides.get("species") or str(data.uns.get("comtip", {}).get("species", ""))
-    slide = library_slide(library, picture, Path(where))
-    xy = centres(data.obsm["spatial"], Path(where)) * picture.factor
+    own = data.uns.get("comtip", {})
+    stated = {"species": str(own["species"])} if own.get("species") else {}
+    library = libraries[0] if libraries else ""
+    view = view_library(store, library, Path(where).stem, {**stated, **overrides}, need_species=False)
+    xy, mpp = view.xy * view.factor, view.mpp / view.factor
+    slide = (
+        open_slide(unpacked(view.image))
+        if view.image
+        else library_slide(data.uns["spatial"][library], view.picture, Path(where))
+    )
+    with slide:
+        _check_positions(xy, mpp, slide, where)
+        template = ad.AnnData(
+            obs=data.obs.copy(), obsm={"spatial": view.xy.copy()}, uns={"spatial": data.uns.get("spatial", {})}
+        )
+        return _cut(slide, xy, mpp, tile, library or Path(where).stem, view.facts.get("species", ""), template)
+
+
+def _check_positions(xy: np.ndarray, mpp: float, slide: Slide, where: str) -> None:
+    """Raise for positions or a scale from which no tile can be cut."""
+    lost = int((~np.isfinite(xy)).any(1).sum())
+    if lost:
+        raise SourceError(f"{where}: {lost} of {len(xy)} spots have no position; remove them, or give them one")
+    if not MPP_RANGE[0] <= mpp <= MPP_RANGE[1]:
+        raise SourceError(
+            f"{where}: {mpp:g} um per px of the image is not plausible ({MPP_RANGE[0]:g} to {MPP_RANGE[1]:g}); set --mpp"
+        )
     outside = (xy < 0).any(1) | (xy[:, 0] > slide.size[0]) | (xy[:, 1] > slide.size[1])
     if outside.any():
         raise SourceError(
-            f"{where}: {outside.sum()} of {len(xy)} spots lie outside the {picture.name} image ({slide.size[0]} x "
-            f"{slide.size[1]} px) at scale factor {picture.factor:g}; correct obsm['spatial'] or the image"
+            f"{where}: {outside.sum()} of {len(xy)} spots lie outside the image ({slide.size[0]} x {slide.size[1]} px); "
+            "use the image that the positions belong to (--image), or positions in px of this image"
         )
-    template = ad.AnnData(
-        obs=data.obs.copy(),
-        obsm={"spatial": np.asarray(data.obsm["spatial"])},
-        uns={"spatial": data.uns["spatial"]},
-    )
-    return _cut(slide, xy, float(stated) / picture.factor, tile, str(libraries[0]), species, template)
 
 
 def _cut(

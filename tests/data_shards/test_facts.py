@@ -4,14 +4,15 @@ from dataclasses import fields
 
 import pytest
 from comtip_shards import SourceError
-from comtip_shards.sections.facts import PoolingOptions, SectionFacts, option_specs, parse_facts, stated
+from comtip_shards.sections.facts import CountOptions, PoolingOptions, SectionFacts, option_specs, parse_facts, stated
 from comtip_shards.sources.base import META_KEYS, POOL_KEYS
 
 
 def test_text_is_accepted_at_the_edge_and_becomes_a_number():
-    facts, pooling = parse_facts({"mpp": "0.5", "species": "mouse", "pool_um": 64, "tissue": None})
+    facts, pooling, counts = parse_facts({"mpp": "0.5", "species": "mouse", "pool_um": 64, "tissue": None})
     assert facts == SectionFacts(mpp=0.5, species="mouse")
     assert pooling == PoolingOptions(pool_um=64.0)
+    assert counts == CountOptions()
     assert stated(facts, pooling) == {"mpp": "0.5", "species": "mouse", "pool_um": "64"}
     assert stated(None, SectionFacts()) == {}
 
@@ -41,7 +42,7 @@ def test_an_unknown_fact_is_refused_with_the_known_ones():
 
 
 def test_the_readers_know_every_fact():
-    names = [spec.name for cls in (SectionFacts, PoolingOptions) for spec in option_specs(cls)]
+    names = [spec.name for cls in (SectionFacts, PoolingOptions, CountOptions) for spec in option_specs(cls)]
     assert set(names) == set(META_KEYS)
     assert {f.name for f in fields(PoolingOptions)} == set(POOL_KEYS)
     choices = {spec.name: spec.choices for spec in option_specs(SectionFacts)}

@@ -83,3 +83,51 @@ def test_the_shipped_table_knows_real_genes():
     assert resource.resolve("MLL", "human").key == "human:KMT2A"
     assert resource.resolve("ENSMUSG00000045573.9", "mouse").symbol == "Penk"
     assert len({(r["species"], r["symbol"]) for r in resource.rows}) == len(resource.rows)
+
+
+REPAIRS = {
+    # Spreadsheets turn symbols into dates.
+    ("2-Sep", "human"): ("SEPTIN2", "date"), ("2-Sep", "mouse"): ("Septin2", "date"), ("Sep-07", "human"): ("SEPTIN7", "date"),
+    ("07-sep", "human"): ("SEPTIN7", "date"), ("2-Sept", "human"): ("SEPTIN2", "date"), ("3-Mar", "human"): ("MARCHF3", "date"),
+    ("9-Mar", "mouse"): ("Marchf9", "date"), ("1-Dec", "human"): ("DELEC1", "date"), ("1-Mar", "human"): ("1-Mar", "unmapped"),
+    ("2-Mar", "mouse"): ("2-Mar", "unmapped"), ("31-Jul", "human"): ("31-Jul", "unmapped"),
+    # R replaces characters by dots, and adds an X before a digit; Seurat replaces underscores by hyphens.
+    ("HLA.A", "human"): ("HLA-A", "dots"), ("HLA.DRB1", "human"): ("HLA-DRB1", "dots"), ("MT.CO1", "human"): ("MT-CO1", "dots"),
+    ("NKX2.1", "human"): ("NKX2-1", "dots"), ("H2.K1", "mouse"): ("H2-K1", "dots"), ("mt.Co1", "mouse"): ("mt-Co1", "dots"),
+    ("X0610005C13Rik", "mouse"): ("0610005C13Rik", "dots"), ("FOO.1", "human"): ("FOO.1", "unmapped"),
+    # What is a symbol stays it.
+    ("HLA-A", "human"): ("HLA-A", "symbol"), ("XIST", "human"): ("XIST", "symbol"), ("X", "human"): ("X", "unmapped"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", REPAIRS, ids=" ".join)
+def test_names_changed_by_spreadsheets_and_r(text: tuple[str, str]):
+    hit = GeneResource.load().resolve(*text)
+    assert (hit.symbol, hit.how) == REPAIRS[text]
+
+
+def test_made_unique_tails_are_summed_where_the_name_is_a_column():
+    genes = map_genes(["2-Sep", "HLA.A", "MT.CO1", "NKX2.1", "TBCE", "TBCE-1", "TBCE.2", "CD74-1"], "human")
+    assert genes.keys == [f"human:{s}" for s in ("SEPTIN2", "HLA-A", "MT-CO1", "NKX2-1", "TBCE")]
+    assert genes.unmapped == ["CD74-1"]  # CD74 is no column, so this may be another gene
+    counts = sparse.csr_matrix(np.arange(1, 9, dtype=np.int32)[None])
+    np.testing.assert_array_equal(genes.sum_columns(counts).toarray(), [[1, 2, 3, 4, 5 + 6 + 7]])
+    assert "6 names changed by a spreadsheet or by R were repaired: 2-Sep -> SEPTIN2, HLA.A -> HLA-A" in genes.report()
+
+
+def test_ambiguous_dates_are_named_with_their_candidates():
+    genes = map_genes(["1-Mar", "AAA1"], "human")
+    assert genes.ambiguous == {"1-Mar": ["MARCHF1", "MTARC1"]}
+    assert "fit more than one symbol, rename them: 1-Mar (MARCHF1 or MTARC1)" in genes.report()
+
+
+def test_every_symbol_survives_r():
+    """Symbols whose dotted form is unique come back from it; the others stay unmapped, never another gene."""
+    resource = GeneResource.load()
+    wrong = []
+    for row in resource.rows:
+        if "-" in row["symbol"]:
+            hit = resource.resolve(row["symbol"].replace("-", "."), row["species"])
+            if hit.how == "dots" and hit.symbol != row["symbol"]:
+                wrong.append((row["symbol"], hit.symbol))
+    assert not wrong

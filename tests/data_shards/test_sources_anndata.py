@@ -59,7 +59,7 @@ def read(path: Path, **facts: str):
 def test_what_scanpy_writes_is_read(data: ad.AnnData, tmp_path: Path):
     path = write(data, tmp_path / "run 1.h5ad")
     reader, why = detect(path)
-    assert (reader.name, why) == ("anndata", "run 1.h5ad holds obsm['spatial'] and uns['spatial']")
+    assert (reader.name, why) == ("anndata", "run 1.h5ad has obsm['spatial'] and uns['spatial']")
     section = read(path)
     assert section.meta.section_id == "run_1"
     assert section.meta.species == "human"
@@ -72,7 +72,7 @@ def test_what_scanpy_writes_is_read(data: ad.AnnData, tmp_path: Path):
     assert section.meta.mpp == pytest.approx(2.5)
     assert section.meta.spot_diameter_um == pytest.approx(55)
     assert section.meta.spot_pitch_um == pytest.approx(100)
-    assert any("hires image inside the file, 0.5 of" in n for n in section.notes)
+    assert any("hires image in the file, scale 0.5 of" in n for n in section.notes)
     assert "1 features are not genes: Antibody Capture" in section.notes
     with section.open_slide() as slide:
         assert slide.size == (250, 200)
@@ -91,16 +91,16 @@ def test_the_original_image_may_be_given(data: ad.AnnData, tmp_path: Path):
         0
     ].read()
     assert stated.meta.mpp == pytest.approx(100 / 80)
-    assert any("100 um between neighbouring" in n for n in stated.notes)
+    assert any("100 um pitch of Visium" in n for n in stated.notes)
 
 
 def test_facts_come_from_columns_that_say_one_thing(data: ad.AnnData, tmp_path: Path):
-    data.obs["tissue"], data.obs["donor_id"], data.obs["organism"] = "lung", "P7", "Mus musculus"
+    data.obs["tissue"], data.obs["donor_id"], data.obs["organism"] = "lung", "P7", "Homo sapiens"
     data.obs["label"] = np.where(np.arange(20) < 9, "tumour", "stroma")
     data.uns["spatial"]["V1"]["scalefactors"]["microns_per_pixel"] = 0.7
     section = open_source(write(data, tmp_path / "a.h5ad"))[0].read()
     meta = section.meta
-    assert (meta.tissue, meta.donor, meta.species) == ("lung", "P7", "mouse")
+    assert (meta.tissue, meta.donor, meta.species) == ("lung", "P7", "human")
     assert meta.mpp == pytest.approx(1.4)
     assert section.labels[0] == "tumour"
 
@@ -120,10 +120,10 @@ def test_several_libraries_and_several_files(data: ad.AnnData, tmp_path: Path):
     assert other.spot_ids[0] == "ACGT01-1-V2"
     np.testing.assert_array_equal(other.counts.toarray(), second.X.toarray()[1:, :5])
     write(data, tmp_path / "both/V1.h5ad")
-    with pytest.raises(SourceError, match=r"section V1 is in V1\.h5ad too"):
+    with pytest.raises(SourceError, match=r"section V1 also exists in V1\.h5ad"):
         open_source(tmp_path / "both")
     (tmp_path / "both/V1.h5ad").unlink()
-    with pytest.raises(SourceError, match=r"--image for 2 sections; write \{id\}"):
+    with pytest.raises(SourceError, match=r"--image is one file but there are 2 sections; use \{id\}"):
         open_source(tmp_path / "both", overrides=FACTS | {"image": "a.png"})
     del both.obs["library_id"]
     write(both, tmp_path / "both/all.h5ad")
@@ -162,9 +162,9 @@ BAD = {
     "normalised": (normalised, "not integers.*raw counts are needed"),
     "no positions": (lambda d: d.obsm.clear(), r"no obsm\['spatial'\]"),
     "no image": (lambda d: d.uns.clear(), r"no image in uns\['spatial'\].*--image"),
-    "no picture": (lambda d: d.uns["spatial"]["V1"].pop("images"), "entry without an image"),
-    "no scale factor": (lambda d: d.uns["spatial"]["V1"].update(scalefactors={}), "lack tissue_hires_scalef"),
-    "species unknown": (symbols_only, "cannot be told from gene ids such as ERBB2.*--species"),
+    "no picture": (lambda d: d.uns["spatial"]["V1"].pop("images"), "has no image"),
+    "no scale factor": (lambda d: d.uns["spatial"]["V1"].update(scalefactors={}), "tissue_hires_scalef is missing"),
+    "species unknown": (symbols_only, "no species: gene ids such as ERBB2.*--species"),
     "beyond the image": (lambda d: d.obsm.update(spatial=d.obsm["spatial"] * 3), r"a\.h5ad: the image is 250 x 200 px, but"),
     "spots twice": (lambda d: setattr(d, "obs_names", ["x"] * d.n_obs), "obs names.*more than once"),
 }  # fmt: skip
@@ -182,10 +182,10 @@ def test_bad_files_are_told_by_name_and_fix(data: ad.AnnData, tmp_path: Path, na
 
 def test_scale_tissue_and_damage(data: ad.AnnData, tmp_path: Path):
     path = write(data, tmp_path / "a.h5ad")
-    with pytest.raises(SourceError, match=r"no scale; give --mpp.*--platform Visium"):
+    with pytest.raises(SourceError, match=r"no scale; set --mpp.*--platform Visium"):
         open_source(path, overrides=FACTS)
-    with pytest.raises(SourceError, match="obs has no tissue; give --tissue"):
+    with pytest.raises(SourceError, match="obs has no tissue column; set --tissue"):
         open_source(path, overrides={"mpp": "1"})
     path.write_bytes(path.read_bytes()[:3000])
-    with pytest.raises(SourceError, match=r"a\.h5ad: not an \.h5ad that can be read"):
+    with pytest.raises(SourceError, match=r"a\.h5ad: cannot be read as \.h5ad"):
         open_source(path, fmt="anndata")

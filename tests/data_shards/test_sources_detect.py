@@ -50,7 +50,7 @@ def test_sections_are_chosen_by_what_they_are(source: Path):
     assert [s.meta.section_id for s in chosen] == ["t2", "t3"]
     with pytest.raises(SourceError, match="no section has tissue lung; it has: breast, made up"):
         open_source(source, where={"tissue": ["lung"]})
-    with pytest.raises(SourceError, match="cannot be chosen by 'colour'"):
+    with pytest.raises(SourceError, match="unknown filter key 'colour'"):
         open_source(source, where={"colour": ["blue"]})
     with pytest.raises(SourceError, match="give a list"):
         check_where({"tissue": "breast"})

@@ -61,7 +61,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def test_only_the_files_of_chosen_sections_are_fetched(memory: str, tmp_path: Path, fetched: list[str]):
     found = fetch_source(memory, where={"tissue": ["breast"]}, facts={"pixels": "patches"}, cache=tmp_path)
     assert sorted(fetched) == ["HEST_v1_1_0.csv", "metadata/TENX1.json", "patches/TENX1.h5", "st/TENX1.h5ad"]
-    assert (found.fmt, found.why) == ("hest", "st/MISC3.h5ad and the like")
+    assert (found.fmt, found.why) == ("hest", "found st/MISC3.h5ad")
     assert found.samples == ["TENX1"]
     assert found.n_files == 4
     assert found.n_bytes == sum(p.stat().st_size for p in found.path.rglob("*") if p.is_file())
@@ -178,7 +178,7 @@ def test_a_run_is_told_by_its_listing_and_its_bulk_left_there(fmt: str, tmp_path
     # Runs are named by the folder above outs, also where it was fetched to.
     assert found.path.parts[-2:] == ("run7", "outs")
     assert (found.path / min(needed)).read_bytes() == min(needed).encode()
-    with pytest.raises(SourceError, match="has no table of sections"):
+    with pytest.raises(SourceError, match="has no metadata table"):
         fetch_source(f"file://{found.path}", cache=tmp_path, where={"tissue": ["x"]})
 
 
@@ -186,7 +186,7 @@ def test_the_command_builds_from_a_url(memory: str, tmp_path: Path, capsys: pyte
     args = ["--where", "organ=Breast", "--tile-um", "112", "--tile-px", "16", "--cache", str(tmp_path / "cache")]
     assert main(["shards", "build", memory, "--out", str(tmp_path / "set"), *args]) == 0
     said = capsys.readouterr().out
-    assert "read as hest: st/MISC3.h5ad and the like" in said
+    assert "read as hest: found st/MISC3.h5ad" in said
     assert "TENX1: human Breast" in said
 
 
@@ -196,7 +196,7 @@ def test_what_cannot_be_done_is_said(memory: str, tmp_path: Path, monkeypatch: p
         (
             "memory://hub/other",
             {},
-            r"memory://hub/other: no known format\. Looked for manifest: manifest\.tsv;.*--format",
+            r"memory://hub/other: unknown format\. Looked for manifest: manifest\.tsv;.*--format",
         ),
         (memory, {"samples": ["TENX9"]}, "no section 'TENX9'; did you mean TENX"),
         (memory, {"where": {"tissue": ["heart"]}}, "no section has tissue heart; it has: Brain, Breast, Lung"),

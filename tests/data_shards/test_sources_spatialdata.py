@@ -18,7 +18,7 @@ from spatialdata.transformations import Affine, Identity, Scale  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 ENSEMBL = ["ENSG00000141736", "ENSG00000186847", "ENSG00000019582"]
-FACTS = {"tissue": "breast", "mpp": "1.25"}
+FACTS = {"tissue": "breast", "mpp": "0.625"}  # of the positions; the image has half their resolution
 XY = np.stack(np.meshgrid(np.arange(1, 5) * 160.0, np.arange(1, 4) * 160.0), -1).reshape(-1, 2)
 """Centres in the common system; the image is scaled by 2 into it."""
 COUNTS = np.random.default_rng(0).poisson(3, (12, 3))
@@ -93,13 +93,13 @@ def test_another_image_may_be_asked_for(made: Path):
     section = open_source(made, overrides={"tissue": "x", "platform": "Visium", "image": "small"})[0].read()
     assert section.meta.mpp == pytest.approx(100 / 20)
     assert section.meta.spot_diameter_um == 55
-    with pytest.raises(SourceError, match="no image 'big'; --image takes one of"):
+    with pytest.raises(SourceError, match="no image 'big'; set --image to one of"):
         open_source(made, overrides=FACTS | {"image": "big"})
-    with pytest.raises(SourceError, match="no image of three channels shares a coordinate system with spots"):
+    with pytest.raises(SourceError, match="no three-channel image shares a coordinate system with spots"):
         open_source(made, overrides=FACTS | {"image": "dapi"})
-    with pytest.raises(SourceError, match="no scale; give --mpp, um per px of the image he"):
+    with pytest.raises(SourceError, match="image he: no scale; set --mpp, the um per px of the positions"):
         open_source(made, overrides={"tissue": "x"})
-    with pytest.raises(SourceError, match="no tissue; give --tissue"):
+    with pytest.raises(SourceError, match="no tissue column; set --tissue"):
         open_source(made, overrides={"mpp": "1"})
 
 
@@ -126,7 +126,7 @@ def test_what_is_in_one_place_only_is_counted(tmp_path: Path):
     data.tables["table"].obs.loc["BC5-1", "spot"] = 99
     section = open_source(write(data, tmp_path / "a.zarr"), overrides=FACTS)[0].read()
     assert section.dropped == {
-        "not in tissue": 1, "in the table but without a shape": 1, "shapes without a row in the table": 1,
+        "not in tissue": 1, "table rows without a shape": 1, "shapes without a table row": 1,
     }  # fmt: skip
     assert len(section.spot_ids) == 10
 
@@ -150,7 +150,7 @@ def test_a_set_is_built_from_it(made: Path, tmp_path: Path):
 def test_bad_stores_are_told_by_name_and_fix(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     data = store(np.arange(12))
     data.tables["table"].obs["spot"] += 100
-    with pytest.raises(SourceError, match=r"a\.zarr: table and spots share no id: 100, 101"):
+    with pytest.raises(SourceError, match=r"a\.zarr: table and spots have no id in common: 100, 101"):
         open_source(write(data, tmp_path / "a.zarr"), overrides=FACTS)[0].read()
     data = store()
     del data.tables["table"]
@@ -163,7 +163,7 @@ def test_bad_stores_are_told_by_name_and_fix(made: Path, tmp_path: Path, monkeyp
     with pytest.raises(SourceError, match=r"he: the block at row 0.* of level 0 cannot be decoded"):
         open_source(broken, overrides=FACTS)[0].read().load_image()
     (broken / "tables/table/zarr.json").write_text("{")
-    with pytest.raises(SourceError, match=r"c\.zarr: not a SpatialData store|c\.zarr: no table annotates"):
+    with pytest.raises(SourceError, match=r"c\.zarr: cannot be read as SpatialData|c\.zarr: no table annotates"):
         open_source(broken, overrides=FACTS)
     monkeypatch.setitem(sys.modules, "spatialdata", None)
     with pytest.raises(SourceError, match=r"pip install 'comtip-fast\[spatialdata\]'"):

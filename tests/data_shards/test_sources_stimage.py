@@ -44,7 +44,7 @@ def test_a_slide_is_read_and_joined_by_name(folder: Path, one):
     assert meta.mpp == pytest.approx(one.mpp)
     assert (meta.spot_pitch_um, meta.spot_diameter_um) == ((200, 100) if one.tech == "ST" else (100, 55))
     assert "pmid 123,456" in meta.attribution
-    assert any("between neighbouring spots is assumed" in n and f"{one.mpp:.4f} um per px" in n for n in section.notes)
+    assert any("assumed a spot pitch of" in n and f"{one.mpp:.4f} um per px" in n for n in section.notes)
     # The picture is opened by what it holds; red says the column.
     with section.open_slide() as slide:
         tile = slide.tiles(section.xy[5:6], meta.mpp, 60.0, 16, 0.5)[0]
@@ -60,7 +60,7 @@ def test_the_scale_may_be_stated(folder: Path):
 
 def test_a_radius_that_contradicts_the_spacing_is_refused(folder: Path):
     write_slide(folder, replace(ST, drawn_um=30.0))
-    with pytest.raises(SourceError, match=r"A1_coord\.csv: neighbours are 50\.0 px apart and r is 3\.8 px.*give --mpp"):
+    with pytest.raises(SourceError, match=r"A1_coord\.csv: the spot pitch is 50\.0 px and r is 3\.8 px.*set --mpp"):
         read(folder)
 
 
@@ -68,7 +68,7 @@ def test_bins_of_no_known_width_need_a_scale(folder: Path):
     hd = replace(VISIUM, slide="HD1", tech="VisiumHD")
     write_slide(folder, hd)
     facts = {"species": "human", "tissue": "breast"}
-    with pytest.raises(SourceError, match=r"HD1_coord\.csv: no scale; give --mpp"):
+    with pytest.raises(SourceError, match=r"HD1_coord\.csv: no scale; set --mpp"):
         read(folder, hd, **facts)
     assert read(folder, hd, mpp="1.0", **facts).meta.spot_pitch_um == pytest.approx(100)
 
@@ -81,7 +81,7 @@ def test_slides_are_chosen_by_species_tissue_and_technology(folder: Path):
     ):
         assert [s.meta.section_id for s in open_source(folder, where=where)] == ids
     shutil.rmtree(folder / "meta")
-    with pytest.raises(SourceError, match=r"says nothing of .*--species"):
+    with pytest.raises(SourceError, match=r"no species for .*--species"):
         read(folder)
     assert read(folder, species="human", tissue="skin").meta.tissue == "skin"
 
@@ -118,12 +118,12 @@ BAD = {
     "no counts": (lambda f: (f / f"ST/gene_exp/{ST.slide}_count.csv").unlink(), r"A1_count\.csv: no such file.*counts of"),
     "no image": (lambda f: (f / f"ST/image/{ST.slide}.png").unlink(), r"A1\.png: no such file.*image of"),
     "image damaged": (lambda f: (f / f"ST/image/{ST.slide}.png").write_bytes(b"GIF"), r"A1\.png: not an image"),
-    "no radius": (lambda f: rewrite(f, "coord/{}_coord.csv", lambda t: t.replace(",r\n", ",q\n")), r"coord\.csv: lacks the column r"),
+    "no radius": (lambda f: rewrite(f, "coord/{}_coord.csv", lambda t: t.replace(",r\n", ",q\n")), r"coord\.csv: missing column r"),
     "x is text": (lambda f: rewrite(f, "coord/{}_coord.csv", lambda t: t.replace("50.0", "far", 1)), "'far', not a number"),
     "tabs": (lambda f: rewrite(f, "gene_exp/{}_count.csv", lambda t: t.replace(",", "\t")), r"count\.csv"),
     "other slide": (lambda f: counts(MOUSE).to_csv(f / f"ST/gene_exp/{ST.slide}_count.csv"), "share no spot id"),
     "fractions": (lambda f: (counts(ST) / 2).to_csv(f / f"ST/gene_exp/{ST.slide}_count.csv"), "raw counts are needed"),
-    "table": (lambda f: (f / "meta/meta_all_gene02122025.csv").write_text("slide,tech\na,b\n"), "lacks the column species, tissue"),
+    "table": (lambda f: (f / "meta/meta_all_gene02122025.csv").write_text("slide,tech\na,b\n"), "missing column species, tissue"),
     "picture of another": (
         lambda f: Image.new("RGB", (50, 50)).save(f / f"ST/image/{ST.slide}.png"), r"A1\.png: the image is 50 x 50 px, but"
     ),

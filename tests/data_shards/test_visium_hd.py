@@ -94,14 +94,14 @@ def test_bins_are_pooled_and_placed(run: Path, bin_um: int, more: dict):
     assert sorted(set(want) - set(kept)) == ["000x001", "000x003", "001x003", "002x003"]
     same(section, kept)
     assert section.gene_ids == list(GENES)
-    assert "the grid of bins is turned by 11.5 degrees on the image" in section.notes
+    assert "bin grid: rotated by 11.5 degrees" in section.notes
     meta = section.meta
     assert (meta.section_id, meta.species, meta.platform) == ("colon", "human", "Visium HD")
     assert (meta.mpp, meta.spot_diameter_um, meta.spot_pitch_um) == (pytest.approx(MPP), 128, 128)
     assert meta.pooling == f"bins of {bin_um} um in squares of 128 um, at least 50% of them in tissue"
     assert section.dropped == {"pseudo-spots with under 50% of their bins in tissue": 4}
     lost = [want[k] for k in set(want) - set(kept)]
-    held = f"the pseudo-spots left out held {sum(v[0] for v in lost)} bins and {sum(v[1].sum() for v in lost)} counts"
+    held = f"excluded pseudo-spots: {sum(v[0] for v in lost)} bins with {sum(v[1].sum() for v in lost)} counts"
     assert held in section.notes
     assert int(section.counts.sum()) + sum(v[1].sum() for v in lost) == sum(v[1].sum() for v in want.values())
 
@@ -139,8 +139,8 @@ def test_the_hires_picture_is_taken_only_when_asked_for(run: Path):
     section = read(run, image="hires")
     same(section, want)
     assert section.meta.mpp == pytest.approx(2 * MPP)
-    assert any("cut from tissue_hires_image.png, 0.5000 of full resolution" in n for n in section.notes)
-    with pytest.raises(SourceError, match="say --image hires"):
+    assert any("from tissue_hires_image.png, scale 0.5000 of full resolution" in n for n in section.notes)
+    with pytest.raises(SourceError, match="set --image hires"):
         read(run, image="")
     same(read(run), {k: (n, c, xy * 2) for k, (n, c, xy) in want.items()})
 
@@ -159,12 +159,12 @@ def test_bins_outside_tissue_of_a_raw_matrix_are_counted(run: Path):
     after = read(run)
     np.testing.assert_array_equal(after.counts.toarray(), before.counts.toarray())
     left = len(table) - len(inside)
-    assert f"{left} bins with {left * 12:,} counts lie outside tissue and are left out" in after.notes
+    assert f"{left} bins with {left * 12:,} counts excluded: outside tissue" in after.notes
 
 
 def test_batches_do_not_matter(run: Path, monkeypatch: pytest.MonkeyPatch):
     before = read(run)
-    for module in ("visium_hd", "parquet"):
+    for module in ("visium_hd", "table_batches"):
         monkeypatch.setattr(f"comtip_shards.sources.{module}.BATCH", 37)
     after = read(run)
     assert after.spot_ids == before.spot_ids
@@ -216,17 +216,17 @@ def test_cells_without_a_polygon_are_counted(cells):
     run, _, counts = cells
     edit_polygons(run, lambda features: features.pop(7))
     section = read(run, pool_from="cells")
-    assert f"1 cells with {counts[:, 7].sum()} counts have no polygon and are left out" in section.notes
+    assert f"1 cells with {counts[:, 7].sum()} counts excluded: no polygon" in section.notes
     assert int(section.counts.sum()) == counts.sum() - counts[:, 7].sum()
 
 
 BAD_CELLS = {
     "no join": (lambda r: edit_polygons(r, lambda f: [x["properties"].update(cell_id=x["properties"]["cell_id"] + 99) for x in f]),
                 "only 0 of its 60 cells have a polygon"),
-    "twice": (lambda r: edit_polygons(r, lambda f: f.append(f[0])), "cell 1 stands more than once"),
-    "a point": (lambda r: edit_polygons(r, lambda f: f[0]["geometry"].update(type="Point")), "no polygon"),
-    "a number": (lambda r: edit_polygons(r, lambda f: f.insert(0, 7)), "7 is no feature"),
-    "no id": (lambda r: edit_polygons(r, lambda f: f[0]["properties"].pop("cell_id")), "without cell_id"),
+    "twice": (lambda r: edit_polygons(r, lambda f: f.append(f[0])), "duplicate cell 1"),
+    "a point": (lambda r: edit_polygons(r, lambda f: f[0]["geometry"].update(type="Point")), "is not a polygon"),
+    "a number": (lambda r: edit_polygons(r, lambda f: f.insert(0, 7)), "7 is not a feature"),
+    "no id": (lambda r: edit_polygons(r, lambda f: f[0]["properties"].pop("cell_id")), "has no cell_id"),
     "no polygons": (lambda r: (r / "segmented_outputs/cell_segmentations.geojson").unlink(), "no such file"),
     "other json": (lambda r: (r / "segmented_outputs/cell_segmentations.geojson").write_text("[1]"), "no list of features"),
     "no counts": (lambda r: (r / "segmented_outputs/filtered_feature_cell_matrix.h5").unlink(), "Space Ranger 4"),
@@ -249,7 +249,7 @@ def test_polygons_are_read_in_pieces(cells, monkeypatch: pytest.MonkeyPatch):
     np.testing.assert_allclose([centroid(f, path) for f in features], cells[1])
     text = path.read_text()
     path.write_text(text[: len(text) // 2])
-    with pytest.raises(SourceError, match="ends or is damaged"):
+    with pytest.raises(SourceError, match="truncated or damaged"):
         list(iter_features(path))
 
 
@@ -294,21 +294,21 @@ def cut_parquet(run: Path) -> None:
 
 BAD = {
     "out of the grid": (rename_bins(lambda i, b: b.replace("00019", "00090") if i % 50 == 0 or "_00019_" in b else b),
-                        r"\d+ bins are out of the grid .*00090"),
-    "other names": (rename_bins(lambda i, b: f"AAAC{i}-1"), "'AAAC0-1' is not like s_016um"),
-    "other bins": (rename_bins(lambda i, b: b.replace("016um", "008um")), "holds bins of 8 um, not 16"),
-    "nothing in tissue": (edit_table(in_tissue=0), "share no bin in tissue"),
+                        r"\d+ bins are outside the grid .*00090"),
+    "other names": (rename_bins(lambda i, b: f"AAAC{i}-1"), "'AAAC0-1' is not of the form s_016um"),
+    "other bins": (rename_bins(lambda i, b: b.replace("016um", "008um")), "contains bins of 8 um instead of 16"),
+    "nothing in tissue": (edit_table(in_tissue=0), "have no bin in tissue in common"),
     "bin twice": (edit_table(array_row=lambda t: t["array_row"] * 0, barcode=lambda t: [f"s_016um_00000_{c:05d}-1" for c in t["array_col"]]),
-                  "475 bins stand more than once"),
-    "columns disagree": (edit_table(array_row=lambda t: t["array_row"][::-1].to_numpy()), "other rows and columns"),
-    "no position": (edit_table(pxl_row_in_fullres=np.nan), "rows have no pxl_row_in_fullres"),
-    "text": (edit_table(pxl_row_in_fullres="here"), "pxl_row_in_fullres holds string, not numbers"),
-    "column gone": (lambda r: edit_table(row=1)(r) or drop_column(r), "lacks the columns pxl_row_in_fullres"),
+                  "475 duplicate bins"),
+    "columns disagree": (edit_table(array_row=lambda t: t["array_row"][::-1].to_numpy()), "barcodes and array_row, array_col differ"),
+    "no position": (edit_table(pxl_row_in_fullres=np.nan), "rows have no value for pxl_row_in_fullres"),
+    "text": (edit_table(pxl_row_in_fullres="here"), "pxl_row_in_fullres has type string, expected numbers"),
+    "column gone": (lambda r: edit_table(row=1)(r) or drop_column(r), "missing columns pxl_row_in_fullres"),
     "cut parquet": (cut_parquet, "cannot be read as Parquet"),
     "no scale": (edit_factors(microns_per_pixel=None), "give --mpp"),
-    "wrong pixel size": (edit_factors(microns_per_pixel=0.3), "a px is 4.0000 um and not 0.3"),
-    "wrong spacing": (edit_factors(microns_per_pixel=8.0, spot_diameter_fullres=2.0), "lie 4.000 px apart"),
-    "wrong bin size": (edit_factors(bin_size_um=8.0), "says bins of 8 um"),
+    "wrong pixel size": (edit_factors(microns_per_pixel=0.3), "gives 4.0000 um per px instead of 0.3"),
+    "wrong spacing": (edit_factors(microns_per_pixel=8.0, spot_diameter_fullres=2.0), "a pitch of 4.000 px"),
+    "wrong bin size": (edit_factors(bin_size_um=8.0), "states bins of 8 um"),
     "no counts": (lambda r: (r / "binned_outputs/square_016um/filtered_feature_bc_matrix.h5").unlink(), "neither filtered_f"),
 }  # fmt: skip
 
@@ -330,16 +330,16 @@ def test_bad_input_names_the_file_and_the_fix(run: Path, name: str):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"pool_um": "100"}, "no multiple of the bins of 16, 8 um; use e.g. 96"),
-        ({"bin_um": "2"}, "no bins of 2 um; there are 16, 8 um"),
-        ({"pool_um": "-3"}, "--pool-um -3: give a number above 0"),
-        ({"min_cover": "50"}, "above 0, at most 1"),
+        ({"pool_um": "100"}, "not a multiple of the bin width \\(16, 8 um\\); use e.g. 96"),
+        ({"bin_um": "2"}, "no bins of 2 um; available: 16, 8 um"),
+        ({"pool_um": "-3"}, "--pool-um -3: must be greater than 0"),
+        ({"min_cover": "50"}, "greater than 0, at most 1"),
         ({"qv": "20"}, "--qv has no effect here"),
-        ({"pool_from": "transcripts"}, "Visium HD has bins and cells"),
-        ({"mpp": "2"}, "says 4 um per full-resolution px, --mpp says 2"),
-        ({"tissue": ""}, "give --tissue"),
-        ({"image": ""}, "original microscope image"),
-        ({"pool_um": "2048"}, "too few pseudo-spots|lower --min-cover"),
+        ({"pool_from": "transcripts"}, "use bins or cells for Visium HD"),
+        ({"mpp": "2"}, "states 4 um per full-resolution px, but --mpp is 2"),
+        ({"tissue": ""}, "set --tissue"),
+        ({"image": ""}, "set --image to the microscope image"),
+        ({"pool_um": "2048"}, "too few pseudo-spots|reduce --min-cover"),
     ],
 )
 def test_settings_that_cannot_be(run: Path, more: dict, message: str):
@@ -349,5 +349,5 @@ def test_settings_that_cannot_be(run: Path, more: dict, message: str):
 
 def test_bins_given_to_the_space_ranger_reader_are_not_taken_for_spots(run: Path):
     assert detect(run / "binned_outputs/square_016um")[0].name == "visium_hd"
-    with pytest.raises(SourceError, match="no effect here: space_ranger is read spot by spot"):
+    with pytest.raises(SourceError, match="no effect here: space_ranger has one row per spot and is not pooled"):
         open_source(run / "binned_outputs/square_016um", fmt="space_ranger", overrides=facts(run, pool_um="128"))

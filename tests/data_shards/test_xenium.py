@@ -111,7 +111,7 @@ def test_transcripts_are_pooled_where_the_tile_shows_them(run: Path, alignment: 
     if alignment == "keypoints":
         write_keypoints(run)
     reader, why = detect(run)
-    assert (reader.name, why) == ("xenium", "a Xenium run: experiment.xenium, transcripts.parquet, cells.parquet")
+    assert (reader.name, why) == ("xenium", "Xenium run with experiment.xenium, transcripts.parquet, cells.parquet")
     section = read(run)
     want = truth()
     assert len(want) == 9
@@ -125,11 +125,13 @@ def test_transcripts_are_pooled_where_the_tile_shows_them(run: Path, alignment: 
     assert meta.pooling == "transcripts of qv 20 or more in squares of 100 um, at least 5% of a dense one"
     table = transcripts()[0]
     genes = table["feature_name"].isin(NAMES)
-    assert f"{(~genes).sum()} transcripts left out: control probes" in section.notes
-    assert f"{(genes & (table['qv'] < 20)).sum()} transcripts left out: of a quality under qv 20" in section.notes
-    assert f"{sum(v.sum() for v in want.values()):,} transcripts of qv 20 or more are pooled" in section.notes
-    assert any("is turned by 91.1 degrees" in n for n in section.notes)
-    assert any(("8 keypoints, which it leaves 0.00 um apart" in n) == (alignment == "keypoints") for n in section.notes)
+    assert f"{(~genes).sum()} transcripts excluded: control probes" in section.notes
+    assert f"{(genes & (table['qv'] < 20)).sum()} transcripts excluded: qv below 20" in section.notes
+    assert f"{sum(v.sum() for v in want.values()):,} transcripts with qv of at least 20 pooled" in section.notes
+    assert any("rotated by 91.1 degrees" in n for n in section.notes)
+    assert any(
+        ("8 keypoints, root mean square error 0.00 um" in n) == (alignment == "keypoints") for n in section.notes
+    )
 
 
 def test_other_sizes_and_qualities(run: Path):
@@ -141,7 +143,7 @@ def test_other_sizes_and_qualities(run: Path):
     assert section.spot_ids == sorted(k for k, n in counts.items() if n >= least)
     assert section.dropped == {f"pseudo-spots with under {least} transcripts": 4}
     lost = sum(sorted(counts.values())[:4])
-    assert f"the pseudo-spots left out held {lost} transcripts and {lost} counts" in section.notes
+    assert f"excluded pseudo-spots: {lost} transcripts with {lost} counts" in section.notes
 
 
 def test_stray_transcripts_on_glass_make_no_spot(run: Path):
@@ -154,7 +156,7 @@ def test_stray_transcripts_on_glass_make_no_spot(run: Path):
     section = read(run)
     assert section.spot_ids == sorted(truth())
     assert sum(section.dropped.values()) == 3
-    assert any("held 3 transcripts and 3 counts" in n for n in section.notes)
+    assert any("excluded pseudo-spots: 3 transcripts with 3 counts" in n for n in section.notes)
 
 
 def test_cells_are_pooled_by_their_centres(run: Path):
@@ -206,7 +208,7 @@ def test_round_trip_through_a_shard_set(run: Path, tmp_path: Path):
 
 
 def test_batches_do_not_matter(run: Path, monkeypatch: pytest.MonkeyPatch):
-    for module in ("xenium", "parquet"):
+    for module in ("xenium", "table_batches"):
         monkeypatch.setattr(f"comtip_shards.sources.{module}.BATCH", 13)
     same(read(run), truth())
     few = read(run, pool_from="cells")
@@ -228,7 +230,7 @@ def test_genes_without_the_matrix_of_cells(run: Path, kind: str):
     section = read(run)
     if kind == "names":
         assert section.gene_ids == ["CD74", "ERBB2", "KRT14"]
-        assert any("never seen count as not measured" in n for n in section.notes)
+        assert any("undetected genes of the panel are treated as not measured" in n for n in section.notes)
     else:
         same(section, truth())
     assert sum(v.sum() for v in truth().values()) == section.counts.sum()
@@ -262,13 +264,10 @@ def test_keypoints_say_how_far_apart_they_stay(run: Path):
     apart = np.linalg.norm(mapped - table[:, :2], axis=1) * PIXEL
     rms = np.sqrt((apart**2).mean())
     assert 4 < rms < 10  # 5 um in x and in y
-    assert (
-        f"40 keypoints, which it leaves {rms:.2f} um apart (root mean square), at most {apart.max():.2f}"
-        in fit.notes[0]
-    )
+    assert f"40 keypoints, root mean square error {rms:.2f} um, maximum {apart.max():.2f} um" in fit.notes[0]
     np.testing.assert_allclose(fit.to_image(mapped), table[:, 2:])
     assert fit.scale() * PIXEL == pytest.approx(MPP, rel=0.03)
-    assert "cannot be told" in read_alignment(write_keypoints(run, n=3), PIXEL).notes[0]
+    assert "the error is unknown" in read_alignment(write_keypoints(run, n=3), PIXEL).notes[0]
 
 
 def one_wrong(root: Path) -> None:
@@ -280,16 +279,16 @@ def one_wrong(root: Path) -> None:
 
 BAD_ALIGNMENT = {
     "gone": (lambda r: (r / "breast_he_imagealignment.csv").unlink(), "no alignment of breast_he_image.ome.tif.*--alignment"),
-    "one wrong": (one_wrong, r"leaves keypoints \d+\.\d um apart.*the worst is number 5"),
-    "two points": (lambda r: write_keypoints(r, n=2), "2 keypoints, or all on a line"),
+    "one wrong": (one_wrong, r"root mean square error of \d+\.\d um.*at keypoint 5"),
+    "two points": (lambda r: write_keypoints(r, n=2), "2 keypoints, too few or collinear"),
     "other columns": (lambda r: (r / "breast_he_imagealignment.csv").write_text("a,b\n1,2\n"), "expected fixedX"),
     "text": (lambda r: (r / "breast_he_imagealignment.csv").write_text("1,2,3\n4,x5y,6\n0,0,1\n"), "cannot be read as a matrix of 3 x 3"),
-    "2 x 3": (lambda r: write_matrix(r, matrix()[:2]), "2 x 3 numbers, expected"),
-    "projective": (lambda r: write_matrix(r, matrix() + [[0, 0, 0], [0, 0, 0], [1e-3, 0, 0]]), "no affine map"),
-    "stretched": (lambda r: write_matrix(r, matrix() * [[1, 1.5, 1], [1, 1.5, 1], [1, 1, 1]]), "scales the two axes"),
-    "flat": (lambda r: write_matrix(r, matrix() * [[0, 0, 1], [0, 0, 1], [1, 1, 1]]), "scales the two axes"),
-    "elsewhere": (lambda r: write_matrix(r, matrix() + [[0, 0, 9e4], [0, 0, 0], [0, 0, 0]]), "beside the H&E"),
-    "inverted": (lambda r: write_matrix(r, np.linalg.inv(matrix())), "H&E px to DAPI px, not back|cannot be"),
+    "2 x 3": (lambda r: write_matrix(r, matrix()[:2]), "shape 2 x 3, expected"),
+    "projective": (lambda r: write_matrix(r, matrix() + [[0, 0, 0], [0, 0, 0], [1e-3, 0, 0]]), "not affine"),
+    "stretched": (lambda r: write_matrix(r, matrix() * [[1, 1.5, 1], [1, 1.5, 1], [1, 1, 1]]), "scales of the two axes"),
+    "flat": (lambda r: write_matrix(r, matrix() * [[0, 0, 1], [0, 0, 1], [1, 1, 1]]), "scales of the two axes"),
+    "elsewhere": (lambda r: write_matrix(r, matrix() + [[0, 0, 9e4], [0, 0, 0], [0, 0, 0]]), "outside the H&E"),
+    "inverted": (lambda r: write_matrix(r, np.linalg.inv(matrix())), "a matrix from H&E px to DAPI px"),
 }  # fmt: skip
 
 
@@ -311,13 +310,13 @@ def test_the_scale_of_the_image_is_checked(run: Path):
     same(read(run), truth())
     tag(0.5)
     with pytest.raises(
-        SourceError, match=r"makes an H&E px 2\.0000 um, but .*he_image\.ome\.tif says 0\.5; .*--mpp 2\.0000"
+        SourceError, match=r"gives 2\.0000 um per H&E px, but .*he_image\.ome\.tif states 0\.5; .*--mpp 2\.0000"
     ):
         read(run)
     same(read(run, mpp="2.0"), truth())
     # The other way round, a px of 0.5 um comes out as 0.2125 ** 2 / 0.5.
     write_matrix(run, np.linalg.inv(matrix(scale=0.5 / PIXEL)))
-    with pytest.raises(SourceError, match="the other way round: invert it"):
+    with pytest.raises(SourceError, match="the matrix maps DAPI px to H&E px"):
         read(run)
 
 
@@ -349,20 +348,20 @@ def cut(name: str):
 BAD = {
     "no image": (lambda r: (r / "breast_he_image.ome.tif").unlink(), "no H&E image .*--image"),
     "two images": (lambda r: he_picture(9, 9).save(r / "b_he_image.ome.tif"), "more than one H&E image"),
-    "pixel size gone": (edit_experiment(pixel_size=None), "pixel_size is None; .* 0.2125"),
+    "pixel size gone": (edit_experiment(pixel_size=None), "pixel_size is None, .* 0.2125"),
     "pixel size absurd": (edit_experiment(pixel_size=212.5), "pixel_size is 212.5"),
     "pixel size is text": (edit_experiment(pixel_size="small"), "not a number"),
-    "experiment cut": (lambda r: (r / "experiment.xenium").write_text("{"), "not JSON"),
-    "low quality": (edit_transcripts(qv=3.0), r"no transcript is left \(.*quality under qv 20.*lower --qv"),
+    "experiment cut": (lambda r: (r / "experiment.xenium").write_text("{"), "not valid JSON"),
+    "low quality": (edit_transcripts(qv=3.0), r"no transcript is left \(.*qv below 20.*reduce --qv"),
     "only controls": (edit_transcripts(feature_name="BLANK_0001"), r"no transcript is left \(3,000 .*control probes"),
-    "other genes": (edit_transcripts(feature_name="TTN", is_gene=True), "of no gene of the panel"),
-    "no positions": (edit_transcripts(x_location=np.nan), "without a position"),
-    "position is text": (edit_transcripts(x_location="here"), "x_location holds string"),
+    "other genes": (edit_transcripts(feature_name="TTN", is_gene=True), "not in the panel"),
+    "no positions": (edit_transcripts(x_location=np.nan), "no position"),
+    "position is text": (edit_transcripts(x_location="here"), "x_location has type string"),
     "not um": (edit_transcripts(x_location=1e15), "no um"),
     "column gone": (lambda r: pd.read_parquet(r / "transcripts.parquet").drop(columns="qv").to_parquet(r / "transcripts.parquet"),
-                    "lacks the columns qv"),
+                    "missing columns qv"),
     "cut": (cut("transcripts.parquet"), "transcripts.parquet: cannot be read as Parquet"),
-    "nothing to pool": (lambda r: [(r / n).unlink() for n in ("transcripts.parquet", "cell_feature_matrix.h5")], "one of them is needed"),
+    "nothing to pool": (lambda r: [(r / n).unlink() for n in ("transcripts.parquet", "cell_feature_matrix.h5")], "neither transcripts.parquet nor cell_feature_matrix.h5 exists"),
 }  # fmt: skip
 
 
@@ -420,6 +419,9 @@ def test_image_and_alignment_may_lie_elsewhere(run: Path, tmp_path: Path):
 def test_species_and_tissue(run: Path):
     edit_experiment(panel_organism="Zebrafish")(run)
     assert read(run).meta.species == "human"  # by its Ensembl ids
-    assert read(run, species="mouse").meta.species == "mouse"
-    with pytest.raises(SourceError, match="give --tissue"):
+    with pytest.raises(
+        SourceError, match="stated as mouse, but gene ids such as ENSG.* are of human; set --species human"
+    ):
+        read(run, species="mouse")
+    with pytest.raises(SourceError, match="set --tissue"):
         open_source(run)

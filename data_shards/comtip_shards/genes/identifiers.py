@@ -1,7 +1,8 @@
-"""Gene identifiers of any source to one key per gene: ``species:symbol``.
+"""Mapping of gene identifiers to one key per gene: ``species:symbol``.
 
-Ensembl ids (with or without version), approved symbols, previous symbols and unambiguous aliases are understood,
-in this order; between two candidates nothing is guessed.
+Ensembl ids (with or without version), approved symbols, previous symbols and unambiguous aliases are resolved in this
+order. Names changed by spreadsheets (dates) and by R (dots, made-unique tails) are repaired where exactly one symbol
+fits. Ambiguous identifiers stay unmapped.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import gzip
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
 
@@ -21,25 +22,46 @@ from scipy import sparse
 SPECIES = ("human", "mouse")
 RESOURCE = "genes_v1.tsv.gz"
 _ENSEMBL = re.compile(r"(ENS(?:MUS)?G\d{11})(?:\.\d+)?(?:_PAR_Y)?$", re.IGNORECASE)
-_EXCEL_DATE = re.compile(r"\d{1,2}-(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)$", re.IGNORECASE)
+_MONTHS = {
+    "jan": ("JAN",),
+    "feb": ("FEB",),
+    "mar": ("MARCH", "MARC"),
+    "apr": ("APR",),
+    "may": ("MAY",),
+    "jun": ("JUN",),
+    "jul": ("JUL",),
+    "aug": ("AUG",),
+    "sep": ("SEPT", "SEP"),
+    "oct": ("OCT",),
+    "nov": ("NOV",),
+    "dec": ("DEC",),
+}
+"""Month to the starts of symbols that spreadsheets turn into its dates (SEPT2 becomes 2-Sep), in order of preference."""
+_AMBIGUOUS_DATES = {("mar", 1), ("mar", 2)}
+"""Dates of two gene families: MARCH1 and MARC1 both become 1-Mar."""
+_DATE = re.compile(rf"(?:(\d{{1,2}})-({'|'.join(_MONTHS)})t?|({'|'.join(_MONTHS)})t?-(\d{{1,2}}))$", re.IGNORECASE)
+_TAIL = re.compile(r"(?P<stem>.+)[-.]\d{1,2}$")
+_SEPARATOR = re.compile(r"[^A-Za-z0-9]")
+REPAIRED = ("date", "dots", "made unique")
+"""Values of :attr:`GeneHit.how` for repaired names."""
 
 
 @dataclass(frozen=True)
 class GeneHit:
-    """How one identifier was understood."""
+    """Resolution of one identifier."""
 
     key: str
-    """``human:KRT14``; for what is not known, species and the identifier itself."""
+    """``human:KRT14``; for unknown identifiers, the species and the identifier."""
     species: str
     symbol: str
     ensembl: str
     name: str
     how: str
-    """``ensembl``, ``symbol``, ``previous``, ``alias`` or ``unmapped``."""
+    """``ensembl``, ``symbol``, ``previous``, ``alias``, ``unmapped``, or one of :data:`REPAIRED`."""
 
 
 class GeneResource:
-    """The gene-name table that ships with this package."""
+    """Gene-name table included in the package."""
 
     def __init__(self, rows: Sequence[dict[str, str]]) -> None:
         self.rows = rows
@@ -48,12 +70,16 @@ class GeneResource:
         self._folded: dict[tuple[str, str], set[int]] = defaultdict(set)
         self._previous: dict[tuple[str, str], set[int]] = defaultdict(set)
         self._alias: dict[tuple[str, str], set[int]] = defaultdict(set)
+        self._dotted: dict[tuple[str, str], set[int]] = defaultdict(set)
         for i, row in enumerate(rows):
             species = row["species"]
             if row["ensembl"]:
                 self._ensembl.setdefault((species, row["ensembl"]), i)
             self._symbol.setdefault((species, row["symbol"]), i)
             self._folded[species, row["symbol"].upper()].add(i)
+            for text in (row["symbol"], *filter(None, row["previous"].split("|"))):
+                if _SEPARATOR.search(text):
+                    self._dotted[species, _dotted(text)].add(i)
             for text in filter(None, row["previous"].split("|")):
                 self._previous[species, text.upper()].add(i)
             for text in filter(None, row["aliases"].split("|")):
@@ -62,27 +88,57 @@ class GeneResource:
     @staticmethod
     @cache
     def load() -> GeneResource:
-        """Read the table once per process."""
+        """Load the table; cached per process."""
         raw = files("comtip_shards.genes").joinpath("resources", RESOURCE).read_bytes()
         lines = gzip.decompress(raw).decode("utf-8").splitlines()
         return GeneResource(list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)))
 
     def resolve(self, identifier: str, species: str) -> GeneHit:
-        """Understand one identifier of one species.
+        """Resolve one identifier of one species.
 
         Raises
         ------
         ValueError
-            For a species that the table does not hold.
+            The species is not in the table.
         """
         if species not in SPECIES:
-            raise ValueError(f"species {species!r}: the gene table holds {' and '.join(SPECIES)}")
+            raise ValueError(f"species {species!r}: the gene table has {' and '.join(SPECIES)}")
         text = identifier.strip()
         found, how = self._find(text, species)
+        if found is None and how == "unmapped":
+            found, how = self._repair(text, species)
         if found is None:
             return GeneHit(f"{species}:{text}", species, text, "", "", "unmapped")
         row = self.rows[found]
         return GeneHit(f"{species}:{row['symbol']}", species, row["symbol"], row["ensembl"], row["name"], how)
+
+    def candidates(self, identifier: str, species: str) -> list[str]:
+        """Return the symbols that a name changed by a spreadsheet or by R may have been, sorted."""
+        rows = self._dates(identifier.strip(), species) | self._dots(identifier.strip(), species)
+        return sorted({self.rows[i]["symbol"] for i in rows if i >= 0})
+
+    def _repair(self, text: str, species: str) -> tuple[int | None, str]:
+        for rows, how in ((self._dates(text, species), "date"), (self._dots(text, species), "dots")):
+            if rows:
+                return _only(rows), how
+        return None, "unmapped"
+
+    def _dates(self, text: str, species: str) -> set[int]:
+        match = _DATE.match(text)
+        if match is None:
+            return set()
+        month, day = (match[2] or match[3]).lower(), int(match[1] or match[4])
+        found = [row for s in _MONTHS[month] if (row := self._find(f"{s}{day}", species)[0]) is not None]
+        return {*found, -1, -2} if (month, day) in _AMBIGUOUS_DATES else set(found[:1])  # never a single one
+
+    def _dots(self, text: str, species: str) -> set[int]:
+        """Return the symbols whose separators R or Seurat replaced (HLA.A), and those with an X before a digit."""
+        if _SEPARATOR.search(text):
+            return self._dotted.get((species, _dotted(text)), set())
+        if text[:1] in "Xx" and text[1:2].isdigit():
+            row = self._find(text[1:], species)[0]
+            return set() if row is None else {row}
+        return set()
 
     def _find(self, text: str, species: str) -> tuple[int | None, str]:
         match = _ENSEMBL.match(text)
@@ -100,33 +156,41 @@ class GeneResource:
         return None, "unmapped"
 
 
+def _dotted(text: str) -> str:
+    return _SEPARATOR.sub(".", text).upper()
+
+
 def _only(candidates: set[int] | None) -> int | None:
     return next(iter(candidates)) if candidates is not None and len(candidates) == 1 else None
 
 
 @dataclass
 class GeneMap:
-    """A source's gene columns in terms of keys."""
+    """Mapping of gene columns to keys."""
 
     hits: list[GeneHit]
     keys: list[str]
-    """Distinct keys of mapped columns, in first-seen order."""
+    """Distinct keys of mapped columns, in order of first occurrence."""
     column_to_key: np.ndarray
-    """int64 (n_columns,), position in ``keys``; -1 for what is not mapped."""
+    """int64 (n_columns,), index into ``keys``; -1 for unmapped columns."""
     collisions: dict[str, list[str]]
-    """Keys that more than one column maps to; their counts are summed."""
+    """Keys of several columns, whose counts are summed."""
     unmapped: list[str]
+    identifiers: list[str] = field(default_factory=list)
+    """The columns as in the source."""
+    ambiguous: dict[str, list[str]] = field(default_factory=dict)
+    """Unmapped names that may have been several symbols before a spreadsheet or R changed them."""
 
     @property
     def counts_by_how(self) -> dict[str, int]:
-        """Number of columns by how they were understood."""
+        """Number of columns per kind of resolution."""
         out: dict[str, int] = {}
         for hit in self.hits:
             out[hit.how] = out.get(hit.how, 0) + 1
         return out
 
     def sum_columns(self, counts: sparse.csr_matrix) -> sparse.csr_matrix:
-        """Return counts by key, int32 (n, len(keys)); columns of one key are summed, unmapped ones left out."""
+        """Return counts per key, int32 (n, len(keys)); columns of one key are summed, unmapped ones dropped."""
         known = np.flatnonzero(self.column_to_key >= 0)
         shape = (counts.shape[1], len(self.keys))
         ones = np.ones(known.size, np.int64)
@@ -138,7 +202,7 @@ class GeneMap:
         return out.astype(np.int32)
 
     def report(self) -> str:
-        """Say what mapped, what was summed and what did not map."""
+        """Summarise mapped, summed and unmapped columns."""
         parts = ", ".join(f"{n} by {how}" for how, n in sorted(self.counts_by_how.items()) if how != "unmapped")
         lines = [f"{len(self.hits)} gene columns: {parts or 'none mapped'}; {len(self.unmapped)} not mapped"]
         if self.collisions:
@@ -148,7 +212,16 @@ class GeneMap:
             lines.append(
                 f"not mapped, left out: {', '.join(self.unmapped[:8])}{' ...' if len(self.unmapped) > 8 else ''}"
             )
-        dates = [u for u in self.unmapped if _EXCEL_DATE.match(u)]
+        repaired = {t: h.symbol for t, h in zip(self.identifiers, self.hits, strict=True) if h.how in REPAIRED}
+        if repaired:
+            shown = ", ".join(f"{t} -> {s}" for t, s in list(repaired.items())[:8])
+            lines.append(f"{len(repaired)} names changed by a spreadsheet or by R were repaired: {shown}")
+        if self.ambiguous:
+            shown = "; ".join(f"{t} ({' or '.join(s)})" for t, s in list(self.ambiguous.items())[:5])
+            lines.append(
+                f"{len(self.ambiguous)} names changed by a spreadsheet or by R fit more than one symbol, rename them: {shown}"
+            )
+        dates = [u for u in self.unmapped if _DATE.match(u) and u not in self.ambiguous]
         if dates:
             lines.append(f"{len(dates)} look like symbols that a spreadsheet turned into dates: {', '.join(dates[:5])}")
         return "\n".join(lines)
@@ -157,7 +230,7 @@ class GeneMap:
 def map_genes(
     identifiers: Sequence[str], species: str, resource: GeneResource | None = None, symbols: Sequence[str] = ()
 ) -> GeneMap:
-    """Map a source's gene columns to keys.
+    """Map gene columns to keys.
 
     Parameters
     ----------
@@ -166,9 +239,9 @@ def map_genes(
     species
         ``human`` or ``mouse``.
     resource
-        The gene-name table; the shipped one by default.
+        Gene-name table; by default the one in the package.
     symbols
-        The source's own symbols, tried where an identifier is not known; empty or one per column.
+        Symbols from the source, used for identifiers that are not resolved; empty, or one per column.
     """
     resource = resource or GeneResource.load()
     hits = [resource.resolve(text, species) for text in identifiers]
@@ -177,13 +250,26 @@ def map_genes(
             resource.resolve(s, species) if h.how == "unmapped" and s else h for h, s in zip(hits, symbols, strict=True)
         ]
         hits = [s if s.how != "unmapped" else h for h, s in zip(hits, second, strict=True)]
-    place: dict[str, int] = {}
+    hits = _with_tails(identifiers, hits)
+    position: dict[str, int] = {}
     columns: dict[str, list[str]] = defaultdict(list)
     index = np.full(len(hits), -1, np.int64)
     for i, (hit, text) in enumerate(zip(hits, identifiers, strict=True)):
         if hit.how != "unmapped":
-            index[i] = place.setdefault(hit.key, len(place))
+            index[i] = position.setdefault(hit.key, len(position))
             columns[hit.key].append(text)
     collisions = {k: v for k, v in columns.items() if len(v) > 1}
     unmapped = [t for t, h in zip(identifiers, hits, strict=True) if h.how == "unmapped"]
-    return GeneMap(hits, list(place), index, collisions, unmapped)
+    ambiguous = {u: found for u in unmapped if len(found := resource.candidates(u, species)) > 1}
+    return GeneMap(hits, list(position), index, collisions, unmapped, list(identifiers), ambiguous)
+
+
+def _with_tails(identifiers: Sequence[str], hits: list[GeneHit]) -> list[GeneHit]:
+    """Resolve names with a made-unique tail (TBCE-1, TBCE.1) as the name without it, if that is a column too."""
+    known = {text: hit for text, hit in zip(identifiers, hits, strict=True) if hit.how != "unmapped"}
+    out = []
+    for text, hit in zip(identifiers, hits, strict=True):
+        match = _TAIL.match(text) if hit.how == "unmapped" else None
+        stem = known.get(match["stem"]) if match is not None else None
+        out.append(hit if stem is None else replace(stem, how="made unique"))
+    return out

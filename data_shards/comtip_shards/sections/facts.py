@@ -1,6 +1,6 @@
 """Facts that a user states about a section, and options for pooling; typed, bounded, and described once.
 
-The command line, the Python functions and the readers all derive their options from the two dataclasses here.
+The command line, the Python functions and the readers all derive their options from the dataclasses here.
 """
 
 from __future__ import annotations
@@ -78,6 +78,26 @@ class PoolingOptions:
     ] = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class CountOptions:
+    """Where an AnnData or a SpatialData table keeps counts and positions; ``None`` lets the reader find them."""
+
+    layer: Annotated[
+        _Text | None,
+        Field(description="AnnData, SpatialData: the layer with raw counts, or X or raw (default: found by content)"),
+    ] = None
+    positions: Annotated[
+        _Text | None, Field(description="AnnData: the key of obsm with spot centres (default: spatial)")
+    ] = None
+    round_counts: Annotated[
+        Literal["yes", "no"] | None,
+        Field(description="AnnData, SpatialData: yes rounds fractional counts of ambient RNA correction (default: no)"),
+    ] = None
+
+
+Options = SectionFacts | PoolingOptions | CountOptions
+
+
 @dataclass(frozen=True)
 class OptionSpec:
     """One field as an option: its name, description, and the values it may take (empty: any)."""
@@ -87,10 +107,10 @@ class OptionSpec:
     choices: tuple[str, ...]
 
 
-_ADAPTERS = {cls: TypeAdapter(cls) for cls in (SectionFacts, PoolingOptions)}
+_ADAPTERS: dict[Any, TypeAdapter[Any]] = {cls: TypeAdapter(cls) for cls in (SectionFacts, PoolingOptions, CountOptions)}
 
 
-def option_specs(cls: type[SectionFacts] | type[PoolingOptions]) -> Iterator[OptionSpec]:
+def option_specs(cls: type[Options]) -> Iterator[OptionSpec]:
     """Yield the fields of a class, in order, for a command line or a table of documentation."""
     hints = get_type_hints(cls, include_extras=True)
     for item in fields(cls):
@@ -100,7 +120,7 @@ def option_specs(cls: type[SectionFacts] | type[PoolingOptions]) -> Iterator[Opt
         yield OptionSpec(item.name, str(info.description), tuple(choices))
 
 
-def parse_facts(values: Mapping[str, Any]) -> tuple[SectionFacts, PoolingOptions]:
+def parse_facts(values: Mapping[str, Any]) -> tuple[SectionFacts, PoolingOptions, CountOptions]:
     """Check stated values, which may be text (``{"mpp": "0.5"}``); ``None`` is not stated.
 
     Raises
@@ -114,11 +134,13 @@ def parse_facts(values: Mapping[str, Any]) -> tuple[SectionFacts, PoolingOptions
             options = ", ".join(n for names in known.values() for n in sorted(names))
             raise SourceError(f"unknown fact {name!r}; these can be stated: {options}")
     given = {k: v for k, v in values.items() if v is not None}
-    facts, pooling = (_validated(cls, {k: v for k, v in given.items() if k in names}) for cls, names in known.items())
-    return facts, pooling
+    facts, pooling, counts = (
+        _validated(cls, {k: v for k, v in given.items() if k in names}) for cls, names in known.items()
+    )
+    return facts, pooling, counts
 
 
-def stated(*parts: SectionFacts | PoolingOptions | None) -> dict[str, str]:
+def stated(*parts: Options | None) -> dict[str, str]:
     """Return what is stated, as text, for readers and for provenance."""
     out = {}
     for part in parts:

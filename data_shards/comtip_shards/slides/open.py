@@ -6,18 +6,22 @@ the image's edge, and a smaller copy of an image covers the same ground.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from comtip_shards.errors import SourceError
+from comtip_shards.not_data import not_data
 from comtip_shards.slides.base import MAX_IMAGE_PX, MAX_WHOLE_PX, ArraySlide, Slide, peak_of, plausible_mpp, to_rgb8
 from comtip_shards.slides.wsi import open_windowed
 
 WINDOWED_PX = 100_000_000
 """A TIFF with more pixels is read in windows."""
-BITS_PER_SAMPLE = 258
+BITS_PER_SAMPLE, IMAGE_DESCRIPTION = 258, 270
+UNITS_UM = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "Å": 1e-4}
+"""Units of OME-XML in um; others, such as ``pixel``, state no scale."""
 VENDOR_SUFFIXES = {".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".czi", ".dcm"}
 
 
@@ -50,7 +54,7 @@ def image_size(path: Path) -> tuple[int, int]:
         with Image.open(path) as image:
             return _checked((int(image.width), int(image.height)), path)
     except (OSError, Image.DecompressionBombError, ValueError) as error:
-        raise SourceError(f"{path}: not an image that can be read ({error})") from error
+        raise SourceError(f"{path}: {not_data(path) or f'not an image that can be read ({error})'}") from error
 
 
 def mpp_by_tag(path: Path, notes: list[str]) -> float | None:
@@ -61,9 +65,9 @@ def mpp_by_tag(path: Path, notes: list[str]) -> float | None:
     else:
         try:
             with Image.open(path) as image:
-                mpp = _mpp_of_dpi(image)
+                mpp = _mpp_of(image)
         except (OSError, Image.DecompressionBombError, ValueError) as error:
-            raise SourceError(f"{path}: not an image that can be read ({error})") from error
+            raise SourceError(f"{path}: {not_data(path) or f'not an image that can be read ({error})'}") from error
     if mpp is not None:
         notes.append(f"scale from the resolution tag of {path.name}: {mpp:g} um per px")
     return mpp
@@ -87,11 +91,23 @@ def _is_plain(path: Path) -> bool:
                 return False
             colour = image.mode in {"RGB", "RGBA", "P", "CMYK", "YCbCr", "LAB"}
             gray = image.mode in {"1", "L", "LA"} and getattr(image, "n_frames", 1) == 1
-            return (colour or gray) and image.width * image.height <= WINDOWED_PX
+            small = image.width * image.height <= WINDOWED_PX
+            return (colour or gray) and small and _first_page_is_largest(image)
     except (OSError, Image.DecompressionBombError, ValueError):
         with path.open("rb") as file:
             tiff = file.read(4) in {b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"}
         return not tiff
+
+
+def _first_page_is_largest(image: Image.Image) -> bool:
+    """Return whether no later page of a TIFF is as large as the first, which may be a thumbnail or one plane of many."""
+    first = image.width * image.height
+    for page in range(1, getattr(image, "n_frames", 1)):
+        image.seek(page)
+        if image.width * image.height >= first:
+            return False
+    image.seek(0)
+    return True
 
 
 def _open_plain(path: Path) -> Slide:
@@ -103,10 +119,32 @@ def _open_plain(path: Path) -> Slide:
                     f"{path}: {size[0]} x {size[1]} px in {image.format}, which can only be decoded whole; convert it to a "
                     "tiled TIFF, e.g. vips tiffsave IN OUT.tif --tile --pyramid --compression jpeg"
                 )
-            mpp, pixels = _mpp_of_dpi(image), _flatten(image)
+            mpp, pixels = _mpp_of(image), _flatten(image)
     except (OSError, Image.DecompressionBombError, ValueError) as error:
-        raise SourceError(f"{path}: not an image that can be read, or it is truncated or damaged ({error})") from error
+        reason = not_data(path) or f"not an image that can be read, or it is truncated or damaged ({error})"
+        raise SourceError(f"{path}: {reason}") from error
     return ArraySlide(pixels, path, mpp=mpp, reader="Pillow")
+
+
+def ome_mpp(xml: str) -> float | None:
+    """Return um per px from the first ``Pixels`` element of OME-XML; None if it is absent or in an unknown unit."""
+    pixels = re.search(r"<(?:\w+:)?Pixels\b([^>]*)>", xml)
+    attributes = dict(re.findall(r"(\w+)\s*=\s*[\"']([^\"']*)[\"']", pixels[1])) if pixels else {}
+    factor = UNITS_UM.get(attributes.get("PhysicalSizeXUnit", "µm").replace("&#181;", "µ").replace("&#xB5;", "µ"))
+    try:
+        return plausible_mpp(float(attributes["PhysicalSizeX"]) * factor) if factor else None
+    except (KeyError, ValueError):
+        return None
+
+
+def _mpp_of(image: Image.Image) -> float | None:
+    """Return um per px by OME-XML or by the resolution tag."""
+    description = image.tag_v2.get(IMAGE_DESCRIPTION) if image.format == "TIFF" else None  # type: ignore[attr-defined]
+    mpp = None
+    if isinstance(description, str) and "OME" in description:
+        # Pillow decodes tags as Latin-1, OME-XML is UTF-8.
+        mpp = ome_mpp(description.encode("latin-1", "replace").decode("utf-8", "replace"))
+    return mpp if mpp is not None else _mpp_of_dpi(image)
 
 
 def _mpp_of_dpi(image: Image.Image) -> float | None:

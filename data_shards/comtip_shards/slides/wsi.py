@@ -17,7 +17,9 @@ import numpy as np
 from PIL import Image
 
 from comtip_shards.errors import SourceError
+from comtip_shards.not_data import not_data
 from comtip_shards.slides.base import EXTRA, MAX_IMAGE_PX, Box, Slide, peak_of, plausible_mpp, to_rgb8
+from comtip_shards.slides.open import ome_mpp
 
 CACHE_BYTES = 192 << 20
 """Decoded blocks that are kept, per open slide."""
@@ -53,6 +55,9 @@ def open_windowed(path: Path) -> Slide:
         tried.append("tifffile and zarr are not installed")
     if openslide and vendor:
         return OpenSlideSlide(path, openslide)
+    reason = not_data(path)
+    if reason is not None:
+        raise SourceError(f"{path}: {reason}")
     missing = any("not installed" in t for t in tried)
     fix = EXTRA if missing else f"is it whole, and a picture? If so, {RETILE}"
     raise SourceError(f"{path}: cannot be read as a slide ({'; '.join(tried)}); {fix}")
@@ -236,7 +241,7 @@ class TiffSlide(BlockedSlide):
             super().__init__(path, arrays, series.axes, alpha=alpha)
             self.reader = f"tifffile {version('tifffile')}"
             self.notes.append(f"{path.name}: read in windows by {self.reader}")
-            self.mpp = _tiff_mpp(self._file, page, tifffile)
+            self.mpp = _tiff_mpp(self._file, page)
         except BaseException:
             self._file.close()
             raise
@@ -282,15 +287,11 @@ def _channel_axis(axes: str, shape: tuple[int, ...], path: Path) -> int | None:
     )
 
 
-def _tiff_mpp(file: Any, page: Any, tifffile: Any) -> float | None:
+def _tiff_mpp(file: Any, page: Any) -> float | None:
     """Return um per px by OME-XML or by the resolution tags."""
-    if file.is_ome and file.ome_metadata:
-        image = tifffile.xml2dict(file.ome_metadata).get("OME", {}).get("Image", {})
-        pixels = (image[0] if isinstance(image, list) else image).get("Pixels", {})
-        size, unit = pixels.get("PhysicalSizeX"), pixels.get("PhysicalSizeXUnit", "µm")
-        factor = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4}.get(str(unit))
-        if size is not None and factor is not None:
-            return plausible_mpp(float(size) * factor)
+    mpp = ome_mpp(file.ome_metadata) if file.is_ome and file.ome_metadata else None
+    if mpp is not None:
+        return mpp
     if "XResolution" not in page.tags or int(page.resolutionunit) not in (2, 3):
         return None
     per_um = page.get_resolution("micrometer")[0]

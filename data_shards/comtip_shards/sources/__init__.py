@@ -1,6 +1,6 @@
-"""Readers of tissue sections. Each module recognises its format and opens its sections lazily.
+"""Readers for section formats. Each module detects one format and opens its sections lazily.
 
-A new format is one module and one entry in ``READERS``.
+To add a format, write one module and add one entry to ``READERS``.
 """
 
 from __future__ import annotations
@@ -20,63 +20,103 @@ from comtip_shards.sources import (
     visium_hd,
     xenium,
 )
-from comtip_shards.sources.base import POOL_KEYS, Reader, SectionSource, check_overrides, pick, refuse
+from comtip_shards.sources.base import POOL_KEYS, Reader, SectionSource, check_options, check_overrides, pick, refuse
 from comtip_shards.sources.choose import check_where, choose
 from comtip_shards.sources.fetch import fetch_source
+from comtip_shards.sources.hints import explain
+from comtip_shards.sources.packaging import contents
 from comtip_shards.storage.remote import is_url
 
 __all__ = ["FORMATS", "READERS", "SectionSource", "detect", "open_source"]
 
 READERS = (
     Reader(
-        name="manifest", looks_for="a manifest.tsv with a column sample_id", recognise=manifest_table.recognise,
-        open=manifest_table.open_sections, outranks=("*",),
+        name="manifest",
+        looks_for="a manifest.tsv with a column sample_id",
+        recognise=manifest_table.recognise,
+        open=manifest_table.open_sections,
+        outranks=("*",),
     ),
     Reader(
-        name="space_ranger", looks_for="a folder with spatial/ from Space Ranger", recognise=space_ranger.recognise,
+        name="space_ranger",
+        options=("image",),
+        looks_for="a Space Ranger folder with spatial/",
+        recognise=space_ranger.recognise,
         open=space_ranger.open_sections,
     ),
     Reader(
-        name="visium_hd", looks_for="binned_outputs/square_016um or segmented_outputs of Visium HD",
-        recognise=visium_hd.recognise, open=visium_hd.open_sections, outranks=("space_ranger",), pools=True,
+        name="visium_hd",
+        options=("image", *POOL_KEYS),
+        looks_for="binned_outputs/square_016um or segmented_outputs (Visium HD)",
+        recognise=visium_hd.recognise,
+        open=visium_hd.open_sections,
+        outranks=("space_ranger",),
+        pools=True,
     ),
     Reader(
-        name="hest", looks_for="st/ID.h5ad beside wsis/ or patches/ of HEST-1k", recognise=hest.recognise,
-        open=hest.open_sections, catalogue=hest.catalogue,
+        name="hest",
+        options=("image", "pixels"),
+        looks_for="st/ID.h5ad with wsis/ or patches/ (HEST-1k)",
+        recognise=hest.recognise,
+        open=hest.open_sections,
+        catalogue=hest.catalogue,
     ),
     Reader(
-        name="stimage", looks_for="ST, Visium or VisiumHD with coord/SLIDE_coord.csv of STimage-1K4M",
-        recognise=stimage.recognise, open=stimage.open_sections, catalogue=stimage.catalogue,
+        name="stimage",
+        options=("image",),
+        looks_for="ST/, Visium/ or VisiumHD/ with coord/SLIDE_coord.csv (STimage-1K4M)",
+        recognise=stimage.recognise,
+        open=stimage.open_sections,
+        catalogue=stimage.catalogue,
     ),
     Reader(
-        name="spatialdata", looks_for="a SpatialData store (.zarr)", recognise=spatialdata_source.recognise,
+        name="spatialdata",
+        options=("image", "layer", "round_counts"),
+        looks_for="a SpatialData store (.zarr)",
+        recognise=spatialdata_source.recognise,
         open=spatialdata_source.open_sections,
     ),
     Reader(
-        name="anndata", looks_for="an .h5ad with obsm['spatial'], or a folder of them", recognise=anndata_source.recognise,
+        name="anndata",
+        options=("image", "layer", "positions", "round_counts"),
+        looks_for="an .h5ad with obsm['spatial'], or a folder of them",
+        recognise=anndata_source.recognise,
         open=anndata_source.open_sections,
     ),
     Reader(
-        name="xenium", looks_for="experiment.xenium with transcripts.parquet or cells.parquet",
-        recognise=xenium.recognise, open=xenium.open_sections, pools=True,
+        name="xenium",
+        options=("image", *POOL_KEYS),
+        looks_for="experiment.xenium with transcripts.parquet or cells.parquet",
+        recognise=xenium.recognise,
+        open=xenium.open_sections,
+        pools=True,
     ),
     Reader(
-        name="legacy_st", looks_for="count tables ID.tsv.gz with images ID_*.jpg", recognise=legacy_st.recognise,
+        name="legacy_st",
+        options=("image",),
+        looks_for="count tables ID.tsv.gz with images ID_*.jpg",
+        recognise=legacy_st.recognise,
         open=legacy_st.open_sections,
     ),
-)  # fmt: skip
+)
+MAX_DEPTH = 4
 _BY_NAME = {reader.name: reader for reader in READERS}
 FORMATS = tuple(_BY_NAME)
 
 
 def detect(path: Path) -> tuple[Reader, str]:
-    """Return the reader that knows ``path`` and why it does.
+    """Detect the format of ``path``.
+
+    Returns
+    -------
+    The reader, and the files by which it was detected.
 
     Raises
     ------
     SourceError
-        No reader knows it, or more than one does; the message says what was looked for and what was found.
+        No reader, or more than one, accepts the path. The message lists what was found.
     """
+    path = locate(path)
     found = {r.name: why for r in READERS if (why := r.recognise(path))}
     outranked = {
         other
@@ -86,8 +126,7 @@ def detect(path: Path) -> tuple[Reader, str]:
     }
     left = {name: why for name, why in found.items() if name not in outranked}
     if not left:
-        known = "; ".join(f"{r.name}: {r.looks_for}" for r in READERS)
-        raise SourceError(f"{path}: no known format. Looked for {known}. If it is one of these, force it with --format")
+        raise SourceError(f"{path}: {explain(path, READERS)}")
     if len(left) > 1:
         seen = "; ".join(f"{name}: {why}" for name, why in left.items())
         raise SourceError(f"{path}: could be more than one format ({seen}); choose with --format {'|'.join(left)}")
@@ -95,35 +134,56 @@ def detect(path: Path) -> tuple[Reader, str]:
     return _BY_NAME[name], why
 
 
+def locate(path: Path) -> Path:
+    """Return the folder that contains the data: ``path``, its ``outs``, or its only subfolder (an unpacked archive)."""
+    for _ in range(MAX_DEPTH):
+        if not path.is_dir() or any(r.recognise(path) for r in READERS):
+            return path
+        entries = contents(path)
+        inner = path / "outs"
+        if not inner.is_dir() and len(entries) == 1 and entries[0].is_dir():
+            inner = entries[0]
+        if not inner.is_dir():
+            return path
+        path = inner
+    return path
+
+
 def open_source(
-    path: Path | str, *, samples: Sequence[str] | None = None, fmt: str = "auto",
-    overrides: Mapping[str, str] | None = None, where: Mapping[str, Collection[str]] | None = None,
-    cache: Path | None = None, progress: bool = False,
-) -> list[SectionSource]:  # fmt: skip
-    """Open the sections of a source, without reading them yet.
+    path: Path | str,
+    *,
+    samples: Sequence[str] | None = None,
+    fmt: str = "auto",
+    overrides: Mapping[str, str] | None = None,
+    where: Mapping[str, Collection[str]] | None = None,
+    cache: Path | None = None,
+    progress: bool = False,
+) -> list[SectionSource]:
+    """Open the sections of a source without reading them.
 
     Parameters
     ----------
     path
-        A table, a file or a folder; or the URL of one, of which what is needed is fetched first.
+        A table, a file, a folder, or the URL of one; required files behind a URL are downloaded first.
     samples
-        Section ids to take; None takes all.
+        Section ids to read; None reads all.
     fmt
         ``auto`` or one of :data:`FORMATS`.
     overrides
-        Facts that the source does not state: species, tissue, donor, platform, licence, attribution, mpp, image.
+        Facts that the caller states; they take precedence over the source. Keys: see
+        :data:`comtip_shards.sources.base.META_KEYS`.
     where
-        Take only sections of these values, e.g. ``{"tissue": ["breast", "lung"], "species": ["human"]}``; the keys
-        are ``species``, ``tissue`` (or ``organ``), ``platform`` (or ``technology``), ``donor`` and ``dataset``.
+        Filter sections, e.g. ``{"tissue": ["breast", "lung"], "species": ["human"]}``. Keys: ``species``,
+        ``tissue`` (or ``organ``), ``platform`` (or ``technology``), ``donor`` and ``dataset``.
     cache
-        Where files behind a URL are kept, see :func:`comtip_shards.sources.fetch.fetch_source`.
+        Cache directory for downloads, see :func:`comtip_shards.sources.fetch.fetch_source`.
     progress
-        Show a bar on a terminal while files are fetched.
+        Show a progress bar for downloads.
 
     Raises
     ------
     SourceError
-        Naming the file and the fix.
+        The source cannot be read; the message names the file and the fix.
     """
     facts, where = dict(overrides or {}), check_where(where or {})
     check_overrides(facts)
@@ -134,12 +194,16 @@ def open_source(
             str(path), fmt=fmt, samples=samples, where=where, facts=facts, cache=cache, progress=progress
         )
         path, fmt, samples = fetched.path, fetched.fmt, fetched.samples
+        if "pixels" not in _BY_NAME[fmt].options:
+            facts.pop("pixels", None)  # it selected the files to download
     path = Path(path)
     if not path.exists():
-        raise SourceError(f"{path}: no such file or folder")
+        raise SourceError(f"{path}: no such file or folder; check the path")
+    path = locate(path)
     reader = detect(path)[0] if fmt == "auto" else _BY_NAME[fmt]
     if not reader.pools:
-        refuse(facts, POOL_KEYS, f"{reader.name} is read spot by spot")
+        refuse(facts, POOL_KEYS, f"{reader.name} has one row per spot and is not pooled")
+    check_options(facts, reader.options, f"the format {reader.name}")
     if reader.catalogue is None:
         return choose(reader.open(path, samples, facts), where, path, lambda source: source.meta)
     rows = reader.catalogue(path, facts)

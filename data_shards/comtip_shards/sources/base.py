@@ -1,4 +1,4 @@
-"""What every reader shares: the lazy section, count tables, spot tables, and joining the two."""
+"""Helpers shared by all readers: lazy sections, count tables, spot tables and their join."""
 
 from __future__ import annotations
 
@@ -18,51 +18,64 @@ import pyarrow.csv as pa_csv
 from scipy import sparse
 
 from comtip_shards.errors import SourceError
+from comtip_shards.not_data import not_data, refuse_not_data
 from comtip_shards.sections.section import Section, SectionMeta, check_unique
 
 POOL_KEYS = ("pool_um", "pool_from", "bin_um", "min_cover", "min_pooled", "qv", "alignment")
-META_KEYS = (
-    "species", "tissue", "donor", "platform", "licence", "attribution", "mpp", "image", "pixels", *POOL_KEYS,
-)  # fmt: skip
-"""Facts that a caller may state where the source does not, and how bins, cells and transcripts are pooled."""
+_TRUE = {"1", "1.0", "true", "t", "yes", "y", "in tissue", "in_tissue"}
+_FALSE = {"0", "0.0", "false", "f", "no", "n", "", "nan", "none", "na", "<na>"}
+FACT_KEYS = ("species", "tissue", "donor", "platform", "licence", "attribution", "mpp")
+"""Facts about a section, which every reader accepts."""
+OPTION_KEYS = ("image", "pixels", "layer", "positions", "round_counts")
+"""Options of some readers."""
+META_KEYS = (*FACT_KEYS, *OPTION_KEYS, *POOL_KEYS)
+"""Keys of ``overrides``: facts about a section, and pooling options."""
 
 
 @dataclass(frozen=True)
 class SectionSource:
-    """A section that can be read when it is its turn."""
+    """A section whose data are read on demand."""
 
     meta: SectionMeta
     inputs: tuple[Path, ...]
-    """Files that the section is read from."""
+    """Input files of the section."""
     load: Callable[[], Section]
+    load_spots: Callable[[], Section] | None = None
+    """Loads the section without its counts; None if counts are cheap to read and always present."""
 
     def read(self) -> Section:
-        """Read and check everything."""
+        """Read the section and validate it."""
         return self.load().check()
+
+    def read_spots(self) -> Section:
+        """Read positions and image, and validate them; counts may be missing, or not be raw."""
+        return (self.load_spots or self.load)().check()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reader:
-    """One source format: an entry of the table in :mod:`comtip_shards.sources`."""
+    """Registry entry for one source format."""
 
     name: str
     looks_for: str
-    """The layout in a few words, for the message about a folder that no reader knows."""
+    """Short description of the layout, used in error messages."""
     recognise: Callable[[Path], str | None]
-    """Return why a path is of this format, or None. It must be quick and must not raise on other formats."""
+    """Return a reason if a path has this format, else None. Must be fast and must not raise on other formats."""
     open: Callable[[Path, Sequence[str] | None, Mapping[str, str]], list[SectionSource]]
-    """``open(path, section ids or None for all, overrides)``; lazy, so that it costs little for many sections."""
+    """``open(path, section ids or None for all, overrides)``; must not read the data."""
     catalogue: Callable[[Path, Mapping[str, str]], list[CatalogueRow]] | None = None
-    """List the sections from a table of the source without opening them; None where opening is cheap anyway."""
+    """List sections from the source's metadata table without opening them; None if opening is cheap."""
     outranks: tuple[str, ...] = ()
-    """Formats that this one refines: where both are recognised this one is meant. ``*`` means all others."""
+    """Formats over which this one takes precedence if both are detected; ``*`` means all."""
     pools: bool = False
-    """It pools bins, cells or transcripts to spots; elsewhere settings of pooling are refused."""
+    """Whether the reader pools bins, cells or transcripts; otherwise pooling options are refused."""
+    options: tuple[str, ...] = ()
+    """Keys of ``overrides`` that it uses besides :data:`FACT_KEYS`; all others are refused."""
 
 
 @dataclass(frozen=True)
 class CatalogueRow:
-    """What a source's own table says of a section before it is opened: enough to choose by."""
+    """Metadata of a section that is known before it is opened; used for filtering."""
 
     section_id: str
     species: str = ""
@@ -73,21 +86,40 @@ class CatalogueRow:
 
 
 def check_overrides(overrides: Mapping[str, str]) -> None:
-    """Refuse facts that no reader uses."""
+    """Raise for an unknown key."""
     for key in overrides:
         if key not in META_KEYS:
-            raise SourceError(f"unknown fact {key!r}; {', '.join(META_KEYS)} can be stated")
+            near = difflib.get_close_matches(key, META_KEYS, n=1)
+            meant = f"; did you mean {near[0]}?" if near else ";"
+            raise SourceError(f"unknown fact {key!r}{meant} {', '.join(META_KEYS)} can be stated")
+
+
+def check_options(overrides: Mapping[str, str], used: Sequence[str], what: str) -> None:
+    """Raise for options that a reader would ignore.
+
+    Parameters
+    ----------
+    overrides
+        Stated facts and options; empty values are not stated.
+    used
+        Keys that the reader uses besides :data:`FACT_KEYS`.
+    what
+        What is read, for messages.
+    """
+    for key in (*OPTION_KEYS, *POOL_KEYS):
+        if overrides.get(key) and key not in used:
+            raise SourceError(f"--{key.replace('_', '-')} has no effect here: {what} does not use it; leave it out")
 
 
 def refuse(overrides: Mapping[str, str], keys: Sequence[str], why: str) -> None:
-    """Refuse settings that would be without effect."""
+    """Raise for options that have no effect for this format."""
     for key in keys:
         if overrides.get(key):
             raise SourceError(f"--{key.replace('_', '-')} has no effect here: {why}")
 
 
 def number(value: Any, what: str) -> float:
-    """Return a float, NaN for an empty value; refuse text."""
+    """Parse a float; empty values give NaN, text raises."""
     text = str(value).strip()
     if text in ("", "nan", "NaN", "None"):
         return float("nan")
@@ -98,7 +130,7 @@ def number(value: Any, what: str) -> float:
 
 
 def pick(wanted: Sequence[str] | None, have: Sequence[str], where: Path) -> list[str]:
-    """Return the sections asked for, all where none is; an unknown one is refused with the nearest name."""
+    """Return the requested sections, or all; an unknown id raises with the closest match."""
     if wanted is None:
         return list(have)
     for name in wanted:
@@ -113,40 +145,43 @@ def pick(wanted: Sequence[str] | None, have: Sequence[str], where: Path) -> list
 
 @contextmanager
 def reading(path: Path, what: str) -> Iterator[None]:
-    """Say of a file that cannot be read which it is and what it should be; libraries raise all kinds of errors."""
+    """Convert any library error during a read into a :class:`SourceError` that names the file."""
     try:
         yield
     except SourceError:
         raise
     except (OSError, EOFError, KeyError, ValueError, TypeError, RuntimeError, MemoryError, zlib.error) as error:
+        reason = not_data(path)
+        if reason is not None:
+            raise SourceError(f"{path}: {reason}") from error
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SourceError(f"{path}: cannot be read as {what} ({text}); is the file whole?") from error
+        raise SourceError(f"{path}: cannot be read as {what} ({text}); copy or download it again") from error
 
 
 def existing(path: Path, what: str) -> Path:
-    """Return the path of a file that must be there."""
+    """Return the path, or raise if the file does not exist or its first bytes are not data."""
     if not path.is_file():
         raise SourceError(f"{path}: no such file, but it is the {what}")
-    return path
+    return refuse_not_data(path)
 
 
 def read_table(path: Path, sep: str = "\t") -> pd.DataFrame:
-    """Read a small table as text."""
+    """Read a small table with all columns as text."""
     existing(path, "table")
     try:
-        # Spreadsheets and HEST begin their tables with a byte order mark.
+        # Spreadsheets and HEST write a byte order mark.
         table = pd.read_csv(path, sep=sep, dtype=str, keep_default_na=False, encoding="utf-8-sig")
     except (OSError, EOFError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise SourceError(f"{path}: cannot be read as a table ({error})") from error
+        raise SourceError(f"{path}: cannot be read as a table ({error}); copy or download it again") from error
     if table.empty:
         raise SourceError(f"{path}: the table has no rows")
     return table
 
 
 def read_counts_table(path: Path, sep: str = "\t") -> tuple[sparse.csr_matrix, list[str], list[str]]:
-    """Read spots x genes with a header and an id column: (int32 counts, spot ids, gene ids)."""
+    """Read a spots x genes table with a header and an id column: (int32 counts, spot ids, gene ids)."""
     existing(path, "count table")
-    # pyarrow reads tables of 20,000 columns several times faster than pandas, and keeps repeated names.
+    # pyarrow reads tables of 20,000 columns several times faster than pandas and keeps duplicate names.
     options = pa_csv.ReadOptions(skip_rows=1, autogenerate_column_names=True, block_size=1 << 27)
     try:
         names = _header(path, sep)
@@ -154,9 +189,9 @@ def read_counts_table(path: Path, sep: str = "\t") -> tuple[sparse.csr_matrix, l
     except (OSError, EOFError, UnicodeDecodeError, pa.ArrowInvalid) as error:
         text = str(error).splitlines()[0]
         raise SourceError(
-            f"{path}: cannot be read as spots x genes, separated by {sep!r} ({text}); is the file whole?"
+            f"{path}: cannot be read as spots x genes, separated by {sep!r} ({text}); copy or download it again"
         ) from error
-    # R writes one name fewer than there are columns; others name the id column or leave it empty.
+    # R omits the name of the id column; other programs write a name or an empty field.
     genes = names[1:] if len(names) == body.num_columns else names
     if body.num_columns - 1 != len(genes) or not genes:
         raise SourceError(f"{path}: {len(names)} names in the header, {body.num_columns} columns below it")
@@ -177,22 +212,41 @@ def _header(path: Path, sep: str) -> list[str]:
     return [n.strip().strip('"') for n in line.split(sep)]
 
 
-def as_counts(matrix: sparse.csr_matrix, path: Path, spots: Sequence[str], genes: Sequence[str]) -> sparse.csr_matrix:
-    """Check that values are raw counts (1.0 is one) and return int32 CSR."""
+def as_counts(
+    matrix: sparse.csr_matrix, path: Path, spots: Sequence[str], genes: Sequence[str], *, what: str = "", fix: str = ""
+) -> sparse.csr_matrix:
+    """Validate raw counts (floats with integer values are accepted) and return int32 CSR.
+
+    Parameters
+    ----------
+    matrix
+        Spots x genes.
+    path, what
+        File and element for messages.
+    spots, genes
+        Names of rows and columns for messages.
+    fix
+        What to do about values that are no counts.
+    """
     matrix = sparse.csr_matrix(matrix)
     data = matrix.data
     bad = ~np.isfinite(data) | (data < 0) | (data != np.rint(data)) | (data > np.iinfo(np.int32).max)
     if bad.any():
         first = int(np.flatnonzero(bad)[0])
         row = int(np.searchsorted(matrix.indptr, first, side="right") - 1)
-        gene = genes[int(matrix.indices[first])]
-        what = (
-            "missing values" if not np.isfinite(data[first]) else "negative values" if data[first] < 0
-            else "values that are not integers" if data[first] != np.rint(data[first]) else "values that are too large"
-        )  # fmt: skip
+        value, gene = float(data[first]), genes[int(matrix.indices[first])]
+        kind = (
+            "missing values"
+            if not np.isfinite(value)
+            else "negative values"
+            if value < 0
+            else "values that are not integers"
+            if value != np.rint(value)
+            else "values that are too large"
+        )
         raise SourceError(
-            f"{path}: {int(bad.sum())} {what}, first {data[first]!r:.12} (spot {spots[row]}, gene {gene}); "
-            "raw counts are needed, not normalised ones"
+            f"{path}: {f'{what} has ' if what else ''}{int(bad.sum())} {kind}, first {value:g} (spot {spots[row]}, gene {gene}); "
+            f"raw counts are needed, not normalised ones{f'; {fix}' if fix else ''}"
         )
     out = sparse.csr_matrix(matrix, dtype=np.int32)
     out.eliminate_zeros()
@@ -200,9 +254,29 @@ def as_counts(matrix: sparse.csr_matrix, path: Path, spots: Sequence[str], genes
     return out
 
 
+def flags(values: Any, where: str) -> np.ndarray:
+    """Return a column of yes and no as bool: numbers, booleans, text as written by R; missing values are no.
+
+    Parameters
+    ----------
+    values
+        A pandas Series, or a sequence.
+    where
+        Name of the column for messages.
+    """
+    column = pd.Series(values)
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        column = column.astype(object)
+    plain = [str(v).strip().lower() for v in column.tolist()]
+    unknown = sorted({v for v in plain if v not in _TRUE | _FALSE})
+    if unknown:
+        raise SourceError(f"{where}: {unknown[0]!r} is not yes or no; use 1 and 0, or TRUE and FALSE")
+    return np.array([v in _TRUE for v in plain], bool)
+
+
 @dataclass
-class Spots:
-    """A spot table, before it is joined to counts."""
+class SpotPositions:
+    """Spot positions, before the join with counts."""
 
     ids: list[str]
     xy: np.ndarray
@@ -211,7 +285,7 @@ class Spots:
     in_tissue: np.ndarray
 
 
-def read_spots_table(path: Path) -> Spots:
+def read_spots_table(path: Path) -> SpotPositions:
     """Read ``spot_id, array_x, array_y, pixel_x, pixel_y, in_tissue[, label]``."""
     table = read_table(path)
     missing = [c for c in ("spot_id", "pixel_x", "pixel_y") if c not in table]
@@ -220,16 +294,18 @@ def read_spots_table(path: Path) -> Spots:
     ids = table["spot_id"].tolist()
     check_unique(ids, f"{path}: spot ids")
     array = ["array_x", "array_y"] if {"array_x", "array_y"} <= set(table) else None
-    tissue = np.array([number(v, f"{path}: in_tissue") == 1 for v in table.get("in_tissue", ["1"] * len(ids))], bool)
-    return Spots(
-        ids, numbers(table, ["pixel_x", "pixel_y"], path),
+    tissue = flags(table.get("in_tissue", ["1"] * len(ids)), f"{path}: in_tissue")
+    return SpotPositions(
+        ids,
+        numbers(table, ["pixel_x", "pixel_y"], path),
         numbers(table, array, path) if array else np.full((len(ids), 2), np.nan),
-        table["label"].tolist() if "label" in table else [""] * len(ids), tissue,
-    )  # fmt: skip
+        table["label"].tolist() if "label" in table else [""] * len(ids),
+        tissue,
+    )
 
 
 def numbers(table: pd.DataFrame, columns: list[str], path: Path) -> np.ndarray:
-    """Return columns as float64 (n, k); refuse text."""
+    """Return columns as float64 (n, k); text raises."""
     out = table[columns].apply(pd.to_numeric, errors="coerce").to_numpy(np.float64)
     text = np.isnan(out) & (table[columns] != "").to_numpy()
     if text.any():
@@ -241,23 +317,31 @@ def numbers(table: pd.DataFrame, columns: list[str], path: Path) -> np.ndarray:
 
 
 def join(
-    meta: SectionMeta, image: Path, counts: sparse.csr_matrix, count_ids: list[str], genes: list[str],
-    symbols: list[str], spots: Spots, counts_path: Path, spots_path: Path, notes: list[str] | None = None,
-) -> Section:  # fmt: skip
-    """Join spots to counts by id, in the order of the spot table; spots in tissue only; drops are counted."""
+    meta: SectionMeta,
+    image: Path,
+    counts: sparse.csr_matrix,
+    count_ids: list[str],
+    genes: list[str],
+    symbols: list[str],
+    spots: SpotPositions,
+    counts_path: Path,
+    spots_path: Path,
+    notes: list[str] | None = None,
+) -> Section:
+    """Join spots in tissue with their counts by id, in the order of the spot table; dropped spots are counted."""
     row_of = {spot: i for i, spot in enumerate(count_ids)}
     both = np.array([s in row_of for s in spots.ids], bool)
     if not both.any():
         raise SourceError(
             f"{counts_path} and {spots_path} share no spot id: {', '.join(count_ids[:3])} ... against "
-            f"{', '.join(spots.ids[:3])} ...; the two files must name spots alike"
+            f"{', '.join(spots.ids[:3])} ...; use the same spot ids in both files"
         )
     lost = int((spots.in_tissue & ~both).sum())
     if both.sum() < 0.5 * min(len(count_ids), len(spots.ids)):
         example = next(s for s, b in zip(spots.ids, both, strict=True) if not b)
         raise SourceError(
             f"{spots_path}: only {int(both.sum())} of its {len(spots.ids)} spots are among the {len(count_ids)} of "
-            f"{counts_path} (e.g. {example} is not); these files are not of one section"
+            f"{counts_path} (e.g. {example} is not); use files of the same section"
         )
     keep = np.flatnonzero(both & spots.in_tissue)
     dropped = {
@@ -267,6 +351,15 @@ def join(
     }
     rows = [row_of[spots.ids[i]] for i in keep]
     return Section(
-        meta, image, counts[rows], genes, symbols, [spots.ids[i] for i in keep], spots.xy[keep], spots.array_xy[keep],
-        [spots.labels[i] for i in keep], {k: v for k, v in dropped.items() if v}, notes or [],
-    )  # fmt: skip
+        meta,
+        image,
+        counts[rows],
+        genes,
+        symbols,
+        [spots.ids[i] for i in keep],
+        spots.xy[keep],
+        spots.array_xy[keep],
+        [spots.labels[i] for i in keep],
+        {k: v for k, v in dropped.items() if v},
+        notes or [],
+    )

@@ -1,4 +1,4 @@
-"""Choosing sections by what they are: ``{"tissue": ["breast"], "species": ["human"]}``."""
+"""Filter sections by metadata: ``{"tissue": ["breast"], "species": ["human"]}``."""
 
 from __future__ import annotations
 
@@ -16,31 +16,33 @@ _T = TypeVar("_T")
 
 
 def check_where(where: Mapping[str, Collection[str]]) -> dict[str, Collection[str]]:
-    """Return the conditions by their usual names; refuse one on what sections do not state."""
+    """Resolve aliases of filter keys; unknown keys raise."""
     out: dict[str, Collection[str]] = {}
     for key, values in where.items():
         key = ALSO_CALLED.get(key, key)
         if key not in WHERE_KEYS:
-            raise SourceError(f"sections cannot be chosen by {key!r}; choose by {', '.join(WHERE_KEYS)}")
+            raise SourceError(f"unknown filter key {key!r}; use {', '.join(WHERE_KEYS)}")
         if not values or isinstance(values, str):
-            raise SourceError(f"choosing by {key}: give a list of values")
+            raise SourceError(f"filter {key}: give a list of values")
         out[key] = values
     return out
 
 
 def choose(
-    items: Sequence[_T], where: Mapping[str, Collection[str]], path: Path,
+    items: Sequence[_T],
+    where: Mapping[str, Collection[str]],
+    path: Path,
     facts: Callable[[_T], SectionMeta | CatalogueRow],
-) -> list[_T]:  # fmt: skip
-    """Return the items that meet every condition, in order.
+) -> list[_T]:
+    """Return the items that match every filter, in order.
 
-    Values match whole words without regard to case: ``breast`` takes "Breast" and "breast, HER2+". An exact value
-    wins: where "Visium" is there, ``visium`` does not take "Visium HD".
+    Values match whole words and ignore case: ``breast`` matches "Breast" and "breast, HER2+". An exact match has
+    precedence: if the value "Visium" exists, ``visium`` does not match "Visium HD".
 
     Raises
     ------
     SourceError
-        Nothing meets a condition; the message lists the values there are.
+        No item matches a filter; the message lists the available values.
     """
     kept = list(items)
     for key, values in where.items():
@@ -54,7 +56,7 @@ def choose(
 
 
 def matches(text: str, value: str, have: Collection[str]) -> bool:
-    """Tell whether ``text`` is ``value``, or holds it as a word where no text of ``have`` is exactly it."""
+    """Return whether ``text`` equals ``value``, or contains it as a word and no text of ``have`` equals it."""
     text, value = _plain(text), _plain(value)
     if any(_plain(other) == value for other in have):
         return text == value

@@ -1,7 +1,7 @@
-"""A source behind a URL: what is needed of it is fetched into a folder of the same layout, and read from there.
+"""Download of remote sources: required files are copied to a local folder of the same layout.
 
-Only the listing of what a format needs is asked for, tables first; sections are chosen by these, and then only their
-files are fetched. A file is fetched once, checked for its size, and kept: run again, a broken-off fetch goes on.
+Metadata tables are downloaded first; sections are filtered by them, and only the files of the selected sections are
+downloaded. Files are checked by size and cached; an interrupted download resumes.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from comtip_shards.storage.remote import Remote, RetryPolicy, default_cache
 
 FETCHERS = 4
 UNBOUNDED = 1 << 62
-"""Sources are not evicted while a set is built from them; whoever built it deletes the folder."""
+"""Downloaded sources are never evicted: a build may still read them."""
 PATIENCE = RetryPolicy(stall=300.0, total=24 * 3600.0)
-"""Listings of thousands of files take their time, and so do slides of many GB."""
+"""Long timeouts, for listings of thousands of files and slides of many GB."""
 FILE_SUFFIXES = (".h5ad", ".tsv")
 MAX_PART = 200
 """Bytes of one part of a name; a file system takes 255, and the copy has a suffix while it is written."""
@@ -36,21 +36,21 @@ MAX_PART = 200
 
 @dataclass(frozen=True)
 class Fetched:
-    """What was fetched."""
+    """Result of a download."""
 
     path: Path
-    """Give this to the reader."""
+    """Local path for the reader."""
     fmt: str
     why: str
     samples: list[str] | None
-    """Sections that were chosen; None where the format does not tell sections by files."""
+    """Selected sections; None if the format has no per-section file names."""
     n_files: int
     n_bytes: int
 
 
 @dataclass
 class _Listing:
-    """Names and sizes behind a URL, asked for pattern by pattern."""
+    """Names and sizes of remote files, listed per pattern."""
 
     remote: Remote
     _known: dict[str, dict[str, int | None]] = field(default_factory=dict)
@@ -61,7 +61,7 @@ class _Listing:
         return self._known[pattern]
 
     def needs(self, patterns: Sequence[str], section: str) -> dict[str, int | None]:
-        """Return the files of one section; ``{id}`` in a pattern stands for it, and is listed once for all."""
+        """Return the files of one section; ``{id}`` in a pattern is replaced by the section."""
         out: dict[str, int | None] = {}
         for pattern in patterns:
             if not _is_inside(pattern):  # some are what the source's own table says
@@ -87,11 +87,16 @@ def _is_inside(name: str) -> bool:
 
 
 def fetch_source(
-    url: str, *, fmt: str = "auto", samples: Sequence[str] | None = None,
-    where: Mapping[str, Collection[str]] | None = None, facts: Mapping[str, str] | None = None, cache: Path | None = None,
+    url: str,
+    *,
+    fmt: str = "auto",
+    samples: Sequence[str] | None = None,
+    where: Mapping[str, Collection[str]] | None = None,
+    facts: Mapping[str, str] | None = None,
+    cache: Path | None = None,
     progress: bool = False,
-) -> Fetched:  # fmt: skip
-    """Fetch what a build needs of a source behind a URL.
+) -> Fetched:
+    """Download the files of a remote source that a build needs.
 
     Parameters
     ----------
@@ -99,22 +104,22 @@ def fetch_source(
         A folder (or one ``.h5ad`` or ``manifest.tsv``) that fsspec reads: ``s3://``, ``gs://``, ``https://``,
         ``hf://datasets/OWNER/NAME``.
     fmt
-        ``auto`` tells the format by the names of files.
+        ``auto`` detects the format by file names.
     samples, where
         As for :func:`comtip_shards.sources.open_source`.
     facts
-        Facts that a caller states; ``pixels`` says whether HEST's WSIs or patches are fetched.
+        Facts stated by the caller; ``pixels`` selects the WSIs or the patches of HEST.
     cache
-        Where files are kept; by default ``sources`` in :func:`comtip_shards.storage.remote.default_cache`.
+        Cache directory; by default ``sources`` in :func:`comtip_shards.storage.remote.default_cache`.
     progress
-        Show a bar on a terminal.
+        Show a progress bar.
 
     Raises
     ------
     SourceError
-        The format is not known, or no section meets the conditions, or the disk is too small.
+        Unknown format, no section matches, or not enough disk space.
     ShardError
-        The remote failed; what was fetched is kept.
+        The remote failed; completed files stay in the cache.
     """
     folder, only = _split(url)
     remote = Remote(folder, cache or default_cache() / "sources", UNBOUNDED, PATIENCE)
@@ -136,8 +141,14 @@ def fetch_source(
     bar = tqdm(total=wanted, desc="fetching", unit="B", unit_scale=True, disable=None if progress else True)
     with bar:
         n_bytes = _fetch(remote, needed, root, bar)
-    return Fetched(root / only if only else root, layout.fmt, why, chosen and [layout.section(c) for c in chosen],
-                   len(needed), n_bytes)  # fmt: skip
+    return Fetched(
+        root / only if only else root,
+        layout.fmt,
+        why,
+        chosen and [layout.section(c) for c in chosen],
+        len(needed),
+        n_bytes,
+    )
 
 
 def _split(url: str) -> tuple[str, str]:
@@ -147,47 +158,54 @@ def _split(url: str) -> tuple[str, str]:
 
 
 def _tail(url: str) -> Path:
-    """Return the last two names of a URL's path: a run is named by its folder, or by the one above ``outs``."""
+    """Return the last two path components of a URL; a run is named after its folder or the parent of ``outs``."""
     parts = [p for p in url.split("://", 1)[1].split("?")[0].split("/") if p and p.strip(".")]
     return Path(*parts[-2:]) if parts else Path("source")
 
 
 def _recognise(listing: _Listing, url: str, fmt: str, only: str) -> tuple[Layout, str]:
     if fmt != "auto":
-        return LAYOUTS[fmt], "as asked for"
+        return LAYOUTS[fmt], "set by --format"
     if only:
         kind = LAYOUTS["anndata" if only.endswith(".h5ad") else "manifest"]
-        return kind, f"{only} by its name"
+        return kind, f"file name {only}"
     for layout in LAYOUTS.values():
         found = [next(iter(sorted(listing.match(mark))), "") for mark in layout.marks]
         if all(found):
-            return layout, f"{', '.join(found)} and the like"
+            return layout, f"found {', '.join(found)}"
     known = "; ".join(f"{n}: {' and '.join(la.marks)}" for n, la in LAYOUTS.items())
     raise SourceError(
-        f"{url}: no known format. Looked for {known}. If it is one of these, force it with --format; a server that "
-        "cannot list its files cannot be searched: download it first"
+        f"{url}: unknown format. Looked for {known}. If it is one of these, set it with --format. If the server "
+        "cannot list files, download the source first"
     )
 
 
 def _choose(
-    layout: Layout, listing: _Listing, root: Path, url: str, samples: Sequence[str] | None,
-    where: Mapping[str, Collection[str]], only: str,
-) -> list[str] | None:  # fmt: skip
-    """Return the names of the chosen sections as files spell them; None where all files are needed."""
+    layout: Layout,
+    listing: _Listing,
+    root: Path,
+    url: str,
+    samples: Sequence[str] | None,
+    where: Mapping[str, Collection[str]],
+    only: str,
+) -> list[str] | None:
+    """Return the selected sections as spelled in file names; None if all files are needed."""
     if layout.names is None:
         if where:
-            raise SourceError(f"{url}: {layout.fmt} has no table of sections to choose from; name them with --samples")
+            raise SourceError(f"{url}: {layout.fmt} has no metadata table to filter by; select sections with --samples")
         return None
     stems = layout.names(root, listing.match(only or layout.marks[0]))
-    spelt = {layout.section(stem): stem for stem in stems}
-    ids = pick(samples, list(spelt), Path(url))
+    stem_of = {layout.section(stem): stem for stem in stems}
+    ids = pick(samples, list(stem_of), Path(url))
     rows = {row.section_id: row for row in layout.rows(root)} if layout.rows else {}
     if where and not rows:
-        raise SourceError(f"{url}: no table says what its sections are, so they cannot be chosen by {', '.join(where)}")
+        raise SourceError(
+            f"{url}: no metadata table, so sections cannot be filtered by {', '.join(where)}; use --samples"
+        )
     if where:
         known = [rows[i] for i in ids if i in rows]
         ids = [row.section_id for row in choose(known, where, Path(url), lambda row: row)]
-    return [spelt[i] for i in ids]
+    return [stem_of[i] for i in ids]
 
 
 def _check_disk(cache: Path, wanted: int, url: str) -> None:
@@ -196,13 +214,13 @@ def _check_disk(cache: Path, wanted: int, url: str) -> None:
     have = sum(f.stat().st_size for f in (cache / "trees").rglob("*") if f.is_file()) if wanted > free else 0
     if wanted - have > free:
         raise SourceError(
-            f"{url}: {wanted / 1e9:.1f} GB are needed, but only {free / 1e9:.1f} GB are free in {cache}; take fewer sections "
-            "(--samples, --where), or give another folder with --cache"
+            f"{url}: {wanted / 1e9:.1f} GB are needed, but only {free / 1e9:.1f} GB are free in {cache}; select fewer sections "
+            "(--samples, --where) or another folder (--cache)"
         )
 
 
 def _fetch(remote: Remote, files: Mapping[str, int | None], root: Path, bar: tqdm | None) -> int:
-    """Fetch files into a tree of the source's layout; returns their bytes."""
+    """Download files into a tree of the source's layout; returns the number of bytes."""
 
     def one(item: tuple[str, int | None]) -> int:
         name, size = item
@@ -215,7 +233,7 @@ def _fetch(remote: Remote, files: Mapping[str, int | None], root: Path, bar: tqd
             try:
                 os.link(kept, tmp_path)
             except OSError:
-                shutil.copyfile(kept, tmp_path)  # a file system without hard links
+                shutil.copyfile(kept, tmp_path)  # the file system has no hard links
             tmp_path.replace(target)
         n = target.stat().st_size
         if bar is not None:

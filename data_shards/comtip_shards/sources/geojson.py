@@ -1,4 +1,4 @@
-"""Polygons of cells from a GeoJSON file, one by one: the files of whole slides are too large to parse at once."""
+"""Streaming reader for cell polygons in GeoJSON files, which may exceed memory."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _BETWEEN = re.compile(r"[\s,]*")
 
 
 def iter_features(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the features of a FeatureCollection.
+    """Iterate over the features of a FeatureCollection.
 
     Raises
     ------
     SourceError
-        Not GeoJSON, or it ends within.
+        Not GeoJSON, or truncated.
     """
     decoder = json.JSONDecoder()
     with reading(path, "GeoJSON"), existing(path, "file of polygons").open(encoding="utf-8") as file:
@@ -33,11 +33,11 @@ def iter_features(path: Path) -> Iterator[dict[str, Any]]:
         while (start := _START.search(text)) is None:
             more = file.read(_CHUNK)
             if not more or len(text) > _LONGEST:
-                raise SourceError(f"{path}: no list of features; this is not a GeoJSON FeatureCollection")
+                raise SourceError(f"{path}: no list of features; expected a GeoJSON FeatureCollection")
             text += more
         at = start.end()
         while True:
-            at = _BETWEEN.match(text, at).end()  # type: ignore[union-attr]  # it matches the empty string too
+            at = _BETWEEN.match(text, at).end()  # type: ignore[union-attr]  # the pattern also matches the empty string
             if text[at : at + 1] == "]":
                 return
             try:
@@ -45,7 +45,9 @@ def iter_features(path: Path) -> Iterator[dict[str, Any]]:
             except json.JSONDecodeError as error:
                 more = file.read(_CHUNK)
                 if not more or len(text) - at > _LONGEST:
-                    raise SourceError(f"{path}: ends or is damaged after {text[at : at + 40]!r}") from error
+                    raise SourceError(
+                        f"{path}: truncated or damaged after {text[at : at + 40]!r}; download or export it again"
+                    ) from error
                 text, at = text[at:] + more, 0
                 continue
             parts = (
@@ -54,12 +56,14 @@ def iter_features(path: Path) -> Iterator[dict[str, Any]]:
                 else [None]
             )
             if not all(isinstance(part, dict) for part in parts):
-                raise SourceError(f"{path}: {str(feature)[:60]} is no feature with geometry and properties")
+                raise SourceError(
+                    f"{path}: {str(feature)[:60]} is not a feature with geometry and properties; export the polygons again"
+                )
             yield feature
 
 
 def centroid(feature: dict[str, Any], path: Path) -> tuple[float, float]:
-    """Return the centre of gravity of a polygon, of the largest where there are several; x, y."""
+    """Return the centroid (x, y) of a polygon, or of the largest polygon of a MultiPolygon."""
     geometry: dict[str, Any] = feature.get("geometry") or {}
     kind, coordinates = geometry.get("type"), geometry.get("coordinates") or []
     try:
@@ -68,18 +72,20 @@ def centroid(feature: dict[str, Any], path: Path) -> tuple[float, float]:
         elif kind == "MultiPolygon":
             rings = [np.asarray(part[0], np.float64) for part in coordinates]
         else:
-            raise ValueError(f"it is {kind!r}")
+            raise ValueError(f"the type is {kind!r}")
         areas, centres = zip(*(_ring(ring) for ring in rings), strict=True)
     except (TypeError, ValueError, IndexError, KeyError) as error:
-        raise SourceError(f"{path}: feature {feature.get('properties')} is no polygon ({error})") from error
+        raise SourceError(
+            f"{path}: feature {feature.get('properties')} is not a polygon ({error}); export the polygons again"
+        ) from error
     return centres[int(np.argmax(areas))]
 
 
 def _ring(ring: np.ndarray) -> tuple[float, tuple[float, float]]:
-    """Return (area, centre) of a closed ring, float (n, 2)."""
+    """Return (area, centroid) of a closed ring, float (n, 2)."""
     if ring.ndim != 2 or ring.shape[1] < 2 or not np.isfinite(ring).all():
-        raise ValueError("its coordinates are no list of finite x, y")
-    # Measured from the first corner, so that large positions do not cancel.
+        raise ValueError("coordinates are not finite x, y pairs")
+    # Relative to the first vertex, to avoid cancellation for large coordinates.
     first = ring[0, :2]
     x, y = (ring[:, :2] - first).T
     cross = x[:-1] * y[1:] - x[1:] * y[:-1]

@@ -1,8 +1,8 @@
-"""A HEST-1k folder, or a part of one: ``st/ID.h5ad`` with ``wsis/ID.tif`` or ``patches/ID.h5``, and ``metadata/ID.json``.
+"""HEST-1k folders, complete or partial: ``st/ID.h5ad``, ``wsis/ID.tif`` or ``patches/ID.h5``, ``metadata/ID.json``.
 
-``obsm["spatial"]`` is a spot's centre, ``coords`` of the patches their top-left corner, both in px of the WSI. There
-are fewer patches than spots, so the two are joined by barcode. Tiles are cut from the WSI where it is there, else
-from the patches, if these are wide enough (112 um).
+``obsm["spatial"]`` holds spot centres and ``coords`` the top-left corners of patches, both in WSI px. There are fewer
+patches than spots, so they are joined by barcode. Tiles are cut from the WSI if present, else from the patches
+(112 um wide).
 """
 
 from __future__ import annotations
@@ -20,50 +20,46 @@ from comtip_shards.errors import SourceError
 from comtip_shards.sections.section import Section, SectionMeta
 from comtip_shards.slides.base import Slide
 from comtip_shards.slides.open import mpp_by_tag
-from comtip_shards.sources.anndata_source import (
-    SPECIES_NAMES,
-    centres,
-    library_picture,
-    library_slide,
-    median_gap,
-    open_h5ad,
-    read_part,
-    read_spots,
-)
+from comtip_shards.sources.anndata_source import library_picture, library_slide, read_spots
+from comtip_shards.sources.anndata_store import open_h5ad, read_part
 from comtip_shards.sources.base import CatalogueRow, SectionSource, existing, number, pick, read_table
+from comtip_shards.sources.features import species_name
+from comtip_shards.sources.geometry import MAX_RATIO_INFERRED, check_pitch, median_gap
+from comtip_shards.sources.packaging import find
 from comtip_shards.sources.patches import Patches, PatchSlide, read_patches
+from comtip_shards.sources.positions import centres
 
 TABLE = "HEST_v*.csv"
 LICENCE = "CC BY-NC-SA 4.0 (HEST-1k: not for commercial use)"
 PIXELS = ("wsi", "patches")
 POOLED = ("xenium", "visium hd")
-"""Technologies whose spots are squares that HEST pooled."""
-NO_PATCH = "without a patch: too little tissue under it"
+"""Technologies for which HEST pooled square pseudo-spots."""
+NO_PATCH = "no patch: too little tissue"
 
 
 def recognise(path: Path) -> str | None:
-    """Return why ``path`` is such a folder, or None."""
-    if not any((path / "st").glob("*.h5ad")):
+    """Return a reason if ``path`` is a HEST-1k folder, else None."""
+    if not any(find(path / "st", "*.h5ad")):
         return None
-    beside = [f"{n}/" for n in ("wsis", "patches", "metadata") if (path / n).is_dir()]
-    beside += [p.name for p in sorted(path.glob(TABLE))]
-    return f"st/*.h5ad beside {', '.join(beside)}" if beside else None
+    siblings = [f"{n}/" for n in ("wsis", "patches", "metadata") if (path / n).is_dir()]
+    siblings += [p.name for p in sorted(find(path, TABLE))]
+    return f"st/*.h5ad with {', '.join(siblings)}" if siblings else None
 
 
 def catalogue(path: Path, overrides: Mapping[str, str]) -> list[CatalogueRow]:
-    """Return the sections of the table, or of ``metadata/``, that the folder holds."""
-    ids = [p.stem for p in sorted((path / "st").glob("*.h5ad"))]
+    """List the sections of the folder with their metadata."""
+    ids = [p.stem for p in sorted(find(path / "st", "*.h5ad"))]
     facts = read_facts(path, ids)
     return [_row(name, facts.get(name, {}), overrides) for name in ids]
 
 
 def table_rows(path: Path) -> list[CatalogueRow]:
-    """Return all sections of the table, those included whose files are not in the folder."""
+    """List all sections of the metadata table, including those without files in the folder."""
     return [_row(name, row, {}) for name, row in _read_csv(path).items()]
 
 
 def read_facts(path: Path, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return {id: facts} of the newest table, and over them those of ``metadata/ID.json``."""
+    """Return {id: facts} from the newest table, updated by ``metadata/ID.json``."""
     facts = _read_csv(path)
     for name in ids:
         file = path / "metadata" / f"{name}.json"
@@ -74,12 +70,12 @@ def read_facts(path: Path, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def _read_csv(path: Path) -> dict[str, dict[str, Any]]:
-    tables = sorted(path.glob(TABLE), key=lambda p: [int(n) for n in p.stem.split("_v")[-1].split("_") if n.isdigit()])
+    tables = sorted(find(path, TABLE), key=lambda p: [int(n) for n in p.stem.split("_v")[-1].split("_") if n.isdigit()])
     if not tables:
         return {}
     table = read_table(tables[-1], sep=",")
     if "id" not in table:
-        raise SourceError(f"{tables[-1]}: lacks the column id; it has {', '.join(map(str, table.columns[:8]))}")
+        raise SourceError(f"{tables[-1]}: missing column id; the columns are {', '.join(map(str, table.columns[:8]))}")
     return {str(row["id"]): {str(k): v for k, v in row.items() if v != ""} for row in table.to_dict("records")}
 
 
@@ -87,7 +83,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
-        raise SourceError(f"{path}: not JSON ({error}); download it again") from error
+        raise SourceError(f"{path}: not valid JSON ({error}); download it again") from error
     if not isinstance(data, dict):
         raise SourceError(f"{path}: not a JSON object; download it again")
     return data
@@ -97,22 +93,25 @@ def _row(name: str, facts: Mapping[str, Any], overrides: Mapping[str, str]) -> C
     species = overrides.get("species") or str(facts.get("species", ""))
     title = " ".join(str(facts.get("dataset_title", "")).split())
     patient = str(facts.get("patient", "")).strip()
-    # "Patient 1" is somebody else in every study.
+    # Patient numbers are unique within a study only.
     donor = f"{title[:60]}: {patient}" if patient and title else patient
     return CatalogueRow(
-        name, SPECIES_NAMES.get(species.lower(), species.lower()),
+        name,
+        species_name(species),
         overrides.get("tissue") or str(facts.get("organ") or facts.get("tissue") or ""),
-        overrides.get("platform") or str(facts.get("st_technology", "")), overrides.get("donor") or donor, "HEST-1k",
-    )  # fmt: skip
+        overrides.get("platform") or str(facts.get("st_technology", "")),
+        overrides.get("donor") or donor,
+        "HEST-1k",
+    )
 
 
 def open_sections(path: Path, samples: Sequence[str] | None, overrides: Mapping[str, str]) -> list[SectionSource]:
-    """Return the sections of the folder that ``samples`` names, all where it is None."""
+    """Return the sections named in ``samples``, or all."""
     if overrides.get("pixels", PIXELS[0]) not in PIXELS:
-        raise SourceError(f"--pixels {overrides['pixels']}: use {' or '.join(PIXELS)}")
+        raise SourceError(f"unknown --pixels {overrides['pixels']}; use {' or '.join(PIXELS)}")
     rows = {row.section_id: row for row in catalogue(path, overrides)}
     if not rows:
-        raise SourceError(f"{path}: no st/ID.h5ad; give the folder that holds st/, wsis/ or patches/, and metadata/")
+        raise SourceError(f"{path}: no st/ID.h5ad; give the folder that contains st/, wsis/ or patches/, and metadata/")
     facts = read_facts(path, list(rows))
     return [_source(path, rows[name], facts.get(name, {}), overrides) for name in pick(samples, list(rows), path)]
 
@@ -122,25 +121,30 @@ def _source(path: Path, row: CatalogueRow, facts: Mapping[str, Any], overrides: 
     table, patches = path / "st" / f"{name}.h5ad", path / "patches" / f"{name}.h5"
     wsi = _wsi(path, name, overrides)
     if wsi is None and not patches.is_file():
-        raise SourceError(
-            f"{path}: neither wsis/{name}.tif nor patches/{name}.h5 is there; download one, or give --image"
-        )
+        raise SourceError(f"{path}: neither wsis/{name}.tif nor patches/{name}.h5 exists; download one or set --image")
     notes: list[str] = []
     if not facts:
-        notes.append(f"neither metadata/{name}.json nor a {TABLE} says anything of {name}")
+        notes.append(f"no metadata for {name}: metadata/{name}.json and {TABLE} are missing")
     mpp = _scale(path, name, facts, overrides, wsi, notes)
     pitch, diameter = _geometry(table, mpp, facts, row.platform, notes)
     if not row.tissue:
-        raise SourceError(f"{path}: nothing says the tissue of {name}; download metadata/{name}.json, or give --tissue")
+        raise SourceError(f"{path}: no tissue for {name}; download metadata/{name}.json or set --tissue")
     licence = f"{LICENCE}; the study's own: {facts['license']}" if facts.get("license") else LICENCE
     study = "; ".join(str(facts[k]) for k in ("dataset_title", "study_link") if facts.get(k))
     meta = SectionMeta(
-        section_id=name, dataset=row.dataset, species=row.species, tissue=row.tissue, donor=row.donor,
-        platform=row.platform, licence=overrides.get("licence") or licence,
+        section_id=name,
+        dataset=row.dataset,
+        species=row.species,
+        tissue=row.tissue,
+        donor=row.donor,
+        platform=row.platform,
+        licence=overrides.get("licence") or licence,
         attribution=overrides.get("attribution") or "; ".join(filter(None, ["HEST-1k (MahmoodLab/hest)", study])),
-        mpp=mpp, spot_diameter_um=diameter, spot_pitch_um=pitch,
+        mpp=mpp,
+        spot_diameter_um=diameter,
+        spot_pitch_um=pitch,
         pooling=f"squares of {pitch:g} um, pooled by HEST" if row.platform.lower() in POOLED else "",
-    )  # fmt: skip
+    )
     inputs = [p for p in (table, path / "metadata" / f"{name}.json", patches, wsi) if p is not None and p.is_file()]
     return SectionSource(meta, tuple(inputs), partial(_load, meta, table, patches, wsi, dict(facts), notes))
 
@@ -150,16 +154,16 @@ def _wsi(path: Path, name: str, overrides: Mapping[str, str]) -> Path | None:
         return existing(Path(overrides["image"].replace("{id}", name)), "image (--image)")
     if overrides.get("pixels") == "patches":
         return None
-    wsi = next(iter(sorted((path / "wsis").glob(f"{name}.tif*"))), None)
+    wsi = next(iter(sorted(find(path / "wsis", f"{name}.tif*"))), None)
     if wsi is None and overrides.get("pixels") == "wsi":
-        raise SourceError(f"{path / 'wsis' / name}.tif: no such file, and --pixels wsi asks for it; download it")
+        raise SourceError(f"{path / 'wsis' / name}.tif: no such file, but --pixels wsi requires it; download it")
     return wsi
 
 
 def _scale(
     path: Path, name: str, facts: Mapping[str, Any], overrides: Mapping[str, str], wsi: Path | None, notes: list[str]
 ) -> float:
-    """Return um per px of the WSI: estimated by HEST from the spots, else what the file had embedded, or has."""
+    """Return um per px of the WSI: --mpp, HEST's estimate from spots, HEST's embedded value, or the file's own tag."""
     where = path / "metadata" / f"{name}.json"
     if overrides.get("mpp"):
         return number(overrides["mpp"], "--mpp")
@@ -167,26 +171,28 @@ def _scale(
         value = number(facts.get(key, ""), f"{where}: {key}")
         if np.isfinite(value):
             if key.endswith("embedded"):
-                notes.append("scale from pixel_size_um_embedded: HEST could not estimate it from the spots")
+                notes.append("scale from pixel_size_um_embedded: HEST has no estimate from spots")
             return value
     tagged = mpp_by_tag(wsi, notes) if wsi is not None else None
     if tagged is not None:
         return tagged
-    raise SourceError(f"{where}: no pixel_size_um_estimated of {name}; download it, or give --mpp")
+    raise SourceError(f"{where}: no pixel_size_um_estimated for {name}; download it or set --mpp")
 
 
 def _geometry(
     table: Path, mpp: float, facts: Mapping[str, Any], platform: str, notes: list[str]
 ) -> tuple[float, float]:
-    """Return (um between spots, um of a spot); what is measured wins over what is stated, and a difference is said."""
+    """Return (spot pitch, spot diameter) in um; measured values have precedence, and differences are noted."""
     with open_h5ad(table) as file:
         if "obsm/spatial" not in file:
-            raise SourceError(f"{table}: no obsm['spatial']; download it again")
-        gap = median_gap(centres(read_part(file, "obsm/spatial", table), table)) * mpp
+            raise SourceError(f"{table}: missing obsm['spatial']; download it again")
+        xy = centres(read_part(file, "obsm/spatial", table), table)
+    check_pitch(xy, mpp, MAX_RATIO_INFERRED if platform.lower() == "visium" else float("inf"), str(table))
+    gap = median_gap(xy) * mpp
     stated = number(facts.get("inter_spot_dist", ""), f"{table.stem}: inter_spot_dist")
     diameter = number(facts.get("spot_diameter", ""), f"{table.stem}: spot_diameter")
     if np.isfinite(stated) and np.isfinite(gap) and abs(gap / stated - 1) > 0.1:
-        notes.append(f"spots are {gap:.1f} um apart at {mpp:.4f} um per px, but inter_spot_dist says {stated:g} um")
+        notes.append(f"the spot pitch is {gap:.1f} um at {mpp:.4f} um per px, but inter_spot_dist is {stated:g} um")
     pitch = gap if np.isfinite(gap) else stated
     square = platform.lower() in POOLED or not np.isfinite(diameter)
     return round(pitch, 3), round(pitch if square else diameter, 3)
@@ -206,18 +212,20 @@ def _load(
             section.notes.append(f"tiles are cut from patches of {patches.width_um:g} um ({patches_path.name})")
             section.slide_opener = partial(_open_patches, patches, section.spot_ids, section.xy, table, dict(facts))
     else:
-        section.notes.append(f"no patches/{patches_path.name}: spots with little tissue are among them")
+        section.notes.append(f"no patches/{patches_path.name}: spots with little tissue are included")
     return section
 
 
 def _open_patches(
     patches: Patches, spot_ids: Sequence[str], xy: np.ndarray, table: Path, facts: Mapping[str, Any]
 ) -> Slide:
-    """Return patches as a slide, with the small picture inside the h5ad as its overview."""
+    """Open patches as a slide, with the image in the h5ad as overview."""
     with open_h5ad(table) as file:
         group = file.get("uns/spatial", {})
         if not isinstance(group, h5py.Group) or not len(group):
-            raise SourceError(f"{table}: no picture in uns['spatial']; download it again, or wsis/{table.stem}.tif too")
+            raise SourceError(
+                f"{table}: no image in uns['spatial']; download it again, or also download wsis/{table.stem}.tif"
+            )
         library = group[next(iter(group))]
         picture = library_picture(library, str(table))
         small = library_slide(library, picture, table)

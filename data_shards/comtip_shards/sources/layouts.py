@@ -1,4 +1,4 @@
-"""Which files each format is read from, by their names alone: what a remote source is asked for."""
+"""File name patterns of each format, used to select the files of a remote source."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from comtip_shards.sources import hest, manifest_table, stimage
-from comtip_shards.sources.anndata_source import safe_id
 from comtip_shards.sources.base import CatalogueRow
+from comtip_shards.sources.names import safe_id
 
 _MICROSCOPE = ("microscope_image/*", "*tissue_image.*", "*_image.tif*", "*_image.btf", "*_image.jpg")
 HD_POOL_UM, HD_BINS = 128.0, (16, 8, 2)
@@ -16,21 +16,21 @@ HD_POOL_UM, HD_BINS = 128.0, (16, 8, 2)
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """The files of one format; patterns are relative to the source, ``{id}`` stands for a section."""
+    """File name patterns of one format, relative to the source; ``{id}`` is replaced by the section."""
 
     fmt: str
     marks: tuple[str, ...]
-    """Each must match a file; the first matches one file per section where :attr:`names` is given."""
+    """Patterns that must all match; the first matches one file per section if :attr:`names` is set."""
     files: Callable[[Path, str, Mapping[str, str]], tuple[str, ...]]
-    """``files(what was fetched so far, section, facts)``, the patterns of a section's files."""
+    """``files(local root, section, facts)`` returns the patterns of a section's files."""
     tables: tuple[str, ...] = ()
-    """Fetched first."""
+    """Metadata tables, downloaded first."""
     names: Callable[[Path, Collection[str]], list[str]] | None = None
-    """Sections as their files spell them, by the files of the first mark; None where all is one section, or unknown."""
+    """Returns sections as spelled in the file names of the first mark; None if the source is one section."""
     rows: Callable[[Path], list[CatalogueRow]] | None = None
-    """What the tables say of the sections."""
+    """Returns section metadata from the tables."""
     section: Callable[[str], str] = str
-    """A section's id by how its files spell it."""
+    """Converts the spelling in file names to a section id."""
 
 
 def _fixed(*patterns: str) -> Callable[[Path, str, Mapping[str, str]], tuple[str, ...]]:
@@ -51,50 +51,83 @@ def _manifest_files(root: Path, section: str, facts: Mapping[str, str]) -> tuple
 
 
 def _hd_files(root: Path, section: str, facts: Mapping[str, str]) -> tuple[str, ...]:
-    """Return only the bins that are pooled: those of 2 um alone may be a hundred times the rest."""
+    """Select only the bins that are pooled; the 2 um bins are about 100 times larger than the rest."""
     pool = float(facts.get("pool_um") or HD_POOL_UM)
     width = float(facts.get("bin_um") or next((b for b in HD_BINS if pool % b == 0), HD_BINS[-1]))
     bins = f"binned_outputs/square_{int(width):03d}um"
     return (
-        f"{bins}/*_feature_bc_matrix.h5", f"{bins}/filtered_feature_bc_matrix/*", f"{bins}/spatial/*", "segmented_outputs/*.h5",
-        "segmented_outputs/*.geojson", "segmented_outputs/spatial/*", "spatial/*", *_MICROSCOPE,
-    )  # fmt: skip
+        f"{bins}/*_feature_bc_matrix.h5",
+        f"{bins}/filtered_feature_bc_matrix/*",
+        f"{bins}/spatial/*",
+        "segmented_outputs/*.h5",
+        "segmented_outputs/*.geojson",
+        "segmented_outputs/spatial/*",
+        "spatial/*",
+        *_MICROSCOPE,
+    )
 
 
 _ALL = (
     Layout(
-        fmt="manifest", marks=("manifest.tsv",), tables=("manifest.tsv",), files=_manifest_files,
-        names=lambda root, names: manifest_table.ids_of(root), rows=manifest_table.catalogue,
+        fmt="manifest",
+        marks=("manifest.tsv",),
+        tables=("manifest.tsv",),
+        files=_manifest_files,
+        names=lambda root, names: manifest_table.ids_of(root),
+        rows=manifest_table.catalogue,
     ),
     Layout(
-        fmt="hest", marks=("st/*.h5ad",), tables=(hest.TABLE,), files=_hest_files, names=_stems(".h5ad"),
+        fmt="hest",
+        marks=("st/*.h5ad",),
+        tables=(hest.TABLE,),
+        files=_hest_files,
+        names=_stems(".h5ad"),
         rows=hest.table_rows,
     ),
     Layout(
-        fmt="stimage", marks=("*/coord/*_coord.csv",), tables=(stimage.TABLE,),
-        files=_fixed("*/coord/{id}_coord.csv", "*/gene_exp/{id}_count.csv", "*/image/{id}.*"), names=_stems("_coord.csv"),
-        rows=stimage.table_rows, section=safe_id,
+        fmt="stimage",
+        marks=("*/coord/*_coord.csv",),
+        tables=(stimage.TABLE,),
+        files=_fixed("*/coord/{id}_coord.csv", "*/gene_exp/{id}_count.csv", "*/image/{id}.*"),
+        names=_stems("_coord.csv"),
+        rows=stimage.table_rows,
+        section=safe_id,
     ),
     Layout(fmt="visium_hd", marks=("binned_outputs/*/spatial/tissue_positions.parquet",), files=_hd_files),
     Layout(
-        fmt="xenium", marks=("experiment.xenium",),
+        fmt="xenium",
+        marks=("*experiment.xenium",),
         files=_fixed(
-            "experiment.xenium", "transcripts.parquet", "cells.parquet", "cell_feature_matrix.h5", "gene_panel.json",
-            "*he_image*", "*alignment.csv", "*keypoints.csv",
+            "*experiment.xenium",
+            "*transcripts.parquet",
+            "*cells.parquet",
+            "*cell_feature_matrix.h5",
+            "*gene_panel.json",
+            "*he_image*",
+            "*alignment.csv",
+            "*keypoints.csv",
         ),
     ),
     Layout(
-        fmt="space_ranger", marks=("spatial/*tissue_positions*",),
+        fmt="space_ranger",
+        marks=("spatial/*tissue_positions*",),
         files=_fixed(
-            "spatial/*", "*filtered_feature_bc_matrix.h5", "*filtered_feature_bc_matrix/*", "filtered_gene_bc_matrices/*/*",
+            "spatial/*",
+            "*filtered_feature_bc_matrix.h5",
+            "*filtered_feature_bc_matrix/*",
+            "filtered_gene_bc_matrices/*/*",
             *_MICROSCOPE,
         ),
     ),
     Layout(fmt="spatialdata", marks=("tables/*/*", "images/*/*"), files=_fixed("**")),
     Layout(
-        fmt="anndata", marks=("*.h5ad",), files=_fixed("{id}.h5ad"), names=_stems(".h5ad"), section=safe_id,
+        fmt="anndata",
+        marks=("*.h5ad",),
+        files=_fixed("{id}.h5ad"),
+        names=_stems(".h5ad"),
+        section=safe_id,
     ),
     Layout(fmt="legacy_st", marks=("*.tsv.gz", "*_HE.*"), files=_fixed("*")),
-)  # fmt: skip
+)
 LAYOUTS = {layout.fmt: layout for layout in _ALL}
-"""In the order in which a listing is compared with them."""
+"""In order of precedence."""

@@ -1,7 +1,8 @@
-"""A folder of legacy Spatial Transcriptomics sections: counts by array coordinates, an image, and spot positions.
+"""Legacy Spatial Transcriptomics folders: counts by array coordinates, an image, and spot positions.
 
-Positions come from ``*_spots.tsv`` (px of the image), from ``*_selection.tsv`` or ``*_alignment.tsv`` (px of the
-image they were made on), or, with neither, from the array: its 33 x 35 frame exactly fills the published images.
+Positions are read from ``*_spots.tsv`` (px of the image), ``*_selection.tsv`` or ``*_alignment.tsv`` (px of the image
+used for alignment). Without these files they are derived from the 33 x 35 array, whose frame fills the published
+images exactly.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from comtip_shards.sections.section import Section, SectionMeta
 from comtip_shards.slides.open import image_size
 from comtip_shards.sources.base import (
     SectionSource,
-    Spots,
+    SpotPositions,
+    existing,
     join,
     number,
     numbers,
@@ -26,30 +28,34 @@ from comtip_shards.sources.base import (
     read_spots_table,
     read_table,
 )
+from comtip_shards.sources.features import species_name
+from comtip_shards.sources.packaging import find
 
 PITCH_UM, DIAMETER_UM = 200.0, 100.0
+MIN_PITCH_UM, MAX_PITCH_UM = 75.0, 400.0
+"""Range of spot pitches that a stated scale may give."""
 _COUNTS = re.compile(r"(?P<id>.+?)(?:_stdata|_counts)?\.tsv(?:\.gz)?$")
 _NOT_COUNTS = re.compile(r"(_spots|_selection|_alignment|_annotation|_labeled_coordinates|_onehot|genes|manifest)\b")
 _SPOT_ID = re.compile(r"(-?\d+(?:\.\d+)?)x(-?\d+(?:\.\d+)?)$")
 
 
 def recognise(path: Path) -> str | None:
-    """Return why ``path`` is such a folder, or None."""
+    """Return a reason if ``path`` is a legacy ST folder, else None."""
     found = _sections(path) if path.is_dir() else {}
-    return f"count tables with an image beside each: {', '.join(found)}" if found else None
+    return f"count tables with images: {', '.join(found)}" if found else None
 
 
 def _sections(path: Path) -> dict[str, tuple[Path, Path]]:
     """Return {section id: (counts, image)}."""
     out: dict[str, tuple[Path, Path]] = {}
-    for counts in sorted(path.glob("*.tsv*")):
+    for counts in sorted(find(path, "*.tsv*")):
         match = _COUNTS.match(counts.name)
         if match is None or _NOT_COUNTS.search(counts.name):
             continue
         name = match["id"]
         images = [
             p
-            for p in sorted(path.glob(f"{name}[._]*"))
+            for p in sorted(find(path, f"{name}[._]*"))
             if p.suffix.lower() in {".jpg", ".jpeg", ".png", ".tif", ".tiff"}
         ]
         images = [p for p in images if "overlay" not in p.stem.lower()]
@@ -59,77 +65,96 @@ def _sections(path: Path) -> dict[str, tuple[Path, Path]]:
 
 
 def open_sections(path: Path, samples: Sequence[str] | None, overrides: Mapping[str, str]) -> list[SectionSource]:
-    """Return the sections of the folder; ``overrides`` state species, tissue and donor, which it does not hold."""
+    """Return the sections of the folder; species and tissue must be stated in ``overrides``."""
     found = _sections(path)
     if not found:
-        raise SourceError(f"{path}: no ID.tsv(.gz) with an image ID_*.jpg or .png beside it")
+        raise SourceError(
+            f"{path}: no ID.tsv(.gz) with an image ID_*.jpg or .png; put each count table and its image in this folder"
+        )
     for key in ("species", "tissue"):
         if not overrides.get(key):
-            raise SourceError(f"{path}: legacy ST files do not say the {key}; give --{key}")
-    return [_source(path, name, *found[name], overrides) for name in pick(samples, list(found), path)]
+            raise SourceError(f"{path}: legacy ST files have no {key}; set --{key}")
+    names = pick(samples, list(found), path)
+    if len(names) > 1 and overrides.get("image") and "{id}" not in overrides["image"]:
+        raise SourceError(
+            f"{path}: --image is one file but there are {len(names)} sections; use {{id}} in it, or select one with --samples"
+        )
+    return [_source(path, name, *found[name], overrides) for name in names]
 
 
 def _source(path: Path, name: str, counts: Path, image: Path, overrides: Mapping[str, str]) -> SectionSource:
-    image = Path(overrides["image"]) if overrides.get("image") else image
+    if overrides.get("image"):
+        image = existing(Path(overrides["image"].replace("{id}", name)), "image (--image)")
     table = next(
         (p for kind in ("spots", "selection", "alignment") if (p := path / f"{name}_{kind}.tsv").is_file()), None
     )
     spots = _read_spots(table, image) if table is not None else None
-    notes = [] if table is not None else [f"no spot file: the 33 x 35 array frame is taken to fill {image.name}"]
+    notes = [] if table is not None else [f"no spot file: assumed that the 33 x 35 array frame fills {image.name}"]
     if overrides.get("mpp"):
         mpp = number(overrides["mpp"], "--mpp")
+        pitch = _pitch_px(spots, image, table) * mpp
+        if not MIN_PITCH_UM < pitch < MAX_PITCH_UM:
+            raise SourceError(
+                f"{path}: with {mpp:g} um per px the spot pitch is {pitch:.0f} um, but arrays have 150 or {PITCH_UM:g} um; "
+                f"set --mpp {PITCH_UM * mpp / pitch:.4g} or omit it"
+            )
     else:
         mpp = PITCH_UM / _pitch_px(spots, image, table)
         notes.append(f"scale from the array's {PITCH_UM:g} um pitch: {mpp:.4f} um per px")
     meta = SectionMeta(
-        section_id=name, dataset=path.name, species=overrides["species"].lower(), tissue=overrides["tissue"],
-        donor=overrides.get("donor", ""), platform=overrides.get("platform", "legacy Spatial Transcriptomics"),
-        licence=overrides.get("licence", ""), attribution=overrides.get("attribution", ""), mpp=mpp,
-        spot_diameter_um=DIAMETER_UM, spot_pitch_um=PITCH_UM,
-    )  # fmt: skip
+        section_id=name,
+        dataset=path.name,
+        species=species_name(overrides["species"]),
+        tissue=overrides["tissue"],
+        donor=overrides.get("donor", ""),
+        platform=overrides.get("platform", "legacy Spatial Transcriptomics"),
+        licence=overrides.get("licence", ""),
+        attribution=overrides.get("attribution", ""),
+        mpp=mpp,
+        spot_diameter_um=DIAMETER_UM,
+        spot_pitch_um=PITCH_UM,
+    )
 
     def load() -> Section:
         matrix, ids, genes = read_counts_table(counts)
-        placed = spots if spots is not None else _from_array(ids, image, counts)
-        return join(meta, image, matrix, ids, genes, [""] * len(genes), placed, counts, table or counts, notes)
+        positions = spots if spots is not None else _from_array(ids, image, counts)
+        return join(meta, image, matrix, ids, genes, [""] * len(genes), positions, counts, table or counts, notes)
 
     return SectionSource(meta, tuple(p for p in (image, counts, table) if p is not None), load)
 
 
-def _read_spots(path: Path, image: Path) -> Spots:
+def _read_spots(path: Path, image: Path) -> SpotPositions:
     if path.name.endswith("_spots.tsv"):
         return read_spots_table(path)
     table = read_table(path)
     missing = [c for c in ("x", "y", "pixel_x", "pixel_y") if c not in table]
     if missing:
-        raise SourceError(f"{path}: lacks the columns {', '.join(missing)}")
+        raise SourceError(f"{path}: missing columns {', '.join(missing)}")
     array = numbers(table, ["new_x", "new_y"] if {"new_x", "new_y"} <= set(table) else ["x", "y"], path)
     chosen = np.array([v.strip() != "0" for v in table.get("selected", ["1"] * len(table))], bool)
     ids = [f"{x}x{y}" for x, y in zip(table["x"], table["y"], strict=True)]
-    return Spots(ids, numbers(table, ["pixel_x", "pixel_y"], path), array, [""] * len(ids), chosen)
+    return SpotPositions(ids, numbers(table, ["pixel_x", "pixel_y"], path), array, [""] * len(ids), chosen)
 
 
-def _from_array(ids: list[str], image: Path, counts: Path) -> Spots:
+def _from_array(ids: list[str], image: Path, counts: Path) -> SpotPositions:
     parsed = [_SPOT_ID.match(i) for i in ids]
     bad = [i for i, m in zip(ids, parsed, strict=True) if m is None]
     if bad:
-        raise SourceError(
-            f"{counts}: spot id {bad[0]!r} is not array coordinates (12x7); give positions in ID_spots.tsv"
-        )
+        raise SourceError(f"{counts}: spot id {bad[0]!r} is not of the form 12x7; provide positions in ID_spots.tsv")
     array = np.array([[float(m[1]), float(m[2])] for m in parsed if m is not None])
     if array.min() < 0.5 or array[:, 0].max() > 33.5 or array[:, 1].max() > 35.5:
-        raise SourceError(f"{counts}: array coordinates go beyond 33 x 35; give positions in ID_spots.tsv")
+        raise SourceError(f"{counts}: array coordinates exceed 33 x 35; provide positions in ID_spots.tsv")
     width, height = image_size(image)
     xy = np.stack([(array[:, 0] - 1) / 32 * width, (array[:, 1] - 1) / 34 * height], axis=1)
-    return Spots(ids, xy, array, [""] * len(ids), np.ones(len(ids), bool))
+    return SpotPositions(ids, xy, array, [""] * len(ids), np.ones(len(ids), bool))
 
 
-def _pitch_px(spots: Spots | None, image: Path, table: Path | None) -> float:
-    """Return px per array step, by least squares of positions on array coordinates."""
+def _pitch_px(spots: SpotPositions | None, image: Path, table: Path | None) -> float:
+    """Return px per array step by a least-squares fit of positions to array coordinates."""
     if spots is None:
         return image_size(image)[0] / 32
     design = np.column_stack([spots.array_xy, np.ones(len(spots.ids))])
     if len(spots.ids) < 3 or not np.isfinite(design).all():
-        raise SourceError(f"{table}: too few array coordinates to work out the scale; give --mpp")
+        raise SourceError(f"{table}: too few array coordinates to estimate the scale; set --mpp")
     fit, *_ = np.linalg.lstsq(design, spots.xy, rcond=None)
     return float(np.sqrt(abs(np.linalg.det(fit[:2]))))

@@ -1,4 +1,4 @@
-"""A ``manifest.tsv`` table of sections: one row each, with paths relative to the table."""
+"""``manifest.tsv``: a table with one row per section and paths relative to the table."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ REQUIRED = ("sample_id", "species", "tissue", "donor", "image", "counts", "spots
 
 
 def recognise(path: Path) -> str | None:
-    """Return why ``path`` is such a table, or None."""
+    """Return a reason if ``path`` is a manifest table, else None."""
     table = path / NAME if path.is_dir() else path
     if not table.is_file() or table.suffix != ".tsv":
         return None
@@ -40,14 +40,14 @@ def recognise(path: Path) -> str | None:
 
 
 def open_sections(path: Path, samples: Sequence[str] | None, overrides: Mapping[str, str]) -> list[SectionSource]:
-    """Return the sections of the table that ``samples`` names, all where it is None."""
+    """Return the sections named in ``samples``, or all."""
     where = path / NAME if path.is_dir() else path
     rows = _rows(where)
     return [_source(rows[name], where, overrides) for name in pick(samples, list(rows), where)]
 
 
 def catalogue(folder: Path) -> list[CatalogueRow]:
-    """Return what the table of a folder says of its sections; their files need not be there."""
+    """List the sections of a folder's table; their files need not exist."""
     return [
         CatalogueRow(name, *(str(row.get(c, "")) for c in ("species", "tissue", "platform", "donor", "dataset")))
         for name, row in _rows(folder / NAME).items()
@@ -55,13 +55,13 @@ def catalogue(folder: Path) -> list[CatalogueRow]:
 
 
 def files_of(folder: Path, section: str) -> tuple[str, ...]:
-    """Return the files of a section, as the table of a folder names them."""
+    """Return the file names of a section."""
     row = _rows(folder / NAME)[section]
     return tuple(str(row[c]) for c in FILES)
 
 
 def ids_of(folder: Path) -> list[str]:
-    """Return the sections of a folder's table."""
+    """Return the section ids of a folder's table."""
     return list(_rows(folder / NAME))
 
 
@@ -69,13 +69,13 @@ def _rows(where: Path) -> dict[str, dict[Hashable, Any]]:
     table = read_table(where)
     missing = [c for c in REQUIRED if c not in table]
     if missing:
-        raise SourceError(f"{where}: lacks the columns {', '.join(missing)}")
+        raise SourceError(f"{where}: missing columns {', '.join(missing)}; the columns are {', '.join(table.columns)}")
     ids = table["sample_id"].tolist()
     for row, name in enumerate(ids, 2):
         check_section_id(name, f"{where}: sample_id in row {row}", SourceError, RENAME)
     twice = sorted({i for i in ids if ids.count(i) > 1})
     if twice:
-        raise SourceError(f"{where}: sample_id {', '.join(twice)} stands more than once")
+        raise SourceError(f"{where}: duplicate sample_id {', '.join(twice)}; rename or remove one")
     return {str(row["sample_id"]): row for row in table.to_dict("records")}
 
 
@@ -92,13 +92,19 @@ def _source(row: Mapping[Hashable, Any], where: Path, overrides: Mapping[str, st
     if not np.isfinite(mpp):
         mpp = mpp_by_tag(image, notes) or mpp
     meta = SectionMeta(
-        section_id=name, dataset=str(row.get("dataset", "")), species=fact("species", "species").lower(),
-        tissue=fact("tissue", "tissue"), donor=fact("donor", "donor"), platform=fact("platform", "platform"),
-        licence=fact("licence", "licence"), attribution=fact("attribution", "attribution"), mpp=mpp,
+        section_id=name,
+        dataset=str(row.get("dataset", "")),
+        species=fact("species", "species").lower(),
+        tissue=fact("tissue", "tissue"),
+        donor=fact("donor", "donor"),
+        platform=fact("platform", "platform"),
+        licence=fact("licence", "licence"),
+        attribution=fact("attribution", "attribution"),
+        mpp=mpp,
         spot_diameter_um=number(row.get("spot_diameter_um", "100"), f"{where}: spot_diameter_um of {name}"),
         spot_pitch_um=number(row.get("spot_pitch_um", "200"), f"{where}: spot_pitch_um of {name}"),
         split=str(row.get("split", "")),
-    )  # fmt: skip
+    )
     check_meta(meta, where)
     if "genes x spots" in str(row.get("counts_layout", "")):
         raise SourceError(f"{where}: {name}: counts_layout is genes x spots; transpose {counts.name} to spots x genes")

@@ -1,4 +1,4 @@
-"""Ready-made patches in an h5 file (HEST, and tools that write alike): ``img``, ``coords``, ``barcode``."""
+"""Pre-extracted patches in an h5 file (HEST and compatible tools): ``img``, ``coords``, ``barcode``."""
 
 from __future__ import annotations
 
@@ -24,57 +24,59 @@ HEST_MPP = 0.5
 
 @dataclass(frozen=True)
 class Patches:
-    """What a file of patches holds, without the pixels."""
+    """Contents of a patch file without the pixels."""
 
     path: Path
     row_of: dict[str, int]
-    """Row of each barcode."""
+    """Barcode to row."""
     coords_N2: np.ndarray
-    """float64 (N, 2), top-left corners in px of the WSI."""
+    """float64 (N, 2), top-left corners in WSI px."""
     width_px: float
-    """Width of a patch in px of the WSI."""
+    """Patch width in WSI px."""
     width_um: float
     has_pixels: bool
 
     def check(self, spot_ids: Sequence[str], xy_N2: np.ndarray) -> list[str]:
-        """Compare the patches' centres with the spots', joined by barcode; returns notes.
+        """Compare patch centres with spot centres by barcode; returns notes.
 
         Raises
         ------
         SourceError
-            They do not lie on one another: the two files are not of one section, or not of one scale.
+            The centres differ: the files belong to different sections or scales.
         """
         if not len(spot_ids):
-            raise SourceError(f"{self.path}: no patch has the barcode of a spot; are the two files of one section?")
+            raise SourceError(f"{self.path}: no patch has the barcode of a spot; use files of the same section")
         corners = self.coords_N2[[self.row_of[s] for s in spot_ids]]
         off = np.median(np.abs(corners + self.width_px / 2 - xy_N2).max(1))
         off_centre = np.median(np.abs(corners - xy_N2).max(1))
-        # A corner is a whole px, and HEST rounded once more when it halved the width.
+        # Corners are rounded to px, and HEST also rounds half the width.
         near = max(2.0, 0.03 * self.width_px)
         if off <= near:
             return []
         if off_centre <= near:
-            return [f"{self.path.name}: coords are the patches' centres, not their top-left corners"]
+            return [f"{self.path.name}: coords are patch centres instead of top-left corners"]
         raise SourceError(
-            f"{self.path}: half of the patches lie more than {off:.0f} px off their spots; the file is not of this section, or "
-            "of another scale (give --mpp)"
+            f"{self.path}: the median distance of patches from their spots is {off:.0f} px; the file belongs to another section "
+            "or scale (set --mpp)"
         )
 
 
 def read_patches(path: Path, mpp: float) -> Patches:
-    """Read barcodes and corners.
+    """Read barcodes and coordinates.
 
     Parameters
     ----------
     path
         The h5 file.
     mpp
-        um per px of the WSI, where the file does not say it.
+        um per px of the WSI, used if the file does not state it.
     """
     with _open(path) as file:
         for name in ("coords", "barcode"):
             if name not in file:
-                raise SourceError(f"{path}: lacks {name!r}; it has {', '.join(file)}; give HEST's patches/ID.h5")
+                raise SourceError(
+                    f"{path}: missing {name!r}; the file has {', '.join(file)}; use patches/ID.h5 of HEST"
+                )
         barcodes = [v.decode() if isinstance(v, bytes) else str(v) for v in file["barcode"][()].ravel()]
         coords = np.asarray(file["coords"][()], np.float64)
         pixels = file["img"].shape if "img" in file else None
@@ -89,7 +91,7 @@ def read_patches(path: Path, mpp: float) -> Patches:
     source_mpp = float(attrs.get("pixel_size", mpp))
     if abs(source_mpp / mpp - 1) > 0.02:
         raise SourceError(
-            f"{path}: cut at {source_mpp:g} um per px, but the section has {mpp:g}; give --mpp {source_mpp:g}"
+            f"{path}: extracted at {source_mpp:g} um per px, but the section has {mpp:g}; set --mpp {source_mpp:g}"
         )
     side = int(pixels[1]) if pixels is not None else 224
     width_px = float(attrs.get("patch_size_src", side * HEST_MPP / source_mpp))
@@ -102,13 +104,13 @@ def _open(path: Path) -> h5py.File:
 
 
 class PatchSlide(Slide):
-    """Patches in place of a WSI: tiles at the spots' centres only, and a small picture for the overview."""
+    """Slide backed by patches: tiles at spot centres only, and a small image as overview."""
 
     def __init__(
         self, patches: Patches, spot_ids: Sequence[str], xy_N2: np.ndarray, small: ArraySlide, size: tuple[int, int]
     ) -> None:
         if not patches.has_pixels:
-            raise SourceError(f"{patches.path}: holds coords but no img, so there are no pixels; download wsis/ID.tif")
+            raise SourceError(f"{patches.path}: has coords but no img, so no pixels; download wsis/ID.tif")
         self.path, self.size, self.notes, self.reader = patches.path, size, [], "h5py"
         self.tile_limit_um = patches.width_um
         self._patches, self._small = patches, small
@@ -117,51 +119,51 @@ class PatchSlide(Slide):
 
     @property
     def whole_size(self) -> tuple[int, int]:
-        """(width, height) of the small picture."""
+        """(width, height) of the overview image."""
         return self._small.size
 
     def scaled(self, box: Box, size: tuple[int, int]) -> np.ndarray:
-        """Read a window of the small picture; between patches there are no finer pixels."""
+        """Read a window of the overview image; patches have no pixels between them."""
         if size[0] > self._small.size[0] + 1 or size[1] > self._small.size[1] + 1:
             raise SourceError(
-                f"{self.path}: patches have no pixels between them, and the small picture has only {self._small.size[0]} x "
+                f"{self.path}: patches have no pixels between them, and the overview image has only {self._small.size[0]} x "
                 f"{self._small.size[1]} px; download wsis/ID.tif"
             )
         return self._small.scaled(box, size)
 
     def overview(self, max_px: int) -> tuple[np.ndarray, float]:
-        """Return the small picture with its longer side at most ``max_px``, and px of the WSI per px of that."""
+        """Return the overview image with its longer side at most ``max_px``, and its WSI px per px."""
         small, _ = self._small.overview(max_px)
         return small, self.size[0] / small.shape[1]
 
     def iter_tiles(
         self, xy_N2: np.ndarray, mpp: float, tile_um: float, tile_px: int, min_mpp: float
     ) -> Iterator[np.ndarray]:
-        """Yield the middle of the patches at some spots' centres."""
+        """Iterate over the centre crops of the patches at the given spot centres."""
         width = self.tile_limit_um
         if tile_um > width * 1.005:
             raise SourceError(
-                f"{self.path}: patches are {width:g} um wide, tiles of {tile_um:g} um cannot be cut from them; build with "
-                f"--tile-um {math.floor(width)}, or download wsis/ID.tif"
+                f"{self.path}: patches are {width:g} um wide, too small for tiles of {tile_um:g} um; set "
+                f"--tile-um {math.floor(width)} or download wsis/ID.tif"
             )
         for x, y in np.asarray(xy_N2, np.float64):
             row = self._row_at.get((float(x), float(y)))
             if row is None:
-                raise SourceError(f"{self.path}: no patch is centred on ({x:g}, {y:g})")
+                raise SourceError(f"{self.path}: no patch at ({x:g}, {y:g}); download wsis/ID.tif")
             yield self._cut(self._pixels(row), min(tile_um / width, 1.0), width, tile_px, min_mpp)
 
     def _pixels(self, row: int) -> np.ndarray:
         try:
             pixels = np.asarray(self._file["img"][row])
         except OSError as error:
-            raise SourceError(f"{self.path}: patch {row} cannot be read ({error}); is the file whole?") from error
+            raise SourceError(f"{self.path}: patch {row} cannot be read ({error}); download the file again") from error
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
             raise SourceError(f"{self.path}: patches of {pixels.dtype} {pixels.shape}, expected uint8 (H, W, 3)")
         return pixels
 
     @staticmethod
     def _cut(pixels_HW3: np.ndarray, part: float, width_um: float, tile_px: int, min_mpp: float) -> np.ndarray:
-        """Blur a patch as a WSI is blurred, and resample its middle."""
+        """Blur a patch like a WSI and resample its centre."""
         side = pixels_HW3.shape[1]
         size, _, _ = shrunk_size((side, pixels_HW3.shape[0]), width_um / side, min_mpp)
         image = Image.fromarray(pixels_HW3)

@@ -1,4 +1,4 @@
-"""What readers of bins, cells and transcripts share: their settings, and a section of pseudo-spots."""
+"""Helpers shared by the readers that pool bins, cells or transcripts to pseudo-spots."""
 
 from __future__ import annotations
 
@@ -11,56 +11,87 @@ from comtip_shards.errors import SourceError
 from comtip_shards.sections.pooling import Pooled
 from comtip_shards.sections.section import Section, SectionMeta
 from comtip_shards.sources.base import number
-from comtip_shards.sources.tenx import Features
+from comtip_shards.sources.features import Features
 
 
 def setting(overrides: Mapping[str, str], key: str, default: float, *, most: float = np.inf) -> float:
-    """Return a positive number that the caller may have stated."""
+    """Return a positive pooling option, or its default."""
     if not overrides.get(key):
         return default
     option = f"--{key.replace('_', '-')}"
     value = number(overrides[key], option)
     if not 0 < value <= most:
         limit = f", at most {most:g}" if most < np.inf else ""
-        raise SourceError(f"{option} {overrides[key]}: give a number above 0{limit}")
+        raise SourceError(f"{option} {overrides[key]}: must be greater than 0{limit}")
     return value
 
 
 def pooled_meta(
-    path: Path, name: str, overrides: Mapping[str, str], *, species: str, platform: str, mpp: float, pool_um: float,
+    path: Path,
+    name: str,
+    overrides: Mapping[str, str],
+    *,
+    species: str,
+    platform: str,
+    mpp: float,
+    pool_um: float,
     pooling: str,
-) -> SectionMeta:  # fmt: skip
-    """Return the facts of a section of square pseudo-spots."""
+) -> SectionMeta:
+    """Return the metadata of a section of square pseudo-spots."""
     if not overrides.get("tissue"):
-        raise SourceError(f"{path}: the folder does not say the tissue; give --tissue")
+        raise SourceError(f"{path}: the folder does not state the tissue; set --tissue")
     return SectionMeta(
-        section_id=name, dataset=name, species=species.lower(), tissue=overrides["tissue"],
-        donor=overrides.get("donor", ""), platform=overrides.get("platform", platform),
-        licence=overrides.get("licence", ""), attribution=overrides.get("attribution", ""), mpp=mpp,
-        spot_diameter_um=pool_um, spot_pitch_um=pool_um, pooling=pooling,
-    )  # fmt: skip
+        section_id=name,
+        dataset=name,
+        species=species.lower(),
+        tissue=overrides["tissue"],
+        donor=overrides.get("donor", ""),
+        platform=overrides.get("platform", platform),
+        licence=overrides.get("licence", ""),
+        attribution=overrides.get("attribution", ""),
+        mpp=mpp,
+        spot_diameter_um=pool_um,
+        spot_pitch_um=pool_um,
+        pooling=pooling,
+    )
 
 
 def pooled_section(
-    meta: SectionMeta, image: Path, pooled: Pooled, xy: np.ndarray, genes: Features, *, dropped: Mapping[str, int], units: str,
+    meta: SectionMeta,
+    image: Path,
+    pooled: Pooled,
+    xy: np.ndarray,
+    genes: Features,
+    *,
+    dropped: Mapping[str, int],
+    units: str,
     notes: Sequence[str],
-) -> Section:  # fmt: skip
+) -> Section:
     """Return a section of pseudo-spots.
 
     Parameters
     ----------
     xy
-        float64 (N, 2), centres in px of the image.
+        float64 (N, 2), centres in image px.
     genes
-        Of the columns of ``pooled.counts``.
+        Columns of ``pooled.counts``.
     dropped
-        Pseudo-spots that were left out, by reason.
+        Number of excluded pseudo-spots by reason.
     units
-        What was pooled, e.g. ``bins``.
+        Name of the pooled units, e.g. ``bins``.
     """
-    held = f"the pseudo-spots left out held {pooled.dropped_units:,} {units} and {pooled.dropped_counts:,} counts"
+    held = f"excluded pseudo-spots: {pooled.dropped_units:,} {units} with {pooled.dropped_counts:,} counts"
     return Section(
-        meta, image, pooled.counts, genes.ids, genes.symbols, pooled.ids(), xy, pooled.square_N2.astype(np.float64),
-        [""] * len(xy), {reason: n for reason, n in dropped.items() if n},
-        [*notes, held] if pooled.dropped_squares else list(notes), n_pooled=pooled.n_units,
-    )  # fmt: skip
+        meta,
+        image,
+        pooled.counts,
+        genes.ids,
+        genes.symbols,
+        pooled.ids(),
+        xy,
+        pooled.square_N2.astype(np.float64),
+        [""] * len(xy),
+        {reason: n for reason, n in dropped.items() if n},
+        [*notes, held] if pooled.dropped_squares else list(notes),
+        n_pooled=pooled.n_units,
+    )

@@ -1,12 +1,12 @@
-"""A Space Ranger ``outs`` folder of a Visium slide, versions 1 to 4: h5 or MEX, positions with or without a header.
+"""Space Ranger ``outs`` folders of Visium slides, versions 1 to 4: h5 or MEX, positions with or without a header.
 
-Positions are px of the image that the pipeline was given, which it does not keep: it is asked for (``image=``). The
-shrunk pictures in ``spatial/`` are taken only where the caller says ``hires`` or ``lowres``.
+Positions are px of the microscope image that was given to the pipeline. That image is not part of the output, so the
+caller states it (``image=``). The downscaled images in ``spatial/`` are used only for ``image=hires`` or ``lowres``.
 """
 
 from __future__ import annotations
 
-import gzip
+import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,178 +16,201 @@ import pandas as pd
 
 from comtip_shards.errors import SourceError
 from comtip_shards.sections.section import Section, SectionMeta, check_unique
-from comtip_shards.sources.base import SectionSource, Spots, join, number, numbers, pick, reading
-from comtip_shards.sources.tenx import (
-    TenxMatrix,
-    appearance_note,
-    choose_image,
-    find_matrix,
-    only,
-    scale_factors,
-    section_name,
-    species_of,
+from comtip_shards.sources.base import (
+    SectionSource,
+    SpotPositions,
+    existing,
+    flags,
+    join,
+    number,
+    numbers,
+    pick,
+    reading,
 )
+from comtip_shards.sources.features import for_species
+from comtip_shards.sources.packaging import read_packed, unpacked
+from comtip_shards.sources.space_ranger_files import RunFiles, find_runs, spatial_files
+from comtip_shards.sources.tenx import PICTURES, appearance_note, choose_image, scale_factors, section_name
 
 PITCH_UM, DIAMETER_UM = 100.0, 55.0
 SLIDES = {4_992: "6.5 mm", 14_336: "11 mm"}
-"""Spots of a capture area by its width."""
+"""Number of spots to width of the capture area."""
 COARSE_MPP = 2.0
-"""um per px from which on a "full-resolution" image is no microscope scan."""
+"""um per px above which a "full-resolution" image is not a microscope scan."""
 POSITIONS = ("tissue_positions.parquet", "tissue_positions.csv", "tissue_positions_list.csv")
 COLUMNS = ["barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres"]
 FACTORS = "scalefactors_json.json"
 
 
 def recognise(path: Path) -> str | None:
-    """Return why ``path`` is such a folder, or None."""
-    spatial = path / "spatial"
-    if not spatial.is_dir() or (path / "binned_outputs").is_dir():
+    """Return a reason if ``path`` is a Space Ranger folder, else None."""
+    if not path.is_dir() or (path / "binned_outputs").is_dir():
         return None
-    found = [p.name for p in (*_positions_files(spatial), spatial / FACTORS) if p.is_file()]
-    if not found or (
-        (spatial / FACTORS).is_file() and "bin_size_um" in (spatial / FACTORS).read_text(errors="replace")
-    ):
-        return None  # bins of Visium HD
-    return f"spatial/ holds {', '.join(found)}"
+    found = spatial_files(path)
+    factors = path / "spatial" / FACTORS
+    if not found or (factors.is_file() and "bin_size_um" in factors.read_text(errors="replace")):
+        return None  # Visium HD bins
+    return f"{'spatial/ holds' if (path / 'spatial').is_dir() else 'found'} {', '.join(found[:4])}"
 
 
 def open_sections(path: Path, samples: Sequence[str] | None, overrides: Mapping[str, str]) -> list[SectionSource]:
-    """Return the one section of the folder, named by it."""
-    name = section_name(path)
-    pick(samples, [name], path)
-    spatial = path / "spatial"
-    counts, notes = _matrix(path)
-    positions = only(_positions_files(spatial), "table of positions")
-    if positions is None:
-        raise SourceError(f"{spatial}: none of {', '.join(POSITIONS)} is there")
-    factors = scale_factors(spatial / FACTORS)
-    spots = read_positions(positions)
-    features = counts.features()
+    """Return the sections of the folder: one named after it, or one per prefix of the file names."""
+    runs = {run.name: run for run in find_runs(path)}
+    names = pick(samples, list(runs), path)
+    image = overrides.get("image", "")
+    if len(names) > 1 and image and image not in PICTURES and "{id}" not in image:
+        raise SourceError(
+            f"{path}: --image is one file but there are {len(names)} sections; use {{id}} in it, or select one with --samples"
+        )
+    return [_source(runs[name], overrides) for name in names]
+
+
+def _source(run: RunFiles, overrides: Mapping[str, str]) -> SectionSource:
+    path, notes, counts = run.root, list(run.notes), run.matrix
+    if counts is None:
+        raise SourceError(
+            f"{path}: neither filtered_feature_bc_matrix.h5 nor the folder filtered_feature_bc_matrix exists; copy one "
+            "from the run"
+        )
+    if not run.positions:
+        raise SourceError(f"{path}: none of {', '.join(POSITIONS)} exists; copy the table of positions from the run")
+    positions, spots = _positions(run.positions)
+    factors = scale_factors(run.factors) if run.factors is not None else {}
+    if run.factors is None:
+        notes.append(f"no {FACTORS}: the size of the image is not checked")
     full_mpp = _scale(spots, factors, positions, overrides.get("mpp", ""), notes)
+    features, species = for_species(counts.features(), overrides.get("species", ""), counts.path)
     if not overrides.get("tissue"):
-        raise SourceError(f"{path}: Space Ranger does not say the tissue; give --tissue")
-    image, scale, image_notes = choose_image(path, spatial, factors, overrides.get("image", ""))
-    notes += image_notes + features.others_note()
+        raise SourceError(f"{path}: Space Ranger does not state the tissue; set --tissue")
+    stated = overrides.get("image", "").replace("{id}", run.name)
+    image, scale, image_notes = choose_image(path, run.pictures, factors, stated, run.prefix)
+    notes += image_notes
     meta = SectionMeta(
-        section_id=name, dataset=name, species=(overrides.get("species") or species_of(features.ids, counts.path)).lower(),
-        tissue=overrides["tissue"], donor=overrides.get("donor", ""), platform=overrides.get("platform", "Visium"),
-        licence=overrides.get("licence", ""), attribution=overrides.get("attribution", ""), mpp=full_mpp / scale,
-        spot_diameter_um=DIAMETER_UM, spot_pitch_um=PITCH_UM,
-    )  # fmt: skip
-    placed = Spots(spots.ids, spots.xy * scale, spots.array_xy, spots.labels, spots.in_tissue)
+        section_id=run.name,
+        dataset=section_name(path),
+        species=species,
+        tissue=overrides["tissue"],
+        donor=overrides.get("donor", ""),
+        platform=overrides.get("platform", "Visium"),
+        licence=overrides.get("licence", ""),
+        attribution=overrides.get("attribution", ""),
+        mpp=full_mpp / scale,
+        spot_diameter_um=DIAMETER_UM,
+        spot_pitch_um=PITCH_UM,
+    )
+    scaled = SpotPositions(spots.ids, spots.xy * scale, spots.array_xy, spots.labels, spots.in_tissue)
 
     def load() -> Section:
-        matrix, barcodes, genes = counts.read()
-        aligned = _align_suffix(placed, barcodes)
-        said = notes + appearance_note(image)
-        return join(meta, image, matrix, barcodes, genes.ids, genes.symbols, aligned, counts.path, positions, said)
+        tally: dict[str, int] = {}
+        matrix, barcodes, genes = counts.read(features, tally)
+        aligned = _align_suffix(scaled, barcodes)
+        plain = unpacked(image)
+        all_notes = notes + features.others_note(tally) + appearance_note(plain)
+        return join(meta, plain, matrix, barcodes, genes.ids, genes.symbols, aligned, counts.path, positions, all_notes)
 
-    return [SectionSource(meta, (image, *counts.files, positions, spatial / FACTORS), load)]
-
-
-def _matrix(path: Path) -> tuple[TenxMatrix, list[str]]:
-    for stem in ("filtered_feature_bc_matrix", "filtered_gene_bc_matrices"):
-        found = find_matrix(path, stem)
-        if found is not None:
-            return found, []
-    found = find_matrix(path, "raw_feature_bc_matrix")
-    if found is None:
-        raise SourceError(
-            f"{path}: neither filtered_feature_bc_matrix.h5 nor the folder filtered_feature_bc_matrix is there"
-        )
-    return found, [
-        f"counts from {found.path.name}: the filtered matrix is not there; spots in tissue are taken from it"
-    ]
+    inputs = (image, *counts.files, positions, *([run.factors] if run.factors is not None else []))
+    return SectionSource(meta, inputs, load)
 
 
-def _positions_files(spatial: Path) -> list[Path]:
-    """Return the tables of positions; one may be named ``ID_tissue_positions.csv`` and be packed with gzip."""
-    exact = [p for n in POSITIONS for end in ("", ".gz") if (p := spatial / (n + end)).is_file()]
-    return exact or sorted(p for n in POSITIONS for p in spatial.glob(f"*_{n}*"))
-
-
-def read_positions(path: Path) -> Spots:
-    """Read positions, with or without a header, as csv (packed or not) or parquet."""
-    with reading(path, "tissue positions"):
-        if path.suffix == ".parquet":
-            table = pd.read_parquet(path).astype(str)
-        else:
-            # The file's name does not tell whether there is a header: some "list" files have one.
-            with path.open("rb") as raw, gzip.open(raw) if path.suffix == ".gz" else raw as file:
-                header = file.readline().decode("utf-8-sig").lower().lstrip('"').startswith("barcode")
-            table = pd.read_csv(
-                path, header=0 if header else None, dtype=str, keep_default_na=False, encoding="utf-8-sig"
+def _positions(tables: Sequence[Path]) -> tuple[Path, SpotPositions]:
+    """Return the table of positions; several tables (csv and parquet, packed and not) must be equal."""
+    first = read_positions(tables[0])
+    for other in tables[1:]:
+        spots = read_positions(other)
+        if spots.ids != first.ids or not np.allclose(spots.xy, first.xy, atol=1, equal_nan=True):
+            raise SourceError(
+                f"{tables[0].parent}: the tables of positions {tables[0].name} and {other.name} differ; remove the one of "
+                "another run"
             )
+    return tables[0], first
+
+
+def read_positions(path: Path) -> SpotPositions:
+    """Read positions from csv, csv.gz or parquet, with or without a header."""
+    existing(path, "table of positions")
+    with reading(path, "tissue positions"):
+        if ".parquet" in path.name:
+            table = pd.read_parquet(unpacked(path)).astype(str)
+        else:
+            # The name does not determine the header: some "list" files have one.
+            text = read_packed(path).decode("utf-8-sig")
+            header = text.lower().lstrip('"').startswith("barcode")
+            table = pd.read_csv(io.StringIO(text), header=0 if header else None, dtype=str, keep_default_na=False)
     if set(COLUMNS) <= set(table.columns):
         table = table[COLUMNS]
     elif table.shape[1] != len(COLUMNS) or "barcode" in table.columns:
         have = ", ".join(map(str, table.columns))
-        raise SourceError(f"{path}: {table.shape[1]} columns ({have}), expected six: {', '.join(COLUMNS)}")
+        raise SourceError(f"{path}: {table.shape[1]} columns ({have}), expected: {', '.join(COLUMNS)}")
     else:
         table.columns = pd.Index(COLUMNS)
     if table.empty:
-        raise SourceError(f"{path}: the table has no rows")
+        raise SourceError(f"{path}: the table has no rows; copy it from the run again")
     check_unique(table["barcode"].tolist(), f"{path}: barcodes")
-    tissue = numbers(table, ["in_tissue"], path)[:, 0] == 1
-    return Spots(
-        table["barcode"].tolist(), numbers(table, ["pxl_col_in_fullres", "pxl_row_in_fullres"], path),
-        numbers(table, ["array_col", "array_row"], path), [""] * len(table), tissue,
-    )  # fmt: skip
+    tissue = flags(table["in_tissue"], f"{path}: in_tissue")
+    return SpotPositions(
+        table["barcode"].tolist(),
+        numbers(table, ["pxl_col_in_fullres", "pxl_row_in_fullres"], path),
+        numbers(table, ["array_col", "array_row"], path),
+        [""] * len(table),
+        tissue,
+    )
 
 
-def _scale(spots: Spots, factors: Mapping[str, float], path: Path, stated: str, notes: list[str]) -> float:
-    """Return um per full-resolution px from the 100 um between neighbours, checked against what is stated."""
+def _scale(spots: SpotPositions, factors: Mapping[str, float], path: Path, stated: str, notes: list[str]) -> float:
+    """Return um per full-resolution px from the spot pitch of 100 um, checked against the stated scale."""
     if len(spots.ids) not in SLIDES:
         notes.append(
-            f"{path.name} has {len(spots.ids):,} spots; a whole slide has {' or '.join(f'{n:,}' for n in SLIDES)}"
+            f"{path.name} has {len(spots.ids):,} spots; a complete slide has {' or '.join(f'{n:,}' for n in SLIDES)}"
         )
     given = number(stated, "--mpp") if stated else factors.get("microns_per_pixel")
     pitch = _pitch_px(spots, path)
     mpp = PITCH_UM / pitch
-    notes.append(f"scale from the {PITCH_UM:g} um between neighbouring spots: {mpp:.4f} um per full-resolution px")
+    notes.append(f"scale: {mpp:.4f} um per full-resolution px, from the {PITCH_UM:g} um spot pitch")
     diameter = factors.get("spot_diameter_fullres")
     if diameter and not 0.7 < diameter * mpp / DIAMETER_UM < 1.5:
         raise SourceError(
-            f"{path}: neighbours are {pitch:.1f} px apart but spot_diameter_fullres is {diameter:.1f} px; on a Visium slide "
-            "these are 100 and 55 (or 65) um, so positions and scale factors are not of one run; take both from one"
+            f"{path}: the spot pitch is {pitch:.1f} px but spot_diameter_fullres is {diameter:.1f} px; on a Visium slide "
+            "these are 100 and 55 (or 65) um; use positions and scale factors of the same run"
         )
     if given is not None and not 0.95 < given / mpp < 1.05:
         raise SourceError(
-            f"{path}: {given:g} um per px is stated, but neighbours are {pitch:.1f} px apart, which is 100 um, so a "
-            f"full-resolution px is {mpp:.4f} um; leave --mpp out, or give the table of positions that belongs to it"
+            f"{path}: {given:g} um per px is stated, but the spot pitch of {pitch:.1f} px (100 um) gives "
+            f"{mpp:.4f} um per full-resolution px; omit --mpp, or use the matching table of positions"
         )
     if mpp > COARSE_MPP:
         notes.append(
-            f"the positions belong to an image of {mpp:.2f} um per px, coarser than a microscope's: no separate scan "
-            "seems to have been given to Space Ranger, and this is the CytAssist instrument's own picture"
+            f"the positions belong to an image of {mpp:.2f} um per px, coarser than a microscope scan; probably the "
+            "image of the CytAssist instrument was used"
         )
     return mpp if given is None else given
 
 
-def _pitch_px(spots: Spots, path: Path) -> float:
-    """Return px between neighbours, by least squares of positions on the hexagonal array."""
-    # Neighbours in a row are two columns apart; rows are sqrt(3) / 2 of a pitch apart.
+def _pitch_px(spots: SpotPositions, path: Path) -> float:
+    """Return the spot pitch in px by a least-squares fit of positions to the hexagonal array."""
+    # Neighbours in a row differ by two columns; the row distance is sqrt(3) / 2 of the pitch.
     array = spots.array_xy * [0.5, 0.75**0.5]
     design = np.column_stack([array - array.mean(axis=0), np.ones(len(array))])
     if not (np.isfinite(design).all() and np.isfinite(spots.xy).all()) or np.linalg.matrix_rank(design) < 3:
-        raise SourceError(f"{path}: too few spots with array coordinates and positions to work out the scale")
+        raise SourceError(
+            f"{path}: too few spots with array coordinates and positions to estimate the scale; copy the table from the run again"
+        )
     fit, *_ = np.linalg.lstsq(design, spots.xy, rcond=None)
     pitch = float(np.sqrt(abs(np.linalg.det(fit[:2]))))
     off = float(np.sqrt(((design @ fit - spots.xy) ** 2).sum(axis=1).mean()))
     if not pitch > 0 or off > 0.2 * pitch:
         raise SourceError(
-            f"{path}: positions lie {off:.0f} px from where array_row and array_col put them on a Visium slide "
-            f"(neighbours {pitch:.0f} px apart); the columns are mixed up, or this is no Visium slide"
+            f"{path}: positions differ by {off:.0f} px from a Visium array with the given array_row and array_col "
+            f"(pitch {pitch:.0f} px); check that no columns are swapped and that this is a Visium slide"
         )
     return pitch
 
 
-def _align_suffix(spots: Spots, barcodes: list[str]) -> Spots:
-    """Add or take the "-1" that one file writes after a barcode and the other does not."""
+def _align_suffix(spots: SpotPositions, barcodes: list[str]) -> SpotPositions:
+    """Match barcodes if only one of the two files has the suffix "-1"."""
     if not barcodes or set(spots.ids) & set(barcodes):
         return spots
     full_name = {re.sub(r"-\d+$", "", b): b for b in barcodes}
     if len(full_name) < len(barcodes):
-        return spots  # several runs in one matrix: the suffix tells them apart and must not be guessed
+        return spots  # aggregated runs: the suffix is significant
     ids = [full_name.get(re.sub(r"-\d+$", "", i), i) for i in spots.ids]
-    return Spots(ids, spots.xy, spots.array_xy, spots.labels, spots.in_tissue)
+    return SpotPositions(ids, spots.xy, spots.array_xy, spots.labels, spots.in_tissue)

@@ -1,7 +1,7 @@
-"""A STimage-1K4M folder, or a part of one: ``TECH/coord``, ``TECH/gene_exp``, ``TECH/image``, and ``meta/``.
+"""STimage-1K4M folders, complete or partial: ``TECH/coord``, ``TECH/gene_exp``, ``TECH/image``, and ``meta/``.
 
-It states no um per px. That follows from the distance between neighbouring spots, which the slide fixes (Visium 100
-um, legacy ST 200 um); the radius ``r`` must agree with it, but does not give it, for it is drawn in two ways.
+The data set states no um per px. The scale is derived from the spot pitch (Visium 100 um, legacy ST 200 um) and
+checked against the radius ``r``, whose definition varies between slides.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ import numpy as np
 
 from comtip_shards.errors import SourceError
 from comtip_shards.sections.section import Section, SectionMeta
-from comtip_shards.sources.anndata_source import SPECIES_NAMES, median_gap, safe_id
 from comtip_shards.sources.base import (
     CatalogueRow,
     SectionSource,
-    Spots,
+    SpotPositions,
     existing,
     join,
     number,
@@ -29,6 +28,10 @@ from comtip_shards.sources.base import (
     read_counts_table,
     read_table,
 )
+from comtip_shards.sources.features import species_name
+from comtip_shards.sources.geometry import median_gap
+from comtip_shards.sources.names import safe_id
+from comtip_shards.sources.packaging import find
 
 TECHS = ("ST", "Visium", "VisiumHD")
 TABLE = "meta/meta_all_gene*.csv"
@@ -36,18 +39,18 @@ LICENCE = "MIT (STimage-1K4M); each study's data under its own terms"
 PITCH_UM = {"ST": 200.0, "Visium": 100.0}
 DIAMETER_UM = {"ST": 100.0, "Visium": 55.0}
 DRAWN_UM = {"ST": (80.0, 130.0), "Visium": (45.0, 75.0)}
-"""Diameters that ``r`` may be drawn with: Space Ranger draws Visium's 55 um spots 65 um wide."""
+"""Valid ranges of 2 ``r`` in um; Space Ranger draws Visium spots of 55 um with 65 um."""
 _ARRAY = re.compile(r"(\d+(?:\.\d+)?)x(\d+(?:\.\d+)?)$")
 
 
 def recognise(path: Path) -> str | None:
-    """Return why ``path`` is such a folder, or None."""
-    found = [t for t in TECHS if any((path / t / "coord").glob("*_coord.csv"))]
+    """Return a reason if ``path`` is a STimage-1K4M folder, else None."""
+    found = [t for t in TECHS if any(find(path / t / "coord", "*_coord.csv"))]
     return f"{', '.join(found)} with coord/*_coord.csv" if found else None
 
 
 def catalogue(path: Path, overrides: Mapping[str, str]) -> list[CatalogueRow]:
-    """Return the slides that the folder holds, with what the table says of them."""
+    """List the slides of the folder with their metadata."""
     rows = {row.section_id: row for row in table_rows(path)}
     out = []
     for name, coord in _slides(path).items():
@@ -59,138 +62,147 @@ def catalogue(path: Path, overrides: Mapping[str, str]) -> list[CatalogueRow]:
 
 
 def table_rows(path: Path) -> list[CatalogueRow]:
-    """Return all slides of the newest table, those included whose files are not in the folder."""
+    """Return all slides of the newest table, including those without files in the folder."""
     return [
         CatalogueRow(
-            name, SPECIES_NAMES.get(r["species"].lower(), r["species"].lower()), r["tissue"], r["tech"],
+            name,
+            species_name(r["species"]),
+            r["tissue"],
+            r["tech"],
             dataset="STimage-1K4M",
         )
         for name, r in _read_meta(path).items()
-    ]  # fmt: skip
+    ]
 
 
 def _slides(path: Path) -> dict[str, Path]:
     """Return {section id: coord file}."""
     out: dict[str, Path] = {}
     for tech in TECHS:
-        for coord in sorted((path / tech / "coord").glob("*_coord.csv")):
+        for coord in sorted(find(path / tech / "coord", "*_coord.csv")):
             name = safe_id(coord.name.removesuffix("_coord.csv"))
             if name in out:
-                raise SourceError(f"{coord}: slide {name} is in {out[name].parent.parent.name} too; remove one")
+                raise SourceError(f"{coord}: slide {name} also exists in {out[name].parent.parent.name}; remove one")
             out[name] = coord
     return out
 
 
 def _read_meta(path: Path) -> dict[str, dict[str, str]]:
     """Return {section id: row} of the newest table."""
-    tables = sorted(path.glob(TABLE), key=lambda p: (_date(p.stem), p.name))
+    tables = sorted(find(path, TABLE), key=lambda p: (_date(p.stem), p.name))
     if not tables:
         return {}
     with tables[-1].open(encoding="utf-8-sig", errors="replace") as file:
         header = file.readline()
-    # The first table has tabs, the later ones commas and quotes, whatever their name says.
+    # The first release is tab-separated, later ones are comma-separated; all are named .csv.
     table = read_table(tables[-1], sep="\t" if header.count("\t") > header.count(",") else ",")
     missing = [c for c in ("slide", "species", "tissue", "tech") if c not in table]
     if missing:
         raise SourceError(
-            f"{tables[-1]}: lacks the column {', '.join(missing)}; it has {', '.join(table.columns[:12])}"
+            f"{tables[-1]}: missing column {', '.join(missing)}; the columns are {', '.join(table.columns[:12])}"
         )
     return {safe_id(str(row["slide"])): {str(k): str(v) for k, v in row.items()} for row in table.to_dict("records")}
 
 
 def _date(stem: str) -> str:
-    """Return the date at the end of a table's name (MMDDYYYY) so that it sorts, "" for none."""
+    """Return the date (MMDDYYYY) in a table's name as YYYYMMDD for sorting, "" if there is none."""
     digits = stem.removeprefix("meta_all_gene")
     return digits[4:8] + digits[:4] if len(digits) == 8 and digits.isdigit() else ""
 
 
 def open_sections(path: Path, samples: Sequence[str] | None, overrides: Mapping[str, str]) -> list[SectionSource]:
-    """Return the slides of the folder that ``samples`` names, all where it is None."""
+    """Return the slides named in ``samples``, or all."""
     slides = _slides(path)
     if not slides:
         raise SourceError(
-            f"{path}: no TECH/coord/SLIDE_coord.csv; give the folder that holds ST/, Visium/ or VisiumHD/"
+            f"{path}: no TECH/coord/SLIDE_coord.csv; give the folder that contains ST/, Visium/ or VisiumHD/"
         )
     rows = {row.section_id: row for row in catalogue(path, overrides)}
-    said = _read_meta(path)
-    return [_source(slides[n], rows[n], said.get(n, {}), overrides) for n in pick(samples, list(slides), path)]
+    table = _read_meta(path)
+    return [_source(slides[n], rows[n], table.get(n, {}), overrides) for n in pick(samples, list(slides), path)]
 
 
-def _source(coord: Path, row: CatalogueRow, said: Mapping[str, str], overrides: Mapping[str, str]) -> SectionSource:
+def _source(coord: Path, row: CatalogueRow, row_meta: Mapping[str, str], overrides: Mapping[str, str]) -> SectionSource:
     tech, slide = coord.parent.parent, coord.name.removesuffix("_coord.csv")
     counts = existing(tech / "gene_exp" / f"{slide}_count.csv", f"counts of {slide}")
     image = _image(tech, slide, overrides)
     for key, value in (("species", row.species), ("tissue", row.tissue)):
         if not value:
-            raise SourceError(f"{coord}: {TABLE} says nothing of {slide}; download meta/, or give --{key}")
+            raise SourceError(f"{coord}: no {key} for {slide} in {TABLE}; download meta/ or set --{key}")
     spots, radius = read_coord(coord, slide)
     notes: list[str] = []
     mpp = number(overrides["mpp"], "--mpp") if overrides.get("mpp") else _scale(coord, spots, radius, tech.name, notes)
-    study = "; ".join(f"{k} {said[k]}" for k in ("pmid", "title") if said.get(k))
+    study = "; ".join(f"{k} {row_meta[k]}" for k in ("pmid", "title") if row_meta.get(k))
     meta = SectionMeta(
-        section_id=row.section_id, dataset=row.dataset, species=row.species, tissue=row.tissue, donor=row.donor,
-        platform=row.platform, licence=overrides.get("licence") or LICENCE,
-        attribution=overrides.get("attribution") or f"STimage-1K4M; {study}".rstrip("; "), mpp=mpp,
+        section_id=row.section_id,
+        dataset=row.dataset,
+        species=row.species,
+        tissue=row.tissue,
+        donor=row.donor,
+        platform=row.platform,
+        licence=overrides.get("licence") or LICENCE,
+        attribution=overrides.get("attribution") or f"STimage-1K4M; {study}".rstrip("; "),
+        mpp=mpp,
         spot_diameter_um=DIAMETER_UM.get(tech.name, round(2 * radius * mpp, 3)),
         spot_pitch_um=PITCH_UM.get(tech.name, round(median_gap(spots.xy) * mpp, 3)),
-    )  # fmt: skip
+    )
     return SectionSource(meta, (image, counts, coord), partial(_load, meta, image, counts, coord, slide, spots, notes))
 
 
 def _image(tech: Path, slide: str, overrides: Mapping[str, str]) -> Path:
     if overrides.get("image"):
         return existing(Path(overrides["image"].replace("{id}", safe_id(slide))), "image (--image)")
-    # Whatever they are, they are called .png; they are opened by what they hold.
-    found = sorted(p for p in (tech / "image").glob(f"{slide}.*") if p.is_file())
+    # Files are named .png whatever their format; the format is detected by content.
+    found = sorted(p for p in find(tech / "image", f"{slide}.*") if p.is_file())
     return found[0] if found else existing(tech / "image" / f"{slide}.png", f"image of {slide}")
 
 
-def read_coord(path: Path, slide: str) -> tuple[Spots, float]:
-    """Read ``spot, yaxis, xaxis, r``: (spots, radius), px of the image; the slide's name before each spot goes."""
+def read_coord(path: Path, slide: str) -> tuple[SpotPositions, float]:
+    """Read ``spot, yaxis, xaxis, r``: (spots, radius) in image px; the slide prefix of spot ids is removed."""
     table = read_table(path, sep=",")
     missing = [c for c in ("yaxis", "xaxis", "r") if c not in table]
     if missing:
-        raise SourceError(f"{path}: lacks the column {', '.join(missing)}; it has {', '.join(table.columns)}")
+        raise SourceError(f"{path}: missing column {', '.join(missing)}; the columns are {', '.join(table.columns)}")
     ids = bare_ids(table.iloc[:, 0].tolist(), slide)
     values = numbers(table, ["xaxis", "yaxis", "r"], path)
     radius = float(np.median(values[:, 2]))
     if not radius > 0:
-        raise SourceError(f"{path}: the radius r is {radius:g} px; download the file again")
+        raise SourceError(f"{path}: the radius r is {radius:g} px, expected a positive value; download the file again")
     parsed = [_ARRAY.match(i) for i in ids]
     array = np.array([(float(m[1]), float(m[2])) if m else (np.nan, np.nan) for m in parsed])
-    return Spots(ids, values[:, :2], array, [""] * len(ids), np.ones(len(ids), bool)), radius
+    return SpotPositions(ids, values[:, :2], array, [""] * len(ids), np.ones(len(ids), bool)), radius
 
 
 def bare_ids(ids: Sequence[str], slide: str) -> list[str]:
-    """Take the slide's name off the ids of its spots."""
+    """Remove the slide prefix from spot ids."""
     return [i.removeprefix(slide).lstrip("_") if i.startswith(f"{slide}_") else i for i in ids]
 
 
-def _scale(path: Path, spots: Spots, radius: float, tech: str, notes: list[str]) -> float:
-    """Return um per px from the spacing of spots, and state the assumption."""
+def _scale(path: Path, spots: SpotPositions, radius: float, tech: str, notes: list[str]) -> float:
+    """Return um per px from the spot pitch, and note the assumption."""
     if tech not in PITCH_UM:
-        raise SourceError(f"{path}: no scale; give --mpp: bins of {tech} are not of one width")
+        raise SourceError(f"{path}: no scale; set --mpp, because the bin width of {tech} varies")
     gap = median_gap(spots.xy)
     if not gap > 0:
-        raise SourceError(f"{path}: too few spots to work out the scale; give --mpp")
+        raise SourceError(f"{path}: too few spots to estimate the scale; set --mpp")
     mpp = PITCH_UM[tech] / gap
     low, high = DRAWN_UM[tech]
     drawn = 2 * radius * mpp
     if not low <= drawn <= high:
         raise SourceError(
-            f"{path}: neighbours are {gap:.1f} px apart and r is {radius:.1f} px; if the former are {PITCH_UM[tech]:g} um, as on "
-            f"{tech} slides, spots are {drawn:.0f} um wide and not {DIAMETER_UM[tech]:g}; give --mpp"
+            f"{path}: the spot pitch is {gap:.1f} px and r is {radius:.1f} px; with the pitch of {PITCH_UM[tech]:g} um of "
+            f"{tech} slides, the spot diameter is {drawn:.0f} um instead of {DIAMETER_UM[tech]:g}; set --mpp"
         )
-    also = ", as on 1k arrays (2k arrays have 150: then give --mpp)" if tech == "ST" else ""
+    also = " (1k arrays; for 2k arrays with 150 um set --mpp)" if tech == "ST" else ""
     notes.append(
-        f"no scale is stated: {PITCH_UM[tech]:g} um between neighbouring spots is assumed{also}: {mpp:.4f} um per px; by r and "
-        f"spots of {DIAMETER_UM[tech]:g} um it were {DIAMETER_UM[tech] / (2 * radius):.4f}"
+        f"no scale in the source: assumed a spot pitch of {PITCH_UM[tech]:g} um{also}: {mpp:.4f} um per px; r and "
+        f"spots of {DIAMETER_UM[tech]:g} um give {DIAMETER_UM[tech] / (2 * radius):.4f}"
     )
     return mpp
 
 
 def _load(
-    meta: SectionMeta, image: Path, counts: Path, coord: Path, slide: str, spots: Spots, notes: Sequence[str]
+    meta: SectionMeta, image: Path, counts: Path, coord: Path, slide: str, spots: SpotPositions, notes: Sequence[str]
 ) -> Section:
     matrix, ids, genes = read_counts_table(counts, sep=",")
     names = bare_ids(ids, slide)

@@ -1,8 +1,7 @@
-"""What the folders of 10x Genomics share: feature-barcode matrices (h5 and MEX), scale factors, which image is meant."""
+"""Helpers for 10x Genomics folders: feature-barcode matrices (h5 and MEX), scale factors, image selection."""
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,206 +15,317 @@ from scipy import io as scipy_io
 from scipy import sparse
 
 from comtip_shards.errors import SourceError
+from comtip_shards.not_data import not_data
 from comtip_shards.slides.appearance import looks_like_he
 from comtip_shards.slides.open import image_size, open_slide
 from comtip_shards.sources.base import as_counts, existing, reading
+from comtip_shards.sources.features import GENE_KIND, Features
 from comtip_shards.sources.hdf5 import open_hdf5
+from comtip_shards.sources.packaging import (
+    by_prefix,
+    contents,
+    find,
+    open_packed,
+    prefix_of,
+    read_packed,
+    unpacked,
+    unpacked_tar,
+)
 
-GENE_KIND, MATRIX = "Gene Expression", "a feature-barcode matrix of 10x Genomics"
+MATRIX = "a 10x Genomics feature-barcode matrix"
 JUDGED_PX = 30_000_000
-"""Images up to this size are read to say whether they look like H&E; larger ones are left to the section report."""
+"""Maximum size of an image for the H&E appearance check; larger images are checked in the section report."""
 OVERVIEW_PX = 600
 MAX_TEXT_BYTES = 2**30
-"""Most bytes of a list of barcodes or features, unpacked; 10 million barcodes have 200 MB."""
-_MICROSCOPE = ("microscope_image/*", "*tissue_image.*", "*_image.tif", "*_image.tiff", "*_image.btf", "*_image.jpg")
+"""Maximum size of an unpacked list of barcodes or features; 10 million barcodes have 200 MB."""
+PICTURES = ("hires", "lowres")
+TAR = r"\.(?:tar|tgz)"
+"""Suffix of an archive; ``.gz`` may follow."""
+_PICTURE_SUFFIX = r"\.(?:png|jpe?g|tiff?)"
+_MICROSCOPE = ("microscope_image/*", "*tissue_image.*", "*_image.tif*", "*_image.btf*", "*_image.jpg*")
+_NOT_MICROSCOPE = re.compile(r"cytassist|detected_tissue|aligned_|tissue_(?:hires|lowres)", re.IGNORECASE)
 _IMAGES = {".tif", ".tiff", ".btf", ".jpg", ".jpeg", ".png", ".svs", ".ndpi"}
-
-
-@dataclass(frozen=True)
-class Features:
-    """The rows of a matrix."""
-
-    ids: list[str]
-    symbols: list[str]
-    kinds: list[str]
-
-    def genes(self) -> np.ndarray:
-        """Return the rows that are genes, int64; antibodies and controls are not."""
-        return np.flatnonzero([kind in ("", GENE_KIND) for kind in self.kinds])
-
-    def only_genes(self) -> Features:
-        """Return the rows that are genes."""
-        rows = self.genes()
-        return Features([self.ids[i] for i in rows], [self.symbols[i] for i in rows], [GENE_KIND] * len(rows))
-
-    def others_note(self) -> list[str]:
-        """Say how many rows are left out because they are not genes."""
-        return [f"{n} features are not genes: {kind}" for kind, n in self.others().items()]
-
-    def others(self) -> dict[str, int]:
-        """Return how many rows are of each other kind."""
-        kinds = [k for k in self.kinds if k not in ("", GENE_KIND)]
-        return {k: kinds.count(k) for k in sorted(set(kinds))}
+_MEX = {"features": r"(?:features|genes)\.tsv", "barcodes": r"barcodes\.tsv"}
+_LEGACY = ("barcodes", "genes", "data", "indices", "indptr", "shape")
 
 
 @dataclass(frozen=True)
 class TenxMatrix:
-    """A feature-barcode matrix: an h5 file, or the three files of MEX."""
+    """A feature-barcode matrix: one h5 file, or the three MEX files; each may be compressed with gzip."""
 
     path: Path
     files: tuple[Path, ...]
 
-    def features(self) -> Features:
-        """Read the rows' names."""
-        if self.path.suffix == ".h5":
-            with reading(self.path, MATRIX), _open_h5(self.path) as file:
-                return _h5_features(file)
-        return _mex_features(self.files[1])
+    @property
+    def is_h5(self) -> bool:
+        """Whether the matrix is one h5 file."""
+        return len(self.files) == 1
 
-    def read(self) -> tuple[sparse.csr_matrix, list[str], Features]:
-        """Return (int32 barcodes x genes, barcodes, genes); features that are not genes are left out."""
-        features = self.features()
+    def features(self) -> Features:
+        """Read the row names."""
+        if not self.is_h5:
+            return _mex_features(self.files[1])
+        with reading(self.path, MATRIX), _open_h5(self.path) as file:
+            return _h5_features(file)
+
+    def read(
+        self, features: Features, tally: dict[str, int] | None = None
+    ) -> tuple[sparse.csr_matrix, list[str], Features]:
+        """Return (int32 barcodes x genes, barcodes, genes); other features are excluded.
+
+        Parameters
+        ----------
+        features
+            Row names, as returned by :meth:`features` or restricted to one species.
+        tally
+            Filled with the sum of counts per kind of feature.
+        """
         genes = features.only_genes()
-        parts = list(self.chunks(features))
+        parts = list(self.chunks(features, tally=tally))
         counts = sparse.vstack([c for _, c in parts], format="csr") if parts else sparse.csr_matrix((0, len(genes.ids)))
         return sparse.csr_matrix(counts), [b for barcodes, _ in parts for b in barcodes], genes
 
-    def chunks(self, features: Features, size: int = 1 << 17) -> Iterator[tuple[list[str], sparse.csr_matrix]]:
-        """Yield (barcodes, int32 barcodes x genes), ``size`` barcodes at a time, so that 2 um bins fit memory."""
+    def chunks(
+        self, features: Features, size: int = 1 << 17, tally: dict[str, int] | None = None
+    ) -> Iterator[tuple[list[str], sparse.csr_matrix]]:
+        """Iterate over (barcodes, int32 barcodes x genes) in chunks of ``size`` barcodes, to bound memory."""
         rows = features.genes()
         ids = [features.ids[i] for i in rows]
-        if self.path.suffix != ".h5":
-            barcodes, counts = _read_mex(self, len(features.ids))
+        for barcodes, counts in self._raw_chunks(len(features.ids), size):
+            if tally is not None:
+                _add_to(tally, features, counts)
             yield barcodes, as_counts(counts[:, rows], self.path, barcodes, ids)
+
+    def _raw_chunks(self, n_features: int, size: int) -> Iterator[tuple[list[str], sparse.csr_matrix]]:
+        if not self.is_h5:
+            yield _read_mex(self, n_features)
             return
         with reading(self.path, MATRIX), _open_h5(self.path) as file:
-            for barcodes, counts in _h5_chunks(file, self.path, len(features.ids), size):
-                yield barcodes, as_counts(counts[:, rows], self.path, barcodes, ids)
+            if "matrix" in file:
+                yield from _h5_chunks(file["matrix"], self.path, n_features, size)
+            else:
+                yield _read_legacy(file, self.path)
 
 
-# -- finding ------------------------------------------------------------------------------------------------
+def _add_to(tally: dict[str, int], features: Features, counts: sparse.csr_matrix) -> None:
+    per_feature = np.asarray(counts.sum(axis=0)).ravel()
+    kinds = np.array([kind or GENE_KIND for kind in features.kinds])
+    for kind in np.unique(kinds).tolist():
+        tally[kind] = tally.get(kind, 0) + int(per_feature[kinds == kind].sum())
+
+
+# -- file search --------------------------------------------------------------------------------------------
 
 
 def only(found: Sequence[Path], what: str) -> Path | None:
-    """Return the one file found, None for none; refuse to choose between several."""
+    """Return the single match, or None; several matches raise."""
     if len(found) > 1:
         raise SourceError(
-            f"{found[0].parent}: more than one {what}: {', '.join(p.name for p in found[:4])}; keep one, or give "
-            "each section a folder of its own"
+            f"{found[0].parent}: more than one {what}: {', '.join(p.name for p in found[:4])}; keep one, or use "
+            "one folder per section"
         )
     return found[0] if found else None
 
 
+def find_matrices(folder: Path, stem: str) -> dict[str, TenxMatrix]:
+    """Return the matrices ``STEM.h5``, ``STEM/`` (MEX) and ``STEM.tar.gz`` of a folder by the prefix of their names.
+
+    For a prefix with several forms the h5 file has precedence.
+    """
+    out: dict[str, TenxMatrix] = {}
+    for prefix, files in by_prefix(folder, re.escape(stem) + r"\.h5").items():
+        out[prefix] = TenxMatrix(files[0], (files[0],))
+    for entry in contents(folder):
+        prefix = prefix_of(entry.name, re.escape(stem)) if entry.is_dir() else None
+        if prefix is None or prefix in out:
+            continue
+        # Cell Ranger 1 and 2 add a folder named after the genome.
+        matrix = only(find(entry, "**/*matrix.mtx*"), "matrix.mtx")
+        if matrix is not None:
+            out[prefix] = _mex(matrix)
+    for prefix, files in by_prefix(folder, re.escape(stem) + TAR).items():
+        if prefix not in out:
+            matrix = only(find(unpacked_tar(files[0]), "**/*matrix.mtx*"), "matrix.mtx")
+            if matrix is None:
+                raise SourceError(f"{files[0]}: no matrix.mtx in the archive; unpack it and check its content")
+            out[prefix] = _mex(matrix)
+    return out
+
+
+def find_flat_mex(folder: Path) -> dict[str, TenxMatrix]:
+    """Return MEX matrices whose three files lie in the folder itself, by prefix (``GSM1_A_matrix.mtx.gz``)."""
+    return {prefix: _mex(files[0]) for prefix, files in by_prefix(folder, r"matrix\.mtx").items()}
+
+
 def find_matrix(folder: Path, stem: str) -> TenxMatrix | None:
-    """Return ``STEM.h5``, or the folder ``STEM`` with MEX in it; either may be written ``ID_STEM``."""
-    h5 = folder / f"{stem}.h5"
-    chosen = h5 if h5.is_file() else only(sorted(folder.glob(f"*_{stem}.h5")), f"{stem}.h5")
-    if chosen is not None:
-        return TenxMatrix(chosen, (chosen,))
-    inner = folder / stem
-    inner = inner if inner.is_dir() else only(sorted(folder.glob(f"*_{stem}")), f"folder {stem}") or inner
-    # The first Cell Ranger matrices lie one folder deeper, named by genome.
-    matrix = only(sorted(inner.rglob("*matrix.mtx*")), "matrix.mtx") if inner.is_dir() else None
-    return None if matrix is None else _mex(matrix)
+    """Return the only matrix of a folder; a name without prefix has precedence, and several matrices raise."""
+    found = find_matrices(folder, stem)
+    if "" in found:
+        return found[""]
+    path = only([m.path for m in found.values()], stem)
+    return None if path is None else next(iter(found.values()))
 
 
 def _mex(matrix: Path) -> TenxMatrix:
     prefix = matrix.name.split("matrix.mtx")[0]
     files = [matrix]
-    for names in (("features.tsv", "genes.tsv"), ("barcodes.tsv",)):
-        there = [p for n in names for end in (".gz", "") if (p := matrix.parent / f"{prefix}{n}{end}").is_file()]
-        if not there:
-            raise SourceError(f"{matrix.parent}: {prefix}{names[0]}.gz is not there")
-        files.append(there[0])
-    return TenxMatrix(matrix.parent, tuple(files))
+    for what, role in _MEX.items():
+        groups = by_prefix(matrix.parent, role)
+        own = groups.get(prefix, [])
+        if not own and what == "features" and len(groups) == 1:
+            own = next(iter(groups.values()))  # GEO series may share one file of features
+        if not own:
+            raise SourceError(f"{matrix.parent}: {prefix}{what}.tsv.gz does not exist; copy it from the run")
+        files.append(own[0])
+    return TenxMatrix(matrix, tuple(files))
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
-    """Read a JSON object."""
+    """Read a JSON object, compressed or not."""
+    existing(path, what)
     try:
-        data = json.loads(existing(path, what).read_text(encoding="utf-8"))
+        with reading(path, "text"):
+            text = read_packed(path).decode("utf-8-sig")
+        data = json.loads(text)
     except ValueError as error:
-        raise SourceError(f"{path}: not JSON ({error})") from error
+        if isinstance(error, SourceError):
+            raise
+        raise SourceError(f"{path}: not valid JSON ({error}); copy the file from the run again") from error
     if not isinstance(data, dict):
-        raise SourceError(f"{path}: not a JSON object")
+        raise SourceError(f"{path}: expected a JSON object; copy the file from the run again")
     return data
 
 
 def scale_factors(path: Path) -> dict[str, float]:
     """Read ``scalefactors_json.json``."""
-    data = read_json(path, "scale of the pictures")
+    data = read_json(path, "scale factors of the images")
     return {str(k): float(v) for k, v in data.items() if isinstance(v, int | float)}
 
 
 # -- images -------------------------------------------------------------------------------------------------
 
 
-def choose_image(root: Path, spatial: Path, factors: Mapping[str, float], stated: str) -> tuple[Path, float, list[str]]:
+def find_pictures(folder: Path, prefix: str | None = None) -> dict[str, Path]:
+    """Return the downscaled images of a folder, ``{"hires": ..., "lowres": ...}``.
+
+    Parameters
+    ----------
+    folder
+        Usually ``spatial/``.
+    prefix
+        Prefix of the file names; None accepts any, and a name without prefix has precedence.
+    """
+    out = {}
+    for which in PICTURES:
+        groups = by_prefix(folder, f"tissue_{which}_image{_PICTURE_SUFFIX}")
+        if prefix is None:
+            found = groups.get("") or only([p for files in groups.values() for p in files], f"tissue_{which}_image")
+            found = found[0] if isinstance(found, list) else found
+        else:
+            found = groups[prefix][0] if prefix in groups else None
+        if found is not None:
+            out[which] = found
+    return out
+
+
+def choose_image(
+    root: Path, pictures: Mapping[str, Path], factors: Mapping[str, float], stated: str, prefix: str = ""
+) -> tuple[Path, float, list[str]]:
     """Return (image, its px per full-resolution px, notes).
 
-    Positions are px of the image that the pipeline was given. The pictures in ``spatial/`` are shrunk from it, so
-    they are taken only where the caller says so: ``stated`` is a path, ``hires``, ``lowres`` or empty.
+    Positions are px of the image given to the pipeline. The downscaled images in ``spatial/`` are used only if
+    ``stated`` is ``hires`` or ``lowres``; otherwise ``stated`` is a path or empty.
+
+    Parameters
+    ----------
+    root
+        Folder of the run, searched for a microscope image if none is stated.
+    pictures
+        Downscaled images, see :func:`find_pictures`.
+    factors
+        Scale factors; empty if the file is missing.
+    stated
+        The value of ``--image``.
+    prefix
+        Prefix of file names if the folder contains several sections.
     """
-    if stated in ("hires", "lowres"):
-        return _picture(spatial, factors, stated)
-    image = existing(Path(stated), "full-resolution image (--image)") if stated else _microscope_image(root)
+    if stated in PICTURES:
+        return _picture(root, pictures, factors, stated)
+    image = existing(Path(stated), "full-resolution image (--image)") if stated else _microscope_image(root, prefix)
     if image is None:
-        have = [p.name for p in sorted(spatial.glob("tissue_*_image.png"))]
         also = (
-            f"To cut tiles from {' or '.join(have)} all the same, say --image "
-            f"{' or '.join(n.split('_')[1] for n in have)}"
-            if have else "There is no tissue_hires_image.png to fall back on"
-        )  # fmt: skip
-        raise SourceError(
-            f"{root}: the image that the positions belong to is not there; give the original microscope image that "
-            f"Space Ranger was given, with --image. {also}"
+            f"To use the downscaled {' or '.join(p.name for p in pictures.values())} instead, set --image "
+            f"{' or '.join(pictures)}"
+            if pictures
+            else "There is no tissue_hires_image.png to use instead"
         )
-    check_full_resolution(image, spatial, factors)
+        raise SourceError(
+            f"{root}: no full-resolution image; set --image to the microscope image that "
+            f"was the input of Space Ranger. {also}"
+        )
+    check_full_resolution(image, pictures, factors)
     return image, 1.0, [] if stated else [f"full-resolution image: {image.name}"]
 
 
-def _picture(spatial: Path, factors: Mapping[str, float], which: str) -> tuple[Path, float, list[str]]:
-    picture, key = spatial / f"tissue_{which}_image.png", f"tissue_{which}_scalef"
-    if not picture.is_file():
-        have = ", ".join(p.name for p in sorted(spatial.glob("tissue_*_image.png"))) or "no picture"
-        raise SourceError(f"{picture}: not in the folder, which has {have}; give the original image with --image")
+def _picture(
+    root: Path, pictures: Mapping[str, Path], factors: Mapping[str, float], which: str
+) -> tuple[Path, float, list[str]]:
+    picture, key = pictures.get(which), f"tissue_{which}_scalef"
+    if picture is None:
+        have = ", ".join(p.name for p in pictures.values()) or "no image"
+        raise SourceError(
+            f"{root}: tissue_{which}_image.png: no such file (the folder has {have}); set --image to the microscope image"
+        )
+    existing(picture, f"{which} image")
+    if not factors:
+        raise SourceError(
+            f"{root}: scalefactors_json.json: no such file, so {picture.name} has no scale; copy it from the run, or set "
+            "--image to the microscope image"
+        )
     if not factors.get(key, 0) > 0:
         raise SourceError(
-            f"{spatial}: scalefactors_json.json lacks {key}, so {picture.name} has no scale; give --image"
+            f"{root}: {key} is missing in scalefactors_json.json, so {picture.name} has no scale; set --image to the "
+            "microscope image"
         )
     scale = factors[key]
-    return picture, scale, [f"tiles are cut from {picture.name}, {scale:.4f} of full resolution, as asked for"]
+    return picture, scale, [f"tiles from {picture.name}, scale {scale:.4f} of full resolution (--image {which})"]
 
 
-def _microscope_image(root: Path) -> Path | None:
+def _microscope_image(root: Path, prefix: str) -> Path | None:
     for pattern in _MICROSCOPE:
-        found = [p for p in sorted(root.glob(pattern)) if p.suffix.lower() in _IMAGES and "cytassist" not in p.name]
+        found = [
+            p
+            for p in find(root, pattern)
+            if Path(p.name.removesuffix(".gz")).suffix.lower() in _IMAGES
+            and not _NOT_MICROSCOPE.search(p.name)
+            and (p.name.startswith(prefix) or p.parent != root)
+        ]
         if found:
-            return only(found, "image (say which with --image)")
+            return only(found, "image (select one with --image)")
     return None
 
 
-def check_full_resolution(image: Path, spatial: Path, factors: Mapping[str, float]) -> None:
-    """Refuse an image of another size than the one that the pictures in ``spatial/`` were shrunk from."""
-    width, height = image_size(image)
-    for which in ("hires", "lowres"):
-        picture, scale = spatial / f"tissue_{which}_image.png", factors.get(f"tissue_{which}_scalef", 0.0)
-        if not picture.is_file() or not scale > 0:
+def check_full_resolution(image: Path, pictures: Mapping[str, Path], factors: Mapping[str, float]) -> None:
+    """Raise if the image size contradicts the downscaled images and their scale factors."""
+    width, height = image_size(unpacked(image))
+    for which, picture in pictures.items():
+        scale = factors.get(f"tissue_{which}_scalef", 0.0)
+        if not scale > 0:
             continue
-        small = image_size(picture)
+        small = image_size(unpacked(existing(picture, f"{which} image")))
         want = (small[0] / scale, small[1] / scale)
         if all(abs(a - b) <= 0.01 * b + 1 / scale for a, b in zip((width, height), want, strict=True)):
             continue
         same = all(abs(a - b) <= 2 for a, b in zip((width, height), small, strict=True))
         raise SourceError(
             f"{image}: {width} x {height} px, but the positions belong to an image of about {want[0]:.0f} x {want[1]:.0f} "
-            f"px ({picture.name} and its scale factor say so); "
-            + (f"it is the {which} picture: say --image {which} to use it" if same else "give that one with --image")
+            f"px (from {picture.name} and its scale factor); "
+            + (f"this is the {which} image: set --image {which}" if same else "set --image to that image")
         )
 
 
 def appearance_note(image: Path) -> list[str]:
-    """Return a note where an image does not look like H&E; images too large to read twice are not judged."""
+    """Return a note if an image does not look like H&E; large images are skipped."""
     width, height = image_size(image)
     if width * height > JUDGED_PX:
         return []
@@ -225,33 +335,36 @@ def appearance_note(image: Path) -> list[str]:
 
 
 def section_name(path: Path) -> str:
-    """Return the name of a run: its folder's, or the one above ``outs``."""
+    """Return the name of a run: its folder, or the parent of ``outs``."""
     path = path.resolve()
     return path.parent.name if path.name == "outs" else path.name
-
-
-# -- species ------------------------------------------------------------------------------------------------
-
-
-def species_of(ids: Sequence[str], where: Path) -> str:
-    """Tell the species by Ensembl ids."""
-    for prefix, species in (("ENSG", "human"), ("ENSMUSG", "mouse")):
-        if sum(i.startswith(prefix) for i in ids) > 0.5 * len(ids):
-            return species
-    raise SourceError(f"{where}: the species cannot be told from gene ids such as {', '.join(ids[:3])}; give --species")
 
 
 # -- h5 and MEX ---------------------------------------------------------------------------------------------
 
 
 def _open_h5(path: Path) -> h5py.File:
-    file = open_hdf5(path, "an HDF5 file", "is it whole?")
+    try:
+        file = open_hdf5(unpacked(path), "an HDF5 file", "copy or download it again")
+    except SourceError as error:
+        reason = not_data(path)
+        if reason is None:
+            raise
+        raise SourceError(f"{path}: {reason}") from error
+    if "matrix" not in file and _legacy_groups(file):
+        return file
     needed = ("features/id", "barcodes", "data", "indices", "indptr", "shape")
     missing = [n for n in needed if f"matrix/{n}" not in file]
     if missing:
+        have = ", ".join(list(file)[:6]) or "nothing"
         file.close()
-        raise SourceError(f"{path}: no /matrix/{missing[0]}; this is not {MATRIX}")
+        raise SourceError(f"{path}: no /matrix/{missing[0]}; expected {MATRIX}, found {have}")
     return file
+
+
+def _legacy_groups(file: h5py.File) -> list[str]:
+    """Return the genomes of a file of Cell Ranger 1 or 2, which has one group per genome."""
+    return [g for g in file if isinstance(file[g], h5py.Group) and all(n in file[g] for n in _LEGACY)]
 
 
 def _strings(values: Any) -> list[str]:
@@ -259,31 +372,63 @@ def _strings(values: Any) -> list[str]:
 
 
 def _h5_features(file: h5py.File) -> Features:
+    if "matrix" not in file:
+        return _legacy_features(file)
     group = file["matrix/features"]
     ids = _strings(group["id"][()])
     symbols, kinds = (_strings(group[n][()]) if n in group else [""] * len(ids) for n in ("name", "feature_type"))
     return Features(ids, symbols, kinds)
 
 
+def _legacy_features(file: h5py.File) -> Features:
+    ids: list[str] = []
+    symbols: list[str] = []
+    genomes = _legacy_groups(file)
+    for genome in genomes:
+        prefix = f"{genome}_" if len(genomes) > 1 else ""
+        own = _strings(file[genome]["genes"][()])
+        names = _strings(file[genome]["gene_names"][()]) if "gene_names" in file[genome] else [""] * len(own)
+        ids += [i if i.startswith(prefix) else prefix + i for i in own]
+        symbols += names
+    return Features(ids, symbols, [GENE_KIND] * len(ids))
+
+
+def _read_legacy(file: h5py.File, path: Path) -> tuple[list[str], sparse.csr_matrix]:
+    """Read all genomes of a file of Cell Ranger 1 or 2; a barcode may occur in some of them only."""
+    parts = []
+    for genome in _legacy_groups(file):
+        n = len(file[genome]["genes"])
+        chunk = list(_h5_chunks(file[genome], path, n, max(1, len(file[genome]["barcodes"]))))
+        parts.append(chunk[0] if chunk else ([], sparse.csr_matrix((0, n))))
+    names = list(dict.fromkeys(b for barcodes, _ in parts for b in barcodes))
+    row_of = {name: i for i, name in enumerate(names)}
+    blocks = []
+    for barcodes, counts in parts:
+        rows = [row_of[b] for b in barcodes]
+        spread = sparse.csr_matrix((np.ones(len(rows)), (rows, np.arange(len(rows)))), (len(names), len(rows)))
+        blocks.append(spread @ counts)
+    return names, sparse.csr_matrix(sparse.hstack(blocks))
+
+
 def _h5_chunks(
-    file: h5py.File, path: Path, n_features: int, size: int
+    group: h5py.Group, path: Path, n_features: int, size: int
 ) -> Iterator[tuple[list[str], sparse.csr_matrix]]:
-    group = file["matrix"]
     indptr = group["indptr"][()].astype(np.int64)
     shape = tuple(int(v) for v in group["shape"][()])
     n = len(group["barcodes"])
     if shape != (n_features, n) or len(indptr) != n + 1 or indptr[0] != 0 or (np.diff(indptr) < 0).any():
         raise SourceError(
-            f"{path}: the matrix is {shape}, but there are {n_features} features and {n} barcodes, or its index is damaged"
+            f"{path}: the matrix shape is {shape}, but there are {n_features} features and {n} barcodes, or indptr is "
+            "damaged; copy the file again"
         )
     for start in range(0, n, size):
         stop = min(start + size, n)
         part = slice(int(indptr[start]), int(indptr[stop]))
         indices, data = group["indices"][part], group["data"][part]
         if len(indices) != part.stop - part.start or len(data) != len(indices):
-            raise SourceError(f"{path}: ends before its last barcode; is the file whole?")
+            raise SourceError(f"{path}: truncated before its last barcode; copy or download it again")
         if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < n_features:
-            raise SourceError(f"{path}: an index points beyond its {n_features} features")
+            raise SourceError(f"{path}: an index exceeds the {n_features} features; copy or download the file again")
         pointer = indptr[start : stop + 1] - indptr[start]
         yield (
             _strings(group["barcodes"][start:stop]),
@@ -293,28 +438,25 @@ def _h5_chunks(
 
 def _read_mex(matrix: TenxMatrix, n_features: int) -> tuple[list[str], sparse.csr_matrix]:
     path, _, barcodes_file = matrix.files
-    barcodes = [line.split("\t")[0] for line in _lines(barcodes_file)]
-    with reading(path, "a Matrix Market file"):
-        counts = sparse.csc_matrix(scipy_io.mmread(path))
+    barcodes = [line.split("\t")[0].strip('"') for line in _lines(barcodes_file)]
+    existing(path, "matrix of counts")
+    with reading(path, "a Matrix Market file"), open_packed(path) as file:
+        counts = sparse.csc_matrix(scipy_io.mmread(file))
     if counts.shape != (n_features, len(barcodes)):
         raise SourceError(
-            f"{path}: the matrix is {counts.shape}, but there are {n_features} features and {len(barcodes)} barcodes"
+            f"{path}: the matrix shape is {counts.shape}, but there are {n_features} features and {len(barcodes)} "
+            "barcodes; use the three files of one run"
         )
     return barcodes, sparse.csr_matrix(counts.T)
 
 
 def _lines(path: Path) -> list[str]:
-    with reading(path, "lines of text"):
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            raw = file.read(MAX_TEXT_BYTES + 1)
-        if len(raw) > MAX_TEXT_BYTES:
-            raise SourceError(
-                f"{path}: more than {MAX_TEXT_BYTES:,} bytes of text, unpacked; no list of names is that long"
-            )
-        return raw.decode("utf-8").splitlines()
+    existing(path, "names of a matrix")
+    with reading(path, "text"):
+        return read_packed(path, MAX_TEXT_BYTES).decode("utf-8").splitlines()
 
 
 def _mex_features(path: Path) -> Features:
-    """Read features.tsv (id, symbol, kind) or the older genes.tsv (id, symbol)."""
-    rows = [(re.split(r"\t", line) + ["", ""])[:3] for line in _lines(path)]
+    """Read features.tsv (id, symbol, kind) or genes.tsv (id, symbol)."""
+    rows = [([c.strip('"') for c in line.split("\t")] + ["", ""])[:3] for line in _lines(path)]
     return Features(*([row[i] for row in rows] for i in range(3)))

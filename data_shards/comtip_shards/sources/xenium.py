@@ -1,8 +1,8 @@
-"""A Xenium output folder: transcripts or cells pooled to square pseudo-spots on an H&E image that was aligned to it.
+"""Xenium output folders: transcripts or cells pooled to square pseudo-spots on an aligned H&E image.
 
-Positions are um of the run. They are taken to px of the DAPI image (``pixel_size`` in ``experiment.xenium``), from
-there to px of the H&E (see :mod:`comtip_shards.sources.alignment`), and pooled in squares parallel to the H&E, so
-that a tile shows the ground whose transcripts were counted.
+Positions are in um. They are mapped to DAPI px (``pixel_size`` in ``experiment.xenium``), then to H&E px (see
+:mod:`comtip_shards.sources.alignment`), and pooled in squares parallel to the H&E, so that a tile and its counts cover
+the same area.
 """
 
 from __future__ import annotations
@@ -23,42 +23,92 @@ from comtip_shards.sections.section import Section, SectionMeta, check_unique
 from comtip_shards.slides.open import open_slide
 from comtip_shards.sources.alignment import Alignment, read_alignment
 from comtip_shards.sources.base import SectionSource, existing, number, pick, reading, refuse
-from comtip_shards.sources.parquet import BATCH, all_numbers, batches, has_column, numbers_of
+from comtip_shards.sources.features import GENE_KIND, Features, for_species
+from comtip_shards.sources.names import safe_id
+from comtip_shards.sources.packaging import by_prefix, find, unpacked
 from comtip_shards.sources.pooled import pooled_meta, pooled_section, setting
-from comtip_shards.sources.tenx import (
-    GENE_KIND,
-    Features,
-    TenxMatrix,
-    appearance_note,
-    find_matrix,
-    only,
-    read_json,
-    section_name,
-    species_of,
-)
+from comtip_shards.sources.table_batches import BATCH, all_numbers, batches, has_column, numbers_of
+from comtip_shards.sources.tenx import TenxMatrix, appearance_note, find_matrices, only, read_json, section_name
 
 EXPERIMENT, TRANSCRIPTS, CELLS, PANEL = "experiment.xenium", "transcripts.parquet", "cells.parquet", "gene_panel.json"
+PIXEL_SIZE_UM = 0.2125
+"""um per px of the DAPI image of every Xenium Analyzer, used if experiment.xenium is missing."""
+_ROLES = {
+    "experiment": r"experiment\.xenium",
+    "transcripts": r"transcripts\.(?:parquet|csv)",
+    "cells": r"cells\.(?:parquet|csv)",
+    "panel": r"gene_panel\.json",
+}
 POOL_UM, MIN_QV = 100.0, 20.0
 DENSE, MIN_OF_DENSE = 0.9, 0.05
-"""Stray transcripts lie on bare glass too: a pseudo-spot must hold this share of what a dense one (quantile) holds."""
+"""Transcripts also occur outside tissue: a pseudo-spot needs this share of the transcripts of a dense one (quantile)."""
 MAX_OUTSIDE = 0.5
-"""Share of pseudo-spots that may lie beside the H&E before its alignment is called wrong."""
+"""Maximum share of pseudo-spots outside the H&E image; above it the alignment is refused."""
 CONTROL = re.compile(r"(NegControl|BLANK|antisense|Unassigned|Deprecated|Intergenic)", re.IGNORECASE)
-_HE = ("*he_image.ome.tif", "*he_image.ome.tiff", "*he_image.tif", "*he_image.tiff", "*he_image.btf")
-_ALIGNED = ("*he_imagealignment.csv", "*he_image_alignment.csv", "*alignment.csv", "*keypoints.csv")
+_HE = ("*he_image.ome.tif*", "*he_image.tif*", "*he_image.btf*")
+_ALIGNED = ("*he_imagealignment.csv*", "*he_image_alignment.csv*", "*alignment.csv*", "*keypoints.csv*")
+
+
+@dataclass
+class XeniumFiles:
+    """Files of one run; names may have a prefix (``Xenium_V1_Breast_experiment.xenium``)."""
+
+    name: str
+    root: Path
+    prefix: str = ""
+    """Prefix of the file names if the folder contains several runs."""
+    experiment: Path | None = None
+    transcripts: Path | None = None
+    cells: Path | None = None
+    panel: Path | None = None
+    matrix: TenxMatrix | None = None
 
 
 def recognise(path: Path) -> str | None:
-    """Return why ``path`` is such a folder, or None."""
-    if not (path / EXPERIMENT).is_file():
+    """Return a reason if ``path`` is a Xenium folder, else None."""
+    if not path.is_dir():
         return None
-    found = [n for n in (EXPERIMENT, TRANSCRIPTS, CELLS) if (path / n).is_file()]
-    return f"a Xenium run: {', '.join(found)}"
+    found = {role: [p for files in by_prefix(path, like).values() for p in files] for role, like in _ROLES.items()}
+    names = [p.name for role in ("experiment", "transcripts", "cells") for p in found[role]]
+    matrix = bool(find(path, "*cell_feature_matrix*"))
+    if not found["experiment"] and not (matrix and (found["transcripts"] or found["cells"])):
+        return None
+    return f"Xenium run with {', '.join(names[:6])}"
+
+
+def find_runs(path: Path) -> list[XeniumFiles]:
+    """Return the runs of a folder: one, or one per prefix of the file names."""
+    found = {role: by_prefix(path, like) for role, like in _ROLES.items()}
+    matrices = find_matrices(path, "cell_feature_matrix")
+    prefixes = sorted(found["experiment"] or found["transcripts"] or found["cells"])
+    if len(prefixes) <= 1:
+        files = {
+            role: _preferred([p for group in groups.values() for p in group], role) for role, groups in found.items()
+        }
+        only([m.path for m in matrices.values()], "cell_feature_matrix")
+        return [XeniumFiles(section_name(path), path, "", **files, matrix=next(iter(matrices.values()), None))]
+    return [
+        XeniumFiles(
+            safe_id(prefix),
+            path,
+            prefix,
+            **{role: _preferred(groups.get(prefix, []), role) for role, groups in found.items()},
+            matrix=matrices.get(prefix),
+        )
+        for prefix in prefixes
+    ]
+
+
+def _preferred(files: Sequence[Path], what: str) -> Path | None:
+    """Return the Parquet file of several forms of one table; several files of one form raise."""
+    parquet = [p for p in files if ".parquet" in p.name]
+    plain = [p for p in files if not p.name.endswith(".gz")]
+    return only(parquet or plain or files, f"file of {what}")
 
 
 @dataclass(frozen=True)
 class _Run:
-    """What the pools of transcripts and of cells share."""
+    """Inputs shared by transcript and cell pooling."""
 
     path: Path
     pixel_size: float
@@ -66,122 +116,159 @@ class _Run:
     image: Path
     pool_um: float
     features: Features
+    species: str
     notes: list[str] = field(default_factory=list)
 
     @property
     def mpp(self) -> float:
-        """Scale of the H&E in um per px."""
+        """Pixel size of the H&E image in um."""
         return self.pixel_size * self.alignment.scale()
 
     def squares(self, um_N2: np.ndarray) -> np.ndarray:
-        """Return the square of the H&E's grid that each position of the run lies in."""
+        """Map positions in um to squares of the H&E grid."""
         return squares_of(self.alignment.to_image(um_N2 / self.pixel_size), self.pool_um / self.mpp)
 
 
 def open_sections(path: Path, samples: Sequence[str] | None, overrides: Mapping[str, str]) -> list[SectionSource]:
-    """Return the one section of the folder, named by it."""
-    name = section_name(path)
-    pick(samples, [name], path)
-    refuse(overrides, ("bin_um", "min_cover"), "it is for Visium HD; give --min-pooled")
-    what = overrides.get("pool_from") or ("transcripts" if (path / TRANSCRIPTS).is_file() else "cells")
+    """Return the sections of the folder: one named after it, or one per prefix of the file names."""
+    refuse(overrides, ("bin_um", "min_cover"), "this option is for Visium HD; for Xenium set --min-pooled")
+    runs = {run.name: run for run in find_runs(path)}
+    names = pick(samples, list(runs), path)
+    for option in ("image", "alignment"):
+        if len(names) > 1 and overrides.get(option) and "{id}" not in overrides[option]:
+            raise SourceError(
+                f"{path}: --{option} is one file but there are {len(names)} sections; use {{id}} in it, or select one with "
+                "--samples"
+            )
+    return [_source(runs[name], overrides) for name in names]
+
+
+def _source(files: XeniumFiles, overrides: Mapping[str, str]) -> SectionSource:
+    path = files.root
+    what = overrides.get("pool_from") or ("transcripts" if files.transcripts is not None else "cells")
     if what not in ("transcripts", "cells"):
-        raise SourceError(f"--pool-from {what}: Xenium has transcripts and cells")
-    experiment = read_json(path / EXPERIMENT, "description of the run")
-    run = _open(path, experiment, overrides)
-    panel = find_matrix(path, "cell_feature_matrix")
+        raise SourceError(f"unknown --pool-from {what}; use transcripts or cells for Xenium")
+    experiment = read_json(files.experiment, "description of the run") if files.experiment is not None else {}
+    run, species = _open(files, experiment, overrides)
     qv = setting(overrides, "qv", MIN_QV)
     least = int(setting(overrides, "min_pooled", 0)) or None
     if what == "cells":
-        refuse(overrides, ("qv",), "cells were counted by the instrument, at qv 20")
-        if panel is None:
-            raise SourceError(f"{path}: no cell_feature_matrix.h5, the counts of the cells; or pool transcripts")
-    table = existing(path / (CELLS if what == "cells" else TRANSCRIPTS), f"table of {what}")
+        refuse(overrides, ("qv",), "the instrument counts cells with qv 20")
+        if files.matrix is None:
+            raise SourceError(
+                f"{path}: no cell_feature_matrix.h5 with the counts of the cells; copy it, or set --pool-from transcripts"
+            )
+    table = files.cells if what == "cells" else files.transcripts
+    if table is None:
+        name = CELLS if what == "cells" else TRANSCRIPTS
+        raise SourceError(
+            f"{path / name}: no such file, but it is the table of {what}; copy it (or its csv.gz) from the run"
+        )
     units = what if what == "cells" else f"transcripts of qv {qv:g} or more"
     enough = str(least or 1) if least or what == "cells" else f"{MIN_OF_DENSE:.0%} of a dense one"
     meta = pooled_meta(
-        path, name, overrides, species=_species(run.features, experiment, path, overrides), platform="Xenium", mpp=run.mpp,
-        pool_um=run.pool_um, pooling=f"{units} in squares of {run.pool_um:g} um, at least {enough}",
-    )  # fmt: skip
+        path,
+        files.name,
+        overrides,
+        species=species,
+        platform="Xenium",
+        mpp=run.mpp,
+        pool_um=run.pool_um,
+        pooling=f"{units} in squares of {run.pool_um:g} um, at least {enough}",
+    )
 
     def load() -> Section:
         _check_scale(run, overrides.get("mpp", ""))
-        if what == "cells" and panel is not None:
-            pooler, notes = _pool_cells(run, table, panel)
+        if what == "cells" and files.matrix is not None:
+            pooler, notes = _pool_cells(run, table, files.matrix)
             return _section(run, meta, pooler, least or 1, what, notes)
         pooler, notes = _pool_transcripts(run, table, qv)
         dense = float(np.quantile(pooler.units, DENSE)) if len(pooler.units) else 0.0
         return _section(run, meta, pooler, least or max(1, int(np.ceil(MIN_OF_DENSE * dense))), what, notes)
 
-    files = [run.image, run.alignment.path, path / EXPERIMENT, table, *(panel.files if panel else ())]
-    if panel is None and (path / PANEL).is_file():
-        files.append(path / PANEL)
-    return [SectionSource(meta, tuple(files), load)]
+    inputs = [run.image, run.alignment.path, table, *(files.matrix.files if files.matrix else ())]
+    inputs += [p for p in (files.experiment, files.panel if files.matrix is None else None) if p is not None]
+    return SectionSource(meta, tuple(inputs), load)
 
 
-def _open(path: Path, experiment: Mapping[str, Any], overrides: Mapping[str, str]) -> _Run:
-    pixel_size = number(experiment.get("pixel_size", ""), f"{path / EXPERIMENT}: pixel_size")
+def _open(files: XeniumFiles, experiment: Mapping[str, Any], overrides: Mapping[str, str]) -> tuple[_Run, str]:
+    """Return the inputs of a run and its species."""
+    path, notes = files.root, []
+    where = files.experiment or path / EXPERIMENT
+    if files.experiment is None:
+        notes.append(f"no {EXPERIMENT}: assumed {PIXEL_SIZE_UM} um per px of the DAPI image")
+    size = experiment.get("pixel_size", "") if files.experiment is not None else PIXEL_SIZE_UM
+    pixel_size = number(size, f"{where}: pixel_size")
     if not 0.05 <= pixel_size <= 2:
         raise SourceError(
-            f"{path / EXPERIMENT}: pixel_size is {experiment.get('pixel_size')!r}; a Xenium's DAPI image has 0.2125 um per px"
+            f"{where}: pixel_size is {experiment.get('pixel_size')!r}, expected about {PIXEL_SIZE_UM}; copy the file from "
+            "the run again"
         )
-    image = (
-        Path(overrides["image"]) if overrides.get("image") else _find(path, _HE, "H&E image (say which with --image)")
-    )
-    if image is None:
-        raise SourceError(
-            f"{path}: no H&E image (*he_image.ome.tif); the morphology images of a Xenium are fluorescence, so give the "
-            "H&E of the same section with --image, and its alignment with --alignment"
-        )
-    existing(image, "H&E image (--image)")
-    beside = image.with_name(re.sub(r"(\.ome)?\.\w+$", "", image.name) + "alignment.csv")
-    file = (
-        Path(overrides["alignment"]) if overrides.get("alignment") else beside if beside.is_file()
-        else _find(path, _ALIGNED, "alignment (say which with --alignment)")
-    )  # fmt: skip
-    if file is None:
-        raise SourceError(
-            f"{path}: no alignment of {image.name} to the DAPI image (*he_imagealignment.csv); align them in Xenium "
-            "Explorer, export the matrix or the keypoints as csv, and give it with --alignment"
-        )
-    alignment = read_alignment(file, pixel_size)
-    features, notes = _panel(path)
-    run = _Run(path, pixel_size, alignment, image, setting(overrides, "pool_um", POOL_UM), features)
+    image = _image(files, overrides)
+    alignment = read_alignment(_alignment(files, image, overrides), pixel_size)
+    features, panel_notes = _panel(files)
+    features, species = for_species(features, overrides.get("species") or _organism(experiment), path)
+    run = _Run(path, pixel_size, alignment, image, setting(overrides, "pool_um", POOL_UM), features, species)
     matrix = alignment.matrix_33
     angle = float(np.degrees(np.arctan2(matrix[1, 0], matrix[0, 0])))
     mirrored = ", mirrored" if np.linalg.det(matrix[:2, :2]) < 0 else ""
-    run.notes.extend(
-        [
-            *notes,
-            *alignment.notes,
-            f"the H&E has {run.mpp:.4f} um per px and is turned by {angle:.1f} degrees{mirrored}",
-        ]
+    orientation = f"H&E: {run.mpp:.4f} um per px, rotated by {angle:.1f} degrees{mirrored}"
+    run.notes.extend([*notes, *panel_notes, *features.others_note(), *alignment.notes, orientation])
+    return run, species
+
+
+def _image(files: XeniumFiles, overrides: Mapping[str, str]) -> Path:
+    stated = overrides.get("image", "").replace("{id}", files.name)
+    image = Path(stated) if stated else _find(files, _HE, "H&E image (select one with --image)")
+    if image is None:
+        raise SourceError(
+            f"{files.root}: no H&E image (*he_image.ome.tif), and the morphology images of a Xenium are fluorescence; set "
+            "--image to the H&E image of the section and --alignment to its alignment"
+        )
+    return existing(image, "H&E image (--image)")
+
+
+def _alignment(files: XeniumFiles, image: Path, overrides: Mapping[str, str]) -> Path:
+    stated = overrides.get("alignment", "").replace("{id}", files.name)
+    sibling = image.with_name(re.sub(r"(\.ome)?\.\w+$", "", image.name.removesuffix(".gz")) + "alignment.csv")
+    file = (
+        Path(stated)
+        if stated
+        else sibling
+        if sibling.is_file()
+        else _find(files, _ALIGNED, "alignment (select one with --alignment)")
     )
-    return run
+    if file is None:
+        raise SourceError(
+            f"{files.root}: no alignment of {image.name} to the DAPI image (*he_imagealignment.csv); align them in Xenium "
+            "Explorer, export the matrix or the keypoints as csv, and set --alignment"
+        )
+    return file
 
 
-def _find(path: Path, patterns: Sequence[str], what: str) -> Path | None:
+def _find(files: XeniumFiles, patterns: Sequence[str], what: str) -> Path | None:
     for pattern in patterns:
-        found = only(sorted(path.glob(pattern)), what)
+        found = only([p for p in find(files.root, pattern) if p.name.startswith(files.prefix)], what)
         if found is not None:
             return found
     return None
 
 
-def _panel(path: Path) -> tuple[Features, list[str]]:
-    """Return every gene that the run could see, also those it did not: their zeros are measured."""
-    matrix = find_matrix(path, "cell_feature_matrix")
-    if matrix is not None:
-        features = matrix.features()
-        return features, features.others_note()
-    if (path / PANEL).is_file():
-        return _gene_panel(path / PANEL), []
-    if not (path / TRANSCRIPTS).is_file():
-        raise SourceError(f"{path}: neither {TRANSCRIPTS} nor cell_feature_matrix.h5 is there; one of them is needed")
+def _panel(files: XeniumFiles) -> tuple[Features, list[str]]:
+    """Return all genes of the panel, including undetected ones, whose zeros are measurements."""
+    if files.matrix is not None:
+        return files.matrix.features(), []
+    if files.panel is not None:
+        return _gene_panel(files.panel), []
+    if files.transcripts is None:
+        raise SourceError(
+            f"{files.root}: neither {TRANSCRIPTS} nor cell_feature_matrix.h5 exists; copy one of them from the run"
+        )
     names: set[str] = set()
-    for batch in batches(path / TRANSCRIPTS, ["feature_name"], dictionary=["feature_name"]):
-        names |= set(_words(batch, path / TRANSCRIPTS)[0])
+    for batch in batches(files.transcripts, ["feature_name"], dictionary=["feature_name"]):
+        names |= set(_words(batch, files.transcripts)[0])
     genes = sorted(n for n in names if not CONTROL.match(n))
-    note = "no cell_feature_matrix.h5 or gene_panel.json: genes of the panel that were never seen count as not measured"
+    note = "no cell_feature_matrix.h5 or gene_panel.json: undetected genes of the panel are treated as not measured"
     return Features(genes, genes, [GENE_KIND] * len(genes)), [note]
 
 
@@ -193,35 +280,39 @@ def _gene_panel(path: Path) -> Features:
             [str(g.get("id", g["name"])) for g in genes], [str(g["name"]) for g in genes], [GENE_KIND] * len(genes)
         )
     except (KeyError, TypeError) as error:
-        raise SourceError(f"{path}: no payload.targets with type and data ({error}); this is no gene panel") from error
+        raise SourceError(
+            f"{path}: no payload.targets with type and data ({error}); copy gene_panel.json from the run again"
+        ) from error
 
 
-def _species(features: Features, experiment: Mapping[str, Any], path: Path, overrides: Mapping[str, str]) -> str:
+def _organism(experiment: Mapping[str, Any]) -> str:
     organism = str(experiment.get("panel_organism", "")).lower()
-    stated = overrides.get("species") or (organism if organism in ("human", "mouse") else "")
-    return stated or species_of(features.ids, path)
+    return organism if organism in ("human", "mouse") else ""
 
 
 def _check_scale(run: _Run, stated: str) -> None:
-    """Refuse an alignment that contradicts the scale that the image or the caller states."""
-    with open_slide(run.image) as slide:
-        said = number(stated, "--mpp") if stated else slide.mpp
-    if said is None or 0.9 < said / run.mpp < 1.1:
+    """Raise if the alignment contradicts the scale of the image or the caller."""
+    with open_slide(unpacked(run.image)) as slide:
+        expected = number(stated, "--mpp") if stated else slide.mpp
+    if expected is None or 0.9 < expected / run.mpp < 1.1:
         return
-    who = "--mpp says" if stated else f"{run.image.name} says"
-    back = 0.9 < said / (run.pixel_size / run.alignment.scale()) < 1.1
+    origin = "--mpp" if stated else run.image.name
+    inverted = 0.9 < expected / (run.pixel_size / run.alignment.scale()) < 1.1
     raise SourceError(
-        f"{run.alignment.path}: makes an H&E px {run.mpp:.4f} um, but {who} {said:g}; "
-        + ("the matrix takes DAPI px to H&E px, the other way round: invert it" if back
-           else f"take alignment, image and {EXPERIMENT} from one run; if {who.split()[0]} is wrong, say --mpp {run.mpp:.4f}")
-    )  # fmt: skip
+        f"{run.alignment.path}: gives {run.mpp:.4f} um per H&E px, but {origin} states {expected:g}; "
+        + (
+            "the matrix maps DAPI px to H&E px; export or use its inverse"
+            if inverted
+            else f"use alignment, image and {EXPERIMENT} of the same run; if {origin} is wrong, set --mpp {run.mpp:.4f}"
+        )
+    )
 
 
 # -- transcripts --------------------------------------------------------------------------------------------
 
 
 def _words(batch: pa.RecordBatch, path: Path) -> tuple[list[str], np.ndarray]:
-    """Return the different feature names of a batch and, per row, which it is (-1 for none)."""
+    """Return the distinct feature names of a batch, and their index per row (-1 for missing)."""
     column = batch.column("feature_name")
     if not pa.types.is_dictionary(column.type):
         column = column.dictionary_encode()
@@ -230,7 +321,7 @@ def _words(batch: pa.RecordBatch, path: Path) -> tuple[list[str], np.ndarray]:
 
 
 def _texts(column: pa.Array, path: Path) -> list[str]:
-    """Return values as text; version 1 wrote bytes, or numbers."""
+    """Return values as text; version 1 wrote bytes or numbers."""
     with reading(path, "Parquet"):
         return [v.decode() if isinstance(v, bytes) else str(v) for v in column.to_pylist()]
 
@@ -245,27 +336,27 @@ def _pool_transcripts(run: _Run, path: Path, qv: float) -> tuple[Pooler, list[st
     for batch in batches(path, columns, dictionary=["feature_name"]):
         words, code = _words(batch, path)
         kinds = np.array([*(_kind(w, row_of) for w in words), -2], np.int64)
-        gene = kinds[code]  # -1 is a control, -2 no gene of the panel; code -1 is the last, -2
+        gene = kinds[code]  # -1: control, -2: not in the panel; code -1 selects the last entry, -2
         if flagged:
             gene[(gene >= 0) & ~np.asarray(batch.column("is_gene").fill_null(True), bool)] = -1
         xyq = numbers_of(batch, ["x_location", "y_location", "qv"], path)
         bad = {
             "control probes": gene == -1,
-            "of no gene of the panel": gene == -2,
-            "without a position": ~np.isfinite(xyq[:, :2]).all(axis=1),
-            f"of a quality under qv {qv:g}": ~(xyq[:, 2] >= qv),
+            "not in the panel": gene == -2,
+            "no position": ~np.isfinite(xyq[:, :2]).all(axis=1),
+            f"qv below {qv:g}": ~(xyq[:, 2] >= qv),
         }
         keep = np.ones(len(gene), bool)
         for reason, mask in bad.items():
             left[reason] += int((mask & keep).sum())
             keep &= ~mask
         pooler.add_transcripts(run.squares(xyq[keep, :2]), gene[keep])
-    said = [f"{n:,} transcripts left out: {reason}" for reason, n in left.items() if n]
+    excluded = [f"{n:,} transcripts excluded: {reason}" for reason, n in left.items() if n]
     if not pooler.total_units:
         raise SourceError(
-            f"{path}: no transcript is left ({'; '.join(said) or 'the table is empty'}); lower --qv, or check the panel"
+            f"{path}: no transcript is left ({'; '.join(excluded) or 'the table is empty'}); reduce --qv or check the panel"
         )
-    return pooler, [f"{pooler.total_units:,} transcripts of qv {qv:g} or more are pooled", *said]
+    return pooler, [f"{pooler.total_units:,} transcripts with qv of at least {qv:g} pooled", *excluded]
 
 
 def _kind(word: str, row_of: Mapping[str, int]) -> int:
@@ -284,7 +375,7 @@ def _pool_cells(run: _Run, path: Path, counts: TenxMatrix) -> tuple[Pooler, list
         where.update(zip(cells, map(tuple, xy.tolist()), strict=True))
         n += len(cells)
     if len(where) < n:
-        raise SourceError(f"{path}: {n - len(where)} cells stand more than once")
+        raise SourceError(f"{path}: {n - len(where)} duplicate cells; copy the table from the run again")
     pooler, lost, lost_counts = Pooler(len(run.features.genes())), 0, 0
     for barcodes, matrix in counts.chunks(run.features, BATCH):
         known = np.array([i for i, b in enumerate(barcodes) if b in where], np.int64)
@@ -296,11 +387,11 @@ def _pool_cells(run: _Run, path: Path, counts: TenxMatrix) -> tuple[Pooler, list
     if pooler.total_units < max(1, lost):
         raise SourceError(
             f"{counts.path}: only {pooler.total_units} of its {pooler.total_units + lost} cells are in {path}; "
-            "take both from one run"
+            "use files of the same run"
         )
-    notes = [f"{pooler.total_units:,} cells are pooled"]
+    notes = [f"{pooler.total_units:,} cells pooled"]
     if lost:
-        notes.append(f"{lost:,} cells with {lost_counts:,} counts are not in {path.name} and are left out")
+        notes.append(f"{lost:,} cells with {lost_counts:,} counts excluded: not in {path.name}")
     return pooler, notes
 
 
@@ -310,32 +401,42 @@ def _pool_cells(run: _Run, path: Path, counts: TenxMatrix) -> tuple[Pooler, list
 def _section(run: _Run, meta: SectionMeta, pooler: Pooler, least: int, what: str, notes: list[str]) -> Section:
     pooled = pooler.result(min_units=least)
     if not len(pooled.n_units):
-        raise SourceError(f"{run.path}: no square of {run.pool_um:g} um holds {least} {what}; lower --min-pooled")
+        raise SourceError(f"{run.path}: no square of {run.pool_um:g} um contains {least} {what}; reduce --min-pooled")
     dropped = {f"pseudo-spots with under {least:,} {what}": pooled.dropped_squares}
     xy = (pooled.square_N2 + 0.5) * (run.pool_um / run.mpp)
-    with open_slide(run.image) as slide:
+    plain = unpacked(run.image)
+    with open_slide(plain) as slide:
         width, height = slide.size
     inside = np.asarray(((xy >= 0) & (xy <= [width, height])).all(axis=1), bool)
     if inside.sum() < MAX_OUTSIDE * len(xy):
         raise SourceError(
-            f"{run.alignment.path}: puts {int((~inside).sum())} of {len(xy)} pseudo-spots beside the H&E {run.image} ({width} x "
-            f"{height} px); take image and alignment of one section; a matrix must take H&E px to DAPI px, not back"
+            f"{run.alignment.path}: maps {int((~inside).sum())} of {len(xy)} pseudo-spots outside the H&E {run.image} ({width} x "
+            f"{height} px); use image and alignment of the same section, and a matrix from H&E px to DAPI px"
         )
-    dropped["pseudo-spots beside the H&E image"] = int((~inside).sum())
+    dropped["pseudo-spots outside the H&E image"] = int((~inside).sum())
     pooled = _keep(pooled, inside)
     return pooled_section(
-        meta, run.image, pooled, xy[inside], run.features.only_genes(), dropped=dropped, units=what,
-        notes=[*run.notes, *notes, *appearance_note(run.image)],
-    )  # fmt: skip
+        meta,
+        plain,
+        pooled,
+        xy[inside],
+        run.features.only_genes(),
+        dropped=dropped,
+        units=what,
+        notes=[*run.notes, *notes, *appearance_note(plain)],
+    )
 
 
 def _keep(pooled: Pooled, mask: np.ndarray) -> Pooled:
-    """Leave out squares, counting what they held."""
+    """Exclude squares and count their contents."""
     kept = np.flatnonzero(mask)
     counts, units = pooled.counts[kept], pooled.n_units[kept]
     return replace(
-        pooled, square_N2=pooled.square_N2[kept], counts=counts, n_units=units,
+        pooled,
+        square_N2=pooled.square_N2[kept],
+        counts=counts,
+        n_units=units,
         dropped_squares=pooled.dropped_squares + len(mask) - len(kept),
         dropped_units=pooled.dropped_units + int(pooled.n_units.sum() - units.sum()),
         dropped_counts=pooled.dropped_counts + int(pooled.counts.sum(dtype=np.int64) - counts.sum(dtype=np.int64)),
-    )  # fmt: skip
+    )

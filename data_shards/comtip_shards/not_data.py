@@ -1,0 +1,72 @@
+"""Recognition of files that are not data: Git LFS pointers, web pages, empty and interrupted downloads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from comtip_shards.errors import SourceError
+
+HEAD_BYTES = 4096
+_SIGNATURES = (
+    (b"PK\x03\x04", "a zip archive; unpack it first"),
+    (b"\x1f\x8b", "a gzip file; decompress it first (gunzip)"),
+    (b"Rar!", "a rar archive; unpack it first"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it first"),
+    (b"RDX", "an R file; write the object as .h5ad (zellkonverter::writeH5AD)"),
+    (b"%PDF", "a PDF document; use the data file of the same name"),
+)
+_ERROR_PAGES = (b"<error", b"accessdenied", b"nosuchkey", b"<message>")
+
+
+def not_data(path: Path) -> str | None:
+    """Explain by its first bytes why a file holds no data.
+
+    Returns
+    -------
+    What the file is and what to do, or None if its first bytes give no reason.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(HEAD_BYTES)
+    except OSError:
+        return None
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if not head:
+        return "the file is empty (0 bytes); download or copy it again"
+    if text.startswith(b"version https://git-lfs"):
+        return "this is a Git LFS pointer, not the file itself; run git lfs pull, or download the file again"
+    if text.startswith(b"/annex/objects/") or b"/.git/annex/" in text[:256]:
+        return "this is a git-annex pointer, not the file itself; run git annex get"
+    if text.startswith((b"<!doctype html", b"<html", b"<head")) or (text.startswith(b"<!--") and b"<html" in text):
+        return "this is a web page, not the file itself; the download failed or needs a login, so download it again"
+    if text.startswith((b"<?xml", b"<error")) and any(word in text for word in _ERROR_PAGES):
+        return "this is an error message of a server, not the file itself; download it again"
+    if head.count(0) == len(head):
+        return "the file begins with zero bytes only; the download was interrupted, so download it again"
+    return None
+
+
+def archive_kind(path: Path) -> str | None:
+    """Return what kind of archive a file is, with the fix, or None; plain gzip counts as an archive."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(512)
+    except OSError:
+        return None
+    if head[257:262] == b"ustar":
+        return "a tar archive; unpack it first (tar -xf)"
+    return next((text for magic, text in _SIGNATURES if head.startswith(magic)), None)
+
+
+def refuse_not_data(path: Path) -> Path:
+    """Return the path, or raise if the file holds no data.
+
+    Raises
+    ------
+    SourceError
+        Naming the file, what it is, and the fix.
+    """
+    reason = not_data(path)
+    if reason is not None:
+        raise SourceError(f"{path}: {reason}")
+    return path

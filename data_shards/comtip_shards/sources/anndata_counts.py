@@ -1,0 +1,118 @@
+"""Raw counts of an AnnData: in ``X``, a layer or ``raw``, chosen by content or by the caller."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from comtip_shards.errors import SourceError
+from comtip_shards.sources.anndata_store import Store
+from comtip_shards.sources.base import as_counts
+
+COUNTS = ("layers/counts", "X", "raw/X")
+"""Elements searched for counts, in order."""
+_LIKE_COUNTS = re.compile(r"count|raw|umi", re.IGNORECASE)
+_YES, _NO = {"yes", "true", "1", "on"}, {"", "no", "false", "0", "off"}
+
+
+def raw_counts(
+    store: Store, path: Path, options: Mapping[str, str] | None = None
+) -> tuple[sparse.csr_matrix, pd.DataFrame, list[str]]:
+    """Return (spots x genes with integer values, var, notes).
+
+    Parameters
+    ----------
+    store
+        Elements of the AnnData.
+    path
+        File name for messages.
+    options
+        ``layer``: the layer with the counts, or ``X`` or ``raw``; ``round_counts``: round fractional counts.
+
+    Raises
+    ------
+    SourceError
+        No element holds counts; the message names layers that do, and the options.
+    """
+    options = options or {}
+    key = _stated_key(store, options.get("layer", ""), path)
+    if key is not None:
+        matrix, notes = sparse.csr_matrix(store[key]), [f"counts are those of {key} (--layer)"]
+        if is_counts(matrix):
+            return matrix, _var_of(store, key), notes
+        return _rounded(store, key, matrix, path, options, notes, "")
+    found = [k for k in COUNTS if k in store]
+    if not found:
+        raise SourceError(f"{path}: neither layers['counts'] nor X exists; add raw counts to the file")
+    for key in found:
+        matrix = sparse.csr_matrix(store[key])
+        if is_counts(matrix):
+            notes = [] if key == "X" == found[0] else [f"counts are those of {key} ({path.name})"]
+            return matrix, _var_of(store, key), notes
+    others = [n for n in store.keys("layers") if n != "counts" and is_counts(sparse.csr_matrix(store[f"layers/{n}"]))]
+    named = [n for n in others if _LIKE_COUNTS.search(n)]
+    if len(named) == 1:
+        key = f"layers/{named[0]}"
+        notes = [f"counts are those of {key}, the only layer of counts by name and content ({path.name})"]
+        return sparse.csr_matrix(store[key]), _var_of(store, key), notes
+    hint = f"set --layer to a layer of integers ({', '.join(others)})" if others else ""
+    return _rounded(store, found[0], sparse.csr_matrix(store[found[0]]), path, options, [], hint)
+
+
+def is_counts(matrix: sparse.csr_matrix) -> bool:
+    """Return whether all values are finite, non-negative integers."""
+    data = matrix.data
+    if data.size == 0 or not np.isfinite(data).all():
+        return bool(data.size == 0)
+    return bool(data.min() >= 0 and (data == np.rint(data)).all())
+
+
+def rounding(options: Mapping[str, str]) -> bool:
+    """Return the value of ``round_counts``."""
+    value = str(options.get("round_counts", "")).lower()
+    if value not in _YES | _NO:
+        raise SourceError(f"round_counts {value}: use yes or no")
+    return value in _YES
+
+
+def _stated_key(store: Store, layer: str, path: Path) -> str | None:
+    if not layer:
+        return None
+    key = {"X": "X", "raw": "raw/X", "raw.X": "raw/X", "raw/X": "raw/X"}.get(layer, f"layers/{layer}")
+    if key not in store:
+        have = [*store.keys("layers"), *(k.split("/")[0] for k in ("X", "raw/X") if k in store)]
+        raise SourceError(f"{path}: no layer {layer!r}; set --layer to one of {', '.join(have) or 'none'}")
+    return key
+
+
+def _var_of(store: Store, key: str) -> pd.DataFrame:
+    return pd.DataFrame(store["raw/var" if key.startswith("raw/") else "var"])
+
+
+def _rounded(
+    store: Store,
+    key: str,
+    matrix: sparse.csr_matrix,
+    path: Path,
+    options: Mapping[str, str],
+    notes: list[str],
+    hint: str,
+) -> tuple[sparse.csr_matrix, pd.DataFrame, list[str]]:
+    """Round fractional counts if the caller asks for it; otherwise raise."""
+    var, data = _var_of(store, key), matrix.data
+    if not rounding(options) or not np.isfinite(data).all() or (data.size and data.min() < 0):
+        names, genes = [str(v) for v in store["obs"].index], [str(v) for v in var.index]
+        fix = "; ".join(filter(None, [hint, "for fractional counts (ambient RNA correction) set --round-counts yes"]))
+        as_counts(matrix, path, names, genes, what=key, fix=fix)
+        raise SourceError(f"{path}: {key} holds no counts; {fix}")
+    out = matrix.copy()
+    out.data = np.rint(data)
+    changed, total = int((out.data != data).sum()), float(data.sum())
+    note = f"{key} rounded to integers (--round-counts): {changed} of {data.size} values changed, sum {total:g} to {out.data.sum():g}"
+    out.eliminate_zeros()
+    return out, var, [*notes, note]

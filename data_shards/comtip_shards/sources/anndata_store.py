@@ -1,0 +1,233 @@
+"""Lazy access to the elements of an AnnData: ``.h5ad``, ``.zarr``, or an object in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+import anndata as ad
+import h5py
+import pandas as pd
+from anndata.io import read_elem
+
+from comtip_shards.errors import SourceError
+from comtip_shards.not_data import not_data
+from comtip_shards.sources.hdf5 import open_hdf5
+from comtip_shards.sources.packaging import find, unpacked
+from comtip_shards.sources.zarr_metadata import check_store
+
+SUFFIXES = (".h5ad", ".h5ad.gz")
+_PLUGIN_IDS = 256
+"""HDF5 filters from this id on are plugins."""
+_PLUGINS = {32001: "blosc", 32004: "lz4", 32008: "bitshuffle", 32013: "zfp", 32015: "zstd", 32026: "blosc2"}
+
+
+class Store(Protocol):
+    """Elements of an AnnData by their names in a file, e.g. ``obsm/spatial`` and ``raw/X``."""
+
+    path: Path
+
+    def __contains__(self, key: str) -> bool:
+        """Return whether an element exists."""
+
+    def __getitem__(self, key: str) -> Any:
+        """Read one element."""
+
+    def keys(self, group: str) -> list[str]:
+        """Return the names in a group, empty if it does not exist."""
+
+    def group(self, key: str) -> Any:
+        """Return a group or mapping without reading its arrays."""
+
+
+class FileStore:
+    """An open HDF5 file or zarr group."""
+
+    def __init__(self, root: Any, path: Path) -> None:
+        self._root, self.path = root, path
+
+    def __contains__(self, key: str) -> bool:
+        """Return whether an element exists."""
+        try:
+            return key in self._root
+        except (KeyError, ValueError, TypeError):
+            return False
+
+    def __getitem__(self, key: str) -> Any:
+        """Read one element."""
+        return read_part(self._root, key, self.path)
+
+    def keys(self, group: str) -> list[str]:
+        """Return the names in a group, empty if it does not exist."""
+        return list(self._root[group]) if group in self and hasattr(self._root[group], "keys") else []
+
+    def group(self, key: str) -> Any:
+        """Return a group without reading its arrays."""
+        return self._root[key] if key in self else {}
+
+
+class MemoryStore:
+    """An AnnData in memory."""
+
+    def __init__(self, data: ad.AnnData, path: Path) -> None:
+        self.data, self.path = data, path
+        self._parts: dict[str, Any] = {"X": data.X, "obs": data.obs, "var": data.var}
+        self._parts |= {f"layers/{k}": v for k, v in data.layers.items()}
+        self._parts |= {f"obsm/{k}": v for k, v in data.obsm.items()}
+        if data.raw is not None:
+            self._parts |= {"raw/X": data.raw.X, "raw/var": pd.DataFrame(data.raw.var)}
+
+    def __contains__(self, key: str) -> bool:
+        """Return whether an element exists."""
+        return self._parts.get(key) is not None or bool(key.startswith("uns/") and self.group(key))
+
+    def __getitem__(self, key: str) -> Any:
+        """Return one element."""
+        return self.group(key) if key.startswith("uns/") else self._parts[key]
+
+    def keys(self, group: str) -> list[str]:
+        """Return the names in a group, empty if it does not exist."""
+        if group == "uns" or group.startswith("uns/"):
+            found = self.group(group)
+            return list(found) if isinstance(found, Mapping) else []
+        return [k.split("/", 1)[1] for k in self._parts if k.startswith(f"{group}/")]
+
+    def group(self, key: str) -> Any:
+        """Return a mapping or value of ``uns``, {} if it does not exist."""
+        found: Any = self.data.uns
+        for part in key.split("/")[1:]:
+            if not isinstance(found, Mapping) or part not in found:
+                return {}
+            found = found[part]
+        return found
+
+
+def is_zarr(path: Path) -> bool:
+    """Return whether a folder is an AnnData in zarr (version 2 or 3)."""
+    for name in (".zattrs", "zarr.json"):
+        file = path / name
+        if file.is_file():
+            text = file.read_text(encoding="utf-8", errors="replace")
+            return '"anndata"' in text and "spatialdata_attrs" not in text[:2000]
+    return False
+
+
+def files_of(path: Path) -> list[Path]:
+    """Return the AnnData files and zarr folders of a path."""
+    if path.is_dir():
+        if is_zarr(path):
+            return [path]
+        found = [p for suffix in SUFFIXES for p in find(path, f"*{suffix}") if p.is_file()]
+        return sorted([*found, *(p for p in find(path, "*.zarr") if p.is_dir() and is_zarr(p))])
+    return [path] if path.name.endswith(SUFFIXES) else []
+
+
+def stem_of(path: Path) -> str:
+    """Return the file name without its suffix."""
+    return path.name.removesuffix(".gz").removesuffix(".h5ad").removesuffix(".zarr")
+
+
+@contextmanager
+def open_store(path: Path) -> Iterator[Store]:
+    """Open an AnnData; files written before anndata 0.7 are converted in memory.
+
+    Raises
+    ------
+    SourceError
+        The file cannot be read, or refers to other files.
+    """
+    if path.is_dir():
+        yield FileStore(_open_zarr(path), path)
+        return
+    with open_h5ad(path) as file:
+        legacy = any(isinstance(file.get(k), h5py.Dataset) for k in ("obs", "var", "obsm", "raw.var"))
+        if not legacy:
+            yield FileStore(file, path)
+            return
+    yield MemoryStore(_read_legacy(path), path)
+
+
+def open_h5ad(path: Path) -> h5py.File:
+    """Open an ``.h5ad`` file, compressed with gzip or not."""
+    try:
+        return open_hdf5(unpacked(path), "an .h5ad", "copy or download it again")
+    except SourceError as error:
+        reason = not_data(path)
+        if reason is None:
+            raise
+        raise SourceError(f"{path}: {reason}") from error
+
+
+def read_part(root: Any, key: str, path: Path) -> Any:
+    """Read one element of an AnnData file."""
+    try:
+        return read_elem(root[key])
+    except Exception as error:  # anndata raises many kinds of errors
+        plugin = _missing_plugin(root, key)
+        if plugin and _has_plugins():
+            return read_elem(root[key])
+        if plugin:
+            raise SourceError(
+                f"{path}: {key} is compressed with {plugin}, which needs an HDF5 plugin; pip install hdf5plugin, or write the "
+                "file with compression='gzip'"
+            ) from error
+        raise SourceError(
+            f"{path}: {key} cannot be read ({type(error).__name__}: {error}); copy or download the file again"
+        ) from error
+
+
+def _has_plugins() -> bool:
+    """Register the compression plugins of hdf5plugin if it is installed."""
+    try:
+        import_module("hdf5plugin")
+    except ImportError:
+        return False
+    return True
+
+
+def _missing_plugin(root: Any, key: str) -> str:
+    """Return the name of a compression plugin that an element needs and that is not available, or ""."""
+    names: list[str] = []
+
+    def visit(_: str, item: Any) -> None:
+        if not isinstance(item, h5py.Dataset):
+            return
+        filters = item.id.get_create_plist()
+        for i in range(filters.get_nfilters()):
+            number = filters.get_filter(i)[0]
+            if number >= _PLUGIN_IDS and not h5py.h5z.filter_avail(number):
+                names.append(f"{_PLUGINS.get(number, 'an unknown filter')} (HDF5 filter {number})")
+
+    if isinstance(root, h5py.Group) and key in root:
+        item = root[key]
+        visit(key, item)
+        if isinstance(item, h5py.Group):
+            item.visititems(visit)
+    return names[0] if names else ""
+
+
+def _read_legacy(path: Path) -> ad.AnnData:
+    try:
+        return ad.read_h5ad(unpacked(path))
+    except Exception as error:  # anndata raises many kinds of errors
+        raise SourceError(
+            f"{path}: written before anndata 0.7 and cannot be converted ({type(error).__name__}: {error}); read and write it "
+            "again with an anndata of that time"
+        ) from error
+
+
+def _open_zarr(path: Path) -> Any:
+    check_store(path, "an AnnData store")
+    try:
+        zarr = import_module("zarr")
+    except ImportError as error:
+        raise SourceError(f"{path}: .zarr needs an optional dependency: pip install 'comtip-fast[wsi]'") from error
+    try:
+        return zarr.open_group(str(path), mode="r")
+    except Exception as error:  # zarr raises many kinds of errors
+        raise SourceError(
+            f"{path}: cannot be read as zarr ({type(error).__name__}: {error}); copy or download it again"
+        ) from error

@@ -1,0 +1,145 @@
+"""Row names of count matrices: genes and other features, genomes of mixed references, and species."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from comtip_shards.errors import SourceError
+
+GENE_KIND = "Gene Expression"
+OTHER_GENOME = "genome "
+"""Start of the kind that rows of another genome are given."""
+MIXED_SHARE = 0.05
+"""Share of the genes of a second species above which the species must be stated."""
+_GENOME = re.compile(r"(?P<genome>(?:GRCh3\d|GRCm3\d|hg\d\d|mm\d\d?)[A-Za-z0-9.\-]*)_+(?=[^_])", re.IGNORECASE)
+_ENSEMBL = {"ENSG": "human", "ENSMUSG": "mouse"}
+_SPECIES = {
+    "human": {"human", "homo sapiens", "h. sapiens", "hsapiens", "ncbitaxon:9606", "9606", "hs"},
+    "mouse": {"mouse", "mus musculus", "m. musculus", "mmusculus", "ncbitaxon:10090", "10090", "mm"},
+}
+
+
+@dataclass(frozen=True)
+class Features:
+    """Row names of a feature-barcode matrix."""
+
+    ids: list[str]
+    symbols: list[str]
+    kinds: list[str]
+    """``Gene Expression`` or empty for genes."""
+
+    def genes(self) -> np.ndarray:
+        """Return the indices of gene rows, int64; antibodies, controls and other genomes are excluded."""
+        return np.flatnonzero([kind in ("", GENE_KIND) for kind in self.kinds])
+
+    def only_genes(self) -> Features:
+        """Return the gene rows only."""
+        rows = self.genes()
+        return Features([self.ids[i] for i in rows], [self.symbols[i] for i in rows], [GENE_KIND] * len(rows))
+
+    def others(self) -> dict[str, int]:
+        """Return the number of rows per other kind."""
+        return dict(sorted(Counter(k for k in self.kinds if k not in ("", GENE_KIND)).items()))
+
+    def others_note(self, tally: Mapping[str, int] | None = None) -> list[str]:
+        """Return notes with the number of excluded rows per kind.
+
+        Parameters
+        ----------
+        tally
+            Sum of counts per kind, and of genes under ``Gene Expression``; adds the share of other genomes.
+        """
+        notes = []
+        for kind, n in self.others().items():
+            if not kind.startswith(OTHER_GENOME):
+                notes.append(f"{n} features are not genes: {kind}")
+                continue
+            genes, other = (tally or {}).get(GENE_KIND, 0), (tally or {}).get(kind, 0)
+            share = f", with {other / (genes + other):.1%} of the counts" if genes + other else ""
+            notes.append(f"{n} features excluded: {kind}{share}")
+        return notes
+
+
+def species_name(text: str) -> str:
+    """Return ``human`` or ``mouse`` for a common name, a Latin name or a taxonomy id; other texts in lower case."""
+    plain = " ".join(text.replace("_", " ").lower().split())
+    return next((name for name, words in _SPECIES.items() if plain in words), plain)
+
+
+def for_species(features: Features, stated: str, where: Path) -> tuple[Features, str]:
+    """Select the rows of one species and strip genome prefixes (``GRCh38_ENSG...``, ``mm10___Stk4``).
+
+    Parameters
+    ----------
+    features
+        Row names as in the file.
+    stated
+        The species stated by the caller or the source, or "" to detect it from Ensembl ids and genome names.
+    where
+        File name for messages.
+
+    Returns
+    -------
+    Features of the same length, in which rows of the other species have the kind ``genome NAME (SPECIES)``; the species.
+
+    Raises
+    ------
+    SourceError
+        The species is needed and unknown, or the stated species contradicts the ids.
+    """
+    split = [_split(i, s) for i, s in zip(features.ids, features.symbols, strict=True)]
+    species = [_row_species(genome, i) for genome, i, _ in split]
+    genes = set(features.genes().tolist())
+    seen = Counter(species[i] for i in genes if species[i])
+    chosen = species_name(stated) if stated else _detected(seen, len(genes), features, where)
+    others = {name: n for name, n in seen.items() if name != chosen}
+    if others and not seen.get(chosen) and sum(others.values()) > 0.5 * len(genes):
+        name = max(others, key=lambda k: others[k])
+        example = next(features.ids[i] for i in sorted(genes) if species[i] == name)
+        raise SourceError(
+            f"{where}: the species is stated as {chosen}, but gene ids such as {example} are of {name}; set --species {name}"
+        )
+    kinds = list(features.kinds)
+    for row in genes:
+        if species[row] not in ("", chosen):
+            genome = split[row][0] or "of another species"
+            kinds[row] = f"{OTHER_GENOME}{genome} ({species[row]})"
+    return replace(features, ids=[i for _, i, _ in split], symbols=[s for _, _, s in split], kinds=kinds), chosen
+
+
+def species_of(ids: Sequence[str], where: Path) -> str:
+    """Detect the species from Ensembl ids."""
+    return for_species(Features(list(ids), [""] * len(ids), [GENE_KIND] * len(ids)), "", where)[1]
+
+
+def _detected(seen: Mapping[str, int], n_genes: int, features: Features, where: Path) -> str:
+    total = sum(seen.values())
+    if not total or total <= 0.5 * n_genes:
+        raise SourceError(
+            f"{where}: no species: gene ids such as {', '.join(features.ids[:3])} are not Ensembl ids; set --species"
+        )
+    first = max(seen, key=lambda k: seen[k])
+    if seen[first] < (1 - MIXED_SHARE) * total:
+        found = " and ".join(f"{n} of {name}" for name, n in sorted(seen.items()))
+        raise SourceError(f"{where}: genes of two species, {found}; set --species to the one to read")
+    return first
+
+
+def _split(identifier: str, symbol: str) -> tuple[str, str, str]:
+    """Return (genome or "", identifier, symbol) without genome prefixes."""
+    ids, names = _GENOME.match(identifier), _GENOME.match(symbol)
+    genome = (ids or names or {"genome": ""})["genome"]
+    return genome, identifier[ids.end() :] if ids else identifier, symbol[names.end() :] if names else symbol
+
+
+def _row_species(genome: str, identifier: str) -> str:
+    if genome:
+        return "human" if genome.lower().startswith(("grch", "hg")) else "mouse"
+    match = re.match(r"(ENS(?:MUS)?G)\d{6,}", identifier, re.IGNORECASE)
+    return "" if match is None else _ENSEMBL[match[1].upper()]

@@ -1,0 +1,64 @@
+"""Spot pitch and its use as a check of the scale."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+from scipy.spatial import cKDTree
+
+from comtip_shards.errors import SourceError
+
+VISIUM_PITCH_UM, VISIUM_DIAMETER_UM = 100.0, 55.0
+MAX_RATIO, MAX_RATIO_INFERRED = 1.15, 4.0
+"""Maximum ratio of the spot pitch to that of Visium if the platform is stated, and if only the array suggests it."""
+_MIN_SPOTS = 7
+
+
+def median_gap(xy: np.ndarray) -> float:
+    """Return the median nearest-neighbour distance, NaN for fewer than two positions."""
+    xy = xy[np.isfinite(xy).all(1)]
+    return float(np.median(cKDTree(xy).query(xy, k=2)[0][:, 1])) if len(xy) > 1 else float("nan")
+
+
+def max_ratio(platform: str, obs: pd.DataFrame, overrides: Mapping[str, str]) -> float:
+    """Return the maximum ratio of the spot pitch to 100 um, infinite if the spots are not known to be those of Visium."""
+    if platform or overrides.get("platform"):
+        return MAX_RATIO if platform.lower() == "visium" else float("inf")
+    if not {"array_row", "array_col"} <= set(obs) or len(obs) < _MIN_SPOTS:
+        return float("inf")
+    row, col = (pd.to_numeric(obs[c].astype(str), errors="coerce").to_numpy() for c in ("array_row", "array_col"))
+    known = np.isfinite(row).all() and np.isfinite(col).all()
+    hexagonal = known and ((row + col) % 2 == 0).all() and np.ptp(col) > np.ptp(row)
+    return MAX_RATIO_INFERRED if hexagonal else float("inf")
+
+
+def check_pitch(xy: np.ndarray, mpp: float, limit: float, where: str) -> None:
+    """Raise if the spot pitch at this scale is not that of a Visium slide.
+
+    Parameters
+    ----------
+    xy
+        float64 (n, 2), px.
+    mpp
+        um per px of the positions.
+    limit
+        See :func:`max_ratio`.
+    where
+        File name for messages.
+
+    Raises
+    ------
+    SourceError
+        The scale is wrong, e.g. by a factor of ten, or belongs to another image.
+    """
+    if not np.isfinite(mpp) or mpp <= 0:
+        raise SourceError(f"{where}: the scale is {mpp:g} um per px, expected a positive number; set --mpp")
+    gap = median_gap(xy)
+    if len(xy) < _MIN_SPOTS or not gap > 0 or 1 / limit <= gap * mpp / VISIUM_PITCH_UM <= limit:
+        return
+    raise SourceError(
+        f"{where}: with {mpp:g} um per px the spot pitch is {gap * mpp:.1f} um, but on a Visium slide it is "
+        f"{VISIUM_PITCH_UM:g} um; set --mpp {VISIUM_PITCH_UM / gap:.4g}, or --platform if this is no Visium slide"
+    )

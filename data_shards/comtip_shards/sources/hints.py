@@ -1,0 +1,79 @@
+"""Explanations for paths that no reader accepts: archives, files that are not data, missing parts of a known layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from comtip_shards.not_data import archive_kind, not_data
+from comtip_shards.sources.base import Reader
+from comtip_shards.sources.packaging import contents, is_gzip
+
+MAX_FILES = 200
+_SUFFIXES = {
+    ".rds": "R objects cannot be read; write the object as .h5ad (zellkonverter::writeH5AD)",
+    ".rdata": "R objects cannot be read; write the object as .h5ad (zellkonverter::writeH5AD)",
+    ".h5seurat": "h5Seurat cannot be read; write the object as .h5ad (zellkonverter::writeH5AD, or SeuratDisk::Convert)",
+    ".loom": "loom files have no image and no positions in px; write the object as .h5ad with obsm['spatial']",
+    ".gef": "Stereo-seq .gef cannot be read; write bins with positions as .h5ad (stereopy)",
+}
+_PARTS = (
+    (
+        "feature_bc_matrix",
+        "a count matrix without positions; add spatial/ (tissue_positions.csv, scalefactors_json.json)",
+    ),
+    (
+        "cell_feature_matrix",
+        "a count matrix without positions; add experiment.xenium and transcripts.parquet or cells.parquet",
+    ),
+    ("matrix.mtx", "a count matrix without positions; add spatial/ (tissue_positions.csv, scalefactors_json.json)"),
+)
+
+
+def explain(path: Path, readers: Sequence[Reader]) -> str:
+    """Return what is wrong with a path that no reader accepts, and what to do.
+
+    Parameters
+    ----------
+    path
+        An existing file or folder.
+    readers
+        All readers, whose layouts are listed if nothing more specific is known.
+    """
+    special = _of_file(path) if path.is_file() else _of_folder(path, readers)
+    if special:
+        return special
+    known = "; ".join(f"{r.name}: {r.looks_for}" for r in readers)
+    if path.is_dir() and not contents(path):
+        return f"the folder is empty, so it has no known format; give the folder that contains the data. Looked for {known}"
+    return f"no known format. Looked for {known}. If it is one of these, force it with --format"
+
+
+def _of_file(path: Path) -> str | None:
+    reason = not_data(path) or _SUFFIXES.get(path.suffix.lower())
+    if reason:
+        return reason
+    kind = archive_kind(path)
+    if kind and not (is_gzip(path) and path.name.endswith(".h5ad.gz")):
+        return kind
+    return next((text for part, text in _PARTS if part in path.name), None)
+
+
+def _of_folder(path: Path, readers: Sequence[Reader]) -> str | None:
+    entries = contents(path)[:MAX_FILES]
+    runs = {p.name: r.name for p in entries if p.is_dir() for r in readers if r.recognise(p)}
+    if runs:
+        listed = ", ".join(f"{name} ({fmt})" for name, fmt in list(runs.items())[:8])
+        return f"the folder contains {len(runs)} sources: {listed}; give one of them at a time"
+    files = [p for p in entries if p.is_file()]
+    for file in files:
+        reason = not_data(file)
+        if reason and file.suffix.lower() not in (".txt", ".md"):
+            return f"{file.name}: {reason}"
+    archives = [p for p in files if p.suffix.lower() in (".tar", ".tgz", ".zip") or p.name.endswith(".tar.gz")]
+    if archives:
+        return f"{archives[0].name} is an archive; unpack it into this folder first"
+    for file in files:
+        if file.suffix.lower() in _SUFFIXES:
+            return f"{file.name}: {_SUFFIXES[file.suffix.lower()]}"
+    return next((f"{e.name}: {text}" for e in entries for part, text in _PARTS if part in e.name), None)

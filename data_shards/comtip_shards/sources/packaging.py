@@ -1,0 +1,192 @@
+"""File names and packaging of downloads: hidden files, gzip, tar archives, and prefixes of file names."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import re
+import shutil
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+from comtip_shards.errors import SourceError
+
+SYSTEM_FILES = {"__macosx", "thumbs.db", "desktop.ini", "$recycle.bin", "lost+found"}
+MAX_GROWTH = 256
+"""Maximum ratio of unpacked to packed bytes for files that unpack to more than :data:`ALWAYS_UNPACKED`."""
+ALWAYS_UNPACKED = 1 << 28
+_GZIP = b"\x1f\x8b"
+_BLOCK = 1 << 20
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a file name belongs to the operating system: dot files, macOS twins, Windows caches."""
+    return name.startswith(".") or name.lower() in SYSTEM_FILES
+
+
+def find(folder: Path, pattern: str) -> list[Path]:
+    """Return the matches of a glob pattern in sorted order, without hidden files and folders."""
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.glob(pattern) if not any(is_hidden(n) for n in p.relative_to(folder).parts))
+
+
+def contents(folder: Path) -> list[Path]:
+    """Return the entries of a folder in sorted order, without hidden files and folders."""
+    return find(folder, "*")
+
+
+def is_gzip(path: Path) -> bool:
+    """Return whether the first bytes of a file are those of gzip."""
+    with path.open("rb") as file:
+        return file.read(2) == _GZIP
+
+
+@contextmanager
+def open_packed(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for reading; gzip is detected by content and decompressed."""
+    with path.open("rb") as raw:
+        packed = raw.read(2) == _GZIP
+        raw.seek(0)
+        if packed:
+            with gzip.open(raw) as file:
+                yield file  # type: ignore[misc]  # a GzipFile reads like a binary file
+        else:
+            yield raw
+
+
+def read_packed(path: Path, limit: int = 1 << 31) -> bytes:
+    """Return the content of a file, decompressed if it is gzip.
+
+    Raises
+    ------
+    SourceError
+        The content exceeds ``limit`` bytes.
+    """
+    with open_packed(path) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise SourceError(f"{path}: more than {limit >> 20} MiB after decompression; check the file")
+    return data
+
+
+def unpacked(path: Path) -> Path:
+    """Return a file that libraries can open: ``path``, or a temporary decompressed copy if it is gzip.
+
+    Copies are deleted when the process ends.
+
+    Raises
+    ------
+    SourceError
+        The file is damaged, or decompresses to implausibly many bytes.
+    """
+    if not is_gzip(path):
+        return path
+    target = _copy_folder(path) / path.name.removesuffix(".gz")
+    if not target.is_file():
+        tmp_path = target.with_name(f"{target.name}.tmp")
+        try:
+            with gzip.open(path) as source, tmp_path.open("wb") as file:
+                _copy(source, file, path)
+        except (OSError, EOFError, zlib.error) as error:
+            tmp_path.unlink(missing_ok=True)
+            raise SourceError(f"{path}: cannot be decompressed ({error}); copy or download it again") from error
+        tmp_path.rename(target)
+    return target
+
+
+def unpacked_tar(path: Path) -> Path:
+    """Return a temporary folder with the regular files of a tar archive.
+
+    Links, devices and members with absolute or parent paths are skipped.
+    """
+    target = _copy_folder(path) / "members"
+    if target.is_dir():
+        return target
+    tmp_path = target.with_name("members.tmp")
+    shutil.rmtree(tmp_path, ignore_errors=True)
+    tmp_path.mkdir()
+    try:
+        with tarfile.open(path) as archive:
+            total = 0
+            for member in archive:
+                parts = PurePosixPath(member.name).parts
+                unsafe = not parts or parts[0] == "/" or ".." in parts
+                if not member.isreg() or unsafe or any(is_hidden(p) for p in parts if p != "."):
+                    continue
+                total += member.size
+                _check_growth(total, path)
+                inside = tmp_path.joinpath(*(p for p in parts if p != "."))
+                inside.parent.mkdir(parents=True, exist_ok=True)
+                source = archive.extractfile(member)
+                with inside.open("wb") as file:
+                    shutil.copyfileobj(source or io.BytesIO(), file, _BLOCK)
+    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+        raise SourceError(f"{path}: cannot be unpacked ({error}); copy or download it again") from error
+    tmp_path.rename(target)
+    return target
+
+
+def _copy(source: gzip.GzipFile, file: BinaryIO, path: Path) -> None:
+    total = 0
+    while block := source.read(_BLOCK):
+        total += len(block)
+        _check_growth(total, path)
+        file.write(block)
+
+
+def _check_growth(total: int, path: Path) -> None:
+    if total > max(ALWAYS_UNPACKED, MAX_GROWTH * path.stat().st_size):
+        raise SourceError(
+            f"{path}: unpacks to more than {MAX_GROWTH} times its size, so it is probably not data; check the file, "
+            "or unpack it first"
+        )
+
+
+@cache
+def _temporary() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="comtip-unpacked-")
+
+
+def _copy_folder(path: Path) -> Path:
+    state = path.stat()
+    key = hashlib.sha256(f"{path.resolve()}|{state.st_size}|{state.st_mtime_ns}".encode()).hexdigest()[:16]
+    folder = Path(_temporary().name) / key
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def plain_name(path: Path) -> str:
+    """Return the file name without ``.gz``."""
+    return path.name.removesuffix(".gz")
+
+
+def prefix_of(name: str, role: str) -> str | None:
+    """Return the prefix of a file name before its role, or None if the name has another role.
+
+    Parameters
+    ----------
+    name
+        A file name, with or without ``.gz``.
+    role
+        Regular expression for the part of the name that states the content, e.g. ``barcodes[.]tsv``.
+    """
+    match = re.fullmatch(rf"(?P<prefix>(?:.*[._-])?){role}(?:\.gz)?", name)
+    return None if match is None else match["prefix"]
+
+
+def by_prefix(folder: Path, role: str) -> dict[str, list[Path]]:
+    """Return the files of one role in a folder, grouped by the prefix of their names."""
+    out: dict[str, list[Path]] = {}
+    for path in contents(folder):
+        prefix = prefix_of(path.name, role)
+        if prefix is not None and path.is_file():
+            out.setdefault(prefix, []).append(path)
+    return out

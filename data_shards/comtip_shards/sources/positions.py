@@ -1,0 +1,89 @@
+"""Spot centres of an AnnData: the key in ``obsm`` or the columns of ``obs``, and the order of the axes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from comtip_shards.errors import SourceError
+from comtip_shards.sources.anndata_store import Store
+
+KEYS = ("spatial", "X_spatial", "spatial_coords", "coords", "coordinates", "image_coords")
+"""Keys of ``obsm`` that hold positions, in order of preference."""
+_OBS_COLUMNS = (("pxl_col_in_fullres", "pxl_row_in_fullres"), ("imagecol", "imagerow"))
+_X = {
+    "x",
+    "col",
+    "column",
+    "imagecol",
+    "pxl_col_in_fullres",
+    "x_px",
+    "px_x",
+    "pixel_x",
+    "x_pixel",
+    "x_centroid",
+    "spatial_x",
+}
+_Y = {"y", "row", "imagerow", "pxl_row_in_fullres", "y_px", "px_y", "pixel_y", "y_pixel", "y_centroid", "spatial_y"}
+
+
+def read_centres(store: Store, options: Mapping[str, str], notes: list[str]) -> np.ndarray:
+    """Return spot centres as float64 (n, 2), x and y.
+
+    Parameters
+    ----------
+    store
+        Elements of the AnnData.
+    options
+        ``positions``: the key in ``obsm``; by default the first of :data:`KEYS`, else columns of ``obs``.
+    notes
+        A note is added if the key is not ``spatial``.
+
+    Raises
+    ------
+    SourceError
+        There are no positions, or the stated key does not exist; the message lists the keys of ``obsm``.
+    """
+    keys, stated = store.keys("obsm"), options.get("positions", "")
+    if stated and stated not in keys:
+        raise SourceError(f"{store.path}: no obsm[{stated!r}]; set --positions to one of {', '.join(keys) or 'none'}")
+    key = stated or next((k for k in KEYS if k in keys), None)
+    if key is not None:
+        if key != "spatial":
+            notes.append(f"positions from obsm[{key!r}]")
+        return centres(store[f"obsm/{key}"], store.path, key)
+    obs = store["obs"]
+    for pair in _OBS_COLUMNS:
+        if set(pair) <= set(obs):
+            notes.append(f"positions from obs columns {pair[0]} and {pair[1]}")
+            return centres(obs[list(pair)], store.path, "spatial")
+    raise SourceError(
+        f"{store.path}: no obsm['spatial']; store spot centres there, x and y in image px"
+        + (f", or set --positions to one of {', '.join(keys)}" if keys else "")
+    )
+
+
+def centres(spatial: Any, path: Path, key: str = "spatial") -> np.ndarray:
+    """Return positions as float64 (n, 2), x and y.
+
+    An array is read as (x, y). A table is read by the names of its columns, in any order, e.g. (y, x) or (row, col).
+    """
+    if isinstance(spatial, pd.DataFrame):
+        names = [str(c).lower() for c in spatial.columns]
+        x = [i for i, n in enumerate(names) if n in _X]
+        y = [i for i, n in enumerate(names) if n in _Y]
+        if len(x) == 1 and len(y) == 1:
+            spatial = spatial.iloc[:, [x[0], y[0]]]
+    try:
+        values = np.asarray(spatial, np.float64)
+    except (TypeError, ValueError) as error:
+        raise SourceError(
+            f"{path}: obsm[{key!r}] holds values that are not numbers; store x and y in image px"
+        ) from error
+    if values.ndim != 2 or values.shape[1] < 2:
+        raise SourceError(f"{path}: obsm[{key!r}] has the shape {values.shape}, expected spots x 2")
+    return values[:, :2]

@@ -1,0 +1,94 @@
+"""Batched reader for tables that may exceed memory: Parquet and csv, compressed with gzip or not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+
+from comtip_shards.errors import SourceError
+from comtip_shards.sources.base import existing, reading
+from comtip_shards.sources.packaging import is_gzip, unpacked
+
+BATCH = 1 << 17
+TEXT_COLUMNS = {"barcode": pa.string(), "cell_id": pa.string(), "feature_name": pa.string(), "is_gene": pa.bool_()}
+"""Types of csv columns; all others are numbers."""
+_CSV_BLOCK = 1 << 24
+
+
+def has_column(path: Path, name: str) -> bool:
+    """Return whether a table has a column."""
+    return name in _columns(path)
+
+
+def batches(path: Path, names: Sequence[str], *, dictionary: Sequence[str] = ()) -> Iterator[pa.RecordBatch]:
+    """Iterate over batches of rows; columns in ``dictionary`` are dictionary-encoded where the format allows.
+
+    Raises
+    ------
+    SourceError
+        Unreadable file or missing columns.
+    """
+    have = _columns(path)
+    missing = [c for c in names if c not in have]
+    if missing:
+        raise SourceError(f"{path}: missing columns {', '.join(missing)}; the columns are {', '.join(have)}")
+    if is_csv(path):
+        with reading(path, "csv"):
+            yield from _open_csv(path, names)
+        return
+    with reading(path, "Parquet"):
+        yield from _open(path, dictionary).iter_batches(BATCH, columns=list(names))
+
+
+def numbers_of(batch: pa.RecordBatch, names: Sequence[str], path: Path) -> np.ndarray:
+    """Return columns as float64 (n, k), NaN for missing values; text raises."""
+    out: list[np.ndarray] = []
+    for name in names:
+        try:
+            out.append(np.asarray(batch.column(name).to_numpy(zero_copy_only=False), np.float64))
+        except (ValueError, TypeError) as error:
+            raise SourceError(
+                f"{path}: the column {name} has type {batch.column(name).type}, expected numbers; export the table again"
+            ) from error
+    return np.stack(out, axis=1)
+
+
+def all_numbers(batch: pa.RecordBatch, names: Sequence[str], path: Path) -> np.ndarray:
+    """Return columns as float64 (n, k); missing values raise."""
+    values = numbers_of(batch, names, path)
+    gaps = ~np.isfinite(values)
+    if gaps.any():
+        name = names[int(np.flatnonzero(gaps.any(axis=0))[0])]
+        raise SourceError(
+            f"{path}: {int(gaps.any(axis=1).sum())} rows have no value for {name}; export the table again"
+        )
+    return values
+
+
+def is_csv(path: Path) -> bool:
+    """Return whether a table is csv by its name, ``.gz`` apart."""
+    return path.name.removesuffix(".gz").endswith(".csv")
+
+
+def _columns(path: Path) -> list[str]:
+    if not is_csv(path):
+        return list(_open(path).schema_arrow.names)
+    with reading(existing(path, "table"), "csv"):
+        return list(_open_csv(path, ()).schema.names)
+
+
+def _open_csv(path: Path, names: Sequence[str]) -> pa_csv.CSVStreamingReader:
+    types = {name: TEXT_COLUMNS.get(name, pa.float64()) for name in names}
+    convert = pa_csv.ConvertOptions(include_columns=list(names) or None, column_types=types, strings_can_be_null=True)
+    stream = pa.input_stream(str(path), compression="gzip" if is_gzip(path) else None)
+    return pa_csv.open_csv(stream, read_options=pa_csv.ReadOptions(block_size=_CSV_BLOCK), convert_options=convert)
+
+
+def _open(path: Path, dictionary: Sequence[str] = ()) -> pq.ParquetFile:
+    with reading(existing(path, "table"), "Parquet"):
+        return pq.ParquetFile(unpacked(path), read_dictionary=list(dictionary))
