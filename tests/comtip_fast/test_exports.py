@@ -297,18 +297,18 @@ def test_what_a_run_names_is_not_fetched(
     assert url in text
     (run / "config.yaml").write_text(text)
     assert main(["export", str(run), "--checkpoint", "newest", "--out", str(tmp_path / "out")]) == 2
-    said = capsys.readouterr().err
-    assert url in said
-    assert "give it with --shards" in said
+    stderr = capsys.readouterr().err
+    assert url in stderr
+    assert "give it with --shards" in stderr
     shards = ["--shards", str(tiny_shards.path)]
     assert main(["export", str(run), "--checkpoint", "newest", *shards, "--out", str(tmp_path / "out")]) == 0
     make_old(run / "export")
     edit_json(run / "export", lambda m: m["config"]["data"].update(shards=url))
     capsys.readouterr()
     assert main(["evaluate", str(run), *shards, "--sections", "x1", "--out", str(tmp_path / "e")]) == 2
-    said = capsys.readouterr().err
-    assert url in said
-    assert "give it with --train-shards" in said
+    stderr = capsys.readouterr().err
+    assert url in stderr
+    assert "give it with --train-shards" in stderr
 
 
 @pytest.mark.parametrize("which", ["newest", "best"])

@@ -136,9 +136,9 @@ def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(
         shutil.copytree(old, out) if old.is_dir() else shutil.copy(old, out)
     capsys.readouterr()
     assert limited(600, *arguments) == RESTART_CODE
-    said = capsys.readouterr().err
-    assert str(out) in said
-    assert "a file may not grow so large; make room (or repair the device), then run" in said
+    stderr = capsys.readouterr().err
+    assert str(out) in stderr
+    assert "a file may not grow so large; make room (or repair the device), then run" in stderr
     left = {p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file() and "old" not in p.parts}
     if command == "export":
         assert left == set()
@@ -225,14 +225,14 @@ def test_a_full_disk_at_the_export_is_mended_by_another_start(
     assert (run / "export" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("place", ["config", "checkpoint", "export"])
+@pytest.mark.parametrize("target_name", ["config", "checkpoint", "export"])
 @pytest.mark.parametrize("plain", [True, False])
 def test_a_read_only_folder_is_bad_input_because_another_start_does_not_help(
-    place: str, plain: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    target_name: str, plain: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     error = OSError(errno.EROFS, os.strerror(errno.EROFS), "x") if plain else wrapped(errno.EROFS)
     owner, name = {"config": (trainer, "write_atomic"), "checkpoint": (checkpoints, "save_file"),
-                   "export": (StandIn, "export")}[place]  # fmt: skip
+                   "export": (StandIn, "export")}[target_name]  # fmt: skip
     monkeypatch.setattr(owner, name, raising(error))
     with pytest.raises(
         TrainingError, match=r"the file system is read-only.*; make it summon_full_params, or give another folder"
