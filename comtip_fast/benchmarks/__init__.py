@@ -1,1 +1,1 @@
-"""Measurements that users can repeat: each contender in one run, rounds interleaved, medians."""
+"""Benchmarks for users: contenders are measured in one process, in interleaved rounds, and reported as medians."""

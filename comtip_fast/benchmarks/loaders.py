@@ -22,7 +22,7 @@ from comtip_shards.builder.build import build_shards
 from comtip_shards.sources import open_source
 from PIL import Image
 
-from comtip_fast.benchmarks.rounds import Contender, describe_machine, give_back_free_memory, resident_mb, run_rounds
+from comtip_fast.benchmarks.rounds import Contender, describe_machine, resident_mb, run_rounds, trim_free_memory
 from comtip_fast.config.schema import DataConfig, PanelConfig, RunConfig, TrainConfig
 from comtip_fast.data.expression.training_tables import TrainingTables, training_tables
 from comtip_fast.data.loaders.base import BaseLoader
@@ -145,7 +145,7 @@ def memory(setting: Setting, epochs: int) -> dict[str, list[float]]:
         for _ in range(epochs):
             for _ in range(n):
                 next(stream)
-            give_back_free_memory()
+            trim_free_memory()
             out[name].append(resident_mb())
         stream.close()
     return out

@@ -1,4 +1,4 @@
-"""Rounds of several contenders, one after the other and again, so that a slow minute of the machine hits all alike."""
+"""Measure several contenders in interleaved rounds, so that a slow period of the machine affects all of them."""
 
 from __future__ import annotations
 
@@ -21,52 +21,52 @@ DALI = ("nvidia-dali-cuda120", "nvidia-dali-cuda130")
 
 @dataclass
 class Contender:
-    """Something that hands over batches."""
+    """A source of batches to be measured."""
 
     name: str
     batches: Generator[int, None, None]
-    """Endless; each item is a batch's number of spots."""
+    """Infinite; yields the number of spots of each batch."""
     bytes_per_spot: float
-    """Read from storage."""
+    """Bytes read from storage per spot."""
     spots_per_s: list[float] = field(default_factory=list)
-    """One figure per round."""
+    """One value per round."""
     cpu_ms: list[float] = field(default_factory=list)
-    """CPU milliseconds per spot, of this process and its workers, one figure per round."""
+    """CPU milliseconds per spot, of this process and its workers; one value per round."""
 
     @property
     def median(self) -> float:
-        """DecodedSpots per second."""
+        """Median spots per second over the rounds."""
         return median(self.spots_per_s)
 
 
 def run_rounds(contenders: list[Contender], *, rounds: int, spots: int, warm: int) -> None:
-    """Measure all, ``rounds`` times.
+    """Measure all contenders ``rounds`` times.
 
     Parameters
     ----------
     contenders
-        What is measured; results are appended to each.
+        The contenders; results are appended to each.
     rounds
-        How often.
+        Number of rounds.
     spots
-        DecodedSpots per round, at least.
+        Minimum number of spots per round and contender.
     warm
-        Batches taken before the clock starts in each round: what was made ahead while others ran.
+        Batches discarded at the start of each round, which were prefetched while other contenders ran.
     """
     for _ in range(rounds):
         for c in contenders:
             for _ in range(warm):
                 next(c.batches)
-            began, cpu, done = time.perf_counter(), cpu_seconds(), 0
+            start, cpu, done = time.perf_counter(), cpu_seconds(), 0
             while done < spots:
                 done += next(c.batches)
-            took = time.perf_counter() - began
-            c.spots_per_s.append(done / took)
+            elapsed = time.perf_counter() - start
+            c.spots_per_s.append(done / elapsed)
             c.cpu_ms.append(1e3 * (cpu_seconds() - cpu) / done)
 
 
 def cpu_seconds() -> float:
-    """Return the CPU time of this process and its living workers."""
+    """Return the CPU time of this process and its running workers."""
     ticks = os.sysconf("SC_CLK_TCK")
     total = time.process_time()
     for child in active_children():
@@ -79,7 +79,7 @@ def cpu_seconds() -> float:
 
 
 def resident_mb() -> float:
-    """Return the resident memory of this process and its living workers in MB; shared pages count in each."""
+    """Return the resident memory of this process and its running workers in MB; shared pages are counted in each."""
     pids = [os.getpid(), *(c.pid for c in active_children())]
     pages = 0
     for pid in pids:
@@ -90,16 +90,16 @@ def resident_mb() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-def give_back_free_memory() -> None:
-    """Let glibc return its free blocks, so that resident memory is what is held and not holes between it."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
+def trim_free_memory() -> None:
+    """Make glibc return free blocks to the system, so that resident memory excludes them."""
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def describe_machine(cores: int) -> str:
-    """Return CPU, cores, versions and commit in one line."""
+    """Return CPU, number of cores, package versions and commit in one line."""
     parts = [_cpu_name(), f"{cores} cores used", f"Python {platform.python_version()}"]
-    parts += [f"{name} {found}" for name in (*PACKAGES, *DALI) if (found := _version(name))]
+    parts += [f"{name} {installed}" for name in (*PACKAGES, *DALI) if (installed := _version(name))]
     return "; ".join([*parts, f"commit {_commit()}"])
 
 

@@ -161,19 +161,7 @@ def maps(
         ):
             axis.imshow(overview if values is None else grey, interpolation="bilinear")
             if values is not None:
-                marks = EllipseCollection(
-                    size,
-                    size,
-                    0,
-                    units="x",
-                    offsets=spots,
-                    offset_transform=axis.transData,
-                    array=values,
-                    cmap="viridis",
-                    clim=(low, high),
-                    linewidths=0,
-                )
-                axis.add_collection(marks)
+                marks = _draw_spots(axis, spots, size, values, (low, high))
             axis.set_xlim(left, right)
             axis.set_ylim(bottom, top)
             axis.set_xticks([])
@@ -187,6 +175,25 @@ def maps(
         bar.outline.set_visible(False)
         _scale_bar(row[0], overview_mpp, left, right, top, bottom)
     return as_uri(figure, dpi=100, kind="jpeg")
+
+
+def _draw_spots(
+    axis: Axes, spots: np.ndarray, size: float, values: np.ndarray, limits: tuple[float, float]
+) -> EllipseCollection:
+    marks = EllipseCollection(
+        size,
+        size,
+        0,
+        units="x",
+        offsets=spots,
+        offset_transform=axis.transData,
+        array=values,
+        cmap="viridis",
+        clim=limits,
+        linewidths=0,
+    )
+    axis.add_collection(marks)
+    return marks
 
 
 def _scale_bar(axis: Axes, mpp: float, left: float, right: float, top: float, bottom: float) -> None:

@@ -1,1 +1,1 @@
-"""Predict memory, FLOPs, traffic and time of a run from its config, before any device is rented (docs/scaling.md)."""
+"""Predict memory, FLOPs, communication and time of a run from its config (docs/scaling.md)."""

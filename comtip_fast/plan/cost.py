@@ -1,8 +1,8 @@
-"""What one operation costs: FLOPs, bytes through the device's memory, bytes kept for the backward pass.
+"""Cost of one operation: FLOPs, memory traffic of the device, and bytes saved for the backward pass.
 
-Every part of a step is a list of these (``parts.py``), so FLOPs, activations and times come from one description.
-Formulas follow what PyTorch's autograd keeps; ``tests/comtip_fast/test_plan_memory.py`` and ``test_plan_flops.py``
-compare them with a real step. n is a number of tokens, d a width.
+Every part of a step is a list of costs (``parts.py``), from which FLOPs, activation memory and times are derived. The
+formulas follow what PyTorch's autograd saves; ``tests/comtip_fast/test_plan_step.py`` compares them with a real step.
+n is a number of tokens, d a width.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 INDEX = 8
-"""Bytes of an int64."""
+"""Size of an int64 in bytes."""
 STATISTIC = 4
-"""Bytes of an fp32 statistic."""
+"""Size of an fp32 statistic in bytes."""
 
 
 @dataclass(frozen=True)
@@ -24,24 +24,27 @@ class Cost:
     flops: float = 0.0
     back_flops: float = 0.0
     moved: float = 0.0
+    """Bytes read and written in the forward pass."""
     back_moved: float = 0.0
+    """Bytes read and written in the backward pass."""
     saved: float = 0.0
+    """Bytes saved for the backward pass."""
 
 
 @dataclass(frozen=True)
 class Precision:
-    """Bytes of an element."""
+    """Bytes per element."""
 
     stream: int
-    """Residual stream, norms, losses."""
+    """Of the residual stream, norms and losses."""
     operand: int
-    """Operands of matrix products."""
+    """Of the operands of matrix products."""
     weight_copies: bool = False
-    """Weights are kept a second time in the operands' precision (autocast)."""
+    """Whether autocast keeps a copy of the weights in the operands' precision."""
 
     @property
     def is_bf16(self) -> bool:
-        """Products run at the device's bf16 rate."""
+        """Whether matrix products run in bf16."""
         return self.operand == 2
 
 
@@ -55,25 +58,25 @@ def total(costs: Iterable[Cost], field: str) -> float:
 
 
 def forward_only(costs: Iterable[Cost]) -> list[Cost]:
-    """Return the same operations without gradients: nothing is kept, nothing runs backward."""
+    """Return the same operations without gradients: nothing is saved and there is no backward pass."""
     return [Cost(c.name, c.flops, 0.0, c.moved) for c in costs]
 
 
-def checkpointed(costs: list[Cost], kept: float, name: str) -> list[Cost]:
-    """Return operations that keep only ``kept`` bytes, their input, and run forward again in the backward pass.
+def checkpointed(costs: list[Cost], input_bytes: float, name: str) -> list[Cost]:
+    """Return the same operations under activation checkpointing: only the input is saved.
 
-    They run again up to the last tensor that the backward pass wants: what comes after it does not.
+    The backward pass recomputes them up to the last tensor that it needs.
     """
     last = max(i for i, c in enumerate(costs) if c.saved)
-    again = [
+    recomputed = [
         Cost(c.name, c.flops, c.back_flops + c.flops * (i < last), c.moved, c.back_moved + c.moved * (i < last))
         for i, c in enumerate(costs)
     ]
-    return [*again, Cost(name, saved=kept)]
+    return [*recomputed, Cost(name, saved=input_bytes)]
 
 
 def linear(n: float, i: int, o: int, p: Precision, *, input_grad: bool = True, keep: bool = True) -> Cost:
-    """N vectors through an (i, o) matrix; ``keep`` is False where another operation keeps the input already."""
+    """Return the cost of a linear layer on n vectors; with ``keep`` False, another operation saves the input."""
     product, e = 2.0 * n * i * o, p.operand
     return Cost(
         f"linear {i}x{o}",
@@ -86,25 +89,35 @@ def linear(n: float, i: int, o: int, p: Precision, *, input_grad: bool = True, k
 
 
 def norm(n: float, d: int, p: Precision) -> Cost:
-    """LayerNorm of n vectors: keeps its input and two statistics each."""
+    """Return the cost of LayerNorm on n vectors, which saves its input and two statistics per vector."""
     e = p.stream
     return Cost("norm", 0, 0, 2 * n * d * e, 3 * n * d * e, n * d * e + 2 * n * STATISTIC)
 
 
 def pointwise(n: float, d: int, e: int, *, reads: int = 1, keep: float = 1.0, name: str = "pointwise") -> Cost:
-    """One result from ``reads`` operands of n x d elements of ``e`` bytes; ``keep`` of them are kept."""
-    one = n * d * e
-    return Cost(name, 0, 0, (reads + 1) * one, (reads + 1) * one, keep * one)
+    """Return the cost of an elementwise operation with ``reads`` operands of n x d elements of ``e`` bytes.
+
+    ``keep`` is the number of tensors of that size that are saved.
+    """
+    tensor = n * d * e
+    return Cost(name, 0, 0, (reads + 1) * tensor, (reads + 1) * tensor, keep * tensor)
 
 
 def attention(n: float, length: float, d: int, heads: int, p: Precision) -> Cost:
-    """N queries, each against ``length`` keys: two products forward, five backward (the weights are made again)."""
-    one, e = 2.0 * n * length * d, p.operand
-    return Cost("attention", 2 * one, 5 * one, 4 * n * d * e, 8 * n * d * e, 3 * n * d * e + n * heads * STATISTIC)
+    """Return the cost of n queries that attend to ``length`` keys each.
+
+    There are two matrix products forward and five backward, since the attention weights are recomputed.
+    """
+    product, e = 2.0 * n * length * d, p.operand
+    saved = 3 * n * d * e + n * heads * STATISTIC
+    return Cost("attention", 2 * product, 5 * product, 4 * n * d * e, 8 * n * d * e, saved)
 
 
 def block(n: float, length: float, d: int, hidden: int, heads: int, p: Precision) -> list[Cost]:
-    """One pre-norm transformer block over n tokens in sequences of ``length``: keeps 2 streams and 6 + 2 hidden/d operands."""
+    """Return the costs of a pre-norm transformer block on n tokens in sequences of ``length``.
+
+    Per token it saves 2 d elements of the residual stream and (6 d + 2 hidden) operands.
+    """
     return [
         norm(n, d, p),
         linear(n, d, 3 * d, p),
@@ -116,7 +129,7 @@ def block(n: float, length: float, d: int, hidden: int, heads: int, p: Precision
 
 
 def mlp(n: float, d: int, hidden: int, p: Precision) -> list[Cost]:
-    """Norm, widen, GELU, narrow, add."""
+    """Return the costs of norm, MLP and residual addition."""
     return [
         norm(n, d, p),
         linear(n, d, hidden, p),

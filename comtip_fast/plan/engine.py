@@ -1,4 +1,4 @@
-"""How a run is spread over ranks, as the plan sees it: the engine's settings with everything resolved."""
+"""Engine settings of a run with every default resolved."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ Kind = Literal["single", "ddp", "deepspeed"]
 OffloadTarget = Literal["none", "cpu", "nvme"]
 MEGABYTE = 1 << 20
 ELEMENT = 4
-"""Bytes of a parameter, of its gradient and of each moment: every engine keeps them in fp32 and computes under autocast."""
+"""Bytes of a parameter, a gradient and an optimizer moment: all engines store them in fp32 and compute under autocast."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSpec:
-    """Resolved settings; names are those of ``engine`` in the config."""
+    """Resolved settings, named as in ``engine`` of the config."""
 
     kind: Kind = "single"
     zero_stage: int = 0
-    """0 for anything but DeepSpeed."""
+    """0 without DeepSpeed."""
     bf16: bool = False
     loss_form: Literal["gather", "ring"] = "gather"
     shard_table: bool = False
@@ -37,17 +37,17 @@ class EngineSpec:
         return AUTOCAST if self.bf16 else FP32
 
     def shares_table(self, sentences: int, ranks: int) -> bool:
-        """Say whether ranks share the panel's sentences out; where there are fewer than ranks, every rank encodes all."""
+        """Return whether the sentence table is sharded; with fewer sentences than ranks, every rank encodes all."""
         return self.shard_table and 1 < ranks <= sentences
 
     @property
     def has_masters(self) -> bool:
-        """ZeRO 1 to 3 keep their shard of the parameters a second time, for the optimizer."""
+        """Whether the optimizer has its own copy of the parameter shard (ZeRO 1 to 3)."""
         return self.zero_stage >= 1
 
     @property
     def name(self) -> str:
-        """Say it in a word or two."""
+        """Name of the engine for reports."""
         return (
             f"DeepSpeed ZeRO {self.zero_stage}"
             if self.kind == "deepspeed"
@@ -56,16 +56,16 @@ class EngineSpec:
 
 
 def engine_of(config: RunConfig, ranks: int, gpu: bool) -> EngineSpec:
-    """Resolve a config's ``engine`` and ``train.precision`` for so many ranks of a kind.
+    """Resolve ``engine`` and ``train.precision`` of a config for a number of ranks, on GPUs or CPUs.
 
     Raises
     ------
     ValueError
-        ``engine.kind: single`` on several devices.
+        ``engine.kind`` is ``single`` and there are several devices.
     """
     e = config.engine
     if e.kind == "single" and ranks > 1:
-        raise ValueError(f"engine.kind=single on {ranks} devices: use auto, ddp or deepspeed, or plan for one device")
+        raise ValueError(f"engine.kind=single on {ranks} devices: set auto, ddp or deepspeed, or plan for one device")
     kind: Kind = e.kind if e.kind != "auto" else "single" if ranks == 1 else "ddp"
     bf16 = config.train.precision == "bf16" or (config.train.precision == "auto" and gpu)
     return EngineSpec(

@@ -1,4 +1,4 @@
-"""Figures of a sweep: speed and memory over the number of devices."""
+"""Figures of a sweep: speed and memory against the number of devices."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from comtip_shards.storage.atomic import atomic_path
 from matplotlib import pyplot as plt
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from comtip_fast.plan.sweep import DESIGNS, Growth, Point, Sweep, stops_at, table
+from comtip_fast.plan.sweep import DESIGNS, Growth, Point, Sweep, scales_to, table
 
-# Colour-blind safe (Okabe and Ito); the table is the colour, the loss form the dash.
+# Colour-blind safe (Okabe and Ito). The colour shows the table, the dash the loss form.
 COLOURS = ("#D55E00", "#D55E00", "#0072B2", "#0072B2", "#009E73", "#E69F00", "#CC79A7")
 DASHES = ("-", (0, (4, 2)), "-", (0, (4, 2)), "-", "-", "-")
 STYLE: Any = {
@@ -31,9 +31,9 @@ STYLE: Any = {
 }
 
 
-def _axis_of_devices(axes: Any, most: int) -> None:
+def _set_device_axis(axes: Any, max_devices: int) -> None:
     axes.set_xscale("log", base=2)
-    ticks = [n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096) if n <= most]
+    ticks = [n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096) if n <= max_devices]
     axes.set_xticks(ticks)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:,.0f}"))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -41,20 +41,20 @@ def _axis_of_devices(axes: Any, most: int) -> None:
     axes.tick_params(axis="x", labelsize=8)
 
 
-def _most(found: Sweep) -> int:
-    return max(p.devices for p in found.points)
+def _max_devices(result: Sweep) -> int:
+    return max(p.devices for p in result.points)
 
 
-def draw_speed(found: Sweep, path: Path) -> None:
-    """Draw spots per second of strong growth, and per device of weak growth; a dot where a design stops."""
+def draw_speed(result: Sweep, path: Path) -> None:
+    """Plot spots per second under strong scaling, and per device under weak scaling; a dot marks where scaling stops."""
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(1, 2, figsize=(9.2, 4.0), layout="constrained")
         titles = (
-            ("strong", f"Same batch, B = {found.batch:,}"),
-            ("weak", f"{found.per_device:,} spots per device: B and negatives grow"),
+            ("strong", f"Same batch, B = {result.batch:,}"),
+            ("weak", f"{result.per_device:,} spots per device: B and negatives grow"),
         )
         for axes, (growth, title) in zip(panels, titles, strict=True):
-            _speed_panel(found, axes, growth)  # type: ignore[arg-type]
+            _speed_panel(result, axes, growth)  # type: ignore[arg-type]
             axes.set_title(title, loc="left")
         panels[0].set_yscale("log")
         panels[0].set_ylabel("spots per second (predicted)")
@@ -68,24 +68,24 @@ def draw_speed(found: Sweep, path: Path) -> None:
         plt.close(figure)
 
 
-def _speed_panel(found: Sweep, axes: Any, growth: Growth) -> None:
+def _speed_panel(result: Sweep, axes: Any, growth: Growth) -> None:
     chosen = DESIGNS[:4]
 
     def height(p: Point) -> float:
-        return p.usual.spots_per_s / (p.devices if growth == "weak" else 1)
+        return p.mean.spots_per_s / (p.devices if growth == "weak" else 1)
 
     if growth == "strong":
-        first = found.line(growth, chosen[0])
-        ideal = [first[0].usual.spots_per_s * p.devices for p in first]
-        axes.plot([p.devices for p in first], ideal, color="#999999", lw=1, ls=":", label="perfect growth")
+        first = result.line(growth, chosen[0])
+        ideal = [first[0].mean.spots_per_s * p.devices for p in first]
+        axes.plot([p.devices for p in first], ideal, color="#999999", lw=1, ls=":", label="ideal scaling")
     for design, colour, dash in zip(chosen, COLOURS, DASHES, strict=False):
-        line = found.line(growth, design)
+        line = result.line(growth, design)
         axes.plot(
             [p.devices for p in line], [height(p) for p in line], color=colour, ls=dash, lw=1.8, label=design.name
         )
-        at = next(p for p in line if p.devices == stops_at(line))
-        if at is not line[-1]:
-            axes.plot(at.devices, height(at), "o", ms=5.5, mfc="white", mec=colour, mew=1.6, zorder=5)
+        last = next(p for p in line if p.devices == scales_to(line))
+        if last is not line[-1]:
+            axes.plot(last.devices, height(last), "o", ms=5.5, mfc="white", mec=colour, mew=1.6, zorder=5)
     axes.plot(
         [],
         [],
@@ -97,18 +97,18 @@ def _speed_panel(found: Sweep, axes: Any, growth: Growth) -> None:
         ls="none",
         label="scaling stops (last doubling < 1.5 x)",
     )
-    _axis_of_devices(axes, _most(found))
+    _set_device_axis(axes, _max_devices(result))
 
 
-def draw_memory(found: Sweep, path: Path) -> None:
-    """Draw what weak growth does to memory: state by ZeRO stage, the loss's buffers by form, the whole by table."""
+def draw_memory(result: Sweep, path: Path) -> None:
+    """Plot memory under weak scaling: state by ZeRO stage, loss buffers by loss form, total by table."""
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(1, 3, figsize=(11.4, 3.7), layout="constrained")
-        _state_panel(found, panels[0])
-        _loss_panel(found, panels[1])
-        _whole_panel(found, panels[2])
+        _state_panel(result, panels[0])
+        _loss_panel(result, panels[1])
+        _total_panel(result, panels[2])
         for axes in panels:
-            _axis_of_devices(axes, _most(found))
+            _set_device_axis(axes, _max_devices(result))
             axes.tick_params(axis="x", labelsize=7)
         for axes in (panels[0], panels[2]):
             axes.set_ylim(0, axes.get_ylim()[1] * 1.25)
@@ -134,10 +134,10 @@ def _plot(axes: Any, line: list[Point], values: list[float], index: int, label: 
     )
 
 
-def _state_panel(found: Sweep, axes: Any) -> None:
-    axes.set_title("State from step to step", loc="left")
+def _state_panel(result: Sweep, axes: Any) -> None:
+    axes.set_title("State between steps", loc="left")
     for index, label in ((2, "DDP"), (4, "ZeRO 1 and 2"), (6, "ZeRO 3")):
-        line = found.line("weak", DESIGNS[index])
+        line = result.line("weak", DESIGNS[index])
         state = [sum(r.bytes for r in p.largest.memory if _is_state(r.name)) for p in line]
         _plot(axes, line, state, index, label)
 
@@ -146,10 +146,10 @@ def _is_state(name: str) -> bool:
     return name.startswith(("parameters", "gradients", "AdamW")) and "gathered" not in name
 
 
-def _loss_panel(found: Sweep, axes: Any) -> None:
+def _loss_panel(result: Sweep, axes: Any) -> None:
     axes.set_title("Buffers of the contrastive loss", loc="left")
-    for index, label in ((2, "gather: all images"), (3, "ring: blocks on their way")):
-        line = [p for p in found.line("weak", DESIGNS[index]) if p.devices > 1]
+    for index, label in ((2, "gather: all images"), (3, "ring: blocks in transfer")):
+        line = [p for p in result.line("weak", DESIGNS[index]) if p.devices > 1]
         _plot(
             axes,
             line,
@@ -159,23 +159,27 @@ def _loss_panel(found: Sweep, axes: Any) -> None:
         )
 
 
-def _whole_panel(found: Sweep, axes: Any) -> None:
-    axes.set_title("Everything, largest panel", loc="left")
+def _total_panel(result: Sweep, axes: Any) -> None:
+    axes.set_title("Total, largest panel", loc="left")
     for index, label in ((0, "whole table"), (2, "sharded, gather"), (3, "sharded, ring")):
-        line = found.line("weak", DESIGNS[index])
+        line = result.line("weak", DESIGNS[index])
         _plot(axes, line, [p.largest.device_bytes for p in line], index, label)
-    room = found.cluster.device.memory / 1e9
-    axes.axhline(room, color="#444444", lw=1, ls=":")
+    capacity = result.cluster.device.memory / 1e9
+    axes.axhline(capacity, color="#444444", lw=1, ls=":")
     axes.annotate(
-        f"{found.cluster.device.name}: {room:g} GB", (16, room), xytext=(0, 3), textcoords="offset points", fontsize=8
+        f"{result.cluster.device.name}: {capacity:g} GB",
+        (16, capacity),
+        xytext=(0, 3),
+        textcoords="offset points",
+        fontsize=8,
     )
 
 
-def write(found: Sweep, folder: Path) -> list[Path]:
+def write(result: Sweep, folder: Path) -> list[Path]:
     """Write the table and the two figures; return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "scaling_table.md", folder / "scaling_speed.png", folder / "scaling_memory.png"]
-    write_atomic(paths[0], table(found) + "\n")
-    draw_speed(found, paths[1])
-    draw_memory(found, paths[2])
+    write_atomic(paths[0], table(result) + "\n")
+    draw_speed(result, paths[1])
+    draw_memory(result, paths[2])
     return paths

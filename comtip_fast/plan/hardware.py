@@ -1,7 +1,7 @@
-"""What the plan knows of machines: peaks of datasheets, and what share of them it counts on.
+"""Hardware of a plan: peak rates from datasheets, and the assumed efficiencies.
 
-Peaks are the vendors' figures for dense products and for bytes per second; the shares (:class:`Efficiency`) are
-assumptions, printed with every plan and each an option of the command line.
+Peaks are the vendors' figures for dense matrix products and for bytes per second. The efficiencies
+(:class:`Efficiency`) are assumptions; every plan prints them and each is a command-line option.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Link:
-    """A way between two devices."""
+    """A connection between two devices."""
 
     name: str
     bytes_per_s: float
-    """One direction, per device."""
+    """Bandwidth in one direction, per device."""
     latency_s: float
-    """Of one hop; assumed."""
+    """Latency of one hop; assumed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,30 +26,30 @@ class Device:
 
     name: str
     memory: float
-    """Bytes."""
+    """Memory in bytes."""
     bf16: float
-    """FLOP/s of dense products, bf16 operands."""
+    """Peak FLOP/s of dense bf16 matrix products."""
     fp32: float
-    """FLOP/s of dense products, fp32 operands, no TF32."""
+    """Peak FLOP/s of dense fp32 matrix products without TF32."""
     memory_bytes_per_s: float
     link: str
-    """The usual link inside a node; a name of :data:`LINKS`."""
+    """Default link inside a node; a name in :data:`LINKS`."""
     fabric: str
-    """The usual link between nodes."""
+    """Default link between nodes; a name in :data:`LINKS`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Efficiency:
-    """Shares of a peak that the plan counts on; assumptions, not measurements."""
+    """Assumed fractions of the peak rates, not measurements."""
 
     compute: float = 0.5
-    """Of a device's peak, in large matrix products."""
+    """Fraction of the peak FLOP/s in large matrix products."""
     memory: float = 0.8
-    """Of a device's memory bandwidth, in kernels that only move data."""
+    """Fraction of the memory bandwidth in memory-bound kernels."""
     link: float = 0.8
-    """Of a link's bandwidth, in collectives."""
+    """Fraction of the link bandwidth in collectives."""
     launch_s: float = 10e-6
-    """Seconds that one operation takes at least, forward, and twice that backward: its kernels have to be launched."""
+    """Minimum seconds of an operation in the forward pass, for kernel launches; twice that in the backward pass."""
 
 
 LINKS = {
@@ -66,8 +66,8 @@ LINKS = {
         Link(name="memory", bytes_per_s=5e9, latency_s=20e-6),
     )
 }
-"""NVLink: half of the vendor's figure, which counts both directions. InfiniBand and Ethernet: one adapter per device.
-``memory`` is gloo between processes of one machine; its figures are assumed."""
+"""NVLink rates are half of the vendor's figures, which count both directions. InfiniBand and Ethernet: one adapter per
+device. ``memory`` is gloo between processes of one machine; its figures are assumed."""
 
 DEVICES = {
     device.name: device
@@ -122,7 +122,7 @@ DEVICES = {
         ),
     )
 }
-"""SXM modules. ``cpu`` stands for two cores at 3 GHz with two 8-wide fused multiply-adds each; it is assumed."""
+"""SXM modules. ``cpu`` is assumed: two cores at 3 GHz with two 8-wide fused multiply-add units each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,27 +137,27 @@ class Cluster:
     efficiency: Efficiency = Efficiency()
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be.
+        """Validate the fields.
 
         Raises
         ------
         ValueError
-            No device, no node, or a share outside (0, 1].
+            There is no device or node, or an efficiency is outside (0, 1].
         """
         if self.per_node < 1 or self.nodes < 1:
             raise ValueError(
-                f"a cluster needs at least one device and one node (given: {self.per_node} x {self.nodes})"
+                f"{self.per_node} devices per node, {self.nodes} nodes: a cluster needs at least one device and one node"
             )
         for name in ("compute", "memory", "link"):
             share = getattr(self.efficiency, name)
             if not 0 < share <= 1:
-                raise ValueError(f"efficiency {name} is a share above 0 and up to 1 (given: {share})")
+                raise ValueError(f"efficiency {name}={share}: must be a share above 0 and at most 1")
         if self.efficiency.launch_s < 0:
-            raise ValueError(f"a launch takes no negative time (given: {self.efficiency.launch_s})")
+            raise ValueError(f"efficiency launch_s={self.efficiency.launch_s}: must not be negative")
 
     @property
     def ranks(self) -> int:
-        """W, one rank per device."""
+        """Number of ranks W, one per device."""
         return self.per_node * self.nodes
 
 
@@ -170,25 +170,25 @@ def make_cluster(
     fabric: str | None = None,
     efficiency: Efficiency | None = None,
 ) -> Cluster:
-    """SectionContext devices and links up by name.
+    """Return the cluster of the named device and links; links default to those of the device.
 
     Raises
     ------
     ValueError
-        An unknown name; says which there are.
+        A device or link is unknown.
     """
     if device not in DEVICES:
         raise ValueError(f"--gpu {device!r}: choose one of {', '.join(DEVICES)}")
-    found = DEVICES[device]
-    wanted = link or found.link, fabric or found.fabric
-    for name in wanted:
+    spec = DEVICES[device]
+    link, fabric = link or spec.link, fabric or spec.fabric
+    for name in (link, fabric):
         if name not in LINKS:
             raise ValueError(f"link {name!r}: choose one of {', '.join(LINKS)}")
     return Cluster(
-        device=found,
+        device=spec,
         per_node=per_node,
         nodes=nodes,
-        link=LINKS[wanted[0]],
-        fabric=LINKS[wanted[1]],
+        link=LINKS[link],
+        fabric=LINKS[fabric],
         efficiency=efficiency or Efficiency(),
     )

@@ -1,4 +1,4 @@
-"""What ``comtip plan`` knows, for a run that is under way: FLOPs of its steps, and the peak of its device."""
+"""FLOPs per step and peak FLOP/s of the device for a run in progress, which logs its utilisation."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from comtip_fast.models import CoMTIP
 from comtip_fast.plan.engine import engine_of
 from comtip_fast.plan.hardware import DEVICES, Device, make_cluster
 from comtip_fast.plan.parts import step_parts
-from comtip_fast.plan.plan import work_of
+from comtip_fast.plan.plan import rank_share
 from comtip_fast.plan.sizes import Inputs, sizes_of
 from comtip_fast.training.monitor.monitor import StepCost
 
 
 def step_cost(config: RunConfig, model: CoMTIP, *, tile_px: int, trained_genes: int, ranks: int) -> StepCost:
-    """Return the cost of this run's steps on the device that ``model`` is on.
+    """Return the cost of the run's steps on the device of ``model``.
 
     Parameters
     ----------
     config, model
         The run and its model.
     tile_px, trained_genes
-        S, and genes with a row of their own.
+        Side of a tile S, and number of genes in the identity table.
     ranks
-        W.
+        Number of ranks W.
     """
     device = next(model.parameters()).device
     gpu = device.type == "cuda"
@@ -38,14 +38,14 @@ def step_cost(config: RunConfig, model: CoMTIP, *, tile_px: int, trained_genes: 
     @cache
     def flops(spots: int, genes: int) -> float:
         s = replace(sizes, B=spots, G=genes)
-        return sum(p.sum("flops") + p.sum("back_flops") for p in step_parts(s, work_of(s, engine, cluster)))
+        return sum(p.sum("flops") + p.sum("back_flops") for p in step_parts(s, rank_share(s, engine, cluster)))
 
     peak = None if known is None else known.bf16 if engine.bf16 else known.fp32
     return StepCost(flops, peak)
 
 
 def device_of(name: str) -> Device | None:
-    """Return the entry of the hardware table for a device's own name, or None: ``NVIDIA H100 80GB HBM3`` is ``h100``."""
+    """Return the hardware entry for a device name as CUDA reports it, or None: ``NVIDIA H100 80GB HBM3`` is ``h100``."""
     words = name.lower().replace("-", " ").split()
     for key, device in DEVICES.items():
         family, _, memory = key.partition("-")

@@ -1,4 +1,4 @@
-"""Bytes that each rank needs, row by row: what lasts from step to step, and what a step adds at its widest."""
+"""Memory of a rank, row by row: state that persists between steps, and the peak that a step adds."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from math import ceil
 
 from comtip_fast.plan.cost import INDEX
 from comtip_fast.plan.engine import ELEMENT, EngineSpec
-from comtip_fast.plan.parts import StepPart, Work, largest_block
+from comtip_fast.plan.parts import RankShare, StepPart, largest_block
 from comtip_fast.plan.sizes import Sizes
 
 MAX_LIVE = 1_000_000_000
-"""Elements of whole parameters that ZeRO 3 keeps at once: DeepSpeed's default, as is how soon it wants them again."""
+"""Largest number of gathered parameter elements that ZeRO 3 keeps, DeepSpeed's default (``stage3_max_live_parameters``)."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class MemoryRow:
     where: str = "device"
     """``device``, ``host`` or ``nvme``."""
     lasts: bool = False
-    """From step to step, or only while a step runs."""
+    """Whether it persists between steps."""
     note: str = ""
 
 
@@ -34,21 +34,20 @@ def state_rows(s: Sizes, e: EngineSpec, ranks: int) -> list[MemoryRow]:
 
 
 def _parameters(s: Sizes, e: EngineSpec, ranks: int) -> list[MemoryRow]:
-    whole = s.trained * ELEMENT
+    full = s.trained * ELEMENT
     frozen = [MemoryRow("frozen weights and buffers", s.frozen * ELEMENT, lasts=True)] if s.frozen else []
     if e.zero_stage < 3:
-        return [MemoryRow("parameters", whole, lasts=True), *frozen]
-    shard = MemoryRow("parameters, own shard", whole / ranks, _place(e.offload_param), lasts=True)
-    # DeepSpeed lets go of a parameter between its uses only where the model is larger than this.
+        return [MemoryRow("parameters", full, lasts=True), *frozen]
+    shard = MemoryRow("parameters, own shard", full / ranks, _location(e.offload_param), lasts=True)
+    # DeepSpeed releases a parameter between two uses only if the model has more elements than this.
     live = min(s.trained, MAX_LIVE) * ELEMENT
-    rows = [shard, MemoryRow("parameters, gathered", live, note="at most, while the step runs"), *frozen]
-    if whole > live:
-        # Between steps they take the room of what a step gathers, and here more.
-        rows.append(
-            MemoryRow("parameters, whole on rank 0", whole - live, note="more than a step; validation, checkpoints")
-        )
+    rows = [shard, MemoryRow("parameters, gathered", live, note="at most, during the step"), *frozen]
+    if full > live:
+        # Validation and checkpoints gather all parameters between steps; this is what exceeds the step's own gathering.
+        note = "beyond the step's; validation, checkpoints"
+        rows.append(MemoryRow("parameters, full on rank 0", full - live, note=note))
     if s.frozen:
-        # The loader reads a frozen stem of the task's own module, which therefore stays.
+        # The loader uses a frozen stem of the unsharded module, which therefore stays in memory.
         rows.append(MemoryRow("frozen weights, own shard", s.frozen * ELEMENT / ranks, lasts=True))
     return rows
 
@@ -62,17 +61,15 @@ def _gradients(s: Sizes, e: EngineSpec, ranks: int) -> MemoryRow:
 
 def _optimizer(s: Sizes, e: EngineSpec, ranks: int) -> list[MemoryRow]:
     shards = ranks if e.zero_stage >= 1 else 1
-    place, one = _place(e.offload_optimizer), s.trained * ELEMENT / shards
-    moments = MemoryRow("AdamW's two moments", 2 * one, place, lasts=True)
-    return (
-        [MemoryRow("parameters, the optimizer's shard", one, place, lasts=True), moments]
-        if e.has_masters
-        else [moments]
-    )
+    location, shard = _location(e.offload_optimizer), s.trained * ELEMENT / shards
+    rows = [MemoryRow("AdamW moments", 2 * shard, location, lasts=True)]
+    if e.has_masters:
+        rows.insert(0, MemoryRow("parameters, optimizer shard", shard, location, lasts=True))
+    return rows
 
 
 def _buckets(s: Sizes, e: EngineSpec) -> list[MemoryRow]:
-    """DDP's gradients are views of its buckets; DeepSpeed copies them into one."""
+    """Return DeepSpeed's gradient bucket; DDP's gradients are views of its buckets."""
     if e.kind != "deepspeed" or e.zero_stage == 0:
         return []
     bucket = e.bucket_bytes if e.zero_stage == 3 else min(e.bucket_bytes, s.trained * ELEMENT)
@@ -83,59 +80,58 @@ def _buckets(s: Sizes, e: EngineSpec) -> list[MemoryRow]:
     ]
 
 
-def _place(offload: str) -> str:
+def _location(offload: str) -> str:
     return {"none": "device", "cpu": "host", "nvme": "nvme"}[offload]
 
 
-def work_rows(s: Sizes, e: EngineSpec, w: Work, parts: Sequence[StepPart], ranks: int) -> list[MemoryRow]:
-    """Return what a step adds: activations part by part, loss buffers, batch, loader."""
-    rows = [MemoryRow(f"activations: {p.name}", p.kept) for p in parts if p.kept]
+def step_rows(s: Sizes, e: EngineSpec, w: RankShare, parts: Sequence[StepPart], ranks: int) -> list[MemoryRow]:
+    """Return the memory that a step adds: activations of each part, loss buffers, batch, loader."""
+    rows = [MemoryRow(f"activations: {p.name}", p.saved) for p in parts if p.saved]
     if w.checkpointing:
-        rows.append(MemoryRow("activations: the block computed again", largest_block(s, w)))
+        rows.append(MemoryRow("activations: recomputed block", largest_block(s, w)))
     if e.micro_batches > 1:
-        # Vectors and table tensors that the losses read, and their gradients.
-        heads = (w.spots * s.D + s.G * s.Q * (3 * s.D + 1)) * ELEMENT
-        rows.append(MemoryRow("vectors kept over micro-batches", 2 * heads))
+        # The vectors and table tensors that the losses read, and their gradients.
+        inputs = (w.spots * s.D + s.G * s.Q * (3 * s.D + 1)) * ELEMENT
+        rows.append(MemoryRow("loss inputs of all micro-batches", 2 * inputs))
     if e.precision.weight_copies:
-        rows.append(
-            MemoryRow("bf16 copies of weights", s.matrices * 2, note="autocast keeps them for the backward pass")
-        )
+        note = "autocast keeps them for the backward pass"
+        rows.append(MemoryRow("bf16 copies of weights", s.matrices * 2, note=note))
     return [*rows, *_loss(s, e, w, ranks), *_pairs(s, ranks), *_batch(s, w, ranks)]
 
 
-def _loss(s: Sizes, e: EngineSpec, w: Work, ranks: int) -> list[MemoryRow]:
+def _loss(s: Sizes, e: EngineSpec, w: RankShare, ranks: int) -> list[MemoryRow]:
     if not s.has_nce or ranks == 1:
         return []
     own = ceil(s.B / ranks)
     vectors = (own + w.columns) * s.D * 4
     if e.loss_form == "ring":
-        # Two blocks of images and two of gradients are about at once: one in work, one on its way.
-        return [MemoryRow("loss, ring: own vectors, blocks on their way", vectors + 2 * own * (2 * s.D + 1) * 4)]
+        # Two blocks of images and two of gradients exist at a time: one in use, one in transfer.
+        return [MemoryRow("loss, ring: own vectors, blocks in transfer", vectors + 2 * own * (2 * s.D + 1) * 4)]
     return [MemoryRow("loss, gather: all images and their gradients", vectors + 2 * s.B * s.D * 4 + 16 * s.B)]
 
 
 def _pairs(s: Sizes, ranks: int) -> list[MemoryRow]:
-    """Return what drawing mispaired spots takes while it lasts: about eight tensors of int64 or fp64 per candidate."""
+    """Return the memory of drawing mispaired spots: about eight int64 or fp64 tensors per candidate."""
     if not s.mispairs:
         return []
     rows = [MemoryRow("adversary's candidates", 8 * INDEX * s.candidates * ceil(s.B / ranks) * s.G, note="estimate")]
     if s.other_spots and ranks > 1:
-        rows.append(MemoryRow("levels of all spots", s.B * s.G, note="loss.paat.mode=strata needs none"))
+        rows.append(MemoryRow("levels of all spots", s.B * s.G, note="none with loss.paat.mode=strata"))
     return rows
 
 
-def _batch(s: Sizes, w: Work, ranks: int) -> list[MemoryRow]:
+def _batch(s: Sizes, w: RankShare, ranks: int) -> list[MemoryRow]:
     own = ceil(s.B / ranks)
     tiles = 0 if s.has_stem else own * 3 * s.S**2
-    features = w.piece * s.P * s.patch_inputs * 4
+    features = w.micro_batch_spots * s.P * s.patch_inputs * 4
     genes = own * s.G * (1 + 1)
     rows = [MemoryRow("batch: tiles, features, levels", tiles + features + genes)]
-    # DALI has two batches in work, every loader completes one, and data.prefetch wait.
+    # data.prefetch batches are ready, one is being assembled, and DALI decodes two.
     dali = s.loader == "dali" or (s.loader == "auto" and w.gpu)
-    ahead = s.prefetch + (3 if dali else 1)
-    return [*rows, MemoryRow("loader: batches made ahead", ahead * (tiles + own * s.G * 2), note=f"{ahead} batches")]
+    count = s.prefetch + (3 if dali else 1)
+    return [*rows, MemoryRow("loader: prefetched batches", count * (tiles + own * s.G * 2), note=f"{count} batches")]
 
 
 def on_device(rows: Sequence[MemoryRow]) -> float:
-    """Return the bytes of the device: everything at once, which is a step's widest moment or a little above it."""
+    """Return the bytes on the device, the sum of all rows: an upper bound of the peak, reached or nearly reached."""
     return sum(r.bytes for r in rows if r.where == "device")

@@ -1,4 +1,4 @@
-"""The plan of a run on a cluster: everything put together."""
+"""Predict memory, computation, communication and time of a run on a cluster."""
 
 from __future__ import annotations
 
@@ -7,26 +7,25 @@ from dataclasses import dataclass
 from math import ceil
 
 from comtip_fast.config.schema import RunConfig
-from comtip_fast.plan.cost import Cost
 from comtip_fast.plan.engine import EngineSpec, engine_of
 from comtip_fast.plan.hardware import Cluster
-from comtip_fast.plan.memory import MemoryRow, on_device, state_rows, work_rows
-from comtip_fast.plan.parts import StepPart, Work, step_parts
+from comtip_fast.plan.memory import MemoryRow, on_device, state_rows, step_rows
+from comtip_fast.plan.parts import RankShare, StepPart, step_parts
 from comtip_fast.plan.sizes import Inputs, Sizes, mean_panel, sizes_of
-from comtip_fast.plan.timing import Timed, optimizer_cost, spend, time_collectives, time_parts
+from comtip_fast.plan.timing import PartTime, compute_time, optimizer_cost, time_collectives, time_parts
 from comtip_fast.plan.traffic import Collective, step_traffic
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loader:
-    """What the step asks of storage and loader, and what they are said to give."""
+class LoaderRate:
+    """Loading rate that the step requires, and the available one, per node."""
 
     tiles_per_s: float
-    """Per node, to keep up with the computation."""
+    """Required tiles per second."""
     bytes_per_s: float
-    """Of encoded tiles, per node."""
+    """Required bytes of encoded tiles per second."""
     given_tiles_per_s: float | None
-    """What the loader is said to give per node; None: not said, so nothing is bound by it."""
+    """Available tiles per second; None if not given, then the loader does not limit the step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +37,12 @@ class Plan:
     engine: EngineSpec
     sizes: Sizes
     inputs: Inputs
-    work: Work
+    share: RankShare
     parts: tuple[StepPart, ...]
     memory: tuple[MemoryRow, ...]
     traffic: tuple[Collective, ...]
-    times: tuple[Timed, ...]
-    loader: Loader
+    times: tuple[PartTime, ...]
+    loader: LoaderRate
 
     @property
     def step_seconds(self) -> float:
@@ -62,22 +61,23 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Tensors take at most 92 % of the device: the rest is for the context, the allocator and kernels' workspace."""
+        """Whether tensors take at most ``FILL`` of the device memory."""
         return self.device_bytes <= FILL * self.cluster.device.memory
 
     @property
     def flops(self) -> float:
-        """FLOPs of one rank and step, what is computed again included."""
+        """FLOPs per rank and step, with recomputation."""
         return sum(p.sum("flops") + p.sum("back_flops") for p in self.parts)
 
     @property
     def utilisation(self) -> float:
-        """Share of the device's peak in the whole step."""
+        """Share of the device's peak FLOP/s over the step."""
         peak = self.cluster.device.bf16 if self.engine.precision.is_bf16 else self.cluster.device.fp32
         return self.flops / self.step_seconds / peak
 
 
 FILL = 0.92
+"""Share of the device memory for tensors; the rest is for the context, the allocator and the kernels' workspace."""
 
 
 def make_plan(
@@ -96,47 +96,52 @@ def make_plan(
     config
         The run.
     cluster
-        Where it is to run.
+        The devices and links to plan for.
     inputs
-        Facts of the data that the config does not hold.
+        Properties of the data that the config does not contain.
     engine
-        Another engine than the config's: to compare designs.
+        Replaces the config's engine, to compare designs.
     sizes
-        Where they are known already; else the model is built on the meta device.
+        The sizes, if known; otherwise the model is built on the meta device.
     loader_tiles_per_s
-        What the loader gives per node, where it was measured.
+        Measured rate of the loader per node.
 
     Raises
     ------
     ValueError
-        There are fewer spots in the batch than ranks.
+        The batch has fewer spots than there are ranks.
     """
-    given, W = inputs or Inputs(), cluster.ranks
-    s = sizes or sizes_of(config, given)
+    inputs, W = inputs or Inputs(), cluster.ranks
+    s = sizes or sizes_of(config, inputs)
     if s.B < W:
-        raise ValueError(f"data.batch_size={s.B}: at least one spot for each of {W} ranks; raise it or take fewer")
+        raise ValueError(
+            f"data.batch_size={s.B}: at least one spot per rank is needed, for {W} ranks; raise it or plan for fewer ranks"
+        )
     e = engine or engine_of(config, W, cluster.device.name != "cpu")
-    w = work_of(s, e, cluster)
+    w = rank_share(s, e, cluster)
     parts = step_parts(s, w)
     traffic = step_traffic(s, e, W)
-    computed = time_parts(parts, cluster, e.precision)
-    times = [*computed, _optimizer_time(s, e, cluster), *time_collectives(traffic, cluster, _beside(parts, cluster, e))]
+    times = [
+        *time_parts(parts, cluster, e.precision),
+        _optimizer_time(s, e, cluster),
+        *time_collectives(traffic, cluster, _overlap(parts, cluster, e)),
+    ]
     tiles = s.B / cluster.nodes / sum(t.seconds for t in times)
     if loader_tiles_per_s is not None:
-        missing = s.B / cluster.nodes / loader_tiles_per_s - sum(t.seconds for t in times)
-        times.append(Timed("wait: loader", max(0.0, missing), "loader"))
+        wait = s.B / cluster.nodes / loader_tiles_per_s - sum(t.seconds for t in times)
+        times.append(PartTime("wait: loader", max(0.0, wait), "loader"))
     return Plan(
         name=config.name,
         cluster=cluster,
         engine=e,
         sizes=s,
-        inputs=given,
-        work=w,
+        inputs=inputs,
+        share=w,
         parts=tuple(parts),
-        memory=(*state_rows(s, e, W), *work_rows(s, e, w, parts, W)),
+        memory=(*state_rows(s, e, W), *step_rows(s, e, w, parts, W)),
         traffic=tuple(traffic),
         times=tuple(times),
-        loader=Loader(tiles_per_s=tiles, bytes_per_s=tiles * s.tile_bytes, given_tiles_per_s=loader_tiles_per_s),
+        loader=LoaderRate(tiles_per_s=tiles, bytes_per_s=tiles * s.tile_bytes, given_tiles_per_s=loader_tiles_per_s),
     )
 
 
@@ -153,16 +158,16 @@ def at_mean_panel(plan: Plan, config: RunConfig) -> Plan:
     )
 
 
-def work_of(s: Sizes, e: EngineSpec, c: Cluster) -> Work:
-    """Return the busiest rank's share of a step."""
+def rank_share(s: Sizes, e: EngineSpec, c: Cluster) -> RankShare:
+    """Return the largest share of a step that a rank has."""
     own = ceil(s.B / c.ranks)
     rows = s.G * s.Q
     if e.shares_table(rows, c.ranks):
         rows = ceil(rows / c.ranks)
     mispaired = s.hard_columns and s.G >= 2 and s.has_nce
-    return Work(
+    return RankShare(
         spots=own,
-        pieces=e.micro_batches,
+        micro_batches=e.micro_batches,
         images=s.B,
         columns=2 * own if mispaired else own,
         table_rows=rows,
@@ -172,17 +177,16 @@ def work_of(s: Sizes, e: EngineSpec, c: Cluster) -> Work:
     )
 
 
-def _optimizer_time(s: Sizes, e: EngineSpec, c: Cluster) -> Timed:
+def _optimizer_time(s: Sizes, e: EngineSpec, c: Cluster) -> PartTime:
     elements = s.trained / (c.ranks if e.zero_stage else 1)
-    cost: Cost = optimizer_cost(elements)
-    spent = spend([cost], c, e.precision)
-    return Timed("optimizer", spent.forward + spent.backward, spent.bound)
+    time = compute_time([optimizer_cost(elements)], c, e.precision)
+    return PartTime("optimizer", time.forward + time.backward, time.bound)
 
 
-def _beside(parts: Sequence[StepPart], c: Cluster, e: EngineSpec) -> dict[str, float]:
-    """Return the seconds of computation that messages can hide behind."""
-    spent = {part.name: spend(part.costs, c, e.precision, part.times) for part in parts}
-    beside = {"forward": sum(x.forward for x in spent.values()), "backward": sum(x.backward for x in spent.values())}
-    if "InfoNCE" in spent:
-        beside["InfoNCE"] = spent["InfoNCE"].forward + spent["InfoNCE"].backward
-    return beside
+def _overlap(parts: Sequence[StepPart], c: Cluster, e: EngineSpec) -> dict[str, float]:
+    """Return the seconds of computation that communication can overlap with."""
+    times = {part.name: compute_time(part.costs, c, e.precision, part.times) for part in parts}
+    overlap = {"forward": sum(t.forward for t in times.values()), "backward": sum(t.backward for t in times.values())}
+    if "InfoNCE" in times:
+        overlap["InfoNCE"] = times["InfoNCE"].forward + times["InfoNCE"].backward
+    return overlap

@@ -9,7 +9,7 @@ from comtip_fast.plan.plan import FILL, Plan
 
 
 def size(n: float) -> str:
-    """Return bytes as a person writes them, powers of 1,000."""
+    """Format bytes with a decimal prefix."""
     for unit, one in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if n >= one:
             return f"{n / one:.3g} {unit}" if n < 999.5 * one else f"{n / one:.0f} {unit}"
@@ -17,7 +17,7 @@ def size(n: float) -> str:
 
 
 def seconds(t: float) -> str:
-    """Return a duration in s, ms or us."""
+    """Format a duration in s, ms or us."""
     for unit, one in (("s", 1.0), ("ms", 1e-3)):
         if t >= one:
             return f"{t / one:.3g} {unit}"
@@ -25,7 +25,7 @@ def seconds(t: float) -> str:
 
 
 def flops(n: float) -> str:
-    """Return FLOPs with their prefix."""
+    """Format FLOPs with a decimal prefix."""
     for unit, one in (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6)):
         if n >= one:
             return f"{n / one:.3g} {unit}"
@@ -33,20 +33,18 @@ def flops(n: float) -> str:
 
 
 def precision_name(p: Precision) -> str:
-    """Say what numbers the model computes with."""
-    if not p.is_bf16:
-        return "fp32"
-    return "bf16 over fp32 weights"
+    """Return the name of a precision for reports."""
+    return "bf16 over fp32 weights" if p.is_bf16 else "fp32"
 
 
 def render(plan: Plan, mean: Plan | None = None) -> str:
-    """Return the whole plan as text; ``mean`` is the step with the mean panel."""
+    """Return the plan as text; ``mean`` is the plan of a step with the mean panel."""
     blocks = [_head(plan), _memory(plan), _compute(plan), _traffic(plan), _times(plan, mean), _assumed(plan)]
     return "\n\n".join("\n".join(block) for block in blocks if block)
 
 
 def summary(plan: Plan, mean: Plan | None = None) -> list[str]:
-    """Return the few lines that stand above a config in ``configs/``; times only where the device's peak is no guess."""
+    """Return the summary in the header of ``configs/*.yaml``; without times for a CPU, whose peak is assumed."""
     c, e, s = plan.cluster, plan.engine, plan.sizes
     devices = f"{c.nodes} x {c.per_node} x {c.device.name}" if c.nodes > 1 else f"{c.per_node} x {c.device.name}"
     lines = [
@@ -70,16 +68,16 @@ def summary(plan: Plan, mean: Plan | None = None) -> list[str]:
 
 
 def _head(plan: Plan) -> list[str]:
-    c, e, s, w = plan.cluster, plan.engine, plan.sizes, plan.work
+    c, e, s, w = plan.cluster, plan.engine, plan.sizes, plan.share
     return [
-        f"{plan.name}: every figure below is PREDICTED from the config; nothing was run (formulas: docs/scaling.md)",
+        f"{plan.name}: all figures are PREDICTED from the config, nothing was run (formulas: docs/scaling.md)",
         f"  {c.nodes} node(s) x {c.per_node} x {c.device.name}, {e.name}, {precision_name(e.precision)}, loss form {e.loss_form}, "
-        f"table {'sharded' if e.shares_table(s.G * s.Q, c.ranks) else 'whole on every rank'}",
-        f"  B = {s.B:,} spots ({w.spots:,} per rank, {w.piece:,} at once), P = {s.P} patches, G = {s.G:,} "
+        f"table {'sharded' if e.shares_table(s.G * s.Q, c.ranks) else 'replicated'}",
+        f"  B = {s.B:,} spots ({w.spots:,} per rank, {w.micro_batch_spots:,} per micro-batch), P = {s.P} patches, G = {s.G:,} "
         f"genes, Q = {s.Q}, {s.tokens:.1f} tokens per sentence, D = {s.D}",
-        "  parameters to train: "
+        "  trained parameters: "
         + ", ".join(f"{g.name} {g.trained / 1e6:.2f} M" for g in s.groups if g.trained)
-        + f"; {s.trained / 1e6:.2f} M in all",
+        + f"; {s.trained / 1e6:.2f} M in total",
     ]
 
 
@@ -89,9 +87,10 @@ def _memory(plan: Plan) -> list[str]:
         where = "" if row.where == "device" else f"  in {row.where} memory" if row.where == "host" else "  on NVMe"
         note = f"  ({row.note})" if row.note else ""
         lines.append(f"  {row.name:<50}{size(row.bytes):>10}{where}{note}")
-    total, room = plan.device_bytes, plan.cluster.device.memory
-    verdict = "fits" if plan.fits else f"DOES NOT FIT: {FILL:.0%} of {size(room)} can hold tensors"
-    return [*lines, f"  {'in all on the device':<50}{size(total):>10}  {total / room:.0%} of {size(room)}: {verdict}"]
+    total, capacity = plan.device_bytes, plan.cluster.device.memory
+    verdict = "fits" if plan.fits else f"DOES NOT FIT: {FILL:.0%} of {size(capacity)} is usable for tensors"
+    share = f"{total / capacity:.0%} of {size(capacity)}"
+    return [*lines, f"  {'total on the device':<50}{size(total):>10}  {share}: {verdict}"]
 
 
 def _compute(plan: Plan) -> list[str]:
@@ -99,7 +98,7 @@ def _compute(plan: Plan) -> list[str]:
     for p in plan.parts:
         moved = p.sum("moved") + p.sum("back_moved")
         lines.append(f"  {p.name:<28}{flops(p.sum('flops')):>14}{flops(p.sum('back_flops')):>14}{size(moved):>12}")
-    return [*lines, f"  {'in all':<28}{flops(plan.flops):>14}"]
+    return [*lines, f"  {'total':<28}{flops(plan.flops):>14}"]
 
 
 def _traffic(plan: Plan) -> list[str]:
@@ -107,7 +106,7 @@ def _traffic(plan: Plan) -> list[str]:
         return []
     c = plan.cluster
     lines = [
-        "messages per device and step (predicted)",
+        "communication per device and step (predicted)",
         f"  {'':<44}{'kind':<16}{'sent':>10}{c.link.name:>12}{c.fabric.name if c.nodes > 1 else '':>12}",
     ]
     for t in plan.traffic:
@@ -122,18 +121,18 @@ def _traffic(plan: Plan) -> list[str]:
 def _times(plan: Plan, mean: Plan | None) -> list[str]:
     lines = ["time per step (predicted)"]
     for t in plan.times:
-        hidden = f"  (and {seconds(t.hidden)} beside computation)" if t.hidden > 0 else ""
+        hidden = f"  (and {seconds(t.hidden)} overlapped with computation)" if t.hidden > 0 else ""
         lines.append(f"  {t.name:<28}{seconds(t.seconds):>10}{t.seconds / plan.step_seconds:>6.0%}  {t.bound}{hidden}")
     lines.append(
-        f"  {'in all':<28}{seconds(plan.step_seconds):>10}        {plan.spots_per_s:,.0f} spots/s, {plan.utilisation:.0%} of peak"
+        f"  {'total':<28}{seconds(plan.step_seconds):>10}        {plan.spots_per_s:,.0f} spots/s, {plan.utilisation:.0%} of peak"
     )
     if mean is not None and mean.sizes.G != plan.sizes.G:
         lines.append(
             f"  {f'with the mean panel, G = {mean.sizes.G:,}':<28}{seconds(mean.step_seconds):>10}        {mean.spots_per_s:,.0f} spots/s"
         )
-    need = mean or plan
+    typical = mean or plan
     lines.append(
-        f"  the loader must give {need.loader.tiles_per_s:,.0f} tiles/s per node, {size(need.loader.bytes_per_s)}/s of encoded tiles"
+        f"  required of the loader: {typical.loader.tiles_per_s:,.0f} tiles/s per node, {size(typical.loader.bytes_per_s)}/s of encoded tiles"
     )
     return lines
 
@@ -142,7 +141,7 @@ def _assumed(plan: Plan) -> list[str]:
     f, c, i = plan.cluster.efficiency, plan.cluster, plan.inputs
     device, link, fabric = c.device, c.link, c.fabric
     return [
-        f"assumed: {f.compute:.0%} of the peak in products, {f.memory:.0%} of memory bandwidth, {f.link:.0%} of links,",
+        f"assumed: {f.compute:.0%} of the peak in matrix products, {f.memory:.0%} of memory bandwidth, {f.link:.0%} of links,",
         f"  {seconds(f.launch_s)} to launch an operation; tiles of {i.tile_px} px, {size(i.tile_bytes)} each;",
         f"  {device.name}: {device.bf16 / 1e12:g} TFLOP/s bf16, {device.fp32 / 1e12:g} fp32, "
         f"{size(device.memory_bytes_per_s)}/s of memory;",
@@ -151,7 +150,7 @@ def _assumed(plan: Plan) -> list[str]:
 
 
 def as_data(plan: Plan, mean: Plan | None = None) -> dict[str, Any]:
-    """Return the plan as plain data for ``--json``; bytes, FLOPs and seconds."""
+    """Return the plan as plain data for ``--json``, in bytes, FLOPs and seconds."""
     c, e, s = plan.cluster, plan.engine, plan.sizes
     return {
         "predicted": True,
@@ -183,7 +182,7 @@ def as_data(plan: Plan, mean: Plan | None = None) -> dict[str, Any]:
         },
         "sizes": {
             "B": s.B,
-            "b": plan.work.spots,
+            "b": plan.share.spots,
             "P": s.P,
             "G": s.G,
             "Q": s.Q,
@@ -195,7 +194,7 @@ def as_data(plan: Plan, mean: Plan | None = None) -> dict[str, Any]:
         "device_bytes": plan.device_bytes,
         "fits": plan.fits,
         "parts": [
-            {"name": p.name} | {k: p.sum(k) for k in ("flops", "back_flops", "moved", "back_moved")} | {"kept": p.kept}
+            {"name": p.name} | {k: p.sum(k) for k in ("flops", "back_flops", "moved", "back_moved")} | {"kept": p.saved}
             for p in plan.parts
         ],
         "traffic": [

@@ -1,6 +1,6 @@
-"""The numbers a plan is made of, from the config alone: the model is built for real, on the meta device, without memory.
+"""Sizes of a step, derived from the config: the model is built on the meta device, without allocating memory.
 
-Symbols are those of docs/method.md and docs/scaling.md.
+Symbols as in docs/method.md and docs/scaling.md.
 """
 
 from __future__ import annotations
@@ -21,44 +21,44 @@ from comtip_fast.config.schema import RunConfig
 from comtip_fast.genes import GeneTokenizer
 from comtip_fast.models import CoMTIP, ModelSizes
 
-EVERY = 23
-"""One gene in so many is tokenised to find how long sentences are."""
+GENE_STRIDE = 23
+"""Sentence lengths are estimated on every ``GENE_STRIDE``-th gene."""
 DEFAULT_GENES = 10_000
-"""Trained genes where ``genes.per_cohort`` is 0 and nothing is said."""
+"""Number of trained genes if ``genes.per_cohort`` is 0 and none is given."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What the config cannot know: facts of the shard set. Each is an option of ``comtip plan``."""
+    """Properties of the shard set, which the config does not contain; options of ``comtip plan``."""
 
     tile_px: int = 224
-    """S."""
+    """Side of a tile in pixels, S."""
     tile_bytes: float = 30e3
-    """Bytes of one encoded tile in a shard."""
+    """Mean bytes of an encoded tile."""
     trained_genes: int | None = None
-    """Genes with a row of their own; None takes ``genes.per_cohort``."""
+    """Number of trained genes; None means ``genes.per_cohort``."""
     panel: int | None = None
-    """G; None takes ``panel.max_genes``, the largest step."""
+    """Panel size G; None means ``panel.max_genes``, the largest."""
     sentence_tokens: float | None = None
-    """Mean tokens of a sentence; None measures it on the shipped gene names."""
+    """Mean tokens per sentence; None estimates it on the gene names that ship with the package."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterGroup:
-    """Parameters of one part."""
+    """Parameter counts of one part of the model."""
 
     name: str
     trained: int
     frozen: int
     matrices: int
-    """Elements of the weights of linear maps and convolutions, of those trained: what autocast copies."""
+    """Elements of the trained weights of linear layers and convolutions, which autocast copies."""
     tensors: int
-    """Trained tensors."""
+    """Number of trained tensors."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Sizes of one step and of the model it is for."""
+    """Sizes of a step and of the model."""
 
     B: int
     S: int
@@ -66,7 +66,7 @@ class Sizes:
     prefix: int
     hidden_patches: int
     patch_inputs: int
-    """Numbers that a patch's embedding reads: 3 p^2, or the width of a frozen stem's features."""
+    """Input width of the patch embedding: 3 p^2, or the width of a frozen stem's features."""
     has_stem: bool
     d: int
     depth: int
@@ -77,12 +77,13 @@ class Sizes:
     G: int
     Q: int
     tokens: float
-    """Mean tokens of a sentence."""
-    reach: float
-    """Mean tokens that a token attends to: E[T^2] / E[T]."""
+    """Mean tokens per sentence, E[T]."""
+    attended: float
+    """Mean number of tokens that a token attends to, E[T^2] / E[T]."""
     longest: int
+    """Tokens of the longest sentence."""
     width: int
-    """d of the sentence encoder."""
+    """Width of the sentence encoder."""
     text_depth: int
     text_heads: int
     D: int
@@ -94,7 +95,7 @@ class Sizes:
     has_nce: bool
     hard_columns: bool
     other_spots: bool
-    """Mispaired levels may come from other spots of the section."""
+    """Whether mispaired levels may come from other spots of the section."""
     text_context: bool
     groups: tuple[ParameterGroup, ...]
     tile_bytes: float
@@ -103,57 +104,58 @@ class Sizes:
 
     @property
     def V(self) -> int:
-        """Visible patches."""
+        """Number of visible patches."""
         return self.P - self.hidden_patches
 
     @property
     def trained(self) -> int:
-        """Psi, parameters with gradients."""
+        """Number of trained parameters."""
         return sum(g.trained for g in self.groups)
 
     @property
     def frozen(self) -> int:
-        """Parameters and buffers without."""
+        """Number of frozen parameters and buffer elements."""
         return sum(g.frozen for g in self.groups)
 
     @property
     def matrices(self) -> int:
-        """Elements that autocast copies."""
+        """Number of weight elements that autocast copies."""
         return sum(g.matrices for g in self.groups)
 
     def trained_in(self, *names: str) -> int:
-        """Return the parameters with gradients of some groups."""
+        """Return the number of trained parameters of the named groups."""
         return sum(g.trained for g in self.groups if g.name in names)
 
     @property
     def image_side(self) -> int:
-        """Parameters with gradients that every micro-batch goes through."""
+        """Number of trained parameters that every micro-batch uses."""
         return self.trained_in("image encoder", "mask generator", "image head")
 
     @property
     def mispairs(self) -> bool:
-        """The step makes mispaired spots."""
+        """Whether the step draws mispaired spots."""
         return self.G >= 2 and (self.has_pair or self.hard_columns)
 
     def at_panel(self, G: int) -> Sizes:
-        """Return the sizes of a step with another panel."""
+        """Return the sizes of a step with a panel of ``G`` genes."""
         return replace(self, G=G)
 
 
 @cache
 def sentence_lengths(max_tokens: int, full_name: bool) -> tuple[float, float]:
-    """Return the mean tokens of a sentence and E[T^2] / E[T], over protein genes that ship with ``comtip_shards``."""
+    """Return E[T] and E[T^2] / E[T] of sentence lengths over the protein-coding genes that ship with ``comtip_shards``."""
     tokenizer = GeneTokenizer.load()
     proteins = [r for r in GeneResource.load().rows if r["kind"] == "protein"]
     lengths = [
-        2 + len(tokenizer.encode(r["symbol"], r["name"] if full_name else "", max_tokens)) for r in proteins[::EVERY]
+        2 + len(tokenizer.encode(r["symbol"], r["name"] if full_name else "", max_tokens))
+        for r in proteins[::GENE_STRIDE]
     ]
     mean = sum(lengths) / len(lengths)
     return mean, sum(n * n for n in lengths) / sum(lengths)
 
 
 def build_on_meta(config: RunConfig, tile_px: int, trained_genes: int) -> CoMTIP:
-    """Build the model as training would, with shapes but no memory and no weights read."""
+    """Build the model of a run on the meta device; no memory is allocated and no weights are read."""
     config = replace(config, vision=replace(config.vision, pretrained=""))
     sizes = ModelSizes(
         tile_px=tile_px,
@@ -167,38 +169,39 @@ def build_on_meta(config: RunConfig, tile_px: int, trained_genes: int) -> CoMTIP
 
 
 def sizes_of(config: RunConfig, inputs: Inputs | None = None, model: CoMTIP | None = None) -> Sizes:
-    """Work out the sizes of a run's steps.
+    """Return the sizes of a run's steps.
 
     Parameters
     ----------
     config
         The run.
     inputs
-        Facts of the data; see :class:`Inputs`.
+        Properties of the data, see :class:`Inputs`.
     model
-        The model where it exists already; else it is built on the meta device.
+        The model, if it exists; otherwise it is built on the meta device.
 
     Raises
     ------
     ValueError
-        The backbone's blocks are not the ones whose costs are known.
+        The backbone's blocks are not plain pre-norm blocks.
     """
-    given = inputs or Inputs()
-    genes = given.trained_genes or config.genes.per_cohort or DEFAULT_GENES
-    model = model or build_on_meta(config, given.tile_px, genes)
+    inputs = inputs or Inputs()
+    genes = inputs.trained_genes or config.genes.per_cohort or DEFAULT_GENES
+    model = model or build_on_meta(config, inputs.tile_px, genes)
     E, paat, loss, text = model.vision, config.loss.paat, config.loss, config.text
     block: Any = E.blocks[0]
     if [type(m) for m in (block, getattr(block, "mlp", None), getattr(block, "attn", None))] != [Block, Mlp, Attention]:
         raise ValueError(
-            f"vision.backbone {config.vision.backbone!r}: comtip plan knows plain pre-norm blocks, not these"
+            f"vision.backbone={config.vision.backbone}: comtip plan has no costs for its blocks; "
+            "plan with a backbone of plain pre-norm blocks, e.g. vit_base_patch32_224"
         )
-    tokens, reach = sentence_lengths(text.max_tokens, text.full_name)
-    if given.sentence_tokens is not None:
-        reach *= given.sentence_tokens / tokens
-        tokens = given.sentence_tokens
+    tokens, attended = sentence_lengths(text.max_tokens, text.full_name)
+    if inputs.sentence_tokens is not None:
+        attended *= inputs.sentence_tokens / tokens
+        tokens = inputs.sentence_tokens
     return Sizes(
         B=config.data.batch_size,
-        S=given.tile_px,
+        S=inputs.tile_px,
         P=E.n_patches,
         prefix=E.n_prefix,
         hidden_patches=int(config.vision.mask_ratio * E.n_patches),
@@ -210,10 +213,10 @@ def sizes_of(config: RunConfig, inputs: Inputs | None = None, model: CoMTIP | No
         mlp=block.mlp.fc1.out_features,
         layer_scale=not isinstance(block.ls1, nn.Identity),
         generator_heads=config.vision.heads,
-        G=given.panel or min(config.panel.max_genes, genes),
+        G=inputs.panel or min(config.panel.max_genes, genes),
         Q=config.levels.n_levels,
         tokens=tokens,
-        reach=reach,
+        attended=attended,
         longest=text.max_tokens + 2,
         width=text.width,
         text_depth=text.depth,
@@ -229,17 +232,17 @@ def sizes_of(config: RunConfig, inputs: Inputs | None = None, model: CoMTIP | No
         other_spots=paat.mode != "strata",
         text_context=paat.context == "text",
         groups=parameter_groups(model),
-        tile_bytes=given.tile_bytes,
+        tile_bytes=inputs.tile_bytes,
         loader=config.data.loader,
         prefetch=config.data.prefetch,
     )
 
 
-def mean_panel(least: int, most: int) -> int:
-    """Return the mean of the log-uniform panel, G drawn from ``[least, most]``."""
-    if least == most:
-        return most
-    return round((most + 1 - least) / math.log((most + 1) / least))
+def mean_panel(smallest: int, largest: int) -> int:
+    """Return the mean of the log-uniform panel size on ``[smallest, largest]``."""
+    if smallest == largest:
+        return largest
+    return round((largest + 1 - smallest) / math.log((largest + 1) / smallest))
 
 
 PARTS: Sequence[tuple[str, tuple[str, ...]]] = (
@@ -253,17 +256,17 @@ PARTS: Sequence[tuple[str, tuple[str, ...]]] = (
 
 
 def parameter_groups(model: nn.Module) -> tuple[ParameterGroup, ...]:
-    """Count every parameter and buffer once, by part; the two temperatures go with the text's heads."""
-    of = {child: name for name, children in PARTS for child in children}
-    found: dict[str, list[int]] = {name: [0, 0, 0, 0] for name, _ in PARTS}
+    """Count all parameters and buffers by part of the model; the two temperatures belong to the text heads."""
+    part_of = {child: name for name, children in PARTS for child in children}
+    counts: dict[str, list[int]] = {name: [0, 0, 0, 0] for name, _ in PARTS}
     operands = {
-        f"{name}.{own}"
+        f"{name}.{weight}"
         for name, m in model.named_modules()
         if isinstance(m, nn.Linear | nn.Conv2d | nn.MultiheadAttention)
-        for own in ("weight", "in_proj_weight")
+        for weight in ("weight", "in_proj_weight")
     }
     for name, p in model.named_parameters():
-        row = found[of.get(name.split(".")[0], "text heads")]
+        row = counts[part_of.get(name.split(".")[0], "text heads")]
         if p.requires_grad:
             row[0] += p.numel()
             row[2] += p.numel() if name in operands else 0
@@ -271,9 +274,9 @@ def parameter_groups(model: nn.Module) -> tuple[ParameterGroup, ...]:
         else:
             row[1] += p.numel()
     for name, b in model.named_buffers():
-        found[of.get(name.split(".")[0], "text heads")][1] += b.numel()
+        counts[part_of.get(name.split(".")[0], "text heads")][1] += b.numel()
     return tuple(
         ParameterGroup(name=name, trained=t, frozen=f, matrices=m, tensors=k)
-        for name, (t, f, m, k) in found.items()
+        for name, (t, f, m, k) in counts.items()
         if t or f
     )

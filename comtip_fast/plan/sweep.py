@@ -1,7 +1,7 @@
-"""The same config on 1 to 1,024 devices, in every design, and where each stops to scale.
+"""Plan one config on 1 to 1,024 devices in every design, and find where each stops scaling.
 
-Two ways to grow. *Strong*: the global batch stays, so the run gives the same answer, sooner. *Weak*: spots per device stay, so
-the batch, and with it the number of negatives, grows with the devices. Speeds are of the mean panel, memory of the largest.
+*Strong* scaling keeps the global batch, and so the result of the run. *Weak* scaling keeps the spots per device, so the
+batch and the number of negatives grow with the devices. Speeds are for the mean panel, memory is for the largest.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from comtip_fast.plan.plan import Plan, make_plan
 from comtip_fast.plan.report import size
 from comtip_fast.plan.sizes import Inputs, mean_panel, sizes_of
 
-WORTH = 1.5
-"""A design scales as long as twice the devices give at least so many times the spots per second."""
+MIN_SPEEDUP = 1.5
+"""A design scales as long as doubling the devices multiplies spots per second by at least this factor."""
 PER_NODE = 8
 
 Growth = Literal["strong", "weak"]
@@ -27,7 +27,7 @@ Growth = Literal["strong", "weak"]
 
 @dataclass(frozen=True)
 class Design:
-    """One way to spread a step."""
+    """A parallelisation of a step."""
 
     name: str
     kind: Literal["ddp", "deepspeed"]
@@ -49,20 +49,20 @@ DESIGNS = (
 
 @dataclass(frozen=True)
 class Point:
-    """One design on so many devices."""
+    """The plan of one design on a number of devices."""
 
     growth: Growth
     design: Design
     devices: int
-    usual: Plan
-    """The step with the mean panel."""
+    mean: Plan
+    """Plan of a step with the mean panel."""
     largest: Plan
-    """The step with the largest panel."""
+    """Plan of a step with the largest panel."""
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """Every design on every number of devices."""
+    """The plans of all designs on all numbers of devices."""
 
     name: str
     cluster: Cluster
@@ -71,43 +71,46 @@ class Sweep:
     points: tuple[Point, ...]
 
     def line(self, growth: Growth, design: Design) -> list[Point]:
-        """Return one design's points by devices."""
+        """Return the points of one design, by number of devices."""
         return [p for p in self.points if p.growth == growth and p.design == design]
 
 
-def sweep(config: RunConfig, home: Cluster, inputs: Inputs, *, most: int = 1024) -> Sweep:
-    """Plan every design on 1, 2, 4 ... ``most`` devices like those of ``home``, eight to a node.
+def sweep(config: RunConfig, base: Cluster, inputs: Inputs, *, most: int = 1024) -> Sweep:
+    """Plan every design on 1, 2, 4, ... ``most`` devices of the kind of ``base``, eight per node.
 
     Parameters
     ----------
     config
-        The run; its batch on ``home`` sets the spots per device of weak growth.
-    home
-        Where the config is meant to run.
+        The run; its batch on ``base`` sets the spots per device of weak scaling.
+    base
+        The cluster that the config is written for.
     inputs
-        Facts of the data.
+        Properties of the data.
     most
-        The most devices.
+        Largest number of devices.
 
     Raises
     ------
     ValueError
-        ``most`` is below 1, or ``home`` has more devices than the batch has spots.
+        ``most`` is below 1, or ``base`` has more devices than the batch has spots.
     """
     if most < 1:
-        raise ValueError(f"--most {most}: at least 1 device")
-    per_device = config.data.batch_size // home.ranks
+        raise ValueError(f"--most {most}: must be at least 1")
+    per_device = config.data.batch_size // base.ranks
     if per_device < 1:
-        raise ValueError(f"data.batch_size={config.data.batch_size}: fewer spots than the {home.ranks} devices")
+        raise ValueError(
+            f"data.batch_size={config.data.batch_size}: at least one spot per device is needed, for {base.ranks} devices; "
+            "raise it or plan for fewer devices"
+        )
     sizes = sizes_of(config, inputs)
-    usual = sizes.at_panel(mean_panel(min(config.panel.min_genes, sizes.G), sizes.G))
+    at_mean = sizes.at_panel(mean_panel(min(config.panel.min_genes, sizes.G), sizes.G))
     points = []
     for growth, design, devices, B in _cases(config.data.batch_size, per_device, most):
-        cluster = replace(home, per_node=min(devices, PER_NODE), nodes=-(-devices // PER_NODE))
+        cluster = replace(base, per_node=min(devices, PER_NODE), nodes=-(-devices // PER_NODE))
         e = _engine(config, design, cluster)
-        one, two = (make_plan(config, cluster, inputs, engine=e, sizes=replace(s, B=B)) for s in (usual, sizes))
-        points.append(Point(growth, design, devices, one, two))
-    return Sweep(config.name, home, per_device, config.data.batch_size, tuple(points))
+        mean, largest = (make_plan(config, cluster, inputs, engine=e, sizes=replace(s, B=B)) for s in (at_mean, sizes))
+        points.append(Point(growth, design, devices, mean, largest))
+    return Sweep(config.name, base, per_device, config.data.batch_size, tuple(points))
 
 
 def _cases(batch: int, per_device: int, most: int) -> Iterator[tuple[Growth, Design, int, int]]:
@@ -121,31 +124,31 @@ def _cases(batch: int, per_device: int, most: int) -> Iterator[tuple[Growth, Des
 
 
 def _engine(config: RunConfig, d: Design, c: Cluster) -> EngineSpec:
-    own = engine_of(config, c.ranks, c.device.name != "cpu")
-    return replace(own, kind=d.kind, zero_stage=d.zero_stage, loss_form=d.loss_form, shard_table=d.shard_table)
+    configured = engine_of(config, c.ranks, c.device.name != "cpu")
+    return replace(configured, kind=d.kind, zero_stage=d.zero_stage, loss_form=d.loss_form, shard_table=d.shard_table)
 
 
-def stops_at(line: Sequence[Point]) -> int:
-    """Return the most devices whose last doubling was still worth it."""
+def scales_to(line: Sequence[Point]) -> int:
+    """Return the largest number of devices up to which every doubling reached ``MIN_SPEEDUP``."""
     last = line[0].devices
     for before, after in pairwise(line):
-        if after.usual.spots_per_s < WORTH * before.usual.spots_per_s:
+        if after.mean.spots_per_s < MIN_SPEEDUP * before.mean.spots_per_s:
             break
         last = after.devices
     return last
 
 
 def fits_from(line: Sequence[Point]) -> int | None:
-    """Return the fewest devices from which the largest step fits; None if it does nowhere."""
+    """Return the smallest number of devices on which the largest step fits into memory; None if it fits on none."""
     return next((p.devices for p in line if p.largest.fits), None)
 
 
-def holds_back(point: Point) -> str:
-    """Name the part that takes most of the step."""
-    return max(point.usual.times, key=lambda t: t.seconds).name
+def bottleneck(point: Point) -> str:
+    """Return the name of the part with the most time."""
+    return max(point.mean.times, key=lambda t: t.seconds).name
 
 
-def as_rows(found: Sweep) -> list[dict[str, Any]]:
+def as_rows(result: Sweep) -> list[dict[str, Any]]:
     """Return every point as plain data."""
     return [
         {
@@ -153,35 +156,35 @@ def as_rows(found: Sweep) -> list[dict[str, Any]]:
             "growth": p.growth,
             "design": p.design.name,
             "devices": p.devices,
-            "B": p.usual.sizes.B,
-            "step_seconds": p.usual.step_seconds,
-            "spots_per_s": p.usual.spots_per_s,
+            "B": p.mean.sizes.B,
+            "step_seconds": p.mean.step_seconds,
+            "spots_per_s": p.mean.spots_per_s,
             "device_bytes": p.largest.device_bytes,
             "fits": p.largest.fits,
-            "takes_most": holds_back(p),
+            "takes_most": bottleneck(p),
         }
-        for p in found.points
+        for p in result.points
     ]
 
 
-def table(found: Sweep) -> str:
-    """Return where each design stops, as a Markdown table."""
-    c = found.cluster
+def table(result: Sweep) -> str:
+    """Return where each design stops scaling, as a Markdown table."""
+    c = result.cluster
     lines = [
-        f"{found.name} on {c.device.name}, {PER_NODE} per node, {c.link.name} inside, {c.fabric.name} between nodes; all PREDICTED. "
-        f"Scaling stops where twice the devices give less than {WORTH:g} times the spots/s.",
+        f"{result.name} on {c.device.name}, {PER_NODE} per node, {c.link.name} inside, {c.fabric.name} between nodes; all PREDICTED. "
+        f"Scaling stops where twice the devices give less than {MIN_SPEEDUP:g} times the spots/s.",
         "",
         "| design | growth | scales to | spots/s there | takes most of the step there | fits from | memory there |",
         "|---|---|---|---|---|---|---|",
     ]
-    for growth, text in (("strong", f"B = {found.batch:,}"), ("weak", f"{found.per_device:,} spots per device")):
+    for growth, text in (("strong", f"B = {result.batch:,}"), ("weak", f"{result.per_device:,} spots per device")):
         for design in DESIGNS:
-            line = found.line(growth, design)  # type: ignore[arg-type]
-            last = stops_at(line)
+            line = result.line(growth, design)  # type: ignore[arg-type]
+            last = scales_to(line)
             at = next(p for p in line if p.devices == last)
             enough = fits_from(line)
             lines.append(
-                f"| {design.name} | {text} | {last:,} | {at.usual.spots_per_s:,.0f} | {holds_back(at)} "
+                f"| {design.name} | {text} | {last:,} | {at.mean.spots_per_s:,.0f} | {bottleneck(at)} "
                 f"| {'nowhere' if enough is None else enough} | {size(at.largest.device_bytes)} |"
             )
     return "\n".join(lines)

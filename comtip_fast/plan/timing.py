@@ -1,4 +1,4 @@
-"""How long a step takes and what bounds each part: a roofline per operation, links per collective, what overlaps hidden."""
+"""Time of a step and the limit of each part: a roofline per operation, link rates per collective, and their overlap."""
 
 from __future__ import annotations
 
@@ -12,42 +12,42 @@ from comtip_fast.plan.traffic import Collective
 
 
 @dataclass(frozen=True)
-class Timed:
-    """One line of the time table."""
+class PartTime:
+    """One row of the time table."""
 
     name: str
     seconds: float
     bound: str
     """``compute``, ``memory``, ``launches``, ``link`` or ``loader``."""
     hidden: float = 0.0
-    """Seconds besides that run beside something else."""
+    """Further seconds that overlap with computation."""
 
 
 def rates(c: Cluster, p: Precision) -> tuple[float, float]:
-    """Return FLOP/s and bytes/s that the plan counts on."""
+    """Return the effective FLOP/s and memory bytes/s."""
     peak = c.device.bf16 if p.is_bf16 else c.device.fp32
     return peak * c.efficiency.compute, c.device.memory_bytes_per_s * c.efficiency.memory
 
 
 @dataclass
-class Spent:
-    """Seconds of some operations."""
+class ComputeTime:
+    """Seconds of a list of operations."""
 
     forward: float = 0.0
     backward: float = 0.0
-    by: dict[str, float] = field(default_factory=dict)
-    """The same seconds by what bounds each operation."""
+    by_bound: dict[str, float] = field(default_factory=dict)
+    """The seconds by the limit of each operation."""
 
     @property
     def bound(self) -> str:
-        """What bounds most of it."""
-        return max(self.by, key=lambda k: self.by[k]) if self.by else "compute"
+        """The limit with the most seconds."""
+        return max(self.by_bound, key=lambda k: self.by_bound[k]) if self.by_bound else "compute"
 
 
-def spend(costs: Sequence[Cost], c: Cluster, p: Precision, times: int = 1) -> Spent:
-    """Return what operations take: each the longest of its products, its bytes and its launches."""
-    flops, width = rates(c, p)
-    out, launch = Spent(), c.efficiency.launch_s
+def compute_time(costs: Sequence[Cost], c: Cluster, p: Precision, times: int = 1) -> ComputeTime:
+    """Return the time of operations; each takes the maximum of its compute, memory and launch time."""
+    flops, bandwidth = rates(c, p)
+    out, launch = ComputeTime(), c.efficiency.launch_s
     for cost in costs:
         for f, m, least, backward in (
             (cost.flops, cost.moved, launch, False),
@@ -55,9 +55,9 @@ def spend(costs: Sequence[Cost], c: Cluster, p: Precision, times: int = 1) -> Sp
         ):
             if not f and not m:
                 continue
-            seconds, bound = max((f / flops, "compute"), (m / width, "memory"), (least, "launches"))
+            seconds, bound = max((f / flops, "compute"), (m / bandwidth, "memory"), (least, "launches"))
             seconds *= times
-            out.by[bound] = out.by.get(bound, 0.0) + seconds
+            out.by_bound[bound] = out.by_bound.get(bound, 0.0) + seconds
             if backward:
                 out.backward += seconds
             else:
@@ -65,30 +65,33 @@ def spend(costs: Sequence[Cost], c: Cluster, p: Precision, times: int = 1) -> Sp
     return out
 
 
-def time_parts(parts: Sequence[StepPart], c: Cluster, p: Precision) -> list[Timed]:
-    """Return the computation of every part."""
+def time_parts(parts: Sequence[StepPart], c: Cluster, p: Precision) -> list[PartTime]:
+    """Return the computation time of every part."""
     out = []
     for part in parts:
-        spent = spend(part.costs, c, p, part.times)
-        out.append(Timed(part.name, spent.forward + spent.backward, spent.bound))
+        time = compute_time(part.costs, c, p, part.times)
+        out.append(PartTime(part.name, time.forward + time.backward, time.bound))
     return out
 
 
-def time_collectives(traffic: Sequence[Collective], c: Cluster, beside: dict[str, float]) -> list[Timed]:
-    """Return what is waited for, by part; ``beside`` says how many seconds there are to hide behind, and is used up."""
-    left = dict(beside)
+def time_collectives(traffic: Sequence[Collective], c: Cluster, overlap: dict[str, float]) -> list[PartTime]:
+    """Return the exposed communication time of each part.
+
+    ``overlap`` has the seconds of computation that collectives can overlap with; each second is used once.
+    """
+    remaining = dict(overlap)
     waited: dict[str, float] = {}
     hidden: dict[str, float] = {}
     for item in traffic:
         seconds = item.seconds(c)
-        behind = min(seconds, left.get(item.hidden_by, 0.0))
+        overlapped = min(seconds, remaining.get(item.hidden_by, 0.0))
         if item.hidden_by:
-            left[item.hidden_by] = left.get(item.hidden_by, 0.0) - behind
-        waited[item.part] = waited.get(item.part, 0.0) + seconds - behind
-        hidden[item.part] = hidden.get(item.part, 0.0) + behind
-    return [Timed(f"wait: {part}", waited[part], "link", hidden[part]) for part in waited]
+            remaining[item.hidden_by] = remaining.get(item.hidden_by, 0.0) - overlapped
+        waited[item.part] = waited.get(item.part, 0.0) + seconds - overlapped
+        hidden[item.part] = hidden.get(item.part, 0.0) + overlapped
+    return [PartTime(f"wait: {part}", waited[part], "link", hidden[part]) for part in waited]
 
 
 def optimizer_cost(elements: float) -> Cost:
-    """AdamW and clipping over so many fp32 elements: ten reads or writes each."""
+    """Return the cost of AdamW and gradient clipping: ten reads or writes of each fp32 element."""
     return Cost("AdamW", moved=10 * 4 * elements)

@@ -1,7 +1,7 @@
-"""What travels between ranks in a step: every collective with its size, and what of it crosses which link.
+"""Communication of a step: every collective with its size, and the bytes on each link.
 
-``n`` is the size of the whole tensor. Sent per rank, by the bandwidth-optimal algorithms that NCCL and gloo use:
-all-gather and reduce-scatter (W-1)/W n, all-reduce twice that, a ring of blocks (W-1) blocks.
+For a tensor of n bytes in total, each rank sends, by the bandwidth-optimal algorithms of NCCL and gloo: (W-1)/W n for
+all-gather and reduce-scatter, twice that for all-reduce, and W-1 blocks for a ring of blocks.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from comtip_fast.plan.memory import MAX_LIVE
 from comtip_fast.plan.sizes import Sizes
 
 FP32, ID = 4, 16
-"""Bytes of a number of the loss, which is fp32 everywhere, and of what says who is whose negative."""
+"""Bytes of a number in the loss, which is always fp32, and of an image's metadata (text class, section, weight)."""
 
 
 @dataclass(frozen=True)
 class Collective:
-    """One kind of message in a step."""
+    """One collective of a step."""
 
     part: str
     """``loss``, ``pairs``, ``table``, ``gradients`` or ``parameters``."""
@@ -27,22 +27,22 @@ class Collective:
     kind: str
     """``all_gather``, ``reduce_scatter``, ``all_reduce`` or ``ring``."""
     size: float
-    """Bytes of the whole tensor; of all W blocks for a ring."""
+    """Bytes of the complete tensor; for a ring, of all W blocks."""
     times: float = 1.0
-    """How often in a step."""
+    """Number of executions per step."""
     hidden_by: str = ""
-    """StepPart of the step whose computation it runs beside; empty: it is waited for."""
+    """Computation that it overlaps with: ``forward``, ``backward`` or a part's name; empty if it is exposed."""
 
     def sent(self, ranks: int) -> float:
-        """Return the bytes that each rank sends in a step."""
+        """Return the bytes that each rank sends per step."""
         factor = 2 if self.kind == "all_reduce" else 1
         return factor * self.times * self.size * (ranks - 1) / ranks
 
     def on_links(self, c: Cluster) -> tuple[float, float]:
         """Return the bytes per device and step on the link inside a node and on the fabric between nodes.
 
-        Collectives share the nodes' adapters out over all devices of a node. A ring of blocks does not: the last device of a
-        node sends every block over its own adapter, the others over the link; the busier of each is returned.
+        Collectives use the adapters of all devices of a node. A ring of blocks does not: the last device of a node sends
+        every block over its adapter, the others send over the link. The larger value is returned for each.
         """
         sent = self.sent(c.ranks)
         if c.nodes == 1:
@@ -54,25 +54,25 @@ class Collective:
         return sent - between, between
 
     def seconds(self, c: Cluster) -> float:
-        """Return how long it takes alone."""
+        """Return its duration without overlap."""
         if c.ranks == 1:
             return 0.0
         link, fabric = self.on_links(c)
         factor = 2 if self.kind == "all_reduce" else 1
         hops = factor * self.times * ((c.per_node - 1) * c.link.latency_s + (c.nodes - 1) * c.fabric.latency_s)
         if self.kind == "ring" and c.nodes > 1:
-            # Every hop waits for the one that crosses nodes.
+            # Every step of the ring waits for the hop between nodes.
             hops = self.times * (c.ranks - 1) * c.fabric.latency_s
         rate = c.efficiency.link
         return max(link / (rate * c.link.bytes_per_s), fabric / (rate * c.fabric.bytes_per_s)) + hops
 
 
 def loss_traffic(s: Sizes, e: EngineSpec) -> list[Collective]:
-    """InfoNCE over all ranks: images move, texts stay, so mispaired columns add nothing."""
+    """Return the collectives of InfoNCE; only images are sent, so mispaired columns add nothing."""
     if not s.has_nce:
         return []
     vectors, numbers = s.B * s.D * FP32, s.B * FP32
-    out = [Collective("loss", "who is whose negative", "all_gather", s.B * ID)]
+    out = [Collective("loss", "image metadata", "all_gather", s.B * ID)]
     if e.loss_form == "ring":
         return [
             *out,
@@ -92,14 +92,14 @@ def loss_traffic(s: Sizes, e: EngineSpec) -> list[Collective]:
 
 
 def pair_traffic(s: Sizes) -> list[Collective]:
-    """Levels of all spots, a byte each: a mispaired spot may take a gene's level from a spot of another rank."""
+    """Return the gather of all levels, one byte each: a mispaired spot may get a level from a spot of another rank."""
     if not s.mispairs or not s.other_spots:
         return []
     return [Collective("pairs", "levels and sections of all spots", "all_gather", s.B * (s.G + 4))]
 
 
 def table_traffic(s: Sizes, e: EngineSpec, ranks: int) -> list[Collective]:
-    """Send each rank's rows of a sharded table to all others, and their gradients back."""
+    """Return the collectives of a sharded table: gather the rows of all ranks, reduce-scatter their gradients."""
     if not e.shares_table(s.G * s.Q, ranks):
         return []
     rows = s.G * s.Q * (s.D + 1) * e.precision.operand
@@ -110,42 +110,43 @@ def table_traffic(s: Sizes, e: EngineSpec, ranks: int) -> list[Collective]:
 
 
 def gradient_traffic(s: Sizes, e: EngineSpec) -> list[Collective]:
-    """Gradients summed over ranks and, under ZeRO, parameters gathered; as DDP and DeepSpeed do it, counted in the tests.
+    """Return the gradient reduction and, under ZeRO, the parameter gathering, as DDP and DeepSpeed perform them.
 
-    Of n micro-batches each goes through the image's parameters, and the last through the text's too.
+    The tests count them. Each of n micro-batches uses the parameters of the image side, the last also those of the text
+    side.
     """
-    whole, n = s.trained * ELEMENT, e.micro_batches
-    pieces = (s.image_side * n + s.trained - s.image_side) * ELEMENT
+    full, n = s.trained * ELEMENT, e.micro_batches
+    per_micro_batch = (s.image_side * n + s.trained - s.image_side) * ELEMENT
     if e.zero_stage == 3:
-        # A model below DeepSpeed's limit stays whole from its forward to its backward pass.
-        used = _gathered_in_pieces(s, n) if n > 1 else whole * (1 if s.trained <= MAX_LIVE else 2)
+        # The parameters of a model below DeepSpeed's limit stay gathered between forward and backward pass.
+        gathered = _gathered_for_micro_batches(s, n) if n > 1 else full * (1 if s.trained <= MAX_LIVE else 2)
         return [
-            Collective("parameters", "gathered for use", "all_gather", used, hidden_by="forward"),
-            Collective("gradients", "to their owners", "reduce_scatter", pieces, hidden_by="backward"),
+            Collective("parameters", "gathered for use", "all_gather", gathered, hidden_by="forward"),
+            Collective("gradients", "to their owners", "reduce_scatter", per_micro_batch, hidden_by="backward"),
         ]
-    summed = pieces if e.zero_stage == 2 else whole
-    out = [Collective("gradients", "summed", "all_reduce", summed, hidden_by="backward")]
+    reduced = per_micro_batch if e.zero_stage == 2 else full
+    out = [Collective("gradients", "summed", "all_reduce", reduced, hidden_by="backward")]
     if e.zero_stage:
-        out.append(Collective("parameters", "gathered after the step", "all_gather", whole))
+        out.append(Collective("parameters", "gathered after the step", "all_gather", full))
     return out
 
 
-def _gathered_in_pieces(s: Sizes, n: int) -> int:
-    """Return the bytes of parameters that ZeRO 3 gathers for n micro-batches, as counted of DeepSpeed 0.19.
+def _gathered_for_micro_batches(s: Sizes, n: int) -> int:
+    """Return the bytes of parameters that ZeRO 3 gathers for n micro-batches, as measured with DeepSpeed 0.19.
 
-    A module is gathered whenever it is entered, the image encoder once for each branch, and kept from a forward pass to its
-    backward pass only where the pass before was of the same modules: from the third micro-batch on. The first pass is
-    gathered by the trace of the step before, which read everything.
+    A module is gathered whenever it is called, the image encoder once per branch. It stays gathered between its forward
+    and backward pass only if the previous pass used the same modules, which holds from the third micro-batch on. The first
+    pass follows the trace of the previous step and gathers everything.
     """
     full = s.trained_in("image encoder", "image head")
     replay = full + (s.trained_in("image encoder", "mask generator") if s.has_mfm else 0)
     text = s.trained - s.image_side
-    # Embedded once; replayed n times forward, and twice gathered again for the backward pass.
+    # Embedded once, replayed n times, and gathered twice more for the backward pass.
     return ELEMENT * (s.trained + (n - 1) * full + (n + 2) * replay + 2 * text)
 
 
 def step_traffic(s: Sizes, e: EngineSpec, ranks: int) -> list[Collective]:
-    """Return everything that travels in a step; nothing for one rank."""
+    """Return all collectives of a step; none for one rank."""
     if ranks == 1:
         return []
     return [*loss_traffic(s, e), *pair_traffic(s), *table_traffic(s, e, ranks), *gradient_traffic(s, e)]

@@ -1,4 +1,4 @@
-"""comtip_kernels: the operations CoMTIP spends its time in, each beside its readable reference.
+"""comtip_kernels: the operations that dominate CoMTIP's step time, each with a readable reference.
 
 Every operation is one function that takes ``impl="auto|triton|cpu|reference"`` (see :mod:`comtip_kernels.dispatch`).
 """
@@ -10,11 +10,12 @@ from comtip_kernels.gene_sentence_embedding import (
     plan_sentences,
     sentence_start,
 )
-from comtip_kernels.infonce import infonce
+from comtip_kernels.infonce import infonce, unit_vectors
 from comtip_kernels.level_cross_entropy import level_cross_entropy, level_scores, pair_scores, take_level
 from comtip_kernels.modules import GeneSentenceEmbedding, InfoNCE
 from comtip_kernels.packed_attention import packed_attention, packed_attention_qkv
 from comtip_kernels.table_pool import pool_weights, table_pool
+from comtip_kernels.tl_common import operand_dtype
 
 __all__ = [
     "GeneSentenceEmbedding",
@@ -25,6 +26,7 @@ __all__ = [
     "infonce",
     "level_cross_entropy",
     "level_scores",
+    "operand_dtype",
     "packed_attention",
     "packed_attention_qkv",
     "pair_scores",
@@ -34,4 +36,5 @@ __all__ = [
     "sentence_start",
     "table_pool",
     "take_level",
+    "unit_vectors",
 ]

@@ -1,8 +1,8 @@
-"""One rule for choosing an implementation, shared by every operation.
+"""Selection of an implementation, shared by all operations.
 
-Each operation registers what it has under the names ``reference`` (readable PyTorch), ``cpu`` (fast on a
-CPU) and ``triton`` (GPU). ``impl="auto"`` takes the fastest that can run on the tensor's device and says so
-once in the log; any other name is an order, and an order that cannot be carried out raises.
+Each operation registers its implementations by name: ``reference`` (readable PyTorch), ``cpu`` (fast on a CPU) and
+``triton`` (GPU). ``impl="auto"`` selects the fastest one that supports the operands and logs the choice once. Any
+other name selects that implementation or raises.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from comtip_kernels.tl_common import can_launch, triton
+from comtip_kernels.tl_common import TRITON_DTYPES, can_launch, triton
 
 Impl = Literal["auto", "triton", "cpu", "reference"]
 _PREFERENCE = {"cuda": ("triton", "reference"), "cpu": ("cpu", "reference")}
 _log = logging.getLogger("comtip_kernels")
-_said: set[tuple[str, str]] = set()
+_reported: set[tuple[str, str]] = set()
 _preferred: str = "auto"
 
 
 def with_triton(module: str, name: str) -> Callable[..., Any]:
-    """Return a function of a module that needs Triton, or, where there is none, one that is never called (``can_launch``)."""
+    """Import a function that needs Triton; without Triton return a placeholder that :func:`choose` never selects."""
     if triton is None:
         return lambda *_args, **_kwargs: None
     return getattr(importlib.import_module(module), name)
@@ -34,12 +34,17 @@ def with_triton(module: str, name: str) -> Callable[..., Any]:
 
 @contextmanager
 def prefer(impl: Impl) -> Iterator[None]:
-    """Let ``impl`` stand for ``"auto"`` inside the ``with`` block, in every operation: to compare, or to find a fault.
+    """Use ``impl`` wherever ``"auto"`` is requested inside the ``with`` block, to compare implementations or debug.
+
+    Parameters
+    ----------
+    impl
+        Name of the implementation.
 
     Raises
     ------
     ValueError
-        When an operation is called that has no such implementation, or where it cannot run.
+        When an operation is called that has no such implementation, or whose operands it does not support.
     """
     global _preferred
     before, _preferred = _preferred, impl
@@ -50,17 +55,21 @@ def prefer(impl: Impl) -> Iterator[None]:
 
 
 @torch.compiler.assume_constant_result
-def _say(op: str, name: str, device: str) -> None:
-    """Log once which implementation 'auto' took."""
-    if (op, name) not in _said:
-        _said.add((op, name))
+def _log_choice(op: str, name: str, device: str) -> None:
+    """Log once which implementation ``"auto"`` selected."""
+    if (op, name) not in _reported:
+        _reported.add((op, name))
         _log.info("%s: impl='auto' chose '%s' on %s", op, name, device)
 
 
 def choose(
-    op: str, impl: str, like: Tensor, have: Mapping[str, Callable[..., Any]], order: Sequence[str] | None = None
+    op: str,
+    impl: str,
+    operands: Sequence[Tensor],
+    implementations: Mapping[str, Callable[..., Any]],
+    order: Sequence[str] | None = None,
 ) -> Callable[..., Any]:
-    """Return the implementation of ``op`` to call for tensors like ``like``.
+    """Return the implementation of ``op`` to call for these operands.
 
     Parameters
     ----------
@@ -68,34 +77,38 @@ def choose(
         Name of the operation, for messages.
     impl
         ``"auto"`` or the name of one implementation.
-    like
-        One of the operands: its device and its dtype count. The Triton kernels sum in fp32, so fp64 is not theirs.
-    have
-        Implementations of this operation by name; ``reference`` is always among them.
+    operands
+        Floating-point tensors of the call; their dtypes and the device of the first one decide.
+    implementations
+        Implementations of this operation by name; ``reference`` is always included.
     order
-        What ``auto`` tries, first to last, where the operation knows better than the device alone says.
+        Names that ``"auto"`` tries, in order; by default this depends on the device alone.
 
     Raises
     ------
     ValueError
-        If ``impl`` is no known name, or is known but not available for this operation.
+        If ``impl`` is unknown, not available for this operation, or does not support the operands.
     """
-    device = like.device
+    device = operands[0].device
     impl = _preferred if impl == "auto" else impl
+    unsupported = [x.dtype for x in operands if x.dtype not in TRITON_DTYPES]
     if impl == "auto":
-        able = can_launch(device) and like.dtype != torch.float64
-        tried = _PREFERENCE.get(device.type, ()) if order is None else order
-        ready = [n for n in tried if n in have and (n != "triton" or able)]
+        names = _PREFERENCE.get(device.type, ()) if order is None else order
+        triton_runs = can_launch(device) and not unsupported
+        ready = [n for n in names if n in implementations and (n != "triton" or triton_runs)]
         name = (ready or ["reference"])[0]
-        _say(op, name, device.type)
-        return have[name]
-    if impl not in have:
-        raise ValueError(f"{op}: impl={impl!r} is not available; choose 'auto' or one of {sorted(have)}")
+        _log_choice(op, name, device.type)
+        return implementations[name]
+    if impl not in implementations:
+        raise ValueError(f"{op}: impl={impl!r} is not available; choose 'auto' or one of {sorted(implementations)}")
     if impl == "triton" and not can_launch(device):
         raise ValueError(
-            f"{op}: impl='triton' cannot run on {device.type}: it needs a CUDA device and the triton package "
+            f"{op}: impl='triton' cannot run on {device.type}; it needs a CUDA device and the triton package "
             "(or TRITON_INTERPRET=1, for tests)"
         )
-    if impl == "triton" and like.dtype == torch.float64:
-        raise ValueError(f"{op}: impl='triton' sums in fp32 and takes no fp64; use 'auto' or 'reference'")
-    return have[impl]
+    if impl == "triton" and unsupported:
+        raise ValueError(
+            f"{op}: impl='triton' does not support {unsupported[0]}; cast the operands to torch.bfloat16 or "
+            "torch.float32, or use impl='auto'"
+        )
+    return implementations[impl]

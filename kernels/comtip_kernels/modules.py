@@ -1,4 +1,4 @@
-"""The two operations that own parameters, as modules."""
+"""The two operations with parameters, as modules."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ class InfoNCE(nn.Module):
     Parameters
     ----------
     temperature
-        Where the temperature starts.
+        Initial temperature.
     max_scale
-        What 1 / temperature may reach. The parameter itself is never written to: it is clamped where it is read.
+        Maximum of 1 / temperature. The parameter itself is not modified; the clamp is applied when it is read.
     negatives, impl
         As in :func:`comtip_kernels.infonce`.
 
     Raises
     ------
     ValueError
-        If the temperature is not above 0.
+        If the temperature is not positive.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class InfoNCE(nn.Module):
     ) -> None:
         super().__init__()
         if not temperature > 0:
-            raise ValueError(f"InfoNCE: temperature={temperature}; it must be above 0")
+            raise ValueError(f"InfoNCE: temperature={temperature}; it must be positive")
         self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
         self.max_log_scale, self.negatives, self.impl = math.log(max_scale), negatives, impl
 
@@ -45,35 +45,57 @@ class InfoNCE(nn.Module):
         return self.log_scale.clamp(max=self.max_log_scale).exp()
 
     def forward(
-        self, image_BD: Tensor, text_MD: Tensor, *, group_rows: Tensor | None = None, group_columns: Tensor | None = None,
-        class_rows: Tensor | None = None, class_columns: Tensor | None = None, weight_B: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        image_BD: Tensor,
+        text_MD: Tensor,
+        *,
+        group_rows: Tensor | None = None,
+        group_columns: Tensor | None = None,
+        class_rows: Tensor | None = None,
+        class_columns: Tensor | None = None,
+        weight_B: Tensor | None = None,
+    ) -> Tensor:
         """Return the loss, a scalar in nats; the arguments are those of :func:`comtip_kernels.infonce`."""
         return infonce(
-            image_BD, text_MD, self.scale, negatives=self.negatives, group_rows=group_rows, group_columns=group_columns,
-            class_rows=class_rows, class_columns=class_columns, weight_B=weight_B, impl=self.impl,
-        )  # fmt: skip
+            image_BD,
+            text_MD,
+            self.scale,
+            negatives=self.negatives,
+            group_rows=group_rows,
+            group_columns=group_columns,
+            class_rows=class_rows,
+            class_columns=class_columns,
+            weight_B=weight_B,
+            impl=self.impl,
+        )
 
 
 class GeneSentenceEmbedding(nn.Module):
-    """The tables of gene sentences and the LayerNorm after them; see :func:`comtip_kernels.gene_sentence_embedding`.
+    """Embedding tables of gene sentences and their LayerNorm; see :func:`comtip_kernels.gene_sentence_embedding`.
 
     Parameters
     ----------
     vocabulary, longest, levels
-        Rows of the token, position and level tables.
+        Number of rows of the token, position and level tables.
     width
-        Width D of every row.
+        Width D of the rows.
     identities
-        Genes with an identity row of their own; identity 0 is "none". 0 makes no identity table.
+        Number of genes with an identity row; identity 0 is "none". 0 creates no identity table.
     eps, impl
         As in :func:`comtip_kernels.gene_sentence_embedding`.
     """
 
     def __init__(
-        self, vocabulary: int, longest: int, levels: int, width: int, *, identities: int = 0, eps: float = 1e-5,
+        self,
+        vocabulary: int,
+        longest: int,
+        levels: int,
+        width: int,
+        *,
+        identities: int = 0,
+        eps: float = 1e-5,
         impl: Impl = "auto",
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
 
         def table(rows: int) -> nn.Parameter:
@@ -85,13 +107,33 @@ class GeneSentenceEmbedding(nn.Module):
         self.impl = impl
 
     def forward(
-        self, ids_NT: Tensor, length_N: Tensor, level_lo_N: Tensor, *, level_hi_N: Tensor | None = None,
-        mix_N: Tensor | None = None, identity_N: Tensor | None = None, plan: SentencePlan | None = None,
-    ) -> Tensor:  # fmt: skip
-        """Return (S, D), the tokens of every sentence end to end; without ``identity_N`` no gene has an identity."""
+        self,
+        ids_NT: Tensor,
+        length_N: Tensor,
+        level_lo_N: Tensor,
+        *,
+        level_hi_N: Tensor | None = None,
+        mix_N: Tensor | None = None,
+        identity_N: Tensor | None = None,
+        plan: SentencePlan | None = None,
+    ) -> Tensor:
+        """Return the embedded tokens (S, D) of the concatenated sentences; without ``identity_N`` no identity is added."""
         identity_ID = None if identity_N is None else self.identity_ID
         return gene_sentence_embedding(
-            ids_NT, length_N, level_lo_N, self.token_VD, self.type_3D, self.position_TD, self.level_QD,
-            level_hi_N=level_hi_N, mix_N=mix_N, identity_N=identity_N, identity_ID=identity_ID, gain_D=self.norm.weight,
-            bias_D=self.norm.bias, eps=self.norm.eps, plan=plan, impl=self.impl,
-        )  # fmt: skip
+            ids_NT,
+            length_N,
+            level_lo_N,
+            self.token_VD,
+            self.type_3D,
+            self.position_TD,
+            self.level_QD,
+            level_hi_N=level_hi_N,
+            mix_N=mix_N,
+            identity_N=identity_N,
+            identity_ID=identity_ID,
+            gain_D=self.norm.weight,
+            bias_D=self.norm.bias,
+            eps=self.norm.eps,
+            plan=plan,
+            impl=self.impl,
+        )

@@ -1,6 +1,7 @@
-"""Executed by every rank: steps of several engines; prints live and sent bytes, one line of JSON per case.
+"""Worker of one rank: runs steps of several engines and prints live bytes and bytes sent, one JSON line per case.
 
-``plan_worker.py SHARDS NAME=OVERRIDE,OVERRIDE ...``. Collectives are counted at PyTorch's Python API, those of DDP in a communication hook.
+``plan_worker.py SHARDS NAME=OVERRIDE;OVERRIDE ...``. Collectives are counted by wrapping torch.distributed; DDP's own are
+counted through a communication hook.
 """
 
 import gc
@@ -17,17 +18,17 @@ SENT: Counter[str] = Counter()
 COUNTING = [False]
 
 
-def count(kind: str, whole: int) -> None:
-    """Add the bytes one rank sends for a tensor of ``whole`` bytes, with the bandwidth-optimal algorithm."""
+def count(kind: str, size: int) -> None:
+    """Add the bytes that a rank sends for a tensor of ``size`` bytes with the bandwidth-optimal algorithm."""
     if COUNTING[0]:
         W = dist.get_world_size()
-        SENT[kind] += (2 if kind == "all_reduce" else 1) * whole * (W - 1) / W
+        SENT[kind] += (2 if kind == "all_reduce" else 1) * size * (W - 1) / W
 
 
 def patch() -> None:
-    """Wrap torch.distributed to count; must run before DeepSpeed is imported, which stores references to it."""
+    """Wrap torch.distributed to count collectives; call it before DeepSpeed is imported, which stores the functions."""
 
-    def front(name: str, kind: str, which: int) -> None:
+    def wrap(name: str, kind: str, which: int) -> None:
         real = getattr(dist, name, None)
         if real is None:
             return
@@ -35,7 +36,7 @@ def patch() -> None:
         def counted(*args: Any, **more: Any) -> Any:
             tensors = [a for a in (*args, *more.values()) if isinstance(a, torch.Tensor)]
             count(kind, tensors[which].nbytes)
-            # Newer PyTorch functions may call the older ones.
+            # PyTorch's newer functions may call the older ones.
             before, COUNTING[0] = COUNTING[0], False
             try:
                 return real(*args, **more)
@@ -44,11 +45,11 @@ def patch() -> None:
 
         setattr(dist, name, counted)
 
-    front("all_reduce", "all_reduce", 0)
+    wrap("all_reduce", "all_reduce", 0)
     for name in ("all_gather_into_tensor", "all_gather_single"):
-        front(name, "all_gather", 0)
+        wrap(name, "all_gather", 0)
     for name in ("reduce_scatter_tensor", "reduce_scatter_single"):
-        front(name, "reduce_scatter", 1)
+        wrap(name, "reduce_scatter", 1)
     real = dist.batch_isend_irecv
 
     def sent(ops: list[Any]) -> Any:
@@ -60,7 +61,7 @@ def patch() -> None:
 
 
 def live() -> int:
-    """Return the bytes of all tensors reachable from Python, gradients included, each storage once."""
+    """Return the bytes of all tensors that Python can reach, gradients included, each storage once."""
     gc.collect()
     tensors = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and t.device.type == "cpu"]
     # A gradient has no Python object until it is accessed.
@@ -75,7 +76,7 @@ def one_case(shards: str, name: str, overrides: list[str], group: Any) -> dict[s
     from comtip_fast.training.engines.torch import TorchEngine
     from comtip_fast.training.grad_cache import forward_backward
     from comtip_fast.training.task import build_task
-    from tests.comtip_fast.plan_measure import Kept
+    from tests.comtip_fast.plan_measure import SavedTensors
 
     config = load_config(None, [*overrides, f"data.shards={shards}"])
     task = build_task(config, torch.device("cpu"), group)
@@ -86,7 +87,7 @@ def one_case(shards: str, name: str, overrides: list[str], group: Any) -> dict[s
     if isinstance(engine, TorchEngine) and group.size > 1:
         from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-        # DDP calls its collectives from C++; a communication hook calls and counts them here.
+        # DDP calls its collectives from C++; a hook calls them from Python, where they are counted.
         engine._step.register_comm_hook(None, allreduce_hook)
     SENT.clear()
     out: dict[str, Any] = {
@@ -100,13 +101,13 @@ def one_case(shards: str, name: str, overrides: list[str], group: Any) -> dict[s
         engine.module.train()
         engine.start_step(1e-4)
         COUNTING[0] = step == 3
-        besides = [*engine.module.parameters(), *engine.module.buffers(), batch.levels, batch.measured, batch.panel]
-        with Kept(besides) as kept:
+        exclude = [*engine.module.parameters(), *engine.module.buffers(), batch.levels, batch.measured, batch.panel]
+        with SavedTensors(exclude) as saved:
             forward_backward(engine, task, batch, config.engine.micro_batches)
         if step == 3:
-            out["kept"] = kept.bytes
-        kept.forget()
-        del besides
+            out["saved"] = saved.bytes
+        saved.clear()
+        del exclude
         if step == 3:
             out["after_backward"] = live() - before
         engine.update(True)
@@ -125,7 +126,7 @@ def main() -> None:
     with init_distributed(120.0, "cpu", distributed_env()) as group:
         if any("deepspeed" in case for case in cases):
             import deepspeed  # noqa: F401
-        # Existing objects belong to no step: freezing them excludes them from every count, which makes counting fast.
+        # Objects that exist before the steps are excluded from every count, which makes counting fast.
         gc.collect()
         gc.freeze()
         for case in cases:

@@ -1,4 +1,4 @@
-"""Levels, gene choice, panels, views and batches."""
+"""Expression levels, gene choice, panels and batches."""
 
 import numpy as np
 import pytest
@@ -34,7 +34,7 @@ def test_levels_are_quantiles_of_the_positive_values():
     got = table.levels(dense, np.arange(5))
     for g in range(4):
         positive = np.sort(dense[:, g][dense[:, g] > 0])
-        # Gene 0 has few positive spots: it uses the edges of the global row.
+        # Gene 0 has too few positive values and uses the global edges.
         pool = positive if positive.size >= 10 else np.sort(dense[dense > 0])
         edges = [e for e in np.quantile(pool, [0.25, 0.5, 0.75]) if e > pool.min()]
         for n in range(len(dense)):
@@ -49,7 +49,7 @@ def test_levels_are_quantiles_of_the_positive_values():
     assert table.edges.shape == (6, 3)
 
 
-def test_an_edge_value_belongs_to_the_upper_level_and_ties_are_removed():
+def test_an_edge_value_belongs_to_the_upper_level_and_edges_are_distinct():
     values = sparse.csc_matrix(np.array([[1.0], [1.0], [1.0], [1.0], [2.0], [3.0], [0.0]], np.float32))
     table = fit_levels(values, values, np.ones((7, 1), bool), LevelsConfig(n_levels=6, min_positive=1))
     edges = table.edges[0][np.isfinite(table.edges[0])]
@@ -58,7 +58,7 @@ def test_an_edge_value_belongs_to_the_upper_level_and_ties_are_removed():
     assert table.levels(edges[:1, None].astype(np.float32), np.array([0]))[0, 0] == 2
 
 
-def test_a_value_between_two_levels_mixes_them():
+def test_a_value_between_two_levels_is_interpolated():
     values = log1p_cp10k(counts()).tocsc()
     table = fit_levels(values, values, np.ones((60, 5), bool), LevelsConfig(n_levels=5, min_positive=10))
     lo, hi, mix = table.between(float(table.value_cp10k[3, 2:4].mean()), 3)
@@ -78,7 +78,7 @@ def test_variance_ranks_over_the_sections_that_measured_the_gene():
     assert 3 not in rows
 
 
-def test_held_out_genes_are_never_the_most_variable_and_orthologues_go_together():
+def test_held_out_genes_are_never_the_most_variable_and_include_orthologues():
     symbols = [f"G{i}" for i in range(20)] + [f"g{i}" for i in range(20)]
     ranked = {"human_a": np.arange(20), "mouse_a": np.arange(39, 19, -1)}
     choice = choose_genes(
@@ -104,11 +104,11 @@ def test_panels_are_a_function_of_seed_step_and_sections():
         sizes.append(panel.size)
     assert min(sizes) == 1
     assert max(sizes) > 55
-    # Log-uniform: as many panels under 8 as over.
+    # Log-uniform: half of the panels have fewer than 8 genes.
     assert 0.35 < np.mean(np.array(sizes) < 8) < 0.65
 
 
-def test_a_batch_is_made_again_from_its_integers(tiny_shards: ShardSet, tiny_overrides: list[str]):
+def test_a_batch_is_a_function_of_spots_step_and_epoch(tiny_shards: ShardSet, tiny_overrides: list[str]):
     config = load_config(None, tiny_overrides)
     tables = training_tables(tiny_shards, config)
     loader, other = TorchLoader(tiny_shards, tables, config), TorchLoader(tiny_shards, tables, config)
@@ -121,12 +121,12 @@ def test_a_batch_is_made_again_from_its_integers(tiny_shards: ShardSet, tiny_ove
     values = log1p_cp10k(tiny_shards.counts(spots))
     rows = tables.genes.trained[one.panel.numpy()]
     np.testing.assert_array_equal((values[:, rows].toarray() > 0), one.levels.numpy() > 0)
-    # Batches contain training spots only, and levels are fitted on them only.
+    # Batches contain training spots only.
     split = [tiny_shards.manifest.sections[s].split for s in one.section.tolist()]
     assert set(split) == {"train"}
 
 
-def test_no_training_section_is_reported(
+def test_a_missing_training_section_is_reported(
     tiny_shards: ShardSet, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(ShardSet, "select", lambda *_a, **_k: np.zeros(0, np.int64))

@@ -1,4 +1,4 @@
-"""``comtip plan`` as text and as JSON, and its table of hardware."""
+"""``comtip plan`` on the command line, as text and JSON, and the hardware table."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ def plan(capsys: pytest.CaptureFixture[str], *more: str) -> dict:
     return data
 
 
-def test_the_text_says_that_it_is_predicted_and_what_is_assumed(capsys: pytest.CaptureFixture[str]):
+def test_the_text_marks_predictions_and_lists_assumptions(capsys: pytest.CaptureFixture[str]):
     assert main(["plan", *LARGE, "--gpus", "8", "--nodes", "2"]) == 0
     text = capsys.readouterr().out
     assert "PREDICTED" in text
@@ -45,7 +45,7 @@ def test_the_text_says_that_it_is_predicted_and_what_is_assumed(capsys: pytest.C
         assert part in text
 
 
-def test_parts_add_up(capsys: pytest.CaptureFixture[str]):
+def test_parts_sum_to_the_totals(capsys: pytest.CaptureFixture[str]):
     data = plan(capsys, "--gpus", "4")
     assert data["device_bytes"] == pytest.approx(sum(r["bytes"] for r in data["memory"] if r["where"] == "device"))
     assert data["step_seconds"] == pytest.approx(sum(t["seconds"] for t in data["times"]))
@@ -53,14 +53,14 @@ def test_parts_add_up(capsys: pytest.CaptureFixture[str]):
     assert data["mean_panel"]["step_seconds"] < data["step_seconds"]
 
 
-def test_more_devices_take_less_time_and_less_memory_each(capsys: pytest.CaptureFixture[str]):
+def test_more_devices_need_less_time_and_less_memory_each(capsys: pytest.CaptureFixture[str]):
     one, eight = plan(capsys), plan(capsys, "--gpus", "8")
     assert one["traffic"] == []
     assert 0.1 < eight["step_seconds"] / one["step_seconds"] < 0.3
     assert eight["device_bytes"] < one["device_bytes"]
 
 
-def test_every_device_and_link_can_be_asked_for(capsys: pytest.CaptureFixture[str]):
+def test_every_device_and_link_can_be_planned(capsys: pytest.CaptureFixture[str]):
     seconds = {name: plan(capsys, "--gpu", name)["step_seconds"] for name in DEVICES}
     assert seconds["b200"] < seconds["h200"] < seconds["a100-80"] < seconds["cpu"]
     assert seconds["h200"] <= seconds["h100"]
@@ -68,7 +68,7 @@ def test_every_device_and_link_can_be_asked_for(capsys: pytest.CaptureFixture[st
     assert slow["nvlink5"] < slow["pcie4"] < slow["memory"]
 
 
-def test_a_slow_loader_is_waited_for(capsys: pytest.CaptureFixture[str]):
+def test_a_slow_loader_limits_the_step(capsys: pytest.CaptureFixture[str]):
     data = plan(capsys, "--loader-tiles-per-s", "100")
     assert data["step_seconds"] == pytest.approx(40.96)
     assert data["times"][-1]["bound"] == "loader"
@@ -79,7 +79,7 @@ def test_offloading_moves_state_off_the_device(capsys: pytest.CaptureFixture[str
     here = plan(capsys, *zero)
     there = plan(capsys, *zero, "--set", "engine.offload_optimizer=cpu", "--set", "engine.offload_param=cpu")
     moved = {r["name"]: r["bytes"] for r in there["memory"] if r["where"] == "host"}
-    # Parameters, gradients, the optimizer's shard and two moments: five fp32 values each, over four ranks.
+    # Parameters, gradients, the optimizer's shard and two moments: five fp32 numbers per parameter, over four ranks.
     assert sum(moved.values()) == pytest.approx(there["sizes"]["parameters"] * 4 * 5 / 4)
     assert here["device_bytes"] - there["device_bytes"] == pytest.approx(sum(moved.values()))
 
@@ -96,12 +96,12 @@ def test_offloading_moves_state_off_the_device(capsys: pytest.CaptureFixture[str
         (["--gpus", "2", "--set", "engine.kind=single"], "2 devices"),
     ],
 )
-def test_what_cannot_be_is_refused(more: list[str], message: str, capsys: pytest.CaptureFixture[str]):
+def test_invalid_options_are_rejected(more: list[str], message: str, capsys: pytest.CaptureFixture[str]):
     assert main(["plan", *LARGE, *more]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_links_of_two_nodes_share_a_collective_out():
+def test_bytes_of_a_collective_on_the_links_of_two_nodes():
     from comtip_fast.plan.traffic import Collective
 
     cluster = make_cluster("h100", per_node=8, nodes=2, efficiency=Efficiency(link=1.0))
@@ -109,7 +109,7 @@ def test_links_of_two_nodes_share_a_collective_out():
     assert gather.sent(16) == 15e9
     # Half of the 16 GB is on the other node and arrives over eight adapters.
     assert gather.on_links(cluster) == (14e9, 1e9)
-    # In a ring every block crosses nodes over one adapter.
+    # In a ring, every block crosses the same adapter.
     assert Collective("x", "x", "ring", 16e9).on_links(cluster) == (15e9, 15e9)
     assert gather.seconds(cluster) == pytest.approx(14e9 / 450e9, rel=0.01)
     assert Collective("x", "x", "ring", 16e9).seconds(cluster) == pytest.approx(15e9 / 50e9, rel=0.01)

@@ -1,4 +1,4 @@
-"""Memory and communication of the plan against two gloo ranks: live bytes of every engine, every collective counted."""
+"""The plan's memory and communication against two gloo ranks: live bytes of every engine, every collective counted."""
 
 import json
 from dataclasses import replace
@@ -46,8 +46,8 @@ SETTINGS = [
 pytestmark = pytest.mark.slow
 CASES = {
     "DDP": [],
-    "DDP, ring, blocks again": ["engine.loss_form=ring", "engine.activation_checkpointing=true"],
-    "DDP, whole table, strata": ["engine.shard_table=false", "loss.paat.mode=strata"],
+    "DDP, ring, checkpointing": ["engine.loss_form=ring", "engine.activation_checkpointing=true"],
+    "DDP, replicated table, strata": ["engine.shard_table=false", "loss.paat.mode=strata"],
     "DDP, micro-batches": ["engine.micro_batches=3"],
     **{f"ZeRO {n}": ["engine.kind=deepspeed", f"engine.zero_stage={n}"] for n in range(4)},
     "ZeRO 2, micro-batches": ["engine.kind=deepspeed", "engine.zero_stage=2", "engine.micro_batches=3"],
@@ -63,11 +63,11 @@ def config_of(case: str) -> RunConfig:
 
 
 def measure_all(shards: Path) -> dict[str, dict[str, Any]]:
-    """Run all cases with two ranks that are launched once; return the results of rank 0."""
+    """Run all cases on two ranks that are started once; return the results of rank 0."""
     cases = [f"{name}={';'.join([*SETTINGS, *more])}" for name, more in CASES.items()]
-    outputs = run_distributed([str(WORKER), str(shards), *cases], W, timeout_s=500)
-    found = [json.loads(line[5:]) for line in outputs[0].splitlines() if line.startswith("CASE ")]
-    return {f["name"]: f for f in found}
+    output = run_distributed([str(WORKER), str(shards), *cases], W, timeout_s=500)
+    results = [json.loads(line[5:]) for line in output[0].splitlines() if line.startswith("CASE ")]
+    return {r["name"]: r for r in results}
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +76,13 @@ def measured(tiny_shards: ShardSet) -> dict[str, dict[str, Any]]:
 
 
 def plan_of(case: str, found: dict[str, Any]) -> Plan:
-    """Plan exactly the measured step: its spots, its genes, their sentences."""
+    """Plan the measured step, with its spots, its genes and their sentence lengths."""
     config, n = config_of(case), len(found["length"])
-    known = Inputs(tile_px=32, trained_genes=found["trained"], panel=found["genes"])
+    inputs = Inputs(tile_px=32, trained_genes=found["trained"], panel=found["genes"])
     own = found["length"][: -(-n // W)] if config.engine.shard_table else found["length"]
-    mean, reach = sum(own) / len(own), sum(x * x for x in own) / sum(own)
-    sizes = replace(sizes_of(config, known), B=found["spots"] * W, tokens=mean, reach=reach)
-    return make_plan(config, make_cluster("cpu", per_node=W), known, sizes=sizes)
+    mean, attended = sum(own) / len(own), sum(x * x for x in own) / sum(own)
+    sizes = replace(sizes_of(config, inputs), B=found["spots"] * W, tokens=mean, attended=attended)
+    return make_plan(config, make_cluster("cpu", per_node=W), inputs, sizes=sizes)
 
 
 def total(rows: list[MemoryRow] | tuple[MemoryRow, ...], *, lasting: bool) -> float:
@@ -90,19 +90,19 @@ def total(rows: list[MemoryRow] | tuple[MemoryRow, ...], *, lasting: bool) -> fl
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_live_bytes_from_step_to_step(case: str, measured: dict[str, dict[str, Any]]):
+def test_live_bytes_between_steps(case: str, measured: dict[str, dict[str, Any]]):
     plan = plan_of(case, measured[case])
     rows = state_rows(plan.sizes, plan.engine, W)
     if not case.startswith("ZeRO"):
-        # Without DeepSpeed, gradients are kept until the next step starts.
+        # Without DeepSpeed, gradients persist until the next step starts.
         rows = [replace(r, lasts=True) for r in rows]
     assert total(rows, lasting=True) == pytest.approx(measured[case]["after_step"], rel=0.02)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_live_bytes_when_gradients_are_there(case: str, measured: dict[str, dict[str, Any]]):
+def test_live_bytes_after_the_backward_pass(case: str, measured: dict[str, dict[str, Any]]):
     plan = plan_of(case, measured[case])
-    # The bucket of ZeRO 1 and 2, and parameters gathered by ZeRO 3, are freed by the end of the backward pass.
+    # The bucket of ZeRO 1 and 2 and the parameters gathered by ZeRO 3 are freed by the end of the backward pass.
     rows = [r for r in state_rows(plan.sizes, plan.engine, W) if r.lasts or r.name.startswith("gradients")]
     assert total(rows, lasting=False) == pytest.approx(measured[case]["after_backward"], rel=0.10)
 
@@ -110,11 +110,11 @@ def test_live_bytes_when_gradients_are_there(case: str, measured: dict[str, dict
 @pytest.mark.parametrize("case", [c for c in CASES if "micro-batches" not in c])
 def test_activations_of_a_rank(case: str, measured: dict[str, dict[str, Any]]):
     plan, found = plan_of(case, measured[case]), measured[case]
-    kept = sum(p.kept for p in plan.parts)
-    batch = plan.work.spots * plan.sizes.P * plan.sizes.patch_inputs * 4
-    # The distributed loss stores unit vectors and, with gather, all images; gradients come later.
-    vectors = plan.work.spots * (0 if plan.engine.loss_form == "ring" else W - 1) * plan.sizes.D * 4
-    assert kept + batch + vectors == pytest.approx(found["kept"], rel=0.10)
+    saved = sum(p.saved for p in plan.parts)
+    batch = plan.share.spots * plan.sizes.P * plan.sizes.patch_inputs * 4
+    # The distributed loss saves unit vectors and, in the gather form, all images; gradients are computed later.
+    vectors = plan.share.spots * (0 if plan.engine.loss_form == "ring" else W - 1) * plan.sizes.D * 4
+    assert saved + batch + vectors == pytest.approx(found["saved"], rel=0.10)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -123,14 +123,14 @@ def test_every_collective_is_counted(case: str, measured: dict[str, dict[str, An
     predicted: dict[str, float] = {}
     for item in plan.traffic:
         predicted[item.kind] = predicted.get(item.kind, 0.0) + item.sent(W)
-    # In addition, ranks reduce a few scalars: counts, weights, norms.
+    # Ranks also all-reduce a few scalars: counts, weights, norms.
     assert found.keys() - predicted.keys() <= {"all_reduce"}
     for kind, sent in predicted.items():
         assert sent == pytest.approx(found[kind], rel=0.02, abs=100), kind
 
 
-def test_what_is_shared_out_is_smaller(measured: dict[str, dict[str, Any]]):
-    kept = {case: found["after_step"] for case, found in measured.items()}
-    assert kept["ZeRO 0"] > kept["ZeRO 1"]
-    assert measured["DDP"]["kept"] < measured["DDP, whole table, strata"]["kept"]
-    assert measured["DDP, ring, blocks again"]["kept"] < measured["DDP"]["kept"] / 2
+def test_sharding_and_checkpointing_reduce_memory(measured: dict[str, dict[str, Any]]):
+    after_step = {case: found["after_step"] for case, found in measured.items()}
+    assert after_step["ZeRO 0"] > after_step["ZeRO 1"]
+    assert measured["DDP"]["saved"] < measured["DDP, replicated table, strata"]["saved"]
+    assert measured["DDP, ring, checkpointing"]["saved"] < measured["DDP"]["saved"] / 2

@@ -11,21 +11,21 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from comtip_fast.config.io import load_config
 from comtip_fast.models import CoMTIP
 from comtip_fast.plan.cost import FP32, total
-from comtip_fast.plan.parts import SPREAD_WIDTH, Work, infonce, level, pair, pooling
+from comtip_fast.plan.parts import SPREAD_WIDTH, RankShare, infonce, level, pair, pooling
 from comtip_fast.plan.sizes import Inputs, Sizes, build_on_meta, sizes_of
 from tests.comtip_fast.plan_measure import MORE_FORMULAS, Measured, measure, measure_peak
 
 VIT = ["vision.patch_px=8", "vision.width=96", "vision.depth=3", "text.width=64", "text.depth=2"]
 SHAPES = {
-    "vision weighs most": VIT,
-    "sentences weigh most": ["text.width=96", "text.depth=3", "align.dim=64", "levels.n_levels=12"],
+    "vision dominates": VIT,
+    "sentences dominate": ["text.width=96", "text.depth=3", "align.dim=64", "levels.n_levels=12"],
     "no masked branch": [*VIT, "loss.mfm=0"],
     "many patches": ["vision.patch_px=4", "vision.width=32", "vision.depth=4"],
-    "a teacher": [*VIT, "vision.target=ema"],
+    "EMA teacher": [*VIT, "vision.target=ema"],
     "no pairs": [*VIT, "loss.pair=0", "loss.paat.hard_columns=false"],
-    "pairs judged by text": ["loss.paat.context=text", "align.dim=128"],
-    "levels alone": ["loss.nce=0", "loss.mfm=0", "loss.pair=0", "align.dim=192", "levels.n_levels=16"],
-    "blocks computed again": [*VIT, "engine.activation_checkpointing=true"],
+    "text as pair context": ["loss.paat.context=text", "align.dim=128"],
+    "levels only": ["loss.nce=0", "loss.mfm=0", "loss.pair=0", "align.dim=192", "levels.n_levels=16"],
+    "activation checkpointing": [*VIT, "engine.activation_checkpointing=true"],
     "prefix tokens, layer scale": ["vision.backbone=vit_wee_patch16_reg1_gap_256"],
 }
 
@@ -41,22 +41,22 @@ def test_flops_of_a_step(step: Measured):
     assert both == pytest.approx(step.all_flops, rel=0.02)
 
 
-def test_bytes_kept_for_the_backward_pass(step: Measured):
-    s, w = step.sizes, step.work
+def test_bytes_saved_for_the_backward_pass(step: Measured):
+    s, w = step.sizes, step.share
     batch = w.spots * s.P * s.patch_inputs * 4
-    assert step.predicted_kept + batch == pytest.approx(step.kept_bytes, rel=0.04)
+    assert step.predicted_saved + batch == pytest.approx(step.saved_bytes, rel=0.04)
 
 
-def test_bytes_kept_under_autocast(tiny_overrides: list[str]):
+def test_bytes_saved_under_autocast(tiny_overrides: list[str]):
     step = measure([*tiny_overrides, *VIT], bf16=True)
     copies = 2 * step.sizes.matrices
-    assert step.predicted_kept + copies == pytest.approx(step.kept_bytes, rel=0.05)
+    assert step.predicted_saved + copies == pytest.approx(step.saved_bytes, rel=0.05)
     full = measure([*tiny_overrides, *VIT])
-    assert step.kept_bytes < 0.75 * full.kept_bytes
+    assert step.saved_bytes < 0.75 * full.saved_bytes
 
 
 @pytest.mark.parametrize("more", [[], ["engine.activation_checkpointing=true"], ["engine.micro_batches=4"]], ids=str)
-def test_the_widest_moment_of_a_step(more: list[str], tiny_overrides: list[str]):
+def test_the_peak_memory_of_a_step(more: list[str], tiny_overrides: list[str]):
     wide = [
         "vision.patch_px=4",
         "vision.width=128",
@@ -66,11 +66,11 @@ def test_the_widest_moment_of_a_step(more: list[str], tiny_overrides: list[str])
         "align.dim=128",
     ]
     measured, plan = measure_peak([*tiny_overrides, *wide, *more, "data.workers=0"])
-    ahead = sum(r.bytes for r in plan.memory if r.name.startswith("loader"))
-    assert plan.device_bytes - ahead == pytest.approx(measured, rel=0.10)
+    prefetched = sum(r.bytes for r in plan.memory if r.name.startswith("loader"))
+    assert plan.device_bytes - prefetched == pytest.approx(measured, rel=0.10)
 
 
-def test_parameters_are_those_of_the_model(tiny_overrides: list[str]):
+def test_parameter_counts_equal_those_of_the_model(tiny_overrides: list[str]):
     config = load_config(None, [*tiny_overrides, "vision.target=ema", "vision.stem=efficientnet_lite0"])
     meta = build_on_meta(config, 32, 30)
     assert {p.device.type for p in [*meta.parameters(), *meta.buffers()]} == {"meta"}
@@ -87,13 +87,13 @@ def test_parameters_are_those_of_the_model(tiny_overrides: list[str]):
     assert (sizes.trained, sizes.frozen) == (trained, frozen)
 
 
-def test_a_block_that_is_not_known_is_refused(tiny_overrides: list[str]):
+def test_an_unknown_block_is_rejected(tiny_overrides: list[str]):
     config = load_config(None, [*tiny_overrides, "vision.backbone=vit_giant_patch14_reg4_dinov2"])
     with pytest.raises(ValueError, match="blocks"):
         sizes_of(config, Inputs(tile_px=56, trained_genes=30))
 
 
-def test_nothing_is_allocated_for_a_large_model():
+def test_a_large_model_is_built_without_memory():
     config = load_config(None, ["vision.backbone=vit_giant_patch14_224"])
     model = build_on_meta(config, 224, 1000)
     assert sum(p.numel() for p in model.parameters()) > 1e9
@@ -107,14 +107,14 @@ SMALL = {"B": 48, "M": 80, "G": 6, "Q": 4, "D": 32}
 def loss_parts(sizes: Sizes, *, gpu: bool) -> dict[str, tuple[float, float]]:
     """Return the forward and backward FLOPs of the losses over spots and sentences, for the sizes in ``SMALL``."""
     sizes = replace(sizes, G=SMALL["G"], Q=SMALL["Q"], D=SMALL["D"], candidates=1)
-    work = Work(spots=SMALL["B"], images=SMALL["B"], columns=SMALL["M"], table_rows=24, precision=FP32, gpu=gpu)
-    found = {
-        "pool": pooling(sizes, work, SMALL["B"]),
-        "nce": infonce(sizes, work),
-        "level": level(sizes, work),
-        "pair": pair(sizes, work),
+    share = RankShare(spots=SMALL["B"], images=SMALL["B"], columns=SMALL["M"], table_rows=24, precision=FP32, gpu=gpu)
+    parts = {
+        "pool": pooling(sizes, share, SMALL["B"]),
+        "nce": infonce(sizes, share),
+        "level": level(sizes, share),
+        "pair": pair(sizes, share),
     }
-    return {name: (total(costs, "flops"), total(costs, "back_flops")) for name, costs in found.items()}
+    return {name: (total(costs, "flops"), total(costs, "back_flops")) for name, costs in parts.items()}
 
 
 @pytest.fixture(scope="module")
@@ -142,23 +142,26 @@ def test_flops_of_each_loss_on_a_cpu(any_sizes: Sizes):
         assert predicted[name] == pytest.approx(counted, rel=1e-9), name
 
 
-def test_flops_of_each_loss_on_a_gpu_are_those_the_kernels_state(any_sizes: Sizes):
+def test_flops_of_each_loss_on_a_gpu_equal_the_registered_formulas(any_sizes: Sizes):
     op = pytest.importorskip("comtip_kernels.sentence_table.op")
     pytest.importorskip("comtip_kernels.infonce.op")
     B, M, G, Q, D = SMALL.values()
     images, texts, table, levels = (torch.empty(s, device="meta") for s in ((B, D), (M, D), (G, Q, D), (B, G)))
 
-    def stated(operator: Any, *args: Any) -> int:
+    def registered(operator: Any, *args: Any) -> int:
         return int(flop_registry[operator](*args))
 
     ops = torch.ops.comtip
-    take, spread = stated(ops.table_take, images, table, levels), stated(ops.table_spread, levels, table, levels)
-    collect = stated(ops.table_collect, images, levels, levels, Q)
-    level_forward = stated(ops.level_loss, images, table)
+    take, spread = (
+        registered(ops.table_take, images, table, levels),
+        registered(ops.table_spread, levels, table, levels),
+    )
+    collect = registered(ops.table_collect, images, levels, levels, Q)
+    level_forward = registered(ops.level_loss, images, table)
     assert loss_parts(any_sizes, gpu=True) == {
         "pool": (spread, take + collect),
-        "nce": (stated(ops.infonce_lse, images, texts), stated(ops.infonce_grads, images, texts)),
-        "level": (level_forward, stated(ops.level_loss_grads, images, table)),
+        "nce": (registered(ops.infonce_lse, images, texts), registered(ops.infonce_grads, images, texts)),
+        "level": (level_forward, registered(ops.level_loss_grads, images, table)),
         "pair": (2 * take, 2 * (spread + collect)),
     }
-    assert op.kernels.SPREAD["BD"] == SPREAD_WIDTH
+    assert op.kernels.WEIGHTED_SUM["bf16"]["BD"] == SPREAD_WIDTH

@@ -1,4 +1,4 @@
-"""The sweep over devices: what grows, what does not, and where scaling stops."""
+"""The sweep over devices: which memory and time grows, and where scaling stops."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from comtip_fast.cli import main
 from comtip_fast.config.io import load_config
 from comtip_fast.plan.hardware import make_cluster
 from comtip_fast.plan.sizes import Inputs
-from comtip_fast.plan.sweep import DESIGNS, WORTH, Sweep, stops_at, sweep, table
+from comtip_fast.plan.sweep import DESIGNS, MIN_SPEEDUP, Sweep, scales_to, sweep, table
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo_cpu.yaml"
 LARGE = [
@@ -35,7 +35,7 @@ def memory(found: Sweep, design: int, starts: str) -> list[float]:
     ]
 
 
-def test_a_whole_table_costs_the_same_everywhere_and_a_shared_one_less(found: Sweep):
+def test_a_replicated_table_costs_the_same_everywhere_and_a_sharded_one_less(found: Sweep):
     def seconds(design: int) -> list[float]:
         line = found.line("weak", DESIGNS[design])
         return [next(t.seconds for t in p.largest.times if t.name == "sentence table") for p in line]
@@ -43,18 +43,18 @@ def test_a_whole_table_costs_the_same_everywhere_and_a_shared_one_less(found: Sw
     assert len(set(seconds(0))) == 1
     whole, shared = seconds(0), seconds(2)
     assert shared[3] < whole[3] / 4
-    # Sentences are sharded, not genes: 512 genes still use 1,024 devices.
+    # Sentences are sharded, not genes: 512 genes still scale to 1,024 devices.
     assert shared[10] < whole[10] / 4
     assert shared[10] <= shared[9]
 
 
-def test_the_ring_keeps_its_buffers_and_gathering_does_not(found: Sweep):
+def test_buffers_grow_with_gather_but_not_with_ring(found: Sweep):
     gather, ring = memory(found, 2, "loss"), memory(found, 3, "loss")
     assert ring[1] == ring[-1]
     assert gather[-1] == pytest.approx(1024 * 2 * found.per_device * 256 * 4, rel=0.02)
 
 
-def test_each_stage_of_zero_keeps_less(found: Sweep):
+def test_each_stage_of_zero_needs_less_state(found: Sweep):
     state = [
         sum(sum(x) for x in zip(memory(found, d, "gradients"), memory(found, d, "AdamW"), strict=True))
         for d in (2, 4, 5, 6)
@@ -62,16 +62,16 @@ def test_each_stage_of_zero_keeps_less(found: Sweep):
     assert state[0] > state[1] >= state[2] >= state[3]
 
 
-def test_where_it_stops_is_the_first_doubling_that_is_not_worth_it(found: Sweep):
+def test_scaling_stops_at_the_first_doubling_below_the_minimum_speedup(found: Sweep):
     for design in (WHOLE_GATHER, WHOLE_RING, SHARDED_GATHER, SHARDED_RING):
-        line = {p.devices: p.usual.spots_per_s for p in found.line("strong", design)}
-        last = stops_at(found.line("strong", design))
-        assert all(line[2 * n] >= WORTH * line[n] for n in line if 2 * n <= last)
+        line = {p.devices: p.mean.spots_per_s for p in found.line("strong", design)}
+        last = scales_to(found.line("strong", design))
+        assert all(line[2 * n] >= MIN_SPEEDUP * line[n] for n in line if 2 * n <= last)
         if 2 * last in line:
-            assert line[2 * last] < WORTH * line[last]
+            assert line[2 * last] < MIN_SPEEDUP * line[last]
 
 
-def test_sharing_the_table_pays_where_the_batch_is_spread_thin(found: Sweep):
+def test_sharding_the_table_pays_with_few_spots_per_device(found: Sweep):
     whole, shared = ({p.devices: p.largest.spots_per_s for p in found.line("strong", d)} for d in DESIGNS[0:3:2])
     assert shared[64] > 1.2 * whole[64]
     assert shared[1] == whole[1]
@@ -83,18 +83,18 @@ def test_the_table_has_a_row_per_design_and_growth(found: Sweep):
     assert "PREDICTED" in table(found)
 
 
-def test_the_table_in_the_docs_is_up_to_date():
+def test_the_table_in_the_docs_is_current():
     root = Path(__file__).parents[2]
     config = load_config(root / "configs" / "multinode_h100.yaml")
     found = sweep(config, make_cluster("h100", per_node=8, nodes=8), Inputs())
-    written = (
+    documented = (
         (root / "docs" / "scaling.md")
         .read_text()
         .partition("<!-- sweep -->\n")[2]
         .partition("<!-- end of sweep -->")[0]
     )
-    assert written.strip() == table(found), (
-        "run the command above the figures again and replace the table by scaling_table.md"
+    assert documented.strip() == table(found), (
+        "docs/scaling.md is out of date: run the command above the figures and copy scaling_table.md into it"
     )
 
 

@@ -13,13 +13,13 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("an interpreted kernel cannot be compiled", allow_module_level=True)
 
 from comtip_kernels.ledger.__main__ import main, problems, read, write
-from comtip_kernels.ledger.aot import Row, compile_entry
+from comtip_kernels.ledger.aot import LedgerRow, compile_entry
 from comtip_kernels.ledger.entries import ARCHITECTURES, entries
 
-GOOD = Row("infonce", "forward", 90, 120, 0, 0, 96, "HGMMA", 8, 24, 24)
+GOOD = LedgerRow("infonce", "forward", 90, 120, 0, 0, 96, "HGMMA", 8, 24, 24)
 
 
-def as_text(row: Row) -> dict[str, str]:
+def as_text(row: LedgerRow) -> dict[str, str]:
     return {k: str(v) for k, v in dataclasses.asdict(row).items()}
 
 

@@ -1,4 +1,4 @@
-"""Attention by length buckets: the padded reference's values and gradients."""
+"""Packed attention on the CPU, on external kernels, and the choice between them. Values are in test_packed_attention.py."""
 
 import sys
 
@@ -29,13 +29,6 @@ def draw(N: int, longest: int) -> list[int]:
     return [*torch.randint(1, longest + 1, (N - 1,), generator=g).tolist(), longest]
 
 
-@pytest.mark.parametrize("size", [(1, 1, 1, 1), (9, 7, 2, 4), (50, 16, 4, 8), (3, 36, 1, 5)])
-def test_equals_the_reference(size: tuple[int, ...]):
-    qkv, length = case(draw(*size[:2]), *size[2:])
-    for got, want in zip(run("cpu", qkv, length), run("reference", qkv, length), strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
-
-
 def test_gradcheck():
     qkv, length = case([2, 1, 3, 3], 2, 2)
     for impl in ("cpu", "reference"):
@@ -44,19 +37,10 @@ def test_gradcheck():
         )
 
 
-def test_sentences_of_no_token_take_no_room():
-    """Zero lengths beside a longest of 1 broke flash-attn (its issues 1537, 1619)."""
-    for lengths in ([0, 3, 0, 0, 2, 0], [0, 1, 0], [0, 0]):
-        qkv, length = case(lengths, 2, 4)
-        for got, want in zip(run("cpu", qkv, length), run("reference", qkv, length), strict=True):
-            torch.testing.assert_close(got, want)
-            assert torch.isfinite(want).all()
-
-
 @pytest.mark.parametrize("order", ["mixed", "by length"])
 @pytest.mark.parametrize("poison", [1e30, float("inf"), float("nan")])
-def test_one_sentence_is_not_moved_by_another(poison: float, order: str):
-    """Short sentences share a matrix: what passes the mask there must not pass it here."""
+def test_one_sentence_does_not_change_another(poison: float, order: str):
+    """Short sentences share a matrix: what passes the mask must not reach another sentence."""
     lengths = draw(40, 6)
     qkv, length = case(sorted(lengths) if order == "by length" else lengths, 2, 4)
     start = length.cumsum(0) - length
@@ -95,28 +79,6 @@ def test_one_projection_is_the_same_as_three(impl: str, order: str):
         torch.testing.assert_close(got, other, rtol=1e-10, atol=1e-12)
 
 
-def test_twice_the_same_bits_also_with_strided_inputs():
-    qkv, length = case(draw(200, 9), 2, 8, torch.float32)
-    assert all(torch.equal(a, b) for a, b in zip(run("cpu", qkv, length), run("cpu", qkv, length), strict=True))
-    packed = torch.stack(qkv, dim=1)  # as one projection gives them: views with a stride between
-    views = list(packed.unbind(1))
-    assert not views[0].is_contiguous()
-    assert all(torch.equal(a, b) for a, b in zip(run("cpu", qkv, length), run("cpu", views, length), strict=True))
-
-
-def test_stride_0_gradients_and_no_sentences():
-    qkv, length = case([4] * 5, 2, 3)
-    grads = []
-    for impl in ("cpu", "reference"):
-        leaves = [t.detach().clone().requires_grad_() for t in qkv]
-        packed_attention(*leaves, length, impl=impl).sum().backward()
-        grads.append([t.grad for t in leaves])
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b)
-    empty = [t[:0].detach() for t in qkv]
-    assert packed_attention(*empty, length[:0], impl="cpu").shape == (0, 2, 3)
-
-
 def test_more_than_65535_sentences():
     length = torch.randint(1, 4, (70_000,), generator=torch.Generator().manual_seed(0))
     q = torch.randn(int(length.sum()), 1, 2)
@@ -127,50 +89,97 @@ def test_more_than_65535_sentences():
     )
 
 
-def varlen_stand_in(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
-    """Take what flash-attn and torch take, and check that it is theirs."""
-    assert cu_seqlens_q.dtype == torch.int32
-    assert max_seqlen_q == max_seqlen_k >= int(cu_seqlens_q.diff().max())
-    return packed_attention(q, k, v, cu_seqlens_q.diff().long(), impl="reference")
+class StandIn:
+    """Takes the arguments of flash-attn and of torch's varlen, and checks them."""
+
+    def __init__(self) -> None:
+        self.deterministic: list[bool] = []
+
+    def flash(self, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, deterministic=False):
+        self.deterministic.append(deterministic)
+        return self.varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+
+    def varlen(self, q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None):
+        assert cu_seq_q.dtype == torch.int32
+        assert max_q == max_k >= int(cu_seq_q.diff().max())
+        return _Backward.apply(self, packed_attention(q, k, v, cu_seq_q.diff().long(), impl="reference"))
+
+
+class _Backward(torch.autograd.Function):
+    """Notes whether deterministic algorithms are enabled when its backward pass runs."""
+
+    @staticmethod
+    def forward(ctx, stand_in: StandIn, x: torch.Tensor) -> torch.Tensor:
+        ctx.stand_in = stand_in
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        ctx.stand_in.deterministic.append(torch.are_deterministic_algorithms_enabled())
+        return None, grad
 
 
 @pytest.mark.parametrize("name", ["flash", "varlen"])
-def test_other_kernels_behind_the_same_call(name: str, monkeypatch: pytest.MonkeyPatch):
+def test_external_kernels_behind_the_same_call(name: str, monkeypatch: pytest.MonkeyPatch):
     qkv, length = case(draw(9, 7), 2, 4)
     finder = {"flash": "flash_varlen", "varlen": "torch_varlen"}[name]
-    monkeypatch.setattr(peers, finder, lambda: varlen_stand_in)
+    stand_in = getattr(StandIn(), name)
+    monkeypatch.setattr(peers, finder, lambda: stand_in)
     with pytest.raises(
-        ValueError, match=f"impl='{name}' takes fp16 or bf16 on a CUDA device, not torch.float64 on cpu"
+        ValueError, match=f"impl='{name}' needs fp16 or bf16 on a CUDA device, not torch.float64 on cpu"
     ):
         packed_attention(*qkv, length, impl=name)
     monkeypatch.setattr(peers, "can_peer", lambda like: True)
     want = packed_attention(*qkv, length)
     torch.testing.assert_close(packed_attention(*qkv, length, impl=name), want)
-    monkeypatch.setattr(peers, "MOST_SENTENCES", 2)  # nine sentences in five pieces
+    monkeypatch.setattr(peers, "MAX_SENTENCES", 2)  # nine sentences in five chunks
     torch.testing.assert_close(packed_attention(*qkv, length, impl=name), want)
     monkeypatch.setattr(peers, finder, lambda: None)
     with pytest.raises(ValueError, match=f"impl='{name}' needs"):
         packed_attention(*qkv, length, impl=name)
 
 
-def test_what_auto_takes_for_long_sentences(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
-    """The first peer that is there and takes the dtype, then padding; said once."""
+@pytest.mark.parametrize("name", ["flash", "varlen"])
+def test_external_kernels_run_their_deterministic_backward(name: str, monkeypatch: pytest.MonkeyPatch):
+    qkv, length = case(draw(9, 7), 2, 4)
+    stand_in = StandIn()
+    monkeypatch.setattr(peers, "can_peer", lambda like: True)
+    monkeypatch.setattr(
+        peers, {"flash": "flash_varlen", "varlen": "torch_varlen"}[name], lambda: getattr(stand_in, name)
+    )
+    got, want = run(name, qkv, length), run("reference", qkv, length)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+    assert stand_in.deterministic[0]
+    assert not torch.are_deterministic_algorithms_enabled()  # as it was
+
+
+def test_a_flash_attn_without_a_deterministic_backward_is_refused(monkeypatch: pytest.MonkeyPatch):
+    qkv, length = case(draw(9, 7), 2, 4)
+    monkeypatch.setattr(peers, "can_peer", lambda like: True)
+    monkeypatch.setattr(peers, "flash_varlen", lambda: StandIn().varlen)
+    with pytest.raises(ValueError, match="needs a deterministic backward pass"):
+        packed_attention(*qkv, length, impl="flash")
+
+
+def test_what_auto_selects_for_long_sentences(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    """The first peer that is there and takes the dtype, then padding; reported once."""
 
     class OnCuda:
         is_cuda, dtype, device = True, torch.bfloat16, torch.device("cuda")
 
     def chosen(longest: int, like: object = OnCuda) -> str:
-        have = {name: (lambda name=name: name) for name in attention._HAVE}
-        return attention._choose(like, longest, "auto", have)()
+        have = {name: (lambda name=name: name) for name in attention._IMPLEMENTATIONS}
+        return attention._choose((like,), longest, "auto", have)()
 
-    monkeypatch.setattr(dispatch, "_said", set())
+    monkeypatch.setattr(dispatch, "_reported", set())
     monkeypatch.setattr(dispatch, "can_launch", lambda device: True)
-    monkeypatch.setattr(peers, "flash_varlen", lambda: varlen_stand_in)
-    monkeypatch.setattr(peers, "torch_varlen", lambda: varlen_stand_in)
+    monkeypatch.setattr(peers, "flash_varlen", lambda: StandIn().varlen)
+    monkeypatch.setattr(peers, "torch_varlen", lambda: StandIn().varlen)
     with caplog.at_level("INFO", "comtip_kernels"):
         assert [chosen(n) for n in (3, 48, 49, 200)] == ["triton", "triton", "flash", "flash"]
-    said = [r.getMessage() for r in caplog.records]
-    assert said == [f"packed_attention: impl='auto' chose '{n}' on cuda" for n in ("triton", "flash")]
+    reported = [r.getMessage() for r in caplog.records]
+    assert reported == [f"packed_attention: impl='auto' chose '{n}' on cuda" for n in ("triton", "flash")]
     monkeypatch.setattr(peers, "flash_varlen", lambda: None)
     assert chosen(49) == "varlen"
     monkeypatch.setattr(OnCuda, "dtype", torch.float32)
@@ -181,7 +190,7 @@ def test_what_auto_takes_for_long_sentences(monkeypatch: pytest.MonkeyPatch, cap
 
 def test_a_sentence_longer_than_a_tile():
     qkv, length = case([200, 3], 1, 4)
-    with pytest.raises(ValueError, match="a sentence of 200 tokens"):
+    with pytest.raises(ValueError, match="a sentence has 200 tokens"):
         packed_attention(*qkv, length, impl="triton")
     torch.testing.assert_close(
         packed_attention(*qkv, length), packed_attention(*qkv, length, impl="reference"), rtol=1e-10, atol=1e-12

@@ -20,7 +20,7 @@ F64 = torch.float64
 
 @pytest.fixture(autouse=True)
 def the_reference():
-    """What is not said otherwise runs the reference: on a CPU, ``auto`` would take the blocked path."""
+    """What is not reported otherwise runs the reference: on a CPU, ``auto`` would take the blocked path."""
     with prefer("reference"):
         yield
 

@@ -14,8 +14,8 @@ from comtip_shards.format.record import MAX_MEMBER_BYTES, PARTS, members_of
 INDEX_VERSION = "v1.2"
 
 
-MAX_TILE_BYTES, MAX_MEMBER_OVERHEAD = 8, 1 << 16
-"""Most bytes of a tile per pixel, and of what is not pixels; raw pixels are 3, and no codec adds as much again."""
+MAX_TILE_BYTES, MAX_JSON_BYTES = 4 * 2**20, 2**20
+"""Most bytes of a tile, besides 8 per pixel (raw pixels have 3), and of a ``.json``: a batch holds many of each."""
 
 
 def index_text(first_spot: int, codec: str, offsets: np.ndarray, sizes: np.ndarray) -> str:
@@ -67,7 +67,7 @@ def parse_index(text: bytes, shard: ShardEntry, codec: str, px: int, where: str)
         or ends[-1] > shard.bytes
     ):
         raise ShardError(f"{where}: members overlap or leave the shard", kind="index")
-    if sizes[:, 0].max() > MAX_TILE_BYTES * px * px + MAX_MEMBER_OVERHEAD or sizes[:, 2].max() > MAX_MEMBER_OVERHEAD:
+    if sizes[:, 0].max() > MAX_TILE_BYTES + 8 * px * px or sizes[:, 2].max() > MAX_JSON_BYTES:
         raise ShardError(f"{where}: a tile or a .json has more bytes than a tile of {px} px can have", kind="index")
     if index_text(shard.first_spot, codec, offsets, sizes).encode() != text:
         raise ShardError(f"{where}: names are not those of its records", kind="index")

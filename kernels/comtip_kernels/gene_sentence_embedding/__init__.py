@@ -1,4 +1,4 @@
-"""Gene-name and value embedding of many short sentences at once, with the LayerNorm that follows."""
+"""Gene-name and value embedding of many short sentences, with LayerNorm."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = [
     "plan_sentences",
     "sentence_start",
 ]
-_HAVE = {
+_IMPLEMENTATIONS = {
     "reference": gene_sentence_embedding_reference,
     "cpu": gene_sentence_embedding_cpu,
-    "triton": with_triton("comtip_kernels.gene_sentence_embedding.op", "gene_sentence_embedding_triton"),
+    "triton": with_triton("comtip_kernels.gene_sentence_embedding.triton_op", "gene_sentence_embedding_triton"),
 }
 
 
@@ -42,42 +42,57 @@ def gene_sentence_embedding(
     plan: SentencePlan | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
-    """Sum token, type and position rows; the last slot of each sentence reads its level instead of a token.
+    """Sum of token, type and position rows; the last slot of each sentence reads its level instead of a token.
+
+    The formula is in :mod:`comtip_kernels.gene_sentence_embedding.reference`.
 
     Parameters
     ----------
     ids_NT
-        Token ids, slot 0 is ``[GENE]``; slots past ``length_N`` are ignored.
+        Token ids, integers; slot 0 is ``[GENE]``, slots beyond ``length_N`` are ignored.
     length_N
-        Tokens of each sentence, its value slot included (2..T).
+        Tokens of each sentence including its value slot (2..T), integers.
     level_lo_N, level_hi_N, mix_N
-        Level of the value slot; with the other two given, the rows are mixed ``(1 - mix) lo + mix hi``.
+        Level of the value slot; with all three, the row is ``(1 - mix) lo + mix hi``.
     token_VD, type_3D, position_TD, level_QD
-        The tables, of one floating dtype.
+        Tables, fp32 or bf16; rows are summed and normalised in fp32.
     identity_N, identity_ID
-        Identity of each sentence's gene and its table, added at slot 0; 0 is "none" and adds nothing.
+        Identity of the gene of each sentence and the table of identities, added at slot 0; identity 0 adds nothing.
     gain_D, bias_D, eps
-        LayerNorm of each token, where a gain is given.
+        LayerNorm of each token, if a gain is given.
     plan
-        What :func:`plan_sentences` found for these very ids, lengths, levels and identities; worked out here when None.
+        Result of :func:`plan_sentences` for these ids, lengths, levels and identities; computed here if None.
     impl
-        Which implementation; see :mod:`comtip_kernels.dispatch`.
+        Implementation; see :mod:`comtip_kernels.dispatch`.
 
     Returns
     -------
     Tensor
-        (S, D): the tokens of every sentence, end to end; S = ``length_N.sum()``.
+        (S, D) in the dtype of the token table: the tokens of the concatenated sentences, S = ``length_N.sum()``.
 
     Raises
     ------
     ValueError
-        If mixing or identity is given by half, or ``impl`` cannot run.
+        If mixing or identity is incomplete, or ``impl`` does not support the operands.
     """
     if (level_hi_N is None) != (mix_N is None):
-        raise ValueError("gene_sentence_embedding: level_hi_N and mix_N go together")
+        raise ValueError("gene_sentence_embedding: pass both level_hi_N and mix_N, or neither")
     if identity_ID is not None and identity_N is None:
         raise ValueError("gene_sentence_embedding: identity_ID needs identity_N")
-    return choose("gene_sentence_embedding", impl, token_VD, _HAVE)(
-        ids_NT, length_N, level_lo_N, token_VD, type_3D, position_TD, level_QD, level_hi_N=level_hi_N, mix_N=mix_N,
-        identity_N=identity_N, identity_ID=identity_ID, gain_D=gain_D, bias_D=bias_D, eps=eps, plan=plan,
-    )  # fmt: skip
+    return choose("gene_sentence_embedding", impl, (token_VD, type_3D, position_TD, level_QD), _IMPLEMENTATIONS)(
+        ids_NT,
+        length_N,
+        level_lo_N,
+        token_VD,
+        type_3D,
+        position_TD,
+        level_QD,
+        level_hi_N=level_hi_N,
+        mix_N=mix_N,
+        identity_N=identity_N,
+        identity_ID=identity_ID,
+        gain_D=gain_D,
+        bias_D=bias_D,
+        eps=eps,
+        plan=plan,
+    )

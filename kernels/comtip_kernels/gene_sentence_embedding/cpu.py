@@ -1,4 +1,4 @@
-"""The embedding on a CPU: each different row made once, copied out, and its gradient summed before anything else is done."""
+"""The embedding on a CPU: each distinct row is computed once and copied; gradients are summed over equal tokens first."""
 
 from __future__ import annotations
 
@@ -11,11 +11,19 @@ from torch.nn import functional as F
 from comtip_kernels.gene_sentence_embedding.plan import GENE_SLOT, VALUE_SLOT, SentencePlan, plan_sentences
 
 
-def different_rows(
-    plan: SentencePlan, level_lo_N: Tensor, token_VD: Tensor, type_3D: Tensor, position_TD: Tensor, level_QD: Tensor,
-    level_hi_N: Tensor | None, mix_N: Tensor | None, identity_N: Tensor | None, identity_ID: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """Return the U different rows before LayerNorm, (U, D)."""
+def distinct_rows(
+    plan: SentencePlan,
+    level_lo_N: Tensor,
+    token_VD: Tensor,
+    type_3D: Tensor,
+    position_TD: Tensor,
+    level_QD: Tensor,
+    level_hi_N: Tensor | None,
+    mix_N: Tensor | None,
+    identity_N: Tensor | None,
+    identity_ID: Tensor | None,
+) -> Tensor:
+    """Return the U distinct rows before LayerNorm, (U, D)."""
     value_U = plan.kind_U == VALUE_SLOT
     level_UD = F.embedding(level_lo_N.long()[plan.sentence_U], level_QD)
     if level_hi_N is not None and mix_N is not None:
@@ -28,8 +36,8 @@ def different_rows(
     return word_UD + F.embedding(plan.kind_U, type_3D) + F.embedding(plan.slot_U, position_TD)
 
 
-class _CopyOut(torch.autograd.Function):
-    """rows[row_S]; its backward sums equal tokens, each sum by one thread and in one order."""
+class _CopyRows(torch.autograd.Function):
+    """rows[row_S]; the backward pass sums equal tokens, each sum by one thread in a fixed order."""
 
     @staticmethod
     def forward(ctx: Any, rows_UD: Tensor, row_S: Tensor, order_S: Tensor, start_U1: Tensor) -> Tensor:
@@ -39,23 +47,35 @@ class _CopyOut(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         order_S, start_U1 = ctx.saved_tensors
-        # A bag of embeddings with gradients as its table: a sum over segments, and the quickest that torch has.
+        # An embedding bag over the gradients is the fastest segment sum in torch.
         return F.embedding_bag(order_S, grads[0].contiguous(), start_U1[:-1], mode="sum"), None, None, None
 
 
 def gene_sentence_embedding_cpu(
-    ids_NT: Tensor, length_N: Tensor, level_lo_N: Tensor, token_VD: Tensor, type_3D: Tensor, position_TD: Tensor,
-    level_QD: Tensor, *, level_hi_N: Tensor | None = None, mix_N: Tensor | None = None, identity_N: Tensor | None = None,
-    identity_ID: Tensor | None = None, gain_D: Tensor | None = None, bias_D: Tensor | None = None, eps: float = 1e-5,
+    ids_NT: Tensor,
+    length_N: Tensor,
+    level_lo_N: Tensor,
+    token_VD: Tensor,
+    type_3D: Tensor,
+    position_TD: Tensor,
+    level_QD: Tensor,
+    *,
+    level_hi_N: Tensor | None = None,
+    mix_N: Tensor | None = None,
+    identity_N: Tensor | None = None,
+    identity_ID: Tensor | None = None,
+    gain_D: Tensor | None = None,
+    bias_D: Tensor | None = None,
+    eps: float = 1e-5,
     plan: SentencePlan | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Return y (S, D); see :mod:`comtip_kernels.gene_sentence_embedding.reference`."""
     if plan is None:
         own = identity_N if identity_ID is not None else None
         plan = plan_sentences(ids_NT, length_N, level_lo_N, identity_N=own, mixed=mix_N is not None)
-    x_UD = different_rows(
+    x_UD = distinct_rows(
         plan, level_lo_N, token_VD, type_3D, position_TD, level_QD, level_hi_N, mix_N, identity_N, identity_ID
     )
     if gain_D is not None:
         x_UD = F.layer_norm(x_UD, x_UD.shape[-1:], gain_D, bias_D, eps)
-    return _CopyOut.apply(x_UD, plan.row_S, plan.order_S, plan.start_U1)
+    return _CopyRows.apply(x_UD, plan.row_S, plan.order_S, plan.start_U1)

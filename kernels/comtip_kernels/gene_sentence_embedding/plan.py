@@ -1,10 +1,10 @@
-"""Which tokens of a batch of gene sentences are the same row, worked out once per batch.
+"""Which tokens of a batch of gene sentences share a row, computed once per batch.
 
-Sentences lie end to end, S tokens in all, nothing padded. A token's embedding depends on little: the token and its slot, or
-the identity at slot 0, or the level and its slot. A panel of G genes at Q levels repeats each name Q times, so S tokens are
-U << S different rows. They are made (and normalised) once and copied out; and because LayerNorm's backward is linear
-in the gradient for a fixed input, the gradient is summed over equal tokens first and only then taken through it. One
-write of S rows forward, one read of S rows backward: what is left is the floor of any embedding.
+Sentences are concatenated without padding, S tokens in all. The embedding of a token depends on the token and its slot, on the
+identity at slot 0, or on the level and its slot. A panel of G genes at Q levels repeats each name Q times, so S tokens
+have U << S distinct rows. These are computed (and normalised) once and copied; and because the backward pass of LayerNorm is
+linear in the gradient for a fixed input, the gradient is summed over equal tokens before LayerNorm. One write of S
+rows forward and one read of S rows backward remain, which any embedding needs.
 """
 
 from __future__ import annotations
@@ -20,54 +20,54 @@ _KIND, _HIGH, _SLOT = 1 << 60, 1 << 32, 1 << 20
 
 @dataclass(frozen=True)
 class SentencePlan:
-    """Equal tokens of N sentences of S tokens in all; U different rows.
+    """Equal tokens of N sentences with S tokens in all and U distinct rows.
 
-    Tensors are on the sentences' device; the three that are read for every token are int32, the rest int64.
+    Tensors are on the device of the sentences; the three that are read per token are int32, the others int64.
     """
 
     row_S: Tensor
-    """Row of each token, sentence after sentence."""
+    """Row of each token of the concatenated sentences."""
     order_S: Tensor
-    """Tokens by row, ascending within a row: the order of every sum over equal tokens."""
+    """Tokens sorted by row, ascending within a row: the order of sums over equal tokens."""
     start_U1: Tensor
-    """Where each row begins in ``order_S``, and S at the end."""
+    """Offset of each row in ``order_S``, and S at the end."""
     kind_U: Tensor
     """``GENE_SLOT``, ``NAME_SLOT`` or ``VALUE_SLOT``; ascending."""
     sentence_U: Tensor
-    """A sentence that the row is from: its levels, mix and identity are the row's."""
+    """A sentence that contains the row, and whose levels, mix and identity it has."""
     slot_U: Tensor
-    """Position of the row in its sentence."""
+    """Slot of the row in its sentence."""
     token_U: Tensor
-    """Token of the row; what it is for ``VALUE_SLOT`` has no meaning."""
+    """Token of the row; undefined for ``VALUE_SLOT``."""
     most: int
     """Tokens of the most frequent row."""
     genes: int
-    """How many rows are ``GENE_SLOT``: they come first."""
+    """Number of ``GENE_SLOT`` rows, which come first."""
     names: int
-    """How many rows are ``NAME_SLOT``: they come next."""
+    """Number of ``NAME_SLOT`` rows, which come next."""
 
 
 def sentence_start(length_N: Tensor) -> Tensor:
-    """Return the first token of each sentence, (N,), when sentences lie end to end."""
+    """Return the offset of each concatenated sentence, (N,)."""
     return length_N.cumsum(0) - length_N
 
 
 def plan_sentences(
     ids_NT: Tensor, length_N: Tensor, level_lo_N: Tensor, *, identity_N: Tensor | None = None, mixed: bool = False
 ) -> SentencePlan:
-    """Find the different rows of N sentences.
+    """Find the distinct rows of N sentences.
 
     Parameters
     ----------
     ids_NT, length_N, level_lo_N, identity_N
-        As in :func:`comtip_kernels.gene_sentence_embedding`; ids and slots below 2^20 slots and 2^28 ids.
+        As in :func:`comtip_kernels.gene_sentence_embedding`; at most 2^20 slots and 2^28 ids.
     mixed
-        The value slots hold two mixed levels: each sentence's is a row of its own.
+        True if value slots mix two levels; each sentence then has a value row of its own.
 
     Returns
     -------
     SentencePlan
-        Its numbers S, U and ``most`` are read on the host: one synchronisation on a GPU.
+        S, U and ``most`` are read on the host, which synchronises with a GPU.
     """
     T = ids_NT.shape[1]
     inside_NT = torch.arange(T, device=ids_NT.device) < length_N[:, None]
@@ -90,7 +90,14 @@ def plan_sentences(
     kind_U = sorted_S[start_U] // _KIND
     counts = torch.stack([(kind_U == GENE_SLOT).sum(), (kind_U == NAME_SLOT).sum()]).tolist()
     return SentencePlan(
-        row_S=row_S, order_S=order_S.to(torch.int32), start_U1=start_U1.to(torch.int32), kind_U=kind_U,
-        sentence_U=sentence_S[model_U], slot_U=slot_S[model_U], token_U=token_S[model_U],
-        most=int(start_U1.diff().max()) if start_U.numel() else 0, genes=counts[0], names=counts[1],
-    )  # fmt: skip
+        row_S=row_S,
+        order_S=order_S.to(torch.int32),
+        start_U1=start_U1.to(torch.int32),
+        kind_U=kind_U,
+        sentence_U=sentence_S[model_U],
+        slot_U=slot_S[model_U],
+        token_U=token_S[model_U],
+        most=int(start_U1.diff().max()) if start_U.numel() else 0,
+        genes=counts[0],
+        names=counts[1],
+    )

@@ -1,10 +1,10 @@
-"""Embedding of gene sentences: name tokens, a value slot, type and position rows, summed; then LayerNorm.
+"""Embedding of gene sentences, the definition of the operation: token, type and position rows summed, then LayerNorm.
 
-A sentence is ``[GENE] name tokens ... [VALUE]``; its tokens sit in slots 0..length-1 and the value slot is the
-last. The value slot's row is the level's row, or two level rows mixed for a value between two levels.
+A sentence is ``[GENE] name tokens ... [VALUE]``; its tokens occupy slots 0..length-1, the last of which is the value slot.
+The row of the value slot is that of the level, or a mixture of two rows for a value between two levels.
 
     x[n, t] = token[ids[n, t]] + type[kind(t)] + position[t]       t < length_n - 1
-    x[n, 0]   also + identity[own_n], nothing for own_n = 0
+    x[n, 0]   also + identity[own_n] if own_n > 0
     x[n, t] = (1 - w_n) level[lo_n] + w_n level[hi_n] + type[VALUE] + position[t]      t = length_n - 1
     y       = gain (x - mean) / sqrt(var + eps) + bias             where a gain is given
 """
@@ -36,7 +36,7 @@ def gene_sentence_embedding_reference(
     eps: float = 1e-5,
     plan: SentencePlan | None = None,
 ) -> Tensor:
-    """Return y (S, D), sentence after sentence; see the module's formula. ``plan`` is not needed here."""
+    """Return y (S, D) of the concatenated sentences; see the module's formula. ``plan`` is not used."""
     T = ids_NT.shape[1]
     slot_T = torch.arange(T, device=ids_NT.device)
     value_NT = slot_T == length_N[:, None] - 1

@@ -1,9 +1,9 @@
-"""Gene sentences on a GPU: rows made in one pass over the tables, copied out, and gradients summed without atomics.
+"""Triton kernels of the embedding: rows computed in one pass over the tables, copied; gradients summed without atomics.
 
 ``make_rows`` gathers token, type, position, level and identity rows, mixes, adds and normalises: one program per row, the sum
-in registers. ``copy_rows`` writes the tokens. Backward reads the gradient once: ``sum_pieces`` adds the tokens of a row, at most
-``PIECE`` per program, in fp32 and in a fixed order; rows that take several pieces are added up by the same kernel. ``norm_grads`` takes the sums
-through LayerNorm.
+in registers, fp32. ``copy_rows`` writes the tokens. The backward pass reads the gradient once: ``sum_pieces`` adds the tokens
+of a row, at most ``PIECE`` per program, in fp32 and in a fixed order; rows of several pieces are added by a second launch.
+``norm_grads`` propagates the sums through LayerNorm.
 """
 
 from __future__ import annotations
@@ -13,131 +13,234 @@ from typing import Any
 import triton
 import triton.language as tl
 
+# The numbers of tokens and of distinct rows change from step to step.
+_SIZES = ["n_rows", "n_tokens"]
+_UNALIGNED = ["token_id_ptr", "kind_id_ptr", "slot_id_ptr", "lo_id_ptr", "hi_id_ptr", "mix_ptr", "identity_id_ptr"]
+_UNALIGNED += ["row_id_ptr", "order_ptr", "first_ptr", "last_ptr", "target_ptr"]
+
 
 @triton.jit
 def _sum_of_tables(  # type: ignore[no-untyped-def]
-    token_ptr, type_ptr, position_ptr, level_ptr, identity_ptr, token_id, kind_id, slot_id, lo_id, hi_id, mix_ptr,
-    identity_id, u, D, MIXED: tl.constexpr, IDENTITY: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """Return row u before LayerNorm, fp32 (BD,); tables are contiguous (rows, D)."""
-    d = tl.arange(0, BD)
-    inside = d < D
-    kind = tl.load(kind_id + u)
-    slot = tl.load(slot_id + u)
+    token_ptr,
+    type_ptr,
+    position_ptr,
+    level_ptr,
+    identity_ptr,
+    token_id_ptr,
+    kind_id_ptr,
+    slot_id_ptr,
+    lo_id_ptr,
+    hi_id_ptr,
+    mix_ptr,
+    identity_id_ptr,
+    row,
+    width,
+    MIXED: tl.constexpr,
+    IDENTITY: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """Return one row before LayerNorm, fp32 (BD,); tables are contiguous (rows, width)."""
+    dim = tl.arange(0, BD)
+    inside = dim < width
+    kind = tl.load(kind_id_ptr + row)
+    slot = tl.load(slot_id_ptr + row)
     if kind == 2:
-        word = tl.load(level_ptr + tl.load(lo_id + u).to(tl.int64) * D + d, mask=inside, other=0.0).to(tl.float32)
+        lo = tl.load(lo_id_ptr + row).to(tl.int64)
+        word = tl.load(level_ptr + lo * width + dim, mask=inside, other=0.0).to(tl.float32)
         if MIXED:
-            mix = tl.load(mix_ptr + u).to(tl.float32)
-            high = tl.load(level_ptr + tl.load(hi_id + u).to(tl.int64) * D + d, mask=inside, other=0.0).to(tl.float32)
+            mix = tl.load(mix_ptr + row).to(tl.float32)
+            hi = tl.load(hi_id_ptr + row).to(tl.int64)
+            high = tl.load(level_ptr + hi * width + dim, mask=inside, other=0.0).to(tl.float32)
             word = (1 - mix) * word + mix * high
     else:
-        word = tl.load(token_ptr + tl.load(token_id + u).to(tl.int64) * D + d, mask=inside, other=0.0).to(tl.float32)
+        token = tl.load(token_id_ptr + row).to(tl.int64)
+        word = tl.load(token_ptr + token * width + dim, mask=inside, other=0.0).to(tl.float32)
     if IDENTITY:
-        own = tl.load(identity_id + u)
+        own = tl.load(identity_id_ptr + row)
         if (kind == 0) & (own > 0):
-            word += tl.load(identity_ptr + own.to(tl.int64) * D + d, mask=inside, other=0.0).to(tl.float32)
-    x = word + tl.load(type_ptr + kind * D + d, mask=inside, other=0.0).to(tl.float32)
-    return x + tl.load(position_ptr + slot * D + d, mask=inside, other=0.0).to(tl.float32)
+            word += tl.load(identity_ptr + own.to(tl.int64) * width + dim, mask=inside, other=0.0).to(tl.float32)
+    x = word + tl.load(type_ptr + kind * width + dim, mask=inside, other=0.0).to(tl.float32)
+    return x + tl.load(position_ptr + slot * width + dim, mask=inside, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_UNALIGNED)
 def make_rows(  # type: ignore[no-untyped-def]
-    token_ptr, type_ptr, position_ptr, level_ptr, identity_ptr, gain_ptr, bias_ptr, token_id, kind_id, slot_id, lo_id, hi_id,
-    mix_ptr, identity_id, out_ptr, D, eps, MIXED: tl.constexpr, IDENTITY: tl.constexpr, NORM: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """Store one row."""
-    u = tl.program_id(0)
-    d = tl.arange(0, BD)
-    inside = d < D
+    token_ptr,
+    type_ptr,
+    position_ptr,
+    level_ptr,
+    identity_ptr,
+    gain_ptr,
+    bias_ptr,
+    token_id_ptr,
+    kind_id_ptr,
+    slot_id_ptr,
+    lo_id_ptr,
+    hi_id_ptr,
+    mix_ptr,
+    identity_id_ptr,
+    out_ptr,
+    width,
+    eps,
+    MIXED: tl.constexpr,
+    IDENTITY: tl.constexpr,
+    NORM: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """Store one row, normalised with NORM."""
+    row = tl.program_id(0)
+    dim = tl.arange(0, BD)
+    inside = dim < width
     x = _sum_of_tables(
-        token_ptr, type_ptr, position_ptr, level_ptr, identity_ptr, token_id, kind_id, slot_id, lo_id, hi_id, mix_ptr,
-        identity_id, u, D, MIXED, IDENTITY, BD,
-    )  # fmt: skip
+        token_ptr,
+        type_ptr,
+        position_ptr,
+        level_ptr,
+        identity_ptr,
+        token_id_ptr,
+        kind_id_ptr,
+        slot_id_ptr,
+        lo_id_ptr,
+        hi_id_ptr,
+        mix_ptr,
+        identity_id_ptr,
+        row,
+        width,
+        MIXED,
+        IDENTITY,
+        BD,
+    )
     if NORM:
-        x = tl.where(inside, x - tl.sum(x, axis=0) / D, 0.0)
-        rstd = tl.rsqrt(tl.sum(x * x, axis=0) / D + eps)
-        gain = tl.load(gain_ptr + d, mask=inside, other=0.0).to(tl.float32)
-        x = x * rstd * gain + tl.load(bias_ptr + d, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + u.to(tl.int64) * D + d, x, mask=inside)
+        x = tl.where(inside, x - tl.sum(x, axis=0) / width, 0.0)
+        rstd = tl.rsqrt(tl.sum(x * x, axis=0) / width + eps)
+        gain = tl.load(gain_ptr + dim, mask=inside, other=0.0).to(tl.float32)
+        x = x * rstd * gain + tl.load(bias_ptr + dim, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row.to(tl.int64) * width + dim, x, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_UNALIGNED)
 def norm_grads(  # type: ignore[no-untyped-def]
-    token_ptr, type_ptr, position_ptr, level_ptr, identity_ptr, gain_ptr, grad_ptr, token_id, kind_id, slot_id, lo_id, hi_id,
-    mix_ptr, identity_id, out_ptr, dgain_ptr, dbias_ptr, U, D, eps, MIXED: tl.constexpr, IDENTITY: tl.constexpr,
-    ROWS: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """Take ROWS gradients, fp32 (U, D), through LayerNorm; store them and the program's share of dgain and dbias.
+    token_ptr,
+    type_ptr,
+    position_ptr,
+    level_ptr,
+    identity_ptr,
+    gain_ptr,
+    grad_ptr,
+    token_id_ptr,
+    kind_id_ptr,
+    slot_id_ptr,
+    lo_id_ptr,
+    hi_id_ptr,
+    mix_ptr,
+    identity_id_ptr,
+    out_ptr,
+    dgain_ptr,
+    dbias_ptr,
+    n_rows,
+    width,
+    eps,
+    MIXED: tl.constexpr,
+    IDENTITY: tl.constexpr,
+    ROWS: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """Propagate ROWS gradients, fp32 (n_rows, width), through LayerNorm; store them and partial sums of dgain and dbias.
 
-    The rows are made again from the tables, so that neither they nor their statistics are kept from the forward pass.
+    The rows are recomputed from the tables, so that neither they nor their statistics are saved by the forward pass.
     """
     first = tl.program_id(0) * ROWS
-    d = tl.arange(0, BD)
-    inside = d < D
-    gain = tl.load(gain_ptr + d, mask=inside, other=0.0).to(tl.float32)
+    dim = tl.arange(0, BD)
+    inside = dim < width
+    gain = tl.load(gain_ptr + dim, mask=inside, other=0.0).to(tl.float32)
     dgain = tl.zeros((BD,), dtype=tl.float32)
     dbias = tl.zeros((BD,), dtype=tl.float32)
-    for u in range(first, tl.minimum(first + ROWS, U)):
+    for row in range(first, tl.minimum(first + ROWS, n_rows)):
         x = _sum_of_tables(
-            token_ptr, type_ptr, position_ptr, level_ptr, identity_ptr, token_id, kind_id, slot_id, lo_id, hi_id, mix_ptr,
-            identity_id, u, D, MIXED, IDENTITY, BD,
-        )  # fmt: skip
-        x = tl.where(inside, x - tl.sum(x, axis=0) / D, 0.0)
-        rstd = tl.rsqrt(tl.sum(x * x, axis=0) / D + eps)
+            token_ptr,
+            type_ptr,
+            position_ptr,
+            level_ptr,
+            identity_ptr,
+            token_id_ptr,
+            kind_id_ptr,
+            slot_id_ptr,
+            lo_id_ptr,
+            hi_id_ptr,
+            mix_ptr,
+            identity_id_ptr,
+            row,
+            width,
+            MIXED,
+            IDENTITY,
+            BD,
+        )
+        x = tl.where(inside, x - tl.sum(x, axis=0) / width, 0.0)
+        rstd = tl.rsqrt(tl.sum(x * x, axis=0) / width + eps)
         x = x * rstd
-        at = tl.cast(u, tl.int64) * D + d
-        g = tl.load(grad_ptr + at, mask=inside, other=0.0)
+        offset = tl.cast(row, tl.int64) * width + dim
+        g = tl.load(grad_ptr + offset, mask=inside, other=0.0)
         dgain += g * x
         dbias += g
         g = g * gain
-        g = rstd * (g - tl.sum(g, axis=0) / D - x * (tl.sum(g * x, axis=0) / D))
-        tl.store(out_ptr + at, g, mask=inside)
-    tl.store(dgain_ptr + tl.program_id(0) * D + d, dgain, mask=inside)
-    tl.store(dbias_ptr + tl.program_id(0) * D + d, dbias, mask=inside)
+        g = rstd * (g - tl.sum(g, axis=0) / width - x * (tl.sum(g * x, axis=0) / width))
+        tl.store(out_ptr + offset, g, mask=inside)
+    tl.store(dgain_ptr + tl.program_id(0) * width + dim, dgain, mask=inside)
+    tl.store(dbias_ptr + tl.program_id(0) * width + dim, dbias, mask=inside)
 
 
-@triton.jit
-def copy_rows(rows_ptr, row_id, out_ptr, S, D, R: tl.constexpr, BD: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Store rows[row[s]] for R tokens."""
-    s = tl.program_id(0) * R + tl.arange(0, R)
-    d = tl.arange(0, BD)
-    inside = (s[:, None] < S) & (d[None, :] < D)
-    row = tl.load(row_id + s, mask=s < S, other=0).to(tl.int64)
-    x = tl.load(rows_ptr + row[:, None] * D + d[None, :], mask=inside, other=0.0)
-    tl.store(out_ptr + s.to(tl.int64)[:, None] * D + d[None, :], x, mask=inside)
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_UNALIGNED)
+def copy_rows(rows_ptr, row_id_ptr, out_ptr, n_tokens, width, R: tl.constexpr, BD: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Store rows[row_id[token]] for R tokens."""
+    token = tl.program_id(0) * R + tl.arange(0, R)
+    dim = tl.arange(0, BD)
+    inside = (token[:, None] < n_tokens) & (dim[None, :] < width)
+    row = tl.load(row_id_ptr + token, mask=token < n_tokens, other=0).to(tl.int64)
+    x = tl.load(rows_ptr + row[:, None] * width + dim[None, :], mask=inside, other=0.0)
+    tl.store(out_ptr + token.to(tl.int64)[:, None] * width + dim[None, :], x, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_UNALIGNED)
 def sum_pieces(  # type: ignore[no-untyped-def]
-    x_ptr, order_ptr, first_ptr, last_ptr, place_ptr, out_ptr, D, x_s, x_d, ORDERED: tl.constexpr, R: tl.constexpr,
+    x_ptr,
+    order_ptr,
+    first_ptr,
+    last_ptr,
+    target_ptr,
+    out_ptr,
+    width,
+    x_stride_row,
+    x_stride_dim,
+    ORDERED: tl.constexpr,
+    R: tl.constexpr,
     BD: tl.constexpr,
-):  # fmt: skip
-    """Store the sum of x[order[first:last]] of one piece at out[place], fp32; R rows at a time, always in one order.
+):
+    """Store the sum of x[order[first:last]] of one piece at out[target], fp32; R rows at a time, in a fixed order.
 
-    A place below 0 is a piece that does not exist.
+    A negative target marks a piece that does not exist.
     """
     piece = tl.program_id(0)
-    place = tl.load(place_ptr + piece)
-    if place >= 0:
-        d = tl.arange(0, BD)
+    target = tl.load(target_ptr + piece)
+    if target >= 0:
+        dim = tl.arange(0, BD)
         first, last = tl.load(first_ptr + piece), tl.load(last_ptr + piece)
         acc = tl.zeros((R, BD), dtype=tl.float32)
         for start in range(first, last, R):
-            at = start + tl.arange(0, R)
-            row = at
+            index = start + tl.arange(0, R)
+            row = index
             if ORDERED:
-                row = tl.load(order_ptr + at, mask=at < last, other=0)
-            inside = (at[:, None] < last) & (d[None, :] < D)
-            x = tl.load(x_ptr + row.to(tl.int64)[:, None] * x_s + d[None, :] * x_d, mask=inside, other=0.0)
-            acc += x.to(tl.float32)
-        tl.store(out_ptr + place.to(tl.int64) * D + d, tl.sum(acc, axis=0), mask=d < D)
+                row = tl.load(order_ptr + index, mask=index < last, other=0)
+            inside = (index[:, None] < last) & (dim[None, :] < width)
+            offset = row.to(tl.int64)[:, None] * x_stride_row + dim[None, :] * x_stride_dim
+            acc += tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out_ptr + target.to(tl.int64) * width + dim, tl.sum(acc, axis=0), mask=dim < width)
 
 
 MAKE: dict[str, Any] = {"num_warps": 1, "num_stages": 1}
 NORM: dict[str, Any] = {"num_warps": 2, "num_stages": 1}
 NORM_ROWS = 64
-"""Rows whose gradients one program takes through LayerNorm."""
+"""Rows per program of ``norm_grads``."""
 COPY: dict[str, Any] = {"R": 4, "num_warps": 4, "num_stages": 1}
 SUM: dict[str, Any] = {"R": 8, "num_warps": 4, "num_stages": 2}
 PIECE = 256
-"""Tokens that one program adds up."""
+"""Tokens that one program of ``sum_pieces`` adds."""

@@ -1,4 +1,4 @@
-"""InfoNCE over B images and M >= B texts with learnable temperature, groups and mispaired columns."""
+"""InfoNCE over B images and M >= B texts with learnable temperature, groups, classes and further negatives."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from torch import Tensor
 from comtip_kernels.dispatch import Impl, choose, with_triton
 from comtip_kernels.infonce.cpu import infonce_cpu
 from comtip_kernels.infonce.reference import allowed_pairs, infonce_reference
+from comtip_kernels.infonce.unit import unit_vectors
 
-__all__ = ["allowed_pairs", "infonce", "infonce_reference"]
-
-
-_HAVE = {
+__all__ = ["allowed_pairs", "infonce", "infonce_reference", "unit_vectors"]
+_IMPLEMENTATIONS = {
     "reference": infonce_reference,
     "cpu": infonce_cpu,
-    "triton": with_triton("comtip_kernels.infonce.op", "infonce_triton"),
+    "triton": with_triton("comtip_kernels.infonce.triton_op", "infonce_triton"),
 }
 
 
@@ -31,44 +30,55 @@ def infonce(
     weight_B: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
-    """Symmetric InfoNCE; columns B..M-1 are further negatives of every image.
+    """Symmetric InfoNCE (van den Oord et al. 2018; CLIP, Radford et al. 2021); columns B..M-1 are further negatives.
+
+    The formula is in :mod:`comtip_kernels.infonce.reference`.
 
     Parameters
     ----------
     image_BD, text_MD
-        Vectors of any length (they are normalised here), floating point.
+        Floating-point vectors of any length; they are normalised here, in at least fp32. The Triton kernels round the unit
+        vectors once, to bf16 if either tensor is bf16 or bf16 autocast is enabled, and use the rounded vectors for
+        positives and negatives alike. The other implementations do not round.
     scale
-        Inverse temperature, a scalar tensor; its gradient is returned too.
+        Inverse temperature, a scalar tensor; it is moved to the device of the vectors and receives a gradient.
     negatives
         ``"all"``, ``"same_group"`` or ``"other_group"``; the last two compare the group ids.
     group_rows, group_columns
         (B,) and (M,) integers of up to 32 bits.
     class_rows, class_columns
-        (B,) and (M,) integers of up to 64 bits (hashes will do): equal ones are the same text and never negatives of
-        each other.
+        (B,) and (M,) integers of up to 64 bits, for example hashes: rows and columns of one class are the same text
+        and never negatives of each other.
     weight_B
-        Weight of each spot; 0 takes it out, also as a negative.
+        Weight of each spot (B,); 0 excludes it, also as a negative.
     impl
-        Which implementation; see :mod:`comtip_kernels.dispatch`.
+        Implementation; see :mod:`comtip_kernels.dispatch`.
 
     Returns
     -------
     Tensor
-        Scalar loss in nats.
+        Scalar loss in nats, fp32 (fp64 for fp64 vectors).
 
     Raises
     ------
     ValueError
-        If M < B, an option is unknown, or ``impl`` cannot run.
+        If M < B, an option is unknown, or ``impl`` does not support the operands.
     """
     B, M = image_BD.shape[0], text_MD.shape[0]
     if M < B:
-        raise ValueError(f"infonce: {M} text columns for {B} images; the first {B} must be the true texts")
+        raise ValueError(f"infonce: {M} text columns for {B} images; the first {B} columns must be the true texts")
     if negatives not in ("all", "same_group", "other_group"):
-        raise ValueError(f"negatives={negatives!r}: choose 'all', 'same_group' or 'other_group'")
+        raise ValueError(f"infonce: negatives={negatives!r} is unknown; choose 'all', 'same_group' or 'other_group'")
     if negatives != "all" and (group_rows is None or group_columns is None):
-        raise ValueError(f"negatives={negatives!r} needs group ids of rows and columns")
-    return choose("infonce", impl, image_BD, _HAVE)(
-        image_BD, text_MD, scale, negatives=negatives, group_rows=group_rows, group_columns=group_columns,
-        class_rows=class_rows, class_columns=class_columns, weight_B=weight_B,
-    )  # fmt: skip
+        raise ValueError(f"infonce: negatives={negatives!r} needs group ids; pass group_rows and group_columns")
+    return choose("infonce", impl, (image_BD, text_MD), _IMPLEMENTATIONS)(
+        image_BD,
+        text_MD,
+        scale.to(image_BD.device),
+        negatives=negatives,
+        group_rows=group_rows,
+        group_columns=group_columns,
+        class_rows=class_rows,
+        class_columns=class_columns,
+        weight_B=weight_B,
+    )

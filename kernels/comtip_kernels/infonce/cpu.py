@@ -1,17 +1,18 @@
 """InfoNCE on a CPU, one tile of logits at a time: no (B, M) tensor, one exponential per logit for both directions.
 
-The vectors are of length 1, so every logit lies in [-scale, scale]: a shift that is the same for all rows and
-columns keeps every exponential in range, and one value e_ij = exp(s_ij - shift) adds to row i's sum and to column
-j's. With the row and column log-sum-exp known, the gradient with respect to s_ij is
+The vectors have length 1, so every logit lies in [-scale, scale]: a shift that is the same for all rows and columns keeps every
+exponential in range, and one value e_ij = exp(s_ij - shift) is added to the sum of row i and to that of column j. With the
+row and column log-sum-exp known, the gradient with respect to s_ij is
 
     g_ij = e_ij (a_i + b_j)          a_i = w_i exp(shift - lse_i) / 2W        b_j = w_j exp(shift - lse_j) / 2W
 
-(b_j = 0 for the further columns j >= B), minus w_i / W on the diagonal: a second pass makes e_ij again and multiplies.
-That is four products of B x M x D in all, and less where the first pass keeps its first tiles (``KEPT_BYTES``). Sums that
-underflow (a row whose every similarity is far below the best there can be) are found by their size and done again
-exactly, with a shift of their own.
+(b_j = 0 for the further columns j >= B), minus w_i / W on the diagonal: a second pass recomputes e_ij and multiplies. That
+is four products of B x M x D in all, and fewer where the first pass keeps its first tiles (``KEPT_BYTES``). Sums that
+underflow (rows whose similarities are all far below the maximum) are detected by their size and recomputed exactly, with a
+shift of their own.
 
-Saved for the backward: the inputs, two numbers per row, one per column, and those tiles, whose number does not grow with B.
+Saved for the backward pass: the inputs, two numbers per row, one per column, and the kept tiles, whose number does not grow
+with B.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ import torch
 from torch import Tensor, nn
 
 TILE = 1024
-"""Most rows and columns of a tile of logits: products of these run at the speed of large ones (long thin blocks of rows
-take a tenth longer), and what is done to each logit between them stays in the cache."""
+"""Maximum rows and columns of a tile of logits: its products run at the speed of large ones (long narrow blocks of rows take
+10 % longer), and the elementwise operations between them stay in the cache."""
 KEPT_BYTES = 16 << 20
-"""Most bytes of exponentials that the backward need not make again: all of them up to 2,048 pairs in fp32."""
+"""Maximum bytes of exponentials kept for the backward pass: all of them up to 2,048 pairs in fp32."""
 HEADROOM = 40.0
-"""exp(HEADROOM) times any number of columns is far from overflow in fp32; what it adds below, it adds to the range."""
+"""Offset of the shift: exp(HEADROOM) times any number of columns does not overflow fp32, and the range below grows by as much."""
 EPSILON = 1e-12
-"""Length under which a vector is not normalised, as in torch.nn.functional.normalize."""
+"""Minimum length in the normalisation, as in torch.nn.functional.normalize."""
 FLOOR = 1e-20
-"""A sum below this may have lost terms to underflow; it is done again exactly."""
+"""A sum below this may have lost terms to underflow and is recomputed exactly."""
 LOG_FLOOR = math.log(FLOOR)
 LOG2_E = math.log2(math.e)
 Index = Tensor | slice
@@ -49,20 +50,20 @@ class Masks:
     group_columns: Tensor | None
     class_rows: Tensor | None
     class_columns: Tensor | None
-    silent_rows: Tensor | None = None
-    """bool (B,): spots of weight 0, nobody's negatives; None where there are none."""
-    silent_columns: Tensor | None = None
-    """bool (M,): their texts."""
+    excluded_rows: Tensor | None = None
+    """bool (B,): spots of weight 0, which are no negatives; None if there are none."""
+    excluded_columns: Tensor | None = None
+    """bool (M,): the texts of these spots."""
     own_pairs: ClassVar[bool] = True
-    """Whether column i is row i's positive, which always counts."""
+    """Whether column i is the positive of row i, which is always allowed."""
 
     @property
     def trivial(self) -> bool:
-        """Every pair is allowed."""
-        return self.negatives == "all" and self.class_rows is None and self.silent_rows is None
+        """True if every pair is allowed."""
+        return self.negatives == "all" and self.class_rows is None and self.excluded_rows is None
 
     def block(self, rows: Index, columns: Index, like: Tensor) -> Tensor | None:
-        """Return the bool mask of allowed pairs of some rows and columns, shaped as ``like``; None where all are."""
+        """Return the bool mask of allowed pairs of these rows and columns, in the shape of ``like``; None if all are allowed."""
         if self.trivial:
             return None
         ok = torch.ones_like(like, dtype=torch.bool)
@@ -71,10 +72,10 @@ class Masks:
             ok &= same if self.negatives == "same_group" else ~same
         if self.class_rows is not None and self.class_columns is not None:
             ok &= self.class_rows[rows][:, None] != self.class_columns[columns]
-        if self.silent_rows is not None:
-            ok &= ~self.silent_rows[rows][:, None]
-        if self.silent_columns is not None:
-            ok &= ~self.silent_columns[columns]
+        if self.excluded_rows is not None:
+            ok &= ~self.excluded_rows[rows][:, None]
+        if self.excluded_columns is not None:
+            ok &= ~self.excluded_columns[columns]
         return ok | _same(rows, columns, like) if self.own_pairs else ok
 
 
@@ -89,7 +90,7 @@ def _same(rows: Index, columns: Index, like: Tensor) -> Tensor:
 
 
 def tiles(n_rows: int, n_columns: int) -> Iterator[tuple[slice, slice]]:
-    """Cut a matrix into tiles, row after row; none where there is nothing to multiply."""
+    """Yield the tiles of a matrix in row-major order; none if it is empty."""
     for top in range(0, n_rows, TILE):
         for left in range(0, n_columns, TILE):
             yield slice(top, min(top + TILE, n_rows)), slice(left, min(left + TILE, n_columns))
@@ -99,7 +100,7 @@ Tiles = dict[tuple[int, int], Tensor]
 
 
 class Exponentials:
-    """Makes exp(s_ij - shift) of one tile after another, in the same memory, but for those that it keeps.
+    """Computes exp(s_ij - shift) tile by tile in one buffer, and keeps the first tiles.
 
     Parameters
     ----------
@@ -110,9 +111,9 @@ class Exponentials:
     masks
         Which pairs are allowed.
     kept
-        Tiles that need not be made, by their first row and column; what ``keep_bytes`` allows is added.
+        Tiles that are known, by first row and column; tiles are added up to ``keep_bytes``.
     keep_bytes
-        Bytes of tiles to keep.
+        Maximum bytes of tiles to keep.
     """
 
     def __init__(
@@ -122,26 +123,26 @@ class Exponentials:
         self.shift = scale - HEADROOM
         self.kept = {} if kept is None else kept
         self._free = x.new_empty(min(keep_bytes // x.element_size(), x.shape[0] * y.shape[0]))
-        # By powers of 2, which take less than half the time of powers of e.
+        # Powers of 2 take less than half the time of powers of e.
         self._minus = x.new_tensor(-self.shift * LOG2_E)
         self._memory = x.new_empty(2, min(TILE, x.shape[0]) * min(TILE, y.shape[0]))
 
     def tile(self, rows: slice, columns: slice) -> Tensor:
-        """Return e (rows, columns), not to be changed; 0 where a pair is not allowed."""
-        place = (rows.start, columns.start)
-        if place in self.kept:
-            return self.kept[place]
+        """Return e (rows, columns), read-only; 0 where a pair is not allowed."""
+        index = (rows.start, columns.start)
+        if index in self.kept:
+            return self.kept[index]
         x, y = self.x[rows], self.y[columns]
         shape = (x.shape[0], y.shape[0])
         keep = self._free.numel() >= shape[0] * shape[1]
         out = (self._free if keep else self._memory[0])[: shape[0] * shape[1]].view(shape)
-        # Scale and shift come in at the end of the product, so that its sums round as those of numbers below 1.
+        # Scale and shift are applied after the product, so that its sums round as sums of numbers below 1.
         e = torch.addmm(self._minus.expand(shape), x, y.T, alpha=self.scale * LOG2_E, out=out).exp2_()
         ok = self.masks.block(rows, columns, e)
         if ok is not None:
             e.mul_(ok)
         if keep:
-            self.kept[place] = e
+            self.kept[index] = e
             self._free = self._free[e.numel() :]
         return e
 
@@ -152,14 +153,14 @@ class Exponentials:
         return torch.add(a[rows, None], b[columns], out=out).mul_(e)
 
 
-def row_and_column_lse(make: Exponentials) -> tuple[Tensor, Tensor]:
-    """Return the log-sum-exp of every row, and of every column that has a softmax of its own, over allowed pairs."""
-    x, y, scale, masks = make.x, make.y, make.scale, make.masks
-    row, column = sums(make)
+def row_and_column_lse(exponentials: Exponentials) -> tuple[Tensor, Tensor]:
+    """Return the log-sum-exp over allowed pairs of every row, and of every column that has a softmax of its own."""
+    x, y, scale, masks = exponentials.x, exponentials.y, exponentials.scale, exponentials.masks
+    row, column = sums(exponentials)
     if masks.own_pairs:  # columns from the B-th on are further negatives
         column = column[: x.shape[0]]
-    row_lse, column_lse = row.log() + make.shift, column.log() + make.shift
-    # Sums that underflowed may stand for logits far off, or for none at all: done again, each with its own maximum.
+    row_lse, column_lse = row.log() + exponentials.shift, column.log() + exponentials.shift
+    # Sums that underflowed are recomputed, each with its own maximum; there may also be no allowed pair.
     for part in (row < FLOOR).nonzero().squeeze(1).split(TILE):
         row_lse[part] = masked_logits(x, y, scale, masks, rows=part).logsumexp(1)
     for part in (column < FLOOR).nonzero().squeeze(1).split(TILE):
@@ -167,12 +168,12 @@ def row_and_column_lse(make: Exponentials) -> tuple[Tensor, Tensor]:
     return row_lse, column_lse
 
 
-def sums(make: Exponentials) -> tuple[Tensor, Tensor]:
+def sums(exponentials: Exponentials) -> tuple[Tensor, Tensor]:
     """Return the sums of exp(s_ij - shift) over allowed columns (B,) and over rows (M,)."""
-    row, column = make.x.new_zeros(make.x.shape[0]), make.x.new_zeros(make.y.shape[0])
+    row, column = exponentials.x.new_zeros(exponentials.x.shape[0]), exponentials.x.new_zeros(exponentials.y.shape[0])
     ones = row.new_ones(TILE)
     for rows, columns in tiles(row.numel(), column.numel()):
-        e = make.tile(rows, columns)
+        e = exponentials.tile(rows, columns)
         row[rows].addmv_(e, ones[: e.shape[1]])
         column[columns].addmv_(e.T, ones[: e.shape[0]])
     return row, column
@@ -184,81 +185,94 @@ _ALL = slice(None)
 def masked_logits(
     x: Tensor, y: Tensor, scale: float | Tensor, masks: Masks, *, rows: Index = _ALL, columns: Index = _ALL
 ) -> Tensor:
-    """Return the logits of some rows and columns, -inf where a pair is not allowed."""
+    """Return the logits of these rows and columns, -inf where a pair is not allowed."""
     logits = scale * (x[rows] @ y[columns].T)
     ok = masks.block(rows, columns, logits)
     return logits if ok is None else logits.masked_fill(~ok, float("-inf"))
 
 
 class _InfoNCE(torch.autograd.Function):
-    """Vectors of any length in, loss out; they are normalised in here, so that no copy of them is kept."""
+    """Loss of vectors of any length, which are normalised here so that no normalised copy is saved."""
 
     @staticmethod
     def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, weight: Tensor, masks: Masks) -> Tensor:
         s = float(scale)
-        x, y = _unit(image), _unit(text)
-        make = Exponentials(x, y, s, masks, keep_bytes=KEPT_BYTES if any(ctx.needs_input_grad) else 0)
-        row_lse, column_lse = row_and_column_lse(make)
+        x, y = _unit(image, text)
+        exponentials = Exponentials(x, y, s, masks, keep_bytes=KEPT_BYTES if any(ctx.needs_input_grad) else 0)
+        row_lse, column_lse = row_and_column_lse(exponentials)
         positive = s * torch.linalg.vecdot(x, y[: x.shape[0]])
         total = weight.sum().clamp_min(1e-12)
         ctx.save_for_backward(image, text, weight, row_lse, column_lse)
-        ctx.scale, ctx.masks, ctx.total, ctx.kept = s, masks, float(total), make.kept
+        ctx.scale, ctx.masks, ctx.total, ctx.kept = s, masks, float(total), exponentials.kept
         return (weight * (row_lse + column_lse - 2 * positive)).sum() / (2 * total)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         image, text, weight, row_lse, column_lse = ctx.saved_tensors
-        x, y = _unit(image), _unit(text)
-        make = Exponentials(x, y, ctx.scale, ctx.masks, ctx.kept)
-        dx, dy = _unit_gradients(make, weight / (2 * ctx.total), row_lse, column_lse)
-        # Every logit is linear in x, so d loss / d scale needs no further pass over the logits.
+        x, y = _unit(image, text)
+        exponentials = Exponentials(x, y, ctx.scale, ctx.masks, ctx.kept)
+        dx, dy = _unit_gradients(exponentials, weight / (2 * ctx.total), row_lse, column_lse)
+        # Every logit is linear in x, so the gradient of the scale needs no further pass over the logits.
         dscale = torch.linalg.vecdot(x, dx).sum() * grads[0]
         factor = ctx.scale * grads[0]
         return _through_norm(image, x, dx.mul_(factor)), _through_norm(text, y, dy.mul_(factor)), dscale, None, None
 
 
-def wide(v: Tensor) -> Tensor:
-    """Return at least fp32: statistics of logits up to 100 cannot be kept in bf16."""
-    return v.to(torch.promote_types(v.dtype, torch.float32))
+def wide(*vectors: Tensor) -> tuple[Tensor, ...]:
+    """Return the tensors in one dtype, at least fp32: statistics of logits up to 100 cannot be kept in bf16."""
+    dtype = torch.float32
+    for v in vectors:
+        dtype = torch.promote_types(dtype, v.dtype)
+    return tuple(v.to(dtype) for v in vectors)
 
 
-def _unit(v: Tensor) -> Tensor:
-    v = wide(v)
-    return v / v.norm(dim=-1, keepdim=True).clamp_min(EPSILON)
+def _unit(*vectors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(v / v.norm(dim=-1, keepdim=True).clamp_min(EPSILON) for v in wide(*vectors))
 
 
 def _through_norm(v: Tensor, unit: Tensor, grad: Tensor) -> Tensor:
-    """Return the gradient of v from that of v / |v|, in the memory of ``grad``."""
-    norm = wide(v).norm(dim=-1, keepdim=True)
+    """Return the gradient of v from that of v / |v|; overwrites ``grad``."""
+    norm = v.to(grad.dtype).norm(dim=-1, keepdim=True)
     along = torch.linalg.vecdot(unit, grad).unsqueeze(-1).masked_fill_(norm < EPSILON, 0.0)
     return grad.addcmul_(unit, along, value=-1).div_(norm.clamp_min(EPSILON)).to(v.dtype)
 
 
-def _unit_gradients(make: Exponentials, half: Tensor, row_lse: Tensor, column_lse: Tensor) -> tuple[Tensor, Tensor]:
+def _unit_gradients(
+    exponentials: Exponentials, half: Tensor, row_lse: Tensor, column_lse: Tensor
+) -> tuple[Tensor, Tensor]:
     """Return d loss / d(s x) and d loss / d(s y); see the module's formula."""
-    x, y, shift = make.x, make.y, make.shift
+    x, y, shift = exponentials.x, exponentials.y, exponentials.shift
     B = x.shape[0]
-    # exp(shift - lse) overflows only where the sum underflowed; those rows and columns come in a pass of their own.
+    # exp(shift - lse) overflows only where the sum underflowed; these rows and columns are added by _add_low.
     row_low, column_low = row_lse - shift < LOG_FLOOR, column_lse - shift < LOG_FLOOR
     a = torch.where(row_low, 0.0, half * (shift - row_lse).clamp_max(80.0).exp())
     b = torch.where(column_low, 0.0, half * (shift - column_lse).clamp_max(80.0).exp())
     b = torch.cat([b, b.new_zeros(y.shape[0] - B)])
     dx, dy = torch.zeros_like(x), torch.zeros_like(y)
     for rows, columns in tiles(B, y.shape[0]):
-        g = make.weighted(rows, columns, a, b)
+        g = exponentials.weighted(rows, columns, a, b)
         dx[rows].addmm_(g, y[columns])
         dy[columns].addmm_(g.T, x[rows])
-    _add_low(x, y, make.scale, half, row_lse, column_lse, row_low, column_low, make.masks, dx, dy)
+    _add_low(x, y, exponentials.scale, half, row_lse, column_lse, row_low, column_low, exponentials.masks, dx, dy)
     dx.addcmul_(y[:B], half[:, None], value=-2)
     dy[:B].addcmul_(x, half[:, None], value=-2)
     return dx, dy
 
 
 def _add_low(
-    x: Tensor, y: Tensor, scale: float, half: Tensor, row_lse: Tensor, column_lse: Tensor, row_low: Tensor,
-    column_low: Tensor, masks: Masks, dx: Tensor, dy: Tensor,
-) -> None:  # fmt: skip
-    """Add the gradient of rows and columns whose sums underflowed, exactly."""
+    x: Tensor,
+    y: Tensor,
+    scale: float,
+    half: Tensor,
+    row_lse: Tensor,
+    column_lse: Tensor,
+    row_low: Tensor,
+    column_low: Tensor,
+    masks: Masks,
+    dx: Tensor,
+    dy: Tensor,
+) -> None:
+    """Add the exact gradient of rows and columns whose sums underflowed to ``dx`` and ``dy``."""
     for part in row_low.nonzero().squeeze(1).split(TILE):
         logits = masked_logits(x, y, scale, masks, rows=part)
         p = (logits - row_lse[part, None]).exp_().mul_(half[part, None])
@@ -272,19 +286,26 @@ def _add_low(
 
 
 def infonce_cpu(
-    image_BD: Tensor, text_MD: Tensor, scale: Tensor, *, negatives: str = "all", group_rows: Tensor | None = None,
-    group_columns: Tensor | None = None, class_rows: Tensor | None = None, class_columns: Tensor | None = None,
+    image_BD: Tensor,
+    text_MD: Tensor,
+    scale: Tensor,
+    *,
+    negatives: str = "all",
+    group_rows: Tensor | None = None,
+    group_columns: Tensor | None = None,
+    class_rows: Tensor | None = None,
+    class_columns: Tensor | None = None,
     weight_B: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """Symmetric InfoNCE; see :func:`comtip_kernels.infonce.infonce`. Returns a scalar, at least fp32."""
-    B, dtype = image_BD.shape[0], torch.promote_types(image_BD.dtype, torch.float32)
+) -> Tensor:
+    """Symmetric InfoNCE; see :func:`comtip_kernels.infonce`. Returns a scalar, at least fp32."""
+    B, dtype = image_BD.shape[0], wide(image_BD[:0], text_MD[:0])[0].dtype
     weight = image_BD.new_ones(B, dtype=dtype) if weight_B is None else weight_B.detach().to(dtype)
-    silent = weight == 0
+    excluded = weight == 0
     masks = Masks(
         negatives, group_rows, group_columns, class_rows if class_columns is not None else None, class_columns
     )
-    if bool(silent.any()):
-        masks.silent_rows = silent
-        masks.silent_columns = nn.functional.pad(silent, (0, text_MD.shape[0] - B))
-    with torch.autocast(image_BD.device.type, enabled=False):  # its bf16 would come back through the products
+    if bool(excluded.any()):
+        masks.excluded_rows = excluded
+        masks.excluded_columns = nn.functional.pad(excluded, (0, text_MD.shape[0] - B))
+    with torch.autocast(image_BD.device.type, enabled=False):  # autocast would round the products to bf16
         return _InfoNCE.apply(image_BD, text_MD, scale, weight, masks)

@@ -1,13 +1,13 @@
-"""InfoNCE between image and text vectors, written so that it can be checked by eye.
+"""InfoNCE between image and text vectors, in readable PyTorch: the definition of the operation.
 
-Shapes: B image rows, M >= B text columns (the first B are the true texts, the rest mispaired), D width.
+Shapes: B image rows, M >= B text columns (the first B are the true texts, the others further negatives), width D.
 
     s_ij   = scale * <x_i, y_j>                    x, y unit vectors
     L_i2t  = -sum_i w_i (s_ii - lse_{j in N(i)} s_ij) / sum_i w_i        over all M allowed columns
     L_t2i  = -sum_j w_j (s_jj - lse_{i in N(j)} s_ij) / sum_j w_j        over the B true columns only
     L      = (L_i2t + L_t2i) / 2
 
-N(i) holds the positive itself, always, and every column that the group rule and the class ids allow.
+N(i) contains the positive itself and every column that the group rule, the classes and the weights allow.
 """
 
 from __future__ import annotations
@@ -28,17 +28,33 @@ def allowed_pairs(
     class_columns: Tensor | None = None,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Return the (B, M) mask of pairs that enter the softmax: positives, and the negatives allowed.
+    """Return the mask of pairs that enter the softmax: positives and allowed negatives.
 
-    ``group_*`` are integers (a section, a stain, a platform) that ``negatives`` compares. ``class_*`` are
-    integers that say "the same text": columns of the row's own class are not its negatives.
+    Parameters
+    ----------
+    n_rows, n_columns
+        B and M.
+    negatives, group_rows, group_columns, class_rows, class_columns
+        As in :func:`comtip_kernels.infonce`.
+    device
+        Device of the mask.
+
+    Returns
+    -------
+    Tensor
+        bool (B, M).
+
+    Raises
+    ------
+    ValueError
+        If ``negatives`` is unknown, or its group ids are missing.
     """
     ok = torch.ones(n_rows, n_columns, dtype=torch.bool, device=device)
     if negatives not in ("all", "same_group", "other_group"):
-        raise ValueError(f"negatives={negatives!r}: choose 'all', 'same_group' or 'other_group'")
+        raise ValueError(f"infonce: negatives={negatives!r} is unknown; choose 'all', 'same_group' or 'other_group'")
     if negatives != "all":
         if group_rows is None or group_columns is None:
-            raise ValueError(f"negatives={negatives!r} needs group ids of rows and columns")
+            raise ValueError(f"infonce: negatives={negatives!r} needs group ids; pass group_rows and group_columns")
         same = group_rows[:, None] == group_columns[None, :]
         ok &= same if negatives == "same_group" else ~same
     if class_rows is not None and class_columns is not None:
@@ -58,18 +74,29 @@ def infonce_reference(
     class_columns: Tensor | None = None,
     weight_B: Tensor | None = None,
 ) -> Tensor:
-    """Symmetric InfoNCE with further text columns; see the module's formula. Returns a scalar."""
+    """Symmetric InfoNCE with further text columns; see the module's formula.
+
+    It computes in the dtype of the vectors; vectors of two dtypes are promoted to the wider one. Returns a scalar.
+    """
+    dtype = torch.promote_types(image_BD.dtype, text_MD.dtype)
+    image_BD, text_MD = image_BD.to(dtype), text_MD.to(dtype)
     B, M = image_BD.shape[0], text_MD.shape[0]
-    weight = image_BD.new_ones(B) if weight_B is None else weight_B.to(image_BD.dtype)
+    weight = image_BD.new_ones(B) if weight_B is None else weight_B.to(dtype)
     ok = allowed_pairs(
-        B, M, negatives=negatives, group_rows=group_rows, group_columns=group_columns,
-        class_rows=class_rows, class_columns=class_columns, device=image_BD.device,
-    )  # fmt: skip
-    # A spot of weight 0 has no text of its own (no measured gene of the panel): it is nobody's negative either.
-    silent = weight == 0
+        B,
+        M,
+        negatives=negatives,
+        group_rows=group_rows,
+        group_columns=group_columns,
+        class_rows=class_rows,
+        class_columns=class_columns,
+        device=image_BD.device,
+    )
+    # A spot of weight 0 has no text (no measured gene of the panel), so it is no negative either.
+    excluded = weight == 0
     eye = torch.eye(B, M, dtype=torch.bool, device=image_BD.device)
-    columns = torch.cat([silent, silent.new_zeros(M - B)])
-    ok = (ok & ~columns[None, :] & ~silent[:, None]) | eye
+    excluded_columns = torch.cat([excluded, excluded.new_zeros(M - B)])
+    ok = (ok & ~excluded_columns[None, :] & ~excluded[:, None]) | eye
     logits = scale * (F.normalize(image_BD, dim=-1) @ F.normalize(text_MD, dim=-1).T)
     logits = logits.masked_fill(~ok, float("-inf"))
     positive = logits.diagonal()

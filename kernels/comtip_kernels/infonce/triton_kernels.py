@@ -1,13 +1,14 @@
-"""InfoNCE on a GPU: Triton kernels, no B x M matrix, no atomics, nothing that depends on the order of programs.
+"""Triton kernels of InfoNCE: no B x M matrix, no atomics, results that do not depend on the order of programs.
 
-Forward, one pass over the logits: each program owns one tile, makes e = exp(s - shift) once, and stores the tile's row
-sums and column sums; a sum over tiles in fixed order finishes both directions (u = 2 B M D FLOPs). Rows or columns
-whose sum underflowed are done again by ``exact_lse``, which returns at once where there are none: the choice is made
-on the device. Backward: ``grad_rows`` makes dX with one program per block of rows, and, with its arguments swapped,
-dY (2u each). Vectors come in at length 1; see ``op.py``.
+Forward, one pass over the logits: each program owns one tile, computes e = exp(s - shift) once, and stores the row sums and
+the column sums of the tile; a sum over tiles in a fixed order completes both directions (u = 2 B M D FLOPs). Rows and columns
+whose sum underflowed are recomputed by ``exact_lse``, which returns immediately if there are none, so that the decision
+is taken on the device. Backward: ``grad_rows`` computes dX with one program per block of rows, and dY with its arguments
+swapped (2u each). The vectors have length 1; see ``triton_op.py``.
 
-DIAGONAL says whether pair (i, i) is a positive, as in the whole loss. Without it the same kernels work on a block of rows and
-columns of a larger matrix, which may hold no positive and no negative at all; see ``blocks_op.py``.
+DIAGONAL selects the whole loss, in which pair (i, i) is a positive. Its logits are stored by the same pass, so that positives
+and log-sum-exp share every rounding. Without DIAGONAL the kernels work on a block of rows and columns of a larger
+matrix, which may contain no positive and no negative; see ``blocks_triton_op.py``.
 """
 
 from __future__ import annotations
@@ -19,29 +20,48 @@ import triton.language as tl
 
 ALL, SAME_GROUP, OTHER_GROUP = 0, 1, 2
 LOG2E = tl.constexpr(1.4426950408889634)
+# The batch and the number of texts change from step to step. Values of 1 and multiples of 16 would each be compiled anew.
+_SIZES = ["n_rows", "n_cols", "n_col_tiles", "cols_per_part"]
+_VECTORS = ["group_q_ptr", "group_k_ptr", "class_q_ptr", "class_k_ptr", "excluded_q_ptr", "excluded_k_ptr"]
+_VECTORS += ["lse_ptr", "low_ptr", "lse_q_ptr", "lse_k_ptr", "weight_q_ptr", "weight_k_ptr", "low_q_ptr", "low_k_ptr"]
+_VECTORS += ["row_sums_ptr", "col_sums_ptr", "positive_ptr", "scale_ptr"]
 
 
 @triton.jit
 def _logits(  # type: ignore[no-untyped-def]
-    q_ptr, k_ptr, rows, cols, n_rows, n_cols, D, q_row, q_d, k_row, k_d,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Return <q_i, k_j>, fp32 (BM, BN); past the ends it is 0."""
+    q_ptr,
+    k_ptr,
+    rows,
+    cols,
+    n_rows,
+    n_cols,
+    width,
+    q_stride_row,
+    q_stride_dim,
+    k_stride_row,
+    k_stride_dim,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Return <q_i, k_j>, fp32 (BM, BN); 0 beyond the last row and column."""
     acc = tl.zeros((BM, BN), dtype=tl.float32)
-    for start in range(0, D, BK):
-        d = start + tl.arange(0, BK)
+    for start in range(0, width, BK):
+        dim = start + tl.arange(0, BK)
         q = tl.load(
-            q_ptr + rows[:, None] * q_row + d[None, :] * q_d,
-            mask=(rows[:, None] < n_rows) & (d[None, :] < D),
+            q_ptr + rows[:, None] * q_stride_row + dim[None, :] * q_stride_dim,
+            mask=(rows[:, None] < n_rows) & (dim[None, :] < width),
             other=0.0,
         )
         k = tl.load(
-            k_ptr + cols[:, None] * k_row + d[None, :] * k_d,
-            mask=(cols[:, None] < n_cols) & (d[None, :] < D),
+            k_ptr + cols[:, None] * k_stride_row + dim[None, :] * k_stride_dim,
+            mask=(cols[:, None] < n_cols) & (dim[None, :] < width),
             other=0.0,
         )
         if UPCAST:
-            # The interpreter multiplies the bit patterns of bf16; a GPU never takes this branch.
+            # The interpreter would multiply the bit patterns of bf16; a GPU never takes this branch.
             q = q.to(tl.float32)
             k = k.to(tl.float32)
         acc = tl.dot(q, tl.trans(k), acc, input_precision=PRECISION)
@@ -50,62 +70,163 @@ def _logits(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _allowed(  # type: ignore[no-untyped-def]
-    rows, cols, n_rows, n_cols, group_q, group_k, class_q, class_k, silent_q, silent_k,
-    RULE: tl.constexpr, CLASSES: tl.constexpr, SILENT: tl.constexpr, DIAGONAL: tl.constexpr,
-):  # fmt: skip
-    """Return which pairs enter the softmax: bool (BM, BN); with DIAGONAL (i, i) is the positive, and always does."""
+    rows,
+    cols,
+    n_rows,
+    n_cols,
+    group_q_ptr,
+    group_k_ptr,
+    class_q_ptr,
+    class_k_ptr,
+    excluded_q_ptr,
+    excluded_k_ptr,
+    RULE: tl.constexpr,
+    CLASSES: tl.constexpr,
+    EXCLUDED: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+):
+    """Return which pairs enter the softmax, bool (BM, BN); with DIAGONAL the positives (i, i) always do."""
     inside = (rows[:, None] < n_rows) & (cols[None, :] < n_cols)
     ok = inside
     if CLASSES:
-        cq = tl.load(class_q + rows, mask=rows < n_rows, other=0)
-        ck = tl.load(class_k + cols, mask=cols < n_cols, other=0)
-        ok = ok & (cq[:, None] != ck[None, :])
-    if SILENT:
-        sq = tl.load(silent_q + rows, mask=rows < n_rows, other=0)
-        sk = tl.load(silent_k + cols, mask=cols < n_cols, other=0)
-        ok = ok & (sq[:, None] == 0) & (sk[None, :] == 0)
+        class_q = tl.load(class_q_ptr + rows, mask=rows < n_rows, other=0)
+        class_k = tl.load(class_k_ptr + cols, mask=cols < n_cols, other=0)
+        ok = ok & (class_q[:, None] != class_k[None, :])
+    if EXCLUDED:
+        excluded_q = tl.load(excluded_q_ptr + rows, mask=rows < n_rows, other=0)
+        excluded_k = tl.load(excluded_k_ptr + cols, mask=cols < n_cols, other=0)
+        ok = ok & (excluded_q[:, None] == 0) & (excluded_k[None, :] == 0)
     if RULE != 0:
-        gq = tl.load(group_q + rows, mask=rows < n_rows, other=0)
-        gk = tl.load(group_k + cols, mask=cols < n_cols, other=0)
+        group_q = tl.load(group_q_ptr + rows, mask=rows < n_rows, other=0)
+        group_k = tl.load(group_k_ptr + cols, mask=cols < n_cols, other=0)
         if RULE == 1:
-            ok = ok & (gq[:, None] == gk[None, :])
+            ok = ok & (group_q[:, None] == group_k[None, :])
         else:
-            ok = ok & (gq[:, None] != gk[None, :])
+            ok = ok & (group_q[:, None] != group_k[None, :])
     if DIAGONAL:
         ok = ok | (inside & (rows[:, None] == cols[None, :]))
     return ok
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_VECTORS)
 def lse_tiles(  # type: ignore[no-untyped-def]
-    x_ptr, y_ptr, row_sums, col_sums, scale_ptr, group_x, group_y, class_x, class_y, silent_x, silent_y, B, M, D, x_row, x_d,
-    y_row, y_d, n_col_tiles, HEADROOM: tl.constexpr, RULE: tl.constexpr, CLASSES: tl.constexpr, SILENT: tl.constexpr,
-    DIAGONAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Store the row sums (n_col_tiles, B) and the column sums (n_row_tiles, M) of one tile of exp(s - shift)."""
+    q_ptr,
+    k_ptr,
+    row_sums_ptr,
+    col_sums_ptr,
+    positive_ptr,
+    scale_ptr,
+    group_q_ptr,
+    group_k_ptr,
+    class_q_ptr,
+    class_k_ptr,
+    excluded_q_ptr,
+    excluded_k_ptr,
+    n_rows,
+    n_cols,
+    width,
+    q_stride_row,
+    q_stride_dim,
+    k_stride_row,
+    k_stride_dim,
+    n_col_tiles,
+    HEADROOM: tl.constexpr,
+    RULE: tl.constexpr,
+    CLASSES: tl.constexpr,
+    EXCLUDED: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Store row sums (n_col_tiles, n_rows) and column sums (n_row_tiles, n_cols) of one tile of exp(s - shift).
+
+    With DIAGONAL also the positives' logits s_ii (n_rows,).
+    """
     pid = tl.program_id(0)
     tile_m, tile_n = pid // n_col_tiles, pid % n_col_tiles
     rows, cols = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN)
     scale = tl.load(scale_ptr)
-    s = _logits(x_ptr, y_ptr, rows, cols, B, M, D, x_row, x_d, y_row, y_d, BM, BN, BK, UPCAST, PRECISION)
-    e = tl.exp2((s * scale - (scale - HEADROOM)) * LOG2E)
+    s = scale * _logits(
+        q_ptr,
+        k_ptr,
+        rows,
+        cols,
+        n_rows,
+        n_cols,
+        width,
+        q_stride_row,
+        q_stride_dim,
+        k_stride_row,
+        k_stride_dim,
+        BM,
+        BN,
+        BK,
+        UPCAST,
+        PRECISION,
+    )
+    if DIAGONAL:  # noqa: SIM102
+        if (tile_m * BM < tile_n * BN + BN) & (tile_n * BN < tile_m * BM + BM):
+            positive = tl.sum(tl.where(rows[:, None] == cols[None, :], s, 0.0), axis=1)
+            in_tile = (rows >= tile_n * BN) & (rows < tile_n * BN + BN) & (rows < n_rows)
+            tl.store(positive_ptr + rows, positive, mask=in_tile)
+    e = tl.exp2((s - (scale - HEADROOM)) * LOG2E)
     ok = _allowed(
-        rows, cols, B, M, group_x, group_y, class_x, class_y, silent_x, silent_y, RULE, CLASSES, SILENT, DIAGONAL
+        rows,
+        cols,
+        n_rows,
+        n_cols,
+        group_q_ptr,
+        group_k_ptr,
+        class_q_ptr,
+        class_k_ptr,
+        excluded_q_ptr,
+        excluded_k_ptr,
+        RULE,
+        CLASSES,
+        EXCLUDED,
+        DIAGONAL,
     )
     e = tl.where(ok, e, 0.0)
-    tl.store(row_sums + tile_n.to(tl.int64) * B + rows, tl.sum(e, axis=1), mask=rows < B)
-    tl.store(col_sums + tile_m.to(tl.int64) * M + cols, tl.sum(e, axis=0), mask=cols < M)
+    tl.store(row_sums_ptr + tile_n.to(tl.int64) * n_rows + rows, tl.sum(e, axis=1), mask=rows < n_rows)
+    tl.store(col_sums_ptr + tile_m.to(tl.int64) * n_cols + cols, tl.sum(e, axis=0), mask=cols < n_cols)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_VECTORS)
 def exact_lse(  # type: ignore[no-untyped-def]
-    q_ptr, k_ptr, lse_ptr, low_ptr, scale_ptr, group_q, group_k, class_q, class_k, silent_q, silent_k, n_out, n_cols, D, q_row,
-    q_d, k_row, k_d, RULE: tl.constexpr, CLASSES: tl.constexpr, SILENT: tl.constexpr, DIAGONAL: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Do the log-sum-exp of the rows marked ``low`` again, with a running maximum; nothing to do, nothing done."""
+    q_ptr,
+    k_ptr,
+    lse_ptr,
+    low_ptr,
+    scale_ptr,
+    group_q_ptr,
+    group_k_ptr,
+    class_q_ptr,
+    class_k_ptr,
+    excluded_q_ptr,
+    excluded_k_ptr,
+    n_rows,
+    n_cols,
+    width,
+    q_stride_row,
+    q_stride_dim,
+    k_stride_row,
+    k_stride_dim,
+    RULE: tl.constexpr,
+    CLASSES: tl.constexpr,
+    EXCLUDED: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Recompute the log-sum-exp of the rows marked in ``low`` with a running maximum; return if none is marked."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
-    low = tl.load(low_ptr + rows, mask=rows < n_out, other=0)
+    low = tl.load(low_ptr + rows, mask=rows < n_rows, other=0)
     if tl.max(low, axis=0) > 0:
         scale = tl.load(scale_ptr)
         top = tl.full((BM,), float("-inf"), tl.float32)
@@ -113,120 +234,204 @@ def exact_lse(  # type: ignore[no-untyped-def]
         for start in range(0, n_cols, BN):
             cols = start + tl.arange(0, BN)
             ok = _allowed(
-                rows, cols, n_out, n_cols, group_q, group_k, class_q, class_k, silent_q, silent_k, RULE,
-                CLASSES, SILENT, DIAGONAL,
-            )  # fmt: skip
+                rows,
+                cols,
+                n_rows,
+                n_cols,
+                group_q_ptr,
+                group_k_ptr,
+                class_q_ptr,
+                class_k_ptr,
+                excluded_q_ptr,
+                excluded_k_ptr,
+                RULE,
+                CLASSES,
+                EXCLUDED,
+                DIAGONAL,
+            )
             s = scale * _logits(
-                q_ptr, k_ptr, rows, cols, n_out, n_cols, D, q_row, q_d, k_row, k_d, BM, BN, BK, UPCAST, PRECISION
+                q_ptr,
+                k_ptr,
+                rows,
+                cols,
+                n_rows,
+                n_cols,
+                width,
+                q_stride_row,
+                q_stride_dim,
+                k_stride_row,
+                k_stride_dim,
+                BM,
+                BN,
+                BK,
+                UPCAST,
+                PRECISION,
             )
             s = tl.where(ok, s, float("-inf"))
             new = tl.maximum(top, tl.max(s, axis=1))
-            # A row that has met no allowed pair yet keeps -inf, and must not make NaN of it.
+            # A row without an allowed pair so far keeps -inf; subtracting it would give NaN.
             safe = tl.where(new == float("-inf"), 0.0, new)
             total = total * tl.exp2((top - safe) * LOG2E) + tl.sum(tl.exp2((s - safe[:, None]) * LOG2E), axis=1)
             top = new
-        tl.store(lse_ptr + rows, top + tl.log2(total) / LOG2E, mask=(rows < n_out) & (low > 0))
+        tl.store(lse_ptr + rows, top + tl.log2(total) / LOG2E, mask=(rows < n_rows) & (low > 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_VECTORS)
 def grad_rows(  # type: ignore[no-untyped-def]
-    q_ptr, k_ptr, out_ptr, lse_q, lse_k, half_q, half_k, low_q, low_k, scale_ptr, group_q, group_k, class_q, class_k, silent_q,
-    silent_k, n_rows, n_cols, per_part, D, q_row, q_d, k_row, k_d, HEADROOM: tl.constexpr, RULE: tl.constexpr, CLASSES: tl.constexpr,
-    SILENT: tl.constexpr, DIAGONAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
-    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Store sum_j g_ij k_j, fp32 (n_rows, D), for one block of rows and one slice of BD columns of D.
+    q_ptr,
+    k_ptr,
+    out_ptr,
+    lse_q_ptr,
+    lse_k_ptr,
+    weight_q_ptr,
+    weight_k_ptr,
+    low_q_ptr,
+    low_k_ptr,
+    scale_ptr,
+    group_q_ptr,
+    group_k_ptr,
+    class_q_ptr,
+    class_k_ptr,
+    excluded_q_ptr,
+    excluded_k_ptr,
+    n_rows,
+    n_cols,
+    cols_per_part,
+    width,
+    q_stride_row,
+    q_stride_dim,
+    k_stride_row,
+    k_stride_dim,
+    HEADROOM: tl.constexpr,
+    RULE: tl.constexpr,
+    CLASSES: tl.constexpr,
+    EXCLUDED: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BD: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Store sum_j g_ij k_j, fp32 (n_rows, width), for one block of rows and one slice of BD dimensions.
 
-    Without DIAGONAL: (parts, n_rows, D), each over ``per_part`` columns.
+    Without DIAGONAL: (parts, n_rows, width), each part over ``cols_per_part`` columns.
 
-    g_ij = half_q[i] exp(s_ij - lse_q[i]) + half_k[j] exp(s_ij - lse_k[j]), both from one exponential unless a sum of
-    this tile had underflowed.
+    g_ij = weight_q[i] exp(s_ij - lse_q[i]) + weight_k[j] exp(s_ij - lse_k[j]), both terms from one exponential
+    unless a sum of this tile underflowed.
     """
     if not DIAGONAL:
-        # A block may be long and thin: programs share out its columns, each part is stored by itself.
-        first = tl.program_id(2) * per_part
-        n_cols = tl.minimum(n_cols - first, per_part)
-        k_ptr += first.to(tl.int64) * k_row
-        out_ptr += (tl.program_id(2) * n_rows).to(tl.int64) * D
-        lse_k += first
-        half_k += first
-        low_k += first
-        group_k += first
-        class_k += first
-        silent_k += first
+        # A block can be long and narrow: its columns are split over programs, and each part is stored separately.
+        first = tl.program_id(2) * cols_per_part
+        n_cols = tl.minimum(n_cols - first, cols_per_part)
+        k_ptr += first.to(tl.int64) * k_stride_row
+        out_ptr += (tl.program_id(2) * n_rows).to(tl.int64) * width
+        lse_k_ptr += first
+        weight_k_ptr += first
+        low_k_ptr += first
+        group_k_ptr += first
+        class_k_ptr += first
+        excluded_k_ptr += first
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
-    d_out = tl.program_id(1) * BD + tl.arange(0, BD)
+    dim_out = tl.program_id(1) * BD + tl.arange(0, BD)
     scale = tl.load(scale_ptr)
     shift = scale - HEADROOM
-    own_lse = tl.load(lse_q + rows, mask=rows < n_rows, other=0.0)
-    own_half = tl.load(half_q + rows, mask=rows < n_rows, other=0.0)
-    own_low = tl.max(tl.load(low_q + rows, mask=rows < n_rows, other=0), axis=0)
-    a = own_half * tl.exp2(tl.minimum(shift - own_lse, 80.0) * LOG2E)
+    lse_q = tl.load(lse_q_ptr + rows, mask=rows < n_rows, other=0.0)
+    weight_q = tl.load(weight_q_ptr + rows, mask=rows < n_rows, other=0.0)
+    low_q = tl.max(tl.load(low_q_ptr + rows, mask=rows < n_rows, other=0), axis=0)
+    a = weight_q * tl.exp2(tl.minimum(shift - lse_q, 80.0) * LOG2E)
     acc = tl.zeros((BM, BD), dtype=tl.float32)
     for start in range(0, n_cols, BN):
         cols = start + tl.arange(0, BN)
         s = scale * _logits(
-            q_ptr, k_ptr, rows, cols, n_rows, n_cols, D, q_row, q_d, k_row, k_d, BM, BN, BK, UPCAST, PRECISION
+            q_ptr,
+            k_ptr,
+            rows,
+            cols,
+            n_rows,
+            n_cols,
+            width,
+            q_stride_row,
+            q_stride_dim,
+            k_stride_row,
+            k_stride_dim,
+            BM,
+            BN,
+            BK,
+            UPCAST,
+            PRECISION,
         )
-        lse = tl.load(lse_k + cols, mask=cols < n_cols, other=0.0)
-        half = tl.load(half_k + cols, mask=cols < n_cols, other=0.0)
-        low = tl.max(tl.load(low_k + cols, mask=cols < n_cols, other=0), axis=0)
-        if tl.maximum(own_low, low) > 0:
-            g = own_half[:, None] * tl.exp2((s - own_lse[:, None]) * LOG2E)
-            # A weight of 0 stands for a further column, whose log-sum-exp was never made: its exponential may be infinite.
-            other = tl.where(half[None, :] != 0, (s - lse[None, :]) * LOG2E, 0.0)
-            g += half[None, :] * tl.exp2(other)
+        lse_k = tl.load(lse_k_ptr + cols, mask=cols < n_cols, other=0.0)
+        weight_k = tl.load(weight_k_ptr + cols, mask=cols < n_cols, other=0.0)
+        low_k = tl.max(tl.load(low_k_ptr + cols, mask=cols < n_cols, other=0), axis=0)
+        if tl.maximum(low_q, low_k) > 0:
+            g = weight_q[:, None] * tl.exp2((s - lse_q[:, None]) * LOG2E)
+            # A weight of 0 marks a further column, whose log-sum-exp does not exist: its exponential may be infinite.
+            exponent = tl.where(weight_k[None, :] != 0, (s - lse_k[None, :]) * LOG2E, 0.0)
+            g += weight_k[None, :] * tl.exp2(exponent)
         else:
-            b = half * tl.exp2(tl.minimum(shift - lse, 80.0) * LOG2E)
+            b = weight_k * tl.exp2(tl.minimum(shift - lse_k, 80.0) * LOG2E)
             g = tl.exp2((s - shift) * LOG2E) * (a[:, None] + b[None, :])
         ok = _allowed(
-            rows, cols, n_rows, n_cols, group_q, group_k, class_q, class_k, silent_q, silent_k, RULE,
-            CLASSES, SILENT, DIAGONAL,
-        )  # fmt: skip
-        g = tl.where(ok, g, 0.0)
+            rows,
+            cols,
+            n_rows,
+            n_cols,
+            group_q_ptr,
+            group_k_ptr,
+            class_q_ptr,
+            class_k_ptr,
+            excluded_q_ptr,
+            excluded_k_ptr,
+            RULE,
+            CLASSES,
+            EXCLUDED,
+            DIAGONAL,
+        )
+        g = tl.where(ok, g, 0.0).to(k_ptr.dtype.element_ty)
         k = tl.load(
-            k_ptr + cols[:, None] * k_row + d_out[None, :] * k_d, mask=(cols[:, None] < n_cols) & (d_out[None, :] < D),
+            k_ptr + cols[:, None] * k_stride_row + dim_out[None, :] * k_stride_dim,
+            mask=(cols[:, None] < n_cols) & (dim_out[None, :] < width),
             other=0.0,
-        )  # fmt: skip
+        )
         if UPCAST:
+            g = g.to(tl.float32)
             k = k.to(tl.float32)
-        acc = tl.dot(g.to(k.dtype), k, acc, input_precision=PRECISION)
+        acc = tl.dot(g, k, acc, input_precision=PRECISION)
     tl.store(
-        out_ptr + rows[:, None].to(tl.int64) * D + d_out[None, :],
+        out_ptr + rows[:, None].to(tl.int64) * width + dim_out[None, :],
         acc,
-        mask=(rows[:, None] < n_rows) & (d_out[None, :] < D),
+        mask=(rows[:, None] < n_rows) & (dim_out[None, :] < width),
     )
 
 
-# Tiles that the ledger passes on sm_80 and sm_90 (no spills, shared memory within the limit); no autotuning, so that a
-# result does not depend on what else the GPU was doing.
-FORWARD: dict[str, Any] = {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3}
-EXACT: dict[str, Any] = {"BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 3}
-EXACT_FP32: dict[str, Any] = {"BM": 64, "BN": 32, "BK": 32, "num_warps": 4, "num_stages": 3}
-BACKWARD: dict[str, Any] = {"BM": 64, "BN": 32, "BK": 64, "num_warps": 8, "num_stages": 2}
-BACKWARD_FP32: dict[str, Any] = {"BM": 32, "BN": 32, "BK": 32, "num_warps": 8, "num_stages": 2}
-
-
-def exact_tiles(fp32: bool) -> dict[str, Any]:
-    """Return the exact pass' tiles; masks of 64-bit classes leave fewer registers."""
-    return dict(EXACT_FP32 if fp32 else EXACT)
-
-
-def backward_tiles(fp32: bool) -> dict[str, Any]:
-    """Return the backward's tiles: operands of 4 bytes take half the room."""
-    return dict(BACKWARD_FP32 if fp32 else BACKWARD)
-
-
-MAX_BD = 512
-"""Width of the gradient that a program keeps in registers; wider vectors make the logits again per slice."""
+# Tile sizes by mode (``tl_common.product_mode``) that compile without spills and within the shared memory of sm_80 and sm_90.
+# Nothing is autotuned: a result must not depend on what else the GPU was doing.
+FORWARD: dict[str, dict[str, Any]] = {
+    "bf16": {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
+    "tf32": {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
+    "tf32x3": {"BM": 64, "BN": 64, "BK": 32, "num_warps": 8, "num_stages": 2},
+}
+EXACT: dict[str, dict[str, Any]] = {
+    "bf16": {"BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 3},
+    "tf32": {"BM": 64, "BN": 32, "BK": 32, "num_warps": 4, "num_stages": 3},
+    "tf32x3": {"BM": 64, "BN": 32, "BK": 16, "num_warps": 4, "num_stages": 3},
+}
+BACKWARD: dict[str, dict[str, Any]] = {
+    "bf16": {"BM": 64, "BN": 32, "BK": 64, "BD": 512, "num_warps": 8, "num_stages": 2},
+    "tf32": {"BM": 32, "BN": 32, "BK": 32, "BD": 512, "num_warps": 8, "num_stages": 2},
+    "tf32x3": {"BM": 32, "BN": 32, "BK": 32, "BD": 256, "num_warps": 8, "num_stages": 2},
+}
+"""BD is the width of the gradient that one program holds in registers; wider vectors recompute the logits for each slice."""
 PROGRAMS, LEAST_PART = 256, 512
-"""A block's gradient is shared out among about so many programs, two for each multiprocessor of a large GPU, over at least so
-many columns each. Constants: the order of a sum must not depend on the GPU."""
+"""The gradient of a block is split over about this many programs, two per multiprocessor of a large GPU, and over at least this
+many columns each. Both are constants: the order of a sum must not depend on the GPU."""
 
 
 def shares(programs: int, n_cols: int) -> tuple[int, int]:
-    """Return in how many parts ``programs`` blocks of rows work through a block's columns, and how long a part is."""
-    per_part = max(LEAST_PART, triton.cdiv(n_cols * programs, PROGRAMS))
-    # Multiples of every tile and of 16, so that a part is read as quickly as the whole.
-    per_part = 64 * triton.cdiv(per_part, 64)
-    return triton.cdiv(n_cols, per_part), per_part
+    """Return into how many parts the columns of a block are split for ``programs`` blocks of rows, and their length."""
+    cols_per_part = max(LEAST_PART, triton.cdiv(n_cols * programs, PROGRAMS))
+    # Multiples of all tile sizes.
+    cols_per_part = 64 * triton.cdiv(cols_per_part, 64)
+    return triton.cdiv(n_cols, cols_per_part), cols_per_part

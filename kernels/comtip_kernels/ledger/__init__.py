@@ -1,1 +1,1 @@
-"""Proof without a GPU: what ahead-of-time compilation says of every kernel, gated against a committed table."""
+"""Evidence without a GPU: ahead-of-time compilation of every kernel, compared with a committed table."""

@@ -1,4 +1,4 @@
-"""``python -m comtip_kernels.ledger``: compile every kernel and write the tables; ``--check`` fails where a row got worse."""
+"""``python -m comtip_kernels.ledger``: compile every kernel and write the tables; ``--check`` fails if a row got worse."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from collections.abc import Iterable
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from comtip_kernels.ledger.aot import SHARED_LIMIT_KIB, Row
+from comtip_kernels.ledger.aot import SHARED_LIMIT_KIB, LedgerRow
 from comtip_kernels.ledger.sizes import sizes
 
-COLUMNS = ["triton", *(f.name for f in fields(Row))]
+COLUMNS = ["triton", *(f.name for f in fields(LedgerRow))]
 SLACK = 8
-"""Registers that a row may gain: the allocator moves by a few without a reason that matters."""
+"""Tolerated increase of registers, which change by a few with every version of the compiler."""
 
 
-def problems(row: Row, before: dict[str, str] | None) -> list[str]:
-    """Say what is wrong with a row: by itself, and against the committed one."""
+def problems(row: LedgerRow, before: dict[str, str] | None) -> list[str]:
+    """Return the problems of a row: by itself, and compared with the committed row."""
     where = f"{row.op}/{row.name} sm_{row.arch}"
     out = []
     if row.arch in (80, 90) and (row.stack or row.spills):
         out.append(f"{where}: spills ({row.stack} bytes of stack, {row.spills} local loads and stores)")
     if row.shared_kib > SHARED_LIMIT_KIB[row.arch]:
-        out.append(f"{where}: {row.shared_kib} KiB of shared memory, {SHARED_LIMIT_KIB[row.arch]} can be had")
+        out.append(f"{where}: {row.shared_kib} KiB of shared memory, the limit is {SHARED_LIMIT_KIB[row.arch]} KiB")
     if before is None:
         return out
     if row.registers > int(before["registers"]) + SLACK:
@@ -42,15 +42,15 @@ def problems(row: Row, before: dict[str, str] | None) -> list[str]:
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """Return the committed rows; none where there is no file."""
+    """Return the committed rows; none if there is no file."""
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
-def write(path: Path, rows: Iterable[Row], version: str, kept: list[dict[str, str]]) -> None:
-    """Write the rows of this Triton beside those of others."""
+def write(path: Path, rows: Iterable[LedgerRow], version: str, kept: list[dict[str, str]]) -> None:
+    """Write the rows of this Triton version and keep those of others."""
     others = [r for r in kept if r["triton"] != version]
     ours = [{"triton": version} | {k: str(v) for k, v in asdict(r).items()} for r in rows]
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -60,14 +60,14 @@ def write(path: Path, rows: Iterable[Row], version: str, kept: list[dict[str, st
 
 
 def sized_problems(path: Path) -> list[str]:
-    """Say where a named size moves or multiplies more than in the committed table, or is not in it."""
+    """Return where a named size moves or multiplies more than in the committed table, or is missing from it."""
     known = {(r["op"], r["part"], r["size"]): r for r in read(path)}
     out = []
     for row in (s.row() for s in sizes()):
         where = f"{row['op']} {row['part']}, {row['size']}"
         before = known.get((row["op"], row["part"], row["size"]))
         if before is None:
-            out.append(f"{where}: not in {path}; write it anew")
+            out.append(f"{where}: not in {path}; run python -m comtip_kernels.ledger")
             continue
         for name in ("memory_mb", "loaded_mb", "gflop"):
             if float(row[name]) > float(before[name]):
@@ -76,7 +76,7 @@ def sized_problems(path: Path) -> list[str]:
 
 
 def write_sizes(path: Path) -> None:
-    """Write what the formulas say of every named size."""
+    """Write the traffic of every named size."""
     rows = [s.row() for s in sizes()]
     with path.open("w", newline="", encoding="utf-8") as file:
         out = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
@@ -89,10 +89,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m comtip_kernels.ledger", description=__doc__)
     parser.add_argument("--table", type=Path, default=Path("bench/ledger.csv"))
     parser.add_argument("--sizes", type=Path, default=Path("bench/traffic.csv"))
-    parser.add_argument("--check", action="store_true", help="compare with the table instead of writing it")
+    parser.add_argument("--check", action="store_true", help="compare with the table and do not write it")
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
-        parser.error("TRITON_INTERPRET=1 is set: an interpreted kernel cannot be compiled")
+        parser.error("TRITON_INTERPRET=1 is set and interpreted kernels cannot be compiled; unset it")
     import triton
 
     from comtip_kernels.ledger.aot import compile_entry
@@ -106,12 +106,11 @@ def main() -> int:
             row = compile_entry(entry, arch)
             rows.append(row)
             wrong += problems(row, known.get((row.op, row.name, arch)))
-            print(f"{row.op:<10}{row.name:<22}sm_{arch:<4} {row.registers:>3} regs {row.stack:>4} B stack {row.shared_kib:>4} KiB "
-                  f"{row.mma_count:>3} {row.mma:<7}{row.loads_128:>3} x 128 bit {row.async_copies:>3} async", flush=True)  # fmt: skip
+            resources = f"{row.registers:>3} regs {row.stack:>4} B stack {row.shared_kib:>4} KiB"
+            counts = f"{row.mma_count:>3} {row.mma:<7}{row.loads_128:>3} x 128 bit {row.async_copies:>3} async"
+            print(f"{row.op:<10}{row.name:<26}sm_{arch:<4} {resources} {counts}", flush=True)
     if args.check and not known:
-        print(
-            f"{args.table} holds no rows of Triton {triton.__version__}: nothing to compare; spills and limits are checked"
-        )
+        print(f"{args.table} has no rows of Triton {triton.__version__}; only spills and limits are checked")
     for sized in sizes():
         of = sized.row()
         print(

@@ -1,8 +1,8 @@
-"""Compile a Triton kernel for a GPU that is not there, and read what came out.
+"""Ahead-of-time compilation of a Triton kernel without a GPU, and inspection of the machine code.
 
-``triton.compile`` with an ``ASTSource`` and a ``GPUTarget`` needs no driver. The hints that the JIT would add
-(pointers and sizes divisible by 16, strides of 1 as constants) are given by hand: without them the numbers are those of
-another program. Registers and stack come from ``cuobjdump``, instructions from ``nvdisasm``, both in Triton's own wheel.
+``triton.compile`` with an ``ASTSource`` and a ``GPUTarget`` needs no driver. The hints that the JIT would add (pointers and
+sizes divisible by 16, strides of 1 as constants) are given explicitly: without them another program is compiled. Registers and
+stack come from ``cuobjdump``, instructions from ``nvdisasm``; both are part of the Triton wheel.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 SHARED_LIMIT_KIB = {80: 163, 90: 227, 100: 227}
-"""Shared memory that one block may have; a kernel above it compiles, and fails only when it is loaded."""
+"""Maximum shared memory of a block; a kernel beyond it compiles and fails when it is loaded."""
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One kernel in one configuration, as it would be launched."""
+class LedgerEntry:
+    """One kernel in one configuration, as it is launched."""
 
     op: str
     name: str
     kernel: Any
     types: Mapping[str, str]
-    """Type of every argument that is not a constant: ``*bf16``, ``*fp32``, ``*i32``, ``i32`` ..."""
+    """Type of every argument that is not a constant: ``*bf16``, ``*fp32``, ``*i32``, ``i32``."""
     constants: Mapping[str, Any]
     num_warps: int
     num_stages: int
     aligned: frozenset[str] = field(default_factory=frozenset)
-    """Arguments that the JIT would know to be divisible by 16."""
+    """Arguments that the JIT knows to be divisible by 16."""
     wants_tensor_cores: bool = True
 
 
 @dataclass(frozen=True)
-class Row:
-    """What one entry became on one architecture; instructions are counted in the code, not while it runs."""
+class LedgerRow:
+    """One entry compiled for one architecture; instructions are counted in the code, not at run time."""
 
     op: str
     name: str
@@ -50,18 +50,24 @@ class Row:
     registers: int
     stack: int
     spills: int
-    """Loads and stores of local memory."""
+    """Number of loads and stores of local memory."""
     shared_kib: int
     mma: str
     """``HMMA``, ``HGMMA``, ``UTCMMA`` or ``-``."""
     mma_count: int
     loads_128: int
-    """Global loads of 128 bits, asynchronous copies to shared memory of 128 bits among them."""
+    """Global loads of 128 bits, including asynchronous copies to shared memory."""
     async_copies: int
 
 
-def compile_entry(entry: Entry, arch: int) -> Row:
-    """Compile one entry for ``sm_<arch>`` and count."""
+def compile_entry(entry: LedgerEntry, arch: int) -> LedgerRow:
+    """Compile one entry for ``sm_<arch>`` and count instructions.
+
+    Raises
+    ------
+    RuntimeError
+        If ``cuobjdump`` prints no resource usage.
+    """
     names = list(entry.kernel.arg_names)
     signature = {n: "constexpr" if n in entry.constants else entry.types[n] for n in names}
     constants = {(names.index(k),): v for k, v in entry.constants.items()}
@@ -76,15 +82,23 @@ def compile_entry(entry: Entry, arch: int) -> Row:
         code = _tool(triton.knobs.nvidia.nvdisasm.path, "-c", cubin)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
-        raise RuntimeError(f"cuobjdump says nothing of {entry.op}/{entry.name}: {usage[:300]}")
+        raise RuntimeError(f"{entry.op}/{entry.name}: cuobjdump printed no resource usage: {usage[:300]}")
     kinds = {"HGMMA": r"\bHGMMA\b", "UTCMMA": r"\bUTC\w*MMA", "HMMA": r"\bHMMA\b"}
     counts = {kind: len(re.findall(pattern, code)) for kind, pattern in kinds.items()}
     mma = next((kind for kind, count in counts.items() if count), "-")
-    return Row(
-        entry.op, entry.name, arch, int(found[1]), int(found[2]), len(re.findall(r"\b(?:LDL|STL)\b", code)),
-        -(-int(built.metadata.shared) // 1024), mma, counts.get(mma, 0),
-        len(re.findall(r"\bLD(?:G|GSTS)\.E\S*128", code)), len(re.findall(r"\b(?:LDGSTS|UTMALDG)\b", code)),
-    )  # fmt: skip
+    return LedgerRow(
+        entry.op,
+        entry.name,
+        arch,
+        int(found[1]),
+        int(found[2]),
+        len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        -(-int(built.metadata.shared) // 1024),
+        mma,
+        counts.get(mma, 0),
+        len(re.findall(r"\bLD(?:G|GSTS)\.E\S*128", code)),
+        len(re.findall(r"\b(?:LDGSTS|UTMALDG)\b", code)),
+    )
 
 
 def _tool(*words: object) -> str:

@@ -12,18 +12,18 @@ import numpy as np
 
 @dataclass
 class Counted:
-    """Bytes and FLOPs of everything that was launched."""
+    """Bytes and FLOPs of all launches."""
 
     loaded: int = 0
-    """Bytes asked for, every time they were: what caches must serve."""
+    """Bytes of all load requests, which the caches serve."""
     stored: int = 0
     flops: int = 0
-    """Of ``tl.dot``, padding included."""
+    """FLOPs of ``tl.dot``, including padding."""
     _pages: list[np.ndarray] = field(default_factory=list)
 
     @property
     def distinct(self) -> int:
-        """Bytes of different addresses loaded: what memory must serve when caches hold the rest."""
+        """Bytes of distinct addresses loaded: what memory serves if caches hold the rest."""
         return int(np.unique(np.concatenate(self._pages)).size) if self._pages else 0
 
 
@@ -34,7 +34,7 @@ def counting() -> Iterator[Counted]:
     Raises
     ------
     RuntimeError
-        If kernels are not being interpreted: nothing would be counted.
+        If kernels are not interpreted, so that nothing would be counted.
     """
     from comtip_kernels.tl_common import INTERPRETING
 

@@ -1,137 +1,135 @@
-"""What is in the ledger: every kernel, at the sizes and with the flags that ask most of it."""
+"""The kernels in the ledger, at the sizes and with the options that need most registers and shared memory.
+
+Each entry states what the JIT would know about a launch: argument types, constants, and which arguments are divisible by 16.
+The last is read from the kernels themselves (``do_not_specialize``), so the two cannot differ.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 from comtip_kernels.gene_sentence_embedding import triton_kernels as embedding
 from comtip_kernels.infonce import triton_kernels as infonce
-from comtip_kernels.ledger.aot import Entry
+from comtip_kernels.ledger.aot import LedgerEntry
 from comtip_kernels.packed_attention import triton_kernels as attention
 from comtip_kernels.sentence_table import triton_kernels as table
 
 ARCHITECTURES = (80, 90, 100)
-_IDS = (
-    "silent_x",
-    "silent_y",
-    "silent_q",
-    "silent_k",
-    "group_x",
-    "group_y",
-    "class_x",
-    "class_y",
-    "group_q",
-    "group_k",
-    "class_q",
-    "class_k",
-    "low_q",
-    "low_k",
-    "low_ptr",
+MODES = ("bf16", "tf32", "tf32x3")
+"""How the products are computed (``tl_common.product_mode``)."""
+ELEMENT = {"bf16": "bf16", "tf32": "fp32", "tf32x3": "fp32", "fp32": "fp32"}
+_INT64 = (
+    "class_q_ptr",
+    "class_k_ptr",
+    "token_id_ptr",
+    "kind_id_ptr",
+    "slot_id_ptr",
+    "lo_id_ptr",
+    "hi_id_ptr",
+    "identity_id_ptr",
 )
-_SIZES = ("B", "M", "D", "n_rows", "n_cols", "per_part", "n_out", "n_col_tiles", "x_row", "y_row", "q_row", "k_row")
+_INT32 = (
+    "excluded_q_ptr",
+    "excluded_k_ptr",
+    "group_q_ptr",
+    "group_k_ptr",
+    "low_q_ptr",
+    "low_k_ptr",
+    "low_ptr",
+    "first_ptr",
+    "last_ptr",
+    "target_ptr",
+    "order_ptr",
+    "row_id_ptr",
+)
 
 
-def _infonce(name: str, kernel: object, tiles: dict[str, int], dtype: str, block: bool) -> Entry:
-    """Return one InfoNCE kernel with every kind of mask on, vectors contiguous; classes are 64 bits wide, as hashes are."""
-    names = list(kernel.arg_names)  # type: ignore[attr-defined]
-    constants = {
-        "HEADROOM": 40.0, "RULE": infonce.SAME_GROUP, "CLASSES": True, "SILENT": True, "DIAGONAL": not block,
-        "UPCAST": False, "PRECISION": "ieee" if dtype == "bf16" else "tf32",
-    } | {k: v for k, v in tiles.items() if k in names} | {n: 1 for n in names if n.endswith("_d")}  # fmt: skip
-    if "HEADROOM" not in names:
-        constants.pop("HEADROOM")
-    types = {n: f"*{dtype}" if n in ("x_ptr", "y_ptr", "q_ptr", "k_ptr") else "*i32" if n in _IDS else "i32" if n in _SIZES else "*fp32"
-             for n in names}  # fmt: skip
-    types |= {n: "*i64" for n in names if n.startswith("class_")}
-    aligned = frozenset(n for n in names if n not in constants and n not in ("scale_ptr", "n_col_tiles"))
-    return Entry(
-        "infonce",
-        f"{name}{'_block' if block else ''}_{dtype}",
-        kernel,
-        types,
-        constants,
-        tiles["num_warps"],
-        tiles["num_stages"],
-        aligned,
-    )
-
-
-def _table(name: str, kernel: object, config: dict[str, int], dtype: str, mode: int) -> Entry:
-    """Return one kernel over a sentence table of 32 levels, tables and vectors contiguous."""
-    names = list(kernel.arg_names)  # type: ignore[attr-defined]
-    tiles = config | (table.FP32 if dtype == "fp32" and "BD" in config else {})
-    tiles = tiles | {"QP": 32, "NG": max(1, tiles["BN"] // 32)}
-    loss = mode == table.CROSS_ENTROPY
-    constants = {
-        "MODE": mode, "PRIOR": loss, "UPCAST": False, "PRECISION": "ieee" if dtype == "bf16" else "tf32", "c_d": 1, "t_d": 1,
-    } | {k: v for k, v in tiles.items() if k in names}  # fmt: skip
-    kinds = {"c_ptr": dtype, "t_ptr": dtype, "levels_ptr": "u8", "w_ptr": "u8" if loss else "fp32"}
-    types = {n: f"*{kinds.get(n, 'fp32')}" if n.endswith("_ptr") else "i32" for n in names}
-    aligned = frozenset(names) - constants.keys() - {"scale_ptr", "factor_ptr", "n_gene_tiles", "Q"}
-    return Entry("table", f"{name}_{dtype}", kernel, types, constants, tiles["num_warps"], tiles["num_stages"], aligned)
-
-
-def _embedding(name: str, kernel: object, config: dict[str, int], dtype: str) -> Entry:
-    """Return one kernel of the embedding, width 512, with everything on."""
-    names = list(kernel.arg_names)  # type: ignore[attr-defined]
-    constants = {"MIXED": True, "IDENTITY": True, "NORM": True, "ORDERED": True, "BD": 512, "x_d": 1, **config}
-    constants["ROWS"] = embedding.NORM_ROWS
+def _entry(
+    op: str,
+    name: str,
+    kernel: Any,
+    operands: dict[str, str],
+    constants: dict[str, Any],
+    unaligned: tuple[str, ...] = (),
+    *,
+    tensor_cores: bool = True,
+) -> LedgerEntry:
+    """Return an entry; ``operands`` gives the element type of pointers that are neither fp32 nor ids."""
+    names = list(kernel.arg_names)
+    constants = dict(constants)
+    options = {option: constants.pop(option) for option in ("num_warps", "num_stages")}
     constants = {k: v for k, v in constants.items() if k in names}
-    ids = (
-        "row_id",
-        "order_ptr",
-        "first_ptr",
-        "last_ptr",
-        "place_ptr",
-        "token_id",
-        "kind_id",
-        "slot_id",
-        "lo_id",
-        "hi_id",
-        "identity_id",
-    )
-    narrow = ("row_id", "order_ptr", "first_ptr", "last_ptr", "place_ptr")
-    types = {
-        n: "*i32" if n in narrow else "*i64" if n in ids else f"*{dtype}" if n.endswith("_ptr") else "i32"
-        for n in names
-    } | {"eps": "fp32"}
-    if name in ("sum_pieces", "norm_grads"):
-        types |= dict.fromkeys({"out_ptr", "grad_ptr", "dgain_ptr", "dbias_ptr"} & set(names), "*fp32")
-    aligned = frozenset(names) - constants.keys() - {"eps", "S", "U"}
-    return Entry(
-        "embedding",
-        f"{name}_{dtype}",
-        kernel,
-        types,
-        constants,
-        config["num_warps"],
-        config["num_stages"],
-        aligned,
-        False,
-    )
+    types = {n: "*fp32" if n.endswith("_ptr") else "i32" for n in names}
+    types |= {n: "*i64" for n in names if n in _INT64} | {n: "*i32" for n in names if n in _INT32}
+    types |= {n: f"*{dtype}" for n, dtype in operands.items() if n in names}
+    types |= {n: "fp32" for n in names if n in ("eps", "scale")}
+    specialised = {p.name for p in kernel.params if not (p.do_not_specialize or p.do_not_specialize_on_alignment)}
+    aligned = frozenset(specialised) - constants.keys() - {"eps", "scale"} - set(unaligned)
+    return LedgerEntry(op, name, kernel, types, constants, aligned=aligned, wants_tensor_cores=tensor_cores, **options)
 
 
-def _attention(name: str, kernel: object, tile: int, dtype: str) -> Entry:
-    """Return packed attention at head width 64, q, k and v as views of one projection."""
-    names = list(kernel.arg_names)  # type: ignore[attr-defined]
-    config = attention.config(tile, dtype == "fp32", name == "backward")
-    precision = "ieee" if dtype == "bf16" else "tf32"
-    constants = {"BT": tile, "BE": 64, "UPCAST": False, "PRECISION": precision} | {
-        n: 1 for n in names if n.endswith("_e")
+def _infonce(name: str, kernel: Any, tiles: dict[str, Any], mode: str, *, block: bool) -> LedgerEntry:
+    """Return one InfoNCE kernel with every kind of mask, contiguous vectors and 64-bit classes."""
+    constants = tiles | {
+        "HEADROOM": 40.0,
+        "RULE": infonce.SAME_GROUP,
+        "CLASSES": True,
+        "EXCLUDED": True,
+        "DIAGONAL": not block,
+        "UPCAST": False,
+        "PRECISION": "ieee" if mode == "bf16" else mode,
+        "q_stride_dim": 1,
+        "k_stride_dim": 1,
     }
-    types = {n: f"*{dtype}" if n.endswith("_ptr") else "i32" for n in names} | {"first_ptr": "*i32", "scale": "fp32"}
-    aligned = frozenset(names) - constants.keys() - {"S", "H", "W", "scale"}
-    return Entry(
-        "attention",
-        f"{name}_{tile}_{dtype}",
-        kernel,
-        types,
-        constants,
-        config["num_warps"],
-        config["num_stages"],
-        aligned,
-    )
+    vectors = dict.fromkeys(("q_ptr", "k_ptr"), ELEMENT[mode])
+    return _entry("infonce", f"{name}{'_block' if block else ''}_{mode}", kernel, vectors, constants)
 
 
-def entries() -> list[Entry]:
+def _table(name: str, kernel: Any, config: dict[str, Any], mode: str, weight: int) -> LedgerEntry:
+    """Return one kernel over a sentence table of 32 levels, with contiguous tables and vectors."""
+    loss = weight == table.CROSS_ENTROPY
+    constants = config | {
+        "QP": 32,
+        "NG": max(1, config["BN"] // 32),
+        "MODE": weight,
+        "PRIOR": loss,
+        "UPCAST": False,
+        "PRECISION": "ieee" if mode == "bf16" else mode,
+        "v_stride_dim": 1,
+        "t_stride_dim": 1,
+    }
+    operands = dict.fromkeys(("vector_ptr", "table_ptr"), ELEMENT[mode])
+    operands |= {"levels_ptr": "u8", "weight_ptr": "u8" if loss else "fp32"}
+    suffix = "_loss" if loss else ""
+    return _entry("table", f"{name}{suffix}_{mode}", kernel, operands, constants, ("n_levels",))
+
+
+def _embedding(name: str, kernel: Any, config: dict[str, Any], dtype: str) -> LedgerEntry:
+    """Return one kernel of the embedding at width 512, with mixing, identities and LayerNorm."""
+    constants = config | {"MIXED": True, "IDENTITY": True, "NORM": True, "ORDERED": True, "BD": 512, "x_stride_dim": 1}
+    constants["ROWS"] = embedding.NORM_ROWS
+    pointers = [n for n in kernel.arg_names if n.endswith("_ptr") and n not in (*_INT64, *_INT32)]
+    sums = ("out_ptr", "grad_ptr", "dgain_ptr", "dbias_ptr") if name in ("sum_pieces", "norm_grads") else ()
+    operands = {n: "fp32" if n in sums else dtype for n in pointers}
+    return _entry("embedding", f"{name}_{dtype}", kernel, operands, constants, tensor_cores=False)
+
+
+def _attention(mode: str, tile: int, *, backward: bool) -> LedgerEntry:
+    """Return packed attention at head width 64, with q, k and v as views of one projection."""
+    kernel = attention.attention_grads if backward else attention.attention_forward
+    constants = attention.config(mode, tile, backward=backward) | {
+        "BT": tile,
+        "BE": 64,
+        "UPCAST": False,
+        "PRECISION": "ieee" if mode == "bf16" else mode,
+    }
+    constants |= {n: 1 for n in kernel.arg_names if n.endswith("_stride_dim")}
+    pointers = [n for n in kernel.arg_names if n.endswith("_ptr") and n != "first_ptr"]
+    name = f"{'backward' if backward else 'forward'}_{tile}_{mode}"
+    return _entry("attention", name, kernel, dict.fromkeys(pointers, ELEMENT[mode]), constants, ("n_heads",))
+
+
+def entries() -> list[LedgerEntry]:
     """Return every entry."""
     out = []
     for dtype in ("bf16", "fp32"):
@@ -141,23 +139,20 @@ def entries() -> list[Entry]:
             _embedding("sum_pieces", embedding.sum_pieces, embedding.SUM, dtype),
             _embedding("norm_grads", embedding.norm_grads, embedding.NORM, dtype),
         ]
-        for tile in attention.TILES:
-            out.append(_attention("forward", attention.attend_tiles, tile, dtype))
-            out.append(_attention("backward", attention.attend_grads, tile, dtype))
-        for mode, suffix in ((table.PICK, ""), (table.CROSS_ENTROPY, "_loss")):
+    for mode, tile in attention.LAUNCH:
+        out += [_attention(mode, tile, backward=backward) for backward in (False, True)]
+    for mode in MODES:
+        for weight in (table.PICK, table.CROSS_ENTROPY):
             out += [
-                _table(f"{name}{suffix}", kernel, dict(config), dtype, mode)
-                for name, kernel, config in (
-                    ("take", table.take_tiles, table.TAKE),
-                    ("spread", table.spread_rows, table.SPREAD),
-                    ("collect", table.collect_rows, table.COLLECT),
-                )
+                _table("sampled_dot", table.sampled_dot, table.SAMPLED_DOT[mode], mode, weight),
+                _table("weighted_sum", table.weighted_sum, table.WEIGHTED_SUM[mode], mode, weight),
+                _table("transpose", table.weighted_sum_transpose, table.WEIGHTED_SUM_TRANSPOSE[mode], mode, weight),
             ]
-    for dtype in ("bf16", "fp32"):
         for block in (False, True):
-            out.append(_infonce("forward", infonce.lse_tiles, dict(infonce.FORWARD), dtype, block))
-            out.append(_infonce("exact", infonce.exact_lse, infonce.exact_tiles(dtype == "fp32"), dtype, block))
-            for width in (128, 512):
-                tiles = infonce.backward_tiles(dtype == "fp32") | {"BD": width}
-                out.append(_infonce(f"backward_d{width}", infonce.grad_rows, tiles, dtype, block))
+            out.append(_infonce("forward", infonce.lse_tiles, infonce.FORWARD[mode], mode, block=block))
+            out.append(_infonce("exact", infonce.exact_lse, infonce.EXACT[mode], mode, block=block))
+            widest = infonce.BACKWARD[mode]["BD"]
+            for width in (128, widest):
+                tiles = infonce.BACKWARD[mode] | {"BD": width}
+                out.append(_infonce(f"backward_d{width}", infonce.grad_rows, tiles, mode, block=block))
     return out

@@ -1,4 +1,4 @@
-"""The named sizes: what every operation moves and multiplies there, its floor, and what a roofline makes of it (predicted)."""
+"""The named sizes: traffic and FLOPs of every operation, their lower bounds, and predicted times on a roofline."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from comtip_kernels.packed_attention import triton_kernels as packed
 from comtip_kernels.sentence_table import triton_kernels as table
 
 PEAKS = {"a100": (312e12, 0.9 * 2.0e12), "h100": (989e12, 0.9 * 3.35e12)}
-"""bf16 FLOP/s of the datasheet, and 90 % of its bytes/s, which is what good kernels reach (kernel authors report as much)."""
+"""bf16 FLOP/s of the datasheet and 90 % of its bytes/s, which memory-bound kernels are reported to reach."""
 BF16 = 2
 
 
@@ -33,11 +33,16 @@ class Sized:
     def row(self) -> dict[str, str]:
         """Return the row of the table; times are predicted, in microseconds."""
         out = {
-            "op": self.op, "part": self.part, "size": self.size, "loaded_mb": f"{self.moved.loaded / 1e6:.1f}",
-            "memory_mb": f"{self.moved.memory / 1e6:.1f}", "floor_mb": f"{self.floor_bytes / 1e6:.1f}",
-            "memory_ratio": f"{self.moved.memory / self.floor_bytes:.3f}", "gflop": f"{self.moved.flops / 1e9:.1f}",
+            "op": self.op,
+            "part": self.part,
+            "size": self.size,
+            "loaded_mb": f"{self.moved.loaded / 1e6:.1f}",
+            "memory_mb": f"{self.moved.memory / 1e6:.1f}",
+            "floor_mb": f"{self.floor_bytes / 1e6:.1f}",
+            "memory_ratio": f"{self.moved.memory / self.floor_bytes:.3f}",
+            "gflop": f"{self.moved.flops / 1e9:.1f}",
             "floor_gflop": f"{self.floor_flops / 1e9:.1f}",
-        }  # fmt: skip
+        }
         for gpu, (flops, width) in PEAKS.items():
             compute, memory = self.moved.flops / flops, self.moved.memory / width
             out[f"predicted_us_{gpu}"] = f"{max(compute, memory) * 1e6:.0f}"
@@ -50,20 +55,20 @@ def _with_width(config: dict[str, Any], D: int) -> dict[str, Any]:
 
 
 def _infonce(B: int, M: int, D: int, name: str) -> Iterator[Sized]:
-    forward = traffic.infonce_forward(B, M, D, BF16, infonce.FORWARD)
+    forward = traffic.infonce_forward(B, M, D, BF16, infonce.FORWARD["bf16"])
     yield Sized("infonce", "forward", name, forward, (B + M) * D * BF16 + 8 * B, 2 * B * M * D)
-    tiles = infonce.backward_tiles(False) | {"BD": min(D, infonce.MAX_BD)}
+    tiles = _with_width(infonce.BACKWARD["bf16"], D)
     backward = traffic.infonce_side(B, M, D, BF16, tiles) + traffic.infonce_side(M, B, D, BF16, tiles)
-    # Deterministic and without a B x M matrix: the logits twice, and a product for each side.
+    # Deterministic and without a B x M matrix: the logits twice, and one product per side.
     yield Sized("infonce", "backward", name, backward, (B + M) * D * (BF16 + 4), 8 * B * M * D)
 
 
 def _infonce_block(R: int, C: int, D: int, name: str) -> Iterator[Sized]:
     ids, stats = traffic.BLOCK_IDS, 8 * (R + C)
     vectors = (R + C) * (D * BF16 + ids)
-    forward = traffic.infonce_forward(R, C, D, BF16, infonce.FORWARD, ids)
+    forward = traffic.infonce_forward(R, C, D, BF16, infonce.FORWARD["bf16"], ids, diagonal=False)
     yield Sized("infonce_block", "forward", name, forward, vectors + stats // 2, 2 * R * C * D)
-    tiles = infonce.backward_tiles(False) | {"BD": min(D, infonce.MAX_BD)}
+    tiles = _with_width(infonce.BACKWARD["bf16"], D)
     sides = []
     for n, m in ((R, C), (C, R)):
         parts, _ = infonce.shares(ceil(n / tiles["BM"]) * ceil(D / tiles["BD"]), m)
@@ -80,7 +85,7 @@ def _embedding(S: int, kinds: tuple[int, int, int], D: int, name: str) -> Iterat
     yield Sized("gene_sentence_embedding", "forward", name, forward, S * (D * BF16 + 4), 0)
     sums = traffic.sum_tokens(S, U, D, BF16)
     through = traffic.norm_grads(*kinds, D, BF16, embedding.NORM_ROWS, tables)
-    # What torch adds: the gradients of the tables read their rows of the U, and are written.
+    # Added by torch: the gradients of the tables read their rows of the U and are written.
     genes, names, _ = kinds
     read, written = 4 * D * (U + genes + names + genes), 4 * D * (V + genes)
     yield Sized(
@@ -94,7 +99,7 @@ def _embedding(S: int, kinds: tuple[int, int, int], D: int, name: str) -> Iterat
 
 
 def _attention(S: int, H: int, E: int, longest: int, useful: int, name: str) -> Iterator[Sized]:
-    tile = packed.best_tile(longest)
+    tile = packed.best_tile("bf16", longest)
     for backward, tensors, products in ((False, 4, 2), (True, 7, 5)):
         moved = traffic.attention(S, H, E, BF16, longest, tile, backward=backward)
         part = "backward" if backward else "forward"
@@ -107,24 +112,26 @@ def _table(B: int, G: int, Q: int, D: int, name: str) -> Iterator[Sized]:
         return _with_width(config, D) | {"QP": QP, "NG": max(1, config["BN"] // QP)}
 
     vectors, rows, each = B * D, G * Q * D, B * G
-    picked = 2 * B * G * D
-    take = traffic.table_take(B, G, Q, D, BF16, tiles(table.TAKE))
-    spread = traffic.table_spread(B, G, Q, D, BF16, tiles(table.SPREAD))
-    collect = traffic.table_collect(B, G, Q, D, BF16, tiles(table.COLLECT))
-    loss = traffic.table_take(B, G, Q, D, BF16, tiles(table.TAKE), loss=True)
-    dloss = traffic.table_spread(B, G, Q, D, BF16, tiles(table.SPREAD), loss=True) + traffic.table_collect(
-        B, G, Q, D, BF16, tiles(table.COLLECT), loss=True
-    )
-    # Floors: every operand once and every result once; of pooling and pairs, only the products that a level picks.
+    selected = 2 * B * G * D
+    sampled = traffic.sampled_dot(B, G, Q, D, BF16, tiles(table.SAMPLED_DOT["bf16"]))
+    summed = traffic.weighted_sum(B, G, Q, D, BF16, tiles(table.WEIGHTED_SUM["bf16"]))
+    transposed = traffic.weighted_sum_transpose(B, G, Q, D, BF16, tiles(table.WEIGHTED_SUM_TRANSPOSE["bf16"]))
+    loss = traffic.sampled_dot(B, G, Q, D, BF16, tiles(table.SAMPLED_DOT["bf16"]), loss=True)
+    dloss = traffic.weighted_sum(
+        B, G, Q, D, BF16, tiles(table.WEIGHTED_SUM["bf16"]), loss=True
+    ) + traffic.weighted_sum_transpose(B, G, Q, D, BF16, tiles(table.WEIGHTED_SUM_TRANSPOSE["bf16"]), loss=True)
+    # Lower bounds: every operand and every result once; for pooling and pairs only the products that a level selects.
     inputs = (vectors + rows) * BF16
-    yield Sized("table_pool", "forward", name, spread, rows * BF16 + 5 * each + 4 * vectors, picked)
-    yield Sized("table_pool", "backward", name, take + collect, inputs + 9 * each + 4 * rows, 2 * picked)
-    yield Sized("pair_scores", "forward", name, take, inputs + 5 * each, picked)
-    yield Sized("pair_scores", "backward", name, spread + collect, inputs + 5 * each + 4 * (vectors + rows), 2 * picked)
-    yield Sized("level_cross_entropy", "forward", name, loss, inputs + 2 * each, picked * Q)
-    # The scores again, and a product for each side.
+    yield Sized("table_pool", "forward", name, summed, rows * BF16 + 5 * each + 4 * vectors, selected)
+    yield Sized("table_pool", "backward", name, sampled + transposed, inputs + 9 * each + 4 * rows, 2 * selected)
+    yield Sized("pair_scores", "forward", name, sampled, inputs + 5 * each, selected)
     yield Sized(
-        "level_cross_entropy", "backward", name, dloss, inputs + 2 * each + 4 * (vectors + rows), 3 * picked * Q
+        "pair_scores", "backward", name, summed + transposed, inputs + 5 * each + 4 * (vectors + rows), 2 * selected
+    )
+    yield Sized("level_cross_entropy", "forward", name, loss, inputs + 2 * each, selected * Q)
+    # The scores again, and one product per side.
+    yield Sized(
+        "level_cross_entropy", "backward", name, dloss, inputs + 2 * each + 4 * (vectors + rows), 3 * selected * Q
     )
 
 
@@ -132,12 +139,12 @@ def sizes() -> list[Sized]:
     """Return every operation at its named sizes, bf16.
 
     The panel is 2,048 genes drawn from the shipped gene table with symbol and name, at most 18 tokens, at 32 levels: S = 851,552
-    tokens, of which 2,048 + 4,355 + 480 are different. The sentences of the attention are 256,000 of 3 to 16 tokens.
+    tokens, of which 2,048 + 4,355 + 480 are distinct. The sentences of the attention are 256,000 of 3 to 16 tokens.
     """
     out = [
         *_infonce(32768, 32768, 512, "B = M = 32k, D = 512"),
         *_infonce(8192, 16384, 512, "B = 8k, M = 16k, D = 512"),
-        # One of 64 ranks with 1,024 images each and as many mispaired texts, all images gathered.
+        # One of 64 ranks with 1,024 images and 1,024 mispaired texts each, all images gathered.
         *_infonce_block(65536, 2048, 512, "R = 64k, C = 2k, D = 512"),
     ]
     out += _embedding(851_552, (2048, 4355, 480), 512, "2,048 genes x 32 levels, D = 512")

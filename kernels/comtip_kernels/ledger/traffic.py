@@ -1,8 +1,8 @@
-"""What each kernel moves and multiplies, as formulas in its sizes and tiles; no Triton is needed to work them out.
+"""Bytes and FLOPs of each kernel as formulas in its sizes and tiles, which need no Triton to evaluate.
 
-``tests/kernels/interpreted/test_traffic.py`` runs every kernel small under the interpreter, counts, and demands equality; the
-named sizes below extrapolate. ``loaded`` counts every request, which caches serve mostly; ``memory`` is what has to come from
-or go to memory when caches hold the rest, and is what the floor is compared with.
+``tests/kernels/interpreted/test_traffic.py`` runs every kernel at small sizes in the interpreter, counts, and requires equality;
+the named sizes extrapolate. ``loaded`` counts every load request, most of which caches serve; ``memory`` is what must be
+transferred from or to memory if caches hold the rest, and is compared with the lower bound.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Traffic:
     flops: int = 0
 
     def __add__(self, other: Traffic) -> Traffic:
-        """Return both, one after the other; the second finds nothing of the first in a cache."""
+        """Return the sum of two launches, the second with cold caches."""
         return Traffic(
             self.loaded + other.loaded,
             self.distinct + other.distinct,
@@ -35,7 +35,7 @@ class Traffic:
 
     @property
     def memory(self) -> int:
-        """Bytes that memory must serve."""
+        """Bytes transferred from and to memory."""
         return self.distinct + self.stored
 
 
@@ -44,22 +44,22 @@ def _padded(D: int, t: Tiles) -> int:
 
 
 BLOCK_IDS = 12
-"""Bytes per row and column of a block of InfoNCE: class and silent flag."""
+"""Bytes per row and column of a block of InfoNCE: class and excluded flag."""
 
 
-def infonce_forward(B: int, M: int, D: int, size: int, t: Tiles, ids: int = 0) -> Traffic:
-    """Return the one pass over the logits; ``size`` is the bytes of an element, ``ids`` of what masks read of a row or column."""
+def infonce_forward(B: int, M: int, D: int, size: int, t: Tiles, ids: int = 0, *, diagonal: bool = True) -> Traffic:
+    """Return the forward pass; ``size`` is the bytes of an element, ``ids`` those that masks read per row and column."""
     rows, cols = ceil(B / t["BM"]), ceil(M / t["BN"])
     return Traffic(
         loaded=(cols * B + rows * M) * (D * size + ids) + 4 * rows * cols,
         distinct=(B + M) * (D * size + ids) + 4,
-        stored=4 * (cols * B + rows * M),
+        stored=4 * (cols * B + rows * M + (B if diagonal else 0)),
         flops=rows * cols * 2 * t["BM"] * t["BN"] * _padded(D, t),
     )
 
 
 def infonce_side(n: int, m: int, D: int, size: int, t: Tiles, ids: int = 0, parts: int = 1) -> Traffic:
-    """Return the gradient of one side's n vectors against the other's m, worked through in ``parts``."""
+    """Return the gradient of the n vectors of one side against the m of the other, in ``parts``."""
     rows, cols, slices = ceil(n / t["BM"]), ceil(m / t["BN"]), ceil(D / t["BD"])
     masked = (cols * n + rows * m) * (D * size + ids)
     return Traffic(
@@ -71,24 +71,24 @@ def infonce_side(n: int, m: int, D: int, size: int, t: Tiles, ids: int = 0, part
 
 
 def sentence_rows(gene: int, name: int, value: int, D: int, size: int, tables: int) -> Traffic:
-    """Return the making of different rows, with LayerNorm and identities known; ``tables`` is their bytes."""
+    """Return the computation of distinct rows with LayerNorm and identities; ``tables`` is the bytes of the tables read."""
     U = gene + name + value
     loaded = U * (24 + 8 + 5 * D * size) + gene * D * size
     return Traffic(loaded=loaded, distinct=tables + U * 32, stored=U * D * size)
 
 
 def copy_rows(S: int, U: int, D: int, size: int) -> Traffic:
-    """Return the copying out of S tokens."""
+    """Return the copy of S tokens."""
     return Traffic(loaded=S * (4 + D * size), distinct=S * 4 + U * D * size, stored=S * D * size)
 
 
 def sum_tokens(S: int, U: int, D: int, size: int) -> Traffic:
-    """Return the sums over equal tokens where one round is enough."""
+    """Return the sums over equal tokens in one round."""
     return Traffic(loaded=S * (4 + D * size) + 12 * U, distinct=S * (4 + D * size) + 8 * U + 4, stored=4 * U * D)
 
 
 def norm_grads(gene: int, name: int, value: int, D: int, size: int, rows: int, tables: int) -> Traffic:
-    """Return the way of the summed gradients through LayerNorm; ``rows`` per program."""
+    """Return the backward pass of LayerNorm on the summed gradients, ``rows`` per program."""
     U = gene + name + value
     programs = ceil(U / rows)
     loaded = U * (24 + 8 + 3 * D * size + 4 * D) + gene * D * size + programs * D * size
@@ -101,23 +101,23 @@ def attention(S: int, H: int, E: int, size: int, longest: int, tile: int, *, bac
     tiles = ceil(S / W)
     width = max(16, 1 << (E - 1).bit_length())
     reads, writes, products = (4, 3, 5) if backward else (3, 1, 2)
-    again = 3 if backward and size == 4 else 0  # q, k and dO, from a cache
+    again = 3 if backward and size == 4 else 0  # q, k and the gradient, from a cache
     return Traffic(
-        loaded=(reads + again) * S * H * E * size + 4 * _looked_at(S, W, tile, tiles) * H,
+        loaded=(reads + again) * S * H * E * size + 4 * _first_loads(S, W, tile, tiles) * H,
         distinct=reads * S * H * E * size + 4 * S,
         stored=writes * S * H * E * size,
         flops=products * tiles * H * 2 * tile * tile * width,
     )
 
 
-def _looked_at(S: int, W: int, tile: int, tiles: int) -> int:
-    """Return how many tokens all tiles look at, each those it owns and those it shares; the last ones reach past the end."""
+def _first_loads(S: int, W: int, tile: int, tiles: int) -> int:
+    """Return the number of first-token indices that all tiles load, owned or not, up to the end."""
     full = (S - tile) // W + 1 if tile <= S else 0
     return full * tile + sum(S - i * W for i in range(full, tiles))
 
 
-def table_take(B: int, G: int, Q: int, D: int, size: int, t: Tiles, *, loss: bool = False) -> Traffic:
-    """Return the scores of every (spot, gene) at its level; with ``loss`` L_level and its prior instead."""
+def sampled_dot(B: int, G: int, Q: int, D: int, size: int, t: Tiles, *, loss: bool = False) -> Traffic:
+    """Return the scores of every (spot, gene) at its level; with ``loss`` L_level with its prior instead."""
     rows, cols = ceil(B / t["BM"]), ceil(G / t["NG"])
     loaded = (cols * B + rows * G * Q) * D * size + B * G
     distinct = (B + G * Q) * D * size + B * G
@@ -127,8 +127,8 @@ def table_take(B: int, G: int, Q: int, D: int, size: int, t: Tiles, *, loss: boo
     return Traffic(loaded, distinct, 4 * rows * cols if loss else 4 * B * G, flops)
 
 
-def table_spread(B: int, G: int, Q: int, D: int, size: int, t: Tiles, *, loss: bool = False) -> Traffic:
-    """Return the weighted sums of rows for every spot; with ``loss`` L_level's gradient by the image, its weights made again."""
+def weighted_sum(B: int, G: int, Q: int, D: int, size: int, t: Tiles, *, loss: bool = False) -> Traffic:
+    """Return the weighted sums of rows per spot; with ``loss`` the image gradient of L_level with recomputed weights."""
     rows, cols, slices = ceil(B / t["BM"]), ceil(G / t["NG"]), ceil(D / t["BD"])
     given = _weights(B, G, Q, D, size, t, loss=loss)
     return Traffic(
@@ -139,8 +139,8 @@ def table_spread(B: int, G: int, Q: int, D: int, size: int, t: Tiles, *, loss: b
     )
 
 
-def table_collect(B: int, G: int, Q: int, D: int, size: int, t: Tiles, *, loss: bool = False) -> Traffic:
-    """Return the weighted sums of spots for every row; with ``loss`` L_level's gradient by the table, and by the prior."""
+def weighted_sum_transpose(B: int, G: int, Q: int, D: int, size: int, t: Tiles, *, loss: bool = False) -> Traffic:
+    """Return the weighted sums of spots per row; with ``loss`` the gradients of L_level by table and prior."""
     rows, cols, slices = ceil(B / t["BM"]), ceil(G / t["NG"]), ceil(D / t["BD"])
     given = _weights(B, G, Q, D, size, t, loss=loss)
     return Traffic(
@@ -152,9 +152,9 @@ def table_collect(B: int, G: int, Q: int, D: int, size: int, t: Tiles, *, loss: 
 
 
 def _weights(B: int, G: int, Q: int, D: int, size: int, t: Tiles, *, loss: bool) -> Traffic:
-    """Return what it takes to know every weight once: fp32 and a level where given, the scores and their prior where made again."""
+    """Return the cost of every weight once: fp32 and a level if given; with ``loss`` the scores and their prior."""
     if not loss:
         return Traffic(5 * B * G, 5 * B * G, 0)
-    scores = table_take(B, G, Q, D, size, t, loss=True)
+    scores = sampled_dot(B, G, Q, D, size, t, loss=True)
     rows, cols = ceil(B / t["BM"]), ceil(G / t["NG"])
     return Traffic(scores.loaded + rows * cols * 4, scores.distinct + 4, 0, scores.flops)  # and the factor

@@ -1,4 +1,4 @@
-"""L_level and L_pair scores over the sentence table."""
+"""L_level and the scores of the pair head over the sentence table."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ __all__ = [
     "pair_scores_reference",
     "take_level",
 ]
-_HAVE = {
+_LEVEL = {
     "reference": level_cross_entropy_reference,
     "cpu": level_cross_entropy_cpu,
-    "triton": with_triton("comtip_kernels.level_cross_entropy.gpu", "level_cross_entropy_triton"),
+    "triton": with_triton("comtip_kernels.level_cross_entropy.triton_op", "level_cross_entropy_triton"),
 }
-_HAVE_PAIR = {
+_PAIR = {
     "reference": pair_scores_reference,
     "cpu": pair_scores_cpu,
-    "triton": with_triton("comtip_kernels.level_cross_entropy.gpu", "pair_scores_triton"),
+    "triton": with_triton("comtip_kernels.level_cross_entropy.triton_op", "pair_scores_triton"),
 }
 
 
@@ -45,26 +45,33 @@ def level_cross_entropy(
 ) -> Tensor:
     """Cross-entropy of each measured (spot, gene) over the Q levels of that gene.
 
+    The formula is in :mod:`comtip_kernels.level_cross_entropy.reference`.
+
     Parameters
     ----------
     image_BD, table_GQD
-        Unit vectors.
+        Unit vectors, floating point. The Triton kernels multiply in bf16 if either is bf16 or bf16 autocast is enabled.
     levels_BG, mask_BG
-        Measured levels (integers) and where they were measured.
+        Measured levels (integers 0..Q-1) and where they were measured (bool).
     scale
-        Inverse temperature of this loss, a scalar tensor.
+        Inverse temperature of this loss, a scalar tensor; it is moved to the device of the vectors.
     log_prior_GQ
-        Log frequency of each gene's levels (logit adjustment); added to the scores.
+        Log frequency of the levels of each gene, added to the scores (logit adjustment, Menon et al. 2021).
     impl
-        Which implementation; see :mod:`comtip_kernels.dispatch`.
+        Implementation; see :mod:`comtip_kernels.dispatch`.
 
     Returns
     -------
     Tensor
-        Mean over the measured (spot, gene), in nats; 0 when there are none.
+        Mean over the measured (spot, gene), in nats, fp32 on Triton kernels; 0 if nothing is measured.
+
+    Raises
+    ------
+    ValueError
+        If ``impl`` does not support the operands, or there are more than 256 levels for the Triton kernels.
     """
-    return choose("level_cross_entropy", impl, image_BD, _HAVE)(
-        image_BD, table_GQD, levels_BG, mask_BG, scale, log_prior_GQ
+    return choose("level_cross_entropy", impl, (image_BD, table_GQD), _LEVEL)(
+        image_BD, table_GQD, levels_BG, mask_BG, scale.to(image_BD.device), log_prior_GQ
     )
 
 
@@ -78,8 +85,39 @@ def pair_scores(
     weight_BG: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
-    """Pair-head logits of the sentences (g, levels[b, g]); see :func:`pair_scores_reference`."""
-    return choose("pair_scores", impl, context_BD, _HAVE_PAIR)(
-        context_BD, table_GQD, levels_BG, true_levels_BG=true_levels_BG, projected_GQD=projected_GQD,
+    """Logits of the pair head for the sentences (g, levels[b, g]).
+
+    The formula is in :mod:`comtip_kernels.level_cross_entropy.reference`.
+
+    Parameters
+    ----------
+    context_BD
+        Image vector, or pooled text vector t if the next three are given.
+    table_GQD
+        Sentences multiplied by the bilinear form of the head, (W^T h)(g, q).
+    levels_BG
+        Level that each sentence claims, integers 0..Q-1.
+    true_levels_BG, projected_GQD, weight_BG
+        For text context only: true levels (B, G), the rows h(g, q) that t was pooled from (G, Q, D), and the pooling
+        weights p (B, G); gene g itself is then removed from t.
+    impl
+        Implementation; see :mod:`comtip_kernels.dispatch`.
+
+    Returns
+    -------
+    Tensor
+        (B, G), in the promoted dtype of context and table.
+
+    Raises
+    ------
+    ValueError
+        If ``impl`` does not support the operands, or there are more than 256 levels for the Triton kernels.
+    """
+    return choose("pair_scores", impl, (context_BD, table_GQD), _PAIR)(
+        context_BD,
+        table_GQD,
+        levels_BG,
+        true_levels_BG=true_levels_BG,
+        projected_GQD=projected_GQD,
         weight_BG=weight_BG,
-    )  # fmt: skip
+    )

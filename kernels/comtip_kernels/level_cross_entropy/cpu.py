@@ -1,8 +1,8 @@
-"""L_level on a CPU, a few genes at a time: the (B, G, Q) scores are never all there.
+"""L_level on a CPU, a few genes at a time: the (B, G, Q) scores never exist as a whole.
 
 With p = softmax over q and c the number of measured (spot, gene), d loss / d s[b, g, q] = (p - [q = level]) / c where
-measured, 0 elsewhere. The loss is one number, so its gradients are known up to a factor as soon as a block's softmax is: the
-forward pass makes them too, and neither the scores nor their exponentials are made twice.
+measured, and 0 elsewhere. The loss is a scalar, so its gradients are known up to a factor as soon as the softmax of a block is:
+the forward pass computes them too, and neither the scores nor their exponentials are recomputed.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class _LevelCrossEntropy(torch.autograd.Function):
                 scores.scatter_add_(2, index, inside.to(scores.dtype) / -count)
                 _add_gradients(grads, scores, image, table, part)
         if grads is not None:
-            # Scores are linear in the image's vector, so the scale's gradient needs no pass of its own.
+            # Scores are linear in the image vector, so the gradient of the scale needs no pass of its own.
             dscale = (image * grads[0]).sum()
             ctx.save_for_backward(grads[0].mul_(s), grads[1].mul_(s), dscale, *(() if grads[2] is None else grads[2:]))
         return total / count
@@ -71,7 +71,7 @@ class _LevelCrossEntropy(torch.autograd.Function):
 def _add_gradients(
     grads: tuple[Tensor, Tensor, Tensor | None], dscores: Tensor, image: Tensor, table: Tensor, part: slice
 ) -> None:
-    """Take the gradient of one block of scores to image, table and prior."""
+    """Add the gradient of one block of scores to those of image, table and prior."""
     dimage, dtable, dprior = grads
     rows, flat = table[part], dscores.flatten(1)
     dimage.addmm_(flat, rows.reshape(-1, rows.shape[-1]))
@@ -89,19 +89,26 @@ def level_cross_entropy_cpu(
     log_prior_GQ: Tensor | None = None,
 ) -> Tensor:
     """Return L_level, a scalar; see :mod:`comtip_kernels.level_cross_entropy.reference`."""
-    return _LevelCrossEntropy.apply(image_BD, table_GQD, levels_BG, mask_BG, scale, log_prior_GQ)
+    dtype = torch.promote_types(image_BD.dtype, table_GQD.dtype)
+    return _LevelCrossEntropy.apply(image_BD.to(dtype), table_GQD.to(dtype), levels_BG, mask_BG, scale, log_prior_GQ)
 
 
 def pair_scores_cpu(
-    context_BD: Tensor, table_GQD: Tensor, levels_BG: Tensor, *, true_levels_BG: Tensor | None = None,
-    projected_GQD: Tensor | None = None, weight_BG: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """Return the pair head's logits (B, G); see :mod:`comtip_kernels.level_cross_entropy.reference`."""
-    score_BG = _TakenScores.apply(context_BD, table_GQD, levels_BG)
+    context_BD: Tensor,
+    table_GQD: Tensor,
+    levels_BG: Tensor,
+    *,
+    true_levels_BG: Tensor | None = None,
+    projected_GQD: Tensor | None = None,
+    weight_BG: Tensor | None = None,
+) -> Tensor:
+    """Return the logits of the pair head (B, G); see :mod:`comtip_kernels.level_cross_entropy.reference`."""
+    dtype = torch.promote_types(context_BD.dtype, table_GQD.dtype)
+    score_BG = _SampledDot.apply(context_BD.to(dtype), table_GQD.to(dtype), levels_BG)
     return without_own_gene(score_BG, table_GQD, levels_BG, true_levels_BG, projected_GQD, weight_BG)
 
 
-class _TakenScores(torch.autograd.Function):
+class _SampledDot(torch.autograd.Function):
     """<c_b, table[g, levels[b, g]]> for every (b, g), a block of genes at a time."""
 
     @staticmethod

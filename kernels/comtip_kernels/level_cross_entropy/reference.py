@@ -1,11 +1,11 @@
-"""Scores of spots against every level of every gene, and the two losses that read them.
+"""Scores of spots against every level of every gene, and the two losses that use them: the definition of the operations.
 
     s[b, g, q] = scale * <c_b, table[g, q]> + log_prior[g, q]
     L_level    = sum_{b,g measured} (logsumexp_q s[b, g, q] - s[b, g, level[b, g]]) / number of measured (b, g)
 
-``pair_scores`` are the pair head's logits: bilinear in a sentence and the spot's context. With the text as
-context the sentence's own gene is taken out of the pooled vector in closed form: for t = sum_g p_g h_g,
-the vector without g is (t - p_g h_g) / (1 - p_g), so the score needs only products that live in the table.
+``pair_scores`` are the logits of the pair head: bilinear in a sentence and the context of the spot. With the text as context,
+the sentence's own gene is removed from the pooled vector in closed form: for t = sum_g p_g h_g, the vector without g is
+(t - p_g h_g) / (1 - p_g), so the score needs only products of rows of the table.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from torch.nn import functional as F
 
 
 def level_scores(context_BD: Tensor, table_GQD: Tensor) -> Tensor:
-    """Return <c_b, table[g, q]> as (B, G, Q)."""
+    """Return <c_b, table[g, q]> as (B, G, Q); operands of two dtypes are promoted to the wider one."""
     G, Q, D = table_GQD.shape
-    return (context_BD @ table_GQD.reshape(G * Q, D).T).reshape(context_BD.shape[0], G, Q)
+    dtype = torch.promote_types(context_BD.dtype, table_GQD.dtype)
+    scores = context_BD.to(dtype) @ table_GQD.to(dtype).reshape(G * Q, D).T
+    return scores.reshape(context_BD.shape[0], G, Q)
 
 
 def take_level(scores_BGQ: Tensor, levels_BG: Tensor) -> Tensor:
@@ -34,7 +36,7 @@ def level_cross_entropy_reference(
     scale: Tensor,
     log_prior_GQ: Tensor | None = None,
 ) -> Tensor:
-    """Return L_level, a scalar; see the module's formula. 0 when nothing is measured."""
+    """Return L_level, a scalar; see the module's formula. 0 if nothing is measured."""
     scores_BGQ = scale * level_scores(image_BD, table_GQD)
     if log_prior_GQ is not None:
         scores_BGQ = scores_BGQ + log_prior_GQ
@@ -52,34 +54,26 @@ def pair_scores_reference(
     projected_GQD: Tensor | None = None,
     weight_BG: Tensor | None = None,
 ) -> Tensor:
-    """Return the pair head's logits (B, G) of the sentences (g, levels[b, g]).
-
-    Parameters
-    ----------
-    context_BD
-        The image's vector, or the pooled text vector t with ``projected_GQD`` and the rest given.
-    table_GQD
-        Sentences already multiplied by the head's bilinear form: (W^T h)(g, q).
-    levels_BG
-        The level each sentence claims.
-    true_levels_BG, projected_GQD, weight_BG
-        For text context only: true levels, the plain rows h(g, q) that t was pooled from, and the pooling
-        weights p; gene g itself is then taken out of t.
-    """
+    """Return the logits of the pair head (B, G); the arguments are those of :func:`comtip_kernels.pair_scores`."""
     score_BG = take_level(level_scores(context_BD, table_GQD), levels_BG)
     return without_own_gene(score_BG, table_GQD, levels_BG, true_levels_BG, projected_GQD, weight_BG)
 
 
 def without_own_gene(
-    score_BG: Tensor, table_GQD: Tensor, levels_BG: Tensor, true_levels_BG: Tensor | None, projected_GQD: Tensor | None,
+    score_BG: Tensor,
+    table_GQD: Tensor,
+    levels_BG: Tensor,
+    true_levels_BG: Tensor | None,
+    projected_GQD: Tensor | None,
     weight_BG: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """Take gene g out of the pooled text that it is judged against; as it is where the context is the image's vector."""
+) -> Tensor:
+    """Remove gene g from the pooled text that its sentence is scored against; unchanged if the context is an image."""
     if weight_BG is None or projected_GQD is None or true_levels_BG is None:
         return score_BG
-    own_GQQ = table_GQD @ projected_GQD.transpose(1, 2)  # [g, claimed level, true level]
+    dtype = torch.promote_types(table_GQD.dtype, projected_GQD.dtype)
+    own_GQQ = table_GQD.to(dtype) @ projected_GQD.to(dtype).transpose(1, 2)  # [g, claimed level, true level]
     G, Q, _ = own_GQQ.shape
     row_BG = (torch.arange(G, device=levels_BG.device) * Q + levels_BG.long()) * Q + true_levels_BG.long()
-    # As a lookup, whose gradient is summed in a fixed order on every device; a gather's is not.
+    # The gradient of a lookup is summed in a fixed order on every device; that of a gather is not.
     own_BG = F.embedding(row_BG, own_GQQ.reshape(-1, 1)).squeeze(-1)
     return (score_BG - weight_BG * own_BG) / (1 - weight_BG).clamp_min(1e-3)

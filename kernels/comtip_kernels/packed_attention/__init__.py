@@ -1,4 +1,4 @@
-"""Attention inside many short sentences."""
+"""Attention within each of many short sentences."""
 
 from __future__ import annotations
 
@@ -16,38 +16,44 @@ from comtip_kernels.packed_attention.peers import (
     ready_peers,
 )
 from comtip_kernels.packed_attention.reference import packed_attention_reference
+from comtip_kernels.tl_common import operand_dtype, product_mode
 
 __all__ = ["packed_attention", "packed_attention_qkv", "packed_attention_reference"]
 Attention = Literal["auto", "triton", "cpu", "reference", "flash", "varlen", "sdpa"]
-LONGEST_TILE = 48
-"""Tokens of the longest sentence that the tiles of 64 tokens are for; longer ones are flash-attn's or torch's."""
-_HAVE = {
+LONGEST = {"bf16": 48, "tf32": 48, "tf32x3": 24}
+"""Tokens of the longest sentence that the Triton kernels support, by the mode of their products
+(:func:`comtip_kernels.tl_common.product_mode`); longer sentences use flash-attn or torch."""
+_IMPLEMENTATIONS = {
     "reference": packed_attention_reference,
     "cpu": packed_attention_cpu,
-    "triton": with_triton("comtip_kernels.packed_attention.op", "packed_attention_triton"),
+    "triton": with_triton("comtip_kernels.packed_attention.triton_op", "packed_attention_triton"),
     "flash": packed_attention_flash,
     "varlen": packed_attention_varlen,
     "sdpa": packed_attention_sdpa,
 }
 
 
-def _of_three(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _unbound(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda qkv_S3HE, *rest: function(*qkv_S3HE.unbind(1), *rest)
 
 
-_HAVE_QKV = {name: _of_three(function) for name, function in _HAVE.items()} | {"cpu": packed_attention_qkv_cpu}
+_IMPLEMENTATIONS_QKV = {name: _unbound(function) for name, function in _IMPLEMENTATIONS.items()}
+_IMPLEMENTATIONS_QKV["cpu"] = packed_attention_qkv_cpu
 
 
-def _choose(like: Tensor, longest: int, impl: str, have: dict[str, Callable[..., Tensor]]) -> Callable[..., Tensor]:
-    """Return what attends: by the caller's word, or by device, dtype and the length of the longest sentence."""
-    if longest <= LONGEST_TILE:
-        return choose("packed_attention", impl, like, have)
+def _choose(
+    operands: tuple[Tensor, ...], longest: int, impl: str, implementations: dict[str, Callable[..., Tensor]]
+) -> Callable[..., Tensor]:
+    """Return the implementation for a request, the device, the dtype and the longest sentence."""
+    limit = LONGEST[product_mode(operand_dtype(*operands))]
+    if longest <= limit:
+        return choose("packed_attention", impl, operands, implementations)
     if impl == "triton":
         raise ValueError(
-            f"packed_attention: a sentence of {longest} tokens; impl='triton' takes {LONGEST_TILE}: 'auto'"
+            f"packed_attention: a sentence has {longest} tokens and impl='triton' supports {limit}; use impl='auto'"
         )
-    order = (*ready_peers(like), "sdpa") if like.is_cuda else None
-    return choose("packed_attention", impl, like, have, order)
+    order = (*ready_peers(operands[0]), "sdpa") if operands[0].is_cuda else None
+    return choose("packed_attention", impl, operands, implementations, order)
 
 
 def _longest(length_N: Tensor) -> int:
@@ -63,46 +69,48 @@ def packed_attention(
     longest: int | None = None,
     impl: Attention = "auto",
 ) -> Tensor:
-    """Attend within each of N sentences that lie end to end, S tokens in all, H heads of width E.
+    """Attention softmax(q k^T / sqrt(E)) v within each of N concatenated sentences (Vaswani et al. 2017).
 
     Parameters
     ----------
     q_SHE, k_SHE, v_SHE
-        Queries, keys, values; any strides.
+        Queries, keys and values (S, H, E): S tokens in all, H heads of width E; any strides. The Triton kernels multiply in
+        bf16 if any of them is bf16 or bf16 autocast is enabled.
     length_N
-        Tokens of each sentence (>= 0); they sum to S.
+        Tokens of each sentence (>= 0), integers that sum to S.
     longest
-        The greatest length, where the caller knows it; read from ``length_N`` otherwise (a synchronisation on a GPU).
+        Maximum of ``length_N``, if known; otherwise it is read from the tensor, which synchronises with a GPU.
     impl
-        As everywhere (:mod:`comtip_kernels.dispatch`), and other people's kernels: ``flash`` (flash-attn 2, 3 or 4),
-        ``varlen`` (torch's) and ``sdpa`` (torch's, padded, few enough sentences at a time). ``auto`` on a GPU takes the
-        Triton kernel up to 48 tokens, beyond that the first of these three that can.
+        Implementation (:mod:`comtip_kernels.dispatch`), or one of ``flash`` (flash-attn 2, 3 or 4), ``varlen`` (torch's
+        variable-length attention) and ``sdpa`` (torch's, padded). On a GPU ``auto`` selects the Triton kernel for
+        sentences of up to 48 tokens (24 in fp32 without tf32), and the first available of these three beyond that.
 
     Returns
     -------
     Tensor
-        (S, H, E).
+        (S, H, E), in the dtype of the products.
 
     Raises
     ------
     ValueError
-        If a sentence is longer than ``impl='triton'`` can take, or ``impl`` cannot run.
+        If a sentence is longer than ``impl='triton'`` supports, or ``impl`` does not support the operands.
     """
     longest = _longest(length_N) if longest is None else longest
-    return _choose(q_SHE, longest, impl, _HAVE)(q_SHE, k_SHE, v_SHE, length_N, longest)
+    run = _choose((q_SHE, k_SHE, v_SHE), longest, impl, _IMPLEMENTATIONS)
+    return run(q_SHE, k_SHE, v_SHE, length_N, longest)
 
 
 def packed_attention_qkv(
     qkv_S3HE: Tensor, length_N: Tensor, *, longest: int | None = None, impl: Attention = "auto"
 ) -> Tensor:
-    """Attend as :func:`packed_attention` does, with queries, keys and values as one projection makes them.
+    """Attention as in :func:`packed_attention` on the output of one projection.
 
-    On a CPU that spares the backward a pass over the gradient. Order sentences by length where you can: then nothing is moved.
+    On a CPU this saves a pass over the gradient. Sort sentences by length if possible: then no tensor is reordered.
 
     Parameters
     ----------
     qkv_S3HE
-        Queries, keys and values of S tokens.
+        Queries, keys and values of S tokens, (S, 3, H, E).
     length_N, longest, impl
         As in :func:`packed_attention`.
 
@@ -117,4 +125,4 @@ def packed_attention_qkv(
         As in :func:`packed_attention`.
     """
     longest = _longest(length_N) if longest is None else longest
-    return _choose(qkv_S3HE, longest, impl, _HAVE_QKV)(qkv_S3HE, length_N, longest)
+    return _choose((qkv_S3HE,), longest, impl, _IMPLEMENTATIONS_QKV)(qkv_S3HE, length_N, longest)

@@ -1,12 +1,13 @@
-"""Attention inside many short sentences on a CPU: sentences of one length together, nothing padded.
+"""Attention within many short sentences on a CPU: sentences of one length form a batch, without padding.
 
-A padded batch pays for its longest sentence N times over. Here neighbouring sentences of one length are attended as one batch,
-as views of what came in: nothing is moved. Where neighbours differ in length, tokens are laid out by length first and the result
-is laid back; a caller that sorts its sentences once spares that in every layer.
+Adjacent sentences of equal length are attended as one batch of views, without copying. If adjacent sentences differ in length,
+tokens are first reordered by length and the result is reordered back; callers that sort their sentences once avoid this
+in every layer.
 
-Vector registers hold 16 scores, and torch's attention takes rows that are shorter number by number. So several short sentences
-share a matrix, with a mask between them. A NaN or an infinity would pass the mask (0 times NaN is NaN): where the result shows
-one, it is made again, one sentence to a matrix. Only a NaN in the gradient from above still reaches the sentences of its matrix.
+A vector register holds 16 scores, and torch's attention processes shorter rows element by element. Several short sentences
+therefore share a matrix, with a mask between them. NaN and infinity pass the mask (0 times NaN is NaN): if the result
+contains one, it is recomputed with one sentence per matrix. A NaN in the incoming gradient still reaches the sentences of its
+matrix.
 """
 
 from __future__ import annotations
@@ -21,35 +22,35 @@ from torch.nn import functional as F
 from comtip_kernels.gene_sentence_embedding.plan import sentence_start
 
 VECTOR = 16
-"""Scores that a row must have before torch takes several at once."""
+"""Minimum scores per row for torch to vectorise."""
 FEW = 64
-"""Tokens of a batch below which laying all tokens out by length costs less than the calls for so many small batches."""
+"""Tokens per batch below which reordering all tokens by length costs less than the calls for so many small batches."""
 Batch = tuple[int, int, int]
-"""So many matrices, sentences in each, tokens of each sentence."""
+"""Number of matrices, sentences per matrix, tokens per sentence."""
 
 
 class _Reorder(torch.autograd.Function):
-    """x[order], for an order that names every token once: its backward is a copy too, and repeats to the bit."""
+    """x[order] for a permutation ``order``: the backward pass is a copy too, and deterministic."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor) -> Tensor:
-        ctx.save_for_backward(order, back)
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(order, inverse)
         return x.index_select(0, order)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        order, back = ctx.saved_tensors
-        return _Reorder.apply(grads[0], back, order), None, None
+        order, inverse = ctx.saved_tensors
+        return _Reorder.apply(grads[0], inverse, order), None, None
 
 
 def _runs(length_N: Tensor) -> list[Batch]:
-    """Return neighbours of one length, one sentence to a matrix; those of no token left out."""
+    """Return runs of equal length with one sentence per matrix; sentences without tokens are omitted."""
     lengths, counts = torch.unique_consecutive(length_N[length_N > 0], return_counts=True)
     return [(n, 1, length) for n, length in zip(counts.tolist(), lengths.tolist(), strict=True)]
 
 
 def _shared(runs: Iterable[Batch]) -> Iterator[Batch]:
-    """Yield the same with as many sentences to a matrix as fill a vector register, what is left over by itself."""
+    """Yield the runs with as many sentences per matrix as fill a vector register; the remainder forms a batch."""
     for n, _, length in runs:
         several = -(-VECTOR // length)
         if n >= several:
@@ -59,7 +60,7 @@ def _shared(runs: Iterable[Batch]) -> Iterator[Batch]:
 
 
 def _by_length(length_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the lengths sorted, the tokens in that order, and the way back."""
+    """Return the sorted lengths, the permutation of the tokens and its inverse."""
     sorted_N, order_N = torch.sort(length_N, stable=True)
     shift_N = sentence_start(length_N)[order_N] - sentence_start(sorted_N)
     token_S = torch.arange(int(length_N.sum()))
@@ -67,8 +68,8 @@ def _by_length(length_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return sorted_N, order_S, torch.empty_like(order_S).scatter_(0, order_S, token_S)
 
 
-def _between(several: int, length: int, dtype: torch.dtype) -> Tensor | None:
-    """Return what keeps the sentences of a matrix apart, to be added to its scores; None for one sentence."""
+def _separator(several: int, length: int, dtype: torch.dtype) -> Tensor | None:
+    """Return the additive mask between the sentences of a matrix; None for one sentence."""
     if several == 1:
         return None
     own = torch.arange(several).repeat_interleave(length)
@@ -76,18 +77,18 @@ def _between(several: int, length: int, dtype: torch.dtype) -> Tensor | None:
 
 
 def _attend(qkv: tuple[Tensor, ...], batches: list[Batch]) -> Tensor:
-    """Attend within sentences of which equally long ones lie together; ``qkv`` is (q, k, v), or one (S, 3, H, E)."""
+    """Attend within sentences that are grouped by length; ``qkv`` is (q, k, v), or one tensor (S, 3, H, E)."""
     sizes = [n * several * length for n, several, length in batches]
     out = []
     for (n, several, length), *parts in zip(batches, *(x.split(sizes) for x in qkv), strict=True):
         parts = list(parts[0].unbind(1)) if len(parts) == 1 else parts
         q, k, v = (x.unflatten(0, (n, several * length)).transpose(1, 2) for x in parts)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=_between(several, length, q.dtype))
-        out.append(mixed.transpose(1, 2).flatten(0, 1))
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=_separator(several, length, q.dtype))
+        out.append(attended.transpose(1, 2).flatten(0, 1))
     return torch.cat(out)
 
 
-# Shapes follow the lengths: torch.compile would compile anew with every batch, until its limit is reached.
+# Shapes depend on the lengths: torch.compile would recompile for every batch, up to its limit.
 @torch.compiler.disable
 def _packed(qkv: tuple[Tensor, ...], length_N: Tensor) -> Tensor:
     """Return (S, H, E)."""
@@ -95,22 +96,22 @@ def _packed(qkv: tuple[Tensor, ...], length_N: Tensor) -> Tensor:
     if S == 0:
         return qkv[0].sum(1) if len(qkv) == 1 else qkv[0] + qkv[1] + qkv[2]
     if len(runs) * FEW > S and len(runs) > len({length for _, _, length in runs}):
-        sorted_N, order_S, back_S = _by_length(length_N)
-        return _Reorder.apply(
-            _packed(tuple(_Reorder.apply(x, order_S, back_S) for x in qkv), sorted_N), back_S, order_S
-        )
+        sorted_N, order_S, inverse_S = _by_length(length_N)
+        reordered = tuple(_Reorder.apply(x, order_S, inverse_S) for x in qkv)
+        return _Reorder.apply(_packed(reordered, sorted_N), inverse_S, order_S)
     shared = list(_shared(runs))
     out = _attend(qkv, shared)
     wide = torch.promote_types(out.dtype, torch.float32)
-    clean = shared == runs or bool(torch.isfinite(out.detach().sum(dtype=wide)))
-    return out if clean else _attend(qkv, runs)
+    finite = shared == runs or bool(torch.isfinite(out.detach().sum(dtype=wide)))
+    return out if finite else _attend(qkv, runs)
 
 
 def packed_attention_cpu(q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor, length_N: Tensor, longest: int) -> Tensor:
     """Return (S, H, E); see :mod:`comtip_kernels.packed_attention.reference`."""
-    return _packed((q_SHE, k_SHE, v_SHE), length_N)
+    dtype = torch.promote_types(torch.promote_types(q_SHE.dtype, k_SHE.dtype), v_SHE.dtype)
+    return _packed((q_SHE.to(dtype), k_SHE.to(dtype), v_SHE.to(dtype)), length_N)
 
 
 def packed_attention_qkv_cpu(qkv_S3HE: Tensor, length_N: Tensor, longest: int) -> Tensor:
-    """Return (S, H, E) of one projection: its gradient is put together batch by batch, in the cache, not by one pass of its own."""
+    """Return (S, H, E) for one projection, whose gradient is assembled batch by batch in the cache."""
     return _packed((qkv_S3HE,), length_N)

@@ -1,4 +1,4 @@
-"""Attention that never leaves its sentence, as padded scaled-dot-product attention."""
+"""Attention within each sentence as padded scaled-dot-product attention: the definition of the operation."""
 
 from __future__ import annotations
 
@@ -8,10 +8,17 @@ from torch.nn import functional as F
 
 
 def packed_attention_reference(q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor, length_N: Tensor, longest: int) -> Tensor:
-    """Return (S, H, E): softmax(q k^T / sqrt(E)) v within each sentence; padded to the longest and taken out again."""
+    """Return softmax(q k^T / sqrt(E)) v within each sentence, (S, H, E).
+
+    Sentences are padded to the longest and unpadded afterwards. Operands of several dtypes are promoted to the widest.
+    """
+    dtype = torch.promote_types(torch.promote_types(q_SHE.dtype, k_SHE.dtype), v_SHE.dtype)
     keep_NT = torch.arange(longest, device=length_N.device) < length_N[:, None]
     sentence_S, slot_S = keep_NT.nonzero(as_tuple=True)
     shape = (length_N.shape[0], longest, *q_SHE.shape[1:])
-    q, k, v = (x.new_zeros(shape).index_put((sentence_S, slot_S), x).transpose(1, 2) for x in (q_SHE, k_SHE, v_SHE))
+    q, k, v = (
+        x.new_zeros(shape, dtype=dtype).index_put((sentence_S, slot_S), x.to(dtype)).transpose(1, 2)
+        for x in (q_SHE, k_SHE, v_SHE)
+    )
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=keep_NT[:, None, None, :])
     return out.transpose(1, 2)[sentence_S, slot_S]

@@ -1,10 +1,9 @@
-"""Packed attention on a GPU: several whole sentences to a tile, nothing saved for the backward but the inputs.
+"""Triton kernels of packed attention: several whole sentences per tile; the backward pass needs the inputs only.
 
-Sentences lie end to end. Tile i owns the sentences that begin in [i W, (i + 1) W), W = BT - longest + 1: all of their tokens lie
-in [i W, i W + BT), so that which tile does what needs no packing plan and no word from the host. A tile's products are dense;
-a mask keeps tokens of one sentence together (a NaN among the values, which weight 0 does not silence, shows in every sentence of
-its tile; it would have ended in the loss anyway). Each token belongs to one tile: no atomics, and tiles on grid axis 0, which
-has no limit that a batch could meet.
+Sentences are concatenated. Tile i owns the sentences that begin in [i W, (i + 1) W), W = BT - longest + 1: all their tokens lie
+in [i W, i W + BT), so the assignment needs no packing plan and no value from the host. The products of a tile are dense; a
+mask separates its sentences (a NaN among the values, which a weight of 0 does not remove, reaches every sentence of its
+tile). Each token belongs to one tile: no atomics. Tiles are on grid axis 0, whose limit no batch reaches.
 """
 
 from __future__ import annotations
@@ -15,27 +14,35 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+# The number of tokens changes from step to step, the window with the longest sentence of a panel.
+_SIZES = ["n_tokens", "window"]
 
 
 @triton.jit
-def _load(ptr, token, head, owned, x_s, x_h, x_e, E, BE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return the tile's rows of one head, (BT, BE); 0 where the token is another tile's."""
-    e = tl.arange(0, BE)
-    at = ptr + token.to(tl.int64)[:, None] * x_s + head * x_h + e[None, :] * x_e
-    return tl.load(at, mask=owned[:, None] & (e[None, :] < E), other=0.0)
+def _load(
+    ptr, token, head, owned, stride_token, stride_head, stride_dim, head_dim, BE: tl.constexpr, UPCAST: tl.constexpr
+):  # type: ignore[no-untyped-def]
+    """Return the rows of one head, (BT, BE); 0 where another tile owns the token."""
+    dim = tl.arange(0, BE)
+    offset = token.to(tl.int64)[:, None] * stride_token + head * stride_head + dim[None, :] * stride_dim
+    x = tl.load(ptr + offset, mask=owned[:, None] & (dim[None, :] < head_dim), other=0.0)
+    if UPCAST:
+        # The interpreter would multiply the bit patterns of bf16; a GPU never takes this branch.
+        x = x.to(tl.float32)
+    return x
 
 
 @triton.jit
-def _store(ptr, x, token, head, owned, H, E, BE: tl.constexpr):  # type: ignore[no-untyped-def]
+def _store(ptr, x, token, head, owned, n_heads, head_dim, BE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Store into a contiguous (S, H, E)."""
-    e = tl.arange(0, BE)
-    at = ptr + (token.to(tl.int64)[:, None] * H + head) * E + e[None, :]
-    tl.store(at, x, mask=owned[:, None] & (e[None, :] < E))
+    dim = tl.arange(0, BE)
+    offset = (token.to(tl.int64)[:, None] * n_heads + head) * head_dim + dim[None, :]
+    tl.store(ptr + offset, x, mask=owned[:, None] & (dim[None, :] < head_dim))
 
 
 @triton.jit
 def _softmax(q, k, first, owned, scale, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return the weights fp32 (BT, BT): 0 between sentences. A row that is not owned attends to itself alone."""
+    """Return the attention weights, fp32 (BT, BT): 0 between sentences; rows that are not owned are 0 too."""
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
     same = (first[:, None] == first[None, :]) & owned[:, None] & owned[None, :]
     s = tl.where(same, s, float("-inf"))
@@ -46,78 +53,127 @@ def _softmax(q, k, first, owned, scale, PRECISION: tl.constexpr):  # type: ignor
 
 
 @triton.jit
-def attend_tiles(  # type: ignore[no-untyped-def]
-    q_ptr, k_ptr, v_ptr, first_ptr, out_ptr, S, H, E, W, scale, q_s, q_h, q_e, k_s, k_h, k_e, v_s, v_h, v_e,
-    BT: tl.constexpr, BE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def _rounded(x, ptr, UPCAST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return ``x`` rounded to the element type of ``ptr``, as an operand of a product."""
+    x = x.to(ptr.dtype.element_ty)
+    if UPCAST:
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=["first_ptr"])
+def attention_forward(  # type: ignore[no-untyped-def]
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    first_ptr,
+    out_ptr,
+    n_tokens,
+    n_heads,
+    head_dim,
+    window,
+    scale,
+    q_stride_token,
+    q_stride_head,
+    q_stride_dim,
+    k_stride_token,
+    k_stride_head,
+    k_stride_dim,
+    v_stride_token,
+    v_stride_head,
+    v_stride_dim,
+    BT: tl.constexpr,
+    BE: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """Store softmax(q k^T scale) v of one tile and head."""
-    tile, head = tl.program_id(0) // H, tl.program_id(0) % H
-    token = tile * W + tl.arange(0, BT)
-    first = tl.load(first_ptr + token, mask=token < S, other=-1)
-    owned = (first >= tile * W) & (first < (tile + 1) * W)
-    q = _load(q_ptr, token, head, owned, q_s, q_h, q_e, E, BE)
-    k = _load(k_ptr, token, head, owned, k_s, k_h, k_e, E, BE)
-    v = _load(v_ptr, token, head, owned, v_s, v_h, v_e, E, BE)
-    if UPCAST:
-        # The interpreter multiplies the bit patterns of bf16; a GPU never takes this branch.
-        q = q.to(tl.float32)
-        k = k.to(tl.float32)
-        v = v.to(tl.float32)
-    p = _softmax(q, k, first, owned, scale, PRECISION)
-    _store(out_ptr, tl.dot(p.to(v.dtype), v, input_precision=PRECISION), token, head, owned, H, E, BE)
+    tile, head = tl.program_id(0) // n_heads, tl.program_id(0) % n_heads
+    token = tile * window + tl.arange(0, BT)
+    first = tl.load(first_ptr + token, mask=token < n_tokens, other=-1)
+    owned = (first >= tile * window) & (first < (tile + 1) * window)
+    q = _load(q_ptr, token, head, owned, q_stride_token, q_stride_head, q_stride_dim, head_dim, BE, UPCAST)
+    k = _load(k_ptr, token, head, owned, k_stride_token, k_stride_head, k_stride_dim, head_dim, BE, UPCAST)
+    v = _load(v_ptr, token, head, owned, v_stride_token, v_stride_head, v_stride_dim, head_dim, BE, UPCAST)
+    p = _rounded(_softmax(q, k, first, owned, scale, PRECISION), v_ptr, UPCAST)
+    _store(out_ptr, tl.dot(p, v, input_precision=PRECISION), token, head, owned, n_heads, head_dim, BE)
 
 
-@triton.jit
-def attend_grads(  # type: ignore[no-untyped-def]
-    q_ptr, k_ptr, v_ptr, g_ptr, first_ptr, dq_ptr, dk_ptr, dv_ptr, S, H, E, W, scale, q_s, q_h, q_e, k_s, k_h, k_e, v_s, v_h,
-    v_e, g_s, g_h, g_e, BT: tl.constexpr, BE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Store dq, dk, dv of one tile and head; the weights are made again from q and k."""
-    tile, head = tl.program_id(0) // H, tl.program_id(0) % H
-    token = tile * W + tl.arange(0, BT)
-    first = tl.load(first_ptr + token, mask=token < S, other=-1)
-    owned = (first >= tile * W) & (first < (tile + 1) * W)
-    q = _load(q_ptr, token, head, owned, q_s, q_h, q_e, E, BE)
-    k = _load(k_ptr, token, head, owned, k_s, k_h, k_e, E, BE)
-    if UPCAST:
-        q = q.to(tl.float32)
-        k = k.to(tl.float32)
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=["first_ptr"])
+def attention_grads(  # type: ignore[no-untyped-def]
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    g_ptr,
+    first_ptr,
+    dq_ptr,
+    dk_ptr,
+    dv_ptr,
+    n_tokens,
+    n_heads,
+    head_dim,
+    window,
+    scale,
+    q_stride_token,
+    q_stride_head,
+    q_stride_dim,
+    k_stride_token,
+    k_stride_head,
+    k_stride_dim,
+    v_stride_token,
+    v_stride_head,
+    v_stride_dim,
+    g_stride_token,
+    g_stride_head,
+    g_stride_dim,
+    BT: tl.constexpr,
+    BE: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Store dq, dk and dv of one tile and head; the weights are recomputed from q and k."""
+    tile, head = tl.program_id(0) // n_heads, tl.program_id(0) % n_heads
+    token = tile * window + tl.arange(0, BT)
+    first = tl.load(first_ptr + token, mask=token < n_tokens, other=-1)
+    owned = (first >= tile * window) & (first < (tile + 1) * window)
+    q = _load(q_ptr, token, head, owned, q_stride_token, q_stride_head, q_stride_dim, head_dim, BE, UPCAST)
+    k = _load(k_ptr, token, head, owned, k_stride_token, k_stride_head, k_stride_dim, head_dim, BE, UPCAST)
     p = _softmax(q, k, first, owned, scale, PRECISION)
-    g = _load(g_ptr, token, head, owned, g_s, g_h, g_e, E, BE)
-    if UPCAST:
-        g = g.to(tl.float32)
-    _store(dv_ptr, tl.dot(tl.trans(p.to(g.dtype)), g, input_precision=PRECISION), token, head, owned, H, E, BE)
+    g = _load(g_ptr, token, head, owned, g_stride_token, g_stride_head, g_stride_dim, head_dim, BE, UPCAST)
+    dv = tl.dot(tl.trans(_rounded(p, g_ptr, UPCAST)), g, input_precision=PRECISION)
+    _store(dv_ptr, dv, token, head, owned, n_heads, head_dim, BE)
+    # fp32 operands are loaded again from the cache: keeping them needs more registers than there are.
     if q_ptr.dtype.element_ty == tl.float32:
-        # Four bytes an element: loaded again, from a cache, as keeping it asks for more registers than there are. So below.
-        g = _load(g_ptr, token, head, owned, g_s, g_h, g_e, E, BE)
-    v = _load(v_ptr, token, head, owned, v_s, v_h, v_e, E, BE)
-    if UPCAST:
-        v = v.to(tl.float32)
+        g = _load(g_ptr, token, head, owned, g_stride_token, g_stride_head, g_stride_dim, head_dim, BE, UPCAST)
+    v = _load(v_ptr, token, head, owned, v_stride_token, v_stride_head, v_stride_dim, head_dim, BE, UPCAST)
     dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
-    # d softmax; the sum over the row is of this very p and dp, so that no saved output is needed.
-    ds = (p * (dp - tl.sum(p * dp, axis=1)[:, None]) * scale).to(q.dtype)
+    # The row sum in the softmax gradient uses this p and dp, so no saved output is needed.
+    ds = _rounded(p * (dp - tl.sum(p * dp, axis=1)[:, None]) * scale, q_ptr, UPCAST)
     if q_ptr.dtype.element_ty == tl.float32:
-        k = _load(k_ptr, token, head, owned, k_s, k_h, k_e, E, BE)
-    _store(dq_ptr, tl.dot(ds, k, input_precision=PRECISION), token, head, owned, H, E, BE)
+        k = _load(k_ptr, token, head, owned, k_stride_token, k_stride_head, k_stride_dim, head_dim, BE, UPCAST)
+    _store(dq_ptr, tl.dot(ds, k, input_precision=PRECISION), token, head, owned, n_heads, head_dim, BE)
     if q_ptr.dtype.element_ty == tl.float32:
-        q = _load(q_ptr, token, head, owned, q_s, q_h, q_e, E, BE)
-    _store(dk_ptr, tl.dot(tl.trans(ds), q, input_precision=PRECISION), token, head, owned, H, E, BE)
+        q = _load(q_ptr, token, head, owned, q_stride_token, q_stride_head, q_stride_dim, head_dim, BE, UPCAST)
+    _store(dk_ptr, tl.dot(tl.trans(ds), q, input_precision=PRECISION), token, head, owned, n_heads, head_dim, BE)
 
 
-TILES: dict[int, dict[str, Any]] = {
-    32: {"num_warps": 2, "num_stages": 1},
-    64: {"num_warps": 4, "num_stages": 1},
+LAUNCH: dict[tuple[str, int], dict[str, dict[str, Any]]] = {
+    ("bf16", 32): {"forward": {"num_warps": 2}, "backward": {"num_warps": 2}},
+    ("bf16", 64): {"forward": {"num_warps": 4}, "backward": {"num_warps": 4}},
+    ("tf32", 32): {"forward": {"num_warps": 2}, "backward": {"num_warps": 2}},
+    ("tf32", 64): {"forward": {"num_warps": 4}, "backward": {"num_warps": 8}},
+    ("tf32x3", 32): {"forward": {"num_warps": 4}, "backward": {"num_warps": 4}},
 }
-"""What the ledger passes, by tokens of a tile; a backward of 128 tokens spills on sm_80, whatever its warps."""
-FP32_GRADS: dict[int, dict[str, Any]] = {32: {}, 64: {"num_warps": 8}}
-"""What is different for gradients of four bytes."""
+"""Launch options by mode and tokens of a tile, for the combinations that compile without spills on sm_80 and sm_90. Tiles of 128
+tokens spill in the backward pass, and so do tiles of 64 for fp32 without tf32."""
 
 
-def config(tile: int, fp32: bool, backward: bool) -> dict[str, Any]:
-    """Return warps and stages for a tile of so many tokens."""
-    return TILES[tile] | (FP32_GRADS[tile] if fp32 and backward else {})
+def config(mode: str, tile: int, *, backward: bool) -> dict[str, Any]:
+    """Return the launch options of a tile of ``tile`` tokens."""
+    return {"num_stages": 1} | LAUNCH[mode, tile]["backward" if backward else "forward"]
 
 
-def best_tile(longest: int) -> int:
-    """Return the tokens of a tile: the fewest products per token that is owned, BT^2 / W."""
-    return min((bt for bt in TILES if bt >= longest), key=lambda bt: bt * bt // (bt - longest + 1))
+def best_tile(mode: str, longest: int) -> int:
+    """Return the tile with the fewest products per owned token, BT^2 / W."""
+    tiles = [bt for m, bt in LAUNCH if m == mode and bt >= longest]
+    return min(tiles, key=lambda bt: bt * bt // (bt - longest + 1))

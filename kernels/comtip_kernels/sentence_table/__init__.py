@@ -1,8 +1,8 @@
-"""Products of spots with the sentence table in which each spot picks one level per gene: no (B, G, D) tensor anywhere.
+"""Products of spots with the sentence table in which each spot selects one level per gene: no (B, G, D) tensor.
 
-    take     out[b, g]     = <c[b], table[g, level[b, g]]>
-    spread   out[b]        = sum_g w[b, g] table[g, level[b, g]]
-    collect  out[g, q]     = sum_b w[b, g] [level[b, g] = q] c[b]
+    sampled_dot             out[b, g]     = <vector[b], table[g, level[b, g]]>                  (an SDDMM)
+    weighted_sum            out[b]        = sum_g weight[b, g] table[g, level[b, g]]            (an SpMM)
+    weighted_sum_transpose  out[g, q]     = sum_b weight[b, g] [level[b, g] = q] vector[b]      (its transpose)
 
-Each is the gradient of another, so pooling, the pair head and L_level are made of these three (``op.py``).
+Each is the gradient of another, so pooling, the pair head and L_level are built from these three (``triton_op.py``).
 """

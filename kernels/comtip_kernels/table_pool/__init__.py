@@ -1,4 +1,4 @@
-"""Pooling of each spot's sentences straight from the sentence table."""
+"""Pooling of the sentences of each spot, directly from the sentence table."""
 
 from __future__ import annotations
 
@@ -9,34 +9,42 @@ from comtip_kernels.table_pool.cpu import table_pool_cpu
 from comtip_kernels.table_pool.reference import pool_weights, table_pool_reference
 
 __all__ = ["pool_weights", "table_pool", "table_pool_reference"]
-_HAVE = {
+_IMPLEMENTATIONS = {
     "reference": table_pool_reference,
     "cpu": table_pool_cpu,
-    "triton": with_triton("comtip_kernels.table_pool.gpu", "table_pool_triton"),
+    "triton": with_triton("comtip_kernels.table_pool.triton_op", "table_pool_triton"),
 }
 
 
 def table_pool(
     table_GQD: Tensor, scores_GQ: Tensor, levels_BG: Tensor, mask_BG: Tensor, *, impl: Impl = "auto"
 ) -> Tensor:
-    """Softmax-weighted sum of G table rows per spot.
+    """Softmax-weighted sum of G table rows per spot; the formula is in :mod:`comtip_kernels.table_pool.reference`.
 
     Parameters
     ----------
     table_GQD
-        h(g, q), one row per gene and level.
+        Sentence embeddings h(g, q), one row per gene and level. The Triton kernels multiply in bf16 if the table is bf16 or
+        bf16 autocast is enabled.
     scores_GQ
-        Pooling score of each row; the query does not depend on the spot, so scores live in the table too.
+        Pooling score of each row, floating point; it does not depend on the spot.
     levels_BG
         Level of each gene in each spot, integers 0..Q-1.
     mask_BG
-        True where the spot's section measured the gene.
+        bool: True if the gene was measured in the spot's section.
     impl
-        Which implementation; see :mod:`comtip_kernels.dispatch`.
+        Implementation; see :mod:`comtip_kernels.dispatch`.
 
     Returns
     -------
     Tensor
-        (B, D); the zero vector for a spot with no measured gene.
+        (B, D) in the dtype of the table; the zero vector for a spot without a measured gene.
+
+    Raises
+    ------
+    ValueError
+        If ``impl`` does not support the operands.
     """
-    return choose("table_pool", impl, table_GQD, _HAVE)(table_GQD, scores_GQ, levels_BG, mask_BG)
+    return choose("table_pool", impl, (table_GQD, scores_GQ), _IMPLEMENTATIONS)(
+        table_GQD, scores_GQ, levels_BG, mask_BG
+    )

@@ -1,10 +1,10 @@
-"""A spot's text vector as a weighted sum of rows of the sentence table.
+"""The text vector of a spot as a weighted sum of rows of the sentence table: the definition of the operation.
 
     p[b, g] = softmax over measured g of score[g, level[b, g]]
     t[b]    = sum_g p[b, g] table[g, level[b, g]]
 
-Written as one product of a sparse-in-truth (B, G*Q) weight matrix with the table, so that no (B, G, D)
-tensor exists and the sum's order does not depend on the machine's threads.
+The sum is one product of a (B, G*Q) weight matrix with the table, so there is no (B, G, D) tensor and the order of the
+sum does not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -15,7 +15,18 @@ from torch.nn import functional as F
 
 
 def pool_weights(scores_GQ: Tensor, levels_BG: Tensor, mask_BG: Tensor) -> Tensor:
-    """Return p (B, G): softmax of each spot's own scores over its measured genes; all 0 where it has none."""
+    """Return the pooling weights of every spot.
+
+    Parameters
+    ----------
+    scores_GQ, levels_BG, mask_BG
+        As in :func:`comtip_kernels.table_pool`.
+
+    Returns
+    -------
+    Tensor
+        p (B, G) in the dtype of the scores: softmax of the spot's scores over its measured genes; 0 if it has none.
+    """
     G, Q = scores_GQ.shape
     rows_BG = torch.arange(G, device=levels_BG.device) * Q + levels_BG.long()
     score_BG = F.embedding(rows_BG, scores_GQ.reshape(G * Q, 1)).squeeze(-1)

@@ -19,8 +19,8 @@ from comtip_fast.training.task import build_task
 
 KERNELS = (
     (embedding, "make_rows"), (embedding, "copy_rows"), (embedding, "sum_pieces"), (embedding, "norm_grads"),
-    (infonce, "lse_tiles"), (infonce, "grad_rows"), (attention, "attend_tiles"), (attention, "attend_grads"),
-    (table, "take_tiles"), (table, "spread_rows"), (table, "collect_rows"),
+    (infonce, "lse_tiles"), (infonce, "grad_rows"), (attention, "attention_forward"), (attention, "attention_grads"),
+    (table, "sampled_dot"), (table, "weighted_sum"), (table, "weighted_sum_transpose"),
 )  # fmt: skip
 
 

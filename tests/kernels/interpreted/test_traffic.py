@@ -9,18 +9,18 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs inside tests/kernels/test_interpreted.py", allow_module_level=True)
 
 from comtip_kernels import plan_sentences
-from comtip_kernels.gene_sentence_embedding import op as embedding
 from comtip_kernels.gene_sentence_embedding import triton_kernels as embedding_kernels
-from comtip_kernels.infonce import blocks_op as blocks
-from comtip_kernels.infonce import op as infonce
+from comtip_kernels.gene_sentence_embedding import triton_op as embedding
+from comtip_kernels.infonce import blocks_triton_op as blocks
 from comtip_kernels.infonce import triton_kernels as infonce_kernels
+from comtip_kernels.infonce import triton_op as infonce
 from comtip_kernels.ledger import traffic
 from comtip_kernels.ledger.count import Counted, counting
-from comtip_kernels.packed_attention import op as attention
 from comtip_kernels.packed_attention import triton_kernels as attention_kernels
-from comtip_kernels.sentence_table import op as table
+from comtip_kernels.packed_attention import triton_op as attention
 from comtip_kernels.sentence_table import triton_kernels as table_kernels
-from comtip_kernels.tl_common import fitted
+from comtip_kernels.sentence_table import triton_op as table
+from comtip_kernels.tl_common import fit_tiles
 
 
 def same(counted: Counted, formula: traffic.Traffic) -> None:
@@ -35,17 +35,17 @@ def vectors(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize(("B", "M", "D"), [(20, 20, 16), (40, 71, 48), (64, 64, 600)])
 def test_infonce(B: int, M: int, D: int):
     x, y, scale = vectors(B, D), vectors(M, D), torch.tensor(5.0)
-    nothing = (0, None, None, None, None, None)
+    nothing = (0, None, None, None, None, None, False)
     with counting() as counted:
-        rows, columns = infonce.infonce_lse(x, y, scale, *nothing)
+        rows, columns, _ = infonce.infonce_lse(x, y, scale, *nothing)
     counted.loaded -= 2 * 4 * B  # exact_lse reads which rows and columns are low, and finds none
-    forward = traffic.infonce_forward(B, M, D, 4, fitted(infonce_kernels.FORWARD, D, infonce._SMALL))
+    forward = traffic.infonce_forward(B, M, D, 4, fit_tiles(infonce_kernels.FORWARD["tf32x3"], D, infonce.SMALL))
     assert (counted.loaded, counted.stored, counted.flops) == (forward.loaded, forward.stored, forward.flops)
     half = torch.full((B,), 0.5)
     with counting() as counted:
         infonce.infonce_grads(x, y, scale, half, half, rows, columns, *nothing)
-    tiles = fitted(infonce_kernels.backward_tiles(True), D, infonce._SMALL)
-    tiles["BD"] = min(infonce_kernels.MAX_BD, infonce.power_of_2(D))
+    tiles = fit_tiles(infonce_kernels.BACKWARD["tf32x3"], D, infonce.SMALL)
+    tiles["BD"] = min(tiles["BD"], infonce.power_of_2(D))
     backward = traffic.infonce_side(B, M, D, 4, tiles) + traffic.infonce_side(M, B, D, 4, tiles)
     assert (counted.loaded, counted.stored, counted.flops) == (backward.loaded, backward.stored, backward.flops)
 
@@ -54,18 +54,18 @@ def test_infonce(B: int, M: int, D: int):
 def test_infonce_block(R: int, C: int, D: int, least: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(infonce_kernels, "LEAST_PART", least)
     x, y, scale = vectors(R, D), vectors(C, D), torch.tensor(5.0)
-    classes, silent = (torch.arange(R), torch.arange(C) + R), [torch.zeros(n, dtype=torch.int32) for n in (R, C)]
-    who = (0, None, None, *classes, *silent)
+    classes, excluded = (torch.arange(R), torch.arange(C) + R), [torch.zeros(n, dtype=torch.int32) for n in (R, C)]
+    who = (0, None, None, *classes, *excluded, False)
     with counting() as counted:
         rows, columns = blocks.infonce_block_lse(x, y, scale, *who)
     counted.loaded -= 4 * (R + C)  # exact_lse reads which rows and columns are low, and finds none
-    tiles, ids = fitted(infonce_kernels.FORWARD, D, infonce._SMALL), traffic.BLOCK_IDS
-    forward = traffic.infonce_forward(R, C, D, 4, tiles, ids)
+    tiles, ids = fit_tiles(infonce_kernels.FORWARD["tf32x3"], D, infonce.SMALL), traffic.BLOCK_IDS
+    forward = traffic.infonce_forward(R, C, D, 4, tiles, ids, diagonal=False)
     assert (counted.loaded, counted.stored, counted.flops) == (forward.loaded, forward.stored, forward.flops)
     with counting() as counted:
         blocks.infonce_block_grads(x, y, scale, torch.ones(R), rows, torch.ones(C), columns, *who)
-    tiles = fitted(infonce_kernels.backward_tiles(True), D, infonce._SMALL)
-    tiles["BD"] = min(infonce_kernels.MAX_BD, infonce.power_of_2(D))
+    tiles = fit_tiles(infonce_kernels.BACKWARD["tf32x3"], D, infonce.SMALL)
+    tiles["BD"] = min(tiles["BD"], infonce.power_of_2(D))
     parts = [infonce_kernels.shares(-(-n // tiles["BM"]), m)[0] for n, m in ((R, C), (C, R))]
     assert parts == ([1, 1] if least == 512 else [2, 4])
     both = [traffic.infonce_side(n, m, D, 4, tiles, ids, p) for n, m, p in ((R, C, parts[0]), (C, R, parts[1]))]
@@ -120,7 +120,7 @@ def test_attention(lengths: list[int], H: int, E: int):
     first = torch.repeat_interleave((length.cumsum(0) - length).int(), length)
     S, longest = sum(lengths), max(lengths)
     q, k, v, g = (torch.randn(S, H, E) for _ in range(4))
-    tile = attention_kernels.best_tile(longest)
+    tile = attention_kernels.best_tile("tf32", longest)
     with counting() as counted:
         attention.attend(q, k, v, first, longest)
     same(counted, traffic.attention(S, H, E, 4, longest, tile, backward=False))
@@ -134,18 +134,25 @@ def test_table(B: int, G: int, Q: int, D: int):
     image, rows = vectors(B, D), vectors(G, Q, D)
     levels = torch.randint(Q, (B, G)).to(torch.uint8)
     with counting() as counted:
-        taken = table.table_take(image, rows, levels)
-    tiles = table._tiles(table_kernels.TAKE, image, Q, D)
-    same(counted, traffic.table_take(B, G, Q, D, 4, tiles))
+        taken = table.sampled_dot(image, rows, levels, False)
+    tiles = table.choose_tiles(table_kernels.SAMPLED_DOT, image, Q, D)
+    same(counted, traffic.sampled_dot(B, G, Q, D, 4, tiles))
     with counting() as counted:
-        table.level_loss(image, rows, levels, torch.ones(B, G, dtype=torch.uint8), torch.tensor(5.0), torch.zeros(G, Q))
-    same(counted, traffic.table_take(B, G, Q, D, 4, tiles, loss=True))
+        table.level_loss(
+            image, rows, levels, torch.ones(B, G, dtype=torch.uint8), torch.tensor(5.0), torch.zeros(G, Q), False
+        )
+    same(counted, traffic.sampled_dot(B, G, Q, D, 4, tiles, loss=True))
     with counting() as counted:
-        table.table_spread(taken, rows, levels)
-    same(counted, traffic.table_spread(B, G, Q, D, 4, table._tiles(table_kernels.SPREAD, image, Q, D)))
+        table.weighted_sum(taken, rows, levels, False)
+    same(counted, traffic.weighted_sum(B, G, Q, D, 4, table.choose_tiles(table_kernels.WEIGHTED_SUM, image, Q, D)))
     with counting() as counted:
-        table.table_collect(image, taken, levels, Q)
-    same(counted, traffic.table_collect(B, G, Q, D, 4, table._tiles(table_kernels.COLLECT, image, Q, D)))
+        table.weighted_sum_transpose(image, taken, levels, Q, False)
+    same(
+        counted,
+        traffic.weighted_sum_transpose(
+            B, G, Q, D, 4, table.choose_tiles(table_kernels.WEIGHTED_SUM_TRANSPOSE, image, Q, D)
+        ),
+    )
 
 
 @pytest.mark.parametrize(("B", "G", "Q", "D"), [(9, 4, 3, 8), (33, 19, 10, 40), (20, 3, 5, 300)])
@@ -153,9 +160,13 @@ def test_gradients_of_level_loss(B: int, G: int, Q: int, D: int):
     image, rows = vectors(B, D), vectors(G, Q, D)
     levels, weight = torch.randint(Q, (B, G)).to(torch.uint8), torch.ones(B, G, dtype=torch.uint8)
     with counting() as counted:
-        table.level_loss_grads(image, rows, levels, weight, torch.tensor(5.0), torch.zeros(G, Q), torch.tensor(1.0))
-    spread, collect = (table._tiles(c, image, Q, D) for c in (table_kernels.SPREAD, table_kernels.COLLECT))
-    both = traffic.table_spread(B, G, Q, D, 4, spread, loss=True) + traffic.table_collect(
+        table.level_loss_grads(
+            image, rows, levels, weight, torch.tensor(5.0), torch.zeros(G, Q), torch.tensor(1.0), False
+        )
+    spread, collect = (
+        table.choose_tiles(c, image, Q, D) for c in (table_kernels.WEIGHTED_SUM, table_kernels.WEIGHTED_SUM_TRANSPOSE)
+    )
+    both = traffic.weighted_sum(B, G, Q, D, 4, spread, loss=True) + traffic.weighted_sum_transpose(
         B, G, Q, D, 4, collect, loss=True
     )
     assert (counted.loaded, counted.stored, counted.flops) == (both.loaded, both.stored, both.flops)

@@ -1,4 +1,4 @@
-"""The Triton path of packed attention as PyTorch operators."""
+"""Packed attention on Triton kernels as PyTorch operators."""
 
 from __future__ import annotations
 
@@ -11,27 +11,40 @@ from torch.utils.flop_counter import register_flop_formula
 
 from comtip_kernels.gene_sentence_embedding.plan import sentence_start
 from comtip_kernels.packed_attention import triton_kernels as kernels
-from comtip_kernels.tl_common import INTERPRETING, power_of_2, precision
+from comtip_kernels.tl_common import INTERPRETING, input_precision, launch, operand_dtype, power_of_2, product_mode
 
 
-def _launch(q: Tensor, longest: int, backward: bool = False) -> tuple[int, tuple[int], dict[str, Any]]:
-    """Return W, the grid and the flags for (S, H, E) tensors like ``q``."""
+def launch_options(q: Tensor, longest: int, *, backward: bool = False) -> tuple[int, tuple[int], dict[str, Any]]:
+    """Return the window W, the grid and the options of a launch for (S, H, E) operands like ``q``."""
     S, H, E = q.shape
-    BT = kernels.best_tile(longest)
-    W = BT - longest + 1
-    flags = {"BT": BT, "BE": power_of_2(E), "UPCAST": INTERPRETING, "PRECISION": precision(q)}
-    return W, (triton.cdiv(S, W) * H,), flags | kernels.config(BT, q.dtype == torch.float32, backward)
+    mode = product_mode(q.dtype)
+    BT = kernels.best_tile(mode, longest)
+    window = BT - longest + 1
+    constants = {"BT": BT, "BE": power_of_2(E), "UPCAST": INTERPRETING, "PRECISION": input_precision(mode)}
+    return window, (triton.cdiv(S, window) * H,), constants | kernels.config(mode, BT, backward=backward)
 
 
 @torch.library.custom_op("comtip::packed_attention", mutates_args=())
 def attend(q: Tensor, k: Tensor, v: Tensor, first_S: Tensor, longest: int) -> Tensor:
-    """Return (S, H, E); ``first_S`` int32 is the first token of each token's sentence."""
+    """Return (S, H, E) in the dtype of ``q``; ``first_S`` int32 is the first token of each token's sentence."""
     out = torch.empty(q.shape, device=q.device, dtype=q.dtype)
     if out.numel():
-        S, H, E = q.shape
-        W, grid, flags = _launch(q, longest)
+        window, grid, options = launch_options(q, longest)
         strides = (*q.stride(), *k.stride(), *v.stride())
-        kernels.attend_tiles[grid](q, k, v, first_S, out, S, H, E, W, E**-0.5, *strides, **flags)
+        launch(
+            kernels.attention_forward,
+            grid,
+            q,
+            k,
+            v,
+            first_S,
+            out,
+            *q.shape,
+            window,
+            q.shape[2] ** -0.5,
+            *strides,
+            **options,
+        )
     return out
 
 
@@ -39,13 +52,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, first_S: Tensor, longest: int) -> Te
 def attend_grads(
     q: Tensor, k: Tensor, v: Tensor, grad: Tensor, first_S: Tensor, longest: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq, dk, dv, (S, H, E) each, from the inputs and the gradient alone."""
+    """Return dq, dk, dv, (S, H, E) each, from the inputs and the gradient of the output."""
     dq, dk, dv = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (q, k, v))
     if dq.numel():
-        S, H, E = q.shape
-        W, grid, flags = _launch(q, longest, backward=True)
+        window, grid, options = launch_options(q, longest, backward=True)
+        tensors = (q, k, v, grad, first_S, dq, dk, dv)
         strides = (*q.stride(), *k.stride(), *v.stride(), *grad.stride())
-        kernels.attend_grads[grid](q, k, v, grad, first_S, dq, dk, dv, S, H, E, W, E**-0.5, *strides, **flags)
+        launch(kernels.attention_grads, grid, *tensors, *q.shape, window, q.shape[2] ** -0.5, *strides, **options)
     return dq, dk, dv
 
 
@@ -53,7 +66,7 @@ attend.register_fake(lambda q, *rest: q.new_empty(q.shape))
 attend_grads.register_fake(lambda q, k, v, *rest: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)))
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     q, k, v, first_S, ctx.longest = inputs
     ctx.save_for_backward(q, k, v, first_S)
 
@@ -63,12 +76,12 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*attend_grads(q, k, v, grad.to(q.dtype), first_S, ctx.longest), None, None)
 
 
-attend.register_autograd(_backward, setup_context=_keep)
+attend.register_autograd(_backward, setup_context=_setup)
 
 
 def _products(q: Any, longest: int) -> int:
-    """Return the FLOPs of one product of all tiles, what the mask drops included."""
-    BT = kernels.best_tile(longest)
+    """Return the FLOPs of one product over all tiles, including what the mask removes."""
+    BT = kernels.best_tile("bf16", longest)
     return int(triton.cdiv(q[0], BT - longest + 1) * q[1] * 2 * BT * BT * power_of_2(q[2]))
 
 
@@ -79,7 +92,8 @@ register_flop_formula(torch.ops.comtip.packed_attention_grads)(
 
 
 def packed_attention_triton(q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor, length_N: Tensor, longest: int) -> Tensor:
-    """Return (S, H, E); see :mod:`comtip_kernels.packed_attention.reference`."""
+    """Return (S, H, E) in the operand dtype; see :mod:`comtip_kernels.packed_attention.reference`."""
+    dtype = operand_dtype(q_SHE, k_SHE, v_SHE)
     start_N = sentence_start(length_N).to(torch.int32)
     first_S = torch.repeat_interleave(start_N, length_N, output_size=q_SHE.shape[0])
-    return attend(q_SHE, k_SHE, v_SHE, first_S, longest)
+    return attend(q_SHE.to(dtype), k_SHE.to(dtype), v_SHE.to(dtype), first_S, longest)

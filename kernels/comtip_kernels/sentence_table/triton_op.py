@@ -1,0 +1,247 @@
+"""The three products as PyTorch operators, each the gradient of another, and L_level built on their kernels.
+
+Every operator takes ``bf16``: whether it multiplies in bf16 (:func:`comtip_kernels.tl_common.operand_dtype`). Operands are
+rounded inside the operator, so that the gradient of an fp32 table is summed and returned in fp32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from comtip_kernels.sentence_table import triton_kernels as kernels
+from comtip_kernels.tl_common import INTERPRETING, fit_tiles, input_precision, launch, power_of_2, product_mode
+
+SMALL = {"BM": 16, "BN": 32, "BK": 32}
+"""Tile sizes in the interpreter."""
+MAX_LEVELS = 256
+"""A tile contains every level of a gene."""
+
+
+def choose_tiles(configs: dict[str, dict[str, Any]], x: Tensor, n_levels: int, width: int) -> dict[str, Any]:
+    """Return the tile sizes for operands like ``x``; many levels reduce the width of the output that a program holds.
+
+    Raises
+    ------
+    ValueError
+        If there are more than ``MAX_LEVELS`` levels.
+    """
+    if n_levels > MAX_LEVELS:
+        raise ValueError(
+            f"sentence table: {n_levels} levels; the Triton kernels support at most {MAX_LEVELS}, use impl='reference'"
+        )
+    tiles = fit_tiles(configs[product_mode(x.dtype)], width, SMALL)
+    QP = power_of_2(n_levels, 2)
+    genes = max(1, int(tiles.pop("BN")) // QP)
+    out = tiles | {"QP": QP, "NG": max(genes, 16 // QP)}
+    if "BD" in out:
+        crowded = max(1, out["NG"] * QP // 64)
+        out["BD"] = max(16, min(int(out["BD"]) // crowded, power_of_2(width)))
+    return out
+
+
+def _constants(x: Tensor, mode: int, prior: Tensor | None) -> dict[str, Any]:
+    precision = input_precision(product_mode(x.dtype))
+    return {"MODE": mode, "PRIOR": prior is not None, "UPCAST": INTERPRETING, "PRECISION": precision}
+
+
+def _operand(x: Tensor, bf16: bool) -> Tensor:
+    return x.to(torch.bfloat16 if bf16 else torch.float32)
+
+
+@torch.library.custom_op("comtip::sampled_dot", mutates_args=())
+def sampled_dot(vector: Tensor, table: Tensor, levels: Tensor, bf16: bool) -> Tensor:
+    """Return <vector[b], table[g, levels[b, g]]>, fp32 (B, G)."""
+    (B, D), (G, Q, _) = vector.shape, table.shape
+    vector, table = _operand(vector, bf16), _operand(table, bf16)
+    out = torch.empty(B, G, device=vector.device, dtype=torch.float32)
+    if out.numel():
+        tiles = choose_tiles(kernels.SAMPLED_DOT, vector, Q, D)
+        n_m, n_g = triton.cdiv(B, tiles["BM"]), triton.cdiv(G, tiles["NG"])
+        # ``out`` replaces the weight, prior and scale, which this mode does not read.
+        tensors = (vector, table, out, levels.contiguous(), out, out, out)
+        sizes = (B, G, Q, D, *vector.stride(), *table.stride(), n_g)
+        launch(kernels.sampled_dot, (n_m * n_g,), *tensors, *sizes, **_constants(vector, kernels.PICK, None), **tiles)
+    return out
+
+
+@torch.library.custom_op("comtip::weighted_sum", mutates_args=())
+def weighted_sum(weight: Tensor, table: Tensor, levels: Tensor, bf16: bool) -> Tensor:
+    """Return sum_g weight[b, g] table[g, levels[b, g]], fp32 (B, D)."""
+    B, (G, Q, D) = weight.shape[0], table.shape
+    table = _operand(table, bf16)
+    out = torch.empty(B, D, device=weight.device, dtype=torch.float32)
+    if out.numel():
+        tiles = choose_tiles(kernels.WEIGHTED_SUM, table, Q, D)
+        grid = (triton.cdiv(B, tiles["BM"]), triton.cdiv(D, tiles["BD"]))
+        # ``table`` replaces the vectors and ``out`` the prior, scale and factor, which this mode does not read.
+        tensors = (table, table, weight.float().contiguous(), levels.contiguous(), out, out, out, out)
+        sizes = (B, G, Q, D, 0, 0, *table.stride())
+        launch(kernels.weighted_sum, grid, *tensors, *sizes, **_constants(table, kernels.PICK, None), **tiles)
+    return out
+
+
+@torch.library.custom_op("comtip::weighted_sum_transpose", mutates_args=())
+def weighted_sum_transpose(vector: Tensor, weight: Tensor, levels: Tensor, n_levels: int, bf16: bool) -> Tensor:
+    """Return sum_b weight[b, g] [levels[b, g] = q] vector[b], fp32 (G, Q, D)."""
+    (B, D), G = vector.shape, weight.shape[1]
+    vector = _operand(vector, bf16)
+    out = torch.empty(G, n_levels, D, device=vector.device, dtype=torch.float32)
+    if out.numel():
+        tiles = choose_tiles(kernels.WEIGHTED_SUM_TRANSPOSE, vector, n_levels, D)
+        grid = (triton.cdiv(G, tiles["NG"]), triton.cdiv(D, tiles["BD"]))
+        # ``vector`` replaces the table, and ``out`` what this mode does not read.
+        tensors = (vector, vector, weight.float().contiguous(), levels.contiguous(), out, out, out, out, out)
+        sizes = (B, G, n_levels, D, *vector.stride(), 0, 0, 0)
+        launch(
+            kernels.weighted_sum_transpose, grid, *tensors, *sizes, **_constants(vector, kernels.PICK, None), **tiles
+        )
+    return out
+
+
+@torch.library.custom_op("comtip::level_loss", mutates_args=())
+def level_loss(
+    image: Tensor, table: Tensor, levels: Tensor, weight: Tensor, scale: Tensor, prior: Tensor | None, bf16: bool
+) -> Tensor:
+    """Return sum_bg weight[b, g] (logsumexp_q s[b, g, q] - s[b, g, level]), fp32 scalar."""
+    (B, D), (G, Q, _) = image.shape, table.shape
+    image, table = _operand(image, bf16), _operand(table, bf16)
+    tiles = choose_tiles(kernels.SAMPLED_DOT, image, Q, D)
+    n_m, n_g = triton.cdiv(B, tiles["BM"]), triton.cdiv(G, tiles["NG"])
+    parts = torch.empty(n_m * n_g, device=image.device, dtype=torch.float32)
+    if parts.numel():
+        tensors = (
+            image,
+            table,
+            weight.contiguous(),
+            levels.contiguous(),
+            scale if prior is None else prior,
+            scale,
+            parts,
+        )
+        sizes = (B, G, Q, D, *image.stride(), *table.stride(), n_g)
+        constants = _constants(image, kernels.CROSS_ENTROPY, prior)
+        launch(kernels.sampled_dot, (n_m * n_g,), *tensors, *sizes, **constants, **tiles)
+    return parts.sum()
+
+
+@torch.library.custom_op("comtip::level_loss_grads", mutates_args=())
+def level_loss_grads(
+    image: Tensor,
+    table: Tensor,
+    levels: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    prior: Tensor | None,
+    factor: Tensor,
+    bf16: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of scale * image (B, D), scale * table (G, Q, D) and prior (G, Q), fp32, times ``factor``."""
+    (B, D), (G, Q, _) = image.shape, table.shape
+    image, table = _operand(image, bf16), _operand(table, bf16)
+    # torch.empty, which the tests fill with NaN.
+    dimage, dtable, dprior = (
+        torch.empty(shape, device=image.device, dtype=torch.float32)
+        for shape in ((B, D), (G, Q, D), (G, Q) if prior is not None else (0,))
+    )
+    constants = _constants(image, kernels.CROSS_ENTROPY, prior)
+    tensors = (image, table, weight.contiguous(), levels.contiguous(), scale if prior is None else prior, scale, factor)
+    sizes = (B, G, Q, D, *image.stride(), *table.stride())
+    if dimage.numel():
+        tiles = choose_tiles(kernels.WEIGHTED_SUM, image, Q, D)
+        grid = (triton.cdiv(B, tiles["BM"]), triton.cdiv(D, tiles["BD"]))
+        launch(kernels.weighted_sum, grid, *tensors, dimage, *sizes, **constants, **tiles)
+    if dtable.numel():
+        tiles = choose_tiles(kernels.WEIGHTED_SUM_TRANSPOSE, image, Q, D)
+        grid = (triton.cdiv(G, tiles["NG"]), triton.cdiv(D, tiles["BD"]))
+        launch(kernels.weighted_sum_transpose, grid, *tensors, dtable, dprior, *sizes, **constants, **tiles)
+    return dimage, dtable, dprior
+
+
+def _empty(like: Tensor, *shape: Any) -> Tensor:
+    return like.new_empty(shape, dtype=torch.float32)
+
+
+sampled_dot.register_fake(lambda vector, table, *_: _empty(vector, vector.shape[0], table.shape[0]))
+weighted_sum.register_fake(lambda weight, table, *_: _empty(weight, weight.shape[0], table.shape[2]))
+weighted_sum_transpose.register_fake(
+    lambda vector, weight, levels, n_levels, bf16: _empty(vector, weight.shape[1], n_levels, vector.shape[1])
+)
+level_loss.register_fake(lambda image, *_: _empty(image))
+
+
+@level_loss_grads.register_fake
+def _(
+    image: Tensor, table: Tensor, levels: Tensor, weight: Tensor, scale: Tensor, prior: Tensor | None, *_: Any
+) -> Any:
+    dprior = _empty(image, *((0,) if prior is None else prior.shape))
+    return _empty(image, *image.shape), _empty(image, *table.shape), dprior
+
+
+def _setup_product(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.bf16 = inputs[-1]
+
+
+def _sampled_dot_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    vector, table, levels = ctx.saved_tensors
+    dvector = weighted_sum(grad, table, levels, ctx.bf16)
+    dtable = weighted_sum_transpose(vector, grad, levels, table.shape[1], ctx.bf16)
+    return dvector.to(vector.dtype), dtable.to(table.dtype), None, None
+
+
+def _weighted_sum_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    weight, table, levels = ctx.saved_tensors
+    dweight = sampled_dot(grad, table, levels, ctx.bf16)
+    dtable = weighted_sum_transpose(grad, weight, levels, table.shape[1], ctx.bf16)
+    return dweight.to(weight.dtype), dtable.to(table.dtype), None, None
+
+
+def _weighted_sum_transpose_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    vector, weight, levels = ctx.saved_tensors
+    dvector = weighted_sum(weight, grad, levels, ctx.bf16)
+    return dvector.to(vector.dtype), sampled_dot(vector, grad, levels, ctx.bf16).to(weight.dtype), None, None, None
+
+
+def _setup_level(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.bf16 = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _level_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    image, table, levels, weight, scale, prior = ctx.saved_tensors
+    dimage, dtable, dprior = level_loss_grads(image, table, levels, weight, scale, prior, grad.float(), ctx.bf16)
+    # Scores are linear in the image vector, so the gradient of the scale needs no pass of its own.
+    dscale = (_operand(image, ctx.bf16).float() * dimage).sum().to(scale.dtype)
+    dimage, dtable = (dimage * scale).to(image.dtype), (dtable * scale).to(table.dtype)
+    return dimage, dtable, None, None, dscale, None if prior is None else dprior.to(prior.dtype), None
+
+
+sampled_dot.register_autograd(_sampled_dot_backward, setup_context=_setup_product)
+weighted_sum.register_autograd(_weighted_sum_backward, setup_context=_setup_product)
+weighted_sum_transpose.register_autograd(_weighted_sum_transpose_backward, setup_context=_setup_product)
+level_loss.register_autograd(_level_backward, setup_context=_setup_level)
+
+
+def _product(n_spots: int, table: Any) -> int:
+    """Return the FLOPs of ``n_spots`` vectors times every row of the table."""
+    return int(2 * n_spots * table[0] * table[1] * table[2])
+
+
+def _grads(image: Any, table: Any, *_args: Any, **_kwargs: Any) -> int:
+    """Return the FLOPs of two products, each with the scores recomputed for every slice of the width."""
+    slices = triton.cdiv(table[2], kernels.WEIGHTED_SUM["bf16"]["BD"])
+    return (2 + 2 * slices) * _product(image[0], table)
+
+
+register_flop_formula(torch.ops.comtip.sampled_dot)(lambda v, t, *_a, **_k: _product(v[0], t))
+register_flop_formula(torch.ops.comtip.weighted_sum)(lambda w, t, *_a, **_k: _product(w[0], t))
+register_flop_formula(torch.ops.comtip.weighted_sum_transpose)(
+    lambda v, w, _l, Q, *_a, **_k: _product(v[0], (w[1], Q, v[1]))
+)
+register_flop_formula(torch.ops.comtip.level_loss)(lambda i, t, *_a, **_k: _product(i[0], t))
+register_flop_formula(torch.ops.comtip.level_loss_grads)(_grads)

@@ -1,0 +1,89 @@
+"""The kernels round the operands that they compute (g, p, ds, w) to bf16, as tensor cores need them.
+
+Each result is compared with the same formula in fp64, once with these operands rounded and once without: it must equal the
+first, and differ from the second.
+"""
+
+import os
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("runs inside tests/kernels/test_interpreted.py", allow_module_level=True)
+
+from comtip_kernels.infonce.triton_op import infonce_grads, infonce_lse
+from comtip_kernels.packed_attention.triton_op import attend, attend_grads
+from comtip_kernels.sentence_table import triton_op as table
+from torch.nn import functional as F
+
+F64, BF16 = torch.float64, torch.bfloat16
+
+
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    return x.float().to(BF16).to(F64)
+
+
+def randn(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(BF16)
+
+
+def check(got: torch.Tensor, with_rounding: torch.Tensor, without: torch.Tensor) -> None:
+    step = float((with_rounding - without).norm())
+    assert step > 0
+    # A few operands lie next to a rounding boundary, and fp32 takes them to the other side.
+    assert float((got.to(F64) - with_rounding).norm()) < 0.2 * step
+
+
+def test_infonce_rounds_g():
+    x, y = (F.normalize(randn(i, n, 32).float(), dim=-1).to(BF16).float() for i, n in enumerate((40, 70)))
+    scale, nothing = torch.tensor(20.0), (0, None, None, None, None, None, True)
+    row, column, _ = infonce_lse(x, y, scale, *nothing)
+    weight = torch.full((40,), 1 / 80)
+    dx, dy = infonce_grads(x, y, scale, weight, weight, row, column, *nothing)
+    x, y, row, column = (t.to(F64) for t in (x, y, row, column))
+    s = 20 * x @ y.T
+    g = (s - row[:, None]).exp() / 80
+    g[:, :40] += (s[:, :40] - column).exp() / 80
+    check(dx, rounded(g) @ y, g @ y)
+    check(dy, rounded(g).T @ x, g.T @ x)
+
+
+def test_attention_rounds_p_and_ds():
+    q, k, v, grad = (randn(i, 30, 2, 16) for i in range(4))
+    first = torch.arange(0, 30, 10, dtype=torch.int32).repeat_interleave(10)
+    dq, dk, dv = attend_grads(q, k, v, grad, first, 10)
+    out = attend(q, k, v, first, 10)
+    q, k, v, grad = (t.to(F64).unflatten(0, (3, 10)).transpose(1, 2) for t in (q, k, v, grad))
+    p = (q @ k.mT / 4).softmax(-1)
+    dp = grad @ v.mT
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True)) / 4
+
+    def packed(x: torch.Tensor) -> torch.Tensor:
+        return x.transpose(1, 2).flatten(0, 1)
+
+    # Outputs are bf16 too; the rounding of operands is visible in their sum over many elements.
+    pairs = [(out, p, v), (dv, p.mT, grad), (dq, ds, k), (dk, ds.mT, q)]
+    for got, operand, other in pairs:
+        with_rounding, without = (packed(rounded(packed_op @ other)) for packed_op in (rounded(operand), operand))
+        check(got, with_rounding, without)
+
+
+@pytest.mark.parametrize("loss", [False, True])
+def test_the_table_rounds_weights(loss: bool):
+    image, rows = (F.normalize(randn(i, *s).float(), dim=-1).to(BF16) for i, s in enumerate(((40, 32), (9, 5, 32))))
+    levels = torch.randint(5, (40, 9), generator=torch.Generator().manual_seed(0))
+    hot = F.one_hot(levels, 5).to(F64)
+    if loss:
+        scale, measured = torch.tensor(9.0), torch.ones(40, 9, dtype=torch.uint8)
+        dimage, dtable, _ = table.level_loss_grads(
+            image, rows, levels, measured, scale, None, torch.tensor(1 / 3), True
+        )
+        weight = ((9 * torch.einsum("bd,gqd->bgq", image.to(F64), rows.to(F64))).softmax(-1) - hot) / 3
+    else:
+        given = torch.rand(40, 9, generator=torch.Generator().manual_seed(1))
+        dimage = table.weighted_sum(given, rows, levels, True)
+        dtable = table.weighted_sum_transpose(image, given, levels, 5, True)
+        weight = given.to(F64)[..., None] * hot
+    for got, formula, other in ((dimage, "bgq,gqd->bd", rows), (dtable, "bgq,bd->gqd", image)):
+        check(got, *(torch.einsum(formula, w, other.to(F64)) for w in (rounded(weight), weight)))

@@ -1,0 +1,157 @@
+"""Launches: on the device of their tensors, and compiled in few variants although sizes change every step."""
+
+import ast
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the JIT's keys are those of compiled kernels", allow_module_level=True)
+
+from comtip_kernels import plan_sentences, tl_common
+from comtip_kernels.gene_sentence_embedding import triton_op as embedding
+from comtip_kernels.infonce import blocks_triton_op as blocks
+from comtip_kernels.infonce import triton_op as infonce
+from comtip_kernels.packed_attention import triton_op as attention
+from comtip_kernels.sentence_table import triton_op as table
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+
+KERNELS = Path(__file__).parents[2] / "kernels/comtip_kernels"
+
+
+def test_every_launch_goes_through_the_guard():
+    """``kernel[grid](...)`` launches on the current device, which need not be that of the tensors."""
+    for path in KERNELS.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript) and path.name != "tl_common.py":
+                pytest.fail(f"{path.name}:{node.lineno} calls a subscript; launch kernels with tl_common.launch")
+
+
+def test_a_launch_makes_the_device_of_its_tensors_current(monkeypatch: pytest.MonkeyPatch):
+    events: list[object] = []
+
+    @contextmanager
+    def device(index: torch.device) -> Iterator[None]:
+        events.append(index)
+        yield
+        events.append("left")
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *args, **options: events.append((grid, options))
+
+    class OnSecondGpu:
+        device = torch.device("cuda:1")
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    tl_common.launch(Kernel(), (3,), OnSecondGpu(), BM=16)
+    assert events == [torch.device("cuda:1"), ((3,), {"BM": 16}), "left"]
+    tl_common.launch(Kernel(), (3,), torch.zeros(1))
+    assert events[3:] == [((3,), {})]
+
+
+@pytest.fixture
+def variants(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[Any, ...], set[str]]:
+    """Keys under which the JIT would cache compiled kernels, by kernel and constants, in place of launches."""
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    seen: dict[tuple[Any, ...], set[str]] = defaultdict(set)
+    binders: dict[Any, Any] = {}
+
+    def record(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+        if kernel not in binders:
+            binders[kernel] = create_function_from_signature(kernel.signature, kernel.params, backend)
+        _, specialization, rest = binders[kernel](*args, **options)
+        dtypes = tuple(str(a.dtype) for a in args if isinstance(a, torch.Tensor))
+        tile_class = tuple(sorted((k, str(v)) for k, v in options.items()))
+        seen[kernel.__name__, dtypes, tile_class].add(f"{specialization} {rest}")
+
+    for module in (infonce, table, attention, embedding):
+        monkeypatch.setattr(module, "launch", record)
+    return seen
+
+
+def draws(steps: int) -> Iterator[tuple[int, int, int, int]]:
+    """Yield batch, further texts, genes and tokens as training draws them; awkward values come first."""
+    yield from ((1, 0, 1, 1), (16, 0, 16, 16), (17, 1, 32, 2), (1024, 1024, 2048, 4096))
+    g = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        b, m, genes, tokens = (int(torch.randint(1, top, (1,), generator=g)) for top in (65, 65, 130, 900))
+        yield b, m, genes, tokens
+
+
+def step(b: int, m: int, genes: int, tokens: int, dtype: torch.dtype) -> None:
+    """Call every operator once, forward and backward, at these sizes."""
+    bf16, D, Q = dtype == torch.bfloat16, 64, 5
+    x, y = torch.zeros(b, D), torch.zeros(b + m, D)
+    scale, stats = torch.tensor(1.0), torch.zeros(b + m)
+    sections, classes, excluded = (torch.zeros(b + m, dtype=t) for t in (torch.int32, torch.int64, torch.int32))
+    ids = (1, sections[:b], sections, classes[:b], classes, excluded[:b], bf16)
+    infonce.infonce_lse(x, y, scale, *ids)
+    infonce.infonce_grads(x, y, scale, stats[:b], stats[:b], stats[:b], stats[:b], *ids)
+    start = b // 2  # a block begins anywhere in the tensors of ids
+    block = (1, sections[start:b], sections, classes[start:b], classes, excluded[start:b], excluded, bf16)
+    blocks.infonce_block_lse(x[start:b], y, scale, *block)
+    of_rows, of_columns = (stats[start:b], stats[start:b]), (stats, stats)
+    blocks.infonce_block_grads(x[start:b], y, scale, *of_rows, *of_columns, *block)
+    rows, levels = torch.zeros(genes, Q, D), torch.zeros(b, genes, dtype=torch.uint8)
+    weight = torch.zeros(b, genes)
+    table.sampled_dot(x, rows, levels, bf16)
+    table.weighted_sum(weight, rows, levels, bf16)
+    table.weighted_sum_transpose(x, weight, levels, Q, bf16)
+    prior = torch.zeros(genes, Q)
+    table.level_loss(x, rows, levels, levels, scale, prior, bf16)
+    table.level_loss_grads(x, rows, levels, levels, scale, prior, scale, bf16)
+    longest = 2 + tokens % 15
+    q = torch.zeros(tokens, 3, 2, 32, dtype=dtype).unbind(1)
+    first = torch.zeros(tokens, dtype=torch.int32)
+    attention.attend(*q, first, longest)
+    attention.attend_grads(*q, torch.zeros(tokens, 2, 32, dtype=dtype), first, longest)
+    embed(genes, tokens, D, dtype)
+
+
+def embed(genes: int, tokens: int, D: int, dtype: torch.dtype) -> None:
+    ids = torch.arange(genes * 3).view(genes, 3) % 40
+    length = torch.full((genes,), 3)
+    plan = plan_sentences(ids, length, torch.zeros(genes, dtype=torch.int64))
+    tables = [torch.zeros(n, D, dtype=dtype) for n in (41, 3, 3, 5)]
+    gain = torch.zeros(D, dtype=dtype)
+    zero = torch.zeros_like(plan.token_U)
+    names = (plan.token_U, plan.kind_U, plan.slot_U, zero, None, None, None, plan.genes, plan.names)
+    rows = embedding.sentence_rows(*tables, None, gain, gain, 1e-5, *names)
+    embedding.copy_rows(rows, plan.row_S, plan.order_S, plan.start_U1, plan.most)
+    embedding.sum_equal_tokens(torch.zeros(genes * 3, D, dtype=dtype), plan.order_S, plan.start_U1, 300)
+    embedding.sentence_rows_grads(torch.zeros_like(rows, dtype=torch.float32), *tables, None, gain, gain, 1e-5, *names)
+
+
+def public_kernels(path: Path) -> set[str]:
+    """Return the names of the kernels that a file defines; functions of kernels begin with an underscore."""
+    functions = [n for n in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(n, ast.FunctionDef)]
+    jitted = [f for f in functions if any("jit" in ast.unparse(d) for d in f.decorator_list)]
+    return {f.name for f in jitted if not f.name.startswith("_")}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_sizes_that_change_every_step_compile_few_variants(
+    dtype: torch.dtype, variants: dict[tuple[Any, ...], set[str]]
+):
+    for sizes in draws(60):
+        step(*sizes, dtype)
+    names = {name for name, _, _ in variants}
+    kernels = {n for p in KERNELS.rglob("triton_kernels.py") for n in public_kernels(p)}
+    assert names == kernels
+    too_many = {key[0]: len(keys) for key, keys in variants.items() if len(keys) > 2}
+    assert not too_many
+    # By kernel over all tile classes, so that a class that follows the sizes would show.
+    total = defaultdict(int)
+    for (name, _, _), keys in variants.items():
+        total[name] += len(keys)
+    assert max(total.values()) <= 4, dict(total)
