@@ -63,12 +63,18 @@ FORBIDDEN = {
 """{pattern: what to write instead}; case-sensitive."""
 
 NOT_YET_CHECKED = (
-    "comtip_fast/",
+    "comtip_fast/cli/",
+    "comtip_fast/config/",
+    "comtip_fast/data/augment/",
+    "comtip_fast/device_rng.py",
+    "comtip_fast/streams.py",
+    "comtip_fast/training/",
     "data_shards/comtip_shards/",
-    "kernels/",
+    "kernels/README.md",
+    "kernels/comtip_kernels/ledger/",
+    "kernels/comtip_kernels/packed_attention/",
     "bench/kernels/",
-    "bench/structure.py",
-    "tests/kernels/",
+    "tests/kernels/interpreted/test_blocks.py",
     "tests/data_shards/test_sources",
     "tests/data_shards/test_space_ranger.py",
     "tests/data_shards/test_visium_hd.py",
