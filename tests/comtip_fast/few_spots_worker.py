@@ -11,12 +11,32 @@ from pathlib import Path
 import torch
 
 COMMON = [
-    "data.views=1", "data.sections_per_batch=null", "genes.per_cohort=30", "genes.held_out_from=10", "genes.held_out_every=4", "panel.max_genes=24",
-    "levels.n_levels=5", "levels.min_positive=10", "vision.patch_px=16", "vision.width=32", "vision.depth=1", "vision.heads=2",
-    "text.width=32", "text.depth=1", "text.heads=2", "text.max_tokens=6", "align.dim=32", "optim.warmup_steps=2",
-    "train.steps=3", "train.validate_every=3", "train.checkpoint_every=10", "train.log_every=1", "train.patience=0",
-    "train.threads=1", "train.device=cpu",
-]  # fmt: skip
+    "data.views=1",
+    "data.sections_per_batch=null",
+    "genes.per_cohort=30",
+    "genes.held_out_from=10",
+    "genes.held_out_every=4",
+    "panel.max_genes=24",
+    "levels.n_levels=5",
+    "levels.min_positive=10",
+    "vision.patch_px=16",
+    "vision.width=32",
+    "vision.depth=1",
+    "vision.heads=2",
+    "text.width=32",
+    "text.depth=1",
+    "text.heads=2",
+    "text.max_tokens=6",
+    "align.dim=32",
+    "optim.warmup_steps=2",
+    "train.steps=3",
+    "train.validate_every=3",
+    "train.checkpoint_every=10",
+    "train.log_every=1",
+    "train.patience=0",
+    "train.threads=1",
+    "train.device=cpu",
+]
 DEEPSPEED = ["engine.kind=deepspeed", "engine.persist_elements=100", "engine.bucket_mb=0.05"]
 # 98 training spots: the third batch of 48 has two, and every batch of 2 is smaller than three ranks.
 DDP = {

@@ -1,4 +1,4 @@
-"""Numbers drawn on a device are those that NumPy draws, to the bit."""
+"""Random numbers drawn on a device are bit-identical to NumPy's."""
 
 import numpy as np
 import pytest

@@ -31,7 +31,7 @@ def test_settings_that_do_not_fit_are_refused_before_anything_slow(
     settings: list[str], says: str, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
 ):
     def tables(*_args: object) -> None:
-        raise AssertionError("the training tables were made first")
+        raise AssertionError("the training tables were computed first")
 
     monkeypatch.setattr(task, "training_tables", tables)
     with pytest.raises(ValueError, match=says):
