@@ -68,9 +68,13 @@ class Model:
         return list(self.predictor.trained_genes)
 
     def predict(
-        self, section: str | Path | ad.AnnData, genes: Sequence[str] | None = None, *,
-        facts: Facts = None, pooling: PoolingOptions | None = None,
-    ) -> ad.AnnData:  # fmt: skip
+        self,
+        section: str | Path | ad.AnnData,
+        genes: Sequence[str] | None = None,
+        *,
+        facts: Facts = None,
+        pooling: PoolingOptions | None = None,
+    ) -> ad.AnnData:
         """Predict expression from the tiles alone.
 
         Parameters
@@ -151,12 +155,16 @@ class Model:
         trained, held = set(self.trained_genes), set(self.predictor.held_out_genes)
         var = pd.DataFrame(
             {
-                "key": [a[1] for a in asked], "symbol": [a[2] for a in asked], "name": [a[3] for a in asked],
+                "key": [a[1] for a in asked],
+                "symbol": [a[2] for a in asked],
+                "name": [a[3] for a in asked],
                 "found_by": [a[4] for a in asked],
-                "training": ["trained" if a[1] in trained else "held out" if a[1] in held else "never seen" for a in asked],
+                "training": [
+                    "trained" if a[1] in trained else "held out" if a[1] in held else "never seen" for a in asked
+                ],
             },
             index=pd.Index(index, dtype=object),
-        )  # fmt: skip
+        )
         return var, [GeneQuery(a[2], a[3], a[1]) for a in asked]
 
     def _resolve(self, gene: str, species: str) -> tuple[str, str, str, str, str]:

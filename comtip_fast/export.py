@@ -71,10 +71,13 @@ class Bundle:
             g = shards.genes[row]
             genes.append(ExportGene(g.key, g.symbol, g.ensembl, g.name, trained, not trained))
         sections = [
-            {k: getattr(s, k) for k in ("section_id", "dataset", "species", "tissue", "donor", "licence", "attribution", "split")}
+            {
+                k: getattr(s, k)
+                for k in ("section_id", "dataset", "species", "tissue", "donor", "licence", "attribution", "split")
+            }
             | {"n_spots": s.n_spots}
             for s in shards.manifest.sections
-        ]  # fmt: skip
+        ]
         tile = shards.manifest.tile
         return cls(config, sizes, model, tables.table, genes, sections, tile.um, tile.min_mpp, tokenizer.sha256)
 
@@ -100,11 +103,17 @@ class Bundle:
     def _write(self, folder: Path) -> None:
         folder.mkdir()
         meta = {
-            "format": EXPORT_FORMAT, "version": EXPORT_VERSION, "comtip_fast": __version__,
-            "config": config_to_dict(self.config), "sizes": asdict(self.sizes), "tile_um": self.tile_um,
+            "format": EXPORT_FORMAT,
+            "version": EXPORT_VERSION,
+            "comtip_fast": __version__,
+            "config": config_to_dict(self.config),
+            "sizes": asdict(self.sizes),
+            "tile_um": self.tile_um,
             "min_mpp": self.min_mpp,
-            "tokenizer_sha256": self.tokenizer_sha256, "sections": self.sections, "hashes": export_checks.SUMS,
-        }  # fmt: skip
+            "tokenizer_sha256": self.tokenizer_sha256,
+            "sections": self.sections,
+            "hashes": export_checks.SUMS,
+        }
         state = {k: v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}
         save_file(state, folder / "model.safetensors")
         save_arrays(self.levels.to_arrays(), folder / "levels.safetensors")

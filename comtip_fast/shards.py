@@ -69,9 +69,16 @@ def build_shards(
     (196, 30)
     """
     sources = open_sections(
-        source, facts=facts, pooling=pooling, fmt=fmt, samples=samples, where=where, cache=cache, tile_um=tile_um,
+        source,
+        facts=facts,
+        pooling=pooling,
+        fmt=fmt,
+        samples=samples,
+        where=where,
+        cache=cache,
+        tile_um=tile_um,
         progress=progress,
-    )  # fmt: skip
+    )
     return builder.build_shards(sources, Path(out), tile_um=tile_um, progress=progress, **settings)
 
 

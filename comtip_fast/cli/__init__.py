@@ -30,8 +30,13 @@ USER_ERROR, RESTART, KILLED = 2, 75, 143
 PIPE_CLOSED = 141  # as a shell reports a program that SIGPIPE ended
 # These say what is wrong with the input, with the file's name; anything else is our bug and is shown whole.
 BAD_INPUT = (
-    ValueError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError,
-)  # fmt: skip
+    ValueError,
+    FileNotFoundError,
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+    FileExistsError,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

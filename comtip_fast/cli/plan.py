@@ -54,9 +54,11 @@ def run(args: argparse.Namespace) -> int:
 
     config = load_config(args.config, args.set)
     shares = Efficiency(
-        compute=args.compute_efficiency, memory=args.memory_efficiency, link=args.link_efficiency,
+        compute=args.compute_efficiency,
+        memory=args.memory_efficiency,
+        link=args.link_efficiency,
         launch_s=args.launch_us * 1e-6,
-    )  # fmt: skip
+    )
     cluster = make_cluster(
         args.gpu, per_node=args.gpus, nodes=args.nodes, link=args.link, fabric=args.fabric, efficiency=shares
     )

@@ -27,17 +27,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         sub.add_parser("build", help="cut tiles and write shards", description="Build a shard set from sections.")
     )
     check = sub.add_parser(
-        "check", help="look sections over before they are built",
+        "check",
+        help="look sections over before they are built",
         description="Make the checks of a curator on every section: a page each with the spots over the picture, and a table.",
-    )  # fmt: skip
+    )
     _add_source(check)
     add_out(check, "a new folder, or one that an earlier check wrote")
     check.add_argument("--strict", action="store_true", help="exit with 1 when a check fails")
     check.set_defaults(act=_check)
     merge = sub.add_parser(
-        "merge", help="join parts, or sets built alike",
+        "merge",
+        help="join parts, or sets built alike",
         description="Join shard sets without decoding a tile: the parts of one build, or sets with the same settings.",
-    )  # fmt: skip
+    )
     merge.add_argument("parts", nargs="+", metavar="PART", help="folders or URLs")
     add_out(merge, "folder of the joined set")
     _add_jobs(merge)
@@ -59,9 +61,14 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
         "--cache", type=Path, help="where files behind a URL are kept (default: the user's cache folder)"
     )
     parser.add_argument("--samples", help="sections to take, by id, with commas (default: all)")
-    parser.add_argument("--where", action="append", default=[], metavar="KEY=VALUE[,VALUE]",
-                        help="take only sections of this species, tissue, platform, donor or dataset; "
-                        "may be given many times, all must hold")  # fmt: skip
+    parser.add_argument(
+        "--where",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE[,VALUE]",
+        help="take only sections of this species, tissue, platform, donor or dataset; "
+        "may be given many times, all must hold",
+    )
     parser.add_argument("--format", choices=FORMATS, default="auto", help="of the source (default: recognise it)")
     parser.add_argument("--tile-um", type=float, default=224.0, help="width of a tile in um (default 224)")
     add_facts(parser)
@@ -77,25 +84,49 @@ def _add_build(build: argparse.ArgumentParser) -> None:
     build.add_argument("--codec", choices=("jpeg", "png", "webp"), default="jpeg")
     build.add_argument("--quality", type=int, default=95, help="of jpeg and webp, 1 to 100 (default 95)")
     _add_jobs(build)
-    build.add_argument("--part", type=_part, metavar="I/N",
-                       help="build the I-th of N parts, e.g. one per machine, each into its own --out; then merge")  # fmt: skip
+    build.add_argument(
+        "--part",
+        type=_part,
+        metavar="I/N",
+        help="build the I-th of N parts, e.g. one per machine, each into its own --out; then merge",
+    )
     build.add_argument("--strict", action="store_true", help="refuse sections that fail a check")
     group = build.add_argument_group("splits: by donor, and benchmarks kept out of training")
-    group.add_argument("--split", action="append", default=[], metavar="SECTION=SPLIT",
-                       help="train, val or test; overrides the source, may be given many times")  # fmt: skip
-    group.add_argument("--auto-split", type=_shares, metavar="TRAIN,VAL,TEST",
-                       help="draw donors without a split, e.g. 0.8,0.1,0.1")  # fmt: skip
+    group.add_argument(
+        "--split",
+        action="append",
+        default=[],
+        metavar="SECTION=SPLIT",
+        help="train, val or test; overrides the source, may be given many times",
+    )
+    group.add_argument(
+        "--auto-split", type=_shares, metavar="TRAIN,VAL,TEST", help="draw donors without a split, e.g. 0.8,0.1,0.1"
+    )
     group.add_argument("--seed", type=int, default=0, help="of --auto-split (default 0)")
-    group.add_argument("--allow-benchmark", action="append", default=[], metavar="ID",
-                       help="train on this section although a benchmark scores it or its donor")  # fmt: skip
-    group.add_argument("--benchmark-ids", type=Path, metavar="FILE",
-                       help="further ids to keep out of training: one a line, or a table with the column id")  # fmt: skip
+    group.add_argument(
+        "--allow-benchmark",
+        action="append",
+        default=[],
+        metavar="ID",
+        help="train on this section although a benchmark scores it or its donor",
+    )
+    group.add_argument(
+        "--benchmark-ids",
+        type=Path,
+        metavar="FILE",
+        help="further ids to keep out of training: one a line, or a table with the column id",
+    )
     build.set_defaults(act=_build)
 
 
 def _add_jobs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--jobs", type=_positive, default=1, metavar="N",
-                        help="processes that work on sections side by side (default 1); the bytes do not depend on it")  # fmt: skip
+    parser.add_argument(
+        "--jobs",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="processes that work on sections side by side (default 1); the bytes do not depend on it",
+    )
 
 
 def _positive(text: str) -> int:

@@ -42,7 +42,7 @@ class PieceableTask(Protocol):
 
     def replay(
         self, module: nn.Module, batch: Any, piece: Any, gradients: Tensors, table: bool
-    ) -> tuple[Tensor, dict[str, Tensor], dict[str, float]]:  # fmt: skip
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, float]]:
         """Return a scalar whose gradient is the piece's, and the parts of the loss that the piece has by itself."""
         ...
 

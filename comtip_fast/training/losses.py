@@ -59,9 +59,14 @@ class LossInputs:
         """Return every tensor by name."""
         t = self.table
         return {
-            "vector": self.vector_bD, "rows": t.rows_GQD, "unit": t.unit_GQD, "scores": t.scores_GQ, "pair": t.pair_GQD,
-            "scale_nce": self.scale_nce, "scale_level": self.scale_level,
-        }  # fmt: skip
+            "vector": self.vector_bD,
+            "rows": t.rows_GQD,
+            "unit": t.unit_GQD,
+            "scores": t.scores_GQ,
+            "pair": t.pair_GQD,
+            "scale_nce": self.scale_nce,
+            "scale_level": self.scale_level,
+        }
 
     @classmethod
     def from_tensors(cls, t: dict[str, Tensor]) -> LossInputs:
@@ -87,9 +92,7 @@ class StepLosses:
         The ranks that share a batch.
     """
 
-    def __init__(
-        self, config: RunConfig, genes: GeneTokens, log_prior: Tensor, strata: Tensor, group: Group
-    ) -> None:  # fmt: skip
+    def __init__(self, config: RunConfig, genes: GeneTokens, log_prior: Tensor, strata: Tensor, group: Group) -> None:
         self.config, self.genes, self.log_prior, self.strata, self.group = config, genes, log_prior, strata, group
 
     # -- what goes in -----------------------------------------------------------------------------------
@@ -144,9 +147,13 @@ class StepLosses:
             numbers |= auc
         if weights.level > 0:
             parts["level"] = n_level * level_cross_entropy(
-                heads.vector_bD, heads.table.unit_GQD, batch.levels.long(), batch.measured, heads.scale_level,
+                heads.vector_bD,
+                heads.table.unit_GQD,
+                batch.levels.long(),
+                batch.measured,
+                heads.scale_level,
                 self.log_prior[batch.panel.long()],
-            )  # fmt: skip
+            )
         return parts, numbers
 
     def masked(self, out: StepOutput, n_all: int) -> Tensor | None:
@@ -275,9 +282,7 @@ class StepLosses:
         form = self.config.engine.loss_form
         return global_infonce(heads.vector_bD, text, heads.scale_nce, pairs, self.group, self.counts(batch), form)
 
-    def _pair(
-        self, batch: Batch, heads: LossInputs, mispaired: Tensor, counted: Tensor
-    ) -> tuple[Tensor, Numbers]:  # fmt: skip
+    def _pair(self, batch: Batch, heads: LossInputs, mispaired: Tensor, counted: Tensor) -> tuple[Tensor, Numbers]:
         levels = batch.levels.long()
         true, false = self._pair_logits(batch, heads, levels), self._pair_logits(batch, heads, mispaired)
         numbers = {}
@@ -306,6 +311,8 @@ PAIR_NUMBERS = ("pair_auc", "pair_auc_gain")
 PARTS = ("nce", "mfm", "pair", "level")
 # Which tensors of the heads each part reads; ``unit`` is made of ``rows``.
 _READ: dict[str, set[str]] = {
-    "nce": {"vector", "rows", "scores", "scale_nce"}, "level": {"vector", "rows", "scale_level"},
-    "pair": {"vector", "pair"}, "mfm": set(),
-}  # fmt: skip
+    "nce": {"vector", "rows", "scores", "scale_nce"},
+    "level": {"vector", "rows", "scale_level"},
+    "pair": {"vector", "pair"},
+    "mfm": set(),
+}

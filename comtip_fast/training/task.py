@@ -85,9 +85,15 @@ class CoMTIPTask:
     """Joins model, data and losses; satisfies :class:`comtip_fast.training.protocol.TrainingTask`."""
 
     def __init__(
-        self, config: RunConfig, shards: ShardSet, tables: TrainingTables, tokenizer: GeneTokenizer, model: CoMTIP,
-        sizes: ModelSizes, group: Group,
-    ) -> None:  # fmt: skip
+        self,
+        config: RunConfig,
+        shards: ShardSet,
+        tables: TrainingTables,
+        tokenizer: GeneTokenizer,
+        model: CoMTIP,
+        sizes: ModelSizes,
+        group: Group,
+    ) -> None:
         self.config, self.shards, self.tables, self.sizes, self.group = config, shards, tables, sizes, group
         self.model, self.tokenizer = model, tokenizer
         self.device = next(model.parameters()).device
@@ -101,9 +107,12 @@ class CoMTIPTask:
         names = [(shards.genes[r].symbol, shards.genes[r].name) for r in rows]
         self.genes = gene_tokens(tokenizer, names, np.arange(1, rows.size + 1), config.text).to(self.device)
         self.step = StepLosses(
-            config, self.genes, torch.from_numpy(tables.table.log_prior).to(self.device), tables.strata.to(self.device),
+            config,
+            self.genes,
+            torch.from_numpy(tables.table.log_prior).to(self.device),
+            tables.strata.to(self.device),
             group,
-        )  # fmt: skip
+        )
         self.validation = Validation(model, shards, tables, self.loader, self.genes, config)
 
     @property

@@ -77,9 +77,14 @@ class Trainer:
     """Runs a task to its end, or to the next signal."""
 
     def __init__(
-        self, task: TrainingTask, config: RunConfig, run_dir: Path | str, group: Group | None = None, *,
+        self,
+        task: TrainingTask,
+        config: RunConfig,
+        run_dir: Path | str,
+        group: Group | None = None,
+        *,
         cost: StepCost | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.task, self.config, self.run_dir = task, config, Path(run_dir)
         self.group = group or SingleProcessGroup()
         self.checkpoint_dir = self.run_dir / CHECKPOINTS
@@ -98,9 +103,12 @@ class Trainer:
         self._events = Events(self.run_dir / EVENTS)
         self._profiler = Profiler(config.watch.trace, self.run_dir / "trace", self.group.rank, self.device)
         self._watchdog = Watchdog(
-            config.watch.stall_s, self._stalled, self.run_dir / f"stalled_rank{self.group.rank}.txt",
-            stop_s=config.watch.stall_stop_s, stop=self._stop_stalled,
-        )  # fmt: skip
+            config.watch.stall_s,
+            self._stalled,
+            self.run_dir / f"stalled_rank{self.group.rank}.txt",
+            stop_s=config.watch.stall_stop_s,
+            stop=self._stop_stalled,
+        )
 
     def fit(self, resume: bool = False) -> FitResult:
         """Train; with ``resume`` go on from the newest good checkpoint, or start where there is none.
@@ -269,7 +277,7 @@ class Trainer:
 
     def _over_ranks(
         self, shares: dict[str, Tensor], numbers: dict[str, float], caught: Signals
-    ) -> tuple[dict[str, float], dict[str, float]]:  # fmt: skip
+    ) -> tuple[dict[str, float], dict[str, float]]:
         """Return losses summed and numbers averaged over ranks; hear of ranks that were asked to stop or failed to write."""
         losses = {k: float(v) for k, v in shares.items()}
         if self.group.size == 1:
@@ -285,8 +293,14 @@ class Trainer:
         bad = [k for k, v in parts.items() if not math.isfinite(v)]
         named = self.engine.module.named_parameters()
         gradients = [n for n, q in named if q.grad is not None and not bool(q.grad.isfinite().all())]
-        record = {"step": step, "epoch": self.progress.epoch, "position": self.progress.position, "parts": parts,
-                  "gradients": gradients, "spot_index": spots.tolist()}  # fmt: skip
+        record = {
+            "step": step,
+            "epoch": self.progress.epoch,
+            "position": self.progress.position,
+            "parts": parts,
+            "gradients": gradients,
+            "spot_index": spots.tolist(),
+        }
         if self._first:
             # A disk that is full must not hide what is wrong with the loss.
             diagnostic(f"writing {NONFINITE}", lambda: append_row(path, record), None)

@@ -43,9 +43,14 @@ class Validation:
     """
 
     def __init__(
-        self, model: CoMTIP, shards: ShardSet, tables: TrainingTables, loader: BaseLoader, genes: GeneTokens,
+        self,
+        model: CoMTIP,
+        shards: ShardSet,
+        tables: TrainingTables,
+        loader: BaseLoader,
+        genes: GeneTokens,
         config: RunConfig,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.model, self.shards, self.tables, self.loader, self.genes = model, shards, tables, loader, genes
         self.config = config
         self.device = next(model.parameters()).device

@@ -131,11 +131,15 @@ def full(*_args: Any, **_kwargs: Any) -> Any:
 @pytest.mark.parametrize(
     ("owner", "name", "error"),
     [
-        (watch.ThroughputMeter, "add", broken), (watch.ThroughputMeter, "row", broken), (watch.SpikeDetector, "look", broken),
-        (watch.Profiler, "before", broken), (watch.Profiler, "after", full), (watch.Profiler, "close", full),
+        (watch.ThroughputMeter, "add", broken),
+        (watch.ThroughputMeter, "row", broken),
+        (watch.SpikeDetector, "look", broken),
+        (watch.Profiler, "before", broken),
+        (watch.Profiler, "after", full),
+        (watch.Profiler, "close", full),
         (watch.Events, "flag", full),
     ],
-)  # fmt: skip
+)
 def test_no_diagnostic_of_the_loop_ends_a_run(
     owner: type, name: str, error: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

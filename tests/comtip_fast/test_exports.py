@@ -145,7 +145,10 @@ def set_one(name: str, value: float, at: Any = 0) -> Callable[[dict[str, np.ndar
 
 
 LEVELS: dict[str, tuple[Callable[[dict[str, np.ndarray]], Any], str]] = {
-    **{f"NaN in {n}": (set_one(n, np.nan), f"{n} holds 1 numbers") for n in ("edges", "value_cp10k", "value_raw", "log_prior")},
+    **{
+        f"NaN in {n}": (set_one(n, np.nan), f"{n} holds 1 numbers")
+        for n in ("edges", "value_cp10k", "value_raw", "log_prior")
+    },
     "infinite value": (set_one("value_cp10k", np.inf, -1), "value_cp10k holds"),
     "a row less": (lambda a: a.update(value_raw=a["value_raw"][1:]), "value_raw is"),
     "a level less": (lambda a: a.update(log_prior=a["log_prior"][:, 1:]), "log_prior is"),
@@ -153,7 +156,7 @@ LEVELS: dict[str, tuple[Callable[[dict[str, np.ndarray]], Any], str]] = {
     "an array less": (lambda a: a.pop("edges"), "expected"),
     "an array more": (lambda a: a.update(more=np.zeros(3, np.float32)), "expected"),
     "edges descend": (lambda a: a.update(edges=a["edges"][:, ::-1]), "not ascending"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", LEVELS)
@@ -196,10 +199,12 @@ def test_weights_of_another_model_are_named(export: Path):
 
 
 CONFIGS: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "no sizes": lambda m: m.pop("sizes"), "sizes of another name": lambda m: m["sizes"].update(x=1),
-    "no tile": lambda m: m.pop("tile_um"), "config is a list": lambda m: m.update(config=[]),
+    "no sizes": lambda m: m.pop("sizes"),
+    "sizes of another name": lambda m: m["sizes"].update(x=1),
+    "no tile": lambda m: m.pop("tile_um"),
+    "config is a list": lambda m: m.update(config=[]),
     "sizes are a list": lambda m: m.update(sizes=[1, 2]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", CONFIGS)
@@ -283,9 +288,12 @@ def test_a_run_goes_on_and_is_exported_when_the_weights_it_began_with_are_gone(
 
 
 def test_what_a_run_names_is_not_fetched(
-    run_dir: Path, tiny_shards: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    run_dir: Path,
+    tiny_shards: ShardSet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-):  # fmt: skip
+):
     from comtip_shards.storage import remote
 
     monkeypatch.setattr(remote.Remote, "fetch", no_network)

@@ -16,12 +16,21 @@ GENES = ["ERBB2", "CD74", "KRT17"]
 @pytest.mark.parametrize(
     "content",
     [
-        b"ERBB2\nCD74\nKRT17\n", b"ERBB2\nCD74\nKRT17", b"ERBB2\r\nCD74\r\nKRT17\r\n", b"\xef\xbb\xbfERBB2\nCD74\nKRT17\n",
-        "ERBB2\nCD74\nKRT17\n".encode("utf-16"), b"ERBB2,CD74,KRT17\n", b"ERBB2, CD74,\nKRT17\n", b"ERBB2;CD74;KRT17",
-        b"# markers\nERBB2 # HER2\n\nCD74\n  KRT17  \n", b"gene\nERBB2\nCD74\nKRT17\n", b"\xef\xbb\xbfGene_Symbol\nERBB2\nCD74\nKRT17\n",
-        b'"x"\n"ERBB2"\n"CD74"\n"KRT17"\n', b"ERBB2\rCD74\rKRT17\r",
+        b"ERBB2\nCD74\nKRT17\n",
+        b"ERBB2\nCD74\nKRT17",
+        b"ERBB2\r\nCD74\r\nKRT17\r\n",
+        b"\xef\xbb\xbfERBB2\nCD74\nKRT17\n",
+        "ERBB2\nCD74\nKRT17\n".encode("utf-16"),
+        b"ERBB2,CD74,KRT17\n",
+        b"ERBB2, CD74,\nKRT17\n",
+        b"ERBB2;CD74;KRT17",
+        b"# markers\nERBB2 # HER2\n\nCD74\n  KRT17  \n",
+        b"gene\nERBB2\nCD74\nKRT17\n",
+        b"\xef\xbb\xbfGene_Symbol\nERBB2\nCD74\nKRT17\n",
+        b'"x"\n"ERBB2"\n"CD74"\n"KRT17"\n',
+        b"ERBB2\rCD74\rKRT17\r",
     ],
-)  # fmt: skip
+)
 def test_a_file_of_three_genes_is_three_genes(content: bytes, tmp_path: Path):
     path = tmp_path / "genes.txt"
     path.write_bytes(content)
@@ -31,12 +40,19 @@ def test_a_file_of_three_genes_is_three_genes(content: bytes, tmp_path: Path):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"", "names no gene"), (b"\n\n", "names no gene"), (b"# nothing\n", "names no gene"), (b"gene\n", "names no gene"),
-        (b"\xef\xbb\xbf", "names no gene"), (b"ERBB2\nCD74\xff\n", "no text in UTF-8"), (b"\x89HDF\r\n\x1a\n\0\0\xff", "no text in UTF-8"),
-        (b"ERBB2\tHER2 receptor\n", r"line 1: 'ERBB2\\tHER2 receptor' is no gene name"), (b"ERBB2\nCD\x0074\n", "line 2"),
-        (b"A" * (5 << 20), "larger than 4 MiB"), (b"all\nERBB2\n", "all stands for every trained gene"),
+        (b"", "names no gene"),
+        (b"\n\n", "names no gene"),
+        (b"# nothing\n", "names no gene"),
+        (b"gene\n", "names no gene"),
+        (b"\xef\xbb\xbf", "names no gene"),
+        (b"ERBB2\nCD74\xff\n", "no text in UTF-8"),
+        (b"\x89HDF\r\n\x1a\n\0\0\xff", "no text in UTF-8"),
+        (b"ERBB2\tHER2 receptor\n", r"line 1: 'ERBB2\\tHER2 receptor' is no gene name"),
+        (b"ERBB2\nCD\x0074\n", "line 2"),
+        (b"A" * (5 << 20), "larger than 4 MiB"),
+        (b"all\nERBB2\n", "all stands for every trained gene"),
     ],
-)  # fmt: skip
+)
 def test_a_file_that_is_no_list_of_genes_is_refused(content: bytes, says: str, tmp_path: Path):
     path = tmp_path / "genes.txt"
     path.write_bytes(content)

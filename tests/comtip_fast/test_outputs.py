@@ -98,9 +98,14 @@ def test_a_disk_that_fills_at_any_byte_is_an_error_and_no_crash(tmp_path: Path):
     size = (tmp_path / "in.h5ad").stat().st_size
     arguments = [str(tmp_path / "in.h5ad"), str(tmp_path / "out" / "x.h5ad"), str(size)]
     done = subprocess.run(
-        [sys.executable, "-c", LIMITED, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=200, check=False,
+        [sys.executable, "-c", LIMITED, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-    )  # fmt: skip
+    )
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr[-2000:]
 
 
@@ -125,10 +130,12 @@ def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(
     shards, old = section.rpartition(":")[0], tmp_path / "old"
     out = tmp_path / ("x.h5ad" if command in ("predict", "embed") else "out")
     arguments = {
-        "predict": ["predict", str(run_dir), section, "--genes", "ERBB2"], "embed": ["embed", str(run_dir), section],
-        "export": ["export", str(run_dir)], "check": ["shards", "check", str(tiny_source)],
+        "predict": ["predict", str(run_dir), section, "--genes", "ERBB2"],
+        "embed": ["embed", str(run_dir), section],
+        "export": ["export", str(run_dir)],
+        "check": ["shards", "check", str(tiny_source)],
         "evaluate": ["evaluate", str(run_dir), "--shards", shards, "--sections", "x1", "--null-draws", "2"],
-    }[command]  # fmt: skip
+    }[command]
     arguments += ["--out", str(out)]
     if command != "export":  # refuses a folder that is not empty
         assert main(arguments) == 0
@@ -231,8 +238,11 @@ def test_a_read_only_folder_is_bad_input_because_another_start_does_not_help(
     place: str, plain: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     error = OSError(errno.EROFS, os.strerror(errno.EROFS), "x") if plain else wrapped(errno.EROFS)
-    owner, name = {"config": (trainer, "write_atomic"), "checkpoint": (checkpoints, "save_file"),
-                   "export": (StandIn, "export")}[place]  # fmt: skip
+    owner, name = {
+        "config": (trainer, "write_atomic"),
+        "checkpoint": (checkpoints, "save_file"),
+        "export": (StandIn, "export"),
+    }[place]
     monkeypatch.setattr(owner, name, raising(error))
     with pytest.raises(
         TrainingError, match=r"the file system is read-only.*; make it summon_full_params, or give another folder"

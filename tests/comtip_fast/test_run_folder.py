@@ -18,8 +18,20 @@ from comtip_fast.training.distributed.failures import RestartError
 from comtip_fast.training.distributed.signals import hold_run
 from comtip_fast.training.protocol import TrainingError
 
-LINKS = ("run.lock", ".config.yaml.writing", "metrics.jsonl", "events.jsonl", "stalled_rank0.txt", "checkpoints", "export",
-         "checkpoints/step_00000001", "checkpoints/step_00000001/state.json", "export/model.safetensors", "wandb", "traces")  # fmt: skip
+LINKS = (
+    "run.lock",
+    ".config.yaml.writing",
+    "metrics.jsonl",
+    "events.jsonl",
+    "stalled_rank0.txt",
+    "checkpoints",
+    "export",
+    "checkpoints/step_00000001",
+    "checkpoints/step_00000001/state.json",
+    "export/model.safetensors",
+    "wandb",
+    "traces",
+)
 
 
 def checkpoint() -> Checkpoint:

@@ -49,8 +49,11 @@ drain(sys.stdout), drain(sys.stderr)
 def train(folder: Path, **streams_of: object) -> subprocess.Popen[bytes]:
     send = str(streams_of.pop("send", ""))
     return subprocess.Popen(
-        [sys.executable, "-c", TRAIN, str(folder)], cwd=ROOT, env=ENVIRONMENT | {"SEND": send}, **streams_of  # type: ignore[call-overload]
-    )  # fmt: skip
+        [sys.executable, "-c", TRAIN, str(folder)],
+        cwd=ROOT,
+        env=ENVIRONMENT | {"SEND": send},
+        **streams_of,  # type: ignore[call-overload]
+    )
 
 
 def ended(folder: Path, process: subprocess.Popen[bytes]) -> tuple[int, list[object]]:
@@ -182,7 +185,15 @@ def test_commands_whose_output_nobody_reads_end_without_a_traceback(
     settings = [f"--set={o}" for o in (*tiny_overrides, *more)]
     done = comtip("pretrain", "--config", str(config), "--out", str(tmp_path / "a"), *settings, stdout=subprocess.PIPE)
     assert json.loads(done.stdout.splitlines()[-1], parse_constant=pytest.fail)["best_score"] is None
-    done = comtip("pretrain", "--config", str(config), "--out", str(tmp_path / "b"), *settings,
-                  stdout=writer, stderr=subprocess.PIPE)  # fmt: skip
+    done = comtip(
+        "pretrain",
+        "--config",
+        str(config),
+        "--out",
+        str(tmp_path / "b"),
+        *settings,
+        stdout=writer,
+        stderr=subprocess.PIPE,
+    )
     os.close(writer)
     assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr

@@ -23,12 +23,25 @@ log = logging.getLogger("comtip_fast")
 # shards may change too, because their hash is compared; and what to do about a NaN, because it stopped the run. How the
 # step is spread over ranks changes it by rounding only, so a run may go on with another engine or number of ranks.
 FREE_KEYS = {
-    "name", "data.shards", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.tensorboard",
-    "train.wandb", "train.nan_policy", "train.max_skips", "train.async_checkpoint",
+    "name",
+    "data.shards",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.tensorboard",
+    "train.wandb",
+    "train.nan_policy",
+    "train.max_skips",
+    "train.async_checkpoint",
     # Which loader reads changes tiles by no more than JPEG decoders differ; the others change no batch at all.
-    "data.loader", "data.workers", "data.prefetch", "data.expression", "data.max_faults",
-    *(f"engine.{f.name}" for f in fields(EngineConfig)), *(f"watch.{f.name}" for f in fields(WatchConfig)),
-}  # fmt: skip
+    "data.loader",
+    "data.workers",
+    "data.prefetch",
+    "data.expression",
+    "data.max_faults",
+    *(f"engine.{f.name}" for f in fields(EngineConfig)),
+    *(f"watch.{f.name}" for f in fields(WatchConfig)),
+}
 
 
 @dataclass
@@ -58,8 +71,13 @@ class RunState:
 
 
 def check_same_run(
-    run_dir: Path, state: dict[str, Any], config: RunConfig, fingerprint: dict[str, str], size: int, device: torch.device
-) -> None:  # fmt: skip
+    run_dir: Path,
+    state: dict[str, Any],
+    config: RunConfig,
+    fingerprint: dict[str, str],
+    size: int,
+    device: torch.device,
+) -> None:
     """Refuse to go on from a checkpoint's ``state`` with another config or other data; warn where rounding may differ.
 
     Parameters

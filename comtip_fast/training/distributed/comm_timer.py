@@ -19,9 +19,18 @@ from torch import Tensor
 from comtip_fast.collectives import Group
 
 COLLECTIVES = (
-    "broadcast", "reduce", "all_reduce", "all_reduce_coalesced", "reduce_scatter", "reduce_scatter_tensor",
-    "all_gather", "all_gather_into_tensor", "all_gather_coalesced", "all_to_all", "all_to_all_single",
-)  # fmt: skip
+    "broadcast",
+    "reduce",
+    "all_reduce",
+    "all_reduce_coalesced",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_gather_coalesced",
+    "all_to_all",
+    "all_to_all_single",
+)
 """Of DeepSpeed's backend, what ZeRO may call in a step."""
 
 

@@ -77,11 +77,14 @@ class RankNumbers:
         unknown = bool(sums.keys() - set(sum_names)) or bool(means.keys() - set(mean_names))
         finite = {k: v for k, v in means.items() if math.isfinite(v)}
         values = [
-            float(unknown), *map(float, flags),
-            *(sums.get(k, 0.0) for k in sum_names), *(float(k in sums) for k in sum_names),
-            *(finite.get(k, 0.0) for k in mean_names), *(float(k in finite) for k in mean_names),
+            float(unknown),
+            *map(float, flags),
+            *(sums.get(k, 0.0) for k in sum_names),
+            *(float(k in sums) for k in sum_names),
+            *(finite.get(k, 0.0) for k in mean_names),
+            *(float(k in finite) for k in mean_names),
             *(float(k in means) for k in mean_names),
-        ]  # fmt: skip
+        ]
         total = self.group.sum(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
         if total[0]:
             return None

@@ -95,9 +95,11 @@ class DeepSpeedEngine:
         self.module = _moved(module) if self.stage == 3 else module
         self.optimizer = make_optimizer(self.module, config.optim)
         made = self._deepspeed.initialize(
-            model=StepModule(self.module, autocast_of(config, device)), optimizer=self.optimizer,
-            config=deepspeed_config(config, group.size, device.type == "cuda"), dist_init_required=False,
-        )  # fmt: skip
+            model=StepModule(self.module, autocast_of(config, device)),
+            optimizer=self.optimizer,
+            config=deepspeed_config(config, group.size, device.type == "cuda"),
+            dist_init_required=False,
+        )
         self._engine = made[0]
         clock_backend(self._deepspeed.comm.comm.cdb, clock_of(group, device))
         if self.stage:

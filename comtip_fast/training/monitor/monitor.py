@@ -120,9 +120,14 @@ class Watchdog:
     """A thread that says so when no step ends for long, with the stack of every thread; after ``stop_s`` it calls ``stop``."""
 
     def __init__(
-        self, limit_s: float, report: Callable[[str], None], stacks: Path, *, stop_s: float = 0.0,
+        self,
+        limit_s: float,
+        report: Callable[[str], None],
+        stacks: Path,
+        *,
+        stop_s: float = 0.0,
         stop: Callable[[str], None] = lambda text: None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._limit, self._report, self._stacks = limit_s or math.inf, report, stacks
         self._stop_s, self._stop = stop_s or math.inf, stop
         self._beat, self.what, self._said = time.monotonic(), "the start", False
