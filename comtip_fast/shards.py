@@ -1,4 +1,4 @@
-"""Build shard sets from Python, with typed facts; does not import torch."""
+"""Build shard sets from Python with typed facts; does not import torch."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def build_shards(
     Parameters
     ----------
     source
-        A table, a file or a folder of any format of ``comtip shards build``, or the URL of one.
+        A table, file or folder of any format that ``comtip shards build`` reads, or its URL.
     out
-        Folder of the new shard set, or one that a build of the same set left unfinished.
+        Folder of the new shard set; an interrupted build of the same set in it is continued.
     facts
         Facts about the sections, as :class:`SectionFacts` or as a dict (``{"mpp": 0.5}``).
     pooling
@@ -97,13 +97,13 @@ def open_sections(
     """Open the sections of a source without reading them; parameters as in :func:`build_shards`."""
     texts = stated_text(facts, pooling)
     if is_url(source):
-        # Patches are a tenth of the size of whole-slide images, but only this wide.
+        # HEST patches are a tenth of the size of whole-slide images, but only HEST_PATCH_UM wide.
         texts.setdefault("pixels", "patches" if tile_um <= HEST_PATCH_UM else "wsi")
     return open_source(source, samples=samples, fmt=fmt, overrides=texts, where=where, cache=cache, progress=progress)
 
 
 def stated_text(facts: Facts, pooling: PoolingOptions | None) -> dict[str, str]:
-    """Return what is stated, as text for the readers."""
+    """Return the stated facts and pooling options as text, for the readers of sources."""
     if isinstance(facts, Mapping):
         parsed, more = parse_facts(facts)
         return stated(more, pooling, parsed)

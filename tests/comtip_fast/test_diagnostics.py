@@ -16,7 +16,8 @@ from torch import Tensor
 
 from comtip_fast.config.io import load_config
 from comtip_fast.objectives import feature_health, pair_auc
-from comtip_fast.training import diagnostics, losses, trainer, validation
+from comtip_fast.training import losses, nonfinite, validation
+from comtip_fast.training.monitor import diagnostics
 from comtip_fast.training.monitor import monitor as watch
 from comtip_fast.training.protocol import TrainingError
 from comtip_fast.training.task import CoMTIPTask, build_task
@@ -120,8 +121,8 @@ def test_no_diagnostic_of_the_task_ends_a_run(
     (row,) = rows_of(tmp_path / "run", "valid")
     assert row["score"] is not None
     assert [row[name] for name in SPACE] == [None] * len(SPACE)
-    said = [m for m in caplog.messages if "a diagnostic that fails" in m]
-    assert len(said) == 3, "each is a warning, once"
+    warnings = [m for m in caplog.messages if "a diagnostic that fails" in m]
+    assert len(warnings) == 3, "each is a warning, once"
 
 
 def full(*_args: Any, **_kwargs: Any) -> Any:
@@ -133,7 +134,7 @@ def full(*_args: Any, **_kwargs: Any) -> Any:
     [
         (watch.ThroughputMeter, "add", broken),
         (watch.ThroughputMeter, "row", broken),
-        (watch.SpikeDetector, "look", broken),
+        (watch.SpikeDetector, "update", broken),
         (watch.Profiler, "before", broken),
         (watch.Profiler, "after", full),
         (watch.Profiler, "close", full),
@@ -145,14 +146,14 @@ def test_no_diagnostic_of_the_loop_ends_a_run(
 ):
     monkeypatch.setattr(owner, name, error)
     if owner is watch.Events:
-        monkeypatch.setattr(watch.SpikeDetector, "look", lambda *_: "something is wrong")
+        monkeypatch.setattr(watch.SpikeDetector, "update", lambda *_: "something is wrong")
     result = fit(tmp_path / "run", "watch.trace=[2,3]")
     assert (result.step, result.stopped) == (17, "steps")
     assert len(rows_of(tmp_path / "run")) == 17
 
 
 def test_a_full_disk_does_not_hide_a_loss_that_is_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(trainer, "append_row", full)
+    monkeypatch.setattr(nonfinite, "append_row", full)
     config = config_of()
     task = StandIn(config)
     task.nan_steps = {3: "loss"}
