@@ -1,4 +1,4 @@
-"""CoMTIP: one shared space for histology tiles and the gene expression measured under them.
+"""CoMTIP: a shared embedding space for histology tiles and the gene expression measured under them.
 
 :func:`build_shards`, :func:`pretrain`, :func:`evaluate` and :func:`load` are the Python interface; ``comtip`` on the
 command line calls the same functions.

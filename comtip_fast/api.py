@@ -67,7 +67,7 @@ def load(path: str | Path, device: str = "auto") -> Model:
 
 
 class Model:
-    """A trained CoMTIP model that reads sections and answers with AnnData."""
+    """A trained CoMTIP model; takes sections and returns AnnData."""
 
     def __init__(self, predictor: Predictor, source: str = "") -> None:
         self.predictor, self.source = predictor, source
@@ -75,32 +75,42 @@ class Model:
 
     @property
     def trained_genes(self) -> list[str]:
-        """Keys of the genes that training learnt, e.g. ``human:ERBB2``."""
+        """Keys of the trained genes, e.g. ``human:ERBB2``."""
         return list(self.predictor.trained_genes)
 
     def predict(
-        self, section: str | Path | ad.AnnData, genes: Sequence[str] | None = None, *,
-        facts: Facts = None, pooling: PoolingOptions | None = None, counts: CountOptions | None = None,
-    ) -> ad.AnnData:  # fmt: skip
-        """Predict expression from the tiles alone.
+        self,
+        section: str | Path | ad.AnnData,
+        genes: Sequence[str] | None = None,
+        *,
+        facts: Facts = None,
+        pooling: PoolingOptions | None = None,
+        counts: CountOptions | None = None,
+    ) -> ad.AnnData:
+        """Predict expression of a section from its tiles.
 
         Parameters
         ----------
         section
             ``SHARDS_DIR:section_id``, a source folder, an ``.h5ad``, or an AnnData with an image.
         genes
-            Symbols, Ensembl ids or previous symbols, also of genes that training never saw; ``None`` takes
-            the trained genes of the section's species.
+            Symbols, Ensembl ids or previous symbols, also of genes that were not trained; ``None`` selects the trained
+            genes of the section's species.
         facts, pooling, counts
-            Facts about the section (``SectionFacts(mpp=0.5)`` or ``{"mpp": 0.5}``) and options for pooling
-            and for counts and positions in an AnnData.
+            Facts about the section (``SectionFacts(mpp=0.5)`` or ``{"mpp": 0.5}``), and options for pooling and for
+            counts and positions in an AnnData.
 
         Returns
         -------
         AnnData
-            ``X`` and ``layers["log1p_cp10k"]``: log1p of counts per 10,000; ``layers["log1p_raw"]``: log1p of
-            counts at the depth of the training sections. ``var`` says of each gene how it was found and
-            whether training saw it. obs_names are those of the section.
+            ``X`` and ``layers["log1p_cp10k"]``: float32 log1p of counts per 10,000; ``layers["log1p_raw"]``: log1p of counts
+            at the depth of the training sections. ``var`` has the columns ``found_by`` (how the identifier was resolved)
+            and ``training`` (``trained``, ``held out`` or ``never seen``). ``obs_names`` are those of the section.
+
+        Raises
+        ------
+        ValueError, FileNotFoundError
+            The section or the genes cannot be used.
 
         Examples
         --------
@@ -126,9 +136,17 @@ class Model:
         pooling: PoolingOptions | None = None,
         counts: CountOptions | None = None,
     ) -> ad.AnnData:
-        """Return the section with ``obsm["X_comtip"]``, its tiles in the shared space (unit vectors, float32).
+        """Embed the tiles of a section in the shared space.
 
-        An AnnData (in memory or as ``.h5ad``) is copied; ``obsm`` gains one entry.
+        Parameters
+        ----------
+        section, facts, pooling, counts
+            As in :meth:`predict`.
+
+        Returns
+        -------
+        AnnData
+            The section (a copy, if it is an AnnData) with ``obsm["X_comtip"]``: float32 unit vectors (spots, D).
 
         Examples
         --------
@@ -171,33 +189,39 @@ class Model:
             rows = [known[k] for k in self.trained_genes if not species or k.startswith(f"{species}:")]
             asked = [(g.symbol, g.key, g.symbol, g.name, "model") for g in rows]
             if not asked:
-                raise ValueError(f"this model was trained on no gene of {species}; name the genes to predict (--genes)")
+                raise ValueError(
+                    f"the model has no trained genes of species {species}; name genes to predict (--genes)"
+                )
         else:
             asked = [self._resolve(g, species) for g in genes]
         if not asked:
-            raise ValueError("no genes to predict; name some")
+            raise ValueError("genes: the list is empty; name genes to predict")
         index = _unique([a[0] for a in asked])
         trained, held = set(self.trained_genes), set(self.predictor.held_out_genes)
         var = pd.DataFrame(
             {
-                "key": [a[1] for a in asked], "symbol": [a[2] for a in asked], "name": [a[3] for a in asked],
+                "key": [a[1] for a in asked],
+                "symbol": [a[2] for a in asked],
+                "name": [a[3] for a in asked],
                 "found_by": [a[4] for a in asked],
-                "training": ["trained" if a[1] in trained else "held out" if a[1] in held else "never seen" for a in asked],
+                "training": [
+                    "trained" if a[1] in trained else "held out" if a[1] in held else "never seen" for a in asked
+                ],
             },
             index=pd.Index(index, dtype=object),
-        )  # fmt: skip
+        )
         return var, [GeneQuery(a[2], a[3], a[1]) for a in asked]
 
     def _resolve(self, gene: str, species: str) -> tuple[str, str, str, str, str]:
         species = species or ("mouse" if gene.upper().startswith("ENSMUSG") else "human")
         hit = GeneResource.load().resolve(gene, species)
         if hit.how == "unmapped":
-            log.warning("gene %r is in no table of %s genes: its sentence is the bare symbol", gene, species)
+            log.warning("gene %r: not in the table of %s genes; its sentence is the bare symbol", gene, species)
         return gene, hit.key, hit.symbol or gene, hit.name, hit.how
 
 
 def _unique(names: list[str]) -> list[str]:
-    twice = sorted(name for name, n in Counter(names).items() if n > 1)
-    if twice:
-        raise ValueError(f"genes asked for twice: {', '.join(twice[:5])}")
+    duplicates = sorted(name for name, n in Counter(names).items() if n > 1)
+    if duplicates:
+        raise ValueError(f"duplicate genes: {', '.join(duplicates[:5])}; name each gene once")
     return np.asarray(names, dtype=object).tolist()

@@ -1,7 +1,7 @@
-"""Keyed uniform numbers on any device: the PyTorch twin of :func:`comtip_shards.sampling.rng.uniform`, equal to the bit.
+"""Keyed uniform numbers on any device; bit-identical to :func:`comtip_shards.sampling.rng.uniform`.
 
-Indices stay on their device and so do the numbers: a training step that draws there neither waits for the device nor
-uploads anything. Only the 64-bit key is computed on the host, and it enters the kernels as a scalar argument.
+Indices and numbers stay on the device, so a draw needs neither synchronization nor a transfer. Only the 64-bit key is
+computed on the host; it is passed to the kernels as a scalar.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _MIX_2 = 0x94D049BB133111EB - 2**64
 
 
 def uniform(seed: SupportsIndex, purpose: str, *counters: SupportsIndex | str, index: Tensor) -> Tensor:
-    """Return a uniform number in [0, 1) for each index: float64, the shape and device of ``index``.
+    """Return a uniform number in [0, 1) for each index: float64, with the shape and device of ``index``.
 
     Parameters
     ----------
@@ -43,7 +43,7 @@ def uniform(seed: SupportsIndex, purpose: str, *counters: SupportsIndex | str, i
 
 
 def _shift(z: Tensor, n: int) -> Tensor:
-    """Shift right without the sign."""
+    """Return the logical (unsigned) right shift."""
     return (z >> n) & ((1 << (64 - n)) - 1)
 
 

@@ -1,4 +1,4 @@
-"""Choice of the device."""
+"""Device selection."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def pick_device(requested: str | torch.device) -> torch.device:
     Raises
     ------
     ValueError
-        CUDA was requested and PyTorch finds no GPU.
+        CUDA was requested, but PyTorch finds no GPU.
     """
     name = str(requested)
     if name == "auto":

@@ -1,4 +1,4 @@
-"""The export on disk: weights, levels, genes, config and model card; saved and loaded without pickle."""
+"""Export of a model: weights, levels, genes, config and model card; saved and loaded without pickle."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ EXPORT_FORMAT, EXPORT_VERSION = "comtip-export", 1
 
 @dataclass(frozen=True)
 class ExportGene:
-    """One gene the model knows of."""
+    """A gene in the model's gene table."""
 
     key: str
     symbol: str
@@ -42,7 +42,7 @@ class ExportGene:
 
 @dataclass
 class Bundle:
-    """Everything that evaluation and prediction need; ``save`` and ``load`` never pickle."""
+    """Contents of an export: everything that evaluation and prediction need."""
 
     config: RunConfig
     sizes: ModelSizes
@@ -64,35 +64,38 @@ class Bundle:
         tables: Any,
         tokenizer: GeneTokenizer,
     ) -> Bundle:
-        """Collect what training knows; trained genes come first, in the order of the level table's rows."""
+        """Build a bundle from a training task; trained genes come first, in the order of the level table's rows."""
         chosen = [(r, True) for r in tables.genes.trained] + [(r, False) for r in tables.genes.held_out]
         genes = []
         for row, trained in chosen:
             g = shards.genes[row]
             genes.append(ExportGene(g.key, g.symbol, g.ensembl, g.name, trained, not trained))
         sections = [
-            {k: getattr(s, k) for k in ("section_id", "dataset", "species", "tissue", "donor", "licence", "attribution", "split")}
+            {
+                k: getattr(s, k)
+                for k in ("section_id", "dataset", "species", "tissue", "donor", "licence", "attribution", "split")
+            }
             | {"n_spots": s.n_spots}
             for s in shards.manifest.sections
-        ]  # fmt: skip
+        ]
         tile = shards.manifest.tile
         return cls(config, sizes, model, tables.table, genes, sections, tile.um, tile.min_mpp, tokenizer.sha256)
 
     def save(self, folder: Path) -> None:
         """Write ``config.json``, ``model.safetensors``, ``levels.safetensors``, ``genes.tsv``, ``README.md``.
 
-        An older export at ``folder`` is replaced when the new one is whole.
+        An older export at ``folder`` is replaced once the new one is complete.
 
         Raises
         ------
         FileExistsError
-            ``folder`` holds other files.
+            ``folder`` contains other files.
         """
         others = (
             sorted(p.name for p in folder.iterdir() if p.name not in export_checks.FILES) if folder.exists() else []
         )
         if others:
-            raise FileExistsError(f"{folder} holds other files ({', '.join(others[:3])}); give a new folder")
+            raise FileExistsError(f"{folder}: contains other files ({', '.join(others[:3])}); give a new folder")
         folder.parent.mkdir(parents=True, exist_ok=True)
         with atomic_folder(folder) as tmp_path:
             self._write(tmp_path)
@@ -100,11 +103,17 @@ class Bundle:
     def _write(self, folder: Path) -> None:
         folder.mkdir()
         meta = {
-            "format": EXPORT_FORMAT, "version": EXPORT_VERSION, "comtip_fast": __version__,
-            "config": config_to_dict(self.config), "sizes": asdict(self.sizes), "tile_um": self.tile_um,
+            "format": EXPORT_FORMAT,
+            "version": EXPORT_VERSION,
+            "comtip_fast": __version__,
+            "config": config_to_dict(self.config),
+            "sizes": asdict(self.sizes),
+            "tile_um": self.tile_um,
             "min_mpp": self.min_mpp,
-            "tokenizer_sha256": self.tokenizer_sha256, "sections": self.sections, "hashes": export_checks.SUMS,
-        }  # fmt: skip
+            "tokenizer_sha256": self.tokenizer_sha256,
+            "sections": self.sections,
+            "hashes": export_checks.SUMS,
+        }
         state = {k: v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}
         save_file(state, folder / "model.safetensors")
         save_arrays(self.levels.to_arrays(), folder / "levels.safetensors")
@@ -119,12 +128,12 @@ class Bundle:
 
     @classmethod
     def load(cls, folder: Path, device: str | torch.device = "cpu") -> Bundle:
-        """Read an export; another format version is refused by name. Nothing outside of ``folder`` is read.
+        """Verify and read an export; reads no file outside of ``folder``.
 
         Raises
         ------
         FileNotFoundError, ValueError
-            There is no export, it is of another version, or a file is damaged, edited or of another model.
+            There is no export, it has another format version, or a file is damaged, edited or of another model.
         """
         meta = _read_meta(folder)
         export_checks.verify_files(folder, hashed="hashes" in meta)
@@ -134,9 +143,9 @@ class Bundle:
             rest = (meta["sections"], meta["tile_um"], meta["min_mpp"], meta["tokenizer_sha256"])
         except (KeyError, TypeError, AttributeError) as error:
             raise ExportError(
-                f"{where}: a field is missing or of another type ({error}); get the export again"
+                f"{where}: a field is missing or has the wrong type ({error}); {export_checks.FIX}"
             ) from error
-        # All weights are in the export: those that training began with are not needed, and may be gone.
+        # The export holds all weights; the files of initial weights may no longer exist.
         config = replace(
             config, vision=replace(config.vision, pretrained=""), train=replace(config.train, start_from="")
         )
@@ -157,18 +166,18 @@ class Bundle:
 def _read_meta(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no export (config.json is missing); give a finished run or its export")
+        raise FileNotFoundError(f"{folder}: no export (config.json is missing); give a finished run or its export")
     meta = export_checks.read_json(path)
     if meta.get("format") != EXPORT_FORMAT or meta.get("version") != EXPORT_VERSION:
         raise ValueError(
-            f"{path}: format {meta.get('format')!r} version {meta.get('version')!r}; this comtip-fast "
-            f"({__version__}) reads {EXPORT_FORMAT!r} version {EXPORT_VERSION}"
+            f"{path}: format {meta.get('format')!r} version {meta.get('version')!r}; comtip-fast {__version__} reads "
+            f"{EXPORT_FORMAT!r} version {EXPORT_VERSION}; use the release that wrote it"
         )
     return dict(meta)
 
 
 def model_card(bundle: Bundle) -> str:
-    """Return the export's README: what it was trained on, under which licences, and what it must not be used for."""
+    """Return the README of an export: training data, licences, attribution and permitted use."""
     columns = ("section_id", "split", "species", "tissue", "donor", "n_spots", "licence")
     rows = "\n".join(
         "| " + " | ".join(_markdown("-" if s[c] == "" else s[c]) for c in columns) + " |" for s in bundle.sections
@@ -179,12 +188,12 @@ def model_card(bundle: Bundle) -> str:
     trained, held = sum(g.trained for g in bundle.genes), sum(g.held_out for g in bundle.genes)
     return (
         f"# {_markdown(bundle.config.name)}: a CoMTIP model\n\n"
-        f"Made by comtip-fast {__version__}. Tiles of {bundle.tile_um:g} um in {bundle.sizes.tile_px} px; "
+        f"Trained with comtip-fast {__version__}. Tiles of {bundle.tile_um:g} um in {bundle.sizes.tile_px} px; "
         f"{trained} genes trained, {held} held out by name.\n\n"
-        "Only sections whose split is `train` moved the weights; `val` chose when to stop; `test` was not read.\n\n"
+        "The weights were trained on sections of split `train`; `val` was used for early stopping; `test` was not used.\n\n"
         "| section | split | species | tissue | donor | spots | licence |\n|---|---|---|---|---|---|---|\n"
         f"{rows}\n\n## Attribution\n{credits}\n\n## Use\nResearch only; not a medical device. "
-        "`comtip_fast.load(<this folder>)`; weights are safetensors and nothing is unpickled.\n"
+        "Load it with `comtip_fast.load(<this folder>)`; weights are safetensors, without pickle.\n"
     )
 
 
@@ -192,9 +201,9 @@ def _read_tensors(read: Any, path: Path) -> Any:
     try:
         return read(path)
     except SafetensorError as error:
-        raise ExportError(f"{path}: no whole safetensors file ({error}); get the export again") from error
+        raise ExportError(f"{path}: not a valid safetensors file ({error}); {export_checks.FIX}") from error
 
 
 def _markdown(value: object) -> str:
-    """Return a text of a source as one cell of Markdown: no HTML, no further cells or lines."""
+    """Return a text as one cell of a Markdown table, with HTML and cell separators escaped."""
     return html.escape(" ".join(str(value).split()), quote=False).replace("|", "\\|")

@@ -1,12 +1,11 @@
-"""From trained weights to numbers: the export on disk, and prediction of expression from a tile alone.
+"""Prediction of expression from tiles with a trained model.
 
-For gene g, an image's similarities to h(g, q) over all levels q go through a softmax (on top of the log
-frequency of the gene's levels, as in training) and weight the levels' values; the sum is the prediction:
+For an image vector z and gene g, the prediction is the expected value over expression levels q:
 
     p(q | z, g) = softmax_q( scale * <z, h(g, q)> + log_prior[g, q] )        x[g] = sum_q p(q | z, g) value[g, q]
 
-A gene that training never saw goes the same way: it has a name, so it has sentences; its levels' frequencies
-and values are those of the global row.
+h(g, q) is the sentence vector and log_prior the log frequency of the gene's levels, as in training. Genes that were not
+trained are predicted in the same way, with the frequencies and values of the global row of the level table.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from comtip_fast.models import CoMTIP
 
 @dataclass(frozen=True)
 class GeneQuery:
-    """A gene to predict: its symbol, its full name (may be empty), and its key where it has one."""
+    """A gene to predict: symbol, full name (may be empty), and key (None if unresolved)."""
 
     symbol: str
     name: str = ""
@@ -38,18 +37,37 @@ class GeneQuery:
 
 @dataclass
 class ImageFeatures:
-    """Tiles in the shared space and in the image encoder's own."""
+    """Features of N tiles."""
 
     vector_ND: np.ndarray
-    """float32 unit vectors."""
+    """float32 (N, D), unit vectors of the shared space."""
     pooled_Nd: np.ndarray
-    """float32, mean patch feature before projection."""
+    """float32 (N, d), mean patch feature before projection."""
 
 
 def expected_values(
     image_ND: Tensor, unit_GQD: Tensor, scale: Tensor, log_prior_GQ: Tensor, values: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return the expectation of each value table under p(q | z, g); see the module's formula. (N, G) each."""
+    """Return the expectation of each value table under p(q | z, g), as in the module docstring.
+
+    Parameters
+    ----------
+    image_ND
+        Image vectors.
+    unit_GQD
+        Unit sentence vectors.
+    scale
+        Inverse temperature, a scalar.
+    log_prior_GQ
+        Log frequency of each level.
+    values
+        Tables (G, Q) of level values, by name.
+
+    Returns
+    -------
+    dict
+        Expectations (N, G), by the names of ``values``.
+    """
     scores_NGQ = scale * torch.einsum("nd,gqd->ngq", image_ND, unit_GQD) + log_prior_GQ
     p_NGQ = scores_NGQ.softmax(dim=-1)
     return {name: (p_NGQ * value_GQ).sum(-1) for name, value_GQ in values.items()}
@@ -59,7 +77,20 @@ def expected_values(
 def predict_trained(
     model: CoMTIP, genes: GeneTokens, image_ND: Tensor, levels: LevelTable, rows: Tensor
 ) -> dict[str, np.ndarray]:
-    """Predict genes whose level rows are ``rows``; float32 (N, G) log1p CP10K and log1p raw counts."""
+    """Predict expression of G genes.
+
+    Parameters
+    ----------
+    model, genes, image_ND, levels
+        Model, gene tokens, image vectors and level table.
+    rows
+        int64 (G,), row of each gene in the level table.
+
+    Returns
+    -------
+    dict
+        ``cp10k`` (log1p of counts per 10,000) and ``raw`` (log1p of counts), float32 (N, G).
+    """
     unit_GQD = model.sentence_table(genes).unit_GQD
     pick = rows.cpu().numpy()
     values = {"cp10k": levels.value_cp10k[pick], "raw": levels.value_raw[pick]}
@@ -72,14 +103,29 @@ def predict_trained(
 
 
 class Predictor:
-    """A trained model that says what is expressed under a tile."""
+    """A trained model that predicts expression from tiles.
+
+    Parameters
+    ----------
+    bundle
+        Contents of an export.
+    device
+        Device of the model.
+
+    Raises
+    ------
+    ValueError
+        The model was trained with another tokenizer.
+    """
 
     def __init__(self, bundle: Bundle, device: str | torch.device = "cpu") -> None:
         self.bundle, self.device = bundle, torch.device(device)
         self.config, self.model = bundle.config, bundle.model.to(self.device).eval()
         self.tokenizer = GeneTokenizer.load()
         if self.tokenizer.sha256 != bundle.tokenizer_sha256:
-            raise ValueError("this model was trained with another tokenizer file; install the comtip-fast it came from")
+            raise ValueError(
+                "the model was trained with another tokenizer; install the comtip-fast version that wrote the export"
+            )
         self.trained_genes = [g.key for g in bundle.genes if g.trained]
         self.held_out_genes = [g.key for g in bundle.genes if g.held_out]
         self.train_sections = bundle.sections
@@ -91,12 +137,12 @@ class Predictor:
         """Load from a run folder (its ``export/``) or from an export folder."""
         folder = Path(path)
         if not folder.exists():
-            raise FileNotFoundError(f"{folder} does not exist; give a run folder or an export")
+            raise FileNotFoundError(f"{folder} does not exist; give the folder of a finished run or an export")
         return cls(Bundle.load(folder / "export" if (folder / "export").is_dir() else folder), device)
 
     @torch.no_grad()
     def image_features(self, tiles_NCHW: np.ndarray, stain: StainStats | None) -> ImageFeatures:
-        """Encode uint8 tiles (N, 3, S, S); ``stain`` are their section's statistics."""
+        """Encode uint8 tiles (N, 3, S, S); ``stain`` holds the stain statistics of their section."""
         vectors, pooled = [], []
         for start in range(0, len(tiles_NCHW), 128):
             tiles = np.asarray(tiles_NCHW[start : start + 128]).transpose(0, 2, 3, 1)
@@ -112,7 +158,7 @@ class Predictor:
         return ImageFeatures(np.concatenate(vectors), np.concatenate(pooled))
 
     def predict(self, features: ImageFeatures, genes: Sequence[GeneQuery], chunk: int = 256) -> dict[str, np.ndarray]:
-        """Predict expression: ``cp10k`` (log1p CP10K) and ``raw`` (log1p counts), float32 (N, G) each."""
+        """Predict expression, ``chunk`` genes at a time; see :func:`predict_trained` for the result."""
         image = torch.from_numpy(features.vector_ND).to(self.device)
         parts: list[dict[str, np.ndarray]] = []
         for start in range(0, len(genes), chunk):
@@ -128,5 +174,5 @@ class Predictor:
         rows = np.array([self._row.get(g.key or "", len(self.trained_genes)) for g in genes], np.int64)
         identity = np.where(rows < len(self.trained_genes), rows + 1, 0)
         tokens = gene_tokens(self.tokenizer, [(g.symbol, g.name) for g in genes], identity, self.config.text)
-        whole = take_genes(tokens, torch.arange(len(genes)))
-        return whole.to(self.device), torch.from_numpy(rows).to(self.device)
+        trimmed = take_genes(tokens, torch.arange(len(genes)))
+        return trimmed.to(self.device), torch.from_numpy(rows).to(self.device)

@@ -1,4 +1,4 @@
-"""Pretraining from a config: the entry point that reads as a story."""
+"""Pretraining from a config."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def pretrain(
     overrides
         ``key=value`` settings that take precedence over the file, e.g. ``"train.steps=500"``.
     start_from
-        An export or finished run that provides initial weights where names and shapes agree.
+        An export or finished run whose weights initialize all tensors with equal names and shapes.
     resume
         Continue from the newest valid checkpoint in ``out``, or start if there is none.
     device
@@ -85,7 +85,7 @@ def pretrain(
         group = ClockedGroup(ranks, target)
         if group.rank > 0:
             log.setLevel(logging.WARNING)
-        # A checkpoint holds all weights; the file of initial weights may be gone by now.
+        # A checkpoint holds all weights; the file of initial weights may no longer exist.
         fresh = not (resume and steps_of(out / CHECKPOINTS))
         task = build_task(run, target, group, initialise=fresh)
         log.info("%s", task.describe())

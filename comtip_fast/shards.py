@@ -1,4 +1,4 @@
-"""Build shard sets from Python, with typed facts; does not import torch."""
+"""Build shard sets from Python with typed facts; does not import torch."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def build_shards(
     Parameters
     ----------
     source
-        A table, a file or a folder of any format of ``comtip shards build``, or the URL of one.
+        A table, file or folder of any format that ``comtip shards build`` reads, or its URL.
     out
-        Folder of the new shard set, or one that a build of the same set left unfinished.
+        Folder of the new shard set; an interrupted build of the same set in it is continued.
     facts
         Facts about the sections, as :class:`SectionFacts` or as a dict (``{"mpp": 0.5}``).
     pooling, counts
@@ -70,9 +70,17 @@ def build_shards(
     (196, 30)
     """
     sources = open_sections(
-        source, facts=facts, pooling=pooling, counts=counts, fmt=fmt, samples=samples, where=where, cache=cache, tile_um=tile_um,
+        source,
+        facts=facts,
+        pooling=pooling,
+        counts=counts,
+        fmt=fmt,
+        samples=samples,
+        where=where,
+        cache=cache,
+        tile_um=tile_um,
         progress=progress,
-    )  # fmt: skip
+    )
     return builder.build_shards(sources, Path(out), tile_um=tile_um, progress=progress, **settings)
 
 
@@ -92,13 +100,13 @@ def open_sections(
     """Open the sections of a source without reading them; parameters as in :func:`build_shards`."""
     texts = stated_text(facts, pooling, counts)
     if is_url(source):
-        # Patches are a tenth of the size of whole-slide images, but only this wide.
+        # HEST patches are a tenth of the size of whole-slide images, but only HEST_PATCH_UM wide.
         texts.setdefault("pixels", "patches" if tile_um <= HEST_PATCH_UM else "wsi")
     return open_source(source, samples=samples, fmt=fmt, overrides=texts, where=where, cache=cache, progress=progress)
 
 
 def stated_text(facts: Facts, pooling: PoolingOptions | None, counts: CountOptions | None) -> dict[str, str]:
-    """Return what is stated, as text for the readers."""
+    """Return the stated facts and options as text, for the readers of sources."""
     if isinstance(facts, Mapping):
         return stated(*parse_facts(facts), pooling, counts)
     return stated(facts, pooling, counts)

@@ -1,4 +1,4 @@
-"""Standard output and standard error of a long run: whoever reads them may leave, the work goes on."""
+"""Standard output and standard error that keep working after their reader has closed them."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
-# The reader of a pipe has ended, a terminal was closed, a log's connection is lost: nothing written later will be read.
+# The reader of a pipe, a terminal or a connection is closed, so later output cannot be read either.
 _GONE = (errno.EPIPE, errno.EIO, errno.ECONNRESET, errno.ENOTCONN, errno.ESHUTDOWN)
 
 
 def write_line(text: str, stream: TextIO | None) -> bool:
-    """Write a line and flush it; False, and no error, where the stream does not take it.
+    """Write a line and flush it; return False instead of raising if that fails.
 
-    After the reader of the stream has ended, the stream is sent to the null device, so that what other code writes to
-    it and Python's own flush at the exit do not fail either. A full disk drops this line only.
+    If the reader is closed, the stream is redirected to the null device, so that later writes and Python's flush at exit
+    do not fail either. A full disk drops only this line.
     """
     if stream is None:
         return False
@@ -29,7 +29,7 @@ def write_line(text: str, stream: TextIO | None) -> bool:
         if error.errno in _GONE:
             silence(stream)
         return False
-    except ValueError:  # closed, or a character that its encoding lacks
+    except ValueError:  # the stream is closed, or its encoding lacks a character
         with suppress(OSError, ValueError):
             print(text.encode("ascii", "backslashreplace").decode(), file=stream, flush=True)
             return True
@@ -38,18 +38,18 @@ def write_line(text: str, stream: TextIO | None) -> bool:
 
 
 class Guarded:
-    """A stream for everything that people read beside the work (logs, progress bars, warnings): writing never fails."""
+    """Stream for logs, progress bars and warnings whose writes never raise."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write, or drop the text."""
+        """Write the text, or drop it on an error."""
         self._attempt(lambda: self._stream.write(text))
         return len(text)
 
     def flush(self) -> None:
-        """Flush, or drop what is not taken."""
+        """Flush, or drop the buffered text on an error."""
         self._attempt(self._stream.flush)
 
     def _attempt(self, work: Callable[[], object]) -> None:
@@ -58,7 +58,7 @@ class Guarded:
         except OSError as error:
             if error.errno in _GONE:
                 silence(self._stream)
-        except ValueError:  # closed
+        except ValueError:  # the stream is closed
             return
 
     def __getattr__(self, name: str) -> Any:
@@ -67,7 +67,7 @@ class Guarded:
 
 @contextmanager
 def guarded_stderr() -> Iterator[None]:
-    """Let ``sys.stderr`` be guarded while the block runs."""
+    """Replace ``sys.stderr`` by a :class:`Guarded` stream inside the block."""
     plain = sys.stderr
     if plain is None:
         yield
@@ -81,7 +81,7 @@ def guarded_stderr() -> Iterator[None]:
 
 
 def silence(stream: TextIO | None) -> None:
-    """Send everything that is written to the stream, from any library, to the null device."""
+    """Redirect the file descriptor of the stream to the null device."""
     with suppress(OSError, ValueError, AttributeError):
         null = os.open(os.devnull, os.O_WRONLY)
         try:
@@ -92,7 +92,7 @@ def silence(stream: TextIO | None) -> None:
 
 
 def reader_is_gone(stream: TextIO | None) -> bool:
-    """Say whether the stream is a pipe or socket whose other end is closed."""
+    """Return whether the stream is a pipe or socket whose other end is closed."""
     try:
         number = stream.fileno()  # type: ignore[union-attr]
         if not (stat.S_ISFIFO(os.fstat(number).st_mode) or stat.S_ISSOCK(os.fstat(number).st_mode)):
@@ -105,13 +105,13 @@ def reader_is_gone(stream: TextIO | None) -> bool:
 
 
 def drain(stream: TextIO | None) -> OSError | None:
-    """Flush the stream at the end of a command; return why that fails, after which Python's exit does not repeat it."""
+    """Flush the stream at the end of a command; return the error, if any, and silence the stream after it."""
     try:
         if stream is not None:
             stream.flush()
     except OSError as error:
         silence(stream)
         return error
-    except ValueError:  # closed
+    except ValueError:  # the stream is closed
         return None
     return None

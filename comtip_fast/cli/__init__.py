@@ -1,4 +1,4 @@
-"""The command line: ``comtip COMMAND``. Each command is one thin module; the work is done elsewhere."""
+"""The command line: ``comtip COMMAND``. Each command is a module that parses options and calls the Python interface."""
 
 from __future__ import annotations
 
@@ -13,32 +13,37 @@ from comtip_shards.names import printable
 from comtip_fast._version import __version__
 from comtip_fast.streams import drain, guarded_stderr, reader_is_gone, write_line
 
-# name -> (module, help); imported only when asked for, so that --help answers at once.
+# {command: help}. A command's module is imported only if the command is used, which keeps --help fast.
 COMMANDS = {
     "shards": "build and verify shard sets from tissue sections",
     "pretrain": "train a model on a shard set",
-    "evaluate": "score a model on sections it never saw, beside nulls and baselines",
+    "evaluate": "score a model on held-out sections, with nulls and baselines",
     "predict": "predict gene expression of a section from its tiles",
     "embed": "embed a section's tiles in the shared space",
     "export": "write a checkpoint as safetensors and config.json",
-    "genes": "say how a gene identifier is understood",
-    "plan": "predict memory, traffic and time of a run on given hardware",
+    "genes": "show how a gene identifier is resolved",
+    "plan": "estimate memory, traffic and time of a run on given hardware",
     "bench": "measure loaders on this machine",
-    "doctor": "say what this machine can run",
+    "doctor": "show which optional features work on this machine",
 }
 USER_ERROR, RESTART, KILLED = 2, 75, 143
-PIPE_CLOSED = 141  # as a shell reports a program that SIGPIPE ended
-# These say what is wrong with the input, with the file's name; anything else is our bug and is shown whole.
+PIPE_CLOSED = 141  # as shells report a program that SIGPIPE terminated
+# Errors of these types are caused by the input and name it; all others are bugs and show a traceback.
 BAD_INPUT = (
-    ValueError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError,
-)  # fmt: skip
+    ValueError,
+    FileNotFoundError,
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+    FileExistsError,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
-    0 done, 1 a check failed or a bug, 2 bad input, 75 to be started again (a rank lost, a disk full), 130 interrupted,
-    141 the reader of the output has ended, 143 stopped by SIGTERM or SIGHUP and saved.
+    0: success. 1: a check failed, or a bug. 2: bad input. 75: restart needed (a rank lost, a disk full). 130: interrupted.
+    141: the reader of the output has closed it. 143: stopped by SIGTERM or SIGHUP after saving a checkpoint.
     """
     with guarded_stderr():
         return _main(list(sys.argv[1:] if argv is None else argv))
@@ -71,39 +76,40 @@ def _main(arguments: list[str]) -> int:
         write_line(f"comtip: error: {printable(str(error))}", sys.stderr)
         return USER_ERROR
     except Exception as error:
-        found = _of_the_disk(error)
-        if found is None or args.debug:
+        disk_error = _disk_error(error)
+        if disk_error is None or args.debug:
             raise
-        write_line(f"comtip: error: {found[1]}", sys.stderr)
-        return found[0]
+        code, message = disk_error
+        write_line(f"comtip: error: {message}", sys.stderr)
+        return code
     finally:
         drain(sys.stdout)
 
 
-def _of_the_disk(error: Exception) -> tuple[int, str] | None:
-    """Return the exit code and the message of an error of the disk, None for any other error."""
+def _disk_error(error: Exception) -> tuple[int, str] | None:
+    """Return the exit code and message for an error of the disk, or None for any other error."""
     from comtip_shards.storage.disk import disk_trouble, unwritable
 
-    said = disk_trouble(error)
-    if said is not None:
-        return RESTART, f"{said}; make room (or repair the device), then run the same command again"
-    said = unwritable(error)
-    return None if said is None else (USER_ERROR, f"{said}; give another path, or make this one writable")
+    problem = disk_trouble(error)
+    if problem is not None:
+        return RESTART, f"{problem}; free disk space (or repair the device), then run the same command again"
+    problem = unwritable(error)
+    return None if problem is None else (USER_ERROR, f"{problem}; give another path, or make this one writable")
 
 
 class _Printable(logging.Formatter):
-    """Escapes control characters: messages quote names and texts from files."""
+    """Escapes control characters, because messages quote text from files."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line."""
+        """Return the message with control characters escaped."""
         return printable(super().format(record))
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="comtip", description="CoMTIP: predict gene expression from histology.")
     parser.add_argument("--version", action="version", version=f"comtip {__version__}")
-    parser.add_argument("--debug", action="store_true", help="show debug messages and whole tracebacks")
-    # DeepSpeed's launcher adds it before the rest, unless told otherwise; what it says stands in LOCAL_RANK too.
+    parser.add_argument("--debug", action="store_true", help="show debug messages and full tracebacks")
+    # Added by DeepSpeed's launcher by default; the same value is in LOCAL_RANK.
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     wanted = next((a for a in arguments if a in COMMANDS), None)

@@ -6,11 +6,11 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """No options."""
+    """Add no options; the command has none."""
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what this machine can run; exit 1 if something installed is broken."""
+    """Print the state of each optional feature; return 1 if an installed one is broken."""
     from comtip_fast.doctor import examine, render
 
     findings = examine()

@@ -9,16 +9,16 @@ from comtip_fast.constants import OBSM_EMBEDDING
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
-    parser.add_argument("run_dir", metavar="RUN", help="a run folder or an export")
+    """Add the options."""
+    parser.add_argument("run_dir", metavar="RUN", help="folder of a finished run, or an export")
     parser.add_argument("section", metavar="SECTION", help=SECTION_HELP)
-    add_out(parser, f"the .h5ad to write; vectors are in obsm[{OBSM_EMBEDDING!r}]")
+    add_out(parser, f"the .h5ad to write, with vectors in obsm[{OBSM_EMBEDDING!r}]")
     add_facts(parser)
     add_device(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Embed and write."""
+    """Embed the section and write the result."""
     from comtip_fast.api import load
     from comtip_fast.data.h5ad import write_h5ad
 
@@ -26,7 +26,6 @@ def run(args: argparse.Namespace) -> int:
     facts, pooling, counts = read_facts(args)
     answer = load(args.run_dir, args.device).embed(args.section, facts=facts, pooling=pooling, counts=counts)
     write_h5ad(answer, out)
-    print(
-        f"{out}: obsm[{OBSM_EMBEDDING!r}] {answer.obsm[OBSM_EMBEDDING].shape[0]} x {answer.obsm[OBSM_EMBEDDING].shape[1]}"
-    )
+    rows, dim = answer.obsm[OBSM_EMBEDDING].shape
+    print(f"{out}: obsm[{OBSM_EMBEDDING!r}] {rows} x {dim}")
     return 0

@@ -1,4 +1,4 @@
-"""``comtip export RUN --out DIR``: the best checkpoint's model as safetensors and config.json."""
+"""``comtip export RUN --out DIR``: export the best model, or a checkpoint, as safetensors and config.json."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from comtip_fast.cli.options import add_out
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
-    parser.add_argument("run_dir", type=Path, metavar="RUN", help="a run folder")
+    """Add the options."""
+    parser.add_argument("run_dir", type=Path, metavar="RUN", help="folder of the run")
     parser.add_argument(
         "--checkpoint",
         metavar="WHICH",
-        help="newest, best or a step: from a checkpoint, also of a run that has not ended",
+        help="export a checkpoint, also of a run that has not finished: newest, best or a step",
     )
     parser.add_argument(
         "--shards", help="with --checkpoint: the run's shard set (default: the folder its config names)"
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Read the run's export, which checks it, and write it again at the place asked for."""
+    """Verify and copy the run's export, or export a checkpoint."""
     from comtip_fast.inference import Predictor
 
     if args.out.exists() and any(args.out.iterdir()):

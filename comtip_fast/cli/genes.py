@@ -1,4 +1,4 @@
-"""``comtip genes GENE ...``: how an identifier is understood, and the sentence the model reads for it."""
+"""``comtip genes GENE ...``: show how identifiers are resolved and how many tokens their sentences have."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from comtip_fast.genes import GeneTokenizer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
+    """Add the options."""
     parser.add_argument(
-        "gene", nargs="+", help="symbol, previous symbol, alias or Ensembl id (with or without version)"
+        "gene", nargs="+", help="symbols, previous symbols, aliases or Ensembl ids (with or without version)"
     )
-    parser.add_argument("--species", choices=("human", "mouse"), help="default: both")
+    parser.add_argument("--species", choices=("human", "mouse"), help="species to search (default: both)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print one block per gene; exit 1 if any is not known."""
+    """Print one line per match; return 1 if a gene is unknown."""
     resource, tokenizer = GeneResource.load(), GeneTokenizer.load()
     unknown = 0
     for gene in args.gene:
@@ -26,10 +26,9 @@ def run(args: argparse.Namespace) -> int:
         found = [h for h in hits if h.how != "unmapped"]
         if not found:
             unknown += 1
-            print(f"{gene}: not known; a model still reads it as a bare symbol")
+            print(f"{gene}: unknown; models use the bare symbol")
         for hit in found:
             tokens = tokenizer.encode(hit.symbol, hit.name, 64)
-            print(
-                f"{gene}: {hit.key}  {hit.ensembl or '-'}  {hit.name or '(no name)'}  [found by {hit.how}; {len(tokens)} tokens]"
-            )
+            names = f"{hit.key}  {hit.ensembl or '-'}  {hit.name or '(no name)'}"
+            print(f"{gene}: {names}  [found by {hit.how}; {len(tokens)} tokens]")
     return 1 if unknown else 0

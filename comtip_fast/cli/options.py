@@ -1,4 +1,4 @@
-"""Options that several commands share."""
+"""Options shared by several commands."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from comtip_shards.storage.atomic import refuse_input_as_output
 
 from comtip_fast.constants import UNS
 
-SECTION_HELP = "SHARDS:section_id (a folder or a URL), a source folder, SOURCE:section_id, or an .h5ad with an image"
+SECTION_HELP = (
+    "SHARDS:section_id (SHARDS is a folder or URL), a source folder, SOURCE:section_id, or an .h5ad with image"
+)
 GENE_FILE_BYTES = 4 << 20
 GENE_HEADERS = set(
     ["gene", "genes", "symbol", "symbols", "gene_symbol", "gene_name", "gene_id", "ensembl", "ensembl_id", "x"]
 )
-"""First lines of lists that name the column; x is what R writes for a vector."""
+"""Headers that are skipped; R writes ``x`` for a vector."""
 TITLES: dict[Any, str] = {
-    SectionFacts: "facts about the section, which take precedence over what the source states",
+    SectionFacts: "facts about the section, which override those of the source",
     CountOptions: "counts and positions in an AnnData",
     PoolingOptions: "pooling of bins, cells and transcripts to pseudo-spots",
 }
@@ -35,7 +37,7 @@ def add_facts(parser: argparse.ArgumentParser) -> None:
 
 
 def read_facts(args: argparse.Namespace) -> tuple[SectionFacts, PoolingOptions, CountOptions]:
-    """Return the stated facts and options, checked."""
+    """Parse and validate the facts and options."""
     names = [spec.name for cls in TITLES for spec in option_specs(cls)]
     return parse_facts({name: getattr(args, name) for name in names})
 
@@ -51,18 +53,24 @@ def add_out(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def fresh_h5ad(args: argparse.Namespace) -> Path:
-    """Check ``--out`` before the work starts: its name, its folder, and that it is none of the inputs."""
+    """Check ``--out`` before any work: its name, its folder, and that it does not overwrite an input.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError, PermissionError
+        The path cannot be used; the message names the reason.
+    """
     path: Path = args.out
     if path.suffix != ".h5ad":
-        raise ValueError(f"--out {path}: the output is AnnData; give a name that ends in .h5ad")
+        raise ValueError(f"--out {path}: the output is an AnnData file; give a name that ends in .h5ad")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"--out {path}: the folder {path.parent} does not exist; create it first")
     if not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"--out {path}: the folder {path.parent} cannot be written; give another one")
+        raise PermissionError(f"--out {path}: no permission to write to {path.parent}; give another folder")
     given = [args.section, args.section.rpartition(":")[0], args.image, args.alignment]
     given += [g[1:] for value in getattr(args, "genes", None) or [] for g in value.split(",") if g.startswith("@")]
     inputs = [Path(p) for p in given if p]
-    # In a folder of sources, an earlier answer may be written anew; anything else may be one of the sources.
+    # In a folder of sources only an earlier output may be replaced; other files may be sources.
     answer = path.is_file() and _is_answer(path)
     refuse_input_as_output(path, [p for p in inputs if not (answer and p.is_dir())])
     return path
@@ -84,13 +92,13 @@ def gene_list(values: list[str]) -> list[str] | None:
     Parameters
     ----------
     values
-        Symbols or Ensembl ids, also joined by commas; ``@file`` reads a file (:func:`read_gene_file`); ``all``, alone,
-        selects every trained gene.
+        Symbols or Ensembl ids, optionally comma-separated; ``@file`` reads a file (:func:`read_gene_file`); a single
+        ``all`` selects every trained gene.
 
     Raises
     ------
     ValueError, FileNotFoundError
-        No gene is named, ``all`` is combined with others, or a file is no list of genes.
+        No gene is named, ``all`` is combined with others, or a file is not a list of genes.
     """
     parts = [part.strip() for value in values for part in value.split(",") if part.strip()]
     genes: list[str] = []
@@ -99,14 +107,16 @@ def gene_list(values: list[str]) -> list[str] | None:
     if genes == ["all"]:
         return None
     if "all" in genes:
-        raise ValueError("--genes: all selects every trained gene and cannot be combined with others; give it alone")
+        raise ValueError(
+            "--genes: all selects every trained gene and cannot be combined with other genes; remove these"
+        )
     if not genes:
         raise ValueError("--genes names no gene; give symbols or Ensembl ids, @file, or all")
     return genes
 
 
 def read_gene_file(path: Path) -> list[str]:
-    """Read a list of genes: one a line or with commas, in UTF-8; ``#`` begins a comment, a header is passed over.
+    """Read a list of genes, one per line or comma-separated, in UTF-8; skips comments (``#``) and a header.
 
     Raises
     ------
@@ -115,19 +125,21 @@ def read_gene_file(path: Path) -> list[str]:
     """
     where = f"--genes @{path}"
     if not path.exists():
-        raise FileNotFoundError(f"{where}: no such file; give an existing one, or gene names without @")
+        raise FileNotFoundError(f"{where}: no such file; give an existing file, or gene names without @")
     if path.is_dir():
-        raise ValueError(f"{where}: a folder; give a file with one gene a line")
+        raise ValueError(f"{where}: a folder; give a file with one gene per line")
     with path.open("rb") as file:
         raw = file.read(GENE_FILE_BYTES + 1)
     if len(raw) > GENE_FILE_BYTES:
-        raise ValueError(f"{where}: larger than {GENE_FILE_BYTES >> 20} MiB, no list of genes; give one gene a line")
+        raise ValueError(
+            f"{where}: larger than {GENE_FILE_BYTES >> 20} MiB, not a list of genes; give a file with one gene per line"
+        )
     try:
-        # Excel and R on Windows write a byte order mark, in UTF-16 where "Unicode text" was chosen.
+        # Excel and R on Windows write a byte order mark; Excel's "Unicode text" is UTF-16.
         text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{where}: no text in UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
+            f"{where}: not UTF-8 text ({error.reason} at byte {error.start}); save the file as UTF-8"
         ) from None
     genes: list[str] = []
     for number, line in enumerate(text.splitlines(), start=1):
@@ -135,10 +147,12 @@ def read_gene_file(path: Path) -> list[str]:
         cells = [c for c in cells if c]
         bad = next((c for c in cells if any(x in "\t\0" or not x.isprintable() for x in c)), None)
         if bad is not None:
-            raise ValueError(f"{where}, line {number}: {bad[:40]!r} is no gene name; give one gene a line, no table")
+            raise ValueError(
+                f"{where}, line {number}: {bad[:40]!r} is not a gene name; give one gene per line, not a table"
+            )
         if not genes and len(cells) == 1 and cells[0].lower() in GENE_HEADERS:
             continue
         genes += cells
     if not genes:
-        raise ValueError(f"{where}: names no gene; give one gene a line (all trained genes: --genes all)")
+        raise ValueError(f"{where}: names no gene; give one gene per line (for all trained genes: --genes all)")
     return genes

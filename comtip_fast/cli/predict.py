@@ -8,11 +8,11 @@ from comtip_fast.cli.options import SECTION_HELP, add_device, add_facts, add_out
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
-    parser.add_argument("run_dir", metavar="RUN", help="a run folder or an export")
+    """Add the options."""
+    parser.add_argument("run_dir", metavar="RUN", help="folder of a finished run, or an export")
     parser.add_argument("section", metavar="SECTION", help=SECTION_HELP)
     parser.add_argument(
-        "--genes", nargs="+", default=["all"], help="symbols or Ensembl ids, @file, or all (trained genes)"
+        "--genes", nargs="+", default=["all"], help="symbols or Ensembl ids, @FILE, or all trained genes (default all)"
     )
     add_out(parser, "the .h5ad to write")
     add_facts(parser)
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Predict and write."""
+    """Predict expression and write the result."""
     from comtip_fast.api import load
     from comtip_fast.data.h5ad import write_h5ad
 
@@ -30,10 +30,6 @@ def run(args: argparse.Namespace) -> int:
     answer = model.predict(args.section, gene_list(args.genes), facts=facts, pooling=pooling, counts=counts)
     write_h5ad(answer, out)
     seen = answer.var["training"].value_counts().to_dict()
-    print(
-        f"{out}: {answer.n_obs} spots x {answer.n_vars} genes "
-        + "("
-        + ", ".join(f"{n} {k}" for k, n in seen.items())
-        + ")"
-    )
+    counts = ", ".join(f"{n} {k}" for k, n in seen.items())
+    print(f"{out}: {answer.n_obs} spots x {answer.n_vars} genes ({counts})")
     return 0

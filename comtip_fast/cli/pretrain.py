@@ -17,7 +17,7 @@ log = logging.getLogger("comtip_fast")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
+    """Add the options."""
     parser.add_argument("--config", type=Path, required=True, help="a YAML file, e.g. configs/demo_cpu.yaml")
     add_out(parser, "folder of the run")
     parser.add_argument(
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train. A failure that a restart can fix has its own exit code; bad input is not retried, although torchrun would."""
+    """Train; failures that a restart can fix exit with 75, and bad input is not retried under torchrun."""
     from comtip_fast.training.distributed.restart_guard import RestartGuard
 
     guard = RestartGuard([*map(str, (args.config, args.out, args.start_from)), *args.set])
@@ -71,6 +71,6 @@ def _train(args: argparse.Namespace) -> int:
         log.info("stopped at step %d by a signal; continue with --resume", result.step)
         return KILLED
     if distributed_env().rank == 0:
-        # Everything is on disk by now: a closed standard output is no failure of the run.
+        # All results are on disk: a closed standard output does not fail the run.
         write_line(json.dumps(finite_or_none(asdict(result)), allow_nan=False), sys.stdout)
     return 0

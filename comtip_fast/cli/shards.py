@@ -1,4 +1,4 @@
-"""``comtip shards check|build SOURCE --out DIR``, ``merge PART ... --out DIR`` and ``verify SET``."""
+"""``comtip shards check SOURCE``, ``build SOURCE``, ``merge PART ...`` and ``verify SET``."""
 
 from __future__ import annotations
 
@@ -21,48 +21,52 @@ FORMATS = ("auto", *SOURCE_FORMATS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the sub-commands."""
+    """Add the subcommands and their options."""
     sub = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     _add_build(
         sub.add_parser("build", help="cut tiles and write shards", description="Build a shard set from sections.")
     )
     check = sub.add_parser(
-        "check", help="look sections over before they are built",
-        description="Make the checks of a curator on every section: a page each with the spots over the picture, and a table.",
-    )  # fmt: skip
+        "check",
+        help="check sections before a build",
+        description="Check the quality of every section; write a page per section, with spots drawn on the image, and a table.",
+    )
     _add_source(check)
-    add_out(check, "a new folder, or one that an earlier check wrote")
-    check.add_argument("--strict", action="store_true", help="exit with 1 when a check fails")
+    add_out(check, "a new folder, or the output of an earlier check")
+    check.add_argument("--strict", action="store_true", help="exit with code 1 if a check fails")
     check.set_defaults(act=_check)
     merge = sub.add_parser(
-        "merge", help="join parts, or sets built alike",
-        description="Join shard sets without decoding a tile: the parts of one build, or sets with the same settings.",
-    )  # fmt: skip
+        "merge",
+        help="merge the parts of a build, or sets with equal settings",
+        description="Merge the parts of a build, or shard sets with equal settings, without decoding tiles.",
+    )
     merge.add_argument("parts", nargs="+", metavar="PART", help="folders or URLs")
-    add_out(merge, "folder of the joined set")
+    add_out(merge, "folder of the merged set")
     _add_jobs(merge)
     merge.set_defaults(act=_merge)
     verify = sub.add_parser(
-        "verify", help="prove a shard set whole", description="Check hashes, counts and every record."
+        "verify", help="verify a shard set", description="Verify hashes, counts and every record of a shard set."
     )
     verify.add_argument("set", metavar="SET", help="a folder, or a URL (s3://, gs://, https://, hf://)")
     verify.set_defaults(act=_verify)
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
-    """Add what names sections."""
+    """Add the options that select sections."""
     parser.add_argument(
         "source",
         help="a folder or file of any known format, or the URL of one (s3://, gs://, https://, hf://datasets/...)",
     )
+    parser.add_argument("--cache", type=Path, help="folder for downloaded files (default: the user's cache folder)")
+    parser.add_argument("--samples", help="comma-separated ids of sections to use (default: all)")
     parser.add_argument(
-        "--cache", type=Path, help="where files behind a URL are kept (default: the user's cache folder)"
+        "--where",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE[,VALUE]",
+        help="use only sections with this species, tissue, platform, donor or dataset; may be repeated, all must hold",
     )
-    parser.add_argument("--samples", help="sections to take, by id, with commas (default: all)")
-    parser.add_argument("--where", action="append", default=[], metavar="KEY=VALUE[,VALUE]",
-                        help="take only sections of this species, tissue, platform, donor or dataset; "
-                        "may be given many times, all must hold")  # fmt: skip
-    parser.add_argument("--format", choices=FORMATS, default="auto", help="of the source (default: recognise it)")
+    parser.add_argument("--format", choices=FORMATS, default="auto", help="format of the source (default: detect it)")
     parser.add_argument("--tile-um", type=float, default=224.0, help="width of a tile in um (default 224)")
     add_facts(parser)
 
@@ -72,47 +76,76 @@ def _add_build(build: argparse.ArgumentParser) -> None:
     add_out(build, "folder of the new shard set")
     build.add_argument("--tile-px", type=int, default=128, help="width of a tile in px (default 128)")
     build.add_argument(
-        "--min-mpp", type=float, default=4.0, help="blur finer images to this many um per px (default 4)"
+        "--min-mpp", type=float, default=4.0, help="blur finer images to this resolution in um per px (default 4)"
     )
-    build.add_argument("--codec", choices=("jpeg", "png", "webp"), default="jpeg")
-    build.add_argument("--quality", type=int, default=95, help="of jpeg and webp, 1 to 100 (default 95)")
+    build.add_argument(
+        "--codec", choices=("jpeg", "png", "webp"), default="jpeg", help="encoding of tiles (default jpeg)"
+    )
+    build.add_argument("--quality", type=int, default=95, help="quality of jpeg and webp, 1 to 100 (default 95)")
     _add_jobs(build)
-    build.add_argument("--part", type=_part, metavar="I/N",
-                       help="build the I-th of N parts, e.g. one per machine, each into its own --out; then merge")  # fmt: skip
+    build.add_argument(
+        "--part",
+        type=_part,
+        metavar="I/N",
+        help="build part I of N into its own --out, e.g. one per machine; combine the parts with merge",
+    )
     build.add_argument("--strict", action="store_true", help="refuse sections that fail a check")
-    group = build.add_argument_group("splits: by donor, and benchmarks kept out of training")
-    group.add_argument("--split", action="append", default=[], metavar="SECTION=SPLIT",
-                       help="train, val or test; overrides the source, may be given many times")  # fmt: skip
-    group.add_argument("--auto-split", type=_shares, metavar="TRAIN,VAL,TEST",
-                       help="draw donors without a split, e.g. 0.8,0.1,0.1")  # fmt: skip
-    group.add_argument("--seed", type=int, default=0, help="of --auto-split (default 0)")
-    group.add_argument("--allow-benchmark", action="append", default=[], metavar="ID",
-                       help="train on this section although a benchmark scores it or its donor")  # fmt: skip
-    group.add_argument("--benchmark-ids", type=Path, metavar="FILE",
-                       help="further ids to keep out of training: one a line, or a table with the column id")  # fmt: skip
+    group = build.add_argument_group("splits by donor, and benchmark sections excluded from training")
+    group.add_argument(
+        "--split",
+        action="append",
+        default=[],
+        metavar="SECTION=SPLIT",
+        help="train, val or test; overrides the source; may be repeated",
+    )
+    group.add_argument(
+        "--auto-split",
+        type=_shares,
+        metavar="TRAIN,VAL,TEST",
+        help="assign donors without a split at random, e.g. 0.8,0.1,0.1",
+    )
+    group.add_argument("--seed", type=int, default=0, help="seed of --auto-split (default 0)")
+    group.add_argument(
+        "--allow-benchmark",
+        action="append",
+        default=[],
+        metavar="ID",
+        help="allow this section in training although it or its donor is in a benchmark",
+    )
+    group.add_argument(
+        "--benchmark-ids",
+        type=Path,
+        metavar="FILE",
+        help="more ids to exclude from training: one per line, or a table with a column id",
+    )
     build.set_defaults(act=_build)
 
 
 def _add_jobs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--jobs", type=_positive, default=1, metavar="N",
-                        help="processes that work on sections side by side (default 1); the bytes do not depend on it")  # fmt: skip
+    parser.add_argument(
+        "--jobs",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="number of processes (default 1); the output does not depend on it",
+    )
 
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number from 1")
+        raise argparse.ArgumentTypeError(f"{text!r}: give an integer of at least 1")
     return int(text)
 
 
 def _part(text: str) -> tuple[int, int]:
-    index, _, of = text.partition("/")
-    if not (index.isdecimal() and of.isdecimal()):
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal()):
         raise argparse.ArgumentTypeError(f"{text!r}: write I/N, e.g. 2/4")
-    return int(index), int(of)
+    return int(index), int(count)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carry out the sub-command."""
+    """Run the subcommand."""
     return int(args.act(args))
 
 
@@ -176,7 +209,7 @@ def _open(args: argparse.Namespace) -> list[SectionSource]:
 
 
 def _format(args: argparse.Namespace) -> str:
-    """Return the format, and say why where it was recognised."""
+    """Return the format; if it was detected, print the reason."""
     if args.format != "auto" or is_url(args.source) or not Path(args.source).exists():
         return str(args.format)
     reader, why = detect(Path(args.source))

@@ -1,4 +1,4 @@
-"""Config files in and out: YAML to dataclasses, strictly, with the nearest key named where one is unknown."""
+"""Read and write config files: strict YAML to dataclasses; errors for unknown keys suggest the most similar one."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from comtip_fast.config.schema import CONFIG_VERSION, RunConfig
 
 
 class ConfigError(ValueError):
-    """A config cannot be used; names the file, the key and the fix."""
+    """A config cannot be used. The message names the file, the key and the fix."""
 
 
 MAX_NODES = 100_000
+"""Limit for the number of YAML nodes after expansion of aliases."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people mean it: ``1e-3`` is a number, a date is text, and a key given twice is an error."""
+    """YAML loader in which ``1e-3`` is a number, a date is text, and a duplicate key is an error."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML reads this name)
         first: [(tag, regexp) for tag, regexp in found if tag != "tag:yaml.org,2002:timestamp"]
@@ -32,71 +33,80 @@ class _Loader(yaml.SafeLoader):
     }
 
     def get_single_node(self) -> yaml.Node | None:
-        """Compose the document; refuse aliases that stand for more than anyone writes by hand."""
+        """Compose the document; refuse aliases that expand to more than :data:`MAX_NODES` nodes."""
         node = super().get_single_node()
-        if node is not None and _written_out(node, {}) > MAX_NODES:
+        if node is not None and _expanded_nodes(node, {}) > MAX_NODES:
             raise yaml.constructor.ConstructorError(
                 None,
                 None,
-                f"aliases (*name) stand for more than {MAX_NODES:,} values; write the values themselves",
+                f"aliases (*name) expand to more than {MAX_NODES:,} values; write the values without aliases",
                 node.start_mark,
             )
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Build a dict; PyYAML itself would let the last of two equal keys win."""
+        """Build a dict; raise for a duplicate key, of which PyYAML would keep the last."""
         seen: set[str] = set()
         for key, _ in node.value:
             name = str(key.value)
             if name in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {name} is given twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {name}", key.start_mark)
             seen.add(name)
         return super().construct_mapping(node, deep)
 
 
-def _written_out(node: yaml.Node, known: dict[int, int]) -> int:
-    """Return how many nodes there would be with every alias written out; one that holds itself counts as too many."""
+def _expanded_nodes(node: yaml.Node, known: dict[int, int]) -> int:
+    """Return the number of nodes after expansion of aliases; a node that contains itself exceeds the limit."""
     if id(node) not in known:
         known[id(node)] = MAX_NODES + 1
         children = [] if isinstance(node, yaml.ScalarNode) else node.value
         parts = [n for c in children for n in (c if isinstance(c, tuple) else (c,))]
-        known[id(node)] = 1 + sum(_written_out(n, known) for n in parts)
+        known[id(node)] = 1 + sum(_expanded_nodes(n, known) for n in parts)
     return known[id(node)]
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that :class:`_Loader` would take for a number."""
+    """YAML dumper that quotes text which :class:`_Loader` would read as a number."""
 
 
 RENAMED = {"genes.per_task": "genes.per_cohort"}
-"""Keys of earlier releases; configs, checkpoints and exports that hold them are still read."""
+"""Keys of earlier releases, which are still accepted in configs, checkpoints and exports."""
 _ADAPTER = TypeAdapter(RunConfig)
 _UNION_BRANCHES = {"int", "constrained-int", "tuple[int, int]"}
-"""Parts of pydantic's locations that name a branch of a union and are no key."""
+"""Parts of pydantic's error locations that name a branch of a union, not a key."""
 _FLOAT = re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 for _yaml in (_Loader, _Dumper):
     _yaml.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
 def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML file and apply overrides ``a.b=value`` (values are YAML); ``None`` starts from the defaults.
+    """Read a config file and apply overrides.
+
+    Parameters
+    ----------
+    path
+        A YAML file; None starts from the defaults.
+    overrides
+        Settings ``a.b=value`` with values in YAML, which take precedence over the file.
 
     Raises
     ------
     ConfigError
-        Unknown key, wrong type, impossible combination or unreadable file.
+        The file cannot be read, or has an unknown key, a wrong type or an invalid combination of values.
     """
     where = "defaults" if path is None else str(path)
     data: dict[str, Any] = {}
     if path is not None:
         if not Path(path).is_file():
-            raise ConfigError(f"{path}: no such file; configs/ holds examples")
+            raise ConfigError(f"{path}: no such file; see configs/ for examples")
         try:
             read = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: not YAML: {_yaml_problem(error)}") from error
+            raise ConfigError(f"{path}: not YAML: {_yaml_problem(error)}; correct this line") from error
         if read is not None and not isinstance(read, dict):
-            raise ConfigError(f"{path}: expected keys and values, found {type(read).__name__}")
+            raise ConfigError(
+                f"{path}: expected keys and values, found {type(read).__name__}; see configs/ for examples"
+            )
         data = read or {}
     for item in overrides:
         _override(data, item)
@@ -106,11 +116,11 @@ def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> RunCo
 
 
 def config_from_dict(data: Mapping[str, Any], where: str) -> RunConfig:
-    """Build a config from plain data; ``where`` names its origin in errors."""
+    """Build a config from nested dicts; ``where`` names their origin in errors."""
     data = _with_current_names(_without_empty_groups(data))
     version = data.get("version", CONFIG_VERSION)
     if version != CONFIG_VERSION:
-        raise ConfigError(f"{where}: config version {version!r}; this comtip-fast reads version {CONFIG_VERSION}")
+        raise ConfigError(f"{where}: config version {version!r}; this release reads version {CONFIG_VERSION}")
     _refuse_unknown(data, RunConfig, "", where)
     config = _build(data, where)
     validate(config, where)
@@ -118,17 +128,17 @@ def config_from_dict(data: Mapping[str, Any], where: str) -> RunConfig:
 
 
 def config_to_dict(config: RunConfig) -> dict[str, Any]:
-    """Return the config as plain data (dicts, lists, numbers, strings)."""
+    """Return the config as nested dicts of JSON types."""
     return {key: _tuples_to_lists(value) for key, value in asdict(config).items()}
 
 
 def dump_config(config: RunConfig) -> str:
-    """Return the config as YAML, every key named; :func:`load_config` reads the same config back."""
+    """Return the config as YAML with all keys; :func:`load_config` reads back an equal config."""
     return yaml.dump(config_to_dict(config), Dumper=_Dumper, sort_keys=False)
 
 
 def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return ``{"a.b": value}`` of nested dicts."""
+    """Return nested dicts as one dict with keys such as ``a.b``."""
     out: dict[str, Any] = {}
     for key, value in data.items():
         if isinstance(value, Mapping):
@@ -148,7 +158,7 @@ def _override(data: dict[str, Any], item: str) -> None:
             data[part] = {}
         data = data[part]
         if not isinstance(data, dict):
-            raise ConfigError(f"--set {item!r}: {part} is a value, not a group of keys")
+            raise ConfigError(f"--set {item!r}: {part} is a value, not a group of keys; remove what follows it")
     data[last] = _scalar(text)
 
 
@@ -156,18 +166,18 @@ def _scalar(text: str) -> Any:
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"--set: {text!r} is not a YAML value: {_yaml_problem(error)}") from error
+        raise ConfigError(f"--set: {text!r} is not a YAML value: {_yaml_problem(error)}; quote text in YAML") from error
 
 
 def _yaml_problem(error: Exception) -> str:
-    """Return one line: what is wrong and where."""
+    """Return the problem and its position in one line."""
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-    place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
-    return f"{problem or str(error).splitlines()[0]}{place}"
+    position = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+    return f"{problem or str(error).splitlines()[0]}{position}"
 
 
 def _groups(cls: type) -> dict[str, type | None]:
-    """Return the keys of a dataclass; the class of those that are groups."""
+    """Return ``{key: class of the group, or None for a value}`` of a dataclass."""
     hints = get_type_hints(cls)
     return {f.name: hints[f.name] if is_dataclass(hints[f.name]) else None for f in fields(cls)}
 
@@ -181,12 +191,14 @@ def _refuse_unknown(data: Mapping[str, Any], cls: type, prefix: str, where: str)
         group = groups[key]
         if group is not None:
             if not isinstance(value, Mapping):
-                raise ConfigError(f"{where}: {prefix}{key} is a group of keys ({', '.join(_groups(group))})")
+                raise ConfigError(
+                    f"{where}: {prefix}{key} is a group of keys ({', '.join(_groups(group))}), not a value; set one of them"
+                )
             _refuse_unknown(value, group, f"{prefix}{key}.", where)
 
 
 def _nearest(key: str, groups: Mapping[str, Any], prefix: str) -> str:
-    """Return the most similar key: of this group, else of the whole config."""
+    """Return the most similar key of this group or, if there is none, of the full config."""
     here = difflib.get_close_matches(key, list(groups), n=1, cutoff=0.6)
     if here:
         return prefix + here[0]
@@ -196,13 +208,13 @@ def _nearest(key: str, groups: Mapping[str, Any], prefix: str) -> str:
 
 
 def _without_empty_groups(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Drop groups with nothing under them: ``optim:`` whose lines are all commented out reads as null."""
+    """Drop empty groups: if all lines under ``optim:`` are commented out, YAML reads null."""
     groups = _groups(RunConfig)
     return {k: v for k, v in data.items() if v is not None or groups.get(k) is None}
 
 
 def _with_current_names(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Move the values of renamed keys; a key given under both names is left for :func:`_refuse_unknown`."""
+    """Move the values of renamed keys; if both names are given, :func:`_refuse_unknown` rejects the old one."""
     out = {k: dict(v) if isinstance(v, Mapping) else v for k, v in data.items()}
     for old, new in RENAMED.items():
         (group, old_key), (new_group, new_key) = old.split("."), new.split(".")
@@ -220,12 +232,12 @@ def _tuples_to_lists(value: Any) -> Any:
 
 
 def validate(config: RunConfig, where: str = "config") -> None:
-    """Check the bounds of every field and the combinations that no run could use.
+    """Check the bounds of every field and the combinations of fields.
 
     Raises
     ------
     ConfigError
-        Names the key and what it must be.
+        A value is invalid; the message names the key and what it must be.
     """
     _build(config_to_dict(config), where)
     for holds, message in (*_model_rules(config), *_training_rules(config), *_engine_rules(config)):
@@ -236,7 +248,7 @@ def validate(config: RunConfig, where: str = "config") -> None:
 def _build(data: Mapping[str, Any], where: str) -> RunConfig:
     """Check types and bounds; return the config."""
     try:
-        # Strict: "5" is no number, true is no 1. As JSON, because strict Python input would want the dataclasses.
+        # Strict: "5" and true are not numbers. Passed as JSON, because strict Python input must be dataclass instances.
         return _ADAPTER.validate_json(json.dumps(data), strict=True)
     except TypeError as error:
         raise ConfigError(f"{where}: {error}; use numbers, text, true, false, null and lists") from None

@@ -14,7 +14,7 @@ from comtip_fast.plan.hardware import DEVICES, Device, make_cluster
 from comtip_fast.plan.parts import step_parts
 from comtip_fast.plan.plan import rank_share
 from comtip_fast.plan.sizes import Inputs, sizes_of
-from comtip_fast.training.monitor.monitor import StepCost
+from comtip_fast.training.protocol import StepCost
 
 
 def step_cost(config: RunConfig, model: CoMTIP, *, tile_px: int, trained_genes: int, ranks: int) -> StepCost:

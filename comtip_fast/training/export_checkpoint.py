@@ -1,4 +1,4 @@
-"""An export from a checkpoint of a run that has not ended, whatever engine over however many ranks wrote it."""
+"""Export from a checkpoint, also of a run that has not finished; works for every engine and number of ranks."""
 
 from __future__ import annotations
 
@@ -18,33 +18,36 @@ ATTEMPTS = 10
 
 
 def export_checkpoint(run_dir: Path, which: str, out: Path, shards: str | None = None) -> int:
-    """Write the weights of one checkpoint as a finished run would export them; return its step.
+    """Write an export from one checkpoint and return its step.
 
     Parameters
     ----------
     run_dir
-        The run.
+        Folder of the run.
     which
-        ``newest``, ``best`` (by validation so far) or a step.
+        ``newest``, ``best`` (best validation score so far) or a step.
     out
         Folder to write.
     shards
-        The shard set that the run was trained on; None takes the folder that the run's config names.
+        Shard set that the run was trained on; None takes the folder in the run's config.
 
     Raises
     ------
     ValueError
-        The run's config names a URL: a file of the run must not decide what is fetched, so ``shards`` must name it.
+        ``shards`` is None and the run's config names a URL. A file in the run folder must not trigger a download.
     CheckpointError
         The run has no such checkpoint, or it is damaged.
     """
     step, loaded = _read(run_dir, which)
     config = load_config(run_dir / "config.yaml")
     config = replace(config, data=replace(config.data, shards=_shards_of(run_dir, config.data.shards, shards)))
-    # The checkpoint holds all weights: none are read from elsewhere.
+    # The checkpoint holds all weights; no initial weights are loaded.
     task = build_task(config, torch.device("cpu"), initialise=False)
     if loaded.state["fingerprint"] != task.fingerprint():
-        raise CheckpointError(f"{config.data.shards}: not the shard set or tokenizer that {run_dir} was trained with")
+        raise CheckpointError(
+            f"{config.data.shards}: not the shard set or tokenizer that {run_dir} was trained with; name the right one "
+            "with --shards"
+        )
     task.module.load_state_dict(loaded.model)
     task.module.eval()
     task.export(out)
@@ -52,12 +55,12 @@ def export_checkpoint(run_dir: Path, which: str, out: Path, shards: str | None =
 
 
 def _read(run_dir: Path, which: str) -> tuple[int, Checkpoint]:
-    """Read a checkpoint; again where the run, still going on, deleted it for a newer one meanwhile."""
+    """Read a checkpoint; retry if a run in progress has replaced it with a newer one."""
     root = run_dir / CHECKPOINTS
     for attempt in range(ATTEMPTS):
         steps = checkpoints.steps_of(root)
         if not steps:
-            raise CheckpointError(f"{run_dir} holds no checkpoint; give the folder of a run")
+            raise CheckpointError(f"{run_dir}: no checkpoint in this folder; give the folder of a run")
         try:
             return _choose(root, which, steps)
         except (CheckpointError, OSError):
@@ -72,16 +75,16 @@ def _choose(root: Path, which: str, steps: list[int]) -> tuple[int, Checkpoint]:
         return found
     step = int(found[1].state["best_step"]) if found is not None else _step(which)
     if step not in checkpoints.steps_of(root):
-        had = ", ".join(str(s) for s in steps)
-        raise CheckpointError(f"{root}: no whole checkpoint {which!r}; there are steps {had}")
+        available = ", ".join(str(s) for s in steps)
+        raise CheckpointError(f"{root}: no complete checkpoint {which!r}; available steps: {available}")
     return step, checkpoints.load(checkpoints.folder_of(root, step))
 
 
 def _shards_of(run_dir: Path, stated: str, given: str | None) -> str:
     if given is None and is_url(stated):
         raise ValueError(
-            f"{run_dir / 'config.yaml'}: data.shards is the URL {stated}, which is not fetched on a run's word; if you "
-            "trust it, give it with --shards"
+            f"{run_dir / 'config.yaml'}: data.shards is the URL {stated}; URLs in a run's config are not downloaded. If you "
+            "trust this one, give it with --shards"
         )
     return stated if given is None else given
 

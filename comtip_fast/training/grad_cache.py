@@ -1,9 +1,11 @@
-"""One step's forward and backward pass: whole, or in pieces that keep the negatives of the global batch.
+"""Forward and backward pass of a step, in one piece or with gradient caching.
 
-In pieces (gradient caching): every piece is embedded without keeping anything; the losses over spots and sentences are
-taken on all vectors at once, which gives each vector its gradient; then every piece is embedded again, now with its
-activations, and takes its vectors' gradients back to the parameters, together with its own share of L_mfm. Activations
-are held for one piece at a time, at the cost of one further forward pass.
+Gradient caching (GradCache, Gao et al. 2021) keeps the negatives of the global batch while only one piece's activations are
+in memory, at the cost of one more forward pass:
+
+1. Embed every piece without storing activations.
+2. Compute the losses over spots and sentences on all vectors, and the gradient of each vector.
+3. Embed every piece again with activations, and backpropagate its vectors' gradients together with its share of L_mfm.
 """
 
 from __future__ import annotations
@@ -22,37 +24,54 @@ Tensors = dict[str, Tensor]
 
 @runtime_checkable
 class PieceableTask(Protocol):
-    """What a task must offer beyond :class:`TrainingTask` to be worked through in pieces."""
+    """Methods beyond :class:`TrainingTask` that gradient caching needs."""
 
     def pieces(self, batch: Any, n: int) -> list[Any]:
-        """Cut this rank's share into at most ``n`` pieces."""
+        """Split this rank's share into at most ``n`` pieces."""
         ...
 
     def embed(self, module: nn.Module, piece: Any, table: bool) -> Tensors:
-        """Return the piece's vectors, and with ``table``, which one piece has, what the whole batch shares."""
+        """Return the piece's vectors and, with ``table`` (set for one piece), the tensors shared by the batch."""
         ...
 
     def join(self, embedded: list[Tensors]) -> Tensors:
-        """Put the pieces' vectors together."""
+        """Concatenate the pieces' vectors."""
         ...
 
     def losses_of(self, batch: Any, tensors: Tensors) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Return the losses over joined tensors, as :meth:`TrainingTask.losses` does; no parameter is read."""
+        """Return the losses from joined tensors, as :meth:`TrainingTask.losses` does; reads no parameter."""
         ...
 
     def replay(
         self, module: nn.Module, batch: Any, piece: Any, gradients: Tensors, table: bool
-    ) -> tuple[Tensor, dict[str, Tensor], dict[str, float]]:  # fmt: skip
-        """Return a scalar whose gradient is the piece's, and the parts of the loss that the piece has by itself."""
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, float]]:
+        """Return a scalar whose gradient is the piece's, the loss parts computed per piece, and numbers to log."""
         ...
 
     def cut(self, gradients: Tensors, pieces: list[Any]) -> list[Tensors]:
-        """Undo :meth:`join`."""
+        """Split joined gradients into those of each piece; the inverse of :meth:`join`."""
         ...
 
 
 def forward_backward(engine: Engine, task: TrainingTask, batch: Any, n: int) -> tuple[Tensors, dict[str, float]]:
-    """Run one step up to its gradients; return detached losses of this rank's share, and numbers to log."""
+    """Run the forward and backward pass of one step.
+
+    Parameters
+    ----------
+    engine
+        Runs the module and accumulates gradients.
+    task
+        Computes the losses.
+    batch
+        This rank's share of the global batch.
+    n
+        Number of pieces; 1, or a task that is not a :class:`PieceableTask`, does without gradient caching.
+
+    Returns
+    -------
+    tuple
+        Detached losses of this rank's share, and numbers to log.
+    """
     if n == 1 or not isinstance(task, PieceableTask):
         with engine.piece(last=True):
             losses, numbers = engine.call(task.losses, batch)
@@ -64,9 +83,9 @@ def forward_backward(engine: Engine, task: TrainingTask, batch: Any, n: int) -> 
 def _in_pieces(engine: Engine, task: PieceableTask, batch: Any, n: int) -> tuple[Tensors, dict[str, float]]:
     pieces = task.pieces(batch, n)
     final = len(pieces) - 1
-    whole = 0 if engine.table_first else final
+    table_piece = 0 if engine.table_first else final
     with torch.no_grad():
-        embedded = [engine.call(task.embed, piece, i == whole) for i, piece in enumerate(pieces)]
+        embedded = [engine.call(task.embed, piece, i == table_piece) for i, piece in enumerate(pieces)]
     leaves = {name: t.detach().requires_grad_() for name, t in task.join(embedded).items()}
     losses, numbers = task.losses_of(batch, leaves)
     names = list(leaves)
@@ -76,7 +95,7 @@ def _in_pieces(engine: Engine, task: PieceableTask, batch: Any, n: int) -> tuple
     per_piece: dict[str, list[float]] = {}
     for i, (piece, own) in enumerate(zip(pieces, task.cut(gradients, pieces), strict=True)):
         with engine.piece(last=i == final):
-            scalar, parts, more = engine.call(task.replay, batch, piece, own, i == whole)
+            scalar, parts, more = engine.call(task.replay, batch, piece, own, i == table_piece)
             engine.backward(scalar)
         for name, number in more.items():
             per_piece.setdefault(name, []).append(number)

@@ -1,8 +1,8 @@
-"""CoMTIP's losses for one rank's share of a batch: shares of global losses, whose sum over ranks is the loss.
+"""CoMTIP's losses on one rank: shares of the global losses; the sum over ranks is the loss of the global batch.
 
-L = w_nce L_nce + w_mfm L_mfm + w_pair L_pair + w_level L_level (docs/method.md). Every random draw is
-hash(seed, purpose, step, spot), so a step can be repeated anywhere from its number and its spots, and every mean divides
-by the count of the global batch, so that it does not matter who has which spots.
+L = w_nce L_nce + w_mfm L_mfm + w_pair L_pair + w_level L_level (docs/method.md). Random draws depend on the seed, step and
+spot only (:mod:`comtip_fast.training.draws`), and every mean divides by a count over the global batch. The loss therefore
+does not depend on how spots are assigned to ranks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from torch import Tensor
 from comtip_fast.collectives import Group, counts_of, share_of
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.data.batch import Batch
-from comtip_fast.device_rng import uniform
 from comtip_fast.genes.tokens import GeneTokens, take_genes
 from comtip_fast.models import CoMTIP, SentenceTable, StepOutput
 from comtip_fast.objectives import (
@@ -33,25 +32,28 @@ from comtip_fast.objectives import (
     same_text_hash,
     take_from_other_spots,
 )
+from comtip_fast.training import draws
 from comtip_fast.training.monitor.diagnostics import diagnostic, undefined
 
 Parts = dict[str, Tensor]
 Numbers = dict[str, float]
+PARTS = ("nce", "mfm", "pair", "level")
+PAIR_NUMBERS = ("pair_auc", "pair_auc_gain")
 
 
 @dataclass
 class LossInputs:
-    """What the losses over spots and sentences read: vectors of the shared space."""
+    """Inputs of the losses over spots and sentences: vectors of the shared space."""
 
     vector_bD: Tensor
-    """Images of this rank."""
+    """Image vectors of this rank."""
     table: SentenceTable
     scale_nce: Tensor
     scale_level: Tensor
 
     @classmethod
     def of(cls, out: StepOutput) -> LossInputs:
-        """Take them from a step's output."""
+        """Select the inputs from a model output that includes the sentence table."""
         assert out.table is not None
         return cls(out.image.vector_BD, out.table, out.scale_nce, out.scale_level)
 
@@ -59,43 +61,56 @@ class LossInputs:
         """Return every tensor by name."""
         t = self.table
         return {
-            "vector": self.vector_bD, "rows": t.rows_GQD, "unit": t.unit_GQD, "scores": t.scores_GQ, "pair": t.pair_GQD,
-            "scale_nce": self.scale_nce, "scale_level": self.scale_level,
-        }  # fmt: skip
+            "vector": self.vector_bD,
+            "rows": t.rows_GQD,
+            "unit": t.unit_GQD,
+            "scores": t.scores_GQ,
+            "pair": t.pair_GQD,
+            "scale_nce": self.scale_nce,
+            "scale_level": self.scale_level,
+        }
 
     @classmethod
     def from_tensors(cls, t: dict[str, Tensor]) -> LossInputs:
-        """Undo :meth:`tensors`."""
+        """Invert :meth:`tensors`."""
         table = SentenceTable(t["rows"], t["unit"], t["scores"], t["pair"])
         return cls(t["vector"], table, t["scale_nce"], t["scale_level"])
 
 
+@dataclass(frozen=True)
+class LossPart:
+    """One loss part and the inputs that its gradient reaches."""
+
+    value: Tensor
+    """This rank's share, a scalar."""
+    reads: frozenset[str] = frozenset()
+    """Names in :meth:`LossInputs.tensors`. ``unit`` is a function of ``rows`` and is listed as ``rows``."""
+
+
 class StepLosses:
-    """The losses of a run.
+    """The losses of a training step.
 
     Parameters
     ----------
     config
-        The run.
+        Config of the run.
     genes
         Tokens of all trained genes.
     log_prior
-        Log frequency of each trained gene's levels.
+        Log frequency of each level of each trained gene, float (genes, Q).
     strata
-        Stratum of each gene per section, for PAAT.
+        Stratum of each gene per section, for PAAT, int (sections, genes).
     group
-        The ranks that share a batch.
+        Ranks that share a global batch.
     """
 
-    def __init__(
-        self, config: RunConfig, genes: GeneTokens, log_prior: Tensor, strata: Tensor, group: Group
-    ) -> None:  # fmt: skip
+    def __init__(self, config: RunConfig, genes: GeneTokens, log_prior: Tensor, strata: Tensor, group: Group) -> None:
         self.config, self.genes, self.log_prior, self.strata, self.group = config, genes, log_prior, strata, group
 
-    # -- what goes in -----------------------------------------------------------------------------------
+    # -- model inputs -----------------------------------------------------------------------------------
 
     def encode(self, model: CoMTIP, batch: Batch, *, masked: bool = True, table: bool = True) -> StepOutput:
-        """Run the model over a batch, with the masked branch and the sentence table where they are wanted."""
+        """Run the model on a batch, optionally with the masked branch and the sentence table."""
         features = batch.features
         if features is None:
             assert batch.tiles is not None
@@ -106,51 +121,54 @@ class StepLosses:
         return model(features, visible, hidden, genes, group)
 
     def counts(self, batch: Batch) -> list[int]:
-        """Return how many spots of the global batch each rank has."""
+        """Return the number of spots of the global batch on each rank."""
         return counts_of(batch.global_size or batch.section.numel(), self.group.size)
 
     def _mask(self, batch: Batch, P: int) -> tuple[Tensor | None, Tensor | None]:
-        """Draw the hidden patches: floor(r P) of each tile, by the rank of keyed uniforms."""
         if self.config.loss.mfm <= 0:
             return None, None
-        hidden = int(self.config.vision.mask_ratio * P)
-        patches = torch.arange(P, device=batch.spot_index.device)
-        u = uniform(self.config.train.seed, "mask", batch.step, index=batch.spot_index[:, None] * P + patches)
-        order = u.argsort(dim=1, stable=True)
-        return order[:, hidden:].sort(dim=1).values, order[:, :hidden].sort(dim=1).values
+        ratio = self.config.vision.mask_ratio
+        return draws.masked_patches(self.config.train.seed, batch.step, batch.spot_index, P, ratio)
 
     def _panel_genes(self, batch: Batch) -> GeneTokens:
         rows = batch.panel.long()
         genes = take_genes(self.genes, rows)
         if self.config.text.identity_drop > 0:
-            keep = uniform(self.config.train.seed, "identity", batch.step, index=rows) >= self.config.text.identity_drop
+            keep = draws.kept_identities(self.config.train.seed, batch.step, rows, self.config.text.identity_drop)
             genes = GeneTokens(genes.ids_GT, genes.length_G, genes.identity_G * keep)
         return genes
 
-    # -- what comes out ---------------------------------------------------------------------------------
+    # -- losses -----------------------------------------------------------------------------------------
 
-    def embedding_losses(self, batch: Batch, heads: LossInputs) -> tuple[Parts, Numbers]:
-        """Return this rank's shares of L_nce, L_pair and L_level, and plain numbers to log."""
+    def embedding_losses(self, batch: Batch, heads: LossInputs) -> tuple[dict[str, LossPart], Numbers]:
+        """Return this rank's shares of L_nce, L_pair and L_level, and numbers to log."""
         weights, parts = self.config.loss, {}
         numbers = {"genes": float(batch.panel.numel()), "scale": float(heads.scale_nce.detach())}
         numbers["tokens"] = float(self.genes.length_G[batch.panel.long()].sum()) * self.config.levels.n_levels
         mispaired, counted = self._mispair(batch, heads)
         n_level, n_pair = self._shares(batch.measured, counted)
         if weights.nce > 0:
-            parts["nce"] = self._nce(batch, heads, mispaired, counted)
+            value = self._nce(batch, heads, mispaired, counted)
+            parts["nce"] = LossPart(value, frozenset({"vector", "rows", "scores", "scale_nce"}))
         if weights.pair > 0 and mispaired is not None and counted is not None:
             value, auc = self._pair(batch, heads, mispaired, counted)
-            parts["pair"] = value * n_pair
+            context = {"vector"} if weights.paat.context == "image" else {"rows", "scores"}
+            parts["pair"] = LossPart(value * n_pair, frozenset({"pair"} | context))
             numbers |= auc
         if weights.level > 0:
-            parts["level"] = n_level * level_cross_entropy(
-                heads.vector_bD, heads.table.unit_GQD, batch.levels.long(), batch.measured, heads.scale_level,
+            value = n_level * level_cross_entropy(
+                heads.vector_bD,
+                heads.table.unit_GQD,
+                batch.levels.long(),
+                batch.measured,
+                heads.scale_level,
                 self.log_prior[batch.panel.long()],
-            )  # fmt: skip
+            )
+            parts["level"] = LossPart(value, frozenset({"vector", "rows", "scale_level"}))
         return parts, numbers
 
     def masked(self, out: StepOutput, n_all: int) -> Tensor | None:
-        """Return the share of L_mfm of these tiles, of ``n_all`` in the global batch; None without MFM."""
+        """Return these tiles' share of L_mfm over the ``n_all`` tiles of the global batch; None without MFM."""
         if self.config.loss.mfm <= 0 or out.predicted_BKd is None or out.target_BKd is None:
             return None
         n = out.predicted_BKd.shape[0]
@@ -158,32 +176,30 @@ class StepLosses:
             return out.predicted_BKd.sum()
         return masked_feature_loss(out.predicted_BKd, out.target_BKd, self.config.vision.distance) * (n / n_all)
 
-    def weighted_total(self, parts: Parts, heads: LossInputs) -> Parts:
+    def weighted_total(self, parts: dict[str, LossPart], heads: LossInputs) -> Parts:
         """Return ``{"loss": weighted sum of the parts, part: ...}``.
 
-        A parameter that no part of this step reads (the pair head, for a panel of one gene) has gradient 0, not none:
-        an optimizer that keeps parameters in one flat piece knows no other, and all engines are to agree.
+        Inputs that no part of this step reads (the pair head, for a panel of one gene) get a gradient of 0 instead of
+        None. Optimizers that flatten parameters into one buffer treat None as 0; this makes all engines agree.
         """
-        used = {name for part in parts for name in _READ[part]}
-        if "pair" in parts and self.config.loss.paat.context == "text":
-            used |= {"scores", "rows"}
-        parts = {name: parts[name] for name in PARTS if name in parts}
-        unread = [t.sum() * 0 for name, t in heads.tensors().items() if name not in used and name != "unit"]
-        total = sum((getattr(self.config.loss, name) * value for name, value in parts.items()), heads.scale_nce * 0)
-        return {"loss": sum(unread, total), **parts}
+        read = frozenset[str]().union(*(part.reads for part in parts.values()))
+        values = {name: parts[name].value for name in PARTS if name in parts}
+        unread = [t.sum() * 0 for name, t in heads.tensors().items() if name not in read and name != "unit"]
+        total = sum((getattr(self.config.loss, name) * value for name, value in values.items()), heads.scale_nce * 0)
+        return {"loss": sum(unread, total), **values}
 
     def logs(self, step: int) -> bool:
-        """Say whether this step's slower numbers are wanted."""
+        """Return whether this step computes the slower diagnostics."""
         return step % self.config.train.log_every == 0
 
     def health(self, batch: Batch, out: StepOutput) -> Numbers:
-        """Return how much patch features still differ, in the steps that are logged; NaN on a rank without spots."""
+        """Return statistics of patch-feature collapse in logged steps; NaN on a rank without spots."""
         if not self.logs(batch.step):
             return {}
         return diagnostic("feature health", lambda: feature_health(out.image.patches_BPd), undefined(HEALTH))
 
     def _shares(self, measured: Tensor, counted: Tensor | None) -> tuple[Tensor | float, Tensor | float]:
-        """Return what part of all measured, and of all counted (spot, gene) of the global batch are here."""
+        """Return this rank's share of the measured and of the counted (spot, gene) pairs of the global batch."""
         if self.group.size == 1:
             return 1.0, 1.0
         own = torch.stack([measured.sum(), measured.new_zeros(()).sum() if counted is None else counted.sum()])
@@ -193,7 +209,7 @@ class StepLosses:
 
     @torch.no_grad()
     def _mispair(self, batch: Batch, heads: LossInputs) -> tuple[Tensor | None, Tensor | None]:
-        """Return the adversary's levels (b, G) and which of its swaps count; None for a panel of one gene."""
+        """Return the adversary's levels (b, G) and a mask of the swaps that count; None for a panel of one gene."""
         paat = self.config.loss.paat
         wanted = self.config.loss.pair > 0 or paat.hard_columns
         if batch.panel.numel() < 2 or not wanted:
@@ -209,13 +225,12 @@ class StepLosses:
         return candidates[best, rows], counted[best, rows]
 
     def _candidates(self, batch: Batch, levels: Tensor) -> Tensor:
-        """Draw C whole mispairings (C, b, G): within strata, from other spots, or by a coin per spot."""
+        """Draw C mispairings (C, b, G): within strata, from other spots, or either with equal probability per spot."""
         paat, seed, spots = self.config.loss.paat, self.config.train.seed, batch.spot_index
         panel = batch.panel.long()
-        index = spots[:, None] * (1 << 20) + panel
 
         def draw(purpose: str) -> Tensor:
-            return torch.stack([uniform(seed, purpose, batch.step, c, index=index) for c in range(paat.candidates)])
+            return draws.mispair_uniforms(seed, purpose, batch.step, paat.candidates, spots, panel)
 
         section = batch.section.long()
         strata = self.strata[section][:, panel]
@@ -225,23 +240,23 @@ class StepLosses:
         others = self._from_other_spots(batch, levels, draw("mispair-spot"))
         if paat.mode == "spots":
             return others
-        coin = uniform(seed, "mispair-mode", batch.step, index=spots) < 0.5
-        return torch.where(coin[None, :, None], within, others)
+        use_stratum = draws.mispair_within_stratum(seed, batch.step, spots)
+        return torch.where(use_stratum[None, :, None], within, others)
 
     def _from_other_spots(self, batch: Batch, levels: Tensor, u: Tensor) -> Tensor:
-        """Take levels from spots of the same section, wherever in the global batch they are."""
+        """Draw levels from spots of the same section on any rank."""
         counts, group = self.counts(batch), self.group
         if group.size == 1:
             return take_from_other_spots(levels, batch.section.long(), u)
-        # A byte per spot and gene; ranks' loaders may have put spots in the place of damaged ones, so they are asked.
+        # Sections are gathered too: a rank's loader may have replaced spots with damaged records.
         every_level = group.gather_rows(batch.levels, counts)
         every_section = group.gather_rows(batch.section, counts).long()
         own = share_of(sum(counts), group.rank, group.size)
-        # Bytes until each spot has chosen: as int64, the levels of all spots would take eight times the room.
+        # The gathered levels stay uint8: as int64 they would take eight times the memory.
         return take_from_other_spots(every_level, every_section, u, own).long()
 
     def _pair_logits(self, batch: Batch, heads: LossInputs, levels: Tensor, roll: int = 0) -> Tensor:
-        """Return pair-head logits of the sentences (g, levels) in each spot's context."""
+        """Return pair-head logits of the sentences (gene, level) in each spot's context."""
         table = heads.table
         if self.config.loss.paat.context == "image":
             return pair_scores(heads.vector_bD.roll(roll, 0), table.pair_GQD, levels)
@@ -259,7 +274,7 @@ class StepLosses:
         )
 
     def _nce(self, batch: Batch, heads: LossInputs, mispaired: Tensor | None, counted: Tensor | None) -> Tensor:
-        """Align images with texts; mispaired texts in which something counts are further columns."""
+        """Return L_nce; mispaired texts with at least one counted swap are additional negatives."""
         table, levels, measured = heads.table, batch.levels.long(), batch.measured
         section = batch.section.long()
         use = torch.zeros_like(section, dtype=torch.bool) if counted is None else counted.any(1)
@@ -267,7 +282,7 @@ class StepLosses:
             use = torch.zeros_like(use)
         all_levels = levels if mispaired is None else torch.cat([levels, mispaired[use]])
         all_measured = torch.cat([measured, measured[use]])
-        # Hashes: ranks do not see each other's texts, and numbering texts would be one wait for the device.
+        # Hashes identify equal texts across ranks without gathering the texts and without a device synchronization.
         text_class = same_text_hash(all_levels, all_measured)
         weight = measured.any(1).to(heads.vector_bD.dtype)
         pairs = PairMetadata(text_class, torch.cat([section, section[use]]), weight, self.config.align.negatives)
@@ -275,9 +290,7 @@ class StepLosses:
         form = self.config.engine.loss_form
         return global_infonce(heads.vector_bD, text, heads.scale_nce, pairs, self.group, self.counts(batch), form)
 
-    def _pair(
-        self, batch: Batch, heads: LossInputs, mispaired: Tensor, counted: Tensor
-    ) -> tuple[Tensor, Numbers]:  # fmt: skip
+    def _pair(self, batch: Batch, heads: LossInputs, mispaired: Tensor, counted: Tensor) -> tuple[Tensor, Numbers]:
         levels = batch.levels.long()
         true, false = self._pair_logits(batch, heads, levels), self._pair_logits(batch, heads, mispaired)
         numbers = {}
@@ -297,15 +310,6 @@ class StepLosses:
         true_elsewhere = self._pair_logits(batch, heads, levels, roll=1)
         false_elsewhere = self._pair_logits(batch, heads, mispaired, roll=1)
         auc = pair_auc(true, false, counted)
-        # The part of the AUC that knowing this very spot is worth; marginals alone give the rest.
+        # The gain over contexts of other spots: the AUC that gene marginals cannot explain.
         gain = auc - pair_auc(true_elsewhere, false_elsewhere, counted)
         return dict(zip(PAIR_NUMBERS, (auc, gain), strict=True))
-
-
-PAIR_NUMBERS = ("pair_auc", "pair_auc_gain")
-PARTS = ("nce", "mfm", "pair", "level")
-# Which tensors of the heads each part reads; ``unit`` is made of ``rows``.
-_READ: dict[str, set[str]] = {
-    "nce": {"vector", "rows", "scores", "scale_nce"}, "level": {"vector", "rows", "scale_level"},
-    "pair": {"vector", "pair"}, "mfm": set(),
-}  # fmt: skip

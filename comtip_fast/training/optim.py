@@ -1,4 +1,4 @@
-"""AdamW with warm-up and cosine; the learning rate is a function of the step and nothing else."""
+"""AdamW with linear warm-up and cosine decay; the learning rate is a pure function of the step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from comtip_fast.config.schema import OptimConfig
 
 
 def make_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Return AdamW over the trainable parameters; vectors and scalars are not decayed."""
+    """Return AdamW over the trainable parameters; weight decay applies to tensors of two or more dimensions."""
     trained = [p for p in module.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
@@ -21,10 +21,7 @@ def make_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 
 
 def learning_rate(step: int, total: int, config: OptimConfig) -> float:
-    """Return the rate of optimizer step ``step`` (1 is the first) of ``total``: linear warm-up, then cosine.
-
-    The last step gets ``lr * final_lr``.
-    """
+    """Return the learning rate of optimizer step ``step`` (counted from 1) of ``total``; the last is ``lr * final_lr``."""
     if step <= config.warmup_steps:
         return config.lr * step / max(1, config.warmup_steps)
     share = (step - config.warmup_steps) / max(1, total - config.warmup_steps)
@@ -33,7 +30,7 @@ def learning_rate(step: int, total: int, config: OptimConfig) -> float:
 
 
 def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Return the optimizer's state as tensors named ``<parameter>/<entry>``, so that it needs no pickle."""
+    """Return the optimizer state as CPU tensors named ``<parameter>/<entry>``, which can be saved without pickle."""
     out: dict[str, torch.Tensor] = {}
     for name, parameter in module.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -42,10 +39,10 @@ def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 
 def restore_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """Put back what :func:`optimizer_tensors` gave."""
+    """Load the state that :func:`optimizer_tensors` returned."""
     parameters = dict(module.named_parameters())
     for full, value in tensors.items():
         name, key = full.rsplit("/", 1)
         parameter = parameters[name]
-        # AdamW keeps its step counter on the CPU and its moments beside the parameter.
+        # AdamW keeps its step counter on the CPU and its moments on the parameter's device.
         optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)

@@ -1,7 +1,9 @@
-"""What the loop asks of a task. The loop knows nothing of CoMTIP; a task knows nothing of checkpoints."""
+"""Interface between the training loop and a task. The loop has no CoMTIP code; a task has no checkpoint code."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,57 +12,67 @@ from torch import Tensor, nn
 
 
 class TrainingError(ValueError):
-    """Training cannot start or go on; says where and what to do."""
+    """Training cannot start or continue. The message names the problem, its location and the fix."""
+
+
+@dataclass
+class StepCost:
+    """Estimated cost of a step, by the formulas of ``comtip plan``, and the peak rate of the device."""
+
+    flops: Callable[[int, int], float]
+    """FLOPs of a step on this rank, given the spots of the global batch and the genes of the panel."""
+    peak: float | None = None
+    """Peak FLOP/s of the device in the run's precision; None if unknown, as for CPUs."""
 
 
 class TrainingTask(Protocol):
-    """Data, model and losses behind one seam."""
+    """Data, model and losses, as the training loop uses them."""
 
     @property
     def module(self) -> nn.Module:
-        """All parameters and buffers; what validation and export read."""
+        """All parameters and buffers; validation and export read this module."""
         ...
 
     def fingerprint(self) -> dict[str, str]:
-        """Hashes of what the run reads; a resumed run must find the same."""
+        """Return hashes of the input data; a resumed run must find the same ones."""
         ...
 
     def prepare(self) -> None:
-        """Do what must be done once before the first batch; not called where nothing is left to train."""
+        """Prepare for the first batch; called once, and not if training is already complete."""
         ...
 
     def close(self) -> None:
-        """Stop what reads ahead; asked for another batch, the task starts it again."""
+        """Stop background loading; a later request for a batch starts it again."""
         ...
 
     def metrics(self) -> dict[str, float]:
-        """Return numbers of the data since the last call, to log beside the losses; called on every rank at once."""
+        """Return loader statistics since the last call, to log with the losses; a collective call."""
         ...
 
     def batches(self, epoch: int) -> list[np.ndarray]:
-        """Return the epoch's batches as spot indices: a pure function of (seed, epoch)."""
+        """Return the epoch's global batches as spot indices: a pure function of (seed, epoch)."""
         ...
 
     def batch(self, spot_index: np.ndarray, step: int, epoch: int) -> Any:
-        """Make this rank's share of one batch."""
+        """Load this rank's share of one global batch."""
         ...
 
     def losses(self, module: nn.Module, batch: Any) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Return ``{"loss": total, part: ...}`` and plain numbers to log.
+        """Return ``{"loss": total, part: ...}`` and numbers to log.
 
-        ``module`` is the one that is trained: :attr:`module`, or what an engine made of a copy of it. The losses are
-        this rank's shares: summed over ranks they are the batch's.
+        ``module`` is the trained module: :attr:`module`, or the engine's copy of it. The losses are this rank's shares;
+        their sum over ranks is the loss of the global batch.
         """
         ...
 
     def after_step(self, module: nn.Module, step: int) -> None:
-        """Follow an optimizer step (moving averages)."""
+        """Run after an optimizer step, for example to update moving averages."""
         ...
 
     def validate(self) -> tuple[float, dict[str, float], dict[str, float]]:
-        """Return the score that stops training (higher is better), its parts, and further numbers to log."""
+        """Return the score for early stopping (higher is better), its parts, and further numbers to log."""
         ...
 
     def export(self, folder: Path) -> None:
-        """Write what users of the model load, from the weights as they are now."""
+        """Write the current weights in the format that users load."""
         ...

@@ -1,4 +1,4 @@
-"""CoMTIP as a training task: data, model, validation and export. The loop knows nothing of what is in here.
+"""CoMTIP as a training task: data, model, validation and export behind :class:`.protocol.TrainingTask`.
 
 The losses are in :mod:`comtip_fast.training.losses`.
 """
@@ -24,7 +24,7 @@ from comtip_fast.genes import GeneTokenizer
 from comtip_fast.genes.tokens import gene_tokens
 from comtip_fast.models import CoMTIP, ModelSizes
 from comtip_fast.models.image_encoder import check_mask, patches_per_side
-from comtip_fast.training.losses import LossInputs, Numbers, Parts, StepLosses
+from comtip_fast.training.losses import LossInputs, LossPart, Numbers, Parts, StepLosses
 from comtip_fast.training.validation import Validation
 from comtip_fast.training.warm_start import start_from
 
@@ -32,19 +32,28 @@ from comtip_fast.training.warm_start import start_from
 def build_task(
     config: RunConfig, device: torch.device, group: Group | None = None, *, initialise: bool = True
 ) -> CoMTIPTask:
-    """Open the shard set, work out the training tables and build the model, all from the config; alike on all ranks.
+    """Open the shard set, compute the training tables and build the model from the config; identical on all ranks.
 
     Parameters
     ----------
-    config, device, group
-        Of the run.
+    config
+        Config of the run.
+    device
+        Device of the model.
+    group
+        Ranks of the run; None is a single process.
     initialise
-        Read the weights that the config begins with (``vision.pretrained``, ``train.start_from``). False where a
-        checkpoint holds all weights: those files may be gone by then.
+        Load the initial weights that the config names (``vision.pretrained``, ``train.start_from``). False if a
+        checkpoint will be loaded: the files of the initial weights may no longer exist.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError
+        The shard set, the settings or the initial weights cannot be used.
     """
     torch.manual_seed(config.train.seed)
     shards = ShardSet(config.data.shards)
-    if config.vision.backbone == "small":  # before the tables, which can take long
+    if config.vision.backbone == "small":  # before the tables, which can take minutes
         check_vision(config, patches_per_side(config.vision, config.vision.patch_px, shards.manifest.tile.px) ** 2)
     tables = training_tables(shards, config)
     tokenizer = GeneTokenizer.load()
@@ -64,14 +73,14 @@ def build_task(
         model.compile_blocks()
     task = CoMTIPTask(config, shards, tables, tokenizer, model.to(device), sizes, group or SingleProcessGroup())
     if config.train.start_from and initialise:
-        # After the task has set the stem's output scale from its own tiles: the encoder was trained on the old scale.
+        # Loaded after the task has set the stem's output scale: the encoder was trained on the scale of its source run.
         keys = [shards.genes[row].key for row in tables.genes.trained]
         start_from(task.model, config.train.start_from, keys, tokenizer.sha256)
     return task
 
 
 def check_vision(config: RunConfig, n_patches: int) -> None:
-    """Refuse masking that hides no patch."""
+    """Raise ValueError if the masking ratio hides no patch."""
     if config.loss.mfm > 0:
         check_mask(config.vision, n_patches)
 
@@ -82,12 +91,18 @@ def _as_model(module: nn.Module) -> CoMTIP:
 
 
 class CoMTIPTask:
-    """Joins model, data and losses; satisfies :class:`comtip_fast.training.protocol.TrainingTask`."""
+    """Model, data and losses of CoMTIP; implements :class:`comtip_fast.training.protocol.TrainingTask`."""
 
     def __init__(
-        self, config: RunConfig, shards: ShardSet, tables: TrainingTables, tokenizer: GeneTokenizer, model: CoMTIP,
-        sizes: ModelSizes, group: Group,
-    ) -> None:  # fmt: skip
+        self,
+        config: RunConfig,
+        shards: ShardSet,
+        tables: TrainingTables,
+        tokenizer: GeneTokenizer,
+        model: CoMTIP,
+        sizes: ModelSizes,
+        group: Group,
+    ) -> None:
         self.config, self.shards, self.tables, self.sizes, self.group = config, shards, tables, sizes, group
         self.model, self.tokenizer = model, tokenizer
         self.device = next(model.parameters()).device
@@ -101,29 +116,32 @@ class CoMTIPTask:
         names = [(shards.genes[r].symbol, shards.genes[r].name) for r in rows]
         self.genes = gene_tokens(tokenizer, names, np.arange(1, rows.size + 1), config.text).to(self.device)
         self.step = StepLosses(
-            config, self.genes, torch.from_numpy(tables.table.log_prior).to(self.device), tables.strata.to(self.device),
+            config,
+            self.genes,
+            torch.from_numpy(tables.table.log_prior).to(self.device),
+            tables.strata.to(self.device),
             group,
-        )  # fmt: skip
+        )
         self.validation = Validation(model, shards, tables, self.loader, self.genes, config)
 
     @property
     def module(self) -> nn.Module:
-        """All parameters."""
+        """The model with all parameters."""
         return self.model
 
     def describe(self) -> str:
-        """Say in a few lines what is about to be trained on what."""
+        """Return a summary of parameters, spots and genes."""
         genes, count = self.tables.genes, sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         lines = [
-            f"{count / 1e6:.2f} M parameters to train on {self.tables.spots.size} spots; "
+            f"{count / 1e6:.2f} M trainable parameters, {self.tables.spots.size} spots; "
             f"{genes.trained.size} genes trained, {genes.held_out.size} held out by name"
         ]
-        for task, rows in genes.ranked.items():
-            lines.append(f"  {task}: {rows.size} genes pass genes.min_detection")
+        for cohort, rows in genes.ranked.items():
+            lines.append(f"  {cohort}: {rows.size} genes pass genes.min_detection")
         return "\n".join(lines)
 
     def prepare(self) -> None:
-        """Run a frozen stem over the training tiles."""
+        """Compute the features of a frozen stem for all training tiles."""
         self.loader.prepare()
 
     def close(self) -> None:
@@ -131,9 +149,9 @@ class CoMTIPTask:
         self.loader.close()
 
     def metrics(self) -> dict[str, float]:
-        """Return seconds spent waiting for batches, of the rank that waited longest, and damaged records, of all ranks.
+        """Return the seconds spent waiting for batches (maximum over ranks) and the damaged records (sum over ranks).
 
-        Damaged records are told in all and, where there are any, by kind.
+        ``faults`` is the total of damaged records; counts by kind are included if not zero.
         """
         own = self.loader.metrics()
         wait = self.group.max(torch.tensor(own.pop("loader_wait_s"), device=self.device))
@@ -142,11 +160,11 @@ class CoMTIPTask:
         return {"loader_wait_s": float(wait), **faults}
 
     def batches(self, epoch: int) -> list[np.ndarray]:
-        """Return the epoch's batches as spot indices, a function of (seed, epoch)."""
+        """Return the epoch's global batches as spot indices, a pure function of (seed, epoch)."""
         return self.loader.batches(epoch)
 
     def batch(self, spot_index: np.ndarray, step: int, epoch: int) -> Batch:
-        """Make this rank's share of one global batch, on this task's device."""
+        """Load this rank's share of one global batch to this task's device."""
         batch = self.loader.batch(spot_index, step, epoch).to(self.device)
         batch.global_size = len(spot_index)
         return batch
@@ -158,28 +176,31 @@ class CoMTIPTask:
         parts, numbers = self.step.embedding_losses(batch, heads)
         mfm = self.step.masked(out, sum(self.step.counts(batch)))
         if mfm is not None:
-            parts["mfm"] = mfm
+            parts["mfm"] = LossPart(mfm)
         return self.step.weighted_total(parts, heads), numbers | self.step.health(batch, out)
 
-    # -- the same in pieces, see comtip_fast.training.grad_cache ------------------------------------------
+    # -- gradient caching, see comtip_fast.training.grad_cache --------------------------------------------
 
     def pieces(self, batch: Batch, n: int) -> list[Batch]:
-        """Cut this rank's share into ``n`` pieces, fewer where a rank has fewer spots; as many on every rank."""
+        """Split this rank's share into ``n`` pieces, or fewer if a rank has fewer spots; the same number on every rank."""
         b, n = batch.section.numel(), max(1, min(n, min(self.step.counts(batch))))
         return [batch.select(share_of(b, i, n)) for i in range(n)]
 
     def embed(self, module: nn.Module, piece: Batch, table: bool) -> dict[str, Tensor]:
-        """Return image vectors, and with ``table`` the sentence table and scales."""
+        """Return the piece's image vectors and, with ``table``, the sentence table and scales."""
         out = self.step.encode(_as_model(module), piece, masked=False, table=table)
         return LossInputs.of(out).tensors() if table else {"vector": out.image.vector_BD}
 
     def join(self, embedded: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Put all image vectors beside the one table."""
-        with_table = max(embedded, key=len)
-        return with_table | {"vector": torch.cat([e["vector"] for e in embedded])}
+        """Concatenate the image vectors of all pieces; the other tensors are those of the one piece with the table."""
+        joined: dict[str, Tensor] = {}
+        for tensors in embedded:
+            joined |= tensors
+        joined["vector"] = torch.cat([tensors["vector"] for tensors in embedded])
+        return joined
 
     def losses_of(self, batch: Batch, tensors: dict[str, Tensor]) -> tuple[Parts, Numbers]:
-        """Return the losses over spots and sentences."""
+        """Return the losses over spots and sentences from joined tensors."""
         heads = LossInputs.from_tensors(tensors)
         parts, numbers = self.step.embedding_losses(batch, heads)
         return self.step.weighted_total(parts, heads), numbers
@@ -187,7 +208,7 @@ class CoMTIPTask:
     def replay(
         self, module: nn.Module, batch: Batch, piece: Batch, gradients: dict[str, Tensor], table: bool
     ) -> tuple[Tensor, Parts, Numbers]:
-        """Return <gradients, what embedding gives again> + w_mfm L_mfm, and L_mfm's share."""
+        """Return the scalar <gradients, recomputed tensors> + w_mfm L_mfm, and this piece's share of L_mfm."""
         out = self.step.encode(_as_model(module), piece, table=table)
         again = LossInputs.of(out).tensors() if table else {"vector": out.image.vector_BD}
         scalar = torch.stack([(again[name] * gradients[name]).sum() for name in again]).sum()
@@ -198,31 +219,31 @@ class CoMTIPTask:
         return scalar + weighted, {"mfm": mfm, "loss": weighted}, self.step.health(piece, out)
 
     def cut(self, gradients: dict[str, Tensor], pieces: list[Batch]) -> list[dict[str, Tensor]]:
-        """Give each piece its vectors' gradients."""
+        """Split the gradients of the joined vectors by piece."""
         vectors = gradients["vector"].split([p.section.numel() for p in pieces])
         return [gradients | {"vector": v} for v in vectors]
 
     def after_step(self, module: nn.Module, step: int) -> None:
-        """Let the EMA teacher follow."""
+        """Update the EMA teacher."""
         _as_model(module).update_teacher(self.config.vision.ema_decay)
 
     def validate(self) -> tuple[float, dict[str, float], dict[str, float]]:
-        """Return the mean zero-shot PCC over the validation sections, each task's, and the shared space in numbers."""
+        """Return the mean zero-shot PCC, the mean per cohort, and statistics of the shared space."""
         return self.validation.score()
 
     def export(self, folder: Path) -> None:
-        """Write weights, levels, genes and config as they are now."""
+        """Write an export of the current weights."""
         self.bundle().save(folder)
 
     def bundle(self) -> Bundle:
-        """Return everything that evaluation and prediction need."""
+        """Return the contents of an export: config, model, levels and genes."""
         return Bundle.from_training(self.config, self.sizes, self.model, self.shards, self.tables, self.tokenizer)
 
     def fingerprint(self) -> dict[str, str]:
-        """Return hashes of what the run reads: a resumed run must find the same."""
+        """Return hashes of the shard set and tokenizer; a resumed run must find the same ones."""
         return {"shards": self.shards.manifest.digest, "tokenizer": self.tokenizer.sha256}
 
-    # -- the frozen stem ------------------------------------------------------------------------------
+    # -- frozen stem ----------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _stem(self, tiles: Tensor) -> Tensor:
@@ -230,7 +251,7 @@ class CoMTIPTask:
 
     @torch.no_grad()
     def _standardise_stem(self) -> None:
-        """Set the stem's output mean and spread from training tiles, so that its channels weigh alike."""
+        """Set the mean and standard deviation of the stem's output from training tiles, to give channels equal scale."""
         stem = self.model.vision.stem
         assert stem is not None
         spots = self.tables.spots[:: max(1, self.tables.spots.size // 256)]

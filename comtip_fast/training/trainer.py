@@ -1,7 +1,7 @@
-"""The training loop: steps, validation, checkpoints, and getting through being killed.
+"""The training loop: steps, validation, checkpoints and resume.
 
-Everything a run will do is a function of its config, its data and a few integers (step, epoch, place in the
-epoch), so a run killed at any moment and resumed gives the same losses and weights as one that was not.
+A run is a function of its config, its data and a few integers (step, epoch, position in the epoch). A run that is killed
+and resumed therefore computes the same losses and weights as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -41,30 +41,22 @@ from comtip_fast.training.engines.base import Engine
 from comtip_fast.training.engines.factory import make_engine
 from comtip_fast.training.grad_cache import forward_backward
 from comtip_fast.training.monitor.diagnostics import diagnostic
-from comtip_fast.training.monitor.loggers import BestEffort, Logger, append_row, keep_rows_up_to, make_loggers
-from comtip_fast.training.monitor.monitor import (
-    EVENTS,
-    Events,
-    Profiler,
-    SpikeDetector,
-    StepCost,
-    ThroughputMeter,
-    Watchdog,
-)
+from comtip_fast.training.monitor.loggers import BestEffort, Logger, keep_rows_up_to, make_loggers
+from comtip_fast.training.monitor.monitor import EVENTS, Events, Profiler, SpikeDetector, ThroughputMeter, Watchdog
+from comtip_fast.training.nonfinite import NONFINITE, nonfinite_gradients, nonfinite_message, report_nonfinite
 from comtip_fast.training.optim import learning_rate
-from comtip_fast.training.protocol import TrainingError, TrainingTask
+from comtip_fast.training.protocol import StepCost, TrainingError, TrainingTask
 
 log = logging.getLogger("comtip_fast")
 
-NONFINITE = "nonfinite.jsonl"
 CHECKPOINTS = "checkpoints"
-# Seconds that a restarted rank 0 waits for the folder's last holder to end.
 TAKEOVER_S = 60.0
+"""Seconds for which a restarted rank 0 waits until the previous process releases the run folder."""
 
 
 @dataclass(frozen=True)
 class FitResult:
-    """How a run ended."""
+    """Result of a run."""
 
     step: int
     best_step: int
@@ -74,12 +66,31 @@ class FitResult:
 
 
 class Trainer:
-    """Runs a task to its end, or to the next signal."""
+    """Trains a task until it is finished or a signal stops it.
+
+    Parameters
+    ----------
+    task
+        Data, model and losses.
+    config
+        Config of the run.
+    run_dir
+        Folder for checkpoints, logs and the export; created if missing.
+    group
+        Ranks of the run; None is a single process.
+    cost
+        Estimated cost of a step, for the logged FLOP rate.
+    """
 
     def __init__(
-        self, task: TrainingTask, config: RunConfig, run_dir: Path | str, group: Group | None = None, *,
+        self,
+        task: TrainingTask,
+        config: RunConfig,
+        run_dir: Path | str,
+        group: Group | None = None,
+        *,
         cost: StepCost | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.task, self.config, self.run_dir = task, config, Path(run_dir)
         self.group = group or SingleProcessGroup()
         self.checkpoint_dir = self.run_dir / CHECKPOINTS
@@ -98,26 +109,29 @@ class Trainer:
         self._events = Events(self.run_dir / EVENTS)
         self._profiler = Profiler(config.watch.trace, self.run_dir / "trace", self.group.rank, self.device)
         self._watchdog = Watchdog(
-            config.watch.stall_s, self._stalled, self.run_dir / f"stalled_rank{self.group.rank}.txt",
-            stop_s=config.watch.stall_stop_s, stop=self._stop_stalled,
-        )  # fmt: skip
+            config.watch.stall_s,
+            self._stalled,
+            self.run_dir / f"stalled_rank{self.group.rank}.txt",
+            stop_s=config.watch.stall_stop_s,
+            stop=self._stop_stalled,
+        )
 
     def fit(self, resume: bool = False) -> FitResult:
-        """Train; with ``resume`` go on from the newest good checkpoint, or start where there is none.
+        """Train; with ``resume``, continue from the newest valid checkpoint, or start if there is none.
 
         Raises
         ------
         TrainingError
-            The folder is in use or holds another run, the config or data changed, or a loss is not finite.
+            The folder is in use or holds another run, the config or data has changed, or a loss is not finite.
         RestartError
-            A rank was lost or late, or the disk is full: a fresh process can go on with ``resume``.
+            A rank was lost or late, or the disk is full; a new process can continue with ``resume``.
         """
         size, timeout_s = self.group.size, self.config.engine.timeout_s
         with (
             explain_failures(self.group.rank, size, lambda: f"during {self._watchdog.what}", timeout_s),
             ExitStack() as stack,
         ):
-            # One process holds the folder and writes to it; what it meets there, all of them say.
+            # Only rank 0 locks and writes the folder; its errors are raised on all ranks.
             on_rank_zero(lambda: self._take_folder(stack), self.group)
             stack.enter_context(deterministic(self.device))
             caught = stack.enter_context(catch_signals())
@@ -130,13 +144,13 @@ class Trainer:
                     self.config, resolved, self.run_dir, start=self.progress.step, resumed=resumed
                 )
                 self._loggers = [record, *map(BestEffort, shown)]
-            # The watchdog looks on while things are closed, too: a stuck loader can hang there.
+            # The watchdog also covers the shutdown below, where a loader can hang.
             stack.enter_context(self._watchdog)
             try:
                 self._loop(caught)
             finally:
                 self._writer.join_quietly()
-                diagnostic("the trace", self._profiler.close, None)
+                diagnostic("the profiler", self._profiler.close, None)
                 self.task.close()
                 for logger in self._loggers:
                     logger.close()
@@ -165,16 +179,18 @@ class Trainer:
         return True
 
     def _find_start(self, resume: bool) -> int | None:
-        """Find where to start, and make the folder ready for it; None is step 0. Rank 0 keeps what it read."""
+        """Return the step to resume from (None: step 0) and prepare the folder; keeps the loaded checkpoint on rank 0."""
         checkpoints.clear_leftovers(self.checkpoint_dir)
         steps = checkpoints.steps_of(self.checkpoint_dir)
         refuse_second_run(self.run_dir, resume)
         found = checkpoints.newest_good(self.checkpoint_dir)
         if found is None:
             if steps:
-                raise TrainingError(f"{self.checkpoint_dir}: no checkpoint is whole; delete the folder to start again")
+                raise TrainingError(
+                    f"{self.checkpoint_dir}: all checkpoints are damaged; delete the folder to start from step 0"
+                )
             if resume:
-                log.info("%s holds no checkpoint yet: starting at step 0", self.run_dir)
+                log.info("%s has no checkpoint yet: starting from step 0", self.run_dir)
             (self.run_dir / NONFINITE).unlink(missing_ok=True)
             self._write_config()
             return None
@@ -192,12 +208,12 @@ class Trainer:
     def _write_config(self) -> None:
         write_atomic(self.run_dir / "config.yaml", dump_config(self.config))
 
-    # -- the loop ---------------------------------------------------------------------------------------
+    # -- loop -------------------------------------------------------------------------------------------
 
     def _loop(self, caught: Signals) -> None:
         p, cfg = self.progress, self.config.train
         if p.stopped:
-            log.info("this run is finished (%s); writing its export again", p.stopped)
+            log.info("training has already finished (%s); writing the export again", p.stopped)
         while not p.stopped:
             if self._asked_to_stop or (caught.received and self.group.size == 1):
                 if self._saved_step != p.step:
@@ -229,7 +245,7 @@ class Trainer:
         step = p.step + 1
         rate = learning_rate(step, self.config.train.steps, self.config.optim)
         self.engine.module.train()
-        diagnostic("the trace", lambda: self._profiler.before(step), None)
+        diagnostic("the profiler", lambda: self._profiler.before(step), None)
         batch = self.task.batch(spots, step, p.epoch)
         self.engine.start_step(rate)
         shares, numbers = forward_backward(self.engine, self.task, batch, self.config.engine.micro_batches)
@@ -242,18 +258,18 @@ class Trainer:
         else:
             self._not_finite(step, spots, losses)
         p.step, p.position = step, p.position + 1
-        diagnostic("the trace", lambda: self._profiler.after(step), None)
-        diagnostic("the meter", lambda: self._meter.add(time.monotonic() - began, len(spots), numbers), None)
-        wrong = diagnostic("the alarm", lambda: self._spikes.update(losses["loss"], norm), None)
-        if wrong is not None and self._first:
-            self._flag("jump", step, wrong)
+        diagnostic("the profiler", lambda: self._profiler.after(step), None)
+        diagnostic("the throughput meter", lambda: self._meter.add(time.monotonic() - began, len(spots), numbers), None)
+        spike = diagnostic("the spike detector", lambda: self._spikes.update(losses["loss"], norm), None)
+        if spike is not None and self._first:
+            self._flag("jump", step, spike)
         if step % self.config.train.log_every == 0 or step == 1:
             row = {"step": step, "kind": "train", "epoch": p.epoch}
             row |= losses | numbers | {"lr": rate, "grad_norm": norm, "skips": p.skips}
             data = self.task.metrics()
             waited = data.pop("loader_wait_s", 0.0)
             nothing: dict[str, float] = {}
-            self._log(row | diagnostic("the meter", lambda: self._meter.row(waited), nothing) | data)
+            self._log(row | diagnostic("the throughput meter", lambda: self._meter.row(waited), nothing) | data)
 
     def _next_batch(self) -> np.ndarray:
         p = self.progress
@@ -262,15 +278,15 @@ class Trainer:
                 self._epoch_batches = (p.epoch, self.task.batches(p.epoch))
             batches = self._epoch_batches[1]
             if not batches:
-                raise TrainingError("the task gives no batches: there are no training spots")
+                raise TrainingError("no batches: the shard set has no training spots; check its splits and data.*")
             if p.position < len(batches):
                 return batches[p.position]
             p.epoch, p.position = p.epoch + 1, 0
 
     def _over_ranks(
         self, shares: dict[str, Tensor], numbers: dict[str, float], caught: Signals
-    ) -> tuple[dict[str, float], dict[str, float]]:  # fmt: skip
-        """Return losses summed and numbers averaged over ranks; hear of ranks that were asked to stop or failed to write."""
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Sum losses and average numbers over ranks; exchange the flags for stop requests and failed writes."""
         losses = {k: float(v) for k, v in shares.items()}
         if self.group.size == 1:
             return losses, numbers
@@ -280,28 +296,22 @@ class Trainer:
         return reduced.sums, reduced.means
 
     def _not_finite(self, step: int, spots: np.ndarray, parts: dict[str, float]) -> None:
-        """Say what happened where; stop, or skip the update and count it."""
-        cfg, path = self.config.train, self.run_dir / NONFINITE
-        bad = [k for k, v in parts.items() if not math.isfinite(v)]
-        named = self.engine.module.named_parameters()
-        gradients = [n for n, q in named if q.grad is not None and not bool(q.grad.isfinite().all())]
-        record = {"step": step, "epoch": self.progress.epoch, "position": self.progress.position, "parts": parts,
-                  "gradients": gradients, "spot_index": spots.tolist()}  # fmt: skip
+        """Report the step, then stop or count a skipped update, according to ``train.nan_policy``."""
+        p, cfg, path = self.progress, self.config.train, self.run_dir / NONFINITE
+        gradients = nonfinite_gradients(self.engine.module)
         if self._first:
-            # A disk that is full must not hide what is wrong with the loss.
-            diagnostic(f"writing {NONFINITE}", lambda: append_row(path, record), None)
-        what = f"loss part {', '.join(k for k in bad if k != 'loss') or 'loss'}" if bad else "the gradient"
-        first = f" (gradients of {len(gradients)} parameters, first {gradients[0]})" if gradients else ""
-        some = ", ".join(str(i) for i in spots[:5].tolist())
-        text = f"step {step}: {what} is not finite{first}; spots {some} ...; the whole batch is in {path}"
+            report_nonfinite(path, step, p.epoch, p.position, spots, parts, gradients)
+        text = nonfinite_message(path, step, spots, parts, gradients)
         if cfg.nan_policy == "stop":
             raise TrainingError(
-                f"{text}. Start again with a lower optim.lr, or go on with --resume --set train.nan_policy=skip"
+                f"{text}. Start again with a lower optim.lr, or continue with --resume --set train.nan_policy=skip"
             )
-        self.progress.skips += 1
-        log.warning("%s; update skipped (%d so far)", text, self.progress.skips)
-        if self.progress.skips > cfg.max_skips:
-            raise TrainingError(f"{text}; more than train.max_skips={cfg.max_skips} updates were skipped")
+        p.skips += 1
+        log.warning("%s; update skipped (%d so far)", text, p.skips)
+        if p.skips > cfg.max_skips:
+            raise TrainingError(
+                f"{text}; more than train.max_skips={cfg.max_skips} updates were skipped. Start again with a lower optim.lr"
+            )
 
     def _validate(self) -> None:
         p, cfg = self.progress, self.config.train
@@ -313,8 +323,8 @@ class Trainer:
         elif math.isfinite(score):
             p.bad_validations += 1
         else:
-            # Patience is about scores that get no better; here there is no score to compare.
-            log.warning("step %d: validation gave no score (no section of split val, or no gene to score?)", p.step)
+            # Not counted for train.patience: there is no score to compare.
+            log.warning("step %d: validation has no score; check for sections of split val and genes to score", p.step)
         self._log({"step": p.step, "kind": "valid", "score": score, "per_cohort": per_cohort, "best": better} | space)
         if cfg.patience and p.bad_validations >= cfg.patience and not p.stopped:
             p.stopped = "patience"
@@ -327,7 +337,7 @@ class Trainer:
 
     def _stop_stalled(self, text: str) -> None:
         who = f"rank {self.group.rank} of {self.group.size}: " if self.group.size > 1 else ""
-        log.error("comtip: error: %s%s; ended, %s", who, text, ADVICE)
+        log.error("comtip: error: %s%s; process ended, %s", who, text, ADVICE)
         hard_exit()
 
     def _score(self) -> tuple[float, dict[str, float], dict[str, float]]:
@@ -341,24 +351,24 @@ class Trainer:
     # -- state ------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
-        """Gather what is sharded and write it; whole, so that any engine over any number of ranks can go on."""
+        """Gather sharded tensors and write a full checkpoint, which any engine on any number of ranks can resume."""
         optim = self.engine.optimizer_state()
         with self.engine.gathered_for_read():
             on_rank_zero(lambda: self._write_checkpoint(self._checkpoint(optim)), self.group)
         self._saved_step = self.progress.step
 
-    def _write_checkpoint(self, made: Checkpoint) -> None:
+    def _write_checkpoint(self, checkpoint: Checkpoint) -> None:
         step, best, keep = self.progress.step, self.progress.best_step or None, self.config.train.keep_checkpoints
 
-        def write(taken: Checkpoint) -> None:
-            checkpoints.save(self.checkpoint_dir, step, taken)
+        def write(state: Checkpoint) -> None:
+            checkpoints.save(self.checkpoint_dir, step, state)
             checkpoints.prune(self.checkpoint_dir, keep, best)
 
         if self.config.train.async_checkpoint:
-            taken = copied(made)
-            self._writer.submit(lambda: write(taken))
+            snapshot = copied(checkpoint)
+            self._writer.submit(lambda: write(snapshot))
         else:
-            write(made)
+            write(checkpoint)
 
     def _checkpoint(self, optim: dict[str, Tensor]) -> Checkpoint:
         state = self.progress.as_plain() | random_state(self.device)
@@ -369,7 +379,7 @@ class Trainer:
 
     def _restore(self, loaded: Checkpoint) -> None:
         self.task.module.load_state_dict(loaded.model)
-        # Engines take the weights they find; moments are theirs to shard.
+        # The engine is built after the weights are loaded, because ZeRO 3 shards the weights it is given.
         self.engine = make_engine(self.task.module, self.config, self.group)
         self.engine.restore(loaded.optim)
         self.progress = RunState.from_plain(loaded.state)
@@ -378,18 +388,18 @@ class Trainer:
         self._check_best()
 
     def _check_best(self) -> None:
-        """Forget a best checkpoint that is damaged or gone, aloud: the next validation sets a new one."""
+        """Reset the best step, with a warning, if its checkpoint is damaged or missing."""
         p = self.progress
         if p.best_step in (0, p.step):
             return
         try:
             checkpoints.verify(checkpoints.folder_of(self.checkpoint_dir, p.best_step))
         except CheckpointError as error:
-            log.warning("the best checkpoint (step %d, score %.4f) is lost: %s", p.best_step, p.best_score, error)
+            log.warning("cannot use the best checkpoint (step %d, score %.4f): %s", p.best_step, p.best_score, error)
             p.best_step, p.best_score = 0, float("-inf")
 
     def _export_best(self) -> None:
-        """Export the best weights (the last ones where nothing was validated), whole or not at all."""
+        """Export the best weights, or the last ones if there was no validation."""
         with self.engine.gathered_for_read():
             on_rank_zero(self._write_export, self.group)
 
@@ -405,9 +415,9 @@ class Trainer:
 
 
 def refuse_second_run(run_dir: Path, resume: bool) -> None:
-    """Refuse to begin where a run is already; asked before anything slow is done."""
+    """Raise :class:`TrainingError` if the folder holds a run and ``resume`` is not set; called before any slow work."""
     steps = checkpoints.steps_of(run_dir / CHECKPOINTS)
     if steps and not resume:
         raise TrainingError(
-            f"{run_dir} already holds a run (step {steps[-1]}); go on with --resume, or give another --out"
+            f"{run_dir}: already holds a run (step {steps[-1]}); continue with --resume, or give another --out"
         )

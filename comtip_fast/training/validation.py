@@ -1,4 +1,4 @@
-"""Validation sections: zero-shot scores, which stop training, and the state of the shared space, which is watched."""
+"""Validation: the zero-shot score used for early stopping, and statistics of the shared space."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from comtip_fast.training.monitor.diagnostics import diagnostic, undefined
 
 VALIDATION_GENES = 50
 SPACE = ("alignment", "uniformity_image", "uniformity_text", "r1", "r5", "t1", "t5")
-"""Names of the numbers of :func:`space_numbers`."""
+"""Keys returned by :func:`space_numbers`."""
 SPACE_SPOTS, SPACE_GENES = 256, 256
-"""Retrieval among so many spots of a section (more would be harder, and not comparable), by so many genes."""
+"""Spots per section among which retrieval is measured, and genes per sentence; fixed, to compare runs and sections."""
 
 
 class Validation:
@@ -35,17 +35,22 @@ class Validation:
     Parameters
     ----------
     model
-        The model, as it is when it is asked.
+        The model; :meth:`score` uses its current weights.
     shards, tables, loader, genes
-        What the cohort made of the run's data.
+        Shard set, training tables, loader and gene tokens of the run.
     config
-        The run.
+        Config of the run.
     """
 
     def __init__(
-        self, model: CoMTIP, shards: ShardSet, tables: TrainingTables, loader: BaseLoader, genes: GeneTokens,
+        self,
+        model: CoMTIP,
+        shards: ShardSet,
+        tables: TrainingTables,
+        loader: BaseLoader,
+        genes: GeneTokens,
         config: RunConfig,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.model, self.shards, self.tables, self.loader, self.genes = model, shards, tables, loader, genes
         self.config = config
         self.device = next(model.parameters()).device
@@ -53,7 +58,7 @@ class Validation:
 
     @torch.no_grad()
     def score(self) -> tuple[float, dict[str, float], dict[str, float]]:
-        """Return the mean zero-shot PCC over the sections, each cohort's, and the numbers of the shared space."""
+        """Return the mean zero-shot PCC over cohorts, the mean of each cohort, and :func:`space_numbers`."""
         scores: dict[str, list[float]] = {}
         spaces = []
         for section in self._sections():
@@ -65,7 +70,7 @@ class Validation:
             image = self.model.encode_image(features).vector_BD
             scores.setdefault(cohort, []).append(self._pcc(spots, rows, image))
             chosen = np.linspace(0, spots.size - 1, min(spots.size, SPACE_SPOTS)).round().astype(np.int64)
-            # Read outside of the diagnostic: a damaged record ends the run under data.faults=stop.
+            # Read outside of the diagnostic: with data.faults=stop, a damaged record must end the run.
             counts = self.loader.counts(spots[chosen])[1]
             compute = partial(self._space, section, chosen, counts, image)
             spaces.append(diagnostic("the statistics of the shared space", compute, undefined(SPACE)))
@@ -77,7 +82,7 @@ class Validation:
         return [i for i, s in enumerate(self.shards.manifest.sections) if s.split == "val"]
 
     def _rows(self, section: int, cohort: str, most: int) -> np.ndarray:
-        """Return the cohort's most variable trained genes that the section measured, as rows of the gene table."""
+        """Return the cohort's most variable trained genes that the section measured: rows of the gene table."""
         ranked = self.tables.genes.ranked.get(cohort)
         if ranked is None:
             return np.zeros(0, np.int64)
@@ -85,23 +90,23 @@ class Validation:
 
     def _pcc(self, spots: np.ndarray, rows: np.ndarray, image: Tensor) -> float:
         measured = log1p_cp10k(self.loader.counts(spots)[1])[:, rows].toarray()
-        place = torch.from_numpy(np.searchsorted(self.tables.genes.trained, rows)).to(self.device)
-        predicted = predict_trained(self.model, take_genes(self.genes, place), image, self.tables.table, place)
-        # A gene without variance counts 0; a prediction of NaN has no score and must not become the best one.
+        index = torch.from_numpy(np.searchsorted(self.tables.genes.trained, rows)).to(self.device)
+        predicted = predict_trained(self.model, take_genes(self.genes, index), image, self.tables.table, index)
+        # A gene without variance counts as 0. A NaN prediction gives no score, so that it cannot become the best one.
         return mean_pcc(measured, predicted["cp10k"]) if np.isfinite(predicted["cp10k"]).all() else float("nan")
 
     def _space(self, section: int, keep: np.ndarray, counts: Any, image: Tensor) -> dict[str, float]:
-        """Pool the true sentences of the spots ``keep`` into text vectors and see how they lie to the images."""
+        """Compare the image vectors of the spots ``keep`` with text vectors pooled from their true sentences."""
         rows = self._rows(section, self.shards.cohort_of_section(section), SPACE_GENES)
-        place = np.searchsorted(self.tables.genes.trained, rows)
+        index = np.searchsorted(self.tables.genes.trained, rows)
         values = log1p_cp10k(counts)[:, rows].toarray()
-        levels = torch.from_numpy(self.tables.table.levels(values, place)).long().to(self.device)
-        table = self.model.sentence_table(take_genes(self.genes, torch.from_numpy(place).to(self.device)))
+        levels = torch.from_numpy(self.tables.table.levels(values, index)).long().to(self.device)
+        table = self.model.sentence_table(take_genes(self.genes, torch.from_numpy(index).to(self.device)))
         text = table_pool(table.rows_GQD, table.scores_GQ, levels, torch.ones_like(levels, dtype=torch.bool))
         return space_numbers(image[torch.from_numpy(keep).to(image.device)], text)
 
     def _section_features(self, section: int) -> tuple[np.ndarray, Tensor]:
-        """Return the section's whole spots and what the encoder reads of their tiles."""
+        """Return the section's undamaged spots and the stem features of their tiles."""
         if section not in self._features:
             spots, _ = self.loader.counts(self.shards.select(sections=[section]))
             spots, tiles = self.loader.tiles(spots, np.zeros(spots.shape, np.int64))
@@ -117,13 +122,18 @@ def _mean_of_finite(values: list[float]) -> float:
 def space_numbers(image_ND: Tensor, text_ND: Tensor) -> dict[str, float]:
     """Return alignment, uniformity and retrieval of N paired vectors.
 
+    Parameters
+    ----------
+    image_ND, text_ND
+        Float (N, D); row i of one is paired with row i of the other.
+
     Returns
     -------
     dict
-        ``alignment``: mean squared distance of a pair, 0 to 4, lower is nearer. ``uniformity_image`` and
-        ``uniformity_text``: log of the mean of exp(-2 d^2) over other pairs, at most 0, lower is more spread (Wang and
-        Isola 2020). ``r1``, ``r5``: share of images whose own text is the nearest, among the five nearest; ``t1``,
-        ``t5`` the other way round. A tie counts against. All are NaN without pairs and where a vector is not finite.
+        ``alignment``: mean squared distance within pairs, 0 to 4, lower is closer. ``uniformity_image`` and
+        ``uniformity_text``: log of the mean of exp(-2 d^2) over pairs of different rows, at most 0, lower is more uniform
+        (Wang and Isola 2020). ``r1``, ``r5``: image-to-text recall at 1 and 5; ``t1``, ``t5``: text-to-image recall. Ties
+        count as misses. All are NaN if N is 0 or a vector is not finite.
     """
     image, text = F.normalize(image_ND.float(), dim=-1), F.normalize(text_ND.float(), dim=-1)
     s_NN = image @ text.T

@@ -1,7 +1,7 @@
-"""Begin from another model's weights: other data, other genes, another run; what fits is taken, the rest is said.
+"""Initialize a model from the weights of another one, which may have other genes and other data.
 
-A tensor is taken where its name and shape agree. Rows of the identity table belong to genes, so they are taken gene by gene, by
-key. Levels, their frequencies and values are never taken: they are fitted on the new data.
+A tensor is copied if its name and shape agree. Rows of the identity embedding belong to genes and are copied by gene key.
+Levels, their frequencies and values are not copied: they are fitted to the new data.
 """
 
 from __future__ import annotations
@@ -21,23 +21,28 @@ IDENTITY = "genes.identity_Id"
 
 @torch.no_grad()
 def start_from(model: CoMTIP, source: str | Path, keys: Sequence[str], tokenizer_sha256: str) -> list[str]:
-    """Copy weights of an export into ``model`` and return the names of tensors that were not taken, each with its reason.
+    """Copy weights of an export into ``model``.
 
     Parameters
     ----------
     model
-        To be trained; changed in place.
+        Model to train; changed in place.
     source
-        An export folder, or a finished run.
+        An export folder, or the folder of a finished run.
     keys
-        Of the trained genes, in the order of identity rows from 1 on.
+        Keys of the trained genes, in the order of identity rows from 1 on.
     tokenizer_sha256
-        Of the tokenizer that reads gene names now.
+        Hash of the current tokenizer.
+
+    Returns
+    -------
+    list of str
+        ``name: reason`` of each tensor that was not copied, sorted.
 
     Raises
     ------
     FileNotFoundError, ValueError
-        There is no export at ``source``, it has another format, or nothing in it fits.
+        There is no export at ``source``, it has another format version, or none of its tensors fits.
     """
     folder = Path(source)
     bundle = Bundle.load(folder / "export" if (folder / "export").is_dir() else folder)
@@ -47,38 +52,43 @@ def start_from(model: CoMTIP, source: str | Path, keys: Sequence[str], tokenizer
     for name, target in new.items():
         if name == IDENTITY:
             continue
-        # A run whose teacher follows the encoder begins with a teacher that equals it.
+        # If the source has no EMA teacher, the teacher starts as a copy of the encoder.
         value = old.get(name, old.get(name.replace("teacher.", "vision.", 1)))
         if value is None:
             left.append(f"{name}: not in {folder}")
         elif value.shape != target.shape:
-            left.append(f"{name}: {tuple(value.shape)} there, {tuple(target.shape)} here")
+            left.append(f"{name}: shape {tuple(value.shape)} in {folder}, {tuple(target.shape)} in this model")
         elif name == "genes.token_Vd" and bundle.tokenizer_sha256 != tokenizer_sha256:
-            left.append(f"{name}: another tokenizer")
+            left.append(f"{name}: the tokenizers differ")
         else:
             target.copy_(value)
             taken += 1
     if not taken:
         raise ValueError(
-            f"{folder}: no tensor has a name and shape of this model; take the same vision, text and align"
+            f"{folder}: no tensor has a name and shape of this model; use the vision, text and align settings of that run"
         )
     genes = _take_identities(old.get(IDENTITY), new.get(IDENTITY), [g.key for g in bundle.genes if g.trained], keys)
     log.info(
-        "from %s: %d of %d tensors, and the identities of %d of %d genes", folder, taken, len(new), genes, len(keys)
+        "loaded %d of %d tensors and the identities of %d of %d genes from %s",
+        taken,
+        len(new),
+        genes,
+        len(keys),
+        folder,
     )
     for reason in sorted(left):
-        log.warning("not taken: %s", reason)
+        log.warning("not loaded: %s", reason)
     return sorted(left)
 
 
 def _take_identities(
     old: torch.Tensor | None, new: torch.Tensor | None, old_keys: Sequence[str], keys: Sequence[str]
 ) -> int:
-    """Copy the rows of genes that both models know; return how many."""
+    """Copy the identity rows of genes that both models have; return their number."""
     if old is None or new is None or old.shape[1:] != new.shape[1:]:
         return 0
-    place = {key: row for row, key in enumerate(old_keys, start=1)}
-    pairs = [(row, place[key]) for row, key in enumerate(keys, start=1) if key in place]
+    old_rows = {key: row for row, key in enumerate(old_keys, start=1)}
+    pairs = [(row, old_rows[key]) for row, key in enumerate(keys, start=1) if key in old_rows]
     new[0].copy_(old[0])
     for row, other in pairs:
         new[row].copy_(old[other])

@@ -213,7 +213,7 @@ def test_other_version_is_refused_by_name(tmp_path: Path, version: str) -> None:
     [
         ("- a\n- b\n", "expected keys and values, found list"),
         ("train: {steps: 3\n", "not YAML: .*line"),
-        ("train: {steps: 3}\ntrain: {seed: 1}\n", "given twice.*line 2"),
+        ("train: {steps: 3}\ntrain: {seed: 1}\n", "duplicate key.*line 2"),
         ("name: !!python/object/apply:os.system ['true']\n", "not YAML"),
         ("optim: 3\n", "optim is a group of keys"),
     ],

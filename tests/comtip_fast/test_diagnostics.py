@@ -16,7 +16,7 @@ from torch import Tensor
 
 from comtip_fast.config.io import load_config
 from comtip_fast.objectives import feature_health, pair_auc
-from comtip_fast.training import losses, trainer, validation
+from comtip_fast.training import losses, nonfinite, validation
 from comtip_fast.training.monitor import diagnostics
 from comtip_fast.training.monitor import monitor as watch
 from comtip_fast.training.protocol import TrainingError
@@ -153,7 +153,7 @@ def test_no_diagnostic_of_the_loop_ends_a_run(
 
 
 def test_a_full_disk_does_not_hide_a_loss_that_is_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(trainer, "append_row", full)
+    monkeypatch.setattr(nonfinite, "append_row", full)
     config = config_of()
     task = StandIn(config)
     task.nan_steps = {3: "loss"}

@@ -114,17 +114,17 @@ def _swap_sets(lines: list[str]) -> list[str]:
 
 
 GENES: dict[str, tuple[Callable[[list[str]], list[str]], str]] = {
-    "a trained gene cut": (lambda x: [x[0], *x[2:]], "trained genes, which come first"),
+    "a trained gene cut": (lambda x: [x[0], *x[2:]], "trained genes, which must come first"),
     "all but three cut": (lambda x: x[:4], "the model was trained on"),
-    "a held-out gene in front": (_swap_sets, "trained genes, which come first"),
-    "a gene twice": (lambda x: [*x[:-1], x[-2]], "is empty or there twice"),
-    "no key": (lambda x: [x[0], "\t" + x[1].split("\t", 1)[1], *x[2:]], "is empty or there twice"),
-    "a cell missing": (lambda x: [x[0], x[1].rsplit("\t", 1)[0], *x[2:]], "not 6 cells"),
-    "a cell more": (lambda x: [x[0], x[1] + "\tx", *x[2:]], "not 6 cells"),
+    "a held-out gene in front": (_swap_sets, "trained genes, which must come first"),
+    "a gene twice": (lambda x: [*x[:-1], x[-2]], "is empty or duplicate"),
+    "no key": (lambda x: [x[0], "\t" + x[1].split("\t", 1)[1], *x[2:]], "is empty or duplicate"),
+    "a cell missing": (lambda x: [x[0], x[1].rsplit("\t", 1)[0], *x[2:]], "does not have 6 cells"),
+    "a cell more": (lambda x: [x[0], x[1] + "\tx", *x[2:]], "does not have 6 cells"),
     "another flag": (lambda x: [x[0], x[1][:-3] + "2\t0", *x[2:]], "must be 1 and 0, or 0 and 1"),
     "another header": (lambda x: [x[0].upper(), *x[1:]], "columns"),
     "no header": (lambda x: x[1:], "columns"),
-    "one huge cell": (lambda x: [x[0], "x" * 200_000 + x[1], *x[2:]], "no table of genes"),
+    "one huge cell": (lambda x: [x[0], "x" * 200_000 + x[1], *x[2:]], "not a table of genes"),
 }
 
 
@@ -146,10 +146,10 @@ def set_one(name: str, value: float, at: Any = 0) -> Callable[[dict[str, np.ndar
 
 LEVELS: dict[str, tuple[Callable[[dict[str, np.ndarray]], Any], str]] = {
     **{
-        f"NaN in {n}": (set_one(n, np.nan), f"{n} holds 1 numbers")
+        f"NaN in {n}": (set_one(n, np.nan), f"{n} has 1 values")
         for n in ("edges", "value_cp10k", "value_raw", "log_prior")
     },
-    "infinite value": (set_one("value_cp10k", np.inf, -1), "value_cp10k holds"),
+    "infinite value": (set_one("value_cp10k", np.inf, -1), "value_cp10k has"),
     "a row less": (lambda a: a.update(value_raw=a["value_raw"][1:]), "value_raw is"),
     "a level less": (lambda a: a.update(log_prior=a["log_prior"][:, 1:]), "log_prior is"),
     "doubles": (lambda a: a.update(edges=a["edges"].astype(np.float64)), "edges is float64"),
@@ -175,7 +175,7 @@ def test_weights_that_are_not_finite_are_refused_without_hashes_too(bad: float, 
     for name in (names[0], names[len(names) // 2], names[-1]):
         before = (export / "model.safetensors").read_bytes()
         edit_arrays(export, "model.safetensors", set_one(name, bad, -1))
-        with pytest.raises(ValueError, match=rf"model\.safetensors: {name} holds numbers that are not finite"):
+        with pytest.raises(ValueError, match=rf"model\.safetensors: {name} has values that are not finite"):
             Bundle.load(export)
         (export / "model.safetensors").write_bytes(before)
 
@@ -194,7 +194,7 @@ def test_weights_of_another_model_are_named(export: Path):
             Bundle.load(export)
         (export / "model.safetensors").write_bytes(before)
     (export / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      "[:9])
-    with pytest.raises(ValueError, match="no whole safetensors file"):
+    with pytest.raises(ValueError, match="not a valid safetensors file"):
         Bundle.load(export)
 
 
@@ -227,7 +227,7 @@ def test_predict_with_a_bad_export_has_code_2(export: Path, tiny_shards: ShardSe
     (export / "genes.tsv").write_text("\n".join([lines[0], *reversed(lines[1:6]), *lines[6:]]) + "\n")
     out = export.parent / "x.h5ad"
     assert main(["predict", str(export), f"{tiny_shards.path}:x1", "--out", str(out)]) == 2
-    assert "genes.tsv: not what was written" in capsys.readouterr().err
+    assert "genes.tsv: the SHA-256 differs" in capsys.readouterr().err
     assert not out.exists()
 
 

@@ -45,12 +45,12 @@ def test_a_file_of_three_genes_is_three_genes(content: bytes, tmp_path: Path):
         (b"# nothing\n", "names no gene"),
         (b"gene\n", "names no gene"),
         (b"\xef\xbb\xbf", "names no gene"),
-        (b"ERBB2\nCD74\xff\n", "no text in UTF-8"),
-        (b"\x89HDF\r\n\x1a\n\0\0\xff", "no text in UTF-8"),
-        (b"ERBB2\tHER2 receptor\n", r"line 1: 'ERBB2\\tHER2 receptor' is no gene name"),
+        (b"ERBB2\nCD74\xff\n", "not UTF-8 text"),
+        (b"\x89HDF\r\n\x1a\n\0\0\xff", "not UTF-8 text"),
+        (b"ERBB2\tHER2 receptor\n", r"line 1: 'ERBB2\\tHER2 receptor' is not a gene name"),
         (b"ERBB2\nCD\x0074\n", "line 2"),
         (b"A" * (5 << 20), "larger than 4 MiB"),
-        (b"all\nERBB2\n", "all stands for every trained gene"),
+        (b"all\nERBB2\n", "all selects every trained gene"),
     ],
 )
 def test_a_file_that_is_no_list_of_genes_is_refused(content: bytes, says: str, tmp_path: Path):
@@ -64,7 +64,7 @@ def test_other_values():
     assert gene_list(["all"]) is None
     assert gene_list(["ERBB2,CD74", "KRT17"]) == GENES
     for bad in (["all", "ERBB2"], ["ERBB2,all"]):
-        with pytest.raises(ValueError, match="all stands for every trained gene"):
+        with pytest.raises(ValueError, match="all selects every trained gene"):
             gene_list(bad)
     for bad in ([], [""], [","]):
         with pytest.raises(ValueError, match="names no gene"):
@@ -89,5 +89,5 @@ def test_paths_that_are_no_file(tmp_path: Path):
 def test_genes_asked_for_twice_are_refused_however_many(n: int):
     names = [f"G{i}" for i in range(n)]
     assert _unique(names) == names
-    with pytest.raises(ValueError, match="asked for twice: G1"):
+    with pytest.raises(ValueError, match="duplicate genes: G1"):
         _unique([*names, "G1"])

@@ -81,7 +81,7 @@ def test_bad_input_is_final_before_the_first_checkpoint_and_after_it_the_second_
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     command = ["c.yaml", "run"]
     RestartGuard(command, agent(0)).note("no such file", begun=False)
-    assert "no such file (start 1 of 3 again" in str(RestartGuard(command, agent(1)).known())
+    assert "no such file (restart 1 of 3 stopped" in str(RestartGuard(command, agent(1)).known())
     assert RestartGuard(["other.yaml", "run"], agent(1)).known() is None
     assert RestartGuard(command, agent(0)).known() is None, "a new agent begins anew"
     RestartGuard(command, agent(0)).note("in use", begun=True)
@@ -123,6 +123,6 @@ def test_torchrun_is_soon_done_with_bad_input(tmp_path: Path):
     assert done.returncode == 1
     assert "no-such-set" in done.stderr
     for start in (1, 2, 3):
-        assert f"(start {start} of 3 again; it cannot help)" in done.stderr
+        assert f"(restart {start} of 3 stopped: a restart cannot fix this)" in done.stderr
     # The agent imports PyTorch once, and each of the two ranks at most once.
     assert 1 <= len(re.findall(r"\| +torch\n", done.stderr)) <= 3

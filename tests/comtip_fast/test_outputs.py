@@ -145,7 +145,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(
     assert limited(600, *arguments) == RESTART_CODE
     stderr = capsys.readouterr().err
     assert str(out) in stderr
-    assert "a file may not grow so large; make room (or repair the device), then run" in stderr
+    assert "a file may not grow so large; free disk space (or repair the device), then run" in stderr
     left = {p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file() and "old" not in p.parts}
     if command == "export":
         assert left == set()
@@ -225,7 +225,7 @@ def test_a_full_disk_at_the_export_is_mended_by_another_start(
     error = OSError(number, os.strerror(number), "x") if plain else wrapped(number)
     with monkeypatch.context() as patch:
         patch.setattr(StandIn, "export", raising(error))
-        with pytest.raises(RestartError, match=r"during the export: .*make room, then the launcher"):
+        with pytest.raises(RestartError, match=r"during the export: .*free disk space, then the launcher"):
             fit(run)
     assert not (run / "export").exists()
     assert fit(run, resume=True).step == 17
@@ -244,9 +244,7 @@ def test_a_read_only_folder_is_bad_input_because_another_start_does_not_help(
         "export": (StandIn, "export"),
     }[target_name]
     monkeypatch.setattr(owner, name, raising(error))
-    with pytest.raises(
-        TrainingError, match=r"the file system is read-only.*; make it summon_full_params, or give another folder"
-    ):
+    with pytest.raises(TrainingError, match=r"the file system is read-only.*; make it writable or give another folder"):
         fit(tmp_path / "run", "train.async_checkpoint=false")
 
 

@@ -93,9 +93,9 @@ def test_a_run_continues_with_fewer_nodes_and_then_with_more(config: Path, whole
         (1, 0, "no space is left"),
         (1, 1, "rank 0: .*no space is left"),
         (2, 1, "during step 13: the connection to another rank is lost"),
-        (3, 0, "passed over a damaged checkpoint"),
+        (3, 0, "skipped a damaged checkpoint"),
         (4, 1, "step 15 has taken more than watch.stall_stop_s=8 s"),
-        (5, 0, "during step 18: a rank did not come to a collective within engine.timeout_s=10 s"),
+        (5, 0, "during step 18: a rank did not reach a collective within engine.timeout_s=10 s"),
     ],
 )
 def test_every_rank_reports_what_happened(named: Any, attempt: int, rank: int, message: str):
@@ -127,7 +127,9 @@ def test_a_full_disk_leaves_no_half_checkpoint(tmp_path: Path, monkeypatch: pyte
         raise broken
 
     monkeypatch.setattr(checkpoints, "save_file", full)
-    with pytest.raises(RestartError, match=r"step_00000002: .*no space is left.* that of step 1 is as it was"):
+    with pytest.raises(
+        RestartError, match=r"step_00000002: .*no space is left.* the checkpoint of step 1 is unchanged"
+    ):
         checkpoints.save(tmp_path, 2, some())
     assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
     checkpoints.load(tmp_path / "step_00000001")

@@ -12,6 +12,7 @@ from comtip_shards.sources import open_source
 
 from comtip_fast.config.io import load_config
 from comtip_fast.devices import pick_device
+from comtip_fast.training.losses import LossInputs
 from comtip_fast.training.task import CoMTIPTask, build_task
 
 CPU = torch.device("cpu")
@@ -70,6 +71,20 @@ def test_every_switch_takes_a_step(name: str, tiny_overrides: list[str]):
     score, per_cohort, _ = task.validate()
     assert np.isfinite(score)
     assert set(per_cohort) == {"human_breast"}
+
+
+@pytest.mark.parametrize("name", ["all on", "text context", "no hard columns", "one gene: no pair"])
+def test_each_loss_part_states_the_inputs_that_its_gradient_reaches(name: str, tiny_overrides: list[str]):
+    more, expected = SWITCHES[name]
+    task = make(tiny_overrides, "panel.min_genes=1" if "panel.max_genes=1" in more else "panel.min_genes=12", *more)
+    batch = task.batch(task.batches(0)[0], 1, 0)
+    inputs = LossInputs.of(task.step.encode(task.model.train(), batch))
+    parts, _ = task.step.embedding_losses(batch, inputs)
+    assert set(parts) == expected - {"mfm"}
+    tensors = {k: t for k, t in inputs.tensors().items() if k != "unit"}
+    for part in parts.values():
+        found = torch.autograd.grad(part.value, list(tensors.values()), allow_unused=True, retain_graph=True)
+        assert part.reads == {k for k, gradient in zip(tensors, found, strict=True) if gradient is not None}
 
 
 def test_each_loss_reaches_the_parts_it_trains(tiny_overrides: list[str]):

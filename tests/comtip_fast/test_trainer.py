@@ -186,7 +186,7 @@ def test_all_checkpoints_damaged_is_an_error(whole: Path, tmp_path: Path) -> Non
     shutil.copytree(whole, run)
     for folder in (run / "checkpoints").iterdir():
         (folder / "model.safetensors").unlink()
-    with pytest.raises(TrainingError, match="no checkpoint is whole"):
+    with pytest.raises(TrainingError, match="all checkpoints are damaged"):
         fit(run, resume=True)
 
 
@@ -293,7 +293,7 @@ def test_scores_that_do_not_exist_cost_no_patience(tmp_path: Path, caplog: pytes
     nan = dict.fromkeys(range(1, 100), float("nan"))
     result, _ = run_with_scores(tmp_path / "run", nan, "train.patience=2")
     assert (result.stopped, result.step, result.best_step) == ("steps", 17, 0)
-    assert "validation gave no score" in caplog.text
+    assert "validation has no score" in caplog.text
     assert next(r for r in trace(tmp_path / "run") if r["kind"] == "valid")["score"] is None
 
 
@@ -321,7 +321,7 @@ def test_a_lost_best_checkpoint_is_reported_and_the_last_weights_are_exported(
     config = config_of("train.validate_every=2")
     result = Trainer(task, config, run).fit(resume=True)
     assert result.best_step == 0
-    assert "best checkpoint (step 2, score 1.0000) is lost" in caplog.text
+    assert "cannot use the best checkpoint (step 2, score 1.0000)" in caplog.text
     last = checkpoints.load(run / "checkpoints/step_00000017").model
     assert torch.equal(last["teacher"], checkpoints.load_file(run / "export/model.safetensors")["teacher"])
 

@@ -15,7 +15,8 @@ from comtip_fast.config.io import ConfigError
 from comtip_fast.config.schema import WatchConfig
 from comtip_fast.plan.live import device_of, step_cost
 from comtip_fast.training.distributed.comm_timer import ClockedGroup, CommClock, clock_backend
-from comtip_fast.training.monitor.monitor import Events, SpikeDetector, StepCost, ThroughputMeter, Watchdog
+from comtip_fast.training.monitor.monitor import Events, SpikeDetector, ThroughputMeter, Watchdog
+from comtip_fast.training.protocol import StepCost
 from comtip_fast.training.trainer import Trainer
 from comtip_fast.training.validation import space_numbers
 from testkit.distributed import run_distributed

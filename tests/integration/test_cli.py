@@ -248,7 +248,7 @@ BAD = {
     "no folder": (["embed", "{run}", "{shards}:x1", "--out", "{tmp}/no/x.h5ad"], "the folder"),
     "gene twice": (
         ["predict", "{run}", "{shards}:x1", "--genes", "ERBB2", "ERBB2", "--out", "{tmp}/x.h5ad"],
-        "asked for twice: ERBB2",
+        "duplicate genes: ERBB2",
     ),
     "split": (["shards", "build", "{source}", "--out", "{tmp}/s", "--split", "t1=dev"], "SECTION=train"),
     "export over": (["export", "{run}", "--out", "{run}"], "not empty"),

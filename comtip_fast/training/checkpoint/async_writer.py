@@ -1,4 +1,4 @@
-"""Checkpoints written beside the steps: the caller copies, a thread writes, hashes and renames; at most one is on its way."""
+"""Asynchronous checkpoints: the caller copies the tensors, a thread writes, hashes and renames; at most one at a time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from comtip_fast.training.checkpoint.store import Checkpoint
 
 
 class Writer:
-    """Runs one piece of work at a time in a thread; what it raises is raised by the next call that asks."""
+    """Runs one job at a time in a thread; an exception of the job is raised by the next call."""
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
@@ -19,11 +19,11 @@ class Writer:
 
     @property
     def failed(self) -> bool:
-        """Whether an error waits to be raised."""
+        """Whether an exception has not been raised yet."""
         return self._error is not None
 
     def submit(self, work: Callable[[], None]) -> None:
-        """Start ``work`` once the work before it is done; raise what that raised."""
+        """Wait for the previous job, raise its exception if there is one, and start ``work``."""
         self.drain()
 
         def run() -> None:
@@ -32,36 +32,36 @@ class Writer:
             except Exception as error:
                 self._error = error
 
-        # Not a daemon: the interpreter's end waits for it, so a checkpoint that was begun is finished.
+        # Not a daemon: the interpreter waits for the thread at exit, so a started checkpoint is completed.
         self._thread = threading.Thread(target=run, name="checkpoint")
         self._thread.start()
 
     def check(self) -> None:
-        """Raise what the last work raised, once."""
+        """Raise the exception of the last job, once."""
         error, self._error = self._error, None
         if error is not None:
             raise error
 
     def drain(self) -> None:
-        """Wait until nothing is on its way, and :meth:`check`."""
+        """Wait for the running job, then :meth:`check`."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         self.check()
 
     def join_quietly(self) -> None:
-        """Wait without raising: for a run that ends by another error, which must be the one that is seen."""
+        """Wait without raising, for a run that already ends with another error."""
         if self._thread is not None:
             self._thread.join()
 
 
 def copied(checkpoint: Checkpoint) -> Checkpoint:
-    """Return a checkpoint on the CPU that the next step cannot change."""
+    """Return a copy of the checkpoint on the CPU, which the next step cannot change."""
     return Checkpoint(_copied(checkpoint.model), _copied(checkpoint.optim), checkpoint.state)
 
 
 def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    # A tensor from a GPU is a copy already.
+    # Moving a tensor from a GPU already copies it.
     return {
         k: v.detach().cpu() if v.device.type != "cpu" else v.detach().clone().contiguous() for k, v in tensors.items()
     }

@@ -1,9 +1,9 @@
-"""Checkpoints that are whole or not there: written to a temporary path, hashed, renamed; verified on load; never unpickled.
+"""Checkpoints on disk: written atomically, hashed, verified on load, without pickle.
 
     checkpoints/step_00000100/{model.safetensors, optim.safetensors, state.json, SHA256SUMS}
 
-Folders whose name starts with a dot are being written or deleted; :func:`clear_leftovers` removes what a killed
-process left of them. ``damaged_step_*`` are checkpoints that failed their hash, kept for a person to look at.
+Folders whose names start with a dot are being written or deleted; :func:`clear_leftovers` removes those of a killed
+process. Checkpoints that failed their hash are renamed to ``damaged_step_*`` and kept for inspection.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ FILES = ("model.safetensors", "optim.safetensors", "state.json")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is damaged or of another format; names the folder and what to do."""
+    """A checkpoint is damaged or has another format version. The message names the folder and the fix."""
 
 
 @dataclass
 class Checkpoint:
-    """Everything a run needs to go on."""
+    """Everything that is needed to resume a run."""
 
     model: dict[str, torch.Tensor]
-    """The module's state."""
+    """State dict of the module."""
     optim: dict[str, torch.Tensor]
-    """The optimizer's state as named tensors."""
+    """Optimizer state as named tensors."""
     state: dict[str, Any]
-    """Plain data: step, place in the epoch, best score, random state, config."""
+    """JSON data: step, position in the epoch, best score, random state, config."""
 
 
 def folder_of(root: Path, step: int) -> Path:
@@ -51,17 +51,17 @@ def folder_of(root: Path, step: int) -> Path:
 
 
 def steps_of(root: Path) -> list[int]:
-    """Return the steps that have a folder, ascending; the folders may still be damaged."""
+    """Return the steps that have a checkpoint folder, ascending; does not verify the folders."""
     return sorted(int(p.name[5:]) for p in root.glob("step_*") if p.name[5:].isdigit() and p.is_dir())
 
 
 def save(root: Path, step: int, checkpoint: Checkpoint) -> Path:
-    """Write one checkpoint; at no moment does its folder exist half written.
+    """Write one checkpoint atomically and return its folder.
 
     Raises
     ------
     RestartError
-        The disk is full or fails; what was written of this checkpoint is removed, older ones are as they were.
+        The disk is full or fails. The incomplete checkpoint is removed; older ones are unchanged.
     """
     root.mkdir(parents=True, exist_ok=True)
     final = folder_of(root, step)
@@ -69,22 +69,22 @@ def save(root: Path, step: int, checkpoint: Checkpoint) -> Path:
         with atomic_folder(final, root / f".writing-{step:08d}") as tmp_path:
             _write(tmp_path, checkpoint)
     except Exception as error:
-        said = disk_trouble(error)
-        if said is None:
+        problem = disk_trouble(error)
+        if problem is None:
             raise
         size, free = _bytes(checkpoint) / 2**20, shutil.disk_usage(root).free / 2**20
         older = [s for s in steps_of(root) if s != step]
-        last = f"that of step {older[-1]} is as it was" if older else "there is none before it"
+        last = f"the checkpoint of step {older[-1]} is unchanged" if older else "there is no earlier checkpoint"
         raise RestartError(
-            f"{final}: cannot write this checkpoint, {said}; it takes {size:.1f} MiB, {free:.1f} MiB are free; "
-            f"{last}; make room, then {ADVICE}"
+            f"{final}: cannot write this checkpoint: {problem}; it needs {size:.1f} MiB, {free:.1f} MiB are free; "
+            f"{last}; free disk space, then {ADVICE}"
         ) from error
     return final
 
 
 def _write(tmp_path: Path, checkpoint: Checkpoint) -> None:
     tmp_path.mkdir()
-    # A copy of each tensor: safetensors refuses tied weights, which share their memory.
+    # Each tensor is copied: safetensors refuses tensors that share memory, as tied weights do.
     save_file({k: v.detach().cpu().clone().contiguous() for k, v in checkpoint.model.items()}, tmp_path / FILES[0])
     save_file(checkpoint.optim, tmp_path / FILES[1])
     state = {"format": FORMAT, "version": VERSION} | checkpoint.state
@@ -98,12 +98,12 @@ def _bytes(checkpoint: Checkpoint) -> int:
 
 
 def load(folder: Path) -> Checkpoint:
-    """Read one checkpoint after checking every file against its hash.
+    """Verify and read one checkpoint.
 
     Raises
     ------
     CheckpointError
-        A file is missing or changed, or the format is another one.
+        A file is missing or does not match its hash, or the checkpoint has another format version.
     """
     verify(folder)
     state = json.loads((folder / FILES[2]).read_text(encoding="utf-8"))
@@ -119,44 +119,44 @@ def verify(folder: Path) -> None:
     Raises
     ------
     CheckpointError
-        A file is missing or is not what was written.
+        A file is missing or does not match its hash.
     """
     advice = "delete the folder to use an older checkpoint"
     sums = folder / SUMS
     if not sums.is_file():
-        raise CheckpointError(f"{sums}: missing, the checkpoint is not whole; {advice}")
+        raise CheckpointError(f"{sums}: missing, the checkpoint is incomplete; {advice}")
     lines = sums.read_bytes().decode("utf-8", "replace").splitlines()
     stated = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
     for name in FILES:
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name}: missing; {advice}")
         if _sha256(folder / name) != stated.get(name):
-            raise CheckpointError(f"{folder / name}: not what was written (SHA256 differs); {advice}")
+            raise CheckpointError(f"{folder / name}: the SHA-256 differs from {SUMS}; {advice}")
 
 
 def newest_good(root: Path) -> tuple[int, Checkpoint] | None:
-    """Return the newest checkpoint that verifies, saying which ones do not; None where there is none."""
+    """Return the newest valid checkpoint and its step, or None; log a warning for each damaged one."""
     for step in reversed(steps_of(root)):
         try:
             return step, load(folder_of(root, step))
         except (CheckpointError, FileNotFoundError) as error:
-            if folder_of(root, step).is_dir():  # else a run that goes on has deleted it meanwhile
-                log.warning("passed over a damaged checkpoint: %s", error)
+            if folder_of(root, step).is_dir():  # otherwise a running process has just deleted it
+                log.warning("skipped a damaged checkpoint: %s", error)
     return None
 
 
 def quarantine_newer(root: Path, step: int) -> None:
-    """Rename checkpoints newer than ``step`` to ``damaged_step_*``: they did not verify and must not count as kept."""
+    """Rename checkpoints newer than ``step``, which failed verification, to ``damaged_step_*``."""
     for newer in steps_of(root):
         if newer > step:
             folder = folder_of(root, newer)
             shutil.rmtree(root / f"damaged_{folder.name}", ignore_errors=True)
             folder.rename(root / f"damaged_{folder.name}")
-            log.warning("%s is now called damaged_%s; delete it when you need it no more", folder, folder.name)
+            log.warning("%s was renamed to damaged_%s; you can delete it", folder, folder.name)
 
 
 def clear_leftovers(root: Path) -> None:
-    """Remove what a killed process was writing or deleting."""
+    """Remove folders that a killed process was writing or deleting."""
     for path in (*root.glob(".writing-*"), *root.glob(".deleting-*")):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -171,7 +171,7 @@ def prune(root: Path, keep: int, best: int | None) -> None:
 
 
 def delete(folder: Path) -> None:
-    """Delete a checkpoint; killed half way, it leaves no folder that looks like a checkpoint."""
+    """Rename a checkpoint and delete it, so that an interruption leaves no incomplete checkpoint behind."""
     tmp_path = folder.with_name(f".deleting-{folder.name}")
     shutil.rmtree(tmp_path, ignore_errors=True)
     folder.rename(tmp_path)

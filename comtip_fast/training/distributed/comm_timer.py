@@ -1,8 +1,8 @@
-"""How long a rank waits for others: a clock, and what reads it while losses, table, DDP and ZeRO exchange numbers.
+"""Timing of collectives in the losses, the sentence table, DDP and ZeRO.
 
-On a CPU the clock counts the time in which a collective holds the step up. On a GPU it counts, by events, the time that
-collectives take on their stream, so that nothing waits for being measured: for losses, table and DDP that is what the
-step waits for; ZeRO's collectives have streams of their own and count in full, beside computation as well.
+On CPUs the clock measures the time for which a collective blocks the step. On GPUs it measures collectives with CUDA
+events on their stream, without synchronization. For losses, table and DDP this is the time for which the step waits. ZeRO
+runs collectives on its own streams, so their full duration counts even if it overlaps with computation.
 """
 
 from __future__ import annotations
@@ -17,21 +17,31 @@ import torch
 from torch import Tensor
 
 from comtip_fast.collectives import Group
+from comtip_fast.training.engines.deepspeed_internals import call_after_backward
 
 COLLECTIVES = (
-    "broadcast", "reduce", "all_reduce", "all_reduce_coalesced", "reduce_scatter", "reduce_scatter_tensor",
-    "all_gather", "all_gather_into_tensor", "all_gather_coalesced", "all_to_all", "all_to_all_single",
-)  # fmt: skip
-"""Of DeepSpeed's backend, what ZeRO may call in a step."""
+    "broadcast",
+    "reduce",
+    "all_reduce",
+    "all_reduce_coalesced",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_gather_coalesced",
+    "all_to_all",
+    "all_to_all_single",
+)
+"""Methods of DeepSpeed's communication backend that ZeRO may call in a step."""
 
 
 class CommClock:
-    """Adds up time spent in communication.
+    """Accumulates time spent in communication.
 
     Parameters
     ----------
     device
-        Where the run computes; on a GPU time is taken by events.
+        Device of the run; time on GPUs is measured with events.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -41,7 +51,7 @@ class CommClock:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Count what happens inside; a collective made of others counts once."""
+        """Count the time of the block; nested blocks count once."""
         self._depth += 1
         began = self._now() if self._depth == 1 else None
         try:
@@ -53,16 +63,15 @@ class CommClock:
 
     @contextmanager
     def after_backward(self, loss: Tensor) -> Iterator[None]:
-        """Count, in a backward pass from ``loss`` made inside, what it still waits for when its own work is done.
+        """Count the wait at the end of the block's backward pass from ``loss``, after its own computation.
 
-        PyTorch runs what is queued for the end of a backward pass in order, and DDP queues its wait with its last
-        bucket: behind ours, which is queued with the first gradient.
+        PyTorch runs callbacks at the end of a backward pass in the order in which they were queued. DDP queues its wait
+        with its last bucket, after this callback, which is queued with the first gradient.
         """
         began: list[Any] = []
 
         def queue(_gradient: Tensor) -> None:
-            engine = torch.autograd.Variable._execution_engine
-            engine.queue_callback(lambda: began.append(self._now()))
+            call_after_backward(lambda: began.append(self._now()))
 
         handle = loss.register_hook(queue)
         yield
@@ -71,7 +80,7 @@ class CommClock:
             self._count(began[-1])
 
     def clocked(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """Return ``call`` with its time counted, and that of waiting for the work it may return."""
+        """Return a wrapper of ``call`` that counts its time and the time spent waiting for the work it returns."""
 
         @functools.wraps(call)
         def counted(*args: Any, **kwargs: Any) -> Any:
@@ -105,7 +114,7 @@ class CommClock:
 
 
 class _ClockedWork:
-    """A collective under way."""
+    """A running collective whose waiting time is counted."""
 
     def __init__(self, work: Any, clock: CommClock) -> None:
         self._work, self._clock = work, clock
@@ -119,7 +128,7 @@ class _ClockedWork:
 
 
 class ClockedGroup:
-    """A group that counts the time of its collectives, for losses and table; engines find its ``clock`` and use it too."""
+    """A group that counts the time of its collectives; engines add theirs to the same ``clock``."""
 
     def __init__(self, group: Group, device: torch.device) -> None:
         self.inner, self.rank, self.size = group, group.rank, group.size
@@ -146,7 +155,7 @@ class ClockedGroup:
             return self.inner.max(values)
 
     def ring_shift(self, send: Sequence[Tensor], receive: Sequence[Tensor]) -> Callable[[], None]:
-        """See :class:`Group`; only waiting counts, what the ring does meanwhile is computation."""
+        """See :class:`Group`; only the wait counts, because the transfer overlaps with computation."""
         wait = self.inner.ring_shift(send, receive)
 
         def clocked_wait() -> None:
@@ -157,12 +166,12 @@ class ClockedGroup:
 
 
 def clock_of(group: Group, device: torch.device) -> CommClock:
-    """Return the group's clock, or one that nobody reads."""
+    """Return the group's clock, or a new one if the group has none."""
     return group.clock if isinstance(group, ClockedGroup) else CommClock(device)
 
 
 def clock_backend(backend: Any, clock: CommClock) -> None:
-    """Count the collectives of DeepSpeed's communication backend; the last clock given is the one that counts."""
+    """Count the collectives of DeepSpeed's communication backend; replaces the clock of an earlier call."""
     for name in COLLECTIVES:
         plain = getattr(backend, name, None)
         plain = getattr(plain, "comtip_plain", plain)

@@ -1,7 +1,7 @@
-"""Failures that a fresh start mends: said in one sentence on every rank, within a bounded time, with an exit code of their own.
+"""Failures that a restart can fix: one clear message per rank, a bounded time, and a separate exit code.
 
-A rank that dies takes its connections with it, so the others fail in their next collective; what they then get to see
-is a line of the transport. :func:`explain_failures` turns it into what happened, where, and what to do.
+When a rank dies its connections close, so the other ranks fail in their next collective with an error of the transport.
+:func:`explain_failures` turns that error into a message with the cause, the location and the fix.
 """
 
 from __future__ import annotations
@@ -19,60 +19,67 @@ from comtip_fast.streams import drain, write_line
 from comtip_fast.training.protocol import TrainingError
 
 RESTART_CODE = 75
-"""Exit code of a process that a fresh start with ``--resume`` helps (``EX_TEMPFAIL`` of sysexits.h)."""
-ADVICE = "the launcher starts it again from the last good checkpoint; without one, run the same command with --resume"
+"""Exit code of a run that should be restarted with ``--resume`` (``EX_TEMPFAIL`` of sysexits.h)."""
+ADVICE = "the launcher restarts the run from the last valid checkpoint; without one, run the same command with --resume"
 
 
 class RestartError(RuntimeError):
-    """Say that only a fresh process can go on, from the last good checkpoint."""
+    """The run can continue only in a new process, from the last valid checkpoint."""
 
 
 @contextmanager
 def explain_failures(rank: int, size: int, where: Callable[[], str], timeout_s: float) -> Iterator[None]:
-    """Turn a lost rank, a late rank and a full disk into a :class:`RestartError`; most else passes as it is.
+    """Turn errors of a lost rank, a late rank or a full disk into a :class:`RestartError`.
 
-    A path that can never be written (a read-only file system) becomes a :class:`TrainingError`: starting again does not
-    help there.
+    Other errors are not changed, except that a path that cannot be written (a read-only file system), which a restart
+    does not fix, becomes a :class:`TrainingError`.
 
     Parameters
     ----------
     rank, size
-        Of this process.
+        Rank of this process and number of ranks.
     where
-        Says what was being done.
+        Returns a description of the current activity, for the message.
     timeout_s
-        How long a collective waits for a rank.
+        Timeout of collectives.
+
+    Raises
+    ------
+    RestartError
+        A rank is lost or late, or a disk is full or fails.
+    TrainingError
+        A path cannot be written.
     """
     try:
         yield
     except (RestartError, TrainingError):
         raise
     except Exception as error:
-        said = disk_trouble(error)
-        if said is not None:
-            raise RestartError(f"{_who(rank, size)}{where()}: {said}; make room, then {ADVICE}") from error
-        refused = unwritable(error)
-        if refused is not None:
+        problem = disk_trouble(error)
+        if problem is not None:
+            raise RestartError(f"{_who(rank, size)}{where()}: {problem}; free disk space, then {ADVICE}") from error
+        problem = unwritable(error)
+        if problem is not None:
             raise TrainingError(
-                f"{_who(rank, size)}{where()}: {refused}; make it writable, or give another folder"
+                f"{_who(rank, size)}{where()}: {problem}; make it writable or give another folder"
             ) from error
         if not isinstance(error, RuntimeError) or size == 1 or not _of_collective(error):
             raise
         late = any(word in str(error).lower() for word in ("timed out", "timeout", "time out"))
         what = (
-            f"a rank did not come to a collective within engine.timeout_s={timeout_s:g} s"
+            f"a rank did not reach a collective within engine.timeout_s={timeout_s:g} s"
             if late
-            else "the connection to another rank is lost: it ended, or its node did (its own log says why)"
+            else "the connection to another rank is lost: its process or node failed (see its log)"
         )
         raise RestartError(f"{_who(rank, size)}{where()}: {what}; {ADVICE}") from error
 
 
 @contextmanager
 def no_longer_than(seconds: float, what: str) -> Iterator[None]:
-    """End this process if the block takes longer: what waits for ranks that are gone may wait for ever."""
+    """Exit the process if the block takes longer than ``seconds``: waiting for a dead rank may never return."""
 
     def end() -> None:
-        write_line(f"comtip: error: {what} took more than {seconds:g} s; ended", sys.stderr)
+        write_line(f"comtip: error: {what} took more than {seconds:g} s; process ended", sys.stderr)
         hard_exit()
 
     timer = threading.Timer(seconds, end)
@@ -85,7 +92,7 @@ def no_longer_than(seconds: float, what: str) -> Iterator[None]:
 
 
 def hard_exit(code: int = RESTART_CODE) -> None:
-    """End this process from any thread, whatever the others are stuck in."""
+    """Exit the process from any thread, even if other threads are blocked."""
     for stream in (sys.stdout, sys.stderr):
         drain(stream)
     os._exit(code)

@@ -1,9 +1,9 @@
 """Reduction of a step's losses and logged numbers over ranks, by name.
 
 Ranks may hold different names: a rank without spots has no patch features, a rank without counted swaps has no AUC. A
-collective over vectors of different lengths aborts or hangs, so the length is never taken from what a rank holds. The
-ranks agree on one sorted list of names and always send the whole list. A rank that holds a further name raises a flag
-inside the same collective, and all ranks then extend the list together.
+collective over vectors of different lengths aborts or hangs, so the length never depends on one rank. The ranks agree on a
+sorted list of names and always send all of them. A rank that holds a further name sets a flag inside the same collective,
+and all ranks then extend the list together.
 """
 
 from __future__ import annotations
@@ -48,40 +48,43 @@ class RankNumbers:
         self._names: tuple[list[str], list[str]] = ([], [])
 
     def reduce(self, sums: Mapping[str, float], means: Mapping[str, float], flags: Sequence[bool] = ()) -> Reduced:
-        """Reduce over ranks; a collective call, made by every rank with the same number of flags.
+        """Reduce over ranks; a collective call, with the same number of flags on every rank.
 
         Parameters
         ----------
         sums
             Values to add up, for example this rank's shares of the losses.
         means
-            Values to average, for example diagnostics. A rank on which one is not finite does not count.
+            Values to average, for example diagnostics. Values that are not finite are left out of the mean.
         flags
-            Conditions that hold for all ranks as soon as they hold on one.
+            Conditions to combine with a logical or.
 
         Returns
         -------
         Reduced
-            With the names that at least one rank passed, each rank's own names first and in its order.
+            Results for the names that at least one rank passed; the rank's own names come first, in its order.
         """
         found = self._attempt(sums, means, flags)
         if found is None:
             self._agree(sums, means)
             found = self._attempt(sums, means, flags)
-        assert found is not None, "names were agreed a moment ago"
+        assert found is not None, "all names have been agreed on"
         return found
 
     def _attempt(self, sums: Mapping[str, float], means: Mapping[str, float], flags: Sequence[bool]) -> Reduced | None:
-        """Reduce under the agreed names; None, on every rank alike, where some rank holds a further name."""
+        """Reduce under the agreed names; return None on every rank if any rank holds a further name."""
         sum_names, mean_names = self._names
         unknown = bool(sums.keys() - set(sum_names)) or bool(means.keys() - set(mean_names))
         finite = {k: v for k, v in means.items() if math.isfinite(v)}
         values = [
-            float(unknown), *map(float, flags),
-            *(sums.get(k, 0.0) for k in sum_names), *(float(k in sums) for k in sum_names),
-            *(finite.get(k, 0.0) for k in mean_names), *(float(k in finite) for k in mean_names),
+            float(unknown),
+            *map(float, flags),
+            *(sums.get(k, 0.0) for k in sum_names),
+            *(float(k in sums) for k in sum_names),
+            *(finite.get(k, 0.0) for k in mean_names),
+            *(float(k in finite) for k in mean_names),
             *(float(k in means) for k in mean_names),
-        ]  # fmt: skip
+        ]
         total = self.group.sum(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
         if total[0]:
             return None
@@ -101,7 +104,7 @@ class RankNumbers:
         )
 
     def _agree(self, sums: Mapping[str, float], means: Mapping[str, float]) -> None:
-        """Extend the agreed names by those of every rank."""
+        """Add the names of every rank to the agreed names."""
         own = json.dumps([sorted(sums), sorted(means)]).encode()
         every = [json.loads(text) for text in _gather_bytes(own, self.group, self.device)]
         old_sums, old_means = self._names
@@ -116,7 +119,7 @@ def _order(own: Mapping[str, float], agreed: list[str]) -> list[str]:
 
 
 def _gather_bytes(own: bytes, group: Group, device: torch.device) -> list[bytes]:
-    """Return the bytes of every rank; all of them send as many, padded with spaces."""
+    """Return the bytes of every rank; shorter ones are padded with spaces."""
     most = int(group.max(torch.tensor(len(own), device=device)))
     row = torch.from_numpy(np.frombuffer(own.ljust(most), dtype=np.uint8).copy()).to(device)
     rows: Tensor = group.gather_rows(row[None], [1] * group.size)

@@ -1,7 +1,8 @@
-"""Bad input under torchrun: its agent starts ranks again whatever they ended with, so a start that cannot help ends at once.
+"""Prevent useless restarts: torchrun restarts a rank after any error, including bad input.
 
-A rank that ends with bad input leaves a note for the next start of the same command under the same agent, in the
-temporary folder of its node: the run's folder may be what is wrong. Nothing here is slow to import.
+A rank that fails because of bad input writes a note, and the next start of the same command under the same agent exits at
+once. The note is in the node's temporary folder, because the run folder may be the cause of the error. This module is
+imported first and imports nothing slow.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from pathlib import Path
 
 
 class RestartGuard:
-    """The note between two starts of one rank; does nothing outside torchrun.
+    """Passes a note from one start of a rank to the next; does nothing outside of torchrun.
 
     Parameters
     ----------
     arguments
-        Of the command: another command is another note.
+        Arguments of the command; other arguments have a separate note.
     environ
-        The launcher's environment.
+        Environment variables of the launcher.
     """
 
     def __init__(self, arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> None:
@@ -30,37 +31,37 @@ class RestartGuard:
         self._last = int(environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
         self._path: Path | None = None
         if "TORCHELASTIC_RUN_ID" in environ:
-            # The agent is the parent of all starts of its ranks.
-            of = [
+            # All starts of a rank have the agent as their parent process.
+            identity = [
                 os.getppid(),
                 environ["TORCHELASTIC_RUN_ID"],
                 environ.get("LOCAL_RANK", ""),
                 str(Path.cwd()),
                 *arguments,
             ]
-            name = hashlib.sha256(json.dumps(of).encode()).hexdigest()[:24]
+            name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
             self._path = Path(tempfile.gettempdir()) / f"comtip-refused-{os.getuid()}-{name}.json"
             if self._start == 0:
                 self._path.unlink(missing_ok=True)
 
     def known(self) -> str | None:
-        """Return what an earlier start ended with, where starting again does not help; else None."""
+        """Return the error of an earlier start if a restart cannot fix it, else None."""
         message, final = self._read()
         if not final:
             return None
         self._forget_with_the_last()
-        return f"{message} (start {self._start} of {self._last} again; it cannot help)"
+        return f"{message} (restart {self._start} of {self._last} stopped: a restart cannot fix this)"
 
     def note(self, message: str, begun: bool) -> None:
-        """Leave a note of bad input.
+        """Record an error caused by bad input.
 
         Parameters
         ----------
         message
-            What is said of it.
+            The error message.
         begun
-            The run has a checkpoint. Then what worked before may work again (a file server, a lock), and only the same
-            message a second time is the end of it.
+            Whether the run has a checkpoint. If so, the input was valid before and the error may be temporary (a file
+            server, a lock), so only the same message a second time stops the restarts.
         """
         if self._path is None:
             return

@@ -1,4 +1,4 @@
-"""What happens to a run from outside: a signal that asks it to stop, and a second process in its folder."""
+"""Stop signals, and the lock that keeps a second process out of the run folder."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ LOCK_FILE = "run.lock"
 
 
 class Signals:
-    """Remembers that SIGTERM, SIGHUP or SIGINT asked for the end; a second SIGINT ends at once."""
+    """Records SIGTERM, SIGHUP or SIGINT; a second SIGINT raises KeyboardInterrupt."""
 
     def __init__(self) -> None:
         self.received = 0
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Take a signal: the running step is finished first."""
+        """Record a signal; the training loop stops after the current step."""
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
-        log.warning("%s: finishing this step, saving, then stopping", signal.Signals(number).name)
+        log.warning("%s received: stopping after this step and a checkpoint", signal.Signals(number).name)
 
 
 @contextmanager
 def catch_signals() -> Iterator[Signals]:
-    """Take SIGTERM, SIGINT and SIGHUP; the earlier handlers come back at the end.
+    """Handle SIGTERM, SIGINT and SIGHUP inside the block; restore the previous handlers afterwards.
 
-    A SIGHUP that is ignored stays ignored: that is how nohup lets a run outlive its terminal.
+    An ignored SIGHUP stays ignored, because nohup relies on it.
     """
     caught, earlier = Signals(), {}
     try:
@@ -47,7 +47,7 @@ def catch_signals() -> Iterator[Signals]:
                 continue
             earlier[number] = signal.signal(number, caught)
     except ValueError:
-        log.debug("not in the main thread: signals are left to whoever started this")
+        log.debug("not in the main thread: signals are not handled")
     try:
         yield caught
     finally:
@@ -56,21 +56,22 @@ def catch_signals() -> Iterator[Signals]:
 
 
 def refuse_links(run_dir: Path) -> None:
-    """Refuse a run folder with symbolic links: a run that resumes truncates, appends to and deletes what is in it.
+    """Refuse symbolic links in a run folder, because a resumed run truncates, appends to and deletes its files.
 
-    What wandb keeps in its own folder is left to wandb, which makes links there.
+    The ``wandb`` folder is not checked: wandb creates links there.
 
     Raises
     ------
     TrainingError
-        Naming the first link.
+        There is a symbolic link; the message names the first one.
     """
     for root, folders, files in os.walk(run_dir, followlinks=False):
         for name in sorted([*folders, *files]):
             path = Path(root, name)
             if path.is_symlink():
                 raise TrainingError(
-                    f"{path}: is a link, which no run writes; put the file or folder itself there, or give a new --out"
+                    f"{path}: symbolic links are not allowed in a run folder; replace it with the file or folder, or "
+                    "give a new --out"
                 )
         if "wandb" in folders and Path(root) == run_dir:
             folders.remove("wandb")
@@ -78,22 +79,22 @@ def refuse_links(run_dir: Path) -> None:
 
 @contextmanager
 def hold_run(run_dir: Path, patience_s: float = 0.0) -> Iterator[None]:
-    """Keep a second process out of a run folder.
+    """Lock a run folder inside the block.
 
-    The kernel drops the lock with the process that holds it, however it ends, so a lock file that a dead process
-    left behind is simply taken over; its text, the process id, is only for people.
+    The kernel releases the lock when its process ends, so the lock file of a dead process does not block a new one. The
+    file contains the process id for information only.
 
     Parameters
     ----------
     run_dir
-        The folder, which exists.
+        An existing folder.
     patience_s
-        How long to wait for the holder to end: after a lost node its ranks, or its file server's lease, may outlive it.
+        Seconds to wait for the lock: after a node failure, other ranks or the lease of a file server may live longer.
 
     Raises
     ------
     TrainingError
-        A live process holds the folder, or there are links in it.
+        Another process holds the lock, or the folder contains symbolic links.
     """
     refuse_links(run_dir)
     until = time.monotonic() + patience_s
@@ -111,12 +112,12 @@ def hold_run(run_dir: Path, patience_s: float = 0.0) -> Iterator[None]:
                     continue
                 file.seek(0)
                 holder = file.read().strip() or "?"
-                raise TrainingError(f"{run_dir} is in use by process {holder}; wait for it or stop it") from error
+                raise TrainingError(f"{run_dir}: in use by process {holder}; wait for it to end or stop it") from error
             except OSError as error:
                 if error.errno not in NO_LOCKS:
                     raise
                 log.warning(
-                    "%s: this file system has no locks (%s); see to it that only one run writes here",
+                    "%s: this file system has no locks (%s); make sure that only one run writes to this folder",
                     run_dir,
                     error.strerror,
                 )

@@ -1,4 +1,4 @@
-"""Choose the engine that the config asks for."""
+"""Selection of the engine."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from comtip_fast.training.protocol import TrainingError
 
 
 def check_engine(config: RunConfig, device: torch.device) -> None:
-    """Refuse, before anything slow is done, an engine that lacks something on this machine.
+    """Check, before any slow work, that this machine has what the engine needs.
 
     Raises
     ------
     TrainingError
-        Says what is missing.
+        A requirement is missing; the message names it.
     """
     if config.engine.kind == "deepspeed":
         from comtip_fast.training.engines.deepspeed import check_deepspeed
@@ -27,12 +27,12 @@ def check_engine(config: RunConfig, device: torch.device) -> None:
 
 
 def make_engine(module: nn.Module, config: RunConfig, group: Group) -> Engine:
-    """Return the engine that the config asks for; ``module`` already holds the weights to start from.
+    """Return the engine that the config selects; ``module`` must already hold the initial weights.
 
     Raises
     ------
     TrainingError
-        ``engine.kind`` does not fit the number of processes, or DeepSpeed is not there.
+        ``engine.kind`` does not fit the number of processes, or DeepSpeed is not installed.
     """
     kind = config.engine.kind
     if kind == "single" and group.size > 1:

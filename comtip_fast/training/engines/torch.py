@@ -23,7 +23,7 @@ class TorchEngine:
     def __init__(self, module: nn.Module, config: RunConfig, group: Group) -> None:
         self.module, self.config, self.group = module, config, group
         self.name = "single" if group.size == 1 else "ddp"
-        # DDP waits for every parameter in the pass that is reduced, the last.
+        # DDP waits for every parameter in the pass that reduces gradients, which is the last one.
         self.table_first = False
         device = next(module.parameters()).device
         self._clock = clock_of(group, device)
@@ -33,7 +33,7 @@ class TorchEngine:
             self._step = DistributedDataParallel(
                 self._step, bucket_cap_mb=config.engine.bucket_mb, gradient_as_bucket_view=True
             )
-            # Set, as the argument's name depends on PyTorch's version: no rank changes buffers by itself.
+            # Set as an attribute because the argument's name depends on PyTorch's version. Buffers are equal on all ranks.
             self._step.broadcast_buffers = False
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -53,7 +53,7 @@ class TorchEngine:
         return self._step.no_sync()
 
     def backward(self, loss: Tensor) -> None:
-        """See :meth:`Engine.backward`; DDP averages, so the share is multiplied by the number of ranks."""
+        """See :meth:`Engine.backward`; DDP averages gradients, so the share is multiplied by the number of ranks."""
         if self.group.size == 1:
             loss.backward()
             return
@@ -62,18 +62,18 @@ class TorchEngine:
             loss.backward()
 
     def update(self, finite: bool) -> float:
-        """See :meth:`Engine.update`. Scaling by a norm of NaN would make every gradient NaN and hide the first one."""
+        """See :meth:`Engine.update`. A NaN norm clips nothing, so that the gradients still show their first NaN."""
         norm = clip(self.module, self.config.optim.clip)
         if finite and math.isfinite(norm):
             self.optimizer.step()
         return norm
 
     def summon_full_params(self) -> AbstractContextManager[Any]:
-        """Every rank holds every parameter."""
+        """Do nothing: every rank holds every parameter."""
         return nullcontext()
 
     def gathered_for_read(self) -> AbstractContextManager[Any]:
-        """Do nothing: the task's module is the one that is trained."""
+        """Do nothing: the task's module is the trained module."""
         return nullcontext()
 
     def optimizer_state(self) -> dict[str, Tensor]:

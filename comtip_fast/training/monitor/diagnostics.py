@@ -1,4 +1,4 @@
-"""Diagnostics describe a run and never end it: an error in one is a warning and a missing number."""
+"""Errors in diagnostics become warnings and missing values; they never end a run."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ _REPORTED: set[str] = set()
 
 
 def diagnostic(what: str, compute: Callable[[], T], otherwise: T) -> T:
-    """Return ``compute()``, or ``otherwise`` where it raises; the first error of each ``what`` is a warning.
+    """Return ``compute()``, or ``otherwise`` if it raises; the first error of each ``what`` is logged as a warning.
 
-    ``compute`` must make no collective call: a rank that left one early would keep the others waiting.
+    ``compute`` must not call a collective: if one rank raised, the others would wait for it.
 
     Parameters
     ----------
     what
         Name of the diagnostic, for the warning.
     compute
-        Computes or writes it.
+        Computes or writes the diagnostic.
     otherwise
-        Stands in for the result after an error.
+        Result after an error.
     """
     try:
         return compute()
-    except Exception as error:  # any error: the guard against non-finite losses must be reached in every case
+    except Exception as error:  # any error: the check for non-finite losses must always run
         if what not in _REPORTED:
             _REPORTED.add(what)
             log.warning("%s failed, training continues without it: %s: %s", what, type(error).__name__, error)
@@ -35,5 +35,5 @@ def diagnostic(what: str, compute: Callable[[], T], otherwise: T) -> T:
 
 
 def undefined(names: Iterable[str]) -> dict[str, float]:
-    """Return NaN under every name: what a failed diagnostic logs."""
+    """Return NaN for every name, as logged for a failed diagnostic."""
     return dict.fromkeys(names, float("nan"))

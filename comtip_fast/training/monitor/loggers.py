@@ -1,4 +1,4 @@
-"""Where numbers go: metrics.jsonl always, TensorBoard and W&B when asked for, and a line for the person watching."""
+"""Loggers of a run: metrics.jsonl, progress on the terminal and, optionally, TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ log = logging.getLogger("comtip_fast")
 
 
 class Logger(Protocol):
-    """Takes one row of numbers."""
+    """Writes rows of metrics."""
 
     def log(self, row: dict[str, Any]) -> None:
-        """Write one row; it holds ``step`` and ``kind``."""
+        """Write one row, which includes ``step`` and ``kind``."""
         ...
 
     def close(self) -> None:
-        """Finish."""
+        """Release files and connections."""
         ...
 
 
 class JsonlLogger:
-    """One JSON object per line; numbers that are not finite become null."""
+    """Writes one JSON object per line; numbers that are not finite become null."""
 
     def __init__(self, path: Path, up_to_step: int | None) -> None:
-        """Open ``path``; rows after ``up_to_step`` are dropped, they will be made again (None keeps nothing)."""
+        """Open ``path`` and drop rows after ``up_to_step``, which the run will repeat (None drops all)."""
         if up_to_step is None:
             path.unlink(missing_ok=True)
         else:
@@ -55,18 +55,18 @@ class JsonlLogger:
 
 
 class TensorBoardLogger:
-    """Events for TensorBoard (extra ``log``)."""
+    """Writes events for TensorBoard (extra ``log``)."""
 
     def __init__(self, folder: Path, start: int) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ValueError("train.tensorboard=true needs TensorBoard: pip install 'comtip-fast[log]'") from error
-        # A resumed run makes the steps after its checkpoint again; their first events are hidden.
+        # A resumed run repeats the steps after its checkpoint; purge_step hides their earlier events.
         self._writer = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
 
     def log(self, row: dict[str, Any]) -> None:
-        """Write every number of the row."""
+        """Write every finite number of the row."""
         for key, value in _numbers(row).items():
             if math.isfinite(value):
                 self._writer.add_scalar(f"{row['kind']}/{key}", value, row["step"])
@@ -77,7 +77,7 @@ class TensorBoardLogger:
 
 
 class WandbLogger:
-    """A Weights & Biases run (extra ``log``)."""
+    """Writes to a Weights & Biases run (extra ``log``)."""
 
     def __init__(self, project: str, folder: Path, config: dict[str, Any]) -> None:
         try:
@@ -99,18 +99,18 @@ class WandbLogger:
 
 
 class BestEffort:
-    """Passes rows on to a logger that people watch; its first error is a warning and its end, never the run's."""
+    """Forwards rows to another logger; its first error is logged as a warning and disables it."""
 
     def __init__(self, logger: Logger) -> None:
         self._logger: Logger | None = logger
         self._name = type(logger).__name__
 
     def log(self, row: dict[str, Any]) -> None:
-        """Pass the row on."""
+        """Forward the row."""
         self._attempt(lambda logger: logger.log(row))
 
     def close(self) -> None:
-        """Finish."""
+        """Close the logger."""
         self._attempt(lambda logger: logger.close())
 
     def _attempt(self, work: Callable[[Logger], None]) -> None:
@@ -118,13 +118,13 @@ class BestEffort:
             return
         try:
             work(self._logger)
-        except Exception as error:  # any error: the record of a run is metrics.jsonl
+        except Exception as error:  # any error: metrics.jsonl remains the record of the run
             self._logger = None
             log.warning("%s stops, training continues: %s: %s", self._name, type(error).__name__, error)
 
 
 class Progress:
-    """A line per logged step: where we are, how fast, how long still."""
+    """Prints a line per logged step: progress, losses, speed and remaining time."""
 
     def __init__(self, total: int, start: int, stream: TextIO | None = None) -> None:
         self.total, self.start, self.began = total, start, time.monotonic()
@@ -134,7 +134,7 @@ class Progress:
         """Print the row."""
         step = row["step"]
         if row["kind"] == "valid":
-            parts = "  ".join(f"{task} {score:.4f}" for task, score in row["per_cohort"].items())
+            parts = "  ".join(f"{cohort} {score:.4f}" for cohort, score in row["per_cohort"].items())
             if "r1" in row:
                 parts += f"  R@1 {row['r1']:.3f} {row['t1']:.3f}"
             self._print(
@@ -148,7 +148,7 @@ class Progress:
         speed = f"{row['spots_per_s']:.0f} spots/s" if "spots_per_s" in row else ""
         if "mfu" in row:
             speed += f"  {row['mfu']:.0%} MFU"
-        # Waiting is said where it is worth a thought.
+        # Waiting time is printed if it is noticeable.
         for key, text in (("loader_wait_share", "waiting for tiles"), ("comm_share", "in collectives")):
             if row.get(key, 0.0) >= 0.05:
                 speed += f"  {row[key]:.0%} {text}"
@@ -164,7 +164,24 @@ class Progress:
 def make_loggers(
     config: RunConfig, resolved: dict[str, Any], run_dir: Path, *, start: int, resumed: bool
 ) -> list[Logger]:
-    """Return the loggers that the config asks for; ``resolved`` is the config as a plain dict, for W&B."""
+    """Return the loggers that the config selects.
+
+    Parameters
+    ----------
+    config, resolved
+        Config of the run, and the same as a dict, for Weights & Biases.
+    run_dir
+        Folder of the run.
+    start
+        Step after which training starts.
+    resumed
+        Whether rows up to ``start`` are kept.
+
+    Raises
+    ------
+    ValueError
+        TensorBoard or Weights & Biases is not installed.
+    """
     loggers: list[Logger] = [
         JsonlLogger(run_dir / "metrics.jsonl", start if resumed else None),
         Progress(config.train.steps, start),
@@ -177,7 +194,7 @@ def make_loggers(
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, float]:
-    """Return the numbers of a row, those of nested groups as ``group/name``."""
+    """Return the numbers of a row; those of nested dicts are named ``group/name``."""
     out: dict[str, float] = {}
     for key, value in row.items():
         if isinstance(value, dict):
@@ -194,7 +211,7 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 
 
 def keep_rows_up_to(path: Path, step: int) -> None:
-    """Drop the rows of a JSONL file after ``step``, and a last line that a killed run left half written."""
+    """Drop rows after ``step`` from a JSONL file, and an incomplete last line that a killed run left."""
     if not path.exists():
         return
     kept = []

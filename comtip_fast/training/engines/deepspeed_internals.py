@@ -1,0 +1,74 @@
+"""Every use of private names of DeepSpeed and PyTorch, in one module.
+
+tests/comtip_fast/test_deepspeed_internals.py names each of them and fails if the installed version lacks one. pyproject.toml
+bounds the DeepSpeed version to the one that was tested.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import cpp_extension
+
+
+def call_after_backward(callback: Callable[[], None]) -> None:
+    """Queue a call for the end of the running backward pass, after the callbacks queued so far."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+def build_folder(name: str) -> Path:
+    """Return the folder in which PyTorch compiles the extension ``name``."""
+    return Path(cpp_extension._get_build_directory(name, verbose=False))
+
+
+def disable_shm_comm(deepspeed: ModuleType) -> None:
+    """Mark the shared-memory all-reduce as unavailable, so that DeepSpeed does not compile it."""
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def comm_backend(deepspeed: ModuleType) -> Any:
+    """Return the backend that runs all collectives of DeepSpeed."""
+    return deepspeed.comm.comm.cdb
+
+
+def gradient_norm(zero_optimizer: Any) -> float:
+    """Return the global gradient norm of the last step of a ZeRO optimizer, before clipping."""
+    return float(zero_optimizer._global_grad_norm)
+
+
+def create_moments(zero_optimizer: Any, stage: int, state: dict[Any, dict[str, Tensor]], names: Sequence[str]) -> None:
+    """Create the optimizer state of every shard before the first step, filled with zeros.
+
+    DeepSpeed links the state of a shard to its parameters only if the state exists before the first step.
+
+    Parameters
+    ----------
+    zero_optimizer
+        ZeRO optimizer of stage 1, 2 or 3.
+    stage
+        Its stage.
+    state
+        State dict of the wrapped optimizer; gains ``step`` and the moments of every shard.
+    names
+        Names of the moments.
+    """
+    partitioned = stage == 3
+    shards = (
+        zero_optimizer.fp32_partitioned_groups_flat if partitioned else zero_optimizer.single_partition_of_fp32_groups
+    )
+    for i, shard in enumerate(shards):
+        # With NVMe offload a shard is a file and must be swapped in to be changed.
+        swapped = partitioned and zero_optimizer._swappable_optimizer_subgroup(i)
+        if swapped:
+            zero_optimizer._optimizer_states_and_gradient_swap_in(i)
+        moments = {name: torch.zeros_like(shard, requires_grad=False) for name in names}
+        state[shard].update(step=torch.tensor(0.0), **moments)
+        if swapped:
+            zero_optimizer._optimizer_states_and_gradient_swap_out(i)
+    if not partitioned:
+        zero_optimizer._lazy_init_hp_params_optimizer_state()

@@ -1,0 +1,59 @@
+"""Report of a step whose loss or gradient is not finite."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+
+from comtip_fast.training.monitor.diagnostics import diagnostic
+from comtip_fast.training.monitor.loggers import append_row
+
+NONFINITE = "nonfinite.jsonl"
+"""File in the run folder with one row per such step."""
+
+
+def nonfinite_gradients(module: nn.Module) -> list[str]:
+    """Return the names of parameters whose gradient is not finite."""
+    named = module.named_parameters()
+    return [name for name, q in named if q.grad is not None and not bool(q.grad.isfinite().all())]
+
+
+def report_nonfinite(
+    path: Path, step: int, epoch: int, position: int, spots: np.ndarray, parts: dict[str, float], gradients: list[str]
+) -> None:
+    """Append a row to ``nonfinite.jsonl``; an error only warns, so that a full disk does not hide the one in the loss.
+
+    Parameters
+    ----------
+    path
+        The file.
+    step, epoch, position
+        Optimizer step, epoch, and position of the batch in the epoch.
+    spots
+        Spot indices of the global batch.
+    parts
+        Losses over all ranks, by name.
+    gradients
+        Names of parameters whose gradient is not finite.
+    """
+    record = {
+        "step": step,
+        "epoch": epoch,
+        "position": position,
+        "parts": parts,
+        "gradients": gradients,
+        "spot_index": spots.tolist(),
+    }
+    diagnostic(f"writing {NONFINITE}", lambda: append_row(path, record), None)
+
+
+def nonfinite_message(path: Path, step: int, spots: np.ndarray, parts: dict[str, float], gradients: list[str]) -> str:
+    """Return which loss part is not finite, with which parameters and spots."""
+    bad = [k for k, v in parts.items() if not math.isfinite(v)]
+    what = f"loss part {', '.join(k for k in bad if k != 'loss') or 'loss'}" if bad else "the gradient"
+    first = f" (gradients of {len(gradients)} parameters, first {gradients[0]})" if gradients else ""
+    some = ", ".join(str(i) for i in spots[:5].tolist())
+    return f"step {step}: {what} is not finite{first}; spots {some} ...; the full batch is in {path}"
