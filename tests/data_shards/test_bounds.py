@@ -105,12 +105,17 @@ def png_of_16_bits() -> bytes:
 @pytest.mark.parametrize(
     ("data", "codec"),
     [
-        (png_of_16_bits(), "png"), (picture("L", "png"), "png"), (picture("RGBA", "png"), "png"), (picture("P", "png"), "png"),
-        (picture("L", "jpeg"), "jpeg"), (picture("CMYK", "jpeg"), "jpeg"), (picture("RGBA", "webp"), "webp"),
+        (png_of_16_bits(), "png"),
+        (picture("L", "png"), "png"),
+        (picture("RGBA", "png"), "png"),
+        (picture("P", "png"), "png"),
+        (picture("L", "jpeg"), "jpeg"),
+        (picture("CMYK", "jpeg"), "jpeg"),
+        (picture("RGBA", "webp"), "webp"),
         (picture("RGB", "png", save_all=True, append_images=[Image.new("RGB", (8, 8), "red")]), "png"),
         (picture("RGB", "webp", save_all=True, append_images=[Image.new("RGB", (8, 8), "red")]), "webp"),
     ],
-)  # fmt: skip
+)
 def test_a_tile_is_one_picture_of_3_times_8_bits(data: bytes, codec: str):
     with pytest.raises(ShardError, match="here: the tile is no single picture of 3 x 8 bits"):
         decode_tile(data, 8, codec, "here")

@@ -117,9 +117,18 @@ EVIL = {
     "a list": {"id": ["pickle"]},
     "in a shard": {"name": "sharding_indexed", "configuration": {"codecs": ["bytes", {"name": "pickle"}]}},
     "in a shard's index": {"name": "sharding_indexed", "configuration": {"index_codecs": [{"name": "pickle"}]}},
-    "deep": {"name": "sharding_indexed", "configuration": {"codecs": [
-        {"name": "sharding_indexed", "configuration": {"codecs": [{"id": "zlib", "filters": [{"id": "pickle"}]}]}}]}},
-}  # fmt: skip
+    "deep": {
+        "name": "sharding_indexed",
+        "configuration": {
+            "codecs": [
+                {
+                    "name": "sharding_indexed",
+                    "configuration": {"codecs": [{"id": "zlib", "filters": [{"id": "pickle"}]}]},
+                }
+            ]
+        },
+    },
+}
 
 
 @pytest.mark.parametrize("key", ["compressor", "filters", "codecs", "storage_transformers", "serializer"])
@@ -182,8 +191,16 @@ def test_what_zarr_and_spatialdata_write_passes(store: Path, tmp_path: Path):
     import numcodecs
 
     root = zarr.open_group(tmp_path / "v2", mode="w", zarr_format=2)
-    for codec in (numcodecs.Blosc(), numcodecs.Zstd(), numcodecs.LZ4(), numcodecs.Zlib(), numcodecs.GZip(), numcodecs.BZ2(),
-                  numcodecs.LZMA(), None):  # fmt: skip
+    for codec in (
+        numcodecs.Blosc(),
+        numcodecs.Zstd(),
+        numcodecs.LZ4(),
+        numcodecs.Zlib(),
+        numcodecs.GZip(),
+        numcodecs.BZ2(),
+        numcodecs.LZMA(),
+        None,
+    ):
         name = "raw" if codec is None else codec.codec_id
         root.create_array(name, shape=(8,), dtype="i4", compressors=codec, filters=[numcodecs.Shuffle(4)])
     root.create_array("text", shape=(8,), dtype=str)

@@ -116,12 +116,20 @@ def source(**values: object) -> Callable[[Path], None]:
 
 
 BROKEN = {
-    "a gene twice": (genes(lambda r: r.__setitem__(2, r[1])), r"genes\.tsv: line 3: the key 'human:[A-Z0-9-]+' stands twice"),
+    "a gene twice": (
+        genes(lambda r: r.__setitem__(2, r[1])),
+        r"genes\.tsv: line 3: the key 'human:[A-Z0-9-]+' stands twice",
+    ),
     "a gene of no species": (genes(lambda r: r[1].__setitem__(0, "B2M")), r"genes\.tsv: line 2: the key 'B2M' is not"),
     "another species": (genes(lambda r: r[1].__setitem__(1, "mouse")), r"line 2: the key .* is not species:symbol"),
-    "no symbol": (genes(lambda r: r.__setitem__(1, ["human:", "human", "", "", ""])), "line 2: the key 'human:' is empty"),
+    "no symbol": (
+        genes(lambda r: r.__setitem__(1, ["human:", "human", "", "", ""])),
+        "line 2: the key 'human:' is empty",
+    ),
     "escapes in a gene": (
-        genes(lambda r: r.__setitem__(1, ["human:\x1b[2J", "human", "\x1b[2J", "", ""])), r"line 2: the key 'human:\\x1b"),
+        genes(lambda r: r.__setitem__(1, ["human:\x1b[2J", "human", "\x1b[2J", "", ""])),
+        r"line 2: the key 'human:\\x1b",
+    ),
     "a long gene": (genes(lambda r: r[1].__setitem__(4, "x" * 5000)), "line 2: the key .* longer than a name"),
     "counts of a gene that was not measured": (unmeasured, "counts of a gene that .* did not measure"),
     "a tile of another size": (large_tile, r"record 000000000: the tile is 4000 x 4000 px"),
@@ -138,8 +146,13 @@ BROKEN = {
     "an empty source": (manifest(lambda m: m["sections"][0].update(source={})), r"sections\.0\.source"),
     "notes that are no list": (source(notes="x"), r"sections\.0\.source"),
     "a status that is none": (
-        source(checks=[{"name": "x", "status": "<b>", "figure": 1.0, "said": "", "advice": ""}]), r"sections\.0\.source"),
-    "a print that is none": (source(print={"spots": "AA==", "picture": ""}), r"sections\.0\.source.*print\.spots has 1 bytes"),
+        source(checks=[{"name": "x", "status": "<b>", "figure": 1.0, "said": "", "advice": ""}]),
+        r"sections\.0\.source",
+    ),
+    "a print that is none": (
+        source(print={"spots": "AA==", "picture": ""}),
+        r"sections\.0\.source.*print\.spots has 1 bytes",
+    ),
     "mpp 0": (first(mpp=0.0), r"sections\.0\.mpp"),
     "mpp 1e-300": (first(mpp=1e-300), r"sections\.0\.mpp"),
     "a diameter without end": (first(spot_diameter_um=1e300), r"sections\.0\.spot_diameter_um"),
@@ -149,19 +162,28 @@ BROKEN = {
     "another split": (first(split="training"), r"sections\.0\.split"),
     "a long donor": (first(donor="x" * 10**6), r"sections\.0\.donor"),
     "no spread of stain": (
-        first(stain={"od_mean": [0.5, 0.5, 0.5], "od_std": [0.0, 0.1, 0.1]}), r"sections\.0\.stain.*no optical density"),
+        first(stain={"od_mean": [0.5, 0.5, 0.5], "od_std": [0.0, 0.1, 0.1]}),
+        r"sections\.0\.stain.*no optical density",
+    ),
     "more genes than it measured": (first(n_assay_genes=7), r"sections\.0\.n_assay_genes: 7, but assay_genes has"),
     "an overview of 0 um": (
-        manifest(lambda m: m["sections"][0]["overview"].update(um_per_px=0.0)), r"sections\.0\.overview\.um_per_px"),
+        manifest(lambda m: m["sections"][0]["overview"].update(um_per_px=0.0)),
+        r"sections\.0\.overview\.um_per_px",
+    ),
     "tiles of 0 um": (manifest(lambda m: m["tile"].update(um=0.0)), r"tile\.um"),
     "tiles without end": (manifest(lambda m: m["tile"].update(um=1e300)), r"tile\.um"),
     "quality 1000": (manifest(lambda m: m["tile"].update(quality=1000)), r"tile\.quality"),
     "no records in a shard": (manifest(lambda m: m.update(records_per_shard=0)), "records_per_shard"),
     "genes without end": (manifest(lambda m: m.update(n_genes=2**62)), "n_genes"),
     "a part of another number": (
-        manifest(lambda m: m.update(part={"index": 1, "of": 1, "sections": [0, 0], "whole": ""})), r"part\.sections"),
-    "part 0": (manifest(lambda m: m.update(part={"index": 0, "of": 1, "sections": [0, 1], "whole": ""})), r"part\.index"),
-}  # fmt: skip
+        manifest(lambda m: m.update(part={"index": 1, "of": 1, "sections": [0, 0], "whole": ""})),
+        r"part\.sections",
+    ),
+    "part 0": (
+        manifest(lambda m: m.update(part={"index": 0, "of": 1, "sections": [0, 1], "whole": ""})),
+        r"part\.index",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -267,13 +289,28 @@ def picture(path: Path) -> None:
 @pytest.mark.parametrize(
     "spoil",
     [
-        pipe, link, link_to("/etc/passwd"), link_to("/dev/zero"), link_to("nowhere"), folder_link, endless, picture,
-        lambda p: p.unlink(), lambda p: p.with_suffix(".json").write_text("{"), lambda p: p.with_suffix(".json").write_text("[" * 10**5),
-        lambda p: p.write_text(f'{SCRIPT}<img src="data:image/jpeg;base64,AAAA">'), lambda p: p.write_bytes(b"\xff\xfe"),
-        fields(section_id="t2"), fields(section_id="../x"), fields(status="<b>"), fields(findings=[{}]), fields(facts=7),
-        fields(surprise=SCRIPT), fields(version=2),
+        pipe,
+        link,
+        link_to("/etc/passwd"),
+        link_to("/dev/zero"),
+        link_to("nowhere"),
+        folder_link,
+        endless,
+        picture,
+        lambda p: p.unlink(),
+        lambda p: p.with_suffix(".json").write_text("{"),
+        lambda p: p.with_suffix(".json").write_text("[" * 10**5),
+        lambda p: p.write_text(f'{SCRIPT}<img src="data:image/jpeg;base64,AAAA">'),
+        lambda p: p.write_bytes(b"\xff\xfe"),
+        fields(section_id="t2"),
+        fields(section_id="../x"),
+        fields(status="<b>"),
+        fields(findings=[{}]),
+        fields(facts=7),
+        fields(surprise=SCRIPT),
+        fields(version=2),
     ],
-)  # fmt: skip
+)
 def test_a_page_that_is_none_is_left_out_and_told(copy: Path, tmp_path: Path, spoil: Callable[[Path], None]):
     spoil(copy / "report/t1.html")
     report = merge_sets([copy], tmp_path / "out")

@@ -171,8 +171,22 @@ def test_names_that_differ_in_case_only_are_refused(copy: Path, tmp_path: Path):
         ShardSet(copy)
 
 
-@pytest.mark.parametrize("link", ["shards", "overview", "spots", "report", ".building", ".building/lock", "genes.tsv",
-                                  "spots.parquet", "report.txt", "manifest.json.writing", "report/t1.html"])  # fmt: skip
+@pytest.mark.parametrize(
+    "link",
+    [
+        "shards",
+        "overview",
+        "spots",
+        "report",
+        ".building",
+        ".building/lock",
+        "genes.tsv",
+        "spots.parquet",
+        "report.txt",
+        "manifest.json.writing",
+        "report/t1.html",
+    ],
+)
 def test_an_unfinished_output_folder_with_a_link_in_it_is_not_written(copy: Path, tmp_path: Path, link: str):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()

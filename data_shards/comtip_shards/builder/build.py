@@ -43,12 +43,25 @@ class BuildReport:
 
 
 def build_shards(
-    sources: Sequence[SectionSource], out: Path, *, tile_px: int = 128, tile_um: float = 224.0, min_mpp: float = 4.0,
-    codec: str = "jpeg", quality: int = 95, splits: Mapping[str, str] | None = None, max_records: int = 512,
-    strict: bool = False, allow_benchmark: Collection[str] = (), benchmark_ids: Path | None = None,
-    auto_split: Sequence[float] | None = None, seed: int = 0, jobs: int = 1, part: tuple[int, int] | None = None,
+    sources: Sequence[SectionSource],
+    out: Path,
+    *,
+    tile_px: int = 128,
+    tile_um: float = 224.0,
+    min_mpp: float = 4.0,
+    codec: str = "jpeg",
+    quality: int = 95,
+    splits: Mapping[str, str] | None = None,
+    max_records: int = 512,
+    strict: bool = False,
+    allow_benchmark: Collection[str] = (),
+    benchmark_ids: Path | None = None,
+    auto_split: Sequence[float] | None = None,
+    seed: int = 0,
+    jobs: int = 1,
+    part: tuple[int, int] | None = None,
     progress: bool = False,
-) -> BuildReport:  # fmt: skip
+) -> BuildReport:
     """Build a shard set in ``out``.
 
     Parameters
@@ -86,9 +99,12 @@ def build_shards(
     tile = TileSpec(tile_px, float(tile_um), float(min_mpp), codec, quality)
     _check_tile(tile)
     metas, notes = enforce_split_policy(
-        _with_splits([s.meta for s in sources], splits or {}), allow=allow_benchmark, benchmark_ids=benchmark_ids,
-        auto_split=auto_split, seed=seed,
-    )  # fmt: skip
+        _with_splits([s.meta for s in sources], splits or {}),
+        allow=allow_benchmark,
+        benchmark_ids=benchmark_ids,
+        auto_split=auto_split,
+        seed=seed,
+    )
     place = _part_of(metas, part)
     own = [(sources[i], metas[i], tile) for i in (range(len(metas)) if place is None else place.sections)]
     prints = run_jobs(_fingerprint, own, jobs=jobs, label="hashing inputs", progress=progress)
@@ -199,7 +215,10 @@ def _as_written(meta: SectionMeta) -> SectionMeta:
 def _fingerprint(source: SectionSource, meta: SectionMeta, tile: TileSpec) -> str:
     files = [f for p in source.inputs for f in (sorted(p.iterdir()) if p.is_dir() else [p]) if f.is_file()]
     facts = {
-        "stage": STAGE_VERSION, "meta": asdict(meta), "tile": asdict(tile), "made_with": made_with(),
+        "stage": STAGE_VERSION,
+        "meta": asdict(meta),
+        "tile": asdict(tile),
+        "made_with": made_with(),
         "files": [(f.name, sha256_of(f)) for f in files],
-    }  # fmt: skip
+    }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

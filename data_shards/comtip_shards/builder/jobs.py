@@ -19,9 +19,14 @@ _watching = False
 
 
 def run_jobs(
-    function: Callable[..., T], arguments: Sequence[tuple[Any, ...]], *, jobs: int = 1, label: str, unit: str = "section",
+    function: Callable[..., T],
+    arguments: Sequence[tuple[Any, ...]],
+    *,
+    jobs: int = 1,
+    label: str,
+    unit: str = "section",
     progress: bool = False,
-) -> list[T]:  # fmt: skip
+) -> list[T]:
     """Call ``function(*a)`` for each ``a``; returns the results in the order of ``arguments``.
 
     Parameters

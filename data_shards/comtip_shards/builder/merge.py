@@ -42,9 +42,16 @@ class FinishedSection:
         overview = shards.files.verified(section.overview.file, section.overview.sha256, "the overview", "overview")
         check_section_spots(shards, self.number, shards.spots)
         return SectionHead(
-            meta_of(section), section.fingerprint, section.n_spots, keys, section.stain, overview,
-            section.overview.um_per_px, section.source, self.pages()[0],
-        )  # fmt: skip
+            meta_of(section),
+            section.fingerprint,
+            section.n_spots,
+            keys,
+            section.stain,
+            overview,
+            section.overview.um_per_px,
+            section.source,
+            self.pages()[0],
+        )
 
     def pages(self) -> tuple[dict[str, str], str]:
         """Return the pages of the section's checks, and why there are none; a set without them is none the worse."""
@@ -68,9 +75,13 @@ class FinishedSection:
 
 
 def _check_records(
-    shards: ShardSet, section: ManifestSection, spots: np.ndarray, tiles: Sequence[bytes], jsons: Sequence[bytes],
+    shards: ShardSet,
+    section: ManifestSection,
+    spots: np.ndarray,
+    tiles: Sequence[bytes],
+    jsons: Sequence[bytes],
     measured: np.ndarray,
-) -> None:  # fmt: skip
+) -> None:
     """Refuse what ``verify`` would refuse of these records, but for pixels, which are not decoded."""
     if not measured.all():
         raise ShardError(

@@ -44,10 +44,16 @@ class Staged:
         facts = json.loads((self.folder / "facts.json").read_bytes())
         stain = StainStats(tuple(facts["stain"]["od_mean"]), tuple(facts["stain"]["od_std"]))
         return SectionHead(
-            self.meta, self.fingerprint, facts["n_spots"], facts["keys"], stain,
-            (self.folder / "overview.jpg").read_bytes(), facts["overview_mpp"], facts["source"],
+            self.meta,
+            self.fingerprint,
+            facts["n_spots"],
+            facts["keys"],
+            stain,
+            (self.folder / "overview.jpg").read_bytes(),
+            facts["overview_mpp"],
+            facts["source"],
             {e: (self.folder / f"report.{e}").read_text(encoding="utf-8") for e in EXTENSIONS},
-        )  # fmt: skip
+        )
 
     def runs(self, size: int) -> Iterator[RecordRun]:
         """Yield the records in the order of the layout, ``size`` at a time; tiles are not held in memory."""
@@ -86,21 +92,33 @@ def stage_section(source: SectionSource, meta: SectionMeta, tile: TileSpec, mark
     genes = map_genes(section.gene_ids, meta.species, symbols=section.gene_symbols)
     counts = genes.sum_columns(section.counts)
     np.savez(
-        tmp_path / "counts.npz", indptr=counts.indptr.astype(np.int64), columns=counts.indices.astype(np.int32),
-        counts=counts.data.astype(np.int32), starts=starts, sizes=sizes,
-    )  # fmt: skip
+        tmp_path / "counts.npz",
+        indptr=counts.indptr.astype(np.int64),
+        columns=counts.indices.astype(np.int32),
+        counts=counts.data.astype(np.int32),
+        starts=starts,
+        sizes=sizes,
+    )
     (tmp_path / "overview.jpg").write_bytes(overview)
     for extension, page in pages(checked).items():
         (tmp_path / f"report.{extension}").write_text(page, encoding="utf-8")
     kept, lost = int(counts.sum(dtype=np.int64)), int(section.counts.sum(dtype=np.int64))
     facts = {
-        "n_spots": len(section.spot_ids), "keys": genes.keys, "overview_mpp": overview_mpp, "stain": asdict(stain),
+        "n_spots": len(section.spot_ids),
+        "keys": genes.keys,
+        "overview_mpp": overview_mpp,
+        "stain": asdict(stain),
         "source": {
-            "dropped_spots": section.dropped, "genes": genes.report(), "notes": notes,
-            "unmapped_genes": len(genes.unmapped), "summed_genes": len(genes.collisions), "counts_left_out": lost - kept,
-            "checks": checked.summary(), "print": section_fingerprint(counts, genes.keys, np.asarray(Image.open(io.BytesIO(overview)))),
+            "dropped_spots": section.dropped,
+            "genes": genes.report(),
+            "notes": notes,
+            "unmapped_genes": len(genes.unmapped),
+            "summed_genes": len(genes.collisions),
+            "counts_left_out": lost - kept,
+            "checks": checked.summary(),
+            "print": section_fingerprint(counts, genes.keys, np.asarray(Image.open(io.BytesIO(overview)))),
         },
-    }  # fmt: skip
+    }
     (tmp_path / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
     spots = [_spot(section, meta, i) for i in range(len(section.spot_ids))]
     (tmp_path / "spots.json").write_text(json.dumps(spots), encoding="utf-8")
@@ -145,9 +163,12 @@ def _notes(meta: SectionMeta, tile: TileSpec) -> list[str]:
 def _spot(section: Section, meta: SectionMeta, i: int) -> dict[str, Any]:
     xy, array = section.xy[i], section.array_xy[i]
     out: dict[str, Any] = {
-        "section_id": meta.section_id, "spot_id": section.spot_ids[i], "source_row": i,
-        "x_px": round(float(xy[0]), 3), "y_px": round(float(xy[1]), 3),
-    }  # fmt: skip
+        "section_id": meta.section_id,
+        "spot_id": section.spot_ids[i],
+        "source_row": i,
+        "x_px": round(float(xy[0]), 3),
+        "y_px": round(float(xy[1]), 3),
+    }
     if np.isfinite(array).all():
         out |= {"array_x": round(float(array[0]), 4), "array_y": round(float(array[1]), 4)}
     if section.n_pooled is not None:

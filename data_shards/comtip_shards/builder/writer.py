@@ -127,9 +127,15 @@ class Written:
 
 
 def write_set(
-    sections: Sequence[SectionRecords], tile: TileSpec, out: Path, records_per_shard: int, run: Runner,
-    part: BuildPart | None = None, notes: Mapping[str, str] | None = None, beside: Mapping[str, str] | None = None,
-) -> Manifest:  # fmt: skip
+    sections: Sequence[SectionRecords],
+    tile: TileSpec,
+    out: Path,
+    records_per_shard: int,
+    run: Runner,
+    part: BuildPart | None = None,
+    notes: Mapping[str, str] | None = None,
+    beside: Mapping[str, str] | None = None,
+) -> Manifest:
     """Write a whole set, the manifest last; returns the manifest.
 
     Parameters
@@ -163,11 +169,20 @@ def write_set(
     _join_spots([inside(out, f"spots/{d.section.section_id}.parquet") for d in done], out / spots.FILE)
     shutil.rmtree(out / "spots")
     manifest = Manifest(
-        tile=tile, records_per_shard=records_per_shard, genes_file=GENES_FILE, genes_sha256=sha256_of(out / GENES_FILE),
-        n_genes=len(keys), spots_file=spots.FILE, spots_sha256=sha256_of(out / spots.FILE), n_spots=first[-1],
-        sections=[d.section for d in done], shards=[e for d in done for e in d.shards],
-        fingerprint=set_fingerprint(prints, records_per_shard), made_with=made_with(), part=part,
-    )  # fmt: skip
+        tile=tile,
+        records_per_shard=records_per_shard,
+        genes_file=GENES_FILE,
+        genes_sha256=sha256_of(out / GENES_FILE),
+        n_genes=len(keys),
+        spots_file=spots.FILE,
+        spots_sha256=sha256_of(out / spots.FILE),
+        n_spots=first[-1],
+        sections=[d.section for d in done],
+        shards=[e for d in done for e in d.shards],
+        fingerprint=set_fingerprint(prints, records_per_shard),
+        made_with=made_with(),
+        part=part,
+    )
     write_atomic(out / REPORT_FILE, report(manifest))
     for name in FOLDERS:
         if (out / name).exists():
@@ -180,9 +195,15 @@ def write_set(
 
 
 def write_section(
-    records: SectionRecords, keys: list[str], tile: TileSpec, out: Path, first: int, records_per_shard: int,
-    notes: Mapping[str, str], beside: Mapping[str, str],
-) -> Written:  # fmt: skip
+    records: SectionRecords,
+    keys: list[str],
+    tile: TileSpec,
+    out: Path,
+    first: int,
+    records_per_shard: int,
+    notes: Mapping[str, str],
+    beside: Mapping[str, str],
+) -> Written:
     """Write one section's shards, indexes, overview and rows of the table of spots."""
     head = records.head()
     meta = head.meta
@@ -227,9 +248,15 @@ def _write_shard(
                 crcs[i, j] = zlib.crc32(data)
     index.write_text(index_text(first, codec, offsets, sizes), encoding="ascii")
     entry = ShardEntry(
-        file=f"{stem}.tar", sha256=sha256_of(path), bytes=path.stat().st_size, index=f"{stem}.idx",
-        index_sha256=sha256_of(index), records=n, first_spot=first, section_id=section_id,
-    )  # fmt: skip
+        file=f"{stem}.tar",
+        sha256=sha256_of(path),
+        bytes=path.stat().st_size,
+        index=f"{stem}.idx",
+        index_sha256=sha256_of(index),
+        records=n,
+        first_spot=first,
+        section_id=section_id,
+    )
     return entry, crcs
 
 
@@ -241,11 +268,16 @@ def _section_entry(head: SectionHead, rows: np.ndarray, n_genes: int, out: Path,
     measured = np.zeros(n_genes, bool)
     measured[rows] = True
     return ManifestSection(
-        **asdict(head.meta), n_spots=head.n_spots, first_spot=first, n_assay_genes=int(measured.sum()),
-        assay_genes=pack_bits(measured), stain=head.stain,
-        overview=Overview(file, sha256_of(out / file), head.overview_mpp, width, height), fingerprint=head.fingerprint,
+        **asdict(head.meta),
+        n_spots=head.n_spots,
+        first_spot=first,
+        n_assay_genes=int(measured.sum()),
+        assay_genes=pack_bits(measured),
+        stain=head.stain,
+        overview=Overview(file, sha256_of(out / file), head.overview_mpp, width, height),
+        fingerprint=head.fingerprint,
         source=head.source,
-    )  # fmt: skip
+    )
 
 
 def _join_spots(parts: Sequence[Path], path: Path) -> None:

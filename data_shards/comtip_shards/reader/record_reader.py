@@ -98,8 +98,14 @@ class MemberReader:
             raise
 
     def _read_file(
-        self, number: int, shard: ShardEntry, index: np.ndarray, into: np.ndarray, columns: list[int], out: list[list[bytes]]
-    ) -> None:  # fmt: skip
+        self,
+        number: int,
+        shard: ShardEntry,
+        index: np.ndarray,
+        into: np.ndarray,
+        columns: list[int],
+        out: list[list[bytes]],
+    ) -> None:
         try:
             file, offsets, sizes = self._open(number, shard)
             local = (index - shard.first_spot)[:, None]
@@ -112,9 +118,15 @@ class MemberReader:
             raise ShardError(f"{self.files.name}/{shard.file}: cannot be read ({error})", kind="unreadable") from error
 
     def _read_run(
-        self, file: BinaryIO, index: np.ndarray, start: np.ndarray, size: np.ndarray, columns: list[int], into: np.ndarray,
+        self,
+        file: BinaryIO,
+        index: np.ndarray,
+        start: np.ndarray,
+        size: np.ndarray,
+        columns: list[int],
+        into: np.ndarray,
         out: list[list[bytes]],
-    ) -> None:  # fmt: skip
+    ) -> None:
         base = int(start[0].min())
         file.seek(base)
         data = file.read(int((start[-1] + size[-1]).max()) - base)
