@@ -138,7 +138,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(
     assert limited(600, *arguments) == RESTART_CODE
     said = capsys.readouterr().err
     assert str(out) in said
-    assert "a file may not grow so large; make room (or repair the device), then run" in said
+    assert "the file exceeds the maximum file size; make room (or repair the device), then run" in said
     left = {p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file() and "old" not in p.parts}
     if command == "export":
         assert left == set()
@@ -235,7 +235,7 @@ def test_a_read_only_folder_is_bad_input_because_another_start_does_not_help(
                    "export": (StandIn, "export")}[place]  # fmt: skip
     monkeypatch.setattr(owner, name, raising(error))
     with pytest.raises(
-        TrainingError, match=r"the file system is read-only.*; make it summon_full_params, or give another folder"
+        TrainingError, match=r"the file system is read-only.*; make it writable, or give another folder"
     ):
         fit(tmp_path / "run", "train.async_checkpoint=false")
 

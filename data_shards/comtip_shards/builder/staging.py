@@ -1,4 +1,4 @@
-"""One section, cut and encoded, waiting until the gene table of the whole set is known."""
+"""Staging: cut and encode one section, before the gene table of the complete set is known."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ OVERVIEW_PX = 1024
 
 
 @dataclass(frozen=True)
-class Staged:
-    """A section that :func:`stage_section` wrote: a folder; its rows are in the order of the source."""
+class StagedSection:
+    """A folder written by :func:`stage_section`; its rows are in the order of the source."""
 
     folder: Path
     meta: SectionMeta
     fingerprint: str
 
     def head(self) -> SectionHead:
-        """Return everything but the records."""
+        """Return everything except the records."""
         facts = json.loads((self.folder / "facts.json").read_bytes())
         stain = StainStats(tuple(facts["stain"]["od_mean"]), tuple(facts["stain"]["od_std"]))
         return SectionHead(
@@ -56,7 +56,7 @@ class Staged:
         )
 
     def runs(self, size: int) -> Iterator[RecordRun]:
-        """Yield the records in the order of the layout, ``size`` at a time; tiles are not held in memory."""
+        """Yield the records in the order of the layout, ``size`` at a time; tiles are memory-mapped."""
         spots = json.loads((self.folder / "spots.json").read_bytes())
         order = layout(self.meta.section_id, len(spots))
         tiles = np.memmap(self.folder / "tiles.bin", np.uint8, "r")
@@ -75,11 +75,27 @@ class Staged:
             )
 
 
-def stage_section(source: SectionSource, meta: SectionMeta, tile: TileSpec, mark: str, staging: Path) -> Staged:
-    """Read, cut and encode one section, unless this was done before from the same inputs."""
-    folder = staging / f"{meta.section_id}-{mark[:16]}"
+def stage_section(
+    source: SectionSource, meta: SectionMeta, tile: TileSpec, fingerprint: str, staging: Path
+) -> StagedSection:
+    """Read, cut and encode one section, unless it was already staged from the same inputs.
+
+    Parameters
+    ----------
+    source
+        The section to read.
+    meta
+        Its metadata, with donor and split as built.
+    tile
+        Settings of the tiles.
+    fingerprint
+        Hash of the section's inputs and settings.
+    staging
+        The staging folder.
+    """
+    folder = staging / f"{meta.section_id}-{fingerprint[:16]}"
     if folder.is_dir():
-        return Staged(folder, meta, mark)  # written to a temporary path and renamed, so a folder that is here is whole
+        return StagedSection(folder, meta, fingerprint)  # renamed after writing, so an existing folder is complete
     section = source.read()
     tmp_path = staging / f"{folder.name}.{os.getpid()}{WRITING}"
     shutil.rmtree(tmp_path, ignore_errors=True)
@@ -128,14 +144,20 @@ def stage_section(source: SectionSource, meta: SectionMeta, tile: TileSpec, mark
     except OSError:
         if not folder.is_dir():
             raise
-        shutil.rmtree(tmp_path)  # a worker of a build that was killed had just finished the same
-    return Staged(folder, meta, mark)
+        shutil.rmtree(tmp_path)  # a worker of a killed build has just finished the same section
+    return StagedSection(folder, meta, fingerprint)
 
 
 def _write_tiles(
     section: Section, slide: Slide, tile: TileSpec, file: BinaryIO
 ) -> tuple[StainStats, np.ndarray, np.ndarray]:
-    """Cut, measure, encode and write tiles one by one; returns the stain, and where each spot's tile begins and its size."""
+    """Cut, measure, encode and write tiles one by one.
+
+    Returns
+    -------
+    stain, starts, sizes
+        Stain statistics; offset and size in ``file`` of each spot's tile, int64 (n,).
+    """
     order = reading_order(section.xy, tile.um / section.meta.mpp)
     starts, sizes = np.zeros((2, order.size), np.int64)
 
@@ -153,10 +175,10 @@ def _notes(meta: SectionMeta, tile: TileSpec) -> list[str]:
     notes = []
     if meta.mpp > tile.min_mpp * 1.05:
         notes.append(
-            f"the image has {meta.mpp:.2f} um per px, coarser than the set's {tile.min_mpp:g}: its blur may show"
+            f"the image has {meta.mpp:.2f} um per px, coarser than the {tile.min_mpp:g} of the set: its tiles may be blurred"
         )
     if meta.donor.startswith("unstated:"):
-        notes.append("the donor is not stated: taken as a donor of its own")
+        notes.append("the donor is not stated: the section is treated as a donor of its own")
     return notes
 
 
