@@ -30,6 +30,6 @@ def run(args: argparse.Namespace) -> int:
     answer = model.predict(args.section, gene_list(args.genes), facts=facts, pooling=pooling, counts=counts)
     write_h5ad(answer, out)
     seen = answer.var["training"].value_counts().to_dict()
-    counts = ", ".join(f"{n} {k}" for k, n in seen.items())
-    print(f"{out}: {answer.n_obs} spots x {answer.n_vars} genes ({counts})")
+    origins = ", ".join(f"{n} {k}" for k, n in seen.items())
+    print(f"{out}: {answer.n_obs} spots x {answer.n_vars} genes ({origins})")
     return 0

@@ -1,4 +1,4 @@
-"""Tissue sections to WebDataset shards of tiles and raw counts, and back. Needs neither torch nor a GPU."""
+"""Build and read WebDataset shards of image tiles and raw counts from tissue sections. Requires neither torch nor a GPU."""
 
 from comtip_shards.errors import RECORD_FAULTS, ShardError, SourceError
 from comtip_shards.reader.shard_set import ShardSet

@@ -1,9 +1,9 @@
-"""The two ways this package says no. Each message names the file and what to do about it."""
+"""Exceptions of this package. Each message names the file and the fix."""
 
 from __future__ import annotations
 
 RECORD_FAULTS = ("vanished", "truncated", "checksum", "unreadable", "remote", "index", "tile", "counts")
-"""Kinds of :class:`ShardError` that a record can be left out for; FORMAT.md says what each is."""
+"""Kinds of :class:`ShardError` for which a single record may be skipped; FORMAT.md defines each."""
 
 
 class SourceError(ValueError):
@@ -11,9 +11,9 @@ class SourceError(ValueError):
 
 
 class ShardError(ValueError):
-    """A shard set on disk is damaged or not what it says; the message names shard and, where known, key.
+    """A shard set on disk is damaged or inconsistent; the message names the shard and, where known, the key.
 
-    ``kind`` is a word to count by; FORMAT.md lists them.
+    ``kind`` is the category under which the error is counted; FORMAT.md lists them.
     """
 
     def __init__(self, message: str, *, kind: str = "set") -> None:
@@ -21,7 +21,7 @@ class ShardError(ValueError):
         self.kind = kind
 
     def __reduce__(self) -> tuple[object, tuple[str, str]]:
-        """Pickle with the kind, so that a worker process can hand it back."""
+        """Pickle with the kind, so that a worker process can return the error."""
         return _shard_error, (str(self), self.kind)
 
 

@@ -20,10 +20,18 @@ from PIL import Image
 FINEST_UM_PER_PX = 2.0
 JPEG = {"format": "JPEG", "quality": 90, "subsampling": 0, "optimize": True}
 SPLITS = {
-    "her2st_C2": "train", "her2st_C3": "train", "her2st_C4": "train", "her2st_C5": "val", "her2st_A1": "test",
-    "mob_Rep4": "train", "mob2k_1": "train", "mob2k_2": "train", "mob2k_3": "train", "mob2k_4": "val",
+    "her2st_C2": "train",
+    "her2st_C3": "train",
+    "her2st_C4": "train",
+    "her2st_C5": "val",
+    "her2st_A1": "test",
+    "mob_Rep4": "train",
+    "mob2k_1": "train",
+    "mob2k_2": "train",
+    "mob2k_3": "train",
+    "mob2k_4": "val",
     "mob_Rep9": "test",
-}  # fmt: skip
+}
 ATTRIBUTION = {
     "her2st": "Andersson et al., Nat Commun 2021, 12:6012; Zenodo 4751624; github almaan/her2st (CC BY 4.0)",
     "mob_stahl2016": "Stahl et al., Science 2016, aaf2403; images from github tare/Splotch (BSD-3-Clause), "

@@ -293,7 +293,7 @@ def damaged(shards: ShardSet, folder: Path, spots: list[int], part: str) -> Shar
     shutil.copytree(shards.path, copy)
     for spot in spots:
         shard = next(s for s in shards.manifest.shards if s.first_spot <= spot < s.first_spot + s.records)
-        offsets, sizes = shards.places(shard)
+        offsets, sizes = shards.member_ranges(shard)
         column = ("tile", "expr").index(part)
         at = int(offsets[spot - shard.first_spot, column] + sizes[spot - shard.first_spot, column] // 2)
         path = copy / shard.file

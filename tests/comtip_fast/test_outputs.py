@@ -145,7 +145,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(
     assert limited(600, *arguments) == RESTART_CODE
     stderr = capsys.readouterr().err
     assert str(out) in stderr
-    assert "a file may not grow so large; free disk space (or repair the device), then run" in stderr
+    assert "the file exceeds the maximum file size; free disk space (or repair the device), then run" in stderr
     left = {p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file() and "old" not in p.parts}
     if command == "export":
         assert left == set()

@@ -150,7 +150,7 @@ def test_a_file_size_limit_is_reported_too(tmp_path: Path):
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code, tmp_path], env=env, capture_output=True, text=True, check=False)
     assert "RestartError" in done.stderr.splitlines()[-1], done.stderr
-    assert "may not grow so large" in done.stderr
+    assert "exceeds the maximum file size" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -98,7 +98,7 @@ def test_a_link_is_followed_and_devices_are_refused(tmp_path: Path):
     assert (tmp_path / "real").read_text() == "new"
     os.mkfifo(tmp_path / "pipe")
     for bad in (Path("/dev/null"), tmp_path / "pipe", tmp_path):
-        with pytest.raises(ValueError, match="is no regular file"):
+        with pytest.raises(ValueError, match="is not a regular file"):
             write_atomic(bad, "x")
     # A link that somebody put where the temporary file goes is not written through.
     (tmp_path / "victim").write_text("victim")
@@ -150,7 +150,7 @@ def test_a_full_disk_names_the_target_and_leaves_it_as_it_was(tmp_path: Path):
         assert disk_trouble(caught.value) is not None
         with pytest.raises(OSError, match=str(tmp_path / "a")) as caught, atomic_path(tmp_path / "a") as temporary:
             save_file({"x": np.zeros(5000)}, temporary)
-        assert disk_trouble(caught.value) == f"{tmp_path / 'a'}: a file may not grow so large"
+        assert disk_trouble(caught.value) == f"{tmp_path / 'a'}: the file exceeds the maximum file size"
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert ((tmp_path / "a").read_text(), names(tmp_path)) == ("old", ["a"])

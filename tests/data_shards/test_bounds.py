@@ -117,7 +117,7 @@ def png_of_16_bits() -> bytes:
     ],
 )
 def test_a_tile_is_one_picture_of_3_times_8_bits(data: bytes, codec: str):
-    with pytest.raises(ShardError, match="here: the tile is no single picture of 3 x 8 bits"):
+    with pytest.raises(ShardError, match="here: the tile is not a single image of 3 x 8 bits"):
         decode_tile(data, 8, codec, "here")
     assert decode_tile(picture("RGB", codec), 8, codec, "here").shape == (8, 8, 3)
 
@@ -126,7 +126,7 @@ def test_a_tile_cannot_have_many_times_the_bytes_of_its_pixels(copy: Path):
     padded = lambda data: data[:2] + (b"\xff\xfe\xff\xff" + bytes(65533)) * 80 + data[2:]  # noqa: E731 (JPEG comments)
     rewrite(copy / "shards/t1-0000.tar", lambda m: m.update({"000000000.jpg": padded(m["000000000.jpg"])}))
     reseal(copy, ShardSet(copy).manifest)
-    with pytest.raises(ShardError, match=r"t1-0000\.idx: a tile or a \.json has more bytes"):
+    with pytest.raises(ShardError, match=r"t1-0000\.idx: a tile or \.json member is larger"):
         ShardSet(copy).tiles([0])
     assert not verify(copy).ok
 

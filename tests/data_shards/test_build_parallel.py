@@ -159,7 +159,7 @@ def test_a_full_disk_ends_cleanly_and_the_build_continues_after(
     )
     assert run.returncode == 1
     assert "cannot be written" in run.stderr
-    assert "what is done is kept" in run.stderr
+    assert "finished work is kept" in run.stderr
     assert not (tmp_path / "set/manifest.json").exists()
     build_shards(open_source(tiny_source), tmp_path / "set", **SIZE)
     assert files_of(tmp_path / "set") == whole
@@ -224,7 +224,7 @@ def test_parts_are_of_one_build(tiny_source: Path, parts: list[Path], tmp_path: 
     build_shards(open_source(tiny_source), tmp_path / "px", part=(1, 3), **{**SIZE, "tile_px": 48})
     with pytest.raises(ShardError, match=r"differ in tile: .*px=48.*px=32"):
         merge_sets([tmp_path / "px", *parts[1:]], tmp_path / "set")
-    with pytest.raises(SourceError, match="part 5/5 of 4 sections cannot be"):
+    with pytest.raises(SourceError, match="part 5/5 of 4 sections is out of range"):
         build_shards(open_source(tiny_source), tmp_path / "five", part=(5, 5), **SIZE)
 
 
@@ -302,11 +302,11 @@ def test_the_commands(tiny_source: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert main(["shards", "merge", str(tmp_path / "1"), str(tmp_path / "2"), "--out", str(tmp_path / "set")]) == 0
     assert "4 sections, 196 spots" in capsys.readouterr().out
     assert main(["shards", "verify", f"file://{tmp_path}/set"]) == 0
-    assert "whole; 196 records" in capsys.readouterr().out
+    assert "valid; 196 records" in capsys.readouterr().out
     assert main(["shards", "merge", str(tmp_path / "1"), "--out", str(tmp_path / "half")]) == 2
     assert "part 2/2 is missing" in capsys.readouterr().err
     assert main(["shards", "build", str(tiny_source), "--out", str(tmp_path / "x"), "--quality", "0", *how]) == 2
-    assert "quality 0; use 1 to 100" in capsys.readouterr().err
+    assert "quality 0 is out of range; use 1 to 100" in capsys.readouterr().err
     for bad in (["--part", "1-2"], ["--jobs", "0"]):
         with pytest.raises(SystemExit):
             main(["shards", "build", str(tiny_source), "--out", str(tmp_path / "x"), *bad])

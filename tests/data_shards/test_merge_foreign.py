@@ -88,7 +88,7 @@ def unmeasured(folder: Path) -> None:
 
 def large_tile(folder: Path) -> None:
     out = io.BytesIO()
-    Image.new("RGB", (4000, 4000)).save(out, "JPEG")
+    Image.new("RGB", (2000, 2000)).save(out, "JPEG")
     rewrite(folder / "shards/t1-0000.tar", lambda m: m.update({"000000000.jpg": out.getvalue()}))
     reseal(folder, read_manifest(folder))
 
@@ -118,7 +118,7 @@ def source(**values: object) -> Callable[[Path], None]:
 BROKEN = {
     "a gene twice": (
         genes(lambda r: r.__setitem__(2, r[1])),
-        r"genes\.tsv: line 3: the key 'human:[A-Z0-9-]+' stands twice",
+        r"genes\.tsv: line 3: the key 'human:[A-Z0-9-]+' is a duplicate",
     ),
     "a gene of no species": (genes(lambda r: r[1].__setitem__(0, "B2M")), r"genes\.tsv: line 2: the key 'B2M' is not"),
     "another species": (genes(lambda r: r[1].__setitem__(1, "mouse")), r"line 2: the key .* is not species:symbol"),
@@ -130,19 +130,19 @@ BROKEN = {
         genes(lambda r: r.__setitem__(1, ["human:\x1b[2J", "human", "\x1b[2J", "", ""])),
         r"line 2: the key 'human:\\x1b",
     ),
-    "a long gene": (genes(lambda r: r[1].__setitem__(4, "x" * 5000)), "line 2: the key .* longer than a name"),
-    "counts of a gene that was not measured": (unmeasured, "counts of a gene that .* did not measure"),
+    "a long gene": (genes(lambda r: r[1].__setitem__(4, "x" * 5000)), "line 2: the key .* too long"),
+    "counts of a gene that was not measured": (unmeasured, "counts for a gene that .* did not measure"),
     "a tile of another size": (large_tile, r"record 000000000: the tile is 4000 x 4000 px"),
     "an overview that is text": (overview(b"<script>"), r"overview/t1\.jpg: the overview cannot be decoded"),
-    "a spot of another section": (spot(section_id="t2"), r"000000000\.json: says section t2"),
-    "a spot elsewhere": (spot(x_px=7.5), r"x_px is 7\.5, the table of spots says"),
+    "a spot of another section": (spot(section_id="t2"), r"000000000\.json: section_id is t2"),
+    "a spot elsewhere": (spot(x_px=7.5), r"x_px is 7\.5, but the spot table states"),
     "a spot at infinity": (spot(x_px=10**400), r"'x_px' is '1000.*which no build writes"),
     "text for a number": (spot(x_px="1"), r"'x_px' is '1', which no build writes"),
     "a truth for a number": (spot(source_row=True), r"'source_row' is 'True', which no build writes"),
     "a list for an id": (spot(spot_id=["a"]), r"'spot_id' is .*which no build writes"),
     "a field more": (spot(surprise=1), r"'surprise' is '1', which no build writes"),
     "a long label": (spot(label="x" * 5000), r"'label' is .*which no build writes"),
-    "a field less": (spot(x_px=...), "lacks x_px"),
+    "a field less": (spot(x_px=...), "missing x_px"),
     "an empty source": (manifest(lambda m: m["sections"][0].update(source={})), r"sections\.0\.source"),
     "notes that are no list": (source(notes="x"), r"sections\.0\.source"),
     "a status that is none": (
@@ -163,9 +163,9 @@ BROKEN = {
     "a long donor": (first(donor="x" * 10**6), r"sections\.0\.donor"),
     "no spread of stain": (
         first(stain={"od_mean": [0.5, 0.5, 0.5], "od_std": [0.0, 0.1, 0.1]}),
-        r"sections\.0\.stain.*no optical density",
+        r"sections\.0\.stain.*not an optical density",
     ),
-    "more genes than it measured": (first(n_assay_genes=7), r"sections\.0\.n_assay_genes: 7, but assay_genes has"),
+    "more genes than it measured": (first(n_assay_genes=7), r"sections\.0\.n_assay_genes is 7, but assay_genes has"),
     "an overview of 0 um": (
         manifest(lambda m: m["sections"][0]["overview"].update(um_per_px=0.0)),
         r"sections\.0\.overview\.um_per_px",
@@ -190,9 +190,9 @@ BROKEN = {
 def test_a_broken_set_is_neither_whole_nor_merged(copy: Path, tmp_path: Path, name: str):
     forge, message = BROKEN[name]
     forge(copy)
-    with pytest.raises(ShardError, match=message) as told:
+    with pytest.raises(ShardError, match=message) as caught:
         merge_sets([copy], tmp_path / "out")
-    assert str(told.value).isprintable()
+    assert str(caught.value).isprintable()
     assert not (tmp_path / "out/manifest.json").exists()
     try:
         report = verify(copy)
@@ -314,7 +314,7 @@ def picture(path: Path) -> None:
 def test_an_invalid_page_is_left_out_and_reported(copy: Path, tmp_path: Path, corrupt: Callable[[Path], None]):
     corrupt(copy / "report/t1.html")
     report = merge_sets([copy], tmp_path / "out")
-    assert "t1: its page in report/ was left out: " in report.text
+    assert "t1: its report page was left out: " in report.text
     names = {p.name for p in (tmp_path / "out/report").iterdir()}
     assert not {"t1.html", "t1.json"} & names
     assert not any(p.is_symlink() for p in (tmp_path / "out").rglob("*"))

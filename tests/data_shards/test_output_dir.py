@@ -136,7 +136,7 @@ def test_the_lock_is_held_until_the_staging_folder_is_gone(tmp_path: Path):
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_is_told_and_used(
+def test_a_file_system_without_locks_gives_a_warning(
     source: Path,
     built: Path,
     tmp_path: Path,

@@ -60,7 +60,9 @@ DAMAGE = {
 def test_damage_names_shard_and_key(copy: Path, name: str):
     rewrite(first_shard(copy), DAMAGE[name])
     part = "expr" if "count" in name else "json" if "json" in name else "tile"
-    with pytest.raises(ShardError, match=rf"t1-0000\.tar: record {KEY}: the member \.\w+ (is not|is cut)") as error:
+    with pytest.raises(
+        ShardError, match=rf"t1-0000\.tar: record {KEY}: the member \.\w+ (does not match|extends beyond)"
+    ) as error:
         ShardSet(copy).members([0], part)
     assert error.value.kind in {"checksum", "truncated"}
     report = verify(copy)
@@ -74,15 +76,15 @@ def expr(rows: list[int], counts: list[int]) -> bytes:
 
 FORGED = {
     "tile of another size": ("jpg", lambda d: picture(48), "48 x 48 px"),
-    "huge tile": ("jpg", lambda d: picture(9000), "9000 x 9000 px"),
+    "huge tile": ("jpg", lambda d: picture(2000), "2000 x 2000 px"),
     "tile is noise": ("jpg", lambda d: b"\xff\xd8nonsense", "cannot be decoded"),
     "tile cut short": ("jpg", lambda d: d[:200], "cannot be decoded"),
     "counts of another format": ("expr", lambda d: b"CTX1" + d[4:], "not a count record"),
     "counts too short": ("expr", lambda d: d[:11], "not a count record"),
     "counts cut short": ("expr", lambda d: d[:-4], "bytes for"),
     "more genes than there are bytes": ("expr", lambda d: d[:4] + b"\xff" * 12, "bytes for"),
-    "gene out of range": ("expr", lambda d: expr([9999], [1]), "stay under"),
-    "a gap that does not end": ("expr", lambda d: expr([2, 3], [1, 1])[:-3] + b"\xff\0\0", "gaps between genes"),
+    "gene out of range": ("expr", lambda d: expr([9999], [1]), "must be below"),
+    "a gap that does not end": ("expr", lambda d: expr([2, 3], [1, 1])[:-3] + b"\xff\0\0", "the gaps do not match"),
     "a count of 2^31": ("expr", lambda d: expr([2], [2**31]), "counts above 255"),
     "a large count that is small": (
         "expr",
@@ -90,8 +92,8 @@ FORGED = {
         "counts above",
     ),
     "json is not": ("json", lambda d: b"{", "not JSON"),
-    "json too deep": ("json", lambda d: b"[" * 100_000, "not JSON"),
-    "json of another section": ("json", lambda d: d.replace(b'"t1"', b'"t2"'), "says section t2"),
+    "json too deep": ("json", lambda d: b"[" * 60_000, "not JSON"),
+    "json of another section": ("json", lambda d: d.replace(b'"t1"', b'"t2"'), "section_id is t2"),
     "json of another spot": ("json", lambda d: d.replace(b'"x_px":', b'"x_px":1'), "x_px is"),
 }
 
@@ -130,9 +132,9 @@ def test_truncated_and_vanished_shards(copy: Path):
         ShardSet(copy).tiles([48])
     assert not verify(copy).ok
     path.unlink()
-    with pytest.raises(ShardError, match="the shard is gone"):
+    with pytest.raises(ShardError, match="the shard is missing"):
         ShardSet(copy).tiles([0])
-    assert "is gone" in verify(copy).text
+    assert "is missing" in verify(copy).text
 
 
 @pytest.mark.parametrize("kind", ["link", "path", "twice"])
@@ -147,7 +149,7 @@ def test_hostile_tars_are_not_touched_and_verify_reports_them(copy: Path, kind: 
     # The reader accesses only indexed and verified members.
     np.testing.assert_array_equal(ShardSet(copy).tiles(range(49)), before)
     text = verify(copy).text
-    assert "no plain file" in text or "twice" in text
+    assert "not a regular file" in text or "duplicate member" in text
 
 
 @pytest.mark.parametrize(
@@ -155,21 +157,21 @@ def test_hostile_tars_are_not_touched_and_verify_reports_them(copy: Path, kind: 
     [
         (
             lambda m: m.update(version=1),
-            "format version 1, this package reads 2; build the set again: comtip shards build",
+            r"format version 1 is not supported \(expected 2\); build the set again: comtip shards build",
         ),
         (lambda m: m.update(format="zip"), "not the manifest"),
         (lambda m: m.pop("n_genes"), "n_genes"),
-        (lambda m: m.update(n_spots=7), "n_spots says 7"),
+        (lambda m: m.update(n_spots=7), "n_spots is 7"),
         (lambda m: m["shards"][0].update(file="../../etc/passwd"), "leaves the folder"),
         (lambda m: m["shards"][0].update(file="/etc/passwd"), "leaves the folder"),
-        (lambda m: m["tile"].update(codec="pickle"), "not understood"),
+        (lambda m: m["tile"].update(codec="pickle"), "are not supported"),
         (lambda m: m["shards"][0].update(index="../t1.idx"), "leaves the folder"),
         (lambda m: m["sections"][0].update(surprise=1), "surprise"),
         (lambda m: m["sections"][0].update(n_spots="49"), "n_spots"),
         (lambda m: m["sections"][0].update(mpp=None), "mpp"),
         (lambda m: m["sections"][0].update(assay_genes="AA=="), "assay_genes"),
         (lambda m: m["shards"][0].update(section_id="t2"), "not within its section"),
-        (lambda m: m["shards"][0].update(bytes=49 * 1024), "more records than it has room"),
+        (lambda m: m["shards"][0].update(bytes=49 * 1024), "more records than fit"),
         (lambda m: m["sections"][0].update(donor="someone else"), "edited by hand"),
     ],
 )
@@ -186,7 +188,7 @@ def test_another_gene_table_is_refused(copy: Path):
         ShardSet(copy).genes  # noqa: B018
     assert "genes.tsv" in verify(copy).text
     seal_files(copy)
-    with pytest.raises(ShardError, match=r"genes\.tsv: 31 genes, the manifest says 30"):
+    with pytest.raises(ShardError, match=r"genes\.tsv: 31 genes, but the manifest states 30"):
         ShardSet(copy).genes  # noqa: B018
 
 

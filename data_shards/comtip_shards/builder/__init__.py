@@ -1,4 +1,4 @@
-"""Building and merging shard sets."""
+"""Building and merging of shard sets."""
 
 from comtip_shards.builder.build import BuildReport, build_shards
 from comtip_shards.builder.merge import merge_sets

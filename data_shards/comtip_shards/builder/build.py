@@ -1,8 +1,8 @@
-"""Sections to a shard set: deterministic to the byte, restartable, never half written.
+"""Build a shard set from sections: byte-deterministic, restartable, and atomic.
 
-Sections are read, cut and encoded into a staging folder, several side by side; a section already staged from the same
-inputs with the same settings is not read again. Once all are there, the gene table is known, the shards are written and
-the manifest comes last: a folder without a manifest is not a shard set.
+Sections are read, cut and encoded into a staging folder, several in parallel; a section that was already staged from the
+same inputs with the same settings is not read again. Once all are staged, the gene table is known and the shards are
+written. The manifest is written last: a folder without a manifest is not a shard set.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from comtip_shards.builder.jobs import run_jobs
 from comtip_shards.builder.output_dir import built_already, clear_staging, writing
 from comtip_shards.builder.staging import stage_section
-from comtip_shards.builder.writer import SectionRecords, made_with, report, set_fingerprint, write_set
+from comtip_shards.builder.writer import SectionRecords, dependency_versions, report, set_fingerprint, write_set
 from comtip_shards.errors import SourceError
 from comtip_shards.format import record
 from comtip_shards.format.manifest import NAME, REPORTS, BuildPart, Manifest, TileSpec, sha256_of
@@ -33,7 +33,7 @@ MAX_UM = 1e6
 
 @dataclass
 class BuildReport:
-    """What a build did."""
+    """Result of a build."""
 
     out: Path
     n_spots: int
@@ -43,12 +43,25 @@ class BuildReport:
 
 
 def build_shards(
-    sources: Sequence[SectionSource], out: Path, *, tile_px: int = 128, tile_um: float = 224.0, min_mpp: float = 4.0,
-    codec: str = "jpeg", quality: int = 95, splits: Mapping[str, str] | None = None, max_records: int = 512,
-    strict: bool = False, allow_benchmark: Collection[str] = (), benchmark_ids: Path | None = None,
-    auto_split: Sequence[float] | None = None, seed: int = 0, jobs: int = 1, part: tuple[int, int] | None = None,
+    sources: Sequence[SectionSource],
+    out: Path,
+    *,
+    tile_px: int = 128,
+    tile_um: float = 224.0,
+    min_mpp: float = 4.0,
+    codec: str = "jpeg",
+    quality: int = 95,
+    splits: Mapping[str, str] | None = None,
+    max_records: int = 512,
+    strict: bool = False,
+    allow_benchmark: Collection[str] = (),
+    benchmark_ids: Path | None = None,
+    auto_split: Sequence[float] | None = None,
+    seed: int = 0,
+    jobs: int = 1,
+    part: tuple[int, int] | None = None,
     progress: bool = False,
-) -> BuildReport:  # fmt: skip
+) -> BuildReport:
     """Build a shard set in ``out``.
 
     Parameters
@@ -56,64 +69,77 @@ def build_shards(
     sources
         Sections, from :func:`comtip_shards.sources.open_source`.
     out
-        A new folder, or one that a build of the same set left unfinished.
+        A new folder, or one with an unfinished build of the same set.
     tile_px, tile_um, min_mpp
-        S, the width of a tile in um, and the um per px that finer images are blurred to.
+        Tile width S in px, tile width in um, and the um per px to which finer images are downsampled.
     codec, quality
-        ``jpeg``, ``png`` (exact) or ``webp``; 1 to 100, of the first and the last.
+        ``jpeg``, ``png`` (lossless) or ``webp``; 1 to 100, for ``jpeg`` and ``webp``.
     splits
-        ``{section_id: "train" | "val" | "test"}``, wins over the sources' own.
+        ``{section_id: "train" | "val" | "test"}``; takes precedence over the splits of the sources.
     max_records
-        RecordRun per tar file.
+        Maximum number of records per tar file.
     strict
-        Refuse sections that fail a check; otherwise failures are told in ``report/`` and the manifest's notes.
+        Raise if a section fails a check; otherwise failures are reported in ``report/`` and the manifest's notes.
     allow_benchmark, benchmark_ids, auto_split, seed
-        Of :func:`comtip_shards.sections.leakage.enforce_split_policy`.
+        See :func:`comtip_shards.sections.leakage.enforce_split_policy`.
     jobs
-        Processes that work on sections side by side; the bytes do not depend on it.
+        Number of worker processes; the bytes do not depend on it.
     part
-        (i, n), 1 <= i <= n: build the i-th of n parts of the set, perhaps on its own machine; all parts are given the
-        same sources. :func:`comtip_shards.builder.merge.merge_sets` joins them.
+        (i, n), 1 <= i <= n: build the i-th of n parts of the set, for example on several machines; every part takes the
+        same sources. :func:`comtip_shards.builder.merge.merge_sets` merges them.
     progress
-        Show a bar on a terminal.
+        Show a progress bar on a terminal.
 
     Raises
     ------
     SourceError, ShardError
-        Bad input, a donor on both sides of a split, an ``out`` that holds something else or cannot be written.
+        Invalid input, a donor on both sides of a split, or an ``out`` that holds other files or cannot be written.
     """
     out = Path(out)
     tile = TileSpec(tile_px, float(tile_um), float(min_mpp), codec, quality)
     _check_tile(tile)
     metas, notes = enforce_split_policy(
-        _with_splits([s.meta for s in sources], splits or {}), allow=allow_benchmark, benchmark_ids=benchmark_ids,
-        auto_split=auto_split, seed=seed,
-    )  # fmt: skip
-    place = _part_of(metas, part)
-    own = [(sources[i], metas[i], tile) for i in (range(len(metas)) if place is None else place.sections)]
-    prints = run_jobs(_fingerprint, own, jobs=jobs, label="hashing inputs", progress=progress)
-    done = built_already(out, set_fingerprint(prints, max_records), place)
+        _with_splits([s.meta for s in sources], splits or {}),
+        allow=allow_benchmark,
+        benchmark_ids=benchmark_ids,
+        auto_split=auto_split,
+        seed=seed,
+    )
+    build_part = _part_of(metas, part)
+    own = [(sources[i], metas[i], tile) for i in (range(len(metas)) if build_part is None else build_part.sections)]
+    fingerprints = run_jobs(_fingerprint, own, jobs=jobs, label="hashing inputs", progress=progress)
+    done = built_already(out, set_fingerprint(fingerprints, max_records), build_part)
     if done is not None:
         if strict:
             refuse_failed((s.section_id, s.source["checks"]) for s in done.sections)
         clear_staging(out)
         return report_of(out, done, "(already built)")
     with writing(out) as staging:
-        done = built_already(out, set_fingerprint(prints, max_records), place)
-        if done is not None:  # by another process, since the first look
+        done = built_already(out, set_fingerprint(fingerprints, max_records), build_part)
+        if done is not None:  # another process finished it in the meantime
             return report_of(out, done, "(already built)")
-        (out / NAME).unlink(missing_ok=True)  # of a set with files missing: without them it is not one
-        work = [(*one, mark, staging) for one, mark in zip(own, prints, strict=True)]
+        (out / NAME).unlink(missing_ok=True)  # the manifest of a set with missing files
+        work = [(*one, fingerprint, staging) for one, fingerprint in zip(own, fingerprints, strict=True)]
         staged = run_jobs(stage_section, work, jobs=jobs, label="sections", progress=progress)
-        beside = look_over(staged, out, strict=strict)
+        duplicates = check_sections(staged, out, strict=strict)
         run = partial(run_jobs, jobs=jobs, label="shards", progress=progress)
-        manifest = write_set(staged, tile, out, max_records, run, place, notes, beside)
+        manifest = write_set(staged, tile, out, max_records, run, build_part, notes, duplicates)
     return report_of(out, manifest)
 
 
-def look_over(sections: Sequence[SectionRecords], out: Path, *, strict: bool = False) -> dict[str, str]:
-    """Write what the checks found into ``report/`` and compare the sections; returns notes on those that stand twice."""
-    heads = (s.head() for s in sections)  # one at a time
+def check_sections(sections: Sequence[SectionRecords], out: Path, *, strict: bool = False) -> dict[str, str]:
+    """Write the results of the checks to ``report/`` and compare the sections with each other.
+
+    Returns
+    -------
+    ``{section_id: note}`` for duplicate sections.
+
+    Raises
+    ------
+    SourceError
+        With ``strict``, a section failed a check; or two splits share a section.
+    """
+    heads = (s.head() for s in sections)  # one at a time, to bound memory
     write_pages(((h.meta.section_id, h.pages, h.source["checks"]) for h in heads), out / REPORTS)
     facts = [(h.meta, h.source) for h in (s.head() for s in sections)]
     if strict:
@@ -122,25 +148,25 @@ def look_over(sections: Sequence[SectionRecords], out: Path, *, strict: bool = F
 
 
 def report_of(out: Path, manifest: Manifest, more: str = "") -> BuildReport:
-    """Return what a finished set holds."""
+    """Return the report of a finished set."""
     ids = [s.section_id for s in manifest.sections]
     return BuildReport(out, manifest.n_spots, manifest.n_genes, ids, report(manifest) + more)
 
 
 def _part_of(metas: list[SectionMeta], part: tuple[int, int] | None) -> BuildPart | None:
-    """Return which sections a part holds: every n-th, so that neighbours in the source, often alike, are spread."""
+    """Return the sections of a part: every n-th, so that similar neighbours in the source are distributed over parts."""
     if part is None:
         return None
     index, of = part
     if not 1 <= index <= of <= len(metas):
         raise SourceError(
-            f"part {index}/{of} of {len(metas)} sections cannot be; write i/n, i from 1 to n, n at most that"
+            f"part {index}/{of} of {len(metas)} sections is out of range; use i/n with 1 <= i <= n <= {len(metas)}"
         )
     return BuildPart(index, of, list(range(index - 1, len(metas), of)), hash_of(metas))
 
 
 def hash_of(metas: Sequence[SectionMeta]) -> str:
-    """Return the hash of all sections' metadata that the parts of a build share."""
+    """Return the hash of all sections' metadata, shared by the parts of one build."""
     return hashlib.sha256(json.dumps([asdict(m) for m in metas], sort_keys=True).encode()).hexdigest()
 
 
@@ -149,26 +175,29 @@ def hash_of(metas: Sequence[SectionMeta]) -> str:
 
 def _check_tile(tile: TileSpec) -> None:
     if tile.codec not in record.CODECS:
-        raise SourceError(f"codec {tile.codec!r}; use {', '.join(record.CODECS)}")
+        raise SourceError(f"unknown codec {tile.codec!r}; use {', '.join(record.CODECS)}")
     if not 1 <= tile.quality <= 100:
-        raise SourceError(f"quality {tile.quality}; use 1 to 100")
+        raise SourceError(f"quality {tile.quality} is out of range; use 1 to 100")
     if not 8 <= tile.px <= 4096 or not 1 <= tile.um <= 10_000 or not 0 < tile.min_mpp <= 100:
-        raise SourceError(f"tiles of {tile.um:g} um in {tile.px} px at {tile.min_mpp:g} um/px cannot be; see --help")
+        raise SourceError(
+            f"tiles of {tile.um:g} um in {tile.px} px at {tile.min_mpp:g} um/px are out of range; use 1 to 10000 um, 8 to "
+            "4096 px and up to 100 um/px"
+        )
 
 
 def _with_splits(metas: list[SectionMeta], splits: Mapping[str, str]) -> list[SectionMeta]:
     ids = [m.section_id for m in metas]
     twice = sorted({i for i in ids if ids.count(i) > 1})
     if twice:
-        raise SourceError(f"section ids must differ: {', '.join(twice)} stands more than once")
+        raise SourceError(f"duplicate section ids: {', '.join(twice)}; rename them")
     alike = same_file(ids)
     if alike:
-        raise SourceError(f"section ids must differ in more than case: {alike[0]} and {alike[1]}; rename one")
+        raise SourceError(f"section ids must not differ only in case: {alike[0]} and {alike[1]}; rename one")
     unknown = sorted(set(splits) - set(ids))
     if unknown:
-        raise SourceError(f"--split names {', '.join(unknown)}, which is not among the sections {', '.join(ids)}")
+        raise SourceError(f"--split: no section {', '.join(unknown)}; the sections are {', '.join(ids)}")
     if not metas:
-        raise SourceError("no sections to build from")
+        raise SourceError("no sections to build from; check the source and --samples")
     metas = [_as_written(replace(m, split=splits.get(m.section_id, m.split))) for m in metas]
     for meta in metas:
         check_meta(meta, meta.section_id)
@@ -177,17 +206,17 @@ def _with_splits(metas: list[SectionMeta], splits: Mapping[str, str]) -> list[Se
 
 
 def _check_sizes(meta: SectionMeta) -> None:
-    """Refuse, before any work, what a manifest cannot hold."""
+    """Check, before any work, the sizes that a manifest limits."""
     for what, value in (("spot diameter", meta.spot_diameter_um), ("distance between spots", meta.spot_pitch_um)):
         if not 0 < value <= MAX_UM:
             raise SourceError(
-                f"section {meta.section_id}: the {what} is {value:g} um, and 0 to {MAX_UM:g} is needed; the source must state it, or "
-                "hold at least two spots at different positions to measure it by"
+                f"section {meta.section_id}: the {what} is {value:g} um, but must be above 0 and at most {MAX_UM:g}; the source "
+                "must state it, or have at least two spots at different positions from which to measure it"
             )
 
 
 def _as_written(meta: SectionMeta) -> SectionMeta:
-    """Return numbers as floats: 4 and 4.0 would be two texts in the manifest."""
+    """Convert numbers to float, because 4 and 4.0 are written differently to the manifest."""
     return replace(
         meta,
         mpp=float(meta.mpp),
@@ -199,7 +228,10 @@ def _as_written(meta: SectionMeta) -> SectionMeta:
 def _fingerprint(source: SectionSource, meta: SectionMeta, tile: TileSpec) -> str:
     files = [f for p in source.inputs for f in (sorted(p.iterdir()) if p.is_dir() else [p]) if f.is_file()]
     facts = {
-        "stage": STAGE_VERSION, "meta": asdict(meta), "tile": asdict(tile), "made_with": made_with(),
+        "stage": STAGE_VERSION,
+        "meta": asdict(meta),
+        "tile": asdict(tile),
+        "made_with": dependency_versions(),
         "files": [(f.name, sha256_of(f)) for f in files],
-    }  # fmt: skip
+    }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

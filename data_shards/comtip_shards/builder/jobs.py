@@ -1,4 +1,4 @@
-"""The same function on many inputs, in one process or several; results in order, a clear error when a process dies."""
+"""Run a function on many inputs in one or several processes, with ordered results and a clear error if a process dies."""
 
 from __future__ import annotations
 
@@ -19,24 +19,29 @@ _watching = False
 
 
 def run_jobs(
-    function: Callable[..., T], arguments: Sequence[tuple[Any, ...]], *, jobs: int = 1, label: str, unit: str = "section",
+    function: Callable[..., T],
+    arguments: Sequence[tuple[Any, ...]],
+    *,
+    jobs: int = 1,
+    label: str,
+    unit: str = "section",
     progress: bool = False,
-) -> list[T]:  # fmt: skip
-    """Call ``function(*a)`` for each ``a``; returns the results in the order of ``arguments``.
+) -> list[T]:
+    """Call ``function(*a)`` for each ``a`` and return the results in the order of ``arguments``.
 
     Parameters
     ----------
     function, arguments
-        What to call, and with what. Closures may be among them.
+        The function and the arguments of each call; closures are supported.
     jobs
-        Processes; 1 stays in this one. They are started afresh, not forked.
+        Number of worker processes, which are spawned, not forked; 1 runs in this process.
     label, unit, progress
-        Of the bar on a terminal.
+        Settings of the progress bar on a terminal.
 
     Raises
     ------
     ShardError
-        A process was killed, perhaps for lack of memory; what ``function`` raises is raised as it is.
+        A process was killed, possibly because memory ran out. Exceptions of ``function`` are raised unchanged.
     """
     bar = tqdm(total=len(arguments), desc=label, unit=unit, disable=None if progress else True)
     with bar:
@@ -61,10 +66,10 @@ def _in_processes(function: Callable[..., T], arguments: Sequence[tuple[Any, ...
             bar.update()
     except BrokenProcessPool as error:
         raise ShardError(
-            "a worker process was killed, perhaps because memory ran out; run again with fewer --jobs: what is done is kept"
+            "a worker process was killed, possibly because memory ran out; run again with fewer --jobs: finished work is kept"
         ) from error
     except PicklingError as error:
-        raise ShardError(f"a section cannot be handed to another process ({error}); use --jobs 1") from error
+        raise ShardError(f"a section cannot be sent to another process ({error}); use --jobs 1") from error
     return [results[i] for i in range(len(arguments))]
 
 
@@ -74,7 +79,7 @@ def _call(parent: int, number: int, function: Callable[..., T], arguments: tuple
 
 
 def _end_with(parent: int) -> None:
-    """End this worker soon after its parent is gone: killed, it cannot tell us, and nobody wants our result."""
+    """End this worker soon after its parent has ended; a killed parent cannot notify its workers."""
     global _watching
     if _watching:
         return

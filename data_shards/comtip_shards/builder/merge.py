@@ -1,4 +1,4 @@
-"""Several shard sets to one: bytes are moved, tiles are not decoded, only gene rows and spot indices are rewritten."""
+"""Merge shard sets: tiles are copied without decoding; only gene rows and spot indices are rewritten."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from comtip_shards.builder.build import BuildReport, hash_of, look_over, report_of
+from comtip_shards.builder.build import BuildReport, check_sections, hash_of, report_of
 from comtip_shards.builder.jobs import run_jobs
 from comtip_shards.builder.output_dir import built_already, clear_staging, writing
 from comtip_shards.builder.writer import RecordRun, SectionHead, set_fingerprint, write_set
@@ -26,55 +26,66 @@ from comtip_shards.sections.section import meta_of
 
 @dataclass(frozen=True)
 class FinishedSection:
-    """A section of a finished set, by the set's folder or URL and the section's number."""
+    """A section of a finished set, identified by the set's folder or URL and the section's number."""
 
     path: str
     digest: str
-    """Of its manifest, so that a process that keeps sets open never takes another for it."""
+    """Digest of the set's manifest, so that a process with several sets open never confuses two."""
     number: int
 
     def head(self) -> SectionHead:
-        """Return everything but the records."""
+        """Return everything except the records."""
         shards = _open(self.path, self.digest)
         section = shards.manifest.sections[self.number]
         keys = [shards.genes[i].key for i in np.flatnonzero(shards.measured(self.number))]
-        shards.overview(self.number)  # it is an image of the size that the manifest says
+        shards.overview(self.number)  # checks that it is an image of the stated size
         overview = shards.files.verified(section.overview.file, section.overview.sha256, "the overview", "overview")
         check_section_spots(shards, self.number, shards.spots)
         return SectionHead(
-            meta_of(section), section.fingerprint, section.n_spots, keys, section.stain, overview,
-            section.overview.um_per_px, section.source, self.pages()[0],
-        )  # fmt: skip
+            meta_of(section),
+            section.fingerprint,
+            section.n_spots,
+            keys,
+            section.stain,
+            overview,
+            section.overview.um_per_px,
+            section.source,
+            self.pages()[0],
+        )
 
     def pages(self) -> tuple[dict[str, str], str]:
-        """Return the pages of the section's checks, and why there are none; a set without them is none the worse."""
+        """Return the report pages of the section and, if they cannot be used, the reason; pages are optional."""
         shards = _open(self.path, self.digest)
         return stored_pages(shards.path / REPORTS, shards.manifest.sections[self.number].section_id)
 
     def runs(self, size: int) -> Iterator[RecordRun]:
-        """Yield the records as they follow one another: the layout depends on nothing outside the section."""
+        """Yield the records in stored order; the layout does not depend on anything outside the section."""
         shards = _open(self.path, self.digest)
         section = shards.manifest.sections[self.number]
         measured = shards.measured(self.number)
-        place = np.cumsum(measured) - 1
+        column_of = np.cumsum(measured) - 1
         for start in range(0, section.n_spots, size):
             spots = np.arange(start, min(start + size, section.n_spots)) + section.first_spot
             counts = shards.counts(spots)
             tiles, jsons = shards.members_of(spots, ("tile", "json"))
             _check_records(shards, section, spots, tiles, jsons, measured[counts.indices])
             yield RecordRun(
-                tiles=tiles, jsons=jsons, indptr=counts.indptr, columns=place[counts.indices], counts=counts.data
+                tiles=tiles, jsons=jsons, indptr=counts.indptr, columns=column_of[counts.indices], counts=counts.data
             )
 
 
 def _check_records(
-    shards: ShardSet, section: ManifestSection, spots: np.ndarray, tiles: Sequence[bytes], jsons: Sequence[bytes],
+    shards: ShardSet,
+    section: ManifestSection,
+    spots: np.ndarray,
+    tiles: Sequence[bytes],
+    jsons: Sequence[bytes],
     measured: np.ndarray,
-) -> None:  # fmt: skip
-    """Refuse what ``verify`` would refuse of these records, but for pixels, which are not decoded."""
+) -> None:
+    """Run the checks of ``verify`` on these records, except for those that decode pixels."""
     if not measured.all():
         raise ShardError(
-            f"{shards.name}: section {section.section_id}: counts of a gene that it did not measure; {FOREIGN}",
+            f"{shards.name}: section {section.section_id}: counts for a gene that it did not measure; {FOREIGN}",
             kind="counts",
         )
     rows = shards.spots.iloc[spots].to_dict("records")
@@ -88,22 +99,22 @@ def _check_records(
 def _open(path: str, digest: str) -> ShardSet:
     shards = ShardSet(path)
     if shards.manifest.digest != digest:
-        raise ShardError(f"{path} was changed while it was merged; run again")
+        raise ShardError(f"{path}: changed during the merge; run again")
     return shards
 
 
 def merge_sets(parts: Sequence[Path | str], out: Path, *, jobs: int = 1, progress: bool = False) -> BuildReport:
-    """Join shard sets: the parts of one build, or whole sets that were built with the same settings.
+    """Merge shard sets: the parts of one build, or complete sets that were built with the same settings.
 
-    Parts of one build give, to the byte, the set that one build of everything gives. Sets that are not parts follow one
-    another in the order they are given in.
+    Merging all parts of a build gives the same bytes as building everything at once. Sets that are not parts are
+    concatenated in the given order.
 
     Parameters
     ----------
     parts
         Folders or URLs.
     out
-        A new folder, or one that the same merge left unfinished.
+        A new folder, or one with an unfinished run of the same merge.
     jobs, progress
         As for :func:`comtip_shards.builder.build.build_shards`.
 
@@ -115,32 +126,32 @@ def merge_sets(parts: Sequence[Path | str], out: Path, *, jobs: int = 1, progres
     """
     out = Path(out)
     if not parts:
-        raise ShardError("nothing to merge; give the folders of the parts")
+        raise ShardError("nothing to merge; give the folders of the sets")
     manifests = {str(p): ShardSet(p).manifest for p in parts}
     if len(manifests) != len(parts):
-        raise ShardError("a set is given twice")
+        raise ShardError("a set is given twice; give each set once")
     _check_settings(manifests)
     sections = _in_order(manifests)
     metas = [meta_of(manifests[s.path].sections[s.number]) for s in sections]
     _check_distinct(sections, manifests)
     check_splits(metas)
     first = next(iter(manifests.values()))
-    prints = [manifests[s.path].sections[s.number].fingerprint for s in sections]
-    mark = set_fingerprint(prints, first.records_per_shard)
-    done = built_already(out, mark, None)
+    fingerprints = [manifests[s.path].sections[s.number].fingerprint for s in sections]
+    fingerprint = set_fingerprint(fingerprints, first.records_per_shard)
+    done = built_already(out, fingerprint, None)
     if done is not None:
         clear_staging(out)
     else:
         with writing(out):
-            done = built_already(out, mark, None)
-            if done is not None:  # by another process, since the first look
+            done = built_already(out, fingerprint, None)
+            if done is not None:  # another process finished it in the meantime
                 return report_of(out, done)
-            (out / NAME).unlink(missing_ok=True)  # of a set with files missing: without them it is not one
+            (out / NAME).unlink(missing_ok=True)  # the manifest of a set with missing files
             run = partial(run_jobs, jobs=jobs, label="shards", progress=progress)
-            beside = look_over(sections, out)
-            done = write_set(sections, first.tile, out, first.records_per_shard, run, beside=beside)
+            duplicates = check_sections(sections, out)
+            done = write_set(sections, first.tile, out, first.records_per_shard, run, duplicates=duplicates)
     lost = [(manifests[s.path].sections[s.number].section_id, s.pages()[1]) for s in sections]
-    return report_of(out, done, "".join(f"{i}: its page in report/ was left out: {why}\n" for i, why in lost if why))
+    return report_of(out, done, "".join(f"{i}: its report page was left out: {why}\n" for i, why in lost if why))
 
 
 def _check_settings(manifests: dict[str, Manifest]) -> None:
@@ -160,45 +171,49 @@ def _check_distinct(sections: list[FinishedSection], manifests: dict[str, Manife
     for s in sections:
         name = manifests[s.path].sections[s.number].section_id
         if name in seen:
-            raise ShardError(f"section {name} is in {seen[name]} and in {s.path}; leave one of the two out")
+            raise ShardError(f"section {name} is in {seen[name]} and in {s.path}; leave one of them out")
         seen[name] = s.path
     alike = same_file(seen)
     if alike:
         raise ShardError(
-            f"section {alike[0]} of {seen[alike[0]]} and {alike[1]} of {seen[alike[1]]} differ only in case; build one again "
-            "under another id"
+            f"section {alike[0]} of {seen[alike[0]]} and {alike[1]} of {seen[alike[1]]} differ only in case; build one of them "
+            "again with another id"
         )
 
 
 def _in_order(manifests: dict[str, Manifest]) -> list[FinishedSection]:
-    """Return the sections in their order: that of the whole for parts, else that of the sets."""
+    """Return the sections in the order of the complete build for parts, otherwise in the order of the sets."""
     parts = {name: m.part for name, m in manifests.items() if m.part is not None}
     if not parts:
         return [FinishedSection(name, m.digest, i) for name, m in manifests.items() for i in range(len(m.sections))]
-    alone = [name for name in manifests if name not in parts]
-    if alone:
-        raise ShardError(f"{alone[0]} is not a part of a build, {next(iter(parts))} is; merge the parts first")
+    complete = [name for name in manifests if name not in parts]
+    if complete:
+        raise ShardError(
+            f"{complete[0]} is not a part of a build, but {next(iter(parts))} is; merge the parts first, then the sets"
+        )
     by_index: dict[int, str] = {}
     of, whole = next((p.of, p.whole) for p in parts.values())
     for name, part in parts.items():
         if (part.of, part.whole) != (of, whole):
-            raise ShardError(f"{name} is part {part.index}/{part.of} of another build than {next(iter(parts))}")
+            raise ShardError(
+                f"{name} is part {part.index}/{part.of} of another build than {next(iter(parts))}; merge each build separately"
+            )
         if part.index in by_index:
             raise ShardError(f"{name} and {by_index[part.index]} are both part {part.index}/{of}; leave one out")
         by_index[part.index] = name
     missing = [f"{i}/{of}" for i in range(1, of + 1) if i not in by_index]
     if missing:
-        raise ShardError(f"part {', '.join(missing)} is missing; build it with --part and give it too")
-    placed = {
-        place: FinishedSection(name, manifests[name].digest, i)
+        raise ShardError(f"part {', '.join(missing)} is missing; build it with --part and add it")
+    by_position = {
+        position: FinishedSection(name, manifests[name].digest, i)
         for name, part in parts.items()
-        for i, place in enumerate(part.sections)
+        for i, position in enumerate(part.sections)
     }
-    if sorted(placed) != list(range(len(placed))):
+    if sorted(by_position) != list(range(len(by_position))):
         raise ShardError(
-            f"the parts {', '.join(parts)} do not hold each section once; build them again from one source"
+            f"the parts {', '.join(parts)} do not hold each section exactly once; build them again from one source"
         )
-    sections = [placed[i] for i in sorted(placed)]
+    sections = [by_position[i] for i in sorted(by_position)]
     metas = [meta_of(manifests[s.path].sections[s.number]) for s in sections]
     if hash_of(metas) != whole:
         raise ShardError(

@@ -1,4 +1,4 @@
-"""The folder that a shard set is written into: whose it is, who writes, and what a full disk leaves behind."""
+"""Output directory of a shard set: ownership, locking and cleanup."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from comtip_shards.storage.regular_file import read_regular
 
 STAGING = ".building"
 WRITING = ".writing"
-"""Ends the names of folders that are not whole yet."""
+"""Suffix of folders that are not complete yet."""
 REMOVING = ".building.removing"
-"""The staging folder while it is deleted: renamed first, so that a build that starts meanwhile has a folder of its own."""
+"""Name of the staging folder during deletion: it is renamed first, so that a build that starts then gets a new folder."""
 _OURS = {STAGING, REMOVING, REPORTS, GENES_FILE, REPORT_FILE, spots.FILE, NAME + WRITING, *FOLDERS}
 _TEMPORARY = {tmp_path_of(Path(name)).name for name in (NAME, REPORT_FILE, REPORTS)}
 _OURS |= _TEMPORARY | {f"{name}.old" for name in _TEMPORARY}
 
 
 def built_already(out: Path, fingerprint: str, part: BuildPart | None) -> Manifest | None:
-    """Return the manifest where ``out`` is this very set and whole, None where it may be written.
+    """Return the manifest if ``out`` already holds this set completely, None if ``out`` may be written.
 
-    Call it before :func:`writing`, so that a finished set need not be summon_full_params, and again inside: another process may
+    Call it before :func:`writing`, so that a finished set may be read-only, and again inside, because another process may
     have finished in between.
 
     Raises
@@ -50,7 +50,7 @@ def built_already(out: Path, fingerprint: str, part: BuildPart | None) -> Manife
         manifest = read_manifest(out)
         if (manifest.fingerprint, manifest.part) != (fingerprint, part):
             raise ShardError(f"{out} holds another shard set; give a new folder or delete this one")
-        if is_whole(out, manifest):
+        if is_complete(out, manifest):
             return manifest
     foreign = sorted(p.name for p in out.iterdir() if p.name not in {NAME, *_OURS})
     if foreign:
@@ -59,8 +59,8 @@ def built_already(out: Path, fingerprint: str, part: BuildPart | None) -> Manife
     return None
 
 
-def is_whole(out: Path, manifest: Manifest) -> bool:
-    """Tell whether every file of a set is there: tars by their size, the small files by their hash."""
+def is_complete(out: Path, manifest: Manifest) -> bool:
+    """Return whether every file of a set is present: tars by size, small files by hash."""
     tars = {s.file: s.bytes for s in manifest.shards}
     try:
         for name, digest in files_of(manifest).items():
@@ -76,19 +76,19 @@ def is_whole(out: Path, manifest: Manifest) -> bool:
 
 
 def clear_staging(out: Path) -> None:
-    """Remove what a build that was killed after its last step left next to a finished set, unless somebody uses it."""
+    """Remove the staging folder of a build that was killed after its last step, unless another process uses it."""
     if (out / STAGING).is_dir() or (out / REMOVING).is_dir():
         with suppress(ShardError), writing(out):
             pass
 
 
 def refuse_links(out: Path) -> None:
-    """Refuse an unfinished build that holds links: writing would go through them to files elsewhere.
+    """Check that an unfinished build has no links, through which files elsewhere would be written.
 
     Raises
     ------
     ShardError
-        Naming the first link.
+        There is a link; names the first.
     """
     for path in [p for n in sorted(_OURS) for p in (out / n, *(out / n).rglob("*"))]:
         if path.is_symlink():
@@ -117,7 +117,7 @@ def _lock(out: Path) -> int:
             continue  # the holder removed the folder in between
         try:
             lock_or_warn(lock, out)
-            # The holder may have removed the folder after this process opened the file: then the lock is on nothing.
+            # The holder may have removed the folder after this process opened the file; then the lock has no effect.
             if os.path.samestat(os.fstat(lock), path.stat()):
                 return lock
         except FileNotFoundError:
@@ -129,7 +129,7 @@ def _lock(out: Path) -> int:
 
 
 def lock_or_warn(file: int, folder: Path) -> None:
-    """Lock a file for this process alone; a file system without locks is told on stderr and used as it is.
+    """Lock a file exclusively; on a file system without locks, print a warning and continue.
 
     Raises
     ------
@@ -144,7 +144,7 @@ def lock_or_warn(file: int, folder: Path) -> None:
         if error.errno not in NO_LOCKS:
             raise
         print(
-            f"comtip: warning: {folder}: this file system has no locks ({error.strerror}); see to it that only one process "
+            f"comtip: warning: {folder}: this file system has no locks ({error.strerror}); make sure that only one process "
             "writes here",
             file=sys.stderr,
         )
@@ -152,24 +152,24 @@ def lock_or_warn(file: int, folder: Path) -> None:
 
 @contextmanager
 def writing(out: Path) -> Iterator[Path]:
-    """Hold ``out`` for one writer; gives the staging folder, which is removed when all went well.
+    """Lock ``out`` and yield its staging folder, which is removed when the block ends without an error.
 
     Raises
     ------
     ShardError
-        Another process writes there, or the disk is full or does not let us write: what is done is kept.
+        Another process writes there, the disk is full, or writing is not permitted; finished work is kept.
     """
     staging = out / STAGING
     try:
         with _locked(out):
             for left in staging.glob(f"*{WRITING}"):
-                shutil.rmtree(left, ignore_errors=True)  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)  # left by a killed process
             yield staging
             shutil.rmtree(out / REMOVING, ignore_errors=True)
             staging.rename(out / REMOVING)
             shutil.rmtree(out / REMOVING)
     except OSError as error:
-        # Sources say for themselves what they cannot read; what is left is ours to write.
+        # Sources raise SourceError for files that they cannot read, so these errors are from writing.
         if error.errno not in (
             errno.ENOSPC,
             errno.EDQUOT,
@@ -181,6 +181,6 @@ def writing(out: Path) -> Iterator[Path]:
         ):
             raise
         raise ShardError(
-            f"{error.filename or out}: cannot be written ({error.strerror or error}); free space or allow it, then run the "
-            "same command again: what is done is kept"
+            f"{error.filename or out}: cannot be written ({error.strerror or error}); free space or fix the permissions, then "
+            "run the same command again: finished work is kept"
         ) from error

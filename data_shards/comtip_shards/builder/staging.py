@@ -1,4 +1,4 @@
-"""One section, cut and encoded, waiting until the gene table of the whole set is known."""
+"""Staging: cut and encode one section, before the gene table of the complete set is known."""
 
 from __future__ import annotations
 
@@ -32,25 +32,31 @@ OVERVIEW_PX = 1024
 
 
 @dataclass(frozen=True)
-class Staged:
-    """A section that :func:`stage_section` wrote: a folder; its rows are in the order of the source."""
+class StagedSection:
+    """A folder written by :func:`stage_section`; its rows are in the order of the source."""
 
     folder: Path
     meta: SectionMeta
     fingerprint: str
 
     def head(self) -> SectionHead:
-        """Return everything but the records."""
+        """Return everything except the records."""
         facts = json.loads((self.folder / "facts.json").read_bytes())
         stain = StainStats(tuple(facts["stain"]["od_mean"]), tuple(facts["stain"]["od_std"]))
         return SectionHead(
-            self.meta, self.fingerprint, facts["n_spots"], facts["keys"], stain,
-            (self.folder / "overview.jpg").read_bytes(), facts["overview_mpp"], facts["source"],
+            self.meta,
+            self.fingerprint,
+            facts["n_spots"],
+            facts["keys"],
+            stain,
+            (self.folder / "overview.jpg").read_bytes(),
+            facts["overview_mpp"],
+            facts["source"],
             {e: (self.folder / f"report.{e}").read_text(encoding="utf-8") for e in EXTENSIONS},
-        )  # fmt: skip
+        )
 
     def runs(self, size: int) -> Iterator[RecordRun]:
-        """Yield the records in the order of the layout, ``size`` at a time; tiles are not held in memory."""
+        """Yield the records in the order of the layout, ``size`` at a time; tiles are memory-mapped."""
         spots = json.loads((self.folder / "spots.json").read_bytes())
         order = layout(self.meta.section_id, len(spots))
         tiles = np.memmap(self.folder / "tiles.bin", np.uint8, "r")
@@ -69,11 +75,27 @@ class Staged:
             )
 
 
-def stage_section(source: SectionSource, meta: SectionMeta, tile: TileSpec, mark: str, staging: Path) -> Staged:
-    """Read, cut and encode one section, unless this was done before from the same inputs."""
-    folder = staging / f"{meta.section_id}-{mark[:16]}"
+def stage_section(
+    source: SectionSource, meta: SectionMeta, tile: TileSpec, fingerprint: str, staging: Path
+) -> StagedSection:
+    """Read, cut and encode one section, unless it was already staged from the same inputs.
+
+    Parameters
+    ----------
+    source
+        The section to read.
+    meta
+        Its metadata, with donor and split as built.
+    tile
+        Settings of the tiles.
+    fingerprint
+        Hash of the section's inputs and settings.
+    staging
+        The staging folder.
+    """
+    folder = staging / f"{meta.section_id}-{fingerprint[:16]}"
     if folder.is_dir():
-        return Staged(folder, meta, mark)  # written to a temporary path and renamed, so a folder that is here is whole
+        return StagedSection(folder, meta, fingerprint)  # renamed after writing, so an existing folder is complete
     section = source.read()
     tmp_path = staging / f"{folder.name}.{os.getpid()}{WRITING}"
     shutil.rmtree(tmp_path, ignore_errors=True)
@@ -86,21 +108,33 @@ def stage_section(source: SectionSource, meta: SectionMeta, tile: TileSpec, mark
     genes = map_genes(section.gene_ids, meta.species, symbols=section.gene_symbols)
     counts = genes.sum_columns(section.counts)
     np.savez(
-        tmp_path / "counts.npz", indptr=counts.indptr.astype(np.int64), columns=counts.indices.astype(np.int32),
-        counts=counts.data.astype(np.int32), starts=starts, sizes=sizes,
-    )  # fmt: skip
+        tmp_path / "counts.npz",
+        indptr=counts.indptr.astype(np.int64),
+        columns=counts.indices.astype(np.int32),
+        counts=counts.data.astype(np.int32),
+        starts=starts,
+        sizes=sizes,
+    )
     (tmp_path / "overview.jpg").write_bytes(overview)
     for extension, page in pages(checked).items():
         (tmp_path / f"report.{extension}").write_text(page, encoding="utf-8")
     kept, lost = int(counts.sum(dtype=np.int64)), int(section.counts.sum(dtype=np.int64))
     facts = {
-        "n_spots": len(section.spot_ids), "keys": genes.keys, "overview_mpp": overview_mpp, "stain": asdict(stain),
+        "n_spots": len(section.spot_ids),
+        "keys": genes.keys,
+        "overview_mpp": overview_mpp,
+        "stain": asdict(stain),
         "source": {
-            "dropped_spots": section.dropped, "genes": genes.report(), "notes": notes,
-            "unmapped_genes": len(genes.unmapped), "summed_genes": len(genes.collisions), "counts_left_out": lost - kept,
-            "checks": checked.summary(), "print": section_fingerprint(counts, genes.keys, np.asarray(Image.open(io.BytesIO(overview)))),
+            "dropped_spots": section.dropped,
+            "genes": genes.report(),
+            "notes": notes,
+            "unmapped_genes": len(genes.unmapped),
+            "summed_genes": len(genes.collisions),
+            "counts_left_out": lost - kept,
+            "checks": checked.summary(),
+            "print": section_fingerprint(counts, genes.keys, np.asarray(Image.open(io.BytesIO(overview)))),
         },
-    }  # fmt: skip
+    }
     (tmp_path / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
     spots = [_spot(section, meta, i) for i in range(len(section.spot_ids))]
     (tmp_path / "spots.json").write_text(json.dumps(spots), encoding="utf-8")
@@ -110,14 +144,20 @@ def stage_section(source: SectionSource, meta: SectionMeta, tile: TileSpec, mark
     except OSError:
         if not folder.is_dir():
             raise
-        shutil.rmtree(tmp_path)  # a worker of a build that was killed had just finished the same
-    return Staged(folder, meta, mark)
+        shutil.rmtree(tmp_path)  # a worker of a killed build has just finished the same section
+    return StagedSection(folder, meta, fingerprint)
 
 
 def _write_tiles(
     section: Section, slide: Slide, tile: TileSpec, file: BinaryIO
 ) -> tuple[StainStats, np.ndarray, np.ndarray]:
-    """Cut, measure, encode and write tiles one by one; returns the stain, and where each spot's tile begins and its size."""
+    """Cut, measure, encode and write tiles one by one.
+
+    Returns
+    -------
+    stain, starts, sizes
+        Stain statistics; offset and size in ``file`` of each spot's tile, int64 (n,).
+    """
     order = reading_order(section.xy, tile.um / section.meta.mpp)
     starts, sizes = np.zeros((2, order.size), np.int64)
 
@@ -135,19 +175,22 @@ def _notes(meta: SectionMeta, tile: TileSpec) -> list[str]:
     notes = []
     if meta.mpp > tile.min_mpp * 1.05:
         notes.append(
-            f"the image has {meta.mpp:.2f} um per px, coarser than the set's {tile.min_mpp:g}: its blur may show"
+            f"the image has {meta.mpp:.2f} um per px, coarser than the {tile.min_mpp:g} of the set: its tiles may be blurred"
         )
     if meta.donor.startswith("unstated:"):
-        notes.append("the donor is not stated: taken as a donor of its own")
+        notes.append("the donor is not stated: the section is treated as a donor of its own")
     return notes
 
 
 def _spot(section: Section, meta: SectionMeta, i: int) -> dict[str, Any]:
     xy, array = section.xy[i], section.array_xy[i]
     out: dict[str, Any] = {
-        "section_id": meta.section_id, "spot_id": section.spot_ids[i], "source_row": i,
-        "x_px": round(float(xy[0]), 3), "y_px": round(float(xy[1]), 3),
-    }  # fmt: skip
+        "section_id": meta.section_id,
+        "spot_id": section.spot_ids[i],
+        "source_row": i,
+        "x_px": round(float(xy[0]), 3),
+        "y_px": round(float(xy[1]), 3),
+    }
     if np.isfinite(array).all():
         out |= {"array_x": round(float(array[0]), 4), "array_y": round(float(array[1]), 4)}
     if section.n_pooled is not None:

@@ -1,7 +1,7 @@
-"""Sections with all their records to tars, indexes, tables and the manifest.
+"""Write sections with their records to tars, indexes, tables and the manifest.
 
-What is written here comes from a staging folder (``build``) or from finished parts (``merge``): both give the same
-bytes for the same sections, because nothing but the spot index and the gene rows depends on the other sections.
+Sections come from a staging folder (``build``) or from finished sets (``merge``). Both give the same bytes for the same
+sections, because only the spot indices and the gene rows depend on the other sections.
 """
 
 from __future__ import annotations
@@ -54,24 +54,24 @@ FOLDERS = ("shards", "overview", "spots")
 
 @dataclass
 class SectionHead:
-    """What is known of a section without its records."""
+    """Everything about a section except its records."""
 
     meta: SectionMeta
     fingerprint: str
     n_spots: int
     keys: list[str]
-    """Genes that it measured; ``RecordRun.columns`` are places in this list."""
+    """Keys of the measured genes; ``RecordRun.columns`` are indices into this list."""
     stain: StainStats
     overview: bytes
     overview_mpp: float
     source: dict[str, Any]
     pages: dict[str, str] = field(default_factory=dict)
-    """What its checks found: ``{"json": text, "html": text}``."""
+    """Report pages of its checks: ``{"json": text, "html": text}``."""
 
 
 @dataclass
 class RecordRun:
-    """A run of records, in the order of the layout."""
+    """Consecutive records, in the order of the layout; counts are a CSR matrix."""
 
     tiles: list[bytes]
     jsons: list[bytes]
@@ -84,7 +84,7 @@ class SectionRecords(Protocol):
     """A section ready to be written."""
 
     def head(self) -> SectionHead:
-        """Return everything but the records."""
+        """Return everything except the records."""
 
     def runs(self, size: int) -> Iterator[RecordRun]:
         """Yield the records, ``size`` at a time."""
@@ -93,13 +93,13 @@ class SectionRecords(Protocol):
 def layout(section_id: str, n_spots: int) -> np.ndarray:
     """Return the order in which a section's spots are stored: int64 (n,), rows of the source.
 
-    It is a keyed shuffle, so that any run of records is a random draw from the section.
+    The order is a keyed shuffle, so that any run of records is a random sample of the section.
     """
     return permutation(0, "layout", section_id, n=n_spots)
 
 
-def made_with() -> dict[str, str]:
-    """Return the versions that the bytes of a set depend on."""
+def dependency_versions() -> dict[str, str]:
+    """Return the versions on which the bytes of a set depend: ``made_with`` of the manifest."""
     return {"pillow": _version("pillow"), "pyarrow": _version("pyarrow"), "genes": RESOURCE}
 
 
@@ -110,86 +110,119 @@ def _version(package: str) -> str:
         return ""
 
 
-def set_fingerprint(prints: Sequence[str], records_per_shard: int) -> str:
+def set_fingerprint(fingerprints: Sequence[str], records_per_shard: int) -> str:
     """Return the fingerprint of a set from those of its sections."""
-    return hashlib.sha256(json.dumps([list(prints), records_per_shard]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([list(fingerprints), records_per_shard]).encode()).hexdigest()
 
 
-Runner = Callable[[Callable[..., "Written"], Sequence[tuple[object, ...]]], list["Written"]]
+Runner = Callable[[Callable[..., "WrittenSection"], Sequence[tuple[object, ...]]], list["WrittenSection"]]
 
 
 @dataclass
-class Written:
-    """What :func:`write_section` wrote; the spots' rows are in a table of their own until all are there."""
+class WrittenSection:
+    """Result of :func:`write_section`; the spot rows are in a separate table until all sections are written."""
 
     section: ManifestSection
     shards: list[ShardEntry]
 
 
 def write_set(
-    sections: Sequence[SectionRecords], tile: TileSpec, out: Path, records_per_shard: int, run: Runner,
-    part: BuildPart | None = None, notes: Mapping[str, str] | None = None, beside: Mapping[str, str] | None = None,
-) -> Manifest:  # fmt: skip
-    """Write a whole set, the manifest last; returns the manifest.
+    sections: Sequence[SectionRecords],
+    tile: TileSpec,
+    out: Path,
+    records_per_shard: int,
+    run: Runner,
+    part: BuildPart | None = None,
+    notes: Mapping[str, str] | None = None,
+    duplicates: Mapping[str, str] | None = None,
+) -> Manifest:
+    """Write a complete set, the manifest last, and return the manifest.
 
     Parameters
     ----------
     sections
-        In the order of the manifest.
+        Sections in the order of the manifest.
     tile, records_per_shard, part
-        As the manifest states them.
+        Fields of the manifest.
     out
-        Folder; shards that an unfinished build left there are replaced.
+        Output folder; shards of an unfinished build are replaced.
     run
-        :func:`comtip_shards.builder.jobs.run_jobs`, with its settings.
-    notes, beside
-        ``{section_id: note}``: of the section itself, and what only shows beside the other sections of the set.
+        :func:`comtip_shards.builder.jobs.run_jobs` with its settings bound.
+    notes, duplicates
+        ``{section_id: note}``: notes on the section itself, and on sections of this set that it duplicates.
     """
     for name in FOLDERS:
         shutil.rmtree(out / name, ignore_errors=True)
         (out / name).mkdir()
     union: set[str] = set()
-    first, prints = [0], []
-    for one in sections:  # one head at a time: a thousand of them hold many names
+    first, fingerprints = [0], []
+    for one in sections:  # one head at a time, to bound memory
         head = one.head()
         union.update(head.keys)
         first.append(first[-1] + head.n_spots)
-        prints.append(head.fingerprint)
+        fingerprints.append(head.fingerprint)
     keys = sorted(union)
     _write_genes(out / GENES_FILE, keys)
-    more = (notes or {}, beside or {})
+    more = (notes or {}, duplicates or {})
     work = [(s, keys, tile, out, first[i], records_per_shard, *more) for i, s in enumerate(sections)]
     done = run(write_section, work)
-    _join_spots([inside(out, f"spots/{d.section.section_id}.parquet") for d in done], out / spots.FILE)
+    _concat_spots([inside(out, f"spots/{d.section.section_id}.parquet") for d in done], out / spots.FILE)
     shutil.rmtree(out / "spots")
     manifest = Manifest(
-        tile=tile, records_per_shard=records_per_shard, genes_file=GENES_FILE, genes_sha256=sha256_of(out / GENES_FILE),
-        n_genes=len(keys), spots_file=spots.FILE, spots_sha256=sha256_of(out / spots.FILE), n_spots=first[-1],
-        sections=[d.section for d in done], shards=[e for d in done for e in d.shards],
-        fingerprint=set_fingerprint(prints, records_per_shard), made_with=made_with(), part=part,
-    )  # fmt: skip
+        tile=tile,
+        records_per_shard=records_per_shard,
+        genes_file=GENES_FILE,
+        genes_sha256=sha256_of(out / GENES_FILE),
+        n_genes=len(keys),
+        spots_file=spots.FILE,
+        spots_sha256=sha256_of(out / spots.FILE),
+        n_spots=first[-1],
+        sections=[d.section for d in done],
+        shards=[e for d in done for e in d.shards],
+        fingerprint=set_fingerprint(fingerprints, records_per_shard),
+        made_with=dependency_versions(),
+        part=part,
+    )
     write_atomic(out / REPORT_FILE, report(manifest))
     for name in FOLDERS:
         if (out / name).exists():
             flush_tree(out / name)
     for name in (GENES_FILE, spots.FILE):
         flush(out / name)
-    # Last, as a set with a manifest counts as whole: after a power cut, too.
+    # Last, because a set with a manifest counts as complete, also after a power failure.
     write_atomic(out / NAME, manifest.to_json())
     return parse_manifest((out / NAME).read_bytes(), str(out / NAME))
 
 
 def write_section(
-    records: SectionRecords, keys: list[str], tile: TileSpec, out: Path, first: int, records_per_shard: int,
-    notes: Mapping[str, str], beside: Mapping[str, str],
-) -> Written:  # fmt: skip
-    """Write one section's shards, indexes, overview and rows of the table of spots."""
+    records: SectionRecords,
+    keys: list[str],
+    tile: TileSpec,
+    out: Path,
+    first: int,
+    records_per_shard: int,
+    notes: Mapping[str, str],
+    duplicates: Mapping[str, str],
+) -> WrittenSection:
+    """Write one section's shards, indexes, overview and spot table rows.
+
+    Parameters
+    ----------
+    records
+        The section.
+    keys
+        Gene keys of the set, in the order of the gene table.
+    tile, out, records_per_shard, notes, duplicates
+        As for :func:`write_set`.
+    first
+        Spot index of the section's first record.
+    """
     head = records.head()
     meta = head.meta
-    own, others = ([n[meta.section_id]] if meta.section_id in n else [] for n in (notes, beside))
+    own, others = ([n[meta.section_id]] if meta.section_id in n else [] for n in (notes, duplicates))
     head.source = head.source | {"notes": [*head.source["notes"], *own], "beside": others}
-    place = {k: i for i, k in enumerate(keys)}
-    rows = np.array([place[k] for k in head.keys], np.int64)
+    row_of = {k: i for i, k in enumerate(keys)}
+    rows = np.array([row_of[k] for k in head.keys], np.int64)
     entries = []
     with spots.SpotsWriter(inside(out, f"spots/{meta.section_id}.parquet")) as table:
         crcs, metas, start = [], [], first
@@ -201,7 +234,7 @@ def write_section(
             metas += [record.decode_json(j, file) for j in run.jsons]
             start += entry.records
         table.write_table(spots.table_of(first, metas, np.concatenate(crcs)))
-    return Written(_section_entry(head, rows, len(keys), out, first), entries)
+    return WrittenSection(_section_entry(head, rows, len(keys), out, first), entries)
 
 
 def _write_shard(
@@ -222,14 +255,20 @@ def _write_shard(
                 info = tarfile.TarInfo(name)
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
-                # The name is short, so the header is one block; the data, padded, ends where the tar stands now.
+                # The name is short, so the header is one block; the padded data ends at the current position.
                 offsets[i, j], sizes[i, j] = file.tell() - len(data) - (-len(data) % tarfile.BLOCKSIZE), len(data)
                 crcs[i, j] = zlib.crc32(data)
     index.write_text(index_text(first, codec, offsets, sizes), encoding="ascii")
     entry = ShardEntry(
-        file=f"{stem}.tar", sha256=sha256_of(path), bytes=path.stat().st_size, index=f"{stem}.idx",
-        index_sha256=sha256_of(index), records=n, first_spot=first, section_id=section_id,
-    )  # fmt: skip
+        file=f"{stem}.tar",
+        sha256=sha256_of(path),
+        bytes=path.stat().st_size,
+        index=f"{stem}.idx",
+        index_sha256=sha256_of(index),
+        records=n,
+        first_spot=first,
+        section_id=section_id,
+    )
     return entry, crcs
 
 
@@ -241,15 +280,20 @@ def _section_entry(head: SectionHead, rows: np.ndarray, n_genes: int, out: Path,
     measured = np.zeros(n_genes, bool)
     measured[rows] = True
     return ManifestSection(
-        **asdict(head.meta), n_spots=head.n_spots, first_spot=first, n_assay_genes=int(measured.sum()),
-        assay_genes=pack_bits(measured), stain=head.stain,
-        overview=Overview(file, sha256_of(out / file), head.overview_mpp, width, height), fingerprint=head.fingerprint,
+        **asdict(head.meta),
+        n_spots=head.n_spots,
+        first_spot=first,
+        n_assay_genes=int(measured.sum()),
+        assay_genes=pack_bits(measured),
+        stain=head.stain,
+        overview=Overview(file, sha256_of(out / file), head.overview_mpp, width, height),
+        fingerprint=head.fingerprint,
         source=head.source,
-    )  # fmt: skip
+    )
 
 
-def _join_spots(parts: Sequence[Path], path: Path) -> None:
-    """Put the sections' tables into one, a row group each, without holding more than one."""
+def _concat_spots(parts: Sequence[Path], path: Path) -> None:
+    """Concatenate the sections' tables, one row group each, holding one table in memory at a time."""
     with spots.SpotsWriter(path) as table:
         for part in parts:
             rows: pa.Table = pq.read_table(part, schema=spots.SCHEMA, use_threads=False)
@@ -267,7 +311,7 @@ def _write_genes(path: Path, keys: list[str]) -> None:
 
 
 def report(manifest: Manifest) -> str:
-    """Return what the build counted, for people."""
+    """Return the build statistics as text."""
     lines = [
         f"{len(manifest.sections)} sections, {manifest.n_spots} spots, {manifest.n_genes} genes, "
         f"{len(manifest.shards)} shards; tiles of {manifest.tile.um:g} um in {manifest.tile.px} px",
@@ -278,7 +322,7 @@ def report(manifest: Manifest) -> str:
             f"\n{s.section_id}: {s.species} {s.tissue}, donor {s.donor}, split {s.split or 'none'}, {s.n_spots} spots"
         )
         if s.split == "val" and s.donor in trained:
-            lines.append("  the donor is a training donor too: this section may stop training, but proves nothing")
+            lines.append("  the donor is also a training donor: usable for early stopping, but not as evidence")
         lines += [f"  {n} spots left out: {reason}" for reason, n in s.source["dropped_spots"].items()]
         lines += [f"  {line}" for line in s.source["genes"].splitlines()]
         lines += [f"  {note}" for note in (*s.source["notes"], *s.source["beside"])]

@@ -1,1 +1,1 @@
-"""What is stored in a shard set: manifest, record, index and spot table (see FORMAT.md)."""
+"""On-disk format of a shard set: manifest, records, index and spot table (see FORMAT.md)."""

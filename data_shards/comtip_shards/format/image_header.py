@@ -1,4 +1,4 @@
-"""What an encoded tile says of its size, before anything decodes it: decoders would believe a bomb's header."""
+"""Check the size in an encoded tile's header before decoding it: guards decoders against decompression bombs."""
 
 from __future__ import annotations
 
@@ -10,18 +10,30 @@ from PIL import Image
 
 from comtip_shards.errors import ShardError
 
-_ALONE = {0x01, *range(0xD0, 0xD8)}
+_STANDALONE = {0x01, *range(0xD0, 0xD8)}
+"""JPEG markers without a payload."""
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _SCAN, _END = 0xDA, b"\xff\xd9"
 
 
 def check_size(data: bytes, px: int, codec: str, where: Callable[[], str]) -> None:
-    """Refuse a tile that does not say it is px x px, or (JPEG) has no end.
+    """Check that a tile's header states px x px and, for JPEG, that the file is complete.
+
+    Parameters
+    ----------
+    data
+        The encoded tile.
+    px
+        Expected width and height.
+    codec
+        ``jpeg``, ``png`` or ``webp``.
+    where
+        Returns the name of the record for an error message.
 
     Raises
     ------
     ShardError
-        ``where`` gives the name of the record, when it is needed.
+        The header is damaged or states another size.
     """
     try:
         size = _jpeg_size(data) if codec == "jpeg" else _other_size(data, codec)
@@ -30,32 +42,34 @@ def check_size(data: bytes, px: int, codec: str, where: Callable[[], str]) -> No
             f"{where()}: the tile cannot be decoded ({type(error).__name__}: {error})", kind="tile"
         ) from error
     if size != (px, px):
-        raise ShardError(f"{where()}: the tile is {size[0]} x {size[1]} px, the manifest says {px} x {px}", kind="tile")
+        raise ShardError(
+            f"{where()}: the tile is {size[0]} x {size[1]} px, but the manifest states {px} x {px}", kind="tile"
+        )
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int]:
-    """Walk the segments up to the scan; exactly one of them may be a frame header."""
+    """Walk the segments up to the scan; exactly one of them must be a frame header."""
     if data[:2] != b"\xff\xd8" or data[-2:] != _END:
-        raise ValueError("no JPEG from start to end")
-    at, size = 2, None
+        raise ValueError("not a complete JPEG")
+    offset, size = 2, None
     while True:
-        if data[at] != 0xFF:
-            raise ValueError("no marker where one must be")
-        marker = data[at + 1]
-        if marker == 0xFF or marker in _ALONE:
-            at += 1 if marker == 0xFF else 2
+        if data[offset] != 0xFF:
+            raise ValueError("a marker is missing")
+        marker = data[offset + 1]
+        if marker == 0xFF or marker in _STANDALONE:
+            offset += 1 if marker == 0xFF else 2
             continue
-        (length,) = struct.unpack_from(">H", data, at + 2)
+        (length,) = struct.unpack_from(">H", data, offset + 2)
         if marker in _FRAMES:
             if size is not None:
                 raise ValueError("two frames")
-            height, width = struct.unpack_from(">HH", data, at + 5)
+            height, width = struct.unpack_from(">HH", data, offset + 5)
             size = (width, height)
         if marker == _SCAN:
             if size is None:
                 raise ValueError("a scan before its frame")
             return size
-        at += 2 + length
+        offset += 2 + length
 
 
 def _other_size(data: bytes, codec: str) -> tuple[int, int]:

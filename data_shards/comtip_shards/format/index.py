@@ -1,6 +1,6 @@
-"""The index beside each shard: DALI's text format, so that its reader opens shards without scanning them.
+"""Index of a shard in DALI's text format, so that its reader opens shards without scanning them.
 
-One line ``v1.2 N``, then one line per record: extension, offset, size and name of each member in turn.
+One line ``v1.2 N``, then one line per record with extension, offset, size and name of each member.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ INDEX_VERSION = "v1.2"
 
 
 MAX_TILE_BYTES, MAX_JSON_BYTES = 4 * 2**20, 2**20
-"""Most bytes of a tile, besides 8 per pixel (raw pixels have 3), and of a ``.json``: a batch holds many of each."""
+"""Maximum bytes of a tile, in addition to 8 per pixel (raw pixels take 3), and of a ``.json``: a batch holds many of each."""
 
 
 def index_text(first_spot: int, codec: str, offsets: np.ndarray, sizes: np.ndarray) -> str:
@@ -26,9 +26,9 @@ def index_text(first_spot: int, codec: str, offsets: np.ndarray, sizes: np.ndarr
     first_spot
         Spot index of the first record.
     codec
-        Of the tiles.
+        Codec of the tiles.
     offsets, sizes
-        int64 (n, 3): where each member's data begins, and its bytes.
+        int64 (n, 3): offset and size in bytes of each member's data.
     """
     lines = [f"{INDEX_VERSION} {len(offsets)}\n"]
     for i, (starts, lengths) in enumerate(zip(offsets.tolist(), sizes.tolist(), strict=True)):
@@ -39,16 +39,30 @@ def index_text(first_spot: int, codec: str, offsets: np.ndarray, sizes: np.ndarr
 
 
 def parse_index(text: bytes, shard: ShardEntry, codec: str, px: int, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return (offsets, sizes), int64 (n, 3); refuses anything that :func:`index_text` would not write.
+    """Parse an index; anything that :func:`index_text` would not write is refused.
+
+    Parameters
+    ----------
+    text
+        Content of the index file.
+    shard, codec, px
+        The shard's entry, codec and tile width of the manifest.
+    where
+        Name of the index for error messages.
+
+    Returns
+    -------
+    offsets, sizes
+        int64 (n, 3).
 
     Raises
     ------
     ShardError
-        Naming the index.
+        The index is damaged or not that of the shard; names the index.
     """
     head, _, body = text.partition(b"\n")
     if head != f"{INDEX_VERSION} {shard.records}".encode():
-        raise ShardError(f"{where}: not an index {INDEX_VERSION} of {shard.records} records", kind="index")
+        raise ShardError(f"{where}: not an index of version {INDEX_VERSION} with {shard.records} records", kind="index")
     fields = body.split()
     if len(fields) != shard.records * 4 * len(PARTS):
         raise ShardError(f"{where}: {len(fields)} fields for {shard.records} records", kind="index")
@@ -58,17 +72,17 @@ def parse_index(text: bytes, shard: ShardEntry, codec: str, px: int, where: str)
     except (ValueError, OverflowError) as error:
         raise ShardError(f"{where}: an offset or a size is not a number", kind="index") from error
     ends = (offsets + sizes).ravel()
-    apart = np.all(offsets.ravel()[1:] >= ends[:-1])
+    disjoint = np.all(offsets.ravel()[1:] >= ends[:-1])
     if (
-        not apart
+        not disjoint
         or offsets[0, 0] < TAR_BLOCK
         or sizes.min() < 0
         or sizes.max() > MAX_MEMBER_BYTES
         or ends[-1] > shard.bytes
     ):
-        raise ShardError(f"{where}: members overlap or leave the shard", kind="index")
+        raise ShardError(f"{where}: members overlap or extend beyond the shard", kind="index")
     if sizes[:, 0].max() > MAX_TILE_BYTES + 8 * px * px or sizes[:, 2].max() > MAX_JSON_BYTES:
-        raise ShardError(f"{where}: a tile or a .json has more bytes than a tile of {px} px can have", kind="index")
+        raise ShardError(f"{where}: a tile or .json member is larger than a tile of {px} px can be", kind="index")
     if index_text(shard.first_spot, codec, offsets, sizes).encode() != text:
-        raise ShardError(f"{where}: names are not those of its records", kind="index")
+        raise ShardError(f"{where}: member names do not match the records", kind="index")
     return offsets, sizes

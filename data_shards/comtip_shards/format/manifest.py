@@ -1,4 +1,4 @@
-"""``manifest.json``: what a shard set holds, typed, hashed, and validated when it is read."""
+"""``manifest.json``: typed description of a shard set, hashed, and validated on reading."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ GENES_FILE = "genes.tsv"
 REPORT_FILE, REPORTS = "report.txt", "report"
 _strict = with_config(ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
 MAX_TEXT, MAX_SPOTS = 1 << 16, 10**9
-"""Longest text, in characters; most spots, because a record's key has nine digits."""
+"""Maximum length of a text in characters; maximum number of spots, because a record's key has nine digits."""
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
 Um = Annotated[float, Field(gt=0, le=1e6)]
 Index = Annotated[int, Field(ge=0, lt=MAX_SPOTS)]
@@ -39,7 +39,7 @@ Count = Annotated[int, Field(ge=1, le=MAX_SPOTS)]
 @_strict
 @dataclass(frozen=True)
 class TileSpec:
-    """How tiles were cut."""
+    """Settings with which tiles were cut."""
 
     px: Annotated[int, Field(ge=1, le=4096)]
     um: Annotated[float, Field(gt=0, le=10_000)]
@@ -62,7 +62,7 @@ class GeneRow:
 @_strict
 @dataclass(frozen=True)
 class Overview:
-    """A small picture of the whole section, for reports."""
+    """A thumbnail of the whole section, for reports."""
 
     file: str
     sha256: str
@@ -74,7 +74,7 @@ class Overview:
 @_strict
 @dataclass(frozen=True)
 class _Check:
-    """One check of a section, as :meth:`comtip_shards.qc.result.SectionReport.summary` gives it."""
+    """One check of a section, as returned by :meth:`comtip_shards.qc.result.SectionReport.summary`."""
 
     name: Annotated[str, Field(max_length=100)]
     status: Literal["ok", "warn", "fail", "not applicable"]
@@ -86,7 +86,7 @@ class _Check:
 @_strict
 @dataclass(frozen=True)
 class _Print:
-    """What :func:`comtip_shards.sections.leakage.section_fingerprint` gives."""
+    """Return value of :func:`comtip_shards.sections.leakage.section_fingerprint`."""
 
     spots: Annotated[str, Field(max_length=1 << 12)]
     picture: Annotated[str, Field(max_length=1 << 8)]
@@ -95,7 +95,7 @@ class _Print:
 @with_config(ConfigDict(strict=True, extra="ignore", allow_inf_nan=False))
 @dataclass(frozen=True)
 class _Source:
-    """What must be in ``ManifestSection.source``; more may be."""
+    """Required keys of ``ManifestSection.source``; further keys are allowed."""
 
     dropped_spots: dict[Text, int]
     genes: Text
@@ -109,7 +109,7 @@ _SOURCE = TypeAdapter(_Source)
 
 
 def _check_source(source: dict[str, Any]) -> dict[str, Any]:
-    # By way of JSON: strict validation takes no dict for a dataclass.
+    # Validated as JSON, because strict validation does not accept a dict for a dataclass.
     found = _SOURCE.validate_json(json.dumps(source)).print
     for name, text, unit, most in (("spots", found.spots, 8, 1024), ("picture", found.picture, 32, 32)):
         size = len(base64.b64decode(text, validate=True))
@@ -121,7 +121,7 @@ def _check_source(source: dict[str, Any]) -> dict[str, Any]:
 @_strict
 @dataclass(frozen=True)
 class ManifestSection:
-    """One section: where it is from, what it measured, which spots are its."""
+    """One section: provenance, measured genes and range of spots."""
 
     section_id: str
     dataset: Text
@@ -143,11 +143,11 @@ class ManifestSection:
     stain: StainStats
     overview: Overview
     fingerprint: str
-    """Hash of the section's inputs and of the settings it was cut with."""
+    """Hash of the section's inputs and build settings."""
     source: Annotated[dict[str, Any], AfterValidator(_check_source)] = field(default_factory=dict)
-    """What the build counted: spots dropped, genes not mapped, genes summed, notes."""
+    """Statistics of the build: spots dropped, genes not mapped, genes summed, notes."""
     pooling: Text = ""
-    """How bins, cells or transcripts became spots; empty where the spots are those of the slide."""
+    """How bins, cells or transcripts were pooled to spots; empty if the spots are those of the slide."""
 
 
 @_strict
@@ -168,20 +168,20 @@ class ShardEntry:
 @_strict
 @dataclass(frozen=True)
 class BuildPart:
-    """Which part of a larger build this set is: ``--part index/of``."""
+    """Part of a larger build that this set holds: ``--part index/of``."""
 
     index: Count
     of: Count
     sections: list[Index]
-    """Place of each section in the whole, from 0."""
+    """Position of each section in the complete build, from 0."""
     whole: str
-    """Hash of all sections' metadata: parts of one build share it."""
+    """Hash of all sections' metadata, shared by all parts of one build."""
 
 
 @_strict
 @dataclass(frozen=True)
 class Manifest:
-    """A whole shard set."""
+    """Description of a complete shard set."""
 
     tile: TileSpec
     records_per_shard: Count
@@ -196,7 +196,7 @@ class Manifest:
     fingerprint: str
     """Hash of the sections' fingerprints and ``records_per_shard``."""
     made_with: dict[str, str]
-    """Versions that the bytes depend on."""
+    """Versions on which the bytes depend."""
     part: BuildPart | None = None
     format: str = FORMAT
     version: int = VERSION
@@ -204,7 +204,7 @@ class Manifest:
     """SHA-256 over all other fields."""
 
     def to_json(self) -> str:
-        """Return the text of the file, with its digest."""
+        """Return the content of the file, including the digest."""
         data = asdict(self)
         data["digest"] = digest_of(data)
         return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
@@ -214,7 +214,7 @@ _ADAPTER = TypeAdapter(Manifest)
 
 
 def digest_of(data: dict[str, Any]) -> str:
-    """Return the SHA-256 over a manifest's fields but ``digest``: sorted keys, no spaces, UTF-8."""
+    """Return the SHA-256 over all fields of a manifest except ``digest``: sorted keys, no spaces, UTF-8."""
     rest = {k: v for k, v in data.items() if k != "digest"}
     text = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
@@ -226,7 +226,7 @@ def read_manifest(folder: Path) -> Manifest:
     Raises
     ------
     ShardError
-        There is none, or it is of another version, or it does not hold together.
+        The manifest is missing, has another version, or is inconsistent.
     """
     path = folder / NAME
     if not path.is_file():
@@ -240,7 +240,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def parse_manifest(text: bytes, where: str) -> Manifest:
-    """Validate the bytes of a manifest; ``where`` names it in errors."""
+    """Parse and validate the bytes of a manifest; ``where`` is its name in error messages."""
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -249,19 +249,20 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
         raise ShardError(f"{where}: not the manifest of a shard set", kind="manifest")
     if data.get("version") != VERSION:
         raise ShardError(
-            f"{where}: format version {data.get('version')!r}, this package reads {VERSION}; {REBUILD}", kind="manifest"
+            f"{where}: format version {data.get('version')!r} is not supported (expected {VERSION}); {REBUILD}",
+            kind="manifest",
         )
     try:
         manifest = _ADAPTER.validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(p) for p in first["loc"])
-        raise ShardError(f"{where}: {place}: {first['msg']}; copy it again", kind="manifest") from error
+        field_name = ".".join(str(p) for p in first["loc"])
+        raise ShardError(f"{where}: {field_name}: {first['msg']}; copy it again", kind="manifest") from error
     _check(manifest, where)
     if digest_of(data) != manifest.digest:
         raise ShardError(
-            f"{where}: its digest is not that of its content: damaged, or edited by hand. Copy it again; to change a "
-            "split or another fact, build again with the option for it",
+            f"{where}: the digest does not match the content: the file is damaged or was edited by hand. Copy it again; to "
+            "change a split or another fact, build again with the option for it",
             kind="manifest",
         )
     return manifest
@@ -270,7 +271,8 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
 def _check(manifest: Manifest, where: str) -> None:
     if manifest.tile.codec not in CODECS or not 1 <= manifest.tile.px <= 4096:
         raise ShardError(
-            f"{where}: tiles of {manifest.tile.px} px in {manifest.tile.codec!r} are not understood", kind="manifest"
+            f"{where}: tiles of {manifest.tile.px} px with codec {manifest.tile.codec!r} are not supported; {FOREIGN}",
+            kind="manifest",
         )
     _check_names(manifest, where)
     if not manifest.sections:
@@ -279,66 +281,63 @@ def _check(manifest: Manifest, where: str) -> None:
         start = 0
         for entry in entries:
             if entry.first_spot != start or getattr(entry, size) < 1:
-                raise ShardError(f"{where}: {what} do not follow one another at spot {start}", kind="manifest")
+                raise ShardError(f"{where}: {what} are not contiguous at spot {start}", kind="manifest")
             start += getattr(entry, size)
         if start != manifest.n_spots:
-            raise ShardError(f"{where}: {what} hold {start} spots, n_spots says {manifest.n_spots}", kind="manifest")
-    # Three members of at least one header and one block: a small file cannot claim endless records.
+            raise ShardError(f"{where}: {what} hold {start} spots, but n_spots is {manifest.n_spots}", kind="manifest")
+    # A record has three members of at least one header and one block each; bounds the records that a small file can claim.
     if any(s.bytes < s.records * 6 * TAR_BLOCK or s.records > manifest.records_per_shard for s in manifest.shards):
-        raise ShardError(f"{where}: a shard claims more records than it has room for", kind="manifest")
+        raise ShardError(f"{where}: a shard claims more records than fit into it", kind="manifest")
     ids = [s.section_id for s in manifest.sections]
     if len(set(ids)) != len(ids):
-        raise ShardError(f"{where}: a section stands twice", kind="manifest")
+        raise ShardError(f"{where}: duplicate section", kind="manifest")
     ends = {s.section_id: (s.first_spot, s.first_spot + s.n_spots) for s in manifest.sections}
     for shard in manifest.shards:
         low, high = ends.get(shard.section_id, (0, -1))
         if shard.first_spot < low or shard.first_spot + shard.records > high:
             raise ShardError(f"{where}: shard {shard.file} is not within its section", kind="manifest")
-    for field_name, name, right in _names(manifest):
-        if name != right:
+    for field_name, name, expected in _names(manifest):
+        if name != expected:
             raise _manifest_error(
-                f"{where}: {field_name}: {shown(name)} is not {right}, as a build names it; {FOREIGN}"
+                f"{where}: {field_name}: {shown(name)} is not the name that a build uses, {expected}; {FOREIGN}"
             )
     for i, section in enumerate(manifest.sections):
         measured = int(unpack_bits(section.assay_genes, manifest.n_genes).sum())
         if measured != section.n_assay_genes:
             raise _manifest_error(
-                f"{where}: sections.{i}.n_assay_genes: {section.n_assay_genes}, but assay_genes has {measured}"
+                f"{where}: sections.{i}.n_assay_genes is {section.n_assay_genes}, but assay_genes has {measured}"
             )
         if not (all(-1 <= v <= 10 for v in section.stain.od_mean) and all(0 < v <= 10 for v in section.stain.od_std)):
-            raise _manifest_error(f"{where}: sections.{i}.stain: {section.stain} is no optical density; {FOREIGN}")
+            raise _manifest_error(f"{where}: sections.{i}.stain: {section.stain} is not an optical density; {FOREIGN}")
     part = manifest.part
     if part is not None:
-        places = list(range(part.index - 1, part.index - 1 + part.of * len(manifest.sections), part.of))
-        if part.index > part.of or part.sections != places:
+        expected_sections = list(range(part.index - 1, part.index - 1 + part.of * len(manifest.sections), part.of))
+        if part.index > part.of or part.sections != expected_sections:
             raise _manifest_error(
-                f"{where}: part.sections: part {part.index}/{part.of} with {len(manifest.sections)} sections does not hold "
-                f"those; {FOREIGN}"
+                f"{where}: part.sections: not the {len(manifest.sections)} sections of part {part.index}/{part.of}; "
+                f"{FOREIGN}"
             )
 
 
 def shard_stem(section_id: str, number: int) -> str:
-    """Return the name of a section's shard, from 0, without its extension; FORMAT.md fixes it."""
+    """Return the name, without extension, of a section's shard ``number`` (from 0), as defined by FORMAT.md."""
     return f"shards/{section_id}-{number:04d}"
 
 
 def overview_file(section_id: str) -> str:
-    """Return the name of a section's overview; FORMAT.md fixes it."""
+    """Return the name of a section's overview, as defined by FORMAT.md."""
     return f"overview/{section_id}.jpg"
 
 
 def _check_names(manifest: Manifest, where: str) -> None:
-    """Refuse names that could become a path anywhere but where FORMAT.md puts them.
-
-    Section ids, file names and hashes are all parts of paths: in a merged set, in reports, in the cache.
-    """
+    """Check names that become part of a path: section ids, file names and hashes (in merged sets, reports, the cache)."""
     for i, section in enumerate(manifest.sections):
         check_section_id(section.section_id, f"{where}: sections.{i}.section_id", _manifest_error, FOREIGN)
-    twins = same_file(s.section_id for s in manifest.sections)
-    if twins:
+    duplicates = same_file(s.section_id for s in manifest.sections)
+    if duplicates:
         raise _manifest_error(
-            f"{where}: sections.section_id: {shown(twins[0])} and {shown(twins[1])} are the same file name on systems "
-            "that ignore case; rename one and build again"
+            f"{where}: sections.section_id: {shown(duplicates[0])} and {shown(duplicates[1])} are the same file name on "
+            "case-insensitive file systems; rename one and build again"
         )
     for field_name, name, _ in _names(manifest):
         problem = problem_with_file(name)
@@ -350,7 +349,7 @@ def _check_names(manifest: Manifest, where: str) -> None:
 
 
 def _names(manifest: Manifest) -> Iterator[tuple[str, str, str]]:
-    """Yield every file that a manifest names: (field, name, the name that a build gives)."""
+    """Yield every file named in a manifest: (field, name, name that a build uses)."""
     yield "genes_file", manifest.genes_file, GENES_FILE
     yield "spots_file", manifest.spots_file, SPOTS_FILE
     for i, section in enumerate(manifest.sections):
@@ -368,7 +367,7 @@ def _manifest_error(message: str) -> ShardError:
 
 
 def files_of(manifest: Manifest) -> dict[str, str]:
-    """Return {file: SHA-256} of every file that the manifest vouches for."""
+    """Return {file: SHA-256} of every file whose hash is in the manifest."""
     out = {manifest.genes_file: manifest.genes_sha256, manifest.spots_file: manifest.spots_sha256}
     out |= {s.overview.file: s.overview.sha256 for s in manifest.sections}
     for shard in manifest.shards:
@@ -388,7 +387,7 @@ def unpack_bits(text: str, n_genes: int) -> np.ndarray:
     except (binascii.Error, ValueError) as error:
         raise ShardError(f"assay_genes is not base64 ({error})", kind="manifest") from error
     if raw.size != (n_genes + 7) // 8:
-        raise ShardError(f"assay_genes holds {raw.size} bytes, {(n_genes + 7) // 8} were expected", kind="manifest")
+        raise ShardError(f"assay_genes has {raw.size} bytes, expected {(n_genes + 7) // 8}", kind="manifest")
     return np.unpackbits(raw, count=n_genes).astype(bool)
 
 

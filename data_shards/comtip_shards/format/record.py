@@ -1,4 +1,4 @@
-"""One record: a tile, raw counts, and where it is. FORMAT.md defines the bytes."""
+"""Encoding of one record: tile, raw counts and metadata. FORMAT.md defines the bytes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PARTS = ("tile", "expr", "json")
 """The members of a record, in the order of the tar."""
 MAX_MEMBER_BYTES = 64 * 2**20
 MAX_TEXT, MAX_PX = 4096, 1e12
-"""Longest spot id or label, in characters; largest position, in px."""
+"""Maximum length of a spot id or label, in characters; largest position, in px."""
 _REQUIRED = {"section_id": str, "spot_id": str, "source_row": int, "x_px": float, "y_px": float}
 _FIELDS = _REQUIRED | {"array_x": float, "array_y": float, "label": str, "n_pooled": int}
 
@@ -62,7 +62,7 @@ def encode_expr(rows: np.ndarray, counts: np.ndarray) -> bytes:
 
 
 def decode_expr(data: bytes, n_genes: int, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return (gene rows, counts) as int32; refuses anything that :func:`encode_expr` would not write."""
+    """Return (gene rows, counts) as int32; anything that :func:`encode_expr` would not write is refused."""
     _, rows, counts = decode_exprs([data], n_genes, lambda _: where)
     return rows, counts
 
@@ -75,11 +75,11 @@ def decode_exprs(
     Parameters
     ----------
     records
-        B members ``.expr``.
+        B ``.expr`` members.
     n_genes
-        Rows of the gene table.
+        Number of rows of the gene table.
     where
-        Gives the name of record i for an error.
+        Returns the name of record i for an error message.
 
     Returns
     -------
@@ -89,7 +89,7 @@ def decode_exprs(
     Raises
     ------
     ShardError
-        Naming the first record that :func:`encode_expr` would not have written.
+        A record is one that :func:`encode_expr` would not write; names the first.
     """
     B = len(records)
     sizes = np.fromiter((len(r) for r in records), np.int64, B)
@@ -120,14 +120,14 @@ def _not_counts(where: str) -> ShardError:
 
 
 def _cut(records: Sequence[bytes], start: np.ndarray, stop: np.ndarray) -> np.ndarray:
-    """Return ``record[start:stop]`` of all records, end to end: uint8."""
+    """Return ``record[start:stop]`` of all records, concatenated: uint8."""
     parts = [r[a:b] for r, a, b in zip(records, start.tolist(), stop.tolist(), strict=True)]
     return np.frombuffer(b"".join(parts), np.uint8)
 
 
-def _per_record(places: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """Return how many of ``places`` lie in each record's run of ``size`` entries."""
-    return np.bincount(np.searchsorted(np.cumsum(size), places, side="right"), minlength=size.size)
+def _per_record(positions: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """Return the number of ``positions`` within each record, where record i has ``size[i]`` entries."""
+    return np.bincount(np.searchsorted(np.cumsum(size), positions, side="right"), minlength=size.size)
 
 
 def _decode_rows(
@@ -139,10 +139,8 @@ def _decode_rows(
     open_end[open_end] = gaps[ends[open_end] - 1] == 255
     wrong = np.flatnonzero((n_gap - _per_record(full, n_gap) != n) | open_end)
     if wrong.size:
-        raise ShardError(
-            f"{where(int(wrong[0]))}.expr: the gaps between genes are not those of its genes", kind="counts"
-        )
-    # A byte that ends a gap also stands for its gene: the sum up to it is the gene's row, plus one.
+        raise ShardError(f"{where(int(wrong[0]))}.expr: the gaps do not match the number of genes", kind="counts")
+    # The last byte of a gap also encodes its gene: the cumulative sum up to it is the gene's row plus one.
     steps = gaps.astype(np.int64)
     steps += 1
     steps[full] = 255
@@ -152,7 +150,7 @@ def _decode_rows(
     last = np.cumsum(n)[n > 0] - 1
     if last.size and rows[last].max() >= n_genes:
         i = int(np.flatnonzero(n > 0)[int(np.flatnonzero(rows[last] >= n_genes)[0])])
-        raise ShardError(f"{where(i)}.expr: gene rows must stay under {n_genes}", kind="counts")
+        raise ShardError(f"{where(i)}.expr: gene rows must be below {n_genes}", kind="counts")
     return rows.astype(np.int32)
 
 
@@ -166,7 +164,7 @@ def _decode_counts(
         wrong = np.flatnonzero(_per_record(bad, n_large))
     if wrong.size:
         raise ShardError(
-            f"{where(int(wrong[0]))}.expr: counts above 255 are not those of its genes, or not 256 to 2,147,483,647",
+            f"{where(int(wrong[0]))}.expr: counts above 255 do not match the genes, or are not 256 to 2,147,483,647",
             kind="counts",
         )
     counts = small.astype(np.int32) + np.int32(1)
@@ -178,7 +176,7 @@ def encode_tile(tile_SS3: np.ndarray, codec: str, quality: int) -> bytes:
     """Encode one tile, uint8 (S, S, 3)."""
     out = io.BytesIO()
     by_codec: dict[str, dict[str, Any]] = {
-        "jpeg": {"quality": quality, "subsampling": 0, "optimize": True},  # the same pixels in fewer bytes
+        "jpeg": {"quality": quality, "subsampling": 0, "optimize": True},  # same pixels, fewer bytes
         "png": {"optimize": True},
         "webp": {"quality": quality, "method": 4},
     }
@@ -192,24 +190,24 @@ def decode_tile(data: bytes, px: int, codec: str, where: str) -> np.ndarray:
         with Image.open(io.BytesIO(data), formats=[codec.upper()]) as image:
             if image.size != (px, px):
                 raise ShardError(
-                    f"{where}: the tile is {image.width} x {image.height} px, the manifest says {px} x {px}",
+                    f"{where}: the tile is {image.width} x {image.height} px, but the manifest states {px} x {px}",
                     kind="tile",
                 )
-            # Pillow turns 16 bits to 8 in silence, and other decoders do not.
+            # Pillow silently converts 16 bits to 8; other decoders do not.
             deep = codec == "png" and data[24:26] != _PNG_RGB8
             if image.mode != "RGB" or deep or getattr(image, "n_frames", 1) != 1:
-                raise ShardError(f"{where}: the tile is no single picture of 3 x 8 bits", kind="tile")
+                raise ShardError(f"{where}: the tile is not a single image of 3 x 8 bits", kind="tile")
             return np.asarray(image)
     except ShardError:
         raise
-    except Exception as error:  # Pillow's decoders raise many kinds on damaged bytes
+    except Exception as error:  # Pillow's decoders raise many types on damaged bytes
         raise ShardError(
             f"{where}: the tile cannot be decoded ({type(error).__name__}: {error})", kind="tile"
         ) from error
 
 
 def encode_json(meta: dict[str, Any]) -> bytes:
-    """Encode a spot's metadata: sorted keys, no spaces, so that bytes are a function of content."""
+    """Encode a spot's metadata: sorted keys, no spaces, so that equal content gives equal bytes."""
     return json.dumps(meta, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
@@ -221,7 +219,7 @@ def decode_json(data: bytes, where: str) -> dict[str, Any]:
         raise ShardError(f"{where}.json: not JSON ({error})", kind="spot") from error
     missing = set(_REQUIRED) - set(meta) if isinstance(meta, dict) else {"everything"}
     if missing:
-        raise ShardError(f"{where}.json: lacks {', '.join(sorted(missing))}", kind="spot")
+        raise ShardError(f"{where}.json: missing {', '.join(sorted(missing))}", kind="spot")
     for name, value in meta.items():
         if not _is_field(name, value):
             raise ShardError(f"{where}.json: {name[:40]!r} is {str(value)[:40]!r}, which no build writes", kind="spot")
@@ -229,7 +227,7 @@ def decode_json(data: bytes, where: str) -> dict[str, Any]:
 
 
 def _is_field(name: str, value: object) -> bool:
-    """Tell whether a field of a spot's metadata is known and has a value of its type."""
+    """Return whether a field of a spot's metadata is known and has the right type."""
     kind = _FIELDS.get(name)
     if kind is str:
         return isinstance(value, str) and len(value) <= MAX_TEXT

@@ -1,4 +1,4 @@
-"""``spots.parquet``: one row per spot, so that opening a set decodes no JSON and every read can be checked."""
+"""``spots.parquet``: one row per spot, so that opening a set decodes no JSON and every read is checked."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FILE = "spots.parquet"
 _TEXT = ("section_id", "spot_id", "label")
 _MAX_TEXT = 4096
 _BROKEN = (pa.ArrowException, OSError, ValueError, LookupError, OverflowError)
-"""What pyarrow raises on tables that are damaged or made up."""
+"""Exceptions of pyarrow on damaged or hostile tables."""
 SCHEMA = pa.schema(
     [
         ("spot_index", pa.int64()),
@@ -46,7 +46,7 @@ def table_of(first_spot: int, metas: Sequence[dict[str, Any]], crcs: np.ndarray)
     first_spot
         Spot index of the first row.
     metas
-        What each record's ``.json`` holds, in the order of spot index.
+        Content of each record's ``.json``, in the order of spot index.
     crcs
         uint32 (n, 3): CRC-32 of each member.
     """
@@ -68,28 +68,28 @@ def table_of(first_spot: int, metas: Sequence[dict[str, Any]], crcs: np.ndarray)
 
 
 class SpotsWriter(pq.ParquetWriter):
-    """Writes the table, one row group per section."""
+    """Writer of the table, one row group per section."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, SCHEMA, compression="zstd", use_dictionary=list(_TEXT))
 
 
 def _open(data: bytes, n_spots: int, where: str) -> pq.ParquetFile:
-    """Open the table without reading it; refuse one that is not of this set or would unfold without bound."""
+    """Open the table without reading it; one that is not of this set or would expand without bound is refused."""
     try:
         file = pq.ParquetFile(pa.BufferReader(data), read_dictionary=list(_TEXT))
         groups = [file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups)]
     except _BROKEN as error:
-        raise ShardError(f"{where}: not a table of spots that can be read ({error})", kind="spots") from error
+        raise ShardError(f"{where}: not a readable spot table ({error}); copy it again", kind="spots") from error
     if file.schema_arrow.names != SCHEMA.names or file.metadata.num_rows != n_spots:
-        raise ShardError(f"{where}: not the table of this set's {n_spots} spots", kind="spots")
+        raise ShardError(f"{where}: not the table of the {n_spots} spots of this set; copy it again", kind="spots")
     if sum(groups) > 2**20 * len(groups) + (256 + _MAX_TEXT) * n_spots:
         raise ShardError(f"{where}: {sum(groups)} bytes for {n_spots} spots; do not use this set", kind="spots")
     return file
 
 
 def _read(data: bytes, n_spots: int, where: str, columns: Sequence[str]) -> pa.Table:
-    """Read some columns; texts stay dictionaries, so that a hostile table cannot unfold them."""
+    """Read some columns; texts stay dictionary-encoded, so that a hostile table cannot expand them."""
     file = _open(data, n_spots, where)
     try:
         table = file.read(columns=list(columns), use_threads=False)
@@ -99,12 +99,12 @@ def _read(data: bytes, n_spots: int, where: str, columns: Sequence[str]) -> pa.T
         raise ShardError(f"{where}: cannot be read ({error}); copy it again", kind="spots") from error
     if wrong is not None:
         column = table.column(wrong)
-        raise ShardError(f"{where}: column {wrong} holds {column.type} with {column.null_count} gaps", kind="spots")
+        raise ShardError(f"{where}: column {wrong} has type {column.type} and {column.null_count} nulls", kind="spots")
     return table
 
 
 def _is_sound(column: pa.ChunkedArray, name: str) -> bool:
-    """Tell whether a column has its type, no gaps, and only texts of a bearable length."""
+    """Return whether a column has the right type, no nulls, and texts of at most the maximum length."""
     if column.null_count:
         return False
     if name not in _TEXT:
@@ -115,17 +115,17 @@ def _is_sound(column: pa.ChunkedArray, name: str) -> bool:
 
 
 def read_spots(data: bytes, n_spots: int, where: str) -> pd.DataFrame:
-    """Return the table for people, indexed by ``spot_index``; ``section_id`` and ``label`` are categories."""
+    """Return the table without checksums, indexed by ``spot_index``; ``section_id`` and ``label`` are categorical."""
     names = [n for n in SCHEMA.names if n not in CRC_COLUMNS]
     table = _read(data, n_spots, where, names)
     frame = pd.DataFrame({n: table.column(n).to_pandas() for n in names if n not in ("spot_index", "spot_id")})
     frame.insert(1, "spot_id", table.column("spot_id").cast(pa.string()).to_pandas())
     if not np.array_equal(table.column("spot_index").to_numpy(), np.arange(n_spots)):
-        raise ShardError(f"{where}: spot_index does not count from 0", kind="spots")
+        raise ShardError(f"{where}: spot_index is not 0 to {n_spots - 1}", kind="spots")
     return frame.set_index(pd.RangeIndex(n_spots, name="spot_index"))
 
 
 def read_crcs(data: bytes, n_spots: int, where: str) -> np.ndarray:
-    """Return CRC-32 of every member, uint32 (n_spots, 3)."""
+    """Return the CRC-32 of every member, uint32 (n_spots, 3)."""
     table = _read(data, n_spots, where, CRC_COLUMNS)
     return np.stack([table.column(c).to_numpy() for c in CRC_COLUMNS], axis=1)

@@ -1,4 +1,4 @@
-"""Where each member of a shard lies, from its tar headers; anything but plain small files is refused."""
+"""Offsets of a shard's members, from its tar headers; anything but small regular files is refused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ from comtip_shards.format.record import MAX_MEMBER_BYTES
 
 
 def index_tar(path: Path, where: str = "") -> dict[str, tuple[int, int]]:
-    """Return {member name: (offset of its data, size)}; ``where`` names the shard in errors (default: its path).
+    """Return {member name: (offset of its data, size)}.
+
+    Parameters
+    ----------
+    path
+        The tar file.
+    where
+        Name of the shard for error messages; by default its path.
 
     Raises
     ------
@@ -25,19 +32,19 @@ def index_tar(path: Path, where: str = "") -> dict[str, tuple[int, int]]:
             for info in tar:
                 if not info.isreg() or "/" in info.name or "\\" in info.name or info.name.startswith("."):
                     raise ShardError(
-                        f"{where}: member {info.name!r} is no plain file of a record; do not use this shard"
+                        f"{where}: member {info.name!r} is not a regular file of a record; do not use this shard"
                     )
                 if info.size > MAX_MEMBER_BYTES or info.offset_data + info.size > size:
                     raise ShardError(
                         f"{where}: member {info.name} claims {info.size} bytes; the shard is damaged or truncated"
                     )
                 if info.name in members:
-                    raise ShardError(f"{where}: member {info.name} stands twice")
+                    raise ShardError(f"{where}: duplicate member {info.name}; copy the shard again")
                 members[info.name] = (info.offset_data, info.size)
     except FileNotFoundError as error:
-        raise ShardError(f"{where}: the shard is gone; copy it back or build the set again") from error
+        raise ShardError(f"{where}: the shard is missing; copy it back or build the set again") from error
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         if isinstance(error, ShardError):
             raise
-        raise ShardError(f"{where}: not a tar file that can be read ({error}); copy it again") from error
+        raise ShardError(f"{where}: not a readable tar file ({error}); copy it again") from error
     return members

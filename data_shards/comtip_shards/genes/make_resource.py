@@ -16,9 +16,12 @@ import pandas as pd
 
 COLUMNS = ["species", "symbol", "ensembl", "name", "previous", "aliases", "kind"]
 KINDS = {
-    "protein-coding gene": "protein", "protein-coding": "protein", "protein_coding": "protein",
-    "pseudogene": "pseudo", "pseudo": "pseudo",
-}  # fmt: skip
+    "protein-coding gene": "protein",
+    "protein-coding": "protein",
+    "protein_coding": "protein",
+    "pseudogene": "pseudo",
+    "pseudo": "pseudo",
+}
 
 
 def human(path: Path) -> pd.DataFrame:
@@ -27,11 +30,15 @@ def human(path: Path) -> pd.DataFrame:
     table = table[table["status"] == "Approved"]
     return pd.DataFrame(
         {
-            "species": "human", "symbol": table["symbol"], "ensembl": table["ensembl_gene_id"], "name": table["name"],
-            "previous": table["prev_symbol"].str.strip('"'), "aliases": table["alias_symbol"].str.strip('"'),
+            "species": "human",
+            "symbol": table["symbol"],
+            "ensembl": table["ensembl_gene_id"],
+            "name": table["name"],
+            "previous": table["prev_symbol"].str.strip('"'),
+            "aliases": table["alias_symbol"].str.strip('"'),
             "kind": table["locus_group"].map(lambda k: KINDS.get(k, "rna" if "RNA" in k else "other")),
         }
-    )  # fmt: skip
+    )
 
 
 def mouse(info: Path, ensembl: Path) -> pd.DataFrame:
@@ -44,11 +51,15 @@ def mouse(info: Path, ensembl: Path) -> pd.DataFrame:
     names = table["description"].where(~table["description"].str.fullmatch(r"predicted gene,? ?\d*|-"), "")
     first = pd.DataFrame(
         {
-            "species": "mouse", "symbol": table["Symbol"], "ensembl": ids, "name": names, "previous": "",
+            "species": "mouse",
+            "symbol": table["Symbol"],
+            "ensembl": ids,
+            "name": names,
+            "previous": "",
             "aliases": table["Synonyms"].replace("-", ""),
             "kind": table["type_of_gene"].map(lambda k: KINDS.get(k, "rna")),
         }
-    )  # fmt: skip
+    )
     first = first.drop_duplicates("symbol")
     extra = pd.read_csv(ensembl, sep="\t", dtype=str, keep_default_na=False)
     extra["ensembl"] = extra["gene_id"].str.replace(r"\.\d+$", "", regex=True)
@@ -62,10 +73,15 @@ def mouse(info: Path, ensembl: Path) -> pd.DataFrame:
     extra = extra[~extra["gene_name"].isin(known)].drop_duplicates("gene_name")
     second = pd.DataFrame(
         {
-            "species": "mouse", "symbol": extra["gene_name"], "ensembl": extra["ensembl"], "name": "", "previous": "",
-            "aliases": "", "kind": extra["gene_type"].map(lambda k: KINDS.get(k, "pseudo" if "pseudogene" in k else "rna")),
+            "species": "mouse",
+            "symbol": extra["gene_name"],
+            "ensembl": extra["ensembl"],
+            "name": "",
+            "previous": "",
+            "aliases": "",
+            "kind": extra["gene_type"].map(lambda k: KINDS.get(k, "pseudo" if "pseudogene" in k else "rna")),
         }
-    )  # fmt: skip
+    )
     return pd.concat([first, second])
 
 

@@ -5,5 +5,12 @@ from comtip_shards.qc.result import Finding, SectionReport, refuse_failed
 from comtip_shards.qc.run import check_section, check_source, check_sources
 
 __all__ = [
-    "Finding", "SectionReport", "check_section", "check_source", "check_sources", "pages", "refuse_failed", "write_pages",
-]  # fmt: skip
+    "Finding",
+    "SectionReport",
+    "check_section",
+    "check_source",
+    "check_sources",
+    "pages",
+    "refuse_failed",
+    "write_pages",
+]

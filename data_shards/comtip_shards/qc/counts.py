@@ -53,9 +53,13 @@ def genes(look: SectionContext) -> Finding:
         f"identifier; {len(mapped.collisions)} keys are sums of several"
     )
     return graded(
-        "genes", 1 - kept / total, GENES_WARN, GENES_FAIL, said,
+        "genes",
+        1 - kept / total,
+        GENES_WARN,
+        GENES_FAIL,
+        said,
         "check --species and that genes are symbols, Ensembl ids or Entrez ids",
-    )  # fmt: skip
+    )
 
 
 def empty_spots(look: SectionContext) -> Finding:
@@ -64,9 +68,14 @@ def empty_spots(look: SectionContext) -> Finding:
     share = len(rows) / len(look.totals)
     said = f"{len(rows)} of {len(look.totals)} spots have fewer than {EMPTY_COUNTS} counts (median {np.median(look.totals):.0f})"
     return graded(
-        "empty_spots", share, EMPTY_WARN, EMPTY_FAIL, said, "leave them out (in_tissue = 0), or check that counts are raw",
+        "empty_spots",
+        share,
+        EMPTY_WARN,
+        EMPTY_FAIL,
+        said,
+        "leave them out (in_tissue = 0), or check that counts are raw",
         spots=tuple(rows.tolist()),
-    )  # fmt: skip
+    )
 
 
 def repeated_spots(look: SectionContext) -> Finding:
@@ -84,6 +93,11 @@ def repeated_spots(look: SectionContext) -> Finding:
     rows |= set(np.flatnonzero(times[where.ravel()] > 1).tolist())
     said = f"{len(rows)} of {len(look.totals)} spots have exactly the counts, or the position, of another"
     return graded(
-        "repeated_spots", len(rows) / len(look.totals), REPEATED_WARN, REPEATED_FAIL, said,
-        "the source holds spots twice: remove the copies", spots=tuple(sorted(rows)),
-    )  # fmt: skip
+        "repeated_spots",
+        len(rows) / len(look.totals),
+        REPEATED_WARN,
+        REPEATED_FAIL,
+        said,
+        "the source holds spots twice: remove the copies",
+        spots=tuple(sorted(rows)),
+    )

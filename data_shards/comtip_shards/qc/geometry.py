@@ -46,10 +46,14 @@ def on_tissue(look: SectionContext) -> Finding:
     off = np.flatnonzero(~look.on_tissue(look.xy))
     figure = 1 - len(off) / len(look.xy)
     return graded(
-        "on_tissue", figure, ON_TISSUE_WARN, ON_TISSUE_FAIL, f"{figure:.1%} of {len(look.xy)} spots are on tissue",
+        "on_tissue",
+        figure,
+        ON_TISSUE_WARN,
+        ON_TISSUE_FAIL,
+        f"{figure:.1%} of {len(look.xy)} spots are on tissue",
         "look at the overlay: leave spots off tissue out (in_tissue = 0), or give positions in px of this image",
         spots=tuple(off.tolist()),
-    )  # fmt: skip
+    )
 
 
 def platform_pitch(platform: str) -> float:
@@ -79,9 +83,13 @@ def scale(look: SectionContext) -> Finding:
         said += f" ({look.section.meta.platform} has {known:g})"
         error = max(error, abs(known / expected - 1))
     return graded(
-        "scale", error, SCALE_WARN, SCALE_FAIL, said,
+        "scale",
+        error,
+        SCALE_WARN,
+        SCALE_FAIL,
+        said,
         f"state --mpp {mpp:.4g} if the array's spacing is right, or the true spacing",
-    )  # fmt: skip
+    )
 
 
 def full_or_hires(look: SectionContext) -> Finding:
@@ -89,9 +97,12 @@ def full_or_hires(look: SectionContext) -> Finding:
     name = "full_or_hires"
     if not _suspicious(look):
         return Finding(
-            name=name, status=OK, figure=1.0, threshold=RESOLUTION_MIN,
+            name=name,
+            status=OK,
+            figure=1.0,
+            threshold=RESOLUTION_MIN,
             said="positions spread over the picture as its tissue does, at the right distance",
-        )  # fmt: skip
+        )
     if not look.can_fit:
         return not_applicable(name, "too few spots with counts to tell")
     best, fit = _best_scale(look)
@@ -106,9 +117,13 @@ def full_or_hires(look: SectionContext) -> Finding:
         f"{fit:.2f} of its variance explained, {look.as_given:.2f} as given"
     )
     return Finding(
-        name=name, status=FAIL, figure=round(best, 4), threshold=RESOLUTION_MIN, said=said,
+        name=name,
+        status=FAIL,
+        figure=round(best, 4),
+        threshold=RESOLUTION_MIN,
+        said=said,
         advice="positions are px of another size of this image: give the image that they belong to (--image), or scale them",
-    )  # fmt: skip
+    )
 
 
 def _suspicious(look: SectionContext) -> bool:
@@ -127,9 +142,10 @@ def _best_scale(look: SectionContext) -> tuple[float, float]:
     # Positions that would all lie in a few px, or beyond the picture, cannot be meant.
     low, high = look.xy.min(0), look.xy.max(0)
     factors = [
-        f for f in np.exp(0.01 * np.arange(-steps, steps + 1))
+        f
+        for f in np.exp(0.01 * np.arange(-steps, steps + 1))
         if (high * f <= limits).all() and ((high - low) * f).max() > 0.05 * limits.max()
-    ] or [1.0]  # fmt: skip
+    ] or [1.0]
     fits = np.array([look.fit(look.xy * f) for f in factors])
     fine = {
         f * g: look.fit(look.xy * f * g)
@@ -146,8 +162,12 @@ def best_shift(look: SectionContext) -> tuple[tuple[float, float], float]:
         halves = sorted({look.spot_um / 2, look.tile_um / 2, *HALF_TILES_UM})
         tried = {
             (dx * half, dy * half): look.fit(look.xy + np.array([dx, dy]) * half / look.mpp)
-            for half in halves if half >= look.mpp for dx in (-1, 0, 1) for dy in (-1, 0, 1) if dx or dy
-        }  # fmt: skip
+            for half in halves
+            if half >= look.mpp
+            for dx in (-1, 0, 1)
+            for dy in (-1, 0, 1)
+            if dx or dy
+        }
         look.memo["shift"] = max(tried.items(), key=lambda item: item[1])
     return look.memo["shift"]
 
@@ -166,9 +186,7 @@ def corner(look: SectionContext) -> Finding:
     advice = "positions do not lie where their tissue is: check the alignment of image and array"
     if dx == dy > 0:
         advice = f"positions are top-left corners: add half a tile's width ({dx:g} um) to x and y"
-    return Finding(
-        name=name, status=WARN, figure=round(gain, 4), threshold=CORNER_MARGIN, said=said, advice=advice
-    )  # fmt: skip
+    return Finding(name=name, status=WARN, figure=round(gain, 4), threshold=CORNER_MARGIN, said=said, advice=advice)
 
 
 _TURNS: dict[str, Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]] = {
@@ -203,13 +221,20 @@ def orientation(look: SectionContext) -> Finding:
         return not_applicable(name, f"expression fits the picture in no orientation, so none can be told (best {said})")
     if gain < ORIENTATION_MARGIN or best_shift(look)[1] >= fit:
         return Finding(
-            name=name, status=OK, figure=round(gain, 4), threshold=ORIENTATION_MARGIN,
+            name=name,
+            status=OK,
+            figure=round(gain, 4),
+            threshold=ORIENTATION_MARGIN,
             said=f"no other orientation is clearly better (next {said})",
-        )  # fmt: skip
+        )
     return Finding(
-        name=name, status=FAIL, figure=round(gain, 4), threshold=ORIENTATION_MARGIN, said=f"positions fit {said}",
+        name=name,
+        status=FAIL,
+        figure=round(gain, 4),
+        threshold=ORIENTATION_MARGIN,
+        said=f"positions fit {said}",
         advice="check which column is x (columns of the image) and y (rows), and whether the image was mirrored or turned",
-    )  # fmt: skip
+    )
 
 
 def turned(look: SectionContext) -> Iterator[tuple[str, np.ndarray]]:

@@ -111,7 +111,10 @@ def write_pages(sections: Iterable[tuple[str, Mapping[str, str], Sequence[Mappin
 
 def _template(name: str) -> Template:
     env = Environment(
-        loader=PackageLoader("comtip_shards.qc", "templates"), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+        loader=PackageLoader("comtip_shards.qc", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     return env.get_template(name)

@@ -27,8 +27,13 @@ def blur(look: SectionContext) -> Finding:
         return not_applicable("blur", "the picture is of one colour")
     said = f"edges of one px are {figure:.2f} as strong as edges of two px"
     return graded(
-        "blur", figure, BLUR_WARN, BLUR_FAIL, said, "the image is out of focus or enlarged: use the original scan",
-    )  # fmt: skip
+        "blur",
+        figure,
+        BLUR_WARN,
+        BLUR_FAIL,
+        said,
+        "the image is out of focus or enlarged: use the original scan",
+    )
 
 
 def sharpness(patches_NPP3: np.ndarray) -> float:
@@ -48,11 +53,14 @@ def background(look: SectionContext) -> Finding:
     glass = 1 - look.tissue_share(look.xy, look.tile_um)
     figure = float(glass[ground].mean())
     return graded(
-        "background", figure, BACKGROUND_WARN, BACKGROUND_FAIL,
+        "background",
+        figure,
+        BACKGROUND_WARN,
+        BACKGROUND_FAIL,
         f"tiles of {look.tile_um:g} um are {figure:.0%} glass on average",
         "cut smaller tiles (--tile-um), or use a picture that shows the tissue round the spots",
         spots=tuple(np.flatnonzero(ground & (glass > BACKGROUND_FAIL)).tolist()),
-    )  # fmt: skip
+    )
 
 
 def stain(look: SectionContext) -> Finding:
@@ -61,6 +69,12 @@ def stain(look: SectionContext) -> Finding:
         return not_applicable("stain", "no spot lies inside the picture")
     looks, reason = looks_like_he(np.concatenate(list(look.patches_NPP3)))
     return Finding(
-        name="stain", status=OK if looks else FAIL, figure=float(looks), threshold=1.0, said=reason,
-        advice="" if looks else "give the H&E image (--image): this one is not, or its colours are not those of a scanner",
-    )  # fmt: skip
+        name="stain",
+        status=OK if looks else FAIL,
+        figure=float(looks),
+        threshold=1.0,
+        said=reason,
+        advice=""
+        if looks
+        else "give the H&E image (--image): this one is not, or its colours are not those of a scanner",
+    )

@@ -45,9 +45,14 @@ def graded(name: str, figure: float, warn: float, fail: float, said: str, advice
     sign = 1 if fail >= warn else -1
     status = FAIL if sign * figure >= sign * fail else WARN if sign * figure >= sign * warn else OK
     return Finding(
-        name=name, status=status, figure=round(float(figure), 4), threshold=warn, said=said,
-        advice="" if status == OK else advice, **more,
-    )  # fmt: skip
+        name=name,
+        status=status,
+        figure=round(float(figure), 4),
+        threshold=warn,
+        said=said,
+        advice="" if status == OK else advice,
+        **more,
+    )
 
 
 def not_applicable(name: str, why: str) -> Finding:
@@ -92,9 +97,13 @@ class SectionReport:
             }
             findings.append(entry)
         data = {
-            "format": FORMAT, "version": VERSION, "section_id": self.section_id, "status": self.status,
-            "facts": self.facts, "findings": findings,
-        }  # fmt: skip
+            "format": FORMAT,
+            "version": VERSION,
+            "section_id": self.section_id,
+            "status": self.status,
+            "facts": self.facts,
+            "findings": findings,
+        }
         return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -119,9 +128,12 @@ def explain(findings: Sequence[Finding], causes: Sequence[tuple[str, Sequence[st
             for name in explained:
                 if name in out and out[name].status != NOT_APPLICABLE:
                     out[name] = replace(
-                        out[name], status=NOT_APPLICABLE, advice="", spots=(),
+                        out[name],
+                        status=NOT_APPLICABLE,
+                        advice="",
+                        spots=(),
                         said=f"cannot be judged until {cause} is mended (measured: {out[name].said})",
-                    )  # fmt: skip
+                    )
     return list(out.values())
 
 

@@ -21,10 +21,19 @@ from comtip_shards.slides.tiles import shrunk_size
 from comtip_shards.sources.base import SectionSource
 
 CHECKS: tuple[Callable[[SectionContext], Finding], ...] = (
-    counts.join, counts.genes, counts.empty_spots, counts.repeated_spots,
-    picture.stain, picture.blur, picture.background,
-    geometry.on_tissue, geometry.scale, geometry.full_or_hires, geometry.orientation, geometry.corner,
-)  # fmt: skip
+    counts.join,
+    counts.genes,
+    counts.empty_spots,
+    counts.repeated_spots,
+    picture.stain,
+    picture.blur,
+    picture.background,
+    geometry.on_tissue,
+    geometry.scale,
+    geometry.full_or_hires,
+    geometry.orientation,
+    geometry.corner,
+)
 """In the order of a report."""
 POSITIONS = ("full_or_hires", "orientation", "corner")
 CAUSES = (
@@ -126,9 +135,13 @@ def _facts(look: SectionContext) -> dict[str, Any]:
     facts = {n: getattr(meta, n) for n in names}
     facts = {n: None if isinstance(v, float) and not np.isfinite(v) else v for n, v in facts.items()}
     return facts | {
-        "spots": len(look.section.spot_ids), "genes": len(look.section.gene_ids), "counts": int(look.totals.sum()),
-        "dropped_spots": dict(look.section.dropped), "notes": list(look.section.notes), "tile_um": look.tile_um,
-    }  # fmt: skip
+        "spots": len(look.section.spot_ids),
+        "genes": len(look.section.gene_ids),
+        "counts": int(look.totals.sum()),
+        "dropped_spots": dict(look.section.dropped),
+        "notes": list(look.section.notes),
+        "tile_um": look.tile_um,
+    }
 
 
 def check_source(source: SectionSource, *, tile_um: float = 224.0) -> SectionReport:

@@ -106,11 +106,16 @@ def _parse(text: str, section_id: str) -> _Report:
 def _report(read: _Report, overlay: bytes) -> SectionReport:
     findings = [
         Finding(
-            name=f.name, status=f.status, figure=f.figure, threshold=f.threshold, said=f.said, advice=f.advice,
+            name=f.name,
+            status=f.status,
+            figure=f.figure,
+            threshold=f.threshold,
+            said=f.said,
+            advice=f.advice,
             spots=range(f.n_spots),  # the page says how many
         )
         for f in read.findings
-    ]  # fmt: skip
+    ]
     return SectionReport(read.section_id, read.facts, findings, overlay=overlay)
 
 

@@ -1,1 +1,1 @@
-"""Reading and verifying a shard set."""
+"""Reading and verification of a shard set."""

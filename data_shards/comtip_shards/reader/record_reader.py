@@ -1,4 +1,4 @@
-"""Members of records by offset, each checked as it is read."""
+"""Random access to the members of records, each checked against its CRC-32."""
 
 from __future__ import annotations
 
@@ -17,44 +17,52 @@ from comtip_shards.format.manifest import Manifest, ShardEntry
 from comtip_shards.reader.shard_files import SetFiles
 
 _GAP, _SPAN = 1 << 16, 1 << 23
-"""Members this close are read at once, up to so many bytes."""
+"""Records at most ``_GAP`` bytes apart are read in one request of at most ``_SPAN`` bytes."""
 
 
 class MemberReader:
-    """Reads ``tile``, ``expr`` and ``json`` members of a set's records."""
+    """Reader of the ``tile``, ``expr`` and ``json`` members of a set's records.
+
+    Parameters
+    ----------
+    files
+        The files of the set.
+    manifest
+        Its manifest.
+    """
 
     def __init__(self, files: SetFiles, manifest: Manifest) -> None:
         self.files, self.manifest = files, manifest
         self._extensions = (record.CODECS[manifest.tile.codec], "expr", "json")
         self._index: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self._starts = np.array([s.first_spot for s in manifest.shards], np.int64)
-        self._again: set[int] = set()
-        self._lost: dict[int, ShardError] = {}
+        self._refetched: set[int] = set()
+        self._unavailable: dict[int, ShardError] = {}
 
     @cached_property
     def _crcs(self) -> np.ndarray:
         return spots.read_crcs(*self.spots_table())
 
     def spots_table(self) -> tuple[bytes, int, str]:
-        """Return the bytes of the table of spots, their number, and the table's name."""
+        """Return the content of the spot table, the number of spots, and the name of the table."""
         manifest = self.manifest
-        data = self.files.verified(manifest.spots_file, manifest.spots_sha256, "the table of spots", "spots")
+        data = self.files.verified(manifest.spots_file, manifest.spots_sha256, "the spot table", "spots")
         return data, manifest.n_spots, f"{self.files.name}/{manifest.spots_file}"
 
     def shard_numbers(self, index: np.ndarray) -> np.ndarray:
-        """Return the place in the manifest of each spot's shard."""
+        """Return the index in the manifest of each spot's shard."""
         return np.searchsorted(self._starts, index, side="right") - 1
 
     def shard_of(self, spot: int) -> ShardEntry:
-        """Return a spot's shard."""
+        """Return the shard that holds a spot."""
         return self.manifest.shards[int(self.shard_numbers(np.array(spot)))]
 
     def where(self, spot: int) -> str:
-        """Return the name of a record for an error: shard and key."""
+        """Return the name of a record for error messages: shard and key."""
         return f"{self.files.name}/{self.shard_of(spot).file}: record {record.key_of(spot)}"
 
-    def places(self, shard: ShardEntry) -> tuple[np.ndarray, np.ndarray]:
-        """Return where a shard's members lie, from its index: offsets and sizes, int64 (records, 3)."""
+    def member_ranges(self, shard: ShardEntry) -> tuple[np.ndarray, np.ndarray]:
+        """Return the offsets and sizes of a shard's members from its index, each int64 (records, 3)."""
         if shard.index not in self._index:
             text = self.files.verified(shard.index, shard.index_sha256, "the index", "index")
             name, tile = f"{self.files.name}/{shard.index}", self.manifest.tile
@@ -62,7 +70,24 @@ class MemberReader:
         return self._index[shard.index]
 
     def read(self, index: np.ndarray, parts: Sequence[str]) -> list[list[bytes]]:
-        """Return, part by part, those members of each record, in the order of ``index``; a record's are read at once."""
+        """Read members of records.
+
+        Parameters
+        ----------
+        index
+            int64 (n,), spot indices.
+        parts
+            Members to read; those of one record are read in one request.
+
+        Returns
+        -------
+        For each of ``parts``, the n members in the order of ``index``.
+
+        Raises
+        ------
+        ShardError
+            A shard is missing or truncated, or a checksum does not match.
+        """
         columns = [record.PARTS.index(part) for part in parts]
         out: list[list[bytes]] = [[b""] * index.size for _ in columns]
         order = np.argsort(index, kind="stable")
@@ -81,25 +106,31 @@ class MemberReader:
             self._read_file(number, shard, index, into, columns, out)
         except ShardError as error:
             # The cached copy of a remote shard may have been damaged since it was checked: fetch it again, once.
-            damaged = error.kind in ("checksum", "truncated") and number not in self._lost
-            if not damaged or number in self._again or not self.files.forget(shard.sha256):
+            damaged = error.kind in ("checksum", "truncated") and number not in self._unavailable
+            if not damaged or number in self._refetched or not self.files.forget(shard.sha256):
                 raise
-            self._again.add(number)
+            self._refetched.add(number)
             self._read_file(number, shard, index, into, columns, out)
 
     def _open(self, number: int, shard: ShardEntry) -> tuple[BinaryIO, np.ndarray, np.ndarray]:
-        if number in self._lost:
-            raise self._lost[number]  # a shard that was given up is not waited for again
+        if number in self._unavailable:
+            raise self._unavailable[number]  # do not wait for it again
         try:
-            offsets, sizes = self.places(shard)
+            offsets, sizes = self.member_ranges(shard)
             return self.files.open(shard.file, shard.sha256, shard.bytes), offsets, sizes
         except ShardError as error:
-            self._lost[number] = error
+            self._unavailable[number] = error
             raise
 
     def _read_file(
-        self, number: int, shard: ShardEntry, index: np.ndarray, into: np.ndarray, columns: list[int], out: list[list[bytes]]
-    ) -> None:  # fmt: skip
+        self,
+        number: int,
+        shard: ShardEntry,
+        index: np.ndarray,
+        into: np.ndarray,
+        columns: list[int],
+        out: list[list[bytes]],
+    ) -> None:
         try:
             file, offsets, sizes = self._open(number, shard)
             local = (index - shard.first_spot)[:, None]
@@ -112,30 +143,36 @@ class MemberReader:
             raise ShardError(f"{self.files.name}/{shard.file}: cannot be read ({error})", kind="unreadable") from error
 
     def _read_run(
-        self, file: BinaryIO, index: np.ndarray, start: np.ndarray, size: np.ndarray, columns: list[int], into: np.ndarray,
+        self,
+        file: BinaryIO,
+        index: np.ndarray,
+        start: np.ndarray,
+        size: np.ndarray,
+        columns: list[int],
+        into: np.ndarray,
         out: list[list[bytes]],
-    ) -> None:  # fmt: skip
+    ) -> None:
         base = int(start[0].min())
         file.seek(base)
         data = file.read(int((start[-1] + size[-1]).max()) - base)
         for k, column in enumerate(columns):
             lows, ns, crcs = (start[:, k] - base).tolist(), size[:, k].tolist(), self._crcs[index, column].tolist()
-            for place, low, n, crc in zip(into.tolist(), lows, ns, crcs, strict=True):
+            for row, low, n, crc in zip(into.tolist(), lows, ns, crcs, strict=True):
                 member = data[low : low + n]
                 if len(member) != n or zlib.crc32(member) != crc:
-                    spot = int(index[into == place][0])
+                    spot = int(index[into == row][0])
                     raise self._damaged(f"{self.where(spot)}: the member .{self._extensions[column]}", len(member) != n)
-                out[k][place] = member
+                out[k][row] = member
 
     @staticmethod
     def _damaged(name: str, short: bool) -> ShardError:
         if short:
-            return ShardError(f"{name} is cut short: the shard ends before it; copy it again", kind="truncated")
-        return ShardError(f"{name} is not what was written (CRC-32); copy the shard again", kind="checksum")
+            return ShardError(f"{name} extends beyond the end of the shard; copy the shard again", kind="truncated")
+        return ShardError(f"{name} does not match its CRC-32; copy the shard again", kind="checksum")
 
 
 def _runs(low: np.ndarray, high: np.ndarray) -> list[slice]:
-    """Split ascending records, from ``low`` to ``high``, into runs that one read covers: close together, and bounded in all."""
+    """Split ascending records with byte ranges ``low`` to ``high`` into runs that are each read in one request."""
     runs, first = [], 0
     starts, ends = low.tolist(), high.tolist()
     for i in range(1, len(starts) + 1):

@@ -1,4 +1,4 @@
-"""The files of a shard set, in a folder or behind a URL, each checked against the manifest before it is trusted."""
+"""Files of a shard set in a folder or behind a URL, each checked against the manifest before use."""
 
 from __future__ import annotations
 
@@ -15,12 +15,19 @@ from comtip_shards.storage.remote import Remote, is_url
 
 
 class SetFiles:
-    """Gives local paths of a set's files.
+    """Access to the files of a shard set by local paths.
+
+    Parameters
+    ----------
+    path
+        The folder of the set, or its URL.
+    remote
+        Cache, timeouts and credentials for a URL.
 
     Attributes
     ----------
     name
-        The folder or URL, as errors name it.
+        The folder or URL, for error messages.
     folder
         A local folder with at least ``manifest.json``.
     """
@@ -36,7 +43,7 @@ class SetFiles:
         self.name = str(self.folder) if self.remote is None else self.remote.url
 
     def manifest(self) -> Manifest:
-        """Read the manifest; of a remote set the one that is there now, which is kept in :attr:`folder`."""
+        """Read the manifest; that of a remote set is always fetched and stored in :attr:`folder`."""
         if self.remote is None:
             return read_manifest(self.folder)
         text = self.remote.read(NAME)
@@ -46,27 +53,38 @@ class SetFiles:
         return manifest
 
     def path(self, name: str, sha256: str, size: int | None = None) -> Path:
-        """Return the local path of a file; a remote one is fetched and checked as it comes."""
+        """Return the local path of a file; a remote file is fetched and checked against ``sha256``."""
         return inside(self.folder, name) if self.remote is None else self.remote.fetch(name, sha256=sha256, size=size)
 
     def open(self, name: str, sha256: str, size: int) -> BinaryIO:
-        """Open a shard for reading at random places."""
+        """Open a shard for random access."""
         for _ in range(3):
             try:
                 return self.path(name, sha256, size).open("rb")
             except FileNotFoundError:
                 if self.remote is None:
                     break
-                # Another process needed the cache's room between the two; fetch it again.
-        raise ShardError(f"{self.name}/{name}: the shard is gone; copy it back or build the set again", kind="vanished")
+                # Another process evicted the file before it was opened: fetch it again.
+        raise ShardError(
+            f"{self.name}/{name}: the shard is missing; copy it back or build the set again", kind="vanished"
+        )
 
     def verified(self, name: str, sha256: str, what: str, kind: str) -> bytes:
-        """Return the bytes of a small file after their hash was found to be the manifest's.
+        """Return the content of a small file after checking its hash.
+
+        Parameters
+        ----------
+        name, sha256
+            File name and expected hash, from the manifest.
+        what
+            Description of the file for error messages, such as ``the gene table``.
+        kind
+            Kind of the error.
 
         Raises
         ------
         ShardError
-            Of the given kind; ``what`` says what the file should have been.
+            The file is missing or its hash does not match.
         """
         for _ in range(2):
             path = self.path(name, sha256)
@@ -79,11 +97,12 @@ class SetFiles:
             if not self.forget(sha256):
                 break
         raise ShardError(
-            f"{self.name}/{name}: missing, or not {what} that the manifest was written with; copy it again", kind=kind
+            f"{self.name}/{name}: {what} is missing or does not match its SHA-256 in the manifest; copy it again",
+            kind=kind,
         )
 
     def forget(self, sha256: str) -> bool:
-        """Drop the cached copy of a remote file, so that it is fetched again; tell whether there is one to fetch."""
+        """Remove the cached copy of a remote file, so that it is fetched again; return False for a local set."""
         if self.remote is None:
             return False
         self.remote.forget(sha256)

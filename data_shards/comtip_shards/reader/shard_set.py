@@ -1,4 +1,4 @@
-"""A shard set on disk, read at random: tiles, counts, spots, sections."""
+"""Random access to a shard set: tiles, counts, spots, sections."""
 
 from __future__ import annotations
 
@@ -25,29 +25,34 @@ from comtip_shards.slides.tiles import StainStats
 from comtip_shards.storage.remote import Remote
 
 MAX_GENE_TEXT = 1000
-"""Longest text in the gene table, in characters."""
+"""Maximum length of a text in the gene table, in characters."""
 
 
 class ShardSet:
-    """Reads a set that ``comtip shards build`` wrote.
+    """A shard set written by ``comtip shards build``.
 
-    Every member is checked against its CRC-32 in the table of spots as it is read, and tables against their SHA-256 in
-    the manifest: what comes back is what was written, or an error. :func:`comtip_shards.reader.verify.verify` reads everything.
+    Every member is checked against its CRC-32 in the spot table when it is read, and tables against their SHA-256 in the
+    manifest. :func:`comtip_shards.reader.verify.verify` checks the complete set.
 
     Parameters
     ----------
     path
         A folder, or the URL of one (``s3://``, ``gs://``, ``https://``, ``hf://`` ...), whose files are fetched into a
-        cache as they are needed.
+        cache on demand.
     remote
-        How to fetch (cache, timeouts, credentials), where ``path`` is a URL.
+        Cache, timeouts and credentials, if ``path`` is a URL.
 
     Attributes
     ----------
     path
-        The folder; of a remote set a local one with its manifest.
+        The folder; for a remote set, a local folder with its manifest.
     name
-        The folder or URL, as errors name it.
+        The folder or URL, for error messages.
+
+    Raises
+    ------
+    ShardError
+        The manifest is missing, unsupported or damaged.
     """
 
     def __init__(self, path: Path | str, *, remote: Remote | None = None) -> None:
@@ -62,7 +67,7 @@ class ShardSet:
 
     @cached_property
     def genes(self) -> list[GeneRow]:
-        """The gene table, in the order of the rows of counts."""
+        """The gene table, in the order of the columns of :meth:`counts`."""
         manifest = self.manifest
         data = self.files.verified(manifest.genes_file, manifest.genes_sha256, "the gene table", "genes")
         path = f"{self.name}/{manifest.genes_file}"
@@ -72,7 +77,10 @@ class ShardSet:
         except (UnicodeDecodeError, csv.Error) as error:
             raise ShardError(f"{path}: not a table ({error}); copy it again", kind="genes") from error
         if len(rows) != self.manifest.n_genes:
-            raise ShardError(f"{path}: {len(rows)} genes, the manifest says {self.manifest.n_genes}", kind="genes")
+            raise ShardError(
+                f"{path}: {len(rows)} genes, but the manifest states {self.manifest.n_genes}; copy it again",
+                kind="genes",
+            )
         names = ("key", "species", "symbol", "ensembl", "name")
         if any(set(r) != set(names) or None in r.values() for r in rows):
             raise ShardError(f"{path}: the columns are not {', '.join(names)}", kind="genes")
@@ -82,39 +90,39 @@ class ShardSet:
 
     @cached_property
     def spots(self) -> pd.DataFrame:
-        """One row per spot, indexed by ``spot_index``.
+        """The spot table, one row per spot, indexed by ``spot_index``.
 
-        Columns: section (number), spot_id, section_id, source_row (place in the source), x_px and y_px (px of the source
-        image), array_x, array_y (NaN where unknown), label, n_pooled (0 where a spot is not pooled).
+        Columns: section (number), spot_id, section_id, source_row (row in the source), x_px and y_px (px of the source
+        image), array_x, array_y (NaN if unknown), label, n_pooled (0 if the spot is not pooled).
         """
         data, n, where = self._reader.spots_table()
         frame = spots.read_spots(data, n, where)
         frame.insert(0, "section", self.sections_of(np.arange(len(self))))
         ids = np.array([s.section_id for s in self.manifest.sections], dtype=object)
         if not np.array_equal(frame["section_id"].to_numpy(dtype=object), ids[frame["section"].to_numpy()]):
-            raise ShardError(f"{where}: sections are not those of the manifest", kind="spots")
+            raise ShardError(f"{where}: the sections do not match the manifest; copy it again", kind="spots")
         return frame
 
     def sections_of(self, spot_index: Iterable[int]) -> np.ndarray:
-        """Return the number of each spot's section, int32; reads nothing."""
+        """Return the section number of each spot, int32, without reading files."""
         index = np.asarray(spot_index, np.int64)
         self._check_range(index)
         return (np.searchsorted(self._section_starts, index, side="right") - 1).astype(np.int32)
 
     def members(self, spot_index: Iterable[int], part: str) -> list[bytes]:
-        """Return one member of each record as it was written: ``tile``, ``expr`` or ``json``.
+        """Return one encoded member of each record: ``tile``, ``expr`` or ``json``.
 
-        Records that lie side by side are read at once.
+        Adjacent records are read in one request.
 
         Raises
         ------
         ShardError
-            A shard is gone or cut short, or the bytes are not those that were written.
+            A shard is missing or truncated, or a checksum does not match.
         """
         return self.members_of(spot_index, (part,))[0]
 
     def members_of(self, spot_index: Iterable[int], parts: Sequence[str]) -> list[list[bytes]]:
-        """Return several members of each record, part by part; see :meth:`members`. A record is read once."""
+        """Return a list of members for each of ``parts``; see :meth:`members`. Each record is read once."""
         index = np.asarray(spot_index, np.int64)
         self._check_range(index)
         return self._reader.read(index, parts)
@@ -138,11 +146,11 @@ class ShardSet:
         return sparse.csr_matrix((data, rows, indptr), shape=(index.size, n_genes), dtype=np.int32)
 
     def measured(self, section: int) -> np.ndarray:
-        """Return which genes of the table a section measured: bool (n_genes,)."""
+        """Return a mask of the genes that a section measured: bool (n_genes,)."""
         return unpack_bits(self.manifest.sections[section].assay_genes, self.manifest.n_genes)
 
     def select(self, split: str | None = None, sections: Sequence[int] | None = None) -> np.ndarray:
-        """Return the spots of a split and/or of some sections (by number), ascending int64."""
+        """Return the spot indices of a split and/or of some sections (by number), ascending int64."""
         parts = [
             np.arange(s.first_spot, s.first_spot + s.n_spots, dtype=np.int64)
             for i, s in enumerate(self.manifest.sections)
@@ -151,28 +159,28 @@ class ShardSet:
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
     def source_order(self, section: int) -> np.ndarray:
-        """Return a section's spots in the order of their source, int64: shards hold them shuffled."""
+        """Return a section's spot indices in the order of the source, int64; shards store them shuffled."""
         own = self.select(sections=[section])
         return own[np.argsort(self.spots["source_row"].to_numpy()[own], kind="stable")]
 
     def stain(self, section: int) -> StainStats:
-        """Return a section's stain."""
+        """Return the stain statistics of a section."""
         return self.manifest.sections[section].stain
 
     def section_number(self, section_id: str) -> int:
-        """Return a section's place in the manifest."""
+        """Return the number of a section: its index in the manifest."""
         ids = [s.section_id for s in self.manifest.sections]
         if section_id not in ids:
-            raise ShardError(f"{self.name} has no section {section_id!r}; it has: {', '.join(ids)}")
+            raise ShardError(f"{self.name}: no section {section_id!r}; choose one of: {', '.join(ids)}")
         return ids.index(section_id)
 
     def cohort_of_section(self, section: int) -> str:
-        """Return species and organ of a section as one word."""
+        """Return the cohort of a section: species and organ as one word."""
         meta: ManifestSection = self.manifest.sections[section]
         return cohort_of(meta.species, meta.tissue)
 
     def overview(self, section: int) -> tuple[np.ndarray, float]:
-        """Return a small picture of the section, uint8 (H, W, 3), and its um per px."""
+        """Return a thumbnail of the section, uint8 (H, W, 3), and its um per px."""
         entry = self.manifest.sections[section].overview
         data = self.files.verified(entry.file, entry.sha256, "the overview", "overview")
         path = f"{self.name}/{entry.file}"
@@ -180,41 +188,42 @@ class ShardSet:
             with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
                 if image.size != (entry.width, entry.height) or entry.width * entry.height > 1 << 24:
                     raise ShardError(
-                        f"{path}: {image.width} x {image.height} px, not what the manifest says", kind="overview"
+                        f"{path}: {image.width} x {image.height} px, but the manifest states another size; copy it again",
+                        kind="overview",
                     )
                 return np.asarray(image.convert("RGB")), entry.um_per_px
         except OSError as error:
             raise ShardError(f"{path}: the overview cannot be decoded ({error})", kind="overview") from error
 
     def where(self, spot: int) -> str:
-        """Return the name of a record for an error: shard and key."""
+        """Return the name of a record for error messages: shard and key."""
         return self._reader.where(spot)
 
-    def places(self, shard: ShardEntry) -> tuple[np.ndarray, np.ndarray]:
-        """Return where a shard's members lie, from its index: offsets and sizes, int64 (records, 3)."""
-        return self._reader.places(shard)
+    def member_ranges(self, shard: ShardEntry) -> tuple[np.ndarray, np.ndarray]:
+        """Return the offsets and sizes of a shard's members from its index, each int64 (records, 3)."""
+        return self._reader.member_ranges(shard)
 
     def _check_range(self, index: np.ndarray) -> None:
         if index.size and not 0 <= index.min() <= index.max() < len(self):
             raise IndexError(
-                f"spots {index.min()} to {index.max()} are not all in {self.name}, which holds {len(self)}"
+                f"spots {index.min()} to {index.max()} are out of range: {self.name} has {len(self)} spots"
             )
 
 
 def _check_genes(genes: Sequence[GeneRow], path: str) -> None:
-    """Refuse a gene table whose keys do not each stand for one gene: counts are added and predicted by key."""
+    """Check that each key of a gene table denotes one gene, because counts are summed and predicted by key."""
     seen: set[str] = set()
     for line, gene in enumerate(genes, 2):
         problem = ""
         if gene.key in seen:
-            problem = "stands twice"
+            problem = "is a duplicate"
         elif gene.key != f"{gene.species}:{gene.symbol}" or gene.species not in ("human", "mouse"):
             problem = f"is not species:symbol of {gene.species[:20]!r} and {gene.symbol[:40]!r}"
         elif (
             not (gene.symbol and gene.key.isprintable())
             or max(len(gene.key), len(gene.ensembl), len(gene.name)) > MAX_GENE_TEXT
         ):
-            problem = "is empty, longer than a name, or holds control characters"
+            problem = "is empty, too long, or contains control characters"
         if problem:
             raise ShardError(f"{path}: line {line}: the key {shown(gene.key)} {problem}; {FOREIGN}", kind="genes")
         seen.add(gene.key)

@@ -1,4 +1,4 @@
-"""Proof that a shard set is whole: every hash, every record, every count."""
+"""Full verification of a shard set: every hash, record and count."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MAX_PROBLEMS = 100
 
 @dataclass
 class VerifyReport:
-    """What was found."""
+    """Result of :func:`verify`."""
 
     name: str
     """Folder or URL."""
@@ -35,23 +35,39 @@ class VerifyReport:
 
     @property
     def ok(self) -> bool:
-        """No problem was found."""
+        """Whether no problem was found."""
         return not self.problems
 
     @property
     def text(self) -> str:
-        """The report, for a person."""
+        """The report as text."""
         if self.ok:
             return (
-                f"{self.name}: whole; {self.records} records, {self.counts} counts, every hash and every tile checked"
+                f"{self.name}: valid; {self.records} records, {self.counts} counts, every hash and every tile checked"
             )
-        return "\n".join([f"{self.name}: NOT whole, {len(self.problems)} problems", *(f"  {p}" for p in self.problems)])
+        return "\n".join([f"{self.name}: INVALID, {len(self.problems)} problems", *(f"  {p}" for p in self.problems)])
 
 
 def verify(path: Path | str, *, progress: bool = False, remote: Remote | None = None) -> VerifyReport:
-    """Check a shard set: files against hashes, records against tables, spots complete, splits by donor.
+    """Check a shard set: hashes of files, records against tables, completeness of spots, splits by donor.
 
-    Problems are collected (at most 100) rather than raised; only a set without a readable manifest raises.
+    Parameters
+    ----------
+    path
+        Folder or URL of the set.
+    progress
+        Show a progress bar on a terminal.
+    remote
+        Cache, timeouts and credentials for a URL.
+
+    Returns
+    -------
+    The problems found, at most 100.
+
+    Raises
+    ------
+    ShardError
+        The manifest cannot be read.
     """
     shards = ShardSet(path, remote=remote)
     report = VerifyReport(shards.name)
@@ -78,21 +94,21 @@ def verify(path: Path | str, *, progress: bool = False, remote: Remote | None = 
     for shard in tqdm(shards.manifest.shards, desc="verify", unit="shard", disable=None if progress else True):
         _verify_shard(shards, shard, table, report)
         if len(report.problems) >= MAX_PROBLEMS:
-            report.problems.append("... and perhaps more; stopped here")
+            report.problems.append("... and possibly more; verification stopped here")
             break
     return report
 
 
 def _check_links(shards: ShardSet) -> list[str]:
-    """Pages for people are not hashed: a link among them shows, or hands on, a file of another folder."""
+    """Report links among the report pages, which are not hashed: a link could expose a file of another folder."""
     if shards.files.remote is not None:
         return []
     pages = [shards.path / REPORT_FILE, shards.path / REPORTS, *sorted((shards.path / REPORTS).rglob("*"))]
-    return [f"{p}: is a link, which no build writes; delete it, no reader needs it" for p in pages if p.is_symlink()]
+    return [f"{p}: is a link, which no build writes; delete it" for p in pages if p.is_symlink()]
 
 
 def _check_spots(shards: ShardSet, table: pd.DataFrame) -> list[str]:
-    """Every spot of a section once, by id and by row of the source."""
+    """Report sections whose spots are not unique by id and by row of the source."""
     problems = []
     for number in range(len(shards.manifest.sections)):
         try:
@@ -103,20 +119,20 @@ def _check_spots(shards: ShardSet, table: pd.DataFrame) -> list[str]:
 
 
 def check_section_spots(shards: ShardSet, number: int, table: pd.DataFrame) -> None:
-    """Refuse a section whose rows of the table of spots are not each one spot.
+    """Check that each row of a section in the spot table is one spot.
 
     Raises
     ------
     ShardError
-        Naming the set and the section.
+        Duplicate ids, wrong source rows or missing positions; names the set and the section.
     """
     section = shards.manifest.sections[number]
     own = table.iloc[section.first_spot : section.first_spot + section.n_spots]
     if own["spot_id"].duplicated().any():
-        raise ShardError(f"{shards.name}: a spot of section {section.section_id} stands twice", kind="spots")
+        raise ShardError(f"{shards.name}: duplicate spot id in section {section.section_id}", kind="spots")
     if not np.array_equal(np.sort(own["source_row"].to_numpy()), np.arange(section.n_spots)):
         raise ShardError(
-            f"{shards.name}: source_row of section {section.section_id} does not count its spots", kind="spots"
+            f"{shards.name}: source_row of section {section.section_id} is not a permutation of its spots", kind="spots"
         )
     if not np.isfinite(own[["x_px", "y_px"]].to_numpy()).all():
         raise ShardError(f"{shards.name}: a spot of section {section.section_id} has no position", kind="spots")
@@ -127,21 +143,21 @@ def _verify_shard(shards: ShardSet, shard: ShardEntry, table: pd.DataFrame | Non
     try:
         path = shards.files.path(shard.file, shard.sha256, shard.bytes)
         if not path.is_file():
-            raise ShardError(f"{name}: the shard is gone; copy it back or build the set again", kind="vanished")
+            raise ShardError(f"{name}: the shard is missing; copy it back or build the set again", kind="vanished")
         if path.stat().st_size != shard.bytes or sha256_of(path) != shard.sha256:
-            report.problems.append(f"{name}: not the bytes that were written (size or SHA-256); copy it again")
+            report.problems.append(f"{name}: size or SHA-256 do not match the manifest; copy it again")
         members = index_tar(path, name)
-        offsets, sizes = shards.places(shard)
+        offsets, sizes = shards.member_ranges(shard)
     except ShardError as error:
         report.problems.append(str(error))
         return
     spots = range(shard.first_spot, shard.first_spot + shard.records)
     names = [n for s in spots for n in record.members_of(s, shards.manifest.tile.codec)]
     indexed = dict(zip(names, zip(offsets.ravel().tolist(), sizes.ravel().tolist(), strict=True), strict=True))
-    strange = sorted({n for n in set(members) | set(indexed) if members.get(n) != indexed.get(n)})
-    if strange:
+    mismatched = sorted({n for n in set(members) | set(indexed) if members.get(n) != indexed.get(n)})
+    if mismatched:
         report.problems.append(
-            f"{name}: {len(strange)} members missing, too many, or not where the index says, e.g. {strange[0]}"
+            f"{name}: {len(mismatched)} members do not match the index (missing, extra or moved), e.g. {mismatched[0]}"
         )
     for spot in spots:
         try:
@@ -154,30 +170,30 @@ def _verify_shard(shards: ShardSet, shard: ShardEntry, table: pd.DataFrame | Non
 
 
 def _verify_record(shards: ShardSet, shard: ShardEntry, spot: int, table: pd.DataFrame | None) -> int:
-    """Check one record whole; returns the sum of its counts."""
+    """Check all members of one record and return the sum of its counts."""
     where = shards.where(spot)
     shards.tiles([spot])
     counts = shards.counts([spot])
     if not shards.measured(shards.section_number(shard.section_id))[counts.indices].all():
-        raise ShardError(f"{where}.expr: counts of a gene that the section did not measure", kind="counts")
+        raise ShardError(f"{where}.expr: counts for a gene that the section did not measure", kind="counts")
     row = table.loc[spot] if table is not None else None
     check_spot(shards.members([spot], "json")[0], shard.section_id, row, where)
     return int(counts.sum(dtype=np.int64))
 
 
 def check_spot(data: bytes, section_id: str, row: Any, where: str) -> None:
-    """Refuse a member ``.json`` that says otherwise than the manifest and the table of spots.
+    """Check that a ``.json`` member agrees with the manifest and the spot table.
 
     Parameters
     ----------
     data
         The member.
     section_id
-        Of the shard that it is in.
+        Section of the shard that holds it.
     row
-        Mapping or Series of the table of spots; None where there is no table.
+        Row of the spot table, mapping or Series; None if there is no table.
     where
-        Shard and key, for messages.
+        Shard and key, for error messages.
 
     Raises
     ------
@@ -187,10 +203,10 @@ def check_spot(data: bytes, section_id: str, row: Any, where: str) -> None:
     meta = record.decode_json(data, where)
     if meta["section_id"] != section_id:
         raise ShardError(
-            f"{where}.json: says section {meta['section_id']}, the manifest says {section_id}", kind="spot"
+            f"{where}.json: section_id is {meta['section_id']}, but the manifest states {section_id}", kind="spot"
         )
     for name, value in meta.items() if row is not None else ():
         if row.get(name) != value:
             raise ShardError(
-                f"{where}.json: {name} is {value!r}, the table of spots says {row.get(name)!r}", kind="spot"
+                f"{where}.json: {name} is {value!r}, but the spot table states {row.get(name)!r}", kind="spot"
             )

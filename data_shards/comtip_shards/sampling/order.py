@@ -13,9 +13,14 @@ LOOK_AHEAD = 512
 
 
 def epoch_batches(
-    section: np.ndarray, spot_index: np.ndarray, batch_size: int, sections_per_batch: int | None, seed: int, epoch: int,
+    section: np.ndarray,
+    spot_index: np.ndarray,
+    batch_size: int,
+    sections_per_batch: int | None,
+    seed: int,
+    epoch: int,
     run: int = 1,
-) -> list[np.ndarray]:  # fmt: skip
+) -> list[np.ndarray]:
     """Return the batches of one epoch; every spot is in exactly one.
 
     Parameters

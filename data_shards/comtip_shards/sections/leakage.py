@@ -44,9 +44,13 @@ more; a shrunk and compressed copy differs in at most 5 from its original."""
 
 
 def enforce_split_policy(
-    metas: Sequence[SectionMeta], *, allow: Collection[str] = (), benchmark_ids: Path | None = None,
-    auto_split: Sequence[float] | None = None, seed: int = 0,
-) -> tuple[list[SectionMeta], dict[str, str]]:  # fmt: skip
+    metas: Sequence[SectionMeta],
+    *,
+    allow: Collection[str] = (),
+    benchmark_ids: Path | None = None,
+    auto_split: Sequence[float] | None = None,
+    seed: int = 0,
+) -> tuple[list[SectionMeta], dict[str, str]]:
     """Settle donors and splits of a set before anything is built.
 
     Parameters
@@ -122,11 +126,14 @@ def _read_list(path: Path) -> list[BenchmarkSection]:
     rows = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE, restval="")
     return [
         BenchmarkSection(
-            r.get("task") or path.stem, r["id"].strip(), r.get("role") or "scored", r.get("donor") or "",
+            r.get("task") or path.stem,
+            r["id"].strip(),
+            r.get("role") or "scored",
+            r.get("donor") or "",
             r.get("known_from") or path.name,
         )
         for r in rows
-    ]  # fmt: skip
+    ]
 
 
 def benchmark_of(meta: SectionMeta, benchmark: Mapping[str, BenchmarkSection]) -> BenchmarkSection | None:

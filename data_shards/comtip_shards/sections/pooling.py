@@ -127,9 +127,13 @@ class Pooler:
         counts.eliminate_zeros()
         counts.sort_indices()
         return Pooled(
-            squares[kept], counts, self._units[kept], len(self._units) - len(kept),
-            self.total_units - int(self._units[kept].sum()), self.total_counts - int(counts.sum(dtype=np.int64)),
-        )  # fmt: skip
+            squares[kept],
+            counts,
+            self._units[kept],
+            len(self._units) - len(kept),
+            self.total_units - int(self._units[kept].sum()),
+            self.total_counts - int(counts.sum(dtype=np.int64)),
+        )
 
     def _rows(self, square_N2: np.ndarray) -> np.ndarray:
         """Return the row of each square, making new ones."""

@@ -98,11 +98,15 @@ class Section:
         rows = np.flatnonzero(mask)
         lost = len(self.spot_ids) - rows.size
         return replace(
-            self, counts=self.counts[rows], spot_ids=[self.spot_ids[i] for i in rows], xy=self.xy[rows],
-            array_xy=self.array_xy[rows], labels=[self.labels[i] for i in rows],
+            self,
+            counts=self.counts[rows],
+            spot_ids=[self.spot_ids[i] for i in rows],
+            xy=self.xy[rows],
+            array_xy=self.array_xy[rows],
+            labels=[self.labels[i] for i in rows],
             dropped={**self.dropped, **({otherwise: self.dropped.get(otherwise, 0) + lost} if lost else {})},
             n_pooled=None if self.n_pooled is None else self.n_pooled[rows],
-        )  # fmt: skip
+        )
 
     def check(self) -> Section:
         """Return the section itself once everything about it holds.

@@ -72,9 +72,12 @@ def cut_tiles(image_HW3: np.ndarray, xy_N2: np.ndarray, width_px: float, out_px:
 
 
 def cut_windows(
-    read: Callable[[tuple[int, int, int, int]], np.ndarray], size: tuple[int, int], xy_N2: np.ndarray, width_px: float,
+    read: Callable[[tuple[int, int, int, int]], np.ndarray],
+    size: tuple[int, int],
+    xy_N2: np.ndarray,
+    width_px: float,
     out_px: int,
-) -> Iterator[np.ndarray]:  # fmt: skip
+) -> Iterator[np.ndarray]:
     """Yield the tiles of :func:`cut_tiles` from an image that is read in windows.
 
     Parameters

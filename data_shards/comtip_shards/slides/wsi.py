@@ -258,10 +258,11 @@ def _levels_of(file: Any, series: Any, path: Path, tifffile: Any) -> list[Any]:
     number = file.series.index(series)
     # Uncompressed in one piece is to tifffile one huge chunk, to the operating system pages of a file.
     return [
-        zarr.open(series.aszarr(level=i), mode="r") if level.dataoffset is None
+        zarr.open(series.aszarr(level=i), mode="r")
+        if level.dataoffset is None
         else tifffile.memmap(path, series=number, level=i, mode="r")
         for i, level in enumerate(series.levels)
-    ]  # fmt: skip
+    ]
 
 
 def _block_size(array: Any, y: int, x: int) -> tuple[int, int]:

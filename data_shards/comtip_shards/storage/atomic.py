@@ -1,7 +1,7 @@
-"""Atomic writes: a file or folder is there whole, or not at all, whenever the process ends.
+"""Atomic writes: after a crash, a file or folder is either complete or absent.
 
-Everything is written to a temporary path next to its target, flushed to the device and renamed. The temporary path of a
-target is always the same, so what a killed process left of it is overwritten and not added to.
+Data is written to a temporary path next to the target, flushed to the device and renamed. The temporary path of a target
+is always the same, so that leftovers of a killed process are overwritten and do not accumulate.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from comtip_shards.storage.disk import error_number
 
 _SUFFIX = ".writing"
 _NAME_BYTES = 255
-# File systems that do not flush a folder, or not at all, say so with one of these.
+# Error numbers of file systems that cannot flush a folder, or cannot flush at all.
 _NO_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)
 _NO_LOCK = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
 
 def tmp_path_of(target: Path) -> Path:
-    """Return the temporary path of a target: ``.NAME.writing`` in the same folder, shortened where that is too long."""
+    """Return the temporary path of a target: ``.NAME.writing`` in the same folder, hashed if the name is too long."""
     name = f".{target.name}{_SUFFIX}"
     if len(os.fsencode(name)) > _NAME_BYTES:
         name = f".{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:32]}{_SUFFIX}"
@@ -34,9 +34,9 @@ def tmp_path_of(target: Path) -> Path:
 
 @contextmanager
 def atomic_path(target: Path | str) -> Iterator[Path]:
-    """Give the temporary path of a file; it becomes ``target`` when the block ends without an error.
+    """Yield the temporary path of a file; it is renamed to ``target`` when the block ends without an error.
 
-    ``target`` keeps its content until then, also where the disk is full, and keeps its permissions. A symbolic link is
+    ``target`` keeps its content until then, even if the disk is full, and keeps its permissions. Symbolic links are
     followed.
 
     Raises
@@ -44,9 +44,9 @@ def atomic_path(target: Path | str) -> Iterator[Path]:
     FileExistsError
         Another process is writing the same target.
     ValueError
-        ``target`` is no regular file: a folder, a device, a pipe.
+        ``target`` is not a regular file but a folder, device or pipe.
     OSError
-        The disk refuses; names the target.
+        The write failed; names the target.
     """
     target = Path(os.path.realpath(target))
     mode = _mode_of(target)
@@ -56,7 +56,7 @@ def atomic_path(target: Path | str) -> Iterator[Path]:
         try:
             created = os.fstat(descriptor).st_mode & 0o777 if mode is None else mode
             yield tmp_path
-            os.chmod(tmp_path, created)  # noqa: PTH101  safetensors makes files that only their owner can read
+            os.chmod(tmp_path, created)  # noqa: PTH101  safetensors creates files with mode 0600
             flush(tmp_path)
             tmp_path.rename(target)
             flush(target.parent)
@@ -76,21 +76,21 @@ def write_atomic(target: Path | str, content: str | bytes) -> None:
 
 @contextmanager
 def atomic_folder(target: Path, tmp_path: Path | None = None) -> Iterator[Path]:
-    """Give the temporary path of a folder, which does not exist; it becomes ``target`` when the block ends without an error.
+    """Yield the temporary path of a folder to create; it is renamed to ``target`` when the block ends without an error.
 
-    An older folder at ``target`` is there until the new one is whole, and is deleted after it took its place.
+    An existing folder at ``target`` is kept until the new one is complete, and deleted after it was replaced.
 
     Parameters
     ----------
     target
-        The folder; its parent exists.
+        The folder; its parent must exist.
     tmp_path
-        On the same file system; None takes :func:`tmp_path_of`.
+        Temporary path on the same file system; None uses :func:`tmp_path_of`.
 
     Raises
     ------
     OSError
-        The disk refuses; names the target.
+        The write failed; names the target.
     """
     tmp_path = tmp_path or tmp_path_of(target)
     shutil.rmtree(tmp_path, ignore_errors=True)
@@ -114,7 +114,7 @@ def atomic_folder(target: Path, tmp_path: Path | None = None) -> Iterator[Path]:
 
 
 def flush(path: Path) -> None:
-    """Flush a file or folder to the device, where its file system can do that."""
+    """Flush a file or folder to the device, if its file system supports that."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -126,30 +126,30 @@ def flush(path: Path) -> None:
 
 
 def flush_tree(folder: Path) -> None:
-    """Flush every file below a folder, and the folders."""
+    """Flush a folder and all files and folders below it."""
     for path in folder.rglob("*"):
         flush(path)
     flush(folder)
 
 
 def refuse_input_as_output(out: Path, inputs: Iterable[Path | str], option: str = "--out") -> None:
-    """Refuse an output that is, or is a file of, one of the inputs, by whatever link it is named.
+    """Check that an output is not one of the inputs or a file inside one, also through links.
 
     Raises
     ------
     ValueError
-        Names both paths.
+        The output is an input; names both paths.
     """
     for item in map(Path, inputs):
         if not item.exists():
             continue
         same = out.exists() and (out.samefile(item) or (item.is_dir() and _holds(item, out)))
         if same:
-            raise ValueError(f"{option} {out} is the input {item} itself (or a file of it); give another {option}")
+            raise ValueError(f"{option} {out} is the input {item} itself (or a file in it); give another {option}")
 
 
 def _holds(folder: Path, out: Path) -> bool:
-    """Say whether an existing file lies in a folder of inputs, also by a hard link."""
+    """Return whether an existing file is inside a folder of inputs, also through a hard link."""
     if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder)):
         return True
     stat = out.stat()
@@ -159,16 +159,16 @@ def _holds(folder: Path, out: Path) -> bool:
 
 
 def _mode_of(target: Path) -> int | None:
-    """Return the permissions of an existing regular file, None where there is none."""
+    """Return the permissions of an existing regular file, None if it does not exist."""
     if not target.exists():
         return None
     if not target.is_file():
-        raise ValueError(f"{target} is no regular file; give the name of a file to write")
+        raise ValueError(f"{target} is not a regular file; give the name of a file to write")
     return target.stat().st_mode & 0o777
 
 
 def _locked(tmp_path: Path, target: Path) -> int:
-    """Create the temporary file and hold it against other processes; the kernel frees it with this one."""
+    """Create and lock the temporary file; the kernel releases the lock when the process ends."""
     while True:
         descriptor = os.open(tmp_path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
@@ -178,10 +178,10 @@ def _locked(tmp_path: Path, target: Path) -> int:
                 os.close(descriptor)
                 if isinstance(error, BlockingIOError):
                     raise FileExistsError(
-                        f"{target}: another process is writing it; wait for that, or give another name"
+                        f"{target}: another process is writing it; wait for it, or give another name"
                     ) from None
                 raise
-        # Between opening and locking, its former holder may have renamed it: then it is the target by now.
+        # The previous holder may have renamed the file between open and lock; then it is the target by now.
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.lstat(tmp_path)):
                 os.ftruncate(descriptor, 0)
@@ -190,7 +190,7 @@ def _locked(tmp_path: Path, target: Path) -> int:
 
 
 def _open_up(folder: Path) -> None:
-    """Give every file the permissions of a new file; safetensors makes files that only their owner can read."""
+    """Give every file the permissions of a new file; safetensors creates files with mode 0600."""
     probe = folder / ".mode"
     probe.touch()
     mode = probe.stat().st_mode & 0o777
@@ -202,7 +202,7 @@ def _open_up(folder: Path) -> None:
 
 @contextmanager
 def _named(target: Path) -> Iterator[None]:
-    """Name the target in errors of libraries that do not, as OSError with the number of the system."""
+    """Turn library errors that do not name the target into an OSError that does, with the system's error number."""
     try:
         yield
     except Exception as error:

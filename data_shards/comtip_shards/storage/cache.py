@@ -1,4 +1,4 @@
-"""A folder of fetched files, bounded in size and shared by processes."""
+"""Cache folder of fetched files, bounded in size and shared by processes."""
 
 from __future__ import annotations
 
@@ -19,51 +19,51 @@ from comtip_shards.storage.atomic import flush
 CACHE_VARIABLE, SIZE_VARIABLE = "COMTIP_CACHE", "COMTIP_CACHE_GB"
 _DAY = 24 * 3600
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-"""What ``flock`` says on network file systems that are mounted without locks."""
+"""Errors of ``flock`` on network file systems mounted without lock support."""
 
 
 def default_cache() -> Path:
-    """Return ``$COMTIP_CACHE``, else ``comtip`` in the user's cache folder."""
+    """Return ``$COMTIP_CACHE``, or ``comtip`` in the user's cache folder if it is not set."""
     home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(os.environ.get(CACHE_VARIABLE) or Path(home) / "comtip")
 
 
 def default_size() -> int:
-    """Return ``$COMTIP_CACHE_GB`` in bytes, else 50 GB."""
+    """Return ``$COMTIP_CACHE_GB`` in bytes; 50 GB if it is not set."""
     text = os.environ.get(SIZE_VARIABLE, "50")
     try:
         return int(float(text) * 1e9)
     except (ValueError, OverflowError) as error:
-        raise ShardError(f"{SIZE_VARIABLE}={text}: give a number of gigabytes", kind="remote") from error
+        raise ShardError(f"{SIZE_VARIABLE}={text}: not a number; give the size in gigabytes", kind="remote") from error
 
 
 class FileCache:
-    """Files by key; what was not used for longest goes first.
+    """Files by key, with least-recently-used eviction.
 
     Parameters
     ----------
     folder
-        Made when it is first needed.
+        Created on first use.
     max_bytes
-        Of all files together.
+        Maximum total size of the files.
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self.folder, self.max_bytes = folder, max_bytes
 
     def path(self, key: str, name: str) -> Path:
-        """Return where a file lies if it is here; only the last part of ``name`` is used, where it is a file name."""
+        """Return the path of a cached file; only the last component of ``name`` is used, if it is a valid file name."""
         last = name.rsplit("/", 1)[-1].split("?", 1)[0]
         return self._of(key) / (last if not problem_with(last) else "file")
 
     def _of(self, key: str) -> Path:
-        """Return the folder of a key, which may be a hash that a manifest states."""
+        """Return the folder of a key, which may be a hash from a manifest."""
         if not is_sha256(key):
-            raise ShardError(f"{shown(key)} is no SHA-256, so no file is kept under it; {FOREIGN}", kind="manifest")
+            raise ShardError(f"{shown(key)} is not a SHA-256 and cannot be a cache key; {FOREIGN}", kind="manifest")
         return self.folder / key[:2] / key
 
     def has(self, path: Path, size: int | None) -> bool:
-        """Tell whether a file is here, with its size where that is known; it counts as used now."""
+        """Return whether a file is cached (with this size, if known), and mark it as used now."""
         try:
             if size is not None and path.stat().st_size != size:
                 return False
@@ -74,7 +74,10 @@ class FileCache:
 
     @contextmanager
     def tmp_path(self) -> Iterator[Path]:
-        """Give a path to write to; it is removed unless it was moved to its place."""
+        """Yield a temporary path; the file is removed unless :meth:`put` moved it into the cache.
+
+        The name is random, not that of :mod:`comtip_shards.storage.atomic`: several processes may fetch one file.
+        """
         path = self.folder / "fetching" / uuid.uuid4().hex
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,29 +89,29 @@ class FileCache:
             path.unlink(missing_ok=True)
 
     def put(self, tmp_path: Path, path: Path) -> None:
-        """Move a whole file to its place, and make room."""
+        """Move a complete file into the cache and evict old files."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            flush(tmp_path)  # a file in the cache is not hashed again
+            flush(tmp_path)  # cached files are not hashed again
             tmp_path.replace(path)
         except OSError as error:
             raise self.unwritable(error) from error
         self._evict(path)
 
     def forget(self, key: str) -> None:
-        """Drop the files of a key."""
+        """Remove the files of a key."""
         shutil.rmtree(self._of(key), ignore_errors=True)
 
     def unwritable(self, error: OSError) -> ShardError:
-        """Return the error that says so."""
+        """Return the exception for a cache folder that cannot be written."""
         return ShardError(
-            f"{self.folder}: cannot keep files ({error.strerror}); free space, or name another folder in {CACHE_VARIABLE}",
+            f"{self.folder}: cannot write to the cache ({error.strerror}); free space, or set {CACHE_VARIABLE} to another folder",
             kind="remote",
         )
 
     @contextmanager
     def locked(self, key: str, where: str, deadline: float) -> Iterator[None]:
-        """Let one process fetch a file while others wait for it, though not beyond ``deadline`` (monotonic seconds)."""
+        """Hold the lock of a key while fetching; other processes wait until ``deadline`` (monotonic seconds)."""
         folder = self.folder / "locks"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -122,22 +125,25 @@ class FileCache:
                     break
                 except OSError as error:
                     if error.errno in NO_LOCKS:
-                        break  # two processes may fetch the same file; each is moved to its place whole
+                        break  # two processes may fetch the same file; each moves a complete copy
                     if not isinstance(error, BlockingIOError):
                         raise self.unwritable(error) from error
                     if time.monotonic() > deadline:
-                        raise ShardError(f"{where}: another process did not fetch it in time", kind="remote") from None
+                        raise ShardError(
+                            f"{where}: another process did not fetch it in time; check the network, then run again",
+                            kind="remote",
+                        ) from None
                     time.sleep(0.05)
             yield
 
     def _evict(self, keep: Path) -> None:
-        """Remove files until the cache has its size; those that are open stay readable."""
+        """Remove least recently used files until the cache is within its size; open files stay readable."""
         files = []
         for path in self.folder.glob("??/*/*"):
             try:
                 stat = path.stat()
             except OSError:
-                continue  # another process was quicker
+                continue  # removed by another process
             files.append((stat.st_mtime_ns, stat.st_size, path))
         excess = sum(size for _, size, _ in files) - self.max_bytes
         for _, size, path in sorted(files):
@@ -149,6 +155,6 @@ class FileCache:
         for path in (self.folder / "fetching").glob("*"):
             try:
                 if time.time() - path.stat().st_mtime > _DAY:
-                    path.unlink()  # left by a process that was killed
+                    path.unlink()  # left by a killed process
             except OSError:
                 continue

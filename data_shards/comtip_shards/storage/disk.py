@@ -1,4 +1,4 @@
-"""Classes of disk errors: those that end when room is made or a device returns, and those that need another path."""
+"""Classification of disk errors: temporary ones (no space, device gone), and those that require another path."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import re
 
 _TEMPORARY = {
     errno.ENOSPC: "no space is left",
-    errno.EDQUOT: "the quota is used up",
-    errno.EFBIG: "a file may not grow so large",
+    errno.EDQUOT: "the quota is exhausted",
+    errno.EFBIG: "the file exceeds the maximum file size",
     errno.EIO: "the device failed",
     errno.ESTALE: "the file server lost the file",
 }
@@ -18,14 +18,14 @@ _PERMANENT = {
     errno.ENAMETOOLONG: "the name is too long",
     errno.ELOOP: "too many symbolic links",
 }
-# Python's own errors of these numbers have classes of their own; the libraries below raise them as something else.
+# Python raises these as PermissionError; the libraries below raise them as other classes.
 _WRAPPED = {errno.EACCES: "permission denied", errno.EPERM: "not permitted"}
 # safetensors writes "(os error 28)", HDF5 "errno = 28".
 _NUMBER = re.compile(r"(?:os error |errno = )(\d+)")
 
 
 def error_number(error: BaseException) -> int | None:
-    """Return the system's number of an error, also where a library (safetensors, HDF5) has it in the text only."""
+    """Return the errno of an error, also if a library (safetensors, HDF5) reports it only in the text."""
     number = getattr(error, "errno", None)
     if isinstance(number, int):
         return number
@@ -34,12 +34,12 @@ def error_number(error: BaseException) -> int | None:
 
 
 def disk_trouble(error: BaseException) -> str | None:
-    """Return what is wrong with the disk where the same command can succeed later; None for any other error."""
+    """Describe a temporary disk error, after which the same command can succeed later; None for any other error."""
     return _describe(error, _TEMPORARY)
 
 
 def unwritable(error: BaseException) -> str | None:
-    """Return why a path cannot be written, now or later; None for any other error."""
+    """Describe why a path can never be written; None for any other error."""
     wrapped = {} if isinstance(error, OSError) and error.errno is not None else _WRAPPED
     return _describe(error, _PERMANENT | wrapped)
 

@@ -1,4 +1,4 @@
-"""Small files read whole: only regular ones, and only up to a limit."""
+"""Reading of small regular files with a size limit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 
 MAX_BYTES = 2**30
-"""Largest file of a shard set that is read whole."""
+"""Maximum size of a file of a shard set that is read into memory at once."""
 
 
 def read_regular(path: Path, limit: int = MAX_BYTES, *, follow: bool = True) -> bytes:
@@ -17,16 +17,16 @@ def read_regular(path: Path, limit: int = MAX_BYTES, *, follow: bool = True) -> 
     Parameters
     ----------
     path
-        The file. A pipe or a device is refused, because reading it may never end.
+        The file. Pipes and devices are refused, because reading them may never end.
     limit
-        Most bytes.
+        Maximum size in bytes.
     follow
-        Whether ``path`` may be a symbolic link. Where the bytes are not checked against a hash, it should not.
+        Whether ``path`` may be a symbolic link. Pass False if the bytes are not checked against a hash.
 
     Raises
     ------
     OSError
-        There is no such file, it is not regular, it is larger than ``limit``, or it cannot be read.
+        The file does not exist, is not regular, is larger than ``limit``, or cannot be read.
     """
     # Without O_NONBLOCK, opening a pipe waits for a writer.
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
@@ -35,6 +35,6 @@ def read_regular(path: Path, limit: int = MAX_BYTES, *, follow: bool = True) -> 
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "not a regular file", str(path))
         data = b"" if status.st_size > limit else file.read(limit + 1)
-        if status.st_size > limit or len(data) > limit:  # files of /proc say that they are empty
+        if status.st_size > limit or len(data) > limit:  # files in /proc report a size of 0
             raise OSError(errno.EFBIG, f"more than {limit} bytes", str(path))
     return data

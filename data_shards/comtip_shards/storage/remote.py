@@ -1,8 +1,8 @@
-"""Files behind a URL: fetched once into a cache of bounded size, checked, and never waited for without end.
+"""Access to files behind a URL: fetched once into a bounded cache, checked, with timeouts and retries.
 
-Anything that fsspec reads will do: ``s3://``, ``gs://``, ``https://``, ``hf://datasets/OWNER/NAME``, ``memory://``. What a
-protocol needs besides the URL (a key, ``anon``) comes from its own environment or from fsspec's configuration
-(``FSSPEC_S3_ANON=true``, ``~/.config/fsspec/conf.json``), or is given as ``storage_options``.
+Any protocol of fsspec is supported: ``s3://``, ``gs://``, ``https://``, ``hf://datasets/OWNER/NAME``, ``memory://``.
+Credentials and other options of a protocol (a key, ``anon``) come from its environment variables, from fsspec's
+configuration (``FSSPEC_S3_ANON=true``, ``~/.config/fsspec/conf.json``), or from ``storage_options``.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ GIB = 2**30
 
 
 def is_url(path: str | Path) -> bool:
-    """Tell a URL from a path; ``file://`` is one."""
+    """Return whether a path is a URL; ``file://`` counts as one."""
     return _URL.match(str(path)) is not None
 
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How long to wait for a remote, in seconds."""
+    """Number of retries and timeouts of a remote; times in seconds."""
 
     attempts: int = 5
     stall: float = 30.0
-    """Without one more byte, an attempt is given up."""
+    """Time without a new byte after which an attempt fails."""
     total: float = 3600.0
-    """For one file, all attempts together."""
+    """Time limit for one file over all attempts."""
     backoff: float = 0.5
-    """Pause after the first failure; doubled after each, 30 at most."""
+    """Pause after the first failure; doubled after each further one, up to 30."""
 
 
 @dataclass
@@ -55,10 +55,10 @@ class Remote:
     url
         The folder.
     cache
-        Where files are kept; by default :func:`default_cache`. Processes may share it.
+        Cache folder, by default :func:`default_cache`. Processes may share it.
     max_bytes
-        The cache's size, by default :func:`default_size`; files not used for longest go first.
-    patience
+        Size of the cache, by default :func:`default_size`; least recently used files are evicted first.
+    retry
         Retries and timeouts.
     storage_options
         Passed to fsspec's file system.
@@ -67,7 +67,7 @@ class Remote:
     url: str
     cache: Path = field(default_factory=default_cache)
     max_bytes: int = field(default_factory=default_size)
-    patience: RetryPolicy = field(default_factory=RetryPolicy)
+    retry: RetryPolicy = field(default_factory=RetryPolicy)
     storage_options: Mapping[str, Any] = field(default_factory=dict)
     _fs: tuple[int, Any, str] | None = field(default=None, repr=False, compare=False)
 
@@ -79,24 +79,24 @@ class Remote:
         return {**self.__dict__, "_fs": None}
 
     def fetch(self, name: str, *, sha256: str = "", size: int | None = None, limit: int | None = None) -> Path:
-        """Return a local copy of ``url/name``, from the cache where it is there.
+        """Return a local copy of ``url/name``, from the cache if present.
 
         Parameters
         ----------
         name
             Path below the URL; "" for the URL itself.
         sha256, size
-            What the bytes must be, where that is known; other bytes are fetched again, then refused.
+            Expected hash and size, if known; after a mismatch the file is fetched again, then refused.
         limit
-            Refuse a file of more bytes (default: the cache's size).
+            Maximum size in bytes (default: the size of the cache).
 
         Raises
         ------
         ShardError
-            Of kind ``vanished`` (no such file), ``checksum`` (other bytes) or ``remote``, naming the URL and the fix.
+            Of kind ``vanished`` (no such file), ``checksum`` (mismatch) or ``remote``; names the URL and the fix.
         """
         where = self._name(name)
-        deadline = time.monotonic() + self.patience.total
+        deadline = time.monotonic() + self.retry.total
         key = sha256 or self._version(name, where, deadline)
         files = self._files
         path = files.path(key, name or self.url)
@@ -110,20 +110,20 @@ class Remote:
         return path
 
     def read(self, name: str, *, limit: int = GIB) -> bytes:
-        """Return the bytes of a small file as they are now, past the cache."""
-        deadline = time.monotonic() + self.patience.total
+        """Return the current bytes of a small file, bypassing the cache."""
+        deadline = time.monotonic() + self.retry.total
         with self._files.tmp_path() as tmp_path:
             self._download(name, self._name(name), tmp_path, "", None, limit, deadline)
             return tmp_path.read_bytes()
 
     def names(self, pattern: str = "**") -> list[str]:
-        """Return the files below the URL that match a glob pattern, sorted; not every https server can list."""
+        """Return the sorted files below the URL that match a glob pattern; not every https server supports listing."""
         return sorted(self.sizes(pattern))
 
     def sizes(self, pattern: str = "**") -> dict[str, int | None]:
-        """Return the files of :meth:`names` with their bytes, None where the server does not say."""
+        """Return the files of :meth:`names` with their sizes in bytes, None if the server does not report it."""
         fs, root = self._filesystem()
-        deadline = time.monotonic() + self.patience.total
+        deadline = time.monotonic() + self.retry.total
         where = self._name(pattern)
         found = self._retry(
             where, deadline, lambda: self._call(lambda: fs.glob(f"{root}/{pattern}", detail=True), deadline)
@@ -135,7 +135,7 @@ class Remote:
         }
 
     def keep(self, key: str, name: str, data: bytes) -> Path:
-        """Put bytes that were read already into the cache; returns their path."""
+        """Store bytes in the cache and return their path."""
         files = self._files
         path = files.path(key, name)
         with files.tmp_path() as tmp_path:
@@ -147,7 +147,7 @@ class Remote:
         return path
 
     def forget(self, sha256: str) -> None:
-        """Drop a file from the cache, because its copy turned out to be damaged."""
+        """Remove a damaged file from the cache."""
         self._files.forget(sha256)
 
     @property
@@ -160,7 +160,7 @@ class Remote:
         return f"{self.url}/{name}" if name else self.url
 
     def _filesystem(self) -> tuple[Any, str]:
-        # A file system does not survive a fork, so each process has its own.
+        # fsspec file systems are not fork-safe, so each process has its own.
         if self._fs is None or self._fs[0] != os.getpid():
             try:
                 from fsspec.core import url_to_fs
@@ -168,19 +168,19 @@ class Remote:
                 fs, root = url_to_fs(self.url, **{**self._http_options(), **self.storage_options})
             except (ImportError, ValueError) as error:
                 raise ShardError(
-                    f"{self.url}: cannot be opened ({error}); pip install 'comtip-fast[remote]', or download it first",
+                    f"{self.url}: cannot open ({error}); pip install 'comtip-fast[remote]', or download it first",
                     kind="remote",
                 ) from error
             self._fs = (os.getpid(), fs, root.rstrip("/"))
         return self._fs[1], self._fs[2]
 
     def _http_options(self) -> dict[str, Any]:
-        """Replace the client's limit of five minutes per file by one per byte."""
+        """Replace the client's total timeout of five minutes by a timeout between bytes."""
         if not _is_http(self.url):
             return {}
         from aiohttp import ClientTimeout
 
-        stall = 2 * self.patience.stall  # only ends what was left already
+        stall = 2 * self.retry.stall  # only ends connections that were already abandoned
         return {"client_kwargs": {"timeout": ClientTimeout(total=None, sock_connect=stall, sock_read=stall)}}
 
     def _path(self, name: str) -> tuple[Any, str]:
@@ -188,7 +188,7 @@ class Remote:
         return fs, f"{root}/{name}" if name else root
 
     def _version(self, name: str, where: str, deadline: float) -> str:
-        """Return a key of what the file is now, from what its server says of it."""
+        """Return a cache key for the current version of a file, from the metadata of its server."""
         fs, path = self._path(name)
         info = self._retry(where, deadline, lambda: self._call(lambda: fs.info(path), deadline))
         facts = [
@@ -206,7 +206,7 @@ class Remote:
                     for chunk in self._chunks(name, deadline):
                         n += len(chunk)
                         if n > (limit if size is None else min(size, limit)):
-                            raise _Wrong(f"has more than {n - 1} bytes")
+                            raise _MismatchError(f"larger than {n - 1} bytes")
                         digest.update(chunk)
                         file.write(chunk)
             except OSError as error:
@@ -214,21 +214,21 @@ class Remote:
                     raise self._files.unwritable(error) from error
                 raise
             if (size is not None and n != size) or (sha256 and digest.hexdigest() != sha256):
-                raise _Wrong(f"came as {n} bytes that are not those of the manifest")
+                raise _MismatchError(f"received {n} bytes that do not match the manifest")
 
         self._retry(where, deadline, attempt)
 
     def _chunks(self, name: str, deadline: float) -> Iterator[bytes]:
-        """Yield a file's bytes; a thread reads, so that a server that falls silent is left, not waited for."""
+        """Yield a file's bytes; a thread reads, so that a server that stops responding does not block."""
         fs, path = self._path(name)
-        # An https server may not know ranges: a stream needs none. Without a size it would be asked for first, which some
-        # servers cannot tell; a stream does not use it.
+        # block_size 0 streams, which works without range requests. A stream does not use the size, but without one fsspec
+        # would request it first, which some servers do not support.
         options = {"block_size": 0, "size": 1} if _is_http(self.url) else {}
         chunks: queue.Queue[bytes | BaseException] = queue.Queue(maxsize=4)
-        gone = threading.Event()
+        abandoned = threading.Event()
 
         def put(item: bytes | BaseException) -> None:
-            while not gone.is_set():
+            while not abandoned.is_set():
                 try:
                     return chunks.put(item, timeout=1)
                 except queue.Full:
@@ -237,84 +237,84 @@ class Remote:
         def pull() -> None:
             try:
                 with fs.open(path, "rb", **options) as file:
-                    while not gone.is_set():
+                    while not abandoned.is_set():
                         chunk = file.read(_CHUNK)
                         put(chunk)
                         if not chunk:
                             return
-            except BaseException as error:  # whatever it is, it is raised where the file is wanted
+            except BaseException as error:  # raised again in the consumer
                 put(error)
 
         threading.Thread(target=pull, daemon=True).start()
         try:
             while True:
                 try:
-                    item = chunks.get(timeout=max(0.01, min(self.patience.stall, deadline - time.monotonic())))
+                    item = chunks.get(timeout=max(0.01, min(self.retry.stall, deadline - time.monotonic())))
                 except queue.Empty:
-                    raise TimeoutError(f"no byte for {self.patience.stall:g} s") from None
+                    raise TimeoutError(f"no data for {self.retry.stall:g} s") from None
                 if isinstance(item, BaseException):
                     raise item
                 if not item:
                     return
                 yield item
         finally:
-            gone.set()
+            abandoned.set()
 
     # -- waiting ------------------------------------------------------------------------------------------
 
     def _call(self, function: Callable[[], T], deadline: float) -> T:
-        """Call in a thread, so that a silent server is left."""
+        """Call a function in a thread, so that a server that does not respond does not block."""
         answer: queue.Queue[tuple[bool, Any]] = queue.Queue()
 
         def call() -> None:
             try:
                 answer.put((True, function()))
-            except BaseException as error:  # raised where it was asked for
+            except BaseException as error:  # raised again in the caller
                 answer.put((False, error))
 
         threading.Thread(target=call, daemon=True).start()
         try:
-            good, value = answer.get(timeout=max(0.01, min(self.patience.stall, deadline - time.monotonic())))
+            succeeded, value = answer.get(timeout=max(0.01, min(self.retry.stall, deadline - time.monotonic())))
         except queue.Empty:
-            raise TimeoutError(f"no answer for {self.patience.stall:g} s") from None
-        if not good:
+            raise TimeoutError(f"no response for {self.retry.stall:g} s") from None
+        if not succeeded:
             raise value
         return value
 
     def _retry(self, where: str, deadline: float, attempt: Callable[[], T]) -> T:
-        for number in range(1, self.patience.attempts + 1):
+        for number in range(1, self.retry.attempts + 1):
             try:
                 return attempt()
             except ShardError:
                 raise
             except ImportError as error:
                 raise ShardError(f"{where}: {error}; pip install 'comtip-fast[remote]'", kind="remote") from error
-            except Exception as error:  # every protocol has its own kinds
+            except Exception as error:  # every protocol raises its own types
                 if isinstance(error, FileNotFoundError) and _is_absent(error):
                     raise ShardError(
-                        f"{where}: no such file; is the URL right, and the set whole?", kind="vanished"
+                        f"{where}: no such file; check the URL, and that the set is complete", kind="vanished"
                     ) from error
-                pause = min(30.0, self.patience.backoff * 2 ** (number - 1))
+                pause = min(30.0, self.retry.backoff * 2 ** (number - 1))
                 late = time.monotonic() + pause >= deadline
-                if number == self.patience.attempts or late or not _passing(error):
+                if number == self.retry.attempts or late or not _is_transient(error):
                     raise self._given_up(where, error, number) from error
                 time.sleep(pause)
         raise AssertionError("attempts is at least 1")
 
     def _given_up(self, where: str, error: Exception, attempts: int) -> ShardError:
-        if isinstance(error, _Wrong):
+        if isinstance(error, _MismatchError):
             fix = "the remote copy is damaged or was changed: upload the set again"
             return ShardError(f"{where}: {error}, {attempts} times; {fix}", kind="checksum")
         if isinstance(error, PermissionError) or getattr(error, "status", 0) in (401, 403):
-            fix = "give the credentials that this storage asks for"
+            fix = "provide the credentials that this storage requires"
         else:
-            fix = "check the network and the server, then run again: what was fetched is kept"
-        said = str(error) or type(error).__name__
-        return ShardError(f"{where}: not fetched after {attempts} attempts ({said}); {fix}", kind="remote")
+            fix = "check the network and the server, then run again: fetched files are kept"
+        reason = str(error) or type(error).__name__
+        return ShardError(f"{where}: not fetched after {attempts} attempts ({reason}); {fix}", kind="remote")
 
 
-class _Wrong(Exception):
-    """The bytes that came are not the bytes that were asked for."""
+class _MismatchError(Exception):
+    """The received bytes do not have the expected size or hash."""
 
 
 _DISK = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EFBIG}
@@ -325,13 +325,13 @@ def _is_http(url: str) -> bool:
 
 
 def _is_absent(error: FileNotFoundError) -> bool:
-    """Tell a file that is not there from a server that did not answer: fsspec says FileNotFoundError of both."""
+    """Return whether a file does not exist; fsspec raises FileNotFoundError also for a server that did not respond."""
     cause = error.__cause__
     return cause is None or getattr(cause, "status", None) == 404 or isinstance(cause, FileNotFoundError)
 
 
-def _passing(error: BaseException) -> bool:
-    """Tell whether trying again may help."""
+def _is_transient(error: BaseException) -> bool:
+    """Return whether a retry may succeed."""
     if isinstance(error, FileNotFoundError) and error.__cause__ is not None:
         error = error.__cause__
     status = getattr(error, "status", None)
