@@ -102,7 +102,7 @@ def test_bad_input_ends_torchrun_quickly(tmp_path: Path):
     programs = Path(sys.executable).parent
     launched = [
         str(programs / "torchrun"),
-        "--standsingle",
+        "--standalone",
         "--nproc-per-node",
         "2",
         "--max-restarts",
