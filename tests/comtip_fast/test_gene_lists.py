@@ -1,4 +1,4 @@
-"""Lists of genes as people have them: what each file means, or why it is refused."""
+"""Gene lists in common file formats are read, and other files are refused with the reason."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_file_of_three_genes_is_three_genes(content: bytes, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [
         (b"", "names no gene"),
         (b"\n\n", "names no gene"),
@@ -53,10 +53,10 @@ def test_a_file_of_three_genes_is_three_genes(content: bytes, tmp_path: Path):
         (b"all\nERBB2\n", "all selects every trained gene"),
     ],
 )
-def test_a_file_that_is_no_list_of_genes_is_refused(content: bytes, says: str, tmp_path: Path):
+def test_a_file_that_is_not_a_gene_list_is_refused(content: bytes, message: str, tmp_path: Path):
     path = tmp_path / "genes.txt"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         gene_list([f"@{path}"])
 
 
@@ -71,7 +71,7 @@ def test_other_values():
             gene_list(bad)
 
 
-def test_paths_that_are_no_file(tmp_path: Path):
+def test_paths_that_are_not_files(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"--genes @.*: no such file"):
         gene_list([f"@{tmp_path / 'none'}"])
     with pytest.raises(ValueError, match="a folder"):
@@ -86,7 +86,7 @@ def test_paths_that_are_no_file(tmp_path: Path):
 
 
 @pytest.mark.parametrize("n", [2, 4_999, 5_000, 60_000])
-def test_genes_asked_for_twice_are_refused_however_many(n: int):
+def test_duplicate_genes_are_refused_in_lists_of_any_length(n: int):
     names = [f"G{i}" for i in range(n)]
     assert _unique(names) == names
     with pytest.raises(ValueError, match="duplicate genes: G1"):

@@ -58,8 +58,8 @@ def test_build_and_verify(tiny_source: Path, tmp_path: Path):
 
 
 def test_a_run_killed_at_any_moment_and_resumed_is_the_same_run(config: Path, tmp_path: Path):
-    whole = run("pretrain", "--config", config, "--out", tmp_path / "whole")
-    assert whole.returncode == 0, whole.stderr
+    reference = run("pretrain", "--config", config, "--out", tmp_path / "reference")
+    assert reference.returncode == 0, reference.stderr
     out = tmp_path / "killed"
     kills = 0
     for delay in (0.1, 0.9, 1.7, 0.4):
@@ -85,8 +85,8 @@ def test_a_run_killed_at_any_moment_and_resumed_is_the_same_run(config: Path, tm
     done = run("pretrain", "--config", config, "--out", out, "--resume")
     assert done.returncode == 0, done.stderr
     assert kills >= 1
-    assert losses_of(out) == losses_of(tmp_path / "whole")
-    one, two = (load_file(d / "export/model.safetensors") for d in (out, tmp_path / "whole"))
+    assert losses_of(out) == losses_of(tmp_path / "reference")
+    one, two = (load_file(d / "export/model.safetensors") for d in (out, tmp_path / "reference"))
     assert one.keys() == two.keys()
     assert all(np.array_equal(one[k], two[k]) for k in one)
 
@@ -205,7 +205,7 @@ def test_the_same_from_python(tiny_run: Path, tiny_source: Path, tiny_shards: Sh
 def test_export_is_safetensors_and_json_and_predicts_the_same(tiny_run: Path, tiny_shards: ShardSet, tmp_path: Path):
     assert main(["export", str(tiny_run), "--out", str(tmp_path / "model")]) == 0
     files = {p.name for p in (tmp_path / "model").iterdir()}
-    assert files == {"config.json", "model.safetensors", "levels.safetensors", "genes.tsv", "README.md"}
+    assert files == {"config.json", "model.safetensors", "levels.safetensors", "genes.tsv", "README.md", "SHA256SUMS"}
     card = (tmp_path / "model/README.md").read_text()
     assert "CC0" in card
     assert "made up" in card

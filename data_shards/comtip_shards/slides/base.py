@@ -7,6 +7,7 @@ ground.
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,8 @@ MAX_WHOLE_PX = 1_000_000_000
 """Largest picture that is decoded whole, because its format (JPEG, PNG) leaves no choice."""
 BAND_PX = 16_000_000
 """Source pixels decoded at once when a large picture is shrunk."""
+UNITS_UM = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "Å": 1e-4}
+"""Units of OME-XML in um; others, such as ``pixel``, state no scale."""
 PLAUSIBLE_MPP = (0.05, 20.0)
 """um per px that a file's own resolution tag is believed for; 72 and 96 dpi are defaults of programs, not scales."""
 EXTRA = "pip install 'comtip-fast[wsi]'"
@@ -211,3 +214,14 @@ def plausible_mpp(mpp: float | None) -> float | None:
     if mpp is None or not math.isfinite(mpp) or not PLAUSIBLE_MPP[0] <= mpp <= PLAUSIBLE_MPP[1]:
         return None
     return round(mpp, 6)
+
+
+def ome_mpp(xml: str) -> float | None:
+    """Return um per px from the first ``Pixels`` element of OME-XML; None if it is absent or in an unknown unit."""
+    pixels = re.search(r"<(?:\w+:)?Pixels\b([^>]*)>", xml)
+    attributes = dict(re.findall(r"(\w+)\s*=\s*[\"']([^\"']*)[\"']", pixels[1])) if pixels else {}
+    factor = UNITS_UM.get(attributes.get("PhysicalSizeXUnit", "µm").replace("&#181;", "µ").replace("&#xB5;", "µ"))
+    try:
+        return plausible_mpp(float(attributes["PhysicalSizeX"]) * factor) if factor else None
+    except (KeyError, ValueError):
+        return None

@@ -6,7 +6,6 @@ the image's edge, and a smaller copy of an image covers the same ground.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +13,21 @@ from PIL import Image
 
 from comtip_shards.errors import SourceError
 from comtip_shards.not_data import not_data
-from comtip_shards.slides.base import MAX_IMAGE_PX, MAX_WHOLE_PX, ArraySlide, Slide, peak_of, plausible_mpp, to_rgb8
+from comtip_shards.slides.base import (
+    MAX_IMAGE_PX,
+    MAX_WHOLE_PX,
+    ArraySlide,
+    Slide,
+    ome_mpp,
+    peak_of,
+    plausible_mpp,
+    to_rgb8,
+)
 from comtip_shards.slides.wsi import open_windowed
 
 WINDOWED_PX = 100_000_000
 """A TIFF with more pixels is read in windows."""
 BITS_PER_SAMPLE, IMAGE_DESCRIPTION = 258, 270
-UNITS_UM = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "Å": 1e-4}
-"""Units of OME-XML in um; others, such as ``pixel``, state no scale."""
 VENDOR_SUFFIXES = {".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".czi", ".dcm"}
 
 
@@ -124,17 +130,6 @@ def _open_plain(path: Path) -> Slide:
         reason = not_data(path) or f"not an image that can be read, or it is truncated or damaged ({error})"
         raise SourceError(f"{path}: {reason}") from error
     return ArraySlide(pixels, path, mpp=mpp, reader="Pillow")
-
-
-def ome_mpp(xml: str) -> float | None:
-    """Return um per px from the first ``Pixels`` element of OME-XML; None if it is absent or in an unknown unit."""
-    pixels = re.search(r"<(?:\w+:)?Pixels\b([^>]*)>", xml)
-    attributes = dict(re.findall(r"(\w+)\s*=\s*[\"']([^\"']*)[\"']", pixels[1])) if pixels else {}
-    factor = UNITS_UM.get(attributes.get("PhysicalSizeXUnit", "µm").replace("&#181;", "µ").replace("&#xB5;", "µ"))
-    try:
-        return plausible_mpp(float(attributes["PhysicalSizeX"]) * factor) if factor else None
-    except (KeyError, ValueError):
-        return None
 
 
 def _mpp_of(image: Image.Image) -> float | None:

@@ -18,8 +18,7 @@ from PIL import Image
 
 from comtip_shards.errors import SourceError
 from comtip_shards.not_data import not_data
-from comtip_shards.slides.base import EXTRA, MAX_IMAGE_PX, Box, Slide, peak_of, plausible_mpp, to_rgb8
-from comtip_shards.slides.open import ome_mpp
+from comtip_shards.slides.base import EXTRA, MAX_IMAGE_PX, Box, Slide, ome_mpp, peak_of, plausible_mpp, to_rgb8
 
 CACHE_BYTES = 192 << 20
 """Decoded blocks that are kept, per open slide."""
