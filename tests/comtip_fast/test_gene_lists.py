@@ -29,6 +29,8 @@ GENES = ["ERBB2", "CD74", "KRT17"]
         b"\xef\xbb\xbfGene_Symbol\nERBB2\nCD74\nKRT17\n",
         b'"x"\n"ERBB2"\n"CD74"\n"KRT17"\n',
         b"ERBB2\rCD74\rKRT17\r",
+        b"rank,gene,score\n1,ERBB2,0.5\n2,CD74,0.25\n3,KRT17,0.1\n",
+        b"gene_id\tp\nERBB2\t1e-9\nCD74\t1\nKRT17\t1\n",
     ],
 )
 def test_a_file_of_three_genes_is_three_genes(content: bytes, tmp_path: Path):
@@ -47,8 +49,10 @@ def test_a_file_of_three_genes_is_three_genes(content: bytes, tmp_path: Path):
         (b"\xef\xbb\xbf", "names no gene"),
         (b"ERBB2\nCD74\xff\n", "not UTF-8 text"),
         (b"\x89HDF\r\n\x1a\n\0\0\xff", "not UTF-8 text"),
-        (b"ERBB2\tHER2 receptor\n", r"line 1: 'ERBB2\\tHER2 receptor' is not a gene name"),
+        (b"ERBB2\tHER2 receptor\n", "line 1: 'HER2 receptor' is not a gene name"),
         (b"ERBB2\nCD\x0074\n", "line 2"),
+        (b"ERBB2,0.5\n", "line 1: '0.5' is not a gene name"),
+        (b"the best gene\n", "line 1: 'the best gene' is not a gene name"),
         (b"A" * (5 << 20), "larger than 4 MiB"),
         (b"all\nERBB2\n", "all selects every trained gene"),
     ],
