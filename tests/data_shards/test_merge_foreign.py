@@ -25,7 +25,7 @@ from testkit.tiny import TinySection, write_tiny_source
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("foreign")
     sections = [TinySection("t1", "a", "train"), TinySection("t2", "b", "train")]
     source = write_tiny_source(folder / "source", sections, side=3).parent
@@ -34,8 +34,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def copy(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "set"))
+def copy(built: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(built, tmp_path / "set"))
 
 
 def genes(change: Callable[[list[list[str]]], object]) -> Callable[[Path], None]:
@@ -201,10 +201,10 @@ def test_a_broken_set_is_neither_whole_nor_merged(copy: Path, tmp_path: Path, na
     assert not report.ok
 
 
-def test_parts_hold_each_section_once(made: Path, tmp_path: Path):
+def test_parts_hold_each_section_once(built: Path, tmp_path: Path):
     copies = []
     for i in (1, 2):
-        copies.append(Path(shutil.copytree(made, tmp_path / f"p{i}")))
+        copies.append(Path(shutil.copytree(built, tmp_path / f"p{i}")))
         part = {"index": i, "of": 2, "sections": [i - 1, i + 1], "whole": "0" * 64}
         change_manifest(copies[-1], lambda m, part=part: m.update(part=part), seal=True)
     with pytest.raises(ShardError, match="do not hold the sections of one build"):
@@ -287,7 +287,7 @@ def picture(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "spoil",
+    "damage",
     [
         pipe,
         link,
@@ -311,8 +311,8 @@ def picture(path: Path) -> None:
         fields(version=2),
     ],
 )
-def test_a_page_that_is_none_is_left_out_and_reported(copy: Path, tmp_path: Path, spoil: Callable[[Path], None]):
-    spoil(copy / "report/t1.html")
+def test_a_page_that_is_none_is_left_out_and_reported(copy: Path, tmp_path: Path, damage: Callable[[Path], None]):
+    damage(copy / "report/t1.html")
     report = merge_sets([copy], tmp_path / "out")
     assert "t1: its report page was left out: " in report.text
     names = {p.name for p in (tmp_path / "out/report").iterdir()}

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from comtip_shards import ShardError, ShardSet
-from comtip_shards.builder import output_dir as outfolder
+from comtip_shards.builder import output_dir as out_dir
 from comtip_shards.builder.build import build_shards
 from comtip_shards.builder.merge import merge_sets
 from comtip_shards.builder.output_dir import STAGING, writing
@@ -32,15 +32,15 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def made(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("built") / "set"
     build_shards(open_source(source), out, **TILES)
     return out
 
 
 @pytest.fixture
-def copy(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "set"))
+def copy(built: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(built, tmp_path / "set"))
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -53,7 +53,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("how", ["gone", "cut", "changed", "a folder"])
 @pytest.mark.parametrize("command", ["build", "merge"])
 def test_a_set_with_files_missing_is_not_already_built(
-    source: Path, made: Path, copy: Path, pattern: str, how: str, command: str
+    source: Path, built: Path, copy: Path, pattern: str, how: str, command: str
 ):
     if (pattern.endswith(".tar"), how) == (True, "changed"):
         pytest.skip("the size of a tar is compared, its hash is for verify")
@@ -68,16 +68,16 @@ def test_a_set_with_files_missing_is_not_already_built(
             path.mkdir()
     if how == "a folder" and "/" not in pattern:
         with pytest.raises(ShardError, match="cannot be written"):
-            _again(command, source, made, copy)
+            _again(command, source, built, copy)
         return
-    report = _again(command, source, made, copy)
+    report = _again(command, source, built, copy)
     assert "already built" not in report.text
-    assert files_of(copy) == files_of(made)
+    assert files_of(copy) == files_of(built)
     assert verify(copy).ok
 
 
-def _again(command: str, source: Path, made: Path, out: Path):
-    return build_shards(open_source(source), out, **TILES) if command == "build" else merge_sets([made], out)
+def _again(command: str, source: Path, built: Path, out: Path):
+    return build_shards(open_source(source), out, **TILES) if command == "build" else merge_sets([built], out)
 
 
 def test_a_whole_set_is_not_touched(source: Path, copy: Path):
@@ -89,15 +89,15 @@ def test_a_whole_set_is_not_touched(source: Path, copy: Path):
     assert not (copy / STAGING).exists()
 
 
-def test_the_second_of_two_builds_finds_what_the_first_finished(source: Path, made: Path, tmp_path: Path, monkeypatch):
+def test_the_second_of_two_builds_finds_what_the_first_finished(source: Path, built: Path, tmp_path: Path, monkeypatch):
     """The first ends after the second looked at the folder and before it has the lock."""
     out = tmp_path / "set"
-    look = outfolder.built_already
+    check = out_dir.built_already
 
     def late(folder: Path, *rest: object):
-        found = look(folder, *rest)
+        found = check(folder, *rest)
         if not out.exists():
-            shutil.copytree(made, out)
+            shutil.copytree(built, out)
         return found
 
     monkeypatch.setattr("comtip_shards.builder.build.built_already", late)
@@ -105,7 +105,7 @@ def test_the_second_of_two_builds_finds_what_the_first_finished(source: Path, ma
         "comtip_shards.builder.build.write_set", lambda *_: pytest.fail("a finished set is written over")
     )
     assert "(already built)" in build_shards(open_source(source), out, **TILES).text
-    assert files_of(out) == files_of(made)
+    assert files_of(out) == files_of(built)
 
 
 def _hold(out: Path, counter: Any, overlaps: Any) -> None:
@@ -138,7 +138,7 @@ def test_the_lock_is_held_until_the_staging_folder_is_gone(tmp_path: Path):
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
 def test_a_file_system_without_locks_gives_a_warning(
     source: Path,
-    made: Path,
+    built: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -149,11 +149,11 @@ def test_a_file_system_without_locks_gives_a_warning(
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     build_shards(open_source(source), tmp_path / "set", **TILES)
-    assert files_of(tmp_path / "set") == files_of(made)
+    assert files_of(tmp_path / "set") == files_of(built)
     assert "this file system has no locks" in capsys.readouterr().err
-    remote = Remote(f"file://{made}", tmp_path / "cache")
-    manifest = ShardSet(made).manifest
-    assert remote.fetch("genes.tsv", sha256=manifest.genes_sha256).read_bytes() == (made / "genes.tsv").read_bytes()
+    remote = Remote(f"file://{built}", tmp_path / "cache")
+    manifest = ShardSet(built).manifest
+    assert remote.fetch("genes.tsv", sha256=manifest.genes_sha256).read_bytes() == (built / "genes.tsv").read_bytes()
 
 
 def test_another_error_of_the_lock_names_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -358,7 +358,7 @@ BAD = {
     "other genes": (edit_transcripts(feature_name="TTN", is_gene=True), "of no gene of the panel"),
     "no positions": (edit_transcripts(x_location=np.nan), "without a position"),
     "position is text": (edit_transcripts(x_location="here"), "x_location holds string"),
-    "not um": (edit_transcripts(x_location=1e15), "no um"),
+    "not um": (edit_transcripts(x_location=1e15), "check that positions are in um"),
     "column gone": (lambda r: pd.read_parquet(r / "transcripts.parquet").drop(columns="qv").to_parquet(r / "transcripts.parquet"),
                     "lacks the columns qv"),
     "cut": (cut("transcripts.parquet"), "transcripts.parquet: cannot be read as Parquet"),
