@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import tifffile
 from comtip_shards import SourceError
-from comtip_shards.slides import open as image_module
 from comtip_shards.slides import base, wsi
+from comtip_shards.slides import open as image_module
 from comtip_shards.slides.base import ArraySlide, peak_of, to_rgb8
 from comtip_shards.slides.open import image_size, load_rgb, open_slide
 from PIL import Image
