@@ -72,9 +72,9 @@ def sparse(path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["manifest.json", "genes.tsv", "spots.parquet", "overview/t1.jpg", "shards/t1-0000.idx"]
 )
-@pytest.mark.parametrize("corrupt", [pipe, zeros, sparse])
-def test_files_that_never_end_do_not_hold_a_reader(copy: Path, name: str, corrupt: Callable[[Path], None]):
-    corrupt(copy / name)
+@pytest.mark.parametrize("damage", [pipe, zeros, sparse])
+def test_files_that_never_end_do_not_hold_a_reader(copy: Path, name: str, damage: Callable[[Path], None]):
+    damage(copy / name)
     began = time.monotonic()
     if name == "manifest.json":
         with pytest.raises(ShardError, match=r"manifest\.json"):

@@ -357,7 +357,7 @@ BAD = {
     "other genes": (edit_transcripts(feature_name="TTN", is_gene=True), "not in the panel"),
     "no positions": (edit_transcripts(x_location=np.nan), "no position"),
     "position is text": (edit_transcripts(x_location="here"), "x_location has type string"),
-    "not um": (edit_transcripts(x_location=1e15), "no um"),
+    "not um": (edit_transcripts(x_location=1e15), "check that positions are in um"),
     "column gone": (lambda r: pd.read_parquet(r / "transcripts.parquet").drop(columns="qv").to_parquet(r / "transcripts.parquet"),
                     "missing columns qv"),
     "cut": (cut("transcripts.parquet"), "transcripts.parquet: cannot be read as Parquet"),
