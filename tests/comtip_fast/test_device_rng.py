@@ -1,4 +1,4 @@
-"""Numbers drawn on a device are those that NumPy draws, to the bit."""
+"""Numbers drawn on a device are bit-identical to those of NumPy."""
 
 import numpy as np
 import pytest

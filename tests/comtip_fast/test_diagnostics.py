@@ -66,11 +66,11 @@ def with_nan_features(overrides: list[str], at: set[int]) -> tuple[CoMTIPTask, A
         step[0] = number
         return batch(spots, number, epoch)
 
-    def spoil(_module: Any, _inputs: Any, out: Tensor) -> Tensor:
+    def to_nan(_module: Any, _inputs: Any, out: Tensor) -> Tensor:
         return out * NAN if step[0] in at and task.model.training else out
 
     task.batch = watched  # type: ignore[method-assign]
-    task.model.vision.blocks[0].register_forward_hook(spoil)
+    task.model.vision.blocks[0].register_forward_hook(to_nan)
     return task, config
 
 
