@@ -62,25 +62,14 @@ FORBIDDEN = {
 }
 """{pattern: what to write instead}; case-sensitive."""
 
-NOT_YET_CHECKED = (
-    "bench/kernels/",
-    "kernels/",
-    "comtip_fast/training/",
-    "data_shards/comtip_shards/sources/",
-    "bench/kernels/",
-    "tests/kernels/interpreted/test_blocks.py",
-    "tests/data_shards/test_sources",
-    "tests/data_shards/test_space_ranger.py",
-    "tests/data_shards/test_visium_hd.py",
-    "tests/data_shards/test_xenium.py",
-)
+NOT_YET_CHECKED: tuple[str, ...] = ()
 """Path prefixes that have not been rewritten yet. This list may only get shorter."""
 
 ALLOWED = {
+    ("comtip_fast/config/io.py", r"RENAMED|genes\.per_task"): "key of 0.1 that is still read",
     ("tests/test_words.py", ".*"): "lists the words",
     ("CHANGELOG.md", ".*"): "history is not rewritten",
     ("data_shards/FORMAT.md", r"`said`|source\.beside|`beside`"): "names of fields in files that exist",
-    ("tests/data_shards/test_curate.py", r"\.said\b|said="): "field of a report file that exists",
     ("tests/data_shards/test_merge_foreign.py", r"\"said\": "): "field of the manifest and of reports",
     ("data_shards/comtip_shards/format/manifest.py", r"^    (said|beside): "): "fields of the manifest",
     ("data_shards/comtip_shards/builder/writer.py", r"\"beside\""): "field of the manifest",

@@ -91,7 +91,7 @@ def test_the_launcher_is_found_in_the_environment():
         (["engine.offload_optimizer=cpu"], "deepspeed"),
         (["engine.kind=deepspeed", "engine.offload_param=cpu"], "zero_stage=3"),
         (["engine.kind=deepspeed", "engine.zero_stage=3", "engine.offload_param=nvme"], "nvme_path"),
-        (["engine.micro_batches=0"], "at least 1"),
+        (["engine.micro_batches=0"], r"engine\.micro_batches: .* greater than or equal to 1"),
     ],
 )
 def test_engine_settings_that_do_not_fit_are_refused(bad: list[str], message: str):
