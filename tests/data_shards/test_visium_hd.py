@@ -1,4 +1,4 @@
-"""Visium HD: what is pooled is compared with sums made bin by bin, on a grid that lies turned on its image."""
+"""Visium HD: pooled counts equal sums over single bins, on a grid that is rotated against its image."""
 
 import json
 import shutil

@@ -50,10 +50,10 @@ def transcripts() -> tuple[pd.DataFrame, np.ndarray]:
             "cell_id": rng.choice([*(f"aaaa{i:04d}-1" for i in range(70)), "UNASSIGNED"], 3000),
         }
     )  # fmt: skip
-    # Cells are small: each takes the transcripts of one place.
-    place = (he // 18).astype(int)
+    # Cells are small: each takes the transcripts of one position.
+    offset = (he // 18).astype(int)
     table["cell_id"] = np.where(
-        table["cell_id"] == "UNASSIGNED", "UNASSIGNED", [f"aaaa{j:02d}{i:02d}-1" for i, j in place]
+        table["cell_id"] == "UNASSIGNED", "UNASSIGNED", [f"aaaa{j:02d}{i:02d}-1" for i, j in offset]
     )
     return table, he
 

@@ -27,7 +27,7 @@ _BLOCK = 1 << 20
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a file name belongs to the operating system: dot files, macOS twins, Windows caches."""
+    """Return whether a file name belongs to the operating system: dot files, macOS resource forks, Windows caches."""
     return name.startswith(".") or name.lower() in SYSTEM_FILES
 
 
