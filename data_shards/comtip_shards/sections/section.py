@@ -188,7 +188,9 @@ def check_unique(names: list[str], what: str) -> None:
         return
     seen: set[str] = set()
     twice = [n for n in names if n in seen or seen.add(n)]  # type: ignore[func-returns-value]
-    raise SourceError(f"{what}: {len(twice)} occur more than once, e.g. {', '.join(twice[:3])}; remove the duplicates from the source")
+    raise SourceError(
+        f"{what}: {len(twice)} occur more than once, e.g. {', '.join(twice[:3])}; remove the duplicates from the source"
+    )
 
 
 def cohort_of(species: str, tissue: str) -> str:
