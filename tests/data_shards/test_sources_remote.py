@@ -11,9 +11,9 @@ import fsspec
 import pytest
 from comtip_shards import ShardError, SourceError
 from comtip_shards.builder.build import build_shards
-from comtip_shards.sources import fetch as fetch_module
 from comtip_shards.sources import open_source
-from comtip_shards.sources.fetch import fetch_source
+from comtip_shards.sources.selection import fetch as fetch_module
+from comtip_shards.sources.selection.fetch import fetch_source
 from comtip_shards.storage.remote import Remote
 
 from comtip_fast.cli import main

@@ -12,7 +12,7 @@ import tifffile
 from comtip_shards import ShardSet, SourceError
 from comtip_shards.reader.verify import verify
 from comtip_shards.sources import detect, open_source
-from comtip_shards.sources.alignment import read_alignment
+from comtip_shards.sources.tenx.alignment import read_alignment
 from PIL import Image
 
 from comtip_fast.cli import main

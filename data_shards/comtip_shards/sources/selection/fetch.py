@@ -20,8 +20,8 @@ from tqdm import tqdm
 from comtip_shards.errors import SourceError
 from comtip_shards.names import shown
 from comtip_shards.sources.base import pick
-from comtip_shards.sources.choose import choose
-from comtip_shards.sources.layouts import LAYOUTS, Layout
+from comtip_shards.sources.selection.choose import choose
+from comtip_shards.sources.selection.layouts import LAYOUTS, Layout
 from comtip_shards.storage.remote import Remote, RetryPolicy, default_cache
 
 FETCHERS = 4
