@@ -153,7 +153,7 @@ def test_packed_lists_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(matrix.features().ids) == 3
     monkeypatch.setattr(tenx_matrix, "MAX_TEXT_BYTES", 10**6)
     files[1].write_bytes(gzip.compress(b"x\n" * 10**7))
-    with pytest.raises(SourceError, match=r"features\.tsv\.gz: more than 1,000,000 bytes of text, unpacked"):
+    with pytest.raises(SourceError, match=r"features\.tsv\.gz: more than 1,000,000 bytes after decompression"):
         matrix.features()
 
 

@@ -73,7 +73,7 @@ def read_packed(path: Path, limit: int = 1 << 31) -> bytes:
     with open_packed(path) as file:
         data = file.read(limit + 1)
     if len(data) > limit:
-        raise SourceError(f"{path}: more than {limit >> 20} MiB after decompression; check the file")
+        raise SourceError(f"{path}: more than {limit:,} bytes after decompression; check the file")
     return data
 
 
