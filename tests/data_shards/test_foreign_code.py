@@ -19,7 +19,7 @@ from comtip_shards.sources import detect, open_source
 from comtip_shards.sources.files.hdf5 import open_hdf5
 from comtip_shards.sources.files.zarr_metadata import CODECS, check_store
 from comtip_shards.sources.patches import read_patches
-from comtip_shards.sources.tenx.run import TenxMatrix
+from comtip_shards.sources.tenx.matrix import TenxMatrix
 
 from comtip_fast.cli import main
 from comtip_fast.data.sections import read_h5ad
@@ -301,11 +301,12 @@ def test_an_h5ad_shows_nothing_of_other_files(h5ad: Path, other: Path, name: str
 def test_a_matrix_of_10x_shows_nothing_of_other_files(tmp_path: Path, other: Path, name: str, trick: Callable):
     path = tmp_path / "filtered_feature_bc_matrix.h5"
     write_h5(path, np.ones((3, 4), int), [f"B{i}" for i in range(4)], ["ENSG1", "ENSG2", "ENSG3"], ["A", "B", "C"])
-    assert TenxMatrix(path, (path,)).read()[0].sum() == 12
+    matrix = TenxMatrix(path, (path,))
+    assert matrix.read(matrix.features())[0].sum() == 12
     with h5py.File(path, "r+") as file:
         trick(file, name, other)
     with pytest.raises(SourceError, match=rf"matrix\.h5: '/.*' is {TRICKS[trick]}.*write the file again"):
-        TenxMatrix(path, (path,)).read()
+        matrix.read(matrix.features())
 
 
 @pytest.mark.parametrize("name", ["coords", "barcode", "img"])

@@ -388,7 +388,7 @@ def test_zarr_encoded_with_pickle_is_refused(tmp_path: Path):
     text = json.loads(meta.read_text())
     text["filters"] = [{"id": "pickle", "protocol": 5}]
     meta.write_text(json.dumps(text))
-    with pytest.raises(SourceError, match=r"obs/_index/\.zarray: the array is encoded with pickle"):
+    with pytest.raises(SourceError, match=r"obs/_index/\.zarray: the codec 'pickle' is not one that is run"):
         read(path)
 
 
@@ -437,7 +437,7 @@ def test_data_in_another_file_are_refused(tmp_path: Path, link: str):
             f["X"] = h5py.ExternalLink(str(tmp_path / "other.h5"), "/X")
         else:
             f.create_dataset("X", (N, 6), "f4", external=[(str(tmp_path / "secret.bin"), 0, h5py.h5f.UNLIMITED)])
-    with pytest.raises(SourceError, match=r"X is (a link to|stored in another file)"):
+    with pytest.raises(SourceError, match=r"'/X' is (an external link|kept in another file)"):
         open_source(path, fmt="anndata", overrides=FACTS)
 
 
@@ -463,7 +463,7 @@ def test_a_picture_of_absurd_size_is_not_read(tmp_path: Path):
         del images["hires"]
         images.create_dataset("hires", (300_000, 300_000, 3), "u1", chunks=(1024, 1024, 3))
         images["hires"].attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
-    with pytest.raises(SourceError, match="300000 x 300000 px, too many for memory; set --image"):
+    with pytest.raises(SourceError, match="claims 251.5 GiB in \(300000, 300000, 3\)"):
         read(path)
 
 

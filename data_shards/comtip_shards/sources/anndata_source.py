@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pandas as pd
 from scipy import sparse
@@ -136,7 +137,7 @@ def recognise(path: Path) -> str | None:
                 found = f"obsm['{keys[0]}']" if keys[0] != "no position" else "obs and var"
                 return f"{file.name} has {found}" + (" and uns['spatial']" if "uns/spatial" in store else "")
         except SourceError:
-            if file.is_dir():
+            if file.is_dir() or h5py.is_hdf5(file):
                 return f"{file.name} has the attributes of an AnnData"  # why it cannot be opened is reported then
     return None
 
