@@ -463,7 +463,7 @@ def test_a_picture_of_absurd_size_is_not_read(tmp_path: Path):
         del images["hires"]
         images.create_dataset("hires", (300_000, 300_000, 3), "u1", chunks=(1024, 1024, 3))
         images["hires"].attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
-    with pytest.raises(SourceError, match="claims 251.5 GiB in \(300000, 300000, 3\)"):
+    with pytest.raises(SourceError, match=r"claims 251.5 GiB in \(300000, 300000, 3\)"):
         read(path)
 
 

@@ -52,7 +52,7 @@ def test_a_pyramid_with_the_largest_page_first(tmp_path: Path, reader: str):
 def test_several_pages_of_one_size_are_refused(tmp_path: Path, reader: str):
     path = tmp_path / "a.tif"
     tifffile.imwrite(path, np.stack([picture()] * 3), photometric="rgb", metadata=None)
-    with pytest.raises(SourceError, match=r"a\.tif: .*not one picture"):
+    with pytest.raises(SourceError, match=r"a\.tif: .*not a single colour or grey image"):
         open_slide(path)
 
 

@@ -187,5 +187,5 @@ def test_scale_tissue_and_damage(data: ad.AnnData, tmp_path: Path):
     with pytest.raises(SourceError, match="obs has no tissue column; set --tissue"):
         open_source(path, overrides={"mpp": "1"})
     path.write_bytes(path.read_bytes()[:3000])
-    with pytest.raises(SourceError, match=r"a\.h5ad: cannot be read as \.h5ad"):
+    with pytest.raises(SourceError, match=r"a\.h5ad: not an \.h5ad that can be read"):
         open_source(path, fmt="anndata")

@@ -221,9 +221,9 @@ BAD = {
     "no barcodes": (lambda f: edit(f / "patches/TENX1.h5", barcode=None), r"TENX1\.h5: missing 'barcode'"),
     "barcodes twice": (lambda f: edit(f / "patches/TENX1.h5", barcode=["a"] * 22), r"TENX1\.h5: barcodes.*more than once"),
     "fewer corners": (lambda f: edit(f / "patches/TENX1.h5", coords=np.zeros((5, 2))), r"TENX1\.h5: 22 barcodes, coords of shape \(5, 2\)"),
-    "patches damaged": (lambda f: (f / "patches/TENX1.h5").write_bytes(b"x"), r"TENX1\.h5: cannot be read as HDF5"),
+    "patches damaged": (lambda f: (f / "patches/TENX1.h5").write_bytes(b"x"), r"TENX1\.h5: not an HDF5 file that can be read"),
     "metadata damaged": (lambda f: (f / "metadata/TENX1.json").write_text("{"), r"TENX1\.json: not valid JSON"),
-    "expression damaged": (lambda f: (f / "st/TENX1.h5ad").write_bytes(b"x"), r"TENX1\.h5ad: cannot be read as \.h5ad"),
+    "expression damaged": (lambda f: (f / "st/TENX1.h5ad").write_bytes(b"x"), r"TENX1\.h5ad: not an \.h5ad that can be read"),
     "table without ids": (lambda f: (f / "HEST_v1_1_0.csv").write_text("a,b\n1,2\n"), r"HEST_v1_1_0\.csv: missing column id"),
     "wsi damaged": (lambda f: (f / "wsis/TENX1.tif").write_bytes(b"II+\0" + b"\0" * 30), r"TENX1\.tif: cannot be read as a slide"),
 }  # fmt: skip

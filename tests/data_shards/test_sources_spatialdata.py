@@ -165,7 +165,9 @@ def test_bad_stores_are_told_by_name_and_fix(store_path: Path, tmp_path: Path, m
     with pytest.raises(SourceError, match=r"he: the block at row 0.* of level 0 cannot be decoded"):
         open_source(broken, overrides=FACTS)[0].read().load_image()
     (broken / "tables/table/zarr.json").write_text("{")
-    with pytest.raises(SourceError, match=r"c\.zarr: cannot be read as SpatialData|c\.zarr: no table annotates"):
+    with pytest.raises(
+        SourceError, match=r"c\.zarr: not a SpatialData store that can be read|c\.zarr: no table annotates"
+    ):
         open_source(broken, overrides=FACTS)
     monkeypatch.setitem(sys.modules, "spatialdata", None)
     with pytest.raises(SourceError, match=r"pip install 'comtip-fast\[spatialdata\]'"):

@@ -95,8 +95,8 @@ def _children(
                 type(link), "a link of another kind"
             )
             raise SourceError(
-                f"{path}: {shown(f'{location}/{name}')} is {kind}; links are not followed, write the file again with the data in "
-                "their location (h5repack does not; anndata.read_h5ad and write_h5ad do)"
+                f"{path}: {shown(f'{location}/{name}')} is {kind}; links are not followed, write the file again with the data instead of "
+                "the link (h5repack does not; anndata.read_h5ad and write_h5ad do)"
             )
         yield name, group[name]
 
