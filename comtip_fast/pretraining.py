@@ -12,13 +12,14 @@ import torch
 from comtip_fast.config.io import load_config
 from comtip_fast.devices import pick_device
 from comtip_fast.plan.live import step_cost
+from comtip_fast.training.checkpoint.resume import CHECKPOINTS, refuse_second_run
 from comtip_fast.training.checkpoint.store import steps_of
 from comtip_fast.training.distributed.comm_timer import ClockedGroup
 from comtip_fast.training.distributed.process_group import init_distributed
 from comtip_fast.training.engines.base import set_product_precision
 from comtip_fast.training.engines.factory import check_engine
 from comtip_fast.training.task import build_task
-from comtip_fast.training.trainer import CHECKPOINTS, FitResult, Trainer, refuse_second_run
+from comtip_fast.training.trainer import FitResult, Trainer
 
 log = logging.getLogger("comtip_fast")
 

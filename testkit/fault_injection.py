@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from comtip_fast.training.checkpoint import store as checkpoints
+from comtip_fast.training.checkpoint.resume import CHECKPOINTS
 from comtip_fast.training.distributed.process_group import ProcessGroup
 from comtip_fast.training.task import CoMTIPTask
-from comtip_fast.training.trainer import CHECKPOINTS
 
 _OPERATIONS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree"}
 

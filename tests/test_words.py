@@ -62,35 +62,19 @@ FORBIDDEN = {
 }
 """{pattern: what to write instead}; case-sensitive."""
 
-NOT_YET_CHECKED = (
-    "comtip_fast/cli/",
-    "comtip_fast/config/",
-    "comtip_fast/data/augment/",
-    "comtip_fast/device_rng.py",
-    "comtip_fast/streams.py",
-    "comtip_fast/training/",
-    "data_shards/comtip_shards/",
-    "kernels/README.md",
-    "kernels/comtip_kernels/ledger/",
-    "kernels/comtip_kernels/packed_attention/",
-    "bench/kernels/",
-    "tests/kernels/interpreted/test_blocks.py",
-    "tests/data_shards/test_sources",
-    "tests/data_shards/test_space_ranger.py",
-    "tests/data_shards/test_visium_hd.py",
-    "tests/data_shards/test_xenium.py",
-)
+NOT_YET_CHECKED: tuple[str, ...] = ()
 """Path prefixes that have not been rewritten yet. This list may only get shorter."""
 
 ALLOWED = {
+    ("comtip_fast/config/io.py", r"RENAMED|genes\.per_task"): "key of 0.1 that is still read",
     ("tests/test_words.py", ".*"): "lists the words",
     ("CHANGELOG.md", ".*"): "history is not rewritten",
     ("data_shards/FORMAT.md", r"`said`|source\.beside|`beside`"): "names of fields in files that exist",
-    ("tests/comtip_fast/test_loaders.py", r"shards\.places\("): "method of comtip_shards.reader, not yet checked",
-    ("tests/data_shards/test_curate.py", r"\.said\b|said="): "field of a report file that exists",
-    ("tests/data_shards/test_merge_foreign.py", r"\"said\":"): "field of a report file that exists",
-    ("tests/data_shards/test_merge_foreign.py", r"stands twice"): "message of comtip_shards, not yet checked",
-    ("tests/data_shards/test_curate.py", r"b is mended|c said|\{name\} said"): "text of a check in comtip_shards.qc",
+    ("tests/data_shards/test_merge_foreign.py", r"\"said\": "): "field of the manifest and of reports",
+    ("data_shards/comtip_shards/format/manifest.py", r"^    (said|beside): "): "fields of the manifest",
+    ("data_shards/comtip_shards/builder/writer.py", r"\"beside\""): "field of the manifest",
+    ("data_shards/comtip_shards/qc/result.py", r"``said``|[\"']said[\"']"): "field of the manifest and of reports",
+    ("data_shards/comtip_shards/qc/stored.py", r"^    said: |f\.said"): "field of reports",
     ("tests/comtip_fast/test_evaluation.py", r"made up"): "attribution of the synthetic source",
     ("tests/integration/test_cli.py", r"made up"): "attribution of the synthetic source",
     ("testkit/tiny.py", r"made up"): "attribution of the synthetic source, tested in rooms not yet checked",

@@ -57,7 +57,8 @@ def products(rows: int, dim: int, n: int, exponentials: bool = False) -> Callabl
     """Return a floor: the products alone, in tiles that share one tile's memory.
 
     No exact method can avoid three (``n``), even one that stores every logit: logits and two gradients. A method that
-    stores none computes the logits twice. The tiles are those of the CPU path, the fastest of those tried. ``exponentials`` adds one of each logit and pass, in place, which a softmax needs too.
+    stores none computes the logits twice. The tiles are those of the CPU path, the fastest of those tried.
+    ``exponentials`` adds one exponential of each logit and pass, in place, which a softmax needs too.
     """
     x, y, _ = (t.detach() for t in inputs(rows, dim))
     x, y = F.normalize(x, dim=-1), F.normalize(y, dim=-1)

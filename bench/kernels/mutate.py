@@ -32,6 +32,13 @@ TESTS = {
     ATTENTION: ("test_packed_attention.py",),
     EMBEDDING: ("interpreted/test_gene_sentence_embedding.py", "test_gene_sentence_embedding.py"),
 }
+QUICK = {
+    INFONCE: "(equals_the_reference and 40-71-48) or (hostile and fp32) or beyond_the_end or (wide and 600 and all)",
+    TABLE: "(equals_the_reference and size2) or (wide and 600) or beyond_the_end",
+    ATTENTION: "(equals_the_reference and size1) or beyond_the_end or only_its_sentence",
+    EMBEDDING: "two_rounds or (equals_the_reference and size1) or beyond_the_end",
+}
+"""Tests that kill most mutants of a file; all others run only if these pass."""
 
 
 @dataclass(frozen=True)
@@ -250,7 +257,10 @@ def run(mutant: Mutant) -> tuple[bool, str]:
         env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
         tests = [f"tests/kernels/{name}" for name in mutant.tests()]
         words = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--rootdir", ".", *tests]
-        done = subprocess.run(words, cwd=copy, env=env, capture_output=True, text=True, check=False)
+        for selected in (["-k", QUICK[mutant.file]], []) if mutant.kind != "dtype" else ([],):
+            done = subprocess.run([*words, *selected], cwd=copy, env=env, capture_output=True, text=True, check=False)
+            if done.returncode != 0:
+                break
     failed = re.search(r"^(?:FAILED|ERROR) \S*?(\w+\.py\S*)", done.stdout, flags=re.M)
     # 1: a test failed. A crash of the interpreter (a negative status) kills too; anything else is no result.
     if done.returncode not in (0, 1) and done.returncode > 0:

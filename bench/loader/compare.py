@@ -19,7 +19,7 @@ import torch
 
 from bench.loader.peers import dali_reader_batches, h5_batches, limit_rate, webdataset_batches, write_h5
 from comtip_fast.benchmarks import loaders
-from comtip_fast.benchmarks.loaders import Inputs, Setting
+from comtip_fast.benchmarks.loaders import LoaderInputs, Setting
 from comtip_fast.benchmarks.rounds import Contender
 from comtip_fast.data.loaders.factory import dali_is_installed
 
@@ -33,7 +33,7 @@ RATIOS = (
 MB = 1e6
 
 
-def contenders_of(setting: Setting, inputs: Inputs, work: Path, rate_mb: float) -> list[Contender]:
+def contenders_of(setting: Setting, inputs: LoaderInputs, work: Path, rate_mb: float) -> list[Contender]:
     """Return the peers, our loaders and the decoders, those with worker processes first.
 
     ``rate_mb`` adds rows for a storage of that many MB/s; 0 leaves them out.

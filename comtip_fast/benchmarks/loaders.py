@@ -63,7 +63,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Inputs:
+class LoaderInputs:
     """Data that all contenders read."""
 
     streamed: TrainingTables
@@ -85,16 +85,16 @@ def open_set(shards: Path | None, source: Path, work: Path, px: int) -> ShardSet
     return ShardSet(shards)
 
 
-def load_inputs(setting: Setting) -> Inputs:
+def load_inputs(setting: Setting) -> LoaderInputs:
     """Compute the training tables and read the encoded training spots."""
     config = setting.config
     streamed = training_tables(setting.shards, config)
     in_memory = training_tables(setting.shards, replace(config, data=replace(config.data, expression="table")))
     encoded = SpotReader(setting.shards, with_counts=True).fetch(streamed.spots)
-    return Inputs(streamed, in_memory, encoded, _bytes_per_spot(setting.shards, encoded))
+    return LoaderInputs(streamed, in_memory, encoded, _bytes_per_spot(setting.shards, encoded))
 
 
-def contenders_of(setting: Setting, inputs: Inputs) -> list[Contender]:
+def contenders_of(setting: Setting, inputs: LoaderInputs) -> list[Contender]:
     """Return the loaders and decoders to measure, those with worker processes first."""
     size = inputs.bytes_per_spot
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,9 @@ SECTION_HELP = (
     "SHARDS:section_id (SHARDS is a folder or URL), a source folder, SOURCE:section_id, or an .h5ad with image"
 )
 GENE_FILE_BYTES = 4 << 20
-GENE_HEADERS = set(
-    ["gene", "genes", "symbol", "symbols", "gene_symbol", "gene_name", "gene_id", "ensembl", "ensembl_id", "x"]
-)
-"""Headers that are skipped; R writes ``x`` for a vector."""
+GENE_COLUMNS = {"gene", "genes", "symbol", "symbols", "gene_symbol", "hgnc_symbol", "gene_name", "gene_id", "ensembl"}
+GENE_COLUMNS |= {"ensembl_id", "x"}
+"""Headers of a column of genes; R writes ``x`` for a vector."""
 TITLES: dict[Any, str] = {
     SectionFacts: "facts about the section, which override those of the source",
     CountOptions: "counts and positions in an AnnData",
@@ -118,10 +118,12 @@ def gene_list(values: list[str]) -> list[str] | None:
 def read_gene_file(path: Path) -> list[str]:
     """Read a list of genes, one per line or comma-separated, in UTF-8; skips comments (``#``) and a header.
 
+    A table with a header has its genes in the column of that name (:data:`GENE_COLUMNS`).
+
     Raises
     ------
     ValueError, FileNotFoundError
-        The file is missing, empty, too large, of another encoding, or a table of several columns.
+        The file is missing, empty, too large or of another encoding, or a value is not a gene name.
     """
     where = f"--genes @{path}"
     if not path.exists():
@@ -141,18 +143,25 @@ def read_gene_file(path: Path) -> list[str]:
         raise ValueError(
             f"{where}: not UTF-8 text ({error.reason} at byte {error.start}); save the file as UTF-8"
         ) from None
+    rows = [
+        (number, [c.strip().strip('"') for c in re.split(r"[,;\t]", line.partition("#")[0])])
+        for number, line in enumerate(text.splitlines(), start=1)
+        if line.partition("#")[0].strip()
+    ]
+    first = rows[0][1] if rows else []
+    headers = GENE_COLUMNS if len(first) == 1 else GENE_COLUMNS - {"x"}
+    header = next((i for i, cell in enumerate(first) if cell.lower() in headers), None)
+    if header is not None:
+        rows = [(number, cells[header : header + 1]) for number, cells in rows[1:]]
     genes: list[str] = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        cells = [c.strip().strip('"') for c in line.partition("#")[0].replace(";", ",").split(",")]
-        cells = [c for c in cells if c]
-        bad = next((c for c in cells if any(x in "\t\0" or not x.isprintable() for x in c)), None)
-        if bad is not None:
-            raise ValueError(
-                f"{where}, line {number}: {bad[:40]!r} is not a gene name; give one gene per line, not a table"
-            )
-        if not genes and len(cells) == 1 and cells[0].lower() in GENE_HEADERS:
-            continue
-        genes += cells
+    for number, cells in rows:
+        for gene in filter(None, cells):
+            if not gene.isprintable() or " " in gene or re.fullmatch(r"[-+\d.eE]+", gene):
+                raise ValueError(
+                    f"{where}, line {number}: {gene[:40]!r} is not a gene name; give one gene per line, or a table with a "
+                    "column named gene"
+                )
+            genes.append(gene)
     if not genes:
         raise ValueError(f"{where}: names no gene; give one gene per line (for all trained genes: --genes all)")
     return genes

@@ -201,11 +201,11 @@ def _from_anndata(
     library = libraries[0] if libraries else ""
     view = view_library(store, library, Path(where).stem, {**stated, **overrides}, need_species=False)
     xy, mpp = view.xy * view.factor, view.mpp / view.factor
-    slide = (
-        open_slide(unpacked(view.image))
-        if view.image
-        else library_slide(data.uns["spatial"][library], view.picture, Path(where))
-    )
+    slide: Slide
+    if view.picture is not None:
+        slide = library_slide(data.uns["spatial"][library], view.picture, Path(where))
+    else:
+        slide = open_slide(unpacked(view.image or Path(where)))
     with slide:
         _check_positions(xy, mpp, slide, where)
         template = ad.AnnData(

@@ -10,9 +10,9 @@ from comtip_shards.storage.remote import is_url
 
 from comtip_fast.config.io import load_config
 from comtip_fast.training.checkpoint import store as checkpoints
+from comtip_fast.training.checkpoint.resume import CHECKPOINTS
 from comtip_fast.training.checkpoint.store import Checkpoint, CheckpointError
 from comtip_fast.training.task import build_task
-from comtip_fast.training.trainer import CHECKPOINTS
 
 ATTEMPTS = 10
 

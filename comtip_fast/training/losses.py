@@ -84,7 +84,7 @@ class LossPart:
     value: Tensor
     """This rank's share, a scalar."""
     reads: frozenset[str] = frozenset()
-    """Names in :meth:`LossInputs.tensors`. ``unit`` is a function of ``rows`` and is listed as ``rows``."""
+    """Names in :meth:`LossInputs.tensors` without ``unit``; ``unit`` and ``pair`` are functions of ``rows``."""
 
 
 class StepLosses:
@@ -152,8 +152,8 @@ class StepLosses:
             parts["nce"] = LossPart(value, frozenset({"vector", "rows", "scores", "scale_nce"}))
         if weights.pair > 0 and mispaired is not None and counted is not None:
             value, auc = self._pair(batch, heads, mispaired, counted)
-            context = {"vector"} if weights.paat.context == "image" else {"rows", "scores"}
-            parts["pair"] = LossPart(value * n_pair, frozenset({"pair"} | context))
+            context = "vector" if weights.paat.context == "image" else "scores"
+            parts["pair"] = LossPart(value * n_pair, frozenset({"pair", "rows", context}))
             numbers |= auc
         if weights.level > 0:
             value = n_level * level_cross_entropy(

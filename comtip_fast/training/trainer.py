@@ -24,13 +24,8 @@ from comtip_fast.config.io import config_to_dict, dump_config
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.training.checkpoint import store as checkpoints
 from comtip_fast.training.checkpoint.async_writer import Writer, copied
-from comtip_fast.training.checkpoint.run_state import (
-    RunState,
-    check_same_run,
-    deterministic,
-    random_state,
-    set_random_state,
-)
+from comtip_fast.training.checkpoint.resume import CHECKPOINTS, prepare_run_folder
+from comtip_fast.training.checkpoint.run_state import RunState, deterministic, random_state, set_random_state
 from comtip_fast.training.checkpoint.store import Checkpoint, CheckpointError
 from comtip_fast.training.distributed.comm_timer import clock_of
 from comtip_fast.training.distributed.failures import ADVICE, explain_failures, hard_exit
@@ -41,7 +36,7 @@ from comtip_fast.training.engines.base import Engine
 from comtip_fast.training.engines.factory import make_engine
 from comtip_fast.training.grad_cache import forward_backward
 from comtip_fast.training.monitor.diagnostics import diagnostic
-from comtip_fast.training.monitor.loggers import BestEffort, Logger, keep_rows_up_to, make_loggers
+from comtip_fast.training.monitor.loggers import BestEffort, Logger, make_loggers
 from comtip_fast.training.monitor.monitor import EVENTS, Events, Profiler, SpikeDetector, ThroughputMeter, Watchdog
 from comtip_fast.training.nonfinite import NONFINITE, nonfinite_gradients, nonfinite_message, report_nonfinite
 from comtip_fast.training.optim import learning_rate
@@ -49,7 +44,6 @@ from comtip_fast.training.protocol import StepCost, TrainingError, TrainingTask
 
 log = logging.getLogger("comtip_fast")
 
-CHECKPOINTS = "checkpoints"
 TAKEOVER_S = 60.0
 """Seconds for which a restarted rank 0 waits until the previous process releases the run folder."""
 
@@ -180,33 +174,14 @@ class Trainer:
 
     def _find_start(self, resume: bool) -> int | None:
         """Return the step to resume from (None: step 0) and prepare the folder; keeps the loaded checkpoint on rank 0."""
-        checkpoints.clear_leftovers(self.checkpoint_dir)
-        steps = checkpoints.steps_of(self.checkpoint_dir)
-        refuse_second_run(self.run_dir, resume)
-        found = checkpoints.newest_good(self.checkpoint_dir)
+        found = prepare_run_folder(
+            self.run_dir, self.config, self.task.fingerprint(), self.group.size, self.device, resume=resume
+        )
+        write_atomic(self.run_dir / "config.yaml", dump_config(self.config))
         if found is None:
-            if steps:
-                raise TrainingError(
-                    f"{self.checkpoint_dir}: all checkpoints are damaged; delete the folder to start from step 0"
-                )
-            if resume:
-                log.info("%s has no checkpoint yet: starting from step 0", self.run_dir)
-            (self.run_dir / NONFINITE).unlink(missing_ok=True)
-            self._write_config()
             return None
         step, self._found = found
-        check_same_run(
-            self.run_dir, self._found.state, self.config, self.task.fingerprint(), self.group.size, self.device
-        )
-        checkpoints.quarantine_newer(self.checkpoint_dir, step)
-        best = self._found.state["best_step"]
-        checkpoints.prune(self.checkpoint_dir, self.config.train.keep_checkpoints, best or None)  # as after a save
-        self._write_config()
-        keep_rows_up_to(self.run_dir / NONFINITE, step)
         return step
-
-    def _write_config(self) -> None:
-        write_atomic(self.run_dir / "config.yaml", dump_config(self.config))
 
     # -- loop -------------------------------------------------------------------------------------------
 
@@ -412,12 +387,3 @@ class Trainer:
         self.task.module.eval()
         with atomic_folder(self.run_dir / "export") as tmp_path:
             self.task.export(tmp_path)
-
-
-def refuse_second_run(run_dir: Path, resume: bool) -> None:
-    """Raise :class:`TrainingError` if the folder holds a run and ``resume`` is not set; called before any slow work."""
-    steps = checkpoints.steps_of(run_dir / CHECKPOINTS)
-    if steps and not resume:
-        raise TrainingError(
-            f"{run_dir}: already holds a run (step {steps[-1]}); continue with --resume, or give another --out"
-        )

@@ -1,4 +1,4 @@
-"""The Python interface: its docstring examples run in order on the tiny set, in a folder that a user would have."""
+"""The Python interface: its docstring examples run in order on the tiny set."""
 
 import doctest
 import shutil

@@ -32,7 +32,7 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
     assert read.state == {"format": "comtip-checkpoint", "version": 1} | written.state
 
 
-def test_folder_holds_what_the_contract_says(tmp_path: Path) -> None:
+def test_a_checkpoint_folder_has_the_documented_files(tmp_path: Path) -> None:
     folder = checkpoints.save(tmp_path, 100, some())
     assert folder.name == "step_00000100"
     assert {p.name for p in folder.iterdir()} == {*checkpoints.FILES, "SHA256SUMS"}
@@ -82,7 +82,7 @@ def test_newest_good_skips_damage_and_reports_it(tmp_path: Path, caplog: pytest.
     assert checkpoints.newest_good(tmp_path) is None
 
 
-def test_damaged_newer_ones_do_not_count_as_kept(tmp_path: Path) -> None:
+def test_damaged_newer_checkpoints_are_not_counted_by_prune(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         checkpoints.save(tmp_path, step, some())
     checkpoints.quarantine_newer(tmp_path, 10)
@@ -108,7 +108,9 @@ def test_prune_keeps_newest_and_best(tmp_path: Path, keep: int, best: int | None
     assert checkpoints.steps_of(tmp_path) == left
 
 
-def test_deleting_half_way_leaves_nothing_that_looks_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_delete_leaves_nothing_that_looks_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = checkpoints.save(tmp_path, 5, some())
 
     def killed(path: Path, ignore_errors: bool = False) -> None:

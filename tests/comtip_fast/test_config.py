@@ -54,7 +54,7 @@ def test_round_trip_is_exact(lr: float, beta: float, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["yes", "no", "null", "1e5", "2024-01-01", "", "~", "1_000", "a: b", "0x1F"])
-def test_text_that_looks_like_something_else_survives(tmp_path: Path, name: str) -> None:
+def test_text_that_looks_like_another_type_survives(tmp_path: Path, name: str) -> None:
     config = RunConfig(name=name)
     assert load_config(written(tmp_path, dump_config(config))) == config
 
@@ -186,7 +186,7 @@ def test_wrong_type_is_refused_by_key(item: str) -> None:
         "train.seed=-1",
     ],
 )
-def test_impossible_values_are_refused_by_key(item: str) -> None:
+def test_invalid_values_are_refused_by_key(item: str) -> None:
     with pytest.raises(ConfigError, match=item.split("=")[0].replace(".", r"\.")):
         load_config(None, [item])
 
@@ -196,7 +196,7 @@ def test_all_weights_zero_leaves_nothing_to_learn() -> None:
         load_config(None, ["loss.nce=0", "loss.mfm=0", "loss.pair=0", "loss.level=0"])
 
 
-def test_validate_checks_a_config_made_in_python() -> None:
+def test_validate_checks_a_config_built_in_python() -> None:
     validate(RunConfig())
     with pytest.raises(ConfigError, match=r"optim\.lr"):
         validate(replace(RunConfig(), optim=OptimConfig(lr=-1.0)))
@@ -209,7 +209,7 @@ def test_other_version_is_refused_by_name(tmp_path: Path, version: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("- a\n- b\n", "expected keys and values, found list"),
         ("train: {steps: 3\n", "not YAML: .*line"),
@@ -218,9 +218,9 @@ def test_other_version_is_refused_by_name(tmp_path: Path, version: str) -> None:
         ("optim: 3\n", "optim is a group of keys"),
     ],
 )
-def test_bad_files_are_named(tmp_path: Path, text: str, says: str) -> None:
+def test_bad_files_are_named(tmp_path: Path, text: str, message: str) -> None:
     path = written(tmp_path, text)
-    with pytest.raises(ConfigError, match=says) as caught:
+    with pytest.raises(ConfigError, match=message) as caught:
         load_config(path)
     assert str(path) in str(caught.value)
 

@@ -55,7 +55,7 @@ def test_every_private_name_is_listed_here():
 def test_no_other_module_of_training_uses_private_names_of_libraries():
     for path in sorted((PACKAGE / "training").rglob("*.py")):
         if path != MODULE:
-            assert not private_attributes(path), path
+            assert not private_attributes(path) - {"_exit"}, path  # os._exit is public
 
 
 @pytest.mark.parametrize("name", ZERO_3)

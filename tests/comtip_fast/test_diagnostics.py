@@ -1,4 +1,4 @@
-"""Diagnostics never end a run, and never come before the guard against losses that are not finite."""
+"""Diagnostics never end a run, and never precede the check for losses that are not finite."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ SHORT = ["train.steps=4", "train.validate_every=4", "train.device=cpu"]
 
 
 @pytest.mark.parametrize("pieces", [1, 3])
-def test_nan_features_reach_the_guard(pieces: int, tiny_overrides: list[str], tmp_path: Path):
+def test_nan_features_reach_the_check(pieces: int, tiny_overrides: list[str], tmp_path: Path):
     more = [*SHORT, f"engine.micro_batches={pieces}"]
     task, config = with_nan_features([*tiny_overrides, *more], {2})
     with pytest.raises(TrainingError, match=r"step 2: loss part .* not finite.*nan_policy=skip"):
@@ -122,7 +122,7 @@ def test_no_diagnostic_of_the_task_ends_a_run(
     assert row["score"] is not None
     assert [row[name] for name in SPACE] == [None] * len(SPACE)
     warnings = [m for m in caplog.messages if "a diagnostic that fails" in m]
-    assert len(warnings) == 3, "each is a warning, once"
+    assert len(warnings) == 3, "each is logged once, as a warning"
 
 
 def full(*_args: Any, **_kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Exports: self-contained, and refused where they are not what was written."""
+"""Exports are self-contained, and refused if they are damaged or edited."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def export(run_dir: Path, tmp_path: Path) -> Path:
 
 
 def make_old(folder: Path) -> None:
-    """Turn an export into one of a version that had no hashes."""
+    """Convert an export to a release without hashes."""
     (folder / SUMS).unlink()
     edit_json(folder, lambda meta: meta.pop("hashes"))
 
@@ -69,10 +69,10 @@ def edit_arrays(folder: Path, name: str, change: Callable[[dict[str, np.ndarray]
     save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, folder / name)
 
 
-def test_a_whole_export_and_one_without_hashes_load(export: Path):
+def test_a_complete_export_and_one_without_hashes_load(export: Path):
     new = Bundle.load(export)
     assert sorted(p.name for p in export.iterdir()) == sorted([*VERIFIED, "README.md", SUMS])
-    # For people, who may add to it.
+    # README.md may be edited by users.
     (export / "README.md").write_text("my notes")
     assert len(Bundle.load(export).genes) == len(new.genes)
     make_old(export)
@@ -103,14 +103,14 @@ def test_any_change_of_a_file_is_named(name: str, kind: str, export: Path):
         Bundle.load(export)
 
 
-def test_hashes_that_were_removed_are_missed(export: Path):
+def test_removed_hashes_are_detected(export: Path):
     (export / SUMS).unlink()
     with pytest.raises(ValueError, match=rf"{SUMS}: missing"):
         Bundle.load(export)
 
 
 def _swap_sets(lines: list[str]) -> list[str]:
-    """Put a held-out gene where a trained one was."""
+    """Move a held-out gene to the position of a trained one."""
     held = next(i for i, line in enumerate(lines) if line.endswith("\t0\t1"))
     return [lines[0], lines[held], *lines[1:held], *lines[held + 1 :]]
 
@@ -133,9 +133,9 @@ GENES: dict[str, tuple[Callable[[list[str]], list[str]], str]] = {
 @pytest.mark.parametrize("case", GENES)
 def test_gene_rows_that_do_not_fit_are_refused_without_hashes_too(case: str, export: Path):
     make_old(export)
-    change, says = GENES[case]
+    change, message = GENES[case]
     edit_lines(export, change)
-    with pytest.raises(ValueError, match=rf"genes\.tsv.*{says}"):
+    with pytest.raises(ValueError, match=rf"genes\.tsv.*{message}"):
         Bundle.load(export)
 
 
@@ -164,9 +164,9 @@ LEVELS: dict[str, tuple[Callable[[dict[str, np.ndarray]], Any], str]] = {
 @pytest.mark.parametrize("case", LEVELS)
 def test_levels_that_do_not_fit_are_refused_without_hashes_too(case: str, export: Path):
     make_old(export)
-    change, says = LEVELS[case]
+    change, message = LEVELS[case]
     edit_arrays(export, "levels.safetensors", change)
-    with pytest.raises(ValueError, match=rf"levels\.safetensors: .*{says}"):
+    with pytest.raises(ValueError, match=rf"levels\.safetensors: .*{message}"):
         Bundle.load(export)
 
 
@@ -186,13 +186,13 @@ def test_weights_of_another_model_are_named(export: Path):
     make_old(export)
     name = sorted(load_file(export / "model.safetensors"))[0]
     before = (export / "model.safetensors").read_bytes()
-    for change, says in (
+    for change, message in (
         (lambda a: a.pop(name), "tensors missing"),
         (lambda a: a.update(more=np.zeros(3, np.float32)), "unknown: more"),
         (lambda a: a.update({name: np.concatenate([a[name], a[name]])}), "the model needs"),
     ):
         edit_arrays(export, "model.safetensors", change)  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match=rf"model\.safetensors: .*{says}"):
+        with pytest.raises(ValueError, match=rf"model\.safetensors: .*{message}"):
             Bundle.load(export)
         (export / "model.safetensors").write_bytes(before)
     (export / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      "[:9])
@@ -210,7 +210,7 @@ CONFIGS: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 
 @pytest.mark.parametrize("case", CONFIGS)
-def test_a_config_that_is_none_is_named(case: str, export: Path):
+def test_an_invalid_config_is_named(case: str, export: Path):
     make_old(export)
     edit_json(export, CONFIGS[case])
     with pytest.raises(ValueError, match=r"config\.json"):
@@ -218,7 +218,7 @@ def test_a_config_that_is_none_is_named(case: str, export: Path):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "\x00", "[" * 100_000])
-def test_a_config_that_is_no_json_is_named(text: str, export: Path):
+def test_a_config_that_is_not_json_is_named(text: str, export: Path):
     (export / "config.json").write_text(text)
     with pytest.raises(ValueError, match=r"config\.json: "):
         Bundle.load(export)
@@ -244,7 +244,7 @@ def no_network(*_args: Any, **_kwargs: Any) -> Any:
 def test_an_export_needs_no_pretrained_weights(
     pretrained: str, export: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    """Also exports of other versions, whose config still names a file or the hub."""
+    """Also exports of other releases, whose config names a file or the hub."""
     plain = image_encoder.timm.create_model
 
     def create(name: str, **options: Any) -> Any:
@@ -261,7 +261,7 @@ def test_an_export_needs_no_pretrained_weights(
     assert Predictor.load(tmp_path / "again").config.vision.pretrained == ""
 
 
-def test_a_run_goes_on_and_is_exported_when_the_weights_it_began_with_are_gone(
+def test_a_run_resumes_and_is_exported_without_the_file_of_initial_weights(
     tiny_overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     import timm
@@ -284,12 +284,12 @@ def test_a_run_goes_on_and_is_exported_when_the_weights_it_began_with_are_gone(
     assert all((one[k] == other[k]).all() for k in one.keys() | other.keys())
     Predictor.load(tmp_path / "run")
     capsys.readouterr()
-    # A new run does need them.
+    # A new run needs the file.
     assert main([*arguments[:4], str(tmp_path / "new"), *arguments[5:]]) == 2
     assert "vision.pretrained" in capsys.readouterr().err
 
 
-def test_what_a_run_names_is_not_fetched(
+def test_urls_in_a_config_of_a_run_are_not_downloaded(
     run_dir: Path,
     tiny_shards: ShardSet,
     tmp_path: Path,
@@ -322,7 +322,7 @@ def test_what_a_run_names_is_not_fetched(
 
 
 @pytest.mark.parametrize("which", ["newest", "best"])
-def test_a_checkpoint_that_a_live_run_deletes_meanwhile_is_read_anew(
+def test_a_checkpoint_that_a_live_run_deletes_is_read_again(
     which: str, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     from comtip_fast.training import export_checkpoint as exporting
@@ -336,7 +336,7 @@ def test_a_checkpoint_that_a_live_run_deletes_meanwhile_is_read_anew(
     plain, moves = checkpoints.load, [0]
 
     def load(folder: Path) -> Any:
-        """Each time one is read, the run has a newer one and deletes this one: three times."""
+        """Three times, the run replaces the checkpoint that is being read by a newer one."""
         if moves[0] < 3:
             moves[0] += 1
             newer = checkpoints.folder_of(root, last + moves[0])

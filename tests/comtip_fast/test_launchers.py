@@ -1,4 +1,4 @@
-"""Whole runs under the documented launchers (torchrun's agent: test_survival.py; SLURM: test_slurm.py)."""
+"""Runs under the documented launchers (torchrun's agent: test_survival.py; SLURM: test_slurm.py)."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def losses(run: Path) -> list[float]:
 def test_deepspeeds_launcher_gives_the_losses_of_one_process(tiny_overrides: list[str], tmp_path: Path):
     """The command of docs/training.md, including ``--local_rank``; DeepSpeed compiles nothing for it."""
     settings = [*tiny_overrides, "train.steps=4", "train.device=cpu", "data.workers=1"]
-    alone = load_config(None, settings)
-    Trainer(build_task(alone, torch.device("cpu")), alone, tmp_path / "alone").fit()
+    single = load_config(None, settings)
+    Trainer(build_task(single, torch.device("cpu")), single, tmp_path / "single").fit()
     config = tmp_path / "config.yaml"
     config.write_text(dump_config(load_config(None, [*settings, "engine.kind=deepspeed", "engine.zero_stage=2"])))
     programs = Path(sys.executable).parent
@@ -61,9 +61,9 @@ def test_deepspeeds_launcher_gives_the_losses_of_one_process(tiny_overrides: lis
     environment["PATH"] = os.pathsep.join((str(programs), environment["PATH"]))
     done = subprocess.run(launched, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "FutureWarning" not in done.stderr, "DeepSpeed's use of PyTorch is no news to a user"
-    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
-    assert not list((tmp_path / "compiled").glob("*")), "compiled at the start of a run, a minute and more"
+    assert "FutureWarning" not in done.stderr, "DeepSpeed's use of PyTorch must not be shown to users"
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "single"), rel=1e-5)
+    assert not list((tmp_path / "compiled").glob("*")), "compiled at the start of a run, which takes minutes"
 
 
 def agent(start: int) -> dict[str, str]:
@@ -75,7 +75,7 @@ def agent(start: int) -> dict[str, str]:
     }
 
 
-def test_bad_input_is_final_before_the_first_checkpoint_and_after_it_the_second_time(
+def test_bad_input_is_final_before_the_first_checkpoint_and_the_second_time_after_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -83,19 +83,19 @@ def test_bad_input_is_final_before_the_first_checkpoint_and_after_it_the_second_
     RestartGuard(command, agent(0)).note("no such file", begun=False)
     assert "no such file (restart 1 of 3 stopped" in str(RestartGuard(command, agent(1)).known())
     assert RestartGuard(["other.yaml", "run"], agent(1)).known() is None
-    assert RestartGuard(command, agent(0)).known() is None, "a new agent begins anew"
+    assert RestartGuard(command, agent(0)).known() is None, "a new agent starts without a note"
     RestartGuard(command, agent(0)).note("in use", begun=True)
     assert RestartGuard(command, agent(1)).known() is None
     RestartGuard(command, agent(1)).note("in use", begun=True)
     assert RestartGuard(command, agent(2)).known() is not None
     assert RestartGuard(command, agent(3)).known() is not None
-    assert list(tmp_path.iterdir()) == [], "the last start clears up"
+    assert list(tmp_path.iterdir()) == [], "the last restart removes the note"
     RestartGuard(command, {}).note("no such file", begun=False)
-    assert list(tmp_path.iterdir()) == [], "nothing is noted outside torchrun"
+    assert list(tmp_path.iterdir()) == [], "no note is written outside of torchrun"
 
 
 @pytest.mark.slow
-def test_torchrun_is_soon_done_with_bad_input(tmp_path: Path):
+def test_bad_input_ends_torchrun_quickly(tmp_path: Path):
     """Three restarts: the first start finds the error, the others repeat it without importing PyTorch."""
     config = tmp_path / "c.yaml"
     config.write_text("data:\n  shards: no-such-set\n")

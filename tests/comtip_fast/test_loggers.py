@@ -54,7 +54,7 @@ def test_jsonl_keeps_rows_up_to_the_step_and_drops_a_half_line(tmp_path: Path) -
     assert rows_of(path) == []
 
 
-def test_progress_says_step_loss_speed_and_time_left_in_whole_lines() -> None:
+def test_progress_prints_lines_with_step_loss_speed_and_time_left() -> None:
     stream = io.StringIO()  # not a terminal
     progress = Progress(total=100, start=0, stream=stream)
     progress.log(TRAIN)
@@ -90,7 +90,7 @@ def test_tensorboard_writes_events(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "override"), [("torch.utils.tensorboard", "train.tensorboard=true"), ("wandb", "train.wandb=project")]
 )
-def test_missing_service_says_what_to_install(
+def test_a_missing_service_names_the_package_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, override: str
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)

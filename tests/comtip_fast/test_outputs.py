@@ -1,4 +1,4 @@
-"""What commands write: whole or as it was, never over their input, and a full disk is one sentence."""
+"""Outputs are written completely or not at all and never over an input; a full disk gives one clear message."""
 
 from __future__ import annotations
 
@@ -143,9 +143,9 @@ def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(
         shutil.copytree(old, out) if old.is_dir() else shutil.copy(old, out)
     capsys.readouterr()
     assert limited(600, *arguments) == RESTART_CODE
-    stderr = capsys.readouterr().err
-    assert str(out) in stderr
-    assert "the file exceeds the maximum file size; free disk space (or repair the device), then run" in stderr
+    error_text = capsys.readouterr().err
+    assert str(out) in error_text
+    assert "the file exceeds the maximum file size; free disk space (or repair the device), then run" in error_text
     left = {p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file() and "old" not in p.parts}
     if command == "export":
         assert left == set()
@@ -232,23 +232,23 @@ def test_a_full_disk_at_the_export_is_mended_by_another_start(
     assert (run / "export" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("target_name", ["config", "checkpoint", "export"])
+@pytest.mark.parametrize("target", ["config", "checkpoint", "export"])
 @pytest.mark.parametrize("plain", [True, False])
-def test_a_read_only_folder_is_bad_input_because_another_start_does_not_help(
-    target_name: str, plain: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_read_only_folder_is_bad_input_because_a_restart_does_not_help(
+    target: str, plain: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     error = OSError(errno.EROFS, os.strerror(errno.EROFS), "x") if plain else wrapped(errno.EROFS)
     owner, name = {
         "config": (trainer, "write_atomic"),
         "checkpoint": (checkpoints, "save_file"),
         "export": (StandIn, "export"),
-    }[target_name]
+    }[target]
     monkeypatch.setattr(owner, name, raising(error))
     with pytest.raises(TrainingError, match=r"the file system is read-only.*; make it writable or give another folder"):
         fit(tmp_path / "run", "train.async_checkpoint=false")
 
 
-def test_an_older_export_stays_until_the_new_one_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_older_export_stays_until_the_new_one_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     run = tmp_path / "run"
     fit(run)
     before = (run / "export" / "model.safetensors").read_bytes()
@@ -270,7 +270,7 @@ def test_a_file_system_without_locks_is_trained_on(
 
 
 def test_a_manifest_is_written_last(tiny_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A set with a manifest counts as whole, so everything else is on the device before it."""
+    """A set with a manifest counts as complete, so all other files are flushed to the device before it."""
     from comtip_shards.builder.build import build_shards
     from comtip_shards.sources import open_source
 

@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "message"),
     [
         # 32 px: 4 patches of 16 px, one of 32 px.
         (["vision.mask_ratio=0.2"], r"vision\.mask_ratio=0\.2 hides none of the 4 patches .*0\.25 hides one"),
@@ -28,13 +28,13 @@ CPU = torch.device("cpu")
     ],
 )
 def test_settings_that_do_not_fit_are_refused_before_anything_slow(
-    settings: list[str], says: str, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
+    settings: list[str], message: str, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
 ):
     def tables(*_args: object) -> None:
         raise AssertionError("the training tables were computed first")
 
     monkeypatch.setattr(task, "training_tables", tables)
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         build_task(load_config(None, [*tiny_overrides, *settings]), CPU)
 
 

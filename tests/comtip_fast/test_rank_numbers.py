@@ -1,4 +1,4 @@
-"""Losses and logged numbers over ranks: any rank may lack a name, and no run waits for ever."""
+"""Losses and logged numbers over ranks: any rank may lack a name, and no run waits forever."""
 
 from __future__ import annotations
 
@@ -129,17 +129,17 @@ def test_runs_end_where_batches_have_fewer_spots_than_ranks(engines: str, tiny_s
     runs = {r["run"]: r["rows"] for r in (json.loads(li) for li in outputs[0].splitlines() if li.startswith('{"run"'))}
     few = worker()
     assert list(runs) == list(few.RUNS[engines])
-    alone: dict[tuple[str, ...], list[float]] = {}
+    single: dict[tuple[str, ...], list[float]] = {}
     for name, rows in runs.items():
         settings = [s for s in few.RUNS[engines][name] if not s.startswith("engine.")]
-        if tuple(settings) not in alone:
+        if tuple(settings) not in single:
             config = load_config(None, [*few.COMMON, f"data.shards={tiny_shards.path}", *settings])
             task = build_task(config, torch.device("cpu"), SingleProcessGroup())
             assert min(b.size for b in task.batches(0)) == 2, "the test needs a batch smaller than three ranks"
-            Trainer(task, config, tmp_path / f"alone{len(alone)}", SingleProcessGroup()).fit()
-            lines = (tmp_path / f"alone{len(alone)}" / "metrics.jsonl").read_text().splitlines()
-            alone[tuple(settings)] = _losses([json.loads(line) for line in lines])
-        assert _losses(rows) == pytest.approx(alone[tuple(settings)], rel=1e-4), name
+            Trainer(task, config, tmp_path / f"single{len(single)}", SingleProcessGroup()).fit()
+            lines = (tmp_path / f"single{len(single)}" / "metrics.jsonl").read_text().splitlines()
+            single[tuple(settings)] = _losses([json.loads(line) for line in lines])
+        assert _losses(rows) == pytest.approx(single[tuple(settings)], rel=1e-4), name
         for row in rows:
             if row["kind"] == "train":
                 assert row["patch_rank"] is not None, (name, row)

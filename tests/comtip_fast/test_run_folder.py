@@ -1,4 +1,4 @@
-"""What a run does with its folder: links of a stranger, file systems that cannot lock or flush, permissions."""
+"""The run folder: symbolic links, file systems without locks or flushes, permissions."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_run_itself_may_be_given_by_a_link_and_wandb_makes_its_own(tmp_path: P
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_is_told_and_used(
+def test_a_file_system_without_locks_gives_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
 ):
     def refuse(*_: object) -> None:

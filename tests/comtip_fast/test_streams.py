@@ -1,4 +1,4 @@
-"""A run outlives the readers of its log and saves when its terminal goes."""
+"""A run continues without the readers of its log and saves a checkpoint when its terminal is closed."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from comtip_shards import ShardSet
 
 from comtip_fast import streams
 from comtip_fast.training.checkpoint import store as checkpoint
+from comtip_fast.training.checkpoint.resume import CHECKPOINTS
 from comtip_fast.training.distributed import failures
 from comtip_fast.training.monitor.loggers import BestEffort
-from comtip_fast.training.trainer import CHECKPOINTS
 from tests.comtip_fast.trainer_standin import fit
 
 ROOT = Path(__file__).parents[2]

@@ -45,8 +45,8 @@ def config(tiny_shards: ShardSet, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture(scope="module")
-def whole(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    outcome = bench.run(config, tmp_path_factory.mktemp("whole") / "w")
+def reference(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    outcome = bench.run(config, tmp_path_factory.mktemp("reference") / "w")
     assert outcome.code == 0
     return outcome.folder / "run"
 
@@ -56,34 +56,34 @@ def named(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return bench.run(config, tmp_path_factory.mktemp("named") / "n", bench.NAMED)
 
 
-def test_five_seeded_kills_leave_the_same_run(config: Path, whole: Path, tmp_path: Path):
+def test_five_seeded_kills_leave_the_same_run(config: Path, reference: Path, tmp_path: Path):
     outcome = bench.run(config, tmp_path / "killed", bench.random_kills(5, seed=3))
     assert outcome.code == 0
     assert len(outcome.rows) >= 3, "hardly killed at all"
     assert all(math.isfinite(r["seconds"]) for r in outcome.rows[:-1])
-    assert bench.differences(outcome.folder / "run", whole) == []
+    assert bench.differences(outcome.folder / "run", reference) == []
 
 
-def test_every_other_failure_leaves_the_same_run(named: Any, whole: Path):
+def test_every_other_failure_leaves_the_same_run(named: Any, reference: Path):
     assert [r["kind"] for r in named.rows] == [b.kind for b in bench.NAMED]
     assert named.code == 0
-    assert bench.differences(named.folder / "run", whole) == []
+    assert bench.differences(named.folder / "run", reference) == []
     damaged = sorted(p.name for p in (named.folder / "run/checkpoints").glob("damaged_*"))
     assert len(damaged) >= 1
 
 
 @pytest.mark.slow
-def test_a_lost_node_is_replaced_and_leaves_the_same_run(config: Path, whole: Path, tmp_path: Path):
+def test_a_lost_node_is_replaced_and_leaves_the_same_run(config: Path, reference: Path, tmp_path: Path):
     outcome = bench.replace_node(config, tmp_path / "node")
     assert outcome.code == 0
-    assert bench.differences(outcome.folder / "run", whole) == []
+    assert bench.differences(outcome.folder / "run", reference) == []
 
 
 @pytest.mark.slow
-def test_a_run_continues_with_fewer_nodes_and_then_with_more(config: Path, whole: Path, tmp_path: Path):
+def test_a_run_continues_with_fewer_nodes_and_then_with_more(config: Path, reference: Path, tmp_path: Path):
     outcome = bench.shrink_and_grow(config, tmp_path / "sized")
     assert outcome.code == 0
-    assert bench.largest_difference(outcome.folder / "run", whole) < bench.RESIZED_TOLERANCE
+    assert bench.largest_difference(outcome.folder / "run", reference) < bench.RESIZED_TOLERANCE
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The whole task: every option runs a step, every loss reaches the parts it trains, and impl= changes nothing."""
+"""The training task: every option runs a step, every loss reaches the parts it trains, and results do not depend on impl=."""
 
 from pathlib import Path
 
@@ -55,7 +55,7 @@ SWITCHES = {
 
 
 @pytest.mark.parametrize("name", SWITCHES)
-def test_every_switch_takes_a_step(name: str, tiny_overrides: list[str]):
+def test_every_option_runs_a_step(name: str, tiny_overrides: list[str]):
     more, parts = SWITCHES[name]
     task = make(tiny_overrides, "panel.min_genes=1" if "panel.max_genes=1" in more else "panel.min_genes=12", *more)
     losses, numbers = one_step(task)
@@ -121,7 +121,7 @@ def test_the_loss_and_its_gradients_are_the_same_with_every_impl(tiny_overrides:
         torch.testing.assert_close(results["cpu"][1][name], gradient, rtol=1e-7, atol=1e-10)
 
 
-def test_a_step_can_be_made_again_from_its_number(tiny_overrides: list[str]):
+def test_a_step_can_be_repeated_from_its_number(tiny_overrides: list[str]):
     one, two = make(tiny_overrides), make(tiny_overrides)
     for step in (3, 4):
         a, b = (t.losses(t.module, t.batch(t.batches(1)[1], step, 1))[0] for t in (one, two))
@@ -169,7 +169,7 @@ def test_devices_are_refused_by_name():
             pick_device("cuda")
 
 
-def test_describe_says_what_is_trained(tiny_overrides: list[str]):
+def test_describe_names_what_is_trained(tiny_overrides: list[str]):
     text = make(tiny_overrides).describe()
     assert "98 spots" in text
     assert "human_breast" in text

@@ -49,8 +49,8 @@ def stop_at(step: int, number: int = signal.SIGTERM) -> Callable[[int], None]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("whole") / "run"
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("reference") / "run"
     fit(folder)
     return folder
 
@@ -58,9 +58,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # -- undisturbed runs ----------------------------------------------------------------------------
 
 
-def test_run_folder(whole: Path) -> None:
-    assert load_config(whole / "config.yaml") == config_of()
-    rows = trace(whole)
+def test_run_folder(reference: Path) -> None:
+    assert load_config(reference / "config.yaml") == config_of()
+    rows = trace(reference)
     assert [r["step"] for r in rows if r["kind"] == "train"] == list(range(1, 18))
     assert [r["step"] for r in rows if r["kind"] == "valid"] == [3, 6, 9, 12, 15, 17]
     assert {"loss", "nce", "mfm", "lr", "grad_norm", "scale", "skips", "epoch"} <= rows[0].keys()
@@ -69,9 +69,9 @@ def test_run_folder(whole: Path) -> None:
     assert sum(losses[-3:]) < sum(losses[:3])
 
 
-def test_two_runs_are_equal(whole: Path, tmp_path: Path) -> None:
+def test_two_runs_are_equal(reference: Path, tmp_path: Path) -> None:
     fit(tmp_path / "again")
-    assert_same_run(whole, tmp_path / "again")
+    assert_same_run(reference, tmp_path / "again")
 
 
 def test_every_spot_is_used_once_per_epoch_in_the_order_of_batches(tmp_path: Path) -> None:
@@ -103,21 +103,21 @@ def test_killed_anywhere_and_resumed_ends_the_same(tmp_path: Path, seed: int) ->
     env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, SCRIPT, tmp_path, str(seed)], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) >= 3, "hardly killed at all"
-    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    assert int(done.stdout) >= 3, "too few kills"
+    assert_same_run(tmp_path / "reference", tmp_path / "killed")
 
 
 @pytest.mark.parametrize("step", [1, 4, 7, 9, 16])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_saves_and_resume_ends_the_same(whole: Path, tmp_path: Path, step: int, number: int) -> None:
+def test_signal_saves_and_resume_ends_the_same(reference: Path, tmp_path: Path, step: int, number: int) -> None:
     run = tmp_path / "run"
     result = fit(run, "train.keep_checkpoints=2", at_step=stop_at(step, number))
     assert (result.stopped, result.step) == ("sigterm", step)
     assert checkpoints.steps_of(run / "checkpoints")[-1] == step
     assert not (run / "export").exists()
     assert fit(run, resume=True).stopped == "steps"
-    assert trace(run) == trace(whole)
-    assert (run / "export/model.safetensors").read_bytes() == (whole / "export/model.safetensors").read_bytes()
+    assert trace(run) == trace(reference)
+    assert (run / "export/model.safetensors").read_bytes() == (reference / "export/model.safetensors").read_bytes()
 
 
 def test_signal_in_the_last_step_finishes_the_run(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_signal_in_the_last_step_finishes_the_run(tmp_path: Path) -> None:
     assert (tmp_path / "run/export").is_dir()
 
 
-def test_signal_before_the_first_step(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signal_before_the_first_step(reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, original = tmp_path / "run", Trainer._start
 
     def start(self: Trainer, resume: bool) -> bool:
@@ -137,35 +137,35 @@ def test_signal_before_the_first_step(whole: Path, tmp_path: Path, monkeypatch: 
         assert fit(run).step == 0
     assert checkpoints.steps_of(run / "checkpoints") == [0]
     fit(run, resume=True)
-    assert_same_run(whole, run)
+    assert_same_run(reference, run)
 
 
-def test_resuming_a_finished_run_changes_nothing_and_mends_the_export(whole: Path, tmp_path: Path) -> None:
+def test_resuming_a_finished_run_changes_nothing_and_repairs_the_export(reference: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    shutil.copytree(whole, run)
+    shutil.copytree(reference, run)
     shutil.rmtree(run / "export")
     result = fit(run, resume=True)
     assert (result.stopped, result.step) == ("steps", 17)
-    assert_same_run(whole, run)
+    assert_same_run(reference, run)
 
 
-def test_resume_without_a_checkpoint_starts(whole: Path, tmp_path: Path) -> None:
+def test_resume_without_a_checkpoint_starts(reference: Path, tmp_path: Path) -> None:
     fit(tmp_path / "run", resume=True)
-    assert_same_run(whole, tmp_path / "run")
+    assert_same_run(reference, tmp_path / "run")
 
 
-def test_rows_after_the_checkpoint_are_made_again(whole: Path, tmp_path: Path) -> None:
+def test_rows_after_the_checkpoint_are_repeated(reference: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     fit(run, at_step=stop_at(10))
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 11, "kind": "train", "loss": 99.0}\n{"step": 12, "kind": "tr')
     fit(run, resume=True)
-    assert trace(run) == trace(whole)
+    assert trace(run) == trace(reference)
 
 
 @pytest.mark.parametrize("name", [*checkpoints.FILES, "SHA256SUMS"])
 def test_damaged_newest_checkpoint_is_reported_and_the_one_before_used(
-    whole: Path, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+    reference: Path, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = tmp_path / "run"
     fit(run, "train.keep_checkpoints=1", at_step=stop_at(10))
@@ -178,12 +178,12 @@ def test_damaged_newest_checkpoint_is_reported_and_the_one_before_used(
     assert (run / "checkpoints/damaged_step_00000010").is_dir()
     assert 13 in checkpoints.steps_of(run / "checkpoints"), "the damaged one must not count as kept"
     fit(run, "train.keep_checkpoints=1", resume=True)
-    assert trace(run) == trace(whole)
+    assert trace(run) == trace(reference)
 
 
-def test_all_checkpoints_damaged_is_an_error(whole: Path, tmp_path: Path) -> None:
+def test_all_checkpoints_damaged_is_an_error(reference: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    shutil.copytree(whole, run)
+    shutil.copytree(reference, run)
     for folder in (run / "checkpoints").iterdir():
         (folder / "model.safetensors").unlink()
     with pytest.raises(TrainingError, match="all checkpoints are damaged"):
@@ -205,34 +205,34 @@ def test_all_checkpoints_damaged_is_an_error(whole: Path, tmp_path: Path) -> Non
         "train.patience=2",
     ],
 )
-def test_resume_with_another_config_names_the_key(whole: Path, tmp_path: Path, change: str) -> None:
-    shutil.copytree(whole, tmp_path / "run")
+def test_resume_with_another_config_names_the_key(reference: Path, tmp_path: Path, change: str) -> None:
+    shutil.copytree(reference, tmp_path / "run")
     with pytest.raises(TrainingError, match=change.split("=")[0].replace(".", r"\.")):
         fit(tmp_path / "run", change, resume=True)
 
 
-def test_logging_and_keeping_may_change(whole: Path, tmp_path: Path) -> None:
+def test_logging_and_keeping_may_change(reference: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     fit(run, at_step=stop_at(8))
     free = ["train.log_every=2", "train.keep_checkpoints=9", "train.checkpoint_every=1", "name=other", "data.shards=x"]
     fit(run, *free, resume=True)
-    assert (run / "export/model.safetensors").read_bytes() == (whole / "export/model.safetensors").read_bytes()
+    assert (run / "export/model.safetensors").read_bytes() == (reference / "export/model.safetensors").read_bytes()
     assert yaml.safe_load((run / "config.yaml").read_text())["name"] == "other"
 
 
-def test_resume_on_other_data_is_refused(whole: Path, tmp_path: Path) -> None:
-    shutil.copytree(whole, tmp_path / "run")
+def test_resume_on_other_data_is_refused(reference: Path, tmp_path: Path) -> None:
+    shutil.copytree(reference, tmp_path / "run")
     task = StandIn(config_of())
     task.data_hash = "other"
     with pytest.raises(TrainingError, match="has changed: shards"):
         Trainer(task, config_of(), tmp_path / "run").fit(resume=True)
 
 
-def test_a_folder_with_a_run_needs_resume(whole: Path, tmp_path: Path) -> None:
-    shutil.copytree(whole, tmp_path / "run")
+def test_a_folder_with_a_run_needs_resume(reference: Path, tmp_path: Path) -> None:
+    shutil.copytree(reference, tmp_path / "run")
     with pytest.raises(TrainingError, match=r"already holds a run .*--resume"):
         fit(tmp_path / "run")
-    assert_same_run(whole, tmp_path / "run")
+    assert_same_run(reference, tmp_path / "run")
 
 
 def test_a_second_process_is_kept_out_and_a_dead_one_is_not_waited_for(tmp_path: Path) -> None:
@@ -289,7 +289,7 @@ def test_without_validation_the_last_weights_are_exported(tmp_path: Path) -> Non
     assert all(torch.equal(last[k], exported[k]) for k in last)
 
 
-def test_scores_that_do_not_exist_cost_no_patience(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_missing_scores_do_not_count_for_patience(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     nan = dict.fromkeys(range(1, 100), float("nan"))
     result, _ = run_with_scores(tmp_path / "run", nan, "train.patience=2")
     assert (result.stopped, result.step, result.best_step) == ("steps", 17, 0)
@@ -303,13 +303,13 @@ def test_pruning_keeps_newest_and_best(tmp_path: Path) -> None:
     assert checkpoints.steps_of(run / "checkpoints") == [2, 15, 16, 17]
 
 
-def test_resume_tidies_up_after_a_killed_process(whole: Path, tmp_path: Path) -> None:
+def test_resume_tidies_up_after_a_killed_process(reference: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     fit(run, "train.keep_checkpoints=9")
     (run / "checkpoints/.writing-00000018").mkdir()
     (run / "checkpoints/.deleting-step_00000001").mkdir()
     fit(run, resume=True)
-    assert_same_run(run, whole)
+    assert_same_run(run, reference)
 
 
 def test_a_lost_best_checkpoint_is_reported_and_the_last_weights_are_exported(

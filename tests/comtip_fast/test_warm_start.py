@@ -34,9 +34,9 @@ def keys_of(task: CoMTIPTask) -> list[str]:
     return [task.shards.genes[row].key for row in task.tables.genes.trained]
 
 
-def test_weights_are_taken_and_genes_find_their_rows_by_key(exported: Path, tiny_overrides: list[str]):
+def test_weights_are_copied_and_gene_rows_are_matched_by_key(exported: Path, tiny_overrides: list[str]):
     old = Bundle.load(exported)
-    # Another gene list holds out other genes, so rows move.
+    # Another gene list holds out other genes, so rows change.
     more = ["genes.held_out_every=3", "genes.held_out_from=6"]
     plain, task = make(tiny_overrides, *more), make(tiny_overrides, *more, f"train.start_from={exported}")
     before, theirs, ours = plain.model.state_dict(), old.model.state_dict(), task.model.state_dict()
@@ -53,7 +53,7 @@ def test_weights_are_taken_and_genes_find_their_rows_by_key(exported: Path, tiny
     assert (task.tables.table.log_prior == plain.tables.table.log_prior).all(), "levels are those of the new data"
 
 
-def test_what_does_not_fit_is_left_and_reported(
+def test_tensors_that_do_not_fit_are_reported(
     exported: Path, tiny_overrides: list[str], caplog: pytest.LogCaptureFixture
 ):
     with caplog.at_level(logging.WARNING, "comtip_fast"):

@@ -62,7 +62,7 @@ def test_a_clocked_group_counts_the_time_of_its_collectives_once():
     assert group.clock.seconds() == 0.0
 
 
-def test_who_waits_for_a_slow_rank_is_counted_for_every_engine(tiny_shards, tiny_overrides):
+def test_waiting_for_a_slow_rank_is_counted_for_every_engine(tiny_shards, tiny_overrides):
     """Rank 1 is slow in its backward pass only: rank 0 waits in the gradient collectives and nowhere else."""
     pytest.importorskip("deepspeed")
     worker = Path(__file__).with_name("comm_worker.py")
@@ -91,7 +91,7 @@ def test_a_collective_of_collectives_counts_once_and_a_backend_has_one_clock():
     assert before.seconds() == 0.0
 
 
-def test_the_alarm_wants_a_history_and_names_what_jumped():
+def test_the_spike_detector_needs_a_history_and_names_what_jumped():
     alarm = SpikeDetector(WatchConfig(loss_jump=3.0, norm_jump=30.0))
     assert all(alarm.update(5.0 + 0.1 * i, 1.0) is None for i in range(20))
     assert alarm.update(7.0, 2.0) is None
@@ -104,7 +104,7 @@ def test_the_alarm_wants_a_history_and_names_what_jumped():
     assert SpikeDetector(WatchConfig(loss_jump=0, norm_jump=0)).update(math.inf, math.inf) is None
 
 
-def test_the_watchdog_says_once_what_takes_so_long_and_its_stack(tmp_path: Path):
+def test_the_watchdog_reports_a_stall_once_with_stacks(tmp_path: Path):
     reports: list[str] = []
     with Watchdog(0.2, reports.append, tmp_path / "stacks.txt") as dog:
         dog.reset("step 7")
@@ -171,7 +171,7 @@ def test_rows_and_validation_of_a_real_task_carry_the_numbers(tiny_run: Path):
     wanted = {"spots_per_s", "tokens_per_s", "loader_wait_share", "comm_share", "memory_gib", "faults"}
     assert wanted <= train[-1].keys()
     assert 0 <= train[-1]["loader_wait_share"] <= 1
-    assert "mfu" not in train[-1]  # the peak of a CPU is not known
+    assert "mfu" not in train[-1]  # the peak rate of a CPU is unknown
     valid = [r for r in rows if r["kind"] == "valid"]
     assert {"alignment", "uniformity_image", "r1", "t5"} <= valid[-1].keys()
 
@@ -211,6 +211,6 @@ def test_events_are_lines_of_json(tmp_path: Path):
 
 
 @pytest.mark.parametrize("bad", ["watch.trace=[5,2]", "watch.trace=[0,2]", "watch.stall_s=-1"])
-def test_settings_that_cannot_be_are_refused(bad: str):
+def test_invalid_settings_are_refused(bad: str):
     with pytest.raises(ConfigError, match=r"watch\."):
         config_of(bad)

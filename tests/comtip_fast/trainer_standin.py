@@ -1,6 +1,6 @@
 """A minimal task for tests of the trainer; as a script, it trains while being killed repeatedly.
 
-``python trainer_standin.py FOLDER SEED`` trains twice: undisturbed in FOLDER/whole, and in FOLDER/killed with
+``python trainer_standin.py FOLDER SEED`` trains twice: undisturbed in FOLDER/reference, and in FOLDER/killed with
 SIGKILL at random file operations and times, resuming after each. It prints the number of kills.
 """
 
@@ -149,7 +149,7 @@ def _die_at_moment(seconds: float) -> None:
 def main(folder: Path, seed: int) -> None:
     torch.set_num_threads(1)  # a fork must not inherit a thread pool
     torch.optim.AdamW(Net().parameters())  # slow import, once instead of in each fork
-    assert _child(lambda: fit(folder / "whole", "train.steps=40")) == 0
+    assert _child(lambda: fit(folder / "reference", "train.steps=40")) == 0
     rng, kills, killed = random.Random(seed), 0, folder / "killed"
     while True:
         # There are about 30 file operations between two checkpoints: kills hit every part of saving and the steps in between.

@@ -37,7 +37,7 @@ def test_real_sections_look_like_he(name: str):
 
 def test_dyes_are_distinguished():
     assert looks_like_he(stained(HAEMATOXYLIN, EOSIN))[0]
-    for dyes, word in (((EOSIN,), "eosin alone"), ((DAB, HAEMATOXYLIN, DAB), "antibody"), ((), "blank")):
+    for dyes, word in (((EOSIN,), "pure eosin"), ((DAB, HAEMATOXYLIN, DAB), "antibody"), ((), "blank")):
         looks, reason = looks_like_he(stained(*dyes))
         assert not looks
         assert word in reason
@@ -55,5 +55,5 @@ def test_fluorescence_is_reported():
 
 
 def test_other_arrays_are_refused():
-    with pytest.raises(ValueError, match="uint8 is needed"):
+    with pytest.raises(ValueError, match="expected an RGB image of uint8"):
         looks_like_he(np.zeros((4, 4, 3)))

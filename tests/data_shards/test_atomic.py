@@ -24,13 +24,13 @@ def names(folder: Path) -> list[str]:
 def test_a_file_is_replaced_when_it_is_whole(tmp_path: Path):
     target = tmp_path / "a.txt"
     write_atomic(target, "old")
-    with atomic_path(target) as temporary:
-        temporary.write_text("half")
+    with atomic_path(target) as staged:
+        staged.write_text("half")
         assert target.read_text() == "old"
-        assert temporary.parent == tmp_path
+        assert staged.parent == tmp_path
     assert (target.read_text(), names(tmp_path)) == ("half", ["a.txt"])
-    with pytest.raises(ZeroDivisionError), atomic_path(target) as temporary:
-        temporary.write_text(str(1 / len(temporary.read_bytes())))
+    with pytest.raises(ZeroDivisionError), atomic_path(target) as staged:
+        staged.write_text(str(1 / len(staged.read_bytes())))
     assert (target.read_text(), names(tmp_path)) == ("half", ["a.txt"])
 
 
@@ -54,8 +54,8 @@ def test_what_a_killed_process_left_does_not_add_up_and_does_not_show(tmp_path: 
 
 def test_a_second_writer_of_the_same_file_is_refused(tmp_path: Path):
     target = tmp_path / "a.txt"
-    with atomic_path(target) as temporary:
-        temporary.write_text("first")
+    with atomic_path(target) as staged:
+        staged.write_text("first")
         with pytest.raises(FileExistsError, match=r"a\.txt: another process is writing it"), atomic_path(target):
             pass
     assert target.read_text() == "first"
@@ -65,18 +65,18 @@ def test_permissions_are_those_of_the_umask_or_of_the_file_that_was_there(tmp_pa
     target = tmp_path / "a.txt"
     before = os.umask(0o027)
     try:
-        with atomic_path(target) as temporary:
-            temporary.unlink()
-            temporary.write_text("created anew by a library, for its owner alone")
-            temporary.chmod(0o600)
+        with atomic_path(target) as staged:
+            staged.unlink()
+            staged.write_text("rewritten by a library, readable by its owner only")
+            staged.chmod(0o600)
         assert stat.S_IMODE(target.stat().st_mode) == 0o640
         target.chmod(0o604)
         write_atomic(target, "again")
         assert stat.S_IMODE(target.stat().st_mode) == 0o604
-        with atomic_folder(tmp_path / "f") as temporary:
-            temporary.mkdir()
-            (temporary / "x").write_text("x")
-            (temporary / "x").chmod(0o600)
+        with atomic_folder(tmp_path / "f") as staged:
+            staged.mkdir()
+            (staged / "x").write_text("x")
+            (staged / "x").chmod(0o600)
         assert stat.S_IMODE((tmp_path / "f" / "x").stat().st_mode) == 0o640
     finally:
         os.umask(before)
@@ -111,12 +111,12 @@ def test_a_link_is_followed_and_devices_are_refused(tmp_path: Path):
 def test_a_folder_is_replaced_when_it_is_whole(tmp_path: Path):
     target = tmp_path / "f"
     for text in ("one", "two"):
-        with atomic_folder(target) as temporary:
-            temporary.mkdir()
-            (temporary / "x").write_text(text)
+        with atomic_folder(target) as staged:
+            staged.mkdir()
+            (staged / "x").write_text(text)
         assert ((target / "x").read_text(), names(tmp_path)) == (text, ["f"])
-    with pytest.raises(FileNotFoundError), atomic_folder(target) as temporary:
-        (temporary / "missing").write_text("x")
+    with pytest.raises(FileNotFoundError), atomic_folder(target) as staged:
+        (staged / "missing").write_text("x")
     assert ((target / "x").read_text(), names(tmp_path)) == ("two", ["f"])
 
 
@@ -132,8 +132,8 @@ def test_a_folder_that_cannot_take_its_place_leaves_the_older_one(tmp_path: Path
         return plain(self, other)
 
     monkeypatch.setattr(Path, "rename", rename)
-    with pytest.raises(OSError, match="Input/output error"), atomic_folder(target) as temporary:
-        temporary.mkdir()
+    with pytest.raises(OSError, match="Input/output error"), atomic_folder(target) as staged:
+        staged.mkdir()
     assert ((target / "x").read_text(), names(tmp_path)) == ("old", ["f"])
 
 
@@ -148,8 +148,8 @@ def test_a_full_disk_names_the_target_and_leaves_it_as_it_was(tmp_path: Path):
         with pytest.raises(OSError, match=str(tmp_path / "a")) as caught:
             write_atomic(tmp_path / "a", b"x" * 2000)
         assert disk_trouble(caught.value) is not None
-        with pytest.raises(OSError, match=str(tmp_path / "a")) as caught, atomic_path(tmp_path / "a") as temporary:
-            save_file({"x": np.zeros(5000)}, temporary)
+        with pytest.raises(OSError, match=str(tmp_path / "a")) as caught, atomic_path(tmp_path / "a") as staged:
+            save_file({"x": np.zeros(5000)}, staged)
         assert disk_trouble(caught.value) == f"{tmp_path / 'a'}: the file exceeds the maximum file size"
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -17,9 +17,9 @@ from comtip_shards import ShardError, ShardSet, SourceError
 from comtip_shards.format.record import decode_tile
 from comtip_shards.names import printable
 from comtip_shards.reader.verify import verify
-from comtip_shards.sources import tenx
+from comtip_shards.sources import tenx_matrix
 from comtip_shards.sources.hdf5 import open_hdf5
-from comtip_shards.sources.tenx import TenxMatrix
+from comtip_shards.sources.tenx_matrix import TenxMatrix
 from comtip_shards.storage.regular_file import read_regular
 from PIL import Image
 
@@ -72,9 +72,9 @@ def sparse(path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["manifest.json", "genes.tsv", "spots.parquet", "overview/t1.jpg", "shards/t1-0000.idx"]
 )
-@pytest.mark.parametrize("corrupt", [pipe, zeros, sparse])
-def test_files_that_never_end_do_not_hold_a_reader(copy: Path, name: str, corrupt: Callable[[Path], None]):
-    corrupt(copy / name)
+@pytest.mark.parametrize("damage", [pipe, zeros, sparse])
+def test_files_that_never_end_do_not_hold_a_reader(copy: Path, name: str, damage: Callable[[Path], None]):
+    damage(copy / name)
     began = time.monotonic()
     if name == "manifest.json":
         with pytest.raises(ShardError, match=r"manifest\.json"):
@@ -151,7 +151,7 @@ def test_packed_lists_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     files = tuple(tmp_path / "m" / f"{n}.gz" for n in ("matrix.mtx", "features.tsv", "barcodes.tsv"))
     matrix = TenxMatrix(tmp_path / "m", files)
     assert len(matrix.features().ids) == 3
-    monkeypatch.setattr(tenx, "MAX_TEXT_BYTES", 10**6)
+    monkeypatch.setattr(tenx_matrix, "MAX_TEXT_BYTES", 10**6)
     files[1].write_bytes(gzip.compress(b"x\n" * 10**7))
     with pytest.raises(SourceError, match=r"features\.tsv\.gz: more than 1,000,000 bytes of text, unpacked"):
         matrix.features()

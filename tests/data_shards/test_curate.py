@@ -79,9 +79,9 @@ def test_positions_are_judged_on_other_tissue_too(breast: Section, fault: str, t
 
 def test_orientation_advises_what_to_do(sound: Section, tmp_path: Path):
     report = check_section(SECTION_FAULTS["mirrored across the image"][1](sound, tmp_path))
-    assert "mirrored left to right" in finding(report, "orientation").said
+    assert "mirrored left to right" in finding(report, "orientation").message
     report = check_section(SECTION_FAULTS["x and y swapped"][1](sound, tmp_path))
-    assert re.match("positions fit with x and y swapped", finding(report, "orientation").said)
+    assert re.match("positions fit with x and y swapped", finding(report, "orientation").message)
 
 
 def test_full_or_hires_gives_the_factor_and_its_name(sound: Section, tmp_path: Path):
@@ -91,7 +91,7 @@ def test_full_or_hires_gives_the_factor_and_its_name(sound: Section, tmp_path: P
     wrong = replace(sound, xy=sound.xy * 0.5, image_path=tmp_path / "image.png")
     found = finding(check_section(wrong), "full_or_hires")
     assert found.figure == pytest.approx(2, rel=0.01)
-    assert "1 / tissue_hires_scalef" in found.said
+    assert "1 / tissue_hires_scalef" in found.message
 
 
 def test_scale_names_the_right_um_per_px(sound: Section):
@@ -103,7 +103,7 @@ def test_scale_names_the_right_um_per_px(sound: Section):
 
 def test_scale_knows_the_platform(sound: Section):
     other = replace(sound, meta=replace(sound.meta, platform="10x Visium"))
-    assert "10x Visium has 100" in finding(check_section(other), "scale").said
+    assert "10x Visium has 100" in finding(check_section(other), "scale").message
     unknown = replace(sound, meta=replace(sound.meta, platform="ours", spot_pitch_um=float("nan")))
     assert finding(check_section(unknown), "scale").status == NOT_APPLICABLE
 
@@ -149,12 +149,12 @@ def test_no_section_is_too_odd_to_report_on(tiny: Section, tmp_path: Path, colou
 
 def test_explain_names_the_cause_and_keeps_what_was_measured():
     def one(name: str, status: str) -> Finding:
-        return Finding(name=name, status=status, said=f"{name} said", spots=(1,))
+        return Finding(name=name, status=status, message=f"{name} measured", spots=(1,))
 
     causes = [("a", ["b", "c"]), ("b", ["c"])]
     out = {f.name: f for f in explain([one("c", WARN), one("b", FAIL), one("a", OK)], causes)}
     assert [out[n].status for n in "abc"] == [OK, FAIL, NOT_APPLICABLE]
-    assert out["c"].said == "cannot be judged until b is mended (measured: c said)"
+    assert out["c"].message == "cannot be assessed until b is fixed (measured: c measured)"
     assert out["c"].spots == ()
 
 
@@ -186,12 +186,12 @@ def test_pages_are_self_contained_and_escaped(tiny: Section):
 
 def test_overlay_rings_the_spots_of_a_failed_check(tiny: Section):
     with tiny.open_slide() as slide:
-        look = build_context(tiny, slide, 224.0)
+        context = build_context(tiny, slide, 224.0)
     findings = [
-        Finding(name="a", status=FAIL, said="", spots=tuple(range(10))),
-        Finding(name="b", status=OK, said="", spots=(12,)),
+        Finding(name="a", status=FAIL, message="", spots=tuple(range(10))),
+        Finding(name="b", status=OK, message="", spots=(12,)),
     ]
-    pixels = np.asarray(Image.open(io.BytesIO(overlay(look, findings))).convert("RGB")).astype(int)
+    pixels = np.asarray(Image.open(io.BytesIO(overlay(context, findings))).convert("RGB")).astype(int)
 
     def red(xy: np.ndarray) -> bool:
         x, y = xy.round().astype(int)
@@ -206,7 +206,7 @@ def test_what_cannot_be_read_becomes_a_finding(tmp_path: Path):
     Image.new("RGB", (10, 10)).save(tmp_path / "s/a.png")
     reports = check_sources(open_source(tmp_path / "s"), tmp_path / "out")
     assert [r.findings[0].name for r in reports] == ["read", "join"]
-    assert "spots lie outside" in reports[0].findings[0].said
+    assert "spots lie outside" in reports[0].findings[0].message
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"a.json", "a.html", "b.json", "b.html", "index.html"}
     assert "spots lie outside" in (tmp_path / "out/a.html").read_text()
     assert check_source(open_source(tmp_path / "s")[0]).status == FAIL
@@ -257,5 +257,5 @@ def test_a_real_picture_that_is_not_he_is_reported_and_scattered_spots_have_no_s
     assert alarms(check_source(eosin)) == {"stain"}
     (scattered,) = open_source(folder / "visium_sr1_h5", overrides=facts | {"species": "human", "tissue": "heart"})
     report = check_source(scattered)
-    assert finding(report, "scale").said == "spots lie on no lattice"
+    assert finding(report, "scale").message == "spots are not on a lattice"
     assert finding(report, "stain").status == OK

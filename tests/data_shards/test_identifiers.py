@@ -106,7 +106,7 @@ def test_names_changed_by_spreadsheets_and_r(text: tuple[str, str]):
     assert (hit.symbol, hit.how) == REPAIRS[text]
 
 
-def test_made_unique_tails_are_summed_where_the_name_is_a_column():
+def test_tails_of_make_unique_are_summed_where_the_name_is_a_column():
     genes = map_genes(["2-Sep", "HLA.A", "MT.CO1", "NKX2.1", "TBCE", "TBCE-1", "TBCE.2", "CD74-1"], "human")
     assert genes.keys == [f"human:{s}" for s in ("SEPTIN2", "HLA-A", "MT-CO1", "NKX2-1", "TBCE")]
     assert genes.unmapped == ["CD74-1"]  # CD74 is no column, so this may be another gene

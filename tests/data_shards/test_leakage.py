@@ -160,7 +160,7 @@ def test_a_list_of_ones_own_is_added(tmp_path: Path, text: str):
 
 
 @pytest.mark.parametrize(
-    ("text", "says"), [("", "holds no benchmark id"), ("task\tname\nA\tb\n", "lacks the column id")]
+    ("text", "says"), [("", "no benchmark id"), ("task\tname\nA\tb\n", "the table has no column id")]
 )
 def test_a_bad_list_is_reported(tmp_path: Path, text: str, says: str):
     (tmp_path / "ids.tsv").write_text(text)
@@ -257,11 +257,11 @@ def test_the_same_counts_under_two_ids_are_refused_across_splits():
     a, b, c = meta("a", "P1", "train"), meta("b", "P2", "test"), meta("c", "P3", "test")
     assert check_duplicates([(a, one), (c, other)]) == {}
     with pytest.raises(
-        SourceError, match=r"a \(split train\) and b \(split test\) are one section.*exactly the same counts"
+        SourceError, match=r"a \(split train\) and b \(split test\) are duplicates of one section.*identical counts"
     ):
         check_duplicates([(a, one), (b, part), (c, other)])
     notes = check_duplicates([(a, one), (replace(b, split="train"), part)])
-    assert "perhaps the section a under another id" in notes["b"]
+    assert "possibly a duplicate of section a" in notes["b"]
 
 
 def test_the_same_picture_under_two_ids_is_refused_across_splits(tmp_path: Path):
@@ -269,7 +269,7 @@ def test_the_same_picture_under_two_ids_is_refused_across_splits(tmp_path: Path)
     image.resize((270, 256)).save(tmp_path / "again.jpg", quality=60)
     again = np.asarray(Image.open(tmp_path / "again.jpg"))
     one, two = section_fingerprint(expression(), KEYS, picture()), section_fingerprint(expression(seed=9), KEYS, again)
-    with pytest.raises(SourceError, match=r"their pictures differ in [0-9]+ of 256 bits"):
+    with pytest.raises(SourceError, match=r"their images differ in [0-9]+ of 256 bits"):
         check_duplicates([(meta("a", "P1", "train"), one), (meta("b", "P2", "test"), two)])
     blank = [section_fingerprint(expression(seed=s), KEYS, np.full((50, 50, 3), 240, np.uint8)) for s in (1, 2)]
     assert check_duplicates([(meta("a", "P1", "train"), blank[0]), (meta("b", "P2", "test"), blank[1])]) == {}
@@ -301,11 +301,11 @@ def test_a_build_refuses_a_section_that_is_a_duplicate(tmp_path: Path):
     write_tiny_source(tmp_path / "s", [TinySection("a", "p1", "train"), TinySection("b", "p2", "test")], side=6)
     for name in ("{}.tsv.gz", "{}_spots.tsv"):
         (tmp_path / "s" / name.format("b")).write_bytes((tmp_path / "s" / name.format("a")).read_bytes())
-    with pytest.raises(SourceError, match=r"a \(split train\) and b \(split test\) are one section under two ids"):
+    with pytest.raises(SourceError, match=r"a \(split train\) and b \(split test\) are duplicates of one section"):
         build_shards(open_source(tmp_path / "s"), tmp_path / "out", **SIZE)
     assert not (tmp_path / "out/manifest.json").exists()
     table = pd.read_csv(tmp_path / "s/manifest.tsv", sep="\t")
     table["split"] = "train"
     table.to_csv(tmp_path / "s/manifest.tsv", sep="\t", index=False)
     report = build_shards(open_source(tmp_path / "s"), tmp_path / "out", **SIZE)
-    assert "perhaps the section a under another id" in report.text
+    assert "possibly a duplicate of section a" in report.text

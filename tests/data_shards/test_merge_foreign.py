@@ -287,7 +287,7 @@ def picture(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "corrupt",
+    "damage",
     [
         pipe,
         link,
@@ -311,8 +311,8 @@ def picture(path: Path) -> None:
         fields(version=2),
     ],
 )
-def test_an_invalid_page_is_left_out_and_reported(copy: Path, tmp_path: Path, corrupt: Callable[[Path], None]):
-    corrupt(copy / "report/t1.html")
+def test_a_page_that_is_none_is_left_out_and_reported(copy: Path, tmp_path: Path, damage: Callable[[Path], None]):
+    damage(copy / "report/t1.html")
     report = merge_sets([copy], tmp_path / "out")
     assert "t1: its report page was left out: " in report.text
     names = {p.name for p in (tmp_path / "out/report").iterdir()}

@@ -54,7 +54,7 @@ def test_large_sets_are_ordered_by_a_bounded_look_ahead(monkeypatch: pytest.Monk
     section = np.repeat(np.arange(6), [20_000, 300, 41, 7, 500, 9])
     spots = np.arange(section.size)
     pieces = order._pieces(section, spots, 16, 4, 0, 0, 1)
-    assert len(pieces) > 2 * order.LOOK_AHEAD
+    assert len(pieces) > 2 * order.WINDOW
     looked: list[int] = []
 
     def smallest(sizes):
@@ -64,13 +64,13 @@ def test_large_sets_are_ordered_by_a_bounded_look_ahead(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(order, "min", smallest, raising=False)
     bounded = order._combine(pieces, 16)
-    assert max(looked) == order.LOOK_AHEAD
+    assert max(looked) == order.WINDOW
     assert sorted(np.concatenate(bounded).tolist()) == spots.tolist()
     assert all(b.size <= 16 for b in bounded)
     # If the whole queue is within the look-ahead, the bound changes nothing.
     few = order._pieces(section[-857:], spots[-857:], 16, 4, 0, 0, 1)
     short = [b.tolist() for b in order._combine(few, 16)]
-    monkeypatch.setattr(order, "LOOK_AHEAD", 1 << 30)
+    monkeypatch.setattr(order, "WINDOW", 1 << 30)
     assert short == [b.tolist() for b in order._combine(few, 16)]
 
 

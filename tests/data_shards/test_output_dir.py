@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from comtip_shards import ShardError, ShardSet
-from comtip_shards.builder import output_dir
+from comtip_shards.builder import output_dir as out_dir
 from comtip_shards.builder.build import build_shards
 from comtip_shards.builder.merge import merge_sets
 from comtip_shards.builder.output_dir import STAGING, writing
@@ -92,10 +92,10 @@ def test_a_whole_set_is_not_touched(source: Path, copy: Path):
 def test_the_second_of_two_builds_finds_what_the_first_finished(source: Path, built: Path, tmp_path: Path, monkeypatch):
     """The first ends after the second looked at the folder and before it has the lock."""
     out = tmp_path / "set"
-    look = output_dir.built_already
+    check = out_dir.built_already
 
     def late(folder: Path, *rest: object):
-        found = look(folder, *rest)
+        found = check(folder, *rest)
         if not out.exists():
             shutil.copytree(built, out)
         return found

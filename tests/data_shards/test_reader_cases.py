@@ -418,6 +418,16 @@ def test_visium_hd_without_scale_factors(tmp_path: Path, mpp: str, table: str):
         open_source(path, overrides=facts | {"mpp": "20"})
 
 
+def test_flat_files_of_visium_hd_are_named(tmp_path: Path):
+    path, _ = hd(tmp_path / "hd")
+    flat_folder, b = tmp_path / "geo", path / "binned_outputs/square_016um"
+    flat_folder.mkdir()
+    shutil.copy(b / "filtered_feature_bc_matrix.h5", flat_folder / "GSM1_filtered_feature_bc_matrix.h5")
+    shutil.copy(b / "spatial/tissue_positions.parquet", flat_folder / "GSM1_tissue_positions.parquet")
+    with pytest.raises(SourceError, match=r"bins of Visium HD; put the files into binned_outputs/square_016um/"):
+        read(flat_folder)
+
+
 # -- packaging: Xenium --------------------------------------------------------------------------------------
 
 

@@ -500,3 +500,24 @@ def test_text_in_array_columns(tmp_path: Path):
     a.obs["array_row"], a.obs["array_col"] = a.obs["array_row"].astype(str), a.obs["array_col"].astype(str)
     section = read(write(tmp_path, a))
     np.testing.assert_array_equal(section.array_xy, np.column_stack([COL, ROW]))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_damaged_files_are_read_or_refused(tmp_path: Path, seed: int):
+    path = write(tmp_path, adata())
+    raw, rng = path.read_bytes(), np.random.default_rng(seed)
+    refused = 0
+    for _ in range(25):
+        data = bytearray(raw)
+        if rng.integers(3) == 0:
+            data = data[: int(rng.integers(len(raw)))]
+        else:  # the headers of groups are at the start
+            for at in rng.integers(min(len(raw), 20_000), size=rng.integers(1, 30)):
+                data[at] = rng.integers(256)
+        path.write_bytes(bytes(data))
+        try:
+            read(path)
+        except SourceError as error:
+            assert "a.h5ad" in str(error) or "section a" in str(error)
+            refused += 1
+    assert refused > 4

@@ -218,7 +218,7 @@ BAD = {
     "columns mixed up": (swap_columns, "array_row and array_col"),
     "too few": (lambda r: edit_positions(r, array_row=0), "too few spots"),
     "position is text": (lambda r: edit_positions(r, pxl_row_in_fullres="here"), "'here', not a number"),
-    "barcode twice": (lambda r: edit_positions(r, barcode=BARCODES[:1] * 12), "barcodes: 11 stand more than once"),
+    "barcode twice": (lambda r: edit_positions(r, barcode=BARCODES[:1] * 12), "barcodes: 11 occur more than once"),
     "no join": (lambda r: edit_positions(r, barcode=[f"T{i}-1" for i in range(12)]), "share no spot id"),
     "position gone": (lambda r: edit_positions(r, pxl_row_in_fullres=""), "too few spots"),
     "column gone": (

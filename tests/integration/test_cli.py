@@ -59,8 +59,8 @@ def test_build_and_verify(tiny_source: Path, tmp_path: Path):
 
 
 def test_a_run_killed_at_any_moment_and_resumed_is_the_same_run(config: Path, tmp_path: Path):
-    whole = run("pretrain", "--config", config, "--out", tmp_path / "whole")
-    assert whole.returncode == 0, whole.stderr
+    reference = run("pretrain", "--config", config, "--out", tmp_path / "reference")
+    assert reference.returncode == 0, reference.stderr
     out = tmp_path / "killed"
     kills = 0
     for delay in (0.1, 0.9, 1.7, 0.4):
@@ -86,8 +86,8 @@ def test_a_run_killed_at_any_moment_and_resumed_is_the_same_run(config: Path, tm
     done = run("pretrain", "--config", config, "--out", out, "--resume")
     assert done.returncode == 0, done.stderr
     assert kills >= 1
-    assert losses_of(out) == losses_of(tmp_path / "whole")
-    one, two = (load_file(d / "export/model.safetensors") for d in (out, tmp_path / "whole"))
+    assert losses_of(out) == losses_of(tmp_path / "reference")
+    one, two = (load_file(d / "export/model.safetensors") for d in (out, tmp_path / "reference"))
     assert one.keys() == two.keys()
     assert all(np.array_equal(one[k], two[k]) for k in one)
 

@@ -94,7 +94,7 @@ def make_views(tiles_NSS3: np.ndarray, plan: ViewPlan) -> np.ndarray:
 
 
 def rotate_flip(tile: np.ndarray, orientation: int, axes: tuple[int, int] = (0, 1)) -> np.ndarray:
-    """Rotate by ``orientation % 4`` quarter turns, then mirror left to right if it is 4 or more; no copy is made."""
+    """Rotate by ``orientation % 4`` quarter turns, then mirror left to right if it is 4 or more; does not copy."""
     rotated = np.rot90(tile, orientation % 4, axes)
     return np.flip(rotated, axes[1]) if orientation >= 4 else rotated
 

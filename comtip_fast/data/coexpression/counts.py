@@ -22,7 +22,7 @@ from comtip_shards.sources.anndata_source import gene_names
 from comtip_shards.sources.anndata_store import SUFFIXES, open_h5ad, read_part
 from comtip_shards.sources.base import as_counts
 from comtip_shards.sources.features import GENE_KIND
-from comtip_shards.sources.tenx import TenxMatrix
+from comtip_shards.sources.tenx_matrix import TenxMatrix
 from scipy import sparse
 
 BLOCK_ROWS = 4096

@@ -1,7 +1,7 @@
 """Mapping of gene identifiers to one key per gene: ``species:symbol``.
 
 Ensembl ids (with or without version), approved symbols, previous symbols and unambiguous aliases are resolved in this
-order. Names changed by spreadsheets (dates) and by R (dots, made-unique tails) are repaired where exactly one symbol
+order. Names changed by spreadsheets (dates) and by R (dots, tails of make.unique) are repaired where exactly one symbol
 fits. Ambiguous identifiers stay unmapped.
 """
 
@@ -42,7 +42,7 @@ _AMBIGUOUS_DATES = {("mar", 1), ("mar", 2)}
 _DATE = re.compile(rf"(?:(\d{{1,2}})-({'|'.join(_MONTHS)})t?|({'|'.join(_MONTHS)})t?-(\d{{1,2}}))$", re.IGNORECASE)
 _TAIL = re.compile(r"(?P<stem>.+)[-.]\d{1,2}$")
 _SEPARATOR = re.compile(r"[^A-Za-z0-9]")
-REPAIRED = ("date", "dots", "made unique")
+REPAIRED = ("date", "dots", "tail")
 """Values of :attr:`GeneHit.how` for repaired names."""
 
 
@@ -265,11 +265,11 @@ def map_genes(
 
 
 def _with_tails(identifiers: Sequence[str], hits: list[GeneHit]) -> list[GeneHit]:
-    """Resolve names with a made-unique tail (TBCE-1, TBCE.1) as the name without it, if that is a column too."""
+    """Resolve names with a tail of make.unique (TBCE-1, TBCE.1) as the name without it, if that is a column too."""
     known = {text: hit for text, hit in zip(identifiers, hits, strict=True) if hit.how != "unmapped"}
     out = []
     for text, hit in zip(identifiers, hits, strict=True):
         match = _TAIL.match(text) if hit.how == "unmapped" else None
         stem = known.get(match["stem"]) if match is not None else None
-        out.append(hit if stem is None else replace(stem, how="made unique"))
+        out.append(hit if stem is None else replace(stem, how="tail"))
     return out

@@ -1,6 +1,6 @@
-"""Make ``genes_v1.tsv.gz`` from public tables; run again, it gives the same bytes.
+"""Build ``genes_v1.tsv.gz`` from public tables; the output is byte-deterministic.
 
-python make_genes.py --hgnc hgnc_complete_set.txt.gz --mouse Mus_musculus.gene_info.gz \
+python make_resource.py --hgnc hgnc_complete_set.txt.gz --mouse Mus_musculus.gene_info.gz \
         --mouse-ensembl mouse_genes.tsv.gz
 """
 
@@ -42,7 +42,7 @@ def human(path: Path) -> pd.DataFrame:
 
 
 def mouse(info: Path, ensembl: Path) -> pd.DataFrame:
-    """Return mouse genes: NCBI's with their names, and Ensembl ids that only the second table knows."""
+    """Return mouse genes: those of NCBI with names, and those that only the Ensembl table has."""
     table = pd.read_csv(info, sep="\t", dtype=str, keep_default_na=False)
     table = table[table["type_of_gene"].isin({"protein-coding", "ncRNA", "rRNA", "scRNA", "snRNA", "snoRNA", "pseudo"})]
     ids = table["dbXrefs"].str.extract(r"Ensembl:(ENSMUSG\d+)", expand=False).fillna("")
@@ -64,7 +64,7 @@ def mouse(info: Path, ensembl: Path) -> pd.DataFrame:
     extra = pd.read_csv(ensembl, sep="\t", dtype=str, keep_default_na=False)
     extra["ensembl"] = extra["gene_id"].str.replace(r"\.\d+$", "", regex=True)
     extra = extra[~extra["ensembl"].isin(set(first["ensembl"]))].drop_duplicates("ensembl")
-    # The same symbol under another id: an older or newer id of one gene; one row, the further id is an alias.
+    # A known symbol with another id is an older or newer id of the same gene, and becomes an alias.
     known = first.set_index("symbol")["aliases"].to_dict()
     same = extra[extra["gene_name"].isin(known)]
     for symbol, identifier in zip(same["gene_name"], same["ensembl"], strict=True):
@@ -86,7 +86,7 @@ def mouse(info: Path, ensembl: Path) -> pd.DataFrame:
 
 
 def main() -> None:
-    """Write the table beside this file."""
+    """Write the table to ``resources`` next to this file."""
     parser = argparse.ArgumentParser(description=__doc__)
     for option in ("--hgnc", "--mouse", "--mouse-ensembl"):
         parser.add_argument(option, type=Path, required=True)

@@ -1,4 +1,4 @@
-"""Checks that a curator would make before a section is trained on, and the pages that show them."""
+"""Quality checks of a section before training, and the report pages."""
 
 from comtip_shards.qc.page import pages, write_pages
 from comtip_shards.qc.result import Finding, SectionReport, refuse_failed

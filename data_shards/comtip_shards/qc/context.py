@@ -1,8 +1,8 @@
-"""A section as the checks see it: a small picture, tissue told from glass, and how well counts fit the picture.
+"""Shared input of the checks: a downsampled image, a tissue mask, and the fit of counts to the image.
 
-The *fit* is the share of the variance of expression (total counts and the first principal components over spots) that
-colour and texture of the picture under the spots explain, adjusted for the number of features. It needs no training
-and no knowledge of organ or gene, and falls to that of a shifted map once positions are wrong by more than a spot.
+The *fit* is the share of the variance of expression (total counts and the first principal components over spots) that is
+explained by colour and texture of the image under the spots, adjusted for the number of features. It requires no training
+and no knowledge of organ or genes, and drops to that of a shifted map if positions are wrong by more than a spot.
 """
 
 from __future__ import annotations
@@ -19,58 +19,58 @@ from scipy.spatial import cKDTree
 from comtip_shards.sections.section import Section
 
 PICTURE_MPP, MAX_PICTURE_PX = 4.0, 3000
-"""The picture that positions are judged on: um per px, and the longest side; coarser where it would be larger."""
+"""um per px and maximum side length of the image on which positions are checked; larger images are downsampled further."""
 PATCH_MPP, PATCH_PX, MAX_PATCHES = 2.0, 96, 48
-"""Windows that colour and sharpness are judged on."""
+"""um per px, width and number of the patches on which colour and sharpness are checked."""
 CELL = 2
-"""Density is averaged over so many px of the picture, which keeps texture and costs a quarter."""
+"""Width in px of the cells over which density is averaged; keeps the texture at a quarter of the cost."""
 BLACK = 1.5
-"""Mean optical density above which a pixel is no tissue: a border, a masked background, a pen."""
+"""Maximum mean optical density of tissue; higher is a border, a masked background or a pen."""
 GLASS_RANGE = (0.02, 0.06)
-"""Bounds of the distance in density that tells tissue from glass; Otsu's threshold is kept between them, since it means
-nothing on a picture without glass (one whose background was painted over)."""
+"""Bounds of the density threshold between glass and tissue; Otsu's threshold is clipped to them, because it is meaningless
+on an image without glass (such as one with a masked background)."""
 MAX_GLASS = 0.1
-"""Optical density of glass in its densest channel; the brightest fifth of a picture full of tissue is denser in green."""
+"""Maximum optical density of glass in any channel; the brightest fifth of an image full of tissue is denser in green."""
 ON_TISSUE_SHARE, MIN_ON_TISSUE = 0.2, 0.6
-"""A spot is on tissue when this share of it is; positions may be right when this share of their spots are."""
+"""Minimum share of a spot's area for the spot to be on tissue; minimum share of spots for positions to be plausible."""
 MIN_COLOUR = 0.2
-"""Density of green less that of blue, over the distance from glass. Eosin and haematoxylin take green most; grey frames
-printed on the slide, dust and pens do not."""
+"""Minimum difference of green and blue density, relative to the distance from glass. Eosin and haematoxylin absorb green
+most; grey frames printed on the slide, dust and pens do not."""
 SMOOTH_UM = 25.0
-"""Tissue is judged over this width, so that gaps between cells belong to it."""
+"""Smoothing width of the tissue mask, so that gaps between cells count as tissue."""
 LATTICE_SHARE = 0.4
-"""Share of the distances to the six nearest neighbours that must agree for there to be a lattice: 0.67 on a square
-without rim, 0.47 to 0.62 on the sections of ``samples/``, 0.25 where spots are scattered."""
+"""Minimum share of equal distances to the six nearest neighbours on a lattice: 0.67 on an infinite square lattice, 0.47 to
+0.62 on the sections of ``samples/``, 0.25 for scattered spots."""
 COMPONENTS, VARIABLE_GENES, MIN_DETECTED = 5, 300, 0.1
 MIN_FIT_SPOTS, MAX_FIT_SPOTS = 60, 1500
-"""Fewer spots than this cannot tell a fit from chance (there are 8 features); more are thinned, evenly."""
+"""Minimum number of spots for a significant fit (there are 8 features); maximum number, above which spots are subsampled."""
 N_NULL, SEEN_SD = 24, 4.0
-"""Shifted maps that say what a fit is by chance, and how many of their standard deviations above them is a fit."""
+"""Number of shifted maps for the chance level of a fit; number of standard deviations above their mean that is significant."""
 _DENSITY = (-np.log10((np.arange(256) + 1) / 256)).astype(np.float32)
 
 
 @dataclass
 class SectionContext:
-    """What the checks are given. Everything dear is computed once, when first asked for."""
+    """Input of the checks; expensive values are computed on first use and cached."""
 
     section: Section
     picture_HW3: np.ndarray
     """uint8 RGB."""
     mpp: float
-    """um per px of the picture, by the section's stated scale."""
+    """um per px of the downsampled image, from the section's stated scale."""
     scale: float
-    """px of the picture per px of the section's image."""
+    """px of the downsampled image per px of the section's image."""
     patches_NPP3: np.ndarray
-    """uint8 RGB windows round some spots, at their own resolution where that is coarser than 2 um per px."""
+    """uint8 RGB patches around some spots, at 2 um per px or the image's resolution if that is coarser."""
     tile_um: float
     hires: dict[str, float] = field(default_factory=dict)
-    """Factors of a scalefactors_json.json that lies beside the image."""
+    """Scale factors of a scalefactors_json.json next to the image."""
     memo: dict[Hashable, Any] = field(default_factory=dict)
-    """What several checks share."""
+    """Cache of values shared by several checks."""
 
     @cached_property
     def xy(self) -> np.ndarray:
-        """Positions in px of the picture, float64 (n, 2)."""
+        """Positions in px of the downsampled image, float64 (n, 2)."""
         return np.asarray(self.section.xy, np.float64) * self.scale
 
     @cached_property
@@ -80,7 +80,7 @@ class SectionContext:
 
     @property
     def spot_um(self) -> float:
-        """Diameter of a spot in um; half the spacing where it is not stated, 100 where that is not either."""
+        """Diameter of a spot in um; half the spacing if it is not stated, 100 if neither is."""
         for value in (self.section.meta.spot_diameter_um, self.section.meta.spot_pitch_um / 2):
             if np.isfinite(value) and value > 0:
                 return float(value)
@@ -88,12 +88,12 @@ class SectionContext:
 
     @cached_property
     def pitch_px(self) -> float:
-        """Distance of neighbouring spots in px of the picture, NaN where they lie on no lattice."""
+        """Distance of neighbouring spots in px of the downsampled image, NaN if they are not on a lattice."""
         return lattice_pitch(self.xy)
 
     @cached_property
     def _cells(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean optical density, and mean square over channels' mean, of cells of 2 x 2 px; 0 where all is black.
+        """Mean optical density, and mean square of the mean over channels, of cells of 2 x 2 px; 0 if all is black.
 
         Returns
         -------
@@ -111,14 +111,14 @@ class SectionContext:
 
     @cached_property
     def tissue(self) -> np.ndarray:
-        """Where the picture shows tissue, bool per cell of 2 x 2 px."""
+        """Tissue mask, bool per cell of 2 x 2 px."""
         density = self._cells[0]
         mean = _over_channels(density)
         seen = mean > 0
         if not seen.any():
             return np.zeros(mean.shape, bool)
         glass = np.median(density[seen & (mean <= np.quantile(mean[seen], 0.2))], axis=0)
-        if glass.max() > MAX_GLASS:  # no glass in the picture: what a blank slide looks like will do
+        if glass.max() > MAX_GLASS:  # no glass in the image: use the density of a blank slide
             glass = np.full(3, 0.03, np.float32)
         sigma = SMOOTH_UM / (CELL * self.mpp)
         above = np.clip(density - glass, -0.3, 0.3)
@@ -129,14 +129,14 @@ class SectionContext:
         return (distance > threshold) & (colour > MIN_COLOUR * distance) & seen
 
     def tissue_share(self, xy: np.ndarray, width_um: float) -> np.ndarray:
-        """Return the share of tissue in squares of ``width_um`` round positions; 0 outside the picture."""
+        """Return the share of tissue in squares of ``width_um`` around positions; 0 outside the image."""
         size = max(1, round(width_um / (CELL * self.mpp)))
         if ("share", size) not in self.memo:
             self.memo["share", size] = ndimage.uniform_filter(self.tissue.astype(np.float32), size, mode="constant")
         return _sample(self.memo["share", size][None], xy / CELL)[:, 0]
 
     def on_tissue(self, xy: np.ndarray) -> np.ndarray:
-        """Return which spots at ``xy`` are on tissue, bool (n,)."""
+        """Return whether each spot at ``xy`` is on tissue, bool (n,)."""
         return self.tissue_share(xy, max(self.spot_um, 2 * CELL * self.mpp)) >= ON_TISSUE_SHARE
 
     @cached_property
@@ -150,7 +150,7 @@ class SectionContext:
 
     @cached_property
     def _expression(self) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of the spots that are used, and their standardised expression (n, 1 + components)."""
+        """Rows of the spots used for the fit, and their standardised expression (n, 1 + components)."""
         enough = np.flatnonzero(self.totals >= max(20, 0.1 * np.median(self.totals)))
         if len(enough) > MAX_FIT_SPOTS:
             enough = enough[np.linspace(0, len(enough) - 1, MAX_FIT_SPOTS).astype(int)]
@@ -160,13 +160,13 @@ class SectionContext:
 
     @property
     def can_fit(self) -> bool:
-        """Whether there is enough to compute a fit from."""
+        """Whether there are enough spots with counts to compute a fit."""
         return self._expression[1].shape[1] > 0
 
     def fit(self, xy: np.ndarray) -> float:
-        """Return how well expression fits the picture with all spots at ``xy`` (n, 2), px of the picture.
+        """Return the fit of expression to the image with all spots at ``xy`` (n, 2), px of the downsampled image.
 
-        It is 0 where most spots would be off tissue: glass and frames explain something of any map, by chance.
+        It is 0 if most spots are off tissue, because glass and frames explain some of any map by chance.
         """
         if self.on_tissue(xy[self._expression[0]]).mean() < MIN_ON_TISSUE:
             return 0.0
@@ -179,17 +179,17 @@ class SectionContext:
 
     @cached_property
     def as_given(self) -> float:
-        """The fit of the positions as they are."""
+        """The fit of the positions as given."""
         return self.fit(self.xy)
 
     def chance(self, xy: np.ndarray) -> float:
-        """Return the fit that positions must reach to be more than chance.
+        """Return the fit above which positions are better than chance.
 
-        It is that of maps shifted within the spots' box: their mean and so many standard deviations.
+        It is the mean fit of maps shifted within the bounding box of the spots, plus ``SEEN_SD`` standard deviations.
         """
         low, high = xy.min(0), xy.max(0)
         span = np.maximum(high - low, 1e-9)
-        rng = np.random.default_rng(0)  # a fixed draw: a report is a function of the section
+        rng = np.random.default_rng(0)  # fixed seed: a report is a function of the section
         shifts = rng.uniform(0.2, 0.8, (N_NULL, 2)) * span
         null = [self._explained_at(low + (xy - low + s) % span) for s in shifts]
         return float(np.mean(null) + SEEN_SD * np.std(null))
@@ -212,7 +212,7 @@ def expression_components(counts: sparse.csr_matrix) -> np.ndarray:
 
 
 def explained(features: np.ndarray, values: np.ndarray) -> float:
-    """Return the adjusted share of the variance of ``values`` (standardised) that ``features`` explain, mean of columns."""
+    """Return the adjusted R² of ``values`` (standardised) given ``features``, averaged over columns."""
     n, p = features.shape
     centred = features - features.mean(0)
     centred /= centred.std(0) + 1e-9
@@ -222,16 +222,16 @@ def explained(features: np.ndarray, values: np.ndarray) -> float:
 
 
 def lattice_pitch(xy: np.ndarray) -> float:
-    """Return the distance of neighbours on a square or hexagonal lattice, px; NaN where spots lie on none.
+    """Return the distance of neighbours on a square or hexagonal lattice, px; NaN if spots are not on one.
 
-    It is the middle of the most common distance among the six nearest neighbours of all spots, within a quarter: a
-    square has four at one pitch, a hexagon six, spots scattered over an array hardly two. Means of nearest neighbours
-    are too small where spots jitter.
+    It is the median of the most common distance (within 25 %) among the six nearest neighbours of all spots: on a square
+    lattice four of them have one distance, on a hexagonal one six, for scattered spots hardly two. The mean distance of
+    nearest neighbours would be too small if positions have noise.
     """
     if len(xy) < 4:
         return float("nan")
     distance, _ = cKDTree(xy).query(xy, k=min(7, len(xy)))
-    logs = np.sort(np.log(distance[:, 1:][distance[:, 1:] > 0]))  # two spots in one place say nothing
+    logs = np.sort(np.log(distance[:, 1:][distance[:, 1:] > 0]))  # spots at the same position carry no information
     if not logs.size:
         return float("nan")
     stop = np.searchsorted(logs, logs + np.log(1.25), side="right")
@@ -242,7 +242,7 @@ def lattice_pitch(xy: np.ndarray) -> float:
 
 
 def otsu(values: np.ndarray) -> float:
-    """Return the threshold that parts values into the two classes with the largest variance between them."""
+    """Return Otsu's threshold, which maximises the variance between the two classes."""
     count, edges = np.histogram(values, 256)
     middle = (edges[1:] + edges[:-1]) / 2
     below, mass = np.cumsum(count), np.cumsum(count * middle)
@@ -252,11 +252,11 @@ def otsu(values: np.ndarray) -> float:
 
 
 def _over_channels(values_HW3: np.ndarray) -> np.ndarray:
-    """Return the mean over channels; numpy's own over a last axis of 3 takes ten times as long."""
+    """Return the mean over channels; ten times as fast as numpy's mean over a last axis of 3."""
     return (values_HW3[..., 0] + values_HW3[..., 1] + values_HW3[..., 2]) / 3
 
 
 def _sample(maps_KHW: np.ndarray, xy: np.ndarray) -> np.ndarray:
-    """Return the maps' values at positions (px from the edge), float (n, K); 0 outside."""
-    at = [xy[:, 1] - 0.5, xy[:, 0] - 0.5]
-    return np.stack([ndimage.map_coordinates(m, at, order=1, mode="constant") for m in maps_KHW], axis=1)
+    """Interpolate maps at positions (px from the edge), float (n, K); 0 outside."""
+    coordinates = [xy[:, 1] - 0.5, xy[:, 0] - 0.5]
+    return np.stack([ndimage.map_coordinates(m, coordinates, order=1, mode="constant") for m in maps_KHW], axis=1)

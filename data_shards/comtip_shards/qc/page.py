@@ -1,4 +1,4 @@
-"""The pages of a check: one per section with its overlay picture, and a table of all sections. Files stand alone."""
+"""Report pages: one per section with its overlay image, and a table of all sections. Files are self-contained."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from comtip_shards.storage.atomic import atomic_folder
 EXTENSIONS = ("json", "html")
 OVERLAY_PX = 1000
 RAMP = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
-"""Few counts to many, readable without colour vision."""
+"""Colours from few counts to many, safe for colour blindness."""
 MARK = (220, 30, 30)
 _SUPER = 2
-"""Drawn larger and shrunk, so that discs are smooth."""
+"""Supersampling factor, for smooth discs."""
 
 
-def overlay(look: SectionContext, findings: Sequence[Finding]) -> bytes:
-    """Return a JPEG: the picture, spots coloured by log total counts, those of a failed check ringed in red."""
-    height, width = look.picture_HW3.shape[:2]
+def overlay(context: SectionContext, findings: Sequence[Finding]) -> bytes:
+    """Return a JPEG of the image with spots coloured by log total counts; spots of checks that warn or fail have a red ring."""
+    height, width = context.picture_HW3.shape[:2]
     scale = _SUPER * min(1.0, OVERLAY_PX / max(height, width))
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    canvas = Image.fromarray(look.picture_HW3).resize(size, Image.Resampling.LANCZOS).convert("RGB")
+    canvas = Image.fromarray(context.picture_HW3).resize(size, Image.Resampling.LANCZOS).convert("RGB")
     draw = ImageDraw.Draw(canvas)
-    radius = look.spot_um / 2 / look.mpp * scale
+    radius = context.spot_um / 2 / context.mpp * scale
     radius = float(np.clip(radius, 2.0 * _SUPER, 12.0 * _SUPER)) * 0.8
     marked = {i for f in findings if f.status in (WARN, FAIL) for i in f.spots}
-    colours = ramp(np.log1p(look.totals))
-    for i, (x, y) in enumerate(look.xy * scale):
+    colours = ramp(np.log1p(context.totals))
+    for i, (x, y) in enumerate(context.xy * scale):
         box = (x - radius, y - radius, x + radius, y + radius)
         draw.ellipse(box, fill=tuple(int(c) for c in colours[i]))
         if i in marked:
@@ -52,11 +52,13 @@ def overlay(look: SectionContext, findings: Sequence[Finding]) -> bytes:
 
 
 def ramp(values: np.ndarray) -> np.ndarray:
-    """Return colours uint8 (n, 3): 2nd to 98th percentile over :data:`RAMP`."""
+    """Map values to colours, uint8 (n, 3): 2nd to 98th percentile over :data:`RAMP`."""
     low, high = np.quantile(values, [0.02, 0.98])
-    at = np.clip((values - low) / max(high - low, 1e-9), 0, 1) * (len(RAMP) - 1)
+    level = np.clip((values - low) / max(high - low, 1e-9), 0, 1) * (len(RAMP) - 1)
     anchors = np.array(RAMP, np.float64)
-    return np.stack([np.interp(at, np.arange(len(RAMP)), anchors[:, c]) for c in range(3)], 1).round().astype(np.uint8)
+    return (
+        np.stack([np.interp(level, np.arange(len(RAMP)), anchors[:, c]) for c in range(3)], 1).round().astype(np.uint8)
+    )
 
 
 def section_page(report: SectionReport) -> str:
@@ -68,9 +70,14 @@ def section_page(report: SectionReport) -> str:
 
 
 def index_page(sections: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], without_page: Collection[str] = ()) -> str:
-    """Return the HTML table of all sections: (section id, :meth:`SectionReport.summary`) each.
+    """Return the HTML table of all sections.
 
-    ``without_page`` are ids of sections that the table does not link to a page of their own.
+    Parameters
+    ----------
+    sections
+        (section id, :meth:`SectionReport.summary`) of each section.
+    without_page
+        Ids of sections that have no page to link to.
     """
     names = list(dict.fromkeys(f["name"] for _, findings in sections for f in findings))
     rows = [
@@ -86,21 +93,34 @@ def index_page(sections: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], with
 
 
 def pages(report: SectionReport) -> dict[str, str]:
-    """Return the texts of ``<section_id>.json`` and ``.html``, by extension."""
+    """Return the contents of ``<section_id>.json`` and ``.html``, by extension."""
     return {"json": report.to_json(), "html": section_page(report)}
 
 
 def write_pages(sections: Iterable[tuple[str, Mapping[str, str], Sequence[Mapping[str, Any]]]], folder: Path) -> None:
-    """Write a folder of reports anew: (section id, :func:`pages`, :meth:`SectionReport.summary`) each, and ``index.html``."""
+    """Replace a folder of reports: one page per section, and ``index.html``.
+
+    Parameters
+    ----------
+    sections
+        (section id, :func:`pages`, :meth:`SectionReport.summary`) of each section.
+    folder
+        Folder to write; an existing one is replaced.
+
+    Raises
+    ------
+    SourceError
+        The folder is a link.
+    """
     if folder.is_symlink():
         raise SourceError(
-            f"{folder}: is a link, and the folder of reports is written anew; delete it, or give a new folder"
+            f"{folder}: is a link, but the folder of reports is replaced; delete the link, or give a new folder"
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
     summaries, without_page = [], set()
     with atomic_folder(folder) as tmp_path:
         tmp_path.mkdir()
-        for section, texts, summary in sections:  # one at a time: pages hold images
+        for section, texts, summary in sections:  # one at a time, because pages contain images
             for extension, text in texts.items():
                 inside(tmp_path, f"{section}.{extension}").write_text(text, encoding="utf-8")
             summaries.append((section, summary))

@@ -1,4 +1,4 @@
-"""What a check says, and what a section's checks say together."""
+"""Result of one check, and report of all checks of a section."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ OK, WARN, FAIL, NOT_APPLICABLE = "ok", "warn", "fail", "not applicable"
 STATUSES = (FAIL, WARN, OK, NOT_APPLICABLE)
 FORMAT, VERSION = "comtip-section-report", 1
 MAX_LISTED_SPOTS = 1000
-"""Ids of marked spots that a report lists; their number is always whole."""
+"""Maximum number of spot ids in a report; their total number is always reported."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """The answer of one check."""
+    """Result of one check."""
 
     name: str
     status: str
     """``ok``, ``warn``, ``fail`` or ``not applicable``."""
     figure: float | None = None
-    """What was measured, None where nothing could be."""
+    """The measured value, None if nothing could be measured."""
     threshold: float | None = None
-    """The figure from which on the check warns."""
-    said: str
-    """The measurement in a sentence."""
+    """The value at which the check warns."""
+    message: str
+    """The measurement in a sentence; the key in files is ``said``."""
     advice: str = ""
-    """What to do, empty where all is well."""
+    """What to do, empty if the check passed."""
     spots: Sequence[int] = ()
-    """Rows of the spots that the finding is about."""
+    """Rows of the affected spots."""
 
     @property
     def line(self) -> str:
-        """One line for report.txt and the manifest's notes."""
-        return f"check {self.name}: {self.status}: {self.said}{'; ' + self.advice if self.advice else ''}"
+        """The finding in one line, for report.txt and the manifest's notes."""
+        return f"check {self.name}: {self.status}: {self.message}{'; ' + self.advice if self.advice else ''}"
 
 
-def graded(name: str, figure: float, warn: float, fail: float, said: str, advice: str, **more: Any) -> Finding:
-    """Return a finding whose status follows from two thresholds; ``fail`` may lie above or below ``warn``."""
+def graded(name: str, figure: float, warn: float, fail: float, message: str, advice: str, **more: Any) -> Finding:
+    """Return a finding with a status derived from two thresholds; ``fail`` may be above or below ``warn``."""
     sign = 1 if fail >= warn else -1
     status = FAIL if sign * figure >= sign * fail else WARN if sign * figure >= sign * warn else OK
     return Finding(
@@ -49,28 +49,28 @@ def graded(name: str, figure: float, warn: float, fail: float, said: str, advice
         status=status,
         figure=round(float(figure), 4),
         threshold=warn,
-        said=said,
+        message=message,
         advice="" if status == OK else advice,
         **more,
     )
 
 
 def not_applicable(name: str, why: str) -> Finding:
-    """Return the finding of a check that cannot be made."""
-    return Finding(name=name, status=NOT_APPLICABLE, said=why)
+    """Return the finding of a check that cannot be performed."""
+    return Finding(name=name, status=NOT_APPLICABLE, message=why)
 
 
 @dataclass
 class SectionReport:
-    """All findings on one section."""
+    """All findings for one section."""
 
     section_id: str
     facts: dict[str, Any]
-    """Where the section is from: dataset, donor, platform, um per px, ..."""
+    """Provenance of the section: dataset, donor, platform, um per px, ..."""
     findings: list[Finding]
     spot_ids: list[str] = field(default_factory=list)
     overlay: bytes = b""
-    """JPEG of the spots over the picture, empty where the section could not be read."""
+    """JPEG of the image with its spots, empty if the section could not be read."""
 
     @property
     def status(self) -> str:
@@ -79,19 +79,19 @@ class SectionReport:
 
     @property
     def lines(self) -> list[str]:
-        """What is not well, one line each."""
+        """Findings that warn or fail, one line each."""
         return [f.line for f in self.findings if f.status in (WARN, FAIL)]
 
     def summary(self) -> list[dict[str, Any]]:
-        """Return what the manifest keeps of each check: all but the spots."""
-        names = ("name", "status", "figure", "said", "advice")
-        return [{n: getattr(f, n) for n in names} for f in self.findings]
+        """Return the entries of the manifest for each check: everything except threshold and spots."""
+        fields = {"name": "name", "status": "status", "figure": "figure", "said": "message", "advice": "advice"}
+        return [{key: getattr(f, name) for key, name in fields.items()} for f in self.findings]
 
     def to_json(self) -> str:
-        """Return the text of ``report/<section_id>.json``."""
+        """Return the content of ``report/<section_id>.json``."""
         findings = []
         for f in self.findings:
-            entry = asdict(f) | {
+            entry = {"said" if k == "message" else k: v for k, v in asdict(f).items()} | {
                 "spots": [self.spot_ids[i] for i in f.spots[:MAX_LISTED_SPOTS]],
                 "n_spots": len(f.spots),
             }
@@ -108,19 +108,19 @@ class SectionReport:
 
 
 def worst(statuses: Iterable[str]) -> str:
-    """Return the worst of some statuses; ``not applicable`` where there is none better or worse."""
+    """Return the worst of some statuses; ``not applicable`` if there are none."""
     return min(statuses, key=STATUSES.index, default=NOT_APPLICABLE)
 
 
 def explain(findings: Sequence[Finding], causes: Sequence[tuple[str, Sequence[str]]]) -> list[Finding]:
-    """Silence findings that follow from another one, so that a report names the cause and not its consequences.
+    """Suppress findings that follow from another one, so that a report names the cause and not its consequences.
 
     Parameters
     ----------
     findings
-        Of one section.
+        Findings of one section.
     causes
-        (cause, what it explains), the deepest cause first.
+        (cause, names of the findings it explains), the root cause first.
     """
     out = {f.name: f for f in findings}
     for cause, explained in causes:
@@ -132,23 +132,23 @@ def explain(findings: Sequence[Finding], causes: Sequence[tuple[str, Sequence[st
                         status=NOT_APPLICABLE,
                         advice="",
                         spots=(),
-                        said=f"cannot be judged until {cause} is mended (measured: {out[name].said})",
+                        message=f"cannot be assessed until {cause} is fixed (measured: {out[name].message})",
                     )
     return list(out.values())
 
 
 def refuse_failed(sections: Iterable[tuple[str, Sequence[Mapping[str, Any]]]]) -> None:
-    """Raise when any check of any section failed (one that warns is a question, not a refusal).
+    """Raise if any check of any section failed; warnings are accepted.
 
     Parameters
     ----------
     sections
-        (section id, :meth:`SectionReport.summary`) each.
+        (section id, :meth:`SectionReport.summary`) of each section.
 
     Raises
     ------
     SourceError
-        Naming every section, check and fix.
+        A check failed; names every section, check and fix.
     """
     failed = [(i, f) for i, findings in sections for f in findings if f["status"] == FAIL]
     if failed:

@@ -1,4 +1,4 @@
-"""All checks of one section, and of a whole source."""
+"""Run all checks on a section or on all sections of a source."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CHECKS: tuple[Callable[[SectionContext], Finding], ...] = (
     geometry.orientation,
     geometry.corner,
 )
-"""In the order of a report."""
+"""All checks, in the order of a report."""
 POSITIONS = ("full_or_hires", "orientation", "corner")
 CAUSES = (
     ("stain", ("on_tissue", "background", "blur", *POSITIONS)),
@@ -44,58 +44,61 @@ CAUSES = (
     ("corner", ("on_tissue",)),
     ("on_tissue", ("background",)),
 )
-"""What follows from what: on positions that are mirrored, spots lie off tissue too."""
+"""(cause, checks it explains): for example, spots are off tissue because positions are mirrored."""
 
 
 def check_section(section: Section, slide: Slide | None = None, *, tile_um: float = 224.0) -> SectionReport:
-    """Make every check on a section that was read.
+    """Run all checks on a section.
 
     Parameters
     ----------
     section
-        As a source gives it.
+        The section as returned by a source.
     slide
-        Its image, opened; None opens it here.
+        Its opened image; None opens it.
     tile_um
-        Width of the tiles that will be cut, um.
+        Width in um of the tiles to be cut.
     """
     if slide is None:
         with section.open_slide() as opened:
             return check_section(section, opened, tile_um=tile_um)
-    look = build_context(section, slide, tile_um)
-    findings = explain([check(look) for check in CHECKS], CAUSES)
-    return SectionReport(section.meta.section_id, _facts(look), findings, section.spot_ids, overlay(look, findings))
+    context = build_context(section, slide, tile_um)
+    findings = explain([check(context) for check in CHECKS], CAUSES)
+    return SectionReport(
+        section.meta.section_id, _facts(context), findings, section.spot_ids, overlay(context, findings)
+    )
 
 
 def build_context(section: Section, slide: Slide, tile_um: float) -> SectionContext:
-    """Read what the checks need of the image: a small picture of all of it, and some windows."""
+    """Read the image data for the checks: a downsampled image and some patches."""
     mpp = section.meta.mpp
     wanted = max(PICTURE_MPP, mpp * max(slide.size) / min(MAX_PICTURE_PX, max(slide.whole_size)))
     size, small_mpp, scale = shrunk_size(slide.size, mpp, wanted)
     none = np.zeros((0, PATCH_PX, PATCH_PX, 3), np.uint8)
-    look = SectionContext(
+    context = SectionContext(
         section, slide.shrunk(size), small_mpp, scale, none, tile_um, _scalefactors(section.image_path)
     )
     patch_mpp = max(PATCH_MPP, mpp)
     _, fine_mpp, fine_scale = shrunk_size(slide.size, mpp, patch_mpp)
-    xy = np.floor(_patch_centres(look) / scale * fine_scale) / fine_scale  # whole px: nothing is resampled
+    xy = np.floor(_patch_centres(context) / scale * fine_scale) / fine_scale  # integer px, so that nothing is resampled
     side = PATCH_PX
-    if np.isfinite(slide.tile_limit_um):  # pixels at spots only, and no wider than ready-made patches
+    if np.isfinite(slide.tile_limit_um):  # only precomputed patches at the spots are available
         xy, side = _evenly(section.xy, MAX_PATCHES), max(1, min(side, int(1.004 * slide.tile_limit_um / fine_mpp)))
-    look.patches_NPP3 = slide.tiles(xy, mpp, side * fine_mpp, side, patch_mpp)
-    return look
+    context.patches_NPP3 = slide.tiles(xy, mpp, side * fine_mpp, side, patch_mpp)
+    return context
 
 
-def _patch_centres(look: SectionContext) -> np.ndarray:
-    """Return where to judge colour and sharpness, px of the picture: half at spots on tissue, half anywhere on tissue.
+def _patch_centres(context: SectionContext) -> np.ndarray:
+    """Return centres of patches for colour and sharpness, px of the downsampled image.
 
-    Positions may be wrong, and tissue that no spot covers may be another stain; without tissue, any spot inside will do.
+    Half are spots on tissue, half are anywhere on tissue, because positions may be wrong, and uncovered tissue may have
+    another stain. Without tissue, all spots inside the image are used.
     """
-    height, width = look.picture_HW3.shape[:2]
-    cells = (np.argwhere(look.tissue)[:, ::-1] + 0.5) * CELL
-    found = [_evenly(look.xy[look.on_tissue(look.xy)], MAX_PATCHES // 2), _evenly(cells, MAX_PATCHES // 2)]
+    height, width = context.picture_HW3.shape[:2]
+    cells = (np.argwhere(context.tissue)[:, ::-1] + 0.5) * CELL
+    found = [_evenly(context.xy[context.on_tissue(context.xy)], MAX_PATCHES // 2), _evenly(cells, MAX_PATCHES // 2)]
     if not sum(map(len, found)):
-        found = [_evenly(look.xy[((look.xy >= 0) & (look.xy < [width, height])).all(1)], MAX_PATCHES)]
+        found = [_evenly(context.xy[((context.xy >= 0) & (context.xy < [width, height])).all(1)], MAX_PATCHES)]
     return np.concatenate(found)
 
 
@@ -104,22 +107,22 @@ def _evenly(rows: np.ndarray, n: int) -> np.ndarray:
 
 
 def _scalefactors(image: Path) -> dict[str, float]:
-    """Return the factors that Space Ranger wrote beside an image, so that a finding can name one."""
+    """Return the scale factors that Space Ranger wrote next to an image, so that a finding can name one."""
     for folder in (image.parent, image.parent / "spatial"):
         path = folder / "scalefactors_json.json"
         if path.is_file():
             try:
                 found = json.loads(path.read_text(encoding="utf-8"))
             except (OSError, ValueError):
-                return {}  # a reader that needs it says so
+                return {}  # a reader that needs the file reports the error
             return {
                 k: float(v) for k, v in found.items() if k.endswith("scalef") and isinstance(v, (int, float)) and v > 0
             }
     return {}
 
 
-def _facts(look: SectionContext) -> dict[str, Any]:
-    meta = look.section.meta
+def _facts(context: SectionContext) -> dict[str, Any]:
+    meta = context.section.meta
     names = (
         "dataset",
         "species",
@@ -135,51 +138,51 @@ def _facts(look: SectionContext) -> dict[str, Any]:
     facts = {n: getattr(meta, n) for n in names}
     facts = {n: None if isinstance(v, float) and not np.isfinite(v) else v for n, v in facts.items()}
     return facts | {
-        "spots": len(look.section.spot_ids),
-        "genes": len(look.section.gene_ids),
-        "counts": int(look.totals.sum()),
-        "dropped_spots": dict(look.section.dropped),
-        "notes": list(look.section.notes),
-        "tile_um": look.tile_um,
+        "spots": len(context.section.spot_ids),
+        "genes": len(context.section.gene_ids),
+        "counts": int(context.totals.sum()),
+        "dropped_spots": dict(context.section.dropped),
+        "notes": list(context.section.notes),
+        "tile_um": context.tile_um,
     }
 
 
 def check_source(source: SectionSource, *, tile_um: float = 224.0) -> SectionReport:
-    """Read a section and check it; what cannot be read becomes the one finding of its report."""
+    """Read and check a section; an error of the reader becomes the only finding of its report."""
     try:
         return check_section(source.read(), tile_um=tile_um)
     except SourceError as error:
-        finding = Finding(name="read", status=FAIL, said=str(error), advice="mend the file that is named")
+        finding = Finding(name="read", status=FAIL, message=str(error), advice="fix the file named in the message")
         return SectionReport(source.meta.section_id, {"dataset": source.meta.dataset}, [finding])
 
 
 def check_sources(
     sources: Sequence[SectionSource], out: Path, *, tile_um: float = 224.0, progress: bool = False
 ) -> list[SectionReport]:
-    """Check sections and write a page each, and ``index.html``, into ``out``.
+    """Check sections, and write one page for each and ``index.html`` to ``out``.
 
     Parameters
     ----------
     sources
-        From :func:`comtip_shards.sources.open_source`.
+        Sections, from :func:`comtip_shards.sources.open_source`.
     out
-        A new folder, or one that holds nothing but an earlier check's files.
+        A new folder, or one that contains only files of an earlier check.
     tile_um
-        Width of the tiles that will be cut, um.
+        Width in um of the tiles to be cut.
     progress
-        Show a bar on a terminal.
+        Show a progress bar on a terminal.
 
     Raises
     ------
     SourceError
         ``out`` holds other files.
     """
-    out = Path(out).resolve()  # the user may name a link; what is below it may be none
+    out = Path(out).resolve()  # the folder itself may be a link; files below it must not be
     if out.exists() and not out.is_dir():
         raise SourceError(f"{out} is a file; give a folder")
     foreign = _foreign(out) if out.exists() else []
     if foreign:
-        raise SourceError(f"{out} holds other files ({', '.join(foreign[:3])}); give a new folder")
+        raise SourceError(f"{out} contains other files ({', '.join(foreign[:3])}); give a new folder")
     bar = tqdm(sources, desc="checks", unit="section", disable=None if progress else True)
     reports = [check_source(s, tile_um=tile_um) for s in bar]
     write_pages([(r.section_id, pages(r), r.summary()) for r in reports], out)
@@ -187,9 +190,9 @@ def check_sources(
 
 
 def _foreign(folder: Path) -> list[str]:
-    """Return what in a folder was not written by a check: it writes pairs of .json and .html, and an index."""
-    there = {p.name for p in folder.iterdir()}
-    stems = {Path(n).stem for n in there if n.endswith(".json")} & {Path(n).stem for n in there if n.endswith(".html")}
+    """Return the files of a folder that are not from a check, which writes pairs of .json and .html, and an index."""
+    names = {p.name for p in folder.iterdir()}
+    stems = {Path(n).stem for n in names if n.endswith(".json")} & {Path(n).stem for n in names if n.endswith(".html")}
     return sorted(
-        n for n in there if n != "index.html" and not (n.endswith((".json", ".html")) and Path(n).stem in stems)
+        n for n in names if n != "index.html" and not (n.endswith((".json", ".html")) and Path(n).stem in stems)
     )

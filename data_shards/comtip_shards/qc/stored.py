@@ -1,7 +1,7 @@
-"""Pages of a section's checks read back from a shard set: parsed and rendered again, never copied.
+"""Read report pages from a shard set: parsed and rendered again, never copied.
 
-The pages are not covered by a hash, and a browser shows them. So the JSON is validated, the picture is decoded, and the HTML
-comes from this package's own template. For pages that this version wrote, the result has the same bytes.
+The pages are not covered by a hash, and are opened in browsers. Therefore the JSON is validated, the image is decoded, and
+the HTML is rendered from this package's template. For pages written by this version, the result has the same bytes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from comtip_shards.qc.result import FORMAT, MAX_LISTED_SPOTS, STATUSES, VERSION,
 from comtip_shards.storage.regular_file import read_regular
 
 MAX_BYTES = 16 * 2**20
-"""Largest page; those of a section of 50,000 spots have about 2 MB."""
+"""Maximum size of a page; those of a section with 50,000 spots have about 2 MB."""
 MAX_FINDINGS = 100
 _PICTURE = re.compile(r'src="data:image/jpeg;base64,([A-Za-z0-9+/=]+)"')
 
@@ -59,18 +59,18 @@ _ADAPTER = TypeAdapter(_Report)
 
 
 def stored_pages(folder: Path, section_id: str) -> tuple[dict[str, str], str]:
-    """Return the pages of one section, rendered again, and why there are none where there were some.
+    """Return the rendered pages of one section, or why they cannot be used.
 
     Parameters
     ----------
     folder
         ``report/`` of a shard set.
     section_id
-        Checked already.
+        A validated section id.
 
     Returns
     -------
-    ``({"json": text, "html": text}, "")``, or ``({}, problem)``; the problem is empty where no page is there.
+    ``({"json": text, "html": text}, "")``, or ``({}, problem)``; the problem is empty if there are no pages.
     """
     paths = {e: inside(folder, f"{section_id}.{e}") for e in ("json", "html")}
     if not any(p.exists() or p.is_symlink() for p in paths.values()):
@@ -97,7 +97,7 @@ def _parse(text: str, section_id: str) -> _Report:
     if (read.format, read.version, read.section_id) != (FORMAT, VERSION, section_id):
         raise ValueError("it is not the report of this section")
     if not {read.status, *(f.status for f in read.findings)} <= set(STATUSES) or len(read.findings) > MAX_FINDINGS:
-        raise ValueError("its findings are not those of a check")
+        raise ValueError("its findings are not from a check")
     if any(len(f.spots) != min(f.n_spots, MAX_LISTED_SPOTS) for f in read.findings):
         raise ValueError("a finding does not list its spots")
     return read
@@ -110,9 +110,9 @@ def _report(read: _Report, overlay: bytes) -> SectionReport:
             status=f.status,
             figure=f.figure,
             threshold=f.threshold,
-            said=f.said,
+            message=f.said,
             advice=f.advice,
-            spots=range(f.n_spots),  # the page says how many
+            spots=range(f.n_spots),  # the page shows only their number
         )
         for f in read.findings
     ]
@@ -120,7 +120,7 @@ def _report(read: _Report, overlay: bytes) -> SectionReport:
 
 
 def _picture(html: str) -> bytes:
-    """Return the JPEG of a page once it is known to be one, empty where the page has none."""
+    """Return the validated JPEG of a page, empty if the page has none."""
     found = _PICTURE.search(html)
     if found is None:
         return b""
@@ -128,8 +128,8 @@ def _picture(html: str) -> bytes:
         overlay = base64.b64decode(found[1], validate=True)
         with Image.open(io.BytesIO(overlay), formats=["JPEG"]) as image:
             if max(image.size) > OVERLAY_PX:
-                raise ValueError(f"its picture has {image.width} x {image.height} px")
+                raise ValueError(f"its image has {image.width} x {image.height} px")
             image.load()
     except (binascii.Error, OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"its picture cannot be decoded ({error})") from error
+        raise ValueError(f"its image cannot be decoded ({error})") from error
     return overlay

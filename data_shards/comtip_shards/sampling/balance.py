@@ -1,4 +1,4 @@
-"""Epochs in which groups of spots (organs, platforms) weigh alike: a pure function of (seed, epoch)."""
+"""Epochs with equally weighted groups of spots (organs, platforms): a pure function of (seed, epoch)."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from comtip_shards.sampling.rng import bits
 
 
 def balanced_draw(group: np.ndarray, spot_index: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """Draw an epoch in which every group has the same number of spots, give or take one.
+    """Draw an epoch in which the numbers of spots of all groups differ by at most one.
 
     Parameters
     ----------
     group, spot_index
         (n,): group of each spot (any values), and the spots.
     seed, epoch
-        All that the draw depends on.
+        The draw depends only on these.
 
     Returns
     -------
     int64 (n,)
-        A group goes through its spots in keyed order as often as its share asks: a small group's spots come
-        several times, and a large group gives another part of its spots in every epoch.
+        Each group repeats its spots in keyed order until its share is filled: spots of a small group occur several
+        times, and a large group contributes a different subset in every epoch.
     """
     groups = np.unique(group)
     share, more = divmod(spot_index.size, groups.size)

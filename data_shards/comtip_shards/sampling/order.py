@@ -1,4 +1,4 @@
-"""The order of spots: a pure function of (seed, epoch), so that it can be asked for again at any time."""
+"""Order of spots: a pure function of (seed, epoch), so that it can be recomputed at any time."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import numpy as np
 
 from comtip_shards.sampling.rng import bits, permutation
 
-LOOK_AHEAD = 512
-"""Pieces among which a batch is put together."""
+WINDOW = 512
+"""Number of pieces considered when a batch is composed."""
 
 
 def epoch_batches(
@@ -30,19 +30,19 @@ def epoch_batches(
     batch_size
         B; the last batch may be smaller.
     sections_per_batch
-        k: spots are shuffled within their section and cut into pieces of about B / k, pieces are shuffled, and
-        k of them, of different sections where there still are, make a batch. None shuffles all spots alike.
+        k: spots are shuffled within their section and cut into pieces of about B / k; pieces are shuffled, and k of
+        them, from different sections if available, form a batch. None shuffles all spots globally.
     seed, epoch
-        All that the order depends on.
+        The order depends only on these.
     run
-        Spots that stay together: a section's spots are cut into runs of so many that lie side by side in the shards,
-        at another place in each epoch, and runs are shuffled instead of spots. Each run is one sequential read and,
-        by the layout of the shards, a random draw from its section. 1 shuffles every spot alike.
+        Length of runs: a section's spots are cut into runs of this many spots that are adjacent in the shards, with a
+        different offset in each epoch, and runs are shuffled instead of spots. Each run is one sequential read and,
+        by the layout of the shards, a random sample of its section. 1 shuffles individual spots.
 
     Returns
     -------
     list of int64 arrays
-        A batch of a single spot is joined to the one before it: it would have no negatives.
+        A last batch of a single spot is appended to the previous batch, because it would have no negatives.
     """
     spot_index = np.asarray(spot_index, np.int64)
     if sections_per_batch is None or np.unique(section).size == 1:
@@ -53,17 +53,17 @@ def epoch_batches(
 
 
 def _shuffled(section: np.ndarray, spot_index: np.ndarray, run: int, seed: int, epoch: int) -> np.ndarray:
-    """Return the spots in keyed order, runs of a section kept whole."""
+    """Return the spots in keyed order, keeping the runs of a section together."""
     leader = spot_index
     if run > 1:
         leader = np.empty_like(spot_index)
         for s in np.unique(section):
             own = np.sort(spot_index[section == s])
-            place = np.arange(own.size)
+            position = np.arange(own.size)
             offset = int(bits(seed, "runs", epoch, index=int(s))) % run
-            by_spot = own[np.maximum(place - (place + offset) % run, 0)]
+            by_spot = own[np.maximum(position - (position + offset) % run, 0)]
             leader[section == s] = by_spot[np.searchsorted(own, spot_index[section == s])]
-    # Spots of one run have the same number; the second key keeps them in the order of the shard.
+    # Spots of one run have the same key; the secondary key keeps them in the order of the shard.
     return spot_index[np.lexsort((spot_index, bits(seed, "order", epoch, index=leader)))]
 
 
@@ -81,13 +81,13 @@ def _pieces(
 
 
 def _combine(pieces: list[tuple[int, np.ndarray]], batch_size: int) -> list[np.ndarray]:
-    """Fill batches from the front of the queue, passing over sections that the batch already has.
+    """Fill batches from the front of the queue, skipping sections that are already in the batch.
 
-    Only the first pieces of the queue are looked at, so that millions of spots take seconds and not days.
+    Only the first pieces of the queue are considered, so that the time is linear in the number of pieces.
     """
     batches = []
     later = iter(pieces)
-    queue = list(islice(later, LOOK_AHEAD))
+    queue = list(islice(later, WINDOW))
     while queue:
         taken: list[int] = []
         used: set[int] = set()
@@ -102,8 +102,8 @@ def _combine(pieces: list[tuple[int, np.ndarray]], batch_size: int) -> list[np.n
                     used.add(s)
                     room -= part.size
         batches.append(np.concatenate([queue[i][1] for i in taken]))
-        gone = set(taken)
-        queue = [piece for i, piece in enumerate(queue) if i not in gone] + list(islice(later, len(taken)))
+        removed = set(taken)
+        queue = [piece for i, piece in enumerate(queue) if i not in removed] + list(islice(later, len(taken)))
     return batches
 
 

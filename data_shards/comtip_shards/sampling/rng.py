@@ -1,8 +1,8 @@
-"""The project's only source of randomness: stateless numbers, hash(seed, purpose, counters, index).
+"""The project's only source of randomness: stateless random numbers, hash(seed, purpose, counters, index).
 
-Nothing is ever drawn from a stream, so any worker, on any number of ranks, in any order and after any
-restart, gets the same number for the same question. The definition below is part of the data contract:
-changing it changes the order of every run, and ``tests/data_shards/test_keyed.py`` pins its values.
+No number is drawn from a stream, so any worker, on any number of ranks, in any order and after any restart, gets the
+same number for the same arguments. The definition below is part of the data contract: changing it changes the order of
+every run, and ``tests/data_shards/test_keyed.py`` pins its values.
 
 Definition
 ----------
@@ -12,7 +12,7 @@ Definition
     tag (``i`` or ``s``), length of the payload (uint32, little endian), payload
 
 where an integer v is signed little-endian in ``v.bit_length() // 8 + 1`` bytes and a string is UTF-8.
-Lengths make the encoding unambiguous: no two different questions hash the same bytes.
+The lengths make the encoding injective: different arguments never hash the same bytes.
 
 *uniform* number ``index`` is the SplitMix64 finaliser (Stafford's mix 13) of
 ``key + (index + 1) * 0x9E3779B97F4A7C15`` modulo 2**64, its upper 53 bits divided by 2**53.
@@ -44,16 +44,16 @@ def _encode(part: SupportsIndex | str) -> bytes:
 
 
 def key(seed: SupportsIndex, purpose: str, *counters: SupportsIndex | str) -> int:
-    """Return the 64-bit key of a question.
+    """Return the 64-bit key of (seed, purpose, counters).
 
     Parameters
     ----------
     seed
         The run's seed; any integer.
     purpose
-        What the numbers are for; two purposes never share numbers.
+        Name of the use; different purposes get independent numbers.
     counters
-        Epoch, step, section ... in an order that the caller keeps; integers or strings.
+        Epoch, step, section ... in an order fixed by the caller; integers or strings.
     """
     parts = (operator.index(seed), purpose, *counters)
     return int.from_bytes(blake2b(_DOMAIN + b"".join(map(_encode, parts)), digest_size=8).digest(), "little")
@@ -63,13 +63,13 @@ def bits(seed: SupportsIndex, purpose: str, *counters: SupportsIndex | str, inde
     """Return 64 random bits for each index: uint64, the shape of ``index``."""
     index = np.asarray(index)
     if index.dtype.kind not in "iu":
-        raise TypeError(f"index must hold integers, not {index.dtype}")
+        raise TypeError(f"index must be integers, not {index.dtype}")
     return _mix(np.atleast_1d(index), np.uint64(key(seed, purpose, *counters))).reshape(index.shape)
 
 
 def _mix(index: np.ndarray, key: np.uint64 | np.ndarray) -> np.ndarray:
     """Return the SplitMix64 finaliser of ``key + (index + 1) * golden``; arrays broadcast."""
-    # Wrap-around modulo 2**64 is meant; arrays (not scalars) wrap without a warning.
+    # Wrap-around modulo 2**64 is intended; arrays (unlike scalars) wrap without a warning.
     z = (index.astype(np.uint64) + np.uint64(1)) * _GOLDEN + key
     z = (z ^ (z >> np.uint64(30))) * _MIX_1
     z = (z ^ (z >> np.uint64(27))) * _MIX_2
@@ -88,7 +88,7 @@ def uniform(seed: SupportsIndex, purpose: str, *counters: SupportsIndex | str, i
 
 
 def uniform_rows(keys: Sequence[int], n: int) -> np.ndarray:
-    """Return the first ``n`` uniform numbers of each key: float64 (len(keys), n), many questions at once."""
+    """Return the first ``n`` uniform numbers of each key: float64 (len(keys), n)."""
     rows = np.array(keys, np.uint64)[:, None]
     return (_mix(np.arange(n)[None], rows) >> np.uint64(11)) * 2.0**-53
 
@@ -99,5 +99,5 @@ def permutation(seed: SupportsIndex, purpose: str, *counters: SupportsIndex | st
 
 
 def generator(seed: SupportsIndex, purpose: str, *counters: SupportsIndex | str) -> np.random.Generator:
-    """Return a NumPy generator (Philox) that starts from the key, for draws that need a distribution."""
+    """Return a NumPy generator (Philox) seeded with the key, for draws from other distributions."""
     return np.random.Generator(np.random.Philox(key=key(seed, purpose, *counters)))

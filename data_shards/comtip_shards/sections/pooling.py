@@ -1,7 +1,7 @@
-"""Bins, cells and transcripts to square pseudo-spots of a chosen width.
+"""Pool bins, cells and transcripts to square pseudo-spots of a chosen width.
 
-Whatever is measured finer than a spot (a *unit*) is added up in the squares of a grid. Nothing is lost on the way:
-what the squares that are left out held is counted, and the result does not depend on the order of the units.
+Measurements finer than a spot (*units*) are summed in the squares of a grid. The contents of squares that are left out
+are counted, and the result does not depend on the order of the units.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from scipy import sparse
 from comtip_shards.errors import SourceError
 
 _COMPACT = 1 << 23
-"""Entries that may wait to be summed: about 128 MiB."""
+"""Maximum number of buffered entries before they are summed: about 128 MiB."""
 _LIMIT = 1 << 30
 
 
 @dataclass(frozen=True)
 class Pooled:
-    """The squares that hold enough, ordered by row and then by column, and what the others held."""
+    """Squares with enough units, ordered by row and then by column, and totals of the others."""
 
     square_N2: np.ndarray
     """int64 (N, 2), column (x) and row (y) in the grid: square (i, j) covers x from i to i + 1 widths."""
     counts: sparse.csr_matrix
     """int32 (N, genes)."""
     n_units: np.ndarray
-    """int64 (N,), units in each."""
+    """int64 (N,), units in each square."""
     dropped_squares: int
     dropped_units: int
     dropped_counts: int
@@ -38,22 +38,22 @@ class Pooled:
 
 
 def squares_of(xy_N2: np.ndarray, width: float) -> np.ndarray:
-    """Return the square that each position lies in.
+    """Return the square that contains each position.
 
     Parameters
     ----------
     xy_N2
         float (N, 2), finite, in the unit of ``width``.
     width
-        Of a square.
+        Width of a square.
 
     Returns
     -------
-    int64 (N, 2), for which ``square * width <= xy < (square + 1) * width`` holds as computed in float64.
+    int64 (N, 2), such that ``square * width <= xy < (square + 1) * width`` in float64.
     """
     xy = np.asarray(xy_N2, np.float64)
     index = np.floor(xy / width)
-    # The quotient is rounded: a position a hair below an edge may come out on it, and the other way round.
+    # The quotient is rounded, so a position just below an edge may be assigned to the next square, and vice versa.
     index -= index * width > xy
     index += (index + 1) * width <= xy
     _check_near(index)
@@ -61,7 +61,13 @@ def squares_of(xy_N2: np.ndarray, width: float) -> np.ndarray:
 
 
 class Pooler:
-    """Adds up units in squares, batch after batch."""
+    """Sums units in squares, batch by batch.
+
+    Parameters
+    ----------
+    n_genes
+        Number of genes.
+    """
 
     def __init__(self, n_genes: int) -> None:
         self.n_genes = n_genes
@@ -71,7 +77,7 @@ class Pooler:
         self._units = np.zeros(0, np.int64)
         self._flat: list[np.ndarray] = []
         self._data: list[np.ndarray] = []
-        self._waiting = 0
+        self._buffered = 0
 
     @property
     def units(self) -> np.ndarray:
@@ -79,17 +85,17 @@ class Pooler:
         return self._units
 
     def add_units(self, square_N2: np.ndarray) -> None:
-        """Count one unit in each of these squares, int64 (N, 2); a square may stand many times."""
+        """Count one unit in each of these squares, int64 (N, 2); squares may be repeated."""
         self._count(self._rows(square_N2))
 
     def add_counts(self, square_N2: np.ndarray, counts: sparse.csr_matrix) -> None:
-        """Add int (N, genes) to the squares that its rows lie in."""
+        """Add the rows of ``counts``, int (N, genes), to their squares."""
         rows = self._rows(square_N2)
         coo = counts.tocoo()
         self._add(rows[coo.row], coo.col.astype(np.int64), coo.data.astype(np.int64))
 
     def add_transcripts(self, square_N2: np.ndarray, gene_N: np.ndarray) -> None:
-        """Count units that are each one molecule of one gene, int (N,)."""
+        """Count units that are single molecules of the genes ``gene_N``, int (N,)."""
         rows = self._rows(square_N2)
         self._count(rows)
         self._add(rows, np.asarray(gene_N, np.int64), np.ones(len(gene_N), np.int64))
@@ -102,8 +108,8 @@ class Pooler:
         self.total_counts += int(data.sum())
         self._flat.append(rows * self.n_genes + genes)
         self._data.append(data)
-        self._waiting += len(data)
-        if self._waiting > _COMPACT:
+        self._buffered += len(data)
+        if self._buffered > _COMPACT:
             self._compact()
 
     def result(self, *, min_units: int = 1) -> Pooled:
@@ -112,12 +118,12 @@ class Pooler:
         Raises
         ------
         SourceError
-            A sum does not fit 31 bits.
+            A sum exceeds 31 bits.
         """
         self._compact()
         flat, data = self._flat[0], self._data[0]
         if data.size and data.max() > np.iinfo(np.int32).max:
-            raise SourceError("a pseudo-spot holds more than 2^31 - 1 counts of one gene; choose a smaller width")
+            raise SourceError("a pseudo-spot has more than 2^31 - 1 counts of one gene; choose a smaller width")
         shape = (len(self._units), self.n_genes)
         whole = sparse.csr_matrix((data, (flat // self.n_genes, flat % self.n_genes)), shape=shape)
         squares = _decode(np.array(list(self._row_of), np.int64))
@@ -136,7 +142,7 @@ class Pooler:
         )
 
     def _rows(self, square_N2: np.ndarray) -> np.ndarray:
-        """Return the row of each square, making new ones."""
+        """Return the row of each square, adding rows for new squares."""
         codes, inverse = np.unique(_encode(square_N2), return_inverse=True)
         for code in codes.tolist():
             self._row_of.setdefault(code, len(self._row_of))
@@ -153,7 +159,7 @@ class Pooler:
         first = np.flatnonzero(np.r_[True, flat[1:] != flat[:-1]]) if flat.size else np.zeros(0, np.int64)
         self._flat = [flat[first]]
         self._data = [np.add.reduceat(data, first) if flat.size else data]
-        self._waiting = len(first)
+        self._buffered = len(first)
 
 
 def _encode(square_N2: np.ndarray) -> np.ndarray:
@@ -164,7 +170,9 @@ def _encode(square_N2: np.ndarray) -> np.ndarray:
 
 def _check_near(squares: np.ndarray) -> None:
     if squares.size and not np.abs(squares).max() < _LIMIT:
-        raise SourceError(f"a position lies {np.abs(squares).max():.3g} squares from the origin; these are no um")
+        raise SourceError(
+            f"a position is {np.abs(squares).max():.3g} squares from the origin; check that positions are in um"
+        )
 
 
 def _decode(codes: np.ndarray) -> np.ndarray:

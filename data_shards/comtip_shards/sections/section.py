@@ -1,4 +1,4 @@
-"""A section as every source gives it: one image, its spots, raw counts; checked before anything is built from it."""
+"""Section: one image with its spots and raw counts, as returned by every source, and its validation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RENAME = "use ASCII letters, digits, '.', '_' and '-', at most 100, and begin wi
 
 @dataclass(frozen=True, kw_only=True)
 class SectionMeta:
-    """What is known of a section besides its data."""
+    """Metadata of a section."""
 
     section_id: str
     dataset: str
@@ -40,21 +40,21 @@ class SectionMeta:
     split: str = ""
     """``train``, ``val``, ``test`` or empty."""
     pooling: str = ""
-    """How bins, cells or transcripts became spots; empty where the spots are those of the slide."""
+    """How bins, cells or transcripts were pooled to spots; empty if the spots are those of the slide."""
 
     def __post_init__(self) -> None:
-        # Here and not in each reader: an id names files in a build, in a report, in a check.
+        # Checked here for all readers, because the id becomes part of file names in builds and reports.
         check_section_id(self.section_id, self.dataset or "a section", SourceError, RENAME)
 
 
 def meta_of(entry: object) -> SectionMeta:
-    """Return the metadata that a section's entry of a manifest repeats."""
+    """Return the metadata in a section's entry of a manifest."""
     return SectionMeta(**{f.name: getattr(entry, f.name) for f in fields(SectionMeta)})
 
 
 @dataclass
 class Section:
-    """Spots in tissue with their raw counts, joined to one image."""
+    """Spots in tissue with their raw counts, and the image they belong to."""
 
     meta: SectionMeta
     image_path: Path
@@ -62,27 +62,27 @@ class Section:
     """int32 (n_spots, n_genes)."""
     gene_ids: list[str]
     gene_symbols: list[str]
-    """The source's own symbols, "" where it gives none."""
+    """The source's own symbols, "" if it has none."""
     spot_ids: list[str]
     xy: np.ndarray
     """float64 (n_spots, 2), x (column) and y (row) of the spot's centre in px of the image."""
     array_xy: np.ndarray
-    """float64 (n_spots, 2), NaN where unknown."""
+    """float64 (n_spots, 2), position on the array; NaN if unknown."""
     labels: list[str]
     dropped: dict[str, int] = field(default_factory=dict)
     """Spots left out, by reason."""
     notes: list[str] = field(default_factory=list)
     n_pooled: np.ndarray | None = None
-    """int64 (n_spots,), the bins, cells or transcripts in each pseudo-spot; None where spots are not pooled."""
+    """int64 (n_spots,), number of bins, cells or transcripts in each pseudo-spot; None if spots are not pooled."""
     slide_opener: Callable[[], Slide] | None = None
-    """Opens the image where it is not simply the file ``image_path``: pixels inside an h5ad, ready-made patches."""
+    """Opens an image that is not the file ``image_path``: pixels inside an h5ad, precomputed patches."""
 
     def open_slide(self) -> Slide:
-        """Open the image, small or whole-slide; close it, or use it as a context manager."""
+        """Open the image; the caller closes it, or uses it as a context manager."""
         return self.slide_opener() if self.slide_opener is not None else open_slide(self.image_path)
 
     def load_image(self) -> np.ndarray:
-        """Return the whole image, uint8 (H, W, 3) RGB; for a whole-slide image use :meth:`open_slide`."""
+        """Return the complete image, uint8 (H, W, 3) RGB; for a whole-slide image use :meth:`open_slide`."""
         with self.open_slide() as slide:
             return slide.whole()
 
@@ -94,7 +94,7 @@ class Section:
             return slide.size
 
     def keep(self, mask: np.ndarray, otherwise: str) -> Section:
-        """Return the section with the spots where ``mask`` holds; the others are counted under ``otherwise``."""
+        """Return the section with only the spots of ``mask``; the others are counted in ``dropped[otherwise]``."""
         rows = np.flatnonzero(mask)
         lost = len(self.spot_ids) - rows.size
         return replace(
@@ -109,24 +109,25 @@ class Section:
         )
 
     def check(self) -> Section:
-        """Return the section itself once everything about it holds.
+        """Validate the section and return it.
 
         Raises
         ------
         SourceError
-            Naming the file and the fix.
+            The section is inconsistent; names the file and the fix.
         """
         check_meta(self.meta, self.image_path)
         where = f"section {self.meta.section_id}"
         if not self.spot_ids:
             raise SourceError(
-                f"{where}: no spot is in tissue and in the counts; look at the in_tissue column and the ids"
+                f"{where}: no spot is in tissue and in the counts; check the in_tissue column and the ids"
             )
         check_unique(self.spot_ids, f"{where}: spot ids")
         check_unique(self.gene_ids, f"{where}: gene identifiers")
         if self.counts.shape != (len(self.spot_ids), len(self.gene_ids)):
             raise SourceError(
-                f"{where}: counts are {self.counts.shape}, spots x genes {len(self.spot_ids)} x {len(self.gene_ids)}"
+                f"{where}: counts have shape {self.counts.shape}, but there are {len(self.spot_ids)} spots and "
+                f"{len(self.gene_ids)} genes"
             )
         self._check_positions()
         return self
@@ -135,7 +136,9 @@ class Section:
         width, height = self.image_size()
         x, y = self.xy[:, 0], self.xy[:, 1]
         if not np.isfinite(self.xy).all():
-            raise SourceError(f"{self.image_path}: {int((~np.isfinite(self.xy)).any(1).sum())} spots have no position")
+            raise SourceError(
+                f"{self.image_path}: {int((~np.isfinite(self.xy)).any(1).sum())} spots have no position; leave them out"
+            )
         slack = 0.5 * self.meta.spot_diameter_um / self.meta.mpp
         outside = (x < -slack) | (y < -slack) | (x > width + slack) | (y > height + slack)
         if outside.any():
@@ -147,34 +150,46 @@ class Section:
 
 
 def check_meta(meta: SectionMeta, where: Path | str) -> None:
-    """Refuse metadata that nothing could be built from."""
+    """Check metadata before a build.
+
+    Raises
+    ------
+    SourceError
+        A field is missing or out of range; names the section and the fix.
+    """
     check_section_id(meta.section_id, str(where), SourceError, RENAME)
     if meta.species not in ("human", "mouse"):
         raise SourceError(
-            f"{where}: section {meta.section_id}: species {meta.species!r}; state human or mouse (--species)"
+            f"{where}: section {meta.section_id}: unknown species {meta.species!r}; state human or mouse (--species)"
         )
     if not (np.isfinite(meta.mpp) and meta.mpp > 0):
         raise SourceError(
-            f"{where}: section {meta.section_id}: no scale; give the um per px of the image (--mpp, or mpp_um_per_px)"
+            f"{where}: section {meta.section_id}: no scale; state the um per px of the image (--mpp, or mpp_um_per_px)"
         )
     if not 0.05 <= meta.mpp <= 50:
         raise SourceError(
-            f"{where}: section {meta.section_id}: {meta.mpp:g} um per px cannot be; 0.05 to 50 are understood"
+            f"{where}: section {meta.section_id}: {meta.mpp:g} um per px is out of range; state 0.05 to 50"
         )
     if meta.split not in SPLITS:
         raise SourceError(
-            f"{where}: section {meta.section_id}: split {meta.split!r}; use train, val, test or leave it empty"
+            f"{where}: section {meta.section_id}: unknown split {meta.split!r}; use train, val, test or leave it empty"
         )
 
 
 def check_unique(names: list[str], what: str) -> None:
-    """Refuse names that stand twice."""
+    """Check that names are unique.
+
+    Raises
+    ------
+    SourceError
+        There are duplicates; names ``what`` and up to three of them.
+    """
     if len(set(names)) == len(names):
         return
     seen: set[str] = set()
     twice = [n for n in names if n in seen or seen.add(n)]  # type: ignore[func-returns-value]
     raise SourceError(
-        f"{what}: {len(twice)} stand more than once, e.g. {', '.join(twice[:3])}; the source must hold each once"
+        f"{what}: {len(twice)} occur more than once, e.g. {', '.join(twice[:3])}; remove the duplicates from the source"
     )
 
 

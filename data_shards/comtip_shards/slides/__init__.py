@@ -1,1 +1,1 @@
-"""Section images: opening, windowed reading, tile cutting and stain normalisation."""
+"""Section images: opening, windowed reading, tile extraction and stain normalisation."""

@@ -1,8 +1,8 @@
-"""Whether a picture can be a brightfield scan of haematoxylin and eosin, judged by the colours of its tissue.
+"""Detect from the colours of its tissue whether an image is a brightfield scan of haematoxylin and eosin.
 
-Optical densities add up where light passes through dyes. Haematoxylin takes red about as much as green, eosin hardly
-takes red at all, and neither takes blue most. So the ratio of red to green density tells eosin alone from both, and
-that of blue to green tells brown (DAB) and blue light on black from both.
+Optical densities of dyes add up. Haematoxylin absorbs red about as much as green, eosin hardly absorbs red, and neither
+absorbs blue most. The ratio of red to green density therefore separates eosin without haematoxylin from H&E, and that of
+blue to green separates brown (DAB) and fluorescence on black from H&E.
 """
 
 from __future__ import annotations
@@ -10,36 +10,41 @@ from __future__ import annotations
 import numpy as np
 
 COLOURED = 20
-"""Largest minus smallest channel, 0 to 255, from which on a pixel is not grey."""
+"""Minimum difference between the largest and smallest channel (0 to 255) of a pixel that is not grey."""
 DENSITY = (0.08, 1.3)
-"""Mean optical density of tissue; below is glass, above is a border or ink."""
+"""Range of the mean optical density of tissue; lower is glass, higher is a border or ink."""
 MIN_COLOURED = 0.02
-"""Share of all pixels that must be coloured tissue for a picture to be judged as stained."""
+"""Minimum share of pixels that are coloured tissue in a stained image."""
 RED_TO_GREEN = (0.35, 1.6)
-"""Median over tissue. The sections of ``samples/`` and a 10x heart lie at 0.63 to 0.97, eosin alone at 0.07."""
+"""Range of the median over tissue. The sections of ``samples/`` and a 10x heart have 0.63 to 0.97, pure eosin 0.07."""
 BLUE_TO_GREEN = (0.2, 0.85)
-"""Median over tissue. The same sections lie at 0.43 to 0.68."""
+"""Range of the median over tissue. The same sections have 0.43 to 0.68."""
 MAX_PX = 250_000
-"""Of a larger picture every n-th row and column is looked at."""
+"""Larger images are subsampled to about this many pixels."""
 _DENSITY_OF = -np.log10((np.arange(256) + 1) / 256).astype(np.float32)
 
 
 def looks_like_he(rgb_HW3: np.ndarray) -> tuple[bool, str]:
-    """Tell whether a picture of tissue may be H&E, and why.
+    """Return whether an image of tissue may be H&E, and the reason.
 
     Parameters
     ----------
     rgb_HW3
-        uint8; a thumbnail is enough, tiles side by side will do too.
+        uint8 thumbnail, or concatenated tiles.
 
     Returns
     -------
-    looks, reason
-        The reason says what was measured, so that a person can judge.
+    is_he, reason
+        The reason states what was measured.
+
+    Raises
+    ------
+    ValueError
+        Not a uint8 RGB image.
     """
     rgb = np.asarray(rgb_HW3)
     if rgb.ndim != 3 or rgb.shape[-1] != 3 or rgb.dtype != np.uint8:
-        raise ValueError(f"an RGB picture of uint8 is needed, not {rgb.dtype} of shape {rgb.shape}")
+        raise ValueError(f"expected an RGB image of uint8, not {rgb.dtype} of shape {rgb.shape}")
     step = max(1, int((rgb.shape[0] * rgb.shape[1] / MAX_PX) ** 0.5))
     flat = rgb[::step, ::step].reshape(-1, 3)
     density = _DENSITY_OF[flat]
@@ -57,9 +62,9 @@ def looks_like_he(rgb_HW3: np.ndarray) -> tuple[bool, str]:
     r, b = float(np.median(red / green)), float(np.median(blue / green))
     measured = f"optical density of tissue, red to green {r:.2f}, blue to green {b:.2f}"
     if r < RED_TO_GREEN[0]:
-        return False, f"pink without haematoxylin, as of eosin alone ({measured}; H&E has red to green near 0.8)"
+        return False, f"pink without haematoxylin, like pure eosin ({measured}; H&E has red to green near 0.8)"
     if b > BLUE_TO_GREEN[1]:
-        return False, f"brown or yellow, as of an antibody stain ({measured}; H&E has blue to green near 0.5)"
+        return False, f"brown or yellow, like an antibody stain ({measured}; H&E has blue to green near 0.5)"
     if r > RED_TO_GREEN[1] or b < BLUE_TO_GREEN[0]:
-        return False, f"blue or green, as of fluorescence or another dye ({measured})"
+        return False, f"blue or green, like fluorescence or another dye ({measured})"
     return True, f"pink and purple ({measured})"

@@ -1,12 +1,12 @@
-"""Slide: a section image whose windows can be read at any scale; images in memory; pixel depth and scale.
+"""Slide interface: windowed reading of a section image at any scale; in-memory slides; pixel depth and scale.
 
-Pixel (0, 0) covers [0, 1) x [0, 1): positions are px from the image's edge, and a smaller copy of an image covers the same
-ground.
+Pixel (0, 0) covers [0, 1) x [0, 1): positions are px from the image's edge, and a downsampled image covers the same area.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,51 +19,53 @@ from comtip_shards.errors import SourceError
 from comtip_shards.slides.tiles import cut_windows, shrunk_size
 
 MAX_IMAGE_PX = 1_000_000_000_000
-"""Larger pictures are refused: nothing in this field is, and a hostile file may claim to be."""
+"""Maximum image size in pixels; no section image is larger, but a hostile file may claim to be."""
 MAX_WHOLE_PX = 1_000_000_000
-"""Largest picture that is decoded whole, because its format (JPEG, PNG) leaves no choice."""
+"""Maximum size of an image that must be decoded completely (JPEG, PNG)."""
 BAND_PX = 16_000_000
-"""Source pixels decoded at once when a large picture is shrunk."""
+"""Source pixels decoded at once when a large image is downsampled."""
+UNITS_UM = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "Å": 1e-4}
+"""Units of OME-XML in um; others, such as ``pixel``, state no scale."""
 PLAUSIBLE_MPP = (0.05, 20.0)
-"""um per px that a file's own resolution tag is believed for; 72 and 96 dpi are defaults of programs, not scales."""
+"""um per px for which a file's resolution tag is trusted; 72 and 96 dpi are defaults of programs, not scales."""
 EXTRA = "pip install 'comtip-fast[wsi]'"
 Box = tuple[int, int, int, int]
 
 
 def reading_order(xy_N2: np.ndarray, tile_px: float) -> np.ndarray:
-    """Return the order in which to cut tiles: neighbours share blocks of the file, and row by row finds them decoded."""
+    """Return a row-by-row order in which to cut tiles, so that neighbouring tiles share decoded blocks of the file."""
     return np.lexsort((xy_N2[:, 0], np.round(xy_N2[:, 1] / max(tile_px, 1.0))))
 
 
 class Slide(ABC):
-    """A picture of known size whose windows can be read; a context manager."""
+    """An image of known size that is read in windows; a context manager."""
 
     path: Path
     size: tuple[int, int]
     """(width, height) in px."""
     mpp: float | None = None
-    """um per px by the file's own tags, None where it has none that can be."""
+    """um per px from the file's tags, None if it has no plausible one."""
     tile_limit_um: float = math.inf
-    """Widest tile that can be cut. Where it is finite there are pixels round spots only, in ready-made patches."""
+    """Maximum tile width; finite if only precomputed patches around the spots are available."""
     reader: str = ""
-    """What decodes it, with its version where that may change a pixel."""
+    """Library that decodes the image, with its version if that may change pixels."""
     notes: list[str]
 
     @property
     def whole_size(self) -> tuple[int, int]:
-        """(width, height) of the largest copy of the whole picture that can be read."""
+        """(width, height) of the highest resolution at which the complete image can be read."""
         return self.size
 
     @abstractmethod
     def scaled(self, box: Box, size: tuple[int, int]) -> np.ndarray:
-        """Read a window of the picture as it would be if it were shrunk as a whole.
+        """Read a window of the downsampled image.
 
         Parameters
         ----------
         box
-            (x0, y0, x1, y1), px of the shrunk picture, inside it.
+            (x0, y0, x1, y1), px of the downsampled image, inside it.
         size
-            (width, height) of the shrunk picture, at most its own.
+            (width, height) of the downsampled image, at most that of the original.
 
         Returns
         -------
@@ -71,22 +73,22 @@ class Slide(ABC):
         """
 
     def tiles(self, xy_N2: np.ndarray, mpp: float, tile_um: float, tile_px: int, min_mpp: float) -> np.ndarray:
-        """Cut square tiles round positions.
+        """Cut square tiles around positions.
 
         Parameters
         ----------
         xy_N2
-            Centres, px of the picture.
+            Centres, px of the image.
         mpp
-            Its um per px.
+            um per px of the image.
         tile_um, tile_px
-            Width of a tile in um, and S.
+            Width of a tile in um and in px (S).
         min_mpp
-            A finer picture is blurred to this many um per px first.
+            A finer image is downsampled to this many um per px first.
 
         Returns
         -------
-        uint8 (N, S, S, 3); white outside the picture.
+        uint8 (N, S, S, 3); white outside the image.
         """
         out = np.empty((len(xy_N2), tile_px, tile_px, 3), np.uint8)
         order = reading_order(xy_N2, tile_um / mpp)
@@ -104,12 +106,12 @@ class Slide(ABC):
         )
 
     def overview(self, max_px: int) -> tuple[np.ndarray, float]:
-        """Return the whole picture with its longer side at most ``max_px``, and its own px per px of that."""
+        """Return the image with its longer side at most ``max_px``, and the downsampling factor."""
         size, factor, _ = shrunk_size(self.size, 1.0, max(1.0, max(self.size) / max_px))
         return self.shrunk(size), factor
 
     def shrunk(self, size: tuple[int, int]) -> np.ndarray:
-        """Return the whole picture shrunk to ``size``, uint8 RGB, decoded in bands."""
+        """Return the image downsampled to ``size``, uint8 RGB, decoded in bands."""
         width, height = size
         pixels_per_row = self.size[0] * self.size[1] / height
         rows = max(1, int(BAND_PX / pixels_per_row))
@@ -120,10 +122,16 @@ class Slide(ABC):
         return out
 
     def whole(self) -> np.ndarray:
-        """Return every pixel, uint8 (H, W, 3) RGB; refused for a picture that must be read in windows."""
+        """Return all pixels, uint8 (H, W, 3) RGB.
+
+        Raises
+        ------
+        SourceError
+            The image is too large for memory.
+        """
         if self.size[0] * self.size[1] > MAX_WHOLE_PX:
             raise SourceError(
-                f"{self.path}: {self.size[0]} x {self.size[1]} px do not belong in memory; read windows or an overview"
+                f"{self.path}: {self.size[0]} x {self.size[1]} px are too many to load; read windows or an overview"
             )
         return self.shrunk(self.size)
 
@@ -141,7 +149,7 @@ class Slide(ABC):
 
 
 class ArraySlide(Slide):
-    """A picture in memory."""
+    """An image in memory."""
 
     def __init__(self, pixels_HW3: np.ndarray, path: Path, *, mpp: float | None = None, reader: str = "") -> None:
         self.pixels, self.path, self.mpp, self.reader = pixels_HW3, path, mpp, reader
@@ -150,7 +158,7 @@ class ArraySlide(Slide):
         self._shrunk: tuple[tuple[int, int], np.ndarray] = (self.size, pixels_HW3)
 
     def scaled(self, box: Box, size: tuple[int, int]) -> np.ndarray:
-        """Read a window; the shrunk picture is made once and kept."""
+        """Read a window; the downsampled image is computed once and cached."""
         if self._shrunk[0] != size:
             small = Image.fromarray(self.pixels).resize(size, Image.Resampling.LANCZOS)
             self._shrunk = (size, self.pixels if size == self.size else np.asarray(small))
@@ -158,7 +166,7 @@ class ArraySlide(Slide):
         return self._shrunk[1][y0:y1, x0:x1]
 
     def shrunk(self, size: tuple[int, int]) -> np.ndarray:
-        """Return the whole picture shrunk to ``size``."""
+        """Return the image downsampled to ``size``."""
         return self.scaled((0, 0, *size), size)
 
     def close(self) -> None:
@@ -166,16 +174,16 @@ class ArraySlide(Slide):
 
 
 def to_rgb8(values_HWC: np.ndarray, peak: float, *, alpha: bool = False) -> np.ndarray:
-    """Return uint8 RGB of gray (C = 1 or 2) or colour (C = 3 or 4) values.
+    """Convert grey (C = 1 or 2) or colour (C = 3 or 4) values to uint8 RGB.
 
     Parameters
     ----------
     values_HWC
         Any real dtype.
     peak
-        The value that is white, see :func:`peak_of`.
+        The value of white, see :func:`peak_of`.
     alpha
-        The last channel is opacity: what is transparent shows white. Otherwise a fourth channel is left out.
+        Whether the last channel is opacity, with transparent pixels shown white. Otherwise a fourth channel is dropped.
     """
     values = values_HWC
     if values.dtype != np.uint8 or peak != 255:
@@ -190,10 +198,15 @@ def to_rgb8(values_HWC: np.ndarray, peak: float, *, alpha: bool = False) -> np.n
 
 
 def peak_of(values: np.ndarray) -> float:
-    """Return the value that is white: the least of 1, 255, 4095 (12 bits) and 65535 that nothing exceeds.
+    """Return the value of white: the smallest of 1, 255, 4095 (12 bits) and 65535 that no pixel exceeds.
 
-    1 is for floating point only, and what a filter rings may exceed it. A camera writes 12 bits into 16: taken as 16
-    bits, its picture would be black.
+    1 is used for floating point only, and may be slightly exceeded because filters overshoot. Cameras store 12 bits in 16;
+    scaled as 16 bits, such an image would be black.
+
+    Raises
+    ------
+    SourceError
+        Values exceed 65535.
     """
     if values.dtype == np.uint8:
         return 255.0
@@ -203,11 +216,22 @@ def peak_of(values: np.ndarray) -> float:
     for peak in (1.0, 255.0, 4095.0, 65535.0):
         if (high <= peak and peak > 1) or (high <= 1.02 and np.issubdtype(values.dtype, np.floating)):
             return peak
-    raise SourceError(f"pixel values up to {high:g} are of no known depth; convert the image to 8 or 16 bits")
+    raise SourceError(f"pixel values up to {high:g} have no known depth; convert the image to 8 or 16 bits")
 
 
 def plausible_mpp(mpp: float | None) -> float | None:
-    """Return um per px rounded to 6 digits, None where no microscope makes such a picture."""
+    """Return um per px rounded to 6 digits, None if it is outside :data:`PLAUSIBLE_MPP`."""
     if mpp is None or not math.isfinite(mpp) or not PLAUSIBLE_MPP[0] <= mpp <= PLAUSIBLE_MPP[1]:
         return None
     return round(mpp, 6)
+
+
+def ome_mpp(xml: str) -> float | None:
+    """Return um per px from the first ``Pixels`` element of OME-XML; None if it is absent or in an unknown unit."""
+    pixels = re.search(r"<(?:\w+:)?Pixels\b([^>]*)>", xml)
+    attributes = dict(re.findall(r"(\w+)\s*=\s*[\"']([^\"']*)[\"']", pixels[1])) if pixels else {}
+    factor = UNITS_UM.get(attributes.get("PhysicalSizeXUnit", "µm").replace("&#181;", "µ").replace("&#xB5;", "µ"))
+    try:
+        return plausible_mpp(float(attributes["PhysicalSizeX"]) * factor) if factor else None
+    except (KeyError, ValueError):
+        return None

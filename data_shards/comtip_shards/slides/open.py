@@ -1,12 +1,11 @@
-"""Pictures of sections: a small one is held in memory, a whole-slide image is read in windows, never whole.
+"""Open section images: small ones are held in memory, whole-slide images are read in windows.
 
-:func:`open_slide` gives the same :class:`Slide` for both. Pixel (0, 0) covers [0, 1) x [0, 1): positions are px from
-the image's edge, and a smaller copy of an image covers the same ground.
+:func:`open_slide` returns a :class:`Slide` for both. Pixel (0, 0) covers [0, 1) x [0, 1): positions are px from the
+image's edge, and a downsampled image covers the same area.
 """
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import numpy as np
@@ -14,27 +13,34 @@ from PIL import Image
 
 from comtip_shards.errors import SourceError
 from comtip_shards.not_data import not_data
-from comtip_shards.slides.base import MAX_IMAGE_PX, MAX_WHOLE_PX, ArraySlide, Slide, peak_of, plausible_mpp, to_rgb8
+from comtip_shards.slides.base import (
+    MAX_IMAGE_PX,
+    MAX_WHOLE_PX,
+    ArraySlide,
+    Slide,
+    ome_mpp,
+    peak_of,
+    plausible_mpp,
+    to_rgb8,
+)
 from comtip_shards.slides.wsi import open_windowed
 
 WINDOWED_PX = 100_000_000
-"""A TIFF with more pixels is read in windows."""
+"""TIFFs with more pixels are read in windows."""
 BITS_PER_SAMPLE, IMAGE_DESCRIPTION = 258, 270
-UNITS_UM = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "Å": 1e-4}
-"""Units of OME-XML in um; others, such as ``pixel``, state no scale."""
 VENDOR_SUFFIXES = {".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".czi", ".dcm"}
 
 
 def open_slide(path: Path) -> Slide:
-    """Open the picture of a section, whatever its format.
+    """Open the image of a section.
 
-    Large TIFFs and scanner formats are read in windows, which needs the extra ``wsi`` (tifffile and zarr, or
-    openslide); other pictures are decoded whole by Pillow.
+    Large TIFFs and scanner formats are read in windows, which requires the extra ``wsi`` (tifffile and zarr, or
+    openslide); Pillow decodes other images completely.
 
     Raises
     ------
     SourceError
-        Not a picture, damaged, absurdly large, or in need of a package that is not installed.
+        Not an image, damaged, too large, or a required package is not installed.
     """
     if not path.is_file():
         raise SourceError(f"{path}: no such image")
@@ -44,7 +50,13 @@ def open_slide(path: Path) -> Slide:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Return (width, height), where possible without decoding; refuses what is no image."""
+    """Return (width, height), if possible without decoding pixels.
+
+    Raises
+    ------
+    SourceError
+        The file is missing or not an image.
+    """
     if not path.is_file():
         raise SourceError(f"{path}: no such image")
     if path.suffix.lower() in VENDOR_SUFFIXES or not _is_plain(path):
@@ -58,7 +70,7 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def mpp_by_tag(path: Path, notes: list[str]) -> float | None:
-    """Return um per px by a picture's own resolution tag, and say so in ``notes``; None where it has none to believe."""
+    """Return um per px from an image's resolution tag and append a note to ``notes``; None without a plausible tag."""
     if path.suffix.lower() in VENDOR_SUFFIXES or not _is_plain(path):
         with open_slide(path) as slide:
             mpp = slide.mpp
@@ -80,13 +92,13 @@ def load_rgb(path: Path) -> np.ndarray:
 
 
 def _is_plain(path: Path) -> bool:
-    """Tell whether Pillow decodes the picture rightly and in bounded memory."""
+    """Return whether Pillow decodes the image correctly and in bounded memory."""
     _allow_large()
     try:
         with Image.open(path) as image:
             if image.format != "TIFF":
                 return True
-            # Channels may be pages of their own, values may have 16 bits: Pillow would show one page, or clip.
+            # Channels may be separate pages, and values may have 16 bits: Pillow would read one page, or clip.
             if set(image.tag_v2.get(BITS_PER_SAMPLE, (1,))) - {1, 8}:  # type: ignore[attr-defined]
                 return False
             colour = image.mode in {"RGB", "RGBA", "P", "CMYK", "YCbCr", "LAB"}
@@ -126,17 +138,6 @@ def _open_plain(path: Path) -> Slide:
     return ArraySlide(pixels, path, mpp=mpp, reader="Pillow")
 
 
-def ome_mpp(xml: str) -> float | None:
-    """Return um per px from the first ``Pixels`` element of OME-XML; None if it is absent or in an unknown unit."""
-    pixels = re.search(r"<(?:\w+:)?Pixels\b([^>]*)>", xml)
-    attributes = dict(re.findall(r"(\w+)\s*=\s*[\"']([^\"']*)[\"']", pixels[1])) if pixels else {}
-    factor = UNITS_UM.get(attributes.get("PhysicalSizeXUnit", "µm").replace("&#181;", "µ").replace("&#xB5;", "µ"))
-    try:
-        return plausible_mpp(float(attributes["PhysicalSizeX"]) * factor) if factor else None
-    except (KeyError, ValueError):
-        return None
-
-
 def _mpp_of(image: Image.Image) -> float | None:
     """Return um per px by OME-XML or by the resolution tag."""
     description = image.tag_v2.get(IMAGE_DESCRIPTION) if image.format == "TIFF" else None  # type: ignore[attr-defined]
@@ -153,7 +154,7 @@ def _mpp_of_dpi(image: Image.Image) -> float | None:
 
 
 def _flatten(image: Image.Image) -> np.ndarray:
-    """Return uint8 RGB; what is transparent shows white, as on glass, and 16 bits become 8."""
+    """Convert to uint8 RGB: transparent pixels become white, and 16 bits become 8."""
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image)
         return to_rgb8(values[..., None], peak_of(values))
@@ -165,10 +166,12 @@ def _flatten(image: Image.Image) -> np.ndarray:
 
 def _checked(size: tuple[int, int], path: Path) -> tuple[int, int]:
     if size[0] * size[1] > MAX_IMAGE_PX or min(size) < 1:
-        raise SourceError(f"{path}: {size[0]} x {size[1]} px cannot be a section; is the file damaged?")
+        raise SourceError(
+            f"{path}: {size[0]} x {size[1]} px is not the size of a section; check that the file is not damaged"
+        )
     return size
 
 
 def _allow_large() -> None:
-    # Pillow's own limit is for web pages; sections are larger, and the limits above guard instead.
+    # Pillow's default limit is too small for sections; the limits above apply instead.
     Image.MAX_IMAGE_PIXELS = None

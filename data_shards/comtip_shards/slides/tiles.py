@@ -1,8 +1,8 @@
-"""Tiles at a physical size, a common resolution, and a common stain.
+"""Tile extraction at a common physical size and resolution, and stain normalisation.
 
-A model must not tell sections apart by how they were scanned. So tiles have a width in um, images finer than a
-common um per px are blurred to it first, and (where the model asks for it) each section's optical density is moved
-to a fixed mean and spread. Optical density is -log10((value + 1) / 256) per channel.
+A model must not distinguish sections by how they were scanned. Tiles therefore have a fixed width in um, images finer
+than a common um per px are downsampled to it first, and (optionally) each section's optical density is normalised to a
+fixed mean and standard deviation. Optical density is -log10((value + 1) / 256) per channel.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import numpy as np
 from PIL import Image
 
 REFERENCE_MEAN, REFERENCE_STD = (0.20, 0.33, 0.20), (0.13, 0.17, 0.12)
-"""Where stain normalisation moves every section: a typical H&E."""
+"""Target optical density of stain normalisation: a typical H&E."""
 TISSUE_DENSITY = (0.05, 1.5)
-"""Mean optical density of a pixel that counts as tissue; below is glass, above is ink or a black border."""
+"""Range of the mean optical density of a tissue pixel; lower is glass, higher is ink or a black border."""
 _DENSITY = -np.log10((np.arange(256, dtype=np.float64) + 1) / 256)
 
 
 def shrunk_size(size: tuple[int, int], mpp: float, min_mpp: float) -> tuple[tuple[int, int], float, float]:
-    """Return (width, height), um per px and px per px of an image shrunk to ``min_mpp`` um per px, if it is finer."""
+    """Return (width, height), um per px and scale factor of an image after downsampling to ``min_mpp``, if it is finer."""
     if mpp >= min_mpp:
         return size, mpp, 1.0
     shrink, (width, height) = mpp / min_mpp, size
@@ -31,12 +31,12 @@ def shrunk_size(size: tuple[int, int], mpp: float, min_mpp: float) -> tuple[tupl
 
 
 def limit_resolution(image_HW3: np.ndarray, mpp: float, min_mpp: float) -> tuple[np.ndarray, float, float]:
-    """Shrink an image that is finer than ``min_mpp`` um per px.
+    """Downsample an image that is finer than ``min_mpp`` um per px.
 
     Returns
     -------
     image, mpp, scale
-        uint8; its um per px; factor for positions. A coarser image comes back as it is, scale 1.
+        uint8; its um per px; factor for positions. A coarser image is returned unchanged, with scale 1.
     """
     size, small_mpp, scale = shrunk_size((image_HW3.shape[1], image_HW3.shape[0]), mpp, min_mpp)
     if scale == 1.0:
@@ -46,18 +46,18 @@ def limit_resolution(image_HW3: np.ndarray, mpp: float, min_mpp: float) -> tuple
 
 
 def cut_tiles(image_HW3: np.ndarray, xy_N2: np.ndarray, width_px: float, out_px: int) -> np.ndarray:
-    """Cut square tiles round positions and resample them.
+    """Cut square tiles around positions and resample them.
 
     Parameters
     ----------
     image_HW3
         uint8 RGB.
     xy_N2
-        Centres, x (column) and y (row) in px of the image; 0 is the image's edge, not a pixel's middle.
+        Centres, x (column) and y (row) in px of the image; 0 is the image's edge, not the centre of a pixel.
     width_px
-        Width of a tile in px of the image; may be a fraction.
+        Width of a tile in px of the image; may be fractional.
     out_px
-        S, width of a tile as it is returned.
+        Width S of the returned tiles.
 
     Returns
     -------
@@ -83,7 +83,7 @@ def cut_windows(
     Parameters
     ----------
     read
-        Returns uint8 RGB of a window (x0, y0, x1, y1) that lies inside the image.
+        Returns uint8 RGB of a window (x0, y0, x1, y1) inside the image.
     size
         (width, height) of the image.
     xy_N2, width_px, out_px
@@ -91,10 +91,10 @@ def cut_windows(
     """
     width, height = size
     half = width_px / 2
-    # What the bicubic filter may look at beyond the tile.
+    # Support of the bicubic filter beyond the tile.
     margin = math.ceil(2 * max(1.0, width_px / out_px)) + 1
     for x, y in np.asarray(xy_N2, np.float64):
-        # A spot may lie just outside; its tile is then mostly white.
+        # A spot may be just outside the image; its tile is then mostly white.
         cx, cy = float(np.clip(x, -half, width + half)), float(np.clip(y, -half, height + half))
         left, top = math.floor(cx - half) - margin, math.floor(cy - half) - margin
         right, bottom = math.ceil(cx + half) + margin, math.ceil(cy + half) + margin
@@ -108,15 +108,15 @@ def cut_windows(
 
 @dataclass(frozen=True)
 class StainStats:
-    """Mean and spread of a section's optical density over tissue pixels, per channel."""
+    """Mean and standard deviation of a section's optical density over tissue pixels, per channel."""
 
     od_mean: tuple[float, float, float]
     od_std: tuple[float, float, float]
 
 
 def stain_stats(tiles_NSS3: Iterable[np.ndarray]) -> StainStats:
-    """Measure a section's stain on its tiles; the reference itself where there is no tissue."""
-    # The mean and spread over pixels need only, per channel, how often each of 256 values is a tissue pixel's.
+    """Compute a section's stain statistics from its tiles; without tissue, return the reference."""
+    # A histogram of the 256 values of tissue pixels per channel is sufficient for the mean and standard deviation.
     table = _DENSITY.astype(np.float32)
     counts = np.zeros((3, 256))
     for tile in tiles_NSS3:
@@ -134,9 +134,9 @@ def stain_stats(tiles_NSS3: Iterable[np.ndarray]) -> StainStats:
 
 
 def normalise_stain(tiles_NSS3: np.ndarray, stats: StainStats) -> np.ndarray:
-    """Move a section's optical density to the reference; uint8, same shape.
+    """Normalise a section's optical density to the reference; uint8, same shape.
 
-    One table of 256 values per channel does it, so the result is exact and quick.
+    Implemented as a look-up table of 256 values per channel.
     """
     density = (_DENSITY[None] - np.array(stats.od_mean)[:, None]) / np.array(stats.od_std)[:, None]
     density = density * np.array(REFERENCE_STD)[:, None] + np.array(REFERENCE_MEAN)[:, None]
@@ -148,6 +148,6 @@ def normalise_stain(tiles_NSS3: np.ndarray, stats: StainStats) -> np.ndarray:
 
 
 def _rounded(values: np.ndarray) -> tuple[float, float, float]:
-    """Round, so that the manifest's text holds exactly what is used."""
+    """Round, so that the manifest stores exactly the values in use."""
     a, b, c = (round(float(v), 6) for v in values)
     return a, b, c

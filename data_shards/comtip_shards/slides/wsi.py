@@ -1,7 +1,7 @@
-"""Whole-slide images in windows: TIFFs (BigTIFF, OME, pyramids) by tifffile, scanners' formats by openslide.
+"""Windowed reading of whole-slide images: TIFF (BigTIFF, OME, pyramids) with tifffile, scanner formats with openslide.
 
-Both are optional (the extra ``wsi``). A window is read from the coarsest level of the pyramid that is still fine
-enough, and shrunk from there with an anti-aliasing filter.
+Both packages are optional (extra ``wsi``). A window is read from the coarsest pyramid level that is fine enough, and
+downsampled from there with an anti-aliasing filter.
 """
 
 from __future__ import annotations
@@ -18,25 +18,24 @@ from PIL import Image
 
 from comtip_shards.errors import SourceError
 from comtip_shards.not_data import not_data
-from comtip_shards.slides.base import EXTRA, MAX_IMAGE_PX, Box, Slide, peak_of, plausible_mpp, to_rgb8
-from comtip_shards.slides.open import ome_mpp
+from comtip_shards.slides.base import EXTRA, MAX_IMAGE_PX, Box, Slide, ome_mpp, peak_of, plausible_mpp, to_rgb8
 
 CACHE_BYTES = 192 << 20
-"""Decoded blocks that are kept, per open slide."""
+"""Size of the cache of decoded blocks, per open slide."""
 MAX_BLOCK_BYTES = 512 << 20
-"""A file whose smallest unit of decoding is larger is refused: it could only be read whole."""
+"""Maximum size of a block of a file; with larger blocks it could not be read in windows."""
 MAPPED_BLOCK = 1024
 LANCZOS_SUPPORT = 3
 RETILE = "convert it, e.g. vips tiffsave IN OUT.tif --tile --pyramid --compression jpeg --bigtiff"
 
 
 def open_windowed(path: Path) -> Slide:
-    """Open a picture that is read in windows.
+    """Open an image for windowed reading.
 
     Raises
     ------
     SourceError
-        Neither package reads it, or the one that would is not installed.
+        Neither package reads it, or the required package is not installed.
     """
     openslide = _optional("openslide")
     vendor = openslide.OpenSlide.detect_format(str(path)) if openslide else None
@@ -49,7 +48,7 @@ def open_windowed(path: Path) -> Slide:
             return TiffSlide(path, tifffile)
         except SourceError:
             raise
-        except Exception as error:  # on damaged headers tifffile raises what it likes, division by zero among it
+        except Exception as error:  # tifffile raises many types on damaged headers, also ZeroDivisionError
             tried.append(f"tifffile: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
     else:
         tried.append("tifffile and zarr are not installed")
@@ -59,7 +58,7 @@ def open_windowed(path: Path) -> Slide:
     if reason is not None:
         raise SourceError(f"{path}: {reason}")
     missing = any("not installed" in t for t in tried)
-    fix = EXTRA if missing else f"is it whole, and a picture? If so, {RETILE}"
+    fix = EXTRA if missing else f"check that it is a complete image; if so, {RETILE}"
     raise SourceError(f"{path}: cannot be read as a slide ({'; '.join(tried)}); {fix}")
 
 
@@ -71,17 +70,17 @@ def _optional(name: str) -> Any:
 
 
 class PyramidSlide(Slide):
-    """A picture with coarser copies of itself."""
+    """An image stored at several resolutions."""
 
     levels: list[tuple[int, int]]
     """(width, height) of each level, finest first."""
 
     @abstractmethod
     def _read(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:
-        """Return a window that lies inside a level, uint8 RGB."""
+        """Return a window inside a level, uint8 RGB."""
 
     def scaled(self, box: Box, size: tuple[int, int]) -> np.ndarray:
-        """Read a window of the shrunk picture from the coarsest level that is fine enough."""
+        """Read a window of the downsampled image from the coarsest level that is fine enough."""
         level = self._level_for(size[0])
         lw, lh = self.levels[level]
         x0, y0, x1, y1 = box
@@ -96,24 +95,27 @@ class PyramidSlide(Slide):
         return np.asarray(window.resize((x1 - x0, y1 - y0), Image.Resampling.LANCZOS, box=source))
 
     def _level_for(self, width: int) -> int:
-        # A level one px narrower than asked for is its rounding, not a lack of detail.
+        # A level may be one px narrower than requested because of rounding.
         fine = [i for i, (w, _) in enumerate(self.levels) if w >= width - 1]
         return fine[-1] if fine else 0
 
     def _check_size(self) -> None:
         if self.size[0] * self.size[1] > MAX_IMAGE_PX:
-            raise SourceError(f"{self.path}: {self.size[0]} x {self.size[1]} px cannot be a section; is it damaged?")
+            raise SourceError(
+                f"{self.path}: {self.size[0]} x {self.size[1]} px is not the size of a section; check that the file is "
+                "not damaged"
+            )
 
 
 class OpenSlideSlide(PyramidSlide):
-    """A scanner's file, by openslide."""
+    """A scanner file, read with openslide."""
 
     def __init__(self, path: Path, openslide: Any) -> None:
         self.path, self.notes, self._error = path, [], openslide.OpenSlideError
         try:
             self._slide = openslide.OpenSlide(str(path))
         except openslide.OpenSlideError as error:
-            raise SourceError(f"{path}: openslide cannot read it ({error}); is the file whole?") from error
+            raise SourceError(f"{path}: openslide cannot read it ({error}); check that the file is complete") from error
         self._slide.set_cache(openslide.OpenSlideCache(CACHE_BYTES))
         self.levels = [(int(w), int(h)) for w, h in self._slide.level_dimensions]
         self.size = self.levels[0]
@@ -128,7 +130,9 @@ class OpenSlideSlide(PyramidSlide):
         try:
             rgba = self._slide.read_region((round(x * fx), round(y * fy)), level, (width, height))
         except self._error as error:
-            raise SourceError(f"{self.path}: a window cannot be decoded ({error}); is the file whole?") from error
+            raise SourceError(
+                f"{self.path}: a window cannot be decoded ({error}); check that the file is complete"
+            ) from error
         return to_rgb8(np.asarray(rgba), 255.0, alpha=True)
 
     def close(self) -> None:
@@ -137,10 +141,13 @@ class OpenSlideSlide(PyramidSlide):
 
 
 class BlockedSlide(PyramidSlide):
-    """Levels that are zarr, dask or mapped arrays of any axis order: (y, x, 3), (3 or 4, y, x), (1, y, x, 3), gray, 8 or 16 bits."""
+    """Levels that are zarr, dask or memory-mapped arrays of any axis order: (y, x, 3), (3 or 4, y, x), (1, y, x, 3), grey.
+
+    Values have 8 or 16 bits.
+    """
 
     def __init__(self, path: Path, arrays: list[Any], axes: str, *, alpha: bool = False) -> None:
-        """Take levels, finest first, and the names of their axes; ``y`` and ``x`` say which are rows and columns."""
+        """Take the levels, finest first, and the names of their axes, with ``y`` for rows and ``x`` for columns."""
         self.path, self.notes, self.reader, self._arrays, self._alpha = path, [], "zarr", arrays, alpha
         axes = axes.lower()
         self._y, self._x, self._c = axes.index("y"), axes.index("x"), _channel_axis(axes, arrays[0].shape, path)
@@ -155,14 +162,16 @@ class BlockedSlide(PyramidSlide):
             for a, (h, w) in zip(arrays, self._blocks, strict=True)
         )
         if block > MAX_BLOCK_BYTES:
-            raise SourceError(f"{path}: stored in blocks of {block >> 20} MB, so it can only be read whole; {RETILE}")
+            raise SourceError(
+                f"{path}: stored in blocks of {block >> 20} MB, so it cannot be read in windows; {RETILE}"
+            )
         self._peak = self._find_peak()
 
     def _find_peak(self) -> float:
         if self._arrays[0].dtype == np.uint8:
             return 255.0
-        # The depth must be one for all windows. The coarsest level may have averaged the brightest pixel away, so
-        # a depth is only told apart by its order of magnitude.
+        # All windows need the same depth. The coarsest level may have averaged the brightest pixel away, but the order of
+        # magnitude still identifies the depth.
         last = len(self._arrays) - 1
         width, height = self.levels[last]
         peak = 0.0
@@ -170,7 +179,7 @@ class BlockedSlide(PyramidSlide):
             for left in range(0, width, 1024):
                 window = self._raw(last, left, top, min(1024, width - left), min(1024, height - top))
                 peak = max(peak, peak_of(window))
-        self.notes.append(f"{self.path.name}: {self._arrays[0].dtype} pixels, {peak:g} is taken as white")
+        self.notes.append(f"{self.path.name}: {self._arrays[0].dtype} pixels, with {peak:g} as white")
         return peak
 
     def _read(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:
@@ -203,10 +212,10 @@ class BlockedSlide(PyramidSlide):
         where[self._x] = slice(column * bw, (column + 1) * bw)
         try:
             values = np.asarray(array[tuple(where)])
-        except Exception as error:  # codecs raise what they like on damaged bytes
+        except Exception as error:  # codecs raise many types on damaged bytes
             raise SourceError(
                 f"{self.path}: the block at row {row}, column {column} of level {level} cannot be decoded "
-                f"({type(error).__name__}: {error}); is the file whole?"
+                f"({type(error).__name__}: {error}); check that the file is complete"
             ) from error
         values = self._channels_last(values)
         self._cache[key] = values
@@ -223,12 +232,12 @@ class BlockedSlide(PyramidSlide):
         return np.ascontiguousarray(values.transpose([kept.index(a) for a in (self._y, self._x, self._c)]))
 
     def close(self) -> None:
-        """Let go of the decoded blocks."""
+        """Free the decoded blocks."""
         self._cache.clear()
 
 
 class TiffSlide(BlockedSlide):
-    """A TIFF, by tifffile."""
+    """A TIFF, read with tifffile."""
 
     def __init__(self, path: Path, tifffile: Any) -> None:
         self._file = tifffile.TiffFile(path)
@@ -236,7 +245,7 @@ class TiffSlide(BlockedSlide):
             series = max(self._file.series, key=lambda s: _extent(s.axes, s.shape))
             arrays = _levels_of(self._file, series, path, tifffile)
             page = series.levels[0].pages[0]
-            # Associated alpha or not, an interleaved fourth sample is opacity if the file says so.
+            # ExtraSamples 1 and 2 are associated and unassociated alpha.
             alpha = bool(page.extrasamples) and page.extrasamples[0] in (1, 2)
             super().__init__(path, arrays, series.axes, alpha=alpha)
             self.reader = f"tifffile {version('tifffile')}"
@@ -252,11 +261,11 @@ class TiffSlide(BlockedSlide):
 
 
 def _levels_of(file: Any, series: Any, path: Path, tifffile: Any) -> list[Any]:
-    """Return a series' levels as arrays that decode no more than what is asked for."""
+    """Return the levels of a series as arrays that decode only the requested blocks."""
     import zarr
 
     number = file.series.index(series)
-    # Uncompressed in one piece is to tifffile one huge chunk, to the operating system pages of a file.
+    # tifffile treats a contiguous uncompressed level as a single chunk; a memory map reads only the pages needed.
     return [
         zarr.open(series.aszarr(level=i), mode="r")
         if level.dataoffset is None
@@ -266,7 +275,7 @@ def _levels_of(file: Any, series: Any, path: Path, tifffile: Any) -> list[Any]:
 
 
 def _block_size(array: Any, y: int, x: int) -> tuple[int, int]:
-    """Return (rows, columns) of what is decoded at once: a chunk of a zarr or dask array, a square of a mapped one."""
+    """Return (rows, columns) of a decoded block: a chunk of a zarr or dask array, a square of a memory-mapped one."""
     chunks = getattr(array, "chunksize", None) or getattr(array, "chunks", (MAPPED_BLOCK,) * array.ndim)
     return min(int(chunks[y]), int(array.shape[y])), min(int(chunks[x]), int(array.shape[x]))
 
@@ -277,19 +286,19 @@ def _extent(axes: str, shape: tuple[int, ...]) -> int:
 
 
 def _channel_axis(axes: str, shape: tuple[int, ...], path: Path) -> int | None:
-    """Return which axis holds gray or colour, None where there is none; all others must have one entry."""
+    """Return the channel axis, None without one; all other axes except x and y must have length 1."""
     rest = [i for i, name in enumerate(axes) if name not in "yx" and shape[i] > 1]
     if not rest:
         return None
     if len(rest) == 1 and shape[rest[0]] in (2, 3, 4):
         return rest[0]
     raise SourceError(
-        f"{path}: axes {axes} of shape {shape}: not one picture in colour or gray; give an H&E image of three channels"
+        f"{path}: axes {axes} of shape {shape} are not a single colour or grey image; give an H&E image with three channels"
     )
 
 
 def _tiff_mpp(file: Any, page: Any) -> float | None:
-    """Return um per px by OME-XML or by the resolution tags."""
+    """Return um per px from the OME-XML or the resolution tags."""
     mpp = ome_mpp(file.ome_metadata) if file.is_ome and file.ome_metadata else None
     if mpp is not None:
         return mpp

@@ -217,7 +217,7 @@ def view_library(
     SourceError
         Something is missing or contradictory; the message names the option that helps.
     """
-    path, notes = store.path, []
+    path, notes = store.path, list[str]()
     obs, keys = store["obs"], library_names(store.group("uns/spatial"))
     rows = rows_of(obs, library, path, keys) if library and len(keys) > 1 else np.arange(len(obs))
     xy = read_centres(store, overrides, notes)[rows]

@@ -15,6 +15,7 @@ from anndata.io import read_elem
 
 from comtip_shards.errors import SourceError
 from comtip_shards.not_data import not_data
+from comtip_shards.sources.base import reading
 from comtip_shards.sources.hdf5 import open_hdf5
 from comtip_shards.sources.packaging import find, unpacked
 from comtip_shards.sources.zarr_metadata import check_store
@@ -140,9 +141,10 @@ def open_store(path: Path) -> Iterator[Store]:
         The file cannot be read, or refers to other files.
     """
     if path.is_dir():
-        yield FileStore(_open_zarr(path), path)
+        with reading(path, "an AnnData in zarr"):
+            yield FileStore(_open_zarr(path), path)
         return
-    with open_h5ad(path) as file:
+    with open_h5ad(path) as file, reading(path, ".h5ad"):
         legacy = any(isinstance(file.get(k), h5py.Dataset) for k in ("obs", "var", "obsm", "raw.var"))
         if not legacy:
             yield FileStore(file, path)

@@ -145,6 +145,11 @@ def read_positions(path: Path) -> SpotPositions:
         table.columns = pd.Index(COLUMNS)
     if table.empty:
         raise SourceError(f"{path}: the table has no rows; copy it from the run again")
+    if re.match(r"s_\d{3}um_", str(table["barcode"].iloc[0])):
+        raise SourceError(
+            f"{path}: the barcodes are bins of Visium HD; put the files into binned_outputs/square_016um/ (or 008um, 002um) "
+            "with spatial/ inside, as Space Ranger writes them"
+        )
     check_unique(table["barcode"].tolist(), f"{path}: barcodes")
     tissue = flags(table["in_tissue"], f"{path}: in_tissue")
     return SpotPositions(

@@ -8,7 +8,8 @@ from pathlib import Path
 from comtip_shards.errors import SourceError
 from comtip_shards.sources.names import safe_id
 from comtip_shards.sources.packaging import by_prefix, contents, find, prefix_of, unpacked_tar
-from comtip_shards.sources.tenx import TAR, TenxMatrix, find_flat_mex, find_matrices, find_pictures, only, section_name
+from comtip_shards.sources.tenx import TAR, find_flat_mex, find_matrices, find_pictures, only, section_name
+from comtip_shards.sources.tenx_matrix import TenxMatrix
 
 POSITIONS = r"tissue_positions(?:_list)?\.(?:csv|parquet)"
 FACTORS = r"scalefactors_json\.json"

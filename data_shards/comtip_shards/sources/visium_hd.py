@@ -27,7 +27,6 @@ from comtip_shards.sources.packaging import by_prefix, find, unpacked
 from comtip_shards.sources.pooled import pooled_meta, pooled_section, setting
 from comtip_shards.sources.table_batches import BATCH, all_numbers, batches
 from comtip_shards.sources.tenx import (
-    TenxMatrix,
     appearance_note,
     choose_image,
     find_matrix,
@@ -35,6 +34,7 @@ from comtip_shards.sources.tenx import (
     scale_factors,
     section_name,
 )
+from comtip_shards.sources.tenx_matrix import TenxMatrix
 
 POOL_UM, MIN_COVER = 128.0, 0.5
 FACTORS, TABLE = "scalefactors_json.json", r"tissue_positions\.(?:parquet|csv)"

@@ -28,7 +28,8 @@ from comtip_shards.sources.names import safe_id
 from comtip_shards.sources.packaging import by_prefix, find, unpacked
 from comtip_shards.sources.pooled import pooled_meta, pooled_section, setting
 from comtip_shards.sources.table_batches import BATCH, all_numbers, batches, has_column, numbers_of
-from comtip_shards.sources.tenx import TenxMatrix, appearance_note, find_matrices, only, read_json, section_name
+from comtip_shards.sources.tenx import appearance_note, find_matrices, only, read_json, section_name
+from comtip_shards.sources.tenx_matrix import TenxMatrix
 
 EXPERIMENT, TRANSCRIPTS, CELLS, PANEL = "experiment.xenium", "transcripts.parquet", "cells.parquet", "gene_panel.json"
 PIXEL_SIZE_UM = 0.2125

@@ -124,12 +124,14 @@ def _select(
 def _lse_reference(
     x: Tensor, y: Tensor, scale: Tensor, ids: BlockIds, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
-    logits = masked_logits(*wide(x, y), scale, ids)
+    x, y = wide(x, y)
+    logits = masked_logits(x, y, scale, ids)
     return logits.logsumexp(1), logits.logsumexp(0)
 
 
 def _lse_cpu(x: Tensor, y: Tensor, scale: Tensor, ids: BlockIds, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
-    return row_and_column_lse(Exponentials(*wide(x, y), float(scale), ids))
+    x, y = wide(x, y)
+    return row_and_column_lse(Exponentials(x, y, float(scale), ids))
 
 
 def _gradients_reference(

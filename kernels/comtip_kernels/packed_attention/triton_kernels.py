@@ -19,9 +19,18 @@ _SIZES = ["n_tokens", "window"]
 
 
 @triton.jit
-def _load(
-    ptr, token, head, owned, stride_token, stride_head, stride_dim, head_dim, BE: tl.constexpr, UPCAST: tl.constexpr
-):  # type: ignore[no-untyped-def]
+def _load(  # type: ignore[no-untyped-def]
+    ptr,
+    token,
+    head,
+    owned,
+    stride_token,
+    stride_head,
+    stride_dim,
+    head_dim,
+    BE: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     """Return the rows of one head, (BT, BE); 0 where another tile owns the token."""
     dim = tl.arange(0, BE)
     offset = token.to(tl.int64)[:, None] * stride_token + head * stride_head + dim[None, :] * stride_dim

@@ -120,7 +120,7 @@ def test_attention(lengths: list[int], H: int, E: int):
     first = torch.repeat_interleave((length.cumsum(0) - length).int(), length)
     S, longest = sum(lengths), max(lengths)
     q, k, v, g = (torch.randn(S, H, E) for _ in range(4))
-    tile = attention_kernels.best_tile("tf32", longest)
+    tile = attention_kernels.best_tile("tf32x3", longest)
     with counting() as counted:
         attention.attend(q, k, v, first, longest)
     same(counted, traffic.attention(S, H, E, 4, longest, tile, backward=False))

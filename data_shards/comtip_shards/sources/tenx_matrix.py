@@ -1,0 +1,209 @@
+"""Feature-barcode matrices of 10x Genomics: h5 of all versions, and MEX."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from scipy import io as scipy_io
+from scipy import sparse
+
+from comtip_shards.errors import SourceError
+from comtip_shards.not_data import not_data
+from comtip_shards.sources.base import as_counts, existing, reading
+from comtip_shards.sources.features import GENE_KIND, Features
+from comtip_shards.sources.hdf5 import open_hdf5
+from comtip_shards.sources.packaging import open_packed, read_packed, unpacked
+
+MATRIX = "a 10x Genomics feature-barcode matrix"
+MAX_TEXT_BYTES = 2**30
+"""Maximum size of an unpacked list of barcodes or features; 10 million barcodes have 200 MB."""
+_LEGACY = ("barcodes", "genes", "data", "indices", "indptr", "shape")
+
+
+@dataclass(frozen=True)
+class TenxMatrix:
+    """A feature-barcode matrix: one h5 file, or the three MEX files; each may be compressed with gzip."""
+
+    path: Path
+    files: tuple[Path, ...]
+
+    @property
+    def is_h5(self) -> bool:
+        """Whether the matrix is one h5 file."""
+        return len(self.files) == 1
+
+    def features(self) -> Features:
+        """Read the row names."""
+        if not self.is_h5:
+            return _mex_features(self.files[1])
+        with reading(self.path, MATRIX), _open_h5(self.path) as file:
+            return _h5_features(file)
+
+    def read(
+        self, features: Features, tally: dict[str, int] | None = None
+    ) -> tuple[sparse.csr_matrix, list[str], Features]:
+        """Return (int32 barcodes x genes, barcodes, genes); other features are excluded.
+
+        Parameters
+        ----------
+        features
+            Row names, as returned by :meth:`features` or restricted to one species.
+        tally
+            Filled with the sum of counts per kind of feature.
+        """
+        genes = features.only_genes()
+        parts = list(self.chunks(features, tally=tally))
+        counts = sparse.vstack([c for _, c in parts], format="csr") if parts else sparse.csr_matrix((0, len(genes.ids)))
+        return sparse.csr_matrix(counts), [b for barcodes, _ in parts for b in barcodes], genes
+
+    def chunks(
+        self, features: Features, size: int = 1 << 17, tally: dict[str, int] | None = None
+    ) -> Iterator[tuple[list[str], sparse.csr_matrix]]:
+        """Iterate over (barcodes, int32 barcodes x genes) in chunks of ``size`` barcodes, to bound memory."""
+        rows = features.genes()
+        ids = [features.ids[i] for i in rows]
+        for barcodes, counts in self._raw_chunks(len(features.ids), size):
+            if tally is not None:
+                _add_to(tally, features, counts)
+            yield barcodes, as_counts(counts[:, rows], self.path, barcodes, ids)
+
+    def _raw_chunks(self, n_features: int, size: int) -> Iterator[tuple[list[str], sparse.csr_matrix]]:
+        if not self.is_h5:
+            yield _read_mex(self, n_features)
+            return
+        with reading(self.path, MATRIX), _open_h5(self.path) as file:
+            if "matrix" in file:
+                yield from _h5_chunks(file["matrix"], self.path, n_features, size)
+            else:
+                yield _read_legacy(file, self.path)
+
+
+def _add_to(tally: dict[str, int], features: Features, counts: sparse.csr_matrix) -> None:
+    per_feature = np.asarray(counts.sum(axis=0)).ravel()
+    kinds = np.array([kind or GENE_KIND for kind in features.kinds])
+    for kind in np.unique(kinds).tolist():
+        tally[kind] = tally.get(kind, 0) + int(per_feature[kinds == kind].sum())
+
+
+def _open_h5(path: Path) -> h5py.File:
+    try:
+        file = open_hdf5(unpacked(path), "an HDF5 file", "copy or download it again")
+    except SourceError as error:
+        reason = not_data(path)
+        if reason is None:
+            raise
+        raise SourceError(f"{path}: {reason}") from error
+    if "matrix" not in file and _legacy_groups(file):
+        return file
+    needed = ("features/id", "barcodes", "data", "indices", "indptr", "shape")
+    missing = [n for n in needed if f"matrix/{n}" not in file]
+    if missing:
+        have = ", ".join(list(file)[:6]) or "nothing"
+        file.close()
+        raise SourceError(f"{path}: no /matrix/{missing[0]}; expected {MATRIX}, found {have}")
+    return file
+
+
+def _legacy_groups(file: h5py.File) -> list[str]:
+    """Return the genomes of a file of Cell Ranger 1 or 2, which has one group per genome."""
+    return [g for g in file if isinstance(file[g], h5py.Group) and all(n in file[g] for n in _LEGACY)]
+
+
+def _strings(values: Any) -> list[str]:
+    return [v.decode() if isinstance(v, bytes) else str(v) for v in values]
+
+
+def _h5_features(file: h5py.File) -> Features:
+    if "matrix" not in file:
+        return _legacy_features(file)
+    group = file["matrix/features"]
+    ids = _strings(group["id"][()])
+    symbols, kinds = (_strings(group[n][()]) if n in group else [""] * len(ids) for n in ("name", "feature_type"))
+    return Features(ids, symbols, kinds)
+
+
+def _legacy_features(file: h5py.File) -> Features:
+    ids: list[str] = []
+    symbols: list[str] = []
+    genomes = _legacy_groups(file)
+    for genome in genomes:
+        prefix = f"{genome}_" if len(genomes) > 1 else ""
+        own = _strings(file[genome]["genes"][()])
+        names = _strings(file[genome]["gene_names"][()]) if "gene_names" in file[genome] else [""] * len(own)
+        ids += [i if i.startswith(prefix) else prefix + i for i in own]
+        symbols += names
+    return Features(ids, symbols, [GENE_KIND] * len(ids))
+
+
+def _read_legacy(file: h5py.File, path: Path) -> tuple[list[str], sparse.csr_matrix]:
+    """Read all genomes of a file of Cell Ranger 1 or 2; a barcode may occur in some of them only."""
+    parts = []
+    for genome in _legacy_groups(file):
+        n = len(file[genome]["genes"])
+        chunk = list(_h5_chunks(file[genome], path, n, max(1, len(file[genome]["barcodes"]))))
+        parts.append(chunk[0] if chunk else ([], sparse.csr_matrix((0, n))))
+    names = list(dict.fromkeys(b for barcodes, _ in parts for b in barcodes))
+    row_of = {name: i for i, name in enumerate(names)}
+    blocks = []
+    for barcodes, counts in parts:
+        rows = [row_of[b] for b in barcodes]
+        spread = sparse.csr_matrix((np.ones(len(rows)), (rows, np.arange(len(rows)))), (len(names), len(rows)))
+        blocks.append(spread @ counts)
+    return names, sparse.csr_matrix(sparse.hstack(blocks))
+
+
+def _h5_chunks(
+    group: h5py.Group, path: Path, n_features: int, size: int
+) -> Iterator[tuple[list[str], sparse.csr_matrix]]:
+    indptr = group["indptr"][()].astype(np.int64)
+    shape = tuple(int(v) for v in group["shape"][()])
+    n = len(group["barcodes"])
+    if shape != (n_features, n) or len(indptr) != n + 1 or indptr[0] != 0 or (np.diff(indptr) < 0).any():
+        raise SourceError(
+            f"{path}: the matrix shape is {shape}, but there are {n_features} features and {n} barcodes, or indptr is "
+            "damaged; copy the file again"
+        )
+    for start in range(0, n, size):
+        stop = min(start + size, n)
+        part = slice(int(indptr[start]), int(indptr[stop]))
+        indices, data = group["indices"][part], group["data"][part]
+        if len(indices) != part.stop - part.start or len(data) != len(indices):
+            raise SourceError(f"{path}: truncated before its last barcode; copy or download it again")
+        if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < n_features:
+            raise SourceError(f"{path}: an index exceeds the {n_features} features; copy or download the file again")
+        pointer = indptr[start : stop + 1] - indptr[start]
+        yield (
+            _strings(group["barcodes"][start:stop]),
+            sparse.csr_matrix((data, indices, pointer), (stop - start, n_features)),
+        )
+
+
+def _read_mex(matrix: TenxMatrix, n_features: int) -> tuple[list[str], sparse.csr_matrix]:
+    path, _, barcodes_file = matrix.files
+    barcodes = [line.split("\t")[0].strip('"') for line in _lines(barcodes_file)]
+    existing(path, "matrix of counts")
+    with reading(path, "a Matrix Market file"), open_packed(path) as file:
+        counts = sparse.csc_matrix(scipy_io.mmread(file))
+    if counts.shape != (n_features, len(barcodes)):
+        raise SourceError(
+            f"{path}: the matrix shape is {counts.shape}, but there are {n_features} features and {len(barcodes)} "
+            "barcodes; use the three files of one run"
+        )
+    return barcodes, sparse.csr_matrix(counts.T)
+
+
+def _lines(path: Path) -> list[str]:
+    existing(path, "names of a matrix")
+    with reading(path, "text"):
+        return read_packed(path, MAX_TEXT_BYTES).decode("utf-8").splitlines()
+
+
+def _mex_features(path: Path) -> Features:
+    """Read features.tsv (id, symbol, kind) or genes.tsv (id, symbol)."""
+    rows = [([c.strip('"') for c in line.split("\t")] + ["", ""])[:3] for line in _lines(path)]
+    return Features(*([row[i] for row in rows] for i in range(3)))
