@@ -14,7 +14,7 @@ from comtip_fast.evaluation.evaluate import SectionData, evaluate, write_metrics
 from comtip_fast.evaluation.run import evaluate_run
 from comtip_fast.evaluation.train_reference import TrainReference, spot_inputs
 from comtip_fast.genes.vectors import GeneVectors
-from comtip_fast.inference import Predictor
+from comtip_fast.inference import ImageFeatures, Predictor
 from comtip_fast.metrics import pcc_per_gene
 from testkit.tiny import TinySection, write_tiny_source
 
@@ -103,7 +103,8 @@ def test_the_colour_of_the_baseline_is_chosen_on_training_sections(predictor: Pr
     number = tiny_shards.section_number("x1")
     spots = tiny_shards.select(sections=[number])
     tiles, stain = tiny_shards.tiles(spots), tiny_shards.stain(number)
-    x = spot_inputs(predictor, tiles, stain, np.zeros((len(tiles), 2)))["ridge_colour"]
+    features = ImageFeatures(np.zeros((len(tiles), 2)), np.zeros((len(tiles), 2)))
+    x = spot_inputs(predictor, tiles, stain, features)["ridge_colour"]
     assert set(x) == {"tile colour", "stain-normalised tile colour"}
     data = reference._load("human_breast")
     assert data is not None

@@ -376,7 +376,7 @@ def _set_head(name: str, value: Any) -> Callable[[dict[str, np.ndarray], dict[st
 
 
 READOUTS: dict[str, tuple[Callable[[dict[str, np.ndarray], dict[str, Any]], Any], str]] = {
-    "NaN": (lambda a, h: a["0.frozen.raw.loading_KG"].__setitem__((0, 0), np.nan), "loading_KG has 1 values"),
+    "NaN": (lambda a, h: a["0.vector.raw.loading_KG"].__setitem__((0, 0), np.nan), "loading_KG has 1 values"),
     "a gene cut": (lambda a, h: a.update({"0.vector.raw.mean_G": a["0.vector.raw.mean_G"][1:]}), "mean_G is float32"),
     "no programme": (
         lambda a, h: a.update({"0.vector.raw.weight_FK": a["0.vector.raw.weight_FK"][:, :0]}),
@@ -386,17 +386,17 @@ READOUTS: dict[str, tuple[Callable[[dict[str, np.ndarray], dict[str, Any]], Any]
     "features cut": (lambda a, h: a.update({"0.mean": a["0.mean"][1:]}), "mean is float32"),
     "float64": (lambda a, h: a.update({"0.std": a["0.std"].astype(np.float64)}), "std is float64"),
     "negative": (lambda a, h: a["0.std"].__setitem__(0, -1), "negative"),
-    "an array missing": (lambda a, h: a.pop("0.frozen.cp10k.std_G"), "missing or unknown: 0.frozen.cp10k.std_G"),
+    "an array missing": (lambda a, h: a.pop("0.vector.cp10k.std_G"), "missing or unknown: 0.vector.cp10k.std_G"),
     "another version": (lambda a, h: h.update(version=7), "version 7"),
     "no heads": (lambda a, h: h.update(heads=[]), "no list of heads"),
     "a head twice": (lambda a, h: h["heads"].append(h["heads"][0]), "two heads"),
     "a gene twice": (lambda a, h: h["heads"][0]["keys"].append(h["heads"][0]["keys"][0]), "duplicate"),
     "an unknown gene": (_set_head("keys", ["human:NOTHING"]), "not trained genes"),
     "genes are no list": (_set_head("keys", 3), "not trained genes"),
-    "blocks in another order": (lambda a, h: h["heads"][0]["blocks"].reverse(), "blocks are"),
-    "weights above 1": (_set_head("mix", {"vector": 2, "frozen": -1, "levels": 0}), "must be 0 to 1"),
-    "all on levels": (_set_head("mix", {"vector": 0.0, "frozen": 0.0, "levels": 1.0}), "not all on levels"),
-    "no weight of levels": (_set_head("mix", {"vector": 0.5, "frozen": 0.5}), "expected a weight"),
+    "another block": (lambda a, h: h["heads"][0]["blocks"].append("frozen"), "blocks are"),
+    "weights above 1": (_set_head("mix", {"vector": 2, "levels": -1}), "must be 0 to 1"),
+    "all on levels": (_set_head("mix", {"vector": 0.0, "levels": 1.0}), "not all on levels"),
+    "no weight of levels": (_set_head("mix", {"vector": 1.0}), "expected a weight"),
     "no cohort": (_set_head("cohort", None), "cohort or facts"),
     "too many views": (lambda a, h: h["settings"].update(views=9), "views 9"),
     "another space": (lambda a, h: h["settings"].update(vector_dim=31), "vector_dim 31"),
