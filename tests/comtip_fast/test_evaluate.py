@@ -166,9 +166,11 @@ def test_gene_vectors_change_the_scores_of_unseen_genes_only(
         for vectors in (None, tmp_path / "v.safetensors")
     )
     one, two = one["cohorts"]["human_breast"], two["cohorts"]["human_breast"]
-    for name in ("zero_shot", "zero_shot_levels", "ridge_frozen"):
+    for name in ("zero_shot_levels", "ridge_frozen"):
         assert one[name] == two[name]
         assert one[name]["cp10k"] is not None
+    # The 50 most variable genes of the tiny set include held-out ones, so the mean over the trained genes is compared.
+    assert one["zero_shot"]["raw"]["mean_pcc_all"] == pytest.approx(two["zero_shot"]["raw"]["mean_pcc_all"])
     assert one["zero_shot_levels"] != one["zero_shot"]
     assert one["zero_shot_unseen_genes"] != two["zero_shot_unseen_genes"]
 
