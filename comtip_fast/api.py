@@ -20,10 +20,10 @@ from comtip_shards.sections.facts import CountOptions, PoolingOptions, SectionFa
 from comtip_fast._version import __version__
 from comtip_fast.constants import LAYER_CP10K, LAYER_RAW, OBSM_EMBEDDING, UNS
 from comtip_fast.data.sections import H5AD_SUFFIXES, SectionTiles, TileGeometry, open_section, read_h5ad
-from comtip_fast.devices import pick_device
 from comtip_fast.evaluation.run import evaluate_run as evaluate
 from comtip_fast.inference import GeneQuery, ImageFeatures, Predictor
 from comtip_fast.pretraining import pretrain
+from comtip_fast.runtime.devices import pick_device
 from comtip_fast.shards import Facts, build_shards, open_sections, stated_text
 
 __all__ = [

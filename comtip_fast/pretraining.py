@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from comtip_fast.config.io import load_config
-from comtip_fast.devices import pick_device
 from comtip_fast.plan.live import step_cost
+from comtip_fast.runtime.devices import pick_device
 from comtip_fast.training.checkpoint.resume import CHECKPOINTS, refuse_second_run
 from comtip_fast.training.checkpoint.store import steps_of
 from comtip_fast.training.distributed.comm_timer import ClockedGroup

@@ -403,8 +403,12 @@ def masked_cases(device: str) -> list[Case]:
         out.append(
             _checked(size, [x, y, scale], partial(infonce, **masks, impl="triton"), partial(dense_infonce, **masks))
         )
-    x = _randn(device, 1, D).detach().expand(B, -1).contiguous()
-    out.append(_checked(f"B={B} D={D} underflow", [x, -x, scale], partial(infonce, impl="triton"), dense_infonce))
+    # Nearly opposite, so that every sum underflows and no gradient vanishes.
+    common = _randn(device, 1, D).detach()
+    x, away = (common + 0.5 * _randn(device, B, D, seed=seed).detach() for seed in (1, 2))
+    # The gradient of the scale is a sum of terms that cancel here, and is not compared.
+    ours, exact = (lambda x, y, f=f: f(x, y, scale) for f in (partial(infonce, impl="triton"), dense_infonce))
+    out.append(_checked(f"B={B} D={D} underflow", [x, -away], ours, exact))
     return out
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
-from comtip_shards.sources.geojson import iter_features
+from comtip_shards.sources.files.geojson import iter_features
 
 
 def write_cells(path: Path, n: int) -> None:

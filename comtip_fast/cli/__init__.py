@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from comtip_shards.names import printable
 
 from comtip_fast._version import __version__
-from comtip_fast.streams import drain, guarded_stderr, reader_is_gone, write_line
+from comtip_fast.runtime.streams import drain, guarded_stderr, reader_is_gone, write_line
 
 # {command: help}. A command's module is imported only if the command is used, which keeps --help fast.
 COMMANDS = {

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from comtip_fast.cli import BAD_INPUT, KILLED, USER_ERROR
 from comtip_fast.cli.options import add_out
-from comtip_fast.streams import write_line
+from comtip_fast.runtime.streams import write_line
 
 log = logging.getLogger("comtip_fast")
 

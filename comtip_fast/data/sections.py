@@ -20,11 +20,11 @@ from comtip_shards.slides.base import Slide
 from comtip_shards.slides.open import open_slide
 from comtip_shards.slides.tiles import StainStats, stain_stats
 from comtip_shards.sources import open_source
+from comtip_shards.sources.anndata_parts.store import SUFFIXES as H5AD_SUFFIXES
+from comtip_shards.sources.anndata_parts.store import MemoryStore, open_h5ad
 from comtip_shards.sources.anndata_source import MICRONS_PER_PIXEL, library_names, library_slide, view_library
-from comtip_shards.sources.anndata_store import SUFFIXES as H5AD_SUFFIXES
-from comtip_shards.sources.anndata_store import MemoryStore, open_h5ad
 from comtip_shards.sources.base import check_options, check_overrides
-from comtip_shards.sources.packaging import unpacked
+from comtip_shards.sources.files.packaging import unpacked
 from comtip_shards.storage.remote import is_url
 
 OVERVIEW_PX = 1024

@@ -9,10 +9,10 @@ from pathlib import Path
 from comtip_shards import ShardSet
 from comtip_shards.storage.remote import is_url
 
-from comtip_fast.devices import pick_device
 from comtip_fast.evaluation.evaluate import Evaluation, evaluate, write_metrics
 from comtip_fast.evaluation.report import write_report
 from comtip_fast.inference import Predictor
+from comtip_fast.runtime.devices import pick_device
 
 
 def evaluate_run(

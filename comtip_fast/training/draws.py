@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from comtip_fast.device_rng import uniform
+from comtip_fast.runtime.device_rng import uniform
 
 GENE_BITS = 20
 """A (spot, gene) pair is keyed by ``spot << GENE_BITS | gene``."""

@@ -59,11 +59,17 @@ def operand_dtype(*operands: Tensor) -> torch.dtype:
     return torch.bfloat16 if autocast or any(x.dtype == torch.bfloat16 for x in operands) else torch.float32
 
 
+@torch.compiler.assume_constant_result
+def _matmul_precision() -> str:
+    """Return the setting; torch.compile reads it while tracing, where the call itself would break the graph."""
+    return torch.get_float32_matmul_precision()
+
+
 def product_mode(dtype: torch.dtype) -> Mode:
     """Return how operands of ``dtype`` are multiplied on tensor cores; tile sizes are chosen by this."""
     if dtype != torch.float32:
         return "bf16"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32x3" if _matmul_precision() == "highest" else "tf32"
 
 
 def input_precision(mode: Mode) -> str:

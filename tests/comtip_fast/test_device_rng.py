@@ -6,7 +6,7 @@ import torch
 from comtip_shards.sampling import rng
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from comtip_fast.device_rng import uniform
+from comtip_fast.runtime.device_rng import uniform
 
 
 @pytest.mark.parametrize("purpose", ["mask", "identity", "mispair-from"])

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from comtip_shards import ShardSet
 
-from comtip_fast import streams
+from comtip_fast.runtime import streams
 from comtip_fast.training.checkpoint import store as checkpoint
 from comtip_fast.training.checkpoint.resume import CHECKPOINTS
 from comtip_fast.training.distributed import failures

@@ -11,7 +11,7 @@ from comtip_shards.builder.build import build_shards
 from comtip_shards.sources import open_source
 
 from comtip_fast.config.io import load_config
-from comtip_fast.devices import pick_device
+from comtip_fast.runtime.devices import pick_device
 from comtip_fast.training.losses import LossInputs
 from comtip_fast.training.task import CoMTIPTask, build_task
 

@@ -17,9 +17,9 @@ from comtip_shards import ShardError, ShardSet, SourceError
 from comtip_shards.format.record import decode_tile
 from comtip_shards.names import printable
 from comtip_shards.reader.verify import verify
-from comtip_shards.sources import tenx_matrix
-from comtip_shards.sources.hdf5 import open_hdf5
-from comtip_shards.sources.tenx_matrix import TenxMatrix
+from comtip_shards.sources.files.hdf5 import open_hdf5
+from comtip_shards.sources.tenx import matrix as tenx_matrix
+from comtip_shards.sources.tenx.matrix import TenxMatrix
 from comtip_shards.storage.regular_file import read_regular
 from PIL import Image
 
@@ -153,7 +153,7 @@ def test_packed_lists_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(matrix.features().ids) == 3
     monkeypatch.setattr(tenx_matrix, "MAX_TEXT_BYTES", 10**6)
     files[1].write_bytes(gzip.compress(b"x\n" * 10**7))
-    with pytest.raises(SourceError, match=r"features\.tsv\.gz: more than 1,000,000 bytes of text, unpacked"):
+    with pytest.raises(SourceError, match=r"features\.tsv\.gz: more than 1,000,000 bytes after decompression"):
         matrix.features()
 
 

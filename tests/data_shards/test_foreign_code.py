@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from comtip_shards import SourceError
 from comtip_shards.sources import detect, open_source
-from comtip_shards.sources.hdf5 import open_hdf5
+from comtip_shards.sources.files.hdf5 import open_hdf5
+from comtip_shards.sources.files.zarr_metadata import CODECS, check_store
 from comtip_shards.sources.patches import read_patches
-from comtip_shards.sources.tenx import TenxMatrix
-from comtip_shards.sources.zarr_metadata import CODECS, check_store
+from comtip_shards.sources.tenx.run import TenxMatrix
 
 from comtip_fast.cli import main
 from comtip_fast.data.sections import read_h5ad

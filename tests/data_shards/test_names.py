@@ -16,7 +16,7 @@ from comtip_shards.names import inside, problem_with
 from comtip_shards.qc import check_sources
 from comtip_shards.reader.verify import verify
 from comtip_shards.sources import open_source
-from comtip_shards.sources.fetch import fetch_source
+from comtip_shards.sources.selection.fetch import fetch_source
 from comtip_shards.storage.cache import FileCache
 from comtip_shards.storage.remote import Remote
 

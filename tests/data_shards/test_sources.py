@@ -1,4 +1,4 @@
-"""Readers: what they read, and what each bad input is told. Fixtures are made here, faithful to the real layouts."""
+"""Readers: the values they return, and the error of each bad input. Fixtures are written in the real layouts."""
 
 import gzip
 from pathlib import Path

@@ -131,10 +131,10 @@ def test_several_libraries_and_several_files(data: ad.AnnData, tmp_path: Path):
         open_source(tmp_path / "both", overrides=FACTS)
 
 
-@pytest.mark.parametrize("place", ["layers['counts']", "raw.X"])
-def test_counts_are_found_where_x_is_normalised(data: ad.AnnData, tmp_path: Path, place: str):
+@pytest.mark.parametrize("location", ["layers['counts']", "raw.X"])
+def test_counts_are_found_where_x_is_normalised(data: ad.AnnData, tmp_path: Path, location: str):
     counts = data.X.copy()
-    if place == "raw.X":
+    if location == "raw.X":
         data.raw = data.copy()
     else:
         data.layers["counts"] = counts

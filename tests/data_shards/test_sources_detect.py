@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from comtip_shards import SourceError
 from comtip_shards.sources import READERS, detect, open_source
-from comtip_shards.sources.choose import check_where, choose, matches
+from comtip_shards.sources.selection.choose import check_where, choose, matches
 
 from testkit.tiny import TinySection, write_tiny_source
 

@@ -26,8 +26,8 @@ def write(case: str, folder: Path) -> Path:
         name = {"heart": "visium_sr1_h5", "placenta": "visium_sr3_mex"}[case]
         return Path(shutil.copytree(REAL / name, folder / name, copy_function=shutil.copyfile))
     if case.startswith("hd"):
-        place = np.array([[0.25, 0, 0], [0, 0.25, 0]])
-        write_visium_hd(folder, 16, rng.poisson(0.5, (4, 256)), np.ones((16, 16), bool), place)
+        offset = np.array([[0.25, 0, 0], [0, 0.25, 0]])
+        write_visium_hd(folder, 16, rng.poisson(0.5, (4, 256)), np.ones((16, 16), bool), offset)
         write_segmentation(folder, rng.poisson(1, (4, 30)), rng.uniform(5, 60, (30, 2)), 4.0, 2.0)
         he_picture(64, 64).save(folder / "tissue_image.tif")
         return folder
@@ -52,8 +52,8 @@ def mutated(raw: bytes, rng: np.random.Generator) -> bytes:
     if kind == 0:
         return bytes(data[:at])
     if kind == 1:
-        for place in rng.integers(len(raw), size=rng.integers(1, 6)):
-            data[place] = rng.integers(256)
+        for offset in rng.integers(len(raw), size=rng.integers(1, 6)):
+            data[offset] = rng.integers(256)
         return bytes(data)
     other = int(rng.integers(len(raw)))
     data[at : at + 20] = data[other : other + 20]

@@ -22,13 +22,13 @@ VISIUM, XENIUM, MOUSE = DEFAULT
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def hest_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_hest(tmp_path_factory.mktemp("hest"))
 
 
 @pytest.fixture
-def folder(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "hest"))
+def folder(hest_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(hest_folder, tmp_path / "hest"))
 
 
 def read(folder: Path, name: str = "TENX1", **facts: str):
@@ -128,9 +128,9 @@ def test_sections_are_chosen_by_organ_species_and_technology(folder: Path):
 
 
 def test_the_table_alone_or_the_metadata_alone_is_enough(folder: Path):
-    shutil.move(folder / "metadata", folder / "aside")
+    shutil.move(folder / "metadata", folder / "moved")
     assert read(folder).meta.mpp == 0.7
-    shutil.move(folder / "aside", folder / "metadata")
+    shutil.move(folder / "moved", folder / "metadata")
     (folder / "HEST_v1_1_0.csv").unlink()
     section = read(folder)
     assert (section.meta.tissue, section.meta.mpp) == ("Breast", 0.7)

@@ -11,9 +11,9 @@ import fsspec
 import pytest
 from comtip_shards import ShardError, SourceError
 from comtip_shards.builder.build import build_shards
-from comtip_shards.sources import fetch as fetch_module
 from comtip_shards.sources import open_source
-from comtip_shards.sources.fetch import fetch_source
+from comtip_shards.sources.selection import fetch as fetch_module
+from comtip_shards.sources.selection.fetch import fetch_source
 from comtip_shards.storage.remote import Remote
 
 from comtip_fast.cli import main
@@ -185,9 +185,9 @@ def test_a_run_is_told_by_its_listing_and_its_bulk_left_there(fmt: str, tmp_path
 def test_the_command_builds_from_a_url(memory: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     args = ["--where", "organ=Breast", "--tile-um", "112", "--tile-px", "16", "--cache", str(tmp_path / "cache")]
     assert main(["shards", "build", memory, "--out", str(tmp_path / "set"), *args]) == 0
-    said = capsys.readouterr().out
-    assert "read as hest: found st/MISC3.h5ad" in said
-    assert "TENX1: human Breast" in said
+    message = capsys.readouterr().out
+    assert "read as hest: found st/MISC3.h5ad" in message
+    assert "TENX1: human Breast" in message
 
 
 def test_what_cannot_be_done_is_said(memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -58,7 +58,7 @@ def store(order: np.ndarray | None = None):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def store_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("sd") / "run.zarr"
     store().write(path)
     return path
@@ -69,9 +69,9 @@ def write(data, path: Path) -> Path:
     return path
 
 
-def test_a_region_is_read_through_its_transformations(made: Path):
-    assert (detect(made)[0].name, detect(made)[1]) == ("spatialdata", "zarr.json has spatialdata_attrs")
-    section = open_source(made, overrides=FACTS)[0].read()
+def test_a_region_is_read_through_its_transformations(store_path: Path):
+    assert (detect(store_path)[0].name, detect(store_path)[1]) == ("spatialdata", "zarr.json has spatialdata_attrs")
+    section = open_source(store_path, overrides=FACTS)[0].read()
     order = np.array([int(i[2:-2]) for i in section.spot_ids])
     assert section.dropped == {"not in tissue": 1}
     np.testing.assert_allclose(section.xy, XY[order] / 2)
@@ -80,7 +80,7 @@ def test_a_region_is_read_through_its_transformations(made: Path):
     assert section.gene_symbols[0] == "ERBB2"
     meta = section.meta
     assert (meta.section_id, meta.species, meta.mpp, meta.spot_pitch_um) == ("spots", "human", 1.25, 100)
-    assert section.image_path == made / "images/he"
+    assert section.image_path == store_path / "images/he"
     assert "tiles are cut from the image he, in the coordinate system global" in section.notes
     with section.open_slide() as slide:
         assert slide.size == (500, 400)
@@ -89,18 +89,18 @@ def test_a_region_is_read_through_its_transformations(made: Path):
     np.testing.assert_allclose(tiles[..., :2].mean((1, 2)), section.xy / 2, atol=1)
 
 
-def test_another_image_may_be_asked_for(made: Path):
-    section = open_source(made, overrides={"tissue": "x", "platform": "Visium", "image": "small"})[0].read()
+def test_another_image_may_be_asked_for(store_path: Path):
+    section = open_source(store_path, overrides={"tissue": "x", "platform": "Visium", "image": "small"})[0].read()
     assert section.meta.mpp == pytest.approx(100 / 20)
     assert section.meta.spot_diameter_um == 55
     with pytest.raises(SourceError, match="no image 'big'; set --image to one of"):
-        open_source(made, overrides=FACTS | {"image": "big"})
+        open_source(store_path, overrides=FACTS | {"image": "big"})
     with pytest.raises(SourceError, match="no three-channel image shares a coordinate system with spots"):
-        open_source(made, overrides=FACTS | {"image": "dapi"})
+        open_source(store_path, overrides=FACTS | {"image": "dapi"})
     with pytest.raises(SourceError, match="image he: no scale; set --mpp, the um per px of the positions"):
-        open_source(made, overrides={"tissue": "x"})
+        open_source(store_path, overrides={"tissue": "x"})
     with pytest.raises(SourceError, match="no tissue column; set --tissue"):
-        open_source(made, overrides={"mpp": "1"})
+        open_source(store_path, overrides={"mpp": "1"})
 
 
 def test_labels_are_regions_too(tmp_path: Path):
@@ -142,12 +142,14 @@ def test_counts_may_be_a_layer(tmp_path: Path):
         open_source(write(data, tmp_path / "b.zarr"), overrides=FACTS)[0].read()
 
 
-def test_a_set_is_built_from_it(made: Path, tmp_path: Path):
-    report = build_shards(open_source(made, overrides=FACTS), tmp_path / "set", tile_px=16, tile_um=50.0, min_mpp=2.0)
+def test_a_set_is_built_from_it(store_path: Path, tmp_path: Path):
+    report = build_shards(
+        open_source(store_path, overrides=FACTS), tmp_path / "set", tile_px=16, tile_um=50.0, min_mpp=2.0
+    )
     assert report.n_spots == 11
 
 
-def test_bad_stores_are_told_by_name_and_fix(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_bad_stores_are_told_by_name_and_fix(store_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     data = store(np.arange(12))
     data.tables["table"].obs["spot"] += 100
     with pytest.raises(SourceError, match=r"a\.zarr: table and spots have no id in common: 100, 101"):
@@ -156,7 +158,7 @@ def test_bad_stores_are_told_by_name_and_fix(made: Path, tmp_path: Path, monkeyp
     del data.tables["table"]
     with pytest.raises(SourceError, match=r"b\.zarr: no table annotates a region"):
         open_source(write(data, tmp_path / "b.zarr"), overrides=FACTS)
-    broken = Path(shutil.copytree(made, tmp_path / "c.zarr"))
+    broken = Path(shutil.copytree(store_path, tmp_path / "c.zarr"))
     for path in (broken / "images/he/s0/c/0").rglob("0"):
         if path.is_file():
             path.write_bytes(b"not a chunk")
@@ -167,4 +169,4 @@ def test_bad_stores_are_told_by_name_and_fix(made: Path, tmp_path: Path, monkeyp
         open_source(broken, overrides=FACTS)
     monkeypatch.setitem(sys.modules, "spatialdata", None)
     with pytest.raises(SourceError, match=r"pip install 'comtip-fast\[spatialdata\]'"):
-        open_source(made, overrides=FACTS)
+        open_source(store_path, overrides=FACTS)

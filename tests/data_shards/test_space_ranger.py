@@ -1,4 +1,4 @@
-"""Space Ranger folders of every version: made here in each layout, and two real ones, cut down (fixtures/README.md)."""
+"""Space Ranger folders of every version: synthetic ones in each layout, and two real ones, reduced (fixtures/README.md)."""
 
 import gzip
 import json
@@ -299,7 +299,7 @@ def test_real_version_1_heart(tmp_path: Path):
     assert verify(tmp_path / "s").ok
     shards = ShardSet(tmp_path / "s")
     assert len(shards) == 100
-    # Genes that the current nomenclature does not know are left out and said; of the others nothing is lost.
+    # Genes that the current nomenclature does not know are excluded and reported; nothing else is lost.
     source = shards.manifest.sections[0].source
     assert int(shards.counts(range(100)).sum()) + source["counts_left_out"] == int(section.counts.sum())
 

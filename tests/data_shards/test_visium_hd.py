@@ -1,4 +1,4 @@
-"""Visium HD: what is pooled is compared with sums made bin by bin, on a grid that lies turned on its image."""
+"""Visium HD: pooled counts equal sums over single bins, on a grid that is rotated against its image."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ import pytest
 from comtip_shards import ShardSet, SourceError
 from comtip_shards.reader.verify import verify
 from comtip_shards.sources import detect, open_source
-from comtip_shards.sources.geojson import centroid, iter_features
+from comtip_shards.sources.files.geojson import centroid, iter_features
 
 from comtip_fast.cli import main
 from testkit.tenx import GENES, NAMES, he_picture, write_h5, write_segmentation, write_visium_hd
@@ -243,7 +243,7 @@ def test_bad_cells_name_the_file_and_the_fix(cells, name: str):
 
 def test_polygons_are_read_in_pieces(cells, monkeypatch: pytest.MonkeyPatch):
     path = cells[0] / "segmented_outputs/cell_segmentations.geojson"
-    monkeypatch.setattr("comtip_shards.sources.geojson._CHUNK", 37)
+    monkeypatch.setattr("comtip_shards.sources.files.geojson._CHUNK", 37)
     features = list(iter_features(path))
     assert features == json.loads(path.read_text())["features"]
     np.testing.assert_allclose([centroid(f, path) for f in features], cells[1])

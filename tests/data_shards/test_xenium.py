@@ -12,7 +12,7 @@ import tifffile
 from comtip_shards import ShardSet, SourceError
 from comtip_shards.reader.verify import verify
 from comtip_shards.sources import detect, open_source
-from comtip_shards.sources.alignment import read_alignment
+from comtip_shards.sources.tenx.alignment import read_alignment
 from PIL import Image
 
 from comtip_fast.cli import main
@@ -50,10 +50,10 @@ def transcripts() -> tuple[pd.DataFrame, np.ndarray]:
             "cell_id": rng.choice([*(f"aaaa{i:04d}-1" for i in range(70)), "UNASSIGNED"], 3000),
         }
     )  # fmt: skip
-    # Cells are small: each takes the transcripts of one place.
-    place = (he // 18).astype(int)
+    # Cells are small: each takes the transcripts of one position.
+    offset = (he // 18).astype(int)
     table["cell_id"] = np.where(
-        table["cell_id"] == "UNASSIGNED", "UNASSIGNED", [f"aaaa{j:02d}{i:02d}-1" for i, j in place]
+        table["cell_id"] == "UNASSIGNED", "UNASSIGNED", [f"aaaa{j:02d}{i:02d}-1" for i, j in offset]
     )
     return table, he
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import torch.distributed as dist
 from comtip_shards.storage.disk import disk_trouble, unwritable
 
-from comtip_fast.streams import drain, write_line
+from comtip_fast.runtime.streams import drain, write_line
 from comtip_fast.training.protocol import TrainingError
 
 RESTART_CODE = 75

@@ -16,7 +16,7 @@ from comtip_shards.storage.atomic import write_atomic
 
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.metrics import finite_or_none
-from comtip_fast.streams import write_line
+from comtip_fast.runtime.streams import write_line
 
 log = logging.getLogger("comtip_fast")
 

@@ -13,13 +13,15 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
+from scipy import sparse
 
 from comtip_shards.builder.output_dir import WRITING
 from comtip_shards.builder.writer import RecordRun, SectionHead, layout
 from comtip_shards.format.manifest import TileSpec
 from comtip_shards.format.record import encode_json, encode_tile
-from comtip_shards.genes.identifiers import map_genes
+from comtip_shards.genes.identifiers import GeneMap, map_genes
 from comtip_shards.qc.page import EXTENSIONS, pages
+from comtip_shards.qc.result import SectionReport
 from comtip_shards.qc.run import check_section
 from comtip_shards.sections.leakage import section_fingerprint
 from comtip_shards.sections.section import Section, SectionMeta
@@ -118,22 +120,12 @@ def stage_section(
     (tmp_path / "overview.jpg").write_bytes(overview)
     for extension, page in pages(checked).items():
         (tmp_path / f"report.{extension}").write_text(page, encoding="utf-8")
-    kept, lost = int(counts.sum(dtype=np.int64)), int(section.counts.sum(dtype=np.int64))
     facts = {
         "n_spots": len(section.spot_ids),
         "keys": genes.keys,
         "overview_mpp": overview_mpp,
         "stain": asdict(stain),
-        "source": {
-            "dropped_spots": section.dropped,
-            "genes": genes.report(),
-            "notes": notes,
-            "unmapped_genes": len(genes.unmapped),
-            "summed_genes": len(genes.collisions),
-            "counts_left_out": lost - kept,
-            "checks": checked.summary(),
-            "print": section_fingerprint(counts, genes.keys, np.asarray(Image.open(io.BytesIO(overview)))),
-        },
+        "source": _source(section, genes, counts, checked, notes, overview),
     }
     (tmp_path / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
     spots = [_spot(section, meta, i) for i in range(len(section.spot_ids))]
@@ -146,6 +138,28 @@ def stage_section(
             raise
         shutil.rmtree(tmp_path)  # a worker of a killed build has just finished the same section
     return StagedSection(folder, meta, fingerprint)
+
+
+def _source(
+    section: Section,
+    genes: GeneMap,
+    counts: sparse.csr_matrix,
+    checked: SectionReport,
+    notes: list[str],
+    overview: bytes,
+) -> dict[str, Any]:
+    """Return ``ManifestSection.source``: statistics of the build, results of the checks and the fingerprint."""
+    kept, total = int(counts.sum(dtype=np.int64)), int(section.counts.sum(dtype=np.int64))
+    return {
+        "dropped_spots": section.dropped,
+        "genes": genes.report(),
+        "notes": notes,
+        "unmapped_genes": len(genes.unmapped),
+        "summed_genes": len(genes.collisions),
+        "counts_left_out": total - kept,
+        "checks": checked.summary(),
+        "print": section_fingerprint(counts, genes.keys, np.asarray(Image.open(io.BytesIO(overview)))),
+    }
 
 
 def _write_tiles(

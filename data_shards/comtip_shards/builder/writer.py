@@ -184,14 +184,19 @@ def write_set(
         part=part,
     )
     write_atomic(out / REPORT_FILE, report(manifest))
+    _flush_files(out)
+    # Last, because a set with a manifest counts as complete, also after a power failure.
+    write_atomic(out / NAME, manifest.to_json())
+    return parse_manifest((out / NAME).read_bytes(), str(out / NAME))
+
+
+def _flush_files(out: Path) -> None:
+    """Flush all files of a set except the manifest to the device."""
     for name in FOLDERS:
         if (out / name).exists():
             flush_tree(out / name)
     for name in (GENES_FILE, spots.FILE):
         flush(out / name)
-    # Last, because a set with a manifest counts as complete, also after a power failure.
-    write_atomic(out / NAME, manifest.to_json())
-    return parse_manifest((out / NAME).read_bytes(), str(out / NAME))
 
 
 def write_section(

@@ -21,10 +21,10 @@ from comtip_shards.sources import (
     xenium,
 )
 from comtip_shards.sources.base import POOL_KEYS, Reader, SectionSource, check_options, check_overrides, pick, refuse
-from comtip_shards.sources.choose import check_where, choose
-from comtip_shards.sources.fetch import fetch_source
-from comtip_shards.sources.hints import explain
-from comtip_shards.sources.packaging import contents
+from comtip_shards.sources.files.hints import explain
+from comtip_shards.sources.files.packaging import contents
+from comtip_shards.sources.selection.choose import check_where, choose
+from comtip_shards.sources.selection.fetch import fetch_source
 from comtip_shards.storage.remote import is_url
 
 __all__ = ["FORMATS", "READERS", "SectionSource", "detect", "open_source"]
@@ -176,7 +176,7 @@ def open_source(
         Filter sections, e.g. ``{"tissue": ["breast", "lung"], "species": ["human"]}``. Keys: ``species``,
         ``tissue`` (or ``organ``), ``platform`` (or ``technology``), ``donor`` and ``dataset``.
     cache
-        Cache directory for downloads, see :func:`comtip_shards.sources.fetch.fetch_source`.
+        Cache directory for downloads, see :func:`comtip_shards.sources.selection.fetch.fetch_source`.
     progress
         Show a progress bar for downloads.
 

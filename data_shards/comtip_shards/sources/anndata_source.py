@@ -20,14 +20,14 @@ from comtip_shards.errors import SourceError
 from comtip_shards.sections.section import Section, SectionMeta, check_unique
 from comtip_shards.slides.base import MAX_WHOLE_PX, ArraySlide, Slide, peak_of, to_rgb8
 from comtip_shards.slides.open import mpp_by_tag
-from comtip_shards.sources.anndata_counts import raw_counts
-from comtip_shards.sources.anndata_store import Store, files_of, open_h5ad, open_store, read_part, stem_of
+from comtip_shards.sources.anndata_parts.counts import raw_counts
+from comtip_shards.sources.anndata_parts.positions import centres, read_centres
+from comtip_shards.sources.anndata_parts.store import Store, files_of, open_h5ad, open_store, read_part, stem_of
 from comtip_shards.sources.base import SectionSource, SpotPositions, as_counts, existing, flags, join, number, pick
-from comtip_shards.sources.features import GENE_KIND, Features, for_species, species_name
+from comtip_shards.sources.files.names import safe_id
+from comtip_shards.sources.files.packaging import unpacked
 from comtip_shards.sources.geometry import VISIUM_DIAMETER_UM, VISIUM_PITCH_UM, check_pitch, max_ratio, median_gap
-from comtip_shards.sources.names import safe_id
-from comtip_shards.sources.packaging import unpacked
-from comtip_shards.sources.positions import centres, read_centres
+from comtip_shards.sources.tenx.features import GENE_KIND, Features, for_species, species_name
 
 __all__ = [
     "MICRONS_PER_PIXEL",

@@ -20,14 +20,14 @@ from comtip_shards.errors import SourceError
 from comtip_shards.sections.section import Section, SectionMeta
 from comtip_shards.slides.base import Slide
 from comtip_shards.slides.open import mpp_by_tag
+from comtip_shards.sources.anndata_parts.positions import centres
+from comtip_shards.sources.anndata_parts.store import open_h5ad, read_part
 from comtip_shards.sources.anndata_source import library_picture, library_slide, read_spots
-from comtip_shards.sources.anndata_store import open_h5ad, read_part
 from comtip_shards.sources.base import CatalogueRow, SectionSource, existing, number, pick, read_table
-from comtip_shards.sources.features import species_name
+from comtip_shards.sources.files.packaging import find
 from comtip_shards.sources.geometry import MAX_RATIO_INFERRED, check_pitch, median_gap
-from comtip_shards.sources.packaging import find
 from comtip_shards.sources.patches import Patches, PatchSlide, read_patches
-from comtip_shards.sources.positions import centres
+from comtip_shards.sources.tenx.features import species_name
 
 TABLE = "HEST_v*.csv"
 LICENCE = "CC BY-NC-SA 4.0 (HEST-1k: not for commercial use)"

@@ -28,8 +28,8 @@ from comtip_shards.sources.base import (
     read_spots_table,
     read_table,
 )
-from comtip_shards.sources.features import species_name
-from comtip_shards.sources.packaging import find
+from comtip_shards.sources.files.packaging import find
+from comtip_shards.sources.tenx.features import species_name
 
 PITCH_UM, DIAMETER_UM = 200.0, 100.0
 MIN_PITCH_UM, MAX_PITCH_UM = 75.0, 400.0

@@ -27,10 +27,10 @@ from comtip_shards.sources.base import (
     pick,
     reading,
 )
-from comtip_shards.sources.features import for_species
-from comtip_shards.sources.packaging import read_packed, unpacked
-from comtip_shards.sources.space_ranger_files import RunFiles, find_runs, spatial_files
-from comtip_shards.sources.tenx import PICTURES, appearance_note, choose_image, scale_factors, section_name
+from comtip_shards.sources.files.packaging import read_packed, unpacked
+from comtip_shards.sources.tenx.features import for_species
+from comtip_shards.sources.tenx.run import PICTURES, appearance_note, choose_image, scale_factors, section_name
+from comtip_shards.sources.tenx.space_ranger_files import RunFiles, find_runs, spatial_files
 
 PITCH_UM, DIAMETER_UM = 100.0, 55.0
 SLIDES = {4_992: "6.5 mm", 14_336: "11 mm"}

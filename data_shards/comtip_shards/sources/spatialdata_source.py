@@ -17,14 +17,14 @@ import numpy as np
 from comtip_shards.errors import SourceError
 from comtip_shards.sections.section import Section, SectionMeta
 from comtip_shards.slides.wsi import BlockedSlide
-from comtip_shards.sources.anndata_counts import raw_counts
+from comtip_shards.sources.anndata_parts.counts import raw_counts
+from comtip_shards.sources.anndata_parts.store import MemoryStore
 from comtip_shards.sources.anndata_source import annotated, facts_of, gene_names, no_counts
-from comtip_shards.sources.anndata_store import MemoryStore
 from comtip_shards.sources.base import SectionSource, number, pick
-from comtip_shards.sources.features import GENE_KIND, Features, for_species
+from comtip_shards.sources.files.names import safe_id
+from comtip_shards.sources.files.zarr_metadata import check_store
 from comtip_shards.sources.geometry import VISIUM_DIAMETER_UM, VISIUM_PITCH_UM, check_pitch, max_ratio, median_gap
-from comtip_shards.sources.names import safe_id
-from comtip_shards.sources.zarr_metadata import check_store
+from comtip_shards.sources.tenx.features import GENE_KIND, Features, for_species
 
 NO_SHAPE, NO_ROW = "table rows without a shape", "shapes without a table row"
 
@@ -47,7 +47,7 @@ def open_sections(path: Path, samples: Sequence[str] | None, overrides: Mapping[
 
 
 def read_store(path: Path) -> Any:
-    """Open a store whose metadata passes :func:`comtip_shards.sources.zarr_metadata.check_store`; images are read lazily."""
+    """Open a store whose metadata passes :func:`comtip_shards.sources.files.zarr_metadata.check_store`; images are read lazily."""
     check_store(path, "a SpatialData store")
     try:
         spatialdata = import_module("spatialdata")

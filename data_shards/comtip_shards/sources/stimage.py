@@ -28,10 +28,10 @@ from comtip_shards.sources.base import (
     read_counts_table,
     read_table,
 )
-from comtip_shards.sources.features import species_name
+from comtip_shards.sources.files.names import safe_id
+from comtip_shards.sources.files.packaging import find
 from comtip_shards.sources.geometry import median_gap
-from comtip_shards.sources.names import safe_id
-from comtip_shards.sources.packaging import find
+from comtip_shards.sources.tenx.features import species_name
 
 TECHS = ("ST", "Visium", "VisiumHD")
 TABLE = "meta/meta_all_gene*.csv"

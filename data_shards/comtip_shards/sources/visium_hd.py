@@ -21,12 +21,13 @@ from comtip_shards.errors import SourceError
 from comtip_shards.sections.pooling import Pooler, squares_of
 from comtip_shards.sections.section import Section
 from comtip_shards.sources.base import SectionSource, existing, number, pick, refuse
-from comtip_shards.sources.features import Features, for_species
-from comtip_shards.sources.geojson import centroid, iter_features
-from comtip_shards.sources.packaging import by_prefix, find, unpacked
-from comtip_shards.sources.pooled import pooled_meta, pooled_section, setting
-from comtip_shards.sources.table_batches import BATCH, all_numbers, batches
-from comtip_shards.sources.tenx import (
+from comtip_shards.sources.files.geojson import centroid, iter_features
+from comtip_shards.sources.files.packaging import by_prefix, find, unpacked
+from comtip_shards.sources.files.table_batches import BATCH, all_numbers, batches
+from comtip_shards.sources.tenx.features import Features, for_species
+from comtip_shards.sources.tenx.matrix import TenxMatrix
+from comtip_shards.sources.tenx.pooled import pooled_meta, pooled_section, setting
+from comtip_shards.sources.tenx.run import (
     appearance_note,
     choose_image,
     find_matrix,
@@ -34,7 +35,6 @@ from comtip_shards.sources.tenx import (
     scale_factors,
     section_name,
 )
-from comtip_shards.sources.tenx_matrix import TenxMatrix
 
 POOL_UM, MIN_COVER = 128.0, 0.5
 FACTORS, TABLE = "scalefactors_json.json", r"tissue_positions\.(?:parquet|csv)"

@@ -1,7 +1,7 @@
 """Xenium output folders: transcripts or cells pooled to square pseudo-spots on an aligned H&E image.
 
 Positions are in um. They are mapped to DAPI px (``pixel_size`` in ``experiment.xenium``), then to H&E px (see
-:mod:`comtip_shards.sources.alignment`), and pooled in squares parallel to the H&E, so that a tile and its counts cover
+:mod:`comtip_shards.sources.tenx.alignment`), and pooled in squares parallel to the H&E, so that a tile and its counts cover
 the same area.
 """
 
@@ -21,15 +21,15 @@ from comtip_shards.errors import SourceError
 from comtip_shards.sections.pooling import Pooled, Pooler, squares_of
 from comtip_shards.sections.section import Section, SectionMeta, check_unique
 from comtip_shards.slides.open import open_slide
-from comtip_shards.sources.alignment import Alignment, read_alignment
 from comtip_shards.sources.base import SectionSource, existing, number, pick, reading, refuse
-from comtip_shards.sources.features import GENE_KIND, Features, for_species
-from comtip_shards.sources.names import safe_id
-from comtip_shards.sources.packaging import by_prefix, find, unpacked
-from comtip_shards.sources.pooled import pooled_meta, pooled_section, setting
-from comtip_shards.sources.table_batches import BATCH, all_numbers, batches, has_column, numbers_of
-from comtip_shards.sources.tenx import appearance_note, find_matrices, only, read_json, section_name
-from comtip_shards.sources.tenx_matrix import TenxMatrix
+from comtip_shards.sources.files.names import safe_id
+from comtip_shards.sources.files.packaging import by_prefix, find, unpacked
+from comtip_shards.sources.files.table_batches import BATCH, all_numbers, batches, has_column, numbers_of
+from comtip_shards.sources.tenx.alignment import Alignment, read_alignment
+from comtip_shards.sources.tenx.features import GENE_KIND, Features, for_species
+from comtip_shards.sources.tenx.matrix import TenxMatrix
+from comtip_shards.sources.tenx.pooled import pooled_meta, pooled_section, setting
+from comtip_shards.sources.tenx.run import appearance_note, find_matrices, only, read_json, section_name
 
 EXPERIMENT, TRANSCRIPTS, CELLS, PANEL = "experiment.xenium", "transcripts.parquet", "cells.parquet", "gene_panel.json"
 PIXEL_SIZE_UM = 0.2125

@@ -19,7 +19,7 @@ SLACK = 8
 
 
 def problems(row: LedgerRow, before: dict[str, str] | None) -> list[str]:
-    """Return the problems of a row: by itself, and compared with the committed row."""
+    """Return the problems of a row, alone and compared with the committed row."""
     where = f"{row.op}/{row.name} sm_{row.arch}"
     out = []
     if row.arch in (80, 90) and (row.stack or row.spills):

@@ -19,7 +19,7 @@ from comtip_kernels.packed_attention.reference import packed_attention_reference
 FLASH_MODULES = ("flash_attn.cute", "flash_attn_interface", "flash_attn")
 """Modules of flash-attn 4, 3 and 2 that define ``flash_attn_varlen_func``, newest first."""
 MAX_SENTENCES = 65_535
-"""Their kernels place sentences on a grid axis of this size (flash-attention issue 1786, pytorch issue 146704)."""
+"""Their kernels launch sentences on a grid axis of this size (flash-attention issue 1786, pytorch issue 146704)."""
 
 
 @cache

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from comtip_shards.errors import SourceError
-from comtip_shards.sources.names import safe_id
-from comtip_shards.sources.packaging import by_prefix, contents, find, prefix_of, unpacked_tar
-from comtip_shards.sources.tenx import TAR, find_flat_mex, find_matrices, find_pictures, only, section_name
-from comtip_shards.sources.tenx_matrix import TenxMatrix
+from comtip_shards.sources.files.names import safe_id
+from comtip_shards.sources.files.packaging import by_prefix, contents, find, prefix_of, unpacked_tar
+from comtip_shards.sources.tenx.matrix import TenxMatrix
+from comtip_shards.sources.tenx.run import TAR, find_flat_mex, find_matrices, find_pictures, only, section_name
 
 POSITIONS = r"tissue_positions(?:_list)?\.(?:csv|parquet)"
 FACTORS = r"scalefactors_json\.json"

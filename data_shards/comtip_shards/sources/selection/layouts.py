@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from comtip_shards.sources import hest, manifest_table, stimage
 from comtip_shards.sources.base import CatalogueRow
-from comtip_shards.sources.names import safe_id
+from comtip_shards.sources.files.names import safe_id
 
 _MICROSCOPE = ("microscope_image/*", "*tissue_image.*", "*_image.tif*", "*_image.btf", "*_image.jpg")
 HD_POOL_UM, HD_BINS = 128.0, (16, 8, 2)

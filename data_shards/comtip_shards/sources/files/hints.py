@@ -7,7 +7,7 @@ from pathlib import Path
 
 from comtip_shards.not_data import archive_kind, not_data
 from comtip_shards.sources.base import Reader
-from comtip_shards.sources.packaging import contents, is_gzip
+from comtip_shards.sources.files.packaging import contents, is_gzip
 
 MAX_FILES = 200
 _SUFFIXES = {

@@ -11,7 +11,7 @@ from comtip_shards.errors import SourceError
 from comtip_shards.sections.pooling import Pooled
 from comtip_shards.sections.section import Section, SectionMeta
 from comtip_shards.sources.base import number
-from comtip_shards.sources.features import Features
+from comtip_shards.sources.tenx.features import Features
 
 
 def setting(overrides: Mapping[str, str], key: str, default: float, *, most: float = np.inf) -> float:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from comtip_shards.errors import SourceError
 from comtip_shards.sources.base import existing, reading
-from comtip_shards.sources.packaging import is_gzip, unpacked
+from comtip_shards.sources.files.packaging import is_gzip, unpacked
 
 BATCH = 1 << 17
 TEXT_COLUMNS = {"barcode": pa.string(), "cell_id": pa.string(), "feature_name": pa.string(), "is_gene": pa.bool_()}

@@ -14,7 +14,7 @@ import pandas as pd
 
 from comtip_shards.errors import SourceError
 from comtip_shards.sources.base import existing, reading
-from comtip_shards.sources.packaging import unpacked
+from comtip_shards.sources.files.packaging import unpacked
 
 POINTS = ("fixedx", "fixedy", "alignmentx", "alignmenty")
 MAX_RESIDUAL_UM = 20.0

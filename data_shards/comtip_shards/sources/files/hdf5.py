@@ -67,13 +67,13 @@ def _check(file: h5py.File, path: Path) -> None:
     seen = set()
     left: list[tuple[str, h5py.Group]] = [("", file)]
     while left:
-        place, group = left.pop()
-        for name, child in _children(group, place, path):
+        location, group = left.pop()
+        for name, child in _children(group, location, path):
             address = h5py.h5o.get_info(child.id).addr
             if address in seen:  # hard links may make a circle
                 continue
             seen.add(address)
-            inner = f"{place}/{name}"
+            inner = f"{location}/{name}"
             if len(seen) > MAX_OBJECTS or inner.count("/") > MAX_DEPTH:
                 raise SourceError(
                     f"{path}: more than {MAX_OBJECTS:,} objects or {MAX_DEPTH} levels of groups, the last at {shown(inner)}; "
@@ -86,7 +86,7 @@ def _check(file: h5py.File, path: Path) -> None:
 
 
 def _children(
-    group: h5py.Group, place: str, path: Path
+    group: h5py.Group, location: str, path: Path
 ) -> Iterator[tuple[str, h5py.Group | h5py.Dataset | h5py.Datatype]]:
     for name in group:
         link = group.get(name, getlink=True)
@@ -95,17 +95,17 @@ def _children(
                 type(link), "a link of another kind"
             )
             raise SourceError(
-                f"{path}: {shown(f'{place}/{name}')} is {kind}; links are not followed, write the file again with the data in "
-                "their place (h5repack does not; anndata.read_h5ad and write_h5ad do)"
+                f"{path}: {shown(f'{location}/{name}')} is {kind}; links are not followed, write the file again with the data in "
+                "their location (h5repack does not; anndata.read_h5ad and write_h5ad do)"
             )
         yield name, group[name]
 
 
-def _check_dataset(data: h5py.Dataset, place: str, path: Path) -> None:
+def _check_dataset(data: h5py.Dataset, location: str, path: Path) -> None:
     size, stored = data.nbytes if data.shape is not None else 0, data.id.get_storage_size()
     if size > MAX_UNPACKED and size > MAX_RATIO * stored:
         raise SourceError(
-            f"{path}: {shown(place)} claims {size / 2**30:.1f} GiB in {data.shape}, but {stored} bytes of it are in the file; it "
+            f"{path}: {shown(location)} claims {size / 2**30:.1f} GiB in {data.shape}, but {stored} bytes of it are in the file; it "
             "was not written whole, get it again"
         )
     kind = (
@@ -113,6 +113,6 @@ def _check_dataset(data: h5py.Dataset, place: str, path: Path) -> None:
     )
     if kind:
         raise SourceError(
-            f"{path}: {shown(place)} is {kind}; other files are not read, write the file again with the data in it (h5repack, or "
+            f"{path}: {shown(location)} is {kind}; other files are not read, write the file again with the data in it (h5repack, or "
             "anndata.read_h5ad and write_h5ad)"
         )

@@ -11,7 +11,7 @@ import pandas as pd
 from scipy import sparse
 
 from comtip_shards.errors import SourceError
-from comtip_shards.sources.anndata_store import Store
+from comtip_shards.sources.anndata_parts.store import Store
 from comtip_shards.sources.base import as_counts
 
 COUNTS = ("layers/counts", "X", "raw/X")

@@ -27,7 +27,7 @@ _BLOCK = 1 << 20
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a file name belongs to the operating system: dot files, macOS twins, Windows caches."""
+    """Return whether a file name belongs to the operating system: dot files, macOS resource forks, Windows caches."""
     return name.startswith(".") or name.lower() in SYSTEM_FILES
 
 
@@ -73,7 +73,7 @@ def read_packed(path: Path, limit: int = 1 << 31) -> bytes:
     with open_packed(path) as file:
         data = file.read(limit + 1)
     if len(data) > limit:
-        raise SourceError(f"{path}: more than {limit >> 20} MiB after decompression; check the file")
+        raise SourceError(f"{path}: more than {limit:,} bytes after decompression; check the file")
     return data
 
 

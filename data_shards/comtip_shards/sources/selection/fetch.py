@@ -20,8 +20,8 @@ from tqdm import tqdm
 from comtip_shards.errors import SourceError
 from comtip_shards.names import shown
 from comtip_shards.sources.base import pick
-from comtip_shards.sources.choose import choose
-from comtip_shards.sources.layouts import LAYOUTS, Layout
+from comtip_shards.sources.selection.choose import choose
+from comtip_shards.sources.selection.layouts import LAYOUTS, Layout
 from comtip_shards.storage.remote import Remote, RetryPolicy, default_cache
 
 FETCHERS = 4
@@ -67,7 +67,7 @@ class _Listing:
             if not _is_inside(pattern):  # some are what the source's own table says
                 raise SourceError(
                     f"{self.remote.url}: a table of section {section} names the file {shown(pattern)}, which leaves the "
-                    "folder or is no file name; mend the table, or download the source and give its files by hand"
+                    "folder or is no file name; correct the table, or download the source and give its files by hand"
                 )
             for name, size in self.match(pattern.replace("{id}", "*")).items():
                 if "{id}" not in pattern or fnmatch.fnmatchcase(name, pattern.replace("{id}", _literal(section))):

@@ -12,7 +12,7 @@ from comtip_shards.errors import SourceError
 from comtip_shards.slides.appearance import looks_like_he
 from comtip_shards.slides.open import image_size, open_slide
 from comtip_shards.sources.base import existing, reading
-from comtip_shards.sources.packaging import (
+from comtip_shards.sources.files.packaging import (
     by_prefix,
     contents,
     find,
@@ -21,7 +21,7 @@ from comtip_shards.sources.packaging import (
     unpacked,
     unpacked_tar,
 )
-from comtip_shards.sources.tenx_matrix import TenxMatrix
+from comtip_shards.sources.tenx.matrix import TenxMatrix
 
 JUDGED_PX = 30_000_000
 """Maximum size of an image for the H&E appearance check; larger images are checked in the section report."""

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from comtip_shards.errors import SourceError
-from comtip_shards.sources.anndata_store import Store
+from comtip_shards.sources.anndata_parts.store import Store
 
 KEYS = ("spatial", "X_spatial", "spatial_coords", "coords", "coordinates", "image_coords")
 """Keys of ``obsm`` that hold positions, in order of preference."""

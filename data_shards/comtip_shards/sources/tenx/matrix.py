@@ -15,9 +15,9 @@ from scipy import sparse
 from comtip_shards.errors import SourceError
 from comtip_shards.not_data import not_data
 from comtip_shards.sources.base import as_counts, existing, reading
-from comtip_shards.sources.features import GENE_KIND, Features
-from comtip_shards.sources.hdf5 import open_hdf5
-from comtip_shards.sources.packaging import open_packed, read_packed, unpacked
+from comtip_shards.sources.files.hdf5 import open_hdf5
+from comtip_shards.sources.files.packaging import open_packed, read_packed, unpacked
+from comtip_shards.sources.tenx.features import GENE_KIND, Features
 
 MATRIX = "a 10x Genomics feature-barcode matrix"
 MAX_TEXT_BYTES = 2**30

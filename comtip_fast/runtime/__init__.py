@@ -1,0 +1,1 @@
+"""Device choice, random numbers on a device, and output streams."""

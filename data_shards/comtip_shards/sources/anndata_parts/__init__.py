@@ -1,0 +1,1 @@
+"""Elements of an AnnData: access, counts and positions."""
