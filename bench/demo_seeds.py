@@ -21,10 +21,12 @@ import numpy as np
 
 NAMES = {
     "zero_shot": "**CoMTIP, zero-shot**",
+    "zero_shot_levels": "CoMTIP, from level sentences alone",
     "zero_shot_unseen_genes": "CoMTIP, genes not in training",
     "control_null": "spatial null: predicted map rotated and shifted",
     "ridge_colour": "ridge on mean colour (supervised)",
     "ridge_features": "ridge on encoder features (supervised)",
+    "ridge_frozen": "ridge on frozen stem features (supervised)",
 }
 COLUMNS = ("mean_pcc_50_hvg", "mean_pcc_all", "partial_pcc_50_hvg")
 HEADS = ("50 most variable", "all panel genes", "50, partial (colour, depth)")
@@ -99,12 +101,14 @@ def write_picture(folder: Path) -> None:
     shards = ShardSet(predictor.config.data.shards)
     number = shards.section_number("mob_Rep9")
     spots = shards.select(sections=[number])
-    features = predictor.image_features(shards.tiles(spots).transpose(0, 3, 1, 2), shards.stain(number))
+    xy = shards.spots.loc[spots, ["x_px", "y_px"]].to_numpy(float)
+    features = predictor.image_features(shards.tiles(spots).transpose(0, 3, 1, 2), shards.stain(number), xy)
     entry = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["sections"]["mob_Rep9"]
     gene_of = {g.key: g for g in shards.genes}
     row_of = {g.key: i for i, g in enumerate(shards.genes)}
     keys = entry["genes_50_hvg"]
-    predicted = predictor.predict(features, [GeneQuery(gene_of[k].symbol, gene_of[k].name, k) for k in keys])["cp10k"]
+    queries = [GeneQuery(gene_of[k].symbol, gene_of[k].name, k) for k in keys]
+    predicted = predictor.predict(features, queries, cohort=shards.cohort_of_section(number))["cp10k"]
     counts = shards.counts(spots).toarray()
     measured = np.log1p(counts / counts.sum(1, keepdims=True) * 1e4)[:, [row_of[k] for k in keys]]
     pcc = pcc_per_gene(measured, predicted)
@@ -112,7 +116,6 @@ def write_picture(folder: Path) -> None:
     genes = [(gene_of[keys[i]].symbol, measured[:, i], predicted[:, i], float(pcc[i])) for i in best]
     meta = shards.manifest.sections[number]
     overview, mpp = shards.overview(number)
-    xy = shards.spots.loc[spots, ["x_px", "y_px"]].to_numpy(float)
     uri = maps(overview, mpp, meta.mpp, xy, meta.spot_diameter_um, genes)
     (DOCS / "demo.jpg").write_bytes(base64.b64decode(uri.split(",", 1)[1]))
 

@@ -41,7 +41,7 @@ __all__ = [
 log = logging.getLogger("comtip_fast")
 
 
-def load(path: str | Path, device: str = "auto") -> Model:
+def load(path: str | Path, device: str = "auto", vectors: str | Path | None = None) -> Model:
     """Load a trained model from a run folder or an export folder; nothing is unpickled.
 
     Parameters
@@ -50,11 +50,13 @@ def load(path: str | Path, device: str = "auto") -> Model:
         A run folder or an export.
     device
         ``auto`` (a GPU if there is one), ``cpu`` or ``cuda``.
+    vectors
+        File of gene vectors (``comtip genes vectors``), with which genes that were not trained are predicted.
 
     Raises
     ------
     FileNotFoundError, ValueError
-        There is no export, or it has another format version.
+        There is no export or file of gene vectors, or it has another format version or is damaged.
 
     Examples
     --------
@@ -63,7 +65,7 @@ def load(path: str | Path, device: str = "auto") -> Model:
     >>> model.trained_genes[:2]
     ['human:ACTA2', 'human:B2M']
     """
-    return Model(Predictor.load(path, pick_device(device)), str(path))
+    return Model(Predictor.load(path, pick_device(device), vectors), str(path))
 
 
 class Model:
@@ -161,7 +163,7 @@ class Model:
             data = read_h5ad(Path(section))
         else:
             data = opened.template.copy()
-        data.obsm[OBSM_EMBEDDING] = self._features(opened).vector_ND
+        data.obsm[OBSM_EMBEDDING] = self._features(opened, readout=False).vector_ND
         data.uns[UNS] = self._provenance(opened)
         return data
 
@@ -177,11 +179,17 @@ class Model:
             f"section {opened.section_id}: no species, and the model was trained on {' and '.join(trained)}; set --species"
         )
 
-    def _features(self, opened: SectionTiles) -> ImageFeatures:
-        return self.predictor.image_features(opened.tiles_NSS3.transpose(0, 3, 1, 2), opened.stain)
+    def _features(self, opened: SectionTiles, *, readout: bool = True) -> ImageFeatures:
+        xy = np.asarray(opened.template.obsm["spatial"], np.float64)
+        tiles = opened.tiles_NSS3.transpose(0, 3, 1, 2)
+        return self.predictor.image_features(tiles, opened.stain, xy, readout=readout)
 
     def _provenance(self, opened: SectionTiles) -> dict[str, str]:
-        return {"version": __version__, "model": self.predictor.config.name, "species": opened.species}
+        vectors = self.predictor.vectors
+        facts = {"version": __version__, "model": self.predictor.config.name, "species": opened.species}
+        if vectors is not None:
+            facts |= {"gene_vectors": vectors.sha256, "gene_vectors_licence": str(vectors.header.get("licence", ""))}
+        return facts
 
     def _queries(self, genes: Sequence[str] | None, species: str) -> tuple[pd.DataFrame, list[GeneQuery]]:
         known = {g.key: g for g in self.predictor.bundle.genes}

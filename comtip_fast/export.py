@@ -1,4 +1,4 @@
-"""Export of a model: weights, levels, genes, config and model card; saved and loaded without pickle."""
+"""Export of a model: weights, levels, readout, genes, config and model card; saved and loaded without pickle."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ from comtip_fast.data.expression.levels import LevelTable
 from comtip_fast.export_checks import ExportError
 from comtip_fast.genes import GeneTokenizer
 from comtip_fast.models import CoMTIP, ModelSizes
+from comtip_fast.models.readout import LinearReadout, feature_width
 
-EXPORT_FORMAT, EXPORT_VERSION = "comtip-export", 1
+EXPORT_FORMAT, EXPORT_VERSION, READABLE_VERSIONS = "comtip-export", 2, (1, 2)
+"""Version 1 has no linear readout."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Bundle:
     tile_um: float
     min_mpp: float
     tokenizer_sha256: str
+    readout: LinearReadout | None = None
 
     @classmethod
     def from_training(
@@ -84,6 +87,8 @@ class Bundle:
     def save(self, folder: Path) -> None:
         """Write ``config.json``, ``model.safetensors``, ``levels.safetensors``, ``genes.tsv``, ``README.md``.
 
+        A linear readout is written to ``readout.safetensors``.
+
         An older export at ``folder`` is replaced once the new one is complete.
 
         Raises
@@ -113,10 +118,14 @@ class Bundle:
             "tokenizer_sha256": self.tokenizer_sha256,
             "sections": self.sections,
             "hashes": export_checks.SUMS,
+            "readout": None if self.readout is None else export_checks.READOUT,
         }
         state = {k: v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}
         save_file(state, folder / "model.safetensors")
         save_arrays(self.levels.to_arrays(), folder / "levels.safetensors")
+        if self.readout is not None:
+            arrays, header = self.readout.to_arrays()
+            save_arrays(arrays, folder / export_checks.READOUT, metadata={"header": json.dumps(header)})
         with (folder / "genes.tsv").open("w", newline="", encoding="utf-8") as file:
             out = csv.writer(file, delimiter="\t", lineterminator="\n")
             out.writerow(["key", "symbol", "ensembl", "name", "trained", "held_out"])
@@ -124,7 +133,7 @@ class Bundle:
                 out.writerow([g.key, g.symbol, g.ensembl, g.name, int(g.trained), int(g.held_out)])
         (folder / "README.md").write_text(model_card(self), encoding="utf-8")
         (folder / "config.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-        export_checks.write_sums(folder)
+        export_checks.write_sums(folder, export_checks.hashed_files(meta))
 
     @classmethod
     def load(cls, folder: Path, device: str | torch.device = "cpu") -> Bundle:
@@ -136,7 +145,7 @@ class Bundle:
             There is no export, it has another format version, or a file is damaged, edited or of another model.
         """
         meta = _read_meta(folder)
-        export_checks.verify_files(folder, hashed="hashes" in meta)
+        export_checks.verify_files(folder, export_checks.hashed_files(meta), hashed="hashes" in meta)
         where = folder / "config.json"
         try:
             config, sizes = config_from_dict(meta["config"], str(where)), ModelSizes(**meta["sizes"])
@@ -160,7 +169,8 @@ class Bundle:
             ExportGene(r["key"], r["symbol"], r["ensembl"], r["name"], r["trained"] == "1", r["held_out"] == "1")
             for r in rows
         ]
-        return cls(config, sizes, model.to(device).eval(), LevelTable(**arrays), genes, *rest)
+        readout = _read_readout(folder, model, config, rows) if meta.get("readout") else None
+        return cls(config, sizes, model.to(device).eval(), LevelTable(**arrays), genes, *rest, readout)
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
@@ -168,12 +178,25 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no export (config.json is missing); give a finished run or its export")
     meta = export_checks.read_json(path)
-    if meta.get("format") != EXPORT_FORMAT or meta.get("version") != EXPORT_VERSION:
+    if meta.get("format") != EXPORT_FORMAT or meta.get("version") not in READABLE_VERSIONS:
         raise ValueError(
             f"{path}: format {meta.get('format')!r} version {meta.get('version')!r}; comtip-fast {__version__} reads "
-            f"{EXPORT_FORMAT!r} version {EXPORT_VERSION}; use the release that wrote it"
+            f"{EXPORT_FORMAT!r} version {' and '.join(map(str, READABLE_VERSIONS))}; use the release that wrote it"
+        )
+    if meta.get("readout") not in (None, export_checks.READOUT):
+        raise ExportError(
+            f"{path}: readout is {meta['readout']!r}, expected {export_checks.READOUT!r}; {export_checks.FIX}"
         )
     return dict(meta)
+
+
+def _read_readout(folder: Path, model: CoMTIP, config: RunConfig, genes: list[dict[str, str]]) -> LinearReadout:
+    path = folder / export_checks.READOUT
+    arrays, header = export_checks.read_readout(path)
+    trained = [g["key"] for g in genes if g["trained"] == "1"]
+    width = feature_width(model, config.align.dim)
+    export_checks.check_readout(arrays, header, path, trained, vector_dim=config.align.dim, width=width)
+    return LinearReadout.from_arrays(arrays, header)
 
 
 def model_card(bundle: Bundle) -> str:

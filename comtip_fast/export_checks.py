@@ -16,12 +16,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from comtip_fast.models import readout
 
 SUMS = "SHA256SUMS"
 HASHED = ("config.json", "model.safetensors", "levels.safetensors", "genes.tsv")
-"""Files that are verified. README.md is not, because users may edit it."""
-FILES = (*HASHED, "README.md", SUMS)
+"""Files of every export that are verified. README.md is not, because users may edit it."""
+READOUT = "readout.safetensors"
+"""The linear readout; exports of version 1, and of runs with ``readout.kind: levels``, have none."""
+FILES = (*HASHED, READOUT, "README.md", SUMS)
 GENE_COLUMNS = ("key", "symbol", "ensembl", "name", "trained", "held_out")
 FIX = "copy the export again, or write it again with `comtip export`"
 
@@ -30,18 +35,25 @@ class ExportError(ValueError):
     """An export is damaged or was edited. The message names the file and the fix."""
 
 
-def write_sums(folder: Path) -> None:
+def hashed_files(meta: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the files that are verified, according to ``config.json``."""
+    return (*HASHED, READOUT) if meta.get("readout") else HASHED
+
+
+def write_sums(folder: Path, files: Sequence[str]) -> None:
     """Write ``SHA256SUMS`` in the format of ``sha256sum``."""
-    (folder / SUMS).write_text("".join(f"{_sha256(folder / n)}  {n}\n" for n in HASHED), encoding="utf-8")
+    (folder / SUMS).write_text("".join(f"{_sha256(folder / n)}  {n}\n" for n in files), encoding="utf-8")
 
 
-def verify_files(folder: Path, *, hashed: bool) -> None:
+def verify_files(folder: Path, files: Sequence[str], *, hashed: bool) -> None:
     """Check that every file exists and matches its hash.
 
     Parameters
     ----------
     folder
         Folder of the export.
+    files
+        From :func:`hashed_files`.
     hashed
         Whether the export must have hashes, according to its ``config.json``.
 
@@ -50,7 +62,7 @@ def verify_files(folder: Path, *, hashed: bool) -> None:
     ExportError
         A file is missing or does not match its hash.
     """
-    for name in HASHED:
+    for name in files:
         if not (folder / name).is_file():
             raise ExportError(f"{folder / name}: missing, the export is incomplete; {FIX}")
     sums = folder / SUMS
@@ -60,7 +72,7 @@ def verify_files(folder: Path, *, hashed: bool) -> None:
         return
     lines = sums.read_bytes()[: 1 << 16].decode("utf-8", "replace").splitlines()
     stated = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    for name in HASHED:
+    for name in files:
         if stated.get(name) != _sha256(folder / name):
             raise ExportError(f"{folder / name}: the SHA-256 differs from {SUMS}; {FIX}")
 
@@ -158,6 +170,120 @@ def check_weights(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], pat
             )
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ExportError(f"{path}: {name} has values that are not finite; {FIX}")
+
+
+def read_readout(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Read the arrays and the header of ``readout.safetensors``.
+
+    Raises
+    ------
+    ExportError
+        The file is not valid, or has another format or version.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            header = json.loads((file.metadata() or {}).get("header", "{}"))
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        found = (header.get("format"), header.get("version"))
+    except (SafetensorError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ExportError(f"{path}: not a valid readout ({error}); {FIX}") from error
+    if found != (readout.FORMAT, readout.VERSION):
+        raise ExportError(
+            f"{path}: format {found[0]!r} version {found[1]!r}, expected {readout.FORMAT!r} version {readout.VERSION}; "
+            "use the release that wrote it"
+        )
+    return arrays, header
+
+
+def check_readout(
+    arrays: Mapping[str, np.ndarray],
+    header: Mapping[str, Any],
+    path: Path,
+    trained: Sequence[str],
+    *,
+    vector_dim: int,
+    width: int,
+) -> None:
+    """Check settings, genes, mixing weights, shapes, dtypes and values of a linear readout.
+
+    Parameters
+    ----------
+    arrays, header
+        From :func:`read_readout`.
+    path
+        File name for messages.
+    trained
+        Keys of the model's trained genes.
+    vector_dim, width
+        Width of the shared space, and number of features per tile without neighbours.
+
+    Raises
+    ------
+    ExportError
+        The readout is not that of this model, or is invalid; the message names the part.
+    """
+    settings = _readout_settings(header.get("settings"), path, vector_dim)
+    n_features = 2 * width if settings.context else width
+    heads = header.get("heads")
+    if not isinstance(heads, list) or not heads or not all(isinstance(h, dict) for h in heads):
+        raise ExportError(f"{path}: the header has no list of heads; {FIX}")
+    if len({str(h.get("cohort")) for h in heads}) < len(heads):
+        raise ExportError(f"{path}: a cohort has two heads; {FIX}")
+    shapes: dict[str, tuple[int, ...]] = {}
+    for number, head in enumerate(heads):
+        blocks = settings.block_names(n_features)
+        _check_head(head, f"{path}: head {number}", set(trained), blocks)
+        shapes |= {f"{number}.mean": (n_features,), f"{number}.std": (n_features,)}
+        G = len(head["keys"])
+        for prefix, block in ((f"{number}.{b}.{norm}", b) for b in blocks for norm in readout.NORMS):
+            C = settings.columns(block, n_features).size
+            found = arrays.get(f"{prefix}.weight_FK", np.zeros((0, 0))).shape
+            K = max(1, found[-1]) if found else 1
+            shapes |= {f"{prefix}.weight_FK": (C, K), f"{prefix}.loading_KG": (K, G)}
+            shapes |= {f"{prefix}.mean_G": (G,), f"{prefix}.std_G": (G,)}
+    if arrays.keys() != shapes.keys():
+        odd = _few(arrays.keys() ^ shapes.keys())
+        raise ExportError(f"{path}: arrays missing or unknown: {odd}; {FIX}")
+    for name, shape in shapes.items():
+        array = arrays[name]
+        if array.shape != shape or array.dtype != np.float32:
+            raise ExportError(f"{path}: {name} is {array.dtype} {array.shape}, expected float32 {shape}; {FIX}")
+        if not np.isfinite(array).all():
+            raise ExportError(
+                f"{path}: {name} has {int((~np.isfinite(array)).sum())} values that are not finite; {FIX}"
+            )
+        if name.endswith((".std", ".std_G")) and (array < 0).any():
+            raise ExportError(f"{path}: {name} has negative values; {FIX}")
+
+
+def _readout_settings(found: Any, path: Path, vector_dim: int) -> readout.ReadoutSettings:
+    wanted = {"views": int, "context": bool, "vector_dim": int}
+    if not isinstance(found, dict) or {k: type(v) for k, v in found.items()} != wanted:
+        raise ExportError(f"{path}: settings are {found!r}, expected {', '.join(wanted)}; {FIX}")
+    if not 1 <= found["views"] <= readout.N_VIEWS or found["vector_dim"] != vector_dim:
+        raise ExportError(
+            f"{path}: views {found['views']} and vector_dim {found['vector_dim']}, expected 1 to {readout.N_VIEWS} and "
+            f"{vector_dim}; {FIX}"
+        )
+    return readout.ReadoutSettings(**found)
+
+
+def _check_head(head: Mapping[str, Any], where: str, trained: set[str], blocks: Sequence[str]) -> None:
+    keys, mix = head.get("keys"), head.get("mix")
+    if not isinstance(head.get("cohort"), str) or not isinstance(head.get("facts"), dict):
+        raise ExportError(f"{where}: cohort or facts are missing; {FIX}")
+    if not isinstance(keys, list) or not keys or not all(isinstance(k, str) and k in trained for k in keys):
+        raise ExportError(f"{where}: keys are not trained genes of the model; {FIX}")
+    if len(set(keys)) < len(keys):
+        raise ExportError(f"{where}: a gene is duplicate; {FIX}")
+    if head.get("blocks") != list(blocks):
+        raise ExportError(f"{where}: blocks are {head.get('blocks')!r}, expected {list(blocks)}; {FIX}")
+    if not isinstance(mix, dict) or mix.keys() != {*blocks, "levels"}:
+        raise ExportError(f"{where}: mix is {mix!r}, expected a weight for {', '.join(blocks)} and levels; {FIX}")
+    weights = list(mix.values())
+    valid = all(type(w) in (int, float) and 0 <= w <= 1 for w in weights)
+    if not valid or abs(sum(weights) - 1) > 1e-6 or mix["levels"] == 1:
+        raise ExportError(f"{where}: weights {mix!r} must be 0 to 1 with the sum 1, and not all on levels; {FIX}")
 
 
 def _few(names: Sequence[str] | set[str]) -> str:

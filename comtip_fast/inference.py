@@ -6,6 +6,9 @@ For an image vector z and gene g, the prediction is the expected value over expr
 
 h(g, q) is the sentence vector and log_prior the log frequency of the gene's levels, as in training. Genes that were not
 trained are predicted in the same way, with the frequencies and values of the global row of the level table.
+
+If the export has a linear readout (:mod:`comtip_fast.models.readout`), the prediction of a trained gene is a mixture of this
+expected value and of the readout. With gene vectors, the readout also predicts genes that were not trained.
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ from comtip_fast.data.expression.levels import LevelTable
 from comtip_fast.export import Bundle
 from comtip_fast.genes import GeneTokenizer
 from comtip_fast.genes.tokens import GeneTokens, gene_tokens, take_genes
+from comtip_fast.genes.vectors import GeneVectors
 from comtip_fast.models import CoMTIP
+from comtip_fast.models.readout import neighbour_mean, tile_features
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,10 @@ class ImageFeatures:
     """float32 (N, D), unit vectors of the shared space."""
     pooled_Nd: np.ndarray
     """float32 (N, d), mean patch feature before projection."""
+    readout_NF: np.ndarray | None = None
+    """float32 (N, F), input of the linear readout; None if the model has none."""
+    xy_N2: np.ndarray | None = None
+    """Positions of the spots, if known."""
 
 
 def expected_values(
@@ -111,15 +120,22 @@ class Predictor:
         Contents of an export.
     device
         Device of the model.
+    vectors
+        Gene vectors, with which genes that were not trained are predicted.
 
     Raises
     ------
     ValueError
-        The model was trained with another tokenizer.
+        Gene vectors were given, but the model has no linear readout. Or the model was trained with another tokenizer.
     """
 
-    def __init__(self, bundle: Bundle, device: str | torch.device = "cpu") -> None:
-        self.bundle, self.device = bundle, torch.device(device)
+    def __init__(self, bundle: Bundle, device: str | torch.device = "cpu", vectors: GeneVectors | None = None) -> None:
+        if vectors is not None and bundle.readout is None:
+            raise ValueError(
+                "gene vectors were given, but the model has no linear readout to use them with; train with "
+                "readout.kind=linear, or omit --gene-vectors"
+            )
+        self.bundle, self.device, self.vectors = bundle, torch.device(device), vectors
         self.config, self.model = bundle.config, bundle.model.to(self.device).eval()
         self.tokenizer = GeneTokenizer.load()
         if self.tokenizer.sha256 != bundle.tokenizer_sha256:
@@ -133,32 +149,102 @@ class Predictor:
         self._row = {key: i for i, key in enumerate(self.trained_genes)}
 
     @classmethod
-    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> Predictor:
-        """Load from a run folder (its ``export/``) or from an export folder."""
+    def load(cls, path: str | Path, device: str | torch.device = "cpu", vectors: str | Path | None = None) -> Predictor:
+        """Load from a run folder (its ``export/``) or from an export folder; ``vectors`` is a file of gene vectors."""
         folder = Path(path)
         if not folder.exists():
             raise FileNotFoundError(f"{folder} does not exist; give the folder of a finished run or an export")
-        return cls(Bundle.load(folder / "export" if (folder / "export").is_dir() else folder), device)
+        bundle = Bundle.load(folder / "export" if (folder / "export").is_dir() else folder)
+        return cls(bundle, device, None if vectors is None else GeneVectors.load(vectors))
 
     @torch.no_grad()
-    def image_features(self, tiles_NCHW: np.ndarray, stain: StainStats | None) -> ImageFeatures:
-        """Encode uint8 tiles (N, 3, S, S); ``stain`` holds the stain statistics of their section."""
-        vectors, pooled = [], []
+    def image_features(
+        self,
+        tiles_NCHW: np.ndarray,
+        stain: StainStats | None,
+        xy_N2: np.ndarray | None = None,
+        *,
+        readout: bool = True,
+    ) -> ImageFeatures:
+        """Encode the tiles of one section.
+
+        Parameters
+        ----------
+        tiles_NCHW
+            uint8 tiles (N, 3, S, S).
+        stain
+            Stain statistics of the section.
+        xy_N2
+            Positions of the spots in any unit, which define the neighbours in the linear readout; None uses each spot alone.
+        readout
+            Whether to compute the readout's features, which encodes each tile under ``readout.views`` views.
+        """
+        linear = self.bundle.readout if readout else None
+        vectors, pooled, features = [], [], []
         for start in range(0, len(tiles_NCHW), 128):
             tiles = np.asarray(tiles_NCHW[start : start + 128]).transpose(0, 2, 3, 1)
             if self.config.data.stain == "section" and stain is not None:
                 tiles = normalise_stain(tiles, stain)
             x = torch.from_numpy(np.ascontiguousarray(tiles.transpose(0, 3, 1, 2))).to(self.device)
-            out = self.model.encode_image(self.model.vision.stem_features(x))
+            if linear is None:
+                out = self.model.encode_image(self.model.vision.stem_features(x))
+            else:
+                out, part = tile_features(self.model, x, linear.settings.views)
+                features.append(part)
             vectors.append(out.vector_BD.float().cpu().numpy())
             pooled.append(out.pooled_Bd.float().cpu().numpy())
         if not vectors:
             empty = np.zeros((0, self.config.align.dim), np.float32)
             return ImageFeatures(empty, np.zeros((0, self.model.vision.width), np.float32))
-        return ImageFeatures(np.concatenate(vectors), np.concatenate(pooled))
+        joined = None if linear is None else linear.head_features(np.concatenate(features), xy_N2)
+        return ImageFeatures(np.concatenate(vectors), np.concatenate(pooled), joined, xy_N2)
 
-    def predict(self, features: ImageFeatures, genes: Sequence[GeneQuery], chunk: int = 256) -> dict[str, np.ndarray]:
-        """Predict expression, ``chunk`` genes at a time; see :func:`predict_trained` for the result."""
+    def predict(
+        self, features: ImageFeatures, genes: Sequence[GeneQuery], chunk: int = 256, cohort: str | None = None
+    ) -> dict[str, np.ndarray]:
+        """Predict expression of one section.
+
+        Trained genes are predicted by the linear readout, mixed with the prediction from level sentences. Genes that were
+        not trained are predicted with gene vectors if those hold the gene. All others, and all genes of a model without a
+        readout, are predicted from level sentences alone.
+
+        Parameters
+        ----------
+        features
+            From :meth:`image_features`.
+        genes
+            The G genes.
+        chunk
+            Number of genes per pass through the gene encoder.
+        cohort
+            ``species_organ``, whose heads are used; None uses the mean over the heads that predict the gene.
+
+        Returns
+        -------
+        dict
+            ``cp10k`` (log1p of counts per 10,000) and ``raw`` (log1p of counts), float32 (N, G).
+        """
+        readout = self.bundle.readout
+        if readout is None or features.readout_NF is None:
+            return self.predict_levels(features, genes, chunk)
+        keys = [g.key or "" for g in genes]
+        values, known = readout.predict(features.readout_NF, keys, cohort, self.vectors)
+        weight = readout.levels_weight(keys, cohort)
+        mixed = np.flatnonzero(weight > 0)
+        if mixed.size:
+            levels = self._smoothed_levels(features, [genes[i] for i in mixed.tolist()], chunk)
+            for name, value in levels.items():
+                values[name][:, mixed] = (1 - weight[mixed]) * values[name][:, mixed] + weight[mixed] * value
+        rest = np.flatnonzero(~known)
+        if rest.size:
+            for name, value in self.predict_levels(features, [genes[i] for i in rest.tolist()], chunk).items():
+                values[name][:, rest] = value
+        return values
+
+    def predict_levels(
+        self, features: ImageFeatures, genes: Sequence[GeneQuery], chunk: int = 256
+    ) -> dict[str, np.ndarray]:
+        """Predict expression from level sentences alone, ``chunk`` genes at a time; see :func:`predict_trained`."""
         image = torch.from_numpy(features.vector_ND).to(self.device)
         parts: list[dict[str, np.ndarray]] = []
         for start in range(0, len(genes), chunk):
@@ -169,6 +255,30 @@ class Predictor:
             k: np.concatenate([p[k] for p in parts], axis=1) if parts else np.zeros((n, 0), np.float32)
             for k in ("cp10k", "raw")
         }
+
+    def _smoothed_levels(
+        self, features: ImageFeatures, genes: Sequence[GeneQuery], chunk: int
+    ) -> dict[str, np.ndarray]:
+        """Predict from level sentences with vectors averaged over views, and average half and half with the neighbours."""
+        assert self.bundle.readout is not None
+        values = self.predict_levels(self.averaged_views(features), genes, chunk)
+        if features.xy_N2 is None or not self.bundle.readout.settings.context:
+            return values
+        return {name: 0.5 * (value + neighbour_mean(value, features.xy_N2)) for name, value in values.items()}
+
+    def averaged_views(self, features: ImageFeatures) -> ImageFeatures:
+        """Return features with the shared-space vectors averaged over the readout's views.
+
+        Raises
+        ------
+        ValueError
+            The features were computed without a linear readout.
+        """
+        if self.bundle.readout is None or features.readout_NF is None:
+            raise ValueError("the features have one view; compute them with a model that has a linear readout")
+        mean_ND = features.readout_NF[:, : self.bundle.readout.settings.vector_dim]
+        unit_ND = mean_ND / np.maximum(np.linalg.norm(mean_ND, axis=1, keepdims=True), 1e-12)
+        return ImageFeatures(unit_ND.astype(np.float32), features.pooled_Nd)
 
     def _tokens(self, genes: Sequence[GeneQuery]) -> tuple[GeneTokens, Tensor]:
         rows = np.array([self._row.get(g.key or "", len(self.trained_genes)) for g in genes], np.int64)

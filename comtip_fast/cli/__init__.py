@@ -21,7 +21,7 @@ COMMANDS = {
     "predict": "predict gene expression of a section from its tiles",
     "embed": "embed a section's tiles in the shared space",
     "export": "write a checkpoint as safetensors and config.json",
-    "genes": "show how a gene identifier is resolved",
+    "genes": "show how a gene identifier is resolved, or compute gene vectors",
     "plan": "estimate memory, traffic and time of a run on given hardware",
     "bench": "measure loaders on this machine",
     "doctor": "show which optional features work on this machine",

@@ -21,6 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--train-shards",
         help="shard set with the training sections, for the ridge baselines (default: the folder in the run's config)",
     )
+    parser.add_argument(
+        "--gene-vectors", type=Path, help="file of `comtip genes vectors`, to predict genes that were not trained"
+    )
     parser.add_argument("--null-draws", type=int, default=200, help="draws of the spatial null (default 200)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the nulls and baselines (default 0)")
     add_device(parser)
@@ -40,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
         args.out,
         sections=sections,
         train_shards=args.train_shards,
+        gene_vectors=args.gene_vectors,
         null_draws=args.null_draws,
         seed=args.seed,
         device=args.device,

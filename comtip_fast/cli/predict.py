@@ -14,6 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--genes", nargs="+", default=["all"], help="symbols or Ensembl ids, @FILE, or all trained genes (default all)"
     )
+    parser.add_argument("--gene-vectors", help="file of `comtip genes vectors`, to predict genes that were not trained")
     add_out(parser, "the .h5ad to write")
     add_facts(parser)
     add_device(parser)
@@ -26,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
 
     out = fresh_h5ad(args)
     facts, pooling, counts = read_facts(args)
-    model = load(args.run_dir, args.device)
+    model = load(args.run_dir, args.device, args.gene_vectors)
     answer = model.predict(args.section, gene_list(args.genes), facts=facts, pooling=pooling, counts=counts)
     write_h5ad(answer, out)
     seen = answer.var["training"].value_counts().to_dict()

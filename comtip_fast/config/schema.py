@@ -207,6 +207,24 @@ class LossConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReadoutConfig:
+    """Prediction of expression from image features; fitted in closed form at export, without effect on training."""
+
+    kind: Literal["linear", "levels"] = "linear"
+    """``linear``: closed-form heads on the training split, mixed with the prediction from level sentences. ``levels``: level
+    sentences alone, which also predict the genes that no head covers."""
+    views: Annotated[int, Field(ge=1, le=8)] = 2
+    """Flips and rotations that features are averaged over; prediction encodes each tile this many times."""
+    context: bool = True
+    """Concatenate features with their mean over neighbouring spots."""
+    max_spots: Annotated[int, Field(ge=10)] = 20_000
+    """Largest number of training spots to fit on, an equal number per section."""
+    min_donors: Count = 1
+    """Number of training donors of a cohort from which the head on the shared-space vector is used; 2 omits it for cohorts
+    with a single training donor (docs/ablations.md)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """AdamW with linear warm-up and cosine decay."""
 
@@ -328,6 +346,7 @@ class RunConfig:
     text: TextConfig = field(default_factory=TextConfig)
     align: AlignConfig = field(default_factory=AlignConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    readout: ReadoutConfig = field(default_factory=ReadoutConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)

@@ -23,7 +23,15 @@ from comtip_fast.metrics import finite_or_none, pcc_per_gene
 log = logging.getLogger("comtip_fast")
 N_HVG = 50
 NORMALISATIONS = ("cp10k", "raw")
-PREDICTORS = ("zero_shot", "zero_shot_unseen_genes", "control_null", "ridge_colour", "ridge_features")
+PREDICTORS = (
+    "zero_shot",
+    "zero_shot_levels",
+    "zero_shot_unseen_genes",
+    "control_null",
+    "ridge_colour",
+    "ridge_features",
+    "ridge_frozen",
+)
 FORMAT, VERSION = "comtip-metrics", 1
 
 
@@ -191,7 +199,8 @@ def _evaluate_section(
     section_id, cohort = shards.manifest.sections[number].section_id, shards.cohort_of_section(number)
     spots = shards.select(sections=[number])
     tiles, stain, counts = shards.tiles(spots), shards.stain(number), shards.counts(spots)
-    features = predictor.image_features(tiles.transpose(0, 3, 1, 2), stain)
+    xy = shards.spots.loc[spots, ["x_px", "y_px"]].to_numpy(float)
+    features = predictor.image_features(tiles.transpose(0, 3, 1, 2), stain, xy)
     genes = _choose_genes(predictor, shards, number, reference)
     row_of = {g.key: i for i, g in enumerate(shards.genes)}
     rows = [row_of[k] for k in genes.keys]
@@ -200,15 +209,15 @@ def _evaluate_section(
         "raw": np.log1p(counts[:, rows].toarray().astype(np.float64)),
     }
     queries = [GeneQuery(shards.genes[r].symbol, shards.genes[r].name, shards.genes[r].key) for r in rows]
-    predicted = predictor.predict(features, queries)
-    xy = shards.spots.loc[spots, ["x_px", "y_px"]].to_numpy(float)
+    predicted = predictor.predict(features, queries, cohort=cohort)
     inputs = _ScoringInputs(
         cohort=cohort,
         genes=genes,
         measured=measured,
         predicted=predicted,
+        from_levels=predictor.predict_levels(features, queries),
         covariates=np.column_stack([mean_colour(tiles), np.log1p(np.asarray(counts.sum(axis=1)).ravel())]),
-        ridge_inputs=spot_inputs(predictor, tiles, stain, features.pooled_Nd),
+        ridge_inputs=spot_inputs(predictor, tiles, stain, features),
         moved=moved_spots(xy, n_null, seed=seed, section=section_id),
     )
     scores, null_means, null_genes = _score_section(inputs, reference)
@@ -255,6 +264,8 @@ class _ScoringInputs:
     genes: _ScoredGenes
     measured: dict[str, np.ndarray]
     predicted: dict[str, np.ndarray]
+    from_levels: dict[str, np.ndarray]
+    """Predictions from level sentences alone, without the linear readout."""
     covariates: np.ndarray
     ridge_inputs: Inputs
     moved: np.ndarray
@@ -263,7 +274,7 @@ class _ScoringInputs:
 
 def _score_section(v: _ScoringInputs, reference: TrainReference) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
     """Return all scores, and for the null under CP10K the mean of each draw and the PCC of each panel gene."""
-    out: dict[str, Any] = {name: {} for name in PREDICTORS}
+    out: dict[str, Any] = {name: dict.fromkeys(NORMALISATIONS) for name in PREDICTORS}
     genes, null = v.genes, (np.zeros(0), np.zeros((0, 0), np.float32))
     scored = np.union1d(genes.panel, genes.hvg)  # some of the most variable genes may be held out
     top, panel = np.searchsorted(scored, genes.hvg), np.searchsorted(scored, genes.panel)
@@ -273,6 +284,9 @@ def _score_section(v: _ScoringInputs, reference: TrainReference) -> tuple[dict[s
         m, p = v.measured[norm], v.predicted[norm]
         zero_shot = score(m[:, scored], p[:, scored], v.covariates, top, panel)
         out["zero_shot"][norm] = asdict(zero_shot)
+        out["zero_shot_levels"][norm] = asdict(
+            score(m[:, scored], v.from_levels[norm][:, scored], v.covariates, top, panel)
+        )
         unseen = score(m[:, genes.unseen], p[:, genes.unseen], v.covariates, first_unseen)
         out["zero_shot_unseen_genes"][norm] = asdict(unseen)
         pcc = null_pcc(m[:, scored], p[:, scored], v.moved)

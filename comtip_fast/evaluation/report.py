@@ -16,10 +16,12 @@ from comtip_fast.evaluation.evaluate import PREDICTORS, Evaluation, SectionData
 
 LABELS = {
     "zero_shot": "CoMTIP, zero-shot",
+    "zero_shot_levels": "CoMTIP, from level sentences alone (no linear readout)",
     "zero_shot_unseen_genes": "CoMTIP, unseen genes",
     "control_null": "Null: rotated and shifted predictions",
     "ridge_colour": "Ridge on mean tile colour (supervised)",
     "ridge_features": "Ridge on the image encoder's features (supervised)",
+    "ridge_frozen": "Ridge on the frozen stem's features, mean and standard deviation (supervised)",
 }
 SHOWN_GENES = "the four best, the median and the worst predicted of the 50 most variable genes"
 SHOWN_UNSEEN = "the two best and the median predicted of the (up to 50) most variable held-out genes"

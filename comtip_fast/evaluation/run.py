@@ -22,6 +22,7 @@ def evaluate_run(
     *,
     sections: Sequence[str] | None = None,
     train_shards: Path | str | None = None,
+    gene_vectors: Path | str | None = None,
     null_draws: int = 200,
     seed: int = 0,
     device: str = "auto",
@@ -40,6 +41,8 @@ def evaluate_run(
         Section ids; default: those whose split is ``test``, otherwise all that training did not use.
     train_shards
         Shard set with the training sections, for the ridge baselines; default: the run's own.
+    gene_vectors
+        File of gene vectors (``comtip genes vectors``), with which genes that were not trained are predicted.
     null_draws, seed
         Number of draws of the spatial null, and its seed.
     device
@@ -53,7 +56,7 @@ def evaluate_run(
     Raises
     ------
     FileNotFoundError
-        There is no export, or no shard set with the training sections.
+        There is no export, no file of gene vectors, or no shard set with the training sections.
     ValueError
         Unknown sections, tiles of another size, or a trained cohort without its training sections.
 
@@ -67,7 +70,7 @@ def evaluate_run(
     run = Path(run)
     if out is not None:
         _check_writable(Path(out))  # before the work, which takes long
-    predictor = Predictor.load(run, pick_device(device))
+    predictor = Predictor.load(run, pick_device(device), gene_vectors)
     train = str(train_shards) if train_shards else _own_shards(run, predictor.config.data.shards)
     if train_shards is None and is_url(train):
         raise ValueError(

@@ -16,7 +16,7 @@ from scipy import sparse
 from comtip_fast.data.expression.levels import log1p_cp10k
 from comtip_fast.data.expression.panel import rank_by_variance
 from comtip_fast.evaluation.baselines import RidgeModel, fit_ridge
-from comtip_fast.inference import Predictor
+from comtip_fast.inference import ImageFeatures, Predictor
 
 log = logging.getLogger("comtip_fast")
 MIN_DETECTION = 0.1
@@ -51,12 +51,21 @@ class _TrainData:
     """Maps a section number to bool over the gene table."""
 
 
-def spot_inputs(predictor: Predictor, tiles_NSS3: np.ndarray, stain: StainStats, pooled_Nd: np.ndarray) -> Inputs:
-    """Return the candidate inputs of each baseline: mean colour, as stored and stain-normalised, and encoder features."""
+def spot_inputs(predictor: Predictor, tiles_NSS3: np.ndarray, stain: StainStats, features: ImageFeatures) -> Inputs:
+    """Return the candidate inputs of each baseline: mean colour, as stored and stain-normalised, and image features.
+
+    ``ridge_frozen`` needs a model with a frozen stem and a linear readout, and is missing otherwise.
+    """
     colour = {"tile colour": mean_colour(tiles_NSS3)}
     if predictor.config.data.stain == "section":
         colour["stain-normalised tile colour"] = mean_colour(normalise_stain(tiles_NSS3, stain))
-    return {"ridge_colour": colour, "ridge_features": {"encoder features": np.asarray(pooled_Nd, np.float64)}}
+    encoder = np.asarray(features.pooled_Nd, np.float64)
+    inputs = {"ridge_colour": colour, "ridge_features": {"encoder features": encoder}}
+    readout = predictor.bundle.readout
+    if readout is not None and features.readout_NF is not None and predictor.model.vision.stem is not None:
+        frozen = np.asarray(readout.frozen(features.readout_NF), np.float64)
+        inputs["ridge_frozen"] = {"mean and standard deviation of the frozen stem's patch features": frozen}
+    return inputs
 
 
 def mean_colour(tiles_NSS3: np.ndarray) -> np.ndarray:
@@ -210,7 +219,7 @@ class TrainReference:
         parts: list[Inputs] = []
         for n in numbers:
             tiles, stain = self.shards.tiles(spots[section == n]), self.shards.stain(n)
-            pooled = self.predictor.image_features(tiles.transpose(0, 3, 1, 2), stain).pooled_Nd
-            parts.append(spot_inputs(self.predictor, tiles, stain, pooled))
+            features = self.predictor.image_features(tiles.transpose(0, 3, 1, 2), stain)
+            parts.append(spot_inputs(self.predictor, tiles, stain, features))
         inputs = {k: {i: np.concatenate([p[k][i] for p in parts]) for i in parts[0][k]} for k in parts[0]}
         return _TrainData(section, log1p_cp10k(counts), raw, inputs, {n: self.shards.measured(n) for n in numbers})

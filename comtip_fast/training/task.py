@@ -25,6 +25,7 @@ from comtip_fast.genes.tokens import gene_tokens
 from comtip_fast.models import CoMTIP, ModelSizes
 from comtip_fast.models.image_encoder import check_mask, patches_per_side
 from comtip_fast.training.losses import LossInputs, LossPart, Numbers, Parts, StepLosses
+from comtip_fast.training.readout import fit_readout
 from comtip_fast.training.validation import Validation
 from comtip_fast.training.warm_start import start_from
 
@@ -232,8 +233,19 @@ class CoMTIPTask:
         return self.validation.score()
 
     def export(self, folder: Path) -> None:
-        """Write an export of the current weights."""
-        self.bundle().save(folder)
+        """Write an export of the current weights, with a readout that is fitted on the training split."""
+        bundle = self.bundle()
+        if self.config.readout.kind == "linear":
+            bundle.readout = fit_readout(self._copy_of_model(), self.config, self.shards, self.tables, self.loader)
+        bundle.save(folder)
+
+    def _copy_of_model(self) -> CoMTIP:
+        """Return a model without the hooks of the engine: under ZeRO 3 they communicate, but one rank alone exports."""
+        config = replace(self.config, vision=replace(self.config.vision, pretrained=""))
+        with torch.random.fork_rng(devices=[]):  # the initial weights are overwritten
+            model = CoMTIP(config, self.sizes)
+        model.load_state_dict(self.model.state_dict())
+        return model.to(self.device).eval()
 
     def bundle(self) -> Bundle:
         """Return the contents of an export: config, model, levels and genes."""

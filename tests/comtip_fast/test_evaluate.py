@@ -11,8 +11,10 @@ from comtip_shards.builder.build import build_shards
 from comtip_shards.sources import open_source
 
 from comtip_fast.evaluation.evaluate import SectionData, evaluate, write_metrics
+from comtip_fast.evaluation.run import evaluate_run
 from comtip_fast.evaluation.train_reference import TrainReference, spot_inputs
-from comtip_fast.inference import Predictor
+from comtip_fast.genes.vectors import GeneVectors
+from comtip_fast.inference import ImageFeatures, Predictor
 from comtip_fast.metrics import pcc_per_gene
 from testkit.tiny import TinySection, write_tiny_source
 
@@ -101,7 +103,8 @@ def test_the_colour_of_the_baseline_is_chosen_on_training_sections(predictor: Pr
     number = tiny_shards.section_number("x1")
     spots = tiny_shards.select(sections=[number])
     tiles, stain = tiny_shards.tiles(spots), tiny_shards.stain(number)
-    x = spot_inputs(predictor, tiles, stain, np.zeros((len(tiles), 2)))["ridge_colour"]
+    features = ImageFeatures(np.zeros((len(tiles), 2)), np.zeros((len(tiles), 2)))
+    x = spot_inputs(predictor, tiles, stain, features)["ridge_colour"]
     assert set(x) == {"tile colour", "stain-normalised tile colour"}
     data = reference._load("human_breast")
     assert data is not None
@@ -149,3 +152,31 @@ def test_a_gene_that_one_training_section_lacks_is_fitted_on_the_other(
 def test_numbers_that_are_not_finite_become_null(tmp_path: Path):
     write_metrics({"a": [float("nan"), 1.5], "b": {"c": float("inf"), "d": 3}}, tmp_path / "m.json")
     assert json.loads((tmp_path / "m.json").read_text()) == {"a": [None, 1.5], "b": {"c": None, "d": 3}}
+
+
+def test_gene_vectors_change_the_scores_of_unseen_genes_only(
+    tiny_run: Path, tiny_shards: ShardSet, predictor: Predictor, tmp_path: Path
+):
+    keys = [g.key for g in predictor.bundle.genes]
+    vector = np.random.default_rng(0).normal(size=(len(keys), 3)).astype(np.float32)
+    moments = np.tile([2.0, 1.5, 3.0, 0.5], (len(keys), 1)).astype(np.float32)
+    GeneVectors(keys, vector, moments, np.ones(len(keys), np.float32)).save(tmp_path / "v.safetensors")
+    one, two = (
+        evaluate_run(tiny_run, tiny_shards.path, null_draws=2, device="cpu", gene_vectors=vectors).metrics
+        for vectors in (None, tmp_path / "v.safetensors")
+    )
+    one, two = one["cohorts"]["human_breast"], two["cohorts"]["human_breast"]
+    for name in ("zero_shot_levels", "ridge_frozen"):
+        assert one[name] == two[name]
+        assert one[name]["cp10k"] is not None
+    # The 50 most variable genes of the tiny set include held-out ones, so the mean over the trained genes is compared.
+    assert one["zero_shot"]["raw"]["mean_pcc_all"] == pytest.approx(two["zero_shot"]["raw"]["mean_pcc_all"])
+    assert one["zero_shot_levels"] != one["zero_shot"]
+    assert one["zero_shot_unseen_genes"] != two["zero_shot_unseen_genes"]
+
+
+def test_a_model_without_a_readout_has_no_scores_for_it(predictor: Predictor, tiny_shards: ShardSet):
+    bare = Predictor(replace(predictor.bundle, readout=None))
+    entry = evaluate(bare, tiny_shards, n_null=2).metrics["cohorts"]["human_breast"]
+    assert entry["ridge_frozen"] == {"cp10k": None, "raw": None}
+    assert entry["zero_shot_levels"] == entry["zero_shot"]

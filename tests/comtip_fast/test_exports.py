@@ -12,18 +12,20 @@ import numpy as np
 import pytest
 import torch
 from comtip_shards import ShardSet
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from comtip_fast.cli import main
 from comtip_fast.config.io import load_config
 from comtip_fast.export import Bundle
-from comtip_fast.export_checks import HASHED, SUMS
+from comtip_fast.export_checks import HASHED, READOUT, SUMS, ExportError
 from comtip_fast.inference import Predictor
 from comtip_fast.models import image_encoder
 from comtip_fast.training.export_checkpoint import export_checkpoint
 from comtip_fast.training.task import build_task
 from comtip_fast.training.trainer import Trainer
 
+VERIFIED = (*HASHED, READOUT)
 SHORT = ["train.steps=2", "train.validate_every=0", "train.device=cpu"]
 
 
@@ -69,7 +71,7 @@ def edit_arrays(folder: Path, name: str, change: Callable[[dict[str, np.ndarray]
 
 def test_a_complete_export_and_one_without_hashes_load(export: Path):
     new = Bundle.load(export)
-    assert sorted(p.name for p in export.iterdir()) == sorted([*HASHED, "README.md", SUMS])
+    assert sorted(p.name for p in export.iterdir()) == sorted([*VERIFIED, "README.md", SUMS])
     # README.md may be edited by users.
     (export / "README.md").write_text("my notes")
     assert len(Bundle.load(export).genes) == len(new.genes)
@@ -81,10 +83,10 @@ def test_sums_are_those_of_sha256sum(export: Path):
     import hashlib
 
     lines = dict(reversed(line.split("  ")) for line in (export / SUMS).read_text().splitlines())  # type: ignore[misc]
-    assert lines == {n: hashlib.sha256((export / n).read_bytes()).hexdigest() for n in HASHED}
+    assert lines == {n: hashlib.sha256((export / n).read_bytes()).hexdigest() for n in VERIFIED}
 
 
-@pytest.mark.parametrize("name", HASHED)
+@pytest.mark.parametrize("name", VERIFIED)
 @pytest.mark.parametrize("kind", ["byte", "cut", "gone"])
 def test_any_change_of_a_file_is_named(name: str, kind: str, export: Path):
     path = export / name
@@ -359,3 +361,66 @@ def test_a_model_card_holds_no_markup_of_its_sections(run_dir: Path, tmp_path: P
     assert "<script" not in text
     assert "&lt;script&gt;alert(1)&lt;/script&gt; # heading" in text
     assert r"| a\|b |" in text
+
+
+def edit_readout(folder: Path, change: Callable[[dict[str, np.ndarray], dict[str, Any]], Any]) -> None:
+    path = folder / READOUT
+    with safe_open(path, framework="numpy") as file:
+        header, arrays = json.loads(file.metadata()["header"]), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    change(arrays, header)
+    save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, path, metadata={"header": json.dumps(header)})
+
+
+def _set_head(name: str, value: Any) -> Callable[[dict[str, np.ndarray], dict[str, Any]], None]:
+    return lambda arrays, header: header["heads"][0].update({name: value})
+
+
+READOUTS: dict[str, tuple[Callable[[dict[str, np.ndarray], dict[str, Any]], Any], str]] = {
+    "NaN": (lambda a, h: a["0.vector.raw.loading_KG"].__setitem__((0, 0), np.nan), "loading_KG has 1 values"),
+    "a gene cut": (lambda a, h: a.update({"0.vector.raw.mean_G": a["0.vector.raw.mean_G"][1:]}), "mean_G is float32"),
+    "no programme": (
+        lambda a, h: a.update({"0.vector.raw.weight_FK": a["0.vector.raw.weight_FK"][:, :0]}),
+        "weight_FK is float32",
+    ),
+    "a scalar": (lambda a, h: a.update({"0.vector.raw.weight_FK": np.float32(1)}), "weight_FK is float32"),
+    "features cut": (lambda a, h: a.update({"0.mean": a["0.mean"][1:]}), "mean is float32"),
+    "float64": (lambda a, h: a.update({"0.std": a["0.std"].astype(np.float64)}), "std is float64"),
+    "negative": (lambda a, h: a["0.std"].__setitem__(0, -1), "negative"),
+    "an array missing": (lambda a, h: a.pop("0.vector.cp10k.std_G"), "missing or unknown: 0.vector.cp10k.std_G"),
+    "another version": (lambda a, h: h.update(version=7), "version 7"),
+    "no heads": (lambda a, h: h.update(heads=[]), "no list of heads"),
+    "a head twice": (lambda a, h: h["heads"].append(h["heads"][0]), "two heads"),
+    "a gene twice": (lambda a, h: h["heads"][0]["keys"].append(h["heads"][0]["keys"][0]), "duplicate"),
+    "an unknown gene": (_set_head("keys", ["human:NOTHING"]), "not trained genes"),
+    "genes are no list": (_set_head("keys", 3), "not trained genes"),
+    "another block": (lambda a, h: h["heads"][0]["blocks"].append("frozen"), "blocks are"),
+    "weights above 1": (_set_head("mix", {"vector": 2, "levels": -1}), "must be 0 to 1"),
+    "all on levels": (_set_head("mix", {"vector": 0.0, "levels": 1.0}), "not all on levels"),
+    "no weight of levels": (_set_head("mix", {"vector": 1.0}), "expected a weight"),
+    "no cohort": (_set_head("cohort", None), "cohort or facts"),
+    "too many views": (lambda a, h: h["settings"].update(views=9), "views 9"),
+    "another space": (lambda a, h: h["settings"].update(vector_dim=31), "vector_dim 31"),
+    "text for views": (lambda a, h: h["settings"].update(views="2"), "settings are"),
+}
+
+
+@pytest.mark.parametrize("case", READOUTS)
+def test_a_readout_that_does_not_fit_is_refused_without_hashes_too(case: str, export: Path):
+    make_old(export)
+    change, says = READOUTS[case]
+    edit_readout(export, change)
+    with pytest.raises(ExportError, match=rf"readout\.safetensors.*{says}"):
+        Bundle.load(export)
+
+
+def test_a_readout_that_is_no_safetensors_or_missing_is_refused(export: Path):
+    make_old(export)
+    (export / READOUT).write_bytes(b"nothing")
+    with pytest.raises(ExportError, match=r"readout\.safetensors: not a valid readout"):
+        Bundle.load(export)
+    (export / READOUT).unlink()
+    with pytest.raises(ExportError, match=r"readout\.safetensors: missing"):
+        Bundle.load(export)
+    edit_json(export, lambda meta: meta.update(readout="../elsewhere.safetensors"))
+    with pytest.raises(ExportError, match=r"readout is '\.\./elsewhere"):
+        Bundle.load(export)

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 
 import comtip_fast
 from comtip_fast.cli import main
+from comtip_fast.export_checks import HASHED, READOUT, SUMS
 from comtip_fast.training.monitor.monitor import CLOCKED
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -205,7 +206,7 @@ def test_the_same_from_python(tiny_run: Path, tiny_source: Path, tiny_shards: Sh
 def test_export_is_safetensors_and_json_and_predicts_the_same(tiny_run: Path, tiny_shards: ShardSet, tmp_path: Path):
     assert main(["export", str(tiny_run), "--out", str(tmp_path / "model")]) == 0
     files = {p.name for p in (tmp_path / "model").iterdir()}
-    assert files == {"config.json", "model.safetensors", "levels.safetensors", "genes.tsv", "README.md", "SHA256SUMS"}
+    assert files == {*HASHED, READOUT, "README.md", SUMS}
     card = (tmp_path / "model/README.md").read_text()
     assert "CC0" in card
     assert "made up" in card

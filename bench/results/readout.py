@@ -1,0 +1,258 @@
+"""The tables of docs/ablations.md: ways to predict expression from image features, and genes that no image measured.
+
+comtip shards build data_shards/samples --out runs/demo/shards
+comtip pretrain --config configs/demo_cpu.yaml --out runs/demo
+python bench/results/readout.py runs/demo --split val             # the sections on which choices are based
+python bench/results/readout.py runs/demo --split test            # once per candidate
+
+Unseen genes (vectors from comtip genes vectors; --only trains on the images of these sections alone):
+
+python bench/results/readout.py runs/demo --split test --cohort human_breast --vectors breast.safetensors
+python bench/results/readout.py runs/demo --split test --cohort mouse_main_olfactory_bulb --vectors bulb.safetensors \
+    --only mob2k_1,mob2k_2,mob2k_3
+
+Each line: mean PCC over the 50 most variable genes / the same with colour and depth regressed out, log1p CP10K, then raw.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from comtip_shards import ShardSet
+
+from comtip_fast.data.expression.levels import log1p_cp10k
+from comtip_fast.data.expression.panel import rank_by_variance
+from comtip_fast.evaluation.baselines import fit_ridge
+from comtip_fast.evaluation.metrics import score
+from comtip_fast.evaluation.train_reference import mean_colour
+from comtip_fast.genes.vectors import GeneVectors
+from comtip_fast.inference import GeneQuery, ImageFeatures, Predictor
+from comtip_fast.models.readout import NORMS, LinearReadout, neighbour_mean, standardise
+from comtip_fast.training.readout_fit import CohortData, ReadoutGrid, SectionTable, fit_cohort
+
+Values = dict[str, np.ndarray]
+UNSEEN_GRID = ReadoutGrid(programmes=(10, 20))
+
+
+class Lab:
+    """Sections of a shard set with the features of one model, read once."""
+
+    def __init__(self, run: Path) -> None:
+        self.predictor = Predictor.load(run)
+        if self.predictor.bundle.readout is None:
+            raise ValueError(f"{run}: the model has no linear readout; train with readout.kind=linear")
+        self.readout: LinearReadout = self.predictor.bundle.readout
+        self.shards = ShardSet(self.predictor.config.data.shards)
+        self.keys = [g.key for g in self.shards.genes]
+        self.row = {k: i for i, k in enumerate(self.keys)}
+
+    def sections(self, cohort: str, split: str) -> list[int]:
+        """Return section numbers."""
+        entries = enumerate(self.shards.manifest.sections)
+        return [i for i, s in entries if s.split == split and self.shards.cohort_of_section(i) == cohort]
+
+    @cache  # noqa: B019
+    def features(self, section: int) -> ImageFeatures:
+        """Return all features of a section."""
+        spots = self.shards.select(sections=[section])
+        xy = self.shards.spots.loc[spots, ["x_px", "y_px"]].to_numpy(float)
+        tiles = self.shards.tiles(spots)
+        return self.predictor.image_features(tiles.transpose(0, 3, 1, 2), self.shards.stain(section), xy)
+
+    @cache  # noqa: B019
+    def counts(self, section: int) -> tuple[Any, np.ndarray]:
+        """Return counts and the covariates: mean colour, log total."""
+        spots = self.shards.select(sections=[section])
+        counts = self.shards.counts(spots)
+        colour = mean_colour(self.shards.tiles(spots))
+        return counts, np.column_stack([colour, np.log1p(np.asarray(counts.sum(axis=1)).ravel())])
+
+    def values(self, section: int, keys: list[str]) -> Values:
+        """Return measured expression."""
+        counts, rows = self.counts(section)[0], [self.row[k] for k in keys]
+        return {"cp10k": log1p_cp10k(counts)[:, rows].toarray(), "raw": np.log1p(counts[:, rows].toarray())}
+
+    def ranked(self, sections: list[int]) -> list[str]:
+        """Return gene keys by decreasing variance over training sections."""
+        values = [log1p_cp10k(self.counts(s)[0]) for s in sections]
+        rows, _ = rank_by_variance(values, [self.shards.measured(s) for s in sections], 0.1)
+        return [self.keys[r] for r in rows]
+
+    def known(self, keys: list[str], sections: list[int]) -> list[str]:
+        """Return the keys that all sections measured."""
+        ok = np.all([self.shards.measured(s) for s in sections], axis=0)
+        return [k for k in keys if ok[self.row[k]]]
+
+    def show(self, name: str, section: int, keys: list[str], predicted: Values) -> None:
+        """Print one line."""
+        cells = []
+        for norm in NORMS:
+            measured = self.values(section, keys)[norm].astype(np.float64)
+            s = score(measured, np.asarray(predicted[norm], np.float64), self.counts(section)[1], np.arange(len(keys)))
+            cells.append(f"{s.mean_pcc_50_hvg:.4f} / {s.partial_pcc_50_hvg:.4f}")
+        print(f"{self.shards.manifest.sections[section].section_id:12s} {name:46s} {'   '.join(cells)}", flush=True)
+
+    # -- readouts -------------------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        cohort: str,
+        train: list[int],
+        valid: list[int],
+        keys: list[str],
+        blocks: set[str],
+        *,
+        context: bool = True,
+        grid: ReadoutGrid | None = None,
+    ) -> LinearReadout:
+        """Fit heads and keep the blocks named, each with the same share."""
+        settings = replace(self.readout.settings, context=context)
+        tables = {s: self._table(s, keys, context) for s in [*train, *valid]}
+        x = np.concatenate([self._x(s, context) for s in train])
+        ranked = [keys.index(k) for k in self.ranked(train) if k in set(keys)][:50]
+        data = CohortData(
+            cohort, keys, [tables[s] for s in train], [tables[s] for s in valid], x.mean(0), x.std(0), np.array(ranked)
+        )
+        head = fit_cohort(data, settings, grid=grid)
+        head.blocks = {b: v for b, v in head.blocks.items() if b in blocks}
+        head.mix = {b: 1 / len(head.blocks) for b in head.blocks} | {"levels": 0.0}
+        return LinearReadout(settings, [head])
+
+    def _x(self, section: int, context: bool) -> np.ndarray:
+        x = self.features(section).readout_NF
+        assert x is not None
+        return x if context else x[:, : x.shape[1] // 2]
+
+    def _table(self, section: int, keys: list[str], context: bool) -> SectionTable:
+        x = self._x(section, context)
+        measured = self.shards.measured(section)[[self.row[k] for k in keys]]
+        y = {n: np.where(measured, v, 0.0) for n, v in self.values(section, keys).items()}
+        return SectionTable(standardise(x, x.mean(0), x.std(0)), y, measured)
+
+    def linear(
+        self, readout: LinearReadout, section: int, keys: list[str], vectors: GeneVectors | None = None
+    ) -> Values:
+        """Predict by heads alone."""
+        return readout.predict(self._x(section, readout.settings.context), keys, None, vectors)[0]
+
+    def levels(self, section: int, keys: list[str], *, viewed: bool) -> Values:
+        """Predict from level sentences: of one view, or of mean vectors and averaged with the neighbours."""
+        f = self.features(section)
+        genes = {g.key: g for g in self.predictor.bundle.genes}
+        queries = [GeneQuery(genes[k].symbol, genes[k].name, k) for k in keys]
+        if not viewed:
+            return self.predictor.predict_levels(f, queries)
+        out = self.predictor.predict_levels(self.predictor.averaged_views(f), queries)
+        assert f.xy_N2 is not None
+        return {n: 0.5 * (v + neighbour_mean(v, f.xy_N2)) for n, v in out.items()}
+
+    def ridge(self, train: list[int], section: int, keys: list[str], which: str) -> Values:
+        """Predict by ridge regression per gene; the penalty is cross-validated over the training sections."""
+        x = {s: self._baseline(s, which) for s in [*train, section]}
+        out = {n: np.zeros((len(x[section]), len(keys))) for n in NORMS}
+        measured = np.array([[self.shards.measured(s)[self.row[k]] for s in train] for k in keys])
+        for pattern in np.unique(measured, axis=0):
+            cols = np.flatnonzero((measured == pattern).all(1))
+            own = [s for s, there in zip(train, pattern, strict=True) if there]
+            part = [keys[c] for c in cols]
+            label = np.concatenate([np.full(len(x[s]), s) for s in own])
+            for norm in NORMS:
+                y = np.concatenate([self.values(s, part)[norm] for s in own])
+                out[norm][:, cols] = fit_ridge(np.concatenate([x[s] for s in own]), y, label).predict(x[section])
+        return out
+
+    def _baseline(self, section: int, which: str) -> np.ndarray:
+        f = self.features(section)
+        if which == "encoder":
+            return np.asarray(f.pooled_Nd, np.float64)
+        assert f.readout_NF is not None
+        return np.asarray(self.readout.frozen(f.readout_NF), np.float64)
+
+
+def mean_of(*parts: Values) -> Values:
+    """Return the mean of predictions."""
+    return {n: np.mean([p[n] for p in parts], axis=0) for n in NORMS}
+
+
+def table(lab: Lab, cohort: str, split: str) -> None:
+    """Print all ways to predict trained genes."""
+    train, valid = lab.sections(cohort, "train"), lab.sections(cohort, "val")
+    trained = [k for k in lab.predictor.trained_genes if any(lab.shards.measured(s)[lab.row[k]] for s in train)]
+    heads = {
+        (b, c): lab.fit(cohort, train, valid, trained, {b}, context=c)
+        for b in ("vector", "frozen")
+        for c in (True, False)
+    }
+    gene_wise = lab.fit(cohort, train, valid, trained, {"frozen"}, grid=ReadoutGrid(programmes=(0,)))
+    for section in lab.sections(cohort, split):
+        keys = [k for k in lab.known(lab.ranked(train), [section])[:50] if k in set(trained)]
+        z, frozen = (lab.linear(heads[b, True], section, keys) for b in ("vector", "frozen"))
+        read = lab.levels(section, keys, viewed=True)
+        lines = {
+            "levels, one view": lab.levels(section, keys, viewed=False),
+            "levels, views, neighbours": read,
+            "head on z": z,
+            "head on z, no neighbours": lab.linear(heads["vector", False], section, keys),
+            "head on frozen features": frozen,
+            "head on frozen features, no neighbours": lab.linear(heads["frozen", False], section, keys),
+            "head on frozen features, no programmes": lab.linear(gene_wise, section, keys),
+            "z + frozen": mean_of(z, frozen),
+            "frozen + levels": mean_of(frozen, read),
+            "z + frozen + levels": mean_of(z, frozen, read),
+            "ridge, encoder features": lab.ridge(train, section, keys, "encoder"),
+            "ridge, frozen features": lab.ridge(train, section, keys, "frozen"),
+        }
+        for name, predicted in lines.items():
+            lab.show(name, section, keys, predicted)
+
+
+def unseen(lab: Lab, cohort: str, split: str, vectors: GeneVectors, only: list[str], n_seen: int = 1900) -> None:
+    """Print predictions of the 50 most variable genes, whose expression no head is fitted on.
+
+    Frozen features alone: the encoder was trained on some of these genes.
+    """
+    sections = lab.shards.manifest.sections
+    train = [s for s in lab.sections(cohort, "train") if not only or sections[s].section_id in only]
+    valid = lab.sections(cohort, "val")
+    for section in lab.sections(cohort, split):
+        ranked = [k for k in lab.known(lab.ranked(train), [*train, *valid, section]) if k in vectors.row]
+        genes, seen = ranked[:50], ranked[50 : 50 + n_seen]
+        readout = lab.fit(cohort, train, valid, seen, {"frozen"}, grid=UNSEEN_GRID)
+        ceiling = lab.fit(cohort, train, valid, genes + seen, {"frozen"}, grid=UNSEEN_GRID)
+        shuffled = replace(
+            vectors, vector_GK=vectors.vector_GK[np.random.default_rng(0).permutation(len(vectors.keys))]
+        )
+        own = lab.linear(readout, section, seen)
+        mean = {n: ((v - v.mean(0)) / np.maximum(v.std(0), 1e-9)).mean(1, keepdims=True) for n, v in own.items()}
+        lab.show(
+            f"by gene vectors ({len(seen)} seen genes)", section, genes, lab.linear(readout, section, genes, vectors)
+        )
+        lab.show("control: vectors shuffled", section, genes, lab.linear(readout, section, genes, shuffled))
+        lab.show("control: mean map", section, genes, {n: np.repeat(v, len(genes), 1) for n, v in mean.items()})
+        lab.show("ceiling: a head that knows them", section, genes, lab.linear(ceiling, section, genes))
+
+
+def main() -> None:
+    """Print one table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--split", choices=("val", "test"), default="val")
+    parser.add_argument("--cohort", help="default: all of the model")
+    parser.add_argument("--vectors", type=Path)
+    parser.add_argument("--only", default="")
+    args = parser.parse_args()
+    lab = Lab(args.run)
+    for cohort in [args.cohort] if args.cohort else [h.cohort for h in lab.readout.heads]:
+        if args.vectors:
+            unseen(lab, cohort, args.split, GeneVectors.load(args.vectors), [s for s in args.only.split(",") if s])
+        else:
+            table(lab, cohort, args.split)
+
+
+if __name__ == "__main__":
+    main()

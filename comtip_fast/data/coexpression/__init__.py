@@ -1,0 +1,1 @@
+"""Co-expression of genes in count matrices without images."""

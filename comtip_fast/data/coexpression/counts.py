@@ -1,0 +1,232 @@
+"""Streaming readers of count matrices without images: AnnData, 10x h5 and legacy Spatial Transcriptomics tables.
+
+Each reader yields blocks of cells (or spots) by genes, so memory is bounded by the block size and not by the number of
+cells. Features that are not genes (antibodies, controls) are dropped.
+"""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from anndata.io import sparse_dataset
+from comtip_shards.errors import SourceError
+from comtip_shards.genes.identifiers import SPECIES
+from comtip_shards.sources.anndata_parts.counts import COUNTS, is_counts
+from comtip_shards.sources.anndata_parts.store import SUFFIXES, open_h5ad, read_part
+from comtip_shards.sources.anndata_source import gene_names
+from comtip_shards.sources.base import as_counts
+from comtip_shards.sources.tenx.features import GENE_KIND
+from comtip_shards.sources.tenx.matrix import TenxMatrix
+from scipy import sparse
+
+BLOCK_ROWS = 4096
+TABLE_ROWS = 256
+"""Rows of a text table are dense while they are parsed, with 8 bytes per gene."""
+
+
+@dataclass(frozen=True)
+class CountSource:
+    """One count matrix on disk.
+
+    Attributes
+    ----------
+    path
+        The file.
+    genes
+        Identifiers of the columns.
+    symbols
+        Second identifiers of the columns, used if the first is unknown; may be empty strings.
+    """
+
+    path: Path
+    genes: list[str]
+    symbols: list[str]
+
+    def blocks(self) -> Iterator[sparse.csr_matrix]:
+        """Yield int32 CSR blocks (at most ``BLOCK_ROWS`` rows, ``len(genes)`` columns).
+
+        Raises
+        ------
+        SourceError
+            The file is truncated, or holds values that are not raw counts.
+        """
+        start = 0
+        for block in _reader(self.path).blocks(self.path):
+            rows = [f"row {start + i + 1}" for i in range(block.shape[0])]
+            yield as_counts(block, self.path, rows, self.genes)
+            start += block.shape[0]
+
+
+def open_counts(path: str | Path) -> CountSource:
+    """Open a count matrix and read its gene identifiers.
+
+    Parameters
+    ----------
+    path
+        ``.h5ad``, a 10x ``.h5``, or a ``.tsv`` or ``.tsv.gz`` table of spots x genes with a header and an id column.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such file.
+    SourceError
+        The format is not one of these, or the file cannot be read.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; give a count matrix (.h5ad, 10x .h5, .tsv or .tsv.gz)")
+    genes, symbols = _reader(path).genes(path)
+    if not genes:
+        raise SourceError(f"{path}: the matrix has no gene column; give spots x genes with gene identifiers")
+    return CountSource(path, genes, symbols)
+
+
+def species_of(genes: list[str]) -> str | None:
+    """Return the species of the Ensembl identifiers, or None if there are none."""
+    votes = {
+        "mouse": sum(g.upper().startswith("ENSMUSG") for g in genes),
+        "human": sum(g.upper().startswith("ENSG0") for g in genes),
+    }
+    best = max(SPECIES, key=lambda s: votes[s])
+    return best if votes[best] else None
+
+
+class _Table:
+    """A text table, row by row."""
+
+    @staticmethod
+    def genes(path: Path) -> tuple[list[str], list[str]]:
+        with _text(path) as file:
+            names = [n.strip().strip('"') for n in file.readline().rstrip("\r\n").split("\t")]
+            columns = file.readline().rstrip("\r\n").count("\t")
+        # R omits the name of the id column, other writers include it.
+        genes = names[1:] if len(names) == columns + 1 else names
+        if columns < 1 or len(genes) != columns:
+            raise SourceError(
+                f"{path}: {len(names)} names in the header, {columns + 1} columns below; give spots x genes, tab-separated"
+            )
+        return genes, [""] * len(genes)
+
+    @staticmethod
+    def blocks(path: Path) -> Iterator[sparse.csr_matrix]:
+        n_genes = len(_Table.genes(path)[0])
+        rows: list[np.ndarray] = []
+        try:
+            with _text(path) as file:
+                file.readline()
+                for number, line in enumerate(file, start=2):
+                    if line.strip():
+                        rows.append(_row(line, n_genes, path, number))
+                    if len(rows) == TABLE_ROWS:
+                        yield sparse.csr_matrix(np.stack(rows))
+                        rows = []
+        except (OSError, EOFError, UnicodeDecodeError) as error:
+            raise SourceError(f"{path}: truncated ({error}); copy or download it again") from error
+        if rows:
+            yield sparse.csr_matrix(np.stack(rows))
+
+
+def _row(line: str, n_genes: int, path: Path, number: int) -> np.ndarray:
+    cells = line.rstrip("\r\n").split("\t")[1:]
+    try:
+        values = np.array(cells, np.float64)
+    except ValueError as error:
+        raise SourceError(f"{path}, line {number}: a value is not a number ({error}); give raw counts") from error
+    if values.size != n_genes:
+        raise SourceError(
+            f"{path}, line {number}: {values.size} values for {n_genes} genes; copy or download the file again"
+        )
+    return values
+
+
+def _text(path: Path) -> Any:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig")
+    return path.open(encoding="utf-8-sig")
+
+
+class _Tenx:
+    """The h5 file of Cell Ranger and Space Ranger."""
+
+    @staticmethod
+    def genes(path: Path) -> tuple[list[str], list[str]]:
+        features = TenxMatrix(path, (path,)).features().only_genes()
+        return features.ids, features.symbols
+
+    @staticmethod
+    def blocks(path: Path) -> Iterator[sparse.csr_matrix]:
+        matrix = TenxMatrix(path, (path,))
+        for _, counts in matrix.chunks(matrix.features(), BLOCK_ROWS):
+            yield counts
+
+
+class _AnnData:
+    """``layers["counts"]``, ``X`` or ``raw.X`` of an AnnData file: the first that holds raw counts."""
+
+    @staticmethod
+    def genes(path: Path) -> tuple[list[str], list[str]]:
+        with open_h5ad(path) as file:
+            var = _AnnData._var(file, path)
+        ids, symbols = gene_names(var)
+        keep = _AnnData._gene_columns(var)
+        return [ids[i] for i in keep], [symbols[i] for i in keep]
+
+    @staticmethod
+    def blocks(path: Path) -> Iterator[sparse.csr_matrix]:
+        with open_h5ad(path) as file:
+            keep = _AnnData._gene_columns(_AnnData._var(file, path))
+            for block in _AnnData._all(file[_AnnData._key(file, path)], path):
+                yield sparse.csr_matrix(block)[:, keep]
+
+    @staticmethod
+    def _var(file: h5py.File, path: Path) -> Any:
+        return read_part(file, "raw/var" if _AnnData._key(file, path).startswith("raw/") else "var", path)
+
+    @staticmethod
+    def _gene_columns(var: Any) -> np.ndarray:
+        kinds = var["feature_types"].astype(str).tolist() if "feature_types" in var else [""] * len(var)
+        return np.flatnonzero([kind in ("", GENE_KIND) for kind in kinds])
+
+    @staticmethod
+    def _key(file: h5py.File, path: Path) -> str:
+        found = [key for key in COUNTS if key in file]
+        if not found:
+            raise SourceError(f"{path}: neither layers['counts'] nor X exists; add raw counts to the file")
+        for key in found:
+            if is_counts(next(_AnnData._all(file[key], path), sparse.csr_matrix((0, 0)))):
+                return key
+        return found[0]
+
+    @staticmethod
+    def _all(element: Any, path: Path) -> Iterator[sparse.csr_matrix]:
+        if isinstance(element, h5py.Group):
+            matrix: Any = sparse_dataset(element)
+            if matrix.format == "csc":
+                # Rows of a column-compressed matrix cannot be read separately: the whole matrix is read.
+                matrix = sparse.csr_matrix(matrix.to_memory())
+        else:
+            matrix = element
+        for start in range(0, matrix.shape[0], BLOCK_ROWS):
+            try:
+                yield sparse.csr_matrix(matrix[start : start + BLOCK_ROWS])
+            except (OSError, ValueError, RuntimeError) as error:
+                raise SourceError(
+                    f"{path}: counts cannot be read ({error}); copy or download the file again"
+                ) from error
+
+
+def _reader(path: Path) -> Any:
+    name = path.name.lower()
+    if name.endswith(SUFFIXES):
+        return _AnnData
+    if name.endswith(".h5"):
+        return _Tenx
+    if name.endswith((".tsv", ".tsv.gz", ".txt.gz", ".txt")):
+        return _Table
+    raise SourceError(f"{path}: unknown format; give an .h5ad, a 10x .h5, or a .tsv(.gz) of spots x genes")

@@ -1,0 +1,143 @@
+"""Gene vectors: the file format. ``comtip_fast.data.coexpression`` computes them from counts without images.
+
+Genes that vary together have similar vectors. A map from vectors to image directions that is fitted on the genes of a
+training panel therefore also covers genes that no image section measured.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from comtip_shards.storage.atomic import atomic_path
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from comtip_fast._version import __version__
+
+FORMAT, VERSION = "comtip-gene-vectors", 1
+
+
+@dataclass(frozen=True)
+class GeneVectors:
+    """Vectors of genes and what they were computed from.
+
+    Attributes
+    ----------
+    keys
+        Gene keys, ``species:symbol``.
+    vector_GK
+        float32 (G, K), one row per gene.
+    moments_G4
+        float32 (G, 4): mean and standard deviation of log1p CP10K, then of log1p raw counts, over the source cells.
+    detection_G
+        float32 (G,), share of cells with a positive count.
+    header
+        JSON-serialisable description: sources with their hashes, licence, species, settings.
+    """
+
+    keys: list[str]
+    vector_GK: np.ndarray
+    moments_G4: np.ndarray
+    detection_G: np.ndarray
+    header: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def row(self) -> dict[str, int]:
+        """Maps a key to its row."""
+        return {key: i for i, key in enumerate(self.keys)}
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of keys, vectors, moments and detection; equal counts and settings give equal hashes."""
+        digest = hashlib.sha256("\n".join(self.keys).encode())
+        for array in (self.vector_GK, self.moments_G4, self.detection_G):
+            digest.update(np.ascontiguousarray(array, np.float32).tobytes())
+        return digest.hexdigest()
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file; the header is JSON in its metadata."""
+        header = self.header | {"format": FORMAT, "version": VERSION, "sha256": self.sha256}
+        arrays = {"vectors": self.vector_GK, "moments": self.moments_G4, "detection": self.detection_G}
+        packed = {name: np.ascontiguousarray(a, np.float32) for name, a in arrays.items()}
+        packed["keys"] = np.frombuffer("\n".join(self.keys).encode(), np.uint8)
+        with atomic_path(path) as tmp_path:
+            save_file(packed, tmp_path, metadata={"header": json.dumps(header, sort_keys=True)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> GeneVectors:
+        """Read a file written by :meth:`save`; nothing is unpickled.
+
+        Raises
+        ------
+        FileNotFoundError
+            There is no such file.
+        ValueError
+            The file has another format or version, or its contents do not match its hash.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path}: no such file; compute gene vectors with `comtip genes vectors COUNTS --out FILE`"
+            )
+        try:
+            with safe_open(path, framework="numpy") as file:
+                header = json.loads((file.metadata() or {}).get("header", "{}"))
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if header.get("format") != FORMAT or header.get("version") != VERSION:
+                raise ValueError(
+                    f"{path}: format {header.get('format')!r} version {header.get('version')!r}; comtip-fast {__version__} "
+                    f"reads {FORMAT!r} version {VERSION}; compute the file again with `comtip genes vectors`"
+                )
+            keys = arrays["keys"].tobytes().decode().split("\n")
+            vectors = cls(keys, arrays["vectors"], arrays["moments"], arrays["detection"], header)
+        except (
+            SafetensorError,
+            AttributeError,
+            KeyError,
+            RecursionError,
+            UnicodeDecodeError,
+            json.JSONDecodeError,
+        ) as error:
+            raise ValueError(
+                f"{path}: not a file of gene vectors ({error}); compute one with `comtip genes vectors`"
+            ) from error
+        vectors.check(path)
+        return vectors
+
+    def check(self, path: Path) -> None:
+        """Raise ValueError if shapes or values are invalid, or if the header states another hash."""
+        G, vector = len(self.keys), self.vector_GK
+        shapes = {"vectors": vector.shape[:1] == (G,) and vector.ndim == 2, "moments": self.moments_G4.shape == (G, 4)}
+        shapes["detection"] = self.detection_G.shape == (G,)
+        for name, array in zip(shapes, (vector, self.moments_G4, self.detection_G), strict=True):
+            if not shapes[name] or array.dtype != np.float32:
+                raise ValueError(
+                    f"{path}: {name} is {array.dtype} {array.shape} for {G} genes; copy or compute it again"
+                )
+            if not np.isfinite(array).all():
+                raise ValueError(f"{path}: {name} has values that are not finite; copy or compute the file again")
+        if self.sha256 != self.header.get("sha256") or len(self.row) < G:
+            raise ValueError(
+                f"{path}: the contents do not match the hash in the header; copy or compute the file again"
+            )
+
+    def describe(self) -> str:
+        """Return a summary of size, species, sources, licence and hash."""
+        by_species = {
+            s: sum(k.startswith(s + ":") for k in self.keys) for s in sorted({k.split(":")[0] for k in self.keys})
+        }
+        covers = ", ".join(f"{n} {s}" for s, n in by_species.items())
+        lines = [f"{len(self.keys)} genes x {self.vector_GK.shape[1]} components ({covers})"]
+        for source in self.header.get("sources", []):
+            lines.append(f"  {source['name']}: {source['cells']} cells, {source['genes']} genes ({source['species']})")
+        explained = self.header.get("explained")
+        if explained is not None:
+            lines.append(f"share of variance explained: {explained:.3f}")
+        lines.append(f"licence: {self.header.get('licence') or 'not stated'}; sha256 {self.sha256[:16]}")
+        return "\n".join(lines)

@@ -1,0 +1,343 @@
+"""Linear readout: closed-form heads from image features to expression, of low rank over the genes.
+
+The training spots of one cohort (species and organ) give standardised expression Y (N, G) per gene. Its leading right
+singular vectors are K programmes. Ridge regression maps image features X (N, F) to the programme scores T (N, K), and a
+gene is decoded with its loadings L (K, G):
+
+    W = (X^T X + alpha I)^-1 X^T T          value[:, g] = mean_g + std_g * (X W L)[:, g]
+
+There is one head per block of features: ``vector``, the tile's vector z in the shared space, and ``frozen``, the mean and
+standard deviation of a frozen stem's patch features. Features are averaged over flips and rotations of the tile,
+concatenated with their mean over neighbouring spots, and standardised within the section. The prediction is a fixed mixture
+of the heads and of the prediction from level sentences. A gene that was not trained is decoded with loadings that are
+regressed on gene vectors, if there are any.
+
+Shapes: N spots, F features, G genes, K programmes, V components of a gene vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.spatial import cKDTree
+from torch import Tensor
+
+from comtip_fast.genes.vectors import GeneVectors
+from comtip_fast.models.comtip import CoMTIP, ImageOutput
+
+FORMAT, VERSION = "comtip-readout", 1
+NORMS, BLOCKS = ("cp10k", "raw"), ("vector", "frozen")
+N_VIEWS = 8
+NEIGHBOURS, MAX_DISTANCE = 6, 1.3
+"""Neighbours: at most this many spots, within this multiple of the median distance to the nearest spot."""
+MIN_SECTION_SPOTS = 20
+"""Sections with fewer spots are standardised with the mean and standard deviation of training."""
+VECTOR_RIDGE = 1.0
+VIEW_ORDER = (0, 6, 2, 4, 1, 3, 5, 7)
+"""Order in which views are added: the tile, its half turn mirrored, half turn, mirrored, and the others."""
+
+
+# -- features -----------------------------------------------------------------------------------------------
+
+
+def turn_tiles(tiles_BCHW: Tensor, view: int) -> Tensor:
+    """Return the tiles under one of the 8 flips and rotations: ``view % 4`` right angles, mirrored if ``view >= 4``."""
+    flipped = tiles_BCHW.flip(-1) if view >= 4 else tiles_BCHW
+    return torch.rot90(flipped, view % 4, (-2, -1))
+
+
+def feature_width(model: CoMTIP, dim: int) -> int:
+    """Return the number of features per tile, without neighbours; ``dim`` is the width of the shared space."""
+    stem = model.vision.stem
+    return dim + (0 if stem is None else 2 * stem.width)
+
+
+def tile_features(model: CoMTIP, tiles_BCHW: Tensor, n_views: int) -> tuple[ImageOutput, np.ndarray]:
+    """Encode tiles under several views.
+
+    Parameters
+    ----------
+    model
+        The model.
+    tiles_BCHW
+        uint8 tiles, stain-normalised.
+    n_views
+        Number of views, 1 to 8.
+
+    Returns
+    -------
+    output, features
+        The output for the tiles as they are, and float32 (B, F) features averaged over the views.
+    """
+    output, total = _view_features(model, tiles_BCHW)
+    for view in VIEW_ORDER[1:n_views]:
+        total = total + _view_features(model, turn_tiles(tiles_BCHW, view).contiguous())[1]
+    return output, (total / n_views).astype(np.float32)
+
+
+def _view_features(model: CoMTIP, tiles_BCHW: Tensor) -> tuple[ImageOutput, np.ndarray]:
+    stem = model.vision.stem_features(tiles_BCHW)
+    output = model.encode_image(stem)
+    frozen = [] if model.vision.stem is None else [stem.mean(1), stem.std(1)]
+    features: np.ndarray = torch.cat([p.float() for p in (output.vector_BD, *frozen)], dim=1).cpu().numpy()
+    return output, features
+
+
+def neighbour_mean(x_NF: np.ndarray, xy_N2: np.ndarray) -> np.ndarray:
+    """Return the mean over each spot's neighbours; a spot without neighbours keeps its own row."""
+    n = len(x_NF)
+    if n < 2:
+        return x_NF
+    k = min(NEIGHBOURS + 1, n)
+    distance, index = cKDTree(np.asarray(xy_N2, np.float64)).query(xy_N2, k=k)
+    near = (distance <= MAX_DISTANCE * np.median(distance[:, 1])) & (index != np.arange(n)[:, None])
+    count = near.sum(1, keepdims=True)
+    mean = np.zeros(x_NF.shape, np.float64)
+    for j in range(k):
+        mean += np.where(near[:, j : j + 1], x_NF[index[:, j]], 0.0)
+    return np.where(count > 0, mean / np.maximum(count, 1), x_NF)
+
+
+def standardise(x_NF: np.ndarray, mean_F: np.ndarray, std_F: np.ndarray) -> np.ndarray:
+    """Standardise within the section, or with the given mean and standard deviation if it has few spots."""
+    x = np.asarray(x_NF, np.float64)
+    if len(x) >= MIN_SECTION_SPOTS:
+        mean_F, std_F = x.mean(0), x.std(0)
+    return (x - mean_F) / np.where(std_F > 1e-9, std_F, 1.0)
+
+
+# -- the closed form ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class NormHead:
+    """The readout of one cohort under one normalisation."""
+
+    weight_FK: np.ndarray
+    loading_KG: np.ndarray
+    mean_G: np.ndarray
+    std_G: np.ndarray
+
+    def scores(self, x_NF: np.ndarray) -> np.ndarray:
+        """Return programme scores (N, K)."""
+        out: np.ndarray = x_NF @ self.weight_FK
+        return out
+
+
+@dataclass
+class CohortHead:
+    """The readout of one cohort (species and organ)."""
+
+    cohort: str
+    keys: list[str]
+    """Keys of the G genes."""
+    mean_F: np.ndarray
+    std_F: np.ndarray
+    blocks: dict[str, dict[str, NormHead]]
+    """Maps a block and a normalisation to its head."""
+    mix: dict[str, float]
+    """Weight of each block and of ``levels``; the sum is 1."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Ridge penalty and number of programmes of each block, and the scores they were chosen by."""
+
+    def linear_mix(self) -> dict[str, float]:
+        """Return the weights of the blocks, rescaled to a sum of 1."""
+        total = sum(self.mix[b] for b in self.blocks)
+        return {b: self.mix[b] / total for b in self.blocks}
+
+
+@dataclass(frozen=True)
+class ReadoutSettings:
+    """How features are computed; stored in the export with the weights."""
+
+    views: int = 2
+    context: bool = True
+    vector_dim: int = 0
+    """Number of leading tile features that are the shared-space vector; the others are those of the frozen stem."""
+
+    def columns(self, block: str, n_features: int) -> np.ndarray:
+        """Return the int64 columns of a block among F features, including its means over neighbours."""
+        width = n_features // 2 if self.context else n_features
+        own = np.arange(self.vector_dim) if block == "vector" else np.arange(self.vector_dim, width)
+        return np.concatenate([own, own + width]) if self.context else own
+
+    def block_names(self, n_features: int) -> list[str]:
+        """Return the blocks that have columns."""
+        return [b for b in BLOCKS if self.columns(b, n_features).size]
+
+
+@dataclass
+class LinearReadout:
+    """The heads of all cohorts of a model."""
+
+    settings: ReadoutSettings
+    heads: list[CohortHead]
+
+    def head_features(self, x_NF: np.ndarray, xy_N2: np.ndarray | None) -> np.ndarray:
+        """Concatenate tile features (N, F') with their mean over neighbours; without positions, with themselves."""
+        if not self.settings.context:
+            return x_NF
+        around = x_NF if xy_N2 is None else neighbour_mean(x_NF, xy_N2)
+        return np.concatenate([x_NF, around], axis=1).astype(np.float32)
+
+    def frozen(self, features_NF: np.ndarray) -> np.ndarray:
+        """Return the frozen stem's part of the features of :meth:`head_features`, without neighbours."""
+        width = features_NF.shape[1] // 2 if self.settings.context else features_NF.shape[1]
+        return features_NF[:, self.settings.vector_dim : width]
+
+    def levels_weight(self, keys: Sequence[str], cohort: str | None = None) -> np.ndarray:
+        """Return the weight of the prediction from level sentences in the mixture, float64 (G,); 0 if no head has the gene."""
+        heads = [(set(h.keys), h.mix.get("levels", 0.0)) for h in self._of(cohort)]
+        own = ([weight for known, weight in heads if key in known] for key in keys)
+        return np.array([float(np.mean(weights)) if weights else 0.0 for weights in own])
+
+    def predict(
+        self, x_NF: np.ndarray, keys: Sequence[str], cohort: str | None = None, vectors: GeneVectors | None = None
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Predict genes.
+
+        Parameters
+        ----------
+        x_NF
+            Features of one section, from :meth:`head_features`.
+        keys
+            Gene keys.
+        cohort
+            ``species_organ``. For a cohort without a head, or None, the mean over all heads that decode the gene is used.
+        vectors
+            Gene vectors, with which genes that were not trained are decoded.
+
+        Returns
+        -------
+        values, known
+            ``cp10k`` and ``raw``, float32 (N, G), and bool (G,); columns of genes that no head decodes are 0.
+
+        Raises
+        ------
+        ValueError
+            The gene vectors hold fewer than 2 of the trained genes.
+        """
+        values = {norm: np.zeros((len(x_NF), len(keys))) for norm in NORMS}
+        count = np.zeros(len(keys))
+        for head in self._of(cohort):
+            x = standardise(x_NF, head.mean_F, head.std_F)
+            decoders = _Decoders.of(head, keys, vectors)
+            for block, weight in head.linear_mix().items():
+                x_block = x[:, self.settings.columns(block, x.shape[1])]
+                for norm in NORMS:
+                    part = head.blocks[block][norm]
+                    scores = part.scores(x_block)
+                    for columns, mean, std, loading in decoders.of_norm(part, norm):
+                        values[norm][:, columns] += weight * (mean + std * (scores @ loading))
+            count[decoders.columns] += 1
+        return {n: (v / np.maximum(count, 1)).astype(np.float32) for n, v in values.items()}, count > 0
+
+    def _of(self, cohort: str | None) -> list[CohortHead]:
+        own = [h for h in self.heads if h.cohort == cohort]
+        return own or self.heads
+
+    # -- for an export ----------------------------------------------------------------------------------------
+
+    def to_arrays(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Return float32 arrays by name, and a header that JSON can represent."""
+        arrays: dict[str, np.ndarray] = {}
+        for i, head in enumerate(self.heads):
+            arrays |= {f"{i}.mean": head.mean_F, f"{i}.std": head.std_F}
+            for block, norms in head.blocks.items():
+                for norm, part in norms.items():
+                    arrays |= {f"{i}.{block}.{norm}.{name}": value for name, value in vars(part).items()}
+        heads = [
+            {"cohort": h.cohort, "keys": h.keys, "mix": h.mix, "blocks": list(h.blocks), "facts": h.facts}
+            for h in self.heads
+        ]
+        header = {"format": FORMAT, "version": VERSION, "settings": asdict(self.settings), "heads": heads}
+        return {k: np.ascontiguousarray(v, np.float32) for k, v in arrays.items()}, header
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray], header: Mapping[str, Any]) -> LinearReadout:
+        """Build the readout from the result of :meth:`to_arrays`; files are checked before, see ``export_checks``."""
+        heads = []
+        for i, h in enumerate(header["heads"]):
+            blocks = {
+                block: {
+                    norm: NormHead(*(arrays[f"{i}.{block}.{norm}.{name}"] for name in NormHead.__dataclass_fields__))
+                    for norm in NORMS
+                }
+                for block in h["blocks"]
+            }
+            heads.append(
+                CohortHead(
+                    h["cohort"], h["keys"], arrays[f"{i}.mean"], arrays[f"{i}.std"], blocks, h["mix"], h["facts"]
+                )
+            )
+        return cls(ReadoutSettings(**header["settings"]), heads)
+
+
+@dataclass
+class _Decoders:
+    """Which of the queried genes one head decodes: genes of the head, and others through gene vectors."""
+
+    trained: np.ndarray
+    """Indices into the query of the head's own genes."""
+    rows: np.ndarray
+    """Their indices in the head."""
+    unseen: np.ndarray
+    """Indices into the query of genes that are decoded with gene vectors."""
+    moments_G4: np.ndarray
+    mixing: np.ndarray | None
+    """(G, unseen), see :func:`_vector_map`."""
+
+    @classmethod
+    def of(cls, head: CohortHead, keys: Sequence[str], vectors: GeneVectors | None) -> _Decoders:
+        index = {k: i for i, k in enumerate(head.keys)}
+        rows = np.array([index.get(k, -1) for k in keys], np.int64)
+        trained, unseen = np.flatnonzero(rows >= 0), np.zeros(0, np.int64)
+        moments_G4, mixing = np.zeros((0, 4)), None
+        if vectors is not None:
+            species = {k.split(":")[0] for k in head.keys}
+            others = np.flatnonzero(rows < 0).tolist()
+            decodable = [i for i in others if keys[i] in vectors.row and keys[i].split(":")[0] in species]
+            if decodable:
+                unseen, vector_rows = np.array(decodable, np.int64), [vectors.row[keys[i]] for i in decodable]
+                moments_G4, mixing = vectors.moments_G4[vector_rows], _vector_map(head.keys, vectors, vector_rows)
+        return cls(trained, rows[trained], unseen, moments_G4, mixing)
+
+    @property
+    def columns(self) -> np.ndarray:
+        """Indices into the query of all genes that are decoded."""
+        return np.concatenate([self.trained, self.unseen])
+
+    def of_norm(self, part: NormHead, norm: str) -> list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+        """Return (columns, mean, std, loading (K, columns)) of the trained genes and of the others."""
+        rows = self.rows
+        out = [(self.trained, part.mean_G[rows], part.std_G[rows], part.loading_KG[:, rows])]
+        if self.mixing is not None:
+            first = 2 * NORMS.index(norm)
+            mean, std = self.moments_G4[:, first], self.moments_G4[:, first + 1]
+            out.append((self.unseen, mean, std, part.loading_KG @ self.mixing))
+        return out
+
+
+def _vector_map(keys: Sequence[str], vectors: GeneVectors, rows: Sequence[int]) -> np.ndarray:
+    """Return weights (G, new) that give the loadings of new genes as a combination of the trained genes' loadings.
+
+    Ridge regression of the loadings L^T (G, K) on gene vectors V (G, V) maps a new vector v to v (V^T V + r I)^-1 V^T L^T,
+    which is linear in L. Genes without a vector have weight 0.
+    """
+    index = np.array([vectors.row.get(k, -1) for k in keys], np.int64)
+    known = np.flatnonzero(index >= 0)
+    if known.size < 2:
+        raise ValueError(
+            f"the gene vectors hold {known.size} of the {len(keys)} trained genes; give vectors of the same species"
+        )
+    v = vectors.vector_GK[index[known]].astype(np.float64)
+    scale = np.sqrt((v**2).sum(1).mean())
+    v, new = v / scale, vectors.vector_GK[rows].astype(np.float64) / scale
+    gram = v.T @ v + VECTOR_RIDGE * np.eye(v.shape[1])
+    out = np.zeros((len(keys), len(new)))
+    out[known] = v @ np.linalg.solve(gram, new.T)
+    return out

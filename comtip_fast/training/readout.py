@@ -1,0 +1,131 @@
+"""Fit the linear readout of a trained model: features and expression of the training split."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from comtip_shards import ShardSet
+from comtip_shards.sampling.rng import generator
+
+from comtip_fast.config.schema import RunConfig
+from comtip_fast.data.expression.levels import log1p_cp10k
+from comtip_fast.data.expression.training_tables import TrainingTables
+from comtip_fast.data.loaders.base import BaseLoader
+from comtip_fast.models import CoMTIP
+from comtip_fast.models.readout import LinearReadout, ReadoutSettings, standardise, tile_features
+from comtip_fast.training.readout_fit import CohortData, SectionTable, fit_cohort
+
+log = logging.getLogger("comtip_fast")
+SCORE_GENES = 50
+"""Number of most variable genes by which candidates are compared."""
+MIN_SPOTS = 10
+"""Cohorts with fewer training spots have no head."""
+BATCH = 128
+
+
+@torch.no_grad()
+def fit_readout(
+    model: CoMTIP, config: RunConfig, shards: ShardSet, tables: TrainingTables, loader: BaseLoader
+) -> LinearReadout | None:
+    """Fit one head per cohort on the sections of split ``train``; split ``val`` selects rank and penalty.
+
+    Only trained genes are read; held-out genes and split ``test`` are not. One rank calls it, with all parameters.
+
+    Returns
+    -------
+    LinearReadout or None
+        None if no cohort has enough training spots.
+    """
+    readout = LinearReadout(ReadoutSettings(config.readout.views, config.readout.context, config.align.dim), [])
+    cohorts: dict[str, list[int]] = {}
+    for section in np.unique(shards.sections_of(tables.spots)):
+        cohorts.setdefault(shards.cohort_of_section(int(section)), []).append(int(section))
+    quota = max(MIN_SPOTS, config.readout.max_spots // max(1, sum(map(len, cohorts.values()))))
+    reader = _Reader(model.eval(), shards, loader, readout, quota, config.train.seed)
+    for cohort, train in sorted(cohorts.items()):
+        data = _cohort_data(reader, tables, cohort, train)
+        if data is None:
+            continue
+        head = fit_cohort(data, readout.settings, min_donors=config.readout.min_donors)
+        readout.heads.append(head)
+        n = sum(len(s.x_NF) for s in data.train)
+        log.info("linear readout of %s: %d genes, %d spots; %s", cohort, len(data.keys), n, head.facts)
+    return readout if readout.heads else None
+
+
+def _cohort_data(reader: _Reader, tables: TrainingTables, cohort: str, train: list[int]) -> CohortData | None:
+    """Read the training and validation sections of a cohort; None if there are too few spots or genes."""
+    shards = reader.shards
+    sections = shards.manifest.sections
+    rows = tables.genes.trained[tables.measured[train].any(0)]
+    valid = [i for i, s in enumerate(sections) if s.split == "val" and shards.cohort_of_section(i) == cohort]
+    raw = {i: part for i in [*train, *valid] if (part := reader.read(i, rows)) is not None}
+    fitted = [i for i in train if i in raw]
+    n = sum(len(raw[i][0]) for i in fitted)
+    if n < MIN_SPOTS or rows.size < 2:
+        log.warning("no linear readout for %s: %d readable training spots, %d genes", cohort, n, rows.size)
+        return None
+    x = np.concatenate([raw[i][0] for i in fitted])
+    mean, std = x.mean(0), x.std(0)
+    ranked = tables.genes.ranked.get(cohort, np.zeros(0, np.int64))
+
+    def table(i: int) -> SectionTable:
+        return SectionTable(standardise(raw[i][0], mean, std), raw[i][1], shards.measured(i)[rows])
+
+    return CohortData(
+        cohort=cohort,
+        keys=[shards.genes[r].key for r in rows],
+        train=[table(i) for i in fitted],
+        valid=[table(i) for i in valid if i in raw],
+        mean_F=mean,
+        std_F=std,
+        score_genes=np.searchsorted(rows, ranked[np.isin(ranked, rows)][:SCORE_GENES]),
+        n_donors=len({sections[i].donor for i in fitted}),
+    )
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads features and expression of sections."""
+
+    model: CoMTIP
+    shards: ShardSet
+    loader: BaseLoader
+    readout: LinearReadout
+    quota: int
+    """Largest number of spots per section."""
+    seed: int
+
+    def read(self, section: int, rows: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]] | None:
+        """Return features (n, F) and expression (n, G) per normalisation; None if no record of the section is readable."""
+        spots = _neighbouring_spots(self.shards, self.shards.select(sections=[section]), self.quota, self.seed, section)
+        spots, counts = self.loader.counts(spots)
+        device = next(self.model.parameters()).device
+        parts, readable = [], [np.zeros(0, np.int64)]
+        for start in range(0, spots.size, BATCH):
+            part = spots[start : start + BATCH]
+            found, tiles = self.loader.tiles(part, np.zeros(part.shape, np.int64))
+            if found.size:
+                parts.append(tile_features(self.model, tiles.to(device), self.readout.settings.views)[1])
+                readable.append(found)
+        whole = np.concatenate(readable)
+        if not whole.size:
+            return None
+        counts = counts[np.isin(spots, whole)]
+        y = {"cp10k": log1p_cp10k(counts)[:, rows].toarray(), "raw": np.log1p(counts[:, rows].toarray())}
+        xy = self.shards.spots.loc[whole, ["x_px", "y_px"]].to_numpy(float)
+        features = self.readout.head_features(np.concatenate(parts), xy)
+        return features.astype(np.float64), {norm: v.astype(np.float64) for norm, v in y.items()}
+
+
+def _neighbouring_spots(shards: ShardSet, spots: np.ndarray, quota: int, seed: int, section: int) -> np.ndarray:
+    """Return at most ``quota`` spots, ascending: those nearest to a random one, so that most keep their neighbours."""
+    if spots.size <= quota:
+        return spots
+    xy = shards.spots.loc[spots, ["x_px", "y_px"]].to_numpy(float)
+    centre = xy[int(generator(seed, "readout", section).integers(spots.size))]
+    nearest = np.argsort(((xy - centre) ** 2).sum(1), kind="stable")[:quota]
+    return np.sort(spots[nearest])

@@ -1,0 +1,183 @@
+"""Closed-form fit of the linear readout: programmes, ridge regression, and selection of rank and penalty.
+
+Shapes: N spots, F features, G genes, K programmes; see :mod:`comtip_fast.models.readout`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from comtip_fast.models.readout import NORMS, CohortHead, NormHead, ReadoutSettings
+
+
+@dataclass
+class SectionTable:
+    """Features and expression of one section, for fitting."""
+
+    x_NF: np.ndarray
+    """Standardised features."""
+    y: dict[str, np.ndarray]
+    """(N, G) per normalisation."""
+    measured_G: np.ndarray
+
+
+class RidgePath:
+    """Programmes and ridge regression of sections, for any penalty and number of programmes, from two decompositions."""
+
+    def __init__(self, sections: Sequence[SectionTable], norm: str) -> None:
+        measured = np.stack([s.measured_G for s in sections])
+        centred = [np.where(s.measured_G, s.y[norm] - s.y[norm].mean(0), 0.0) for s in sections]
+        n_G = np.maximum(sum(len(c) * s.measured_G for c, s in zip(centred, sections, strict=True)), 1)
+        self.mean_G = sum(np.where(s.measured_G, s.y[norm].sum(0), 0.0) for s in sections) / n_G
+        y = np.concatenate(centred)
+        self.std_G = np.sqrt((y**2).sum(0) / n_G)
+        self.y_NG = y / np.where(self.std_G > 1e-9, self.std_G, 1.0)
+        self.row_measured = np.concatenate([np.tile(s.measured_G, (len(s.x_NF), 1)) for s in sections])
+        # Programmes are computed from genes that every section measured; loadings of the others are regressed on scores.
+        common = np.flatnonzero(measured.all(0))
+        self.common = common if common.size >= 2 else np.arange(measured.shape[1])
+        own = self.y_NG[:, self.common]
+        self.programmes_GK = np.linalg.eigh(own.T @ own)[1][:, ::-1]
+        x = np.concatenate([s.x_NF for s in sections])
+        self.x_basis, self.x_power = _spectral(x)
+        self.x_NF = x
+
+    def fit(self, programmes: int, alpha: float) -> NormHead:
+        """Return the head with K programmes (0: as many as genes) and the ridge penalty ``alpha`` per spot."""
+        K = min(programmes or self.common.size, self.common.size)
+        scores = self.y_NG[:, self.common] @ self.programmes_GK[:, :K]
+        projected = self.x_basis.T @ (self.x_NF.T @ scores)
+        weight = self.x_basis @ (projected / (self.x_power + alpha * len(self.x_NF))[:, None])
+        loading = np.zeros((K, self.y_NG.shape[1]))
+        loading[:, self.common] = self.programmes_GK[:, :K].T
+        rest = np.setdiff1d(np.arange(self.y_NG.shape[1]), self.common)
+        for pattern in np.unique(self.row_measured[:, rest], axis=1).T if rest.size else []:
+            genes = rest[(self.row_measured[:, rest] == pattern[:, None]).all(0)]
+            t = scores[pattern]
+            gram = t.T @ t + 1e-6 * max(len(t), 1) * np.eye(K)
+            loading[:, genes] = np.linalg.solve(gram, t.T @ self.y_NG[pattern][:, genes])
+        return NormHead(weight, loading, self.mean_G, self.std_G)
+
+
+def _spectral(x_NF: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return right singular vectors (F, R) and squared singular values, from the smaller Gram matrix."""
+    if x_NF.shape[0] < x_NF.shape[1]:
+        power, left = np.linalg.eigh(x_NF @ x_NF.T)
+        keep = power > 1e-9 * max(power[-1], 1e-30)
+        return x_NF.T @ (left[:, keep] / np.sqrt(power[keep])), power[keep]
+    power, right = np.linalg.eigh(x_NF.T @ x_NF)
+    return right, np.maximum(power, 0.0)
+
+
+@dataclass(frozen=True)
+class ReadoutGrid:
+    """Candidates for the number of programmes (0: as many as genes) and the ridge penalty."""
+
+    programmes: tuple[int, ...] = (5, 10, 20, 0)
+    alphas: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0, 30.0)
+
+
+def mixture(blocks: Sequence[str], n_donors: int, min_donors: int) -> dict[str, float]:
+    """Return the weights of the blocks and of the prediction from level sentences.
+
+    z was trained on the expression of the same spots, so a head on z overfits them. ``min_donors`` can require that several
+    donors were trained before it gets a weight; without frozen features it always has one.
+    """
+    used = [b for b in blocks if b != "vector" or n_donors >= min_donors or len(blocks) == 1]
+    weight = 1 / (len(used) + 1)
+    return {b: weight if b in used else 0.0 for b in blocks} | {"levels": weight}
+
+
+@dataclass(frozen=True)
+class CohortData:
+    """Training and validation sections of one cohort."""
+
+    cohort: str
+    keys: list[str]
+    """Keys of the G genes."""
+    train: list[SectionTable]
+    valid: list[SectionTable]
+    mean_F: np.ndarray
+    std_F: np.ndarray
+    """Mean and standard deviation of the training features, for sections with few spots."""
+    score_genes: np.ndarray
+    """Indices of the genes by which candidates are compared."""
+    n_donors: int = 1
+    """Number of donors of the training sections."""
+
+
+def fit_cohort(
+    data: CohortData, settings: ReadoutSettings, *, min_donors: int = 1, grid: ReadoutGrid | None = None
+) -> CohortHead:
+    """Fit the heads of one cohort on its training sections.
+
+    The ridge penalty and the number of programmes are those with the highest mean PCC on the validation sections. Without
+    any, training sections are left out in turn; with a single training section, the candidates in the middle are used.
+
+    Parameters
+    ----------
+    data
+        The sections.
+    settings
+        Layout of the features.
+    min_donors
+        Number of training donors that the head on z requires, see :func:`mixture`.
+    grid
+        The candidates.
+    """
+    grid = grid or ReadoutGrid()
+    n_features = data.train[0].x_NF.shape[1]
+    names = settings.block_names(n_features)
+    blocks: dict[str, dict[str, NormHead]] = {}
+    facts: dict[str, Any] = {"donors": data.n_donors, "chosen_on": "val" if data.valid else "train"}
+    for block in names:
+        columns = settings.columns(block, n_features)
+        train = [replace(s, x_NF=s.x_NF[:, columns]) for s in data.train]
+        valid = [replace(s, x_NF=s.x_NF[:, columns]) for s in data.valid]
+        blocks[block], facts[block] = {}, {}
+        for norm in NORMS:
+            K, alpha, score = _choose(_folds(train, valid), norm, data.score_genes, grid)
+            blocks[block][norm] = RidgePath(train, norm).fit(K, alpha)
+            facts[block][norm] = {"programmes": K, "alpha": alpha, "score": score}
+    mix = mixture(names, data.n_donors, min_donors)
+    return CohortHead(data.cohort, data.keys, data.mean_F, data.std_F, blocks, mix, facts)
+
+
+Folds = list[tuple[list[SectionTable], list[SectionTable]]]
+
+
+def _folds(train: list[SectionTable], valid: list[SectionTable]) -> Folds:
+    """Return (sections to fit, sections to score): the validation sections, otherwise one training section left out."""
+    if valid:
+        return [(train, valid)]
+    return [([s for s in train if s is not t], [t]) for t in train] if len(train) > 1 else []
+
+
+def _choose(folds: Folds, norm: str, genes: np.ndarray, grid: ReadoutGrid) -> tuple[int, float, float | None]:
+    """Return the number of programmes, the ridge penalty, and their mean PCC."""
+    pairs = [(K, a) for K in grid.programmes for a in grid.alphas]
+    total = np.zeros(len(pairs))
+    for fit, held_out in folds:
+        path = RidgePath(fit, norm)
+        for i, (K, alpha) in enumerate(pairs):
+            head = path.fit(K, alpha)
+            total[i] += np.mean([_mean_pcc(head, s, norm, genes) for s in held_out])
+    if not folds:
+        return pairs[len(pairs) // 2 - 1][0], grid.alphas[len(grid.alphas) // 2], None
+    best = int(total.argmax())
+    return *pairs[best], float(total[best] / len(folds))
+
+
+def _mean_pcc(head: NormHead, section: SectionTable, norm: str, genes: np.ndarray) -> float:
+    genes = genes[section.measured_G[genes]]
+    if not genes.size:
+        return 0.0
+    a = section.y[norm][:, genes]
+    b = head.scores(section.x_NF) @ head.loading_KG[:, genes]
+    a, b = a - a.mean(0), b - b.mean(0)
+    norm_G = np.sqrt((a * a).sum(0) * (b * b).sum(0))
+    return float(np.where(norm_G > 1e-12, (a * b).sum(0) / np.maximum(norm_G, 1e-12), 0.0).mean())

@@ -1,0 +1,248 @@
+"""Gene vectors from counts: the decomposition, the formats, the bounds and the file."""
+
+import gzip
+import json
+import tracemalloc
+from pathlib import Path
+
+import anndata as ad
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+from comtip_shards.errors import SourceError
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from scipy import sparse
+
+from comtip_fast.cli import main
+from comtip_fast.data.coexpression import counts as counts_module
+from comtip_fast.data.coexpression.counts import open_counts
+from comtip_fast.data.coexpression.vectors import gene_vectors
+from comtip_fast.genes.vectors import GeneVectors
+
+SYMBOLS = [
+    "ERBB2",
+    "KRT14",
+    "KRT17",
+    "CD74",
+    "COL1A1",
+    "COL3A1",
+    "ACTA2",
+    "VIM",
+    "EPCAM",
+    "KRT8",
+    "KRT18",
+    "KRT19",
+    "MUC1",
+    "ESR1",
+    "PGR",
+    "MKI67",
+    "TOP2A",
+    "CD3E",
+    "CD8A",
+    "MS4A1",
+    "PECAM1",
+    "FN1",
+    "SPARC",
+    "LUM",
+    "DCN",
+    "B2M",
+    "FTH1",
+    "GAPDH",
+]
+
+
+def make_counts(n: int, seed: int = 0, genes: int = len(SYMBOLS)) -> np.ndarray:
+    """Counts with two programmes: even against odd genes, and the first half of the genes."""
+    rng = np.random.default_rng(seed)
+    a, b = rng.normal(size=(2, n, 1))
+    sign = np.where(np.arange(genes) % 2 == 0, 1.0, -1.0)
+    half = (np.arange(genes) < genes // 2).astype(float)
+    return rng.poisson(np.exp(1.0 + 0.8 * a * sign + 0.6 * b * half)).astype(np.int32)
+
+
+def write_table(path: Path, counts: np.ndarray, symbols: list[str] = SYMBOLS) -> Path:
+    with gzip.open(path, "wt") as file:
+        file.write("\t" + "\t".join(symbols) + "\n")
+        for i, row in enumerate(counts):
+            file.write(f"s{i}\t" + "\t".join(map(str, row)) + "\n")
+    return path
+
+
+def write_h5ad(path: Path, matrix: object, symbols: list[str] = SYMBOLS) -> Path:
+    n = matrix.shape[0]  # type: ignore[attr-defined]
+    ad.AnnData(matrix, pd.DataFrame(index=[f"c{i}" for i in range(n)]), pd.DataFrame(index=symbols)).write_h5ad(path)
+    return path
+
+
+def write_tenx(path: Path, counts: np.ndarray, symbols: list[str] = SYMBOLS) -> Path:
+    matrix = sparse.csr_matrix(counts)
+    with h5py.File(path, "w") as file:
+        g = file.create_group("matrix")
+        g["barcodes"] = np.array([f"c{i}-1".encode() for i in range(len(counts))])
+        g["data"], g["indices"], g["indptr"] = matrix.data, matrix.indices, matrix.indptr
+        g["shape"] = np.array([counts.shape[1], counts.shape[0]])
+        f = g.create_group("features")
+        f["id"] = f["name"] = np.array([s.encode() for s in symbols])
+        f["feature_type"] = np.array([b"Gene Expression"] * len(symbols))
+    return path
+
+
+def dense_loadings(parts: list[np.ndarray], k: int) -> np.ndarray:
+    """The same vectors by a dense SVD of the standardised cells: an independent computation."""
+    blocks = []
+    for counts in parts:
+        x = np.log1p(counts / counts.sum(1, keepdims=True) * 1e4)
+        blocks.append((x - x.mean(0)) / x.std(0))
+    a = np.concatenate(blocks) / np.sqrt(sum(map(len, parts)))
+    _, size, right = np.linalg.svd(a, full_matrices=False)
+    return right[:k].T * size[:k]
+
+
+def assert_same_up_to_sign(a: np.ndarray, b: np.ndarray, atol: float = 1e-3) -> None:
+    sign = np.sign((a * b).sum(0))
+    np.testing.assert_allclose(a, b * sign, atol=atol)
+
+
+def test_vectors_equal_a_dense_svd_over_several_sources_and_blocks(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(counts_module, "TABLE_ROWS", 7)
+    parts = [make_counts(60, 1), make_counts(45, 2)]
+    paths = [write_table(tmp_path / f"{i}.tsv.gz", p) for i, p in enumerate(parts)]
+    got = gene_vectors(paths, components=2, species="human")
+    assert got.keys == [f"human:{s}" for s in SYMBOLS]
+    assert_same_up_to_sign(got.vector_GK, dense_loadings(parts, 2))
+    x = np.concatenate([np.log1p(p / p.sum(1, keepdims=True) * 1e4) for p in parts])
+    np.testing.assert_allclose(got.moments_G4[:, 0], x.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(got.moments_G4[:, 1], x.std(0), rtol=1e-4)
+    np.testing.assert_allclose(got.moments_G4[:, 2], np.log1p(np.concatenate(parts)).mean(0), rtol=1e-4)
+
+
+def test_every_format_gives_the_same_vectors(tmp_path: Path) -> None:
+    counts = make_counts(50)
+    sources = {
+        "table": write_table(tmp_path / "a.tsv.gz", counts),
+        "csr": write_h5ad(tmp_path / "b.h5ad", sparse.csr_matrix(counts.astype(np.float32))),
+        "csc": write_h5ad(tmp_path / "c.h5ad", sparse.csc_matrix(counts.astype(np.float32))),
+        "dense": write_h5ad(tmp_path / "d.h5ad", counts.astype(np.float32)),
+        "tenx": write_tenx(tmp_path / "e.h5", counts),
+    }
+    computed = {name: gene_vectors([path], components=3, species="human") for name, path in sources.items()}
+    assert len({v.sha256 for v in computed.values()}) == 1, {n: v.sha256[:8] for n, v in computed.items()}
+
+
+def test_a_gene_measured_by_one_source_alone_has_a_vector_of_the_same_scale(tmp_path: Path) -> None:
+    whole, part = make_counts(80, 1), make_counts(80, 2)[:, :-2]
+    paths = [write_table(tmp_path / "a.tsv.gz", whole), write_table(tmp_path / "b.tsv.gz", part, SYMBOLS[:-2])]
+    got = gene_vectors(paths, components=2, species="human")
+    norm = np.linalg.norm(got.vector_GK, axis=1)
+    only_one, both = (
+        norm[[got.row[f"human:{s}"] for s in SYMBOLS[-2:]]],
+        norm[[got.row[f"human:{s}"] for s in SYMBOLS[14:-2]]],
+    )
+    assert 0.6 < only_one.mean() / both.mean() < 1.6
+
+
+def test_orthologues_share_a_vector_and_two_species_are_refused_without_them(tmp_path: Path) -> None:
+    mouse = [s.capitalize() for s in SYMBOLS[:12]]
+    human = write_table(tmp_path / "h.tsv.gz", make_counts(40, 1))
+    table = tmp_path / "m.h5ad"
+    write_h5ad(table, sparse.csr_matrix(make_counts(40, 2)[:, :12].astype(np.float32)), mouse)
+    alone = gene_vectors([table], components=2, species="mouse")
+    assert "mouse:Krt14" in alone.row
+    ids = ["ENSMUSG00000045545.8", "ENSMUSG00000062312.5"]  # Krt14, Erbb2
+    write_h5ad(table, sparse.csr_matrix(make_counts(40, 2)[:, :2].astype(np.float32)), ids)
+    with pytest.raises(ValueError, match="two species; give --orthologues"):
+        gene_vectors([human, table], components=2, species="human")
+    joined = gene_vectors([human, table], components=2, species="human", orthologues=True)
+    a, b = joined.row["human:KRT14"], joined.row["mouse:Krt14"]
+    np.testing.assert_array_equal(joined.vector_GK[a], joined.vector_GK[b])
+
+
+def test_memory_is_bounded_by_a_block_and_not_by_the_cells(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(counts_module, "BLOCK_ROWS", 256)
+    rng = np.random.default_rng(0)
+    peaks = []
+    for n in (2000, 16000):
+        block = rng.poisson(1.0, (n, len(SYMBOLS))).astype(np.float32)
+        path = write_h5ad(tmp_path / f"{n}.h5ad", sparse.csr_matrix(block))
+        del block
+        gene_vectors([path], components=2, species="human")  # caches of the gene table are not counted
+        tracemalloc.start()
+        gene_vectors([path], components=2, species="human")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.5 * peaks[0], peaks  # obs names and the index pointer grow, counts (8 times) do not
+
+
+def test_the_file_round_trips_and_damage_is_found(tmp_path: Path) -> None:
+    got = gene_vectors(
+        [write_table(tmp_path / "a.tsv.gz", make_counts(30))], components=2, species="human", licence="CC0"
+    )
+    path = tmp_path / "v.safetensors"
+    got.save(path)
+    again = GeneVectors.load(path)
+    assert (again.sha256, again.keys) == (got.sha256, got.keys)
+    assert again.header["licence"] == "CC0"
+    assert again.header["sources"][0]["cells"] == 30
+    raw = bytearray(path.read_bytes())
+    raw[-20] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(ValueError, match="do not match the hash"):
+        GeneVectors.load(path)
+    path.write_bytes(b"no such format")
+    with pytest.raises(ValueError, match="not a file of gene vectors"):
+        GeneVectors.load(path)
+    with pytest.raises(FileNotFoundError, match="comtip genes vectors"):
+        GeneVectors.load(tmp_path / "none.safetensors")
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    table = write_table(tmp_path / "a.tsv.gz", make_counts(10))
+    with pytest.raises(ValueError, match="give --species"):
+        gene_vectors([table])
+    with pytest.raises(ValueError, match="no gene identifier is known"):
+        gene_vectors([write_table(tmp_path / "b.tsv.gz", make_counts(5, genes=2), ["xx1", "xx2"])], species="human")
+    bad = write_h5ad(tmp_path / "n.h5ad", sparse.csr_matrix(np.full((4, len(SYMBOLS)), 0.5, np.float32)))
+    with pytest.raises(SourceError, match="raw counts are needed"):
+        gene_vectors([bad], species="human")
+    with pytest.raises(SourceError, match="unknown format"):
+        open_counts(write_table(tmp_path / "c.csv", make_counts(4)))
+    cut = tmp_path / "cut.tsv.gz"
+    cut.write_bytes(table.read_bytes()[:-40])
+    with pytest.raises(SourceError, match="truncated"):
+        gene_vectors([cut], species="human")
+
+
+def test_the_command_writes_the_file_and_names_what_it_covers(tmp_path: Path, capsys) -> None:
+    table, out = write_table(tmp_path / "a.tsv.gz", make_counts(20)), tmp_path / "v.safetensors"
+    command = ["genes", "vectors", str(table), "--species", "human"]
+    assert main([*command, "--licence", "CC0", "--components", "2", "--out", str(out)]) == 0
+    assert "28 genes x 2 components (28 human)" in capsys.readouterr().out
+    assert GeneVectors.load(out).header["tissue"] == ""
+    assert main(["genes", "vectors", str(table), "--out", str(tmp_path / "v.npy")]) == 2
+    assert "ends in .safetensors" in capsys.readouterr().err
+
+
+def edit_file(path: Path, change) -> None:
+    with safe_open(path, framework="numpy") as file:
+        header, arrays = json.loads(file.metadata()["header"]), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    change(arrays, header)
+    save_file(arrays, path, metadata={"header": json.dumps(header)})
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("cut", lambda a, h: a.update(moments=a["moments"][:-1].copy()), "moments is float32 .27, 4. for 28 genes"),
+        ("nan", lambda a, h: a["vectors"].__setitem__((0, 0), np.nan), "vectors has values that are not finite"),
+        ("version", lambda a, h: h.update(version=9), "version 9"),
+        ("missing", lambda a, h: a.pop("detection"), "not a file of gene vectors"),
+    ],
+)
+def test_a_file_with_invalid_contents_is_refused(tmp_path: Path, name: str, change, message: str) -> None:
+    path = tmp_path / f"{name}.safetensors"
+    gene_vectors([write_table(tmp_path / "a.tsv.gz", make_counts(20))], components=2, species="human").save(path)
+    edit_file(path, change)
+    with pytest.raises(ValueError, match=message):
+        GeneVectors.load(path)

@@ -1,0 +1,351 @@
+"""The linear readout: its closed form, its features, its file, and how a model with and without one predicts."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from comtip_shards import ShardSet
+
+from comtip_fast.config.io import load_config
+from comtip_fast.export import Bundle
+from comtip_fast.export_checks import HASHED, READOUT, SUMS, write_sums
+from comtip_fast.genes.vectors import GeneVectors
+from comtip_fast.inference import GeneQuery, Predictor, predict_trained
+from comtip_fast.models.readout import (
+    CohortHead,
+    LinearReadout,
+    ReadoutSettings,
+    neighbour_mean,
+    standardise,
+    tile_features,
+    turn_tiles,
+)
+from comtip_fast.training.readout_fit import CohortData, ReadoutGrid, RidgePath, SectionTable, fit_cohort, mixture
+from comtip_fast.training.task import build_task
+
+F, G = 12, 9
+KEYS = [f"human:G{i}" for i in range(G)]
+
+
+def fit(
+    train: list[SectionTable],
+    valid: list[SectionTable],
+    settings: ReadoutSettings,
+    *,
+    cohort: str = "human_breast",
+    grid: ReadoutGrid | None = None,
+    n_donors: int = 1,
+) -> CohortHead:
+    data = CohortData(cohort, KEYS, train, valid, np.zeros(F), np.ones(F), np.arange(G), n_donors)
+    return fit_cohort(data, settings, grid=grid)
+
+
+def section(seed: int, n: int = 40, measured: np.ndarray | None = None, rank: int = 2) -> SectionTable:
+    """Expression of ``rank`` programmes that are linear in the features, plus noise; one map for all seeds."""
+    rng, same = np.random.default_rng(seed), np.random.default_rng(99)
+    x = standardise(rng.normal(size=(n, F)), np.zeros(F), np.ones(F))
+    y = 2 + x @ same.normal(size=(F, rank)) @ same.normal(size=(rank, G)) + 0.5 * rng.normal(size=(n, G))
+    measured = np.ones(G, bool) if measured is None else measured
+    y = np.where(measured, y, 0.0)
+    return SectionTable(x, {"cp10k": y, "raw": 2 * y + 1}, measured)
+
+
+def test_with_all_programmes_it_is_ridge_regression_per_gene() -> None:
+    sections, alpha = [section(1), section(2, 55)], 0.7
+    head = RidgePath(sections, "cp10k").fit(0, alpha)
+    got = sections[0].x_NF @ head.weight_FK @ head.loading_KG * head.std_G + head.mean_G
+    x = np.concatenate([s.x_NF for s in sections])
+    y = np.concatenate([s.y["cp10k"] - s.y["cp10k"].mean(0) for s in sections])
+    # Ridge by augmented least squares: another computation of the same estimate.
+    stacked = np.concatenate([x, np.sqrt(alpha * len(x)) * np.eye(F)])
+    weight = np.linalg.lstsq(stacked, np.concatenate([y, np.zeros((F, G))]), rcond=None)[0]
+    mean = np.concatenate([s.y["cp10k"] for s in sections]).mean(0)
+    np.testing.assert_allclose(got, sections[0].x_NF @ weight + mean, atol=1e-8)
+
+
+@pytest.mark.parametrize("n", [6, 40])
+def test_programmes_are_the_leading_singular_vectors(n: int) -> None:
+    """Fewer spots than features take the other decomposition."""
+    one = section(1, n)
+    head = RidgePath([one], "cp10k").fit(2, 0.3)
+    y = one.y["cp10k"] - one.y["cp10k"].mean(0)
+    y = y / y.std(0)
+    right = np.linalg.svd(y)[2][:2]
+    weight = np.linalg.solve(one.x_NF.T @ one.x_NF + 0.3 * n * np.eye(F), one.x_NF.T @ (y @ right.T))
+    np.testing.assert_allclose(one.x_NF @ head.weight_FK @ head.loading_KG, one.x_NF @ weight @ right, atol=1e-8)
+
+
+def test_a_gene_that_one_section_measured_is_learnt_from_that_section() -> None:
+    measured = np.ones(G, bool)
+    measured[3] = False
+    both = [section(1), section(2, measured=measured)]
+    head = RidgePath(both, "cp10k").fit(2, 0.1)
+    test = section(3)
+    predicted = test.x_NF @ head.weight_FK @ head.loading_KG * head.std_G + head.mean_G
+    pcc = [np.corrcoef(test.y["cp10k"][:, g], predicted[:, g])[0, 1] for g in range(G)]
+    assert pcc[3] > 0.8 * np.mean(pcc), pcc
+    np.testing.assert_allclose(head.mean_G[3], both[0].y["cp10k"][:, 3].mean())
+
+
+def test_strength_is_chosen_on_validation_and_else_by_leaving_sections_out() -> None:
+    train, valid = [section(1), section(2)], [section(3)]
+    grid = ReadoutGrid(programmes=(1, 2), alphas=(0.1, 1e6))
+    settings = ReadoutSettings(2, False, F)
+    by_val = fit(train, valid, settings, grid=grid)
+    assert by_val.facts["chosen_on"] == "val"
+    assert (by_val.facts["vector"]["cp10k"]["programmes"], by_val.facts["vector"]["cp10k"]["alpha"]) == (2, 0.1)
+    alone = fit(train, [], settings, grid=grid)
+    assert (alone.facts["chosen_on"], alone.facts["vector"]["raw"]["programmes"]) == ("train", 2)
+    # Validation sections choose, and move no weight.
+    again = RidgePath(train, "cp10k").fit(2, 0.1)
+    np.testing.assert_allclose(by_val.blocks["vector"]["cp10k"].weight_FK, again.weight_FK, rtol=1e-10)
+    one = fit(train[:1], [], settings)
+    assert one.facts["vector"]["cp10k"]["score"] is None
+
+
+def test_blocks_are_fitted_apart_on_their_own_columns_and_averaged() -> None:
+    """Columns: 4 of z and 2 frozen, then their neighbours' means in the same order."""
+    settings = ReadoutSettings(2, True, 4)
+    assert settings.columns("vector", F).tolist() == [0, 1, 2, 3, 6, 7, 8, 9]
+    assert settings.columns("frozen", F).tolist() == [4, 5, 10, 11]
+    train = [section(1), section(2)]
+    head = fit(train, [], settings, n_donors=2)
+    assert head.mix == {"vector": 1 / 3, "frozen": 1 / 3, "levels": 1 / 3}
+    readout, x = LinearReadout(settings, [head]), section(3).x_NF
+    want = np.zeros((len(x), G))
+    for block in ("vector", "frozen"):
+        part = head.blocks[block]["cp10k"]
+        scores = x[:, settings.columns(block, F)] @ part.weight_FK
+        want += 0.5 * (scores @ part.loading_KG * part.std_G + part.mean_G)
+    np.testing.assert_allclose(readout.predict(x, KEYS)[0]["cp10k"], want, rtol=1e-4)
+    np.testing.assert_allclose(readout.levels_weight([KEYS[0], "human:NEW"]), [1 / 3, 0])
+
+
+def test_the_head_on_learnt_features_can_require_several_donors() -> None:
+    third = pytest.approx(1 / 3)
+    assert mixture(["vector", "frozen"], 1, 1) == {"vector": third, "frozen": third, "levels": third}
+    assert mixture(["vector", "frozen"], 1, 2) == {"vector": 0.0, "frozen": 0.5, "levels": 0.5}
+    assert mixture(["vector"], 1, 2) == {"vector": 0.5, "levels": 0.5}
+    assert mixture(["vector", "frozen"], 3, 2)["vector"] == third
+
+
+def readout_of(sections: list[SectionTable], cohort: str = "human_breast") -> LinearReadout:
+    settings = ReadoutSettings(2, False, F)
+    return LinearReadout(settings, [fit(sections, [], settings, cohort=cohort)])
+
+
+def test_unseen_genes_follow_the_genes_that_their_vectors_resemble() -> None:
+    train = [section(1), section(2)]
+    readout = readout_of(train)
+    same = np.random.default_rng(99)
+    same.normal(size=(F, 2))
+    true = same.normal(size=(2, G)).T  # the programmes of the synthetic genes
+    rng = np.random.default_rng(5)
+    new = rng.normal(size=(6, 2))
+    keys = [f"human:G{i}" for i in range(G)] + [f"human:N{i}" for i in range(6)]
+    # Readout and vectors are both of standardised genes.
+    unit = np.concatenate([true, new]) / np.linalg.norm(np.concatenate([true, new]), axis=1, keepdims=True)
+    vector = unit @ rng.normal(size=(2, 3))
+    moments = np.tile([2.0, 1.5, 3.0, 0.5], (len(keys), 1))
+    vectors = GeneVectors(keys, vector.astype(np.float32), moments.astype(np.float32), np.ones(len(keys), np.float32))
+    test = section(4)
+    asked = [keys[0], *keys[G:], "human:NOTHING"]
+    values, known = readout.predict(test.x_NF, asked, vectors=vectors)
+    assert known.tolist() == [True] * 7 + [False]
+    first = np.random.default_rng(99)
+    scores = test.x_NF @ first.normal(size=(F, 2))
+    for i in range(6):
+        assert np.corrcoef(values["cp10k"][:, 1 + i], scores @ new[i])[0, 1] > 0.9
+    np.testing.assert_allclose(values["cp10k"][:, 1:7].mean(0), 2.0, atol=1e-4)
+    without, known = readout.predict(test.x_NF, asked)
+    assert known.tolist() == [True] + [False] * 7
+    np.testing.assert_array_equal(without["cp10k"][:, 0], values["cp10k"][:, 0])
+    one = np.ones((1, 3), np.float32)
+    strange = GeneVectors(["human:N"], one, np.ones((1, 4), np.float32), one[0, :1])
+    with pytest.raises(ValueError, match="hold 0 of the 9 trained genes"):
+        readout.predict(test.x_NF, ["human:N"], vectors=strange)
+    other = GeneVectors(["mouse:N"], one, np.ones((1, 4), np.float32), one[0, :1])
+    assert not readout.predict(test.x_NF, ["mouse:N"], vectors=other)[1].any()
+
+
+def test_the_head_of_the_cohort_is_used_and_else_the_mean_over_heads() -> None:
+    a, b = readout_of([section(1)], "human_breast"), readout_of([section(8)], "human_lung")
+    both = LinearReadout(a.settings, [*a.heads, *b.heads])
+    x, key = section(3).x_NF, ["human:G1"]
+    of_a, of_b = a.predict(x, key)[0]["cp10k"], b.predict(x, key)[0]["cp10k"]
+    np.testing.assert_array_equal(both.predict(x, key, "human_lung")[0]["cp10k"], of_b)
+    for cohort in (None, "human_skin"):
+        np.testing.assert_allclose(both.predict(x, key, cohort)[0]["cp10k"], (of_a + of_b) / 2, rtol=1e-5)
+
+
+def test_neighbours_and_standardisation() -> None:
+    xy = np.array([[0, 0], [10, 0], [20, 0], [0, 10], [500, 500]], float)
+    x = np.arange(5.0)[:, None]
+    np.testing.assert_allclose(neighbour_mean(x, xy)[:, 0], [2.0, 1.0, 1.0, 0.0, 4.0])
+    few, mean, std = np.ones((3, 1)) * 7, np.array([5.0]), np.array([2.0])
+    np.testing.assert_allclose(standardise(few, mean, std), 1.0)
+    many = np.random.default_rng(0).normal(3, 4, (50, 1))
+    out = standardise(many, mean, std)
+    np.testing.assert_allclose([out.mean(), out.std()], [0, 1], atol=1e-12)
+    assert neighbour_mean(x[:1], xy[:1]).shape == (1, 1)
+
+
+def test_the_eight_views_are_the_eight_symmetries_of_a_square() -> None:
+    tile = torch.arange(9).view(1, 1, 3, 3)
+    views = {tuple(turn_tiles(tile, v).flatten().tolist()) for v in range(8)}
+    assert len(views) == 8
+    assert torch.equal(turn_tiles(tile, 0), tile)
+
+
+def test_arrays_and_header_round_trip() -> None:
+    readout = readout_of([section(1), section(2)])
+    arrays, header = readout.to_arrays()
+    again = LinearReadout.from_arrays(arrays, json.loads(json.dumps(header)))
+    assert again.settings == readout.settings
+    x = section(3).x_NF
+    np.testing.assert_allclose(again.predict(x, KEYS)[0]["raw"], readout.predict(x, KEYS)[0]["raw"], rtol=1e-4)
+
+
+# -- in the product -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_run: Path) -> Bundle:
+    return Bundle.load(tiny_run / "export")
+
+
+def test_a_finished_run_exports_a_readout_over_its_trained_genes(bundle: Bundle) -> None:
+    assert bundle.readout is not None
+    trained = {g.key for g in bundle.genes if g.trained}
+    held_out = {g.key for g in bundle.genes if g.held_out}
+    (head,) = bundle.readout.heads
+    assert set(head.keys) == trained
+    assert held_out, "the test needs genes that training did not see"
+    assert head.facts["chosen_on"] == "val"
+    assert set(head.blocks) == {"vector", "frozen"}
+
+
+def tiles_of(shards: ShardSet, name: str):
+    number = shards.section_number(name)
+    spots = shards.select(sections=[number])
+    xy = shards.spots.loc[spots, ["x_px", "y_px"]].to_numpy(float)
+    return shards.tiles(spots).transpose(0, 3, 1, 2), shards.stain(number), xy
+
+
+def queries(bundle: Bundle) -> list[GeneQuery]:
+    return [GeneQuery(g.symbol, g.name, g.key) for g in bundle.genes] + [GeneQuery("XYZ1", "", "human:XYZ1")]
+
+
+def test_trained_genes_come_from_the_readout_and_unseen_genes_still_from_their_sentences(
+    bundle: Bundle, tiny_shards: ShardSet
+) -> None:
+    predictor = Predictor(bundle)
+    features = predictor.image_features(*tiles_of(tiny_shards, "x1"))
+    genes = queries(bundle)
+    out = predictor.predict(features, genes, cohort="human_breast")
+    assert all(np.isfinite(v).all() and v.std(0).min() > 0 for v in out.values())
+    tokens, rows = predictor._tokens(genes)
+    levels = predict_trained(bundle.model, tokens, torch.from_numpy(features.vector_ND), bundle.levels, rows)
+    seen = np.array([g.key in bundle.readout.heads[0].keys for g in genes])
+    np.testing.assert_allclose(out["cp10k"][:, ~seen], levels["cp10k"][:, ~seen], rtol=1e-5)
+    share = bundle.readout.levels_weight([g.key for g in genes], "human_breast")
+    np.testing.assert_array_equal(share > 0, seen)
+    linear = bundle.readout.predict(features.readout_NF, [g.key for g in genes], "human_breast")[0]["cp10k"]
+    mean_ND = features.readout_NF[:, : bundle.config.align.dim]
+    unit = torch.from_numpy(mean_ND / np.linalg.norm(mean_ND, axis=1, keepdims=True))
+    viewed = predict_trained(bundle.model, tokens, unit, bundle.levels, rows)["cp10k"]
+    viewed = 0.5 * viewed + 0.5 * neighbour_mean(viewed, features.xy_N2)
+    want = (1 - share) * linear + share * viewed
+    np.testing.assert_allclose(out["cp10k"][:, seen], want[:, seen], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("hashed", [True, False])
+def test_an_export_of_version_1_loads_and_predicts_from_levels_as_before(
+    tiny_run: Path, tiny_shards: ShardSet, tmp_path: Path, hashed: bool
+) -> None:
+    old = tmp_path / "old"
+    shutil.copytree(tiny_run / "export", old)
+    (old / READOUT).unlink()
+    meta = json.loads((old / "config.json").read_text())
+    meta["version"] = 1
+    del meta["config"]["readout"], meta["readout"]
+    if hashed:
+        (old / "config.json").write_text(json.dumps(meta))
+        write_sums(old, HASHED)
+    else:
+        del meta["hashes"]
+        (old / "config.json").write_text(json.dumps(meta))
+        (old / SUMS).unlink()
+    predictor = Predictor.load(old)
+    features = predictor.image_features(*tiles_of(tiny_shards, "x1"))
+    assert features.readout_NF is None
+    genes = queries(predictor.bundle)
+    tokens, rows = predictor._tokens(genes)
+    bundle = predictor.bundle
+    levels = predict_trained(bundle.model, tokens, torch.from_numpy(features.vector_ND), bundle.levels, rows)
+    np.testing.assert_array_equal(predictor.predict(features, genes)["raw"], levels["raw"])
+
+
+def test_the_plain_vectors_do_not_depend_on_the_readout(bundle: Bundle, tiny_shards: ShardSet) -> None:
+    with_readout = Predictor(bundle).image_features(*tiles_of(tiny_shards, "x1"))
+    bare = Bundle(**{**vars(bundle), "readout": None})
+    np.testing.assert_array_equal(
+        Predictor(bare).image_features(*tiles_of(tiny_shards, "x1")).vector_ND, with_readout.vector_ND
+    )
+
+
+def test_embeddings_do_without_the_features_of_the_readout(bundle: Bundle, tiny_shards: ShardSet) -> None:
+    predictor, tiles = Predictor(bundle), tiles_of(tiny_shards, "x1")
+    with_features = predictor.image_features(*tiles)
+    without = predictor.image_features(*tiles, readout=False)
+    assert without.readout_NF is None
+    np.testing.assert_array_equal(without.vector_ND, with_features.vector_ND)
+
+
+def test_gene_vectors_need_a_readout_and_change_untrained_genes_only(bundle: Bundle, tiny_shards: ShardSet) -> None:
+    keys = [*(g.key for g in bundle.genes), "human:XYZ1"]
+    vector = np.random.default_rng(0).normal(size=(len(keys), 3)).astype(np.float32)
+    moments = np.tile([2.0, 1.5, 3.0, 0.5], (len(keys), 1)).astype(np.float32)
+    vectors = GeneVectors(keys, vector, moments, np.ones(len(keys), np.float32))
+    with pytest.raises(ValueError, match="no linear readout"):
+        Predictor(Bundle(**{**vars(bundle), "readout": None}), vectors=vectors)
+    tiles, genes = tiles_of(tiny_shards, "x1"), queries(bundle)
+    plain, decoding = Predictor(bundle), Predictor(bundle, vectors=vectors)
+    one = plain.predict(plain.image_features(*tiles), genes)["cp10k"]
+    two = decoding.predict(decoding.image_features(*tiles), genes)["cp10k"]
+    trained = np.array([g.key in set(plain.trained_genes) for g in genes])
+    np.testing.assert_array_equal(one[:, trained], two[:, trained])
+    assert (np.abs(one - two)[:, ~trained].max(0) > 0).all()
+
+
+def test_features_are_the_mean_over_views(bundle: Bundle, tiny_shards: ShardSet) -> None:
+    tiles = torch.from_numpy(np.ascontiguousarray(tiles_of(tiny_shards, "x1")[0][:4]))
+    with torch.no_grad():
+        one, two = (tile_features(bundle.model, tiles, n)[1] for n in (1, 2))
+        turned = tile_features(bundle.model, turn_tiles(tiles, 6).contiguous(), 1)[1]
+    np.testing.assert_allclose(two, (one + turned) / 2, atol=1e-5)
+    assert two.shape[1] == bundle.config.align.dim + 2 * bundle.model.vision.stem.width
+
+
+def test_fitting_the_readout_leaves_the_random_state_and_the_weights(
+    tiny_overrides: list[str],
+) -> None:
+    task = build_task(load_config(None, [*tiny_overrides, "train.device=cpu"]), torch.device("cpu"))
+    before = {k: v.clone() for k, v in task.model.state_dict().items()}
+    state = torch.get_rng_state()
+    copy = task._copy_of_model()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert copy is not task.model
+    assert all(torch.equal(before[k], v) for k, v in copy.state_dict().items())
+
+
+def test_without_a_readout_nothing_of_it_is_exported(
+    tiny_overrides: list[str], tmp_path: Path, tiny_shards: ShardSet
+) -> None:
+    config = load_config(None, [*tiny_overrides, "train.device=cpu", "readout.kind=levels"])
+    build_task(config, torch.device("cpu")).export(tmp_path / "export")
+    assert not (tmp_path / "export" / READOUT).exists()
+    assert Predictor.load(tmp_path / "export").bundle.readout is None
