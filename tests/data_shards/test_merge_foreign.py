@@ -132,7 +132,7 @@ BROKEN = {
     ),
     "a long gene": (genes(lambda r: r[1].__setitem__(4, "x" * 5000)), "line 2: the key .* too long"),
     "counts of a gene that was not measured": (unmeasured, "counts for a gene that .* did not measure"),
-    "a tile of another size": (large_tile, r"record 000000000: the tile is 4000 x 4000 px"),
+    "a tile of another size": (large_tile, r"record 000000000: the tile is 2000 x 2000 px"),
     "an overview that is text": (overview(b"<script>"), r"overview/t1\.jpg: the overview cannot be decoded"),
     "a spot of another section": (spot(section_id="t2"), r"000000000\.json: section_id is t2"),
     "a spot elsewhere": (spot(x_px=7.5), r"x_px is 7\.5, but the spot table states"),

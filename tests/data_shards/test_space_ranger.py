@@ -228,7 +228,7 @@ BAD = {
     "no table": (lambda r: (r / "spatial/tissue_positions.csv").unlink(), "none of tissue_positions.parquet"),
     "no counts": (lambda r: (r / "filtered_feature_bc_matrix.h5").unlink(), "neither filtered_feature_bc_matrix.h5"),
     "two matrices": (second_matrix, "more than one count matrix: A_filtered"),
-    "not hdf5": (lambda r: (r / "filtered_feature_bc_matrix.h5").write_bytes(b"text"), "cannot be read as HDF5"),
+    "not hdf5": (lambda r: (r / "filtered_feature_bc_matrix.h5").write_bytes(b"text"), "not an HDF5 file that can be read"),
     "cut h5": (cut_h5, r"filtered_feature_bc_matrix\.h5"),
     "factors not json": (lambda r: (r / "spatial/scalefactors_json.json").write_text("{"), "not valid JSON"),
 }  # fmt: skip
