@@ -166,8 +166,14 @@ def maps(
             axis.set_ylim(bottom, top)
             axis.set_xticks([])
             axis.set_yticks([])
-            axis.set_title(plain(title), fontsize=9, color=INK, loc="left", parse_math=False,
-                           fontweight="bold" if values is None else "normal")  # fmt: skip
+            axis.set_title(
+                plain(title),
+                fontsize=9,
+                color=INK,
+                loc="left",
+                parse_math=False,
+                fontweight="bold" if values is None else "normal",
+            )
             for side in axis.spines.values():
                 side.set_color(GRID)
         bar = figure.colorbar(marks, ax=row[2], fraction=0.05, pad=0.02)

@@ -87,17 +87,31 @@ def test_the_shipped_table_knows_real_genes():
 
 REPAIRS = {
     # Spreadsheets turn symbols into dates.
-    ("2-Sep", "human"): ("SEPTIN2", "date"), ("2-Sep", "mouse"): ("Septin2", "date"), ("Sep-07", "human"): ("SEPTIN7", "date"),
-    ("07-sep", "human"): ("SEPTIN7", "date"), ("2-Sept", "human"): ("SEPTIN2", "date"), ("3-Mar", "human"): ("MARCHF3", "date"),
-    ("9-Mar", "mouse"): ("Marchf9", "date"), ("1-Dec", "human"): ("DELEC1", "date"), ("1-Mar", "human"): ("1-Mar", "unmapped"),
-    ("2-Mar", "mouse"): ("2-Mar", "unmapped"), ("31-Jul", "human"): ("31-Jul", "unmapped"),
+    ("2-Sep", "human"): ("SEPTIN2", "date"),
+    ("2-Sep", "mouse"): ("Septin2", "date"),
+    ("Sep-07", "human"): ("SEPTIN7", "date"),
+    ("07-sep", "human"): ("SEPTIN7", "date"),
+    ("2-Sept", "human"): ("SEPTIN2", "date"),
+    ("3-Mar", "human"): ("MARCHF3", "date"),
+    ("9-Mar", "mouse"): ("Marchf9", "date"),
+    ("1-Dec", "human"): ("DELEC1", "date"),
+    ("1-Mar", "human"): ("1-Mar", "unmapped"),
+    ("2-Mar", "mouse"): ("2-Mar", "unmapped"),
+    ("31-Jul", "human"): ("31-Jul", "unmapped"),
     # R replaces characters by dots, and adds an X before a digit; Seurat replaces underscores by hyphens.
-    ("HLA.A", "human"): ("HLA-A", "dots"), ("HLA.DRB1", "human"): ("HLA-DRB1", "dots"), ("MT.CO1", "human"): ("MT-CO1", "dots"),
-    ("NKX2.1", "human"): ("NKX2-1", "dots"), ("H2.K1", "mouse"): ("H2-K1", "dots"), ("mt.Co1", "mouse"): ("mt-Co1", "dots"),
-    ("X0610005C13Rik", "mouse"): ("0610005C13Rik", "dots"), ("FOO.1", "human"): ("FOO.1", "unmapped"),
+    ("HLA.A", "human"): ("HLA-A", "dots"),
+    ("HLA.DRB1", "human"): ("HLA-DRB1", "dots"),
+    ("MT.CO1", "human"): ("MT-CO1", "dots"),
+    ("NKX2.1", "human"): ("NKX2-1", "dots"),
+    ("H2.K1", "mouse"): ("H2-K1", "dots"),
+    ("mt.Co1", "mouse"): ("mt-Co1", "dots"),
+    ("X0610005C13Rik", "mouse"): ("0610005C13Rik", "dots"),
+    ("FOO.1", "human"): ("FOO.1", "unmapped"),
     # What is a symbol stays it.
-    ("HLA-A", "human"): ("HLA-A", "symbol"), ("XIST", "human"): ("XIST", "symbol"), ("X", "human"): ("X", "unmapped"),
-}  # fmt: skip
+    ("HLA-A", "human"): ("HLA-A", "symbol"),
+    ("XIST", "human"): ("XIST", "symbol"),
+    ("X", "human"): ("X", "unmapped"),
+}
 
 
 @pytest.mark.parametrize("text", REPAIRS, ids=" ".join)

@@ -165,9 +165,12 @@ BAD = {
     "no picture": (lambda d: d.uns["spatial"]["V1"].pop("images"), "has no image"),
     "no scale factor": (lambda d: d.uns["spatial"]["V1"].update(scalefactors={}), "tissue_hires_scalef is missing"),
     "species unknown": (symbols_only, "no species: gene ids such as ERBB2.*--species"),
-    "beyond the image": (lambda d: d.obsm.update(spatial=d.obsm["spatial"] * 3), r"a\.h5ad: the image is 250 x 200 px, but"),
+    "beyond the image": (
+        lambda d: d.obsm.update(spatial=d.obsm["spatial"] * 3),
+        r"a\.h5ad: the image is 250 x 200 px, but",
+    ),
     "spots twice": (lambda d: setattr(d, "obs_names", ["x"] * d.n_obs), "obs names.*more than once"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -13,10 +13,13 @@ from testkit.tenx import NAMES, he_picture, write_segmentation, write_visium_hd,
 
 REAL = Path(__file__).parent / "fixtures/space_ranger"
 CASES = {
-    "heart": ("space_ranger", {"image": "lowres"}), "placenta": ("space_ranger", {"image": "lowres"}),
-    "hd": ("visium_hd", {}), "hd cells": ("visium_hd", {"pool_from": "cells", "pool_um": "64"}),
-    "xenium": ("xenium", {}), "xenium cells": ("xenium", {"pool_from": "cells"}),
-}  # fmt: skip
+    "heart": ("space_ranger", {"image": "lowres"}),
+    "placenta": ("space_ranger", {"image": "lowres"}),
+    "hd": ("visium_hd", {}),
+    "hd cells": ("visium_hd", {"pool_from": "cells", "pool_um": "64"}),
+    "xenium": ("xenium", {}),
+    "xenium cells": ("xenium", {"pool_from": "cells"}),
+}
 
 
 def write(case: str, folder: Path) -> Path:
@@ -34,11 +37,13 @@ def write(case: str, folder: Path) -> Path:
     n = 400
     table = pd.DataFrame(
         {
-            "feature_name": rng.choice([*NAMES, "BLANK_1"], n), "qv": rng.choice([10.0, 30.0], n),
-            "x_location": rng.uniform(0, 200, n), "y_location": rng.uniform(0, 200, n),
+            "feature_name": rng.choice([*NAMES, "BLANK_1"], n),
+            "qv": rng.choice([10.0, 30.0], n),
+            "x_location": rng.uniform(0, 200, n),
+            "y_location": rng.uniform(0, 200, n),
             "cell_id": rng.choice(["a-1", "b-1", "c-1", "UNASSIGNED"], n),
         }
-    )  # fmt: skip
+    )
     write_xenium(folder / "x", table)
     he_picture(100, 100).save(folder / "x/a_he_image.ome.tif")
     (folder / "x/a_he_imagealignment.csv").write_text(f"{2 / 0.2125},0,0\n0,{2 / 0.2125},0\n0,0,1\n")

@@ -161,8 +161,14 @@ def test_a_scale_that_is_stated_nowhere_may_be_in_the_wsi(folder: Path):
     with pytest.raises(SourceError, match="no pixel_size_um_estimated"):
         read(folder)
     per_cm = round(10_000 / 0.7)
-    tifffile.imwrite(folder / "wsis/TENX1.tif", picture(VISIUM), photometric="rgb", tile=(256, 256),
-                     resolution=(per_cm, per_cm), resolutionunit="CENTIMETER")  # fmt: skip
+    tifffile.imwrite(
+        folder / "wsis/TENX1.tif",
+        picture(VISIUM),
+        photometric="rgb",
+        tile=(256, 256),
+        resolution=(per_cm, per_cm),
+        resolutionunit="CENTIMETER",
+    )
     section = read(folder)
     assert section.meta.mpp == pytest.approx(0.7, rel=1e-3)
     assert any("resolution tag of TENX1.tif" in n for n in section.notes)
@@ -215,18 +221,42 @@ def other_scale(folder: Path):
 
 
 BAD = {
-    "patches of another section": (lambda f: write_patches(f / "patches/TENX1.h5", XENIUM, 0), r"TENX1\.h5: no patch has the barcode"),
-    "patches elsewhere": (lambda f: shift(f, 500), r"TENX1\.h5: the median distance of patches from their spots is .* px"),
+    "patches of another section": (
+        lambda f: write_patches(f / "patches/TENX1.h5", XENIUM, 0),
+        r"TENX1\.h5: no patch has the barcode",
+    ),
+    "patches elsewhere": (
+        lambda f: shift(f, 500),
+        r"TENX1\.h5: the median distance of patches from their spots is .* px",
+    ),
     "patches of another scale": (other_scale, r"TENX1\.h5: extracted at 0\.25 um per px, but the section has 0\.7"),
     "no barcodes": (lambda f: edit(f / "patches/TENX1.h5", barcode=None), r"TENX1\.h5: missing 'barcode'"),
-    "barcodes twice": (lambda f: edit(f / "patches/TENX1.h5", barcode=["a"] * 22), r"TENX1\.h5: barcodes.*more than once"),
-    "fewer corners": (lambda f: edit(f / "patches/TENX1.h5", coords=np.zeros((5, 2))), r"TENX1\.h5: 22 barcodes, coords of shape \(5, 2\)"),
-    "patches damaged": (lambda f: (f / "patches/TENX1.h5").write_bytes(b"x"), r"TENX1\.h5: not an HDF5 file that can be read"),
+    "barcodes twice": (
+        lambda f: edit(f / "patches/TENX1.h5", barcode=["a"] * 22),
+        r"TENX1\.h5: barcodes.*more than once",
+    ),
+    "fewer corners": (
+        lambda f: edit(f / "patches/TENX1.h5", coords=np.zeros((5, 2))),
+        r"TENX1\.h5: 22 barcodes, coords of shape \(5, 2\)",
+    ),
+    "patches damaged": (
+        lambda f: (f / "patches/TENX1.h5").write_bytes(b"x"),
+        r"TENX1\.h5: not an HDF5 file that can be read",
+    ),
     "metadata damaged": (lambda f: (f / "metadata/TENX1.json").write_text("{"), r"TENX1\.json: not valid JSON"),
-    "expression damaged": (lambda f: (f / "st/TENX1.h5ad").write_bytes(b"x"), r"TENX1\.h5ad: not an \.h5ad that can be read"),
-    "table without ids": (lambda f: (f / "HEST_v1_1_0.csv").write_text("a,b\n1,2\n"), r"HEST_v1_1_0\.csv: missing column id"),
-    "wsi damaged": (lambda f: (f / "wsis/TENX1.tif").write_bytes(b"II+\0" + b"\0" * 30), r"TENX1\.tif: cannot be read as a slide"),
-}  # fmt: skip
+    "expression damaged": (
+        lambda f: (f / "st/TENX1.h5ad").write_bytes(b"x"),
+        r"TENX1\.h5ad: not an \.h5ad that can be read",
+    ),
+    "table without ids": (
+        lambda f: (f / "HEST_v1_1_0.csv").write_text("a,b\n1,2\n"),
+        r"HEST_v1_1_0\.csv: missing column id",
+    ),
+    "wsi damaged": (
+        lambda f: (f / "wsis/TENX1.tif").write_bytes(b"II+\0" + b"\0" * 30),
+        r"TENX1\.tif: cannot be read as a slide",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -120,9 +120,11 @@ def test_stimage_is_fetched_by_species_and_technology(tmp_path: Path, fetched: l
     sources = open_source(url, where={"technology": ["Visium"], "species": ["human"]}, cache=tmp_path / "cache")
     name = SLIDES[1].slide
     assert sorted(fetched) == [
-        f"Visium/coord/{name}_coord.csv", f"Visium/gene_exp/{name}_count.csv", f"Visium/image/{name}.png",
+        f"Visium/coord/{name}_coord.csv",
+        f"Visium/gene_exp/{name}_count.csv",
+        f"Visium/image/{name}.png",
         "meta/meta_all_gene02122025.csv",
-    ]  # fmt: skip
+    ]
     assert len(sources[0].read().spot_ids) == 16
 
 
@@ -145,22 +147,36 @@ def test_a_table_of_sections_is_fetched_by_https(tmp_path: Path, fetched: list[s
 
 RUNS = {
     "visium_hd": (
-        {"binned_outputs/square_016um/spatial/tissue_positions.parquet", "segmented_outputs/cell_segmentations.geojson",
-         "binned_outputs/square_016um/filtered_feature_bc_matrix.h5", "spatial/tissue_hires_image.png"},
+        {
+            "binned_outputs/square_016um/spatial/tissue_positions.parquet",
+            "segmented_outputs/cell_segmentations.geojson",
+            "binned_outputs/square_016um/filtered_feature_bc_matrix.h5",
+            "spatial/tissue_hires_image.png",
+        },
         {"binned_outputs/square_002um/filtered_feature_bc_matrix.h5", "possorted_genome_bam.bam", "web_summary.html"},
     ),
     "xenium": (
-        {"experiment.xenium", "transcripts.parquet", "cell_feature_matrix.h5", "a_he_image.ome.tif",
-         "a_he_imagealignment.csv"},
+        {
+            "experiment.xenium",
+            "transcripts.parquet",
+            "cell_feature_matrix.h5",
+            "a_he_image.ome.tif",
+            "a_he_imagealignment.csv",
+        },
         {"morphology.ome.tif", "analysis.zarr.zip", "transcripts.zarr.zip"},
     ),
     "space_ranger": (
-        {"spatial/tissue_positions.csv", "spatial/scalefactors_json.json", "a_filtered_feature_bc_matrix.h5",
-         "filtered_feature_bc_matrix/matrix.mtx.gz", "a_tissue_image.tif"},
+        {
+            "spatial/tissue_positions.csv",
+            "spatial/scalefactors_json.json",
+            "a_filtered_feature_bc_matrix.h5",
+            "filtered_feature_bc_matrix/matrix.mtx.gz",
+            "a_tissue_image.tif",
+        },
         {"possorted_genome_bam.bam", "raw_feature_bc_matrix.h5", "analysis/pca.csv"},
     ),
     "spatialdata": ({"zarr.json", "tables/table/zarr.json", "images/he/s0/c/0/0/0", "images/he/zarr.json"}, set()),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("fmt", RUNS)

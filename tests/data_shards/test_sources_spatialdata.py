@@ -44,8 +44,9 @@ def store(order: np.ndarray | None = None):
     order = np.random.default_rng(1).permutation(12) if order is None else order
     into = {"global": Scale([2.0, 2.0], axes=("x", "y"))}
     image = Image2DModel.parse(picture(), dims=("c", "y", "x"), scale_factors=[2], transformations=into)
-    small = Image2DModel.parse(picture()[:, ::4, ::4], dims=("c", "y", "x"),
-                               transformations={"global": Scale([8.0, 8.0], axes=("x", "y"))})  # fmt: skip
+    small = Image2DModel.parse(
+        picture()[:, ::4, ::4], dims=("c", "y", "x"), transformations={"global": Scale([8.0, 8.0], axes=("x", "y"))}
+    )
     dapi = Image2DModel.parse(np.zeros((5, 800, 800), np.uint16), dims=("c", "y", "x"))
     # The spots' own coordinates are shifted by (10, 20) from the common ones.
     shift = Affine([[1, 0, 10], [0, 1, 20], [0, 0, 1]], input_axes=("x", "y"), output_axes=("x", "y"))
@@ -126,8 +127,10 @@ def test_what_is_in_one_place_only_is_counted(tmp_path: Path):
     data.tables["table"].obs.loc["BC5-1", "spot"] = 99
     section = open_source(write(data, tmp_path / "a.zarr"), overrides=FACTS)[0].read()
     assert section.dropped == {
-        "not in tissue": 1, "table rows without a shape": 1, "shapes without a table row": 1,
-    }  # fmt: skip
+        "not in tissue": 1,
+        "table rows without a shape": 1,
+        "shapes without a table row": 1,
+    }
     assert len(section.spot_ids) == 10
 
 

@@ -115,19 +115,32 @@ def rewrite(folder: Path, name: str, change):
 
 
 BAD = {
-    "no counts": (lambda f: (f / f"ST/gene_exp/{ST.slide}_count.csv").unlink(), r"A1_count\.csv: no such file.*counts of"),
+    "no counts": (
+        lambda f: (f / f"ST/gene_exp/{ST.slide}_count.csv").unlink(),
+        r"A1_count\.csv: no such file.*counts of",
+    ),
     "no image": (lambda f: (f / f"ST/image/{ST.slide}.png").unlink(), r"A1\.png: no such file.*image of"),
     "image damaged": (lambda f: (f / f"ST/image/{ST.slide}.png").write_bytes(b"GIF"), r"A1\.png: not an image"),
-    "no radius": (lambda f: rewrite(f, "coord/{}_coord.csv", lambda t: t.replace(",r\n", ",q\n")), r"coord\.csv: missing column r"),
-    "x is text": (lambda f: rewrite(f, "coord/{}_coord.csv", lambda t: t.replace("50.0", "far", 1)), "'far', not a number"),
+    "no radius": (
+        lambda f: rewrite(f, "coord/{}_coord.csv", lambda t: t.replace(",r\n", ",q\n")),
+        r"coord\.csv: missing column r",
+    ),
+    "x is text": (
+        lambda f: rewrite(f, "coord/{}_coord.csv", lambda t: t.replace("50.0", "far", 1)),
+        "'far', not a number",
+    ),
     "tabs": (lambda f: rewrite(f, "gene_exp/{}_count.csv", lambda t: t.replace(",", "\t")), r"count\.csv"),
     "other slide": (lambda f: counts(MOUSE).to_csv(f / f"ST/gene_exp/{ST.slide}_count.csv"), "share no spot id"),
     "fractions": (lambda f: (counts(ST) / 2).to_csv(f / f"ST/gene_exp/{ST.slide}_count.csv"), "raw counts are needed"),
-    "table": (lambda f: (f / "meta/meta_all_gene02122025.csv").write_text("slide,tech\na,b\n"), "missing column species, tissue"),
-    "picture of another": (
-        lambda f: Image.new("RGB", (50, 50)).save(f / f"ST/image/{ST.slide}.png"), r"A1\.png: the image is 50 x 50 px, but"
+    "table": (
+        lambda f: (f / "meta/meta_all_gene02122025.csv").write_text("slide,tech\na,b\n"),
+        "missing column species, tissue",
     ),
-}  # fmt: skip
+    "picture of another": (
+        lambda f: Image.new("RGB", (50, 50)).save(f / f"ST/image/{ST.slide}.png"),
+        r"A1\.png: the image is 50 x 50 px, but",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", BAD)

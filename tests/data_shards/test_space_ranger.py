@@ -222,16 +222,20 @@ BAD = {
     "no join": (lambda r: edit_positions(r, barcode=[f"T{i}-1" for i in range(12)]), "share no spot id"),
     "position gone": (lambda r: edit_positions(r, pxl_row_in_fullres=""), "too few spots"),
     "column gone": (
-        lambda r: (r / "spatial/tissue_positions.csv").write_text("barcode,in_tissue\nA-1,1\n"), "2 columns.*expected: barcode",
+        lambda r: (r / "spatial/tissue_positions.csv").write_text("barcode,in_tissue\nA-1,1\n"),
+        "2 columns.*expected: barcode",
     ),
     "no rows": (lambda r: (r / "spatial/tissue_positions.csv").write_text(",".join(COLUMNS) + "\n"), "no rows"),
     "no table": (lambda r: (r / "spatial/tissue_positions.csv").unlink(), "none of tissue_positions.parquet"),
     "no counts": (lambda r: (r / "filtered_feature_bc_matrix.h5").unlink(), "neither filtered_feature_bc_matrix.h5"),
     "two matrices": (second_matrix, "more than one count matrix: A_filtered"),
-    "not hdf5": (lambda r: (r / "filtered_feature_bc_matrix.h5").write_bytes(b"text"), "not an HDF5 file that can be read"),
+    "not hdf5": (
+        lambda r: (r / "filtered_feature_bc_matrix.h5").write_bytes(b"text"),
+        "not an HDF5 file that can be read",
+    ),
     "cut h5": (cut_h5, r"filtered_feature_bc_matrix\.h5"),
     "factors not json": (lambda r: (r / "spatial/scalefactors_json.json").write_text("{"), "not valid JSON"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD)

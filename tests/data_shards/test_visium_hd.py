@@ -112,8 +112,10 @@ def test_other_sizes_and_shares(run: Path):
     same(read(run, pool_um="40", min_cover="0.01"), truth(run, 8, 40))
     whole = {k: v for k, v in truth(run, 16, 128).items() if v[0] == 64}
     same(read(run, min_cover="1"), whole)
-    same(open_source(run / "binned_outputs/square_008um", overrides=facts(run, min_cover="1"))[0].read(),
-         {k: v for k, v in truth(run, 8, 128).items() if v[0] == 256})  # fmt: skip
+    same(
+        open_source(run / "binned_outputs/square_008um", overrides=facts(run, min_cover="1"))[0].read(),
+        {k: v for k, v in truth(run, 8, 128).items() if v[0] == 256},
+    )
 
 
 def test_round_trip_through_a_shard_set(run: Path, tmp_path: Path):
@@ -221,16 +223,23 @@ def test_cells_without_a_polygon_are_counted(cells):
 
 
 BAD_CELLS = {
-    "no join": (lambda r: edit_polygons(r, lambda f: [x["properties"].update(cell_id=x["properties"]["cell_id"] + 99) for x in f]),
-                "only 0 of its 60 cells have a polygon"),
+    "no join": (
+        lambda r: edit_polygons(
+            r, lambda f: [x["properties"].update(cell_id=x["properties"]["cell_id"] + 99) for x in f]
+        ),
+        "only 0 of its 60 cells have a polygon",
+    ),
     "twice": (lambda r: edit_polygons(r, lambda f: f.append(f[0])), "duplicate cell 1"),
     "a point": (lambda r: edit_polygons(r, lambda f: f[0]["geometry"].update(type="Point")), "is not a polygon"),
     "a number": (lambda r: edit_polygons(r, lambda f: f.insert(0, 7)), "7 is not a feature"),
     "no id": (lambda r: edit_polygons(r, lambda f: f[0]["properties"].pop("cell_id")), "has no cell_id"),
     "no polygons": (lambda r: (r / "segmented_outputs/cell_segmentations.geojson").unlink(), "no such file"),
-    "other json": (lambda r: (r / "segmented_outputs/cell_segmentations.geojson").write_text("[1]"), "no list of features"),
+    "other json": (
+        lambda r: (r / "segmented_outputs/cell_segmentations.geojson").write_text("[1]"),
+        "no list of features",
+    ),
     "no counts": (lambda r: (r / "segmented_outputs/filtered_feature_cell_matrix.h5").unlink(), "Space Ranger 4"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD_CELLS)
@@ -293,14 +302,24 @@ def cut_parquet(run: Path) -> None:
 
 
 BAD = {
-    "out of the grid": (rename_bins(lambda i, b: b.replace("00019", "00090") if i % 50 == 0 or "_00019_" in b else b),
-                        r"\d+ bins are outside the grid .*00090"),
+    "out of the grid": (
+        rename_bins(lambda i, b: b.replace("00019", "00090") if i % 50 == 0 or "_00019_" in b else b),
+        r"\d+ bins are outside the grid .*00090",
+    ),
     "other names": (rename_bins(lambda i, b: f"AAAC{i}-1"), "'AAAC0-1' is not of the form s_016um"),
     "other bins": (rename_bins(lambda i, b: b.replace("016um", "008um")), "contains bins of 8 um instead of 16"),
     "nothing in tissue": (edit_table(in_tissue=0), "have no bin in tissue in common"),
-    "bin twice": (edit_table(array_row=lambda t: t["array_row"] * 0, barcode=lambda t: [f"s_016um_00000_{c:05d}-1" for c in t["array_col"]]),
-                  "475 duplicate bins"),
-    "columns disagree": (edit_table(array_row=lambda t: t["array_row"][::-1].to_numpy()), "barcodes and array_row, array_col differ"),
+    "bin twice": (
+        edit_table(
+            array_row=lambda t: t["array_row"] * 0,
+            barcode=lambda t: [f"s_016um_00000_{c:05d}-1" for c in t["array_col"]],
+        ),
+        "475 duplicate bins",
+    ),
+    "columns disagree": (
+        edit_table(array_row=lambda t: t["array_row"][::-1].to_numpy()),
+        "barcodes and array_row, array_col differ",
+    ),
     "no position": (edit_table(pxl_row_in_fullres=np.nan), "rows have no value for pxl_row_in_fullres"),
     "text": (edit_table(pxl_row_in_fullres="here"), "pxl_row_in_fullres has type string, expected numbers"),
     "column gone": (lambda r: edit_table(row=1)(r) or drop_column(r), "missing columns pxl_row_in_fullres"),
@@ -309,8 +328,11 @@ BAD = {
     "wrong pixel size": (edit_factors(microns_per_pixel=0.3), "gives 4.0000 um per px instead of 0.3"),
     "wrong spacing": (edit_factors(microns_per_pixel=8.0, spot_diameter_fullres=2.0), "a pitch of 4.000 px"),
     "wrong bin size": (edit_factors(bin_size_um=8.0), "states bins of 8 um"),
-    "no counts": (lambda r: (r / "binned_outputs/square_016um/filtered_feature_bc_matrix.h5").unlink(), "neither filtered_f"),
-}  # fmt: skip
+    "no counts": (
+        lambda r: (r / "binned_outputs/square_016um/filtered_feature_bc_matrix.h5").unlink(),
+        "neither filtered_f",
+    ),
+}
 
 
 def drop_column(run: Path) -> None:

@@ -42,14 +42,20 @@ def transcripts() -> tuple[pd.DataFrame, np.ndarray]:
     rng = np.random.default_rng(0)
     he = np.stack([rng.integers(0, SIZE[0], 3000), rng.integers(0, SIZE[1], 3000)], axis=1) + 0.5
     um = to_run(he)
-    names = rng.choice([*NAMES[:3], "NegControlProbe_00001", "BLANK_0007", "antisense_PROK2", "UnassignedCodeword_0003"],
-                       3000, p=[0.4, 0.3, 0.2, 0.04, 0.02, 0.02, 0.02])  # fmt: skip
+    names = rng.choice(
+        [*NAMES[:3], "NegControlProbe_00001", "BLANK_0007", "antisense_PROK2", "UnassignedCodeword_0003"],
+        3000,
+        p=[0.4, 0.3, 0.2, 0.04, 0.02, 0.02, 0.02],
+    )
     table = pd.DataFrame(
         {
-            "feature_name": names, "x_location": um[:, 0], "y_location": um[:, 1], "qv": rng.choice([12.0, 20.0, 40.0], 3000),
+            "feature_name": names,
+            "x_location": um[:, 0],
+            "y_location": um[:, 1],
+            "qv": rng.choice([12.0, 20.0, 40.0], 3000),
             "cell_id": rng.choice([*(f"aaaa{i:04d}-1" for i in range(70)), "UNASSIGNED"], 3000),
         }
-    )  # fmt: skip
+    )
     # Cells are small: each takes the transcripts of one position.
     offset = (he // 18).astype(int)
     table["cell_id"] = np.where(
@@ -278,18 +284,27 @@ def one_wrong(root: Path) -> None:
 
 
 BAD_ALIGNMENT = {
-    "gone": (lambda r: (r / "breast_he_imagealignment.csv").unlink(), "no alignment of breast_he_image.ome.tif.*--alignment"),
+    "gone": (
+        lambda r: (r / "breast_he_imagealignment.csv").unlink(),
+        "no alignment of breast_he_image.ome.tif.*--alignment",
+    ),
     "one wrong": (one_wrong, r"root mean square error of \d+\.\d um.*at keypoint 5"),
     "two points": (lambda r: write_keypoints(r, n=2), "2 keypoints, too few or collinear"),
     "other columns": (lambda r: (r / "breast_he_imagealignment.csv").write_text("a,b\n1,2\n"), "expected fixedX"),
-    "text": (lambda r: (r / "breast_he_imagealignment.csv").write_text("1,2,3\n4,x5y,6\n0,0,1\n"), "cannot be read as a matrix of 3 x 3"),
+    "text": (
+        lambda r: (r / "breast_he_imagealignment.csv").write_text("1,2,3\n4,x5y,6\n0,0,1\n"),
+        "cannot be read as a matrix of 3 x 3",
+    ),
     "2 x 3": (lambda r: write_matrix(r, matrix()[:2]), "shape 2 x 3, expected"),
     "projective": (lambda r: write_matrix(r, matrix() + [[0, 0, 0], [0, 0, 0], [1e-3, 0, 0]]), "not affine"),
-    "stretched": (lambda r: write_matrix(r, matrix() * [[1, 1.5, 1], [1, 1.5, 1], [1, 1, 1]]), "scales of the two axes"),
+    "stretched": (
+        lambda r: write_matrix(r, matrix() * [[1, 1.5, 1], [1, 1.5, 1], [1, 1, 1]]),
+        "scales of the two axes",
+    ),
     "flat": (lambda r: write_matrix(r, matrix() * [[0, 0, 1], [0, 0, 1], [1, 1, 1]]), "scales of the two axes"),
     "elsewhere": (lambda r: write_matrix(r, matrix() + [[0, 0, 9e4], [0, 0, 0], [0, 0, 0]]), "outside the H&E"),
     "inverted": (lambda r: write_matrix(r, np.linalg.inv(matrix())), "a matrix from H&E px to DAPI px"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD_ALIGNMENT)
@@ -303,8 +318,14 @@ def test_a_bad_alignment_names_the_file_and_the_fix(run: Path, name: str):
 def test_the_scale_of_the_image_is_checked(run: Path):
     def tag(um: float) -> None:
         per_cm = (1e4 / um, 1e4 / um)
-        tifffile.imwrite(run / "breast_he_image.ome.tif", np.asarray(he_picture(*SIZE)), photometric="rgb",
-                         resolution=per_cm, resolutionunit="CENTIMETER", ome=False)  # fmt: skip
+        tifffile.imwrite(
+            run / "breast_he_image.ome.tif",
+            np.asarray(he_picture(*SIZE)),
+            photometric="rgb",
+            resolution=per_cm,
+            resolutionunit="CENTIMETER",
+            ome=False,
+        )
 
     tag(MPP)
     same(read(run), truth())
@@ -358,11 +379,16 @@ BAD = {
     "no positions": (edit_transcripts(x_location=np.nan), "no position"),
     "position is text": (edit_transcripts(x_location="here"), "x_location has type string"),
     "not um": (edit_transcripts(x_location=1e15), "check that positions are in um"),
-    "column gone": (lambda r: pd.read_parquet(r / "transcripts.parquet").drop(columns="qv").to_parquet(r / "transcripts.parquet"),
-                    "missing columns qv"),
+    "column gone": (
+        lambda r: pd.read_parquet(r / "transcripts.parquet").drop(columns="qv").to_parquet(r / "transcripts.parquet"),
+        "missing columns qv",
+    ),
     "cut": (cut("transcripts.parquet"), "transcripts.parquet: cannot be read as Parquet"),
-    "nothing to pool": (lambda r: [(r / n).unlink() for n in ("transcripts.parquet", "cell_feature_matrix.h5")], "neither transcripts.parquet"),
-}  # fmt: skip
+    "nothing to pool": (
+        lambda r: [(r / n).unlink() for n in ("transcripts.parquet", "cell_feature_matrix.h5")],
+        "neither transcripts.parquet",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", BAD)

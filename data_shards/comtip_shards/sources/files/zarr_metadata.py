@@ -18,11 +18,28 @@ from comtip_shards.names import shown
 
 METADATA = {".zarray", ".zgroup", ".zmetadata", "zarr.json"}
 """Files that can name a codec, in formats 2 and 3; ``.zattrs`` cannot."""
-CODECS = frozenset({
-    "blosc", "bz2", "gzip", "lz4", "lzma", "zlib", "zstd",  # compression
-    "adler32", "crc32", "crc32c", "fletcher32",  # checksums
-    "bytes", "delta", "sharding_indexed", "shuffle", "transpose", "vlen-bytes", "vlen-utf8",  # layout
-})  # fmt: skip
+CODECS = frozenset(
+    {
+        "blosc",
+        "bz2",
+        "gzip",
+        "lz4",
+        "lzma",
+        "zlib",
+        "zstd",  # compression
+        "adler32",
+        "crc32",
+        "crc32c",
+        "fletcher32",  # checksums
+        "bytes",
+        "delta",
+        "sharding_indexed",
+        "shuffle",
+        "transpose",
+        "vlen-bytes",
+        "vlen-utf8",  # layout
+    }
+)
 """Codecs that turn bytes into numbers and text and do nothing else."""
 _KEYS = ("codecs", "compressor", "filters", "index_codecs", "serializer", "storage_transformers")
 _FREE = ("attributes", "fill_value")
