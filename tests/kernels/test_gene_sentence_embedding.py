@@ -34,7 +34,8 @@ def run(fast_or_impl, inputs, kind: str, dtype: torch.dtype | None = None, **opt
     """Return the output and the gradients of every table, on the CPU."""
     impl = fast_or_impl if isinstance(fast_or_impl, str) else fast_or_impl.impl
     device = torch.device("cpu") if isinstance(fast_or_impl, str) else fast_or_impl.device
-    sentences, tables, more = ({k: v.to(device) for k, v in d.items()} if "mix" not in d else d for d in inputs)
+    sentences, tables = ({k: v.to(device) for k, v in d.items()} for d in inputs[:2])
+    more = inputs[2]
     chosen = tables | {k: v.to(device) for name in kind.split() for k, v in more[name].items()}
     floats = {
         k: v.detach().to(dtype or v.dtype).requires_grad_(k != "mix_N")
@@ -42,7 +43,9 @@ def run(fast_or_impl, inputs, kind: str, dtype: torch.dtype | None = None, **opt
         if v.is_floating_point()
     }
     out = gene_sentence_embedding(**sentences, **(chosen | floats), impl=impl, **options)
-    probe = torch.linspace(-1, 1, max(1, out.numel()), dtype=out.dtype, device=device)[: out.numel()].view(out.shape)
+    # Numbers that bf16 holds exactly, so that every dtype has the same upstream gradient: sums of it cancel.
+    probe = torch.linspace(-1, 1, max(1, out.numel()))[: out.numel()].to(BF16).to(out.dtype)
+    probe = probe.to(device).view(out.shape)
     (out * probe).sum().backward()
     return [t.detach().cpu() for t in (out, *(f.grad for f in floats.values() if f.grad is not None))]
 
