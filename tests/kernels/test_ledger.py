@@ -30,7 +30,7 @@ def as_text(row: LedgerRow) -> dict[str, str]:
         ({"spills": 2}, "spills"),
         ({"stack": 8}, "spills"),
         ({"shared_kib": 97}, "97 KiB of shared memory, it was 96"),
-        ({"shared_kib": 228}, "227 can be had"),
+        ({"shared_kib": 228}, "the limit is 227 KiB"),
         ({"mma": "HMMA"}, "HMMA, it was HGMMA"),
         ({"loads_128": 23}, "23 128-bit loads, it was 24"),
         ({"async_copies": 0}, "asynchronous copies"),
