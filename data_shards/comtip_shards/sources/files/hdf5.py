@@ -58,11 +58,6 @@ def open_hdf5(path: Path, what: str, fix: str) -> h5py.File:
     return file
 
 
-def check_hdf5(path: Path, what: str, fix: str) -> None:
-    """Check a file that a library opens by its name; see :func:`open_hdf5`."""
-    open_hdf5(path, what, fix).close()
-
-
 def _check(file: h5py.File, path: Path) -> None:
     seen = set()
     left: list[tuple[str, h5py.Group]] = [("", file)]

@@ -163,11 +163,6 @@ def _copy_folder(path: Path) -> Path:
     return folder
 
 
-def plain_name(path: Path) -> str:
-    """Return the file name without ``.gz``."""
-    return path.name.removesuffix(".gz")
-
-
 def prefix_of(name: str, role: str) -> str | None:
     """Return the prefix of a file name before its role, or None if the name has another role.
 
