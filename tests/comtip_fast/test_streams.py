@@ -33,7 +33,7 @@ import logging, os, sys
 logging.basicConfig(level=logging.INFO, stream=sys.stderr)
 from pathlib import Path
 from tests.comtip_fast.trainer_standin import fit
-from comtip_fast.streams import drain
+from comtip_fast.runtime.streams import drain
 
 def at_step(step):
     logging.getLogger("comtip_fast").warning("x" * 100)

@@ -166,7 +166,7 @@ def test_bins_outside_tissue_of_a_raw_matrix_are_counted(run: Path):
 
 def test_batches_do_not_matter(run: Path, monkeypatch: pytest.MonkeyPatch):
     before = read(run)
-    for module in ("visium_hd", "table_batches"):
+    for module in ("visium_hd", "files.table_batches"):
         monkeypatch.setattr(f"comtip_shards.sources.{module}.BATCH", 37)
     after = read(run)
     assert after.spot_ids == before.spot_ids
