@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
-from comtip_kernels.infonce.cpu import KEPT_BYTES
+from comtip_kernels import flops
+from comtip_kernels.flops import KEPT_BYTES
 
 from comtip_fast.plan.cost import (
     INDEX,
@@ -24,9 +25,6 @@ from comtip_fast.plan.cost import (
     total,
 )
 from comtip_fast.plan.sizes import Sizes
-
-SPREAD_WIDTH = 256
-"""Output width of one program in the GPU backward pass of L_level; each program recomputes the scores."""
 
 
 @dataclass(frozen=True)
@@ -184,17 +182,19 @@ def generator(s: Sizes, w: RankShare) -> list[Cost]:
 def sentence_table(s: Sizes, w: RankShare) -> list[Cost]:
     """Return the costs of encoding and projecting ``w.table_rows`` sentences, and of normalisation and pair head on all."""
     p, d, N, rows = w.precision, s.width, w.table_rows, s.G * s.Q
-    n, L, heads = N * s.tokens, s.attended, s.text_heads
+    n = N * s.tokens
     keep_cast = p.operand != p.stream
     # On a CPU, attention runs per sentence length; the results per length are saved in addition to the concatenated one.
+    attend = text_attention(s, w)
     by_length = Cost("by length", saved=0 if w.gpu else n * d * p.operand)
-    text_block = [by_length, *block(n, L, d, 4 * d, heads, p)]
+    layer = block(n, s.attended, d, 4 * d, s.text_heads, p)
+    text_block = [by_length, *(attend if c.name == attend.name else c for c in layer)]
     if w.checkpointing:
         text_block = checkpointed(text_block, n * d * p.stream, "block input")
     last = [
         norm(n, d, p),
         linear(n, d, 3 * d, p),
-        attention(n, L, d, heads, p),
+        attend,
         by_length,
         linear(N, d, d, p),
         pointwise(N, d, p.stream, reads=2, keep=0, name="add"),
@@ -215,17 +215,22 @@ def sentence_table(s: Sizes, w: RankShare) -> list[Cost]:
     return [embed, *(text_block * (s.text_depth - 1)), *last, *head]
 
 
-def _table_product(spots: float, s: Sizes) -> float:
-    """Return the FLOPs of the product of ``spots`` vectors with all rows of the table."""
-    return 2.0 * spots * s.G * s.Q * s.D
+def text_attention(s: Sizes, w: RankShare) -> Cost:
+    """Return the cost of attention within sentences; the packed kernel also multiplies what its mask removes."""
+    n = w.table_rows * s.tokens
+    cost = attention(n, s.attended, s.width, s.text_heads, w.precision)
+    if not w.gpu or s.longest > max(flops.ATTENTION_TILES):
+        return cost
+    issued = flops.packed_attention(n, s.text_heads, s.width // s.text_heads, s.longest)
+    return replace(cost, flops=issued.forward, back_flops=issued.backward)
 
 
 def pooling(s: Sizes, w: RankShare, spots: float) -> list[Cost]:
     """Return the costs of pooling: a one-hot matrix product with the table on a GPU, an embedding bag on a CPU."""
-    p, u = w.precision, _table_product(spots, s) if w.gpu else 0.0
-    rows, pairs = s.G * s.Q * s.D * p.operand, spots * s.G
+    rows, pairs = s.G * s.Q * s.D * w.precision.operand, spots * s.G
     saved = pairs * POOL_SAVED + spots * s.D * 4
-    return [Cost("pool", u, 2 * u, rows + 13 * pairs + spots * s.D * 4, 3 * rows + 26 * pairs + spots * s.D * 4, saved)]
+    issued = flops.table_pool(spots, s.G, s.Q, s.D, gpu=w.gpu)
+    return [Cost("pool", *issued, rows + 13 * pairs + spots * s.D * 4, 3 * rows + 26 * pairs + spots * s.D * 4, saved)]
 
 
 POOL_SAVED = 3 * INDEX + 2 * 4 + 1
@@ -239,23 +244,21 @@ def infonce(s: Sizes, w: RankShare) -> list[Cost]:
     of its first tiles.
     """
     pairs = w.images * w.columns
-    u = 2.0 * pairs * s.D
     vectors = (w.images + w.columns) * s.D * w.precision.operand
     single_process = not w.gpu and w.images == w.spots
     saved = min(pairs, KEPT_BYTES // 4) if single_process else 0
-    back = 4 * u if w.gpu else (3 - saved / max(1, pairs)) * u
-    return [Cost("logits", u, back, vectors, 3 * vectors, (w.images + w.columns) * STATISTIC + 4 * saved)]
+    issued = flops.infonce(w.images, w.columns, s.D, gpu=w.gpu, blocks=not single_process)
+    return [Cost("logits", *issued, vectors, 3 * vectors, (w.images + w.columns) * STATISTIC + 4 * saved)]
 
 
 def level(s: Sizes, w: RankShare) -> list[Cost]:
     """Return the costs of L_level; on a CPU, the forward pass also computes the gradients and saves them."""
-    u, p = _table_product(w.spots, s), w.precision
-    rows = s.G * s.Q * s.D
+    p, rows = w.precision, s.G * s.Q * s.D
     moved = rows * p.operand + w.spots * (s.D * p.operand + s.G * (INDEX + 1))
+    issued = flops.level_cross_entropy(w.spots, s.G, s.Q, s.D, gpu=w.gpu)
     if w.gpu:
-        slices = -(-s.D // SPREAD_WIDTH)
-        return [Cost("scores", u, (2 + 2 * slices) * u, moved, 2 * moved + rows * 4, w.spots * s.G)]
-    return [Cost("scores", 3 * u, 0.0, 3 * moved, 2 * rows * 4, (rows + w.spots * s.D) * 4)]
+        return [Cost("scores", *issued, moved, 2 * moved + rows * 4, w.spots * s.G)]
+    return [Cost("scores", *issued, 3 * moved, 2 * rows * 4, (rows + w.spots * s.D) * 4)]
 
 
 def pair(s: Sizes, w: RankShare) -> list[Cost]:
@@ -263,12 +266,16 @@ def pair(s: Sizes, w: RankShare) -> list[Cost]:
 
     With the text vector as context, the gene itself is removed from it.
     """
-    u, p, pairs = _table_product(w.spots, s), w.precision, w.spots * s.G
+    p, pairs, issued = w.precision, w.spots * s.G, flops.pair_scores(w.spots, s.G, s.Q, s.D)
     moved = s.G * s.Q * s.D * p.operand + w.spots * s.D * p.operand + pairs * (INDEX + 4)
     scored = s.candidates if s.candidates > 1 else 0
-    costs = [Cost("adversary", scored * u, 0.0, scored * moved, 0.0)]
+    costs = [Cost("adversary", scored * issued.forward, 0.0, scored * moved, 0.0)]
     if s.has_pair:
-        costs.append(Cost("true and mispaired", 2 * u, 4 * u, 2 * moved, 4 * moved, pairs * PAIR_SAVED))
+        costs.append(
+            Cost(
+                "true and mispaired", 2 * issued.forward, 2 * issued.backward, 2 * moved, 4 * moved, pairs * PAIR_SAVED
+            )
+        )
     if s.text_context:
         own_gene, trained = 2.0 * s.G * s.Q**2 * s.D, 2 if s.has_pair else 0
         costs += [Cost("own gene", (scored + trained) * own_gene, 2 * trained * own_gene)]

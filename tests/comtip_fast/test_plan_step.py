@@ -6,12 +6,13 @@ from typing import Any
 import comtip_kernels as kernels
 import pytest
 import torch
+from comtip_kernels import flops
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from comtip_fast.config.io import load_config
 from comtip_fast.models import CoMTIP
 from comtip_fast.plan.cost import FP32, total
-from comtip_fast.plan.parts import SPREAD_WIDTH, RankShare, infonce, level, pair, pooling
+from comtip_fast.plan.parts import RankShare, infonce, level, pair, pooling, text_attention
 from comtip_fast.plan.sizes import Inputs, Sizes, build_on_meta, sizes_of
 from tests.comtip_fast.plan_measure import MORE_FORMULAS, Measured, measure, measure_peak
 
@@ -142,9 +143,13 @@ def test_flops_of_each_loss_on_a_cpu(any_sizes: Sizes):
         assert predicted[name] == pytest.approx(counted, rel=1e-9), name
 
 
-def test_flops_of_each_loss_on_a_gpu_equal_the_registered_formulas(any_sizes: Sizes):
-    op = pytest.importorskip("comtip_kernels.sentence_table.op")
-    pytest.importorskip("comtip_kernels.infonce.op")
+def test_flops_of_a_gpu_step_equal_the_registered_formulas(any_sizes: Sizes):
+    """The plan reads ``comtip_kernels.flops``; the operators of the Triton path register the same functions."""
+    from comtip_kernels.gene_sentence_embedding import triton_op as _embedding  # noqa: F401
+    from comtip_kernels.infonce import triton_op as _infonce  # noqa: F401
+    from comtip_kernels.packed_attention import triton_op as _attention  # noqa: F401
+    from comtip_kernels.sentence_table import triton_op as _table  # noqa: F401
+
     B, M, G, Q, D = SMALL.values()
     images, texts, table, levels = (torch.empty(s, device="meta") for s in ((B, D), (M, D), (G, Q, D), (B, G)))
 
@@ -152,16 +157,33 @@ def test_flops_of_each_loss_on_a_gpu_equal_the_registered_formulas(any_sizes: Si
         return int(flop_registry[operator](*args))
 
     ops = torch.ops.comtip
-    take, spread = (
-        registered(ops.table_take, images, table, levels),
-        registered(ops.table_spread, levels, table, levels),
-    )
-    collect = registered(ops.table_collect, images, levels, levels, Q)
+    dot = registered(ops.sampled_dot, images, table, levels)
+    weighted = registered(ops.weighted_sum, levels, table, levels)
+    transposed = registered(ops.weighted_sum_transpose, images, levels, levels, Q)
     level_forward = registered(ops.level_loss, images, table)
+    assert dot == weighted == transposed == 2 * B * G * Q * D
     assert loss_parts(any_sizes, gpu=True) == {
-        "pool": (spread, take + collect),
+        "pool": (weighted, dot + transposed),
         "nce": (registered(ops.infonce_lse, images, texts), registered(ops.infonce_grads, images, texts)),
         "level": (level_forward, registered(ops.level_loss_grads, images, table)),
-        "pair": (2 * take, 2 * (spread + collect)),
+        "pair": (2 * dot, 2 * (weighted + transposed)),
     }
-    assert op.kernels.WEIGHTED_SUM["bf16"]["BD"] == SPREAD_WIDTH
+    share = RankShare(spots=B, images=B, columns=M, table_rows=1000, precision=FP32, gpu=True)
+    attend = text_attention(any_sizes, share)
+    tokens = round(1000 * any_sizes.tokens)
+    q = torch.empty(tokens, any_sizes.text_heads, any_sizes.width // any_sizes.text_heads, device="meta")
+    counted = [
+        registered(ops.packed_attention, q, q, q, None, any_sizes.longest),
+        registered(ops.packed_attention_grads, q, q, q, q, None, any_sizes.longest),
+    ]
+    assert [attend.flops, attend.back_flops] == pytest.approx(counted, rel=1e-2)
+
+
+@pytest.mark.parametrize("width", [32, 256, 300, 512, 1024])
+@pytest.mark.parametrize("levels", [2, 10, 32, 100, 128])
+def test_the_formula_of_the_level_loss_knows_the_tiles_that_are_launched(width: int, levels: int):
+    from comtip_kernels.sentence_table import triton_kernels, triton_op
+
+    tiles = triton_op.choose_tiles(triton_kernels.WEIGHTED_SUM, torch.empty(1, dtype=torch.bfloat16), levels, width)
+    issued = flops.level_cross_entropy(7, 3, levels, width, gpu=True)
+    assert issued.backward / issued.forward == 2 + 2 * -(-width // tiles["BD"])

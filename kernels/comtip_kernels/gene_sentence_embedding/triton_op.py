@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from comtip_kernels import flops
 from comtip_kernels.gene_sentence_embedding import triton_kernels as kernels
 from comtip_kernels.gene_sentence_embedding.plan import VALUE_SLOT, SentencePlan, plan_sentences
 from comtip_kernels.tl_common import launch, power_of_2
@@ -220,7 +221,7 @@ sentence_rows.register_autograd(_rows_backward, setup_context=_setup_rows)
 @register_flop_formula(torch.ops.comtip.sentence_rows_grads)
 def _small_tables(grad: Any, token: Any, kinds: Any, position: Any, level: Any, *_a: Any, **_k: Any) -> int:
     """Return the FLOPs of the one product; sums and LayerNorm are not counted."""
-    return int(2 * grad[0] * grad[1] * (kinds[0] + position[0] + level[0]))
+    return int(flops.sentence_rows_backward(grad[0], grad[1], kinds[0] + position[0] + level[0]))
 
 
 def gene_sentence_embedding_triton(

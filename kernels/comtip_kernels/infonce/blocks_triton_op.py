@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from comtip_kernels import flops
 from comtip_kernels.infonce.triton_op import RULES, Ids, MaskOperands, as_operands, compute_gradients, compute_lse
 from comtip_kernels.tl_common import operand_dtype
 
@@ -85,12 +86,12 @@ def _(x: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 @register_flop_formula(torch.ops.comtip.infonce_block_lse)
 def _lse_flops(x: Any, y: Any, *_args: Any, **_kwargs: Any) -> int:
-    return int(2 * x[0] * y[0] * x[1])
+    return int(flops.infonce(x[0], y[0], x[1], gpu=True).forward)
 
 
 @register_flop_formula(torch.ops.comtip.infonce_block_grads)
 def _grad_flops(x: Any, y: Any, *_args: Any, **_kwargs: Any) -> int:
-    return int(8 * x[0] * y[0] * x[1])
+    return int(flops.infonce(x[0], y[0], x[1], gpu=True).backward)
 
 
 def lse_triton(x: Tensor, y: Tensor, scale: Tensor, ids: BlockIds, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:

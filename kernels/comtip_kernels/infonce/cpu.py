@@ -25,11 +25,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from comtip_kernels.flops import KEPT_BYTES
+
 TILE = 1024
 """Maximum rows and columns of a tile of logits: its products run at the speed of large ones (long narrow blocks of rows take
 10 % longer), and the elementwise operations between them stay in the cache."""
-KEPT_BYTES = 16 << 20
-"""Maximum bytes of exponentials kept for the backward pass: all of them up to 2,048 pairs in fp32."""
 HEADROOM = 40.0
 """Offset of the shift: exp(HEADROOM) times any number of columns does not overflow fp32, and the range below grows by as much."""
 EPSILON = 1e-12

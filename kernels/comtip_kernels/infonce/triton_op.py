@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
+from comtip_kernels import flops
 from comtip_kernels.infonce import triton_kernels as kernels
 from comtip_kernels.infonce.cpu import FLOOR, HEADROOM, LOG_FLOOR
 from comtip_kernels.infonce.unit import unit_vectors
@@ -295,12 +296,12 @@ infonce_lse.register_autograd(_backward, setup_context=_setup)
 
 @register_flop_formula(torch.ops.comtip.infonce_lse)
 def _lse_flops(x: Any, y: Any, *_args: Any, **_kwargs: Any) -> int:
-    return int(2 * x[0] * y[0] * x[1])
+    return int(flops.infonce(x[0], y[0], x[1], gpu=True).forward)
 
 
 @register_flop_formula(torch.ops.comtip.infonce_grads)
 def _grad_flops(x: Any, y: Any, *_args: Any, **_kwargs: Any) -> int:
-    return int(8 * x[0] * y[0] * x[1])
+    return int(flops.infonce(x[0], y[0], x[1], gpu=True).backward)
 
 
 def infonce_triton(

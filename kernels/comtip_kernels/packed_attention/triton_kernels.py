@@ -13,6 +13,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from comtip_kernels.flops import attention_tile
+
 LOG2E = tl.constexpr(1.4426950408889634)
 # The number of tokens changes from step to step, the window with the longest sentence of a panel.
 _SIZES = ["n_tokens", "window"]
@@ -183,6 +185,5 @@ def config(mode: str, tile: int, *, backward: bool) -> dict[str, Any]:
 
 
 def best_tile(mode: str, longest: int) -> int:
-    """Return the tile with the fewest products per owned token, BT^2 / W."""
-    tiles = [bt for m, bt in LAUNCH if m == mode and bt >= longest]
-    return min(tiles, key=lambda bt: bt * bt // (bt - longest + 1))
+    """Return the tile of a mode with the fewest products per owned token."""
+    return attention_tile(longest, tuple(tile for m, tile in LAUNCH if m == mode))

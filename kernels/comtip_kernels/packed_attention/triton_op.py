@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from comtip_kernels import flops
 from comtip_kernels.gene_sentence_embedding.plan import sentence_start
 from comtip_kernels.packed_attention import triton_kernels as kernels
 from comtip_kernels.tl_common import INTERPRETING, input_precision, launch, operand_dtype, power_of_2, product_mode
@@ -79,15 +80,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 attend.register_autograd(_backward, setup_context=_setup)
 
 
-def _products(q: Any, longest: int) -> int:
-    """Return the FLOPs of one product over all tiles, including what the mask removes."""
-    BT = kernels.best_tile("bf16", longest)
-    return int(triton.cdiv(q[0], BT - longest + 1) * q[1] * 2 * BT * BT * power_of_2(q[2]))
-
-
-register_flop_formula(torch.ops.comtip.packed_attention)(lambda q, k, v, f, longest, **_k: 2 * _products(q, longest))
+register_flop_formula(torch.ops.comtip.packed_attention)(
+    lambda q, k, v, f, longest, **_k: int(flops.packed_attention(q[0], q[1], q[2], longest).forward)
+)
 register_flop_formula(torch.ops.comtip.packed_attention_grads)(
-    lambda q, k, v, g, f, longest, **_k: 5 * _products(q, longest)
+    lambda q, k, v, g, f, longest, **_k: int(flops.packed_attention(q[0], q[1], q[2], longest).backward)
 )
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from comtip_kernels.flops import OUTPUT_WIDTH
+
 PICK, CROSS_ENTROPY = 0, 1
 LOG2E = tl.constexpr(1.4426950408889634)
 # The batch and the panel change from step to step. Values of 1 and multiples of 16 would each be compiled anew.
@@ -400,12 +402,12 @@ SAMPLED_DOT: dict[str, dict[str, Any]] = {
     "tf32x3": {"BM": 32, "BN": 64, "BK": 32, "num_warps": 8, "num_stages": 2},
 }
 WEIGHTED_SUM: dict[str, dict[str, Any]] = {
-    "bf16": {"BM": 64, "BN": 32, "BK": 64, "BD": 256, "num_warps": 8, "num_stages": 2},
-    "tf32": {"BM": 32, "BN": 32, "BK": 32, "BD": 256, "num_warps": 8, "num_stages": 2},
-    "tf32x3": {"BM": 32, "BN": 32, "BK": 16, "BD": 256, "num_warps": 8, "num_stages": 2},
+    "bf16": {"BM": 64, "BN": 32, "BK": 64, "BD": OUTPUT_WIDTH, "num_warps": 8, "num_stages": 2},
+    "tf32": {"BM": 32, "BN": 32, "BK": 32, "BD": OUTPUT_WIDTH, "num_warps": 8, "num_stages": 2},
+    "tf32x3": {"BM": 32, "BN": 32, "BK": 16, "BD": OUTPUT_WIDTH, "num_warps": 8, "num_stages": 2},
 }
 WEIGHTED_SUM_TRANSPOSE: dict[str, dict[str, Any]] = {
-    "bf16": {"BM": 64, "BN": 64, "BK": 64, "BD": 256, "num_warps": 8, "num_stages": 2},
-    "tf32": {"BM": 32, "BN": 32, "BK": 32, "BD": 256, "num_warps": 8, "num_stages": 2},
-    "tf32x3": {"BM": 32, "BN": 32, "BK": 16, "BD": 256, "num_warps": 8, "num_stages": 2},
+    "bf16": {"BM": 64, "BN": 64, "BK": 64, "BD": OUTPUT_WIDTH, "num_warps": 8, "num_stages": 2},
+    "tf32": {"BM": 32, "BN": 32, "BK": 32, "BD": OUTPUT_WIDTH, "num_warps": 8, "num_stages": 2},
+    "tf32x3": {"BM": 32, "BN": 32, "BK": 16, "BD": OUTPUT_WIDTH, "num_warps": 8, "num_stages": 2},
 }

@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from comtip_kernels import flops
 from comtip_kernels.sentence_table import triton_kernels as kernels
 from comtip_kernels.tl_common import INTERPRETING, fit_tiles, input_precision, launch, power_of_2, product_mode
 
@@ -39,8 +40,7 @@ def choose_tiles(configs: dict[str, dict[str, Any]], x: Tensor, n_levels: int, w
     genes = max(1, int(tiles.pop("BN")) // QP)
     out = tiles | {"QP": QP, "NG": max(genes, 16 // QP)}
     if "BD" in out:
-        crowded = max(1, out["NG"] * QP // 64)
-        out["BD"] = max(16, min(int(out["BD"]) // crowded, power_of_2(width)))
+        out["BD"] = max(16, min(int(out["BD"]) // flops.crowding(out["NG"] * QP), power_of_2(width)))
     return out
 
 
@@ -227,21 +227,15 @@ weighted_sum_transpose.register_autograd(_weighted_sum_transpose_backward, setup
 level_loss.register_autograd(_level_backward, setup_context=_setup_level)
 
 
-def _product(n_spots: int, table: Any) -> int:
-    """Return the FLOPs of ``n_spots`` vectors times every row of the table."""
-    return int(2 * n_spots * table[0] * table[1] * table[2])
+def _level_flops(i: Any, t: Any, *_args: Any, **_kwargs: Any) -> flops.Flops:
+    return flops.level_cross_entropy(i[0], *t, gpu=True)
 
 
-def _grads(image: Any, table: Any, *_args: Any, **_kwargs: Any) -> int:
-    """Return the FLOPs of two products, each with the scores recomputed for every slice of the width."""
-    slices = triton.cdiv(table[2], kernels.WEIGHTED_SUM["bf16"]["BD"])
-    return (2 + 2 * slices) * _product(image[0], table)
-
-
-register_flop_formula(torch.ops.comtip.sampled_dot)(lambda v, t, *_a, **_k: _product(v[0], t))
-register_flop_formula(torch.ops.comtip.weighted_sum)(lambda w, t, *_a, **_k: _product(w[0], t))
-register_flop_formula(torch.ops.comtip.weighted_sum_transpose)(
-    lambda v, w, _l, Q, *_a, **_k: _product(v[0], (w[1], Q, v[1]))
+ops = torch.ops.comtip
+register_flop_formula(ops.sampled_dot)(lambda v, t, *_a, **_k: int(flops.table_product(v[0], *t)))
+register_flop_formula(ops.weighted_sum)(lambda w, t, *_a, **_k: int(flops.table_product(w[0], *t)))
+register_flop_formula(ops.weighted_sum_transpose)(
+    lambda v, w, _l, Q, *_a, **_k: int(flops.table_product(v[0], w[1], Q, v[1]))
 )
-register_flop_formula(torch.ops.comtip.level_loss)(lambda i, t, *_a, **_k: _product(i[0], t))
-register_flop_formula(torch.ops.comtip.level_loss_grads)(_grads)
+register_flop_formula(ops.level_loss)(lambda *a, **_k: int(_level_flops(*a).forward))
+register_flop_formula(ops.level_loss_grads)(lambda *a, **_k: int(_level_flops(*a).backward))

@@ -1,0 +1,121 @@
+"""Floating-point operations that each operation issues, forward and backward, recomputation included.
+
+The Triton operators register these functions with ``torch.utils.flop_counter``, so ``FlopCounterMode`` counts them, and
+``comtip plan`` uses the same functions. Pointwise operations, exponentials and reductions are not counted. A product of an
+(n, d) with an (m, d) matrix has 2 n m d operations, one multiplication and one addition each.
+"""
+
+from __future__ import annotations
+
+from math import ceil
+from typing import NamedTuple
+
+from comtip_kernels.tl_common import power_of_2
+
+KEPT_BYTES = 16 << 20
+"""Bytes of exponentials that the CPU path of InfoNCE keeps from its forward pass instead of computing them again."""
+
+OUTPUT_WIDTH = 256
+"""Output columns of one program of ``weighted_sum``. A program recomputes the scores, so a wider output repeats them."""
+
+ATTENTION_TILES = (32, 64)
+"""Tokens of a tile of the packed attention kernel in bf16."""
+
+
+class Flops(NamedTuple):
+    """Floating-point operations of the two passes of an operation."""
+
+    forward: float
+    backward: float
+
+
+def product(n: float, m: float, d: float) -> float:
+    """Return the operations of an (n, d) times a (d, m) product."""
+    return 2.0 * n * m * d
+
+
+def infonce(images: float, columns: float, width: float, *, gpu: bool, blocks: bool = False) -> Flops:
+    """Return the operations of InfoNCE between ``images`` and ``columns`` vectors of ``width`` elements.
+
+    The backward pass computes the logits again, on a GPU once for each side. The CPU path computes them once and keeps the
+    exponentials of its first tiles (``KEPT_BYTES``).
+
+    Parameters
+    ----------
+    images, columns, width
+        Sizes B, M and D.
+    gpu
+        The Triton path, otherwise the CPU path.
+    blocks
+        The form over ranks (``comtip_kernels.infonce.blocks``), which keeps no exponentials.
+    """
+    u = product(images, columns, width)
+    if gpu:
+        return Flops(u, 4 * u)
+    kept = 0.0 if blocks else min(1.0, KEPT_BYTES / 4 / max(1.0, images * columns))
+    return Flops(u, (3 - kept) * u)
+
+
+def table_product(spots: float, genes: float, levels: float, width: float) -> float:
+    """Return the operations of ``spots`` vectors times every row of a (genes, levels, width) table.
+
+    One such product is ``sampled_dot``, ``weighted_sum``, ``weighted_sum_transpose`` or the forward pass of ``level_loss``.
+    """
+    return product(spots, genes * levels, width)
+
+
+def level_cross_entropy(spots: float, genes: float, levels: float, width: float, *, gpu: bool) -> Flops:
+    """Return the operations of the level loss.
+
+    The Triton path computes the scores again for every slice of ``OUTPUT_WIDTH`` columns of the two gradients. The CPU path
+    computes both gradients in its forward pass.
+    """
+    u = table_product(spots, genes, levels, width)
+    if not gpu:
+        return Flops(3 * u, 0.0)
+    slices = ceil(width / (OUTPUT_WIDTH // crowding(power_of_2(int(levels), 2))))
+    return Flops(u, (2 + 2 * slices) * u)
+
+
+def crowding(columns: int) -> int:
+    """Return by how much a program's output is narrower because its tile of scores has ``columns`` columns."""
+    return max(1, columns // 64)
+
+
+def table_pool(spots: float, genes: float, levels: float, width: float, *, gpu: bool) -> Flops:
+    """Return the operations of pooling: a one-hot product with the table in Triton, an embedding bag on a CPU."""
+    u = table_product(spots, genes, levels, width) if gpu else 0.0
+    return Flops(u, 2 * u)
+
+
+def pair_scores(spots: float, genes: float, levels: float, width: float) -> Flops:
+    """Return the operations of the scores of one level per spot and gene."""
+    u = table_product(spots, genes, levels, width)
+    return Flops(u, 2 * u)
+
+
+def attention_tile(longest: int, tiles: tuple[int, ...] = ATTENTION_TILES) -> int:
+    """Return the tile with the fewest products per token that it owns, for sentences of at most ``longest`` tokens.
+
+    Raises
+    ------
+    ValueError
+        No tile holds such a sentence.
+    """
+    return min((t for t in tiles if t >= longest), key=lambda t: t * t // (t - longest + 1))
+
+
+def packed_attention(tokens: float, heads: int, head_width: int, longest: int) -> Flops:
+    """Return the operations of the packed attention kernel, with what its mask removes.
+
+    Each program computes one tile and owns the sentences that begin in its first ``tile - longest + 1`` tokens. Heads are
+    padded to a power of 2. There are two products forward and five backward, since the weights are computed again.
+    """
+    tile = attention_tile(longest)
+    u = ceil(tokens / (tile - longest + 1)) * heads * product(tile, tile, power_of_2(head_width))
+    return Flops(2 * u, 5 * u)
+
+
+def sentence_rows_backward(sentences: float, width: float, small_rows: float) -> float:
+    """Return the operations of the embedding's gradient: the one-hot product with the tables of type, position and level."""
+    return product(sentences, small_rows, width)
