@@ -16,10 +16,11 @@ import pandas as pd
 from comtip_shards import SourceError
 from comtip_shards.genes.identifiers import GeneResource
 from comtip_shards.sections.facts import CountOptions, PoolingOptions, SectionFacts
+from comtip_shards.sources.anndata_parts.store import SUFFIXES as H5AD_SUFFIXES
 
 from comtip_fast._version import __version__
 from comtip_fast.constants import LAYER_CP10K, LAYER_RAW, OBSM_EMBEDDING, UNS
-from comtip_fast.data.sections import H5AD_SUFFIXES, SectionTiles, TileGeometry, open_section, read_h5ad
+from comtip_fast.data.sections import SectionTiles, TileGeometry, open_section, read_h5ad
 from comtip_fast.evaluation.run import evaluate_run as evaluate
 from comtip_fast.inference import GeneQuery, ImageFeatures, Predictor
 from comtip_fast.pretraining import pretrain
@@ -232,4 +233,4 @@ def _unique(names: list[str]) -> list[str]:
     duplicates = sorted(name for name, n in Counter(names).items() if n > 1)
     if duplicates:
         raise ValueError(f"duplicate genes: {', '.join(duplicates[:5])}; name each gene once")
-    return np.asarray(names, dtype=object).tolist()
+    return [str(name) for name in names]

@@ -165,7 +165,7 @@ def _loggers() -> DoctorCheck:
 
 def _imports(module: str) -> tuple[bool, str]:
     """Return whether a compiled package can be imported, and otherwise why not."""
-    if importlib.util.find_spec(module.split(".")[0]) is None:
+    if importlib.util.find_spec(module.split(".", maxsplit=1)[0]) is None:
         return False, " (its module is missing)"
     try:
         importlib.import_module(module)

@@ -205,7 +205,7 @@ def model_card(bundle: Bundle) -> str:
     rows = "\n".join(
         "| " + " | ".join(_markdown("-" if s[c] == "" else s[c]) for c in columns) + " |" for s in bundle.sections
     )
-    credits = "\n".join(
+    attributions = "\n".join(
         f"- {_markdown(a)}" for a in sorted({s["attribution"] for s in bundle.sections if s["attribution"]})
     )
     trained, held = sum(g.trained for g in bundle.genes), sum(g.held_out for g in bundle.genes)
@@ -215,7 +215,7 @@ def model_card(bundle: Bundle) -> str:
         f"{trained} genes trained, {held} held out by name.\n\n"
         "The weights were trained on sections of split `train`; `val` was used for early stopping; `test` was not used.\n\n"
         "| section | split | species | tissue | donor | spots | licence |\n|---|---|---|---|---|---|---|\n"
-        f"{rows}\n\n## Attribution\n{credits}\n\n## Use\nResearch only; not a medical device. "
+        f"{rows}\n\n## Attribution\n{attributions}\n\n## Use\nResearch only; not a medical device. "
         "Load it with `comtip_fast.load(<this folder>)`; weights are safetensors, without pickle.\n"
     )
 

@@ -313,7 +313,7 @@ def _import(module: str, name: str) -> Callable[..., Callable[..., Tensor]] | No
     try:
         return getattr(__import__(module, fromlist=[name]), name)
     except ImportError:
-        print(f"{module.split('.')[0]} is not installed and not timed")
+        print(f"{module.split('.', maxsplit=1)[0]} is not installed and not timed")
         return None
 
 

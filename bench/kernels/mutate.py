@@ -68,7 +68,7 @@ class Mutant:
         ValueError
             If the expression does not occur exactly once in the kernel.
         """
-        found = re.search(rf"^def {self.kernel}\(.*?(?=\n\n\n|\Z)", source, flags=re.S | re.M)
+        found = re.search(rf"^def {self.kernel}\(.*?(?=\n\n\n|\Z)", source, flags=re.DOTALL | re.MULTILINE)
         if found is None or found[0].count(self.old) != 1:
             count = 0 if found is None else found[0].count(self.old)
             raise ValueError(
@@ -261,7 +261,7 @@ def run(mutant: Mutant) -> tuple[bool, str]:
             done = subprocess.run([*words, *selected], cwd=copy, env=env, capture_output=True, text=True, check=False)
             if done.returncode != 0:
                 break
-    failed = re.search(r"^(?:FAILED|ERROR) \S*?(\w+\.py\S*)", done.stdout, flags=re.M)
+    failed = re.search(r"^(?:FAILED|ERROR) \S*?(\w+\.py\S*)", done.stdout, flags=re.MULTILINE)
     # 1: a test failed. A crash of the interpreter (a negative status) kills too; anything else is no result.
     if done.returncode not in (0, 1) and done.returncode > 0:
         raise RuntimeError(f"{mutant.name}: pytest could not run: {done.stdout[-500:]}{done.stderr[-500:]}")

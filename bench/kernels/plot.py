@@ -70,13 +70,15 @@ def kernels_table(rows: list[dict[str, str]], triton: str = "3.8.0") -> str:
 
 def draw(rows: list[dict[str, str]], out: Path) -> None:
     """Draw ratios to the floors on the left and predicted times on the right."""
-    rows = rows[::-1]
-    names = [f"{r['op']}  {r['part']}\n{r['size']}" for r in rows]
-    y = range(len(rows))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 0.52 * len(rows) + 1.2), sharey=True, layout="constrained")
-    moved = [float(r["memory_ratio"]) for r in rows]
+    bottom_up = rows[::-1]
+    names = [f"{r['op']}  {r['part']}\n{r['size']}" for r in bottom_up]
+    y = range(len(bottom_up))
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(11, 0.52 * len(bottom_up) + 1.2), sharey=True, layout="constrained"
+    )
+    moved = [float(r["memory_ratio"]) for r in bottom_up]
     left.barh([v + 0.2 for v in y], moved, 0.38, color=BLUE, label="bytes from and to memory")
-    products = [flop_ratio(r) or 0 for r in rows]
+    products = [flop_ratio(r) or 0 for r in bottom_up]
     left.barh([v - 0.2 for v in y], products, 0.38, color=ORANGE, label="FLOPs, including padding and masks")
     for v, a, b in zip(y, moved, products, strict=True):
         left.text(a * 1.03, v + 0.2, f"{a:.2f}", va="center", fontsize=7)
@@ -89,7 +91,7 @@ def draw(rows: list[dict[str, str]], out: Path) -> None:
     left.set_xticks(ticks, [str(t) for t in ticks])
     left.minorticks_off()
     for gpu, color, offset in (("a100", GREEN, 0.2), ("h100", PINK, -0.2)):
-        ms = [float(r[f"predicted_us_{gpu}"]) / 1e3 for r in rows]
+        ms = [float(r[f"predicted_us_{gpu}"]) / 1e3 for r in bottom_up]
         right.barh([v + offset for v in y], ms, 0.38, color=color, label=gpu.upper())
         for v, value in zip(y, ms, strict=True):
             right.text(value * 1.06, v + offset, f"{value:.2g}", va="center", fontsize=7)

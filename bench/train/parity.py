@@ -147,7 +147,7 @@ def one_step(task: CoMTIPTask, group: Group, engine: Engine) -> tuple[dict[str, 
     batch = task.batch(task.batches(0)[0], 1, 0)
     shares, _ = forward_backward(engine, task, batch, task.config.engine.micro_batches)
     losses = {k: float(group.sum(v.double())) for k, v in shares.items()}
-    return losses, {n: g for n, g in gradients(engine).items()}
+    return losses, dict(gradients(engine).items())
 
 
 def gradients(engine: Engine) -> dict[str, Tensor]:

@@ -270,8 +270,10 @@ def write_results(
     folder.mkdir(parents=True, exist_ok=True)
     head = [
         f"# {describe_machine(len(os.sched_getaffinity(0)))}",
-        f"# {setting.shards.manifest.tile.px} px tiles, batches of {setting.batch_size}, {setting.workers} workers, "
-        f"{setting.rounds} rounds of {setting.spots} spots",
+        (
+            f"# {setting.shards.manifest.tile.px} px tiles, batches of {setting.batch_size}, {setting.workers} workers, "
+            f"{setting.rounds} rounds of {setting.spots} spots"
+        ),
     ]
     _write_csv(folder / "results.csv", head, COLUMNS, [list(r.values()) for r in rows_of(contenders)])
     _write_csv(

@@ -49,7 +49,7 @@ def write_report(run_dir: Path | None, result: Evaluation, out: Path) -> None:
     page = env.get_template("report.html.j2").render(
         name=result.predictor.config.name,
         version=__version__,
-        date=datetime.date.today().isoformat(),
+        date=datetime.datetime.now().astimezone().date().isoformat(),
         metrics=result.metrics,
         labels=LABELS,
         predictors=PREDICTORS,

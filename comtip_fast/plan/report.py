@@ -71,10 +71,14 @@ def _head(plan: Plan) -> list[str]:
     c, e, s, w = plan.cluster, plan.engine, plan.sizes, plan.share
     return [
         f"{plan.name}: all figures are PREDICTED from the config, nothing was run (formulas: docs/scaling.md)",
-        f"  {c.nodes} node(s) x {c.per_node} x {c.device.name}, {e.name}, {precision_name(e.precision)}, loss form {e.loss_form}, "
-        f"table {'sharded' if e.shares_table(s.G * s.Q, c.ranks) else 'replicated'}",
-        f"  B = {s.B:,} spots ({w.spots:,} per rank, {w.micro_batch_spots:,} per micro-batch), P = {s.P} patches, G = {s.G:,} "
-        f"genes, Q = {s.Q}, {s.tokens:.1f} tokens per sentence, D = {s.D}",
+        (
+            f"  {c.nodes} node(s) x {c.per_node} x {c.device.name}, {e.name}, {precision_name(e.precision)}, loss form {e.loss_form}, "
+            f"table {'sharded' if e.shares_table(s.G * s.Q, c.ranks) else 'replicated'}"
+        ),
+        (
+            f"  B = {s.B:,} spots ({w.spots:,} per rank, {w.micro_batch_spots:,} per micro-batch), P = {s.P} patches, G = {s.G:,} "
+            f"genes, Q = {s.Q}, {s.tokens:.1f} tokens per sentence, D = {s.D}"
+        ),
         "  trained parameters: "
         + ", ".join(f"{g.name} {g.trained / 1e6:.2f} M" for g in s.groups if g.trained)
         + f"; {s.trained / 1e6:.2f} M in total",
@@ -143,8 +147,10 @@ def _assumed(plan: Plan) -> list[str]:
     return [
         f"assumed: {f.compute:.0%} of the peak in matrix products, {f.memory:.0%} of memory bandwidth, {f.link:.0%} of links,",
         f"  {seconds(f.launch_s)} to launch an operation; tiles of {i.tile_px} px, {size(i.tile_bytes)} each;",
-        f"  {device.name}: {device.bf16 / 1e12:g} TFLOP/s bf16, {device.fp32 / 1e12:g} fp32, "
-        f"{size(device.memory_bytes_per_s)}/s of memory;",
+        (
+            f"  {device.name}: {device.bf16 / 1e12:g} TFLOP/s bf16, {device.fp32 / 1e12:g} fp32, "
+            f"{size(device.memory_bytes_per_s)}/s of memory;"
+        ),
         f"  {link.name} {size(link.bytes_per_s)}/s and {fabric.name} {size(fabric.bytes_per_s)}/s per device",
     ]
 

@@ -134,8 +134,10 @@ class CoMTIPTask:
         """Return a summary of parameters, spots and genes."""
         genes, count = self.tables.genes, sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         lines = [
-            f"{count / 1e6:.2f} M trainable parameters, {self.tables.spots.size} spots; "
-            f"{genes.trained.size} genes trained, {genes.held_out.size} held out by name"
+            (
+                f"{count / 1e6:.2f} M trainable parameters, {self.tables.spots.size} spots; "
+                f"{genes.trained.size} genes trained, {genes.held_out.size} held out by name"
+            )
         ]
         for cohort, rows in genes.ranked.items():
             lines.append(f"  {cohort}: {rows.size} genes pass genes.min_detection")
@@ -184,7 +186,7 @@ class CoMTIPTask:
 
     def pieces(self, batch: Batch, n: int) -> list[Batch]:
         """Split this rank's share into ``n`` pieces, or fewer if a rank has fewer spots; the same number on every rank."""
-        b, n = batch.section.numel(), max(1, min(n, min(self.step.counts(batch))))
+        b, n = batch.section.numel(), max(1, min(n, *self.step.counts(batch)))
         return [batch.select(share_of(b, i, n)) for i in range(n)]
 
     def embed(self, module: nn.Module, piece: Batch, table: bool) -> dict[str, Tensor]:

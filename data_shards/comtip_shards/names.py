@@ -45,7 +45,7 @@ def problem_with(name: str, limit: int = MAX_NAME) -> str:
         return "begins with a dot"
     if not _NAME.fullmatch(name):
         return "contains characters other than ASCII letters, digits, '.', '_' and '-', or begins with one of the last three"
-    if name[-1] == "." or name.split(".")[0].lower() in _DEVICES:
+    if name[-1] == "." or name.split(".", maxsplit=1)[0].lower() in _DEVICES:
         return "is not a valid file name on every system (trailing dot, or a Windows device name)"
     return ""
 

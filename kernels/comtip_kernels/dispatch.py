@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from comtip_kernels.tl_common import TRITON_DTYPES, can_launch, triton
+from comtip_kernels.tl_common import HAS_TRITON, TRITON_DTYPES, can_launch
 
 Impl = Literal["auto", "triton", "cpu", "reference"]
 _PREFERENCE = {"cuda": ("triton", "reference"), "cpu": ("cpu", "reference")}
@@ -27,9 +27,10 @@ _preferred: str = "auto"
 
 def with_triton(module: str, name: str) -> Callable[..., Any]:
     """Import a function that needs Triton; without Triton return a placeholder that :func:`choose` never selects."""
-    if triton is None:
+    if not HAS_TRITON:
         return lambda *_args, **_kwargs: None
-    return getattr(importlib.import_module(module), name)
+    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return function
 
 
 @contextmanager
@@ -54,7 +55,7 @@ def prefer(impl: Impl) -> Iterator[None]:
         _preferred = before
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _log_choice(op: str, name: str, device: str) -> None:
     """Log once which implementation ``"auto"`` selected."""
     if (op, name) not in _reported:

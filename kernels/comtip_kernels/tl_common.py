@@ -28,6 +28,7 @@ except ImportError:  # CPU builds of PyTorch do not include Triton
     triton = None
     tl = None
 
+HAS_TRITON = triton is not None
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
 """True if the kernels run in Triton's interpreter: on any device, slowly, for tests."""
 Mode = Literal["bf16", "tf32", "tf32x3"]
@@ -38,7 +39,7 @@ TRITON_DTYPES = (torch.float32, torch.bfloat16)
 
 def can_launch(device: torch.device) -> bool:
     """Return whether Triton kernels can run on tensors of ``device``."""
-    return triton is not None and (INTERPRETING or device.type == "cuda")
+    return HAS_TRITON and (INTERPRETING or device.type == "cuda")
 
 
 def operand_dtype(*operands: Tensor) -> torch.dtype:

@@ -126,7 +126,7 @@ def test_unknown_key_names_file_key_and_nearest(tmp_path: Path, text: str, key: 
     ],
 )
 def test_wrong_type_is_refused_by_key(item: str) -> None:
-    with pytest.raises(ConfigError, match=item.split("=")[0].replace(".", r"\.")) as caught:
+    with pytest.raises(ConfigError, match=item.split("=", maxsplit=1)[0].replace(".", r"\.")) as caught:
         load_config(None, [item])
     assert "given" in str(caught.value)
 
@@ -187,7 +187,7 @@ def test_wrong_type_is_refused_by_key(item: str) -> None:
     ],
 )
 def test_invalid_values_are_refused_by_key(item: str) -> None:
-    with pytest.raises(ConfigError, match=item.split("=")[0].replace(".", r"\.")):
+    with pytest.raises(ConfigError, match=item.split("=", maxsplit=1)[0].replace(".", r"\.")):
         load_config(None, [item])
 
 

@@ -101,7 +101,9 @@ def test_deterministic_setting_is_put_back(tmp_path: Path) -> None:
 def test_killed_anywhere_and_resumed_ends_the_same(tmp_path: Path, seed: int) -> None:
     path = os.pathsep.join(str(ROOT / p) for p in (".", "kernels", "data_shards"))
     env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, SCRIPT, tmp_path, str(seed)], env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, SCRIPT, tmp_path, str(seed)], env=env, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= 3, "too few kills"
     assert_same_run(tmp_path / "reference", tmp_path / "killed")
@@ -207,7 +209,7 @@ def test_all_checkpoints_damaged_is_an_error(reference: Path, tmp_path: Path) ->
 )
 def test_resume_with_another_config_names_the_key(reference: Path, tmp_path: Path, change: str) -> None:
     shutil.copytree(reference, tmp_path / "run")
-    with pytest.raises(TrainingError, match=change.split("=")[0].replace(".", r"\.")):
+    with pytest.raises(TrainingError, match=change.split("=", maxsplit=1)[0].replace(".", r"\.")):
         fit(tmp_path / "run", change, resume=True)
 
 

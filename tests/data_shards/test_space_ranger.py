@@ -38,7 +38,7 @@ def write_positions(spatial: Path, layout: str) -> Path:
     table = positions()
     if layout == "v1":
         path = spatial / "tissue_positions_list.csv"
-        table.astype({c: int for c in COLUMNS[2:]}).to_csv(path, header=False, index=False)
+        table.astype(dict.fromkeys(COLUMNS[2:], int)).to_csv(path, header=False, index=False)
     elif layout == "v2":
         path = spatial / "tissue_positions.csv"
         table.to_csv(path, index=False)

@@ -20,7 +20,7 @@ def plot() -> ModuleType:
 
 
 def test_the_examples_run():
-    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert len(blocks) >= 2
     names: dict[str, object] = {}
     for block in blocks:

@@ -38,7 +38,7 @@ class WdsLoader(BaseLoader):
             yield item
 
 
-def start_workers(loader: DataLoader) -> Iterator[Any]:
+def start_workers(loader: DataLoader[Any]) -> Iterator[Any]:
     """Start a ``DataLoader``'s worker processes so that they never garbage-collect inherited objects.
 
     The destructor of a DALI pipeline waits for its threads, which do not exist after a fork: the worker would hang.
@@ -53,7 +53,7 @@ def start_workers(loader: DataLoader) -> Iterator[Any]:
             gc.unfreeze()
 
 
-class _WorkerBatches(IterableDataset):
+class _WorkerBatches(IterableDataset[Any]):
     """Worker w of n loads batches w, w + n, ...; the ``DataLoader`` reads the workers in turn, which keeps the order."""
 
     def __init__(self, loader: WdsLoader, first: ScheduledBatch) -> None:

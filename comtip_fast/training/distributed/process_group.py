@@ -16,10 +16,11 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from comtip_shards.storage.disk import disk_trouble
 from torch import Tensor
 
 from comtip_fast.collectives import Group, SingleProcessGroup
-from comtip_fast.training.distributed.failures import RestartError, disk_trouble, explain_failures, no_longer_than
+from comtip_fast.training.distributed.failures import RestartError, explain_failures, no_longer_than
 from comtip_fast.training.protocol import TrainingError
 
 T = TypeVar("T")
@@ -206,7 +207,7 @@ def _store(env: DistributedEnv, timeout: timedelta) -> dist.Store:
     store = next(iter(dist.rendezvous("env://", env.rank, env.size, timeout=timeout)))[0]
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return store
-    return dist.PrefixStore(f"start{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}of{env.size}", store)
+    return dist.PrefixStore(f"start{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}of{env.size}", store)
 
 
 def broadcast(value: T, group: Group) -> T:

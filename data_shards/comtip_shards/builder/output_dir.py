@@ -12,10 +12,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from comtip_shards.builder.writer import FOLDERS, GENES_FILE
+from comtip_shards.builder.writer import FOLDERS
 from comtip_shards.errors import ShardError
 from comtip_shards.format import spot_table as spots
-from comtip_shards.format.manifest import NAME, REPORT_FILE, REPORTS, BuildPart, Manifest, files_of, read_manifest
+from comtip_shards.format.manifest import (
+    GENES_FILE,
+    NAME,
+    REPORT_FILE,
+    REPORTS,
+    BuildPart,
+    Manifest,
+    files_of,
+    read_manifest,
+)
 from comtip_shards.names import inside
 from comtip_shards.storage.atomic import tmp_path_of
 from comtip_shards.storage.cache import NO_LOCKS

@@ -318,8 +318,10 @@ def _write_genes(path: Path, keys: list[str]) -> None:
 def report(manifest: Manifest) -> str:
     """Return the build statistics as text."""
     lines = [
-        f"{len(manifest.sections)} sections, {manifest.n_spots} spots, {manifest.n_genes} genes, "
-        f"{len(manifest.shards)} shards; tiles of {manifest.tile.um:g} um in {manifest.tile.px} px",
+        (
+            f"{len(manifest.sections)} sections, {manifest.n_spots} spots, {manifest.n_genes} genes, "
+            f"{len(manifest.shards)} shards; tiles of {manifest.tile.um:g} um in {manifest.tile.px} px"
+        ),
     ]
     trained = {s.donor for s in manifest.sections if s.split == "train"}
     for s in manifest.sections:

@@ -151,7 +151,8 @@ def _decode_rows(
     if last.size and rows[last].max() >= n_genes:
         i = int(np.flatnonzero(n > 0)[int(np.flatnonzero(rows[last] >= n_genes)[0])])
         raise ShardError(f"{where(i)}.expr: gene rows must be below {n_genes}", kind="counts")
-    return rows.astype(np.int32)
+    out: np.ndarray = rows.astype(np.int32)
+    return out
 
 
 def _decode_counts(

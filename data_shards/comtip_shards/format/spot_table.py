@@ -67,7 +67,7 @@ def table_of(first_spot: int, metas: Sequence[dict[str, Any]], crcs: np.ndarray)
     return pa.table(columns, schema=SCHEMA)
 
 
-class SpotsWriter(pq.ParquetWriter):
+class SpotsWriter(pq.ParquetWriter):  # type: ignore[misc]  # PyArrow has no types
     """Writer of the table, one row group per section."""
 
     def __init__(self, path: Path) -> None:

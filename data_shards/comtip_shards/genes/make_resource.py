@@ -46,7 +46,7 @@ def mouse(info: Path, ensembl: Path) -> pd.DataFrame:
     table = pd.read_csv(info, sep="\t", dtype=str, keep_default_na=False)
     table = table[table["type_of_gene"].isin({"protein-coding", "ncRNA", "rRNA", "scRNA", "snRNA", "snoRNA", "pseudo"})]
     ids = table["dbXrefs"].str.extract(r"Ensembl:(ENSMUSG\d+)", expand=False).fillna("")
-    table, ids = table[(ids != "") | (table["type_of_gene"] == "protein-coding")], ids
+    table = table[(ids != "") | (table["type_of_gene"] == "protein-coding")]
     ids = ids.loc[table.index]
     names = table["description"].where(~table["description"].str.fullmatch(r"predicted gene,? ?\d*|-"), "")
     first = pd.DataFrame(

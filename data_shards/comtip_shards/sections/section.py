@@ -195,5 +195,5 @@ def check_unique(names: list[str], what: str) -> None:
 
 def cohort_of(species: str, tissue: str) -> str:
     """Return species and organ as one word: ``human_breast``."""
-    organ = tissue.split(",")[0].strip().lower()
+    organ = tissue.split(",", maxsplit=1)[0].strip().lower()
     return f"{species}_{re.sub(r'[^a-z0-9]+', '_', organ).strip('_') or 'unknown'}"

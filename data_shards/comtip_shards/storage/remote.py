@@ -230,9 +230,10 @@ class Remote:
         def put(item: bytes | BaseException) -> None:
             while not abandoned.is_set():
                 try:
-                    return chunks.put(item, timeout=1)
+                    chunks.put(item, timeout=1)
                 except queue.Full:
                     continue
+                return
 
         def pull() -> None:
             try:

@@ -22,7 +22,8 @@ from comtip_shards.names import shown
 from comtip_shards.sources.base import pick
 from comtip_shards.sources.selection.choose import choose
 from comtip_shards.sources.selection.layouts import LAYOUTS, Layout
-from comtip_shards.storage.remote import Remote, RetryPolicy, default_cache
+from comtip_shards.storage.cache import default_cache
+from comtip_shards.storage.remote import Remote, RetryPolicy
 
 FETCHERS = 4
 UNBOUNDED = 1 << 62
@@ -159,7 +160,7 @@ def _split(url: str) -> tuple[str, str]:
 
 def _tail(url: str) -> Path:
     """Return the last two path components of a URL; a run is named after its folder or the parent of ``outs``."""
-    parts = [p for p in url.split("://", 1)[1].split("?")[0].split("/") if p and p.strip(".")]
+    parts = [p for p in url.split("://", 1)[1].split("?", maxsplit=1)[0].split("/") if p and p.strip(".")]
     return Path(*parts[-2:]) if parts else Path("source")
 
 
