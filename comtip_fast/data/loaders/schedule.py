@@ -5,15 +5,20 @@ The world size only slices the global batch, so a run can resume at the same bat
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from comtip_shards import ShardSet
 from comtip_shards.sampling.balance import balanced_draw
-from comtip_shards.sampling.order import epoch_batches
+from comtip_shards.sampling.order import epoch_batches, runs
 
 from comtip_fast.config.schema import DataConfig
+
+COMPUTED_AHEAD = 100_000
+"""Spots from which on the order of the next epoch is computed in the background; below, it takes less than 0.1 s."""
 
 
 @dataclass(frozen=True)
@@ -49,18 +54,28 @@ class EpochSchedule:
         self._first_spot = np.array([s.first_spot for s in shards.manifest.sections], np.int64)
         self._group = np.array(balance_groups(shards, config.balance))
         self._epochs: dict[int, list[np.ndarray]] = {}
+        self._lock, self._process = threading.Lock(), os.getpid()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {k: v for k, v in self.__dict__.items() if k != "_lock"} | {"_process": -1}
 
     def section_of(self, spots: np.ndarray) -> np.ndarray:
         """Return the section of each spot: int64, in the shape of ``spots``."""
         return np.searchsorted(self._first_spot, spots, side="right") - 1
 
     def batches(self, epoch: int) -> list[np.ndarray]:
-        """Return the epoch's global batches, int64 arrays of spots; without balancing, each spot is in exactly one."""
-        if epoch not in self._epochs:
-            while len(self._epochs) > 1:  # keep the current epoch, and the next one for prefetching
-                self._epochs.pop(min(self._epochs))
-            self._epochs[epoch] = self._compute(epoch)
-        return self._epochs[epoch]
+        """Return the epoch's global batches, int64 arrays of spots; without balancing, each spot is in exactly one.
+
+        Threads share the result: the second one to ask waits for the first.
+        """
+        if self._process != os.getpid():  # a forked worker may have inherited a lock that nobody releases
+            self._lock, self._process = threading.Lock(), os.getpid()
+        with self._lock:
+            if epoch not in self._epochs:
+                while len(self._epochs) > 1:  # keep the current epoch, and the next one for prefetching
+                    self._epochs.pop(min(self._epochs))
+                self._epochs[epoch] = self._compute(epoch)
+            return self._epochs[epoch]
 
     def iterate(self, epoch: int, position: int, step: int) -> Iterator[ScheduledBatch]:
         """Yield the batches from a position on, epoch after epoch, without end."""
@@ -68,6 +83,8 @@ class EpochSchedule:
             batches = self.batches(epoch)
             if not batches:
                 return
+            if self.spots.size >= COMPUTED_AHEAD:
+                threading.Thread(target=self.batches, args=(epoch + 1,), name="next epoch's order", daemon=True).start()
             for i in range(position, len(batches)):
                 yield ScheduledBatch(epoch, i, step, batches[i])
                 step += 1
@@ -85,10 +102,20 @@ class EpochSchedule:
         if data.balance == "none":
             section = self.section_of(self.spots)
             return epoch_batches(section, self.spots, data.batch_size, k, self.seed, epoch, data.run)
-        drawn = balanced_draw(self._group[self.section_of(self.spots)], self.spots, self.seed, epoch)
-        # A balanced draw repeats spots, so batches are formed of indices into the draw. ``data.run`` does not apply:
-        # consecutive indices are not consecutive records.
-        batches = epoch_batches(self.section_of(drawn), np.arange(drawn.size), data.batch_size, k, self.seed, epoch)
+        section = self.section_of(self.spots)
+        if data.run == 1:
+            drawn = balanced_draw(self._group[section], self.spots, self.seed, epoch)
+            run: int | np.ndarray = 1
+        else:
+            run_of = runs(section, self.spots, data.run, self.seed, epoch)
+            drawn = balanced_draw(self._group[section], self.spots, self.seed, epoch, run_of)
+            # A run of the draw ends where the run of its spots does, or where the next pass over a group begins.
+            of_drawn = run_of[np.searchsorted(self.spots, drawn)]
+            ends = (np.diff(of_drawn) != 0) | (np.diff(drawn) <= 0)
+            run = np.concatenate([[0], np.cumsum(ends)])
+        # A balanced draw repeats spots, so batches are formed of indices into the draw.
+        at = np.arange(drawn.size)
+        batches = epoch_batches(self.section_of(drawn), at, data.batch_size, k, self.seed, epoch, run)
         return [drawn[rows] for rows in batches]
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from itertools import islice
+from collections.abc import Iterator
+from itertools import islice, pairwise
 
 import numpy as np
 
@@ -19,7 +20,7 @@ def epoch_batches(
     sections_per_batch: int | None,
     seed: int,
     epoch: int,
-    run: int = 1,
+    run: int | np.ndarray = 1,
 ) -> list[np.ndarray]:
     """Return the batches of one epoch; every spot is in exactly one.
 
@@ -37,46 +38,70 @@ def epoch_batches(
     run
         Length of runs: a section's spots are cut into runs of this many spots that are adjacent in the shards, with a
         different offset in each epoch, and runs are shuffled instead of spots. Each run is one sequential read and,
-        by the layout of the shards, a random sample of its section. 1 shuffles individual spots.
+        by the layout of the shards, a random sample of its section. 1 shuffles individual spots. An array (n,) gives
+        the run of each spot instead.
 
     Returns
     -------
     list of int64 arrays
         A last batch of a single spot is appended to the previous batch, because it would have no negatives.
     """
-    spot_index = np.asarray(spot_index, np.int64)
-    if sections_per_batch is None or np.unique(section).size == 1:
-        order = _shuffled(np.asarray(section), spot_index, run, seed, epoch)
+    section, spot_index = np.asarray(section), np.asarray(spot_index, np.int64)
+    if sections_per_batch is None or (section.size and bool((section == section[0]).all())):
+        order = _shuffled(section, spot_index, run, seed, epoch)
         return _no_single([order[i : i + batch_size] for i in range(0, order.size, batch_size)])
     pieces = _pieces(section, spot_index, batch_size, sections_per_batch, seed, epoch, run)
     return _no_single(_combine(pieces, batch_size))
 
 
-def _shuffled(section: np.ndarray, spot_index: np.ndarray, run: int, seed: int, epoch: int) -> np.ndarray:
+def _shuffled(section: np.ndarray, spot_index: np.ndarray, run: int | np.ndarray, seed: int, epoch: int) -> np.ndarray:
     """Return the spots in keyed order, keeping the runs of a section together."""
-    leader = spot_index
-    if run > 1:
-        leader = np.empty_like(spot_index)
-        for s in np.unique(section):
-            own = np.sort(spot_index[section == s])
-            position = np.arange(own.size)
-            offset = int(bits(seed, "runs", epoch, index=int(s))) % run
-            by_spot = own[np.maximum(position - (position + offset) % run, 0)]
-            leader[section == s] = by_spot[np.searchsorted(own, spot_index[section == s])]
+    leader = runs(section, spot_index, run, seed, epoch) if isinstance(run, int) else run
     # Spots of one run have the same key; the secondary key keeps them in the order of the shard.
     return spot_index[np.lexsort((spot_index, bits(seed, "order", epoch, index=leader)))]
 
 
+def runs(section: np.ndarray, spot_index: np.ndarray, run: int, seed: int, epoch: int) -> np.ndarray:
+    """Return the first spot of each spot's run, int64 (n,); the spots must be distinct."""
+    if run == 1:
+        return spot_index
+    leader = np.empty_like(spot_index)
+    for s, at in by_section(section):
+        own = np.sort(spot_index[at])
+        position = np.arange(own.size)
+        offset = int(bits(seed, "runs", epoch, index=s)) % run
+        first = own[np.maximum(position - (position + offset) % run, 0)]
+        leader[at] = first[np.searchsorted(own, spot_index[at])]
+    return leader
+
+
+def by_section(section: np.ndarray) -> Iterator[tuple[int, slice | np.ndarray]]:
+    """Yield each section, ascending, with the positions of its spots; the time does not grow with the number of sections."""
+    ascending = bool((section[1:] >= section[:-1]).all())
+    order = slice(0, section.size) if ascending else np.argsort(section, kind="stable")
+    starts = [0, *(np.flatnonzero(np.diff(section[order])) + 1).tolist(), section.size]
+    for start, end in pairwise(starts):
+        at = slice(start, end) if isinstance(order, slice) else order[start:end]
+        if end > start:
+            yield int(section[at][0]), at
+
+
 def _pieces(
-    section: np.ndarray, spot_index: np.ndarray, batch_size: int, k: int, seed: int, epoch: int, run: int
+    section: np.ndarray,
+    spot_index: np.ndarray,
+    batch_size: int,
+    k: int,
+    seed: int,
+    epoch: int,
+    run: int | np.ndarray,
 ) -> list[tuple[int, np.ndarray]]:
     """Return (section, spots) pieces in shuffled order; pieces of one section differ by at most one spot."""
     pieces = []
     size = max(1, batch_size // k)
-    for s in np.unique(section):
-        own = spot_index[section == s]
-        own = _shuffled(np.full(own.size, s), own, run, seed, epoch)
-        pieces += [(int(s), part) for part in np.array_split(own, -(-own.size // size))]
+    for s, at in by_section(np.asarray(section)):
+        own = spot_index[at]
+        own = _shuffled(np.full(own.size, s), own, run if isinstance(run, int) else run[at], seed, epoch)
+        pieces += [(s, part) for part in np.array_split(own, -(-own.size // size))]
     return [pieces[i] for i in permutation(seed, "pieces", epoch, n=len(pieces))]
 
 
