@@ -14,6 +14,7 @@ from pathlib import Path
 import fsspec
 import pytest
 from comtip_shards import ShardError
+from comtip_shards.storage.cache import FileCache
 from comtip_shards.storage.remote import Remote, RetryPolicy, is_url
 
 DATA = bytes(range(256)) * 40
@@ -187,3 +188,22 @@ def test_urls_are_distinguished_from_paths():
     assert is_url("file:///tmp/set")
     assert not is_url("runs/demo/shards:t1")
     assert not is_url(Path("/tmp/x"))
+
+
+def test_the_cost_of_a_cached_file_is_constant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Every file listed the whole folder: 455 ms for each at 20,000 files."""
+    listed, real = [], FileCache._evict
+    monkeypatch.setattr(FileCache, "_evict", lambda self, keep: listed.append(keep) or real(self, keep))
+    n, size = 1500, 100
+    for i in range(n):
+        cache = FileCache(tmp_path, 1000 * size)  # a new object for each file, as in Remote
+        key = f"{i:064x}"
+        with cache.tmp_path() as temporary:
+            temporary.write_bytes(bytes(size))
+            path = cache.path(key, "x.tar")
+            cache.put(temporary, path)
+        assert path.is_file()
+    kept = sorted(int(p.parent.name, 16) for p in tmp_path.glob("??/*/*"))
+    assert len(listed) <= 2 + n * 64 // 1000
+    assert 1000 - 2 * 1000 // 64 <= len(kept) <= 1000
+    assert kept == list(range(n - len(kept), n)), "the oldest files are evicted"

@@ -17,6 +17,11 @@ from comtip_shards.names import FOREIGN, is_sha256, problem_with, shown
 from comtip_shards.storage.atomic import flush
 
 CACHE_VARIABLE, SIZE_VARIABLE = "COMTIP_CACHE", "COMTIP_CACHE_GB"
+SLACK = 64
+"""The folder is listed once per 1/64 of its size that a process adds, and eviction leaves as much free. With P processes it may
+grow to (1 + (P - 1) / 64) times its size."""
+_unlisted: dict[str, int] = {}
+"""Bytes that this process has added to a folder since it was listed last."""
 _DAY = 24 * 3600
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 """Errors of ``flock`` on network file systems mounted without lock support."""
@@ -96,7 +101,7 @@ class FileCache:
             tmp_path.replace(path)
         except OSError as error:
             raise self.unwritable(error) from error
-        self._evict(path)
+        self._make_room(path.stat().st_size, path)
 
     def forget(self, key: str) -> None:
         """Remove the files of a key."""
@@ -136,8 +141,16 @@ class FileCache:
                     time.sleep(0.05)
             yield
 
+    def _make_room(self, added: int, keep: Path) -> None:
+        """Evict once this process has added a share of the cache's size, so that the cost per file is constant."""
+        folder = str(self.folder)
+        unlisted = _unlisted.get(folder, self.max_bytes) + added
+        _unlisted[folder] = 0 if unlisted > self.max_bytes // SLACK else unlisted
+        if not _unlisted[folder]:
+            self._evict(keep)
+
     def _evict(self, keep: Path) -> None:
-        """Remove least recently used files until the cache is within its size; open files stay readable."""
+        """Remove least recently used files until the cache has room for a share of its size; open files stay readable."""
         files = []
         for path in self.folder.glob("??/*/*"):
             try:
@@ -146,6 +159,8 @@ class FileCache:
                 continue  # removed by another process
             files.append((stat.st_mtime_ns, stat.st_size, path))
         excess = sum(size for _, size, _ in files) - self.max_bytes
+        if excess > 0:
+            excess += self.max_bytes // SLACK
         for _, size, path in sorted(files):
             if excess <= 0:
                 break
