@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from functools import cache
 
@@ -13,12 +14,14 @@ from comtip_fast.plan.engine import engine_of
 from comtip_fast.plan.hardware import DEVICES, Device, make_cluster
 from comtip_fast.plan.parts import step_parts
 from comtip_fast.plan.plan import rank_share
-from comtip_fast.plan.sizes import Inputs, sizes_of
+from comtip_fast.plan.sizes import Inputs, UnknownBlocksError, sizes_of
 from comtip_fast.training.protocol import StepCost
 
+log = logging.getLogger("comtip_fast")
 
-def step_cost(config: RunConfig, model: CoMTIP, *, tile_px: int, trained_genes: int, ranks: int) -> StepCost:
-    """Return the cost of the run's steps on the device of ``model``.
+
+def step_cost(config: RunConfig, model: CoMTIP, *, tile_px: int, trained_genes: int, ranks: int) -> StepCost | None:
+    """Return the cost of the run's steps on the device of ``model``, or None if the plan has no costs for its blocks.
 
     Parameters
     ----------
@@ -32,7 +35,14 @@ def step_cost(config: RunConfig, model: CoMTIP, *, tile_px: int, trained_genes: 
     device = next(model.parameters()).device
     gpu = device.type == "cuda"
     known = device_of(torch.cuda.get_device_name(device)) if gpu else None
-    sizes = sizes_of(config, Inputs(tile_px=tile_px, trained_genes=trained_genes), model)
+    try:
+        sizes = sizes_of(config, Inputs(tile_px=tile_px, trained_genes=trained_genes), model)
+    except UnknownBlocksError:
+        log.warning(
+            "vision.backbone=%s: no costs are known for its blocks; FLOP/s and MFU are not logged",
+            config.vision.backbone,
+        )
+        return None
     engine, cluster = engine_of(config, ranks, gpu), make_cluster("h100" if gpu else "cpu", per_node=ranks)
 
     @cache

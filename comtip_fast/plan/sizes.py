@@ -27,6 +27,10 @@ DEFAULT_GENES = 10_000
 """Number of trained genes if ``genes.per_cohort`` is 0 and none is given."""
 
 
+class UnknownBlocksError(ValueError):
+    """The plan has no costs for the blocks of an image encoder."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
     """Properties of the shard set, which the config does not contain; options of ``comtip plan``."""
@@ -182,7 +186,7 @@ def sizes_of(config: RunConfig, inputs: Inputs | None = None, model: CoMTIP | No
 
     Raises
     ------
-    ValueError
+    UnknownBlocksError
         The backbone's blocks are not plain pre-norm blocks.
     """
     inputs = inputs or Inputs()
@@ -191,7 +195,7 @@ def sizes_of(config: RunConfig, inputs: Inputs | None = None, model: CoMTIP | No
     E, paat, loss, text = model.vision, config.loss.paat, config.loss, config.text
     block: Any = E.blocks[0]
     if [type(m) for m in (block, getattr(block, "mlp", None), getattr(block, "attn", None))] != [Block, Mlp, Attention]:
-        raise ValueError(
+        raise UnknownBlocksError(
             f"vision.backbone={config.vision.backbone}: comtip plan has no costs for its blocks; "
             "plan with a backbone of plain pre-norm blocks, e.g. vit_base_patch32_224"
         )

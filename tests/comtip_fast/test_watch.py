@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import comtip_fast
 from comtip_fast.collectives import SingleProcessGroup
 from comtip_fast.config.io import ConfigError
 from comtip_fast.config.schema import WatchConfig
@@ -194,6 +195,34 @@ def test_the_cost_of_a_step_is_what_the_flop_counter_counts(tiny_shards, tiny_ov
         losses, _ = task.losses(task.model, batch)
         losses["loss"].backward()
     assert cost.flops(len(spots), batch.panel.numel()) == pytest.approx(counted.get_total_flops(), rel=0.1)
+
+
+def test_a_run_does_not_need_to_know_the_cost_of_its_blocks(
+    tiny_shards, tiny_overrides, tmp_path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """``pretrain`` refused a SwiGLU backbone, which the model supports, because its FLOP/s could not be logged."""
+    from timm.layers import SwiGLU
+
+    from comtip_fast.models import image_encoder
+
+    build = image_encoder.timm.create_model
+
+    def with_swiglu(*args, **options):
+        vit = build(*args, **options)
+        for block in vit.blocks:
+            block.mlp = SwiGLU(vit.embed_dim, 2 * vit.embed_dim)
+        return vit
+
+    monkeypatch.setattr(image_encoder.timm, "create_model", with_swiglu)
+    config = tmp_path / "c.yaml"
+    config.write_text("{}\n")
+    settings = [*tiny_overrides, f"data.shards={tiny_shards.path}", "vision.backbone=test_vit", "train.steps=2"]
+    settings += ["train.validate_every=0", "train.log_every=1"]
+    result = comtip_fast.pretrain(config, tmp_path / "run", overrides=settings, device="cpu")
+    assert result.step == 2
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert "tflops_per_s" not in next(r for r in rows if r["kind"] == "train")
+    assert "no costs are known for its blocks" in caplog.text
 
 
 def test_device_names_find_their_row():
