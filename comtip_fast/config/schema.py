@@ -266,6 +266,8 @@ class TrainConfig:
     """Number of newest checkpoints to keep, in addition to the best one."""
     validate_every: CountOrZero = 50
     """Steps between validations; 0 disables validation."""
+    validate_spots: Count = 10_000
+    """Maximum number of spots of a section that a validation scores, evenly spaced over the section."""
     patience: CountOrZero = 6
     """Validations without improvement before training stops; 0 disables early stopping."""
     nan_policy: Literal["stop", "skip"] = "stop"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from functools import partial
 from typing import Any
 
@@ -20,11 +22,19 @@ from comtip_fast.genes.tokens import GeneTokens, take_genes
 from comtip_fast.inference import predict_trained
 from comtip_fast.metrics import mean_pcc
 from comtip_fast.models import CoMTIP
+from comtip_fast.training.engines.base import autocast_of
 from comtip_fast.training.monitor.diagnostics import diagnostic, undefined
 
+log = logging.getLogger("comtip_fast")
+TELL_S = 30.0
+"""Seconds between lines of progress."""
 VALIDATION_GENES = 50
 SPACE = ("alignment", "uniformity_image", "uniformity_text", "r1", "r5", "t1", "t5")
 """Keys returned by :func:`space_numbers`."""
+CHUNK = 512
+"""Tiles that are encoded at once."""
+KEPT_BYTES = 1 << 30
+"""Maximum bytes of tiles or stem features kept in host memory between validations; what exceeds them is read again."""
 SPACE_SPOTS, SPACE_GENES = 256, 256
 """Spots per section among which retrieval is measured, and genes per sentence; fixed, to compare runs and sections."""
 
@@ -54,22 +64,32 @@ class Validation:
         self.model, self.shards, self.tables, self.loader, self.genes = model, shards, tables, loader, genes
         self.config = config
         self.device = next(model.parameters()).device
-        self._features: dict[int, tuple[np.ndarray, Tensor]] = {}
+        self._autocast = autocast_of(config, self.device)
+        self._spots: dict[int, np.ndarray] = {}
+        self._kept: dict[int, tuple[np.ndarray, Tensor]] = {}
+        self._kept_bytes = 0
 
     @torch.no_grad()
     def score(self) -> tuple[float, dict[str, float], dict[str, float]]:
-        """Return the mean zero-shot PCC over cohorts, the mean of each cohort, and :func:`space_numbers`."""
+        """Return the mean zero-shot PCC over cohorts, the mean of each cohort, and :func:`space_numbers`.
+
+        Memory on the device is that of one chunk and of one section's vectors, whatever the number of sections.
+        """
         scores: dict[str, list[float]] = {}
         spaces = []
-        for section in self._sections():
+        told = time.monotonic()
+        sections = self._sections()
+        for i, section in enumerate(sections):
+            if time.monotonic() - told > TELL_S:
+                told = time.monotonic()
+                log.info("validation: section %d of %d", i + 1, len(sections))
             cohort = self.shards.cohort_of_section(section)
             rows = self._rows(section, cohort, VALIDATION_GENES)
             if rows.size == 0:
                 continue
-            spots, features = self._section_features(section)
-            image = self.model.encode_image(features).vector_BD
+            spots, image = self._encode(section)
             scores.setdefault(cohort, []).append(self._pcc(spots, rows, image))
-            chosen = np.linspace(0, spots.size - 1, min(spots.size, SPACE_SPOTS)).round().astype(np.int64)
+            chosen = evenly(spots.size, SPACE_SPOTS)
             # Read outside of the diagnostic: with data.faults=stop, a damaged record must end the run.
             counts = self.loader.counts(spots[chosen])[1]
             compute = partial(self._space, section, chosen, counts, image)
@@ -105,13 +125,42 @@ class Validation:
         text = table_pool(table.rows_GQD, table.scores_GQ, levels, torch.ones_like(levels, dtype=torch.bool))
         return space_numbers(image[torch.from_numpy(keep).to(image.device)], text)
 
-    def _section_features(self, section: int) -> tuple[np.ndarray, Tensor]:
-        """Return the section's undamaged spots and the stem features of their tiles."""
-        if section not in self._features:
-            spots, _ = self.loader.counts(self.shards.select(sections=[section]))
-            spots, tiles = self.loader.tiles(spots, np.zeros(spots.shape, np.int64))
-            self._features[section] = spots, self.model.vision.stem_features(tiles.to(self.device))
-        return self._features[section]
+    def _encode(self, section: int) -> tuple[np.ndarray, Tensor]:
+        """Return the section's undamaged spots, at most ``train.validate_spots``, and their image vectors, fp32 (N, D)."""
+        if section not in self._spots:
+            all_spots = self.shards.select(sections=[section])
+            most = self.config.train.validate_spots
+            self._spots[section] = self.loader.counts(all_spots[evenly(all_spots.size, most)])[0]
+        spots, vectors = [], []
+        for start in range(0, self._spots[section].size, CHUNK):
+            chunk, inputs = self._inputs(self._spots[section][start : start + CHUNK])
+            features = inputs.to(self.device)
+            if self.model.vision.stem is None:
+                features = self.model.vision.stem_features(features)
+            with self._autocast():
+                vectors.append(self.model.encode_image(features).vector_BD.float())
+            spots.append(chunk)
+        if not spots:
+            return np.zeros(0, np.int64), torch.zeros(0, self.config.align.dim, device=self.device)
+        return np.concatenate(spots), torch.cat(vectors)
+
+    def _inputs(self, spots: np.ndarray) -> tuple[np.ndarray, Tensor]:
+        """Return the undamaged spots of a chunk, and their tiles or features of the frozen stem, in host memory."""
+        first = int(spots[0])
+        if first in self._kept:
+            return self._kept[first]
+        spots, inputs = self.loader.tiles(spots, np.zeros(spots.shape, np.int64))
+        if self.model.vision.stem is not None:
+            inputs = self.model.vision.stem_features(inputs.to(self.device)).cpu()
+        if self._kept_bytes + inputs.nbytes <= KEPT_BYTES:
+            self._kept_bytes += inputs.nbytes
+            self._kept[first] = spots, inputs
+        return spots, inputs
+
+
+def evenly(n: int, most: int) -> np.ndarray:
+    """Return at most ``most`` indices below ``n``, evenly spaced and distinct: int64."""
+    return np.linspace(0, n - 1, min(n, most)).round().astype(np.int64)
 
 
 def _mean_of_finite(values: list[float]) -> float:
