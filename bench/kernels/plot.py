@@ -18,7 +18,7 @@ from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).parents[2]
 BLUE, ORANGE, GREEN, PINK = "#0072b2", "#e69f00", "#009e73", "#cc79a7"
-HEAD = ("operation", "size", "MB moved", "x floor", "GFLOP", "x floor", "A100 µs", "H100 µs", "bound by")
+HEAD = ("operation", "size", "MB moved", "x floor", "GFLOP", "x floor", "A100 µs", "H100 µs", "compute", "L2", "memory")
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -35,7 +35,7 @@ def flop_ratio(row: dict[str, str]) -> float | None:
 
 def table(rows: list[dict[str, str]]) -> str:
     """Return the rows as Markdown; times are predicted."""
-    lines = ["| " + " | ".join(HEAD) + " |", "|---|---|" + "---:|" * 6 + "---|"]
+    lines = ["| " + " | ".join(HEAD) + " |", "|---|---|" + "---:|" * 9]
     for r in rows:
         ratio = flop_ratio(r)
         flops = ("", "") if ratio is None else (f"{float(r['gflop']):,.0f}", f"{ratio:.2f}")
@@ -47,10 +47,16 @@ def table(rows: list[dict[str, str]]) -> str:
             *flops,
             f"{int(r['predicted_us_a100']):,}",
             f"{int(r['predicted_us_h100']):,}",
-            r["bound_h100"],
+            *(_share(r, roof) for roof in ("compute", "l2", "memory")),
         )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _share(row: dict[str, str], roof: str) -> str:
+    """Return the share of the predicted H100 time that one roof alone needs; the lowest roof, which bounds, is bold."""
+    text = f"{float(row[f'{roof}_us_h100']) / float(row['predicted_us_h100']):.0%}".replace("%", " %")
+    return f"**{text}**" if row["bound_h100"] == roof else text
 
 
 def kernels_table(rows: list[dict[str, str]], triton: str = "3.8.0") -> str:
@@ -95,7 +101,7 @@ def draw(rows: list[dict[str, str]], out: Path) -> None:
         right.barh([v + offset for v in y], ms, 0.38, color=color, label=gpu.upper())
         for v, value in zip(y, ms, strict=True):
             right.text(value * 1.06, v + offset, f"{value:.2g}", va="center", fontsize=7)
-    right.set(xscale="log", xlim=(0.08, 60), xlabel="milliseconds on a roofline: predicted, no GPU has run this")
+    right.set(xscale="log", xlim=(0.08, 60), xlabel="predicted ms under the lowest roof (not measured)")
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(loc="lower right", fontsize=8, frameon=False)
