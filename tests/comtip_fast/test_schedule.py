@@ -15,7 +15,7 @@ from comtip_fast.data.loaders import schedule as module
 from comtip_fast.data.loaders.schedule import EpochSchedule
 
 
-def made(sizes: list[int], platforms: list[str], **settings: Any) -> EpochSchedule:
+def schedule_of(sizes: list[int], platforms: list[str], **settings: Any) -> EpochSchedule:
     first = np.cumsum([0, *sizes[:-1]])
     sections = [SimpleNamespace(first_spot=int(f), platform=p) for f, p in zip(first, platforms, strict=True)]
     shards: Any = SimpleNamespace(manifest=SimpleNamespace(sections=sections))
@@ -32,7 +32,7 @@ def test_balanced_epochs_read_runs(k: int | None):
     """With balancing, ``data.run`` was ignored in silence."""
     sizes, platforms = [4000, 3000, 300, 250], ["a", "a", "b", "b"]
     common = {"batch_size": 512, "sections_per_batch": k}
-    single, runs = (made(sizes, platforms, run=run, **common) for run in (1, 32))
+    single, runs = (schedule_of(sizes, platforms, run=run, **common) for run in (1, 32))
     for schedule in (single, runs):
         drawn = np.concatenate(schedule.batches(0))
         assert drawn.size == sum(sizes)
@@ -50,7 +50,7 @@ def test_balanced_epochs_read_runs(k: int | None):
 
 
 def test_without_runs_the_balanced_order_is_as_before():
-    batches = made([40, 30, 9], ["a", "a", "b"], batch_size=16, sections_per_batch=2).batches(0)
+    batches = schedule_of([40, 30, 9], ["a", "a", "b"], batch_size=16, sections_per_batch=2).batches(0)
     assert batches[0][:8].tolist() == PINNED
 
 
@@ -71,7 +71,7 @@ def test_sections_are_found_in_one_pass():
 
 
 def test_threads_share_one_computation(monkeypatch: pytest.MonkeyPatch):
-    schedule = made([400, 300], ["a", "b"], batch_size=64)
+    schedule = schedule_of([400, 300], ["a", "b"], batch_size=64)
     computed: list[int] = []
     started, real = threading.Event(), EpochSchedule._compute
 
@@ -91,7 +91,7 @@ def test_threads_share_one_computation(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_the_next_epoch_is_computed_ahead(monkeypatch: pytest.MonkeyPatch):
-    schedule = made([400, 300], ["a", "b"], batch_size=64)
+    schedule = schedule_of([400, 300], ["a", "b"], batch_size=64)
     monkeypatch.setattr(module, "COMPUTED_AHEAD", 100)
     next(schedule.iterate(0, 0, 1))
     for t in threading.enumerate():
@@ -101,7 +101,7 @@ def test_the_next_epoch_is_computed_ahead(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_forked_worker_does_not_wait_for_a_lock_of_its_parent():
-    schedule = made([400, 300], ["a", "b"], batch_size=64)
+    schedule = schedule_of([400, 300], ["a", "b"], batch_size=64)
     with schedule._lock:
         child = os.fork()
         if child == 0:
