@@ -24,6 +24,7 @@ from comtip_fast.genes import GeneTokenizer
 from comtip_fast.genes.tokens import gene_tokens
 from comtip_fast.models import CoMTIP, ModelSizes
 from comtip_fast.models.image_encoder import check_mask, patches_per_side
+from comtip_fast.training.distributed.process_group import on_rank_zero
 from comtip_fast.training.losses import LossInputs, LossPart, Numbers, Parts, StepLosses
 from comtip_fast.training.readout import fit_readout
 from comtip_fast.training.validation import Validation
@@ -56,7 +57,8 @@ def build_task(
     shards = ShardSet(config.data.shards)
     if config.vision.backbone == "small":  # before the tables, which can take minutes
         check_vision(config, patches_per_side(config.vision, config.vision.patch_px, shards.manifest.tile.px) ** 2)
-    tables = training_tables(shards, config)
+    # Statistics read tens of thousands of spots of all shards: once, not on every rank.
+    tables = on_rank_zero(lambda: training_tables(shards, config), group or SingleProcessGroup())
     tokenizer = GeneTokenizer.load()
     sizes = ModelSizes(
         tile_px=shards.manifest.tile.px,

@@ -6,10 +6,26 @@
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 SLOW_S = 0.5
+
+
+@contextmanager
+def counted_reads() -> Iterator[list[int]]:
+    """Collect the number of spots of each read of counts."""
+    from comtip_fast.data.records import SpotReader
+
+    reads: list[int] = []
+    real = SpotReader.counts
+    SpotReader.counts = lambda self, spots: reads.append(len(spots)) or real(self, spots)
+    try:
+        yield reads
+    finally:
+        SpotReader.counts = real
 
 
 def seconds_of(overrides: list[str], ranks: object, kind: list[str]) -> tuple[str, float]:
@@ -23,7 +39,10 @@ def seconds_of(overrides: list[str], ranks: object, kind: list[str]) -> tuple[st
     device = torch.device("cpu")
     config = load_config(None, [*overrides, *kind])
     group = ClockedGroup(ranks, device)
-    task = build_task(config, device, group)
+    with counted_reads() as reads:
+        task = build_task(config, device, group)
+    # Statistics of the training split are computed by one rank: not every rank reads the whole set before step 1.
+    assert (sum(reads) > 0) == (group.rank == 0), f"rank {group.rank} read {sum(reads)} spots"
     engine = make_engine(task.module, config, group)
     order: list[str] = []
     slow = ""
