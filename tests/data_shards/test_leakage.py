@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from comtip_shards import ShardSet, SourceError
 from comtip_shards.builder.build import build_shards
+from comtip_shards.sections.facts import SectionFacts
 from comtip_shards.sections.leakage import (
     SKETCH,
     benchmark_of,
@@ -137,7 +138,7 @@ def test_a_donor_of_the_list_is_kept_out_by_the_name_that_hest_gives(tmp_path: P
         "organ": "Prostate",
     }
     (tmp_path / "metadata/NEW1.json").write_text(json.dumps(facts))
-    (row,) = hest.catalogue(tmp_path, {})
+    (row,) = hest.catalogue(tmp_path, SectionFacts())
     with pytest.raises(SourceError, match=r"its donor Spatially .*: Patient 2 is that of benchmark section MEND1"):
         guard_benchmark([meta("NEW1", donor=row.donor, split="train")])
     guard_benchmark([meta("NEW1", donor=row.donor.replace("Patient 2", "Patient 9"), split="train")])

@@ -237,7 +237,7 @@ def test_fractional_counts_are_rounded_by_option_only(tmp_path: Path):
     section = read(path, round_counts="yes")
     is_the_data(section)
     assert any(n.startswith("X rounded to integers (--round-counts): ") for n in section.notes)
-    with pytest.raises(SourceError, match="round_counts maybe: use yes or no"):
+    with pytest.raises(SourceError, match="--round-counts maybe: must be 'yes' or 'no'"):
         read(path, round_counts="maybe")
 
 

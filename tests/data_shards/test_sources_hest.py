@@ -278,5 +278,5 @@ def test_normalised_expression_is_refused(folder: Path):
     data.write_h5ad(folder / "st/TENX1.h5ad")
     with pytest.raises(SourceError, match=r"TENX1\.h5ad: .* not integers.*raw counts"):
         read(folder)
-    with pytest.raises(SourceError, match="unknown --pixels svg; use wsi or patches"):
+    with pytest.raises(SourceError, match="--pixels svg: must be 'wsi' or 'patches'"):
         read(folder, pixels="svg")

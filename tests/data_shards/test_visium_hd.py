@@ -166,7 +166,7 @@ def test_bins_outside_tissue_of_a_raw_matrix_are_counted(run: Path):
 
 def test_batches_do_not_matter(run: Path, monkeypatch: pytest.MonkeyPatch):
     before = read(run)
-    for module in ("visium_hd", "files.table_batches"):
+    for module in ("visium_hd_parts.bins", "files.table_batches"):
         monkeypatch.setattr(f"comtip_shards.sources.{module}.BATCH", 37)
     after = read(run)
     assert after.spot_ids == before.spot_ids
@@ -355,7 +355,7 @@ def test_bad_input_names_the_file_and_the_fix(run: Path, name: str):
         ({"pool_um": "100"}, "not a multiple of the bin width \\(16, 8 um\\); use e.g. 96"),
         ({"bin_um": "2"}, "no bins of 2 um; available: 16, 8 um"),
         ({"pool_um": "-3"}, "--pool-um -3: must be greater than 0"),
-        ({"min_cover": "50"}, "greater than 0, at most 1"),
+        ({"min_cover": "50"}, "--min-cover 50: must be less than or equal to 1"),
         ({"qv": "20"}, "--qv has no effect here"),
         ({"pool_from": "transcripts"}, "use bins or cells for Visium HD"),
         ({"mpp": "2"}, "states 4 um per full-resolution px, but --mpp is 2"),

@@ -214,7 +214,7 @@ def test_round_trip_through_a_shard_set(run: Path, tmp_path: Path):
 
 
 def test_batches_do_not_matter(run: Path, monkeypatch: pytest.MonkeyPatch):
-    for module in ("xenium", "files.table_batches"):
+    for module in ("xenium_parts.pool", "files.table_batches"):
         monkeypatch.setattr(f"comtip_shards.sources.{module}.BATCH", 13)
     same(read(run), truth())
     few = read(run, pool_from="cells")

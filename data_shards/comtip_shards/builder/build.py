@@ -23,6 +23,7 @@ from comtip_shards.format import record
 from comtip_shards.format.manifest import NAME, REPORTS, BuildPart, Manifest, TileSpec, sha256_of
 from comtip_shards.names import same_file
 from comtip_shards.qc import refuse_failed, write_pages
+from comtip_shards.sections.facts import stated
 from comtip_shards.sections.leakage import check_duplicates, enforce_split_policy
 from comtip_shards.sections.section import SectionMeta, check_meta
 from comtip_shards.sources.base import SectionSource
@@ -234,4 +235,6 @@ def _fingerprint(source: SectionSource, meta: SectionMeta, tile: TileSpec) -> st
         "made_with": dependency_versions(),
         "files": [(f.name, sha256_of(f)) for f in files],
     }
+    if options := stated(source.counts):  # the layer of the counts shows in nothing else
+        facts["counts"] = options
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from comtip_shards.errors import SourceError
 from comtip_shards.names import shown
+from comtip_shards.sections.facts import SourceOptions
 from comtip_shards.sources.base import pick
 from comtip_shards.sources.selection.choose import choose
 from comtip_shards.sources.selection.layouts import LAYOUTS, Layout
@@ -92,7 +93,7 @@ def fetch_source(
     fmt: str = "auto",
     samples: Sequence[str] | None = None,
     where: Mapping[str, Collection[str]] | None = None,
-    facts: Mapping[str, str] | None = None,
+    options: SourceOptions | None = None,
     cache: Path | None = None,
     progress: bool = False,
 ) -> Fetched:
@@ -107,8 +108,8 @@ def fetch_source(
         ``auto`` detects the format by file names.
     samples, where
         As for :func:`comtip_shards.sources.open_source`.
-    facts
-        Facts stated by the caller; ``pixels`` selects the WSIs or the patches of HEST.
+    options
+        What the caller states; ``pixels`` selects the WSIs or the patches of HEST, ``pool_um`` the bins of Visium HD.
     cache
         Cache directory; by default ``sources`` in :func:`comtip_shards.storage.remote.default_cache`.
     progress
@@ -133,7 +134,7 @@ def fetch_source(
     chosen = _choose(layout, listing, root, url, samples, where or {}, only)
     needed = dict(tables)
     for section in chosen if chosen is not None else [""]:
-        needed |= listing.needs(layout.files(root, section, facts or {}), section)
+        needed |= listing.needs(layout.files(root, section, options or SourceOptions()), section)
     if only:
         needed[only] = listing.match(only).get(only)
     wanted = sum(s or 0 for s in needed.values())
