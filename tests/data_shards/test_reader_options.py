@@ -14,6 +14,8 @@ from comtip_shards.sections.facts import FACT_KEYS, META_KEYS, OPTION_KEYS, POOL
 from comtip_shards.sources import READERS, open_source
 from PIL import Image
 
+from testkit.option_reads import declared, fields_read
+
 ROOT = Path(__file__).parents[2]
 SAMPLES = ROOT / "data_shards/samples"
 VALID = {"pixels": "wsi", "pool_from": "cells", "round_counts": "yes"}
@@ -126,3 +128,10 @@ def test_another_layer_is_another_set(tmp_path: Path):
         build("double", "set")
     assert build("double", "other").counts(range(16)).sum() == 192
     assert build("X", "set").manifest.fingerprint == first.manifest.fingerprint
+
+
+def test_every_declared_option_is_read(tmp_path: Path):
+    path = legacy(tmp_path / "d")
+    assert fields_read(path, species="human", tissue="breast") == declared(path)
+    assert fields_read(VISIUM, tissue="heart", image="lowres") == declared(VISIUM)
+    assert fields_read(SAMPLES) == declared(SAMPLES)

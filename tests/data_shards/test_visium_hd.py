@@ -14,6 +14,7 @@ from comtip_shards.sources import detect, open_source
 from comtip_shards.sources.files.geojson import centroid, iter_features
 
 from comtip_fast.cli import main
+from testkit.option_reads import declared, fields_read
 from testkit.tenx import GENES, NAMES, he_picture, write_h5, write_segmentation, write_visium_hd
 
 MPP, ANGLE, CORNER = 4.0, 0.2, np.array([40.0, 12.0])
@@ -373,3 +374,9 @@ def test_bins_given_to_the_space_ranger_reader_are_not_taken_for_spots(run: Path
     assert detect(run / "binned_outputs/square_016um")[0].name == "visium_hd"
     with pytest.raises(SourceError, match="no effect here: space_ranger has one row per spot and is not pooled"):
         open_source(run / "binned_outputs/square_016um", fmt="space_ranger", overrides=facts(run, pool_um="128"))
+
+
+def test_every_declared_option_is_read(run: Path):
+    write_segmentation(run, np.ones((4, 9), int), np.full((9, 2), 60.0), MPP, radius=2.0)
+    read = fields_read(run, **facts(run)) | fields_read(run, **facts(run, pool_from="cells"))
+    assert read == declared(run) - {"qv", "alignment"}  # refused by name

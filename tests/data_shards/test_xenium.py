@@ -16,6 +16,7 @@ from comtip_shards.sources.tenx.alignment import read_alignment
 from PIL import Image
 
 from comtip_fast.cli import main
+from testkit.option_reads import declared, fields_read
 from testkit.tenx import GENES, NAMES, he_picture, write_xenium
 
 PIXEL = 0.2125
@@ -451,3 +452,8 @@ def test_species_and_tissue(run: Path):
         read(run, species="mouse")
     with pytest.raises(SourceError, match="set --tissue"):
         open_source(run)
+
+
+def test_every_declared_option_is_read(run: Path):
+    read = fields_read(run, **FACTS) | fields_read(run, pool_from="cells", **FACTS)
+    assert read == declared(run) - {"bin_um", "min_cover"}  # refused by name
