@@ -144,6 +144,7 @@ def test_transcripts_are_pooled_where_the_tile_shows_them(run: Path, alignment: 
 def test_other_sizes_and_qualities(run: Path):
     same(read(run, qv="40", pool_um="52"), truth(qv=40, pool_px=26), 26)
     same(read(run, qv="10"), truth(qv=10))
+    same(read(run, qv="0"), truth(qv=0))
     counts = {k: v.sum() for k, v in truth().items()}
     least = sorted(counts.values())[4]
     section = read(run, min_pooled=str(least))
