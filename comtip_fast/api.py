@@ -25,7 +25,7 @@ from comtip_fast.evaluation.run import evaluate_run as evaluate
 from comtip_fast.inference import GeneQuery, ImageFeatures, Predictor
 from comtip_fast.pretraining import pretrain
 from comtip_fast.runtime.devices import pick_device
-from comtip_fast.shards import Facts, build_shards, open_sections, stated_text
+from comtip_fast.shards import Facts, build_shards, open_sections, stated_options
 
 __all__ = [
     "CountOptions",
@@ -122,7 +122,7 @@ class Model:
         >>> predicted.shape, predicted.var["training"].tolist()
         ((49, 2), ['trained', 'never seen'])
         """
-        opened = open_section(section, self.tile, stated_text(facts, pooling, counts))
+        opened = open_section(section, self.tile, stated_options(facts, pooling, counts))
         var, queries = self._queries(genes, self._species(opened))
         out = self.predictor.predict(self._features(opened), queries)
         data = opened.template.copy()
@@ -157,7 +157,7 @@ class Model:
         >>> comtip_fast.load("run").embed("set:x1").obsm["X_comtip"].shape
         (49, 32)
         """
-        opened = open_section(section, self.tile, stated_text(facts, pooling, counts))
+        opened = open_section(section, self.tile, stated_options(facts, pooling, counts))
         if isinstance(section, ad.AnnData):
             data = section.copy()
         elif str(section).endswith(H5AD_SUFFIXES):

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from comtip_shards import builder
 from comtip_shards.builder import BuildReport
-from comtip_shards.sections.facts import CountOptions, PoolingOptions, SectionFacts, parse_facts, stated
+from comtip_shards.sections.facts import (
+    CountOptions,
+    PixelSource,
+    PoolingOptions,
+    SectionFacts,
+    SourceOptions,
+    parse_facts,
+    source_options,
+)
 from comtip_shards.sources import SectionSource, open_source
 from comtip_shards.storage.remote import is_url
 
 HEST_PATCH_UM = 112.0
 Facts = SectionFacts | Mapping[str, Any] | None
+_T = TypeVar("_T", PoolingOptions, CountOptions)
 
 
 def build_shards(
@@ -98,15 +108,33 @@ def open_sections(
     progress: bool = False,
 ) -> list[SectionSource]:
     """Open the sections of a source without reading them; parameters as in :func:`build_shards`."""
-    texts = stated_text(facts, pooling, counts)
-    if is_url(source):
+    options = stated_options(facts, pooling, counts)
+    if is_url(source) and options.facts.pixels is None:
         # HEST patches are a tenth of the size of whole-slide images, but only HEST_PATCH_UM wide.
-        texts.setdefault("pixels", "patches" if tile_um <= HEST_PATCH_UM else "wsi")
-    return open_source(source, samples=samples, fmt=fmt, overrides=texts, where=where, cache=cache, progress=progress)
+        pixels: PixelSource = "patches" if tile_um <= HEST_PATCH_UM else "wsi"
+        options = replace(options, facts=replace(options.facts, pixels=pixels))
+    return open_source(source, samples=samples, fmt=fmt, overrides=options, where=where, cache=cache, progress=progress)
 
 
-def stated_text(facts: Facts, pooling: PoolingOptions | None, counts: CountOptions | None) -> dict[str, str]:
-    """Return the stated facts and options as text, for the readers of sources."""
-    if isinstance(facts, Mapping):
-        return stated(*parse_facts(facts), pooling, counts)
-    return stated(facts, pooling, counts)
+def stated_options(facts: Facts, pooling: PoolingOptions | None, counts: CountOptions | None) -> SourceOptions:
+    """Return checked options for the readers of sources.
+
+    Raises
+    ------
+    comtip_shards.SourceError
+        A value is invalid; names the option, the value and what it must be.
+    """
+    if not isinstance(facts, Mapping):
+        given = SourceOptions(
+            facts=facts or SectionFacts(), pooling=pooling or PoolingOptions(), counts=counts or CountOptions()
+        )
+        return source_options(given)
+    stated, own_pooling, own_counts = parse_facts(facts)
+    return source_options(
+        SourceOptions(facts=stated, pooling=_merged(own_pooling, pooling), counts=_merged(own_counts, counts))
+    )
+
+
+def _merged(one: _T, other: _T | None) -> _T:
+    """Return the options of two objects, of which the second takes precedence."""
+    return one if other is None else replace(one, **{k: v for k, v in vars(other).items() if v is not None})

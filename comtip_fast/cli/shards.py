@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import cast, get_args
 
 from comtip_shards.builder.build import build_shards
 from comtip_shards.builder.merge import merge_sets
 from comtip_shards.names import printable
 from comtip_shards.qc import check_sources
 from comtip_shards.reader.verify import verify
+from comtip_shards.sections.section import SectionId, Split
 from comtip_shards.sources import FORMATS as SOURCE_FORMATS
 from comtip_shards.sources import SectionSource, detect
 from comtip_shards.storage.remote import is_url
@@ -150,12 +152,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _build(args: argparse.Namespace) -> int:
-    splits = {}
-    for item in args.split:
-        section, _, split = item.partition("=")
-        if split not in {"train", "val", "test"}:
-            raise ValueError(f"--split {item}: write SECTION=train, SECTION=val or SECTION=test")
-        splits[section] = split
     report = build_shards(
         _open(args),
         args.out,
@@ -164,7 +160,7 @@ def _build(args: argparse.Namespace) -> int:
         min_mpp=args.min_mpp,
         codec=args.codec,
         quality=args.quality,
-        splits=splits,
+        splits=dict(map(_split, args.split)),
         strict=args.strict,
         allow_benchmark=args.allow_benchmark,
         benchmark_ids=args.benchmark_ids,
@@ -176,6 +172,13 @@ def _build(args: argparse.Namespace) -> int:
     )
     print(printable(report.text))
     return 0
+
+
+def _split(item: str) -> tuple[SectionId, Split]:
+    section, _, split = item.partition("=")
+    if split not in get_args(Split):
+        raise ValueError(f"--split {item}: write SECTION=train, SECTION=val or SECTION=test")
+    return section, cast(Split, split)
 
 
 def _merge(args: argparse.Namespace) -> int:

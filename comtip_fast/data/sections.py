@@ -7,7 +7,8 @@ distinguish sections by either.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,16 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 from comtip_shards import ShardSet, SourceError
+from comtip_shards.sections.facts import SourceOptions, check_options, flag, source_options
 from comtip_shards.sections.section import Section
 from comtip_shards.slides.base import Slide
 from comtip_shards.slides.open import open_slide
 from comtip_shards.slides.tiles import StainStats, stain_stats
 from comtip_shards.sources import open_source
+from comtip_shards.sources.anndata_parts.picture import MICRONS_PER_PIXEL, library_names, library_slide
 from comtip_shards.sources.anndata_parts.store import SUFFIXES as H5AD_SUFFIXES
 from comtip_shards.sources.anndata_parts.store import MemoryStore, open_h5ad
-from comtip_shards.sources.anndata_source import MICRONS_PER_PIXEL, library_names, library_slide, view_library
-from comtip_shards.sources.base import check_options, check_overrides
+from comtip_shards.sources.anndata_source import view_library
 from comtip_shards.sources.files.packaging import unpacked
 from comtip_shards.storage.remote import is_url
 
@@ -58,7 +60,7 @@ class SectionTiles:
 
 
 def open_section(
-    spec: str | Path | ad.AnnData, tile: TileGeometry, overrides: dict[str, str] | None = None
+    spec: str | Path | ad.AnnData, tile: TileGeometry, overrides: SourceOptions | Mapping[str, Any] | None = None
 ) -> SectionTiles:
     """Open a SECTION.
 
@@ -69,7 +71,7 @@ def open_section(
     tile
         Tile geometry of the model.
     overrides
-        Metadata that the source does not provide, e.g. ``{"mpp": "0.5", "species": "human"}``.
+        Facts and options that the caller states, or a mapping of them, e.g. ``{"mpp": "0.5", "species": "human"}``.
 
     Raises
     ------
@@ -80,25 +82,24 @@ def open_section(
     ShardError
         A record of the shard set is damaged.
     """
-    overrides = dict(overrides or {})
-    check_overrides(overrides)
+    options = source_options(overrides)
     if isinstance(spec, ad.AnnData):
-        return _from_anndata(spec, "the AnnData", tile, overrides)
+        return _from_anndata(spec, "the AnnData", tile, options)
     if is_url(str(spec)):
         url, _, section_id = str(spec).rpartition(":")
         if "/" in section_id:
             raise SourceError(f"{spec}: no section is named; give {spec}:section_id")
-        _refuse_overrides(overrides, url)
+        _refuse_options(options, url)
         return _from_shards(ShardSet(url), section_id, tile)
     path, section_id = split_spec(str(spec))
     if path.name.endswith(H5AD_SUFFIXES):
-        return _from_anndata(read_h5ad(path), str(path), tile, overrides, section_id)
+        return _from_anndata(read_h5ad(path), str(path), tile, options, section_id)
     if (path / "manifest.json").is_file():
-        _refuse_overrides(overrides, str(path))
+        _refuse_options(options, str(path))
         return _from_shards(ShardSet(path), section_id, tile)
     # The tissue does not matter here, so a source that does not state it is not refused.
-    facts = {"tissue": "unstated", **{k: v for k, v in overrides.items() if v}}
-    sources = open_source(path, samples=[section_id] if section_id else None, overrides=facts)
+    options = replace(options, facts=replace(options.facts, tissue=options.facts.tissue or "unstated"))
+    sources = open_source(path, samples=[section_id] if section_id else None, overrides=options)
     if len(sources) != 1:
         ids = ", ".join(s.meta.section_id for s in sources)
         raise SourceError(
@@ -107,13 +108,12 @@ def open_section(
     return _from_section(sources[0].read_spots(), tile)
 
 
-def _refuse_overrides(overrides: dict[str, str], where: str) -> None:
+def _refuse_options(options: SourceOptions, where: str) -> None:
     """Raise for facts about a section of a shard set, which states them itself."""
-    stated = [k for k, v in overrides.items() if v]
-    if stated:
-        options = ", ".join(f"--{k.replace('_', '-')}" for k in stated)
+    if options.stated():
         raise SourceError(
-            f"{where}: {options} has no effect here: a shard set states the facts of its sections; leave it out"
+            f"{where}: {', '.join(map(flag, options.stated()))} has no effect here: a shard set states the facts of its "
+            "sections; leave it out"
         )
 
 
@@ -183,9 +183,9 @@ def _from_section(section: Section, tile: TileGeometry) -> SectionTiles:
 
 
 def _from_anndata(
-    data: ad.AnnData, where: str, tile: TileGeometry, overrides: dict[str, str], section_id: str = ""
+    data: ad.AnnData, where: str, tile: TileGeometry, options: SourceOptions, section_id: str = ""
 ) -> SectionTiles:
-    check_options(overrides, ("image", "positions"), "an AnnData whose counts are not read")
+    check_options(options, ("image", "positions"), "an AnnData whose counts are not read")
     store = MemoryStore(data, Path(where))
     libraries = library_names(data.uns.get("spatial", {}))
     if section_id and section_id not in libraries:
@@ -197,9 +197,11 @@ def _from_anndata(
             f"{where}: uns['spatial'] holds {len(libraries)} libraries ({', '.join(libraries)}); subset to one section first"
         )
     own = data.uns.get("comtip", {})
-    stated = {"species": str(own["species"])} if own.get("species") else {}
+    if own.get("species") and options.facts.species is None:
+        known = source_options({"species": str(own["species"])}).facts.species
+        options = replace(options, facts=replace(options.facts, species=known))
     library = libraries[0] if libraries else ""
-    view = view_library(store, library, Path(where).stem, {**stated, **overrides}, need_species=False)
+    view = view_library(store, library, Path(where).stem, options, need_species=False)
     xy, mpp = view.xy * view.factor, view.mpp / view.factor
     slide: Slide
     if view.picture is not None:
@@ -211,7 +213,7 @@ def _from_anndata(
         template = ad.AnnData(
             obs=data.obs.copy(), obsm={"spatial": view.xy.copy()}, uns={"spatial": data.uns.get("spatial", {})}
         )
-        return _cut(slide, xy, mpp, tile, library or Path(where).stem, view.facts.get("species", ""), template)
+        return _cut(slide, xy, mpp, tile, library or Path(where).stem, view.facts.species, template)
 
 
 def _check_positions(xy: np.ndarray, mpp: float, slide: Slide, where: str) -> None:

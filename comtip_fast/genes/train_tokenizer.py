@@ -18,8 +18,8 @@ def main() -> None:
     """Train on symbols and names of all genes except pseudogenes, whose names repeat those of their parent genes."""
     texts = []
     for row in GeneResource.load().rows:
-        if row["kind"] != "pseudo":
-            texts += [gene_text(row["symbol"], ""), " " + gene_text("", row["name"])]
+        if row.kind != "pseudo":
+            texts += [gene_text(row.symbol, ""), " " + gene_text("", row.name)]
     tokenizer = Tokenizer(models.BPE())
     # Every digit is a token: KRT14 and KRT17 share "KRT", and numbers do not become tokens.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -149,10 +149,9 @@ class Sizes:
 def sentence_lengths(max_tokens: int, full_name: bool) -> tuple[float, float]:
     """Return E[T] and E[T^2] / E[T] of sentence lengths over the protein-coding genes that ship with ``comtip_shards``."""
     tokenizer = GeneTokenizer.load()
-    proteins = [r for r in GeneResource.load().rows if r["kind"] == "protein"]
+    proteins = [r for r in GeneResource.load().rows if r.kind == "protein"]
     lengths = [
-        2 + len(tokenizer.encode(r["symbol"], r["name"] if full_name else "", max_tokens))
-        for r in proteins[::GENE_STRIDE]
+        2 + len(tokenizer.encode(r.symbol, r.name if full_name else "", max_tokens)) for r in proteins[::GENE_STRIDE]
     ]
     mean = sum(lengths) / len(lengths)
     return mean, sum(n * n for n in lengths) / sum(lengths)

@@ -79,7 +79,7 @@ def test_positions_belong_to_the_stated_image(spec, tmp_path: Path):
 @pytest.mark.parametrize("option", ["pool_um", "qv", "alignment", "min_cover", "pixels", "layer", "round_counts"])
 def test_options_without_effect_are_refused(spec, option: str):
     with pytest.raises(SourceError, match=f"--{option.replace('_', '-')} has no effect here.*leave it out"):
-        open_section(spec(adata()), TILE, {"mpp": "2.0", option: "1"})
+        open_section(spec(adata()), TILE, {"mpp": "2.0", option: "wsi" if option == "pixels" else "1"})
 
 
 @pytest.mark.parametrize("key", ["specie", "species_", "colour"])
@@ -94,7 +94,7 @@ def test_a_shard_set_takes_no_facts(tiny_shards: ShardSet, key: str):
     tile = TileGeometry(tiny_shards.manifest.tile.px, tiny_shards.manifest.tile.um, tiny_shards.manifest.tile.min_mpp)
     assert open_section(f"{tiny_shards.path}:x1", tile).species == "human"
     with pytest.raises(SourceError, match=f"--{key} has no effect here: a shard set states"):
-        open_section(f"{tiny_shards.path}:x1", tile, {key: "1"})
+        open_section(f"{tiny_shards.path}:x1", tile, {key: "human" if key == "species" else "1"})
 
 
 def test_the_species_is_detected_or_stated(spec):
@@ -125,8 +125,16 @@ def test_a_tenfold_wrong_scale_is_refused(spec, mpp: str):
 
 @pytest.mark.parametrize("mpp", ["0", "-1", "nan"])
 def test_a_scale_that_is_none_is_refused(spec, mpp: str):
-    with pytest.raises(SourceError, match="expected a positive number; set --mpp"):
+    with pytest.raises(SourceError, match=f"--mpp {mpp}: must be (greater than 0|a finite number)"):
         open_section(spec(adata()), TILE, {"mpp": mpp})
+
+
+@pytest.mark.parametrize("mpp", [0.0, -1.0, float("nan")])
+def test_a_scale_in_the_file_that_is_none_is_refused(spec, mpp: float):
+    a = adata()
+    a.uns["spatial"]["lib"]["scalefactors"]["microns_per_pixel"] = mpp
+    with pytest.raises(SourceError, match="expected a positive number; set --mpp"):
+        open_section(spec(a), TILE)
 
 
 def test_spots_without_a_position_are_refused(spec):

@@ -86,8 +86,8 @@ def test_family_members_share_their_root(tokenizer: GeneTokenizer) -> None:
 
 
 def test_real_symbols_are_short_distinct_and_decodable(tokenizer: GeneTokenizer) -> None:
-    rows = [r for r in GeneResource.load().rows if r["kind"] == "protein"][::7]
-    texts = {gene_text(r["symbol"], "") for r in rows}
+    rows = [r for r in GeneResource.load().rows if r.kind == "protein"][::7]
+    texts = {gene_text(r.symbol, "") for r in rows}
     encoded = {t: tokenizer.encode(t, "", 99) for t in texts}
     assert len({tuple(ids) for ids in encoded.values()}) == len(texts) > 4000
     assert all("".join(tokenizer.tokens(ids)) == text for text, ids in encoded.items())

@@ -12,8 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from comtip_shards import SourceError
 from comtip_shards.storage import atomic
-from comtip_shards.storage.atomic import atomic_folder, atomic_path, refuse_input_as_output, tmp_path_of, write_atomic
+from comtip_shards.storage.atomic import (
+    atomic_folder,
+    atomic_path,
+    publish_link,
+    refuse_input_as_output,
+    tmp_path_of,
+    write_atomic,
+)
 from comtip_shards.storage.disk import disk_trouble, unwritable
 
 
@@ -199,3 +207,46 @@ def test_read_only_is_another_class_than_full():
     assert "permission" in str(unwritable(RuntimeError("Permission denied (os error 13)")))
     assert unwritable(PermissionError(errno.EACCES, "Permission denied", "f")) is None, "its own class says enough"
     assert disk_trouble(ValueError("x")) is None
+
+
+def test_a_folder_that_another_process_has_finished_is_kept(tmp_path: Path):
+    target, own = tmp_path / "folder", tmp_path / "folder.1.writing"
+    with atomic_folder(target, own, keep_existing=True) as folder:
+        assert folder == own
+        folder.mkdir()
+        (folder / "a").write_text("mine")
+        target.mkdir()
+        (target / "a").write_text("theirs")
+    assert (target / "a").read_text() == "theirs"
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+def test_an_input_error_is_not_taken_for_a_disk_error(tmp_path: Path):
+    """HDF5 writes its errno into the text, which is that of the input, not of the folder that is written."""
+
+    def write() -> None:
+        with atomic_folder(tmp_path / "folder") as folder:
+            folder.mkdir()
+            raise SourceError("a.h5: cannot be read (errno = 2)")
+
+    with pytest.raises(SourceError, match="errno = 2"):
+        write()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_link_or_a_copy_replaces_the_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool):
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_text("new")
+    target.write_text("old")
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *paths: (_ for _ in ()).throw(OSError(errno.EPERM, "no links")))
+    publish_link(source, target)
+    assert target.read_text() == "new"
+    assert target.samefile(source) is links
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["source", "target"]
+
+
+def test_one_module_flushes():
+    package = Path(atomic.__file__).parents[1]
+    assert [p.name for p in package.rglob("*.py") if "fsync" in p.read_text(encoding="utf-8")] == ["atomic.py"]

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from comtip_shards.genes.identifiers import GeneResource, map_genes
+from comtip_shards.genes.identifiers import GeneEntry, GeneResource, map_genes
 from scipy import sparse
 
 ROWS = [
@@ -30,6 +30,7 @@ ROWS = [
         "aliases": "",
     },
 ]
+RESOURCE = GeneResource([GeneEntry(**row, kind="protein") for row in ROWS])
 
 
 @pytest.mark.parametrize(
@@ -49,17 +50,17 @@ ROWS = [
     ],
 )
 def test_resolve_never_guesses(text: str, species: str, key: str, how: str):
-    hit = GeneResource(ROWS).resolve(text, species)
+    hit = RESOURCE.resolve(text, species)
     assert (hit.key, hit.how) == (key, how)
 
 
 def test_unknown_species_is_refused():
     with pytest.raises(ValueError, match="human and mouse"):
-        GeneResource(ROWS).resolve("AAA1", "rat")
+        RESOURCE.resolve("AAA1", "rat")
 
 
 def test_collisions_are_summed_and_reported():
-    genes = map_genes(["AAA1", "ENSG00000000001.2", "nothing", "X2", "1-Mar"], "human", GeneResource(ROWS))
+    genes = map_genes(["AAA1", "ENSG00000000001.2", "nothing", "X2", "1-Mar"], "human", RESOURCE)
     assert genes.keys == ["human:AAA1", "human:BBB1"]
     assert genes.unmapped == ["nothing", "1-Mar"]
     assert genes.collisions == {"human:AAA1": ["AAA1", "ENSG00000000001.2"]}
@@ -72,7 +73,7 @@ def test_collisions_are_summed_and_reported():
 
 
 def test_symbols_of_the_source_help_where_ids_do_not():
-    genes = map_genes(["ENSG00000999999", "AAA1"], "human", GeneResource(ROWS), symbols=["BBB1", "BBB1"])
+    genes = map_genes(["ENSG00000999999", "AAA1"], "human", RESOURCE, symbols=["BBB1", "BBB1"])
     assert [h.key for h in genes.hits] == ["human:BBB1", "human:AAA1"]
 
 
@@ -82,7 +83,7 @@ def test_the_shipped_table_knows_real_genes():
     assert (hit.symbol, hit.name) == ("ERBB2", "erb-b2 receptor tyrosine kinase 2")
     assert resource.resolve("MLL", "human").key == "human:KMT2A"
     assert resource.resolve("ENSMUSG00000045573.9", "mouse").symbol == "Penk"
-    assert len({(r["species"], r["symbol"]) for r in resource.rows}) == len(resource.rows)
+    assert len({(r.species, r.symbol) for r in resource.rows}) == len(resource.rows)
 
 
 REPAIRS = {
@@ -140,8 +141,8 @@ def test_every_symbol_survives_r():
     resource = GeneResource.load()
     wrong = []
     for row in resource.rows:
-        if "-" in row["symbol"]:
-            hit = resource.resolve(row["symbol"].replace("-", "."), row["species"])
-            if hit.how == "dots" and hit.symbol != row["symbol"]:
-                wrong.append((row["symbol"], hit.symbol))
+        if "-" in row.symbol:
+            hit = resource.resolve(row.symbol.replace("-", "."), row.species)
+            if hit.how == "dots" and hit.symbol != row.symbol:
+                wrong.append((row.symbol, hit.symbol))
     assert not wrong

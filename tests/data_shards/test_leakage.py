@@ -10,21 +10,12 @@ import pandas as pd
 import pytest
 from comtip_shards import ShardSet, SourceError
 from comtip_shards.builder.build import build_shards
-from comtip_shards.sections.leakage import (
-    SKETCH,
-    benchmark_of,
-    check_duplicates,
-    check_splits,
-    enforce_split_policy,
-    guard_benchmark,
-    load_benchmark,
-    own_donors,
-    picture_bits,
-    propose_split,
-    section_fingerprint,
-    spot_hashes,
-)
+from comtip_shards.sections.benchmark import benchmark_of, guard_benchmark, load_benchmark
+from comtip_shards.sections.duplicates import SKETCH, check_duplicates, picture_bits, section_fingerprint, spot_hashes
+from comtip_shards.sections.facts import SectionFacts
+from comtip_shards.sections.leakage import enforce_split_policy
 from comtip_shards.sections.section import SectionMeta
+from comtip_shards.sections.splits import check_splits, own_donors, propose_split
 from comtip_shards.sources import hest, open_source
 from PIL import Image
 from scipy import sparse
@@ -137,7 +128,7 @@ def test_a_donor_of_the_list_is_kept_out_by_the_name_that_hest_gives(tmp_path: P
         "organ": "Prostate",
     }
     (tmp_path / "metadata/NEW1.json").write_text(json.dumps(facts))
-    (row,) = hest.catalogue(tmp_path, {})
+    (row,) = hest.catalogue(tmp_path, SectionFacts())
     with pytest.raises(SourceError, match=r"its donor Spatially .*: Patient 2 is that of benchmark section MEND1"):
         guard_benchmark([meta("NEW1", donor=row.donor, split="train")])
     guard_benchmark([meta("NEW1", donor=row.donor.replace("Patient 2", "Patient 9"), split="train")])

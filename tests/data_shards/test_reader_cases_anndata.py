@@ -16,6 +16,8 @@ from comtip_shards.sources import detect, open_source
 from PIL import Image
 from scipy import sparse as sp
 
+from testkit.option_reads import declared, fields_read
+
 pytestmark = pytest.mark.filterwarnings("ignore")
 IDS = ["ENSG00000141736", "ENSG00000019582", "ENSG00000119888", "ENSG00000198851", "ENSG00000108821", "ENSG00000026025"]
 SYM = ["ERBB2", "CD74", "EPCAM", "CD3E", "COL1A1", "VIM"]
@@ -237,7 +239,7 @@ def test_fractional_counts_are_rounded_by_option_only(tmp_path: Path):
     section = read(path, round_counts="yes")
     is_the_data(section)
     assert any(n.startswith("X rounded to integers (--round-counts): ") for n in section.notes)
-    with pytest.raises(SourceError, match="round_counts maybe: use yes or no"):
+    with pytest.raises(SourceError, match="--round-counts maybe: must be 'yes' or 'no'"):
         read(path, round_counts="maybe")
 
 
@@ -521,3 +523,10 @@ def test_damaged_files_are_read_or_refused(tmp_path: Path, seed: int):
             messages.append(str(error))
     assert len(messages) > 4
     assert all("a.h5ad" in message or "section a" in message for message in messages)
+
+
+def test_every_declared_option_is_read(tmp_path: Path):
+    a = adata()
+    a.X = a.X + 0.5
+    path = write(tmp_path, a)
+    assert fields_read(path, **FACTS) == declared(path)

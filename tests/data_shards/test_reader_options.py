@@ -4,16 +4,22 @@ import json
 import shutil
 from pathlib import Path
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
-from comtip_shards import SourceError
+from comtip_shards import ShardError, ShardSet, SourceError
+from comtip_shards.builder.build import build_shards
+from comtip_shards.sections.facts import FACT_KEYS, META_KEYS, OPTION_KEYS, POOL_KEYS
 from comtip_shards.sources import READERS, open_source
-from comtip_shards.sources.base import FACT_KEYS, META_KEYS, OPTION_KEYS, POOL_KEYS
 from PIL import Image
+
+from testkit.option_reads import declared, fields_read
 
 ROOT = Path(__file__).parents[2]
 SAMPLES = ROOT / "data_shards/samples"
+VALID = {"pixels": "wsi", "pool_from": "cells", "round_counts": "yes"}
+"""A valid value of each option that does not take ``1``."""
 VISIUM = Path(__file__).parent / "fixtures/space_ranger/visium_sr1_h5"
 
 
@@ -41,13 +47,13 @@ def test_a_near_name_is_proposed():
 @pytest.mark.parametrize("key", [*OPTION_KEYS, *POOL_KEYS])
 def test_a_manifest_uses_no_options(key: str):
     with pytest.raises(SourceError, match=f"--{key.replace('_', '-')} has no effect here"):
-        open_source(SAMPLES, overrides={key: "1"})
+        open_source(SAMPLES, overrides={key: VALID.get(key, "1")})
 
 
 @pytest.mark.parametrize("key", [k for k in (*OPTION_KEYS, *POOL_KEYS) if k != "image"])
 def test_space_ranger_uses_only_the_image(key: str):
     with pytest.raises(SourceError, match=f"--{key.replace('_', '-')} has no effect here"):
-        open_source(VISIUM, overrides={"tissue": "heart", "image": "lowres", key: "1"})
+        open_source(VISIUM, overrides={"tissue": "heart", "image": "lowres", key: VALID.get(key, "1")})
 
 
 def test_every_option_is_used_by_a_reader():
@@ -99,3 +105,33 @@ def test_scale_factors_of_visium_hd_are_not_needed_for_the_message(tmp_path: Pat
     factors.write_text(json.dumps({k: v for k, v in scale.items() if "lowres" not in k}))
     with pytest.raises(SourceError, match=r"tissue_lowres_scalef is missing in scalefactors_json\.json"):
         open_source(run, overrides={"tissue": "heart", "image": "lowres"})
+
+
+def test_another_layer_is_another_set(tmp_path: Path):
+    """The layer shows in neither the metadata nor the input files, so the fingerprint holds it."""
+    spots = pd.DataFrame({"in_tissue": 1}, index=[f"s{i}" for i in range(16)])
+    genes = pd.DataFrame(index=["ENSG00000141736", "ENSG00000019582"])
+    data = ad.AnnData(np.full((16, 2), 3, np.float32), spots, genes, layers={"double": np.full((16, 2), 6, np.float32)})
+    data.obsm["spatial"] = np.stack(np.meshgrid(np.arange(4), np.arange(4)), axis=-1).reshape(-1, 2) * 100.0 + 50
+    Image.effect_noise((400, 400), 80).convert("RGB").save(tmp_path / "image.png")
+    data.write_h5ad(tmp_path / "a.h5ad")
+    facts = {"tissue": "breast", "mpp": "1.0", "platform": "other", "image": str(tmp_path / "image.png")}
+
+    def build(layer: str, out: str) -> ShardSet:
+        sources = open_source(tmp_path / "a.h5ad", overrides=facts | {"layer": layer})
+        build_shards(sources, tmp_path / out, tile_px=16, tile_um=50.0)
+        return ShardSet(tmp_path / out)
+
+    first = build("X", "set")
+    assert first.counts(range(16)).sum() == 96
+    with pytest.raises(ShardError, match="holds another shard set"):
+        build("double", "set")
+    assert build("double", "other").counts(range(16)).sum() == 192
+    assert build("X", "set").manifest.fingerprint == first.manifest.fingerprint
+
+
+def test_every_declared_option_is_read(tmp_path: Path):
+    path = legacy(tmp_path / "d")
+    assert fields_read(path, species="human", tissue="breast") == declared(path)
+    assert fields_read(VISIUM, tissue="heart", image="lowres") == declared(VISIUM)
+    assert fields_read(SAMPLES) == declared(SAMPLES)

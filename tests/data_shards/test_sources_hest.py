@@ -12,11 +12,12 @@ import tifffile
 from comtip_shards import ShardSet, SourceError
 from comtip_shards.builder.build import build_shards
 from comtip_shards.qc import check_section
-from comtip_shards.sections.leakage import guard_benchmark, load_benchmark
+from comtip_shards.sections.benchmark import guard_benchmark, load_benchmark
 from comtip_shards.sources import detect, open_source
 from comtip_shards.sources.hest import NO_PATCH
 
 from testkit.hest import DEFAULT, GENES, HestSection, counts, picture, spots, write_hest, write_patches, write_table
+from testkit.option_reads import declared, fields_read
 
 VISIUM, XENIUM, MOUSE = DEFAULT
 
@@ -278,5 +279,10 @@ def test_normalised_expression_is_refused(folder: Path):
     data.write_h5ad(folder / "st/TENX1.h5ad")
     with pytest.raises(SourceError, match=r"TENX1\.h5ad: .* not integers.*raw counts"):
         read(folder)
-    with pytest.raises(SourceError, match="unknown --pixels svg; use wsi or patches"):
+    with pytest.raises(SourceError, match="--pixels svg: must be 'wsi' or 'patches'"):
         read(folder, pixels="svg")
+
+
+def test_every_declared_option_is_read(tmp_path: Path):
+    folder = write_hest(tmp_path / "hest")
+    assert fields_read(folder) == declared(folder)

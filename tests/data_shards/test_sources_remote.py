@@ -11,6 +11,7 @@ import fsspec
 import pytest
 from comtip_shards import ShardError, SourceError
 from comtip_shards.builder.build import build_shards
+from comtip_shards.sections.facts import SectionFacts, SourceOptions
 from comtip_shards.sources import open_source
 from comtip_shards.sources.selection import fetch as fetch_module
 from comtip_shards.sources.selection.fetch import fetch_source
@@ -22,6 +23,7 @@ from testkit.stimage import DEFAULT as SLIDES
 from testkit.stimage import write_stimage
 from testkit.tiny import TinySection, write_tiny_source
 
+PATCHES = SourceOptions(facts=SectionFacts(pixels="patches"))
 TILES = {"tile_px": 16, "tile_um": 112.0, "min_mpp": 2.0}
 
 
@@ -59,7 +61,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def test_only_the_files_of_chosen_sections_are_fetched(memory: str, tmp_path: Path, fetched: list[str]):
-    found = fetch_source(memory, where={"tissue": ["breast"]}, facts={"pixels": "patches"}, cache=tmp_path)
+    found = fetch_source(memory, where={"tissue": ["breast"]}, options=PATCHES, cache=tmp_path)
     assert sorted(fetched) == ["HEST_v1_1_0.csv", "metadata/TENX1.json", "patches/TENX1.h5", "st/TENX1.h5ad"]
     assert (found.fmt, found.why) == ("hest", "found st/MISC3.h5ad")
     assert found.samples == ["TENX1"]
@@ -67,7 +69,7 @@ def test_only_the_files_of_chosen_sections_are_fetched(memory: str, tmp_path: Pa
     assert found.n_bytes == sum(p.stat().st_size for p in found.path.rglob("*") if p.is_file())
     # Again, and for one section more: what is there is not fetched again.
     fetched.clear()
-    fetch_source(memory, samples=["TENX1", "TENX2"], facts={"pixels": "patches"}, cache=tmp_path)
+    fetch_source(memory, samples=["TENX1", "TENX2"], options=PATCHES, cache=tmp_path)
     assert sorted(fetched) == ["metadata/TENX2.json", "patches/TENX2.h5", "st/TENX2.h5ad"]
 
 
@@ -93,23 +95,21 @@ def test_a_broken_off_fetch_goes_on(memory: str, tmp_path: Path, fetched: list[s
 
     monkeypatch.setattr(Remote, "fetch", failing)
     monkeypatch.setattr(fetch_module, "FETCHERS", 1)
-    facts = {"pixels": "patches"}
     with pytest.raises(ShardError, match="st/TENX1"):
-        fetch_source(memory, samples=["TENX1"], facts=facts, cache=tmp_path)
+        fetch_source(memory, samples=["TENX1"], options=PATCHES, cache=tmp_path)
     monkeypatch.setattr(Remote, "fetch", real)
     before = list(fetched)
-    found = fetch_source(memory, samples=["TENX1"], facts=facts, cache=tmp_path)
+    found = fetch_source(memory, samples=["TENX1"], options=PATCHES, cache=tmp_path)
     assert sorted(fetched) == sorted({*before, "st/TENX1.h5ad"})
-    assert open_source(found.path, overrides=facts)[0].read().spot_ids
+    assert open_source(found.path, overrides=PATCHES)[0].read().spot_ids
 
 
 def test_a_changed_file_is_fetched_again(memory: str, tmp_path: Path):
-    facts = {"pixels": "patches"}
-    first = fetch_source(memory, samples=["TENX1"], facts=facts, cache=tmp_path)
+    first = fetch_source(memory, samples=["TENX1"], options=PATCHES, cache=tmp_path)
     fsspec.filesystem("memory").pipe(
         "/hub/hest/metadata/TENX1.json", b'{"organ": "Skin", "pixel_size_um_estimated": 0.7}'
     )
-    again = fetch_source(memory, samples=["TENX1"], facts=facts, cache=tmp_path)
+    again = fetch_source(memory, samples=["TENX1"], options=PATCHES, cache=tmp_path)
     assert again.path == first.path
     assert "Skin" in (again.path / "metadata/TENX1.json").read_text()
 
@@ -238,7 +238,7 @@ def test_a_hostile_listing_writes_nothing_outside(memory: str, tmp_path: Path, m
 
     monkeypatch.setattr(Remote, "sizes", hostile)
     monkeypatch.setattr(fetch_module.fnmatch, "fnmatchcase", lambda name, pattern: True)
-    found = fetch_source(memory, samples=["TENX1"], facts={"pixels": "patches"}, cache=tmp_path / "a/b/cache")
+    found = fetch_source(memory, samples=["TENX1"], options=PATCHES, cache=tmp_path / "a/b/cache")
     assert found.n_files > 4
     assert not list(tmp_path.rglob("evil*"))
 

@@ -12,6 +12,8 @@ from comtip_shards import SourceError
 from comtip_shards.builder.build import build_shards
 from comtip_shards.sources import detect, open_source
 
+from testkit.option_reads import declared, fields_read
+
 spatialdata = pytest.importorskip("spatialdata")
 from spatialdata.models import Image2DModel, Labels2DModel, ShapesModel, TableModel  # noqa: E402
 from spatialdata.transformations import Affine, Identity, Scale  # noqa: E402
@@ -175,3 +177,10 @@ def test_bad_stores_are_told_by_name_and_fix(store_path: Path, tmp_path: Path, m
     monkeypatch.setitem(sys.modules, "spatialdata", None)
     with pytest.raises(SourceError, match=r"pip install 'comtip-fast\[spatialdata\]'"):
         open_source(store_path, overrides=FACTS)
+
+
+def test_every_declared_option_is_read(store_path: Path, tmp_path: Path):
+    assert fields_read(store_path, **FACTS) == declared(store_path) - {"round_counts"}
+    data = store()
+    data.tables["table"].X = data.tables["table"].X + 0.5
+    assert fields_read(write(data, tmp_path / "halves.zarr"), **FACTS) == declared(store_path)

@@ -11,6 +11,7 @@ from comtip_shards.builder.build import build_shards
 from comtip_shards.sources import detect, open_source
 from PIL import Image
 
+from testkit.option_reads import declared, fields_read
 from testkit.stimage import DEFAULT, GENES, coord, counts, write_meta, write_slide, write_stimage
 
 ST, VISIUM, MOUSE = DEFAULT
@@ -154,3 +155,7 @@ def test_bad_files_are_told_by_name_and_fix(folder: Path, name: str):
 def test_nothing_there(tmp_path: Path):
     with pytest.raises(SourceError, match="no TECH/coord"):
         open_source(tmp_path, fmt="stimage")
+
+
+def test_every_declared_option_is_read(folder: Path):
+    assert fields_read(folder) == declared(folder)

@@ -14,6 +14,7 @@ from comtip_shards.sources import detect, open_source
 from comtip_shards.sources.files.geojson import centroid, iter_features
 
 from comtip_fast.cli import main
+from testkit.option_reads import declared, fields_read
 from testkit.tenx import GENES, NAMES, he_picture, write_h5, write_segmentation, write_visium_hd
 
 MPP, ANGLE, CORNER = 4.0, 0.2, np.array([40.0, 12.0])
@@ -166,7 +167,7 @@ def test_bins_outside_tissue_of_a_raw_matrix_are_counted(run: Path):
 
 def test_batches_do_not_matter(run: Path, monkeypatch: pytest.MonkeyPatch):
     before = read(run)
-    for module in ("visium_hd", "files.table_batches"):
+    for module in ("visium_hd_parts.bins", "files.table_batches"):
         monkeypatch.setattr(f"comtip_shards.sources.{module}.BATCH", 37)
     after = read(run)
     assert after.spot_ids == before.spot_ids
@@ -355,7 +356,7 @@ def test_bad_input_names_the_file_and_the_fix(run: Path, name: str):
         ({"pool_um": "100"}, "not a multiple of the bin width \\(16, 8 um\\); use e.g. 96"),
         ({"bin_um": "2"}, "no bins of 2 um; available: 16, 8 um"),
         ({"pool_um": "-3"}, "--pool-um -3: must be greater than 0"),
-        ({"min_cover": "50"}, "greater than 0, at most 1"),
+        ({"min_cover": "50"}, "--min-cover 50: must be less than or equal to 1"),
         ({"qv": "20"}, "--qv has no effect here"),
         ({"pool_from": "transcripts"}, "use bins or cells for Visium HD"),
         ({"mpp": "2"}, "states 4 um per full-resolution px, but --mpp is 2"),
@@ -373,3 +374,9 @@ def test_bins_given_to_the_space_ranger_reader_are_not_taken_for_spots(run: Path
     assert detect(run / "binned_outputs/square_016um")[0].name == "visium_hd"
     with pytest.raises(SourceError, match="no effect here: space_ranger has one row per spot and is not pooled"):
         open_source(run / "binned_outputs/square_016um", fmt="space_ranger", overrides=facts(run, pool_um="128"))
+
+
+def test_every_declared_option_is_read(run: Path):
+    write_segmentation(run, np.ones((4, 9), int), np.full((9, 2), 60.0), MPP, radius=2.0)
+    read = fields_read(run, **facts(run)) | fields_read(run, **facts(run, pool_from="cells"))
+    assert read == declared(run) - {"qv", "alignment"}  # refused by name

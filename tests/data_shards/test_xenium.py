@@ -16,6 +16,7 @@ from comtip_shards.sources.tenx.alignment import read_alignment
 from PIL import Image
 
 from comtip_fast.cli import main
+from testkit.option_reads import declared, fields_read
 from testkit.tenx import GENES, NAMES, he_picture, write_xenium
 
 PIXEL = 0.2125
@@ -143,6 +144,7 @@ def test_transcripts_are_pooled_where_the_tile_shows_them(run: Path, alignment: 
 def test_other_sizes_and_qualities(run: Path):
     same(read(run, qv="40", pool_um="52"), truth(qv=40, pool_px=26), 26)
     same(read(run, qv="10"), truth(qv=10))
+    same(read(run, qv="0"), truth(qv=0))
     counts = {k: v.sum() for k, v in truth().items()}
     least = sorted(counts.values())[4]
     section = read(run, min_pooled=str(least))
@@ -214,7 +216,7 @@ def test_round_trip_through_a_shard_set(run: Path, tmp_path: Path):
 
 
 def test_batches_do_not_matter(run: Path, monkeypatch: pytest.MonkeyPatch):
-    for module in ("xenium", "files.table_batches"):
+    for module in ("xenium_parts.pool", "files.table_batches"):
         monkeypatch.setattr(f"comtip_shards.sources.{module}.BATCH", 13)
     same(read(run), truth())
     few = read(run, pool_from="cells")
@@ -451,3 +453,8 @@ def test_species_and_tissue(run: Path):
         read(run, species="mouse")
     with pytest.raises(SourceError, match="set --tissue"):
         open_source(run)
+
+
+def test_every_declared_option_is_read(run: Path):
+    read = fields_read(run, **FACTS) | fields_read(run, pool_from="cells", **FACTS)
+    assert read == declared(run) - {"bin_um", "min_cover"}  # refused by name

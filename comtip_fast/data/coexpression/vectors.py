@@ -176,8 +176,8 @@ class _Spool:
         if not self.orthologues:
             return [self.names[i] for i in kept], np.arange(kept.size)
         index = {self.names[i]: row for row, i in enumerate(kept)}
-        rows = [r for r in GeneResource.load().rows if r["symbol"].upper() in index]
-        known = sorted({(f"{r['species']}:{r['symbol']}", index[r["symbol"].upper()]) for r in rows})
+        rows = [r for r in GeneResource.load().rows if r.symbol.upper() in index]
+        known = sorted({(f"{r.species}:{r.symbol}", index[r.symbol.upper()]) for r in rows})
         return [k for k, _ in known], np.array([row for _, row in known], np.int64)
 
 

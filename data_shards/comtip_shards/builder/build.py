@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 from comtip_shards.builder.jobs import run_jobs
 from comtip_shards.builder.output_dir import built_already, clear_staging, writing
@@ -23,11 +24,14 @@ from comtip_shards.format import record
 from comtip_shards.format.manifest import NAME, REPORTS, BuildPart, Manifest, TileSpec, sha256_of
 from comtip_shards.names import same_file
 from comtip_shards.qc import refuse_failed, write_pages
-from comtip_shards.sections.leakage import check_duplicates, enforce_split_policy
-from comtip_shards.sections.section import SectionMeta, check_meta
+from comtip_shards.sections.duplicates import check_duplicates
+from comtip_shards.sections.facts import stated
+from comtip_shards.sections.leakage import enforce_split_policy
+from comtip_shards.sections.section import SectionMeta, SectionNotes, StatedSplits, check_meta
 from comtip_shards.sources.base import SectionSource
 
 STAGE_VERSION = 5
+_T = TypeVar("_T")
 MAX_UM = 1e6
 
 
@@ -51,7 +55,7 @@ def build_shards(
     min_mpp: float = 4.0,
     codec: str = "jpeg",
     quality: int = 95,
-    splits: Mapping[str, str] | None = None,
+    splits: StatedSplits | None = None,
     max_records: int = 512,
     strict: bool = False,
     allow_benchmark: Collection[str] = (),
@@ -85,8 +89,8 @@ def build_shards(
     jobs
         Number of worker processes; the bytes do not depend on it.
     part
-        (i, n), 1 <= i <= n: build the i-th of n parts of the set, for example on several machines; every part takes the
-        same sources. :func:`comtip_shards.builder.merge.merge_sets` merges them.
+        (i, n), 1 <= i <= n: build the i-th of n parts of the set from the same sources, for example on several machines;
+        :func:`comtip_shards.builder.merge.merge_sets` merges them.
     progress
         Show a progress bar on a terminal.
 
@@ -95,36 +99,57 @@ def build_shards(
     SourceError, ShardError
         Invalid input, a donor on both sides of a split, or an ``out`` that holds other files or cannot be written.
     """
-    out = Path(out)
-    tile = TileSpec(tile_px, float(tile_um), float(min_mpp), codec, quality)
-    _check_tile(tile)
+    tile = _tile_spec(tile_px, tile_um, min_mpp, codec, quality)
+    stated = _with_splits([s.meta for s in sources], splits or {})
     metas, notes = enforce_split_policy(
-        _with_splits([s.meta for s in sources], splits or {}),
-        allow=allow_benchmark,
-        benchmark_ids=benchmark_ids,
-        auto_split=auto_split,
-        seed=seed,
+        stated, allow=allow_benchmark, benchmark_ids=benchmark_ids, auto_split=auto_split, seed=seed
     )
-    build_part = _part_of(metas, part)
-    own = [(sources[i], metas[i], tile) for i in (range(len(metas)) if build_part is None else build_part.sections)]
-    fingerprints = run_jobs(_fingerprint, own, jobs=jobs, label="hashing inputs", progress=progress)
-    done = built_already(out, set_fingerprint(fingerprints, max_records), build_part)
-    if done is not None:
-        if strict:
-            refuse_failed((s.section_id, s.source["checks"]) for s in done.sections)
-        clear_staging(out)
-        return report_of(out, done, "(already built)")
-    with writing(out) as staging:
-        done = built_already(out, set_fingerprint(fingerprints, max_records), build_part)
-        if done is not None:  # another process finished it in the meantime
-            return report_of(out, done, "(already built)")
-        (out / NAME).unlink(missing_ok=True)  # the manifest of a set with missing files
-        work = [(*one, fingerprint, staging) for one, fingerprint in zip(own, fingerprints, strict=True)]
-        staged = run_jobs(stage_section, work, jobs=jobs, label="sections", progress=progress)
-        duplicates = check_sections(staged, out, strict=strict)
-        run = partial(run_jobs, jobs=jobs, label="shards", progress=progress)
-        manifest = write_set(staged, tile, out, max_records, run, build_part, notes, duplicates)
-    return report_of(out, manifest)
+    build = _Build(Path(out), tile, max_records, _part_of(metas, part), notes, strict, jobs, progress)
+    return build.run(sources, metas)
+
+
+@dataclass(frozen=True)
+class _Build:
+    """Settings of one build, and its steps."""
+
+    out: Path
+    tile: TileSpec
+    max_records: int
+    part: BuildPart | None
+    notes: SectionNotes
+    strict: bool
+    jobs: int
+    progress: bool
+
+    def run(self, sources: Sequence[SectionSource], metas: Sequence[SectionMeta]) -> BuildReport:
+        """Build what is not built yet, and report."""
+        chosen = range(len(metas)) if self.part is None else self.part.sections
+        work = [(sources[i], metas[i], self.tile) for i in chosen]
+        fingerprints = self._call(_fingerprint, work, label="hashing inputs")
+        fingerprint = set_fingerprint(fingerprints, self.max_records)
+        done = built_already(self.out, fingerprint, self.part)
+        if done is not None:
+            if self.strict:
+                refuse_failed((s.section_id, s.source["checks"]) for s in done.sections)
+            clear_staging(self.out)
+            return report_of(self.out, done, "(already built)")
+        with writing(self.out) as staging:
+            done = built_already(self.out, fingerprint, self.part)
+            if done is not None:  # another process finished it in the meantime
+                return report_of(self.out, done, "(already built)")
+            (self.out / NAME).unlink(missing_ok=True)  # the manifest of a set with missing files
+            manifest = self._write([(*one, f, staging) for one, f in zip(work, fingerprints, strict=True)])
+        return report_of(self.out, manifest)
+
+    def _write(self, work: Sequence[tuple[SectionSource, SectionMeta, TileSpec, str, Path]]) -> Manifest:
+        """Stage the sections, compare them with each other, and write the set."""
+        staged = self._call(stage_section, work, label="sections")
+        duplicates = check_sections(staged, self.out, strict=self.strict)
+        run = partial(self._call, label="shards")
+        return write_set(staged, self.tile, self.out, self.max_records, run, self.part, self.notes, duplicates)
+
+    def _call(self, function: Callable[..., _T], work: Sequence[tuple[Any, ...]], *, label: str) -> list[_T]:
+        return run_jobs(function, work, jobs=self.jobs, label=label, progress=self.progress)
 
 
 def check_sections(sections: Sequence[SectionRecords], out: Path, *, strict: bool = False) -> dict[str, str]:
@@ -173,7 +198,8 @@ def hash_of(metas: Sequence[SectionMeta]) -> str:
 # -- checks -------------------------------------------------------------------------------------------------
 
 
-def _check_tile(tile: TileSpec) -> None:
+def _tile_spec(px: int, um: float, min_mpp: float, codec: str, quality: int) -> TileSpec:
+    tile = TileSpec(px, float(um), float(min_mpp), codec, quality)
     if tile.codec not in record.CODECS:
         raise SourceError(f"unknown codec {tile.codec!r}; use {', '.join(record.CODECS)}")
     if not 1 <= tile.quality <= 100:
@@ -183,9 +209,10 @@ def _check_tile(tile: TileSpec) -> None:
             f"tiles of {tile.um:g} um in {tile.px} px at {tile.min_mpp:g} um/px are out of range; use 1 to 10000 um, 8 to "
             "4096 px and up to 100 um/px"
         )
+    return tile
 
 
-def _with_splits(metas: list[SectionMeta], splits: Mapping[str, str]) -> list[SectionMeta]:
+def _with_splits(metas: list[SectionMeta], splits: StatedSplits) -> list[SectionMeta]:
     ids = [m.section_id for m in metas]
     twice = sorted({i for i in ids if ids.count(i) > 1})
     if twice:
@@ -234,4 +261,6 @@ def _fingerprint(source: SectionSource, meta: SectionMeta, tile: TileSpec) -> st
         "made_with": dependency_versions(),
         "files": [(f.name, sha256_of(f)) for f in files],
     }
+    if options := stated(source.counts):  # the layer of the counts shows in nothing else
+        facts["counts"] = options
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

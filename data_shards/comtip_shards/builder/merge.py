@@ -17,11 +17,12 @@ from comtip_shards.errors import ShardError
 from comtip_shards.format.image_header import check_size
 from comtip_shards.format.manifest import NAME, REPORTS, Manifest, ManifestSection
 from comtip_shards.names import FOREIGN, same_file
+from comtip_shards.qc.page import Pages
 from comtip_shards.qc.stored import stored_pages
 from comtip_shards.reader.shard_set import ShardSet
 from comtip_shards.reader.verify import check_section_spots, check_spot
-from comtip_shards.sections.leakage import check_splits
 from comtip_shards.sections.section import meta_of
+from comtip_shards.sections.splits import check_splits
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class FinishedSection:
             self.pages()[0],
         )
 
-    def pages(self) -> tuple[dict[str, str], str]:
+    def pages(self) -> tuple[Pages, str]:
         """Return the report pages of the section and, if they cannot be used, the reason; pages are optional."""
         shards = _open(self.path, self.digest)
         return stored_pages(shards.path / REPORTS, shards.manifest.sections[self.number].section_id)

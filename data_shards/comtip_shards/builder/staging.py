@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,12 +22,12 @@ from comtip_shards.genes.identifiers import GeneMap, map_genes
 from comtip_shards.qc.page import EXTENSIONS, pages
 from comtip_shards.qc.result import SectionReport
 from comtip_shards.qc.run import check_section
-from comtip_shards.sections.leakage import section_fingerprint
+from comtip_shards.sections.duplicates import section_fingerprint
 from comtip_shards.sections.section import Section, SectionMeta
 from comtip_shards.slides.base import Slide, reading_order
 from comtip_shards.slides.tiles import StainStats, stain_stats
 from comtip_shards.sources.base import SectionSource
-from comtip_shards.storage.atomic import flush_tree
+from comtip_shards.storage.atomic import atomic_folder
 
 OVERVIEW_PX = 1024
 
@@ -99,10 +98,15 @@ def stage_section(
     if folder.is_dir():
         return StagedSection(folder, meta, fingerprint)  # renamed after writing, so an existing folder is complete
     section = source.read()
-    tmp_path = staging / f"{folder.name}.{os.getpid()}{WRITING}"
-    shutil.rmtree(tmp_path, ignore_errors=True)
-    tmp_path.mkdir()
-    with section.open_slide() as slide, (tmp_path / "tiles.bin").open("wb") as file:
+    with atomic_folder(folder, staging / f"{folder.name}.{os.getpid()}{WRITING}", keep_existing=True) as tmp_path:
+        tmp_path.mkdir()
+        _write_section(section, meta, tile, tmp_path)
+    return StagedSection(folder, meta, fingerprint)
+
+
+def _write_section(section: Section, meta: SectionMeta, tile: TileSpec, folder: Path) -> None:
+    """Cut, check and encode a section into the files of a staged one."""
+    with section.open_slide() as slide, (folder / "tiles.bin").open("wb") as file:
         stain, starts, sizes = _write_tiles(section, slide, tile, file)
         overview, overview_mpp = _overview(slide, meta.mpp)
         checked = check_section(replace(section, meta=meta), slide, tile_um=tile.um)
@@ -110,16 +114,16 @@ def stage_section(
     genes = map_genes(section.gene_ids, meta.species, symbols=section.gene_symbols)
     counts = genes.sum_columns(section.counts)
     np.savez(
-        tmp_path / "counts.npz",
+        folder / "counts.npz",
         indptr=counts.indptr.astype(np.int64),
         columns=counts.indices.astype(np.int32),
         counts=counts.data.astype(np.int32),
         starts=starts,
         sizes=sizes,
     )
-    (tmp_path / "overview.jpg").write_bytes(overview)
+    (folder / "overview.jpg").write_bytes(overview)
     for extension, page in pages(checked).items():
-        (tmp_path / f"report.{extension}").write_text(page, encoding="utf-8")
+        (folder / f"report.{extension}").write_text(page, encoding="utf-8")
     facts = {
         "n_spots": len(section.spot_ids),
         "keys": genes.keys,
@@ -127,17 +131,9 @@ def stage_section(
         "stain": asdict(stain),
         "source": _source(section, genes, counts, checked, notes, overview),
     }
-    (tmp_path / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+    (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
     spots = [_spot(section, meta, i) for i in range(len(section.spot_ids))]
-    (tmp_path / "spots.json").write_text(json.dumps(spots), encoding="utf-8")
-    flush_tree(tmp_path)
-    try:
-        tmp_path.rename(folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
-        shutil.rmtree(tmp_path)  # a worker of a killed build has just finished the same section
-    return StagedSection(folder, meta, fingerprint)
+    (folder / "spots.json").write_text(json.dumps(spots), encoding="utf-8")
 
 
 def _source(

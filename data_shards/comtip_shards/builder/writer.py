@@ -12,7 +12,7 @@ import json
 import shutil
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -44,8 +44,9 @@ from comtip_shards.format.manifest import (
 )
 from comtip_shards.genes.identifiers import RESOURCE, GeneResource
 from comtip_shards.names import inside
+from comtip_shards.qc.page import Pages
 from comtip_shards.sampling.rng import permutation
-from comtip_shards.sections.section import SectionMeta
+from comtip_shards.sections.section import SectionMeta, SectionNotes
 from comtip_shards.slides.tiles import StainStats
 from comtip_shards.storage.atomic import flush, flush_tree, write_atomic
 
@@ -65,7 +66,7 @@ class SectionHead:
     overview: bytes
     overview_mpp: float
     source: dict[str, Any]
-    pages: dict[str, str] = field(default_factory=dict)
+    pages: Pages = field(default_factory=dict)
     """Report pages of its checks: ``{"json": text, "html": text}``."""
 
 
@@ -133,8 +134,8 @@ def write_set(
     records_per_shard: int,
     run: Runner,
     part: BuildPart | None = None,
-    notes: Mapping[str, str] | None = None,
-    duplicates: Mapping[str, str] | None = None,
+    notes: SectionNotes | None = None,
+    duplicates: SectionNotes | None = None,
 ) -> Manifest:
     """Write a complete set, the manifest last, and return the manifest.
 
@@ -154,14 +155,7 @@ def write_set(
     for name in FOLDERS:
         shutil.rmtree(out / name, ignore_errors=True)
         (out / name).mkdir()
-    union: set[str] = set()
-    first, fingerprints = [0], []
-    for one in sections:  # one head at a time, to bound memory
-        head = one.head()
-        union.update(head.keys)
-        first.append(first[-1] + head.n_spots)
-        fingerprints.append(head.fingerprint)
-    keys = sorted(union)
+    keys, first, fingerprints = _survey(sections)
     _write_genes(out / GENES_FILE, keys)
     more = (notes or {}, duplicates or {})
     work = [(s, keys, tile, out, first[i], records_per_shard, *more) for i, s in enumerate(sections)]
@@ -183,9 +177,25 @@ def write_set(
         made_with=dependency_versions(),
         part=part,
     )
+    return _finish(out, manifest)
+
+
+def _survey(sections: Sequence[SectionRecords]) -> tuple[list[str], list[int], list[str]]:
+    """Return the gene keys of a set, the first spot of each section and their total, and the sections' fingerprints."""
+    union: set[str] = set()
+    first, fingerprints = [0], []
+    for one in sections:  # one head at a time, to bound memory
+        head = one.head()
+        union.update(head.keys)
+        first.append(first[-1] + head.n_spots)
+        fingerprints.append(head.fingerprint)
+    return sorted(union), first, fingerprints
+
+
+def _finish(out: Path, manifest: Manifest) -> Manifest:
+    """Write the manifest last, because a set with a manifest counts as complete, also after a power failure."""
     write_atomic(out / REPORT_FILE, report(manifest))
     _flush_files(out)
-    # Last, because a set with a manifest counts as complete, also after a power failure.
     write_atomic(out / NAME, manifest.to_json())
     return parse_manifest((out / NAME).read_bytes(), str(out / NAME))
 
@@ -206,8 +216,8 @@ def write_section(
     out: Path,
     first: int,
     records_per_shard: int,
-    notes: Mapping[str, str],
-    duplicates: Mapping[str, str],
+    notes: SectionNotes,
+    duplicates: SectionNotes,
 ) -> WrittenSection:
     """Write one section's shards, indexes, overview and spot table rows.
 

@@ -86,7 +86,7 @@ class _Check:
 @_strict
 @dataclass(frozen=True)
 class _Print:
-    """Return value of :func:`comtip_shards.sections.leakage.section_fingerprint`."""
+    """Return value of :func:`comtip_shards.sections.duplicates.section_fingerprint`."""
 
     spots: Annotated[str, Field(max_length=1 << 12)]
     picture: Annotated[str, Field(max_length=1 << 8)]

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
+from typing import NamedTuple
 
 import numpy as np
 from scipy import sparse
@@ -60,10 +61,24 @@ class GeneHit:
     """``ensembl``, ``symbol``, ``previous``, ``alias``, ``unmapped``, or one of :data:`REPAIRED`."""
 
 
+class GeneEntry(NamedTuple):
+    """A row of the gene-name table, in the order of its columns."""
+
+    species: str
+    symbol: str
+    ensembl: str
+    name: str
+    previous: str
+    """Previous symbols, separated by ``|``; as ``aliases``."""
+    aliases: str
+    kind: str
+    """``protein``, ``pseudo`` or another kind of gene."""
+
+
 class GeneResource:
     """Gene-name table included in the package."""
 
-    def __init__(self, rows: Sequence[dict[str, str]]) -> None:
+    def __init__(self, rows: Sequence[GeneEntry]) -> None:
         self.rows = rows
         self._ensembl: dict[tuple[str, str], int] = {}
         self._symbol: dict[tuple[str, str], int] = {}
@@ -72,17 +87,17 @@ class GeneResource:
         self._alias: dict[tuple[str, str], set[int]] = defaultdict(set)
         self._dotted: dict[tuple[str, str], set[int]] = defaultdict(set)
         for i, row in enumerate(rows):
-            species = row["species"]
-            if row["ensembl"]:
-                self._ensembl.setdefault((species, row["ensembl"]), i)
-            self._symbol.setdefault((species, row["symbol"]), i)
-            self._folded[species, row["symbol"].upper()].add(i)
-            for text in (row["symbol"], *filter(None, row["previous"].split("|"))):
+            species = row.species
+            if row.ensembl:
+                self._ensembl.setdefault((species, row.ensembl), i)
+            self._symbol.setdefault((species, row.symbol), i)
+            self._folded[species, row.symbol.upper()].add(i)
+            for text in (row.symbol, *filter(None, row.previous.split("|"))):
                 if _SEPARATOR.search(text):
                     self._dotted[species, _dotted(text)].add(i)
-            for text in filter(None, row["previous"].split("|")):
+            for text in filter(None, row.previous.split("|")):
                 self._previous[species, text.upper()].add(i)
-            for text in filter(None, row["aliases"].split("|")):
+            for text in filter(None, row.aliases.split("|")):
                 self._alias[species, text.upper()].add(i)
 
     @staticmethod
@@ -91,7 +106,8 @@ class GeneResource:
         """Load the table; cached per process."""
         raw = files("comtip_shards.genes").joinpath("resources", RESOURCE).read_bytes()
         lines = gzip.decompress(raw).decode("utf-8").splitlines()
-        return GeneResource(list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)))
+        _, *rows = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+        return GeneResource([GeneEntry(*row) for row in rows])
 
     def resolve(self, identifier: str, species: str) -> GeneHit:
         """Resolve one identifier of one species.
@@ -110,12 +126,12 @@ class GeneResource:
         if found is None:
             return GeneHit(f"{species}:{text}", species, text, "", "", "unmapped")
         row = self.rows[found]
-        return GeneHit(f"{species}:{row['symbol']}", species, row["symbol"], row["ensembl"], row["name"], how)
+        return GeneHit(f"{species}:{row.symbol}", species, row.symbol, row.ensembl, row.name, how)
 
     def candidates(self, identifier: str, species: str) -> list[str]:
         """Return the symbols that a name changed by a spreadsheet or by R may have been, sorted."""
         rows = self._dates(identifier.strip(), species) | self._dots(identifier.strip(), species)
-        return sorted({self.rows[i]["symbol"] for i in rows if i >= 0})
+        return sorted({self.rows[i].symbol for i in rows if i >= 0})
 
     def _repair(self, text: str, species: str) -> tuple[int | None, str]:
         for rows, how in ((self._dates(text, species), "date"), (self._dots(text, species), "dots")):

@@ -6,7 +6,7 @@ import base64
 import io
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
@@ -18,7 +18,10 @@ from comtip_shards.qc.context import SectionContext
 from comtip_shards.qc.result import FAIL, WARN, Finding, SectionReport, worst
 from comtip_shards.storage.atomic import atomic_folder
 
-EXTENSIONS = ("json", "html")
+Extension = Literal["json", "html"]
+EXTENSIONS: tuple[Extension, ...] = get_args(Extension)
+Pages = Mapping[Extension, str]
+"""Contents of the report pages of a section; empty if it has none."""
 OVERLAY_PX = 1000
 RAMP = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 """Colours from few counts to many, safe for colour blindness."""
@@ -92,12 +95,12 @@ def index_page(sections: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], with
     return _template("index.html.j2").render(rows=rows, names=names)
 
 
-def pages(report: SectionReport) -> dict[str, str]:
+def pages(report: SectionReport) -> Pages:
     """Return the contents of ``<section_id>.json`` and ``.html``, by extension."""
     return {"json": report.to_json(), "html": section_page(report)}
 
 
-def write_pages(sections: Iterable[tuple[str, Mapping[str, str], Sequence[Mapping[str, Any]]]], folder: Path) -> None:
+def write_pages(sections: Iterable[tuple[str, Pages, Sequence[Mapping[str, Any]]]], folder: Path) -> None:
     """Replace a folder of reports: one page per section, and ``index.html``.
 
     Parameters

@@ -18,7 +18,7 @@ from PIL import Image
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
 from comtip_shards.names import inside
-from comtip_shards.qc.page import OVERLAY_PX, section_page
+from comtip_shards.qc.page import EXTENSIONS, OVERLAY_PX, Pages, section_page
 from comtip_shards.qc.result import FORMAT, MAX_LISTED_SPOTS, STATUSES, VERSION, Finding, SectionReport
 from comtip_shards.storage.regular_file import read_regular
 
@@ -58,7 +58,7 @@ class _Report:
 _ADAPTER = TypeAdapter(_Report)
 
 
-def stored_pages(folder: Path, section_id: str) -> tuple[dict[str, str], str]:
+def stored_pages(folder: Path, section_id: str) -> tuple[Pages, str]:
     """Return the rendered pages of one section, or why they cannot be used.
 
     Parameters
@@ -72,7 +72,7 @@ def stored_pages(folder: Path, section_id: str) -> tuple[dict[str, str], str]:
     -------
     ``({"json": text, "html": text}, "")``, or ``({}, problem)``; the problem is empty if there are no pages.
     """
-    paths = {e: inside(folder, f"{section_id}.{e}") for e in ("json", "html")}
+    paths = {e: inside(folder, f"{section_id}.{e}") for e in EXTENSIONS}
     if not any(p.exists() or p.is_symlink() for p in paths.values()):
         return {}, ""
     try:

@@ -15,8 +15,8 @@ from comtip_shards.format import record
 from comtip_shards.format.manifest import REPORT_FILE, REPORTS, ShardEntry, sha256_of
 from comtip_shards.format.tar_index import index_tar
 from comtip_shards.reader.shard_set import ShardSet
-from comtip_shards.sections.leakage import check_splits
 from comtip_shards.sections.section import meta_of
+from comtip_shards.sections.splits import check_splits
 from comtip_shards.storage.remote import Remote
 
 MAX_PROBLEMS = 100

@@ -1,21 +1,40 @@
-"""Facts that a user states about a section, and options for pooling; typed, bounded, and described once.
+"""Facts that a user states about a section, and options for reading it; typed, bounded, and described once.
 
-The command line, the Python functions and the readers all derive their options from the dataclasses here.
+The command line, the Python functions and the readers all derive their options from the dataclasses here. Text is parsed
+in this module only; readers take :class:`SourceOptions`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+import difflib
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from comtip_shards.errors import SourceError
+from comtip_shards.genes.species import species_name
+
+Species = Literal["human", "mouse"]
+PixelSource = Literal["wsi", "patches"]
+PooledUnit = Literal["bins", "cells", "transcripts"]
+
+
+def _as_species(value: Any) -> Any:
+    return species_name(value) if isinstance(value, str) else value
+
+
+def _as_text(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
 
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _Text = Annotated[str, Field(min_length=1)]
+_Location = Annotated[str, BeforeValidator(_as_text), Field(min_length=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,20 +42,20 @@ class SectionFacts:
     """Facts about a section. A stated fact takes precedence over anything a reader infers; ``None`` is not stated."""
 
     mpp: Annotated[_Positive | None, Field(description="um per px of the image that the positions belong to")] = None
-    species: Annotated[Literal["human", "mouse"] | None, Field(description="species of the section")] = None
+    species: Annotated[Species | None, BeforeValidator(_as_species), Field(description="species of the section")] = None
     tissue: Annotated[_Text | None, Field(description="organ, e.g. breast")] = None
     donor: Annotated[_Text | None, Field(description="patient or animal; splits keep donors apart")] = None
     platform: Annotated[_Text | None, Field(description="assay, e.g. Visium")] = None
     licence: Annotated[_Text | None, Field(description="licence of the data, e.g. CC-BY-4.0")] = None
     attribution: Annotated[_Text | None, Field(description="how the data's authors are to be credited")] = None
     pixels: Annotated[
-        Literal["wsi", "patches"] | None,
+        PixelSource | None,
         Field(
             description="HEST: cut tiles from the whole-slide image or from the patches (default: the image if present)"
         ),
     ] = None
     image: Annotated[
-        _Text | None,
+        _Location | None,
         Field(
             description="image to cut tiles from (Space Ranger: the original, or the word hires or lowres); "
             "{id} is replaced by the section id"
@@ -53,7 +72,7 @@ class PoolingOptions:
         Field(description="width of a pseudo-spot in um (default: 128 for Visium HD, 100 for Xenium)"),
     ] = None
     pool_from: Annotated[
-        Literal["bins", "cells", "transcripts"] | None,
+        PooledUnit | None,
         Field(description="what to pool: bins or cells (Visium HD), transcripts or cells (Xenium)"),
     ] = None
     bin_um: Annotated[
@@ -62,18 +81,21 @@ class PoolingOptions:
     ] = None
     min_cover: Annotated[
         float | None,
-        Field(ge=0, le=1, description="smallest share of a pseudo-spot's bins in tissue, Visium HD (default 0.5)"),
+        Field(gt=0, le=1, description="smallest share of a pseudo-spot's bins in tissue, Visium HD (default 0.5)"),
     ] = None
     min_pooled: Annotated[
-        float | None,
+        int | None,
         Field(
-            ge=0,
+            ge=1,
             description="smallest content of a pseudo-spot (default: 1 cell, or 5 % of a dense spot's transcripts)",
         ),
     ] = None
-    qv: Annotated[float | None, Field(ge=0, description="smallest quality of a transcript, Xenium (default 20)")] = None
+    qv: Annotated[
+        float | None,
+        Field(ge=0, allow_inf_nan=False, description="smallest quality of a transcript, Xenium (default 20)"),
+    ] = None
     alignment: Annotated[
-        _Text | None,
+        _Location | None,
         Field(description="Xenium: csv of a 3 x 3 matrix (H&E px to DAPI px), or keypoints from Xenium Explorer"),
     ] = None
 
@@ -90,12 +112,25 @@ class CountOptions:
         _Text | None, Field(description="AnnData: the key of obsm with spot centres (default: spatial)")
     ] = None
     round_counts: Annotated[
-        Literal["yes", "no"] | None,
+        bool | None,
         Field(description="AnnData, SpatialData: yes rounds fractional counts of ambient RNA correction (default: no)"),
     ] = None
 
 
 Options = SectionFacts | PoolingOptions | CountOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceOptions:
+    """Everything that a caller states about a source; :func:`source_options` checks the values."""
+
+    facts: SectionFacts = field(default_factory=SectionFacts)
+    pooling: PoolingOptions = field(default_factory=PoolingOptions)
+    counts: CountOptions = field(default_factory=CountOptions)
+
+    def stated(self) -> dict[str, str]:
+        """Return what is stated, by name, as text."""
+        return stated(self.facts, self.pooling, self.counts)
 
 
 @dataclass(frozen=True)
@@ -117,7 +152,26 @@ def option_specs(cls: type[Options]) -> Iterator[OptionSpec]:
         inner, info = get_args(hints[item.name])[0], hints[item.name].__metadata__[-1]
         branches = get_args(inner) if isinstance(inner, UnionType) or get_origin(inner) is not None else (inner,)
         choices = next((get_args(b) for b in branches if get_origin(b) is Literal), ())
-        yield OptionSpec(item.name, str(info.description), tuple(choices))
+        yield OptionSpec(item.name, str(info.description), ("yes", "no") if bool in branches else tuple(choices))
+
+
+def option_names(cls: type[Options]) -> tuple[str, ...]:
+    """Return the names of the fields of a class, in order."""
+    return tuple(item.name for item in fields(cls))
+
+
+def flag(name: str) -> str:
+    """Return the command line option of a field: ``--pool-um``."""
+    return f"--{name.replace('_', '-')}"
+
+
+POOL_KEYS = option_names(PoolingOptions)
+OPTION_KEYS = ("image", "pixels", *option_names(CountOptions))
+"""Options of some readers."""
+FACT_KEYS = tuple(name for name in option_names(SectionFacts) if name not in OPTION_KEYS)
+"""Facts about a section, which every reader accepts."""
+META_KEYS = (*FACT_KEYS, *OPTION_KEYS, *POOL_KEYS)
+"""Everything that can be stated."""
 
 
 def parse_facts(values: Mapping[str, Any]) -> tuple[SectionFacts, PoolingOptions, CountOptions]:
@@ -128,11 +182,13 @@ def parse_facts(values: Mapping[str, Any]) -> tuple[SectionFacts, PoolingOptions
     SourceError
         Unknown name, wrong type or out of bounds; names the fact, the value and what it must be.
     """
-    known = {cls: {f.name for f in fields(cls)} for cls in _ADAPTERS}
+    known = {cls: option_names(cls) for cls in _ADAPTERS}
+    every = [name for names in known.values() for name in names]
     for name in values:
-        if not any(name in names for names in known.values()):
-            options = ", ".join(n for names in known.values() for n in sorted(names))
-            raise SourceError(f"unknown fact {name!r}; these can be stated: {options}")
+        if name not in every:
+            near = difflib.get_close_matches(name, every, n=1)
+            meant = f"; did you mean {near[0]}?" if near else ";"
+            raise SourceError(f"unknown fact {name!r}{meant} {', '.join(every)} can be stated")
     given = {k: v for k, v in values.items() if v is not None}
     facts, pooling, counts = (
         _validated(cls, {k: v for k, v in given.items() if k in names}) for cls, names in known.items()
@@ -140,23 +196,77 @@ def parse_facts(values: Mapping[str, Any]) -> tuple[SectionFacts, PoolingOptions
     return facts, pooling, counts
 
 
+def source_options(given: SourceOptions | Mapping[str, Any] | None) -> SourceOptions:
+    """Return checked options from typed ones, or from a mapping of names to values or text.
+
+    Parameters
+    ----------
+    given
+        Typed values are checked too, because a dataclass takes anything. Empty text in a mapping states nothing.
+
+    Raises
+    ------
+    SourceError
+        As :func:`parse_facts`.
+    """
+    if isinstance(given, SourceOptions):
+        values = {k: v for part in (given.facts, given.pooling, given.counts) for k, v in vars(part).items()}
+    else:
+        values = {k: None if v == "" else v for k, v in (given or {}).items()}
+    facts, pooling, counts = parse_facts(values)
+    return SourceOptions(facts=facts, pooling=pooling, counts=counts)
+
+
+def check_options(options: SourceOptions, used: Collection[str], what: str) -> None:
+    """Raise for options that a reader would ignore.
+
+    Parameters
+    ----------
+    options
+        Stated facts and options.
+    used
+        Fields that the reader uses besides :data:`FACT_KEYS`.
+    what
+        What is read, for messages.
+    """
+    for name in options.stated():
+        if name not in FACT_KEYS and name not in used:
+            raise SourceError(f"{flag(name)} has no effect here: {what} does not use it; leave it out")
+
+
+def refuse(options: SourceOptions, names: Collection[str], why: str) -> None:
+    """Raise for stated options that have no effect for this format."""
+    for name in options.stated():
+        if name in names:
+            raise SourceError(f"{flag(name)} has no effect here: {why}")
+
+
 def stated(*parts: Options | None) -> dict[str, str]:
-    """Return what is stated, as text, for readers and for provenance."""
+    """Return what is stated, as text, for messages and for provenance."""
     out = {}
     for part in parts:
-        for item in fields(part) if part is not None else ():
-            value = getattr(part, item.name)
+        for name, value in vars(part).items() if part is not None else ():
             if value is not None:
-                out[item.name] = f"{value:.12g}" if isinstance(value, float) else str(value)
+                out[name] = _text(value)
     return out
 
 
-def _validated(cls: Any, values: dict[str, Any]) -> Any:
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.12g}" if isinstance(value, float) else str(value)
+
+
+def _validated(cls: Any, values: Mapping[str, Any]) -> Any:
     try:
         return _ADAPTERS[cls].validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0])
-        raise SourceError(
-            f"--{name.replace('_', '-')} {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
-        ) from None
+        choices = next(spec.choices for spec in option_specs(cls) if spec.name == name)
+        if choices:
+            *most, last = (repr(choice) for choice in choices)
+            must = f"must be {', '.join(most)} or {last}"
+        else:
+            must = re.sub(r"^\w+ should", "must", first["msg"])
+        raise SourceError(f"{flag(name)} {str(values[name]) or repr('')}: {must}") from None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 from scipy import sparse
@@ -15,7 +16,13 @@ from comtip_shards.names import check_section_id
 from comtip_shards.slides.base import Slide
 from comtip_shards.slides.open import image_size, open_slide
 
-SPLITS = ("train", "val", "test", "")
+SectionId = str
+SectionNotes = Mapping[SectionId, str]
+"""A note on each of some sections."""
+Split = Literal["train", "val", "test"]
+StatedSplits = Mapping[SectionId, Split]
+"""The split that the user states for each of some sections."""
+SPLITS = (*get_args(Split), "")
 RENAME = "use ASCII letters, digits, '.', '_' and '-', at most 100, and begin with a letter or digit"
 
 

@@ -6,9 +6,12 @@ To add a format, write one module and add one entry to ``READERS``.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from comtip_shards.errors import SourceError
+from comtip_shards.sections.facts import POOL_KEYS, SourceOptions, check_options, refuse, source_options
 from comtip_shards.sources import (
     anndata_source,
     hest,
@@ -20,7 +23,7 @@ from comtip_shards.sources import (
     visium_hd,
     xenium,
 )
-from comtip_shards.sources.base import POOL_KEYS, Reader, SectionSource, check_options, check_overrides, pick, refuse
+from comtip_shards.sources.base import Reader, SectionSource, pick
 from comtip_shards.sources.files.hints import explain
 from comtip_shards.sources.files.packaging import contents
 from comtip_shards.sources.selection.choose import check_where, choose
@@ -154,7 +157,7 @@ def open_source(
     *,
     samples: Sequence[str] | None = None,
     fmt: str = "auto",
-    overrides: Mapping[str, str] | None = None,
+    overrides: SourceOptions | Mapping[str, Any] | None = None,
     where: Mapping[str, Collection[str]] | None = None,
     cache: Path | None = None,
     progress: bool = False,
@@ -170,8 +173,8 @@ def open_source(
     fmt
         ``auto`` or one of :data:`FORMATS`.
     overrides
-        Facts that the caller states; they take precedence over the source. Keys: see
-        :data:`comtip_shards.sources.base.META_KEYS`.
+        Facts and options that the caller states; facts take precedence over the source. A mapping such as
+        ``{"mpp": "0.5"}`` is parsed by :func:`comtip_shards.sections.facts.source_options`.
     where
         Filter sections, e.g. ``{"tissue": ["breast", "lung"], "species": ["human"]}``. Keys: ``species``,
         ``tissue`` (or ``organ``), ``platform`` (or ``technology``), ``donor`` and ``dataset``.
@@ -183,30 +186,39 @@ def open_source(
     Raises
     ------
     SourceError
-        The source cannot be read; the message names the file and the fix.
+        The source cannot be read, or an option is invalid or unused; the message names the file and the fix.
     """
-    facts, where = dict(overrides or {}), check_where(where or {})
-    check_overrides(facts)
+    options, where = source_options(overrides), check_where(where or {})
     if fmt != "auto" and fmt not in _BY_NAME:
         raise SourceError(f"unknown format {fmt!r}; use auto or one of {', '.join(FORMATS)}")
     if is_url(path):
         fetched = fetch_source(
-            str(path), fmt=fmt, samples=samples, where=where, facts=facts, cache=cache, progress=progress
+            str(path), fmt=fmt, samples=samples, where=where, options=options, cache=cache, progress=progress
         )
         path, fmt, samples = fetched.path, fetched.fmt, fetched.samples
-        if "pixels" not in _BY_NAME[fmt].options:
-            facts.pop("pixels", None)  # it selected the files to download
+        if "pixels" not in _BY_NAME[fmt].options:  # it selected the files to download
+            options = replace(options, facts=replace(options.facts, pixels=None))
     path = Path(path)
     if not path.exists():
         raise SourceError(f"{path}: no such file or folder; check the path")
     path = locate(path)
-    reader = detect(path)[0] if fmt == "auto" else _BY_NAME[fmt]
+    return _read_by(detect(path)[0] if fmt == "auto" else _BY_NAME[fmt], path, samples, where, options)
+
+
+def _read_by(
+    reader: Reader,
+    path: Path,
+    samples: Sequence[str] | None,
+    where: Mapping[str, Collection[str]],
+    options: SourceOptions,
+) -> list[SectionSource]:
+    """Open the selected sections of a local source, after a check that the reader uses every option."""
     if not reader.pools:
-        refuse(facts, POOL_KEYS, f"{reader.name} has one row per spot and is not pooled")
-    check_options(facts, reader.options, f"the format {reader.name}")
+        refuse(options, POOL_KEYS, f"{reader.name} has one row per spot and is not pooled")
+    check_options(options, reader.options, f"the format {reader.name}")
     if reader.catalogue is None:
-        return choose(reader.open(path, samples, facts), where, path, lambda source: source.meta)
-    rows = reader.catalogue(path, facts)
+        return choose(reader.open(path, samples, options), where, path, lambda source: source.meta)
+    rows = reader.catalogue(path, options.facts)
     wanted = set(pick(samples, [r.section_id for r in rows], path))
     rows = choose([r for r in rows if r.section_id in wanted], where, path, lambda row: row)
-    return reader.open(path, [r.section_id for r in rows], facts)
+    return reader.open(path, [r.section_id for r in rows], options)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 import gzip
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,11 @@ from scipy import sparse
 
 from comtip_shards.errors import SourceError
 from comtip_shards.not_data import not_data, refuse_not_data
+from comtip_shards.sections.facts import CountOptions, SectionFacts, SourceOptions
 from comtip_shards.sections.section import Section, SectionMeta, check_unique
 
-POOL_KEYS = ("pool_um", "pool_from", "bin_um", "min_cover", "min_pooled", "qv", "alignment")
 _TRUE = {"1", "1.0", "true", "t", "yes", "y", "in tissue", "in_tissue"}
 _FALSE = {"0", "0.0", "false", "f", "no", "n", "", "nan", "none", "na", "<na>"}
-FACT_KEYS = ("species", "tissue", "donor", "platform", "licence", "attribution", "mpp")
-"""Facts about a section, which every reader accepts."""
-OPTION_KEYS = ("image", "pixels", "layer", "positions", "round_counts")
-"""Options of some readers."""
-META_KEYS = (*FACT_KEYS, *OPTION_KEYS, *POOL_KEYS)
-"""Keys of ``overrides``: facts about a section, and pooling options."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +36,8 @@ class SectionSource:
     load: Callable[[], Section]
     load_spots: Callable[[], Section] | None = None
     """Loads the section without its counts; None if counts are cheap to read and always present."""
+    counts: CountOptions = field(default_factory=CountOptions)
+    """How counts and positions are read, where this shows neither in the metadata nor in the names of the inputs."""
 
     def read(self) -> Section:
         """Read the section and validate it."""
@@ -61,16 +57,16 @@ class Reader:
     """Short description of the layout, used in error messages."""
     recognise: Callable[[Path], str | None]
     """Return a reason if a path has this format, else None. Must be fast and must not raise on other formats."""
-    open: Callable[[Path, Sequence[str] | None, Mapping[str, str]], list[SectionSource]]
-    """``open(path, section ids or None for all, overrides)``; must not read the data."""
-    catalogue: Callable[[Path, Mapping[str, str]], list[CatalogueRow]] | None = None
+    open: Callable[[Path, Sequence[str] | None, SourceOptions], list[SectionSource]]
+    """``open(path, section ids or None for all, options)``; must not read the data."""
+    catalogue: Callable[[Path, SectionFacts], list[CatalogueRow]] | None = None
     """List sections from the source's metadata table without opening them; None if opening is cheap."""
     outranks: tuple[str, ...] = ()
     """Formats over which this one takes precedence if both are detected; ``*`` means all."""
     pools: bool = False
     """Whether the reader pools bins, cells or transcripts; otherwise pooling options are refused."""
     options: tuple[str, ...] = ()
-    """Keys of ``overrides`` that it uses besides :data:`FACT_KEYS`; all others are refused."""
+    """Fields of the options that it uses besides :data:`comtip_shards.sections.facts.FACT_KEYS`; all others are refused."""
 
 
 @dataclass(frozen=True)
@@ -84,38 +80,46 @@ class CatalogueRow:
     donor: str = ""
     dataset: str = ""
 
+    def with_facts(self, facts: SectionFacts) -> CatalogueRow:
+        """Return the row with stated facts in place of the source's."""
+        return replace(
+            self,
+            species=facts.species or self.species,
+            tissue=facts.tissue or self.tissue,
+            platform=facts.platform or self.platform,
+            donor=facts.donor or self.donor,
+        )
 
-def check_overrides(overrides: Mapping[str, str]) -> None:
-    """Raise for an unknown key."""
-    for key in overrides:
-        if key not in META_KEYS:
-            near = difflib.get_close_matches(key, META_KEYS, n=1)
-            meant = f"; did you mean {near[0]}?" if near else ";"
-            raise SourceError(f"unknown fact {key!r}{meant} {', '.join(META_KEYS)} can be stated")
+
+def stated_file(template: str | None, section_id: str) -> Path | None:
+    """Return the file that the caller states for a section, None if none is stated; ``{id}`` is replaced."""
+    return Path(template.replace("{id}", section_id)) if template else None
 
 
-def check_options(overrides: Mapping[str, str], used: Sequence[str], what: str) -> None:
-    """Raise for options that a reader would ignore.
+def stated_image(facts: SectionFacts, section_id: str) -> Path | None:
+    """Return the image that the caller states for a section; it must exist."""
+    image = stated_file(facts.image, section_id)
+    return None if image is None else existing(image, "image (--image)")
+
+
+def check_one_file(option: str, template: str | None, names: Sequence[str], where: Path) -> None:
+    """Raise if one file is stated for several sections.
 
     Parameters
     ----------
-    overrides
-        Stated facts and options; empty values are not stated.
-    used
-        Keys that the reader uses besides :data:`FACT_KEYS`.
-    what
-        What is read, for messages.
+    option
+        The option, e.g. ``--image``.
+    template
+        Its value, with ``{id}`` for the section.
+    names
+        The sections that are read.
+    where
+        The source, for messages.
     """
-    for key in (*OPTION_KEYS, *POOL_KEYS):
-        if overrides.get(key) and key not in used:
-            raise SourceError(f"--{key.replace('_', '-')} has no effect here: {what} does not use it; leave it out")
-
-
-def refuse(overrides: Mapping[str, str], keys: Sequence[str], why: str) -> None:
-    """Raise for options that have no effect for this format."""
-    for key in keys:
-        if overrides.get(key):
-            raise SourceError(f"--{key.replace('_', '-')} has no effect here: {why}")
+    if template and len(names) > 1 and "{id}" not in template:
+        raise SourceError(
+            f"{where}: {option} is one file but there are {len(names)} sections; use {{id}} in it, or select one with --samples"
+        )
 
 
 def number(value: Any, what: str) -> float:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import pandas as pd
 from scipy.spatial import cKDTree
@@ -22,9 +20,9 @@ def median_gap(xy: np.ndarray) -> float:
     return float(np.median(cKDTree(xy).query(xy, k=2)[0][:, 1])) if len(xy) > 1 else float("nan")
 
 
-def max_ratio(platform: str, obs: pd.DataFrame, overrides: Mapping[str, str]) -> float:
+def max_ratio(platform: str, obs: pd.DataFrame) -> float:
     """Return the maximum ratio of the spot pitch to 100 um, infinite if the spots are not known to be those of Visium."""
-    if platform or overrides.get("platform"):
+    if platform:
         return MAX_RATIO if platform.lower() == "visium" else float("inf")
     if not {"array_row", "array_col"} <= set(obs) or len(obs) < _MIN_SPOTS:
         return float("inf")

@@ -17,21 +17,22 @@ import h5py
 import numpy as np
 
 from comtip_shards.errors import SourceError
+from comtip_shards.genes.species import species_name
+from comtip_shards.sections.facts import CountOptions, SectionFacts, SourceOptions
 from comtip_shards.sections.section import Section, SectionMeta
 from comtip_shards.slides.base import Slide
 from comtip_shards.slides.open import mpp_by_tag
+from comtip_shards.sources.anndata_parts.picture import library_picture, library_slide
 from comtip_shards.sources.anndata_parts.positions import centres
+from comtip_shards.sources.anndata_parts.spots import read_spots
 from comtip_shards.sources.anndata_parts.store import open_h5ad, read_part
-from comtip_shards.sources.anndata_source import library_picture, library_slide, read_spots
-from comtip_shards.sources.base import CatalogueRow, SectionSource, existing, number, pick, read_table
+from comtip_shards.sources.base import CatalogueRow, SectionSource, number, pick, read_table, stated_image
 from comtip_shards.sources.files.packaging import find
 from comtip_shards.sources.geometry import MAX_RATIO_INFERRED, check_pitch, median_gap
 from comtip_shards.sources.patches import Patches, PatchSlide, read_patches
-from comtip_shards.sources.tenx.features import species_name
 
 TABLE = "HEST_v*.csv"
 LICENCE = "CC BY-NC-SA 4.0 (HEST-1k: not for commercial use)"
-PIXELS = ("wsi", "patches")
 POOLED = ("xenium", "visium hd")
 """Technologies for which HEST pooled square pseudo-spots."""
 NO_PATCH = "no patch: too little tissue"
@@ -46,27 +47,27 @@ def recognise(path: Path) -> str | None:
     return f"st/*.h5ad with {', '.join(siblings)}" if siblings else None
 
 
-def catalogue(path: Path, overrides: Mapping[str, str]) -> list[CatalogueRow]:
+def catalogue(path: Path, facts: SectionFacts) -> list[CatalogueRow]:
     """List the sections of the folder with their metadata."""
     ids = [p.stem for p in sorted(find(path / "st", "*.h5ad"))]
-    facts = read_facts(path, ids)
-    return [_row(name, facts.get(name, {}), overrides) for name in ids]
+    rows = read_metadata(path, ids)
+    return [_row(name, rows.get(name, {})).with_facts(facts) for name in ids]
 
 
 def table_rows(path: Path) -> list[CatalogueRow]:
     """List all sections of the metadata table, including those without files in the folder."""
-    return [_row(name, row, {}) for name, row in _read_csv(path).items()]
+    return [_row(name, row) for name, row in _read_csv(path).items()]
 
 
-def read_facts(path: Path, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return {id: facts} from the newest table, updated by ``metadata/ID.json``."""
-    facts = _read_csv(path)
+def read_metadata(path: Path, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return {id: metadata} from the newest table, updated by ``metadata/ID.json``."""
+    rows = _read_csv(path)
     for name in ids:
         file = path / "metadata" / f"{name}.json"
         if file.is_file():
-            stated = {k: v for k, v in _read_json(file).items() if v is not None}
-            facts[name] = facts.get(name, {}) | stated
-    return facts
+            own = {k: v for k, v in _read_json(file).items() if v is not None}
+            rows[name] = rows.get(name, {}) | own
+    return rows
 
 
 def _read_csv(path: Path) -> dict[str, dict[str, Any]]:
@@ -89,48 +90,44 @@ def _read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _row(name: str, facts: Mapping[str, Any], overrides: Mapping[str, str]) -> CatalogueRow:
-    species = overrides.get("species") or str(facts.get("species", ""))
-    title = " ".join(str(facts.get("dataset_title", "")).split())
-    patient = str(facts.get("patient", "")).strip()
-    # Patient numbers are unique within a study only.
-    donor = f"{title[:60]}: {patient}" if patient and title else patient
+def _row(name: str, row: Mapping[str, Any]) -> CatalogueRow:
+    title = " ".join(str(row.get("dataset_title", "")).split())
+    patient = str(row.get("patient", "")).strip()
     return CatalogueRow(
         name,
-        species_name(species),
-        overrides.get("tissue") or str(facts.get("organ") or facts.get("tissue") or ""),
-        overrides.get("platform") or str(facts.get("st_technology", "")),
-        overrides.get("donor") or donor,
+        species_name(str(row.get("species", ""))),
+        str(row.get("organ") or row.get("tissue") or ""),
+        str(row.get("st_technology", "")),
+        f"{title[:60]}: {patient}" if patient and title else patient,  # numbers are unique within a study only
         "HEST-1k",
     )
 
 
-def open_sections(path: Path, samples: Sequence[str] | None, overrides: Mapping[str, str]) -> list[SectionSource]:
+def open_sections(path: Path, samples: Sequence[str] | None, options: SourceOptions) -> list[SectionSource]:
     """Return the sections named in ``samples``, or all."""
-    if overrides.get("pixels", PIXELS[0]) not in PIXELS:
-        raise SourceError(f"unknown --pixels {overrides['pixels']}; use {' or '.join(PIXELS)}")
-    rows = {row.section_id: row for row in catalogue(path, overrides)}
+    rows = {row.section_id: row for row in catalogue(path, options.facts)}
     if not rows:
         raise SourceError(f"{path}: no st/ID.h5ad; give the folder that contains st/, wsis/ or patches/, and metadata/")
-    facts = read_facts(path, list(rows))
-    return [_source(path, rows[name], facts.get(name, {}), overrides) for name in pick(samples, list(rows), path)]
+    names = pick(samples, list(rows), path)
+    metadata = read_metadata(path, list(rows))
+    return [_source(path, rows[name], metadata.get(name, {}), options.facts) for name in names]
 
 
-def _source(path: Path, row: CatalogueRow, facts: Mapping[str, Any], overrides: Mapping[str, str]) -> SectionSource:
+def _source(path: Path, row: CatalogueRow, metadata: Mapping[str, Any], facts: SectionFacts) -> SectionSource:
     name = row.section_id
     table, patches = path / "st" / f"{name}.h5ad", path / "patches" / f"{name}.h5"
-    wsi = _wsi(path, name, overrides)
+    wsi = _wsi(path, name, facts)
     if wsi is None and not patches.is_file():
         raise SourceError(f"{path}: neither wsis/{name}.tif nor patches/{name}.h5 exists; download one or set --image")
     notes: list[str] = []
-    if not facts:
+    if not metadata:
         notes.append(f"no metadata for {name}: metadata/{name}.json and {TABLE} are missing")
-    mpp = _scale(path, name, facts, overrides, wsi, notes)
-    pitch, diameter = _geometry(table, mpp, facts, row.platform, notes)
+    mpp = facts.mpp or _scale(path, name, metadata, wsi, notes)
+    pitch, diameter = _geometry(table, mpp, metadata, row.platform, notes)
     if not row.tissue:
         raise SourceError(f"{path}: no tissue for {name}; download metadata/{name}.json or set --tissue")
-    licence = f"{LICENCE}; the study's own: {facts['license']}" if facts.get("license") else LICENCE
-    study = "; ".join(str(facts[k]) for k in ("dataset_title", "study_link") if facts.get(k))
+    licence = f"{LICENCE}; the study's own: {metadata['license']}" if metadata.get("license") else LICENCE
+    study = "; ".join(str(metadata[k]) for k in ("dataset_title", "study_link") if metadata.get(k))
     meta = SectionMeta(
         section_id=name,
         dataset=row.dataset,
@@ -138,37 +135,33 @@ def _source(path: Path, row: CatalogueRow, facts: Mapping[str, Any], overrides: 
         tissue=row.tissue,
         donor=row.donor,
         platform=row.platform,
-        licence=overrides.get("licence") or licence,
-        attribution=overrides.get("attribution") or "; ".join(filter(None, ["HEST-1k (MahmoodLab/hest)", study])),
+        licence=facts.licence or licence,
+        attribution=facts.attribution or "; ".join(filter(None, ["HEST-1k (MahmoodLab/hest)", study])),
         mpp=mpp,
         spot_diameter_um=diameter,
         spot_pitch_um=pitch,
         pooling=f"squares of {pitch:g} um, pooled by HEST" if row.platform.lower() in POOLED else "",
     )
     inputs = [p for p in (table, path / "metadata" / f"{name}.json", patches, wsi) if p is not None and p.is_file()]
-    return SectionSource(meta, tuple(inputs), partial(_load, meta, table, patches, wsi, dict(facts), notes))
+    return SectionSource(meta, tuple(inputs), partial(_load, meta, table, patches, wsi, dict(metadata), notes))
 
 
-def _wsi(path: Path, name: str, overrides: Mapping[str, str]) -> Path | None:
-    if overrides.get("image"):
-        return existing(Path(overrides["image"].replace("{id}", name)), "image (--image)")
-    if overrides.get("pixels") == "patches":
+def _wsi(path: Path, name: str, facts: SectionFacts) -> Path | None:
+    if facts.image:
+        return stated_image(facts, name)
+    if facts.pixels == "patches":
         return None
     wsi = next(iter(sorted(find(path / "wsis", f"{name}.tif*"))), None)
-    if wsi is None and overrides.get("pixels") == "wsi":
+    if wsi is None and facts.pixels == "wsi":
         raise SourceError(f"{path / 'wsis' / name}.tif: no such file, but --pixels wsi requires it; download it")
     return wsi
 
 
-def _scale(
-    path: Path, name: str, facts: Mapping[str, Any], overrides: Mapping[str, str], wsi: Path | None, notes: list[str]
-) -> float:
-    """Return um per px of the WSI: --mpp, HEST's estimate from spots, HEST's embedded value, or the file's own tag."""
+def _scale(path: Path, name: str, metadata: Mapping[str, Any], wsi: Path | None, notes: list[str]) -> float:
+    """Return um per px of the WSI: HEST's estimate from spots, HEST's embedded value, or the file's own tag."""
     where = path / "metadata" / f"{name}.json"
-    if overrides.get("mpp"):
-        return number(overrides["mpp"], "--mpp")
     for key in ("pixel_size_um_estimated", "pixel_size_um_embedded"):
-        value = number(facts.get(key, ""), f"{where}: {key}")
+        value = number(metadata.get(key, ""), f"{where}: {key}")
         if np.isfinite(value):
             if key.endswith("embedded"):
                 notes.append("scale from pixel_size_um_embedded: HEST has no estimate from spots")
@@ -180,7 +173,7 @@ def _scale(
 
 
 def _geometry(
-    table: Path, mpp: float, facts: Mapping[str, Any], platform: str, notes: list[str]
+    table: Path, mpp: float, metadata: Mapping[str, Any], platform: str, notes: list[str]
 ) -> tuple[float, float]:
     """Return (spot pitch, spot diameter) in um; measured values have precedence, and differences are noted."""
     with open_h5ad(table) as file:
@@ -189,8 +182,8 @@ def _geometry(
         xy = centres(read_part(file, "obsm/spatial", table), table)
     check_pitch(xy, mpp, MAX_RATIO_INFERRED if platform.lower() == "visium" else float("inf"), str(table))
     gap = median_gap(xy) * mpp
-    stated = number(facts.get("inter_spot_dist", ""), f"{table.stem}: inter_spot_dist")
-    diameter = number(facts.get("spot_diameter", ""), f"{table.stem}: spot_diameter")
+    stated = number(metadata.get("inter_spot_dist", ""), f"{table.stem}: inter_spot_dist")
+    diameter = number(metadata.get("spot_diameter", ""), f"{table.stem}: spot_diameter")
     if np.isfinite(stated) and np.isfinite(gap) and abs(gap / stated - 1) > 0.1:
         notes.append(f"the spot pitch is {gap:.1f} um at {mpp:.4f} um per px, but inter_spot_dist is {stated:g} um")
     pitch = gap if np.isfinite(gap) else stated
@@ -199,25 +192,30 @@ def _geometry(
 
 
 def _load(
-    meta: SectionMeta, table: Path, patches_path: Path, wsi: Path | None, facts: Mapping[str, Any], notes: Sequence[str]
+    meta: SectionMeta,
+    table: Path,
+    patches_path: Path,
+    wsi: Path | None,
+    metadata: Mapping[str, Any],
+    notes: Sequence[str],
 ) -> Section:
     with open_h5ad(table) as file:
         n = len(read_part(file, "obs", table))
-    section = read_spots(table, np.arange(n), meta, wsi or patches_path, 1.0, list(notes))
+    section = read_spots(table, np.arange(n), meta, wsi or patches_path, 1.0, list(notes), CountOptions())
     if patches_path.is_file():
         patches = read_patches(patches_path, meta.mpp)
         section = section.keep(np.array([s in patches.row_of for s in section.spot_ids], bool), NO_PATCH)
         section.notes += patches.check(section.spot_ids, section.xy)
         if wsi is None:
             section.notes.append(f"tiles are cut from patches of {patches.width_um:g} um ({patches_path.name})")
-            section.slide_opener = partial(_open_patches, patches, section.spot_ids, section.xy, table, dict(facts))
+            section.slide_opener = partial(_open_patches, patches, section.spot_ids, section.xy, table, dict(metadata))
     else:
         section.notes.append(f"no patches/{patches_path.name}: spots with little tissue are included")
     return section
 
 
 def _open_patches(
-    patches: Patches, spot_ids: Sequence[str], xy: np.ndarray, table: Path, facts: Mapping[str, Any]
+    patches: Patches, spot_ids: Sequence[str], xy: np.ndarray, table: Path, metadata: Mapping[str, Any]
 ) -> Slide:
     """Open patches as a slide, with the image in the h5ad as overview."""
     with open_h5ad(table) as file:
@@ -230,7 +228,8 @@ def _open_patches(
         picture = library_picture(library, str(table))
         small = library_slide(library, picture, table)
     size = [
-        number(facts.get(f"fullres_px_{side}", ""), f"{table.stem}: fullres_px_{side}") for side in ("width", "height")
+        number(metadata.get(f"fullres_px_{side}", ""), f"{table.stem}: fullres_px_{side}")
+        for side in ("width", "height")
     ]
     if not np.isfinite(size).all():
         size = [side / picture.factor for side in small.size]

@@ -8,28 +8,28 @@ images exactly.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from comtip_shards.errors import SourceError
+from comtip_shards.sections.facts import SectionFacts, SourceOptions
 from comtip_shards.sections.section import Section, SectionMeta
 from comtip_shards.slides.open import image_size
 from comtip_shards.sources.base import (
     SectionSource,
     SpotPositions,
-    existing,
+    check_one_file,
     join,
-    number,
     numbers,
     pick,
     read_counts_table,
     read_spots_table,
     read_table,
+    stated_image,
 )
 from comtip_shards.sources.files.packaging import find
-from comtip_shards.sources.tenx.features import species_name
 
 PITCH_UM, DIAMETER_UM = 200.0, 100.0
 MIN_PITCH_UM, MAX_PITCH_UM = 75.0, 400.0
@@ -64,52 +64,41 @@ def _sections(path: Path) -> dict[str, tuple[Path, Path]]:
     return out
 
 
-def open_sections(path: Path, samples: Sequence[str] | None, overrides: Mapping[str, str]) -> list[SectionSource]:
-    """Return the sections of the folder; species and tissue must be stated in ``overrides``."""
+def open_sections(path: Path, samples: Sequence[str] | None, options: SourceOptions) -> list[SectionSource]:
+    """Return the sections of the folder; species and tissue must be stated."""
     found = _sections(path)
     if not found:
         raise SourceError(
             f"{path}: no ID.tsv(.gz) with an image ID_*.jpg or .png; put each count table and its image in this folder"
         )
-    for key in ("species", "tissue"):
-        if not overrides.get(key):
-            raise SourceError(f"{path}: legacy ST files have no {key}; set --{key}")
+    facts = options.facts
+    if facts.species is None or facts.tissue is None:
+        missing = "species" if facts.species is None else "tissue"
+        raise SourceError(f"{path}: legacy ST files have no {missing}; set --{missing}")
     names = pick(samples, list(found), path)
-    if len(names) > 1 and overrides.get("image") and "{id}" not in overrides["image"]:
-        raise SourceError(
-            f"{path}: --image is one file but there are {len(names)} sections; use {{id}} in it, or select one with --samples"
-        )
-    return [_source(path, name, *found[name], overrides) for name in names]
+    check_one_file("--image", facts.image, names, path)
+    return [_source(path, name, *found[name], facts, facts.species, facts.tissue) for name in names]
 
 
-def _source(path: Path, name: str, counts: Path, image: Path, overrides: Mapping[str, str]) -> SectionSource:
-    if overrides.get("image"):
-        image = existing(Path(overrides["image"].replace("{id}", name)), "image (--image)")
+def _source(
+    path: Path, name: str, counts: Path, image: Path, facts: SectionFacts, species: str, tissue: str
+) -> SectionSource:
+    image = stated_image(facts, name) or image
     table = next(
         (p for kind in ("spots", "selection", "alignment") if (p := path / f"{name}_{kind}.tsv").is_file()), None
     )
     spots = _read_spots(table, image) if table is not None else None
     notes = [] if table is not None else [f"no spot file: assumed that the 33 x 35 array frame fills {image.name}"]
-    if overrides.get("mpp"):
-        mpp = number(overrides["mpp"], "--mpp")
-        pitch = _pitch_px(spots, image, table) * mpp
-        if not MIN_PITCH_UM < pitch < MAX_PITCH_UM:
-            raise SourceError(
-                f"{path}: with {mpp:g} um per px the spot pitch is {pitch:.0f} um, but arrays have 150 or {PITCH_UM:g} um; "
-                f"set --mpp {PITCH_UM * mpp / pitch:.4g} or omit it"
-            )
-    else:
-        mpp = PITCH_UM / _pitch_px(spots, image, table)
-        notes.append(f"scale from the array's {PITCH_UM:g} um pitch: {mpp:.4f} um per px")
+    mpp = _scale(path, facts.mpp, _pitch_px(spots, image, table), notes)
     meta = SectionMeta(
         section_id=name,
         dataset=path.name,
-        species=species_name(overrides["species"]),
-        tissue=overrides["tissue"],
-        donor=overrides.get("donor", ""),
-        platform=overrides.get("platform", "legacy Spatial Transcriptomics"),
-        licence=overrides.get("licence", ""),
-        attribution=overrides.get("attribution", ""),
+        species=species,
+        tissue=tissue,
+        donor=facts.donor or "",
+        platform=facts.platform or "legacy Spatial Transcriptomics",
+        licence=facts.licence or "",
+        attribution=facts.attribution or "",
         mpp=mpp,
         spot_diameter_um=DIAMETER_UM,
         spot_pitch_um=PITCH_UM,
@@ -121,6 +110,20 @@ def _source(path: Path, name: str, counts: Path, image: Path, overrides: Mapping
         return join(meta, image, matrix, ids, genes, [""] * len(genes), positions, counts, table or counts, notes)
 
     return SectionSource(meta, tuple(p for p in (image, counts, table) if p is not None), load)
+
+
+def _scale(path: Path, stated: float | None, pitch_px: float, notes: list[str]) -> float:
+    """Return um per px: the stated scale, if it is plausible for an array, else that of the array's pitch."""
+    if stated is None:
+        notes.append(f"scale from the array's {PITCH_UM:g} um pitch: {PITCH_UM / pitch_px:.4f} um per px")
+        return PITCH_UM / pitch_px
+    pitch = pitch_px * stated
+    if not MIN_PITCH_UM < pitch < MAX_PITCH_UM:
+        raise SourceError(
+            f"{path}: with {stated:g} um per px the spot pitch is {pitch:.0f} um, but arrays have 150 or {PITCH_UM:g} um; "
+            f"set --mpp {PITCH_UM * stated / pitch:.4g} or omit it"
+        )
+    return stated
 
 
 def _read_spots(path: Path, image: Path) -> SpotPositions:

@@ -10,6 +10,7 @@ import numpy as np
 
 from comtip_shards.errors import SourceError
 from comtip_shards.names import check_section_id
+from comtip_shards.sections.facts import SectionFacts, SourceOptions
 from comtip_shards.sections.section import RENAME, Section, SectionMeta, check_meta
 from comtip_shards.slides.open import mpp_by_tag
 from comtip_shards.sources.base import (
@@ -39,11 +40,11 @@ def recognise(path: Path) -> str | None:
     return f"{table.name} has the column sample_id" if "sample_id" in header else None
 
 
-def open_sections(path: Path, samples: Sequence[str] | None, overrides: Mapping[str, str]) -> list[SectionSource]:
+def open_sections(path: Path, samples: Sequence[str] | None, options: SourceOptions) -> list[SectionSource]:
     """Return the sections named in ``samples``, or all."""
     where = path / NAME if path.is_dir() else path
     rows = _rows(where)
-    return [_source(rows[name], where, overrides) for name in pick(samples, list(rows), where)]
+    return [_source(rows[name], where, options.facts) for name in pick(samples, list(rows), where)]
 
 
 def catalogue(folder: Path) -> list[CatalogueRow]:
@@ -79,34 +80,34 @@ def _rows(where: Path) -> dict[str, dict[Hashable, Any]]:
     return {str(row["sample_id"]): row for row in table.to_dict("records")}
 
 
-def _source(row: Mapping[Hashable, Any], where: Path, overrides: Mapping[str, str]) -> SectionSource:
+def _source(row: Mapping[Hashable, Any], where: Path, facts: SectionFacts) -> SectionSource:
     root = where.parent
     name = str(row["sample_id"])
 
-    def fact(key: str, column: str, default: str = "") -> str:
-        return overrides.get(key) or str(row.get(column, default))
+    def cell(column: str) -> str:
+        return str(row.get(column, ""))
 
     image, counts, spots = (existing(root / str(row[c]), f"{c} of {name} in {where.name}") for c in FILES)
     notes: list[str] = []
-    mpp = number(fact("mpp", "mpp_um_per_px"), f"{where}: mpp_um_per_px of {name}")
+    mpp = facts.mpp or number(cell("mpp_um_per_px"), f"{where}: mpp_um_per_px of {name}")
     if not np.isfinite(mpp):
         mpp = mpp_by_tag(image, notes) or mpp
     meta = SectionMeta(
         section_id=name,
-        dataset=str(row.get("dataset", "")),
-        species=fact("species", "species").lower(),
-        tissue=fact("tissue", "tissue"),
-        donor=fact("donor", "donor"),
-        platform=fact("platform", "platform"),
-        licence=fact("licence", "licence"),
-        attribution=fact("attribution", "attribution"),
+        dataset=cell("dataset"),
+        species=facts.species or cell("species").lower(),
+        tissue=facts.tissue or cell("tissue"),
+        donor=facts.donor or cell("donor"),
+        platform=facts.platform or cell("platform"),
+        licence=facts.licence or cell("licence"),
+        attribution=facts.attribution or cell("attribution"),
         mpp=mpp,
         spot_diameter_um=number(row.get("spot_diameter_um", "100"), f"{where}: spot_diameter_um of {name}"),
         spot_pitch_um=number(row.get("spot_pitch_um", "200"), f"{where}: spot_pitch_um of {name}"),
-        split=str(row.get("split", "")),
+        split=cell("split"),
     )
     check_meta(meta, where)
-    if "genes x spots" in str(row.get("counts_layout", "")):
+    if "genes x spots" in cell("counts_layout"):
         raise SourceError(f"{where}: {name}: counts_layout is genes x spots; transpose {counts.name} to spots x genes")
 
     def load() -> Section:

@@ -15,14 +15,15 @@ import numpy as np
 import pandas as pd
 
 from comtip_shards.errors import SourceError
+from comtip_shards.sections.facts import SectionFacts, SourceOptions
 from comtip_shards.sections.section import Section, SectionMeta, check_unique
 from comtip_shards.sources.base import (
     SectionSource,
     SpotPositions,
+    check_one_file,
     existing,
     flags,
     join,
-    number,
     numbers,
     pick,
     reading,
@@ -53,19 +54,16 @@ def recognise(path: Path) -> str | None:
     return f"{'spatial/ holds' if (path / 'spatial').is_dir() else 'found'} {', '.join(found[:4])}"
 
 
-def open_sections(path: Path, samples: Sequence[str] | None, overrides: Mapping[str, str]) -> list[SectionSource]:
+def open_sections(path: Path, samples: Sequence[str] | None, options: SourceOptions) -> list[SectionSource]:
     """Return the sections of the folder: one named after it, or one per prefix of the file names."""
     runs = {run.name: run for run in find_runs(path)}
     names = pick(samples, list(runs), path)
-    image = overrides.get("image", "")
-    if len(names) > 1 and image and image not in PICTURES and "{id}" not in image:
-        raise SourceError(
-            f"{path}: --image is one file but there are {len(names)} sections; use {{id}} in it, or select one with --samples"
-        )
-    return [_source(runs[name], overrides) for name in names]
+    image = options.facts.image
+    check_one_file("--image", None if image in PICTURES else image, names, path)
+    return [_source(runs[name], options.facts) for name in names]
 
 
-def _source(run: RunFiles, overrides: Mapping[str, str]) -> SectionSource:
+def _source(run: RunFiles, facts: SectionFacts) -> SectionSource:
     path, notes, counts = run.root, list(run.notes), run.matrix
     if counts is None:
         raise SourceError(
@@ -78,22 +76,21 @@ def _source(run: RunFiles, overrides: Mapping[str, str]) -> SectionSource:
     factors = scale_factors(run.factors) if run.factors is not None else {}
     if run.factors is None:
         notes.append(f"no {FACTORS}: the size of the image is not checked")
-    full_mpp = _scale(spots, factors, positions, overrides.get("mpp", ""), notes)
-    features, species = for_species(counts.features(), overrides.get("species", ""), counts.path)
-    if not overrides.get("tissue"):
+    full_mpp = _scale(spots, factors, positions, facts.mpp, notes)
+    features, species = for_species(counts.features(), facts.species, counts.path)
+    if facts.tissue is None:
         raise SourceError(f"{path}: Space Ranger does not state the tissue; set --tissue")
-    stated = overrides.get("image", "").replace("{id}", run.name)
-    image, scale, image_notes = choose_image(path, run.pictures, factors, stated, run.prefix)
+    image, scale, image_notes = choose_image(path, run.pictures, factors, facts.image, run.name, run.prefix)
     notes += image_notes
     meta = SectionMeta(
         section_id=run.name,
         dataset=section_name(path),
         species=species,
-        tissue=overrides["tissue"],
-        donor=overrides.get("donor", ""),
-        platform=overrides.get("platform", "Visium"),
-        licence=overrides.get("licence", ""),
-        attribution=overrides.get("attribution", ""),
+        tissue=facts.tissue,
+        donor=facts.donor or "",
+        platform=facts.platform or "Visium",
+        licence=facts.licence or "",
+        attribution=facts.attribution or "",
         mpp=full_mpp / scale,
         spot_diameter_um=DIAMETER_UM,
         spot_pitch_um=PITCH_UM,
@@ -161,13 +158,15 @@ def read_positions(path: Path) -> SpotPositions:
     )
 
 
-def _scale(spots: SpotPositions, factors: Mapping[str, float], path: Path, stated: str, notes: list[str]) -> float:
+def _scale(
+    spots: SpotPositions, factors: Mapping[str, float], path: Path, stated: float | None, notes: list[str]
+) -> float:
     """Return um per full-resolution px from the spot pitch of 100 um, checked against the stated scale."""
     if len(spots.ids) not in SLIDES:
         notes.append(
             f"{path.name} has {len(spots.ids):,} spots; a complete slide has {' or '.join(f'{n:,}' for n in SLIDES)}"
         )
-    given = number(stated, "--mpp") if stated else factors.get("microns_per_pixel")
+    given = factors.get("microns_per_pixel") if stated is None else stated
     pitch = _pitch_px(spots, path)
     mpp = PITCH_UM / pitch
     notes.append(f"scale: {mpp:.4f} um per full-resolution px, from the {PITCH_UM:g} um spot pitch")

@@ -6,7 +6,7 @@ Each annotated region is one section. Its centroids are mapped to image px by th
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 
 from comtip_shards.errors import SourceError
+from comtip_shards.sections.facts import CountOptions, SourceOptions
 from comtip_shards.sections.section import Section, SectionMeta
 from comtip_shards.slides.wsi import BlockedSlide
 from comtip_shards.sources.anndata_parts.counts import raw_counts
+from comtip_shards.sources.anndata_parts.obs_facts import ObsFacts, facts_of
+from comtip_shards.sources.anndata_parts.spots import annotated, gene_names, no_counts
 from comtip_shards.sources.anndata_parts.store import MemoryStore
-from comtip_shards.sources.anndata_source import annotated, facts_of, gene_names, no_counts
-from comtip_shards.sources.base import SectionSource, number, pick
+from comtip_shards.sources.base import SectionSource, pick
 from comtip_shards.sources.files.names import safe_id
 from comtip_shards.sources.files.zarr_metadata import check_store
 from comtip_shards.sources.geometry import VISIUM_DIAMETER_UM, VISIUM_PITCH_UM, check_pitch, max_ratio, median_gap
@@ -38,12 +40,12 @@ def recognise(path: Path) -> str | None:
     return None
 
 
-def open_sections(path: Path, samples: Sequence[str] | None, overrides: Mapping[str, str]) -> list[SectionSource]:
+def open_sections(path: Path, samples: Sequence[str] | None, options: SourceOptions) -> list[SectionSource]:
     """Return one section per annotated region."""
     data = read_store(path)
     regions = _regions(data, path)
     ids = {safe_id(region): region for region in regions}
-    return [_source(path, data, regions[ids[n]], ids[n], n, overrides) for n in pick(samples, list(ids), path)]
+    return [_source(path, data, regions[ids[n]], ids[n], n, options) for n in pick(samples, list(ids), path)]
 
 
 def read_store(path: Path) -> Any:
@@ -83,60 +85,56 @@ def _regions(data: Any, path: Path) -> dict[str, str]:
     return out
 
 
-def _source(
-    path: Path, data: Any, table_name: str, region: str, name: str, overrides: Mapping[str, str]
-) -> SectionSource:
-    image, system = choose_image(data, region, overrides.get("image", ""), path)
+def _source(path: Path, data: Any, table_name: str, region: str, name: str, options: SourceOptions) -> SectionSource:
+    image, system = choose_image(data, region, options.facts.image, path)
     xy, _ = centres_in(data, region, image, system, path)
     table = data.tables[table_name]
     attrs = table.uns["spatialdata_attrs"]
     own = table.obs[table.obs[attrs["region_key"]].astype(str) == region]
-    facts = facts_of(own, overrides, MemoryStore(table, path))
+    facts = facts_of(own, options.facts, MemoryStore(table, path))
     ids, symbols = gene_names(table.var)
     features = Features(ids, symbols, [GENE_KIND] * len(ids))
-    facts["species"] = for_species(features, facts.get("species", ""), path)[1]
-    if not facts.get("tissue"):
+    species = for_species(features, facts.species, path)[1]
+    if not facts.tissue:
         raise SourceError(f"{path}: obs of {table_name} has no tissue column; set --tissue")
     gap, notes = median_gap(xy), [f"tiles are cut from the image {image}, in the coordinate system {system}"]
     units = units_per_px(data, image, system)
-    mpp = _scale(overrides, facts, gap, units, f"{path}: image {image}", system, notes)
-    check_pitch(xy * units, mpp / units, max_ratio(facts.get("platform", ""), own, overrides), str(path))
-    visium = facts.get("platform", "").lower() == "visium"
+    if options.facts.mpp is not None:
+        mpp = _stated_scale(options.facts.mpp, units, notes)
+    else:
+        mpp = _scale(facts, gap, f"{path}: image {image}", system, notes)
+    check_pitch(xy * units, mpp / units, max_ratio(facts.platform, own), str(path))
     meta = SectionMeta(
         section_id=name,
         dataset=path.stem,
-        species=facts["species"],
-        tissue=facts["tissue"],
-        donor=facts.get("donor", ""),
-        platform=facts.get("platform", ""),
-        licence=overrides.get("licence", ""),
-        attribution=overrides.get("attribution", ""),
+        species=species,
+        tissue=facts.tissue,
+        donor=facts.donor,
+        platform=facts.platform,
+        licence=options.facts.licence or "",
+        attribution=options.facts.attribution or "",
         mpp=mpp,
-        spot_diameter_um=VISIUM_DIAMETER_UM if visium else round(gap * mpp, 3),
+        spot_diameter_um=VISIUM_DIAMETER_UM if facts.is_visium else round(gap * mpp, 3),
         spot_pitch_um=round(gap * mpp, 3),
     )
     parts = (f"images/{image}", f"tables/{table_name}", f"shapes/{region}", f"labels/{region}")
     files = [f for part in parts for f in sorted((path / part).rglob("*")) if f.is_file()]
-    load = partial(_load, path, meta, table_name, region, image, system, notes, dict(overrides))
-    return SectionSource(meta, tuple(files), load, partial(load, counts=False))
+    load = partial(_load, path, meta, table_name, region, image, system, notes, options.counts)
+    return SectionSource(meta, tuple(files), load, partial(load, counts=False), options.counts)
 
 
-def _scale(
-    overrides: Mapping[str, str],
-    facts: Mapping[str, str],
-    gap: float,
-    units: float,
-    where: str,
-    system: str,
-    notes: list[str],
-) -> float:
+def _stated_scale(mpp: float, units: float, notes: list[str]) -> float:
     """Return um per px of the image; ``--mpp`` is in px of the positions, as for every other format."""
-    if overrides.get("mpp"):
-        mpp = number(overrides["mpp"], "--mpp") * units
-        if abs(units - 1) > 1e-6:
-            notes.append(f"scale: {mpp:g} um per image px, from --mpp and {units:g} px of the positions per image px")
-        return mpp
-    if facts.get("platform", "").lower() == "visium":
+    if abs(units - 1) > 1e-6:
+        notes.append(
+            f"scale: {mpp * units:g} um per image px, from --mpp and {units:g} px of the positions per image px"
+        )
+    return mpp * units
+
+
+def _scale(facts: ObsFacts, gap: float, where: str, system: str, notes: list[str]) -> float:
+    """Return um per px of the image from the pitch of Visium, the only one that is known."""
+    if facts.is_visium:
         mpp = VISIUM_PITCH_UM / gap
         notes.append(f"scale: {mpp:.4f} um per px, from the {VISIUM_PITCH_UM:g} um pitch of Visium spots")
         return mpp
@@ -152,7 +150,7 @@ def units_per_px(data: Any, image: str, system: str) -> float:
     return float(np.sqrt(abs(np.linalg.det(matrix[:2, :2]))))
 
 
-def choose_image(data: Any, region: str, wanted: str, path: Path) -> tuple[str, str]:
+def choose_image(data: Any, region: str, wanted: str | None, path: Path) -> tuple[str, str]:
     """Return (image, coordinate system): the requested image, else the largest RGB image that shares a system."""
     if region not in data:
         raise SourceError(
@@ -212,7 +210,7 @@ def _load(
     image: str,
     system: str,
     notes: Sequence[str],
-    options: Mapping[str, str],
+    options: CountOptions,
     counts: bool = True,
 ) -> Section:
     data = read_store(path)

@@ -7,14 +7,16 @@ checked against the radius ``r``, whose definition varies between slides.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from comtip_shards.errors import SourceError
+from comtip_shards.genes.species import species_name
+from comtip_shards.sections.facts import SectionFacts, SourceOptions
 from comtip_shards.sections.section import Section, SectionMeta
 from comtip_shards.sources.base import (
     CatalogueRow,
@@ -22,16 +24,15 @@ from comtip_shards.sources.base import (
     SpotPositions,
     existing,
     join,
-    number,
     numbers,
     pick,
     read_counts_table,
     read_table,
+    stated_image,
 )
 from comtip_shards.sources.files.names import safe_id
 from comtip_shards.sources.files.packaging import find
 from comtip_shards.sources.geometry import median_gap
-from comtip_shards.sources.tenx.features import species_name
 
 TECHS = ("ST", "Visium", "VisiumHD")
 TABLE = "meta/meta_all_gene*.csv"
@@ -43,34 +44,38 @@ DRAWN_UM = {"ST": (80.0, 130.0), "Visium": (45.0, 75.0)}
 _ARRAY = re.compile(r"(\d+(?:\.\d+)?)x(\d+(?:\.\d+)?)$")
 
 
+@dataclass(frozen=True)
+class _SlideRow:
+    """A slide in the metadata table."""
+
+    species: str
+    tissue: str
+    tech: str
+    study: str
+    """PubMed id and title, as far as the table has them."""
+
+
 def recognise(path: Path) -> str | None:
     """Return a reason if ``path`` is a STimage-1K4M folder, else None."""
     found = [t for t in TECHS if any(find(path / t / "coord", "*_coord.csv"))]
     return f"{', '.join(found)} with coord/*_coord.csv" if found else None
 
 
-def catalogue(path: Path, overrides: Mapping[str, str]) -> list[CatalogueRow]:
+def catalogue(path: Path, facts: SectionFacts) -> list[CatalogueRow]:
     """List the slides of the folder with their metadata."""
     rows = {row.section_id: row for row in table_rows(path)}
     out = []
     for name, coord in _slides(path).items():
         tech = coord.parent.parent.name
         row = rows.get(name, CatalogueRow(name, platform=tech, dataset="STimage-1K4M"))
-        stated = {k: overrides[k] for k in ("species", "tissue", "platform", "donor") if overrides.get(k)}
-        out.append(replace(row, **stated))
+        out.append(row.with_facts(facts))
     return out
 
 
 def table_rows(path: Path) -> list[CatalogueRow]:
     """Return all slides of the newest table, including those without files in the folder."""
     return [
-        CatalogueRow(
-            name,
-            species_name(r["species"]),
-            r["tissue"],
-            r["tech"],
-            dataset="STimage-1K4M",
-        )
+        CatalogueRow(name, species_name(r.species), r.tissue, r.tech, dataset="STimage-1K4M")
         for name, r in _read_meta(path).items()
     ]
 
@@ -87,7 +92,7 @@ def _slides(path: Path) -> dict[str, Path]:
     return out
 
 
-def _read_meta(path: Path) -> dict[str, dict[str, str]]:
+def _read_meta(path: Path) -> dict[str, _SlideRow]:
     """Return {section id: row} of the newest table."""
     tables = sorted(find(path, TABLE), key=lambda p: (_date(p.stem), p.name))
     if not tables:
@@ -101,7 +106,15 @@ def _read_meta(path: Path) -> dict[str, dict[str, str]]:
         raise SourceError(
             f"{tables[-1]}: missing column {', '.join(missing)}; the columns are {', '.join(table.columns[:12])}"
         )
-    return {safe_id(str(row["slide"])): {str(k): str(v) for k, v in row.items()} for row in table.to_dict("records")}
+    return {
+        safe_id(str(row["slide"])): _SlideRow(
+            str(row["species"]),
+            str(row["tissue"]),
+            str(row["tech"]),
+            "; ".join(f"{k} {row[k]}" for k in ("pmid", "title") if row.get(k)),
+        )
+        for row in table.to_dict("records")
+    }
 
 
 def _date(stem: str) -> str:
@@ -110,29 +123,31 @@ def _date(stem: str) -> str:
     return digits[4:8] + digits[:4] if len(digits) == 8 and digits.isdigit() else ""
 
 
-def open_sections(path: Path, samples: Sequence[str] | None, overrides: Mapping[str, str]) -> list[SectionSource]:
+def open_sections(path: Path, samples: Sequence[str] | None, options: SourceOptions) -> list[SectionSource]:
     """Return the slides named in ``samples``, or all."""
     slides = _slides(path)
     if not slides:
         raise SourceError(
             f"{path}: no TECH/coord/SLIDE_coord.csv; give the folder that contains ST/, Visium/ or VisiumHD/"
         )
-    rows = {row.section_id: row for row in catalogue(path, overrides)}
+    rows = {row.section_id: row for row in catalogue(path, options.facts)}
     table = _read_meta(path)
-    return [_source(slides[n], rows[n], table.get(n, {}), overrides) for n in pick(samples, list(slides), path)]
+    return [
+        _source(slides[n], rows[n], table[n].study if n in table else "", options.facts)
+        for n in pick(samples, list(slides), path)
+    ]
 
 
-def _source(coord: Path, row: CatalogueRow, row_meta: Mapping[str, str], overrides: Mapping[str, str]) -> SectionSource:
+def _source(coord: Path, row: CatalogueRow, study: str, facts: SectionFacts) -> SectionSource:
     tech, slide = coord.parent.parent, coord.name.removesuffix("_coord.csv")
     counts = existing(tech / "gene_exp" / f"{slide}_count.csv", f"counts of {slide}")
-    image = _image(tech, slide, overrides)
+    image = _image(tech, slide, facts)
     for key, value in (("species", row.species), ("tissue", row.tissue)):
         if not value:
             raise SourceError(f"{coord}: no {key} for {slide} in {TABLE}; download meta/ or set --{key}")
     spots, radius = read_coord(coord, slide)
     notes: list[str] = []
-    mpp = number(overrides["mpp"], "--mpp") if overrides.get("mpp") else _scale(coord, spots, radius, tech.name, notes)
-    study = "; ".join(f"{k} {row_meta[k]}" for k in ("pmid", "title") if row_meta.get(k))
+    mpp = facts.mpp or _scale(coord, spots, radius, tech.name, notes)
     meta = SectionMeta(
         section_id=row.section_id,
         dataset=row.dataset,
@@ -140,8 +155,8 @@ def _source(coord: Path, row: CatalogueRow, row_meta: Mapping[str, str], overrid
         tissue=row.tissue,
         donor=row.donor,
         platform=row.platform,
-        licence=overrides.get("licence") or LICENCE,
-        attribution=overrides.get("attribution") or f"STimage-1K4M; {study}".rstrip("; "),
+        licence=facts.licence or LICENCE,
+        attribution=facts.attribution or f"STimage-1K4M; {study}".rstrip("; "),
         mpp=mpp,
         spot_diameter_um=DIAMETER_UM.get(tech.name, round(2 * radius * mpp, 3)),
         spot_pitch_um=PITCH_UM.get(tech.name, round(median_gap(spots.xy) * mpp, 3)),
@@ -149,9 +164,10 @@ def _source(coord: Path, row: CatalogueRow, row_meta: Mapping[str, str], overrid
     return SectionSource(meta, (image, counts, coord), partial(_load, meta, image, counts, coord, slide, spots, notes))
 
 
-def _image(tech: Path, slide: str, overrides: Mapping[str, str]) -> Path:
-    if overrides.get("image"):
-        return existing(Path(overrides["image"].replace("{id}", safe_id(slide))), "image (--image)")
+def _image(tech: Path, slide: str, facts: SectionFacts) -> Path:
+    stated = stated_image(facts, safe_id(slide))
+    if stated is not None:
+        return stated
     # Files are named .png whatever their format; the format is detected by content.
     found = sorted(p for p in find(tech / "image", f"{slide}.*") if p.is_file())
     return found[0] if found else existing(tech / "image" / f"{slide}.png", f"image of {slide}")

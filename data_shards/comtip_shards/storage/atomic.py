@@ -1,7 +1,8 @@
 """Atomic writes: after a crash, a file or folder is either complete or absent.
 
 Data is written to a temporary path next to the target, flushed to the device and renamed. The temporary path of a target
-is always the same, so that leftovers of a killed process are overwritten and do not accumulate.
+is always the same, so that leftovers of a killed process are overwritten and do not accumulate. :func:`publish`
+flushes and renames for all of them; writers that need another temporary path, such as the cache, call it directly.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from comtip_shards.errors import ShardError, SourceError
 from comtip_shards.storage.disk import error_number
 
 _SUFFIX = ".writing"
@@ -57,9 +59,7 @@ def atomic_path(target: Path | str) -> Iterator[Path]:
             created = os.fstat(descriptor).st_mode & 0o777 if mode is None else mode
             yield tmp_path
             os.chmod(tmp_path, created)  # noqa: PTH101  safetensors creates files with mode 0600
-            flush(tmp_path)
-            tmp_path.rename(target)
-            flush(target.parent)
+            publish(tmp_path, target)
         except BaseException:
             with suppress(OSError):
                 tmp_path.unlink(missing_ok=True)
@@ -75,7 +75,7 @@ def write_atomic(target: Path | str, content: str | bytes) -> None:
 
 
 @contextmanager
-def atomic_folder(target: Path, tmp_path: Path | None = None) -> Iterator[Path]:
+def atomic_folder(target: Path, tmp_path: Path | None = None, *, keep_existing: bool = False) -> Iterator[Path]:
     """Yield the temporary path of a folder to create; it is renamed to ``target`` when the block ends without an error.
 
     An existing folder at ``target`` is kept until the new one is complete, and deleted after it was replaced.
@@ -86,6 +86,8 @@ def atomic_folder(target: Path, tmp_path: Path | None = None) -> Iterator[Path]:
         The folder; its parent must exist.
     tmp_path
         Temporary path on the same file system; None uses :func:`tmp_path_of`.
+    keep_existing
+        If another process has created ``target`` in the meantime, keep its folder and delete this one.
 
     Raises
     ------
@@ -99,18 +101,55 @@ def atomic_folder(target: Path, tmp_path: Path | None = None) -> Iterator[Path]:
         try:
             yield tmp_path
             _open_up(tmp_path)
-            flush_tree(tmp_path)
-            shutil.rmtree(old, ignore_errors=True)
-            if target.exists():
-                target.rename(old)
-            tmp_path.rename(target)
-            flush(target.parent)
+            if keep_existing:
+                _publish_or_keep(tmp_path, target)
+            else:
+                _publish_over(tmp_path, target, old)
         except BaseException:
             shutil.rmtree(tmp_path, ignore_errors=True)
             if old.exists() and not target.exists():
                 old.rename(target)
             raise
         shutil.rmtree(old, ignore_errors=True)
+
+
+def publish(tmp_path: Path, target: Path) -> None:
+    """Flush a complete file or folder and rename it to ``target``; a file there is replaced, a folder must be empty."""
+    flush_tree(tmp_path)
+    _rename(tmp_path, target)
+
+
+def _rename(tmp_path: Path, target: Path) -> None:
+    tmp_path.rename(target)
+    flush(target.parent)
+
+
+def publish_link(source: Path, target: Path) -> None:
+    """Make ``target`` a hard link to a complete file, or a copy of it on a file system without hard links."""
+    tmp_path = target.with_name(f"{target.name}.{os.getpid()}{_SUFFIX}")
+    tmp_path.unlink(missing_ok=True)
+    try:
+        os.link(source, tmp_path)
+    except OSError:
+        shutil.copyfile(source, tmp_path)
+    publish(tmp_path, target)
+
+
+def _publish_or_keep(tmp_path: Path, target: Path) -> None:
+    try:
+        publish(tmp_path, target)
+    except OSError:
+        if not target.is_dir():
+            raise
+        shutil.rmtree(tmp_path)
+
+
+def _publish_over(tmp_path: Path, target: Path, old: Path) -> None:
+    flush_tree(tmp_path)  # before the target is moved away, so that it is missing for the time of a rename only
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    _rename(tmp_path, target)
 
 
 def flush(path: Path) -> None:
@@ -126,8 +165,8 @@ def flush(path: Path) -> None:
 
 
 def flush_tree(folder: Path) -> None:
-    """Flush a folder and all files and folders below it."""
-    for path in folder.rglob("*"):
+    """Flush a file, or a folder and all files and folders below it."""
+    for path in folder.rglob("*") if folder.is_dir() else ():
         flush(path)
     flush(folder)
 
@@ -205,6 +244,8 @@ def _named(target: Path) -> Iterator[None]:
     """Turn library errors that do not name the target into an OSError that does, with the system's error number."""
     try:
         yield
+    except (SourceError, ShardError):
+        raise
     except Exception as error:
         number = error_number(error)
         if number is None or (isinstance(error, OSError) and error.filename):

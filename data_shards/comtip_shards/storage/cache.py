@@ -14,7 +14,7 @@ from pathlib import Path
 
 from comtip_shards.errors import ShardError
 from comtip_shards.names import FOREIGN, is_sha256, problem_with, shown
-from comtip_shards.storage.atomic import flush
+from comtip_shards.storage.atomic import publish
 
 CACHE_VARIABLE, SIZE_VARIABLE = "COMTIP_CACHE", "COMTIP_CACHE_GB"
 SLACK = 64
@@ -97,8 +97,7 @@ class FileCache:
         """Move a complete file into the cache and evict old files."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            flush(tmp_path)  # cached files are not hashed again
-            tmp_path.replace(path)
+            publish(tmp_path, path)  # flushed, because cached files are not hashed again
         except OSError as error:
             raise self.unwritable(error) from error
         self._make_room(path.stat().st_size, path)

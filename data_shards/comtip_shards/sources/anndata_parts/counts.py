@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,18 +10,16 @@ import pandas as pd
 from scipy import sparse
 
 from comtip_shards.errors import SourceError
+from comtip_shards.sections.facts import CountOptions
 from comtip_shards.sources.anndata_parts.store import Store
 from comtip_shards.sources.base import as_counts
 
 COUNTS = ("layers/counts", "X", "raw/X")
 """Elements searched for counts, in order."""
 _LIKE_COUNTS = re.compile(r"count|raw|umi", re.IGNORECASE)
-_YES, _NO = {"yes", "true", "1", "on"}, {"", "no", "false", "0", "off"}
 
 
-def raw_counts(
-    store: Store, path: Path, options: Mapping[str, str] | None = None
-) -> tuple[sparse.csr_matrix, pd.DataFrame, list[str]]:
+def raw_counts(store: Store, path: Path, options: CountOptions) -> tuple[sparse.csr_matrix, pd.DataFrame, list[str]]:
     """Return (spots x genes with integer values, var, notes).
 
     Parameters
@@ -39,8 +36,7 @@ def raw_counts(
     SourceError
         No element holds counts; the message names layers that do, and the options.
     """
-    options = options or {}
-    key = _stated_key(store, options.get("layer", ""), path)
+    key = _stated_key(store, options.layer, path)
     if key is not None:
         matrix, notes = sparse.csr_matrix(store[key]), [f"counts are those of {key} (--layer)"]
         if is_counts(matrix):
@@ -72,16 +68,8 @@ def is_counts(matrix: sparse.csr_matrix) -> bool:
     return bool(data.min() >= 0 and (data == np.rint(data)).all())
 
 
-def rounding(options: Mapping[str, str]) -> bool:
-    """Return the value of ``round_counts``."""
-    value = str(options.get("round_counts", "")).lower()
-    if value not in _YES | _NO:
-        raise SourceError(f"round_counts {value}: use yes or no")
-    return value in _YES
-
-
-def _stated_key(store: Store, layer: str, path: Path) -> str | None:
-    if not layer:
+def _stated_key(store: Store, layer: str | None, path: Path) -> str | None:
+    if layer is None:
         return None
     key = {"X": "X", "raw": "raw/X", "raw.X": "raw/X", "raw/X": "raw/X"}.get(layer, f"layers/{layer}")
     if key not in store:
@@ -99,13 +87,13 @@ def _rounded(
     key: str,
     matrix: sparse.csr_matrix,
     path: Path,
-    options: Mapping[str, str],
+    options: CountOptions,
     notes: list[str],
     hint: str,
 ) -> tuple[sparse.csr_matrix, pd.DataFrame, list[str]]:
     """Round fractional counts if the caller asks for it; otherwise raise."""
     var, data = _var_of(store, key), matrix.data
-    if not rounding(options) or not np.isfinite(data).all() or (data.size and data.min() < 0):
+    if not options.round_counts or not np.isfinite(data).all() or (data.size and data.min() < 0):
         names, genes = [str(v) for v in store["obs"].index], [str(v) for v in var.index]
         fix = "; ".join(filter(None, [hint, "for fractional counts (ambient RNA correction) set --round-counts yes"]))
         as_counts(matrix, path, names, genes, what=key, fix=fix)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from comtip_shards.errors import SourceError
+from comtip_shards.sections.facts import CountOptions
 from comtip_shards.sources.anndata_parts.store import Store
 
 KEYS = ("spatial", "X_spatial", "spatial_coords", "coords", "coordinates", "image_coords")
@@ -31,7 +31,7 @@ _X = {
 _Y = {"y", "row", "imagerow", "pxl_row_in_fullres", "y_px", "px_y", "pixel_y", "y_pixel", "y_centroid", "spatial_y"}
 
 
-def read_centres(store: Store, options: Mapping[str, str], notes: list[str]) -> np.ndarray:
+def read_centres(store: Store, options: CountOptions, notes: list[str]) -> np.ndarray:
     """Return spot centres as float64 (n, 2), x and y.
 
     Parameters
@@ -48,7 +48,7 @@ def read_centres(store: Store, options: Mapping[str, str], notes: list[str]) -> 
     SourceError
         There are no positions, or the stated key does not exist; the message lists the keys of ``obsm``.
     """
-    keys, stated = store.keys("obsm"), options.get("positions", "")
+    keys, stated = store.keys("obsm"), options.positions
     if stated and stated not in keys:
         raise SourceError(f"{store.path}: no obsm[{stated!r}]; set --positions to one of {', '.join(keys) or 'none'}")
     key = stated or next((k for k in KEYS if k in keys), None)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import os
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,9 +18,11 @@ from tqdm import tqdm
 
 from comtip_shards.errors import SourceError
 from comtip_shards.names import shown
+from comtip_shards.sections.facts import SourceOptions
 from comtip_shards.sources.base import pick
 from comtip_shards.sources.selection.choose import choose
 from comtip_shards.sources.selection.layouts import LAYOUTS, Layout
+from comtip_shards.storage.atomic import publish_link
 from comtip_shards.storage.cache import default_cache
 from comtip_shards.storage.remote import Remote, RetryPolicy
 
@@ -93,7 +94,7 @@ def fetch_source(
     fmt: str = "auto",
     samples: Sequence[str] | None = None,
     where: Mapping[str, Collection[str]] | None = None,
-    facts: Mapping[str, str] | None = None,
+    options: SourceOptions | None = None,
     cache: Path | None = None,
     progress: bool = False,
 ) -> Fetched:
@@ -108,8 +109,8 @@ def fetch_source(
         ``auto`` detects the format by file names.
     samples, where
         As for :func:`comtip_shards.sources.open_source`.
-    facts
-        Facts stated by the caller; ``pixels`` selects the WSIs or the patches of HEST.
+    options
+        What the caller states; ``pixels`` selects the WSIs or the patches of HEST, ``pool_um`` the bins of Visium HD.
     cache
         Cache directory; by default ``sources`` in :func:`comtip_shards.storage.remote.default_cache`.
     progress
@@ -132,15 +133,12 @@ def fetch_source(
     tables = {n: s for pattern in layout.tables for n, s in listing.match(pattern).items()}
     _fetch(remote, tables, root, None)
     chosen = _choose(layout, listing, root, url, samples, where or {}, only)
-    needed = dict(tables)
-    for section in chosen if chosen is not None else [""]:
-        needed |= listing.needs(layout.files(root, section, facts or {}), section)
+    needed = _needed(layout, listing, root, tables, chosen, options or SourceOptions())
     if only:
         needed[only] = listing.match(only).get(only)
     wanted = sum(s or 0 for s in needed.values())
     _check_disk(remote.cache, wanted, url)
-    bar = tqdm(total=wanted, desc="fetching", unit="B", unit_scale=True, disable=None if progress else True)
-    with bar:
+    with tqdm(total=wanted, desc="fetching", unit="B", unit_scale=True, disable=None if progress else True) as bar:
         n_bytes = _fetch(remote, needed, root, bar)
     return Fetched(
         root / only if only else root,
@@ -209,6 +207,21 @@ def _choose(
     return [stem_of[i] for i in ids]
 
 
+def _needed(
+    layout: Layout,
+    listing: _Listing,
+    root: Path,
+    tables: Mapping[str, int | None],
+    chosen: Sequence[str] | None,
+    options: SourceOptions,
+) -> dict[str, int | None]:
+    """Return the sizes of the files that the chosen sections need, with the metadata tables."""
+    needed = dict(tables)
+    for section in chosen if chosen is not None else [""]:
+        needed |= listing.needs(layout.files(root, section, options), section)
+    return needed
+
+
 def _check_disk(cache: Path, wanted: int, url: str) -> None:
     cache.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(cache).free
@@ -229,13 +242,7 @@ def _fetch(remote: Remote, files: Mapping[str, int | None], root: Path, bar: tqd
         target = root / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if not (target.exists() and target.samefile(kept)):
-            tmp_path = target.with_name(f"{target.name}.{os.getpid()}.writing")
-            tmp_path.unlink(missing_ok=True)
-            try:
-                os.link(kept, tmp_path)
-            except OSError:
-                shutil.copyfile(kept, tmp_path)  # the file system has no hard links
-            tmp_path.replace(target)
+            publish_link(kept, target)
         n = target.stat().st_size
         if bar is not None:
             bar.update(n)

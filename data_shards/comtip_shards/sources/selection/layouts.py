@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from comtip_shards.sections.facts import SourceOptions
 from comtip_shards.sources import hest, manifest_table, stimage
 from comtip_shards.sources.base import CatalogueRow
 from comtip_shards.sources.files.names import safe_id
+from comtip_shards.sources.visium_hd import POOL_UM
 
 _MICROSCOPE = ("microscope_image/*", "*tissue_image.*", "*_image.tif*", "*_image.btf", "*_image.jpg")
-HD_POOL_UM, HD_BINS = 128.0, (16, 8, 2)
+HD_BINS = (16, 8, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +23,8 @@ class Layout:
     fmt: str
     marks: tuple[str, ...]
     """Patterns that must all match; the first matches one file per section if :attr:`names` is set."""
-    files: Callable[[Path, str, Mapping[str, str]], tuple[str, ...]]
-    """``files(local root, section, facts)`` returns the patterns of a section's files."""
+    files: Callable[[Path, str, SourceOptions], tuple[str, ...]]
+    """``files(local root, section, options)`` returns the patterns of a section's files."""
     tables: tuple[str, ...] = ()
     """Metadata tables, downloaded first."""
     names: Callable[[Path, Collection[str]], list[str]] | None = None
@@ -33,27 +35,27 @@ class Layout:
     """Converts the spelling in file names to a section id."""
 
 
-def _fixed(*patterns: str) -> Callable[[Path, str, Mapping[str, str]], tuple[str, ...]]:
-    return lambda root, section, facts: patterns
+def _fixed(*patterns: str) -> Callable[[Path, str, SourceOptions], tuple[str, ...]]:
+    return lambda root, section, options: patterns
 
 
 def _stems(suffix: str) -> Callable[[Path, Collection[str]], list[str]]:
     return lambda root, names: sorted(PurePosixPath(n).name.removesuffix(suffix) for n in names)
 
 
-def _hest_files(root: Path, section: str, facts: Mapping[str, str]) -> tuple[str, ...]:
-    pixels = "patches/{id}.h5" if facts.get("pixels") == "patches" else "wsis/{id}.tif*"
+def _hest_files(root: Path, section: str, options: SourceOptions) -> tuple[str, ...]:
+    pixels = "patches/{id}.h5" if options.facts.pixels == "patches" else "wsis/{id}.tif*"
     return ("st/{id}.h5ad", "metadata/{id}.json", pixels)
 
 
-def _manifest_files(root: Path, section: str, facts: Mapping[str, str]) -> tuple[str, ...]:
+def _manifest_files(root: Path, section: str, options: SourceOptions) -> tuple[str, ...]:
     return manifest_table.files_of(root, section)
 
 
-def _hd_files(root: Path, section: str, facts: Mapping[str, str]) -> tuple[str, ...]:
+def _hd_files(root: Path, section: str, options: SourceOptions) -> tuple[str, ...]:
     """Select only the bins that are pooled; the 2 um bins are about 100 times larger than the rest."""
-    pool = float(facts.get("pool_um") or HD_POOL_UM)
-    width = float(facts.get("bin_um") or next((b for b in HD_BINS if pool % b == 0), HD_BINS[-1]))
+    pool = options.pooling.pool_um or POOL_UM
+    width = options.pooling.bin_um or next((b for b in HD_BINS if pool % b == 0), HD_BINS[-1])
     bins = f"binned_outputs/square_{int(width):03d}um"
     return (
         f"{bins}/*_feature_bc_matrix.h5",

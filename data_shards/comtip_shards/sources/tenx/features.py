@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from comtip_shards.errors import SourceError
+from comtip_shards.genes.species import species_name
 
 GENE_KIND = "Gene Expression"
 OTHER_GENOME = "genome "
@@ -19,10 +20,6 @@ MIXED_SHARE = 0.05
 """Share of the genes of a second species above which the species must be stated."""
 _GENOME = re.compile(r"(?P<genome>(?:GRCh3\d|GRCm3\d|hg\d\d|mm\d\d?)[A-Za-z0-9.\-]*)_+(?=[^_])", re.IGNORECASE)
 _ENSEMBL = {"ENSG": "human", "ENSMUSG": "mouse"}
-_SPECIES = {
-    "human": {"human", "homo sapiens", "h. sapiens", "hsapiens", "ncbitaxon:9606", "9606", "hs"},
-    "mouse": {"mouse", "mus musculus", "m. musculus", "mmusculus", "ncbitaxon:10090", "10090", "mm"},
-}
 
 
 @dataclass(frozen=True)
@@ -66,13 +63,7 @@ class Features:
         return notes
 
 
-def species_name(text: str) -> str:
-    """Return ``human`` or ``mouse`` for a common name, a Latin name or a taxonomy id; other texts in lower case."""
-    plain = " ".join(text.replace("_", " ").lower().split())
-    return next((name for name, words in _SPECIES.items() if plain in words), plain)
-
-
-def for_species(features: Features, stated: str, where: Path) -> tuple[Features, str]:
+def for_species(features: Features, stated: str | None, where: Path) -> tuple[Features, str]:
     """Select the rows of one species and strip genome prefixes (``GRCh38_ENSG...``, ``mm10___Stk4``).
 
     Parameters
@@ -80,7 +71,7 @@ def for_species(features: Features, stated: str, where: Path) -> tuple[Features,
     features
         Row names as in the file.
     stated
-        The species stated by the caller or the source, or "" to detect it from Ensembl ids and genome names.
+        The species stated by the caller or the source; None or "" detects it from Ensembl ids and genome names.
     where
         File name for messages.
 

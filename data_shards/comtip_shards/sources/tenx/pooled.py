@@ -8,28 +8,16 @@ from pathlib import Path
 import numpy as np
 
 from comtip_shards.errors import SourceError
+from comtip_shards.sections.facts import SectionFacts
 from comtip_shards.sections.pooling import Pooled
 from comtip_shards.sections.section import Section, SectionMeta
-from comtip_shards.sources.base import number
 from comtip_shards.sources.tenx.features import Features
-
-
-def setting(overrides: Mapping[str, str], key: str, default: float, *, most: float = np.inf) -> float:
-    """Return a positive pooling option, or its default."""
-    if not overrides.get(key):
-        return default
-    option = f"--{key.replace('_', '-')}"
-    value = number(overrides[key], option)
-    if not 0 < value <= most:
-        limit = f", at most {most:g}" if most < np.inf else ""
-        raise SourceError(f"{option} {overrides[key]}: must be greater than 0{limit}")
-    return value
 
 
 def pooled_meta(
     path: Path,
     name: str,
-    overrides: Mapping[str, str],
+    facts: SectionFacts,
     *,
     species: str,
     platform: str,
@@ -38,17 +26,17 @@ def pooled_meta(
     pooling: str,
 ) -> SectionMeta:
     """Return the metadata of a section of square pseudo-spots."""
-    if not overrides.get("tissue"):
+    if not facts.tissue:
         raise SourceError(f"{path}: the folder does not state the tissue; set --tissue")
     return SectionMeta(
         section_id=name,
         dataset=name,
         species=species.lower(),
-        tissue=overrides["tissue"],
-        donor=overrides.get("donor", ""),
-        platform=overrides.get("platform", platform),
-        licence=overrides.get("licence", ""),
-        attribution=overrides.get("attribution", ""),
+        tissue=facts.tissue,
+        donor=facts.donor or "",
+        platform=facts.platform or platform,
+        licence=facts.licence or "",
+        attribution=facts.attribution or "",
         mpp=mpp,
         spot_diameter_um=pool_um,
         spot_pitch_um=pool_um,

@@ -11,7 +11,7 @@ from typing import Any
 from comtip_shards.errors import SourceError
 from comtip_shards.slides.appearance import looks_like_he
 from comtip_shards.slides.open import image_size, open_slide
-from comtip_shards.sources.base import existing, reading
+from comtip_shards.sources.base import existing, reading, stated_file
 from comtip_shards.sources.files.packaging import (
     by_prefix,
     contents,
@@ -151,12 +151,17 @@ def find_pictures(folder: Path, prefix: str | None = None) -> dict[str, Path]:
 
 
 def choose_image(
-    root: Path, pictures: Mapping[str, Path], factors: Mapping[str, float], stated: str, prefix: str = ""
+    root: Path,
+    pictures: Mapping[str, Path],
+    factors: Mapping[str, float],
+    stated: str | None,
+    section_id: str,
+    prefix: str = "",
 ) -> tuple[Path, float, list[str]]:
     """Return (image, its px per full-resolution px, notes).
 
     Positions are px of the image given to the pipeline. The downscaled images in ``spatial/`` are used only if
-    ``stated`` is ``hires`` or ``lowres``; otherwise ``stated`` is a path or empty.
+    ``stated`` is ``hires`` or ``lowres``; otherwise ``stated`` is a path or None.
 
     Parameters
     ----------
@@ -168,12 +173,15 @@ def choose_image(
         Scale factors; empty if the file is missing.
     stated
         The value of ``--image``.
+    section_id
+        The section, which replaces ``{id}`` in ``stated``.
     prefix
         Prefix of file names if the folder contains several sections.
     """
     if stated in PICTURES:
         return _picture(root, pictures, factors, stated)
-    image = existing(Path(stated), "full-resolution image (--image)") if stated else _microscope_image(root, prefix)
+    own = stated_file(stated, section_id)
+    image = _microscope_image(root, prefix) if own is None else existing(own, "full-resolution image (--image)")
     if image is None:
         also = (
             f"To use the downscaled {' or '.join(p.name for p in pictures.values())} instead, set --image "

@@ -1,0 +1,158 @@
+"""Sections of public benchmarks, and of their donors, kept out of training."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from comtip_shards.errors import SourceError
+from comtip_shards.sections.section import SectionMeta
+from comtip_shards.sections.splits import LEARNING, is_stated
+
+BENCHMARK_FILE = Path(__file__).parent / "benchmark_ids.tsv"
+
+
+@dataclass(frozen=True)
+class BenchmarkSection:
+    """A section scored by a public benchmark, or one of the same donor."""
+
+    task: str
+    id: str
+    role: str
+    """``scored`` or ``same donor``."""
+    donor: str
+    """Donor as named by the HEST reader: the truncated title of the study and the patient."""
+    known_from: str
+
+
+def load_benchmark(extra: Path | None = None) -> dict[str, BenchmarkSection]:
+    """Return {lower-case id: section} of the list in the package and of ``extra``.
+
+    Parameters
+    ----------
+    extra
+        Tab-separated table with the column ``id`` and optionally ``task``, ``donor`` and ``role``; or one id per line.
+
+    Raises
+    ------
+    SourceError
+        The file cannot be read.
+    """
+    sections = {s.id.lower(): s for s in _read_list(BENCHMARK_FILE)}
+    return sections | ({s.id.lower(): s for s in _read_list(extra)} if extra else {})
+
+
+def _read_list(path: Path) -> list[BenchmarkSection]:
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(f"{path}: cannot be read as a list of benchmark ids ({error})") from error
+    if not lines:
+        raise SourceError(f"{path}: no benchmark id; write one per line, or a table with the column id")
+    if "id" not in lines[0].split("\t"):
+        if "\t" in lines[0]:
+            raise SourceError(
+                f"{path}: the table has no column id, only {', '.join(lines[0].split(chr(9)))}; add the column"
+            )
+        lines = ["id", *lines]
+    rows = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE, restval="")
+    return [
+        BenchmarkSection(
+            r.get("task") or path.stem,
+            r["id"].strip(),
+            r.get("role") or "scored",
+            r.get("donor") or "",
+            r.get("known_from") or path.name,
+        )
+        for r in rows
+    ]
+
+
+def benchmark_of(meta: SectionMeta, benchmark: Mapping[str, BenchmarkSection]) -> BenchmarkSection | None:
+    """Return the benchmark section with the id of ``meta``, if any.
+
+    A benchmark id matches the complete section id, or a word of it if section id or dataset mention HEST
+    (``hest_TENX95``); without HEST, ``patient-INT1`` may belong to another study.
+    """
+    whole = benchmark.get(meta.section_id.lower())
+    if whole is not None or "hest" not in f"{meta.section_id} {meta.dataset}".lower():
+        return whole
+    words = re.split(r"[^A-Za-z0-9]+", meta.section_id.lower())
+    return next((benchmark[w] for w in words if w in benchmark), None)
+
+
+def guard_benchmark(
+    metas: Sequence[SectionMeta],
+    *,
+    allow: Collection[str] = (),
+    benchmark: Mapping[str, BenchmarkSection] | None = None,
+) -> tuple[list[SectionMeta], dict[str, str]]:
+    """Keep benchmark sections, and others of their donors, out of training.
+
+    Parameters
+    ----------
+    metas
+        All sections of a set, with the splits stated by source and user.
+    allow
+        Ids of protected sections that may be used for training.
+    benchmark
+        Protected sections, by default :func:`load_benchmark`.
+
+    Returns
+    -------
+    metas, notes
+        Metadata in which protected sections without a split are ``test``; ``{section_id: reason}`` for each protected one.
+
+    Raises
+    ------
+    SourceError
+        A protected section is in train or val, or ``allow`` names a section that is not protected.
+    """
+    known = load_benchmark() if benchmark is None else benchmark
+    why = _protected(metas, known)
+    unknown = sorted(set(allow) - set(why))
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], sorted(why), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise SourceError(f"--allow-benchmark {unknown[0]}: no section of that id is kept out of training{hint}")
+    barred = [m for m in metas if m.section_id in why and m.section_id not in allow and m.split in LEARNING]
+    if barred:
+        text = "\n".join(f"  {m.section_id} (split {m.split}): {why[m.section_id]}" for m in barred)
+        raise SourceError(
+            f"{len(barred)} training sections are scored by a benchmark, or their donor is:\n{text}\n"
+            "leave them out (--samples), move them to test (--split ID=test), or allow them explicitly (--allow-benchmark ID)"
+        )
+    out = [replace(m, split="test") if m.section_id in why and m.section_id not in allow else m for m in metas]
+    notes = {i: f"{text}; {'allowed by name' if i in allow else 'kept out of training'}" for i, text in why.items()}
+    return out, notes
+
+
+def _protected(metas: Sequence[SectionMeta], benchmark: Mapping[str, BenchmarkSection]) -> dict[str, str]:
+    why: dict[str, str] = {}
+    donors: dict[str, str] = {}
+    for meta in metas:
+        found = benchmark_of(meta, benchmark)
+        if found is None:
+            continue
+        what = "a section of" if found.role == "scored" else "of a donor of"
+        why[meta.section_id] = f"{found.id} is {what} benchmark task {found.task} ({found.known_from})"
+        if is_stated(meta.donor):
+            donors.setdefault(meta.donor, meta.section_id)
+    names = {_folded(s.donor): s.id for s in benchmark.values() if s.donor}
+    for meta in metas:
+        if meta.section_id in why:
+            continue
+        if meta.donor in donors:
+            why[meta.section_id] = f"its donor {meta.donor} is that of {donors[meta.donor]}, which a benchmark scores"
+        elif _folded(meta.donor) in names:
+            why[meta.section_id] = f"its donor {meta.donor} is that of benchmark section {names[_folded(meta.donor)]}"
+    return why
+
+
+def _folded(donor: str) -> str:
+    """Return a donor without case and spaces, which differ between versions of a table."""
+    return "".join(donor.split()).lower()

@@ -1,0 +1,99 @@
+"""Donors and splits: no donor is in training and in test."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from comtip_shards.errors import SourceError
+from comtip_shards.sampling.rng import uniform
+from comtip_shards.sections.section import SectionMeta
+
+LEARNING = ("train", "val")
+"""Splits that influence the model; val controls early stopping, so it leaks too."""
+UNKNOWN_DONORS = {"", "unknown", "na", "n/a", "none", "nan", "?"}
+UNSTATED = "unstated:"
+
+
+def is_stated(donor: str) -> bool:
+    """Return whether a donor is known, rather than a placeholder for one section."""
+    return donor.strip().lower() not in UNKNOWN_DONORS and not donor.startswith(UNSTATED)
+
+
+def own_donors(metas: Sequence[SectionMeta]) -> list[SectionMeta]:
+    """Give each section without a donor a placeholder donor of its own, instead of a shared "unknown"."""
+    return [m if is_stated(m.donor) else replace(m, donor=f"{UNSTATED}{m.section_id}") for m in metas]
+
+
+def check_splits(metas: Sequence[SectionMeta]) -> None:
+    """Check that no donor is in train (or val) and in test. Train and val may share donors, which is reported.
+
+    Raises
+    ------
+    SourceError
+        A donor is in both; names the donor and the sections.
+    """
+    for meta in metas:
+        if meta.split != "test":
+            continue
+        shared = [m.section_id for m in metas if m.donor == meta.donor and m.split in LEARNING]
+        if shared:
+            raise SourceError(
+                f"donor {meta.donor} is in the test section {meta.section_id} and in {', '.join(shared)}; "
+                "split by donor, with --split SECTION=train|val|test"
+            )
+
+
+def propose_split(metas: Sequence[SectionMeta], shares: Sequence[float], seed: int) -> list[SectionMeta]:
+    """Assign splits by donor from hash(seed, donor), independently of which other donors there are.
+
+    Parameters
+    ----------
+    metas
+        Metadata with donors (:func:`own_donors`). A stated split is kept, and applies to all sections of the donor.
+    shares
+        Shares of train, val and test, summing to 1.
+    seed
+        Seed of the hash.
+
+    Raises
+    ------
+    SourceError
+        Invalid shares, or an empty split, which can happen with few donors.
+    """
+    if len(shares) != 3 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+        raise SourceError(
+            f"--auto-split {','.join(f'{s:g}' for s in shares)}: invalid shares; give shares of train, val and test that "
+            "sum to 1"
+        )
+    out = _drawn(metas, shares, seed)
+    empty = _empty(out, shares)
+    if empty:
+        works = next((s for s in range(1000) if not _empty(_drawn(metas, shares, s), shares)), None)
+        fix = (
+            f"--seed {works} fills all splits"
+            if works is not None
+            else "there are too few donors; state --split SECTION=SPLIT"
+        )
+        raise SourceError(f"--auto-split with seed {seed} leaves {' and '.join(empty)} empty; {fix}")
+    return out
+
+
+def _drawn(metas: Sequence[SectionMeta], shares: Sequence[float], seed: int) -> list[SectionMeta]:
+    stated = {m.donor: m.split for m in reversed(metas) if m.split}
+    bounds = np.cumsum(shares)[:2]
+
+    def split(meta: SectionMeta) -> str:
+        draw = float(uniform(seed, "auto-split", meta.donor, index=0))
+        return stated.get(meta.donor) or ("train", "val", "test")[int(np.searchsorted(bounds, draw, side="right"))]
+
+    return [m if m.split else replace(m, split=split(m)) for m in metas]
+
+
+def _empty(metas: Sequence[SectionMeta], shares: Sequence[float]) -> list[str]:
+    have = {m.split for m in metas}
+    return [
+        name for name, share in zip(("train", "val", "test"), shares, strict=True) if share > 0 and name not in have
+    ]

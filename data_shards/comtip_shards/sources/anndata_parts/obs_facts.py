@@ -1,0 +1,59 @@
+"""Facts about a section in the columns of ``obs`` and in ``uns`` of an AnnData."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pandas as pd
+
+from comtip_shards.genes.species import species_name
+from comtip_shards.sections.facts import SectionFacts
+from comtip_shards.sources.anndata_parts.store import Store
+
+_COLUMNS = {
+    "tissue": ("tissue", "organ"),
+    "donor": ("donor", "donor_id", "patient"),
+    "species": ("species", "organism", "organism_ontology_term_id"),
+    "platform": ("platform", "assay", "technology"),
+}
+_UNKNOWN = ("", "nan", "unknown")
+
+
+@dataclass(frozen=True)
+class ObsFacts:
+    """Facts that are stated by the caller or found in the AnnData; empty if unknown."""
+
+    species: str = ""
+    """As found in the file, so not necessarily human or mouse."""
+    tissue: str = ""
+    donor: str = ""
+    platform: str = ""
+
+    @property
+    def is_visium(self) -> bool:
+        """Whether the spots are those of a Visium slide."""
+        return self.platform.lower() == "visium"
+
+
+def facts_of(obs: pd.DataFrame, facts: SectionFacts, store: Store | None = None) -> ObsFacts:
+    """Return stated facts, or facts from columns of ``obs`` (or entries of ``uns``) with a single value."""
+    return ObsFacts(
+        facts.species or species_name(_found("species", obs, store)),
+        facts.tissue or _found("tissue", obs, store),
+        facts.donor or _found("donor", obs, store),
+        facts.platform or _platform(_found("platform", obs, store)),
+    )
+
+
+def _found(name: str, obs: pd.DataFrame, store: Store | None) -> str:
+    columns = _COLUMNS[name]
+    found = [str(obs[c].iloc[0]) for c in columns if c in obs and len(obs) and obs[c].astype(str).nunique() == 1]
+    if store is not None:
+        found += [str(store[f"uns/{c}"]) for c in columns if f"uns/{c}" in store and not store.keys(f"uns/{c}")]
+    return next((v for v in found if v not in _UNKNOWN), "")
+
+
+def _platform(assay: str) -> str:
+    """Return the usual name of an assay, e.g. of ``Visium Spatial Gene Expression V1``."""
+    plain = assay.lower()
+    return "Visium HD" if "visium hd" in plain else "Visium" if "visium" in plain else assay

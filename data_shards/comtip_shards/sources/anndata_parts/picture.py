@@ -1,0 +1,83 @@
+"""Images in ``uns["spatial"]`` of an AnnData: libraries, the best image of each, and its scale."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from comtip_shards.errors import SourceError
+from comtip_shards.slides.base import MAX_WHOLE_PX, ArraySlide, peak_of, to_rgb8
+
+MICRONS_PER_PIXEL = "microns_per_pixel"
+"""Key of the scale in ``uns["spatial"][...]["scalefactors"]``, as in Visium HD."""
+PICTURES = ("fullres", "hires", "lowres", "downscaled_fullres")
+"""Images of ``uns["spatial"][...]["images"]`` in order of preference; the last is used by HEST."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """The selected image of a library and its scale."""
+
+    name: str
+    factor: float
+    """px per px of ``obsm["spatial"]``."""
+    mpp: float | None
+    """um per px of ``obsm["spatial"]``, None where not stated."""
+    spot_diameter_px: float | None
+    """In px of ``obsm["spatial"]``."""
+
+
+def library_names(spatial: Any) -> list[str]:
+    """Return the libraries of ``uns["spatial"]``: entries with images or scale factors (CELLxGENE adds ``is_single``)."""
+    return [
+        str(name)
+        for name in spatial
+        if hasattr(spatial[name], "keys") and any(part in spatial[name] for part in ("images", "scalefactors"))
+    ]
+
+
+def library_picture(library: Any, where: str) -> Picture:
+    """Select the best image of one entry of ``uns["spatial"]`` (a mapping or an open group)."""
+    images = library.get("images", {})
+    name = next((n for n in PICTURES if n in images), None)
+    if name is None:
+        raise SourceError(f"{where}: an entry of uns['spatial'] has no image (hires or lowres); set --image")
+    scale = scale_factor(library, f"tissue_{name}_scalef")
+    if scale is None and name == "fullres":
+        scale = 1.0
+    if scale is None:
+        raise SourceError(
+            f"{where}: tissue_{name}_scalef is missing in the scale factors, so the image has no scale; add it, or set --image"
+        )
+    if not (np.isfinite(scale) and scale > 0):
+        raise SourceError(
+            f"{where}: tissue_{name}_scalef is {scale:g}, expected a positive number; correct it, or set --image"
+        )
+    return Picture(
+        name, scale, scale_factor(library, MICRONS_PER_PIXEL), scale_factor(library, "spot_diameter_fullres")
+    )
+
+
+def scale_factor(library: Any, key: str) -> float | None:
+    """Return a scale factor of one entry of ``uns["spatial"]``, None if it does not exist."""
+    factors = library.get("scalefactors", {})
+    return float(np.asarray(factors[key])) if key in factors else None
+
+
+def library_slide(library: Any, picture: Picture, path: Path) -> ArraySlide:
+    """Return the pixels of a library's image; floating-point values are in [0, 1]."""
+    stored = library["images"][picture.name]
+    shape = tuple(int(n) for n in getattr(stored, "shape", np.shape(stored)))
+    if len(shape) != 3 or shape[2] not in (3, 4):
+        raise SourceError(
+            f"{path}: the {picture.name} image has the shape {shape}, expected (height, width, 3); set --image to an RGB image"
+        )
+    if shape[0] * shape[1] > MAX_WHOLE_PX:
+        raise SourceError(
+            f"{path}: the {picture.name} image has {shape[1]} x {shape[0]} px, too many for memory; set --image"
+        )
+    pixels = np.asarray(stored[()] if hasattr(stored, "shape") and not isinstance(stored, np.ndarray) else stored)
+    return ArraySlide(to_rgb8(pixels, peak_of(pixels), alpha=pixels.shape[2] == 4), path)

@@ -1,0 +1,125 @@
+"""Spots of an AnnData as a section: names, positions, labels and raw counts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from comtip_shards.sections.facts import CountOptions
+from comtip_shards.sections.section import Section, SectionMeta, check_unique
+from comtip_shards.sources.anndata_parts.counts import raw_counts
+from comtip_shards.sources.anndata_parts.positions import read_centres
+from comtip_shards.sources.anndata_parts.store import open_store
+from comtip_shards.sources.base import SpotPositions, as_counts, flags, join
+from comtip_shards.sources.tenx.features import GENE_KIND, Features, for_species
+
+_IDS, _SYMBOLS = ("gene_ids", "gene_id", "ensembl_id"), ("feature_name", "gene_name", "gene_symbols", "symbol")
+
+
+def gene_names(var: pd.DataFrame) -> tuple[list[str], list[str]]:
+    """Return (ids, symbols); 10x keeps ids in a column and (possibly duplicate) symbols in the index."""
+    index = [str(v) for v in var.index]
+    for column in _IDS:
+        if column in var and var[column].astype(str).str.len().min() > 0:
+            return var[column].astype(str).tolist(), index
+    symbols = next((var[c].astype(str).tolist() for c in _SYMBOLS if c in var), [""] * len(index))
+    return index, symbols
+
+
+def read_spots(
+    path: Path,
+    rows: np.ndarray,
+    meta: SectionMeta,
+    image: Path,
+    factor: float,
+    notes: list[str],
+    options: CountOptions,
+    *,
+    counts: bool = True,
+) -> Section:
+    """Read positions and raw counts of some rows of an AnnData file.
+
+    Parameters
+    ----------
+    path
+        The ``.h5ad`` or ``.zarr``.
+    rows
+        int64, rows of ``obs`` to take.
+    meta, image, notes
+        Metadata, image path and notes of the section.
+    factor
+        px of the image per px of ``obsm["spatial"]``.
+    options
+        Where counts and positions are.
+    counts
+        Whether to read counts; a section without genes is returned otherwise.
+    """
+    with open_store(path) as store:
+        obs = store["obs"].iloc[rows]
+        xy = read_centres(store, options, [])[rows] * factor
+        matrix, var, count_notes = raw_counts(store, path, options) if counts else no_counts(len(store["obs"]))
+    return annotated(obs, xy, matrix[rows], var, meta, image, path, [*notes, *count_notes])
+
+
+def no_counts(n_spots: int) -> tuple[sparse.csr_matrix, pd.DataFrame, list[str]]:
+    """Return the counts of no gene, for readers that need images and positions only."""
+    return sparse.csr_matrix((n_spots, 0), dtype=np.float32), pd.DataFrame(index=pd.Index([], dtype=object)), []
+
+
+def annotated(
+    obs: pd.DataFrame,
+    xy: np.ndarray,
+    matrix: sparse.csr_matrix,
+    var: pd.DataFrame,
+    meta: SectionMeta,
+    image: Path,
+    path: Path,
+    notes: list[str],
+) -> Section:
+    """Return a section from aligned parts of an AnnData; ``in_tissue``, array positions and labels are in ``obs``."""
+    names = [str(v) for v in obs.index]
+    check_unique(names, f"{path}: obs names")
+    ids, symbols = gene_names(var)
+    kinds = var["feature_types"].astype(str).tolist() if "feature_types" in var else [GENE_KIND] * len(ids)
+    features, _ = for_species(Features(ids, symbols, kinds), meta.species, path)
+    genes = features.only_genes()
+    counts = as_counts(sparse.csr_matrix(matrix[:, features.genes()]), path, names, genes.ids)
+    excluded = np.array([k or GENE_KIND for k in features.kinds])
+    sums = np.asarray(matrix.sum(axis=0)).ravel()
+    tally = {kind: int(sums[excluded == kind].sum()) for kind in set(excluded.tolist())}
+    counts, genes, doubles = _merged(counts, genes)
+    spots = SpotPositions(names, xy, _array(obs), _labels(obs), _in_tissue(obs, path))
+    notes = [*notes, *features.others_note(tally), *doubles]
+    return join(meta, image, counts, names, genes.ids, genes.symbols, spots, path, path, notes)
+
+
+def _merged(counts: sparse.csr_matrix, genes: Features) -> tuple[sparse.csr_matrix, Features, list[str]]:
+    """Sum columns of one gene identifier."""
+    first = {name: i for i, name in reversed(list(enumerate(genes.ids)))}
+    if len(first) == len(genes.ids):
+        return counts, genes, []
+    kept = sorted(first.values())
+    column = {genes.ids[i]: k for k, i in enumerate(kept)}
+    to = [column[name] for name in genes.ids]
+    sums = sparse.csr_matrix((np.ones(len(to), np.int64), (np.arange(len(to)), to)), (len(to), len(kept)))
+    merged = Features([genes.ids[i] for i in kept], [genes.symbols[i] for i in kept], [GENE_KIND] * len(kept))
+    note = f"{len(genes.ids) - len(kept)} columns have the identifier of another one and are summed with it"
+    return sparse.csr_matrix(counts @ sums, dtype=np.int32), merged, [note]
+
+
+def _array(obs: pd.DataFrame) -> np.ndarray:
+    if not {"array_col", "array_row"} <= set(obs):
+        return np.full((len(obs), 2), np.nan)
+    columns = [pd.to_numeric(obs[c].astype(str), errors="coerce") for c in ("array_col", "array_row")]
+    return np.column_stack([np.asarray(c, np.float64) for c in columns])
+
+
+def _labels(obs: pd.DataFrame) -> list[str]:
+    return obs["label"].astype(str).tolist() if "label" in obs else [""] * len(obs)
+
+
+def _in_tissue(obs: pd.DataFrame, path: Path) -> np.ndarray:
+    return flags(obs["in_tissue"], f"{path}: obs['in_tissue']") if "in_tissue" in obs else np.ones(len(obs), bool)

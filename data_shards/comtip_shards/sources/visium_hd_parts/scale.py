@@ -1,0 +1,57 @@
+"""Scale of a Visium HD section: from the scale factors, or from the pitch of bins."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from comtip_shards.errors import SourceError
+from comtip_shards.sources.files.table_batches import all_numbers, batches
+from comtip_shards.sources.visium_hd_parts.files import FACTORS
+
+
+def scale_of(factors: Mapping[str, float], path: Path, stated: float | None) -> float:
+    """Return um per full-resolution px from the file or --mpp, which must agree."""
+    mpp = factors.get("microns_per_pixel", stated)
+    if mpp is None or not mpp > 0:
+        raise SourceError(f"{path}: no microns_per_pixel; give --mpp, the um per px of the full-resolution image")
+    width, diameter = factors.get("bin_size_um"), factors.get("spot_diameter_fullres")
+    if width and diameter and not 0.95 < diameter * mpp / width < 1.05:
+        raise SourceError(
+            f"{path}: bins of {width:g} um are {diameter:.3f} px wide, which gives {width / diameter:.4f} um per px instead of "
+            f"{mpp:g}; copy the file from the run again"
+        )
+    if stated is not None and not 0.95 < stated / mpp < 1.05:
+        raise SourceError(f"{path}: states {mpp:g} um per full-resolution px, but --mpp is {stated:g}; omit --mpp")
+    return mpp
+
+
+def scale_or_pitch(
+    factors: Mapping[str, float], table: Path, width: float, stated: float | None
+) -> tuple[float, list[str]]:
+    """Return um per full-resolution px and notes; without scale factors it is the bin width over the pitch of bins."""
+    if factors:
+        return scale_of(factors, table.parent / FACTORS, stated), []
+    mpp = width / _pitch_px(table)
+    if stated is not None and not 0.95 < stated / mpp < 1.05:
+        raise SourceError(
+            f"{table}: bins of {width:g} um with this pitch have {mpp:.4f} um per full-resolution px, but --mpp is {stated:g}; "
+            "omit --mpp"
+        )
+    note = f"no {FACTORS}; scale: {mpp:.4f} um per full-resolution px, from the pitch of bins of {width:g} um"
+    return stated or mpp, [note]
+
+
+def _pitch_px(table: Path) -> float:
+    """Return px between neighbouring bins by a least-squares fit of positions to rows and columns."""
+    gram, moment, n = np.zeros((3, 3)), np.zeros((3, 2)), 0
+    for batch in batches(table, ["array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres"]):
+        rc = all_numbers(batch, ["array_col", "array_row"], table)
+        xy = all_numbers(batch, ["pxl_col_in_fullres", "pxl_row_in_fullres"], table)
+        design = np.column_stack([rc, np.ones(len(rc))])
+        gram, moment, n = gram + design.T @ design, moment + design.T @ xy, n + len(rc)
+    if n < 3 or np.linalg.matrix_rank(gram) < 3:
+        raise SourceError(f"{table}: too few bins to estimate the scale; copy {FACTORS} from the run")
+    return float(np.sqrt(abs(np.linalg.det(np.linalg.solve(gram, moment)[:2]))))

@@ -1,0 +1,85 @@
+"""Transcripts or cells of a Xenium run summed in squares of the H&E grid."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from comtip_shards.errors import SourceError
+from comtip_shards.sections.pooling import Pooler
+from comtip_shards.sections.section import check_unique
+from comtip_shards.sources.files.table_batches import BATCH, all_numbers, batches, has_column, numbers_of
+from comtip_shards.sources.tenx.matrix import TenxMatrix
+from comtip_shards.sources.xenium_parts.panel import CONTROL, feature_words, texts_of
+from comtip_shards.sources.xenium_parts.run import XeniumRun
+
+
+def pool_transcripts(run: XeniumRun, path: Path, qv: float) -> tuple[Pooler, list[str]]:
+    """Sum the transcripts of genes with at least this quality; returns (sums, notes)."""
+    genes = run.features.only_genes()
+    check_unique(genes.symbols, f"{run.path}: gene names of the panel")
+    row_of = {name: i for i, name in enumerate(genes.symbols)}
+    pooler, left = Pooler(len(genes.ids)), Counter[str]()
+    flagged = has_column(path, "is_gene")
+    columns = ["feature_name", "x_location", "y_location", "qv", *(["is_gene"] if flagged else [])]
+    for batch in batches(path, columns, dictionary=["feature_name"]):
+        words, code = feature_words(batch, path)
+        kinds = np.array([*(_kind(w, row_of) for w in words), -2], np.int64)
+        gene = kinds[code]  # -1: control, -2: not in the panel; code -1 selects the last entry, -2
+        if flagged:
+            gene[(gene >= 0) & ~np.asarray(batch.column("is_gene").fill_null(True), bool)] = -1
+        xyq = numbers_of(batch, ["x_location", "y_location", "qv"], path)
+        bad = {
+            "control probes": gene == -1,
+            "not in the panel": gene == -2,
+            "no position": ~np.isfinite(xyq[:, :2]).all(axis=1),
+            f"qv below {qv:g}": ~(xyq[:, 2] >= qv),
+        }
+        keep = np.ones(len(gene), bool)
+        for reason, mask in bad.items():
+            left[reason] += int((mask & keep).sum())
+            keep &= ~mask
+        pooler.add_transcripts(run.squares(xyq[keep, :2]), gene[keep])
+    excluded = [f"{n:,} transcripts excluded: {reason}" for reason, n in left.items() if n]
+    if not pooler.total_units:
+        raise SourceError(
+            f"{path}: no transcript is left ({'; '.join(excluded) or 'the table is empty'}); reduce --qv or check the panel"
+        )
+    return pooler, [f"{pooler.total_units:,} transcripts with qv of at least {qv:g} pooled", *excluded]
+
+
+def _kind(word: str, row_of: Mapping[str, int]) -> int:
+    return -1 if CONTROL.match(word) else row_of.get(word, -2)
+
+
+def pool_cells(run: XeniumRun, path: Path, counts: TenxMatrix) -> tuple[Pooler, list[str]]:
+    """Sum the counts of cells at their centroids; returns (sums, notes)."""
+    where: dict[str, tuple[float, float]] = {}
+    n = 0
+    for batch in batches(path, ["cell_id", "x_centroid", "y_centroid"]):
+        cells = texts_of(batch.column("cell_id"), path)
+        xy = all_numbers(batch, ["x_centroid", "y_centroid"], path)
+        where.update(zip(cells, map(tuple, xy.tolist()), strict=True))
+        n += len(cells)
+    if len(where) < n:
+        raise SourceError(f"{path}: {n - len(where)} duplicate cells; copy the table from the run again")
+    pooler, lost, lost_counts = Pooler(len(run.features.genes())), 0, 0
+    for barcodes, matrix in counts.chunks(run.features, BATCH):
+        known = np.array([i for i, b in enumerate(barcodes) if b in where], np.int64)
+        squares = run.squares(np.array([where[barcodes[i]] for i in known], np.float64).reshape(-1, 2))
+        pooler.add_units(squares)
+        pooler.add_counts(squares, matrix[known])
+        lost += len(barcodes) - len(known)
+        lost_counts += int(matrix.sum(dtype=np.int64)) - int(matrix[known].sum(dtype=np.int64))
+    if pooler.total_units < max(1, lost):
+        raise SourceError(
+            f"{counts.path}: only {pooler.total_units} of its {pooler.total_units + lost} cells are in {path}; "
+            "use files of the same run"
+        )
+    notes = [f"{pooler.total_units:,} cells pooled"]
+    if lost:
+        notes.append(f"{lost:,} cells with {lost_counts:,} counts excluded: not in {path.name}")
+    return pooler, notes
