@@ -23,7 +23,8 @@ from comtip_shards.sources.base import pick
 from comtip_shards.sources.selection.choose import choose
 from comtip_shards.sources.selection.layouts import LAYOUTS, Layout
 from comtip_shards.storage.atomic import publish_link
-from comtip_shards.storage.remote import Remote, RetryPolicy, default_cache
+from comtip_shards.storage.cache import default_cache
+from comtip_shards.storage.remote import Remote, RetryPolicy
 
 FETCHERS = 4
 UNBOUNDED = 1 << 62
