@@ -16,12 +16,14 @@ import pandas as pd
 from comtip_shards import SourceError
 from comtip_shards.genes.identifiers import GeneResource
 from comtip_shards.sections.facts import CountOptions, PoolingOptions, SectionFacts
+from comtip_shards.slides.tiles import StainStats
 
 from comtip_fast._version import __version__
 from comtip_fast.constants import LAYER_CP10K, LAYER_RAW, OBSM_EMBEDDING, UNS
-from comtip_fast.data.sections import H5AD_SUFFIXES, SectionTiles, TileGeometry, open_section, read_h5ad
+from comtip_fast.data.sections import H5AD_SUFFIXES, SectionTiles, open_section, read_h5ad
+from comtip_fast.data.tile_sources import TileGeometry
 from comtip_fast.evaluation.run import evaluate_run as evaluate
-from comtip_fast.inference import GeneQuery, ImageFeatures, Predictor
+from comtip_fast.inference import GeneQuery, Predictor, predict_section
 from comtip_fast.pretraining import pretrain
 from comtip_fast.runtime.devices import pick_device
 from comtip_fast.shards import Facts, build_shards, open_sections, stated_text
@@ -88,6 +90,7 @@ class Model:
         facts: Facts = None,
         pooling: PoolingOptions | None = None,
         counts: CountOptions | None = None,
+        fmt: str = "auto",
     ) -> ad.AnnData:
         """Predict expression of a section from its tiles.
 
@@ -100,7 +103,10 @@ class Model:
             genes of the section's species.
         facts, pooling, counts
             Facts about the section (``SectionFacts(mpp=0.5)`` or ``{"mpp": 0.5}``), and options for pooling and for
-            counts and positions in an AnnData.
+            counts and positions in an AnnData. A stated tissue, donor, platform, licence or attribution is recorded in
+            ``uns["comtip"]``.
+        fmt
+            Format of a source folder, see :func:`comtip_shards.sources.open_source`.
 
         Returns
         -------
@@ -121,9 +127,10 @@ class Model:
         >>> predicted.shape, predicted.var["training"].tolist()
         ((49, 2), ['trained', 'never seen'])
         """
-        opened = open_section(section, self.tile, stated_text(facts, pooling, counts))
+        opened = open_section(section, self.tile, stated_text(facts, pooling, counts), fmt)
         var, queries = self._queries(genes, self._species(opened))
-        out = self.predictor.predict(self._features(opened), queries)
+        xy = np.asarray(opened.template.obsm["spatial"], np.float64)
+        out = predict_section(self.predictor, opened.tiles, self._stain(opened), xy, queries)
         data = opened.template.copy()
         answer = ad.AnnData(X=out["cp10k"], obs=data.obs, var=var, obsm=dict(data.obsm), uns=dict(data.uns))
         answer.layers[LAYER_CP10K], answer.layers[LAYER_RAW] = out["cp10k"].copy(), out["raw"]
@@ -137,12 +144,13 @@ class Model:
         facts: Facts = None,
         pooling: PoolingOptions | None = None,
         counts: CountOptions | None = None,
+        fmt: str = "auto",
     ) -> ad.AnnData:
         """Embed the tiles of a section in the shared space.
 
         Parameters
         ----------
-        section, facts, pooling, counts
+        section, facts, pooling, counts, fmt
             As in :meth:`predict`.
 
         Returns
@@ -156,14 +164,18 @@ class Model:
         >>> comtip_fast.load("run").embed("set:x1").obsm["X_comtip"].shape
         (49, 32)
         """
-        opened = open_section(section, self.tile, stated_text(facts, pooling, counts))
+        opened = open_section(section, self.tile, stated_text(facts, pooling, counts), fmt)
         if isinstance(section, ad.AnnData):
             data = section.copy()
         elif str(section).endswith(H5AD_SUFFIXES):
             data = read_h5ad(Path(section))
         else:
             data = opened.template.copy()
-        data.obsm[OBSM_EMBEDDING] = self._features(opened, readout=False).vector_ND
+        stain = self._stain(opened)
+        vectors = np.empty((len(opened.tiles), self.predictor.config.align.dim), np.float32)
+        for rows, tiles in opened.tiles.chunks():
+            vectors[rows] = self.predictor.encode(tiles, stain, readout=False).vector_nD
+        data.obsm[OBSM_EMBEDDING] = vectors
         data.uns[UNS] = self._provenance(opened)
         return data
 
@@ -179,14 +191,13 @@ class Model:
             f"section {opened.section_id}: no species, and the model was trained on {' and '.join(trained)}; set --species"
         )
 
-    def _features(self, opened: SectionTiles, *, readout: bool = True) -> ImageFeatures:
-        xy = np.asarray(opened.template.obsm["spatial"], np.float64)
-        tiles = opened.tiles_NSS3.transpose(0, 3, 1, 2)
-        return self.predictor.image_features(tiles, opened.stain, xy, readout=readout)
+    def _stain(self, opened: SectionTiles) -> StainStats | None:
+        """Return the section's stain statistics if the model normalises by them; they may need a pass over the tiles."""
+        return opened.stain if self.predictor.normalises_stain else None
 
     def _provenance(self, opened: SectionTiles) -> dict[str, str]:
         vectors = self.predictor.vectors
-        facts = {"version": __version__, "model": self.predictor.config.name, "species": opened.species}
+        facts = {"version": __version__, "model": self.predictor.config.name, "species": opened.species} | opened.stated
         if vectors is not None:
             facts |= {"gene_vectors": vectors.sha256, "gene_vectors_licence": str(vectors.header.get("licence", ""))}
         return facts

@@ -87,26 +87,88 @@ def _view_features(model: CoMTIP, tiles_BCHW: Tensor) -> tuple[ImageOutput, np.n
     return output, features
 
 
+QUERY_ROWS = 16_384
+"""Spots whose neighbours are searched at once."""
+
+
+class Neighbours:
+    """Neighbours of N >= 2 spots, found for some rows at a time.
+
+    Parameters
+    ----------
+    xy_N2
+        Positions in any unit.
+    """
+
+    def __init__(self, xy_N2: np.ndarray) -> None:
+        self._xy = np.asarray(xy_N2, np.float64)
+        self._tree = cKDTree(self._xy)
+        self._k = min(NEIGHBOURS + 1, len(self._xy))
+        nearest = np.empty(len(self._xy))
+        for start in range(0, len(nearest), QUERY_ROWS):
+            part = slice(start, start + QUERY_ROWS)
+            nearest[part] = self._tree.query(self._xy[part], k=self._k)[0][:, 1]
+        self.spacing = float(np.median(nearest))
+        """Median distance to the nearest spot."""
+
+    def of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return candidates int64 (n, k) of the spots ``rows``, and which of them are neighbours, bool (n, k)."""
+        distance, index = self._tree.query(self._xy[rows], k=self._k)
+        return index, (distance <= MAX_DISTANCE * self.spacing) & (index != rows[:, None])
+
+
+def mean_over(own_nF: np.ndarray, all_MF: np.ndarray, index_nk: np.ndarray, near_nk: np.ndarray) -> np.ndarray:
+    """Return the mean of ``all_MF[index_nk]`` over the neighbours; a spot without neighbours keeps its own row."""
+    count = near_nk.sum(1, keepdims=True)
+    mean = np.zeros(own_nF.shape, np.float64)
+    for j in range(near_nk.shape[1]):
+        mean += np.where(near_nk[:, j : j + 1], all_MF[index_nk[:, j]], 0.0)
+    return np.where(count > 0, mean / np.maximum(count, 1), own_nF)
+
+
 def neighbour_mean(x_NF: np.ndarray, xy_N2: np.ndarray) -> np.ndarray:
     """Return the mean over each spot's neighbours; a spot without neighbours keeps its own row."""
-    n = len(x_NF)
-    if n < 2:
+    if len(x_NF) < 2:
         return x_NF
-    k = min(NEIGHBOURS + 1, n)
-    distance, index = cKDTree(np.asarray(xy_N2, np.float64)).query(xy_N2, k=k)
-    near = (distance <= MAX_DISTANCE * np.median(distance[:, 1])) & (index != np.arange(n)[:, None])
-    count = near.sum(1, keepdims=True)
-    mean = np.zeros(x_NF.shape, np.float64)
-    for j in range(k):
-        mean += np.where(near[:, j : j + 1], x_NF[index[:, j]], 0.0)
-    return np.where(count > 0, mean / np.maximum(count, 1), x_NF)
+    return mean_over(x_NF, x_NF, *Neighbours(xy_N2).of(np.arange(len(x_NF))))
 
 
-def standardise(x_NF: np.ndarray, mean_F: np.ndarray, std_F: np.ndarray) -> np.ndarray:
-    """Standardise within the section, or with the given mean and standard deviation if it has few spots."""
+@dataclass
+class Moments:
+    """Number, mean and standard deviation of a section's features, accumulated over parts of the section."""
+
+    n: int = 0
+    mean_F: np.ndarray | float = 0.0
+    square_F: np.ndarray | float = 0.0
+    """Sum of squared deviations from the mean."""
+
+    def add(self, x_NF: np.ndarray) -> None:
+        """Add spots (the pairwise update of Chan, Golub and LeVeque)."""
+        x = np.asarray(x_NF, np.float64)
+        if not len(x):
+            return
+        mean, total = x.mean(0), self.n + len(x)
+        delta = mean - self.mean_F
+        self.square_F = self.square_F + np.square(x - mean).sum(0) + np.square(delta) * (self.n * len(x) / total)
+        self.mean_F, self.n = self.mean_F + delta * (len(x) / total), total
+
+    @property
+    def std_F(self) -> np.ndarray:
+        """Standard deviation."""
+        std: np.ndarray = np.sqrt(self.square_F / max(self.n, 1))
+        return std
+
+
+def standardise(x_NF: np.ndarray, mean_F: np.ndarray, std_F: np.ndarray, section: Moments | None = None) -> np.ndarray:
+    """Standardise within the section, or with the given mean and standard deviation if it has few spots.
+
+    ``section`` holds the moments of the section if ``x_NF`` is a part of it.
+    """
     x = np.asarray(x_NF, np.float64)
-    if len(x) >= MIN_SECTION_SPOTS:
+    if section is None and len(x) >= MIN_SECTION_SPOTS:
         mean_F, std_F = x.mean(0), x.std(0)
+    elif section is not None and section.n >= MIN_SECTION_SPOTS:
+        mean_F, std_F = np.asarray(section.mean_F), section.std_F
     return (x - mean_F) / np.where(std_F > 1e-9, std_F, 1.0)
 
 
@@ -221,20 +283,15 @@ class LinearReadout:
         ValueError
             The gene vectors hold fewer than 2 of the trained genes.
         """
-        values = {norm: np.zeros((len(x_NF), len(keys))) for norm in NORMS}
-        count = np.zeros(len(keys))
-        for head in self._of(cohort):
-            x = standardise(x_NF, head.mean_F, head.std_F)
-            decoders = _Decoders.of(head, keys, vectors)
-            for block, weight in head.linear_mix().items():
-                x_block = x[:, self.settings.columns(block, x.shape[1])]
-                for norm in NORMS:
-                    part = head.blocks[block][norm]
-                    scores = part.scores(x_block)
-                    for columns, mean, std, loading in decoders.of_norm(part, norm):
-                        values[norm][:, columns] += weight * (mean + std * (scores @ loading))
-            count[decoders.columns] += 1
-        return {n: (v / np.maximum(count, 1)).astype(np.float32) for n, v in values.items()}, count > 0
+        decoder = self.decoder(keys, cohort, vectors)
+        return decoder.predict(x_NF), decoder.known
+
+    def decoder(
+        self, keys: Sequence[str], cohort: str | None = None, vectors: GeneVectors | None = None
+    ) -> ReadoutDecoder:
+        """Return what predicts these genes, also from parts of a section; parameters as in :meth:`predict`."""
+        heads = [(head, _Decoders.of(head, keys, vectors)) for head in self._of(cohort)]
+        return ReadoutDecoder(self.settings, heads, len(keys))
 
     def _of(self, cohort: str | None) -> list[CohortHead]:
         own = [h for h in self.heads if h.cohort == cohort]
@@ -275,6 +332,43 @@ class LinearReadout:
                 )
             )
         return cls(ReadoutSettings(**header["settings"]), heads)
+
+
+class ReadoutDecoder:
+    """The heads of some genes, from :meth:`LinearReadout.decoder`."""
+
+    def __init__(self, settings: ReadoutSettings, heads: Sequence[tuple[CohortHead, _Decoders]], n_genes: int) -> None:
+        self.settings, self._heads = settings, heads
+        self._count = np.zeros(n_genes)
+        for _, decoders in heads:
+            self._count[decoders.columns] += 1
+
+    @property
+    def known(self) -> np.ndarray:
+        """Whether a head decodes each gene, bool (G,)."""
+        return self._count > 0
+
+    def predict(self, x_NF: np.ndarray, section: Moments | None = None) -> dict[str, np.ndarray]:
+        """Predict ``cp10k`` and ``raw``, float32 (N, G); columns of genes that no head decodes are 0.
+
+        Parameters
+        ----------
+        x_NF
+            Features from :meth:`LinearReadout.head_features`.
+        section
+            Moments of the section if ``x_NF`` is a part of it; None if it is complete.
+        """
+        values = {norm: np.zeros((len(x_NF), len(self._count))) for norm in NORMS}
+        for head, decoders in self._heads:
+            x = standardise(x_NF, head.mean_F, head.std_F, section)
+            for block, weight in head.linear_mix().items():
+                x_block = x[:, self.settings.columns(block, x.shape[1])]
+                for norm in NORMS:
+                    part = head.blocks[block][norm]
+                    scores = part.scores(x_block)
+                    for columns, mean, std, loading in decoders.of_norm(part, norm):
+                        values[norm][:, columns] += weight * (mean + std * (scores @ loading))
+        return {n: (v / np.maximum(self._count, 1)).astype(np.float32) for n, v in values.items()}
 
 
 @dataclass
