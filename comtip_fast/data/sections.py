@@ -219,7 +219,7 @@ def _from_shards(shards: ShardSet, section_id: str, tile: TileGeometry) -> Secti
         section_id,
     )
     overview, overview_mpp = shards.overview(number)
-    _attach_image(template, section_id, overview, meta.mpp, overview_mpp, meta.spot_diameter_um)
+    attach_image(template, section_id, overview, meta.mpp, overview_mpp, meta.spot_diameter_um)
     return SectionTiles(section_id, meta.species, ShardTiles(shards, spots), template, shards.stain(number))
 
 
@@ -228,7 +228,7 @@ def _from_section(section: Section, tile: TileGeometry, stated: dict[str, str]) 
     template = _template(section.spot_ids, section.xy, section.array_xy, section.labels, meta.section_id)
     with section.open_slide() as slide:
         small, factor = slide.overview(OVERVIEW_PX)
-        _attach_image(template, meta.section_id, small, meta.mpp, meta.mpp * factor, meta.spot_diameter_um)
+        attach_image(template, meta.section_id, small, meta.mpp, meta.mpp * factor, meta.spot_diameter_um)
     tiles = SlideTiles(section.open_slide, section.xy, meta.mpp, tile)
     return SectionTiles(meta.section_id, meta.species, tiles, template, stated=stated)
 
@@ -302,7 +302,7 @@ def _template(
     return ad.AnnData(obs=obs, obsm={"spatial": xy.copy()})
 
 
-def _attach_image(
+def attach_image(
     template: ad.AnnData,
     section_id: str,
     small: np.ndarray,

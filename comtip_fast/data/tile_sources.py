@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -103,7 +104,7 @@ class SlideTiles(TileSource):
     Parameters
     ----------
     open_slide
-        Opens the slide.
+        Opens the slide; ``lambda: nullcontext(slide)`` leaves an open one open.
     xy_N2
         Centres of the tiles, px of the slide.
     mpp
@@ -112,7 +113,9 @@ class SlideTiles(TileSource):
         Geometry of the tiles.
     """
 
-    def __init__(self, open_slide: Callable[[], Slide], xy_N2: np.ndarray, mpp: float, tile: TileGeometry) -> None:
+    def __init__(
+        self, open_slide: Callable[[], AbstractContextManager[Slide]], xy_N2: np.ndarray, mpp: float, tile: TileGeometry
+    ) -> None:
         self._open, self._xy, self._mpp, self._tile = open_slide, np.asarray(xy_N2, np.float64), mpp, tile
         self.tile_px = tile.px
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +96,21 @@ class Predictor:
             raise FileNotFoundError(f"{folder} does not exist; give the folder of a finished run or an export")
         bundle = Bundle.load(folder / "export" if (folder / "export").is_dir() else folder)
         return cls(bundle, device, None if vectors is None else GeneVectors.load(vectors))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights, levels, readout and gene vectors."""
+        found = hashlib.sha256()
+        arrays = {k: v.detach().cpu().contiguous().view(torch.uint8) for k, v in self.model.state_dict().items()}
+        parts = {k: v.numpy() for k, v in arrays.items()} | self.bundle.levels.to_arrays()
+        if self.bundle.readout is not None:
+            readout, header = self.bundle.readout.to_arrays()
+            parts |= readout | {"readout": np.frombuffer(json.dumps(header, sort_keys=True).encode(), np.uint8)}
+        for name in sorted(parts):
+            found.update(name.encode())
+            found.update(np.ascontiguousarray(parts[name]).data)
+        found.update(b"" if self.vectors is None else self.vectors.sha256.encode())
+        return found.hexdigest()
 
     @torch.no_grad()
     def encode(self, tiles_NSS3: np.ndarray, stain: StainStats | None, *, readout: bool = True) -> EncodedTiles:
