@@ -37,7 +37,7 @@ from comtip_fast.slide_prediction.tissue import tissue_mask
 log = logging.getLogger("comtip_fast")
 MASK_PX = 2048
 """Maximum side of the overview in which tissue is found."""
-PIECE_TILES = 1024
+PIECE_TILES = 256
 """Tiles whose features are one piece; a killed process loses at most one."""
 PIECE_BYTES = 64 << 20
 """Approximate size of a piece of predictions."""

@@ -44,7 +44,8 @@ def tissue_mask(rgb_HW3: np.ndarray, mpp: float) -> np.ndarray:
     bool (H, W).
     """
     density = _DENSITY[rgb_HW3]
-    seen = density.mean(-1) <= BLACK
+    # Averaged over neighbours, because single nuclei in a dark scan are black, too.
+    seen = ndimage.uniform_filter(density.mean(-1), 5) <= BLACK
     if not seen.any():
         return np.zeros(seen.shape, bool)
     sigma = max(1.5, SMOOTH_UM / mpp / 2)

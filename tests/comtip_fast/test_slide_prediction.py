@@ -57,7 +57,7 @@ def tissue_picture(height: int, width: int, *, tissue=(190, 120, 175), glass=(24
     where = np.ones((height, width), bool) if full else radius < 0.3 + 0.05 * np.sin(5 * angle)
     cells = ndimage.gaussian_filter(rng.normal(size=(height, width)), 1.5)
     cells /= cells.std()
-    stain = np.asarray(tissue) + cells[..., None] * np.array([14, 16, 8])
+    stain = np.asarray(tissue) + cells[..., None] * 0.12 * (250 - np.asarray(tissue))
     picture = np.where(where[..., None], stain, np.asarray(glass) + rng.normal(scale=1.5, size=(height, width, 1)))
     return np.clip(picture, 0, 255).astype(np.uint8), where
 
