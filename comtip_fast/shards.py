@@ -110,3 +110,24 @@ def stated_text(facts: Facts, pooling: PoolingOptions | None, counts: CountOptio
     if isinstance(facts, Mapping):
         return stated(*parse_facts(facts), pooling, counts)
     return stated(facts, pooling, counts)
+
+
+def shards_of_run(run: Path, configured: str) -> str:
+    """Return the shard set of a run: as its config names it, inside of a run folder that was moved, or from its parents.
+
+    A relative path in a config is relative to the folder that training was started in, which is often a parent of the run.
+
+    Parameters
+    ----------
+    run
+        Folder of the run.
+    configured
+        ``data.shards`` of its config. A URL, and a path at which no set is found, are returned unchanged.
+    """
+    if is_url(configured) or (Path(configured) / "manifest.json").is_file():
+        return configured
+    home = run.resolve()
+    places = [home / Path(configured).name]
+    if not Path(configured).is_absolute() and ".." not in Path(configured).parts:
+        places += [folder / configured for folder in (home, *home.parents)]
+    return next((str(place) for place in places if (place / "manifest.json").is_file()), configured)

@@ -90,7 +90,9 @@ def predict(run: Path, slide: Path, out: Path, *, kill_at_half: bool = False) ->
     """Run ``comtip predict`` in a process; kill it when half of the tiles on tissue are encoded."""
     arguments = ["predict", str(run), str(slide), "--genes", "all", "--species", "human", "--device", "cpu"]
     start = time.monotonic()
-    process = subprocess.Popen([sys.executable, "-c", COMMAND, *arguments, "--out", str(out)], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMMAND, *arguments, "--out", str(out)], stdout=subprocess.DEVNULL
+    )
     half = expected_tiles(slide) / PIECE_TILES / 2
     while kill_at_half and process.poll() is None:
         if len(list(out.parent.glob(f".{out.name}.parts/features-*.npy"))) >= half:

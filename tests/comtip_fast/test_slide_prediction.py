@@ -279,12 +279,12 @@ def test_pieces_of_other_settings_are_not_used_and_a_complete_answer_is_kept(
 
 
 def test_two_processes_do_not_work_on_one_output(tmp_path: Path):
-    with Pieces(tmp_path / "x.h5ad", {"a": 1}):
-        with (
-            pytest.raises(FileExistsError, match="another process predicts this slide"),
-            Pieces(tmp_path / "x.h5ad", {}),
-        ):
-            pass
+    with (
+        Pieces(tmp_path / "x.h5ad", {"a": 1}),
+        pytest.raises(FileExistsError, match="another process predicts this slide"),
+        Pieces(tmp_path / "x.h5ad", {}),
+    ):
+        pass
     (tmp_path / ".y.h5ad.parts").mkdir()
     (tmp_path / ".y.h5ad.parts" / "mine.txt").write_text("x")
     with pytest.raises(FileExistsError, match="holds files that are no pieces"), Pieces(tmp_path / "y.h5ad", {}):
