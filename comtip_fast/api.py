@@ -233,6 +233,8 @@ class Model:
         """
         request = self._slide_request(Path(slide), genes, facts, grid or GridOptions(), progress)
         if out is not None:
+            if Path(out).suffix != ".h5ad" or not Path(out).parent.is_dir():
+                raise ValueError(f"out {out}: expected a name that ends in .h5ad in an existing folder")
             predict_slide(self.predictor, Path(slide), Path(out), request)
             return ad.read_h5ad(out, backed="r")
         with tempfile.TemporaryDirectory() as folder:

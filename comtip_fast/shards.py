@@ -127,7 +127,7 @@ def shards_of_run(run: Path, configured: str) -> str:
     if is_url(configured) or (Path(configured) / "manifest.json").is_file():
         return configured
     home = run.resolve()
-    places = [home / Path(configured).name]
+    candidates = [home / Path(configured).name]
     if not Path(configured).is_absolute() and ".." not in Path(configured).parts:
-        places += [folder / configured for folder in (home, *home.parents)]
-    return next((str(place) for place in places if (place / "manifest.json").is_file()), configured)
+        candidates += [folder / configured for folder in (home, *home.parents)]
+    return next((str(folder) for folder in candidates if (folder / "manifest.json").is_file()), configured)

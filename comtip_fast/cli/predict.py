@@ -87,6 +87,19 @@ def _is_slide(path: Path) -> bool:
     return path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES | VENDOR_SUFFIXES
 
 
+def _source_format(folder: Path) -> str:
+    """Return the format of a folder of sections; empty if it is none."""
+    from comtip_shards import SourceError
+    from comtip_shards.sources import detect
+
+    if (folder / "manifest.json").is_file():
+        return "shard set"
+    try:
+        return detect(folder)[0].name
+    except SourceError:
+        return ""
+
+
 def _refuse_slide_options(args: argparse.Namespace) -> None:
     given = [
         name for name in ("grid", "step_um", "min_tissue", "overlays", "geojson") if getattr(args, name) is not None
@@ -97,6 +110,12 @@ def _refuse_slide_options(args: argparse.Namespace) -> None:
 
 
 def _predict_folder(args: argparse.Namespace, folder: Path) -> int:
+    kind = _source_format(folder)
+    if kind:
+        raise ValueError(
+            f"{folder}: sections of format {kind}, not a folder of slides; give an --out that ends in .h5ad, or move the "
+            "slides to a folder of their own"
+        )
     slides = sorted(p for p in folder.iterdir() if _is_slide(p) and not p.name.startswith("."))
     if not slides:
         raise FileNotFoundError(
@@ -104,6 +123,10 @@ def _predict_folder(args: argparse.Namespace, folder: Path) -> int:
         )
     if not args.out.parent.is_dir():
         raise FileNotFoundError(f"--out {args.out}: the folder {args.out.parent} does not exist; create it first")
+    if args.out.exists() and not args.out.is_dir():
+        raise NotADirectoryError(
+            f"--out {args.out}: {folder} is a folder of slides, so --out is a folder, too; give another"
+        )
     stems = [p.stem for p in slides]
     names = [p.name if stems.count(p.stem) > 1 else p.stem for p in slides]
     args.out.mkdir(exist_ok=True)

@@ -41,7 +41,7 @@ def write_h5ad(data: ad.AnnData, target: Path, matrices: Mapping[str, MatrixRows
     target
         The file.
     matrices
-        Further matrices by their place in the file, e.g. ``X`` and ``layers/log1p_raw``; ``data`` lacks them.
+        Further matrices by their key in the file, e.g. ``X`` and ``layers/log1p_raw``; ``data`` lacks them.
 
     Raises
     ------

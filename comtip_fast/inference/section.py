@@ -19,7 +19,8 @@ from comtip_shards.slides.tiles import StainStats
 from comtip_fast.data.tile_sources import TileSource
 from comtip_fast.inference.levels import GENES_PER_CHUNK, NORMS, GeneQuery, SentenceLevels, predict_chunks
 from comtip_fast.inference.predictor import Predictor
-from comtip_fast.models.readout import Moments, Neighbours, ReadoutDecoder, mean_over
+from comtip_fast.models.readout import ReadoutDecoder
+from comtip_fast.models.section_statistics import Moments, Neighbours, mean_over
 
 FEATURES_IN_MEMORY = 64 << 20
 """Bytes of features that are kept in memory; more go to a file in the folder for temporary files."""

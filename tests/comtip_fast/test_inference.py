@@ -20,8 +20,8 @@ from comtip_fast.data.sections import read_annotation, read_h5ad
 from comtip_fast.data.tile_sources import ArrayTiles, ShardTiles, SlideTiles, TileChunk, TileGeometry, TileSource
 from comtip_fast.export import Bundle
 from comtip_fast.inference import GeneQuery, Predictor, levels, predict_section, section
-from comtip_fast.models import readout as models_readout
-from comtip_fast.models.readout import MIN_SECTION_SPOTS, Moments, Neighbours, neighbour_mean
+from comtip_fast.models import section_statistics
+from comtip_fast.models.section_statistics import MIN_SECTION_SPOTS, Moments, Neighbours, neighbour_mean
 from comtip_fast.training.task import build_task
 from comtip_fast.training.trainer import Trainer
 
@@ -104,7 +104,7 @@ def test_moments_and_neighbours_of_parts_are_those_of_the_whole():
 
 
 class MadeTiles(TileSource):
-    """Random tiles that are made when they are read."""
+    """Random tiles that are drawn when they are read."""
 
     def __init__(self, n: int, tile_px: int) -> None:
         self.n, self.tile_px = n, tile_px
@@ -137,7 +137,7 @@ def peak_beyond_the_answer(predictor: Predictor, n: int, *, at_once: bool) -> in
 def test_memory_grows_with_the_answer_only(quick: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(section, "FEATURES_IN_MEMORY", 100_000)
     monkeypatch.setattr(section, "MAX_BLOCK", 256)  # below the smaller section, so that no chunk is a whole section
-    monkeypatch.setattr(models_readout, "QUERY_ROWS", 256)
+    monkeypatch.setattr(section_statistics, "QUERY_ROWS", 256)
     predictor = Predictor.load(quick)
     small, large = 1_500, 6_000
     first, second = (peak_beyond_the_answer(predictor, n, at_once=False) for n in (small, large))
@@ -189,14 +189,14 @@ def test_tiles_of_a_slide_are_read_once_in_chunks_and_in_any_order():
 
     def opener():
         opened.append(1)
-        return ArraySlide(pixels, Path("made"))
+        return ArraySlide(pixels, Path("x.png"))
 
     tiles = SlideTiles(opener, xy, 2.0, tile)
     chunks = list(tiles.chunks(8))
     assert max(len(c.rows) for c in chunks) == 8
     assert np.array_equal(np.sort(np.concatenate([c.rows for c in chunks])), np.arange(50))
     assert len(opened) == 1
-    np.testing.assert_array_equal(tiles.all(), ArraySlide(pixels, Path("made")).tiles(xy, 2.0, 64.0, 16, 4.0))
+    np.testing.assert_array_equal(tiles.all(), ArraySlide(pixels, Path("x.png")).tiles(xy, 2.0, 64.0, 16, 4.0))
 
 
 def test_an_h5ad_is_predicted_without_reading_its_counts(quick: Path, tiny_shards: ShardSet, tmp_path: Path):

@@ -335,7 +335,22 @@ def test_a_folder_of_slides_is_predicted_and_a_bad_one_does_not_stop_the_others(
     assert "Git LFS" in caplog.text
     assert "set --min-tissue 0 to predict the complete image" in caplog.text
     assert predict(quick, tmp_path / "out", tmp_path / "none") == 2
-    assert "no image or whole-slide file" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "not a folder of slides" in error or "no image or whole-slide file" in error
+    (tmp_path / "file").write_text("x")
+    assert predict(quick, slides, tmp_path / "file") == 2
+    assert "so --out is a folder, too" in capsys.readouterr().err
+
+
+def test_a_folder_of_sections_is_not_taken_for_slides(
+    quick: Path, tiny_source: Path, tiny_shards: ShardSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    for folder, kind in ((tiny_source, "manifest"), (Path(str(tiny_shards.path)), "shard set")):
+        assert predict(quick, folder, tmp_path / "out") == 2
+        assert f"sections of format {kind}, not a folder of slides" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match=r"expected a name that ends in \.h5ad"):
+        load(quick, "cpu").predict_slide(tiny_source / "x1.png", ["ERBB2"], facts={"mpp": 5}, out=tmp_path / "x")
 
 
 def test_options_are_honoured_or_refused(quick: Path, slide: Path, tiny_shards: ShardSet, tmp_path: Path, capsys):
