@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import anndata as ad
 import pytest
 import torch
+from comtip_shards.qc.geometry import scale
+from comtip_shards.qc.result import FAIL
 
 from comtip_fast.cli import main
 from comtip_fast.config.io import load_config
@@ -100,3 +103,15 @@ def test_a_run_without_validation_leaves_valid_json(home: Path):
             json.loads(text, parse_constant=refuse)
             found += 1
     assert found > 2
+
+
+@pytest.mark.parametrize("image_scale", [1.0, 0.25])
+def test_the_advice_of_the_scale_check_holds_for_mpp_whatever_image_is_used(image_scale: float):
+    """``--mpp`` is um per px of the positions; an image of a lower resolution has another um per px."""
+    stated, pitch_full_px = 1.0, 200.0  # the array has 100 um, so that 0.5 would be right
+    meta = SimpleNamespace(spot_pitch_um=100.0, platform="Visium", mpp=stated / image_scale)
+    context = SimpleNamespace(section=SimpleNamespace(meta=meta), pitch_px=pitch_full_px * image_scale, mpp=meta.mpp)
+    finding = scale(context)
+    assert finding.status == FAIL
+    factor = float(finding.advice.split(" by ")[1].split()[0])
+    assert factor * stated == pytest.approx(0.5)
