@@ -176,7 +176,7 @@ class Model:
             data = opened.template.copy()
         stain = self._stain(opened)
         vectors = np.empty((len(opened.tiles), self.predictor.config.align.dim), np.float32)
-        for rows, tiles in opened.tiles.chunks():
+        for rows, tiles in opened.tiles.ahead():
             vectors[rows] = self.predictor.encode(tiles, stain, readout=False).vector_nD
         data.obsm[OBSM_EMBEDDING] = vectors
         data.uns[UNS] = self._provenance(opened.species, opened.stated)

@@ -12,7 +12,11 @@ import numpy as np
 from comtip_shards import ShardSet
 from comtip_shards.slides.base import Slide, reading_order
 
+from comtip_fast.data.loaders.prefetch import Prefetcher
+
 TILES_PER_CHUNK = 128
+CHUNKS_AHEAD = 2
+"""Chunks that may wait while the model works."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,14 @@ class TileSource(ABC):
     @abstractmethod
     def chunks(self, size: int = TILES_PER_CHUNK) -> Iterator[TileChunk]:
         """Yield all tiles once, in the order in which they are cheap to read, at most ``size`` at a time."""
+
+    def ahead(self, size: int = TILES_PER_CHUNK) -> Iterator[TileChunk]:
+        """Yield the chunks, which are read in a background thread while the caller works on the one before."""
+        reader = Prefetcher(self.chunks(size), CHUNKS_AHEAD)
+        try:
+            yield from reader
+        finally:
+            reader.stop()
 
     def all(self) -> np.ndarray:
         """Return all tiles in the order of the spots, uint8 (N, S, S, 3)."""

@@ -164,7 +164,7 @@ class Predictor:
         if n == 0:
             return ImageFeatures(vector_ND, pooled_Nd)
         views_NF = None if linear is None else np.zeros((n, self.view_width), np.float32)
-        for rows, chunk in source.chunks():
+        for rows, chunk in source.ahead():
             encoded = self.encode(chunk, stain, readout=readout)
             vector_ND[rows], pooled_Nd[rows] = encoded.vector_nD, encoded.pooled_nd
             if views_NF is not None:

@@ -299,7 +299,7 @@ def predict_section(
     prediction, n = SectionPrediction(predictor, genes, cohort), len(tiles)
     out = {name: np.zeros((n, len(genes)), np.float32) for name in NORMS}
     with SpooledFeatures(prediction.width, FEATURES_IN_MEMORY) as store:
-        for rows, chunk in tiles.chunks():
+        for rows, chunk in tiles.ahead():
             store.write(rows, prediction.encode(chunk, stain))
         for block in prediction.blocks(store, n, xy_N2):
             for name, value in block.values.items():

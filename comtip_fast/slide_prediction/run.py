@@ -18,6 +18,7 @@ import h5py
 import numpy as np
 import pandas as pd
 from comtip_shards import SourceError
+from comtip_shards.slides.appearance import looks_like_he
 from comtip_shards.slides.base import Slide
 from comtip_shards.slides.open import open_slide
 from comtip_shards.slides.tiles import StainStats, stain_stats
@@ -185,6 +186,9 @@ def _layout(slide: Slide, path: Path, predictor: Predictor, request: SlideReques
             f"{path}: no tile has {request.grid.min_tissue:.0%} tissue ({mask.mean():.1%} of the image is tissue); check "
             "that it is an H&E image and --mpp, or set --min-tissue 0 to predict the complete image"
         )
+    is_he, reason = looks_like_he(picture[mask][:, None])
+    if not is_he:
+        log.warning("%s: may not be H&E, for which the model was trained: %s", path, reason)
     log.info("%s: %d tiles of %g um on tissue (%.1f%% of the image)", path, len(grid.xy_N2), tile.um, 100 * mask.mean())
     return _Layout(slide, path.stem, mpp, grid, _shrunk(picture), tile)
 
@@ -209,7 +213,7 @@ def _encode(layout: _Layout, prediction: SectionPrediction, pieces: Pieces, show
             rows = slice(starts[i], min(starts[i] + PIECE_TILES, n))
             tiles = layout.tiles(rows)
             features = np.empty((len(tiles), prediction.width), np.float32)
-            for chunk in tiles.chunks():
+            for chunk in tiles.ahead():
                 features[chunk.rows] = prediction.encode(chunk.tiles_NSS3, stain)
                 done.update(len(chunk.rows))
             pieces.write(feature_name(i), features)

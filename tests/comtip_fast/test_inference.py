@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import threading
 import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,7 +13,7 @@ import anndata as ad
 import numpy as np
 import pytest
 import torch
-from comtip_shards import ShardSet
+from comtip_shards import ShardSet, SourceError
 from comtip_shards.slides.base import ArraySlide
 
 from comtip_fast.api import Model
@@ -210,3 +212,22 @@ def test_an_h5ad_is_predicted_without_reading_its_counts(quick: Path, tiny_shard
     np.testing.assert_array_equal(seen.obsm["spatial"], read_h5ad(tmp_path / "a.h5ad").obsm["spatial"])
     answer = model.predict(tmp_path / "a.h5ad", ["ERBB2"])
     assert np.isfinite(answer.X).all()
+
+
+def test_tiles_are_read_ahead_in_order_and_errors_reach_the_caller():
+    class Damaged(MadeTiles):
+        def chunks(self, size: int = 128) -> Iterator[TileChunk]:
+            yield from super().chunks(size)
+            raise SourceError("a window cannot be decoded")
+
+    tiles = MadeTiles(30, 8)
+    for one, two in zip(tiles.ahead(7), tiles.chunks(7), strict=True):
+        np.testing.assert_array_equal(one.rows, two.rows)
+        np.testing.assert_array_equal(one.tiles_NSS3, two.tiles_NSS3)
+    with pytest.raises(SourceError, match="cannot be decoded"):
+        list(Damaged(30, 8).ahead(7))
+    before = threading.active_count()
+    for _ in MadeTiles(3000, 8).ahead(7):
+        break
+    gc.collect()
+    assert threading.active_count() <= before

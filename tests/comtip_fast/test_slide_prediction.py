@@ -391,6 +391,16 @@ def test_the_scale_of_the_file_is_used_and_a_stated_one_takes_precedence(
     assert "--mpp 10 is used, but the file states 5 um per px" in caplog.text
 
 
+def test_a_slide_of_another_stain_is_predicted_with_a_warning(
+    quick: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    for name, tissue, warned in (("brown", (165, 125, 85), True), ("he", (190, 120, 175), False)):
+        caplog.clear()
+        Image.fromarray(tissue_picture(300, 400, tissue=tissue)[0]).save(tmp_path / f"{name}.png")
+        load(quick, "cpu").predict_slide(tmp_path / f"{name}.png", ["ERBB2"], facts={"mpp": MPP})
+        assert ("may not be H&E" in caplog.text) == warned
+
+
 def test_tiles_in_memory_are_those_of_the_section(quick: Path, tiny_shards: ShardSet):
     model = load(quick, "cpu")
     number = tiny_shards.section_number("x1")
