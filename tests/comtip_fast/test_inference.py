@@ -78,6 +78,19 @@ def test_blocks_of_spots_and_genes_give_the_prediction_of_the_whole(
         np.testing.assert_allclose(parts[name], value, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("small_blocks")
+def test_a_model_with_a_frozen_stem_predicts_the_same_in_blocks(tiny_run: Path, tiny_shards: ShardSet):
+    predictor = Predictor.load(tiny_run)
+    assert predictor.view_width > predictor.config.align.dim
+    tiles, stain, xy = parts_of(tiny_shards, "x1")
+    genes = queries(predictor.bundle)
+    whole = predictor.predict(predictor.image_features(tiles, stain, xy), genes)
+    parts = predict_section(predictor, tiles, stain, xy, genes)
+    for name, value in whole.items():
+        np.testing.assert_allclose(parts[name], value, rtol=1e-5, atol=1e-5)
+    assert len(predictor.fingerprint) == 64
+
+
 def test_a_section_without_spots_or_with_one_is_predicted(quick: Path, tiny_shards: ShardSet):
     predictor = Predictor.load(quick)
     tiles, stain, xy = parts_of(tiny_shards, "x1")
@@ -231,3 +244,22 @@ def test_tiles_are_read_ahead_in_order_and_errors_reach_the_caller():
         break
     gc.collect()
     assert threading.active_count() <= before
+
+
+def test_the_fingerprint_is_of_the_weights_the_levels_and_the_readout(quick: Path):
+    plain = Predictor.load(quick).fingerprint
+    assert Predictor.load(quick).fingerprint == plain
+    found = {plain}
+    for change in ("weight", "levels", "readout", "scalar"):
+        bundle = Bundle.load(quick / "export")
+        assert bundle.readout is not None
+        if change == "weight":
+            bundle.model.project_image.skip.bias.data[0] += 1e-3
+        elif change == "levels":
+            bundle.levels.log_prior[0, 0] += 1e-3
+        elif change == "readout":
+            bundle.readout.heads[0].mean_F[0] += 1e-3
+        else:  # as the counters of batch norms are
+            bundle.model.register_buffer("counter", torch.tensor(3))
+        found.add(Predictor(bundle).fingerprint)
+    assert len(found) == 5
