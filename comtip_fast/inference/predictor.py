@@ -101,7 +101,9 @@ class Predictor:
     def fingerprint(self) -> str:
         """SHA-256 of the weights, levels, readout and gene vectors."""
         found = hashlib.sha256()
-        arrays = {k: v.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for k, v in self.model.state_dict().items()}
+        arrays = {
+            k: v.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for k, v in self.model.state_dict().items()
+        }
         parts = {k: v.numpy() for k, v in arrays.items()} | self.bundle.levels.to_arrays()
         if self.bundle.readout is not None:
             readout, header = self.bundle.readout.to_arrays()
