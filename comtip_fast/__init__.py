@@ -12,6 +12,7 @@ from comtip_fast._version import __version__
 
 __all__ = [
     "CountOptions",
+    "GridOptions",
     "Model",
     "PoolingOptions",
     "SectionFacts",
@@ -25,6 +26,7 @@ __all__ = [
 if TYPE_CHECKING:
     from comtip_fast.api import (
         CountOptions,
+        GridOptions,
         Model,
         PoolingOptions,
         SectionFacts,

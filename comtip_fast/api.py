@@ -6,8 +6,9 @@ The command line is a thin layer over these functions.
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import anndata as ad
@@ -15,20 +16,24 @@ import numpy as np
 import pandas as pd
 from comtip_shards import SourceError
 from comtip_shards.genes.identifiers import GeneResource
-from comtip_shards.sections.facts import CountOptions, PoolingOptions, SectionFacts
+from comtip_shards.sections.facts import CountOptions, PoolingOptions, SectionFacts, flag, parse_facts
+from comtip_shards.slides.tiles import StainStats, stain_stats
 from comtip_shards.sources.anndata_parts.store import SUFFIXES as H5AD_SUFFIXES
 
 from comtip_fast._version import __version__
 from comtip_fast.constants import LAYER_CP10K, LAYER_RAW, OBSM_EMBEDDING, UNS
-from comtip_fast.data.sections import SectionTiles, TileGeometry, open_section, read_h5ad
+from comtip_fast.data.sections import RECORDED_FACTS, SectionTiles, open_section, read_h5ad
+from comtip_fast.data.tile_sources import ArrayTiles, TileGeometry
 from comtip_fast.evaluation.run import evaluate_run as evaluate
-from comtip_fast.inference import GeneQuery, ImageFeatures, Predictor
+from comtip_fast.inference import GeneQuery, Predictor, predict_section
 from comtip_fast.pretraining import pretrain
 from comtip_fast.runtime.devices import pick_device
 from comtip_fast.shards import Facts, build_shards, open_sections, stated_options
+from comtip_fast.slide_prediction import GridOptions, SlideRequest, fit_tiles, predict_slide
 
 __all__ = [
     "CountOptions",
+    "GridOptions",
     "Model",
     "PoolingOptions",
     "SectionFacts",
@@ -89,6 +94,7 @@ class Model:
         facts: Facts = None,
         pooling: PoolingOptions | None = None,
         counts: CountOptions | None = None,
+        fmt: str = "auto",
     ) -> ad.AnnData:
         """Predict expression of a section from its tiles.
 
@@ -101,7 +107,10 @@ class Model:
             genes of the section's species.
         facts, pooling, counts
             Facts about the section (``SectionFacts(mpp=0.5)`` or ``{"mpp": 0.5}``), and options for pooling and for
-            counts and positions in an AnnData.
+            counts and positions in an AnnData. A stated tissue, donor, platform, licence or attribution is recorded in
+            ``uns["comtip"]``.
+        fmt
+            Format of a source folder, see :func:`comtip_shards.sources.open_source`.
 
         Returns
         -------
@@ -122,13 +131,14 @@ class Model:
         >>> predicted.shape, predicted.var["training"].tolist()
         ((49, 2), ['trained', 'never seen'])
         """
-        opened = open_section(section, self.tile, stated_options(facts, pooling, counts))
-        var, queries = self._queries(genes, self._species(opened))
-        out = self.predictor.predict(self._features(opened), queries)
+        opened = open_section(section, self.tile, stated_options(facts, pooling, counts), fmt)
+        var, queries = self._queries(genes, self._species(opened.species, opened.section_id))
+        xy = np.asarray(opened.template.obsm["spatial"], np.float64)
+        out = predict_section(self.predictor, opened.tiles, self._stain(opened), xy, queries)
         data = opened.template.copy()
         answer = ad.AnnData(X=out["cp10k"], obs=data.obs, var=var, obsm=dict(data.obsm), uns=dict(data.uns))
         answer.layers[LAYER_CP10K], answer.layers[LAYER_RAW] = out["cp10k"].copy(), out["raw"]
-        answer.uns[UNS] = self._provenance(opened)
+        answer.uns[UNS] = self._provenance(opened.species, opened.stated)
         return answer
 
     def embed(
@@ -138,12 +148,13 @@ class Model:
         facts: Facts = None,
         pooling: PoolingOptions | None = None,
         counts: CountOptions | None = None,
+        fmt: str = "auto",
     ) -> ad.AnnData:
         """Embed the tiles of a section in the shared space.
 
         Parameters
         ----------
-        section, facts, pooling, counts
+        section, facts, pooling, counts, fmt
             As in :meth:`predict`.
 
         Returns
@@ -157,37 +168,185 @@ class Model:
         >>> comtip_fast.load("run").embed("set:x1").obsm["X_comtip"].shape
         (49, 32)
         """
-        opened = open_section(section, self.tile, stated_options(facts, pooling, counts))
+        opened = open_section(section, self.tile, stated_options(facts, pooling, counts), fmt)
         if isinstance(section, ad.AnnData):
             data = section.copy()
         elif str(section).endswith(H5AD_SUFFIXES):
             data = read_h5ad(Path(section))
         else:
             data = opened.template.copy()
-        data.obsm[OBSM_EMBEDDING] = self._features(opened, readout=False).vector_ND
-        data.uns[UNS] = self._provenance(opened)
+        stain = self._stain(opened)
+        vectors = np.empty((len(opened.tiles), self.predictor.config.align.dim), np.float32)
+        for rows, tiles in opened.tiles.ahead():
+            vectors[rows] = self.predictor.encode(tiles, stain, readout=False).vector_nD
+        data.obsm[OBSM_EMBEDDING] = vectors
+        data.uns[UNS] = self._provenance(opened.species, opened.stated)
         return data
 
-    def _species(self, opened: SectionTiles) -> str:
-        """Return the species of a section; one that is not known must be the only one that the model was trained on."""
-        if opened.species:
-            return opened.species
-        trained = sorted({key.split(":")[0] for key in self.trained_genes})
-        if len(trained) == 1:
-            log.warning("section %s does not state its species: taken as %s", opened.section_id, trained[0])
-            return trained[0]
-        raise SourceError(
-            f"section {opened.section_id}: no species, and the model was trained on {' and '.join(trained)}; set --species"
+    def predict_slide(
+        self,
+        slide: str | Path,
+        genes: Sequence[str] | None = None,
+        *,
+        out: str | Path | None = None,
+        facts: Facts = None,
+        grid: GridOptions | None = None,
+        progress: bool = False,
+    ) -> ad.AnnData:
+        """Predict expression on the tissue of an image without spots.
+
+        Tissue is found at low resolution, and covered with a grid of tiles that are read, encoded and predicted in pieces.
+        If the process is killed, the same call continues from the finished pieces.
+
+        Parameters
+        ----------
+        slide
+            Image or whole-slide file.
+        genes
+            As in :meth:`predict`.
+        out
+            The ``.h5ad`` to write, which may be larger than memory; None returns the answer in memory.
+        facts
+            ``mpp`` (default: the scale of the file) and ``species``. Tissue, donor, platform, licence and attribution are
+            recorded in ``uns["comtip"]``; others are refused.
+        grid
+            Lattice, step and smallest share of tissue (``GridOptions(shape="hexagonal", step_um=100)``).
+        progress
+            Whether to show a progress bar on a terminal, or log the progress otherwise.
+
+        Returns
+        -------
+        AnnData
+            As from :meth:`predict`, with one row per tile, the centres of tiles in px of the slide in ``obsm["spatial"]``, and
+            ``obs["tissue"]``, the share of tissue. With ``out`` it is backed by the file.
+
+        Raises
+        ------
+        ValueError, FileNotFoundError
+            The slide or the genes cannot be used.
+
+        Examples
+        --------
+        >>> import comtip_fast
+        >>> predicted = comtip_fast.load("run").predict_slide("sections/x1.png", ["ERBB2", "TTN"], facts={"mpp": 5.0})
+        >>> predicted.shape, predicted.obsm["spatial"][0].tolist()
+        ((49, 2), [22.4, 22.4])
+        """
+        request = self._slide_request(Path(slide), genes, facts, grid or GridOptions(), progress)
+        if out is not None:
+            if Path(out).suffix != ".h5ad" or not Path(out).parent.is_dir():
+                raise ValueError(f"out {out}: expected a name that ends in .h5ad in an existing folder")
+            predict_slide(self.predictor, Path(slide), Path(out), request)
+            return ad.read_h5ad(out, backed="r")
+        with tempfile.TemporaryDirectory() as folder:
+            predict_slide(self.predictor, Path(slide), Path(folder) / "slide.h5ad", request)
+            return ad.read_h5ad(Path(folder) / "slide.h5ad")
+
+    def predict_tiles(
+        self,
+        tiles: np.ndarray,
+        mpp: float,
+        genes: Sequence[str] | None = None,
+        *,
+        species: str | None = None,
+        xy: np.ndarray | None = None,
+        stain: StainStats | None = None,
+    ) -> ad.AnnData:
+        """Predict expression of tiles in memory.
+
+        The tiles are treated as one section: stain statistics and the standardisation of features are taken over all of
+        them, so give all tiles of a slide at once.
+
+        Parameters
+        ----------
+        tiles
+            uint8 RGB (N, H, H, 3), at least as wide as the model's tiles; the centre is used.
+        mpp
+            um per px of the tiles.
+        genes
+            As in :meth:`predict`.
+        species
+            ``human`` or ``mouse``; None takes that of the model if it was trained on one species.
+        xy
+            Centres of the tiles (N, 2) in any unit, which define neighbours; None uses each tile alone.
+        stain
+            Stain statistics of the slide; None computes them from the tiles.
+
+        Returns
+        -------
+        AnnData
+            As from :meth:`predict`, with ``obs_names`` ``0``, ``1``, ...
+
+        Raises
+        ------
+        TypeError, ValueError
+            The tiles, their scale, the positions or the genes cannot be used.
+
+        Examples
+        --------
+        >>> import comtip_fast
+        >>> import numpy as np
+        >>> tiles = np.random.default_rng(0).integers(0, 256, (9, 64, 64, 3), np.uint8)
+        >>> comtip_fast.load("run").predict_tiles(tiles, mpp=3.5, genes=["ERBB2"]).shape
+        (9, 1)
+        """
+        fitted = fit_tiles(tiles, mpp, self.tile)
+        if xy is not None and (np.shape(xy) != (len(fitted), 2) or not np.isfinite(xy).all()):
+            raise ValueError(f"xy: shape {np.shape(xy)}; expected {len(fitted)} finite positions ({len(fitted)}, 2)")
+        found, _, _ = parse_facts({"species": species})
+        kind = self._species(found.species or "", "the tiles")
+        var, queries = self._queries(genes, kind)
+        if stain is None and self.predictor.normalises_stain:
+            stain = stain_stats(fitted)
+        positions = None if xy is None else np.asarray(xy, np.float64)
+        out = predict_section(self.predictor, ArrayTiles(fitted), stain, positions, queries)
+        obs = pd.DataFrame(index=pd.Index([str(i) for i in range(len(fitted))], dtype=object))
+        answer = ad.AnnData(X=out["cp10k"], obs=obs, var=var, obsm={} if positions is None else {"spatial": positions})
+        answer.layers[LAYER_CP10K], answer.layers[LAYER_RAW] = out["cp10k"].copy(), out["raw"]
+        answer.uns[UNS] = self._provenance(kind, {"mpp": f"{mpp:.12g}"})
+        return answer
+
+    def _slide_request(
+        self, slide: Path, genes: Sequence[str] | None, facts: Facts, grid: GridOptions, progress: bool
+    ) -> SlideRequest:
+        options = stated_options(facts, None, None)
+        texts = options.stated()
+        unused = [flag(k) for k in texts if k not in ("mpp", "species", *RECORDED_FACTS)]
+        if unused:
+            raise SourceError(
+                f"{slide}: {', '.join(unused)} has no effect here: a slide has no spots and no counts; leave it out"
+            )
+        kind = self._species(options.facts.species or "", slide.name)
+        var, queries = self._queries(genes, kind)
+        recorded = {k: texts[k] for k in RECORDED_FACTS if k in texts}
+        return SlideRequest(
+            queries=queries,
+            var=var,
+            provenance=self._provenance(kind, recorded),
+            mpp=options.facts.mpp,
+            grid=grid,
+            progress=progress,
         )
 
-    def _features(self, opened: SectionTiles, *, readout: bool = True) -> ImageFeatures:
-        xy = np.asarray(opened.template.obsm["spatial"], np.float64)
-        tiles = opened.tiles_NSS3.transpose(0, 3, 1, 2)
-        return self.predictor.image_features(tiles, opened.stain, xy, readout=readout)
+    def _species(self, stated: str, section_id: str) -> str:
+        """Return the species of a section; one that is not known must be the only one that the model was trained on."""
+        if stated:
+            return stated
+        trained = sorted({key.split(":")[0] for key in self.trained_genes})
+        if len(trained) == 1:
+            log.warning("section %s does not state its species: taken as %s", section_id, trained[0])
+            return trained[0]
+        raise SourceError(
+            f"section {section_id}: no species, and the model was trained on {' and '.join(trained)}; set --species"
+        )
 
-    def _provenance(self, opened: SectionTiles) -> dict[str, str]:
+    def _stain(self, opened: SectionTiles) -> StainStats | None:
+        """Return the section's stain statistics if the model normalises by them; they may need a pass over the tiles."""
+        return opened.stain if self.predictor.normalises_stain else None
+
+    def _provenance(self, species: str, stated: Mapping[str, str]) -> dict[str, str]:
         vectors = self.predictor.vectors
-        facts = {"version": __version__, "model": self.predictor.config.name, "species": opened.species}
+        facts = {"version": __version__, "model": self.predictor.config.name, "species": species, **stated}
         if vectors is not None:
             facts |= {"gene_vectors": vectors.sha256, "gene_vectors_licence": str(vectors.header.get("licence", ""))}
         return facts

@@ -138,3 +138,24 @@ def stated_options(facts: Facts, pooling: PoolingOptions | None, counts: CountOp
 def _merged(one: _T, other: _T | None) -> _T:
     """Return the options of two objects, of which the second takes precedence."""
     return one if other is None else replace(one, **{k: v for k, v in vars(other).items() if v is not None})
+
+
+def shards_of_run(run: Path, configured: str) -> str:
+    """Return the shard set of a run: as its config names it, inside of a run folder that was moved, or from its parents.
+
+    A relative path in a config is relative to the folder that training was started in, which is often a parent of the run.
+
+    Parameters
+    ----------
+    run
+        Folder of the run.
+    configured
+        ``data.shards`` of its config. A URL, and a path at which no set is found, are returned unchanged.
+    """
+    if is_url(configured) or (Path(configured) / "manifest.json").is_file():
+        return configured
+    home = run.resolve()
+    candidates = [home / Path(configured).name]
+    if not Path(configured).is_absolute() and ".." not in Path(configured).parts:
+        candidates += [folder / configured for folder in (home, *home.parents)]
+    return next((str(folder) for folder in candidates if (folder / "manifest.json").is_file()), configured)

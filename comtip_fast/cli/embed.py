@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from comtip_fast.cli.options import SECTION_HELP, add_device, add_facts, add_out, fresh_h5ad, read_facts
+from comtip_fast.cli.options import SECTION_HELP, add_device, add_facts, add_format, add_out, fresh_h5ad, read_facts
 from comtip_fast.constants import OBSM_EMBEDDING
 
 
@@ -14,6 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("section", metavar="SECTION", help=SECTION_HELP)
     add_out(parser, f"the .h5ad to write, with vectors in obsm[{OBSM_EMBEDDING!r}]")
     add_facts(parser)
+    add_format(parser)
     add_device(parser)
 
 
@@ -24,7 +25,8 @@ def run(args: argparse.Namespace) -> int:
 
     out = fresh_h5ad(args)
     facts, pooling, counts = read_facts(args)
-    answer = load(args.run_dir, args.device).embed(args.section, facts=facts, pooling=pooling, counts=counts)
+    model = load(args.run_dir, args.device)
+    answer = model.embed(args.section, facts=facts, pooling=pooling, counts=counts, fmt=args.format)
     write_h5ad(answer, out)
     rows, dim = answer.obsm[OBSM_EMBEDDING].shape
     print(f"{out}: obsm[{OBSM_EMBEDDING!r}] {rows} x {dim}")

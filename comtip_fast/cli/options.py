@@ -13,6 +13,7 @@ from comtip_shards.storage.atomic import refuse_input_as_output
 
 from comtip_fast.constants import UNS
 
+SLIDES_HELP = "or an image or whole-slide file without spots, or (with a folder as --out) a folder of these"
 SECTION_HELP = (
     "SHARDS:section_id (SHARDS is a folder or URL), a source folder, SOURCE:section_id, or an .h5ad with image"
 )
@@ -40,6 +41,15 @@ def read_facts(args: argparse.Namespace) -> tuple[SectionFacts, PoolingOptions, 
     """Parse and validate the facts and options."""
     names = [spec.name for cls in TITLES for spec in option_specs(cls)]
     return parse_facts({name: getattr(args, name) for name in names})
+
+
+def add_format(parser: argparse.ArgumentParser) -> None:
+    """Add ``--format``."""
+    from comtip_shards.sources import FORMATS
+
+    parser.add_argument(
+        "--format", choices=("auto", *FORMATS), default="auto", help="format of a source folder (default: detect it)"
+    )
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

@@ -1,36 +1,180 @@
-"""``comtip predict RUN SECTION --genes ... --out x.h5ad``."""
+"""``comtip predict RUN SECTION --genes ... --out x.h5ad``; SECTION may be a slide without spots, or a folder of slides."""
 
 from __future__ import annotations
 
 import argparse
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from comtip_fast.cli.options import SECTION_HELP, add_device, add_facts, add_out, fresh_h5ad, gene_list, read_facts
+from comtip_shards.sections.facts import SectionFacts, stated
+from comtip_shards.storage.disk import disk_trouble, unwritable
+
+from comtip_fast.cli.options import (
+    SECTION_HELP,
+    SLIDES_HELP,
+    add_device,
+    add_facts,
+    add_format,
+    add_out,
+    fresh_h5ad,
+    gene_list,
+    read_facts,
+)
+
+if TYPE_CHECKING:
+    from comtip_fast.api import Model
+
+log = logging.getLogger("comtip_fast")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     parser.add_argument("run_dir", metavar="RUN", help="folder of a finished run, or an export")
-    parser.add_argument("section", metavar="SECTION", help=SECTION_HELP)
+    parser.add_argument("section", metavar="SECTION", help=f"{SECTION_HELP}; {SLIDES_HELP}")
     parser.add_argument(
         "--genes", nargs="+", default=["all"], help="symbols or Ensembl ids, @FILE, or all trained genes (default all)"
     )
     parser.add_argument("--gene-vectors", help="file of `comtip genes vectors`, to predict genes that were not trained")
-    add_out(parser, "the .h5ad to write")
+    add_out(parser, "the .h5ad to write; for a folder of slides, the folder to write one .h5ad per slide")
+    slide = parser.add_argument_group("slides without spots")
+    slide.add_argument("--grid", choices=("square", "hexagonal"), help="lattice of the tiles (default square)")
+    slide.add_argument("--step-um", type=float, help="distance of tiles in um (default: width of a tile)")
+    slide.add_argument(
+        "--min-tissue",
+        type=float,
+        help="smallest share of tissue in a tile; 0 predicts the complete image (default 0.2)",
+    )
+    slide.add_argument("--overlays", nargs="+", metavar="GENE", help="draw these genes to OUT.overlays/GENE.png")
+    slide.add_argument(
+        "--geojson", nargs="*", metavar="GENE", help="write OUT.geojson for QuPath with these genes (default: all)"
+    )
     add_facts(parser)
+    add_format(parser)
     add_device(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Predict expression and write the result."""
+    path = Path(args.section)
+    if path.is_dir() and args.out.suffix != ".h5ad":
+        return _predict_folder(args, path)
+    if _is_slide(path):
+        return _predict_slides(args, {path: fresh_h5ad(args)})
+    _refuse_slide_options(args)
+    return _predict_section(args)
+
+
+def _predict_section(args: argparse.Namespace) -> int:
     from comtip_fast.api import load
     from comtip_fast.data.h5ad import write_h5ad
 
     out = fresh_h5ad(args)
     facts, pooling, counts = read_facts(args)
     model = load(args.run_dir, args.device, args.gene_vectors)
-    answer = model.predict(args.section, gene_list(args.genes), facts=facts, pooling=pooling, counts=counts)
+    genes = gene_list(args.genes)
+    answer = model.predict(args.section, genes, facts=facts, pooling=pooling, counts=counts, fmt=args.format)
     write_h5ad(answer, out)
     seen = answer.var["training"].value_counts().to_dict()
     origins = ", ".join(f"{n} {k}" for k, n in seen.items())
     print(f"{out}: {answer.n_obs} spots x {answer.n_vars} genes ({origins})")
     return 0
+
+
+def _is_slide(path: Path) -> bool:
+    from comtip_shards.slides.open import IMAGE_SUFFIXES, VENDOR_SUFFIXES
+
+    return path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES | VENDOR_SUFFIXES
+
+
+def _source_format(folder: Path) -> str:
+    """Return the format of a folder of sections; empty if it is none."""
+    from comtip_shards import SourceError
+    from comtip_shards.sources import detect
+
+    if (folder / "manifest.json").is_file():
+        return "shard set"
+    try:
+        return detect(folder)[0].name
+    except SourceError:
+        return ""
+
+
+def _refuse_slide_options(args: argparse.Namespace) -> None:
+    given = [
+        name for name in ("grid", "step_um", "min_tissue", "overlays", "geojson") if getattr(args, name) is not None
+    ]
+    if given:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"{args.section}: {options} has no effect here: it is for slides without spots; leave it out")
+
+
+def _predict_folder(args: argparse.Namespace, folder: Path) -> int:
+    kind = _source_format(folder)
+    if kind:
+        raise ValueError(
+            f"{folder}: sections of format {kind}, not a folder of slides; give an --out that ends in .h5ad, or move the "
+            "slides to a folder of their own"
+        )
+    slides = sorted(p for p in folder.iterdir() if _is_slide(p) and not p.name.startswith("."))
+    if not slides:
+        raise FileNotFoundError(
+            f"{folder}: no image or whole-slide file; for a section, give an --out that ends in .h5ad"
+        )
+    if not args.out.parent.is_dir():
+        raise FileNotFoundError(f"--out {args.out}: the folder {args.out.parent} does not exist; create it first")
+    if args.out.exists() and not args.out.is_dir():
+        raise NotADirectoryError(
+            f"--out {args.out}: {folder} is a folder of slides, so --out is a folder, too; give another"
+        )
+    stems = [p.stem for p in slides]
+    names = [p.name if stems.count(p.stem) > 1 else p.stem for p in slides]
+    args.out.mkdir(exist_ok=True)
+    return _predict_slides(args, {p: args.out / f"{name}.h5ad" for p, name in zip(slides, names, strict=True)})
+
+
+def _predict_slides(args: argparse.Namespace, outputs: dict[Path, Path]) -> int:
+    """Predict slides one by one; a slide that fails does not stop the others and is reported at the end."""
+    from comtip_fast.api import load
+
+    facts, pooling, counts = read_facts(args)
+    refused = [*stated(pooling, counts), *(["format"] if args.format != "auto" else [])]
+    if refused:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in refused)
+        raise ValueError(
+            f"{args.section}: {options} has no effect here: a slide has no spots and no counts; leave it out"
+        )
+    model, genes = load(args.run_dir, args.device, args.gene_vectors), gene_list(args.genes)
+    failed = []
+    for path, out in outputs.items():
+        try:
+            _predict_slide(args, model, genes, facts, path, out)
+        except (ValueError, OSError) as error:
+            if len(outputs) == 1 or disk_trouble(error) is not None or unwritable(error) is not None:
+                raise
+            failed.append(path.name)
+            log.error("%s", error)
+    if failed:
+        log.error("%d of %d slides failed: %s", len(failed), len(outputs), ", ".join(failed))
+    return 1 if failed else 0
+
+
+def _predict_slide(
+    args: argparse.Namespace, model: Model, genes: list[str] | None, facts: SectionFacts, path: Path, out: Path
+) -> None:
+    from comtip_fast.slide_prediction import GridOptions
+    from comtip_fast.slide_prediction.drawings import Answer, write_geojson, write_overlays
+
+    given = {"shape": args.grid, "step_um": args.step_um, "min_tissue": args.min_tissue}
+    grid = GridOptions(**{k: v for k, v in given.items() if v is not None})
+    answer = model.predict_slide(path, genes, out=out, facts=facts, grid=grid, progress=True)
+    print(f"{out}: {answer.n_obs} tiles x {answer.n_vars} genes")
+    answer.file.close()
+    if args.overlays:
+        folder = out.with_name(f"{out.stem}.overlays")
+        written = write_overlays(Answer(out), [g for v in args.overlays for g in v.split(",") if g], folder)
+        print(f"{folder}: {', '.join(p.name for p in written)}")
+    if args.geojson is not None:
+        target = out.with_name(f"{out.stem}.geojson")
+        chosen = [g for v in args.geojson for g in v.split(",") if g] or None
+        print(f"{target}: {write_geojson(Answer(out), chosen, target)} tiles")

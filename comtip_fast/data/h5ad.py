@@ -4,16 +4,44 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import anndata as ad
 import h5py
+import numpy as np
 from comtip_shards.storage.atomic import atomic_path
 
 
-def write_h5ad(data: ad.AnnData, target: Path) -> None:
+@dataclass(frozen=True)
+class MatrixRows:
+    """A dense float32 matrix that is written row by row, so that it never is in memory as a whole."""
+
+    shape: tuple[int, int]
+    blocks: Callable[[], Iterator[tuple[slice, np.ndarray]]]
+    """Returns an iterator over consecutive rows and their values."""
+
+    def write(self, file: h5py.File, key: str) -> None:
+        """Write the matrix as AnnData stores an array."""
+        stored = file.create_dataset(key, self.shape, np.float32)
+        stored.attrs["encoding-type"], stored.attrs["encoding-version"] = "array", "0.2.0"
+        for rows, values in self.blocks():
+            stored[rows] = values
+
+
+def write_h5ad(data: ad.AnnData, target: Path, matrices: Mapping[str, MatrixRows] | None = None) -> None:
     """Write an .h5ad next to its target and rename it.
+
+    Parameters
+    ----------
+    data
+        The AnnData.
+    target
+        The file.
+    matrices
+        Further matrices by their key in the file, e.g. ``X`` and ``layers/log1p_raw``; ``data`` lacks them.
 
     Raises
     ------
@@ -25,6 +53,10 @@ def write_h5ad(data: ad.AnnData, target: Path) -> None:
         try:
             with h5py.File(file, "w") as h5:
                 ad.io.write_elem(h5, "/", data)
+                for key, matrix in (matrices or {}).items():
+                    if key in h5:
+                        del h5[key]
+                    matrix.write(h5, key)
         finally:
             if file.error is not None:
                 raise OSError(file.error.errno, os.strerror(file.error.errno or 0), str(target)) from file.error

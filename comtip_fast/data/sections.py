@@ -8,11 +8,13 @@ distinguish sections by either.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import anndata as ad
+import h5py
 import numpy as np
 import pandas as pd
 from comtip_shards import ShardSet, SourceError
@@ -29,21 +31,13 @@ from comtip_shards.sources.anndata_source import view_library
 from comtip_shards.sources.files.packaging import unpacked
 from comtip_shards.storage.remote import is_url
 
+from comtip_fast.data.tile_sources import ShardTiles, SlideTiles, TileGeometry, TileSource
+
 OVERVIEW_PX = 1024
 MPP_RANGE = (0.05, 50.0)
 """um per px of an image that tiles are cut from."""
-
-
-@dataclass(frozen=True)
-class TileGeometry:
-    """Size and resolution of a model's tiles."""
-
-    px: int
-    """Side of a tile in pixels, S."""
-    um: float
-    """Width of a tile in um."""
-    min_mpp: float
-    """Images with a higher resolution are first resampled to this many um per px."""
+RECORDED_FACTS = ("tissue", "donor", "platform", "licence", "attribution")
+"""Facts that change no tile; ``uns["comtip"]`` of an answer records them."""
 
 
 @dataclass
@@ -52,15 +46,32 @@ class SectionTiles:
 
     section_id: str
     species: str
-    tiles_NSS3: np.ndarray
-    """uint8 (n_spots, S, S, 3)."""
-    stain: StainStats
+    tiles: TileSource
     template: ad.AnnData
     """The AnnData to add results to: obs (names, positions, labels), ``obsm["spatial"]`` and the image."""
+    stored_stain: StainStats | None = None
+    """Stain statistics that the source states."""
+    stated: dict[str, str] = field(default_factory=dict)
+    """Facts that the caller stated and that describe the section without changing its tiles."""
+
+    @cached_property
+    def stain(self) -> StainStats:
+        """Stain statistics of the section; computed in one pass over its tiles if the source does not state them."""
+        if self.stored_stain is not None:
+            return self.stored_stain
+        return stain_stats(tile for chunk in self.tiles.chunks() for tile in chunk.tiles_NSS3)
+
+    @property
+    def tiles_NSS3(self) -> np.ndarray:
+        """All tiles in memory, uint8 (n_spots, S, S, 3)."""
+        return self.tiles.all()
 
 
 def open_section(
-    spec: str | Path | ad.AnnData, tile: TileGeometry, overrides: SourceOptions | Mapping[str, Any] | None = None
+    spec: str | Path | ad.AnnData,
+    tile: TileGeometry,
+    overrides: SourceOptions | Mapping[str, Any] | None = None,
+    fmt: str = "auto",
 ) -> SectionTiles:
     """Open a SECTION.
 
@@ -72,6 +83,8 @@ def open_section(
         Tile geometry of the model.
     overrides
         Facts and options that the caller states, or a mapping of them, e.g. ``{"mpp": "0.5", "species": "human"}``.
+    fmt
+        Format of a source, see :func:`comtip_shards.sources.open_source`; ``auto`` detects it.
 
     Raises
     ------
@@ -84,28 +97,45 @@ def open_section(
     """
     options = source_options(overrides)
     if isinstance(spec, ad.AnnData):
+        _refuse_format(fmt, "an AnnData")
         return _from_anndata(spec, "the AnnData", tile, options)
     if is_url(str(spec)):
         url, _, section_id = str(spec).rpartition(":")
         if "/" in section_id:
             raise SourceError(f"{spec}: no section is named; give {spec}:section_id")
+        _refuse_format(fmt, f"{url} is a shard set")
         _refuse_options(options, url)
         return _from_shards(ShardSet(url), section_id, tile)
     path, section_id = split_spec(str(spec))
     if path.name.endswith(H5AD_SUFFIXES):
-        return _from_anndata(read_h5ad(path), str(path), tile, options, section_id)
+        _refuse_format(fmt, f"{path} is an .h5ad file", own="anndata")
+        return _from_anndata(read_annotation(path), str(path), tile, options, section_id)
     if (path / "manifest.json").is_file():
+        _refuse_format(fmt, f"{path} is a shard set")
         _refuse_options(options, str(path))
         return _from_shards(ShardSet(path), section_id, tile)
     # The tissue does not matter here, so a source that does not state it is not refused.
+    recorded = _recorded(options)
     options = replace(options, facts=replace(options.facts, tissue=options.facts.tissue or "unstated"))
-    sources = open_source(path, samples=[section_id] if section_id else None, overrides=options)
+    sources = open_source(path, samples=[section_id] if section_id else None, fmt=fmt, overrides=options)
     if len(sources) != 1:
         ids = ", ".join(s.meta.section_id for s in sources)
         raise SourceError(
             f"{path} contains {len(sources)} sections ({ids}); name one of them, e.g. {path}:{sources[0].meta.section_id}"
         )
-    return _from_section(sources[0].read_spots(), tile)
+    return _from_section(sources[0].read_spots(), tile, recorded)
+
+
+def _recorded(options: SourceOptions) -> dict[str, str]:
+    """Return the stated facts that change no tile; the answer records them."""
+    stated = options.stated()
+    return {key: stated[key] for key in RECORDED_FACTS if key in stated}
+
+
+def _refuse_format(fmt: str, what: str, own: str = "") -> None:
+    """Raise for a stated format of an input that has only one."""
+    if fmt not in ("auto", own):
+        raise SourceError(f"--format {fmt} has no effect here: {what}, whose format is known; leave it out")
 
 
 def _refuse_options(options: SourceOptions, where: str) -> None:
@@ -122,6 +152,31 @@ def read_h5ad(path: Path | str) -> ad.AnnData:
     open_h5ad(Path(path)).close()  # names files that are no data, and refuses data in other files
     try:
         return ad.read_h5ad(unpacked(Path(path)))
+    except Exception as error:  # anndata raises many kinds of errors
+        raise SourceError(
+            f"{path}: not a readable .h5ad file ({type(error).__name__}: {error}); write it with AnnData.write_h5ad"
+        ) from error
+
+
+def read_annotation(path: Path) -> ad.AnnData:
+    """Read an AnnData file without its matrices (X, layers, raw, obsp, varp), which prediction does not need.
+
+    Raises
+    ------
+    SourceError
+        Not an AnnData file, or it names another file.
+    """
+    open_h5ad(path).close()
+    try:
+        with h5py.File(unpacked(path), "r") as file:
+            if not all(
+                isinstance(file.get(key), h5py.Group) and "encoding-type" in file[key].attrs for key in ("obs", "var")
+            ):
+                return read_h5ad(path)  # compound tables of anndata 0.6, for which anndata has a reader of its own
+            parts = {key: ad.io.read_elem(file[key]) for key in ("obs", "var", "obsm", "uns") if key in file}
+            return ad.AnnData(**parts)
+    except SourceError:
+        raise
     except Exception as error:  # anndata raises many kinds of errors
         raise SourceError(
             f"{path}: not a readable .h5ad file ({type(error).__name__}: {error}); write it with AnnData.write_h5ad"
@@ -169,17 +224,18 @@ def _from_shards(shards: ShardSet, section_id: str, tile: TileGeometry) -> Secti
         section_id,
     )
     overview, overview_mpp = shards.overview(number)
-    _attach_image(template, section_id, overview, meta.mpp, overview_mpp, meta.spot_diameter_um)
-    return SectionTiles(section_id, meta.species, shards.tiles(spots), shards.stain(number), template)
+    attach_image(template, section_id, overview, meta.mpp, overview_mpp, meta.spot_diameter_um)
+    return SectionTiles(section_id, meta.species, ShardTiles(shards, spots), template, shards.stain(number))
 
 
-def _from_section(section: Section, tile: TileGeometry) -> SectionTiles:
+def _from_section(section: Section, tile: TileGeometry, stated: dict[str, str]) -> SectionTiles:
     meta = section.meta
     template = _template(section.spot_ids, section.xy, section.array_xy, section.labels, meta.section_id)
     with section.open_slide() as slide:
         small, factor = slide.overview(OVERVIEW_PX)
-        _attach_image(template, meta.section_id, small, meta.mpp, meta.mpp * factor, meta.spot_diameter_um)
-        return _cut(slide, section.xy, meta.mpp, tile, meta.section_id, meta.species, template)
+        attach_image(template, meta.section_id, small, meta.mpp, meta.mpp * factor, meta.spot_diameter_um)
+    tiles = SlideTiles(section.open_slide, section.xy, meta.mpp, tile)
+    return SectionTiles(meta.section_id, meta.species, tiles, template, stated=stated)
 
 
 def _from_anndata(
@@ -203,17 +259,24 @@ def _from_anndata(
     library = libraries[0] if libraries else ""
     view = view_library(store, library, Path(where).stem, options, need_species=False)
     xy, mpp = view.xy * view.factor, view.mpp / view.factor
-    slide: Slide
-    if view.picture is not None:
-        slide = library_slide(data.uns["spatial"][library], view.picture, Path(where))
-    else:
-        slide = open_slide(unpacked(view.image or Path(where)))
-    with slide:
+
+    def opener() -> Slide:
+        if view.picture is not None:
+            return library_slide(data.uns["spatial"][library], view.picture, Path(where))
+        return open_slide(unpacked(view.image or Path(where)))
+
+    with opener() as slide:
         _check_positions(xy, mpp, slide, where)
-        template = ad.AnnData(
-            obs=data.obs.copy(), obsm={"spatial": view.xy.copy()}, uns={"spatial": data.uns.get("spatial", {})}
-        )
-        return _cut(slide, xy, mpp, tile, library or Path(where).stem, view.facts.species, template)
+    template = ad.AnnData(
+        obs=data.obs.copy(), obsm={"spatial": view.xy.copy()}, uns={"spatial": data.uns.get("spatial", {})}
+    )
+    return SectionTiles(
+        library or Path(where).stem,
+        view.facts.species,
+        SlideTiles(opener, xy, mpp, tile),
+        template,
+        stated=_recorded(options),
+    )
 
 
 def _check_positions(xy: np.ndarray, mpp: float, slide: Slide, where: str) -> None:
@@ -233,19 +296,6 @@ def _check_positions(xy: np.ndarray, mpp: float, slide: Slide, where: str) -> No
         )
 
 
-def _cut(
-    slide: Slide,
-    xy: np.ndarray,
-    mpp: float,
-    tile: TileGeometry,
-    section_id: str,
-    species: str,
-    template: ad.AnnData,
-) -> SectionTiles:
-    tiles = slide.tiles(xy, mpp, tile.um, tile.px, tile.min_mpp)
-    return SectionTiles(section_id, species, tiles, stain_stats(tiles), template)
-
-
 def _template(
     spot_ids: list[str], xy: np.ndarray, array_xy: np.ndarray, labels: list[str], section_id: str
 ) -> ad.AnnData:
@@ -259,7 +309,7 @@ def _template(
     return ad.AnnData(obs=obs, obsm={"spatial": xy.copy()})
 
 
-def _attach_image(
+def attach_image(
     template: ad.AnnData,
     section_id: str,
     small: np.ndarray,

@@ -14,9 +14,10 @@ from comtip_shards import ShardSet
 from comtip_shards.storage.atomic import write_atomic
 
 from comtip_fast.data.expression.levels import log1p_cp10k
+from comtip_fast.data.tile_sources import ShardTiles
 from comtip_fast.evaluation.metrics import Score, score, score_from_genes
 from comtip_fast.evaluation.nulls import moved_spots, null_partial_pcc, null_pcc
-from comtip_fast.evaluation.train_reference import Inputs, TrainReference, mean_colour, spot_inputs
+from comtip_fast.evaluation.train_reference import Inputs, TrainReference, spot_inputs
 from comtip_fast.inference import GeneQuery, Predictor
 from comtip_fast.metrics import finite_or_none, pcc_per_gene
 
@@ -198,9 +199,11 @@ def _evaluate_section(
 ) -> tuple[SectionData, dict[str, Any]]:
     section_id, cohort = shards.manifest.sections[number].section_id, shards.cohort_of_section(number)
     spots = shards.select(sections=[number])
-    tiles, stain, counts = shards.tiles(spots), shards.stain(number), shards.counts(spots)
+    tiles, stain, counts = ShardTiles(shards, spots), shards.stain(number), shards.counts(spots)
     xy = shards.spots.loc[spots, ["x_px", "y_px"]].to_numpy(float)
-    features = predictor.image_features(tiles.transpose(0, 3, 1, 2), stain, xy)
+    features = predictor.image_features(tiles, stain, xy)
+    ridge_inputs = spot_inputs(predictor, tiles, stain, features)
+    colour = ridge_inputs["ridge_colour"]["tile colour"]
     genes = _choose_genes(predictor, shards, number, reference)
     row_of = {g.key: i for i, g in enumerate(shards.genes)}
     rows = [row_of[k] for k in genes.keys]
@@ -216,8 +219,8 @@ def _evaluate_section(
         measured=measured,
         predicted=predicted,
         from_levels=predictor.predict_levels(features, queries),
-        covariates=np.column_stack([mean_colour(tiles), np.log1p(np.asarray(counts.sum(axis=1)).ravel())]),
-        ridge_inputs=spot_inputs(predictor, tiles, stain, features),
+        covariates=np.column_stack([colour, np.log1p(np.asarray(counts.sum(axis=1)).ravel())]),
+        ridge_inputs=ridge_inputs,
         moved=moved_spots(xy, n_null, seed=seed, section=section_id),
     )
     scores, null_means, null_genes = _score_section(inputs, reference)

@@ -13,6 +13,7 @@ from comtip_fast.evaluation.evaluate import Evaluation, evaluate, write_metrics
 from comtip_fast.evaluation.report import write_report
 from comtip_fast.inference import Predictor
 from comtip_fast.runtime.devices import pick_device
+from comtip_fast.shards import shards_of_run
 
 
 def evaluate_run(
@@ -71,7 +72,7 @@ def evaluate_run(
     if out is not None:
         _check_writable(Path(out))  # before the work, which takes long
     predictor = Predictor.load(run, pick_device(device), gene_vectors)
-    train = str(train_shards) if train_shards else _own_shards(run, predictor.config.data.shards)
+    train = str(train_shards) if train_shards else shards_of_run(run, predictor.config.data.shards)
     if train_shards is None and is_url(train):
         raise ValueError(
             f"{run}: its config names the training sections by the URL {train}, which is not fetched on a model's word; "
@@ -96,13 +97,6 @@ def evaluate_run(
         log_dir = run if (run / "metrics.jsonl").is_file() else None
         write_report(log_dir, result, folder / "report.html")
     return result
-
-
-def _own_shards(run: Path, configured: str) -> str:
-    """Return the path of the run's shard set: as configured, or inside a run folder that was moved."""
-    inside = run / Path(configured).name
-    present = is_url(configured) or (Path(configured) / "manifest.json").is_file()
-    return configured if present or not (inside / "manifest.json").is_file() else str(inside)
 
 
 def _check_writable(folder: Path) -> None:

@@ -15,6 +15,7 @@ from scipy import sparse
 
 from comtip_fast.data.expression.levels import log1p_cp10k
 from comtip_fast.data.expression.panel import rank_by_variance
+from comtip_fast.data.tile_sources import ArrayTiles, ShardTiles, TileSource
 from comtip_fast.evaluation.baselines import RidgeModel, fit_ridge
 from comtip_fast.inference import ImageFeatures, Predictor
 
@@ -51,16 +52,23 @@ class _TrainData:
     """Maps a section number to bool over the gene table."""
 
 
-def spot_inputs(predictor: Predictor, tiles_NSS3: np.ndarray, stain: StainStats, features: ImageFeatures) -> Inputs:
+def spot_inputs(
+    predictor: Predictor, tiles: np.ndarray | TileSource, stain: StainStats, features: ImageFeatures
+) -> Inputs:
     """Return the candidate inputs of each baseline: mean colour, as stored and stain-normalised, and image features.
 
-    ``ridge_frozen`` needs a model with a frozen stem and a linear readout, and is missing otherwise.
+    ``tiles`` are uint8 (N, S, S, 3), or read in chunks. ``ridge_frozen`` needs a model with a frozen stem and a linear
+    readout, and is missing otherwise.
     """
-    colour = {"tile colour": mean_colour(tiles_NSS3)}
-    if predictor.config.data.stain == "section":
-        colour["stain-normalised tile colour"] = mean_colour(normalise_stain(tiles_NSS3, stain))
+    source = tiles if isinstance(tiles, TileSource) else ArrayTiles(tiles)
+    colours = {"tile colour": np.empty((len(source), 3))}
+    if predictor.normalises_stain:
+        colours["stain-normalised tile colour"] = np.empty((len(source), 3))
+    for rows, chunk in source.chunks():
+        for name, colour in colours.items():
+            colour[rows] = mean_colour(chunk if name == "tile colour" else normalise_stain(chunk, stain))
     encoder = np.asarray(features.pooled_Nd, np.float64)
-    inputs = {"ridge_colour": colour, "ridge_features": {"encoder features": encoder}}
+    inputs = {"ridge_colour": colours, "ridge_features": {"encoder features": encoder}}
     readout = predictor.bundle.readout
     if readout is not None and features.readout_NF is not None and predictor.model.vision.stem is not None:
         frozen = np.asarray(readout.frozen(features.readout_NF), np.float64)
@@ -218,8 +226,8 @@ class TrainReference:
         raw.data = np.log1p(raw.data)
         parts: list[Inputs] = []
         for n in numbers:
-            tiles, stain = self.shards.tiles(spots[section == n]), self.shards.stain(n)
-            features = self.predictor.image_features(tiles.transpose(0, 3, 1, 2), stain)
+            tiles, stain = ShardTiles(self.shards, spots[section == n]), self.shards.stain(n)
+            features = self.predictor.image_features(tiles, stain)
             parts.append(spot_inputs(self.predictor, tiles, stain, features))
         inputs = {k: {i: np.concatenate([p[k][i] for p in parts]) for i in parts[0][k]} for k in parts[0]}
         return _TrainData(section, log1p_cp10k(counts), raw, inputs, {n: self.shards.measured(n) for n in numbers})

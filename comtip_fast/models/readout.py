@@ -23,19 +23,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.spatial import cKDTree
 from torch import Tensor
 
 from comtip_fast.genes.vectors import GeneVectors
 from comtip_fast.models.comtip import CoMTIP, ImageOutput
+from comtip_fast.models.section_statistics import Moments, neighbour_mean, standardise
 
 FORMAT, VERSION = "comtip-readout", 1
 NORMS, BLOCKS = ("cp10k", "raw"), ("vector", "frozen")
 N_VIEWS = 8
-NEIGHBOURS, MAX_DISTANCE = 6, 1.3
-"""Neighbours: at most this many spots, within this multiple of the median distance to the nearest spot."""
-MIN_SECTION_SPOTS = 20
-"""Sections with fewer spots are standardised with the mean and standard deviation of training."""
 VECTOR_RIDGE = 1.0
 VIEW_ORDER = (0, 6, 2, 4, 1, 3, 5, 7)
 """Order in which views are added: the tile, its half turn mirrored, half turn, mirrored, and the others."""
@@ -85,29 +81,6 @@ def _view_features(model: CoMTIP, tiles_BCHW: Tensor) -> tuple[ImageOutput, np.n
     frozen = [] if model.vision.stem is None else [stem.mean(1), stem.std(1)]
     features: np.ndarray = torch.cat([p.float() for p in (output.vector_BD, *frozen)], dim=1).cpu().numpy()
     return output, features
-
-
-def neighbour_mean(x_NF: np.ndarray, xy_N2: np.ndarray) -> np.ndarray:
-    """Return the mean over each spot's neighbours; a spot without neighbours keeps its own row."""
-    n = len(x_NF)
-    if n < 2:
-        return x_NF
-    k = min(NEIGHBOURS + 1, n)
-    distance, index = cKDTree(np.asarray(xy_N2, np.float64)).query(xy_N2, k=k)
-    near = (distance <= MAX_DISTANCE * np.median(distance[:, 1])) & (index != np.arange(n)[:, None])
-    count = near.sum(1, keepdims=True)
-    mean = np.zeros(x_NF.shape, np.float64)
-    for j in range(k):
-        mean += np.where(near[:, j : j + 1], x_NF[index[:, j]], 0.0)
-    return np.where(count > 0, mean / np.maximum(count, 1), x_NF)
-
-
-def standardise(x_NF: np.ndarray, mean_F: np.ndarray, std_F: np.ndarray) -> np.ndarray:
-    """Standardise within the section, or with the given mean and standard deviation if it has few spots."""
-    x = np.asarray(x_NF, np.float64)
-    if len(x) >= MIN_SECTION_SPOTS:
-        mean_F, std_F = x.mean(0), x.std(0)
-    return (x - mean_F) / np.where(std_F > 1e-9, std_F, 1.0)
 
 
 # -- the closed form ----------------------------------------------------------------------------------------
@@ -221,20 +194,15 @@ class LinearReadout:
         ValueError
             The gene vectors hold fewer than 2 of the trained genes.
         """
-        values = {norm: np.zeros((len(x_NF), len(keys))) for norm in NORMS}
-        count = np.zeros(len(keys))
-        for head in self._of(cohort):
-            x = standardise(x_NF, head.mean_F, head.std_F)
-            decoders = _Decoders.of(head, keys, vectors)
-            for block, weight in head.linear_mix().items():
-                x_block = x[:, self.settings.columns(block, x.shape[1])]
-                for norm in NORMS:
-                    part = head.blocks[block][norm]
-                    scores = part.scores(x_block)
-                    for columns, mean, std, loading in decoders.of_norm(part, norm):
-                        values[norm][:, columns] += weight * (mean + std * (scores @ loading))
-            count[decoders.columns] += 1
-        return {n: (v / np.maximum(count, 1)).astype(np.float32) for n, v in values.items()}, count > 0
+        decoder = self.decoder(keys, cohort, vectors)
+        return decoder.predict(x_NF), decoder.known
+
+    def decoder(
+        self, keys: Sequence[str], cohort: str | None = None, vectors: GeneVectors | None = None
+    ) -> ReadoutDecoder:
+        """Return what predicts these genes, also from parts of a section; parameters as in :meth:`predict`."""
+        heads = [(head, _Decoders.of(head, keys, vectors)) for head in self._of(cohort)]
+        return ReadoutDecoder(self.settings, heads, len(keys))
 
     def _of(self, cohort: str | None) -> list[CohortHead]:
         own = [h for h in self.heads if h.cohort == cohort]
@@ -275,6 +243,43 @@ class LinearReadout:
                 )
             )
         return cls(ReadoutSettings(**header["settings"]), heads)
+
+
+class ReadoutDecoder:
+    """The heads of some genes, from :meth:`LinearReadout.decoder`."""
+
+    def __init__(self, settings: ReadoutSettings, heads: Sequence[tuple[CohortHead, _Decoders]], n_genes: int) -> None:
+        self.settings, self._heads = settings, heads
+        self._count = np.zeros(n_genes)
+        for _, decoders in heads:
+            self._count[decoders.columns] += 1
+
+    @property
+    def known(self) -> np.ndarray:
+        """Whether a head decodes each gene, bool (G,)."""
+        return self._count > 0
+
+    def predict(self, x_NF: np.ndarray, section: Moments | None = None) -> dict[str, np.ndarray]:
+        """Predict ``cp10k`` and ``raw``, float32 (N, G); columns of genes that no head decodes are 0.
+
+        Parameters
+        ----------
+        x_NF
+            Features from :meth:`LinearReadout.head_features`.
+        section
+            Moments of the section if ``x_NF`` is a part of it; None if it is complete.
+        """
+        values = {norm: np.zeros((len(x_NF), len(self._count))) for norm in NORMS}
+        for head, decoders in self._heads:
+            x = standardise(x_NF, head.mean_F, head.std_F, section)
+            for block, weight in head.linear_mix().items():
+                x_block = x[:, self.settings.columns(block, x.shape[1])]
+                for norm in NORMS:
+                    part = head.blocks[block][norm]
+                    scores = part.scores(x_block)
+                    for columns, mean, std, loading in decoders.of_norm(part, norm):
+                        values[norm][:, columns] += weight * (mean + std * (scores @ loading))
+        return {n: (v / np.maximum(self._count, 1)).astype(np.float32) for n, v in values.items()}
 
 
 @dataclass

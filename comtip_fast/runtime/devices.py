@@ -1,6 +1,9 @@
-"""Device selection."""
+"""Device selection, and the precision of forward passes."""
 
 from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
@@ -20,3 +23,13 @@ def pick_device(requested: str | torch.device) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {name}: PyTorch finds no GPU; use auto or cpu, and see `comtip doctor`")
     return device
+
+
+def in_bf16(precision: str, device: torch.device) -> bool:
+    """Return whether forward passes run in bf16 under ``train.precision``."""
+    return precision == "bf16" or (precision == "auto" and device.type == "cuda")
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """Return the autocast context of a forward pass under ``train.precision``; parameters stay fp32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16) if in_bf16(precision, device) else nullcontext()

@@ -9,6 +9,7 @@ import torch
 from comtip_shards.storage.remote import is_url
 
 from comtip_fast.config.io import load_config
+from comtip_fast.shards import shards_of_run
 from comtip_fast.training.checkpoint import store as checkpoints
 from comtip_fast.training.checkpoint.resume import CHECKPOINTS
 from comtip_fast.training.checkpoint.store import Checkpoint, CheckpointError
@@ -86,7 +87,15 @@ def _shards_of(run_dir: Path, stated: str, given: str | None) -> str:
             f"{run_dir / 'config.yaml'}: data.shards is the URL {stated}; URLs in a run's config are not downloaded. If you "
             "trust this one, give it with --shards"
         )
-    return stated if given is None else given
+    if given is not None:
+        return given
+    found = shards_of_run(run_dir, stated)
+    if not is_url(found) and not (Path(found) / "manifest.json").is_file():
+        raise FileNotFoundError(
+            f"{run_dir / 'config.yaml'}: data.shards is {stated}, but no shard set is there, in the run or relative to a "
+            "folder above it; give the run's shard set with --shards"
+        )
+    return found
 
 
 def _step(which: str) -> int:

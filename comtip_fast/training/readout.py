@@ -15,7 +15,8 @@ from comtip_fast.data.expression.levels import log1p_cp10k
 from comtip_fast.data.expression.training_tables import TrainingTables
 from comtip_fast.data.loaders.base import BaseLoader
 from comtip_fast.models import CoMTIP
-from comtip_fast.models.readout import LinearReadout, ReadoutSettings, standardise, tile_features
+from comtip_fast.models.readout import LinearReadout, ReadoutSettings, tile_features
+from comtip_fast.models.section_statistics import standardise
 from comtip_fast.training.readout_fit import CohortData, SectionTable, fit_cohort
 
 log = logging.getLogger("comtip_fast")

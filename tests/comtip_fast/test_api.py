@@ -12,7 +12,16 @@ from comtip_fast import api
 from comtip_fast.config.io import dump_config, load_config
 from tests.conftest import TINY
 
-EXAMPLES = (api.build_shards, api.pretrain, api.evaluate, api.load, api.Model.predict, api.Model.embed)
+EXAMPLES = (
+    api.build_shards,
+    api.pretrain,
+    api.evaluate,
+    api.load,
+    api.Model.predict,
+    api.Model.embed,
+    api.Model.predict_slide,
+    api.Model.predict_tiles,
+)
 
 
 @pytest.fixture(scope="module")

@@ -109,12 +109,11 @@ def test_the_species_is_detected_or_stated(spec):
 
 
 def test_an_unknown_species_is_never_guessed_between_two():
-    opened = SimpleNamespace(species="", section_id="s")
     one = SimpleNamespace(trained_genes=["human:ERBB2"], tile_px=16, tile_um=64.0, min_mpp=4.0)
-    assert Model(one)._species(opened) == "human"
+    assert Model(one)._species("", "s") == "human"
     two = SimpleNamespace(trained_genes=["human:ERBB2", "mouse:Erbb2"], tile_px=16, tile_um=64.0, min_mpp=4.0)
     with pytest.raises(SourceError, match="trained on human and mouse; set --species"):
-        Model(two)._species(opened)
+        Model(two)._species("", "s")
 
 
 @pytest.mark.parametrize("mpp", ["20", "0.2"])

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from comtip_fast.config.schema import RunConfig
+from comtip_fast.runtime import devices
 
 
 class Engine(Protocol):
@@ -79,15 +80,12 @@ class StepModule(nn.Module):
 
 def autocast_of(config: RunConfig, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
     """Return a function that returns the autocast context of a forward pass; parameters and gradients stay fp32."""
-    if in_bf16(config, device):
-        return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
-    return nullcontext
+    return lambda: devices.autocast(config.train.precision, device)
 
 
 def in_bf16(config: RunConfig, device: torch.device) -> bool:
     """Return whether forward passes run in bf16."""
-    wanted = config.train.precision
-    return wanted == "bf16" or (wanted == "auto" and device.type == "cuda")
+    return devices.in_bf16(config.train.precision, device)
 
 
 def set_product_precision(config: RunConfig, device: torch.device) -> None:

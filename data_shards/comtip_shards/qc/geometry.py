@@ -79,7 +79,6 @@ def scale(context: SectionContext) -> Finding:
         )
     measured = context.pitch_px * context.mpp
     error = max(measured / expected, expected / measured) - 1
-    mpp = context.section.meta.mpp * expected / measured
     message = f"spots are {measured:.1f} um apart by the stated {context.section.meta.mpp:.4g} um per px, {expected:g} expected"
     if isfinite(known) and abs(known / expected - 1) > SCALE_WARN:
         message += f" ({context.section.meta.platform} has {known:g})"
@@ -90,7 +89,9 @@ def scale(context: SectionContext) -> Finding:
         SCALE_WARN,
         SCALE_FAIL,
         message,
-        f"state --mpp {mpp:.4g} if the array's spacing is correct, or state the correct spacing",
+        # A factor holds for --mpp, too, which is of the positions' px: the image may be hires or lowres.
+        f"multiply the stated um per px (--mpp) by {expected / measured:.4g} if the array's spacing is correct, or state the "
+        "correct spacing",
     )
 
 

@@ -28,6 +28,8 @@ from comtip_shards.slides.wsi import open_windowed
 WINDOWED_PX = 100_000_000
 """TIFFs with more pixels are read in windows."""
 BITS_PER_SAMPLE, IMAGE_DESCRIPTION = 258, 270
+IMAGE_SUFFIXES = {".tif", ".tiff", ".btf", ".png", ".jpg", ".jpeg", ".jp2", ".webp", ".bmp"}
+"""Suffixes of images, by which slides in a folder are found."""
 VENDOR_SUFFIXES = {".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".czi", ".dcm"}
 
 

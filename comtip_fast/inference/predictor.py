@@ -1,20 +1,12 @@
-"""Prediction of expression from tiles with a trained model.
-
-For an image vector z and gene g, the prediction is the expected value over expression levels q:
-
-    p(q | z, g) = softmax_q( scale * <z, h(g, q)> + log_prior[g, q] )        x[g] = sum_q p(q | z, g) value[g, q]
-
-h(g, q) is the sentence vector and log_prior the log frequency of the gene's levels, as in training. Genes that were not
-trained are predicted in the same way, with the frequencies and values of the global row of the level table.
-
-If the export has a linear readout (:mod:`comtip_fast.models.readout`), the prediction of a trained gene is a mixture of this
-expected value and of the readout. With gene vectors, the readout also predicts genes that were not trained.
-"""
+"""A trained model that predicts expression from tiles; see :mod:`comtip_fast.inference`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -22,22 +14,15 @@ import torch
 from comtip_shards.slides.tiles import StainStats, normalise_stain
 from torch import Tensor
 
-from comtip_fast.data.expression.levels import LevelTable
+from comtip_fast.data.tile_sources import ArrayTiles, TileSource
 from comtip_fast.export import Bundle
 from comtip_fast.genes import GeneTokenizer
 from comtip_fast.genes.tokens import GeneTokens, gene_tokens, take_genes
 from comtip_fast.genes.vectors import GeneVectors
-from comtip_fast.models import CoMTIP
-from comtip_fast.models.readout import neighbour_mean, tile_features
-
-
-@dataclass(frozen=True)
-class GeneQuery:
-    """A gene to predict: symbol, full name (may be empty), and key (None if unresolved)."""
-
-    symbol: str
-    name: str = ""
-    key: str | None = None
+from comtip_fast.inference.levels import GENES_PER_CHUNK, GeneQuery, SentenceLevels, predict_chunks
+from comtip_fast.models.readout import feature_width, tile_features
+from comtip_fast.models.section_statistics import neighbour_mean
+from comtip_fast.runtime.devices import autocast
 
 
 @dataclass
@@ -54,61 +39,14 @@ class ImageFeatures:
     """Positions of the spots, if known."""
 
 
-def expected_values(
-    image_ND: Tensor, unit_GQD: Tensor, scale: Tensor, log_prior_GQ: Tensor, values: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """Return the expectation of each value table under p(q | z, g), as in the module docstring.
+@dataclass
+class EncodedTiles:
+    """Features of some tiles, without their neighbours."""
 
-    Parameters
-    ----------
-    image_ND
-        Image vectors.
-    unit_GQD
-        Unit sentence vectors.
-    scale
-        Inverse temperature, a scalar.
-    log_prior_GQ
-        Log frequency of each level.
-    values
-        Tables (G, Q) of level values, by name.
-
-    Returns
-    -------
-    dict
-        Expectations (N, G), by the names of ``values``.
-    """
-    scores_NGQ = scale * torch.einsum("nd,gqd->ngq", image_ND, unit_GQD) + log_prior_GQ
-    p_NGQ = scores_NGQ.softmax(dim=-1)
-    return {name: (p_NGQ * value_GQ).sum(-1) for name, value_GQ in values.items()}
-
-
-@torch.no_grad()
-def predict_trained(
-    model: CoMTIP, genes: GeneTokens, image_ND: Tensor, levels: LevelTable, rows: Tensor
-) -> dict[str, np.ndarray]:
-    """Predict expression of G genes.
-
-    Parameters
-    ----------
-    model, genes, image_ND, levels
-        Model, gene tokens, image vectors and level table.
-    rows
-        int64 (G,), row of each gene in the level table.
-
-    Returns
-    -------
-    dict
-        ``cp10k`` (log1p of counts per 10,000) and ``raw`` (log1p of counts), float32 (N, G).
-    """
-    unit_GQD = model.sentence_table(genes).unit_GQD
-    pick = rows.cpu().numpy()
-    values = {"cp10k": levels.value_cp10k[pick], "raw": levels.value_raw[pick]}
-    device = image_ND.device
-    tables = {k: torch.from_numpy(v).to(device) for k, v in values.items()}
-    prior = torch.from_numpy(levels.log_prior[pick]).to(device)
-    scale = model.log_scale_level.clamp(max=model.max_log_scale).exp()
-    out = expected_values(image_ND, unit_GQD, scale, prior, tables)
-    return {k: v.float().cpu().numpy() for k, v in out.items()}
+    vector_nD: np.ndarray
+    pooled_nd: np.ndarray
+    views_nF: np.ndarray | None
+    """Features averaged over the readout's views; None without a readout."""
 
 
 class Predictor:
@@ -146,6 +84,9 @@ class Predictor:
         self.held_out_genes = [g.key for g in bundle.genes if g.held_out]
         self.train_sections = bundle.sections
         self.tile_px, self.tile_um, self.min_mpp = bundle.sizes.tile_px, bundle.tile_um, bundle.min_mpp
+        self.normalises_stain = self.config.data.stain == "section"
+        self.view_width = feature_width(self.model, self.config.align.dim)
+        """Number of features per tile from :meth:`encode` for the readout."""
         self._row = {key: i for i, key in enumerate(self.trained_genes)}
 
     @classmethod
@@ -157,21 +98,61 @@ class Predictor:
         bundle = Bundle.load(folder / "export" if (folder / "export").is_dir() else folder)
         return cls(bundle, device, None if vectors is None else GeneVectors.load(vectors))
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights, levels, readout and gene vectors."""
+        found = hashlib.sha256()
+        arrays = {
+            k: v.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for k, v in self.model.state_dict().items()
+        }
+        parts = {k: v.numpy() for k, v in arrays.items()} | self.bundle.levels.to_arrays()
+        if self.bundle.readout is not None:
+            readout, header = self.bundle.readout.to_arrays()
+            parts |= readout | {"readout": np.frombuffer(json.dumps(header, sort_keys=True).encode(), np.uint8)}
+        for name in sorted(parts):
+            found.update(name.encode())
+            found.update(np.ascontiguousarray(parts[name]).data)
+        found.update(b"" if self.vectors is None else self.vectors.sha256.encode())
+        return found.hexdigest()
+
     @torch.no_grad()
+    def encode(self, tiles_NSS3: np.ndarray, stain: StainStats | None, *, readout: bool = True) -> EncodedTiles:
+        """Encode a chunk of tiles under the run's precision.
+
+        Parameters
+        ----------
+        tiles_NSS3
+            uint8 tiles (n, S, S, 3).
+        stain
+            Stain statistics of the section.
+        readout
+            Whether to compute the readout's features, which encodes each tile under ``readout.views`` views.
+        """
+        if self.normalises_stain and stain is not None:
+            tiles_NSS3 = normalise_stain(tiles_NSS3, stain)
+        x = torch.from_numpy(np.ascontiguousarray(tiles_NSS3.transpose(0, 3, 1, 2))).to(self.device)
+        linear, views = self.bundle.readout if readout else None, None
+        with autocast(self.config.train.precision, self.device):
+            if linear is None:
+                out = self.model.encode_image(self.model.vision.stem_features(x))
+            else:
+                out, views = tile_features(self.model, x, linear.settings.views)
+        return EncodedTiles(out.vector_BD.float().cpu().numpy(), out.pooled_Bd.float().cpu().numpy(), views)
+
     def image_features(
         self,
-        tiles_NCHW: np.ndarray,
+        tiles: np.ndarray | TileSource,
         stain: StainStats | None,
         xy_N2: np.ndarray | None = None,
         *,
         readout: bool = True,
     ) -> ImageFeatures:
-        """Encode the tiles of one section.
+        """Encode the tiles of one section, a chunk at a time; all features are kept in memory.
 
         Parameters
         ----------
-        tiles_NCHW
-            uint8 tiles (N, 3, S, S).
+        tiles
+            uint8 tiles (N, 3, S, S), or a source that reads them in chunks.
         stain
             Stain statistics of the section.
         xy_N2
@@ -179,28 +160,27 @@ class Predictor:
         readout
             Whether to compute the readout's features, which encodes each tile under ``readout.views`` views.
         """
-        linear = self.bundle.readout if readout else None
-        vectors, pooled, features = [], [], []
-        for start in range(0, len(tiles_NCHW), 128):
-            tiles = np.asarray(tiles_NCHW[start : start + 128]).transpose(0, 2, 3, 1)
-            if self.config.data.stain == "section" and stain is not None:
-                tiles = normalise_stain(tiles, stain)
-            x = torch.from_numpy(np.ascontiguousarray(tiles.transpose(0, 3, 1, 2))).to(self.device)
-            if linear is None:
-                out = self.model.encode_image(self.model.vision.stem_features(x))
-            else:
-                out, part = tile_features(self.model, x, linear.settings.views)
-                features.append(part)
-            vectors.append(out.vector_BD.float().cpu().numpy())
-            pooled.append(out.pooled_Bd.float().cpu().numpy())
-        if not vectors:
-            empty = np.zeros((0, self.config.align.dim), np.float32)
-            return ImageFeatures(empty, np.zeros((0, self.model.vision.width), np.float32))
-        joined = None if linear is None else linear.head_features(np.concatenate(features), xy_N2)
-        return ImageFeatures(np.concatenate(vectors), np.concatenate(pooled), joined, xy_N2)
+        source = tiles if isinstance(tiles, TileSource) else ArrayTiles(np.asarray(tiles).transpose(0, 2, 3, 1))
+        linear, n = self.bundle.readout if readout else None, len(source)
+        vector_ND = np.zeros((n, self.config.align.dim), np.float32)
+        pooled_Nd = np.zeros((n, self.model.vision.width), np.float32)
+        if n == 0:
+            return ImageFeatures(vector_ND, pooled_Nd)
+        views_NF = None if linear is None else np.zeros((n, self.view_width), np.float32)
+        for rows, chunk in source.ahead():
+            encoded = self.encode(chunk, stain, readout=readout)
+            vector_ND[rows], pooled_Nd[rows] = encoded.vector_nD, encoded.pooled_nd
+            if views_NF is not None:
+                views_NF[rows] = encoded.views_nF
+        joined = None if linear is None or views_NF is None else linear.head_features(views_NF, xy_N2)
+        return ImageFeatures(vector_ND, pooled_Nd, joined, xy_N2)
 
     def predict(
-        self, features: ImageFeatures, genes: Sequence[GeneQuery], chunk: int = 256, cohort: str | None = None
+        self,
+        features: ImageFeatures,
+        genes: Sequence[GeneQuery],
+        chunk: int = GENES_PER_CHUNK,
+        cohort: str | None = None,
     ) -> dict[str, np.ndarray]:
         """Predict expression of one section.
 
@@ -242,19 +222,18 @@ class Predictor:
         return values
 
     def predict_levels(
-        self, features: ImageFeatures, genes: Sequence[GeneQuery], chunk: int = 256
+        self, features: ImageFeatures, genes: Sequence[GeneQuery], chunk: int = GENES_PER_CHUNK
     ) -> dict[str, np.ndarray]:
-        """Predict expression from level sentences alone, ``chunk`` genes at a time; see :func:`predict_trained`."""
-        image = torch.from_numpy(features.vector_ND).to(self.device)
-        parts: list[dict[str, np.ndarray]] = []
+        """Predict expression from level sentences alone, ``chunk`` genes at a time; see :mod:`comtip_fast.inference`."""
+        return predict_chunks(self.sentence_levels(genes, chunk), features.vector_ND)
+
+    def sentence_levels(self, genes: Sequence[GeneQuery], chunk: int = GENES_PER_CHUNK) -> Iterator[SentenceLevels]:
+        """Encode the sentences of genes under the run's precision, ``chunk`` genes at a time."""
         for start in range(0, len(genes), chunk):
             tokens, rows = self._tokens(genes[start : start + chunk])
-            parts.append(predict_trained(self.model, tokens, image, self.bundle.levels, rows))
-        n = len(features.vector_ND)
-        return {
-            k: np.concatenate([p[k] for p in parts], axis=1) if parts else np.zeros((n, 0), np.float32)
-            for k in ("cp10k", "raw")
-        }
+            with autocast(self.config.train.precision, self.device):
+                table = SentenceLevels.of(self.model, tokens, self.bundle.levels, rows)
+            yield table  # outside of the context, which would otherwise reach into the caller
 
     def _smoothed_levels(
         self, features: ImageFeatures, genes: Sequence[GeneQuery], chunk: int
@@ -276,9 +255,14 @@ class Predictor:
         """
         if self.bundle.readout is None or features.readout_NF is None:
             raise ValueError("the features have one view; compute them with a model that has a linear readout")
-        mean_ND = features.readout_NF[:, : self.bundle.readout.settings.vector_dim]
+        return ImageFeatures(self.view_vectors(features.readout_NF), features.pooled_Nd)
+
+    def view_vectors(self, views_NF: np.ndarray) -> np.ndarray:
+        """Return unit vectors of the shared space, averaged over the readout's views, float32 (N, D)."""
+        assert self.bundle.readout is not None
+        mean_ND = views_NF[:, : self.bundle.readout.settings.vector_dim]
         unit_ND = mean_ND / np.maximum(np.linalg.norm(mean_ND, axis=1, keepdims=True), 1e-12)
-        return ImageFeatures(unit_ND.astype(np.float32), features.pooled_Nd)
+        return unit_ND.astype(np.float32)
 
     def _tokens(self, genes: Sequence[GeneQuery]) -> tuple[GeneTokens, Tensor]:
         rows = np.array([self._row.get(g.key or "", len(self.trained_genes)) for g in genes], np.int64)

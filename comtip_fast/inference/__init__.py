@@ -1,0 +1,29 @@
+"""Prediction of expression from tiles with a trained model.
+
+For an image vector z and gene g, the prediction is the expected value over expression levels q:
+
+    p(q | z, g) = softmax_q( scale * <z, h(g, q)> + log_prior[g, q] )        x[g] = sum_q p(q | z, g) value[g, q]
+
+h(g, q) is the sentence vector and log_prior the log frequency of the gene's levels, as in training. Genes that were not
+trained are predicted in the same way, with the frequencies and values of the global row of the level table.
+
+If the export has a linear readout (:mod:`comtip_fast.models.readout`), the prediction of a trained gene is a mixture of this
+expected value and of the readout. With gene vectors, the readout also predicts genes that were not trained.
+
+Tiles, spots and genes are processed in chunks, so that memory does not grow with the section beyond its features and the
+answer; :mod:`comtip_fast.inference.section` keeps the features in a file.
+"""
+
+from comtip_fast.inference.levels import GeneQuery, expected_values, predict_trained
+from comtip_fast.inference.predictor import ImageFeatures, Predictor
+from comtip_fast.inference.section import SectionPrediction, predict_section
+
+__all__ = [
+    "GeneQuery",
+    "ImageFeatures",
+    "Predictor",
+    "SectionPrediction",
+    "expected_values",
+    "predict_section",
+    "predict_trained",
+]

@@ -1,0 +1,307 @@
+"""Prediction of a complete section in bounded memory.
+
+Tiles are encoded in chunks. Their features go to a temporary file, because the linear readout needs statistics of the whole
+section and the neighbours of each spot. Expression is then predicted for blocks of spots and genes.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from comtip_shards.slides.base import reading_order
+from comtip_shards.slides.tiles import StainStats
+
+from comtip_fast.data.tile_sources import TileSource
+from comtip_fast.inference.levels import GENES_PER_CHUNK, NORMS, GeneQuery, SentenceLevels, predict_chunks
+from comtip_fast.inference.predictor import Predictor
+from comtip_fast.models.readout import ReadoutDecoder
+from comtip_fast.models.section_statistics import Moments, Neighbours, mean_over
+
+FEATURES_IN_MEMORY = 64 << 20
+"""Bytes of features that are kept in memory; more go to a file in the folder for temporary files."""
+BLOCK_BYTES = 32 << 20
+MIN_BLOCK, MAX_BLOCK = 256, 4096
+"""Bounds of the number of spots in a block."""
+
+
+class FeatureStore(Protocol):
+    """Features of all tiles of a section."""
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """Return float32 (n, W) of the tiles ``rows``, int64 ascending."""
+
+
+class SpooledFeatures:
+    """Features in memory, or in a temporary file if they are large; a context manager.
+
+    Parameters
+    ----------
+    width
+        Number of features per tile, W.
+    in_memory
+        Bytes that are kept in memory.
+    """
+
+    def __init__(self, width: int, in_memory: int) -> None:
+        self._width = width
+        self._file = tempfile.SpooledTemporaryFile(max_size=in_memory)  # noqa: SIM115  closed by __exit__
+
+    def write(self, rows: np.ndarray, values_nW: np.ndarray) -> None:
+        """Store the features of some tiles."""
+        values = np.ascontiguousarray(values_nW, np.float32)
+        order = np.argsort(rows, kind="stable")
+        for run in _runs(rows[order]):
+            self._file.seek(int(rows[order[run.start]]) * self._width * 4)
+            self._file.write(values[order[run]].tobytes())
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """Return float32 (n, W) of the tiles ``rows``, int64 ascending."""
+        out = np.empty((rows.size, self._width), np.float32)
+        for run in _runs(rows):
+            self._file.seek(int(rows[run.start]) * self._width * 4)
+            data = self._file.read((run.stop - run.start) * self._width * 4)
+            out[run] = np.frombuffer(data, np.float32).reshape(-1, self._width)
+        return out
+
+    def __enter__(self) -> SpooledFeatures:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+def _runs(rows: np.ndarray) -> Iterator[slice]:
+    """Yield slices of consecutive numbers in an ascending array."""
+    ends = np.flatnonzero(np.diff(rows) != 1) + 1
+    for start, stop in zip([0, *ends.tolist()], [*ends.tolist(), rows.size], strict=True):
+        if start < stop:
+            yield slice(start, stop)
+
+
+class PredictedBlock(NamedTuple):
+    """Predictions for some spots and genes."""
+
+    rows: np.ndarray
+    """int64 (n,), spots."""
+    columns: slice
+    """Genes."""
+    values: dict[str, np.ndarray]
+    """``cp10k`` and ``raw``, float32 (n, g)."""
+
+
+@dataclass
+class _GeneChunk:
+    """Consecutive genes of a query, and what predicts them."""
+
+    columns: slice
+    decoder: ReadoutDecoder | None
+    weight: np.ndarray
+    """Weight of the prediction from level sentences, float64 (g,)."""
+    mixed: np.ndarray
+    """Indices of genes predicted by the readout and from level sentences."""
+    rest: np.ndarray
+    """Indices of genes predicted from level sentences alone."""
+    mixed_levels: list[SentenceLevels]
+    rest_levels: list[SentenceLevels]
+
+
+@dataclass
+class _Whole:
+    """What a block needs to know of the complete section."""
+
+    store: FeatureStore
+    neighbours: Neighbours | None
+    moments: Moments | None
+
+
+@dataclass
+class _Around:
+    """A block of spots with its neighbours."""
+
+    features: np.ndarray
+    """float32 (m, W) of the block and its neighbours."""
+    own: np.ndarray
+    """Indices of the block's spots in ``features``."""
+    index: np.ndarray | None
+    """int64 (n, k), indices of candidate neighbours in ``features``; None without neighbours."""
+    near: np.ndarray | None
+
+    def mean(self, values_mF: np.ndarray) -> np.ndarray:
+        """Return the mean over the neighbours of each spot of the block; without neighbours, its own values."""
+        own: np.ndarray = values_mF[self.own]
+        return own if self.index is None or self.near is None else mean_over(own, values_mF, self.index, self.near)
+
+
+class SectionPrediction:
+    """Predicts genes of one section from stored features; encodes the sentences of the genes once.
+
+    Parameters
+    ----------
+    predictor
+        The model.
+    genes
+        The G genes.
+    cohort
+        ``species_organ``, whose heads of the readout are used; None uses the mean over the heads that predict the gene.
+    """
+
+    def __init__(self, predictor: Predictor, genes: Sequence[GeneQuery], cohort: str | None = None) -> None:
+        self.predictor, self.n_genes, self.readout = predictor, len(genes), predictor.bundle.readout
+        self._dim = predictor.config.align.dim
+        self.width = self._dim + (0 if self.readout is None else predictor.view_width)
+        """Number of stored features per tile."""
+        starts = range(0, len(genes), GENES_PER_CHUNK)
+        self._chunks = [self._chunk(genes, slice(i, min(i + GENES_PER_CHUNK, len(genes))), cohort) for i in starts]
+
+    @property
+    def context(self) -> bool:
+        """Whether the features of a spot's neighbours are used."""
+        return self.readout is not None and self.readout.settings.context
+
+    @property
+    def block_spots(self) -> int:
+        """Number of spots in a block."""
+        return int(np.clip(BLOCK_BYTES // (16 * self.width), MIN_BLOCK, MAX_BLOCK))
+
+    def encode(self, tiles_NSS3: np.ndarray, stain: StainStats | None) -> np.ndarray:
+        """Return the features to store, float32 (n, W): the vector of the tile, and its features over views."""
+        encoded = self.predictor.encode(tiles_NSS3, stain)
+        if encoded.views_nF is None:
+            return encoded.vector_nD
+        return np.concatenate([encoded.vector_nD, encoded.views_nF], axis=1)
+
+    def summarise(self, store: FeatureStore, n_spots: int, xy_N2: np.ndarray | None) -> _Whole:
+        """Find neighbours and the moments of the features, in one pass."""
+        neighbours = Neighbours(xy_N2) if self.context and xy_N2 is not None and n_spots > 1 else None
+        whole = _Whole(store, neighbours, None if self.readout is None else Moments())
+        if whole.moments is not None:
+            for rows in self._blocks(n_spots, xy_N2, neighbours):
+                whole.moments.add(self._head_features(self._around(whole, rows)))
+        return whole
+
+    def blocks(self, store: FeatureStore, n_spots: int, xy_N2: np.ndarray | None) -> Iterator[PredictedBlock]:
+        """Predict all spots and genes, block by block.
+
+        Parameters
+        ----------
+        store
+            Features of :meth:`encode`.
+        n_spots
+            Number of spots, N.
+        xy_N2
+            Positions in any unit, which define neighbours; None uses each spot alone.
+        """
+        whole = self.summarise(store, n_spots, xy_N2)
+        for rows in self._blocks(n_spots, xy_N2, whole.neighbours):
+            yield from self.predict_rows(whole, rows)
+
+    def predict_rows(self, whole: _Whole, rows: np.ndarray) -> Iterator[PredictedBlock]:
+        """Predict all genes of some spots; ``whole`` is from :meth:`summarise`."""
+        around = self._around(whole, rows)
+        head = None if self.readout is None else self._head_features(around)
+        for chunk in self._chunks:
+            yield PredictedBlock(rows, chunk.columns, self._predict(chunk, around, head, whole.moments))
+
+    def _chunk(self, genes: Sequence[GeneQuery], columns: slice, cohort: str | None) -> _GeneChunk:
+        part = list(genes[columns])
+        keys = [g.key or "" for g in part]
+        if self.readout is None:
+            everything = np.arange(len(part))
+            levels = list(self.predictor.sentence_levels(part))
+            return _GeneChunk(columns, None, np.ones(len(part)), everything[:0], everything, [], levels)
+        decoder = self.readout.decoder(keys, cohort, self.predictor.vectors)
+        weight = self.readout.levels_weight(keys, cohort)
+        mixed, rest = np.flatnonzero(weight > 0), np.flatnonzero(~decoder.known)
+        tables = [list(self.predictor.sentence_levels([part[i] for i in those])) for those in (mixed, rest)]
+        return _GeneChunk(columns, decoder, weight, mixed, rest, *tables)
+
+    def _blocks(self, n: int, xy_N2: np.ndarray | None, neighbours: Neighbours | None) -> Iterator[np.ndarray]:
+        """Yield the spots in blocks; neighbours are mostly in the same block."""
+        order = np.arange(n)
+        if neighbours is not None and xy_N2 is not None:
+            order = reading_order(np.asarray(xy_N2, np.float64), neighbours.spacing)
+        for start in range(0, n, self.block_spots):
+            yield np.sort(order[start : start + self.block_spots])
+
+    def _around(self, whole: _Whole, rows: np.ndarray) -> _Around:
+        if whole.neighbours is None:
+            return _Around(whole.store.read(rows), np.arange(rows.size), None, None)
+        index, near = whole.neighbours.of(rows)
+        index = np.where(near, index, rows[:, None])
+        need = np.unique(np.concatenate([rows, index.ravel()]))
+        own, local = np.searchsorted(need, rows), np.searchsorted(need, index)
+        return _Around(whole.store.read(need), own, local, near)
+
+    def _head_features(self, around: _Around) -> np.ndarray:
+        views = around.features[:, self._dim :]
+        own: np.ndarray = views[around.own]
+        return np.concatenate([own, around.mean(views)], axis=1).astype(np.float32) if self.context else own
+
+    def _predict(
+        self, chunk: _GeneChunk, around: _Around, head: np.ndarray | None, moments: Moments | None
+    ) -> dict[str, np.ndarray]:
+        vectors = around.features[:, : self._dim]
+        if chunk.decoder is None or head is None:
+            return predict_chunks(chunk.rest_levels, vectors[around.own])
+        values = chunk.decoder.predict(head, moments)
+        if chunk.mixed.size:
+            levels = predict_chunks(chunk.mixed_levels, self.predictor.view_vectors(around.features[:, self._dim :]))
+            weight = chunk.weight[chunk.mixed]
+            for name, level in levels.items():
+                value = level[around.own]
+                if around.index is not None:
+                    value = 0.5 * (value + around.mean(level))
+                values[name][:, chunk.mixed] = (1 - weight) * values[name][:, chunk.mixed] + weight * value
+        if chunk.rest.size:
+            for name, value in predict_chunks(chunk.rest_levels, vectors[around.own]).items():
+                values[name][:, chunk.rest] = value
+        return values
+
+
+def predict_section(
+    predictor: Predictor,
+    tiles: TileSource,
+    stain: StainStats | None,
+    xy_N2: np.ndarray | None,
+    genes: Sequence[GeneQuery],
+    cohort: str | None = None,
+) -> dict[str, np.ndarray]:
+    """Predict expression of one section; memory grows with the answer and the positions only.
+
+    Parameters
+    ----------
+    predictor
+        The model.
+    tiles
+        Tiles of N spots.
+    stain
+        Stain statistics of the section.
+    xy_N2
+        Positions in any unit, which define neighbours; None uses each spot alone.
+    genes
+        The G genes.
+    cohort
+        See :class:`SectionPrediction`.
+
+    Returns
+    -------
+    dict
+        ``cp10k`` (log1p of counts per 10,000) and ``raw`` (log1p of counts), float32 (N, G), as from
+        :meth:`Predictor.predict` up to rounding.
+    """
+    prediction, n = SectionPrediction(predictor, genes, cohort), len(tiles)
+    out = {name: np.zeros((n, len(genes)), np.float32) for name in NORMS}
+    with SpooledFeatures(prediction.width, FEATURES_IN_MEMORY) as store:
+        for rows, chunk in tiles.ahead():
+            store.write(rows, prediction.encode(chunk, stain))
+        for block in prediction.blocks(store, n, xy_N2):
+            for name, value in block.values.items():
+                out[name][block.rows, block.columns] = value
+    return out

@@ -1,0 +1,169 @@
+"""Drawings of a finished prediction: overlays as PNG, and GeoJSON for QuPath."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import anndata as ad
+import h5py
+import numpy as np
+from comtip_shards.storage.atomic import atomic_path
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+
+from comtip_fast.constants import UNS
+
+ROWS = 4096
+"""Rows of a matrix that are read at once."""
+QUANTILES = (0.01, 0.99)
+"""Range of the colours."""
+OPACITY = 0.6
+MAX_MEASUREMENTS = 50
+"""Maximum number of genes in a GeoJSON file for which the genes need not be named."""
+
+
+class Answer:
+    """A finished prediction on disk, read a few rows and columns at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with h5py.File(path, "r") as file:
+            self.genes = [str(v) for v in ad.io.read_elem(file["var"]).index]
+            self.names = [str(v) for v in ad.io.read_elem(file["obs"]).index]
+            self.xy_N2 = np.asarray(file["obsm/spatial"][()], np.float64)
+            facts = ad.io.read_elem(file[f"uns/{UNS}"])
+            library = next(iter(ad.io.read_elem(file["uns/spatial"]).values()))
+        self.image, self.scale = library["images"]["hires"], float(library["scalefactors"]["tissue_hires_scalef"])
+        self.tile_px = float(facts["tile_um"]) / float(facts["mpp"])
+        """Width of a tile in px of the slide."""
+
+    def columns(self, genes: Sequence[str]) -> list[int]:
+        """Return the columns of genes.
+
+        Raises
+        ------
+        ValueError
+            A gene was not predicted.
+        """
+        index = {gene: i for i, gene in enumerate(self.genes)}
+        missing = [g for g in genes if g not in index]
+        if missing:
+            raise ValueError(f"{self.path}: {', '.join(missing[:5])} was not predicted; add it to --genes")
+        return [index[g] for g in genes]
+
+    def rows(self, columns: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield the first row and the values (n, columns) of consecutive rows."""
+        order = np.argsort(columns, kind="stable")
+        wanted = np.asarray(columns, np.int64)[order]
+        with h5py.File(self.path, "r") as file:
+            for start in range(0, len(self.names), ROWS):
+                part = np.asarray(file["X"][start : start + ROWS, wanted])
+                values = np.empty_like(part)
+                values[:, order] = part
+                yield start, values
+
+
+def write_overlays(answer: Answer, genes: Sequence[str], folder: Path) -> list[Path]:
+    """Draw genes over the slide, one PNG per gene.
+
+    Raises
+    ------
+    ValueError
+        A gene was not predicted.
+    """
+    columns = answer.columns(genes)
+    folder.mkdir(exist_ok=True)
+    owner = _owner(answer)
+    written = []
+    for gene, column in zip(genes, columns, strict=True):
+        values = np.concatenate([v[:, 0] for _, v in answer.rows([column])])
+        path = folder / f"{re.sub(r'[^A-Za-z0-9._-]', '_', gene)}.png"
+        _draw(answer.image, owner, values, gene, path)
+        written.append(path)
+    return written
+
+
+def _owner(answer: Answer) -> np.ndarray:
+    """Return the tile that covers each pixel of the overview, int32 (H, W); -1 for none."""
+    owner = np.full(answer.image.shape[:2], -1, np.int32)
+    half = answer.tile_px / 2
+    low = np.floor((answer.xy_N2 - half) * answer.scale).astype(int).clip(0)
+    high = np.maximum(np.ceil((answer.xy_N2 + half) * answer.scale).astype(int), low + 1)
+    for i in range(len(low)):
+        owner[low[i, 1] : high[i, 1], low[i, 0] : high[i, 0]] = i
+    return owner
+
+
+def _draw(image_HW3: np.ndarray, owner_HW: np.ndarray, values_N: np.ndarray, gene: str, path: Path) -> None:
+    low, high = (float(v) for v in np.quantile(values_N, QUANTILES))
+    norm, colours = Normalize(low, high if high > low else low + 1e-6, clip=True), colormaps["viridis"]
+    picture = np.asarray(image_HW3, np.float32) / 255
+    shown = owner_HW >= 0
+    picture[shown] = (1 - OPACITY) * picture[shown] + OPACITY * colours(norm(values_N[owner_HW[shown]]))[:, :3]
+    height, width = owner_HW.shape
+    figure = Figure(figsize=(width / 100 + 1.5, height / 100 + 0.5), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.imshow(picture, interpolation="nearest")
+    axes.set_axis_off()
+    axes.set_title(gene)
+    figure.colorbar(ScalarMappable(norm, colours), ax=axes, label="log1p counts per 10,000, predicted")
+    with atomic_path(path) as tmp_path:
+        figure.savefig(tmp_path, format="png", metadata={"Software": None})
+
+
+def write_geojson(answer: Answer, genes: Sequence[str] | None, path: Path) -> int:
+    """Write the tiles as polygons with measurements, in px of the slide, as QuPath reads them.
+
+    Parameters
+    ----------
+    answer
+        The prediction.
+    genes
+        Genes to write; None writes all if there are at most :data:`MAX_MEASUREMENTS`.
+    path
+        The ``.geojson`` to write.
+
+    Returns
+    -------
+    Number of tiles.
+
+    Raises
+    ------
+    ValueError
+        A gene was not predicted, or there are too many genes.
+    """
+    if genes is None and len(answer.genes) > MAX_MEASUREMENTS:
+        raise ValueError(
+            f"{answer.path}: {len(answer.genes)} genes are too many measurements for QuPath; name some, e.g. "
+            f"--geojson {' '.join(answer.genes[:2])}"
+        )
+    named = list(answer.genes if genes is None else genes)
+    columns, half = answer.columns(named), answer.tile_px / 2
+    with atomic_path(path) as tmp_path, tmp_path.open("w", encoding="utf-8") as file:
+        file.write('{"type": "FeatureCollection", "features": [')
+        for start, values in answer.rows(columns):
+            for i, row in enumerate(values.tolist(), start=start):
+                feature = _feature(answer.xy_N2[i], half, answer.names[i], dict(zip(named, row, strict=True)))
+                file.write((",\n" if i else "\n") + json.dumps(feature))
+        file.write("\n]}\n")
+    return len(answer.names)
+
+
+def _feature(xy: np.ndarray, half: float, name: str, measurements: dict[str, float]) -> dict[str, object]:
+    x0, y0, x1, y1 = (round(float(v), 2) for v in (*(xy - half), *(xy + half)))
+    return {
+        "type": "Feature",
+        "geometry": {"type": "Polygon", "coordinates": [[[x0, y0], [x1, y0], [x1, y1], [x0, y1], [x0, y0]]]},
+        "properties": {
+            "objectType": "tile",
+            "name": name,
+            "measurements": {k: round(v, 5) for k, v in measurements.items()},
+        },
+    }

@@ -1,0 +1,112 @@
+"""Grid of tiles on the tissue of a slide."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+MAX_TILES = 20_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridOptions:
+    """Positions at which a slide is predicted."""
+
+    shape: Literal["square", "hexagonal"] = "square"
+    """Lattice of the tiles."""
+    step_um: float | None = None
+    """Distance of tiles in um; None is the width of a tile."""
+    min_tissue: float = 0.2
+    """Smallest share of tissue in a tile; 0 predicts the complete image."""
+
+    def __post_init__(self) -> None:
+        if self.shape not in ("square", "hexagonal"):
+            raise ValueError(f"shape {self.shape!r}: expected square or hexagonal")
+        if self.step_um is not None and not (self.step_um > 0 and math.isfinite(self.step_um)):
+            raise ValueError(f"step_um {self.step_um!r}: expected a positive number of um")
+        if not 0 <= self.min_tissue <= 1:
+            raise ValueError(f"min_tissue {self.min_tissue!r}: expected a share from 0 to 1")
+
+
+@dataclass(frozen=True)
+class TileGrid:
+    """N tiles on tissue, row by row."""
+
+    xy_N2: np.ndarray
+    """float64 centres, px of the slide."""
+    array_N2: np.ndarray
+    """int64 (column, row) on the lattice. On a hexagonal lattice, columns have steps of 2, as on Visium slides."""
+    tissue_N: np.ndarray
+    """float32 share of tissue in each tile."""
+
+
+def tissue_grid(
+    mask_HW: np.ndarray, size: tuple[int, int], mpp: float, tile_um: float, options: GridOptions
+) -> TileGrid:
+    """Return the tiles of a lattice that show enough tissue.
+
+    Parameters
+    ----------
+    mask_HW
+        Tissue mask that covers the slide at a lower resolution.
+    size
+        (width, height) of the slide in px.
+    mpp
+        um per px of the slide.
+    tile_um
+        Width of a tile.
+    options
+        The lattice.
+
+    Raises
+    ------
+    ValueError
+        The lattice has too many tiles.
+    """
+    step = (options.step_um or tile_um) / mpp
+    hexagonal = options.shape == "hexagonal"
+    row_step = step * (math.sqrt(3) / 2 if hexagonal else 1.0)
+    if size[0] * size[1] / (step * row_step) > MAX_TILES:
+        raise ValueError(f"steps of {step * mpp:g} um give more than {MAX_TILES:,} tiles; choose a larger --step-um")
+    height, width = mask_HW.shape
+    total = np.zeros((height + 1, width + 1))
+    total[1:, 1:] = mask_HW.cumsum(0, dtype=np.float64).cumsum(1)
+    scale, half = (width / size[0], height / size[1]), tile_um / mpp / 2
+    centres, cells, shares = [], [], []
+    for row in range(math.ceil(size[1] / row_step)):
+        y, shift = (row + 0.5) * row_step, step / 2 if hexagonal and row % 2 else 0.0
+        x = np.arange(step / 2 + shift, size[0], step)
+        share = _share(total, x, y, half, scale)
+        kept = np.flatnonzero((share >= options.min_tissue) & (y < size[1]))
+        centres.append(np.column_stack([x[kept], np.full(kept.size, y)]))
+        column = 2 * kept + row % 2 if hexagonal else kept
+        cells.append(np.column_stack([column, np.full(kept.size, row)]))
+        shares.append(share[kept].astype(np.float32))
+    return TileGrid(np.concatenate(centres), np.concatenate(cells).astype(np.int64), np.concatenate(shares))
+
+
+def _share(total: np.ndarray, x: np.ndarray, y: float, half: float, scale: tuple[float, float]) -> np.ndarray:
+    """Return the share of tissue in squares around (x, y), from the summed-area table; outside the image is none."""
+    height, width = total.shape[0] - 1, total.shape[1] - 1
+    x0, x1 = (_inner(x + side, scale[0], width) for side in (-half, half))
+    y0, y1 = (_inner(np.array([y + side]), scale[1], height) for side in (-half, half))
+    inside = _at(total, x1, y1) - _at(total, x0, y1) - _at(total, x1, y0) + _at(total, x0, y0)
+    share: np.ndarray = inside / (4 * half * half * scale[0] * scale[1])
+    return np.clip(share, 0.0, 1.0)
+
+
+def _inner(value: np.ndarray, scale: float, limit: int) -> np.ndarray:
+    return np.clip(value * scale, 0, limit)
+
+
+def _at(total: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Interpolate the summed-area table, so that squares smaller than a px of the mask have a share, too."""
+    x0, y0 = np.minimum(x.astype(int), total.shape[1] - 2), np.minimum(y.astype(int), total.shape[0] - 2)
+    fx, fy = x - x0, y - y0
+    top = total[y0, x0] * (1 - fx) + total[y0, x0 + 1] * fx
+    bottom = total[y0 + 1, x0] * (1 - fx) + total[y0 + 1, x0 + 1] * fx
+    out: np.ndarray = top * (1 - fy) + bottom * fy
+    return out

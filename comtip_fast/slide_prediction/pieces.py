@@ -1,0 +1,135 @@
+"""Pieces of an unfinished prediction on disk, from which a killed process continues."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from comtip_shards.storage.atomic import write_atomic
+
+PLAN = "plan.json"
+CACHED_BYTES = 64 << 20
+"""Pieces of features that are kept in memory while they are read."""
+
+
+def digest(plan: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a plan that JSON can represent."""
+    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+
+
+class Pieces:
+    """Folder of pieces next to an output; a context manager that locks it.
+
+    Parameters
+    ----------
+    out
+        The output.
+    plan
+        Everything that the pieces depend on. Pieces of another plan are deleted.
+
+    Raises
+    ------
+    FileExistsError
+        Another process works on the same output, or the folder holds other files.
+    """
+
+    def __init__(self, out: Path, plan: Mapping[str, Any]) -> None:
+        self.folder, self.plan = out.with_name(f".{out.name}.parts"), digest(plan)
+        self.discarded = False
+        """Whether pieces of another plan were deleted."""
+
+    def __enter__(self) -> Pieces:
+        self.folder.mkdir(exist_ok=True)
+        self._lock = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            raise FileExistsError(
+                f"{self.folder}: another process predicts this slide; wait for it, or give another --out"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        plan = self.folder / PLAN
+        if not plan.is_file() or plan.read_text() != self.plan:
+            self._clear(known=plan.is_file())
+            write_atomic(plan, self.plan)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._lock)
+
+    def _clear(self, *, known: bool) -> None:
+        others = [p for p in self.folder.iterdir() if p.name != PLAN and not p.name.startswith(".")]
+        if others and not known:
+            raise FileExistsError(f"{self.folder}: holds files that are no pieces of a prediction; move it away")
+        for path in self.folder.iterdir():
+            path.unlink()
+        self.discarded = bool(others)
+
+    def has(self, name: str) -> bool:
+        """Return whether a piece is complete."""
+        return (self.folder / f"{name}.npy").is_file()
+
+    def write(self, name: str, values: np.ndarray) -> None:
+        """Write a piece atomically."""
+        buffer = io.BytesIO()
+        np.save(buffer, values, allow_pickle=False)
+        write_atomic(self.folder / f"{name}.npy", buffer.getvalue())
+
+    def read(self, name: str) -> np.ndarray:
+        """Read a piece."""
+        values: np.ndarray = np.load(self.folder / f"{name}.npy", allow_pickle=False)
+        return values
+
+    def remove(self) -> None:
+        """Delete all pieces; the output is complete."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class PieceFeatures:
+    """Features of all tiles, read from pieces of ``size`` tiles; the last ones are cached."""
+
+    def __init__(self, pieces: Pieces, size: int, width: int) -> None:
+        self._pieces, self._size, self._width = pieces, size, width
+        self._cache: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._keep = max(2, CACHED_BYTES // (4 * width * size))
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """Return float32 (n, W) of the tiles ``rows``, int64 ascending."""
+        out = np.empty((rows.size, self._width), np.float32)
+        number = rows // self._size
+        for piece in np.unique(number).tolist():
+            mine = number == piece
+            out[mine] = self._piece(piece)[rows[mine] - piece * self._size]
+        return out
+
+    def _piece(self, piece: int) -> np.ndarray:
+        if piece not in self._cache:
+            self._cache[piece] = self._pieces.read(feature_name(piece))
+            while len(self._cache) > self._keep:
+                self._cache.popitem(last=False)
+        self._cache.move_to_end(piece)
+        return self._cache[piece]
+
+
+def feature_name(piece: int) -> str:
+    """Return the name of a piece of features."""
+    return f"features-{piece:06d}"
+
+
+def value_name(piece: int) -> str:
+    """Return the name of a piece of predictions."""
+    return f"values-{piece:06d}"

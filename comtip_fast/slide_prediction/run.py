@@ -1,0 +1,306 @@
+"""Prediction of one slide: encode tiles in pieces, predict in pieces, join them to one AnnData file."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import h5py
+import numpy as np
+import pandas as pd
+from comtip_shards import SourceError
+from comtip_shards.slides.appearance import looks_like_he
+from comtip_shards.slides.base import Slide
+from comtip_shards.slides.open import open_slide
+from comtip_shards.slides.tiles import StainStats, stain_stats
+from PIL import Image
+from tqdm import tqdm
+
+from comtip_fast._version import __version__
+from comtip_fast.constants import LAYER_CP10K, LAYER_RAW, UNS
+from comtip_fast.data.h5ad import MatrixRows, write_h5ad
+from comtip_fast.data.sections import MPP_RANGE, OVERVIEW_PX, attach_image
+from comtip_fast.data.tile_sources import SlideTiles, TileGeometry
+from comtip_fast.inference import GeneQuery, Predictor, SectionPrediction
+from comtip_fast.slide_prediction.grid import GridOptions, TileGrid, tissue_grid
+from comtip_fast.slide_prediction.pieces import PieceFeatures, Pieces, feature_name, value_name
+from comtip_fast.slide_prediction.tissue import tissue_mask
+
+log = logging.getLogger("comtip_fast")
+MASK_PX = 2048
+"""Maximum side of the overview in which tissue is found."""
+PIECE_TILES = 256
+"""Tiles whose features are one piece; a killed process loses at most one."""
+PIECE_BYTES = 64 << 20
+"""Approximate size of a piece of predictions."""
+STAIN_TILES = 512
+"""Tiles, evenly spaced over the tissue, from which stain statistics are computed."""
+LOG_EVERY_S = 30.0
+MPP_DISAGREEMENT = 1.2
+"""Ratio of the stated scale to that of the file above which a warning is logged."""
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlideRequest:
+    """What to predict on a slide."""
+
+    queries: list[GeneQuery]
+    """The G genes."""
+    var: pd.DataFrame
+    """Their annotation, ``var`` of the answer."""
+    provenance: dict[str, str]
+    """Record of the model and of stated facts, ``uns["comtip"]`` of the answer."""
+    mpp: float | None = None
+    """um per px; None uses the scale of the file."""
+    grid: GridOptions = field(default_factory=GridOptions)
+    progress: bool = False
+    """Whether to show a progress bar on a terminal, or log the progress otherwise."""
+
+
+@dataclass
+class _Layout:
+    """A slide, its scale and the tiles to predict."""
+
+    slide: Slide
+    name: str
+    mpp: float
+    grid: TileGrid
+    overview: np.ndarray
+    tile: TileGeometry
+
+    def tiles(self, rows: slice | np.ndarray) -> SlideTiles:
+        """Return some tiles of the slide, which stays open."""
+        return SlideTiles(lambda: nullcontext(self.slide), self.grid.xy_N2[rows], self.mpp, self.tile)
+
+
+def predict_slide(predictor: Predictor, path: Path, out: Path, request: SlideRequest) -> bool:
+    """Predict genes on the tissue of a slide and write an AnnData file.
+
+    A killed process continues from its pieces in ``.NAME.parts`` next to ``out``, and the result has the same bytes.
+
+    Parameters
+    ----------
+    predictor
+        The model.
+    path
+        Image or whole-slide file.
+    out
+        The ``.h5ad`` to write.
+    request
+        What to predict.
+
+    Returns
+    -------
+    Whether the slide was predicted; False if ``out`` already is the answer.
+
+    Raises
+    ------
+    SourceError
+        The slide cannot be read, has no scale, or shows no tissue.
+    FileExistsError
+        Another process predicts the same output.
+    """
+    with open_slide(path) as slide:
+        plan = _plan(predictor, path, slide, request)
+        with Pieces(out, plan) as pieces:
+            if stored_plan(out) == pieces.plan:
+                log.info("%s is complete already", out)
+                pieces.remove()
+                return False
+            if pieces.discarded:
+                log.warning("%s: the pieces in %s are of other settings and start anew", out, pieces.folder)
+            layout = _layout(slide, path, predictor, request)
+            prediction = SectionPrediction(predictor, request.queries)
+            _encode(layout, prediction, pieces, request.progress)
+            size = _predict(layout, prediction, pieces, request.progress)
+            _join(layout, request, pieces, out, size)
+            pieces.remove()
+    return True
+
+
+def stored_plan(out: Path) -> str:
+    """Return the hash of the plan of a complete answer; empty if ``out`` is none."""
+    try:
+        with h5py.File(out, "r") as file:
+            value = file[f"uns/{UNS}/plan"][()]
+    except (OSError, KeyError, TypeError):
+        return ""
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _plan(predictor: Predictor, path: Path, slide: Slide, request: SlideRequest) -> dict[str, Any]:
+    """Return everything that the answer depends on."""
+    with path.open("rb") as file:
+        ends = hashlib.sha256(file.read(1 << 20))
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - (1 << 20)))
+        ends.update(file.read())
+    return {
+        "format": FORMAT,
+        "version": __version__,
+        "model": predictor.fingerprint,
+        "precision": [predictor.config.train.precision, predictor.device.type],
+        "slide": [path.name, size, ends.hexdigest(), slide.reader, list(slide.size)],
+        "mpp": _scale(slide, path, request.mpp, quiet=True),
+        "grid": asdict(request.grid),
+        "pieces": [PIECE_TILES, PIECE_BYTES, MASK_PX, STAIN_TILES],
+        "genes": [[q.symbol, q.name, q.key] for q in request.queries],
+        "var": request.var.to_csv(),
+        "provenance": request.provenance,
+    }
+
+
+def _scale(slide: Slide, path: Path, stated: float | None, *, quiet: bool = False) -> float:
+    mpp = slide.mpp if stated is None else stated
+    if mpp is None:
+        raise SourceError(f"{path}: the file states no scale; set --mpp to its um per px")
+    if not MPP_RANGE[0] <= mpp <= MPP_RANGE[1]:
+        raise SourceError(
+            f"{path}: {mpp:g} um per px is not plausible ({MPP_RANGE[0]:g} to {MPP_RANGE[1]:g}); set --mpp"
+        )
+    if stated and slide.mpp and not quiet and not 1 / MPP_DISAGREEMENT < stated / slide.mpp < MPP_DISAGREEMENT:
+        log.warning("%s: --mpp %g is used, but the file states %g um per px", path, stated, slide.mpp)
+    return float(mpp)
+
+
+def _layout(slide: Slide, path: Path, predictor: Predictor, request: SlideRequest) -> _Layout:
+    mpp = _scale(slide, path, request.mpp)
+    tile = TileGeometry(predictor.tile_px, predictor.tile_um, predictor.min_mpp)
+    if tile.um / mpp < tile.px / 4 and mpp > tile.min_mpp:
+        log.warning("%s: a tile of %g um has only %.0f px at %g um per px", path, tile.um, tile.um / mpp, mpp)
+    picture, factor = slide.overview(MASK_PX)
+    mask = tissue_mask(picture, mpp * factor) if request.grid.min_tissue > 0 else np.ones(picture.shape[:2], bool)
+    grid = tissue_grid(mask, slide.size, mpp, tile.um, request.grid)
+    if not len(grid.xy_N2):
+        raise SourceError(
+            f"{path}: no tile has {request.grid.min_tissue:.0%} tissue ({mask.mean():.1%} of the image is tissue); check "
+            "that it is an H&E image and --mpp, or set --min-tissue 0 to predict the complete image"
+        )
+    is_he, reason = looks_like_he(picture[mask][:, None])
+    if not is_he:
+        log.warning("%s: may not be H&E, for which the model was trained: %s", path, reason)
+    log.info("%s: %d tiles of %g um on tissue (%.1f%% of the image)", path, len(grid.xy_N2), tile.um, 100 * mask.mean())
+    return _Layout(slide, path.stem, mpp, grid, _shrunk(picture), tile)
+
+
+def _shrunk(picture_HW3: np.ndarray) -> np.ndarray:
+    height, width = picture_HW3.shape[:2]
+    part = min(1.0, OVERVIEW_PX / max(height, width))
+    size = (max(1, round(width * part)), max(1, round(height * part)))
+    return np.asarray(Image.fromarray(picture_HW3).resize(size, Image.Resampling.LANCZOS))
+
+
+def _encode(layout: _Layout, prediction: SectionPrediction, pieces: Pieces, show: bool) -> None:
+    """Write the features of all tiles that are not written yet."""
+    n = len(layout.grid.xy_N2)
+    starts = range(0, n, PIECE_TILES)
+    todo = [i for i in range(len(starts)) if not pieces.has(feature_name(i))]
+    if not todo:
+        return
+    stain = _stain(layout) if prediction.predictor.normalises_stain else None
+    with _Progress(f"{layout.name}: tiles", n, n - sum(min(PIECE_TILES, n - starts[i]) for i in todo), show) as done:
+        for i in todo:
+            rows = slice(starts[i], min(starts[i] + PIECE_TILES, n))
+            tiles = layout.tiles(rows)
+            features = np.empty((len(tiles), prediction.width), np.float32)
+            for chunk in tiles.ahead():
+                features[chunk.rows] = prediction.encode(chunk.tiles_NSS3, stain)
+                done.update(len(chunk.rows))
+            pieces.write(feature_name(i), features)
+
+
+def _stain(layout: _Layout) -> StainStats:
+    n = len(layout.grid.xy_N2)
+    rows = np.unique(np.linspace(0, n - 1, min(n, STAIN_TILES)).round().astype(np.int64))
+    return stain_stats(tile for chunk in layout.tiles(rows).chunks() for tile in chunk.tiles_NSS3)
+
+
+def _predict(layout: _Layout, prediction: SectionPrediction, pieces: Pieces, show: bool) -> int:
+    """Write the predictions of all tiles that are not written yet; return the number of tiles in a piece."""
+    n = len(layout.grid.xy_N2)
+    size = min(prediction.block_spots, max(64, PIECE_BYTES // (8 * max(prediction.n_genes, 1))))
+    starts = range(0, n, size)
+    todo = [i for i in range(len(starts)) if not pieces.has(value_name(i))]
+    if not todo:
+        return size
+    store = PieceFeatures(pieces, PIECE_TILES, prediction.width)
+    whole = prediction.summarise(store, n, layout.grid.xy_N2)
+    with _Progress(f"{layout.name}: genes", n, n - sum(min(size, n - starts[i]) for i in todo), show) as done:
+        for i in todo:
+            rows = np.arange(starts[i], min(starts[i] + size, n))
+            values = np.empty((2, rows.size, prediction.n_genes), np.float32)
+            for block in prediction.predict_rows(whole, rows):
+                values[0, :, block.columns], values[1, :, block.columns] = block.values["cp10k"], block.values["raw"]
+            pieces.write(value_name(i), values)
+            done.update(rows.size)
+    return size
+
+
+def _join(layout: _Layout, request: SlideRequest, pieces: Pieces, out: Path, size: int) -> None:
+    """Write the answer from the pieces, which need not fit in memory."""
+    grid, n = layout.grid, len(layout.grid.xy_N2)
+    obs = pd.DataFrame(
+        {
+            "section_id": pd.Categorical([layout.name] * n),
+            "array_col": grid.array_N2[:, 0],
+            "array_row": grid.array_N2[:, 1],
+            "tissue": grid.tissue_N,
+        },
+        index=pd.Index([f"{row}x{column}" for column, row in grid.array_N2.tolist()], dtype=object),
+    )
+    data = ad.AnnData(obs=obs, var=request.var, obsm={"spatial": grid.xy_N2.copy()})
+    small_mpp = layout.mpp * layout.slide.size[0] / layout.overview.shape[1]
+    attach_image(data, layout.name, layout.overview, layout.mpp, small_mpp, layout.tile.um)
+    step = request.grid.step_um or layout.tile.um
+    data.uns[UNS] = request.provenance | {
+        "grid": request.grid.shape,
+        "step_um": step,
+        "tile_um": layout.tile.um,
+        "mpp": layout.mpp,
+        "plan": pieces.plan,
+    }
+
+    def rows_of(norm: int) -> Iterator[tuple[slice, np.ndarray]]:
+        for i, start in enumerate(range(0, n, size)):
+            values = pieces.read(value_name(i))[norm]
+            yield slice(start, start + len(values)), values
+
+    cp10k, raw = (MatrixRows((n, len(request.var)), partial(rows_of, norm)) for norm in (0, 1))
+    write_h5ad(data, out, {"X": cp10k, f"layers/{LAYER_CP10K}": cp10k, f"layers/{LAYER_RAW}": raw})
+
+
+class _Progress:
+    """Progress bar on a terminal, otherwise a line in the log every :data:`LOG_EVERY_S`; a context manager."""
+
+    def __init__(self, what: str, total: int, done: int, show: bool) -> None:
+        self._what, self._total, self._first, self._done, self._show = what, total, done, done, show
+        self._bar = tqdm(total=total, initial=done, desc=what, disable=None if show else True, unit="tile")
+        self._start = self._last = time.monotonic()
+        if done:
+            log.info("%s: continuing, %d of %d are done", what, done, total)
+
+    def update(self, n: int) -> None:
+        """Count finished tiles."""
+        self._done += n
+        self._bar.update(n)
+        now = time.monotonic()
+        if self._show and self._bar.disable and now - self._last >= LOG_EVERY_S:
+            self._last = now
+            left = (now - self._start) / (self._done - self._first) * (self._total - self._done)
+            log.info("%s: %d of %d, %.1f min left", self._what, self._done, self._total, left / 60)
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
