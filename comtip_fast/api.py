@@ -9,6 +9,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import anndata as ad
 import numpy as np
@@ -106,8 +107,10 @@ class Model:
         -------
         AnnData
             ``X`` and ``layers["log1p_cp10k"]``: float32 log1p of counts per 10,000; ``layers["log1p_raw"]``: log1p of counts
-            at the depth of the training sections. ``var`` has the columns ``found_by`` (how the identifier was resolved)
-            and ``training`` (``trained``, ``held out`` or ``never seen``). ``obs_names`` are those of the section.
+            at the depth of the training sections. ``var`` has the columns ``found_by`` (how the identifier was resolved),
+            ``ensembl``, ``training`` (``trained``, ``trained by a parent``, ``held out`` or ``never seen``) and
+            ``validation_pcc`` (mean PCC on the validation sections of the run; NaN without). ``obs_names`` are those of the
+            section.
 
         Raises
         ------
@@ -186,7 +189,11 @@ class Model:
 
     def _provenance(self, opened: SectionTiles) -> dict[str, str]:
         vectors = self.predictor.vectors
+        lineage = self.predictor.lineage
         facts = {"version": __version__, "model": self.predictor.config.name, "species": opened.species}
+        runs = " > ".join(lineage.labels())
+        facts["lineage"] = runs if lineage.parents_known else f"unknown > {runs}"
+        facts["training_licences"] = "; ".join(lineage.licences())
         if vectors is not None:
             facts |= {"gene_vectors": vectors.sha256, "gene_vectors_licence": str(vectors.header.get("licence", ""))}
         return facts
@@ -195,7 +202,7 @@ class Model:
         known = {g.key: g for g in self.predictor.bundle.genes}
         if genes is None:
             rows = [known[k] for k in self.trained_genes if not species or k.startswith(f"{species}:")]
-            asked = [(g.symbol, g.key, g.symbol, g.name, "model") for g in rows]
+            asked = [_Asked(g.symbol, g.key, g.symbol, g.ensembl, g.name, "model") for g in rows]
             if not asked:
                 raise ValueError(
                     f"the model has no trained genes of species {species}; name genes to predict (--genes)"
@@ -204,28 +211,38 @@ class Model:
             asked = [self._resolve(g, species) for g in genes]
         if not asked:
             raise ValueError("genes: the list is empty; name genes to predict")
-        index = _unique([a[0] for a in asked])
-        trained, held = set(self.trained_genes), set(self.predictor.held_out_genes)
+        scores = self.predictor.lineage.own.gene_scores
         var = pd.DataFrame(
             {
-                "key": [a[1] for a in asked],
-                "symbol": [a[2] for a in asked],
-                "name": [a[3] for a in asked],
-                "found_by": [a[4] for a in asked],
-                "training": [
-                    "trained" if a[1] in trained else "held out" if a[1] in held else "never seen" for a in asked
-                ],
+                "key": [a.key for a in asked],
+                "symbol": [a.symbol for a in asked],
+                "ensembl": [a.ensembl for a in asked],
+                "name": [a.name for a in asked],
+                "found_by": [a.found_by for a in asked],
+                "training": [self.predictor.training_of(a.key) for a in asked],
+                "validation_pcc": np.array([scores.get(a.key, np.nan) for a in asked], np.float64),
             },
-            index=pd.Index(index, dtype=object),
+            index=pd.Index(_unique([a.gene for a in asked]), dtype=object),
         )
-        return var, [GeneQuery(a[2], a[3], a[1]) for a in asked]
+        return var, [GeneQuery(a.symbol, a.name, a.key) for a in asked]
 
-    def _resolve(self, gene: str, species: str) -> tuple[str, str, str, str, str]:
+    def _resolve(self, gene: str, species: str) -> _Asked:
         species = species or ("mouse" if gene.upper().startswith("ENSMUSG") else "human")
         hit = GeneResource.load().resolve(gene, species)
         if hit.how == "unmapped":
             log.warning("gene %r: not in the table of %s genes; its sentence is the bare symbol", gene, species)
-        return gene, hit.key, hit.symbol or gene, hit.name, hit.how
+        return _Asked(gene, hit.key, hit.symbol or gene, hit.ensembl, hit.name, hit.how)
+
+
+class _Asked(NamedTuple):
+    """A gene to predict, and how its identifier was resolved."""
+
+    gene: str
+    key: str
+    symbol: str
+    ensembl: str
+    name: str
+    found_by: str
 
 
 def _unique(names: list[str]) -> list[str]:

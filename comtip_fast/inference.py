@@ -27,6 +27,7 @@ from comtip_fast.export import Bundle
 from comtip_fast.genes import GeneTokenizer
 from comtip_fast.genes.tokens import GeneTokens, gene_tokens, take_genes
 from comtip_fast.genes.vectors import GeneVectors
+from comtip_fast.lineage import symbol_of
 from comtip_fast.models import CoMTIP
 from comtip_fast.models.readout import neighbour_mean, tile_features
 
@@ -143,7 +144,10 @@ class Predictor:
                 "the model was trained with another tokenizer; install the comtip-fast version that wrote the export"
             )
         self.trained_genes = [g.key for g in bundle.genes if g.trained]
-        self.held_out_genes = [g.key for g in bundle.genes if g.held_out]
+        self.lineage = bundle.lineage
+        self._by_parents = self.lineage.genes_of_ancestors()
+        # A gene that a parent trained is not unseen, even if this run held it out.
+        self.held_out_genes = [g.key for g in bundle.genes if g.held_out and symbol_of(g.key) not in self._by_parents]
         self.train_sections = bundle.sections
         self.tile_px, self.tile_um, self.min_mpp = bundle.sizes.tile_px, bundle.tile_um, bundle.min_mpp
         self._row = {key: i for i, key in enumerate(self.trained_genes)}
@@ -156,6 +160,18 @@ class Predictor:
             raise FileNotFoundError(f"{folder} does not exist; give the folder of a finished run or an export")
         bundle = Bundle.load(folder / "export" if (folder / "export").is_dir() else folder)
         return cls(bundle, device, None if vectors is None else GeneVectors.load(vectors))
+
+    def training_of(self, key: str) -> str:
+        """Return ``trained``, ``trained by a parent``, ``held out`` or ``never seen``, over all runs of the lineage."""
+        if key in self._row:
+            return "trained"
+        if symbol_of(key) in self._by_parents:
+            return "trained by a parent"
+        return "held out" if key in self.held_out_genes else "never seen"
+
+    def has_vector(self, key: str) -> bool:
+        """Return whether there is a gene vector for the gene."""
+        return self.vectors is not None and key in self.vectors.row
 
     @torch.no_grad()
     def image_features(

@@ -22,16 +22,23 @@ from comtip_fast.data.loaders.torch import TorchLoader
 from comtip_fast.export import Bundle
 from comtip_fast.genes import GeneTokenizer
 from comtip_fast.genes.tokens import gene_tokens
+from comtip_fast.inference import Predictor
+from comtip_fast.lineage import Lineage
 from comtip_fast.models import CoMTIP, ModelSizes
 from comtip_fast.models.image_encoder import check_mask, patches_per_side
 from comtip_fast.training.losses import LossInputs, LossPart, Numbers, Parts, StepLosses
 from comtip_fast.training.readout import fit_readout
-from comtip_fast.training.validation import Validation
-from comtip_fast.training.warm_start import start_from
+from comtip_fast.training.validation import Validation, validation_scores
+from comtip_fast.training.warm_start import parent_leaks, parents_of, start_from
 
 
 def build_task(
-    config: RunConfig, device: torch.device, group: Group | None = None, *, initialise: bool = True
+    config: RunConfig,
+    device: torch.device,
+    group: Group | None = None,
+    *,
+    initialise: bool = True,
+    parents: Lineage | None = None,
 ) -> CoMTIPTask:
     """Open the shard set, compute the training tables and build the model from the config; identical on all ranks.
 
@@ -46,6 +53,8 @@ def build_task(
     initialise
         Load the initial weights that the config names (``vision.pretrained``, ``train.start_from``). False if a
         checkpoint will be loaded: the files of the initial weights may no longer exist.
+    parents
+        Lineage of the model that the run starts from; None reads it from ``train.start_from``.
 
     Raises
     ------
@@ -72,7 +81,10 @@ def build_task(
         model.vision.stem.load_pretrained()
     if config.engine.compile:
         model.compile_blocks()
-    task = CoMTIPTask(config, shards, tables, tokenizer, model.to(device), sizes, group or SingleProcessGroup())
+    parents = parents_of(config, required=initialise) if parents is None else parents
+    task = CoMTIPTask(
+        config, shards, tables, tokenizer, model.to(device), sizes, group or SingleProcessGroup(), parents
+    )
     if config.train.start_from and initialise:
         # Loaded after the task has set the stem's output scale: the encoder was trained on the scale of its source run.
         keys = [shards.genes[row].key for row in tables.genes.trained]
@@ -103,8 +115,10 @@ class CoMTIPTask:
         model: CoMTIP,
         sizes: ModelSizes,
         group: Group,
+        parents: Lineage,
     ) -> None:
         self.config, self.shards, self.tables, self.sizes, self.group = config, shards, tables, sizes, group
+        self.parents = parents
         self.model, self.tokenizer = model, tokenizer
         self.device = next(model.parameters()).device
         stem = self._stem if model.vision.stem is not None else None
@@ -140,6 +154,10 @@ class CoMTIPTask:
         for cohort, rows in genes.ranked.items():
             lines.append(f"  {cohort}: {rows.size} genes pass genes.min_detection")
         return "\n".join(lines)
+
+    def leaks(self) -> list[str]:
+        """Return one message per way in which the parents' training data limits what this run's scores mean."""
+        return parent_leaks(self.parents, self.shards, self.tables)
 
     def prepare(self) -> None:
         """Compute the features of a frozen stem for all training tiles."""
@@ -233,10 +251,15 @@ class CoMTIPTask:
         return self.validation.score()
 
     def export(self, folder: Path) -> None:
-        """Write an export of the current weights, with a readout that is fitted on the training split."""
-        bundle = self.bundle()
+        """Write an export of the current weights: a readout fitted on the training split, and scores on split ``val``."""
+        bundle, model = self.bundle(), self._copy_of_model()
         if self.config.readout.kind == "linear":
-            bundle.readout = fit_readout(self._copy_of_model(), self.config, self.shards, self.tables, self.loader)
+            bundle.readout = fit_readout(model, self.config, self.shards, self.tables, self.loader)
+        predictor = Predictor(replace(bundle, model=model), self.device)
+        per_cohort, per_gene = validation_scores(
+            predictor, self.shards, self.tables, self.loader, self.config.train.seed
+        )
+        bundle.lineage = bundle.lineage.with_own(validation=per_cohort, gene_scores=per_gene)
         bundle.save(folder)
 
     def _copy_of_model(self) -> CoMTIP:
@@ -249,7 +272,9 @@ class CoMTIPTask:
 
     def bundle(self) -> Bundle:
         """Return the contents of an export: config, model, levels and genes."""
-        return Bundle.from_training(self.config, self.sizes, self.model, self.shards, self.tables, self.tokenizer)
+        return Bundle.from_training(
+            self.config, self.sizes, self.model, self.shards, self.tables, self.tokenizer, self.parents
+        )
 
     def fingerprint(self) -> dict[str, str]:
         """Return hashes of the shard set and tokenizer; a resumed run must find the same ones."""
