@@ -20,7 +20,9 @@ from comtip_shards.sections.facts import CountOptions, PoolingOptions, SectionFa
 
 from comtip_fast._version import __version__
 from comtip_fast.constants import LAYER_CP10K, LAYER_RAW, OBSM_EMBEDDING, UNS
+from comtip_fast.data.measured import COUNT_OPTIONS, measured_counts
 from comtip_fast.data.sections import H5AD_SUFFIXES, SectionTiles, TileGeometry, open_section, read_h5ad
+from comtip_fast.evaluation.compare import joined_with_measured
 from comtip_fast.evaluation.run import evaluate_run as evaluate
 from comtip_fast.inference import GeneQuery, ImageFeatures, Predictor
 from comtip_fast.pretraining import pretrain
@@ -124,7 +126,54 @@ class Model:
         >>> predicted.shape, predicted.var["training"].tolist()
         ((49, 2), ['trained', 'never seen'])
         """
-        opened = open_section(section, self.tile, stated_text(facts, pooling, counts))
+        return self._predict(open_section(section, self.tile, stated_text(facts, pooling, counts)), genes)
+
+    def compare(
+        self,
+        section: str | Path | ad.AnnData,
+        genes: Sequence[str] | None = None,
+        *,
+        facts: Facts = None,
+        pooling: PoolingOptions | None = None,
+        counts: CountOptions | None = None,
+    ) -> ad.AnnData:
+        """Join predicted and measured expression of a section that has counts, and score each gene.
+
+        Parameters
+        ----------
+        section, genes, facts, pooling, counts
+            As in :meth:`predict`; the section has raw counts.
+
+        Returns
+        -------
+        AnnData
+            The result of :meth:`predict` with the layers ``measured_log1p_cp10k`` and ``measured_log1p_raw`` (float32; NaN
+            for genes that the section did not measure). ``var`` has the further columns ``measured`` (bool), ``detection``
+            (share of spots), ``pcc``, ``pcc_partial`` (mean tile colour and log total counts regressed out) and
+            ``pcc_raw``; NaN where undefined. For nulls and baselines, see :func:`comtip_fast.evaluate`.
+
+        Raises
+        ------
+        ValueError, FileNotFoundError
+            The section or the genes cannot be used, or the section has no raw counts or measured none of the genes.
+
+        Examples
+        --------
+        >>> import comtip_fast
+        >>> joined = comtip_fast.load("run").compare("set:x1", ["ERBB2", "TTN"])
+        >>> sorted(joined.layers), joined.var["measured"].tolist()
+        (['log1p_cp10k', 'log1p_raw', 'measured_log1p_cp10k', 'measured_log1p_raw'], [True, False])
+        """
+        options = stated_text(facts, pooling, counts)
+        in_memory = isinstance(section, ad.AnnData) or str(section).endswith(H5AD_SUFFIXES)
+        # Tiles are cut without reading counts, where the options that select counts would be refused.
+        for_tiles = {k: v for k, v in options.items() if not (in_memory and k in COUNT_OPTIONS)}
+        opened = open_section(section, self.tile, for_tiles)
+        answer = self._predict(opened, genes)
+        joined_with_measured(answer, measured_counts(section, self._species(opened), options), opened.tiles_NSS3)
+        return answer
+
+    def _predict(self, opened: SectionTiles, genes: Sequence[str] | None) -> ad.AnnData:
         var, queries = self._queries(genes, self._species(opened))
         out = self.predictor.predict(self._features(opened), queries)
         data = opened.template.copy()

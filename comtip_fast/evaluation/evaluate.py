@@ -148,6 +148,7 @@ def evaluate(
         "run": predictor.config.name,
         "seed": seed,
         "null_draws": n_null,
+        "gene_list": None if genes is None else list(genes),
         "lineage": lineage_facts(predictor),
         "reference_sections": [train_shards.manifest.sections[n].section_id for n in reference.numbers],
         "cohorts": cohorts,

@@ -12,7 +12,15 @@ from comtip_fast import api
 from comtip_fast.config.io import dump_config, load_config
 from tests.conftest import TINY
 
-EXAMPLES = (api.build_shards, api.pretrain, api.evaluate, api.load, api.Model.predict, api.Model.embed)
+EXAMPLES = (
+    api.build_shards,
+    api.pretrain,
+    api.evaluate,
+    api.load,
+    api.Model.predict,
+    api.Model.compare,
+    api.Model.embed,
+)
 
 
 @pytest.fixture(scope="module")
