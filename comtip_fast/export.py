@@ -23,8 +23,17 @@ from comtip_fast.config.schema import RunConfig
 from comtip_fast.data.expression.levels import LevelTable
 from comtip_fast.export_checks import ExportError
 from comtip_fast.genes import GeneTokenizer
+from comtip_fast.genes.vectors import GeneVectors
 from comtip_fast.lineage import FILE as LINEAGE_FILE
-from comtip_fast.lineage import LEARNING, Lineage, LineageRun, LineageSection, names_of_uses, parse_section
+from comtip_fast.lineage import (
+    LEARNING,
+    Lineage,
+    LineageRun,
+    LineageSection,
+    LineageVectors,
+    names_of_uses,
+    parse_section,
+)
 from comtip_fast.models import CoMTIP, ModelSizes
 from comtip_fast.models.readout import LinearReadout, feature_width
 
@@ -62,6 +71,8 @@ class Bundle:
     readout: LinearReadout | None = None
     lineage: Lineage = field(default_factory=lambda: Lineage(parents_known=False))
     """The own run and all ancestors. By default only the own run is known."""
+    vectors: GeneVectors | None = None
+    """Gene vectors that the model was trained with (``text.gene_vectors``)."""
 
     def __post_init__(self) -> None:
         if not self.lineage.runs:
@@ -83,10 +94,12 @@ class Bundle:
         tables: Any,
         tokenizer: GeneTokenizer,
         parents: Lineage | None = None,
+        vectors: GeneVectors | None = None,
     ) -> Bundle:
         """Build a bundle from a training task; trained genes come first, in the order of the level table's rows.
 
         ``parents`` is the lineage of the model that the run started from; None if it started from random weights.
+        ``vectors`` are the gene vectors of the run; None without.
         """
         chosen = [(r, True) for r in tables.genes.trained] + [(r, False) for r in tables.genes.held_out]
         genes = []
@@ -101,6 +114,7 @@ class Bundle:
             sections=tuple(sections),
             trained_genes=tuple(g.key for g in genes if g.trained),
             held_out_genes=tuple(g.key for g in genes if g.held_out),
+            vectors=None if vectors is None else _vectors_record(vectors),
         )
         return cls(
             config,
@@ -113,12 +127,13 @@ class Bundle:
             shards.manifest.tile.min_mpp,
             tokenizer.sha256,
             lineage=(parents or Lineage()).followed_by(own),
+            vectors=vectors,
         )
 
     def save(self, folder: Path) -> None:
         """Write ``config.json``, ``model.safetensors``, ``levels.safetensors``, ``genes.tsv``, ``lineage.json``, ``README.md``.
 
-        A linear readout is written to ``readout.safetensors``.
+        A linear readout is written to ``readout.safetensors``, and gene vectors to ``gene_vectors.safetensors``.
 
         An older export at ``folder`` is replaced once the new one is complete.
 
@@ -150,6 +165,7 @@ class Bundle:
             "sections": self.sections,
             "hashes": export_checks.SUMS,
             "readout": None if self.readout is None else export_checks.READOUT,
+            "gene_vectors": None if self.vectors is None else self.vectors.sha256,
         }
         state = {k: v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}
         save_file(state, folder / "model.safetensors")
@@ -157,6 +173,8 @@ class Bundle:
         if self.readout is not None:
             arrays, header = self.readout.to_arrays()
             save_arrays(arrays, folder / export_checks.READOUT, metadata={"header": json.dumps(header)})
+        if self.vectors is not None:
+            self.vectors.save(folder / export_checks.VECTORS)
         with (folder / "genes.tsv").open("w", newline="", encoding="utf-8") as file:
             out = csv.writer(file, delimiter="\t", lineterminator="\n")
             out.writerow(["key", "symbol", "ensembl", "name", "trained", "held_out"])
@@ -204,7 +222,17 @@ class Bundle:
         ]
         readout = _read_readout(folder, model, config, rows) if meta.get("readout") else None
         lineage = _read_lineage(folder, meta, rows, sums.get("model.safetensors", ""))
-        return cls(config, sizes, model.to(device).eval(), LevelTable(**arrays), genes, *rest, readout, lineage)
+        vectors = export_checks.read_vectors(
+            folder / export_checks.VECTORS, meta.get("gene_vectors"), lineage.own, sizes.vector_dim
+        )
+        model = model.to(device).eval()
+        return cls(config, sizes, model, LevelTable(**arrays), genes, *rest, readout, lineage, vectors)
+
+
+def _vectors_record(vectors: GeneVectors) -> LineageVectors:
+    sources = vectors.header.get("sources")
+    names = tuple(str(s.get("name", "")) for s in sources) if isinstance(sources, list) else ()
+    return LineageVectors(sha256=vectors.sha256, licence=str(vectors.header.get("licence") or ""), sources=names)
 
 
 def lineage_of(source: str | Path) -> Lineage:

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from comtip_fast import lineage
+from comtip_fast.genes.vectors import GeneVectors
 from comtip_fast.models import readout
 
 SUMS = "SHA256SUMS"
@@ -29,7 +30,9 @@ FIRST_WITH_LINEAGE = 3
 """Exports of earlier versions have no ``lineage.json``: their parents are unknown."""
 READOUT = "readout.safetensors"
 """The linear readout; exports of version 1, and of runs with ``readout.kind: levels``, have none."""
-FILES = (*HASHED, READOUT, "README.md", SUMS)
+VECTORS = "gene_vectors.safetensors"
+"""The gene vectors of a model that was trained with ``text.gene_vectors``."""
+FILES = (*HASHED, READOUT, VECTORS, "README.md", SUMS)
 GENE_COLUMNS = ("key", "symbol", "ensembl", "name", "trained", "held_out")
 FIX = "copy the export again, or write it again with `comtip export`"
 
@@ -42,7 +45,8 @@ def hashed_files(meta: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the files that are verified, according to ``config.json``."""
     old = meta["version"] < FIRST_WITH_LINEAGE
     always = tuple(n for n in HASHED if not (old and n == lineage.FILE))
-    return (*always, READOUT) if meta.get("readout") else always
+    parts = {READOUT: meta.get("readout"), VECTORS: meta.get("gene_vectors")}
+    return (*always, *(name for name, present in parts.items() if present))
 
 
 def write_sums(folder: Path, files: Sequence[str]) -> None:
@@ -171,6 +175,44 @@ def read_lineage(
     wrong = [what for what, equal in same.items() if not equal]
     if wrong:
         raise ExportError(f"{path}: the last run has other {' and '.join(wrong)} than this export; {FIX}")
+    return found
+
+
+def read_vectors(path: Path, stated: Any, own: lineage.LineageRun, dim: int) -> GeneVectors | None:
+    """Read the gene vectors of an export; None for a model without.
+
+    Parameters
+    ----------
+    path
+        The file.
+    stated
+        SHA-256 of the vectors in ``config.json``; None without vectors.
+    own
+        The export's own run.
+    dim
+        Components of the model's gene vectors, 0 without.
+
+    Raises
+    ------
+    ExportError
+        The file is damaged, or not that of the model.
+    """
+    in_lineage = None if own.vectors is None else own.vectors.sha256
+    if stated != in_lineage or bool(stated) != bool(dim):
+        raise ExportError(
+            f"{path}: config.json names the gene vectors {stated!r} of {dim} components, but lineage.json names "
+            f"{in_lineage!r}; {FIX}"
+        )
+    if not stated:
+        return None
+    try:
+        found = GeneVectors.load(path)
+    except ValueError as error:
+        raise ExportError(f"{error}; {FIX}") from error
+    if found.sha256 != stated or found.vector_GK.shape[1] != dim:
+        raise ExportError(
+            f"{path}: gene vectors {found.sha256} of {found.vector_GK.shape[1]} components, expected {stated} of {dim}; {FIX}"
+        )
     return found
 
 

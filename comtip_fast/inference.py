@@ -13,6 +13,7 @@ expected value and of the readout. With gene vectors, the readout also predicts 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +26,13 @@ from torch import Tensor
 from comtip_fast.data.expression.levels import LevelTable
 from comtip_fast.export import Bundle
 from comtip_fast.genes import GeneTokenizer
-from comtip_fast.genes.tokens import GeneTokens, gene_tokens, take_genes
+from comtip_fast.genes.tokens import GeneTokens, gene_tokens, take_genes, vector_rows
 from comtip_fast.genes.vectors import GeneVectors
 from comtip_fast.lineage import symbol_of
 from comtip_fast.models import CoMTIP
 from comtip_fast.models.readout import neighbour_mean, tile_features
+
+log = logging.getLogger("comtip_fast")
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,26 @@ def predict_trained(
     return {k: v.float().cpu().numpy() for k, v in out.items()}
 
 
+def _vectors_of(bundle: Bundle, given: GeneVectors | None) -> tuple[GeneVectors | None, GeneVectors | None]:
+    """Return the vectors that the gene encoder reads, and those that the linear readout decodes unseen genes with."""
+    own = bundle.vectors
+    further = None if own is None or given is None else own.extended_by(given)
+    if given is not None and further is None and bundle.readout is None:
+        raise ValueError(
+            "gene vectors were given, but the model has no linear readout to use them with; train with "
+            "readout.kind=linear, or omit --gene-vectors"
+            if own is None
+            else "the gene vectors have other axes than those that the model was trained with, and it has no linear readout to "
+            "use them with; give vectors that agree with the export's on the genes of both"
+        )
+    if own is not None and given is not None and further is None:
+        log.warning(
+            "the gene vectors have other axes than those that the model was trained with: the linear readout uses them, "
+            "gene sentences do not"
+        )
+    return further or own, further or given or own
+
+
 class Predictor:
     """A trained model that predicts expression from tiles.
 
@@ -122,21 +145,18 @@ class Predictor:
     device
         Device of the model.
     vectors
-        Gene vectors, with which genes that were not trained are predicted.
+        Gene vectors, with which genes that were not trained are predicted. For a model that was trained with gene vectors,
+        which its export holds, they add genes.
 
     Raises
     ------
     ValueError
-        Gene vectors were given, but the model has no linear readout. Or the model was trained with another tokenizer.
+        Gene vectors were given, but the model can't use them. Or the model was trained with another tokenizer.
     """
 
     def __init__(self, bundle: Bundle, device: str | torch.device = "cpu", vectors: GeneVectors | None = None) -> None:
-        if vectors is not None and bundle.readout is None:
-            raise ValueError(
-                "gene vectors were given, but the model has no linear readout to use them with; train with "
-                "readout.kind=linear, or omit --gene-vectors"
-            )
-        self.bundle, self.device, self.vectors = bundle, torch.device(device), vectors
+        self.bundle, self.device = bundle, torch.device(device)
+        self.sentence_vectors, self.vectors = _vectors_of(bundle, vectors)
         self.config, self.model = bundle.config, bundle.model.to(self.device).eval()
         self.tokenizer = GeneTokenizer.load()
         if self.tokenizer.sha256 != bundle.tokenizer_sha256:
@@ -171,7 +191,7 @@ class Predictor:
 
     def has_vector(self, key: str) -> bool:
         """Return whether there is a gene vector for the gene."""
-        return self.vectors is not None and key in self.vectors.row
+        return any(v is not None and key in v.row for v in (self.vectors, self.sentence_vectors))
 
     @torch.no_grad()
     def image_features(
@@ -299,6 +319,9 @@ class Predictor:
     def _tokens(self, genes: Sequence[GeneQuery]) -> tuple[GeneTokens, Tensor]:
         rows = np.array([self._row.get(g.key or "", len(self.trained_genes)) for g in genes], np.int64)
         identity = np.where(rows < len(self.trained_genes), rows + 1, 0)
-        tokens = gene_tokens(self.tokenizer, [(g.symbol, g.name) for g in genes], identity, self.config.text)
+        vectors = self.sentence_vectors
+        vector_GK = None if vectors is None else vector_rows(vectors, [g.key or "" for g in genes])
+        names = [(g.symbol, g.name) for g in genes]
+        tokens = gene_tokens(self.tokenizer, names, identity, self.config.text, vector_GK)
         trimmed = take_genes(tokens, torch.arange(len(genes)))
         return trimmed.to(self.device), torch.from_numpy(rows).to(self.device)

@@ -21,7 +21,8 @@ from comtip_fast.data.loaders.factory import make_loader
 from comtip_fast.data.loaders.torch import TorchLoader
 from comtip_fast.export import Bundle
 from comtip_fast.genes import GeneTokenizer
-from comtip_fast.genes.tokens import gene_tokens
+from comtip_fast.genes.tokens import gene_tokens, vector_rows
+from comtip_fast.genes.vectors import GeneVectors
 from comtip_fast.inference import Predictor
 from comtip_fast.lineage import Lineage
 from comtip_fast.models import CoMTIP, ModelSizes
@@ -65,6 +66,7 @@ def build_task(
     shards = ShardSet(config.data.shards)
     if config.vision.backbone == "small":  # before the tables, which can take minutes
         check_vision(config, patches_per_side(config.vision, config.vision.patch_px, shards.manifest.tile.px) ** 2)
+    vectors = load_vectors(config)
     tables = training_tables(shards, config)
     tokenizer = GeneTokenizer.load()
     sizes = ModelSizes(
@@ -73,6 +75,7 @@ def build_task(
         vocab_size=tokenizer.vocab_size,
         n_identities=tables.genes.trained.size,
         longest=config.text.max_tokens + 2,
+        vector_dim=0 if vectors is None else vectors.vector_GK.shape[1],
     )
     vision = config.vision if initialise else replace(config.vision, pretrained="")
     model = CoMTIP(replace(config, vision=vision), sizes)
@@ -82,13 +85,13 @@ def build_task(
     if config.engine.compile:
         model.compile_blocks()
     parents = parents_of(config, required=initialise) if parents is None else parents
-    task = CoMTIPTask(
-        config, shards, tables, tokenizer, model.to(device), sizes, group or SingleProcessGroup(), parents
-    )
+    group = group or SingleProcessGroup()
+    task = CoMTIPTask(config, shards, tables, tokenizer, model.to(device), sizes, group, parents, vectors)
     if config.train.start_from and initialise:
         # Loaded after the task has set the stem's output scale: the encoder was trained on the scale of its source run.
         keys = [shards.genes[row].key for row in tables.genes.trained]
-        start_from(task.model, config.train.start_from, keys, tokenizer.sha256)
+        sha256 = "" if vectors is None else vectors.sha256
+        start_from(task.model, config.train.start_from, keys, tokenizer.sha256, sha256)
     return task
 
 
@@ -96,6 +99,24 @@ def check_vision(config: RunConfig, n_patches: int) -> None:
     """Raise ValueError if the masking ratio hides no patch."""
     if config.loss.mfm > 0:
         check_mask(config.vision, n_patches)
+
+
+def load_vectors(config: RunConfig) -> GeneVectors | None:
+    """Load the gene vectors that the config names; None without.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        The file is missing or damaged, or the drop probabilities sum to more than 1.
+    """
+    text = config.text
+    if not text.gene_vectors:
+        return None
+    if text.vector_drop + text.name_drop > 1:
+        raise ValueError(
+            f"text.vector_drop={text.vector_drop:g} and text.name_drop={text.name_drop:g}: the sum is above 1; lower one"
+        )
+    return GeneVectors.load(text.gene_vectors)
 
 
 def _as_model(module: nn.Module) -> CoMTIP:
@@ -116,9 +137,10 @@ class CoMTIPTask:
         sizes: ModelSizes,
         group: Group,
         parents: Lineage,
+        vectors: GeneVectors | None = None,
     ) -> None:
         self.config, self.shards, self.tables, self.sizes, self.group = config, shards, tables, sizes, group
-        self.parents = parents
+        self.parents, self.vectors = parents, vectors
         self.model, self.tokenizer = model, tokenizer
         self.device = next(model.parameters()).device
         stem = self._stem if model.vision.stem is not None else None
@@ -129,7 +151,9 @@ class CoMTIPTask:
         )
         rows = tables.genes.trained
         names = [(shards.genes[r].symbol, shards.genes[r].name) for r in rows]
-        self.genes = gene_tokens(tokenizer, names, np.arange(1, rows.size + 1), config.text).to(self.device)
+        vector_GK = None if vectors is None else self._vectors_of_trained(vectors)
+        identity = np.arange(1, rows.size + 1)
+        self.genes = gene_tokens(tokenizer, names, identity, config.text, vector_GK).to(self.device)
         self.step = StepLosses(
             config,
             self.genes,
@@ -151,6 +175,9 @@ class CoMTIPTask:
             f"{count / 1e6:.2f} M trainable parameters, {self.tables.spots.size} spots; "
             f"{genes.trained.size} genes trained, {genes.held_out.size} held out by name"
         ]
+        if self.genes.vector_GK is not None:
+            known = int((self.genes.vector_GK != 0).any(dim=1).sum())
+            lines.append(f"  gene vectors of {known} of {genes.trained.size} trained genes")
         for cohort, rows in genes.ranked.items():
             lines.append(f"  {cohort}: {rows.size} genes pass genes.min_detection")
         return "\n".join(lines)
@@ -273,12 +300,33 @@ class CoMTIPTask:
     def bundle(self) -> Bundle:
         """Return the contents of an export: config, model, levels and genes."""
         return Bundle.from_training(
-            self.config, self.sizes, self.model, self.shards, self.tables, self.tokenizer, self.parents
+            self.config,
+            self.sizes,
+            self.model,
+            self.shards,
+            self.tables,
+            self.tokenizer,
+            self.parents,
+            self.vectors,
         )
 
     def fingerprint(self) -> dict[str, str]:
-        """Return hashes of the shard set and tokenizer; a resumed run must find the same ones."""
-        return {"shards": self.shards.manifest.digest, "tokenizer": self.tokenizer.sha256}
+        """Return hashes of the shard set, tokenizer and gene vectors; a resumed run must find the same ones."""
+        vectors = {} if self.vectors is None else {"gene vectors": self.vectors.sha256}
+        return {"shards": self.shards.manifest.digest, "tokenizer": self.tokenizer.sha256, **vectors}
+
+    def _vectors_of_trained(self, vectors: GeneVectors) -> np.ndarray:
+        """Return the vectors of the trained genes (G, K), and set their scale in the model."""
+        keys = [self.shards.genes[r].key for r in self.tables.genes.trained]
+        vector_GK = vector_rows(vectors, keys)
+        known = (vector_GK != 0).any(1)
+        if known.sum() < 2:
+            raise ValueError(
+                f"{self.config.text.gene_vectors}: the gene vectors hold {int(known.sum())} of the {len(keys)} trained genes; "
+                "give vectors of the same species"
+            )
+        self.model.genes.vector_scale.fill_(float(np.sqrt((vector_GK[known] ** 2).mean())))
+        return vector_GK
 
     # -- frozen stem ----------------------------------------------------------------------------------
 

@@ -21,10 +21,14 @@ from comtip_fast.models import CoMTIP
 
 log = logging.getLogger("comtip_fast")
 IDENTITY = "genes.identity_Id"
+VECTOR_TENSORS = ("genes.project_vector.weight", "genes.vector_scale")
+"""Tensors that belong to the axes of one file of gene vectors."""
 
 
 @torch.no_grad()
-def start_from(model: CoMTIP, source: str | Path, keys: Sequence[str], tokenizer_sha256: str) -> list[str]:
+def start_from(
+    model: CoMTIP, source: str | Path, keys: Sequence[str], tokenizer_sha256: str, vectors_sha256: str = ""
+) -> list[str]:
     """Copy weights of an export into ``model``.
 
     Parameters
@@ -37,6 +41,8 @@ def start_from(model: CoMTIP, source: str | Path, keys: Sequence[str], tokenizer
         Keys of the trained genes, in the order of identity rows from 1 on.
     tokenizer_sha256
         Hash of the current tokenizer.
+    vectors_sha256
+        Hash of the run's gene vectors; empty for none.
 
     Returns
     -------
@@ -64,6 +70,8 @@ def start_from(model: CoMTIP, source: str | Path, keys: Sequence[str], tokenizer
             left.append(f"{name}: shape {tuple(value.shape)} in {folder}, {tuple(target.shape)} in this model")
         elif name == "genes.token_Vd" and bundle.tokenizer_sha256 != tokenizer_sha256:
             left.append(f"{name}: the tokenizers differ")
+        elif name in VECTOR_TENSORS and (bundle.vectors is None or bundle.vectors.sha256 != vectors_sha256):
+            left.append(f"{name}: the gene vectors differ")
         else:
             target.copy_(value)
             taken += 1
