@@ -305,11 +305,11 @@ def _read_readout(folder: Path, model: CoMTIP, config: RunConfig, genes: list[di
 
 def model_card(bundle: Bundle) -> str:
     """Return the README of an export: training data of all runs, licences, attribution and permitted use."""
-    known = {s.section_id: s for s in bundle.lineage.own.sections}
-    sections = [
-        replace(parse_section(s), spots=known[s["section_id"]].spots, picture=known[s["section_id"]].picture)
-        for s in bundle.sections
-    ]
+    prints = {s.section_id: (s.spots, s.picture) for s in bundle.lineage.own.sections}
+    sections = []
+    for section in map(parse_section, bundle.sections):
+        spots, picture = prints.get(section.section_id, ("", ""))
+        sections.append(replace(section, spots=spots, picture=picture))
     lineage = bundle.lineage.with_own(sections=tuple(sections))
     trained, held = sum(g.trained for g in bundle.genes), sum(g.held_out for g in bundle.genes)
     credits = "\n".join(f"- {_markdown(a)}" for a in lineage.attributions())

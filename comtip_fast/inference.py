@@ -168,6 +168,7 @@ class Predictor:
         self._by_parents = self.lineage.genes_of_ancestors()
         # A gene that a parent trained is not unseen, even if this run held it out.
         self.held_out_genes = [g.key for g in bundle.genes if g.held_out and symbol_of(g.key) not in self._by_parents]
+        self._held_out = frozenset(self.held_out_genes)
         self.train_sections = bundle.sections
         self.tile_px, self.tile_um, self.min_mpp = bundle.sizes.tile_px, bundle.tile_um, bundle.min_mpp
         self._row = {key: i for i, key in enumerate(self.trained_genes)}
@@ -187,7 +188,7 @@ class Predictor:
             return "trained"
         if symbol_of(key) in self._by_parents:
             return "trained by a parent"
-        return "held out" if key in self.held_out_genes else "never seen"
+        return "held out" if key in self._held_out else "never seen"
 
     def has_vector(self, key: str) -> bool:
         """Return whether there is a gene vector for the gene."""

@@ -110,7 +110,7 @@ def evaluate(
         ridge baselines, and its 50 genes are chosen on the evaluated section; ``hvg_from`` records which.
     genes
         Symbols or Ensembl ids. Scores are then those of these genes alone: the mean over all genes is the mean over the
-        list, and the first 50 of the list take the place of the 50 most variable genes, so that models with other training
+        list, and the first 50 of the list replace the 50 most variable genes, so that models with other training
         genes are compared on the same ones.
     seed, n_null
         Seed and number of draws of the spatial null.

@@ -25,8 +25,8 @@ from comtip_fast.training.monitor.diagnostics import diagnostic, undefined
 from comtip_fast.training.readout import neighbouring_spots
 
 VALIDATION_GENES = 50
-SCORED_SPOTS = 2000
-"""Spots per validation section on which an export is scored by gene."""
+SCORED_SPOTS, MIN_SCORED_SPOTS, MAX_SCORED_SPOTS = 20_000, 200, 2000
+"""Spots on which an export is scored by gene: over all validation sections, and bounds per section."""
 SPACE = ("alignment", "uniformity_image", "uniformity_text", "r1", "r5", "t1", "t5")
 """Keys returned by :func:`space_numbers`."""
 SPACE_SPOTS, SPACE_GENES = 256, 256
@@ -123,7 +123,8 @@ def validation_scores(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Score an exported model on the sections of split ``val``, with the prediction that users get.
 
-    Sections contribute at most :data:`SCORED_SPOTS` neighbouring spots. An undefined correlation counts as 0.
+    Sections contribute an equal share of :data:`SCORED_SPOTS` neighbouring spots, at least :data:`MIN_SCORED_SPOTS` and at
+    most :data:`MAX_SCORED_SPOTS`. An undefined correlation counts as 0.
 
     Returns
     -------
@@ -133,10 +134,12 @@ def validation_scores(
     """
     pcc: dict[str, list[float]] = {}
     cohorts: dict[str, list[float]] = {}
+    n_sections = sum(s.split == "val" for s in shards.manifest.sections)
+    most = min(MAX_SCORED_SPOTS, max(MIN_SCORED_SPOTS, SCORED_SPOTS // max(1, n_sections)))
     rows = np.concatenate([tables.genes.trained, tables.genes.held_out]).astype(np.int64)
     for number, meta in enumerate(shards.manifest.sections):
         own = rows[shards.measured(number)[rows]] if meta.split == "val" else rows[:0]
-        found = _readable(shards, loader, number, seed) if own.size else None
+        found = _readable(shards, loader, number, most, seed) if own.size else None
         if found is None:
             continue
         spots, tiles, counts = found
@@ -160,10 +163,10 @@ def _means(values: dict[str, list[float]]) -> dict[str, float]:
 
 
 def _readable(
-    shards: ShardSet, loader: BaseLoader, section: int, seed: int
+    shards: ShardSet, loader: BaseLoader, section: int, most: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray, sparse.csr_matrix] | None:
-    """Return the undamaged spots of a section, their uint8 tiles (n, 3, S, S) and counts; None if there are none."""
-    chosen = neighbouring_spots(shards, shards.select(sections=[section]), SCORED_SPOTS, seed, section)
+    """Return at most ``most`` undamaged spots of a section, their uint8 tiles (n, 3, S, S) and counts; None if there are none."""
+    chosen = neighbouring_spots(shards, shards.select(sections=[section]), most, seed, section)
     spots, counts = loader.counts(chosen)
     found, tiles = loader.tiles(spots, np.zeros(spots.shape, np.int64))
     return (found, tiles.cpu().numpy(), counts[np.isin(spots, found)]) if found.size else None

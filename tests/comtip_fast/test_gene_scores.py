@@ -1,4 +1,4 @@
-"""Scores per gene: ``genes.csv``, gene lists, validation scores of predictions, and measured beside predicted."""
+"""Scores per gene: ``genes.csv``, gene lists, validation scores of predictions, and measured next to predicted."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_p_values_are_the_share_of_draws_and_are_adjusted():
     null = np.array([[0.6, 0.0, 0.1, np.nan], [0.1, 0.2, 0.1, 0.1], [0.5, 0.0, 0.1, 0.2]])
     np.testing.assert_allclose(null_p_values(pcc, null), [3 / 4, 2 / 4, np.nan, 1 / 3])
     assert np.isnan(null_p_values(pcc, np.zeros((0, 4)))).all()
-    # Worked example: the largest p stays, the others are scaled by n / rank and made monotone.
+    # Worked example: the largest p stays, the others are scaled by n / rank and adjusted to be monotone.
     p = np.array([0.01, 0.04, 0.03, np.nan, 0.005])
     np.testing.assert_allclose(benjamini_hochberg(p), [0.02, 0.04, 0.04, np.nan, 0.02])
     assert np.isnan(benjamini_hochberg(np.array([np.nan]))).all()

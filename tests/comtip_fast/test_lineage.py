@@ -29,7 +29,7 @@ SHORT = ["train.steps=2", "train.validate_every=2", "train.checkpoint_every=1"]
 ALL = [TinySection(f"s{i}", f"donor_{i}", "train") for i in range(4)]
 
 
-def build(folder: Path, splits: dict[str, str], *, licence: str = "CC0", attribution: str = "made up") -> ShardSet:
+def build(folder: Path, splits: dict[str, str], *, licence: str = "CC0", attribution: str = "none") -> ShardSet:
     """Build a set of some of four sections, which are the same in every set; ids are kept."""
     source = write_tiny_source(folder / "source", ALL, seed=3).parent
     table = (source / "manifest.tsv").read_text().splitlines()
@@ -107,6 +107,7 @@ def test_a_section_and_a_donor_of_an_ancestor_are_not_new(chain: dict[str, Path]
     assert not new["section_seen_in_training"]
     assert result.metrics["lineage"]["parents_known"]
     assert [r["run"] for r in result.metrics["lineage"]["runs"]] == ["first", "second", "third"]
+    assert sorted(result.metrics["reference_sections"]) == ["s0", "s2"], "of the own run and of the first one"
     # s1 stopped the first run and trained the second one.
     again = evaluate(
         Predictor.load(chain["third"]), sets["second"], sections=["s1"], train_shards=sets["third"], n_null=2
