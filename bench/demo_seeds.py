@@ -79,7 +79,9 @@ def write_results(folders: list[Path]) -> None:
         valid = [r for r in rows if r["kind"] == "valid"]
         best = max(valid, key=lambda r: r["score"])
         lines.append(f"| {seed} | step {valid[-1]['step']} | {best['step']} | {best['score']:.3f} |")
-    (DOCS / "results.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    page = DOCS / "results.md"
+    _, heading, rest = page.read_text(encoding="utf-8").partition("\n## Files of an evaluation")  # written by hand
+    page.write_text("\n".join(lines) + "\n" + heading + rest, encoding="utf-8")
     print("\n".join(lines))
 
 

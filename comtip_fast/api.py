@@ -9,7 +9,9 @@ import logging
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import anndata as ad
 import numpy as np
@@ -22,8 +24,10 @@ from comtip_shards.sources.anndata_parts.store import SUFFIXES as H5AD_SUFFIXES
 
 from comtip_fast._version import __version__
 from comtip_fast.constants import LAYER_CP10K, LAYER_RAW, OBSM_EMBEDDING, UNS
+from comtip_fast.data.measured import measured_counts
 from comtip_fast.data.sections import RECORDED_FACTS, SectionTiles, open_section, read_h5ad
 from comtip_fast.data.tile_sources import ArrayTiles, TileGeometry
+from comtip_fast.evaluation.compare import joined_with_measured
 from comtip_fast.evaluation.run import evaluate_run as evaluate
 from comtip_fast.inference import GeneQuery, Predictor, predict_section
 from comtip_fast.pretraining import pretrain
@@ -116,8 +120,10 @@ class Model:
         -------
         AnnData
             ``X`` and ``layers["log1p_cp10k"]``: float32 log1p of counts per 10,000; ``layers["log1p_raw"]``: log1p of counts
-            at the depth of the training sections. ``var`` has the columns ``found_by`` (how the identifier was resolved)
-            and ``training`` (``trained``, ``held out`` or ``never seen``). ``obs_names`` are those of the section.
+            at the depth of the training sections. ``var`` has the columns ``found_by`` (how the identifier was resolved),
+            ``ensembl``, ``training`` (``trained``, ``trained by a parent``, ``held out`` or ``never seen``) and
+            ``validation_pcc`` (mean PCC on the validation sections of the run; NaN without). ``obs_names`` are those of the
+            section.
 
         Raises
         ------
@@ -132,6 +138,55 @@ class Model:
         ((49, 2), ['trained', 'never seen'])
         """
         opened = open_section(section, self.tile, stated_options(facts, pooling, counts), fmt)
+        return self._predict(opened, genes)
+
+    def compare(
+        self,
+        section: str | Path | ad.AnnData,
+        genes: Sequence[str] | None = None,
+        *,
+        facts: Facts = None,
+        pooling: PoolingOptions | None = None,
+        counts: CountOptions | None = None,
+    ) -> ad.AnnData:
+        """Join predicted and measured expression of a section that has counts, and score each gene.
+
+        Parameters
+        ----------
+        section, genes, facts, pooling, counts
+            As in :meth:`predict`; the section has raw counts.
+
+        Returns
+        -------
+        AnnData
+            The result of :meth:`predict` with the layers ``measured_log1p_cp10k`` and ``measured_log1p_raw`` (float32; NaN
+            for genes that the section did not measure). ``var`` has the further columns ``measured`` (bool), ``detection``
+            (share of spots), ``pcc``, ``pcc_partial`` (mean tile colour and log total counts regressed out) and
+            ``pcc_raw``; NaN where undefined. For nulls and baselines, see :func:`comtip_fast.evaluate`.
+
+        Raises
+        ------
+        ValueError, FileNotFoundError
+            The section or the genes cannot be used, or the section has no raw counts or measured none of the genes.
+
+        Examples
+        --------
+        >>> import comtip_fast
+        >>> joined = comtip_fast.load("run").compare("set:x1", ["ERBB2", "TTN"])
+        >>> sorted(joined.layers), joined.var["measured"].tolist()
+        (['log1p_cp10k', 'log1p_raw', 'measured_log1p_cp10k', 'measured_log1p_raw'], [True, False])
+        """
+        options = stated_options(facts, pooling, counts)
+        # Tiles are cut without reading counts, where the options that select counts would be refused.
+        in_memory = isinstance(section, ad.AnnData) or str(section).endswith(H5AD_SUFFIXES)
+        without_counts = replace(options.counts, layer=None, round_counts=None)
+        opened = open_section(section, self.tile, replace(options, counts=without_counts) if in_memory else options)
+        answer = self._predict(opened, genes)
+        species = self._species(opened.species, opened.section_id)
+        joined_with_measured(answer, measured_counts(section, species, options), opened.tiles_NSS3)
+        return answer
+
+    def _predict(self, opened: SectionTiles, genes: Sequence[str] | None) -> ad.AnnData:
         var, queries = self._queries(genes, self._species(opened.species, opened.section_id))
         xy = np.asarray(opened.template.obsm["spatial"], np.float64)
         out = predict_section(self.predictor, opened.tiles, self._stain(opened), xy, queries)
@@ -346,7 +401,11 @@ class Model:
 
     def _provenance(self, species: str, stated: Mapping[str, str]) -> dict[str, str]:
         vectors = self.predictor.vectors
+        lineage = self.predictor.lineage
         facts = {"version": __version__, "model": self.predictor.config.name, "species": species, **stated}
+        runs = " > ".join(lineage.labels())
+        facts["lineage"] = runs if lineage.parents_known else f"unknown > {runs}"
+        facts["training_licences"] = "; ".join(lineage.licences())
         if vectors is not None:
             facts |= {"gene_vectors": vectors.sha256, "gene_vectors_licence": str(vectors.header.get("licence", ""))}
         return facts
@@ -355,7 +414,7 @@ class Model:
         known = {g.key: g for g in self.predictor.bundle.genes}
         if genes is None:
             rows = [known[k] for k in self.trained_genes if not species or k.startswith(f"{species}:")]
-            asked = [(g.symbol, g.key, g.symbol, g.name, "model") for g in rows]
+            asked = [_Asked(g.symbol, g.key, g.symbol, g.ensembl, g.name, "model") for g in rows]
             if not asked:
                 raise ValueError(
                     f"the model has no trained genes of species {species}; name genes to predict (--genes)"
@@ -364,28 +423,38 @@ class Model:
             asked = [self._resolve(g, species) for g in genes]
         if not asked:
             raise ValueError("genes: the list is empty; name genes to predict")
-        index = _unique([a[0] for a in asked])
-        trained, held = set(self.trained_genes), set(self.predictor.held_out_genes)
+        scores = self.predictor.lineage.own.gene_scores
         var = pd.DataFrame(
             {
-                "key": [a[1] for a in asked],
-                "symbol": [a[2] for a in asked],
-                "name": [a[3] for a in asked],
-                "found_by": [a[4] for a in asked],
-                "training": [
-                    "trained" if a[1] in trained else "held out" if a[1] in held else "never seen" for a in asked
-                ],
+                "key": [a.key for a in asked],
+                "symbol": [a.symbol for a in asked],
+                "ensembl": [a.ensembl for a in asked],
+                "name": [a.name for a in asked],
+                "found_by": [a.found_by for a in asked],
+                "training": [self.predictor.training_of(a.key) for a in asked],
+                "validation_pcc": np.array([scores.get(a.key, np.nan) for a in asked], np.float64),
             },
-            index=pd.Index(index, dtype=object),
+            index=pd.Index(_unique([a.gene for a in asked]), dtype=object),
         )
-        return var, [GeneQuery(a[2], a[3], a[1]) for a in asked]
+        return var, [GeneQuery(a.symbol, a.name, a.key) for a in asked]
 
-    def _resolve(self, gene: str, species: str) -> tuple[str, str, str, str, str]:
+    def _resolve(self, gene: str, species: str) -> _Asked:
         species = species or ("mouse" if gene.upper().startswith("ENSMUSG") else "human")
         hit = GeneResource.load().resolve(gene, species)
         if hit.how == "unmapped":
             log.warning("gene %r: not in the table of %s genes; its sentence is the bare symbol", gene, species)
-        return gene, hit.key, hit.symbol or gene, hit.name, hit.how
+        return _Asked(gene, hit.key, hit.symbol or gene, hit.ensembl, hit.name, hit.how)
+
+
+class _Asked(NamedTuple):
+    """A gene to predict, and how its identifier was resolved."""
+
+    gene: str
+    key: str
+    symbol: str
+    ensembl: str
+    name: str
+    found_by: str
 
 
 def _unique(names: list[str]) -> list[str]:

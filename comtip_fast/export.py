@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import html
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,24 @@ from comtip_fast.config.schema import RunConfig
 from comtip_fast.data.expression.levels import LevelTable
 from comtip_fast.export_checks import ExportError
 from comtip_fast.genes import GeneTokenizer
+from comtip_fast.genes.vectors import GeneVectors
+from comtip_fast.lineage import FILE as LINEAGE_FILE
+from comtip_fast.lineage import (
+    LEARNING,
+    Lineage,
+    LineageRun,
+    LineageSection,
+    LineageVectors,
+    names_of_uses,
+    parse_section,
+)
 from comtip_fast.models import CoMTIP, ModelSizes
 from comtip_fast.models.readout import LinearReadout, feature_width
 
-EXPORT_FORMAT, EXPORT_VERSION, READABLE_VERSIONS = "comtip-export", 2, (1, 2)
-"""Version 1 has no linear readout."""
+EXPORT_FORMAT, EXPORT_VERSION, READABLE_VERSIONS = "comtip-export", 3, (1, 2, 3)
+"""Version 1 has no linear readout, versions 1 and 2 have no lineage."""
+SECTION_FIELDS = ("section_id", "dataset", "species", "tissue", "donor", "licence", "attribution", "split", "n_spots")
+"""Fields of a section in ``config.json`` and ``Bundle.sections``."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +69,20 @@ class Bundle:
     min_mpp: float
     tokenizer_sha256: str
     readout: LinearReadout | None = None
+    lineage: Lineage = field(default_factory=lambda: Lineage(parents_known=False))
+    """The own run and all ancestors. By default only the own run is known."""
+    vectors: GeneVectors | None = None
+    """Gene vectors that the model was trained with (``text.gene_vectors``)."""
+
+    def __post_init__(self) -> None:
+        if not self.lineage.runs:
+            own = LineageRun(
+                name=self.config.name,
+                sections=tuple(map(parse_section, self.sections)),
+                trained_genes=tuple(g.key for g in self.genes if g.trained),
+                held_out_genes=tuple(g.key for g in self.genes if g.held_out),
+            )
+            self.lineage = self.lineage.followed_by(own)
 
     @classmethod
     def from_training(
@@ -66,28 +93,47 @@ class Bundle:
         shards: Any,
         tables: Any,
         tokenizer: GeneTokenizer,
+        parents: Lineage | None = None,
+        vectors: GeneVectors | None = None,
     ) -> Bundle:
-        """Build a bundle from a training task; trained genes come first, in the order of the level table's rows."""
+        """Build a bundle from a training task; trained genes come first, in the order of the level table's rows.
+
+        ``parents`` is the lineage of the model that the run started from; None if it started from random weights.
+        ``vectors`` are the gene vectors of the run; None without.
+        """
         chosen = [(r, True) for r in tables.genes.trained] + [(r, False) for r in tables.genes.held_out]
         genes = []
         for row, trained in chosen:
             g = shards.genes[row]
             genes.append(ExportGene(g.key, g.symbol, g.ensembl, g.name, trained, not trained))
-        sections = [
-            {
-                k: getattr(s, k)
-                for k in ("section_id", "dataset", "species", "tissue", "donor", "licence", "attribution", "split")
-            }
-            | {"n_spots": s.n_spots}
-            for s in shards.manifest.sections
-        ]
-        tile = shards.manifest.tile
-        return cls(config, sizes, model, tables.table, genes, sections, tile.um, tile.min_mpp, tokenizer.sha256)
+        sections = [LineageSection.of(s) for s in shards.manifest.sections]
+        own = LineageRun(
+            name=config.name,
+            comtip_fast=__version__,
+            shards=shards.manifest.digest,
+            sections=tuple(sections),
+            trained_genes=tuple(g.key for g in genes if g.trained),
+            held_out_genes=tuple(g.key for g in genes if g.held_out),
+            vectors=None if vectors is None else _vectors_record(vectors),
+        )
+        return cls(
+            config,
+            sizes,
+            model,
+            tables.table,
+            genes,
+            [{k: getattr(s, k) for k in SECTION_FIELDS} for s in sections],
+            shards.manifest.tile.um,
+            shards.manifest.tile.min_mpp,
+            tokenizer.sha256,
+            lineage=(parents or Lineage()).followed_by(own),
+            vectors=vectors,
+        )
 
     def save(self, folder: Path) -> None:
-        """Write ``config.json``, ``model.safetensors``, ``levels.safetensors``, ``genes.tsv``, ``README.md``.
+        """Write ``config.json``, ``model.safetensors``, ``levels.safetensors``, ``genes.tsv``, ``lineage.json``, ``README.md``.
 
-        A linear readout is written to ``readout.safetensors``.
+        A linear readout is written to ``readout.safetensors``, and gene vectors to ``gene_vectors.safetensors``.
 
         An older export at ``folder`` is replaced once the new one is complete.
 
@@ -119,6 +165,7 @@ class Bundle:
             "sections": self.sections,
             "hashes": export_checks.SUMS,
             "readout": None if self.readout is None else export_checks.READOUT,
+            "gene_vectors": None if self.vectors is None else self.vectors.sha256,
         }
         state = {k: v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}
         save_file(state, folder / "model.safetensors")
@@ -126,11 +173,15 @@ class Bundle:
         if self.readout is not None:
             arrays, header = self.readout.to_arrays()
             save_arrays(arrays, folder / export_checks.READOUT, metadata={"header": json.dumps(header)})
+        if self.vectors is not None:
+            self.vectors.save(folder / export_checks.VECTORS)
         with (folder / "genes.tsv").open("w", newline="", encoding="utf-8") as file:
             out = csv.writer(file, delimiter="\t", lineterminator="\n")
             out.writerow(["key", "symbol", "ensembl", "name", "trained", "held_out"])
             for g in self.genes:
                 out.writerow([g.key, g.symbol, g.ensembl, g.name, int(g.trained), int(g.held_out)])
+        weights = export_checks.sha256_of(folder / "model.safetensors")
+        (folder / LINEAGE_FILE).write_text(self.lineage.with_own(weights=weights).to_json(), encoding="utf-8")
         (folder / "README.md").write_text(model_card(self), encoding="utf-8")
         (folder / "config.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
         export_checks.write_sums(folder, export_checks.hashed_files(meta))
@@ -145,7 +196,7 @@ class Bundle:
             There is no export, it has another format version, or a file is damaged, edited or of another model.
         """
         meta = _read_meta(folder)
-        export_checks.verify_files(folder, export_checks.hashed_files(meta), hashed="hashes" in meta)
+        sums = export_checks.verify_files(folder, export_checks.hashed_files(meta), hashed="hashes" in meta)
         where = folder / "config.json"
         try:
             config, sizes = config_from_dict(meta["config"], str(where)), ModelSizes(**meta["sizes"])
@@ -170,7 +221,60 @@ class Bundle:
             for r in rows
         ]
         readout = _read_readout(folder, model, config, rows) if meta.get("readout") else None
-        return cls(config, sizes, model.to(device).eval(), LevelTable(**arrays), genes, *rest, readout)
+        lineage = _read_lineage(folder, meta, rows, sums.get("model.safetensors", ""))
+        vectors = export_checks.read_vectors(
+            folder / export_checks.VECTORS, meta.get("gene_vectors"), lineage.own, sizes.vector_dim
+        )
+        model = model.to(device).eval()
+        return cls(config, sizes, model, LevelTable(**arrays), genes, *rest, readout, lineage, vectors)
+
+
+def _vectors_record(vectors: GeneVectors) -> LineageVectors:
+    sources = vectors.header.get("sources")
+    names = tuple(str(s.get("name", "")) for s in sources) if isinstance(sources, list) else ()
+    return LineageVectors(sha256=vectors.sha256, licence=str(vectors.header.get("licence") or ""), sources=names)
+
+
+def lineage_of(source: str | Path) -> Lineage:
+    """Return the lineage of an export or a finished run, without loading its weights.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        There is no export at ``source``, or it is damaged.
+    """
+    folder = Path(source)
+    folder = folder / "export" if (folder / "export").is_dir() else folder
+    meta = _read_meta(folder)
+    sums = export_checks.verify_files(folder, export_checks.hashed_files(meta), hashed="hashes" in meta)
+    sizes = meta.get("sizes")
+    if not isinstance(sizes, dict) or not isinstance(sizes.get("n_identities"), int):
+        raise ExportError(f"{folder / 'config.json'}: sizes.n_identities is missing; {export_checks.FIX}")
+    rows = export_checks.read_genes(folder / "genes.tsv", sizes["n_identities"])
+    return _read_lineage(folder, meta, rows, sums.get("model.safetensors", ""))
+
+
+def _read_lineage(folder: Path, meta: dict[str, Any], rows: list[dict[str, str]], weights: str) -> Lineage:
+    """Read the lineage of an export; for one without, return its own run with unknown parents."""
+    where = folder / "config.json"
+    try:
+        sections = [parse_section(s) for s in meta["sections"]]
+        name = str(meta["config"]["name"])
+    except (KeyError, TypeError) as error:
+        raise ExportError(
+            f"{where}: a field is missing or has the wrong type ({error}); {export_checks.FIX}"
+        ) from error
+    if meta["version"] >= export_checks.FIRST_WITH_LINEAGE:
+        return export_checks.read_lineage(folder / LINEAGE_FILE, meta["sections"], rows, weights)
+    own = LineageRun(
+        name=name,
+        comtip_fast=str(meta.get("comtip_fast", "")),
+        weights=weights,
+        sections=tuple(sections),
+        trained_genes=tuple(r["key"] for r in rows if r["trained"] == "1"),
+        held_out_genes=tuple(r["key"] for r in rows if r["held_out"] == "1"),
+    )
+    return Lineage(runs=(own,), parents_known=False)
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
@@ -200,24 +304,69 @@ def _read_readout(folder: Path, model: CoMTIP, config: RunConfig, genes: list[di
 
 
 def model_card(bundle: Bundle) -> str:
-    """Return the README of an export: training data, licences, attribution and permitted use."""
-    columns = ("section_id", "split", "species", "tissue", "donor", "n_spots", "licence")
-    rows = "\n".join(
-        "| " + " | ".join(_markdown("-" if s[c] == "" else s[c]) for c in columns) + " |" for s in bundle.sections
-    )
-    attributions = "\n".join(
-        f"- {_markdown(a)}" for a in sorted({s["attribution"] for s in bundle.sections if s["attribution"]})
-    )
+    """Return the README of an export: training data of all runs, licences, attribution and permitted use."""
+    prints = {s.section_id: (s.spots, s.picture) for s in bundle.lineage.own.sections}
+    sections = []
+    for section in map(parse_section, bundle.sections):
+        spots, picture = prints.get(section.section_id, ("", ""))
+        sections.append(replace(section, spots=spots, picture=picture))
+    lineage = bundle.lineage.with_own(sections=tuple(sections))
     trained, held = sum(g.trained for g in bundle.genes), sum(g.held_out for g in bundle.genes)
+    attributions = "\n".join(f"- {_markdown(a)}" for a in lineage.attributions())
+    licences = "\n".join(f"- {_markdown(x)}" for x in lineage.licences()) or "- not stated"
     return (
         f"# {_markdown(bundle.config.name)}: a CoMTIP model\n\n"
-        f"Trained with comtip-fast {__version__}. Tiles of {bundle.tile_um:g} um in {bundle.sizes.tile_px} px; "
-        f"{trained} genes trained, {held} held out by name.\n\n"
-        "The weights were trained on sections of split `train`; `val` was used for early stopping; `test` was not used.\n\n"
-        "| section | split | species | tissue | donor | spots | licence |\n|---|---|---|---|---|---|---|\n"
-        f"{rows}\n\n## Attribution\n{attributions}\n\n## Use\nResearch only; not a medical device. "
+        f"Trained with comtip-fast {lineage.own.comtip_fast or 'unknown'}. Tiles of {bundle.tile_um:g} um in "
+        f"{bundle.sizes.tile_px} px; {trained} genes trained, {held} held out by name.\n\n"
+        f"## Training data\n{_card_runs(lineage)}\n"
+        "| run | section | split | species | tissue | donor | spots | licence |\n|---|---|---|---|---|---|---|---|\n"
+        f"{_card_sections(lineage)}\n\n## Licences\nOf the data that influenced the weights:\n{licences}\n\n"
+        f"## Attribution\n{attributions}\n\n## Use\nResearch only; not a medical device. "
         "Load it with `comtip_fast.load(<this folder>)`; weights are safetensors, without pickle.\n"
     )
+
+
+def _card_runs(lineage: Lineage) -> str:
+    """Describe the runs, oldest first, and the test sections that an ancestor was trained on."""
+    lines = []
+    if not lineage.parents_known:
+        lines.append(
+            f"**The parents of {_markdown(lineage.labels()[0])} are unknown**: it was exported without lineage. If it "
+            "started from another model, that model's data also influenced the weights, and scores on donors and genes "
+            "that are new here may not be scores on new donors and genes.\n"
+        )
+    lines.append(
+        "Weights were trained on sections of split `train`; `val` was used for early stopping and for the choice of the "
+        "readout; `test` was not used by its run.\n"
+    )
+    if lineage.ancestors:
+        lines.append("Fine-tuned in several runs, oldest first; each started from the weights of the one before:")
+    for label, run in zip(lineage.labels(), lineage.runs, strict=True):
+        scores = ", ".join(f"{_markdown(c)} {v:.3f}" for c, v in run.validation.items())
+        vectors = "" if run.vectors is None else f"; gene vectors {run.vectors.sha256[:16]}"
+        licence = "" if run.vectors is None else f" (licence: {_markdown(run.vectors.licence or 'not stated')})"
+        lines.append(
+            f"- {_markdown(label)}: {len(run.trained_genes)} genes trained{vectors}{licence}"
+            + (f"; validation PCC: {scores}" if scores else "")
+        )
+    own = [s for s in lineage.own.sections if s.split == "test"]
+    for section, uses in zip(own, lineage.uses(own), strict=True):
+        runs = names_of_uses(uses, LEARNING)
+        if runs:
+            lines.append(
+                f"\n**{_markdown(section.section_id)} is a test section of this run, but influenced the weights of "
+                f"{_markdown(', '.join(runs))}.**"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _card_sections(lineage: Lineage) -> str:
+    rows = []
+    for label, run in zip(lineage.labels(), lineage.runs, strict=True):
+        for s in run.sections:
+            cells = (label, s.section_id, s.split, s.species, s.tissue, s.donor, s.n_spots, s.licence)
+            rows.append("| " + " | ".join(_markdown("-" if c == "" else c) for c in cells) + " |")
+    return "\n".join(rows)
 
 
 def _read_tensors(read: Any, path: Path) -> Any:

@@ -19,14 +19,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from comtip_fast import lineage
+from comtip_fast.genes.vectors import GeneVectors
 from comtip_fast.models import readout
 
 SUMS = "SHA256SUMS"
-HASHED = ("config.json", "model.safetensors", "levels.safetensors", "genes.tsv")
+HASHED = ("config.json", "model.safetensors", "levels.safetensors", "genes.tsv", lineage.FILE)
 """Files of every export that are verified. README.md is not, because users may edit it."""
+FIRST_WITH_LINEAGE = 3
+"""Exports of earlier versions have no ``lineage.json``: their parents are unknown."""
 READOUT = "readout.safetensors"
 """The linear readout; exports of version 1, and of runs with ``readout.kind: levels``, have none."""
-FILES = (*HASHED, READOUT, "README.md", SUMS)
+VECTORS = "gene_vectors.safetensors"
+"""The gene vectors of a model that was trained with ``text.gene_vectors``."""
+FILES = (*HASHED, READOUT, VECTORS, "README.md", SUMS)
 GENE_COLUMNS = ("key", "symbol", "ensembl", "name", "trained", "held_out")
 FIX = "copy the export again, or write it again with `comtip export`"
 
@@ -37,16 +43,19 @@ class ExportError(ValueError):
 
 def hashed_files(meta: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the files that are verified, according to ``config.json``."""
-    return (*HASHED, READOUT) if meta.get("readout") else HASHED
+    old = meta["version"] < FIRST_WITH_LINEAGE
+    always = tuple(n for n in HASHED if not (old and n == lineage.FILE))
+    parts = {READOUT: meta.get("readout"), VECTORS: meta.get("gene_vectors")}
+    return (*always, *(name for name, present in parts.items() if present))
 
 
 def write_sums(folder: Path, files: Sequence[str]) -> None:
     """Write ``SHA256SUMS`` in the format of ``sha256sum``."""
-    (folder / SUMS).write_text("".join(f"{_sha256(folder / n)}  {n}\n" for n in files), encoding="utf-8")
+    (folder / SUMS).write_text("".join(f"{sha256_of(folder / n)}  {n}\n" for n in files), encoding="utf-8")
 
 
-def verify_files(folder: Path, files: Sequence[str], *, hashed: bool) -> None:
-    """Check that every file exists and matches its hash.
+def verify_files(folder: Path, files: Sequence[str], *, hashed: bool) -> dict[str, str]:
+    """Check that every file exists and matches its hash; return the stated SHA-256 of each file of the export.
 
     Parameters
     ----------
@@ -69,12 +78,13 @@ def verify_files(folder: Path, files: Sequence[str], *, hashed: bool) -> None:
     if not sums.is_file():
         if hashed:
             raise ExportError(f"{sums}: missing, the export is incomplete; {FIX}")
-        return
+        return {}
     lines = sums.read_bytes()[: 1 << 16].decode("utf-8", "replace").splitlines()
     stated = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
     for name in files:
-        if stated.get(name) != _sha256(folder / name):
+        if stated.get(name) != sha256_of(folder / name):
             raise ExportError(f"{folder / name}: the SHA-256 differs from {SUMS}; {FIX}")
+    return stated
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -127,6 +137,83 @@ def read_genes(path: Path, n_trained: int) -> list[dict[str, str]]:
     if len(rows) < n_trained:
         raise ExportError(f"{path}: {len(rows)} genes, but the model was trained on {n_trained}; {FIX}")
     return rows
+
+
+def read_lineage(
+    path: Path, sections: Sequence[Mapping[str, Any]], genes: Sequence[Mapping[str, str]], weights: str
+) -> lineage.Lineage:
+    """Read ``lineage.json`` and check that its last run is the run of this export.
+
+    Parameters
+    ----------
+    path
+        The file.
+    sections, genes
+        Sections of ``config.json`` and rows of ``genes.tsv``.
+    weights
+        SHA-256 of ``model.safetensors``; empty for an export without hashes.
+
+    Raises
+    ------
+    ExportError
+        The file is invalid, or its last run has other sections, genes or weights.
+    """
+    try:
+        found = lineage.Lineage.load(path)
+    except ValueError as error:
+        raise ExportError(str(error)) from error
+    if not found.runs:
+        raise ExportError(f"{path}: no run, expected at least the run of this export; {FIX}")
+    own = found.own
+    same = {
+        "sections": [(s.section_id, s.split) for s in own.sections]
+        == [(s["section_id"], s["split"]) for s in sections],
+        "trained genes": list(own.trained_genes) == [g["key"] for g in genes if g["trained"] == "1"],
+        "held-out genes": list(own.held_out_genes) == [g["key"] for g in genes if g["held_out"] == "1"],
+        "weights": not weights or own.weights == weights,
+    }
+    wrong = [what for what, equal in same.items() if not equal]
+    if wrong:
+        raise ExportError(f"{path}: the last run has other {' and '.join(wrong)} than this export; {FIX}")
+    return found
+
+
+def read_vectors(path: Path, stated: Any, own: lineage.LineageRun, dim: int) -> GeneVectors | None:
+    """Read the gene vectors of an export; None for a model without.
+
+    Parameters
+    ----------
+    path
+        The file.
+    stated
+        SHA-256 of the vectors in ``config.json``; None without vectors.
+    own
+        The export's own run.
+    dim
+        Components of the model's gene vectors, 0 without.
+
+    Raises
+    ------
+    ExportError
+        The file is damaged, or not that of the model.
+    """
+    in_lineage = None if own.vectors is None else own.vectors.sha256
+    if stated != in_lineage or bool(stated) != bool(dim):
+        raise ExportError(
+            f"{path}: config.json names the gene vectors {stated!r} of {dim} components, but lineage.json names "
+            f"{in_lineage!r}; {FIX}"
+        )
+    if not stated:
+        return None
+    try:
+        found = GeneVectors.load(path)
+    except ValueError as error:
+        raise ExportError(f"{error}; {FIX}") from error
+    if found.sha256 != stated or found.vector_GK.shape[1] != dim:
+        raise ExportError(
+            f"{path}: gene vectors {found.sha256} of {found.vector_GK.shape[1]} components, expected {stated} of {dim}; {FIX}"
+        )
+    return found
 
 
 def check_levels(arrays: Mapping[str, np.ndarray], path: Path, n_trained: int, n_levels: int) -> None:
@@ -291,6 +378,7 @@ def _few(names: Sequence[str] | set[str]) -> str:
     return ", ".join(ordered[:3]) + (" ..." if len(ordered) > 3 else "")
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

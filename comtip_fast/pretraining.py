@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from comtip_shards.storage.atomic import write_atomic
 
 from comtip_fast.config.io import load_config
+from comtip_fast.lineage import FILE
 from comtip_fast.plan.live import step_cost
 from comtip_fast.runtime.devices import pick_device
 from comtip_fast.training.checkpoint.resume import CHECKPOINTS, refuse_second_run
@@ -18,8 +20,9 @@ from comtip_fast.training.distributed.comm_timer import ClockedGroup
 from comtip_fast.training.distributed.process_group import init_distributed
 from comtip_fast.training.engines.base import set_product_precision
 from comtip_fast.training.engines.factory import check_engine
-from comtip_fast.training.task import build_task
+from comtip_fast.training.task import CoMTIPTask, build_task
 from comtip_fast.training.trainer import FitResult, Trainer
+from comtip_fast.training.warm_start import parents_of
 
 log = logging.getLogger("comtip_fast")
 
@@ -88,9 +91,21 @@ def pretrain(
             log.setLevel(logging.WARNING)
         # A checkpoint holds all weights; the file of initial weights may no longer exist.
         fresh = not (resume and steps_of(out / CHECKPOINTS))
-        task = build_task(run, target, group, initialise=fresh)
+        parents = parents_of(run, None if fresh else out, required=fresh)
+        task = build_task(run, target, group, initialise=fresh, parents=parents)
         log.info("%s", task.describe())
+        if group.rank == 0:
+            _record_parents(task, out)
         cost = step_cost(
             run, task.model, tile_px=task.sizes.tile_px, trained_genes=task.sizes.n_identities, ranks=group.size
         )
         return Trainer(task, run, out, group, cost=cost).fit(resume=resume)
+
+
+def _record_parents(task: CoMTIPTask, out: Path) -> None:
+    """Write the lineage of the run's parents, which may be moved before the run is resumed, and warn of leakage."""
+    for message in task.leaks():
+        log.warning("%s", message)
+    if task.parents.runs or not task.parents.parents_known:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomic(out / FILE, task.parents.to_json())

@@ -5,17 +5,23 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from comtip_fast.cli.options import add_device, add_out
+from comtip_fast.cli.options import add_device, add_out, gene_list
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     parser.add_argument("run_dir", type=Path, metavar="RUN", help="folder of a finished run, or an export")
     parser.add_argument("--shards", required=True, help="shard set (folder or URL) with the sections to score")
-    add_out(parser, "folder for metrics.json and report.html")
+    add_out(parser, "folder for metrics.json, genes.csv and report.html")
     parser.add_argument(
         "--sections",
         help="comma-separated section ids (default: split test; if it is empty, all sections not used for training)",
+    )
+    parser.add_argument(
+        "--genes",
+        nargs="+",
+        default=["all"],
+        help="score these genes alone: symbols or Ensembl ids, or @FILE (default: the model's genes)",
     )
     parser.add_argument(
         "--train-shards",
@@ -30,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate, write both files and print the summary table."""
+    """Evaluate, write the files and print the summary table."""
     from comtip_fast.evaluation.evaluate import summary_table
     from comtip_fast.evaluation.run import evaluate_run
 
@@ -44,10 +50,11 @@ def run(args: argparse.Namespace) -> int:
         sections=sections,
         train_shards=args.train_shards,
         gene_vectors=args.gene_vectors,
+        genes=gene_list(args.genes),
         null_draws=args.null_draws,
         seed=args.seed,
         device=args.device,
     )
     print(summary_table(result.metrics))
-    print(f"wrote {args.out / 'metrics.json'} and {args.out / 'report.html'}")
+    print(f"wrote {args.out / 'metrics.json'}, {args.out / 'genes.csv'} and {args.out / 'report.html'}")
     return 0

@@ -154,6 +154,13 @@ class TextConfig:
     """Add a learnt embedding per training gene."""
     identity_drop: Share = 0.3
     """Probability, per gene and step, of dropping the identity embedding, as for an unseen gene."""
+    gene_vectors: str = ""
+    """File of gene vectors (``comtip genes vectors``) that a learnt projection adds to the gene's sentence; empty for none.
+    The export holds the vectors, and predicts every gene of the file."""
+    vector_drop: Share = 0.2
+    """Probability, per gene and step, of dropping vector and identity, as for an unseen gene that has only a name."""
+    name_drop: Share = 0.2
+    """The same for name and identity, as for an unseen gene that has only a vector; the sum of both is at most 1."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,19 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from comtip_shards import ShardSet
 from comtip_shards.storage.atomic import write_atomic
 
 from comtip_fast.data.expression.levels import log1p_cp10k
 from comtip_fast.data.tile_sources import ShardTiles
+from comtip_fast.evaluation.gene_table import ScoredGenes, ScoringInputs, gene_table, resolve_list
 from comtip_fast.evaluation.metrics import Score, score, score_from_genes
 from comtip_fast.evaluation.nulls import moved_spots, null_partial_pcc, null_pcc
-from comtip_fast.evaluation.train_reference import Inputs, TrainReference, spot_inputs
+from comtip_fast.evaluation.seen import choose_sections, lineage_facts, section_facts
+from comtip_fast.evaluation.train_reference import TrainReference, spot_inputs
 from comtip_fast.inference import GeneQuery, Predictor
+from comtip_fast.lineage import symbol_of
 from comtip_fast.metrics import finite_or_none, pcc_per_gene
 
 log = logging.getLogger("comtip_fast")
 N_HVG = 50
+HVG_FROM_LIST = "gene list"
 NORMALISATIONS = ("cp10k", "raw")
 PREDICTORS = (
     "zero_shot",
@@ -62,6 +67,8 @@ class SectionData:
     """(n_draws,) mean PCC of the null over the 50 genes, CP10K."""
     null_pcc: np.ndarray
     """(n_draws, panel genes) float32, PCC of the null, CP10K; NaN where undefined."""
+    gene_table: pd.DataFrame
+    """One row per gene of ``keys``, with the columns of :data:`comtip_fast.evaluation.gene_table.COLUMNS`."""
 
 
 @dataclass
@@ -73,6 +80,10 @@ class Evaluation:
     shards: ShardSet
     predictor: Predictor
 
+    def gene_table(self) -> pd.DataFrame:
+        """Return the scores of every gene in every section, one row each."""
+        return pd.concat([data.gene_table for data in self.sections], ignore_index=True)
+
 
 def evaluate(
     predictor: Predictor,
@@ -80,6 +91,7 @@ def evaluate(
     *,
     sections: Sequence[str] | None = None,
     train_shards: ShardSet | None = None,
+    genes: Sequence[str] | None = None,
     seed: int = 0,
     n_null: int = 200,
 ) -> Evaluation:
@@ -97,14 +109,18 @@ def evaluate(
         The shard set with the model's training sections, default ``shards``. The baselines are trained on it and the
         50 most variable genes are chosen on it, not on the evaluated sections. A cohort that was not trained has no
         ridge baselines, and its 50 genes are chosen on the evaluated section; ``hvg_from`` records which.
+    genes
+        Symbols or Ensembl ids. Scores are then those of these genes alone: the mean over all genes is the mean over the
+        list, and the first 50 of the list replace the 50 most variable genes, so that models with other training
+        genes are compared on the same ones.
     seed, n_null
         Seed and number of draws of the spatial null.
 
     Raises
     ------
     ValueError
-        A section is unknown, all sections were used in training, tiles have another size, or ``train_shards`` lacks the
-        training sections of an evaluated cohort.
+        A section is unknown, all sections were used in training, tiles have another size, ``train_shards`` lacks the
+        training sections of an evaluated cohort, or a listed gene is unknown or listed twice.
     """
     train_shards = shards if train_shards is None else train_shards
     _check_tiles(predictor, shards)
@@ -112,12 +128,15 @@ def evaluate(
     chosen = choose_sections(predictor, shards, sections)
     reference = TrainReference(predictor, train_shards)
     reference.check(shards.cohort_of_section(n) for n in chosen)
+    scored = [
+        _choose_genes(predictor, shards, n, reference, genes) for n in chosen
+    ]  # before the work, which takes long
     results: dict[str, dict[str, Any]] = {}
     data: list[SectionData] = []
-    for number in chosen:
+    for number, scored_genes in zip(chosen, scored, strict=True):
         section_id = shards.manifest.sections[number].section_id
         log.info("evaluating %s (%d of %d)", section_id, len(data) + 1, len(chosen))
-        section_data, metrics = _evaluate_section(predictor, shards, number, reference, seed, n_null)
+        section_data, metrics = _evaluate_section(predictor, shards, number, scored_genes, reference, seed, n_null)
         data.append(section_data)
         results[section_id] = metrics
     cohorts = {
@@ -130,29 +149,13 @@ def evaluate(
         "run": predictor.config.name,
         "seed": seed,
         "null_draws": n_null,
+        "gene_list": None if genes is None else list(genes),
+        "lineage": lineage_facts(predictor),
+        "reference_sections": [train_shards.manifest.sections[n].section_id for n in reference.numbers],
         "cohorts": cohorts,
         "sections": results,
     }
     return Evaluation(all_metrics, data, shards, predictor)
-
-
-def choose_sections(predictor: Predictor, shards: ShardSet, section_ids: Sequence[str] | None) -> list[int]:
-    """Return section numbers: the given ones, otherwise split ``test``, otherwise all that training did not use.
-
-    Raises
-    ------
-    ValueError
-        A section is unknown, or training used all sections.
-    """
-    if section_ids is not None:
-        return [shards.section_number(s) for s in section_ids]
-    entries = list(enumerate(shards.manifest.sections))
-    test = [i for i, s in entries if s.split == "test"]
-    used = {s["section_id"] for s in predictor.train_sections if s["split"] in ("train", "val")}
-    rest = test or [i for i, s in entries if s.section_id not in used]
-    if not rest:
-        raise ValueError(f"{shards.path}: training used every section; name those to score with --sections")
-    return rest
 
 
 def _check_tiles(predictor: Predictor, shards: ShardSet) -> None:
@@ -165,20 +168,16 @@ def _check_tiles(predictor: Predictor, shards: ShardSet) -> None:
         )
 
 
-@dataclass
-class _ScoredGenes:
-    """The genes that are scored in a section; ``hvg``, ``panel`` and ``unseen`` are indices into ``keys``."""
-
-    keys: list[str]
-    hvg: np.ndarray
-    panel: np.ndarray
-    unseen: np.ndarray
-    """By decreasing variance."""
-    hvg_from: str
-    """Where the most variable genes were chosen."""
-
-
-def _choose_genes(predictor: Predictor, shards: ShardSet, number: int, reference: TrainReference) -> _ScoredGenes:
+def _choose_genes(
+    predictor: Predictor, shards: ShardSet, number: int, reference: TrainReference, listed: Sequence[str] | None
+) -> ScoredGenes:
+    """Choose the genes of a section: those of the model, or those of a list."""
+    if listed is not None:
+        keys, not_measured = resolve_list(listed, shards, number)
+        seen = {symbol_of(k) for k in predictor.trained_genes} | predictor.lineage.genes_of_ancestors()
+        new = np.array([i for i, k in enumerate(keys) if symbol_of(k) not in seen], np.int64)
+        every = np.arange(len(keys))
+        return ScoredGenes(keys, every[:N_HVG], every, new, HVG_FROM_LIST, not_measured)
     measured = {g.key for g, m in zip(shards.genes, shards.measured(number), strict=True) if m}
     ranked, hvg_from = reference.ranked_genes(shards.cohort_of_section(number), fallback=(shards, number))
     hvg = [k for k in ranked if k in measured][:N_HVG]
@@ -191,11 +190,17 @@ def _choose_genes(predictor: Predictor, shards: ShardSet, number: int, reference
     index, rank = {k: i for i, k in enumerate(keys)}, {k: i for i, k in enumerate(ranked)}
     unseen.sort(key=lambda k: (rank.get(k, len(ranked)), index[k]))
     hvg_i, panel_i, unseen_i = (np.array([index[k] for k in group], np.int64) for group in (hvg, panel, unseen))
-    return _ScoredGenes(keys, hvg_i, panel_i, unseen_i, hvg_from)
+    return ScoredGenes(keys, hvg_i, panel_i, unseen_i, hvg_from, [])
 
 
 def _evaluate_section(
-    predictor: Predictor, shards: ShardSet, number: int, reference: TrainReference, seed: int, n_null: int
+    predictor: Predictor,
+    shards: ShardSet,
+    number: int,
+    genes: ScoredGenes,
+    reference: TrainReference,
+    seed: int,
+    n_null: int,
 ) -> tuple[SectionData, dict[str, Any]]:
     section_id, cohort = shards.manifest.sections[number].section_id, shards.cohort_of_section(number)
     spots = shards.select(sections=[number])
@@ -204,7 +209,6 @@ def _evaluate_section(
     features = predictor.image_features(tiles, stain, xy)
     ridge_inputs = spot_inputs(predictor, tiles, stain, features)
     colour = ridge_inputs["ridge_colour"]["tile colour"]
-    genes = _choose_genes(predictor, shards, number, reference)
     row_of = {g.key: i for i, g in enumerate(shards.genes)}
     rows = [row_of[k] for k in genes.keys]
     measured = {
@@ -213,7 +217,8 @@ def _evaluate_section(
     }
     queries = [GeneQuery(shards.genes[r].symbol, shards.genes[r].name, shards.genes[r].key) for r in rows]
     predicted = predictor.predict(features, queries, cohort=cohort)
-    inputs = _ScoringInputs(
+    moved = moved_spots(xy, n_null, seed=seed, section=section_id)
+    inputs = ScoringInputs(
         cohort=cohort,
         genes=genes,
         measured=measured,
@@ -221,7 +226,8 @@ def _evaluate_section(
         from_levels=predictor.predict_levels(features, queries),
         covariates=np.column_stack([colour, np.log1p(np.asarray(counts.sum(axis=1)).ravel())]),
         ridge_inputs=ridge_inputs,
-        moved=moved_spots(xy, n_null, seed=seed, section=section_id),
+        moved=moved,
+        null=null_pcc(measured["cp10k"], predicted["cp10k"], moved),
     )
     scores, null_means, null_genes = _score_section(inputs, reference)
     data = SectionData(
@@ -237,45 +243,26 @@ def _evaluate_section(
         pcc=pcc_per_gene(measured["cp10k"], predicted["cp10k"]),
         null_means=null_means,
         null_pcc=null_genes,
+        gene_table=gene_table(predictor, shards, number, inputs),
     )
     return data, _section_facts(predictor, shards, number, genes) | scores
 
 
-def _section_facts(predictor: Predictor, shards: ShardSet, number: int, genes: _ScoredGenes) -> dict[str, Any]:
+def _section_facts(predictor: Predictor, shards: ShardSet, number: int, genes: ScoredGenes) -> dict[str, Any]:
     """Return what ``metrics.json`` records of a section besides its scores."""
     meta = shards.manifest.sections[number]
-    splits = {s["section_id"]: s["split"] for s in predictor.train_sections}
     return {
         "sections": [meta.section_id],
-        "donor": meta.donor,
         "n_spots": meta.n_spots,
         "n_genes_all": int(genes.panel.size),
         "n_genes_unseen": int(genes.unseen.size),
         "genes_50_hvg": [genes.keys[i] for i in genes.hvg],
         "hvg_from": genes.hvg_from,
-        "donor_seen_in_training": meta.donor in {s["donor"] for s in predictor.train_sections if s["split"] == "train"},
-        "section_seen_in_training": splits.get(meta.section_id) == "train",
-        "section_stopped_training": splits.get(meta.section_id) == "val",
-    }
+        "genes_not_measured": genes.not_measured,
+    } | section_facts(predictor, shards, number)
 
 
-@dataclass
-class _ScoringInputs:
-    """Input of :func:`_score_section`."""
-
-    cohort: str
-    genes: _ScoredGenes
-    measured: dict[str, np.ndarray]
-    predicted: dict[str, np.ndarray]
-    from_levels: dict[str, np.ndarray]
-    """Predictions from level sentences alone, without the linear readout."""
-    covariates: np.ndarray
-    ridge_inputs: Inputs
-    moved: np.ndarray
-    """From :func:`comtip_fast.evaluation.nulls.moved_spots`."""
-
-
-def _score_section(v: _ScoringInputs, reference: TrainReference) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+def _score_section(v: ScoringInputs, reference: TrainReference) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
     """Return all scores, and for the null under CP10K the mean of each draw and the PCC of each panel gene."""
     out: dict[str, Any] = {name: dict.fromkeys(NORMALISATIONS) for name in PREDICTORS}
     genes, null = v.genes, (np.zeros(0), np.zeros((0, 0), np.float32))
@@ -292,7 +279,7 @@ def _score_section(v: _ScoringInputs, reference: TrainReference) -> tuple[dict[s
         )
         unseen = score(m[:, genes.unseen], p[:, genes.unseen], v.covariates, first_unseen)
         out["zero_shot_unseen_genes"][norm] = asdict(unseen)
-        pcc = null_pcc(m[:, scored], p[:, scored], v.moved)
+        pcc = v.null[:, scored] if norm == "cp10k" else null_pcc(m[:, scored], p[:, scored], v.moved)
         partial = null_partial_pcc(m[:, genes.hvg], p[:, genes.hvg], v.covariates, v.moved)
         out["control_null"][norm], draws = _null_scores(
             [score_from_genes(g, h, top, panel) for g, h in zip(pcc, partial, strict=True)], zero_shot.mean_pcc_50_hvg
@@ -334,6 +321,8 @@ def _merge_sections(parts: list[dict[str, Any]]) -> dict[str, Any]:
         "genes_50_hvg": parts[0]["genes_50_hvg"],
         "hvg_from": parts[0]["hvg_from"],
         "donor_seen_in_training": any(p["donor_seen_in_training"] for p in parts),
+        "donor_seen_by": list(dict.fromkeys(run for p in parts for run in p["donor_seen_by"])),
+        "genes_not_measured": sorted({g for p in parts for g in p["genes_not_measured"]}),
     }
     for name in PREDICTORS:
         out[name] = {}

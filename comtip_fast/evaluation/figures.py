@@ -79,7 +79,8 @@ def loss_curves(path: Path) -> str | None:
         best = [r["step"] for r in valid if r.get("best")]
         if best:
             axis.axvline(best[-1], color=INK, lw=1, ls=":", label="best")
-        axis.legend(fontsize=7, frameon=False)
+        if axis.get_legend_handles_labels()[0]:  # without validation sections there is none
+            axis.legend(fontsize=7, frameon=False)
         _style(axis, "Validation sections (early stopping)", "step", "mean PCC")
     for axis in axes[count:]:
         axis.set_visible(False)

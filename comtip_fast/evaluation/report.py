@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,9 @@ def write_report(run_dir: Path | None, result: Evaluation, out: Path) -> None:
 
 def _training(result: Evaluation) -> dict[str, Any]:
     """Return what the page states about training: sections, donors, genes and credits."""
-    sections = result.predictor.train_sections
+    predictor = result.predictor
+    lineage = predictor.lineage
+    sections = [asdict(section) for section in lineage.merged_sections()]
     donors = {s["donor"] for s in sections if s["split"] == "train"}
     scored = {d.section_id for d in result.sections}
     rows = [s | {"scored": s["section_id"] in scored} for s in sections]
@@ -78,17 +81,19 @@ def _training(result: Evaluation) -> dict[str, Any]:
     return {
         "rows": sorted(rows, key=lambda s: (s["species"], order[s["split"]], s["section_id"])) + not_in_training_set,
         "shared_val": [s["section_id"] for s in sections if s["split"] == "val" and s["donor"] in donors],
-        "n_trained": len(result.predictor.trained_genes),
-        "n_held_out": len(result.predictor.held_out_genes),
+        "runs": lineage.labels(),
+        "parents_known": lineage.parents_known,
+        "n_trained": len(predictor.trained_genes),
+        "n_held_out": len(predictor.held_out_genes),
         "n_spots": sum(s["n_spots"] for s in sections if s["split"] == "train"),
         "credits": [
             (credit, [s["section_id"] for s in rows + not_in_training_set if s["attribution"] == credit])
             for credit in sorted({s["attribution"] for s in rows + not_in_training_set if s["attribution"]})
         ],
-        "backbone": result.predictor.config.vision.backbone,
-        "stem": result.predictor.config.vision.stem,
-        "tile_um": result.predictor.tile_um,
-        "tile_px": result.predictor.tile_px,
+        "backbone": predictor.config.vision.backbone,
+        "stem": predictor.config.vision.stem,
+        "tile_um": predictor.tile_um,
+        "tile_px": predictor.tile_px,
     }
 
 

@@ -10,6 +10,7 @@ from comtip_shards import ShardSet
 from comtip_shards.storage.remote import is_url
 
 from comtip_fast.evaluation.evaluate import Evaluation, evaluate, write_metrics
+from comtip_fast.evaluation.gene_table import write_genes
 from comtip_fast.evaluation.report import write_report
 from comtip_fast.inference import Predictor
 from comtip_fast.runtime.devices import pick_device
@@ -24,6 +25,7 @@ def evaluate_run(
     sections: Sequence[str] | None = None,
     train_shards: Path | str | None = None,
     gene_vectors: Path | str | None = None,
+    genes: Sequence[str] | None = None,
     null_draws: int = 200,
     seed: int = 0,
     device: str = "auto",
@@ -37,13 +39,16 @@ def evaluate_run(
     shards
         Shard set (folder or URL) with the sections to score; its tiles have the model's size.
     out
-        Folder for ``metrics.json`` and ``report.html``; ``None`` writes nothing.
+        Folder for ``metrics.json``, ``genes.csv`` and ``report.html``; ``None`` writes nothing.
     sections
         Section ids; default: those whose split is ``test``, otherwise all that training did not use.
     train_shards
         Shard set with the training sections, for the ridge baselines; default: the run's own.
     gene_vectors
         File of gene vectors (``comtip genes vectors``), with which genes that were not trained are predicted.
+    genes
+        Symbols or Ensembl ids to score, so that models with other training genes are compared on the same ones; default:
+        the model's genes.
     null_draws, seed
         Number of draws of the spatial null, and its seed.
     device
@@ -52,14 +57,14 @@ def evaluate_run(
     Returns
     -------
     Evaluation
-        ``metrics`` (the content of ``metrics.json``) and the arrays behind them.
+        ``metrics`` (the content of ``metrics.json``), ``gene_table()`` (that of ``genes.csv``) and the arrays behind them.
 
     Raises
     ------
     FileNotFoundError
         There is no export, no file of gene vectors, or no shard set with the training sections.
     ValueError
-        Unknown sections, tiles of another size, or a trained cohort without its training sections.
+        Unknown sections or genes, tiles of another size, or a trained cohort without its training sections.
 
     Examples
     --------
@@ -68,12 +73,22 @@ def evaluate_run(
     >>> sorted(scores.metrics["cohorts"])
     ['human_breast']
     """
-    run = Path(run)
     if out is not None:
         _check_writable(Path(out))  # before the work, which takes long
     predictor = Predictor.load(run, pick_device(device), gene_vectors)
-    train = str(train_shards) if train_shards else shards_of_run(run, predictor.config.data.shards)
-    if train_shards is None and is_url(train):
+    train = _training_shards(Path(run), predictor.config.data.shards, train_shards)
+    result = evaluate(
+        predictor, ShardSet(shards), sections=sections, train_shards=train, genes=genes, seed=seed, n_null=null_draws
+    )
+    if out is not None:
+        _write_results(Path(run), result, Path(out))
+    return result
+
+
+def _training_shards(run: Path, configured: str, given: Path | str | None) -> ShardSet:
+    """Open the shard set with the training sections; a URL in the run's config is not fetched."""
+    train = str(given) if given else shards_of_run(run, configured)
+    if given is None and is_url(train):
         raise ValueError(
             f"{run}: its config names the training sections by the URL {train}, which is not fetched on a model's word; "
             "if you trust it, give it with --train-shards"
@@ -83,20 +98,14 @@ def evaluate_run(
             f"{train}: no shard set here, but the ridge baselines train on the model's own training sections; "
             "give them with --train-shards"
         )
-    result = evaluate(
-        predictor,
-        ShardSet(shards),
-        sections=sections,
-        train_shards=ShardSet(train),
-        seed=seed,
-        n_null=null_draws,
-    )
-    if out is not None:
-        folder = Path(out)
-        write_metrics(result.metrics, folder / "metrics.json")
-        log_dir = run if (run / "metrics.jsonl").is_file() else None
-        write_report(log_dir, result, folder / "report.html")
-    return result
+    return ShardSet(train)
+
+
+def _write_results(run: Path, result: Evaluation, folder: Path) -> None:
+    """Write ``metrics.json``, ``genes.csv`` and ``report.html``, with the loss curves if ``run`` is a run folder."""
+    write_metrics(result.metrics, folder / "metrics.json")
+    write_genes(result.gene_table(), folder / "genes.csv")
+    write_report(run if (run / "metrics.jsonl").is_file() else None, result, folder / "report.html")
 
 
 def _check_writable(folder: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from comtip_fast.data.expression.panel import rank_by_variance
 from comtip_fast.data.tile_sources import ArrayTiles, ShardTiles, TileSource
 from comtip_fast.evaluation.baselines import RidgeModel, fit_ridge
 from comtip_fast.inference import ImageFeatures, Predictor
+from comtip_fast.lineage import LineageSection
 
 log = logging.getLogger("comtip_fast")
 MIN_DETECTION = 0.1
@@ -90,7 +91,8 @@ class TrainReference:
     predictor
         The model.
     shards
-        The shard set with its training sections.
+        The shard set with its training sections. Training sections of the runs that the model started from are used too,
+        if the set has them: the model has seen them, and so must the baselines.
     """
 
     def __init__(self, predictor: Predictor, shards: ShardSet) -> None:
@@ -99,11 +101,14 @@ class TrainReference:
         for s in predictor.train_sections:
             if s["split"] == "train":
                 self.trained.setdefault(cohort_of(s["species"], s["tissue"]), []).append(s["section_id"])
+        parents = replace(predictor.lineage, runs=predictor.lineage.ancestors)
+        uses = parents.uses([LineageSection.of(s) for s in shards.manifest.sections])
+        by_parents = [any(use.split == "train" for use in found) for found in uses]
         # The cohort is compared too: the same id in another organ is another section.
         self.numbers = [
             i
             for i, s in enumerate(shards.manifest.sections)
-            if s.section_id in self.trained.get(shards.cohort_of_section(i), [])
+            if s.section_id in self.trained.get(shards.cohort_of_section(i), []) or by_parents[i]
         ]
         self._keys = [g.key for g in shards.genes]
         self._row = {k: i for i, k in enumerate(self._keys)}

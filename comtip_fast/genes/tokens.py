@@ -11,6 +11,7 @@ from torch import Tensor
 
 from comtip_fast.config.schema import TextConfig
 from comtip_fast.genes.tokenizer import GENE_ID, VALUE_ID, GeneTokenizer
+from comtip_fast.genes.vectors import GeneVectors
 
 
 @dataclass
@@ -23,10 +24,18 @@ class GeneTokens:
     """int64, number of tokens with ``[GENE]`` and ``[VALUE]``."""
     identity_G: Tensor
     """int64, row of the identity table; 0 means no identity embedding is added."""
+    vector_GK: Tensor | None = None
+    """float32, gene vectors; a row of zeros means that the gene has none. None for a model without vectors."""
 
     def to(self, device: torch.device | str) -> GeneTokens:
         """Return the tokens on ``device``."""
-        return GeneTokens(self.ids_GT.to(device), self.length_G.to(device), self.identity_G.to(device))
+        vector = None if self.vector_GK is None else self.vector_GK.to(device)
+        return GeneTokens(self.ids_GT.to(device), self.length_G.to(device), self.identity_G.to(device), vector)
+
+    def rows(self, index: Tensor) -> GeneTokens:
+        """Return the genes in ``index``, int64."""
+        vector = None if self.vector_GK is None else self.vector_GK[index]
+        return GeneTokens(self.ids_GT[index], self.length_G[index], self.identity_G[index], vector)
 
 
 def gene_tokens(
@@ -34,6 +43,7 @@ def gene_tokens(
     names: Sequence[tuple[str, str]],
     identity: np.ndarray,
     config: TextConfig,
+    vector_GK: np.ndarray | None = None,
 ) -> GeneTokens:
     """Tokenise ``(symbol, full name)`` pairs as ``[GENE] name tokens [VALUE]``.
 
@@ -47,20 +57,63 @@ def gene_tokens(
         (G,) identity rows, 0 for a gene that was not trained.
     config
         ``max_tokens`` and ``full_name`` are read.
+    vector_GK
+        Gene vectors, from :func:`vector_rows`. A gene with a vector and neither symbol nor name has no name tokens.
     """
     T = config.max_tokens + 2
     ids = np.zeros((len(names), T), np.int64)
     length = np.zeros(len(names), np.int64)
     for i, (symbol, name) in enumerate(names):
         tokens = tokenizer.encode(symbol, name if config.full_name else "", config.max_tokens)[: config.max_tokens]
-        row = [GENE_ID, *tokens, VALUE_ID]
+        unnamed = not symbol.strip() and not name.strip() and vector_GK is not None and vector_GK[i].any()
+        row = [GENE_ID, *([] if unnamed else tokens), VALUE_ID]
         ids[i, : len(row)], length[i] = row, len(row)
 
-    return GeneTokens(torch.from_numpy(ids), torch.from_numpy(length), torch.from_numpy(identity.astype(np.int64)))
+    vector = None if vector_GK is None else torch.from_numpy(np.ascontiguousarray(vector_GK, np.float32))
+    return GeneTokens(
+        torch.from_numpy(ids), torch.from_numpy(length), torch.from_numpy(identity.astype(np.int64)), vector
+    )
+
+
+def vector_rows(vectors: GeneVectors, keys: Sequence[str]) -> np.ndarray:
+    """Return the vectors of genes, float32 (G, K); a row of zeros for a gene without one."""
+    index = np.array([vectors.row.get(k, -1) for k in keys], np.int64)
+    out = np.zeros((len(keys), vectors.vector_GK.shape[1]), np.float32)
+    out[index >= 0] = vectors.vector_GK[index[index >= 0]]
+    return out
+
+
+def drop_names_or_vectors(genes: GeneTokens, u_G: Tensor, config: TextConfig) -> GeneTokens:
+    """Drop the vector of some genes and the name of others, and the identity of both, as for genes that are not trained.
+
+    A gene without a vector keeps its name and its identity.
+
+    Parameters
+    ----------
+    genes
+        G genes with vectors.
+    u_G
+        Uniform numbers in [0, 1).
+    config
+        A gene loses its vector below ``vector_drop``, and its name from there to ``vector_drop + name_drop``.
+    """
+    assert genes.vector_GK is not None
+    has = (genes.vector_GK != 0).any(dim=1)
+    no_vector = has & (u_G < config.vector_drop)
+    no_name = has & ~no_vector & (u_G < config.vector_drop + config.name_drop)
+    bare = torch.zeros_like(genes.ids_GT)
+    bare[:, 0], bare[:, 1] = GENE_ID, VALUE_ID
+    return GeneTokens(
+        torch.where(no_name[:, None], bare, genes.ids_GT),
+        torch.where(no_name, torch.full_like(genes.length_G, 2), genes.length_G),
+        genes.identity_G * ~(no_vector | no_name),
+        genes.vector_GK * ~no_vector[:, None],
+    )
 
 
 def take_genes(genes: GeneTokens, rows: torch.Tensor) -> GeneTokens:
     """Return the genes in ``rows``, padded to the longest of them."""
     length = genes.length_G[rows]
     width = int(length.max()) if len(rows) else 2
-    return GeneTokens(genes.ids_GT[rows, :width], length, genes.identity_G[rows])
+    vector = None if genes.vector_GK is None else genes.vector_GK[rows]
+    return GeneTokens(genes.ids_GT[rows, :width], length, genes.identity_G[rows], vector)

@@ -21,6 +21,8 @@ from safetensors.numpy import save_file
 from comtip_fast._version import __version__
 
 FORMAT, VERSION = "comtip-gene-vectors", 1
+AXES_TOLERANCE = 1e-3
+"""Largest difference of two files with equal axes, relative to the largest component."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,28 @@ class GeneVectors:
         for array in (self.vector_GK, self.moments_G4, self.detection_G):
             digest.update(np.ascontiguousarray(array, np.float32).tobytes())
         return digest.hexdigest()
+
+    def extended_by(self, other: GeneVectors) -> GeneVectors | None:
+        """Return these vectors with the further genes of ``other``; None if its axes are others.
+
+        Axes agree if the vectors of at least 2 genes that both hold are equal up to :data:`AXES_TOLERANCE`.
+        """
+        shared = [k for k in self.keys if k in other.row]
+        if len(shared) < 2 or self.vector_GK.shape[1] != other.vector_GK.shape[1]:
+            return None
+        own = self.vector_GK[[self.row[k] for k in shared]]
+        if np.abs(own - other.vector_GK[[other.row[k] for k in shared]]).max() > AXES_TOLERANCE * np.abs(own).max():
+            return None
+        new = [i for i, k in enumerate(other.keys) if k not in self.row]
+        header = self.header | {"extended_by": {"sha256": other.sha256, "licence": other.header.get("licence", "")}}
+        licences = {str(h.get("licence") or "") for h in (self.header, other.header)} - {""}
+        return GeneVectors(
+            [*self.keys, *(other.keys[i] for i in new)],
+            np.concatenate([self.vector_GK, other.vector_GK[new]]),
+            np.concatenate([self.moments_G4, other.moments_G4[new]]),
+            np.concatenate([self.detection_G, other.detection_G[new]]),
+            header | {"licence": "; ".join(sorted(licences))},
+        )
 
     def save(self, path: Path) -> None:
         """Write one safetensors file; the header is JSON in its metadata."""

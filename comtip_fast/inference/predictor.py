@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,12 +18,15 @@ from torch import Tensor
 from comtip_fast.data.tile_sources import ArrayTiles, TileSource
 from comtip_fast.export import Bundle
 from comtip_fast.genes import GeneTokenizer
-from comtip_fast.genes.tokens import GeneTokens, gene_tokens, take_genes
+from comtip_fast.genes.tokens import GeneTokens, gene_tokens, take_genes, vector_rows
 from comtip_fast.genes.vectors import GeneVectors
 from comtip_fast.inference.levels import GENES_PER_CHUNK, GeneQuery, SentenceLevels, predict_chunks
+from comtip_fast.lineage import symbol_of
 from comtip_fast.models.readout import feature_width, tile_features
 from comtip_fast.models.section_statistics import neighbour_mean
 from comtip_fast.runtime.devices import autocast
+
+log = logging.getLogger("comtip_fast")
 
 
 @dataclass
@@ -49,6 +53,26 @@ class EncodedTiles:
     """Features averaged over the readout's views; None without a readout."""
 
 
+def _vectors_of(bundle: Bundle, given: GeneVectors | None) -> tuple[GeneVectors | None, GeneVectors | None]:
+    """Return the vectors that the gene encoder reads, and those that the linear readout decodes unseen genes with."""
+    own = bundle.vectors
+    further = None if own is None or given is None else own.extended_by(given)
+    if given is not None and further is None and bundle.readout is None:
+        raise ValueError(
+            "gene vectors were given, but the model has no linear readout to use them with; train with "
+            "readout.kind=linear, or omit --gene-vectors"
+            if own is None
+            else "the gene vectors have other axes than those that the model was trained with, and it has no linear readout to "
+            "use them with; give vectors that agree with the export's on the genes of both"
+        )
+    if own is not None and given is not None and further is None:
+        log.warning(
+            "the gene vectors have other axes than those that the model was trained with: the linear readout uses them, "
+            "gene sentences do not"
+        )
+    return further or own, further or given or own
+
+
 class Predictor:
     """A trained model that predicts expression from tiles.
 
@@ -59,21 +83,18 @@ class Predictor:
     device
         Device of the model.
     vectors
-        Gene vectors, with which genes that were not trained are predicted.
+        Gene vectors, with which genes that were not trained are predicted. For a model that was trained with gene vectors,
+        which its export holds, they add genes.
 
     Raises
     ------
     ValueError
-        Gene vectors were given, but the model has no linear readout. Or the model was trained with another tokenizer.
+        Gene vectors were given, but the model can't use them. Or the model was trained with another tokenizer.
     """
 
     def __init__(self, bundle: Bundle, device: str | torch.device = "cpu", vectors: GeneVectors | None = None) -> None:
-        if vectors is not None and bundle.readout is None:
-            raise ValueError(
-                "gene vectors were given, but the model has no linear readout to use them with; train with "
-                "readout.kind=linear, or omit --gene-vectors"
-            )
-        self.bundle, self.device, self.vectors = bundle, torch.device(device), vectors
+        self.bundle, self.device = bundle, torch.device(device)
+        self.sentence_vectors, self.vectors = _vectors_of(bundle, vectors)
         self.config, self.model = bundle.config, bundle.model.to(self.device).eval()
         self.tokenizer = GeneTokenizer.load()
         if self.tokenizer.sha256 != bundle.tokenizer_sha256:
@@ -81,7 +102,11 @@ class Predictor:
                 "the model was trained with another tokenizer; install the comtip-fast version that wrote the export"
             )
         self.trained_genes = [g.key for g in bundle.genes if g.trained]
-        self.held_out_genes = [g.key for g in bundle.genes if g.held_out]
+        self.lineage = bundle.lineage
+        self._by_parents = self.lineage.genes_of_ancestors()
+        # A gene that a parent trained is not unseen, even if this run held it out.
+        self.held_out_genes = [g.key for g in bundle.genes if g.held_out and symbol_of(g.key) not in self._by_parents]
+        self._held_out = frozenset(self.held_out_genes)
         self.train_sections = bundle.sections
         self.tile_px, self.tile_um, self.min_mpp = bundle.sizes.tile_px, bundle.tile_um, bundle.min_mpp
         self.normalises_stain = self.config.data.stain == "section"
@@ -112,8 +137,21 @@ class Predictor:
         for name in sorted(parts):
             found.update(name.encode())
             found.update(np.ascontiguousarray(parts[name]).data)
-        found.update(b"" if self.vectors is None else self.vectors.sha256.encode())
+        for vectors in (self.vectors, self.sentence_vectors):
+            found.update(b"" if vectors is None else vectors.sha256.encode())
         return found.hexdigest()
+
+    def training_of(self, key: str) -> str:
+        """Return ``trained``, ``trained by a parent``, ``held out`` or ``never seen``, over all runs of the lineage."""
+        if key in self._row:
+            return "trained"
+        if symbol_of(key) in self._by_parents:
+            return "trained by a parent"
+        return "held out" if key in self._held_out else "never seen"
+
+    def has_vector(self, key: str) -> bool:
+        """Return whether there is a gene vector for the gene."""
+        return any(v is not None and key in v.row for v in (self.vectors, self.sentence_vectors))
 
     @torch.no_grad()
     def encode(self, tiles_NSS3: np.ndarray, stain: StainStats | None, *, readout: bool = True) -> EncodedTiles:
@@ -267,6 +305,9 @@ class Predictor:
     def _tokens(self, genes: Sequence[GeneQuery]) -> tuple[GeneTokens, Tensor]:
         rows = np.array([self._row.get(g.key or "", len(self.trained_genes)) for g in genes], np.int64)
         identity = np.where(rows < len(self.trained_genes), rows + 1, 0)
-        tokens = gene_tokens(self.tokenizer, [(g.symbol, g.name) for g in genes], identity, self.config.text)
+        vectors = self.sentence_vectors
+        vector_GK = None if vectors is None else vector_rows(vectors, [g.key or "" for g in genes])
+        names = [(g.symbol, g.name) for g in genes]
+        tokens = gene_tokens(self.tokenizer, names, identity, self.config.text, vector_GK)
         trimmed = take_genes(tokens, torch.arange(len(genes)))
         return trimmed.to(self.device), torch.from_numpy(rows).to(self.device)

@@ -38,6 +38,8 @@ class ModelSizes:
     """Number of trained genes, each with a row of the identity table."""
     longest: int
     """Tokens of the longest gene sentence, with ``[GENE]`` and ``[VALUE]``."""
+    vector_dim: int = 0
+    """Components of a gene vector; 0 for a model without gene vectors."""
 
 
 class ImageOutput(NamedTuple):
@@ -128,7 +130,9 @@ class CoMTIP(nn.Module):
         D = config.align.dim
         self.vision = VisionEncoder(config.vision, sizes.tile_px)
         self.generator = MaskFeatureGenerator(self.vision.width, config.vision.heads, self.vision.n_patches)
-        self.genes = GeneEncoder(config.text, sizes.n_levels, sizes.vocab_size, sizes.n_identities, sizes.longest)
+        self.genes = GeneEncoder(
+            config.text, sizes.n_levels, sizes.vocab_size, sizes.n_identities, sizes.longest, sizes.vector_dim
+        )
         self.project_image, self.project_text = Projection(self.vision.width, D), Projection(config.text.width, D)
         self.pool_query = nn.Linear(config.text.width, 1, bias=False)
         self.pair_head = PairHead(D)

@@ -41,7 +41,15 @@ class SentenceBlock(nn.Module):
 class GeneEncoder(nn.Module):
     """Encodes gene sentences; ``forward`` computes the table of all (gene, level) pairs of a panel."""
 
-    def __init__(self, config: TextConfig, n_levels: int, vocab_size: int, n_identities: int, longest: int) -> None:
+    def __init__(
+        self,
+        config: TextConfig,
+        n_levels: int,
+        vocab_size: int,
+        n_identities: int,
+        longest: int,
+        vector_dim: int = 0,
+    ) -> None:
         super().__init__()
         d = config.width
         self.n_levels = n_levels
@@ -55,14 +63,19 @@ class GeneEncoder(nn.Module):
         self.norm_in, self.norm_out = nn.LayerNorm(d), nn.LayerNorm(d)
         self.blocks = nn.ModuleList(SentenceBlock(d, config.heads) for _ in range(config.depth))
         self.recompute = False
+        self.project_vector: nn.Linear | None = None
+        if vector_dim:
+            # Without a bias, a row of zeros adds nothing: the gene then has a name only.
+            self.project_vector = nn.Linear(vector_dim, d, bias=False)
+            self.vector_scale: Tensor
+            self.register_buffer("vector_scale", torch.ones(1))
 
     def forward(self, genes: GeneTokens, sentences: slice | None = None) -> Tensor:
         """Return rows (N, d) of the sentence table h(g, q), in gene-major order; by default all G * Q rows."""
         G, Q = genes.length_G.shape[0], self.n_levels
         index_N = torch.arange(G * Q, device=genes.ids_GT.device)[sentences or slice(None)]
         gene_N = index_N // Q
-        tokens = GeneTokens(genes.ids_GT[gene_N], genes.length_G[gene_N], genes.identity_G[gene_N])
-        return self.encode(tokens, index_N % Q)
+        return self.encode(genes.rows(gene_N), index_N % Q)
 
     def encode(
         self, genes: GeneTokens, level_lo_N: Tensor, level_hi_N: Tensor | None = None, mix_N: Tensor | None = None
@@ -71,7 +84,7 @@ class GeneEncoder(nn.Module):
         # Sentences are sorted by length once, so that attention processes equal lengths together in every layer without
         # moving data.
         length_N, order_N = torch.sort(genes.length_G, stable=True)
-        genes = GeneTokens(genes.ids_GT[order_N], length_N, genes.identity_G[order_N])
+        genes = genes.rows(order_N)
         level_hi_N, mix_N = (None if x is None else x[order_N] for x in (level_hi_N, mix_N))
         x_Sd = gene_sentence_embedding(
             genes.ids_GT,
@@ -90,6 +103,9 @@ class GeneEncoder(nn.Module):
             eps=self.norm_in.eps,
         )
         longest, first_N = genes.ids_GT.shape[1], sentence_start(length_N)
+        if self.project_vector is not None and genes.vector_GK is not None:
+            vector_Nd = self.project_vector(genes.vector_GK / self.vector_scale)
+            x_Sd = x_Sd.index_add(0, first_N, vector_Nd.to(x_Sd.dtype))
         for i, block in enumerate(self.blocks):
             rows = first_N if i == len(self.blocks) - 1 else None  # after the last block only [GENE] is used
             x_Sd = run_block(block, x_Sd, length_N, longest, rows, recompute=self.recompute)

@@ -46,6 +46,11 @@ def kept_identities(seed: int, step: int, genes: Tensor, drop: float) -> Tensor:
     return uniform(seed, "identity", step, index=genes) >= drop
 
 
+def vector_uniforms(seed: int, step: int, genes: Tensor) -> Tensor:
+    """Return float64 (G,) uniforms in [0, 1), which decide whether each gene loses its name or its vector."""
+    return uniform(seed, "vector", step, index=genes)
+
+
 def mispair_uniforms(seed: int, purpose: str, step: int, n: int, spot_index: Tensor, genes: Tensor) -> Tensor:
     """Return float64 (n, B, G) uniforms in [0, 1), one per candidate, spot and gene."""
     index = spot_index[:, None] * (1 << GENE_BITS) + genes

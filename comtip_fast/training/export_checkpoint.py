@@ -14,6 +14,7 @@ from comtip_fast.training.checkpoint import store as checkpoints
 from comtip_fast.training.checkpoint.resume import CHECKPOINTS
 from comtip_fast.training.checkpoint.store import Checkpoint, CheckpointError
 from comtip_fast.training.task import build_task
+from comtip_fast.training.warm_start import parents_of
 
 ATTEMPTS = 10
 
@@ -43,7 +44,8 @@ def export_checkpoint(run_dir: Path, which: str, out: Path, shards: str | None =
     config = load_config(run_dir / "config.yaml")
     config = replace(config, data=replace(config.data, shards=_shards_of(run_dir, config.data.shards, shards)))
     # The checkpoint holds all weights; no initial weights are loaded.
-    task = build_task(config, torch.device("cpu"), initialise=False)
+    parents = parents_of(config, run_dir, required=False)
+    task = build_task(config, torch.device("cpu"), initialise=False, parents=parents)
     if loaded.state["fingerprint"] != task.fingerprint():
         raise CheckpointError(
             f"{config.data.shards}: not the shard set or tokenizer that {run_dir} was trained with; name the right one "

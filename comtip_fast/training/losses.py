@@ -7,7 +7,7 @@ does not depend on how spots are assigned to ranks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from comtip_kernels import level_cross_entropy, pair_scores, pool_weights, table_pool
@@ -16,7 +16,7 @@ from torch import Tensor
 from comtip_fast.collectives import Group, counts_of, share_of
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.data.batch import Batch
-from comtip_fast.genes.tokens import GeneTokens, take_genes
+from comtip_fast.genes.tokens import GeneTokens, drop_names_or_vectors, take_genes
 from comtip_fast.models import CoMTIP, SentenceTable, StepOutput
 from comtip_fast.objectives import (
     HEALTH,
@@ -135,7 +135,10 @@ class StepLosses:
         genes = take_genes(self.genes, rows)
         if self.config.text.identity_drop > 0:
             keep = draws.kept_identities(self.config.train.seed, batch.step, rows, self.config.text.identity_drop)
-            genes = GeneTokens(genes.ids_GT, genes.length_G, genes.identity_G * keep)
+            genes = replace(genes, identity_G=genes.identity_G * keep)
+        if genes.vector_GK is not None:
+            u_G = draws.vector_uniforms(self.config.train.seed, batch.step, rows)
+            genes = drop_names_or_vectors(genes, u_G, self.config.text)
         return genes
 
     # -- losses -----------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ class _Reader:
 
     def read(self, section: int, rows: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]] | None:
         """Return features (n, F) and expression (n, G) per normalisation; None if no record of the section is readable."""
-        spots = _neighbouring_spots(self.shards, self.shards.select(sections=[section]), self.quota, self.seed, section)
+        spots = neighbouring_spots(self.shards, self.shards.select(sections=[section]), self.quota, self.seed, section)
         spots, counts = self.loader.counts(spots)
         device = next(self.model.parameters()).device
         parts, readable = [], [np.zeros(0, np.int64)]
@@ -122,7 +122,7 @@ class _Reader:
         return features.astype(np.float64), {norm: v.astype(np.float64) for norm, v in y.items()}
 
 
-def _neighbouring_spots(shards: ShardSet, spots: np.ndarray, quota: int, seed: int, section: int) -> np.ndarray:
+def neighbouring_spots(shards: ShardSet, spots: np.ndarray, quota: int, seed: int, section: int) -> np.ndarray:
     """Return at most ``quota`` spots, ascending: those nearest to a random one, so that most keep their neighbours."""
     if spots.size <= quota:
         return spots

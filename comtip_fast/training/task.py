@@ -21,18 +21,26 @@ from comtip_fast.data.loaders.factory import make_loader
 from comtip_fast.data.loaders.torch import TorchLoader
 from comtip_fast.export import Bundle
 from comtip_fast.genes import GeneTokenizer
-from comtip_fast.genes.tokens import gene_tokens
+from comtip_fast.genes.tokens import gene_tokens, vector_rows
+from comtip_fast.genes.vectors import GeneVectors
+from comtip_fast.inference import Predictor
+from comtip_fast.lineage import Lineage
 from comtip_fast.models import CoMTIP, ModelSizes
 from comtip_fast.models.image_encoder import check_mask, patches_per_side
 from comtip_fast.training.distributed.process_group import on_rank_zero
 from comtip_fast.training.losses import LossInputs, LossPart, Numbers, Parts, StepLosses
 from comtip_fast.training.readout import fit_readout
-from comtip_fast.training.validation import Validation
-from comtip_fast.training.warm_start import start_from
+from comtip_fast.training.validation import Validation, validation_scores
+from comtip_fast.training.warm_start import parent_leaks, parents_of, start_from
 
 
 def build_task(
-    config: RunConfig, device: torch.device, group: Group | None = None, *, initialise: bool = True
+    config: RunConfig,
+    device: torch.device,
+    group: Group | None = None,
+    *,
+    initialise: bool = True,
+    parents: Lineage | None = None,
 ) -> CoMTIPTask:
     """Open the shard set, compute the training tables and build the model from the config; identical on all ranks.
 
@@ -47,6 +55,8 @@ def build_task(
     initialise
         Load the initial weights that the config names (``vision.pretrained``, ``train.start_from``). False if a
         checkpoint will be loaded: the files of the initial weights may no longer exist.
+    parents
+        Lineage of the model that the run starts from; None reads it from ``train.start_from``.
 
     Raises
     ------
@@ -57,6 +67,7 @@ def build_task(
     shards = ShardSet(config.data.shards)
     if config.vision.backbone == "small":  # before the tables, which can take minutes
         check_vision(config, patches_per_side(config.vision, config.vision.patch_px, shards.manifest.tile.px) ** 2)
+    vectors = load_vectors(config)
     # Statistics read tens of thousands of spots of all shards: once, not on every rank.
     tables = on_rank_zero(lambda: training_tables(shards, config), group or SingleProcessGroup())
     tokenizer = GeneTokenizer.load()
@@ -66,6 +77,7 @@ def build_task(
         vocab_size=tokenizer.vocab_size,
         n_identities=tables.genes.trained.size,
         longest=config.text.max_tokens + 2,
+        vector_dim=0 if vectors is None else vectors.vector_GK.shape[1],
     )
     vision = config.vision if initialise else replace(config.vision, pretrained="")
     model = CoMTIP(replace(config, vision=vision), sizes)
@@ -74,11 +86,14 @@ def build_task(
         model.vision.stem.load_pretrained()
     if config.engine.compile:
         model.compile_blocks()
-    task = CoMTIPTask(config, shards, tables, tokenizer, model.to(device), sizes, group or SingleProcessGroup())
+    parents = parents_of(config, required=initialise) if parents is None else parents
+    group = group or SingleProcessGroup()
+    task = CoMTIPTask(config, shards, tables, tokenizer, model.to(device), sizes, group, parents, vectors)
     if config.train.start_from and initialise:
         # Loaded after the task has set the stem's output scale: the encoder was trained on the scale of its source run.
         keys = [shards.genes[row].key for row in tables.genes.trained]
-        start_from(task.model, config.train.start_from, keys, tokenizer.sha256)
+        sha256 = "" if vectors is None else vectors.sha256
+        start_from(task.model, config.train.start_from, keys, tokenizer.sha256, sha256)
     return task
 
 
@@ -86,6 +101,24 @@ def check_vision(config: RunConfig, n_patches: int) -> None:
     """Raise ValueError if the masking ratio hides no patch."""
     if config.loss.mfm > 0:
         check_mask(config.vision, n_patches)
+
+
+def load_vectors(config: RunConfig) -> GeneVectors | None:
+    """Load the gene vectors that the config names; None without.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        The file is missing or damaged, or the drop probabilities sum to more than 1.
+    """
+    text = config.text
+    if not text.gene_vectors:
+        return None
+    if text.vector_drop + text.name_drop > 1:
+        raise ValueError(
+            f"text.vector_drop={text.vector_drop:g} and text.name_drop={text.name_drop:g}: the sum is above 1; lower one"
+        )
+    return GeneVectors.load(text.gene_vectors)
 
 
 def _as_model(module: nn.Module) -> CoMTIP:
@@ -105,8 +138,11 @@ class CoMTIPTask:
         model: CoMTIP,
         sizes: ModelSizes,
         group: Group,
+        parents: Lineage,
+        vectors: GeneVectors | None = None,
     ) -> None:
         self.config, self.shards, self.tables, self.sizes, self.group = config, shards, tables, sizes, group
+        self.parents, self.vectors = parents, vectors
         self.model, self.tokenizer = model, tokenizer
         self.device = next(model.parameters()).device
         stem = self._stem if model.vision.stem is not None else None
@@ -117,7 +153,9 @@ class CoMTIPTask:
         )
         rows = tables.genes.trained
         names = [(shards.genes[r].symbol, shards.genes[r].name) for r in rows]
-        self.genes = gene_tokens(tokenizer, names, np.arange(1, rows.size + 1), config.text).to(self.device)
+        vector_GK = None if vectors is None else self._vectors_of_trained(vectors)
+        identity = np.arange(1, rows.size + 1)
+        self.genes = gene_tokens(tokenizer, names, identity, config.text, vector_GK).to(self.device)
         self.step = StepLosses(
             config,
             self.genes,
@@ -141,9 +179,16 @@ class CoMTIPTask:
                 f"{genes.trained.size} genes trained, {genes.held_out.size} held out by name"
             )
         ]
+        if self.genes.vector_GK is not None:
+            known = int((self.genes.vector_GK != 0).any(dim=1).sum())
+            lines.append(f"  gene vectors of {known} of {genes.trained.size} trained genes")
         for cohort, rows in genes.ranked.items():
             lines.append(f"  {cohort}: {rows.size} genes pass genes.min_detection")
         return "\n".join(lines)
+
+    def leaks(self) -> list[str]:
+        """Return one message per way in which the parents' training data limits what this run's scores mean."""
+        return parent_leaks(self.parents, self.shards, self.tables)
 
     def prepare(self) -> None:
         """Compute the features of a frozen stem for all training tiles."""
@@ -237,10 +282,15 @@ class CoMTIPTask:
         return self.validation.score()
 
     def export(self, folder: Path) -> None:
-        """Write an export of the current weights, with a readout that is fitted on the training split."""
-        bundle = self.bundle()
+        """Write an export of the current weights: a readout fitted on the training split, and scores on split ``val``."""
+        bundle, model = self.bundle(), self._copy_of_model()
         if self.config.readout.kind == "linear":
-            bundle.readout = fit_readout(self._copy_of_model(), self.config, self.shards, self.tables, self.loader)
+            bundle.readout = fit_readout(model, self.config, self.shards, self.tables, self.loader)
+        predictor = Predictor(replace(bundle, model=model), self.device)
+        per_cohort, per_gene = validation_scores(
+            predictor, self.shards, self.tables, self.loader, self.config.train.seed
+        )
+        bundle.lineage = bundle.lineage.with_own(validation=per_cohort, gene_scores=per_gene)
         bundle.save(folder)
 
     def _copy_of_model(self) -> CoMTIP:
@@ -253,11 +303,34 @@ class CoMTIPTask:
 
     def bundle(self) -> Bundle:
         """Return the contents of an export: config, model, levels and genes."""
-        return Bundle.from_training(self.config, self.sizes, self.model, self.shards, self.tables, self.tokenizer)
+        return Bundle.from_training(
+            self.config,
+            self.sizes,
+            self.model,
+            self.shards,
+            self.tables,
+            self.tokenizer,
+            self.parents,
+            self.vectors,
+        )
 
     def fingerprint(self) -> dict[str, str]:
-        """Return hashes of the shard set and tokenizer; a resumed run must find the same ones."""
-        return {"shards": self.shards.manifest.digest, "tokenizer": self.tokenizer.sha256}
+        """Return hashes of the shard set, tokenizer and gene vectors; a resumed run must find the same ones."""
+        vectors = {} if self.vectors is None else {"gene vectors": self.vectors.sha256}
+        return {"shards": self.shards.manifest.digest, "tokenizer": self.tokenizer.sha256, **vectors}
+
+    def _vectors_of_trained(self, vectors: GeneVectors) -> np.ndarray:
+        """Return the vectors of the trained genes (G, K), and set their scale in the model."""
+        keys = [self.shards.genes[r].key for r in self.tables.genes.trained]
+        vector_GK = vector_rows(vectors, keys)
+        known = (vector_GK != 0).any(1)
+        if known.sum() < 2:
+            raise ValueError(
+                f"{self.config.text.gene_vectors}: the gene vectors hold {int(known.sum())} of the {len(keys)} trained genes; "
+                "give vectors of the same species"
+            )
+        self.model.genes.vector_scale.fill_(float(np.sqrt((vector_GK[known] ** 2).mean())))
+        return vector_GK
 
     # -- frozen stem ----------------------------------------------------------------------------------
 

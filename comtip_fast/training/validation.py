@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from comtip_kernels import table_pool
 from comtip_shards import ShardSet
+from scipy import sparse
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -19,16 +20,19 @@ from comtip_fast.data.expression.levels import log1p_cp10k
 from comtip_fast.data.expression.training_tables import TrainingTables
 from comtip_fast.data.loaders.base import BaseLoader
 from comtip_fast.genes.tokens import GeneTokens, take_genes
-from comtip_fast.inference import predict_trained
-from comtip_fast.metrics import mean_pcc
+from comtip_fast.inference import GeneQuery, Predictor, predict_trained
+from comtip_fast.metrics import mean_pcc, pcc_per_gene
 from comtip_fast.models import CoMTIP
 from comtip_fast.training.engines.base import autocast_of
 from comtip_fast.training.monitor.diagnostics import diagnostic, undefined
+from comtip_fast.training.readout import neighbouring_spots
 
 log = logging.getLogger("comtip_fast")
 TELL_S = 30.0
 """Seconds between lines of progress."""
 VALIDATION_GENES = 50
+SCORED_SPOTS, MIN_SCORED_SPOTS, MAX_SCORED_SPOTS = 20_000, 200, 2000
+"""Spots on which an export is scored by gene: over all validation sections, and bounds per section."""
 SPACE = ("alignment", "uniformity_image", "uniformity_text", "r1", "r5", "t1", "t5")
 """Keys returned by :func:`space_numbers`."""
 CHUNK = 512
@@ -161,6 +165,60 @@ class Validation:
 def evenly(n: int, most: int) -> np.ndarray:
     """Return at most ``most`` indices below ``n``, evenly spaced and distinct: int64."""
     return np.linspace(0, n - 1, min(n, most)).round().astype(np.int64)
+
+
+def validation_scores(
+    predictor: Predictor, shards: ShardSet, tables: TrainingTables, loader: BaseLoader, seed: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Score an exported model on the sections of split ``val``, with the prediction that users get.
+
+    Sections contribute an equal share of :data:`SCORED_SPOTS` neighbouring spots, at least :data:`MIN_SCORED_SPOTS` and at
+    most :data:`MAX_SCORED_SPOTS`. An undefined correlation counts as 0.
+
+    Returns
+    -------
+    per_cohort, per_gene
+        Mean PCC of the (up to 50) most variable trained genes by cohort, and mean PCC over sections by gene key, of trained
+        and held-out genes; log1p CP10K.
+    """
+    pcc: dict[str, list[float]] = {}
+    cohorts: dict[str, list[float]] = {}
+    n_sections = sum(s.split == "val" for s in shards.manifest.sections)
+    most = min(MAX_SCORED_SPOTS, max(MIN_SCORED_SPOTS, SCORED_SPOTS // max(1, n_sections)))
+    rows = np.concatenate([tables.genes.trained, tables.genes.held_out]).astype(np.int64)
+    for number, meta in enumerate(shards.manifest.sections):
+        own = rows[shards.measured(number)[rows]] if meta.split == "val" else rows[:0]
+        found = _readable(shards, loader, number, most, seed) if own.size else None
+        if found is None:
+            continue
+        spots, tiles, counts = found
+        cohort = shards.cohort_of_section(number)
+        xy = shards.spots.loc[spots, ["x_px", "y_px"]].to_numpy(float)
+        features = predictor.image_features(tiles, None, xy)  # the loader has normalised the stain
+        queries = [GeneQuery(shards.genes[r].symbol, shards.genes[r].name, shards.genes[r].key) for r in own]
+        predicted = predictor.predict(features, queries, cohort=cohort)["cp10k"]
+        scores = np.nan_to_num(pcc_per_gene(log1p_cp10k(counts)[:, own].toarray(), predicted))
+        for row, value in zip(own, scores.tolist(), strict=True):
+            pcc.setdefault(shards.genes[row].key, []).append(value)
+        ranked = tables.genes.ranked.get(cohort, rows[:0])
+        top = ranked[np.isin(ranked, own) & np.isin(ranked, tables.genes.trained)][:VALIDATION_GENES]
+        if top.size:
+            cohorts.setdefault(cohort, []).append(float(scores[np.isin(own, top)].mean()))
+    return _means(cohorts), _means(pcc)
+
+
+def _means(values: dict[str, list[float]]) -> dict[str, float]:
+    return {k: float(np.mean(v)) for k, v in sorted(values.items())}
+
+
+def _readable(
+    shards: ShardSet, loader: BaseLoader, section: int, most: int, seed: int
+) -> tuple[np.ndarray, np.ndarray, sparse.csr_matrix] | None:
+    """Return at most ``most`` undamaged spots of a section, their uint8 tiles (n, 3, S, S) and counts; None if there are none."""
+    chosen = neighbouring_spots(shards, shards.select(sections=[section]), most, seed, section)
+    spots, counts = loader.counts(chosen)
+    found, tiles = loader.tiles(spots, np.zeros(spots.shape, np.int64))
+    return (found, tiles.cpu().numpy(), counts[np.isin(spots, found)]) if found.size else None
 
 
 def _mean_of_finite(values: list[float]) -> float:

@@ -11,16 +11,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from comtip_shards import ShardSet
 
-from comtip_fast.export import Bundle
+from comtip_fast.config.schema import RunConfig
+from comtip_fast.data.expression.training_tables import TrainingTables
+from comtip_fast.export import Bundle, lineage_of
+from comtip_fast.lineage import FILE, LEARNING, Lineage, LineageSection, names_of_uses, symbol_of
 from comtip_fast.models import CoMTIP
 
 log = logging.getLogger("comtip_fast")
 IDENTITY = "genes.identity_Id"
+VECTOR_TENSORS = ("genes.project_vector.weight", "genes.vector_scale")
+"""Tensors that belong to the axes of one file of gene vectors."""
 
 
 @torch.no_grad()
-def start_from(model: CoMTIP, source: str | Path, keys: Sequence[str], tokenizer_sha256: str) -> list[str]:
+def start_from(
+    model: CoMTIP, source: str | Path, keys: Sequence[str], tokenizer_sha256: str, vectors_sha256: str = ""
+) -> list[str]:
     """Copy weights of an export into ``model``.
 
     Parameters
@@ -33,6 +41,8 @@ def start_from(model: CoMTIP, source: str | Path, keys: Sequence[str], tokenizer
         Keys of the trained genes, in the order of identity rows from 1 on.
     tokenizer_sha256
         Hash of the current tokenizer.
+    vectors_sha256
+        Hash of the run's gene vectors; empty for none.
 
     Returns
     -------
@@ -60,6 +70,8 @@ def start_from(model: CoMTIP, source: str | Path, keys: Sequence[str], tokenizer
             left.append(f"{name}: shape {tuple(value.shape)} in {folder}, {tuple(target.shape)} in this model")
         elif name == "genes.token_Vd" and bundle.tokenizer_sha256 != tokenizer_sha256:
             left.append(f"{name}: the tokenizers differ")
+        elif name in VECTOR_TENSORS and (bundle.vectors is None or bundle.vectors.sha256 != vectors_sha256):
+            left.append(f"{name}: the gene vectors differ")
         else:
             target.copy_(value)
             taken += 1
@@ -93,3 +105,70 @@ def _take_identities(
     for row, other in pairs:
         new[row].copy_(old[other])
     return len(pairs)
+
+
+def parents_of(config: RunConfig, run_dir: Path | None = None, *, required: bool = True) -> Lineage:
+    """Return the lineage of the model that a run starts from.
+
+    Parameters
+    ----------
+    config
+        Config of the run; without ``train.start_from`` there are no parents.
+    run_dir
+        Folder of a run that has started. Its ``lineage.json`` is used, because the parent may have been moved or replaced.
+    required
+        Whether a missing parent is an error; otherwise the parents are unknown.
+
+    Raises
+    ------
+    FileNotFoundError
+        The parent does not exist, and is required.
+    ValueError
+        The parent's export or the run's ``lineage.json`` is damaged.
+    """
+    if not config.train.start_from:
+        return Lineage()
+    if run_dir is not None and (run_dir / FILE).is_file():
+        return Lineage.load(run_dir / FILE)
+    try:
+        return lineage_of(config.train.start_from)
+    except FileNotFoundError:
+        if required:
+            raise
+        log.warning("%s: not found, the parents of this run are recorded as unknown", config.train.start_from)
+        return Lineage(parents_known=False)
+
+
+def parent_leaks(parents: Lineage, shards: ShardSet, tables: TrainingTables) -> list[str]:
+    """Return messages on val and test sections, donors and held-out genes of a run that its parents were trained on.
+
+    Parameters
+    ----------
+    parents
+        Lineage of the model that the run starts from.
+    shards, tables
+        Shard set and training tables of the run.
+    """
+    messages = []
+    if not parents.parents_known:
+        messages.append(
+            "the parent was exported without lineage: what else its weights were trained on is unknown; evaluate on donors "
+            "that no earlier run can have used"
+        )
+    held_out = [LineageSection.of(s) for s in shards.manifest.sections if s.split in ("val", "test")]
+    for section, uses in zip(held_out, parents.uses(held_out), strict=True):
+        runs = names_of_uses(uses, LEARNING) or parents.runs_that_trained_on(section.donor)
+        if runs:
+            what = "section" if names_of_uses(uses, LEARNING) else f"donor {section.donor} of section"
+            messages.append(
+                f"{what} {section.section_id} (split {section.split}) influenced the weights of {', '.join(runs)}, which this "
+                "run starts from: its scores are not scores on new data; use other sections for validation and test"
+            )
+    seen = {symbol_of(key) for run in parents.runs for key in run.trained_genes}
+    known = [shards.genes[r].key for r in tables.genes.held_out if symbol_of(shards.genes[r].key) in seen]
+    if known:
+        messages.append(
+            f"{len(known)} of {tables.genes.held_out.size} held-out genes were trained by a parent ({', '.join(known[:3])}"
+            f"{' ...' if len(known) > 3 else ''}); they are not scored as unseen"
+        )
+    return messages

@@ -18,6 +18,7 @@ EXAMPLES = (
     api.evaluate,
     api.load,
     api.Model.predict,
+    api.Model.compare,
     api.Model.embed,
     api.Model.predict_slide,
     api.Model.predict_tiles,

@@ -20,11 +20,12 @@ from comtip_fast.training.protocol import TrainingError
 
 log = logging.getLogger("comtip_fast")
 # Keys that may change on resume because they affect neither weights nor losses. The path of the shard set may change
-# because its hash is compared, and the NaN policy because a NaN may have stopped the run. The engine and the number of
+# because its hash is compared (as that of the gene vectors), and the NaN policy because a NaN may have stopped the run. The engine and the number of
 # ranks change a step by rounding only.
 FREE_KEYS = {
     "name",
     "data.shards",
+    "text.gene_vectors",
     "train.log_every",
     "train.checkpoint_every",
     "train.keep_checkpoints",

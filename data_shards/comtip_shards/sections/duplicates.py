@@ -88,6 +88,11 @@ def check_duplicates(sections: Sequence[tuple[SectionMeta, Mapping[str, Any]]]) 
     return notes
 
 
+def duplicate_pairs(prints: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
+    """Return the pairs i < j of :func:`section_fingerprint` results that are duplicates of one section."""
+    return [(i, j) for i, j, _ in _alike(prints)] if len(prints) > 1 else []
+
+
 def _alike(prints: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, int, str]]:
     """Yield (i, j, what they share) with i < j; only candidate pairs are compared, which scales to thousands of sections."""
     sketches = [np.frombuffer(base64.b64decode(p["spots"]), "<u8") for p in prints]

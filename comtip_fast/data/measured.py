@@ -1,0 +1,85 @@
+"""Measured counts of a SECTION by gene key, in the spot order of :func:`comtip_fast.data.sections.open_section`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+from comtip_shards import ShardSet, SourceError
+from comtip_shards.genes.identifiers import map_genes
+from comtip_shards.sections.facts import SourceOptions
+from comtip_shards.sources import open_source
+from comtip_shards.sources.anndata_parts.counts import raw_counts
+from comtip_shards.sources.anndata_parts.spots import gene_names
+from comtip_shards.sources.anndata_parts.store import SUFFIXES, MemoryStore
+from comtip_shards.storage.remote import is_url
+from scipy import sparse
+
+from comtip_fast.data.sections import read_h5ad, split_spec
+
+
+@dataclass(frozen=True)
+class MeasuredCounts:
+    """Raw counts of N spots and the G genes that the section measured."""
+
+    counts: sparse.csr_matrix
+    """int32 (N, G)."""
+    keys: list[str]
+
+    def select(self, keys: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the columns of the measured ones among ``keys``, and their indices into ``keys``."""
+        row = {key: i for i, key in enumerate(self.keys)}
+        found = np.array([i for i, key in enumerate(keys) if key in row], np.int64)
+        return np.array([row[keys[i]] for i in found], np.int64), found
+
+
+def measured_counts(spec: str | Path | ad.AnnData, species: str, options: SourceOptions) -> MeasuredCounts:
+    """Read the raw counts of a SECTION.
+
+    Parameters
+    ----------
+    spec
+        A SECTION as for :func:`comtip_fast.data.sections.open_section`, or an AnnData.
+    species
+        ``human`` or ``mouse``; shard sets state it themselves.
+    options
+        Stated facts and options.
+
+    Raises
+    ------
+    SourceError
+        There are no raw counts, or no gene is known for the species.
+    """
+    if isinstance(spec, ad.AnnData):
+        return _of_anndata(spec, Path("the AnnData"), species, options)
+    path, section_id = (Path(), "") if is_url(str(spec)) else split_spec(str(spec))
+    if path.name.endswith(SUFFIXES):
+        return _of_anndata(read_h5ad(path), path, species, options)
+    if is_url(str(spec)) or (path / "manifest.json").is_file():
+        url, _, own = str(spec).rpartition(":")
+        return _of_shards(ShardSet(url if is_url(str(spec)) else path), own if is_url(str(spec)) else section_id)
+    options = replace(options, facts=replace(options.facts, tissue=options.facts.tissue or "unstated"))
+    section = open_source(path, samples=[section_id] if section_id else None, overrides=options)[0].read_spots()
+    return _mapped(section.counts, section.gene_ids, section.gene_symbols, species, str(path))
+
+
+def _of_shards(shards: ShardSet, section_id: str) -> MeasuredCounts:
+    number = shards.section_number(section_id)
+    measured = np.flatnonzero(shards.measured(number))
+    counts = shards.counts(shards.source_order(number))[:, measured]
+    return MeasuredCounts(sparse.csr_matrix(counts), [shards.genes[i].key for i in measured])
+
+
+def _of_anndata(data: ad.AnnData, where: Path, species: str, options: SourceOptions) -> MeasuredCounts:
+    matrix, var, _ = raw_counts(MemoryStore(data, where), where, options.counts)
+    ids, symbols = gene_names(var)
+    return _mapped(matrix, ids, symbols, species, str(where))
+
+
+def _mapped(counts: sparse.csr_matrix, ids: list[str], symbols: list[str], species: str, where: str) -> MeasuredCounts:
+    genes = map_genes(ids, species, symbols=symbols if any(symbols) else ())
+    if not genes.keys:
+        raise SourceError(f"{where}: none of {len(ids)} gene columns is a {species} gene; set --species")
+    return MeasuredCounts(genes.sum_columns(counts), genes.keys)

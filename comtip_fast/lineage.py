@@ -1,0 +1,295 @@
+"""Lineage of a model: the runs whose training data its weights have seen, oldest first.
+
+A run that starts from another model's weights (``train.start_from``) inherits what that model was trained on. Every export
+therefore lists its own run and all ancestors in ``lineage.json``: sections, donors, trained genes, gene vectors, licences,
+attributions and validation scores. Scores on "new" donors and genes, split checks and the model card use the whole list.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from comtip_shards.format.manifest import ManifestSection
+from comtip_shards.sections.duplicates import duplicate_pairs
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
+
+FILE = "lineage.json"
+"""In an export: all runs, the export's own run last. In a run folder: the ancestors of the run."""
+FORMAT, VERSION = "comtip-lineage", 1
+MAX_BYTES, MAX_RUNS = 1 << 28, 1000
+LEARNING = ("train", "val")
+"""Splits that influence the weights: val selects the step."""
+USE_ORDER = ("train", "val", "test", "")
+
+_strict = with_config(ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
+Text = Annotated[str, Field(max_length=1 << 16)]
+GeneKey = Annotated[str, Field(min_length=1, max_length=200)]
+Sha256 = Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
+Split = Literal["train", "val", "test", ""]
+
+
+def _check_spots(text: str) -> str:
+    if len(base64.b64decode(text, validate=True)) % 8:
+        raise ValueError("not a list of 64-bit hashes")
+    return text
+
+
+def _check_picture(text: str) -> str:
+    if text and len(base64.b64decode(text, validate=True)) != 32:
+        raise ValueError("not 256 bits")
+    return text
+
+
+@_strict
+@dataclass(frozen=True, kw_only=True)
+class LineageSection:
+    """A section of a run's shard set, with the fields of :class:`comtip_shards.format.manifest.ManifestSection`."""
+
+    section_id: Annotated[str, Field(min_length=1, max_length=1000)]
+    dataset: Text = ""
+    species: Text = ""
+    tissue: Text = ""
+    donor: Text = ""
+    licence: Text = ""
+    attribution: Text = ""
+    split: Split = ""
+    n_spots: Annotated[int, Field(ge=0)] = 0
+    spots: Annotated[str, Field(max_length=1 << 12), AfterValidator(_check_spots)] = ""
+    """Sketch of the spots' counts, which identifies the section under another id; empty in exports without lineage."""
+    picture: Annotated[str, Field(max_length=1 << 8), AfterValidator(_check_picture)] = ""
+    """The same for the image."""
+
+    @classmethod
+    def of(cls, section: ManifestSection) -> LineageSection:
+        """Take over a section of a manifest."""
+        own = {f: getattr(section, f) for f in cls.__dataclass_fields__ if f not in ("spots", "picture")}
+        return cls(**own, **section.source.get("print", {}))
+
+
+@_strict
+@dataclass(frozen=True, kw_only=True)
+class LineageVectors:
+    """Gene vectors that a run was trained with."""
+
+    sha256: Sha256
+    licence: Text = ""
+    sources: Annotated[tuple[Text, ...], Field(max_length=10_000)] = ()
+    """Names of the count matrices that the vectors were computed from."""
+
+
+@_strict
+@dataclass(frozen=True, kw_only=True)
+class LineageRun:
+    """What one run contributed to the weights."""
+
+    name: Text
+    comtip_fast: Annotated[str, Field(max_length=100)] = ""
+    """Version that trained the run; empty if unknown."""
+    shards: Sha256 = ""
+    """Digest of the shard set's manifest; empty if unknown."""
+    weights: Sha256 = ""
+    """SHA-256 of the exported ``model.safetensors``; empty if unknown."""
+    sections: Annotated[tuple[LineageSection, ...], Field(max_length=1_000_000)] = ()
+    trained_genes: Annotated[tuple[GeneKey, ...], Field(max_length=1_000_000)] = ()
+    held_out_genes: Annotated[tuple[GeneKey, ...], Field(max_length=1_000_000)] = ()
+    vectors: LineageVectors | None = None
+    validation: dict[Text, float] = field(default_factory=dict)
+    """Mean PCC of the (up to 50) most variable trained genes on the validation sections, by cohort."""
+    gene_scores: dict[GeneKey, float] = field(default_factory=dict)
+    """Mean PCC on the validation sections, by gene key."""
+
+
+@dataclass(frozen=True)
+class SectionUse:
+    """One run's use of a section."""
+
+    run: str
+    """Label of the run, see :meth:`Lineage.labels`."""
+    split: str
+
+
+@_strict
+@dataclass(frozen=True, kw_only=True)
+class Lineage:
+    """The runs behind a model, oldest first. For a model, the last one is its own run.
+
+    Attributes
+    ----------
+    runs
+        The known runs.
+    parents_known
+        False if an ancestor was exported without lineage: further runs may have contributed to the weights.
+    """
+
+    runs: Annotated[tuple[LineageRun, ...], Field(max_length=MAX_RUNS)] = ()
+    parents_known: bool = True
+
+    @property
+    def own(self) -> LineageRun:
+        """The model's own run."""
+        return self.runs[-1]
+
+    @property
+    def ancestors(self) -> tuple[LineageRun, ...]:
+        """All runs except the model's own."""
+        return self.runs[:-1]
+
+    def followed_by(self, run: LineageRun) -> Lineage:
+        """Return the lineage of a run that started from this model."""
+        return replace(self, runs=(*self.runs, run))
+
+    def with_own(self, **changes: Any) -> Lineage:
+        """Return the lineage with other values in the own run."""
+        return replace(self, runs=(*self.ancestors, replace(self.own, **changes)))
+
+    def labels(self) -> list[str]:
+        """Return a label per run: its name, with its position where names are equal."""
+        names = [run.name for run in self.runs]
+        return [n if names.count(n) == 1 else f"{n} ({i} of {len(names)})" for i, n in enumerate(names, start=1)]
+
+    # -- sections and donors ----------------------------------------------------------------------------------
+
+    def uses(self, sections: Sequence[LineageSection]) -> list[list[SectionUse]]:
+        """Return by which runs, and as which split, each section was used; in the order of runs.
+
+        A section is the same if dataset and id are equal, or if counts or images are equal under another id. Sections of
+        exports without lineage have no fingerprint; they are compared by id alone.
+        """
+        known = [(label, s) for label, run in zip(self.labels(), self.runs, strict=True) for s in run.sections]
+        same = _duplicates(sections, [s for _, s in known])
+        return [
+            [SectionUse(label, s.split) for j, (label, s) in enumerate(known) if (i, j) in same or _same_id(section, s)]
+            for i, section in enumerate(sections)
+        ]
+
+    def runs_that_trained_on(self, donor: str) -> list[str]:
+        """Return the labels of the runs with a training section of ``donor``."""
+        return [
+            label
+            for label, run in zip(self.labels(), self.runs, strict=True)
+            if any(s.donor == donor and s.split == "train" for s in run.sections)
+        ]
+
+    def merged_sections(self) -> list[LineageSection]:
+        """Return every section once, with its strongest use over all runs (train, then val, then test)."""
+        merged: list[LineageSection] = []
+        for run in self.runs:
+            same = _duplicates(run.sections, merged)
+            found = [
+                next((j for j, m in enumerate(merged) if (i, j) in same or _same_id(s, m)), None)
+                for i, s in enumerate(run.sections)
+            ]
+            for section, j in zip(run.sections, found, strict=True):
+                if j is None:
+                    merged.append(section)
+                elif USE_ORDER.index(section.split) < USE_ORDER.index(merged[j].split):
+                    merged[j] = replace(merged[j], split=section.split)
+        return merged
+
+    # -- genes ------------------------------------------------------------------------------------------------
+
+    def genes_of_ancestors(self) -> set[str]:
+        """Return the upper-case symbols of the genes that an ancestor trained; orthologues share the text of a gene."""
+        return {symbol_of(key) for run in self.ancestors for key in run.trained_genes}
+
+    # -- licences ---------------------------------------------------------------------------------------------
+
+    def licences(self) -> list[str]:
+        """Return the distinct licences of all sections that influenced the weights, and of all gene vectors."""
+        stated = {s.licence for run in self.runs for s in run.sections if s.split in LEARNING}
+        stated |= {run.vectors.licence for run in self.runs if run.vectors is not None}
+        return sorted(stated - {""})
+
+    def attributions(self) -> list[str]:
+        """Return the distinct attributions of all sections of all runs."""
+        return sorted({s.attribution for run in self.runs for s in run.sections} - {""})
+
+    # -- file -------------------------------------------------------------------------------------------------
+
+    def to_json(self) -> str:
+        """Return the content of ``lineage.json``."""
+        return json.dumps({"format": FORMAT, "version": VERSION, "lineage": asdict(self)}, indent=1) + "\n"
+
+    @classmethod
+    def load(cls, path: Path) -> Lineage:
+        """Read ``lineage.json``.
+
+        Raises
+        ------
+        FileNotFoundError
+            There is no such file.
+        ValueError
+            The file is too large, has another format or version, or a field is missing, unknown or out of bounds.
+        """
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+        if len(raw) > MAX_BYTES:
+            raise ValueError(f"{path}: larger than {MAX_BYTES >> 20} MiB; copy or export it again")
+        try:
+            found = json.loads(raw)
+            version = (found.get("format"), found.get("version"))
+            if version != (FORMAT, VERSION):
+                raise ValueError(
+                    f"{path}: format {version[0]!r} version {version[1]!r}, expected {FORMAT!r} version {VERSION}; "
+                    "use the release that wrote it"
+                )
+            return _LINEAGE.validate_json(json.dumps(found.get("lineage")))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise ValueError(f"{path}: {where or 'lineage'}: {first['msg']}; copy or export it again") from error
+        except (AttributeError, RecursionError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: not a valid lineage ({error}); copy or export it again") from error
+
+
+_LINEAGE = TypeAdapter(Lineage)
+_SECTION = TypeAdapter(LineageSection)
+
+
+def parse_section(found: Mapping[str, Any]) -> LineageSection:
+    """Validate a section of an export's ``config.json``; ignores unknown fields.
+
+    Raises
+    ------
+    TypeError
+        A field is missing or has the wrong type.
+    """
+    if not isinstance(found, Mapping):
+        raise TypeError(f"sections: expected objects, found {type(found).__name__}")
+    own = {k: v for k, v in found.items() if k in LineageSection.__dataclass_fields__}
+    try:
+        return _SECTION.validate_json(json.dumps(own))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise TypeError(f"sections: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+def symbol_of(key: str) -> str:
+    """Return the upper-case symbol of a gene key such as ``mouse:Krt14``."""
+    return (key.partition(":")[2] or key).upper()
+
+
+def names_of_uses(uses: Iterable[SectionUse], splits: Collection[str]) -> list[str]:
+    """Return the labels of the runs that used a section as one of ``splits``, each once."""
+    return list(dict.fromkeys(use.run for use in uses if use.split in splits))
+
+
+def _same_id(a: LineageSection, b: LineageSection) -> bool:
+    fingerprints = bool(a.picture and b.picture)
+    return a.section_id == b.section_id and (a.dataset == b.dataset or not fingerprints)
+
+
+def _duplicates(new: Sequence[LineageSection], known: Sequence[LineageSection]) -> set[tuple[int, int]]:
+    """Return the pairs (index in ``new``, index in ``known``) with equal counts or images."""
+    left = [i for i, s in enumerate(new) if s.picture]
+    right = [j for j, s in enumerate(known) if s.picture]
+    if not left or not right:
+        return set()
+    prints = [{"spots": s.spots, "picture": s.picture} for s in (*(new[i] for i in left), *(known[j] for j in right))]
+    pairs = duplicate_pairs(prints)
+    return {(left[i], right[j - len(left)]) for i, j in pairs if i < len(left) <= j}
