@@ -32,7 +32,8 @@ from comtip_fast.evaluation.metrics import score
 from comtip_fast.evaluation.train_reference import mean_colour
 from comtip_fast.genes.vectors import GeneVectors
 from comtip_fast.inference import GeneQuery, ImageFeatures, Predictor
-from comtip_fast.models.readout import NORMS, LinearReadout, neighbour_mean, standardise
+from comtip_fast.models.readout import NORMS, LinearReadout
+from comtip_fast.models.section_statistics import neighbour_mean, standardise
 from comtip_fast.training.readout_fit import CohortData, ReadoutGrid, SectionTable, fit_cohort
 
 Values = dict[str, np.ndarray]

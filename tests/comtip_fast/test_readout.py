@@ -18,11 +18,10 @@ from comtip_fast.models.readout import (
     CohortHead,
     LinearReadout,
     ReadoutSettings,
-    neighbour_mean,
-    standardise,
     tile_features,
     turn_tiles,
 )
+from comtip_fast.models.section_statistics import neighbour_mean, standardise
 from comtip_fast.training.readout_fit import CohortData, ReadoutGrid, RidgePath, SectionTable, fit_cohort, mixture
 from comtip_fast.training.task import build_task
 
