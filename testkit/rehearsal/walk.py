@@ -1,0 +1,135 @@
+"""Walks training steps of a config: the real trainer, engine, task, losses and model on stand-ins."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from comtip_shards.genes.identifiers import GeneResource
+
+from comtip_fast.collectives import Group, SingleProcessGroup, share_of
+from comtip_fast.config.io import load_config
+from comtip_fast.config.schema import RunConfig
+from comtip_fast.data.batch import Batch
+from comtip_fast.genes import GeneTokenizer
+from comtip_fast.genes.tokens import gene_tokens
+from comtip_fast.models import CoMTIP, ModelSizes
+from comtip_fast.training.distributed.comm_timer import ClockedGroup
+from comtip_fast.training.distributed.signals import Signals
+from comtip_fast.training.engines.base import set_product_precision
+from comtip_fast.training.engines.factory import make_engine
+from comtip_fast.training.losses import StepLosses
+from comtip_fast.training.task import CoMTIPTask
+from comtip_fast.training.trainer import Trainer
+from testkit.rehearsal.launches import recorded_launches
+from testkit.rehearsal.record import Record
+from testkit.rehearsal.stand_in import CUDA, stand_in_cuda
+
+SECTIONS = 64
+TILE_PX = 224
+
+
+@dataclass(frozen=True)
+class Walk:
+    """One walk: a config with overrides, on some ranks."""
+
+    name: str
+    config: RunConfig
+    ranks: int = 1
+    tile_px: int = TILE_PX
+
+
+@cache
+def gene_names(n: int) -> list[tuple[str, str]]:
+    """Return symbol and name of n protein-coding genes of the shipped table."""
+    rows = [r for r in GeneResource.load().rows if r["kind"] == "protein"]
+    return [(r["symbol"], r["name"]) for r in (rows * (n // len(rows) + 1))[:n]]
+
+
+class MadeLoader:
+    """Batches made in code at the config's sizes; the values are arbitrary."""
+
+    def __init__(self, config: RunConfig, n_genes: int, tile_px: int, group: Group, features: tuple[int, int] | None):
+        self.config, self.n_genes, self.tile_px, self.group, self.features = config, n_genes, tile_px, group, features
+
+    def metrics(self) -> dict[str, float]:
+        """Return the loader's counts."""
+        return {"loader_wait_s": 0.0, "faults": 0}
+
+    def batches(self, epoch: int) -> list[np.ndarray]:
+        """Return eight global batches."""
+        return [np.arange(self.config.data.batch_size)] * 8
+
+    def batch(self, spots: np.ndarray, step: int, epoch: int) -> Batch:
+        """Return this rank's share of a batch on the CPU, as the torch loader does."""
+        own = share_of(len(spots), self.group.rank, self.group.size)
+        b, G = own.stop - own.start, min(self.config.panel.max_genes, self.n_genes)
+        index = torch.arange(own.start, own.stop)
+        Q, S = self.config.levels.n_levels, self.tile_px
+        tiles = torch.empty(b, 3, S, S, dtype=torch.uint8) if self.features is None else None
+        features = None if self.features is None else torch.empty(b, *self.features)
+        levels = ((index[:, None] * 7 + torch.arange(G) * 3) % Q).to(torch.uint8)
+        panel = torch.arange(G, dtype=torch.int32) * (self.n_genes // G)
+        section = (index % self.config.data.sections_per_batch).to(torch.int32)
+        measured = torch.ones(b, G, dtype=torch.bool)
+        return Batch(tiles, features, panel, levels, measured, section, index, step)
+
+
+class MadeTask(CoMTIPTask):
+    """The real task on a made loader: no shard set is read."""
+
+    def __init__(self, config: RunConfig, group: Group, tile_px: int) -> None:
+        self.config, self.group, self.device = config, group, CUDA
+        self.tokenizer = GeneTokenizer.load()
+        n = max(config.genes.per_cohort, config.panel.max_genes)
+        self.sizes = ModelSizes(
+            tile_px=tile_px,
+            n_levels=config.levels.n_levels,
+            vocab_size=self.tokenizer.vocab_size,
+            n_identities=n,
+            longest=config.text.max_tokens + 2,
+        )
+        with torch.device(CUDA):
+            self.model = CoMTIP(config, self.sizes)
+        stem = self.model.vision.stem
+        features = None if stem is None else (self.model.vision.n_patches, stem.width)
+        loader: Any = MadeLoader(config, n, tile_px, group, features)
+        self.loader = loader
+        self.genes = gene_tokens(self.tokenizer, gene_names(n), np.arange(1, n + 1), config.text).to(CUDA)
+        prior, strata = torch.zeros(n, config.levels.n_levels), torch.zeros(SECTIONS, n, dtype=torch.int64)
+        self.step = StepLosses(config, self.genes, prior.to(CUDA), strata.to(CUDA), group)
+
+    def fingerprint(self) -> dict[str, str]:
+        """Return no hashes."""
+        return {}
+
+
+@contextmanager
+def trainer_of(walk: Walk, record: Record, folder: Path) -> Iterator[Trainer]:
+    """Yield a trainer before its first step, inside the stand-in CUDA."""
+    with stand_in_cuda(record) as mode, recorded_launches(mode):
+        with record.pause():
+            set_product_precision(walk.config, CUDA)
+            group = ClockedGroup(SingleProcessGroup(), CUDA)
+            task = MadeTask(walk.config, group, walk.tile_px)
+            trainer = Trainer(task, walk.config, folder, group)
+            trainer.engine = make_engine(task.module, walk.config, group)
+        yield trainer
+
+
+def train(walk: Walk) -> tuple[Record, Record]:
+    """Walk steps 1 and 2 of a training run; return the records of the first, which logs a row, and of the second."""
+    logged, plain = Record(), Record()
+    with tempfile.TemporaryDirectory() as folder, trainer_of(walk, logged, Path(folder)) as trainer:
+        trainer._one_step(Signals())
+        mode = torch.utils._python_dispatch._get_current_dispatch_mode()
+        mode.record = plain
+        trainer._one_step(Signals())
+    return logged, plain
