@@ -22,7 +22,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_any, tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from testkit.rehearsal import autocast
 from testkit.rehearsal.record import Record, RehearsalError
@@ -290,8 +290,6 @@ class PythonCalls(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = tree_map(_with_index, (args, dict(kwargs or {})))
-        if func is torch.nn.functional.scaled_dot_product_attention and is_stand_in(args[0]):
-            return _attention(*args, **kwargs)
         if is_stand_in(kwargs.get("out")):
             kwargs.pop("device", None)  # C++ compares it with the meta device of ``out``
         device = kwargs.get("device")
@@ -486,13 +484,20 @@ def stand_in_cuda(record: Record) -> Iterator[StandInMode]:
                 stack.enter_context(mock.patch.object(torch.cuda, name, value))
         stack.enter_context(mock.patch.object(torch.Tensor, "_make_subclass", staticmethod(make_subclass)))
         stack.enter_context(mock.patch.object(torch._C, "_group_tensors_by_device_and_dtype", grouped))
+        # Not by the mode: it is off inside its own calls, such as ``backward``, and checkpointing runs forward passes there.
+        sdpa = torch.nn.functional.scaled_dot_product_attention
+
+        def attention(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return (_attention if is_stand_in(query) else sdpa)(query, *args, **kwargs)
+
+        stack.enter_context(mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attention))
         stack.enter_context(mock.patch.object(torch, "clear_autocast_cache", clear_both))
         is_cuda = property(lambda x: x.device.type == "cuda")
         stack.enter_context(mock.patch.object(FakeTensor, "is_cuda", is_cuda, create=True))
         stack.enter_context(mock.patch.object(FakeTensor, "tolist", lambda x: x.cpu().tolist()))  # one copy
         graphs = "_accelerator_graph_capture_health_check"
         if hasattr(torch.optim.Optimizer, graphs):
-            stack.enter_context(mock.patch.object(torch.optim.Optimizer, graphs, lambda _self: None))
+            stack.enter_context(mock.patch.object(torch.optim.Optimizer, graphs))
         for module in (optim, foreach):
             types = [*module._foreach_supported_types, FakeTensor]
             stack.enter_context(mock.patch.object(module, "_foreach_supported_types", types))

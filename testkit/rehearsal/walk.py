@@ -15,7 +15,6 @@ import torch
 from comtip_shards.genes.identifiers import GeneResource
 
 from comtip_fast.collectives import Group, SingleProcessGroup, share_of
-from comtip_fast.config.io import load_config
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.data.batch import Batch
 from comtip_fast.genes import GeneTokenizer
