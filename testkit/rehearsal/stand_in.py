@@ -126,10 +126,20 @@ class StandInMode(TorchDispatchMode):
         return out
 
     def _collective(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        """Count a collective; integers arrive as if every rank had sent the same ones."""
         if not self.record.paused:
             self.record.collectives[name] += 1
+        self._refuse_cpu(name, tree_leaves(args))
         with torch._C._DisableTorchDispatch():
-            return func(*args, **kwargs)
+            out = func(*args, **kwargs)
+        if name == "c10d::_allgather_base_":
+            target, source = args[:2]
+            values = _values(source)
+            if values is None:
+                _forget(target)
+            else:
+                target.values = values.repeat(target.shape[0] // max(1, source.shape[0]), *[1] * (source.ndim - 1))
+        return out
 
     # -- values of integers ---------------------------------------------------------------------------------
 
@@ -355,7 +365,7 @@ def _implementation(func: Any) -> Any:
 class _Event:
     """Stand-in for ``torch.cuda.Event``."""
 
-    record_of: Record
+    mode: StandInMode
 
     def __init__(self, *_args: Any, **_kwargs: Any) -> None: ...
 
@@ -367,7 +377,7 @@ class _Event:
         return True
 
     def synchronize(self) -> None:
-        self.record_of.wait("an event is waited for")
+        self.mode.record.wait("an event is waited for")
 
     def elapsed_time(self, _other: Any) -> float:
         return 1.0
@@ -376,7 +386,7 @@ class _Event:
 class _Stream:
     """Stand-in for ``torch.cuda.Stream``."""
 
-    record_of: Record
+    mode: StandInMode
     cuda_stream, device = 0, CUDA
 
     def __init__(self, *_args: Any, **_kwargs: Any) -> None: ...
@@ -389,7 +399,7 @@ class _Stream:
         return event
 
     def synchronize(self) -> None:
-        self.record_of.wait("a stream is waited for")
+        self.mode.record.wait("a stream is waited for")
 
 
 class _Properties:
@@ -424,7 +434,7 @@ class CurrentDevice:
 def stand_in_cuda(record: Record) -> Iterator[StandInMode]:
     """Make ``torch.cuda`` look like one H100 inside the block, and tensors on it stand-ins."""
     mode, current = StandInMode(record), CurrentDevice()
-    event, stream = type("Event", (_Event,), {"record_of": record}), type("Stream", (_Stream,), {"record_of": record})
+    event, stream = type("Event", (_Event,), {"mode": mode}), type("Stream", (_Stream,), {"mode": mode})
     state = torch.zeros(16, dtype=torch.uint8)
     runtime: dict[str, Any] = {
         "is_available": lambda: True,
@@ -435,7 +445,7 @@ def stand_in_cuda(record: Record) -> Iterator[StandInMode]:
         "set_device": lambda _d: None,
         "device": current.guard,
         "_DeviceGuard": current.guard,
-        "synchronize": lambda *_a: record.wait("torch.cuda.synchronize"),
+        "synchronize": lambda *_a: mode.record.wait("torch.cuda.synchronize"),
         "current_stream": lambda *_a: stream(),
         "default_stream": lambda *_a: stream(),
         "stream": lambda _s: current.guard(None),

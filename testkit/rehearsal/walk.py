@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from comtip_shards.genes.identifiers import GeneResource
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from comtip_fast.collectives import Group, SingleProcessGroup, share_of
 from comtip_fast.config.schema import RunConfig
@@ -21,12 +23,14 @@ from comtip_fast.genes import GeneTokenizer
 from comtip_fast.genes.tokens import gene_tokens
 from comtip_fast.models import CoMTIP, ModelSizes
 from comtip_fast.training.distributed.comm_timer import ClockedGroup
+from comtip_fast.training.distributed.process_group import ProcessGroup
 from comtip_fast.training.distributed.signals import Signals
 from comtip_fast.training.engines.base import set_product_precision
 from comtip_fast.training.engines.factory import make_engine
 from comtip_fast.training.losses import StepLosses
 from comtip_fast.training.task import CoMTIPTask
 from comtip_fast.training.trainer import Trainer
+from testkit.rehearsal.engines import stand_in_engines
 from testkit.rehearsal.launches import recorded_launches
 from testkit.rehearsal.record import Record
 from testkit.rehearsal.stand_in import CUDA, stand_in_cuda
@@ -111,12 +115,30 @@ class MadeTask(CoMTIPTask):
 
 
 @contextmanager
+def group_of(ranks: int) -> Iterator[Group]:
+    """Yield the group of rank 0 of ``ranks``: the real one, on a backend whose collectives transfer nothing."""
+    if ranks == 1:
+        yield SingleProcessGroup()
+        return
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        yield ProcessGroup()
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
 def trainer_of(walk: Walk, record: Record, folder: Path) -> Iterator[Trainer]:
     """Yield a trainer before its first step, inside the stand-in CUDA."""
-    with stand_in_cuda(record) as mode, recorded_launches(mode):
+    with (
+        stand_in_cuda(record) as mode,
+        recorded_launches(mode),
+        stand_in_engines(mode),
+        group_of(walk.ranks) as ranks,
+    ):
         with record.pause():
             set_product_precision(walk.config, CUDA)
-            group = ClockedGroup(SingleProcessGroup(), CUDA)
+            group = ClockedGroup(ranks, CUDA)
             task = MadeTask(walk.config, group, walk.tile_px)
             trainer = Trainer(task, walk.config, folder, group)
             trainer.engine = make_engine(task.module, walk.config, group)
