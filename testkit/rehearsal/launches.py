@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from comtip_kernels.ledger.aot import LedgerEntry
+from comtip_kernels.ledger.aot import LedgerEntry, plain_constant
+from comtip_kernels.ledger.entries import PACKAGES
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
@@ -35,45 +36,26 @@ class _Pointer:
 
 
 @dataclass(frozen=True)
-class Signature:
-    """One variant that the JIT compiles: argument types, constants and hints, and launch options."""
-
-    kernel: Any = field(compare=False, repr=False)
-    text: str
-    """``name=type`` or ``name=constant`` of every argument; ``:16`` marks a multiple of 16."""
-
-    @property
-    def name(self) -> str:
-        """The kernel's name and a hash of the signature, the name of its ledger row."""
-        return f"{self.kernel.__name__}-{hashlib.sha256(self.text.encode()).hexdigest()[:8]}"
-
-    @property
-    def op(self) -> str:
-        """The kernel's package."""
-        return str(Path(self.kernel.fn.__code__.co_filename).parent.name)
-
-
-@dataclass(frozen=True)
 class Launch:
     """One launch."""
 
-    signature: Signature
     entry: LedgerEntry = field(compare=False, repr=False)
+    """What the JIT compiles for it."""
     grid: tuple[int, ...]
     tensors: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
     """Dtype, shape and strides of every tensor."""
     where: str
 
+    @property
+    def signature(self) -> str:
+        """The variant; equal for launches that run the same machine code."""
+        return self.entry.signature
 
-def signature_of(entry: LedgerEntry) -> Signature:
-    """Return the signature of a ledger entry."""
-    words = [entry.kernel.__name__]
-    for name in entry.kernel.arg_names:
-        if name in entry.constants:
-            words.append(f"{name}={entry.constants[name]!r}")
-        else:
-            words.append(f"{name}={entry.types[name]}{':16' if name in entry.aligned else ''}")
-    return Signature(entry.kernel, " ".join([*words, f"warps={entry.num_warps}", f"stages={entry.num_stages}"]))
+
+def op_of(kernel: Any) -> str:
+    """Return the operation of a kernel, as the ledger names it; of a foreign kernel its module's folder."""
+    folder = Path(kernel.fn.__code__.co_filename).parent.name
+    return next((op for op, package in PACKAGES.items() if package == folder), folder)
 
 
 def entry_of(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> LedgerEntry:
@@ -84,12 +66,12 @@ def entry_of(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Led
     bound, specialization, rest = _binders[kernel](*plain, **options)
     parsed, types, constants, attrs = kernel._pack_args(BACKEND, options, bound, specialization, rest)
     names = list(types)
-    own = {names[path[0]]: value for path, value in constants.items()}
+    own = {names[path[0]]: plain_constant(value) for path, value in constants.items()}
     aligned = frozenset(names[path[0]] for path, hints in attrs.items() if hints)
-    pointers = {n: t for n, t in types.items() if n not in own}
-    entry = LedgerEntry("", "", kernel, pointers, own, parsed.num_warps, parsed.num_stages, aligned)
-    of = signature_of(entry)
-    return LedgerEntry(of.op, of.name, kernel, pointers, own, parsed.num_warps, parsed.num_stages, aligned)
+    of = {n: t for n, t in types.items() if n not in own}
+    entry = LedgerEntry(op_of(kernel), "", kernel, of, own, parsed.num_warps, parsed.num_stages, aligned)
+    name = f"{kernel.__name__}-{hashlib.sha256(entry.signature.encode()).hexdigest()[:8]}"
+    return replace(entry, name=name)
 
 
 @contextmanager
@@ -102,7 +84,7 @@ def recorded_launches(mode: StandInMode) -> Iterator[None]:
         entry = entry_of(kernel, args, options)
         shapes = tuple((str(t.dtype).removeprefix("torch."), tuple(t.shape), tuple(t.stride())) for t in tensors)
         if not mode.record.paused:
-            mode.record.launches.append(Launch(signature_of(entry), entry, tuple(grid), shapes, code_line()))
+            mode.record.launches.append(Launch(entry, tuple(grid), shapes, code_line()))
 
     with mock.patch.object(JITFunction, "run", run):
         yield

@@ -410,6 +410,24 @@ class _Properties:
     gcnArchName = ""
 
 
+_module_apply = torch.nn.Module._apply
+
+
+def _apply(module: torch.nn.Module, fn: Any, recurse: bool = True) -> torch.nn.Module:
+    """Replace parameters and buffers by converted ones: PyTorch would swap storages, which stand-ins do not allow."""
+    if not any(is_stand_in(x) for x in (*module.parameters(), *module.buffers())):
+        return _module_apply(module, fn, recurse)
+    for child in module.children() if recurse else ():
+        child._apply(fn)
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            with torch.no_grad():
+                module._parameters[name] = torch.nn.Parameter(fn(parameter), parameter.requires_grad)
+    for name, buffer in module._buffers.items():
+        module._buffers[name] = None if buffer is None else fn(buffer)
+    return module
+
+
 class CurrentDevice:
     """The current CUDA device, which ``torch.cuda.device`` changes."""
 
@@ -506,6 +524,7 @@ def stand_in_cuda(record: Record) -> Iterator[StandInMode]:
         stack.enter_context(mock.patch.object(FakeTensor, "is_cuda", is_cuda, create=True))
         stack.enter_context(mock.patch.object(FakeTensor, "tolist", lambda x: x.cpu().tolist()))  # one copy
         graphs = "_accelerator_graph_capture_health_check"
+        stack.enter_context(mock.patch.object(torch.nn.Module, "_apply", _apply))
         if hasattr(torch.optim.Optimizer, graphs):
             stack.enter_context(mock.patch.object(torch.optim.Optimizer, graphs))
         for module in (optim, foreach):

@@ -17,6 +17,7 @@ from comtip_shards.genes.identifiers import GeneResource
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from comtip_fast.collectives import Group, SingleProcessGroup, share_of
+from comtip_fast.config.io import load_config
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.data.batch import Batch
 from comtip_fast.genes import GeneTokenizer
@@ -32,7 +33,7 @@ from comtip_fast.training.task import CoMTIPTask
 from comtip_fast.training.trainer import Trainer
 from testkit.rehearsal.engines import stand_in_engines
 from testkit.rehearsal.launches import recorded_launches
-from testkit.rehearsal.record import Record
+from testkit.rehearsal.record import ROOT, Record
 from testkit.rehearsal.stand_in import CUDA, stand_in_cuda
 
 SECTIONS = 64
@@ -43,10 +44,22 @@ TILE_PX = 224
 class Walk:
     """One walk: a config with overrides, on some ranks."""
 
-    name: str
-    config: RunConfig
+    config: str
+    """Name of a file in ``configs/``."""
     ranks: int = 1
-    tile_px: int = TILE_PX
+    overrides: tuple[str, ...] = ()
+    part: str = "step"
+    """``step``, ``logged step``, or an entry of :mod:`.inference`."""
+
+    def load(self) -> RunConfig:
+        """Return the config, for a GPU."""
+        return load_config(ROOT / "configs" / f"{self.config}.yaml", ["train.device=cuda", *self.overrides])
+
+    @property
+    def name(self) -> str:
+        """The walk's key in the table."""
+        words = [w.removeprefix("engine.") for w in self.overrides]
+        return " ".join([self.part, *words])
 
 
 @cache
@@ -128,29 +141,42 @@ def group_of(ranks: int) -> Iterator[Group]:
 
 
 @contextmanager
-def trainer_of(walk: Walk, record: Record, folder: Path) -> Iterator[Trainer]:
+def trainer_of(config: RunConfig, ranks: int, record: Record, folder: Path) -> Iterator[Trainer]:
     """Yield a trainer before its first step, inside the stand-in CUDA."""
     with (
         stand_in_cuda(record) as mode,
         recorded_launches(mode),
         stand_in_engines(mode),
-        group_of(walk.ranks) as ranks,
+        group_of(ranks) as inner,
     ):
         with record.pause():
-            set_product_precision(walk.config, CUDA)
-            group = ClockedGroup(ranks, CUDA)
-            task = MadeTask(walk.config, group, walk.tile_px)
-            trainer = Trainer(task, walk.config, folder, group)
-            trainer.engine = make_engine(task.module, walk.config, group)
+            set_product_precision(config, CUDA)
+            group = ClockedGroup(inner, CUDA)
+            task = MadeTask(config, group, TILE_PX)
+            trainer = Trainer(task, config, folder, group)
+            trainer.engine = make_engine(task.module, config, group)
         yield trainer
 
 
-def train(walk: Walk) -> tuple[Record, Record]:
-    """Walk steps 1 and 2 of a training run; return the records of the first, which logs a row, and of the second."""
-    logged, plain = Record(), Record()
-    with tempfile.TemporaryDirectory() as folder, trainer_of(walk, logged, Path(folder)) as trainer:
+def train(walk: Walk) -> Record:
+    """Walk one training step after the first, and return its record; a ``logged step`` also makes a row of the log."""
+    config, record = walk.load(), Record()
+    with tempfile.TemporaryDirectory() as folder, trainer_of(config, walk.ranks, record, Path(folder)) as trainer:
+        with record.pause():
+            _allocate(trainer)
+        # The step after this number is logged or not.
+        trainer.progress.step = config.train.log_every - 1 if walk.part == "logged step" else 1
         trainer._one_step(Signals())
-        mode = torch.utils._python_dispatch._get_current_dispatch_mode()
-        mode.record = plain
-        trainer._one_step(Signals())
-    return logged, plain
+    return record
+
+
+def _allocate(trainer: Trainer) -> None:
+    """Let the optimizer make its moments, as in the first step."""
+    optimizer = trainer.engine.optimizer  # type: ignore[attr-defined]
+    if trainer.config.engine.kind == "deepspeed":
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
