@@ -48,6 +48,7 @@ def walks(everything: bool = False) -> list[Walk]:
                         out.append(Walk(config, ranks, options))
     out += [Walk("1gpu", part="logged step"), Walk("8xh100", 2)]
     out += [Walk("8xh100", 8, ("engine.kind=deepspeed", f"engine.zero_stage={stage}")) for stage in (2, 3)]
+    out += [Walk("1gpu", part=part) for part in ("validation", "predict", "embed")]
     return sorted(out, key=lambda w: (MICRO not in w.overrides, RING not in w.overrides, w.config))
 
 
@@ -77,7 +78,7 @@ def ledger_rows() -> tuple[dict, dict]:
 def show(walked: list[Walked]) -> None:
     """Print every wait and upload by place."""
     for one in walked:
-        print(f"\n{one.walk.config}, {one.walk.ranks} ranks, {one.walk.name}: {one.counts}")
+        print(f"\n{one.walk.config}, {one.walk.ranks} ranks, {one.walk.name}, {one.seconds:.0f} s: {one.counts}")
         for what, where, n in one.waits:
             print(f"  wait   {n:>4} x {what}: {where}")
         for where, size, pinned, blocking in one.uploads:

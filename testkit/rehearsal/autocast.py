@@ -1,14 +1,15 @@
 """CUDA autocast for stand-ins, whose C++ device is not CUDA, so that PyTorch's own casts would skip them.
 
-The dispatcher still enters the autocast key for stand-ins. The kernels there are replaced, for this process, by ones in
-Python that follow the same three rules (ATen/autocast_mode.h): products in the lower precision, some operators in fp32, and
-some in the widest dtype of their operands.
+The dispatcher still enters the autocast key for stand-ins. The kernels there are replaced by ones in Python that follow the
+same rules (ATen/autocast_mode.h): products in the lower precision, some operators in fp32, and some in the widest dtype of
+their operands.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -74,6 +75,12 @@ FP32 = [
     "pdist",
     "cdist",
     "renorm",
+    "rms_norm",
+    "poisson_nll_loss",
+    "margin_ranking_loss",
+    "hinge_embedding_loss",
+    "triplet_margin_loss",
+    "cosine_embedding_loss",
     "logsumexp",
     "norm.Scalar",
     "norm.ScalarOpt_dim",
@@ -107,7 +114,6 @@ WIDEST = [
 ]
 _KEY = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
 _cache: dict[int, tuple[Tensor, Tensor]] = {}
-_library: Any = None
 
 
 def _eligible(x: Any) -> bool:
@@ -158,20 +164,22 @@ def _widest(args: Any, kwargs: Any) -> Any:
     return tree_map(lambda x: _cast(x, widest), (args, kwargs))
 
 
-def install() -> None:
-    """Replace the kernels; they remain for the life of the process, which has no GPU."""
-    global _library
-    if _library is not None:
-        return
-    _library = torch.library.Library("aten", "IMPL")
+@contextmanager
+def replaced() -> Iterator[None]:
+    """Replace PyTorch's kernels of the autocast key inside the block."""
+    library = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for names, prepare in ((LOWER, _lower), (FP32, _fp32), (FP32_RESULT, _fp32_result), (WIDEST, _widest)):
             for full in names:
                 name, _, overload = full.partition(".")
-                packet = getattr(torch.ops.aten, name)
-                op = getattr(packet, overload or "default")
-                _library.impl(full, _kernel(op, prepare), "AutocastCUDA", allow_override=True)
+                op = getattr(getattr(torch.ops.aten, name), overload or "default")
+                library.impl(full, _kernel(op, prepare), "AutocastCUDA", allow_override=True)
+    try:
+        yield
+    finally:
+        library._destroy()
+        _cache.clear()
 
 
 def clear_cache() -> None:

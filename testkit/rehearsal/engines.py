@@ -7,7 +7,7 @@ updates are not the project's code; the rehearsal shows what model and losses do
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -99,6 +99,7 @@ def stand_in_engines(mode: StandInMode) -> Iterator[None]:
     ddp = type("MadeDDP", (MadeDDP,), {"mode": mode})
     module = SimpleNamespace(
         initialize=lambda model, optimizer, **options: (MadeDeepSpeed(model, optimizer, **options),),
+        zero=SimpleNamespace(GatheredParameters=lambda *_a, **_k: nullcontext()),
         comm=SimpleNamespace(comm=SimpleNamespace(cdb=SimpleNamespace())),
     )
     with ExitStack() as stack:

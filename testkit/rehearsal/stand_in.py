@@ -505,7 +505,6 @@ def stand_in_cuda(record: Record) -> Iterator[StandInMode]:
         clear()
         autocast.clear_cache()
 
-    autocast.install()
     with ExitStack() as stack:
         for name, value in runtime.items():
             if hasattr(torch.cuda, name):
@@ -530,6 +529,7 @@ def stand_in_cuda(record: Record) -> Iterator[StandInMode]:
         for module in (optim, foreach):
             types = [*module._foreach_supported_types, FakeTensor]
             stack.enter_context(mock.patch.object(module, "_foreach_supported_types", types))
+        stack.enter_context(autocast.replaced())
         stack.callback(torch.set_float32_matmul_precision, precision)
         mode.current = current
         stack.enter_context(PythonCalls())

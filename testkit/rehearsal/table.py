@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import time
+import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -48,6 +50,8 @@ class Walked:
     """GFLOP of tensor-core products by variant."""
     waits: list[tuple[str, str, int]]
     uploads: list[tuple[str, int, bool, bool]]
+    seconds: float = 0.0
+    """CPU seconds of the walk."""
 
 
 def flops(launch: Launch) -> float:
@@ -116,7 +120,13 @@ def walk_one(walk: Walk) -> Walked:
     """Walk in this process."""
     from testkit.rehearsal.inference import infer
 
-    return summary(walk, train(walk) if walk.part.endswith("step") else infer(walk))
+    warnings.filterwarnings(
+        "ignore", "Accessing the data pointer of FakeTensor", UserWarning
+    )  # the copy of the EMA teacher
+    began = time.process_time()
+    out = summary(walk, train(walk) if walk.part.endswith("step") else infer(walk))
+    out.seconds = time.process_time() - began
+    return out
 
 
 def walk_all(walks: Sequence[Walk], jobs: int) -> list[Walked]:
