@@ -75,16 +75,14 @@ def ledger_rows() -> tuple[dict, dict]:
     return by_name, {e.signature: (e.op, e.name) for e in entries()}
 
 
-def show(walked: list[Walked]) -> None:
-    """Print every wait and upload by place."""
-    for one in walked:
-        print(f"\n{one.walk.config}, {one.walk.ranks} ranks, {one.walk.name}, {one.seconds:.0f} s: {one.counts}")
-        for what, where, n in one.waits:
-            print(f"  wait   {n:>4} x {what}: {where}")
-        for where, size, pinned, blocking in one.uploads:
-            print(
-                f"  upload {size:>12,} B {'pinned' if pinned else 'pageable'}{', blocking' if blocking else ''}: {where}"
-            )
+def show(one: Walked) -> None:
+    """Print every wait and upload of a walk by place."""
+    print(f"\n{one.walk.config}, {one.walk.ranks} ranks, {one.walk.name}, {one.seconds:.0f} s: {one.counts}")
+    for what, where, n in one.waits:
+        print(f"  wait   {n:>4} x {what}: {where}")
+    for where, size, pinned, blocking in one.uploads:
+        kind = f"{'pinned' if pinned else 'pageable'}{', blocking' if blocking else ''}"
+        print(f"  upload {size:>12,} B {kind}: {where}", flush=True)
 
 
 def main() -> int:
@@ -100,8 +98,10 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
     chosen = [w for w in walks(args.all) if args.only in ("", w.config)]
-    walked = walk_all(chosen, args.jobs)
-    show(walked)
+    walked = []
+    for one in walk_all(chosen, args.jobs):
+        show(one)
+        walked.append(one)
     if not args.check and not args.only:
         write_launches(walked, keep=False)
         sys.argv = [

@@ -149,7 +149,7 @@ class StandInMode(TorchDispatchMode):
         mutated = bool(func._schema.is_mutable)
         leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         known = all(_values(x) is not None or not is_stand_in(x) for x in leaves)
-        whole = all(x.numel() <= (_MOST.get(x.dtype, VALUES_LIMIT)) for x in results)
+        whole = all(_keeps_values(x) for x in results)
         if not (known and whole and results):
             if mutated:
                 for x in results:
@@ -287,7 +287,7 @@ class StandInMode(TorchDispatchMode):
         """Return a stand-in on the GPU for a CPU tensor, with the values of integers."""
         with self.fake:
             out = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=CUDA)
-        if x.numel() <= _MOST.get(x.dtype, VALUES_LIMIT):
+        if _keeps_values(x):
             out.values = x.detach().clone()
         return out
 
@@ -342,6 +342,12 @@ def _attention(
 
 def _values(x: Any) -> Tensor | None:
     return x.__dict__.get("values") if is_stand_in(x) else None
+
+
+def _keeps_values(x: Tensor) -> bool:
+    """Return whether values are worth computing: of integers, but not of large tables of spots by genes."""
+    wide = x.ndim > 1 and x.shape[-1] > 64 and x.numel() > 1 << 16
+    return not wide and x.numel() <= _MOST.get(x.dtype, VALUES_LIMIT)
 
 
 def _plain(x: Any) -> Any:

@@ -6,12 +6,13 @@ import csv
 import json
 import time
 import warnings
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
 from comtip_kernels.ledger.aot import LedgerEntry, LedgerRow
 from comtip_kernels.ledger.entries import ARCHITECTURES, LAUNCHES, launched
 
@@ -129,10 +130,13 @@ def walk_one(walk: Walk) -> Walked:
     return out
 
 
-def walk_all(walks: Sequence[Walk], jobs: int) -> list[Walked]:
-    """Walk all, in ``jobs`` processes, the longest first."""
-    with ProcessPoolExecutor(jobs, max_tasks_per_child=8) as pool:
-        return list(pool.map(walk_one, walks))
+def walk_all(walks: Sequence[Walk], jobs: int) -> Iterator[Walked]:
+    """Walk all, in ``jobs`` processes, and yield each as it is complete."""
+    if jobs == 1:
+        yield from map(walk_one, walks)
+        return
+    with get_context("spawn").Pool(jobs, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        yield from pool.imap_unordered(walk_one, walks)
 
 
 def missing_rows(

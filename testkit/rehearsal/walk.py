@@ -163,7 +163,11 @@ def train(walk: Walk) -> Record:
     config, record = walk.load(), Record()
     with tempfile.TemporaryDirectory() as folder, trainer_of(config, walk.ranks, record, Path(folder)) as trainer:
         with record.pause():
-            _allocate(trainer)
+            trainer.progress.step = 1
+            if walk.ranks > 1:  # the ranks agree on the names of logged numbers in the first step
+                trainer._one_step(Signals())
+            else:
+                _allocate(trainer)
         # The step after this number is logged or not.
         trainer.progress.step = config.train.log_every - 1 if walk.part == "logged step" else 1
         trainer._one_step(Signals())

@@ -22,12 +22,14 @@ from comtip_kernels.ledger.entries import entries
 from comtip_kernels.tl_common import launch
 from triton.compiler.errors import CompilationError
 
+from comtip_fast.data.batch import Batch
+from comtip_fast.training.task import CoMTIPTask
 from testkit.rehearsal import autocast
 from testkit.rehearsal.launches import recorded_launches
 from testkit.rehearsal.record import Record, RehearsalError
 from testkit.rehearsal.stand_in import CUDA, StandInMode, stand_in_cuda
 from testkit.rehearsal.table import missing_rows, summary, table
-from testkit.rehearsal.walk import Walk
+from testkit.rehearsal.walk import Walk, train
 
 
 @pytest.fixture
@@ -185,3 +187,48 @@ def test_autocast_follows_pytorchs_lists():
     assert len(lists["torch_fp32"]) > 20
     assert lists["torch_fp32"] - {"renorm", "nuclear_norm", "frobenius_norm"} <= fp32
     assert lists["torch_need_autocast_promote"] <= set(autocast.WIDEST)
+
+
+SMALL = ("data.batch_size=16", "panel.max_genes=16", "genes.per_cohort=16", "text.depth=1")
+
+
+def test_a_step_of_a_gpu_config_runs_the_ledgers_bf16_kernels():
+    record = train(Walk("1gpu", 1, SMALL))
+    known = {e.signature for e in entries()}
+    assert not {launch.entry.name for launch in record.launches if launch.signature not in known}
+    products = [launch for launch in record.launches if launch.entry.op != "embedding"]
+    assert {launch.entry.op for launch in products} == {"infonce", "table", "attention"}
+    assert {launch.tensors[0][0] for launch in products} == {"bfloat16"}  # the first tensor of each is an operand
+    assert record.operators["aten::_foreach_addcdiv_"] or record.operators["aten::_fused_adamw_"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [
+        (1, ("engine.micro_batches=2", "engine.activation_checkpointing=true")),
+        (4, ("engine.loss_form=ring",)),
+        (4, ("engine.kind=deepspeed", "engine.zero_stage=1")),
+    ],
+)
+def test_steps_over_ranks_and_in_pieces_launch_what_the_ledger_has(ranks: int, options: tuple[str, ...]):
+    record = train(Walk("1gpu", ranks, (*SMALL, *options)))
+    known = {e.signature for e in entries()}
+    assert not {launch.entry.name for launch in record.launches if launch.signature not in known}
+    assert ranks == 1 or record.collectives["c10d::allreduce_"]
+    assert bool(record.collectives["c10d::send"]) == ("engine.loss_form=ring" in options)
+
+
+def test_a_planted_wait_in_a_step_is_found(monkeypatch: pytest.MonkeyPatch):
+    before = train(Walk("1gpu", 1, SMALL))
+    loss = CoMTIPTask.losses
+
+    def waiting(self: CoMTIPTask, module: torch.nn.Module, batch: Batch) -> object:
+        batch.levels.float().mean().item()
+        torch.ones(5).to(self.device)
+        return loss(self, module, batch)
+
+    monkeypatch.setattr(CoMTIPTask, "losses", waiting)
+    after = train(Walk("1gpu", 1, SMALL))
+    assert after.waits.total() == before.waits.total() + 2
+    assert [u.bytes for u in after.uploads if u not in before.uploads] == [20]
