@@ -25,10 +25,11 @@ from triton.compiler.errors import CompilationError
 from comtip_fast.data.batch import Batch
 from comtip_fast.training.task import CoMTIPTask
 from testkit.rehearsal import autocast
+from testkit.rehearsal.__main__ import NOT_ABOVE, TABLE, walks, worse
 from testkit.rehearsal.launches import recorded_launches
-from testkit.rehearsal.record import Record, RehearsalError
+from testkit.rehearsal.record import ROOT, Record, RehearsalError
 from testkit.rehearsal.stand_in import CUDA, StandInMode, stand_in_cuda
-from testkit.rehearsal.table import missing_rows, summary, table
+from testkit.rehearsal.table import missing_rows, read_table, summary, table
 from testkit.rehearsal.walk import Walk, train
 
 
@@ -232,3 +233,20 @@ def test_a_planted_wait_in_a_step_is_found(monkeypatch: pytest.MonkeyPatch):
     after = train(Walk("1gpu", 1, SMALL))
     assert after.waits.total() == before.waits.total() + 2
     assert [u.bytes for u in after.uploads if u not in before.uploads] == [20]
+
+
+def test_a_count_that_grew_is_told():
+    row = {"config": "1gpu", "ranks": "1", "walk": "step", "hgmma_share": "0.900"} | dict.fromkeys(NOT_ABOVE, "5")
+    assert worse([row], [row]) == []
+    assert worse([row | {"waits": "4"}], [row]) == []
+    assert worse([row | {"waits": "6"}], [row]) == ["1gpu, 1 ranks, step: waits is 6, it was 5"]
+    assert "hgmma_share is 0.800" in worse([row | {"hgmma_share": "0.800"}], [row])[0]
+    assert "not in rehearsal.csv" in worse([row], [])[0]
+
+
+def test_every_config_is_walked_and_has_its_rows():
+    chosen = walks()
+    assert {w.config for w in chosen} == {p.stem for p in (ROOT / "configs").glob("*.yaml")}
+    committed = {(r["config"], int(r["ranks"]), r["walk"]) for r in read_table(TABLE)}
+    assert committed == {(w.config, w.ranks, w.name) for w in chosen}
+    assert set(chosen) <= set(walks(everything=True))
