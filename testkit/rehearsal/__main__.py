@@ -76,7 +76,7 @@ def ledger_rows() -> tuple[dict, dict]:
 
 
 def show(one: Walked) -> None:
-    """Print every wait and upload of a walk by place."""
+    """Print every wait and upload of a walk by code line."""
     print(f"\n{one.walk.config}, {one.walk.ranks} ranks, {one.walk.name}, {one.seconds:.0f} s: {one.counts}")
     for what, where, n in one.waits:
         print(f"  wait   {n:>4} x {what}: {where}")

@@ -23,7 +23,7 @@ LEFT_OUT = ("DistributedDataParallel.Reducer", "deepspeed.DeepSpeedZeroOptimizer
 """Parts of other projects whose operators no row counts."""
 
 
-class MadeDDP(nn.Module):
+class StandInDDP(nn.Module):
     """DDP without its reducer: one all-reduce is counted for every full bucket in the last backward pass of a step."""
 
     mode: StandInMode
@@ -64,7 +64,7 @@ class MadeDDP(nn.Module):
             self._seen = 0
 
 
-class MadeDeepSpeed:
+class StandInDeepSpeed:
     """DeepSpeed's engine without its optimizer: forward, backward and the norm that the host reads."""
 
     def __init__(self, model: nn.Module, optimizer: Any, **_options: Any) -> None:
@@ -96,9 +96,9 @@ class MadeDeepSpeed:
 @contextmanager
 def stand_in_engines(mode: StandInMode) -> Iterator[None]:
     """Use the stand-ins inside the block."""
-    ddp = type("MadeDDP", (MadeDDP,), {"mode": mode})
+    ddp = type("StandInDDP", (StandInDDP,), {"mode": mode})
     module = SimpleNamespace(
-        initialize=lambda model, optimizer, **options: (MadeDeepSpeed(model, optimizer, **options),),
+        initialize=lambda model, optimizer, **options: (StandInDeepSpeed(model, optimizer, **options),),
         zero=SimpleNamespace(GatheredParameters=lambda *_a, **_k: nullcontext()),
         comm=SimpleNamespace(comm=SimpleNamespace(cdb=SimpleNamespace())),
     )

@@ -16,7 +16,7 @@ from comtip_fast.training.validation import Validation
 from testkit.rehearsal.launches import recorded_launches
 from testkit.rehearsal.record import Record
 from testkit.rehearsal.stand_in import CUDA, stand_in_cuda
-from testkit.rehearsal.walk import TILE_PX, MadeTask, Walk, gene_names, group_of
+from testkit.rehearsal.walk import TILE_PX, SyntheticTask, Walk, gene_names, group_of
 
 SPOTS, GENES = 512, 512
 COHORT = "human_breast"
@@ -27,7 +27,7 @@ def infer(walk: Walk) -> Record:
     record, config = Record(), walk.load()
     with stand_in_cuda(record) as mode, recorded_launches(mode), group_of(1) as group, torch.no_grad():
         with record.pause():
-            task = MadeTask(config, group, TILE_PX)
+            task = SyntheticTask(config, group, TILE_PX)
             task.model.eval()
             run = _validation(task) if walk.part == "validation" else _predictor(task, walk.part)
         run()
@@ -42,7 +42,7 @@ def _tiles(n: int) -> np.ndarray:
     return np.zeros((n, 3, TILE_PX, TILE_PX), np.uint8)
 
 
-def _predictor(task: MadeTask, part: str) -> Any:
+def _predictor(task: SyntheticTask, part: str) -> Any:
     """Return a call of the predictor, on a section of ``SPOTS`` spots without stain statistics."""
     names = gene_names(task.sizes.n_identities)
     genes = [ExportGene(f"human:{i}", symbol, "", name, True, False) for i, (symbol, name) in enumerate(names)]
@@ -59,7 +59,7 @@ def _predictor(task: MadeTask, part: str) -> Any:
     return run
 
 
-def _validation(task: MadeTask) -> Any:
+def _validation(task: SyntheticTask) -> Any:
     """Return the validation of one section of ``SPOTS`` spots."""
     n = task.sizes.n_identities
     every, spots = np.arange(n), np.arange(SPOTS)

@@ -5,7 +5,7 @@ a forward pass only, because autograd's engine asks a tensor's C++ device for it
 ``meta``, which the engine runs on the calling thread, while Python code and the dispatcher's keys (autocast, autograd) see
 ``cuda``.
 
-Tensors on the CPU are real. A stand-in made from one keeps its values while they are integers, so that sizes which depend
+Tensors on the CPU are real. A stand-in built from one keeps its values while they are integers, so that sizes which depend
 on data (the number of tokens of a panel) are those of a real step.
 """
 
@@ -119,8 +119,8 @@ class StandInMode(TorchDispatchMode):
         """Run the implementation of an own operator, which launches kernels, and compare it with its fake."""
         with self:
             out = _implementation(func)(*args, **kwargs)
-        said = self._compute(func, args, kwargs)
-        for a, b in zip(tree_leaves(out), tree_leaves(said), strict=True):
+        declared = self._compute(func, args, kwargs)
+        for a, b in zip(tree_leaves(out), tree_leaves(declared), strict=True):
             if isinstance(a, Tensor) and (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
                 raise RehearsalError(f"{func}: returns {a.dtype} {tuple(a.shape)}, its fake {b.dtype} {tuple(b.shape)}")
         return out
@@ -310,8 +310,8 @@ class PythonCalls(TorchFunctionMode):
             and not is_stand_in(args[0])
         ):
             # C++ makes the tensor on the CPU and copies it, which blocks.
-            made = func(*args, **{k: v for k, v in kwargs.items() if k not in ("device", "requires_grad")})
-            return made.to(device).requires_grad_(kwargs.get("requires_grad", False))
+            built = func(*args, **{k: v for k, v in kwargs.items() if k not in ("device", "requires_grad")})
+            return built.to(device).requires_grad_(kwargs.get("requires_grad", False))
         return func(*args, **kwargs)
 
 

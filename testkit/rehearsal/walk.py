@@ -69,8 +69,8 @@ def gene_names(n: int) -> list[tuple[str, str]]:
     return [(r["symbol"], r["name"]) for r in (rows * (n // len(rows) + 1))[:n]]
 
 
-class MadeLoader:
-    """Batches made in code at the config's sizes; the values are arbitrary."""
+class SyntheticLoader:
+    """Synthetic batches at the config's sizes; the values are arbitrary."""
 
     def __init__(self, config: RunConfig, n_genes: int, tile_px: int, group: Group, features: tuple[int, int] | None):
         self.config, self.n_genes, self.tile_px, self.group, self.features = config, n_genes, tile_px, group, features
@@ -98,8 +98,8 @@ class MadeLoader:
         return Batch(tiles, features, panel, levels, measured, section, index, step)
 
 
-class MadeTask(CoMTIPTask):
-    """The real task on a made loader: no shard set is read."""
+class SyntheticTask(CoMTIPTask):
+    """The real task on a synthetic loader: no shard set is read."""
 
     def __init__(self, config: RunConfig, group: Group, tile_px: int) -> None:
         self.config, self.group, self.device = config, group, CUDA
@@ -116,7 +116,7 @@ class MadeTask(CoMTIPTask):
             self.model = CoMTIP(config, self.sizes)
         stem = self.model.vision.stem
         features = None if stem is None else (self.model.vision.n_patches, stem.width)
-        loader: Any = MadeLoader(config, n, tile_px, group, features)
+        loader: Any = SyntheticLoader(config, n, tile_px, group, features)
         self.loader = loader
         self.genes = gene_tokens(self.tokenizer, gene_names(n), np.arange(1, n + 1), config.text).to(CUDA)
         prior, strata = torch.zeros(n, config.levels.n_levels), torch.zeros(SECTIONS, n, dtype=torch.int64)
@@ -152,7 +152,7 @@ def trainer_of(config: RunConfig, ranks: int, record: Record, folder: Path) -> I
         with record.pause():
             set_product_precision(config, CUDA)
             group = ClockedGroup(inner, CUDA)
-            task = MadeTask(config, group, TILE_PX)
+            task = SyntheticTask(config, group, TILE_PX)
             trainer = Trainer(task, config, folder, group)
             trainer.engine = make_engine(task.module, config, group)
         yield trainer

@@ -127,7 +127,7 @@ def test_launches_on_other_devices_are_refused(mode: StandInMode):
 def test_a_variant_that_the_ledger_lacks_is_told(mode: StandInMode):
     with torch.autocast("cuda", dtype=torch.bfloat16):
         lse(mode, torch.empty(64, 512, device="cuda"), torch.empty(96, 512, device="cuda"))
-    walked = summary(Walk("made"), mode.record)
+    walked = summary(Walk("test"), mode.record)
     names = {v["signature"]: (v["op"], v["name"]) for v in walked.variants}
     good = LedgerRow("infonce", "x", 90, 100, 0, 0, 1, "HGMMA", 8, 8, 8)
     rows = {(*name, arch): good for name in names.values() for arch in (80, 90, 100)}
@@ -170,11 +170,11 @@ def lists_of_pytorch() -> dict[str, set[str]]:
     out: dict[str, set[str]] = {}
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ClassDef) and node.name == "AutocastTestLists":
-            for made in (n for n in ast.walk(node) if isinstance(n, ast.Assign) and isinstance(n.value, ast.List)):
+            for found in (n for n in ast.walk(node) if isinstance(n, ast.Assign) and isinstance(n.value, ast.List)):
                 tuples = [
-                    t for t in made.value.elts if isinstance(t, ast.Tuple) and isinstance(t.elts[0], ast.Constant)
+                    t for t in found.value.elts if isinstance(t, ast.Tuple) and isinstance(t.elts[0], ast.Constant)
                 ]
-                out[ast.unparse(made.targets[0]).removeprefix("self.")] = {str(t.elts[0].value) for t in tuples}
+                out[ast.unparse(found.targets[0]).removeprefix("self.")] = {str(t.elts[0].value) for t in tuples}
     return out
 
 
