@@ -20,6 +20,8 @@ from testkit.rehearsal.launches import Launch
 from testkit.rehearsal.record import Record
 from testkit.rehearsal.walk import Walk, train
 
+NOT_IN_LEDGER = ("demo_cpu",)
+"""Configs for CPUs: their walks are counted, but the ledger does not hold the variants that they would launch on a GPU."""
 COLUMNS = (
     "config",
     "ranks",
@@ -155,6 +157,8 @@ def missing_rows(
     """
     out: dict[str, str] = {}
     for one in walked:
+        if one.walk.config in NOT_IN_LEDGER:
+            continue
         where = f"{one.walk.config} ({one.walk.name})"
         for variant in one.variants:
             signature = variant["signature"]
@@ -186,7 +190,7 @@ def table(
             if found[1] is not None and found[1].mma == "HGMMA":
                 on_hgmma += one.gflop[variant["signature"]]
         total = sum(one.gflop.values())
-        share = f"{on_hgmma / total:.3f}" if total else "-"
+        share = f"{on_hgmma / total:.3f}" if total and one.walk.config not in NOT_IN_LEDGER else "-"
         row = {"config": one.walk.config, "ranks": str(one.walk.ranks), "walk": one.walk.name} | one.counts
         out.append(row | {"hgmma_share": share, "spills": str(spills)})
     return out
@@ -216,7 +220,8 @@ def write_launches(walked: Iterable[Walked], *, keep: bool) -> None:
         else {}
     )
     for one in walked:
-        known |= {v["signature"]: v for v in one.variants}
+        if one.walk.config not in NOT_IN_LEDGER:
+            known |= {v["signature"]: v for v in one.variants}
     largest = {e.signature for e in _hand_written()}
     rows = sorted((v for s, v in known.items() if s not in largest), key=lambda v: (v["op"], v["name"]))
     LAUNCHES.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n", encoding="utf-8")
