@@ -164,6 +164,18 @@ def test_a_variant_is_what_the_ledger_calls_it(mode: StandInMode):
     assert {launch.entry.constants["RULE"] for launch in mode.record.launches} == {kernels.SAME_GROUP}
 
 
+def test_both_rounds_of_sums_over_equal_tokens_are_the_ledgers(mode: StandInMode):
+    """With int64 targets the first round was another variant, which spilled on sm_90."""
+    with torch.device("cuda"):
+        grad, order = torch.empty(5000, 512), torch.zeros(5000, dtype=torch.int32)
+    start = torch.tensor([0, 4000, 5000], dtype=torch.int32).to("cuda")
+    torch.ops.comtip.sum_equal_tokens(grad, order, start, 4000)
+    known = {e.signature for e in entries()}
+    assert [launch.entry.constants["ORDERED"] for launch in mode.record.launches] == [True, False]
+    assert {launch.entry.types["target_ptr"] for launch in mode.record.launches} == {"*i32"}
+    assert {launch.signature for launch in mode.record.launches} <= known
+
+
 def lists_of_pytorch() -> dict[str, set[str]]:
     """Return the operators of each list of PyTorch's own autocast tests, which cannot be imported without their packages."""
     path = Path(torch.__file__).parent / "testing/_internal/autocast_test_lists.py"
