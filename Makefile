@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN ?= runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint types layers spelling ledger bench format clean
+.PHONY: help demo test check lint types layers spelling ledger rehearsal bench format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -47,8 +47,11 @@ layers: $(VENV)/installed-dev  ## import rules between packages and layers
 spelling: $(VENV)/installed-dev  ## codespell
 	$(BIN)/codespell $$(git ls-files)
 
-ledger: $(VENV)/installed-dev  ## compile every GPU kernel ahead of time and compare with bench/ledger.csv
-	PYTHONPATH=kernels $(BIN)/python -m comtip_kernels.ledger --check
+ledger: $(VENV)/installed-dev  ## compile changed GPU kernels ahead of time and compare with bench/ledger.csv
+	PYTHONPATH=kernels $(BIN)/python -m comtip_kernels.ledger --check $(LEDGER)
+
+rehearsal: $(VENV)/installed-dev  ## walk GPU steps of every config on stand-in tensors and compare with bench/rehearsal.csv
+	PYTHONPATH=.:kernels:data_shards $(BIN)/python -m testkit.rehearsal --check $(REHEARSAL)
 
 bench: $(VENV)/installed-dev  ## microbenchmarks of the CPU kernels and their peers (COMTIP_BENCH=full: the sizes in the docs)
 	PYTHONPATH=bench/kernels $(BIN)/python -m pytest bench/kernels --benchmark-only --benchmark-max-time=0.2 \

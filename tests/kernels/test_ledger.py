@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("an interpreted kernel cannot be compiled", allow_module_level=True)
 
-from comtip_kernels.ledger.__main__ import main, problems, read, write
+from comtip_kernels.ledger.__main__ import compiled, main, problems, read, write
 from comtip_kernels.ledger.aot import LedgerRow, compile_entry
 from comtip_kernels.ledger.entries import ARCHITECTURES, entries
 
@@ -51,6 +51,23 @@ def test_rows_of_other_tritons_are_kept(tmp_path: Path):
     write(table, [GOOD], "3.6.0", [])
     write(table, [dataclasses.replace(GOOD, registers=99)], "3.8.0", read(table))
     assert [(r["triton"], r["registers"]) for r in read(table)] == [("3.6.0", "120"), ("3.8.0", "99")]
+
+
+def test_entries_with_an_unchanged_source_are_not_compiled_again():
+    found = entries()
+    known = {
+        (e.op, e.name, a): as_text(dataclasses.replace(GOOD, op=e.op, name=e.name, arch=a, source=e.source(a)))
+        for e in found
+        for a in ARCHITECTURES
+    }
+    assert len(known) == len(found) * len(ARCHITECTURES)
+    rows = list(compiled(known, 1))  # compiling would give other numbers
+    assert [r.op for r in rows] == [e.op for e in found for _ in ARCHITECTURES]
+    assert {r.registers for r in rows} == {GOOD.registers}
+    one = found[0]
+    hashes = {one.source(80), one.source(90), dataclasses.replace(one, num_warps=one.num_warps * 2).source(80)}
+    hashes |= {dataclasses.replace(one, aligned=frozenset()).source(80), found[1].source(80)}
+    assert len(hashes) == 5
 
 
 def test_a_kernel_compiles_and_is_counted():

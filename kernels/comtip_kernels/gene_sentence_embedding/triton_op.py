@@ -152,7 +152,8 @@ def sum_equal_tokens(grad: Tensor, order_S: Tensor, start_U1: Tensor, most: int)
     count_U = (start_U1.diff() + piece - 1) // piece
     begin_U1 = torch.nn.functional.pad(count_U.cumsum(0, dtype=torch.int32), (1, 0))
     piece_P = torch.arange(grad.shape[0] // piece + U, device=grad.device, dtype=torch.int32)
-    row_P = (torch.searchsorted(begin_U1, piece_P, right=True) - 1).clamp_max(U - 1)
+    # int32 as in the other rounds: with int64 targets the kernel is another variant, which spills on sm_90.
+    row_P = (torch.searchsorted(begin_U1, piece_P, right=True, out_int32=True) - 1).clamp_max(U - 1)
     first_P = start_U1[row_P] + (piece_P - begin_U1[row_P]) * piece
     target_P = torch.where(count_U[row_P] == 1, row_P, U + piece_P).masked_fill(piece_P >= begin_U1[-1], -1)
     out = torch.empty(U + piece_P.shape[0], D, device=grad.device, dtype=torch.float32)

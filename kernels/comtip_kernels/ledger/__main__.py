@@ -6,7 +6,8 @@ import argparse
 import csv
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -59,6 +60,44 @@ def write(path: Path, rows: Iterable[LedgerRow], version: str, kept: list[dict[s
         out.writerows(sorted([*others, *ours], key=lambda r: (r["triton"], r["op"], r["name"], int(r["arch"]))))
 
 
+def compiled(known: dict[tuple[str, str, int], dict[str, str]], jobs: int) -> Iterator[LedgerRow]:
+    """Yield the row of every entry and architecture, compiled in ``jobs`` processes.
+
+    Parameters
+    ----------
+    known
+        Committed rows. One whose source hash is current is returned as it is, without compiling.
+    jobs
+        Number of processes.
+    """
+    from comtip_kernels.ledger.entries import ARCHITECTURES, entries
+
+    with ProcessPoolExecutor(jobs) as pool:
+        waiting: list[Future[LedgerRow] | LedgerRow] = []
+        for index, entry in enumerate(entries()):
+            for arch in ARCHITECTURES:
+                before = known.get((entry.op, entry.name, arch), {})
+                if before.get("source") == entry.source(arch):
+                    waiting.append(parsed(before))
+                else:
+                    waiting.append(pool.submit(_compile, index, arch))
+        for item in waiting:
+            yield item.result() if isinstance(item, Future) else item
+
+
+def _compile(index: int, arch: int) -> LedgerRow:
+    from comtip_kernels.ledger.aot import compile_entry
+    from comtip_kernels.ledger.entries import entries
+
+    return compile_entry(entries()[index], arch)
+
+
+def parsed(row: dict[str, str]) -> LedgerRow:
+    """Return a committed row as numbers."""
+    values = {f.name: row.get(f.name) or "" for f in fields(LedgerRow)}
+    return LedgerRow(**{k: int(v) if v.isdecimal() and k != "source" else v for k, v in values.items()})  # type: ignore[arg-type]
+
+
 def sized_problems(path: Path) -> list[str]:
     """Return where a named size moves or multiplies more than in the committed table, or is missing from it."""
     known = {(r["op"], r["part"], r["size"]): r for r in read(path)}
@@ -90,25 +129,22 @@ def main() -> int:
     parser.add_argument("--table", type=Path, default=Path("bench/ledger.csv"))
     parser.add_argument("--sizes", type=Path, default=Path("bench/traffic.csv"))
     parser.add_argument("--check", action="store_true", help="compare with the table and do not write it")
+    parser.add_argument("--all", action="store_true", help="also compile entries whose source hash is unchanged")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set and interpreted kernels cannot be compiled; unset it")
     import triton
 
-    from comtip_kernels.ledger.aot import compile_entry
-    from comtip_kernels.ledger.entries import ARCHITECTURES, entries
-
     kept = read(args.table)
     known = {(r["op"], r["name"], int(r["arch"])): r for r in kept if r["triton"] == triton.__version__}
     rows, wrong = [], []
-    for entry in entries():
-        for arch in ARCHITECTURES:
-            row = compile_entry(entry, arch)
-            rows.append(row)
-            wrong += problems(row, known.get((row.op, row.name, arch)))
-            resources = f"{row.registers:>3} regs {row.stack:>4} B stack {row.shared_kib:>4} KiB"
-            counts = f"{row.mma_count:>3} {row.mma:<7}{row.loads_128:>3} x 128 bit {row.async_copies:>3} async"
-            print(f"{row.op:<10}{row.name:<26}sm_{arch:<4} {resources} {counts}", flush=True)
+    for row in compiled({} if args.all else known, args.jobs):
+        rows.append(row)
+        wrong += problems(row, known.get((row.op, row.name, row.arch)))
+        resources = f"{row.registers:>3} regs {row.stack:>4} B stack {row.shared_kib:>4} KiB"
+        counts = f"{row.mma_count:>3} {row.mma:<7}{row.loads_128:>3} x 128 bit {row.async_copies:>3} async"
+        print(f"{row.op:<10}{row.name:<32}sm_{row.arch:<4} {resources} {counts}", flush=True)
     if args.check and not known:
         print(f"{args.table} has no rows of Triton {triton.__version__}; only spills and limits are checked")
     for sized in sizes():

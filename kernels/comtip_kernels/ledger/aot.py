@@ -7,6 +7,7 @@ stack come from ``cuobjdump``, instructions from ``nvdisasm``; both are part of 
 
 from __future__ import annotations
 
+import hashlib
 import re
 import subprocess
 import tempfile
@@ -39,6 +40,27 @@ class LedgerEntry:
     """Arguments that the JIT knows to be divisible by 16."""
     wants_tensor_cores: bool = True
 
+    @property
+    def signature(self) -> str:
+        """The variant that the JIT compiles: ``name=type`` or ``name=constant``; ``:16`` marks a multiple of 16."""
+        words = [self.kernel.__name__]
+        for name in self.kernel.arg_names:
+            if name in self.constants:
+                words.append(f"{name}={plain_constant(self.constants[name])!r}")
+            else:
+                words.append(f"{name}={self.types[name]}{':16' if name in self.aligned else ''}")
+        return " ".join([*words, f"warps={self.num_warps}", f"stages={self.num_stages}"])
+
+    def source(self, arch: int) -> str:
+        """Return a hash of all that the machine code depends on: the kernel's source, the signature and the compiler."""
+        facts = (self.kernel.cache_key, self.signature, str(arch), triton.__version__)
+        return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
+
+
+def plain_constant(value: Any) -> Any:
+    """Return the value of a ``tl.constexpr``, and any other value as it is."""
+    return value.value if isinstance(value, triton.language.constexpr) else value
+
 
 @dataclass(frozen=True)
 class LedgerRow:
@@ -58,6 +80,8 @@ class LedgerRow:
     loads_128: int
     """Global loads of 128 bits, including asynchronous copies to shared memory."""
     async_copies: int
+    source: str = ""
+    """:meth:`LedgerEntry.source`: an entry with the same hash need not be compiled again."""
 
 
 def compile_entry(entry: LedgerEntry, arch: int) -> LedgerRow:
@@ -98,6 +122,7 @@ def compile_entry(entry: LedgerEntry, arch: int) -> LedgerRow:
         counts.get(mma, 0),
         len(re.findall(r"\bLD(?:G|GSTS)\.E\S*128", code)),
         len(re.findall(r"\b(?:LDGSTS|UTMALDG)\b", code)),
+        entry.source(arch),
     )
 
 

@@ -6,6 +6,9 @@ The last is read from the kernels themselves (``do_not_specialize``), so the two
 
 from __future__ import annotations
 
+import json
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from comtip_kernels.gene_sentence_embedding import triton_kernels as embedding
@@ -15,6 +18,15 @@ from comtip_kernels.packed_attention import triton_kernels as attention
 from comtip_kernels.sentence_table import triton_kernels as table
 
 ARCHITECTURES = (80, 90, 100)
+LAUNCHES = Path(__file__).with_name("launches.json")
+"""Variants that training and inference launch with the shipped configs, recorded by ``python -m testkit.rehearsal``."""
+PACKAGES = {
+    "infonce": "infonce",
+    "table": "sentence_table",
+    "embedding": "gene_sentence_embedding",
+    "attention": "packed_attention",
+}
+"""Package of each operation's kernels."""
 MODES = ("bf16", "tf32", "tf32x3")
 """How the products are computed (``tl_common.product_mode``)."""
 ELEMENT = {"bf16": "bf16", "tf32": "fp32", "tf32x3": "fp32", "fp32": "fp32"}
@@ -130,7 +142,32 @@ def _attention(mode: str, tile: int, *, backward: bool) -> LedgerEntry:
 
 
 def entries() -> list[LedgerEntry]:
-    """Return every entry."""
+    """Return every entry: the largest tiles with every option, then the variants that the shipped configs launch."""
+    return [*_largest(), *launched()]
+
+
+def launched(path: Path = LAUNCHES) -> list[LedgerEntry]:
+    """Return the recorded variants, without those of a kernel that no longer has these arguments."""
+    known = {e.signature for e in _largest()}
+    out = []
+    for row in json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []:
+        module = import_module(f"comtip_kernels.{PACKAGES[row['op']]}.triton_kernels")
+        entry = LedgerEntry(
+            row["op"],
+            row["name"],
+            getattr(module, row["kernel"]),
+            row["types"],
+            row["constants"],
+            row["num_warps"],
+            row["num_stages"],
+            frozenset(row["aligned"]),
+        )
+        if set(entry.types) | set(entry.constants) == set(entry.kernel.arg_names) and entry.signature not in known:
+            out.append(entry)
+    return out
+
+
+def _largest() -> list[LedgerEntry]:
     out = []
     for dtype in ("bf16", "fp32"):
         out += [

@@ -1,0 +1,132 @@
+"""``python -m testkit.rehearsal``: walk every config, compile new kernel variants, and write the table.
+
+``--check`` compiles nothing and fails if a count is above the committed one, a variant is not in the ledger, or a row spills.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import triton
+from comtip_kernels.ledger.__main__ import main as ledger_main
+from comtip_kernels.ledger.__main__ import parsed, read
+from comtip_kernels.ledger.entries import entries
+
+from testkit.rehearsal.record import ROOT
+from testkit.rehearsal.table import Walked, missing_rows, read_table, table, walk_all, write_launches, write_table
+from testkit.rehearsal.walk import Walk
+
+TABLE, LEDGER = ROOT / "bench/rehearsal.csv", ROOT / "bench/ledger.csv"
+NOT_ABOVE = (
+    "operators",
+    "launches",
+    "variants",
+    "waits",
+    "data_shapes",
+    "uploads",
+    "uploads_mb",
+    "pageable_mb",
+    "spills",
+)
+MICRO, CHECKPOINTING, RING = "engine.micro_batches=4", "engine.activation_checkpointing=true", "engine.loss_form=ring"
+RANKS = {"1gpu": 1, "8xa100": 8, "8xh100": 8, "multinode_h100": 64, "demo_cpu": 1}
+
+
+def walks(everything: bool = False) -> list[Walk]:
+    """Return the walks of CI, or all combinations: the longest first."""
+    out = []
+    for config, ranks in RANKS.items():
+        forms = ("", RING) if ranks > 1 else ("",)
+        for form in forms:
+            for micro in ("", MICRO):
+                for again in ("", CHECKPOINTING):
+                    options = tuple(o for o in (form, micro, again) if o)
+                    short = len(options) == 0 or options in ((RING,), (MICRO, CHECKPOINTING))
+                    if everything or (short and not (config in ("8xa100", "demo_cpu") and options)):
+                        out.append(Walk(config, ranks, options))
+    out += [Walk("1gpu", part="logged step"), Walk("8xh100", 2)]
+    out += [Walk("8xh100", 8, ("engine.kind=deepspeed", f"engine.zero_stage={stage}")) for stage in (2, 3)]
+    out += [Walk("1gpu", part=part) for part in ("validation", "predict", "embed")]
+    return sorted(out, key=lambda w: (MICRO not in w.overrides, RING not in w.overrides, w.config))
+
+
+def worse(rows: list[dict[str, str]], before: list[dict[str, str]]) -> list[str]:
+    """Return where a count is above the committed one, or the row is new."""
+    known = {(r["config"], r["ranks"], r["walk"]): r for r in before}
+    out = []
+    for row in rows:
+        where = f"{row['config']}, {row['ranks']} ranks, {row['walk']}"
+        old = known.get((row["config"], row["ranks"], row["walk"]))
+        if old is None:
+            out.append(f"{where}: not in {TABLE.name}; run python -m testkit.rehearsal")
+            continue
+        out += [f"{where}: {n} is {row[n]}, it was {old[n]}" for n in NOT_ABOVE if float(row[n]) > float(old[n])]
+        if row["hgmma_share"] != "-" and float(row["hgmma_share"]) < float(old["hgmma_share"]):
+            out.append(f"{where}: hgmma_share is {row['hgmma_share']}, it was {old['hgmma_share']}")
+    return out
+
+
+def ledger_rows() -> tuple[dict, dict]:
+    """Return the ledger's rows of the installed Triton, and the name of every entry by signature."""
+    rows = [r for r in read(LEDGER) if r["triton"] == triton.__version__]
+    by_name = {(r["op"], r["name"], int(r["arch"])): parsed(r) for r in rows}
+    return by_name, {e.signature: (e.op, e.name) for e in entries()}
+
+
+def show(one: Walked) -> None:
+    """Print every wait and upload of a walk by code line."""
+    print(f"\n{one.walk.config}, {one.walk.ranks} ranks, {one.walk.name}, {one.seconds:.0f} s: {one.counts}")
+    for what, where, n in one.waits:
+        print(f"  wait   {n:>4} x {what}: {where}")
+    for where, size, pinned, blocking in one.uploads:
+        kind = f"{'pinned' if pinned else 'pageable'}{', blocking' if blocking else ''}"
+        print(f"  upload {size:>12,} B {kind}: {where}", flush=True)
+
+
+def main() -> int:
+    """Walk, print, and write or check."""
+    parser = argparse.ArgumentParser(prog="python -m testkit.rehearsal", description=__doc__)
+    parser.add_argument(
+        "--check", action="store_true", help="compare with the committed table and ledger; write nothing"
+    )
+    parser.add_argument(
+        "--all", action="store_true", help="every combination of loss form, micro-batches and checkpointing"
+    )
+    parser.add_argument("--only", default="", help="walks of this config alone; the table is not written")
+    parser.add_argument("--jobs", type=int, default=2)
+    args = parser.parse_args()
+    chosen = [w for w in walks(args.all) if args.only in ("", w.config)]
+    walked = []
+    for one in walk_all(chosen, args.jobs):
+        show(one)
+        walked.append(one)
+    if not args.check and not args.only:
+        write_launches(walked, keep=False)
+        sys.argv = [
+            "ledger",
+            "--table",
+            str(LEDGER),
+            "--sizes",
+            str(ROOT / "bench/traffic.csv"),
+            "--jobs",
+            str(args.jobs),
+        ]
+        ledger_main()  # prints its own problems; spills are problems of a walk as well
+    rows, names = ledger_rows()
+    out = table(walked, rows, names)
+    problems = missing_rows(walked, rows, names)
+    if args.check:
+        problems += worse(out, read_table(TABLE))
+    elif not args.only:
+        write_table(Path(TABLE), sorted(out, key=lambda r: (r["config"], int(r["ranks"]), r["walk"])))
+    for row in out:
+        print(row)
+    for problem in problems:
+        print(f"WRONG  {problem}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""What a rehearsal records: operators, launches, host waits, uploads, and what a GPU would refuse."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+OURS = tuple(str(ROOT / part) for part in ("comtip_fast", "kernels", "data_shards"))
+
+
+class RehearsalError(RuntimeError):
+    """The walked code does what a GPU would refuse, or what the rehearsal cannot follow."""
+
+
+def code_line() -> str:
+    """Return ``file:line function`` of the innermost frame in the project's own packages, or of the caller's caller."""
+    frame: Any = sys._getframe(1)
+    outside = None
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if name.startswith(OURS):
+            return f"{Path(name).relative_to(ROOT)}:{frame.f_lineno} {frame.f_code.co_name}"
+        if outside is None and "/testkit/rehearsal/" not in name and "/torch/" not in name:
+            outside = f"{Path(name).name}:{frame.f_lineno} {frame.f_code.co_name}"
+        frame = frame.f_back
+    return outside or "unknown"
+
+
+@dataclass(frozen=True)
+class Upload:
+    """One copy from the host to the device."""
+
+    where: str
+    bytes: int
+    pinned: bool
+    blocking: bool
+
+
+@dataclass
+class Record:
+    """Everything that one walk recorded."""
+
+    operators: Counter[str] = field(default_factory=Counter)
+    """ATen operators that compute or move data on the device; views and allocations are not counted."""
+    launches: list[Any] = field(default_factory=list)
+    """Launches of the project's own Triton kernels (:class:`testkit.rehearsal.launches.Launch`)."""
+    waits: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """(what, code line) of every wait of the host for the device."""
+    uploads: list[Upload] = field(default_factory=list)
+    collectives: Counter[str] = field(default_factory=Counter)
+    data_shapes: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """(operator, code line) of every operator whose output shape depends on data; each is a wait as well."""
+    paused: bool = False
+
+    def wait(self, what: str) -> None:
+        """Count a wait of the host at the current code line."""
+        if not self.paused:
+            self.waits[what, code_line()] += 1
+
+    def data_shape(self, operator: str) -> None:
+        """Count an operator whose output shape depends on data: the host waits for the shape."""
+        if not self.paused:
+            self.data_shapes[operator, code_line()] += 1
+            self.wait(f"shape of {operator}")
+
+    def upload(self, size: int, *, pinned: bool, blocking: bool) -> None:
+        """Count a copy from the host; a blocking one is a wait as well."""
+        if self.paused:
+            return
+        self.uploads.append(Upload(code_line(), size, pinned, blocking))
+        if blocking:
+            self.wait("copy to the device")
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Record nothing inside the block: the set-up of a walk."""
+        before, self.paused = self.paused, True
+        try:
+            yield
+        finally:
+            self.paused = before

@@ -1,0 +1,233 @@
+"""The table of a rehearsal: one row per walk, and the kernel variants that the ledger must hold."""
+
+from __future__ import annotations
+
+import csv
+import json
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from comtip_kernels.ledger.aot import LedgerEntry, LedgerRow
+from comtip_kernels.ledger.entries import ARCHITECTURES, LAUNCHES, launched
+
+from testkit.rehearsal.launches import Launch
+from testkit.rehearsal.record import Record
+from testkit.rehearsal.walk import Walk, train
+
+NOT_IN_LEDGER = ("demo_cpu",)
+"""Configs for CPUs: their walks are counted, but the ledger does not hold the variants that they would launch on a GPU."""
+COLUMNS = (
+    "config",
+    "ranks",
+    "walk",
+    "operators",
+    "launches",
+    "variants",
+    "waits",
+    "data_shapes",
+    "uploads",
+    "uploads_mb",
+    "pageable_mb",
+    "collectives",
+    "gflop_own",
+    "hgmma_share",
+    "spills",
+)
+
+
+@dataclass
+class Walked:
+    """A walk's counts, small enough to pass between processes."""
+
+    walk: Walk
+    counts: dict[str, str]
+    variants: list[dict[str, Any]]
+    """Every distinct variant, as in ``launches.json``."""
+    gflop: dict[str, float]
+    """GFLOP of tensor-core products by variant."""
+    waits: list[tuple[str, str, int]]
+    uploads: list[tuple[str, int, bool, bool]]
+    seconds: float = 0.0
+    """CPU seconds of the walk."""
+
+
+def flops(launch: Launch) -> float:
+    """Return the FLOPs of the tensor-core products of a launch; 0 for kernels without products."""
+    shapes, constants, grid = [s for _, s, _ in launch.tensors], launch.entry.constants, launch.grid
+    kernel = launch.entry.kernel.__name__
+    if kernel == "lse_tiles":
+        return 2.0 * shapes[0][0] * shapes[1][0] * shapes[0][1]
+    if kernel == "grad_rows":  # the logits once per slice of the width, and one product
+        return 2.0 * shapes[0][0] * shapes[1][0] * shapes[0][1] * (1 + grid[1])
+    if kernel in ("attention_forward", "attention_grads"):
+        products = 2 if kernel == "attention_forward" else 5
+        return float(products * 2 * constants["BT"] ** 2 * constants["BE"] * grid[0])
+    if kernel in ("sampled_dot", "weighted_sum", "weighted_sum_transpose"):
+        (B, G), rows = shapes[3], constants["QP"]
+        width = shapes[1][-1]
+        again = grid[1] if kernel != "sampled_dot" and constants["MODE"] == 1 else 0
+        return 2.0 * B * G * rows * width * (1 + again)
+    return 0.0
+
+
+def as_row(entry: LedgerEntry) -> dict[str, Any]:
+    """Return a variant for ``launches.json``."""
+    return {
+        "op": entry.op,
+        "name": entry.name,
+        "kernel": entry.kernel.__name__,
+        "types": dict(entry.types),
+        "constants": dict(entry.constants),
+        "aligned": sorted(entry.aligned),
+        "num_warps": entry.num_warps,
+        "num_stages": entry.num_stages,
+        "signature": entry.signature,
+    }
+
+
+def summary(walk: Walk, record: Record) -> Walked:
+    """Count a record."""
+    entries = {launch.signature: launch.entry for launch in record.launches}
+    gflop: dict[str, float] = {}
+    for launch in record.launches:
+        gflop[launch.signature] = gflop.get(launch.signature, 0.0) + flops(launch) / 1e9
+    counts = {
+        "operators": record.operators.total(),
+        "launches": len(record.launches),
+        "variants": len(entries),
+        "waits": record.waits.total(),
+        "data_shapes": record.data_shapes.total(),
+        "uploads": len(record.uploads),
+        "uploads_mb": f"{sum(u.bytes for u in record.uploads) / 1e6:.1f}",
+        "pageable_mb": f"{sum(u.bytes for u in record.uploads if not u.pinned) / 1e6:.1f}",
+        "collectives": record.collectives.total(),
+        "gflop_own": f"{sum(gflop.values()):.0f}",
+    }
+    return Walked(
+        walk,
+        {k: str(v) for k, v in counts.items()},
+        [as_row(e) for e in entries.values()],
+        gflop,
+        [(what, where, n) for (what, where), n in record.waits.most_common()],
+        [(u.where, u.bytes, u.pinned, u.blocking) for u in record.uploads],
+    )
+
+
+def walk_one(walk: Walk) -> Walked:
+    """Walk in this process."""
+    from testkit.rehearsal.inference import infer
+
+    warnings.filterwarnings(
+        "ignore", "Accessing the data pointer of FakeTensor", UserWarning
+    )  # the copy of the EMA teacher
+    began = time.process_time()
+    out = summary(walk, train(walk) if walk.part.endswith("step") else infer(walk))
+    out.seconds = time.process_time() - began
+    return out
+
+
+def walk_all(walks: Sequence[Walk], jobs: int) -> Iterator[Walked]:
+    """Walk all, in ``jobs`` processes, and yield each as it is complete."""
+    if jobs == 1:
+        yield from map(walk_one, walks)
+        return
+    with get_context("spawn").Pool(jobs, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        yield from pool.imap_unordered(walk_one, walks)
+
+
+def missing_rows(
+    walked: Iterable[Walked], rows: dict[tuple[str, str, int], LedgerRow], names: dict[str, Any]
+) -> list[str]:
+    """Return the problems of variants that the ledger lacks, or whose row spills on sm_80 or sm_90.
+
+    Parameters
+    ----------
+    walked
+        The walks.
+    rows
+        Ledger rows of the installed Triton by operation, name and architecture.
+    names
+        (operation, name) of every ledger entry by signature.
+    """
+    out: dict[str, str] = {}
+    for one in walked:
+        if one.walk.config in NOT_IN_LEDGER:
+            continue
+        where = f"{one.walk.config} ({one.walk.name})"
+        for variant in one.variants:
+            signature = variant["signature"]
+            if signature not in names:
+                out.setdefault(signature, f"{where}: not in the ledger: {signature}; run python -m testkit.rehearsal")
+                continue
+            for arch in ARCHITECTURES:
+                row = rows.get((*names[signature], arch))
+                if row is None:
+                    out[signature] = (
+                        f"{where}: {names[signature]} has no row of sm_{arch}; run python -m comtip_kernels.ledger"
+                    )
+                elif arch in (80, 90) and (row.stack or row.spills):
+                    out[signature] = f"{where}: {names[signature]} spills on sm_{arch}"
+    return sorted(out.values())
+
+
+def table(
+    walked: Iterable[Walked], rows: dict[tuple[str, str, int], LedgerRow], names: dict[str, Any]
+) -> list[dict[str, str]]:
+    """Return the rows of the table, with what the ledger says of each walk's variants."""
+    out = []
+    for one in walked:
+        on_hgmma, spills = 0.0, 0
+        for variant in one.variants:
+            key = names.get(variant["signature"])
+            found = [None if key is None else rows.get((*key, arch)) for arch in (80, 90)]
+            spills += sum(1 for row in found if row is not None and (row.spills or row.stack))
+            if found[1] is not None and found[1].mma == "HGMMA":
+                on_hgmma += one.gflop[variant["signature"]]
+        total = sum(one.gflop.values())
+        share = f"{on_hgmma / total:.3f}" if total and one.walk.config not in NOT_IN_LEDGER else "-"
+        row = {"config": one.walk.config, "ranks": str(one.walk.ranks), "walk": one.walk.name} | one.counts
+        out.append(row | {"hgmma_share": share, "spills": str(spills)})
+    return out
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """Return the committed rows."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write_table(path: Path, rows: Iterable[dict[str, str]]) -> None:
+    """Write the rows."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        out = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        out.writeheader()
+        out.writerows(rows)
+
+
+def write_launches(walked: Iterable[Walked], *, keep: bool) -> None:
+    """Write the variants for the ledger; with ``keep``, those of walks that were not repeated stay."""
+    known = (
+        {row["signature"]: row for row in json.loads(LAUNCHES.read_text(encoding="utf-8"))}
+        if keep and LAUNCHES.is_file()
+        else {}
+    )
+    for one in walked:
+        if one.walk.config not in NOT_IN_LEDGER:
+            known |= {v["signature"]: v for v in one.variants}
+    largest = {e.signature for e in _hand_written()}
+    rows = sorted((v for s, v in known.items() if s not in largest), key=lambda v: (v["op"], v["name"]))
+    LAUNCHES.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _hand_written() -> list[LedgerEntry]:
+    from comtip_kernels.ledger.entries import entries
+
+    return entries()[: len(entries()) - len(launched())]

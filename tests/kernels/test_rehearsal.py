@@ -1,0 +1,264 @@
+"""The rehearsal's recorder catches what it is there to catch: waits, uploads, wrong dtypes, and unknown kernel variants."""
+
+import ast
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("an interpreted kernel is not launched through the JIT", allow_module_level=True)
+
+from comtip_kernels import infonce, plan_sentences
+from comtip_kernels.infonce import triton_kernels as kernels
+from comtip_kernels.ledger.aot import LedgerRow, compile_entry
+from comtip_kernels.ledger.entries import entries
+from comtip_kernels.tl_common import launch
+from triton.compiler.errors import CompilationError
+
+from comtip_fast.data.batch import Batch
+from comtip_fast.training.task import CoMTIPTask
+from testkit.rehearsal import autocast
+from testkit.rehearsal.__main__ import NOT_ABOVE, TABLE, walks, worse
+from testkit.rehearsal.launches import recorded_launches
+from testkit.rehearsal.record import ROOT, Record, RehearsalError
+from testkit.rehearsal.stand_in import CUDA, StandInMode, stand_in_cuda
+from testkit.rehearsal.table import missing_rows, read_table, summary, table
+from testkit.rehearsal.walk import Walk, train
+
+
+@pytest.fixture
+def mode() -> Iterator[StandInMode]:
+    with stand_in_cuda(Record()) as mode, recorded_launches(mode):
+        yield mode
+
+
+def test_forward_backward_and_optimizer_run_under_autocast(mode: StandInMode):
+    with torch.device("cuda"):
+        net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.LayerNorm(16), torch.nn.Linear(16, 4))
+    optimizer = torch.optim.AdamW(net.parameters())
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        y = net(torch.empty(3, 8, device="cuda"))
+        assert (y.dtype, y.device) == (torch.bfloat16, CUDA)
+        loss = F.normalize(y, dim=-1).sum()
+    assert loss.dtype == torch.float32  # norms are in fp32 under autocast
+    loss.backward()
+    assert {p.grad.dtype for p in net.parameters()} == {torch.float32}
+    optimizer.step()
+    assert not mode.record.waits
+    assert mode.record.operators["aten::addmm"] == 2
+    assert mode.record.operators["aten::_foreach_addcdiv_"] == 1  # one for all parameters
+
+
+def test_a_planted_item_is_a_wait_at_its_line(mode: StandInMode):
+    x = torch.empty(4, device="cuda")
+    assert not mode.record.waits
+    x.sum().item()
+    x.nonzero()
+    x[x > 0]
+    torch.cuda.synchronize()
+    x.cpu()
+    waits: Counter[str] = Counter()
+    for (what, _), n in mode.record.waits.items():
+        waits[what] += n
+    assert waits == {
+        "a number is read": 1,
+        "shape of aten::nonzero": 2,
+        "torch.cuda.synchronize": 1,
+        "copy to the host": 1,
+    }
+    assert all("test_rehearsal.py" in where for _, where in mode.record.waits)
+
+
+def test_a_planted_upload_is_counted_with_its_bytes(mode: StandInMode):
+    torch.zeros(1000).to("cuda")
+    torch.zeros(10).pin_memory().to("cuda", non_blocking=True)
+    torch.tensor([1, 2], device="cuda")
+    found = [(u.bytes, u.pinned, u.blocking) for u in mode.record.uploads]
+    assert found == [(4000, False, True), (40, True, False), (16, False, True)]
+    assert mode.record.waits.total() == 2
+
+
+def test_integers_keep_their_values(mode: StandInMode):
+    ids = torch.tensor([[1, 5, 2], [1, 5, 0]]).to("cuda")
+    plan = plan_sentences(ids, torch.tensor([3, 2]).to("cuda"), torch.tensor([0, 1]).to("cuda"))
+    assert (plan.row_S.shape[0], plan.genes, plan.names) == (5, 1, 1)
+
+
+def test_mixed_devices_are_refused(mode: StandInMode):
+    with pytest.raises(RehearsalError, match="on the CPU"):
+        torch.empty(3, device="cuda") + torch.zeros(3)
+    assert (torch.empty(3, device="cuda") * torch.tensor(2.0)).shape == (3,)  # a CPU scalar is an argument
+
+
+def lse(mode: StandInMode, x: torch.Tensor, y: torch.Tensor) -> None:
+    infonce(x, y, torch.tensor(1.0, device="cuda"), impl="triton")
+
+
+def copy(*tensors: torch.Tensor, guard: bool = True) -> None:
+    from comtip_kernels.gene_sentence_embedding import triton_kernels as embedding
+
+    options = {"BD": 16} | embedding.COPY
+    if guard:
+        launch(embedding.copy_rows, (1,), *tensors, 4, 16, **options)
+    else:
+        embedding.copy_rows[(1,)](*tensors, 4, 16, **options)
+
+
+def test_launches_on_other_devices_are_refused(mode: StandInMode):
+    rows, ids = torch.empty(4, 16, device="cuda"), torch.empty(4, device="cuda", dtype=torch.int32)
+    copy(rows, ids, rows)
+    assert [(launch.grid, launch.tensors[0][1]) for launch in mode.record.launches] == [((1,), (4, 16))]
+    with pytest.raises(RehearsalError, match="is on the cpu"):
+        copy(rows, torch.zeros(4, dtype=torch.int32), rows)
+    with pytest.raises(RehearsalError, match="without a device guard"):
+        copy(rows, ids, rows, guard=False)
+    mode.current.index = 1
+    with pytest.raises(RehearsalError, match="cuda:0, the current device is 1"):
+        copy(rows, ids, rows, guard=False)
+
+
+def test_a_variant_that_the_ledger_lacks_is_told(mode: StandInMode):
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        lse(mode, torch.empty(64, 512, device="cuda"), torch.empty(96, 512, device="cuda"))
+    walked = summary(Walk("test"), mode.record)
+    names = {v["signature"]: (v["op"], v["name"]) for v in walked.variants}
+    good = LedgerRow("infonce", "x", 90, 100, 0, 0, 1, "HGMMA", 8, 8, 8)
+    rows = {(*name, arch): good for name in names.values() for arch in (80, 90, 100)}
+    assert missing_rows([walked], rows, names) == []
+    assert [p.split(": ")[1] for p in missing_rows([walked], rows, {})] == ["not in the ledger"] * len(names)
+    assert "no row of sm_90" in missing_rows([walked], {k: v for k, v in rows.items() if k[2] != 90}, names)[0]
+    spilled = {k: replace(v, spills=2) for k, v in rows.items()}
+    assert all("spills on sm_90" in p for p in missing_rows([walked], spilled, names))
+    assert table([walked], rows, names)[0]["hgmma_share"] == "1.000"
+    assert table([walked], {k: replace(v, mma="HMMA") for k, v in rows.items()}, names)[0]["hgmma_share"] == "0.000"
+
+
+def test_two_dtypes_in_one_product_do_not_compile(mode: StandInMode):
+    forward = next(e for e in entries() if e.name == "forward_bf16")
+    mixed = replace(forward, types={**forward.types, "k_ptr": "*fp32"})
+    assert mixed.signature not in {e.signature for e in entries()}
+    with pytest.raises(CompilationError) as caught:
+        compile_entry(mixed, 90)
+    assert "same dtype" in f"{caught.value.__cause__} {caught.value.__cause__.__cause__}"
+
+
+def test_a_variant_is_what_the_ledger_calls_it(mode: StandInMode):
+    """The recorded launch of the whole loss is the ledger's entry, so that its machine code has been looked at."""
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        x = torch.empty(64, 512, device="cuda", requires_grad=True)
+        ids = torch.zeros(64, dtype=torch.int64, device="cuda")
+        scale = torch.tensor(1.0, device="cuda")
+        options = {"negatives": "same_group", "group_rows": ids, "group_columns": ids}
+        options |= {"class_rows": ids, "class_columns": ids, "weight_B": torch.ones(64, device="cuda")}
+        infonce(x, torch.empty(64, 512, device="cuda"), scale, **options).backward()
+    known = {e.signature: e.name for e in entries()}
+    found = {known.get(launch.signature) for launch in mode.record.launches}
+    assert found == {"forward_bf16", "exact_bf16", "backward_d512_bf16"}
+    assert {launch.entry.constants["RULE"] for launch in mode.record.launches} == {kernels.SAME_GROUP}
+
+
+def test_both_rounds_of_sums_over_equal_tokens_are_the_ledgers(mode: StandInMode):
+    """With int64 targets the first round was another variant, which spilled on sm_90."""
+    with torch.device("cuda"):
+        grad, order = torch.empty(5000, 512), torch.zeros(5000, dtype=torch.int32)
+    start = torch.tensor([0, 4000, 5000], dtype=torch.int32).to("cuda")
+    torch.ops.comtip.sum_equal_tokens(grad, order, start, 4000)
+    known = {e.signature for e in entries()}
+    assert [launch.entry.constants["ORDERED"] for launch in mode.record.launches] == [True, False]
+    assert {launch.entry.types["target_ptr"] for launch in mode.record.launches} == {"*i32"}
+    assert {launch.signature for launch in mode.record.launches} <= known
+
+
+def lists_of_pytorch() -> dict[str, set[str]]:
+    """Return the operators of each list of PyTorch's own autocast tests, which cannot be imported without their packages."""
+    path = Path(torch.__file__).parent / "testing/_internal/autocast_test_lists.py"
+    out: dict[str, set[str]] = {}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ClassDef) and node.name == "AutocastTestLists":
+            for found in (n for n in ast.walk(node) if isinstance(n, ast.Assign) and isinstance(n.value, ast.List)):
+                tuples = [
+                    t for t in found.value.elts if isinstance(t, ast.Tuple) and isinstance(t.elts[0], ast.Constant)
+                ]
+                out[ast.unparse(found.targets[0]).removeprefix("self.")] = {str(t.elts[0].value) for t in tuples}
+    return out
+
+
+def test_autocast_follows_pytorchs_lists():
+    lists = lists_of_pytorch()
+    lower = {n.partition(".")[0] for n in autocast.LOWER}
+    fp32 = {n.partition(".")[0] for n in [*autocast.FP32, *autocast.FP32_RESULT]}
+    unused = ("conv_transpose", "conv_tbc", "cudnn_", "rnn_", "lstm", "gru", "_thnn")
+    assert len(lists["torch_fp16"]) > 15
+    assert {n for n in lists["torch_fp16"] if not any(u in n for u in unused)} <= lower
+    assert len(lists["torch_fp32"]) > 20
+    assert lists["torch_fp32"] - {"renorm", "nuclear_norm", "frobenius_norm"} <= fp32
+    assert lists["torch_need_autocast_promote"] <= set(autocast.WIDEST)
+
+
+SMALL = ("data.batch_size=16", "panel.max_genes=16", "genes.per_cohort=16", "text.depth=1")
+
+
+def test_a_step_of_a_gpu_config_runs_the_ledgers_bf16_kernels():
+    record = train(Walk("1gpu", 1, SMALL))
+    known = {e.signature for e in entries()}
+    assert not {launch.entry.name for launch in record.launches if launch.signature not in known}
+    products = [launch for launch in record.launches if launch.entry.op != "embedding"]
+    assert {launch.entry.op for launch in products} == {"infonce", "table", "attention"}
+    assert {launch.tensors[0][0] for launch in products} == {"bfloat16"}  # the first tensor of each is an operand
+    assert record.operators["aten::_foreach_addcdiv_"] or record.operators["aten::_fused_adamw_"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [
+        (1, ("engine.micro_batches=2", "engine.activation_checkpointing=true")),
+        (4, ("engine.loss_form=ring",)),
+        (4, ("engine.kind=deepspeed", "engine.zero_stage=1")),
+    ],
+)
+def test_steps_over_ranks_and_in_pieces_launch_what_the_ledger_has(ranks: int, options: tuple[str, ...]):
+    record = train(Walk("1gpu", ranks, (*SMALL, *options)))
+    known = {e.signature for e in entries()}
+    assert not {launch.entry.name for launch in record.launches if launch.signature not in known}
+    assert ranks == 1 or record.collectives["c10d::allreduce_"]
+    assert bool(record.collectives["c10d::send"]) == ("engine.loss_form=ring" in options)
+
+
+def test_a_planted_wait_in_a_step_is_found(monkeypatch: pytest.MonkeyPatch):
+    before = train(Walk("1gpu", 1, SMALL))
+    loss = CoMTIPTask.losses
+
+    def waiting(self: CoMTIPTask, module: torch.nn.Module, batch: Batch) -> object:
+        batch.levels.float().mean().item()
+        torch.ones(5).to(self.device)
+        return loss(self, module, batch)
+
+    monkeypatch.setattr(CoMTIPTask, "losses", waiting)
+    after = train(Walk("1gpu", 1, SMALL))
+    assert after.waits.total() == before.waits.total() + 2
+    assert [u.bytes for u in after.uploads if u not in before.uploads] == [20]
+
+
+def test_a_count_that_grew_is_told():
+    row = {"config": "1gpu", "ranks": "1", "walk": "step", "hgmma_share": "0.900"} | dict.fromkeys(NOT_ABOVE, "5")
+    assert worse([row], [row]) == []
+    assert worse([row | {"waits": "4"}], [row]) == []
+    assert worse([row | {"waits": "6"}], [row]) == ["1gpu, 1 ranks, step: waits is 6, it was 5"]
+    assert "hgmma_share is 0.800" in worse([row | {"hgmma_share": "0.800"}], [row])[0]
+    assert "not in rehearsal.csv" in worse([row], [])[0]
+
+
+def test_every_config_is_walked_and_has_its_rows():
+    chosen = walks()
+    assert {w.config for w in chosen} == {p.stem for p in (ROOT / "configs").glob("*.yaml")}
+    committed = {(r["config"], int(r["ranks"]), r["walk"]) for r in read_table(TABLE)}
+    assert committed == {(w.config, w.ranks, w.name) for w in chosen}
+    assert set(chosen) <= set(walks(everything=True))
