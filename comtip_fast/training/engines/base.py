@@ -26,6 +26,8 @@ class Engine(Protocol):
     """The trained module."""
     table_first: bool
     """With gradient caching, whether the first piece reads the sentence table (and so every parameter), or the last."""
+    autocast: Callable[[], AbstractContextManager[Any]]
+    """Returns the context that sets the run's precision, for losses that are computed outside of :meth:`call`."""
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """Return ``function(module, *args)``, called inside the wrapped module's forward under the run's precision."""

@@ -96,8 +96,9 @@ class DeepSpeedEngine:
         self._task_module = module
         self.module = _moved(module) if self.stage == 3 else module
         self.optimizer = make_optimizer(self.module, config.optim)
+        self.autocast = autocast_of(config, device)
         initialized = self._deepspeed.initialize(
-            model=StepModule(self.module, autocast_of(config, device)),
+            model=StepModule(self.module, self.autocast),
             optimizer=self.optimizer,
             config=deepspeed_config(config, group.size, device.type == "cuda"),
             dist_init_required=False,

@@ -28,7 +28,8 @@ class TorchEngine:
         device = next(module.parameters()).device
         self._clock = clock_of(group, device)
         self.optimizer = make_optimizer(module, config.optim)
-        self._step: nn.Module = StepModule(module, autocast_of(config, device))
+        self.autocast = autocast_of(config, device)
+        self._step: nn.Module = StepModule(module, self.autocast)
         if group.size > 1:
             self._step = DistributedDataParallel(
                 self._step, bucket_cap_mb=config.engine.bucket_mb, gradient_as_bucket_view=True
