@@ -76,6 +76,10 @@ class Rank:
         """All-reduce with the maximum."""
         return torch.stack(self._all(values)).amax(0)
 
+    def any(self, flags: Sequence[bool]) -> list[bool]:
+        """All-reduce with a logical or."""
+        return self.max(torch.tensor(list(flags), dtype=torch.uint8)).bool().tolist()
+
     def ring_shift(self, send: Sequence[torch.Tensor], receive: Sequence[torch.Tensor]) -> Callable[[], None]:
         """Send to the next rank; the returned function receives from the previous one."""
         call = self._post([t.clone() for t in send])

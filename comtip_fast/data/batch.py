@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +34,8 @@ class Batch:
     step: int
     global_size: int = 0
     """Number of spots in the global batch; 0 if this batch is the global batch."""
+    panel_host: np.ndarray | None = None
+    """The panel in host memory, for sizes that depend on it; None if they must be read from the device."""
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch with every tensor on ``device``."""

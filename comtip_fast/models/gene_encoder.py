@@ -9,12 +9,13 @@ Shapes: N sentences of at most T tokens, S tokens in total, G genes of the step 
 from __future__ import annotations
 
 import torch
-from comtip_kernels import gene_sentence_embedding, packed_attention_qkv, sentence_start
+from comtip_kernels import SentenceSizes, gene_sentence_embedding, packed_attention_qkv, plan_panel, sentence_start
 from torch import Tensor, nn
 
 from comtip_fast.config.schema import TextConfig
 from comtip_fast.genes.tokens import GeneTokens
 from comtip_fast.models.recompute import run_block
+from comtip_fast.runtime import devices
 
 
 class SentenceBlock(nn.Module):
@@ -58,25 +59,47 @@ class GeneEncoder(nn.Module):
 
     def forward(self, genes: GeneTokens, sentences: slice | None = None) -> Tensor:
         """Return rows (N, d) of the sentence table h(g, q), in gene-major order; by default all G * Q rows."""
-        G, Q = genes.length_G.shape[0], self.n_levels
-        index_N = torch.arange(G * Q, device=genes.ids_GT.device)[sentences or slice(None)]
+        G, Q, device = genes.length_G.shape[0], self.n_levels, genes.ids_GT.device
+        first, stop, _ = (sentences or slice(None)).indices(G * Q)
+        index_N = torch.arange(first, stop, device=device)
         gene_N = index_N // Q
         tokens = GeneTokens(genes.ids_GT[gene_N], genes.length_G[gene_N], genes.identity_G[gene_N])
-        return self.encode(tokens, index_N % Q)
+        if genes.host is None or devices.reads_are_free(device):
+            return self.encode(tokens, index_N % Q)
+        sizes = genes.host.sizes(Q, self.token_Vd.shape[0], slice(first, stop))
+        return self.encode(tokens, index_N % Q, panel=(gene_N - first // Q, sizes))
 
     def encode(
-        self, genes: GeneTokens, level_lo_N: Tensor, level_hi_N: Tensor | None = None, mix_N: Tensor | None = None
+        self,
+        genes: GeneTokens,
+        level_lo_N: Tensor,
+        level_hi_N: Tensor | None = None,
+        mix_N: Tensor | None = None,
+        *,
+        panel: tuple[Tensor, SentenceSizes] | None = None,
     ) -> Tensor:
-        """Encode N sentences to (N, d); with ``level_hi_N`` and ``mix_N`` in [0, 1], levels are interpolated linearly."""
+        """Encode N sentences to (N, d).
+
+        Parameters
+        ----------
+        genes
+            Tokens of each sentence.
+        level_lo_N, level_hi_N, mix_N
+            Level of each sentence; with the last two, levels are interpolated linearly by ``mix_N`` in [0, 1].
+        panel
+            Gene of each sentence, int64 (N,), and sizes that the host knows, for a plan without reading from the device.
+        """
         # Sentences are sorted by length once, so that attention processes equal lengths together in every layer without
         # moving data.
         length_N, order_N = torch.sort(genes.length_G, stable=True)
         genes = GeneTokens(genes.ids_GT[order_N], length_N, genes.identity_G[order_N])
+        level_lo_N = level_lo_N[order_N]
         level_hi_N, mix_N = (None if x is None else x[order_N] for x in (level_hi_N, mix_N))
+        plan = None if panel is None else plan_panel(genes.ids_GT, length_N, level_lo_N, panel[0][order_N], panel[1])
         x_Sd = gene_sentence_embedding(
             genes.ids_GT,
             length_N,
-            level_lo_N[order_N],
+            level_lo_N,
             self.token_Vd,
             self.type_3d,
             self.position_Td,
@@ -88,6 +111,7 @@ class GeneEncoder(nn.Module):
             gain_D=self.norm_in.weight,
             bias_D=self.norm_in.bias,
             eps=self.norm_in.eps,
+            plan=plan,
         )
         longest, first_N = genes.ids_GT.shape[1], sentence_start(length_N)
         for i, block in enumerate(self.blocks):

@@ -69,6 +69,8 @@ class PairMetadata:
     """Weight of each spot; 0 excludes it, also as a negative. Sent as fp32."""
     negatives: str = "all"
     """``align.negatives`` of the config."""
+    excluded_m: Tensor | None = None
+    """bool (m,), mispaired texts that are no negatives; False for the first b. None excludes no text."""
 
 
 def global_infonce(
@@ -121,6 +123,7 @@ def global_infonce(
             class_rows=pairs.text_class_m[:b],
             class_columns=pairs.text_class_m,
             weight_B=pairs.weight_b,
+            excluded_further=None if pairs.excluded_m is None else pairs.excluded_m[b:],
         )
     # The kernels multiply bf16 operands under bf16 autocast, as on a single rank. Everything else runs in fp32: bf16 is
     # not precise enough for logits up to 100.
@@ -176,7 +179,8 @@ class _LossContext:
         """Return which pairs of the block [rows, own columns] are negatives."""
         r, p = self.row_metadata, self.pairs
         excluded = p.weight_b == 0
-        mispaired = excluded.new_zeros(p.text_class_m.shape[0] - excluded.shape[0])
+        b, m = excluded.shape[0], p.text_class_m.shape[0]
+        mispaired = excluded.new_zeros(m - b) if p.excluded_m is None else p.excluded_m[b:]
         return BlockIds(
             p.negatives,
             r.section[rows],

@@ -224,9 +224,9 @@ class CoMTIPTask:
         vectors = gradients["vector"].split([p.section.numel() for p in pieces])
         return [gradients | {"vector": v} for v in vectors]
 
-    def after_step(self, module: nn.Module, step: int) -> None:
-        """Update the EMA teacher."""
-        _as_model(module).update_teacher(self.config.vision.ema_decay)
+    def after_step(self, module: nn.Module, step: int, good: Tensor | None = None) -> None:
+        """Update the EMA teacher; see :meth:`.protocol.TrainingTask.after_step`."""
+        _as_model(module).update_teacher(self.config.vision.ema_decay, good)
 
     def validate(self) -> tuple[float, dict[str, float], dict[str, float]]:
         """Return the mean zero-shot PCC, the mean per cohort, and statistics of the shared space."""

@@ -272,6 +272,7 @@ class BaseLoader(ABC):
             section=torch.from_numpy(section.astype(np.int32)),
             spot_index=torch.from_numpy(spots),
             step=scheduled.step,
+            panel_host=panel,
         )
 
     def panel(self, section: np.ndarray, step: int) -> np.ndarray:
