@@ -24,6 +24,8 @@ WAITING_OPERATORS = (
     "aten::equal",
     "aten::bincount",
 )
+# PyTorch copies a number that is an operand of torch.where to the device, and waits for the copy.
+NUMBERS_COPIED = ("where",)
 READING_METHODS = ("tolist", "numpy", "cpu", "item", "__array__")
 CPU_PATHS = ("/cpu.py", "/reference.py", "/peers.py")
 """Ends of the files of implementations that no GPU runs."""
@@ -98,4 +100,6 @@ class _Methods(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in READING_METHODS and args and isinstance(args[0], torch.Tensor):
             self.reads.record(f"Tensor.{name}")
+        if name in NUMBERS_COPIED and any(isinstance(a, (int, float)) for a in args):
+            self.reads.record(f"{name} with a number")
         return func(*args, **(kwargs or {}))

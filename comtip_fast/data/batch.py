@@ -43,6 +43,10 @@ class Batch:
         moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in moved.items()}
         return Batch(**moved)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors by name."""
+        return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+
     def select(self, rows: slice) -> Batch:
         """Return a subset of the spots, with the same panel."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -41,7 +41,7 @@ def same_text_hash(levels_XG: Tensor, measured_XG: Tensor) -> Tensor:
     """
     # The sum over genes of SplitMix64(gene index, level); arithmetic wraps modulo 2^64.
     index_G = torch.arange(1, levels_XG.shape[1] + 1, device=levels_XG.device)
-    word_XG = index_G * 512 + torch.where(measured_XG, levels_XG.long() + 1, 0)
+    word_XG = index_G * 512 + (levels_XG.long() + 1).masked_fill(~measured_XG, 0)
     return _splitmix64(word_XG).sum(1)
 
 

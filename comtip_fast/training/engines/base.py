@@ -141,5 +141,5 @@ def clip(module: nn.Module, limit: float, finite: Tensor | bool) -> Update:
     good = norm.isfinite() & finite
     if limit:
         # The gradients of a step that is not finite keep their values: the factor of a norm of 0 is 1.
-        torch.nn.utils.clip_grads_with_norm_(trained, limit, torch.where(norm.isfinite(), norm, 0.0))
+        torch.nn.utils.clip_grads_with_norm_(trained, limit, norm.masked_fill(~norm.isfinite(), 0.0))
     return Update(norm, good, tuple(name for name, _ in named), norms)

@@ -130,8 +130,8 @@ class DeepSpeedEngine:
     def backward(self, loss: Tensor) -> None:
         """See :meth:`.base.Engine.backward`; DeepSpeed averages, so the share is multiplied by the number of ranks."""
         # If the loss is not finite, make all gradients NaN: DeepSpeed would apply finite ones.
-        factor = torch.where(loss.detach().isfinite(), float(self.group.size), math.nan)
-        self._engine.backward(loss * factor.to(loss.dtype))
+        factor = torch.full_like(loss.detach(), self.group.size).masked_fill(~loss.detach().isfinite(), math.nan)
+        self._engine.backward(loss * factor)
 
     def update(self, finite: Tensor | bool) -> Update:
         """See :meth:`.base.Engine.update`; ZeRO computes the norm, clips and skips updates that are not finite."""

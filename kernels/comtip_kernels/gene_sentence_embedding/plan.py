@@ -147,7 +147,7 @@ def plan_panel(ids_NT: Tensor, length_N: Tensor, level_N: Tensor, gene_N: Tensor
     token_S = ids_NT[sentence_S, slot_S].long()
     value_S, first_S = slot_S == length_N[sentence_S] - 1, slot_S == 0
     # Names are numbered in a table of all (token, slot) pairs; its last entry collects the other tokens.
-    pair_S = torch.where(value_S | first_S, sizes.vocabulary * T, token_S * T + slot_S)
+    pair_S = (token_S * T + slot_S).masked_fill(value_S | first_S, sizes.vocabulary * T)
     found = torch.zeros(sizes.vocabulary * T + 1, dtype=torch.int64, device=device).scatter_(0, pair_S, 1)
     name_S = sizes.genes + (found.cumsum(0) - 1)[pair_S]
     value_row_S = words + level_N.long()[sentence_S] * T + slot_S
