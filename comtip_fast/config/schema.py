@@ -154,6 +154,11 @@ class TextConfig:
     """Add a learnt embedding per training gene."""
     identity_drop: Share = 0.3
     """Probability, per gene and step, of dropping the identity embedding, as for an unseen gene."""
+    attention: Literal["auto", "triton", "flash", "varlen", "sdpa"] = "auto"
+    """Implementation of attention in training; results differ by rounding. ``auto``: on a GPU this project's Triton kernel
+    for sentences up to 48 tokens, on a CPU PyTorch's by length. ``flash`` is flash-attn, ``varlen`` PyTorch's
+    variable-length attention (both bf16 on a GPU), ``sdpa`` PyTorch's on padded sentences. ``comtip doctor`` lists what
+    works here."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,15 @@ Shapes: N sentences of at most T tokens, S tokens in total, G genes of the step 
 from __future__ import annotations
 
 import torch
-from comtip_kernels import SentenceSizes, gene_sentence_embedding, packed_attention_qkv, plan_panel, sentence_start
+from comtip_kernels import (
+    SentenceSizes,
+    first_tokens,
+    gene_sentence_embedding,
+    packed_attention_qkv,
+    plan_panel,
+    sentence_start,
+)
+from comtip_kernels.packed_attention import Attention
 from torch import Tensor, nn
 
 from comtip_fast.config.schema import TextConfig
@@ -24,15 +32,28 @@ class SentenceBlock(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
+        self.attention: Attention = "auto"
         self.norm_attention, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x_Sd: Tensor, length_N: Tensor, longest: int, first_N: Tensor | None = None) -> Tensor:
-        """Return (S, d); with ``first_N``, the indices of the ``[GENE]`` tokens, return only their rows (N, d)."""
+    def forward(
+        self,
+        x_Sd: Tensor,
+        length_N: Tensor,
+        longest: int,
+        first_N: Tensor | None = None,
+        first_S: Tensor | None = None,
+    ) -> Tensor:
+        """Return (S, d); with ``first_N``, the indices of the ``[GENE]`` tokens, return only their rows (N, d).
+
+        ``first_S`` is the ``[GENE]`` token of each token, which attention on a GPU reads.
+        """
         S, d = x_Sd.shape
         qkv_S3HE = self.qkv(self.norm_attention(x_Sd)).view(S, 3, self.heads, d // self.heads)
-        attended = packed_attention_qkv(qkv_S3HE, length_N, longest=longest).reshape(S, d)
+        attended = packed_attention_qkv(
+            qkv_S3HE, length_N, longest=longest, first_S=first_S, impl=self.attention
+        ).reshape(S, d)
         if first_N is not None:
             x_Sd, attended = x_Sd[first_N], attended[first_N]
         x_Sd = x_Sd + self.out(attended)
@@ -56,6 +77,12 @@ class GeneEncoder(nn.Module):
         self.norm_in, self.norm_out = nn.LayerNorm(d), nn.LayerNorm(d)
         self.blocks = nn.ModuleList(SentenceBlock(d, config.heads) for _ in range(config.depth))
         self.recompute = False
+
+    def set_attention(self, name: Attention) -> None:
+        """Select the implementation of attention in every block; a new encoder has ``auto``."""
+        for block in self.blocks:
+            assert isinstance(block, SentenceBlock)
+            block.attention = name
 
     def forward(self, genes: GeneTokens, sentences: slice | None = None) -> Tensor:
         """Return rows (N, d) of the sentence table h(g, q), in gene-major order; by default all G * Q rows."""
@@ -114,7 +141,9 @@ class GeneEncoder(nn.Module):
             plan=plan,
         )
         longest, first_N = genes.ids_GT.shape[1], sentence_start(length_N)
+        # Once for all layers.
+        first_S = None if devices.reads_are_free(x_Sd.device) else first_tokens(length_N, x_Sd.shape[0])
         for i, block in enumerate(self.blocks):
             rows = first_N if i == len(self.blocks) - 1 else None  # after the last block only [GENE] is used
-            x_Sd = run_block(block, x_Sd, length_N, longest, rows, recompute=self.recompute)
+            x_Sd = run_block(block, x_Sd, length_N, longest, rows, first_S, recompute=self.recompute)
         return self.norm_out(x_Sd).index_select(0, torch.argsort(order_N))

@@ -5,11 +5,13 @@ The losses are in :mod:`comtip_fast.training.losses`.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from comtip_kernels.packed_attention import attention_name
 from comtip_shards import ShardSet
 from torch import Tensor, nn
 
@@ -24,10 +26,13 @@ from comtip_fast.genes import GeneTokenizer
 from comtip_fast.genes.tokens import gene_tokens
 from comtip_fast.models import CoMTIP, ModelSizes
 from comtip_fast.models.image_encoder import check_mask, patches_per_side
+from comtip_fast.training.engines.base import in_bf16
 from comtip_fast.training.losses import LossInputs, LossPart, Numbers, Parts, StepLosses
 from comtip_fast.training.readout import fit_readout
 from comtip_fast.training.validation import Validation
 from comtip_fast.training.warm_start import start_from
+
+log = logging.getLogger("comtip_fast")
 
 
 def build_task(
@@ -70,6 +75,10 @@ def build_task(
     check_vision(config, model.vision.n_patches)
     if model.vision.stem is not None:
         model.vision.stem.load_pretrained()
+    # Not in the model's constructor: an export is loaded on machines that may lack the implementation of its training.
+    attention = check_attention(config, device, sizes.longest)
+    model.genes.set_attention(config.text.attention)
+    log.info("attention of the sentence encoder: %s", attention)
     if config.engine.compile:
         model.compile_blocks()
     task = CoMTIPTask(config, shards, tables, tokenizer, model.to(device), sizes, group or SingleProcessGroup())
@@ -84,6 +93,21 @@ def check_vision(config: RunConfig, n_patches: int) -> None:
     """Raise ValueError if the masking ratio hides no patch."""
     if config.loss.mfm > 0:
         check_mask(config.vision, n_patches)
+
+
+def check_attention(config: RunConfig, device: torch.device, longest: int) -> str:
+    """Return which implementation of attention ``text.attention`` runs on this device.
+
+    Raises
+    ------
+    ValueError
+        It cannot run here.
+    """
+    dtype = torch.bfloat16 if in_bf16(config, device) else torch.float32
+    try:
+        return attention_name(config.text.attention, device, dtype, longest)
+    except ValueError as error:
+        raise ValueError(f"text.attention={config.text.attention}: {error}; text.attention=auto always runs") from error
 
 
 def _as_model(module: nn.Module) -> CoMTIP:

@@ -7,6 +7,7 @@ from comtip_kernels.dispatch import Impl, prefer
 from comtip_kernels.gene_sentence_embedding import (
     SentencePlan,
     SentenceSizes,
+    first_tokens,
     gene_sentence_embedding,
     plan_panel,
     plan_sentences,
@@ -25,6 +26,7 @@ __all__ = [
     "InfoNCE",
     "SentencePlan",
     "SentenceSizes",
+    "first_tokens",
     "gene_sentence_embedding",
     "infonce",
     "level_cross_entropy",

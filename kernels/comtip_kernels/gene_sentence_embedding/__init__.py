@@ -9,6 +9,7 @@ from comtip_kernels.gene_sentence_embedding.cpu import gene_sentence_embedding_c
 from comtip_kernels.gene_sentence_embedding.plan import (
     SentencePlan,
     SentenceSizes,
+    first_tokens,
     plan_panel,
     plan_sentences,
     sentence_start,
@@ -18,6 +19,7 @@ from comtip_kernels.gene_sentence_embedding.reference import gene_sentence_embed
 __all__ = [
     "SentencePlan",
     "SentenceSizes",
+    "first_tokens",
     "gene_sentence_embedding",
     "gene_sentence_embedding_reference",
     "plan_panel",

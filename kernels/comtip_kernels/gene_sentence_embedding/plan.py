@@ -68,6 +68,12 @@ def sentence_start(length_N: Tensor) -> Tensor:
     return length_N.cumsum(0) - length_N
 
 
+def first_tokens(length_N: Tensor, tokens: int) -> Tensor:
+    """Return the first token of each token's sentence, int32 (S,), for S = ``tokens`` in all."""
+    start_N = sentence_start(length_N).to(torch.int32)
+    return torch.repeat_interleave(start_N, length_N, output_size=tokens)
+
+
 def plan_sentences(
     ids_NT: Tensor, length_N: Tensor, level_lo_N: Tensor, *, identity_N: Tensor | None = None, mixed: bool = False
 ) -> SentencePlan:
