@@ -24,6 +24,7 @@ from comtip_fast.training.optim import make_optimizer, mask_steps, restore_optim
 from comtip_fast.training.protocol import TrainingError
 from comtip_fast.training.task import build_task
 from comtip_fast.training.trainer import Trainer
+from testkit.distributed import run_distributed
 from testkit.host_reads import HostReads
 from testkit.ranks import Rank, Ranks
 from tests.comtip_fast.trainer_standin import Net, StandIn, config_of
@@ -250,3 +251,36 @@ def test_masked_hard_columns_over_ranks_equal_selected_ones(form: str):
         return Ranks(world).run(work)
 
     torch.testing.assert_close(run(masked=True), run(masked=False), rtol=1e-12, atol=1e-14)
+
+
+# -- ranks ----------------------------------------------------------------------------------------------------
+
+
+def on_two_ranks(folder: Path, overrides: list[str], signal_step: int = 0) -> dict[str, Any]:
+    worker = Path(__file__).with_name("masked_worker.py")
+    outputs = run_distributed([str(worker), str(folder), ",".join(overrides), str(signal_step)], 2)
+    return json.loads(outputs[0].splitlines()[-1])
+
+
+def test_ranks_read_nothing_and_give_the_losses_of_one(
+    tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    more = ["train.steps=7", "train.log_every=3", "train.validate_every=0", "train.checkpoint_every=100"]
+    overrides = [*tiny_overrides, *more]
+    found = on_two_ranks(tmp_path / "two", overrides)
+    assert found["reads"] == {"2": [], "4": [], "5": [], "7": []}
+    monkeypatch.setattr(devices, "reads_are_free", lambda device: False)
+    config = load_config(None, overrides)
+    Trainer(build_task(config, CPU), config, tmp_path / "one").fit()
+    two, one = (rows_of(tmp_path / name / "metrics.jsonl") for name in ("two", "one"))
+    assert [r["step"] for r in two] == [r["step"] for r in one] == [1, 3, 6]
+    for a, b in zip(two, one, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+
+
+def test_a_stop_request_of_one_rank_stops_all_after_that_step(tiny_overrides: list[str], tmp_path: Path):
+    more = ["train.steps=9", "train.log_every=100", "train.validate_every=0", "train.checkpoint_every=100"]
+    found = on_two_ranks(tmp_path, [*tiny_overrides, *more], signal_step=4)
+    assert (found["step"], found["stopped"]) == (4, "sigterm")
+    assert (tmp_path / "checkpoints" / "step_00000004").is_dir()
