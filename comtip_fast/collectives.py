@@ -46,6 +46,10 @@ class Group(Protocol):
         """All-reduce: return the maximum over ranks."""
         ...
 
+    def any(self, flags: Sequence[bool]) -> list[bool]:
+        """Return for each flag whether any rank raised it, over the hosts: no device takes part or is waited for."""
+        ...
+
     def ring_shift(self, send: Sequence[Tensor], receive: Sequence[Tensor]) -> Callable[[], None]:
         """Start to send to the next rank and to receive from the previous one; call the returned function to wait."""
         ...
@@ -72,6 +76,10 @@ class SingleProcessGroup:
     def max(self, values: Tensor) -> Tensor:
         """Return ``values``."""
         return values
+
+    def any(self, flags: Sequence[bool]) -> list[bool]:
+        """Return ``flags``."""
+        return list(flags)
 
     def ring_shift(self, send: Sequence[Tensor], receive: Sequence[Tensor]) -> Callable[[], None]:
         """Copy ``send`` to ``receive``."""

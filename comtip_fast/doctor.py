@@ -8,6 +8,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -33,6 +34,7 @@ def examine() -> list[DoctorCheck]:
         _triton,
         _dali,
         _flash_attn,
+        _attention,
         _deepspeed,
         _engines,
         _demo_weights,
@@ -116,6 +118,21 @@ def _flash_attn() -> DoctorCheck:
         return DoctorCheck("flash-attn", "missing", "not installed; comtip_kernels' packed attention is used", fix)
     works, why = _imports("flash_attn")
     return DoctorCheck("flash-attn", "ok" if works else "broken", version + why)
+
+
+def _attention() -> DoctorCheck:
+    """Report which values of ``text.attention`` work here, and what ``auto`` runs."""
+    import torch
+    from comtip_kernels.packed_attention import attention_name
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    works = []
+    for name in ("triton", "flash", "varlen", "sdpa"):
+        with suppress(ValueError):
+            works.append(attention_name(name, device, dtype, 18))
+    auto = attention_name("auto", device, dtype, 18)
+    return DoctorCheck("Attention", "ok", f"text.attention=auto runs {auto}; {', '.join(works)} can be chosen")
 
 
 def _deepspeed() -> DoctorCheck:

@@ -161,6 +161,11 @@ class TextConfig:
     """Probability, per gene and step, of dropping vector and identity, as for an unseen gene that has only a name."""
     name_drop: Share = 0.2
     """The same for name and identity, as for an unseen gene that has only a vector; the sum of both is at most 1."""
+    attention: Literal["auto", "triton", "flash", "varlen", "sdpa"] = "auto"
+    """Implementation of attention in training; results differ by rounding. ``auto``: on a GPU this project's Triton kernel
+    for sentences up to 48 tokens, on a CPU PyTorch's by length. ``flash`` is flash-attn, ``varlen`` PyTorch's
+    variable-length attention (both bf16 on a GPU), ``sdpa`` PyTorch's on padded sentences. ``comtip doctor`` lists what
+    works here."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,12 +34,18 @@ class Batch:
     step: int
     global_size: int = 0
     """Number of spots in the global batch; 0 if this batch is the global batch."""
+    panel_host: np.ndarray | None = None
+    """The panel in host memory, for sizes that depend on it; None if they must be read from the device."""
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch with every tensor on ``device``."""
         moved: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in moved.items()}
         return Batch(**moved)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors by name."""
+        return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
 
     def select(self, rows: slice) -> Batch:
         """Return a subset of the spots, with the same panel."""

@@ -7,11 +7,52 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from comtip_kernels import SentenceSizes
 from torch import Tensor
 
 from comtip_fast.config.schema import TextConfig
 from comtip_fast.genes.tokenizer import GENE_ID, VALUE_ID, GeneTokenizer
 from comtip_fast.genes.vectors import GeneVectors
+
+_NAMES = 64
+"""Multiple to which the number of distinct name tokens is rounded up."""
+
+
+@dataclass(frozen=True)
+class HostTokens:
+    """A copy of :class:`GeneTokens` in host memory, from which shapes follow without reading a device."""
+
+    ids_GT: np.ndarray
+    length_G: np.ndarray
+
+    def take(self, rows: np.ndarray) -> HostTokens:
+        """Return the genes in ``rows``, padded to the longest of them."""
+        length = self.length_G[rows]
+        return HostTokens(self.ids_GT[rows, : int(length.max(initial=2))], length)
+
+    def sizes(self, n_levels: int, vocabulary: int, sentences: slice) -> SentenceSizes:
+        """Return the sizes of a slice of the table's sentences, which are in gene-major order.
+
+        Parameters
+        ----------
+        n_levels
+            Number of levels, Q.
+        vocabulary
+            Number of token ids.
+        sentences
+            Slice of the G Q sentences, with start and stop.
+        """
+        first, last = sentences.start // n_levels, -(-sentences.stop // n_levels)
+        ids, length = self.ids_GT[first:last], self.length_G[first:last]
+        begin = np.arange(first, last) * n_levels
+        own = np.minimum(begin + n_levels, sentences.stop) - np.maximum(begin, sentences.start)
+        slot_T = np.arange(ids.shape[1])
+        name_GT = (slot_T > 0) & (slot_T < length[:, None] - 1)
+        found = np.zeros((vocabulary, ids.shape[1]), bool)
+        found[ids[name_GT], np.broadcast_to(slot_T, ids.shape)[name_GT]] = True
+        # Rounded up, so that few sizes occur.
+        names = -(-int(found.sum()) // _NAMES) * _NAMES
+        return SentenceSizes(int((own * length).sum()), last - first, names, n_levels, vocabulary)
 
 
 @dataclass
@@ -26,14 +67,18 @@ class GeneTokens:
     """int64, row of the identity table; 0 means no identity embedding is added."""
     vector_GK: Tensor | None = None
     """float32, gene vectors; a row of zeros means that the gene has none. None for a model without vectors."""
+    host: HostTokens | None = None
+    """Ids and lengths in host memory; None if they have to be read from the device."""
 
     def to(self, device: torch.device | str) -> GeneTokens:
         """Return the tokens on ``device``."""
         vector = None if self.vector_GK is None else self.vector_GK.to(device)
-        return GeneTokens(self.ids_GT.to(device), self.length_G.to(device), self.identity_G.to(device), vector)
+        return GeneTokens(
+            self.ids_GT.to(device), self.length_G.to(device), self.identity_G.to(device), vector, self.host
+        )
 
     def rows(self, index: Tensor) -> GeneTokens:
-        """Return the genes in ``index``, int64."""
+        """Return the genes in ``index``, int64, without a copy in host memory."""
         vector = None if self.vector_GK is None else self.vector_GK[index]
         return GeneTokens(self.ids_GT[index], self.length_G[index], self.identity_G[index], vector)
 
@@ -71,7 +116,11 @@ def gene_tokens(
 
     vector = None if vector_GK is None else torch.from_numpy(np.ascontiguousarray(vector_GK, np.float32))
     return GeneTokens(
-        torch.from_numpy(ids), torch.from_numpy(length), torch.from_numpy(identity.astype(np.int64)), vector
+        torch.from_numpy(ids),
+        torch.from_numpy(length),
+        torch.from_numpy(identity.astype(np.int64)),
+        vector,
+        HostTokens(ids, length),
     )
 
 
@@ -86,7 +135,8 @@ def vector_rows(vectors: GeneVectors, keys: Sequence[str]) -> np.ndarray:
 def drop_names_or_vectors(genes: GeneTokens, u_G: Tensor, config: TextConfig) -> GeneTokens:
     """Drop the vector of some genes and the name of others, and the identity of both, as for genes that are not trained.
 
-    A gene without a vector keeps its name and its identity.
+    A gene without a vector keeps its name and its identity. The result has no copy in host memory: which genes lose their
+    name is drawn on the device, and their sentences are shorter.
 
     Parameters
     ----------
@@ -111,9 +161,23 @@ def drop_names_or_vectors(genes: GeneTokens, u_G: Tensor, config: TextConfig) ->
     )
 
 
-def take_genes(genes: GeneTokens, rows: torch.Tensor) -> GeneTokens:
-    """Return the genes in ``rows``, padded to the longest of them."""
+def take_genes(genes: GeneTokens, rows: Tensor, host_rows: np.ndarray | None = None) -> GeneTokens:
+    """Return the genes in ``rows``, padded to the longest of them.
+
+    Parameters
+    ----------
+    genes
+        Tokens of all genes.
+    rows
+        int64 (G,), on the device of the tokens.
+    host_rows
+        The same rows in host memory; without them the longest length is read from the device.
+    """
     length = genes.length_G[rows]
-    width = int(length.max()) if len(rows) else 2
     vector = None if genes.vector_GK is None else genes.vector_GK[rows]
-    return GeneTokens(genes.ids_GT[rows, :width], length, genes.identity_G[rows], vector)
+    if host_rows is None or genes.host is None:
+        width, host = int(length.max()) if len(rows) else 2, None
+    else:
+        host = genes.host.take(host_rows)
+        width = host.ids_GT.shape[1]
+    return GeneTokens(genes.ids_GT[rows, :width], length, genes.identity_G[rows], vector, host)

@@ -215,12 +215,21 @@ class CoMTIP(nn.Module):
             block.compile()
 
     @torch.no_grad()
-    def update_teacher(self, decay: float) -> None:
-        """Update the EMA teacher from the encoder; without a teacher, do nothing."""
+    def update_teacher(self, decay: float, good: Tensor | None = None) -> None:
+        """Update the EMA teacher from the encoder; without a teacher, do nothing.
+
+        Parameters
+        ----------
+        decay
+            Share of the teacher that is kept.
+        good
+            bool scalar on the device of the weights; where it is False, the teacher does not change. None: it changes.
+        """
         if self.teacher is None:
             return
+        share: float | Tensor = 1 - decay if good is None else (1 - decay) * good
         for teacher, student in zip(self.teacher.parameters(), self.vision.parameters(), strict=True):
-            teacher.lerp_(student.to(teacher.dtype), 1 - decay)
+            teacher.lerp_(student.to(teacher.dtype), share)
 
     @torch.no_grad()
     def _target(self, features_BP: Tensor, image: ImageOutput, hidden_BK: Tensor) -> Tensor:

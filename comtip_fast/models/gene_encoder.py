@@ -9,12 +9,21 @@ Shapes: N sentences of at most T tokens, S tokens in total, G genes of the step 
 from __future__ import annotations
 
 import torch
-from comtip_kernels import gene_sentence_embedding, packed_attention_qkv, sentence_start
+from comtip_kernels import (
+    SentenceSizes,
+    first_tokens,
+    gene_sentence_embedding,
+    packed_attention_qkv,
+    plan_panel,
+    sentence_start,
+)
+from comtip_kernels.packed_attention import Attention
 from torch import Tensor, nn
 
 from comtip_fast.config.schema import TextConfig
 from comtip_fast.genes.tokens import GeneTokens
 from comtip_fast.models.recompute import run_block
+from comtip_fast.runtime import devices
 
 
 class SentenceBlock(nn.Module):
@@ -23,15 +32,28 @@ class SentenceBlock(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
+        self.attention: Attention = "auto"
         self.norm_attention, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x_Sd: Tensor, length_N: Tensor, longest: int, first_N: Tensor | None = None) -> Tensor:
-        """Return (S, d); with ``first_N``, the indices of the ``[GENE]`` tokens, return only their rows (N, d)."""
+    def forward(
+        self,
+        x_Sd: Tensor,
+        length_N: Tensor,
+        longest: int,
+        first_N: Tensor | None = None,
+        first_S: Tensor | None = None,
+    ) -> Tensor:
+        """Return (S, d); with ``first_N``, the indices of the ``[GENE]`` tokens, return only their rows (N, d).
+
+        ``first_S`` is the ``[GENE]`` token of each token, which attention on a GPU reads.
+        """
         S, d = x_Sd.shape
         qkv_S3HE = self.qkv(self.norm_attention(x_Sd)).view(S, 3, self.heads, d // self.heads)
-        attended = packed_attention_qkv(qkv_S3HE, length_N, longest=longest).reshape(S, d)
+        attended = packed_attention_qkv(
+            qkv_S3HE, length_N, longest=longest, first_S=first_S, impl=self.attention
+        ).reshape(S, d)
         if first_N is not None:
             x_Sd, attended = x_Sd[first_N], attended[first_N]
         x_Sd = x_Sd + self.out(attended)
@@ -70,26 +92,54 @@ class GeneEncoder(nn.Module):
             self.vector_scale: Tensor
             self.register_buffer("vector_scale", torch.ones(1))
 
+    def set_attention(self, name: Attention) -> None:
+        """Select the implementation of attention in every block; a new encoder has ``auto``."""
+        for block in self.blocks:
+            assert isinstance(block, SentenceBlock)
+            block.attention = name
+
     def forward(self, genes: GeneTokens, sentences: slice | None = None) -> Tensor:
         """Return rows (N, d) of the sentence table h(g, q), in gene-major order; by default all G * Q rows."""
-        G, Q = genes.length_G.shape[0], self.n_levels
-        index_N = torch.arange(G * Q, device=genes.ids_GT.device)[sentences or slice(None)]
+        G, Q, device = genes.length_G.shape[0], self.n_levels, genes.ids_GT.device
+        first, stop, _ = (sentences or slice(None)).indices(G * Q)
+        index_N = torch.arange(first, stop, device=device)
         gene_N = index_N // Q
-        return self.encode(genes.rows(gene_N), index_N % Q)
+        if genes.host is None or devices.reads_are_free(device):
+            return self.encode(genes.rows(gene_N), index_N % Q)
+        sizes = genes.host.sizes(Q, self.token_Vd.shape[0], slice(first, stop))
+        return self.encode(genes.rows(gene_N), index_N % Q, panel=(gene_N - first // Q, sizes))
 
     def encode(
-        self, genes: GeneTokens, level_lo_N: Tensor, level_hi_N: Tensor | None = None, mix_N: Tensor | None = None
+        self,
+        genes: GeneTokens,
+        level_lo_N: Tensor,
+        level_hi_N: Tensor | None = None,
+        mix_N: Tensor | None = None,
+        *,
+        panel: tuple[Tensor, SentenceSizes] | None = None,
     ) -> Tensor:
-        """Encode N sentences to (N, d); with ``level_hi_N`` and ``mix_N`` in [0, 1], levels are interpolated linearly."""
+        """Encode N sentences to (N, d).
+
+        Parameters
+        ----------
+        genes
+            Tokens of each sentence.
+        level_lo_N, level_hi_N, mix_N
+            Level of each sentence; with the last two, levels are interpolated linearly by ``mix_N`` in [0, 1].
+        panel
+            Gene of each sentence, int64 (N,), and sizes that the host knows, for a plan without reading from the device.
+        """
         # Sentences are sorted by length once, so that attention processes equal lengths together in every layer without
         # moving data.
         length_N, order_N = torch.sort(genes.length_G, stable=True)
         genes = genes.rows(order_N)
+        level_lo_N = level_lo_N[order_N]
         level_hi_N, mix_N = (None if x is None else x[order_N] for x in (level_hi_N, mix_N))
+        plan = None if panel is None else plan_panel(genes.ids_GT, length_N, level_lo_N, panel[0][order_N], panel[1])
         x_Sd = gene_sentence_embedding(
             genes.ids_GT,
             length_N,
-            level_lo_N[order_N],
+            level_lo_N,
             self.token_Vd,
             self.type_3d,
             self.position_Td,
@@ -101,12 +151,15 @@ class GeneEncoder(nn.Module):
             gain_D=self.norm_in.weight,
             bias_D=self.norm_in.bias,
             eps=self.norm_in.eps,
+            plan=plan,
         )
         longest, first_N = genes.ids_GT.shape[1], sentence_start(length_N)
         if self.project_vector is not None and genes.vector_GK is not None:
             vector_Nd = self.project_vector(genes.vector_GK / self.vector_scale)
             x_Sd = x_Sd.index_add(0, first_N, vector_Nd.to(x_Sd.dtype))
+        # Once for all layers.
+        first_S = None if devices.reads_are_free(x_Sd.device) else first_tokens(length_N, x_Sd.shape[0])
         for i, block in enumerate(self.blocks):
             rows = first_N if i == len(self.blocks) - 1 else None  # after the last block only [GENE] is used
-            x_Sd = run_block(block, x_Sd, length_N, longest, rows, recompute=self.recompute)
+            x_Sd = run_block(block, x_Sd, length_N, longest, rows, first_S, recompute=self.recompute)
         return self.norm_out(x_Sd).index_select(0, torch.argsort(order_N))

@@ -21,7 +21,9 @@ from typing import Any
 
 import torch
 from comtip_kernels import infonce
+from comtip_kernels.infonce import unit_vectors
 from comtip_kernels.infonce.blocks import BlockIds, block_gradients, block_lse
+from comtip_kernels.tl_common import operand_dtype
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -39,7 +41,7 @@ def same_text_hash(levels_XG: Tensor, measured_XG: Tensor) -> Tensor:
     """
     # The sum over genes of SplitMix64(gene index, level); arithmetic wraps modulo 2^64.
     index_G = torch.arange(1, levels_XG.shape[1] + 1, device=levels_XG.device)
-    word_XG = index_G * 512 + torch.where(measured_XG, levels_XG.long() + 1, 0)
+    word_XG = index_G * 512 + (levels_XG.long() + 1).masked_fill(~measured_XG, 0)
     return _splitmix64(word_XG).sum(1)
 
 
@@ -67,6 +69,8 @@ class PairMetadata:
     """Weight of each spot; 0 excludes it, also as a negative. Sent as fp32."""
     negatives: str = "all"
     """``align.negatives`` of the config."""
+    excluded_m: Tensor | None = None
+    """bool (m,), mispaired texts that are no negatives; False for the first b. None excludes no text."""
 
 
 def global_infonce(
@@ -119,13 +123,18 @@ def global_infonce(
             class_rows=pairs.text_class_m[:b],
             class_columns=pairs.text_class_m,
             weight_B=pairs.weight_b,
+            excluded_further=None if pairs.excluded_m is None else pairs.excluded_m[b:],
         )
-    # bf16 is not precise enough for logits up to 100, so the loss runs in fp32 also under autocast.
+    # The kernels multiply bf16 operands under bf16 autocast, as on a single rank. Everything else runs in fp32: bf16 is
+    # not precise enough for logits up to 100.
+    dtype = operand_dtype(image_bD, text_mD)
     with torch.autocast(image_bD.device.type, enabled=False):
-        wide = torch.promote_types(image_bD.dtype, torch.float32)
-        x, y = (F.normalize(v.to(wide), dim=-1) for v in (image_bD, text_mD))
+        x, y = unit_vectors(image_bD, text_mD, dtype=dtype)
+        wide = torch.promote_types(x.dtype, y.dtype)
+        x, y = x.to(wide), y.to(wide)
         total = group.sum(pairs.weight_b.detach().to(wide).sum()).clamp_min(1e-12)
-        context = _LossContext(group, list(counts), _RowMetadata.gather(pairs, group, counts), pairs, total)
+        metadata = _RowMetadata.gather(pairs, group, counts)
+        context = _LossContext(group, list(counts), metadata, pairs, total, dtype)
         return _GlobalInfoNCE.apply(x, y, scale.to(wide), context, form)
 
 
@@ -158,6 +167,8 @@ class _LossContext:
     pairs: PairMetadata
     total: Tensor
     """Sum of the weights over the global batch."""
+    dtype: torch.dtype
+    """What the kernels multiply; the vectors are rounded to it."""
 
     def rows(self, owner: int) -> slice:
         """Return the slice of the B images that belongs to rank ``owner``."""
@@ -168,7 +179,8 @@ class _LossContext:
         """Return which pairs of the block [rows, own columns] are negatives."""
         r, p = self.row_metadata, self.pairs
         excluded = p.weight_b == 0
-        mispaired = excluded.new_zeros(p.text_class_m.shape[0] - excluded.shape[0])
+        b, m = excluded.shape[0], p.text_class_m.shape[0]
+        mispaired = excluded.new_zeros(m - b) if p.excluded_m is None else p.excluded_m[b:]
         return BlockIds(
             p.negatives,
             r.section[rows],
@@ -228,7 +240,7 @@ Columns = tuple[Tensor, Tensor]
 def _gather_forward(x: Tensor, y: Tensor, s: Tensor, context: _LossContext) -> tuple[Tensor | None, Tensor, Tensor]:
     """Return all images, and the log-sum-exp over negatives of this rank's images and of its columns."""
     all_x = context.group.gather_rows(x, context.counts)
-    row, column = block_lse(all_x, y, s, context.ids(slice(None)))
+    row, column = block_lse(all_x, y, s, context.ids(slice(None)), dtype=context.dtype)
     top = context.group.max(row).clamp_min(-1e30)  # a row without negatives is -inf on all ranks: avoid inf - inf
     row = context.group.scatter_rows((row - top).exp(), context.counts).log() + top[context.rows(context.group.rank)]
     return all_x, row, column
@@ -239,7 +251,8 @@ def _gather_backward(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of this rank's images and columns from negatives."""
     rows = context.group.gather_rows(row_lse, context.counts)
-    dx, dy = block_gradients(all_x, y, s, context.ids(slice(None)), context.row_weight(all_x), rows, *columns)
+    weight, ids = context.row_weight(all_x), context.ids(slice(None))
+    dx, dy = block_gradients(all_x, y, s, ids, weight, rows, *columns, dtype=context.dtype)
     return context.group.scatter_rows(dx, context.counts), dy
 
 
@@ -249,7 +262,7 @@ def _ring_forward(x: Tensor, y: Tensor, s: Tensor, context: _LossContext) -> tup
 
     def block_forward(block: Tensor, owner: int) -> Tensor:
         nonlocal column
-        row, block_column = block_lse(block, y, s, context.ids(context.rows(owner)))
+        row, block_column = block_lse(block, y, s, context.ids(context.rows(owner)), dtype=context.dtype)
         column = torch.logaddexp(column, block_column)
         return row
 
@@ -264,8 +277,10 @@ def _ring_backward(
     dy, weight = torch.zeros_like(y), context.row_weight(x)
 
     def block_backward(block: Tensor, owner: int) -> Tensor:
-        rows = context.rows(owner)
-        dx, block_dy = block_gradients(block[:, :-1], y, s, context.ids(rows), weight[rows], block[:, -1], *columns)
+        rows, vectors, row_lse = context.rows(owner), block[:, :-1], block[:, -1]
+        dx, block_dy = block_gradients(
+            vectors, y, s, context.ids(rows), weight[rows], row_lse, *columns, dtype=context.dtype
+        )
         dy.add_(block_dy)
         return dx
 

@@ -8,6 +8,15 @@ from typing import Any
 import torch
 
 
+def reads_are_free(device: torch.device) -> bool:
+    """Return whether the host can read a tensor of ``device`` without waiting: it shares its memory, or is a CPU.
+
+    Where it must wait, a step reads nothing: shapes do not depend on data, and losses stay on the device until a row is
+    logged.
+    """
+    return device.type == "cpu"
+
+
 def pick_device(requested: str | torch.device) -> torch.device:
     """Return the device for ``auto``, ``cpu``, ``cuda`` or a device such as ``cuda:1``.
 

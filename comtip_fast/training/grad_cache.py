@@ -87,7 +87,8 @@ def _in_pieces(engine: Engine, task: PieceableTask, batch: Any, n: int) -> tuple
     with torch.no_grad():
         embedded = [engine.call(task.embed, piece, i == table_piece) for i, piece in enumerate(pieces)]
     leaves = {name: t.detach().requires_grad_() for name, t in task.join(embedded).items()}
-    losses, numbers = task.losses_of(batch, leaves)
+    with engine.autocast():  # the losses multiply in the same precision as in one piece
+        losses, numbers = task.losses_of(batch, leaves)
     names = list(leaves)
     found = torch.autograd.grad(losses["loss"], [leaves[k] for k in names], allow_unused=True)
     gradients = {k: torch.zeros_like(leaves[k]) if g is None else g for k, g in zip(names, found, strict=True)}

@@ -8,6 +8,7 @@ does not depend on how spots are assigned to ranks.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from comtip_kernels import level_cross_entropy, pair_scores, pool_weights, table_pool
@@ -32,11 +33,13 @@ from comtip_fast.objectives import (
     same_text_hash,
     take_from_other_spots,
 )
+from comtip_fast.runtime import devices
 from comtip_fast.training import draws
 from comtip_fast.training.monitor.diagnostics import diagnostic, undefined
 
 Parts = dict[str, Tensor]
-Numbers = dict[str, float]
+Numbers = dict[str, Any]
+"""Numbers to log: floats, or scalars on the device that are read when a row is logged."""
 PARTS = ("nce", "mfm", "pair", "level")
 PAIR_NUMBERS = ("pair_auc", "pair_auc_gain")
 
@@ -132,7 +135,7 @@ class StepLosses:
 
     def _panel_genes(self, batch: Batch) -> GeneTokens:
         rows = batch.panel.long()
-        genes = take_genes(self.genes, rows)
+        genes = take_genes(self.genes, rows, batch.panel_host)
         if self.config.text.identity_drop > 0:
             keep = draws.kept_identities(self.config.train.seed, batch.step, rows, self.config.text.identity_drop)
             genes = replace(genes, identity_G=genes.identity_G * keep)
@@ -146,8 +149,8 @@ class StepLosses:
     def embedding_losses(self, batch: Batch, heads: LossInputs) -> tuple[dict[str, LossPart], Numbers]:
         """Return this rank's shares of L_nce, L_pair and L_level, and numbers to log."""
         weights, parts = self.config.loss, {}
-        numbers = {"genes": float(batch.panel.numel()), "scale": float(heads.scale_nce.detach())}
-        numbers["tokens"] = float(self.genes.length_G[batch.panel.long()].sum()) * self.config.levels.n_levels
+        numbers: Numbers = {"genes": float(batch.panel.numel()), "scale": heads.scale_nce.detach()}
+        numbers["tokens"] = self._tokens(batch) * self.config.levels.n_levels
         mispaired, counted = self._mispair(batch, heads)
         n_level, n_pair = self._shares(batch.measured, counted)
         if weights.nce > 0:
@@ -169,6 +172,12 @@ class StepLosses:
             )
             parts["level"] = LossPart(value, frozenset({"vector", "rows", "scale_level"}))
         return parts, numbers
+
+    def _tokens(self, batch: Batch) -> float:
+        """Return the number of tokens of the panel's genes, which the host knows unless the batch was made elsewhere."""
+        if batch.panel_host is not None and self.genes.host is not None:
+            return float(self.genes.host.length_G[batch.panel_host].sum())
+        return float(self.genes.length_G[batch.panel.long()].sum())
 
     def masked(self, out: StepOutput, n_all: int) -> Tensor | None:
         """Return these tiles' share of L_mfm over the ``n_all`` tiles of the global batch; None without MFM."""
@@ -278,18 +287,17 @@ class StepLosses:
 
     def _nce(self, batch: Batch, heads: LossInputs, mispaired: Tensor | None, counted: Tensor | None) -> Tensor:
         """Return L_nce; mispaired texts with at least one counted swap are additional negatives."""
-        table, levels, measured = heads.table, batch.levels.long(), batch.measured
-        section = batch.section.long()
-        use = torch.zeros_like(section, dtype=torch.bool) if counted is None else counted.any(1)
-        if not self.config.loss.paat.hard_columns:
-            use = torch.zeros_like(use)
-        all_levels = levels if mispaired is None else torch.cat([levels, mispaired[use]])
-        all_measured = torch.cat([measured, measured[use]])
-        # Hashes identify equal texts across ranks without gathering the texts and without a device synchronization.
-        text_class = same_text_hash(all_levels, all_measured)
+        table, levels, measured, section = heads.table, batch.levels.long(), batch.measured, batch.section.long()
+        excluded = None
         weight = measured.any(1).to(heads.vector_bD.dtype)
-        pairs = PairMetadata(text_class, torch.cat([section, section[use]]), weight, self.config.align.negatives)
-        text = table_pool(table.rows_GQD, table.scores_GQ, all_levels, all_measured)
+        if mispaired is not None and counted is not None and self.config.loss.paat.hard_columns:
+            further, excluded = hard_columns(counted.any(1))
+            levels = torch.cat([levels, mispaired[further]])
+            measured, section = torch.cat([measured, measured[further]]), torch.cat([section, section[further]])
+        # Hashes identify equal texts across ranks without gathering the texts and without a device synchronization.
+        text_class = same_text_hash(levels, measured)
+        pairs = PairMetadata(text_class, section, weight, self.config.align.negatives, excluded)
+        text = table_pool(table.rows_GQD, table.scores_GQ, levels, measured)
         form = self.config.engine.loss_form
         return global_infonce(heads.vector_bD, text, heads.scale_nce, pairs, self.group, self.counts(batch), form)
 
@@ -316,3 +324,23 @@ class StepLosses:
         # The gain over contexts of other spots: the AUC that gene marginals cannot explain.
         gain = auc - pair_auc(true_elsewhere, false_elsewhere, counted)
         return dict(zip(PAIR_NUMBERS, (auc, gain), strict=True))
+
+
+def hard_columns(use: Tensor) -> tuple[Tensor | slice, Tensor | None]:
+    """Choose the mispaired texts that become further columns of InfoNCE.
+
+    Parameters
+    ----------
+    use
+        bool (b,): spots whose mispaired text has a counted swap.
+
+    Returns
+    -------
+    tuple
+        Index of the spots whose mispaired texts are columns, and a mask of the columns that are no negatives: False for
+        the b true texts. On a CPU only the texts in use are selected. On other devices the number of columns must not
+        depend on data, so all of them are columns and the others are masked.
+    """
+    if devices.reads_are_free(use.device):
+        return use, None
+    return slice(None), torch.cat([torch.zeros_like(use), ~use])

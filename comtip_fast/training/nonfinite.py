@@ -6,19 +6,12 @@ import math
 from pathlib import Path
 
 import numpy as np
-from torch import nn
 
 from comtip_fast.training.monitor.diagnostics import diagnostic
 from comtip_fast.training.monitor.loggers import append_row
 
 NONFINITE = "nonfinite.jsonl"
 """File in the run folder with one row per such step."""
-
-
-def nonfinite_gradients(module: nn.Module) -> list[str]:
-    """Return the names of parameters whose gradient is not finite."""
-    named = module.named_parameters()
-    return [name for name, q in named if q.grad is not None and not bool(q.grad.isfinite().all())]
 
 
 def report_nonfinite(

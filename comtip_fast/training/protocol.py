@@ -57,16 +57,20 @@ class TrainingTask(Protocol):
         """Load this rank's share of one global batch."""
         ...
 
-    def losses(self, module: nn.Module, batch: Any) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Return ``{"loss": total, part: ...}`` and numbers to log.
+    def losses(self, module: nn.Module, batch: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return ``{"loss": total, part: ...}`` and numbers to log: floats, or scalar tensors, which are read when logged.
 
         ``module`` is the trained module: :attr:`module`, or the engine's copy of it. The losses are this rank's shares;
         their sum over ranks is the loss of the global batch.
         """
         ...
 
-    def after_step(self, module: nn.Module, step: int) -> None:
-        """Run after an optimizer step, for example to update moving averages."""
+    def after_step(self, module: nn.Module, step: int, good: Tensor | None = None) -> None:
+        """Run after an optimizer step, for example to update moving averages.
+
+        ``good`` is a bool scalar on the device: where it is False the step was not finite, and nothing may change. Without
+        it the step was finite; on a CPU, after_step is called without it, and only then.
+        """
         ...
 
     def validate(self) -> tuple[float, dict[str, float], dict[str, float]]:

@@ -5,11 +5,13 @@ The losses are in :mod:`comtip_fast.training.losses`.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from comtip_kernels.packed_attention import attention_name
 from comtip_shards import ShardSet
 from torch import Tensor, nn
 
@@ -27,11 +29,14 @@ from comtip_fast.inference import Predictor
 from comtip_fast.lineage import Lineage
 from comtip_fast.models import CoMTIP, ModelSizes
 from comtip_fast.models.image_encoder import check_mask, patches_per_side
+from comtip_fast.runtime.devices import in_bf16
 from comtip_fast.training.distributed.process_group import on_rank_zero
 from comtip_fast.training.losses import LossInputs, LossPart, Numbers, Parts, StepLosses
 from comtip_fast.training.readout import fit_readout
 from comtip_fast.training.validation import Validation, validation_scores
 from comtip_fast.training.warm_start import parent_leaks, parents_of, start_from
+
+log = logging.getLogger("comtip_fast")
 
 
 def build_task(
@@ -84,6 +89,10 @@ def build_task(
     check_vision(config, model.vision.n_patches)
     if model.vision.stem is not None:
         model.vision.stem.load_pretrained()
+    # Not in the model's constructor: an export is loaded on machines that may lack the implementation of its training.
+    attention = check_attention(config, device, sizes.longest)
+    model.genes.set_attention(config.text.attention)
+    log.info("attention of the sentence encoder: %s", attention)
     if config.engine.compile:
         model.compile_blocks()
     parents = parents_of(config, required=initialise) if parents is None else parents
@@ -119,6 +128,21 @@ def load_vectors(config: RunConfig) -> GeneVectors | None:
             f"text.vector_drop={text.vector_drop:g} and text.name_drop={text.name_drop:g}: the sum is above 1; lower one"
         )
     return GeneVectors.load(text.gene_vectors)
+
+
+def check_attention(config: RunConfig, device: torch.device, longest: int) -> str:
+    """Return which implementation of attention ``text.attention`` runs on this device.
+
+    Raises
+    ------
+    ValueError
+        It cannot run here.
+    """
+    dtype = torch.bfloat16 if in_bf16(config.train.precision, device) else torch.float32
+    try:
+        return attention_name(config.text.attention, device, dtype, longest)
+    except ValueError as error:
+        raise ValueError(f"text.attention={config.text.attention}: {error}; text.attention=auto always runs") from error
 
 
 def _as_model(module: nn.Module) -> CoMTIP:
@@ -273,9 +297,9 @@ class CoMTIPTask:
         vectors = gradients["vector"].split([p.section.numel() for p in pieces])
         return [gradients | {"vector": v} for v in vectors]
 
-    def after_step(self, module: nn.Module, step: int) -> None:
-        """Update the EMA teacher."""
-        _as_model(module).update_teacher(self.config.vision.ema_decay)
+    def after_step(self, module: nn.Module, step: int, good: Tensor | None = None) -> None:
+        """Update the EMA teacher; see :meth:`.protocol.TrainingTask.after_step`."""
+        _as_model(module).update_teacher(self.config.vision.ema_decay, good)
 
     def validate(self) -> tuple[float, dict[str, float], dict[str, float]]:
         """Return the mean zero-shot PCC, the mean per cohort, and statistics of the shared space."""

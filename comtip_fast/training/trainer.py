@@ -11,6 +11,7 @@ import math
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor
 from comtip_fast.collectives import Group, SingleProcessGroup
 from comtip_fast.config.io import config_to_dict, dump_config
 from comtip_fast.config.schema import RunConfig
+from comtip_fast.runtime import devices
 from comtip_fast.training.checkpoint import store as checkpoints
 from comtip_fast.training.checkpoint.async_writer import Writer, copied
 from comtip_fast.training.checkpoint.resume import CHECKPOINTS, prepare_run_folder
@@ -38,8 +40,9 @@ from comtip_fast.training.grad_cache import forward_backward
 from comtip_fast.training.monitor.diagnostics import diagnostic
 from comtip_fast.training.monitor.loggers import BestEffort, Logger, make_loggers
 from comtip_fast.training.monitor.monitor import EVENTS, Events, Profiler, SpikeDetector, ThroughputMeter, Watchdog
-from comtip_fast.training.nonfinite import NONFINITE, nonfinite_gradients, nonfinite_message, report_nonfinite
+from comtip_fast.training.nonfinite import NONFINITE, nonfinite_message, report_nonfinite
 from comtip_fast.training.optim import learning_rate
+from comtip_fast.training.pending import FinishedStep, PendingStep, as_floats, read_steps
 from comtip_fast.training.protocol import StepCost, TrainingError, TrainingTask
 
 log = logging.getLogger("comtip_fast")
@@ -98,7 +101,8 @@ class Trainer:
         self.engine: Engine
         self._found: Checkpoint | None = None
         self._rank_numbers = RankNumbers(self.group, self.device)
-        self._meter = ThroughputMeter(self.device, clock_of(self.group, self.device).seconds, cost)
+        self._meter = ThroughputMeter(self.device, clock_of(self.group, self.device), cost)
+        self._pending: list[PendingStep] = []
         self._spikes = SpikeDetector(config.watch)
         self._events = Events(self.run_dir / EVENTS)
         self._profiler = Profiler(config.watch.trace, self.run_dir / "trace", self.group.rank, self.device)
@@ -224,27 +228,56 @@ class Trainer:
         batch = self.task.batch(spots, step, p.epoch)
         self.engine.start_step(rate)
         shares, numbers = forward_backward(self.engine, self.task, batch, self.config.engine.micro_batches)
-        losses, numbers = self._over_ranks(shares, numbers, caught)
-        finite = math.isfinite(losses["loss"])
-        norm = self.engine.update(finite)
-        if finite and math.isfinite(norm):
-            with self.engine.summon_full_params():
-                self.task.after_step(self.engine.module, step)
-        else:
-            self._not_finite(step, spots, losses)
+        loss = self.group.sum(shares["loss"].double())
+        update = self.engine.update(loss.isfinite())
+        self._after_step(step, update.good)
+        self._pending.append(PendingStep(step, p.epoch, p.position, spots, rate, shares, numbers, loss, update))
         p.step, p.position = step, p.position + 1
+        self._exchange_flags(caught)
         diagnostic("the profiler", lambda: self._profiler.after(step), None)
+        # Reading waits for the device, so that the time of a row includes all work of its steps.
+        due = self._is_logged(step) or devices.reads_are_free(self.device)
+        finished = read_steps(self._pending) if due else []
         diagnostic("the throughput meter", lambda: self._meter.add(time.monotonic() - began, len(spots), numbers), None)
-        spike = diagnostic("the spike detector", lambda: self._spikes.update(losses["loss"], norm), None)
-        if spike is not None and self._first:
-            self._flag("jump", step, spike)
-        if step % self.config.train.log_every == 0 or step == 1:
-            row = {"step": step, "kind": "train", "epoch": p.epoch}
-            row |= losses | numbers | {"lr": rate, "grad_norm": norm, "skips": p.skips}
-            data = self.task.metrics()
-            waited = data.pop("loader_wait_s", 0.0)
-            nothing: dict[str, float] = {}
-            self._log(row | diagnostic("the throughput meter", lambda: self._meter.row(waited), nothing) | data)
+        self._report(finished)
+
+    def _after_step(self, step: int, good: Tensor) -> None:
+        """Let the task follow the weights; a step that was not finite changes nothing."""
+        masked = not devices.reads_are_free(self.device)
+        if not masked and not bool(good):
+            return
+        with self.engine.summon_full_params():
+            if masked:
+                self.task.after_step(self.engine.module, step, good)
+            else:
+                self.task.after_step(self.engine.module, step)
+
+    def _is_logged(self, step: int) -> bool:
+        return step % self.config.train.log_every == 0 or step == 1
+
+    def _settle(self) -> None:
+        """Read and report all steps so far, before anything that depends on them."""
+        self._report(read_steps(self._pending))
+
+    def _report(self, finished: list[FinishedStep]) -> None:
+        """Act on steps that were not finite, detect jumps, and log the rows that are due."""
+        p = self.progress
+        for done in finished:
+            step, logged = done.pending.step, self._is_logged(done.pending.step)
+            losses, numbers = self._over_ranks(done) if logged or not done.good else ({}, {})
+            if not done.good:
+                self._not_finite(done.pending, losses)
+            spike = diagnostic("the spike detector", partial(self._spikes.update, done.loss, done.norm), None)
+            if spike is not None and self._first:
+                self._flag("jump", step, spike)
+            if logged:
+                row = {"step": step, "kind": "train", "epoch": done.pending.epoch} | losses | numbers
+                row |= {"lr": done.pending.rate, "grad_norm": done.norm, "skips": p.skips}
+                data = self.task.metrics()
+                waited = data.pop("loader_wait_s", 0.0)
+                nothing: dict[str, float] = {}
+                rates = diagnostic("the throughput meter", partial(self._meter.row, waited), nothing)
+                self._log(row | rates | data)
 
     def _next_batch(self) -> np.ndarray:
         p = self.progress
@@ -258,25 +291,28 @@ class Trainer:
                 return batches[p.position]
             p.epoch, p.position = p.epoch + 1, 0
 
-    def _over_ranks(
-        self, shares: dict[str, Tensor], numbers: dict[str, float], caught: Signals
-    ) -> tuple[dict[str, float], dict[str, float]]:
-        """Sum losses and average numbers over ranks; exchange the flags for stop requests and failed writes."""
-        losses = {k: float(v) for k, v in shares.items()}
+    def _exchange_flags(self, caught: Signals) -> None:
+        """Agree with the other ranks on a stop request and on a failed write."""
+        if self.group.size == 1:
+            return
+        stop, self._write_failed = self.group.any([bool(caught.received), bool(self._writer.failed)])
+        self._asked_to_stop = self._asked_to_stop or stop
+
+    def _over_ranks(self, done: FinishedStep) -> tuple[dict[str, float], dict[str, float]]:
+        """Sum losses and average numbers over ranks; a collective call, for which every rank has the same steps."""
+        losses, numbers = as_floats(done.pending.shares), as_floats(done.pending.numbers)
         if self.group.size == 1:
             return losses, numbers
-        reduced = self._rank_numbers.reduce(losses, numbers, [bool(caught.received), bool(self._writer.failed)])
-        self._asked_to_stop = self._asked_to_stop or reduced.flags[0]
-        self._write_failed = reduced.flags[1]
+        reduced = self._rank_numbers.reduce(losses, numbers)
         return reduced.sums, reduced.means
 
-    def _not_finite(self, step: int, spots: np.ndarray, parts: dict[str, float]) -> None:
+    def _not_finite(self, bad: PendingStep, parts: dict[str, float]) -> None:
         """Report the step, then stop or count a skipped update, according to ``train.nan_policy``."""
         p, cfg, path = self.progress, self.config.train, self.run_dir / NONFINITE
-        gradients = nonfinite_gradients(self.engine.module)
+        gradients = bad.update.nonfinite()
         if self._first:
-            report_nonfinite(path, step, p.epoch, p.position, spots, parts, gradients)
-        text = nonfinite_message(path, step, spots, parts, gradients)
+            report_nonfinite(path, bad.step, bad.epoch, bad.position, bad.spots, parts, gradients)
+        text = nonfinite_message(path, bad.step, bad.spots, parts, gradients)
         if cfg.nan_policy == "stop":
             raise TrainingError(
                 f"{text}. Start again with a lower optim.lr, or continue with --resume --set train.nan_policy=skip"
@@ -289,6 +325,7 @@ class Trainer:
             )
 
     def _validate(self) -> None:
+        self._settle()
         p, cfg = self.progress, self.config.train
         with self.engine.gathered_for_read():
             score, per_cohort, space = on_rank_zero(self._score, self.group)
@@ -327,6 +364,7 @@ class Trainer:
 
     def _save(self) -> None:
         """Gather sharded tensors and write a full checkpoint, which any engine on any number of ranks can resume."""
+        self._settle()
         optim = self.engine.optimizer_state()
         with self.engine.gathered_for_read():
             on_rank_zero(lambda: self._write_checkpoint(self._checkpoint(optim)), self.group)

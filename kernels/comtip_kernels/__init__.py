@@ -6,7 +6,10 @@ Every operation is one function that takes ``impl="auto|triton|cpu|reference"`` 
 from comtip_kernels.dispatch import Impl, prefer
 from comtip_kernels.gene_sentence_embedding import (
     SentencePlan,
+    SentenceSizes,
+    first_tokens,
     gene_sentence_embedding,
+    plan_panel,
     plan_sentences,
     sentence_start,
 )
@@ -22,6 +25,8 @@ __all__ = [
     "Impl",
     "InfoNCE",
     "SentencePlan",
+    "SentenceSizes",
+    "first_tokens",
     "gene_sentence_embedding",
     "infonce",
     "level_cross_entropy",
@@ -30,6 +35,7 @@ __all__ = [
     "packed_attention",
     "packed_attention_qkv",
     "pair_scores",
+    "plan_panel",
     "plan_sentences",
     "pool_weights",
     "prefer",

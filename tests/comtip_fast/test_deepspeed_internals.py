@@ -47,7 +47,7 @@ def defines(module: ModuleType, name: str) -> bool:
 
 
 def test_every_private_name_is_listed_here():
-    listed = {*ZERO_3, *ZERO_1_2, "_execution_engine", "_get_build_directory", "__compatible_ops__"}
+    listed = {*ZERO_3, *ZERO_1_2, "_execution_engine", "_foreach_norm", "_get_build_directory", "__compatible_ops__"}
     assert private_attributes(MODULE) <= listed
     assert {name for name in listed if name.startswith("_")} <= private_attributes(MODULE)
 

@@ -12,7 +12,13 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-SHARED = ("test_gene_sentence_embedding.py", "test_infonce.py", "test_packed_attention.py", "test_table.py")
+SHARED = (
+    "test_fixed_shapes.py",
+    "test_gene_sentence_embedding.py",
+    "test_infonce.py",
+    "test_packed_attention.py",
+    "test_table.py",
+)
 FILES = [*SHARED, *sorted(f"interpreted/{p.name}" for p in (HERE / "interpreted").glob("test_*.py"))]
 pytest.importorskip("triton")
 

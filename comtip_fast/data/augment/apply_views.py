@@ -16,7 +16,12 @@ from comtip_fast.data.augment.views import ViewPlan, rotate_flip
 
 
 def apply_views(
-    tiles_NSS3: Tensor, plan: ViewPlan, *, batched: bool | None = None, compiled: bool | None = None
+    tiles_NSS3: Tensor,
+    plan: ViewPlan,
+    *,
+    batched: bool | None = None,
+    compiled: bool | None = None,
+    tensors: dict[str, Tensor] | None = None,
 ) -> Tensor:
     """Apply a view plan to decoded tiles.
 
@@ -30,27 +35,34 @@ def apply_views(
         Use batched tensor operations. Default: on every device but the CPU, where they use far more memory bandwidth.
     compiled
         On a CPU, use numba. Default: if it is installed.
+    tensors
+        :meth:`.views.ViewPlan.tensors` on the device of the tiles, if they are there already.
 
     Returns
     -------
     uint8 (N, 3, S, S), on the same device.
     """
-    tiles = _zoom(tiles_NSS3.permute(0, 3, 1, 2), plan.margin_N)
+    device = tiles_NSS3.device
     if batched is None:
-        batched = tiles.device.type != "cpu"
-    if batched:
-        return _apply_batched(tiles, plan)
+        batched = device.type != "cpu"
+    if tensors is None and (batched or plan.margin_N.any()):
+        tensors = {name: t.to(device) for name, t in plan.tensors().items()}
+    tiles = tiles_NSS3.permute(0, 3, 1, 2)
+    if tensors is not None:
+        tiles = _zoom(tiles, plan.margin_N, tensors["by_margin"])
+        if batched:
+            return _apply_batched(tiles, tensors["orientation"], tensors.get("lut"))
     return _apply_per_tile(tiles, plan, views_compiled.is_installed() if compiled is None else compiled)
 
 
-def _zoom(tiles_N3SS: Tensor, margin_N: np.ndarray) -> Tensor:
+def _zoom(tiles_N3SS: Tensor, margin_N: np.ndarray, by_margin_N: Tensor) -> Tensor:
     """Crop and resize; tiles with the same margin are resized in one call."""
     if not margin_N.any():
         return tiles_N3SS
     S = tiles_N3SS.shape[-1]
     out = torch.empty(tiles_N3SS.shape, dtype=torch.uint8, device=tiles_N3SS.device)
-    for margin in np.unique(margin_N):
-        rows = torch.from_numpy(np.flatnonzero(margin_N == margin)).to(tiles_N3SS.device)
+    margins, counts = np.unique(margin_N, return_counts=True)
+    for margin, rows in zip(margins.tolist(), by_margin_N.split(counts.tolist()), strict=True):
         tiles = tiles_N3SS[rows]
         if margin:
             crop = tiles[..., margin : S - margin, margin : S - margin].float()
@@ -77,15 +89,17 @@ def _apply_per_tile(tiles_N3SS: Tensor, plan: ViewPlan, compiled: bool) -> Tenso
     return torch.from_numpy(out)
 
 
-def _apply_batched(tiles_N3SS: Tensor, plan: ViewPlan) -> Tensor:
+def _apply_batched(tiles_N3SS: Tensor, orientation_N: Tensor, lut_N3V: Tensor | None) -> Tensor:
+    """Rotate, mirror and map all tiles at once, without a shape that depends on the orientations."""
     N, _, S, _ = tiles_N3SS.shape
-    device = tiles_N3SS.device
-    out = torch.empty((N, 3, S, S), dtype=torch.uint8, device=device)
-    for orientation in np.unique(plan.orientation_N):
-        rows = torch.from_numpy(np.flatnonzero(plan.orientation_N == orientation)).to(device)
-        rotated = torch.rot90(tiles_N3SS[rows], int(orientation) % 4, (2, 3))
-        out[rows] = rotated.flip(3) if orientation >= 4 else rotated
-    if plan.lut_N3V is None:
+    turns_N, mirrored_N = orientation_N % 4, orientation_N >= 4
+    # A quarter turn is a transposition and a flip of the rows, three are one and a flip of the columns.
+    rows_N = (turns_N == 1) | (turns_N == 2)
+    columns_N = (turns_N >= 2) ^ mirrored_N
+    out = tiles_N3SS.contiguous()
+    out = torch.where((turns_N % 2 == 1)[:, None, None, None], out.transpose(2, 3), out)
+    out = torch.where(rows_N[:, None, None, None], out.flip(2), out)
+    out = torch.where(columns_N[:, None, None, None], out.flip(3), out)
+    if lut_N3V is None:
         return out
-    lut = torch.from_numpy(plan.lut_N3V).to(device).view(N * 3, 256)
-    return lut.gather(1, out.view(N * 3, S * S).long()).view(N, 3, S, S)
+    return lut_N3V.view(N * 3, 256).gather(1, out.reshape(N * 3, S * S).long()).view(N, 3, S, S)

@@ -14,8 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from comtip_shards.sampling.rng import key, uniform, uniform_rows
 from comtip_shards.slides.tiles import StainStats, normalise_stain
+from torch import Tensor
 
 from comtip_fast.config.schema import DataConfig
 
@@ -30,6 +32,15 @@ class ViewPlan:
     """int64, 0 to 7: number of quarter turns, plus 4 if the tile is then mirrored left to right."""
     lut_N3V: np.ndarray | None
     """uint8 (N, 3, 256), look-up table of each channel's pixel values; None leaves all values unchanged."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what batched operations on a device read: ``orientation``, ``by_margin`` and ``lut``, if there is one.
+
+        ``by_margin`` is the permutation that sorts the tiles by margin.
+        """
+        order = np.argsort(self.margin_N, kind="stable")
+        out = {"orientation": torch.from_numpy(self.orientation_N), "by_margin": torch.from_numpy(order)}
+        return out if self.lut_N3V is None else out | {"lut": torch.from_numpy(self.lut_N3V)}
 
     def select(self, rows: slice | np.ndarray) -> ViewPlan:
         """Return the plan of a subset of the tiles."""

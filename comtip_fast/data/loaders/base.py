@@ -11,7 +11,8 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from comtip_fast.data.expression.panel import draw_panel
 from comtip_fast.data.expression.training_tables import TrainingTables
 from comtip_fast.data.loaders.schedule import EpochSchedule, ScheduledBatch
 from comtip_fast.data.records import Csr, DecodedSpots, SpotReader
+from comtip_fast.data.upload import PackedTensors
 
 log = logging.getLogger("comtip_fast")
 Stem = Callable[[Tensor], Tensor]
@@ -45,6 +47,8 @@ class PreparedBatch:
     tiles_NSS3: Tensor | None = None
     """Decoded tiles; set if ``batch.tiles`` has to be computed from them."""
     view_plan: ViewPlan | None = None
+    packed: PackedTensors | None = None
+    """For a device other than the CPU: the batch's tensors, the tiles and the view plan in one buffer, instead of the above."""
     faults: dict[int, ShardError] = field(default_factory=dict)
     """Errors of the damaged records that were replaced, by spot index."""
 
@@ -235,16 +239,27 @@ class BaseLoader(ABC):
         view = view_indices(self.config.data.views, decoded.spots, seed=self.seed, epoch=scheduled.epoch)
         plan = self._plan_views(decoded.spots, view)
         if self.device.type != "cpu":
-            return PreparedBatch(scheduled, batch, tiles, plan, decoded.replaced)
+            tensors = batch.tensors() | {f"view_{name}": t for name, t in plan.tensors().items()}
+            on_host = tiles.device.type == "cpu"
+            packed = PackedTensors.pack(tensors | ({"decoded": tiles} if on_host else {}), self.device)
+            return PreparedBatch(scheduled, batch, None if on_host else tiles, plan, packed, decoded.replaced)
         batch.tiles = apply_views(tiles, plan)
         return PreparedBatch(scheduled, batch, faults=decoded.replaced)
 
     def _deliver(self, prepared: PreparedBatch) -> Batch:
         self._record_faults(prepared.faults)
-        if prepared.tiles_NSS3 is not None and prepared.view_plan is not None:
-            tiles = prepared.tiles_NSS3.to(self.device, non_blocking=True)
-            prepared.batch.tiles = apply_views(tiles, prepared.view_plan)
-        return prepared.batch
+        batch = prepared.batch
+        if self.device.type == "cpu":
+            return batch
+        packed = prepared.packed or PackedTensors.pack(batch.tensors(), self.device)
+        arrays = packed.to(self.device)
+        moved: dict[str, Any] = {name: arrays[name] for name in batch.tensors()}
+        batch = replace(batch, **moved)
+        tiles = arrays.get("decoded", prepared.tiles_NSS3)
+        if tiles is not None and prepared.view_plan is not None:
+            view = {name.removeprefix("view_"): t for name, t in arrays.items() if name.startswith("view_")}
+            batch.tiles = apply_views(tiles, prepared.view_plan, tensors=view)
+        return batch
 
     def _record_faults(self, faults: dict[int, ShardError]) -> None:
         limit = self.config.data.max_faults
@@ -272,6 +287,7 @@ class BaseLoader(ABC):
             section=torch.from_numpy(section.astype(np.int32)),
             spot_index=torch.from_numpy(spots),
             step=scheduled.step,
+            panel_host=panel,
         )
 
     def panel(self, section: np.ndarray, step: int) -> np.ndarray:

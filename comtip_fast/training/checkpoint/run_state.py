@@ -40,6 +40,8 @@ FREE_KEYS = {
     "data.prefetch",
     "data.expression",
     "data.max_faults",
+    # Implementations of one operation, equal up to rounding.
+    "text.attention",
     *(f"engine.{f.name}" for f in fields(EngineConfig)),
     *(f"watch.{f.name}" for f in fields(WatchConfig)),
 }

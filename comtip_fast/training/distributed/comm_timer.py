@@ -46,8 +46,9 @@ class CommClock:
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._seconds, self._depth = 0.0, 0
+        self._seconds, self._kept_seconds, self._depth = 0.0, 0.0, 0
         self._pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._kept_pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -90,13 +91,23 @@ class CommClock:
 
         return counted
 
+    def discard(self) -> None:
+        """Forget what has been measured since the last :meth:`keep`, such as collectives between steps."""
+        self._seconds, self._pairs = 0.0, []
+
+    def keep(self) -> None:
+        """Count what has been measured since the last call, without waiting for the device."""
+        self._kept_seconds += self._seconds
+        self._kept_pairs += self._pairs
+        self.discard()
+
     def seconds(self) -> float:
-        """Return the seconds since the last call."""
-        for first, last in self._pairs:
+        """Return the seconds since the last call; on GPUs this waits for the last collective."""
+        self.keep()
+        for first, last in self._kept_pairs:
             last.synchronize()
-            self._seconds += first.elapsed_time(last) / 1e3
-        self._pairs = []
-        out, self._seconds = self._seconds, 0.0
+            self._kept_seconds += first.elapsed_time(last) / 1e3
+        out, self._kept_seconds, self._kept_pairs = self._kept_seconds, 0.0, []
         return out
 
     def _now(self) -> Any:
@@ -153,6 +164,10 @@ class ClockedGroup:
         """See :class:`Group`."""
         with self.clock.running():
             return self.inner.max(values)
+
+    def any(self, flags: Sequence[bool]) -> list[bool]:
+        """See :class:`Group`; time on the hosts is not counted."""
+        return self.inner.any(flags)
 
     def ring_shift(self, send: Sequence[Tensor], receive: Sequence[Tensor]) -> Callable[[], None]:
         """See :class:`Group`; only the wait counts, because the transfer overlaps with computation."""

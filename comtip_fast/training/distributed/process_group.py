@@ -88,10 +88,16 @@ def first_host(nodes: str) -> str:
 
 
 class ProcessGroup:
-    """:class:`comtip_fast.collectives.Group` on the default group of ``torch.distributed``."""
+    """:class:`comtip_fast.collectives.Group` on the default group of ``torch.distributed``.
 
-    def __init__(self) -> None:
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+    Parameters
+    ----------
+    hosts
+        A group of the same ranks on gloo, for values in host memory; None if the default group is one.
+    """
+
+    def __init__(self, hosts: dist.ProcessGroup | None = None) -> None:
+        self.rank, self.size, self._hosts = dist.get_rank(), dist.get_world_size(), hosts
 
     def gather_rows(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         """All-gather; shares of different length are padded to the longest one."""
@@ -123,6 +129,12 @@ class ProcessGroup:
         out = values.clone()
         dist.all_reduce(out, dist.ReduceOp.MAX)
         return out
+
+    def any(self, flags: Sequence[bool]) -> list[bool]:
+        """All-reduce with the maximum, in host memory."""
+        raised = torch.tensor(list(map(bool, flags)), dtype=torch.uint8)
+        dist.all_reduce(raised, dist.ReduceOp.MAX, group=self._hosts)
+        return [bool(value) for value in raised.tolist()]
 
     def ring_shift(self, send: Sequence[Tensor], receive: Sequence[Tensor]) -> Callable[[], None]:
         """Start to send to the next rank and receive from the previous one; return a function that waits."""
@@ -189,9 +201,11 @@ def init_distributed(
             world_size=env.size,
             timeout=timeout,
         )
+        # Stop requests are exchanged between hosts, so that no host waits for its GPU to learn of them.
+        hosts = dist.new_group(backend="gloo", timeout=timeout) if gpu else None
     try:
         with explain_failures(env.rank, env.size, lambda: "before or after the training steps", timeout_s):
-            yield ProcessGroup()
+            yield ProcessGroup(hosts if isinstance(hosts, dist.ProcessGroup) else None)
     finally:
         with no_longer_than(DESTROY_TIMEOUT_S, "destroying the process group"):
             dist.destroy_process_group()

@@ -6,9 +6,9 @@ that the hooks of DDP and ZeRO run, and passes this rank's *share* of the loss: 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +16,27 @@ from torch import Tensor, nn
 
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.runtime import devices
+from comtip_fast.training.engines import deepspeed_internals as internals
+
+
+@dataclass(frozen=True)
+class Update:
+    """Outcome of :meth:`Engine.update`, on the device until it is read."""
+
+    norm: Tensor
+    """Global gradient norm before clipping, scalar."""
+    good: Tensor
+    """bool scalar: the loss and the norm are finite, so the weights were updated."""
+    names: tuple[str, ...] = ()
+    """Names of the parameters that have a gradient on this rank."""
+    norms: Tensor | None = None
+    """Norms of their gradients, (n,); None if the engine does not compute them."""
+
+    def nonfinite(self) -> list[str]:
+        """Return the names of parameters whose gradient is not finite; waits for the device."""
+        if self.norms is None:
+            return []
+        return [name for name, ok in zip(self.names, self.norms.isfinite().tolist(), strict=True) if not ok]
 
 
 class Engine(Protocol):
@@ -27,6 +48,8 @@ class Engine(Protocol):
     """The trained module."""
     table_first: bool
     """With gradient caching, whether the first piece reads the sentence table (and so every parameter), or the last."""
+    autocast: Callable[[], AbstractContextManager[Any]]
+    """Returns the context that sets the run's precision, for losses that are computed outside of :meth:`call`."""
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """Return ``function(module, *args)``, called inside the wrapped module's forward under the run's precision."""
@@ -44,8 +67,11 @@ class Engine(Protocol):
         """Accumulate the gradients of this rank's share of the loss."""
         ...
 
-    def update(self, finite: bool) -> float:
-        """Clip and step, unless the loss (``finite``) or the gradient norm is not finite; return the gradient norm."""
+    def update(self, finite: Tensor | bool) -> Update:
+        """Clip and step, unless the loss (``finite``) or the gradient norm is not finite.
+
+        On a device whose tensors the host cannot read freely, the update is masked there, and nothing is read.
+        """
         ...
 
     def summon_full_params(self) -> AbstractContextManager[Any]:
@@ -94,10 +120,24 @@ def set_product_precision(config: RunConfig, device: torch.device) -> None:
         torch.set_float32_matmul_precision("high")
 
 
-def clip(module: nn.Module, limit: float) -> float:
-    """Clip the global gradient norm to ``limit`` (0: no clipping) and return it; a norm that is not finite clips nothing."""
-    trained = [q for q in module.parameters() if q.grad is not None]
-    norm = torch.nn.utils.get_total_norm([q.grad for q in trained if q.grad is not None])
-    if limit and math.isfinite(float(norm)):
-        torch.nn.utils.clip_grads_with_norm_(trained, limit, norm)
-    return float(norm)
+def clip(module: nn.Module, limit: float, finite: Tensor | bool) -> Update:
+    """Clip the global gradient norm to ``limit`` (0: no clipping); a norm that is not finite clips nothing.
+
+    Parameters
+    ----------
+    module
+        Module with gradients.
+    limit
+        Maximum norm.
+    finite
+        Whether the loss is finite.
+    """
+    named = [(name, q) for name, q in module.named_parameters() if q.grad is not None]
+    trained = [q for _, q in named]
+    norms = internals.norms([q.grad for q in trained if q.grad is not None])
+    norm = torch.linalg.vector_norm(norms)
+    good = norm.isfinite() & finite
+    if limit:
+        # The gradients of a step that is not finite keep their values: the factor of a norm of 0 is 1.
+        torch.nn.utils.clip_grads_with_norm_(trained, limit, norm.masked_fill(~norm.isfinite(), 0.0))
+    return Update(norm, good, tuple(name for name, _ in named), norms)

@@ -25,10 +25,11 @@ from torch.utils import cpp_extension
 
 from comtip_fast.collectives import Group
 from comtip_fast.config.schema import RunConfig
+from comtip_fast.runtime import devices
 from comtip_fast.training.distributed.comm_timer import clock_backend, clock_of
 from comtip_fast.training.engines import deepspeed_internals as internals
-from comtip_fast.training.engines.base import StepModule, autocast_of, clip
-from comtip_fast.training.optim import make_optimizer, optimizer_tensors, restore_optimizer
+from comtip_fast.training.engines.base import StepModule, Update, autocast_of, clip
+from comtip_fast.training.optim import make_optimizer, mask_steps, optimizer_tensors, restore_optimizer
 from comtip_fast.training.protocol import TrainingError
 
 log = logging.getLogger("comtip_fast")
@@ -95,9 +96,12 @@ class DeepSpeedEngine:
         # ZeRO 3 partitions the parameters of its module, so it gets a copy; see :meth:`gathered_for_read`.
         self._task_module = module
         self.module = _moved(module) if self.stage == 3 else module
-        self.optimizer = make_optimizer(self.module, config.optim)
+        # Optimizer state that is offloaded is updated on the host.
+        self._fused = not devices.reads_are_free(device) and config.engine.offload_optimizer == "none"
+        self.optimizer = make_optimizer(self.module, config.optim, fused=self._fused)
+        self.autocast = autocast_of(config, device)
         initialized = self._deepspeed.initialize(
-            model=StepModule(self.module, autocast_of(config, device)),
+            model=StepModule(self.module, self.autocast),
             optimizer=self.optimizer,
             config=deepspeed_config(config, group.size, device.type == "cuda"),
             dist_init_required=False,
@@ -105,7 +109,9 @@ class DeepSpeedEngine:
         self._engine = initialized[0]
         clock_backend(internals.comm_backend(self._deepspeed), clock_of(group, device))
         if self.stage:
-            internals.create_moments(self._engine.optimizer, self.stage, self.optimizer.state, MOMENTS)
+            internals.create_moments(
+                self._engine.optimizer, self.stage, self.optimizer.state, MOMENTS, fused=self._fused
+            )
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """See :meth:`.base.Engine.call`."""
@@ -124,20 +130,25 @@ class DeepSpeedEngine:
     def backward(self, loss: Tensor) -> None:
         """See :meth:`.base.Engine.backward`; DeepSpeed averages, so the share is multiplied by the number of ranks."""
         # If the loss is not finite, make all gradients NaN: DeepSpeed would apply finite ones.
-        factor = self.group.size if math.isfinite(float(loss.detach())) else math.nan
+        factor = torch.full_like(loss.detach(), self.group.size).masked_fill(~loss.detach().isfinite(), math.nan)
         self._engine.backward(loss * factor)
 
-    def update(self, finite: bool) -> float:
+    def update(self, finite: Tensor | bool) -> Update:
         """See :meth:`.base.Engine.update`; ZeRO computes the norm, clips and skips updates that are not finite."""
         if self.stage == 0:
-            norm = clip(self.module, self.config.optim.clip)
-            if finite and math.isfinite(norm):
+            update = clip(self.module, self.config.optim.clip, finite)
+            if self._fused:
+                mask_steps(self.optimizer, update.good)
+                self._engine.step()
+            elif bool(update.good):
                 self._engine.step()
             else:
                 self._engine.zero_grad()
-            return norm
+            return update
         self._engine.step()
-        return internals.gradient_norm(self._engine.optimizer)
+        like = finite if isinstance(finite, Tensor) else torch.zeros((), device=self._device())
+        norm = internals.gradient_norm(self._engine.optimizer, like)
+        return Update(norm, norm.isfinite() & finite)
 
     @contextmanager
     def summon_full_params(self) -> Iterator[None]:
@@ -203,7 +214,7 @@ class DeepSpeedEngine:
             )
         for state in self.optimizer.state.values():
             for step in steps:
-                state["step"] = torch.tensor(step)
+                state["step"] = torch.tensor(step, device=state["step"].device)
 
     def _set_moment(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
         utils = self._deepspeed.utils

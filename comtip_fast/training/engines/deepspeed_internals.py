@@ -21,6 +21,13 @@ def call_after_backward(callback: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
+def norms(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the 2-norm of each tensor, (n,), in one call; PyTorch's ``get_total_norm`` uses the same numbers."""
+    if not tensors:
+        return torch.zeros(0)
+    return torch.stack(torch._foreach_norm(list(tensors)))
+
+
 def build_folder(name: str) -> Path:
     """Return the folder in which PyTorch compiles the extension ``name``."""
     return Path(cpp_extension._get_build_directory(name, verbose=False))
@@ -36,12 +43,18 @@ def comm_backend(deepspeed: ModuleType) -> Any:
     return deepspeed.comm.comm.cdb
 
 
-def gradient_norm(zero_optimizer: Any) -> float:
-    """Return the global gradient norm of the last step of a ZeRO optimizer, before clipping."""
-    return float(zero_optimizer._global_grad_norm)
+def gradient_norm(zero_optimizer: Any, like: Tensor) -> Tensor:
+    """Return the global gradient norm of the last step of a ZeRO optimizer, before clipping, on the device of ``like``.
+
+    DeepSpeed keeps a number or a tensor; a number is not copied to the device but passed to a kernel that fills the result.
+    """
+    norm = zero_optimizer._global_grad_norm
+    return norm.detach() if isinstance(norm, Tensor) else like.new_full((), float(norm), dtype=torch.float32)
 
 
-def create_moments(zero_optimizer: Any, stage: int, state: dict[Any, dict[str, Tensor]], names: Sequence[str]) -> None:
+def create_moments(
+    zero_optimizer: Any, stage: int, state: dict[Any, dict[str, Tensor]], names: Sequence[str], *, fused: bool = False
+) -> None:
     """Create the optimizer state of every shard before the first step, filled with zeros.
 
     DeepSpeed links the state of a shard to its parameters only if the state exists before the first step.
@@ -56,6 +69,8 @@ def create_moments(zero_optimizer: Any, stage: int, state: dict[Any, dict[str, T
         State dict of the wrapped optimizer; gains ``step`` and the moments of every shard.
     names
         Names of the moments.
+    fused
+        Whether the wrapped optimizer is fused.
     """
     partitioned = stage == 3
     shards = (
@@ -67,7 +82,8 @@ def create_moments(zero_optimizer: Any, stage: int, state: dict[Any, dict[str, T
         if swapped:
             zero_optimizer._optimizer_states_and_gradient_swap_in(i)
         moments = {name: torch.zeros_like(shard, requires_grad=False) for name in names}
-        state[shard].update(step=torch.tensor(0.0), **moments)
+        # A fused optimizer counts steps on the device of the shard.
+        state[shard].update(step=torch.zeros((), device=shard.device if fused else "cpu"), **moments)
         if swapped:
             zero_optimizer._optimizer_states_and_gradient_swap_out(i)
     if not partitioned:

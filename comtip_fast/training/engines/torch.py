@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -12,9 +11,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from comtip_fast.collectives import Group
 from comtip_fast.config.schema import RunConfig
+from comtip_fast.runtime import devices
 from comtip_fast.training.distributed.comm_timer import clock_of
-from comtip_fast.training.engines.base import StepModule, autocast_of, clip
-from comtip_fast.training.optim import make_optimizer, optimizer_tensors, restore_optimizer
+from comtip_fast.training.engines.base import StepModule, Update, autocast_of, clip
+from comtip_fast.training.optim import make_optimizer, mask_steps, optimizer_tensors, restore_optimizer
 
 
 class TorchEngine:
@@ -27,8 +27,10 @@ class TorchEngine:
         self.table_first = False
         device = next(module.parameters()).device
         self._clock = clock_of(group, device)
-        self.optimizer = make_optimizer(module, config.optim)
-        self._step: nn.Module = StepModule(module, autocast_of(config, device))
+        self._masked = not devices.reads_are_free(device)
+        self.optimizer = make_optimizer(module, config.optim, fused=self._masked)
+        self.autocast = autocast_of(config, device)
+        self._step: nn.Module = StepModule(module, self.autocast)
         if group.size > 1:
             self._step = DistributedDataParallel(
                 self._step, bucket_cap_mb=config.engine.bucket_mb, gradient_as_bucket_view=True
@@ -61,12 +63,15 @@ class TorchEngine:
         with self._clock.after_backward(loss):
             loss.backward()
 
-    def update(self, finite: bool) -> float:
-        """See :meth:`Engine.update`. A NaN norm clips nothing, so that the gradients still show their first NaN."""
-        norm = clip(self.module, self.config.optim.clip)
-        if finite and math.isfinite(norm):
+    def update(self, finite: Tensor | bool) -> Update:
+        """See :meth:`Engine.update`."""
+        update = clip(self.module, self.config.optim.clip, finite)
+        if self._masked:
+            mask_steps(self.optimizer, update.good)
             self.optimizer.step()
-        return norm
+        elif bool(update.good):
+            self.optimizer.step()
+        return update
 
     def summon_full_params(self) -> AbstractContextManager[Any]:
         """Do nothing: every rank holds every parameter."""

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from comtip_fast.config.schema import WatchConfig
+from comtip_fast.training.distributed.comm_timer import CommClock
 from comtip_fast.training.protocol import StepCost
 
 log = logging.getLogger("comtip_fast")
@@ -34,23 +35,24 @@ class ThroughputMeter:
     """Accumulates step statistics between two logged rows."""
 
     device: torch.device
-    comm: Callable[[], float] = lambda: 0.0
-    """Seconds spent in collectives since the last call."""
+    comm: CommClock | None = None
+    """Clock of the collectives; None counts none."""
     cost: StepCost | None = None
     _seconds: float = 0.0
-    _comm: float = 0.0
     _spots: int = 0
     _tokens: float = 0.0
     _flops: float = 0.0
 
     def begin(self) -> None:
         """Discard the time of collectives between steps, such as those of validation and checkpoints."""
-        self.comm()
+        if self.comm is not None:
+            self.comm.discard()
 
-    def add(self, seconds: float, spots: int, numbers: dict[str, float]) -> None:
-        """Add one step; ``numbers`` may include ``genes`` and ``tokens``."""
+    def add(self, seconds: float, spots: int, numbers: dict[str, Any]) -> None:
+        """Add one step; ``numbers`` may include ``genes`` and ``tokens``, as floats."""
         self._seconds += seconds
-        self._comm += self.comm()
+        if self.comm is not None:
+            self.comm.keep()
         self._spots += spots
         self._tokens += numbers.get("tokens", 0.0)
         if self.cost is not None and "genes" in numbers:
@@ -59,6 +61,7 @@ class ThroughputMeter:
     def row(self, loader_wait_s: float) -> dict[str, float]:
         """Return rates and shares since the last call: spots and tokens of all ranks, the rest of this rank."""
         seconds = max(self._seconds, 1e-9)
+        comm = 0.0 if self.comm is None else self.comm.seconds()
         out = {"spots_per_s": self._spots / seconds}
         if self._tokens:
             out["tokens_per_s"] = self._tokens / seconds
@@ -66,9 +69,9 @@ class ThroughputMeter:
             out["tflops_per_s"] = self._flops / seconds / 1e12
             if self.cost is not None and self.cost.peak:
                 out["mfu"] = self._flops / seconds / self.cost.peak
-        out |= {"loader_wait_share": loader_wait_s / seconds, "comm_share": self._comm / seconds}
+        out |= {"loader_wait_share": loader_wait_s / seconds, "comm_share": comm / seconds}
         out["memory_gib"] = peak_memory(self.device) / 2**30
-        self._seconds, self._comm, self._spots, self._tokens, self._flops = 0.0, 0.0, 0, 0.0, 0.0
+        self._seconds, self._spots, self._tokens, self._flops = 0.0, 0, 0.0, 0.0
         return out
 
 

@@ -6,13 +6,23 @@ from torch import Tensor
 
 from comtip_kernels.dispatch import Impl, choose, with_triton
 from comtip_kernels.gene_sentence_embedding.cpu import gene_sentence_embedding_cpu
-from comtip_kernels.gene_sentence_embedding.plan import SentencePlan, plan_sentences, sentence_start
+from comtip_kernels.gene_sentence_embedding.plan import (
+    SentencePlan,
+    SentenceSizes,
+    first_tokens,
+    plan_panel,
+    plan_sentences,
+    sentence_start,
+)
 from comtip_kernels.gene_sentence_embedding.reference import gene_sentence_embedding_reference
 
 __all__ = [
     "SentencePlan",
+    "SentenceSizes",
+    "first_tokens",
     "gene_sentence_embedding",
     "gene_sentence_embedding_reference",
+    "plan_panel",
     "plan_sentences",
     "sentence_start",
 ]

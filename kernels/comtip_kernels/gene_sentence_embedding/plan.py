@@ -47,9 +47,31 @@ class SentencePlan:
     """Number of ``NAME_SLOT`` rows, which come next."""
 
 
+@dataclass(frozen=True)
+class SentenceSizes:
+    """Sizes of N sentences that the host knows without reading a tensor; input of :func:`plan_panel`."""
+
+    tokens: int
+    """Number of tokens of all sentences, S."""
+    genes: int
+    """Number of genes; every sentence belongs to one of them."""
+    names: int
+    """Number of distinct (token, slot) pairs of the names, or more."""
+    levels: int
+    """Number of levels, Q."""
+    vocabulary: int
+    """Number of token ids."""
+
+
 def sentence_start(length_N: Tensor) -> Tensor:
     """Return the offset of each concatenated sentence, (N,)."""
     return length_N.cumsum(0) - length_N
+
+
+def first_tokens(length_N: Tensor, tokens: int) -> Tensor:
+    """Return the first token of each token's sentence, int32 (S,), for S = ``tokens`` in all."""
+    start_N = sentence_start(length_N).to(torch.int32)
+    return torch.repeat_interleave(start_N, length_N, output_size=tokens)
 
 
 def plan_sentences(
@@ -100,4 +122,57 @@ def plan_sentences(
         most=int(start_U1.diff().max()) if start_U.numel() else 0,
         genes=counts[0],
         names=counts[1],
+    )
+
+
+def plan_panel(ids_NT: Tensor, length_N: Tensor, level_N: Tensor, gene_N: Tensor, sizes: SentenceSizes) -> SentencePlan:
+    """Plan the sentences of a panel from sizes that the host knows: nothing is read, and no shape depends on data.
+
+    There is one row per gene, per (token, slot) of a name and per (level, slot). Rows that no sentence has stay unused,
+    and two genes without identity have a row each, where :func:`plan_sentences` finds that they share one.
+
+    Parameters
+    ----------
+    ids_NT, length_N, level_N
+        As in :func:`plan_sentences`; each sentence has 2 to T tokens.
+    gene_N
+        int64, gene of each sentence, 0 to ``sizes.genes`` - 1. Sentences of one gene have equal ids and identity.
+    sizes
+        Sizes of these sentences.
+
+    Returns
+    -------
+    SentencePlan
+        ``most`` is an upper bound.
+    """
+    (N, T), S, device = ids_NT.shape, sizes.tokens, ids_NT.device
+    words = sizes.genes + sizes.names
+    U = words + sizes.levels * T
+    sentence_S = torch.repeat_interleave(torch.arange(N, device=device), length_N, output_size=S)
+    slot_S = torch.arange(S, device=device) - sentence_start(length_N)[sentence_S]
+    token_S = ids_NT[sentence_S, slot_S].long()
+    value_S, first_S = slot_S == length_N[sentence_S] - 1, slot_S == 0
+    # Names are numbered in a table of all (token, slot) pairs; its last entry collects the other tokens.
+    pair_S = (token_S * T + slot_S).masked_fill(value_S | first_S, sizes.vocabulary * T)
+    found = torch.zeros(sizes.vocabulary * T + 1, dtype=torch.int64, device=device).scatter_(0, pair_S, 1)
+    name_S = sizes.genes + (found.cumsum(0) - 1)[pair_S]
+    value_row_S = words + level_N.long()[sentence_S] * T + slot_S
+    row_S = torch.where(first_S, gene_N[sentence_S], torch.where(value_S, value_row_S, name_S)).to(torch.int32)
+    sorted_S, order_S = torch.sort(row_S, stable=True)
+    row_U1 = torch.arange(U + 1, device=device, dtype=torch.int32)
+    start_U1 = torch.searchsorted(sorted_S, row_U1, out_int32=True)
+    # An unused row is described by the token that follows, which is valid; nothing reads the row.
+    model_U = order_S[start_U1[:-1].clamp_max(max(S - 1, 0))]
+    kind_U = (row_U1[:-1] >= sizes.genes).long() + (row_U1[:-1] >= words).long()
+    return SentencePlan(
+        row_S=row_S,
+        order_S=order_S.to(torch.int32),
+        start_U1=start_U1,
+        kind_U=kind_U,
+        sentence_U=sentence_S[model_U],
+        slot_U=slot_S[model_U],
+        token_U=token_S[model_U],
+        most=N,  # a sentence contains a row at most once
+        genes=sizes.genes,
+        names=sizes.names,
     )

@@ -155,7 +155,9 @@ def sum_equal_tokens(grad: Tensor, order_S: Tensor, start_U1: Tensor, most: int)
     # int32 as in the other rounds: with int64 targets the kernel is another variant, which spills on sm_90.
     row_P = (torch.searchsorted(begin_U1, piece_P, right=True, out_int32=True) - 1).clamp_max(U - 1)
     first_P = start_U1[row_P] + (piece_P - begin_U1[row_P]) * piece
-    target_P = torch.where(count_U[row_P] == 1, row_P, U + piece_P).masked_fill(piece_P >= begin_U1[-1], -1)
+    # int32 in both rounds, so that the kernel is compiled once.
+    target_P = torch.where(count_U[row_P] == 1, row_P.to(torch.int32), U + piece_P)
+    target_P = target_P.masked_fill(piece_P >= begin_U1[-1], -1)
     out = torch.empty(U + piece_P.shape[0], D, device=grad.device, dtype=torch.float32)
     _sum(grad, order_S, first_P, torch.minimum(first_P + piece, start_U1[row_P + 1]), target_P, out)
     _sum(out, None, U + begin_U1[:-1], U + begin_U1[1:], row_U.masked_fill(count_U == 1, -1), out)

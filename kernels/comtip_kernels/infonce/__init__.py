@@ -28,6 +28,7 @@ def infonce(
     class_rows: Tensor | None = None,
     class_columns: Tensor | None = None,
     weight_B: Tensor | None = None,
+    excluded_further: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     """Symmetric InfoNCE (van den Oord et al. 2018; CLIP, Radford et al. 2021); columns B..M-1 are further negatives.
@@ -51,6 +52,9 @@ def infonce(
         and never negatives of each other.
     weight_B
         Weight of each spot (B,); 0 excludes it, also as a negative.
+    excluded_further
+        bool (M - B,): further columns that are no negatives. A mask keeps the number of columns fixed where a selection would depend on
+        data, which the host would have to read.
     impl
         Implementation; see :mod:`comtip_kernels.dispatch`.
 
@@ -81,4 +85,5 @@ def infonce(
         class_rows=class_rows,
         class_columns=class_columns,
         weight_B=weight_B,
+        excluded_further=excluded_further,
     )

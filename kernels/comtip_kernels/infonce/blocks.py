@@ -106,8 +106,8 @@ def block_gradients(
         (R,) and (C,): log-sum-exp of the *whole* row and column including the positive, so that no exponential exceeds 1.
     """
     # A column without a softmax has no log-sum-exp; +inf makes its exponentials 0 and not NaN.
-    column_lse = torch.where(column_weight != 0, column_lse, torch.inf)
-    row_lse = torch.where(row_weight != 0, row_lse, torch.inf)
+    column_lse = column_lse.masked_fill(column_weight == 0, torch.inf)
+    row_lse = row_lse.masked_fill(row_weight == 0, torch.inf)
     run = _select("infonce_block_gradients", impl, (x, y), ids, _GRADIENTS)
     return run(x, y, scale, ids, row_weight, row_lse, column_weight, column_lse, dtype)
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from comtip_kernels.flops import KEPT_BYTES
 
@@ -296,6 +296,7 @@ def infonce_cpu(
     class_rows: Tensor | None = None,
     class_columns: Tensor | None = None,
     weight_B: Tensor | None = None,
+    excluded_further: Tensor | None = None,
 ) -> Tensor:
     """Symmetric InfoNCE; see :func:`comtip_kernels.infonce`. Returns a scalar, at least fp32."""
     B, dtype = image_BD.shape[0], wide(image_BD[:0], text_MD[:0])[0].dtype
@@ -304,8 +305,8 @@ def infonce_cpu(
     masks = Masks(
         negatives, group_rows, group_columns, class_rows if class_columns is not None else None, class_columns
     )
-    if bool(excluded.any()):
-        masks.excluded_rows = excluded
-        masks.excluded_columns = nn.functional.pad(excluded, (0, text_MD.shape[0] - B))
+    if excluded_further is not None or bool(excluded.any()):
+        further = excluded.new_zeros(text_MD.shape[0] - B) if excluded_further is None else excluded_further
+        masks.excluded_rows, masks.excluded_columns = excluded, torch.cat([excluded, further])
     with torch.autocast(image_BD.device.type, enabled=False):  # autocast would round the products to bf16
         return _InfoNCE.apply(image_BD, text_MD, scale, weight, masks)

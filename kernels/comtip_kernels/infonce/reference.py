@@ -73,6 +73,7 @@ def infonce_reference(
     class_rows: Tensor | None = None,
     class_columns: Tensor | None = None,
     weight_B: Tensor | None = None,
+    excluded_further: Tensor | None = None,
 ) -> Tensor:
     """Symmetric InfoNCE with further text columns; see the module's formula.
 
@@ -95,7 +96,8 @@ def infonce_reference(
     # A spot of weight 0 has no text (no measured gene of the panel), so it is no negative either.
     excluded = weight == 0
     eye = torch.eye(B, M, dtype=torch.bool, device=image_BD.device)
-    excluded_columns = torch.cat([excluded, excluded.new_zeros(M - B)])
+    further = excluded.new_zeros(M - B) if excluded_further is None else excluded_further
+    excluded_columns = torch.cat([excluded, further])
     ok = (ok & ~excluded_columns[None, :] & ~excluded[:, None]) | eye
     logits = scale * (F.normalize(image_BD, dim=-1) @ F.normalize(text_MD, dim=-1).T)
     logits = logits.masked_fill(~ok, float("-inf"))

@@ -201,7 +201,10 @@ def as_operands(bf16: bool, *vectors: Tensor) -> list[Tensor]:
 
 
 def _masks(n_columns: int, rule: int, ids: tuple[Ids, ...]) -> MaskOperands:
-    """Return the masks of the whole loss; exclusion flags belong to pairs, and no further column is excluded."""
+    """Return the masks of the whole loss.
+
+    There is an exclusion flag for each pair, which row i and column i share, and then for further columns, or none of them.
+    """
     group_x, group_y, class_x, class_y, excluded_x = ids
     excluded_y = None if excluded_x is None else F.pad(excluded_x, (0, n_columns - excluded_x.shape[0]))
     return MaskOperands(rule, (group_x, class_x, excluded_y), (group_y, class_y, excluded_y), diagonal=True)
@@ -315,6 +318,7 @@ def infonce_triton(
     class_rows: Ids = None,
     class_columns: Ids = None,
     weight_B: Ids = None,
+    excluded_further: Ids = None,
 ) -> Tensor:
     """Symmetric InfoNCE; see :func:`comtip_kernels.infonce`. Returns a scalar, fp32."""
     B, device = image_BD.shape[0], image_BD.device
@@ -330,6 +334,8 @@ def infonce_triton(
         # Classes can be hashes and keep their 64 bits.
         classes = [None if c is None else c.to(torch.int64).contiguous() for c in class_ids]
         excluded = None if weight_B is None else (weight == 0).to(torch.int32)
+        if excluded_further is not None:
+            excluded = torch.cat([(weight == 0).to(torch.int32), excluded_further.to(torch.int32)])
         bf16 = dtype == torch.bfloat16
         row_lse, column_lse, positive = infonce_lse(x, y, scale, RULES[negatives], *groups, *classes, excluded, bf16)
         total = weight.sum().clamp_min(1e-12)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from comtip_kernels.dispatch import choose, with_triton
@@ -14,11 +15,12 @@ from comtip_kernels.packed_attention.peers import (
     packed_attention_sdpa,
     packed_attention_varlen,
     ready_peers,
+    require_peer,
 )
 from comtip_kernels.packed_attention.reference import packed_attention_reference
 from comtip_kernels.tl_common import operand_dtype, product_mode
 
-__all__ = ["packed_attention", "packed_attention_qkv", "packed_attention_reference"]
+__all__ = ["attention_name", "packed_attention", "packed_attention_qkv", "packed_attention_reference"]
 Attention = Literal["auto", "triton", "cpu", "reference", "flash", "varlen", "sdpa"]
 LONGEST = {"bf16": 48, "tf32": 48, "tf32x3": 24}
 """Tokens of the longest sentence that the Triton kernels support, by the mode of their products
@@ -41,9 +43,7 @@ _IMPLEMENTATIONS_QKV = {name: _unbound(function) for name, function in _IMPLEMEN
 _IMPLEMENTATIONS_QKV["cpu"] = packed_attention_qkv_cpu
 
 
-def _choose(
-    operands: tuple[Tensor, ...], longest: int, impl: str, implementations: dict[str, Callable[..., Tensor]]
-) -> Callable[..., Tensor]:
+def _choose(operands: tuple[Tensor, ...], longest: int, impl: str, implementations: Mapping[str, Any]) -> Any:
     """Return the implementation for a request, the device, the dtype and the longest sentence."""
     limit = LONGEST[product_mode(operand_dtype(*operands))]
     if longest <= limit:
@@ -101,7 +101,12 @@ def packed_attention(
 
 
 def packed_attention_qkv(
-    qkv_S3HE: Tensor, length_N: Tensor, *, longest: int | None = None, impl: Attention = "auto"
+    qkv_S3HE: Tensor,
+    length_N: Tensor,
+    *,
+    longest: int | None = None,
+    first_S: Tensor | None = None,
+    impl: Attention = "auto",
 ) -> Tensor:
     """Attention as in :func:`packed_attention` on the output of one projection.
 
@@ -113,6 +118,9 @@ def packed_attention_qkv(
         Queries, keys and values of S tokens, (S, 3, H, E).
     length_N, longest, impl
         As in :func:`packed_attention`.
+    first_S
+        :func:`comtip_kernels.first_tokens` of the lengths, which only the Triton kernels read. A model computes it once for all
+        layers; computed here if None.
 
     Returns
     -------
@@ -125,4 +133,30 @@ def packed_attention_qkv(
         As in :func:`packed_attention`.
     """
     longest = _longest(length_N) if longest is None else longest
-    return _choose((qkv_S3HE,), longest, impl, _IMPLEMENTATIONS_QKV)(qkv_S3HE, length_N, longest)
+    run = _choose((qkv_S3HE,), longest, impl, _IMPLEMENTATIONS_QKV)
+    if first_S is not None and run is _IMPLEMENTATIONS_QKV["triton"]:
+        return run(qkv_S3HE, length_N, longest, first_S)
+    return run(qkv_S3HE, length_N, longest)
+
+
+def attention_name(impl: Attention, device: torch.device, dtype: torch.dtype, longest: int) -> str:
+    """Return the name of the implementation that runs a request, without running it.
+
+    Parameters
+    ----------
+    impl
+        The request.
+    device, dtype
+        Of queries, keys and values.
+    longest
+        Tokens of the longest sentence.
+
+    Raises
+    ------
+    ValueError
+        The implementation is not installed, or does not support the device, the dtype or the length.
+    """
+    like = torch.empty(0, device=device, dtype=dtype)
+    name = _choose((like,), longest, impl, {name: name for name in _IMPLEMENTATIONS})
+    require_peer(name, like)
+    return name

@@ -99,19 +99,44 @@ def _deterministic_backward(out: Tensor) -> Tensor:
     return out
 
 
-def packed_attention_flash(q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor, length_N: Tensor, longest: int) -> Tensor:
-    """Return (S, H, E) by flash-attn with ``deterministic=True``; raises ValueError if it is not installed."""
+def _flash() -> Callable[..., Any]:
     function = flash_varlen()
     if function is None:
         raise ValueError(
             "packed_attention: impl='flash' needs flash-attn, which is not installed; pip install flash-attn"
         )
-    _require_16_bits("flash", q_SHE)
     if "deterministic" not in inspect.signature(function).parameters:
         raise ValueError(
             f"packed_attention: impl='flash' needs a deterministic backward pass, which {function.__module__} does not have; "
             "install another flash-attn or use impl='varlen'"
         )
+    return function
+
+
+def _varlen() -> Callable[..., Any]:
+    function = torch_varlen()
+    if function is None:
+        raise ValueError("packed_attention: impl='varlen' needs a torch with torch.nn.attention.varlen; upgrade torch")
+    return function
+
+
+def require_peer(name: str, like: Tensor) -> None:
+    """Check that ``flash`` or ``varlen`` is installed and supports tensors like this one; other names always pass.
+
+    Raises
+    ------
+    ValueError
+        It is not installed, lacks a deterministic backward pass, or does not support the dtype or the device.
+    """
+    if name in ("flash", "varlen"):
+        (_flash if name == "flash" else _varlen)()
+        _require_16_bits(name, like)
+
+
+def packed_attention_flash(q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor, length_N: Tensor, longest: int) -> Tensor:
+    """Return (S, H, E) by flash-attn with ``deterministic=True``; raises ValueError if it is not installed."""
+    function = _flash()
+    _require_16_bits("flash", q_SHE)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, length: Tensor, longest: int) -> Tensor:
         offsets = _offsets(length)
@@ -124,9 +149,7 @@ def packed_attention_flash(q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor, length_N
 
 def packed_attention_varlen(q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor, length_N: Tensor, longest: int) -> Tensor:
     """Return (S, H, E) by torch's varlen attention; raises ValueError if torch does not have it."""
-    function = torch_varlen()
-    if function is None:
-        raise ValueError("packed_attention: impl='varlen' needs a torch with torch.nn.attention.varlen; upgrade torch")
+    function = _varlen()
     _require_16_bits("varlen", q_SHE)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, length: Tensor, longest: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from comtip_kernels import flops
-from comtip_kernels.gene_sentence_embedding.plan import sentence_start
+from comtip_kernels.gene_sentence_embedding.plan import first_tokens
 from comtip_kernels.packed_attention import triton_kernels as kernels
 from comtip_kernels.tl_common import INTERPRETING, input_precision, launch, operand_dtype, power_of_2, product_mode
 
@@ -88,9 +88,11 @@ register_flop_formula(torch.ops.comtip.packed_attention_grads)(
 )
 
 
-def packed_attention_triton(q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor, length_N: Tensor, longest: int) -> Tensor:
+def packed_attention_triton(
+    q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor, length_N: Tensor, longest: int, first_S: Tensor | None = None
+) -> Tensor:
     """Return (S, H, E) in the operand dtype; see :mod:`comtip_kernels.packed_attention.reference`."""
     dtype = operand_dtype(q_SHE, k_SHE, v_SHE)
-    start_N = sentence_start(length_N).to(torch.int32)
-    first_S = torch.repeat_interleave(start_N, length_N, output_size=q_SHE.shape[0])
+    if first_S is None:
+        first_S = first_tokens(length_N, q_SHE.shape[0])
     return attend(q_SHE.to(dtype), k_SHE.to(dtype), v_SHE.to(dtype), first_S, longest)

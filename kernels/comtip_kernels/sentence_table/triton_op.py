@@ -44,6 +44,11 @@ def choose_tiles(configs: dict[str, dict[str, Any]], x: Tensor, n_levels: int, w
     return out
 
 
+def as_bytes(levels: Tensor) -> Tensor:
+    """Return levels as uint8, an eighth of the bytes of int64; every tile reads them again."""
+    return levels.to(torch.uint8)
+
+
 def _constants(x: Tensor, mode: int, prior: Tensor | None) -> dict[str, Any]:
     precision = input_precision(product_mode(x.dtype))
     return {"MODE": mode, "PRIOR": prior is not None, "UPCAST": INTERPRETING, "PRECISION": precision}

@@ -1,8 +1,6 @@
 """InfoNCE's blocks and the loss over several ranks on Triton kernels: see tests/kernels/test_interpreted.py."""
 
 import os
-import threading
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -21,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from comtip_fast.collectives import counts_of, share_of
 from comtip_fast.objectives import PairMetadata, global_infonce
+from testkit.ranks import Rank, Ranks
 
 F64 = torch.float64
 RULES = ("all", "same_group", "other_group")
@@ -197,71 +196,6 @@ def test_opcheck_flops_and_orders():
         block_lse(x, y, torch.tensor(5.0), ids, impl="fast")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no classes"):
         block_lse(x, y, torch.tensor(5.0), BlockIds("all", None, None, None, None, None))
-
-
-class Ranks:
-    """Threads that take turns: who waits for the others lets them run, so that kernels are interpreted one at a time."""
-
-    def __init__(self, size: int) -> None:
-        self.size, self.turn, self.posted = size, threading.Condition(), {}
-
-    def run(self, work: Callable[["Rank"], Any]) -> list[Any]:
-        """Return what ``work`` returns on every rank."""
-        out: dict[int, Any] = {}
-
-        def one(rank: int) -> None:
-            with self.turn:
-                out[rank] = work(Rank(rank, self))
-
-        threads = [threading.Thread(target=one, args=(rank,), daemon=True) for rank in range(self.size)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(120)
-        assert sorted(out) == list(range(self.size)), "a rank failed"
-        return [out[rank] for rank in range(self.size)]
-
-
-class Rank:
-    """One of them: a :class:`comtip_fast.collectives.Group`."""
-
-    def __init__(self, rank: int, ranks: Ranks) -> None:
-        self.rank, self.size, self._ranks, self._calls = rank, ranks.size, ranks, 0
-
-    def _post(self, value: Any) -> int:
-        self._ranks.posted[self._calls, self.rank] = value
-        self._ranks.turn.notify_all()
-        self._calls += 1
-        return self._calls - 1
-
-    def _fetch(self, call: int, rank: int) -> Any:
-        assert self._ranks.turn.wait_for(lambda: (call, rank) in self._ranks.posted, timeout=60)
-        return self._ranks.posted[call, rank]
-
-    def _all(self, value: torch.Tensor) -> list[torch.Tensor]:
-        call = self._post(value.clone())
-        return [self._fetch(call, rank) for rank in range(self.size)]
-
-    def gather_rows(self, rows: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
-        return torch.cat(self._all(rows))
-
-    def scatter_rows(self, rows: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
-        return sum(part.split(list(counts))[self.rank] for part in self._all(rows))
-
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
-        return sum(self._all(values))
-
-    def max(self, values: torch.Tensor) -> torch.Tensor:
-        return torch.stack(self._all(values)).amax(0)
-
-    def ring_shift(self, send: Sequence[torch.Tensor], receive: Sequence[torch.Tensor]) -> Callable[[], None]:
-        call = self._post([t.clone() for t in send])
-
-        def wait() -> None:
-            for source, target in zip(self._fetch(call, (self.rank - 1) % self.size), receive, strict=True):
-                target.copy_(source)
-
-        return wait
 
 
 class NothingRead(TorchDispatchMode):

@@ -1,0 +1,61 @@
+"""One transfer per batch: tensors are packed into one buffer of pinned host memory, which is copied to the device at once.
+
+A copy from pageable memory makes the host wait until it is done, and each tensor would be a copy of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+ALIGNMENT = 256
+"""Bytes to which every tensor in the buffer is aligned, as in allocations of a GPU."""
+
+
+@dataclass(frozen=True)
+class PackedTensors:
+    """Tensors in one buffer of host memory."""
+
+    buffer: Tensor
+    """uint8 (bytes,)."""
+    layout: dict[str, tuple[int, torch.dtype, tuple[int, ...]]]
+    """Offset in bytes, dtype and shape of each tensor."""
+
+    @classmethod
+    def pack(cls, tensors: Mapping[str, Tensor], device: torch.device) -> PackedTensors:
+        """Copy tensors of the host into one buffer, which is pinned if ``device`` is a GPU.
+
+        Worker processes do not pin: that would initialise CUDA in a fork. :meth:`to` then pins.
+        """
+        layout, size = {}, 0
+        for name, tensor in tensors.items():
+            layout[name] = (size, tensor.dtype, tuple(tensor.shape))
+            size += -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT
+        packed = cls(torch.empty(size, dtype=torch.uint8, pin_memory=can_pin(device)), layout)
+        for name, target in packed.split(packed.buffer).items():
+            target.copy_(tensors[name])
+        return packed
+
+    def to(self, device: torch.device) -> dict[str, Tensor]:
+        """Return the tensors on ``device`` after one copy, for which a GPU's host does not wait."""
+        buffer = self.buffer
+        if can_pin(device) and not buffer.is_pinned():
+            buffer = buffer.pin_memory()
+        return self.split(buffer.to(device, non_blocking=True))
+
+    def split(self, buffer: Tensor) -> dict[str, Tensor]:
+        """Return views of a buffer of this layout, by name."""
+        out = {}
+        for name, (offset, dtype, shape) in self.layout.items():
+            n = torch.Size(shape).numel() * dtype.itemsize
+            out[name] = buffer[offset : offset + n].view(dtype).view(shape)
+        return out
+
+
+def can_pin(device: torch.device) -> bool:
+    """Return whether copies to ``device`` are made from pinned memory, and this process may allocate it."""
+    return device.type == "cuda" and torch.cuda.is_available() and get_worker_info() is None

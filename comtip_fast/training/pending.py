@@ -1,0 +1,63 @@
+"""Steps whose losses are still on the device.
+
+A host that reads a loss waits for its GPU, and the GPU then waits for the host to launch the next step. Losses, gradient norms and
+whether a step was finite therefore stay on the device, one record per step, until a row is logged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from comtip_fast.training.engines.base import Update
+
+
+@dataclass(frozen=True)
+class PendingStep:
+    """One step: what it computed, and where its batch came from."""
+
+    step: int
+    epoch: int
+    position: int
+    """Position of the batch in the epoch."""
+    spots: np.ndarray
+    """Spot indices of the global batch."""
+    rate: float
+    """Learning rate."""
+    shares: dict[str, Tensor]
+    """This rank's shares of the losses, scalars."""
+    numbers: dict[str, Any]
+    """Numbers to log, floats or scalars on the device."""
+    loss: Tensor
+    """Loss of the global batch, a scalar."""
+    update: Update
+
+
+@dataclass(frozen=True)
+class FinishedStep:
+    """A pending step and its scalars in host memory."""
+
+    pending: PendingStep
+    loss: float
+    norm: float
+    good: bool
+
+
+def read_steps(pending: list[PendingStep]) -> list[FinishedStep]:
+    """Read the scalars of all pending steps in one transfer, and empty the list."""
+    if not pending:
+        return []
+    rows = [torch.stack([p.loss, p.update.norm.to(p.loss), p.update.good.to(p.loss)]) for p in pending]
+    values = torch.stack(rows).tolist()
+    out = [FinishedStep(p, loss, norm, bool(good)) for p, (loss, norm, good) in zip(pending, values, strict=True)]
+    pending.clear()
+    return out
+
+
+def as_floats(values: dict[str, Any]) -> dict[str, float]:
+    """Return the values as floats; tensors are read from the device."""
+    return {name: float(value) for name, value in values.items()}
