@@ -130,7 +130,7 @@ def _attention() -> DoctorCheck:
     works = []
     for name in ("triton", "flash", "varlen", "sdpa"):
         with suppress(ValueError):
-            works.append(attention_name(name, device, dtype, 18))  # type: ignore[arg-type]
+            works.append(attention_name(name, device, dtype, 18))
     auto = attention_name("auto", device, dtype, 18)
     return DoctorCheck("Attention", "ok", f"text.attention=auto runs {auto}; {', '.join(works)} can be chosen")
 

@@ -35,7 +35,8 @@ PACKAGES = ("comtip_fast", "comtip_kernels", "comtip_shards")
 class HostReads:
     """Context manager that records host reads and data-dependent shapes.
 
-    Reads inside implementations for CPUs (``cpu.py``, functions named ``*_cpu``) are left out, and so are those inside the functions named by ``allowed``.
+    Reads inside implementations for CPUs (``cpu.py``, functions named ``*_cpu``) are left out, and so are those inside the
+    functions named by ``allowed``.
 
     Parameters
     ----------

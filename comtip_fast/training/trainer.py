@@ -11,6 +11,7 @@ import math
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -266,7 +267,7 @@ class Trainer:
             losses, numbers = self._over_ranks(done) if logged or not done.good else ({}, {})
             if not done.good:
                 self._not_finite(done.pending, losses)
-            spike = diagnostic("the spike detector", lambda d=done: self._spikes.update(d.loss, d.norm), None)
+            spike = diagnostic("the spike detector", partial(self._spikes.update, done.loss, done.norm), None)
             if spike is not None and self._first:
                 self._flag("jump", step, spike)
             if logged:
@@ -275,7 +276,7 @@ class Trainer:
                 data = self.task.metrics()
                 waited = data.pop("loader_wait_s", 0.0)
                 nothing: dict[str, float] = {}
-                rates = diagnostic("the throughput meter", lambda w=waited: self._meter.row(w), nothing)
+                rates = diagnostic("the throughput meter", partial(self._meter.row, waited), nothing)
                 self._log(row | rates | data)
 
     def _next_batch(self) -> np.ndarray:
