@@ -1,7 +1,7 @@
 """Records where a program makes the host wait for a device, on CPU tensors that stand in for those of a GPU.
 
 Reading a value and shapes that depend on data make the host wait. On a CPU they cost nothing, so their calls are recorded by name and
-place.
+position in the code.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ PACKAGES = ("comtip_fast", "comtip_kernels", "comtip_shards")
 class HostReads:
     """Context manager that records host reads and data-dependent shapes.
 
-    Reads inside implementations for CPUs (``cpu.py``, functions named ``*_cpu``) are left out, and so are those
-    inside the functions named by ``allowed``.
+    Reads inside implementations for CPUs (``cpu.py``, functions named ``*_cpu``) are left out, and so are those inside the
+    functions named by ``allowed``.
 
     Parameters
     ----------
@@ -61,17 +61,17 @@ class HostReads:
 
     def record(self, name: str) -> None:
         """Record a read by the innermost frame of this project."""
-        frame, place = sys._getframe(1), None
+        frame, where = sys._getframe(1), None
         while frame is not None:
             code = frame.f_code
             if code.co_name in self.allowed or code.co_name.endswith("_cpu"):
                 return
-            if place is None and any(f"/{package}/" in code.co_filename for package in PACKAGES):
+            if where is None and any(f"/{package}/" in code.co_filename for package in PACKAGES):
                 if code.co_filename.endswith(CPU_PATHS):
                     return
-                place = f"{Path(code.co_filename).name}:{frame.f_lineno}"
+                where = f"{Path(code.co_filename).name}:{frame.f_lineno}"
             frame = frame.f_back  # type: ignore[assignment]
-        self.found.append(f"{name} at {place}")
+        self.found.append(f"{name} at {where}")
 
 
 class _Operators(TorchDispatchMode):

@@ -66,11 +66,11 @@ class Rank:
 
     def scatter_rows(self, rows: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
         """Reduce-scatter."""
-        return sum(part.split(list(counts))[self.rank] for part in self._all(rows))
+        return torch.stack([part.split(list(counts))[self.rank] for part in self._all(rows)]).sum(0)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """All-reduce with the sum."""
-        return sum(self._all(values))
+        return torch.stack(self._all(values)).sum(0)
 
     def max(self, values: torch.Tensor) -> torch.Tensor:
         """All-reduce with the maximum."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,11 @@ class Batch:
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by name."""
         return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Batch:
+        """Return the batch with other tensors for those that it has, such as copies on a device."""
+        changed: dict[str, Any] = {name: tensors[name] for name in self.tensors()}
+        return replace(self, **changed)
 
     def select(self, rows: slice) -> Batch:
         """Return a subset of the spots, with the same panel."""

@@ -57,5 +57,5 @@ class PackedTensors:
 
 
 def can_pin(device: torch.device) -> bool:
-    """Return whether copies to ``device`` are made from pinned memory, and this process may allocate it."""
+    """Return whether copies to ``device`` start from pinned memory, and this process may allocate it."""
     return device.type == "cuda" and torch.cuda.is_available() and get_worker_info() is None

@@ -174,7 +174,7 @@ class StepLosses:
         return parts, numbers
 
     def _tokens(self, batch: Batch) -> float:
-        """Return the number of tokens of the panel's genes, which the host knows unless the batch was made elsewhere."""
+        """Return the number of tokens of the panel's genes, which the host knows unless the batch has no panel in host memory."""
         if batch.panel_host is not None and self.genes.host is not None:
             return float(self.genes.host.length_G[batch.panel_host].sum())
         return float(self.genes.length_G[batch.panel.long()].sum())

@@ -11,8 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -253,8 +252,7 @@ class BaseLoader(ABC):
             return batch
         packed = prepared.packed or PackedTensors.pack(batch.tensors(), self.device)
         arrays = packed.to(self.device)
-        moved: dict[str, Any] = {name: arrays[name] for name in batch.tensors()}
-        batch = replace(batch, **moved)
+        batch = batch.with_tensors(arrays)
         tiles = arrays.get("decoded", prepared.tiles_NSS3)
         if tiles is not None and prepared.view_plan is not None:
             view = {name.removeprefix("view_"): t for name, t in arrays.items() if name.startswith("view_")}

@@ -202,7 +202,7 @@ def init_distributed(
             timeout=timeout,
         )
         # Stop requests are exchanged between hosts, so that no host waits for its GPU to learn of them.
-        hosts = dist.new_group(backend="gloo", timeout=timeout) if gpu else None
+        hosts: Any = dist.new_group(backend="gloo", timeout=timeout) if gpu else None
     try:
         with explain_failures(env.rank, env.size, lambda: "before or after the training steps", timeout_s):
             yield ProcessGroup(hosts if isinstance(hosts, dist.ProcessGroup) else None)
