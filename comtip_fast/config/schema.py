@@ -283,7 +283,8 @@ class TrainConfig:
     patience: CountOrZero = 6
     """Validations without improvement before training stops; 0 disables early stopping."""
     nan_policy: Literal["stop", "skip"] = "stop"
-    """Policy for a non-finite loss or gradient; ``skip`` drops the update, and is counted and logged."""
+    """Policy for a non-finite loss or gradient, which never changes the weights: ``stop`` ends the run, ``skip`` counts and logs
+    it. On a GPU it is read with the next logged row."""
     max_skips: CountOrZero = 10
     """Number of skipped steps after which ``skip`` ends the run too."""
     tensorboard: bool = False
