@@ -384,15 +384,19 @@ class Model:
         )
 
     def _species(self, stated: str, section_id: str) -> str:
-        """Return the species of a section; one that is not known must be the only one that the model was trained on."""
+        """Return the species of a section; if it is not stated, the model must have been trained on one species only."""
         if stated:
             return stated
         trained = sorted({key.split(":")[0] for key in self.trained_genes})
         if len(trained) == 1:
-            log.warning("section %s does not state its species: taken as %s", section_id, trained[0])
+            log.warning(
+                "section %s does not state its species; %s is assumed, because the model was trained on it alone",
+                section_id,
+                trained[0],
+            )
             return trained[0]
         raise SourceError(
-            f"section {section_id}: no species, and the model was trained on {' and '.join(trained)}; set --species"
+            f"section {section_id}: the species is unknown, and the model was trained on {' and '.join(trained)}; set --species"
         )
 
     def _stain(self, opened: SectionTiles) -> StainStats | None:

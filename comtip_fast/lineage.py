@@ -1,8 +1,9 @@
-"""Lineage of a model: the runs whose training data its weights have seen, oldest first.
+"""Lineage of a model: the runs that its weights come from, oldest first.
 
-A run that starts from another model's weights (``train.start_from``) inherits what that model was trained on. Every export
-therefore lists its own run and all ancestors in ``lineage.json``: sections, donors, trained genes, gene vectors, licences,
-attributions and validation scores. Scores on "new" donors and genes, split checks and the model card use the whole list.
+A run that starts from the weights of another model (``train.start_from``) has indirectly been trained on that model's data.
+Every export therefore lists its own run and all ancestors in ``lineage.json``: sections, donors, trained genes, gene vectors,
+licences, attributions and validation scores. Scores on new donors and unseen genes, split checks and the model card use all
+runs.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ FILE = "lineage.json"
 """In an export: all runs, the export's own run last. In a run folder: the ancestors of the run."""
 FORMAT, VERSION = "comtip-lineage", 1
 MAX_BYTES, MAX_RUNS = 1 << 28, 1000
+_FIX = "copy the file again, or write the export again with `comtip export`"
 LEARNING = ("train", "val")
 """Splits that influence the weights: val selects the step."""
 USE_ORDER = ("train", "val", "test", "")
@@ -62,11 +64,11 @@ class LineageSection:
     spots: Annotated[str, Field(max_length=1 << 12), AfterValidator(_check_spots)] = ""
     """Sketch of the spots' counts, which identifies the section under another id; empty in exports without lineage."""
     picture: Annotated[str, Field(max_length=1 << 8), AfterValidator(_check_picture)] = ""
-    """The same for the image."""
+    """Sketch of the image, for the same purpose."""
 
     @classmethod
     def of(cls, section: ManifestSection) -> LineageSection:
-        """Take over a section of a manifest."""
+        """Return the entry of a section of a manifest."""
         own = {f: getattr(section, f) for f in cls.__dataclass_fields__ if f not in ("spots", "picture")}
         return cls(**own, **section.source.get("print", {}))
 
@@ -155,10 +157,10 @@ class Lineage:
     # -- sections and donors ----------------------------------------------------------------------------------
 
     def uses(self, sections: Sequence[LineageSection]) -> list[list[SectionUse]]:
-        """Return by which runs, and as which split, each section was used; in the order of runs.
+        """Return the uses of each section, a run and a split each, in the order of runs.
 
-        A section is the same if dataset and id are equal, or if counts or images are equal under another id. Sections of
-        exports without lineage have no fingerprint; they are compared by id alone.
+        Two sections are the same if their datasets and ids are equal, or if their counts or images are equal. Sections of
+        exports without lineage have no fingerprint and are compared by id alone.
         """
         known = [(label, s) for label, run in zip(self.labels(), self.runs, strict=True) for s in run.sections]
         same = _duplicates(sections, [s for _, s in known])
@@ -176,7 +178,7 @@ class Lineage:
         ]
 
     def merged_sections(self) -> list[LineageSection]:
-        """Return every section once, with its strongest use over all runs (train, then val, then test)."""
+        """Return the distinct sections of all runs. Split is the first of train, val and test that a run used the section as."""
         merged: list[LineageSection] = []
         for run in self.runs:
             same = _duplicates(run.sections, merged)
@@ -194,7 +196,7 @@ class Lineage:
     # -- genes ------------------------------------------------------------------------------------------------
 
     def genes_of_ancestors(self) -> set[str]:
-        """Return the upper-case symbols of the genes that an ancestor trained; orthologues share the text of a gene."""
+        """Return the upper-case symbols of genes that an ancestor trained on; orthologues have the same symbol and text."""
         return {symbol_of(key) for run in self.ancestors for key in run.trained_genes}
 
     # -- licences ---------------------------------------------------------------------------------------------
@@ -229,22 +231,22 @@ class Lineage:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
         if len(raw) > MAX_BYTES:
-            raise ValueError(f"{path}: larger than {MAX_BYTES >> 20} MiB; copy or export it again")
+            raise ValueError(f"{path}: larger than the limit of {MAX_BYTES >> 20} MiB; {_FIX}")
         try:
             found = json.loads(raw)
             version = (found.get("format"), found.get("version"))
             if version != (FORMAT, VERSION):
                 raise ValueError(
                     f"{path}: format {version[0]!r} version {version[1]!r}, expected {FORMAT!r} version {VERSION}; "
-                    "use the release that wrote it"
+                    "read it with the release that wrote it"
                 )
             return _LINEAGE.validate_json(json.dumps(found.get("lineage")))
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
-            raise ValueError(f"{path}: {where or 'lineage'}: {first['msg']}; copy or export it again") from error
+            raise ValueError(f"{path}: {where or 'lineage'}: {first['msg']}; {_FIX}") from error
         except (AttributeError, RecursionError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: not a valid lineage ({error}); copy or export it again") from error
+            raise ValueError(f"{path}: not a valid lineage ({error}); {_FIX}") from error
 
 
 _LINEAGE = TypeAdapter(Lineage)

@@ -88,7 +88,7 @@ def _is_slide(path: Path) -> bool:
 
 
 def _source_format(folder: Path) -> str:
-    """Return the format of a folder of sections; empty if it is none."""
+    """Return the format of a folder of sections; empty for other folders."""
     from comtip_shards import SourceError
     from comtip_shards.sources import detect
 
@@ -124,9 +124,7 @@ def _predict_folder(args: argparse.Namespace, folder: Path) -> int:
     if not args.out.parent.is_dir():
         raise FileNotFoundError(f"--out {args.out}: the folder {args.out.parent} does not exist; create it first")
     if args.out.exists() and not args.out.is_dir():
-        raise NotADirectoryError(
-            f"--out {args.out}: {folder} is a folder of slides, so --out is a folder, too; give another"
-        )
+        raise NotADirectoryError(f"--out {args.out}: is a file, but {folder} is a folder of slides; give a folder")
     stems = [p.stem for p in slides]
     names = [p.name if stems.count(p.stem) > 1 else p.stem for p in slides]
     args.out.mkdir(exist_ok=True)

@@ -1,6 +1,6 @@
-"""One transfer per batch: tensors are packed into one buffer of pinned host memory, which is copied to the device at once.
+"""One upload per batch: tensors are packed into one buffer of pinned host memory, which is copied to the device at once.
 
-A copy from pageable memory makes the host wait until it is done, and each tensor would be a copy of its own.
+A copy from pageable memory blocks the host, and without packing there would be one copy per tensor.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class PackedTensors:
 
     @classmethod
     def pack(cls, tensors: Mapping[str, Tensor], device: torch.device) -> PackedTensors:
-        """Copy tensors of the host into one buffer, which is pinned if ``device`` is a GPU.
+        """Copy tensors on the host into one buffer, which is pinned if ``device`` is a GPU.
 
-        Worker processes do not pin: that would initialise CUDA in a fork. :meth:`to` then pins.
+        Worker processes do not pin memory, because that would initialise CUDA in a fork; :meth:`to` pins it instead.
         """
         layout, size = {}, 0
         for name, tensor in tensors.items():
@@ -41,7 +41,7 @@ class PackedTensors:
         return packed
 
     def to(self, device: torch.device) -> dict[str, Tensor]:
-        """Return the tensors on ``device`` after one copy, for which a GPU's host does not wait."""
+        """Copy the buffer to ``device`` in one asynchronous copy, and return the tensors."""
         buffer = self.buffer
         if can_pin(device) and not buffer.is_pinned():
             buffer = buffer.pin_memory()

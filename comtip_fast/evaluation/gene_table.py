@@ -1,4 +1,4 @@
-"""Scores per gene (``genes.csv``), and the gene list that an evaluation is restricted to."""
+"""Scores per gene (``genes.csv``), and the list of genes to score (``--genes``)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ COLUMNS = (
 
 @dataclass
 class ScoredGenes:
-    """The genes that are scored in a section; ``hvg``, ``panel`` and ``unseen`` are indices into ``keys``."""
+    """Genes to score in a section; ``hvg``, ``panel`` and ``unseen`` are indices into ``keys``."""
 
     keys: list[str]
     hvg: np.ndarray
@@ -47,7 +47,7 @@ class ScoredGenes:
     unseen: np.ndarray
     """By decreasing variance."""
     hvg_from: str
-    """Where the most variable genes were chosen."""
+    """Data on which the most variable genes were chosen, for the report."""
     not_measured: list[str]
     """Listed genes that the section did not measure."""
 
@@ -131,12 +131,12 @@ def benjamini_hochberg(p_G: np.ndarray) -> np.ndarray:
 
 
 def write_genes(table: pd.DataFrame, path: Path) -> None:
-    """Write ``genes.csv`` with six significant digits; undefined numbers are empty."""
+    """Write ``genes.csv`` with six significant digits; undefined values are left empty."""
     write_atomic(path, table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
 
 
 def resolve_list(genes: Sequence[str], shards: ShardSet, number: int) -> tuple[list[str], list[str]]:
-    """Return the keys of the listed genes that a section measured, in the order of the list, and the others' identifiers.
+    """Return (keys of the listed genes that a section measured, identifiers of the others), in the order of the list.
 
     Parameters
     ----------
@@ -158,7 +158,7 @@ def resolve_list(genes: Sequence[str], shards: ShardSet, number: int) -> tuple[l
     hits = {g: GeneResource.load().resolve(g, section.species) for g in genes}
     if len(hits) < len(genes):
         twice = [g for i, g in enumerate(genes) if g in genes[:i]]
-        raise ValueError(f"{where}: {twice[0]} is listed twice; name each gene once")
+        raise ValueError(f"{where}: {twice[0]} is listed more than once; name each gene once")
     present = {g.key for g in shards.genes}
     unknown = [g for g, hit in hits.items() if hit.how == "unmapped" and hit.key not in present]
     if unknown:

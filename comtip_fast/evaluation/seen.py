@@ -1,4 +1,4 @@
-"""What a model has seen: sections, donors and genes, over its own run and all runs that it started from."""
+"""Sections, donors and genes that a model has seen, in its own run or in a run that it started from."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ VECTOR_SEEN = "name and gene vector"
 
 
 def choose_sections(predictor: Predictor, shards: ShardSet, section_ids: Sequence[str] | None) -> list[int]:
-    """Return section numbers: the given ones, otherwise split ``test``, otherwise all that training did not use.
+    """Return the numbers of the sections to score.
 
-    Without ``section_ids``, sections that influenced the weights of the model or of a parent are left out with a warning.
+    These are the sections ``section_ids``. Without them: the sections of split ``test``, or all sections of a set without
+    that split. Sections that influenced the weights of the model or of a parent are then left out with a warning.
 
     Raises
     ------
     ValueError
-        A section is unknown, or training used all sections.
+        A section is unknown, or training used all candidates.
     """
     if section_ids is not None:
         return [shards.section_number(s) for s in section_ids]
@@ -46,19 +47,19 @@ def choose_sections(predictor: Predictor, shards: ShardSet, section_ids: Sequenc
     ]
     if not rest:
         raise ValueError(
-            f"{shards.path}: training used every section: {'; '.join(left_out)}; name those to score with --sections, and "
-            "their scores are labelled as seen in training"
+            f"{shards.path}: no section is left to score, because training used {'; '.join(left_out)}; name sections with "
+            "--sections to score them anyway, labelled as seen in training"
         )
     if left_out:
         log.warning(
-            "not scored, because training used them: %s; name them with --sections to score them as seen in training",
+            "not scored, because training used them: %s; name them with --sections to score them, labelled as seen in training",
             "; ".join(left_out),
         )
     return rest
 
 
 def section_facts(predictor: Predictor, shards: ShardSet, number: int) -> dict[str, Any]:
-    """Return what ``metrics.json`` records of how a section and its donor were used, with the labels of the runs."""
+    """Return the entries of ``metrics.json`` that state which runs used a section and its donor."""
     meta = shards.manifest.sections[number]
     lineage = predictor.lineage
     (uses,) = lineage.uses([LineageSection.of(meta)])
@@ -84,7 +85,7 @@ def gene_seen(predictor: Predictor, key: str) -> str:
 
 
 def lineage_facts(predictor: Predictor) -> dict[str, Any]:
-    """Return what ``metrics.json`` records of the runs behind the model."""
+    """Return the entries of ``metrics.json`` on all runs of the lineage."""
     lineage = predictor.lineage
     return {
         "runs": [

@@ -8,10 +8,10 @@ h(g, q) is the sentence vector and log_prior the log frequency of the gene's lev
 trained are predicted in the same way, with the frequencies and values of the global row of the level table.
 
 If the export has a linear readout (:mod:`comtip_fast.models.readout`), the prediction of a trained gene is a mixture of this
-expected value and of the readout. With gene vectors, the readout also predicts genes that were not trained.
+expected value and the prediction of the readout. With gene vectors, the readout also predicts genes that were not trained.
 
-Tiles, spots and genes are processed in chunks, so that memory does not grow with the section beyond its features and the
-answer; :mod:`comtip_fast.inference.section` keeps the features in a file.
+Tiles, spots and genes are processed in chunks, so that only the features and the output grow with the section;
+:mod:`comtip_fast.inference.section` keeps large features in a temporary file.
 """
 
 from comtip_fast.inference.levels import GeneQuery, expected_values, predict_trained

@@ -45,7 +45,7 @@ class ImageFeatures:
 
 @dataclass
 class EncodedTiles:
-    """Features of some tiles, without their neighbours."""
+    """Features of a chunk of tiles, before neighbours are averaged."""
 
     vector_nD: np.ndarray
     pooled_nd: np.ndarray
@@ -54,7 +54,7 @@ class EncodedTiles:
 
 
 def _vectors_of(bundle: Bundle, given: GeneVectors | None) -> tuple[GeneVectors | None, GeneVectors | None]:
-    """Return the vectors that the gene encoder reads, and those that the linear readout decodes unseen genes with."""
+    """Return (vectors for the gene encoder, vectors with which the linear readout predicts unseen genes)."""
     own = bundle.vectors
     further = None if own is None or given is None else own.extended_by(given)
     if given is not None and further is None and bundle.readout is None:
@@ -83,13 +83,13 @@ class Predictor:
     device
         Device of the model.
     vectors
-        Gene vectors, with which genes that were not trained are predicted. For a model that was trained with gene vectors,
-        which its export holds, they add genes.
+        Gene vectors, which allow the readout to predict genes that were not trained. If the export holds gene vectors of
+        its own, these add genes to them.
 
     Raises
     ------
     ValueError
-        Gene vectors were given, but the model can't use them. Or the model was trained with another tokenizer.
+        The model cannot use the given gene vectors, or was trained with another tokenizer.
     """
 
     def __init__(self, bundle: Bundle, device: str | torch.device = "cpu", vectors: GeneVectors | None = None) -> None:
@@ -98,8 +98,10 @@ class Predictor:
         self.config, self.model = bundle.config, bundle.model.to(self.device).eval()
         self.tokenizer = GeneTokenizer.load()
         if self.tokenizer.sha256 != bundle.tokenizer_sha256:
+            version = bundle.lineage.own.comtip_fast
             raise ValueError(
-                "the model was trained with another tokenizer; install the comtip-fast version that wrote the export"
+                f"the export was written with another gene tokenizer (SHA-256 {bundle.tokenizer_sha256[:12]}) than that of this "
+                f"comtip-fast ({self.tokenizer.sha256[:12]}); install comtip-fast {version or 'in the version that wrote it'}"
             )
         self.trained_genes = [g.key for g in bundle.genes if g.trained]
         self.lineage = bundle.lineage
@@ -276,7 +278,7 @@ class Predictor:
     def _smoothed_levels(
         self, features: ImageFeatures, genes: Sequence[GeneQuery], chunk: int
     ) -> dict[str, np.ndarray]:
-        """Predict from level sentences with vectors averaged over views, and average half and half with the neighbours."""
+        """Predict from level sentences with vectors averaged over views; half of the result is the mean of the neighbours."""
         assert self.bundle.readout is not None
         values = self.predict_levels(self.averaged_views(features), genes, chunk)
         if features.xy_N2 is None or not self.bundle.readout.settings.context:
@@ -292,7 +294,10 @@ class Predictor:
             The features were computed without a linear readout.
         """
         if self.bundle.readout is None or features.readout_NF is None:
-            raise ValueError("the features have one view; compute them with a model that has a linear readout")
+            raise ValueError(
+                "readout_NF is missing, so views cannot be averaged; call image_features with readout=True on a model with a "
+                "linear readout"
+            )
         return ImageFeatures(self.view_vectors(features.readout_NF), features.pooled_Nd)
 
     def view_vectors(self, views_NF: np.ndarray) -> np.ndarray:

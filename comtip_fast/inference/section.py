@@ -37,7 +37,7 @@ class FeatureStore(Protocol):
 
 
 class SpooledFeatures:
-    """Features in memory, or in a temporary file if they are large; a context manager.
+    """Features in memory, or in a temporary file beyond ``in_memory`` bytes; a context manager.
 
     Parameters
     ----------
@@ -114,7 +114,7 @@ class _GeneChunk:
 
 @dataclass
 class _Whole:
-    """What a block needs to know of the complete section."""
+    """State of the complete section that all blocks share."""
 
     store: FeatureStore
     neighbours: Neighbours | None
@@ -140,7 +140,7 @@ class _Around:
 
 
 class SectionPrediction:
-    """Predicts genes of one section from stored features; encodes the sentences of the genes once.
+    """Prediction of genes of one section from stored features. The sentences of the genes are encoded once.
 
     Parameters
     ----------
@@ -273,7 +273,7 @@ def predict_section(
     genes: Sequence[GeneQuery],
     cohort: str | None = None,
 ) -> dict[str, np.ndarray]:
-    """Predict expression of one section; memory grows with the answer and the positions only.
+    """Predict expression of one section; only the output and the positions grow with the section in memory.
 
     Parameters
     ----------

@@ -18,7 +18,7 @@ STATISTIC = 4
 
 @dataclass(frozen=True)
 class Cost:
-    """One operation, forward and backward."""
+    """Cost of one operation in the forward and the backward pass."""
 
     name: str
     flops: float = 0.0

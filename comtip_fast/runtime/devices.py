@@ -9,10 +9,9 @@ import torch
 
 
 def reads_are_free(device: torch.device) -> bool:
-    """Return whether the host can read a tensor of ``device`` without waiting: it shares its memory, or is a CPU.
+    """Return whether the host reads tensors of ``device`` without waiting for it, which is true for the CPU only.
 
-    Where it must wait, a step reads nothing: shapes do not depend on data, and losses stay on the device until a row is
-    logged.
+    On other devices a step reads nothing: shapes do not depend on data, and losses stay on the device until a row is logged.
     """
     return device.type == "cpu"
 

@@ -1,4 +1,4 @@
-"""Prediction of slides without spots: find tissue, lay a grid of tiles, predict in resumable pieces, write and draw."""
+"""Prediction of slides without spots: tissue mask, grid of tiles, resumable pieces, output and drawings."""
 
 from comtip_fast.slide_prediction.grid import GridOptions
 from comtip_fast.slide_prediction.run import SlideRequest, predict_slide

@@ -20,16 +20,16 @@ from matplotlib.figure import Figure
 from comtip_fast.constants import UNS
 
 ROWS = 4096
-"""Rows of a matrix that are read at once."""
+"""Number of rows per read."""
 QUANTILES = (0.01, 0.99)
-"""Range of the colours."""
+"""Quantiles at the ends of the colour map."""
 OPACITY = 0.6
 MAX_MEASUREMENTS = 50
 """Maximum number of genes in a GeoJSON file for which the genes need not be named."""
 
 
 class Answer:
-    """A finished prediction on disk, read a few rows and columns at a time."""
+    """A finished prediction on disk, of which rows and columns are read in blocks."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -54,7 +54,7 @@ class Answer:
         index = {gene: i for i, gene in enumerate(self.genes)}
         missing = [g for g in genes if g not in index]
         if missing:
-            raise ValueError(f"{self.path}: {', '.join(missing[:5])} was not predicted; add it to --genes")
+            raise ValueError(f"{self.path}: not predicted: {', '.join(missing[:5])}; add to --genes")
         return [index[g] for g in genes]
 
     def rows(self, columns: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
@@ -141,8 +141,8 @@ def write_geojson(answer: Answer, genes: Sequence[str] | None, path: Path) -> in
     """
     if genes is None and len(answer.genes) > MAX_MEASUREMENTS:
         raise ValueError(
-            f"{answer.path}: {len(answer.genes)} genes are too many measurements for QuPath; name some, e.g. "
-            f"--geojson {' '.join(answer.genes[:2])}"
+            f"{answer.path}: has {len(answer.genes)} genes, but --geojson without names writes at most {MAX_MEASUREMENTS}; name "
+            f"the genes to write, e.g. --geojson {' '.join(answer.genes[:2])}"
         )
     named = list(answer.genes if genes is None else genes)
     columns, half = answer.columns(named), answer.tile_px / 2

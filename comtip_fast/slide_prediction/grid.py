@@ -13,12 +13,12 @@ MAX_TILES = 20_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class GridOptions:
-    """Positions at which a slide is predicted."""
+    """Lattice of tiles on a slide, and the share of tissue that a tile needs."""
 
     shape: Literal["square", "hexagonal"] = "square"
     """Lattice of the tiles."""
     step_um: float | None = None
-    """Distance of tiles in um; None is the width of a tile."""
+    """Distance between tile centres in um; None is the width of a tile."""
     min_tissue: float = 0.2
     """Smallest share of tissue in a tile; 0 predicts the complete image."""
 
@@ -46,7 +46,7 @@ class TileGrid:
 def tissue_grid(
     mask_HW: np.ndarray, size: tuple[int, int], mpp: float, tile_um: float, options: GridOptions
 ) -> TileGrid:
-    """Return the tiles of a lattice that show enough tissue.
+    """Return the tiles of a lattice with at least ``options.min_tissue`` tissue.
 
     Parameters
     ----------
@@ -70,7 +70,7 @@ def tissue_grid(
     hexagonal = options.shape == "hexagonal"
     row_step = step * (math.sqrt(3) / 2 if hexagonal else 1.0)
     if size[0] * size[1] / (step * row_step) > MAX_TILES:
-        raise ValueError(f"steps of {step * mpp:g} um give more than {MAX_TILES:,} tiles; choose a larger --step-um")
+        raise ValueError(f"--step-um {step * mpp:g} gives more than {MAX_TILES:,} tiles; choose a larger step")
     height, width = mask_HW.shape
     total = np.zeros((height + 1, width + 1))
     total[1:, 1:] = mask_HW.cumsum(0, dtype=np.float64).cumsum(1)

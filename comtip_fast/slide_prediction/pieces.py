@@ -1,4 +1,4 @@
-"""Pieces of an unfinished prediction on disk, from which a killed process continues."""
+"""Pieces of an unfinished prediction on disk, from which the next process resumes."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from comtip_shards.storage.atomic import write_atomic
 
 PLAN = "plan.json"
 CACHED_BYTES = 64 << 20
-"""Pieces of features that are kept in memory while they are read."""
+"""Size of the cache of pieces of features."""
 
 
 def digest(plan: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of a plan that JSON can represent."""
+    """Return the SHA-256 of a JSON-serialisable plan."""
     return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
 
 
 class Pieces:
-    """Folder of pieces next to an output; a context manager that locks it.
+    """Folder of pieces next to an output. As a context manager, it holds a lock on the folder.
 
     Parameters
     ----------
@@ -40,7 +40,7 @@ class Pieces:
     Raises
     ------
     FileExistsError
-        Another process works on the same output, or the folder holds other files.
+        Another process holds the lock, or the folder contains other files.
     """
 
     def __init__(self, out: Path, plan: Mapping[str, Any]) -> None:
@@ -56,7 +56,7 @@ class Pieces:
         except BlockingIOError:
             os.close(self._lock)
             raise FileExistsError(
-                f"{self.folder}: another process predicts this slide; wait for it, or give another --out"
+                f"{self.folder}: in use by another process that predicts this slide; wait for it, or give another --out"
             ) from None
         except OSError:
             pass  # a file system without locks
@@ -74,7 +74,9 @@ class Pieces:
     def _clear(self, *, known: bool) -> None:
         others = [p for p in self.folder.iterdir() if p.name != PLAN and not p.name.startswith(".")]
         if others and not known:
-            raise FileExistsError(f"{self.folder}: holds files that are no pieces of a prediction; move it away")
+            raise FileExistsError(
+                f"{self.folder}: contains files that do not belong to a prediction; move or delete the folder"
+            )
         for path in self.folder.iterdir():
             path.unlink()
         self.discarded = bool(others)
@@ -95,12 +97,12 @@ class Pieces:
         return values
 
     def remove(self) -> None:
-        """Delete all pieces; the output is complete."""
+        """Delete the folder, once the output is complete."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class PieceFeatures:
-    """Features of all tiles, read from pieces of ``size`` tiles; the last ones are cached."""
+    """Features of all tiles, read from pieces of ``size`` tiles each; recently used pieces are cached."""
 
     def __init__(self, pieces: Pieces, size: int, width: int) -> None:
         self._pieces, self._size, self._width = pieces, size, width

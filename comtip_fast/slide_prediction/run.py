@@ -1,4 +1,4 @@
-"""Prediction of one slide: encode tiles in pieces, predict in pieces, join them to one AnnData file."""
+"""Prediction of one slide: encode and predict tiles in pieces, and join the pieces in one AnnData file."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ log = logging.getLogger("comtip_fast")
 MASK_PX = 2048
 """Maximum side of the overview in which tissue is found."""
 PIECE_TILES = 256
-"""Tiles whose features are one piece; a killed process loses at most one."""
+"""Number of tiles per piece of features; a killed process loses at most one piece."""
 PIECE_BYTES = 64 << 20
 """Approximate size of a piece of predictions."""
 STAIN_TILES = 512
@@ -52,14 +52,14 @@ FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True)
 class SlideRequest:
-    """What to predict on a slide."""
+    """Genes, scale and grid of a prediction."""
 
     queries: list[GeneQuery]
     """The G genes."""
     var: pd.DataFrame
-    """Their annotation, ``var`` of the answer."""
+    """Their annotation, ``var`` of the output."""
     provenance: dict[str, str]
-    """Record of the model and of stated facts, ``uns["comtip"]`` of the answer."""
+    """Record of the model and of stated facts, ``uns["comtip"]`` of the output."""
     mpp: float | None = None
     """um per px; None uses the scale of the file."""
     grid: GridOptions = field(default_factory=GridOptions)
@@ -86,7 +86,8 @@ class _Layout:
 def predict_slide(predictor: Predictor, path: Path, out: Path, request: SlideRequest) -> bool:
     """Predict genes on the tissue of a slide and write an AnnData file.
 
-    A killed process continues from its pieces in ``.NAME.parts`` next to ``out``, and the result has the same bytes.
+    After an interruption, the next call resumes from the pieces in ``.NAME.parts`` next to ``out``; the file has the same bytes
+    as without an interruption.
 
     Parameters
     ----------
@@ -101,7 +102,7 @@ def predict_slide(predictor: Predictor, path: Path, out: Path, request: SlideReq
 
     Returns
     -------
-    Whether the slide was predicted; False if ``out`` already is the answer.
+    Whether the slide was predicted; False if ``out`` already holds this prediction.
 
     Raises
     ------
@@ -114,11 +115,11 @@ def predict_slide(predictor: Predictor, path: Path, out: Path, request: SlideReq
         plan = _plan(predictor, path, slide, request)
         with Pieces(out, plan) as pieces:
             if stored_plan(out) == pieces.plan:
-                log.info("%s is complete already", out)
+                log.info("%s: already complete; not predicted again", out)
                 pieces.remove()
                 return False
             if pieces.discarded:
-                log.warning("%s: the pieces in %s are of other settings and start anew", out, pieces.folder)
+                log.warning("%s: deleted the pieces in %s, which were computed with other settings", out, pieces.folder)
             layout = _layout(slide, path, predictor, request)
             prediction = SectionPrediction(predictor, request.queries)
             _encode(layout, prediction, pieces, request.progress)
@@ -129,7 +130,7 @@ def predict_slide(predictor: Predictor, path: Path, out: Path, request: SlideReq
 
 
 def stored_plan(out: Path) -> str:
-    """Return the hash of the plan of a complete answer; empty if ``out`` is none."""
+    """Return the hash of the plan that ``out`` was computed from; empty if ``out`` is not a complete prediction."""
     try:
         with h5py.File(out, "r") as file:
             value = file[f"uns/{UNS}/plan"][()]
@@ -139,7 +140,7 @@ def stored_plan(out: Path) -> str:
 
 
 def _plan(predictor: Predictor, path: Path, slide: Slide, request: SlideRequest) -> dict[str, Any]:
-    """Return everything that the answer depends on."""
+    """Return everything that the output depends on."""
     with path.open("rb") as file:
         ends = hashlib.sha256(file.read(1 << 20))
         size = file.seek(0, os.SEEK_END)
@@ -163,7 +164,7 @@ def _plan(predictor: Predictor, path: Path, slide: Slide, request: SlideRequest)
 def _scale(slide: Slide, path: Path, stated: float | None, *, quiet: bool = False) -> float:
     mpp = slide.mpp if stated is None else stated
     if mpp is None:
-        raise SourceError(f"{path}: the file states no scale; set --mpp to its um per px")
+        raise SourceError(f"{path}: the file states no resolution; set --mpp to its um per px")
     if not MPP_RANGE[0] <= mpp <= MPP_RANGE[1]:
         raise SourceError(
             f"{path}: {mpp:g} um per px is not plausible ({MPP_RANGE[0]:g} to {MPP_RANGE[1]:g}); set --mpp"
@@ -177,7 +178,14 @@ def _layout(slide: Slide, path: Path, predictor: Predictor, request: SlideReques
     mpp = _scale(slide, path, request.mpp)
     tile = TileGeometry(predictor.tile_px, predictor.tile_um, predictor.min_mpp)
     if tile.um / mpp < tile.px / 4 and mpp > tile.min_mpp:
-        log.warning("%s: a tile of %g um has only %.0f px at %g um per px", path, tile.um, tile.um / mpp, mpp)
+        log.warning(
+            "%s: at %g um per px a tile of %g um has only %.0f px and is enlarged to %d; check --mpp, or use a finer image",
+            path,
+            mpp,
+            tile.um,
+            tile.um / mpp,
+            tile.px,
+        )
     picture, factor = slide.overview(MASK_PX)
     mask = tissue_mask(picture, mpp * factor) if request.grid.min_tissue > 0 else np.ones(picture.shape[:2], bool)
     grid = tissue_grid(mask, slide.size, mpp, tile.um, request.grid)
@@ -188,7 +196,11 @@ def _layout(slide: Slide, path: Path, predictor: Predictor, request: SlideReques
         )
     is_he, reason = looks_like_he(picture[mask][:, None])
     if not is_he:
-        log.warning("%s: may not be H&E, for which the model was trained: %s", path, reason)
+        log.warning(
+            "%s: the image may not be H&E (%s); the model was trained on H&E only, so check the prediction",
+            path,
+            reason,
+        )
     log.info("%s: %d tiles of %g um on tissue (%.1f%% of the image)", path, len(grid.xy_N2), tile.um, 100 * mask.mean())
     return _Layout(slide, path.stem, mpp, grid, _shrunk(picture), tile)
 
@@ -201,7 +213,7 @@ def _shrunk(picture_HW3: np.ndarray) -> np.ndarray:
 
 
 def _encode(layout: _Layout, prediction: SectionPrediction, pieces: Pieces, show: bool) -> None:
-    """Write the features of all tiles that are not written yet."""
+    """Write the missing pieces of features."""
     n = len(layout.grid.xy_N2)
     starts = range(0, n, PIECE_TILES)
     todo = [i for i in range(len(starts)) if not pieces.has(feature_name(i))]
@@ -226,7 +238,7 @@ def _stain(layout: _Layout) -> StainStats:
 
 
 def _predict(layout: _Layout, prediction: SectionPrediction, pieces: Pieces, show: bool) -> int:
-    """Write the predictions of all tiles that are not written yet; return the number of tiles in a piece."""
+    """Write the missing pieces of predictions; return the number of tiles per piece."""
     n = len(layout.grid.xy_N2)
     size = min(prediction.block_spots, max(64, PIECE_BYTES // (8 * max(prediction.n_genes, 1))))
     starts = range(0, n, size)
@@ -247,7 +259,7 @@ def _predict(layout: _Layout, prediction: SectionPrediction, pieces: Pieces, sho
 
 
 def _join(layout: _Layout, request: SlideRequest, pieces: Pieces, out: Path, size: int) -> None:
-    """Write the answer from the pieces, which need not fit in memory."""
+    """Write the output from the pieces, one piece at a time."""
     grid, n = layout.grid, len(layout.grid.xy_N2)
     obs = pd.DataFrame(
         {
@@ -287,7 +299,7 @@ class _Progress:
         self._bar = tqdm(total=total, initial=done, desc=what, disable=None if show else True, unit="tile")
         self._start = self._last = time.monotonic()
         if done:
-            log.info("%s: continuing, %d of %d are done", what, done, total)
+            log.info("%s: resuming, %d of %d are complete", what, done, total)
 
     def update(self, n: int) -> None:
         """Count finished tiles."""

@@ -1,4 +1,4 @@
-"""Tiles in memory, as other toolboxes cut them, brought to a model's size."""
+"""Crop and resize tiles that were cut by other software to the size of a model's tiles."""
 
 from __future__ import annotations
 

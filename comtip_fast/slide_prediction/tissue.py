@@ -1,8 +1,8 @@
 """Tissue mask of a slide's overview.
 
-Tissue is what differs in optical density from glass, and differs between channels. Glass is measured in the image: the
-brightest areas that are colourless and smooth. An image without such areas is full of tissue, however dark it is, because
-a threshold between two classes is meaningless where there is only one.
+A pixel is tissue if its optical density differs from that of glass, and differs between channels. Glass is measured in the
+image: the brightest areas that are colourless and smooth. An image without such areas has no second class that a threshold
+could separate; it is compared with the glass of a typical scan, at the lowest threshold, so that dark scans count as tissue.
 """
 
 from __future__ import annotations

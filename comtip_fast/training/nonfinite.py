@@ -17,7 +17,7 @@ NONFINITE = "nonfinite.jsonl"
 def report_nonfinite(
     path: Path, step: int, epoch: int, position: int, spots: np.ndarray, parts: dict[str, float], gradients: list[str]
 ) -> None:
-    """Append a row to ``nonfinite.jsonl``; an error only warns, so that a full disk does not hide the one in the loss.
+    """Append a row to ``nonfinite.jsonl``. A failed write is logged as a warning, so that it does not hide the non-finite loss.
 
     Parameters
     ----------
@@ -44,7 +44,7 @@ def report_nonfinite(
 
 
 def nonfinite_message(path: Path, step: int, spots: np.ndarray, parts: dict[str, float], gradients: list[str]) -> str:
-    """Return which loss part is not finite, with which parameters and spots."""
+    """Return an error message that names the non-finite loss part, the parameters and the spots."""
     bad = [k for k, v in parts.items() if not math.isfinite(v)]
     what = f"loss part {', '.join(k for k in bad if k != 'loss') or 'loss'}" if bad else "the gradient"
     first = f" (gradients of {len(gradients)} parameters, first {gradients[0]})" if gradients else ""

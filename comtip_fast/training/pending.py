@@ -1,7 +1,7 @@
 """Steps whose losses are still on the device.
 
-A host that reads a loss waits for its GPU, and the GPU then waits for the host to launch the next step. Losses, gradient norms and
-whether a step was finite therefore stay on the device, one record per step, until a row is logged.
+Reading a loss makes the host wait for the GPU, and the GPU is then idle until the host launches the next step. Losses, gradient
+norms and finiteness therefore stay on the device, one record per step, until a row is logged.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from comtip_fast.training.engines.base import Update
 
 @dataclass(frozen=True)
 class PendingStep:
-    """One step: what it computed, and where its batch came from."""
+    """One training step: its batch, and results that are still on the device."""
 
     step: int
     epoch: int

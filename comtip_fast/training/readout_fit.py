@@ -82,10 +82,10 @@ class ReadoutGrid:
 
 
 def mixture(blocks: Sequence[str], n_donors: int, min_donors: int) -> dict[str, float]:
-    """Return the weights of the blocks and of the prediction from level sentences.
+    """Return the weights of the heads, by block of features, and of the prediction from level sentences (``levels``).
 
-    z was trained on the expression of the same spots, so a head on z overfits them. ``min_donors`` can require that several
-    donors were trained before it gets a weight; without frozen features it always has one.
+    All weights are equal, except that the head on z (``vector``) has weight 0 with fewer than ``min_donors`` training donors: z
+    was trained on the expression of the same spots, so this head overfits. If z is the only block, it always has a weight.
     """
     used = [b for b in blocks if b != "vector" or n_donors >= min_donors or len(blocks) == 1]
     weight = 1 / (len(used) + 1)
@@ -116,7 +116,8 @@ def fit_cohort(
     """Fit the heads of one cohort on its training sections.
 
     The ridge penalty and the number of programmes are those with the highest mean PCC on the validation sections. Without
-    any, training sections are left out in turn; with a single training section, the candidates in the middle are used.
+    validation sections, they are chosen by leave-one-section-out on the training sections; with a single training section,
+    the middle candidates are used.
 
     Parameters
     ----------

@@ -78,7 +78,7 @@ def level_cross_entropy(spots: float, genes: float, levels: float, width: float,
 
 
 def crowding(columns: int) -> int:
-    """Return by how much a program's output is narrower because its tile of scores has ``columns`` columns."""
+    """Return the divisor of a program's output width: 1 for a score tile of up to 64 columns, ``columns // 64`` beyond."""
     return max(1, columns // 64)
 
 

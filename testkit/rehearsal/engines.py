@@ -1,7 +1,7 @@
-"""Stand-ins for DDP and DeepSpeed: the order of calls is theirs, their own operators are left out by name.
+"""Stand-ins for DDP and DeepSpeed: the same order of calls, without the operators of the engines.
 
-DDP's reducer and DeepSpeed's partitioned optimizers are C++ and Python that need storage. Their buckets, copies and fused
-updates are not the project's code; the rehearsal shows what model and losses do under them.
+DDP's reducer and DeepSpeed's partitioned optimizers need tensors with storage. Their buckets, copies and fused updates are not
+code of this project; the rehearsal covers the model and the losses under these engines.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ _binders: dict[Any, Any] = {}
 
 
 class _Pointer:
-    """What the JIT reads of a tensor: its dtype and the alignment of its address."""
+    """Stand-in for a tensor in the JIT's binder, which reads dtype and address."""
 
     def __init__(self, x: Tensor) -> None:
         self.dtype, self._ptr = x.dtype, 4096 + x.storage_offset() * x.element_size()
@@ -53,7 +53,7 @@ class Launch:
 
 
 def op_of(kernel: Any) -> str:
-    """Return the operation of a kernel, as the ledger names it; of a foreign kernel its module's folder."""
+    """Return the name of a kernel's operation in the ledger; for other kernels, the folder of their module."""
     folder = Path(kernel.fn.__code__.co_filename).parent.name
     return next((op for op, package in PACKAGES.items() if package == folder), folder)
 
@@ -91,14 +91,18 @@ def recorded_launches(mode: StandInMode) -> Iterator[None]:
 
 
 def _refuse(kernel: Any, tensors: list[Tensor], mode: StandInMode) -> None:
-    """Raise where a GPU would fail: tensors elsewhere, or no guard for their device."""
+    """Raise for a launch that would fail on a GPU: tensors on another device, no device guard, or a dtype without a kernel."""
     current = mode.current
     for x in tensors:
         if not is_stand_in(x) or x.device.type != "cuda":
-            raise RehearsalError(f"{kernel.__name__}: a tensor of shape {tuple(x.shape)} is on the {x.device.type}")
+            raise RehearsalError(
+                f"{kernel.__name__}: a tensor of shape {tuple(x.shape)} is on the {x.device.type}, not on the GPU; move it"
+            )
         if x.device.index != current.index:
             raise RehearsalError(f"{kernel.__name__}: a tensor is on {x.device}, the current device is {current.index}")
     if not current.entered:
         raise RehearsalError(f"{kernel.__name__}: launched without a device guard; use tl_common.launch")
     if any(x.dtype in (torch.float16, torch.float64) for x in tensors):
-        raise RehearsalError(f"{kernel.__name__}: fp16 and fp64 are not supported by the Triton kernels")
+        raise RehearsalError(
+            f"{kernel.__name__}: fp16 and fp64 are not supported by the Triton kernels; cast to bf16 or fp32"
+        )

@@ -1,4 +1,4 @@
-"""What a rehearsal records: operators, launches, host waits, uploads, and what a GPU would refuse."""
+"""Records of a rehearsal: operators, launches, host waits and uploads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OURS = tuple(str(ROOT / part) for part in ("comtip_fast", "kernels", "data_shard
 
 
 class RehearsalError(RuntimeError):
-    """The walked code does what a GPU would refuse, or what the rehearsal cannot follow."""
+    """The code would fail on a GPU, or does something that the rehearsal cannot simulate."""
 
 
 def code_line() -> str:

@@ -113,7 +113,9 @@ class StandInMode(TorchDispatchMode):
             if isinstance(x, Tensor) and not is_stand_in(x) and x.device.type == "cpu" and x.ndim > 0:
                 if name.startswith(("aten::index", "aten::_index_put", "aten::copy_", "aten::_foreach")):
                     continue  # index tensors are uploaded, see _aten_index
-                raise RehearsalError(f"{name}: an operand of shape {tuple(x.shape)} is on the CPU, others on the GPU")
+                raise RehearsalError(
+                    f"{name}: an operand of shape {tuple(x.shape)} is on the CPU, others are on the GPU; move it"
+                )
 
     def _own(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run the implementation of an own operator, which launches kernels, and compare it with its fake."""
@@ -176,7 +178,9 @@ class StandInMode(TorchDispatchMode):
             return True
         if x.is_floating_point():
             return 1.0
-        raise RehearsalError("the host reads an integer whose value the rehearsal does not know")
+        raise RehearsalError(
+            "item: the host reads an integer whose value is unknown here; compute it on the host, or keep it on the device"
+        )
 
     def _data_shape(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         self.record.data_shape(name)
@@ -230,7 +234,9 @@ class StandInMode(TorchDispatchMode):
             self.record.data_shape("aten::repeat_interleave")
             values = _values(args[0])
             if values is None:
-                raise RehearsalError("repeat_interleave without output_size, and the counts are not known")
+                raise RehearsalError(
+                    "repeat_interleave: the output size is unknown, because the counts have no values here; pass output_size"
+                )
             kwargs = kwargs | {"output_size": int(values.sum())}
         out = self._compute(func, args, kwargs)
         self._count(func, "aten::repeat_interleave")
@@ -345,7 +351,7 @@ def _values(x: Any) -> Tensor | None:
 
 
 def _keeps_values(x: Tensor) -> bool:
-    """Return whether values are worth computing: of integers, but not of large tables of spots by genes."""
+    """Return whether a result keeps its values: integers, except large tables of spots by genes."""
     wide = x.ndim > 1 and x.shape[-1] > 64 and x.numel() > 1 << 16
     return not wide and x.numel() <= _MOST.get(x.dtype, VALUES_LIMIT)
 

@@ -125,7 +125,8 @@ def test_a_test_section_that_trained_an_ancestor_is_not_chosen(
         assert choose_sections(predictor, sets["third"], None) == [sets["third"].section_number("s3")]
     assert "not scored, because training used them: s0 (by first)" in caplog.text
     with pytest.raises(
-        ValueError, match=r"training used every section: s1 \(by first, second\); s2 \(by second, third\)"
+        ValueError,
+        match=r"no section is left to score, because training used s1 \(by first, second\); s2 \(by second, third\)",
     ):
         choose_sections(predictor, sets["second"], None)
 

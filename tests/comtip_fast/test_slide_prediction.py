@@ -138,7 +138,7 @@ def test_the_grid_has_the_step_the_shape_and_the_share_of_tissue_that_were_asked
     np.testing.assert_allclose(rows[1][0] - rows[0][0], [50, 100 * 3**0.5 / 2])
     every = tissue_grid(mask, (2000, 1000), 0.5, 50.0, GridOptions(min_tissue=0))
     assert len(every.xy_N2) == 200
-    with pytest.raises(ValueError, match=r"more than 20,000,000 tiles; choose a larger --step-um"):
+    with pytest.raises(ValueError, match=r"more than 20,000,000 tiles; choose a larger step"):
         tissue_grid(mask, (10**6, 10**6), 0.5, 50.0, GridOptions(step_um=1.0))
     with pytest.raises(ValueError, match="step_um -1"):
         GridOptions(step_um=-1)
@@ -270,24 +270,27 @@ def test_pieces_of_other_settings_are_not_used_and_a_complete_answer_is_kept(
         patch.setattr(run, "_join", lambda *_: (_ for _ in ()).throw(ValueError("stopped")))
         assert predict(quick, slide, out, "--min-tissue", "0.9") == 2
     assert predict(quick, slide, out) == 0
-    assert any("are of other settings and start anew" in m for m in caplog.messages)
+    assert any("which were computed with other settings" in m for m in caplog.messages)
     assert out.read_bytes() == whole.read_bytes()
     stamp = out.stat().st_mtime_ns
     assert predict(quick, slide, out) == 0
     assert out.stat().st_mtime_ns == stamp
-    assert any("is complete already" in m for m in caplog.messages)
+    assert any("already complete" in m for m in caplog.messages)
 
 
 def test_two_processes_do_not_work_on_one_output(tmp_path: Path):
     with (
         Pieces(tmp_path / "x.h5ad", {"a": 1}),
-        pytest.raises(FileExistsError, match="another process predicts this slide"),
+        pytest.raises(FileExistsError, match="in use by another process that predicts this slide"),
         Pieces(tmp_path / "x.h5ad", {}),
     ):
         pass
     (tmp_path / ".y.h5ad.parts").mkdir()
     (tmp_path / ".y.h5ad.parts" / "mine.txt").write_text("x")
-    with pytest.raises(FileExistsError, match="holds files that are no pieces"), Pieces(tmp_path / "y.h5ad", {}):
+    with (
+        pytest.raises(FileExistsError, match="contains files that do not belong to a prediction"),
+        Pieces(tmp_path / "y.h5ad", {}),
+    ):
         pass
     assert (tmp_path / ".y.h5ad.parts" / "mine.txt").exists()
 
@@ -314,7 +317,7 @@ def test_overlays_and_geojson(quick: Path, slide: Path, tmp_path: Path, capsys: 
         np.testing.assert_allclose([values[g] for g in GENES], answer.X[i], atol=1e-5)
     capsys.readouterr()
     assert predict(quick, slide, out, "--overlays", "CD74") == 2
-    assert "CD74 was not predicted; add it to --genes" in capsys.readouterr().err
+    assert "not predicted: CD74; add to --genes" in capsys.readouterr().err
 
 
 def test_a_folder_of_slides_is_predicted_and_a_bad_one_does_not_stop_the_others(
@@ -339,7 +342,7 @@ def test_a_folder_of_slides_is_predicted_and_a_bad_one_does_not_stop_the_others(
     assert "not a folder of slides" in error or "no image or whole-slide file" in error
     (tmp_path / "file").write_text("x")
     assert predict(quick, slides, tmp_path / "file") == 2
-    assert "so --out is a folder, too" in capsys.readouterr().err
+    assert "is a folder of slides; give a folder" in capsys.readouterr().err
 
 
 def test_a_folder_of_sections_is_not_taken_for_slides(
@@ -369,7 +372,7 @@ def test_options_are_honoured_or_refused(quick: Path, slide: Path, tiny_shards: 
         assert f"{option[0]} has no effect here: it is for slides without spots" in capsys.readouterr().err
     arguments = ["predict", str(quick), str(slide), "--out", str(tmp_path / "x.h5ad")]
     assert main(arguments) == 2
-    assert "the file states no scale; set --mpp" in capsys.readouterr().err
+    assert "the file states no resolution; set --mpp" in capsys.readouterr().err
     assert main([*arguments, "--mpp", "5000"]) == 2
     assert "5000 um per px is not plausible" in capsys.readouterr().err
     assert main([*arguments, "--mpp", "5", "--step-um", "0"]) == 2
@@ -468,6 +471,6 @@ def test_progress_is_logged_with_the_time_left(monkeypatch: pytest.MonkeyPatch, 
     with run._Progress("slide: tiles", 100, 20, True) as progress:
         time.sleep(0.01)
         progress.update(40)
-    assert "slide: tiles: continuing, 20 of 100 are done" in caplog.text
+    assert "slide: tiles: resuming, 20 of 100 are complete" in caplog.text
     assert "slide: tiles: 60 of 100, 0.0 min left" in caplog.text
     assert pieces.digest({"a": 1}) != pieces.digest({"a": 2})

@@ -149,7 +149,7 @@ def test_symbols_only_with_the_species_stated(tmp_path: Path, how: str):
     is_the_data(section)
     assert section.gene_ids == SYM
     if how == "option":
-        with pytest.raises(SourceError, match=r"no species: gene ids such as ERBB2.*set --species"):
+        with pytest.raises(SourceError, match=r"species not detected, because gene ids such as ERBB2.*set --species"):
             read(write(tmp_path, a))
 
 

@@ -246,7 +246,10 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise ShardError(f"{where}: not JSON ({error}); copy it again, or {REBUILD}", kind="manifest") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise ShardError(f"{where}: not the manifest of a shard set", kind="manifest")
+        raise ShardError(
+            f"{where}: not the manifest of a shard set; give the folder that `comtip shards build --out` wrote",
+            kind="manifest",
+        )
     if data.get("version") != VERSION:
         raise ShardError(
             f"{where}: format version {data.get('version')!r} is not supported (expected {VERSION}); {REBUILD}",
@@ -276,26 +279,28 @@ def _check(manifest: Manifest, where: str) -> None:
         )
     _check_names(manifest, where)
     if not manifest.sections:
-        raise ShardError(f"{where}: no sections", kind="manifest")
+        raise ShardError(f"{where}: no sections; {FOREIGN}", kind="manifest")
     for what, entries, size in (("sections", manifest.sections, "n_spots"), ("shards", manifest.shards, "records")):
         start = 0
         for entry in entries:
             if entry.first_spot != start or getattr(entry, size) < 1:
-                raise ShardError(f"{where}: {what} are not contiguous at spot {start}", kind="manifest")
+                raise ShardError(f"{where}: {what} are not contiguous at spot {start}; {FOREIGN}", kind="manifest")
             start += getattr(entry, size)
         if start != manifest.n_spots:
-            raise ShardError(f"{where}: {what} hold {start} spots, but n_spots is {manifest.n_spots}", kind="manifest")
+            raise ShardError(
+                f"{where}: {what} hold {start} spots, but n_spots is {manifest.n_spots}; {FOREIGN}", kind="manifest"
+            )
     # A record has three members of at least one header and one block each; bounds the records that a small file can claim.
     if any(s.bytes < s.records * 6 * TAR_BLOCK or s.records > manifest.records_per_shard for s in manifest.shards):
-        raise ShardError(f"{where}: a shard claims more records than fit into it", kind="manifest")
+        raise ShardError(f"{where}: a shard states more records than fit in its file; {FOREIGN}", kind="manifest")
     ids = [s.section_id for s in manifest.sections]
     if len(set(ids)) != len(ids):
-        raise ShardError(f"{where}: duplicate section", kind="manifest")
+        raise ShardError(f"{where}: duplicate section id; {FOREIGN}", kind="manifest")
     ends = {s.section_id: (s.first_spot, s.first_spot + s.n_spots) for s in manifest.sections}
     for shard in manifest.shards:
         low, high = ends.get(shard.section_id, (0, -1))
         if shard.first_spot < low or shard.first_spot + shard.records > high:
-            raise ShardError(f"{where}: shard {shard.file} is not within its section", kind="manifest")
+            raise ShardError(f"{where}: shard {shard.file} is not within its section; {FOREIGN}", kind="manifest")
     for field_name, name, expected in _names(manifest):
         if name != expected:
             raise _manifest_error(
@@ -305,7 +310,7 @@ def _check(manifest: Manifest, where: str) -> None:
         measured = int(unpack_bits(section.assay_genes, manifest.n_genes).sum())
         if measured != section.n_assay_genes:
             raise _manifest_error(
-                f"{where}: sections.{i}.n_assay_genes is {section.n_assay_genes}, but assay_genes has {measured}"
+                f"{where}: sections.{i}.n_assay_genes is {section.n_assay_genes}, but assay_genes has {measured}; {FOREIGN}"
             )
         if not (all(-1 <= v <= 10 for v in section.stain.od_mean) and all(0 < v <= 10 for v in section.stain.od_std)):
             raise _manifest_error(f"{where}: sections.{i}.stain: {section.stain} is not an optical density; {FOREIGN}")

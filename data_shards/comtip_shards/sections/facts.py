@@ -238,7 +238,7 @@ def refuse(options: SourceOptions, names: Collection[str], why: str) -> None:
     """Raise for stated options that have no effect for this format."""
     for name in options.stated():
         if name in names:
-            raise SourceError(f"{flag(name)} has no effect here: {why}")
+            raise SourceError(f"{flag(name)} has no effect here: {why}; leave it out")
 
 
 def stated(*parts: Options | None) -> dict[str, str]:

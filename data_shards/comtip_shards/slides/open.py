@@ -68,7 +68,9 @@ def image_size(path: Path) -> tuple[int, int]:
         with Image.open(path) as image:
             return _checked((int(image.width), int(image.height)), path)
     except (OSError, Image.DecompressionBombError, ValueError) as error:
-        raise SourceError(f"{path}: {not_data(path) or f'not an image that can be read ({error})'}") from error
+        raise SourceError(
+            f"{path}: {not_data(path) or f'not an image that can be read ({error}); copy it again, or convert it to TIFF'}"
+        ) from error
 
 
 def mpp_by_tag(path: Path, notes: list[str]) -> float | None:
@@ -81,7 +83,9 @@ def mpp_by_tag(path: Path, notes: list[str]) -> float | None:
             with Image.open(path) as image:
                 mpp = _mpp_of(image)
         except (OSError, Image.DecompressionBombError, ValueError) as error:
-            raise SourceError(f"{path}: {not_data(path) or f'not an image that can be read ({error})'}") from error
+            raise SourceError(
+                f"{path}: {not_data(path) or f'not an image that can be read ({error}); copy it again, or convert it to TIFF'}"
+            ) from error
     if mpp is not None:
         notes.append(f"scale from the resolution tag of {path.name}: {mpp:g} um per px")
     return mpp

@@ -76,7 +76,9 @@ def _read_csv(path: Path) -> dict[str, dict[str, Any]]:
         return {}
     table = read_table(tables[-1], sep=",")
     if "id" not in table:
-        raise SourceError(f"{tables[-1]}: missing column id; the columns are {', '.join(map(str, table.columns[:8]))}")
+        raise SourceError(
+            f"{tables[-1]}: missing column id (found {', '.join(map(str, table.columns[:8]))}); copy it from HEST-1k again"
+        )
     return {str(row["id"]): {str(k): v for k, v in row.items() if v != ""} for row in table.to_dict("records")}
 
 

@@ -36,7 +36,7 @@ def open_sections(path: Path, samples: Sequence[str] | None, options: SourceOpti
     path = path.resolve()
     root = path.parents[1] if BIN_FOLDER.fullmatch(path.name) and path.parent.name == "binned_outputs" else path
     pick(samples, [section_name(root)], path)
-    refuse(options, ("qv", "alignment"), "this option is for Xenium")
+    refuse(options, ("qv", "alignment"), "it is for Xenium")
     bins = find_bins(path)
     what = options.pooling.pool_from or ("bins" if bins else "cells")
     if what not in ("bins", "cells"):

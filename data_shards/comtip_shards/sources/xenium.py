@@ -50,7 +50,7 @@ def recognise(path: Path) -> str | None:
 
 def open_sections(path: Path, samples: Sequence[str] | None, options: SourceOptions) -> list[SectionSource]:
     """Return the sections of the folder: one named after it, or one per prefix of the file names."""
-    refuse(options, ("bin_um", "min_cover"), "this option is for Visium HD; for Xenium set --min-pooled")
+    refuse(options, ("bin_um", "min_cover"), "it is for Visium HD (Xenium has --min-pooled)")
     runs = {run.name: run for run in find_runs(path)}
     names = pick(samples, list(runs), path)
     check_one_file("--image", options.facts.image, names, path)
@@ -65,7 +65,7 @@ def _source(files: XeniumFiles, options: SourceOptions) -> SectionSource:
         raise SourceError(f"unknown --pool-from {what}; use transcripts or cells for Xenium")
     run = open_run(files, options, pooling.pool_um or POOL_UM)
     if what == "cells":
-        refuse(options, ("qv",), "the instrument counts cells with qv 20")
+        refuse(options, ("qv",), "the instrument counted the transcripts of cells with qv of at least 20")
         if files.matrix is None:
             raise SourceError(
                 f"{path}: no cell_feature_matrix.h5 with the counts of the cells; copy it, or set --pool-from transcripts"

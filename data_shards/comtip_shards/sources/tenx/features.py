@@ -113,7 +113,7 @@ def _detected(seen: Mapping[str, int], n_genes: int, features: Features, where: 
     total = sum(seen.values())
     if not total or total <= 0.5 * n_genes:
         raise SourceError(
-            f"{where}: no species: gene ids such as {', '.join(features.ids[:3])} are not Ensembl ids; set --species"
+            f"{where}: species not detected, because gene ids such as {', '.join(features.ids[:3])} are not Ensembl ids; set --species"
         )
     first = max(seen, key=lambda k: seen[k])
     if seen[first] < (1 - MIXED_SHARE) * total:

@@ -86,7 +86,7 @@ def bins_source(root: Path, pool_um: float, bins: Mapping[float, Path], options:
     options
         Stated facts and options.
     """
-    refuse(options, ("min_pooled",), "for bins set --min-cover")
+    refuse(options, ("min_pooled",), "it is for cells (bins have --min-cover)")
     width = _bin_width(bins, pool_um, options.pooling.bin_um, root)
     folder = bins[width]
     counts = find_matrix(folder, "filtered_feature_bc_matrix") or find_matrix(folder, "raw_feature_bc_matrix")

@@ -49,7 +49,7 @@ class _Cells:
 
 def cells_source(root: Path, pool_um: float, bins: Mapping[float, Path], options: SourceOptions) -> SectionSource:
     """Return the section of a folder with segmented cells; parameters as for ``bins_source``."""
-    refuse(options, ("min_cover", "bin_um"), "for cells set --min-pooled")
+    refuse(options, ("min_cover", "bin_um"), "it is for bins (cells have --min-pooled)")
     folder = root / "segmented_outputs"
     counts = find_matrix(folder, "filtered_feature_cell_matrix")
     if counts is None:

@@ -56,7 +56,7 @@ def _kind(word: str, row_of: Mapping[str, int]) -> int:
 
 
 def pool_cells(run: XeniumRun, path: Path, counts: TenxMatrix) -> tuple[Pooler, list[str]]:
-    """Sum the counts of cells at their centroids; returns (sums, notes)."""
+    """Assign cells to pseudo-spots by their centroids and sum the counts; return (pooler, notes)."""
     where: dict[str, tuple[float, float]] = {}
     n = 0
     for batch in batches(path, ["cell_id", "x_centroid", "y_centroid"]):
@@ -65,7 +65,7 @@ def pool_cells(run: XeniumRun, path: Path, counts: TenxMatrix) -> tuple[Pooler, 
         where.update(zip(cells, map(tuple, xy.tolist()), strict=True))
         n += len(cells)
     if len(where) < n:
-        raise SourceError(f"{path}: {n - len(where)} duplicate cells; copy the table from the run again")
+        raise SourceError(f"{path}: {n - len(where)} duplicate cell ids; copy the table from the run again")
     pooler, lost, lost_counts = Pooler(len(run.features.genes())), 0, 0
     for barcodes, matrix in counts.chunks(run.features, BATCH):
         known = np.array([i for i, b in enumerate(barcodes) if b in where], np.int64)
