@@ -79,7 +79,7 @@ def load(path: str | Path, device: str = "auto", vectors: str | Path | None = No
 
 
 class Model:
-    """A trained CoMTIP model; takes sections and returns AnnData."""
+    """A trained CoMTIP model. Methods take sections and return AnnData."""
 
     def __init__(self, predictor: Predictor, source: str = "") -> None:
         self.predictor, self.source = predictor, source
@@ -250,8 +250,8 @@ class Model:
     ) -> ad.AnnData:
         """Predict expression on the tissue of an image without spots.
 
-        Tissue is found at low resolution, and covered with a grid of tiles that are read, encoded and predicted in pieces.
-        If the process is killed, the same call continues from the finished pieces.
+        Tissue is detected at low resolution and covered with a grid of tiles, which are read, encoded and predicted in pieces.
+        If the process is killed, the same call resumes from the finished pieces.
 
         Parameters
         ----------
@@ -260,7 +260,7 @@ class Model:
         genes
             As in :meth:`predict`.
         out
-            The ``.h5ad`` to write, which may be larger than memory; None returns the answer in memory.
+            The ``.h5ad`` to write, which may be larger than memory; None returns the result in memory.
         facts
             ``mpp`` (default: the scale of the file) and ``species``. Tissue, donor, platform, licence and attribution are
             recorded in ``uns["comtip"]``; others are refused.
@@ -400,7 +400,7 @@ class Model:
         )
 
     def _stain(self, opened: SectionTiles) -> StainStats | None:
-        """Return the section's stain statistics if the model normalises by them; they may need a pass over the tiles."""
+        """Return the section's stain statistics, which may need a pass over the tiles; None if the model does not use them."""
         return opened.stain if self.predictor.normalises_stain else None
 
     def _provenance(self, species: str, stated: Mapping[str, str]) -> dict[str, str]:

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print one line per match and return 1 if a gene is unknown; or compute gene vectors."""
+    """Print one line per match and return 1 if a gene is unknown. With ``vectors``, compute gene vectors."""
     return _vectors(args) if args.gene[0] == "vectors" else _resolve(args)
 
 

@@ -1,4 +1,4 @@
-"""AnnData written atomically: an earlier answer is kept until the new one is whole, and a full disk is a plain error."""
+"""AnnData written atomically: an earlier file is kept until the new one is complete. A full disk raises an error."""
 
 from __future__ import annotations
 

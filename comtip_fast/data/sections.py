@@ -37,7 +37,7 @@ OVERVIEW_PX = 1024
 MPP_RANGE = (0.05, 50.0)
 """um per px of an image that tiles are cut from."""
 RECORDED_FACTS = ("tissue", "donor", "platform", "licence", "attribution")
-"""Facts that change no tile; ``uns["comtip"]`` of an answer records them."""
+"""Facts that change no tile, recorded in ``uns["comtip"]`` of the result."""
 
 
 @dataclass
@@ -127,7 +127,7 @@ def open_section(
 
 
 def _recorded(options: SourceOptions) -> dict[str, str]:
-    """Return the stated facts that change no tile; the answer records them."""
+    """Return the stated facts that change no tile, to record in the result."""
     stated = options.stated()
     return {key: stated[key] for key in RECORDED_FACTS if key in stated}
 

@@ -178,7 +178,7 @@ class SectionPrediction:
         return np.concatenate([encoded.vector_nD, encoded.views_nF], axis=1)
 
     def summarise(self, store: FeatureStore, n_spots: int, xy_N2: np.ndarray | None) -> _Whole:
-        """Find neighbours and the moments of the features, in one pass."""
+        """Return the neighbours of all spots and the moments of the features, which :meth:`predict_rows` needs."""
         neighbours = Neighbours(xy_N2) if self.context and xy_N2 is not None and n_spots > 1 else None
         whole = _Whole(store, neighbours, None if self.readout is None else Moments())
         if whole.moments is not None:

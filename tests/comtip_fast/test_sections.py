@@ -62,7 +62,7 @@ def test_a_stated_image_is_used(spec, tmp_path: Path):
     Image.fromarray(picture(blue=40)).save(tmp_path / "full.png")
     opened = open_section(spec(adata()), TILE, {"mpp": "2.0", "image": str(tmp_path / "full.png")})
     assert np.median(opened.tiles_NSS3[..., 2]) == 40
-    with pytest.raises(SourceError, match=r"nowhere\.png: no such file, but it is the image \(--image\)"):
+    with pytest.raises(SourceError, match=r"nowhere\.png: no such file; copy the image \(--image\) there"):
         open_section(spec(adata()), TILE, {"mpp": "2.0", "image": str(tmp_path / "nowhere.png")})
 
 

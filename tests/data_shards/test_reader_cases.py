@@ -478,7 +478,7 @@ def test_xenium_without_its_description(tmp_path: Path, expected: int):
 def test_a_missing_xenium_table_is_called_missing(tmp_path: Path):
     path = xenium(tmp_path / "x")
     (path / "cells.parquet").unlink()
-    with pytest.raises(SourceError, match=r"cells\.parquet: no such file, but it is the table of cells"):
+    with pytest.raises(SourceError, match=r"cells\.parquet: no such file; copy the table of cells"):
         open_source(path, overrides=XEN | {"pool_from": "cells"})
 
 

@@ -130,7 +130,7 @@ def number(value: Any, what: str) -> float:
     try:
         return float(text)
     except ValueError as error:
-        raise SourceError(f"{what}: {text!r} is not a number") from error
+        raise SourceError(f"{what}: {text!r} is not a number; correct the value") from error
 
 
 def pick(wanted: Sequence[str] | None, have: Sequence[str], where: Path) -> list[str]:
@@ -165,7 +165,7 @@ def reading(path: Path, what: str) -> Iterator[None]:
 def existing(path: Path, what: str) -> Path:
     """Return the path, or raise if the file does not exist or its first bytes are not data."""
     if not path.is_file():
-        raise SourceError(f"{path}: no such file, but it is the {what}")
+        raise SourceError(f"{path}: no such file; copy the {what} there, or correct the path")
     return refuse_not_data(path)
 
 

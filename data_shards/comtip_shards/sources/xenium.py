@@ -74,7 +74,7 @@ def _source(files: XeniumFiles, options: SourceOptions) -> SectionSource:
     if table is None:
         name = CELLS if what == "cells" else TRANSCRIPTS
         raise SourceError(
-            f"{path / name}: no such file, but it is the table of {what}; copy it (or its csv.gz) from the run"
+            f"{path / name}: no such file; copy the table of {what} (or its csv.gz) from the run"
         )
     qv, least = MIN_QV if pooling.qv is None else pooling.qv, pooling.min_pooled
     units = what if what == "cells" else f"transcripts of qv {qv:g} or more"
