@@ -220,7 +220,10 @@ class BaseLoader(ABC):
             error = decoded.faults[i]
             spares = self._replacements(scheduled.spots, own.start + i)
             if not any(decoded.replace(i, self.records.read(spare)) for spare in spares):
-                raise ShardError(f"all {scheduled.spots.size} records of a batch are damaged; the first error: {error}")
+                raise ShardError(
+                    f"all {scheduled.spots.size} records of a batch are damaged; check the set with `comtip shards verify`. The "
+                    f"first error: {error}"
+                )
         return decoded
 
     def _replacements(self, spots: np.ndarray, index: int) -> Iterator[np.ndarray]:
@@ -266,7 +269,10 @@ class BaseLoader(ABC):
                 log.warning("skipped a damaged record: %s", error)
             self.faults[spot] = error
             if len(self.faults) > limit:
-                raise ShardError(f"more than data.max_faults={limit} records are damaged; the last error: {error}")
+                raise ShardError(
+                    f"more than data.max_faults={limit} records are damaged; check the set with `comtip shards verify`. The "
+                    f"last error: {error}"
+                )
 
     def _without_tiles(self, scheduled: ScheduledBatch, spots: np.ndarray, csr: Csr | None) -> Batch:
         """Return the batch with everything but tiles or features."""
