@@ -7,29 +7,26 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 from comtip_shards import SourceError
-from comtip_shards.genes.identifiers import GeneResource
 from comtip_shards.sections.facts import CountOptions, PoolingOptions, SectionFacts, flag, parse_facts
 from comtip_shards.slides.tiles import StainStats, stain_stats
 from comtip_shards.sources.anndata_parts.store import SUFFIXES as H5AD_SUFFIXES
 
-from comtip_fast._version import __version__
 from comtip_fast.constants import LAYER_CP10K, LAYER_RAW, OBSM_EMBEDDING, UNS
 from comtip_fast.data.measured import measured_counts
-from comtip_fast.data.sections import RECORDED_FACTS, SectionTiles, open_section, read_h5ad
+from comtip_fast.data.sections import RECORDED_FACTS, SectionTiles, open_section, read_h5ad, recorded_facts
 from comtip_fast.data.tile_sources import ArrayTiles, TileGeometry
 from comtip_fast.evaluation.compare import joined_with_measured
 from comtip_fast.evaluation.run import evaluate_run as evaluate
-from comtip_fast.inference import GeneQuery, Predictor, predict_section
+from comtip_fast.inference import Predictor, predict_section
+from comtip_fast.inference.answers import gene_queries, provenance, species_of
 from comtip_fast.pretraining import pretrain
 from comtip_fast.runtime.devices import pick_device
 from comtip_fast.shards import Facts, build_shards, open_sections, stated_options
@@ -182,18 +179,20 @@ class Model:
         without_counts = replace(options.counts, layer=None, round_counts=None)
         opened = open_section(section, self.tile, replace(options, counts=without_counts) if in_memory else options)
         answer = self._predict(opened, genes)
-        species = self._species(opened.species, opened.section_id)
+        species = species_of(self.predictor, opened.species, opened.section_id)
         joined_with_measured(answer, measured_counts(section, species, options), opened.tiles_NSS3)
         return answer
 
     def _predict(self, opened: SectionTiles, genes: Sequence[str] | None) -> ad.AnnData:
-        var, queries = self._queries(genes, self._species(opened.species, opened.section_id))
+        var, queries = gene_queries(
+            self.predictor, genes, species_of(self.predictor, opened.species, opened.section_id)
+        )
         xy = np.asarray(opened.template.obsm["spatial"], np.float64)
         out = predict_section(self.predictor, opened.tiles, self._stain(opened), xy, queries)
         data = opened.template.copy()
         answer = ad.AnnData(X=out["cp10k"], obs=data.obs, var=var, obsm=dict(data.obsm), uns=dict(data.uns))
         answer.layers[LAYER_CP10K], answer.layers[LAYER_RAW] = out["cp10k"].copy(), out["raw"]
-        answer.uns[UNS] = self._provenance(opened.species, opened.stated)
+        answer.uns[UNS] = provenance(self.predictor, opened.species, opened.stated)
         return answer
 
     def embed(
@@ -235,7 +234,7 @@ class Model:
         for rows, tiles in opened.tiles.ahead():
             vectors[rows] = self.predictor.encode(tiles, stain, readout=False).vector_nD
         data.obsm[OBSM_EMBEDDING] = vectors
-        data.uns[UNS] = self._provenance(opened.species, opened.stated)
+        data.uns[UNS] = provenance(self.predictor, opened.species, opened.stated)
         return data
 
     def predict_slide(
@@ -349,8 +348,8 @@ class Model:
         if xy is not None and (np.shape(xy) != (len(fitted), 2) or not np.isfinite(xy).all()):
             raise ValueError(f"xy: shape {np.shape(xy)}; expected {len(fitted)} finite positions ({len(fitted)}, 2)")
         found, _, _ = parse_facts({"species": species})
-        kind = self._species(found.species or "", "the tiles")
-        var, queries = self._queries(genes, kind)
+        kind = species_of(self.predictor, found.species or "", "the tiles")
+        var, queries = gene_queries(self.predictor, genes, kind)
         if stain is None and self.predictor.normalises_stain:
             stain = stain_stats(fitted)
         positions = None if xy is None else np.asarray(xy, np.float64)
@@ -358,111 +357,29 @@ class Model:
         obs = pd.DataFrame(index=pd.Index([str(i) for i in range(len(fitted))], dtype=object))
         answer = ad.AnnData(X=out["cp10k"], obs=obs, var=var, obsm={} if positions is None else {"spatial": positions})
         answer.layers[LAYER_CP10K], answer.layers[LAYER_RAW] = out["cp10k"].copy(), out["raw"]
-        answer.uns[UNS] = self._provenance(kind, {"mpp": f"{mpp:.12g}"})
+        answer.uns[UNS] = provenance(self.predictor, kind, SectionFacts(mpp=mpp))
         return answer
 
     def _slide_request(
         self, slide: Path, genes: Sequence[str] | None, facts: Facts, grid: GridOptions, progress: bool
     ) -> SlideRequest:
         options = stated_options(facts, None, None)
-        texts = options.stated()
-        unused = [flag(k) for k in texts if k not in ("mpp", "species", *RECORDED_FACTS)]
+        unused = [flag(k) for k in options.stated() if k not in ("mpp", "species", *RECORDED_FACTS)]
         if unused:
             raise SourceError(
                 f"{slide}: {', '.join(unused)} has no effect here: a slide has no spots and no counts; leave it out"
             )
-        kind = self._species(options.facts.species or "", slide.name)
-        var, queries = self._queries(genes, kind)
-        recorded = {k: texts[k] for k in RECORDED_FACTS if k in texts}
+        kind = species_of(self.predictor, options.facts.species or "", slide.name)
+        var, queries = gene_queries(self.predictor, genes, kind)
         return SlideRequest(
             queries=queries,
             var=var,
-            provenance=self._provenance(kind, recorded),
+            provenance=provenance(self.predictor, kind, recorded_facts(options)),
             mpp=options.facts.mpp,
             grid=grid,
             progress=progress,
         )
 
-    def _species(self, stated: str, section_id: str) -> str:
-        """Return the species of a section; if it is not stated, the model must have been trained on one species only."""
-        if stated:
-            return stated
-        trained = sorted({key.split(":")[0] for key in self.trained_genes})
-        if len(trained) == 1:
-            log.warning(
-                "section %s does not state its species; %s is assumed, because the model was trained on it alone",
-                section_id,
-                trained[0],
-            )
-            return trained[0]
-        raise SourceError(
-            f"section {section_id}: the species is unknown, and the model was trained on {' and '.join(trained)}; set --species"
-        )
-
     def _stain(self, opened: SectionTiles) -> StainStats | None:
         """Return the section's stain statistics, which may need a pass over the tiles; None if the model does not use them."""
         return opened.stain if self.predictor.normalises_stain else None
-
-    def _provenance(self, species: str, stated: Mapping[str, str]) -> dict[str, str]:
-        vectors = self.predictor.vectors
-        lineage = self.predictor.lineage
-        facts = {"version": __version__, "model": self.predictor.config.name, "species": species, **stated}
-        runs = " > ".join(lineage.labels())
-        facts["lineage"] = runs if lineage.parents_known else f"unknown > {runs}"
-        facts["training_licences"] = "; ".join(lineage.licences())
-        if vectors is not None:
-            facts |= {"gene_vectors": vectors.sha256, "gene_vectors_licence": str(vectors.header.get("licence", ""))}
-        return facts
-
-    def _queries(self, genes: Sequence[str] | None, species: str) -> tuple[pd.DataFrame, list[GeneQuery]]:
-        known = {g.key: g for g in self.predictor.bundle.genes}
-        if genes is None:
-            rows = [known[k] for k in self.trained_genes if not species or k.startswith(f"{species}:")]
-            asked = [_Asked(g.symbol, g.key, g.symbol, g.ensembl, g.name, "model") for g in rows]
-            if not asked:
-                raise ValueError(
-                    f"the model has no trained genes of species {species}; name genes to predict (--genes)"
-                )
-        else:
-            asked = [self._resolve(g, species) for g in genes]
-        if not asked:
-            raise ValueError("genes: the list is empty; name genes to predict")
-        scores = self.predictor.lineage.own.gene_scores
-        var = pd.DataFrame(
-            {
-                "key": [a.key for a in asked],
-                "symbol": [a.symbol for a in asked],
-                "ensembl": [a.ensembl for a in asked],
-                "name": [a.name for a in asked],
-                "found_by": [a.found_by for a in asked],
-                "training": [self.predictor.training_of(a.key) for a in asked],
-                "validation_pcc": np.array([scores.get(a.key, np.nan) for a in asked], np.float64),
-            },
-            index=pd.Index(_unique([a.gene for a in asked]), dtype=object),
-        )
-        return var, [GeneQuery(a.symbol, a.name, a.key) for a in asked]
-
-    def _resolve(self, gene: str, species: str) -> _Asked:
-        species = species or ("mouse" if gene.upper().startswith("ENSMUSG") else "human")
-        hit = GeneResource.load().resolve(gene, species)
-        if hit.how == "unmapped":
-            log.warning("gene %r: not in the table of %s genes; its sentence is the bare symbol", gene, species)
-        return _Asked(gene, hit.key, hit.symbol or gene, hit.ensembl, hit.name, hit.how)
-
-
-class _Asked(NamedTuple):
-    """A gene to predict, and how its identifier was resolved."""
-
-    gene: str
-    key: str
-    symbol: str
-    ensembl: str
-    name: str
-    found_by: str
-
-
-def _unique(names: list[str]) -> list[str]:
-    duplicates = sorted(name for name, n in Counter(names).items() if n > 1)
-    if duplicates:
-        raise ValueError(f"duplicate genes: {', '.join(duplicates[:5])}; name each gene once")
-    return [str(name) for name in names]

@@ -34,7 +34,7 @@ from comtip_fast.genes.vectors import GeneVectors
 from comtip_fast.inference import GeneQuery, ImageFeatures, Predictor
 from comtip_fast.models.readout import NORMS, LinearReadout
 from comtip_fast.models.section_statistics import neighbour_mean, standardise
-from comtip_fast.training.readout_fit import CohortData, ReadoutGrid, SectionTable, fit_cohort
+from comtip_fast.training.readout.solve import CohortData, ReadoutGrid, SectionTable, fit_cohort
 
 Values = dict[str, np.ndarray]
 UNSEEN_GRID = ReadoutGrid(programmes=(10, 20))

@@ -88,8 +88,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _sweep(args: argparse.Namespace, config: RunConfig, cluster: Cluster, inputs: Inputs) -> int:
     """Compare designs over the number of devices; print a table or JSON, or write figures and a table to a folder."""
-    from comtip_fast.plan.figures import write
-    from comtip_fast.plan.sweep import as_rows, sweep, table
+    from comtip_fast.plan.scaling.figures import write
+    from comtip_fast.plan.scaling.sweep import as_rows, sweep, table
 
     found = sweep(config, cluster, inputs, most=args.most)
     if args.out is not None:

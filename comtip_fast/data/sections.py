@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 import pandas as pd
 from comtip_shards import ShardSet, SourceError
-from comtip_shards.sections.facts import SourceOptions, check_options, flag, source_options
+from comtip_shards.sections.facts import SectionFacts, SourceOptions, check_options, flag, source_options
 from comtip_shards.sections.section import Section
 from comtip_shards.slides.base import Slide
 from comtip_shards.slides.open import open_slide
@@ -51,7 +51,7 @@ class SectionTiles:
     """The AnnData to add results to: obs (names, positions, labels), ``obsm["spatial"]`` and the image."""
     stored_stain: StainStats | None = None
     """Stain statistics that the source states."""
-    stated: dict[str, str] = field(default_factory=dict)
+    stated: SectionFacts = field(default_factory=SectionFacts)
     """Facts that the caller stated and that describe the section without changing its tiles."""
 
     @cached_property
@@ -115,7 +115,7 @@ def open_section(
         _refuse_options(options, str(path))
         return _from_shards(ShardSet(path), section_id, tile)
     # The tissue does not matter here, so a source that does not state it is not refused.
-    recorded = _recorded(options)
+    recorded = recorded_facts(options)
     options = replace(options, facts=replace(options.facts, tissue=options.facts.tissue or "unstated"))
     sources = open_source(path, samples=[section_id] if section_id else None, fmt=fmt, overrides=options)
     if len(sources) != 1:
@@ -126,10 +126,9 @@ def open_section(
     return _from_section(sources[0].read_spots(), tile, recorded)
 
 
-def _recorded(options: SourceOptions) -> dict[str, str]:
+def recorded_facts(options: SourceOptions) -> SectionFacts:
     """Return the stated facts that change no tile, to record in the result."""
-    stated = options.stated()
-    return {key: stated[key] for key in RECORDED_FACTS if key in stated}
+    return SectionFacts(**{name: getattr(options.facts, name) for name in RECORDED_FACTS})
 
 
 def _refuse_format(fmt: str, what: str, own: str = "") -> None:
@@ -228,7 +227,7 @@ def _from_shards(shards: ShardSet, section_id: str, tile: TileGeometry) -> Secti
     return SectionTiles(section_id, meta.species, ShardTiles(shards, spots), template, shards.stain(number))
 
 
-def _from_section(section: Section, tile: TileGeometry, stated: dict[str, str]) -> SectionTiles:
+def _from_section(section: Section, tile: TileGeometry, stated: SectionFacts) -> SectionTiles:
     meta = section.meta
     template = _template(section.spot_ids, section.xy, section.array_xy, section.labels, meta.section_id)
     with section.open_slide() as slide:
@@ -275,7 +274,7 @@ def _from_anndata(
         view.facts.species,
         SlideTiles(opener, xy, mpp, tile),
         template,
-        stated=_recorded(options),
+        stated=recorded_facts(options),
     )
 
 

@@ -32,7 +32,7 @@ from comtip_fast.models.image_encoder import check_mask, patches_per_side
 from comtip_fast.runtime.devices import in_bf16
 from comtip_fast.training.distributed.process_group import on_rank_zero
 from comtip_fast.training.losses import LossInputs, LossPart, Numbers, Parts, StepLosses
-from comtip_fast.training.readout import fit_readout
+from comtip_fast.training.readout.fit import fit_readout
 from comtip_fast.training.validation import Validation, validation_scores
 from comtip_fast.training.warm_start import parent_leaks, parents_of, start_from
 

@@ -25,7 +25,7 @@ from comtip_fast.metrics import mean_pcc, pcc_per_gene
 from comtip_fast.models import CoMTIP
 from comtip_fast.training.engines.base import autocast_of
 from comtip_fast.training.monitor.diagnostics import diagnostic, undefined
-from comtip_fast.training.readout import neighbouring_spots
+from comtip_fast.training.readout.fit import neighbouring_spots
 
 log = logging.getLogger("comtip_fast")
 TELL_S = 30.0

@@ -106,7 +106,11 @@ class StandInMode(TorchDispatchMode):
             return out
         if func._schema.name == "aten::is_pinned":
             return args[0].untyped_storage() in _PINNED
-        return func(*args, **kwargs)
+        pinned = kwargs.pop("pin_memory", None)
+        out = func(*args, **kwargs)
+        if pinned:
+            _PINNED.add(out.untyped_storage())
+        return out
 
     def _refuse_cpu(self, name: str, leaves: list[Any]) -> None:
         for x in leaves:

@@ -20,6 +20,7 @@ from comtip_fast.collectives import Group, SingleProcessGroup, share_of
 from comtip_fast.config.io import load_config
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.data.batch import Batch
+from comtip_fast.data.upload import PackedTensors
 from comtip_fast.genes import GeneTokenizer
 from comtip_fast.genes.tokens import gene_tokens
 from comtip_fast.models import CoMTIP, ModelSizes
@@ -65,8 +66,8 @@ class Walk:
 @cache
 def gene_names(n: int) -> list[tuple[str, str]]:
     """Return symbol and name of n protein-coding genes of the shipped table."""
-    rows = [r for r in GeneResource.load().rows if r["kind"] == "protein"]
-    return [(r["symbol"], r["name"]) for r in (rows * (n // len(rows) + 1))[:n]]
+    rows = [r for r in GeneResource.load().rows if r.kind == "protein"]
+    return [(r.symbol, r.name) for r in (rows * (n // len(rows) + 1))[:n]]
 
 
 class SyntheticLoader:
@@ -84,7 +85,7 @@ class SyntheticLoader:
         return [np.arange(self.config.data.batch_size)] * 8
 
     def batch(self, spots: np.ndarray, step: int, epoch: int) -> Batch:
-        """Return this rank's share of a batch on the CPU, as the torch loader does."""
+        """Return this rank's share of a batch after its upload, as the loaders do (:meth:`BaseLoader._deliver`)."""
         own = share_of(len(spots), self.group.rank, self.group.size)
         b, G = own.stop - own.start, min(self.config.panel.max_genes, self.n_genes)
         index = torch.arange(own.start, own.stop)
@@ -95,7 +96,8 @@ class SyntheticLoader:
         panel = torch.arange(G, dtype=torch.int32) * (self.n_genes // G)
         section = (index % self.config.data.sections_per_batch).to(torch.int32)
         measured = torch.ones(b, G, dtype=torch.bool)
-        return Batch(tiles, features, panel, levels, measured, section, index, step)
+        batch = Batch(tiles, features, panel, levels, measured, section, index, step, panel_host=panel.numpy())
+        return batch.with_tensors(PackedTensors.pack(batch.tensors(), CUDA).to(CUDA))
 
 
 class SyntheticTask(CoMTIPTask):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from comtip_fast.api import _unique
 from comtip_fast.cli.options import gene_list
+from comtip_fast.inference.answers import _distinct
 
 GENES = ["ERBB2", "CD74", "KRT17"]
 
@@ -92,6 +92,6 @@ def test_paths_that_are_not_files(tmp_path: Path):
 @pytest.mark.parametrize("n", [2, 4_999, 5_000, 60_000])
 def test_duplicate_genes_are_refused_in_lists_of_any_length(n: int):
     names = [f"G{i}" for i in range(n)]
-    assert _unique(names) == names
+    assert _distinct(names) == names
     with pytest.raises(ValueError, match="duplicate genes: G1"):
-        _unique([*names, "G1"])
+        _distinct([*names, "G1"])

@@ -8,8 +8,8 @@ from PIL import Image
 from comtip_fast.cli import main
 from comtip_fast.config.io import load_config
 from comtip_fast.plan.hardware import make_cluster
+from comtip_fast.plan.scaling.sweep import DESIGNS, MIN_SPEEDUP, Sweep, scales_to, sweep, table
 from comtip_fast.plan.sizes import Inputs
-from comtip_fast.plan.sweep import DESIGNS, MIN_SPEEDUP, Sweep, scales_to, sweep, table
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo_cpu.yaml"
 LARGE = [

@@ -22,7 +22,7 @@ from comtip_fast.models.readout import (
     turn_tiles,
 )
 from comtip_fast.models.section_statistics import neighbour_mean, standardise
-from comtip_fast.training.readout_fit import CohortData, ReadoutGrid, RidgePath, SectionTable, fit_cohort, mixture
+from comtip_fast.training.readout.solve import CohortData, ReadoutGrid, RidgePath, SectionTable, fit_cohort, mixture
 from comtip_fast.training.task import build_task
 
 F, G = 12, 9

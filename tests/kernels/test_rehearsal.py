@@ -262,3 +262,14 @@ def test_every_config_is_walked_and_has_its_rows():
     committed = {(r["config"], int(r["ranks"]), r["walk"]) for r in read_table(TABLE)}
     assert committed == {(w.config, w.ranks, w.name) for w in chosen}
     assert set(chosen) <= set(walks(everything=True))
+
+
+def test_a_step_that_logs_nothing_waits_for_nothing_and_uploads_the_batch_once():
+    """The committed table is compared with the walks by ``make rehearsal``; here, with what it must show."""
+    steps = [r for r in read_table(TABLE) if r["walk"].split()[0] == "step"]
+    assert {r["config"] for r in steps} == {p.stem for p in (ROOT / "configs").glob("*.yaml")}
+    for row in steps:
+        assert [row[k] for k in ("waits", "data_shapes", "uploads", "pageable_mb")] == ["0", "0", "1", "0.0"], row
+    walked = train(Walk("1gpu", 1, SMALL))
+    assert not walked.waits, walked.waits
+    assert [(u.pinned, u.blocking) for u in walked.uploads] == [(True, False)]

@@ -31,8 +31,15 @@ def problems(row: LedgerRow, before: dict[str, str] | None) -> list[str]:
         return out
     if row.registers > int(before["registers"]) + SLACK:
         out.append(f"{where}: {row.registers} registers, it was {before['registers']}")
-    for name, text in (("spills", "spills"), ("stack", "bytes of stack"), ("shared_kib", "KiB of shared memory")):
-        if getattr(row, name) > int(before[name]):
+    more_is_worse = {
+        "spills": "spills",
+        "stack": "bytes of stack",
+        "shared_kib": "KiB of shared memory",
+        "mma_count": "tensor-core instructions",
+        "special": "special-function instructions",
+    }
+    for name, text in more_is_worse.items():
+        if getattr(row, name) > int(before.get(name) or getattr(row, name)):  # a table of before the count was added
             out.append(f"{where}: {getattr(row, name)} {text}, it was {before[name]}")
     for name, text in (("loads_128", "128-bit loads"), ("async_copies", "asynchronous copies")):
         if getattr(row, name) < int(before[name]):
@@ -66,7 +73,7 @@ def compiled(known: dict[tuple[str, str, int], dict[str, str]], jobs: int) -> It
     Parameters
     ----------
     known
-        Committed rows. One whose source hash is current is returned as it is, without compiling.
+        Committed rows. One that has all columns and the current source hash is returned as it is, without compiling.
     jobs
         Number of processes.
     """
@@ -77,7 +84,7 @@ def compiled(known: dict[tuple[str, str, int], dict[str, str]], jobs: int) -> It
         for index, entry in enumerate(entries()):
             for arch in ARCHITECTURES:
                 before = known.get((entry.op, entry.name, arch), {})
-                if before.get("source") == entry.source(arch):
+                if before.keys() >= set(COLUMNS) and before["source"] == entry.source(arch):
                     waiting.append(parsed(before))
                 else:
                     waiting.append(pool.submit(_compile, index, arch))

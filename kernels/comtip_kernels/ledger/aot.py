@@ -80,6 +80,8 @@ class LedgerRow:
     loads_128: int
     """Global loads of 128 bits, including asynchronous copies to shared memory."""
     async_copies: int
+    special: int = 0
+    """Special-function instructions (``MUFU``): exponentials, logarithms, reciprocals, square roots."""
     source: str = ""
     """:meth:`LedgerEntry.source`: an entry with the same hash need not be compiled again."""
 
@@ -122,6 +124,7 @@ def compile_entry(entry: LedgerEntry, arch: int) -> LedgerRow:
         counts.get(mma, 0),
         len(re.findall(r"\bLD(?:G|GSTS)\.E\S*128", code)),
         len(re.findall(r"\b(?:LDGSTS|UTMALDG)\b", code)),
+        len(re.findall(r"\bMUFU\b", code)),
         entry.source(arch),
     )
 

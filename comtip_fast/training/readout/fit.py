@@ -17,7 +17,7 @@ from comtip_fast.data.loaders.base import BaseLoader
 from comtip_fast.models import CoMTIP
 from comtip_fast.models.readout import LinearReadout, ReadoutSettings, tile_features
 from comtip_fast.models.section_statistics import standardise
-from comtip_fast.training.readout_fit import CohortData, SectionTable, fit_cohort
+from comtip_fast.training.readout.solve import CohortData, SectionTable, fit_cohort
 
 log = logging.getLogger("comtip_fast")
 SCORE_GENES = 50

@@ -13,7 +13,7 @@ from comtip_shards.storage.atomic import atomic_path
 from matplotlib import pyplot as plt
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from comtip_fast.plan.sweep import DESIGNS, Growth, Point, Sweep, scales_to, table
+from comtip_fast.plan.scaling.sweep import DESIGNS, Growth, Point, Sweep, scales_to, table
 
 # Colour-blind safe (Okabe and Ito). The colour shows the table, the dash the loss form.
 COLOURS = ("#D55E00", "#D55E00", "#0072B2", "#0072B2", "#009E73", "#E69F00", "#CC79A7")

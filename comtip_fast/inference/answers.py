@@ -1,0 +1,127 @@
+"""Annotation of a prediction: the requested genes, the species, and the provenance of the model."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from comtip_shards import SourceError
+from comtip_shards.genes.identifiers import GeneResource
+from comtip_shards.sections.facts import SectionFacts, stated
+
+from comtip_fast._version import __version__
+from comtip_fast.inference.levels import GeneQuery
+from comtip_fast.inference.predictor import Predictor
+
+log = logging.getLogger("comtip_fast")
+
+
+def species_of(model: Predictor, known: str, what: str) -> str:
+    """Return the species of a section; if it is not stated, the model must have been trained on one species only.
+
+    Raises
+    ------
+    SourceError
+        The species of ``what`` is unknown, and the model was trained on several.
+    """
+    if known:
+        return known
+    trained = sorted({key.split(":")[0] for key in model.trained_genes})
+    if len(trained) == 1:
+        log.warning("section %s does not state its species; %s is assumed, the only one in training", what, trained[0])
+        return trained[0]
+    raise SourceError(
+        f"section {what}: the species is unknown, and the model was trained on {' and '.join(trained)}; set --species"
+    )
+
+
+def provenance(model: Predictor, species: str, facts: SectionFacts) -> dict[str, str]:
+    """Return the entries of ``uns["comtip"]``: versions, runs and licences of the model, and stated facts."""
+    lineage, vectors = model.lineage, model.vectors
+    out = {"version": __version__, "model": model.config.name, "species": species, **stated(facts)}
+    runs = " > ".join(lineage.labels())
+    out["lineage"] = runs if lineage.parents_known else f"unknown > {runs}"
+    out["training_licences"] = "; ".join(lineage.licences())
+    if vectors is not None:
+        out |= {"gene_vectors": vectors.sha256, "gene_vectors_licence": str(vectors.header.get("licence", ""))}
+    return out
+
+
+class _Asked(NamedTuple):
+    """A gene to predict, and how its identifier was resolved."""
+
+    gene: str
+    key: str
+    symbol: str
+    ensembl: str
+    name: str
+    found_by: str
+
+
+def gene_queries(model: Predictor, genes: Sequence[str] | None, species: str) -> tuple[pd.DataFrame, list[GeneQuery]]:
+    """Resolve the genes to predict.
+
+    Parameters
+    ----------
+    model
+        The model, whose trained genes are predicted if ``genes`` is None.
+    genes
+        Symbols, Ensembl ids or previous symbols.
+    species
+        ``human`` or ``mouse``.
+
+    Returns
+    -------
+    var, queries
+        ``var`` of the prediction, and the genes for :meth:`Predictor.predict`.
+
+    Raises
+    ------
+    ValueError
+        The list is empty, a gene is named more than once, or the model has no trained gene of the species.
+    """
+    known = {g.key: g for g in model.bundle.genes}
+    if genes is None:
+        rows = [known[k] for k in model.trained_genes if not species or k.startswith(f"{species}:")]
+        asked = [_Asked(g.symbol, g.key, g.symbol, g.ensembl, g.name, "model") for g in rows]
+        if not asked:
+            raise ValueError(f"the model has no trained genes of species {species}; name genes to predict (--genes)")
+    else:
+        asked = [_resolve(g, species) for g in genes]
+    if not asked:
+        raise ValueError("genes: the list is empty; name genes to predict")
+    scores = model.lineage.own.gene_scores
+    var = pd.DataFrame(
+        {
+            "key": [a.key for a in asked],
+            "symbol": [a.symbol for a in asked],
+            "ensembl": [a.ensembl for a in asked],
+            "name": [a.name for a in asked],
+            "found_by": [a.found_by for a in asked],
+            "training": [model.training_of(a.key) for a in asked],
+            "validation_pcc": np.array([scores.get(a.key, np.nan) for a in asked], np.float64),
+        },
+        index=pd.Index(_distinct([a.gene for a in asked]), dtype=object),
+    )
+    return var, [GeneQuery(a.symbol, a.name, a.key) for a in asked]
+
+
+def _resolve(gene: str, species: str) -> _Asked:
+    species = species or ("mouse" if gene.upper().startswith("ENSMUSG") else "human")
+    hit = GeneResource.load().resolve(gene, species)
+    if hit.how == "unmapped":
+        log.warning(
+            "gene %r: not in the table of %s genes; predicted from the symbol alone, check its spelling", gene, species
+        )
+    return _Asked(gene, hit.key, hit.symbol or gene, hit.ensembl, hit.name, hit.how)
+
+
+def _distinct(names: list[str]) -> list[str]:
+    duplicates = sorted(name for name, n in Counter(names).items() if n > 1)
+    if duplicates:
+        raise ValueError(f"duplicate genes: {', '.join(duplicates[:5])}; name each gene once")
+    return [str(name) for name in names]
