@@ -115,7 +115,9 @@ def _resolve(gene: str, species: str) -> _Asked:
     hit = GeneResource.load().resolve(gene, species)
     if hit.how == "unmapped":
         log.warning(
-            "gene %r: not in the table of %s genes; predicted from the symbol alone, check its spelling", gene, species
+            "gene %r: not in the table of %s genes, so its sentence is the symbol alone; check the spelling",
+            gene,
+            species,
         )
     return _Asked(gene, hit.key, hit.symbol or gene, hit.ensembl, hit.name, hit.how)
 
