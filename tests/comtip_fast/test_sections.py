@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -11,8 +12,8 @@ from comtip_shards import ShardSet, SourceError
 from comtip_shards.sources import open_source
 from PIL import Image
 
-from comtip_fast.api import Model
 from comtip_fast.data.sections import TileGeometry, open_section
+from comtip_fast.inference.answers import species_of
 
 IDS = ["ENSG00000141736", "ENSG00000019582", "ENSG00000119888"]
 N = 60
@@ -109,11 +110,11 @@ def test_the_species_is_detected_or_stated(spec):
 
 
 def test_an_unknown_species_is_never_guessed_between_two():
-    one = SimpleNamespace(trained_genes=["human:ERBB2"], tile_px=16, tile_um=64.0, min_mpp=4.0)
-    assert Model(one)._species("", "s") == "human"
-    two = SimpleNamespace(trained_genes=["human:ERBB2", "mouse:Erbb2"], tile_px=16, tile_um=64.0, min_mpp=4.0)
+    one: Any = SimpleNamespace(trained_genes=["human:ERBB2"])
+    assert species_of(one, "", "s") == "human"
+    two: Any = SimpleNamespace(trained_genes=["human:ERBB2", "mouse:Erbb2"])
     with pytest.raises(SourceError, match="trained on human and mouse; set --species"):
-        Model(two)._species("", "s")
+        species_of(two, "", "s")
 
 
 @pytest.mark.parametrize("mpp", ["20", "0.2"])
