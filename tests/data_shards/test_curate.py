@@ -94,11 +94,12 @@ def test_full_or_hires_gives_the_factor_and_its_name(sound: Section, tmp_path: P
     assert "1 / tissue_hires_scalef" in found.message
 
 
-def test_scale_names_the_right_um_per_px(sound: Section):
+def test_scale_names_the_factor_to_the_right_um_per_px(sound: Section):
     wrong = replace(sound, meta=replace(sound.meta, mpp=sound.meta.mpp * 2))
     found = finding(check_section(wrong), "scale")
     assert found.status == FAIL
-    assert float(re.search(r"--mpp ([\d.]+)", found.advice)[1]) == pytest.approx(sound.meta.mpp, rel=0.03)
+    factor = float(re.search(r"\(--mpp\) by ([\d.]+)", found.advice)[1])
+    assert factor * wrong.meta.mpp == pytest.approx(sound.meta.mpp, rel=0.03)
 
 
 def test_scale_knows_the_platform(sound: Section):
