@@ -283,8 +283,8 @@ class Model:
         Raises
         ------
         ValueError, FileNotFoundError
-            The slide cannot be read or has no scale, a gene is unknown, a fact has no effect on a slide, or ``out`` is not
-            an ``.h5ad`` in an existing folder.
+            The slide cannot be read or has no scale, a gene is unknown, a fact has no effect on a slide, or ``out`` is
+            not an ``.h5ad`` in an existing folder.
 
         Examples
         --------

@@ -47,7 +47,7 @@ class Group(Protocol):
         ...
 
     def any(self, flags: Sequence[bool]) -> list[bool]:
-        """Return for each flag whether any rank set it; communicates between hosts, without a device synchronization."""
+        """Return for each flag whether any rank set it; communicates on the hosts, without a device synchronization."""
         ...
 
     def ring_shift(self, send: Sequence[Tensor], receive: Sequence[Tensor]) -> Callable[[], None]:

@@ -144,7 +144,8 @@ def _merged(one: _T, other: _T | None) -> _T:
 def shards_of_run(run: Path, configured: str) -> str:
     """Find the shard set of a run: at the configured path, in the run folder, or relative to it or a folder above it.
 
-    A relative path in a config is relative to the folder in which training was started, often a parent of the run folder.
+    A relative path in a config is relative to the folder in which training was started, often a parent of the run
+    folder.
 
     Parameters
     ----------

@@ -1,4 +1,5 @@
-"""Read strict YAML config files into dataclasses and write them; errors for unknown keys suggest the most similar key."""
+"""Read strict YAML config files into dataclasses, and write them; an error for an unknown key suggests a similar
+one."""
 
 from __future__ import annotations
 
@@ -134,8 +135,8 @@ def config_from_dict(data: Mapping[str, Any], where: str) -> RunConfig:
     version = data.get("version", CONFIG_VERSION)
     if version != CONFIG_VERSION:
         raise ConfigError(
-            f"{where}: config version {version!r}; this release reads version {CONFIG_VERSION}; update the keys and the "
-            "version, or use the release that wrote the config"
+            f"{where}: config version {version!r}; this release reads version {CONFIG_VERSION}; update the keys and "
+            "the version, or use the release that wrote the config"
         )
     _refuse_unknown(data, RunConfig, "", where)
     config = _build(data, where)

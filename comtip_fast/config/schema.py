@@ -37,15 +37,15 @@ class DataConfig:
     """Number of consecutive records read together. 1 shuffles single spots; 8 to 64 turns the reads of an epoch into
     sequential runs for storage with slow seeks. Records of a section are stored shuffled, so a run is a random sample."""
     stain: Literal["none", "section"] = "section"
-    """Stain normalisation. ``section`` shifts and scales the optical density of each section to a fixed mean and spread;
-    ``none`` leaves pixels unchanged."""
+    """Stain normalisation. ``section`` shifts and scales the optical density of each section to a fixed mean and
+    spread; ``none`` leaves pixels unchanged."""
     views: Count = 8
     """Number of fixed augmented views per spot; view 0 is the original tile. A frozen stem runs once per view."""
     flips: bool = True
     """Rotate views by multiples of 90 degrees and mirror them."""
     jitter: PositiveOrZero = 0.1
-    """Stain jitter j: the optical density of each channel is scaled by a uniform factor in 1 +- j and shifted by a uniform
-    offset in +- 0.2 j; 0 disables it."""
+    """Stain jitter j: the optical density of each channel is scaled by a uniform factor in 1 +- j and shifted by a
+    uniform offset in +- 0.2 j; 0 disables it."""
     zoom: Share = 0.0
     """Largest random zoom about the tile's centre (0.2: a factor of 1 to 1.2); 0 disables it."""
     balance: Literal["none", "organ", "platform"] = "none"
@@ -62,8 +62,8 @@ class DataConfig:
     """``table`` keeps the levels of all training spots in memory, ``records`` computes them per batch, ``auto`` uses the
     table up to 1 GiB."""
     faults: Literal["stop", "skip"] = "stop"
-    """Damaged records: ``stop`` ends the run, ``skip`` uses another spot of the batch instead, from the same section if there
-    is one. Damaged records are counted, and the first 20 are logged."""
+    """Damaged records: ``stop`` ends the run, ``skip`` uses another spot of the batch instead, from the same section if
+    there is one. Damaged records are counted, and the first 20 are logged."""
     max_faults: CountOrZero = 100
     """Largest number of damaged records that ``skip`` accepts; one more ends the run."""
 
@@ -107,7 +107,8 @@ class LevelsConfig:
     min_positive: Count = 20
     """A gene with fewer spots with a positive count uses the global edges."""
     fit_spots: Annotated[int, Field(ge=100)] = 50_000
-    """Largest number of training spots used to rank genes and fit levels; the same fraction of every section is used."""
+    """Largest number of training spots used to rank genes and fit levels; the same fraction of every section is
+    used."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,10 +158,11 @@ class TextConfig:
     identity_drop: Share = 0.3
     """Probability, per gene and step, of dropping the identity embedding, to train the case of an unseen gene."""
     gene_vectors: str = ""
-    """File of gene vectors (``comtip genes vectors``). A learnt projection of the gene's vector is added to its sentence; empty
-    for none. The export contains the vectors and can predict every gene of the file."""
+    """File of gene vectors (``comtip genes vectors``). A learnt projection of the gene's vector is added to its
+    sentence; empty for none. The export contains the vectors and can predict every gene of the file."""
     vector_drop: Share = 0.2
-    """Probability, per gene and step, of dropping vector and identity, to train the case of an unseen gene with a name only."""
+    """Probability, per gene and step, of dropping vector and identity, to train the case of an unseen gene with a name
+    only."""
     name_drop: Share = 0.2
     """Probability of dropping name and identity, to train the case of an unseen gene with a vector only. The sum of
     ``vector_drop`` and ``name_drop`` must not exceed 1."""
@@ -195,8 +197,8 @@ class PaatConfig:
     candidates: Count = 3
     """Number of mispaired candidates per spot that the adversary selects from."""
     mode: Literal["strata", "spots", "mixed"] = "mixed"
-    """Source of wrong levels: ``strata`` permutes the levels of similar genes of the spot, ``spots`` takes the gene's level in
-    another spot of the section, ``mixed`` chooses one of both per spot with equal probability."""
+    """Source of wrong levels: ``strata`` permutes the levels of similar genes of the spot, ``spots`` takes the gene's
+    level in another spot of the section, ``mixed`` chooses one of both per spot with equal probability."""
     strata: Count = 4
     """Number of strata of genes with similar detection rate and mean level, per section."""
     min_level_shift: Count = 2
@@ -237,8 +239,8 @@ class ReadoutConfig:
     max_spots: Annotated[int, Field(ge=10)] = 20_000
     """Largest number of training spots to fit on, an equal number per section."""
     min_donors: Count = 1
-    """Smallest number of training donors of a cohort with which the head on the shared-space vector is used; 2 omits this
-    head for cohorts with a single training donor (docs/ablations.md)."""
+    """Smallest number of training donors of a cohort with which the head on the shared-space vector is used; 2 omits
+    this head for cohorts with a single training donor (docs/ablations.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,7 +270,8 @@ class TrainConfig:
     start_from: str = ""
     """Export or finished run that provides initial weights where names and shapes agree; set by ``--from``."""
     seed: CountOrZero = 0
-    """Seed of the initial weights and of all random draws, each a hash of (seed, purpose, step or epoch, spot or gene)."""
+    """Seed of the initial weights and of all random draws, each a hash of (seed, purpose, step or epoch, spot or
+    gene)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto`` uses a GPU if there is one."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -288,8 +291,8 @@ class TrainConfig:
     patience: CountOrZero = 6
     """Validations without improvement before training stops; 0 disables early stopping."""
     nan_policy: Literal["stop", "skip"] = "stop"
-    """What to do after a step with a non-finite loss or gradient, which never changes the weights: ``stop`` ends the run,
-    ``skip`` logs and counts the step. On a GPU, this happens at the next logged row."""
+    """What to do after a step with a non-finite loss or gradient, which never changes the weights: ``stop`` ends the
+    run, ``skip`` logs and counts the step. On a GPU, this happens at the next logged row."""
     max_skips: CountOrZero = 10
     """Largest number of skipped steps; one more ends the run."""
     tensorboard: bool = False
@@ -309,8 +312,8 @@ class EngineConfig:
     zero_stage: Literal[0, 1, 2, 3] = 1
     """ZeRO stage (``deepspeed`` only): 0 shards nothing, 1 optimizer state, 2 also gradients, 3 also parameters."""
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
-    """Where ZeRO keeps optimizer state: ``none`` on the device, ``cpu`` in host memory, ``nvme`` in ``nvme_path`` (ZeRO 3
-    only)."""
+    """Where ZeRO keeps optimizer state: ``none`` on the device, ``cpu`` in host memory, ``nvme`` in ``nvme_path`` (ZeRO
+    3 only)."""
     offload_param: Literal["none", "cpu", "nvme"] = "none"
     """Where ZeRO 3 keeps parameters that are not in use; values as in ``offload_optimizer``."""
     nvme_path: str = ""
@@ -322,12 +325,14 @@ class EngineConfig:
     persist_elements: CountOrZero = 100_000
     """ZeRO 3 keeps parameters with fewer elements on every rank."""
     micro_batches: Count = 1
-    """Number of pieces into which each rank splits its share of the batch (gradient caching); negatives remain those of the
-    global batch."""
+    """Number of pieces into which each rank splits its share of the batch (gradient caching); negatives remain those of
+    the global batch."""
     loss_form: Literal["gather", "ring"] = "gather"
-    """InfoNCE over W ranks: ``gather`` all-gathers the image vectors, ``ring`` passes them round a ring in O(B/W) memory."""
+    """InfoNCE over W ranks: ``gather`` all-gathers the image vectors, ``ring`` passes them round a ring in O(B/W)
+    memory."""
     shard_table: bool = True
-    """Each rank encodes a share of the panel's sentences, and the table is all-gathered; otherwise every rank encodes all."""
+    """Each rank encodes a share of the panel's sentences, and the table is all-gathered; otherwise every rank encodes
+    all."""
     activation_checkpointing: bool = False
     """Store only the input of each transformer block and recompute the block in the backward pass."""
     compile: bool = False
@@ -341,10 +346,11 @@ class WatchConfig:
     """Monitoring of a run; no key changes weights or losses."""
 
     stall_s: PositiveOrZero = 300.0
-    """Seconds after which a step, validation or checkpoint is reported as stalled, with a stack trace of every thread; 0
-    disables the report."""
+    """Seconds after which a step, validation or checkpoint is reported as stalled, with a stack trace of every thread;
+    0 disables the report."""
     stall_stop_s: PositiveOrZero = 1800.0
-    """Seconds after which a stalled process exits with code 75, so that the launcher restarts it; 0 disables the exit."""
+    """Seconds after which a stalled process exits with code 75, so that the launcher restarts it; 0 disables the
+    exit."""
     loss_jump: PositiveOrZero = 3.0
     """Report a loss above this multiple of the median of the last 50 steps (at least 20); 0 disables the report."""
     norm_jump: PositiveOrZero = 30.0

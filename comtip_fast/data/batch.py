@@ -49,7 +49,7 @@ class Batch:
         return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Batch:
-        """Return the batch with its tensors replaced, for example by copies on a device; tensors that are None stay None."""
+        """Return the batch with its tensors replaced, e.g. by copies on a device; fields that are None stay None."""
         changed: dict[str, Any] = {name: tensors[name] for name in self.tensors()}
         return replace(self, **changed)
 

@@ -66,8 +66,8 @@ def write_h5ad(data: ad.AnnData, target: Path, matrices: Mapping[str, MatrixRows
 class _DiskFile:
     """File for h5py that keeps the first error of a write instead of raising it.
 
-    The HDF5 library can crash the process if a write fails while it closes a file. Failed writes are therefore reported to
-    it as successful, and the caller checks :attr:`error` afterwards.
+    The HDF5 library can crash the process if a write fails while it closes a file. Failed writes are therefore reported
+    to it as successful, and the caller checks :attr:`error` afterwards.
     """
 
     def __init__(self, raw: io.FileIO) -> None:

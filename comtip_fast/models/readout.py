@@ -170,7 +170,7 @@ class LinearReadout:
         return features_NF[:, self.settings.vector_dim : width]
 
     def levels_weight(self, keys: Sequence[str], cohort: str | None = None) -> np.ndarray:
-        """Return the mixture weight of the prediction from level sentences, float64 (G,); 0 for a gene that no head has."""
+        """Return the mixture weight of the level-sentence prediction, float64 (G,); 0 for a gene that no head has."""
         heads = [(set(h.keys), h.mix.get("levels", 0.0)) for h in self._of(cohort)]
         own = ([weight for known, weight in heads if key in known] for key in keys)
         return np.array([float(np.mean(weights)) if weights else 0.0 for weights in own])
@@ -207,7 +207,7 @@ class LinearReadout:
     def decoder(
         self, keys: Sequence[str], cohort: str | None = None, vectors: GeneVectors | None = None
     ) -> ReadoutDecoder:
-        """Return a decoder for these genes, which can also predict a section in parts; parameters as in :meth:`predict`."""
+        """Return a decoder for these genes, also for a section in parts; parameters as in :meth:`predict`."""
         heads = [(head, _Decoders.of(head, keys, vectors)) for head in self._of(cohort)]
         return ReadoutDecoder(self.settings, heads, len(keys))
 

@@ -174,7 +174,8 @@ class StepLosses:
         return parts, numbers
 
     def _tokens(self, batch: Batch) -> float:
-        """Return the number of tokens of the panel's genes, without a device synchronization if the panel is in host memory."""
+        """Return the number of tokens of the panel's genes; with the panel in host memory, reads nothing from the
+        device."""
         if batch.panel_host is not None and self.genes.host is not None:
             return float(self.genes.host.length_G[batch.panel_host].sum())
         return float(self.genes.length_G[batch.panel.long()].sum())
@@ -337,9 +338,10 @@ def hard_columns(use: Tensor) -> tuple[Tensor | slice, Tensor | None]:
     Returns
     -------
     tuple
-        Index of the spots whose mispaired texts become columns, and a bool mask (2b,) of the columns to exclude, which is
-        False for the b true texts. On a CPU, only texts with a counted swap become columns, and the mask is None. On other
-        devices, shapes must not depend on data, so all texts become columns and those without a counted swap are excluded.
+        Index of the spots whose mispaired texts become columns, and a bool mask (2b,) of the columns to exclude, which
+        is False for the b true texts. On a CPU, only texts with a counted swap become columns, and the mask is None. On
+        other devices, shapes must not depend on data, so all texts become columns and those without a counted swap are
+        excluded.
     """
     if devices.reads_are_free(use.device):
         return use, None

@@ -38,7 +38,8 @@ SPACE = ("alignment", "uniformity_image", "uniformity_text", "r1", "r5", "t1", "
 CHUNK = 512
 """Tiles that are encoded at once."""
 KEPT_BYTES = 1 << 30
-"""Maximum bytes of tiles or stem features cached in host memory between validations; the rest is read again each time."""
+"""Maximum bytes of tiles or stem features cached in host memory between validations; the rest is read again each
+time."""
 SPACE_SPOTS, SPACE_GENES = 256, 256
 """Spots per section among which retrieval is measured, and genes per sentence; fixed, to compare runs and sections."""
 

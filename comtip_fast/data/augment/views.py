@@ -1,8 +1,8 @@
 """Augmented views of a tile, each a deterministic function of (seed, spot, view).
 
 View 0 is the original tile. The other views are zoomed, rotated by multiples of 90 degrees, mirrored, and jittered in
-optical-density space. With ``data.stain=section``, the section's stain is normalised in all views. The number of views is
-small and fixed, so the output of a frozen stem can be computed once per view and cached.
+optical-density space. With ``data.stain=section``, the section's stain is normalised in all views. The number of views
+is small and fixed, so the output of a frozen stem can be computed once per view and cached.
 
 :func:`plan_views` computes the parameters of each view, :func:`make_views` is the reference implementation, and
 :mod:`comtip_fast.data.augment.apply_views` is the fast one.
@@ -34,7 +34,7 @@ class ViewPlan:
     """uint8 (N, 3, 256), look-up table of each channel's pixel values; None leaves all values unchanged."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors that batched operations on a device need: ``orientation``, ``by_margin`` and, if set, ``lut``.
+        """Return the tensors for batched operations on a device: ``orientation``, ``by_margin`` and, if set, ``lut``.
 
         ``by_margin`` is the permutation that sorts the tiles by margin.
         """

@@ -69,8 +69,8 @@ def open_counts(path: str | Path) -> CountSource:
     Parameters
     ----------
     path
-        ``.h5ad``, a 10x ``.h5``, or a tab-separated table (``.tsv``, ``.txt``, also ``.gz``) of spots x genes with a header
-        and an id column.
+        ``.h5ad``, a 10x ``.h5``, or a tab-separated table (``.tsv``, ``.txt``, also ``.gz``) of spots x genes with a
+        header and an id column.
 
     Raises
     ------

@@ -59,7 +59,8 @@ def gene_vectors(
     min_detection
         Genes that are detected in a smaller share of cells are dropped.
     orthologues
-        Treat genes of both species with the same upper-case symbol as one gene; the file then contains the keys of both.
+        Treat genes of both species with the same upper-case symbol as one gene; the file then contains the keys of
+        both.
     seed
         Seed of the random start of the subspace iteration; the result changes within its tolerance only.
 
@@ -71,8 +72,8 @@ def gene_vectors(
     Raises
     ------
     ValueError
-        A parameter is out of bounds, there is no source, an unknown species, too few cells, fewer than 2 genes that vary, or
-        sources of two species without ``orthologues``.
+        A parameter is out of bounds, there is no source, an unknown species, too few cells, fewer than 2 genes that
+        vary, or sources of two species without ``orthologues``.
     FileNotFoundError, SourceError
         A source does not exist or cannot be read.
     """

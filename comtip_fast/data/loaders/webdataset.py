@@ -18,8 +18,8 @@ from comtip_fast.data.loaders.schedule import ScheduledBatch
 class WdsLoader(BaseLoader):
     """Each of n = ``data.workers`` processes loads every n-th batch; about ``data.prefetch`` batches are ready.
 
-    Batches are passed through shared memory. If ``/dev/shm`` is too small (containers often have 64 MB), enlarge it or use
-    another loader.
+    Batches are passed through shared memory. If ``/dev/shm`` is too small (containers often have 64 MB), enlarge it or
+    use another loader.
     """
 
     def _stream(self, batches: Iterator[ScheduledBatch]) -> Generator[PreparedBatch, None, None]:

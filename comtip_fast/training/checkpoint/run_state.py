@@ -19,9 +19,9 @@ from comtip_fast.config.schema import EngineConfig, RunConfig, WatchConfig
 from comtip_fast.training.protocol import TrainingError
 
 log = logging.getLogger("comtip_fast")
-# Keys that may change on resume because they affect weights and losses by rounding at most. The paths of the shard set and
-# of the gene vectors may change because their hashes are compared, and the NaN policy because a NaN may have stopped the
-# run. The engine and the number of ranks change a step by rounding only.
+# Keys that may change on resume because they affect weights and losses by rounding at most. The paths of the shard set
+# and of the gene vectors may change because their hashes are compared, and the NaN policy because a NaN may have
+# stopped the run. The engine and the number of ranks change a step by rounding only.
 FREE_KEYS = {
     "name",
     "data.shards",

@@ -123,7 +123,7 @@ class _Reader:
 
 
 def neighbouring_spots(shards: ShardSet, spots: np.ndarray, quota: int, seed: int, section: int) -> np.ndarray:
-    """Return at most ``quota`` of a section's spots, ascending: those nearest to a random spot, so that most keep neighbours."""
+    """Return at most ``quota`` of ``spots``, ascending: those nearest to a random one, so that most keep neighbours."""
     if spots.size <= quota:
         return spots
     xy = shards.spots.loc[spots, ["x_px", "y_px"]].to_numpy(float)

@@ -27,7 +27,8 @@ class SectionTable:
 
 
 class RidgePath:
-    """Ridge regression of programme scores on features; two decompositions serve every penalty and number of programmes."""
+    """Ridge regression of programme scores on features; two decompositions serve all penalties and programme
+    numbers."""
 
     def __init__(self, sections: Sequence[SectionTable], norm: str) -> None:
         measured = np.stack([s.measured_G for s in sections])
