@@ -1,5 +1,4 @@
-"""Read strict YAML config files into dataclasses, and write them; an error for an unknown key suggests a similar
-one."""
+"""Read strict YAML config files into dataclasses, and write them; errors for unknown keys suggest a similar key."""
 
 from __future__ import annotations
 

@@ -174,8 +174,7 @@ class StepLosses:
         return parts, numbers
 
     def _tokens(self, batch: Batch) -> float:
-        """Return the number of tokens of the panel's genes; with the panel in host memory, reads nothing from the
-        device."""
+        """Return the number of tokens of the panel's genes, from host memory if the batch has the panel there."""
         if batch.panel_host is not None and self.genes.host is not None:
             return float(self.genes.host.length_G[batch.panel_host].sum())
         return float(self.genes.length_G[batch.panel.long()].sum())

@@ -27,8 +27,7 @@ class SectionTable:
 
 
 class RidgePath:
-    """Ridge regression of programme scores on features; two decompositions serve all penalties and programme
-    numbers."""
+    """Ridge regression of programme scores on features, for any penalty and any number of programmes."""
 
     def __init__(self, sections: Sequence[SectionTable], norm: str) -> None:
         measured = np.stack([s.measured_G for s in sections])
