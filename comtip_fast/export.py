@@ -291,7 +291,7 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     if meta.get("format") != EXPORT_FORMAT or meta.get("version") not in READABLE_VERSIONS:
         raise ValueError(
             f"{path}: format {meta.get('format')!r} version {meta.get('version')!r}; comtip-fast {__version__} reads "
-            f"{EXPORT_FORMAT!r} version {' and '.join(map(str, READABLE_VERSIONS))}; load it with the release that wrote it"
+            f"{EXPORT_FORMAT!r} versions {', '.join(map(str, READABLE_VERSIONS))}; load it with the release that wrote it"
         )
     if meta.get("readout") not in (None, export_checks.READOUT):
         raise ExportError(
