@@ -1,6 +1,6 @@
-"""The Python interface: build shards, pretrain, evaluate, load, predict and embed; AnnData in, AnnData out.
+"""The Python interface: build shards, pretrain, evaluate, load, predict and embed. Predictions are AnnData objects.
 
-The command line is a thin layer over these functions.
+The command line calls these functions.
 """
 
 from __future__ import annotations
@@ -58,12 +58,13 @@ def load(path: str | Path, device: str = "auto", vectors: str | Path | None = No
     device
         ``auto`` (a GPU if there is one), ``cpu`` or ``cuda``.
     vectors
-        File of gene vectors (``comtip genes vectors``), with which genes that were not trained are predicted.
+        File of gene vectors (``comtip genes vectors``) to predict genes that were not trained.
 
     Raises
     ------
     FileNotFoundError, ValueError
-        There is no export or file of gene vectors, or it has another format version or is damaged.
+        There is no export or file of gene vectors, it is damaged or has another format version, or there is no GPU for
+        ``cuda``.
 
     Examples
     --------
@@ -125,7 +126,7 @@ class Model:
         Raises
         ------
         ValueError, FileNotFoundError
-            The section or the genes cannot be used.
+            The section does not exist or cannot be read, a fact is missing or invalid, or a gene is unknown.
 
         Examples
         --------
@@ -164,7 +165,7 @@ class Model:
         Raises
         ------
         ValueError, FileNotFoundError
-            The section or the genes cannot be used, or the section has no raw counts or measured none of the genes.
+            As for :meth:`predict`, or the section has no raw counts or measured none of the genes.
 
         Examples
         --------
@@ -174,7 +175,7 @@ class Model:
         (['log1p_cp10k', 'log1p_raw', 'measured_log1p_cp10k', 'measured_log1p_raw'], [True, False])
         """
         options = stated_options(facts, pooling, counts)
-        # Tiles are cut without reading counts, where the options that select counts would be refused.
+        # Tiles are cut without reading counts, so the options that select counts would raise an error here.
         in_memory = isinstance(section, ad.AnnData) or str(section).endswith(H5AD_SUFFIXES)
         without_counts = replace(options.counts, layer=None, round_counts=None)
         opened = open_section(section, self.tile, replace(options, counts=without_counts) if in_memory else options)
@@ -215,6 +216,11 @@ class Model:
         -------
         AnnData
             The section (a copy, if it is an AnnData) with ``obsm["X_comtip"]``: float32 unit vectors (spots, D).
+
+        Raises
+        ------
+        ValueError, FileNotFoundError
+            The section does not exist or cannot be read, or a fact is missing or invalid.
 
         Examples
         --------
@@ -262,7 +268,7 @@ class Model:
             The ``.h5ad`` to write, which may be larger than memory; None returns the result in memory.
         facts
             ``mpp`` (default: the scale of the file) and ``species``. Tissue, donor, platform, licence and attribution are
-            recorded in ``uns["comtip"]``; others are refused.
+            recorded in ``uns["comtip"]``; other facts raise an error.
         grid
             Lattice, step and smallest share of tissue (``GridOptions(shape="hexagonal", step_um=100)``).
         progress
@@ -277,7 +283,8 @@ class Model:
         Raises
         ------
         ValueError, FileNotFoundError
-            The slide or the genes cannot be used.
+            The slide cannot be read or has no scale, a gene is unknown, a fact has no effect on a slide, or ``out`` is
+            not an ``.h5ad`` in an existing folder.
 
         Examples
         --------

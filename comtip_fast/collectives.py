@@ -39,19 +39,19 @@ class Group(Protocol):
         ...
 
     def sum(self, values: Tensor) -> Tensor:
-        """All-reduce: return the sum over ranks."""
+        """All-reduce: return the elementwise sum over ranks."""
         ...
 
     def max(self, values: Tensor) -> Tensor:
-        """All-reduce: return the maximum over ranks."""
+        """All-reduce: return the elementwise maximum over ranks."""
         ...
 
     def any(self, flags: Sequence[bool]) -> list[bool]:
-        """Return for each flag whether any rank raised it, over the hosts: no device takes part or is waited for."""
+        """Return for each flag whether any rank set it; communicates on the hosts, without a device synchronization."""
         ...
 
     def ring_shift(self, send: Sequence[Tensor], receive: Sequence[Tensor]) -> Callable[[], None]:
-        """Start to send to the next rank and to receive from the previous one; call the returned function to wait."""
+        """Start sending to the next rank and receiving from the previous one; the returned function waits for both."""
         ...
 
 

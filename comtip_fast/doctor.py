@@ -1,4 +1,4 @@
-"""Check what this machine can run, and which optional packages are missing."""
+"""Report what this machine can run, and which optional packages are missing or broken."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ class DoctorCheck:
     """``ok``, ``missing`` (optional and not installed) or ``broken`` (installed but not working)."""
     detail: str
     fix: str = ""
+    """What to install or change; empty if there is nothing to do."""
 
 
 def examine() -> list[DoctorCheck]:
@@ -201,5 +202,9 @@ def render(checks: list[DoctorCheck]) -> str:
             lines.append(f"{'':>20}-> {check.fix}")
     broken = [check.name for check in checks if check.state == "broken"]
     lines.append("")
-    lines.append(f"broken: {', '.join(broken)}" if broken else "This machine can run `make demo`.")
+    lines.append(
+        f"broken: {', '.join(broken)}"
+        if broken
+        else "nothing is broken; `make demo` also needs Memory and Demo weights"
+    )
     return "\n".join(lines) + ("" if sys.stdout.isatty() else "\n")

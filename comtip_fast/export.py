@@ -48,11 +48,13 @@ class ExportGene:
     """A gene in the model's gene table."""
 
     key: str
+    """``species:symbol``."""
     symbol: str
     ensembl: str
     name: str
     trained: bool
     held_out: bool
+    """Excluded from training to test unseen genes; the opposite of ``trained``."""
 
 
 @dataclass
@@ -66,13 +68,16 @@ class Bundle:
     genes: list[ExportGene]
     sections: list[dict[str, Any]]
     tile_um: float
+    """Width of a tile in um."""
     min_mpp: float
+    """um per px to which images of a higher resolution are resampled."""
     tokenizer_sha256: str
     readout: LinearReadout | None = None
+    """Linear readout; None if expression is predicted from level sentences alone."""
     lineage: Lineage = field(default_factory=lambda: Lineage(parents_known=False))
-    """The own run and all ancestors. By default only the own run is known."""
+    """The model's own run and its ancestors; by default, the ancestors are unknown."""
     vectors: GeneVectors | None = None
-    """Gene vectors that the model was trained with (``text.gene_vectors``)."""
+    """Gene vectors that the model was trained with (``text.gene_vectors``); None if it was trained without."""
 
     def __post_init__(self) -> None:
         if not self.lineage.runs:
@@ -99,7 +104,7 @@ class Bundle:
         """Build a bundle from a training task; trained genes come first, in the order of the level table's rows.
 
         ``parents`` is the lineage of the model that the run started from; None if it started from random weights.
-        ``vectors`` are the gene vectors of the run; None without.
+        ``vectors`` are the gene vectors of the run; None if it has none.
         """
         chosen = [(r, True) for r in tables.genes.trained] + [(r, False) for r in tables.genes.held_out]
         genes = []
@@ -134,6 +139,7 @@ class Bundle:
         """Write ``config.json``, ``model.safetensors``, ``levels.safetensors``, ``genes.tsv``, ``lineage.json``, ``README.md``.
 
         A linear readout is written to ``readout.safetensors``, and gene vectors to ``gene_vectors.safetensors``.
+        ``SHA256SUMS`` contains the hashes of all files but the README.
 
         An older export at ``folder`` is replaced once the new one is complete.
 
@@ -193,7 +199,7 @@ class Bundle:
         Raises
         ------
         FileNotFoundError, ValueError
-            There is no export, it has another format version, or a file is damaged, edited or of another model.
+            There is no export, it has another format version, or a file is damaged, edited or belongs to another model.
         """
         meta = _read_meta(folder)
         sums = export_checks.verify_files(folder, export_checks.hashed_files(meta), hashed="hashes" in meta)
@@ -285,7 +291,7 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     if meta.get("format") != EXPORT_FORMAT or meta.get("version") not in READABLE_VERSIONS:
         raise ValueError(
             f"{path}: format {meta.get('format')!r} version {meta.get('version')!r}; comtip-fast {__version__} reads "
-            f"{EXPORT_FORMAT!r} version {' and '.join(map(str, READABLE_VERSIONS))}; load it with the release that wrote it"
+            f"{EXPORT_FORMAT!r} versions {', '.join(map(str, READABLE_VERSIONS))}; load it with the release that wrote it"
         )
     if meta.get("readout") not in (None, export_checks.READOUT):
         raise ExportError(

@@ -179,23 +179,23 @@ def read_lineage(
 
 
 def read_vectors(path: Path, stated: Any, own: lineage.LineageRun, dim: int) -> GeneVectors | None:
-    """Read the gene vectors of an export; None for a model without.
+    """Read the gene vectors of an export; return None for a model without gene vectors.
 
     Parameters
     ----------
     path
         The file.
     stated
-        SHA-256 of the vectors in ``config.json``; None without vectors.
+        SHA-256 of the vectors according to ``config.json``; None if the model has none.
     own
         The export's own run.
     dim
-        Components of the model's gene vectors, 0 without.
+        Number of components of the model's gene vectors; 0 if it has none.
 
     Raises
     ------
     ExportError
-        The file is damaged, or not that of the model.
+        The file is damaged or belongs to another model, or ``config.json`` and ``lineage.json`` disagree.
     """
     in_lineage = None if own.vectors is None else own.vectors.sha256
     if stated != in_lineage or bool(stated) != bool(dim):
@@ -307,7 +307,7 @@ def check_readout(
     Raises
     ------
     ExportError
-        The readout is not that of this model, or is invalid; the message names the part.
+        The readout belongs to another model or is invalid; the message names the part.
     """
     settings = _readout_settings(header.get("settings"), path, vector_dim)
     n_features = 2 * width if settings.context else width

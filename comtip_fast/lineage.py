@@ -146,18 +146,18 @@ class Lineage:
         return replace(self, runs=(*self.runs, run))
 
     def with_own(self, **changes: Any) -> Lineage:
-        """Return the lineage with other values in the own run."""
+        """Return the lineage with the given fields of the own run replaced."""
         return replace(self, runs=(*self.ancestors, replace(self.own, **changes)))
 
     def labels(self) -> list[str]:
-        """Return a label per run: its name, with its position where names are equal."""
+        """Return a label per run: its name, followed by its position if several runs have this name."""
         names = [run.name for run in self.runs]
         return [n if names.count(n) == 1 else f"{n} ({i} of {len(names)})" for i, n in enumerate(names, start=1)]
 
     # -- sections and donors ----------------------------------------------------------------------------------
 
     def uses(self, sections: Sequence[LineageSection]) -> list[list[SectionUse]]:
-        """Return the uses of each section, a run and a split each, in the order of runs.
+        """Return, for each section, which runs used it and in which split, in the order of runs.
 
         Two sections are the same if their datasets and ids are equal, or if their counts or images are equal. Sections of
         exports without lineage have no fingerprint and are compared by id alone.
@@ -178,7 +178,10 @@ class Lineage:
         ]
 
     def merged_sections(self) -> list[LineageSection]:
-        """Return the distinct sections of all runs. Split is the first of train, val and test that a run used the section as."""
+        """Return the distinct sections of all runs.
+
+        If runs used a section in different splits, its split is the first of train, val and test that occurs.
+        """
         merged: list[LineageSection] = []
         for run in self.runs:
             same = _duplicates(run.sections, merged)
@@ -196,7 +199,7 @@ class Lineage:
     # -- genes ------------------------------------------------------------------------------------------------
 
     def genes_of_ancestors(self) -> set[str]:
-        """Return the upper-case symbols of genes that an ancestor trained on; orthologues have the same symbol and text."""
+        """Return the upper-case symbols of genes that an ancestor trained on; orthologues share the symbol."""
         return {symbol_of(key) for run in self.ancestors for key in run.trained_genes}
 
     # -- licences ---------------------------------------------------------------------------------------------
@@ -214,7 +217,7 @@ class Lineage:
     # -- file -------------------------------------------------------------------------------------------------
 
     def to_json(self) -> str:
-        """Return the content of ``lineage.json``."""
+        """Return the text of ``lineage.json``."""
         return json.dumps({"format": FORMAT, "version": VERSION, "lineage": asdict(self)}, indent=1) + "\n"
 
     @classmethod

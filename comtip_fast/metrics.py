@@ -1,4 +1,4 @@
-"""Metrics shared by training and evaluation: Pearson correlation (PCC) per gene, and numbers for JSON."""
+"""Metrics shared by training and evaluation: Pearson correlation (PCC) per gene, and conversion of numbers for JSON."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def pcc_per_gene(measured_NG: np.ndarray, predicted_NG: np.ndarray) -> np.ndarra
 
 
 def mean_with_zeros(pcc_G: np.ndarray) -> float | None:
-    """Return the mean with undefined correlations counted as 0; None without any gene."""
+    """Return the mean with undefined correlations counted as 0; None if there are no genes."""
     return float(np.nan_to_num(pcc_G).mean()) if pcc_G.size else None
 
 

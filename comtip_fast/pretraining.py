@@ -43,7 +43,7 @@ def pretrain(
     config
         A YAML file (docs/settings.md lists every key); ``None`` starts from the defaults.
     out
-        Folder of the run.
+        Folder of the run; created if missing.
     overrides
         ``key=value`` settings that take precedence over the file, e.g. ``"train.steps=500"``.
     start_from
@@ -103,7 +103,7 @@ def pretrain(
 
 
 def _record_parents(task: CoMTIPTask, out: Path) -> None:
-    """Write the lineage of the run's parents, which may be moved before the run is resumed, and warn of leakage."""
+    """Write the lineage of the run's parents, because they may be moved before a resume, and warn of leakage."""
     for message in task.leaks():
         log.warning("%s", message)
     if task.parents.runs or not task.parents.parents_known:

@@ -1,4 +1,4 @@
-"""Build shard sets from Python with typed facts; does not import torch."""
+"""Build shard sets from Python with typed section facts. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from comtip_shards.sources import SectionSource, open_source
 from comtip_shards.storage.remote import is_url
 
 HEST_PATCH_UM = 112.0
+"""Width of the patches in HEST's patch files."""
 Facts = SectionFacts | Mapping[str, Any] | None
 _T = TypeVar("_T", PoolingOptions, CountOptions)
 
@@ -48,11 +49,11 @@ def build_shards(
     source
         A table, file or folder of any format that ``comtip shards build`` reads, or its URL.
     out
-        Folder of the new shard set; an interrupted build of the same set in it is continued.
+        Folder of the new shard set; if it contains an interrupted build of the same set, that build is resumed.
     facts
         Facts about the sections, as :class:`SectionFacts` or as a dict (``{"mpp": 0.5}``).
     pooling, counts
-        Pooling of bins, cells and transcripts; counts and positions in an AnnData.
+        Options for pooling bins, cells and transcripts, and for the counts and positions of an AnnData.
     fmt, samples, where, cache
         Format, selection of sections, and cache for URLs, see :func:`comtip_shards.sources.open_source`.
     tile_um
@@ -70,7 +71,7 @@ def build_shards(
     Raises
     ------
     comtip_shards.SourceError, comtip_shards.ShardError
-        Bad input or output folder; names the file and the fix.
+        The input or the output folder cannot be used; the message names the file and the fix.
 
     Examples
     --------
@@ -122,7 +123,7 @@ def stated_options(facts: Facts, pooling: PoolingOptions | None, counts: CountOp
     Raises
     ------
     comtip_shards.SourceError
-        A value is invalid; names the option, the value and what it must be.
+        A value is invalid; the message names the option, the value and what it must be.
     """
     if not isinstance(facts, Mapping):
         given = SourceOptions(
@@ -136,14 +137,15 @@ def stated_options(facts: Facts, pooling: PoolingOptions | None, counts: CountOp
 
 
 def _merged(one: _T, other: _T | None) -> _T:
-    """Return the options of two objects, of which the second takes precedence."""
+    """Merge two objects of options; the second takes precedence."""
     return one if other is None else replace(one, **{k: v for k, v in vars(other).items() if v is not None})
 
 
 def shards_of_run(run: Path, configured: str) -> str:
-    """Return the shard set of a run: as its config names it, inside of a run folder that was moved, or from its parents.
+    """Find the shard set of a run: at the configured path, in the run folder, or relative to it or a folder above it.
 
-    A relative path in a config is relative to the folder that training was started in, which is often a parent of the run.
+    A relative path in a config is relative to the folder in which training was started, often a parent of the run
+    folder.
 
     Parameters
     ----------

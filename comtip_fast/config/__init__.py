@@ -1,1 +1,1 @@
-"""Typed settings: the dataclasses (``schema``) and how files become them (``io``)."""
+"""Typed settings: dataclasses (``schema``), reading and writing of config files (``io``)."""

@@ -1,4 +1,4 @@
-"""Read and write config files: strict YAML to dataclasses; errors for unknown keys suggest the most similar one."""
+"""Read strict YAML config files into dataclasses, and write them; errors for unknown keys suggest a similar key."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ConfigError(ValueError):
 
 
 MAX_NODES = 100_000
-"""Limit for the number of YAML nodes after expansion of aliases."""
+"""Largest number of YAML nodes after expansion of aliases."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -116,11 +116,27 @@ def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> RunCo
 
 
 def config_from_dict(data: Mapping[str, Any], where: str) -> RunConfig:
-    """Build a config from nested dicts; ``where`` names their origin in errors."""
+    """Build and validate a config from nested dicts.
+
+    Parameters
+    ----------
+    data
+        Values by key; missing keys take their defaults.
+    where
+        Origin of the values, for errors.
+
+    Raises
+    ------
+    ConfigError
+        The version is not supported, or there is an unknown key, a wrong type or an invalid combination of values.
+    """
     data = _with_current_names(_without_empty_groups(data))
     version = data.get("version", CONFIG_VERSION)
     if version != CONFIG_VERSION:
-        raise ConfigError(f"{where}: config version {version!r}; this release reads version {CONFIG_VERSION}")
+        raise ConfigError(
+            f"{where}: config version {version!r}; this release reads version {CONFIG_VERSION}; update the keys and "
+            "the version, or use the release that wrote the config"
+        )
     _refuse_unknown(data, RunConfig, "", where)
     config = _build(data, where)
     validate(config, where)
@@ -158,7 +174,9 @@ def _override(data: dict[str, Any], item: str) -> None:
             data[part] = {}
         data = data[part]
         if not isinstance(data, dict):
-            raise ConfigError(f"--set {item!r}: {part} is a value, not a group of keys; remove what follows it")
+            raise ConfigError(
+                f"--set {item!r}: {part} is a value, not a group of keys; set {part} itself, without further keys"
+            )
     data[last] = _scalar(text)
 
 

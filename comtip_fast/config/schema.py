@@ -1,4 +1,4 @@
-"""The settings of a run: one frozen dataclass per component, one docstring and one bound per field.
+"""Settings of a run: one frozen dataclass per component; each field has its bounds and a docstring.
 
 The resolved config is written into every run folder and every export, so that a result can be traced to the settings
 that produced it. Symbols (B, G, Q, r ...) are those of docs/method.md. Where the paper gives no value, the default is
@@ -37,15 +37,17 @@ class DataConfig:
     """Number of consecutive records read together. 1 shuffles single spots; 8 to 64 turns the reads of an epoch into
     sequential runs for storage with slow seeks. Records of a section are stored shuffled, so a run is a random sample."""
     stain: Literal["none", "section"] = "section"
-    """``section`` moves the optical-density mean and spread of each section to a fixed reference."""
+    """Stain normalisation. ``section`` shifts and scales the optical density of each section to a fixed mean and
+    spread; ``none`` leaves pixels unchanged."""
     views: Count = 8
-    """Fixed augmented views per spot (1 = the original tile). A frozen stem runs once per view."""
+    """Number of fixed augmented views per spot; view 0 is the original tile. A frozen stem runs once per view."""
     flips: bool = True
-    """Rotate views by right angles and mirror them."""
+    """Rotate views by multiples of 90 degrees and mirror them."""
     jitter: PositiveOrZero = 0.1
-    """Standard deviation of the stain jitter in optical-density space; 0 disables it."""
+    """Stain jitter j: the optical density of each channel is scaled by a uniform factor in 1 +- j and shifted by a
+    uniform offset in +- 0.2 j; 0 disables it."""
     zoom: Share = 0.0
-    """Largest random enlargement about the tile's centre (0.2: a factor of 1 to 1.2); 0 disables it."""
+    """Largest random zoom about the tile's centre (0.2: a factor of 1 to 1.2); 0 disables it."""
     balance: Literal["none", "organ", "platform"] = "none"
     """``none``: every spot once per epoch. Otherwise every organ (of a species) or platform contributes the same number
     of spots to an epoch: small groups are repeated, large groups are subsampled."""
@@ -60,26 +62,26 @@ class DataConfig:
     """``table`` keeps the levels of all training spots in memory, ``records`` computes them per batch, ``auto`` uses the
     table up to 1 GiB."""
     faults: Literal["stop", "skip"] = "stop"
-    """Damaged records: ``stop`` ends the run, ``skip`` substitutes another spot of the section. Each is logged and
-    counted."""
+    """Damaged records: ``stop`` ends the run, ``skip`` uses another spot of the batch instead, from the same section if
+    there is one. Damaged records are counted, and the first 20 are logged."""
     max_faults: CountOrZero = 100
-    """Number of damaged records after which ``skip`` ends the run too."""
+    """Largest number of damaged records that ``skip`` accepts; one more ends the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenesConfig:
-    """Genes that are trained by name."""
+    """Selection of the genes that are trained, and of those held out to test unseen genes."""
 
     per_cohort: CountOrZero = 300
     """Number of most variable genes selected per cohort (species and organ); 0 selects every detected gene."""
     min_detection: Share = 0.1
-    """Share of spots in which a gene must be detected, in every training section of its cohort."""
+    """Smallest share of spots in which a gene is detected, in every training section of its cohort that measured it."""
     held_out_every: CountOrZero = 6
     """Every n-th gene from rank ``held_out_from`` on is excluded from training, to test unseen genes; 0 excludes none."""
     held_out_from: CountOrZero = 50
-    """Variability rank from which genes may be held out."""
+    """Variance rank (from 0) from which on genes may be held out; more variable genes are always trained."""
     held_out: tuple[str, ...] = ()
-    """Further symbols to exclude from training, in every species."""
+    """Symbols of further genes to exclude from training, in every species and at any rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +93,7 @@ class PanelConfig:
     max_genes: Count = 256
     """Largest G."""
     variable_share: Share = 0.5
-    """Share of the panel drawn in proportion to gene variance; the rest is drawn uniformly."""
+    """Share of the panel drawn with probability proportional to gene variance; the rest is drawn uniformly."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,13 +101,14 @@ class LevelsConfig:
     """Quantisation of expression values into Q levels."""
 
     kind: Literal["per_gene", "global"] = "per_gene"
-    """``per_gene``: a level is low or high for its gene; ``global``: a level is the same value for every gene."""
+    """``per_gene``: level edges are quantiles of each gene's own values; ``global``: all genes share the same edges."""
     n_levels: Annotated[int, Field(ge=3, le=256)] = 10
     """Q, including level 0 (count 0). Levels are stored as one byte."""
     min_positive: Count = 20
-    """Number of positive spots below which a gene uses the global edges and values."""
+    """A gene with fewer spots with a positive count uses the global edges."""
     fit_spots: Annotated[int, Field(ge=100)] = 50_000
-    """Largest number of training spots used to rank genes and fit levels, an equal share per section."""
+    """Largest number of training spots used to rank genes and fit levels; the same fraction of every section is
+    used."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +124,7 @@ class VisionConfig:
     patch_px: Count = 32
     """Side of a patch in pixels (``small`` only)."""
     width: Count = 192
-    """d of the image encoder (``small`` only)."""
+    """d, embedding width of the image encoder (``small`` only)."""
     depth: Count = 3
     """Transformer blocks (``small`` only)."""
     heads: Count = 4
@@ -141,26 +144,28 @@ class TextConfig:
     """The gene-sentence encoder."""
 
     width: Count = 128
-    """d of the sentence encoder."""
+    """d, embedding width of the sentence encoder."""
     depth: Count = 2
     """Pre-norm transformer blocks."""
     heads: Count = 4
     """Attention heads."""
     max_tokens: Count = 16
-    """T, number of name tokens at which the full name is truncated (the symbol is kept)."""
+    """T, largest number of tokens of symbol and full name; longer names are truncated at the end."""
     full_name: bool = True
     """Append the full name to the symbol."""
     identity: bool = True
     """Add a learnt embedding per training gene."""
     identity_drop: Share = 0.3
-    """Probability, per gene and step, of dropping the identity embedding, as for an unseen gene."""
+    """Probability, per gene and step, of dropping the identity embedding, to train the case of an unseen gene."""
     gene_vectors: str = ""
-    """File of gene vectors (``comtip genes vectors``) that a learnt projection adds to the gene's sentence; empty for none.
-    The export holds the vectors, and predicts every gene of the file."""
+    """File of gene vectors (``comtip genes vectors``). A learnt projection of the gene's vector is added to its
+    sentence; empty for none. The export contains the vectors and can predict every gene of the file."""
     vector_drop: Share = 0.2
-    """Probability, per gene and step, of dropping vector and identity, as for an unseen gene that has only a name."""
+    """Probability, per gene and step, of dropping vector and identity, to train the case of an unseen gene with a name
+    only."""
     name_drop: Share = 0.2
-    """The same for name and identity, as for an unseen gene that has only a vector; the sum of both is at most 1."""
+    """Probability of dropping name and identity, to train the case of an unseen gene with a vector only. The sum of
+    ``vector_drop`` and ``name_drop`` must not exceed 1."""
     attention: Literal["auto", "triton", "flash", "varlen", "sdpa"] = "auto"
     """Implementation of attention in training; results differ by rounding. ``auto``: on a GPU this project's Triton kernel
     for sentences up to 48 tokens, on a CPU PyTorch's by length. ``flash`` is flash-attn, ``varlen`` PyTorch's
@@ -173,29 +178,31 @@ class AlignConfig:
     """The shared space."""
 
     dim: Annotated[int, Field(ge=2)] = 128
-    """D."""
+    """D, width of the shared space."""
     temperature: Positive = 0.07
     """Initial InfoNCE temperature; its inverse is learnt and clamped."""
     max_scale: Positive = 100.0
     """Upper bound of the inverse temperature."""
     negatives: Literal["all", "same_group", "other_group"] = "same_group"
-    """Spots that are used as negatives of a spot; the group is the section."""
+    """Which other spots are negatives of a spot: ``all``, those of the same section (``same_group``), or those of other
+    sections (``other_group``)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PaatConfig:
-    """Pair-aware adversarial training: right names, right values, wrong pairs."""
+    """Pair-aware adversarial training (PAAT): negatives with the spot's genes and values, but wrongly paired."""
 
     adversary: Literal["hard", "random"] = "hard"
-    """``hard`` selects the permutation that the pair head currently scores as most genuine."""
+    """``hard`` uses the candidate that the pair head scores as most likely to be true; ``random`` uses a random one."""
     candidates: Count = 3
-    """Permutations that the adversary selects from."""
+    """Number of mispaired candidates per spot that the adversary selects from."""
     mode: Literal["strata", "spots", "mixed"] = "mixed"
-    """Permute among similar genes of the spot, take the level of another spot, or half of each."""
+    """Source of wrong levels: ``strata`` permutes the levels of similar genes of the spot, ``spots`` takes the gene's
+    level in another spot of the section, ``mixed`` chooses one of both per spot with equal probability."""
     strata: Count = 4
-    """Strata of detection rate and mean level in the panel of a section."""
+    """Number of strata of genes with similar detection rate and mean level, per section."""
     min_level_shift: Count = 2
-    """Smallest change of level that counts as a mispairing."""
+    """Smallest change of level for which a gene counts as mispaired."""
     context: Literal["image", "text"] = "image"
     """Context of the pair head: the tile's vector, or the spot's text without that sentence."""
     hard_columns: bool = True
@@ -226,14 +233,14 @@ class ReadoutConfig:
     """``linear``: closed-form heads on the training split, mixed with the prediction from level sentences. ``levels``: level
     sentences alone, which also predict the genes that no head covers."""
     views: Annotated[int, Field(ge=1, le=8)] = 2
-    """Flips and rotations that features are averaged over; prediction encodes each tile this many times."""
+    """Number of flips and rotations over which features are averaged; prediction encodes each tile this many times."""
     context: bool = True
     """Concatenate features with their mean over neighbouring spots."""
     max_spots: Annotated[int, Field(ge=10)] = 20_000
     """Largest number of training spots to fit on, an equal number per section."""
     min_donors: Count = 1
-    """Number of training donors of a cohort from which the head on the shared-space vector is used; 2 omits it for cohorts
-    with a single training donor (docs/ablations.md)."""
+    """Smallest number of training donors of a cohort with which the head on the shared-space vector is used; 2 omits
+    this head for cohorts with a single training donor (docs/ablations.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,7 +250,7 @@ class OptimConfig:
     lr: Positive = 1e-3
     """Peak learning rate."""
     weight_decay: PositiveOrZero = 0.05
-    """Decoupled weight decay; not applied to vectors (biases, norms, single embeddings)."""
+    """Decoupled weight decay; not applied to one-dimensional parameters (biases, norms, temperatures)."""
     betas: tuple[Beta, Beta] = (0.9, 0.98)
     """Coefficients of Adam's running averages."""
     warmup_steps: CountOrZero = 50
@@ -259,11 +266,12 @@ class TrainConfig:
     """The training loop."""
 
     steps: Count = 1000
-    """Budget in optimizer steps. A time budget would break exact resume."""
+    """Number of optimizer steps. There is no time limit, because it would break exact resume."""
     start_from: str = ""
     """Export or finished run that provides initial weights where names and shapes agree; set by ``--from``."""
     seed: CountOrZero = 0
-    """Every random draw is hash(seed, purpose, step or epoch, spot)."""
+    """Seed of the initial weights and of all random draws, each a hash of (seed, purpose, step or epoch, spot or
+    gene)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto`` uses a GPU if there is one."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -279,14 +287,14 @@ class TrainConfig:
     validate_every: CountOrZero = 50
     """Steps between validations; 0 disables validation."""
     validate_spots: Count = 10_000
-    """Maximum number of spots of a section that a validation scores, evenly spaced over the section."""
+    """Largest number of spots per section that a validation scores, evenly spaced over the section's records."""
     patience: CountOrZero = 6
     """Validations without improvement before training stops; 0 disables early stopping."""
     nan_policy: Literal["stop", "skip"] = "stop"
-    """Policy for a non-finite loss or gradient, which never changes the weights: ``stop`` ends the run, ``skip`` counts and logs
-    it. On a GPU it is read with the next logged row."""
+    """What to do after a step with a non-finite loss or gradient, which never changes the weights: ``stop`` ends the
+    run, ``skip`` logs and counts the step. On a GPU, this happens at the next logged row."""
     max_skips: CountOrZero = 10
-    """Number of skipped steps after which ``skip`` ends the run too."""
+    """Largest number of skipped steps; one more ends the run."""
     tensorboard: bool = False
     """Also write TensorBoard events (extra ``log``)."""
     wandb: str = ""
@@ -297,48 +305,54 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """Distribution of a step over processes and memory. No key changes what a step computes (docs/training.md)."""
+    """Distribution of a step over processes and memory. Keys change the result by rounding only (docs/training.md)."""
 
     kind: Literal["auto", "single", "ddp", "deepspeed"] = "auto"
     """``auto``: a single process, or DDP if several were launched; ``deepspeed`` needs the extra of that name."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """ZeRO stage (``deepspeed`` only): 0 shards nothing, 1 optimizer state, 2 also gradients, 3 also parameters."""
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
-    """Placement of ZeRO optimizer state: device, host memory, or ``nvme_path`` (ZeRO 3)."""
+    """Where ZeRO keeps optimizer state: ``none`` on the device, ``cpu`` in host memory, ``nvme`` in ``nvme_path`` (ZeRO
+    3 only)."""
     offload_param: Literal["none", "cpu", "nvme"] = "none"
-    """Placement of unused ZeRO 3 parameters."""
+    """Where ZeRO 3 keeps parameters that are not in use; values as in ``offload_optimizer``."""
     nvme_path: str = ""
     """Folder on a local NVMe drive."""
     bucket_mb: Positive = 25.0
-    """Bucket size for reducing gradients (DDP and ZeRO 0 to 3) and for gathering parameters (ZeRO 1 and 2)."""
+    """Bucket size in MiB for reducing gradients (DDP and ZeRO 0 to 3) and for gathering parameters (ZeRO 1 and 2)."""
     prefetch_mb: PositiveOrZero = 50.0
-    """Parameters that ZeRO 3 gathers ahead of use."""
+    """Size in MiB of the parameters that ZeRO 3 gathers ahead of use."""
     persist_elements: CountOrZero = 100_000
     """ZeRO 3 keeps parameters with fewer elements on every rank."""
     micro_batches: Count = 1
-    """Pieces into which a rank splits its share of the batch; negatives remain those of the global batch."""
+    """Number of pieces into which each rank splits its share of the batch (gradient caching); negatives remain those of
+    the global batch."""
     loss_form: Literal["gather", "ring"] = "gather"
-    """InfoNCE over ranks: all-gather the images, or pass them round a ring in O(B/W) memory."""
+    """InfoNCE over W ranks: ``gather`` all-gathers the image vectors, ``ring`` passes them round a ring in O(B/W)
+    memory."""
     shard_table: bool = True
-    """Each rank encodes a share of the panel's genes; the sentence table is gathered."""
+    """Each rank encodes a share of the panel's sentences, and the table is all-gathered; otherwise every rank encodes
+    all."""
     activation_checkpointing: bool = False
     """Store only the input of each transformer block and recompute the block in the backward pass."""
     compile: bool = False
     """Compile the blocks of both encoders with ``torch.compile``."""
     timeout_s: Positive = 600.0
-    """Timeout of a collective; after it the run ends on every rank."""
+    """Timeout of a collective in seconds; if a rank does not reach it in time, the run ends on every rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WatchConfig:
-    """Monitoring of a run; no key changes a step."""
+    """Monitoring of a run; no key changes weights or losses."""
 
     stall_s: PositiveOrZero = 300.0
-    """A longer step, validation or checkpoint is flagged, with a stack trace of every thread; 0 disables it."""
+    """Seconds after which a step, validation or checkpoint is reported as stalled, with a stack trace of every thread;
+    0 disables the report."""
     stall_stop_s: PositiveOrZero = 1800.0
-    """After this long the process exits with code 75, so that the launcher restarts it; 0 disables it."""
+    """Seconds after which a stalled process exits with code 75, so that the launcher restarts it; 0 disables the
+    exit."""
     loss_jump: PositiveOrZero = 3.0
-    """Flag a loss above this multiple of the median of the last 50 steps; 0 disables it."""
+    """Report a loss above this multiple of the median of the last 50 steps (at least 20); 0 disables the report."""
     norm_jump: PositiveOrZero = 30.0
     """The same for the gradient norm."""
     trace: tuple[int, int] | None = None
@@ -350,7 +364,7 @@ class RunConfig:
     """A pretraining run."""
 
     name: str = "run"
-    """Shown in reports and logs."""
+    """Name of the run in reports, lineage and model card."""
     version: int = CONFIG_VERSION
     """Format version of this config; other versions are refused."""
     data: DataConfig = field(default_factory=DataConfig)

@@ -1,4 +1,4 @@
-"""The batch of a training step; every loader returns the same one."""
+"""The batch of a training step; every loader returns the same batches."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Batch:
         return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Batch:
-        """Return the batch with other tensors for those that it has, such as copies on a device."""
+        """Return the batch with its tensors replaced, e.g. by copies on a device; fields that are None stay None."""
         changed: dict[str, Any] = {name: tensors[name] for name in self.tensors()}
         return replace(self, **changed)
 

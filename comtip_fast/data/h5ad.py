@@ -1,4 +1,4 @@
-"""AnnData written atomically: an earlier file is kept until the new one is complete. A full disk raises an error."""
+"""Write AnnData files atomically: an earlier file is kept until the new one is complete, also if the disk is full."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from comtip_shards.storage.atomic import atomic_path
 
 @dataclass(frozen=True)
 class MatrixRows:
-    """A dense float32 matrix that is written row by row, so that it never is in memory as a whole."""
+    """A dense float32 matrix that is written in blocks of rows, so that it is never in memory as a whole."""
 
     shape: tuple[int, int]
     blocks: Callable[[], Iterator[tuple[slice, np.ndarray]]]
@@ -41,12 +41,13 @@ def write_h5ad(data: ad.AnnData, target: Path, matrices: Mapping[str, MatrixRows
     target
         The file.
     matrices
-        Further matrices by their key in the file, e.g. ``X`` and ``layers/log1p_raw``; ``data`` lacks them.
+        Matrices to write in blocks, by their key in the file, e.g. ``X`` or ``layers/log1p_raw``; they replace those of
+        ``data``.
 
     Raises
     ------
     OSError
-        The disk is full or fails; names the target, which is as it was.
+        The disk is full or fails. The message names the target, which is unchanged.
     """
     with atomic_path(target) as tmp_path, tmp_path.open("r+b", buffering=0) as raw:
         file = _DiskFile(raw)
@@ -65,8 +66,8 @@ def write_h5ad(data: ad.AnnData, target: Path, matrices: Mapping[str, MatrixRows
 class _DiskFile:
     """File for h5py that keeps the first error of a write instead of raising it.
 
-    The HDF5 library can crash the process when a write fails while it closes a file. It never hears of the error here:
-    what cannot be written is dropped, and the caller asks for :attr:`error` afterwards.
+    The HDF5 library can crash the process if a write fails while it closes a file. Failed writes are therefore reported
+    to it as successful, and the caller checks :attr:`error` afterwards.
     """
 
     def __init__(self, raw: io.FileIO) -> None:

@@ -29,7 +29,7 @@ class MeasuredCounts:
     keys: list[str]
 
     def select(self, keys: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Return the columns of the measured ones among ``keys``, and their indices into ``keys``."""
+        """Return the columns of those ``keys`` that are measured, and their indices in ``keys``: int64 (n,) each."""
         row = {key: i for i, key in enumerate(self.keys)}
         found = np.array([i for i, key in enumerate(keys) if key in row], np.int64)
         return np.array([row[keys[i]] for i in found], np.int64), found
@@ -43,14 +43,14 @@ def measured_counts(spec: str | Path | ad.AnnData, species: str, options: Source
     spec
         A SECTION as for :func:`comtip_fast.data.sections.open_section`, or an AnnData.
     species
-        ``human`` or ``mouse``; shard sets state it themselves.
+        ``human`` or ``mouse``; not used for a shard set, whose genes have keys.
     options
         Stated facts and options.
 
     Raises
     ------
     SourceError
-        There are no raw counts, or no gene is known for the species.
+        There are no raw counts, or no gene identifier belongs to the species.
     """
     if isinstance(spec, ad.AnnData):
         return _of_anndata(spec, Path("the AnnData"), species, options)

@@ -97,7 +97,7 @@ def open_section(
     """
     options = source_options(overrides)
     if isinstance(spec, ad.AnnData):
-        _refuse_format(fmt, "an AnnData")
+        _refuse_format(fmt, "the input is an AnnData")
         return _from_anndata(spec, "the AnnData", tile, options)
     if is_url(str(spec)):
         url, _, section_id = str(spec).rpartition(":")
@@ -114,7 +114,7 @@ def open_section(
         _refuse_format(fmt, f"{path} is a shard set")
         _refuse_options(options, str(path))
         return _from_shards(ShardSet(path), section_id, tile)
-    # The tissue does not matter here, so a source that does not state it is not refused.
+    # Tiles do not depend on the tissue, so a source that does not state it is accepted.
     recorded = recorded_facts(options)
     options = replace(options, facts=replace(options.facts, tissue=options.facts.tissue or "unstated"))
     sources = open_source(path, samples=[section_id] if section_id else None, fmt=fmt, overrides=options)
@@ -132,13 +132,13 @@ def recorded_facts(options: SourceOptions) -> SectionFacts:
 
 
 def _refuse_format(fmt: str, what: str, own: str = "") -> None:
-    """Raise for a stated format of an input that has only one."""
+    """Raise SourceError for ``--format`` with an input whose format is known."""
     if fmt not in ("auto", own):
         raise SourceError(f"--format {fmt} has no effect here: {what}, whose format is known; leave it out")
 
 
 def _refuse_options(options: SourceOptions, where: str) -> None:
-    """Raise for facts about a section of a shard set, which states them itself."""
+    """Raise SourceError for facts about a section of a shard set, whose manifest has them."""
     if options.stated():
         raise SourceError(
             f"{where}: {', '.join(map(flag, options.stated()))} has no effect here: a shard set states the facts of its "
@@ -147,8 +147,14 @@ def _refuse_options(options: SourceOptions, where: str) -> None:
 
 
 def read_h5ad(path: Path | str) -> ad.AnnData:
-    """Read an AnnData file that names no other file; raises :class:`SourceError` if it is not one."""
-    open_h5ad(Path(path)).close()  # names files that are no data, and refuses data in other files
+    """Read an AnnData file.
+
+    Raises
+    ------
+    SourceError
+        The file is not a readable ``.h5ad``, or links to another file.
+    """
+    open_h5ad(Path(path)).close()  # raises for files that are not HDF5, and for links to other files
     try:
         return ad.read_h5ad(unpacked(Path(path)))
     except Exception as error:  # anndata raises many kinds of errors
@@ -163,7 +169,7 @@ def read_annotation(path: Path) -> ad.AnnData:
     Raises
     ------
     SourceError
-        Not an AnnData file, or it names another file.
+        The file is not a readable ``.h5ad``, or links to another file.
     """
     open_h5ad(path).close()
     try:
@@ -171,7 +177,7 @@ def read_annotation(path: Path) -> ad.AnnData:
             if not all(
                 isinstance(file.get(key), h5py.Group) and "encoding-type" in file[key].attrs for key in ("obs", "var")
             ):
-                return read_h5ad(path)  # compound tables of anndata 0.6, for which anndata has a reader of its own
+                return read_h5ad(path)  # compound tables of anndata 0.6, which only anndata's full reader supports
             parts = {key: ad.io.read_elem(file[key]) for key in ("obs", "var", "obsm", "uns") if key in file}
             return ad.AnnData(**parts)
     except SourceError:

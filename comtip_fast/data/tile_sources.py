@@ -1,4 +1,4 @@
-"""Tiles of one section that are read in chunks, so that memory does not grow with the number of spots."""
+"""Tiles of one section, read in chunks so that memory does not grow with the number of spots."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from comtip_fast.data.loaders.prefetch import Prefetcher
 
 TILES_PER_CHUNK = 128
 CHUNKS_AHEAD = 2
-"""Chunks that may wait while the model works."""
+"""Maximum number of chunks that are read before the caller asks for them."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,10 @@ class TileSource(ABC):
 
     @abstractmethod
     def chunks(self, size: int = TILES_PER_CHUNK) -> Iterator[TileChunk]:
-        """Yield all tiles once, in the order in which they are cheap to read, at most ``size`` at a time."""
+        """Yield every tile once, at most ``size`` at a time, in an order that is fast to read."""
 
     def ahead(self, size: int = TILES_PER_CHUNK) -> Iterator[TileChunk]:
-        """Yield the chunks, which are read in a background thread while the caller works on the one before."""
+        """Yield the chunks of :meth:`chunks`, read ahead in a background thread."""
         reader = Prefetcher(self.chunks(size), CHUNKS_AHEAD)
         try:
             yield from reader
@@ -116,7 +116,7 @@ class SlideTiles(TileSource):
     Parameters
     ----------
     open_slide
-        Opens the slide; ``lambda: nullcontext(slide)`` leaves an open one open.
+        Opens the slide; ``lambda: nullcontext(slide)`` uses a slide that is already open.
     xy_N2
         Centres of the tiles, px of the slide.
     mpp

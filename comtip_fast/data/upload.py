@@ -1,4 +1,4 @@
-"""One upload per batch: tensors are packed into one buffer of pinned host memory, which is copied to the device at once.
+"""One host-to-device copy per batch: its tensors are packed into one buffer of pinned host memory.
 
 A copy from pageable memory blocks the host, and without packing there would be one copy per tensor.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 ALIGNMENT = 256
-"""Bytes to which every tensor in the buffer is aligned, as in allocations of a GPU."""
+"""Alignment in bytes of every tensor in the buffer, as for CUDA allocations."""
 
 
 @dataclass(frozen=True)
@@ -57,5 +57,5 @@ class PackedTensors:
 
 
 def can_pin(device: torch.device) -> bool:
-    """Return whether copies to ``device`` start from pinned memory, and this process may allocate it."""
+    """Return whether copies to ``device`` use pinned memory and this process may allocate it."""
     return device.type == "cuda" and torch.cuda.is_available() and get_worker_info() is None

@@ -20,7 +20,7 @@ _NAMES = 64
 
 @dataclass(frozen=True)
 class HostTokens:
-    """A copy of :class:`GeneTokens` in host memory, from which shapes follow without reading a device."""
+    """Ids and lengths of :class:`GeneTokens` in host memory, to compute shapes without a device synchronization."""
 
     ids_GT: np.ndarray
     length_G: np.ndarray
@@ -50,7 +50,7 @@ class HostTokens:
         name_GT = (slot_T > 0) & (slot_T < length[:, None] - 1)
         found = np.zeros((vocabulary, ids.shape[1]), bool)
         found[ids[name_GT], np.broadcast_to(slot_T, ids.shape)[name_GT]] = True
-        # Rounded up, so that few sizes occur.
+        # Rounded up to limit the number of distinct sizes.
         names = -(-int(found.sum()) // _NAMES) * _NAMES
         return SentenceSizes(int((own * length).sum()), last - first, names, n_levels, vocabulary)
 
@@ -133,7 +133,7 @@ def vector_rows(vectors: GeneVectors, keys: Sequence[str]) -> np.ndarray:
 
 
 def drop_names_or_vectors(genes: GeneTokens, u_G: Tensor, config: TextConfig) -> GeneTokens:
-    """Drop the vector of some genes and the name of others, and the identity of both, as for genes that are not trained.
+    """Drop the vector of some genes, the name of others, and the identity of both, to train the case of unseen genes.
 
     A gene without a vector keeps its name and its identity. The result has no copy in host memory: which genes lose their
     name is drawn on the device, and their sentences are shorter.

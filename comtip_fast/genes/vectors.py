@@ -1,7 +1,7 @@
-"""Gene vectors: the file format. ``comtip_fast.data.coexpression`` computes them from counts without images.
+"""Gene vectors and their file format. ``comtip_fast.data.coexpression`` computes them from counts without images.
 
-Genes that vary together have similar vectors. A map from vectors to image directions that is fitted on the genes of a
-training panel therefore also covers genes that no image section measured.
+Co-expressed genes have similar vectors. A model that is trained with gene vectors can therefore predict genes that no
+training section measured.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from comtip_fast._version import __version__
 
 FORMAT, VERSION = "comtip-gene-vectors", 1
 AXES_TOLERANCE = 1e-3
-"""Largest difference of two files with equal axes, relative to the largest component."""
+"""Largest difference between shared vectors for two files to have equal axes, relative to the largest component."""
 
 
 @dataclass(frozen=True)
@@ -56,16 +56,17 @@ class GeneVectors:
 
     @cached_property
     def sha256(self) -> str:
-        """SHA-256 of keys, vectors, moments and detection; equal counts and settings give equal hashes."""
+        """SHA-256 of keys, vectors, moments and detection, without the header."""
         digest = hashlib.sha256("\n".join(self.keys).encode())
         for array in (self.vector_GK, self.moments_G4, self.detection_G):
             digest.update(np.ascontiguousarray(array, np.float32).tobytes())
         return digest.hexdigest()
 
     def extended_by(self, other: GeneVectors) -> GeneVectors | None:
-        """Return these vectors with the further genes of ``other``; None if its axes are others.
+        """Return these vectors with the further genes of ``other``; None if the axes of the two differ.
 
-        Axes agree if the vectors of at least 2 genes that both hold are equal up to :data:`AXES_TOLERANCE`.
+        Axes agree if both have at least 2 genes in common, and the vectors of all common genes are equal up to
+        :data:`AXES_TOLERANCE`.
         """
         shared = [k for k in self.keys if k in other.row]
         if len(shared) < 2 or self.vector_GK.shape[1] != other.vector_GK.shape[1]:

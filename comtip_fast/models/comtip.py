@@ -221,9 +221,9 @@ class CoMTIP(nn.Module):
         Parameters
         ----------
         decay
-            Share of the teacher that is kept.
+            Decay of the moving average, the weight of the old teacher.
         good
-            bool scalar on the device of the weights; where it is False, the teacher does not change. None: it changes.
+            bool scalar on the device of the weights; if False, the teacher does not change. None always updates it.
         """
         if self.teacher is None:
             return

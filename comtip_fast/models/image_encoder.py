@@ -139,12 +139,12 @@ class VisionEncoder(nn.Module):
 
 
 def patches_per_side(config: VisionConfig, patch_px: int, tile_px: int) -> int:
-    """Return how many patches lie side by side in a tile.
+    """Return the number of patches along one side of a tile.
 
     Raises
     ------
     ValueError
-        They do not fill the tile; names the setting.
+        The tile's side is not a multiple of the patch's side.
     """
     if tile_px % patch_px:
         small = config.backbone == "small"
@@ -163,12 +163,12 @@ def patches_per_side(config: VisionConfig, patch_px: int, tile_px: int) -> int:
 
 
 def check_mask(config: VisionConfig, n_patches: int) -> None:
-    """Check that masking hides at least one patch of a tile, and leaves one.
+    """Check that ``vision.mask_ratio`` hides at least one patch of a tile.
 
     Raises
     ------
     ValueError
-        It hides none: the loss over hidden patches is then a mean over nothing.
+        It hides no patch, so the masked loss would be a mean over nothing.
     """
     if int(config.mask_ratio * n_patches) < 1:
         least = f"{1 / n_patches:.2g} hides one" if n_patches > 1 else "one patch cannot be hidden and seen"

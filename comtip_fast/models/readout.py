@@ -88,12 +88,16 @@ def _view_features(model: CoMTIP, tiles_BCHW: Tensor) -> tuple[ImageOutput, np.n
 
 @dataclass
 class NormHead:
-    """The readout of one cohort under one normalisation."""
+    """The head of one cohort, block of features and normalisation."""
 
     weight_FK: np.ndarray
+    """Ridge weights W from features to programme scores."""
     loading_KG: np.ndarray
+    """Loadings L of the genes on the programmes."""
     mean_G: np.ndarray
+    """Mean of each gene, log1p."""
     std_G: np.ndarray
+    """Standard deviation of each gene, log1p."""
 
     def scores(self, x_NF: np.ndarray) -> np.ndarray:
         """Return programme scores (N, K)."""
@@ -110,6 +114,7 @@ class CohortHead:
     """Keys of the G genes."""
     mean_F: np.ndarray
     std_F: np.ndarray
+    """Mean and standard deviation of the training features, used for sections with few spots."""
     blocks: dict[str, dict[str, NormHead]]
     """Maps a block and a normalisation to its head."""
     mix: dict[str, float]
@@ -128,7 +133,9 @@ class ReadoutSettings:
     """How features are computed; stored in the export with the weights."""
 
     views: int = 2
+    """Number of flips and rotations to average over, 1 to 8."""
     context: bool = True
+    """Whether features are concatenated with their mean over neighbouring spots."""
     vector_dim: int = 0
     """Number of leading tile features that are the shared-space vector; the others are those of the frozen stem."""
 
@@ -163,7 +170,7 @@ class LinearReadout:
         return features_NF[:, self.settings.vector_dim : width]
 
     def levels_weight(self, keys: Sequence[str], cohort: str | None = None) -> np.ndarray:
-        """Return the weight of the prediction from level sentences in the mixture, float64 (G,); 0 if no head has the gene."""
+        """Return the mixture weight of the level-sentence prediction, float64 (G,); 0 for a gene that no head has."""
         heads = [(set(h.keys), h.mix.get("levels", 0.0)) for h in self._of(cohort)]
         own = ([weight for known, weight in heads if key in known] for key in keys)
         return np.array([float(np.mean(weights)) if weights else 0.0 for weights in own])
@@ -182,7 +189,7 @@ class LinearReadout:
         cohort
             ``species_organ``. For a cohort without a head, or None, the mean over all heads that decode the gene is used.
         vectors
-            Gene vectors, with which genes that were not trained are decoded.
+            Gene vectors to decode genes that were not trained; None decodes trained genes only.
 
         Returns
         -------
@@ -200,7 +207,7 @@ class LinearReadout:
     def decoder(
         self, keys: Sequence[str], cohort: str | None = None, vectors: GeneVectors | None = None
     ) -> ReadoutDecoder:
-        """Return what predicts these genes, also from parts of a section; parameters as in :meth:`predict`."""
+        """Return a decoder for these genes, also for a section in parts; parameters as in :meth:`predict`."""
         heads = [(head, _Decoders.of(head, keys, vectors)) for head in self._of(cohort)]
         return ReadoutDecoder(self.settings, heads, len(keys))
 

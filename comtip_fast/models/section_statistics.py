@@ -1,4 +1,4 @@
-"""Statistics of a section that the linear readout uses, also computed from parts: moments, and means over neighbours.
+"""Section statistics for the linear readout: moments, which can be accumulated over parts, and means over neighbours.
 
 Shapes: N spots, n of them in a part, F features, k candidate neighbours.
 """

@@ -1,4 +1,4 @@
-"""InfoNCE over the global batch; exact, and each logit is computed once, on one rank.
+"""Exact InfoNCE over the global batch; each logit is computed once, on one rank.
 
 Image vectors are communicated, text vectors are not: rank w has b_w images and m_w >= b_w text columns (the first b_w
 are true, the others mispaired) and computes the block [all B images, its m_w columns]. Communication is therefore
@@ -64,13 +64,13 @@ class PairMetadata:
     text_class_m: Tensor
     """int64; equal classes have the same text and are not negatives of each other."""
     section_m: Tensor
-    """Section of each column; ``negatives`` compares it."""
+    """Integer section of each column, which ``negatives`` compares."""
     weight_b: Tensor
     """Weight of each spot; 0 excludes it, also as a negative. Sent as fp32."""
     negatives: str = "all"
     """``align.negatives`` of the config."""
     excluded_m: Tensor | None = None
-    """bool (m,), mispaired texts that are no negatives; False for the first b. None excludes no text."""
+    """bool (m,), mispaired texts that are not used as negatives; False for the first b. None excludes no text."""
 
 
 def global_infonce(

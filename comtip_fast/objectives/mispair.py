@@ -24,8 +24,8 @@ def permute_within_strata(levels_BG: Tensor, stratum_BG: Tensor, u_CBG: Tensor, 
 def take_from_other_spots(levels_BG: Tensor, section_B: Tensor, u_CbG: Tensor, rows: slice = slice(None)) -> Tensor:
     """Replace each level by the level of the same gene in another spot of the section; return (C, b, G).
 
-    The only spot of a section keeps its levels. Each gene's marginal distribution in the section is preserved, so that
-    only the image or the other genes can reveal the replacement.
+    If a section has only one spot, it keeps its levels. Each gene's marginal distribution in the section is preserved,
+    so that only the image or the other genes can reveal the replacement.
 
     Parameters
     ----------
@@ -51,7 +51,7 @@ def take_from_other_spots(levels_BG: Tensor, section_B: Tensor, u_CbG: Tensor, r
 
 
 def counted_swaps(levels_BG: Tensor, mispaired_BG: Tensor, measured_BG: Tensor, min_level_shift: int) -> Tensor:
-    """Return the mask of swaps that count: the gene is measured and its level changed by ``min_level_shift`` or more."""
+    """Return the mask of counted swaps: the gene is measured and its level changed by at least ``min_level_shift``."""
     shifted = (levels_BG.long() - mispaired_BG.long()).abs() >= min_level_shift
     return shifted & measured_BG
 

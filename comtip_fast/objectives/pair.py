@@ -15,7 +15,7 @@ def pair_loss(true_BG: Tensor, false_BG: Tensor, counted_BG: Tensor) -> Tensor:
     true_BG, false_BG
         Pair-head logits of the true and the mispaired sentence of each gene, in the same context.
     counted_BG
-        Mask of the swaps whose level changed enough.
+        bool mask from :func:`comtip_fast.objectives.mispair.counted_swaps`.
     """
     loss_BG = F.softplus(-true_BG) + F.softplus(false_BG)
     total = torch.where(counted_BG, loss_BG, torch.zeros_like(loss_BG)).sum()

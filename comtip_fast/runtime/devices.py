@@ -9,9 +9,10 @@ import torch
 
 
 def reads_are_free(device: torch.device) -> bool:
-    """Return whether the host reads tensors of ``device`` without waiting for it, which is true for the CPU only.
+    """Return whether the host can read tensors of ``device`` without a synchronization, which is true for the CPU only.
 
-    On other devices a step reads nothing: shapes do not depend on data, and losses stay on the device until a row is logged.
+    On other devices a training step reads no tensor on the host: shapes do not depend on data, and losses stay on the
+    device until a row is logged.
     """
     return device.type == "cpu"
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
-# The reader of a pipe, a terminal or a connection is closed, so later output cannot be read either.
+# The reader of the pipe, terminal or connection has closed it; later writes would fail too.
 _GONE = (errno.EPIPE, errno.EIO, errno.ECONNRESET, errno.ENOTCONN, errno.ESHUTDOWN)
 
 

@@ -47,7 +47,7 @@ def kept_identities(seed: int, step: int, genes: Tensor, drop: float) -> Tensor:
 
 
 def vector_uniforms(seed: int, step: int, genes: Tensor) -> Tensor:
-    """Return float64 (G,) uniforms in [0, 1), which decide whether each gene loses its name or its vector."""
+    """Return float64 (G,) uniforms in [0, 1) that decide whether a gene's name or vector is dropped."""
     return uniform(seed, "vector", step, index=genes)
 
 

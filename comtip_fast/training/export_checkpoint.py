@@ -31,14 +31,17 @@ def export_checkpoint(run_dir: Path, which: str, out: Path, shards: str | None =
     out
         Folder to write.
     shards
-        Shard set that the run was trained on; None takes the folder in the run's config.
+        Shard set that the run was trained on; None searches for that of the run's config with
+        :func:`comtip_fast.shards.shards_of_run`.
 
     Raises
     ------
     ValueError
         ``shards`` is None and the run's config names a URL. A file in the run folder must not trigger a download.
+    FileNotFoundError
+        The shard set is not found.
     CheckpointError
-        The run has no such checkpoint, or it is damaged.
+        The run has no such checkpoint, it is damaged, or the shard set or tokenizer is not that of the run.
     """
     step, loaded = _read(run_dir, which)
     config = load_config(run_dir / "config.yaml")

@@ -102,7 +102,7 @@ class StepLosses:
     log_prior
         Log frequency of each level of each trained gene, float (genes, Q).
     strata
-        Stratum of each gene per section, for PAAT, int (sections, genes).
+        Stratum of each gene per section for PAAT, int64 (sections, genes).
     group
         Ranks that share a global batch.
     """
@@ -174,7 +174,7 @@ class StepLosses:
         return parts, numbers
 
     def _tokens(self, batch: Batch) -> float:
-        """Return the number of tokens of the panel's genes, which the host knows unless the batch has no panel in host memory."""
+        """Return the number of tokens of the panel's genes, from host memory if the batch has the panel there."""
         if batch.panel_host is not None and self.genes.host is not None:
             return float(self.genes.host.length_G[batch.panel_host].sum())
         return float(self.genes.length_G[batch.panel.long()].sum())
@@ -337,9 +337,10 @@ def hard_columns(use: Tensor) -> tuple[Tensor | slice, Tensor | None]:
     Returns
     -------
     tuple
-        Index of the spots whose mispaired texts are columns, and a mask of the columns that are no negatives: False for
-        the b true texts. On a CPU only the texts in use are selected. On other devices the number of columns must not
-        depend on data, so all of them are columns and the others are masked.
+        Index of the spots whose mispaired texts become columns, and a bool mask (2b,) of the columns to exclude, which
+        is False for the b true texts. On a CPU, only texts with a counted swap become columns, and the mask is None. On
+        other devices, shapes must not depend on data, so all texts become columns and those without a counted swap are
+        excluded.
     """
     if devices.reads_are_free(use.device):
         return use, None

@@ -38,7 +38,7 @@ class TrainingTask(Protocol):
         ...
 
     def prepare(self) -> None:
-        """Prepare for the first batch; called once, and not if training is already complete."""
+        """Prepare for the first batch; called once, unless training is already complete."""
         ...
 
     def close(self) -> None:

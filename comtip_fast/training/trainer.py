@@ -56,10 +56,13 @@ class FitResult:
     """Result of a run."""
 
     step: int
+    """Last optimizer step."""
     best_step: int
+    """Step with the best validation score; 0 without validation."""
     best_score: float
+    """Best validation score; minus infinity without validation."""
     stopped: str
-    """``steps``, ``patience`` or ``sigterm``."""
+    """Why training stopped: ``steps``, ``patience`` or ``sigterm`` (any stop signal)."""
 
 
 class Trainer:
@@ -76,7 +79,7 @@ class Trainer:
     group
         Ranks of the run; None is a single process.
     cost
-        Estimated cost of a step, for the logged FLOP rate.
+        Estimated cost of a step, for the logged FLOP rate; None logs none.
     """
 
     def __init__(
@@ -242,7 +245,7 @@ class Trainer:
         self._report(finished)
 
     def _after_step(self, step: int, good: Tensor) -> None:
-        """Let the task follow the weights; a step that was not finite changes nothing."""
+        """Call the task's ``after_step``; after a non-finite step, the task must not change."""
         masked = not devices.reads_are_free(self.device)
         if not masked and not bool(good):
             return
@@ -260,7 +263,7 @@ class Trainer:
         self._report(read_steps(self._pending))
 
     def _report(self, finished: list[FinishedStep]) -> None:
-        """Act on steps that were not finite, detect jumps, and log the rows that are due."""
+        """Handle non-finite steps, detect jumps, and log the rows that are due."""
         p = self.progress
         for done in finished:
             step, logged = done.pending.step, self._is_logged(done.pending.step)

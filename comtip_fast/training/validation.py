@@ -29,7 +29,7 @@ from comtip_fast.training.readout.fit import neighbouring_spots
 
 log = logging.getLogger("comtip_fast")
 TELL_S = 30.0
-"""Seconds between lines of progress."""
+"""Seconds between progress messages."""
 VALIDATION_GENES = 50
 SCORED_SPOTS, MIN_SCORED_SPOTS, MAX_SCORED_SPOTS = 20_000, 200, 2000
 """Spots on which an export is scored by gene: over all validation sections, and bounds per section."""
@@ -38,7 +38,8 @@ SPACE = ("alignment", "uniformity_image", "uniformity_text", "r1", "r5", "t1", "
 CHUNK = 512
 """Tiles that are encoded at once."""
 KEPT_BYTES = 1 << 30
-"""Maximum bytes of tiles or stem features kept in host memory between validations; what exceeds them is read again."""
+"""Maximum bytes of tiles or stem features cached in host memory between validations; the rest is read again each
+time."""
 SPACE_SPOTS, SPACE_GENES = 256, 256
 """Spots per section among which retrieval is measured, and genes per sentence; fixed, to compare runs and sections."""
 
@@ -77,7 +78,7 @@ class Validation:
     def score(self) -> tuple[float, dict[str, float], dict[str, float]]:
         """Return the mean zero-shot PCC over cohorts, the mean of each cohort, and :func:`space_numbers`.
 
-        Memory on the device is that of one chunk and of one section's vectors, whatever the number of sections.
+        Device memory is bounded by one chunk of tiles and one section's vectors; it does not grow with the sections.
         """
         scores: dict[str, list[float]] = {}
         spaces = []

@@ -22,7 +22,7 @@ from comtip_fast.models import CoMTIP
 log = logging.getLogger("comtip_fast")
 IDENTITY = "genes.identity_Id"
 VECTOR_TENSORS = ("genes.project_vector.weight", "genes.vector_scale")
-"""Tensors that belong to the axes of one file of gene vectors."""
+"""Tensors that depend on the axes of the gene vectors; copied only if both models use the same vectors."""
 
 
 @torch.no_grad()

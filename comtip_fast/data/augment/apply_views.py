@@ -40,7 +40,8 @@ def apply_views(
 
     Returns
     -------
-    uint8 (N, 3, S, S), on the same device.
+    Tensor
+        uint8 (N, 3, S, S), on the same device.
     """
     device = tiles_NSS3.device
     if batched is None:
@@ -93,7 +94,7 @@ def _apply_batched(tiles_N3SS: Tensor, orientation_N: Tensor, lut_N3V: Tensor | 
     """Rotate, mirror and map all tiles at once, without a shape that depends on the orientations."""
     N, _, S, _ = tiles_N3SS.shape
     turns_N, mirrored_N = orientation_N % 4, orientation_N >= 4
-    # A quarter turn is a transposition and a flip of the rows, three are one and a flip of the columns.
+    # One quarter turn is a transposition and a flip of the rows; three are a transposition and a flip of the columns.
     rows_N = (turns_N == 1) | (turns_N == 2)
     columns_N = (turns_N >= 2) ^ mirrored_N
     out = tiles_N3SS.contiguous()

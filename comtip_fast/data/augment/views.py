@@ -1,8 +1,8 @@
 """Augmented views of a tile, each a deterministic function of (seed, spot, view).
 
-View 0 is the original tile with its section's stain normalised. The other views are also zoomed, rotated by
-multiples of 90 degrees, mirrored, and jittered in optical-density space. The number of views is small and fixed, so
-the output of a frozen stem can be computed once per view and cached.
+View 0 is the original tile. The other views are zoomed, rotated by multiples of 90 degrees, mirrored, and jittered in
+optical-density space. With ``data.stain=section``, the section's stain is normalised in all views. The number of views
+is small and fixed, so the output of a frozen stem can be computed once per view and cached.
 
 :func:`plan_views` computes the parameters of each view, :func:`make_views` is the reference implementation, and
 :mod:`comtip_fast.data.augment.apply_views` is the fast one.
@@ -34,7 +34,7 @@ class ViewPlan:
     """uint8 (N, 3, 256), look-up table of each channel's pixel values; None leaves all values unchanged."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what batched operations on a device read: ``orientation``, ``by_margin`` and ``lut``, if there is one.
+        """Return the tensors for batched operations on a device: ``orientation``, ``by_margin`` and, if set, ``lut``.
 
         ``by_margin`` is the permutation that sorts the tiles by margin.
         """
@@ -155,7 +155,17 @@ def stain_table(stain: StainStats | None) -> np.ndarray:
 
 
 def jitter_tables(u_N6: np.ndarray, strength: float) -> np.ndarray:
-    """Scale and shift each channel's optical density by up to ``strength``, uniformly: uint8 (N, 3, 256)."""
+    """Return the look-up tables of stain jitter, uint8 (N, 3, 256).
+
+    Each channel's optical density is scaled by 1 +- ``strength`` and shifted by +- 0.2 ``strength``, both uniform.
+
+    Parameters
+    ----------
+    u_N6
+        Uniform numbers in [0, 1): three for the scales, then three for the shifts.
+    strength
+        ``data.jitter``.
+    """
     density = -np.log10((np.arange(256, dtype=np.float32) + 1) / 256)
     u = u_N6.astype(np.float32)[:, :, None]
     gain = 1 + strength * (2 * u[:, :3] - 1)

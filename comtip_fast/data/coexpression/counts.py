@@ -27,7 +27,7 @@ from scipy import sparse
 
 BLOCK_ROWS = 4096
 TABLE_ROWS = 256
-"""Rows of a text table are dense while they are parsed, with 8 bytes per gene."""
+"""Rows of a text table that are parsed at once; they are dense, with 8 bytes per gene."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ def open_counts(path: str | Path) -> CountSource:
     Parameters
     ----------
     path
-        ``.h5ad``, a 10x ``.h5``, or a ``.tsv`` or ``.tsv.gz`` table of spots x genes with a header and an id column.
+        ``.h5ad``, a 10x ``.h5``, or a tab-separated table (``.tsv``, ``.txt``, also ``.gz``) of spots x genes with a
+        header and an id column.
 
     Raises
     ------
@@ -88,7 +89,7 @@ def open_counts(path: str | Path) -> CountSource:
 
 
 def species_of(genes: list[str]) -> str | None:
-    """Return the species of the Ensembl identifiers, or None if there are none."""
+    """Return the species of most of the Ensembl identifiers, or None if there are no Ensembl identifiers."""
     votes = {
         "mouse": sum(g.upper().startswith("ENSMUSG") for g in genes),
         "human": sum(g.upper().startswith("ENSG0") for g in genes),
@@ -197,7 +198,7 @@ class _AnnData:
     def _key(file: h5py.File, path: Path) -> str:
         found = [key for key in COUNTS if key in file]
         if not found:
-            raise SourceError(f"{path}: neither layers['counts'] nor X exists; add raw counts to the file")
+            raise SourceError(f"{path}: no layers['counts'], X or raw.X; add raw counts to the file")
         for key in found:
             if is_counts(next(_AnnData._all(file[key], path), sparse.csr_matrix((0, 0)))):
                 return key

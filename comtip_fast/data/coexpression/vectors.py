@@ -49,24 +49,33 @@ def gene_vectors(
     paths
         Count matrices, see :func:`comtip_fast.data.coexpression.counts.open_counts`.
     components
-        K, at most the number of cells and genes.
+        K; reduced if there are fewer genes or cells.
     species
-        ``human`` or ``mouse``; required if the identifiers are symbols.
+        ``human`` or ``mouse``; required if the identifiers are symbols, otherwise Ensembl identifiers take precedence.
     tissue, licence
-        Recorded in the header.
+        Recorded in the header; they do not affect the vectors.
     weigh
         ``cells``: equal weight for every cell; ``sources``: equal weight for every source.
     min_detection
         Genes that are detected in a smaller share of cells are dropped.
     orthologues
-        Treat genes of both species with the same upper-case symbol as one gene; the file then has both keys.
+        Treat genes of both species with the same upper-case symbol as one gene; the file then contains the keys of
+        both.
     seed
         Seed of the random start of the subspace iteration; the result changes within its tolerance only.
+
+    Returns
+    -------
+    GeneVectors
+        The vectors of all genes that vary in at least one source.
 
     Raises
     ------
     ValueError
-        No source, sources of two species without ``orthologues``, an unknown species, or too few cells.
+        A parameter is out of bounds, there is no source, an unknown species, too few cells, fewer than 2 genes that
+        vary, or sources of two species without ``orthologues``.
+    FileNotFoundError, SourceError
+        A source does not exist or cannot be read.
     """
     if weigh not in ("cells", "sources"):
         raise ValueError(f"weigh={weigh!r}: choose 'cells' or 'sources'")

@@ -54,7 +54,7 @@ class LevelTable:
         return out
 
     def between(self, value: float, row: int) -> tuple[int, int, float]:
-        """Return (lower level, upper level, weight of the upper level) to interpolate between for a value."""
+        """Return (lower level, upper level, weight of the upper level) to interpolate at a log1p CP10K value."""
         values = self.value_cp10k[row]
         hi = int(np.clip(np.searchsorted(values, value), 1, self.n_levels - 1))
         lo = hi - 1

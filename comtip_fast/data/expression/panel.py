@@ -17,7 +17,7 @@ from comtip_fast.config.schema import GenesConfig, PanelConfig
 
 @dataclass
 class GeneChoice:
-    """Rows of the gene table that are trained and held out."""
+    """Trained and held-out genes, as rows of the shard set's gene table (int64)."""
 
     trained: np.ndarray
     """Ascending."""
@@ -32,8 +32,8 @@ def rank_by_variance(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rank the genes of one cohort by the variance of log1p CP10K over its training sections.
 
-    A gene is eligible if it is detected in a share ``min_detection`` of the spots of every training section that
-    measured it.
+    A gene is eligible if it is detected in at least a share ``min_detection`` of the spots of every training section
+    that measured it.
 
     Parameters
     ----------
@@ -66,7 +66,8 @@ def choose_genes(ranked: dict[str, np.ndarray], symbols: list[str], config: Gene
     """Choose trained and held-out genes from each cohort's ranking.
 
     A gene that is held out for one cohort is held out for all. So are its orthologues (same upper-case symbol), because
-    they share its text.
+    they share its text. The first ``held_out_from`` genes of a cohort are held out only if ``config.held_out`` names
+    them.
     """
     names = np.array([s.upper() for s in symbols])
     out = {s.upper() for s in config.held_out}

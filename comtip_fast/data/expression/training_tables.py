@@ -101,7 +101,7 @@ def _keep_in_memory(size: int, config: RunConfig) -> bool:
 
 
 def _fit_spots(shards: ShardSet, train: np.ndarray, most: int) -> np.ndarray:
-    """Return the spots to fit on, ascending: all of them, or a keyed sample of every section in proportion."""
+    """Return the spots to fit on, ascending: all, or a keyed sample with the same fraction of every section."""
     if train.size <= most:
         return train
     section = shards.sections_of(train)

@@ -47,7 +47,8 @@ class PreparedBatch:
     """Decoded tiles; set if ``batch.tiles`` has to be computed from them."""
     view_plan: ViewPlan | None = None
     packed: PackedTensors | None = None
-    """For a device other than the CPU: the batch's tensors, the tiles and the view plan in one buffer, instead of the above."""
+    """For a device other than the CPU: tensors of the batch and of the view plan, and tiles decoded on the host, in one
+    buffer."""
     faults: dict[int, ShardError] = field(default_factory=dict)
     """Errors of the damaged records that were replaced, by spot index."""
 
@@ -62,7 +63,7 @@ class BaseLoader(ABC):
     tables
         From :func:`comtip_fast.data.expression.training_tables.training_tables`.
     config
-        The run.
+        Config of the run.
     rank, world
         This rank and the number of ranks, which share each global batch; the panel is drawn for the global batch.
         Only the rank that read a damaged record knows which spot replaced it, so ranks exchange levels and sections
@@ -130,7 +131,7 @@ class BaseLoader(ABC):
         return batch
 
     def iterate(self, epoch: int = 0, position: int = 0, step: int = 1) -> Generator[Batch, None, None]:
-        """Yield this rank's batches from a position on, without end; closing the iterator stops its workers."""
+        """Yield this rank's batches from a position on, epoch after epoch; closing the iterator stops its workers."""
         stream = self._stream(self.schedule.iterate(epoch, position, step))
         try:
             for prepared in stream:

@@ -20,7 +20,7 @@ class Prefetcher(Generic[Item]):
     source
         An iterator; a generator is closed in the background thread.
     depth
-        Number of finished items that may wait; one more is being produced.
+        Maximum number of finished items in the queue; one more may be in progress.
     """
 
     def __init__(self, source: Iterator[Item], depth: int) -> None:

@@ -18,8 +18,8 @@ from comtip_fast.data.loaders.schedule import ScheduledBatch
 class WdsLoader(BaseLoader):
     """Each of n = ``data.workers`` processes loads every n-th batch; about ``data.prefetch`` batches are ready.
 
-    Batches are passed through shared memory. If that is too small (containers often have 64 MB), enlarge it or use
-    another loader.
+    Batches are passed through shared memory. If ``/dev/shm`` is too small (containers often have 64 MB), enlarge it or
+    use another loader.
     """
 
     def _stream(self, batches: Iterator[ScheduledBatch]) -> Generator[PreparedBatch, None, None]:
@@ -44,7 +44,7 @@ def start_workers(loader: DataLoader[Any]) -> Iterator[Any]:
     The destructor of a DALI pipeline waits for its threads, which do not exist after a fork: the worker would hang.
     """
     frozen = gc.get_freeze_count()
-    gc.collect()  # garbage that is frozen would move to the oldest generation and stay for long
+    gc.collect()  # otherwise freezing keeps garbage alive: unfreeze moves it to the oldest generation
     gc.freeze()
     try:
         return iter(loader)

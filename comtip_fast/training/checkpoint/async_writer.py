@@ -19,7 +19,7 @@ class Writer:
 
     @property
     def failed(self) -> bool:
-        """Whether an exception has not been raised yet."""
+        """Whether a job failed with an exception that has not been raised yet."""
         return self._error is not None
 
     def submit(self, work: Callable[[], None]) -> None:
@@ -50,7 +50,7 @@ class Writer:
         self.check()
 
     def join_quietly(self) -> None:
-        """Wait without raising, for a run that already ends with another error."""
+        """Wait for the running job without raising its exception, for a run that ends with another error."""
         if self._thread is not None:
             self._thread.join()
 

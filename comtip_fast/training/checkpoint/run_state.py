@@ -19,9 +19,9 @@ from comtip_fast.config.schema import EngineConfig, RunConfig, WatchConfig
 from comtip_fast.training.protocol import TrainingError
 
 log = logging.getLogger("comtip_fast")
-# Keys that may change on resume because they affect neither weights nor losses. The path of the shard set may change
-# because its hash is compared (as that of the gene vectors), and the NaN policy because a NaN may have stopped the run. The engine and the number of
-# ranks change a step by rounding only.
+# Keys that may change on resume because they affect weights and losses by rounding at most. The paths of the shard set
+# and of the gene vectors may change because their hashes are compared, and the NaN policy because a NaN may have
+# stopped the run. The engine and the number of ranks change a step by rounding only.
 FREE_KEYS = {
     "name",
     "data.shards",
@@ -58,7 +58,9 @@ class RunState:
     best_step: int = 0
     best_score: float = float("-inf")
     bad_validations: int = 0
+    """Number of validations since the best one."""
     skips: int = 0
+    """Number of updates skipped because a loss or gradient was not finite."""
     stopped: str = ""
     """``steps`` or ``patience`` once training has finished, empty before."""
 

@@ -109,7 +109,9 @@ def load(folder: Path) -> Checkpoint:
     state = json.loads((folder / FILES[2]).read_text(encoding="utf-8"))
     if (state.get("format"), state.get("version")) != (FORMAT, VERSION):
         found = f"{state.get('format')!r} {state.get('version')!r}"
-        raise CheckpointError(f"{folder}: format {found}; this comtip-fast reads {FORMAT!r} {VERSION}")
+        raise CheckpointError(
+            f"{folder}: format {found}; this comtip-fast reads {FORMAT!r} {VERSION}; use the release that wrote it"
+        )
     return Checkpoint(load_file(folder / FILES[0]), load_file(folder / FILES[1]), state)
 
 

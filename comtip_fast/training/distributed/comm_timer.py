@@ -92,11 +92,11 @@ class CommClock:
         return counted
 
     def discard(self) -> None:
-        """Forget what has been measured since the last :meth:`keep`, such as collectives between steps."""
+        """Discard what was measured since the last :meth:`keep`, such as collectives between steps."""
         self._seconds, self._pairs = 0.0, []
 
     def keep(self) -> None:
-        """Count what has been measured since the last call, without waiting for the device."""
+        """Count what was measured since the last :meth:`keep` or :meth:`discard`, without a device synchronization."""
         self._kept_seconds += self._seconds
         self._kept_pairs += self._pairs
         self.discard()

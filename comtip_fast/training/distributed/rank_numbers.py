@@ -57,7 +57,7 @@ class RankNumbers:
         means
             Values to average, for example diagnostics. Values that are not finite are left out of the mean.
         flags
-            Conditions to combine with a logical or.
+            Conditions to combine over ranks with a logical or.
 
         Returns
         -------

@@ -47,7 +47,8 @@ class Engine(Protocol):
     module: nn.Module
     """The trained module."""
     table_first: bool
-    """With gradient caching, whether the first piece reads the sentence table (and so every parameter), or the last."""
+    """With gradient caching, whether the first piece computes the sentence table, and so uses every parameter, or the
+    last."""
     autocast: Callable[[], AbstractContextManager[Any]]
     """Returns the context that sets the run's precision, for losses that are computed outside of :meth:`call`."""
 
@@ -70,7 +71,7 @@ class Engine(Protocol):
     def update(self, finite: Tensor | bool) -> Update:
         """Clip and step, unless the loss (``finite``) or the gradient norm is not finite.
 
-        On a device whose tensors the host cannot read freely, the update is masked there, and nothing is read.
+        On a GPU, the update is masked on the device, without a synchronization.
         """
         ...
 

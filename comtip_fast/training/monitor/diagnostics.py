@@ -1,4 +1,4 @@
-"""Errors in diagnostics become warnings and missing values; they never end a run."""
+"""Diagnostics that cannot end a run: an error becomes a warning and a missing value."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from comtip_fast.training.protocol import StepCost
 log = logging.getLogger("comtip_fast")
 EVENTS = "events.jsonl"
 CLOCKED = ("spots_per_s", "tokens_per_s", "tflops_per_s", "mfu", "loader_wait_share", "comm_share", "memory_gib")
-"""Fields of a row that depend on timing; leave them out to compare two runs."""
+"""Fields of a row that depend on timing or on the machine; omit them when comparing two runs."""
 
 
 @dataclass

@@ -33,7 +33,7 @@ def fit_readout(
 ) -> LinearReadout | None:
     """Fit one head per cohort on the sections of split ``train``; split ``val`` selects rank and penalty.
 
-    Only trained genes are read; held-out genes and split ``test`` are not. One rank calls it, with all parameters.
+    Held-out genes and split ``test`` are not used. Called on one rank, with a model that holds all parameters.
 
     Returns
     -------
@@ -123,7 +123,7 @@ class _Reader:
 
 
 def neighbouring_spots(shards: ShardSet, spots: np.ndarray, quota: int, seed: int, section: int) -> np.ndarray:
-    """Return at most ``quota`` spots, ascending: those nearest to a random one, so that most keep their neighbours."""
+    """Return at most ``quota`` of ``spots``, ascending: those nearest to a random one, so that most keep neighbours."""
     if spots.size <= quota:
         return spots
     xy = shards.spots.loc[spots, ["x_px", "y_px"]].to_numpy(float)

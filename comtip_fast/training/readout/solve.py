@@ -21,12 +21,13 @@ class SectionTable:
     x_NF: np.ndarray
     """Standardised features."""
     y: dict[str, np.ndarray]
-    """(N, G) per normalisation."""
+    """Expression (N, G), log1p, per normalisation."""
     measured_G: np.ndarray
+    """bool, whether the section measured the gene."""
 
 
 class RidgePath:
-    """Programmes and ridge regression of sections, for any penalty and number of programmes, from two decompositions."""
+    """Ridge regression of programme scores on features, for any penalty and any number of programmes."""
 
     def __init__(self, sections: Sequence[SectionTable], norm: str) -> None:
         measured = np.stack([s.measured_G for s in sections])
