@@ -28,7 +28,7 @@ WAITING_OPERATORS = (
 NUMBERS_COPIED = ("where",)
 READING_METHODS = ("tolist", "numpy", "cpu", "item", "__array__")
 CPU_PATHS = ("/cpu.py", "/reference.py", "/peers.py")
-"""Ends of the files of implementations that no GPU runs."""
+"""File names of implementations that run only on CPUs."""
 PACKAGES = ("comtip_fast", "comtip_kernels", "comtip_shards")
 
 

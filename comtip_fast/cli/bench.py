@@ -21,10 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     loader.add_argument("--px", type=int, default=224, help="tile width in px (default 224)")
     loader.add_argument("--work", type=Path, default=Path("runs/bench_loader"), help="folder for the built shard set")
     loader.add_argument("--out", type=Path, help="folder for the result files (default: the --work folder)")
-    loader.add_argument("--workers", type=int, default=2, help="threads or processes per contender (default 2)")
+    loader.add_argument("--workers", type=int, default=2, help="threads or processes per loader or decoder (default 2)")
     loader.add_argument("--batch-size", type=int, default=64, help="spots per batch (default 64)")
     loader.add_argument("--rounds", type=int, default=5, help="repetitions (default 5)")
-    loader.add_argument("--spots", type=int, default=2000, help="spots per round and contender (default 2000)")
+    loader.add_argument("--spots", type=int, default=2000, help="spots per round and loader or decoder (default 2000)")
     loader.add_argument("--epochs", type=int, default=20, help="epochs over which memory is recorded (0: none)")
     loader.set_defaults(act=_loader)
 

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--genes",
         nargs="+",
         default=["all"],
-        help="score these genes alone: symbols or Ensembl ids, or @FILE (default: the model's genes)",
+        help="score only these genes: symbols or Ensembl ids, or @FILE (default: the model's genes)",
     )
     parser.add_argument(
         "--train-shards",

@@ -26,7 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--out", type=Path, help="the .safetensors file to write")
     group.add_argument("--components", type=int, default=30, help="number of principal components (default 30)")
     group.add_argument(
-        "--weigh", choices=("cells", "sources"), default="cells", help="what has equal weight (default cells)"
+        "--weigh",
+        choices=("cells", "sources"),
+        default="cells",
+        help="give equal weight to every cell or to every source (default cells)",
     )
     group.add_argument(
         "--min-detection", type=float, default=0.0, help="omit genes detected in a smaller share of cells (default 0)"

@@ -118,7 +118,7 @@ def gene_list(values: list[str]) -> list[str] | None:
         return None
     if "all" in genes:
         raise ValueError(
-            "--genes: all selects every trained gene and cannot be combined with other genes; remove these"
+            "--genes: all selects every trained gene and cannot be combined with other genes; remove the others"
         )
     if not genes:
         raise ValueError("--genes names no gene; give symbols or Ensembl ids, @file, or all")

@@ -47,7 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     slide.add_argument("--overlays", nargs="+", metavar="GENE", help="draw these genes to OUT.overlays/GENE.png")
     slide.add_argument(
-        "--geojson", nargs="*", metavar="GENE", help="write OUT.geojson for QuPath with these genes (default: all)"
+        "--geojson",
+        nargs="*",
+        metavar="GENE",
+        help="write OUT.geojson for QuPath with these genes (default: all, if at most 50)",
     )
     add_facts(parser)
     add_format(parser)

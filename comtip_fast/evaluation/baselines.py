@@ -1,4 +1,4 @@
-"""Supervised ridge baselines, on mean colour and on the image encoder's features."""
+"""Supervised ridge baselines, on mean colour, on features of the frozen stem, and on the image encoder's features."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Score a model on sections: zero-shot, on unseen genes, against a spatial null and two ridge baselines."""
+"""Score a model on sections: zero-shot, on unseen genes, against a spatial null and ridge baselines."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ COLOURS = {"zero_shot": "#0b6e8f", "control_null": "#b8c0c8", "ridge_colour": "#
 def plain(text: str) -> str:
     """Return a text from a file for a figure: at most :data:`MAX_LABEL` characters, all printable.
 
-    Use it with ``parse_math=False``: matplotlib reads ``$`` as the begin of a formula, and lays out a text of any length.
+    Use it with ``parse_math=False``: matplotlib reads ``$`` as the start of a formula, and lays out a text of any length.
     """
     text = "".join(c if c.isprintable() else "?" for c in text[: MAX_LABEL + 1])
     return text if len(text) <= MAX_LABEL else text[: MAX_LABEL - 1] + "…"

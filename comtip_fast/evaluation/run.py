@@ -65,6 +65,8 @@ def evaluate_run(
         There is no export, no file of gene vectors, or no shard set with the training sections.
     ValueError
         Unknown sections or genes, tiles of another size, or a trained cohort without its training sections.
+    PermissionError
+        ``out`` cannot be written.
 
     Examples
     --------
@@ -90,7 +92,7 @@ def _training_shards(run: Path, configured: str, given: Path | str | None) -> Sh
     train = str(given) if given else shards_of_run(run, configured)
     if given is None and is_url(train):
         raise ValueError(
-            f"{run}: its config names the training sections by the URL {train}, which is not fetched on a model's word; "
+            f"{run}: its config names the training sections by the URL {train}, which is not fetched, because a model's config is not trusted; "
             "if you trust it, give it with --train-shards"
         )
     if not is_url(train) and not (Path(train) / "manifest.json").is_file():

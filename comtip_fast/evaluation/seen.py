@@ -27,7 +27,8 @@ def choose_sections(predictor: Predictor, shards: ShardSet, section_ids: Sequenc
     """Return the numbers of the sections to score.
 
     These are the sections ``section_ids``. Without them: the sections of split ``test``, or all sections of a set without
-    that split. Sections that influenced the weights of the model or of a parent are then left out with a warning.
+    that split. Sections that influenced the weights of the model or of a parent are then left out; if they are of split
+    ``test``, with a warning.
 
     Raises
     ------

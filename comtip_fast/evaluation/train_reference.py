@@ -160,7 +160,7 @@ class TrainReference:
     ) -> tuple[np.ndarray, dict[str, Any]] | None:
         """Predict genes by ridge regression trained on the cohort's training sections.
 
-        ``x`` has the candidate inputs, each (N, F); the one with the higher cross-validated PCC on the training sections
+        ``x`` has the candidate inputs, each (N, F); the one with the highest cross-validated PCC on the training sections
         is used. A gene that no training section measured is predicted as constant, so that its PCC is undefined.
 
         Returns

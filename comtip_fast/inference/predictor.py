@@ -118,7 +118,13 @@ class Predictor:
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu", vectors: str | Path | None = None) -> Predictor:
-        """Load from a run folder (its ``export/``) or from an export folder; ``vectors`` is a file of gene vectors."""
+        """Load from a run folder (its ``export/``) or from an export folder; ``vectors`` is a file of gene vectors.
+
+        Raises
+        ------
+        FileNotFoundError, ValueError
+            The folder, its export or the vectors do not exist or cannot be used.
+        """
         folder = Path(path)
         if not folder.exists():
             raise FileNotFoundError(f"{folder} does not exist; give the folder of a finished run or an export")
@@ -273,7 +279,7 @@ class Predictor:
             tokens, rows = self._tokens(genes[start : start + chunk])
             with autocast(self.config.train.precision, self.device):
                 table = SentenceLevels.of(self.model, tokens, self.bundle.levels, rows)
-            yield table  # outside of the context, which would otherwise reach into the caller
+            yield table  # outside of autocast, which would otherwise stay active in the caller
 
     def _smoothed_levels(
         self, features: ImageFeatures, genes: Sequence[GeneQuery], chunk: int

@@ -109,7 +109,8 @@ def make_plan(
     Raises
     ------
     ValueError
-        The batch has fewer spots than there are ranks.
+        The batch has fewer spots than there are ranks, the engine runs on one device only, or no costs are known for the
+        blocks of the image encoder.
     """
     inputs, W = inputs or Inputs(), cluster.ranks
     s = sizes or sizes_of(config, inputs)

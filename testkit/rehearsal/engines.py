@@ -20,7 +20,7 @@ from comtip_fast.training.engines import torch as torch_engine
 from testkit.rehearsal.stand_in import CUDA, StandInMode
 
 LEFT_OUT = ("DistributedDataParallel.Reducer", "deepspeed.DeepSpeedZeroOptimizer")
-"""Parts of other projects whose operators no row counts."""
+"""Parts of other projects whose operators are not counted."""
 
 
 class StandInDDP(nn.Module):

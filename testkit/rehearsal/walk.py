@@ -177,7 +177,7 @@ def train(walk: Walk) -> Record:
 
 
 def _allocate(trainer: Trainer) -> None:
-    """Let the optimizer make its moments, as in the first step."""
+    """Let the optimizer allocate its moments, as in the first step."""
     optimizer = trainer.engine.optimizer  # type: ignore[attr-defined]
     if trainer.config.engine.kind == "deepspeed":
         return

@@ -53,8 +53,8 @@ def infonce(
     weight_B
         Weight of each spot (B,); 0 excludes it, also as a negative.
     excluded_further
-        bool (M - B,): further columns that are no negatives. A mask keeps the number of columns fixed where a selection would depend on
-        data, which the host would have to read.
+        bool (M - B,): columns after the first B that are not negatives. Masking keeps the number of columns fixed; selecting
+        columns would make it depend on data that the host has to read.
     impl
         Implementation; see :mod:`comtip_kernels.dispatch`.
 

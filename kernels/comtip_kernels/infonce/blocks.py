@@ -116,7 +116,9 @@ def _select(
     op: str, impl: str, vectors: tuple[Tensor, Tensor], ids: BlockIds, implementations: Mapping[str, Callable[..., Any]]
 ) -> Callable[..., Any]:
     if ids.class_rows is None or ids.class_columns is None:
-        raise ValueError(f"{op}: rows and columns have no classes; they separate positives from negatives; pass both")
+        raise ValueError(
+            f"{op}: rows and columns have no classes, which separate positives from negatives; pass class_rows and class_columns"
+        )
     # Tiles run on any device and need less memory than a whole (R, C) tensor where there is no Triton.
     return choose(op, impl, vectors, implementations, ("triton", "cpu") if vectors[0].is_cuda else ("cpu",))
 

@@ -16,7 +16,7 @@ from comtip_kernels.sentence_table import triton_kernels as table
 
 
 class Roofs(NamedTuple):
-    """Rates of a GPU; what needs the longest at its rate bounds a kernel. All are assumed, no GPU has been measured."""
+    """Rates of a GPU; the slowest of the three bounds a kernel. All are assumed, no GPU has been measured."""
 
     compute: float
     """bf16 FLOP/s of the datasheet."""
