@@ -62,7 +62,7 @@ def verify(path: Path | str, *, progress: bool = False, remote: Remote | None = 
 
     Returns
     -------
-    The problems found, at most 100.
+    The problems found; the list ends at about 100, with a line that says so.
 
     Raises
     ------

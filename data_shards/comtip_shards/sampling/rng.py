@@ -1,6 +1,6 @@
-"""The project's only source of randomness: stateless random numbers, hash(seed, purpose, counters, index).
+"""The random numbers of data and training: stateless, hash(seed, purpose, counters, index).
 
-No number is drawn from a stream, so any worker, on any number of ranks, in any order and after any restart, gets the
+No state is kept between calls, so any worker, on any number of ranks, in any order and after any restart, gets the
 same number for the same arguments. The definition below is part of the data contract: changing it changes the order of
 every run, and ``tests/data_shards/test_keyed.py`` pins its values.
 

@@ -21,7 +21,7 @@ SKETCH = 128
 MIN_PRINT_COUNTS = 20
 """Minimum counts of a hashed spot; spots with fewer counts may be equal by chance."""
 SHARED_SPOTS, PICTURE_BITS = 0.2, 12
-"""Two sections are duplicates if at least this share of the smaller one's spots has equal counts, or if at most this many
+"""Two sections are duplicates if at least this share of the compared spots (and at least 2) has equal counts, or if at most this many
 of the 256 bits of their images differ. Serial sections share no spot, and in ``samples/`` their images differ in 26 bits
 or more; a downsampled and compressed copy differs in at most 5 from its original."""
 
@@ -74,7 +74,7 @@ def check_duplicates(sections: Sequence[tuple[SectionMeta, Mapping[str, Any]]]) 
     Raises
     ------
     SourceError
-        There are duplicates; names both sections and what they share.
+        Duplicates are in different splits; names both sections and what they share.
     """
     notes: dict[str, str] = {}
     for i, j, shared in _alike([p for _, p in sections]) if len(sections) > 1 else ():

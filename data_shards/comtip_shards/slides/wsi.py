@@ -143,7 +143,7 @@ class OpenSlideSlide(PyramidSlide):
 class BlockedSlide(PyramidSlide):
     """Levels that are zarr, dask or memory-mapped arrays of any axis order: (y, x, 3), (3 or 4, y, x), (1, y, x, 3), grey.
 
-    Values have 8 or 16 bits.
+    Values have 8 or 16 bits, or are floats or booleans, which are scaled to 8 bits.
     """
 
     def __init__(self, path: Path, arrays: list[Any], axes: str, *, alpha: bool = False) -> None:

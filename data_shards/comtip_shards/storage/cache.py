@@ -18,8 +18,8 @@ from comtip_shards.storage.atomic import publish
 
 CACHE_VARIABLE, SIZE_VARIABLE = "COMTIP_CACHE", "COMTIP_CACHE_GB"
 SLACK = 64
-"""The folder is listed once per 1/64 of its size that a process adds, and eviction leaves as much free. With P processes it may
-grow to (1 + (P - 1) / 64) times its size."""
+"""A process lists the folder whenever it has added ``max_bytes / SLACK``, and eviction frees as much beyond the limit. P processes
+may therefore exceed ``max_bytes`` by (P - 1) / 64 of it."""
 _unlisted: dict[str, int] = {}
 """Bytes that this process has added to a folder since it was listed last."""
 _DAY = 24 * 3600

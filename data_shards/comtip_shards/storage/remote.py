@@ -86,7 +86,8 @@ class Remote:
         name
             Path below the URL; "" for the URL itself.
         sha256, size
-            Expected hash and size, if known; after a mismatch the file is fetched again, then refused.
+            Expected hash and size, if known; after a mismatch the file is fetched again, as often as
+            ``retry.attempts`` allows.
         limit
             Maximum size in bytes (default: the size of the cache).
 

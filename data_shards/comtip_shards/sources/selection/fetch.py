@@ -1,7 +1,8 @@
 """Download of remote sources: required files are copied to a local folder of the same layout.
 
 Metadata tables are downloaded first; sections are filtered by them, and only the files of the selected sections are
-downloaded. Files are checked by size and cached; an interrupted download resumes.
+downloaded. Files are checked by size and cached; an interrupted download continues with the first
+file that is not complete.
 """
 
 from __future__ import annotations
