@@ -22,7 +22,7 @@ $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
 	@touch $@
 
-demo: $(VENV)/installed  ## build, train and evaluate: runs/demo/report.html (about 7 minutes on 2 cores)
+demo: $(VENV)/installed  ## build, train and evaluate: runs/demo/report.html (about 10 minutes on 2 cores)
 	$(BIN)/comtip shards build data_shards/samples --out $(RUN)/shards --jobs 2
 	$(BIN)/comtip shards verify $(RUN)/shards
 	$(BIN)/comtip pretrain --config configs/demo_cpu.yaml --out $(RUN) --resume --set data.shards=$(RUN)/shards
