@@ -147,7 +147,7 @@ def test_genes_that_a_section_did_not_measure_are_recorded(evaluation: Evaluatio
 
 BAD_LISTS = {
     "unknown": (["CD74", "NOTAGENE", "ALSONOT"], r"2 of 3 are not human genes \(NOTAGENE, ALSONOT\); give"),
-    "twice": (["CD74", "ERBB2", "CD74"], "CD74 is listed twice"),
+    "twice": (["CD74", "ERBB2", "CD74"], "CD74 is listed more than once; name each gene once"),
     "two names of one gene": (["ERBB2", "HER2"], r"ERBB2 and HER2 are the same gene \(human:ERBB2\)"),
     "empty": ([], "the list is empty"),
     "not measured": (["TTN", "ALB"], "measured none of the 2 genes"),
