@@ -164,7 +164,7 @@ BAD = {
     "no image": (lambda d: d.uns.clear(), r"no image in uns\['spatial'\].*--image"),
     "no picture": (lambda d: d.uns["spatial"]["V1"].pop("images"), "has no image"),
     "no scale factor": (lambda d: d.uns["spatial"]["V1"].update(scalefactors={}), "tissue_hires_scalef is missing"),
-    "species unknown": (symbols_only, "no species: gene ids such as ERBB2.*--species"),
+    "species unknown": (symbols_only, "species not detected, because gene ids such as ERBB2.*--species"),
     "beyond the image": (
         lambda d: d.obsm.update(spatial=d.obsm["spatial"] * 3),
         r"a\.h5ad: the image is 250 x 200 px, but",
