@@ -72,3 +72,17 @@ def tiny_run(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory
     run = tmp_path_factory.mktemp("run") / "run"
     Trainer(build_task(config, torch.device("cpu")), config, run).fit()
     return run
+
+
+@pytest.fixture(scope="module")
+def quick(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a run of two steps, with a linear readout."""
+    from comtip_fast.config.io import load_config
+    from comtip_fast.training.task import build_task
+    from comtip_fast.training.trainer import Trainer
+
+    settings = [*tiny_overrides, "train.steps=2", "train.validate_every=0", "train.device=cpu"]
+    config = load_config(None, settings)
+    folder = tmp_path_factory.mktemp("quick") / "run"
+    Trainer(build_task(config, torch.device("cpu")), config, folder).fit()
+    return folder

@@ -17,25 +17,12 @@ from comtip_shards import ShardSet, SourceError
 from comtip_shards.slides.base import ArraySlide
 
 from comtip_fast.api import Model
-from comtip_fast.config.io import load_config
 from comtip_fast.data.sections import read_annotation, read_h5ad
 from comtip_fast.data.tile_sources import ArrayTiles, ShardTiles, SlideTiles, TileChunk, TileGeometry, TileSource
 from comtip_fast.export import Bundle
 from comtip_fast.inference import GeneQuery, Predictor, levels, predict_section, section
 from comtip_fast.models import section_statistics
 from comtip_fast.models.section_statistics import MIN_SECTION_SPOTS, Moments, Neighbours, neighbour_mean
-from comtip_fast.training.task import build_task
-from comtip_fast.training.trainer import Trainer
-
-
-@pytest.fixture(scope="module")
-def quick(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a run of two steps, with a linear readout."""
-    settings = [*tiny_overrides, "train.steps=2", "train.validate_every=0", "train.device=cpu"]
-    config = load_config(None, settings)
-    folder = tmp_path_factory.mktemp("quick") / "run"
-    Trainer(build_task(config, torch.device("cpu")), config, folder).fit()
-    return folder
 
 
 def queries(bundle: Bundle) -> list[GeneQuery]:

@@ -14,7 +14,6 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 import pytest
-import torch
 from comtip_shards import ShardSet, SourceError
 from comtip_shards.sources import open_source
 from PIL import Image
@@ -22,30 +21,17 @@ from scipy import ndimage
 
 from comtip_fast.api import GridOptions, Model, load
 from comtip_fast.cli import main
-from comtip_fast.config.io import load_config
 from comtip_fast.data.sections import TileGeometry
 from comtip_fast.inference import Predictor
 from comtip_fast.slide_prediction import fit_tiles, pieces, run
 from comtip_fast.slide_prediction.grid import tissue_grid
 from comtip_fast.slide_prediction.pieces import Pieces
 from comtip_fast.slide_prediction.tissue import tissue_mask
-from comtip_fast.training.task import build_task
-from comtip_fast.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 SAMPLES = ROOT / "data_shards" / "samples"
 MPP = 5.0
 GENES = ["ERBB2", "KRT14", "TTN"]
-
-
-@pytest.fixture(scope="module")
-def quick(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a run of two steps, with a linear readout."""
-    settings = [*tiny_overrides, "train.steps=2", "train.validate_every=0", "train.device=cpu"]
-    config = load_config(None, settings)
-    folder = tmp_path_factory.mktemp("quick") / "run"
-    Trainer(build_task(config, torch.device("cpu")), config, folder).fit()
-    return folder
 
 
 def tissue_picture(height: int, width: int, *, tissue=(190, 120, 175), glass=(240, 240, 240), seed=0, full=False):

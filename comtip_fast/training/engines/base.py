@@ -110,14 +110,9 @@ def autocast_of(config: RunConfig, device: torch.device) -> Callable[[], Abstrac
     return lambda: devices.autocast(config.train.precision, device)
 
 
-def in_bf16(config: RunConfig, device: torch.device) -> bool:
-    """Return whether forward passes run in bf16."""
-    return devices.in_bf16(config.train.precision, device)
-
-
 def set_product_precision(config: RunConfig, device: torch.device) -> None:
     """With bf16 training on a GPU, run the fp32 matrix products that autocast leaves (in the losses) as TF32."""
-    if device.type == "cuda" and in_bf16(config, device):
+    if device.type == "cuda" and devices.in_bf16(config.train.precision, device):
         torch.set_float32_matmul_precision("high")
 
 
