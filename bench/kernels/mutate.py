@@ -1,6 +1,6 @@
 """Mutation test of the Triton kernels: break a kernel on purpose, and require that a test fails.
 
-    python bench/kernels/mutate.py [--only lse_tiles,grad_rows] [--sample 6] [--list]
+    python bench/kernels/mutate.py [--only lse_tiles,grad_tiles] [--sample 6] [--list]
 
 Each mutant replaces one expression of one kernel in a temporary copy of ``kernels/`` and ``tests/kernels/``, and runs the tests of
 that kernel in Triton's interpreter until the first failure. The exit status is 1 if a mutant survives. All of them take about
@@ -118,14 +118,16 @@ MUTANTS = [
     ),
     *_of(
         INFONCE,
-        "grad_rows",
-        ("slice", "+ dim_out[None, :] * k_stride_dim", "+ (dim_out % BD)[None, :] * k_stride_dim"),
+        "grad_tiles",
         ("mask", "g = tl.where(ok, g, 0.0)", "g = (g * 1.0)"),
-        ("tail", *_TAIL),
-        ("dtype", ".to(k_ptr.dtype.element_ty)", ".to(tl.float32)"),
+        (
+            "tail",
+            "mask=(rows[:, None] < n_rows) & (cols[None, :] < n_cols)",
+            "mask=(rows < n_rows - 1)[:, None] & (cols < n_cols)[None, :]",
+        ),
+        ("wrong chunk", "rows, cols = first + local,", "rows, cols = local,"),
         ("stale log-sum-exp", "tl.load(lse_k_ptr + cols,", "tl.load(lse_k_ptr + cols * 0,"),
         ("swapped operand", "(a[:, None] + b[None, :])", "(a[:, None] + a[:, None])"),
-        ("wrong part", "k_ptr += first.to(tl.int64) * k_stride_row", "k_ptr += 0"),
     ),
     *_of(
         TABLE,

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
+from comtip_kernels.flops import CHUNK_BYTES
+
 from comtip_fast.plan.cost import INDEX
 from comtip_fast.plan.engine import ELEMENT, EngineSpec
 from comtip_fast.plan.parts import RankShare, StepPart, largest_block
@@ -96,6 +98,9 @@ def step_rows(s: Sizes, e: EngineSpec, w: RankShare, parts: Sequence[StepPart], 
     if e.precision.weight_copies:
         note = "autocast keeps them for the backward pass"
         rows.append(MemoryRow("bf16 copies of weights", s.matrices * 2, note=note))
+    if w.gpu and s.has_nce:
+        whole = w.images * w.columns * w.precision.operand
+        rows.append(MemoryRow("InfoNCE: derivatives of the logits", min(CHUNK_BYTES, whole), note="one chunk"))
     return [*rows, *_loss(s, e, w, ranks), *_pairs(s, ranks), *_batch(s, w, ranks)]
 
 

@@ -240,15 +240,17 @@ POOL_SAVED = 3 * INDEX + 2 * 4 + 1
 def infonce(s: Sizes, w: RankShare) -> list[Cost]:
     """Return the costs of InfoNCE between all images and the rank's text columns.
 
-    The backward pass recomputes the logits, on a GPU once per side. A single CPU process instead saves the exponentials
-    of its first tiles.
+    The backward pass recomputes the logits; a GPU stores their derivatives and multiplies them with both sides. A single CPU
+    process saves the exponentials of its first tiles.
     """
     pairs = w.images * w.columns
     vectors = (w.images + w.columns) * s.D * w.precision.operand
     single_process = not w.gpu and w.images == w.spots
     saved = min(pairs, KEPT_BYTES // 4) if single_process else 0
     issued = flops.infonce(w.images, w.columns, s.D, gpu=w.gpu, blocks=not single_process)
-    return [Cost("logits", *issued, vectors, 3 * vectors, (w.images + w.columns) * STATISTIC + 4 * saved)]
+    # Written once and read by two products.
+    derivatives = 3 * pairs * w.precision.operand if w.gpu else 0
+    return [Cost("logits", *issued, vectors, 3 * vectors + derivatives, (w.images + w.columns) * STATISTIC + 4 * saved)]
 
 
 def level(s: Sizes, w: RankShare) -> list[Cost]:

@@ -15,6 +15,10 @@ from comtip_kernels.tl_common import power_of_2
 KEPT_BYTES = 16 << 20
 """Bytes of exponentials that the CPU path of InfoNCE keeps from its forward pass instead of computing them again."""
 
+CHUNK_BYTES = 256 << 20
+"""Most bytes of the logits' derivatives that InfoNCE's backward pass on a GPU stores at a time. A constant: the order of a sum
+must not depend on the GPU."""
+
 OUTPUT_WIDTH = 256
 """Output columns of one program of ``weighted_sum``. A program recomputes the scores, so a wider output repeats them."""
 
@@ -37,7 +41,7 @@ def product(n: float, m: float, d: float) -> float:
 def infonce(images: float, columns: float, width: float, *, gpu: bool, blocks: bool = False) -> Flops:
     """Return the operations of InfoNCE between ``images`` and ``columns`` vectors of ``width`` elements.
 
-    The backward pass computes the logits again, on a GPU once for each side. The CPU path computes them once and keeps the
+    The backward pass computes the logits again and multiplies their derivatives with both sides. The CPU path keeps the
     exponentials of its first tiles (``KEPT_BYTES``).
 
     Parameters
@@ -51,9 +55,22 @@ def infonce(images: float, columns: float, width: float, *, gpu: bool, blocks: b
     """
     u = product(images, columns, width)
     if gpu:
-        return Flops(u, 4 * u)
+        return Flops(u, 3 * u)
     kept = 0.0 if blocks else min(1.0, KEPT_BYTES / 4 / max(1.0, images * columns))
     return Flops(u, (3 - kept) * u)
+
+
+def infonce_chunk(columns: int, element: int) -> int:
+    """Return how many rows of the logits' derivatives are stored at a time: a multiple of 128, the height of a tile.
+
+    Parameters
+    ----------
+    columns
+        Numbers in one stored row.
+    element
+        Bytes of a number.
+    """
+    return max(128, CHUNK_BYTES // (element * max(1, columns)) // 128 * 128)
 
 
 def table_product(spots: float, genes: float, levels: float, width: float) -> float:

@@ -61,10 +61,8 @@ def flops(launch: Launch) -> float:
     """Return the FLOPs of the tensor-core products of a launch; 0 for kernels without products."""
     shapes, constants, grid = [s for _, s, _ in launch.tensors], launch.entry.constants, launch.grid
     kernel = launch.entry.kernel.__name__
-    if kernel == "lse_tiles":
-        return 2.0 * shapes[0][0] * shapes[1][0] * shapes[0][1]
-    if kernel == "grad_rows":  # the logits once per slice of the width, and one product
-        return 2.0 * shapes[0][0] * shapes[1][0] * shapes[0][1] * (1 + grid[1])
+    if kernel in ("lse_tiles", "grad_tiles"):
+        return grid[0] * 2.0 * constants["BM"] * constants["BN"] * shapes[0][1]
     if kernel in ("attention_forward", "attention_grads"):
         products = 2 if kernel == "attention_forward" else 5
         return float(products * 2 * constants["BT"] ** 2 * constants["BE"] * grid[0])

@@ -1,10 +1,10 @@
-"""Triton kernels of InfoNCE: no B x M matrix, no atomics, results that do not depend on the order of programs.
+"""Triton kernels of InfoNCE: at most 256 MiB of a B x M matrix, no atomics, results that do not depend on the order of programs.
 
 Forward, one pass over the logits: each program owns one tile, computes e = exp(s - shift) once, and stores the row sums and
 the column sums of the tile; a sum over tiles in a fixed order completes both directions (u = 2 B M D FLOPs). Rows and columns
 whose sum underflowed are recomputed by ``exact_lse``, which returns immediately if there are none, so that the decision
-is taken on the device. Backward: ``grad_rows`` computes dX with one program per block of rows, and dY with its arguments
-swapped (2u each). The vectors have length 1; see ``triton_op.py``.
+is taken on the device. Backward: ``grad_tiles`` stores the derivatives g of the logits of a chunk of rows (u), which library
+products multiply with both sides (u each). The vectors have length 1; see ``triton_op.py``.
 
 DIAGONAL selects the whole loss, in which pair (i, i) is a positive. Its logits are stored by the same pass, so that positives
 and log-sum-exp share every rounding. Without DIAGONAL the kernels work on a block of rows and columns of a larger
@@ -21,7 +21,7 @@ import triton.language as tl
 ALL, SAME_GROUP, OTHER_GROUP = 0, 1, 2
 LOG2E = tl.constexpr(1.4426950408889634)
 # The batch and the number of texts change from step to step. Values of 1 and multiples of 16 would each be compiled anew.
-_SIZES = ["n_rows", "n_cols", "n_col_tiles", "cols_per_part"]
+_SIZES = ["n_rows", "n_cols", "n_col_tiles", "n_row_tiles"]
 _VECTORS = ["group_q_ptr", "group_k_ptr", "class_q_ptr", "class_k_ptr", "excluded_q_ptr", "excluded_k_ptr"]
 _VECTORS += ["lse_ptr", "low_ptr", "lse_q_ptr", "lse_k_ptr", "weight_q_ptr", "weight_k_ptr", "low_q_ptr", "low_k_ptr"]
 _VECTORS += ["row_sums_ptr", "col_sums_ptr", "positive_ptr", "scale_ptr"]
@@ -276,8 +276,8 @@ def exact_lse(  # type: ignore[no-untyped-def]
         tl.store(lse_ptr + rows, top + tl.log2(total) / LOG2E, mask=(rows < n_rows) & (low > 0))
 
 
-@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_VECTORS)
-def grad_rows(  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize=[*_SIZES, "first"], do_not_specialize_on_alignment=_VECTORS)
+def grad_tiles(  # type: ignore[no-untyped-def]
     q_ptr,
     k_ptr,
     out_ptr,
@@ -296,12 +296,14 @@ def grad_rows(  # type: ignore[no-untyped-def]
     excluded_k_ptr,
     n_rows,
     n_cols,
-    cols_per_part,
+    first,
+    n_row_tiles,
     width,
     q_stride_row,
     q_stride_dim,
     k_stride_row,
     k_stride_dim,
+    out_stride_row,
     HEADROOM: tl.constexpr,
     RULE: tl.constexpr,
     CLASSES: tl.constexpr,
@@ -310,99 +312,75 @@ def grad_rows(  # type: ignore[no-untyped-def]
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
-    BD: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Store sum_j g_ij k_j, fp32 (n_rows, width), for one block of rows and one slice of BD dimensions.
-
-    Without DIAGONAL: (parts, n_rows, width), each part over ``cols_per_part`` columns.
+    """Store one tile of g in rows ``first`` to ``first + n_row_tiles * BM``, in the dtype of the vectors; 0 where masked.
 
     g_ij = weight_q[i] exp(s_ij - lse_q[i]) + weight_k[j] exp(s_ij - lse_k[j]), both terms from one exponential
     unless a sum of this tile underflowed.
     """
-    if not DIAGONAL:
-        # A block can be long and narrow: its columns are split over programs, and each part is stored separately.
-        first = tl.program_id(2) * cols_per_part
-        n_cols = tl.minimum(n_cols - first, cols_per_part)
-        k_ptr += first.to(tl.int64) * k_stride_row
-        out_ptr += (tl.program_id(2) * n_rows).to(tl.int64) * width
-        lse_k_ptr += first
-        weight_k_ptr += first
-        low_k_ptr += first
-        group_k_ptr += first
-        class_k_ptr += first
-        excluded_k_ptr += first
-    rows = tl.program_id(0) * BM + tl.arange(0, BM)
-    dim_out = tl.program_id(1) * BD + tl.arange(0, BD)
+    pid = tl.program_id(0)
+    # Neighbouring programs share their columns: the rows of a chunk stay in the L2 cache, and each column is read once.
+    tile_m, tile_n = pid % n_row_tiles, pid // n_row_tiles
+    local = tile_m * BM + tl.arange(0, BM)
+    rows, cols = first + local, tile_n * BN + tl.arange(0, BN)
     scale = tl.load(scale_ptr)
     shift = scale - HEADROOM
+    s = scale * _logits(
+        q_ptr,
+        k_ptr,
+        rows,
+        cols,
+        n_rows,
+        n_cols,
+        width,
+        q_stride_row,
+        q_stride_dim,
+        k_stride_row,
+        k_stride_dim,
+        BM,
+        BN,
+        BK,
+        UPCAST,
+        PRECISION,
+    )
     lse_q = tl.load(lse_q_ptr + rows, mask=rows < n_rows, other=0.0)
+    lse_k = tl.load(lse_k_ptr + cols, mask=cols < n_cols, other=0.0)
     weight_q = tl.load(weight_q_ptr + rows, mask=rows < n_rows, other=0.0)
+    weight_k = tl.load(weight_k_ptr + cols, mask=cols < n_cols, other=0.0)
     low_q = tl.max(tl.load(low_q_ptr + rows, mask=rows < n_rows, other=0), axis=0)
-    a = weight_q * tl.exp2(tl.minimum(shift - lse_q, 80.0) * LOG2E)
-    acc = tl.zeros((BM, BD), dtype=tl.float32)
-    for start in range(0, n_cols, BN):
-        cols = start + tl.arange(0, BN)
-        s = scale * _logits(
-            q_ptr,
-            k_ptr,
-            rows,
-            cols,
-            n_rows,
-            n_cols,
-            width,
-            q_stride_row,
-            q_stride_dim,
-            k_stride_row,
-            k_stride_dim,
-            BM,
-            BN,
-            BK,
-            UPCAST,
-            PRECISION,
-        )
-        lse_k = tl.load(lse_k_ptr + cols, mask=cols < n_cols, other=0.0)
-        weight_k = tl.load(weight_k_ptr + cols, mask=cols < n_cols, other=0.0)
-        low_k = tl.max(tl.load(low_k_ptr + cols, mask=cols < n_cols, other=0), axis=0)
-        if tl.maximum(low_q, low_k) > 0:
-            g = weight_q[:, None] * tl.exp2((s - lse_q[:, None]) * LOG2E)
-            # A weight of 0 marks a further column, whose log-sum-exp does not exist: its exponential may be infinite.
-            exponent = tl.where(weight_k[None, :] != 0, (s - lse_k[None, :]) * LOG2E, 0.0)
-            g += weight_k[None, :] * tl.exp2(exponent)
-        else:
-            b = weight_k * tl.exp2(tl.minimum(shift - lse_k, 80.0) * LOG2E)
-            g = tl.exp2((s - shift) * LOG2E) * (a[:, None] + b[None, :])
-        ok = _allowed(
-            rows,
-            cols,
-            n_rows,
-            n_cols,
-            group_q_ptr,
-            group_k_ptr,
-            class_q_ptr,
-            class_k_ptr,
-            excluded_q_ptr,
-            excluded_k_ptr,
-            RULE,
-            CLASSES,
-            EXCLUDED,
-            DIAGONAL,
-        )
-        g = tl.where(ok, g, 0.0).to(k_ptr.dtype.element_ty)
-        k = tl.load(
-            k_ptr + cols[:, None] * k_stride_row + dim_out[None, :] * k_stride_dim,
-            mask=(cols[:, None] < n_cols) & (dim_out[None, :] < width),
-            other=0.0,
-        )
-        if UPCAST:
-            g = g.to(tl.float32)
-            k = k.to(tl.float32)
-        acc = tl.dot(g, k, acc, input_precision=PRECISION)
+    low_k = tl.max(tl.load(low_k_ptr + cols, mask=cols < n_cols, other=0), axis=0)
+    if tl.maximum(low_q, low_k) > 0:
+        g = weight_q[:, None] * tl.exp2((s - lse_q[:, None]) * LOG2E)
+        # A weight of 0 marks a further column, whose log-sum-exp does not exist: its exponential may be infinite.
+        exponent = tl.where(weight_k[None, :] != 0, (s - lse_k[None, :]) * LOG2E, 0.0)
+        g += weight_k[None, :] * tl.exp2(exponent)
+    else:
+        a = weight_q * tl.exp2(tl.minimum(shift - lse_q, 80.0) * LOG2E)
+        b = weight_k * tl.exp2(tl.minimum(shift - lse_k, 80.0) * LOG2E)
+        g = tl.exp2((s - shift) * LOG2E) * (a[:, None] + b[None, :])
+    ok = _allowed(
+        rows,
+        cols,
+        n_rows,
+        n_cols,
+        group_q_ptr,
+        group_k_ptr,
+        class_q_ptr,
+        class_k_ptr,
+        excluded_q_ptr,
+        excluded_k_ptr,
+        RULE,
+        CLASSES,
+        EXCLUDED,
+        DIAGONAL,
+    )
+    g = tl.where(ok, g, 0.0)
     tl.store(
-        out_ptr + rows[:, None].to(tl.int64) * width + dim_out[None, :],
-        acc,
-        mask=(rows[:, None] < n_rows) & (dim_out[None, :] < width),
+        out_ptr + local[:, None].to(tl.int64) * out_stride_row + cols[None, :],
+        g.to(out_ptr.dtype.element_ty),
+        mask=(rows[:, None] < n_rows) & (cols[None, :] < n_cols),
     )
 
 
@@ -418,20 +396,8 @@ EXACT: dict[str, dict[str, Any]] = {
     "tf32": {"BM": 64, "BN": 32, "BK": 32, "num_warps": 4, "num_stages": 3},
     "tf32x3": {"BM": 64, "BN": 32, "BK": 16, "num_warps": 4, "num_stages": 3},
 }
-BACKWARD: dict[str, dict[str, Any]] = {
-    "bf16": {"BM": 64, "BN": 32, "BK": 64, "BD": 512, "num_warps": 8, "num_stages": 2},
-    "tf32": {"BM": 32, "BN": 32, "BK": 32, "BD": 512, "num_warps": 8, "num_stages": 2},
-    "tf32x3": {"BM": 32, "BN": 32, "BK": 32, "BD": 256, "num_warps": 8, "num_stages": 2},
+GRADIENT: dict[str, dict[str, Any]] = {
+    "bf16": {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
+    "tf32": {"BM": 128, "BN": 128, "BK": 32, "num_warps": 8, "num_stages": 3},
+    "tf32x3": {"BM": 64, "BN": 64, "BK": 32, "num_warps": 8, "num_stages": 2},
 }
-"""BD is the width of the gradient that one program holds in registers; wider vectors recompute the logits for each slice."""
-PROGRAMS, LEAST_PART = 256, 512
-"""The gradient of a block is split over about this many programs, two per multiprocessor of a large GPU, and over at least this
-many columns each. Both are constants: the order of a sum must not depend on the GPU."""
-
-
-def shares(programs: int, n_cols: int) -> tuple[int, int]:
-    """Return into how many parts the columns of a block are split for ``programs`` blocks of rows, and their length."""
-    cols_per_part = max(LEAST_PART, triton.cdiv(n_cols * programs, PROGRAMS))
-    # Multiples of all tile sizes.
-    cols_per_part = 64 * triton.cdiv(cols_per_part, 64)
-    return triton.cdiv(n_cols, cols_per_part), cols_per_part

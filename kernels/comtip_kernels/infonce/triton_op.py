@@ -22,7 +22,6 @@ from comtip_kernels.tl_common import (
     input_precision,
     launch,
     operand_dtype,
-    power_of_2,
     product_mode,
 )
 
@@ -152,47 +151,59 @@ Stats = tuple[Tensor, Tensor]
 def compute_gradients(
     x: Tensor, y: Tensor, scale: Tensor, masks: MaskOperands, rows: Stats, columns: Stats
 ) -> tuple[Tensor, Tensor]:
-    """Launch the backward pass; return sum_j g_ij y_j (R, D) and sum_i g_ij x_i (C, D), fp32."""
+    """Compute the backward pass in chunks of rows; return sum_j g_ij y_j (R, D) and sum_i g_ij x_i (C, D), fp32.
+
+    A kernel stores a chunk of g in the dtype of the operands, at most ``flops.CHUNK_BYTES``, and PyTorch's products
+    multiply it with both sides. Chunks are added in their order, so that results repeat.
+    """
+    (R, D), C = x.shape, y.shape[0]
+    tiles = fit_tiles(kernels.GRADIENT[product_mode(x.dtype)], D, SMALL)
+    row_length = 64 * triton.cdiv(C, 64)  # aligned rows, which library products need for their fast paths
+    length = min(R, flops.infonce_chunk(row_length, x.element_size()))
+    chunk = torch.empty(length, row_length, device=x.device, dtype=x.dtype)
     floor = LOG_FLOOR + scale - HEADROOM
-    of_rows, of_columns = ((lse, weight, (lse < floor).to(torch.int32)) for weight, lse in (rows, columns))
-    return (
-        _one_side(x, y, scale, masks, of_rows, of_columns),
-        _one_side(y, x, scale, masks.swapped(), of_columns, of_rows),
-    )
+    both = ((lse, weight, (lse < floor).to(torch.int32)) for weight, lse in (rows, columns))
+    stats = [t for of_both in zip(*both, strict=True) for t in of_both]
+    dx, dy = (torch.empty(n, D, device=x.device, dtype=torch.float32) for n in (R, C))
+    for first in range(0, R, length):
+        last = min(first + length, R)
+        n_row_tiles = triton.cdiv(last - first, tiles["BM"])
+        launch(
+            kernels.grad_tiles,
+            (n_row_tiles * triton.cdiv(C, tiles["BN"]),),
+            x,
+            y,
+            chunk,
+            *stats,
+            scale,
+            *masks.pointers(scale),
+            last,
+            C,
+            first,
+            n_row_tiles,
+            D,
+            *x.stride(),
+            *y.stride(),
+            chunk.stride(0),
+            HEADROOM=HEADROOM,
+            **masks.constants(x),
+            **tiles,
+        )
+        g = chunk[: last - first, :C]
+        _add_product(dx[first:last], g, y, accumulate=False)
+        _add_product(dy, g.T, x[first:last], accumulate=first > 0)
+    return dx, dy
 
 
-def _one_side(
-    q: Tensor, k: Tensor, scale: Tensor, masks: MaskOperands, own: tuple[Tensor, ...], other: tuple[Tensor, ...]
-) -> Tensor:
-    """Return sum_j g_ij k_j, fp32 (rows of q, D); ``own`` and ``other`` are log-sum-exp, weight and underflow flag."""
-    (n_rows, width), n_cols = q.shape, k.shape[0]
-    tiles = fit_tiles(kernels.BACKWARD[product_mode(q.dtype)], width, SMALL)
-    tiles["BD"] = min(int(tiles["BD"]), power_of_2(width))
-    grid = (triton.cdiv(n_rows, tiles["BM"]), triton.cdiv(width, tiles["BD"]))
-    # The whole loss is square enough for one program per block of rows.
-    parts, per_part = (1, n_cols) if masks.diagonal else kernels.shares(grid[0] * grid[1], n_cols)
-    out = torch.empty(parts, n_rows, width, device=q.device, dtype=torch.float32)
-    stats = [t for both in zip(own, other, strict=True) for t in both]
-    launch(
-        kernels.grad_rows,
-        (*grid, parts),
-        q,
-        k,
-        out,
-        *stats,
-        scale,
-        *masks.pointers(scale),
-        n_rows,
-        n_cols,
-        per_part,
-        width,
-        *q.stride(),
-        *k.stride(),
-        HEADROOM=HEADROOM,
-        **masks.constants(q),
-        **tiles,
-    )
-    return out[0] if parts == 1 else out.sum(0)
+def _add_product(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
+    """Write ``a @ b`` to ``out``, fp32, or add it there; products of bf16 operands are not rounded to bf16."""
+    beta = 1 if accumulate else 0
+    if a.dtype == torch.float32:
+        torch.addmm(out, a, b, beta=beta, out=out)
+    elif a.is_cuda:
+        torch.addmm(out, a, b, torch.float32, beta=beta, out=out)
+    else:  # the interpreter: a CPU has no product of bf16 operands with a result in fp32
+        torch.addmm(out, a.float(), b.float(), beta=beta, out=out)
 
 
 def as_operands(bf16: bool, *vectors: Tensor) -> list[Tensor]:
@@ -259,7 +270,7 @@ def infonce_grads(
     excluded: Ids,
     bf16: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return sum_j g_ij y_j, fp32 (B, D), and sum_i g_ij x_i, fp32 (M, D); see ``grad_rows`` for g."""
+    """Return sum_j g_ij y_j, fp32 (B, D), and sum_i g_ij x_i, fp32 (M, D); see ``grad_tiles`` for g."""
     B, M = x.shape[0], y.shape[0]
     if B == 0:
         dx, dy = (torch.zeros_like(v, dtype=torch.float32, memory_format=torch.contiguous_format) for v in (x, y))

@@ -93,7 +93,8 @@ def _infonce(name: str, kernel: Any, tiles: dict[str, Any], mode: str, *, block:
         "q_stride_dim": 1,
         "k_stride_dim": 1,
     }
-    vectors = dict.fromkeys(("q_ptr", "k_ptr"), ELEMENT[mode])
+    stored = ("out_ptr",) if kernel is infonce.grad_tiles else ()
+    vectors = dict.fromkeys(("q_ptr", "k_ptr", *stored), ELEMENT[mode])
     return _entry("infonce", f"{name}{'_block' if block else ''}_{mode}", kernel, vectors, constants)
 
 
@@ -188,8 +189,5 @@ def _largest() -> list[LedgerEntry]:
         for block in (False, True):
             out.append(_infonce("forward", infonce.lse_tiles, infonce.FORWARD[mode], mode, block=block))
             out.append(_infonce("exact", infonce.exact_lse, infonce.EXACT[mode], mode, block=block))
-            widest = infonce.BACKWARD[mode]["BD"]
-            for width in (128, widest):
-                tiles = infonce.BACKWARD[mode] | {"BD": width}
-                out.append(_infonce(f"backward_d{width}", infonce.grad_rows, tiles, mode, block=block))
+            out.append(_infonce("gradient", infonce.grad_tiles, infonce.GRADIENT[mode], mode, block=block))
     return out

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import ceil
 from typing import Any, NamedTuple
 
+from comtip_kernels.flops import infonce_chunk
 from comtip_kernels.gene_sentence_embedding import triton_kernels as embedding
 from comtip_kernels.infonce import triton_kernels as infonce
 from comtip_kernels.ledger import traffic
@@ -78,10 +78,11 @@ def _with_width(config: dict[str, Any], D: int) -> dict[str, Any]:
 def _infonce(B: int, M: int, D: int, name: str) -> Iterator[Sized]:
     forward = traffic.infonce_forward(B, M, D, BF16, infonce.FORWARD["bf16"])
     yield Sized("infonce", "forward", name, forward, (B + M) * D * BF16 + 8 * B, 2 * B * M * D)
-    tiles = _with_width(infonce.BACKWARD["bf16"], D)
-    backward = traffic.infonce_side(B, M, D, BF16, tiles) + traffic.infonce_side(M, B, D, BF16, tiles)
-    # Deterministic and without a B x M matrix: the logits twice, and one product per side.
-    yield Sized("infonce", "backward", name, backward, (B + M) * D * (BF16 + 4), 8 * B * M * D)
+    chunk = infonce_chunk(M, BF16)
+    backward = traffic.infonce_backward(B, M, D, BF16, infonce.GRADIENT["bf16"], chunk)
+    # The logits again and one product per side, for which their derivatives are written once and read twice.
+    floor = (B + M) * D * (BF16 + 4) + 3 * B * M * BF16
+    yield Sized("infonce", "backward", name, backward, floor, 6 * B * M * D)
 
 
 def _infonce_block(R: int, C: int, D: int, name: str) -> Iterator[Sized]:
@@ -89,14 +90,9 @@ def _infonce_block(R: int, C: int, D: int, name: str) -> Iterator[Sized]:
     vectors = (R + C) * (D * BF16 + ids)
     forward = traffic.infonce_forward(R, C, D, BF16, infonce.FORWARD["bf16"], ids, diagonal=False)
     yield Sized("infonce_block", "forward", name, forward, vectors + stats // 2, 2 * R * C * D)
-    tiles = _with_width(infonce.BACKWARD["bf16"], D)
-    sides = []
-    for n, m in ((R, C), (C, R)):
-        parts, _ = infonce.shares(ceil(n / tiles["BM"]) * ceil(D / tiles["BD"]), m)
-        added = (4 * parts * n * D, 4 * n * D) if parts > 1 else (0, 0)
-        sides += [traffic.infonce_side(n, m, D, BF16, tiles, ids, parts), Traffic(added[0], added[0], added[1])]
-    moved = sides[0] + sides[1] + sides[2] + sides[3]
-    yield Sized("infonce_block", "backward", name, moved, vectors + stats + (R + C) * D * 4, 8 * R * C * D)
+    moved = traffic.infonce_backward(R, C, D, BF16, infonce.GRADIENT["bf16"], infonce_chunk(C, BF16), ids)
+    floor = vectors + stats + (R + C) * D * 4 + 3 * R * C * BF16
+    yield Sized("infonce_block", "backward", name, moved, floor, 6 * R * C * D)
 
 
 def _embedding(S: int, kinds: tuple[int, int, int], D: int, name: str) -> Iterator[Sized]:

@@ -58,16 +58,37 @@ def infonce_forward(B: int, M: int, D: int, size: int, t: Tiles, ids: int = 0, *
     )
 
 
-def infonce_side(n: int, m: int, D: int, size: int, t: Tiles, ids: int = 0, parts: int = 1) -> Traffic:
-    """Return the gradient of the n vectors of one side against the m of the other, in ``parts``."""
-    rows, cols, slices = ceil(n / t["BM"]), ceil(m / t["BN"]), ceil(D / t["BD"])
-    masked = (cols * n + rows * m) * (D * size + ids)
+def infonce_gradient(n: int, m: int, D: int, size: int, t: Tiles, ids: int = 0) -> Traffic:
+    """Return the derivatives of the logits in one chunk of n rows and m columns."""
+    rows, cols = ceil(n / t["BM"]), ceil(m / t["BN"])
     return Traffic(
-        loaded=slices * (parts * (12 * n + 4 * rows) + masked + rows * 12 * m) + rows * m * D * size,
+        loaded=(cols * n + rows * m) * (D * size + ids + 12) + 4 * rows * cols,
         distinct=(n + m) * (D * size + ids + 12) + 4,
-        stored=4 * n * D * parts,
-        flops=rows * cols * slices * 2 * t["BM"] * t["BN"] * (_padded(D, t) + t["BD"]),
+        stored=n * m * size,
+        flops=rows * cols * 2 * t["BM"] * t["BN"] * _padded(D, t),
     )
+
+
+LIBRARY_TILE = (128, 256)
+"""Assumed tile of a library product, which loads each operand once per tile of the other; with clusters it loads less."""
+
+
+def library_product(n: int, m: int, k: int, size: int, *, accumulate: bool = False) -> Traffic:
+    """Return an (n, k) by (k, m) product with a result in fp32; not a kernel of this package, so an assumption."""
+    rows, cols = sorted(LIBRARY_TILE) if n <= m else sorted(LIBRARY_TILE, reverse=True)
+    added = 4 * n * m if accumulate else 0
+    loaded = (ceil(m / cols) * n + ceil(n / rows) * m) * k * size + added
+    return Traffic(loaded, (n + m) * k * size + added, 4 * n * m, 2 * n * m * k)
+
+
+def infonce_backward(n: int, m: int, D: int, size: int, t: Tiles, chunk: int, ids: int = 0) -> Traffic:
+    """Return the backward pass in chunks of ``chunk`` rows: the kernel, and one library product per side."""
+    moved = Traffic(0, 0, 0)
+    for first in range(0, n, chunk):
+        rows = min(chunk, n - first)
+        moved += infonce_gradient(rows, m, D, size, t, ids)
+        moved += library_product(rows, D, m, size) + library_product(m, D, rows, size, accumulate=first > 0)
+    return moved
 
 
 def sentence_rows(gene: int, name: int, value: int, D: int, size: int, tables: int) -> Traffic:

@@ -9,10 +9,9 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs inside tests/kernels/test_interpreted.py", allow_module_level=True)
 
-from comtip_kernels import infonce
+from comtip_kernels import flops, infonce
 from comtip_kernels.dispatch import prefer
 from comtip_kernels.infonce import blocks_triton_op as blocks_op
-from comtip_kernels.infonce import triton_kernels
 from comtip_kernels.infonce.blocks import BlockIds, block_gradients, block_lse
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -144,16 +143,17 @@ def test_bf16_in_and_fp32_out():
             assert float((a.to(F64) - b).norm()) <= 1e-2 * float(b.norm())
 
 
-def test_parts_add_up_and_are_chosen_by_sizes_alone(monkeypatch: pytest.MonkeyPatch):
-    x, y, ids = block(40, 300, 8)
+def test_chunks_add_up_and_are_chosen_by_sizes_alone(monkeypatch: pytest.MonkeyPatch):
+    x, y, ids = block(300, 40, 8)
     whole = all_of("triton", x, y, 9.0, ids)
-    monkeypatch.setattr(triton_kernels, "LEAST_PART", 64)
-    assert triton_kernels.shares(2, 300) == (5, 64)
-    same(all_of("triton", x, y, 9.0, ids), whole, atol=1e-6)
-    # Long and thin: 8 blocks of rows would leave most of a GPU idle. Square: one part.
+    monkeypatch.setattr(flops, "CHUNK_BYTES", 1)
+    assert flops.infonce_chunk(64, 4) == 128
+    chunked = all_of("triton", x, y, 9.0, ids)
+    same(chunked, whole, atol=1e-6)
+    same(chunked, all_of("reference", x, y, 9.0, ids), atol=1e-5)
     monkeypatch.undo()
-    assert triton_kernels.shares(8, 262144) == (32, 8192)
-    assert triton_kernels.shares(512, 32768) == (1, 65536)
+    assert flops.infonce_chunk(32768, 2) == 4096
+    assert flops.infonce_chunk(2048, 2) == 65536
 
 
 def test_strides_and_twice_the_same_bits():
@@ -189,7 +189,7 @@ def test_opcheck_flops_and_orders():
     with FlopCounterMode(display=False) as counter:
         blocks_op.infonce_block_lse(*arguments)
         blocks_op.infonce_block_grads(*more)
-    assert counter.get_total_flops() == 5 * 2 * 9 * 12 * 8
+    assert counter.get_total_flops() == 4 * 2 * 9 * 12 * 8
     with pytest.raises(ValueError, match=r"does not support torch.float64"):
         block_lse(x.double(), y.double(), torch.tensor(5.0), ids, impl="triton")
     with pytest.raises(ValueError, match="not available"):

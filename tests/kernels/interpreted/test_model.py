@@ -23,7 +23,7 @@ KERNELS = (
     (embedding, "sum_pieces"),
     (embedding, "norm_grads"),
     (infonce, "lse_tiles"),
-    (infonce, "grad_rows"),
+    (infonce, "grad_tiles"),
     (attention, "attention_forward"),
     (attention, "attention_grads"),
     (table, "sampled_dot"),

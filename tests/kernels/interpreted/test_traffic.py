@@ -8,7 +8,7 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs inside tests/kernels/test_interpreted.py", allow_module_level=True)
 
-from comtip_kernels import plan_sentences
+from comtip_kernels import flops, plan_sentences
 from comtip_kernels.gene_sentence_embedding import triton_kernels as embedding_kernels
 from comtip_kernels.gene_sentence_embedding import triton_op as embedding
 from comtip_kernels.infonce import blocks_triton_op as blocks
@@ -44,15 +44,15 @@ def test_infonce(B: int, M: int, D: int):
     half = torch.full((B,), 0.5)
     with counting() as counted:
         infonce.infonce_grads(x, y, scale, half, half, rows, columns, *nothing)
-    tiles = fit_tiles(infonce_kernels.BACKWARD["tf32x3"], D, infonce.SMALL)
-    tiles["BD"] = min(tiles["BD"], infonce.power_of_2(D))
-    backward = traffic.infonce_side(B, M, D, 4, tiles) + traffic.infonce_side(M, B, D, 4, tiles)
+    tiles = fit_tiles(infonce_kernels.GRADIENT["tf32x3"], D, infonce.SMALL)
+    backward = traffic.infonce_gradient(B, M, D, 4, tiles)
     assert (counted.loaded, counted.stored, counted.flops) == (backward.loaded, backward.stored, backward.flops)
 
 
-@pytest.mark.parametrize(("R", "C", "D", "least"), [(20, 20, 16, 512), (200, 71, 48, 64)])
-def test_infonce_block(R: int, C: int, D: int, least: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(infonce_kernels, "LEAST_PART", least)
+@pytest.mark.parametrize(("R", "C", "D", "chunk"), [(20, 20, 16, False), (200, 71, 48, True)])
+def test_infonce_block(R: int, C: int, D: int, chunk: bool, monkeypatch: pytest.MonkeyPatch):
+    if chunk:
+        monkeypatch.setattr(flops, "CHUNK_BYTES", 1)
     x, y, scale = vectors(R, D), vectors(C, D), torch.tensor(5.0)
     classes, excluded = (torch.arange(R), torch.arange(C) + R), [torch.zeros(n, dtype=torch.int32) for n in (R, C)]
     who = (0, None, None, *classes, *excluded, False)
@@ -64,12 +64,9 @@ def test_infonce_block(R: int, C: int, D: int, least: int, monkeypatch: pytest.M
     assert (counted.loaded, counted.stored, counted.flops) == (forward.loaded, forward.stored, forward.flops)
     with counting() as counted:
         blocks.infonce_block_grads(x, y, scale, torch.ones(R), rows, torch.ones(C), columns, *who)
-    tiles = fit_tiles(infonce_kernels.BACKWARD["tf32x3"], D, infonce.SMALL)
-    tiles["BD"] = min(tiles["BD"], infonce.power_of_2(D))
-    parts = [infonce_kernels.shares(-(-n // tiles["BM"]), m)[0] for n, m in ((R, C), (C, R))]
-    assert parts == ([1, 1] if least == 512 else [2, 4])
-    both = [traffic.infonce_side(n, m, D, 4, tiles, ids, p) for n, m, p in ((R, C, parts[0]), (C, R, parts[1]))]
-    backward = both[0] + both[1]
+    tiles = fit_tiles(infonce_kernels.GRADIENT["tf32x3"], D, infonce.SMALL)
+    rows = [min(128, R - first) for first in range(0, R, 128)] if chunk else [R]
+    backward = sum((traffic.infonce_gradient(n, C, D, 4, tiles, ids) for n in rows), traffic.Traffic(0, 0, 0))
     assert (counted.loaded, counted.stored, counted.flops) == (backward.loaded, backward.stored, backward.flops)
 
 
