@@ -28,7 +28,7 @@ EMBEDDING = "gene_sentence_embedding/triton_kernels.py"
 ROUNDING = "interpreted/test_rounding.py"
 TESTS = {
     INFONCE: ("test_infonce.py", "interpreted/test_blocks.py"),
-    TABLE: ("test_table.py",),
+    TABLE: ("test_table.py", "interpreted/test_table.py"),
     ATTENTION: ("test_packed_attention.py",),
     EMBEDDING: ("interpreted/test_gene_sentence_embedding.py", "test_gene_sentence_embedding.py"),
 }
@@ -143,9 +143,31 @@ MUTANTS = [
     ),
     *_of(
         TABLE,
-        "_weights",
+        "level_gradient",
         ("no target", "tl.where(hot, 1.0, 0.0)", "0.0"),
-        ("missing factor", "(w * tl.load(factor_ptr))", "w"),
+        ("missing factor", " * tl.load(factor_ptr)", ""),
+        (
+            "mask",
+            "tl.load(weight_ptr + offset, mask=inside, other=0)",
+            "tl.load(weight_ptr + offset, mask=inside, other=1)",
+        ),
+        (
+            "tail",
+            "mask=(spots[:, None] < n_spots) & exists[None, :]",
+            "mask=(spots < n_spots - 1)[:, None] & exists[None, :]",
+        ),
+        ("wrong chunk", "index = (gene - first) * n_levels", "index = gene * n_levels"),
+        ("sums of another tile", "sums_ptr + tile_m.to(tl.int64)", "sums_ptr + 0 * tile_m.to(tl.int64)"),
+    ),
+    *_of(
+        TABLE,
+        "_weights",
+        ("wrong level", "selected[:, :, None] == tl.arange(0, QP)", "selected[:, :, None] == tl.arange(0, QP) + 1"),
+        (
+            "other genes",
+            "w = tl.load(weight_ptr + offset, mask=inside",
+            "w = tl.load(weight_ptr + offset, mask=inside & (genes > 0)[None, :]",
+        ),
     ),
     *_of(
         TABLE,
@@ -172,7 +194,6 @@ MUTANTS = [
         ("slice", "+ dim[None, :] * v_stride_dim", "+ (dim % BD)[None, :] * v_stride_dim"),
         ("tail", "range(0, n_spots, BM)", "range(0, n_spots - n_spots % BM, BM)"),
         ("dtype", ".to(vector_ptr.dtype.element_ty)", ".to(tl.float32)"),
-        ("stale prior", "total += tl.sum(exact_w, axis=0)", "total = tl.sum(exact_w, axis=0)"),
     ),
     *_of(
         ATTENTION,

@@ -101,6 +101,9 @@ def step_rows(s: Sizes, e: EngineSpec, w: RankShare, parts: Sequence[StepPart], 
     if w.gpu and s.has_nce:
         whole = w.images * w.columns * w.precision.operand
         rows.append(MemoryRow("InfoNCE: derivatives of the logits", min(CHUNK_BYTES, whole), note="one chunk"))
+    if w.gpu and s.has_level:
+        whole = w.spots * s.G * s.Q * w.precision.operand
+        rows.append(MemoryRow("L_level: derivatives of the scores", min(CHUNK_BYTES, whole), note="one chunk"))
     return [*rows, *_loss(s, e, w, ranks), *_pairs(s, ranks), *_batch(s, w, ranks)]
 
 

@@ -259,7 +259,9 @@ def level(s: Sizes, w: RankShare) -> list[Cost]:
     moved = rows * p.operand + w.spots * (s.D * p.operand + s.G * (INDEX + 1))
     issued = flops.level_cross_entropy(w.spots, s.G, s.Q, s.D, gpu=w.gpu)
     if w.gpu:
-        return [Cost("scores", *issued, moved, 2 * moved + rows * 4, w.spots * s.G)]
+        # Derivatives are written once and read by two products.
+        derivatives = 3 * w.spots * s.G * s.Q * p.operand
+        return [Cost("scores", *issued, moved, 2 * moved + rows * 4 + derivatives, w.spots * s.G)]
     return [Cost("scores", *issued, 3 * moved, 2 * rows * 4, (rows + w.spots * s.D) * 4)]
 
 

@@ -16,11 +16,8 @@ KEPT_BYTES = 16 << 20
 """Bytes of exponentials that the CPU path of InfoNCE keeps from its forward pass instead of computing them again."""
 
 CHUNK_BYTES = 256 << 20
-"""Most bytes of the logits' derivatives that InfoNCE's backward pass on a GPU stores at a time. A constant: the order of a sum
-must not depend on the GPU."""
-
-OUTPUT_WIDTH = 256
-"""Output columns of one program of ``weighted_sum``. A program recomputes the scores, so a wider output repeats them."""
+"""Most bytes of derivatives that the backward passes of InfoNCE and L_level store at a time on a GPU. A constant: the order of a
+sum must not depend on the GPU."""
 
 ATTENTION_TILES = (32, 64)
 """Tokens of a tile of the packed attention kernel in bf16."""
@@ -73,6 +70,19 @@ def infonce_chunk(columns: int, element: int) -> int:
     return max(128, CHUNK_BYTES // (element * max(1, columns)) // 128 * 128)
 
 
+def level_chunk(spots: int, levels: int, element: int) -> int:
+    """Return for how many genes L_level stores the scores' derivatives at a time: a multiple of 64, the genes of the widest tile.
+
+    Parameters
+    ----------
+    spots, levels
+        Sizes B and Q.
+    element
+        Bytes of a number.
+    """
+    return max(64, CHUNK_BYTES // (element * max(1, spots * levels)) // 64 * 64)
+
+
 def table_product(spots: float, genes: float, levels: float, width: float) -> float:
     """Return the operations of ``spots`` vectors times every row of a (genes, levels, width) table.
 
@@ -84,19 +94,11 @@ def table_product(spots: float, genes: float, levels: float, width: float) -> fl
 def level_cross_entropy(spots: float, genes: float, levels: float, width: float, *, gpu: bool) -> Flops:
     """Return the operations of the level loss.
 
-    The Triton path computes the scores again for every slice of ``OUTPUT_WIDTH`` columns of the two gradients. The CPU path
+    The backward pass of the Triton path computes the scores again and multiplies their derivatives with both sides. The CPU path
     computes both gradients in its forward pass.
     """
     u = table_product(spots, genes, levels, width)
-    if not gpu:
-        return Flops(3 * u, 0.0)
-    slices = ceil(width / (OUTPUT_WIDTH // crowding(power_of_2(int(levels), 2))))
-    return Flops(u, (2 + 2 * slices) * u)
-
-
-def crowding(columns: int) -> int:
-    """Return the divisor of a program's output width: 1 for a score tile of up to 64 columns, ``columns // 64`` beyond."""
-    return max(1, columns // 64)
+    return Flops(u, 3 * u) if gpu else Flops(3 * u, 0.0)
 
 
 def table_pool(spots: float, genes: float, levels: float, width: float, *, gpu: bool) -> Flops:

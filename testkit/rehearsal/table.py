@@ -63,14 +63,15 @@ def flops(launch: Launch) -> float:
     kernel = launch.entry.kernel.__name__
     if kernel in ("lse_tiles", "grad_tiles"):
         return grid[0] * 2.0 * constants["BM"] * constants["BN"] * shapes[0][1]
+    if kernel == "level_gradient":
+        return grid[0] * 2.0 * constants["BM"] * constants["NG"] * constants["QP"] * shapes[0][1]
     if kernel in ("attention_forward", "attention_grads"):
         products = 2 if kernel == "attention_forward" else 5
         return float(products * 2 * constants["BT"] ** 2 * constants["BE"] * grid[0])
     if kernel in ("sampled_dot", "weighted_sum", "weighted_sum_transpose"):
-        (B, G), rows = shapes[3], constants["QP"]
-        width = shapes[1][-1]
-        again = grid[1] if kernel != "sampled_dot" and constants["MODE"] == 1 else 0
-        return 2.0 * B * G * rows * width * (1 + again)
+        (B, G), rows = shapes[3 if kernel == "sampled_dot" else 2], constants["QP"]
+        width = shapes[0][-1]
+        return 2.0 * B * G * rows * width
     return 0.0
 
 

@@ -179,11 +179,12 @@ def test_flops_of_a_gpu_step_equal_the_registered_formulas(any_sizes: Sizes):
     assert [attend.flops, attend.back_flops] == pytest.approx(counted, rel=1e-2)
 
 
-@pytest.mark.parametrize("width", [32, 256, 300, 512, 1024])
-@pytest.mark.parametrize("levels", [2, 10, 32, 100, 128])
-def test_the_formula_of_the_level_loss_knows_the_tiles_that_are_launched(width: int, levels: int):
+@pytest.mark.parametrize("levels", [2, 10, 32, 100, 256])
+def test_chunks_of_the_level_loss_are_whole_tiles(levels: int):
     from comtip_kernels.sentence_table import triton_kernels, triton_op
 
-    tiles = triton_op.choose_tiles(triton_kernels.WEIGHTED_SUM, torch.empty(1, dtype=torch.bfloat16), levels, width)
-    issued = flops.level_cross_entropy(7, 3, levels, width, gpu=True)
-    assert issued.backward / issued.forward == 2 + 2 * -(-width // tiles["BD"])
+    tiles = triton_op.choose_tiles(triton_kernels.LEVEL_GRADIENT, torch.empty(1, dtype=torch.bfloat16), levels, 512)
+    for spots in (1, 1000, 70_000):
+        genes = flops.level_chunk(spots, levels, 2)
+        assert genes % tiles["NG"] == 0
+        assert genes == 64 or genes * spots * levels * 2 <= flops.CHUNK_BYTES

@@ -16,6 +16,7 @@ from comtip_kernels import flops
 from comtip_kernels.infonce import triton_kernels as kernels
 from comtip_kernels.infonce.cpu import FLOOR, HEADROOM, LOG_FLOOR
 from comtip_kernels.infonce.unit import unit_vectors
+from comtip_kernels.products import add_product
 from comtip_kernels.tl_common import (
     INTERPRETING,
     fit_tiles,
@@ -190,20 +191,9 @@ def compute_gradients(
             **tiles,
         )
         g = chunk[: last - first, :C]
-        _add_product(dx[first:last], g, y, accumulate=False)
-        _add_product(dy, g.T, x[first:last], accumulate=first > 0)
+        add_product(dx[first:last], g, y, accumulate=False)
+        add_product(dy, g.T, x[first:last], accumulate=first > 0)
     return dx, dy
-
-
-def _add_product(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
-    """Write ``a @ b`` to ``out``, fp32, or add it there; products of bf16 operands are not rounded to bf16."""
-    beta = 1 if accumulate else 0
-    if a.dtype == torch.float32:
-        torch.addmm(out, a, b, beta=beta, out=out)
-    elif a.is_cuda:
-        torch.addmm(out, a, b, torch.float32, beta=beta, out=out)
-    else:  # the interpreter: a CPU has no product of bf16 operands with a result in fp32
-        torch.addmm(out, a.float(), b.float(), beta=beta, out=out)
 
 
 def as_operands(bf16: bool, *vectors: Tensor) -> list[Tensor]:

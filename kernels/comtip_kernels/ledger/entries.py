@@ -111,7 +111,8 @@ def _table(name: str, kernel: Any, config: dict[str, Any], mode: str, weight: in
         "v_stride_dim": 1,
         "t_stride_dim": 1,
     }
-    operands = dict.fromkeys(("vector_ptr", "table_ptr"), ELEMENT[mode])
+    stored = ("out_ptr",) if kernel is table.level_gradient else ()
+    operands = dict.fromkeys(("vector_ptr", "table_ptr", *stored), ELEMENT[mode])
     operands |= {"levels_ptr": "u8", "weight_ptr": "u8" if loss else "fp32"}
     suffix = "_loss" if loss else ""
     return _entry("table", f"{name}{suffix}_{mode}", kernel, operands, constants, ("n_levels",))
@@ -180,12 +181,13 @@ def _largest() -> list[LedgerEntry]:
     for mode, tile in attention.LAUNCH:
         out += [_attention(mode, tile, backward=backward) for backward in (False, True)]
     for mode in MODES:
-        for weight in (table.PICK, table.CROSS_ENTROPY):
-            out += [
-                _table("sampled_dot", table.sampled_dot, table.SAMPLED_DOT[mode], mode, weight),
-                _table("weighted_sum", table.weighted_sum, table.WEIGHTED_SUM[mode], mode, weight),
-                _table("transpose", table.weighted_sum_transpose, table.WEIGHTED_SUM_TRANSPOSE[mode], mode, weight),
-            ]
+        out += [
+            _table("sampled_dot", table.sampled_dot, table.SAMPLED_DOT[mode], mode, table.PICK),
+            _table("sampled_dot", table.sampled_dot, table.SAMPLED_DOT[mode], mode, table.CROSS_ENTROPY),
+            _table("gradient", table.level_gradient, table.LEVEL_GRADIENT[mode], mode, table.CROSS_ENTROPY),
+            _table("weighted_sum", table.weighted_sum, table.WEIGHTED_SUM[mode], mode, table.PICK),
+            _table("transpose", table.weighted_sum_transpose, table.WEIGHTED_SUM_TRANSPOSE[mode], mode, table.PICK),
+        ]
         for block in (False, True):
             out.append(_infonce("forward", infonce.lse_tiles, infonce.FORWARD[mode], mode, block=block))
             out.append(_infonce("exact", infonce.exact_lse, infonce.EXACT[mode], mode, block=block))

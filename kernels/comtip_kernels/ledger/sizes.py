@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from comtip_kernels.flops import infonce_chunk
+from comtip_kernels.flops import infonce_chunk, level_chunk
 from comtip_kernels.gene_sentence_embedding import triton_kernels as embedding
 from comtip_kernels.infonce import triton_kernels as infonce
 from comtip_kernels.ledger import traffic
@@ -134,9 +134,8 @@ def _table(B: int, G: int, Q: int, D: int, name: str) -> Iterator[Sized]:
     summed = traffic.weighted_sum(B, G, Q, D, BF16, tiles(table.WEIGHTED_SUM["bf16"]))
     transposed = traffic.weighted_sum_transpose(B, G, Q, D, BF16, tiles(table.WEIGHTED_SUM_TRANSPOSE["bf16"]))
     loss = traffic.sampled_dot(B, G, Q, D, BF16, tiles(table.SAMPLED_DOT["bf16"]), loss=True)
-    dloss = traffic.weighted_sum(
-        B, G, Q, D, BF16, tiles(table.WEIGHTED_SUM["bf16"]), loss=True
-    ) + traffic.weighted_sum_transpose(B, G, Q, D, BF16, tiles(table.WEIGHTED_SUM_TRANSPOSE["bf16"]), loss=True)
+    gradient = tiles(table.LEVEL_GRADIENT["bf16"])
+    dloss = traffic.level_backward(B, G, Q, D, BF16, gradient, level_chunk(B, Q, BF16))
     # Lower bounds: every operand and every result once; for pooling and pairs only the products that a level selects.
     inputs = (vectors + rows) * BF16
     yield Sized("table_pool", "forward", name, summed, rows * BF16 + 5 * each + 4 * vectors, selected)
@@ -146,10 +145,9 @@ def _table(B: int, G: int, Q: int, D: int, name: str) -> Iterator[Sized]:
         "pair_scores", "backward", name, summed + transposed, inputs + 5 * each + 4 * (vectors + rows), 2 * selected
     )
     yield Sized("level_cross_entropy", "forward", name, loss, inputs + 2 * each, selected * Q)
-    # The scores again, and one product per side.
-    yield Sized(
-        "level_cross_entropy", "backward", name, dloss, inputs + 2 * each + 4 * (vectors + rows), 3 * selected * Q
-    )
+    # The scores again and one product per side, for which their derivatives are written once and read twice.
+    floor = inputs + 2 * each + 4 * (vectors + rows) + 3 * each * Q * BF16
+    yield Sized("level_cross_entropy", "backward", name, dloss, floor, 3 * selected * Q)
 
 
 def sizes() -> list[Sized]:

@@ -148,34 +148,45 @@ def sampled_dot(B: int, G: int, Q: int, D: int, size: int, t: Tiles, *, loss: bo
     return Traffic(loaded, distinct, 4 * rows * cols if loss else 4 * B * G, flops)
 
 
-def weighted_sum(B: int, G: int, Q: int, D: int, size: int, t: Tiles, *, loss: bool = False) -> Traffic:
-    """Return the weighted sums of rows per spot; with ``loss`` the image gradient of L_level with recomputed weights."""
-    rows, cols, slices = ceil(B / t["BM"]), ceil(G / t["NG"]), ceil(D / t["BD"])
-    given = _weights(B, G, Q, D, size, t, loss=loss)
-    return Traffic(
-        loaded=slices * given.loaded + rows * G * Q * D * size,
-        distinct=given.distinct + (0 if loss else G * Q * D * size),
-        stored=4 * B * D,
-        flops=slices * given.flops + rows * cols * slices * 2 * t["BM"] * t["NG"] * t["QP"] * t["BD"],
-    )
-
-
-def weighted_sum_transpose(B: int, G: int, Q: int, D: int, size: int, t: Tiles, *, loss: bool = False) -> Traffic:
-    """Return the weighted sums of spots per row; with ``loss`` the gradients of L_level by table and prior."""
-    rows, cols, slices = ceil(B / t["BM"]), ceil(G / t["NG"]), ceil(D / t["BD"])
-    given = _weights(B, G, Q, D, size, t, loss=loss)
-    return Traffic(
-        loaded=slices * given.loaded + cols * B * D * size,
-        distinct=given.distinct + (0 if loss else B * D * size),
-        stored=4 * G * Q * D + (4 * G * Q if loss else 0),
-        flops=slices * given.flops + rows * cols * slices * 2 * t["BM"] * t["NG"] * t["QP"] * t["BD"],
-    )
-
-
-def _weights(B: int, G: int, Q: int, D: int, size: int, t: Tiles, *, loss: bool) -> Traffic:
-    """Return the cost of every weight once: fp32 and a level if given; with ``loss`` the scores and their prior."""
-    if not loss:
-        return Traffic(5 * B * G, 5 * B * G, 0)
-    scores = sampled_dot(B, G, Q, D, size, t, loss=True)
+def level_gradient(B: int, G: int, Q: int, D: int, size: int, t: Tiles) -> Traffic:
+    """Return the derivatives of L_level with respect to the scores of one chunk of G genes, and their sums over spots."""
     rows, cols = ceil(B / t["BM"]), ceil(G / t["NG"])
-    return Traffic(scores.loaded + rows * cols * 4, scores.distinct + 4, 0, scores.flops)  # and the factor
+    return Traffic(
+        loaded=(cols * B + rows * G * Q) * D * size + 2 * B * G + rows * (G * Q * 4) + rows * cols * 8,
+        distinct=(B + G * Q) * D * size + 2 * B * G + G * Q * 4 + 8,
+        stored=B * G * Q * size + 4 * rows * G * Q,
+        flops=rows * cols * 2 * t["BM"] * t["NG"] * t["QP"] * _padded(D, t),
+    )
+
+
+def level_backward(B: int, G: int, Q: int, D: int, size: int, t: Tiles, chunk: int) -> Traffic:
+    """Return the backward pass of L_level in chunks of genes: the kernel, and one library product per side."""
+    moved = Traffic(0, 0, 0)
+    for first in range(0, G, chunk):
+        genes = min(chunk, G - first)
+        moved += level_gradient(B, genes, Q, D, size, t)
+        moved += library_product(B, D, genes * Q, size, accumulate=first > 0) + library_product(genes * Q, D, B, size)
+    sums = 4 * ceil(B / t["BM"]) * G * Q
+    return moved + Traffic(sums, sums, 4 * G * Q)
+
+
+def weighted_sum(B: int, G: int, Q: int, D: int, size: int, t: Tiles) -> Traffic:
+    """Return the weighted sums of rows per spot."""
+    rows, cols, slices = ceil(B / t["BM"]), ceil(G / t["NG"]), ceil(D / t["BD"])
+    return Traffic(
+        loaded=slices * 5 * B * G + rows * G * Q * D * size,
+        distinct=5 * B * G + G * Q * D * size,
+        stored=4 * B * D,
+        flops=rows * cols * slices * 2 * t["BM"] * t["NG"] * t["QP"] * t["BD"],
+    )
+
+
+def weighted_sum_transpose(B: int, G: int, Q: int, D: int, size: int, t: Tiles) -> Traffic:
+    """Return the weighted sums of spots per row."""
+    rows, cols, slices = ceil(B / t["BM"]), ceil(G / t["NG"]), ceil(D / t["BD"])
+    return Traffic(
+        loaded=slices * 5 * B * G + cols * B * D * size,
+        distinct=5 * B * G + B * D * size,
+        stored=4 * G * Q * D,
+        flops=rows * cols * slices * 2 * t["BM"] * t["NG"] * t["QP"] * t["BD"],
+    )

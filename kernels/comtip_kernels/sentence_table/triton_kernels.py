@@ -1,9 +1,9 @@
-"""Three Triton kernels over the sentence table; a level selects its row inside the tile by comparison, not by a gather.
+"""Triton kernels over the sentence table; a level selects its row inside the tile by comparison, not by a gather.
 
 A tile contains BM spots and NG genes with all their levels, QP = the next power of 2 of Q: the product of spots and rows is one
 ``dot``, and the selected level is a mask over its last axis. In the other direction, mask times weight is the operand.
-Tensor cores compute both; each program owns its output, so results repeat bit for bit. ``MODE`` defines the
-weight: given (``PICK``), or the gradient of L_level, recomputed from the scores (``CROSS_ENTROPY``).
+Tensor cores compute both; each program owns its output, so results repeat bit for bit. ``sampled_dot`` computes scores
+(``PICK``) or L_level (``CROSS_ENTROPY``), and ``level_gradient`` the derivative of L_level with respect to the scores.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from comtip_kernels.flops import OUTPUT_WIDTH
-
 PICK, CROSS_ENTROPY = 0, 1
+OUTPUT_WIDTH = 256
+"""Output columns that one program of ``weighted_sum`` or its transpose holds in registers."""
 LOG2E = tl.constexpr(1.4426950408889634)
 # The batch and the panel change from step to step. Values of 1 and multiples of 16 would each be compiled anew.
-_SIZES = ["n_spots", "n_genes", "n_gene_tiles"]
-_UNALIGNED = ["weight_ptr", "levels_ptr", "prior_ptr", "scale_ptr", "factor_ptr", "out_ptr", "dprior_ptr"]
+_SIZES = ["n_spots", "n_genes", "n_gene_tiles", "panel_genes"]
+_UNALIGNED = ["weight_ptr", "levels_ptr", "prior_ptr", "scale_ptr", "factor_ptr", "out_ptr", "sums_ptr"]
 
 
 @triton.jit
@@ -88,72 +88,23 @@ def _adjusted(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _weights(  # type: ignore[no-untyped-def]
-    vector_ptr,
-    table_ptr,
     weight_ptr,
     levels_ptr,
-    prior_ptr,
-    scale_ptr,
-    factor_ptr,
     spots,
     genes,
-    gene,
-    level,
     n_spots,
     n_genes,
-    n_levels,
-    width,
-    v_stride_spot,
-    v_stride_dim,
-    t_stride_gene,
-    t_stride_level,
-    t_stride_dim,
-    MODE: tl.constexpr,
-    PRIOR: tl.constexpr,
     BM: tl.constexpr,
     NG: tl.constexpr,
     QP: tl.constexpr,
-    BK: tl.constexpr,
-    UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    """Return the weight of each (spot, gene, level), fp32 (BM, NG * QP)."""
+    """Return the weight of each (spot, gene) at its level and 0 at the others, fp32 (BM, NG * QP)."""
     inside = (spots[:, None] < n_spots) & (genes[None, :] < n_genes)
     offset = spots.to(tl.int64)[:, None] * n_genes + genes[None, :]
     selected = tl.load(levels_ptr + offset, mask=inside, other=0).to(tl.int32)
     hot = selected[:, :, None] == tl.arange(0, QP)[None, None, :]
     w = tl.load(weight_ptr + offset, mask=inside, other=0).to(tl.float32)
-    if MODE == 0:
-        out = tl.where(hot, w[:, :, None], 0.0)
-    else:
-        s = _scores(
-            vector_ptr,
-            table_ptr,
-            spots,
-            gene,
-            level,
-            n_spots,
-            n_genes,
-            n_levels,
-            width,
-            v_stride_spot,
-            v_stride_dim,
-            t_stride_gene,
-            t_stride_level,
-            t_stride_dim,
-            BM,
-            NG * QP,
-            BK,
-            UPCAST,
-            PRECISION,
-        )
-        s = _adjusted(s, prior_ptr, scale_ptr, genes, n_genes, n_levels, PRIOR, BM, NG, QP)
-        e = tl.exp2((s - tl.max(s, axis=2)[:, :, None]) * LOG2E)
-        p = e / tl.sum(e, axis=2)[:, :, None]
-        out = (p - tl.where(hot, 1.0, 0.0)) * (w * tl.load(factor_ptr))[:, :, None]
-        # A gene beyond the last has no score; its softmax is 0 / 0.
-        out = tl.where(inside[:, :, None], out, 0.0)
-    return tl.reshape(out, (BM, NG * QP))
+    return tl.reshape(tl.where(hot, w[:, :, None], 0.0), (BM, NG * QP))
 
 
 @triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_UNALIGNED)
@@ -229,29 +180,20 @@ def sampled_dot(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_UNALIGNED)
 def weighted_sum(  # type: ignore[no-untyped-def]
-    vector_ptr,
     table_ptr,
     weight_ptr,
     levels_ptr,
-    prior_ptr,
-    scale_ptr,
-    factor_ptr,
     out_ptr,
     n_spots,
     n_genes,
     n_levels,
     width,
-    v_stride_spot,
-    v_stride_dim,
     t_stride_gene,
     t_stride_level,
     t_stride_dim,
-    MODE: tl.constexpr,
-    PRIOR: tl.constexpr,
     BM: tl.constexpr,
     NG: tl.constexpr,
     QP: tl.constexpr,
-    BK: tl.constexpr,
     BD: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -263,36 +205,7 @@ def weighted_sum(  # type: ignore[no-untyped-def]
     acc = tl.zeros((BM, BD), dtype=tl.float32)
     for start in range(0, n_genes, NG):
         genes, gene, level = start + tl.arange(0, NG), start + column // QP, column % QP
-        w = _weights(
-            vector_ptr,
-            table_ptr,
-            weight_ptr,
-            levels_ptr,
-            prior_ptr,
-            scale_ptr,
-            factor_ptr,
-            spots,
-            genes,
-            gene,
-            level,
-            n_spots,
-            n_genes,
-            n_levels,
-            width,
-            v_stride_spot,
-            v_stride_dim,
-            t_stride_gene,
-            t_stride_level,
-            t_stride_dim,
-            MODE,
-            PRIOR,
-            BM,
-            NG,
-            QP,
-            BK,
-            UPCAST,
-            PRECISION,
-        ).to(table_ptr.dtype.element_ty)
+        w = _weights(weight_ptr, levels_ptr, spots, genes, n_spots, n_genes, BM, NG, QP).to(table_ptr.dtype.element_ty)
         inside = (gene[:, None] < n_genes) & (level[:, None] < n_levels) & (dim[None, :] < width)
         row_ptr = table_ptr + gene.to(tl.int64)[:, None] * t_stride_gene + level[:, None] * t_stride_level
         t = tl.load(row_ptr + dim[None, :] * t_stride_dim, mask=inside, other=0.0)
@@ -307,29 +220,18 @@ def weighted_sum(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_UNALIGNED)
 def weighted_sum_transpose(  # type: ignore[no-untyped-def]
     vector_ptr,
-    table_ptr,
     weight_ptr,
     levels_ptr,
-    prior_ptr,
-    scale_ptr,
-    factor_ptr,
     out_ptr,
-    dprior_ptr,
     n_spots,
     n_genes,
     n_levels,
     width,
     v_stride_spot,
     v_stride_dim,
-    t_stride_gene,
-    t_stride_level,
-    t_stride_dim,
-    MODE: tl.constexpr,
-    PRIOR: tl.constexpr,
     BM: tl.constexpr,
     NG: tl.constexpr,
     QP: tl.constexpr,
-    BK: tl.constexpr,
     BD: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -340,40 +242,9 @@ def weighted_sum_transpose(  # type: ignore[no-untyped-def]
     column = tl.arange(0, NG * QP)
     genes, gene, level = first + tl.arange(0, NG), first + column // QP, column % QP
     acc = tl.zeros((NG * QP, BD), dtype=tl.float32)
-    total = tl.zeros((NG * QP,), dtype=tl.float32)
     for start in range(0, n_spots, BM):
         spots = start + tl.arange(0, BM)
-        exact_w = _weights(
-            vector_ptr,
-            table_ptr,
-            weight_ptr,
-            levels_ptr,
-            prior_ptr,
-            scale_ptr,
-            factor_ptr,
-            spots,
-            genes,
-            gene,
-            level,
-            n_spots,
-            n_genes,
-            n_levels,
-            width,
-            v_stride_spot,
-            v_stride_dim,
-            t_stride_gene,
-            t_stride_level,
-            t_stride_dim,
-            MODE,
-            PRIOR,
-            BM,
-            NG,
-            QP,
-            BK,
-            UPCAST,
-            PRECISION,
-        )
-        w = exact_w.to(vector_ptr.dtype.element_ty)
+        w = _weights(weight_ptr, levels_ptr, spots, genes, n_spots, n_genes, BM, NG, QP).to(vector_ptr.dtype.element_ty)
         v = tl.load(
             vector_ptr + spots.to(tl.int64)[:, None] * v_stride_spot + dim[None, :] * v_stride_dim,
             mask=(spots[:, None] < n_spots) & (dim[None, :] < width),
@@ -383,21 +254,104 @@ def weighted_sum_transpose(  # type: ignore[no-untyped-def]
             w = w.to(tl.float32)
             v = v.to(tl.float32)
         acc = tl.dot(tl.trans(w), v, acc, input_precision=PRECISION)
-        if PRIOR:
-            total += tl.sum(exact_w, axis=0)
     row = gene.to(tl.int64) * n_levels + level
     exists = (gene < n_genes) & (level < n_levels)
     tl.store(out_ptr + row[:, None] * width + dim[None, :], acc, mask=exists[:, None] & (dim[None, :] < width))
-    if PRIOR:  # noqa: SIM102
-        # A branch and not a mask: Triton 3.9's interpreter does not support a mask that contains a scalar comparison.
-        if tl.program_id(1) == 0:
-            tl.store(dprior_ptr + row, total, mask=exists)
+
+
+@triton.jit(do_not_specialize=[*_SIZES, "first"], do_not_specialize_on_alignment=_UNALIGNED)
+def level_gradient(  # type: ignore[no-untyped-def]
+    vector_ptr,
+    table_ptr,
+    weight_ptr,
+    levels_ptr,
+    prior_ptr,
+    scale_ptr,
+    factor_ptr,
+    out_ptr,
+    sums_ptr,
+    n_spots,
+    n_genes,
+    n_levels,
+    width,
+    v_stride_spot,
+    v_stride_dim,
+    t_stride_gene,
+    t_stride_level,
+    t_stride_dim,
+    first,
+    n_gene_tiles,
+    out_stride_spot,
+    panel_genes,
+    PRIOR: tl.constexpr,
+    BM: tl.constexpr,
+    NG: tl.constexpr,
+    QP: tl.constexpr,
+    BK: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Store (softmax - target) * weight * factor of one tile: spots by genes ``first`` to ``n_genes``, with their levels.
+
+    In the dtype of the vectors. With PRIOR also the sums over the tile's spots, fp32 (n_spot_tiles, panel_genes * n_levels).
+    """
+    pid = tl.program_id(0)
+    tile_m, tile_n = pid // n_gene_tiles, pid % n_gene_tiles
+    spots, local = tile_m * BM + tl.arange(0, BM), tile_n * NG + tl.arange(0, NG)
+    genes, column = first + local, tl.arange(0, NG * QP)
+    gene, level = first + tile_n * NG + column // QP, column % QP
+    s = _scores(
+        vector_ptr,
+        table_ptr,
+        spots,
+        gene,
+        level,
+        n_spots,
+        n_genes,
+        n_levels,
+        width,
+        v_stride_spot,
+        v_stride_dim,
+        t_stride_gene,
+        t_stride_level,
+        t_stride_dim,
+        BM,
+        NG * QP,
+        BK,
+        UPCAST,
+        PRECISION,
+    )
+    inside = (spots[:, None] < n_spots) & (genes[None, :] < n_genes)
+    offset = spots.to(tl.int64)[:, None] * panel_genes + genes[None, :]
+    selected = tl.load(levels_ptr + offset, mask=inside, other=0).to(tl.int32)
+    hot = selected[:, :, None] == tl.arange(0, QP)[None, None, :]
+    w = tl.load(weight_ptr + offset, mask=inside, other=0).to(tl.float32) * tl.load(factor_ptr)
+    s3 = _adjusted(s, prior_ptr, scale_ptr, genes, n_genes, n_levels, PRIOR, BM, NG, QP)
+    e = tl.exp2((s3 - tl.max(s3, axis=2)[:, :, None]) * LOG2E)
+    p = e / tl.sum(e, axis=2)[:, :, None]
+    out = (p - tl.where(hot, 1.0, 0.0)) * w[:, :, None]
+    out = tl.reshape(out, (BM, NG * QP))
+    exists = (gene < n_genes) & (level < n_levels)
+    index = (gene - first) * n_levels + level
+    tl.store(
+        out_ptr + spots.to(tl.int64)[:, None] * out_stride_spot + index[None, :],
+        out.to(out_ptr.dtype.element_ty),
+        mask=(spots[:, None] < n_spots) & exists[None, :],
+    )
+    if PRIOR:
+        row_ptr = sums_ptr + tile_m.to(tl.int64) * panel_genes * n_levels
+        tl.store(row_ptr + gene * n_levels + level, tl.sum(out, axis=0), mask=exists)
 
 
 # Tile sizes by mode (``tl_common.product_mode``) that compile without spills on sm_80 and sm_90. BN is the number of genes of a
 # tile times padded levels; BD is the width of the output that one program holds in registers.
 SAMPLED_DOT: dict[str, dict[str, Any]] = {
-    "bf16": {"BM": 64, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
+    "bf16": {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
+    "tf32": {"BM": 64, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
+    "tf32x3": {"BM": 32, "BN": 64, "BK": 32, "num_warps": 8, "num_stages": 2},
+}
+LEVEL_GRADIENT: dict[str, dict[str, Any]] = {
+    "bf16": {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
     "tf32": {"BM": 64, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
     "tf32x3": {"BM": 32, "BN": 64, "BK": 32, "num_warps": 8, "num_stages": 2},
 }

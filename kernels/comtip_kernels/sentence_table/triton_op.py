@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from comtip_kernels import flops
+from comtip_kernels.products import add_product
 from comtip_kernels.sentence_table import triton_kernels as kernels
 from comtip_kernels.tl_common import INTERPRETING, fit_tiles, input_precision, launch, power_of_2, product_mode
 
@@ -40,7 +41,7 @@ def choose_tiles(configs: dict[str, dict[str, Any]], x: Tensor, n_levels: int, w
     genes = max(1, int(tiles.pop("BN")) // QP)
     out = tiles | {"QP": QP, "NG": max(genes, 16 // QP)}
     if "BD" in out:
-        out["BD"] = max(16, min(int(out["BD"]) // flops.crowding(out["NG"] * QP), power_of_2(width)))
+        out["BD"] = max(16, min(int(out["BD"]) // max(1, out["NG"] * QP // 64), power_of_2(width)))
     return out
 
 
@@ -49,9 +50,17 @@ def as_bytes(levels: Tensor) -> Tensor:
     return levels.to(torch.uint8)
 
 
+def _precision(x: Tensor) -> dict[str, Any]:
+    return {"UPCAST": INTERPRETING, "PRECISION": input_precision(product_mode(x.dtype))}
+
+
 def _constants(x: Tensor, mode: int, prior: Tensor | None) -> dict[str, Any]:
-    precision = input_precision(product_mode(x.dtype))
-    return {"MODE": mode, "PRIOR": prior is not None, "UPCAST": INTERPRETING, "PRECISION": precision}
+    return {"MODE": mode, "PRIOR": prior is not None} | _precision(x)
+
+
+def _without_inner(tiles: dict[str, Any]) -> dict[str, Any]:
+    """Return tile sizes without the inner dimension of scores, for kernels that compute none."""
+    return {name: size for name, size in tiles.items() if name != "BK"}
 
 
 def _operand(x: Tensor, bf16: bool) -> Tensor:
@@ -83,10 +92,9 @@ def weighted_sum(weight: Tensor, table: Tensor, levels: Tensor, bf16: bool) -> T
     if out.numel():
         tiles = choose_tiles(kernels.WEIGHTED_SUM, table, Q, D)
         grid = (triton.cdiv(B, tiles["BM"]), triton.cdiv(D, tiles["BD"]))
-        # ``table`` replaces the vectors and ``out`` the prior, scale and factor, which this mode does not read.
-        tensors = (table, table, weight.float().contiguous(), levels.contiguous(), out, out, out, out)
-        sizes = (B, G, Q, D, 0, 0, *table.stride())
-        launch(kernels.weighted_sum, grid, *tensors, *sizes, **_constants(table, kernels.PICK, None), **tiles)
+        tensors = (table, weight.float().contiguous(), levels.contiguous(), out)
+        sizes = (B, G, Q, D, *table.stride())
+        launch(kernels.weighted_sum, grid, *tensors, *sizes, **_precision(table), **_without_inner(tiles))
     return out
 
 
@@ -99,12 +107,9 @@ def weighted_sum_transpose(vector: Tensor, weight: Tensor, levels: Tensor, n_lev
     if out.numel():
         tiles = choose_tiles(kernels.WEIGHTED_SUM_TRANSPOSE, vector, n_levels, D)
         grid = (triton.cdiv(G, tiles["NG"]), triton.cdiv(D, tiles["BD"]))
-        # ``vector`` replaces the table, and ``out`` what this mode does not read.
-        tensors = (vector, vector, weight.float().contiguous(), levels.contiguous(), out, out, out, out, out)
-        sizes = (B, G, n_levels, D, *vector.stride(), 0, 0, 0)
-        launch(
-            kernels.weighted_sum_transpose, grid, *tensors, *sizes, **_constants(vector, kernels.PICK, None), **tiles
-        )
+        tensors = (vector, weight.float().contiguous(), levels.contiguous(), out)
+        sizes = (B, G, n_levels, D, *vector.stride())
+        launch(kernels.weighted_sum_transpose, grid, *tensors, *sizes, **_precision(vector), **_without_inner(tiles))
     return out
 
 
@@ -146,25 +151,36 @@ def level_loss_grads(
     bf16: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of scale * image (B, D), scale * table (G, Q, D) and prior (G, Q), fp32, times ``factor``."""
-    (B, D), (G, Q, _) = image.shape, table.shape
     image, table = _operand(image, bf16), _operand(table, bf16)
+    (B, D), (G, Q, _) = image.shape, table.shape
     # torch.empty, which the tests fill with NaN.
-    dimage, dtable, dprior = (
-        torch.empty(shape, device=image.device, dtype=torch.float32)
-        for shape in ((B, D), (G, Q, D), (G, Q) if prior is not None else (0,))
-    )
-    constants = _constants(image, kernels.CROSS_ENTROPY, prior)
+    dtable = torch.empty(G * Q, D, device=image.device, dtype=torch.float32)
+    if not image.numel() or not table.numel():
+        return torch.zeros_like(image, dtype=torch.float32), dtable.zero_().view(G, Q, D), _no_prior(image, prior)
+    dimage = torch.empty(B, D, device=image.device, dtype=torch.float32)
+    tiles = choose_tiles(kernels.LEVEL_GRADIENT, image, Q, D)
+    n_m = triton.cdiv(B, tiles["BM"])
+    sums = torch.empty(n_m if prior is not None else 0, G, Q, device=image.device, dtype=torch.float32)
+    n_genes = min(G, flops.level_chunk(B, Q, image.element_size()))
+    row_length = 64 * triton.cdiv(n_genes * Q, 64)  # aligned rows, which library products need for their fast paths
+    chunk = torch.empty(B, row_length, device=image.device, dtype=image.dtype)
     tensors = (image, table, weight.contiguous(), levels.contiguous(), scale if prior is None else prior, scale, factor)
-    sizes = (B, G, Q, D, *image.stride(), *table.stride())
-    if dimage.numel():
-        tiles = choose_tiles(kernels.WEIGHTED_SUM, image, Q, D)
-        grid = (triton.cdiv(B, tiles["BM"]), triton.cdiv(D, tiles["BD"]))
-        launch(kernels.weighted_sum, grid, *tensors, dimage, *sizes, **constants, **tiles)
-    if dtable.numel():
-        tiles = choose_tiles(kernels.WEIGHTED_SUM_TRANSPOSE, image, Q, D)
-        grid = (triton.cdiv(G, tiles["NG"]), triton.cdiv(D, tiles["BD"]))
-        launch(kernels.weighted_sum_transpose, grid, *tensors, dtable, dprior, *sizes, **constants, **tiles)
-    return dimage, dtable, dprior
+    constants = {"PRIOR": prior is not None} | _precision(image)
+    for first in range(0, G, n_genes):
+        last = min(first + n_genes, G)
+        n_g = triton.cdiv(last - first, tiles["NG"])
+        sizes = (B, last, Q, D, *image.stride(), *table.stride(), first, n_g, row_length)
+        launch(kernels.level_gradient, (n_m * n_g,), *tensors, chunk, sums, *sizes, G, **constants, **tiles)
+        w = chunk[:, : (last - first) * Q]
+        add_product(dimage, w, table[first:last].reshape(-1, D), accumulate=first > 0)
+        add_product(dtable[first * Q : last * Q], w.T, image, accumulate=False)
+    dprior = _no_prior(image, None) if prior is None else sums.sum(0)
+    return dimage, dtable.view(G, Q, D), dprior
+
+
+def _no_prior(image: Tensor, prior: Tensor | None) -> Tensor:
+    """Return the gradient of a prior on an empty batch or panel; without a prior it has no element."""
+    return image.new_zeros((0,) if prior is None else prior.shape, dtype=torch.float32)
 
 
 def _empty(like: Tensor, *shape: Any) -> Tensor:

@@ -27,6 +27,7 @@ KERNELS = (
     (attention, "attention_forward"),
     (attention, "attention_grads"),
     (table, "sampled_dot"),
+    (table, "level_gradient"),
     (table, "weighted_sum"),
     (table, "weighted_sum_transpose"),
 )

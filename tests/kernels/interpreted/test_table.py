@@ -8,7 +8,7 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs inside tests/kernels/test_interpreted.py", allow_module_level=True)
 
-from comtip_kernels import pair_scores
+from comtip_kernels import flops, pair_scores
 from comtip_kernels.sentence_table import triton_op as op
 
 
@@ -31,8 +31,27 @@ def test_opcheck_and_flops():
 
     with FlopCounterMode(display=False) as counter:
         op.level_loss(*arguments).backward()
-    # One product forward; backward two, each with the scores recomputed.
-    assert counter.get_total_flops() == 5 * 2 * 9 * 15 * 8
+    # One product forward; backward the scores again and two products.
+    assert counter.get_total_flops() == 4 * 2 * 9 * 15 * 8
+
+
+def test_chunks_of_genes_add_up_to_the_whole_panel(monkeypatch: pytest.MonkeyPatch):
+    g = torch.Generator().manual_seed(5)
+    image, table, prior = (torch.randn(*s, generator=g) for s in ((9, 8), (150, 3, 8), (150, 3)))
+    levels = torch.randint(3, (9, 150), generator=g).to(torch.uint8)
+    measured = (torch.rand(9, 150, generator=g) < 0.7).to(torch.uint8)
+    arguments = (image, table, levels, measured, torch.tensor(5.0), prior, torch.tensor(0.5), False)
+    whole = op.level_loss_grads(*arguments)
+    monkeypatch.setattr(flops, "CHUNK_BYTES", 1)
+    assert flops.level_chunk(9, 3, 4) == 64
+    for got, want in zip(op.level_loss_grads(*arguments), whole, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    leaves = [t.double().requires_grad_() for t in (image, table, prior)]
+    scores = 5 * torch.einsum("bd,gqd->bgq", leaves[0], leaves[1]) + leaves[2]
+    own = scores.gather(2, levels.long()[..., None])[..., 0]
+    ((scores.logsumexp(2) - own) * measured * 0.5).sum().backward()
+    for got, leaf, factor in zip(whole, leaves, (5, 5, 1), strict=True):
+        torch.testing.assert_close(got.double() * factor, leaf.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_the_gradient_of_the_transpose():
