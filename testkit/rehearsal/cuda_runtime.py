@@ -34,7 +34,7 @@ class PythonCalls(TorchFunctionMode):
             and device.type == "cuda"
             and not is_stand_in(args[0])
         ):
-            # C++ makes the tensor on the CPU and copies it, which blocks.
+            # C++ creates the tensor on the CPU and copies it, which blocks.
             built = func(*args, **{k: v for k, v in kwargs.items() if k not in ("device", "requires_grad")})
             return built.to(device).requires_grad_(kwargs.get("requires_grad", False))
         return func(*args, **kwargs)
@@ -151,13 +151,11 @@ class CurrentDevice:
             self.index, self.entered = before, self.entered - 1
 
 
-@contextmanager
-def stand_in_cuda(record: Record) -> Iterator[StandInMode]:
-    """Make ``torch.cuda`` look like one H100 inside the block, and tensors on it stand-ins."""
-    mode, current = StandInMode(record), CurrentDevice()
+def _runtime(mode: StandInMode, current: CurrentDevice) -> dict[str, Any]:
+    """Return the replacements for attributes of ``torch.cuda``, by name: one H100, whose waits are recorded."""
     event, stream = type("Event", (_Event,), {"mode": mode}), type("Stream", (_Stream,), {"mode": mode})
     state = torch.zeros(16, dtype=torch.uint8)
-    runtime: dict[str, Any] = {
+    return {
         "is_available": lambda: True,
         "device_count": lambda: 1,
         "is_initialized": lambda: True,
@@ -183,56 +181,78 @@ def stand_in_cuda(record: Record) -> Iterator[StandInMode]:
         "manual_seed": lambda _s: None,
         "manual_seed_all": lambda _s: None,
     }
+
+
+def _grouped(lists: Any, with_indices: bool = False) -> Any:
+    """Stand in for ``_group_tensors_by_device_and_dtype``, which C++ answers from the meta device."""
+    out: dict[Any, Any] = {}
+    for i, first in enumerate(lists[0]):
+        columns, indices = out.setdefault((first.device, first.dtype), ([[] for _ in lists], []))
+        for column, values in zip(columns, lists, strict=True):
+            if values:
+                column.append(values[i])
+        if with_indices:
+            indices.append(i)
+    return out
+
+
+def _enter_tensor_patches(stack: ExitStack) -> None:
+    """Replace methods of tensors and modules that would show or move the C++ device, until ``stack`` closes."""
     make = torch.Tensor._make_subclass
 
     def make_subclass(cls: Any, data: Tensor, *args: Any, dispatch_device: bool = False, **kwargs: Any) -> Tensor:
         return make(cls, data, *args, **kwargs)  # the C++ device stays meta
 
-    def grouped(lists: Any, with_indices: bool = False) -> Any:
-        out: dict[Any, Any] = {}
-        for i, first in enumerate(lists[0]):
-            columns, indices = out.setdefault((first.device, first.dtype), ([[] for _ in lists], []))
-            for column, values in zip(columns, lists, strict=True):
-                if values:
-                    column.append(values[i])
-            if with_indices:
-                indices.append(i)
-        return out
+    stack.enter_context(mock.patch.object(torch.Tensor, "_make_subclass", staticmethod(make_subclass)))
+    stack.enter_context(mock.patch.object(torch._C, "_group_tensors_by_device_and_dtype", _grouped))
+    is_cuda = property(lambda x: x.device.type == "cuda")
+    stack.enter_context(mock.patch.object(FakeTensor, "is_cuda", is_cuda, create=True))
+    stack.enter_context(mock.patch.object(FakeTensor, "tolist", lambda x: x.cpu().tolist()))  # one copy
+    stack.enter_context(mock.patch.object(torch.nn.Module, "_apply", _apply))
 
-    import torch.optim.optimizer as optim
-    import torch.utils._foreach_utils as foreach
 
-    precision, clear = torch.get_float32_matmul_precision(), torch.clear_autocast_cache
+def _enter_attention_and_autocast(stack: ExitStack) -> None:
+    """Choose attention as a GPU does and replace autocast, until ``stack`` closes."""
+    # Not by the mode: it is off inside its own calls, such as ``backward``, and checkpointing runs forward passes there.
+    sdpa, clear = torch.nn.functional.scaled_dot_product_attention, torch.clear_autocast_cache
+
+    def attention(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return (_attention if is_stand_in(query) else sdpa)(query, *args, **kwargs)
 
     def clear_both() -> None:
         clear()
         autocast.clear_cache()
 
+    stack.enter_context(mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attention))
+    stack.enter_context(mock.patch.object(torch, "clear_autocast_cache", clear_both))
+    stack.enter_context(autocast.replaced())
+
+
+def _enter_optimizer_patches(stack: ExitStack) -> None:
+    """Let optimizers take their foreach path on stand-ins, until ``stack`` closes."""
+    import torch.optim.optimizer as optim
+    import torch.utils._foreach_utils as foreach
+
+    graphs = "_accelerator_graph_capture_health_check"
+    if hasattr(torch.optim.Optimizer, graphs):
+        stack.enter_context(mock.patch.object(torch.optim.Optimizer, graphs))
+    for module in (optim, foreach):
+        types = [*module._foreach_supported_types, FakeTensor]
+        stack.enter_context(mock.patch.object(module, "_foreach_supported_types", types))
+
+
+@contextmanager
+def stand_in_cuda(record: Record) -> Iterator[StandInMode]:
+    """Make ``torch.cuda`` look like one H100 inside the block, and tensors on it stand-ins."""
+    mode, current = StandInMode(record), CurrentDevice()
+    precision = torch.get_float32_matmul_precision()
     with ExitStack() as stack:
-        for name, value in runtime.items():
+        for name, value in _runtime(mode, current).items():
             if hasattr(torch.cuda, name):
                 stack.enter_context(mock.patch.object(torch.cuda, name, value))
-        stack.enter_context(mock.patch.object(torch.Tensor, "_make_subclass", staticmethod(make_subclass)))
-        stack.enter_context(mock.patch.object(torch._C, "_group_tensors_by_device_and_dtype", grouped))
-        # Not by the mode: it is off inside its own calls, such as ``backward``, and checkpointing runs forward passes there.
-        sdpa = torch.nn.functional.scaled_dot_product_attention
-
-        def attention(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            return (_attention if is_stand_in(query) else sdpa)(query, *args, **kwargs)
-
-        stack.enter_context(mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attention))
-        stack.enter_context(mock.patch.object(torch, "clear_autocast_cache", clear_both))
-        is_cuda = property(lambda x: x.device.type == "cuda")
-        stack.enter_context(mock.patch.object(FakeTensor, "is_cuda", is_cuda, create=True))
-        stack.enter_context(mock.patch.object(FakeTensor, "tolist", lambda x: x.cpu().tolist()))  # one copy
-        graphs = "_accelerator_graph_capture_health_check"
-        stack.enter_context(mock.patch.object(torch.nn.Module, "_apply", _apply))
-        if hasattr(torch.optim.Optimizer, graphs):
-            stack.enter_context(mock.patch.object(torch.optim.Optimizer, graphs))
-        for module in (optim, foreach):
-            types = [*module._foreach_supported_types, FakeTensor]
-            stack.enter_context(mock.patch.object(module, "_foreach_supported_types", types))
-        stack.enter_context(autocast.replaced())
+        _enter_tensor_patches(stack)
+        _enter_optimizer_patches(stack)
+        _enter_attention_and_autocast(stack)
         stack.callback(torch.set_float32_matmul_precision, precision)
         mode.current = current
         stack.enter_context(PythonCalls())
