@@ -17,7 +17,7 @@ from PIL import Image
 
 from comtip_fast.cli import main
 from testkit.option_reads import declared, fields_read
-from testkit.tenx import GENES, NAMES, he_picture, write_xenium
+from testkit.tenx import GENES, NAMES, he_picture, section_digest, write_xenium
 
 PIXEL = 0.2125
 SIZE = (150, 130)
@@ -191,6 +191,24 @@ def test_cells_are_pooled_by_their_centres(run: Path):
     assert read(run).meta.pooling.startswith("cells")
 
 
+def test_pooled_cells_keep_their_bytes(run: Path):
+    """Pinned before both readers pooled cells by one function."""
+    table = pd.read_parquet(run / "cells.parquet")
+    table.drop(index=[3, 20]).to_parquet(run / "cells.parquet", index=False)
+    assert (
+        section_digest(read(run, pool_from="cells"))
+        == "f3774b674305837eefe50609f0169eec7b3d87a281b0e1d5e192052e8157b338"
+    )
+
+
+def test_cells_that_are_in_one_file_only_are_counted(run: Path):
+    table = pd.read_parquet(run / "cells.parquet")
+    table.drop(index=[3, 20]).to_parquet(run / "cells.parquet", index=False)
+    section = read(run, pool_from="cells")
+    assert f"{len(table) - 2} cells pooled" in section.notes
+    assert any(n.startswith("2 cells with ") and n.endswith("excluded: not in cells.parquet") for n in section.notes)
+
+
 def test_round_trip_through_a_shard_set(run: Path, tmp_path: Path):
     # Each pseudo-spot's ground has a shade of its own, so that a tile tells which ground it shows.
     shade = np.arange(9).reshape(3, 3).repeat(50, 0).repeat(50, 1)[: SIZE[1], : SIZE[0]]
@@ -216,7 +234,7 @@ def test_round_trip_through_a_shard_set(run: Path, tmp_path: Path):
 
 
 def test_batches_do_not_matter(run: Path, monkeypatch: pytest.MonkeyPatch):
-    for module in ("xenium_parts.pool", "files.table_batches"):
+    for module in ("tenx.pooled", "files.table_batches"):
         monkeypatch.setattr(f"comtip_shards.sources.{module}.BATCH", 13)
     same(read(run), truth())
     few = read(run, pool_from="cells")
@@ -297,7 +315,7 @@ BAD_ALIGNMENT = {
         lambda r: (r / "breast_he_imagealignment.csv").write_text("1,2,3\n4,x5y,6\n0,0,1\n"),
         "cannot be read as a matrix of 3 x 3",
     ),
-    "2 x 3": (lambda r: write_matrix(r, matrix()[:2]), "shape 2 x 3, expected"),
+    "2 x 3": (lambda r: write_matrix(r, matrix()[:2]), "finite numbers, but 2 x 3"),
     "projective": (lambda r: write_matrix(r, matrix() + [[0, 0, 0], [0, 0, 0], [1e-3, 0, 0]]), "not affine"),
     "stretched": (
         lambda r: write_matrix(r, matrix() * [[1, 1.5, 1], [1, 1.5, 1], [1, 1, 1]]),
