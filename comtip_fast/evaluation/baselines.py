@@ -25,7 +25,7 @@ class RidgeModel:
     """Cross-validated mean PCC on the training spots, for the chosen alpha; used to choose between inputs."""
 
     def predict(self, x_NF: np.ndarray, columns: np.ndarray | slice = slice(None)) -> np.ndarray:
-        """Return predictions (N, G), or those of some genes."""
+        """Return predictions, float64 (N, G), or (N, g) of the genes ``columns``."""
         return ((x_NF - self.mean_F) / self.std_F) @ self.weight_FG[:, columns] + self.intercept_G[columns]
 
 

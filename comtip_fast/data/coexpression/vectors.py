@@ -150,7 +150,7 @@ class _Spool:
             sparse.save_npz(files[-1], genes.sum_columns(block), compressed=False)
             cells += block.shape[0]
         if cells < 2:
-            raise ValueError(f"{source.path}: {cells} cells; co-expression needs at least 2")
+            raise ValueError(f"{source.path}: {cells} cells, but co-expression needs at least 2; give more cells")
         self._files.append(files)
         self._columns.append(np.array([self._index[n] for n in names], np.int64))
         self.all_species.add(known)
