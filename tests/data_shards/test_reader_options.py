@@ -35,7 +35,7 @@ def legacy(folder: Path, n: int = 1) -> Path:
 
 @pytest.mark.parametrize("key", ["specie", "Species", "mpp_um", "img"])
 def test_unknown_facts_are_refused_with_the_nearest_name(key: str):
-    with pytest.raises(SourceError, match=f"unknown fact '{key}'.* can be stated"):
+    with pytest.raises(SourceError, match=f"unknown fact '{key}'; .*tissue"):
         open_source(SAMPLES, overrides={key: "human"})
 
 

@@ -48,7 +48,7 @@ BLOCK_IDS = 12
 
 
 def infonce_forward(B: int, M: int, D: int, size: int, t: Tiles, ids: int = 0, *, diagonal: bool = True) -> Traffic:
-    """Return the forward pass; ``size`` is the bytes of an element, ``ids`` those that masks read per row and column."""
+    """Return the traffic of the forward pass, for elements of ``size`` bytes and masks of ``ids`` bytes per row and column."""
     rows, cols = ceil(B / t["BM"]), ceil(M / t["BN"])
     return Traffic(
         loaded=(cols * B + rows * M) * (D * size + ids) + 4 * rows * cols,
@@ -59,7 +59,7 @@ def infonce_forward(B: int, M: int, D: int, size: int, t: Tiles, ids: int = 0, *
 
 
 def infonce_side(n: int, m: int, D: int, size: int, t: Tiles, ids: int = 0, parts: int = 1) -> Traffic:
-    """Return the gradient of the n vectors of one side against the m of the other, in ``parts``."""
+    """Return the traffic of the gradient of n vectors of one side against m of the other, in ``parts``."""
     rows, cols, slices = ceil(n / t["BM"]), ceil(m / t["BN"]), ceil(D / t["BD"])
     masked = (cols * n + rows * m) * (D * size + ids)
     return Traffic(
@@ -71,24 +71,24 @@ def infonce_side(n: int, m: int, D: int, size: int, t: Tiles, ids: int = 0, part
 
 
 def sentence_rows(gene: int, name: int, value: int, D: int, size: int, tables: int) -> Traffic:
-    """Return the computation of distinct rows with LayerNorm and identities; ``tables`` is the bytes of the tables read."""
+    """Return the traffic of distinct rows with LayerNorm and identities; ``tables`` is the bytes of the tables read."""
     U = gene + name + value
     loaded = U * (24 + 8 + 5 * D * size) + gene * D * size
     return Traffic(loaded=loaded, distinct=tables + U * 32, stored=U * D * size)
 
 
 def copy_rows(S: int, U: int, D: int, size: int) -> Traffic:
-    """Return the copy of S tokens."""
+    """Return the traffic of copying S tokens."""
     return Traffic(loaded=S * (4 + D * size), distinct=S * 4 + U * D * size, stored=S * D * size)
 
 
 def sum_tokens(S: int, U: int, D: int, size: int) -> Traffic:
-    """Return the sums over equal tokens in one round."""
+    """Return the traffic of the sums over equal tokens, in one round."""
     return Traffic(loaded=S * (4 + D * size) + 12 * U, distinct=S * (4 + D * size) + 8 * U + 4, stored=4 * U * D)
 
 
 def norm_grads(gene: int, name: int, value: int, D: int, size: int, rows: int, tables: int) -> Traffic:
-    """Return the backward pass of LayerNorm on the summed gradients, ``rows`` per program."""
+    """Return the traffic of LayerNorm's backward pass on the summed gradients, ``rows`` per program."""
     U = gene + name + value
     programs = ceil(U / rows)
     loaded = U * (24 + 8 + 3 * D * size + 4 * D) + gene * D * size + programs * D * size
@@ -96,7 +96,7 @@ def norm_grads(gene: int, name: int, value: int, D: int, size: int, rows: int, t
 
 
 def attention(S: int, H: int, E: int, size: int, longest: int, tile: int, *, backward: bool) -> Traffic:
-    """Return packed attention over S tokens."""
+    """Return the traffic of packed attention over S tokens."""
     W = tile - longest + 1
     tiles = ceil(S / W)
     width = max(16, 1 << (E - 1).bit_length())
@@ -117,7 +117,7 @@ def _first_loads(S: int, W: int, tile: int, tiles: int) -> int:
 
 
 def sampled_dot(B: int, G: int, Q: int, D: int, size: int, t: Tiles, *, loss: bool = False) -> Traffic:
-    """Return the scores of every (spot, gene) at its level; with ``loss`` L_level with its prior instead."""
+    """Return the traffic of ``sampled_dot``; with ``loss``, that of L_level with its prior."""
     rows, cols = ceil(B / t["BM"]), ceil(G / t["NG"])
     loaded = (cols * B + rows * G * Q) * D * size + B * G
     distinct = (B + G * Q) * D * size + B * G
@@ -128,7 +128,7 @@ def sampled_dot(B: int, G: int, Q: int, D: int, size: int, t: Tiles, *, loss: bo
 
 
 def weighted_sum(B: int, G: int, Q: int, D: int, size: int, t: Tiles, *, loss: bool = False) -> Traffic:
-    """Return the weighted sums of rows per spot; with ``loss`` the image gradient of L_level with recomputed weights."""
+    """Return the traffic of ``weighted_sum``; with ``loss``, that of L_level's gradient of the image."""
     rows, cols, slices = ceil(B / t["BM"]), ceil(G / t["NG"]), ceil(D / t["BD"])
     given = _weights(B, G, Q, D, size, t, loss=loss)
     return Traffic(
@@ -140,7 +140,7 @@ def weighted_sum(B: int, G: int, Q: int, D: int, size: int, t: Tiles, *, loss: b
 
 
 def weighted_sum_transpose(B: int, G: int, Q: int, D: int, size: int, t: Tiles, *, loss: bool = False) -> Traffic:
-    """Return the weighted sums of spots per row; with ``loss`` the gradients of L_level by table and prior."""
+    """Return the traffic of ``weighted_sum_transpose``; with ``loss``, that of L_level's gradients of table and prior."""
     rows, cols, slices = ceil(B / t["BM"]), ceil(G / t["NG"]), ceil(D / t["BD"])
     given = _weights(B, G, Q, D, size, t, loss=loss)
     return Traffic(
@@ -152,7 +152,7 @@ def weighted_sum_transpose(B: int, G: int, Q: int, D: int, size: int, t: Tiles, 
 
 
 def _weights(B: int, G: int, Q: int, D: int, size: int, t: Tiles, *, loss: bool) -> Traffic:
-    """Return the cost of every weight once: fp32 and a level if given; with ``loss`` the scores and their prior."""
+    """Return the traffic of computing each weight once: fp32 and a level if given; with ``loss``, the scores and prior."""
     if not loss:
         return Traffic(5 * B * G, 5 * B * G, 0)
     scores = sampled_dot(B, G, Q, D, size, t, loss=True)
