@@ -217,7 +217,7 @@ class CoMTIPTask:
         return "\n".join(lines)
 
     def leaks(self) -> list[str]:
-        """Return one message per way in which the parents' training data limits what this run's scores mean."""
+        """Return warnings of leakage: data or genes held out by this run that its parents were trained on."""
         return parent_leaks(self.parents, self.shards, self.tables)
 
     def prepare(self) -> None:

@@ -1,4 +1,4 @@
-"""What is read whole, unpacked or printed has bounds, and they are checked before memory is used."""
+"""Sizes of what is read, unpacked or printed are bounded, and are checked before memory is allocated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sources are data: no codec of a store runs code, and a file shows nothing of other files."""
+"""Sources are data: no codec of a store executes code, and no file exposes the content of another one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FACTS = {"tissue": "breast", "mpp": "1.25", "species": "human"}
 
 
 class Payload:
-    """Unpickled, makes a folder."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

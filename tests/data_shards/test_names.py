@@ -1,4 +1,4 @@
-"""Names that a file states become paths only after they were checked: nothing is written, cut or read elsewhere."""
+"""Names from files are checked before they become paths: nothing elsewhere is written, truncated or read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sources behind a URL: only what is needed is asked for, once, and the set is the same as from a folder."""
+"""Sources behind a URL: only required files are requested, each once, and the set equals that from a folder."""
 
 import functools
 import shutil

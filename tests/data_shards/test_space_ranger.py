@@ -275,7 +275,7 @@ def test_two_runs_in_one_matrix_are_not_guessed_at(run: Path, full: str):
 
 
 def real(name: str, tmp_path: Path) -> Path:
-    """Copy a real folder, its table of positions as the pipeline wrote it: not packed."""
+    """Copy a real folder, with its table of positions uncompressed as the pipeline wrote it."""
     shutil.copytree(REAL / name, tmp_path / name)
     for packed in (tmp_path / name / "spatial").glob("*.gz"):
         packed.with_suffix("").write_bytes(gzip.decompress(packed.read_bytes()))

@@ -202,7 +202,7 @@ def test_cells_are_pooled_by_their_centres(cells):
 
 
 def test_pooled_cells_keep_their_bytes(cells):
-    """Pinned before both readers pooled cells by one function."""
+    """The digest is from the separate implementations that the two readers had."""
     run, _, _ = cells
     edit_polygons(run, lambda features: features.pop(7))
     section = read(run, pool_from="cells", pool_um="100", min_pooled="2")

@@ -1,4 +1,4 @@
-"""Xenium: transcripts and cells pooled on an H&E that lies turned and scaled on the DAPI image."""
+"""Xenium: transcripts and cells pooled on an H&E image that is rotated and scaled relative to the DAPI image."""
 
 import json
 import math
@@ -21,25 +21,25 @@ from testkit.tenx import GENES, NAMES, he_picture, section_digest, write_xenium
 
 PIXEL = 0.2125
 SIZE = (150, 130)
-"""Of the H&E in px; 2 um per px, so that 100 um are 50 px: 3 x 2.6 pseudo-spots."""
+"""Size of the H&E in px. At 2 um per px, 100 um are 50 px: 3 x 2.6 pseudo-spots."""
 MPP = 2.0
 FACTS = {"tissue": "breast", "donor": "P1"}
 
 
 def matrix(angle: float = math.pi / 2 + 0.02, scale: float = MPP / PIXEL) -> np.ndarray:
-    """Return H&E px to DAPI px: turned by about 90 degrees, as the scanner of the H&E often has it."""
+    """Return the matrix from H&E px to DAPI px: a rotation by about 90 degrees, as is common for scanned H&E slides."""
     c, s = scale * math.cos(angle), scale * math.sin(angle)
     return np.array([[c, -s, 900.0], [s, c, 3000.0], [0, 0, 1]])
 
 
 def to_run(he_px: np.ndarray) -> np.ndarray:
-    """Take px of the H&E to um of the run."""
+    """Map H&E px to um of the run."""
     m = matrix()
     return (he_px @ m[:2, :2].T + m[:2, 2]) * PIXEL
 
 
 def transcripts() -> tuple[pd.DataFrame, np.ndarray]:
-    """Return a table of 3,000 transcripts with their positions in H&E px; whole px and a half, off every edge."""
+    """Return a table of 3,000 transcripts with their positions in H&E px, at half-integers so that none is on an edge."""
     rng = np.random.default_rng(0)
     he = np.stack([rng.integers(0, SIZE[0], 3000), rng.integers(0, SIZE[1], 3000)], axis=1) + 0.5
     um = to_run(he)
@@ -192,7 +192,7 @@ def test_cells_are_pooled_by_their_centres(run: Path):
 
 
 def test_pooled_cells_keep_their_bytes(run: Path):
-    """Pinned before both readers pooled cells by one function."""
+    """The digest is from the separate implementations that the two readers had."""
     table = pd.read_parquet(run / "cells.parquet")
     table.drop(index=[3, 20]).to_parquet(run / "cells.parquet", index=False)
     assert (

@@ -1,4 +1,4 @@
-"""The plan of equal tokens, and the options of the embedding. Values are in test_gene_sentence_embedding.py."""
+"""The plan of equal tokens, and the options of the embedding. Values are tested in test_gene_sentence_embedding.py."""
 
 import pytest
 import torch

@@ -166,7 +166,7 @@ class _Spool:
         )
 
     def measured(self) -> np.ndarray:
-        """Return bool (sources, genes)."""
+        """Return which genes each source measured, bool (sources, genes)."""
         out = np.zeros((len(self._columns), len(self.names)), bool)
         for row, columns in zip(out, self._columns, strict=True):
             row[columns] = True
