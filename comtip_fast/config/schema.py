@@ -89,9 +89,9 @@ class PanelConfig:
     """The step panel: G genes, log-uniform between the two bounds."""
 
     min_genes: Count = 1
-    """Smallest G."""
+    """Minimum number of genes per step."""
     max_genes: Count = 256
-    """Largest G."""
+    """Maximum number of genes per step."""
     variable_share: Share = 0.5
     """Share of the panel drawn with probability proportional to gene variance; the rest is drawn uniformly."""
 

@@ -337,7 +337,7 @@ class _Decoders:
 def _vector_map(keys: Sequence[str], vectors: GeneVectors, rows: Sequence[int]) -> np.ndarray:
     """Return weights (G, new) that give the loadings of new genes as a combination of the trained genes' loadings.
 
-    Ridge regression of the loadings L^T (G, K) on gene vectors V (G, V) maps a new vector v to v (V^T V + r I)^-1 V^T L^T,
+    Ridge regression of the loadings L^T (G, K) on gene vectors V (G, D) maps a new vector v to v (V^T V + r I)^-1 V^T L^T,
     which is linear in L. Genes without a vector have weight 0.
     """
     index = np.array([vectors.row.get(k, -1) for k in keys], np.int64)

@@ -165,7 +165,7 @@ def test_metadata_that_cannot_be_understood_is_refused(tmp_path: Path, data: byt
 
 def test_metadata_that_is_a_pipe_or_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     os.mkfifo(tmp_path / ".zarray")
-    with pytest.raises(SourceError, match=r"\.zarray: the metadata of .* are not a regular file"):
+    with pytest.raises(SourceError, match=r"\.zarray: not a regular file"):
         check_store(tmp_path)
     (tmp_path / ".zarray").unlink()
     with (tmp_path / ".zarray").open("wb") as file:

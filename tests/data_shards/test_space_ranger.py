@@ -223,7 +223,7 @@ BAD = {
     "position gone": (lambda r: edit_positions(r, pxl_row_in_fullres=""), "too few spots"),
     "column gone": (
         lambda r: (r / "spatial/tissue_positions.csv").write_text("barcode,in_tissue\nA-1,1\n"),
-        "2 columns.*expected: barcode",
+        "2 columns.*expected barcode",
     ),
     "no rows": (lambda r: (r / "spatial/tissue_positions.csv").write_text(",".join(COLUMNS) + "\n"), "no rows"),
     "no table": (lambda r: (r / "spatial/tissue_positions.csv").unlink(), "none of tissue_positions.parquet"),

@@ -76,5 +76,5 @@ def test_options_by_half_are_refused():
     sentences, tables, more = case(3, 4, 5)
     with pytest.raises(ValueError, match="pass both"):
         gene_sentence_embedding(**sentences, **tables, level_hi_N=more["mix"]["level_hi_N"])
-    with pytest.raises(ValueError, match="needs identity_N"):
+    with pytest.raises(ValueError, match="without identity_N"):
         gene_sentence_embedding(**sentences, **tables, identity_ID=more["identity"]["identity_ID"])

@@ -86,7 +86,7 @@ def read_patches(path: Path, mpp: float) -> Patches:
     check_unique(barcodes, f"{path}: barcodes")
     if coords.shape != (len(barcodes), 2) or (pixels is not None and (len(pixels) != 4 or pixels[0] != len(barcodes))):
         raise SourceError(
-            f"{path}: {len(barcodes)} barcodes, coords of shape {coords.shape}, img of shape {pixels}; download it again"
+            f"{path}: {len(barcodes)} barcodes, but coords of shape {coords.shape} and img of shape {pixels}; download it again"
         )
     source_mpp = float(attrs.get("pixel_size", mpp))
     if abs(source_mpp / mpp - 1) > 0.02:
