@@ -85,9 +85,7 @@ def _shown(file: Path) -> str:
 
 def _check_file(file: Path, store: Path, what: str) -> None:
     if not file.is_file():
-        raise SourceError(
-            f"{_shown(file)}: not a regular file, which metadata of Zarr must be; copy the store again"
-        )
+        raise SourceError(f"{_shown(file)}: not a regular file, which metadata of Zarr must be; copy the store again")
     size = file.stat().st_size
     if size > MAX_BYTES:
         raise SourceError(
