@@ -35,7 +35,7 @@ def index_tar(path: Path, where: str = "") -> dict[str, tuple[int, int]]:
                     raise ShardError(f"{where}: member {info.name!r} is not a regular file of a record; {FOREIGN}")
                 if info.size > MAX_MEMBER_BYTES or info.offset_data + info.size > size:
                     raise ShardError(
-                        f"{where}: member {info.name} has {info.size} bytes by its header, more than the shard holds or a member may have; copy it again"
+                        f"{where}: member {info.name} has {info.size} bytes by its header, more than the shard or the format allows; copy it again"
                     )
                 if info.name in members:
                     raise ShardError(f"{where}: duplicate member {info.name}; copy the shard again")
