@@ -34,7 +34,7 @@ def package_files(root: Path) -> dict[str, Path]:
 
 
 def imports_of(module: str, path: Path, known: set[str]) -> set[str]:
-    """Return the modules of the three packages that a file imports, also inside functions; type checking apart."""
+    """Return the modules of the three packages that a file imports, also inside functions, except under TYPE_CHECKING."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     skipped = {
         id(child)

@@ -362,7 +362,7 @@ def _check_head(head: Mapping[str, Any], where: str, trained: set[str], blocks: 
     if not isinstance(keys, list) or not keys or not all(isinstance(k, str) and k in trained for k in keys):
         raise ExportError(f"{where}: keys are not trained genes of the model; {FIX}")
     if len(set(keys)) < len(keys):
-        raise ExportError(f"{where}: a gene is duplicate; {FIX}")
+        raise ExportError(f"{where}: duplicate gene; {FIX}")
     if head.get("blocks") != list(blocks):
         raise ExportError(f"{where}: blocks are {head.get('blocks')!r}, expected {list(blocks)}; {FIX}")
     if not isinstance(mix, dict) or mix.keys() != {*blocks, "levels"}:

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+GENES_AT_ONCE = 128
+"""Number of genes that are correlated together, which bounds the memory beyond the two matrices."""
 EPSILON = 1e-10
 """Relative spread below which a column counts as constant."""
 
@@ -24,10 +26,18 @@ def pcc_per_gene(measured_NG: np.ndarray, predicted_NG: np.ndarray) -> np.ndarra
     ValueError
         The two shapes differ.
     """
-    a = np.asarray(measured_NG, np.float64)
-    b = np.asarray(predicted_NG, np.float64)
-    if a.shape != b.shape:
-        raise ValueError(f"pcc_per_gene: measured has shape {a.shape}, predicted {b.shape}; they must be equal")
+    if measured_NG.shape != predicted_NG.shape:
+        raise ValueError(
+            f"pcc_per_gene: measured has shape {measured_NG.shape}, predicted {predicted_NG.shape}; they must be equal"
+        )
+    columns = [slice(i, i + GENES_AT_ONCE) for i in range(0, measured_NG.shape[1], GENES_AT_ONCE)]
+    parts = [_pcc(measured_NG[:, part], predicted_NG[:, part]) for part in columns]
+    return np.concatenate(parts) if parts else np.zeros(0)
+
+
+def _pcc(measured_NG: np.ndarray, predicted_NG: np.ndarray) -> np.ndarray:
+    # In one memory layout: the order of a sum, and with it the last digit, would otherwise depend on how columns were taken.
+    a, b = np.ascontiguousarray(measured_NG, np.float64), np.ascontiguousarray(predicted_NG, np.float64)
     scale_a, scale_b = np.sqrt((a * a).sum(0)), np.sqrt((b * b).sum(0))
     a, b = a - a.mean(0), b - b.mean(0)
     norm_a, norm_b = np.sqrt((a * a).sum(0)), np.sqrt((b * b).sum(0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pandas as pd
+from comtip_shards.sections.section import Section
 from PIL import Image
 from scipy import io as scipy_io
 from scipy import sparse
@@ -192,3 +194,13 @@ def write_xenium(
         [GENE_KIND] * len(ids) + ["Negative Control Probe"],
     )
     return root
+
+
+def section_digest(section: Section) -> str:
+    """Return the SHA-256 of a section's spots, counts, positions (to 0.001 px), reasons and notes."""
+    counts = section.counts
+    parts = [counts.indptr, counts.indices, counts.data, section.n_pooled, np.round(section.xy * 1000)]
+    digest = hashlib.sha256(b"".join(np.asarray(part, np.int64).tobytes() for part in parts))
+    texts = [section.spot_ids, section.gene_ids, section.dropped, section.notes]
+    digest.update(json.dumps(texts, sort_keys=True).encode())
+    return digest.hexdigest()

@@ -20,7 +20,7 @@ VOCABULARY, LONGEST = 4099, 17
 
 
 def calls(genes: int, levels: int, dim: int) -> tuple[dict[str, Callable[[], None]], int]:
-    """Return what is timed, and how many tokens it embeds: each gene of 3 to 16 tokens, at each level."""
+    """Return the timed calls by name, and the number of embedded tokens: 3 to 16 per gene, for each level."""
     g = torch.Generator().manual_seed(0)
     length = torch.randint(3, LONGEST, (genes,), generator=g).repeat_interleave(levels)
     ids = torch.randint(VOCABULARY, (genes, LONGEST), generator=g)

@@ -3,8 +3,7 @@
     python bench/kernels/bench_infonce.py [--rows 8192] [--dim 512] [--rounds 5] [--busy]
 
 Medians of the ratios within a round (see ``rounds.py``). Peak memory is the growth of the resident set in a process of its own.
-open_clip's ClipLoss for one process is written here as it computes: one matrix of logits, its transpose, two
-cross-entropies.
+open_clip's ClipLoss for one process is reimplemented here: one matrix of logits, its transpose, two cross-entropies.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ def both_ways(loss: Callable[..., torch.Tensor], rows: int, dim: int) -> Callabl
 
 
 def products(rows: int, dim: int, n: int, exponentials: bool = False) -> Callable[[], None]:
-    """Return a floor: the products alone, in tiles that share one tile's memory.
+    """Return a lower bound: the matrix products alone, in tiles that share the memory of one tile.
 
     No exact method can avoid three (``n``), even one that stores every logit: logits and two gradients. A method that
     stores none computes the logits twice. The tiles are those of the CPU path, the fastest of those tried.
@@ -82,7 +81,7 @@ def products(rows: int, dim: int, n: int, exponentials: bool = False) -> Callabl
 
 
 def extra_peak_mib(name: str, rows: int, dim: int) -> float:
-    """Return how far one forward and backward raises the peak of a fresh process: the median of three."""
+    """Return the peak memory in MiB that a forward and backward pass adds in a new process: the median of three."""
     code = f"from bench_infonce import *; print(peak({name}, {rows}, {dim}))"
     command, here = [sys.executable, "-c", code], Path(__file__).parent
     reported = [subprocess.run(command, capture_output=True, text=True, check=True, cwd=here).stdout for _ in range(3)]
@@ -90,7 +89,7 @@ def extra_peak_mib(name: str, rows: int, dim: int) -> float:
 
 
 def peak(loss: Callable[..., torch.Tensor], rows: int, dim: int) -> float:
-    """Measure, inside that process: a small call first, so that libraries have their buffers."""
+    """Measure in this process, after a small call with which libraries allocate their buffers."""
     both_ways(loss, 256, dim)()
     run = both_ways(loss, rows, dim)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from what is resident now

@@ -5,8 +5,8 @@
 Lengths follow the three cases that gene sentences make: symbols, symbols with full names, and those cut at 16 tokens. Forward and
 backward, medians of the ratio within a round (see ``rounds.py``).
 
-attention   called as the encoder calls it: one projection, sentences sorted by length. "padded" is handed tensors that are padded
-            already, as a padded model would have them: what padding costs the layers around it is not counted.
+attention   called as the encoder calls it: one projection, sentences sorted by length. "padded" receives padded
+            tensors, as in a padded model; the cost of padding in other layers is not counted.
 unsorted    the same, with sentences in any order.
 block       a whole block of the encoder (norms, projections, attention, MLP, width 128), packed and padded: what a model gains.
 """
@@ -27,7 +27,7 @@ HEADS, WIDTH = 4, 32
 
 
 def draw(sentences: int, mean: float, longest: int) -> torch.Tensor:
-    """Return lengths in any order."""
+    """Return sentence lengths in random order."""
     g = torch.Generator().manual_seed(0)
     length = (torch.randn(sentences, generator=g) * mean * 0.35 + mean).round().clamp(3, longest).long()
     length[0] = longest
@@ -35,7 +35,7 @@ def draw(sentences: int, mean: float, longest: int) -> torch.Tensor:
 
 
 def packed(length: torch.Tensor) -> Callable[[], None]:
-    """Return a call of ours: q, k, v as one projection, heads joined afterwards."""
+    """Return a call of our implementation: q, k and v from one projection, heads concatenated afterwards."""
     x = torch.randn(int(length.sum()), 3, HEADS, WIDTH).requires_grad_()
     upstream = torch.randn(x.shape[0], HEADS * WIDTH)
 
@@ -77,7 +77,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the shape of ``x``."""
+        """Return a tensor of the shape of ``x``."""
         qkv = self.qkv(self.one(x)).view(*x.shape[:-1], 3, HEADS, WIDTH)
         x = x + self.out(self.attend(qkv).reshape(x.shape))
         return x + self.mlp(self.two(x))

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 
 def make(spots: int, genes: int, levels: int, dim: int) -> dict[str, torch.Tensor]:
-    """Return inputs with gradients where they have them."""
+    """Return the inputs; those that are trained require gradients."""
     g = torch.Generator().manual_seed(0)
     return {
         "image": F.normalize(torch.randn(spots, dim, generator=g), dim=-1).requires_grad_(),

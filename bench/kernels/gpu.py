@@ -356,7 +356,7 @@ def worst_row(got: Tensor, want: Tensor) -> float:
 
 PRECISIONS = (("bf16", torch.bfloat16, "highest"), ("fp32", torch.float32, "highest"), ("tf32", torch.float32, "high"))
 TOLERANCE = {"bf16": 2e-2, "fp32": 2e-4, "tf32": 5e-3}
-"""Largest error of a row: the rounding of computed operands and of outputs in bf16, of products in fp32 and tf32."""
+"""Maximum relative error of a row: bf16 rounds computed operands and outputs, fp32 and tf32 round products."""
 
 
 def check(case: Case, precisions: tuple[tuple[str, torch.dtype, str], ...] = PRECISIONS) -> None:

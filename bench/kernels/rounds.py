@@ -19,7 +19,7 @@ def add_options(parser: argparse.ArgumentParser, rounds: int) -> None:
 
 
 def run(calls: Mapping[str, Callable[[], object]], rounds: int, busy: bool) -> Times:
-    """Return the seconds of each call in every round; before each, one that does not count, so that memory and caches are its own."""
+    """Return the seconds of each call in every round; an untimed call before each one fills memory and caches."""
     clock = time.process_time if busy else time.perf_counter
     if busy:
         torch.set_num_threads(1)

@@ -20,7 +20,7 @@ from comtip_fast.config.schema import DataConfig
 from comtip_fast.data.loaders.schedule import EpochSchedule
 
 SETS = {"hest": (1_500_000, 1_100), "m5": (5_000_000, 1_500), "m20": (20_000_000, 3_000), "m100": (100_000_000, 5_000)}
-"""Spots and sections."""
+"""Number of spots and of sections of each set."""
 WORLD = 64
 
 

@@ -89,9 +89,9 @@ class PanelConfig:
     """The step panel: G genes, log-uniform between the two bounds."""
 
     min_genes: Count = 1
-    """Smallest G."""
+    """Minimum number of genes per step."""
     max_genes: Count = 256
-    """Largest G."""
+    """Maximum number of genes per step."""
     variable_share: Share = 0.5
     """Share of the panel drawn with probability proportional to gene variance; the rest is drawn uniformly."""
 
@@ -354,7 +354,7 @@ class WatchConfig:
     loss_jump: PositiveOrZero = 3.0
     """Report a loss above this multiple of the median of the last 50 steps (at least 20); 0 disables the report."""
     norm_jump: PositiveOrZero = 30.0
-    """The same for the gradient norm."""
+    """Report a gradient norm above this multiple of its median over the last 50 steps (at least 20); 0 disables the report."""
     trace: tuple[int, int] | None = None
     """First and last step to record with ``torch.profiler``, e.g. ``[20, 25]``; one file per rank in RUN/trace."""
 

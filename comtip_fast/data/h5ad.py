@@ -116,7 +116,7 @@ class _DiskFile:
             return size or 0
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Move."""
+        """Set the position."""
         return self._raw.seek(offset, whence)
 
     def tell(self) -> int:
@@ -124,4 +124,4 @@ class _DiskFile:
         return self._raw.tell()
 
     def flush(self) -> None:
-        """Nothing is buffered."""
+        """Do nothing: writes are not buffered."""

@@ -24,9 +24,9 @@ class RidgeModel:
     cv_pcc: float = float("nan")
     """Cross-validated mean PCC on the training spots, for the chosen alpha; used to choose between inputs."""
 
-    def predict(self, x_NF: np.ndarray) -> np.ndarray:
-        """Return predictions (N, G)."""
-        return ((x_NF - self.mean_F) / self.std_F) @ self.weight_FG + self.intercept_G
+    def predict(self, x_NF: np.ndarray, columns: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """Return predictions, float64 (N, G), or (N, g) of the genes ``columns``."""
+        return ((x_NF - self.mean_F) / self.std_F) @ self.weight_FG[:, columns] + self.intercept_G[columns]
 
 
 def fit_ridge(x_NF: np.ndarray, y_NG: np.ndarray, section_N: np.ndarray) -> RidgeModel:

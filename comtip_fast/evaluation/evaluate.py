@@ -17,11 +17,12 @@ from comtip_shards.storage.atomic import write_atomic
 from comtip_fast.data.expression.levels import log1p_cp10k
 from comtip_fast.data.tile_sources import ShardTiles
 from comtip_fast.evaluation.gene_table import ScoredGenes, ScoringInputs, gene_table, resolve_list
-from comtip_fast.evaluation.metrics import Score, score, score_from_genes
+from comtip_fast.evaluation.metrics import Score, partial_pcc_per_gene, score_columns, score_from_genes
 from comtip_fast.evaluation.nulls import moved_spots, null_partial_pcc, null_pcc
 from comtip_fast.evaluation.seen import choose_sections, lineage_facts, section_facts
-from comtip_fast.evaluation.train_reference import TrainReference, spot_inputs
-from comtip_fast.inference import GeneQuery, Predictor
+from comtip_fast.evaluation.train_reference import RidgeFit, TrainReference, spot_inputs
+from comtip_fast.inference import GeneQuery, Predictor, SectionFeatures, SectionPrediction
+from comtip_fast.inference.section import FeatureStore
 from comtip_fast.lineage import symbol_of
 from comtip_fast.metrics import finite_or_none, pcc_per_gene
 
@@ -206,9 +207,6 @@ def _evaluate_section(
     spots = shards.select(sections=[number])
     tiles, stain, counts = ShardTiles(shards, spots), shards.stain(number), shards.counts(spots)
     xy = shards.spots.loc[spots, ["x_px", "y_px"]].to_numpy(float)
-    features = predictor.image_features(tiles, stain, xy)
-    ridge_inputs = spot_inputs(predictor, tiles, stain, features)
-    colour = ridge_inputs["ridge_colour"]["tile colour"]
     row_of = {g.key: i for i, g in enumerate(shards.genes)}
     rows = [row_of[k] for k in genes.keys]
     measured = {
@@ -216,20 +214,24 @@ def _evaluate_section(
         "raw": np.log1p(counts[:, rows].toarray().astype(np.float64)),
     }
     queries = [GeneQuery(shards.genes[r].symbol, shards.genes[r].name, shards.genes[r].key) for r in rows]
-    predicted = predictor.predict(features, queries, cohort=cohort)
     moved = moved_spots(xy, n_null, seed=seed, section=section_id)
-    inputs = ScoringInputs(
-        cohort=cohort,
-        genes=genes,
-        measured=measured,
-        predicted=predicted,
-        from_levels=predictor.predict_levels(features, queries),
-        covariates=np.column_stack([colour, np.log1p(np.asarray(counts.sum(axis=1)).ravel())]),
-        ridge_inputs=ridge_inputs,
-        moved=moved,
-        null=null_pcc(measured["cp10k"], predicted["cp10k"], moved),
-    )
-    scores, null_means, null_genes = _score_section(inputs, reference)
+    with SectionFeatures(predictor, tiles, stain) as features:
+        predicted = SectionPrediction(predictor, queries, cohort).predict_all(features.stored, len(xy), xy)
+        ridge_inputs = spot_inputs(predictor, tiles, stain, features)
+        colour = ridge_inputs["ridge_colour"]["tile colour"].read(np.arange(len(xy)))
+        covariates = np.column_stack([colour, np.log1p(np.asarray(counts.sum(axis=1)).ravel())])
+        inputs = ScoringInputs(
+            cohort=cohort,
+            genes=genes,
+            measured=measured,
+            predicted=predicted,
+            from_levels=_levels_pcc(predictor, features, queries, measured, genes.hvg, covariates),
+            covariates=covariates,
+            ridge_inputs=ridge_inputs,
+            moved=moved,
+            null=null_pcc(measured["cp10k"], predicted["cp10k"], moved),
+        )
+        scores, null_means, null_genes = _score_section(inputs, reference)
     data = SectionData(
         section_id=section_id,
         cohort=cohort,
@@ -246,6 +248,30 @@ def _evaluate_section(
         gene_table=gene_table(predictor, shards, number, inputs),
     )
     return data, _section_facts(predictor, shards, number, genes) | scores
+
+
+def _levels_pcc(
+    predictor: Predictor,
+    features: SectionFeatures,
+    queries: Sequence[GeneQuery],
+    measured: dict[str, np.ndarray],
+    hvg: np.ndarray,
+    covariates: np.ndarray,
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return :attr:`ScoringInputs.from_levels`; predictions are computed and dropped some genes at a time."""
+    out = {norm: (np.full(len(queries), np.nan), np.full(hvg.size, np.nan)) for norm in NORMALISATIONS}
+    start = 0
+    for levels in predictor.sentence_levels(queries):
+        values = features.predict_levels(levels)
+        stop = start + values["cp10k"].shape[1]
+        own = np.flatnonzero((hvg >= start) & (hvg < stop))
+        for norm, (pcc, partial) in out.items():
+            part = measured[norm][:, start:stop]
+            pcc[start:stop] = pcc_per_gene(part, values[norm])
+            columns = hvg[own] - start
+            partial[own] = partial_pcc_per_gene(part[:, columns], values[norm][:, columns], covariates)
+        start = stop
+    return out
 
 
 def _section_facts(predictor: Predictor, shards: ShardSet, number: int, genes: ScoredGenes) -> dict[str, Any]:
@@ -272,14 +298,13 @@ def _score_section(v: ScoringInputs, reference: TrainReference) -> tuple[dict[st
     keys = [genes.keys[i] for i in scored]
     for norm in NORMALISATIONS:
         m, p = v.measured[norm], v.predicted[norm]
-        zero_shot = score(m[:, scored], p[:, scored], v.covariates, top, panel)
+        zero_shot = score_columns(m, lambda c, p=p: p[:, c], v.covariates, scored, top, panel)
         out["zero_shot"][norm] = asdict(zero_shot)
-        out["zero_shot_levels"][norm] = asdict(
-            score(m[:, scored], v.from_levels[norm][:, scored], v.covariates, top, panel)
-        )
-        unseen = score(m[:, genes.unseen], p[:, genes.unseen], v.covariates, first_unseen)
+        levels_pcc, levels_partial = v.from_levels[norm]
+        out["zero_shot_levels"][norm] = asdict(score_from_genes(levels_pcc[scored], levels_partial, top, panel))
+        unseen = score_columns(m, lambda c, p=p: p[:, c], v.covariates, genes.unseen, first_unseen)
         out["zero_shot_unseen_genes"][norm] = asdict(unseen)
-        pcc = v.null[:, scored] if norm == "cp10k" else null_pcc(m[:, scored], p[:, scored], v.moved)
+        pcc = v.null[:, scored] if norm == "cp10k" else null_pcc(m, p, v.moved, scored)
         partial = null_partial_pcc(m[:, genes.hvg], p[:, genes.hvg], v.covariates, v.moved)
         out["control_null"][norm], draws = _null_scores(
             [score_from_genes(g, h, top, panel) for g, h in zip(pcc, partial, strict=True)], zero_shot.mean_pcc_50_hvg
@@ -287,11 +312,26 @@ def _score_section(v: ScoringInputs, reference: TrainReference) -> tuple[dict[st
         if norm == "cp10k":
             null = (draws, pcc[:, panel].astype(np.float32))
         for name, x in v.ridge_inputs.items():
-            fitted = reference.ridge(v.cohort, name, norm, keys, x)
-            out[name][norm] = None
-            if fitted is not None:
-                out[name][norm] = asdict(score(m[:, scored], fitted[0], v.covariates, top, panel)) | fitted[1]
+            fit = reference.ridge(v.cohort, name, norm, keys)
+            out[name][norm] = None if fit is None else _ridge_score(fit, x, m, v.covariates, scored, top, panel)
     return out, *null
+
+
+def _ridge_score(
+    fit: RidgeFit,
+    x: dict[str, FeatureStore],
+    measured: np.ndarray,
+    covariates: np.ndarray,
+    scored: np.ndarray,
+    top: np.ndarray,
+    panel: np.ndarray,
+) -> dict[str, Any]:
+    """Return the score of a baseline that was fitted to the genes ``scored``, ascending, and the facts of its fit."""
+
+    def predict(columns: np.ndarray) -> np.ndarray:
+        return fit.predict(x, len(measured), np.searchsorted(scored, columns))
+
+    return asdict(score_columns(measured, predict, covariates, scored, top, panel)) | fit.facts()
 
 
 def _null_scores(scores: list[Score], observed: float | None) -> tuple[dict[str, Any], np.ndarray]:

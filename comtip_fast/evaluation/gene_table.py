@@ -60,8 +60,9 @@ class ScoringInputs:
     genes: ScoredGenes
     measured: dict[str, np.ndarray]
     predicted: dict[str, np.ndarray]
-    from_levels: dict[str, np.ndarray]
-    """Predictions from level sentences alone, without the linear readout."""
+    from_levels: dict[str, tuple[np.ndarray, np.ndarray]]
+    """PCC of the G genes, and partial PCC of ``genes.hvg``, of the prediction from level sentences alone, without the
+    linear readout."""
     covariates: np.ndarray
     ridge_inputs: Inputs
     moved: np.ndarray

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from comtip_fast.metrics import mean_with_zeros, pcc_per_gene
+from comtip_fast.metrics import GENES_AT_ONCE, mean_with_zeros, pcc_per_gene
+
+PredictGenes = Callable[[np.ndarray], np.ndarray]
+"""Returns the prediction (N, g) of some genes, by their columns int64 (g,)."""
 
 
 def covariate_basis(covariates_NC: np.ndarray) -> np.ndarray:
@@ -35,7 +39,15 @@ def residuals_of_basis(values_NG: np.ndarray, basis_NK: np.ndarray) -> np.ndarra
 
 def partial_pcc_per_gene(measured_NG: np.ndarray, predicted_NG: np.ndarray, covariates_NC: np.ndarray) -> np.ndarray:
     """Return the correlation of each gene's residuals on the covariates, float64 (G,); NaN where undefined."""
-    return pcc_per_gene(residuals(measured_NG, covariates_NC), residuals(predicted_NG, covariates_NC))
+    basis, columns = covariate_basis(covariates_NC), range(0, measured_NG.shape[1], GENES_AT_ONCE)
+    parts = [slice(i, i + GENES_AT_ONCE) for i in columns]
+    return np.concatenate(
+        [np.zeros(0)]
+        + [
+            pcc_per_gene(residuals_of_basis(measured_NG[:, p], basis), residuals_of_basis(predicted_NG[:, p], basis))
+            for p in parts
+        ]
+    )
 
 
 @dataclass(frozen=True)
@@ -69,8 +81,35 @@ def score(
     panel
         Columns of the genes of ``mean_pcc_all``; default: all.
     """
-    pcc = pcc_per_gene(measured_NG, predicted_NG)
-    partial = partial_pcc_per_gene(measured_NG[:, hvg], predicted_NG[:, hvg], covariates_NC)
+    columns = np.arange(measured_NG.shape[1])
+    return score_columns(measured_NG, lambda c: predicted_NG[:, c], covariates_NC, columns, hvg, panel)
+
+
+def score_columns(
+    measured_NG: np.ndarray,
+    predict: PredictGenes,
+    covariates_NC: np.ndarray,
+    columns: np.ndarray,
+    hvg: np.ndarray,
+    panel: np.ndarray | None = None,
+) -> Score:
+    """Score a prediction that is computed for some genes at a time, as :func:`score` on ``columns`` does.
+
+    Parameters
+    ----------
+    measured_NG, covariates_NC
+        As for :func:`score`.
+    predict
+        Returns the prediction of some columns of ``measured_NG``.
+    columns
+        int64, the scored columns.
+    hvg, panel
+        As for :func:`score`, indices into ``columns``.
+    """
+    parts = [columns[i : i + GENES_AT_ONCE] for i in range(0, columns.size, GENES_AT_ONCE)]
+    pcc = np.concatenate([np.zeros(0)] + [pcc_per_gene(measured_NG[:, c], predict(c)) for c in parts])
+    top = columns[hvg]
+    partial = partial_pcc_per_gene(measured_NG[:, top], predict(top), covariates_NC)
     return score_from_genes(pcc, partial, hvg, panel)
 
 

@@ -39,20 +39,23 @@ def moved_spots(xy_N2: np.ndarray, n_draws: int, *, seed: int, section: str) -> 
     return out
 
 
-def null_pcc(measured_NG: np.ndarray, predicted_NG: np.ndarray, moved_DN: np.ndarray) -> np.ndarray:
-    """Return the PCC of every gene in every draw, float64 (n_draws, G); NaN where undefined.
+def null_pcc(
+    measured_NG: np.ndarray, predicted_NG: np.ndarray, moved_DN: np.ndarray, columns: np.ndarray | None = None
+) -> np.ndarray:
+    """Return the PCC of each gene (by default of all columns) in every draw, float64 (n_draws, G); NaN where undefined.
 
     Equal to ``pcc_per_gene(measured, predicted[draw])`` but faster: the mean and the norm of a moved map follow from how
     often the draw uses each spot.
     """
-    measured, predicted = np.asarray(measured_NG, np.float64), np.asarray(predicted_NG, np.float64)
-    n, genes = measured.shape
-    out = np.full((len(moved_DN), genes), np.nan)
+    n, genes = measured_NG.shape
+    columns = np.arange(genes) if columns is None else columns
+    out = np.full((len(moved_DN), columns.size), np.nan)
     if not out.size:
         return out
     used_DN = np.stack([np.bincount(draw, minlength=n) for draw in moved_DN]).astype(np.float64)
-    for start in range(0, genes, CHUNK):
-        a, b = measured[:, start : start + CHUNK], predicted[:, start : start + CHUNK]
+    for start in range(0, columns.size, CHUNK):
+        part = columns[start : start + CHUNK]
+        a, b = np.asarray(measured_NG[:, part], np.float64), np.asarray(predicted_NG[:, part], np.float64)
         centred_a, centred_b = a - a.mean(0), b - b.mean(0)
         norm_a = np.sqrt((centred_a**2).sum(0))
         constant_a = norm_a <= EPSILON * np.sqrt((a * a).sum(0))

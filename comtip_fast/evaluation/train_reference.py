@@ -17,7 +17,8 @@ from comtip_fast.data.expression.levels import log1p_cp10k
 from comtip_fast.data.expression.panel import rank_by_variance
 from comtip_fast.data.tile_sources import ArrayTiles, ShardTiles, TileSource
 from comtip_fast.evaluation.baselines import RidgeModel, fit_ridge
-from comtip_fast.inference import ImageFeatures, Predictor
+from comtip_fast.inference import Predictor, SectionFeatures
+from comtip_fast.inference.section import FeatureColumns, FeatureStore, row_blocks
 from comtip_fast.lineage import LineageSection
 
 log = logging.getLogger("comtip_fast")
@@ -25,8 +26,8 @@ MIN_DETECTION = 0.1
 """Smallest detection rate; fixed and not the run's setting, so that runs are compared on the same genes."""
 HVG_FROM_TRAINING, HVG_FROM_EVALUATED = "training sections", "evaluated section"
 
-Inputs = dict[str, dict[str, np.ndarray]]
-"""Maps a baseline to its candidate inputs, each (N, F)."""
+Inputs = dict[str, dict[str, FeatureStore]]
+"""Maps a baseline to its candidate inputs, each (N, F) and read in blocks of spots."""
 
 
 @dataclass
@@ -39,6 +40,23 @@ class RidgeFit:
     cv_pcc: float
     """Cross-validated mean PCC over all genes."""
 
+    def predict(self, x: dict[str, FeatureStore], n_spots: int, columns: np.ndarray) -> np.ndarray:
+        """Return the prediction of some of the fitted genes, float64 (N, g); the inputs are read in blocks of spots.
+
+        A gene that no training section measured is predicted as constant, so that its PCC is undefined.
+        """
+        out = np.zeros((n_spots, columns.size))
+        for rows in row_blocks(n_spots):
+            values = np.asarray(x[self.input].read(rows), np.float64)
+            for fitted, model in self.groups:
+                _, of_out, of_model = np.intersect1d(columns, fitted, return_indices=True)
+                out[np.ix_(rows, of_out)] = model.predict(values, of_model)
+        return out
+
+    def facts(self) -> dict[str, Any]:
+        """Return what ``metrics.json`` records of the fit: the chosen input, alphas and cross-validated PCC."""
+        return {"input": self.input, "alpha": sorted({m.alpha for _, m in self.groups}), "cv_mean_pcc": self.cv_pcc}
+
 
 @dataclass
 class _TrainData:
@@ -48,13 +66,14 @@ class _TrainData:
     """Section number of each spot."""
     cp10k: sparse.csr_matrix
     raw: sparse.csr_matrix
-    inputs: Inputs
+    inputs: dict[str, dict[str, np.ndarray]]
+    """As :data:`Inputs`, of all sections and in memory, because a fit needs all spots."""
     measured: dict[int, np.ndarray]
     """Maps a section number to bool over the gene table."""
 
 
 def spot_inputs(
-    predictor: Predictor, tiles: np.ndarray | TileSource, stain: StainStats, features: ImageFeatures
+    predictor: Predictor, tiles: np.ndarray | TileSource, stain: StainStats, features: SectionFeatures
 ) -> Inputs:
     """Return the candidate inputs of each baseline: mean colour, as stored and stain-normalised, and image features.
 
@@ -68,12 +87,12 @@ def spot_inputs(
     for rows, chunk in source.chunks():
         for name, colour in colours.items():
             colour[rows] = mean_colour(chunk if name == "tile colour" else normalise_stain(chunk, stain))
-    encoder = np.asarray(features.pooled_Nd, np.float64)
-    inputs = {"ridge_colour": colours, "ridge_features": {"encoder features": encoder}}
-    readout = predictor.bundle.readout
-    if readout is not None and features.readout_NF is not None and predictor.model.vision.stem is not None:
-        frozen = np.asarray(readout.frozen(features.readout_NF), np.float64)
-        inputs["ridge_frozen"] = {"mean and standard deviation of the frozen stem's patch features": frozen}
+    inputs: Inputs = {
+        "ridge_colour": {name: FeatureColumns(colour) for name, colour in colours.items()},
+        "ridge_features": {"encoder features": features.pooled},
+    }
+    if features.frozen is not None:
+        inputs["ridge_frozen"] = {"mean and standard deviation of the frozen stem's patch features": features.frozen}
     return inputs
 
 
@@ -155,30 +174,16 @@ class TrainReference:
         rows, _ = rank_by_variance([values], [shards.measured(number)], MIN_DETECTION)
         return [shards.genes[r].key for r in rows], HVG_FROM_EVALUATED
 
-    def ridge(
-        self, cohort: str, name: str, norm: str, keys: list[str], x: dict[str, np.ndarray]
-    ) -> tuple[np.ndarray, dict[str, Any]] | None:
-        """Predict genes by ridge regression trained on the cohort's training sections.
+    def ridge(self, cohort: str, name: str, norm: str, keys: list[str]) -> RidgeFit | None:
+        """Fit a ridge baseline on the cohort's training sections.
 
-        ``x`` has the candidate inputs, each (N, F); the one with the highest cross-validated PCC on the training sections
-        is used. A gene that no training section measured is predicted as constant, so that its PCC is undefined.
+        Among the candidate inputs, the one with the highest cross-validated PCC on the training sections is used.
 
         Returns
         -------
-        tuple or None
-            The prediction (N, genes), and the chosen input, alphas and cross-validated PCC; None if the cohort has no
-            training sections.
+        RidgeFit or None
+            The fit, cached; None if the cohort has no training sections.
         """
-        fit = self._fit(cohort, name, norm, keys)
-        if fit is None:
-            return None
-        out = np.zeros((len(next(iter(x.values()))), len(keys)))
-        for columns, model in fit.groups:
-            out[:, columns] = model.predict(np.asarray(x[fit.input], np.float64))
-        facts = {"input": fit.input, "alpha": sorted({m.alpha for _, m in fit.groups}), "cv_mean_pcc": fit.cv_pcc}
-        return out, facts
-
-    def _fit(self, cohort: str, name: str, norm: str, keys: list[str]) -> RidgeFit | None:
         cache_key = (cohort, name, norm, tuple(keys))
         if cache_key not in self._fits:
             data = self._load(cohort)
@@ -229,10 +234,14 @@ class TrainReference:
         counts = self.shards.counts(spots)
         raw = counts.astype(np.float64)
         raw.data = np.log1p(raw.data)
-        parts: list[Inputs] = []
+        parts: list[dict[str, dict[str, np.ndarray]]] = []
         for n in numbers:
             tiles, stain = ShardTiles(self.shards, spots[section == n]), self.shards.stain(n)
-            features = self.predictor.image_features(tiles, stain)
-            parts.append(spot_inputs(self.predictor, tiles, stain, features))
+            with SectionFeatures(self.predictor, tiles, stain) as features:
+                every = np.arange(len(tiles))
+                stores = spot_inputs(self.predictor, tiles, stain, features)
+                parts.append(
+                    {k: {i: np.asarray(v.read(every), np.float64) for i, v in x.items()} for k, x in stores.items()}
+                )
         inputs = {k: {i: np.concatenate([p[k][i] for p in parts]) for i in parts[0][k]} for k in parts[0]}
         return _TrainData(section, log1p_cp10k(counts), raw, inputs, {n: self.shards.measured(n) for n in numbers})

@@ -16,12 +16,13 @@ Tiles, spots and genes are processed in chunks, so that only the features and th
 
 from comtip_fast.inference.levels import GeneQuery, expected_values, predict_trained
 from comtip_fast.inference.predictor import ImageFeatures, Predictor
-from comtip_fast.inference.section import SectionPrediction, predict_section
+from comtip_fast.inference.section import SectionFeatures, SectionPrediction, predict_section
 
 __all__ = [
     "GeneQuery",
     "ImageFeatures",
     "Predictor",
+    "SectionFeatures",
     "SectionPrediction",
     "expected_values",
     "predict_section",

@@ -18,7 +18,7 @@ from comtip_shards.slides.tiles import StainStats
 
 from comtip_fast.data.tile_sources import TileSource
 from comtip_fast.inference.levels import GENES_PER_CHUNK, NORMS, GeneQuery, SentenceLevels, predict_chunks
-from comtip_fast.inference.predictor import Predictor
+from comtip_fast.inference.predictor import EncodedTiles, Predictor
 from comtip_fast.models.readout import ReadoutDecoder
 from comtip_fast.models.section_statistics import Moments, Neighbours, mean_over
 
@@ -68,13 +68,114 @@ class SpooledFeatures:
             out[run] = np.frombuffer(data, np.float32).reshape(-1, self._width)
         return out
 
+    def close(self) -> None:
+        """Delete the features."""
+        self._file.close()
+
     def __enter__(self) -> SpooledFeatures:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        self.close()
+
+
+class FeatureColumns:
+    """Some columns of stored features.
+
+    Parameters
+    ----------
+    store
+        The stored features, or an array of them in memory.
+    columns
+        The columns.
+    """
+
+    def __init__(self, store: FeatureStore | np.ndarray, columns: slice = slice(None)) -> None:
+        self._store, self._columns = store, columns
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """Return (n, W) of the tiles ``rows``, int64 ascending."""
+        values = self._store[rows] if isinstance(self._store, np.ndarray) else self._store.read(rows)
+        return values[:, self._columns]
+
+
+class SectionFeatures:
+    """Features of all tiles of a section, encoded once; a context manager. Large ones are kept in temporary files.
+
+    Parameters
+    ----------
+    predictor
+        The model.
+    tiles
+        Tiles of N spots.
+    stain
+        Stain statistics of the section.
+
+    Attributes
+    ----------
+    stored
+        The features that :class:`SectionPrediction` needs.
+    pooled
+        float32 (., d), mean patch feature before projection.
+    frozen
+        Mean and standard deviation of the frozen stem's patch features, averaged over the readout's views; None without a
+        frozen stem or a linear readout.
+    """
+
+    def __init__(self, predictor: Predictor, tiles: TileSource, stain: StainStats | None) -> None:
+        self.n_spots, self._dim = len(tiles), predictor.config.align.dim
+        readout = predictor.bundle.readout
+        self.stored = SpooledFeatures(stored_width(predictor), FEATURES_IN_MEMORY)
+        self.pooled = SpooledFeatures(predictor.model.vision.width, FEATURES_IN_MEMORY)
+        self.frozen: FeatureStore | None = None
+        if readout is not None and predictor.model.vision.stem is not None:
+            self.frozen = FeatureColumns(self.stored, slice(self._dim + readout.settings.vector_dim, None))
+        try:
+            for rows, chunk in tiles.ahead():
+                encoded = predictor.encode(chunk, stain)
+                self.stored.write(rows, to_store(encoded))
+                self.pooled.write(rows, encoded.pooled_nd)
+        except BaseException:
+            self.close()
+            raise
+
+    def predict_levels(self, levels: SentenceLevels) -> dict[str, np.ndarray]:
+        """Predict genes from level sentences alone, ``cp10k`` and ``raw``, float32 (N, g)."""
+        parts = [levels.predict(self.stored.read(rows)[:, : self._dim]) for rows in row_blocks(self.n_spots)]
+        return {name: np.concatenate([part[name] for part in parts]) for name in NORMS}
+
+    def close(self) -> None:
+        """Delete the features."""
+        self.stored.close()
+        self.pooled.close()
+
+    def __enter__(self) -> SectionFeatures:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def stored_width(predictor: Predictor) -> int:
+    """Return the number of features per tile that :func:`to_store` returns."""
+    return predictor.config.align.dim + (0 if predictor.bundle.readout is None else predictor.view_width)
+
+
+def to_store(encoded: EncodedTiles) -> np.ndarray:
+    """Return the features to store, float32 (n, W): the vector of each tile, and its features over views."""
+    if encoded.views_nF is None:
+        return encoded.vector_nD
+    return np.concatenate([encoded.vector_nD, encoded.views_nF], axis=1)
+
+
+def row_blocks(n: int) -> Iterator[np.ndarray]:
+    """Yield the indices below ``n`` in blocks of :data:`MAX_BLOCK`; one empty block if there are none."""
+    for start in range(0, max(n, 1), MAX_BLOCK):
+        yield np.arange(start, min(start + MAX_BLOCK, n))
 
 
 def _runs(rows: np.ndarray) -> Iterator[slice]:
@@ -155,7 +256,7 @@ class SectionPrediction:
     def __init__(self, predictor: Predictor, genes: Sequence[GeneQuery], cohort: str | None = None) -> None:
         self.predictor, self.n_genes, self.readout = predictor, len(genes), predictor.bundle.readout
         self._dim = predictor.config.align.dim
-        self.width = self._dim + (0 if self.readout is None else predictor.view_width)
+        self.width = stored_width(predictor)
         """Number of stored features per tile."""
         starts = range(0, len(genes), GENES_PER_CHUNK)
         self._chunks = [self._chunk(genes, slice(i, min(i + GENES_PER_CHUNK, len(genes))), cohort) for i in starts]
@@ -172,10 +273,7 @@ class SectionPrediction:
 
     def encode(self, tiles_NSS3: np.ndarray, stain: StainStats | None) -> np.ndarray:
         """Return the features to store, float32 (n, W): the vector of the tile, and its features over views."""
-        encoded = self.predictor.encode(tiles_NSS3, stain)
-        if encoded.views_nF is None:
-            return encoded.vector_nD
-        return np.concatenate([encoded.vector_nD, encoded.views_nF], axis=1)
+        return to_store(self.predictor.encode(tiles_NSS3, stain))
 
     def summarise(self, store: FeatureStore, n_spots: int, xy_N2: np.ndarray | None) -> _Whole:
         """Return the neighbours of all spots and the moments of the features, which :meth:`predict_rows` needs."""
@@ -201,6 +299,14 @@ class SectionPrediction:
         whole = self.summarise(store, n_spots, xy_N2)
         for rows in self._blocks(n_spots, xy_N2, whole.neighbours):
             yield from self.predict_rows(whole, rows)
+
+    def predict_all(self, store: FeatureStore, n_spots: int, xy_N2: np.ndarray | None) -> dict[str, np.ndarray]:
+        """Return the predictions of :meth:`blocks` for all spots and genes: ``cp10k`` and ``raw``, float32 (N, G)."""
+        out = {name: np.zeros((n_spots, self.n_genes), np.float32) for name in NORMS}
+        for block in self.blocks(store, n_spots, xy_N2):
+            for name, value in block.values.items():
+                out[name][block.rows, block.columns] = value
+        return out
 
     def predict_rows(self, whole: _Whole, rows: np.ndarray) -> Iterator[PredictedBlock]:
         """Predict all genes of some spots; ``whole`` is from :meth:`summarise`."""
@@ -297,11 +403,7 @@ def predict_section(
         :meth:`Predictor.predict` up to rounding.
     """
     prediction, n = SectionPrediction(predictor, genes, cohort), len(tiles)
-    out = {name: np.zeros((n, len(genes)), np.float32) for name in NORMS}
     with SpooledFeatures(prediction.width, FEATURES_IN_MEMORY) as store:
         for rows, chunk in tiles.ahead():
             store.write(rows, prediction.encode(chunk, stain))
-        for block in prediction.blocks(store, n, xy_N2):
-            for name, value in block.values.items():
-                out[name][block.rows, block.columns] = value
-    return out
+        return prediction.predict_all(store, n, xy_N2)

@@ -79,7 +79,9 @@ class VisionEncoder(nn.Module):
         """
         B, _, S, _ = tiles_B3SS.shape
         if self.grid * self.patch_px != S:
-            raise ValueError(f"tiles are {S} px wide, but the encoder was built for {self.grid * self.patch_px} px")
+            raise ValueError(
+                f"tiles are {S} px wide, but the encoder was built for {self.grid * self.patch_px} px; pass tiles of that width"
+            )
         x = (tiles_B3SS.to(self.pixel_mean.dtype) / 255 - self.pixel_mean) / self.pixel_std
         k, p = self.grid, self.patch_px
         return x.view(B, 3, k, p, k, p).permute(0, 2, 4, 1, 3, 5).reshape(B, k * k, 3, p, p)

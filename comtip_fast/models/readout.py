@@ -34,7 +34,7 @@ NORMS, BLOCKS = ("cp10k", "raw"), ("vector", "frozen")
 N_VIEWS = 8
 VECTOR_RIDGE = 1.0
 VIEW_ORDER = (0, 6, 2, 4, 1, 3, 5, 7)
-"""Order in which views are added: the tile, its half turn mirrored, half turn, mirrored, and the others."""
+"""Order in which views are used: the tile, its mirrored half turn, its half turn, its mirror image, then the others."""
 
 
 # -- features -----------------------------------------------------------------------------------------------
@@ -324,7 +324,7 @@ class _Decoders:
         return np.concatenate([self.trained, self.unseen])
 
     def of_norm(self, part: NormHead, norm: str) -> list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-        """Return (columns, mean, std, loading (K, columns)) of the trained genes and of the others."""
+        """Return (columns, mean, std, loadings (K, g)) of the head's own genes and, with gene vectors, of the unseen genes."""
         rows = self.rows
         out = [(self.trained, part.mean_G[rows], part.std_G[rows], part.loading_KG[:, rows])]
         if self.mixing is not None:
@@ -337,7 +337,7 @@ class _Decoders:
 def _vector_map(keys: Sequence[str], vectors: GeneVectors, rows: Sequence[int]) -> np.ndarray:
     """Return weights (G, new) that give the loadings of new genes as a combination of the trained genes' loadings.
 
-    Ridge regression of the loadings L^T (G, K) on gene vectors V (G, V) maps a new vector v to v (V^T V + r I)^-1 V^T L^T,
+    Ridge regression of the loadings L^T (G, K) on gene vectors V (G, D) maps a new vector v to v (V^T V + r I)^-1 V^T L^T,
     which is linear in L. Genes without a vector have weight 0.
     """
     index = np.array([vectors.row.get(k, -1) for k in keys], np.int64)

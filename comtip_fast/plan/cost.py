@@ -36,9 +36,9 @@ class Precision:
     """Bytes per element."""
 
     stream: int
-    """Of the residual stream, norms and losses."""
+    """In the residual stream, norms and losses."""
     operand: int
-    """Of the operands of matrix products."""
+    """In the operands of matrix products."""
     weight_copies: bool = False
     """Whether autocast keeps a copy of the weights in the operands' precision."""
 

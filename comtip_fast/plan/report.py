@@ -157,10 +157,44 @@ def _assumed(plan: Plan) -> list[str]:
 
 def as_data(plan: Plan, mean: Plan | None = None) -> dict[str, Any]:
     """Return the plan as plain data for ``--json``, in bytes, FLOPs and seconds."""
-    c, e, s = plan.cluster, plan.engine, plan.sizes
+    c = plan.cluster
     return {
         "predicted": True,
         "name": plan.name,
+        **_assumptions(plan),
+        "memory": [{"name": r.name, "bytes": r.bytes, "where": r.where, "lasts": r.lasts} for r in plan.memory],
+        "device_bytes": plan.device_bytes,
+        "fits": plan.fits,
+        "parts": [
+            {"name": p.name} | {k: p.sum(k) for k in ("flops", "back_flops", "moved", "back_moved")} | {"kept": p.saved}
+            for p in plan.parts
+        ],
+        "traffic": [
+            {
+                "part": t.part,
+                "what": t.what,
+                "kind": t.kind,
+                "sent": t.sent(c.ranks),
+                "link": t.on_links(c)[0],
+                "fabric": t.on_links(c)[1],
+            }
+            for t in plan.traffic
+        ],
+        "times": [{"name": t.name, "seconds": t.seconds, "bound": t.bound, "hidden": t.hidden} for t in plan.times],
+        "step_seconds": plan.step_seconds,
+        "spots_per_s": plan.spots_per_s,
+        "utilisation": plan.utilisation,
+        "loader": {"tiles_per_s": plan.loader.tiles_per_s, "bytes_per_s": plan.loader.bytes_per_s},
+        "mean_panel": None
+        if mean is None
+        else {"G": mean.sizes.G, "step_seconds": mean.step_seconds, "spots_per_s": mean.spots_per_s},
+    }
+
+
+def _assumptions(plan: Plan) -> dict[str, Any]:
+    """Return what a plan is computed from: cluster, assumed rates and sizes, engine and model."""
+    c, e, s = plan.cluster, plan.engine, plan.sizes
+    return {
         "cluster": {
             "device": c.device.name,
             "per_node": c.per_node,
@@ -196,30 +230,4 @@ def as_data(plan: Plan, mean: Plan | None = None) -> dict[str, Any]:
             "parameters": s.trained,
             "frozen": s.frozen,
         },
-        "memory": [{"name": r.name, "bytes": r.bytes, "where": r.where, "lasts": r.lasts} for r in plan.memory],
-        "device_bytes": plan.device_bytes,
-        "fits": plan.fits,
-        "parts": [
-            {"name": p.name} | {k: p.sum(k) for k in ("flops", "back_flops", "moved", "back_moved")} | {"kept": p.saved}
-            for p in plan.parts
-        ],
-        "traffic": [
-            {
-                "part": t.part,
-                "what": t.what,
-                "kind": t.kind,
-                "sent": t.sent(c.ranks),
-                "link": t.on_links(c)[0],
-                "fabric": t.on_links(c)[1],
-            }
-            for t in plan.traffic
-        ],
-        "times": [{"name": t.name, "seconds": t.seconds, "bound": t.bound, "hidden": t.hidden} for t in plan.times],
-        "step_seconds": plan.step_seconds,
-        "spots_per_s": plan.spots_per_s,
-        "utilisation": plan.utilisation,
-        "loader": {"tiles_per_s": plan.loader.tiles_per_s, "bytes_per_s": plan.loader.bytes_per_s},
-        "mean_panel": None
-        if mean is None
-        else {"G": mean.sizes.G, "step_seconds": mean.step_seconds, "spots_per_s": mean.spots_per_s},
     }

@@ -34,7 +34,7 @@ def uniform(seed: SupportsIndex, purpose: str, *counters: SupportsIndex | str, i
         ``index`` does not hold integers.
     """
     if index.dtype.is_floating_point or index.dtype.is_complex or index.dtype == torch.bool:
-        raise TypeError(f"index must hold integers, not {index.dtype}")
+        raise TypeError(f"index must be integers, not {index.dtype}; pass an integer tensor")
     z = (index.long() + 1) * _GOLDEN + _signed(key(seed, purpose, *counters))
     z = (z ^ _shift(z, 30)) * _MIX_1
     z = (z ^ _shift(z, 27)) * _MIX_2

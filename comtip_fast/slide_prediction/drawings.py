@@ -54,7 +54,7 @@ class Answer:
         index = {gene: i for i, gene in enumerate(self.genes)}
         missing = [g for g in genes if g not in index]
         if missing:
-            raise ValueError(f"{self.path}: not predicted: {', '.join(missing[:5])}; add to --genes")
+            raise ValueError(f"{self.path}: not predicted: {', '.join(missing[:5])}; add them to --genes")
         return [index[g] for g in genes]
 
     def rows(self, columns: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:

@@ -32,7 +32,7 @@ def make_optimizer(module: nn.Module, config: OptimConfig, *, fused: bool = Fals
 
 
 def mask_steps(optimizer: torch.optim.Optimizer, good: torch.Tensor) -> None:
-    """Let further steps of a fused optimizer change nothing where ``good`` is False; the host reads nothing.
+    """Make later steps of a fused optimizer skip the update if ``good`` is False, without a read on the host.
 
     Parameters
     ----------

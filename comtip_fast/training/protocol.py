@@ -68,8 +68,8 @@ class TrainingTask(Protocol):
     def after_step(self, module: nn.Module, step: int, good: Tensor | None = None) -> None:
         """Run after an optimizer step, for example to update moving averages.
 
-        ``good`` is a bool scalar on the device: where it is False the step was not finite, and nothing may change. Without
-        it the step was finite; on a CPU, after_step is called without it, and only then.
+        ``good`` is a bool scalar on the device; if it is False, the step was not finite and nothing may change. On a CPU,
+        the method is called without it, after finite steps only.
         """
         ...
 

@@ -84,6 +84,20 @@ def build_task(
         longest=config.text.max_tokens + 2,
         vector_dim=0 if vectors is None else vectors.vector_GK.shape[1],
     )
+    model = _build_model(config, device, sizes, initialise)
+    parents = parents_of(config, required=initialise) if parents is None else parents
+    group = group or SingleProcessGroup()
+    task = CoMTIPTask(config, shards, tables, tokenizer, model.to(device), sizes, group, parents, vectors)
+    if config.train.start_from and initialise:
+        # Loaded after the task has set the stem's output scale: the encoder was trained on the scale of its source run.
+        keys = [shards.genes[row].key for row in tables.genes.trained]
+        sha256 = "" if vectors is None else vectors.sha256
+        start_from(task.model, config.train.start_from, keys, tokenizer.sha256, sha256)
+    return task
+
+
+def _build_model(config: RunConfig, device: torch.device, sizes: ModelSizes, initialise: bool) -> CoMTIP:
+    """Build the model on the CPU, with pretrained weights of the image encoder if ``initialise``."""
     vision = config.vision if initialise else replace(config.vision, pretrained="")
     model = CoMTIP(replace(config, vision=vision), sizes)
     check_vision(config, model.vision.n_patches)
@@ -95,15 +109,7 @@ def build_task(
     log.info("attention of the sentence encoder: %s", attention)
     if config.engine.compile:
         model.compile_blocks()
-    parents = parents_of(config, required=initialise) if parents is None else parents
-    group = group or SingleProcessGroup()
-    task = CoMTIPTask(config, shards, tables, tokenizer, model.to(device), sizes, group, parents, vectors)
-    if config.train.start_from and initialise:
-        # Loaded after the task has set the stem's output scale: the encoder was trained on the scale of its source run.
-        keys = [shards.genes[row].key for row in tables.genes.trained]
-        sha256 = "" if vectors is None else vectors.sha256
-        start_from(task.model, config.train.start_from, keys, tokenizer.sha256, sha256)
-    return task
+    return model
 
 
 def check_vision(config: RunConfig, n_patches: int) -> None:
@@ -211,7 +217,7 @@ class CoMTIPTask:
         return "\n".join(lines)
 
     def leaks(self) -> list[str]:
-        """Return one message per way in which the parents' training data limits what this run's scores mean."""
+        """Return warnings of leakage: data or genes held out by this run that its parents were trained on."""
         return parent_leaks(self.parents, self.shards, self.tables)
 
     def prepare(self) -> None:

@@ -57,6 +57,7 @@ def start_from(
     folder = Path(source)
     bundle = Bundle.load(folder / "export" if (folder / "export").is_dir() else folder)
     old, new = bundle.model.state_dict(), model.state_dict()
+    differing = _differing_inputs(bundle, tokenizer_sha256, vectors_sha256)
     left = [f"{name}: not in this model" for name in old.keys() - new.keys()]
     taken = 0
     for name, target in new.items():
@@ -68,10 +69,8 @@ def start_from(
             left.append(f"{name}: not in {folder}")
         elif value.shape != target.shape:
             left.append(f"{name}: shape {tuple(value.shape)} in {folder}, {tuple(target.shape)} in this model")
-        elif name == "genes.token_Vd" and bundle.tokenizer_sha256 != tokenizer_sha256:
-            left.append(f"{name}: the tokenizers differ")
-        elif name in VECTOR_TENSORS and (bundle.vectors is None or bundle.vectors.sha256 != vectors_sha256):
-            left.append(f"{name}: the gene vectors differ")
+        elif name in differing:
+            left.append(f"{name}: {differing[name]}")
         else:
             target.copy_(value)
             taken += 1
@@ -91,6 +90,14 @@ def start_from(
     for reason in sorted(left):
         log.warning("not loaded: %s", reason)
     return sorted(left)
+
+
+def _differing_inputs(bundle: Bundle, tokenizer_sha256: str, vectors_sha256: str) -> dict[str, str]:
+    """Return {tensor: reason} for tensors that belong to another tokenizer or to other gene vectors."""
+    out = {} if bundle.tokenizer_sha256 == tokenizer_sha256 else {"genes.token_Vd": "the tokenizers differ"}
+    if bundle.vectors is None or bundle.vectors.sha256 != vectors_sha256:
+        out |= dict.fromkeys(VECTOR_TENSORS, "the gene vectors differ")
+    return out
 
 
 def _take_identities(

@@ -13,9 +13,10 @@ from comtip_fast.data.expression.levels import LevelTable
 from comtip_fast.export import Bundle, ExportGene
 from comtip_fast.inference import GeneQuery, Predictor
 from comtip_fast.training.validation import Validation
+from testkit.rehearsal.cuda_runtime import stand_in_cuda
 from testkit.rehearsal.launches import recorded_launches
 from testkit.rehearsal.record import Record
-from testkit.rehearsal.stand_in import CUDA, stand_in_cuda
+from testkit.rehearsal.stand_in import CUDA
 from testkit.rehearsal.walk import TILE_PX, SyntheticTask, Walk, gene_names, group_of
 
 SPOTS, GENES = 512, 512

@@ -32,10 +32,11 @@ from comtip_fast.training.engines.factory import make_engine
 from comtip_fast.training.losses import StepLosses
 from comtip_fast.training.task import CoMTIPTask
 from comtip_fast.training.trainer import Trainer
+from testkit.rehearsal.cuda_runtime import stand_in_cuda
 from testkit.rehearsal.engines import stand_in_engines
 from testkit.rehearsal.launches import recorded_launches
 from testkit.rehearsal.record import ROOT, Record
-from testkit.rehearsal.stand_in import CUDA, stand_in_cuda
+from testkit.rehearsal.stand_in import CUDA
 
 SECTIONS = 64
 TILE_PX = 224

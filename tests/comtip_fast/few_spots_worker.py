@@ -1,4 +1,4 @@
-"""Run by every rank: whole runs whose batches have fewer spots than there are ranks. Rank 0 prints the logged rows.
+"""Script of one rank: complete training runs with fewer spots per batch than ranks. Rank 0 prints the logged rows.
 
 ``few_spots_worker.py SHARDS FOLDER ENGINE``, with ``ddp`` or ``zero``.
 """
@@ -55,7 +55,7 @@ RUNS = {"ddp": DDP, "zero": ZERO}
 
 
 def main() -> None:
-    """Work through the runs."""
+    """Execute the runs."""
     from comtip_fast.config.io import load_config
     from comtip_fast.training.distributed.process_group import init_distributed
     from comtip_fast.training.task import build_task

@@ -1,20 +1,26 @@
 """Which sections and genes an evaluation scores, and which input it rejects."""
 
 import json
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from comtip_shards import ShardSet
 from comtip_shards.builder.build import build_shards
 from comtip_shards.sources import open_source
 
+from comtip_fast.data.tile_sources import ArrayTiles
 from comtip_fast.evaluation.evaluate import SectionData, evaluate, write_metrics
+from comtip_fast.evaluation.metrics import partial_pcc_per_gene, score_columns
+from comtip_fast.evaluation.nulls import null_pcc
 from comtip_fast.evaluation.run import evaluate_run
 from comtip_fast.evaluation.train_reference import TrainReference, spot_inputs
 from comtip_fast.genes.vectors import GeneVectors
-from comtip_fast.inference import ImageFeatures, Predictor
+from comtip_fast.inference import Predictor, SectionFeatures, section
+from comtip_fast.inference.section import FeatureColumns
 from comtip_fast.metrics import pcc_per_gene
 from testkit.tiny import TinySection, write_tiny_source
 
@@ -102,20 +108,24 @@ def test_the_colour_of_the_baseline_is_chosen_on_training_sections(predictor: Pr
     keys = predictor.trained_genes[:8]
     number = tiny_shards.section_number("x1")
     spots = tiny_shards.select(sections=[number])
-    tiles, stain = tiny_shards.tiles(spots), tiny_shards.stain(number)
-    features = ImageFeatures(np.zeros((len(tiles), 2)), np.zeros((len(tiles), 2)))
-    x = spot_inputs(predictor, tiles, stain, features)["ridge_colour"]
+    tiles, stain = ArrayTiles(tiny_shards.tiles(spots)), tiny_shards.stain(number)
+    with SectionFeatures(predictor, tiles, stain) as features:
+        x = spot_inputs(predictor, tiles, stain, features)["ridge_colour"]
     assert set(x) == {"tile colour", "stain-normalised tile colour"}
     data = reference._load("human_breast")
     assert data is not None
     both = {i: reference._fit_groups(data, v, i, "cp10k", keys).cv_pcc for i, v in data.inputs["ridge_colour"].items()}
-    prediction, facts = reference.ridge("human_breast", "ridge_colour", "cp10k", keys, x) or (None, {})
+    fit = reference.ridge("human_breast", "ridge_colour", "cp10k", keys)
+    assert fit is not None
+    facts, every = fit.facts(), np.arange(len(keys))
     assert facts["input"] == max(both, key=lambda i: both[i])
     assert facts["cv_mean_pcc"] == pytest.approx(max(both.values()))
     # The other input is not read.
     unused = next(i for i in x if i != facts["input"])
-    again, _ = reference.ridge("human_breast", "ridge_colour", "cp10k", keys, x | {unused: x[unused] * 0}) or (None, {})
+    prediction = fit.predict(x, len(tiles), every)
+    again = fit.predict(x | {unused: FeatureColumns(np.zeros((0, 3)))}, len(tiles), every)
     np.testing.assert_array_equal(prediction, again)
+    np.testing.assert_allclose(fit.predict(x, len(tiles), np.array([5, 1])), prediction[:, [5, 1]])
 
 
 def test_a_gene_that_one_training_section_lacks_is_fitted_on_the_other(
@@ -142,8 +152,10 @@ def test_a_gene_that_one_training_section_lacks_is_fitted_on_the_other(
         return real(x, y, section)
 
     monkeypatch.setattr(module, "fit_ridge", spy)
-    x = {i: v[:9] for i, v in data.inputs["ridge_features"].items()}
-    out, _ = reference.ridge("human_breast", "ridge_features", "raw", keys, x) or (np.zeros(0), {})
+    x = {i: FeatureColumns(v) for i, v in data.inputs["ridge_features"].items()}
+    fit = reference.ridge("human_breast", "ridge_features", "raw", keys)
+    assert fit is not None
+    out = fit.predict(x, 9, np.arange(4))
     assert sorted(seen) == [(1, 1), (2, 2)]
     assert out[:, 1].std() > 0
     assert (out[:, 2] == 0).all()
@@ -180,3 +192,74 @@ def test_a_model_without_a_readout_has_no_scores_for_it(predictor: Predictor, ti
     entry = evaluate(bare, tiny_shards, n_null=2).metrics["cohorts"]["human_breast"]
     assert entry["ridge_frozen"] == {"cp10k": None, "raw": None}
     assert entry["zero_shot_levels"] == entry["zero_shot"]
+
+
+def test_features_of_a_section_are_read_in_blocks(
+    predictor: Predictor, tiny_shards: ShardSet, monkeypatch: pytest.MonkeyPatch
+):
+    """Features of all spots are never in memory at once, and the scores are those of one block."""
+    untrained = with_other_cohort(predictor)  # without ridge baselines, whose fit needs all training spots
+    whole = evaluate(untrained, tiny_shards, n_null=2)
+    read: list[int] = []
+    real = section.SpooledFeatures.read
+
+    def counted(self: section.SpooledFeatures, rows: np.ndarray) -> np.ndarray:
+        read.append(rows.size)
+        return real(self, rows)
+
+    monkeypatch.setattr(section.SpooledFeatures, "read", counted)
+    monkeypatch.setattr(section, "MIN_BLOCK", 4)
+    monkeypatch.setattr(section, "MAX_BLOCK", 4)
+    monkeypatch.delattr(Predictor, "image_features")
+    parts = evaluate(untrained, tiny_shards, n_null=2)
+    n = min(len(data.xy) for data in whole.sections)
+    assert n > 40
+    assert max(read) <= 4 + 12 < n, "a block of spots, with the neighbours of each"
+    for one, two in zip(whole.sections, parts.sections, strict=True):
+        for norm in ("cp10k", "raw"):
+            np.testing.assert_allclose(one.predicted[norm], two.predicted[norm], rtol=1e-4, atol=1e-5)
+        pd.testing.assert_frame_equal(one.gene_table, two.gene_table, rtol=1e-3)
+
+
+def test_a_baseline_reads_its_input_in_blocks(
+    predictor: Predictor, tiny_shards: ShardSet, monkeypatch: pytest.MonkeyPatch
+):
+    fit = TrainReference(predictor, tiny_shards).ridge("human_breast", "ridge_colour", "raw", predictor.trained_genes)
+    assert fit is not None
+    values, read = np.random.default_rng(0).random((50, 3)), []
+
+    class Counted(FeatureColumns):
+        def read(self, rows: np.ndarray) -> np.ndarray:
+            read.append(rows.size)
+            return super().read(rows)
+
+    every = np.arange(len(predictor.trained_genes))
+    want = fit.predict({fit.input: FeatureColumns(values)}, 50, every)
+    monkeypatch.setattr(section, "MAX_BLOCK", 16)
+    np.testing.assert_allclose(fit.predict({fit.input: Counted(values)}, 50, every), want)
+    assert read == [16, 16, 16, 2]
+
+
+@pytest.mark.parametrize("name", ["score", "pcc", "partial", "null"])
+def test_memory_of_scores_does_not_grow_with_genes(name: str):
+    n, moved = 400, np.stack([np.arange(400)[::-1]] * 3)
+    covariates = np.random.default_rng(1).random((n, 2))
+
+    def peak(genes: int) -> int:
+        measured = np.random.default_rng(0).random((n, genes))
+        predicted = measured[::-1].astype(np.float32)
+        tracemalloc.start()
+        if name == "score":
+            score_columns(measured, lambda c: predicted[:, c], covariates, np.arange(genes), np.arange(50))
+        elif name == "pcc":
+            pcc_per_gene(measured, predicted)
+        elif name == "partial":
+            partial_pcc_per_gene(measured, predicted, covariates)
+        else:
+            null_pcc(measured, predicted, moved)
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    few, many = peak(256), peak(2048)
+    assert many - few < 0.1 * (2048 - 256) * n * 8, (few, many)

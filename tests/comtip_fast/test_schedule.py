@@ -29,7 +29,7 @@ def reads(batches: list[np.ndarray]) -> int:
 
 @pytest.mark.parametrize("k", [None, 4])
 def test_balanced_epochs_read_runs(k: int | None):
-    """With balancing, ``data.run`` was ignored in silence."""
+    """Regression test: with balancing, ``data.run`` was silently ignored."""
     sizes, platforms = [4000, 3000, 300, 250], ["a", "a", "b", "b"]
     common = {"batch_size": 512, "sections_per_batch": k}
     single, runs = (schedule_of(sizes, platforms, run=run, **common) for run in (1, 32))
@@ -58,7 +58,7 @@ PINNED = [64, 54, 52, 51, 44, 5, 6, 23]
 
 
 def test_sections_are_found_in_one_pass():
-    """Each section was found by a comparison with all spots: 33 s for 20 M spots of 3,000 sections."""
+    """Regression test: each section was found by a comparison with all spots: 33 s for 20 M spots of 3,000 sections."""
     ascending = np.repeat(np.arange(200), 20)
     parts = list(by_section(ascending))
     assert all(isinstance(at, slice) for _, at in parts), "spots in the order of the set are not sorted or copied"

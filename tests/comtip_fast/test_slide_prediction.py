@@ -303,7 +303,7 @@ def test_overlays_and_geojson(quick: Path, slide: Path, tmp_path: Path, capsys: 
         np.testing.assert_allclose([values[g] for g in GENES], answer.X[i], atol=1e-5)
     capsys.readouterr()
     assert predict(quick, slide, out, "--overlays", "CD74") == 2
-    assert "not predicted: CD74; add to --genes" in capsys.readouterr().err
+    assert "not predicted: CD74; add them to --genes" in capsys.readouterr().err
 
 
 def test_a_folder_of_slides_is_predicted_and_a_bad_one_does_not_stop_the_others(

@@ -1,4 +1,4 @@
-"""A batch reaches a device in one copy from one buffer, and holds there what a CPU's batch holds."""
+"""A batch is copied to a device once, from one buffer, and equals the batch on a CPU."""
 
 from __future__ import annotations
 

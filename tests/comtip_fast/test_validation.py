@@ -39,7 +39,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_a_section_is_encoded_in_chunks(
     tiny_shards: ShardSet, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch, encoded, kept: int, stem
 ):
-    """A section was encoded in one call, and the features of every section stayed on the device."""
+    """Regression test: a section was encoded in one call, and the features of every section stayed on the device."""
     task = task_of(tiny_shards, tiny_overrides, *stem)
     whole = task.validate()
     n = sum(encoded)
@@ -76,7 +76,7 @@ def test_the_spots_of_a_section_are_capped(tiny_shards: ShardSet, tiny_overrides
 
 
 def test_validation_runs_in_the_precision_of_the_run(tiny_shards: ShardSet, tiny_overrides: list[str], monkeypatch):
-    """It ran in fp32 under bf16 training: twice the time and memory, and other numbers than the exported model's."""
+    """Regression test: validation ran in fp32 under bf16 training, with twice the time and memory, and other numbers than the exported model's."""
     dtypes: list[torch.dtype] = []
     task = task_of(tiny_shards, tiny_overrides, "train.precision=bf16")
     task.model.vision.blocks[0].attn.qkv.register_forward_hook(lambda _m, _i, out: dtypes.append(out.dtype))

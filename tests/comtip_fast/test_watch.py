@@ -200,7 +200,7 @@ def test_the_cost_of_a_step_is_what_the_flop_counter_counts(tiny_shards, tiny_ov
 def test_a_run_does_not_need_to_know_the_cost_of_its_blocks(
     tiny_shards, tiny_overrides, tmp_path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    """``pretrain`` refused a SwiGLU backbone, which the model supports, because its FLOP/s could not be logged."""
+    """Regression test: ``pretrain`` refused a SwiGLU backbone, which the model supports, because its FLOP/s could not be logged."""
     from timm.layers import SwiGLU
 
     from comtip_fast.models import image_encoder

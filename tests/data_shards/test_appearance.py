@@ -55,5 +55,5 @@ def test_fluorescence_is_reported():
 
 
 def test_other_arrays_are_refused():
-    with pytest.raises(ValueError, match="expected an RGB image of uint8"):
+    with pytest.raises(ValueError, match=r"pass uint8 \(H, W, 3\) RGB"):
         looks_like_he(np.zeros((4, 4, 3)))

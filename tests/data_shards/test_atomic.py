@@ -1,4 +1,4 @@
-"""Atomic writes: an older file or folder stays until the new one is whole."""
+"""Atomic writes: an older file or folder is kept until the new one is complete."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ def test_a_folder_that_another_process_has_finished_is_kept(tmp_path: Path):
 
 
 def test_an_input_error_is_not_taken_for_a_disk_error(tmp_path: Path):
-    """HDF5 writes its errno into the text, which is that of the input, not of the folder that is written."""
+    """The message contains an errno of HDF5, which is about the input and not about the output folder."""
 
     def write() -> None:
         with atomic_folder(tmp_path / "folder") as folder:

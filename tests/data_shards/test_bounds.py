@@ -1,4 +1,4 @@
-"""What is read whole, unpacked or printed has bounds, and they are checked before memory is used."""
+"""Sizes of what is read, unpacked or printed are bounded, and are checked before memory is allocated."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def png_of_16_bits() -> bytes:
     ],
 )
 def test_a_tile_is_one_picture_of_3_times_8_bits(data: bytes, codec: str):
-    with pytest.raises(ShardError, match="here: the tile is not a single image of 3 x 8 bits"):
+    with pytest.raises(ShardError, match="here: the tile is not a single RGB image of 8 bits"):
         decode_tile(data, 8, codec, "here")
     assert decode_tile(picture("RGB", codec), 8, codec, "here").shape == (8, 8, 3)
 
@@ -134,14 +134,14 @@ def test_a_tile_cannot_have_many_times_the_bytes_of_its_pixels(copy: Path):
 def test_a_dataset_that_claims_more_than_it_stores_is_not_read(tmp_path: Path):
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file.create_dataset("uns/image", (200_000, 150_000, 3), "u1", chunks=(512, 512, 3), compression="gzip")
-    with pytest.raises(SourceError, match=r"a\.h5: '/uns/image' claims 83\.8 GiB .*get it again"):
-        open_hdf5(tmp_path / "a.h5", "an HDF5 file", "is it whole?")
+    with pytest.raises(SourceError, match=r"a\.h5: '/uns/image' claims 83\.8 GiB .*copy or download it again"):
+        open_hdf5(tmp_path / "a.h5", "an HDF5 file", "download it again")
     with h5py.File(tmp_path / "b.h5", "w") as file:  # zeros that were written are data
         data = file.create_dataset("x", (1 << 22,), "f8", chunks=(1 << 20,), compression="gzip")
         data[:] = 0
         file["none"] = h5py.Empty("f4")
         file["text"] = np.array(["a", "b"], h5py.string_dtype())
-    open_hdf5(tmp_path / "b.h5", "an HDF5 file", "is it whole?").close()
+    open_hdf5(tmp_path / "b.h5", "an HDF5 file", "download it again").close()
 
 
 def test_packed_lists_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

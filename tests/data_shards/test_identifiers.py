@@ -55,7 +55,7 @@ def test_resolve_never_guesses(text: str, species: str, key: str, how: str):
 
 
 def test_unknown_species_is_refused():
-    with pytest.raises(ValueError, match="human and mouse"):
+    with pytest.raises(ValueError, match="human or mouse"):
         RESOURCE.resolve("AAA1", "rat")
 
 

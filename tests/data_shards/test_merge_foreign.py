@@ -1,4 +1,4 @@
-"""Sets of strangers, with every hash agreeing: merge and verify refuse what is broken, and pages carry nothing over."""
+"""Untrusted sets whose hashes all match: merge and verify refuse invalid content, and report pages are rendered again."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def spot(**values: object) -> Callable[[Path], None]:
 
 
 def unmeasured(folder: Path) -> None:
-    """The section says that it did not measure a gene that it has counts of."""
+    """Mark a gene with counts as not measured."""
 
     def change(data: dict) -> None:
         bits = bytearray(base64.b64decode(data["sections"][0]["assay_genes"]))

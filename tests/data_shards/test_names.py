@@ -1,4 +1,4 @@
-"""Names that a file states become paths only after they were checked: nothing is written, cut or read elsewhere."""
+"""Names from files are checked before they become paths: nothing elsewhere is written, truncated or read."""
 
 from __future__ import annotations
 
@@ -233,7 +233,9 @@ def test_a_fetched_table_names_no_file_of_this_machine(tmp_path: Path, image: st
     fs = fsspec.filesystem("memory")
     fs.put(str(table.parent), "/names/source", recursive=True)
     try:
-        with pytest.raises(SourceError, match=r"a table of section t1 names the file .* which leaves the folder"):
+        with pytest.raises(
+            SourceError, match=r"the table entry of section t1 names the file .* which leaves the folder"
+        ):
             open_source("memory://names/source", cache=tmp_path / "cache")
         with pytest.raises(SourceError, match="leaves the folder"):
             fetch_source("memory://names/source/manifest.tsv", cache=tmp_path / "cache")

@@ -144,7 +144,7 @@ def read(path: Path, **facts: str):
 
 
 def is_the_run(section) -> None:
-    """The section has the counts, ids and positions of :func:`visium`."""
+    """Check that the section has the counts, ids and positions of :func:`visium`."""
     assert section.spot_ids == BC
     assert section.gene_ids == IDS
     np.testing.assert_array_equal(section.counts.toarray(), COUNTS)

@@ -35,7 +35,7 @@ def legacy(folder: Path, n: int = 1) -> Path:
 
 @pytest.mark.parametrize("key", ["specie", "Species", "mpp_um", "img"])
 def test_unknown_facts_are_refused_with_the_nearest_name(key: str):
-    with pytest.raises(SourceError, match=f"unknown fact '{key}'.* can be stated"):
+    with pytest.raises(SourceError, match=f"unknown fact '{key}'; .*tissue"):
         open_source(SAMPLES, overrides={key: "human"})
 
 
@@ -95,7 +95,7 @@ def test_species_by_any_usual_name(tmp_path: Path, species: str):
 
 
 def test_scale_factors_of_visium_hd_are_not_needed_for_the_message(tmp_path: Path):
-    """A missing file is called missing, not invalid JSON."""
+    """A missing file is reported as missing, not as invalid JSON."""
     run = Path(shutil.copytree(VISIUM, tmp_path / "v", copy_function=shutil.copyfile))
     factors = next(run.rglob("*scalefactors_json.json"))
     scale = json.loads(factors.read_text())

@@ -145,7 +145,7 @@ BAD = {
     "no join": (rename_spots, "share no spot id.*spot0"),
     "gene twice": (repeat_gene, "genes in the header.*more than once.*ERBB2"),
     "spot twice": (repeat_spot, "spot ids.*more than once"),
-    "positions gone": (lambda f: edit_drop(f, "t1_spots.tsv", "pixel_x"), "lacks the column pixel_x"),
+    "positions gone": (lambda f: edit_drop(f, "t1_spots.tsv", "pixel_x"), "missing column pixel_x"),
     "position is text": (lambda f: edit(f, "t1_spots.tsv", pixel_x="here"), "'here', not a number"),
     "position missing": (lambda f: edit(f, "t1_spots.tsv", pixel_x=""), "have no position"),
 }

@@ -19,13 +19,13 @@ FACTS = {"tissue": "breast"}
 
 
 def picture() -> np.ndarray:
-    """Red says the column, green the row, of the full-resolution picture: 500 x 400 px."""
+    """Return an image of 500 x 400 px in full resolution: red encodes the column, green the row."""
     y, x = np.mgrid[0:400, 0:500]
     return np.stack([x / 2, y / 2, np.full(x.shape, 90)], axis=-1).astype(np.uint8)
 
 
 def visium(seed: int = 0) -> ad.AnnData:
-    """What scanpy's Visium reader gives: symbols, some twice, in var_names, Ensembl ids in a column, a hires image."""
+    """Return an AnnData as of scanpy's Visium reader: symbols with duplicates in var_names, Ensembl ids, a hires image."""
     rng = np.random.default_rng(seed)
     row, col = np.divmod(np.arange(20), 5)
     xy = np.stack([60 + 80 * col + 40 * (row % 2), 60 + 80 * row * np.sqrt(3) / 2], axis=1)

@@ -48,7 +48,7 @@ def test_an_unknown_folder_lists_every_format(tmp_path: Path):
 def test_sections_are_chosen_by_what_they_are(source: Path):
     chosen = open_source(source, where={"donor": ["b"], "organ": ["Breast"]})
     assert [s.meta.section_id for s in chosen] == ["t2", "t3"]
-    with pytest.raises(SourceError, match="no section has tissue lung; it has: breast, made up"):
+    with pytest.raises(SourceError, match="no section has tissue lung; choose from: breast, made up"):
         open_source(source, where={"tissue": ["lung"]})
     with pytest.raises(SourceError, match="unknown filter key 'colour'"):
         open_source(source, where={"colour": ["blue"]})

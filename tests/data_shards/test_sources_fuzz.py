@@ -1,4 +1,4 @@
-"""Whatever becomes of a file, a reader reads it or says which file it is; nothing else, and no hang."""
+"""Readers of mutated files return a section or raise an error that names the file; they never crash or hang."""
 
 import shutil
 from pathlib import Path

@@ -238,7 +238,7 @@ BAD = {
     ),
     "fewer corners": (
         lambda f: edit(f / "patches/TENX1.h5", coords=np.zeros((5, 2))),
-        r"TENX1\.h5: 22 barcodes, coords of shape \(5, 2\)",
+        r"TENX1\.h5: 22 barcodes, but coords of shape \(5, 2\)",
     ),
     "patches damaged": (
         lambda f: (f / "patches/TENX1.h5").write_bytes(b"x"),

@@ -1,4 +1,4 @@
-"""Sources behind a URL: only what is needed is asked for, once, and the set is the same as from a folder."""
+"""Sources behind a URL: only required files are requested, each once, and the set equals that from a folder."""
 
 import functools
 import shutil
@@ -215,7 +215,7 @@ def test_what_cannot_be_done_is_said(memory: str, tmp_path: Path, monkeypatch: p
             r"memory://hub/other: unknown format\. Looked for manifest: manifest\.tsv;.*--format",
         ),
         (memory, {"samples": ["TENX9"]}, "no section 'TENX9'; did you mean TENX"),
-        (memory, {"where": {"tissue": ["heart"]}}, "no section has tissue heart; it has: Brain, Breast, Lung"),
+        (memory, {"where": {"tissue": ["heart"]}}, "no section has tissue heart; choose from: Brain, Breast, Lung"),
     ):
         with pytest.raises(SourceError, match=message):
             fetch_source(url, cache=tmp_path, **more)

@@ -27,7 +27,7 @@ COUNTS = np.random.default_rng(0).poisson(3, (12, 3))
 
 
 def picture() -> np.ndarray:
-    """(3, 400, 500): red says the column, green the row."""
+    """(3, 400, 500): red encodes the column, green the row."""
     y, x = np.mgrid[0:400, 0:500]
     return np.stack([x / 2, y / 2, np.full(x.shape, 90)]).astype(np.uint8)
 

@@ -1,4 +1,4 @@
-"""STimage-1K4M folders: y before x, names with a prefix, pictures that are not what they are called, no stated scale."""
+"""STimage-1K4M folders: y before x, names with a prefix, images with a wrong extension, no stated scale."""
 
 import shutil
 from dataclasses import replace

@@ -223,7 +223,7 @@ BAD = {
     "position gone": (lambda r: edit_positions(r, pxl_row_in_fullres=""), "too few spots"),
     "column gone": (
         lambda r: (r / "spatial/tissue_positions.csv").write_text("barcode,in_tissue\nA-1,1\n"),
-        "2 columns.*expected: barcode",
+        "2 columns.*expected barcode",
     ),
     "no rows": (lambda r: (r / "spatial/tissue_positions.csv").write_text(",".join(COLUMNS) + "\n"), "no rows"),
     "no table": (lambda r: (r / "spatial/tissue_positions.csv").unlink(), "none of tissue_positions.parquet"),
@@ -275,7 +275,7 @@ def test_two_runs_in_one_matrix_are_not_guessed_at(run: Path, full: str):
 
 
 def real(name: str, tmp_path: Path) -> Path:
-    """Copy a real folder, its table of positions as the pipeline wrote it: not packed."""
+    """Copy a real folder, with its table of positions uncompressed as the pipeline wrote it."""
     shutil.copytree(REAL / name, tmp_path / name)
     for packed in (tmp_path / name / "spatial").glob("*.gz"):
         packed.with_suffix("").write_bytes(gzip.decompress(packed.read_bytes()))

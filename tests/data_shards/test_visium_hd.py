@@ -15,7 +15,7 @@ from comtip_shards.sources.files.geojson import centroid, iter_features
 
 from comtip_fast.cli import main
 from testkit.option_reads import declared, fields_read
-from testkit.tenx import GENES, NAMES, he_picture, write_h5, write_segmentation, write_visium_hd
+from testkit.tenx import GENES, NAMES, he_picture, section_digest, write_h5, write_segmentation, write_visium_hd
 
 MPP, ANGLE, CORNER = 4.0, 0.2, np.array([40.0, 12.0])
 TURN = np.array([[np.cos(ANGLE), -np.sin(ANGLE)], [np.sin(ANGLE), np.cos(ANGLE)]])
@@ -201,11 +201,25 @@ def test_cells_are_pooled_by_their_centres(cells):
     assert section.meta.pooling == "segmented cells in squares of 100 um, at least 2"
 
 
+def test_pooled_cells_keep_their_bytes(cells):
+    """The digest is from the separate implementations that the two readers had."""
+    run, _, _ = cells
+    edit_polygons(run, lambda features: features.pop(7))
+    section = read(run, pool_from="cells", pool_um="100", min_pooled="2")
+    assert section_digest(section) == "5bad86a7ac8278c621578110a1555f8545d5de913008f1078aacc551af575201"
+
+
 def test_cells_alone_are_recognised(cells):
     run, _, _ = cells
     shutil.rmtree(run / "binned_outputs")
     assert detect(run)[1] == "segmented cells of Visium HD in segmented_outputs"
     assert read(run).meta.pooling.startswith("segmented cells")
+
+
+def test_batches_of_cells_do_not_matter(cells, monkeypatch: pytest.MonkeyPatch):
+    before = read(cells[0], pool_from="cells")
+    monkeypatch.setattr("comtip_shards.sources.tenx.pooled.BATCH", 7)
+    assert section_digest(read(cells[0], pool_from="cells")) == section_digest(before)
 
 
 def edit_polygons(run: Path, change) -> None:
@@ -354,7 +368,7 @@ def test_bad_input_names_the_file_and_the_fix(run: Path, name: str):
     ("more", "message"),
     [
         ({"pool_um": "100"}, "not a multiple of the bin width \\(16, 8 um\\); use e.g. 96"),
-        ({"bin_um": "2"}, "no bins of 2 um; available: 16, 8 um"),
+        ({"bin_um": "2"}, "no bins of 2 um; set --bin-um to one of 16, 8"),
         ({"pool_um": "-3"}, "--pool-um -3: must be greater than 0"),
         ({"min_cover": "50"}, "--min-cover 50: must be less than or equal to 1"),
         ({"qv": "20"}, "--qv has no effect here"),

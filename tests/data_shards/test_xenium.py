@@ -1,4 +1,4 @@
-"""Xenium: transcripts and cells pooled on an H&E that lies turned and scaled on the DAPI image."""
+"""Xenium: transcripts and cells pooled on an H&E image that is rotated and scaled relative to the DAPI image."""
 
 import json
 import math
@@ -17,29 +17,29 @@ from PIL import Image
 
 from comtip_fast.cli import main
 from testkit.option_reads import declared, fields_read
-from testkit.tenx import GENES, NAMES, he_picture, write_xenium
+from testkit.tenx import GENES, NAMES, he_picture, section_digest, write_xenium
 
 PIXEL = 0.2125
 SIZE = (150, 130)
-"""Of the H&E in px; 2 um per px, so that 100 um are 50 px: 3 x 2.6 pseudo-spots."""
+"""Size of the H&E in px. At 2 um per px, 100 um are 50 px: 3 x 2.6 pseudo-spots."""
 MPP = 2.0
 FACTS = {"tissue": "breast", "donor": "P1"}
 
 
 def matrix(angle: float = math.pi / 2 + 0.02, scale: float = MPP / PIXEL) -> np.ndarray:
-    """Return H&E px to DAPI px: turned by about 90 degrees, as the scanner of the H&E often has it."""
+    """Return the matrix from H&E px to DAPI px: a rotation by about 90 degrees, as is common for scanned H&E slides."""
     c, s = scale * math.cos(angle), scale * math.sin(angle)
     return np.array([[c, -s, 900.0], [s, c, 3000.0], [0, 0, 1]])
 
 
 def to_run(he_px: np.ndarray) -> np.ndarray:
-    """Take px of the H&E to um of the run."""
+    """Map H&E px to um of the run."""
     m = matrix()
     return (he_px @ m[:2, :2].T + m[:2, 2]) * PIXEL
 
 
 def transcripts() -> tuple[pd.DataFrame, np.ndarray]:
-    """Return a table of 3,000 transcripts with their positions in H&E px; whole px and a half, off every edge."""
+    """Return a table of 3,000 transcripts with their positions in H&E px, at half-integers so that none is on an edge."""
     rng = np.random.default_rng(0)
     he = np.stack([rng.integers(0, SIZE[0], 3000), rng.integers(0, SIZE[1], 3000)], axis=1) + 0.5
     um = to_run(he)
@@ -191,6 +191,24 @@ def test_cells_are_pooled_by_their_centres(run: Path):
     assert read(run).meta.pooling.startswith("cells")
 
 
+def test_pooled_cells_keep_their_bytes(run: Path):
+    """The digest is from the separate implementations that the two readers had."""
+    table = pd.read_parquet(run / "cells.parquet")
+    table.drop(index=[3, 20]).to_parquet(run / "cells.parquet", index=False)
+    assert (
+        section_digest(read(run, pool_from="cells"))
+        == "f3774b674305837eefe50609f0169eec7b3d87a281b0e1d5e192052e8157b338"
+    )
+
+
+def test_cells_that_are_in_one_file_only_are_counted(run: Path):
+    table = pd.read_parquet(run / "cells.parquet")
+    table.drop(index=[3, 20]).to_parquet(run / "cells.parquet", index=False)
+    section = read(run, pool_from="cells")
+    assert f"{len(table) - 2} cells pooled" in section.notes
+    assert any(n.startswith("2 cells with ") and n.endswith("excluded: not in cells.parquet") for n in section.notes)
+
+
 def test_round_trip_through_a_shard_set(run: Path, tmp_path: Path):
     # Each pseudo-spot's ground has a shade of its own, so that a tile tells which ground it shows.
     shade = np.arange(9).reshape(3, 3).repeat(50, 0).repeat(50, 1)[: SIZE[1], : SIZE[0]]
@@ -216,7 +234,7 @@ def test_round_trip_through_a_shard_set(run: Path, tmp_path: Path):
 
 
 def test_batches_do_not_matter(run: Path, monkeypatch: pytest.MonkeyPatch):
-    for module in ("xenium_parts.pool", "files.table_batches"):
+    for module in ("tenx.pooled", "files.table_batches"):
         monkeypatch.setattr(f"comtip_shards.sources.{module}.BATCH", 13)
     same(read(run), truth())
     few = read(run, pool_from="cells")
@@ -297,7 +315,7 @@ BAD_ALIGNMENT = {
         lambda r: (r / "breast_he_imagealignment.csv").write_text("1,2,3\n4,x5y,6\n0,0,1\n"),
         "cannot be read as a matrix of 3 x 3",
     ),
-    "2 x 3": (lambda r: write_matrix(r, matrix()[:2]), "shape 2 x 3, expected"),
+    "2 x 3": (lambda r: write_matrix(r, matrix()[:2]), "finite numbers, but 2 x 3"),
     "projective": (lambda r: write_matrix(r, matrix() + [[0, 0, 0], [0, 0, 0], [1e-3, 0, 0]]), "not affine"),
     "stretched": (
         lambda r: write_matrix(r, matrix() * [[1, 1.5, 1], [1, 1.5, 1], [1, 1, 1]]),

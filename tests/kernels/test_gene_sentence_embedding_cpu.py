@@ -1,4 +1,4 @@
-"""The plan of equal tokens, and the options of the embedding. Values are in test_gene_sentence_embedding.py."""
+"""The plan of equal tokens, and the options of the embedding. Values are tested in test_gene_sentence_embedding.py."""
 
 import pytest
 import torch
@@ -76,5 +76,5 @@ def test_options_by_half_are_refused():
     sentences, tables, more = case(3, 4, 5)
     with pytest.raises(ValueError, match="pass both"):
         gene_sentence_embedding(**sentences, **tables, level_hi_N=more["mix"]["level_hi_N"])
-    with pytest.raises(ValueError, match="needs identity_N"):
+    with pytest.raises(ValueError, match="without identity_N"):
         gene_sentence_embedding(**sentences, **tables, identity_ID=more["identity"]["identity_ID"])

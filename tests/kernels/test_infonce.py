@@ -243,7 +243,7 @@ def test_nan_and_infinity_are_not_hidden(fast, bad: float, dtype: torch.dtype):
 
 
 def test_what_is_saved_grows_with_b_and_not_with_b_squared(fast):
-    """A loss that keeps its chunks keeps them all (open_clip 942, 1214)."""
+    """Chunks of logits must not be saved for the backward pass (open_clip 942, 1214)."""
     sizes = {}
     for B in (64, 256):
         x, y = (v.to(fast.device, F32).requires_grad_() for v in vectors(B, B, 8))

@@ -1,4 +1,4 @@
-"""InfoNCE's CPU path: kept tiles, autocast and second-order checks. Values and gradients are in test_infonce.py."""
+"""InfoNCE's CPU path: kept tiles, autocast and second-order checks. Values and gradients are tested in test_infonce.py."""
 
 import pytest
 import torch

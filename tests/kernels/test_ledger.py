@@ -1,4 +1,4 @@
-"""The ledger counts what is there, and says when a row got worse."""
+"""The ledger's counts are correct, and rows that got worse are reported."""
 
 import dataclasses
 import os
@@ -89,7 +89,7 @@ def test_a_kernel_compiles_and_is_counted():
 
 
 def test_no_kernel_adds_atomically():
-    """What two programs add to depends on their order, and in bf16 it is a loop on sm_80."""
+    """The result of atomic additions depends on the order of programs, and in bf16 they are a loop on sm_80."""
     sources = sorted((Path(__file__).parents[2] / "kernels").rglob("triton_kernels.py"))
     assert len(sources) == 4
     assert not [p for p in sources if "atomic_" in p.read_text(encoding="utf-8")]

@@ -1,4 +1,4 @@
-"""Packed attention on the CPU, on external kernels, and the choice between them. Values are in test_packed_attention.py."""
+"""Packed attention on the CPU, on external kernels, and the choice between them. Values are tested in test_packed_attention.py."""
 
 import sys
 

@@ -20,7 +20,7 @@ F64 = torch.float64
 
 @pytest.fixture(autouse=True)
 def the_reference():
-    """What is not reported otherwise runs the reference: on a CPU, ``auto`` would take the blocked path."""
+    """Run the reference unless a test selects another implementation; on a CPU, ``auto`` selects the blocked path."""
     with prefer("reference"):
         yield
 

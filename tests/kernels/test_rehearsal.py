@@ -26,9 +26,10 @@ from comtip_fast.data.batch import Batch
 from comtip_fast.training.task import CoMTIPTask
 from testkit.rehearsal import autocast
 from testkit.rehearsal.__main__ import NOT_ABOVE, TABLE, walks, worse
+from testkit.rehearsal.cuda_runtime import stand_in_cuda
 from testkit.rehearsal.launches import recorded_launches
 from testkit.rehearsal.record import ROOT, Record, RehearsalError
-from testkit.rehearsal.stand_in import CUDA, StandInMode, stand_in_cuda
+from testkit.rehearsal.stand_in import CUDA, StandInMode
 from testkit.rehearsal.table import missing_rows, read_table, summary, table
 from testkit.rehearsal.walk import Walk, train
 

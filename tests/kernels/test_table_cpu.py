@@ -1,4 +1,4 @@
-"""The CPU paths over the sentence table: second-order checks. Values and gradients are in test_table.py."""
+"""The CPU paths over the sentence table: second-order checks. Values and gradients are tested in test_table.py."""
 
 import torch
 from comtip_kernels import level_cross_entropy, pair_scores, table_pool

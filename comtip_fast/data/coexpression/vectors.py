@@ -77,14 +77,7 @@ def gene_vectors(
     FileNotFoundError, SourceError
         A source does not exist or cannot be read.
     """
-    if weigh not in ("cells", "sources"):
-        raise ValueError(f"weigh={weigh!r}: choose 'cells' or 'sources'")
-    if components < 1:
-        raise ValueError(f"components={components}: give at least 1")
-    if not 0 <= min_detection <= 1:
-        raise ValueError(f"min_detection={min_detection}: give a share of cells, 0 to 1")
-    if not paths:
-        raise ValueError("no count matrix given; name at least one")
+    _check_settings(paths, components, weigh, min_detection)
     with tempfile.TemporaryDirectory(prefix="comtip-vectors-") as scratch:
         spool = _Spool(Path(scratch), orthologues)
         for path in paths:
@@ -95,25 +88,34 @@ def gene_vectors(
             )
         standard = _Standard.fit(spool, weigh, min_detection)
         basis, spectrum, total = _subspace(spool, standard, components, seed)
-        # A loading is a sum over the cells that measured the gene. The division turns it into a mean, comparable over genes.
-        vectors = basis * np.sqrt(spectrum) / np.maximum(standard.coverage_G, 1e-12)[:, None]
-    keys, rows = spool.keys_of(standard.kept)
-    header = {
-        "comtip_fast": __version__,
-        "components": int(vectors.shape[1]),
+    settings = {
+        "components": int(basis.shape[1]),
         "weigh": weigh,
         "min_detection": min_detection,
         "orthologues": orthologues,
         "tissue": tissue,
         "licence": licence,
-        "sources": spool.sources,
-        "explained": float(spectrum.sum() / max(total, 1e-12)),
     }
+    results = {"sources": spool.sources, "explained": float(spectrum.sum() / max(total, 1e-12))}
+    # A loading is a sum over the cells that measured the gene. The division turns it into a mean, comparable over genes.
+    vectors = basis * np.sqrt(spectrum) / np.maximum(standard.coverage_G, 1e-12)[:, None]
+    keys, rows = spool.keys_of(standard.kept)
     kept = standard.kept[rows]
-    moments, detection = standard.moments_G4[kept], standard.detection_G[kept]
-    return GeneVectors(
-        keys, vectors[rows].astype(np.float32), moments.astype(np.float32), detection.astype(np.float32), header
-    )
+    arrays = (vectors[rows], standard.moments_G4[kept], standard.detection_G[kept])
+    header = {"comtip_fast": __version__} | settings | results
+    return GeneVectors(keys, *(values.astype(np.float32) for values in arrays), header)
+
+
+def _check_settings(paths: Sequence[str | Path], components: int, weigh: str, min_detection: float) -> None:
+    """Raise ValueError for parameters of :func:`gene_vectors` that are out of bounds."""
+    if weigh not in ("cells", "sources"):
+        raise ValueError(f"weigh={weigh!r}: choose 'cells' or 'sources'")
+    if components < 1:
+        raise ValueError(f"components={components}: give at least 1")
+    if not 0 <= min_detection <= 1:
+        raise ValueError(f"min_detection={min_detection}: give a share of cells, 0 to 1")
+    if not paths:
+        raise ValueError("no count matrix given; name at least one")
 
 
 class _Spool:
@@ -148,7 +150,7 @@ class _Spool:
             sparse.save_npz(files[-1], genes.sum_columns(block), compressed=False)
             cells += block.shape[0]
         if cells < 2:
-            raise ValueError(f"{source.path}: {cells} cells; co-expression needs at least 2")
+            raise ValueError(f"{source.path}: {cells} cells, but co-expression needs at least 2; give more cells")
         self._files.append(files)
         self._columns.append(np.array([self._index[n] for n in names], np.int64))
         self.all_species.add(known)
@@ -164,7 +166,7 @@ class _Spool:
         )
 
     def measured(self) -> np.ndarray:
-        """Return bool (sources, genes)."""
+        """Return which genes each source measured, bool (sources, genes)."""
         out = np.zeros((len(self._columns), len(self.names)), bool)
         for row, columns in zip(out, self._columns, strict=True):
             row[columns] = True

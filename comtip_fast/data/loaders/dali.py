@@ -117,7 +117,7 @@ class Decoder:
         self._pipe = self._build()
 
     def start(self, tiles: list[bytes]) -> None:
-        """Start to decode a batch."""
+        """Start decoding a batch."""
         self._pipe.feed_input("tiles", [np.frombuffer(data, np.uint8) for data in tiles])
         self._pipe.schedule_run()
 

@@ -137,7 +137,7 @@ class ProcessGroup:
         return [bool(value) for value in raised.tolist()]
 
     def ring_shift(self, send: Sequence[Tensor], receive: Sequence[Tensor]) -> Callable[[], None]:
-        """Start to send to the next rank and receive from the previous one; return a function that waits."""
+        """Start sending to the next rank and receiving from the previous one; return a function that waits for both."""
         after, before = (self.rank + 1) % self.size, (self.rank - 1) % self.size
         ops = [dist.P2POp(dist.isend, t, after) for t in send if t.numel()]
         ops += [dist.P2POp(dist.irecv, t, before) for t in receive if t.numel()]

@@ -89,7 +89,7 @@ def hold_run(run_dir: Path, patience_s: float = 0.0) -> Iterator[None]:
     run_dir
         An existing folder.
     patience_s
-        Seconds to wait for the lock: after a node failure, other ranks or the lease of a file server may live longer.
+        Seconds to wait for the lock. After a node failure, other ranks or a file server's lease can outlive the process.
 
     Raises
     ------

@@ -47,8 +47,8 @@ class Engine(Protocol):
     module: nn.Module
     """The trained module."""
     table_first: bool
-    """With gradient caching, whether the first piece computes the sentence table, and so uses every parameter, or the
-    last."""
+    """With gradient caching, whether the first piece computes the sentence table and so uses every parameter; otherwise
+    the last one does."""
     autocast: Callable[[], AbstractContextManager[Any]]
     """Returns the context that sets the run's precision, for losses that are computed outside of :meth:`call`."""
 

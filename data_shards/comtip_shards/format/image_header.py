@@ -9,6 +9,7 @@ from collections.abc import Callable
 from PIL import Image
 
 from comtip_shards.errors import ShardError
+from comtip_shards.names import FOREIGN
 
 _STANDALONE = {0x01, *range(0xD0, 0xD8)}
 """JPEG markers without a payload."""
@@ -39,11 +40,12 @@ def check_size(data: bytes, px: int, codec: str, where: Callable[[], str]) -> No
         size = _jpeg_size(data) if codec == "jpeg" else _other_size(data, codec)
     except (IndexError, struct.error, OSError, ValueError) as error:
         raise ShardError(
-            f"{where()}: the tile cannot be decoded ({type(error).__name__}: {error})", kind="tile"
+            f"{where()}: the tile cannot be decoded ({type(error).__name__}: {error}); {FOREIGN}", kind="tile"
         ) from error
     if size != (px, px):
         raise ShardError(
-            f"{where()}: the tile is {size[0]} x {size[1]} px, but the manifest states {px} x {px}", kind="tile"
+            f"{where()}: the tile is {size[0]} x {size[1]} px, but the manifest states {px} x {px}; {FOREIGN}",
+            kind="tile",
         )
 
 

@@ -10,12 +10,13 @@ import numpy as np
 from comtip_shards.errors import ShardError
 from comtip_shards.format.manifest import TAR_BLOCK, ShardEntry
 from comtip_shards.format.record import MAX_MEMBER_BYTES, PARTS, members_of
+from comtip_shards.names import FOREIGN
 
 INDEX_VERSION = "v1.2"
 
 
 MAX_TILE_BYTES, MAX_JSON_BYTES = 4 * 2**20, 2**20
-"""Maximum bytes of a tile, in addition to 8 per pixel (raw pixels take 3), and of a ``.json``: a batch holds many of each."""
+"""Maximum size in bytes of a tile, plus 8 per pixel (raw pixels take 3), and of a ``.json``: a batch holds many of each."""
 
 
 def index_text(first_spot: int, codec: str, offsets: np.ndarray, sizes: np.ndarray) -> str:
@@ -58,19 +59,24 @@ def parse_index(text: bytes, shard: ShardEntry, codec: str, px: int, where: str)
     Raises
     ------
     ShardError
-        The index is damaged or not that of the shard; names the index.
+        The index is damaged or belongs to another shard; names the index.
     """
     head, _, body = text.partition(b"\n")
     if head != f"{INDEX_VERSION} {shard.records}".encode():
-        raise ShardError(f"{where}: not an index of version {INDEX_VERSION} with {shard.records} records", kind="index")
+        raise ShardError(
+            f"{where}: not an index of version {INDEX_VERSION} with {shard.records} records; {FOREIGN}", kind="index"
+        )
     fields = body.split()
-    if len(fields) != shard.records * 4 * len(PARTS):
-        raise ShardError(f"{where}: {len(fields)} fields for {shard.records} records", kind="index")
+    expected = shard.records * 4 * len(PARTS)
+    if len(fields) != expected:
+        raise ShardError(
+            f"{where}: {len(fields)} fields for {shard.records} records, expected {expected}; {FOREIGN}", kind="index"
+        )
     table = np.array(fields, dtype=object).reshape(shard.records, len(PARTS), 4)
     try:
         offsets, sizes = table[..., 1].astype(np.int64), table[..., 2].astype(np.int64)
     except (ValueError, OverflowError) as error:
-        raise ShardError(f"{where}: an offset or a size is not a number", kind="index") from error
+        raise ShardError(f"{where}: an offset or a size is not a number; {FOREIGN}", kind="index") from error
     ends = (offsets + sizes).ravel()
     disjoint = np.all(offsets.ravel()[1:] >= ends[:-1])
     if (
@@ -80,9 +86,12 @@ def parse_index(text: bytes, shard: ShardEntry, codec: str, px: int, where: str)
         or sizes.max() > MAX_MEMBER_BYTES
         or ends[-1] > shard.bytes
     ):
-        raise ShardError(f"{where}: members overlap or extend beyond the shard", kind="index")
+        raise ShardError(f"{where}: members overlap or extend beyond the shard; {FOREIGN}", kind="index")
     if sizes[:, 0].max() > MAX_TILE_BYTES + 8 * px * px or sizes[:, 2].max() > MAX_JSON_BYTES:
-        raise ShardError(f"{where}: a tile or .json member is larger than a tile of {px} px can be", kind="index")
+        raise ShardError(
+            f"{where}: a tile or .json member is larger than one of a record with {px} px can be; {FOREIGN}",
+            kind="index",
+        )
     if index_text(shard.first_spot, codec, offsets, sizes).encode() != text:
-        raise ShardError(f"{where}: member names do not match the records", kind="index")
+        raise ShardError(f"{where}: member names do not match the records; {FOREIGN}", kind="index")
     return offsets, sizes

@@ -114,7 +114,7 @@ def _check_source(source: dict[str, Any]) -> dict[str, Any]:
     for name, text, unit, most in (("spots", found.spots, 8, 1024), ("picture", found.picture, 32, 32)):
         size = len(base64.b64decode(text, validate=True))
         if size % unit or not (name == "spots" or size) or size > most:
-            raise ValueError(f"print.{name} has {size} bytes")
+            raise ValueError(f"print.{name} has {size} bytes, expected a multiple of {unit} and at most {most}")
     return source
 
 
@@ -307,7 +307,8 @@ def _check(manifest: Manifest, where: str) -> None:
                 f"{where}: {field_name}: {shown(name)} is not the name that a build uses, {expected}; {FOREIGN}"
             )
     for i, section in enumerate(manifest.sections):
-        measured = int(unpack_bits(section.assay_genes, manifest.n_genes).sum())
+        field_name = f"{where}: sections.{i}.assay_genes"
+        measured = int(unpack_bits(section.assay_genes, manifest.n_genes, field_name).sum())
         if measured != section.n_assay_genes:
             raise _manifest_error(
                 f"{where}: sections.{i}.n_assay_genes is {section.n_assay_genes}, but assay_genes has {measured}; {FOREIGN}"
@@ -385,14 +386,22 @@ def pack_bits(measured: np.ndarray) -> str:
     return base64.b64encode(np.packbits(measured).tobytes()).decode("ascii")
 
 
-def unpack_bits(text: str, n_genes: int) -> np.ndarray:
-    """Decode :func:`pack_bits`."""
+def unpack_bits(text: str, n_genes: int, where: str = "assay_genes") -> np.ndarray:
+    """Decode :func:`pack_bits`: bool (n_genes,).
+
+    Raises
+    ------
+    ShardError
+        The text is not a bitset over ``n_genes`` genes; ``where`` names its field.
+    """
     try:
         raw = np.frombuffer(base64.b64decode(text, validate=True), np.uint8)
     except (binascii.Error, ValueError) as error:
-        raise ShardError(f"assay_genes is not base64 ({error})", kind="manifest") from error
+        raise ShardError(f"{where}: not base64 ({error}); {FOREIGN}", kind="manifest") from error
     if raw.size != (n_genes + 7) // 8:
-        raise ShardError(f"assay_genes has {raw.size} bytes, expected {(n_genes + 7) // 8}", kind="manifest")
+        raise ShardError(
+            f"{where}: {raw.size} bytes for {n_genes} genes, expected {(n_genes + 7) // 8}; {FOREIGN}", kind="manifest"
+        )
     return np.unpackbits(raw, count=n_genes).astype(bool)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from comtip_shards.errors import ShardError
+from comtip_shards.names import FOREIGN
 
 EXPR_MAGIC = b"CTX2"
 _HEAD = 16
@@ -107,7 +108,9 @@ def decode_exprs(
     wrong = np.flatnonzero(sizes != expected)
     if wrong.size:
         i = int(wrong[0])
-        raise ShardError(f"{where(i)}.expr: {sizes[i]} bytes for {n[i]} genes, expected {expected[i]}", kind="counts")
+        raise ShardError(
+            f"{where(i)}.expr: {sizes[i]} bytes for {n[i]} genes, expected {expected[i]}; {FOREIGN}", kind="counts"
+        )
     gap_start = _HEAD + 4 * n_large
     large = _cut(records, np.full(B, _HEAD), gap_start).view("<u4")
     rows = _decode_rows(_cut(records, gap_start, gap_start + n_gap), n, n_gap, n_genes, where)
@@ -116,7 +119,7 @@ def decode_exprs(
 
 
 def _not_counts(where: str) -> ShardError:
-    return ShardError(f"{where}.expr: not a count record ({EXPR_MAGIC.decode()})", kind="counts")
+    return ShardError(f"{where}.expr: not a count record ({EXPR_MAGIC.decode()}); {FOREIGN}", kind="counts")
 
 
 def _cut(records: Sequence[bytes], start: np.ndarray, stop: np.ndarray) -> np.ndarray:
@@ -139,7 +142,9 @@ def _decode_rows(
     open_end[open_end] = gaps[ends[open_end] - 1] == 255
     wrong = np.flatnonzero((n_gap - _per_record(full, n_gap) != n) | open_end)
     if wrong.size:
-        raise ShardError(f"{where(int(wrong[0]))}.expr: the gaps do not match the number of genes", kind="counts")
+        raise ShardError(
+            f"{where(int(wrong[0]))}.expr: the gaps do not match the number of genes; {FOREIGN}", kind="counts"
+        )
     # The last byte of a gap also encodes its gene: the cumulative sum up to it is the gene's row plus one.
     steps = gaps.astype(np.int64)
     steps += 1
@@ -150,7 +155,7 @@ def _decode_rows(
     last = np.cumsum(n)[n > 0] - 1
     if last.size and rows[last].max() >= n_genes:
         i = int(np.flatnonzero(n > 0)[int(np.flatnonzero(rows[last] >= n_genes)[0])])
-        raise ShardError(f"{where(i)}.expr: gene rows must be below {n_genes}", kind="counts")
+        raise ShardError(f"{where(i)}.expr: gene rows must be below {n_genes}; {FOREIGN}", kind="counts")
     out: np.ndarray = rows.astype(np.int32)
     return out
 
@@ -165,7 +170,8 @@ def _decode_counts(
         wrong = np.flatnonzero(_per_record(bad, n_large))
     if wrong.size:
         raise ShardError(
-            f"{where(int(wrong[0]))}.expr: counts above 255 do not match the genes, or are not 256 to 2,147,483,647",
+            f"{where(int(wrong[0]))}.expr: the counts above 255 do not match the genes, or are not 256 to 2,147,483,647; "
+            f"{FOREIGN}",
             kind="counts",
         )
     counts = small.astype(np.int32) + np.int32(1)
@@ -191,19 +197,19 @@ def decode_tile(data: bytes, px: int, codec: str, where: str) -> np.ndarray:
         with Image.open(io.BytesIO(data), formats=[codec.upper()]) as image:
             if image.size != (px, px):
                 raise ShardError(
-                    f"{where}: the tile is {image.width} x {image.height} px, but the manifest states {px} x {px}",
+                    f"{where}: the tile is {image.width} x {image.height} px, but the manifest states {px} x {px}; {FOREIGN}",
                     kind="tile",
                 )
             # Pillow silently converts 16 bits to 8; other decoders do not.
             deep = codec == "png" and data[24:26] != _PNG_RGB8
             if image.mode != "RGB" or deep or getattr(image, "n_frames", 1) != 1:
-                raise ShardError(f"{where}: the tile is not a single image of 3 x 8 bits", kind="tile")
+                raise ShardError(f"{where}: the tile is not a single RGB image of 8 bits; {FOREIGN}", kind="tile")
             return np.asarray(image)
     except ShardError:
         raise
     except Exception as error:  # Pillow's decoders raise many types on damaged bytes
         raise ShardError(
-            f"{where}: the tile cannot be decoded ({type(error).__name__}: {error})", kind="tile"
+            f"{where}: the tile cannot be decoded ({type(error).__name__}: {error}); {FOREIGN}", kind="tile"
         ) from error
 
 
@@ -213,17 +219,27 @@ def encode_json(meta: dict[str, Any]) -> bytes:
 
 
 def decode_json(data: bytes, where: str) -> dict[str, Any]:
-    """Decode a spot's metadata."""
+    """Decode a spot's metadata.
+
+    Raises
+    ------
+    ShardError
+        Of kind ``spot``: not JSON, or a field is missing, unknown or invalid.
+    """
     try:
         meta = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise ShardError(f"{where}.json: not JSON ({error})", kind="spot") from error
-    missing = set(_REQUIRED) - set(meta) if isinstance(meta, dict) else {"everything"}
+        raise ShardError(f"{where}.json: not JSON ({error}); {FOREIGN}", kind="spot") from error
+    if not isinstance(meta, dict):
+        raise ShardError(f"{where}.json: not a JSON object; {FOREIGN}", kind="spot")
+    missing = set(_REQUIRED) - set(meta)
     if missing:
-        raise ShardError(f"{where}.json: missing {', '.join(sorted(missing))}", kind="spot")
+        raise ShardError(f"{where}.json: missing {', '.join(sorted(missing))}; {FOREIGN}", kind="spot")
     for name, value in meta.items():
         if not _is_field(name, value):
-            raise ShardError(f"{where}.json: {name[:40]!r} is {str(value)[:40]!r}, which no build writes", kind="spot")
+            raise ShardError(
+                f"{where}.json: {name[:40]!r} is {str(value)[:40]!r}, which no build writes; {FOREIGN}", kind="spot"
+            )
     return dict(meta)
 
 

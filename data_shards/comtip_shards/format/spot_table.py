@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from comtip_shards.errors import ShardError
+from comtip_shards.names import FOREIGN
 
 FILE = "spots.parquet"
 _TEXT = ("section_id", "spot_id", "label")
@@ -75,7 +76,7 @@ class SpotsWriter(pq.ParquetWriter):  # type: ignore[misc]  # PyArrow has no typ
 
 
 def _open(data: bytes, n_spots: int, where: str) -> pq.ParquetFile:
-    """Open the table without reading it; one that is not of this set or would expand without bound is refused."""
+    """Open the table without reading it; raise if it belongs to another set or would unpack to too many bytes."""
     try:
         file = pq.ParquetFile(pa.BufferReader(data), read_dictionary=list(_TEXT))
         groups = [file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups)]
@@ -84,12 +85,12 @@ def _open(data: bytes, n_spots: int, where: str) -> pq.ParquetFile:
     if file.schema_arrow.names != SCHEMA.names or file.metadata.num_rows != n_spots:
         raise ShardError(f"{where}: not the table of the {n_spots} spots of this set; copy it again", kind="spots")
     if sum(groups) > 2**20 * len(groups) + (256 + _MAX_TEXT) * n_spots:
-        raise ShardError(f"{where}: {sum(groups)} bytes for {n_spots} spots; do not use this set", kind="spots")
+        raise ShardError(f"{where}: unpacks to {sum(groups)} bytes for {n_spots} spots; {FOREIGN}", kind="spots")
     return file
 
 
 def _read(data: bytes, n_spots: int, where: str, columns: Sequence[str]) -> pa.Table:
-    """Read some columns; texts stay dictionary-encoded, so that a hostile table cannot expand them."""
+    """Read some columns. Texts stay dictionary-encoded, so that a malicious table cannot unpack to large memory."""
     file = _open(data, n_spots, where)
     try:
         table = file.read(columns=list(columns), use_threads=False)
@@ -99,7 +100,11 @@ def _read(data: bytes, n_spots: int, where: str, columns: Sequence[str]) -> pa.T
         raise ShardError(f"{where}: cannot be read ({error}); copy it again", kind="spots") from error
     if wrong is not None:
         column = table.column(wrong)
-        raise ShardError(f"{where}: column {wrong} has type {column.type} and {column.null_count} nulls", kind="spots")
+        raise ShardError(
+            f"{where}: column {wrong} has type {column.type} and {column.null_count} nulls; expected "
+            f"{SCHEMA.field(wrong).type} without nulls, texts of at most {_MAX_TEXT} characters; {FOREIGN}",
+            kind="spots",
+        )
     return table
 
 
@@ -121,7 +126,7 @@ def read_spots(data: bytes, n_spots: int, where: str) -> pd.DataFrame:
     frame = pd.DataFrame({n: table.column(n).to_pandas() for n in names if n not in ("spot_index", "spot_id")})
     frame.insert(1, "spot_id", table.column("spot_id").cast(pa.string()).to_pandas())
     if not np.array_equal(table.column("spot_index").to_numpy(), np.arange(n_spots)):
-        raise ShardError(f"{where}: spot_index is not 0 to {n_spots - 1}", kind="spots")
+        raise ShardError(f"{where}: spot_index is not 0 to {n_spots - 1}; {FOREIGN}", kind="spots")
     return frame.set_index(pd.RangeIndex(n_spots, name="spot_index"))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from comtip_shards.errors import ShardError
 from comtip_shards.format.record import MAX_MEMBER_BYTES
+from comtip_shards.names import FOREIGN
 
 
 def index_tar(path: Path, where: str = "") -> dict[str, tuple[int, int]]:
@@ -31,12 +32,10 @@ def index_tar(path: Path, where: str = "") -> dict[str, tuple[int, int]]:
         with tarfile.open(path, "r:") as tar:
             for info in tar:
                 if not info.isreg() or "/" in info.name or "\\" in info.name or info.name.startswith("."):
-                    raise ShardError(
-                        f"{where}: member {info.name!r} is not a regular file of a record; do not use this shard"
-                    )
+                    raise ShardError(f"{where}: member {info.name!r} is not a regular file of a record; {FOREIGN}")
                 if info.size > MAX_MEMBER_BYTES or info.offset_data + info.size > size:
                     raise ShardError(
-                        f"{where}: member {info.name} claims {info.size} bytes; the shard is damaged or truncated"
+                        f"{where}: member {info.name} has {info.size} bytes by its header, more than the shard or the format allows; copy it again"
                     )
                 if info.name in members:
                     raise ShardError(f"{where}: duplicate member {info.name}; copy the shard again")

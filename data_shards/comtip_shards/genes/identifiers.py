@@ -118,7 +118,7 @@ class GeneResource:
             The species is not in the table.
         """
         if species not in SPECIES:
-            raise ValueError(f"species {species!r}: the gene table has {' and '.join(SPECIES)}")
+            raise ValueError(f"unknown species {species!r}; use {' or '.join(SPECIES)}")
         text = identifier.strip()
         found, how = self._find(text, species)
         if found is None and how == "unmapped":
@@ -214,7 +214,7 @@ class GeneMap:
         out = sparse.csr_matrix(counts.astype(np.int64) @ to_key, dtype=np.int64)
         out.sort_indices()
         if out.nnz and out.data.max() > np.iinfo(np.int32).max:
-            raise OverflowError("a summed count exceeds 2,147,483,647")
+            raise OverflowError("a summed count exceeds 2,147,483,647; check that the counts are raw")
         return out.astype(np.int32)
 
     def report(self) -> str:

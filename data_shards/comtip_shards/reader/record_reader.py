@@ -140,7 +140,10 @@ class MemberReader:
                 for run in _runs(low, high):
                     self._read_run(file, index[run], start[run], size[run], columns, into[run], out)
         except OSError as error:
-            raise ShardError(f"{self.files.name}/{shard.file}: cannot be read ({error})", kind="unreadable") from error
+            raise ShardError(
+                f"{self.files.name}/{shard.file}: cannot be read ({error}); check the disk, or copy the shard again",
+                kind="unreadable",
+            ) from error
 
     def _read_run(
         self,

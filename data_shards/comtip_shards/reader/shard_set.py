@@ -83,7 +83,7 @@ class ShardSet:
             )
         names = ("key", "species", "symbol", "ensembl", "name")
         if any(set(r) != set(names) or None in r.values() for r in rows):
-            raise ShardError(f"{path}: the columns are not {', '.join(names)}", kind="genes")
+            raise ShardError(f"{path}: the columns are not {', '.join(names)}; {FOREIGN}", kind="genes")
         genes = [GeneRow(*(r[n] for n in names)) for r in rows]
         _check_genes(genes, path)
         return genes
@@ -147,7 +147,8 @@ class ShardSet:
 
     def measured(self, section: int) -> np.ndarray:
         """Return a mask of the genes that a section measured: bool (n_genes,)."""
-        return unpack_bits(self.manifest.sections[section].assay_genes, self.manifest.n_genes)
+        meta = self.manifest.sections[section]
+        return unpack_bits(meta.assay_genes, self.manifest.n_genes, f"{self.name}: assay_genes of {meta.section_id}")
 
     def select(self, split: str | None = None, sections: Sequence[int] | None = None) -> np.ndarray:
         """Return the spot indices of a split and/or of some sections (by number), ascending int64."""
@@ -193,7 +194,7 @@ class ShardSet:
                     )
                 return np.asarray(image.convert("RGB")), entry.um_per_px
         except OSError as error:
-            raise ShardError(f"{path}: the overview cannot be decoded ({error})", kind="overview") from error
+            raise ShardError(f"{path}: the overview cannot be decoded ({error}); {FOREIGN}", kind="overview") from error
 
     def where(self, spot: int) -> str:
         """Return the name of a record for error messages: shard and key."""
@@ -206,7 +207,7 @@ class ShardSet:
     def _check_range(self, index: np.ndarray) -> None:
         if index.size and not 0 <= index.min() <= index.max() < len(self):
             raise IndexError(
-                f"spots {index.min()} to {index.max()} are out of range: {self.name} has {len(self)} spots"
+                f"spots {index.min()} to {index.max()} are out of range: {self.name} has {len(self)} spots; use 0 to {len(self) - 1}"
             )
 
 

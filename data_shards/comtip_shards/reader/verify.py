@@ -14,6 +14,7 @@ from comtip_shards.errors import ShardError, SourceError
 from comtip_shards.format import record
 from comtip_shards.format.manifest import REPORT_FILE, REPORTS, ShardEntry, sha256_of
 from comtip_shards.format.tar_index import index_tar
+from comtip_shards.names import FOREIGN
 from comtip_shards.reader.shard_set import ShardSet
 from comtip_shards.sections.section import meta_of
 from comtip_shards.sections.splits import check_splits
@@ -129,13 +130,16 @@ def check_section_spots(shards: ShardSet, number: int, table: pd.DataFrame) -> N
     section = shards.manifest.sections[number]
     own = table.iloc[section.first_spot : section.first_spot + section.n_spots]
     if own["spot_id"].duplicated().any():
-        raise ShardError(f"{shards.name}: duplicate spot id in section {section.section_id}", kind="spots")
+        raise ShardError(f"{shards.name}: duplicate spot id in section {section.section_id}; {FOREIGN}", kind="spots")
     if not np.array_equal(np.sort(own["source_row"].to_numpy()), np.arange(section.n_spots)):
         raise ShardError(
-            f"{shards.name}: source_row of section {section.section_id} is not a permutation of its spots", kind="spots"
+            f"{shards.name}: source_row of section {section.section_id} is not a permutation of its spots; {FOREIGN}",
+            kind="spots",
         )
     if not np.isfinite(own[["x_px", "y_px"]].to_numpy()).all():
-        raise ShardError(f"{shards.name}: a spot of section {section.section_id} has no position", kind="spots")
+        raise ShardError(
+            f"{shards.name}: a spot of section {section.section_id} has no position; {FOREIGN}", kind="spots"
+        )
 
 
 def _verify_shard(shards: ShardSet, shard: ShardEntry, table: pd.DataFrame | None, report: VerifyReport) -> None:
@@ -157,7 +161,8 @@ def _verify_shard(shards: ShardSet, shard: ShardEntry, table: pd.DataFrame | Non
     mismatched = sorted({n for n in set(members) | set(indexed) if members.get(n) != indexed.get(n)})
     if mismatched:
         report.problems.append(
-            f"{name}: {len(mismatched)} members do not match the index (missing, extra or moved), e.g. {mismatched[0]}"
+            f"{name}: {len(mismatched)} members do not match the index (missing, extra or moved), e.g. {mismatched[0]}; "
+            "copy the shard and its index again"
         )
     for spot in spots:
         try:
@@ -175,7 +180,7 @@ def _verify_record(shards: ShardSet, shard: ShardEntry, spot: int, table: pd.Dat
     shards.tiles([spot])
     counts = shards.counts([spot])
     if not shards.measured(shards.section_number(shard.section_id))[counts.indices].all():
-        raise ShardError(f"{where}.expr: counts for a gene that the section did not measure", kind="counts")
+        raise ShardError(f"{where}.expr: counts for a gene that the section did not measure; {FOREIGN}", kind="counts")
     row = table.loc[spot] if table is not None else None
     check_spot(shards.members([spot], "json")[0], shard.section_id, row, where)
     return int(counts.sum(dtype=np.int64))
@@ -203,10 +208,12 @@ def check_spot(data: bytes, section_id: str, row: Any, where: str) -> None:
     meta = record.decode_json(data, where)
     if meta["section_id"] != section_id:
         raise ShardError(
-            f"{where}.json: section_id is {meta['section_id']}, but the manifest states {section_id}", kind="spot"
+            f"{where}.json: section_id is {meta['section_id']}, but the manifest states {section_id}; {FOREIGN}",
+            kind="spot",
         )
     for name, value in meta.items() if row is not None else ():
         if row.get(name) != value:
             raise ShardError(
-                f"{where}.json: {name} is {value!r}, but the spot table states {row.get(name)!r}", kind="spot"
+                f"{where}.json: {name} is {value!r}, but the spot table states {row.get(name)!r}; {FOREIGN}",
+                kind="spot",
             )

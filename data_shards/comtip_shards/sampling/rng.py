@@ -63,7 +63,7 @@ def bits(seed: SupportsIndex, purpose: str, *counters: SupportsIndex | str, inde
     """Return 64 random bits for each index: uint64, the shape of ``index``."""
     index = np.asarray(index)
     if index.dtype.kind not in "iu":
-        raise TypeError(f"index must be integers, not {index.dtype}")
+        raise TypeError(f"index must be integers, not {index.dtype}; pass an integer array")
     return _mix(np.atleast_1d(index), np.uint64(key(seed, purpose, *counters))).reshape(index.shape)
 
 

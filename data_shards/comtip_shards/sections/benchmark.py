@@ -50,7 +50,7 @@ def _read_list(path: Path) -> list[BenchmarkSection]:
     try:
         lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise SourceError(f"{path}: cannot be read as a list of benchmark ids ({error})") from error
+        raise SourceError(f"{path}: cannot be read as a list of benchmark ids ({error}); write UTF-8 text") from error
     if not lines:
         raise SourceError(f"{path}: no benchmark id; write one per line, or a table with the column id")
     if "id" not in lines[0].split("\t"):
@@ -117,13 +117,13 @@ def guard_benchmark(
     unknown = sorted(set(allow) - set(why))
     if unknown:
         near = difflib.get_close_matches(unknown[0], sorted(why), n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = f"; did you mean {near[0]}?" if near else "; leave the option out"
         raise SourceError(f"--allow-benchmark {unknown[0]}: no section of that id is kept out of training{hint}")
     barred = [m for m in metas if m.section_id in why and m.section_id not in allow and m.split in LEARNING]
     if barred:
         text = "\n".join(f"  {m.section_id} (split {m.split}): {why[m.section_id]}" for m in barred)
         raise SourceError(
-            f"{len(barred)} training sections are scored by a benchmark, or their donor is:\n{text}\n"
+            f"{len(barred)} training sections are scored by a benchmark, or share a donor with one that is:\n{text}\n"
             "leave them out (--samples), move them to test (--split ID=test), or allow them explicitly (--allow-benchmark ID)"
         )
     out = [replace(m, split="test") if m.section_id in why and m.section_id not in allow else m for m in metas]

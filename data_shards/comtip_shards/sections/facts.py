@@ -187,8 +187,8 @@ def parse_facts(values: Mapping[str, Any]) -> tuple[SectionFacts, PoolingOptions
     for name in values:
         if name not in every:
             near = difflib.get_close_matches(name, every, n=1)
-            meant = f"; did you mean {near[0]}?" if near else ";"
-            raise SourceError(f"unknown fact {name!r}{meant} {', '.join(every)} can be stated")
+            meant = f"; did you mean {near[0]}? The facts are" if near else "; use one of"
+            raise SourceError(f"unknown fact {name!r}{meant} {', '.join(every)}")
     given = {k: v for k, v in values.items() if v is not None}
     facts, pooling, counts = (
         _validated(cls, {k: v for k, v in given.items() if k in names}) for cls, names in known.items()

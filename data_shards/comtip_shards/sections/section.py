@@ -134,7 +134,7 @@ class Section:
         if self.counts.shape != (len(self.spot_ids), len(self.gene_ids)):
             raise SourceError(
                 f"{where}: counts have shape {self.counts.shape}, but there are {len(self.spot_ids)} spots and "
-                f"{len(self.gene_ids)} genes"
+                f"{len(self.gene_ids)} genes; return one row per spot and one column per gene from the reader"
             )
         self._check_positions()
         return self

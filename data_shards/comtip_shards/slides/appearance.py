@@ -44,7 +44,7 @@ def looks_like_he(rgb_HW3: np.ndarray) -> tuple[bool, str]:
     """
     rgb = np.asarray(rgb_HW3)
     if rgb.ndim != 3 or rgb.shape[-1] != 3 or rgb.dtype != np.uint8:
-        raise ValueError(f"expected an RGB image of uint8, not {rgb.dtype} of shape {rgb.shape}")
+        raise ValueError(f"the image is {rgb.dtype} of shape {rgb.shape}; pass uint8 (H, W, 3) RGB")
     step = max(1, int((rgb.shape[0] * rgb.shape[1] / MAX_PX) ** 0.5))
     flat = rgb[::step, ::step].reshape(-1, 3)
     density = _DENSITY_OF[flat]

@@ -45,7 +45,7 @@ def open_slide(path: Path) -> Slide:
         Not an image, damaged, too large, or a required package is not installed.
     """
     if not path.is_file():
-        raise SourceError(f"{path}: no such image")
+        raise SourceError(f"{path}: no such image; check the path")
     if path.suffix.lower() in VENDOR_SUFFIXES or not _is_plain(path):
         return open_windowed(path)
     return _open_plain(path)
@@ -60,7 +60,7 @@ def image_size(path: Path) -> tuple[int, int]:
         The file is missing or not an image.
     """
     if not path.is_file():
-        raise SourceError(f"{path}: no such image")
+        raise SourceError(f"{path}: no such image; check the path")
     if path.suffix.lower() in VENDOR_SUFFIXES or not _is_plain(path):
         with open_slide(path) as slide:
             return slide.size
@@ -139,7 +139,9 @@ def _open_plain(path: Path) -> Slide:
                 )
             mpp, pixels = _mpp_of(image), _flatten(image)
     except (OSError, Image.DecompressionBombError, ValueError) as error:
-        reason = not_data(path) or f"not an image that can be read, or it is truncated or damaged ({error})"
+        reason = not_data(path) or (
+            f"not an image that can be read, or it is truncated or damaged ({error}); copy it again, or convert it to TIFF"
+        )
         raise SourceError(f"{path}: {reason}") from error
     return ArraySlide(pixels, path, mpp=mpp, reader="Pillow")
 

@@ -54,7 +54,7 @@ def recognise(path: Path) -> str | None:
                 return f"{file.name} has {found}" + (" and uns['spatial']" if "uns/spatial" in store else "")
         except SourceError:
             if file.is_dir() or h5py.is_hdf5(file):
-                return f"{file.name} has the attributes of an AnnData"  # why it cannot be opened is reported then
+                return f"{file.name} has the attributes of an AnnData"  # open_sections reports why it cannot be read
     return None
 
 

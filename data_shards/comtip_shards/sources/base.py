@@ -178,7 +178,7 @@ def read_table(path: Path, sep: str = "\t") -> pd.DataFrame:
     except (OSError, EOFError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise SourceError(f"{path}: cannot be read as a table ({error}); copy or download it again") from error
     if table.empty:
-        raise SourceError(f"{path}: the table has no rows")
+        raise SourceError(f"{path}: the table has no rows; copy or download it again")
     return table
 
 
@@ -198,14 +198,16 @@ def read_counts_table(path: Path, sep: str = "\t") -> tuple[sparse.csr_matrix, l
     # R omits the name of the id column; other programs write a name or an empty field.
     genes = names[1:] if len(names) == body.num_columns else names
     if body.num_columns - 1 != len(genes) or not genes:
-        raise SourceError(f"{path}: {len(names)} names in the header, {body.num_columns} columns below it")
+        raise SourceError(
+            f"{path}: {len(names)} names in the header, but {body.num_columns} columns below it; export the table again"
+        )
     check_unique(genes, f"{path}: genes in the header")
     spots = [str(v) for v in body.column(0).to_pylist()]
     check_unique(spots, f"{path}: spot ids")
     columns = body.columns[1:]
     for gene, column in zip(genes, columns, strict=True):
         if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_null(column.type)):
-            raise SourceError(f"{path}: gene {gene} holds text, not counts")
+            raise SourceError(f"{path}: gene {gene} holds text, not counts; export the table again with raw counts")
     values = np.stack([c.cast(pa.float64()).to_numpy() for c in columns], axis=1)
     return as_counts(sparse.csr_matrix(values), path, spots, genes), spots, genes
 
@@ -294,7 +296,9 @@ def read_spots_table(path: Path) -> SpotPositions:
     table = read_table(path)
     missing = [c for c in ("spot_id", "pixel_x", "pixel_y") if c not in table]
     if missing:
-        raise SourceError(f"{path}: lacks the column {', '.join(missing)}; it has {', '.join(table.columns)}")
+        raise SourceError(
+            f"{path}: missing column {', '.join(missing)} (found {', '.join(table.columns)}); add it to the table"
+        )
     ids = table["spot_id"].tolist()
     check_unique(ids, f"{path}: spot ids")
     array = ["array_x", "array_y"] if {"array_x", "array_y"} <= set(table) else None
@@ -315,7 +319,7 @@ def numbers(table: pd.DataFrame, columns: list[str], path: Path) -> np.ndarray:
     if text.any():
         row, column = np.argwhere(text)[0]
         raise SourceError(
-            f"{path}: {columns[column]} of row {row + 2} is {table[columns].iat[row, column]!r}, not a number"
+            f"{path}: {columns[column]} of row {row + 2} is {table[columns].iat[row, column]!r}, not a number; correct it"
         )
     return out
 

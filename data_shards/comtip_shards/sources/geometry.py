@@ -58,5 +58,5 @@ def check_pitch(xy: np.ndarray, mpp: float, limit: float, where: str) -> None:
         return
     raise SourceError(
         f"{where}: with {mpp:g} um per px the spot pitch is {gap * mpp:.1f} um, but on a Visium slide it is "
-        f"{VISIUM_PITCH_UM:g} um; set --mpp {VISIUM_PITCH_UM / gap:.4g}, or --platform if this is no Visium slide"
+        f"{VISIUM_PITCH_UM:g} um; set --mpp {VISIUM_PITCH_UM / gap:.4g}, or --platform if this is not a Visium slide"
     )

@@ -132,7 +132,9 @@ def _read_spots(path: Path, image: Path) -> SpotPositions:
     table = read_table(path)
     missing = [c for c in ("x", "y", "pixel_x", "pixel_y") if c not in table]
     if missing:
-        raise SourceError(f"{path}: missing columns {', '.join(missing)}")
+        raise SourceError(
+            f"{path}: missing columns {', '.join(missing)} (found {', '.join(table.columns)}); add them to the table"
+        )
     array = numbers(table, ["new_x", "new_y"] if {"new_x", "new_y"} <= set(table) else ["x", "y"], path)
     chosen = np.array([v.strip() != "0" for v in table.get("selected", ["1"] * len(table))], bool)
     ids = [f"{x}x{y}" for x, y in zip(table["x"], table["y"], strict=True)]

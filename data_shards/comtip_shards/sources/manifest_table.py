@@ -70,7 +70,9 @@ def _rows(where: Path) -> dict[str, dict[Hashable, Any]]:
     table = read_table(where)
     missing = [c for c in REQUIRED if c not in table]
     if missing:
-        raise SourceError(f"{where}: missing columns {', '.join(missing)}; the columns are {', '.join(table.columns)}")
+        raise SourceError(
+            f"{where}: missing columns {', '.join(missing)} (found {', '.join(table.columns)}); add them to the table"
+        )
     ids = table["sample_id"].tolist()
     for row, name in enumerate(ids, 2):
         check_section_id(name, f"{where}: sample_id in row {row}", SourceError, RENAME)

@@ -56,8 +56,8 @@ class Patches:
         if off_centre <= near:
             return [f"{self.path.name}: coords are patch centres instead of top-left corners"]
         raise SourceError(
-            f"{self.path}: the median distance of patches from their spots is {off:.0f} px; the file belongs to another section "
-            "or scale (set --mpp)"
+            f"{self.path}: the median distance of patches from their spots is {off:.0f} px; use the file of this section, or "
+            "correct the scale (--mpp)"
         )
 
 
@@ -86,7 +86,7 @@ def read_patches(path: Path, mpp: float) -> Patches:
     check_unique(barcodes, f"{path}: barcodes")
     if coords.shape != (len(barcodes), 2) or (pixels is not None and (len(pixels) != 4 or pixels[0] != len(barcodes))):
         raise SourceError(
-            f"{path}: {len(barcodes)} barcodes, coords of shape {coords.shape}, img of shape {pixels}; download it again"
+            f"{path}: {len(barcodes)} barcodes, but coords of shape {coords.shape} and img of shape {pixels}; download it again"
         )
     source_mpp = float(attrs.get("pixel_size", mpp))
     if abs(source_mpp / mpp - 1) > 0.02:
@@ -100,7 +100,7 @@ def read_patches(path: Path, mpp: float) -> Patches:
 
 
 def _open(path: Path) -> h5py.File:
-    return open_hdf5(path, "an HDF5 file", "is it whole?")
+    return open_hdf5(path, "an HDF5 file", "download it again")
 
 
 class PatchSlide(Slide):
@@ -139,7 +139,7 @@ class PatchSlide(Slide):
     def iter_tiles(
         self, xy_N2: np.ndarray, mpp: float, tile_um: float, tile_px: int, min_mpp: float
     ) -> Iterator[np.ndarray]:
-        """Iterate over the centre crops of the patches at the given spot centres."""
+        """Yield the central part of the patch at each spot centre, uint8 (S, S, 3)."""
         width = self.tile_limit_um
         if tile_um > width * 1.005:
             raise SourceError(
@@ -158,12 +158,14 @@ class PatchSlide(Slide):
         except OSError as error:
             raise SourceError(f"{self.path}: patch {row} cannot be read ({error}); download the file again") from error
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
-            raise SourceError(f"{self.path}: patches of {pixels.dtype} {pixels.shape}, expected uint8 (H, W, 3)")
+            raise SourceError(
+                f"{self.path}: patches are {pixels.dtype} {pixels.shape}, expected uint8 (H, W, 3); download it again"
+            )
         return pixels
 
     @staticmethod
     def _cut(pixels_HW3: np.ndarray, part: float, width_um: float, tile_px: int, min_mpp: float) -> np.ndarray:
-        """Blur a patch like a WSI and resample its centre."""
+        """Downsample a patch as a WSI is, to ``min_mpp``, and resample its centre."""
         side = pixels_HW3.shape[1]
         size, _, _ = shrunk_size((side, pixels_HW3.shape[0]), width_um / side, min_mpp)
         image = Image.fromarray(pixels_HW3)

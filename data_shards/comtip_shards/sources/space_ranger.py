@@ -137,7 +137,9 @@ def read_positions(path: Path) -> SpotPositions:
         table = table[COLUMNS]
     elif table.shape[1] != len(COLUMNS) or "barcode" in table.columns:
         have = ", ".join(map(str, table.columns))
-        raise SourceError(f"{path}: {table.shape[1]} columns ({have}), expected: {', '.join(COLUMNS)}")
+        raise SourceError(
+            f"{path}: {table.shape[1]} columns ({have}), expected {', '.join(COLUMNS)}; copy the table from the run again"
+        )
     else:
         table.columns = pd.Index(COLUMNS)
     if table.empty:

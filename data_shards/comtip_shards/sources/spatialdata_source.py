@@ -154,7 +154,8 @@ def choose_image(data: Any, region: str, wanted: str | None, path: Path) -> tupl
     """Return (image, coordinate system): the requested image, else the largest RGB image that shares a system."""
     if region not in data:
         raise SourceError(
-            f"{path}: the table annotates {region}, which does not exist; elements: {', '.join(_names(data))}"
+            f"{path}: the table annotates {region}, which does not exist (elements: {', '.join(_names(data))}); add the "
+            "element, or correct spatialdata_attrs of the table"
         )
     if wanted and wanted not in data.images:
         raise SourceError(f"{path}: no image {wanted!r}; set --image to one of {', '.join(data.images) or 'none'}")

@@ -104,7 +104,7 @@ def _read_meta(path: Path) -> dict[str, _SlideRow]:
     missing = [c for c in ("slide", "species", "tissue", "tech") if c not in table]
     if missing:
         raise SourceError(
-            f"{tables[-1]}: missing column {', '.join(missing)}; the columns are {', '.join(table.columns[:12])}"
+            f"{tables[-1]}: missing column {', '.join(missing)} (found {', '.join(table.columns[:12])}); download it again"
         )
     return {
         safe_id(str(row["slide"])): _SlideRow(
@@ -178,7 +178,9 @@ def read_coord(path: Path, slide: str) -> tuple[SpotPositions, float]:
     table = read_table(path, sep=",")
     missing = [c for c in ("yaxis", "xaxis", "r") if c not in table]
     if missing:
-        raise SourceError(f"{path}: missing column {', '.join(missing)}; the columns are {', '.join(table.columns)}")
+        raise SourceError(
+            f"{path}: missing column {', '.join(missing)} (found {', '.join(table.columns)}); download it again"
+        )
     ids = bare_ids(table.iloc[:, 0].tolist(), slide)
     values = numbers(table, ["xaxis", "yaxis", "r"], path)
     radius = float(np.median(values[:, 2]))

@@ -70,7 +70,9 @@ def infonce(
     """
     B, M = image_BD.shape[0], text_MD.shape[0]
     if M < B:
-        raise ValueError(f"infonce: {M} text columns for {B} images; the first {B} columns must be the true texts")
+        raise ValueError(
+            f"infonce: {M} text columns for {B} images; pass at least one text per image, the {B} true texts first"
+        )
     if negatives not in ("all", "same_group", "other_group"):
         raise ValueError(f"infonce: negatives={negatives!r} is unknown; choose 'all', 'same_group' or 'other_group'")
     if negatives != "all" and (group_rows is None or group_columns is None):

@@ -108,7 +108,9 @@ def compile_entry(entry: LedgerEntry, arch: int) -> LedgerRow:
         code = _tool(triton.knobs.nvidia.nvdisasm.path, "-c", cubin)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
-        raise RuntimeError(f"{entry.op}/{entry.name}: cuobjdump printed no resource usage: {usage[:300]}")
+        raise RuntimeError(
+            f"{entry.op}/{entry.name}: cuobjdump printed no resource usage: {usage[:300]}; install another Triton"
+        )
     kinds = {"HGMMA": r"\bHGMMA\b", "UTCMMA": r"\bUTC\w*MMA", "HMMA": r"\bHMMA\b"}
     counts = {kind: len(re.findall(pattern, code)) for kind, pattern in kinds.items()}
     mma = next((kind for kind, count in counts.items() if count), "-")

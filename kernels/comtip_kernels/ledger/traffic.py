@@ -48,7 +48,7 @@ BLOCK_IDS = 12
 
 
 def infonce_forward(B: int, M: int, D: int, size: int, t: Tiles, ids: int = 0, *, diagonal: bool = True) -> Traffic:
-    """Return the forward pass; ``size`` is the bytes of an element, ``ids`` those that masks read per row and column."""
+    """Return the traffic of the forward pass, for elements of ``size`` bytes and masks of ``ids`` bytes per row and column."""
     rows, cols = ceil(B / t["BM"]), ceil(M / t["BN"])
     return Traffic(
         loaded=(cols * B + rows * M) * (D * size + ids) + 4 * rows * cols,
@@ -59,7 +59,7 @@ def infonce_forward(B: int, M: int, D: int, size: int, t: Tiles, ids: int = 0, *
 
 
 def infonce_gradient(n: int, m: int, D: int, size: int, t: Tiles, ids: int = 0) -> Traffic:
-    """Return the derivatives of the logits in one chunk of n rows and m columns."""
+    """Return the traffic of the derivatives of the logits in one chunk of n rows and m columns."""
     rows, cols = ceil(n / t["BM"]), ceil(m / t["BN"])
     return Traffic(
         loaded=(cols * n + rows * m) * (D * size + ids + 12) + 4 * rows * cols,
@@ -74,7 +74,7 @@ LIBRARY_TILE = (128, 256)
 
 
 def library_product(n: int, m: int, k: int, size: int, *, accumulate: bool = False) -> Traffic:
-    """Return an (n, k) by (k, m) product with a result in fp32; not a kernel of this package, so an assumption."""
+    """Return the traffic of an (n, k) by (k, m) product with a result in fp32; not a kernel of this package, so an assumption."""
     rows, cols = sorted(LIBRARY_TILE) if n <= m else sorted(LIBRARY_TILE, reverse=True)
     added = 4 * n * m if accumulate else 0
     loaded = (ceil(m / cols) * n + ceil(n / rows) * m) * k * size + added
@@ -82,7 +82,7 @@ def library_product(n: int, m: int, k: int, size: int, *, accumulate: bool = Fal
 
 
 def infonce_backward(n: int, m: int, D: int, size: int, t: Tiles, chunk: int, ids: int = 0) -> Traffic:
-    """Return the backward pass in chunks of ``chunk`` rows: the kernel, and one library product per side."""
+    """Return the traffic of the backward pass in chunks of ``chunk`` rows: the kernel, and one library product per side."""
     moved = Traffic(0, 0, 0)
     for first in range(0, n, chunk):
         rows = min(chunk, n - first)
@@ -92,24 +92,24 @@ def infonce_backward(n: int, m: int, D: int, size: int, t: Tiles, chunk: int, id
 
 
 def sentence_rows(gene: int, name: int, value: int, D: int, size: int, tables: int) -> Traffic:
-    """Return the computation of distinct rows with LayerNorm and identities; ``tables`` is the bytes of the tables read."""
+    """Return the traffic of distinct rows with LayerNorm and identities; ``tables`` is the bytes of the tables read."""
     U = gene + name + value
     loaded = U * (24 + 8 + 5 * D * size) + gene * D * size
     return Traffic(loaded=loaded, distinct=tables + U * 32, stored=U * D * size)
 
 
 def copy_rows(S: int, U: int, D: int, size: int) -> Traffic:
-    """Return the copy of S tokens."""
+    """Return the traffic of copying S tokens."""
     return Traffic(loaded=S * (4 + D * size), distinct=S * 4 + U * D * size, stored=S * D * size)
 
 
 def sum_tokens(S: int, U: int, D: int, size: int) -> Traffic:
-    """Return the sums over equal tokens in one round."""
+    """Return the traffic of the sums over equal tokens, in one round."""
     return Traffic(loaded=S * (4 + D * size) + 12 * U, distinct=S * (4 + D * size) + 8 * U + 4, stored=4 * U * D)
 
 
 def norm_grads(gene: int, name: int, value: int, D: int, size: int, rows: int, tables: int) -> Traffic:
-    """Return the backward pass of LayerNorm on the summed gradients, ``rows`` per program."""
+    """Return the traffic of LayerNorm's backward pass on the summed gradients, ``rows`` per program."""
     U = gene + name + value
     programs = ceil(U / rows)
     loaded = U * (24 + 8 + 3 * D * size + 4 * D) + gene * D * size + programs * D * size
@@ -117,7 +117,7 @@ def norm_grads(gene: int, name: int, value: int, D: int, size: int, rows: int, t
 
 
 def attention(S: int, H: int, E: int, size: int, longest: int, tile: int, *, backward: bool) -> Traffic:
-    """Return packed attention over S tokens."""
+    """Return the traffic of packed attention over S tokens."""
     W = tile - longest + 1
     tiles = ceil(S / W)
     width = max(16, 1 << (E - 1).bit_length())
@@ -138,7 +138,7 @@ def _first_loads(S: int, W: int, tile: int, tiles: int) -> int:
 
 
 def sampled_dot(B: int, G: int, Q: int, D: int, size: int, t: Tiles, *, loss: bool = False) -> Traffic:
-    """Return the scores of every (spot, gene) at its level; with ``loss`` L_level with its prior instead."""
+    """Return the traffic of ``sampled_dot``; with ``loss``, that of L_level with its prior."""
     rows, cols = ceil(B / t["BM"]), ceil(G / t["NG"])
     loaded = (cols * B + rows * G * Q) * D * size + B * G
     distinct = (B + G * Q) * D * size + B * G
@@ -149,7 +149,7 @@ def sampled_dot(B: int, G: int, Q: int, D: int, size: int, t: Tiles, *, loss: bo
 
 
 def level_gradient(B: int, G: int, Q: int, D: int, size: int, t: Tiles) -> Traffic:
-    """Return the derivatives of L_level with respect to the scores of one chunk of G genes, and their sums over spots."""
+    """Return the traffic of the derivatives of L_level with respect to the scores of one chunk of G genes, and their sums over spots."""
     rows, cols = ceil(B / t["BM"]), ceil(G / t["NG"])
     return Traffic(
         loaded=(cols * B + rows * G * Q) * D * size + 2 * B * G + rows * (G * Q * 4) + rows * cols * 8,
@@ -160,7 +160,7 @@ def level_gradient(B: int, G: int, Q: int, D: int, size: int, t: Tiles) -> Traff
 
 
 def level_backward(B: int, G: int, Q: int, D: int, size: int, t: Tiles, chunk: int) -> Traffic:
-    """Return the backward pass of L_level in chunks of genes: the kernel, and one library product per side."""
+    """Return the traffic of the backward pass of L_level in chunks of genes: the kernel, and one library product per side."""
     moved = Traffic(0, 0, 0)
     for first in range(0, G, chunk):
         genes = min(chunk, G - first)
@@ -171,7 +171,7 @@ def level_backward(B: int, G: int, Q: int, D: int, size: int, t: Tiles, chunk: i
 
 
 def weighted_sum(B: int, G: int, Q: int, D: int, size: int, t: Tiles) -> Traffic:
-    """Return the weighted sums of rows per spot."""
+    """Return the traffic of the weighted sums of rows per spot."""
     rows, cols, slices = ceil(B / t["BM"]), ceil(G / t["NG"]), ceil(D / t["BD"])
     return Traffic(
         loaded=slices * 5 * B * G + rows * G * Q * D * size,
@@ -182,7 +182,7 @@ def weighted_sum(B: int, G: int, Q: int, D: int, size: int, t: Tiles) -> Traffic
 
 
 def weighted_sum_transpose(B: int, G: int, Q: int, D: int, size: int, t: Tiles) -> Traffic:
-    """Return the weighted sums of spots per row."""
+    """Return the traffic of the weighted sums of spots per row."""
     rows, cols, slices = ceil(B / t["BM"]), ceil(G / t["NG"]), ceil(D / t["BD"])
     return Traffic(
         loaded=slices * 5 * B * G + cols * B * D * size,

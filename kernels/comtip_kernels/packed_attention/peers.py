@@ -73,7 +73,8 @@ def _in_chunks(
 def _require_16_bits(impl: str, like: Tensor) -> None:
     if not can_peer(like):
         raise ValueError(
-            f"packed_attention: impl={impl!r} needs fp16 or bf16 on a CUDA device, not {like.dtype} on {like.device.type}"
+            f"packed_attention: impl={impl!r} needs fp16 or bf16 on a CUDA device, not {like.dtype} on {like.device.type}; "
+            "cast the operands and move them, or use impl='auto'"
         )
 
 

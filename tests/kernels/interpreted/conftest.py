@@ -1,4 +1,4 @@
-"""The interpreter as a GPU rounds: fp32 becomes bf16 by rounding to nearest even, where Triton's interpreter truncates."""
+"""Round fp32 to bf16 to nearest even in Triton's interpreter, as a GPU does; the interpreter itself truncates."""
 
 import os
 

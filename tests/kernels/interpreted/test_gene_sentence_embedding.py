@@ -1,4 +1,4 @@
-"""The embedding's Triton operators. Values and gradients are in ../test_gene_sentence_embedding.py."""
+"""The embedding's Triton operators. Values and gradients are tested in ../test_gene_sentence_embedding.py."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""InfoNCE's Triton kernels: operators, and rounding as tensor cores do it. Values are in ../test_infonce.py."""
+"""InfoNCE's Triton kernels: operators, and rounding as tensor cores do it. Values are tested in ../test_infonce.py."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Packed attention's Triton operators. Values and gradients are in ../test_packed_attention.py."""
+"""Packed attention's Triton operators. Values and gradients are tested in ../test_packed_attention.py."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The Triton operators over the sentence table. Values and gradients are in ../test_table.py."""
+"""The Triton operators over the sentence table. Values and gradients are tested in ../test_table.py."""
 
 import os
 

@@ -85,5 +85,7 @@ def centres(spatial: Any, path: Path, key: str = "spatial") -> np.ndarray:
             f"{path}: obsm[{key!r}] holds values that are not numbers; store x and y in image px"
         ) from error
     if values.ndim != 2 or values.shape[1] < 2:
-        raise SourceError(f"{path}: obsm[{key!r}] has the shape {values.shape}, expected spots x 2")
+        raise SourceError(
+            f"{path}: obsm[{key!r}] has the shape {values.shape}, expected spots x 2; store x and y in image px"
+        )
     return values[:, :2]

@@ -216,8 +216,8 @@ def _read_legacy(path: Path) -> ad.AnnData:
         return ad.read_h5ad(unpacked(path))
     except Exception as error:  # anndata raises many kinds of errors
         raise SourceError(
-            f"{path}: written before anndata 0.7 and cannot be converted ({type(error).__name__}: {error}); read and write it "
-            "again with an anndata of that time"
+            f"{path}: written before anndata 0.7 and cannot be converted ({type(error).__name__}: {error}); read it with "
+            "anndata 0.7 and write it again"
         ) from error
 
 

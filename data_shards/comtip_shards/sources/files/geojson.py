@@ -33,7 +33,9 @@ def iter_features(path: Path) -> Iterator[dict[str, Any]]:
         while (start := _START.search(text)) is None:
             more = file.read(_CHUNK)
             if not more or len(text) > _LONGEST:
-                raise SourceError(f"{path}: no list of features; expected a GeoJSON FeatureCollection")
+                raise SourceError(
+                    f"{path}: no list of features; export the polygons again as a GeoJSON FeatureCollection"
+                )
             text += more
         at = start.end()
         while True:

@@ -1,7 +1,7 @@
-"""HDF5 files opened only after their structure was checked: all their data must be in the file itself.
+"""Check the structure of an HDF5 file before it is read: all data must be in the file itself.
 
-An HDF5 file can name other files: by external links, external storage and virtual datasets. The library opens these
-without a word, and what they hold would become part of a shard set or of an answer.
+An HDF5 file can refer to other files, by external links, external storage and virtual datasets. The HDF5 library opens them
+silently, so that the content of any local file could become part of a shard set.
 """
 
 from __future__ import annotations
@@ -15,23 +15,22 @@ from comtip_shards.errors import SourceError
 from comtip_shards.names import shown
 
 MAX_UNPACKED, MAX_RATIO = 2**30, 1100
-"""A dataset of more bytes than the first may unpack to at most so many times its bytes in the file; deflate packs zeros to
-one 1,032th."""
+"""Size in bytes above which a dataset is checked, and its maximum compression ratio. Deflate compresses zeros by 1,032."""
 MAX_OBJECTS, MAX_DEPTH = 1_000_000, 64
-"""Most groups and datasets, and deepest nesting: a file of a few MB can claim more than memory holds."""
+"""Maximum number of groups and datasets, and maximum nesting: the objects of a file of a few MB can exceed memory."""
 
 
 def open_hdf5(path: Path, what: str, fix: str) -> h5py.File:
-    """Open an HDF5 file for reading, once everything in it is known to lie in it.
+    """Open an HDF5 file for reading, after a check that all its data are in the file itself.
 
     Parameters
     ----------
     path
         The file.
     what
-        What it should be, for messages: ``an .h5ad``.
+        Expected content, for messages: ``an .h5ad``.
     fix
-        What to do where it is not HDF5, for messages.
+        What to do if it is not HDF5, for messages.
 
     Returns
     -------
@@ -41,8 +40,8 @@ def open_hdf5(path: Path, what: str, fix: str) -> h5py.File:
     Raises
     ------
     SourceError
-        It is no HDF5 file; or it has a link other than a hard one, external storage or a virtual dataset. Nothing that
-        these name was opened.
+        The file is not HDF5, has more objects or a larger dataset than allowed, or contains a soft or external link, external
+        storage or a virtual dataset. No other file was opened.
     """
     try:
         file = h5py.File(path, "r")
@@ -65,14 +64,14 @@ def _check(file: h5py.File, path: Path) -> None:
         location, group = left.pop()
         for name, child in _children(group, location, path):
             address = h5py.h5o.get_info(child.id).addr
-            if address in seen:  # hard links may make a circle
+            if address in seen:  # hard links can form a cycle
                 continue
             seen.add(address)
             inner = f"{location}/{name}"
             if len(seen) > MAX_OBJECTS or inner.count("/") > MAX_DEPTH:
                 raise SourceError(
-                    f"{path}: more than {MAX_OBJECTS:,} objects or {MAX_DEPTH} levels of groups, the last at {shown(inner)}; "
-                    "write the file again with the data that is needed"
+                    f"{path}: more than {MAX_OBJECTS:,} objects or {MAX_DEPTH} levels of groups, exceeded at {shown(inner)}; "
+                    "write the file again without the groups that are not needed"
                 )
             if isinstance(child, h5py.Group):
                 left.append((inner, child))
@@ -90,8 +89,8 @@ def _children(
                 type(link), "a link of another kind"
             )
             raise SourceError(
-                f"{path}: {shown(f'{location}/{name}')} is {kind}; links are not followed, write the file again with the data instead of "
-                "the link (h5repack does not; anndata.read_h5ad and write_h5ad do)"
+                f"{path}: {shown(f'{location}/{name}')} is {kind}, and links are not followed; write the file again with the data in place "
+                "of the link (with anndata.read_h5ad and write_h5ad; h5repack keeps links)"
             )
         yield name, group[name]
 
@@ -100,14 +99,14 @@ def _check_dataset(data: h5py.Dataset, location: str, path: Path) -> None:
     size, stored = data.nbytes if data.shape is not None else 0, data.id.get_storage_size()
     if size > MAX_UNPACKED and size > MAX_RATIO * stored:
         raise SourceError(
-            f"{path}: {shown(location)} claims {size / 2**30:.1f} GiB in {data.shape}, but {stored} bytes of it are in the file; it "
-            "was not written whole, get it again"
+            f"{path}: {shown(location)} claims {size / 2**30:.1f} GiB in {data.shape}, but only {stored} bytes are in the file; "
+            "copy or download it again"
         )
     kind = (
-        "a virtual dataset" if data.is_virtual else "kept in another file (external storage)" if data.external else ""
+        "a virtual dataset" if data.is_virtual else "stored in another file (external storage)" if data.external else ""
     )
     if kind:
         raise SourceError(
-            f"{path}: {shown(location)} is {kind}; other files are not read, write the file again with the data in it (h5repack, or "
-            "anndata.read_h5ad and write_h5ad)"
+            f"{path}: {shown(location)} is {kind}, and other files are not read; write the file again with the data in it "
+            "(h5repack, or anndata.read_h5ad and write_h5ad)"
         )

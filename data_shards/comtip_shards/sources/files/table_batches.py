@@ -36,7 +36,9 @@ def batches(path: Path, names: Sequence[str], *, dictionary: Sequence[str] = ())
     have = _columns(path)
     missing = [c for c in names if c not in have]
     if missing:
-        raise SourceError(f"{path}: missing columns {', '.join(missing)}; the columns are {', '.join(have)}")
+        raise SourceError(
+            f"{path}: missing columns {', '.join(missing)} (found {', '.join(have)}); copy or export the table again"
+        )
     if is_csv(path):
         with reading(path, "csv"):
             yield from _open_csv(path, names)
@@ -71,7 +73,7 @@ def all_numbers(batch: pa.RecordBatch, names: Sequence[str], path: Path) -> np.n
 
 
 def is_csv(path: Path) -> bool:
-    """Return whether a table is csv by its name, ``.gz`` apart."""
+    """Return whether a table is csv by its name; a suffix ``.gz`` is ignored."""
     return path.name.removesuffix(".gz").endswith(".csv")
 
 

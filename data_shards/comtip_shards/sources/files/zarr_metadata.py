@@ -1,8 +1,8 @@
-"""Checks of a Zarr store's metadata before anything opens it: which codecs it asks for, and whether it holds links.
+"""Check a Zarr store before it is opened: its codecs must be on a list, and it must not contain links.
 
-A Zarr array names the codecs that decode it, and the Zarr library runs whichever of these names is installed. One
-of them, ``pickle``, runs code that the store contains. So the names are compared with a list before the store is
-opened, and the versions of ``zarr`` and ``numcodecs`` do not matter.
+The metadata of a Zarr array name the codecs that decode it, and the Zarr library runs any installed codec of that name. One
+of them, ``pickle``, executes code from the store. The names are therefore compared with a list before the store is opened,
+independently of the installed versions of ``zarr`` and ``numcodecs``.
 """
 
 from __future__ import annotations
@@ -40,43 +40,43 @@ CODECS = frozenset(
         "vlen-utf8",  # layout
     }
 )
-"""Codecs that turn bytes into numbers and text and do nothing else."""
+"""Codecs that only convert bytes to numbers and text."""
 _KEYS = ("codecs", "compressor", "filters", "index_codecs", "serializer", "storage_transformers")
 _FREE = ("attributes", "fill_value")
-"""Keys of what is the user's own, in which nothing names a codec."""
+"""Keys with user data, which do not name codecs."""
 MAX_BYTES = 256 * 2**20
-"""Largest metadata file; a consolidated one of 100,000 arrays has about 100 MB."""
+"""Maximum size of a metadata file in bytes; consolidated metadata of 100,000 arrays take about 100 MB."""
 
 
 def check_store(path: Path, what: str = "a Zarr store") -> None:
-    """Refuse a Zarr store (format 2 or 3) that is not safe to open. Call it before any library opens the store.
+    """Check that a Zarr store (format 2 or 3) is safe to open. Call it before any library opens the store.
 
     Parameters
     ----------
     path
-        Folder of the store. It may be a link itself; nothing below it may be one.
+        Folder of the store. It may itself be a link, but must not contain links.
     what
-        What it should be, for messages.
+        Expected content, for messages.
 
     Raises
     ------
     SourceError
-        A codec is not one of :data:`CODECS`, a metadata file cannot be understood, or the store holds a link. The
-        message names the file.
+        A codec is not one of :data:`CODECS`, a metadata file is invalid, or the store contains a link. The message names
+        the file.
     """
     for root, folders, files in os.walk(path, followlinks=False, onerror=_unreadable):
         for name in (*folders, *files):
             file = Path(root, name)
             if file.is_symlink():
                 raise SourceError(
-                    f"{_shown(file)}: is a link; links in a store are not followed, copy the file itself there"
+                    f"{_shown(file)}: is a link, and links in a store are not followed; replace it by a copy of the file"
                 )
             if name in METADATA:
                 _check_file(file, path, what)
 
 
 def _unreadable(error: OSError) -> None:
-    raise SourceError(f"{error.filename}: cannot be listed ({error.strerror}); allow reading it") from error
+    raise SourceError(f"{error.filename}: cannot be listed ({error.strerror}); fix its permissions") from error
 
 
 def _shown(file: Path) -> str:
@@ -85,34 +85,32 @@ def _shown(file: Path) -> str:
 
 def _check_file(file: Path, store: Path, what: str) -> None:
     if not file.is_file():
-        raise SourceError(
-            f"{_shown(file)}: is no regular file, but the metadata of a Zarr array or group; copy the store again"
-        )
+        raise SourceError(f"{_shown(file)}: not a regular file, which metadata of Zarr must be; copy the store again")
     size = file.stat().st_size
     if size > MAX_BYTES:
         raise SourceError(
-            f"{_shown(file)}: {size} bytes of metadata, at most {MAX_BYTES} are read; copy the store again"
+            f"{_shown(file)}: {size} bytes of metadata are more than the maximum of {MAX_BYTES}; copy the store again"
         )
     try:
-        # As zarr does it: another parser might see other codecs in the same bytes.
+        # The parser of zarr: another one might read other codecs from the same bytes.
         data = json.loads(file.read_bytes())
         for codec in _codecs(data):
             if not isinstance(codec, str) or codec.removeprefix("numcodecs.") not in CODECS:
                 raise SourceError(
-                    f"{_shown(file)}: the codec {shown(str(codec))} is not one that is run, because a codec can run code from the "
-                    "store; if you trust the store, write it again with blosc, zstd or gzip and strings as vlen-utf8"
+                    f"{_shown(file)}: the codec {shown(str(codec))} is not allowed, because a codec can execute code from the "
+                    "store; if you trust the store, write it again with blosc, zstd or gzip, and strings as vlen-utf8"
                 )
     except (ValueError, RecursionError) as error:
         if isinstance(error, SourceError):
             raise
         raise SourceError(
-            f"{_shown(store)}: not {what} that can be read ({_shown(file.relative_to(store))} is not the metadata of a Zarr array or "
+            f"{_shown(store)}: cannot be read as {what} ({_shown(file.relative_to(store))} is not the metadata of a Zarr array or "
             f"group: {error}); copy the store again"
         ) from error
 
 
 def _codecs(value: Any) -> Iterator[Any]:
-    """Yield every codec's name in some metadata, nested and consolidated ones too; what has no name yields None."""
+    """Yield the name of every codec in metadata, also nested and consolidated; None for a codec without a name."""
     if isinstance(value, list):
         for item in value:
             yield from _codecs(item)
@@ -128,7 +126,7 @@ def _codecs(value: Any) -> Iterator[Any]:
 
 
 def _names(codec: Any) -> Iterator[Any]:
-    """Yield the name of one codec: format 3 has a text or ``name``, format 2 ``id``; with both, both count."""
+    """Yield the names of one codec: a string or ``name`` in format 3, ``id`` in format 2; both if both are present."""
     if not isinstance(codec, dict):
         yield codec
         return

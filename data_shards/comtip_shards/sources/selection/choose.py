@@ -23,7 +23,7 @@ def check_where(where: Mapping[str, Collection[str]]) -> dict[str, Collection[st
         if key not in WHERE_KEYS:
             raise SourceError(f"unknown filter key {key!r}; use {', '.join(WHERE_KEYS)}")
         if not values or isinstance(values, str):
-            raise SourceError(f"filter {key}: give a list of values")
+            raise SourceError(f"filter {key}: {values!r} is not a list of values; give a list of at least one")
         out[key] = values
     return out
 
@@ -50,7 +50,7 @@ def choose(
         meets = [any(matches(text, value, have) for value in values) for text in have]
         if not any(meets):
             there = ", ".join(sorted(set(have))[:20]) or "none"
-            raise SourceError(f"{path}: no section has {key} {' or '.join(values)}; it has: {there}")
+            raise SourceError(f"{path}: no section has {key} {' or '.join(values)}; choose from: {there}")
         kept = [item for item, meet in zip(kept, meets, strict=True) if meet]
     return kept
 

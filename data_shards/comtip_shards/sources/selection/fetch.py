@@ -1,8 +1,8 @@
 """Download of remote sources: required files are copied to a local folder of the same layout.
 
 Metadata tables are downloaded first; sections are filtered by them, and only the files of the selected sections are
-downloaded. Files are checked by size and cached; an interrupted download continues with the first
-file that is not complete.
+downloaded. Files are checked by size and cached; an interrupted download continues with the first file that is not
+complete.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PATIENCE = RetryPolicy(stall=300.0, total=24 * 3600.0)
 """Long timeouts, for listings of thousands of files and slides of many GB."""
 FILE_SUFFIXES = (".h5ad", ".tsv")
 MAX_PART = 200
-"""Bytes of one part of a name; a file system takes 255, and the copy has a suffix while it is written."""
+"""Maximum bytes of one path component: file systems allow 255, and a copy has a suffix while it is written."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,10 @@ class _Listing:
         """Return the files of one section; ``{id}`` in a pattern is replaced by the section."""
         out: dict[str, int | None] = {}
         for pattern in patterns:
-            if not _is_inside(pattern):  # some are what the source's own table says
+            if not _is_inside(pattern):  # it may come from the source's own table
                 raise SourceError(
-                    f"{self.remote.url}: a table of section {section} names the file {shown(pattern)}, which leaves the "
-                    "folder or is no file name; correct the table, or download the source and give its files by hand"
+                    f"{self.remote.url}: the table entry of section {section} names the file {shown(pattern)}, which leaves the "
+                    "folder or is not a valid file name; correct the table, or download the source and give the local folder"
                 )
             for name, size in self.match(pattern.replace("{id}", "*")).items():
                 if "{id}" not in pattern or fnmatch.fnmatchcase(name, pattern.replace("{id}", _literal(section))):
@@ -83,7 +83,7 @@ def _literal(text: str) -> str:
 
 
 def _is_inside(name: str) -> bool:
-    """Tell whether a name of a listing stays below the folder, on every system, and can be a file's name."""
+    """Return whether a listed name stays below the folder on every system and is a valid file name."""
     path = PurePosixPath(name)
     safe = name.isprintable() and "\\" not in name and all(len(part.encode()) <= MAX_PART for part in path.parts)
     return safe and bool(path.parts) and not path.is_absolute() and ".." not in path.parts
@@ -111,7 +111,7 @@ def fetch_source(
     samples, where
         As for :func:`comtip_shards.sources.open_source`.
     options
-        What the caller states; ``pixels`` selects the WSIs or the patches of HEST, ``pool_um`` the bins of Visium HD.
+        Stated facts and options; ``pixels`` selects WSIs or patches of HEST, ``pool_um`` the bins of Visium HD.
     cache
         Cache directory; by default ``sources`` in :func:`comtip_shards.storage.remote.default_cache`.
     progress

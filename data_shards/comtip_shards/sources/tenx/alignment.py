@@ -66,7 +66,8 @@ def read_alignment(path: Path, pixel_size: float) -> Alignment:
         if named:
             if not set(POINTS) <= set(table.columns):
                 raise SourceError(
-                    f"{path}: the columns are {', '.join(header)}, expected fixedX, fixedY, alignmentX, alignmentY"
+                    f"{path}: the columns are {', '.join(header)}, expected fixedX, fixedY, alignmentX, alignmentY; export the "
+                    "keypoints again from Xenium Explorer"
                 )
             points = table[list(POINTS)].to_numpy(np.float64)
             matrix, notes = _fit(points[:, 2:], points[:, :2], pixel_size, path)
@@ -103,9 +104,15 @@ def _fit(moving_N2: np.ndarray, fixed_N2: np.ndarray, pixel_size: float, path: P
 
 def _checked(matrix: np.ndarray, path: Path) -> np.ndarray:
     if matrix.shape != (3, 3) or not np.isfinite(matrix).all():
-        raise SourceError(f"{path}: the matrix has the shape {' x '.join(map(str, matrix.shape))}, expected 3 x 3")
+        raise SourceError(
+            f"{path}: not a matrix of 3 x 3 finite numbers, but {' x '.join(map(str, matrix.shape))}; export it again from "
+            "Xenium Explorer"
+        )
     if not np.allclose(matrix[2], [0, 0, 1], atol=1e-9):
-        raise SourceError(f"{path}: the last row is {matrix[2].tolist()}, expected 0, 0, 1; the matrix is not affine")
+        raise SourceError(
+            f"{path}: the matrix is not affine: its last row is {matrix[2].tolist()} instead of 0, 0, 1; export it again from "
+            "Xenium Explorer"
+        )
     large, small = np.linalg.svd(matrix[:2, :2], compute_uv=False)
     if not 1e-2 < small <= large < 1e2 or large > MAX_STRETCH * small:
         raise SourceError(

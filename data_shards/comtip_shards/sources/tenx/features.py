@@ -15,9 +15,9 @@ from comtip_shards.genes.species import species_name
 
 GENE_KIND = "Gene Expression"
 OTHER_GENOME = "genome "
-"""Start of the kind that rows of another genome are given."""
+"""Prefix of the kind that is assigned to rows of another genome."""
 MIXED_SHARE = 0.05
-"""Share of the genes of a second species above which the species must be stated."""
+"""If a second species has more than this share of the genes, the species must be stated."""
 _GENOME = re.compile(r"(?P<genome>(?:GRCh3\d|GRCm3\d|hg\d\d|mm\d\d?)[A-Za-z0-9.\-]*)_+(?=[^_])", re.IGNORECASE)
 _ENSEMBL = {"ENSG": "human", "ENSMUSG": "mouse"}
 

@@ -105,7 +105,9 @@ def _open_h5(path: Path) -> h5py.File:
     if missing:
         have = ", ".join(list(file)[:6]) or "nothing"
         file.close()
-        raise SourceError(f"{path}: no /matrix/{missing[0]}; expected {MATRIX}, found {have}")
+        raise SourceError(
+            f"{path}: no /matrix/{missing[0]} (found {have}), so it is not {MATRIX}; copy the matrix from the run"
+        )
     return file
 
 
@@ -198,7 +200,7 @@ def _read_mex(matrix: TenxMatrix, n_features: int) -> tuple[list[str], sparse.cs
 
 
 def _lines(path: Path) -> list[str]:
-    existing(path, "names of a matrix")
+    existing(path, "file of barcodes or features")
     with reading(path, "text"):
         return read_packed(path, MAX_TEXT_BYTES).decode("utf-8").splitlines()
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from comtip_shards.errors import SourceError
 from comtip_shards.sections.facts import SectionFacts
-from comtip_shards.sections.pooling import Pooled
+from comtip_shards.sections.pooling import Pooled, Pooler
 from comtip_shards.sections.section import Section, SectionMeta
+from comtip_shards.sources.files.table_batches import BATCH
 from comtip_shards.sources.tenx.features import Features
+from comtip_shards.sources.tenx.matrix import TenxMatrix
 
 
 def pooled_meta(
@@ -83,3 +85,57 @@ def pooled_section(
         [*notes, held] if pooled.dropped_squares else list(notes),
         n_pooled=pooled.n_units,
     )
+
+
+def pool_cells(
+    counts: TenxMatrix,
+    features: Features,
+    locate: Callable[[list[str]], tuple[np.ndarray, np.ndarray]],
+    *,
+    units: str,
+    located: str,
+    not_located: str,
+    tally: dict[str, int] | None = None,
+) -> tuple[Pooler, list[str]]:
+    """Sum the counts of cells in squares, batch by batch.
+
+    Parameters
+    ----------
+    counts, features
+        Cell-feature matrix, and its row names.
+    locate
+        Takes the barcodes of a batch and returns the indices of those with a known position, int64 (k,), and the square of
+        each of these, int64 (k, 2).
+    units
+        Name of the cells in notes, e.g. ``segmented cells``.
+    located, not_located
+        What cells with and without a position have, for the error (``have a polygon in FILE``) and for the note
+        (``no polygon``).
+    tally
+        Filled with the sum of counts per kind of feature.
+
+    Returns
+    -------
+    sums, notes
+
+    Raises
+    ------
+    SourceError
+        Under half of the cells have a position: the files belong to different runs.
+    """
+    pooler, lost, lost_counts = Pooler(len(features.genes())), 0, 0
+    for barcodes, matrix in counts.chunks(features, BATCH, tally):
+        known, squares = locate(barcodes)
+        pooler.add_units(squares)
+        pooler.add_counts(squares, matrix[known])
+        lost += len(barcodes) - len(known)
+        lost_counts += int(matrix.sum(dtype=np.int64)) - int(matrix[known].sum(dtype=np.int64))
+    if pooler.total_units < max(1, lost):
+        raise SourceError(
+            f"{counts.path}: only {pooler.total_units} of its {pooler.total_units + lost} cells {located}; "
+            "use files of the same run"
+        )
+    notes = [f"{pooler.total_units:,} {units} pooled"]
+    if lost:
+        notes.append(f"{lost:,} cells with {lost_counts:,} counts excluded: {not_located}")
+    return pooler, notes

@@ -149,7 +149,7 @@ def _load(run: _Bins, meta: SectionMeta, notes: list[str]) -> Section:
 def _bin_width(bins: Mapping[float, Path], pool_um: float, wanted: float | None, root: Path) -> float:
     have = ", ".join(f"{w:g}" for w in bins)
     if wanted is not None and wanted not in bins:
-        raise SourceError(f"{root}: no bins of {wanted:g} um; available: {have} um")
+        raise SourceError(f"{root}: no bins of {wanted:g} um; set --bin-um to one of {have}")
     for width in list(bins) if wanted is None else [wanted]:
         if abs(pool_um / width - round(pool_um / width)) < 1e-9 and pool_um >= width:
             return width
@@ -166,10 +166,13 @@ def _read_grid(path: Path, side: int) -> _Grid:
     for batch in batches(path, ["array_row", "array_col"]):
         rc = all_numbers(batch, ["array_row", "array_col"], path).astype(np.int64)
         if rc.size and (rc.min() < 0 or rc.max() >= 1 << 20):
-            raise SourceError(f"{path}: array_row and array_col range from {rc.min()} to {rc.max()}, outside any slide")
+            raise SourceError(
+                f"{path}: array_row and array_col range from {rc.min()} to {rc.max()}, outside any slide; copy the table from "
+                "the run again"
+            )
         high = np.maximum(high, rc.max(axis=0, initial=-1))
     if high.min() < 0:
-        raise SourceError(f"{path}: the table has no rows")
+        raise SourceError(f"{path}: the table has no rows; copy it from the run again")
     shape = (int(high[0]) + 1, int(high[1]) + 1)
     blocks = -(-shape[0] // side) * -(-shape[1] // side)
     grid = _Grid(shape, np.zeros(shape[0] * shape[1], np.uint8), np.zeros((blocks, 5)), side)

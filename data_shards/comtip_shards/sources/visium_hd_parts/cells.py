@@ -18,10 +18,9 @@ from comtip_shards.sections.section import Section, SectionMeta
 from comtip_shards.sources.base import SectionSource, existing
 from comtip_shards.sources.files.geojson import centroid, iter_features
 from comtip_shards.sources.files.packaging import unpacked
-from comtip_shards.sources.files.table_batches import BATCH
 from comtip_shards.sources.tenx.features import Features, for_species
 from comtip_shards.sources.tenx.matrix import TenxMatrix
-from comtip_shards.sources.tenx.pooled import pooled_meta, pooled_section
+from comtip_shards.sources.tenx.pooled import pool_cells, pooled_meta, pooled_section
 from comtip_shards.sources.tenx.run import appearance_note, choose_image, find_matrix, scale_factors, section_name
 from comtip_shards.sources.visium_hd_parts.files import FACTORS, find_factors, numbers_in, pictures_of
 from comtip_shards.sources.visium_hd_parts.scale import scale_of
@@ -48,7 +47,10 @@ class _Cells:
 
 
 def cells_source(root: Path, pool_um: float, bins: Mapping[float, Path], options: SourceOptions) -> SectionSource:
-    """Return the section of a folder with segmented cells; parameters as for ``bins_source``."""
+    """Return the section of a folder with segmented cells.
+
+    Parameters as for :func:`comtip_shards.sources.visium_hd_parts.bins.bins_source`.
+    """
     refuse(options, ("min_cover", "bin_um"), "it is for bins (cells have --min-pooled)")
     folder = root / "segmented_outputs"
     counts = find_matrix(folder, "filtered_feature_cell_matrix")
@@ -107,7 +109,29 @@ def _load(run: _Cells, meta: SectionMeta, notes: list[str]) -> Section:
 def _pool_cells(
     counts: TenxMatrix, features: Features, polygons: Path, width_px: float, tally: dict[str, int]
 ) -> tuple[Pooler, list[str]]:
-    where: dict[int, tuple[float, float]] = {}
+    """Assign cells to squares by the centroids of their polygons and sum the counts; return (sums, notes)."""
+    centroids = _read_centroids(polygons)
+
+    def locate(barcodes: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        cells = numbers_in(pa.array(barcodes), _CELL, counts.path, "cellid_000000001-1")["cell"].tolist()
+        xy = np.array([centroids.get(c, (np.nan, np.nan)) for c in cells], np.float64).reshape(-1, 2)
+        known = np.flatnonzero(np.isfinite(xy[:, 0]))
+        return known, squares_of(xy[known], width_px)
+
+    return pool_cells(
+        counts,
+        features,
+        locate,
+        units="segmented cells",
+        located=f"have a polygon in {polygons}",
+        not_located="no polygon",
+        tally=tally,
+    )
+
+
+def _read_centroids(polygons: Path) -> dict[int, tuple[float, float]]:
+    """Return {cell number: centroid of its polygon, full-resolution px}."""
+    out: dict[int, tuple[float, float]] = {}
     for feature in iter_features(polygons):
         cell = (feature.get("properties") or {}).get("cell_id")
         digits = re.search(r"\d+", str(cell))
@@ -115,25 +139,7 @@ def _pool_cells(
             raise SourceError(
                 f"{polygons}: a feature has no cell_id: {feature.get('properties')}; copy the file from the run again"
             )
-        if int(digits[0]) in where:
+        if int(digits[0]) in out:
             raise SourceError(f"{polygons}: duplicate cell {digits[0]}; copy the file from the run again")
-        where[int(digits[0])] = centroid(feature, polygons)
-    pooler, lost, lost_counts = Pooler(len(features.genes())), 0, 0
-    for barcodes, matrix in counts.chunks(features, BATCH, tally):
-        cells = numbers_in(pa.array(barcodes), _CELL, counts.path, "cellid_000000001-1")["cell"].tolist()
-        xy = np.array([where.get(c, (np.nan, np.nan)) for c in cells], np.float64).reshape(-1, 2)
-        known = np.flatnonzero(np.isfinite(xy[:, 0]))
-        squares = squares_of(xy[known], width_px)
-        pooler.add_units(squares)
-        pooler.add_counts(squares, matrix[known])
-        lost += len(cells) - len(known)
-        lost_counts += int(matrix.sum(dtype=np.int64)) - int(matrix[known].sum(dtype=np.int64))
-    if pooler.total_units < max(1, lost):
-        raise SourceError(
-            f"{counts.path}: only {pooler.total_units} of its {pooler.total_units + lost} cells have a polygon in {polygons}; "
-            "use files of the same run"
-        )
-    notes = [f"{pooler.total_units:,} segmented cells pooled"]
-    if lost:
-        notes.append(f"{lost:,} cells with {lost_counts:,} counts excluded: no polygon")
-    return pooler, notes
+        out[int(digits[0])] = centroid(feature, polygons)
+    return out

@@ -11,14 +11,15 @@ import numpy as np
 from comtip_shards.errors import SourceError
 from comtip_shards.sections.pooling import Pooler
 from comtip_shards.sections.section import check_unique
-from comtip_shards.sources.files.table_batches import BATCH, all_numbers, batches, has_column, numbers_of
+from comtip_shards.sources.files.table_batches import all_numbers, batches, has_column, numbers_of
+from comtip_shards.sources.tenx import pooled
 from comtip_shards.sources.tenx.matrix import TenxMatrix
 from comtip_shards.sources.xenium_parts.panel import CONTROL, feature_words, texts_of
 from comtip_shards.sources.xenium_parts.run import XeniumRun
 
 
 def pool_transcripts(run: XeniumRun, path: Path, qv: float) -> tuple[Pooler, list[str]]:
-    """Sum the transcripts of genes with at least this quality; returns (sums, notes)."""
+    """Sum the transcripts of genes with a quality of at least ``qv`` in squares; return (sums, notes)."""
     genes = run.features.only_genes()
     check_unique(genes.symbols, f"{run.path}: gene names of the panel")
     row_of = {name: i for i, name in enumerate(genes.symbols)}
@@ -56,30 +57,28 @@ def _kind(word: str, row_of: Mapping[str, int]) -> int:
 
 
 def pool_cells(run: XeniumRun, path: Path, counts: TenxMatrix) -> tuple[Pooler, list[str]]:
-    """Assign cells to pseudo-spots by their centroids and sum the counts; return (pooler, notes)."""
-    where: dict[str, tuple[float, float]] = {}
+    """Assign cells to squares by their centroids and sum the counts; return (sums, notes)."""
+    centroids = _read_centroids(path)
+
+    def locate(barcodes: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        known = np.array([i for i, b in enumerate(barcodes) if b in centroids], np.int64)
+        um = np.array([centroids[barcodes[i]] for i in known], np.float64).reshape(-1, 2)
+        return known, run.squares(um)
+
+    return pooled.pool_cells(
+        counts, run.features, locate, units="cells", located=f"are in {path}", not_located=f"not in {path.name}"
+    )
+
+
+def _read_centroids(path: Path) -> dict[str, tuple[float, float]]:
+    """Return {cell id: centroid, um}."""
+    out: dict[str, tuple[float, float]] = {}
     n = 0
     for batch in batches(path, ["cell_id", "x_centroid", "y_centroid"]):
         cells = texts_of(batch.column("cell_id"), path)
         xy = all_numbers(batch, ["x_centroid", "y_centroid"], path)
-        where.update(zip(cells, map(tuple, xy.tolist()), strict=True))
+        out.update(zip(cells, map(tuple, xy.tolist()), strict=True))
         n += len(cells)
-    if len(where) < n:
-        raise SourceError(f"{path}: {n - len(where)} duplicate cell ids; copy the table from the run again")
-    pooler, lost, lost_counts = Pooler(len(run.features.genes())), 0, 0
-    for barcodes, matrix in counts.chunks(run.features, BATCH):
-        known = np.array([i for i, b in enumerate(barcodes) if b in where], np.int64)
-        squares = run.squares(np.array([where[barcodes[i]] for i in known], np.float64).reshape(-1, 2))
-        pooler.add_units(squares)
-        pooler.add_counts(squares, matrix[known])
-        lost += len(barcodes) - len(known)
-        lost_counts += int(matrix.sum(dtype=np.int64)) - int(matrix[known].sum(dtype=np.int64))
-    if pooler.total_units < max(1, lost):
-        raise SourceError(
-            f"{counts.path}: only {pooler.total_units} of its {pooler.total_units + lost} cells are in {path}; "
-            "use files of the same run"
-        )
-    notes = [f"{pooler.total_units:,} cells pooled"]
-    if lost:
-        notes.append(f"{lost:,} cells with {lost_counts:,} counts excluded: not in {path.name}")
-    return pooler, notes
+    if len(out) < n:
+        raise SourceError(f"{path}: {n - len(out)} duplicate cell ids; copy the table from the run again")
+    return out
