@@ -117,6 +117,15 @@ def test_retrieval_is_above_chance_and_equals_that_of_training(
         assert found == pytest.approx(numbers[name], abs=1 / 49 + 1e-6)  # one pair may be a rounding away from a tie
 
 
+def test_a_large_section_is_represented_by_neighbouring_spots(quick: Path, tiny_shards: ShardSet, caplog):
+    options = TaskOptions(max_spots=20, n_bootstrap=0)
+    section = TaskContext(Predictor.load(quick), tiny_shards, [3], tiny_shards, options).sections[0]
+    assert len(section.spot_ids) == len(section.xy_N2) == section.cp10k.shape[0] == 20
+    assert "section x1 has 49 spots; tasks use 20 neighbouring ones" in caplog.text
+    distance = np.linalg.norm(section.xy_N2[:, None] - section.xy_N2[None], axis=-1)
+    assert np.median(np.sort(distance, axis=1)[:, 1]) == pytest.approx(40)  # the distance between neighbours
+
+
 def test_domains_follow_the_field(rows: list[TaskRow]):
     given = one(rows, "domains", "ari", "embeddings:field.csv")
     measured = one(rows, "domains", "ari", "measured expression")

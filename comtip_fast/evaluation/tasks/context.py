@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,8 +21,12 @@ from comtip_fast.evaluation.tasks.intervals import block_weights, spatial_blocks
 from comtip_fast.evaluation.tasks.labels import LabelFile
 from comtip_fast.evaluation.train_reference import TrainReference, mean_colour
 from comtip_fast.inference import GeneQuery, ImageFeatures, Predictor
+from comtip_fast.training.readout.fit import neighbouring_spots
 
+log = logging.getLogger("comtip_fast")
 ENCODER, VECTOR, COLOUR = "comtip encoder", "comtip vector", "colour"
+MAX_SPOTS = 10_000
+"""Features and bootstrap weights of a section are kept in memory, and retrieval compares all pairs of spots."""
 Encoders = dict[str, TileEncoder | FeatureFiles]
 
 
@@ -38,6 +43,8 @@ class TaskOptions:
     n_null: int = 20
     """Draws of the shuffled controls."""
     seed: int = 0
+    max_spots: int = MAX_SPOTS
+    """Largest number of spots of a section; a larger one is represented by as many neighbouring spots."""
 
 
 @dataclass
@@ -47,6 +54,8 @@ class SectionInputs:
     section_id: str
     number: int
     cohort: str
+    spots: np.ndarray
+    """int64 (N,), indices in the shard set."""
     xy_N2: np.ndarray
     spot_ids: list[str]
     cp10k: sparse.csr_matrix
@@ -136,16 +145,22 @@ class TaskContext:
         """Return the labels of a scored section's spots, str (N,); empty where there is none."""
         if self.options.labels is not None:
             return self.options.labels.of(section.section_id, section.spot_ids)
-        spots = self.shards.select(sections=[section.number])
-        return self.shards.spots.loc[spots, "label"].fillna("").to_numpy(str)
+        return self.shards.spots.loc[section.spots, "label"].fillna("").to_numpy(str)
 
     def _section(self, shards: ShardSet, number: int, *, train: bool) -> SectionInputs:
         if (train, number) not in self._read:
             self._read[train, number] = self._open(shards, number, train=train)
         return self._read[train, number]
 
+    def _spots(self, shards: ShardSet, number: int) -> np.ndarray:
+        spots, most = shards.select(sections=[number]), self.options.max_spots
+        if spots.size > most:
+            name = shards.manifest.sections[number].section_id
+            log.warning("section %s has %d spots; tasks use %d neighbouring ones", name, spots.size, most)
+        return neighbouring_spots(shards, spots, most, self.options.seed, number)
+
     def _open(self, shards: ShardSet, number: int, *, train: bool) -> SectionInputs:
-        section_id, spots = shards.manifest.sections[number].section_id, shards.select(sections=[number])
+        section_id, spots = shards.manifest.sections[number].section_id, self._spots(shards, number)
         tiles, stain = ShardTiles(shards, spots), shards.stain(number)
         frame = shards.spots.loc[spots]
         xy, names = frame[["x_px", "y_px"]].to_numpy(float), frame["spot_id"].astype(str).tolist()
@@ -167,6 +182,7 @@ class TaskContext:
             section_id=section_id,
             number=number,
             cohort=shards.cohort_of_section(number),
+            spots=spots,
             xy_N2=xy,
             spot_ids=names,
             cp10k=log1p_cp10k(shards.counts(spots)),

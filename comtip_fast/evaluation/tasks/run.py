@@ -117,6 +117,7 @@ def run_tasks(
             "run": predictor.config.name,
             "seed": options.seed,
             "bootstrap": options.n_bootstrap,
+            "max_spots": options.max_spots,
             "sections": [shards.manifest.sections[n].section_id for n in numbers],
             "encoders": {
                 k: {"kind": "embeddings"} if isinstance(e, FeatureFiles) else e.facts
