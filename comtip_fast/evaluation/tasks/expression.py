@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from comtip_shards.sampling.rng import generator
 
@@ -78,7 +80,7 @@ def _expression_rows(
     pcc = interval(weighted_pcc(measured, predicted, weights).mean(1)) if len(weights) else NO_INTERVAL
     squared = ((measured - predicted) ** 2).mean(1)
     mse = interval(weights @ squared / weights.sum(1)) if len(weights) else NO_INTERVAL
-    own = {"task": "probe", "section": section.section_id, "method": method, "n": len(measured)}
+    own: dict[str, Any] = {"task": "probe", "section": section.section_id, "method": method, "n": len(measured)}
     return [
         TaskRow(
             metric="pcc_50",
@@ -159,7 +161,7 @@ def _set_rows(
     )
     null = np.array([np.nan_to_num(pcc_per_gene(measured, scores[d])) for d in draws])
     resampled = weighted_pcc(measured, scores, weights) if len(weights) else np.zeros((0, len(names)))
-    own = {"task": "pathways", "section": section.section_id, "method": method, "chance": 0.0}
+    own: dict[str, Any] = {"task": "pathways", "section": section.section_id, "method": method, "chance": 0.0}
     low, high = interval(resampled.mean(1)) if len(resampled) else NO_INTERVAL
     mean_null = float(null.mean()) if null.size else NAN
     rows = [

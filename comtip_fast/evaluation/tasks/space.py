@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 import numpy as np
 import torch
@@ -138,12 +139,8 @@ def _agreement_rows(
     null = [agreement(labels, found[d]) for d in moved]
     weights, rows = section.weights_DN, []
     for metric, value in agreement(labels, found).items():
-        score = SCORES[metric]
-        ends = (
-            resampled(lambda i, score=score: float(score(labels[i], found[i])), weights[:, known])
-            if len(weights)
-            else NO_INTERVAL
-        )
+        statistic = partial(_score_of, metric, labels, found)
+        ends = resampled(statistic, weights[:, known]) if len(weights) else NO_INTERVAL
         control = float(np.mean([d[metric] for d in null])) if null else NAN
         rows.append(
             TaskRow(
@@ -159,6 +156,10 @@ def _agreement_rows(
             )
         )
     return rows
+
+
+def _score_of(metric: str, labels: np.ndarray, clusters_N: np.ndarray, index: np.ndarray) -> float:
+    return float(SCORES[metric](labels[index], clusters_N[index]))
 
 
 # -- pairs ------------------------------------------------------------------------------------------------------
