@@ -8,3 +8,8 @@ LAYER_CP10K, LAYER_RAW = "log1p_cp10k", "log1p_raw"
 """``layers`` keys of predicted expression."""
 LAYER_MEASURED_CP10K, LAYER_MEASURED_RAW = "measured_log1p_cp10k", "measured_log1p_raw"
 """``layers`` keys of measured expression, next to predicted expression."""
+ENCODER_HELP = (
+    "RUN or EXPORT (features of its image encoder; RUN@vector: vectors of the shared space), timm:NAME (random weights), "
+    "timm:NAME@FILE (weights from a file), lite0 (ImageNet features of the demo extra), colour, or embeddings:PATH "
+    "(a folder of SECTION.h5, or a table with the columns section and spot)"
+)

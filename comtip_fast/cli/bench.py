@@ -1,9 +1,13 @@
-"""``comtip bench loader``: measure the loaders on this machine and its storage."""
+"""``comtip bench loader`` measures the loaders on this machine; ``comtip bench hest`` scores encoders on HEST-Benchmark."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+
+from comtip_fast.benchmarks.hest.variants import VARIANTS
+from comtip_fast.cli.options import add_device, add_out
+from comtip_fast.constants import ENCODER_HELP
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +31,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     loader.add_argument("--spots", type=int, default=2000, help="spots per round and loader or decoder (default 2000)")
     loader.add_argument("--epochs", type=int, default=20, help="epochs over which memory is recorded (0: none)")
     loader.set_defaults(act=_loader)
+    _add_hest(sub)
+
+
+def _add_hest(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    hest = sub.add_parser(
+        "hest",
+        help="score image encoders on a folder in the layout of HEST-Benchmark",
+        description="Score image encoders on a folder in the layout of HEST-Benchmark; docs/evaluation.md explains the recipe.",
+    )
+    hest.add_argument("folder", type=Path, metavar="FOLDER", help="folder with one subfolder per task")
+    hest.add_argument("--encoder", nargs="+", required=True, metavar="ENCODER", help=ENCODER_HELP)
+    add_out(hest, "folder for hest.json, hest_folds.csv and hest_genes.csv")
+    hest.add_argument("--tasks", nargs="+", metavar="TASK", help="subfolders to score (default: all)")
+    hest.add_argument(
+        "--variants",
+        nargs="+",
+        choices=list(VARIANTS),
+        help="; ".join(f"{v.name}: {v.meaning}" for v in VARIANTS.values()) + " (default: all)",
+    )
+    hest.add_argument(
+        "--whole-patch",
+        action="store_true",
+        help="resize complete patches (112 um) for a run whose tiles have another width; recorded in hest.json",
+    )
+    hest.add_argument(
+        "--precision",
+        choices=("auto", "bf16", "fp32"),
+        default="auto",
+        help="precision of timm models (default auto: bf16 on a GPU); a run uses its own",
+    )
+    add_device(hest)
+    hest.set_defaults(act=_hest)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,4 +88,22 @@ def _loader(args: argparse.Namespace) -> int:
     out = args.out or args.work
     loaders.write_results(out, setting, contenders, resident)
     print(f"wrote {out / 'results.csv'}" + (f" and {out / 'memory.csv'}" if resident else ""))
+    return 0
+
+
+def _hest(args: argparse.Namespace) -> int:
+    from comtip_fast.benchmarks.hest.run import benchmark_hest
+
+    scores = benchmark_hest(
+        args.folder,
+        args.encoder,
+        tasks=args.tasks,
+        variants=args.variants,
+        whole_patch=args.whole_patch,
+        precision=args.precision,
+        device=args.device,
+    )
+    scores.write(args.out)
+    print(scores.table())
+    print(f"wrote {args.out / 'hest.json'}, {args.out / 'hest_folds.csv'} and {args.out / 'hest_genes.csv'}")
     return 0

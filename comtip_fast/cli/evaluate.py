@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from comtip_fast.cli.options import add_device, add_out, gene_list
+from comtip_fast.constants import ENCODER_HELP
+from comtip_fast.evaluation.tasks import TASKS
+
+if TYPE_CHECKING:
+    from comtip_fast.evaluation.evaluate import Evaluation
+    from comtip_fast.evaluation.tasks.context import TaskOptions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +39,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--null-draws", type=int, default=200, help="draws of the spatial null (default 200)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the nulls and baselines (default 0)")
+    _add_tasks(parser)
     add_device(parser)
+
+
+def _add_tasks(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("downstream tasks, written to tasks.json and tasks.csv")
+    group.add_argument(
+        "--tasks",
+        nargs="+",
+        choices=("all", *TASKS),
+        default=[],
+        help="; ".join(f"{name}: {text}" for name, text in TASKS.items()) + "; all: every task whose inputs are given",
+    )
+    group.add_argument("--encoder", nargs="+", default=[], metavar="ENCODER", help=f"compare with: {ENCODER_HELP}")
+    group.add_argument("--gene-sets", type=Path, metavar="FILE", help="gene sets in GMT format, for pathways and genes")
+    group.add_argument(
+        "--labels",
+        metavar="FILE",
+        help="labels for domains: a .csv or .tsv with the columns section, spot and label, or FILE.h5ad:COLUMN (default: "
+        "the labels in the shard set)",
+    )
+    group.add_argument(
+        "--bootstrap", type=int, default=200, help="draws behind the 95 %% intervals (default 200; 0: none)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -43,6 +73,8 @@ def run(args: argparse.Namespace) -> int:
     sections = [s.strip() for s in args.sections.split(",") if s.strip()] if args.sections else None
     if sections == []:
         raise ValueError(f"--sections {args.sections!r} names no section; give section ids such as A1,B1")
+    names = tasks_of(args.tasks, args.gene_sets)
+    options = _task_options(args, names)  # before the work, which takes long
     result = evaluate_run(
         args.run_dir,
         args.shards,
@@ -57,4 +89,58 @@ def run(args: argparse.Namespace) -> int:
     )
     print(summary_table(result.metrics))
     print(f"wrote {args.out / 'metrics.json'}, {args.out / 'genes.csv'} and {args.out / 'report.html'}")
+    if options is not None:
+        _run_tasks(args, names, result, options, sections)
     return 0
+
+
+def tasks_of(given: list[str], gene_sets: Path | None) -> list[str]:
+    """Return the tasks to run; ``all`` leaves out ``pathways`` if there are no gene sets."""
+    if "all" in given:
+        return [t for t in TASKS if t != "pathways" or gene_sets is not None]
+    return list(dict.fromkeys(given))
+
+
+def _task_options(args: argparse.Namespace, names: list[str]) -> TaskOptions | None:
+    """Open the files and encoders of the tasks; None without tasks.
+
+    Raises
+    ------
+    ValueError
+        An option of the tasks is given without ``--tasks``, or cannot be used.
+    """
+    if not names:
+        given = {"--encoder": args.encoder, "--gene-sets": args.gene_sets, "--labels": args.labels}
+        unused = [name for name, value in given.items() if value]
+        if unused:
+            raise ValueError(f"{', '.join(unused)}: used by downstream tasks only; name some with --tasks")
+        return None
+    from comtip_fast.evaluation.tasks.run import check_tasks, task_options
+    from comtip_fast.inference import Predictor
+    from comtip_fast.runtime.devices import pick_device
+
+    if args.bootstrap < 0:
+        raise ValueError(f"--bootstrap {args.bootstrap}: must be at least 0")
+    options = task_options(
+        Predictor.load(args.run_dir, pick_device(args.device)),
+        encoders=args.encoder,
+        gene_sets=args.gene_sets,
+        labels=args.labels,
+        n_bootstrap=args.bootstrap,
+        seed=args.seed,
+    )
+    check_tasks(names, options)
+    return options
+
+
+def _run_tasks(
+    args: argparse.Namespace, names: list[str], result: Evaluation, options: TaskOptions, sections: list[str] | None
+) -> None:
+    from comtip_fast.evaluation.run import training_shards
+    from comtip_fast.evaluation.tasks.rows import table
+    from comtip_fast.evaluation.tasks.run import run_tasks
+
+    train = training_shards(args.run_dir, result.predictor.config.data.shards, args.train_shards)
+    rows = run_tasks(names, result.predictor, result.shards, train, options, sections=sections, out=args.out)
+    print(table(rows))
+    print(f"wrote {args.out / 'tasks.json'} and {args.out / 'tasks.csv'}")

@@ -78,7 +78,7 @@ def evaluate_run(
     if out is not None:
         _check_writable(Path(out))  # before the work, which takes long
     predictor = Predictor.load(run, pick_device(device), gene_vectors)
-    train = _training_shards(Path(run), predictor.config.data.shards, train_shards)
+    train = training_shards(Path(run), predictor.config.data.shards, train_shards)
     result = evaluate(
         predictor, ShardSet(shards), sections=sections, train_shards=train, genes=genes, seed=seed, n_null=null_draws
     )
@@ -87,7 +87,7 @@ def evaluate_run(
     return result
 
 
-def _training_shards(run: Path, configured: str, given: Path | str | None) -> ShardSet:
+def training_shards(run: Path, configured: str, given: Path | str | None) -> ShardSet:
     """Open the shard set with the training sections; a URL in the run's config is not fetched."""
     train = str(given) if given else shards_of_run(run, configured)
     if given is None and is_url(train):

@@ -313,6 +313,10 @@ class Predictor:
         unit_ND = mean_ND / np.maximum(np.linalg.norm(mean_ND, axis=1, keepdims=True), 1e-12)
         return unit_ND.astype(np.float32)
 
+    def tokens(self, genes: Sequence[GeneQuery]) -> tuple[GeneTokens, Tensor]:
+        """Return the tokens of genes, and their rows in the level table, int64 (G,), both on the device."""
+        return self._tokens(genes)
+
     def _tokens(self, genes: Sequence[GeneQuery]) -> tuple[GeneTokens, Tensor]:
         rows = np.array([self._row.get(g.key or "", len(self.trained_genes)) for g in genes], np.int64)
         identity = np.where(rows < len(self.trained_genes), rows + 1, 0)

@@ -31,7 +31,7 @@ NOT_ABOVE = (
     "spills",
 )
 MICRO, CHECKPOINTING, RING = "engine.micro_batches=4", "engine.activation_checkpointing=true", "engine.loss_form=ring"
-RANKS = {"1gpu": 1, "8xa100": 8, "8xh100": 8, "multinode_h100": 64, "demo_cpu": 1}
+RANKS = {"1gpu": 1, "8xa100": 8, "8xh100": 8, "multinode_h100": 64, "demo_cpu": 1, "paper_h100": 8}
 
 
 def walks(everything: bool = False) -> list[Walk]:
@@ -44,7 +44,7 @@ def walks(everything: bool = False) -> list[Walk]:
                 for again in ("", CHECKPOINTING):
                     options = tuple(o for o in (form, micro, again) if o)
                     short = len(options) == 0 or options in ((RING,), (MICRO, CHECKPOINTING))
-                    if everything or (short and not (config in ("8xa100", "demo_cpu") and options)):
+                    if everything or (short and not (config in ("8xa100", "demo_cpu", "paper_h100") and options)):
                         out.append(Walk(config, ranks, options))
     out += [Walk("1gpu", part="logged step"), Walk("8xh100", 2)]
     out += [Walk("8xh100", 8, ("engine.kind=deepspeed", f"engine.zero_stage={stage}")) for stage in (2, 3)]

@@ -12,7 +12,7 @@ from comtip_shards import ShardSet
 from comtip_fast.cli import main
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
-NEEDED = {"demo_cpu", "1gpu", "8xa100", "8xh100", "multinode_h100"}
+NEEDED = {"demo_cpu", "1gpu", "8xa100", "8xh100", "multinode_h100", "paper_h100"}
 COMMAND, INDENT = "# comtip plan ", "#   "
 # Only sizes are overridden; the parts of the method and of the engine are those of the config.
 SMALL = [

@@ -8,6 +8,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 from comtip_shards.errors import SourceError
 from comtip_shards.sections.section import SectionMeta
@@ -27,6 +28,18 @@ class BenchmarkSection:
     donor: str
     """Donor as named by the HEST reader: the truncated title of the study and the patient."""
     known_from: str
+
+
+class NamedSection(Protocol):
+    """A section with an id and the name of its dataset."""
+
+    @property
+    def section_id(self) -> str:
+        """Id."""
+
+    @property
+    def dataset(self) -> str:
+        """Name of the dataset."""
 
 
 def load_benchmark(extra: Path | None = None) -> dict[str, BenchmarkSection]:
@@ -72,7 +85,7 @@ def _read_list(path: Path) -> list[BenchmarkSection]:
     ]
 
 
-def benchmark_of(meta: SectionMeta, benchmark: Mapping[str, BenchmarkSection]) -> BenchmarkSection | None:
+def benchmark_of(meta: NamedSection, benchmark: Mapping[str, BenchmarkSection]) -> BenchmarkSection | None:
     """Return the benchmark section with the id of ``meta``, if any.
 
     A benchmark id matches the complete section id, or a word of it if section id or dataset mention HEST

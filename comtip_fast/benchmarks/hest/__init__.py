@@ -1,0 +1,1 @@
+"""HEST-Benchmark: folder layout, recipe and labelled variants of the recipe."""

@@ -1,0 +1,214 @@
+"""Image encoders that are compared with each other: a run or export, a timm model, ImageNet features, mean colour.
+
+An encoder maps uint8 tiles to one feature vector per tile and is not trained further. :func:`open_encoder` parses the
+specification that the command line takes. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from comtip_shards.slides.tiles import StainStats, stain_stats
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from comtip_fast.constants import ENCODER_HELP
+from comtip_fast.data.tile_sources import TileGeometry, TileSource
+from comtip_fast.evaluation.feature_files import FeatureFiles
+from comtip_fast.evaluation.train_reference import mean_colour
+from comtip_fast.inference import Predictor
+from comtip_fast.models.stems import PIXEL_MEAN, PIXEL_STD, EfficientNetLite0Stem
+from comtip_fast.runtime.devices import autocast
+
+RUN_FEATURES = ("pooled", "vector")
+
+
+class TileEncoder(ABC):
+    """Maps tiles to features."""
+
+    label: str
+    """Name in tables of results."""
+    facts: dict[str, Any]
+    """What the results record of the encoder."""
+    geometry: TileGeometry | None = None
+    """Tiles that the encoder needs; None if it resizes tiles of any size."""
+
+    @abstractmethod
+    def encode(self, tiles: TileSource, stain: StainStats | None = None) -> np.ndarray:
+        """Return the features of all tiles of a section, float32 (N, F).
+
+        ``stain`` are the section's stain statistics; None computes them from the tiles, if the encoder uses them.
+        """
+
+
+class ColourEncoder(TileEncoder):
+    """Mean red, green and blue of a tile: the simplest baseline."""
+
+    label = "colour"
+
+    def __init__(self) -> None:
+        self.facts = {"kind": "mean colour"}
+
+    def encode(self, tiles: TileSource, stain: StainStats | None = None) -> np.ndarray:
+        """Return mean colours, float32 (N, 3)."""
+        out = np.zeros((len(tiles), 3), np.float32)
+        for rows, chunk in tiles.chunks():
+            out[rows] = mean_colour(chunk)
+        return out
+
+
+class RunEncoder(TileEncoder):
+    """The image encoder of a run or an export.
+
+    Parameters
+    ----------
+    predictor
+        The trained model.
+    features
+        ``pooled``: mean patch feature before projection. ``vector``: unit vector of the shared space.
+    label
+        Name in tables of results.
+    """
+
+    def __init__(self, predictor: Predictor, features: str = "pooled", label: str = "run") -> None:
+        self.predictor, self._features, self.label = predictor, features, label
+        self.geometry = TileGeometry(predictor.tile_px, predictor.tile_um, predictor.min_mpp)
+        precision = predictor.config.train.precision
+        self.facts = {"kind": "comtip", "features": features, "precision": precision, "run": predictor.config.name}
+
+    def encode(self, tiles: TileSource, stain: StainStats | None = None) -> np.ndarray:
+        """Return features, float32 (N, d) or (N, D)."""
+        if stain is None and self.predictor.normalises_stain:
+            stain = stain_stats(tile for chunk in tiles.chunks() for tile in chunk.tiles_NSS3)
+        found = self.predictor.image_features(tiles, stain, readout=False)
+        return found.pooled_Nd if self._features == "pooled" else found.vector_ND
+
+
+class NetworkEncoder(TileEncoder):
+    """A frozen network; tiles are resized to its input and normalised with its mean and standard deviation."""
+
+    def __init__(
+        self, network: nn.Module, px: int, mean: Any, std: Any, *, label: str, device: torch.device, precision: str
+    ) -> None:
+        self.network, self.px, self.label = network.eval().to(device), px, label
+        self._device, self._precision = device, precision
+        self._mean, self._std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (mean, std))
+        self.facts = {"kind": "network", "input_px": px, "precision": precision}
+
+    @torch.no_grad()
+    def encode(self, tiles: TileSource, stain: StainStats | None = None) -> np.ndarray:
+        """Return features, float32 (N, F)."""
+        out: np.ndarray | None = None
+        for rows, chunk in tiles.ahead():
+            with autocast(self._precision, self._device):
+                found = self.network(self._pixels(chunk)).float().cpu().numpy()
+            out = np.zeros((len(tiles), found.shape[1]), np.float32) if out is None else out
+            out[rows] = found
+        return np.zeros((0, 0), np.float32) if out is None else out
+
+    def _pixels(self, tiles_NSS3: np.ndarray) -> Tensor:
+        x = torch.from_numpy(np.ascontiguousarray(tiles_NSS3.transpose(0, 3, 1, 2))).to(self._device).float() / 255
+        if x.shape[-1] != self.px:
+            x = F.interpolate(x, (self.px, self.px), mode="bicubic", antialias=True).clamp(0, 1)
+        return (x - self._mean) / self._std
+
+
+class _Lite0(nn.Module):
+    """Adapts the stem, which reads patches, to whole tiles."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = EfficientNetLite0Stem()
+        self.stem.load_pretrained()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.stem.raw(x)
+
+
+def timm_encoder(spec: str, device: torch.device, precision: str, seed: int = 0) -> NetworkEncoder:
+    """Return a timm model without classifier, from ``NAME`` (random weights of ``seed``) or ``NAME@FILE``.
+
+    Raises
+    ------
+    ValueError
+        timm has no such model, it has no pooled features, or the weights do not fit.
+    FileNotFoundError
+        There is no such file of weights.
+    """
+    name, _, file = spec.partition("@")
+    if not timm.is_model(name):
+        raise ValueError(f"timm:{name}: timm {timm.__version__} has no model of this name; see timm.list_models()")
+    torch.manual_seed(seed)
+    network = timm.create_model(name, pretrained=False, num_classes=0)
+    if file:
+        _load_weights(network, Path(file), name)
+    settings = timm.data.resolve_model_data_config(network)
+    encoder = NetworkEncoder(
+        network,
+        settings["input_size"][-1],
+        settings["mean"],
+        settings["std"],
+        label=f"timm:{name}" if file else f"timm:{name} (random weights)",
+        device=device,
+        precision=precision,
+    )
+    encoder.facts |= {"model": name, "weights": Path(file).name if file else f"random, seed {seed}"}
+    return encoder
+
+
+def _load_weights(network: nn.Module, file: Path, name: str) -> None:
+    """Load weights without unpickling code; a classifier in the file is ignored."""
+    if not file.is_file():
+        raise FileNotFoundError(f"timm:{name}@{file}: no such file; give a .safetensors or .pth file of weights")
+    if file.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        state: Any = load_file(file)
+    else:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # pickle raises many kinds of errors
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{file}: cannot be read as weights ({reason}); save a state dict") from error
+    state = next((state[k] for k in ("state_dict", "model") if isinstance(state.get(k), dict)), state)
+    missing, _ = network.load_state_dict(state, strict=False)
+    if missing:
+        raise ValueError(
+            f"{file}: lacks {len(missing)} weights of {name} ({', '.join(missing[:3])}); give weights of this model"
+        )
+
+
+def open_encoder(spec: str, device: torch.device, precision: str = "auto", seed: int = 0) -> TileEncoder | FeatureFiles:
+    """Open an encoder, or files of embeddings, from a specification.
+
+    :data:`comtip_fast.constants.ENCODER_HELP` lists the specifications. ``precision`` is that of networks; a run uses its
+    own. ``seed`` is that of random weights.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError
+        The specification is unknown, or its files cannot be used.
+    """
+    kind, _, rest = spec.partition(":")
+    if kind == "timm" and rest:
+        return timm_encoder(rest, device, precision, seed)
+    if kind == "embeddings" and rest:
+        return FeatureFiles(rest)
+    if spec == "colour":
+        return ColourEncoder()
+    if spec == "lite0":
+        return NetworkEncoder(
+            _Lite0(), 224, PIXEL_MEAN, PIXEL_STD, label="lite0 (ImageNet)", device=device, precision=precision
+        )
+    path, _, features = spec.rpartition("@")
+    if features not in RUN_FEATURES or not path:
+        path, features = spec, "pooled"
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{spec}: no such run, export or kind of encoder; give {ENCODER_HELP}")
+    label = Path(path).name + ("" if features == "pooled" else f"@{features}")
+    return RunEncoder(Predictor.load(path, device), features, label)

@@ -1,0 +1,144 @@
+"""Files of embeddings that were computed by other software, with one row per spot.
+
+Two layouts are read: a folder with one HDF5 file per section, as HEST-Benchmark writes them (``SECTION.h5`` with
+``embeddings`` and ``barcodes``), and one table (``.csv``, ``.tsv``, ``.parquet``) with the columns ``section`` and ``spot``;
+all its other columns are features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from comtip_shards.sources.files.hdf5 import open_hdf5
+
+SECTION, SPOT = "section", "spot"
+NAME_KEYS = ("barcodes", "barcode")
+
+
+@dataclass(frozen=True)
+class SpotFeatures:
+    """Features of N named spots."""
+
+    names: list[str]
+    values_NF: np.ndarray
+    """float32 (N, F)."""
+
+    def rows_of(self, names: Sequence[str], where: str) -> np.ndarray:
+        """Return the features of the spots ``names``, in their order, float32 (n, F).
+
+        Raises
+        ------
+        ValueError
+            A spot is missing, or occurs more than once.
+        """
+        row = {name: i for i, name in enumerate(self.names)}
+        if len(row) < len(self.names):
+            raise ValueError(f"{where}: {len(self.names) - len(row)} spots occur more than once; keep one row per spot")
+        missing = [n for n in names if n not in row]
+        if missing:
+            raise ValueError(
+                f"{where}: no embedding for {len(missing)} of {len(names)} spots ({', '.join(missing[:3])}); compute "
+                "embeddings of all spots, with the spot ids of the section"
+            )
+        return self.values_NF[[row[n] for n in names]]
+
+
+class FeatureFiles:
+    """Embeddings by section.
+
+    Parameters
+    ----------
+    path
+        A folder of HDF5 files, or a table; see the module docstring.
+
+    Raises
+    ------
+    FileNotFoundError
+        The path does not exist.
+    ValueError
+        The table lacks a column, or a feature is not a finite number.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        if not self.path.exists():
+            raise FileNotFoundError(f"{self.path}: no such file or folder of embeddings; correct the path")
+        self._table = None if self.path.is_dir() else _read_table(self.path)
+
+    def of(self, section: str, task: str = "") -> SpotFeatures:
+        """Return the embeddings of a section; ``task`` names a subfolder, which may be missing.
+
+        Raises
+        ------
+        FileNotFoundError, ValueError
+            There are none, or they cannot be used.
+        """
+        return self._from_folder(section, task) if self._table is None else self._from_table(section)
+
+    def _from_table(self, section: str) -> SpotFeatures:
+        assert self._table is not None
+        own = self._table[self._table[SECTION] == section]
+        if own.empty:
+            raise ValueError(f"{self.path}: no rows of section {section}; its ids must be those of the sections")
+        values = own.drop(columns=[SECTION, SPOT]).to_numpy(np.float32)
+        return SpotFeatures(own[SPOT].tolist(), _finite(values, f"{self.path}, section {section}"))
+
+    def _from_folder(self, section: str, task: str) -> SpotFeatures:
+        found = [p for p in (self.path / task / f"{section}.h5", self.path / f"{section}.h5") if p.is_file()]
+        if not found:
+            raise FileNotFoundError(f"{self.path}: no {section}.h5 here; name the files by section id")
+        return read_embeddings(found[0])
+
+
+def read_embeddings(path: Path) -> SpotFeatures:
+    """Read one HDF5 file with ``embeddings`` (N, F) and ``barcodes`` (N,) or (N, 1).
+
+    Raises
+    ------
+    ValueError
+        The file cannot be read, or its parts are missing or of different length.
+    """
+    with open_hdf5(path, "an HDF5 file of embeddings", "write it with h5py") as file:
+        key = next((k for k in NAME_KEYS if k in file), None)
+        if key is None or "embeddings" not in file:
+            raise ValueError(f"{path}: has {', '.join(sorted(file)) or 'no data'}; expected embeddings and barcodes")
+        names = text_of(file[key][:])
+        values = np.asarray(file["embeddings"][:], np.float32)
+    if values.ndim != 2 or len(values) != len(names):
+        raise ValueError(f"{path}: embeddings of shape {values.shape} for {len(names)} barcodes; expected one row each")
+    return SpotFeatures(names, _finite(values, str(path)))
+
+
+def text_of(values: np.ndarray) -> list[str]:
+    """Return text of an HDF5 dataset (N,) or (N, 1), bytes or str."""
+    return [v.decode() if isinstance(v, bytes) else str(v) for v in np.ravel(values).tolist()]
+
+
+def _finite(values_NF: np.ndarray, where: str) -> np.ndarray:
+    if not np.isfinite(values_NF).all():
+        lost = int((~np.isfinite(values_NF)).any(axis=1).sum())
+        raise ValueError(f"{where}: {lost} rows have embeddings that are not finite; compute them again")
+    return values_NF
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    if path.suffix == ".parquet":
+        table = pd.read_parquet(path)
+    elif path.suffix in (".csv", ".tsv"):
+        table = pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", dtype={SECTION: str, SPOT: str})
+    else:
+        raise ValueError(f"{path}: unknown kind of file; give a folder of .h5 files, or a .csv, .tsv or .parquet table")
+    missing = [c for c in (SECTION, SPOT) if c not in table]
+    if missing:
+        raise ValueError(f"{path}: no column {' and '.join(missing)}; add it, one row per spot")
+    rest = table.columns.difference([SECTION, SPOT])
+    text = [str(c) for c in rest if not pd.api.types.is_numeric_dtype(table[c])]
+    if text or rest.empty:
+        raise ValueError(
+            f"{path}: {', '.join(text[:3]) or 'no column'} holds numbers; keep section, spot and features only"
+        )
+    return table.assign(**{SECTION: table[SECTION].astype(str), SPOT: table[SPOT].astype(str)})

@@ -1,0 +1,178 @@
+"""Tasks on expression: the linear probe next to the zero-shot prediction, and scores of gene sets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from comtip_shards.sampling.rng import generator
+
+from comtip_fast.evaluation.baselines import RidgeModel, fit_ridge
+from comtip_fast.evaluation.nulls import moved_spots
+from comtip_fast.evaluation.tasks.context import SectionInputs, TaskContext
+from comtip_fast.evaluation.tasks.gene_sets import members, set_scores
+from comtip_fast.evaluation.tasks.intervals import NO_INTERVAL, interval, section_interval, weighted_pcc
+from comtip_fast.evaluation.tasks.rows import NAN, TaskRow
+from comtip_fast.metrics import mean_pcc, pcc_per_gene
+
+PROBE_GENES = 50
+ZERO_SHOT, MEAN = "comtip zero-shot", "mean of training"
+MIN_SPOTS = 10
+"""Fewest training spots of a ridge regression."""
+
+
+def probe_rows(context: TaskContext) -> list[TaskRow]:
+    """Score ridge regression on the features of each encoder, the zero-shot prediction and the mean of training.
+
+    Targets are the 50 most variable genes, log1p CP10K. Scores are the mean PCC, with undefined correlations as 0, and the mean
+    squared error. The control of a probe is the same regression on training features that are shuffled within sections; that
+    of the zero-shot prediction is the spatial null.
+    """
+    rows = []
+    for section in context.sections:
+        keys = _probe_genes(context, section)
+        if keys:
+            rows += _probe_section(context, section, keys)
+    return [*rows, *mean_rows(rows, context)]
+
+
+def _probe_genes(context: TaskContext, section: SectionInputs) -> list[str]:
+    measured = context.measured(section.number)
+    return [k for k in context.ranked(section.cohort, section.number) if k in measured][:PROBE_GENES]
+
+
+def _probe_section(context: TaskContext, section: SectionInputs, keys: list[str]) -> list[TaskRow]:
+    measured = context.values(section, keys)
+    zero_shot = context.predictor.predict(section.image, context.queries(keys), cohort=section.cohort)["cp10k"]
+    rows = _expression_rows(section, ZERO_SHOT, measured, zero_shot, _null(context, section, measured, zero_shot))
+    train = context.train_sections(section.cohort)
+    if sum(len(t.spot_ids) for t in train) < MIN_SPOTS:
+        return rows
+    values = np.concatenate([context.train_values(t, keys) for t in train])
+    mean = np.broadcast_to(values.mean(0), measured.shape)
+    rows += _expression_rows(section, MEAN, measured, mean, NAN)
+    for name, features in section.features.items():
+        model, control = _fitted(train, name, values, context.options.seed)
+        shuffled = mean_pcc(measured, control.predict(features))
+        rows += _expression_rows(section, f"ridge, {name}", measured, model.predict(features), shuffled)
+    return rows
+
+
+def _fitted(train: list[SectionInputs], name: str, y_NG: np.ndarray, seed: int) -> tuple[RidgeModel, RidgeModel]:
+    """Fit ridge regression on the training sections, and its control on features shuffled within each of them."""
+    parts = [np.asarray(t.features[name], np.float64) for t in train]
+    number = np.concatenate([np.full(len(p), i) for i, p in enumerate(parts)])
+    rng = generator(seed, "shuffled-probe", name)
+    mixed = np.concatenate([p[rng.permutation(len(p))] for p in parts])
+    return fit_ridge(np.concatenate(parts), y_NG, number), fit_ridge(mixed, y_NG, number)
+
+
+def _null(context: TaskContext, section: SectionInputs, measured: np.ndarray, predicted: np.ndarray) -> float:
+    """Return the mean score of predicted maps that are rotated and shifted."""
+    draws = moved_spots(section.xy_N2, context.options.n_null, seed=context.options.seed, section=section.section_id)
+    return float(np.mean([mean_pcc(measured, predicted[d]) for d in draws])) if len(draws) else NAN
+
+
+def _expression_rows(
+    section: SectionInputs, method: str, measured: np.ndarray, predicted: np.ndarray, shuffled: float
+) -> list[TaskRow]:
+    weights = section.weights_DN
+    pcc = interval(weighted_pcc(measured, predicted, weights).mean(1)) if len(weights) else NO_INTERVAL
+    squared = ((measured - predicted) ** 2).mean(1)
+    mse = interval(weights @ squared / weights.sum(1)) if len(weights) else NO_INTERVAL
+    own: dict[str, Any] = {"task": "probe", "section": section.section_id, "method": method, "n": len(measured)}
+    return [
+        TaskRow(
+            metric="pcc_50",
+            value=mean_pcc(measured, predicted),
+            low=pcc[0],
+            high=pcc[1],
+            chance=0.0,
+            shuffled=shuffled,
+            **own,
+        ),
+        TaskRow(metric="mse_50", value=float(squared.mean()), low=mse[0], high=mse[1], **own),
+    ]
+
+
+def mean_rows(rows: list[TaskRow], context: TaskContext) -> list[TaskRow]:
+    """Return the mean over sections of each method and metric that has several, with an interval over sections."""
+    groups: dict[tuple[str, str, str], list[TaskRow]] = {}
+    for row in rows:
+        groups.setdefault((row.task, row.method, row.metric), []).append(row)
+    out = []
+    for (task, method, metric), own in groups.items():
+        if len(own) > 1:
+            values = np.array([r.value for r in own])
+            low, high = section_interval(values, context.options.n_bootstrap, seed=context.options.seed)
+            chance, shuffled = (float(np.mean([getattr(r, k) for r in own])) for k in ("chance", "shuffled"))
+            name = f"mean of {len(own)} sections"
+            out.append(TaskRow(task, name, method, metric, float(values.mean()), low, high, chance, shuffled, len(own)))
+    return out
+
+
+def pathway_rows(context: TaskContext) -> list[TaskRow]:
+    """Score predicted against measured scores of gene sets, per set and over the sets.
+
+    The score of a set is the mean of its genes, each standardised over the section's spots. Baselines are ridge regressions from
+    features to the scores of the training sections.
+    """
+    rows = []
+    for section in context.sections:
+        keys = sorted(context.measured(section.number))
+        sets = members(context.options.gene_sets, keys)
+        if sets:
+            used = np.unique(np.concatenate(list(sets.values())))
+            local = {name: np.searchsorted(used, r) for name, r in sets.items()}
+            rows += _pathway_section(context, section, [keys[i] for i in used], local)
+    return [*rows, *mean_rows([r for r in rows if r.metric == "mean_pcc"], context)]
+
+
+def _pathway_section(
+    context: TaskContext, section: SectionInputs, keys: list[str], sets: dict[str, np.ndarray]
+) -> list[TaskRow]:
+    names, members_of = list(sets), list(sets.values())
+    measured = set_scores(context.values(section, keys), members_of)
+    predicted = context.predictor.predict(section.image, context.queries(keys), cohort=section.cohort)["cp10k"]
+    found = {ZERO_SHOT: set_scores(predicted, members_of)}
+    train = context.train_sections(section.cohort)
+    if sum(len(t.spot_ids) for t in train) >= MIN_SPOTS:
+        y = np.concatenate([set_scores(context.train_values(t, keys), members_of) for t in train])
+        for name, features in section.features.items():
+            found[f"ridge, {name}"] = _fitted(train, name, y, context.options.seed)[0].predict(features)
+    rows = []
+    for method, scores in found.items():
+        rows += _set_rows(context, section, method, names, measured, scores)
+    return rows
+
+
+def _set_rows(
+    context: TaskContext,
+    section: SectionInputs,
+    method: str,
+    names: list[str],
+    measured: np.ndarray,
+    scores: np.ndarray,
+) -> list[TaskRow]:
+    pcc = np.nan_to_num(pcc_per_gene(measured, scores))
+    weights, draws = (
+        section.weights_DN,
+        moved_spots(section.xy_N2, context.options.n_null, seed=context.options.seed, section=section.section_id),
+    )
+    null = np.array([np.nan_to_num(pcc_per_gene(measured, scores[d])) for d in draws])
+    resampled = weighted_pcc(measured, scores, weights) if len(weights) else np.zeros((0, len(names)))
+    own: dict[str, Any] = {"task": "pathways", "section": section.section_id, "method": method, "chance": 0.0}
+    low, high = interval(resampled.mean(1)) if len(resampled) else NO_INTERVAL
+    mean_null = float(null.mean()) if null.size else NAN
+    rows = [
+        TaskRow(metric="mean_pcc", value=float(pcc.mean()), low=low, high=high, shuffled=mean_null, n=len(names), **own)
+    ]
+    for i, name in enumerate(names):
+        low, high = interval(resampled[:, i])
+        control = float(null[:, i].mean()) if null.size else NAN
+        rows.append(
+            TaskRow(
+                metric=f"pcc {name}", value=float(pcc[i]), low=low, high=high, shuffled=control, n=len(measured), **own
+            )
+        )
+    return rows

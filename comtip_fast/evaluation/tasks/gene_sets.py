@@ -1,0 +1,146 @@
+"""Gene sets: GMT files, families by symbol, orthologues; and how close the genes of a set are. Shapes: G genes, D width."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+GeneSets = dict[str, list[str]]
+MAX_BYTES, MIN_GENES = 64 << 20, 3
+MAX_PAIRS = 200_000
+"""Pairs of genes from different sets that are compared; more are sampled."""
+ROOT = re.compile(r"^([A-Z]{2,})-?\d+[A-Z]*\d*$")
+
+
+def read_gmt(path: Path) -> GeneSets:
+    """Read gene sets: per line a name, a description and genes, separated by tabs.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        There is no such file, it is too large or not UTF-8, or a line has no genes or a name occurs twice.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; give gene sets in GMT format")
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"{path}: larger than {MAX_BYTES >> 20} MiB; keep the gene sets to score")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason}); save gene sets in GMT format") from None
+    sets: GeneSets = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        name, *rest = [cell.strip() for cell in line.split("\t")]
+        genes = list(dict.fromkeys(filter(None, rest[1:])))
+        if not name or not genes:
+            raise ValueError(
+                f"{path}, line {number}: no genes; expected name, description and genes, separated by tabs"
+            )
+        if name in sets:
+            raise ValueError(f"{path}, line {number}: {name} occurs twice; name each set once")
+        sets[name] = genes
+    if not sets:
+        raise ValueError(f"{path}: no gene set; expected name, description and genes, separated by tabs")
+    return sets
+
+
+def families(keys: Sequence[str]) -> GeneSets:
+    """Return genes whose symbols differ in a number only (KRT5, KRT14), as sets of at least three keys of one species."""
+    found: GeneSets = {}
+    for key in keys:
+        species, _, symbol = key.partition(":")
+        match = ROOT.match(symbol.upper())
+        if match:
+            found.setdefault(f"{species}:{match.group(1)}", []).append(key)
+    return {name: genes for name, genes in found.items() if len(genes) >= MIN_GENES}
+
+
+def orthologues(keys: Sequence[str]) -> list[tuple[str, str]]:
+    """Return pairs of keys of two species with the same upper-case symbol."""
+    first: dict[str, str] = {}
+    pairs = []
+    for key in keys:
+        symbol = key.partition(":")[2].upper()
+        other = first.setdefault(symbol, key)
+        if other.partition(":")[0] != key.partition(":")[0]:
+            pairs.append((other, key))
+    return pairs
+
+
+def members(sets: Mapping[str, Sequence[str]], keys: Sequence[str]) -> dict[str, np.ndarray]:
+    """Return the indices into ``keys`` of each set's genes, of sets with at least three.
+
+    Genes are given as keys (``human:KRT5``) or as symbols, which match every species.
+    """
+    index: dict[str, list[int]] = {}
+    for i, key in enumerate(keys):
+        for name in {key.upper(), key.partition(":")[2].upper()}:
+            index.setdefault(name, []).append(i)
+    found = {name: np.unique([i for g in genes for i in index.get(g.upper(), [])]) for name, genes in sets.items()}
+    return {name: rows.astype(np.int64) for name, rows in found.items() if rows.size >= MIN_GENES}
+
+
+@dataclass(frozen=True)
+class SetCloseness:
+    """How much more alike genes of one set are than genes of different sets."""
+
+    auc: float
+    """Probability that a pair within a set is more alike than a pair across; 0.5 is chance."""
+    set_auc_S: np.ndarray
+    """The same, for the pairs of each set."""
+    shuffled: float
+    """The AUC with genes assigned to sets at random."""
+
+
+def set_closeness(vectors_GD: np.ndarray, rows: Sequence[np.ndarray], seed: int) -> SetCloseness:
+    """Compare cosine similarities of pairs of genes within sets with pairs across.
+
+    Vectors are centred over the genes. The mean over sets is reported, so that a large set does not decide.
+
+    Parameters
+    ----------
+    vectors_GD
+        One vector per gene.
+    rows
+        Indices of the genes of each set.
+    seed
+        Seed of the pairs across sets and of the random assignment.
+    """
+    rng = np.random.default_rng(seed)
+    x = np.asarray(vectors_GD, np.float64)
+    x = x - x.mean(0)
+    x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    own = _set_aucs(x, rows, rng)
+    used = np.unique(np.concatenate(rows))
+    order = np.arange(len(x))
+    order[used] = rng.permutation(used)
+    return SetCloseness(float(own.mean()), own, float(_set_aucs(x[order], rows, rng).mean()))
+
+
+def _set_aucs(x_GD: np.ndarray, rows: Sequence[np.ndarray], rng: np.random.Generator) -> np.ndarray:
+    G = len(x_GD)
+    together = {(i, j) for r in rows for i in r.tolist() for j in r.tolist()}
+    left, right = rng.integers(0, G, (2, MAX_PAIRS if G > 1000 else 20 * G))
+    apart = np.array([i != j and (i, j) not in together for i, j in zip(left.tolist(), right.tolist(), strict=True)])
+    across = np.sort(np.einsum("nd,nd->n", x_GD[left[apart]], x_GD[right[apart]]))
+    out = []
+    for r in rows:
+        i, j = np.triu_indices(r.size, 1)
+        within = np.einsum("nd,nd->n", x_GD[r[i]], x_GD[r[j]])
+        below, at_most = (np.searchsorted(across, within, side=side) for side in ("left", "right"))
+        out.append(float(((below + at_most) / 2).mean() / max(across.size, 1)))
+    return np.array(out)
+
+
+def set_scores(values_NG: np.ndarray, rows: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the mean of a set's genes, each standardised over the spots: float64 (N, S)."""
+    x = np.asarray(values_NG, np.float64)
+    std = x.std(0)
+    z = (x - x.mean(0)) / np.where(std > 1e-12, std, 1.0)
+    return np.stack([z[:, r].mean(1) for r in rows], axis=1) if len(rows) else np.zeros((len(x), 0))

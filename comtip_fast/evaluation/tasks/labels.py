@@ -1,0 +1,88 @@
+"""Labels of spots from a table, or from a column of an AnnData."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from comtip_fast.data.sections import read_annotation
+
+SECTION_COLUMNS, SPOT_COLUMNS = ("section", "section_id"), ("spot", "spot_id", "barcode")
+
+
+class LabelFile:
+    """Labels by section and spot.
+
+    Parameters
+    ----------
+    spec
+        A table (``.csv``, ``.tsv``, optionally ``.gz``) with the columns ``section`` (may be missing, if spot ids are unique
+        to a section), ``spot`` and ``label``; or ``FILE.h5ad:COLUMN``, an ``obs`` column of an AnnData whose names are spot ids.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        The file does not exist, cannot be read, or lacks a column.
+    """
+
+    def __init__(self, spec: str) -> None:
+        self._where = spec
+        file, _, column = spec.rpartition(":")
+        if file.endswith(".h5ad"):
+            self._table = _from_h5ad(Path(file), column)
+        else:
+            self._table = _from_table(Path(spec))
+
+    def of(self, section: str, spots: Sequence[str]) -> np.ndarray:
+        """Return the labels of spots, str (N,); empty for a spot without a label.
+
+        Raises
+        ------
+        ValueError
+            A spot has several labels.
+        """
+        own = self._table
+        if own["section"].ne("").any():
+            own = own[own["section"] == section]
+        own = own[own["spot"].isin(set(spots))]
+        if own["spot"].duplicated().any():
+            twice = own["spot"][own["spot"].duplicated()].iloc[0]
+            raise ValueError(
+                f"{self._where}: several labels for spot {twice} of {section}; keep one per section and spot"
+            )
+        return own.set_index("spot")["label"].reindex(list(spots)).fillna("").to_numpy(str)
+
+
+def _from_h5ad(path: Path, column: str) -> pd.DataFrame:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; give FILE.h5ad:COLUMN or a table of labels")
+    obs = read_annotation(path).obs
+    if column not in obs:
+        raise ValueError(f"{path}: obs has no column {column!r}; it has: {', '.join(map(str, obs.columns))}")
+    section = next((obs[c].astype(str) for c in SECTION_COLUMNS if c in obs), pd.Series("", index=obs.index))
+    label = obs[column].astype(object).where(obs[column].notna(), "").astype(str)
+    return pd.DataFrame({"section": section.to_numpy(), "spot": obs.index.astype(str), "label": label.to_numpy()})
+
+
+def _from_table(path: Path) -> pd.DataFrame:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; give a table of labels or FILE.h5ad:COLUMN")
+    sep = "\t" if path.name.removesuffix(".gz").endswith(".tsv") else ","
+    try:
+        table = pd.read_csv(path, sep=sep, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        raise ValueError(f"{path}: cannot be read as a table ({error}); save it as UTF-8 .csv or .tsv") from error
+    spot = next((c for c in SPOT_COLUMNS if c in table), None)
+    if spot is None or "label" not in table:
+        raise ValueError(f"{path}: has the columns {', '.join(table.columns)}; expected section, spot and label")
+    section = next((c for c in SECTION_COLUMNS if c in table), None)
+    return pd.DataFrame(
+        {
+            "section": table[section] if section else "",
+            "spot": table[spot].str.strip(),
+            "label": table["label"].str.strip(),
+        }
+    )

@@ -1,0 +1,205 @@
+"""Run downstream tasks on a model and write their rows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from comtip_shards import ShardSet
+
+from comtip_fast.evaluation.encoders import open_encoder
+from comtip_fast.evaluation.feature_files import FeatureFiles
+from comtip_fast.evaluation.run import training_shards
+from comtip_fast.evaluation.seen import choose_sections, lineage_facts
+from comtip_fast.evaluation.tasks import TASKS
+from comtip_fast.evaluation.tasks.context import COLOUR, ENCODER, VECTOR, Encoders, TaskContext, TaskOptions
+from comtip_fast.evaluation.tasks.expression import pathway_rows, probe_rows
+from comtip_fast.evaluation.tasks.gene_sets import read_gmt
+from comtip_fast.evaluation.tasks.labels import LabelFile
+from comtip_fast.evaluation.tasks.rows import TaskRow, write_rows
+from comtip_fast.evaluation.tasks.space import domain_rows, gene_rows, pair_rows, retrieval_rows
+from comtip_fast.inference import Predictor
+from comtip_fast.runtime.devices import pick_device
+
+log = logging.getLogger("comtip_fast")
+SCORERS: dict[str, Callable[[TaskContext], list[TaskRow]]] = {
+    "probe": probe_rows,
+    "retrieval": retrieval_rows,
+    "domains": domain_rows,
+    "pairs": pair_rows,
+    "genes": gene_rows,
+    "pathways": pathway_rows,
+}
+
+
+def task_options(
+    predictor: Predictor,
+    *,
+    encoders: Sequence[str] = (),
+    gene_sets: Path | None = None,
+    labels: str | None = None,
+    n_bootstrap: int = 200,
+    seed: int = 0,
+) -> TaskOptions:
+    """Open the files and encoders that options name; done before any work, which takes long.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError
+        A file or an encoder cannot be used, or an encoder is named twice.
+    """
+    opened: Encoders = {}
+    for spec in encoders:
+        encoder = open_encoder(spec, predictor.device, predictor.config.train.precision, seed)
+        label = f"embeddings:{encoder.path.name}" if isinstance(encoder, FeatureFiles) else encoder.label
+        if label in opened or label in (ENCODER, VECTOR, COLOUR):
+            raise ValueError(f"--encoder {spec}: {label} is scored already; name each encoder once")
+        geometry = None if isinstance(encoder, FeatureFiles) else encoder.geometry
+        own = (predictor.tile_px, predictor.tile_um, predictor.min_mpp)
+        if geometry is not None and (geometry.px, geometry.um, geometry.min_mpp) != own:
+            raise ValueError(
+                f"--encoder {spec}: reads tiles of {geometry.um:g} um in {geometry.px} px at {geometry.min_mpp:g} um/px, but the "
+                f"model {own[1]:g} um in {own[0]} px at {own[2]:g} um/px; compare runs with the same tiles"
+            )
+        opened[label] = encoder
+    return TaskOptions(
+        encoders=opened,
+        gene_sets={} if gene_sets is None else read_gmt(gene_sets),
+        labels=None if labels is None else LabelFile(labels),
+        n_bootstrap=n_bootstrap,
+        seed=seed,
+    )
+
+
+def run_tasks(
+    tasks: Sequence[str],
+    predictor: Predictor,
+    shards: ShardSet,
+    train_shards: ShardSet,
+    options: TaskOptions,
+    *,
+    sections: Sequence[str] | None = None,
+    out: Path | None = None,
+) -> list[TaskRow]:
+    """Score a model on downstream tasks.
+
+    Parameters
+    ----------
+    tasks
+        Names in :data:`comtip_fast.evaluation.tasks.TASKS`.
+    predictor
+        The trained model.
+    shards, train_shards
+        Shard sets with the sections to score, and with the training sections.
+    options
+        From :func:`task_options`.
+    sections
+        As in :func:`comtip_fast.evaluation.evaluate.evaluate`.
+    out
+        Folder for ``tasks.json`` and ``tasks.csv``; None writes nothing.
+
+    Raises
+    ------
+    ValueError
+        A task is unknown, or lacks its gene sets, or a section or its tiles cannot be used.
+    """
+    check_tasks(tasks, options)
+    numbers = choose_sections(predictor, shards, sections)
+    context = TaskContext(predictor, shards, numbers, train_shards, options)
+    context.reference.check(shards.cohort_of_section(n) for n in numbers)
+    rows: list[TaskRow] = []
+    for task in tasks:
+        log.info("task %s: %s", task, TASKS[task])
+        rows += SCORERS[task](context)
+    if out is not None:
+        facts = {
+            "run": predictor.config.name,
+            "seed": options.seed,
+            "bootstrap": options.n_bootstrap,
+            "max_spots": options.max_spots,
+            "sections": [shards.manifest.sections[n].section_id for n in numbers],
+            "encoders": {
+                k: {"kind": "embeddings"} if isinstance(e, FeatureFiles) else e.facts
+                for k, e in options.encoders.items()
+            },
+            "lineage": lineage_facts(predictor),
+        }
+        write_rows(rows, facts, out)
+    return rows
+
+
+def evaluate_tasks(
+    run: Path | str,
+    shards: Path | str,
+    tasks: Sequence[str] = tuple(TASKS),
+    out: Path | str | None = None,
+    *,
+    sections: Sequence[str] | None = None,
+    train_shards: Path | str | None = None,
+    gene_vectors: Path | str | None = None,
+    encoders: Sequence[str] = (),
+    gene_sets: Path | str | None = None,
+    labels: str | None = None,
+    n_bootstrap: int = 200,
+    seed: int = 0,
+    device: str = "auto",
+) -> list[TaskRow]:
+    """Score a run or an export on downstream tasks, from paths.
+
+    Parameters
+    ----------
+    run, shards, sections, train_shards, gene_vectors, seed, device
+        As in :func:`comtip_fast.evaluate`.
+    tasks
+        Names in :data:`comtip_fast.evaluation.tasks.TASKS`.
+    out
+        Existing folder for ``tasks.json`` and ``tasks.csv``; None writes nothing.
+    encoders
+        Further encoders to compare with, see :data:`comtip_fast.constants.ENCODER_HELP`.
+    gene_sets
+        GMT file, for ``pathways`` and ``genes``.
+    labels
+        Labels for ``domains``, see :class:`comtip_fast.evaluation.tasks.labels.LabelFile`; None uses those of the shards.
+    n_bootstrap
+        Draws of the bootstrap behind the intervals.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        A file, a name or an encoder cannot be used.
+
+    Examples
+    --------
+    >>> from comtip_fast.evaluation.tasks.run import evaluate_tasks
+    >>> rows = evaluate_tasks("run", "set", ["retrieval"], n_bootstrap=10, device="cpu")
+    >>> rows[0].task, rows[0].metric, rows[0].n
+    ('retrieval', 'image_to_gene_r1', 49)
+    """
+    predictor = Predictor.load(run, pick_device(device), gene_vectors)
+    options = task_options(
+        predictor,
+        encoders=encoders,
+        gene_sets=None if gene_sets is None else Path(gene_sets),
+        labels=labels,
+        n_bootstrap=n_bootstrap,
+        seed=seed,
+    )
+    train = training_shards(Path(run), predictor.config.data.shards, train_shards)
+    folder = None if out is None else Path(out)
+    return run_tasks(tasks, predictor, ShardSet(shards), train, options, sections=sections, out=folder)
+
+
+def check_tasks(tasks: Sequence[str], options: TaskOptions) -> None:
+    """Check the names of tasks, and that gene sets are given for those that need them.
+
+    Raises
+    ------
+    ValueError
+        A task is unknown, or lacks its gene sets.
+    """
+    unknown = [t for t in tasks if t not in TASKS]
+    if unknown:
+        raise ValueError(f"--tasks {', '.join(unknown)}: no such task; choose from {', '.join(TASKS)}")
+    if "pathways" in tasks and not options.gene_sets:
+        raise ValueError("--tasks pathways: scores gene sets, but none are given; name a GMT file with --gene-sets")

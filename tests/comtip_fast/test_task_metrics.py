@@ -1,0 +1,271 @@
+"""Metrics of the downstream tasks against direct formulas; intervals cover; controls are at chance."""
+
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import pearsonr
+from sklearn.metrics import roc_auc_score
+
+from comtip_fast.evaluation.feature_files import FeatureFiles
+from comtip_fast.evaluation.tasks.domains import agreement, cluster, is_labelled
+from comtip_fast.evaluation.tasks.gene_sets import families, members, orthologues, read_gmt, set_closeness, set_scores
+from comtip_fast.evaluation.tasks.intervals import (
+    block_weights,
+    interval,
+    mean_interval,
+    resampled,
+    section_interval,
+    spatial_blocks,
+    weighted_pcc,
+)
+from comtip_fast.evaluation.tasks.labels import LabelFile
+from comtip_fast.evaluation.tasks.pairs import PairScores, RankedPairs, gain
+from comtip_fast.evaluation.tasks.retrieval import chance, ranks, recall_at
+from comtip_fast.evaluation.tasks.rows import TaskRow, table
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+def grid(side: int) -> np.ndarray:
+    return np.stack(np.meshgrid(np.arange(side), np.arange(side)), -1).reshape(-1, 2).astype(float)
+
+
+# -- intervals ----------------------------------------------------------------------------------------------------
+
+
+def test_blocks_are_squares_of_neighbours():
+    block = spatial_blocks(grid(20))
+    assert np.unique(block).tolist() == list(range(25))
+    assert np.bincount(block).tolist() == [16] * 25
+    for b in range(25):
+        assert (np.ptp(grid(20)[block == b], axis=0) == 3).all()
+    assert np.unique(spatial_blocks(np.zeros((4, 2)))).tolist() == [0]
+
+
+def test_draws_use_whole_blocks_and_repeat():
+    block = spatial_blocks(grid(10))
+    weights = block_weights(block, 50, seed=0, section="s")
+    assert weights.shape == (50, 100)
+    assert (weights == block_weights(block, 50, seed=0, section="s")).all()
+    assert (weights != block_weights(block, 50, seed=1, section="s")).any()
+    for b in range(25):
+        assert (weights[:, block == b] == weights[:, block == b][:, :1]).all()
+    assert len(block_weights(np.arange(4), 50, seed=0, section="s")) == 0
+
+
+def test_intervals_over_blocks_cover_smooth_fields_where_single_spots_do_not(rng):
+    """Each field is one random value per block: the interval of its mean must contain 0 in about 95 % of the cases."""
+    xy = grid(20)
+    block, covered = spatial_blocks(xy), {"blocks": 0, "spots": 0}
+    weights = {"blocks": block_weights(block, 200, seed=0, section="s")}
+    weights["spots"] = block_weights(np.arange(400), 200, seed=0, section="s")
+    for _ in range(100):
+        values = rng.normal(size=25)[block]
+        for name, w in weights.items():
+            low, high = mean_interval(values, w)
+            covered[name] += low <= 0 <= high
+    assert covered["blocks"] >= 86
+    assert covered["spots"] <= 60
+
+
+def test_weighted_correlation_equals_that_of_repeated_spots(rng):
+    a = rng.normal(size=(60, 4))
+    b = a + rng.normal(size=(60, 4))
+    b[:, 3] = 1.5
+    weights = block_weights(np.arange(60) // 4, 5, seed=0, section="s")
+    got = weighted_pcc(a, b, weights)
+    for d in range(5):
+        index = np.repeat(np.arange(60), weights[d].astype(int))
+        want = [pearsonr(a[index, g], b[index, g])[0] for g in range(3)]
+        np.testing.assert_allclose(got[d], [*want, 0.0], rtol=1e-9)
+    means = resampled(lambda i: float(a[i, 0].mean()), weights)
+    assert means == pytest.approx(mean_interval(a[:, 0], weights))
+
+
+def test_intervals_without_draws_or_with_undefined_draws_are_undefined():
+    assert np.isnan(interval(np.zeros(0))).all()
+    assert np.isnan(interval(np.array([1.0, np.nan]))).all()
+    assert np.isnan(section_interval(np.array([0.3]), 10, seed=0)).all()
+    low, high = section_interval(np.array([0.1, 0.2, 0.3]), 500, seed=0)
+    assert 0.1 <= low < 0.2 < high <= 0.3
+
+
+# -- retrieval ----------------------------------------------------------------------------------------------------
+
+
+def test_ranks_equal_a_direct_computation(rng):
+    image, text = rng.normal(size=(1100, 8)), rng.normal(size=(1100, 8))
+    text += 0.5 * image
+    got = ranks(image, text)
+    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (image, text)]
+    similar = unit[0] @ unit[1].T
+    want = (similar > similar.diagonal()[:, None]).sum(1) + 1
+    assert (got == want).mean() > 0.99  # a rounding may swap two neighbours
+    assert recall_at(np.array([1, 2, 6]), 5).tolist() == [1, 1, 0]
+
+
+def test_equal_texts_count_as_misses_and_random_vectors_are_at_chance(rng):
+    assert ranks(rng.normal(size=(9, 4)), np.ones((9, 4))).tolist() == [9] * 9
+    hits = recall_at(ranks(rng.normal(size=(500, 6)), rng.normal(size=(500, 6))), 50)
+    assert hits.mean() == pytest.approx(chance(500, 50), abs=0.05)
+    assert chance(3, 5) == 1.0
+
+
+# -- domains ------------------------------------------------------------------------------------------------------
+
+
+def test_clusters_that_equal_the_labels_score_one_and_random_labels_zero(rng):
+    labels = np.repeat(["a", "b", "c"], 40)
+    x = np.repeat(rng.normal(size=(3, 30)) * 5, 40, axis=0) + rng.normal(size=(120, 30))
+    found = cluster(x, 3, seed=0)
+    assert agreement(labels, found) == pytest.approx({"ari": 1.0, "nmi": 1.0})
+    assert abs(agreement(rng.permutation(labels), found)["ari"]) < 0.05
+    assert (found == cluster(x, 3, seed=0)).all()
+
+
+def test_a_feature_of_large_scale_does_not_decide(rng):
+    labels = np.repeat([0, 1], 50)
+    x = np.column_stack(
+        [labels * 4 + rng.normal(size=100), labels * 4 + rng.normal(size=100), 1e4 * rng.normal(size=100)]
+    )
+    assert agreement(labels, cluster(x, 2, seed=0))["ari"] > 0.7
+
+
+def test_spots_without_a_label_are_recognised():
+    assert is_labelled(np.array(["tumour", "", "undetermined", "Unknown", "nan", "GL"])).tolist() == [
+        True,
+        *[False] * 4,
+        True,
+    ]
+
+
+# -- pairs --------------------------------------------------------------------------------------------------------
+
+
+def test_the_auc_equals_sklearn_with_ties_and_weights(rng):
+    true, false = rng.integers(2, 9, 200).astype(float), rng.integers(0, 7, 200).astype(float)
+    spot = rng.integers(0, 20, 200)
+    ranked = RankedPairs(PairScores(true, false, spot))
+    y, scores = np.repeat([1, 0], 200), np.concatenate([true, false])
+    assert ranked.auc(np.ones(20)) == pytest.approx(roc_auc_score(y, scores))
+    weight = rng.integers(0, 4, 20).astype(float)
+    want = roc_auc_score(y, scores, sample_weight=np.tile(weight[spot], 2))
+    assert ranked.auc(weight) == pytest.approx(want)
+    assert np.isnan(ranked.auc(np.zeros(20)))
+
+
+def test_a_head_that_ignores_the_context_has_no_gain(rng):
+    spot, true = np.repeat(np.arange(10), 5), rng.normal(1, 1, 50)
+    ranked = RankedPairs(PairScores(true, rng.normal(size=50), spot))
+    assert ranked.auc(np.ones(10)) > 0.6
+    assert gain(ranked, ranked, np.ones(10)) == 0.0
+
+
+# -- gene sets ----------------------------------------------------------------------------------------------------
+
+
+def test_families_and_orthologues():
+    keys = [
+        "human:KRT5",
+        "human:KRT14",
+        "human:KRT17",
+        "human:ERBB2",
+        "human:CD3E",
+        "human:CD8A",
+        "human:CD74",
+        "mouse:Krt5",
+    ]
+    found = families(keys)
+    assert found["human:KRT"] == keys[:3]
+    assert found["human:CD"] == ["human:CD3E", "human:CD8A", "human:CD74"]
+    assert set(found) == {"human:KRT", "human:CD"}
+    assert orthologues(keys) == [("human:KRT5", "mouse:Krt5")]
+    assert members({"a": ["krt5", "KRT14", "NONE"], "b": ["KRT5"]}, keys)["a"].tolist() == [0, 1, 7]
+
+
+def test_gmt_files_are_read_and_damage_is_named(tmp_path: Path):
+    path = tmp_path / "sets.gmt"
+    path.write_text("A\tdescription\tKRT5\tKRT14\tKRT5\n\nB\t\tCD74\n")
+    assert read_gmt(path) == {"A": ["KRT5", "KRT14"], "B": ["CD74"]}
+    for text, message in (
+        ("A\tx\n", "line 1: no genes"),
+        ("A\t\tX\nA\t\tY\n", "line 2: A occurs twice"),
+        ("", "no gene set"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_gmt(path)
+    with pytest.raises(FileNotFoundError, match="GMT"):
+        read_gmt(tmp_path / "none.gmt")
+
+
+def test_genes_of_a_set_that_point_one_way_are_found_and_shuffled_ones_are_not(rng):
+    rows = [np.arange(i * 5, i * 5 + 5) for i in range(6)]
+    vectors = rng.normal(size=(60, 16)) + 10  # a common mean must not count
+    for r in rows:
+        vectors[r] += 2 * rng.normal(size=16)
+    found = set_closeness(vectors, rows, seed=0)
+    assert found.auc > 0.9
+    assert found.shuffled == pytest.approx(0.5, abs=0.12)
+    assert found.set_auc_S.shape == (6,)
+    x = vectors - vectors.mean(0)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    together = {(i, j) for r in rows for i in r for j in r}
+    across = [x[i] @ x[j] for i in range(60) for j in range(i) if (i, j) not in together]
+    within = [x[i] @ x[j] for i in rows[0] for j in rows[0] if i < j]
+    direct = roc_auc_score(np.repeat([1, 0], [len(within), len(across)]), within + across)
+    assert found.set_auc_S[0] == pytest.approx(direct, abs=0.02)  # pairs across sets are sampled
+
+
+def test_set_scores_are_means_of_standardised_genes(rng):
+    values = rng.normal(size=(30, 5)) * [1, 10, 100, 1, 0]
+    got = set_scores(values, [np.array([0, 1, 2]), np.array([3, 4])])
+    z = (values - values.mean(0)) / np.where(values.std(0) > 0, values.std(0), 1)
+    np.testing.assert_allclose(got, np.column_stack([z[:, :3].mean(1), z[:, 3:].mean(1)]))
+
+
+# -- files --------------------------------------------------------------------------------------------------------
+
+
+def test_labels_from_a_table_and_from_an_anndata(tmp_path: Path):
+    pd.DataFrame({"section": ["A", "A", "B"], "spot": ["1x1", "1x2", "1x1"], "label": ["t", "u", "v"]}).to_csv(
+        tmp_path / "labels.tsv", sep="\t", index=False
+    )
+    labels = LabelFile(str(tmp_path / "labels.tsv"))
+    assert labels.of("A", ["1x2", "9x9", "1x1"]).tolist() == ["u", "", "t"]
+    assert labels.of("B", ["1x1"]).tolist() == ["v"]
+    obs = pd.DataFrame({"layer": pd.Categorical(["gl", None])}, index=["s1", "s2"])
+    ad.AnnData(np.zeros((2, 1), np.float32), obs).write_h5ad(tmp_path / "x.h5ad")
+    assert LabelFile(f"{tmp_path / 'x.h5ad'}:layer").of("any", ["s2", "s1"]).tolist() == ["", "gl"]
+    with pytest.raises(ValueError, match="no column 'nope'"):
+        LabelFile(f"{tmp_path / 'x.h5ad'}:nope")
+    (tmp_path / "two.csv").write_text("spot,label\na,x\na,y\n")
+    with pytest.raises(ValueError, match="several labels for spot a"):
+        LabelFile(str(tmp_path / "two.csv")).of("s", ["a"])
+
+
+def test_embeddings_from_a_table_are_joined_by_spot(tmp_path: Path):
+    path = tmp_path / "features.csv"
+    path.write_text("section,spot,f0,f1\nA,b,1,2\nA,a,3,4\nB,a,5,6\n")
+    found = FeatureFiles(path).of("A")
+    assert found.rows_of(["a", "b"], "x").tolist() == [[3, 4], [1, 2]]
+    with pytest.raises(ValueError, match="no embedding for 1 of 2 spots"):
+        found.rows_of(["a", "c"], "x")
+    with pytest.raises(ValueError, match="no rows of section C"):
+        FeatureFiles(path).of("C")
+    path.write_text("section,spot,f0\nA,a,nan\n")
+    with pytest.raises(ValueError, match="not finite"):
+        FeatureFiles(path).of("A")
+
+
+def test_the_table_shows_intervals_and_leaves_undefined_cells_empty():
+    text = table([TaskRow("pairs", "A", "head", "auc", 0.75, 0.7, 0.8, 0.5), TaskRow("probe", "A", "mean", "mse", 1.0)])
+    first, second = text.splitlines()[1:]
+    assert first.split() == ["pairs", "A", "head", "auc", "0.750", "0.700", "to", "0.800", "0.500", "-"]
+    assert second.split() == ["probe", "A", "mean", "mse", "1.000", "-", "-"]

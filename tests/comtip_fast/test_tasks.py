@@ -1,0 +1,186 @@
+"""Downstream tasks on a trained run: signals are found, controls are at chance, files and errors."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from comtip_shards import ShardSet
+
+from comtip_fast.cli import main
+from comtip_fast.evaluation.tasks import TASKS
+from comtip_fast.evaluation.tasks.context import TaskContext, TaskOptions
+from comtip_fast.evaluation.tasks.rows import TaskRow
+from comtip_fast.evaluation.tasks.run import evaluate_tasks
+from comtip_fast.evaluation.tasks.text import SpotSentences
+from comtip_fast.inference import Predictor
+from comtip_fast.training.validation import space_numbers
+from testkit.tiny import SYMBOLS
+
+SECTIONS = ["x1", "v1"]
+
+
+@pytest.fixture(scope="module")
+def files(tiny_shards: ShardSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with labels (high or low field), embeddings (the field, with noise) and gene sets of even and odd genes."""
+    folder = tmp_path_factory.mktemp("task_files")
+    (folder / "sets.gmt").write_text(
+        "rise\t\t" + "\t".join(SYMBOLS[::2]) + "\nfall\t\t" + "\t".join(SYMBOLS[1::2]) + "\nfew\t\tERBB2\tKRT14\n"
+    )
+    labels, features = [], []
+    rng = np.random.default_rng(0)
+    rows = {g.symbol: i for i, g in enumerate(tiny_shards.genes)}
+    rise, fall = ([rows[s] for s in SYMBOLS[start::2]] for start in (0, 1))
+    for number, section in enumerate(tiny_shards.manifest.sections):
+        spots = tiny_shards.select(sections=[number])
+        counts = np.log1p(tiny_shards.counts(spots).toarray())
+        field = counts[:, rise].mean(1) - counts[:, fall].mean(1)
+        names = tiny_shards.spots.loc[spots, "spot_id"].tolist()
+        text = np.where(field > 0.4, "high", np.where(field < -0.4, "low", "undetermined"))
+        labels.append(pd.DataFrame({"section": section.section_id, "spot": names, "label": text}))
+        values = {"f0": field, "f1": rng.normal(size=len(field))}
+        features.append(pd.DataFrame({"section": section.section_id, "spot": names, **values}))
+    pd.concat(labels).to_csv(folder / "labels.tsv", sep="\t", index=False)
+    pd.concat(features).to_csv(folder / "field.csv", index=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows(tiny_run: Path, tiny_shards: ShardSet, files: Path) -> list[TaskRow]:
+    return evaluate_tasks(
+        tiny_run,
+        tiny_shards.path,
+        sections=SECTIONS,
+        encoders=[f"embeddings:{files / 'field.csv'}"],
+        gene_sets=files / "sets.gmt",
+        labels=str(files / "labels.tsv"),
+        n_bootstrap=40,
+        device="cpu",
+    )
+
+
+def one(rows: list[TaskRow], task: str, metric: str, method: str, section: str = "x1") -> TaskRow:
+    (found,) = [r for r in rows if (r.task, r.metric, r.method, r.section) == (task, metric, method, section)]
+    return found
+
+
+def test_every_task_has_rows_with_intervals_around_the_score(rows: list[TaskRow]):
+    assert {r.task for r in rows} == set(TASKS)
+    spatial = [r for r in rows if r.section in SECTIONS]
+    assert all(np.isfinite([r.value, r.low, r.high]).all() for r in spatial)
+    inside = [r.low - 0.02 <= r.value <= r.high + 0.02 for r in spatial if r.task in ("probe", "retrieval", "pathways")]
+    assert np.mean(inside) > 0.95
+    assert all(r.n > 0 for r in rows)
+
+
+def test_the_probe_finds_the_signal_and_its_control_does_not(rows: list[TaskRow]):
+    colour = one(rows, "probe", "pcc_50", "ridge, colour")
+    given = one(rows, "probe", "pcc_50", "ridge, embeddings:field.csv")
+    for row in (colour, given):
+        assert row.value > 0.3
+        assert row.low > 0
+        assert row.shuffled < row.value - 0.2
+    mean, mse = one(rows, "probe", "pcc_50", "mean of training"), one(rows, "probe", "mse_50", "mean of training")
+    assert mean.value == 0.0  # a constant has no correlation
+    assert one(rows, "probe", "mse_50", "ridge, embeddings:field.csv").value < mse.value
+    zero_shot = one(rows, "probe", "pcc_50", "comtip zero-shot")
+    assert zero_shot.value > zero_shot.shuffled + 0.1
+
+
+def test_means_over_sections(rows: list[TaskRow]):
+    mean = one(rows, "probe", "pcc_50", "ridge, colour", "mean of 2 sections")
+    parts = [one(rows, "probe", "pcc_50", "ridge, colour", s).value for s in SECTIONS]
+    assert mean.value == pytest.approx(np.mean(parts))
+    assert min(parts) - 1e-9 <= mean.low <= mean.high <= max(parts) + 1e-9
+    assert mean.n == 2
+
+
+def test_retrieval_is_above_chance_and_equals_that_of_training(
+    rows: list[TaskRow], tiny_run: Path, tiny_shards: ShardSet
+):
+    for method, section, n in (("within section", "x1", 49), ("across sections", "all of human_breast", 98)):
+        row = one(rows, "retrieval", "image_to_gene_r10", method, section)
+        assert row.chance == pytest.approx(10 / n)
+        assert row.value > row.chance + 0.1
+        assert abs(row.shuffled - row.chance) < 0.2
+    predictor = Predictor.load(tiny_run)
+    context = TaskContext(predictor, tiny_shards, [3, 2], tiny_shards, TaskOptions())
+    section = context.sections[0]
+    keys = context.trained_and_measured("human_breast", [3, 2])
+    text = SpotSentences(predictor, context.queries(keys), context.values(section, keys)).vectors()
+    numbers = space_numbers(torch.from_numpy(section.image.vector_ND), torch.from_numpy(text))
+    for name, metric in (("r1", "image_to_gene_r1"), ("t1", "gene_to_image_r1"), ("t5", "gene_to_image_r5")):
+        found = one(rows, "retrieval", metric, "within section").value
+        assert found == pytest.approx(numbers[name], abs=1 / 49 + 1e-6)  # one pair may be a rounding away from a tie
+
+
+def test_a_large_section_is_represented_by_neighbouring_spots(quick: Path, tiny_shards: ShardSet, caplog):
+    options = TaskOptions(max_spots=20, n_bootstrap=0)
+    section = TaskContext(Predictor.load(quick), tiny_shards, [3], tiny_shards, options).sections[0]
+    assert len(section.spot_ids) == len(section.xy_N2) == section.cp10k.shape[0] == 20
+    assert "section x1 has 49 spots; tasks use 20 neighbouring ones" in caplog.text
+    distance = np.linalg.norm(section.xy_N2[:, None] - section.xy_N2[None], axis=-1)
+    assert np.median(np.sort(distance, axis=1)[:, 1]) == pytest.approx(40)  # the distance between neighbours
+
+
+def test_domains_follow_the_field(rows: list[TaskRow]):
+    given = one(rows, "domains", "ari", "embeddings:field.csv")
+    measured = one(rows, "domains", "ari", "measured expression")
+    assert measured.value > 0.5
+    assert measured.value > measured.shuffled + 0.3
+    assert given.n == measured.n < 49  # undetermined spots are left out
+    assert {r.method for r in rows if r.task == "domains"} >= {"comtip encoder", "comtip vector, smoothed", "colour"}
+
+
+def test_pairs_gain_from_the_true_image(rows: list[TaskRow]):
+    row = one(rows, "pairs", "auc", "pair head, spots")
+    gained = one(rows, "pairs", "auc_gain", "pair head, spots")
+    assert gained.value == pytest.approx(row.value - row.shuffled)
+    assert gained.value > 0.02
+    assert abs(gained.shuffled) < gained.value
+    assert gained.chance == 0.0
+
+
+def test_gene_sets_are_scored_and_small_ones_left_out(rows: list[TaskRow]):
+    own = [r for r in rows if r.task == "pathways" and r.section == "x1" and r.method == "comtip zero-shot"]
+    assert {r.metric for r in own} == {"mean_pcc", "pcc rise", "pcc fall"}
+    assert one(rows, "pathways", "pcc rise", "comtip zero-shot").value > 0.3
+    assert one(rows, "pathways", "pcc rise", "ridge, embeddings:field.csv").value > 0.6
+    genes = [r for r in rows if r.task == "genes"]
+    assert {r.method for r in genes} == {"comtip sentences", "name tokens"}
+    assert {r.metric for r in genes} == {"auc_families", "auc_gene_sets"}
+
+
+def test_the_command_writes_rows_next_to_the_scores(quick: Path, tiny_shards: ShardSet, tmp_path: Path, capsys):
+    arguments = ["evaluate", str(quick), "--shards", str(tiny_shards.path), "--out", str(tmp_path), "--device", "cpu"]
+    more = ["--null-draws", "3", "--bootstrap", "0", "--tasks", "retrieval", "probe", "--encoder", "timm:test_vit"]
+    assert main([*arguments, *more]) == 0
+    assert "image_to_gene_r1" in capsys.readouterr().out
+    found = json.loads((tmp_path / "tasks.json").read_text())
+    assert found["sections"] == ["x1"]
+    assert found["encoders"]["timm:test_vit (random weights)"]["weights"] == "random, seed 0"
+    assert {r["task"] for r in found["rows"]} == {"retrieval", "probe"}
+    assert all(r["low"] is None for r in found["rows"])  # no bootstrap
+    with (tmp_path / "tasks.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == len(found["rows"])
+    assert {r["method"] for r in table} >= {"ridge, timm:test_vit (random weights)", "ridge, comtip encoder"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tasks", "pathways"], "name a GMT file with --gene-sets"),
+        (["--encoder", "colour"], "used by downstream tasks only"),
+        (["--tasks", "probe", "--encoder", "colour"], "colour is scored already"),
+        (["--tasks", "domains", "--labels", "none.tsv"], "none.tsv: no such file"),
+    ],
+)
+def test_errors_come_before_the_work(quick: Path, tiny_shards: ShardSet, tmp_path: Path, capsys, options, message: str):
+    arguments = ["evaluate", str(quick), "--shards", str(tiny_shards.path), "--out", str(tmp_path), "--device", "cpu"]
+    assert main([*arguments, *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "metrics.json").exists()
