@@ -35,8 +35,8 @@ PARTS = (
     Part("resume", 45, "a stopped and resumed run against an uninterrupted one, bit by bit"),
     Part("nccl", 60, "one NCCL rank: collectives, DDP, ZeRO, and the loss over emulated ranks"),
     Part("jpeg", 40, "JPEG decoding with nvJPEG and DALI against libjpeg"),
-    Part("cases", 150, "the kernels' test cases (pytest -m gpu tests/kernels)", "bench.evidence.cases_pytest"),
-    Part("compiled", 100, "the step with engine.compile", "bench.evidence.step_compiled"),
+    Part("cases", 150, "the kernels' test cases (pytest -m gpu tests/kernels)", "bench.evidence.parts.cases_pytest"),
+    Part("compiled", 100, "the step with engine.compile", "bench.evidence.parts.step_compiled"),
 )
 """The core comes first: what is late is left out if time runs short."""
 

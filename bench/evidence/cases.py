@@ -276,7 +276,12 @@ def masked_cases(device: str) -> list[Case]:
     group, classes = (torch.randint(n, (M,), generator=g).to(device) for n in (3, 100))
     weight = torch.rand(B, generator=g)
     weight[::3] = 0
-    options = {"group_rows": group[:B], "group_columns": group, "class_rows": classes[:B], "class_columns": classes}
+    options: dict[str, Any] = {
+        "group_rows": group[:B],
+        "group_columns": group,
+        "class_rows": classes[:B],
+        "class_columns": classes,
+    }
     options["weight_B"] = weight.to(device)
     scale = torch.tensor(100.0, device=device)
     out = []

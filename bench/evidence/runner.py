@@ -5,6 +5,7 @@ A part that fails, hangs or is killed costs its own rows only: those it has sent
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
@@ -35,12 +36,12 @@ class Part:
     shows: str
     """For ``--list``."""
     module: str = ""
-    """Module with ``run(rows: Rows, dry: bool) -> None``; by default ``bench.evidence.<name>``."""
+    """Module with ``run(rows: Rows, dry: bool) -> None``; by default ``bench.evidence.parts.<name>``."""
 
     @property
     def target(self) -> str:
         """Name of the module."""
-        return self.module or f"bench.evidence.{self.name}"
+        return self.module or f"bench.evidence.parts.{self.name}"
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,10 @@ def run_parts(
         outcomes[part.name] = outcome
         row = Row("part", "ran", f"{outcome.rows} rows", status=outcome.status, note=outcome.note)
         table.write(part.name, asdict(row))
-        print(f"{part.name:<12}{outcome.status:<10}{outcome.rows:>4} rows{outcome.seconds:>7.1f} s  {outcome.note}", flush=True)
+        print(
+            f"{part.name:<12}{outcome.status:<10}{outcome.rows:>4} rows{outcome.seconds:>7.1f} s  {outcome.note}",
+            flush=True,
+        )
     return outcomes
 
 
@@ -135,9 +139,7 @@ def run_part(
     return Outcome("ok", n, took)
 
 
-def _receive(
-    reading: int, process: subprocess.Popen[bytes], table: Table, part: str, ends: float
-) -> tuple[int, bool]:
+def _receive(reading: int, process: subprocess.Popen[bytes], table: Table, part: str, ends: float) -> tuple[int, bool]:
     """Write rows as they come; return their number, and whether the deadline came before the part ended."""
     n, pending = 0, b""
     with selectors.DefaultSelector() as selector:
@@ -170,10 +172,8 @@ def _ended(process: subprocess.Popen[bytes], seconds: float) -> bool:
 
 def _kill(process: subprocess.Popen[bytes]) -> bool:
     """Kill what is left of the part's process group, which this runner created; return whether the part has ended."""
-    try:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass
     return _ended(process, GRACE_S)
 
 

@@ -73,8 +73,8 @@ def time_call(call: Callable[[], object], device: str, *, budget_ms: float = 300
         call()
         end.record()
     torch.cuda.synchronize()
-    ms = torch.tensor([begin.elapsed_time(end) for begin, end in pairs], dtype=torch.float64)
-    low, median, high = ms.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
+    all_ms = torch.tensor([begin.elapsed_time(end) for begin, end in pairs], dtype=torch.float64)
+    low, median, high = all_ms.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
     return Time(median, low, high, calls)
 
 
@@ -97,24 +97,28 @@ def _estimate_ms(call: Callable[[], object]) -> float:
 def time_passes(loss: Loss, inputs: list[Tensor], device: str, *, budget_ms: float = 300.0) -> Passes:
     """Time a forward pass that records the graph, and the backward pass of one such graph."""
     leaves = [t.detach().requires_grad_() for t in inputs]
+    forward = time_call(lambda: loss(*leaves), device, budget_ms=budget_ms)
+    return Passes(forward, _time_backward(loss, leaves, device, budget_ms), _peak_mib(loss, leaves, device))
+
+
+def _time_backward(loss: Loss, leaves: list[Tensor], device: str, budget_ms: float) -> Time:
     out = loss(*leaves)
     upstream = torch.ones_like(out)
 
     def backward() -> None:
         torch.autograd.grad(out, leaves, upstream, retain_graph=True, allow_unused=True)
 
-    passes = time_call(lambda: loss(*leaves), device, budget_ms=budget_ms), time_call(backward, device, budget_ms=budget_ms)
-    del out
-    return Passes(*passes, _peak_mib(loss, leaves, upstream, device))
+    return time_call(backward, device, budget_ms=budget_ms)
 
 
-def _peak_mib(loss: Loss, leaves: list[Tensor], upstream: Tensor, device: str) -> float:
+def _peak_mib(loss: Loss, leaves: list[Tensor], device: str) -> float:
     if device == "cpu":
         return 0.0
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    torch.autograd.grad(loss(*leaves), leaves, upstream, allow_unused=True)
+    out = loss(*leaves)
+    torch.autograd.grad(out, leaves, torch.ones_like(out), allow_unused=True)
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 

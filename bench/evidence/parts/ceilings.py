@@ -44,23 +44,29 @@ def run(rows: Rows, dry: bool) -> None:
     """Send versions and ceilings."""
     device = "cpu" if dry else "cuda"
     versions(rows, dry)
-    rate = matrix_products(dry)
-    rows.add(_rate("matrix product", rate[0], rate[1], "TFLOP/s", size=f"{rate[2]}^3", dtype="bf16"))
+    tflop, time, n = matrix_products(dry)
+    rows.add(_rate("matrix product", tflop, time, "TFLOP/s", size=f"{n}^3", dtype="bf16"))
+    tf32_product(rows, n, device)
+    copy(rows, 2**20 if dry else 2**30, device)
+    read_l2(rows, device)
+
+
+def tf32_product(rows: Rows, n: int, device: str) -> None:
+    """Send the rate of one large matrix product in tf32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
-    n = 64 if dry else 8192
     a, b = (torch.randn(n, n, device=device) for _ in range(2))
     time = time_call(lambda: a @ b, device)
-    rows.add(_rate("matrix product", 2.0 * n**3 * 1e-12, time, "TFLOP/s", size=f"{n}^3", dtype="tf32"))
     torch.set_float32_matmul_precision(before)
-    del a, b
-    copied = 2**20 if dry else 2**30
-    x = torch.randint(256, (copied,), device=device, dtype=torch.uint8)
+    rows.add(_rate("matrix product", 2.0 * n**3 * 1e-12, time, "TFLOP/s", size=f"{n}^3", dtype="tf32"))
+
+
+def copy(rows: Rows, size: int, device: str) -> None:
+    """Send the rate of a copy of ``size`` bytes in device memory."""
+    x = torch.randint(256, (size,), device=device, dtype=torch.uint8)
     y = torch.empty_like(x)
     time = time_call(lambda: y.copy_(x), device, cold=False)
-    rows.add(_rate("copy", 2.0 * copied * 1e-12, time, "TB/s", size=f"{copied >> 20} MiB", note="read and written"))
-    del x, y
-    read_l2(rows, device)
+    rows.add(_rate("copy", 2.0 * size * 1e-12, time, "TB/s", size=f"{size >> 20} MiB", note="read and written"))
 
 
 def matrix_products(dry: bool) -> tuple[float, Time, int]:

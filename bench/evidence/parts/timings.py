@@ -11,7 +11,7 @@ import torch
 
 from bench.evidence import cases
 from bench.evidence.cases import Case, Loss
-from bench.evidence.ceilings import matrix_products
+from bench.evidence.parts.ceilings import matrix_products
 from bench.evidence.rows import Row, Rows
 from bench.evidence.timing import time_passes, time_products
 

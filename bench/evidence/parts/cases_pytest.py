@@ -15,8 +15,8 @@ from typing import Any
 from bench.evidence.bare import replace_pydantic
 from bench.evidence.rows import Row, Rows
 
-ROOT = Path(__file__).resolve().parents[2]
-PLUGIN = "bench.evidence.cases_pytest"
+ROOT = Path(__file__).resolve().parents[3]
+PLUGIN = "bench.evidence.parts.cases_pytest"
 WORKERS = 6
 """Processes of pytest-xdist: most of the time goes into compiling kernels, on the host."""
 
@@ -35,7 +35,9 @@ class _Sender:
             return
         status = {"passed": "ok", "failed": "failed", "skipped": "skipped"}[report.outcome]
         note = "" if report.passed else str(report.longreprtext or report.longrepr).strip().splitlines()[-1]
-        self.rows.add(Row(report.nodeid.removeprefix("tests/kernels/"), "test", report.outcome, status=status, note=note))
+        self.rows.add(
+            Row(report.nodeid.removeprefix("tests/kernels/"), "test", report.outcome, status=status, note=note)
+        )
 
 
 def run(rows: Rows, dry: bool) -> None:

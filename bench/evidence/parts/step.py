@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from bench.evidence.batches import TINY, TINY_PX, GeneratedTask, clocked, config_of
+from bench.evidence.parts.ceilings import matrix_products
+from bench.evidence.rows import Row, Rows
 from comtip_fast.collectives import SingleProcessGroup
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.plan.hardware import make_cluster
@@ -22,25 +26,22 @@ from comtip_fast.training.distributed.signals import Signals
 from comtip_fast.training.engines.factory import make_engine
 from comtip_fast.training.trainer import Trainer
 
-from bench.evidence.batches import TINY, TINY_PX, GeneratedTask, clocked, config_of
-from bench.evidence.ceilings import matrix_products
-from bench.evidence.rows import Row, Rows
-
 WAIT = "synchronizing CUDA operation"
 """Words of the warning that ``torch.cuda.set_sync_debug_mode`` gives."""
 UNLOGGED = "train.log_every=1000000"
 """No step after the first is logged, and a logged step waits by design."""
 
 
-def run(rows: Rows, dry: bool, *overrides: str, name: str = "step of 1gpu.yaml") -> None:
-    """Measure steps with the largest panel, then with the mean panel."""
+def run(rows: Rows, dry: bool, *overrides: str, name: str = "step of 1gpu.yaml", panels: int = 2) -> None:
+    """Measure steps with the largest panel, then with the mean panel; ``panels=1`` leaves out the second."""
     device = torch.device("cpu" if dry else "cuda")
     config = config_of(device, *(TINY if dry else ()), UNLOGGED, *overrides)
     tile_px = TINY_PX if dry else 224
     largest = config.panel.max_genes
     tflop, product, _ = matrix_products(dry)
     with tempfile.TemporaryDirectory() as folder:
-        for label, G in (("largest panel", largest), ("mean panel", mean_panel(config.panel.min_genes, largest))):
+        sizes = (("largest panel", largest), ("mean panel", mean_panel(config.panel.min_genes, largest)))
+        for label, G in sizes[:panels]:
             steps = Steps(config, device, tile_px, G, Path(folder))
             where = {"size": f"B={config.data.batch_size} G={G}, {label}", "dtype": "bf16", "provider": "ours"}
             for part in (measure_first, measure_waits, measure_speed, measure_memory, measure_profile):
@@ -125,7 +126,10 @@ def measure_waits(rows: Rows, steps: Steps, name: str, where: dict[str, str], _c
     steps.wait()
     found = waits_in(lambda: steps.take(2))
     steps.wait()
-    status, note = ("failed" if found else "ok"), "; ".join(sorted(set(found))) or "two steps, torch.cuda.set_sync_debug_mode"
+    status, note = (
+        ("failed" if found else "ok"),
+        "; ".join(sorted(set(found))) or "two steps, torch.cuda.set_sync_debug_mode",
+    )
     rows.add(Row(name, "waits of the host in a step", str(len(found)), status=status, note=note, **where))
 
 
@@ -180,9 +184,7 @@ def measure_memory(rows: Rows, steps: Steps, name: str, where: dict[str, str], _
     inputs = Inputs(tile_px=steps.tile_px, trained_genes=steps.task.sizes.n_identities)
     plan = make_plan(steps.config, make_cluster(device.name if device else "h100"), inputs)
     if steps.genes != plan.sizes.G:
-        plan = make_plan(
-            steps.config, plan.cluster, inputs, engine=plan.engine, sizes=plan.sizes.at_panel(steps.genes)
-        )
+        plan = make_plan(steps.config, plan.cluster, inputs, engine=plan.engine, sizes=plan.sizes.at_panel(steps.genes))
     peak = torch.cuda.max_memory_allocated() * 1e-9 if steps.on_gpu else 0.0
     rows.add(Row(name, "peak memory of tensors", peak, "GB", **where))
     predicted = {**where, "provider": f"comtip plan, {plan.cluster.device.name}"}

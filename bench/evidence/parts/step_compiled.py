@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from bench.evidence import step
+from bench.evidence.parts import step
 from bench.evidence.rows import Rows
 
 
 def run(rows: Rows, dry: bool) -> None:
     """Measure steps with compiled blocks; a dry run does not compile."""
-    step.run(rows, dry, f"engine.compile={'false' if dry else 'true'}", name="step of 1gpu.yaml, compiled")
+    compiled = f"engine.compile={'false' if dry else 'true'}"
+    step.run(rows, dry, compiled, name="step of 1gpu.yaml, compiled", panels=1)

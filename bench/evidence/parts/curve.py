@@ -50,4 +50,6 @@ def compare(rows: Rows, want: dict[int, float], got: dict[int, float], precision
         rows.add(Row("tiny run", metric, value, dtype=precision, status=status, note=f"bound {bound:g}"))
     # Every batch returns after 8 steps.
     falls = n >= 16 and sum(got[n - i] for i in range(8)) < sum(got[1 + i] for i in range(8))
-    rows.add(Row("tiny run", "the loss falls", str(falls), dtype=precision, status="ok" if falls or n < 16 else "failed"))
+    rows.add(
+        Row("tiny run", "the loss falls", str(falls), dtype=precision, status="ok" if falls or n < 16 else "failed")
+    )
