@@ -156,11 +156,10 @@ def over_ranks(rows: Rows, form: str, device: torch.device, dry: bool) -> None:
     for mine, (_, _, part, _) in zip(columns, found, strict=True):
         dy[mine] = part
     got = [sum(f[0] for f in found), torch.cat([f[1] for f in found]), dy, sum(f[3] for f in found)]
-    error = max(worst_row(torch.as_tensor(a), b) for a, b in zip(got, want, strict=True))
-    status = "ok" if error <= TOLERANCE else "failed"
-    rows.add(
-        Row("loss over ranks", "largest error of a row", error, status=status, note=f"bound {TOLERANCE:g}", **where)
-    )
+    worst = max(worst_row(torch.as_tensor(a), b) for a, b in zip(got, want, strict=True))
+    status = "ok" if worst <= TOLERANCE else "failed"
+    note = f"bound {TOLERANCE:g}"
+    rows.add(Row("loss over ranks", "largest error of a row", worst, status=status, note=note, **where))
 
 
 def _of_one_rank(inputs: list[Tensor], text: Tensor, section: Tensor, weight: Tensor) -> list[Tensor]:
