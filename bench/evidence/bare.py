@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import importlib
 import json
 import sys
 import types
@@ -52,14 +52,15 @@ def _marker(*_arguments: Any, **_options: Any) -> Any:
 
 
 def replace_pydantic() -> bool:
-    """Register the replacement if pydantic is not installed; return whether it was registered."""
-    if "pydantic" in sys.modules or importlib.util.find_spec("pydantic") is not None:
-        return isinstance(getattr(sys.modules.get("pydantic"), "REPLACEMENT", None), bool)
-    sys.modules["pydantic"] = replacement()
-    fields = types.ModuleType("pydantic.fields")
-    fields.FieldInfo = type("FieldInfo", (), {})  # type: ignore[attr-defined]
-    sys.modules["pydantic.fields"] = fields
-    return True
+    """Register the replacement if pydantic cannot be imported; return whether the replacement is in use."""
+    try:
+        module = importlib.import_module("pydantic")
+    except ImportError:
+        module = sys.modules["pydantic"] = replacement()
+        fields = types.ModuleType("pydantic.fields")
+        fields.FieldInfo = type("FieldInfo", (), {})  # type: ignore[attr-defined]
+        sys.modules["pydantic.fields"] = fields
+    return hasattr(module, "REPLACEMENT")
 
 
 def replacement() -> types.ModuleType:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -76,14 +78,14 @@ def infonce_case(device: str, B: int, M: int, D: int) -> Case:
     peers, missing = {}, {}
     if M == B:  # the same columns as ours, so that FLOPs and times compare
         clip = find("open_clip.loss", "ClipLoss")
-        if clip is None:
-            missing["open_clip ClipLoss"] = "open_clip is not installed"
+        if isinstance(clip, str):
+            missing["open_clip ClipLoss"] = clip
         else:
             peers["open_clip ClipLoss"] = lambda x, y, s: clip()(F.normalize(x, dim=-1), F.normalize(y, dim=-1), s)
         peers["two cross entropies"] = clip_loss
     linear = find("liger_kernel.transformers", "LigerFusedLinearCrossEntropyLoss")
-    if linear is None:
-        missing["liger, both directions"] = "liger_kernel is not installed"
+    if isinstance(linear, str):
+        missing["liger, both directions"] = linear
     else:
         peers["liger, both directions"] = partial(liger_loss, linear)
     u = (B, D, M)
@@ -311,9 +313,16 @@ def randn(device: str, *shape: int, seed: int = 0) -> Tensor:
     return x.to(device, torch.bfloat16).requires_grad_()
 
 
-def find(module: str, name: str) -> Callable[..., Callable[..., Tensor]] | None:
-    """Return an attribute of another project's module; None if the module is not installed."""
+def find(module: str, name: str) -> Callable[..., Callable[..., Tensor]] | str:
+    """Return an attribute of another project's module, or why it cannot be imported."""
+    reason = why_not(module)
+    return reason or getattr(sys.modules[module], name, f"{module} has no {name}")
+
+
+def why_not(module: str) -> str:
+    """Return why a module cannot be imported; an empty string if it can."""
     try:
-        return getattr(__import__(module, fromlist=[name]), name)
-    except ImportError:
-        return None
+        importlib.import_module(module)
+    except Exception as error:  # other projects raise more than ImportError where something is missing
+        return f"{module.split('.', maxsplit=1)[0]} cannot be imported: {error}"
+    return ""

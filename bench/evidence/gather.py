@@ -26,7 +26,7 @@ BUILT = {"deepspeed>=0.19,<0.20": "ZeRO; published as source, built here without
 """Sources that become wheels for any platform."""
 TOO_LARGE = {
     "nvidia-dali-cuda130": "DALI's decoder",
-    "flash-attn": "flash-attn 2 has no wheel on PyPI and takes an hour to compile",
+    "flash-attn": "flash-attn 2 has no wheel on PyPI",
 }
 
 

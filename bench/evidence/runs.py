@@ -78,7 +78,8 @@ def train(
     trainer.fit(resume)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     losses = {row["step"]: row["loss"] for row in rows if row["kind"] == "train"}
-    weights = {name: t.detach().cpu().clone() for name, t in task.module.state_dict().items()}
+    with trainer.engine.gathered_for_read():
+        weights = {name: t.detach().cpu().clone() for name, t in task.module.state_dict().items()}
     return Result(trainer.engine.name, losses, weights, trainer.engine.optimizer_state())
 
 

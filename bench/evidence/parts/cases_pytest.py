@@ -6,13 +6,13 @@ The tests that ``tests/kernels/test_interpreted.py`` runs in Triton's interprete
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from bench.evidence.bare import replace_pydantic
+from bench.evidence.cases import why_not
 from bench.evidence.rows import Row, Rows
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -52,7 +52,7 @@ def run(rows: Rows, dry: bool) -> None:
         words = ["tests/kernels/test_table.py", "-k", "test_too_many or no_gene or empty"]
     # Without addopts: a machine may lack the plugins whose options the project sets.
     words += ["-p", PLUGIN, "-p", "no:cacheprovider", "-q", "-o", "addopts=", "--import-mode=importlib"]
-    if not dry and importlib.util.find_spec("xdist") is not None:
+    if not dry and not why_not("xdist"):
         words += ["-n", str(WORKERS)]
     code = int(pytest.main(words, plugins=[_Sender(rows)]))
     if code not in (0, 1):  # 1: tests failed, which their rows state

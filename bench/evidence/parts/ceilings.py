@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from bench.evidence.bare import replace_pydantic
 from bench.evidence.rows import Row, Rows
 from bench.evidence.timing import Time, time_call, time_products
 
@@ -102,6 +103,8 @@ def _rate(name: str, amount: float, time: Time, unit: str, **where: str) -> Row:
 def versions(rows: Rows, dry: bool) -> None:
     """Send the versions of what is installed, and the properties of the GPU."""
     rows.add(Row("python", "version", platform.python_version()))
+    if replace_pydantic():
+        rows.add(Row("pydantic", "replaced", "yes", note="configs are read without checks"))
     rows.add(Row("CUDA of PyTorch", "version", str(torch.version.cuda)))
     for name in PACKAGES:
         try:

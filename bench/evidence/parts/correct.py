@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import partial
 
@@ -11,15 +14,33 @@ from comtip_kernels import infonce
 from bench.evidence import cases
 from bench.evidence.cases import Case
 from bench.evidence.check import PRECISIONS, Precision, compare, loss_bias
-from bench.evidence.rows import Row, Rows
+from bench.evidence.rows import CHANNEL, Row, Rows
 
 LARGEST_BIAS = 2e-5
+PROCESSES = 6
+SHARE = "COMTIP_EVIDENCE_SHARE"
+"""Environment variable ``i/n``: compare the cases i, i + n, ..."""
 
 
 def run(rows: Rows, dry: bool) -> None:
-    """Compare every case in every precision; a case that fails does not end the part."""
+    """Compare every case in every precision; on a GPU in several processes, because most of the time is compilation."""
+    if SHARE in os.environ or dry:
+        run_share(rows, dry, *map(int, os.environ.get(SHARE, "0/1").split("/")))
+        return
+    open_files = [int(os.environ[CHANNEL])] if CHANNEL in os.environ else []
+    processes = [
+        subprocess.Popen(sys.orig_argv, env=os.environ | {SHARE: f"{i}/{PROCESSES}"}, pass_fds=open_files)
+        for i in range(PROCESSES)
+    ]
+    failed = [i for i, process in enumerate(processes) if process.wait()]
+    if failed:
+        raise RuntimeError(f"processes {failed} of {PROCESSES} failed")
+
+
+def run_share(rows: Rows, dry: bool, index: int, of: int) -> None:
+    """Compare every ``of``-th case; one that fails does not end the part."""
     device = "cpu" if dry else "cuda"
-    for build in builders(device, dry):
+    for build in list(builders(device, dry))[index::of]:
         try:
             built = build()
         except Exception as error:
@@ -29,7 +50,8 @@ def run(rows: Rows, dry: bool) -> None:
             check_case(rows, case, PRECISIONS[::3] if dry else PRECISIONS)
         if not dry:
             torch.cuda.empty_cache()
-    bias(rows, device, dry)
+    if index == of - 1:
+        bias(rows, device, dry)
 
 
 def builders(device: str, dry: bool) -> Iterator[partial[Case | list[Case]]]:

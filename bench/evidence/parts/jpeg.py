@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import statistics
 import time
 from collections.abc import Callable
@@ -12,6 +11,7 @@ import torch
 from comtip_shards.format.record import encode_tile
 from torch import Tensor
 
+from bench.evidence.cases import why_not
 from bench.evidence.rows import Row, Rows
 from comtip_fast.data.loaders.dali import Decoder
 
@@ -62,8 +62,8 @@ def libjpeg(tiles: list[bytes]) -> Tensor:
 
 def torchvision_decoder(n: int, dry: bool) -> Decode | str:
     """Return a decoder on the device, or why there is none."""
-    if importlib.util.find_spec("torchvision") is None:
-        return "torchvision is not installed"
+    if missing := why_not("torchvision.io"):
+        return missing
     from torchvision.io import ImageReadMode, decode_jpeg
 
     device = "cpu" if dry else "cuda"
@@ -77,8 +77,8 @@ def torchvision_decoder(n: int, dry: bool) -> Decode | str:
 
 def dali_decoder(n: int, dry: bool) -> Decode | str:
     """Return the decoder of the DALI loader, or why there is none."""
-    if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
-        return "DALI is not installed; its wheel is larger than 64 MiB"
+    if missing := why_not("nvidia.dali"):
+        return missing
     decoder = Decoder(n, 2 if dry else 8, None if dry else 0)
 
     def decode(tiles: list[bytes]) -> Tensor:
