@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from bench.evidence import bare, gather, runner
-from bench.evidence.rows import COLUMNS, DRY_RUN, GPU, MEASURED, Table
+from bench.evidence.parts import correct
+from bench.evidence.rows import CHANNEL, COLUMNS, DRY_RUN, GPU, MEASURED, Rows, Table
 from bench.evidence.runner import Outcome, Part, environment, run_parts
 from comtip_fast.config.io import config_to_dict, load_config
 from comtip_fast.config.schema import RunConfig
@@ -223,3 +224,24 @@ def test_gather_states_sizes_and_the_limit(tmp_path: Path, monkeypatch: pytest.M
     assert "of at most 64 MiB" in out
     monkeypatch.setattr(gather, "LIMIT", 1000)
     assert gather.gather(tmp_path) == 1
+
+
+def test_correctness_is_checked_in_several_processes(monkeypatch: pytest.MonkeyPatch):
+    started, codes = [], [0] * correct.PROCESSES
+
+    class Process:
+        def __init__(self, command: list[str], env: dict[str, str], pass_fds: list[int]) -> None:
+            started.append((env[correct.SHARE], pass_fds))
+
+        def wait(self) -> int:
+            return codes[len(started) - 1]
+
+    monkeypatch.setattr(correct.subprocess, "Popen", Process)
+    monkeypatch.setenv(CHANNEL, "7")
+    monkeypatch.delenv(correct.SHARE, raising=False)
+    correct.run(Rows(dry=False), dry=False)
+    assert started == [(f"{i}/{correct.PROCESSES}", [7]) for i in range(correct.PROCESSES)]
+    started.clear()
+    codes[-1] = 1
+    with pytest.raises(RuntimeError, match="of 6 failed"):
+        correct.run(Rows(dry=False), dry=False)
