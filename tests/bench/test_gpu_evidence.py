@@ -137,7 +137,7 @@ def dry_rows() -> list[dict[str, str]]:
         env=environment(True),
         capture_output=True,
         text=True,
-        timeout=550,
+        timeout=1700,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
@@ -150,6 +150,8 @@ def dry_rows() -> list[dict[str, str]]:
     return rows
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # the first of them runs all parts: about a minute on an idle machine
 def test_a_dry_run_reaches_every_part(dry_rows: list[dict[str, str]]):
     assert {r["part"] for r in dry_rows} == {p.name for p in command.PARTS}
     failed = [r for r in dry_rows if r["status"] == "failed"]
@@ -157,12 +159,16 @@ def test_a_dry_run_reaches_every_part(dry_rows: list[dict[str, str]]):
     assert set(dry_rows[0]) - {"part"} <= set(COLUMNS)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_dry_run_keeps_no_measured_number(dry_rows: list[dict[str, str]]):
     measured = [r for r in dry_rows if r["unit"] in MEASURED]
     assert len(measured) > 50
     assert all(r["value"] == r["low"] == r["high"] == "" for r in measured)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_dry_run_checks_and_times_every_operation(dry_rows: list[dict[str, str]]):
     ops = {
         "infonce",
