@@ -17,7 +17,8 @@ from testkit.rehearsal.cuda_runtime import stand_in_cuda
 from testkit.rehearsal.launches import recorded_launches
 from testkit.rehearsal.record import Record
 from testkit.rehearsal.stand_in import CUDA
-from testkit.rehearsal.walk import TILE_PX, SyntheticTask, Walk, gene_names, group_of
+from testkit.rehearsal.walk import TILE_PX, Walk, group_of
+from testkit.synthetic_task import SyntheticTask, gene_names
 
 SPOTS, GENES = 512, 512
 COHORT = "human_breast"
@@ -28,7 +29,7 @@ def infer(walk: Walk) -> Record:
     record, config = Record(), walk.load()
     with stand_in_cuda(record) as mode, recorded_launches(mode), group_of(1) as group, torch.no_grad():
         with record.pause():
-            task = SyntheticTask(config, group, TILE_PX)
+            task = SyntheticTask(config, group, TILE_PX, CUDA)
             task.model.eval()
             run = _validation(task) if walk.part == "validation" else _predictor(task, walk.part)
         run()

@@ -6,39 +6,28 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from comtip_shards.genes.identifiers import GeneResource
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from comtip_fast.collectives import Group, SingleProcessGroup, share_of
+from comtip_fast.collectives import Group, SingleProcessGroup
 from comtip_fast.config.io import load_config
 from comtip_fast.config.schema import RunConfig
-from comtip_fast.data.batch import Batch
-from comtip_fast.data.upload import PackedTensors
-from comtip_fast.genes import GeneTokenizer
-from comtip_fast.genes.tokens import gene_tokens
-from comtip_fast.models import CoMTIP, ModelSizes
 from comtip_fast.training.distributed.comm_timer import ClockedGroup
 from comtip_fast.training.distributed.process_group import ProcessGroup
 from comtip_fast.training.distributed.signals import Signals
 from comtip_fast.training.engines.base import set_product_precision
 from comtip_fast.training.engines.factory import make_engine
-from comtip_fast.training.losses import StepLosses
-from comtip_fast.training.task import CoMTIPTask
 from comtip_fast.training.trainer import Trainer
 from testkit.rehearsal.cuda_runtime import stand_in_cuda
 from testkit.rehearsal.engines import stand_in_engines
 from testkit.rehearsal.launches import recorded_launches
 from testkit.rehearsal.record import ROOT, Record
 from testkit.rehearsal.stand_in import CUDA
+from testkit.synthetic_task import SyntheticTask
 
-SECTIONS = 64
 TILE_PX = 224
 
 
@@ -62,72 +51,6 @@ class Walk:
         """The walk's key in the table."""
         words = [w.removeprefix("engine.") for w in self.overrides]
         return " ".join([self.part, *words])
-
-
-@cache
-def gene_names(n: int) -> list[tuple[str, str]]:
-    """Return symbol and name of n protein-coding genes of the shipped table."""
-    rows = [r for r in GeneResource.load().rows if r.kind == "protein"]
-    return [(r.symbol, r.name) for r in (rows * (n // len(rows) + 1))[:n]]
-
-
-class SyntheticLoader:
-    """Synthetic batches at the config's sizes; the values are arbitrary."""
-
-    def __init__(self, config: RunConfig, n_genes: int, tile_px: int, group: Group, features: tuple[int, int] | None):
-        self.config, self.n_genes, self.tile_px, self.group, self.features = config, n_genes, tile_px, group, features
-
-    def metrics(self) -> dict[str, float]:
-        """Return the loader's counts."""
-        return {"loader_wait_s": 0.0, "faults": 0}
-
-    def batches(self, epoch: int) -> list[np.ndarray]:
-        """Return eight global batches."""
-        return [np.arange(self.config.data.batch_size)] * 8
-
-    def batch(self, spots: np.ndarray, step: int, epoch: int) -> Batch:
-        """Return this rank's share of a batch after its upload, as the loaders do (:meth:`BaseLoader._deliver`)."""
-        own = share_of(len(spots), self.group.rank, self.group.size)
-        b, G = own.stop - own.start, min(self.config.panel.max_genes, self.n_genes)
-        index = torch.arange(own.start, own.stop)
-        Q, S = self.config.levels.n_levels, self.tile_px
-        tiles = torch.empty(b, 3, S, S, dtype=torch.uint8) if self.features is None else None
-        features = None if self.features is None else torch.empty(b, *self.features)
-        levels = ((index[:, None] * 7 + torch.arange(G) * 3) % Q).to(torch.uint8)
-        panel = torch.arange(G, dtype=torch.int32) * (self.n_genes // G)
-        section = (index % self.config.data.sections_per_batch).to(torch.int32)
-        measured = torch.ones(b, G, dtype=torch.bool)
-        batch = Batch(tiles, features, panel, levels, measured, section, index, step, panel_host=panel.numpy())
-        return batch.with_tensors(PackedTensors.pack(batch.tensors(), CUDA).to(CUDA))
-
-
-class SyntheticTask(CoMTIPTask):
-    """The real task on a synthetic loader: no shard set is read."""
-
-    def __init__(self, config: RunConfig, group: Group, tile_px: int) -> None:
-        self.config, self.group, self.device = config, group, CUDA
-        self.tokenizer = GeneTokenizer.load()
-        n = max(config.genes.per_cohort, config.panel.max_genes)
-        self.sizes = ModelSizes(
-            tile_px=tile_px,
-            n_levels=config.levels.n_levels,
-            vocab_size=self.tokenizer.vocab_size,
-            n_identities=n,
-            longest=config.text.max_tokens + 2,
-        )
-        with torch.device(CUDA):
-            self.model = CoMTIP(config, self.sizes)
-        stem = self.model.vision.stem
-        features = None if stem is None else (self.model.vision.n_patches, stem.width)
-        loader: Any = SyntheticLoader(config, n, tile_px, group, features)
-        self.loader = loader
-        self.genes = gene_tokens(self.tokenizer, gene_names(n), np.arange(1, n + 1), config.text).to(CUDA)
-        prior, strata = torch.zeros(n, config.levels.n_levels), torch.zeros(SECTIONS, n, dtype=torch.int64)
-        self.step = StepLosses(config, self.genes, prior.to(CUDA), strata.to(CUDA), group)
-
-    def fingerprint(self) -> dict[str, str]:
-        """Return no hashes."""
-        return {}
 
 
 @contextmanager
@@ -155,7 +78,7 @@ def trainer_of(config: RunConfig, ranks: int, record: Record, folder: Path) -> I
         with record.pause():
             set_product_precision(config, CUDA)
             group = ClockedGroup(inner, CUDA)
-            task = SyntheticTask(config, group, TILE_PX)
+            task = SyntheticTask(config, group, TILE_PX, CUDA)
             trainer = Trainer(task, config, folder, group)
             trainer.engine = make_engine(task.module, config, group)
         yield trainer

@@ -1,0 +1,80 @@
+"""What a machine with PyTorch, Triton, timm and NumPy lacks: pydantic, replaced as far as reading a config needs it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import sys
+import types
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+
+
+class ValidationError(ValueError):
+    """A value cannot be read."""
+
+
+class TypeAdapter:
+    """Builds dataclasses from JSON; types and bounds are not checked, because the shipped configs are known to be valid."""
+
+    def __init__(self, target: Any, **_options: Any) -> None:
+        self.target = target
+
+    def validate_json(self, text: str | bytes, **_options: Any) -> Any:
+        """Return ``target`` built from JSON."""
+        return build(self.target, json.loads(text))
+
+    def validate_python(self, value: Any, **_options: Any) -> Any:
+        """Return ``target`` built from plain values."""
+        return build(self.target, value)
+
+
+def build(target: Any, value: Any) -> Any:
+    """Return ``value`` as ``target``: dataclasses from dicts, tuples from lists, anything else unchanged."""
+    while get_origin(target) is Annotated:
+        target = get_args(target)[0]
+    if dataclasses.is_dataclass(target) and isinstance(value, dict):
+        hints = get_type_hints(target, include_extras=True)
+        return target(**{key: build(hints[key], item) for key, item in value.items()})  # type: ignore[operator]
+    if isinstance(value, list) and _is_tuple(target):
+        return tuple(value)
+    return value
+
+
+def _is_tuple(target: Any) -> bool:
+    if get_origin(target) in (Union, types.UnionType):
+        return any(_is_tuple(part) for part in get_args(target))
+    return get_origin(target) is tuple
+
+
+def _marker(*_arguments: Any, **_options: Any) -> Any:
+    return None
+
+
+def replace_pydantic() -> bool:
+    """Register the replacement if pydantic cannot be imported; return whether the replacement is in use."""
+    try:
+        module = importlib.import_module("pydantic")
+    except ImportError:
+        module = sys.modules["pydantic"] = replacement()
+        fields = types.ModuleType("pydantic.fields")
+        fields.FieldInfo = type("FieldInfo", (), {})  # type: ignore[attr-defined]
+        sys.modules["pydantic.fields"] = fields
+    return hasattr(module, "REPLACEMENT")
+
+
+def replacement() -> types.ModuleType:
+    """Return a module with the names that this project imports from pydantic."""
+    module = types.ModuleType("pydantic")
+    names = {
+        "REPLACEMENT": True,
+        "TypeAdapter": TypeAdapter,
+        "ValidationError": ValidationError,
+        "ConfigDict": dict,
+        "with_config": lambda *_a, **_k: lambda cls: cls,
+        **dict.fromkeys(("Field", "AfterValidator", "BeforeValidator"), _marker),
+    }
+    for name, value in names.items():
+        setattr(module, name, value)
+    module.__path__ = []
+    return module

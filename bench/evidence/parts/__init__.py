@@ -1,0 +1,1 @@
+"""One module per part: ``run(rows, dry)`` measures it, and sends rows."""

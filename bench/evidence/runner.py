@@ -1,0 +1,197 @@
+"""Runs parts one after the other, each in a process of its own with a deadline.
+
+A part that fails, hangs or is killed costs its own rows only: those it has sent are in the table already.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from bench.evidence.rows import CHANNEL, Row, Table
+
+LEAST_S = 10.0
+"""A part is not started with less time than this."""
+POLL_S = 0.5
+GRACE_S = 5.0
+"""Time for the kernel to end a killed process; on a hung GPU that can fail."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of the evidence."""
+
+    name: str
+    seconds: float
+    """Deadline."""
+    shows: str
+    """For ``--list``."""
+    module: str = ""
+    """Module with ``run(rows: Rows, dry: bool) -> None``; by default ``bench.evidence.parts.<name>``."""
+
+    @property
+    def target(self) -> str:
+        """Name of the module."""
+        return self.module or f"bench.evidence.parts.{self.name}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a part ended."""
+
+    status: str
+    """``ok``, ``failed`` or ``deadline``."""
+    rows: int
+    seconds: float
+    note: str = ""
+
+
+def run_parts(
+    parts: Sequence[Part],
+    command: Callable[[Part], list[str]],
+    table: Table,
+    *,
+    seconds: float,
+    log: Path,
+    env: dict[str, str] | None = None,
+) -> dict[str, Outcome]:
+    """Run parts until the total deadline.
+
+    Parameters
+    ----------
+    parts
+        In the order in which they run.
+    command
+        Returns the command line that runs a part.
+    table
+        Receives every row when it is sent.
+    seconds
+        Deadline of all parts together.
+    log
+        Receives what the parts print.
+    env
+        Environment of the parts.
+
+    Returns
+    -------
+    dict
+        Outcome of each part, by name; a part for which no time was left has the status ``deadline``.
+    """
+    ends, outcomes = time.monotonic() + seconds, {}
+    for part in parts:
+        left = ends - time.monotonic()
+        if left < min(LEAST_S, part.seconds):
+            outcome = Outcome("deadline", 0, 0.0, f"not started: {max(0.0, left):.0f} s of --minutes were left")
+        else:
+            outcome = run_part(part, command(part), table, min(part.seconds, left), log, env)
+        outcomes[part.name] = outcome
+        row = Row("part", "ran", f"{outcome.rows} rows", status=outcome.status, note=outcome.note)
+        table.write(part.name, asdict(row))
+        print(
+            f"{part.name:<12}{outcome.status:<10}{outcome.rows:>4} rows{outcome.seconds:>7.1f} s  {outcome.note}",
+            flush=True,
+        )
+    return outcomes
+
+
+def run_part(
+    part: Part, command: list[str], table: Table, seconds: float, log: Path, env: dict[str, str] | None
+) -> Outcome:
+    """Run one part, and kill its process group at the deadline."""
+    began = time.monotonic()
+    reading, writing = os.pipe()
+    with log.open("ab") as out:
+        out.write(f"\n== {part.name}: {' '.join(command)}\n".encode())
+        out.flush()
+        start = out.tell()
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=(env or dict(os.environ)) | {CHANNEL: str(writing)},
+            pass_fds=(writing,),
+            start_new_session=True,
+        )
+    os.close(writing)
+    try:
+        n, late = _receive(reading, process, table, part.name, began + seconds)
+        if not late:
+            late = not _ended(process, began + seconds - time.monotonic())
+    finally:
+        killed = _kill(process)
+        os.close(reading)
+    took = time.monotonic() - began
+    if late:
+        stuck = "" if killed else "; its process did not end"
+        return Outcome("deadline", n, took, f"stopped after {seconds:.0f} s{stuck}")
+    if process.returncode:
+        return Outcome("failed", n, took, f"exit {process.returncode}: {_last_line(log, start)}")
+    return Outcome("ok", n, took)
+
+
+def _receive(reading: int, process: subprocess.Popen[bytes], table: Table, part: str, ends: float) -> tuple[int, bool]:
+    """Write rows as they come; return their number, and whether the deadline came before the part ended."""
+    n, pending = 0, b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(reading, selectors.EVENT_READ)
+        while True:
+            left = ends - time.monotonic()
+            if left <= 0:
+                return n, True
+            ended = process.poll() is not None  # asked first: what it sent before its end is then in the pipe
+            if not selector.select(min(left, POLL_S)):
+                if ended:  # a process that the part started holds the pipe open
+                    return n, False
+                continue
+            data = os.read(reading, 65536)
+            if not data:
+                return n, False
+            *lines, pending = (pending + data).split(b"\n")
+            for line in lines:
+                table.write(part, json.loads(line))
+                n += 1
+
+
+def _ended(process: subprocess.Popen[bytes], seconds: float) -> bool:
+    try:
+        process.wait(max(0.0, seconds))
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+def _kill(process: subprocess.Popen[bytes]) -> bool:
+    """Kill what is left of the part's process group, which this runner created; return whether the part has ended."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    return _ended(process, GRACE_S)
+
+
+def _last_line(log: Path, start: int) -> str:
+    with log.open("rb") as file:
+        file.seek(start)
+        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    return lines[-1] if lines else "no output"
+
+
+def environment(dry: bool) -> dict[str, str]:
+    """Return the environment of the parts: a dry run interprets the kernels and sees no GPU."""
+    env = dict(os.environ) | {"PYTHONUNBUFFERED": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    if dry:
+        env |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return env
+
+
+def python(script: Path, part: Part, dry: bool) -> list[str]:
+    """Return the command line that runs a part with this interpreter."""
+    return [sys.executable, str(script), "--part", part.name, *(["--dry-run"] if dry else [])]

@@ -1,0 +1,253 @@
+"""``bench/gpu_evidence.py``: parts cost only their own rows, and a dry run reaches every branch without a GPU."""
+
+import csv
+import importlib.util
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from bench.evidence import bare, gather, runner
+from bench.evidence.parts import correct
+from bench.evidence.rows import CHANNEL, COLUMNS, DRY_RUN, GPU, MEASURED, Rows, Table
+from bench.evidence.runner import Outcome, Part, environment, run_parts
+from comtip_fast.config.io import config_to_dict, load_config
+from comtip_fast.config.schema import RunConfig
+
+ROOT = Path(__file__).parents[2]
+SPEC = importlib.util.spec_from_file_location("gpu_evidence", ROOT / "bench/gpu_evidence.py")
+command = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(command)
+
+PART = """
+import os, subprocess, sys, time
+from bench.evidence.rows import CHANNEL, Row, Rows
+rows, kind = Rows(dry=False), sys.argv[1]
+rows.add(Row("before", "x", 1.5))
+if kind == "fails":
+    raise RuntimeError("no such kernel")
+if kind == "crashes":
+    os.abort()
+if kind == "hangs":
+    os.write(int(os.environ[CHANNEL]), b'{"name": "half a ro')
+    time.sleep(600)
+if kind == "leaves a process":
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], pass_fds=(int(os.environ[CHANNEL]),))
+rows.add(Row("after", "x", 2.5))
+"""
+
+
+def run(
+    tmp_path: Path, kinds: dict[str, float], seconds: float = 60.0
+) -> tuple[list[dict[str, str]], dict[str, Outcome]]:
+    """Run parts of the given kinds and deadlines; return the table's rows and the outcomes."""
+    script = tmp_path / "part.py"
+    script.write_text(PART)
+    table = Table(tmp_path / "out.csv", {"mode": GPU, "commit": "abc"})
+    outcomes = run_parts(
+        [Part(kind, deadline, "") for kind, deadline in kinds.items()],
+        lambda part: [sys.executable, str(script), part.name],
+        table,
+        seconds=seconds,
+        log=tmp_path / "out.log",
+        env=environment(False) | {"PYTHONPATH": str(ROOT)},
+    )
+    with (tmp_path / "out.csv").open(newline="") as file:  # not closed before: rows are flushed
+        return list(csv.DictReader(file)), outcomes
+
+
+def test_a_part_that_fails_or_hangs_costs_only_its_own_rows(tmp_path: Path):
+    kinds = {"fails": 60.0, "crashes": 60.0, "hangs": 3.0, "leaves a process": 60.0, "runs": 60.0}
+    rows, outcomes = run(tmp_path, kinds, seconds=300.0)
+    sent = {kind: [r["name"] for r in rows if r["part"] == kind and r["name"] != "part"] for kind in kinds}
+    assert sent == {
+        "fails": ["before"],
+        "crashes": ["before"],
+        "hangs": ["before"],
+        "leaves a process": ["before", "after"],
+        "runs": ["before", "after"],
+    }
+    status = {kind: outcome.status for kind, outcome in outcomes.items()}
+    assert status == dict(zip(kinds, ("failed", "failed", "deadline", "ok", "ok"), strict=True))
+    assert "no such kernel" in outcomes["fails"].note
+    assert outcomes["hangs"].seconds < 60
+    assert [r["status"] for r in rows if r["name"] == "part"] == list(status.values())
+    assert {r["commit"] for r in rows} == {"abc"}
+
+
+def test_the_total_deadline_ends_a_part_and_starts_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(runner, "LEAST_S", 2.0)
+    rows, outcomes = run(tmp_path, {"hangs": 60.0, "runs": 60.0}, seconds=3.0)
+    assert [o.status for o in outcomes.values()] == ["deadline", "deadline"]
+    assert outcomes["runs"].note.startswith("not started")
+    assert [r["name"] for r in rows] == ["before", "part", "part"]
+
+
+def test_a_table_holds_one_mode(tmp_path: Path):
+    path = tmp_path / "out.csv"
+    table = Table(path, {"mode": DRY_RUN})
+    table.write("p", {"name": "x"})
+    table.close()
+    with pytest.raises(ValueError, match="has rows of mode dry_run; give another --out"):
+        Table(path, {"mode": GPU})
+    Table(path, {"mode": DRY_RUN}).close()
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="has other columns"):
+        Table(path, {"mode": GPU})
+
+
+def test_no_row_of_a_dry_run_is_committed():
+    path = ROOT / "bench/gpu_evidence.csv"
+    if not path.exists():
+        pytest.skip("no GPU has run it yet")
+    with path.open(newline="") as file:
+        assert {row["mode"] for row in csv.DictReader(file)} == {GPU}
+
+
+def test_without_a_gpu_nothing_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr(command, "describe", lambda dry, env: {"gpu": "none", "mode": GPU})
+    assert command.main(["--out", str(tmp_path / "x.csv")]) == 2
+    assert "--dry-run runs every branch" in capsys.readouterr().err
+    assert not (tmp_path / "x.csv").exists()
+    assert command.main(["--only", "step,stpe"]) == 2
+    assert "choose from ceilings, " in capsys.readouterr().err
+
+
+def test_deadlines_and_order_fit_nine_minutes():
+    names = [p.name for p in command.PARTS]
+    core = ["ceilings", "correct", "step", "timings", "curve", "resume", "nccl"]
+    assert names[: len(core)] == core
+    assert sum(p.seconds for p in command.PARTS[: len(core)]) <= 9 * 60 - 15
+
+
+@pytest.fixture(scope="module")
+def dry_rows() -> list[dict[str, str]]:
+    """Rows of every part; in one process, because imports take longer than the parts."""
+    code = (
+        "import runpy; space = runpy.run_path('bench/gpu_evidence.py', run_name='walk')\n"
+        "for part in space['PARTS']:\n"
+        "    print('PART', part.name, flush=True); space['run_here'](part.name, True)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment(True),
+        capture_output=True,
+        text=True,
+        timeout=1700,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    rows, part = [], ""
+    for line in done.stdout.splitlines():
+        if line.startswith("PART "):
+            part = line.split()[1]
+        elif "{" in line:  # pytest prints a dot before a row
+            rows.append({"part": part} | json.loads(line[line.index("{") :]))
+    return rows
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # the first of them runs all parts: about a minute on an idle machine
+def test_a_dry_run_reaches_every_part(dry_rows: list[dict[str, str]]):
+    assert {r["part"] for r in dry_rows} == {p.name for p in command.PARTS}
+    failed = [r for r in dry_rows if r["status"] == "failed"]
+    assert not failed, failed
+    assert set(dry_rows[0]) - {"part"} <= set(COLUMNS)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_dry_run_keeps_no_measured_number(dry_rows: list[dict[str, str]]):
+    measured = [r for r in dry_rows if r["unit"] in MEASURED]
+    assert len(measured) > 50
+    assert all(r["value"] == r["low"] == r["high"] == "" for r in measured)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_dry_run_checks_and_times_every_operation(dry_rows: list[dict[str, str]]):
+    ops = {
+        "infonce",
+        "infonce_block",
+        "gene_sentence_embedding",
+        "packed_attention",
+        "table_pool",
+        "level_cross_entropy",
+        "pair_scores",
+    }
+    checked = {r["name"] for r in dry_rows if r["metric"] == "largest error of a row" and r["part"] == "correct"}
+    assert checked == ops
+    for which in ("forward", "backward"):
+        ours = {
+            r["name"] for r in dry_rows if r["part"] == "timings" and r["metric"] == which and r["provider"] == "ours"
+        }
+        assert ours == ops
+    providers = {r["provider"] for r in dry_rows if r["part"] == "timings"}
+    assert {
+        "eager",
+        "sdpa, padded",
+        "cuBLAS, the products alone",
+        "liger, both directions",
+        "flash",
+        "varlen",
+    } <= providers
+    metrics = {r["metric"] for r in dry_rows if r["part"] == "step"}
+    assert {"speed", "utilisation", "peak memory of tensors", "time in one step", "steps with a finite loss"} <= metrics
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "configs").glob("*.yaml")))
+def test_configs_are_read_without_pydantic(name: str):
+    config = load_config(ROOT / "configs" / f"{name}.yaml")
+    assert bare.build(RunConfig, json.loads(json.dumps(config_to_dict(config)))) == config
+
+
+def test_gather_states_sizes_and_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    calls = []
+
+    def pip(arguments: list[str], **variables: str) -> int:
+        calls.append(arguments)
+        name = arguments[-1].split("=")[0].split(">")[0]
+        if name == "pydantic":
+            with zipfile.ZipFile(tmp_path / "pydantic-2.9-py3-none-any.whl", "w") as wheel:
+                wheel.writestr("pydantic-2.9.dist-info/METADATA", "Name: x\nRequires-Dist: pydantic-core==2.23.4\n")
+        elif name == "liger-kernel":
+            return 1
+        else:
+            (tmp_path / f"{name}-1-py3-none-any.whl").write_bytes(b"x" * 1000)
+        return 0
+
+    monkeypatch.setattr(gather, "_pip", pip)
+    assert gather.gather(tmp_path) == 0
+    wanted = [words[-1] for words in calls]
+    assert "pydantic-core==2.23.4" in wanted
+    assert all("--no-deps" in words for words in calls)
+    out = capsys.readouterr().out
+    assert "its comparison will be skipped: liger-kernel" in out
+    assert "of at most 64 MiB" in out
+    monkeypatch.setattr(gather, "LIMIT", 1000)
+    assert gather.gather(tmp_path) == 1
+
+
+def test_correctness_is_checked_in_several_processes(monkeypatch: pytest.MonkeyPatch):
+    started, codes = [], [0] * correct.PROCESSES
+
+    class Process:
+        def __init__(self, command: list[str], env: dict[str, str], pass_fds: list[int]) -> None:
+            started.append((env[correct.SHARE], pass_fds))
+
+        def wait(self) -> int:
+            return codes[len(started) - 1]
+
+    monkeypatch.setattr(correct.subprocess, "Popen", Process)
+    monkeypatch.setenv(CHANNEL, "7")
+    monkeypatch.delenv(correct.SHARE, raising=False)
+    correct.run(Rows(dry=False), dry=False)
+    assert started == [(f"{i}/{correct.PROCESSES}", [7]) for i in range(correct.PROCESSES)]
+    started.clear()
+    codes[-1] = 1
+    with pytest.raises(RuntimeError, match="of 6 failed"):
+        correct.run(Rows(dry=False), dry=False)
