@@ -115,8 +115,8 @@ def score_bars(entry: dict[str, Any], intervals: pd.DataFrame, title: str) -> Ma
     values = [entry[n]["cp10k"][k] or 0.0 for n in names for k in ("mean_pcc_50_hvg", "partial_pcc_50_hvg")]
     ends = [v for span in spans.values() for v in span if math.isfinite(v)]
     low, high = min([0.0, *values, *ends]), max([0.1, *values, *ends])
-    chart = Chart((480, 34 * len(names) + 44), (low, high * 1.16), (0, len(names)), (6, 8, 36, 140))
-    chart.axes("mean PCC, 50 most variable genes (pale: given colour and depth)", "", y_ticks=False)
+    chart = Chart((400, 34 * len(names) + 44), (low, high * 1.18), (0, len(names)), (6, 8, 36, 148))
+    chart.axes("mean PCC, 50 genes (pale: given colour, depth)", "", y_ticks=False)
     for i, name in enumerate(names):
         y = len(names) - 1 - i
         score = entry[name]["cp10k"]
@@ -141,7 +141,7 @@ def gene_histogram(pcc_G: np.ndarray, null_DG: np.ndarray, title: str) -> Markup
         counts = np.histogram(np.clip(x, edges[0], edges[-1]), edges)[0]
         shares[name] = 100 * counts / max(x.size, 1)
     top = max(1.0, *(float(s.max()) for s in shares.values()))
-    chart = Chart((480, 230), (-0.6, 1.0), (0, top * 1.08))
+    chart = Chart((400, 200), (-0.6, 1.0), (0, top * 1.08))
     chart.axes("PCC of one gene", "% of genes")
     for name, share in shares.items():
         for i in np.flatnonzero(share):
@@ -149,8 +149,8 @@ def gene_histogram(pcc_G: np.ndarray, null_DG: np.ndarray, title: str) -> Markup
     mean = float(np.nan_to_num(pcc_G).mean()) if pcc_G.size else 0.0
     chart.line([mean, mean], [0, top * 1.08], "ink")
     for row, (style, text) in enumerate((("c1", "CoMTIP"), ("c0", "null, all draws"), ("ink", f"mean {mean:.2f}"))):
-        chart.parts.append(f'<rect class="{style}" x="350" y="{16 + 16 * row}" width="10" height="10"/>')
-        chart.text(366, 25 + 16 * row, text)
+        chart.parts.append(f'<rect class="{style}" x="292" y="{16 + 16 * row}" width="10" height="10"/>')
+        chart.text(307, 25 + 16 * row, text)
     return chart.svg(f"Histogram of the correlation of each panel gene in {title}")
 
 
@@ -158,7 +158,7 @@ def calibration_chart(table: pd.DataFrame, title: str) -> Markup:
     """Draw the points of :func:`comtip_fast.plots.calibration_table`; the dashed line is perfect calibration."""
     x, y, sd = (table[c].to_numpy() for c in ("predicted", "measured", "measured_sd"))
     low, high = min(0.0, float(x.min())), float(max(x.max(), y.max())) * 1.06 + 1e-6
-    chart = Chart((480, 260), (low, high), (low, high))
+    chart = Chart((400, 250), (low, high), (low, high))
     chart.axes("mean predicted, log1p CP10K", "mean measured")
     ends = [(a, float(np.clip(b, low, high))) for a, b in [*zip(x, y + sd, strict=True), *zip(x, y - sd, strict=True)]]
     band = [*ends[: len(x)], *ends[len(x) :][::-1]]
@@ -209,7 +209,7 @@ def _validation(rows: list[dict[str, Any]]) -> Markup:
 def _steps_chart(x: np.ndarray, y: np.ndarray, label: str = "loss") -> Chart:
     low, high = float(y.min()), float(y.max())
     pad = 0.06 * (high - low) or 0.1
-    chart = Chart((340, 190), (0.0, float(max(x.max(), 1))), (low - pad, high + pad))
+    chart = Chart((330, 190), (0.0, float(max(x.max(), 1))), (low - pad, high + pad))
     chart.axes("step", label)
     return chart
 
