@@ -123,7 +123,7 @@ def adapt(
     Examples
     --------
     >>> import comtip_fast
-    >>> adapted = comtip_fast.adapt("run", "set:x1", "adapted", fraction=0.42, splits=2, device="cpu")
+    >>> adapted = comtip_fast.adapt("run", "set:x1", "adapted", fraction=0.25, splits=2, device="cpu")
     >>> adapted.summary()["method"].tolist()[:2]
     ['adapted', 'unadapted']
     >>> comtip_fast.load("adapted").predictor.lineage.runs_that_trained_on("donor_c")

@@ -116,7 +116,7 @@ def score_bars(entry: dict[str, Any], intervals: pd.DataFrame, title: str) -> Ma
     ends = [v for span in spans.values() for v in span if math.isfinite(v)]
     low, high = min([0.0, *values, *ends]), max([0.1, *values, *ends])
     chart = Chart((400, 34 * len(names) + 44), (low, high * 1.18), (0, len(names)), (6, 8, 36, 148))
-    chart.axes("mean PCC, 50 genes (pale: given colour, depth)", "", y_ticks=False)
+    chart.axes("mean PCC, 50 genes (pale: partial PCC)", "", y_ticks=False)
     for i, name in enumerate(names):
         y = len(names) - 1 - i
         score = entry[name]["cp10k"]
