@@ -1,6 +1,6 @@
 """CoMTIP: a shared embedding space for histology tiles and the gene expression measured under them.
 
-:func:`build_shards`, :func:`pretrain`, :func:`evaluate` and :func:`load` are the Python interface; ``comtip`` on the
+:func:`build_shards`, :func:`pretrain`, :func:`evaluate`, :func:`adapt` and :func:`load` are the Python interface; ``comtip`` on the
 command line calls the same functions.
 """
 
@@ -17,6 +17,7 @@ __all__ = [
     "PoolingOptions",
     "SectionFacts",
     "__version__",
+    "adapt",
     "build_shards",
     "evaluate",
     "load",
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
         Model,
         PoolingOptions,
         SectionFacts,
+        adapt,
         build_shards,
         evaluate,
         load,

@@ -19,6 +19,7 @@ from comtip_shards.sections.facts import CountOptions, PoolingOptions, SectionFa
 from comtip_shards.slides.tiles import StainStats, stain_stats
 from comtip_shards.sources.anndata_parts.store import SUFFIXES as H5AD_SUFFIXES
 
+from comtip_fast.adaptation import adapt
 from comtip_fast.constants import LAYER_CP10K, LAYER_RAW, OBSM_EMBEDDING, UNS
 from comtip_fast.data.measured import measured_counts
 from comtip_fast.data.sections import RECORDED_FACTS, SectionTiles, open_section, read_h5ad, recorded_facts
@@ -38,6 +39,7 @@ __all__ = [
     "Model",
     "PoolingOptions",
     "SectionFacts",
+    "adapt",
     "build_shards",
     "evaluate",
     "load",

@@ -326,7 +326,7 @@ def model_card(bundle: Bundle) -> str:
         f"{bundle.sizes.tile_px} px; {trained} genes trained, {held} held out by name.\n\n"
         f"## Training data\n{_card_runs(lineage)}\n"
         "| run | section | split | species | tissue | donor | spots | licence |\n|---|---|---|---|---|---|---|---|\n"
-        f"{_card_sections(lineage)}\n\n## Licences\nOf the data that influenced the weights:\n{licences}\n\n"
+        f"{_card_sections(lineage)}\n\n{_card_adaptation(bundle)}## Licences\nOf the data that influenced the weights:\n{licences}\n\n"
         f"## Attribution\n{attributions}\n\n## Use\nResearch only; not a medical device. "
         "Load it with `comtip_fast.load(<this folder>)`; weights are safetensors, without pickle.\n"
     )
@@ -364,6 +364,19 @@ def _card_runs(lineage: Lineage) -> str:
                 f"{_markdown(', '.join(runs))}.**"
             )
     return "\n".join(lines) + "\n"
+
+
+def _card_adaptation(bundle: Bundle) -> str:
+    """Describe the sections that the readout was adapted to; empty for a model that was not adapted."""
+    facts = [] if bundle.readout is None else [head.facts for head in bundle.readout.heads]
+    lines = [
+        f"- Section {_markdown(f['adapted_to'])} of donor {_markdown(f.get('adapted_donor') or 'not stated')}: the linear readout was "
+        f"adapted to {_markdown(f.get('adapted_spots', 'some'))} of its spots; the encoders are those of the run before. Scores on this "
+        "section and on other sections of this donor are not scores on new data.\n"
+        for f in facts
+        if "adapted_to" in f
+    ]
+    return "## Adaptation\n" + "".join(lines) + "\n" if lines else ""
 
 
 def _card_sections(lineage: Lineage) -> str:

@@ -18,6 +18,7 @@ COMMANDS = {
     "shards": "build and verify shard sets from tissue sections",
     "pretrain": "train a model on a shard set",
     "evaluate": "score a model on held-out sections, with nulls and baselines",
+    "adapt": "adapt a model to a section, compared on spatial blocks",
     "predict": "predict gene expression of a section from its tiles",
     "embed": "embed a section's tiles in the shared space",
     "export": "write a checkpoint as safetensors and config.json",

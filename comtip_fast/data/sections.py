@@ -53,6 +53,8 @@ class SectionTiles:
     """Stain statistics that the source states."""
     stated: SectionFacts = field(default_factory=SectionFacts)
     """Facts that the caller stated and that describe the section without changing its tiles."""
+    mpp: float = float("nan")
+    """um per px of the positions in ``template.obsm["spatial"]``."""
 
     @cached_property
     def stain(self) -> StainStats:
@@ -230,7 +232,8 @@ def _from_shards(shards: ShardSet, section_id: str, tile: TileGeometry) -> Secti
     )
     overview, overview_mpp = shards.overview(number)
     attach_image(template, section_id, overview, meta.mpp, overview_mpp, meta.spot_diameter_um)
-    return SectionTiles(section_id, meta.species, ShardTiles(shards, spots), template, shards.stain(number))
+    tiles = ShardTiles(shards, spots)
+    return SectionTiles(section_id, meta.species, tiles, template, shards.stain(number), mpp=meta.mpp)
 
 
 def _from_section(section: Section, tile: TileGeometry, stated: SectionFacts) -> SectionTiles:
@@ -240,7 +243,7 @@ def _from_section(section: Section, tile: TileGeometry, stated: SectionFacts) ->
         small, factor = slide.overview(OVERVIEW_PX)
         attach_image(template, meta.section_id, small, meta.mpp, meta.mpp * factor, meta.spot_diameter_um)
     tiles = SlideTiles(section.open_slide, section.xy, meta.mpp, tile)
-    return SectionTiles(meta.section_id, meta.species, tiles, template, stated=stated)
+    return SectionTiles(meta.section_id, meta.species, tiles, template, stated=stated, mpp=meta.mpp)
 
 
 def _from_anndata(
@@ -281,6 +284,7 @@ def _from_anndata(
         SlideTiles(opener, xy, mpp, tile),
         template,
         stated=recorded_facts(options),
+        mpp=view.mpp,
     )
 
 

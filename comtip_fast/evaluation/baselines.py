@@ -29,10 +29,12 @@ class RidgeModel:
         return ((x_NF - self.mean_F) / self.std_F) @ self.weight_FG[:, columns] + self.intercept_G[columns]
 
 
-def fit_ridge(x_NF: np.ndarray, y_NG: np.ndarray, section_N: np.ndarray) -> RidgeModel:
+def fit_ridge(
+    x_NF: np.ndarray, y_NG: np.ndarray, section_N: np.ndarray, fold_N: np.ndarray | None = None
+) -> RidgeModel:
     """Fit ridge regression on training spots, with alpha chosen by cross-validation.
 
-    A fold is one section; with a single section, its spots form five folds. Inputs are standardised over all training
+    A fold is one section; with a single section, its spots form five folds. ``fold_N`` states other folds. Inputs are standardised over all training
     spots. Targets are centred within each section, because sections differ in level for technical reasons and PCC does
     not depend on the level.
 
@@ -45,7 +47,8 @@ def fit_ridge(x_NF: np.ndarray, y_NG: np.ndarray, section_N: np.ndarray) -> Ridg
         raise ValueError(f"ridge needs at least 10 training spots, but there are {len(x_NF)}; add training sections")
     x_NF, y_NG = np.asarray(x_NF, np.float64), np.asarray(y_NG, np.float64)
     sections = np.unique(section_N)
-    fold_N = section_N if sections.size > 1 else np.arange(len(x_NF)) % FOLDS
+    if fold_N is None:
+        fold_N = section_N if sections.size > 1 else np.arange(len(x_NF)) % FOLDS
     total = np.zeros(len(ALPHAS))
     folds = np.unique(fold_N)
     for fold in folds:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,10 @@ class SectionData:
     """(n_draws, panel genes) float32, PCC of the null, CP10K; NaN where undefined."""
     gene_table: pd.DataFrame
     """One row per gene of ``keys``, with the columns of :data:`comtip_fast.evaluation.gene_table.COLUMNS`."""
+    spots: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """(N,) indices of the spots in the shard set."""
+    baselines: dict[str, np.ndarray] = field(default_factory=dict)
+    """Predictions of the baselines for the genes ``hvg``, CP10K (N, HVG)."""
 
 
 @dataclass
@@ -246,6 +250,8 @@ def _evaluate_section(
         null_means=null_means,
         null_pcc=null_genes,
         gene_table=gene_table(predictor, shards, number, inputs),
+        spots=spots,
+        baselines=inputs.baselines,
     )
     return data, _section_facts(predictor, shards, number, genes) | scores
 
@@ -314,6 +320,8 @@ def _score_section(v: ScoringInputs, reference: TrainReference) -> tuple[dict[st
         for name, x in v.ridge_inputs.items():
             fit = reference.ridge(v.cohort, name, norm, keys)
             out[name][norm] = None if fit is None else _ridge_score(fit, x, m, v.covariates, scored, top, panel)
+            if fit is not None and norm == "cp10k":
+                v.baselines[name] = fit.predict(x, len(m), top)
     return out, *null
 
 

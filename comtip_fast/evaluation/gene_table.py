@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +69,8 @@ class ScoringInputs:
     """From :func:`comtip_fast.evaluation.nulls.moved_spots`."""
     null: np.ndarray
     """(n_draws, G), PCC of every gene under the null, CP10K; NaN where undefined."""
+    baselines: dict[str, np.ndarray] = field(default_factory=dict)
+    """Predictions of the baselines for the most variable genes, CP10K (N, HVG), filled while they are scored."""
 
 
 def gene_table(predictor: Predictor, shards: ShardSet, number: int, v: ScoringInputs) -> pd.DataFrame:

@@ -141,14 +141,15 @@ class TrainReference:
         Raises
         ------
         ValueError
-            A cohort was trained, but the shard set has none of its training sections.
+            A cohort was trained, but the shard set has none of its training sections, and none of the parents'.
         """
         present = {self.shards.manifest.sections[n].section_id for n in self.numbers}
         for cohort in sorted(set(cohorts)):
             missing = sorted(set(self.trained.get(cohort, [])) - present)
             if not missing:
                 continue
-            if len(missing) == len(set(self.trained[cohort])):
+            # A model that was adapted or fine-tuned elsewhere may still have its parents' sections here.
+            if len(missing) == len(set(self.trained[cohort])) and not self._cohort_sections(cohort):
                 raise ValueError(
                     f"{self.shards.path} contains none of the training sections of {cohort} ({', '.join(missing)}), from "
                     "which the 50 most variable genes and the baselines are computed; give their shard set with --train-shards"

@@ -8,7 +8,7 @@ import pytest
 from comtip_shards import SourceError
 
 import comtip_fast
-from comtip_fast import api
+from comtip_fast import api, plots
 from comtip_fast.config.io import dump_config, load_config
 from tests.conftest import TINY
 
@@ -22,6 +22,10 @@ EXAMPLES = (
     api.Model.embed,
     api.Model.predict_slide,
     api.Model.predict_tiles,
+    api.adapt,
+    plots.maps,
+    plots.pcc_distribution,
+    plots.calibration,
 )
 
 

@@ -1,0 +1,89 @@
+"""Spatial blocks of a section: spots to fit on, and spots to test on that share no pixel with them.
+
+Neighbouring spots are similar, and tiles are often wider than the distance between spots. A random choice of spots would
+test a model on what it was fitted to. Fit spots therefore form compact blocks, and test spots keep a margin.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from comtip_shards.sampling.rng import generator
+from scipy.spatial import cKDTree
+
+BLOCKS = 2
+"""Number of blocks of fit spots."""
+MIN_FIT, MIN_TEST = 10, 10
+"""Fewest spots to fit on, and to test on."""
+FOLDS = 4
+"""Spatial folds of the fit spots, by which penalties are chosen."""
+
+
+@dataclass(frozen=True)
+class BlockSplit:
+    """Indices of the spots of a section to fit on and to test on; all others are the margin."""
+
+    fit: np.ndarray
+    test: np.ndarray
+
+
+def split_blocks(
+    xy_um: np.ndarray, fraction: float, margin_um: float, *, seed: int, number: int, section: str
+) -> BlockSplit:
+    """Choose blocks of fit spots around random centres, and the spots beyond the margin.
+
+    Parameters
+    ----------
+    xy_um
+        Positions (N, 2) in um.
+    fraction
+        Share of the spots to fit on.
+    margin_um
+        Smallest distance of fit and test spots along x or y: with at least the width of a tile, no two tiles overlap.
+    seed, number, section
+        Seed, number of the split and id of the section, which define the centres.
+
+    Raises
+    ------
+    ValueError
+        There are too few spots to fit on or to test on.
+    """
+    xy = np.asarray(xy_um, np.float64)
+    n_fit = max(1, round(fraction * len(xy)))
+    if n_fit < MIN_FIT:
+        raise ValueError(
+            f"section {section}: {fraction:g} of {len(xy)} spots are {n_fit}, but adaptation needs at least {MIN_FIT}; "
+            "give a larger --fraction or a larger section"
+        )
+    rng = generator(seed, "adapt blocks", section, number)
+    chosen = np.zeros(len(xy), bool)
+    for block in range(BLOCKS):
+        free = np.flatnonzero(~chosen)
+        size = n_fit * (block + 1) // BLOCKS - int(chosen.sum())
+        centre = xy[free[int(rng.integers(free.size))]]
+        nearest = np.argsort(((xy[free] - centre) ** 2).sum(1), kind="stable")[:size]
+        chosen[free[nearest]] = True
+    fit = np.flatnonzero(chosen)
+    distance = cKDTree(xy[fit]).query(xy, p=np.inf)[0]
+    test = np.flatnonzero(distance >= margin_um)
+    if test.size < MIN_TEST:
+        raise ValueError(
+            f"section {section}: only {test.size} of {len(xy)} spots are at least {margin_um:g} um from the {fit.size} spots to fit "
+            f"on, but a test needs {MIN_TEST}; give a smaller --fraction or a larger section"
+        )
+    return BlockSplit(fit, test)
+
+
+def spatial_folds(xy_N2: np.ndarray, folds: int = FOLDS) -> np.ndarray:
+    """Return the fold of each spot, int64 (N,): compact groups of nearly equal size, by repeated halving along the longer side."""
+    fold = np.zeros(len(xy_N2), np.int64)
+    parts = [np.arange(len(xy_N2))]
+    while len(parts) < folds:
+        largest = parts.pop(int(np.argmax([p.size for p in parts])))
+        axis = int(np.argmax(np.ptp(xy_N2[largest], axis=0)))
+        order = largest[np.argsort(xy_N2[largest, axis], kind="stable")]
+        parts += [order[: order.size // 2], order[order.size // 2 :]]
+    for i, part in enumerate(parts):
+        fold[part] = i
+    return fold

@@ -1,0 +1,172 @@
+"""A closed-form correction of the linear readout, fitted to some spots of a section.
+
+The model's prediction stays, and ridge regression of its residuals on the frozen encoder's features is added. With a strong
+penalty the correction vanishes, so few spots change the model little. The sum is again a linear readout, which an export holds.
+
+Shapes: N spots, F features, G genes, K programmes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from comtip_fast.metrics import mean_pcc
+from comtip_fast.models.readout import NORMS, CohortHead, LinearReadout, NormHead
+from comtip_fast.training.readout.solve import RidgePath, SectionTable
+
+ALPHAS = (1.0, 10.0, 100.0, 1000.0)
+PROGRAMMES = (5, 20, 0)
+"""Candidates for the ridge penalty per spot and the number of programmes (0: as many as genes)."""
+GAIN = 0.005
+"""A correction is used only if its cross-validated gain in mean PCC is larger."""
+
+
+@dataclass(frozen=True)
+class Correction:
+    """A correction of one normalisation, and how it was chosen."""
+
+    block: str
+    head: NormHead
+    facts: dict[str, Any]
+
+    def predict(self, x_NF: np.ndarray) -> np.ndarray:
+        """Return the correction (N, G) from the standardised features of the block."""
+        h = self.head
+        out: np.ndarray = h.mean_G + h.std_G * (h.scores(x_NF) @ h.loading_KG)
+        return out
+
+
+def fit_correction(
+    x: dict[str, np.ndarray], measured_NG: np.ndarray, predicted_NG: np.ndarray, fold_N: np.ndarray, genes: np.ndarray
+) -> Correction | None:
+    """Fit a correction to N spots.
+
+    Parameters
+    ----------
+    x
+        Standardised features (N, F) by block.
+    measured_NG, predicted_NG
+        Measured expression, and the prediction to correct.
+    fold_N
+        Spatial fold of each spot. Candidates for block, penalty and number of programmes are compared by the gain in mean
+        PCC within the fold that was left out, averaged over folds. Few spots favour weak penalties by chance, so the
+        strongest penalty is used whose gain is within one standard error of the highest (the one-standard-error rule).
+    genes
+        Columns whose mean PCC is compared.
+
+    Returns
+    -------
+    Correction or None
+        None if no candidate gains more than :data:`GAIN`.
+    """
+    residual = np.asarray(measured_NG, np.float64) - predicted_NG
+    gains: dict[tuple[str, int, float], list[float]] = {}
+    for fold in np.unique(fold_N):
+        fit, held = fold_N != fold, fold_N == fold
+        measured = measured_NG[held][:, genes]
+        before = mean_pcc(measured, predicted_NG[held][:, genes])
+        for block, features in x.items():
+            path = _path(features[fit], residual[fit])
+            for K, alpha in product(PROGRAMMES, ALPHAS):
+                # Within a fold: the offset of a correction differs between folds, but no prediction has several offsets.
+                added = Correction(block, path.fit(K, alpha), {}).predict(features[held])[:, genes]
+                gain = mean_pcc(measured, predicted_NG[held][:, genes] + added) - before
+                gains.setdefault((block, K, alpha), []).append(gain)
+    mean = {c: float(np.mean(g)) for c, g in gains.items()}
+    best = max(mean, key=lambda c: mean[c])
+    error = float(np.std(gains[best], ddof=1) / np.sqrt(len(gains[best]))) if len(gains[best]) > 1 else 0.0
+    allowed = [c for c, gain in mean.items() if gain >= mean[best] - error and gain > GAIN]
+    if not allowed:
+        return None
+    block, K, alpha = max(allowed, key=lambda c: (c[2], mean[c]))
+    facts = {
+        "block": block,
+        "programmes": K,
+        "alpha": alpha,
+        "cv_gain": mean[block, K, alpha],
+        "cv_best_gain": mean[best],
+    }
+    return Correction(block, _path(x[block], residual).fit(K, alpha), facts)
+
+
+def _path(x_NF: np.ndarray, residual_NG: np.ndarray) -> RidgePath:
+    table = SectionTable(x_NF, {"correction": residual_NG}, np.ones(residual_NG.shape[1], bool))
+    return RidgePath([table], "correction")
+
+
+def base_head(readout: LinearReadout, cohort: str, species: str) -> CohortHead:
+    """Return one head that predicts as the readout does for a cohort: the cohort's own, or the mean over all heads of the species.
+
+    Every block has a positive weight, so that it can be corrected; a block without weight before has loadings of 0.
+
+    Raises
+    ------
+    ValueError
+        No head has genes of the species.
+    """
+    own = [h for h in readout.heads if h.cohort == cohort]
+    heads = own or [h for h in readout.heads if any(k.startswith(f"{species}:") for k in h.keys)]
+    if not heads:
+        raise ValueError(f"the model has no trained genes of species {species}; adapt a model that was trained on it")
+    keys = list(dict.fromkeys(k for h in heads for k in h.keys if k.startswith(f"{species}:")))
+    levels = float(np.mean([h.mix.get("levels", 0.0) for h in heads]))
+    names = list(heads[0].blocks)
+    known = np.array([[k in set(h.keys) for k in keys] for h in heads])
+    share = known / known.sum(0)
+    blocks = {b: {norm: _merged(heads, b, norm, keys, share, 1 / len(names)) for norm in NORMS} for b in names}
+    mix = dict.fromkeys(names, (1 - levels) / len(names)) | {"levels": levels}
+    mean_F, std_F = (np.mean([getattr(h, name) for h in heads], axis=0) for name in ("mean_F", "std_F"))
+    return CohortHead(cohort, keys, mean_F, std_F, blocks, mix, dict(own[0].facts) if own else {})
+
+
+def _merged(
+    heads: list[CohortHead], block: str, norm: str, keys: list[str], share_HG: np.ndarray, weight: float
+) -> NormHead:
+    """Return the share-weighted sum of the heads' blocks, divided by the block's ``weight`` in the mixture."""
+    mean, std = np.zeros(len(keys)), np.zeros(len(keys))
+    weights, loadings = [], []
+    for head, share in zip(heads, share_HG, strict=True):
+        index = {k: i for i, k in enumerate(head.keys)}
+        row, at = np.array([index.get(k, 0) for k in keys]), share > 0
+        part, factor = head.blocks[block][norm], share * head.linear_mix()[block] / weight
+        mean += factor * np.where(at, part.mean_G[row], 0)
+        std += share * np.where(at, part.std_G[row], 0)
+        weights.append(part.weight_FK)
+        loadings.append(factor * np.where(at, part.std_G[row] * part.loading_KG[:, row], 0))
+    std = np.where(std > 1e-9, std, 1.0)
+    return NormHead(np.concatenate(weights, axis=1), np.concatenate(loadings) / std, mean, std)
+
+
+def corrected_head(base: CohortHead, columns: np.ndarray, corrections: dict[str, Correction | None]) -> CohortHead:
+    """Add corrections to a head.
+
+    Parameters
+    ----------
+    base
+        From :func:`base_head`.
+    columns
+        Indices into ``base.keys`` of the corrected genes.
+    corrections
+        Correction by normalisation; None leaves it as it is.
+    """
+    blocks = {name: dict(norms) for name, norms in base.blocks.items()}
+    for norm, correction in corrections.items():
+        if correction is None:
+            continue
+        old, new, scale = blocks[correction.block][norm], correction.head, base.mix[correction.block]
+        mean, loading = old.mean_G.copy(), np.zeros((new.loading_KG.shape[0], len(base.keys)))
+        mean[columns] += new.mean_G / scale
+        loading[:, columns] = new.std_G * new.loading_KG / (scale * old.std_G[columns])
+        weight = np.concatenate([old.weight_FK, new.weight_FK], axis=1)
+        joined = NormHead(weight, np.concatenate([old.loading_KG, loading]), mean, old.std_G)
+        blocks[correction.block][norm] = joined
+    return replace(base, blocks=blocks)
+
+
+def with_head(readout: LinearReadout, head: CohortHead) -> LinearReadout:
+    """Return the readout with the head of its cohort added or replaced."""
+    return LinearReadout(readout.settings, [*(h for h in readout.heads if h.cohort != head.cohort), head])

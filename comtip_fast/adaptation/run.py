@@ -1,0 +1,330 @@
+"""Adapt a model to a section: compare on spatial blocks, fit, and write an export whose lineage names the section."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+from comtip_shards.sections.facts import CountOptions, PoolingOptions
+from comtip_shards.storage.atomic import write_atomic
+
+from comtip_fast._version import __version__
+from comtip_fast.adaptation.blocks import FOLDS, BlockSplit, spatial_folds, split_blocks
+from comtip_fast.adaptation.correction import Correction, base_head, corrected_head, fit_correction, with_head
+from comtip_fast.adaptation.section import AdaptSection, read_section
+from comtip_fast.evaluation.baselines import fit_ridge
+from comtip_fast.evaluation.metrics import score
+from comtip_fast.export import SECTION_FIELDS
+from comtip_fast.inference import GeneQuery, ImageFeatures, Predictor
+from comtip_fast.lineage import LineageRun
+from comtip_fast.metrics import finite_or_none
+from comtip_fast.models.readout import NORMS, CohortHead
+from comtip_fast.models.section_statistics import standardise
+from comtip_fast.runtime.devices import pick_device
+from comtip_fast.shards import Facts, stated_options
+
+log = logging.getLogger("comtip_fast")
+FORMAT, VERSION = "comtip-adaptation", 1
+N_HVG, MIN_DETECTION, SPLITS = 50, 0.1, 5
+COMPARED_FRACTION = 0.5
+"""Share of the spots that is fitted on for the comparison if the model is adapted to all spots."""
+LABELS = {
+    "adapted": "adapted",
+    "unadapted": "unadapted",
+    "ridge_features": "ridge, encoder features, same spots",
+    "ridge_frozen": "ridge, frozen features, same spots",
+    "ridge_colour": "ridge, mean colour, same spots",
+}
+
+
+@dataclass
+class Adaptation:
+    """Result of :func:`adapt`."""
+
+    table: pd.DataFrame
+    """One row per split, normalisation and method: scores on the test spots."""
+    facts: dict[str, Any]
+    """The content of ``adaptation.json``."""
+    predictor: Predictor
+    """The adapted model."""
+
+    def summary(self) -> pd.DataFrame:
+        """Return the mean over splits per method, CP10K, and in how many splits the method exceeds the unadapted model."""
+        rows = self.table[self.table["normalisation"] == "cp10k"]
+        base = rows[rows["method"] == "unadapted"].set_index("split")["mean_pcc_50_hvg"]
+        out = []
+        for method, part in rows.groupby("method", sort=False):
+            own = part.set_index("split")["mean_pcc_50_hvg"]
+            means = part[["mean_pcc_50_hvg", "mean_pcc_all", "partial_pcc_50_hvg"]].mean()
+            ahead = f"{int((own > base).sum())} of {len(own)}" if method != "unadapted" else ""
+            span = {"lowest": own.min(), "highest": own.max()}
+            out.append({"method": LABELS[str(method)], **means.to_dict(), **span, "above_unadapted": ahead})
+        return pd.DataFrame(out)
+
+
+def adapt(
+    run: Path | str,
+    section: str | Path | ad.AnnData,
+    out: Path | str | None = None,
+    *,
+    fraction: float = 1.0,
+    splits: int = SPLITS,
+    facts: Facts = None,
+    pooling: PoolingOptions | None = None,
+    counts: CountOptions | None = None,
+    seed: int = 0,
+    device: str = "auto",
+) -> Adaptation:
+    """Adapt a model to a section with counts, or to a share of its spots.
+
+    The encoder stays frozen. A correction of the linear readout is fitted in closed form, and is used only where it
+    predicts spatial folds of the fitted spots better. The adapted and the unadapted model, and ridge regression on the same
+    spots, are compared on test blocks that share no pixel with the fitted blocks.
+
+    Parameters
+    ----------
+    run
+        A run folder or an export, with a linear readout.
+    section
+        As for :meth:`Model.compare`.
+    out
+        Folder to write: ``export/`` (which :func:`load` reads), ``adaptation.json``, ``adaptation.csv`` (the comparison)
+        and ``spots.csv`` (the use of each spot); ``None`` writes nothing.
+    fraction
+        Share of the spots to adapt to, in blocks; 1 uses all. The comparison fits to the same share, or to half if it is 1.
+    splits
+        Number of random choices of blocks for the comparison. The model is adapted to the blocks of the first.
+    facts, pooling, counts
+        As for :meth:`Model.predict`. Outside of a shard set, tissue and donor must be stated.
+    seed
+        Seed of the blocks.
+    device
+        ``auto``, ``cpu`` or ``cuda``.
+
+    Returns
+    -------
+    Adaptation
+        The comparison, the facts, and the adapted model.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError
+        The model has no linear readout, the section cannot be used, or it has too few spots for blocks and margin.
+    FileExistsError
+        ``out`` is not empty.
+
+    Examples
+    --------
+    >>> import comtip_fast
+    >>> adapted = comtip_fast.adapt("run", "set:x1", "adapted", fraction=0.25, splits=2, device="cpu")
+    >>> adapted.summary()["method"].tolist()[:2]
+    ['adapted', 'unadapted']
+    >>> comtip_fast.load("adapted").predictor.lineage.runs_that_trained_on("donor_c")
+    ['run, adapted to x1']
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"--fraction {fraction:g}: expected a share of the spots, above 0 and at most 1")
+    if splits < 1:
+        raise ValueError(f"--splits {splits}: expected at least 1")
+    if out is not None and Path(out).exists() and any(Path(out).iterdir()):
+        raise FileExistsError(f"--out {out} exists and is not empty; give a new folder")
+    predictor = Predictor.load(run, pick_device(device))
+    if predictor.bundle.readout is None:
+        raise ValueError(f"{run}: the model has no linear readout to adapt; train with readout.kind=linear")
+    found = read_section(predictor, section, stated_options(facts, pooling, counts))
+    chosen = _splits(found, predictor.tile_um, fraction, splits, seed)
+    table = pd.concat([_compare(predictor, found, s, i) for i, s in enumerate(chosen)], ignore_index=True)
+    fit = chosen[0].fit if fraction < 1 else np.arange(len(found.xy_um))
+    adapted, corrections = _adapted(predictor, found, fit)
+    record = _record(found, adapted, fraction, chosen[0], fit, corrections)
+    result = Adaptation(table, record, adapted)
+    if out is not None:
+        _write(result, found, chosen[0], fit, Path(out))
+    return result
+
+
+def _splits(section: AdaptSection, tile_um: float, fraction: float, splits: int, seed: int) -> list[BlockSplit]:
+    share = fraction if fraction < 1 else COMPARED_FRACTION
+    name = section.facts.section_id
+    return [split_blocks(section.xy_um, share, tile_um, seed=seed, number=i, section=name) for i in range(splits)]
+
+
+# -- one fit ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Fitted:
+    """Predictions for all spots of a section, after a fit to some of them."""
+
+    unadapted: dict[str, np.ndarray]
+    adapted: dict[str, np.ndarray]
+    head: CohortHead
+    corrections: dict[str, Correction | None]
+
+
+def _features(predictor: Predictor, section: AdaptSection, parts: list[np.ndarray]) -> ImageFeatures:
+    """Return features with means over neighbours of the same part, so that no feature of one part depends on another."""
+    readout = predictor.bundle.readout
+    assert readout is not None
+    views, n = section.views_NF, len(section.xy_um)
+    rest = np.setdiff1d(np.arange(n), np.concatenate(parts))
+    joined = np.empty((n, views.shape[1] * (2 if readout.settings.context else 1)), np.float32)
+    for part in (*parts, rest):
+        if part.size:
+            joined[part] = readout.head_features(views[part], section.xy_um[part])
+    return ImageFeatures(section.features.vector_ND, section.features.pooled_Nd, joined, section.xy_um)
+
+
+def _fit(predictor: Predictor, section: AdaptSection, fit: np.ndarray, parts: list[np.ndarray]) -> _Fitted:
+    """Fit a correction to the spots ``fit``; features are those of ``parts``."""
+    readout = predictor.bundle.readout
+    assert readout is not None
+    features = _features(predictor, section, parts)
+    assert features.readout_NF is not None
+    base = base_head(readout, section.cohort, section.facts.species)
+    keys = [k for k in section.keys if k in set(base.keys)]
+    own = np.array([section.keys.index(k) for k in keys], np.int64)
+    columns = np.array([base.keys.index(k) for k in keys], np.int64)
+    unadapted = _predict(predictor, features, section.keys, section.cohort)
+    x = standardise(features.readout_NF, base.mean_F, base.std_F)
+    width = x.shape[1]
+    blocks = {b: x[:, readout.settings.columns(b, width)] for b in base.blocks}
+    fold = spatial_folds(section.xy_um[fit], FOLDS)
+    genes = _variable_genes(section.measured["cp10k"][np.ix_(fit, own)])
+    adapted = {norm: values.astype(np.float64) for norm, values in unadapted.items()}
+    corrections: dict[str, Correction | None] = {}
+    for norm in NORMS:
+        before = adapted[norm][np.ix_(fit, own)]
+        measured = section.measured[norm][np.ix_(fit, own)]
+        found = fit_correction({b: v[fit] for b, v in blocks.items()}, measured, before, fold, genes)
+        corrections[norm] = found
+        if found is not None:
+            adapted[norm][:, own] += found.predict(blocks[found.block])
+    return _Fitted(unadapted, adapted, corrected_head(base, columns, corrections), corrections)
+
+
+def _predict(predictor: Predictor, features: ImageFeatures, keys: list[str], cohort: str) -> dict[str, np.ndarray]:
+    known = {g.key: g for g in predictor.bundle.genes}
+    queries = [GeneQuery(known[k].symbol, known[k].name, k) for k in keys]
+    return predictor.predict(features, queries, cohort=cohort)
+
+
+def _variable_genes(cp10k_NG: np.ndarray) -> np.ndarray:
+    """Return the columns of the (up to 50) most variable genes that enough spots express."""
+    detected = (cp10k_NG > 0).mean(0) >= MIN_DETECTION
+    variance = np.where(detected, cp10k_NG.var(0), -1.0)
+    order = np.argsort(-variance, kind="stable")[:N_HVG]
+    return order[variance[order] > 0] if detected.any() else order
+
+
+# -- comparison ---------------------------------------------------------------------------------------------
+
+
+def _compare(predictor: Predictor, section: AdaptSection, split: BlockSplit, number: int) -> pd.DataFrame:
+    """Score the adapted and the unadapted model and ridge regression on the test spots of one split."""
+    fitted = _fit(predictor, section, split.fit, [split.fit, split.test])
+    genes = _variable_genes(section.measured["cp10k"][split.fit])
+    fold = spatial_folds(section.xy_um[split.fit], FOLDS)
+    rows = []
+    for norm in NORMS:
+        measured = section.measured[norm]
+        predictions = {"adapted": fitted.adapted[norm], "unadapted": fitted.unadapted[norm]}
+        for name, candidates in section.inputs.items():
+            one = np.zeros(split.fit.size, np.int64)
+            models = [(x, fit_ridge(x[split.fit], measured[split.fit], one, fold)) for x in candidates.values()]
+            x, model = max(models, key=lambda m: m[1].cv_pcc)
+            predictions[name] = model.predict(np.asarray(x, np.float64))
+        for name in (n for n in LABELS if n in predictions):
+            test = split.test
+            found = score(measured[test], predictions[name][test], section.covariates[test], genes)
+            sizes = {"fit_spots": split.fit.size, "test_spots": test.size}
+            rows.append({"split": number, "normalisation": norm, "method": name, **sizes, **vars(found)})
+    return pd.DataFrame(rows)
+
+
+# -- the adapted model --------------------------------------------------------------------------------------
+
+
+def _adapted(
+    predictor: Predictor, section: AdaptSection, fit: np.ndarray
+) -> tuple[Predictor, dict[str, Correction | None]]:
+    """Return the model with the head of the section's cohort corrected, and a lineage that ends with the section."""
+    parts = [np.arange(len(section.xy_um))]  # at prediction, neighbours are those of the complete section
+    fitted = _fit(predictor, section, fit, parts)
+    bundle = predictor.bundle
+    assert bundle.readout is not None
+    if not any(fitted.corrections.values()):
+        log.warning(
+            "section %s: no correction predicts left-out blocks better, so the adapted model predicts as before; the section is "
+            "recorded in its lineage",
+            section.facts.section_id,
+        )
+    name = f"{bundle.config.name}, adapted to {section.facts.section_id}"
+    chosen = {norm: None if c is None else c.facts for norm, c in fitted.corrections.items()}
+    note = {
+        "adapted_to": section.facts.section_id,
+        "adapted_donor": section.facts.donor,
+        "adapted_spots": int(fit.size),
+    }
+    head = replace(fitted.head, facts={**fitted.head.facts, **note, "correction": chosen})
+    own = LineageRun(
+        name=name,
+        comtip_fast=__version__,
+        sections=(section.facts,),
+        trained_genes=bundle.lineage.own.trained_genes,
+        held_out_genes=bundle.lineage.own.held_out_genes,
+        vectors=bundle.lineage.own.vectors,
+    )
+    adapted = replace(
+        bundle,
+        config=replace(bundle.config, name=name),
+        readout=with_head(bundle.readout, head),
+        sections=[{k: getattr(section.facts, k) for k in SECTION_FIELDS}],
+        lineage=bundle.lineage.followed_by(own),
+    )
+    return Predictor(adapted, predictor.device), fitted.corrections
+
+
+def _record(
+    section: AdaptSection,
+    adapted: Predictor,
+    fraction: float,
+    split: BlockSplit,
+    fit: np.ndarray,
+    corrections: Mapping[str, Correction | None],
+) -> dict[str, Any]:
+    facts = section.facts
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "comtip_fast": __version__,
+        "model": adapted.config.name,
+        "lineage": adapted.lineage.labels(),
+        "section": {k: getattr(facts, k) for k in SECTION_FIELDS},
+        "cohort": section.cohort,
+        "fraction": fraction,
+        "adapted_spots": int(fit.size),
+        "compared_fit_spots": int(split.fit.size),
+        "margin_um": adapted.tile_um,
+        "corrections": {norm: None if c is None else c.facts for norm, c in corrections.items()},
+    }
+
+
+def _write(result: Adaptation, section: AdaptSection, split: BlockSplit, fit: np.ndarray, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    result.predictor.bundle.save(out / "export")
+    write_atomic(out / "adaptation.csv", result.table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+    use = np.full(len(section.xy_um), "margin", object)
+    use[split.fit], use[split.test] = "fit", "test"
+    spots = pd.DataFrame(
+        {"spot": section.spot_ids, "first_split": use, "adapted_to": np.isin(np.arange(use.size), fit)}
+    )
+    write_atomic(out / "spots.csv", spots.to_csv(index=False, lineterminator="\n"))
+    write_atomic(out / "adaptation.json", json.dumps(finite_or_none(result.facts), indent=1, allow_nan=False) + "\n")

@@ -1,0 +1,174 @@
+"""The section that a model is adapted to: features, positions, expression and facts, with one row per spot."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+from comtip_shards import ShardSet, SourceError
+from comtip_shards.sections.duplicates import section_fingerprint
+from comtip_shards.sections.facts import SourceOptions, flag
+from comtip_shards.sections.section import cohort_of
+from comtip_shards.sources.anndata_parts.store import SUFFIXES as H5AD_SUFFIXES
+from comtip_shards.storage.remote import is_url
+
+from comtip_fast.data.expression.levels import log1p_cp10k
+from comtip_fast.data.measured import MeasuredCounts, measured_counts
+from comtip_fast.data.sections import SectionTiles, open_section, split_spec
+from comtip_fast.data.tile_sources import TileGeometry
+from comtip_fast.evaluation.train_reference import Inputs, spot_inputs
+from comtip_fast.inference import ImageFeatures, Predictor
+from comtip_fast.inference.answers import species_of
+from comtip_fast.lineage import LineageSection
+
+log = logging.getLogger("comtip_fast")
+
+
+@dataclass
+class AdaptSection:
+    """A section with N spots and the G genes of the model that it measured."""
+
+    facts: LineageSection
+    """Identity, donor and licence of the section, as lineage records it; of split ``train``."""
+    cohort: str
+    keys: list[str]
+    xy_um: np.ndarray
+    """(N, 2)."""
+    spot_ids: list[str]
+    features: ImageFeatures
+    """Features of the spots alone, without neighbours."""
+    inputs: Inputs
+    """Inputs of the ridge baselines."""
+    measured: dict[str, np.ndarray]
+    """log1p expression (N, G), by normalisation."""
+    covariates: np.ndarray
+    """Mean colour and log total counts, which are regressed out of partial correlations."""
+
+    @property
+    def views_NF(self) -> np.ndarray:
+        """Tile features of the readout, without neighbours, float32 (N, F)."""
+        assert self.features.readout_NF is not None
+        return self.features.readout_NF
+
+
+def read_section(predictor: Predictor, spec: str | Path | ad.AnnData, options: SourceOptions) -> AdaptSection:
+    """Read tiles and counts of a SECTION, and encode the tiles.
+
+    Parameters
+    ----------
+    predictor
+        A model with a linear readout.
+    spec
+        A SECTION as for :func:`comtip_fast.data.sections.open_section`, with raw counts.
+    options
+        Stated facts and options. Outside of a shard set, tissue and donor must be stated.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError
+        The section cannot be read, has no counts, states no donor or tissue, or measured fewer than 2 of the model's genes.
+    """
+    readout = predictor.bundle.readout
+    assert readout is not None
+    geometry = TileGeometry(predictor.tile_px, predictor.tile_um, predictor.min_mpp)
+    opened = open_section(spec, geometry, _tile_options(spec, options))
+    species = species_of(predictor, opened.species, opened.section_id)
+    counts = measured_counts(spec, species, options)
+    facts = _facts(spec, opened, species, options, counts)
+    keys = [k for k in predictor.trained_genes if k in set(counts.keys)]
+    if len(keys) < 2:
+        raise ValueError(
+            f"section {opened.section_id}: measured {len(keys)} of the model's {len(predictor.trained_genes)} trained genes, but "
+            "adaptation needs at least 2; check the species, or use a model of its genes"
+        )
+    columns = counts.select(keys)[0]
+    cp10k, raw = log1p_cp10k(counts.counts)[:, columns], counts.counts[:, columns]
+    stain = opened.stain if predictor.normalises_stain else None
+    features = predictor.image_features(opened.tiles, stain)
+    if readout.settings.context and features.readout_NF is not None:
+        features.readout_NF = features.readout_NF[:, : features.readout_NF.shape[1] // 2]
+    inputs = spot_inputs(predictor, opened.tiles, opened.stain, features)
+    depth = np.log1p(np.asarray(counts.counts.sum(axis=1)).ravel())
+    return AdaptSection(
+        facts=facts,
+        cohort=cohort_of(species, facts.tissue),
+        keys=keys,
+        xy_um=np.asarray(opened.template.obsm["spatial"], np.float64) * opened.mpp,
+        spot_ids=[str(name) for name in opened.template.obs_names],
+        features=features,
+        inputs=inputs,
+        measured={
+            "cp10k": cp10k.toarray().astype(np.float64),
+            "raw": np.log1p(raw.toarray().astype(np.float64)),
+        },
+        covariates=np.column_stack([inputs["ridge_colour"]["tile colour"], depth]),
+    )
+
+
+def _facts(
+    spec: str | Path | ad.AnnData,
+    opened: SectionTiles,
+    species: str,
+    options: SourceOptions,
+    counts: MeasuredCounts,
+) -> LineageSection:
+    """Return the lineage entry of the section: that of its manifest, or one of stated facts with a new fingerprint."""
+    shards = _shards_of(spec)
+    if shards is not None:
+        meta = shards.manifest.sections[shards.section_number(opened.section_id)]
+        return replace(LineageSection.of(meta), split="train")
+    facts = options.facts
+    missing = [flag(name) for name in ("tissue", "donor") if not getattr(facts, name)]
+    if missing:
+        raise SourceError(
+            f"section {opened.section_id}: {' and '.join(missing)} not stated; the adapted model records the donor it was fitted "
+            "to, so that it is not tested on the same donor unnoticed. State them"
+        )
+    return LineageSection(
+        section_id=opened.section_id,
+        dataset="adaptation",
+        species=species,
+        tissue=facts.tissue or "",
+        donor=facts.donor or "",
+        licence=facts.licence or "",
+        attribution=facts.attribution or "",
+        split="train",
+        n_spots=counts.counts.shape[0],
+        **_fingerprint(opened, counts),
+    )
+
+
+def _fingerprint(opened: SectionTiles, counts: MeasuredCounts) -> dict[str, str]:
+    """Return what identifies the section under another id; empty, with a warning, without an image in ``uns``."""
+    images = [entry.get("images", {}) for entry in opened.template.uns.get("spatial", {}).values()]
+    picture = next((x["hires"] for x in images if "hires" in x), None)
+    if picture is None:
+        log.warning(
+            "section %s: no image in uns['spatial'], so the adapted model identifies it by its id alone; it is not recognised "
+            "under another id",
+            opened.section_id,
+        )
+        return {}
+    pixels = np.asarray(picture)[..., :3]
+    pixels = pixels if pixels.dtype == np.uint8 else np.clip(pixels * 255.0, 0, 255).astype(np.uint8)
+    return section_fingerprint(counts.counts, counts.keys, pixels)
+
+
+def _tile_options(spec: str | Path | ad.AnnData, options: SourceOptions) -> SourceOptions:
+    """Return the options for reading tiles: those of counts are errors where counts are not read."""
+    if isinstance(spec, ad.AnnData) or str(spec).endswith(H5AD_SUFFIXES):
+        return replace(options, counts=replace(options.counts, layer=None, round_counts=None))
+    return options
+
+
+def _shards_of(spec: str | Path | ad.AnnData) -> ShardSet | None:
+    """Return the shard set of a SECTION; None if it is not in one."""
+    if isinstance(spec, ad.AnnData):
+        return None
+    if is_url(str(spec)):
+        return ShardSet(str(spec).rpartition(":")[0])
+    path = split_spec(str(spec))[0]
+    return ShardSet(path) if (path / "manifest.json").is_file() else None

@@ -1,0 +1,50 @@
+"""``comtip adapt RUN SECTION --out DIR``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from comtip_fast.cli.options import SECTION_HELP, add_device, add_facts, add_out, read_facts
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.add_argument("run_dir", metavar="RUN", type=Path, help="folder of a finished run, or an export")
+    parser.add_argument("section", metavar="SECTION", help=f"{SECTION_HELP}; with counts")
+    add_out(parser, "folder to write: export/, adaptation.json, adaptation.csv and spots.csv")
+    parser.add_argument(
+        "--fraction", type=float, default=1.0, help="share of the spots to adapt to, in blocks (default 1: all)"
+    )
+    parser.add_argument("--splits", type=int, default=5, help="choices of blocks for the comparison (default 5)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the blocks (default 0)")
+    add_facts(parser)
+    add_device(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Adapt, write the files and print the comparison."""
+    from comtip_fast.api import adapt
+
+    facts, pooling, counts = read_facts(args)
+    result = adapt(
+        args.run_dir,
+        args.section,
+        args.out,
+        fraction=args.fraction,
+        splits=args.splits,
+        facts=facts,
+        pooling=pooling,
+        counts=counts,
+        seed=args.seed,
+        device=args.device,
+    )
+    first = result.table.iloc[0]
+    print(
+        f"mean PCC on test blocks, {args.splits} splits (first: {first.fit_spots} spots fitted, {first.test_spots} tested)"
+    )
+    print(result.summary().to_string(index=False, float_format="{:.3f}".format))
+    print(
+        f"{args.out / 'export'}: adapted to {result.facts['adapted_spots']} spots of {result.facts['section']['section_id']}"
+    )
+    return 0

@@ -1,0 +1,223 @@
+"""Write ``report.html``, one self-contained page for readers without a machine-learning background."""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from comtip_shards.storage.atomic import write_atomic
+from jinja2 import Environment, PackageLoader, select_autoescape
+
+from comtip_fast._version import __version__
+from comtip_fast.evaluation import figures
+from comtip_fast.evaluation.evaluate import PREDICTORS, Evaluation, SectionData
+from comtip_fast.evaluation.report import charts
+from comtip_fast.evaluation.report.payload import page_json, section_payload
+from comtip_fast.evaluation.report.summaries import calibration_rows, clusters, intervals
+from comtip_fast.evaluation.report.tables import CALIBRATION, CLUSTERS, INTERVALS, SCORES, score_table, write_tables
+
+LABELS = {
+    "zero_shot": "CoMTIP, zero-shot",
+    "zero_shot_levels": "CoMTIP, from level sentences alone (no linear readout)",
+    "zero_shot_unseen_genes": "CoMTIP, unseen genes",
+    "control_null": "Null: rotated and shifted predictions",
+    "ridge_colour": "Ridge on mean tile colour (supervised)",
+    "ridge_features": "Ridge on the image encoder's features (supervised)",
+    "ridge_frozen": "Ridge on the frozen stem's features, mean and standard deviation (supervised)",
+}
+SHOWN_GENES = "the four best, the median and the worst predicted of the 50 most variable genes"
+SHOWN_UNSEEN = "the two best and the median predicted of the (up to 50) most variable held-out genes"
+RANKED = 8
+"""Number of genes in each of the lists of best, median and worst genes."""
+STATIC_BYTES = 3 << 19
+"""Largest size of the images for print and for readers without JavaScript, 1.5 MiB; examples beyond it are left out."""
+
+
+def write_report(run_dir: Path | None, result: Evaluation, out: Path) -> None:
+    """Write the report, and its tables as CSV next to it.
+
+    Parameters
+    ----------
+    run_dir
+        Run folder with ``metrics.jsonl``, for the loss curves; None for an export.
+    result
+        From :func:`comtip_fast.evaluation.evaluate.evaluate`.
+    out
+        The file to write. The folder also gets ``scores.csv``, ``intervals.csv``, ``calibration.csv`` and, if spots have
+        labels, ``clusters.csv``.
+    """
+    env = Environment(
+        loader=PackageLoader("comtip_fast.evaluation.report", "templates"),
+        autoescape=select_autoescape(["html", "j2"]),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    env.filters["num"] = _number
+    static = _StaticImages(STATIC_BYTES)
+    sections = {d.section_id: _section(result, d, static) for d in result.sections}
+    tables = {
+        SCORES: score_table(result),
+        INTERVALS: pd.concat([s["intervals"] for s in sections.values()], ignore_index=True),
+        CALIBRATION: pd.concat([s["calibration"] for s in sections.values()], ignore_index=True),
+        CLUSTERS: _joined([s["clusters"][0].drop(columns="row") for s in sections.values() if s["clusters"]]),
+    }
+    page = env.get_template("report.html.j2").render(
+        name=result.predictor.config.name,
+        version=__version__,
+        date=datetime.datetime.now().astimezone().date().isoformat(),
+        metrics=result.metrics,
+        labels=LABELS,
+        predictors=PREDICTORS,
+        cohorts=_cohorts(result, sections),
+        sections=list(sections.values()),
+        data=page_json([s["payload"] for s in sections.values()]),
+        curves=charts.loss_curves(run_dir / "metrics.jsonl") if run_dir is not None else [],
+        training=_training(result),
+        tables=["genes.csv", *write_tables(tables, out.parent)],
+        shown_genes=SHOWN_GENES,
+        shown_unseen=SHOWN_UNSEEN,
+    )
+    write_atomic(out, page)
+
+
+def _number(value: float | None) -> str:
+    """Format a score with three digits; a dash for an undefined one."""
+    if value is None or not np.isfinite(value):
+        return "–"
+    return f"{value + 0.0:.3f}".replace("-0.000", "0.000")
+
+
+def _joined(tables: list[pd.DataFrame]) -> pd.DataFrame:
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def _training(result: Evaluation) -> dict[str, Any]:
+    """Return what the page states about training: sections, donors, genes and credits."""
+    predictor = result.predictor
+    lineage = predictor.lineage
+    sections = [asdict(section) for section in lineage.merged_sections()]
+    donors = {s["donor"] for s in sections if s["split"] == "train"}
+    scored = {d.section_id for d in result.sections}
+    rows = [s | {"scored": s["section_id"] in scored} for s in sections]
+    order = {"train": 0, "val": 1, "test": 2, "": 3}
+    not_in_training_set = [
+        {k: getattr(s, k) for k in ("section_id", "species", "tissue", "donor", "n_spots", "licence", "attribution")}
+        | {"split": "not in the training set", "scored": True}
+        for s in result.shards.manifest.sections
+        if s.section_id in scored and s.section_id not in {r["section_id"] for r in rows}
+    ]
+    return {
+        "rows": sorted(rows, key=lambda s: (s["species"], order[s["split"]], s["section_id"])) + not_in_training_set,
+        "shared_val": [s["section_id"] for s in sections if s["split"] == "val" and s["donor"] in donors],
+        "runs": lineage.labels(),
+        "parents_known": lineage.parents_known,
+        "n_trained": len(predictor.trained_genes),
+        "n_held_out": len(predictor.held_out_genes),
+        "n_spots": sum(s["n_spots"] for s in sections if s["split"] == "train"),
+        "credits": [
+            (credit, [s["section_id"] for s in rows + not_in_training_set if s["attribution"] == credit])
+            for credit in sorted({s["attribution"] for s in rows + not_in_training_set if s["attribution"]})
+        ],
+        "backbone": predictor.config.vision.backbone,
+        "stem": predictor.config.vision.stem,
+        "tile_um": predictor.tile_um,
+        "tile_px": predictor.tile_px,
+    }
+
+
+def _cohorts(result: Evaluation, sections: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    out = []
+    for cohort, entry in result.metrics["cohorts"].items():
+        own = [sections[d.section_id] for d in result.sections if d.cohort == cohort]
+        title = cohort.replace("_", " ")
+        # Whiskers belong to one section: the mean over several sections has no interval here.
+        spans = own[0]["intervals"] if len(own) == 1 else own[0]["intervals"].iloc[:0]
+        out.append(
+            {
+                "title": title,
+                "entry": entry,
+                "sections": own,
+                "ridge_colour": _input_of(own[0]["metrics"]["ridge_colour"]),
+                "bars": charts.score_bars(entry, spans, title),
+            }
+        )
+    return out
+
+
+def _input_of(scores: dict[str, Any]) -> str | None:
+    """Return the input that the baseline chose; None if no baseline was fitted."""
+    return scores["cp10k"]["input"] if scores.get("cp10k") else None
+
+
+class _StaticImages:
+    """Images of examples, one per gene so that a page break does not cut them, until their total size is reached."""
+
+    def __init__(self, budget: int) -> None:
+        self.left = budget
+
+    def draw(self, result: Evaluation, data: SectionData, indices: list[int]) -> list[tuple[str, str]]:
+        """Return (symbol, data URI) of genes."""
+        number = result.shards.section_number(data.section_id)
+        meta = result.shards.manifest.sections[number]
+        overview, mpp = result.shards.overview(number)
+        symbols, out = data.gene_table["gene"].tolist(), []
+        for i in indices if self.left > 0 else []:
+            measured, predicted = data.measured["cp10k"][:, i], data.predicted["cp10k"][:, i]
+            gene = (symbols[i], measured, predicted, float(data.pcc[i]))
+            uri = figures.maps(overview, mpp, meta.mpp, data.xy, meta.spot_diameter_um, [gene])
+            self.left -= len(uri)
+            out.append((symbols[i], uri))
+        return out
+
+
+def _section(result: Evaluation, data: SectionData, static: _StaticImages) -> dict[str, Any]:
+    number = result.shards.section_number(data.section_id)
+    found = clusters(result, data)
+    calibration, slopes = calibration_rows(data)
+    payload = section_payload(result, data, found[0] if found else None, len(result.sections))
+    title = f"{data.section_id}: {data.panel.size} panel genes"
+    return {
+        "id": data.section_id,
+        "meta": result.shards.manifest.sections[number],
+        "metrics": result.metrics["sections"][data.section_id],
+        "payload": payload,
+        "n_spots": len(data.xy),
+        "n_genes": len(data.keys),
+        "static": static.draw(result, data, _examples(data)),
+        "static_unseen": static.draw(result, data, _unseen_examples(data)),
+        "histogram": charts.gene_histogram(data.pcc[data.panel], data.null_pcc, title),
+        "ranked": _ranked(data),
+        "intervals": intervals(data),
+        "calibration": calibration,
+        "calibration_chart": charts.calibration_chart(calibration, data.section_id),
+        "slopes": np.nanpercentile(slopes, [25, 50, 75]).tolist() if np.isfinite(slopes).any() else None,
+        "clusters": found,
+    }
+
+
+def _ranked(data: SectionData) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Return the best, median and worst genes by PCC, each with their rows of ``genes.csv`` and index on the page."""
+    table = data.gene_table.assign(index=np.arange(len(data.keys)), order=np.nan_to_num(data.pcc))
+    rows = table.sort_values("order", ascending=False, kind="stable").to_dict("records")
+    if len(rows) <= 3 * RANKED:
+        return [("All genes", rows)]
+    middle = (len(rows) - RANKED) // 2
+    return [("Best", rows[:RANKED]), ("Median", rows[middle : middle + RANKED]), ("Worst", rows[-RANKED:])]
+
+
+def _examples(data: SectionData) -> list[int]:
+    """Return the genes to draw, see ``SHOWN_GENES``."""
+    ranked = sorted(data.hvg.tolist(), key=lambda i: -np.nan_to_num(data.pcc[i]))
+    if len(ranked) <= 6:
+        return ranked
+    return [*ranked[:4], ranked[len(ranked) // 2], ranked[-1]]
+
+
+def _unseen_examples(data: SectionData) -> list[int]:
+    """Return the unseen genes to draw, see ``SHOWN_UNSEEN``."""
+    ranked = sorted(data.unseen[:50].tolist(), key=lambda i: -np.nan_to_num(data.pcc[i]))
+    return ranked if len(ranked) <= 3 else [*ranked[:2], ranked[len(ranked) // 2]]

@@ -1,0 +1,176 @@
+"""Data of the report's maps: quantised, compressed and encoded for the page's script, within a bound on the page's size."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from comtip_shards.sampling.rng import generator
+from markupsafe import Markup
+from PIL import Image
+
+from comtip_fast.evaluation.evaluate import Evaluation, SectionData
+from comtip_fast.metrics import finite_or_none
+from comtip_fast.plots import EXPRESSION_MAP, RESIDUAL_LIMIT, RESIDUAL_MAP, colour_table, plain
+
+VALUES_BYTES = 9 << 19
+"""Largest size of the encoded values of all sections, 4.5 MiB; the page with all its images stays below 8 MB."""
+IMAGE_BYTES = 1 << 20
+"""Largest size of the H&E images of all sections, encoded."""
+IMAGE_PX, MIN_IMAGE_PX = 900, 160
+LEVELS = (255, 63, 15)
+"""Numbers of quantisation steps that are tried, before spots are left out."""
+SUB_PX = 32
+"""Positions are stored in 1/32 px of the image."""
+
+
+@dataclass
+class SectionPayload:
+    """What the page needs to draw one section."""
+
+    image: str
+    """The H&E image, cropped to the spots, as a data URI."""
+    data: dict[str, Any]
+    """Entry of the section in the page's JSON."""
+    shown: int
+    """Number of spots that are drawn."""
+
+
+def section_payload(
+    result: Evaluation, data: SectionData, labels: pd.DataFrame | None, n_sections: int, seed: int = 0
+) -> SectionPayload:
+    """Return the maps of all scored genes of a section.
+
+    Parameters
+    ----------
+    result, data
+        The evaluation, and one of its sections.
+    labels
+        Table of :func:`comtip_fast.evaluation.report.summaries.clusters`; None if the section has no labels.
+    n_sections
+        Number of sections on the page, which share :data:`VALUES_BYTES`.
+    seed
+        Seed of the choice of spots, if not all can be drawn.
+    """
+    number = result.shards.section_number(data.section_id)
+    meta = result.shards.manifest.sections[number]
+    overview, mpp = result.shards.overview(number)
+    diameter = meta.spot_diameter_um / mpp
+    spots = data.xy * meta.mpp / mpp
+    image, offset, scale = _crop(overview, spots, 3 * diameter, IMAGE_BYTES // n_sections)
+    rows, values, quantised = _values(data, VALUES_BYTES // n_sections, seed)
+    xy = np.clip((spots[rows] - offset) * scale * SUB_PX, 0, 65535).round().astype("<u2")
+    entry = {
+        "id": plain(data.section_id),
+        "n": int(rows.size),
+        "xy": _base64(xy.tobytes()),
+        "px": SUB_PX,
+        "radius": diameter * scale * 0.56 * float(np.sqrt(data.xy.shape[0] / rows.size)),
+        "um": mpp / scale,
+        "values": _base64(values),
+        "genes": _genes(data, quantised),
+        "labels": None if labels is None else _labels(labels, rows, len(data.xy)),
+    }
+    return SectionPayload(_as_jpeg(image), entry, int(rows.size))
+
+
+def page_json(payloads: list[SectionPayload]) -> Markup:
+    """Return the JSON of the page, which cannot end the script element that contains it."""
+    found = {
+        "sections": [p.data for p in payloads],
+        "expression": colour_table(EXPRESSION_MAP),
+        "residual": colour_table(RESIDUAL_MAP),
+        "limit": RESIDUAL_LIMIT,
+    }
+    text = json.dumps(finite_or_none(found), separators=(",", ":"), allow_nan=False)
+    return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
+
+
+def _values(data: SectionData, budget: int, seed: int) -> tuple[np.ndarray, bytes, np.ndarray]:
+    """Return (rows of the drawn spots, compressed uint8 values, range of each gene), at most ``budget`` when encoded."""
+    measured, predicted = data.measured["cp10k"], data.predicted["cp10k"]
+    low = np.minimum(measured.min(0), predicted.min(0))
+    high = np.maximum(np.maximum(measured.max(0), predicted.max(0)), low + 1e-6)
+    for rows, levels in _candidates(len(measured), data.section_id, seed):
+        steps = np.empty((2, low.size, rows.size), np.uint8)
+        for out, values in zip(steps, (measured, predicted), strict=True):
+            for gene in range(low.size):
+                share = (values[rows, gene] - low[gene]) / (high[gene] - low[gene])
+                out[gene] = np.rint(np.rint(share * levels) * (255 / levels))
+        packed = zlib.compress(steps.tobytes(), 9)
+        if len(packed) * 4 / 3 <= budget:
+            break
+    return rows, packed, np.stack([low, high])
+
+
+def _candidates(n: int, section: str, seed: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Yield (rows, quantisation steps), from all spots in 255 steps to few spots in 15."""
+    for levels in LEVELS:
+        yield np.arange(n), levels
+    order = generator(seed, "report spots", section).permutation(n)
+    keep = n // 2
+    while keep >= 50:
+        yield np.sort(order[:keep]), LEVELS[-1]
+        keep //= 2
+
+
+def _genes(data: SectionData, ranges: np.ndarray) -> list[list[Any]]:
+    """Return a row per gene: name, scores, and the range and the drawn range of its values."""
+    table = data.gene_table
+    both = np.concatenate([data.measured["cp10k"], data.predicted["cp10k"]])
+    low, high = np.percentile(both, [1, 99], axis=0) if both.size else (ranges[0], ranges[1])
+    columns = ("pcc", "pcc_partial", "null_p", "detection")
+    out: list[list[Any]] = []
+    for i, row in enumerate(table.to_dict("records")):
+        drawn = (float(low[i]), float(max(high[i], low[i] + 1e-6)))
+        numbers = [float(f"{v:.4g}") for v in (*ranges[:, i].tolist(), *drawn)]
+        out.append([plain(str(row["gene"])), *(_rounded(row[c]) for c in columns), plain(str(row["seen"])), *numbers])
+    return out
+
+
+def _rounded(value: float) -> float | None:
+    return None if not np.isfinite(value) else round(float(value), 4)
+
+
+def _labels(labels: pd.DataFrame, rows: np.ndarray, n: int) -> dict[str, Any]:
+    names, code = np.unique(labels["label"].to_numpy(str), return_inverse=True)
+    out: dict[str, Any] = {"names": [plain(name) for name in names.tolist()]}
+    columns = (("label", code), ("measured", labels["measured"] - 1), ("predicted", labels["predicted"] - 1))
+    for column, values in columns:
+        full = np.full(n, 255, np.uint8)
+        full[labels["row"].to_numpy()] = np.asarray(values, np.uint8)
+        out[column] = _base64(full[rows].tobytes())
+    return out
+
+
+def _crop(overview: np.ndarray, spots: np.ndarray, pad: float, budget: int) -> tuple[Image.Image, np.ndarray, float]:
+    """Return the image around the spots, its offset in the overview, and its px per px of the overview."""
+    low = np.maximum(np.floor(spots.min(0) - pad), 0)
+    high = np.minimum(np.ceil(spots.max(0) + pad), overview.shape[1::-1])
+    box = (int(low[0]), int(low[1]), max(int(high[0]), int(low[0]) + 1), max(int(high[1]), int(low[1]) + 1))
+    image = Image.fromarray(overview).crop(box)
+    side = max(image.size)
+    limit = IMAGE_PX
+    while True:
+        scale = min(1.0, limit / side)
+        small = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+        if limit <= MIN_IMAGE_PX or len(_as_jpeg(small)) <= budget:
+            return small, low, scale
+        limit = int(limit * 0.75)
+
+
+def _as_jpeg(image: Image.Image) -> str:
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=82)
+    return "data:image/jpeg;base64," + _base64(out.getvalue())
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")

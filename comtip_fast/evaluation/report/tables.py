@@ -1,0 +1,35 @@
+"""Tables of the report as CSV files in its folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+from comtip_shards.storage.atomic import write_atomic
+
+from comtip_fast.evaluation.evaluate import NORMALISATIONS, PREDICTORS, Evaluation
+
+SCORES, INTERVALS, CALIBRATION, CLUSTERS = "scores.csv", "intervals.csv", "calibration.csv", "clusters.csv"
+
+
+def score_table(result: Evaluation) -> pd.DataFrame:
+    """Return the scores of each cohort, predictor and normalisation, one row each."""
+    rows = [
+        {"cohort": cohort, "predictor": name, "normalisation": norm, **entry[name][norm]}
+        for cohort, entry in result.metrics["cohorts"].items()
+        for name in PREDICTORS
+        for norm in NORMALISATIONS
+        if entry[name].get(norm) is not None
+    ]
+    columns = ["cohort", "predictor", "normalisation", "mean_pcc_50_hvg", "mean_pcc_all", "partial_pcc_50_hvg"]
+    return pd.DataFrame(rows)[[*columns, "undefined_genes"]]
+
+
+def write_tables(tables: dict[str, pd.DataFrame], folder: Path) -> list[str]:
+    """Write the tables that have rows, with six significant digits, and return their names."""
+    written = []
+    for name, table in tables.items():
+        if len(table):
+            write_atomic(folder / name, table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+            written.append(name)
+    return written

@@ -1,0 +1,371 @@
+"""Adaptation to a section: its blocks are apart, its correction is the closed form, and its lineage names the section."""
+
+import json
+import logging
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+from comtip_shards import ShardSet, SourceError
+from comtip_shards.builder.build import build_shards
+from comtip_shards.sources import open_source
+
+import comtip_fast
+from comtip_fast.adaptation import correction as closed_form
+from comtip_fast.adaptation import run as adaptation
+from comtip_fast.adaptation.blocks import spatial_folds, split_blocks
+from comtip_fast.adaptation.correction import Correction, base_head, corrected_head, fit_correction, with_head
+from comtip_fast.adaptation.section import read_section
+from comtip_fast.cli import main
+from comtip_fast.evaluation.evaluate import choose_sections, evaluate
+from comtip_fast.evaluation.seen import section_facts
+from comtip_fast.export import Bundle
+from comtip_fast.inference import GeneQuery, Predictor
+from comtip_fast.models.readout import NORMS, CohortHead, LinearReadout, NormHead, ReadoutSettings
+from comtip_fast.shards import stated_options
+from testkit.tiny import TinySection, write_tiny_source
+
+TILE_UM = 224.0
+
+
+def lattice(side: int = 14, pitch: float = 200.0) -> np.ndarray:
+    return np.stack(np.meshgrid(np.arange(side), np.arange(side)), -1).reshape(-1, 2) * pitch
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.2, 0.3, 0.5])
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_no_tile_of_a_test_spot_overlaps_one_of_a_fit_spot(fraction: float, number: int):
+    xy = lattice(20)
+    split = split_blocks(xy, fraction, TILE_UM, seed=0, number=number, section="s")
+    assert split.fit.size == round(fraction * 400)
+    assert not np.intersect1d(split.fit, split.test).size
+    apart = np.abs(xy[split.fit][:, None] - xy[split.test][None]).max(-1)
+    assert apart.min() >= TILE_UM
+    # Every spot outside of the margin is tested.
+    rest = np.setdiff1d(np.arange(400), np.concatenate([split.fit, split.test]))
+    if rest.size:
+        assert np.abs(xy[split.fit][:, None] - xy[rest][None]).max(-1).min(0).max() < TILE_UM
+    # Fit spots form blocks: most have a fit spot next to them.
+    near = np.abs(xy[split.fit][:, None] - xy[split.fit][None]).max(-1)
+    np.fill_diagonal(near, np.inf)
+    assert (near.min(1) <= 200).all()
+    again = split_blocks(xy, fraction, TILE_UM, seed=0, number=number, section="s")
+    assert (again.fit == split.fit).all()
+    assert (split_blocks(xy, fraction, TILE_UM, seed=1, number=number, section="s").fit != split.fit).any()
+
+
+def test_too_few_spots_are_refused():
+    with pytest.raises(ValueError, match=r"section s: 0.05 of 49 spots are 2, but adaptation needs at least 10"):
+        split_blocks(lattice(7), 0.05, TILE_UM, seed=0, number=0, section="s")
+    with pytest.raises(ValueError, match=r"only \d of 49 spots are at least 900 um from the 12 spots to fit on"):
+        split_blocks(lattice(7), 0.25, 900, seed=0, number=0, section="s")
+
+
+def test_folds_are_compact_and_of_equal_size():
+    xy = lattice(10)
+    fold = spatial_folds(xy)
+    assert np.bincount(fold).tolist() == [25] * 4
+    for f in range(4):
+        assert np.ptp(xy[fold == f], axis=0).max() <= 5 * 200
+
+
+# -- the correction -----------------------------------------------------------------------------------------
+
+F, G = 6, 8
+
+
+def problem(strength: float, n: int = 120) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Features, measured and predicted expression, and positions; the prediction lacks a part of the given strength."""
+    rng = np.random.default_rng(5)
+    x = rng.normal(size=(n, F))
+    known = x[:, :3] @ rng.normal(size=(3, G))
+    missing = x[:, 3:] @ rng.normal(size=(F - 3, G))
+    return x, 2 + known + strength * missing + 0.5 * rng.normal(size=(n, G)), known, rng.uniform(size=(n, 2))
+
+
+def test_the_correction_is_ridge_regression_of_the_residuals(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(closed_form, "ALPHAS", (0.7,))
+    monkeypatch.setattr(closed_form, "PROGRAMMES", (0,))
+    x, measured, predicted, xy = problem(1.0)
+    found = fit_correction({"frozen": x}, measured, predicted, spatial_folds(xy), np.arange(G))
+    assert found is not None
+    residual = measured - predicted
+    centred = residual - residual.mean(0)
+    weight = np.linalg.solve(x.T @ x + 0.7 * len(x) * np.eye(F), x.T @ centred)
+    np.testing.assert_allclose(found.predict(x), residual.mean(0) + x @ weight, atol=1e-8)
+    assert found.facts["cv_gain"] > closed_form.GAIN
+
+
+def test_offsets_between_folds_do_not_hide_a_gain():
+    """A constant does not change a PCC, so parts of the section that differ in level must not decide about a correction."""
+    x, measured, predicted, xy = problem(1.0)
+    fold = spatial_folds(xy)
+    found = fit_correction({"frozen": x}, measured + 5.0 * fold[:, None], predicted, fold, np.arange(G))
+    assert found is not None
+    assert found.facts["cv_gain"] > 0.05
+
+
+def test_the_strongest_penalty_within_one_standard_error_is_used(monkeypatch: pytest.MonkeyPatch):
+    x, measured, predicted, xy = problem(1.0)
+    fold, chosen = spatial_folds(xy), []
+    for alphas in ((1e-6, 1e-5), (1e-6, 1e-5, 1e6)):
+        monkeypatch.setattr(closed_form, "ALPHAS", alphas)
+        found = fit_correction({"frozen": x}, measured, predicted, fold, np.arange(G))
+        assert found is not None
+        chosen.append(found.facts["alpha"])
+    # Two penalties that differ by nothing: the stronger. One that removes the correction: not used.
+    assert chosen == [1e-5, 1e-5]
+
+
+def test_without_a_gain_there_is_no_correction():
+    x, measured, predicted, xy = problem(0.0)
+    noise = np.random.default_rng(1).normal(size=x.shape)
+    assert fit_correction({"frozen": noise}, measured, predicted, spatial_folds(xy), np.arange(G)) is None
+
+
+def test_the_block_that_helps_is_chosen():
+    x, measured, predicted, xy = problem(1.0)
+    noise = np.random.default_rng(1).normal(size=x.shape)
+    found = fit_correction({"vector": noise, "frozen": x}, measured, predicted, spatial_folds(xy), np.arange(G))
+    assert found is not None
+    assert found.block == "frozen"
+
+
+def head(seed: int, cohort: str, keys: list[str], mix: dict[str, float]) -> CohortHead:
+    rng = np.random.default_rng(seed)
+    settings = ReadoutSettings(views=1, context=False, vector_dim=2)
+
+    def part(block: str) -> NormHead:
+        columns = settings.columns(block, F).size
+        std = rng.uniform(0.5, 1, len(keys))
+        return NormHead(rng.normal(size=(columns, 3)), rng.normal(size=(3, len(keys))), rng.normal(size=len(keys)), std)
+
+    blocks = {b: {norm: part(b) for norm in NORMS} for b in ("vector", "frozen")}
+    return CohortHead(cohort, keys, np.zeros(F), np.ones(F), blocks, mix)
+
+
+MIXES = [{"vector": 0.3, "frozen": 0.4, "levels": 0.3}, {"vector": 0.0, "frozen": 0.6, "levels": 0.4}]
+
+
+@pytest.mark.parametrize("cohort", ["human_breast", "human_skin"])
+def test_the_base_head_predicts_as_the_readout(cohort: str):
+    """Of the own cohort, or the mean over heads of the species for a cohort without a head."""
+    keys = [f"human:G{i}" for i in range(G)]
+    heads = [
+        head(1, "human_breast", keys[:6], MIXES[1]),
+        head(2, "human_colon", keys[3:], MIXES[0]),
+        head(3, "mouse_bulb", ["mouse:G1", "mouse:G2"], MIXES[0]),
+    ]
+    readout = LinearReadout(ReadoutSettings(views=1, context=False, vector_dim=2), heads)
+    base = base_head(readout, cohort, "human")
+    assert base.cohort == cohort
+    x = np.random.default_rng(0).normal(size=(40, F))
+    want, known = LinearReadout(readout.settings, heads[:2]).predict(x, base.keys, cohort)
+    got, same = with_head(readout, base).predict(x, base.keys, cohort)
+    assert known.all()
+    assert same.all()
+    for norm in NORMS:
+        np.testing.assert_allclose(got[norm], want[norm], atol=1e-5)
+    assert sum(base.mix.values()) == pytest.approx(1)
+    assert all(base.mix[b] > 0 for b in base.blocks)
+
+
+def test_a_corrected_head_predicts_the_sum():
+    keys = [f"human:G{i}" for i in range(G)]
+    readout = LinearReadout(
+        ReadoutSettings(views=1, context=False, vector_dim=2), [head(1, "human_breast", keys, MIXES[1])]
+    )
+    base = base_head(readout, "human_breast", "human")
+    rng = np.random.default_rng(3)
+    columns, loadings = np.array([6, 1, 4]), rng.normal(size=(2, 3))
+    added = Correction("vector", NormHead(rng.normal(size=(2, 2)), loadings, rng.normal(size=3), np.ones(3) * 2), {})
+    new = corrected_head(base, columns, {"cp10k": added, "raw": None})
+    x = rng.normal(size=(40, F))
+    x = (x - x.mean(0)) / x.std(0)
+    before, _ = with_head(readout, base).predict(x, keys, "human_breast")
+    after, _ = with_head(readout, new).predict(x, keys, "human_breast")
+    # The readout's share of the prediction is 1 - levels.
+    difference = (after["cp10k"] - before["cp10k"]) * (1 - base.mix["levels"])
+    np.testing.assert_allclose(difference[:, columns], added.predict(x[:, :2]), atol=1e-5)
+    assert np.abs(difference[:, [0, 2, 3, 5, 7]]).max() < 1e-6
+    np.testing.assert_array_equal(after["raw"], before["raw"])
+
+
+# -- a complete adaptation ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    """A section of 196 spots of a new donor whose genes follow the image, and another section of that donor."""
+    folder = tmp_path_factory.mktemp("adapt")
+    sections = [TinySection("n1", "donor_new", "test"), TinySection("n2", "donor_new", "test")]
+    source = write_tiny_source(folder / "source", sections, side=14, seed=7, pitch_px=20).parent
+    table = pd.read_csv(source / "manifest.tsv", sep="\t")
+    table["licence"] = "CC-BY-4.0"
+    table.to_csv(source / "manifest.tsv", sep="\t", index=False)
+    build_shards(open_source(source), folder / "set", tile_px=32, tile_um=TILE_UM, min_mpp=5.0)
+    return ShardSet(folder / "set")
+
+
+@pytest.fixture(scope="module")
+def adapted(tiny_run: Path, large: ShardSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("adapted") / "out"
+    arguments = ["adapt", str(tiny_run), f"{large.path}:n1", "--out", str(out), "--fraction", "0.2", "--splits", "2"]
+    assert main([*arguments, "--device", "cpu"]) == 0
+    return out
+
+
+def test_the_table_compares_all_methods_on_the_same_spots(adapted: Path):
+    table = pd.read_csv(adapted / "adaptation.csv")
+    assert set(table["method"]) == set(adaptation.LABELS)
+    assert (table.groupby("split")[["fit_spots", "test_spots"]].nunique() == 1).all(axis=None)
+    assert len(table) == 2 * 2 * 5
+    assert table["mean_pcc_50_hvg"].between(-1, 1).all()
+    spots = pd.read_csv(adapted / "spots.csv")
+    assert (spots["first_split"] == "fit").sum() == spots["adapted_to"].sum() == round(0.2 * 196)
+    assert (spots.loc[spots["adapted_to"], "first_split"] == "fit").all()
+
+
+def test_scores_do_not_depend_on_counts_of_test_spots_in_the_fit(tiny_run: Path, large: ShardSet):
+    """With other counts outside of the fit spots, adapted predictions of all spots are the same."""
+    predictor = Predictor.load(tiny_run)
+    section = read_section(predictor, f"{large.path}:n1", stated_options(None, None, None))
+    split = split_blocks(section.xy_um, 0.2, TILE_UM, seed=0, number=0, section="n1")
+    one = adaptation._fit(predictor, section, split.fit, [split.fit, split.test])
+    others = np.setdiff1d(np.arange(196), split.fit)
+    for values in section.measured.values():
+        values[others] = np.random.default_rng(0).permutation(values[others])
+    two = adaptation._fit(predictor, section, split.fit, [split.fit, split.test])
+    for norm in NORMS:
+        np.testing.assert_array_equal(one.adapted[norm], two.adapted[norm])
+
+
+def test_features_of_test_spots_do_not_depend_on_tiles_of_fit_spots(tiny_run: Path, large: ShardSet):
+    predictor = Predictor.load(tiny_run)
+    section = read_section(predictor, f"{large.path}:n1", stated_options(None, None, None))
+    split = split_blocks(section.xy_um, 0.2, TILE_UM, seed=0, number=0, section="n1")
+    parts = [split.fit, split.test]
+    before = adaptation._features(predictor, section, parts).readout_NF.copy()
+    section.features.readout_NF[split.fit] += 5
+    after = adaptation._features(predictor, section, parts).readout_NF
+    np.testing.assert_array_equal(before[split.test], after[split.test])
+    assert (before[split.fit] != after[split.fit]).any()
+
+
+def test_a_section_that_differs_from_the_model_is_learnt(
+    tiny_run: Path, large: ShardSet, monkeypatch: pytest.MonkeyPatch
+):
+    """With genes exchanged in the section, the unadapted model is wrong; adaptation to some spots predicts the others."""
+    real = adaptation.read_section
+
+    def exchanged(*args):
+        section = real(*args)
+        for values in section.measured.values():
+            values[:] = np.roll(values, 1, axis=1)  # neighbours in the list of genes have opposite signs
+        return section
+
+    monkeypatch.setattr(adaptation, "read_section", exchanged)
+    result = comtip_fast.adapt(tiny_run, f"{large.path}:n1", fraction=0.3, splits=2, device="cpu")
+    summary = result.summary().set_index("method")
+    assert summary.loc["adapted", "mean_pcc_50_hvg"] > summary.loc["unadapted", "mean_pcc_50_hvg"] + 0.2
+    assert summary.loc["adapted", "above_unadapted"] == "2 of 2"
+    # The adapted model predicts, from its export's contents alone, what the fit predicted.
+    section = exchanged(result.predictor, f"{large.path}:n1", stated_options(None, None, None))
+    split = split_blocks(section.xy_um, 0.3, TILE_UM, seed=0, number=0, section="n1")
+    parent = Predictor.load(tiny_run)
+    parts = [np.arange(196)]
+    want = adaptation._fit(parent, section, split.fit, parts).adapted
+    known = {g.key: g for g in result.predictor.bundle.genes}
+    queries = [GeneQuery(known[k].symbol, known[k].name, k) for k in section.keys]
+    features = adaptation._features(parent, section, parts)
+    got = result.predictor.predict(features, queries, cohort=section.cohort)
+    for norm in NORMS:
+        np.testing.assert_allclose(got[norm], want[norm], atol=2e-3)
+    facts = result.predictor.bundle.readout.heads[-1].facts
+    assert facts["correction"]["cp10k"]["cv_gain"] > 0
+
+
+def test_the_lineage_carries_the_section_and_its_donor(adapted: Path, tiny_run: Path, large: ShardSet):
+    bundle = Bundle.load(adapted / "export")
+    parent = Bundle.load(tiny_run / "export")
+    lineage = bundle.lineage
+    assert [run.name for run in lineage.ancestors] == [run.name for run in parent.lineage.runs]
+    (section,) = lineage.own.sections
+    assert (section.section_id, section.donor, section.split) == ("n1", "donor_new", "train")
+    assert section.picture
+    assert lineage.runs_that_trained_on("donor_new") == [lineage.own.name]
+    assert "CC-BY-4.0" in lineage.licences()
+    card = (adapted / "export/README.md").read_text()
+    assert "Section n1 of donor donor_new: the linear readout was adapted to 39 of its spots" in card
+    facts = json.loads((adapted / "adaptation.json").read_text())
+    assert facts["section"]["donor"] == "donor_new"
+    assert facts["margin_um"] == TILE_UM
+    # Both sections of the donor are reported as seen, and the section is not scored by default.
+    predictor = Predictor.load(adapted)
+    assert choose_sections(predictor, large, None) == [large.section_number("n2")]
+    assert section_facts(predictor, large, large.section_number("n1"))["section_seen_in_training"]
+    assert section_facts(predictor, large, large.section_number("n2"))["donor_seen_by"] == [lineage.own.name]
+
+
+def test_an_adapted_model_is_evaluated_and_adapted_again(adapted: Path, tiny_shards: ShardSet, large: ShardSet):
+    predictor = Predictor.load(adapted)
+    result = evaluate(predictor, tiny_shards, sections=["x1"], train_shards=tiny_shards, n_null=2)
+    assert not result.metrics["sections"]["x1"]["donor_seen_in_training"]
+    again = comtip_fast.adapt(adapted, f"{large.path}:n2", fraction=0.2, splits=1, device="cpu")
+    assert len(again.predictor.lineage.runs) == len(predictor.lineage.runs) + 1
+    assert again.predictor.lineage.own.name == f"{predictor.config.name}, adapted to n2"
+    assert [h.cohort for h in again.predictor.bundle.readout.heads] == ["human_breast"]
+
+
+def test_an_anndata_states_its_donor(tiny_run: Path, large: ShardSet, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    n = large.section_number("n1")
+    spots = large.source_order(n)
+    names = [g.symbol for g in large.genes]
+    data = ad.AnnData(large.counts(spots).astype(np.float32), var=pd.DataFrame(index=names))
+    overview, mpp = large.overview(n)
+    meta = large.manifest.sections[n]
+    data.obsm["spatial"] = large.spots.loc[spots, ["x_px", "y_px"]].to_numpy(float)
+    factors = {
+        "tissue_hires_scalef": meta.mpp / mpp,
+        "spot_diameter_fullres": 100 / meta.mpp,
+        "microns_per_pixel": meta.mpp,
+    }
+    data.uns["spatial"] = {"lib": {"images": {"hires": overview}, "scalefactors": factors}}
+    with pytest.raises(SourceError, match=r"section lib: --donor not stated; .* State"):
+        comtip_fast.adapt(tiny_run, data, facts={"species": "human", "tissue": "breast", "mpp": meta.mpp}, device="cpu")
+    facts = {"species": "human", "tissue": "breast", "donor": "me", "mpp": meta.mpp}
+    with caplog.at_level(logging.WARNING, "comtip_fast"):
+        result = comtip_fast.adapt(tiny_run, data, fraction=0.2, splits=1, facts=facts, device="cpu")
+    (section,) = result.predictor.lineage.own.sections
+    assert (section.donor, section.section_id) == ("me", "lib")
+    # Its fingerprint identifies the section in a shard set, where it has another id.
+    assert section_facts(result.predictor, large, n)["section_seen_in_training"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--fraction", "1.5"], "--fraction 1.5: expected a share of the spots, above 0 and at most 1"),
+        (["--splits", "0"], "--splits 0: expected at least 1"),
+        (["--fraction", "0.01"], "adaptation needs at least 10; give a larger --fraction"),
+    ],
+)
+def test_bad_options_are_refused(
+    tiny_run: Path,
+    large: ShardSet,
+    tmp_path: Path,
+    options: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+):
+    out = tmp_path / "out"
+    assert main(["adapt", str(tiny_run), f"{large.path}:n1", "--out", str(out), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_an_output_that_is_not_empty_is_refused(tiny_run: Path, large: ShardSet, adapted: Path):
+    with pytest.raises(FileExistsError, match="is not empty; give a new folder"):
+        comtip_fast.adapt(tiny_run, f"{large.path}:n1", adapted, device="cpu")
