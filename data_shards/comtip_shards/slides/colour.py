@@ -129,8 +129,8 @@ def _palette_decoder(page: Any, where: str) -> Decode:
     if colours is None or colours.ndim != 2 or colours.shape[0] != 3:
         raise SourceError(f"{where}: a palette image without a colour map; convert the image to RGB")
     # Colour maps have 16 bits; some programs write 8.
-    scale = 257 if colours.max(initial=0) > 255 else 1
-    table = (colours.T // scale).astype(np.uint8)
+    shift = 8 if colours.max(initial=0) > 255 else 0
+    table = (colours.T.astype(np.int64) >> shift).astype(np.uint8)
     return lambda values: table[np.minimum(values[..., 0].astype(np.int64), len(table) - 1)]
 
 
