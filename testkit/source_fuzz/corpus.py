@@ -130,7 +130,9 @@ def manifest(folder: Path) -> Path:
 
 def stimage(folder: Path) -> Path:
     """Write two slides of STimage-1K4M."""
-    return write_stimage(folder, [StSlide("Human_Breast_A_ST_A1", mpp=4.0), StSlide("GSE1_GSM2", "Visium", mpp=2.0, drawn_um=55.0)])
+    return write_stimage(
+        folder, [StSlide("Human_Breast_A_ST_A1", mpp=4.0), StSlide("GSE1_GSM2", "Visium", mpp=2.0, drawn_um=55.0)]
+    )
 
 
 def hest(folder: Path) -> Path:

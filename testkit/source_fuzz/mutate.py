@@ -100,12 +100,17 @@ def _replace(path: Path, others: list[Path], rng: Generator) -> str:
 
 def hdf5(path: Path, rng: Generator) -> str:
     """Change one object or attribute of an HDF5 file."""
-    with h5py.File(path, "r+") as file:
+    # On a copy: a damaged file may keep the library from closing it, and it would be written to later.
+    scratch = path.parents[1] / "mutated.h5"
+    scratch.write_bytes(path.read_bytes())
+    with h5py.File(scratch, "r+") as file:
         names: list[str] = []
         file.visit(names.append)
         name = pick(rng, names)
         operation = pick(rng, [_h5_attribute, _h5_values, _h5_shape, _h5_delete, _h5_kind, _h5_values, _h5_claim])
-        return f"{name}: {operation(file, name, rng)}"
+        what = operation(file, name, rng)
+    path.write_bytes(scratch.read_bytes())
+    return f"{name}: {what}"
 
 
 def _h5_attribute(file: h5py.File, name: str, rng: Generator) -> str:

@@ -208,7 +208,9 @@ class SourceFuzzer:
         def change(root: Path) -> str:
             done = []
             for _ in range(1 if rng.random() < 0.85 else 2):
-                files = sorted(p for p in root.rglob("*") if p.is_file() and not p.is_symlink() and p.stat().st_size < 1 << 27)
+                files = sorted(
+                    p for p in root.rglob("*") if p.is_file() and not p.is_symlink() and p.stat().st_size < 1 << 27
+                )
                 if not files:
                     break
                 file = pick(rng, files)

@@ -188,6 +188,10 @@ class BlockedSlide(PyramidSlide):
         self._cache: OrderedDict[tuple[int, int, int], np.ndarray] = OrderedDict()
         self._cached = 0
         self._blocks = [_block_size(a, self._y, self._x) for a in arrays]
+        if min(n for part in (*self.levels, *self._blocks) for n in part) < 1:
+            raise SourceError(
+                f"{path}: levels {self.levels} in blocks of {self._blocks}: a size is zero; copy the file again"
+            )
         block = max(
             a.nbytes // (a.shape[self._y] * a.shape[self._x]) * h * w
             for a, (h, w) in zip(arrays, self._blocks, strict=True)
@@ -318,6 +322,14 @@ def _levels_of(file: Any, series: Any, path: Path, tifffile: Any) -> list[Any]:
     """Return the levels of a series as arrays that decode only the requested blocks."""
     import zarr
 
+    for level in series.levels:
+        for page in level.pages:
+            listed, needed = len(page.dataoffsets), math.prod(page.chunked)
+            if listed < needed:
+                raise SourceError(
+                    f"{path}: {page.imagewidth} x {page.imagelength} px need {needed:,} tiles or strips, but {listed:,} are "
+                    "listed; the file is damaged, copy it again"
+                )
     number = file.series.index(series)
     # tifffile treats a contiguous uncompressed level as a single chunk; a memory map reads only the pages needed.
     return [

@@ -164,7 +164,33 @@ def open_h5ad(path: Path) -> h5py.File:
 
 
 def read_part(root: Any, key: str, path: Path) -> Any:
-    """Read one element of an AnnData file."""
+    """Read one element of an AnnData file and check its type.
+
+    Raises
+    ------
+    SourceError
+        It cannot be read, or is not what an AnnData keeps under this name.
+    """
+    return _checked(_read_part(root, key, path), key, path)
+
+
+def _checked(value: Any, key: str, path: Path) -> Any:
+    """Return an element: tables are data frames, and expression has two axes of numbers."""
+    if key in ("obs", "var", "raw/var") and not isinstance(value, pd.DataFrame):
+        raise SourceError(
+            f"{path}: {key} is {type(value).__name__}, expected a table; write the file again with anndata"
+        )
+    if key in ("X", "raw/X") or key.startswith("layers/"):
+        shape, dtype = getattr(value, "shape", ()), getattr(value, "dtype", None)
+        if isinstance(value, pd.DataFrame) or len(shape) != 2 or getattr(dtype, "kind", "") not in "fiub":
+            raise SourceError(
+                f"{path}: {key} is {type(value).__name__} of shape {shape} and type {dtype}, expected spots x genes with "
+                "numbers; write the file again with anndata"
+            )
+    return value
+
+
+def _read_part(root: Any, key: str, path: Path) -> Any:
     try:
         return read_elem(root[key])
     except Exception as error:  # anndata raises many kinds of errors
