@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from comtip_shards.errors import ShardError, SourceError
+from comtip_shards.errors import ShardError, SourceError, UnforeseenError
 from comtip_shards.sections.section import Section
 from comtip_shards.slides.base import Slide
 from comtip_shards.slides.open import open_slide
@@ -250,6 +250,8 @@ class SourceFuzzer:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 self.through(path, source, out)
+        except UnforeseenError as error:  # named, but by the last resort
+            return "escaped", "".join(traceback.format_exception(error.__cause__ or error))[-3000:]
         except (SourceError, ShardError) as error:
             return "refused", str(error)
         except HangError:

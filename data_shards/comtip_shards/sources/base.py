@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import gzip
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,12 +17,13 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 from scipy import sparse
 
-from comtip_shards.errors import SourceError
+from comtip_shards.errors import ShardError, SourceError, UnforeseenError
 from comtip_shards.not_data import not_data, refuse_not_data
 from comtip_shards.sections.facts import CountOptions, SectionFacts, SourceOptions
 from comtip_shards.sections.section import Section, SectionMeta, check_unique
 from comtip_shards.sources.files.table_size import MAX_COUNTS_BYTES, MAX_TABLE_BYTES, check_table_size
 
+log = logging.getLogger(__name__)
 _TRUE = {"1", "1.0", "true", "t", "yes", "y", "in tissue", "in_tissue"}
 _FALSE = {"0", "0.0", "false", "f", "no", "n", "", "nan", "none", "na", "<na>"}
 
@@ -41,11 +43,13 @@ class SectionSource:
 
     def read(self) -> Section:
         """Read the section and validate it."""
-        return self.load().check()
+        with named(f"section {self.meta.section_id}", self.inputs):
+            return self.load().check()
 
     def read_spots(self) -> Section:
         """Read positions and image, and validate them; counts may be missing, or not be raw."""
-        return (self.load_spots or self.load)().check()
+        with named(f"section {self.meta.section_id}", self.inputs):
+            return (self.load_spots or self.load)().check()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +149,42 @@ def pick(wanted: Sequence[str] | None, have: Sequence[str], where: Path) -> list
                 + (f" and {len(have) - 20} more" if len(have) > 20 else "")
             )
     return list(wanted)
+
+
+@contextmanager
+def named(what: str, inputs: Sequence[Path]) -> Iterator[None]:
+    """Make every refusal name the section, or one of its files.
+
+    Parameters
+    ----------
+    what
+        The section or the source.
+    inputs
+        Its files; a message that names one of them is not changed.
+
+    Raises
+    ------
+    SourceError
+        With ``what`` before a message that names no file.
+    UnforeseenError
+        In place of any other error but OSError, which names its file.
+    """
+    try:
+        yield
+    except SourceError as error:
+        text = str(error)
+        if "section " in text or "/" in text or any(p.name in text for p in inputs):
+            raise
+        raise type(error)(f"{what}: {text}") from error
+    except (OSError, ShardError):
+        raise
+    except Exception as error:  # the last resort: every known cause is refused where it occurs
+        log.debug("%s: unforeseen error", what, exc_info=True)
+        text = str(error).splitlines()[0] if str(error) else "no message"
+        raise UnforeseenError(
+            f"{what}: cannot be read ({type(error).__name__}: {text}); check that its files are complete and unchanged, and "
+            "report this if they are"
+        ) from error
 
 
 @contextmanager

@@ -190,7 +190,28 @@ def _checked(value: Any, key: str, path: Path) -> Any:
     return value
 
 
+def _check_columns(root: Any, key: str, path: Path) -> None:
+    """Check the lengths of the columns of a table, before any of them is read."""
+    group = root.get(key) if isinstance(root, h5py.Group) else None
+    if key not in ("obs", "var", "raw/var") or not isinstance(group, h5py.Group):
+        return
+    lengths = {}
+    for name in group:
+        item = group[name]
+        item = next((item[k] for k in ("codes", "values") if k in item), None) if isinstance(item, h5py.Group) else item
+        if isinstance(item, h5py.Dataset) and item.shape and name != "__categories":
+            lengths[name] = item.shape[0]
+    if len(set(lengths.values())) > 1:
+        shown = ", ".join(
+            f"{n} {k}" for n, k in sorted(lengths.items(), key=lambda i: i[1])[:: max(1, len(lengths) - 1)]
+        )
+        raise SourceError(
+            f"{path}: columns of {key} have different lengths ({shown}); write the file again with anndata"
+        )
+
+
 def _read_part(root: Any, key: str, path: Path) -> Any:
+    _check_columns(root, key, path)
     try:
         return read_elem(root[key])
     except Exception as error:  # anndata raises many kinds of errors

@@ -45,5 +45,5 @@ def check_table_size(path: Path, limit: int) -> int:
                         "bomb do; check the file, or decompress it (gunzip) if its origin is known"
                     )
     except (OSError, EOFError, zlib.error) as error:
-        raise SourceError(f"{path}: cannot be decompressed ({error}); copy or download it again") from error
+        raise SourceError(f"{path}: cannot be read as gzip ({error}); copy or download it again") from error
     return total
