@@ -287,6 +287,10 @@ def _peak_bytes() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
+def _rss_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def kind_of(outcome: Outcome) -> str:
     """Return one line that groups escapes of the same cause."""
     lines = [line for line in outcome.detail.strip().splitlines() if line.strip()]
