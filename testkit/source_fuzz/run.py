@@ -227,6 +227,7 @@ class SourceFuzzer:
         out.mkdir()
         what = change(case / home)
         before = _listing(case / home)
+        held = _rss_bytes()
         _reset_peak()
         began = time.monotonic()
         with self.guard.only_in(out):
@@ -237,7 +238,7 @@ class SourceFuzzer:
         changed = self.guard.seen or ([] if _listing(case / home) == before else ["the source was changed"])
         if changed:
             outcome, detail = "escaped", f"changes outside the output folder: {changed[:3]}"
-        if peak > MEMORY_BYTES:
+        if peak > MEMORY_BYTES >= held:
             outcome, detail = "escaped", f"{peak >> 20} MB of memory; {detail}"
         return Outcome(number, name, what, outcome, detail, round(seconds, 3), peak >> 20)
 
@@ -254,8 +255,10 @@ class SourceFuzzer:
             return "escaped", "".join(traceback.format_exception(error.__cause__ or error))[-3000:]
         except (SourceError, ShardError) as error:
             return "refused", str(error)
-        except HangError:
-            return "escaped", f"hang: {traceback.format_exc()[-1500:]}"
+        except HangError as error:
+            text = traceback.format_exc()[-1500:]
+            traceback.clear_frames(error.__traceback__)  # frees what the reader held
+            return "escaped", f"hang: {text}"
         except Exception:
             return "escaped", traceback.format_exc()[-3000:]
         finally:

@@ -210,8 +210,25 @@ def _check_columns(root: Any, key: str, path: Path) -> None:
         )
 
 
+def _check_sparse(root: Any, key: str, path: Path) -> None:
+    """Check the lengths of the lists of a sparse matrix, before any of them is read."""
+    group = root.get(key) if isinstance(root, h5py.Group) else None
+    names = ("data", "indices", "indptr")
+    if not isinstance(group, h5py.Group) or not all(isinstance(group.get(n), h5py.Dataset) for n in names):
+        return
+    shapes = {n: group[n].shape for n in names}
+    pointer = shapes["indptr"]
+    stored = int(group["indptr"][-1]) if pointer and len(pointer) == 1 and pointer[0] else -1
+    if not shapes["data"] == shapes["indices"] == (stored,):
+        raise SourceError(
+            f"{path}: {key} has data of shape {shapes['data']} and indices of shape {shapes['indices']}, but indptr ends at "
+            f"{stored}; copy or download the file again"
+        )
+
+
 def _read_part(root: Any, key: str, path: Path) -> Any:
     _check_columns(root, key, path)
+    _check_sparse(root, key, path)
     try:
         return read_elem(root[key])
     except Exception as error:  # anndata raises many kinds of errors
