@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import anndata as ad
 import h5py
 import numpy as np
 import pytest
@@ -171,3 +172,14 @@ def test_an_image_beside_an_h5ad_may_be_missing(tmp_path: Path):
     (tmp_path / "slide.png").unlink()
     with pytest.raises(SourceError, match=r"slide\.png: no such"):
         open_source(path, overrides=SPATIAL_FACTS | {"image": str(tmp_path / "slide.png")})[0].read()
+
+
+def test_a_label_that_no_record_stores_is_refused_before_the_build(tmp_path: Path):
+    path = anndata(tmp_path)
+    data = ad.read_h5ad(path)
+    data.obs["label"] = ["L" * 5000] * data.n_obs
+    data.write_h5ad(path)
+    with pytest.raises(
+        SourceError, match=r"section a: a label of 5,000 characters .*at most 4,096 are stored; shorten it"
+    ):
+        open_source(path, overrides=SPATIAL_FACTS)[0].read()
