@@ -3,6 +3,9 @@
 There are two kinds of mutation. *Damage* changes files only: ``verify`` must detect every changed data byte, and the
 reader must return the original data or raise. A *forgery* also updates every hash to match: different data may then be
 returned, but nothing may crash, hang or use unbounded memory.
+
+``python -m testkit.fuzz --seed N --count 10000`` mutates sources (not sets) and runs their readers, see
+:mod:`testkit.source_fuzz.run`.
 """
 
 from __future__ import annotations
@@ -320,3 +323,9 @@ BYTES: dict[str, Callable[[Generator, bytes], bytes]] = {
     "appended": _append,
     "digit changed": _change_digit,
 }
+
+
+if __name__ == "__main__":
+    from testkit.source_fuzz.run import main
+
+    raise SystemExit(main())

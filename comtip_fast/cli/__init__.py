@@ -21,6 +21,7 @@ COMMANDS = {
     "adapt": "adapt a model to a section, compared on spatial blocks",
     "predict": "predict gene expression of a section from its tiles",
     "embed": "embed a section's tiles in the shared space",
+    "convert": "write a section, prediction or embedding as SpatialData or Space Ranger files",
     "export": "write a checkpoint as safetensors and config.json",
     "genes": "show how a gene identifier is resolved, or compute gene vectors",
     "plan": "estimate memory, traffic and time of a run on given hardware",

@@ -209,9 +209,6 @@ def split_spec(spec: str) -> tuple[Path, str]:
 
 
 def _from_shards(shards: ShardSet, section_id: str, tile: TileGeometry) -> SectionTiles:
-    ids = [s.section_id for s in shards.manifest.sections]
-    if section_id not in ids:
-        raise SourceError(f"{shards.path} has no section {section_id!r}; it has: {', '.join(ids)}")
     own = shards.manifest.tile
     if (own.px, own.um, own.min_mpp) != (tile.px, tile.um, tile.min_mpp):
         raise SourceError(
@@ -219,6 +216,24 @@ def _from_shards(shards: ShardSet, section_id: str, tile: TileGeometry) -> Secti
             f"{tile.um:g} um in {tile.px} px at {tile.min_mpp:g} um/px; build shards with --tile-um {tile.um:g} "
             f"--tile-px {tile.px} --min-mpp {tile.min_mpp:g}"
         )
+    template, spots, number = section_template(shards, section_id)
+    meta = shards.manifest.sections[number]
+    return SectionTiles(
+        section_id, meta.species, ShardTiles(shards, spots), template, shards.stain(number), mpp=meta.mpp
+    )
+
+
+def section_template(shards: ShardSet, section_id: str) -> tuple[ad.AnnData, np.ndarray, int]:
+    """Return a section of a shard set without expression: positions and overview; its spots, int64 (N,), and its number.
+
+    Raises
+    ------
+    SourceError
+        The set has no such section.
+    """
+    ids = [s.section_id for s in shards.manifest.sections]
+    if section_id not in ids:
+        raise SourceError(f"{shards.path} has no section {section_id!r}; it has: {', '.join(ids)}")
     number = ids.index(section_id)
     meta = shards.manifest.sections[number]
     spots = shards.source_order(number)
@@ -232,8 +247,7 @@ def _from_shards(shards: ShardSet, section_id: str, tile: TileGeometry) -> Secti
     )
     overview, overview_mpp = shards.overview(number)
     attach_image(template, section_id, overview, meta.mpp, overview_mpp, meta.spot_diameter_um)
-    tiles = ShardTiles(shards, spots)
-    return SectionTiles(section_id, meta.species, tiles, template, shards.stain(number), mpp=meta.mpp)
+    return template, spots, number
 
 
 def _from_section(section: Section, tile: TileGeometry, stated: SectionFacts) -> SectionTiles:

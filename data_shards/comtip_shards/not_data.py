@@ -25,6 +25,8 @@ def not_data(path: Path) -> str | None:
     -------
     What the file is and what to do, or None if its first bytes give no reason.
     """
+    if path.exists() and not path.is_file():  # opening a pipe waits for a writer
+        return None if path.is_dir() else "this is a pipe or a device, not a file; put a copy of the file there"
     try:
         with path.open("rb") as file:
             head = file.read(HEAD_BYTES)
@@ -48,6 +50,8 @@ def not_data(path: Path) -> str | None:
 
 def archive_kind(path: Path) -> str | None:
     """Return what kind of archive a file is, with the fix, or None; plain gzip counts as an archive."""
+    if not path.is_file():
+        return None
     try:
         with path.open("rb") as file:
             head = file.read(512)

@@ -26,6 +26,10 @@ SPLITS = (*get_args(Split), "")
 RENAME = "use ASCII letters, digits, '.', '_' and '-', at most 100, and begin with a letter or digit"
 
 
+MAX_TEXT = 4096
+"""Maximum length of a spot's name or label, as in ``format.record``."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SectionMeta:
     """Metadata of a section."""
@@ -136,8 +140,19 @@ class Section:
                 f"{where}: counts have shape {self.counts.shape}, but there are {len(self.spot_ids)} spots and "
                 f"{len(self.gene_ids)} genes; return one row per spot and one column per gene from the reader"
             )
+        self._check_texts(where)
         self._check_positions()
         return self
+
+    def _check_texts(self, where: str) -> None:
+        """Check the lengths of names and labels, which a record stores."""
+        for what, values in (("spot id", self.spot_ids), ("label", self.labels)):
+            longest = max(values, key=len, default="")
+            if len(longest) > MAX_TEXT:
+                raise SourceError(
+                    f"{where}: a {what} of {len(longest):,} characters ({longest[:30]}...), but at most {MAX_TEXT:,} are "
+                    "stored; shorten it, or leave the column out"
+                )
 
     def _check_positions(self) -> None:
         width, height = self.image_size()

@@ -6,7 +6,7 @@ Pixel (0, 0) covers [0, 1) x [0, 1): positions are px from the image's edge, and
 from __future__ import annotations
 
 import math
-import re
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,18 +18,87 @@ from PIL import Image
 from comtip_shards.errors import SourceError
 from comtip_shards.slides.tiles import cut_windows, shrunk_size
 
-MAX_IMAGE_PX = 1_000_000_000_000
+MAX_IMAGE_PX = 100_000_000_000
 """Maximum image size in pixels; no section image is larger, but a hostile file may claim to be."""
 MAX_WHOLE_PX = 1_000_000_000
 """Maximum size of an image that must be decoded completely (JPEG, PNG)."""
+MAX_WHOLE_ENV = "COMTIP_MAX_IMAGE_PX"
+"""Environment variable that replaces :data:`MAX_WHOLE_PX`, for files whose origin is known."""
+MAX_EXPANSION = 200
+"""Maximum ratio of decoded bytes to bytes of the file; tissue compresses to about 1/30, a decompression bomb to 1/1000."""
+BOMB_PX = 100_000_000
+"""Images of at most this size are decoded whatever their ratio."""
 BAND_PX = 16_000_000
 """Source pixels decoded at once when a large image is downsampled."""
-UNITS_UM = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "Å": 1e-4}
-"""Units of OME-XML in um; others, such as ``pixel``, state no scale."""
-PLAUSIBLE_MPP = (0.05, 20.0)
-"""um per px for which a file's resolution tag is trusted; 72 and 96 dpi are defaults of programs, not scales."""
 EXTRA = "pip install 'comtip-fast[wsi]'"
 Box = tuple[int, int, int, int]
+
+
+def whole_limit() -> int:
+    """Return the maximum number of pixels of an image that is decoded completely.
+
+    Raises
+    ------
+    SourceError
+        The environment variable is not a positive integer.
+    """
+    stated = os.environ.get(MAX_WHOLE_ENV)
+    if stated is None:
+        return MAX_WHOLE_PX
+    if not (stated.isascii() and stated.isdigit() and int(stated) > 0):
+        raise SourceError(f"{MAX_WHOLE_ENV}={stated!r}: expected a positive number of pixels; correct or unset it")
+    return int(stated)
+
+
+def check_image_size(size: tuple[int, int], path: Path) -> tuple[int, int]:
+    """Return a size that can be that of a section.
+
+    Raises
+    ------
+    SourceError
+        Zero, or more than :data:`MAX_IMAGE_PX` pixels.
+    """
+    if size[0] * size[1] > MAX_IMAGE_PX or min(size) < 1:
+        raise SourceError(
+            f"{path}: {size[0]} x {size[1]} px is not the size of a section (at most {MAX_IMAGE_PX:,} px); check that the "
+            "file is not damaged"
+        )
+    return size
+
+
+def check_whole_size(size: tuple[int, int], path: Path, what: str, file_bytes: int | None = None) -> None:
+    """Check an image that can only be decoded whole, before its pixels use memory.
+
+    Parameters
+    ----------
+    size
+        (width, height) that the header states.
+    what
+        What holds the pixels, such as ``in PNG``, for messages.
+    file_bytes
+        Size of the file, None to skip the check of the compression ratio.
+
+    Raises
+    ------
+    SourceError
+        Too many pixels, or the header claims far more than the file can hold.
+    """
+    width, height = size
+    limit, fix = (
+        whole_limit(),
+        "convert it to a tiled TIFF, e.g. vips tiffsave IN OUT.tif --tile --pyramid --compression jpeg",
+    )
+    if width * height > limit:
+        raise SourceError(
+            f"{path}: {width} x {height} px {what}, which can only be decoded whole; {fix}, or set {MAX_WHOLE_ENV} (now "
+            f"{limit:,} px) if there is memory for it"
+        )
+    trusted = MAX_WHOLE_ENV in os.environ or width * height <= BOMB_PX or file_bytes is None
+    if not trusted and 3 * width * height > MAX_EXPANSION * file_bytes:  # type: ignore[operator]
+        raise SourceError(
+            f"{path}: claims {width} x {height} px {what} in a file of {file_bytes:,} bytes, more than {MAX_EXPANSION} times "
+            f"its size, as a decompression bomb does; get the file again, or set {MAX_WHOLE_ENV} if its origin is known"
+        )
 
 
 def reading_order(xy_N2: np.ndarray, tile_px: float) -> np.ndarray:
@@ -171,67 +240,3 @@ class ArraySlide(Slide):
 
     def close(self) -> None:
         """Do nothing: no file is open."""
-
-
-def to_rgb8(values_HWC: np.ndarray, peak: float, *, alpha: bool = False) -> np.ndarray:
-    """Convert grey (C = 1 or 2) or colour (C = 3 or 4) values to uint8 RGB.
-
-    Parameters
-    ----------
-    values_HWC
-        Any real dtype.
-    peak
-        The value of white, see :func:`peak_of`.
-    alpha
-        Whether the last channel is opacity, with transparent pixels shown white. Otherwise a fourth channel is dropped.
-    """
-    values = values_HWC
-    if values.dtype != np.uint8 or peak != 255:
-        values = np.clip(np.rint(values * (255.0 / peak)), 0, 255).astype(np.uint8)
-    colour, opacity = values, None
-    if values.shape[2] in (2, 4):
-        colour, opacity = values[..., :-1], values[..., -1:]
-    if alpha and opacity is not None:
-        part = opacity.astype(np.float32) / 255
-        colour = np.rint(colour * part + 255 * (1 - part)).astype(np.uint8)
-    return np.ascontiguousarray(np.broadcast_to(colour, (*colour.shape[:2], 3)))
-
-
-def peak_of(values: np.ndarray) -> float:
-    """Return the value of white: the smallest of 1, 255, 4095 (12 bits) and 65535 that no pixel exceeds.
-
-    1 is used for floating point only, and may be slightly exceeded because filters overshoot. Cameras store 12 bits in 16;
-    scaled as 16 bits, such an image would be black.
-
-    Raises
-    ------
-    SourceError
-        Values exceed 65535.
-    """
-    if values.dtype == np.uint8:
-        return 255.0
-    if values.dtype == np.bool_:
-        return 1.0
-    high = float(values.max(initial=0))
-    for peak in (1.0, 255.0, 4095.0, 65535.0):
-        if (high <= peak and peak > 1) or (high <= 1.02 and np.issubdtype(values.dtype, np.floating)):
-            return peak
-    raise SourceError(f"pixel values up to {high:g} have no known depth; convert the image to 8 or 16 bits")
-
-
-def plausible_mpp(mpp: float | None) -> float | None:
-    """Return um per px rounded to 6 digits, None if it is outside :data:`PLAUSIBLE_MPP`."""
-    if mpp is None or not math.isfinite(mpp) or not PLAUSIBLE_MPP[0] <= mpp <= PLAUSIBLE_MPP[1]:
-        return None
-    return round(mpp, 6)
-
-
-def ome_mpp(xml: str) -> float | None:
-    """Return um per px from the first ``Pixels`` element of OME-XML; None if it is absent or in an unknown unit."""
-    pixels = re.search(r"<(?:\w+:)?Pixels\b([^>]*)>", xml)
-    attributes = dict(re.findall(r"(\w+)\s*=\s*[\"']([^\"']*)[\"']", pixels[1])) if pixels else {}
-    factor = UNITS_UM.get(attributes.get("PhysicalSizeXUnit", "µm").replace("&#181;", "µ").replace("&#xB5;", "µ"))
-    try:
-        return plausible_mpp(float(attributes["PhysicalSizeX"]) * factor) if factor else None
-    except (KeyError, ValueError):
-        return None

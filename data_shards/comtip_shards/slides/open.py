@@ -6,6 +6,8 @@ image's edge, and a downsampled image covers the same area.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -13,21 +15,18 @@ from PIL import Image
 
 from comtip_shards.errors import SourceError
 from comtip_shards.not_data import not_data
-from comtip_shards.slides.base import (
-    MAX_IMAGE_PX,
-    MAX_WHOLE_PX,
-    ArraySlide,
-    Slide,
-    ome_mpp,
-    peak_of,
-    plausible_mpp,
-    to_rgb8,
-)
-from comtip_shards.slides.wsi import open_windowed
+from comtip_shards.slides.base import ArraySlide, Slide, check_image_size, check_whole_size
+from comtip_shards.slides.colour import flattened
+from comtip_shards.slides.pixel_scale import square_mpp, tiff_mpp
+from comtip_shards.slides.wsi import open_windowed, orientation_note, scanner_format
 
 WINDOWED_PX = 100_000_000
 """TIFFs with more pixels are read in windows."""
-BITS_PER_SAMPLE, IMAGE_DESCRIPTION = 258, 270
+BITS_PER_SAMPLE, COMPRESSION, IMAGE_DESCRIPTION, ORIENTATION = 258, 259, 270, 274
+X_RESOLUTION, Y_RESOLUTION, RESOLUTION_UNIT = 282, 283, 296
+"""Tags of TIFF."""
+PILLOW_COMPRESSIONS = {1, 2, 3, 4, 5, 6, 7, 8, 32773, 32946}
+"""TIFF compressions that every build of Pillow decodes; others depend on how its libtiff was built."""
 IMAGE_SUFFIXES = {".tif", ".tiff", ".btf", ".png", ".jpg", ".jpeg", ".jp2", ".webp", ".bmp"}
 """Suffixes of images, by which slides in a folder are found."""
 VENDOR_SUFFIXES = {".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".czi", ".dcm"}
@@ -46,9 +45,7 @@ def open_slide(path: Path) -> Slide:
     """
     if not path.is_file():
         raise SourceError(f"{path}: no such image; check the path")
-    if path.suffix.lower() in VENDOR_SUFFIXES or not _is_plain(path):
-        return open_windowed(path)
-    return _open_plain(path)
+    return open_windowed(path) if _is_windowed(path) else _open_plain(path)
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -61,31 +58,21 @@ def image_size(path: Path) -> tuple[int, int]:
     """
     if not path.is_file():
         raise SourceError(f"{path}: no such image; check the path")
-    if path.suffix.lower() in VENDOR_SUFFIXES or not _is_plain(path):
-        with open_slide(path) as slide:
+    if _is_windowed(path):
+        with open_windowed(path) as slide:
             return slide.size
-    try:
-        with Image.open(path) as image:
-            return _checked((int(image.width), int(image.height)), path)
-    except (OSError, Image.DecompressionBombError, ValueError) as error:
-        raise SourceError(
-            f"{path}: {not_data(path) or f'not an image that can be read ({error}); copy it again, or convert it to TIFF'}"
-        ) from error
+    with _pillow(path) as image:
+        return check_image_size((int(image.width), int(image.height)), path)
 
 
 def mpp_by_tag(path: Path, notes: list[str]) -> float | None:
-    """Return um per px from an image's resolution tag and append a note to ``notes``; None without a plausible tag."""
-    if path.suffix.lower() in VENDOR_SUFFIXES or not _is_plain(path):
-        with open_slide(path) as slide:
+    """Return um per px from an image's metadata and append a note to ``notes``; None without a plausible scale."""
+    if _is_windowed(path):
+        with open_windowed(path) as slide:
             mpp = slide.mpp
     else:
-        try:
-            with Image.open(path) as image:
-                mpp = _mpp_of(image)
-        except (OSError, Image.DecompressionBombError, ValueError) as error:
-            raise SourceError(
-                f"{path}: {not_data(path) or f'not an image that can be read ({error}); copy it again, or convert it to TIFF'}"
-            ) from error
+        with _pillow(path) as image:
+            mpp = _mpp_of(image)
     if mpp is not None:
         notes.append(f"scale from the resolution tag of {path.name}: {mpp:g} um per px")
     return mpp
@@ -97,24 +84,51 @@ def load_rgb(path: Path) -> np.ndarray:
         return slide.whole()
 
 
-def _is_plain(path: Path) -> bool:
-    """Return whether Pillow decodes the image correctly and in bounded memory."""
-    _allow_large()
+def _is_windowed(path: Path) -> bool:
+    return path.suffix.lower() in VENDOR_SUFFIXES or not _is_plain(path)
+
+
+@contextmanager
+def _pillow(path: Path) -> Iterator[Image.Image]:
+    """Open an image with Pillow; any error of Pillow, inside the block too, becomes a SourceError."""
+    # Pillow's default limit is too small for sections; check_image_size and check_whole_size apply instead.
+    Image.MAX_IMAGE_PIXELS = None
     try:
         with Image.open(path) as image:
-            if image.format != "TIFF":
-                return True
-            # Channels may be separate pages, and values may have 16 bits: Pillow would read one page, or clip.
-            if set(image.tag_v2.get(BITS_PER_SAMPLE, (1,))) - {1, 8}:  # type: ignore[attr-defined]
-                return False
-            colour = image.mode in {"RGB", "RGBA", "P", "CMYK", "YCbCr", "LAB"}
-            gray = image.mode in {"1", "L", "LA"} and getattr(image, "n_frames", 1) == 1
-            small = image.width * image.height <= WINDOWED_PX
-            return (colour or gray) and small and _first_page_is_largest(image)
-    except (OSError, Image.DecompressionBombError, ValueError):
+            yield image
+    except SourceError:
+        raise
+    except Exception as error:  # on damaged files also SyntaxError, struct.error, EOFError and others
+        reason = not_data(path) or (
+            f"not an image that can be read, or it is truncated or damaged ({type(error).__name__}: {error}); copy it again, or "
+            "convert it to TIFF"
+        )
+        raise SourceError(f"{path}: {reason}") from error
+
+
+def _is_plain(path: Path) -> bool:
+    """Return whether Pillow decodes the image as the windowed reader would, and in bounded memory."""
+    try:
+        with _pillow(path) as image:
+            return image.format != "TIFF" or (_is_plain_tiff(image) and scanner_format(path) is None)
+    except SourceError:
         with path.open("rb") as file:
             tiff = file.read(4) in {b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"}
         return not tiff
+
+
+def _is_plain_tiff(image: Image.Image) -> bool:
+    tags = image.tag_v2  # type: ignore[attr-defined]
+    # Channels may be separate pages, and values may have 16 bits: Pillow would read one page, or clip. Pillow also turns
+    # the pixels by the orientation tag, to which spot positions do not refer.
+    if set(tags.get(BITS_PER_SAMPLE, (1,))) - {1, 8} or tags.get(ORIENTATION, 1) != 1:
+        return False
+    if tags.get(COMPRESSION, 1) not in PILLOW_COMPRESSIONS:
+        return False
+    colour = image.mode in {"RGB", "RGBA", "P", "CMYK", "YCbCr", "LAB"}
+    gray = image.mode in {"1", "L", "LA"} and getattr(image, "n_frames", 1) == 1
+    small = image.width * image.height <= WINDOWED_PX
+    return (colour or gray) and small and _first_page_is_largest(image)
 
 
 def _first_page_is_largest(image: Image.Image) -> bool:
@@ -129,57 +143,48 @@ def _first_page_is_largest(image: Image.Image) -> bool:
 
 
 def _open_plain(path: Path) -> Slide:
-    try:
-        with Image.open(path) as image:
-            size = _checked((int(image.width), int(image.height)), path)
-            if size[0] * size[1] > MAX_WHOLE_PX:
-                raise SourceError(
-                    f"{path}: {size[0]} x {size[1]} px in {image.format}, which can only be decoded whole; convert it to a "
-                    "tiled TIFF, e.g. vips tiffsave IN OUT.tif --tile --pyramid --compression jpeg"
-                )
-            mpp, pixels = _mpp_of(image), _flatten(image)
-    except (OSError, Image.DecompressionBombError, ValueError) as error:
-        reason = not_data(path) or (
-            f"not an image that can be read, or it is truncated or damaged ({error}); copy it again, or convert it to TIFF"
+    with _pillow(path) as image:
+        size = check_image_size((int(image.width), int(image.height)), path)
+        check_whole_size(size, path, f"in {image.format}", path.stat().st_size)
+        _refuse_frames(image, path)
+        halved = _is_reduced_from_16_bits(image)
+        try:
+            pixels = flattened(image)
+        except SourceError as error:
+            raise SourceError(f"{path}: {str(error).removeprefix('the image: ')}") from error
+        if halved and pixels.max(initial=0) < 17:
+            raise SourceError(
+                f"{path}: 16-bit values of which at most 12 bits are used; convert it to 8 bits per channel"
+            )
+        slide = ArraySlide(pixels, path, mpp=_mpp_of(image), reader="Pillow")
+        turn = image.getexif().get(ORIENTATION, 1) if image.format != "TIFF" else 1
+        slide.notes.extend(orientation_note(turn, path))
+    return slide
+
+
+def _refuse_frames(image: Image.Image, path: Path) -> None:
+    """Refuse animations; the later pages of a TIFF are smaller, and those of an MPO are previews."""
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format not in ("TIFF", "MPO"):
+        raise SourceError(
+            f"{path}: {frames} frames in {image.format}, not a single image; save the one to use as TIFF or PNG"
         )
-        raise SourceError(f"{path}: {reason}") from error
-    return ArraySlide(pixels, path, mpp=mpp, reader="Pillow")
+
+
+def _is_reduced_from_16_bits(image: Image.Image) -> bool:
+    """Return whether Pillow keeps only the upper half of 16-bit values, as of colour PNGs; call it before decoding."""
+    return image.format == "PNG" and any("16" in str(part[3]) for part in image.tile) and not image.mode.startswith("I")
 
 
 def _mpp_of(image: Image.Image) -> float | None:
-    """Return um per px by OME-XML or by the resolution tag."""
-    description = image.tag_v2.get(IMAGE_DESCRIPTION) if image.format == "TIFF" else None  # type: ignore[attr-defined]
-    mpp = None
-    if isinstance(description, str) and "OME" in description:
-        # Pillow decodes tags as Latin-1, OME-XML is UTF-8.
-        mpp = ome_mpp(description.encode("latin-1", "replace").decode("utf-8", "replace"))
-    return mpp if mpp is not None else _mpp_of_dpi(image)
-
-
-def _mpp_of_dpi(image: Image.Image) -> float | None:
-    dpi = image.info.get("dpi")
-    return plausible_mpp(25_400 / float(dpi[0]) if dpi and dpi[0] else None)
-
-
-def _flatten(image: Image.Image) -> np.ndarray:
-    """Convert to uint8 RGB: transparent pixels become white, and 16 bits become 8."""
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image)
-        return to_rgb8(values[..., None], peak_of(values))
-    if image.mode in {"RGBA", "LA", "PA"} or (image.mode == "P" and "transparency" in image.info):
-        clear = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return np.asarray(Image.alpha_composite(clear, image.convert("RGBA")).convert("RGB"))
-    return np.asarray(image.convert("RGB"))
-
-
-def _checked(size: tuple[int, int], path: Path) -> tuple[int, int]:
-    if size[0] * size[1] > MAX_IMAGE_PX or min(size) < 1:
-        raise SourceError(
-            f"{path}: {size[0]} x {size[1]} px is not the size of a section; check that the file is not damaged"
-        )
-    return size
-
-
-def _allow_large() -> None:
-    # Pillow's default limit is too small for sections; the limits above apply instead.
-    Image.MAX_IMAGE_PIXELS = None
+    """Return um per px by OME-XML, ImageJ or Aperio metadata, or by the resolution tags."""
+    if image.format != "TIFF":
+        dpi = image.info.get("dpi") or (0, 0)
+        x, y = (25_400 / float(d) if d else None for d in dpi)
+        return square_mpp(x, y)
+    tags = image.tag_v2  # type: ignore[attr-defined]
+    text = tags.get(IMAGE_DESCRIPTION)
+    # Pillow decodes tags as Latin-1, OME-XML is UTF-8.
+    text = text.encode("latin-1", "replace").decode("utf-8", "replace") if isinstance(text, str) else ""
+    unit = tags.get(RESOLUTION_UNIT)
+    return tiff_mpp(text, image.size, (tags.get(X_RESOLUTION), tags.get(Y_RESOLUTION)), unit)

@@ -18,13 +18,24 @@ from PIL import Image
 
 from comtip_shards.errors import SourceError
 from comtip_shards.not_data import not_data
-from comtip_shards.slides.base import EXTRA, MAX_IMAGE_PX, Box, Slide, ome_mpp, peak_of, plausible_mpp, to_rgb8
+from comtip_shards.slides.base import EXTRA, Box, Slide, check_image_size
+from comtip_shards.slides.colour import (
+    PREMULTIPLIED_ALPHA,
+    STRAIGHT_ALPHA,
+    Decode,
+    peak_of,
+    tiff_decoder,
+    to_rgb8,
+)
+from comtip_shards.slides.pixel_scale import plausible_mpp, tiff_mpp
 
 CACHE_BYTES = 192 << 20
 """Size of the cache of decoded blocks, per open slide."""
 MAX_BLOCK_BYTES = 512 << 20
 """Maximum size of a block of a file; with larger blocks it could not be read in windows."""
 MAPPED_BLOCK = 1024
+PEAK_WINDOWS = 400
+"""Maximum number of windows of 1024 px, evenly spaced, in which the depth of 16-bit values is determined."""
 LANCZOS_SUPPORT = 3
 RETILE = "convert it, e.g. vips tiffsave IN OUT.tif --tile --pyramid --compression jpeg --bigtiff"
 
@@ -39,7 +50,7 @@ def open_windowed(path: Path) -> Slide:
     """
     openslide = _optional("openslide")
     vendor = openslide.OpenSlide.detect_format(str(path)) if openslide else None
-    if openslide and vendor and vendor != "generic-tiff":
+    if openslide and scanner_format(path) is not None:
         return OpenSlideSlide(path, openslide)
     tried = [] if openslide else ["openslide-python is not installed"]
     tifffile = _optional("tifffile")
@@ -60,6 +71,20 @@ def open_windowed(path: Path) -> Slide:
     missing = any("not installed" in t for t in tried)
     fix = EXTRA if missing else f"check that it is a complete image; if so, {RETILE}"
     raise SourceError(f"{path}: cannot be read as a slide ({'; '.join(tried)}); {fix}")
+
+
+def scanner_format(path: Path) -> str | None:
+    """Return the scanner format that openslide recognises, None for other images and without openslide."""
+    openslide = _optional("openslide")
+    vendor = openslide.OpenSlide.detect_format(str(path)) if openslide else None
+    return None if vendor == "generic-tiff" else vendor
+
+
+def orientation_note(orientation: object, path: Path) -> list[str]:
+    """Return a note on an orientation tag, which is not applied: positions are px of the stored image."""
+    if orientation in (0, 1, None):
+        return []
+    return [f"{path.name}: orientation tag {orientation} is ignored; positions are px of the image as stored"]
 
 
 def _optional(name: str) -> Any:
@@ -99,13 +124,6 @@ class PyramidSlide(Slide):
         fine = [i for i, (w, _) in enumerate(self.levels) if w >= width - 1]
         return fine[-1] if fine else 0
 
-    def _check_size(self) -> None:
-        if self.size[0] * self.size[1] > MAX_IMAGE_PX:
-            raise SourceError(
-                f"{self.path}: {self.size[0]} x {self.size[1]} px is not the size of a section; check that the file is "
-                "not damaged"
-            )
-
 
 class OpenSlideSlide(PyramidSlide):
     """A scanner file, read with openslide."""
@@ -122,8 +140,8 @@ class OpenSlideSlide(PyramidSlide):
         self.reader = f"openslide {openslide.__library_version__}"
         self.notes.append(f"{path.name}: read in windows by {self.reader}")
         tag = self._slide.properties.get(openslide.PROPERTY_NAME_MPP_X)
-        self.mpp = plausible_mpp(float(tag)) if tag else None
-        self._check_size()
+        self.mpp = plausible_mpp(_number(tag))
+        check_image_size(self.size, path)
 
     def _read(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:
         fx, fy = self.size[0] / self.levels[level][0], self.size[1] / self.levels[level][1]
@@ -146,17 +164,34 @@ class BlockedSlide(PyramidSlide):
     Values have 8 or 16 bits, or are floats or booleans, which are scaled to 8 bits.
     """
 
-    def __init__(self, path: Path, arrays: list[Any], axes: str, *, alpha: bool = False) -> None:
-        """Take the levels, finest first, and the names of their axes, with ``y`` for rows and ``x`` for columns."""
+    def __init__(
+        self, path: Path, arrays: list[Any], axes: str, *, alpha: int = 0, decode: Decode | None = None
+    ) -> None:
+        """Take the levels, finest first.
+
+        Parameters
+        ----------
+        axes
+            Names of the axes: ``y`` for rows, ``x`` for columns, ``c`` or ``s`` for channels, ``z`` and ``t``.
+        alpha
+            Whether the last channel is opacity: :data:`STRAIGHT_ALPHA`, :data:`PREMULTIPLIED_ALPHA` or 0.
+        decode
+            Converts stored values to grey or RGB, None if they are.
+        """
         self.path, self.notes, self.reader, self._arrays, self._alpha = path, [], "zarr", arrays, alpha
+        self._decode = decode
         axes = axes.lower()
         self._y, self._x, self._c = axes.index("y"), axes.index("x"), _channel_axis(axes, arrays[0].shape, path)
         self.levels = [(int(a.shape[self._x]), int(a.shape[self._y])) for a in arrays]
         self.size = self.levels[0]
-        self._check_size()
+        check_image_size(self.size, path)
         self._cache: OrderedDict[tuple[int, int, int], np.ndarray] = OrderedDict()
         self._cached = 0
         self._blocks = [_block_size(a, self._y, self._x) for a in arrays]
+        if min(n for part in (*self.levels, *self._blocks) for n in part) < 1:
+            raise SourceError(
+                f"{path}: levels {self.levels} in blocks of {self._blocks}: a size is zero; copy the file again"
+            )
         block = max(
             a.nbytes // (a.shape[self._y] * a.shape[self._x]) * h * w
             for a, (h, w) in zip(arrays, self._blocks, strict=True)
@@ -168,29 +203,31 @@ class BlockedSlide(PyramidSlide):
         self._peak = self._find_peak()
 
     def _find_peak(self) -> float:
-        if self._arrays[0].dtype == np.uint8:
+        if self._arrays[0].dtype == np.uint8 and self._decode is None:
             return 255.0
         # All windows need the same depth. The coarsest level may have averaged the brightest pixel away, but the order of
         # magnitude still identifies the depth.
         last = len(self._arrays) - 1
         width, height = self.levels[last]
         peak = 0.0
-        for top in range(0, height, 1024):
-            for left in range(0, width, 1024):
-                window = self._raw(last, left, top, min(1024, width - left), min(1024, height - top))
-                peak = max(peak, peak_of(window))
+        corners = [(left, top) for top in range(0, height, 1024) for left in range(0, width, 1024)]
+        for left, top in corners[:: math.ceil(len(corners) / PEAK_WINDOWS)]:
+            window = self._raw(last, left, top, min(1024, width - left), min(1024, height - top))
+            peak = max(peak, peak_of(window, str(self.path)))
+            if window.dtype == np.uint8:
+                return 255.0
         self.notes.append(f"{self.path.name}: {self._arrays[0].dtype} pixels, with {peak:g} as white")
         return peak
 
     def _read(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:
-        return to_rgb8(self._raw(level, x, y, width, height), self._peak, alpha=self._alpha)
+        values = self._raw(level, x, y, width, height)
+        return to_rgb8(values, self._peak, alpha=self._alpha > 0, premultiplied=self._alpha == PREMULTIPLIED_ALPHA)
 
     def _raw(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:
-        """Return a window of stored values, (height, width, channels)."""
-        array = self._arrays[level]
+        """Return a window of grey or colour values, (height, width, channels)."""
         bh, bw = self._blocks[level]
-        channels = 1 if self._c is None else int(array.shape[self._c])
-        out = np.empty((height, width, channels), array.dtype)
+        first = self._block(level, y // bh, x // bw)
+        out = np.empty((height, width, first.shape[2]), first.dtype)
         for row in range(y // bh, (y + height - 1) // bh + 1):
             for column in range(x // bw, (x + width - 1) // bw + 1):
                 block = self._block(level, row, column)
@@ -218,6 +255,8 @@ class BlockedSlide(PyramidSlide):
                 f"({type(error).__name__}: {error}); check that the file is complete"
             ) from error
         values = self._channels_last(values)
+        if self._decode is not None:
+            values = self._decode(values)
         self._cache[key] = values
         self._cached += values.nbytes
         while self._cached > CACHE_BYTES and len(self._cache) > 1:
@@ -245,25 +284,52 @@ class TiffSlide(BlockedSlide):
             series = max(self._file.series, key=lambda s: _extent(s.axes, s.shape))
             arrays = _levels_of(self._file, series, path, tifffile)
             page = series.levels[0].pages[0]
-            # ExtraSamples 1 and 2 are associated and unassociated alpha.
-            alpha = bool(page.extrasamples) and page.extrasamples[0] in (1, 2)
-            super().__init__(path, arrays, series.axes, alpha=alpha)
+            alpha = int(page.extrasamples[0]) if page.extrasamples else 0
+            alpha = alpha if alpha in (STRAIGHT_ALPHA, PREMULTIPLIED_ALPHA) else 0
+            super().__init__(path, arrays, series.axes, alpha=alpha, decode=tiff_decoder(page, str(path)))
             self.reader = f"tifffile {version('tifffile')}"
             self.notes.append(f"{path.name}: read in windows by {self.reader}")
-            self.mpp = _tiff_mpp(self._file, page)
+            self.notes.extend(orientation_note(_tag(page, "Orientation"), path))
+            self.mpp = self._scale(page)
         except BaseException:
             self._file.close()
             raise
+
+    def _scale(self, page: Any) -> float | None:
+        text = self._file.pages.first.description
+        resolution = (_tag(page, "XResolution"), _tag(page, "YResolution"))
+        return tiff_mpp(text if isinstance(text, str) else "", self.size, resolution, _tag(page, "ResolutionUnit"))
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
 
 
+def _tag(page: Any, name: str) -> Any:
+    """Return the value of a tag, None where it is absent; enumerations become numbers."""
+    value = page.tags[name].value if name in page.tags else None
+    return int(value) if isinstance(value, int) else value
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return float(text) if text else None
+    except ValueError:
+        return None
+
+
 def _levels_of(file: Any, series: Any, path: Path, tifffile: Any) -> list[Any]:
     """Return the levels of a series as arrays that decode only the requested blocks."""
     import zarr
 
+    for level in series.levels:
+        for page in level.pages:
+            listed, needed = len(page.dataoffsets), math.prod(page.chunked)
+            if listed < needed:
+                raise SourceError(
+                    f"{path}: {page.imagewidth} x {page.imagelength} px need {needed:,} tiles or strips, but {listed:,} are "
+                    "listed; the file is damaged, copy it again"
+                )
     number = file.series.index(series)
     # tifffile treats a contiguous uncompressed level as a single chunk; a memory map reads only the pages needed.
     return [
@@ -286,23 +352,19 @@ def _extent(axes: str, shape: tuple[int, ...]) -> int:
 
 
 def _channel_axis(axes: str, shape: tuple[int, ...], path: Path) -> int | None:
-    """Return the channel axis, None without one; all other axes except x and y must have length 1."""
+    """Return the channel axis, None without one; all other axes except x and y must have length 1.
+
+    Two channels are grey and opacity if they are samples of a pixel. Planes in z and time points are never channels.
+    """
     rest = [i for i, name in enumerate(axes) if name not in "yx" and shape[i] > 1]
     if not rest:
         return None
-    if len(rest) == 1 and shape[rest[0]] in (2, 3, 4):
+    if (
+        len(rest) == 1
+        and axes[rest[0]] not in "zt"
+        and (shape[rest[0]] in (3, 4) or (axes[rest[0]], shape[rest[0]]) == ("s", 2))
+    ):
         return rest[0]
     raise SourceError(
         f"{path}: axes {axes} of shape {shape} are not a single colour or grey image; give an H&E image with three channels"
     )
-
-
-def _tiff_mpp(file: Any, page: Any) -> float | None:
-    """Return um per px from the OME-XML or the resolution tags."""
-    mpp = ome_mpp(file.ome_metadata) if file.is_ome and file.ome_metadata else None
-    if mpp is not None:
-        return mpp
-    if "XResolution" not in page.tags or int(page.resolutionunit) not in (2, 3):
-        return None
-    per_um = page.get_resolution("micrometer")[0]
-    return plausible_mpp(1 / per_um if per_um else None)

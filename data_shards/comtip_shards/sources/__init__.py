@@ -23,7 +23,7 @@ from comtip_shards.sources import (
     visium_hd,
     xenium,
 )
-from comtip_shards.sources.base import Reader, SectionSource, pick
+from comtip_shards.sources.base import Reader, SectionSource, named, pick
 from comtip_shards.sources.files.hints import explain
 from comtip_shards.sources.files.packaging import contents
 from comtip_shards.sources.selection.choose import check_where, choose
@@ -201,8 +201,9 @@ def open_source(
     path = Path(path)
     if not path.exists():
         raise SourceError(f"{path}: no such file or folder; check the path")
-    path = locate(path)
-    return _read_by(detect(path)[0] if fmt == "auto" else _BY_NAME[fmt], path, samples, where, options)
+    with named(str(path), ()):
+        path = locate(path)
+        return _read_by(detect(path)[0] if fmt == "auto" else _BY_NAME[fmt], path, samples, where, options)
 
 
 def _read_by(

@@ -35,7 +35,7 @@ from comtip_shards.sources.anndata_parts.store import Store, files_of, open_stor
 from comtip_shards.sources.base import SectionSource, check_one_file, pick, stated_image
 from comtip_shards.sources.files.names import safe_id
 from comtip_shards.sources.files.packaging import unpacked
-from comtip_shards.sources.geometry import VISIUM_PITCH_UM, check_pitch, max_ratio, median_gap
+from comtip_shards.sources.geometry import VISIUM_PITCH_UM, check_pitch, max_ratio, median_gap, visium_mpp
 from comtip_shards.sources.tenx.features import GENE_KIND, Features, for_species
 
 _LIBRARY_COLUMNS = ("library_id", "library", "sample_id", "sample")
@@ -202,7 +202,7 @@ def _inner_slide(path: Path, library: str, picture: Picture) -> Slide:
 def _scale(facts: ObsFacts, image: Path | None, xy: np.ndarray, path: Path, notes: list[str]) -> float:
     """Return um per px of the positions where it is not stated: from the pitch of Visium, or from the image's tag."""
     if facts.is_visium:
-        mpp = VISIUM_PITCH_UM / median_gap(xy)
+        mpp = visium_mpp(xy, str(path))
         notes.append(f"scale: {mpp:.4f} um per px, from the {VISIUM_PITCH_UM:g} um pitch of Visium spots")
         return mpp
     tagged = mpp_by_tag(unpacked(image), notes) if image is not None else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import gzip
-import zlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -17,11 +17,13 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 from scipy import sparse
 
-from comtip_shards.errors import SourceError
+from comtip_shards.errors import ShardError, SourceError, UnforeseenError
 from comtip_shards.not_data import not_data, refuse_not_data
 from comtip_shards.sections.facts import CountOptions, SectionFacts, SourceOptions
 from comtip_shards.sections.section import Section, SectionMeta, check_unique
+from comtip_shards.sources.files.table_size import MAX_COUNTS_BYTES, MAX_TABLE_BYTES, check_table_size
 
+log = logging.getLogger(__name__)
 _TRUE = {"1", "1.0", "true", "t", "yes", "y", "in tissue", "in_tissue"}
 _FALSE = {"0", "0.0", "false", "f", "no", "n", "", "nan", "none", "na", "<na>"}
 
@@ -41,11 +43,13 @@ class SectionSource:
 
     def read(self) -> Section:
         """Read the section and validate it."""
-        return self.load().check()
+        with named(f"section {self.meta.section_id}", self.inputs):
+            return self.load().check()
 
     def read_spots(self) -> Section:
         """Read positions and image, and validate them; counts may be missing, or not be raw."""
-        return (self.load_spots or self.load)().check()
+        with named(f"section {self.meta.section_id}", self.inputs):
+            return (self.load_spots or self.load)().check()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,13 +152,49 @@ def pick(wanted: Sequence[str] | None, have: Sequence[str], where: Path) -> list
 
 
 @contextmanager
+def named(what: str, inputs: Sequence[Path]) -> Iterator[None]:
+    """Make every refusal name the section, or one of its files.
+
+    Parameters
+    ----------
+    what
+        The section or the source.
+    inputs
+        Its files; a message that names one of them is not changed.
+
+    Raises
+    ------
+    SourceError
+        With ``what`` before a message that names no file.
+    UnforeseenError
+        In place of any other error but OSError, which names its file.
+    """
+    try:
+        yield
+    except SourceError as error:
+        text = str(error)
+        if "section " in text or "/" in text or any(p.name in text for p in inputs):
+            raise
+        raise type(error)(f"{what}: {text}") from error
+    except (OSError, ShardError):
+        raise
+    except Exception as error:  # the last resort: every known cause is refused where it occurs
+        log.debug("%s: unforeseen error", what, exc_info=True)
+        text = str(error).splitlines()[0] if str(error) else "no message"
+        raise UnforeseenError(
+            f"{what}: cannot be read ({type(error).__name__}: {text}); check that its files are complete and unchanged, and "
+            "report this if they are"
+        ) from error
+
+
+@contextmanager
 def reading(path: Path, what: str) -> Iterator[None]:
     """Convert any library error during a read into a :class:`SourceError` that names the file."""
     try:
         yield
     except SourceError:
         raise
-    except (OSError, EOFError, KeyError, ValueError, TypeError, RuntimeError, MemoryError, zlib.error) as error:
+    except Exception as error:  # h5py, anndata, pandas, pyarrow and zlib raise many kinds of errors on damaged files
         reason = not_data(path)
         if reason is not None:
             raise SourceError(f"{path}: {reason}") from error
@@ -171,12 +211,10 @@ def existing(path: Path, what: str) -> Path:
 
 def read_table(path: Path, sep: str = "\t") -> pd.DataFrame:
     """Read a small table with all columns as text."""
-    existing(path, "table")
-    try:
+    check_table_size(existing(path, "table"), MAX_TABLE_BYTES)
+    with reading(path, "a table"):
         # Spreadsheets and HEST write a byte order mark.
         table = pd.read_csv(path, sep=sep, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise SourceError(f"{path}: cannot be read as a table ({error}); copy or download it again") from error
     if table.empty:
         raise SourceError(f"{path}: the table has no rows; copy or download it again")
     return table
@@ -184,17 +222,12 @@ def read_table(path: Path, sep: str = "\t") -> pd.DataFrame:
 
 def read_counts_table(path: Path, sep: str = "\t") -> tuple[sparse.csr_matrix, list[str], list[str]]:
     """Read a spots x genes table with a header and an id column: (int32 counts, spot ids, gene ids)."""
-    existing(path, "count table")
+    check_table_size(existing(path, "count table"), MAX_COUNTS_BYTES)
     # pyarrow reads tables of 20,000 columns several times faster than pandas and keeps duplicate names.
     options = pa_csv.ReadOptions(skip_rows=1, autogenerate_column_names=True, block_size=1 << 27)
-    try:
+    with reading(path, f"spots x genes, separated by {sep!r}"):
         names = _header(path, sep)
         body = pa_csv.read_csv(path, read_options=options, parse_options=pa_csv.ParseOptions(delimiter=sep))
-    except (OSError, EOFError, UnicodeDecodeError, pa.ArrowInvalid) as error:
-        text = str(error).splitlines()[0]
-        raise SourceError(
-            f"{path}: cannot be read as spots x genes, separated by {sep!r} ({text}); copy or download it again"
-        ) from error
     # R omits the name of the id column; other programs write a name or an empty field.
     genes = names[1:] if len(names) == body.num_columns else names
     if body.num_columns - 1 != len(genes) or not genes:
@@ -208,8 +241,20 @@ def read_counts_table(path: Path, sep: str = "\t") -> tuple[sparse.csr_matrix, l
     for gene, column in zip(genes, columns, strict=True):
         if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_null(column.type)):
             raise SourceError(f"{path}: gene {gene} holds text, not counts; export the table again with raw counts")
-    values = np.stack([c.cast(pa.float64()).to_numpy() for c in columns], axis=1)
-    return as_counts(sparse.csr_matrix(values), path, spots, genes), spots, genes
+    return as_counts(_sparse(columns), path, spots, genes), spots, genes
+
+
+def _sparse(columns: Sequence[pa.ChunkedArray]) -> sparse.csr_matrix:
+    """Return numeric columns as float64 CSR without a dense matrix between."""
+    values, rows, pointer = [], [], [0]
+    for column in columns:
+        # safe=False: integers beyond 2^53 are rounded, and refused as counts.
+        dense = column.cast(pa.float64(), safe=False).to_numpy()
+        rows.append(np.flatnonzero(dense))
+        values.append(dense[rows[-1]])
+        pointer.append(pointer[-1] + len(rows[-1]))
+    shape = (len(columns[0]), len(columns))
+    return sparse.csc_matrix((np.concatenate(values), np.concatenate(rows), pointer), shape).tocsr()
 
 
 def _header(path: Path, sep: str) -> list[str]:

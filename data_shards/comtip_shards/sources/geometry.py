@@ -20,6 +20,23 @@ def median_gap(xy: np.ndarray) -> float:
     return float(np.median(cKDTree(xy).query(xy, k=2)[0][:, 1])) if len(xy) > 1 else float("nan")
 
 
+def visium_mpp(xy: np.ndarray, where: str) -> float:
+    """Return um per px of the positions of Visium spots, from their pitch of 100 um.
+
+    Raises
+    ------
+    SourceError
+        Fewer than two positions, or positions that coincide.
+    """
+    gap = median_gap(xy)
+    if not gap > 0:
+        raise SourceError(
+            f"{where}: the distance between spots is {gap:g} px, so the scale cannot be derived from the pitch of Visium; "
+            "correct the positions, or set --mpp"
+        )
+    return VISIUM_PITCH_UM / gap
+
+
 def max_ratio(platform: str, obs: pd.DataFrame) -> float:
     """Return the maximum ratio of the spot pitch to 100 um, infinite if the spots are not known to be those of Visium."""
     if platform:

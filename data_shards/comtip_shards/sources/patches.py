@@ -16,6 +16,7 @@ from comtip_shards.errors import SourceError
 from comtip_shards.sections.section import check_unique
 from comtip_shards.slides.base import ArraySlide, Box, Slide
 from comtip_shards.slides.tiles import shrunk_size
+from comtip_shards.sources.base import reading
 from comtip_shards.sources.files.hdf5 import open_hdf5
 
 HEST_MPP = 0.5
@@ -71,7 +72,7 @@ def read_patches(path: Path, mpp: float) -> Patches:
     mpp
         um per px of the WSI, used if the file does not state it.
     """
-    with _open(path) as file:
+    with reading(path, "patches"), _open(path) as file:
         for name in ("coords", "barcode"):
             if name not in file:
                 raise SourceError(

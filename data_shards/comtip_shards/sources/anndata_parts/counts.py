@@ -38,7 +38,7 @@ def raw_counts(store: Store, path: Path, options: CountOptions) -> tuple[sparse.
     """
     key = _stated_key(store, options.layer, path)
     if key is not None:
-        matrix, notes = sparse.csr_matrix(store[key]), [f"counts are those of {key} (--layer)"]
+        matrix, notes = expression(store, key), [f"counts are those of {key} (--layer)"]
         if is_counts(matrix):
             return matrix, _var_of(store, key), notes
         return _rounded(store, key, matrix, path, options, notes, "")
@@ -46,18 +46,35 @@ def raw_counts(store: Store, path: Path, options: CountOptions) -> tuple[sparse.
     if not found:
         raise SourceError(f"{path}: neither layers['counts'] nor X exists; add raw counts to the file")
     for key in found:
-        matrix = sparse.csr_matrix(store[key])
+        matrix = expression(store, key)
         if is_counts(matrix):
             notes = [] if key == "X" == found[0] else [f"counts are those of {key} ({path.name})"]
             return matrix, _var_of(store, key), notes
-    others = [n for n in store.keys("layers") if n != "counts" and is_counts(sparse.csr_matrix(store[f"layers/{n}"]))]
+    others = [n for n in store.keys("layers") if n != "counts" and is_counts(expression(store, f"layers/{n}"))]
     named = [n for n in others if _LIKE_COUNTS.search(n)]
     if len(named) == 1:
         key = f"layers/{named[0]}"
         notes = [f"counts are those of {key}, the only layer of counts by name and content ({path.name})"]
-        return sparse.csr_matrix(store[key]), _var_of(store, key), notes
+        return expression(store, key), _var_of(store, key), notes
     hint = f"set --layer to a layer of integers ({', '.join(others)})" if others else ""
-    return _rounded(store, found[0], sparse.csr_matrix(store[found[0]]), path, options, [], hint)
+    return _rounded(store, found[0], expression(store, found[0]), path, options, [], hint)
+
+
+def expression(store: Store, key: str) -> sparse.csr_matrix:
+    """Return an element as spots x genes.
+
+    Raises
+    ------
+    SourceError
+        Its indices exceed its shape, with which sparse matrices would read memory that is not theirs.
+    """
+    value = store[key]
+    if sparse.issparse(value):
+        try:
+            value.check_format(full_check=True)
+        except (ValueError, TypeError, IndexError) as error:
+            raise SourceError(f"{store.path}: {key} is damaged ({error}); copy the file again") from error
+    return sparse.csr_matrix(value)
 
 
 def is_counts(matrix: sparse.csr_matrix) -> bool:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from comtip_shards.errors import SourceError
-from comtip_shards.slides.base import MAX_WHOLE_PX, ArraySlide, peak_of, to_rgb8
+from comtip_shards.slides.base import ArraySlide, whole_limit
+from comtip_shards.slides.colour import peak_of, to_rgb8
 
 MICRONS_PER_PIXEL = "microns_per_pixel"
 """Key of the scale in ``uns["spatial"][...]["scalefactors"]``, as in Visium HD."""
@@ -75,9 +76,14 @@ def library_slide(library: Any, picture: Picture, path: Path) -> ArraySlide:
         raise SourceError(
             f"{path}: the {picture.name} image has the shape {shape}, expected (height, width, 3); set --image to an RGB image"
         )
-    if shape[0] * shape[1] > MAX_WHOLE_PX:
+    # uint8 values are kept as they are; wider ones need several times the bytes while they are converted.
+    n_bytes, limit = int(np.prod(shape)) * np.dtype(getattr(stored, "dtype", np.uint8)).itemsize, 3 * whole_limit()
+    if n_bytes > limit:
         raise SourceError(
-            f"{path}: the {picture.name} image has {shape[1]} x {shape[0]} px, too many for memory; set --image"
+            f"{path}: the {picture.name} image has {shape[1]} x {shape[0]} px of {n_bytes:,} bytes, too many for memory (at "
+            f"most {limit:,}); set --image to a tiled TIFF"
         )
     pixels = np.asarray(stored[()] if hasattr(stored, "shape") and not isinstance(stored, np.ndarray) else stored)
-    return ArraySlide(to_rgb8(pixels, peak_of(pixels), alpha=pixels.shape[2] == 4), path)
+    return ArraySlide(
+        to_rgb8(pixels, peak_of(pixels, f"{path}: the {picture.name} image"), alpha=pixels.shape[2] == 4), path
+    )

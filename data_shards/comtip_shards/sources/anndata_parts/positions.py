@@ -55,7 +55,12 @@ def read_centres(store: Store, options: CountOptions, notes: list[str]) -> np.nd
     if key is not None:
         if key != "spatial":
             notes.append(f"positions from obsm[{key!r}]")
-        return centres(store[f"obsm/{key}"], store.path, key)
+        found, n_spots = centres(store[f"obsm/{key}"], store.path, key), len(store["obs"])
+        if len(found) != n_spots:
+            raise SourceError(
+                f"{store.path}: obsm[{key!r}] has {len(found)} rows and obs {n_spots}; write the file again with anndata"
+            )
+        return found
     obs = store["obs"]
     for pair in _OBS_COLUMNS:
         if set(pair) <= set(obs):

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from comtip_shards.errors import SourceError
 from comtip_shards.sections.facts import CountOptions
 from comtip_shards.sections.section import Section, SectionMeta, check_unique
 from comtip_shards.sources.anndata_parts.counts import raw_counts
@@ -58,9 +59,15 @@ def read_spots(
         Whether to read counts; a section without genes is returned otherwise.
     """
     with open_store(path) as store:
-        obs = store["obs"].iloc[rows]
+        table = store["obs"]
+        obs = table.iloc[rows]
         xy = read_centres(store, options, [])[rows] * factor
-        matrix, var, count_notes = raw_counts(store, path, options) if counts else no_counts(len(store["obs"]))
+        matrix, var, count_notes = raw_counts(store, path, options) if counts else no_counts(len(table))
+        if matrix.shape != (len(table), len(var)):
+            raise SourceError(
+                f"{path}: counts of shape {matrix.shape}, but obs has {len(table)} rows and var {len(var)}; write the file "
+                "again with anndata"
+            )
     return annotated(obs, xy, matrix[rows], var, meta, image, path, [*notes, *count_notes])
 
 

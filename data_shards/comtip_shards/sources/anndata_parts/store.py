@@ -164,7 +164,71 @@ def open_h5ad(path: Path) -> h5py.File:
 
 
 def read_part(root: Any, key: str, path: Path) -> Any:
-    """Read one element of an AnnData file."""
+    """Read one element of an AnnData file and check its type.
+
+    Raises
+    ------
+    SourceError
+        It cannot be read, or is not what an AnnData keeps under this name.
+    """
+    return _checked(_read_part(root, key, path), key, path)
+
+
+def _checked(value: Any, key: str, path: Path) -> Any:
+    """Return an element: tables are data frames, and expression has two axes of numbers."""
+    if key in ("obs", "var", "raw/var") and not isinstance(value, pd.DataFrame):
+        raise SourceError(
+            f"{path}: {key} is {type(value).__name__}, expected a table; write the file again with anndata"
+        )
+    if key in ("X", "raw/X") or key.startswith("layers/"):
+        shape, dtype = getattr(value, "shape", ()), getattr(value, "dtype", None)
+        if isinstance(value, pd.DataFrame) or len(shape) != 2 or getattr(dtype, "kind", "") not in "fiub":
+            raise SourceError(
+                f"{path}: {key} is {type(value).__name__} of shape {shape} and type {dtype}, expected spots x genes with "
+                "numbers; write the file again with anndata"
+            )
+    return value
+
+
+def _check_columns(root: Any, key: str, path: Path) -> None:
+    """Check the lengths of the columns of a table, before any of them is read."""
+    group = root.get(key) if isinstance(root, h5py.Group) else None
+    if key not in ("obs", "var", "raw/var") or not isinstance(group, h5py.Group):
+        return
+    lengths = {}
+    for name in group:
+        item = group[name]
+        item = next((item[k] for k in ("codes", "values") if k in item), None) if isinstance(item, h5py.Group) else item
+        if isinstance(item, h5py.Dataset) and item.shape and name != "__categories":
+            lengths[name] = item.shape[0]
+    if len(set(lengths.values())) > 1:
+        shown = ", ".join(
+            f"{n} {k}" for n, k in sorted(lengths.items(), key=lambda i: i[1])[:: max(1, len(lengths) - 1)]
+        )
+        raise SourceError(
+            f"{path}: columns of {key} have different lengths ({shown}); write the file again with anndata"
+        )
+
+
+def _check_sparse(root: Any, key: str, path: Path) -> None:
+    """Check the lengths of the lists of a sparse matrix, before any of them is read."""
+    group = root.get(key) if isinstance(root, h5py.Group) else None
+    names = ("data", "indices", "indptr")
+    if not isinstance(group, h5py.Group) or not all(isinstance(group.get(n), h5py.Dataset) for n in names):
+        return
+    shapes = {n: group[n].shape for n in names}
+    pointer = shapes["indptr"]
+    stored = int(group["indptr"][-1]) if pointer and len(pointer) == 1 and pointer[0] else -1
+    if not shapes["data"] == shapes["indices"] == (stored,):
+        raise SourceError(
+            f"{path}: {key} has data of shape {shapes['data']} and indices of shape {shapes['indices']}, but indptr ends at "
+            f"{stored}; copy or download the file again"
+        )
+
+
+def _read_part(root: Any, key: str, path: Path) -> Any:
+    _check_columns(root, key, path)
+    _check_sparse(root, key, path)
     try:
         return read_elem(root[key])
     except Exception as error:  # anndata raises many kinds of errors

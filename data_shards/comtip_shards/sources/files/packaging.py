@@ -43,16 +43,32 @@ def contents(folder: Path) -> list[Path]:
     return find(folder, "*")
 
 
+def regular_file(path: Path) -> Path:
+    """Return the path of an existing regular file, or of a link to one.
+
+    Raises
+    ------
+    SourceError
+        It does not exist, or is a folder, a pipe or a device, reading of which may never end.
+    """
+    if path.is_file():
+        return path
+    if path.exists():
+        raise SourceError(f"{path}: not a regular file (a folder, a pipe or a device); put a copy of the file there")
+    reason = "a link to a file that does not exist" if path.is_symlink() else "no such file"
+    raise SourceError(f"{path}: {reason}; copy the file there, or correct the path")
+
+
 def is_gzip(path: Path) -> bool:
     """Return whether the first bytes of a file are those of gzip."""
-    with path.open("rb") as file:
+    with regular_file(path).open("rb") as file:
         return file.read(2) == _GZIP
 
 
 @contextmanager
 def open_packed(path: Path) -> Iterator[BinaryIO]:
     """Open a file for reading; gzip is detected by content and decompressed."""
-    with path.open("rb") as raw:
+    with regular_file(path).open("rb") as raw:
         packed = raw.read(2) == _GZIP
         raw.seek(0)
         if packed:
@@ -62,7 +78,7 @@ def open_packed(path: Path) -> Iterator[BinaryIO]:
             yield raw
 
 
-def read_packed(path: Path, limit: int = 1 << 31) -> bytes:
+def read_packed(path: Path, limit: int = 1 << 30) -> bytes:
     """Return the content of a file, decompressed if it is gzip.
 
     Raises
@@ -71,8 +87,8 @@ def read_packed(path: Path, limit: int = 1 << 31) -> bytes:
         The content exceeds ``limit`` bytes.
     """
     with open_packed(path) as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
+        data = b"" if path.stat().st_size > limit else file.read(limit + 1)
+    if len(data) > limit or path.stat().st_size > limit:
         raise SourceError(f"{path}: more than {limit:,} bytes after decompression; check the file")
     return data
 

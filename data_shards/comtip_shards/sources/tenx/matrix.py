@@ -17,9 +17,12 @@ from comtip_shards.not_data import not_data
 from comtip_shards.sources.base import as_counts, existing, reading
 from comtip_shards.sources.files.hdf5 import open_hdf5
 from comtip_shards.sources.files.packaging import open_packed, read_packed, unpacked
+from comtip_shards.sources.files.table_size import MAX_COUNTS_BYTES, check_table_size
 from comtip_shards.sources.tenx.features import GENE_KIND, Features
 
 MATRIX = "a 10x Genomics feature-barcode matrix"
+_MEX_ENTRY_BYTES = 6
+"""Minimum length of a line of a Matrix Market file: three numbers."""
 MAX_TEXT_BYTES = 2**30
 """Maximum size of an unpacked list of barcodes or features; 10 million barcodes have 200 MB."""
 _LEGACY = ("barcodes", "genes", "data", "indices", "indptr", "shape")
@@ -124,6 +127,9 @@ def _h5_features(file: h5py.File) -> Features:
     if "matrix" not in file:
         return _legacy_features(file)
     group = file["matrix/features"]
+    lengths = {n: group[n].shape for n in ("id", "name", "feature_type") if n in group}
+    if len(set(lengths.values())) > 1 or len(lengths["id"]) != 1:
+        raise ValueError(f"/matrix/features has lists of different lengths: {lengths}")
     ids = _strings(group["id"][()])
     symbols, kinds = (_strings(group[n][()]) if n in group else [""] * len(ids) for n in ("name", "feature_type"))
     return Features(ids, symbols, kinds)
@@ -137,6 +143,8 @@ def _legacy_features(file: h5py.File) -> Features:
         prefix = f"{genome}_" if len(genomes) > 1 else ""
         own = _strings(file[genome]["genes"][()])
         names = _strings(file[genome]["gene_names"][()]) if "gene_names" in file[genome] else [""] * len(own)
+        if len(names) != len(own):
+            raise ValueError(f"/{genome} has {len(own)} genes and {len(names)} gene_names")
         ids += [i if i.startswith(prefix) else prefix + i for i in own]
         symbols += names
     return Features(ids, symbols, [GENE_KIND] * len(ids))
@@ -188,8 +196,12 @@ def _h5_chunks(
 def _read_mex(matrix: TenxMatrix, n_features: int) -> tuple[list[str], sparse.csr_matrix]:
     path, _, barcodes_file = matrix.files
     barcodes = [line.split("\t")[0].strip('"') for line in _lines(barcodes_file)]
-    existing(path, "matrix of counts")
+    n_bytes = check_table_size(existing(path, "matrix of counts"), MAX_COUNTS_BYTES)
     with reading(path, "a Matrix Market file"), open_packed(path) as file:
+        entries = scipy_io.mminfo(file)[2]
+        if entries * _MEX_ENTRY_BYTES > n_bytes:
+            raise ValueError(f"its header claims {entries:,} entries, which {n_bytes:,} bytes cannot hold")
+        file.seek(0)
         counts = sparse.csc_matrix(scipy_io.mmread(file))
     if counts.shape != (n_features, len(barcodes)):
         raise SourceError(

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from comtip_shards.errors import SourceError
+from comtip_shards.sources.base import reading
 from comtip_shards.sources.files.packaging import by_prefix, find
 from comtip_shards.sources.tenx.run import find_pictures
 
@@ -49,7 +50,8 @@ def pictures_of(folder: Path, root: Path) -> dict[str, Path]:
 
 def numbers_in(names: pa.Array, pattern: str, path: Path, like: str) -> dict[str, np.ndarray]:
     """Parse the numbers in barcodes, int64 per group of ``pattern``."""
-    found = pc.extract_regex(pc.cast(names, pa.string()), pattern)
+    with reading(path, "names of bins or cells"):
+        found = pc.extract_regex(pc.cast(names, pa.string()), pattern)
     if found.null_count:
         bad = names[pc.index(pc.is_null(found), True).as_py()].as_py()
         raise SourceError(f"{path}: barcode {bad!r} is not of the form {like}; use the files of one Visium HD run")

@@ -1,0 +1,40 @@
+"""``comtip convert SECTION --out x.zarr``: SpatialData, or a folder of Space Ranger."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from comtip_fast.cli.options import add_out
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.add_argument(
+        "section",
+        metavar="SECTION",
+        help="an .h5ad of predict or embed, any other with obsm['spatial'], or SET:SECTION",
+    )
+    add_out(parser, "NAME.zarr for SpatialData, or a new folder for the files of Space Ranger (h5 matrix and spatial/)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read the section and write it in the other format."""
+    out: Path = args.out
+    if out.suffix in (".h5ad", ".h5"):
+        raise ValueError(
+            f"--out {out}: give NAME.zarr for SpatialData, or the name of a new folder for Space Ranger files"
+        )
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"--out {out}: the folder {out.parent} does not exist; create it first")
+    if not os.access(out.parent, os.W_OK):
+        raise PermissionError(f"--out {out}: no permission to write to {out.parent}; give another folder")
+    if out.exists():
+        raise FileExistsError(f"--out {out}: exists; remove it, or give another name")
+    from comtip_fast.data.convert import provenance, read_section, write_space_ranger, write_spatialdata
+
+    data = read_section(args.section)
+    (write_spatialdata if out.suffix == ".zarr" else write_space_ranger)(data, out)
+    print(f"{out}: {provenance(data)}, {data.n_obs} spots x {data.n_vars} genes")
+    return 0

@@ -1,0 +1,235 @@
+"""Write a section, a prediction or an embedding as SpatialData, or as a folder of Space Ranger."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import h5py
+import numpy as np
+import pandas as pd
+from comtip_shards import ShardSet, SourceError
+from comtip_shards.sources.anndata_parts.picture import library_names
+from comtip_shards.storage.atomic import atomic_folder
+from PIL import Image
+from scipy import sparse
+
+from comtip_fast.constants import UNS
+from comtip_fast.data.sections import read_h5ad, section_template, split_spec
+
+REGION, IMAGE, TABLE, MICRONS = "spots", "hires", "table", "micrometre"
+"""Names of the elements, and of the coordinate system in um; ``global`` is in px of the full-resolution image."""
+REGION_KEY, INSTANCE_KEY = "region", "spot"
+MATRIX = "filtered_feature_bc_matrix.h5"
+
+
+def read_section(spec: str | Path) -> ad.AnnData:
+    """Return a section as AnnData with positions, image and scale.
+
+    Parameters
+    ----------
+    spec
+        An ``.h5ad`` of ``comtip predict`` or ``comtip embed``, or any other with ``obsm["spatial"]``; or ``SET:SECTION`` of a
+        shard set, with raw counts in ``X``.
+
+    Raises
+    ------
+    SourceError
+        The section does not exist, or has no positions.
+    """
+    path, section_id = split_spec(str(spec))
+    if (path / "manifest.json").is_file():
+        return _from_shards(ShardSet(path), section_id)
+    data = read_h5ad(path)
+    if "spatial" not in data.obsm or np.asarray(data.obsm["spatial"]).shape != (data.n_obs, 2):
+        raise SourceError(
+            f"{path}: no obsm['spatial'] of the shape ({data.n_obs}, 2); store spot centres there, x and y"
+        )
+    return data
+
+
+def _from_shards(shards: ShardSet, section_id: str) -> ad.AnnData:
+    template, spots, number = section_template(shards, section_id)
+    measured = np.flatnonzero(shards.measured(number))
+    genes = [shards.genes[i] for i in measured]
+    var = pd.DataFrame(
+        {"gene_ids": [g.ensembl or g.key for g in genes]},
+        index=pd.Index([g.symbol or g.key for g in genes], dtype=object),
+    )
+    data = ad.AnnData(shards.counts(spots)[:, measured], template.obs, var, template.uns)
+    data.obsm["spatial"] = template.obsm["spatial"]
+    data.var_names_make_unique()
+    return data
+
+
+def _library(data: ad.AnnData) -> tuple[str, np.ndarray, Mapping[str, float]] | None:
+    """Return (name, image, scale factors) of the only library with a hires image, None without an image."""
+    spatial = data.uns.get("spatial", {})
+    names = [n for n in library_names(spatial) if IMAGE in spatial[n].get("images", {})]
+    if len(names) > 1:
+        raise SourceError(f"the AnnData holds {len(names)} sections ({', '.join(names[:3])}); subset it to one")
+    if not names:
+        return None
+    return names[0], np.asarray(spatial[names[0]]["images"][IMAGE]), spatial[names[0]].get("scalefactors", {})
+
+
+def to_spatialdata(data: ad.AnnData) -> Any:
+    """Return a section, prediction or embedding as SpatialData.
+
+    Spots are circles in px of the full-resolution image, the image is scaled to these px, and the table annotates the
+    circles. If the scale is known, the coordinate system ``micrometre`` is in um.
+
+    Parameters
+    ----------
+    data
+        With ``obsm["spatial"]`` and, if there is an image, ``uns["spatial"]``, as ``comtip predict`` writes it.
+
+    Returns
+    -------
+    ``spatialdata.SpatialData``
+
+    Raises
+    ------
+    SourceError
+        spatialdata is not installed, or the AnnData holds several sections.
+
+    Examples
+    --------
+    >>> to_spatialdata(comtip_fast.load("run").predict("set:x1")).write("x1.zarr")  # doctest: +SKIP
+    """
+    try:
+        spatialdata = import_module("spatialdata")
+    except ImportError as error:
+        raise SourceError("SpatialData needs an optional dependency: pip install 'comtip-fast[spatialdata]'") from error
+    models, transformations = import_module("spatialdata.models"), import_module("spatialdata.transformations")
+    library = _library(data)
+    factors: Mapping[str, float] = {} if library is None else library[2]
+    mpp = float(factors.get("microns_per_pixel", 0))
+
+    def systems(scale: float) -> dict[str, Any]:
+        known = {"global": scale} | ({MICRONS: scale * mpp} if mpp > 0 else {})
+        return {name: transformations.Scale([s, s], axes=("x", "y")) for name, s in known.items()}
+
+    table = data.copy()
+    table.uns.pop("spatial", None)
+    table.obs[REGION_KEY] = pd.Categorical([REGION] * table.n_obs)
+    table.obs[INSTANCE_KEY] = np.arange(table.n_obs)
+    radius = float(factors.get("spot_diameter_fullres", 0)) / 2 or 1.0
+    xy = np.asarray(data.obsm["spatial"], np.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        shapes = models.ShapesModel.parse(xy, geometry=0, radius=radius, transformations=systems(1.0))
+        parsed = models.TableModel.parse(table, region=REGION, region_key=REGION_KEY, instance_key=INSTANCE_KEY)
+        images = {}
+        if library is not None:
+            px = 1 / float(factors.get(f"tissue_{IMAGE}_scalef", 1.0))
+            pixels = np.moveaxis(_uint8(library[1]), 2, 0)
+            images[IMAGE] = models.Image2DModel.parse(
+                pixels, dims=("c", "y", "x"), c_coords=["r", "g", "b"], transformations=systems(px)
+            )
+        return spatialdata.SpatialData(images=images, shapes={REGION: shapes}, tables={TABLE: parsed})
+
+
+def write_spatialdata(data: ad.AnnData, target: Path) -> None:
+    """Write :func:`to_spatialdata` to a folder, next to its target, and rename it.
+
+    Raises
+    ------
+    SourceError
+        As :func:`to_spatialdata`.
+    OSError
+        The folder exists, or cannot be written.
+    """
+    store = to_spatialdata(data)
+    with atomic_folder(target) as tmp_path, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        store.write(tmp_path)
+
+
+def write_space_ranger(data: ad.AnnData, target: Path) -> None:
+    """Write a folder that scanpy, squidpy and Seurat read as the output of Space Ranger.
+
+    Parameters
+    ----------
+    data
+        A section with expression and an image. Predicted values are written as they are, float32; spot names must be unique.
+    target
+        The folder: ``filtered_feature_bc_matrix.h5`` and ``spatial/``.
+
+    Raises
+    ------
+    SourceError
+        There is no expression, no image, or names are not unique.
+    OSError
+        The folder exists, or cannot be written.
+    """
+    library = _library(data)
+    if not data.n_vars or data.X is None:
+        raise SourceError(
+            "the section has no expression, which a folder of Space Ranger needs; write a .zarr (SpatialData)"
+        )
+    if library is None:
+        raise SourceError("the section has no image, which a folder of Space Ranger needs; write a .zarr (SpatialData)")
+    if not data.obs_names.is_unique:
+        raise SourceError("spot names are not unique; make them unique (obs_names_make_unique)")
+    name, image, factors = library
+    with atomic_folder(target) as tmp_path:
+        (tmp_path / "spatial").mkdir(parents=True)
+        _write_matrix(data, name, tmp_path / MATRIX)
+        _positions(data).to_csv(tmp_path / "spatial/tissue_positions.csv", index=False)
+        scale = {str(k): float(v) for k, v in factors.items()}
+        scale.setdefault("tissue_lowres_scalef", scale.get(f"tissue_{IMAGE}_scalef", 1.0))
+        scale.setdefault("fiducial_diameter_fullres", scale.get("spot_diameter_fullres", 1.0))
+        (tmp_path / "spatial/scalefactors_json.json").write_text(json.dumps(scale))
+        for size in (IMAGE, "lowres"):
+            Image.fromarray(_uint8(image)).save(tmp_path / f"spatial/tissue_{size}_image.png")
+
+
+def _write_matrix(data: ad.AnnData, name: str, path: Path) -> None:
+    """Write expression in the layout of Cell Ranger 3: features x barcodes, compressed by barcode."""
+    matrix = sparse.csr_matrix(data.X)
+    matrix.eliminate_zeros()
+    counts = np.issubdtype(matrix.dtype, np.integer) or bool((matrix.data == np.rint(matrix.data)).all())
+    ids = data.var["gene_ids"] if "gene_ids" in data.var else data.var.get("gene_key", data.var_names)
+    columns = {"id": ids, "name": data.var_names, "feature_type": ["Gene Expression"] * data.n_vars}
+    columns["genome"] = ["unknown"] * data.n_vars
+    with h5py.File(path, "w") as file:
+        file.attrs["filetype"], file.attrs["version"] = "matrix", 2
+        file.attrs["library_ids"] = np.array([name.encode()])
+        group = file.create_group("matrix")
+        group["barcodes"] = np.array([str(v).encode() for v in data.obs_names])
+        group.create_dataset("data", data=matrix.data.astype(np.int32 if counts else np.float32), compression="gzip")
+        group.create_dataset("indices", data=matrix.indices.astype(np.int64), compression="gzip")
+        group["indptr"] = matrix.indptr.astype(np.int64)
+        group["shape"] = np.array([data.n_vars, data.n_obs], np.int32)
+        for column, values in columns.items():
+            group[f"features/{column}"] = np.array([str(v).encode() for v in values])
+
+
+def _positions(data: ad.AnnData) -> pd.DataFrame:
+    xy = np.asarray(data.obsm["spatial"], np.float64)
+    table = pd.DataFrame({"barcode": data.obs_names.astype(str), "in_tissue": 1})
+    for name in ("array_row", "array_col"):
+        values = data.obs[name].to_numpy(float) if name in data.obs else np.arange(data.n_obs, dtype=float)
+        table[name] = np.rint(values).astype(np.int64)
+    table["pxl_row_in_fullres"], table["pxl_col_in_fullres"] = xy[:, 1], xy[:, 0]
+    return table
+
+
+def _uint8(image: np.ndarray) -> np.ndarray:
+    """Return an image as uint8 RGB; floating-point values are in [0, 1]."""
+    values = image[..., :3]
+    if values.dtype == np.uint8:
+        return values
+    scale = 255.0 if np.issubdtype(values.dtype, np.floating) else 1.0
+    return np.clip(np.rint(values * scale), 0, 255).astype(np.uint8)
+
+
+def provenance(data: ad.AnnData) -> str:
+    """Return what the AnnData holds, for a message."""
+    return "prediction" if UNS in data.uns and data.n_vars else "embedding" if UNS in data.uns else "section"

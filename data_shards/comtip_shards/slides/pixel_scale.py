@@ -1,0 +1,105 @@
+"""Scale of an image, um per px, from its metadata: OME-XML, ImageJ, Aperio, and resolution tags."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+UNITS_UM = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "Å": 1e-4}
+"""Units of OME-XML in um; others, such as ``pixel``, state no scale."""
+IMAGEJ_UNITS_UM = UNITS_UM | {"micron": 1.0, "microns": 1.0, "micrometer": 1.0, "\\u00B5m": 1.0}
+PLAUSIBLE_MPP = (0.05, 20.0)
+"""um per px for which a file's resolution tag is trusted; 72 and 96 dpi are defaults of programs, not scales."""
+SQUARE = 1.05
+"""Maximum ratio of the scales along x and y; pixels of an image are square."""
+INCH, CENTIMETER = 2, 3
+"""Values of the TIFF tag ResolutionUnit; INCH is the default."""
+_UM_PER_UNIT = {INCH: 25_400.0, CENTIMETER: 10_000.0}
+
+
+def plausible_mpp(mpp: float | None) -> float | None:
+    """Return um per px rounded to 6 digits, None if it is outside :data:`PLAUSIBLE_MPP`."""
+    if mpp is None or not math.isfinite(mpp) or not PLAUSIBLE_MPP[0] <= mpp <= PLAUSIBLE_MPP[1]:
+        return None
+    return round(mpp, 6)
+
+
+def square_mpp(x: float | None, y: float | None) -> float | None:
+    """Return a plausible um per px; None if the scale along y is stated and differs from that along x."""
+    if x and y and not 1 / SQUARE < x / y < SQUARE:
+        return None
+    return plausible_mpp(x)
+
+
+def ome_mpp(xml: str, size: tuple[int, int] | None = None) -> float | None:
+    """Return um per px from OME-XML; None if it is absent or in an unknown unit.
+
+    Parameters
+    ----------
+    size
+        (width, height) of the image, which selects one of several ``Pixels`` elements.
+    """
+    found = [
+        dict(re.findall(r"(\w+)\s*=\s*[\"']([^\"']*)[\"']", text))
+        for text in re.findall(r"<(?:\w+:)?Pixels\b([^>]*)>", xml)
+    ]
+    if not found:
+        return None
+    wanted = None if size is None else (str(size[0]), str(size[1]))
+    same = [a for a in found if (a.get("SizeX"), a.get("SizeY")) == wanted]
+    if len(found) > 1 and wanted is not None and not same:
+        return None
+    attributes = (same or found)[0]
+    return square_mpp(_ome_length(attributes, "PhysicalSizeX"), _ome_length(attributes, "PhysicalSizeY"))
+
+
+def _ome_length(attributes: dict[str, str], name: str) -> float | None:
+    unit = attributes.get(f"{name}Unit", "µm").replace("&#181;", "µ").replace("&#xB5;", "µ")
+    try:
+        return float(attributes[name]) * UNITS_UM[unit]
+    except (KeyError, ValueError):
+        return None
+
+
+def tiff_mpp(description: str, size: tuple[int, int], resolution: tuple[Any, Any], unit: Any) -> float | None:
+    """Return um per px of a TIFF; every reader uses this function.
+
+    Parameters
+    ----------
+    description
+        ImageDescription of the first page.
+    size
+        (width, height) of the page that is the image.
+    resolution
+        XResolution and YResolution of this page, as numbers or (numerator, denominator); None where absent.
+    unit
+        ResolutionUnit of this page; None where absent.
+    """
+    if "<OME" in description or ":OME" in description:
+        mpp = ome_mpp(description, size)
+        if mpp is not None:
+            return mpp
+    x, y = (_px_per_unit(v) for v in resolution)
+    if description.startswith("ImageJ="):
+        stated = re.search(r"^unit=(.*)$", description, re.MULTILINE)
+        um = IMAGEJ_UNITS_UM.get(stated[1].strip()) if stated else None
+        if um is not None and x:
+            return square_mpp(um / x, um / y if y else None)
+    if description.startswith("Aperio"):
+        stated = re.search(r"\bMPP\s*=\s*([\d.,]+)", description)
+        try:
+            return plausible_mpp(float(stated[1].replace(",", "."))) if stated else None
+        except ValueError:
+            return None
+    um = _UM_PER_UNIT.get(INCH if unit is None else unit)
+    return square_mpp(um / x, um / y if y else None) if um is not None and x else None
+
+
+def _px_per_unit(value: Any) -> float | None:
+    """Return a resolution as a number, None if it is absent, zero or damaged."""
+    try:
+        number = value[0] / value[1] if isinstance(value, (tuple, list)) else float(value)
+    except (TypeError, ValueError, ZeroDivisionError, IndexError, OverflowError):
+        return None
+    return number if math.isfinite(number) and number > 0 else None

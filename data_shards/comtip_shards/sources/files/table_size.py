@@ -1,0 +1,49 @@
+"""Size of a text table, checked before it is read into memory."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from pathlib import Path
+
+from comtip_shards.errors import SourceError
+from comtip_shards.sources.files.packaging import ALWAYS_UNPACKED, MAX_GROWTH, is_gzip
+
+MAX_TABLE_BYTES, MAX_COUNTS_BYTES = 1 << 30, 1 << 33
+"""Maximum size of a table of spots or sections, and of a count matrix as text, after decompression."""
+_BLOCK = 1 << 22
+
+
+def check_table_size(path: Path, limit: int) -> int:
+    """Return the size of a text file in bytes, after decompression if it is gzip.
+
+    Parameters
+    ----------
+    path
+        An existing regular file.
+    limit
+        Maximum size in bytes.
+
+    Raises
+    ------
+    SourceError
+        The file is larger than ``limit``, grows as a decompression bomb does, or cannot be decompressed.
+    """
+    size = path.stat().st_size
+    if size > limit:
+        raise SourceError(f"{path}: {size:,} bytes are too many for this table (at most {limit:,}); check the file")
+    if not is_gzip(path):
+        return size
+    allowed, total = min(limit, max(ALWAYS_UNPACKED, MAX_GROWTH * size)), 0
+    try:
+        with gzip.open(path) as file:
+            while block := file.read(_BLOCK):
+                total += len(block)
+                if total > allowed:
+                    raise SourceError(
+                        f"{path}: {size:,} bytes become more than {allowed:,} when decompressed, as those of a decompression "
+                        "bomb do; check the file, or decompress it (gunzip) if its origin is known"
+                    )
+    except (OSError, EOFError, zlib.error) as error:
+        raise SourceError(f"{path}: cannot be read as gzip ({error}); copy or download it again") from error
+    return total

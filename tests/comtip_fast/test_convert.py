@@ -1,0 +1,154 @@
+"""Sections, predictions and embeddings as SpatialData and as Space Ranger files, read back by the libraries of the field."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pytest
+from comtip_shards import ShardSet, SourceError
+from comtip_shards.sources import open_source
+from comtip_shards.sources.tenx.matrix import TenxMatrix
+from scipy import sparse
+
+from comtip_fast.cli import main
+from comtip_fast.constants import OBSM_EMBEDDING
+from comtip_fast.data.convert import MATRIX, MICRONS, read_section, to_spatialdata, write_space_ranger
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def section(tiny_shards: ShardSet) -> ad.AnnData:
+    return read_section(f"{tiny_shards.path}:x1")
+
+
+@pytest.fixture(scope="module")
+def prediction(section: ad.AnnData) -> ad.AnnData:
+    """An AnnData as predict and embed write it: fractional values, a layer, vectors and provenance."""
+    rng = np.random.default_rng(0)
+    data = section.copy()
+    data.X = rng.uniform(0.1, 4, section.shape).astype(np.float32)
+    data.layers["log1p_raw"] = np.log1p(data.X)
+    data.obsm[OBSM_EMBEDDING] = rng.normal(size=(section.n_obs, 8)).astype(np.float32)
+    data.uns["comtip"] = {"version": "0", "model": "m"}
+    return data
+
+
+def scale_of(data: ad.AnnData) -> dict[str, float]:
+    return data.uns["spatial"]["x1"]["scalefactors"]
+
+
+def test_a_section_of_a_set_has_the_counts_of_its_source(section: ad.AnnData, tiny_source: Path):
+    source = open_source(tiny_source, samples=["x1"])[0].read()
+    assert section.obs_names.tolist() == source.spot_ids
+    np.testing.assert_allclose(section.obsm["spatial"], source.xy)
+    order = [section.var_names.tolist().index(s) for s in source.gene_ids]
+    np.testing.assert_array_equal(section.X.toarray()[:, order], source.counts.toarray())
+    assert section.var["gene_ids"].str.startswith("ENSG").all()
+
+
+@pytest.mark.parametrize("kind", ["section", "prediction"])
+def test_spatialdata_holds_everything(kind: str, section: ad.AnnData, prediction: ad.AnnData, tmp_path: Path):
+    spatialdata = pytest.importorskip("spatialdata")
+    data = section if kind == "section" else prediction
+    data.write_h5ad(tmp_path / "a.h5ad")
+    assert main(["convert", str(tmp_path / "a.h5ad"), "--out", str(tmp_path / "a.zarr")]) == 0
+    store = spatialdata.read_zarr(tmp_path / "a.zarr")
+    table = store.tables["table"]
+    np.testing.assert_array_equal(sparse.csr_matrix(table.X).toarray(), sparse.csr_matrix(data.X).toarray())
+    assert table.obs_names.tolist() == data.obs_names.tolist()
+    assert table.var_names.tolist() == data.var_names.tolist()
+    for key in data.layers:
+        np.testing.assert_array_equal(table.layers[key], data.layers[key])
+    for key in data.obsm:
+        np.testing.assert_array_equal(table.obsm[key], data.obsm[key])
+    if kind == "prediction":
+        assert table.uns["comtip"]["model"] == "m"
+    circles = store.shapes["spots"]
+    np.testing.assert_allclose(np.column_stack([circles.geometry.x, circles.geometry.y]), data.obsm["spatial"])
+    assert circles["radius"].iloc[0] == pytest.approx(scale_of(data)["spot_diameter_fullres"] / 2)
+    hires = data.uns["spatial"]["x1"]["images"]["hires"]
+    np.testing.assert_array_equal(np.moveaxis(np.asarray(store.images["hires"].data), 0, 2), hires)
+    # The image fills the same px as the spots, and micrometres are px times the scale.
+    extent = spatialdata.get_extent(store.images["hires"], coordinate_system="global")
+    assert extent["x"][1] == pytest.approx(hires.shape[1] / scale_of(data)["tissue_hires_scalef"], rel=1e-6)
+    um = spatialdata.get_centroids(store.shapes["spots"], coordinate_system=MICRONS).compute()
+    np.testing.assert_allclose(um[["x", "y"]], data.obsm["spatial"] * scale_of(data)["microns_per_pixel"])
+
+
+def test_our_reader_reads_the_spatialdata_of_a_section(section: ad.AnnData, tmp_path: Path, tiny_shards: ShardSet):
+    pytest.importorskip("spatialdata")
+    assert main(["convert", f"{tiny_shards.path}:x1", "--out", str(tmp_path / "x1.zarr")]) == 0
+    facts = {"tissue": "breast", "species": "human", "mpp": str(scale_of(section)["microns_per_pixel"])}
+    read = open_source(tmp_path / "x1.zarr", overrides=facts)[0].read()
+    np.testing.assert_array_equal(read.counts.toarray(), section.X.toarray())
+    scale = scale_of(section)["tissue_hires_scalef"]
+    np.testing.assert_allclose(read.xy, section.obsm["spatial"] * scale, atol=1e-6)
+    assert read.meta.mpp == pytest.approx(scale_of(section)["microns_per_pixel"] / scale)
+
+
+@pytest.mark.parametrize("reader", ["scanpy", "squidpy", "comtip"])
+def test_space_ranger_files_are_read_back(reader: str, section: ad.AnnData, tmp_path: Path, tiny_shards: ShardSet):
+    assert main(["convert", f"{tiny_shards.path}:x1", "--out", str(tmp_path / "outs")]) == 0
+    if reader == "comtip":
+        matrix = TenxMatrix(tmp_path / "outs" / MATRIX, (tmp_path / "outs" / MATRIX,))
+        counts, barcodes, features = matrix.read(matrix.features())
+        np.testing.assert_array_equal(counts.toarray(), section.X.toarray())
+        assert (barcodes, features.ids) == (section.obs_names.tolist(), section.var["gene_ids"].tolist())
+        return
+    library = pytest.importorskip(reader)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        read = library.read_visium(tmp_path / "outs") if reader == "scanpy" else library.read.visium(tmp_path / "outs")
+    assert read.obs_names.tolist() == section.obs_names.tolist()
+    assert read.var["gene_ids"].tolist() == section.var["gene_ids"].tolist()
+    np.testing.assert_array_equal(read.X.toarray(), section.X.toarray())
+    np.testing.assert_allclose(np.asarray(read.obsm["spatial"], float), section.obsm["spatial"])
+    library_id = next(iter(read.uns["spatial"]))
+    shown = read.uns["spatial"][library_id]["images"]["hires"]
+    assert shown.shape == section.uns["spatial"]["x1"]["images"]["hires"].shape
+
+
+def test_predicted_values_keep_their_fractions(prediction: ad.AnnData, tmp_path: Path):
+    scanpy = pytest.importorskip("scanpy")
+    write_space_ranger(prediction, tmp_path / "outs")
+    read = scanpy.read_10x_h5(tmp_path / "outs" / MATRIX)
+    np.testing.assert_allclose(read.X.toarray(), prediction.X, rtol=1e-6)
+
+
+def test_an_embedding_becomes_spatialdata_only(prediction: ad.AnnData, tmp_path: Path):
+    pytest.importorskip("spatialdata")
+    data = prediction[:, []].copy()
+    store = to_spatialdata(data)
+    np.testing.assert_array_equal(store.tables["table"].obsm[OBSM_EMBEDDING], prediction.obsm[OBSM_EMBEDDING])
+    with pytest.raises(SourceError, match=r"no expression.*write a \.zarr"):
+        write_space_ranger(data, tmp_path / "outs")
+    assert not (tmp_path / "outs").exists()
+
+
+def test_what_cannot_be_converted_is_refused_and_nothing_is_left(section: ad.AnnData, tmp_path: Path, capsys):
+    section.write_h5ad(tmp_path / "a.h5ad")
+    (tmp_path / "there").mkdir()
+    for out, message in (
+        ("there", "exists; remove it"),
+        ("b.h5ad", "give NAME.zarr for SpatialData"),
+        ("no/b.zarr", "does not exist; create it first"),
+    ):
+        assert main(["convert", str(tmp_path / "a.h5ad"), "--out", str(tmp_path / out)]) == 2
+        assert message in capsys.readouterr().err
+    bare = section.copy()
+    del bare.uns["spatial"]
+    with pytest.raises(SourceError, match=r"no image.*write a \.zarr"):
+        write_space_ranger(bare, tmp_path / "outs")
+    two = section.copy()
+    two.uns["spatial"] = {"a": two.uns["spatial"]["x1"], "b": two.uns["spatial"]["x1"]}
+    with pytest.raises(SourceError, match="holds 2 sections"):
+        to_spatialdata(two)
+    twice = section.copy()
+    twice.obs_names = ["same"] * twice.n_obs
+    with pytest.raises(SourceError, match="spot names are not unique"):
+        write_space_ranger(twice, tmp_path / "outs")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.h5ad", "there"]

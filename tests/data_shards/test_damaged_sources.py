@@ -1,0 +1,185 @@
+"""Kinds of damage that escaped the readers once: each is refused by file, before memory or time is spent."""
+
+from __future__ import annotations
+
+import gzip
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import anndata as ad
+import h5py
+import numpy as np
+import pytest
+import tifffile
+from comtip_shards import SourceError
+from comtip_shards.not_data import not_data
+from comtip_shards.slides import open as images
+from comtip_shards.slides.open import open_slide
+from comtip_shards.sources import open_source
+from comtip_shards.sources.base import read_counts_table, read_table
+from comtip_shards.sources.files import table_size
+from comtip_shards.sources.files.packaging import is_gzip, read_packed, unpacked
+from comtip_shards.sources.tenx.matrix import TenxMatrix
+
+from testkit.source_fuzz.corpus import SPATIAL_FACTS, anndata, anndata_dense, visium_mex
+from testkit.tenx import write_h5
+
+
+def replaced(file: h5py.File, name: str, values: object) -> None:
+    attrs = dict(file[name].attrs)
+    del file[name]
+    file[name] = values
+    file[name].attrs.update(attrs)
+
+
+def index_beyond_the_shape(file: h5py.File) -> None:
+    values = file["X/indices"][()]
+    values[3] = 10**6
+    replaced(file, "X/indices", values)
+
+
+def negative_index(file: h5py.File) -> None:
+    values = file["X/indices"][()]
+    values[3] = -1
+    replaced(file, "X/indices", values)
+
+
+def claimed(file: h5py.File, name: str) -> None:
+    attrs, dtype = dict(file[name].attrs), file[name].dtype
+    del file[name]
+    file.create_dataset(name, (2 * 10**7,), dtype, chunks=(1000,), compression="gzip")
+    file[name].attrs.update(attrs)
+
+
+def obs_is_a_matrix(file: h5py.File) -> None:
+    del file["obs"]
+    file.copy(file["X"], "obs")
+
+
+DAMAGE: dict[str, tuple[Callable[[h5py.File], object], str]] = {
+    # With these indices scipy reads memory that is not the matrix's, and the process ends.
+    "index beyond the shape": (index_beyond_the_shape, "X is damaged"),
+    "negative index": (negative_index, "X is damaged"),
+    "data longer than indices": (lambda f: claimed(f, "X/data"), "X has data of shape"),
+    "a column longer than its table": (lambda f: claimed(f, "obs/array_row"), "columns of obs have different lengths"),
+    "obs is a matrix": (obs_is_a_matrix, "obs is csr_matrix, expected a table"),
+    "X is a list": (lambda f: (f.pop("X"), f.create_dataset("X", data=np.arange(3.0))), "X (is|cannot be read)"),
+    "one row of positions less": (
+        lambda f: replaced(f, "obsm/spatial", f["obsm/spatial"][:-1]),
+        "obsm.'spatial'. has 23 rows",
+    ),
+    "spots at one place": (
+        lambda f: replaced(f, "obsm/spatial", np.full((24, 2), 50.0)),
+        "the distance between spots is 0 px",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_h5ad(tmp_path: Path, name: str):
+    path = anndata(tmp_path)
+    damage, message = DAMAGE[name]
+    with h5py.File(path, "r+") as file:
+        damage(file)
+    with pytest.raises(SourceError, match=rf"a\.h5ad: {message}"):
+        open_source(path, overrides=SPATIAL_FACTS)[0].read()
+
+
+def test_lists_of_a_10x_matrix_have_one_length(tmp_path: Path):
+    path = tmp_path / "m.h5"
+    write_h5(path, np.ones((3, 4), int), list("abcd"), ["E1", "E2", "E3"], ["A", "B", "C"])
+    with h5py.File(path, "r+") as file:
+        claimed(file, "matrix/features/name")
+    with pytest.raises(SourceError, match=r"m\.h5: .*lists of different lengths"):
+        TenxMatrix(path, (path,)).features()
+
+
+def test_a_matrix_market_header_that_claims_more_than_the_file_holds(tmp_path: Path):
+    path = visium_mex(tmp_path / "v") / "filtered_feature_bc_matrix/matrix.mtx.gz"
+    lines = gzip.decompress(path.read_bytes()).decode().splitlines()
+    at = next(i for i, line in enumerate(lines) if not line.startswith("%"))
+    lines[at] = f"{lines[at].rsplit(' ', 1)[0]} {10**11}"
+    path.write_bytes(gzip.compress("\n".join(lines).encode()))
+    with pytest.raises(SourceError, match=r"matrix\.mtx\.gz: .*claims 100,000,000,000 entries"):
+        open_source(tmp_path / "v", overrides={"tissue": "breast", "image": "hires"})[0].read()
+
+
+@pytest.mark.parametrize("read", [is_gzip, unpacked, read_packed, read_table, read_counts_table, open_slide])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device", "link to nothing"])
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path, read: Callable[[Path], object], kind: str):
+    path = tmp_path / "a.tsv"
+    {
+        "pipe": lambda: os.mkfifo(path),
+        "folder": path.mkdir,
+        "device": lambda: path.symlink_to("/dev/zero"),
+        "link to nothing": lambda: path.symlink_to("/nowhere"),
+    }[kind]()
+    with pytest.raises(SourceError, match=r"a\.tsv: "):
+        read(path)
+    if kind == "pipe":
+        assert "pipe" in str(not_data(path))
+
+
+def test_damaged_and_endless_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "a.tsv.gz"
+    text = "\tERBB2\tCD74\n" + "".join(f"s{i}\t{i % 7}\t{i % 5}\n" for i in range(3000))
+    data = bytearray(gzip.compress(text.encode()))
+    data[200:260] = bytes(range(60))
+    path.write_bytes(bytes(data))
+    for read in (read_table, read_counts_table):
+        with pytest.raises(SourceError, match=r"a\.tsv\.gz: cannot be read as gzip"):
+            read(path)
+    path.write_bytes(gzip.compress(text.replace("s20\t6", f"s20\t{-(2**63)}").encode()))
+    with pytest.raises(SourceError, match=r"a\.tsv\.gz: 1 negative values"):
+        read_counts_table(path)
+    monkeypatch.setattr(table_size, "ALWAYS_UNPACKED", 1000)
+    path.write_bytes(gzip.compress(b"\tA\n" + b"s\t0\n" * 10**6))
+    with pytest.raises(SourceError, match=r"a\.tsv\.gz: .*become more than .* when decompressed"):
+        read_counts_table(path)
+    with (tmp_path / "b.tsv").open("wb") as file:
+        file.truncate(1 << 40)
+    for read in (read_table, read_counts_table):
+        with pytest.raises(SourceError, match=r"b\.tsv: "):
+            read(tmp_path / "b.tsv")
+    with pytest.raises(SourceError, match="more than"):
+        read_packed(tmp_path / "b.tsv")
+
+
+def test_sparse_counts_are_read_as_before(tmp_path: Path):
+    values = np.random.default_rng(0).poisson(0.4, (50, 7))
+    rows = [f"s{i}," + ",".join(map(str, row)) for i, row in enumerate(values)]
+    (tmp_path / "a.csv").write_text("," + ",".join("ABCDEFG") + "\n" + "\n".join(rows))
+    counts, spots, genes = read_counts_table(tmp_path / "a.csv", ",")
+    np.testing.assert_array_equal(counts.toarray(), values)
+    assert (counts.dtype, len(spots), genes) == (np.int32, 50, list("ABCDEFG"))
+
+
+def test_a_tiff_lists_every_tile_it_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(images, "WINDOWED_PX", 0)
+    path = tmp_path / "a.tif"
+    options = {"photometric": "rgb", "tile": (64, 64), "compression": "deflate", "metadata": None}
+    tifffile.imwrite(path, np.zeros((100, 150, 3), np.uint8), **options)
+    data = path.read_bytes()
+    height = data.index(b"\x01\x01\x04\x00\x01\x00\x00\x00")
+    path.write_bytes(data[: height + 8] + (60_000).to_bytes(4, "little") + data[height + 12 :])
+    with pytest.raises(SourceError, match=r"a\.tif: 150 x 60000 px need 2,814 tiles or strips, but 6 are listed"):
+        open_slide(path)
+
+
+def test_an_image_beside_an_h5ad_may_be_missing(tmp_path: Path):
+    path = anndata_dense(tmp_path)
+    (tmp_path / "slide.png").unlink()
+    with pytest.raises(SourceError, match=r"slide\.png: no such"):
+        open_source(path, overrides=SPATIAL_FACTS | {"image": str(tmp_path / "slide.png")})[0].read()
+
+
+def test_a_label_that_no_record_stores_is_refused_before_the_build(tmp_path: Path):
+    path = anndata(tmp_path)
+    data = ad.read_h5ad(path)
+    data.obs["label"] = ["L" * 5000] * data.n_obs
+    data.write_h5ad(path)
+    with pytest.raises(
+        SourceError, match=r"section a: a label of 5,000 characters .*at most 4,096 are stored; shorten it"
+    ):
+        open_source(path, overrides=SPATIAL_FACTS)[0].read()
