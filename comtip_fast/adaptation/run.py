@@ -65,7 +65,8 @@ class Adaptation:
             means = part[["mean_pcc_50_hvg", "mean_pcc_all", "partial_pcc_50_hvg"]].mean()
             ahead = f"{int((own > base).sum())} of {len(own)}" if method != "unadapted" else ""
             span = {"lowest": own.min(), "highest": own.max()}
-            out.append({"method": LABELS[str(method)], **means.to_dict(), **span, "above_unadapted": ahead})
+            row: dict[str, Any] = {"method": LABELS[str(method)], "above_unadapted": ahead} | span
+            out.append(row | {str(k): v for k, v in means.items()})
         return pd.DataFrame(out)
 
 

@@ -19,9 +19,10 @@ from comtip_fast.data.expression.levels import log1p_cp10k
 from comtip_fast.data.measured import MeasuredCounts, measured_counts
 from comtip_fast.data.sections import SectionTiles, open_section, split_spec
 from comtip_fast.data.tile_sources import TileGeometry
-from comtip_fast.evaluation.train_reference import Inputs, spot_inputs
+from comtip_fast.evaluation.train_reference import spot_inputs
 from comtip_fast.inference import ImageFeatures, Predictor
 from comtip_fast.inference.answers import species_of
+from comtip_fast.inference.section import FeatureColumns
 from comtip_fast.lineage import LineageSection
 
 log = logging.getLogger("comtip_fast")
@@ -40,7 +41,7 @@ class AdaptSection:
     spot_ids: list[str]
     features: ImageFeatures
     """Features of the spots alone, without neighbours."""
-    inputs: Inputs
+    inputs: dict[str, dict[str, np.ndarray]]
     """Inputs of the ridge baselines."""
     measured: dict[str, np.ndarray]
     """log1p expression (N, G), by normalisation."""
@@ -90,7 +91,7 @@ def read_section(predictor: Predictor, spec: str | Path | ad.AnnData, options: S
     features = predictor.image_features(opened.tiles, stain)
     if readout.settings.context and features.readout_NF is not None:
         features.readout_NF = features.readout_NF[:, : features.readout_NF.shape[1] // 2]
-    inputs = spot_inputs(predictor, opened.tiles, opened.stain, features)
+    inputs = _ridge_inputs(predictor, opened, features)
     depth = np.log1p(np.asarray(counts.counts.sum(axis=1)).ravel())
     return AdaptSection(
         facts=facts,
@@ -106,6 +107,22 @@ def read_section(predictor: Predictor, spec: str | Path | ad.AnnData, options: S
         },
         covariates=np.column_stack([inputs["ridge_colour"]["tile colour"], depth]),
     )
+
+
+def _ridge_inputs(
+    predictor: Predictor, opened: SectionTiles, features: ImageFeatures
+) -> dict[str, dict[str, np.ndarray]]:
+    """Return the candidate inputs of each ridge baseline, float (N, .)."""
+    readout = predictor.bundle.readout
+    frozen = None
+    if readout is not None and features.readout_NF is not None and predictor.model.vision.stem is not None:
+        frozen = FeatureColumns(readout.frozen(features.readout_NF))
+    stores = spot_inputs(predictor, opened.tiles, opened.stain, FeatureColumns(features.pooled_Nd), frozen)
+    spots = np.arange(len(features.pooled_Nd))
+    return {
+        name: {label: np.asarray(store.read(spots), np.float64) for label, store in candidates.items()}
+        for name, candidates in stores.items()
+    }
 
 
 def _facts(

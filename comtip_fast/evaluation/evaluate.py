@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +222,7 @@ def _evaluate_section(
     moved = moved_spots(xy, n_null, seed=seed, section=section_id)
     with SectionFeatures(predictor, tiles, stain) as features:
         predicted = SectionPrediction(predictor, queries, cohort).predict_all(features.stored, len(xy), xy)
-        ridge_inputs = spot_inputs(predictor, tiles, stain, features)
+        ridge_inputs = spot_inputs(predictor, tiles, stain, features.pooled, features.frozen)
         colour = ridge_inputs["ridge_colour"]["tile colour"].read(np.arange(len(xy)))
         covariates = np.column_stack([colour, np.log1p(np.asarray(counts.sum(axis=1)).ravel())])
         inputs = ScoringInputs(
@@ -271,11 +272,11 @@ def _levels_pcc(
         values = features.predict_levels(levels)
         stop = start + values["cp10k"].shape[1]
         own = np.flatnonzero((hvg >= start) & (hvg < stop))
-        for norm, (pcc, partial) in out.items():
+        for norm, (pcc, adjusted) in out.items():
             part = measured[norm][:, start:stop]
             pcc[start:stop] = pcc_per_gene(part, values[norm])
             columns = hvg[own] - start
-            partial[own] = partial_pcc_per_gene(part[:, columns], values[norm][:, columns], covariates)
+            adjusted[own] = partial_pcc_per_gene(part[:, columns], values[norm][:, columns], covariates)
         start = stop
     return out
 
@@ -304,16 +305,17 @@ def _score_section(v: ScoringInputs, reference: TrainReference) -> tuple[dict[st
     keys = [genes.keys[i] for i in scored]
     for norm in NORMALISATIONS:
         m, p = v.measured[norm], v.predicted[norm]
-        zero_shot = score_columns(m, lambda c, p=p: p[:, c], v.covariates, scored, top, panel)
+        zero_shot = score_columns(m, partial(_columns, p), v.covariates, scored, top, panel)
         out["zero_shot"][norm] = asdict(zero_shot)
         levels_pcc, levels_partial = v.from_levels[norm]
         out["zero_shot_levels"][norm] = asdict(score_from_genes(levels_pcc[scored], levels_partial, top, panel))
-        unseen = score_columns(m, lambda c, p=p: p[:, c], v.covariates, genes.unseen, first_unseen)
+        unseen = score_columns(m, partial(_columns, p), v.covariates, genes.unseen, first_unseen)
         out["zero_shot_unseen_genes"][norm] = asdict(unseen)
         pcc = v.null[:, scored] if norm == "cp10k" else null_pcc(m, p, v.moved, scored)
-        partial = null_partial_pcc(m[:, genes.hvg], p[:, genes.hvg], v.covariates, v.moved)
+        partial_null = null_partial_pcc(m[:, genes.hvg], p[:, genes.hvg], v.covariates, v.moved)
         out["control_null"][norm], draws = _null_scores(
-            [score_from_genes(g, h, top, panel) for g, h in zip(pcc, partial, strict=True)], zero_shot.mean_pcc_50_hvg
+            [score_from_genes(g, h, top, panel) for g, h in zip(pcc, partial_null, strict=True)],
+            zero_shot.mean_pcc_50_hvg,
         )
         if norm == "cp10k":
             null = (draws, pcc[:, panel].astype(np.float32))
@@ -323,6 +325,10 @@ def _score_section(v: ScoringInputs, reference: TrainReference) -> tuple[dict[st
             if fit is not None and norm == "cp10k":
                 v.baselines[name] = fit.predict(x, len(m), top)
     return out, *null
+
+
+def _columns(values: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    return values[:, columns]
 
 
 def _ridge_score(

@@ -73,11 +73,16 @@ class _TrainData:
 
 
 def spot_inputs(
-    predictor: Predictor, tiles: np.ndarray | TileSource, stain: StainStats, features: SectionFeatures
+    predictor: Predictor,
+    tiles: np.ndarray | TileSource,
+    stain: StainStats,
+    pooled: FeatureStore,
+    frozen: FeatureStore | None,
 ) -> Inputs:
     """Return the candidate inputs of each baseline: mean colour, as stored and stain-normalised, and image features.
 
-    ``tiles`` are uint8 (N, S, S, 3), or read in chunks. ``ridge_frozen`` needs a model with a frozen stem and a linear
+    ``tiles`` are uint8 (N, S, S, 3), or read in chunks; ``pooled`` and ``frozen`` are those of
+    :class:`comtip_fast.inference.section.SectionFeatures`. ``ridge_frozen`` needs a model with a frozen stem and a linear
     readout, and is missing otherwise.
     """
     source = tiles if isinstance(tiles, TileSource) else ArrayTiles(tiles)
@@ -89,10 +94,10 @@ def spot_inputs(
             colour[rows] = mean_colour(chunk if name == "tile colour" else normalise_stain(chunk, stain))
     inputs: Inputs = {
         "ridge_colour": {name: FeatureColumns(colour) for name, colour in colours.items()},
-        "ridge_features": {"encoder features": features.pooled},
+        "ridge_features": {"encoder features": pooled},
     }
-    if features.frozen is not None:
-        inputs["ridge_frozen"] = {"mean and standard deviation of the frozen stem's patch features": features.frozen}
+    if frozen is not None:
+        inputs["ridge_frozen"] = {"mean and standard deviation of the frozen stem's patch features": frozen}
     return inputs
 
 
@@ -240,7 +245,7 @@ class TrainReference:
             tiles, stain = ShardTiles(self.shards, spots[section == n]), self.shards.stain(n)
             with SectionFeatures(self.predictor, tiles, stain) as features:
                 every = np.arange(len(tiles))
-                stores = spot_inputs(self.predictor, tiles, stain, features)
+                stores = spot_inputs(self.predictor, tiles, stain, features.pooled, features.frozen)
                 parts.append(
                     {k: {i: np.asarray(v.read(every), np.float64) for i, v in x.items()} for k, x in stores.items()}
                 )

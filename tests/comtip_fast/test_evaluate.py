@@ -110,7 +110,7 @@ def test_the_colour_of_the_baseline_is_chosen_on_training_sections(predictor: Pr
     spots = tiny_shards.select(sections=[number])
     tiles, stain = ArrayTiles(tiny_shards.tiles(spots)), tiny_shards.stain(number)
     with SectionFeatures(predictor, tiles, stain) as features:
-        x = spot_inputs(predictor, tiles, stain, features)["ridge_colour"]
+        x = spot_inputs(predictor, tiles, stain, features.pooled, features.frozen)["ridge_colour"]
     assert set(x) == {"tile colour", "stain-normalised tile colour"}
     data = reference._load("human_breast")
     assert data is not None

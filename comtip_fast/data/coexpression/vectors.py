@@ -101,9 +101,9 @@ def gene_vectors(
     vectors = basis * np.sqrt(spectrum) / np.maximum(standard.coverage_G, 1e-12)[:, None]
     keys, rows = spool.keys_of(standard.kept)
     kept = standard.kept[rows]
-    arrays = (vectors[rows], standard.moments_G4[kept], standard.detection_G[kept])
     header = {"comtip_fast": __version__} | settings | results
-    return GeneVectors(keys, *(values.astype(np.float32) for values in arrays), header)
+    moments, detection = standard.moments_G4[kept].astype(np.float32), standard.detection_G[kept].astype(np.float32)
+    return GeneVectors(keys, vectors[rows].astype(np.float32), moments, detection, header)
 
 
 def _check_settings(paths: Sequence[str | Path], components: int, weigh: str, min_detection: float) -> None:

@@ -111,7 +111,8 @@ def score_bars(entry: dict[str, Any], intervals: pd.DataFrame, title: str) -> Ma
     ``intervals`` has one row per predictor, with the columns ``predictor``, ``low`` and ``high``; it may be empty.
     """
     names = [n for n in NAMES if entry[n].get("cp10k")]
-    spans = {r.predictor: (float(r.low), float(r.high)) for r in intervals.itertuples()}
+    columns = (intervals[name].tolist() for name in ("predictor", "low", "high"))
+    spans = {name: (float(low), float(high)) for name, low, high in zip(*columns, strict=True)}
     values = [entry[n]["cp10k"][k] or 0.0 for n in names for k in ("mean_pcc_50_hvg", "partial_pcc_50_hvg")]
     ends = [v for span in spans.values() for v in span if math.isfinite(v)]
     low, high = min([0.0, *values, *ends]), max([0.1, *values, *ends])
@@ -168,7 +169,7 @@ def calibration_chart(table: pd.DataFrame, title: str) -> Markup:
     chart.line(x, y, "l1")
     for row in table.itertuples():
         hint = f"level {row.level}: predicted {row.predicted:.2f}, measured {row.measured:.2f}, {row.n} values"
-        chart.dot(float(row.predicted), float(row.measured), "c1", hint)
+        chart.dot(row.predicted, row.measured, "c1", hint)  # type: ignore[arg-type]
     return chart.svg(f"Calibration: mean measured against mean predicted expression by level, {title}")
 
 
@@ -201,7 +202,8 @@ def _validation(rows: list[dict[str, Any]]) -> Markup:
     for i, cohort in enumerate(cohorts):
         points = [(step, found[cohort]) for step, found in scores if found.get(cohort) is not None]
         if points:
-            chart.line(*zip(*points, strict=True), style=f"l{1 + i % 4}")
+            steps, values = zip(*points, strict=True)
+            chart.line(steps, values, f"l{1 + i % 4}")
         chart.text(chart.width - 12, 18 + 14 * i, cohort.replace("_", " "), f"end t{1 + i % 4}")
     return chart.svg("Validation score against the training step")
 

@@ -202,7 +202,7 @@ def _section(result: Evaluation, data: SectionData, static: _StaticImages) -> di
 def _ranked(data: SectionData) -> list[tuple[str, list[dict[str, Any]]]]:
     """Return the best, median and worst genes by PCC, each with their rows of ``genes.csv`` and index on the page."""
     table = data.gene_table.assign(index=np.arange(len(data.keys)), order=np.nan_to_num(data.pcc))
-    rows = table.sort_values("order", ascending=False, kind="stable").to_dict("records")
+    rows: list[dict[str, Any]] = table.sort_values("order", ascending=False, kind="stable").to_dict("records")  # type: ignore[assignment]
     if len(rows) <= 3 * RANKED:
         return [("All genes", rows)]
     middle = (len(rows) - RANKED) // 2

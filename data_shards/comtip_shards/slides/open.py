@@ -173,7 +173,8 @@ def _refuse_frames(image: Image.Image, path: Path) -> None:
 
 def _is_reduced_from_16_bits(image: Image.Image) -> bool:
     """Return whether Pillow keeps only the upper half of 16-bit values, as of colour PNGs; call it before decoding."""
-    return image.format == "PNG" and any("16" in str(part[3]) for part in image.tile) and not image.mode.startswith("I")
+    parts = getattr(image, "tile", [])
+    return image.format == "PNG" and any("16" in str(part[3]) for part in parts) and not image.mode.startswith("I")
 
 
 def _mpp_of(image: Image.Image) -> float | None:
