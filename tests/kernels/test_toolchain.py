@@ -1,4 +1,4 @@
-"""Other releases of Triton are installed beside the environment, and the ledger runs on them."""
+"""Other releases of Triton are installed outside the environment, and the ledger runs on them."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Pip:
-    """Takes the place of ``subprocess.run``: installs an empty release, or fails."""
+    """Replaces ``subprocess.run``: installs an empty release, or fails."""
 
     def __init__(self, status: int = 0) -> None:
         self.status, self.calls, self.env = status, [], {}
