@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 RUN ?= runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint types layers spelling ledger rehearsal bench format clean
+.PHONY: help demo test check lint types layers spelling ledger rehearsal rehearsal-grid bench format clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 # One stamp per set of packages: installing again is quick when nothing changed.
 $(VENV)/installed: pyproject.toml
@@ -52,6 +52,11 @@ ledger: $(VENV)/installed-dev  ## compile changed GPU kernels ahead of time and 
 
 rehearsal: $(VENV)/installed-dev  ## walk GPU steps of every config on stand-in tensors and compare with bench/rehearsal.csv
 	PYTHONPATH=.:kernels:data_shards $(BIN)/python -m testkit.rehearsal --check $(REHEARSAL)
+
+rehearsal-grid: $(VENV)/installed-dev  ## nightly: the ledger with the oldest and newest Triton, and every combination of walks
+	PYTHONPATH=kernels $(BIN)/python -m comtip_kernels.ledger --check --triton 3.6
+	PYTHONPATH=kernels $(BIN)/python -m comtip_kernels.ledger --check --triton 3.9
+	PYTHONPATH=.:kernels:data_shards $(BIN)/python -m testkit.rehearsal --check --all
 
 bench: $(VENV)/installed-dev  ## microbenchmarks of the CPU kernels and their peers (COMTIP_BENCH=full: the sizes in the docs)
 	PYTHONPATH=bench/kernels $(BIN)/python -m pytest bench/kernels --benchmark-only --benchmark-max-time=0.2 \

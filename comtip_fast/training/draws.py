@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from comtip_fast.runtime.device_rng import uniform
+from comtip_fast.runtime.device_rng import uniform, uniforms
 
 GENE_BITS = 20
 """A (spot, gene) pair is keyed by ``spot << GENE_BITS | gene``."""
@@ -54,7 +54,7 @@ def vector_uniforms(seed: int, step: int, genes: Tensor) -> Tensor:
 def mispair_uniforms(seed: int, purpose: str, step: int, n: int, spot_index: Tensor, genes: Tensor) -> Tensor:
     """Return float64 (n, B, G) uniforms in [0, 1), one per candidate, spot and gene."""
     index = spot_index[:, None] * (1 << GENE_BITS) + genes
-    return torch.stack([uniform(seed, purpose, step, candidate, index=index) for candidate in range(n)])
+    return uniforms(seed, purpose, step, n=n, index=index)
 
 
 def mispair_within_stratum(seed: int, step: int, spot_index: Tensor) -> Tensor:

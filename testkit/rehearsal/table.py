@@ -20,8 +20,8 @@ from testkit.rehearsal.launches import Launch
 from testkit.rehearsal.record import Record
 from testkit.rehearsal.walk import Walk, train
 
-NOT_IN_LEDGER = ("demo_cpu",)
-"""Configs for CPUs: their walks are counted, but the ledger does not hold the variants that they would launch on a GPU."""
+WGMMA_OPERATIONS = ("infonce", "table")
+"""Operations of the ledger whose products must run in bf16 on WGMMA in a training step: the losses and the sentence table."""
 COLUMNS = (
     "config",
     "ranks",
@@ -156,8 +156,6 @@ def missing_rows(
     """
     out: dict[str, str] = {}
     for one in walked:
-        if one.walk.config in NOT_IN_LEDGER:
-            continue
         where = f"{one.walk.config} ({one.walk.name})"
         for variant in one.variants:
             signature = variant["signature"]
@@ -175,6 +173,31 @@ def missing_rows(
     return sorted(out.values())
 
 
+def slow_products(
+    walked: Iterable[Walked], rows: dict[tuple[str, str, int], LedgerRow], names: dict[str, Any]
+) -> list[str]:
+    """Return the variants of training steps that multiply fp32, or do not run on WGMMA on sm_90.
+
+    Packed attention is not included: its tiles of 32 tokens are too small for WGMMA, and memory bounds it (kernels/README.md).
+    Parameters are those of :func:`missing_rows`.
+    """
+    out: dict[str, str] = {}
+    for one in walked:
+        if not one.walk.part.endswith("step"):
+            continue
+        for variant in (v for v in one.variants if v["op"] in WGMMA_OPERATIONS):
+            signature, types = variant["signature"], variant["types"]
+            where = f"{one.walk.config} ({one.walk.name}): {variant['op']}/{variant['kernel']}"
+            operands = {types[name] for name in ("q_ptr", "k_ptr", "vector_ptr", "table_ptr") if name in types}
+            if operands != {"*bf16"}:
+                out[signature] = f"{where} multiplies {', '.join(sorted(operands))}, not bf16: {signature}"
+                continue
+            row = rows.get((*names[signature], 90)) if signature in names else None
+            if row is not None and row.mma != "HGMMA":
+                out[signature] = f"{where} runs as {row.mma} on sm_90, not as HGMMA: {signature}"
+    return sorted(out.values())
+
+
 def table(
     walked: Iterable[Walked], rows: dict[tuple[str, str, int], LedgerRow], names: dict[str, Any]
 ) -> list[dict[str, str]]:
@@ -189,7 +212,7 @@ def table(
             if found[1] is not None and found[1].mma == "HGMMA":
                 on_hgmma += one.gflop[variant["signature"]]
         total = sum(one.gflop.values())
-        share = f"{on_hgmma / total:.3f}" if total and one.walk.config not in NOT_IN_LEDGER else "-"
+        share = f"{on_hgmma / total:.3f}" if total else "-"
         row = {"config": one.walk.config, "ranks": str(one.walk.ranks), "walk": one.walk.name} | one.counts
         out.append(row | {"hgmma_share": share, "spills": str(spills)})
     return out
@@ -219,8 +242,7 @@ def write_launches(walked: Iterable[Walked], *, keep: bool) -> None:
         else {}
     )
     for one in walked:
-        if one.walk.config not in NOT_IN_LEDGER:
-            known |= {v["signature"]: v for v in one.variants}
+        known |= {v["signature"]: v for v in one.variants}
     largest = {e.signature for e in _hand_written()}
     rows = sorted((v for s, v in known.items() if s not in largest), key=lambda v: (v["op"], v["name"]))
     LAUNCHES.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n", encoding="utf-8")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from comtip_kernels import packed_attention
+from comtip_kernels import packed_attention, packed_attention_qkv
 from comtip_kernels.packed_attention import attention_name, peers
 from torch import Tensor
 
@@ -22,27 +22,52 @@ from comtip_fast.training.task import build_task
 CPU = torch.device("cpu")
 
 
-def flash_attn_varlen_func(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    deterministic: bool = False,
-    return_attn_probs: bool = False,
-    block_table: Tensor | None = None,
-) -> Tensor:
-    """The signature of flash-attn 2.8; computes on any device and refuses what its kernels refuse."""
-    assert deterministic
-    return _checked(q, k, v, cu_seqlens_q, max_seqlen_q)
+OFFSETS = "cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k"
+SIGNATURES = {
+    "2": (
+        f"q k v {OFFSETS}",
+        "dropout_p softmax_scale causal window_size softcap alibi_slopes deterministic return_attn_probs block_table",
+    ),
+    "3": (
+        f"q k v {OFFSETS}",
+        (
+            "seqused_q seqused_k softmax_scale causal qv q_descale k_descale v_descale window_size attention_chunk softcap "
+            "num_splits pack_gqa deterministic sm_margin return_attn_probs"
+        ),
+    ),
+    "4": (
+        "q k v",
+        (
+            f"qv {OFFSETS} min_seqlen_k seqused_q seqused_k gather_kv_indices page_table softmax_scale causal window_size "
+            "learnable_sink softcap num_splits pack_gqa deterministic score_mod score_mod_bwd mask_mod block_sparse_tensors "
+            "aux_tensors aux_scalars return_lse scheduler_metadata seqlen_k_per_split disable_scheduler_metadata "
+            "gather_bwd_recompute_p gather_bwd_token_chunk"
+        ),
+    ),
+}
+"""Parameters of ``flash_attn_varlen_func`` without and with a default: flash-attn 2.8.3, ``hopper/flash_attn_interface.py`` and
+flash-attn-4 4.0.0b36. Release 4 returns the log-sum-exp as well."""
+MODULES = {"2": "flash_attn", "3": "flash_attn_interface", "4": "flash_attn.cute"}
+
+
+def flash(release: str) -> Callable[..., Any]:
+    """Return a stand-in with the signature of a release; it computes on any device and refuses what its kernels refuse."""
+    required, optional = (names.split() for names in SIGNATURES[release])
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(n, kind) for n in required]
+    signature = inspect.Signature([*parameters, *(inspect.Parameter(n, kind, default=None) for n in optional)])
+
+    def flash_attn_varlen_func(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        assert {*given} == {"q", "k", "v", *OFFSETS.split(), "deterministic"}
+        assert given["deterministic"] is True
+        assert given["cu_seqlens_q"] is given["cu_seqlens_k"]
+        assert given["max_seqlen_q"] == given["max_seqlen_k"]
+        out = _checked(given["q"], given["k"], given["v"], given["cu_seqlens_q"], given["max_seqlen_q"])
+        return (out, None) if release == "4" else out
+
+    flash_attn_varlen_func.__signature__ = signature  # type: ignore[attr-defined]
+    return flash_attn_varlen_func
 
 
 def varlen_attn(
@@ -61,8 +86,8 @@ def _checked(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int) -> 
     return packed_attention(q, k, v, offsets.diff().long(), impl="reference")
 
 
-STAND_INS: dict[str, tuple[str, Callable[..., Tensor]]] = {
-    "flash": ("flash_varlen", flash_attn_varlen_func),
+STAND_INS: dict[str, tuple[str, Callable[..., Any]]] = {
+    **{f"flash {release}": ("flash_varlen", flash(release)) for release in SIGNATURES},
     "varlen": ("torch_varlen", varlen_attn),
 }
 
@@ -76,11 +101,46 @@ def test_the_stand_in_has_the_signature_of_torchs_varlen():
     assert all(p.default is not inspect.Parameter.empty for p in real[len(ours) :])
 
 
-def test_the_stand_in_has_the_signature_of_flash_attn():
-    if importlib.util.find_spec("flash_attn") is None:
-        pytest.skip("flash-attn is not installed")
-    real = inspect.signature(importlib.import_module("flash_attn").flash_attn_varlen_func).parameters
-    assert [*real] == [*inspect.signature(flash_attn_varlen_func).parameters]
+@pytest.mark.parametrize("release", SIGNATURES)
+def test_the_stand_in_has_the_signature_of_flash_attn(release: str):
+    try:
+        module = importlib.import_module(MODULES[release])
+    except (ImportError, OSError, RuntimeError):
+        pytest.skip(f"flash-attn {release} is not installed")
+    real = inspect.signature(module.flash_attn_varlen_func).parameters
+    required, optional = SIGNATURES[release]
+    assert [n for n, p in real.items() if p.default is inspect.Parameter.empty] == required.split()
+    assert [n for n, p in real.items() if p.default is not inspect.Parameter.empty] == optional.split()
+
+
+def test_every_flash_module_has_a_signature():
+    assert sorted(MODULES.values()) == sorted(peers.FLASH_MODULES)
+
+
+@pytest.mark.parametrize("name", STAND_INS)
+def test_views_of_one_projection_and_many_sentences(name: str, monkeypatch: pytest.MonkeyPatch):
+    """The qkv form, forward and backward, beyond the sentences of one launch."""
+    calls, (finder, function) = [], STAND_INS[name]
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(name)
+        return function(*args, **kwargs)
+
+    counted.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+    monkeypatch.setattr(peers, finder, lambda: counted)
+    monkeypatch.setattr(peers, "can_peer", lambda like: like.dtype == torch.bfloat16)
+    monkeypatch.setattr(peers, "MAX_SENTENCES", 3)
+    length = torch.tensor([3, 5, 2, 4, 6, 3, 4])
+    start = torch.randn(int(length.sum()), 3, 2, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found = {}
+    for impl in (name.split(maxsplit=1)[0], "reference"):
+        qkv = start.clone().requires_grad_()
+        out = packed_attention_qkv(qkv, length, longest=6, impl=impl)
+        out.float().square().sum().backward()
+        found[impl] = (out.detach().float(), qkv.grad.float())
+    assert calls == [name] * 3
+    for ours, want in zip(*found.values(), strict=True):
+        torch.testing.assert_close(ours, want, rtol=2e-2, atol=2e-2)
 
 
 def step(overrides: list[str]) -> dict[str, Tensor]:
@@ -94,7 +154,7 @@ def step(overrides: list[str]) -> dict[str, Tensor]:
     return {"loss": losses["loss"].detach()} | {n: p.grad for n, p in task.model.genes.named_parameters()}
 
 
-@pytest.mark.parametrize("name", ["flash", "varlen", "sdpa"])
+@pytest.mark.parametrize("name", [*STAND_INS, "sdpa"])
 def test_a_model_step_passes_through(name: str, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch):
     want, calls = step(tiny_overrides), []
     if name in STAND_INS:
@@ -108,7 +168,7 @@ def test_a_model_step_passes_through(name: str, tiny_overrides: list[str], monke
         counted.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
         monkeypatch.setattr(peers, finder, lambda: counted)
         monkeypatch.setattr(peers, "can_peer", lambda like: like.dtype == torch.bfloat16)
-    got = step([*tiny_overrides, f"text.attention={name}"])
+    got = step([*tiny_overrides, f"text.attention={name.split(maxsplit=1)[0]}"])
     assert calls == [name] * (2 if name in STAND_INS else 0)  # one per block
     assert got.keys() == want.keys()
     for key, value in want.items():
@@ -133,7 +193,7 @@ def test_what_is_not_there_is_refused_before_training(
 
 
 def test_flash_without_bf16_is_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(peers, "flash_varlen", lambda: flash_attn_varlen_func)
+    monkeypatch.setattr(peers, "flash_varlen", lambda: flash("2"))
     with pytest.raises(ValueError, match=r"needs fp16 or bf16 on a CUDA device, not torch.float32 on cpu"):
         attention_name("flash", CPU, torch.float32, 18)
 

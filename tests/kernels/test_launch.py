@@ -181,3 +181,16 @@ def test_a_panel_of_any_size_runs_the_same_kernels(variants: dict[tuple[Any, ...
         by_class[name, tile_class] |= {(dtypes, key) for key in keys}
     assert {name for name, _ in by_class} == {"make_rows", "copy_rows", "sum_pieces", "norm_grads"}
     assert {key[0]: len(keys) for key, keys in by_class.items() if len(keys) > 1} == {}
+
+
+def test_narrow_rows_have_fewer_warps():
+    """With the warps of wide rows, ``norm_grads`` spills on sm_90 and ``weighted_sum`` on sm_80 (``bench/ledger.csv``)."""
+    assert [embedding.kernels.norm_options(width)["num_warps"] for width in (16, 128, 256, 512)] == [1, 1, 2, 2]
+    warps = {}
+    for width, levels in ((100, 10), (128, 32), (128, 33), (256, 10)):
+        tiles = table.choose_tiles(table.kernels.WEIGHTED_SUM, torch.empty(1, dtype=torch.bfloat16), levels, width)
+        warps[width, levels] = tiles["num_warps"]
+    assert warps == {(100, 10): 4, (128, 32): 4, (128, 33): 8, (256, 10): 8}
+    wide = table.choose_tiles(table.kernels.WEIGHTED_SUM, torch.empty(1), 10, 128)
+    transposed = table.choose_tiles(table.kernels.WEIGHTED_SUM_TRANSPOSE, torch.empty(1, dtype=torch.bfloat16), 10, 128)
+    assert wide["num_warps"] == transposed["num_warps"] == 8

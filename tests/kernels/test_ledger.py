@@ -4,6 +4,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from comtip_kernels.ledger.__main__ import compiled, main, problems, read, write
 from comtip_kernels.ledger.aot import LedgerRow, compile_entry
 from comtip_kernels.ledger.entries import ARCHITECTURES, entries
+from comtip_kernels.ledger.toolchain import NEWEST, OLDEST
 
 GOOD = LedgerRow("infonce", "forward", 90, 120, 0, 0, 96, "HGMMA", 8, 24, 24, 6)
 
@@ -99,8 +101,12 @@ def test_the_committed_table_covers_every_kernel():
     rows = read(Path(__file__).parents[2] / "bench/ledger.csv")
     have = {(r["op"], r["name"], int(r["arch"])) for r in rows}
     assert {(e.op, e.name, a) for e in entries() for a in ARCHITECTURES} <= have
-    # Every Triton in the table has all of them, so that a check with either compares every kernel.
-    assert all(sum(r["triton"] == v for r in rows) == len(have) for v in {r["triton"] for r in rows})
+    # The Triton of CI has all of them. Of the oldest and newest, kernels without a row are compiled and checked for spills.
+    counts = Counter(r["triton"] for r in rows)
+    complete = max(counts, key=counts.__getitem__)
+    have = {(r["op"], r["name"], int(r["arch"])) for r in rows if r["triton"] == complete}
+    assert {(e.op, e.name, a) for e in entries() for a in ARCHITECTURES} <= have
+    assert {v.rpartition(".")[0] for v in counts} >= {OLDEST, NEWEST}
     for row in rows:
         if int(row["arch"]) in (80, 90):
             assert row["spills"] == row["stack"] == "0"

@@ -30,7 +30,7 @@ from testkit.rehearsal.cuda_runtime import stand_in_cuda
 from testkit.rehearsal.launches import recorded_launches
 from testkit.rehearsal.record import ROOT, Record, RehearsalError
 from testkit.rehearsal.stand_in import CUDA, StandInMode
-from testkit.rehearsal.table import missing_rows, read_table, summary, table
+from testkit.rehearsal.table import missing_rows, read_table, slow_products, summary, table
 from testkit.rehearsal.walk import Walk, train
 
 
@@ -138,7 +138,28 @@ def test_a_variant_that_the_ledger_lacks_is_told(mode: StandInMode):
     spilled = {k: replace(v, spills=2) for k, v in rows.items()}
     assert all("spills on sm_90" in p for p in missing_rows([walked], spilled, names))
     assert table([walked], rows, names)[0]["hgmma_share"] == "1.000"
-    assert table([walked], {k: replace(v, mma="HMMA") for k, v in rows.items()}, names)[0]["hgmma_share"] == "0.000"
+    on_hmma = {k: replace(v, mma="HMMA") for k, v in rows.items()}
+    assert table([walked], on_hmma, names)[0]["hgmma_share"] == "0.000"
+    assert slow_products([walked], rows, names) == []
+    assert all("runs as HMMA on sm_90" in p for p in slow_products([walked], on_hmma, names))
+    assert len(slow_products([walked], on_hmma, names)) == len(names)
+    assert slow_products([replace(walked, walk=Walk("test", part="predict"))], on_hmma, names) == []
+
+
+def test_losses_in_fp32_are_told(mode: StandInMode):
+    lse(mode, torch.empty(64, 512, device="cuda"), torch.empty(96, 512, device="cuda"))
+    walked = summary(Walk("test"), mode.record)
+    told = slow_products([walked], {}, {})
+    assert told
+    assert all("multiplies *fp32, not bf16" in p for p in told)
+
+
+def test_every_config_is_in_the_ledger_and_none_spills():
+    rows = [r for r in read_table(TABLE) if float(r["gflop_own"])]
+    assert "demo_cpu" in {r["config"] for r in rows}
+    for row in rows:
+        assert row["spills"] == "0", row
+        assert 0 <= float(row["hgmma_share"]) <= 1, row
 
 
 def test_two_dtypes_in_one_product_do_not_compile(mode: StandInMode):

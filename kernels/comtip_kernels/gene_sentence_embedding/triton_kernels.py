@@ -238,9 +238,16 @@ def sum_pieces(  # type: ignore[no-untyped-def]
 
 MAKE: dict[str, Any] = {"num_warps": 1, "num_stages": 1}
 NORM: dict[str, Any] = {"num_warps": 2, "num_stages": 1}
+NARROW_NORM: dict[str, Any] = {"num_warps": 1, "num_stages": 1}
+"""``norm_grads`` for rows of up to 128 elements: two warps spill there on sm_90."""
 NORM_ROWS = 64
 """Rows per program of ``norm_grads``."""
 COPY: dict[str, Any] = {"R": 4, "num_warps": 4, "num_stages": 1}
 SUM: dict[str, Any] = {"R": 8, "num_warps": 4, "num_stages": 2}
 PIECE = 256
 """Tokens that one program of ``sum_pieces`` adds."""
+
+
+def norm_options(width: int) -> dict[str, Any]:
+    """Return the launch options of ``norm_grads`` for rows padded to ``width`` elements."""
+    return NARROW_NORM if width <= 128 else NORM

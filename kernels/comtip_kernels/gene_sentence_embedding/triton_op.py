@@ -86,7 +86,7 @@ def sentence_rows_grads(
             ids = [token_id if i is None else i for i in (token_id, kind_id, slot_id, lo_id, hi_id, mix, identity_id)]
             tensors = (*tables, gain.contiguous(), grad.contiguous(), *ids, through, dgains, dbiases)
             constants = {"MIXED": mix is not None, "IDENTITY": identity is not None, "ROWS": kernels.NORM_ROWS}
-            options = constants | {"BD": power_of_2(D)} | kernels.NORM
+            options = constants | {"BD": power_of_2(D)} | kernels.norm_options(power_of_2(D))
             launch(kernels.norm_grads, (programs,), *tensors, U, D, eps, **options)
         grad, dgain, dbias = through, dgains.sum(0), dbiases.sum(0)
     small = _small_tables_grads(

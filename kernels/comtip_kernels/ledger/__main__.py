@@ -6,13 +6,14 @@ import argparse
 import csv
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, fields
 from pathlib import Path
 
 from comtip_kernels.ledger.aot import SHARED_LIMIT_KIB, LedgerRow
 from comtip_kernels.ledger.sizes import sizes
+from comtip_kernels.ledger.toolchain import run_ledger
 
 COLUMNS = ["triton", *(f.name for f in fields(LedgerRow))]
 SLACK = 8
@@ -130,18 +131,23 @@ def write_sizes(path: Path) -> None:
         out.writerows(rows)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Compile, print, and write or check."""
-    parser = argparse.ArgumentParser(prog="python -m comtip_kernels.ledger", description=__doc__)
+    other = argparse.ArgumentParser(add_help=False)
+    other.add_argument("--triton", help="compile with this release, e.g. 3.6, which pip installs in a cache folder")
+    parser = argparse.ArgumentParser(prog="python -m comtip_kernels.ledger", description=__doc__, parents=[other])
     parser.add_argument("--table", type=Path, default=Path("bench/ledger.csv"))
     parser.add_argument("--sizes", type=Path, default=Path("bench/traffic.csv"))
     parser.add_argument("--check", action="store_true", help="compare with the table and do not write it")
     parser.add_argument("--all", action="store_true", help="also compile entries whose source hash is unchanged")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set and interpreted kernels cannot be compiled; unset it")
     import triton
+
+    if args.triton and not f"{triton.__version__}.".startswith(f"{args.triton}."):
+        return run_ledger(args.triton, other.parse_known_args(arguments)[1])
 
     kept = read(args.table)
     known = {(r["op"], r["name"], int(r["arch"])): r for r in kept if r["triton"] == triton.__version__}

@@ -360,6 +360,8 @@ WEIGHTED_SUM: dict[str, dict[str, Any]] = {
     "tf32": {"BM": 32, "BN": 32, "BK": 32, "BD": OUTPUT_WIDTH, "num_warps": 8, "num_stages": 2},
     "tf32x3": {"BM": 32, "BN": 32, "BK": 16, "BD": OUTPUT_WIDTH, "num_warps": 8, "num_stages": 2},
 }
+NARROW_WEIGHTED_SUM: dict[str, Any] = {"num_warps": 4}
+"""Replaces the warps of ``weighted_sum`` in bf16 for up to 128 columns and 32 levels: eight warps spill there on sm_80."""
 WEIGHTED_SUM_TRANSPOSE: dict[str, dict[str, Any]] = {
     "bf16": {"BM": 64, "BN": 64, "BK": 64, "BD": OUTPUT_WIDTH, "num_warps": 8, "num_stages": 2},
     "tf32": {"BM": 32, "BN": 32, "BK": 32, "BD": OUTPUT_WIDTH, "num_warps": 8, "num_stages": 2},

@@ -42,6 +42,8 @@ def choose_tiles(configs: dict[str, dict[str, Any]], x: Tensor, n_levels: int, w
     out = tiles | {"QP": QP, "NG": max(genes, 16 // QP)}
     if "BD" in out:
         out["BD"] = max(16, min(int(out["BD"]) // max(1, out["NG"] * QP // 64), power_of_2(width)))
+    if configs is kernels.WEIGHTED_SUM and x.dtype == torch.bfloat16 and power_of_2(width) <= 128 and QP <= 32:
+        out |= kernels.NARROW_WEIGHTED_SUM
     return out
 
 

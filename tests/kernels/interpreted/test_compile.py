@@ -8,15 +8,22 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs inside tests/kernels/test_interpreted.py", allow_module_level=True)
 
+import torch._dynamo.testing
 from comtip_kernels import (
+    first_tokens,
     gene_sentence_embedding,
     infonce,
     level_cross_entropy,
     packed_attention,
     pair_scores,
     plan_sentences,
+    sentence_start,
     table_pool,
 )
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from comtip_fast.models.gene_encoder import SentenceBlock
 
 
 def randn(*shape: int) -> torch.Tensor:
@@ -71,3 +78,41 @@ def test_one_graph(name: str, impl: str):
             first = grads
     for a, b in zip(first, grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+GRAPH_BREAKS = {"image block": 0, "sentence block": 0, "last sentence block": 0}
+"""Graph breaks of what ``engine.compile`` compiles, with the Triton kernels and in bf16."""
+
+
+def block_and_inputs(name: str, n: int = 5) -> tuple[nn.Module, tuple[Tensor | int | None, ...]]:
+    """Return a block and the inputs that the encoder gives it; ``n`` sentences of up to 6 tokens."""
+    if name == "image block":
+        return Block(32, num_heads=2), (torch.randn(2, n, 32),)
+    block = SentenceBlock(32, 2)
+    block.attention = "triton"
+    length = torch.arange(n).remainder(4).add(3).sort().values
+    S = int(length.sum())
+    first = sentence_start(length) if name == "last sentence block" else None
+    return block, (torch.randn(S, 32), length, 6, first, first_tokens(length, S))
+
+
+@pytest.mark.parametrize("name", GRAPH_BREAKS)
+def test_blocks_have_no_graph_break(name: str):
+    torch.compiler.reset()
+    block, inputs = block_and_inputs(name)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch._dynamo.explain(block)(*inputs)
+    assert (found.graph_count, found.graph_break_count) == (1, GRAPH_BREAKS[name]), found.break_reasons
+
+
+def test_panels_of_other_sizes_compile_a_block_twice_at_most():
+    """The number of sentences and tokens changes every step: the second size is compiled for any size."""
+    torch.compiler.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    block, inputs = block_and_inputs("sentence block")
+    compiled = torch.compile(block, backend=counter)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        for n in (5, 8, 11, 6, 17):
+            _, inputs = block_and_inputs("sentence block", n)
+            torch.testing.assert_close(compiled(*inputs), block(*inputs))
+    assert counter.frame_count <= 2
