@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bench.evidence import bare, gather, runner
-from bench.evidence.parts import correct
+from bench.evidence.parts import cases_pytest, correct
 from bench.evidence.rows import CHANNEL, COLUMNS, DRY_RUN, GPU, MEASURED, Rows, Table
 from bench.evidence.runner import Outcome, Part, environment, run_parts
 from comtip_fast.config.io import config_to_dict, load_config
@@ -251,3 +251,10 @@ def test_correctness_is_checked_in_several_processes(monkeypatch: pytest.MonkeyP
     codes[-1] = 1
     with pytest.raises(RuntimeError, match="of 6 failed"):
         correct.run(Rows(dry=False), dry=False)
+
+
+def test_the_cases_are_the_files_that_the_interpreter_shares():
+    spec = importlib.util.spec_from_file_location("interpreted", ROOT / "tests/kernels/test_interpreted.py")
+    interpreted = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(interpreted)
+    assert sorted(cases_pytest.FILES) == sorted(interpreted.SHARED)
