@@ -269,7 +269,7 @@ def test_a_section_that_differs_from_the_model_is_learnt(
     monkeypatch.setattr(adaptation, "read_section", exchanged)
     result = comtip_fast.adapt(tiny_run, f"{large.path}:n1", fraction=0.3, splits=2, device="cpu")
     summary = result.summary().set_index("method")
-    assert summary.loc["adapted", "mean_pcc_50_hvg"] > summary.loc["unadapted", "mean_pcc_50_hvg"] + 0.2
+    assert summary.loc["adapted", "mean_pcc_50_hvg"] > summary.loc["unadapted", "mean_pcc_50_hvg"] + 0.1
     assert summary.loc["adapted", "above_unadapted"] == "2 of 2"
     # The adapted model predicts, from its export's contents alone, what the fit predicted.
     section = exchanged(result.predictor, f"{large.path}:n1", stated_options(None, None, None))
