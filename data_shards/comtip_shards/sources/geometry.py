@@ -20,8 +20,8 @@ def median_gap(xy: np.ndarray) -> float:
     if len(xy) < 2:
         return float("nan")
     # Of equal positions a tree makes one leaf, in which every query costs as many steps as there are positions.
-    places, counts = np.unique(xy, axis=0, return_counts=True)
-    gaps = cKDTree(places).query(places, k=2)[0][:, 1] if len(places) > 1 else np.zeros(1)
+    distinct, counts = np.unique(xy, axis=0, return_counts=True)
+    gaps = cKDTree(distinct).query(distinct, k=2)[0][:, 1] if len(distinct) > 1 else np.zeros(1)
     return float(np.median(np.repeat(np.where(counts > 1, 0.0, gaps), counts)))
 
 
