@@ -297,14 +297,14 @@ def _rss_bytes() -> int:
 def kind_of(outcome: Outcome) -> str:
     """Return one line that groups escapes of the same cause."""
     lines = [line for line in outcome.detail.strip().splitlines() if line.strip()]
-    places = [
+    frames = [
         line.split('"')[1].rsplit("/", 1)[-1] + ":" + line.split("line ")[1].split(",")[0]
         for line in lines
         if '  File "' in line and "testkit" not in line
     ]
     ours = [
         p
-        for p, line in zip(places, [x for x in lines if '  File "' in x and "testkit" not in x], strict=True)
+        for p, line in zip(frames, [x for x in lines if '  File "' in x and "testkit" not in x], strict=True)
         if "comtip" in line
     ]
     return f"{lines[-1][:150] if lines else ''} @ {' < '.join(reversed(ours[-2:]))}"

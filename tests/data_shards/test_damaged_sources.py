@@ -20,6 +20,7 @@ from comtip_shards.sources import open_source
 from comtip_shards.sources.base import read_counts_table, read_table
 from comtip_shards.sources.files import table_size
 from comtip_shards.sources.files.packaging import is_gzip, read_packed, unpacked
+from comtip_shards.sources.geometry import median_gap
 from comtip_shards.sources.tenx.matrix import TenxMatrix
 
 from testkit.source_fuzz.corpus import SPATIAL_FACTS, anndata, anndata_dense, visium_mex
@@ -69,7 +70,7 @@ DAMAGE: dict[str, tuple[Callable[[h5py.File], object], str]] = {
         lambda f: replaced(f, "obsm/spatial", f["obsm/spatial"][:-1]),
         "obsm.'spatial'. has 23 rows",
     ),
-    "spots at one place": (
+    "spots at one position": (
         lambda f: replaced(f, "obsm/spatial", np.full((24, 2), 50.0)),
         "the distance between spots is 0 px",
     ),
@@ -183,3 +184,11 @@ def test_a_label_that_no_record_stores_is_refused_before_the_build(tmp_path: Pat
         SourceError, match=r"section a: a label of 5,000 characters .*at most 4,096 are stored; shorten it"
     ):
         open_source(path, overrides=SPATIAL_FACTS)[0].read()
+
+
+def test_the_gap_of_equal_positions_takes_no_time():
+    assert median_gap(np.zeros((10**5, 2))) == 0
+    xy = np.array([[0.0, 0], [3, 0], [3, 0], [7, 0], [20, 0]])
+    assert median_gap(xy) == 3
+    assert median_gap(xy[[0, 1, 3]]) == 3
+    assert np.isnan(median_gap(xy[:1]))

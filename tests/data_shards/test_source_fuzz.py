@@ -52,7 +52,7 @@ def hang(path: Path, source: object, out: Path) -> None:
 
 
 def write_outside(path: Path, source: object, out: Path) -> None:
-    (out.parent / "beside.txt").write_text("x")
+    (out.parent / "outside.txt").write_text("x")
 
 
 def write_into_the_source(path: Path, source: object, out: Path) -> None:
@@ -84,7 +84,7 @@ def unforeseen(path: Path, source: object, out: Path) -> None:
     ("through", "told"),
     [
         (hang, "hang"),
-        (write_outside, "changes outside the output folder.*beside"),
+        (write_outside, "changes outside the output folder.*outside"),
         (write_into_the_source, "the source was changed"),
         (use_memory, "MB of memory"),
         (start_a_process, "os.system"),

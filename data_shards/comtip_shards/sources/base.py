@@ -167,7 +167,7 @@ def named(what: str, inputs: Sequence[Path]) -> Iterator[None]:
     SourceError
         With ``what`` before a message that names no file.
     UnforeseenError
-        In place of any other error but OSError, which names its file.
+        Instead of any other error but OSError, which names its file.
     """
     try:
         yield

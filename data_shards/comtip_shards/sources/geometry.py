@@ -17,7 +17,12 @@ _MIN_SPOTS = 7
 def median_gap(xy: np.ndarray) -> float:
     """Return the median nearest-neighbour distance, NaN for fewer than two positions."""
     xy = xy[np.isfinite(xy).all(1)]
-    return float(np.median(cKDTree(xy).query(xy, k=2)[0][:, 1])) if len(xy) > 1 else float("nan")
+    if len(xy) < 2:
+        return float("nan")
+    # Of equal positions a tree makes one leaf, in which every query costs as many steps as there are positions.
+    distinct, counts = np.unique(xy, axis=0, return_counts=True)
+    gaps = cKDTree(distinct).query(distinct, k=2)[0][:, 1] if len(distinct) > 1 else np.zeros(1)
+    return float(np.median(np.repeat(np.where(counts > 1, 0.0, gaps), counts)))
 
 
 def visium_mpp(xy: np.ndarray, where: str) -> float:

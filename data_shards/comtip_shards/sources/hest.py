@@ -30,6 +30,7 @@ from comtip_shards.sources.base import CatalogueRow, SectionSource, number, pick
 from comtip_shards.sources.files.packaging import find
 from comtip_shards.sources.geometry import MAX_RATIO_INFERRED, check_pitch, median_gap
 from comtip_shards.sources.patches import Patches, PatchSlide, read_patches
+from comtip_shards.storage.regular_file import read_regular
 
 TABLE = "HEST_v*.csv"
 LICENCE = "CC BY-NC-SA 4.0 (HEST-1k: not for commercial use)"
@@ -84,7 +85,7 @@ def _read_csv(path: Path) -> dict[str, dict[str, Any]]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
+        data = json.loads(read_regular(path, 1 << 28).decode("utf-8-sig"))
     except (OSError, ValueError) as error:
         raise SourceError(f"{path}: not valid JSON ({error}); download it again") from error
     if not isinstance(data, dict):

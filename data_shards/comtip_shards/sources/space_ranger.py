@@ -43,13 +43,19 @@ COLUMNS = ["barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullres
 FACTORS = "scalefactors_json.json"
 
 
+def _head(path: Path) -> bytes:
+    """Return the first 64 KiB of a file, which may be far larger than it should be."""
+    with path.open("rb") as file:
+        return file.read(1 << 16)
+
+
 def recognise(path: Path) -> str | None:
     """Return a reason if ``path`` is a Space Ranger folder, else None."""
     if not path.is_dir() or (path / "binned_outputs").is_dir():
         return None
     found = spatial_files(path)
     factors = path / "spatial" / FACTORS
-    if not found or (factors.is_file() and "bin_size_um" in factors.read_text(errors="replace")):
+    if not found or (factors.is_file() and b"bin_size_um" in _head(factors)):
         return None  # Visium HD bins
     return f"{'spatial/ holds' if (path / 'spatial').is_dir() else 'found'} {', '.join(found[:4])}"
 

@@ -193,7 +193,7 @@ def _checked(value: Any, key: str, path: Path) -> Any:
 def _check_columns(root: Any, key: str, path: Path) -> None:
     """Check the lengths of the columns of a table, before any of them is read."""
     group = root.get(key) if isinstance(root, h5py.Group) else None
-    if key not in ("obs", "var", "raw/var") or not isinstance(group, h5py.Group):
+    if not isinstance(group, h5py.Group) or group.attrs.get("encoding-type") != "dataframe":
         return
     lengths = {}
     for name in group:
