@@ -19,8 +19,9 @@ import yaml
 
 from comtip_fast.config.io import load_config
 from comtip_fast.training.checkpoint import store as checkpoints
+from comtip_fast.training.checkpoint.saver import CheckpointSaver
 from comtip_fast.training.monitor.monitor import CLOCKED
-from comtip_fast.training.trainer import Trainer, TrainingError
+from comtip_fast.training.trainer import FitResult, Trainer, TrainingError
 from tests.comtip_fast.trainer_standin import SPOTS, StandIn, config_of, fit
 
 ROOT = Path(__file__).parents[2]
@@ -192,6 +193,53 @@ def test_all_checkpoints_damaged_is_an_error(reference: Path, tmp_path: Path) ->
         fit(run, resume=True)
 
 
+def test_an_interrupted_validation_repeats_no_step(reference: Path, tmp_path: Path) -> None:
+    """A validation came before the checkpoint of its step, so a restart met it again, after all steps before it."""
+    run, steps = tmp_path / "run", []
+
+    class Killed(StandIn):
+        killed = False
+
+        def validation_share(self, progress: Callable[[str], None]) -> float:
+            if self.step == 9 and not Killed.killed:
+                Killed.killed = True
+                raise KeyboardInterrupt
+            return super().validation_share(progress)
+
+    def attempt(resume: bool) -> FitResult:
+        return Trainer(Killed(config_of(), steps.append), config_of(), run).fit(resume=resume)
+
+    with pytest.raises(KeyboardInterrupt):
+        attempt(resume=False)
+    assert checkpoints.steps_of(run / "checkpoints")[-1] == 9
+    assert attempt(resume=True).stopped == "steps"
+    assert steps == list(range(1, 18))
+    assert_same_run(reference, run)
+
+
+def test_a_validation_that_was_logged_before_a_kill_is_logged_once(reference: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+
+        def killed(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(CheckpointSaver, "save_state", killed)
+        with pytest.raises(KeyboardInterrupt):
+            fit(run)
+    assert trace(run)[-1]["kind"] == "valid"
+    assert fit(run, resume=True).stopped == "steps"
+    assert_same_run(reference, run)
+
+
+def test_a_stop_request_does_not_wait_for_a_validation(reference: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert fit(run, at_step=stop_at(9)).step == 9
+    assert [r["step"] for r in trace(run) if r["kind"] == "valid"] == [3, 6]
+    assert fit(run, resume=True).stopped == "steps"
+    assert trace(run) == trace(reference)
+
+
 # -- refused input ----------------------------------------------------------------------------------------
 
 
@@ -277,7 +325,7 @@ def test_patience_stops_and_the_best_weights_are_exported(tmp_path: Path) -> Non
     result, _ = run_with_scores(run, scores, "train.patience=3", "train.steps=90")
     # The bad score of step 4 no longer counts once step 6 is better; an equal score (step 8) is not better.
     assert (result.stopped, result.step, result.best_step, result.best_score) == ("patience", 12, 6, 0.5)
-    assert checkpoints.steps_of(run / "checkpoints") == [6, 8, 12]
+    assert checkpoints.steps_of(run / "checkpoints") == [6, 10, 12]
     best = checkpoints.load(run / "checkpoints/step_00000006").model
     exported = checkpoints.load_file(run / "export/model.safetensors")
     assert all(torch.equal(best[k], exported[k]) for k in best)

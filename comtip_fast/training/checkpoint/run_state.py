@@ -61,6 +61,8 @@ class RunState:
     """Number of validations since the best one."""
     skips: int = 0
     """Number of updates skipped because a loss or gradient was not finite."""
+    validated: int = 0
+    """Last step after which a validation was completed, or none was due."""
     stopped: str = ""
     """``steps`` or ``patience`` once training has finished, empty before."""
 
@@ -71,6 +73,8 @@ class RunState:
     @classmethod
     def from_plain(cls, state: dict[str, Any]) -> RunState:
         """Invert :meth:`as_plain`; ignores further keys."""
+        # Checkpoints of earlier versions were written after the validation of their step.
+        state = {"validated": state["step"]} | state
         own = {f.name: state[f.name] for f in fields(cls)}
         return cls(**own | {"best_score": float("-inf") if own["best_score"] is None else own["best_score"]})
 
