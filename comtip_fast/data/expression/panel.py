@@ -6,9 +6,11 @@ evaluate on unseen genes), and the step panel, drawn from the trained genes that
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
+from comtip_shards.format.statistics import SectionStatistics
 from comtip_shards.sampling.rng import generator
 from scipy import sparse
 
@@ -24,7 +26,9 @@ class GeneChoice:
     held_out: np.ndarray
     """Ascending."""
     ranked: dict[str, np.ndarray]
-    """Eligible genes of each cohort by decreasing variance."""
+    """Genes of each cohort on which it is scored, by decreasing variance: those detected in every training section."""
+    eligible: dict[str, np.ndarray] = field(default_factory=dict)
+    """Genes of each cohort that may be trained, by decreasing variance (``genes.detected_in``)."""
 
 
 def rank_by_variance(
@@ -47,23 +51,80 @@ def rank_by_variance(
     rows, variance
         Eligible gene rows by decreasing variance, and the variance of each.
     """
-    eligible = np.any(measured, axis=0)
-    for value, known in zip(values, measured, strict=True):
-        detection = np.asarray((value > 0).mean(axis=0)).ravel()
-        eligible &= ~known | (detection >= min_detection)
-    # Moments over the spots of the sections that measured the gene.
-    n = sum(np.where(known, value.shape[0], 0) for value, known in zip(values, measured, strict=True))
-    total = sum(np.asarray(value.sum(axis=0)).ravel() for value in values)
-    square = sum(np.asarray(value.multiply(value).sum(axis=0)).ravel() for value in values)
-    n = np.maximum(n, 1)
-    variance = square / n - (total / n) ** 2
-    rows = np.flatnonzero(eligible)
-    rows = rows[np.lexsort((rows, -variance[rows]))]
-    return rows, variance[rows]
+    sections = [
+        (np.flatnonzero(known), _statistics_of(value[:, known])) for value, known in zip(values, measured, strict=True)
+    ]
+    return CohortStatistics.of(sections, values[0].shape[1]).ranked(min_detection, "every")
 
 
-def choose_genes(ranked: dict[str, np.ndarray], symbols: list[str], config: GenesConfig) -> GeneChoice:
+def _statistics_of(values: sparse.csr_matrix) -> SectionStatistics:
+    """Return the statistics of log1p CP10K (n, genes)."""
+    sums = (np.asarray(m.sum(axis=0)).ravel() for m in (values > 0, values, values.multiply(values)))
+    return SectionStatistics(values.shape[0], *sums)
+
+
+@dataclass
+class CohortStatistics:
+    """Statistics of the genes over the sections of one cohort, each array over all genes of the set."""
+
+    spots: np.ndarray
+    """Spots of the sections that measured the gene."""
+    total: np.ndarray
+    """Sum of log1p CP10K over those spots."""
+    square: np.ndarray
+    """Sum of its square."""
+    detected: np.ndarray
+    """Spots in which the gene was detected."""
+    least: np.ndarray
+    """Smallest detection rate over the sections that measured the gene."""
+    most: np.ndarray
+    """Largest detection rate."""
+
+    @classmethod
+    def of(cls, sections: Sequence[tuple[np.ndarray, SectionStatistics]], n_genes: int) -> CohortStatistics:
+        """Sum over sections.
+
+        Parameters
+        ----------
+        sections
+            Per section: rows of its measured genes, and their statistics.
+        n_genes
+            Number of genes in the set.
+        """
+        out = cls(*(np.zeros(n_genes) for _ in range(4)), np.ones(n_genes), np.zeros(n_genes))
+        for rows, one in sections:
+            rate = one.detected / max(one.n_spots, 1)
+            out.spots[rows] += one.n_spots
+            out.total[rows] += one.total
+            out.square[rows] += one.square
+            out.detected[rows] += one.detected
+            out.least[rows] = np.minimum(out.least[rows], rate)
+            out.most[rows] = np.maximum(out.most[rows], rate)
+        return out
+
+    def ranked(self, min_detection: float, detected_in: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return the eligible gene rows by decreasing variance, and the variance of each.
+
+        ``detected_in`` names the rule; see :attr:`.schema.GenesConfig.detected_in`.
+        """
+        n = np.maximum(self.spots, 1)
+        rate = {"any": self.most, "pooled": self.detected / n, "every": self.least}[detected_in]
+        variance = self.square / n - (self.total / n) ** 2
+        rows = np.flatnonzero((self.spots > 0) & (rate >= min_detection))
+        rows = rows[np.lexsort((rows, -variance[rows]))]
+        return rows, variance[rows]
+
+
+def choose_genes(
+    ranked: dict[str, np.ndarray],
+    symbols: list[str],
+    config: GenesConfig,
+    eligible: dict[str, np.ndarray] | None = None,
+) -> GeneChoice:
     """Choose trained and held-out genes from each cohort's ranking.
+
+    ``ranked`` are the genes that a cohort is scored on, by decreasing variance; ``eligible`` those that may be trained,
+    by default the same.
 
     A gene that is held out for one cohort is held out for all. So are its orthologues (same upper-case symbol), because
     they share its text. The first ``held_out_from`` genes of a cohort are held out only if ``config.held_out`` names
@@ -71,16 +132,20 @@ def choose_genes(ranked: dict[str, np.ndarray], symbols: list[str], config: Gene
     """
     names = np.array([s.upper() for s in symbols])
     out = {s.upper() for s in config.held_out}
-    for rows in ranked.values():
+    eligible = ranked if eligible is None else eligible
+    for rows in eligible.values():
         top = rows[: config.per_cohort] if config.per_cohort else rows
         if config.held_out_every:
             out.update(names[top[config.held_out_from :: config.held_out_every]])
     # The most variable genes of a cohort are the ones it is scored on: they are never held out by rank.
     kept = {n for rows in ranked.values() for n in names[rows[: config.held_out_from]]}
     out = {s.upper() for s in config.held_out} | (out - kept)
-    chosen = np.unique(np.concatenate([r[: config.per_cohort] if config.per_cohort else r for r in ranked.values()]))
+    selected = [r[: config.per_cohort] if config.per_cohort else r for r in eligible.values()]
+    # Genes that a cohort is scored on are trained at any variance rank among the eligible ones.
+    scored = [r[: min(config.held_out_from, config.per_cohort or r.size)] for r in ranked.values()]
+    chosen = np.unique(np.concatenate([*selected, *scored]))
     held_out = np.isin(names[chosen], list(out))
-    return GeneChoice(chosen[~held_out], chosen[held_out], ranked)
+    return GeneChoice(chosen[~held_out], chosen[held_out], ranked, eligible)
 
 
 def draw_panel(
