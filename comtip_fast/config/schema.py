@@ -98,6 +98,9 @@ class PanelConfig:
     """Largest G."""
     variable_share: Share = 0.5
     """Share of the panel drawn with probability proportional to gene variance; the rest is drawn uniformly."""
+    balance: Literal["none", "assay"] = "assay"
+    """``assay`` draws a gene less often where other genes can be drawn, if sections with small gene lists already train it
+    often, and gives every section of the batch at least one gene that it measured. ``none`` ignores gene lists."""
 
 
 @dataclass(frozen=True, kw_only=True)

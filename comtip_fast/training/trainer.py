@@ -193,7 +193,7 @@ class Trainer:
         p = self.progress
         if p.stopped:
             log.info("training has already finished (%s); writing the export again", p.stopped)
-        elif self._validation_is_due():
+        elif self._validation_is_due() or p.step >= self.config.train.steps:
             self._finish_step()
         while not p.stopped:
             if self._stopping(caught):
@@ -346,6 +346,7 @@ class Trainer:
         self.engine = make_engine(self.task.module, self.config, self.group)
         self.engine.restore(loaded.optim)
         self.progress = RunState.from_plain(loaded.state)
+        self.progress.reopen(self.config.train)
         set_random_state(loaded.state, self.device)
         self._saved_step = self.progress.step
         self._saver.check_best(self.progress)

@@ -16,6 +16,9 @@ from scipy import sparse
 
 from comtip_fast.config.schema import GenesConfig, PanelConfig
 
+_SIMULATED, _ITERATIONS = 512, 50
+"""Batches and iterations with which :func:`assay_balance` fits its weights."""
+
 
 @dataclass
 class GeneChoice:
@@ -148,6 +151,44 @@ def choose_genes(
     return GeneChoice(chosen[~held_out], chosen[held_out], ranked, eligible)
 
 
+def assay_balance(measured_SG: np.ndarray, n_spots_S: np.ndarray, sections_per_batch: int | None) -> np.ndarray:
+    """Return weights with which genes are drawn equally often over sections with gene lists of different size.
+
+    Genes with the same sections have the same weight. The weights are fitted to the draws of 512 simulated batches; where
+    equal frequencies are impossible, because a batch has sections with small lists only, they are as close as possible.
+
+    Parameters
+    ----------
+    measured_SG
+        bool (S, G), whether the section measured the gene.
+    n_spots_S
+        (S,), training spots of the section; 0 for others.
+    sections_per_batch
+        Sections that a batch is drawn from; None for all.
+
+    Returns
+    -------
+    ndarray
+        float64 (G,), 0.001 to 1; all 1 if the training sections measured the same genes.
+    """
+    train = np.flatnonzero(n_spots_S)
+    lists_SP, list_of_gene, size_P = np.unique(measured_SG[train], axis=1, return_inverse=True, return_counts=True)
+    list_of_gene = list_of_gene.ravel()
+    known = lists_SP.any(0)
+    if known.sum() <= 1 or sections_per_batch is None:
+        return np.ones(measured_SG.shape[1])
+    share = n_spots_S[train] / n_spots_S.sum()
+    chosen = generator(0, "panel-balance").choice(train.size, (_SIMULATED, sections_per_batch), p=share)
+    available_MP = lists_SP[chosen].any(1)
+    weight_P = np.ones(size_P.size)
+    for _ in range(_ITERATIONS):
+        drawn_P = (available_MP * weight_P / np.maximum(available_MP @ (weight_P * size_P), 1e-12)[:, None]).mean(0)
+        reached = known & (drawn_P > 0)
+        weight_P[reached] *= np.sqrt(drawn_P[reached].min() / drawn_P[reached])
+        weight_P = np.clip(weight_P / weight_P[known].max(), 1e-3, 1.0)
+    return weight_P[list_of_gene]
+
+
 def draw_panel(
     trained: np.ndarray,
     weight: np.ndarray,
@@ -156,11 +197,13 @@ def draw_panel(
     *,
     seed: int,
     step: int,
+    balance: np.ndarray | None = None,
+    measured: np.ndarray | None = None,
 ) -> np.ndarray:
     """Draw the step panel and return ascending indices into ``trained``.
 
     The panel's size is log-uniform. A share ``config.variable_share`` of the genes is drawn with probability
-    proportional to variance, the rest uniformly.
+    proportional to variance, the rest uniformly; with ``balance``, both are multiplied by it.
 
     Parameters
     ----------
@@ -174,6 +217,10 @@ def draw_panel(
         Smallest and largest panel, and the share drawn by variance.
     seed, step
         The panel is a function of these and of the batch's sections only.
+    balance
+        (G,), from :func:`assay_balance`; None for equal weights.
+    measured
+        bool (sections of the batch, G). If given, every section has at least one gene in a panel that is large enough.
     """
     rng = generator(seed, "panel", step)
     candidates = np.flatnonzero(available)
@@ -181,9 +228,37 @@ def draw_panel(
     lo = min(config.min_genes, hi)
     size = int(np.clip(np.exp(rng.uniform(np.log(lo), np.log(hi + 1))), lo, hi))
     n_weighted = round(size * config.variable_share)
+    own = np.ones(candidates.size) if balance is None else balance[candidates]
+    balanced = bool(np.ptp(own))
     # Weighted sampling without replacement by exponential races (Efraimidis and Spirakis 2006).
-    race = rng.exponential(size=candidates.size) / np.maximum(weight[candidates], 1e-9)
+    race = rng.exponential(size=candidates.size) / np.maximum(
+        weight[candidates] * own if balanced else weight[candidates], 1e-9
+    )
     weighted = candidates[np.argsort(race, kind="stable")[:n_weighted]]
     rest = np.setdiff1d(candidates, weighted)
-    uniform = rng.permutation(rest)[: size - n_weighted]
-    return np.sort(np.concatenate([weighted, uniform]))
+    if balanced:
+        assert balance is not None
+        uniform = rest[np.argsort(rng.exponential(size=rest.size) / balance[rest], kind="stable")]
+    else:
+        uniform = rng.permutation(rest)
+    panel = np.concatenate([weighted, uniform[: size - n_weighted]])
+    if measured is not None:
+        panel = _with_every_section(panel, measured, rng)
+    return np.sort(panel)
+
+
+def _with_every_section(panel: np.ndarray, measured: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Replace genes of the panel so that every section has one, if the panel is large enough.
+
+    A gene is replaced only if the sections that have it in the panel have others too.
+    """
+    panel = panel.copy()
+    for genes in np.unique(measured, axis=0):
+        if genes[panel].any() or not genes.any():
+            continue
+        covered = measured[:, panel]
+        alone = covered & (covered.sum(1, keepdims=True) == 1)
+        free = np.flatnonzero(~alone.any(0))
+        if free.size:
+            panel[rng.choice(free)] = rng.choice(np.flatnonzero(genes))
+    return panel

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.data.expression.levels import LevelTable, fit_levels, log1p_cp10k
-from comtip_fast.data.expression.panel import CohortStatistics, GeneChoice, choose_genes
+from comtip_fast.data.expression.panel import CohortStatistics, GeneChoice, assay_balance, choose_genes
 from comtip_fast.data.expression.strata import strata_from_levels
 from comtip_fast.data.records import SpotReader
 
@@ -47,6 +47,8 @@ class TrainingTables:
     """(G,), weights of the panel draw."""
     strata: Tensor
     """int64 (S, G), strata of the mispairing."""
+    balance: np.ndarray | None = None
+    """float64 (G,), weights of the panel draw by gene lists (``panel.balance``); None for equal weights."""
 
 
 def training_tables(shards: ShardSet, config: RunConfig) -> TrainingTables:
@@ -87,7 +89,15 @@ def training_tables(shards: ShardSet, config: RunConfig) -> TrainingTables:
         n_genes=shards.manifest.n_genes,
         variance=variance,
         strata=strata_from_levels(fit_levels_NG, section, measured_SG, config.loss.paat.strata),
+        balance=_balance(shards, train, measured_SG, config),
     )
+
+
+def _balance(shards: ShardSet, train: np.ndarray, measured_SG: np.ndarray, config: RunConfig) -> np.ndarray | None:
+    if config.panel.balance == "none":
+        return None
+    n_spots = np.bincount(shards.sections_of(train), minlength=measured_SG.shape[0])
+    return assay_balance(measured_SG, n_spots, config.data.sections_per_batch)
 
 
 def _genes(shards: ShardSet, sections: np.ndarray, config: RunConfig) -> tuple[GeneChoice, np.ndarray]:
