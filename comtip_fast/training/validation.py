@@ -147,12 +147,10 @@ class Validation:
         spots, values = self._expression(section, rows, progress)
         encoded, image = self._encode(spots, progress)
         values = values[np.isin(spots, encoded)]  # without the spots whose tile is damaged
-        chosen = evenly(encoded.size, SPACE_SPOTS)
-        compute = partial(
-            self._space, rows[:SPACE_GENES], values[chosen, :SPACE_GENES], image[torch.from_numpy(chosen)]
-        )
-        space = diagnostic("the statistics of the shared space", compute, undefined(SPACE))
         pcc = self._pcc(rows[:VALIDATION_GENES], values[:, :VALIDATION_GENES], image)
+        chosen = evenly(encoded.size, SPACE_SPOTS)
+        compute = partial(self._space, rows[:SPACE_GENES], values[chosen, :SPACE_GENES], image, chosen)
+        space = diagnostic("the statistics of the shared space", compute, undefined(SPACE))
         return SectionScore(section, cohort, pcc, space)
 
     def _rows(self, section: int, cohort: str, most: int) -> np.ndarray:
@@ -168,13 +166,13 @@ class Validation:
         # A gene without variance counts as 0. A NaN prediction gives no score, so that it cannot become the best one.
         return mean_pcc(measured, predicted["cp10k"]) if np.isfinite(predicted["cp10k"]).all() else float("nan")
 
-    def _space(self, rows: np.ndarray, values: np.ndarray, image: Tensor) -> dict[str, float]:
-        """Compare image vectors (n, D) with text vectors pooled from the true sentences, of values (n, genes)."""
+    def _space(self, rows: np.ndarray, values: np.ndarray, image: Tensor, chosen: np.ndarray) -> dict[str, float]:
+        """Compare the image vectors of ``chosen`` spots with text vectors of their true sentences, of values (n, genes)."""
         index = np.searchsorted(self.tables.genes.trained, rows)
         levels = torch.from_numpy(self.tables.table.levels(values, index)).long().to(self.device)
         table = self.model.sentence_table(take_genes(self.genes, torch.from_numpy(index).to(self.device)))
         text = table_pool(table.rows_GQD, table.scores_GQ, levels, torch.ones_like(levels, dtype=torch.bool))
-        return space_numbers(image, text)
+        return space_numbers(image[torch.from_numpy(chosen).to(image.device)], text)
 
     def _expression(
         self, section: int, rows: np.ndarray, progress: Callable[[], None]

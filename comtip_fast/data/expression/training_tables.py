@@ -143,9 +143,10 @@ def _fit_values(
     Counts are read in chunks and reduced to the genes, so that memory does not depend on the genes of the set.
     """
     chosen = _fit_spots(shards, train, config.levels.fit_spots)
-    fit, raw, values, damaged = [], [], [], []
+    fit, raw, values = [], [], []
+    damaged: list[np.ndarray] = []
     for start in range(0, chosen.size, CHUNK):
-        spots, counts, bad = _read_counts(shards, chosen[start : start + CHUNK], config, sum(map(len, damaged)))
+        spots, counts, bad = _read_counts(shards, chosen[start : start + CHUNK], config, sum(d.size for d in damaged))
         own = counts[:, genes].astype(np.float32)
         own.data = np.log1p(own.data)
         fit.append(spots)

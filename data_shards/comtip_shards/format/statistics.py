@@ -10,6 +10,7 @@ import io
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -80,14 +81,14 @@ class StatisticsSum:
 
 def encode_statistics(digest: str, sections: Sequence[SectionStatistics]) -> bytes:
     """Return the content of the file for the set whose manifest has ``digest``."""
+    arrays: dict[str, Any] = {
+        "version": np.array([VERSION]),
+        "digest": np.frombuffer(digest.encode(), np.uint8),
+        "n_spots": np.array([s.n_spots for s in sections], np.int64),
+    }
+    arrays |= {name: np.concatenate([getattr(s, name) for s in sections]) for name in ("detected", "total", "square")}
     out = io.BytesIO()
-    np.savez(
-        out,
-        version=np.array([VERSION]),
-        digest=np.frombuffer(digest.encode(), np.uint8),
-        n_spots=np.array([s.n_spots for s in sections], np.int64),
-        **{name: np.concatenate([getattr(s, name) for s in sections]) for name in ("detected", "total", "square")},
-    )
+    np.savez(out, **arrays)
     return out.getvalue()
 
 
