@@ -85,7 +85,7 @@ def pretrain(
     target = pick_device(run.train.device)
     check_engine(run, target)
     set_product_precision(run, target)
-    with init_distributed(run.engine.timeout_s, run.train.device) as ranks:
+    with init_distributed(run.engine.timeout_s, run.train.device, wait_timeout_s=run.engine.wait_timeout_s) as ranks:
         group = ClockedGroup(ranks, target)
         if group.rank > 0:
             log.setLevel(logging.WARNING)

@@ -74,6 +74,7 @@ ALLOWED = {
     ("tests/data_shards/test_merge_foreign.py", r"\"said\": "): "field of the manifest and of reports",
     ("data_shards/comtip_shards/format/manifest.py", r"^    (said|beside): "): "fields of the manifest",
     ("data_shards/comtip_shards/builder/writer.py", r"\"beside\""): "field of the manifest",
+    ("bench/scale/start.py", r"\"beside\""): "field of the manifest",
     ("data_shards/comtip_shards/qc/result.py", r"``said``|[\"']said[\"']"): "field of the manifest and of reports",
     ("data_shards/comtip_shards/qc/stored.py", r"^    said: |f\.said"): "field of reports",
     ("tests/comtip_fast/test_evaluation.py", r"made up"): "attribution of the synthetic source",

@@ -60,7 +60,7 @@ class DataConfig:
     """Batches prepared in advance; bounds the loader's memory."""
     expression: Literal["auto", "table", "records"] = "auto"
     """``table`` keeps the levels of all training spots in memory, ``records`` computes them per batch, ``auto`` uses the
-    table up to 1 GiB."""
+    table up to 1 GiB and 200,000 spots."""
     faults: Literal["stop", "skip"] = "stop"
     """Damaged records: ``stop`` ends the run, ``skip`` uses another spot of the batch instead, from the same section if
     there is one. Damaged records are counted, and the first 20 are logged."""
@@ -75,7 +75,11 @@ class GenesConfig:
     per_cohort: CountOrZero = 300
     """Number of most variable genes selected per cohort (species and organ); 0 selects every detected gene."""
     min_detection: Share = 0.1
-    """Smallest share of spots in which a gene is detected, in every training section of its cohort that measured it."""
+    """Smallest share of spots in which a gene is detected, in the training sections of ``detected_in``."""
+    detected_in: Literal["any", "pooled", "every"] = "any"
+    """Training sections of the cohort in which ``min_detection`` must be reached, among those that measured the gene:
+    ``any`` of them, all spots ``pooled``, or ``every`` one. With ``any``, a shallow or additional section removes no gene.
+    Scores always use genes that pass in every section."""
     held_out_every: CountOrZero = 6
     """Every n-th gene from rank ``held_out_from`` on is excluded from training, to test unseen genes; 0 excludes none."""
     held_out_from: CountOrZero = 50
@@ -94,6 +98,9 @@ class PanelConfig:
     """Maximum number of genes per step."""
     variable_share: Share = 0.5
     """Share of the panel drawn with probability proportional to gene variance; the rest is drawn uniformly."""
+    balance: Literal["none", "assay"] = "assay"
+    """``assay`` draws a gene less often where other genes can be drawn, if sections with small gene lists already train it
+    often, and gives every section of the batch at least one gene that it measured. ``none`` ignores gene lists."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +114,7 @@ class LevelsConfig:
     min_positive: Count = 20
     """A gene with fewer spots with a positive count uses the global edges."""
     fit_spots: Annotated[int, Field(ge=100)] = 50_000
-    """Largest number of training spots used to rank genes and fit levels; the same fraction of every section is
-    used."""
+    """Largest number of training spots used to fit levels; the same fraction of every section is used."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,7 +285,7 @@ class TrainConfig:
     log_every: Count = 10
     """Steps between rows of ``metrics.jsonl``."""
     checkpoint_every: Count = 100
-    """Steps between checkpoints."""
+    """Steps between checkpoints; one is also written before every validation."""
     async_checkpoint: bool = True
     """Write checkpoints in a background thread; needs a copy of weights and moments in host memory meanwhile."""
     keep_checkpoints: Count = 2
@@ -339,6 +345,8 @@ class EngineConfig:
     """Compile the blocks of both encoders with ``torch.compile``."""
     timeout_s: Positive = 600.0
     """Timeout of a collective in seconds; if a rank does not reach it in time, the run ends on every rank."""
+    wait_timeout_s: Positive = 7200.0
+    """Timeout in seconds of waits for work outside of a step: training tables, validation, checkpoint and export."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,10 @@ class StepCost:
     """Peak FLOP/s of the device in the run's precision; None if unknown, as for CPUs."""
 
 
+ValidationResult = tuple[float, dict[str, float], dict[str, float]]
+"""Score for early stopping (higher is better), its parts, and further numbers to log."""
+
+
 class TrainingTask(Protocol):
     """Data, model and losses, as the training loop uses them."""
 
@@ -73,8 +77,15 @@ class TrainingTask(Protocol):
         """
         ...
 
-    def validate(self) -> tuple[float, dict[str, float], dict[str, float]]:
-        """Return the score for early stopping (higher is better), its parts, and further numbers to log."""
+    def validation_share(self, progress: Callable[[str], None]) -> Any:
+        """Return this rank's share of a validation, small and picklable; called on every rank, not a collective call.
+
+        ``progress`` is called with a description while the work advances.
+        """
+        ...
+
+    def validation_result(self, shares: list[Any]) -> ValidationResult:
+        """Combine the shares of all ranks, in rank order; called on rank 0."""
         ...
 
     def export(self, folder: Path) -> None:

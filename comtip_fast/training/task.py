@@ -6,6 +6,7 @@ The losses are in :mod:`comtip_fast.training.losses`.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,8 +33,9 @@ from comtip_fast.models.image_encoder import check_mask, patches_per_side
 from comtip_fast.runtime.devices import in_bf16
 from comtip_fast.training.distributed.process_group import on_rank_zero
 from comtip_fast.training.losses import LossInputs, LossPart, Numbers, Parts, StepLosses
+from comtip_fast.training.protocol import ValidationResult
 from comtip_fast.training.readout.fit import fit_readout
-from comtip_fast.training.validation import Validation, validation_scores
+from comtip_fast.training.validation import SectionScore, Validation, validation_scores
 from comtip_fast.training.warm_start import parent_leaks, parents_of, start_from
 
 log = logging.getLogger("comtip_fast")
@@ -212,7 +214,7 @@ class CoMTIPTask:
         if self.genes.vector_GK is not None:
             known = int((self.genes.vector_GK != 0).any(dim=1).sum())
             lines.append(f"  gene vectors of {known} of {genes.trained.size} trained genes")
-        for cohort, rows in genes.ranked.items():
+        for cohort, rows in genes.eligible.items():
             lines.append(f"  {cohort}: {rows.size} genes pass genes.min_detection")
         return "\n".join(lines)
 
@@ -307,9 +309,17 @@ class CoMTIPTask:
         """Update the EMA teacher; see :meth:`.protocol.TrainingTask.after_step`."""
         _as_model(module).update_teacher(self.config.vision.ema_decay, good)
 
-    def validate(self) -> tuple[float, dict[str, float], dict[str, float]]:
-        """Return the mean zero-shot PCC, the mean per cohort, and statistics of the shared space."""
+    def validate(self) -> ValidationResult:
+        """Return the result of a validation in this process alone."""
         return self.validation.score()
+
+    def validation_share(self, progress: Callable[[str], None]) -> list[SectionScore]:
+        """Score this rank's share of the validation sections; not a collective call."""
+        return self.validation.share(self.group.rank, self.group.size, progress)
+
+    def validation_result(self, shares: list[list[SectionScore]]) -> ValidationResult:
+        """Return the mean zero-shot PCC, the mean per cohort, and statistics of the shared space."""
+        return self.validation.result(shares)
 
     def export(self, folder: Path) -> None:
         """Write an export of the current weights: a readout fitted on the training split, and scores on split ``val``."""

@@ -9,14 +9,13 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
-import torch
 from comtip_shards.storage.atomic import atomic_folder, write_atomic
 from torch import Tensor
 
@@ -25,27 +24,26 @@ from comtip_fast.config.io import config_to_dict, dump_config
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.runtime import devices
 from comtip_fast.training.checkpoint import store as checkpoints
-from comtip_fast.training.checkpoint.async_writer import Writer, copied
 from comtip_fast.training.checkpoint.resume import CHECKPOINTS, prepare_run_folder
-from comtip_fast.training.checkpoint.run_state import RunState, deterministic, random_state, set_random_state
-from comtip_fast.training.checkpoint.store import Checkpoint, CheckpointError
-from comtip_fast.training.distributed.comm_timer import clock_of
+from comtip_fast.training.checkpoint.run_state import RunState, deterministic, set_random_state
+from comtip_fast.training.checkpoint.saver import CheckpointSaver
+from comtip_fast.training.checkpoint.store import Checkpoint
 from comtip_fast.training.distributed.failures import ADVICE, explain_failures, hard_exit
-from comtip_fast.training.distributed.process_group import on_rank_zero
-from comtip_fast.training.distributed.rank_numbers import RankNumbers
+from comtip_fast.training.distributed.process_group import on_every_rank, on_rank_zero
 from comtip_fast.training.distributed.signals import Signals, catch_signals, hold_run
 from comtip_fast.training.engines.base import Engine
 from comtip_fast.training.engines.factory import make_engine
 from comtip_fast.training.grad_cache import forward_backward
 from comtip_fast.training.monitor.diagnostics import diagnostic
-from comtip_fast.training.monitor.loggers import BestEffort, Logger, make_loggers
-from comtip_fast.training.monitor.monitor import EVENTS, Events, Profiler, SpikeDetector, ThroughputMeter, Watchdog
-from comtip_fast.training.nonfinite import NONFINITE, nonfinite_message, report_nonfinite
+from comtip_fast.training.monitor.loggers import BestEffort, make_loggers
+from comtip_fast.training.monitor.monitor import Profiler, Watchdog
+from comtip_fast.training.monitor.step_reporter import StepReporter
 from comtip_fast.training.optim import learning_rate
-from comtip_fast.training.pending import FinishedStep, PendingStep, as_floats, read_steps
+from comtip_fast.training.pending import PendingStep
 from comtip_fast.training.protocol import StepCost, TrainingError, TrainingTask
 
 log = logging.getLogger("comtip_fast")
+T = TypeVar("T")
 
 TAKEOVER_S = 60.0
 """Seconds for which a restarted rank 0 waits until the previous process releases the run folder."""
@@ -96,18 +94,16 @@ class Trainer:
         self.checkpoint_dir = self.run_dir / CHECKPOINTS
         self.progress = RunState()
         self._asked_to_stop = False
-        self._writer, self._write_failed = Writer(), False
+        self._write_failed = False
         self.device = next(task.module.parameters()).device
+        self._saver = CheckpointSaver(
+            self.checkpoint_dir, task, config, self.group, self.device, lambda: self.engine.name
+        )
         self._epoch_batches: tuple[int, list[np.ndarray]] = (-1, [])
-        self._loggers: list[Logger] = []
         self._saved_step = -1
         self.engine: Engine
         self._found: Checkpoint | None = None
-        self._rank_numbers = RankNumbers(self.group, self.device)
-        self._meter = ThroughputMeter(self.device, clock_of(self.group, self.device), cost)
-        self._pending: list[PendingStep] = []
-        self._spikes = SpikeDetector(config.watch)
-        self._events = Events(self.run_dir / EVENTS)
+        self._reporter = StepReporter(task, config, self.run_dir, self.group, self.device, cost)
         self._profiler = Profiler(config.watch.trace, self.run_dir / "trace", self.group.rank, self.device)
         self._watchdog = Watchdog(
             config.watch.stall_s,
@@ -133,27 +129,28 @@ class Trainer:
             ExitStack() as stack,
         ):
             # Only rank 0 locks and writes the folder; its errors are raised on all ranks.
-            on_rank_zero(lambda: self._take_folder(stack), self.group)
+            self._on_rank_zero(lambda: self._take_folder(stack))
             stack.enter_context(deterministic(self.device))
             caught = stack.enter_context(catch_signals())
             resumed = self._start(resume)
             if not self.progress.stopped:
                 self.task.prepare()
             if self._first:
-                resolved = config_to_dict(self.config)
+                resolved, start = config_to_dict(self.config), self.progress.step
+                validated = not self._validation_is_due()
                 record, *shown = make_loggers(
-                    self.config, resolved, self.run_dir, start=self.progress.step, resumed=resumed
+                    self.config, resolved, self.run_dir, start=start, resumed=resumed, validated=validated
                 )
-                self._loggers = [record, *map(BestEffort, shown)]
+                self._reporter.loggers = [record, *map(BestEffort, shown)]
             # The watchdog also covers the shutdown below, where a loader can hang.
             stack.enter_context(self._watchdog)
             try:
                 self._loop(caught)
             finally:
-                self._writer.join_quietly()
+                self._saver.writer.join_quietly()
                 diagnostic("the profiler", self._profiler.close, None)
                 self.task.close()
-                for logger in self._loggers:
+                for logger in self._reporter.loggers:
                     logger.close()
         p = self.progress
         return FitResult(p.step, p.best_step, p.best_score, p.stopped or "sigterm")
@@ -169,7 +166,7 @@ class Trainer:
         stack.enter_context(hold_run(self.run_dir, TAKEOVER_S if self.group.size > 1 else 0.0))
 
     def _start(self, resume: bool) -> bool:
-        step = on_rank_zero(lambda: self._find_start(resume), self.group)
+        step = self._on_rank_zero(lambda: self._find_start(resume))
         if step is None:
             self.engine = make_engine(self.task.module, self.config, self.group)
             return False
@@ -193,35 +190,58 @@ class Trainer:
     # -- loop -------------------------------------------------------------------------------------------
 
     def _loop(self, caught: Signals) -> None:
-        p, cfg = self.progress, self.config.train
+        p = self.progress
         if p.stopped:
             log.info("training has already finished (%s); writing the export again", p.stopped)
+        elif self._validation_is_due() or p.step >= self.config.train.steps:
+            self._finish_step()
         while not p.stopped:
-            if self._asked_to_stop or (caught.received and self.group.size == 1):
+            if self._stopping(caught):
                 if self._saved_step != p.step:
                     self._save()
-                on_rank_zero(self._writer.drain, self.group)
+                self._on_rank_zero(self._saver.writer.drain)
                 return
-            if self._write_failed or (self._writer.failed and self.group.size == 1):
-                on_rank_zero(self._writer.check, self.group)
+            if self._write_failed or (self._saver.writer.failed and self.group.size == 1):
+                self._on_rank_zero(self._saver.writer.check)
             self._watchdog.reset(f"step {p.step + 1}")
             self._one_step(caught)
-            if p.step >= cfg.steps:
-                p.stopped = "steps"
-            if cfg.validate_every and (p.step % cfg.validate_every == 0 or p.stopped):
-                self._watchdog.reset(f"validation after step {p.step}")
-                self._validate()
-            if p.step % cfg.checkpoint_every == 0 or p.best_step == p.step or p.stopped:
-                self._watchdog.reset(f"the checkpoint of step {p.step}")
-                self._save()
+            # A stop request does not wait for a validation: the resumed run starts with it.
+            if p.step >= self.config.train.steps or not (self._stopping(caught) and self._validation_is_due()):
+                self._finish_step()
         self._watchdog.reset("the last checkpoint")
-        on_rank_zero(self._writer.drain, self.group)
+        self._on_rank_zero(self._saver.writer.drain)
         self._watchdog.reset("the export")
         self._export_best()
 
+    def _stopping(self, caught: Signals) -> bool:
+        return self._asked_to_stop or (bool(caught.received) and self.group.size == 1)
+
+    def _validation_is_due(self) -> bool:
+        p, cfg = self.progress, self.config.train
+        last = p.step >= cfg.steps
+        due = cfg.validate_every and (p.step % cfg.validate_every == 0 or last)
+        return bool(due) and p.step > p.validated
+
+    def _finish_step(self) -> None:
+        """Write a checkpoint and validate if they are due, in this order: a failed validation must not repeat steps."""
+        p, cfg = self.progress, self.config.train
+        due, last = self._validation_is_due(), p.step >= cfg.steps
+        if due:
+            if self._saved_step != p.step:
+                self._watchdog.reset(f"the checkpoint of step {p.step}")
+                self._save()
+            self._validate()
+        if last:
+            p.stopped = "steps"
+        self._watchdog.reset(f"the checkpoint of step {p.step}")
+        if due:
+            self._on_rank_zero(lambda: self._saver.save_state(p))
+        elif p.step % cfg.checkpoint_every == 0 or p.stopped:
+            self._save()
+
     def _one_step(self, caught: Signals) -> None:
         p = self.progress
-        self._meter.begin()
+        self._reporter.meter.begin()
         began = time.monotonic()
         spots = self._next_batch()
         step = p.step + 1
@@ -234,15 +254,11 @@ class Trainer:
         loss = self.group.sum(shares["loss"].double())
         update = self.engine.update(loss.isfinite())
         self._after_step(step, update.good)
-        self._pending.append(PendingStep(step, p.epoch, p.position, spots, rate, shares, numbers, loss, update))
+        self._reporter.add(PendingStep(step, p.epoch, p.position, spots, rate, shares, numbers, loss, update))
         p.step, p.position = step, p.position + 1
         self._exchange_flags(caught)
         diagnostic("the profiler", lambda: self._profiler.after(step), None)
-        # Reading waits for the device, so that the time of a row includes all work of its steps.
-        due = self._is_logged(step) or devices.reads_are_free(self.device)
-        finished = read_steps(self._pending) if due else []
-        diagnostic("the throughput meter", lambda: self._meter.add(time.monotonic() - began, len(spots), numbers), None)
-        self._report(finished)
+        self._reporter.after_step(p, time.monotonic() - began, len(spots), numbers)
 
     def _after_step(self, step: int, good: Tensor) -> None:
         """Call the task's ``after_step``; after a non-finite step, the task must not change."""
@@ -254,33 +270,6 @@ class Trainer:
                 self.task.after_step(self.engine.module, step, good)
             else:
                 self.task.after_step(self.engine.module, step)
-
-    def _is_logged(self, step: int) -> bool:
-        return step % self.config.train.log_every == 0 or step == 1
-
-    def _settle(self) -> None:
-        """Read and report all steps so far, before anything that depends on them."""
-        self._report(read_steps(self._pending))
-
-    def _report(self, finished: list[FinishedStep]) -> None:
-        """Handle non-finite steps, detect jumps, and log the rows that are due."""
-        p = self.progress
-        for done in finished:
-            step, logged = done.pending.step, self._is_logged(done.pending.step)
-            losses, numbers = self._over_ranks(done) if logged or not done.good else ({}, {})
-            if not done.good:
-                self._not_finite(done.pending, losses)
-            spike = diagnostic("the spike detector", partial(self._spikes.update, done.loss, done.norm), None)
-            if spike is not None and self._first:
-                self._flag("jump", step, spike)
-            if logged:
-                row = {"step": step, "kind": "train", "epoch": done.pending.epoch} | losses | numbers
-                row |= {"lr": done.pending.rate, "grad_norm": done.norm, "skips": p.skips}
-                data = self.task.metrics()
-                waited = data.pop("loader_wait_s", 0.0)
-                nothing: dict[str, float] = {}
-                rates = diagnostic("the throughput meter", partial(self._meter.row, waited), nothing)
-                self._log(row | rates | data)
 
     def _next_batch(self) -> np.ndarray:
         p = self.progress
@@ -298,40 +287,23 @@ class Trainer:
         """Agree with the other ranks on a stop request and on a failed write."""
         if self.group.size == 1:
             return
-        stop, self._write_failed = self.group.any([bool(caught.received), bool(self._writer.failed)])
+        stop, self._write_failed = self.group.any([bool(caught.received), bool(self._saver.writer.failed)])
         self._asked_to_stop = self._asked_to_stop or stop
 
-    def _over_ranks(self, done: FinishedStep) -> tuple[dict[str, float], dict[str, float]]:
-        """Sum losses and average numbers over ranks; a collective call, for which every rank has the same steps."""
-        losses, numbers = as_floats(done.pending.shares), as_floats(done.pending.numbers)
-        if self.group.size == 1:
-            return losses, numbers
-        reduced = self._rank_numbers.reduce(losses, numbers)
-        return reduced.sums, reduced.means
-
-    def _not_finite(self, bad: PendingStep, parts: dict[str, float]) -> None:
-        """Report the step, then stop or count a skipped update, according to ``train.nan_policy``."""
-        p, cfg, path = self.progress, self.config.train, self.run_dir / NONFINITE
-        gradients = bad.update.nonfinite()
-        if self._first:
-            report_nonfinite(path, bad.step, bad.epoch, bad.position, bad.spots, parts, gradients)
-        text = nonfinite_message(path, bad.step, bad.spots, parts, gradients)
-        if cfg.nan_policy == "stop":
-            raise TrainingError(
-                f"{text}. Start again with a lower optim.lr, or continue with --resume --set train.nan_policy=skip"
-            )
-        p.skips += 1
-        log.warning("%s; update skipped (%d so far)", text, p.skips)
-        if p.skips > cfg.max_skips:
-            raise TrainingError(
-                f"{text}; more than train.max_skips={cfg.max_skips} updates were skipped. Start again with a lower optim.lr"
-            )
-
     def _validate(self) -> None:
-        self._settle()
+        """Validate on all ranks and keep the best step; every rank waits outside of the step's process group."""
+        self._reporter.report(self.progress)
         p, cfg = self.progress, self.config.train
-        with self.engine.gathered_for_read():
-            score, per_cohort, space = on_rank_zero(self._score, self.group)
+        what = f"validation after step {p.step}"
+        self._watchdog.reset(what)
+        with self.engine.gathered_for_read(every_rank=True):
+            self.task.module.eval()
+            score, per_cohort, space = on_every_rank(
+                lambda: self.task.validation_share(lambda part: self._watchdog.reset(f"{what}, {part}")),
+                self.task.validation_result,
+                self.group,
+                self._watchdog.paused,
+            )
         better = math.isfinite(score) and score > p.best_score
         if better:
             p.best_score, p.best_step, p.bad_validations = score, p.step, 0
@@ -340,58 +312,33 @@ class Trainer:
         else:
             # Not counted for train.patience: there is no score to compare.
             log.warning("step %d: validation has no score; check for sections of split val and genes to score", p.step)
-        self._log({"step": p.step, "kind": "valid", "score": score, "per_cohort": per_cohort, "best": better} | space)
-        if cfg.patience and p.bad_validations >= cfg.patience and not p.stopped:
+        self._reporter.log(
+            {"step": p.step, "kind": "valid", "score": score, "per_cohort": per_cohort, "best": better} | space
+        )
+        p.validated = p.step
+        if cfg.patience and p.bad_validations >= cfg.patience:
             p.stopped = "patience"
 
     def _stalled(self, text: str) -> None:
-        self._flag("stall", self.progress.step, text)
-
-    def _flag(self, kind: str, step: int, text: str) -> None:
-        diagnostic("writing the event log", lambda: self._events.flag(kind, step, text), None)
+        self._reporter.flag("stall", self.progress.step, text)
 
     def _stop_stalled(self, text: str) -> None:
         who = f"rank {self.group.rank} of {self.group.size}: " if self.group.size > 1 else ""
         log.error("comtip: error: %s%s; process ended, %s", who, text, ADVICE)
         hard_exit()
 
-    def _score(self) -> tuple[float, dict[str, float], dict[str, float]]:
-        self.task.module.eval()
-        return self.task.validate()
-
-    def _log(self, row: dict[str, Any]) -> None:
-        for logger in self._loggers:
-            logger.log(row)
+    def _on_rank_zero(self, work: Callable[[], T]) -> T:
+        return on_rank_zero(work, self.group, self._watchdog.paused)
 
     # -- state ------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
         """Gather sharded tensors and write a full checkpoint, which any engine on any number of ranks can resume."""
-        self._settle()
+        self._reporter.report(self.progress)
         optim = self.engine.optimizer_state()
         with self.engine.gathered_for_read():
-            on_rank_zero(lambda: self._write_checkpoint(self._checkpoint(optim)), self.group)
+            self._on_rank_zero(lambda: self._saver.save(self.progress, optim))
         self._saved_step = self.progress.step
-
-    def _write_checkpoint(self, checkpoint: Checkpoint) -> None:
-        step, best, keep = self.progress.step, self.progress.best_step or None, self.config.train.keep_checkpoints
-
-        def write(state: Checkpoint) -> None:
-            checkpoints.save(self.checkpoint_dir, step, state)
-            checkpoints.prune(self.checkpoint_dir, keep, best)
-
-        if self.config.train.async_checkpoint:
-            snapshot = copied(checkpoint)
-            self._writer.submit(lambda: write(snapshot))
-        else:
-            write(checkpoint)
-
-    def _checkpoint(self, optim: dict[str, Tensor]) -> Checkpoint:
-        state = self.progress.as_plain() | random_state(self.device)
-        state |= {"config": config_to_dict(self.config), "fingerprint": self.task.fingerprint()}
-        state |= {"world_size": self.group.size, "engine": self.engine.name}
-        state |= {"device": self.device.type, "torch": torch.__version__}
-        return Checkpoint(self.task.module.state_dict(), optim, state)
 
     def _restore(self, loaded: Checkpoint) -> None:
         self.task.module.load_state_dict(loaded.model)
@@ -399,32 +346,18 @@ class Trainer:
         self.engine = make_engine(self.task.module, self.config, self.group)
         self.engine.restore(loaded.optim)
         self.progress = RunState.from_plain(loaded.state)
+        self.progress.reopen(self.config.train)
         set_random_state(loaded.state, self.device)
         self._saved_step = self.progress.step
-        self._check_best()
-
-    def _check_best(self) -> None:
-        """Reset the best step, with a warning, if its checkpoint is damaged or missing."""
-        p = self.progress
-        if p.best_step in (0, p.step):
-            return
-        try:
-            checkpoints.verify(checkpoints.folder_of(self.checkpoint_dir, p.best_step))
-        except CheckpointError as error:
-            log.warning("cannot use the best checkpoint (step %d, score %.4f): %s", p.best_step, p.best_score, error)
-            p.best_step, p.best_score = 0, float("-inf")
+        self._saver.check_best(self.progress)
 
     def _export_best(self) -> None:
         """Export the best weights, or the last ones if there was no validation."""
         with self.engine.gathered_for_read():
-            on_rank_zero(self._write_export, self.group)
+            self._on_rank_zero(self._write_export)
 
     def _write_export(self) -> None:
-        self._check_best()
-        step = self.progress.best_step
-        if step and step != self.progress.step:
-            best = checkpoints.load(checkpoints.folder_of(self.checkpoint_dir, step))
-            self.task.module.load_state_dict(best.model)
+        self._saver.load_best(self.progress)
         self.task.module.eval()
         with atomic_folder(self.run_dir / "export") as tmp_path:
             self.task.export(tmp_path)

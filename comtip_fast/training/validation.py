@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,10 +26,11 @@ from comtip_fast.metrics import mean_pcc, pcc_per_gene
 from comtip_fast.models import CoMTIP
 from comtip_fast.training.engines.base import autocast_of
 from comtip_fast.training.monitor.diagnostics import diagnostic, undefined
+from comtip_fast.training.protocol import ValidationResult
 from comtip_fast.training.readout.fit import neighbouring_spots
 
 log = logging.getLogger("comtip_fast")
-TELL_S = 30.0
+LOG_S = 30.0
 """Seconds between progress messages."""
 VALIDATION_GENES = 50
 SCORED_SPOTS, MIN_SCORED_SPOTS, MAX_SCORED_SPOTS = 20_000, 200, 2000
@@ -44,13 +46,28 @@ SPACE_SPOTS, SPACE_GENES = 256, 256
 """Spots per section among which retrieval is measured, and genes per sentence; fixed, to compare runs and sections."""
 
 
+@dataclass(frozen=True)
+class SectionScore:
+    """Result of one validation section."""
+
+    section: int
+    cohort: str
+    pcc: float
+    """Mean zero-shot PCC of the section's most variable trained genes; NaN if a prediction is not finite."""
+    space: dict[str, float]
+    """See :func:`space_numbers`."""
+
+
 class Validation:
     """Scores a model on the sections of split ``val``.
+
+    Memory is bounded by one section's expression, one chunk of tiles and :data:`KEPT_BYTES`; it does not grow with the
+    number of sections.
 
     Parameters
     ----------
     model
-        The model; :meth:`score` uses its current weights.
+        The model; :meth:`share` uses its current weights.
     shards, tables, loader, genes
         Shard set, training tables, loader and gene tokens of the run.
     config
@@ -70,41 +87,71 @@ class Validation:
         self.config = config
         self.device = next(model.parameters()).device
         self._autocast = autocast_of(config, self.device)
-        self._spots: dict[int, np.ndarray] = {}
         self._kept: dict[int, tuple[np.ndarray, Tensor]] = {}
         self._kept_bytes = 0
 
-    @torch.no_grad()
-    def score(self) -> tuple[float, dict[str, float], dict[str, float]]:
-        """Return the mean zero-shot PCC over cohorts, the mean of each cohort, and :func:`space_numbers`.
+    def score(self) -> ValidationResult:
+        """Return the result of a validation by this process alone."""
+        return self.result([self.share(0, 1)])
 
-        Device memory is bounded by one chunk of tiles and one section's vectors; it does not grow with the sections.
+    @torch.no_grad()
+    def share(self, rank: int, size: int, progress: Callable[[str], None] = lambda what: None) -> list[SectionScore]:
+        """Score the sections of one of ``size`` ranks; not a collective call.
+
+        A section's score does not depend on the rank that computes it. ``progress`` is called before every chunk of tiles.
         """
+        own = self._sections_of(rank, size)
+        out, logged = [], time.monotonic()
+        for i, section in enumerate(own):
+            what = f"section {i + 1} of {len(own)}" + (f" of rank {rank}" if size > 1 else "")
+            if time.monotonic() - logged > LOG_S:
+                logged = time.monotonic()
+                log.info("validation: %s", what)
+            one = self._score_section(section, lambda what=what: progress(what))  # type: ignore[misc]
+            if one is not None:
+                out.append(one)
+        return out
+
+    @staticmethod
+    def result(shares: Sequence[Sequence[SectionScore]]) -> ValidationResult:
+        """Combine the shares of all ranks.
+
+        Returns
+        -------
+        score, per_cohort, space
+            Mean zero-shot PCC over cohorts, the mean of each cohort, and the mean of each of :func:`space_numbers`.
+        """
+        # In the order of the sections, so that the means do not depend on the number of ranks.
+        sections = sorted((one for share in shares for one in share), key=lambda one: one.section)
         scores: dict[str, list[float]] = {}
-        spaces = []
-        told = time.monotonic()
-        sections = self._sections()
-        for i, section in enumerate(sections):
-            if time.monotonic() - told > TELL_S:
-                told = time.monotonic()
-                log.info("validation: section %d of %d", i + 1, len(sections))
-            cohort = self.shards.cohort_of_section(section)
-            rows = self._rows(section, cohort, VALIDATION_GENES)
-            if rows.size == 0:
-                continue
-            spots, image = self._encode(section)
-            scores.setdefault(cohort, []).append(self._pcc(spots, rows, image))
-            chosen = evenly(spots.size, SPACE_SPOTS)
-            # Read outside of the diagnostic: with data.faults=stop, a damaged record must end the run.
-            counts = self.loader.counts(spots[chosen])[1]
-            compute = partial(self._space, section, chosen, counts, image)
-            spaces.append(diagnostic("the statistics of the shared space", compute, undefined(SPACE)))
+        for one in sections:
+            scores.setdefault(one.cohort, []).append(one.pcc)
         per_cohort = {cohort: float(np.mean(values)) for cohort, values in scores.items()}
         mean = float(np.mean(list(per_cohort.values()))) if per_cohort else float("nan")
-        return mean, per_cohort, {k: _mean_of_finite([s[k] for s in spaces]) for k in SPACE} if spaces else {}
+        space = {k: _mean_of_finite([one.space[k] for one in sections]) for k in SPACE} if sections else {}
+        return mean, per_cohort, space
 
-    def _sections(self) -> list[int]:
-        return [i for i, s in enumerate(self.shards.manifest.sections) if s.split == "val"]
+    def _sections_of(self, rank: int, size: int) -> list[int]:
+        """Return the validation sections of a rank, ascending; ranks have nearly equal numbers of scored spots."""
+        sections = self.shards.manifest.sections
+        val = [i for i, s in enumerate(sections) if s.split == "val"]
+        spots = [min(sections[i].n_spots, self.config.train.validate_spots) for i in val]
+        return [val[k] for k in balanced_share(spots, rank, size)]
+
+    def _score_section(self, section: int, progress: Callable[[], None]) -> SectionScore | None:
+        """Return the scores of a section; None if it measured none of the genes to score."""
+        cohort = self.shards.cohort_of_section(section)
+        rows = self._rows(section, cohort, max(VALIDATION_GENES, SPACE_GENES))
+        if rows.size == 0:
+            return None
+        spots, values = self._expression(section, rows, progress)
+        encoded, image = self._encode(spots, progress)
+        values = values[np.isin(spots, encoded)]  # without the spots whose tile is damaged
+        pcc = self._pcc(rows[:VALIDATION_GENES], values[:, :VALIDATION_GENES], image)
+        chosen = evenly(encoded.size, SPACE_SPOTS)
+        compute = partial(self._space, rows[:SPACE_GENES], values[chosen, :SPACE_GENES], image, chosen)
+        space = diagnostic("the statistics of the shared space", compute, undefined(SPACE))
+        return SectionScore(section, cohort, pcc, space)
 
     def _rows(self, section: int, cohort: str, most: int) -> np.ndarray:
         """Return the cohort's most variable trained genes that the section measured: rows of the gene table."""
@@ -113,41 +160,49 @@ class Validation:
             return np.zeros(0, np.int64)
         return ranked[self.shards.measured(section)[ranked] & np.isin(ranked, self.tables.genes.trained)][:most]
 
-    def _pcc(self, spots: np.ndarray, rows: np.ndarray, image: Tensor) -> float:
-        measured = log1p_cp10k(self.loader.counts(spots)[1])[:, rows].toarray()
+    def _pcc(self, rows: np.ndarray, measured: np.ndarray, image: Tensor) -> float:
         index = torch.from_numpy(np.searchsorted(self.tables.genes.trained, rows)).to(self.device)
         predicted = predict_trained(self.model, take_genes(self.genes, index), image, self.tables.table, index)
         # A gene without variance counts as 0. A NaN prediction gives no score, so that it cannot become the best one.
         return mean_pcc(measured, predicted["cp10k"]) if np.isfinite(predicted["cp10k"]).all() else float("nan")
 
-    def _space(self, section: int, keep: np.ndarray, counts: Any, image: Tensor) -> dict[str, float]:
-        """Compare the image vectors of the spots ``keep`` with text vectors pooled from their true sentences."""
-        rows = self._rows(section, self.shards.cohort_of_section(section), SPACE_GENES)
+    def _space(self, rows: np.ndarray, values: np.ndarray, image: Tensor, chosen: np.ndarray) -> dict[str, float]:
+        """Compare the image vectors of ``chosen`` spots with text vectors of their true sentences, of values (n, genes)."""
         index = np.searchsorted(self.tables.genes.trained, rows)
-        values = log1p_cp10k(counts)[:, rows].toarray()
         levels = torch.from_numpy(self.tables.table.levels(values, index)).long().to(self.device)
         table = self.model.sentence_table(take_genes(self.genes, torch.from_numpy(index).to(self.device)))
         text = table_pool(table.rows_GQD, table.scores_GQ, levels, torch.ones_like(levels, dtype=torch.bool))
-        return space_numbers(image[torch.from_numpy(keep).to(image.device)], text)
+        return space_numbers(image[torch.from_numpy(chosen).to(image.device)], text)
 
-    def _encode(self, section: int) -> tuple[np.ndarray, Tensor]:
-        """Return the section's undamaged spots, at most ``train.validate_spots``, and their image vectors, fp32 (N, D)."""
-        if section not in self._spots:
-            all_spots = self.shards.select(sections=[section])
-            most = self.config.train.validate_spots
-            self._spots[section] = self.loader.counts(all_spots[evenly(all_spots.size, most)])[0]
-        spots, vectors = [], []
-        for start in range(0, self._spots[section].size, CHUNK):
-            chunk, inputs = self._inputs(self._spots[section][start : start + CHUNK])
+    def _expression(
+        self, section: int, rows: np.ndarray, progress: Callable[[], None]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the section's undamaged spots, at most ``train.validate_spots``, and log1p CP10K, float32 (N, genes)."""
+        meta = self.shards.manifest.sections[section]
+        all_spots = meta.first_spot + evenly(meta.n_spots, self.config.train.validate_spots)
+        spots, values = [], []
+        for start in range(0, all_spots.size, CHUNK):
+            progress()
+            readable, counts = self.loader.counts(all_spots[start : start + CHUNK])
+            spots.append(readable)
+            values.append(log1p_cp10k(counts)[:, rows].toarray())
+        return np.concatenate(spots), np.concatenate(values)
+
+    def _encode(self, spots: np.ndarray, progress: Callable[[], None]) -> tuple[np.ndarray, Tensor]:
+        """Return the spots whose tiles are undamaged, and their image vectors, fp32 (N, D)."""
+        encoded, vectors = [], []
+        for start in range(0, spots.size, CHUNK):
+            progress()
+            chunk, inputs = self._inputs(spots[start : start + CHUNK])
             features = inputs.to(self.device)
             if self.model.vision.stem is None:
                 features = self.model.vision.stem_features(features)
             with self._autocast():
                 vectors.append(self.model.encode_image(features).vector_BD.float())
-            spots.append(chunk)
-        if not spots:
+            encoded.append(chunk)
+        if not encoded:
             return np.zeros(0, np.int64), torch.zeros(0, self.config.align.dim, device=self.device)
-        return np.concatenate(spots), torch.cat(vectors)
+        return np.concatenate(encoded), torch.cat(vectors)
 
     def _inputs(self, spots: np.ndarray) -> tuple[np.ndarray, Tensor]:
         """Return the undamaged spots of a chunk, and their tiles or features of the frozen stem, in host memory."""
@@ -161,6 +216,18 @@ class Validation:
             self._kept_bytes += inputs.nbytes
             self._kept[first] = spots, inputs
         return spots, inputs
+
+
+def balanced_share(sizes: Sequence[int], rank: int, world: int) -> list[int]:
+    """Return the items of one rank, ascending, when items are given, largest first, to the rank with the least work."""
+    work = [0] * world
+    own = []
+    for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        least = work.index(min(work))
+        work[least] += sizes[item]
+        if least == rank:
+            own.append(item)
+    return sorted(own)
 
 
 def evenly(n: int, most: int) -> np.ndarray:

@@ -64,12 +64,11 @@ def _predictor(task: SyntheticTask, part: str) -> Any:
 def _validation(task: SyntheticTask) -> Any:
     """Return the validation of one section of ``SPOTS`` spots."""
     n = task.sizes.n_identities
-    every, spots = np.arange(n), np.arange(SPOTS)
+    every = np.arange(n)
     shards: Any = SimpleNamespace(
-        manifest=SimpleNamespace(sections=[SimpleNamespace(split="val")]),
+        manifest=SimpleNamespace(sections=[SimpleNamespace(split="val", n_spots=SPOTS, first_spot=0)]),
         cohort_of_section=lambda _section: COHORT,
         measured=lambda _section: np.ones(n, bool),
-        select=lambda **_k: spots,
     )
     choice = SimpleNamespace(ranked={COHORT: every}, trained=every)
     tables: Any = SimpleNamespace(genes=choice, table=_levels(n, task.sizes.n_levels))

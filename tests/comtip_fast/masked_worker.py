@@ -38,7 +38,7 @@ def main(folder: Path, overrides: list[str], signal_step: int) -> None:
             # The group exchanges flags between hosts, in host memory.
             with HostReads("batch", "any") as found:
                 one_step(caught)
-            if not trainer._is_logged(step):
+            if not trainer._reporter._is_logged(step):
                 reads[step] = found.found
 
         trainer._one_step = watched  # type: ignore[method-assign]

@@ -42,6 +42,17 @@ def test_a_checkpoint_folder_has_the_documented_files(tmp_path: Path) -> None:
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
 
 
+def test_the_state_is_replaced_without_rewriting_the_tensors(tmp_path: Path) -> None:
+    folder = checkpoints.save(tmp_path, 5, some())
+    inode = (folder / "model.safetensors").stat().st_ino
+    checkpoints.replace_state(tmp_path, 5, {"step": 5, "validated": 5})
+    assert [p.name for p in tmp_path.iterdir()] == [folder.name]
+    assert (folder / "model.safetensors").stat().st_ino == inode
+    read = checkpoints.load(folder)
+    assert read.state["validated"] == 5
+    assert torch.equal(read.model["a"], some().model["a"])
+
+
 def test_empty_optimizer_and_tied_weights_can_be_saved(tmp_path: Path) -> None:
     shared = torch.arange(4.0)
     folder = checkpoints.save(tmp_path, 0, Checkpoint({"x": shared, "y": shared, "z": shared.view(2, 2).T}, {}, {}))

@@ -132,3 +132,45 @@ def test_a_missing_training_section_is_reported(
     monkeypatch.setattr(ShardSet, "select", lambda *_a, **_k: np.zeros(0, np.int64))
     with pytest.raises(ValueError, match="no section has split 'train'"):
         training_tables(tiny_shards, load_config(None, tiny_overrides))
+
+
+# -- start of a run ---------------------------------------------------------------------------------------------
+
+
+def test_the_tables_read_the_counts_of_the_fitted_spots_only(
+    tiny_shards: ShardSet, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    """Every spot to fit on was drawn from all over a section, and genes were ranked from its counts."""
+    read: list[tuple[str, np.ndarray]] = []
+    plain = ShardSet.members_of
+
+    def recorded(self: ShardSet, spots, parts):
+        read.extend((part, np.asarray(spots)) for part in parts)
+        return plain(self, spots, parts)
+
+    monkeypatch.setattr(ShardSet, "members_of", recorded)
+    config = load_config(None, [*tiny_overrides, "data.expression=records", "levels.fit_spots=100"])
+    object.__setattr__(config.levels, "fit_spots", 20)
+    tables = training_tables(tiny_shards, config)
+    assert {part for part, _ in read} == {"expr"}
+    spots = np.concatenate([spots for _, spots in read])
+    first = [s.first_spot for s in tiny_shards.manifest.sections if s.split == "train"]
+    assert spots.tolist() == [f + i for f in first for i in range(10)], "the first records of each section"
+    assert tables.genes.trained.size > 10
+
+
+def test_statistics_do_not_change_what_is_trained(tiny_shards: ShardSet, tiny_overrides: list[str]):
+    """Genes, ranking and weights are those of the counts of all training spots."""
+    config = load_config(None, tiny_overrides)
+    tables = training_tables(tiny_shards, config)
+    train = tiny_shards.select(split="train")
+    section = tiny_shards.sections_of(train)
+    values = log1p_cp10k(tiny_shards.counts(train))
+    own = np.unique(section)
+    rows, variance = rank_by_variance(
+        [values[section == s] for s in own], [tiny_shards.measured(s) for s in own], config.genes.min_detection
+    )
+    assert tables.genes.ranked["human_breast"].tolist() == rows.tolist()
+    trained = np.searchsorted(tables.genes.trained, rows[np.isin(rows, tables.genes.trained)])
+    variance = variance[np.isin(rows, tables.genes.trained)]
+    np.testing.assert_allclose(tables.variance[trained], variance / variance.mean(), rtol=1e-4)

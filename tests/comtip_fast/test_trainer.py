@@ -19,8 +19,10 @@ import yaml
 
 from comtip_fast.config.io import load_config
 from comtip_fast.training.checkpoint import store as checkpoints
+from comtip_fast.training.checkpoint.saver import CheckpointSaver
 from comtip_fast.training.monitor.monitor import CLOCKED
-from comtip_fast.training.trainer import Trainer, TrainingError
+from comtip_fast.training.optim import learning_rate
+from comtip_fast.training.trainer import FitResult, Trainer, TrainingError
 from tests.comtip_fast.trainer_standin import SPOTS, StandIn, config_of, fit
 
 ROOT = Path(__file__).parents[2]
@@ -192,19 +194,65 @@ def test_all_checkpoints_damaged_is_an_error(reference: Path, tmp_path: Path) ->
         fit(run, resume=True)
 
 
+def test_an_interrupted_validation_repeats_no_step(reference: Path, tmp_path: Path) -> None:
+    """A validation came before the checkpoint of its step, so a restart met it again, after all steps before it."""
+    run, steps = tmp_path / "run", []
+
+    class Killed(StandIn):
+        killed = False
+
+        def validation_share(self, progress: Callable[[str], None]) -> float:
+            if self.step == 9 and not Killed.killed:
+                Killed.killed = True
+                raise KeyboardInterrupt
+            return super().validation_share(progress)
+
+    def attempt(resume: bool) -> FitResult:
+        return Trainer(Killed(config_of(), steps.append), config_of(), run).fit(resume=resume)
+
+    with pytest.raises(KeyboardInterrupt):
+        attempt(resume=False)
+    assert checkpoints.steps_of(run / "checkpoints")[-1] == 9
+    assert attempt(resume=True).stopped == "steps"
+    assert steps == list(range(1, 18))
+    assert_same_run(reference, run)
+
+
+def test_a_validation_that_was_logged_before_a_kill_is_logged_once(reference: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+
+        def killed(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(CheckpointSaver, "save_state", killed)
+        with pytest.raises(KeyboardInterrupt):
+            fit(run)
+    assert trace(run)[-1]["kind"] == "valid"
+    assert fit(run, resume=True).stopped == "steps"
+    assert_same_run(reference, run)
+
+
+def test_a_stop_request_does_not_wait_for_a_validation(reference: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert fit(run, at_step=stop_at(9)).step == 9
+    assert [r["step"] for r in trace(run) if r["kind"] == "valid"] == [3, 6]
+    assert fit(run, resume=True).stopped == "steps"
+    assert trace(run) == trace(reference)
+
+
 # -- refused input ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        "train.steps=18",
-        "optim.lr=0.01",
+        "train.steps=16",
         "data.batch_size=4",
         "train.seed=1",
         "loss.paat.strata=3",
         "optim.betas=[0.8,0.9]",
-        "train.patience=2",
+        "genes.detected_in=every",
     ],
 )
 def test_resume_with_another_config_names_the_key(reference: Path, tmp_path: Path, change: str) -> None:
@@ -220,6 +268,52 @@ def test_logging_and_keeping_may_change(reference: Path, tmp_path: Path) -> None
     fit(run, *free, resume=True)
     assert (run / "export/model.safetensors").read_bytes() == (reference / "export/model.safetensors").read_bytes()
     assert yaml.safe_load((run / "config.yaml").read_text())["name"] == "other"
+
+
+def test_a_finished_run_continues_with_more_steps_and_another_rate(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A longer run, another learning rate and another interval were refused."""
+    run, seen = tmp_path / "run", []
+    assert fit(run).stopped == "steps"
+    longer = ["train.steps=20", "optim.lr=0.01", "train.validate_every=4", "train.threads=1"]
+    result = fit(run, *longer, resume=True, at_step=seen.append)
+    assert (result.stopped, result.step, seen) == ("steps", 20, [18, 19, 20])
+    assert "optim.lr changed from 0.05 to 0.01, from step 18 on" in caplog.text
+    rows = trace(run)
+    assert [r["step"] for r in rows if r["kind"] == "valid"] == [3, 6, 9, 12, 15, 17, 20]
+    rates = {r["step"]: r["lr"] for r in rows if r["kind"] == "train"}
+    config = config_of(*longer)
+    assert all(rates[step] == learning_rate(step, 20, config.optim) for step in seen)
+    assert fit(run, *longer, resume=True).step == 20
+
+
+def test_a_run_that_lost_patience_continues_with_more(tmp_path: Path) -> None:
+    run, scores = tmp_path / "run", {2: 1.0}
+    assert run_with_scores(run, scores, "train.patience=2")[0].step == 6
+    result, _ = run_with_scores(run, scores, "train.patience=3", resume=True)
+    assert (result.stopped, result.step) == ("patience", 8)
+
+
+def test_fewer_steps_end_a_run_at_its_checkpoint(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    fit(run, at_step=stop_at(8))
+    assert fit(run, "train.steps=8", "train.validate_every=0", resume=True).step == 8
+    with pytest.raises(TrainingError, match=r"train\.steps=7 is below the step of the checkpoint, 8"):
+        fit(run, "train.steps=7", resume=True)
+
+
+def test_a_checkpoint_without_newer_keys_keeps_its_rules(tmp_path: Path) -> None:
+    """Keys that came later take the values of the behaviour before them, not today's defaults."""
+    run = tmp_path / "run"
+    fit(run, at_step=stop_at(8))
+    folder = checkpoints.folder_of(run / "checkpoints", 8)
+    state = json.loads((folder / "state.json").read_text())
+    del state["config"]["genes"]["detected_in"], state["config"]["panel"]["balance"], state["validated"]
+    checkpoints.replace_state(run / "checkpoints", 8, state)
+    with pytest.raises(TrainingError, match=r"genes\.detected_in \(every -> any\), panel\.balance \(none -> assay\)"):
+        fit(run, resume=True)
+    assert fit(run, "genes.detected_in=every", "panel.balance=none", resume=True).stopped == "steps"
 
 
 def test_resume_on_other_data_is_refused(reference: Path, tmp_path: Path) -> None:
@@ -264,11 +358,11 @@ def test_no_batches_is_an_error(tmp_path: Path) -> None:
 # -- validation, early stopping, pruning, export ------------------------------------------------------------------
 
 
-def run_with_scores(folder: Path, scores: dict[int, float], *overrides: str) -> tuple[Any, Any]:
+def run_with_scores(folder: Path, scores: dict[int, float], *overrides: str, resume: bool = False) -> tuple[Any, Any]:
     config = config_of("train.validate_every=2", *overrides)
     task = StandIn(config)
     task.scores = dict.fromkeys(range(1, 100), 0.0) | scores
-    return Trainer(task, config, folder).fit(), task
+    return Trainer(task, config, folder).fit(resume=resume), task
 
 
 def test_patience_stops_and_the_best_weights_are_exported(tmp_path: Path) -> None:
@@ -277,7 +371,7 @@ def test_patience_stops_and_the_best_weights_are_exported(tmp_path: Path) -> Non
     result, _ = run_with_scores(run, scores, "train.patience=3", "train.steps=90")
     # The bad score of step 4 no longer counts once step 6 is better; an equal score (step 8) is not better.
     assert (result.stopped, result.step, result.best_step, result.best_score) == ("patience", 12, 6, 0.5)
-    assert checkpoints.steps_of(run / "checkpoints") == [6, 8, 12]
+    assert checkpoints.steps_of(run / "checkpoints") == [6, 10, 12]
     best = checkpoints.load(run / "checkpoints/step_00000006").model
     exported = checkpoints.load_file(run / "export/model.safetensors")
     assert all(torch.equal(best[k], exported[k]) for k in best)

@@ -1,15 +1,24 @@
 """Validation in chunks: bounded memory, the run's precision, a cap on spots, and the same score."""
 
+import json
+import weakref
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from comtip_shards import ShardSet
+from comtip_shards.builder.build import build_shards
+from comtip_shards.sources import open_source
 from torch import Tensor
 
 from comtip_fast.config.io import load_config
 from comtip_fast.models import CoMTIP
 from comtip_fast.training import validation
 from comtip_fast.training.task import CoMTIPTask, build_task
+from testkit import tiny
+from testkit.distributed import run_distributed
 
 CPU = torch.device("cpu")
 
@@ -83,3 +92,80 @@ def test_validation_runs_in_the_precision_of_the_run(tiny_shards: ShardSet, tiny
     score, _, _ = task.validate()
     assert np.isfinite(score)
     assert set(dtypes) == {torch.bfloat16}
+
+
+# -- over ranks -----------------------------------------------------------------------------------------------
+
+
+WORKER = Path(__file__).with_name("validation_worker.py")
+
+
+@pytest.fixture(scope="module")
+def three_val(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    """A shard set with three validation sections of two sizes."""
+    folder = tmp_path_factory.mktemp("three_val")
+    sections = [tiny.TinySection(f"v{i}", f"donor_v{i}", "val") for i in range(3)]
+    source = tiny.write_tiny_source(folder / "source", [tiny.TinySection("t1", "donor_a", "train"), *sections])
+    build_shards(open_source(source.parent), folder / "shards", tile_px=32, tile_um=224.0, min_mpp=5.0)
+    return ShardSet(folder / "shards")
+
+
+def on_two_ranks(mode: str, folder: Path, *overrides: str) -> list[dict[str, Any]]:
+    outputs = run_distributed([str(WORKER), mode, str(folder), *overrides], 2, timeout_s=240)
+    return [json.loads(output.splitlines()[-1]) for output in outputs]
+
+
+def test_two_ranks_score_what_one_scores(three_val: ShardSet, tiny_overrides: list[str], tmp_path: Path):
+    first, second = on_two_ranks("score", tmp_path, *tiny_overrides, f"data.shards={three_val.path}")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    one = task_of(three_val, tiny_overrides).validate()
+    torch.set_num_threads(threads)
+    assert np.isfinite(one[0])
+    assert first["result"] == second["result"] == list(one), "bit-identical"
+    assert sorted(first["sections"] + second["sections"]) == [1, 2, 3]
+    assert first["sections"]
+    assert second["sections"]
+    # An error of one rank is reported on every rank.
+    assert first["error"] == "TrainingError: rank 1: the section cannot be read"
+    assert second["error"] == "OSError: the section cannot be read"
+
+
+def test_a_validation_may_last_longer_than_a_collective(three_val: ShardSet, tiny_overrides: list[str], tmp_path: Path):
+    """Rank 0 validated alone, and the other ranks waited for it in a collective with ``engine.timeout_s``."""
+    more = ["train.steps=2", "train.validate_every=1", "engine.timeout_s=10", "readout.kind=levels"]
+    settings = [*tiny_overrides, f"data.shards={three_val.path}", *more]
+    assert on_two_ranks("slow", tmp_path / "run", *settings) == [{"step": 2}] * 2
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["kind"] == "valid"] == [1, 2]
+
+
+def test_sections_are_shared_by_their_spots():
+    shares = [validation.balanced_share([10, 3, 3, 4, 9], rank, 2) for rank in range(2)]
+    assert shares == [[0, 1, 2], [3, 4]]
+    assert [validation.balanced_share([5], rank, 3) for rank in range(3)] == [[0], [], []]
+
+
+def test_memory_does_not_grow_with_the_validation_sections(
+    three_val: ShardSet, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    """The vectors, spots and expression of a section are released before the next section."""
+    task = task_of(three_val, tiny_overrides, f"data.shards={three_val.path}")
+    monkeypatch.setattr(validation, "KEPT_BYTES", 0)
+    alive: list[int] = []
+    vectors: list[weakref.ref[Tensor]] = []
+    encode = validation.Validation._encode
+
+    def watched(self: validation.Validation, *args: Any) -> Any:
+        alive.append(sum(ref() is not None for ref in vectors))
+        spots, image = encode(self, *args)
+        vectors.append(weakref.ref(image))
+        return spots, image
+
+    monkeypatch.setattr(validation.Validation, "_encode", watched)
+    held = set(vars(task.validation))
+    task.validate()
+    assert len(vectors) == 3
+    assert max(alive) <= 1, "at most the section before is still held"
+    assert set(vars(task.validation)) == held
+    assert not task.validation._kept

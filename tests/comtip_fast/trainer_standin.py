@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from comtip_fast.config.io import load_config
 from comtip_fast.config.schema import RunConfig
+from comtip_fast.training.protocol import ValidationResult
 from comtip_fast.training.trainer import FitResult, Trainer
 
 SPOTS, BATCH = 40, 8
@@ -81,10 +82,12 @@ class StandIn:
         self.module.teacher.mul_(0.9).add_(self.module.body[0].weight.detach(), alpha=0.1)
 
     @torch.no_grad()
-    def validate(self) -> tuple[float, dict[str, float], dict[str, float]]:
+    def validation_share(self, progress: Callable[[str], None]) -> float:
         assert not self.module.training
-        score = self.scores.get(self.step, -float((self.module.body(self.x) - self.y).square().mean()))
-        return score, {"human_breast": score}, {}
+        return self.scores.get(self.step, -float((self.module.body(self.x) - self.y).square().mean()))
+
+    def validation_result(self, shares: list[float]) -> ValidationResult:
+        return shares[0], {"human_breast": shares[0]}, {}
 
     def export(self, folder: Path) -> None:
         folder.mkdir()

@@ -6,13 +6,18 @@ evaluate on unseen genes), and the step panel, drawn from the trained genes that
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
+from comtip_shards.format.statistics import SectionStatistics
 from comtip_shards.sampling.rng import generator
 from scipy import sparse
 
 from comtip_fast.config.schema import GenesConfig, PanelConfig
+
+_SIMULATED, _ITERATIONS = 512, 50
+"""Batches and iterations with which :func:`assay_balance` fits its weights."""
 
 
 @dataclass
@@ -24,7 +29,9 @@ class GeneChoice:
     held_out: np.ndarray
     """Ascending."""
     ranked: dict[str, np.ndarray]
-    """Eligible genes of each cohort by decreasing variance."""
+    """Genes of each cohort on which it is scored, by decreasing variance: those detected in every training section."""
+    eligible: dict[str, np.ndarray] = field(default_factory=dict)
+    """Genes of each cohort that may be trained, by decreasing variance (``genes.detected_in``)."""
 
 
 def rank_by_variance(
@@ -47,23 +54,81 @@ def rank_by_variance(
     rows, variance
         Eligible gene rows by decreasing variance, and the variance of each.
     """
-    eligible = np.any(measured, axis=0)
-    for value, known in zip(values, measured, strict=True):
-        detection = np.asarray((value > 0).mean(axis=0)).ravel()
-        eligible &= ~known | (detection >= min_detection)
-    # Moments over the spots of the sections that measured the gene.
-    n = sum(np.where(known, value.shape[0], 0) for value, known in zip(values, measured, strict=True))
-    total = sum(np.asarray(value.sum(axis=0)).ravel() for value in values)
-    square = sum(np.asarray(value.multiply(value).sum(axis=0)).ravel() for value in values)
-    n = np.maximum(n, 1)
-    variance = square / n - (total / n) ** 2
-    rows = np.flatnonzero(eligible)
-    rows = rows[np.lexsort((rows, -variance[rows]))]
-    return rows, variance[rows]
+    sections = [
+        (np.flatnonzero(known), _statistics_of(value[:, known])) for value, known in zip(values, measured, strict=True)
+    ]
+    return CohortStatistics.of(sections, values[0].shape[1]).ranked(min_detection, "every")
 
 
-def choose_genes(ranked: dict[str, np.ndarray], symbols: list[str], config: GenesConfig) -> GeneChoice:
+def _statistics_of(values: sparse.csr_matrix) -> SectionStatistics:
+    """Return the statistics of log1p CP10K (n, genes)."""
+    sums = (np.asarray(m.sum(axis=0)).ravel() for m in (values > 0, values, values.multiply(values)))
+    return SectionStatistics(values.shape[0], *sums)
+
+
+@dataclass
+class CohortStatistics:
+    """Statistics of the genes over the sections of one cohort, each array over all genes of the set."""
+
+    spots: np.ndarray
+    """Spots of the sections that measured the gene."""
+    total: np.ndarray
+    """Sum of log1p CP10K over those spots."""
+    square: np.ndarray
+    """Sum of its square."""
+    detected: np.ndarray
+    """Spots in which the gene was detected."""
+    least: np.ndarray
+    """Smallest detection rate over the sections that measured the gene."""
+    most: np.ndarray
+    """Largest detection rate."""
+
+    @classmethod
+    def of(cls, sections: Sequence[tuple[np.ndarray, SectionStatistics]], n_genes: int) -> CohortStatistics:
+        """Sum over sections.
+
+        Parameters
+        ----------
+        sections
+            Per section: rows of its measured genes, and their statistics.
+        n_genes
+            Number of genes in the set.
+        """
+        zeros = np.zeros((4, n_genes))
+        out = cls(zeros[0], zeros[1], zeros[2], zeros[3], np.ones(n_genes), np.zeros(n_genes))
+        for rows, one in sections:
+            rate = one.detected / max(one.n_spots, 1)
+            out.spots[rows] += one.n_spots
+            out.total[rows] += one.total
+            out.square[rows] += one.square
+            out.detected[rows] += one.detected
+            out.least[rows] = np.minimum(out.least[rows], rate)
+            out.most[rows] = np.maximum(out.most[rows], rate)
+        return out
+
+    def ranked(self, min_detection: float, detected_in: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return the eligible gene rows by decreasing variance, and the variance of each.
+
+        ``detected_in`` names the rule; see :attr:`.schema.GenesConfig.detected_in`.
+        """
+        n = np.maximum(self.spots, 1)
+        rate = {"any": self.most, "pooled": self.detected / n, "every": self.least}[detected_in]
+        variance = self.square / n - (self.total / n) ** 2
+        rows = np.flatnonzero((self.spots > 0) & (rate >= min_detection))
+        rows = rows[np.lexsort((rows, -variance[rows]))]
+        return rows, variance[rows]
+
+
+def choose_genes(
+    ranked: dict[str, np.ndarray],
+    symbols: list[str],
+    config: GenesConfig,
+    eligible: dict[str, np.ndarray] | None = None,
+) -> GeneChoice:
     """Choose trained and held-out genes from each cohort's ranking.
+
+    ``ranked`` are the genes that a cohort is scored on, by decreasing variance; ``eligible`` those that may be trained,
+    by default the same.
 
     A gene that is held out for one cohort is held out for all. So are its orthologues (same upper-case symbol), because
     they share its text. The first ``held_out_from`` genes of a cohort are held out only if ``config.held_out`` names
@@ -71,16 +136,62 @@ def choose_genes(ranked: dict[str, np.ndarray], symbols: list[str], config: Gene
     """
     names = np.array([s.upper() for s in symbols])
     out = {s.upper() for s in config.held_out}
-    for rows in ranked.values():
+    eligible = ranked if eligible is None else eligible
+    for rows in eligible.values():
         top = rows[: config.per_cohort] if config.per_cohort else rows
         if config.held_out_every:
             out.update(names[top[config.held_out_from :: config.held_out_every]])
     # The most variable genes of a cohort are the ones it is scored on: they are never held out by rank.
     kept = {n for rows in ranked.values() for n in names[rows[: config.held_out_from]]}
     out = {s.upper() for s in config.held_out} | (out - kept)
-    chosen = np.unique(np.concatenate([r[: config.per_cohort] if config.per_cohort else r for r in ranked.values()]))
+    selected = [r[: config.per_cohort] if config.per_cohort else r for r in eligible.values()]
+    # Genes that a cohort is scored on are trained at any variance rank among the eligible ones.
+    scored = [r[: min(config.held_out_from, config.per_cohort or r.size)] for r in ranked.values()]
+    chosen = np.unique(np.concatenate([*selected, *scored]))
     held_out = np.isin(names[chosen], list(out))
-    return GeneChoice(chosen[~held_out], chosen[held_out], ranked)
+    return GeneChoice(chosen[~held_out], chosen[held_out], ranked, eligible)
+
+
+def assay_balance(measured_SG: np.ndarray, n_spots_S: np.ndarray, sections_per_batch: int | None) -> np.ndarray:
+    """Return weights with which genes are drawn equally often over sections with gene lists of different size.
+
+    Genes with the same sections have the same weight. The weights are fitted to the draws of 512 simulated batches; where
+    equal frequencies are impossible, because a batch has sections with small lists only, they are as close as possible.
+
+    Parameters
+    ----------
+    measured_SG
+        bool (S, G), whether the section measured the gene.
+    n_spots_S
+        (S,), training spots of the section; 0 for others.
+    sections_per_batch
+        Sections that a batch is drawn from; None for all.
+
+    Returns
+    -------
+    ndarray
+        float64 (G,), 0.001 to 1; all 1 if the training sections measured the same genes.
+    """
+    train = np.flatnonzero(n_spots_S)
+    # Genes with the same sections, by the bytes of their column: np.unique over an axis takes seconds for many sections.
+    columns = np.ascontiguousarray(measured_SG[train].T)
+    number: dict[bytes, int] = {}
+    list_of_gene = np.array([number.setdefault(column.tobytes(), len(number)) for column in columns])
+    _, first, size_P = np.unique(list_of_gene, return_index=True, return_counts=True)
+    lists_SP = columns[first].T
+    known = lists_SP.any(0)
+    if known.sum() <= 1 or sections_per_batch is None:
+        return np.ones(measured_SG.shape[1])
+    share = n_spots_S[train] / n_spots_S.sum()
+    chosen = generator(0, "panel-balance").choice(train.size, (_SIMULATED, sections_per_batch), p=share)
+    available_MP = lists_SP[chosen].any(1)
+    weight_P = np.ones(size_P.size)
+    for _ in range(_ITERATIONS):
+        drawn_P = (available_MP * weight_P / np.maximum(available_MP @ (weight_P * size_P), 1e-12)[:, None]).mean(0)
+        reached = known & (drawn_P > 0)
+        weight_P[reached] *= np.sqrt(drawn_P[reached].min() / drawn_P[reached])
+        weight_P = np.clip(weight_P / weight_P[known].max(), 1e-3, 1.0)
+    return weight_P[list_of_gene]
 
 
 def draw_panel(
@@ -91,11 +202,13 @@ def draw_panel(
     *,
     seed: int,
     step: int,
+    balance: np.ndarray | None = None,
+    measured: np.ndarray | None = None,
 ) -> np.ndarray:
     """Draw the step panel and return ascending indices into ``trained``.
 
     The panel's size is log-uniform. A share ``config.variable_share`` of the genes is drawn with probability
-    proportional to variance, the rest uniformly.
+    proportional to variance, the rest uniformly; with ``balance``, both are multiplied by it.
 
     Parameters
     ----------
@@ -109,6 +222,10 @@ def draw_panel(
         Smallest and largest panel, and the share drawn by variance.
     seed, step
         The panel is a function of these and of the batch's sections only.
+    balance
+        (G,), from :func:`assay_balance`; None for equal weights.
+    measured
+        bool (sections of the batch, G). If given, every section has at least one gene in a panel that is large enough.
     """
     rng = generator(seed, "panel", step)
     candidates = np.flatnonzero(available)
@@ -116,9 +233,37 @@ def draw_panel(
     lo = min(config.min_genes, hi)
     size = int(np.clip(np.exp(rng.uniform(np.log(lo), np.log(hi + 1))), lo, hi))
     n_weighted = round(size * config.variable_share)
+    own = np.ones(candidates.size) if balance is None else balance[candidates]
+    balanced = bool(np.ptp(own))
     # Weighted sampling without replacement by exponential races (Efraimidis and Spirakis 2006).
-    race = rng.exponential(size=candidates.size) / np.maximum(weight[candidates], 1e-9)
+    race = rng.exponential(size=candidates.size) / np.maximum(
+        weight[candidates] * own if balanced else weight[candidates], 1e-9
+    )
     weighted = candidates[np.argsort(race, kind="stable")[:n_weighted]]
     rest = np.setdiff1d(candidates, weighted)
-    uniform = rng.permutation(rest)[: size - n_weighted]
-    return np.sort(np.concatenate([weighted, uniform]))
+    if balanced:
+        assert balance is not None
+        uniform = rest[np.argsort(rng.exponential(size=rest.size) / balance[rest], kind="stable")]
+    else:
+        uniform = rng.permutation(rest)
+    panel = np.concatenate([weighted, uniform[: size - n_weighted]])
+    if measured is not None:
+        panel = _with_every_section(panel, measured, rng)
+    return np.sort(panel)
+
+
+def _with_every_section(panel: np.ndarray, measured: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Replace genes of the panel so that every section has one, if the panel is large enough.
+
+    A gene is replaced only if the sections that have it in the panel have others too.
+    """
+    panel = panel.copy()
+    for genes in measured:
+        if genes[panel].any() or not genes.any():
+            continue
+        covered = measured[:, panel]
+        alone = covered & (covered.sum(1, keepdims=True) == 1)
+        free = np.flatnonzero(~alone.any(0))
+        if free.size:
+            panel[rng.choice(free)] = rng.choice(np.flatnonzero(genes))
+    return panel

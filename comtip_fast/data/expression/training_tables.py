@@ -12,19 +12,21 @@ from typing import Any
 
 import numpy as np
 from comtip_shards import ShardError, ShardSet
-from comtip_shards.sampling.rng import bits
+from comtip_shards.reader.statistics import gene_statistics
 from scipy import sparse
 from torch import Tensor
 
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.data.expression.levels import LevelTable, fit_levels, log1p_cp10k
-from comtip_fast.data.expression.panel import GeneChoice, choose_genes, rank_by_variance
+from comtip_fast.data.expression.panel import CohortStatistics, GeneChoice, assay_balance, choose_genes
 from comtip_fast.data.expression.strata import strata_from_levels
 from comtip_fast.data.records import SpotReader
 
 log = logging.getLogger("comtip_fast")
-TABLE_BYTES = 1 << 30
-"""Size in bytes up to which ``data.expression: auto`` keeps the levels of all training spots in memory."""
+TABLE_BYTES, TABLE_SPOTS = 1 << 30, 200_000
+"""Limits up to which ``data.expression: auto`` reads all training counts at the start and keeps their levels in memory."""
+CHUNK = 4096
+"""Spots whose counts are read at a time."""
 
 
 @dataclass
@@ -45,6 +47,8 @@ class TrainingTables:
     """(G,), weights of the panel draw."""
     strata: Tensor
     """int64 (S, G), strata of the mispairing."""
+    balance: np.ndarray | None = None
+    """float64 (G,), weights of the panel draw by gene lists (``panel.balance``); None for equal weights."""
 
 
 def training_tables(shards: ShardSet, config: RunConfig) -> TrainingTables:
@@ -62,25 +66,17 @@ def training_tables(shards: ShardSet, config: RunConfig) -> TrainingTables:
     train = shards.select(split="train")
     if train.size == 0:
         raise ValueError(f"{shards.path}: no section has split 'train'; rebuild with --split SECTION=train")
-    fit, counts, damaged = _read_counts(shards, _fit_spots(shards, train, config.levels.fit_spots), config)
-    train = np.setdiff1d(train, damaged)
-    section = shards.sections_of(fit)
-    values = log1p_cp10k(counts)
-    measured_SA = np.stack([shards.measured(s) for s in range(len(shards.manifest.sections))])
-    ranked = _rank_cohorts(shards, values, section, measured_SA, config)
-    genes = choose_genes({t: r for t, (r, _) in ranked.items()}, [g.symbol for g in shards.genes], config.genes)
+    genes, variance = _genes(shards, np.unique(shards.sections_of(train)), config)
     if genes.trained.size < 2:
         raise ValueError(f"{shards.path}: fewer than 2 genes are eligible for training; lower genes.min_detection")
-    cp10k = values[:, genes.trained].tocsc()
-    raw = counts[:, genes.trained].tocsc().astype(np.float32)
-    raw.data = np.log1p(raw.data)
-    cp10k.sort_indices()
-    raw.sort_indices()
-    measured_SG = measured_SA[:, genes.trained]
-    table = fit_levels(cp10k, raw, measured_SG[section], config.levels)
-    fit_levels_NG = table.levels(cp10k.toarray(), np.arange(genes.trained.size))
+    fit, raw, values, damaged = _fit_values(shards, train, genes.trained, config)
+    train = np.setdiff1d(train, damaged)
+    section = shards.sections_of(fit)
+    measured_SG = np.stack([shards.measured(s)[genes.trained] for s in range(len(shards.manifest.sections))])
+    table = fit_levels(_by_column(values), _by_column(raw), measured_SG[section], config.levels)
+    fit_levels_NG = _levels(table, values)
     levels: np.ndarray | None = None
-    if _keep_in_memory(train.size * genes.trained.size, config):
+    if _keep_in_memory(train, genes.trained.size, config):
         levels = fit_levels_NG
         if fit.size < train.size:
             train, levels = _all_levels(shards, train, genes.trained, table, config)
@@ -91,30 +87,90 @@ def training_tables(shards: ShardSet, config: RunConfig) -> TrainingTables:
         levels=levels,
         measured=measured_SG,
         n_genes=shards.manifest.n_genes,
-        variance=_variance(genes, ranked),
+        variance=variance,
         strata=strata_from_levels(fit_levels_NG, section, measured_SG, config.loss.paat.strata),
+        balance=_balance(shards, train, measured_SG, config),
     )
 
 
-def _keep_in_memory(size: int, config: RunConfig) -> bool:
-    return config.data.expression == "table" or (config.data.expression == "auto" and size <= TABLE_BYTES)
+def _balance(shards: ShardSet, train: np.ndarray, measured_SG: np.ndarray, config: RunConfig) -> np.ndarray | None:
+    if config.panel.balance == "none":
+        return None
+    n_spots = np.bincount(shards.sections_of(train), minlength=measured_SG.shape[0])
+    return assay_balance(measured_SG, n_spots, config.data.sections_per_batch)
+
+
+def _genes(shards: ShardSet, sections: np.ndarray, config: RunConfig) -> tuple[GeneChoice, np.ndarray]:
+    """Choose the genes from the statistics of the training sections, and return the panel weights of the trained ones."""
+    statistics, n_genes = gene_statistics(shards), shards.manifest.n_genes
+    cohorts: dict[str, list[int]] = {}
+    for s in sections.tolist():
+        cohorts.setdefault(shards.cohort_of_section(s), []).append(s)
+    scored, eligible = {}, {}
+    for cohort, own in sorted(cohorts.items()):
+        merged = CohortStatistics.of([(np.flatnonzero(shards.measured(s)), statistics[s]) for s in own], n_genes)
+        scored[cohort], _ = merged.ranked(config.genes.min_detection, "every")
+        eligible[cohort] = merged.ranked(config.genes.min_detection, config.genes.detected_in)
+    symbols = [g.symbol for g in shards.genes]
+    genes = choose_genes(scored, symbols, config.genes, {c: rows for c, (rows, _) in eligible.items()})
+    return genes, _variance(genes, eligible)
+
+
+def _keep_in_memory(train: np.ndarray, n_genes: int, config: RunConfig) -> bool:
+    small = train.size <= TABLE_SPOTS and train.size * n_genes <= TABLE_BYTES
+    return config.data.expression == "table" or (config.data.expression == "auto" and small)
 
 
 def _fit_spots(shards: ShardSet, train: np.ndarray, most: int) -> np.ndarray:
-    """Return the spots to fit on, ascending: all, or a keyed sample with the same fraction of every section."""
+    """Return the spots to fit on, ascending: all, or the same fraction of every section.
+
+    They are the first records of a section, which are a random sample of it because sections are stored shuffled, and are
+    in one shard file or few.
+    """
     if train.size <= most:
         return train
     section = shards.sections_of(train)
-    parts = []
-    for s in np.unique(section):
-        own = train[section == s]
-        n = max(1, own.size * most // train.size)
-        parts.append(own[np.argsort(bits(0, "fit-spots", index=own), kind="stable")[:n]])
-    return np.sort(np.concatenate(parts))
+    ends = np.searchsorted(section, np.unique(section), side="right")
+    parts = np.split(train, ends[:-1])
+    return np.concatenate([own[: max(1, own.size * most // train.size)] for own in parts])
+
+
+def _fit_values(
+    shards: ShardSet, train: np.ndarray, genes: np.ndarray, config: RunConfig
+) -> tuple[np.ndarray, sparse.csr_matrix, sparse.csr_matrix, np.ndarray]:
+    """Return readable spots to fit on, log1p counts and log1p CP10K of the genes (n, G), and damaged spots.
+
+    Counts are read in chunks and reduced to the genes, so that memory does not depend on the genes of the set.
+    """
+    chosen = _fit_spots(shards, train, config.levels.fit_spots)
+    fit, raw, values = [], [], []
+    damaged: list[np.ndarray] = []
+    for start in range(0, chosen.size, CHUNK):
+        spots, counts, bad = _read_counts(shards, chosen[start : start + CHUNK], config, sum(d.size for d in damaged))
+        own = counts[:, genes].astype(np.float32)
+        own.data = np.log1p(own.data)
+        fit.append(spots)
+        raw.append(own)
+        values.append(log1p_cp10k(counts)[:, genes])
+        damaged.append(bad)
+    return np.concatenate(fit), sparse.vstack(raw, "csr"), sparse.vstack(values, "csr"), np.concatenate(damaged)
+
+
+def _by_column(values: sparse.csr_matrix) -> sparse.csc_matrix:
+    out = values.tocsc()
+    out.sort_indices()
+    return out
+
+
+def _levels(table: LevelTable, values: sparse.csr_matrix) -> np.ndarray:
+    """Return the levels of log1p CP10K (n, G), uint8, without a dense copy of all values."""
+    n, columns = values.shape[0], np.arange(values.shape[1])
+    parts = [table.levels(values[i : i + CHUNK].toarray(), columns) for i in range(0, n, CHUNK)]
+    return np.concatenate(parts)
 
 
 def _read_counts(
-    shards: ShardSet, spots: np.ndarray, config: RunConfig
+    shards: ShardSet, spots: np.ndarray, config: RunConfig, damaged_before: int = 0
 ) -> tuple[np.ndarray, sparse.csr_matrix, np.ndarray]:
     """Return (readable spots, their counts, damaged spots)."""
     counts, faults = SpotReader(shards, with_counts=True).counts(spots)
@@ -123,42 +179,26 @@ def _read_counts(
             raise error
         log.warning("spot %d is excluded from training: %s", spots[i], error)
     damaged = spots[sorted(faults)]
-    if damaged.size > config.data.max_faults:
+    n_damaged = damaged_before + damaged.size
+    if n_damaged > config.data.max_faults:
         raise ShardError(
-            f"{shards.path}: {damaged.size} records are damaged, data.max_faults={config.data.max_faults}; "
+            f"{shards.path}: {n_damaged} records are damaged, data.max_faults={config.data.max_faults}; "
             "run `comtip shards verify`, then rebuild or raise the limit"
         )
     return np.setdiff1d(spots, damaged), counts, damaged
 
 
 def _all_levels(
-    shards: ShardSet, train: np.ndarray, genes: np.ndarray, table: LevelTable, config: RunConfig, size: int = 4096
+    shards: ShardSet, train: np.ndarray, genes: np.ndarray, table: LevelTable, config: RunConfig
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return (readable training spots, their levels), read in chunks of ``size`` spots."""
+    """Return (readable training spots, their levels), read in chunks."""
     spots, levels = [], []
-    for start in range(0, train.size, size):
-        readable, counts, _ = _read_counts(shards, train[start : start + size], config)
+    for start in range(0, train.size, CHUNK):
+        readable, counts, _ = _read_counts(shards, train[start : start + CHUNK], config)
         values = log1p_cp10k(counts)[:, genes].toarray()
         spots.append(readable)
         levels.append(table.levels(values, np.arange(genes.size)))
     return np.concatenate(spots), np.concatenate(levels)
-
-
-def _rank_cohorts(
-    shards: ShardSet,
-    values: sparse.csr_matrix,
-    section: np.ndarray,
-    measured_SA: np.ndarray,
-    config: RunConfig,
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    ranked = {}
-    cohorts = {s: shards.cohort_of_section(int(s)) for s in np.unique(section)}
-    for cohort in sorted(set(cohorts.values())):
-        own = [s for s in cohorts if cohorts[s] == cohort]
-        ranked[cohort] = rank_by_variance(
-            [values[section == s] for s in own], [measured_SA[s] for s in own], config.genes.min_detection
-        )
-    return ranked
 
 
 def _variance(genes: GeneChoice, ranked: dict[str, Any]) -> np.ndarray:

@@ -297,14 +297,16 @@ class BaseLoader(ABC):
 
     def panel(self, section: np.ndarray, step: int) -> np.ndarray:
         """Draw the step panel from the genes that the given sections measured; indices into the trained genes."""
-        available = self.tables.measured[np.unique(section)].any(0)
+        measured = self.tables.measured[np.unique(section)]
         return draw_panel(
             self.tables.genes.trained,
             self.tables.variance,
-            available,
+            measured.any(0),
             self.config.panel,
             seed=self.seed,
             step=step,
+            balance=self.tables.balance,
+            measured=None if self.tables.balance is None else measured,
         )
 
     def _plan_views(self, spots: np.ndarray, view: np.ndarray) -> ViewPlan:

@@ -15,15 +15,25 @@ import torch
 from torch import Tensor
 
 from comtip_fast.config.io import config_from_dict, config_to_dict, flatten
-from comtip_fast.config.schema import EngineConfig, RunConfig, WatchConfig
+from comtip_fast.config.schema import EngineConfig, RunConfig, TrainConfig, WatchConfig
 from comtip_fast.training.protocol import TrainingError
 
 log = logging.getLogger("comtip_fast")
-# Keys that may change on resume because they affect weights and losses by rounding at most. The paths of the shard set
+# Keys that may change on resume. Those after the schedule affect weights and losses by rounding at most. The paths of the shard set
 # and of the gene vectors may change because their hashes are compared, and the NaN policy because a NaN may have
 # stopped the run. The engine and the number of ranks change a step by rounding only.
 FREE_KEYS = {
     "name",
+    # Schedule: keys that change the steps to come, and none before. A longer run, another rate or interval is a decision
+    # that the user takes while a run is under way; docs/fault_tolerance.md says what each of them changes.
+    "train.steps",
+    "train.validate_every",
+    "train.patience",
+    "optim.lr",
+    "optim.final_lr",
+    "optim.warmup_steps",
+    "optim.weight_decay",
+    "optim.clip",
     "data.shards",
     "text.gene_vectors",
     "train.log_every",
@@ -42,9 +52,20 @@ FREE_KEYS = {
     "data.max_faults",
     # Implementations of one operation, equal up to rounding.
     "text.attention",
+    "train.threads",
     *(f"engine.{f.name}" for f in fields(EngineConfig)),
     *(f"watch.{f.name}" for f in fields(WatchConfig)),
 }
+
+
+SCHEDULE_KEYS = {
+    key
+    for key in FREE_KEYS
+    if key.startswith("optim.") or key in ("train.steps", "train.validate_every", "train.patience")
+}
+"""Free keys that change the run from the resumed step on; a change is logged."""
+EARLIER_VALUES = {"genes": {"detected_in": "every"}, "panel": {"balance": "none"}}
+"""Behaviour of runs whose checkpoints were written before these keys existed."""
 
 
 @dataclass
@@ -61,8 +82,18 @@ class RunState:
     """Number of validations since the best one."""
     skips: int = 0
     """Number of updates skipped because a loss or gradient was not finite."""
+    validated: int = 0
+    """Last step after which a validation was completed, or none was due."""
     stopped: str = ""
     """``steps`` or ``patience`` once training has finished, empty before."""
+
+    def reopen(self, train: TrainConfig) -> None:
+        """Continue a finished run whose ``train.steps`` or ``train.patience`` was raised."""
+        longer = self.stopped == "steps" and self.step < train.steps
+        patient = self.stopped == "patience" and not (train.patience and self.bad_validations >= train.patience)
+        if longer or (patient and self.step < train.steps):
+            log.info("the run had finished (%s after %d steps) and continues", self.stopped, self.step)
+            self.stopped = ""
 
     def as_plain(self) -> dict[str, Any]:
         """Return the state as a dict for JSON; a score of minus infinity becomes None."""
@@ -71,6 +102,8 @@ class RunState:
     @classmethod
     def from_plain(cls, state: dict[str, Any]) -> RunState:
         """Invert :meth:`as_plain`; ignores further keys."""
+        # Checkpoints of earlier versions were written after the validation of their step.
+        state = {"validated": state["step"]} | state
         own = {f.name: state[f.name] for f in fields(cls)}
         return cls(**own | {"best_score": float("-inf") if own["best_score"] is None else own["best_score"]})
 
@@ -100,13 +133,22 @@ def check_same_run(
         A key outside :data:`FREE_KEYS` or the input data has changed.
     """
     # Parsed as a config: keys that did not exist then get their defaults, and renamed keys their new names.
-    then = config_from_dict(state["config"], f"the checkpoint in {run_dir}")
+    earlier = {group: keys | state["config"].get(group, {}) for group, keys in EARLIER_VALUES.items()}
+    then = config_from_dict(state["config"] | earlier, f"the checkpoint in {run_dir}")
     old, new = flatten(config_to_dict(then)), flatten(config_to_dict(config))
     changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and k not in FREE_KEYS]
     if changed:
         shown = ", ".join(f"{k} ({old.get(k)} -> {new.get(k)})" for k in changed[:5])
         raise TrainingError(
             f"{run_dir}: cannot resume, the config has changed: {shown}; restore these values or give another --out"
+        )
+    for key in sorted(SCHEDULE_KEYS):
+        if old[key] != new[key]:
+            log.warning("%s changed from %s to %s, from step %d on", key, old[key], new[key], state["step"] + 1)
+    if config.train.steps < state["step"]:
+        raise TrainingError(
+            f"{run_dir}: cannot resume, train.steps={config.train.steps} is below the step of the checkpoint, {state['step']}; "
+            "give at least that many"
         )
     if state["fingerprint"] != fingerprint:
         other = [k for k in fingerprint if state["fingerprint"].get(k) != fingerprint[k]]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from comtip_shards.storage.atomic import atomic_folder
+from comtip_shards.storage.atomic import atomic_folder, link_or_copy
 from comtip_shards.storage.disk import disk_trouble
 from safetensors.torch import load_file, save_file
 
@@ -82,15 +82,56 @@ def save(root: Path, step: int, checkpoint: Checkpoint) -> Path:
     return final
 
 
+def replace_state(root: Path, step: int, state: dict[str, Any]) -> None:
+    """Rewrite the state of a checkpoint atomically; its tensors are linked, or copied where links are not supported.
+
+    Raises
+    ------
+    RestartError
+        The disk is full or fails. The checkpoint is unchanged.
+    """
+    final = folder_of(root, step)
+    try:
+        with atomic_folder(final, root / f".writing-{step:08d}") as tmp_path:
+            tmp_path.mkdir()
+            for name in FILES[:2]:
+                link_or_copy(final / name, tmp_path / name)
+            _write_state(tmp_path, state)
+            known = _stated_sums(final / SUMS)
+            _write_sums(tmp_path, {name: known.get(name, "") for name in FILES[:2]})
+    except Exception as error:
+        problem = disk_trouble(error)
+        if problem is None:
+            raise
+        raise RestartError(
+            f"{final}: cannot write the state of this checkpoint: {problem}; the checkpoint is unchanged; free disk space, "
+            f"then {ADVICE}"
+        ) from error
+
+
 def _write(tmp_path: Path, checkpoint: Checkpoint) -> None:
     tmp_path.mkdir()
     # Each tensor is copied: safetensors refuses tensors that share memory, as tied weights do.
     save_file({k: v.detach().cpu().clone().contiguous() for k, v in checkpoint.model.items()}, tmp_path / FILES[0])
     save_file(checkpoint.optim, tmp_path / FILES[1])
-    state = {"format": FORMAT, "version": VERSION} | checkpoint.state
-    (tmp_path / FILES[2]).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-    sums = "".join(f"{_sha256(tmp_path / name)}  {name}\n" for name in FILES)
+    _write_state(tmp_path, checkpoint.state)
+    _write_sums(tmp_path, {})
+
+
+def _write_state(tmp_path: Path, state: dict[str, Any]) -> None:
+    text = json.dumps({"format": FORMAT, "version": VERSION} | state, indent=1)
+    (tmp_path / FILES[2]).write_text(text + "\n", encoding="utf-8")
+
+
+def _write_sums(tmp_path: Path, known: dict[str, str]) -> None:
+    """Write the hashes of all files; ``known`` are those of files that were hashed before."""
+    sums = "".join(f"{known.get(name) or _sha256(tmp_path / name)}  {name}\n" for name in FILES)
     (tmp_path / SUMS).write_text(sums, encoding="utf-8")
+
+
+def _stated_sums(path: Path) -> dict[str, str]:
+    lines = path.read_bytes().decode("utf-8", "replace").splitlines()
+    return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
 
 
 def _bytes(checkpoint: Checkpoint) -> int:
@@ -127,8 +168,7 @@ def verify(folder: Path) -> None:
     sums = folder / SUMS
     if not sums.is_file():
         raise CheckpointError(f"{sums}: missing, the checkpoint is incomplete; {advice}")
-    lines = sums.read_bytes().decode("utf-8", "replace").splitlines()
-    stated = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    stated = _stated_sums(sums)
     for name in FILES:
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name}: missing; {advice}")

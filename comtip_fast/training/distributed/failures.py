@@ -28,7 +28,9 @@ class RestartError(RuntimeError):
 
 
 @contextmanager
-def explain_failures(rank: int, size: int, where: Callable[[], str], timeout_s: float) -> Iterator[None]:
+def explain_failures(
+    rank: int, size: int, where: Callable[[], str], timeout_s: float, *, key: str = "engine.timeout_s"
+) -> Iterator[None]:
     """Turn errors of a lost rank, a late rank or a full disk into a :class:`RestartError`.
 
     Other errors are not changed, except that a path that cannot be written (a read-only file system), which a restart
@@ -42,6 +44,8 @@ def explain_failures(rank: int, size: int, where: Callable[[], str], timeout_s: 
         Returns a description of the current activity, for the message.
     timeout_s
         Timeout of collectives.
+    key
+        Setting that holds the timeout.
 
     Raises
     ------
@@ -67,7 +71,7 @@ def explain_failures(rank: int, size: int, where: Callable[[], str], timeout_s: 
             raise
         late = any(word in str(error).lower() for word in ("timed out", "timeout", "time out"))
         what = (
-            f"a rank did not reach a collective within engine.timeout_s={timeout_s:g} s"
+            f"a rank did not reach a collective within {key}={timeout_s:g} s"
             if late
             else "the connection to another rank is lost: its process or node failed (see its log)"
         )

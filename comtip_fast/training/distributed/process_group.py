@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -24,6 +24,9 @@ from comtip_fast.training.distributed.failures import RestartError, explain_fail
 from comtip_fast.training.protocol import TrainingError
 
 T = TypeVar("T")
+R = TypeVar("R")
+Pause = Callable[[], AbstractContextManager[Any]]
+"""Returns the context in which a rank waits for others."""
 DESTROY_TIMEOUT_S = 30.0
 _FIRST_PORT, _PORTS = 20000, 10000
 # Newer releases of PyTorch rename these functions and deprecate the old names.
@@ -94,10 +97,17 @@ class ProcessGroup:
     ----------
     hosts
         A group of the same ranks on gloo, for values in host memory; None if the default group is one.
+    waits
+        A gloo group of the same ranks for :func:`broadcast` and :func:`on_every_rank`; None uses the default group.
+    wait_s
+        Timeout of ``waits`` in seconds, for messages.
     """
 
-    def __init__(self, hosts: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self, hosts: dist.ProcessGroup | None = None, waits: dist.ProcessGroup | None = None, wait_s: float = 0.0
+    ) -> None:
         self.rank, self.size, self._hosts = dist.get_rank(), dist.get_world_size(), hosts
+        self.waits, self.wait_s = waits, wait_s
 
     def gather_rows(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         """All-gather; shares of different length are padded to the longest one."""
@@ -157,7 +167,11 @@ def _padded(rows: Tensor, length: int) -> Tensor:
 
 @contextmanager
 def init_distributed(
-    timeout_s: float = 600.0, device: str = "auto", env: DistributedEnv | None = None
+    timeout_s: float = 600.0,
+    device: str = "auto",
+    env: DistributedEnv | None = None,
+    *,
+    wait_timeout_s: float = 7200.0,
 ) -> Iterator[Group]:
     """Initialize the process group inside the block and destroy it afterwards.
 
@@ -169,6 +183,8 @@ def init_distributed(
         ``cpu`` selects gloo even if there are GPUs.
     env
         Rank of this process; None reads the environment.
+    wait_timeout_s
+        Timeout of waits for work that is not a collective, such as a validation (``engine.wait_timeout_s``).
 
     Yields
     ------
@@ -203,9 +219,11 @@ def init_distributed(
         )
         # Stop requests are exchanged between hosts, so that no host waits for its GPU to learn of them.
         hosts: Any = dist.new_group(backend="gloo", timeout=timeout) if gpu else None
+        # A validation or an export may last longer than any collective of a step may.
+        waits: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=wait_timeout_s))
     try:
         with explain_failures(env.rank, env.size, lambda: "before or after the training steps", timeout_s):
-            yield ProcessGroup(hosts if isinstance(hosts, dist.ProcessGroup) else None)
+            yield ProcessGroup(hosts if isinstance(hosts, dist.ProcessGroup) else None, waits, wait_timeout_s)
     finally:
         with no_longer_than(DESTROY_TIMEOUT_S, "destroying the process group"):
             dist.destroy_process_group()
@@ -229,28 +247,105 @@ def broadcast(value: T, group: Group) -> T:
     if group.size == 1:
         return value
     box: list[Any] = [value]
-    dist.broadcast_object_list(box, src=0)
+    with _waiting(group) as waits:
+        dist.broadcast_object_list(box, src=0, group=waits)
     return box[0]
 
 
-def on_rank_zero(work: Callable[[], T], group: Group) -> T:
+def on_rank_zero(work: Callable[[], T], group: Group, pause: Pause = nullcontext) -> T:
     """Call ``work`` on rank 0 and return its result on every rank; a collective call.
 
     The result must be picklable. If rank 0 raises, the other ranks raise :class:`RestartError` or :class:`TrainingError`
-    with rank 0's message.
+    with rank 0's message. ``work`` may last up to ``engine.wait_timeout_s``.
+
+    Parameters
+    ----------
+    work
+        Called without arguments.
+    group
+        Ranks of the run.
+    pause
+        Returns the context in which the other ranks wait, for example :meth:`Watchdog.paused`.
     """
     if group.size == 1:
         return work()
-    result, error = None, None
+    own = _Outcome()
     if group.rank == 0:
+        own = _Outcome.of(work)
+        result = broadcast(own, group)
+    else:
+        with pause():
+            result = broadcast(own, group)
+    if own.error is not None:
+        raise own.error
+    return result.value_or_raise(0)
+
+
+def on_every_rank(
+    work: Callable[[], T], combine: Callable[[list[T]], R], group: Group, pause: Pause = nullcontext
+) -> R:
+    """Call ``work`` on every rank and return ``combine`` of the results, in rank order, on every rank; a collective call.
+
+    ``combine`` runs on rank 0. Results must be picklable. If a rank raises, every rank raises: that rank its own error,
+    the others :class:`RestartError` or :class:`TrainingError` with its message. ``work`` may last up to
+    ``engine.wait_timeout_s``. Parameters are those of :func:`on_rank_zero`.
+    """
+    if group.size == 1:
+        return combine([work()])
+    own = _Outcome.of(work)
+    outcomes: list[Any] | None = [None] * group.size if group.rank == 0 else None
+    with pause():
+        with _waiting(group) as waits:
+            dist.gather_object(own, outcomes, dst=0, group=waits)
+        joined = _Outcome()
+        if outcomes is not None:
+            failed = next((i for i, outcome in enumerate(outcomes) if outcome.message is not None), None)
+            if failed is None:
+                joined = _Outcome.of(lambda: combine([outcome.value for outcome in outcomes]))
+            else:
+                joined = replace(outcomes[failed], rank=failed)
+        result = broadcast(joined, group)
+    if own.error is not None:
+        raise own.error
+    if joined.error is not None:
+        raise joined.error
+    return result.value_or_raise(result.rank)
+
+
+@dataclass
+class _Outcome:
+    """What a rank's work returned or raised; the exception itself is not sent, because it may not be picklable."""
+
+    value: Any = None
+    message: str | None = None
+    restartable: bool = False
+    rank: int = 0
+    error: Exception | None = None
+
+    @classmethod
+    def of(cls, work: Callable[[], Any]) -> _Outcome:
         try:
-            result = work()
-        except Exception as caught:
-            error = caught
-    restartable = isinstance(error, RestartError) or (error is not None and disk_trouble(error) is not None)
-    value, message, restartable = broadcast((result, None if error is None else str(error), restartable), group)
-    if error is not None:
-        raise error
-    if message is not None:
-        raise (RestartError if restartable else TrainingError)(f"rank 0: {message}")
-    return value  # type: ignore[return-value]
+            return cls(work())
+        except Exception as error:
+            restartable = isinstance(error, RestartError) or disk_trouble(error) is not None
+            return cls(message=str(error), restartable=restartable, error=error)
+
+    def value_or_raise(self, rank: int) -> Any:
+        if self.message is not None:
+            raise (RestartError if self.restartable else TrainingError)(f"rank {rank}: {self.message}")
+        return self.value
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"error": None}
+
+
+@contextmanager
+def _waiting(group: Group) -> Iterator[dist.ProcessGroup | None]:
+    """Yield the process group for waits; a timeout names ``engine.wait_timeout_s``."""
+    inner = getattr(group, "inner", group)  # of a ClockedGroup
+    if not isinstance(inner, ProcessGroup) or inner.waits is None:
+        yield None
+        return
+    wait_s, where = inner.wait_s, "waiting for other ranks"
+    with explain_failures(group.rank, group.size, lambda: where, wait_s, key="engine.wait_timeout_s"):
+        yield inner.waits

@@ -79,8 +79,8 @@ class Engine(Protocol):
         """Return a context in which all parameters can be read and written in place."""
         ...
 
-    def gathered_for_read(self) -> AbstractContextManager[Any]:
-        """Return a context in which rank 0 can read the task's own module outside of steps; a collective call."""
+    def gathered_for_read(self, *, every_rank: bool = False) -> AbstractContextManager[Any]:
+        """Return a context in which rank 0, or every rank, can read the task's own module; a collective call."""
         ...
 
     def optimizer_state(self) -> dict[str, Tensor]:

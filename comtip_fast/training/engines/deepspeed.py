@@ -160,20 +160,20 @@ class DeepSpeedEngine:
             yield
 
     @contextmanager
-    def gathered_for_read(self) -> Iterator[None]:
-        """See :meth:`.base.Engine.gathered_for_read`; gathers one tensor at a time to the task's module on rank 0.
+    def gathered_for_read(self, *, every_rank: bool = False) -> Iterator[None]:
+        """See :meth:`.base.Engine.gathered_for_read`; gathers one tensor at a time to the task's module.
 
         Outside of this context the trained weights of the task's module are empty.
         """
         if self.stage < 3:
             yield
             return
-        first, targets = self.group.rank == 0, dict(self._task_module.named_parameters())
+        reads, targets = every_rank or self.group.rank == 0, dict(self._task_module.named_parameters())
         for name, parameter in self.module.named_parameters():
             with self._deepspeed.zero.GatheredParameters([parameter]):
-                if first:
+                if reads:
                     targets[name].data = parameter.detach().clone()
-        if first:
+        if reads:
             for target, source in zip(self._task_module.buffers(), self.module.buffers(), strict=True):
                 target.copy_(source)
         try:

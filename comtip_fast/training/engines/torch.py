@@ -77,7 +77,7 @@ class TorchEngine:
         """Do nothing: every rank holds every parameter."""
         return nullcontext()
 
-    def gathered_for_read(self) -> AbstractContextManager[Any]:
+    def gathered_for_read(self, *, every_rank: bool = False) -> AbstractContextManager[Any]:
         """Do nothing: the task's module is the trained module."""
         return nullcontext()
 

@@ -36,12 +36,15 @@ class Logger(Protocol):
 class JsonlLogger:
     """Writes one JSON object per line; numbers that are not finite become null."""
 
-    def __init__(self, path: Path, up_to_step: int | None) -> None:
-        """Open ``path`` and drop rows after ``up_to_step``, which the run will repeat (None drops all)."""
+    def __init__(self, path: Path, up_to_step: int | None, *, validated: bool = True) -> None:
+        """Open ``path`` and drop rows that the run will repeat.
+
+        These are the rows after ``up_to_step`` (None: all), and its validation if the checkpoint is not ``validated``.
+        """
         if up_to_step is None:
             path.unlink(missing_ok=True)
         else:
-            keep_rows_up_to(path, up_to_step)
+            keep_rows_up_to(path, up_to_step, validated=validated)
         self._file: TextIO = path.open("a", encoding="utf-8")
 
     def log(self, row: dict[str, Any]) -> None:
@@ -162,7 +165,7 @@ class Progress:
 
 
 def make_loggers(
-    config: RunConfig, resolved: dict[str, Any], run_dir: Path, *, start: int, resumed: bool
+    config: RunConfig, resolved: dict[str, Any], run_dir: Path, *, start: int, resumed: bool, validated: bool = True
 ) -> list[Logger]:
     """Return the loggers that the config selects.
 
@@ -176,6 +179,8 @@ def make_loggers(
         Step after which training starts.
     resumed
         Whether rows up to ``start`` are kept.
+    validated
+        Whether the validation of step ``start``, if one is due, was completed before the checkpoint was written.
 
     Raises
     ------
@@ -183,7 +188,7 @@ def make_loggers(
         TensorBoard or Weights & Biases is not installed.
     """
     loggers: list[Logger] = [
-        JsonlLogger(run_dir / "metrics.jsonl", start if resumed else None),
+        JsonlLogger(run_dir / "metrics.jsonl", start if resumed else None, validated=validated),
         Progress(config.train.steps, start),
     ]
     if config.train.tensorboard:
@@ -210,8 +215,11 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
         file.write(json.dumps(finite_or_none(row)) + "\n")
 
 
-def keep_rows_up_to(path: Path, step: int) -> None:
-    """Drop rows after ``step`` from a JSONL file, and an incomplete last line that a killed run left."""
+def keep_rows_up_to(path: Path, step: int, *, validated: bool = True) -> None:
+    """Drop rows after ``step`` from a JSONL file, and an incomplete last line that a killed run left.
+
+    Without ``validated``, the validation of ``step`` is dropped too.
+    """
     if not path.exists():
         return
     kept = []
@@ -220,6 +228,7 @@ def keep_rows_up_to(path: Path, step: int) -> None:
             row = json.loads(line)
         except json.JSONDecodeError:
             break
-        if row["step"] <= step:
+        repeated = not validated and row["step"] == step and row.get("kind") == "valid"
+        if row["step"] <= step and not repeated:
             kept.append(line + "\n")
     write_atomic(path, "".join(kept))

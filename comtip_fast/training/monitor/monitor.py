@@ -12,8 +12,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -153,6 +153,15 @@ class Watchdog:
     def reset(self, what: str) -> None:
         """Reset the timer; ``what`` names the next activity."""
         self._last_reset, self.what, self._reported = time.monotonic(), what, False
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stop the timer inside the block, in which this rank waits for others; the wait has its own timeout."""
+        self._last_reset = math.inf
+        try:
+            yield
+        finally:
+            self._last_reset = time.monotonic()
 
     def _run(self) -> None:
         while not self._end.wait(min(1.0, self._limit / 4, self._stop_s / 4)):

@@ -25,6 +25,7 @@ from comtip_shards.format.manifest import (
     files_of,
     read_manifest,
 )
+from comtip_shards.format.statistics import FILE as STATISTICS_FILE
 from comtip_shards.names import inside
 from comtip_shards.storage.atomic import tmp_path_of
 from comtip_shards.storage.cache import NO_LOCKS
@@ -35,8 +36,8 @@ WRITING = ".writing"
 """Suffix of folders that are not complete yet."""
 REMOVING = ".building.removing"
 """Name of the staging folder during deletion: it is renamed first, so that a build that starts then gets a new folder."""
-_OURS = {STAGING, REMOVING, REPORTS, GENES_FILE, REPORT_FILE, spots.FILE, NAME + WRITING, *FOLDERS}
-_TEMPORARY = {tmp_path_of(Path(name)).name for name in (NAME, REPORT_FILE, REPORTS)}
+_OURS = {STAGING, REMOVING, REPORTS, GENES_FILE, REPORT_FILE, spots.FILE, STATISTICS_FILE, NAME + WRITING, *FOLDERS}
+_TEMPORARY = {tmp_path_of(Path(name)).name for name in (NAME, REPORT_FILE, REPORTS, STATISTICS_FILE)}
 _OURS |= _TEMPORARY | {f"{name}.old" for name in _TEMPORARY}
 
 

@@ -42,6 +42,8 @@ from comtip_shards.format.manifest import (
     sha256_of,
     shard_stem,
 )
+from comtip_shards.format.statistics import FILE as STATISTICS_FILE
+from comtip_shards.format.statistics import SectionStatistics, StatisticsSum, encode_statistics
 from comtip_shards.genes.identifiers import RESOURCE, GeneResource
 from comtip_shards.names import inside
 from comtip_shards.qc.page import Pages
@@ -125,6 +127,7 @@ class WrittenSection:
 
     section: ManifestSection
     shards: list[ShardEntry]
+    statistics: SectionStatistics
 
 
 def write_set(
@@ -177,7 +180,7 @@ def write_set(
         made_with=dependency_versions(),
         part=part,
     )
-    return _finish(out, manifest)
+    return _finish(out, manifest, [d.statistics for d in done])
 
 
 def _survey(sections: Sequence[SectionRecords]) -> tuple[list[str], list[int], list[str]]:
@@ -192,11 +195,13 @@ def _survey(sections: Sequence[SectionRecords]) -> tuple[list[str], list[int], l
     return sorted(union), first, fingerprints
 
 
-def _finish(out: Path, manifest: Manifest) -> Manifest:
+def _finish(out: Path, manifest: Manifest, statistics: Sequence[SectionStatistics]) -> Manifest:
     """Write the manifest last, because a set with a manifest counts as complete, also after a power failure."""
     write_atomic(out / REPORT_FILE, report(manifest))
+    text = manifest.to_json()
+    write_atomic(out / STATISTICS_FILE, encode_statistics(json.loads(text)["digest"], statistics))
     _flush_files(out)
-    write_atomic(out / NAME, manifest.to_json())
+    write_atomic(out / NAME, text)
     return parse_manifest((out / NAME).read_bytes(), str(out / NAME))
 
 
@@ -240,16 +245,18 @@ def write_section(
     rows = np.array([row_of[k] for k in head.keys], np.int64)
     entries = []
     with spots.SpotsWriter(inside(out, f"spots/{meta.section_id}.parquet")) as table:
-        crcs, metas, start = [], [], first
+        crcs, metas, start, total = [], [], first, StatisticsSum(rows.size)
         for number, run in enumerate(records.runs(records_per_shard)):
             file = shard_stem(meta.section_id, number)
             entry, crc = _write_shard(run, rows, tile.codec, out, file, start, meta.section_id)
             entries.append(entry)
             crcs.append(crc)
             metas += [record.decode_json(j, file) for j in run.jsons]
+            total.add(run.indptr, run.columns, run.counts)
             start += entry.records
         table.write_table(spots.table_of(first, metas, np.concatenate(crcs)))
-    return WrittenSection(_section_entry(head, rows, len(keys), out, first), entries)
+    section = _section_entry(head, rows, len(keys), out, first)
+    return WrittenSection(section, entries, total.result(np.argsort(rows, kind="stable")))
 
 
 def _write_shard(

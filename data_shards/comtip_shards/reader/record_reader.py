@@ -18,6 +18,8 @@ from comtip_shards.reader.shard_files import SetFiles
 
 _GAP, _SPAN = 1 << 16, 1 << 23
 """Records at most ``_GAP`` bytes apart are read in one request of at most ``_SPAN`` bytes."""
+_GAP_WITHOUT_TILES = 1 << 11
+"""The same if no tile is requested: the tile between two records' counts is skipped, not read."""
 
 
 class MemberReader:
@@ -136,8 +138,9 @@ class MemberReader:
             local = (index - shard.first_spot)[:, None]
             start, size = offsets[local, columns], sizes[local, columns]
             low, high = start.min(1), (start + size).max(1)
+            gap = _GAP if 0 in columns else _GAP_WITHOUT_TILES
             with file:
-                for run in _runs(low, high):
+                for run in _runs(low, high, gap):
                     self._read_run(file, index[run], start[run], size[run], columns, into[run], out)
         except OSError as error:
             raise ShardError(
@@ -174,12 +177,12 @@ class MemberReader:
         return ShardError(f"{name} does not match its CRC-32; copy the shard again", kind="checksum")
 
 
-def _runs(low: np.ndarray, high: np.ndarray) -> list[slice]:
+def _runs(low: np.ndarray, high: np.ndarray, gap: int) -> list[slice]:
     """Split ascending records with byte ranges ``low`` to ``high`` into runs that are each read in one request."""
     runs, first = [], 0
     starts, ends = low.tolist(), high.tolist()
     for i in range(1, len(starts) + 1):
-        if i == len(starts) or starts[i] - ends[i - 1] > _GAP or ends[i] - starts[first] > _SPAN:
+        if i == len(starts) or starts[i] - ends[i - 1] > gap or ends[i] - starts[first] > _SPAN:
             runs.append(slice(first, i))
             first = i
     return runs

@@ -128,11 +128,16 @@ def publish_link(source: Path, target: Path) -> None:
     """Make ``target`` a hard link to a complete file, or a copy of it on a file system without hard links."""
     tmp_path = target.with_name(f"{target.name}.{os.getpid()}{_SUFFIX}")
     tmp_path.unlink(missing_ok=True)
-    try:
-        os.link(source, tmp_path)
-    except OSError:
-        shutil.copyfile(source, tmp_path)
+    link_or_copy(source, tmp_path)
     publish(tmp_path, target)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make ``target`` a hard link to ``source``, or a copy of it on a file system without hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def _publish_or_keep(tmp_path: Path, target: Path) -> None:

@@ -1,0 +1,186 @@
+"""Seconds, CPU seconds, bytes read and peak memory up to the first batch, on a synthetic shard set.
+
+    PYTHONPATH=.:kernels:data_shards python bench/scale/start.py build --out SET --spots 1500000 --sections 1100 --genes 20000
+    PYTHONPATH=.:kernels:data_shards python bench/scale/start.py measure SET [--fit-spots 50000]
+
+``build`` writes real shards whose tiles are drawn from a pool of 64 JPEGs; a spot takes about 6 kB. ``measure`` prints one
+row. Compare two commits by measuring one set in both checkouts on the same machine; on a shared machine compare CPU seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import resource
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from comtip_shards import ShardSet
+from comtip_shards.builder.jobs import run_jobs
+from comtip_shards.builder.writer import RecordRun, SectionHead, write_set
+from comtip_shards.format.manifest import TileSpec
+from comtip_shards.format.record import encode_json, encode_tile
+from comtip_shards.sections.section import SectionMeta
+from comtip_shards.slides.tiles import StainStats
+from PIL import Image
+
+from comtip_fast.config.io import load_config
+from comtip_fast.data.expression.training_tables import training_tables
+from comtip_fast.data.loaders.torch import TorchLoader
+
+TILE = TileSpec(32, 112.0, 3.5, "jpeg", 80)
+POOL, BATCH = 64, 256
+
+
+@dataclass(frozen=True)
+class SyntheticSection:
+    """One section of log-normal counts, whose depth and detection differ between sections."""
+
+    number: int
+    n_spots: int
+    n_genes: int
+    split: str
+
+    def head(self) -> SectionHead:
+        """Return everything except the records."""
+        name = f"s{self.number:05d}"
+        out = io.BytesIO()
+        Image.new("RGB", (8, 8), (200, 150, 200)).save(out, "JPEG")
+        meta = SectionMeta(
+            section_id=name,
+            dataset="synthetic",
+            species="human",
+            tissue="breast",
+            donor=f"d{self.number}",
+            platform="none",
+            licence="CC0",
+            attribution="synthetic",
+            mpp=3.5,
+            spot_diameter_um=55.0,
+            spot_pitch_um=100.0,
+            split=self.split,
+        )
+        source = {
+            "dropped_spots": {},
+            "genes": "",
+            "notes": [],
+            "beside": [],
+            "checks": [],
+            "print": {"spots": "", "picture": "A" * 43 + "="},
+        }
+        keys = [f"human:GENE{i}" for i in range(self.n_genes)]
+        stain = StainStats((0.3, 0.5, 0.3), (0.1, 0.1, 0.1))
+        return SectionHead(meta, f"{self.number:064x}", self.n_spots, keys, stain, out.getvalue(), 3.5, source)
+
+    def runs(self, size: int) -> Iterator[RecordRun]:
+        """Yield the records."""
+        rng = np.random.default_rng([1, self.number])
+        pool = [encode_tile(_tile(i), "jpeg", TILE.quality) for i in range(POOL)]
+        share = np.random.default_rng(0).lognormal(0, 2, self.n_genes)
+        share /= share.sum()
+        for start in range(0, self.n_spots, size):
+            n = min(size, self.n_spots - start)
+            depth = rng.lognormal(7.5, 0.4, n)
+            counts = rng.poisson(depth[:, None] * share)
+            rows, columns = np.nonzero(counts)
+            indptr = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=n))])
+            jsons = [
+                encode_json(
+                    {
+                        "section_id": f"s{self.number:05d}",
+                        "spot_id": str(start + i),
+                        "source_row": start + i,
+                        "x_px": float((start + i) % 100 * 30),
+                        "y_px": float((start + i) // 100 * 30),
+                    }
+                )
+                for i in range(n)
+            ]
+            tiles = [pool[i] for i in rng.integers(POOL, size=n)]
+            yield RecordRun(tiles, jsons, indptr, columns, counts[rows, columns])
+
+
+def _tile(number: int) -> np.ndarray:
+    rng = np.random.default_rng([2, number])
+    small = Image.fromarray(rng.integers(120, 255, (4, 4, 3), np.uint8))
+    return np.asarray(small.resize((TILE.px, TILE.px), Image.Resampling.BICUBIC))
+
+
+def build(out: Path, n_spots: int, n_sections: int, n_genes: int, jobs: int) -> None:
+    """Write a set; one section in twenty is for validation."""
+    free = shutil.disk_usage(out.parent).free
+    if free < 8_000 * n_spots:
+        raise SystemExit(
+            f"{out}: about {6e-6 * n_spots:.1f} GB are needed, {free / 1e9:.1f} GB are free; choose fewer --spots"
+        )
+    out.mkdir()
+    share = np.random.default_rng(0).lognormal(0, 0.5, n_sections)
+    sizes = np.maximum(20, np.round(share / share.sum() * n_spots)).astype(int).tolist()
+    split = ["val" if i % 20 == 19 else "train" for i in range(n_sections)]
+    sections = [SyntheticSection(i, n, n_genes, s) for i, (n, s) in enumerate(zip(sizes, split, strict=True))]
+    write_set(sections, TILE, out, 512, partial(run_jobs, jobs=jobs, label="shards", progress=True))
+
+
+def measure(folder: Path, fit_spots: int, expression: str) -> dict[str, Any]:
+    """Return what a start costs up to the first batch, without the model."""
+    at_import = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    before, began, cpu = _read_bytes(), time.perf_counter(), time.process_time()
+    shards = ShardSet(folder)
+    more = [
+        f"data.expression={expression}",
+        f"levels.fit_spots={fit_spots}",
+        f"data.batch_size={BATCH}",
+        "data.workers=0",
+        "genes.min_detection=0.05",
+    ]
+    config = load_config(None, [f"data.shards={folder}", *more])
+    tables = training_tables(shards, config)
+    start = {"tables_s": time.perf_counter() - began, "tables_cpu_s": time.process_time() - cpu}
+    start["tables_mb_read"] = (_read_bytes() - before) / 1e6
+    loader = TorchLoader(shards, tables, config)
+    loader.batch(loader.batches(0)[0], 1, 0)
+    loader.close()
+    return {
+        "spots": shards.manifest.n_spots,
+        "set_mb": sum(s.bytes for s in shards.manifest.shards) / 1e6,
+        "genes_trained": tables.genes.trained.size,
+        **start,
+        "first_batch_s": time.perf_counter() - began,
+        "first_batch_cpu_s": time.process_time() - cpu,
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_mb_of_imports": at_import,
+    }
+
+
+def _read_bytes() -> int:
+    """Return the bytes that this process has read so far, from files or the page cache."""
+    lines = Path("/proc/self/io").read_text(encoding="utf-8").splitlines()
+    return int(dict(line.split(": ") for line in lines)["rchar"])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("build")
+    one.add_argument("--out", type=Path, required=True)
+    one.add_argument("--spots", type=int, default=1_500_000)
+    one.add_argument("--sections", type=int, default=1_100)
+    one.add_argument("--genes", type=int, default=20_000)
+    one.add_argument("--jobs", type=int, default=2)
+    two = commands.add_parser("measure")
+    two.add_argument("set", type=Path)
+    two.add_argument("--fit-spots", type=int, default=50_000)
+    two.add_argument(
+        "--expression", default="auto", help="data.expression; records on a small set acts as auto on a large one"
+    )
+    args = parser.parse_args()
+    if args.command == "build":
+        build(args.out, args.spots, args.sections, args.genes, args.jobs)
+    else:
+        print("  ".join(f"{k} {v:,.1f}" for k, v in measure(args.set, args.fit_spots, args.expression).items()))

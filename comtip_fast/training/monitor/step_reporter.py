@@ -1,0 +1,128 @@
+"""Report finished steps: logged rows, non-finite steps and jumps."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from comtip_fast.collectives import Group
+from comtip_fast.config.schema import RunConfig
+from comtip_fast.runtime import devices
+from comtip_fast.training.checkpoint.run_state import RunState
+from comtip_fast.training.distributed.comm_timer import clock_of
+from comtip_fast.training.distributed.rank_numbers import RankNumbers
+from comtip_fast.training.monitor.diagnostics import diagnostic
+from comtip_fast.training.monitor.loggers import Logger
+from comtip_fast.training.monitor.monitor import EVENTS, Events, SpikeDetector, ThroughputMeter
+from comtip_fast.training.nonfinite import NONFINITE, nonfinite_message, report_nonfinite
+from comtip_fast.training.pending import FinishedStep, PendingStep, as_floats, read_steps
+from comtip_fast.training.protocol import StepCost, TrainingError, TrainingTask
+
+log = logging.getLogger("comtip_fast")
+
+
+class StepReporter:
+    """Reads the numbers of steps when they are due, and logs them.
+
+    Parameters
+    ----------
+    task, config, run_dir, group, device
+        Those of the run.
+    cost
+        Estimated cost of a step; None logs no FLOP rate.
+    """
+
+    def __init__(
+        self,
+        task: TrainingTask,
+        config: RunConfig,
+        run_dir: Path,
+        group: Group,
+        device: torch.device,
+        cost: StepCost | None,
+    ) -> None:
+        self.task, self.config, self.run_dir, self.group, self.device = task, config, run_dir, group, device
+        self.meter = ThroughputMeter(device, clock_of(group, device), cost)
+        self.loggers: list[Logger] = []
+        """Loggers of rank 0; empty on the other ranks."""
+        self._rank_numbers = RankNumbers(group, device)
+        self._pending: list[PendingStep] = []
+        self._spikes = SpikeDetector(config.watch)
+        self._events = Events(run_dir / EVENTS)
+
+    def add(self, step: PendingStep) -> None:
+        """Add a step that was started; its numbers may still be computed."""
+        self._pending.append(step)
+
+    def after_step(self, progress: RunState, seconds: float, spots: int, numbers: dict[str, Any]) -> None:
+        """Add the duration of a step and report all steps if a row is due."""
+        # Reading waits for the device, so that the time of a row includes all work of its steps.
+        due = self._is_logged(progress.step) or devices.reads_are_free(self.device)
+        finished = read_steps(self._pending) if due else []
+        diagnostic("the throughput meter", lambda: self.meter.add(seconds, spots, numbers), None)
+        self._report(progress, finished)
+
+    def report(self, progress: RunState) -> None:
+        """Read and report all steps so far, before anything that depends on them."""
+        self._report(progress, read_steps(self._pending))
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Write one row to every logger."""
+        for logger in self.loggers:
+            logger.log(row)
+
+    def flag(self, kind: str, step: int, text: str) -> None:
+        """Write an event to the log and to the event file."""
+        diagnostic("writing the event log", lambda: self._events.flag(kind, step, text), None)
+
+    def _is_logged(self, step: int) -> bool:
+        return step % self.config.train.log_every == 0 or step == 1
+
+    def _report(self, progress: RunState, finished: list[FinishedStep]) -> None:
+        """Handle non-finite steps, detect jumps, and log the rows that are due."""
+        for done in finished:
+            step, logged = done.pending.step, self._is_logged(done.pending.step)
+            losses, numbers = self._over_ranks(done) if logged or not done.good else ({}, {})
+            if not done.good:
+                self._not_finite(progress, done.pending, losses)
+            spike = diagnostic("the spike detector", partial(self._spikes.update, done.loss, done.norm), None)
+            if spike is not None and self.group.rank == 0:
+                self.flag("jump", step, spike)
+            if logged:
+                row = {"step": step, "kind": "train", "epoch": done.pending.epoch} | losses | numbers
+                row |= {"lr": done.pending.rate, "grad_norm": done.norm, "skips": progress.skips}
+                data = self.task.metrics()
+                waited = data.pop("loader_wait_s", 0.0)
+                nothing: dict[str, float] = {}
+                rates = diagnostic("the throughput meter", partial(self.meter.row, waited), nothing)
+                self.log(row | rates | data)
+
+    def _over_ranks(self, done: FinishedStep) -> tuple[dict[str, float], dict[str, float]]:
+        """Sum losses and average numbers over ranks; a collective call, for which every rank has the same steps."""
+        losses, numbers = as_floats(done.pending.shares), as_floats(done.pending.numbers)
+        if self.group.size == 1:
+            return losses, numbers
+        reduced = self._rank_numbers.reduce(losses, numbers)
+        return reduced.sums, reduced.means
+
+    def _not_finite(self, progress: RunState, bad: PendingStep, parts: dict[str, float]) -> None:
+        """Report the step, then stop or count a skipped update, according to ``train.nan_policy``."""
+        cfg, path = self.config.train, self.run_dir / NONFINITE
+        gradients = bad.update.nonfinite()
+        if self.group.rank == 0:
+            report_nonfinite(path, bad.step, bad.epoch, bad.position, bad.spots, parts, gradients)
+        text = nonfinite_message(path, bad.step, bad.spots, parts, gradients)
+        if cfg.nan_policy == "stop":
+            raise TrainingError(
+                f"{text}. Start again with a lower optim.lr, or continue with --resume --set train.nan_policy=skip"
+            )
+        progress.skips += 1
+        log.warning("%s; update skipped (%d so far)", text, progress.skips)
+        if progress.skips > cfg.max_skips:
+            raise TrainingError(
+                f"{text}; more than train.max_skips={cfg.max_skips} updates were skipped. Start again with a lower optim.lr"
+            )

@@ -1,0 +1,96 @@
+"""Gene statistics of a shard set: read from ``statistics.npz``, or computed once and kept."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+
+import numpy as np
+
+from comtip_shards.errors import ShardError
+from comtip_shards.format.statistics import (
+    FILE,
+    SectionStatistics,
+    StatisticsSum,
+    decode_statistics,
+    encode_statistics,
+)
+from comtip_shards.reader.shard_set import ShardSet
+from comtip_shards.storage.atomic import write_atomic
+from comtip_shards.storage.cache import default_cache
+from comtip_shards.storage.regular_file import read_regular
+
+log = logging.getLogger("comtip_shards")
+CHUNK = 512
+"""Records read at a time."""
+
+
+def gene_statistics(shards: ShardSet) -> list[SectionStatistics]:
+    """Return the statistics of every section, in the order of the manifest.
+
+    A set without usable statistics (built by an earlier version, or damaged) gets them from its counts once. They are
+    kept in its folder, or in the cache folder if the set is remote or read-only; a set with damaged counts keeps none.
+    Damaged records are left out.
+    """
+    for path in _paths(shards):
+        try:
+            return decode_statistics(read_regular(path, follow=False), shards.manifest, str(path))
+        except FileNotFoundError:
+            continue
+        except (OSError, ShardError) as error:
+            log.warning("%s; the statistics are computed again", error)
+    if shards.files.remote is not None:
+        try:
+            return decode_statistics(shards.files.remote.read(FILE), shards.manifest, f"{shards.name}/{FILE}")
+        except ShardError:
+            pass
+    log.info("%s: computing the gene statistics of %d sections once", shards.name, len(shards.manifest.sections))
+    computed = [section_statistics(shards, number) for number in range(len(shards.manifest.sections))]
+    if all(s.n_spots == m.n_spots for s, m in zip(computed, shards.manifest.sections, strict=True)):
+        _keep(shards, encode_statistics(shards.manifest.digest, computed))
+    return computed
+
+
+def section_statistics(shards: ShardSet, number: int) -> SectionStatistics:
+    """Compute the statistics of one section from its counts, without reading tiles; damaged records are left out."""
+    measured = shards.measured(number)
+    column_of = np.cumsum(measured) - 1
+    total = StatisticsSum(int(measured.sum()))
+    section = shards.manifest.sections[number]
+    for start in range(0, section.n_spots, CHUNK):
+        stop = min(start + CHUNK, section.n_spots)
+        _add(shards, section.first_spot + np.arange(start, stop), measured, column_of, total)
+    return total.result(np.arange(total.n_columns))
+
+
+def _add(
+    shards: ShardSet, spots: np.ndarray, measured: np.ndarray, column_of: np.ndarray, total: StatisticsSum
+) -> None:
+    try:
+        counts = shards.counts(spots)
+        if not measured[counts.indices].all():
+            raise ShardError(f"{shards.name}: counts for a gene that the section did not measure", kind="counts")
+    except ShardError:
+        if spots.size > 1:  # find the damaged records
+            for half in np.array_split(spots, 2):
+                _add(shards, half, measured, column_of, total)
+        return
+    total.add(counts.indptr.astype(np.int64), column_of[counts.indices], counts.data)
+
+
+def _paths(shards: ShardSet) -> list[Path]:
+    """Return where the statistics may be, in the order of preference."""
+    key = hashlib.sha256(shards.manifest.digest.encode()).hexdigest()
+    cached = default_cache() / "statistics" / f"{key}.npz"
+    return [cached] if shards.files.remote is not None else [shards.path / FILE, cached]
+
+
+def _keep(shards: ShardSet, data: bytes) -> None:
+    for path in _paths(shards):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, data)
+            return
+        except (OSError, ValueError) as error:  # read-only, full, or another process is writing it
+            log.info("%s: the statistics cannot be kept here (%s)", path, error)

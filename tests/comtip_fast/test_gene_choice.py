@@ -1,0 +1,160 @@
+"""Which genes are trained, and how often they are drawn, on sections whose true detection and gene lists are known."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from comtip_shards import ShardSet
+from comtip_shards.builder.build import build_shards
+from comtip_shards.format.statistics import SectionStatistics
+from comtip_shards.sources import open_source
+
+from comtip_fast.config.io import load_config
+from comtip_fast.config.schema import GenesConfig, PanelConfig
+from comtip_fast.data.expression.panel import CohortStatistics, assay_balance, choose_genes, draw_panel
+from comtip_fast.data.expression.training_tables import training_tables
+from comtip_fast.data.loaders.torch import TorchLoader
+from testkit import tiny
+
+GENES = 2000
+
+
+def section(rng: np.random.Generator, rate: np.ndarray, n: int = 400) -> SectionStatistics:
+    """Return the statistics of n spots in which each gene is detected with its true rate."""
+    detected = rng.binomial(n, np.clip(rate, 0, 1))
+    return SectionStatistics(n, detected, detected * 1.5, detected * 2.5)
+
+
+def passing(sections: list[SectionStatistics], rule: str) -> set[int]:
+    rows = np.arange(GENES)
+    return set(CohortStatistics.of([(rows, s) for s in sections], GENES).ranked(0.1, rule)[0].tolist())
+
+
+@pytest.fixture(scope="module")
+def sections() -> tuple[np.ndarray, list[SectionStatistics]]:
+    """True rates, and 100 sections whose depth varies by a factor of about two."""
+    rng = np.random.default_rng(0)
+    rate = rng.beta(0.4, 2.0, GENES)
+    return rate, [section(rng, rate * depth) for depth in rng.lognormal(0, 0.35, 100)]
+
+
+def test_more_sections_never_leave_fewer_genes(sections: tuple[np.ndarray, list[SectionStatistics]]):
+    """A gene had to pass in every section: each further section removed genes."""
+    _, all_sections = sections
+    nested = [all_sections[:n] for n in (1, 2, 5, 20, 100)]
+    now = [passing(part, "any") for part in nested]
+    assert all(before <= after for before, after in pairwise(now))
+    before = [len(passing(part, "every")) for part in nested]
+    assert before[-1] < 0.6 * before[0]
+    pooled = [len(passing(part, "pooled")) for part in nested]
+    assert min(pooled) > 0.75 * max(pooled)
+
+
+def test_one_shallow_section_removes_no_gene(sections: tuple[np.ndarray, list[SectionStatistics]]):
+    rate, deep = sections
+    shallow = section(np.random.default_rng(1), rate * 0.05)
+    for rule, keeps in (("any", True), ("every", False)):
+        without = passing(deep[:2], rule)
+        assert (passing([*deep[:2], shallow], rule) >= without) == keeps
+    truly = set(np.flatnonzero(rate > 0.2).tolist())
+    assert truly <= passing([*deep[:2], shallow], "any")
+    assert not set(np.flatnonzero(rate < 0.02).tolist()) & passing([*deep[:2], shallow], "any")
+
+
+def test_moments_are_over_the_sections_that_measured_the_gene():
+    rng = np.random.default_rng(2)
+    panel, atlas = np.arange(300), np.arange(GENES)
+    values = rng.gamma(2.0, 1.0, (50, GENES))
+    small, large = values[:20, panel], values[20:]
+    merged = CohortStatistics.of(
+        [
+            (panel, SectionStatistics(20, (small > 0).sum(0), small.sum(0), (small**2).sum(0))),
+            (atlas, SectionStatistics(30, (large > 0).sum(0), large.sum(0), (large**2).sum(0))),
+        ],
+        GENES,
+    )
+    rows, variance = merged.ranked(0.1, "any")
+    true = np.where(atlas < 300, values.var(0), large.var(0))
+    assert sorted(rows.tolist()) == atlas.tolist()
+    np.testing.assert_allclose(variance, true[rows])
+
+
+def test_scored_genes_are_trained_whatever_their_rank():
+    scored, eligible = {"a": np.arange(8)}, {"a": np.concatenate([np.arange(20, 40), np.arange(8)])}
+    config = GenesConfig(per_cohort=10, held_out_every=3, held_out_from=5)
+    choice = choose_genes(scored, [f"g{i}" for i in range(40)], config, eligible)
+    assert set(range(5)) <= set(choice.trained.tolist())
+    assert choice.ranked is scored
+    assert not set(range(5)) & set(choice.held_out.tolist())
+
+
+# -- gene lists of different size -------------------------------------------------------------------------------
+
+
+def test_genes_of_a_small_list_are_not_drawn_more_often():
+    """An atlas of 5,000 genes and a targeted list of 300 of them: the true availability of each gene is known."""
+    G, targeted = 5000, np.arange(300)
+    measured = np.ones((2, G), bool)
+    measured[1, targeted.size :] = False
+    balance = assay_balance(measured, np.array([800, 200]), 2)
+    assert balance[:300].max() < balance[300:].min() == 1.0
+    rng = np.random.default_rng(0)
+    config = PanelConfig(min_genes=64, max_genes=64)
+
+    def frequencies(balanced: bool) -> tuple[float, float]:
+        drawn = np.zeros(G)
+        for step in range(250):
+            batch = measured[np.unique(rng.choice(2, 2, p=[0.8, 0.2]))]
+            more = {"balance": balance, "measured": batch} if balanced else {}
+            panel = draw_panel(np.arange(G), np.ones(G), batch.any(0), config, seed=0, step=step, **more)
+            assert np.unique(panel).size == 64
+            if balanced:
+                assert batch[:, panel].any(1).all(), "a section without a gene trains nothing"
+            drawn[panel] += 1
+        return drawn[:300].mean(), drawn[300:].mean()
+
+    few, many = frequencies(balanced=False)
+    few_balanced, many_balanced = frequencies(balanced=True)
+    assert few > 1.4 * many
+    assert many > 1
+    assert abs(few_balanced / many_balanced - 1) < 0.2
+
+
+def test_equal_gene_lists_are_drawn_as_without_balance():
+    measured = np.ones((3, 100), bool)
+    balance = assay_balance(measured, np.array([5, 0, 7]), 2)
+    assert balance.tolist() == [1.0] * 100
+    weight, config = np.linspace(0.1, 3, 100), PanelConfig(max_genes=40)
+    for step in range(50):
+        plain = draw_panel(np.arange(100), weight, measured[0], config, seed=1, step=step)
+        more = {"balance": balance, "measured": measured}
+        assert (
+            plain.tolist()
+            == draw_panel(np.arange(100), weight, measured[0], config, seed=1, step=step, **more).tolist()
+        )
+
+
+def test_a_gene_is_trained_where_it_was_measured(tmp_path: Path, tiny_overrides: list[str]):
+    names = [tiny.TinySection("t1", "donor_a", "train"), tiny.TinySection("t2", "donor_b", "train")]
+    source = tiny.write_tiny_source(tmp_path / "source", [*names, tiny.TinySection("v1", "donor_c", "val")]).parent
+    counts = pd.read_csv(source / "t2.tsv.gz", sep="\t", index_col=0)
+    targeted = list(tiny.SYMBOLS[:6])
+    counts[targeted].to_csv(source / "t2.tsv.gz", sep="\t")
+    build_shards(open_source(source), tmp_path / "set", tile_px=32, tile_um=224.0, min_mpp=5.0)
+    shards = ShardSet(tmp_path / "set")
+    config = load_config(None, [*tiny_overrides, f"data.shards={shards.path}", "genes.held_out_every=0"])
+    tables = training_tables(shards, config)
+    symbols = np.array([shards.genes[row].symbol for row in tables.genes.trained])
+    assert sorted(symbols) == sorted(tiny.SYMBOLS), "genes that only one section measured are trained"
+    assert set(symbols[tables.measured[shards.section_number("t2")]]) == set(targeted)
+    loader = TorchLoader(shards, tables, config)
+    for step, spots in enumerate(loader.batches(0) + loader.batches(1), start=1):
+        batch = loader.batch(spots, step, 0)
+        if batch.panel.numel() > 1:
+            assert bool(batch.measured.any(1).all()), "every spot has a gene to train"
+        assert not batch.levels[~batch.measured].any()
+    loader.close()

@@ -1,0 +1,132 @@
+"""Gene statistics: exact, independent of how a set was built, and computed once for sets without them."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from comtip_shards import ShardError, ShardSet
+from comtip_shards.format.statistics import FILE, StatisticsSum, decode_statistics, encode_statistics
+from comtip_shards.reader import statistics
+from comtip_shards.reader.record_reader import MemberReader
+from comtip_shards.reader.statistics import gene_statistics, section_statistics
+
+
+@pytest.fixture
+def copy(tiny_shards: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the tiny set without statistics, as earlier versions built them, and an empty cache folder."""
+    monkeypatch.setenv("COMTIP_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(tiny_shards.path, tmp_path / "set")
+    (tmp_path / "set" / FILE).unlink()
+    return tmp_path / "set"
+
+
+def arrays(sections: list[statistics.SectionStatistics]) -> list[list[object]]:
+    return [[s.n_spots, s.detected.tolist(), s.total.tolist(), s.square.tolist()] for s in sections]
+
+
+def test_a_build_writes_the_statistics_of_its_counts(tiny_shards: ShardSet):
+    built = gene_statistics(tiny_shards)
+    assert arrays(built) == arrays([section_statistics(tiny_shards, i) for i in range(len(built))])
+    for number, one in enumerate(built):
+        counts = tiny_shards.counts(tiny_shards.select(sections=[number])).toarray()
+        counts = counts[:, tiny_shards.measured(number)].astype(float)
+        values = np.log1p(counts / np.maximum(counts.sum(1, keepdims=True), 1) * 1e4)
+        assert one.n_spots == counts.shape[0]
+        assert (one.detected == (counts > 0).sum(0)).all()
+        np.testing.assert_allclose(one.total, values.sum(0), rtol=1e-6)
+        np.testing.assert_allclose(one.square, (values**2).sum(0), rtol=1e-6)
+
+
+def test_the_sums_do_not_depend_on_how_many_records_are_added_at_a_time():
+    rng = np.random.default_rng(0)
+    counts = rng.poisson(0.7, (200, 30))
+    parts = [np.split(np.arange(200), cuts) for cuts in ([], [1, 7, 150])]
+    results = []
+    for rows in parts:
+        total = StatisticsSum(30)
+        for part in rows:
+            own = counts[part]
+            indptr = np.concatenate([[0], np.cumsum((own > 0).sum(1))])
+            total.add(indptr, np.nonzero(own)[1], own[own > 0])
+        results.append(arrays([total.result(np.arange(30))]))
+    assert results[0] == results[1]
+
+
+def test_an_older_set_gets_its_statistics_once(copy: Path, tiny_shards: ShardSet, monkeypatch: pytest.MonkeyPatch):
+    assert arrays(gene_statistics(ShardSet(copy))) == arrays(gene_statistics(tiny_shards))
+    assert (copy / FILE).read_bytes() == (tiny_shards.path / FILE).read_bytes()
+    monkeypatch.setattr(statistics, "section_statistics", lambda *_: pytest.fail("computed again"))
+    gene_statistics(ShardSet(copy))
+
+
+def test_the_statistics_of_a_read_only_set_are_kept_in_the_cache(
+    copy: Path, tiny_shards: ShardSet, monkeypatch: pytest.MonkeyPatch
+):
+    write = statistics.write_atomic
+
+    def read_only(path: Path, data: bytes) -> None:
+        if path.is_relative_to(copy):
+            raise PermissionError(13, "Permission denied", str(path))
+        write(path, data)
+
+    monkeypatch.setattr(statistics, "write_atomic", read_only)
+    first = gene_statistics(ShardSet(copy))
+    assert not (copy / FILE).exists()
+    monkeypatch.setattr(statistics, "section_statistics", lambda *_: pytest.fail("computed again"))
+    assert arrays(gene_statistics(ShardSet(copy))) == arrays(first) == arrays(gene_statistics(tiny_shards))
+
+
+def test_a_damaged_or_foreign_file_is_replaced(copy: Path, tiny_shards: ShardSet, caplog: pytest.LogCaptureFixture):
+    good = (tiny_shards.path / FILE).read_bytes()
+    other = encode_statistics("0" * 64, gene_statistics(tiny_shards))
+    for data in (b"", good[:-100], other):
+        (copy / FILE).write_bytes(data)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            gene_statistics(ShardSet(copy))
+        assert FILE in caplog.text
+        assert (copy / FILE).read_bytes() == good
+    with pytest.raises(ShardError, match="another shard set"):
+        decode_statistics(other, tiny_shards.manifest, "x")
+
+
+def test_damaged_counts_are_left_out_and_nothing_is_kept(copy: Path):
+    shards = ShardSet(copy)
+    entry = shards.manifest.shards[0]
+    offsets, _ = shards.member_ranges(entry)
+    with (copy / entry.file).open("r+b") as file:
+        file.seek(int(offsets[3, 1]) + 6)
+        file.write(b"\xff")
+    computed = gene_statistics(ShardSet(copy))
+    assert computed[0].n_spots == shards.manifest.sections[0].n_spots - 1
+    assert not (copy / FILE).exists()
+
+
+def test_counts_are_read_without_tiles(tiny_shards: ShardSet, monkeypatch: pytest.MonkeyPatch):
+    """Records at most 64 KiB apart were read in one request, with every tile between their counts."""
+    read: list[int] = []
+    plain = MemberReader._read_run
+
+    class Counted:
+        def __init__(self, file):
+            self.file = file
+
+        def seek(self, offset: int) -> None:
+            self.file.seek(offset)
+
+        def read(self, size: int) -> bytes:
+            read.append(size)
+            return self.file.read(size)
+
+    monkeypatch.setattr(MemberReader, "_read_run", lambda self, file, *rest: plain(self, Counted(file), *rest))
+    spots = tiny_shards.select(sections=[0])
+    _, sizes = tiny_shards.member_ranges(tiny_shards.manifest.shards[0])
+    tiny_shards.counts(spots)
+    assert sum(read) < sizes[:, 1].sum() + 0.5 * sizes[:, 0].sum()
+    read.clear()
+    tiny_shards.members_of(spots, ("tile", "expr"))
+    assert len(read) == 1, "tiles and counts of consecutive records are still one request"
