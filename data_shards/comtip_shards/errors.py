@@ -10,6 +10,10 @@ class SourceError(ValueError):
     """A source (table, image, counts, request) cannot be used; the message names the file and the fix."""
 
 
+class UnknownSection(SourceError):
+    """A source has no section of the requested id."""
+
+
 class ShardError(ValueError):
     """A shard set on disk is damaged or inconsistent; the message names the shard and, where known, the key.
 
