@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from comtip_shards import builder
 from comtip_shards.builder import BuildReport
 from comtip_shards.builder.skipping import OnError
+from comtip_shards.builder.tile_choice import FIELD_UM
 from comtip_shards.errors import SourceError
 from comtip_shards.sections.facts import (
     CountOptions,
@@ -45,7 +46,7 @@ def build_shards(
     samples: Sequence[str] | None = None,
     where: Mapping[str, Collection[str]] | None = None,
     cache: Path | None = None,
-    tile_um: float = 224.0,
+    tile_um: float | None = None,
     progress: bool = False,
     on_error: OnError = "stop",
     **settings: Any,
@@ -66,7 +67,7 @@ def build_shards(
     fmt, samples, where, cache
         Format, selection of sections, and cache for URLs, see :func:`comtip_shards.sources.open_source`.
     tile_um
-        Width of a tile in um.
+        Width of a tile in um; 112 by default.
     progress
         Show a progress bar on a terminal.
     on_error
@@ -87,7 +88,7 @@ def build_shards(
     Examples
     --------
     >>> import comtip_fast
-    >>> report = comtip_fast.build_shards("sections", "set", tile_px=32, min_mpp=5.0)
+    >>> report = comtip_fast.build_shards("sections", "set", tile_px=32, tile_um=224.0)
     >>> report.n_spots, report.n_genes
     (196, 30)
     """
@@ -124,7 +125,7 @@ def open_each(
     samples: Sequence[str] | None = None,
     where: Mapping[str, Collection[str]] | None = None,
     cache: Path | None = None,
-    tile_um: float = 224.0,
+    tile_um: float | None = None,
     progress: bool = False,
     on_error: OnError = "stop",
 ) -> tuple[list[SectionSource], dict[str, str]]:
@@ -158,7 +159,7 @@ def plan_build(
     samples: Sequence[str] | None = None,
     where: Mapping[str, Collection[str]] | None = None,
     cache: Path | None = None,
-    tile_um: float = 224.0,
+    tile_um: float | None = None,
 ) -> list[SectionPlan]:
     """Return what a build would do with each section, from headers; parameters as in :func:`build_shards`."""
     options = stated_options(facts, pooling, counts)
@@ -180,11 +181,13 @@ def _check_study(source: str | Path, fmt: str) -> None:
         raise SourceError(f"--format has no effect for the table {source}; state the format in a column format")
 
 
-def _opener(where: Mapping[str, Collection[str]] | None, cache: Path | None, tile_um: float, progress: bool) -> Opener:
+def _opener(
+    where: Mapping[str, Collection[str]] | None, cache: Path | None, tile_um: float | None, progress: bool
+) -> Opener:
     def open_one(path: str, samples: Sequence[str] | None, fmt: str, options: SourceOptions) -> list[SectionSource]:
         if is_url(path) and options.facts.pixels is None:
             # HEST patches are a tenth of the size of whole-slide images, but only HEST_PATCH_UM wide.
-            pixels: PixelSource = "patches" if tile_um <= HEST_PATCH_UM else "wsi"
+            pixels: PixelSource = "patches" if (tile_um or FIELD_UM) <= HEST_PATCH_UM else "wsi"
             options = replace(options, facts=replace(options.facts, pixels=pixels))
         return open_source(
             path, samples=samples, fmt=fmt, overrides=options, where=where, cache=cache, progress=progress

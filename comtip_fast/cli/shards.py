@@ -9,7 +9,7 @@ from typing import Any, cast, get_args
 from comtip_shards.builder.build import build_shards
 from comtip_shards.builder.merge import merge_sets
 from comtip_shards.builder.skipping import OnError
-from comtip_shards.builder.tile_choice import choose_tile
+from comtip_shards.builder.tile_choice import FIELD_UM, choose_tile
 from comtip_shards.names import printable
 from comtip_shards.qc import check_sources
 from comtip_shards.reader.verify import verify
@@ -74,16 +74,20 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
         help="use only sections with this species, tissue, platform, donor or dataset; may be repeated, all must hold",
     )
     parser.add_argument("--format", choices=FORMATS, default="auto", help="format of the source (default: detect it)")
-    parser.add_argument("--tile-um", type=float, default=224.0, help="width of a tile in um (default 224)")
+    parser.add_argument("--tile-um", type=float, help="width of a tile in um (default 112)")
     add_facts(parser)
 
 
 def _add_build(build: argparse.ArgumentParser) -> None:
     _add_source(build)
     add_out(build, "folder of the new shard set")
-    build.add_argument("--tile-px", type=int, default=128, help="width of a tile in px (default 128)")
     build.add_argument(
-        "--min-mpp", type=float, default=4.0, help="blur finer images to this resolution in um per px (default 4)"
+        "--tile-px", type=int, help="width of a tile in px (default 224; less, in steps of 32, for coarser images)"
+    )
+    build.add_argument(
+        "--min-mpp",
+        type=float,
+        help="blur finer images to this resolution in um per px (default: that of the tile, or of the coarsest section)",
     )
     build.add_argument(
         "--codec", choices=("jpeg", "png", "webp"), default="jpeg", help="encoding of tiles (default jpeg)"
@@ -223,7 +227,9 @@ def _merge(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    reports = check_sources(_open(args), args.out, tile_um=args.tile_um, progress=True)
+    reports = check_sources(
+        _open(args), args.out, tile_um=FIELD_UM if args.tile_um is None else args.tile_um, progress=True
+    )
     for report in reports:
         print(printable("\n".join([f"{report.section_id}: {report.status}", *(f"  {line}" for line in report.lines)])))
     print(f"pages: {args.out / 'index.html'}")

@@ -25,6 +25,9 @@ log = logging.getLogger("comtip_fast")
 FREE_KEYS = {
     "name",
     "data.shards",
+    # The tiles themselves are compared with these, and are part of the input's fingerprint.
+    "data.tile_px",
+    "data.tile_um",
     "text.gene_vectors",
     "train.log_every",
     "train.checkpoint_every",

@@ -28,9 +28,9 @@ from comtip_shards.builder.skipping import (
     text_of,
 )
 from comtip_shards.builder.staging import StagedSection, stage_section
+from comtip_shards.builder.tile_choice import choose_tile, tile_text
 from comtip_shards.builder.writer import SectionRecords, dependency_versions, report, set_fingerprint, write_set
 from comtip_shards.errors import SourceError
-from comtip_shards.format import record
 from comtip_shards.format.manifest import NAME, REPORTS, BuildPart, Manifest, TileSpec, sha256_of
 from comtip_shards.names import same_file
 from comtip_shards.qc import refuse_failed, write_pages
@@ -62,9 +62,9 @@ def build_shards(
     sources: Sequence[SectionSource],
     out: Path,
     *,
-    tile_px: int = 128,
-    tile_um: float = 224.0,
-    min_mpp: float = 4.0,
+    tile_px: int | None = None,
+    tile_um: float | None = None,
+    min_mpp: float | None = None,
     codec: str = "jpeg",
     quality: int = 95,
     splits: StatedSplits | None = None,
@@ -89,7 +89,9 @@ def build_shards(
     out
         A new folder, or one with an unfinished build of the same set.
     tile_px, tile_um, min_mpp
-        Tile width S in px, tile width in um, and the um per px to which finer images are downsampled.
+        Tile width S in px, tile width in um, and the um per px to which finer images are downsampled. By default 112 um in
+        224 px at 0.5 um per px, or the nearest that all images have
+        (:func:`comtip_shards.builder.tile_choice.choose_tile`); the report states what this costs each section.
     codec, quality
         ``jpeg``, ``png`` (lossless) or ``webp``; 1 to 100, for ``jpeg`` and ``webp``.
     splits
@@ -118,7 +120,6 @@ def build_shards(
     SourceError, ShardError
         Invalid input, a donor on both sides of a split, or an ``out`` that holds other files or cannot be written.
     """
-    tile = _tile_spec(tile_px, tile_um, min_mpp, codec, quality)
     policy = check_policy(on_error, part)
     unopened = [Failure(name, reason) for name, reason in (failed or {}).items()]
     if unopened and not sources:
@@ -127,8 +128,11 @@ def build_shards(
     metas, notes = enforce_split_policy(
         stated, allow=allow_benchmark, benchmark_ids=benchmark_ids, auto_split=auto_split, seed=seed
     )
+    tile = choose_tile(metas, px=tile_px, um=tile_um, min_mpp=min_mpp, codec=codec, quality=quality)
     build = _Build(Path(out), tile, max_records, _part_of(metas, part), notes, strict, jobs, progress)
-    return build.run(sources, metas) if policy == "stop" else build.run_skipping(sources, metas, unopened)
+    report = build.run(sources, metas) if policy == "stop" else build.run_skipping(sources, metas, unopened)
+    costs = tile_text([meta for meta in metas if meta.section_id in report.sections], tile)
+    return replace(report, text="\n".join([*costs, report.text])) if len(costs) > 1 else report
 
 
 @dataclass(frozen=True)
@@ -285,20 +289,6 @@ def hash_of(metas: Sequence[SectionMeta]) -> str:
 
 
 # -- checks -------------------------------------------------------------------------------------------------
-
-
-def _tile_spec(px: int, um: float, min_mpp: float, codec: str, quality: int) -> TileSpec:
-    tile = TileSpec(px, float(um), float(min_mpp), codec, quality)
-    if tile.codec not in record.CODECS:
-        raise SourceError(f"unknown codec {tile.codec!r}; use {', '.join(record.CODECS)}")
-    if not 1 <= tile.quality <= 100:
-        raise SourceError(f"quality {tile.quality} is out of range; use 1 to 100")
-    if not 8 <= tile.px <= 4096 or not 1 <= tile.um <= 10_000 or not 0 < tile.min_mpp <= 100:
-        raise SourceError(
-            f"tiles of {tile.um:g} um in {tile.px} px at {tile.min_mpp:g} um/px are out of range; use 1 to 10000 um, 8 to "
-            "4096 px and up to 100 um/px"
-        )
-    return tile
 
 
 def _with_splits(metas: list[SectionMeta], splits: StatedSplits) -> list[SectionMeta]:

@@ -65,6 +65,7 @@ def choose_tile(
         A value is out of range.
     """
     um = FIELD_UM if um is None else um
+    check_tile(TileSpec(FIELD_PX if px is None else px, float(um), FIELD_UM / FIELD_PX, codec, quality))
     scales = [s.mpp for s in sections] or [um / FIELD_PX]
     if px is None:
         coarsest = max(scales)

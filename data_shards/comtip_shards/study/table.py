@@ -175,7 +175,9 @@ def _row(path: Path, number: int, cells: dict[str, str]) -> StudyRow:
     except SourceError as error:
         raise SourceError(f"{where}: column {_as_column(str(error))}") from None
     try:
-        row = StudyRow(number=number, options=options, **{k: v for k, v in stated.items() if k in OWN})
+        row = StudyRow.model_validate(
+            {"number": number, "options": options, **{k: v for k, v in stated.items() if k in OWN}}
+        )
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0])
@@ -183,9 +185,9 @@ def _row(path: Path, number: int, cells: dict[str, str]) -> StudyRow:
         raise SourceError(
             f"{where}: column {name} {value[:80]!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
         ) from None
-    for name, value in (("id", row.id), ("sample", row.sample)):
-        if value is not None:
-            check_section_id(value, f"{where}: column {name}", SourceError, RENAME)
+    for name, given in (("id", row.id), ("sample", row.sample)):
+        if given is not None:
+            check_section_id(given, f"{where}: column {name}", SourceError, RENAME)
     return row
 
 
