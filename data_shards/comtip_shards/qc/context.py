@@ -16,7 +16,7 @@ import numpy as np
 from scipy import ndimage, sparse
 from scipy.spatial import cKDTree
 
-from comtip_shards.qc.tissue import otsu, over_channels, tissue_mask
+from comtip_shards.qc.tissue import over_channels, tissue_mask
 from comtip_shards.sections.section import Section
 
 PICTURE_MPP, MAX_PICTURE_PX = 4.0, 3000
