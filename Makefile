@@ -23,7 +23,8 @@ $(VENV)/installed-dev: $(VENV)/installed
 	@touch $@
 
 demo: $(VENV)/installed  ## build, train and evaluate: runs/demo/report.html (about 10 minutes on 2 cores)
-	$(BIN)/comtip shards build data_shards/samples --out $(RUN)/shards --jobs 2
+	$(BIN)/comtip shards build data_shards/samples --out $(RUN)/shards --jobs 2 \
+	  --tile-um 224 --tile-px 128 --min-mpp 4
 	$(BIN)/comtip shards verify $(RUN)/shards
 	$(BIN)/comtip pretrain --config configs/demo_cpu.yaml --out $(RUN) --resume --set data.shards=$(RUN)/shards
 	$(BIN)/comtip evaluate $(RUN) --shards $(RUN)/shards --out $(RUN)

@@ -9,6 +9,9 @@ from typing import Any, TypeVar
 
 from comtip_shards import builder
 from comtip_shards.builder import BuildReport
+from comtip_shards.builder.skipping import OnError
+from comtip_shards.builder.tile_choice import FIELD_UM
+from comtip_shards.errors import SourceError
 from comtip_shards.sections.facts import (
     CountOptions,
     PixelSource,
@@ -19,7 +22,12 @@ from comtip_shards.sections.facts import (
     source_options,
 )
 from comtip_shards.sources import SectionSource, open_source
+from comtip_shards.sources.base import pick
+from comtip_shards.sources.selection.choose import check_where, choose
 from comtip_shards.storage.remote import is_url
+from comtip_shards.study import StudyRow, is_study, open_study, read_study, sections_of
+from comtip_shards.study.dry_run import SectionPlan, plan_rows
+from comtip_shards.study.sections import Opener
 
 HEST_PATCH_UM = 112.0
 """Width of the patches in HEST's patch files."""
@@ -38,16 +46,18 @@ def build_shards(
     samples: Sequence[str] | None = None,
     where: Mapping[str, Collection[str]] | None = None,
     cache: Path | None = None,
-    tile_um: float = 224.0,
+    tile_um: float | None = None,
     progress: bool = False,
+    on_error: OnError = "stop",
     **settings: Any,
 ) -> BuildReport:
-    """Build a shard set from a source of any known format.
+    """Build a shard set from a source of any known format, or from the table of a study.
 
     Parameters
     ----------
     source
-        A table, file or folder of any format that ``comtip shards build`` reads, or its URL.
+        A file or folder of any format that ``comtip shards build`` reads, its URL, or a table of sources (csv, tsv or
+        YAML) with the column ``path``, see :func:`comtip_shards.study.read_study`.
     out
         Folder of the new shard set; if it contains an interrupted build of the same set, that build is resumed.
     facts
@@ -57,9 +67,11 @@ def build_shards(
     fmt, samples, where, cache
         Format, selection of sections, and cache for URLs, see :func:`comtip_shards.sources.open_source`.
     tile_um
-        Width of a tile in um.
+        Width of a tile in um; 112 by default.
     progress
         Show a progress bar on a terminal.
+    on_error
+        ``skip`` leaves out a section that cannot be built and reports it; ``stop`` raises.
     **settings
         Further keywords of :func:`comtip_shards.builder.build_shards`, e.g. ``tile_px``, ``splits``, ``jobs``.
 
@@ -76,11 +88,11 @@ def build_shards(
     Examples
     --------
     >>> import comtip_fast
-    >>> report = comtip_fast.build_shards("sections", "set", tile_px=32, min_mpp=5.0)
+    >>> report = comtip_fast.build_shards("sections", "set", tile_px=32, tile_um=224.0)
     >>> report.n_spots, report.n_genes
     (196, 30)
     """
-    sources = open_sections(
+    sources, failed = open_each(
         source,
         facts=facts,
         pooling=pooling,
@@ -91,11 +103,19 @@ def build_shards(
         cache=cache,
         tile_um=tile_um,
         progress=progress,
+        on_error=on_error,
     )
-    return builder.build_shards(sources, Path(out), tile_um=tile_um, progress=progress, **settings)
+    return builder.build_shards(
+        sources, Path(out), tile_um=tile_um, progress=progress, on_error=on_error, failed=failed, **settings
+    )
 
 
-def open_sections(
+def open_sections(source: str | Path, **options: Any) -> list[SectionSource]:
+    """Open the sections of a source or of a study without reading them; parameters as in :func:`build_shards`."""
+    return open_each(source, **options)[0]
+
+
+def open_each(
     source: str | Path,
     *,
     facts: Facts = None,
@@ -105,16 +125,75 @@ def open_sections(
     samples: Sequence[str] | None = None,
     where: Mapping[str, Collection[str]] | None = None,
     cache: Path | None = None,
-    tile_um: float = 224.0,
+    tile_um: float | None = None,
     progress: bool = False,
-) -> list[SectionSource]:
-    """Open the sections of a source without reading them; parameters as in :func:`build_shards`."""
+    on_error: OnError = "stop",
+) -> tuple[list[SectionSource], dict[str, str]]:
+    """Open the sections of a source or of a study without reading them; parameters as in :func:`build_shards`.
+
+    Returns
+    -------
+    The sections, and ``{name: reason}`` of rows of a study that cannot be opened; empty with ``on_error="stop"``.
+    """
     options = stated_options(facts, pooling, counts)
-    if is_url(source) and options.facts.pixels is None:
-        # HEST patches are a tenth of the size of whole-slide images, but only HEST_PATCH_UM wide.
-        pixels: PixelSource = "patches" if tile_um <= HEST_PATCH_UM else "wsi"
-        options = replace(options, facts=replace(options.facts, pixels=pixels))
-    return open_source(source, samples=samples, fmt=fmt, overrides=options, where=where, cache=cache, progress=progress)
+    opener = _opener(where, cache, tile_um, progress)
+    if not is_study(source):
+        return opener(str(source), samples, fmt, options), {}
+    _check_study(source, fmt)
+    rows = open_study(Path(source), _opener(None, cache, tile_um, progress), common=options, stop=on_error == "stop")
+    sources, failed = sections_of(rows)
+    wanted = set(pick(samples, [s.meta.section_id for s in sources], Path(source)))
+    kept = choose(
+        [s for s in sources if s.meta.section_id in wanted], check_where(where or {}), Path(source), lambda s: s.meta
+    )
+    return kept, failed if samples is None else {}
+
+
+def plan_build(
+    source: str | Path,
+    *,
+    facts: Facts = None,
+    pooling: PoolingOptions | None = None,
+    counts: CountOptions | None = None,
+    fmt: str = "auto",
+    samples: Sequence[str] | None = None,
+    where: Mapping[str, Collection[str]] | None = None,
+    cache: Path | None = None,
+    tile_um: float | None = None,
+) -> list[SectionPlan]:
+    """Return what a build would do with each section, from headers; parameters as in :func:`build_shards`."""
+    options = stated_options(facts, pooling, counts)
+    if is_study(source):
+        _check_study(source, fmt)
+        plans = plan_rows(Path(source), read_study(Path(source)), _opener(None, cache, tile_um, False), options)
+    else:
+        location = str(source) if is_url(source) else str(Path(source).absolute())
+        if not is_url(source) and not Path(source).exists():
+            raise SourceError(f"{source}: no such file or folder; check the path")
+        rows = [StudyRow(number=1, path=location, format=None if fmt == "auto" else fmt)]
+        plans = plan_rows(Path(source), rows, _opener(where, cache, tile_um, False), options)
+    kept = set(pick(samples, [p.name for p in plans], Path(source)))
+    return [p for p in plans if p.name in kept]
+
+
+def _check_study(source: str | Path, fmt: str) -> None:
+    if fmt != "auto":
+        raise SourceError(f"--format has no effect for the table {source}; state the format in a column format")
+
+
+def _opener(
+    where: Mapping[str, Collection[str]] | None, cache: Path | None, tile_um: float | None, progress: bool
+) -> Opener:
+    def open_one(path: str, samples: Sequence[str] | None, fmt: str, options: SourceOptions) -> list[SectionSource]:
+        if is_url(path) and options.facts.pixels is None:
+            # HEST patches are a tenth of the size of whole-slide images, but only HEST_PATCH_UM wide.
+            pixels: PixelSource = "patches" if (tile_um or FIELD_UM) <= HEST_PATCH_UM else "wsi"
+            options = replace(options, facts=replace(options.facts, pixels=pixels))
+        return open_source(
+            path, samples=samples, fmt=fmt, overrides=options, where=where, cache=cache, progress=progress
+        )
+
+    return open_one
 
 
 def stated_options(facts: Facts, pooling: PoolingOptions | None, counts: CountOptions | None) -> SourceOptions:

@@ -1,6 +1,6 @@
 """The tables of docs/ablations.md: ways to predict expression from image features, and genes that no image measured.
 
-comtip shards build data_shards/samples --out runs/demo/shards
+comtip shards build data_shards/samples --out runs/demo/shards --tile-um 224 --tile-px 128 --min-mpp 4
 comtip pretrain --config configs/demo_cpu.yaml --out runs/demo
 python bench/results/readout.py runs/demo --split val             # the sections on which choices are based
 python bench/results/readout.py runs/demo --split test            # once per candidate

@@ -5,7 +5,7 @@
 HEST's layout (hestcore, v1.3) is a patches h5 with ``img`` uint8 (N, px, px, 3), uncompressed with one patch per chunk,
 ``coords`` and ``barcode``, and an h5ad of raw counts. It is written here with h5py and anndata from the same sections,
 with the same readers and the same tile code, but without checks, hashes or overviews: less work than a build.
-Tiles are cut in three ways: with the defaults (224 um, blurred to 4 um/px, quality 95), and at the resolution of the image,
+Tiles are cut in three ways: blurred (224 um at 4 um/px, quality 95), and at the resolution of the image,
 which keeps all detail, at quality 95 and 85.
 """
 

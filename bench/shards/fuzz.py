@@ -47,7 +47,14 @@ def main() -> int:
         write_tiny_source(
             Path(folder) / "source", [TinySection("a", "d", "train"), TinySection("b", "e", "val")], side=2
         )
-        build_shards(open_source(Path(folder) / "source"), Path(folder) / "set", tile_px=16, max_records=3)
+        build_shards(
+            open_source(Path(folder) / "source"),
+            Path(folder) / "set",
+            tile_px=16,
+            tile_um=224.0,
+            min_mpp=4.0,
+            max_records=3,
+        )
         fuzzer = Fuzzer(Path(folder) / "set", Path(folder) / "work")
         for number in tqdm(range(args.n), mininterval=20):
             forge = number % 2 == 1

@@ -81,7 +81,7 @@ def open_set(shards: Path | None, source: Path, work: Path, px: int) -> ShardSet
     if shards is None:
         shards = work / f"shards_{px}px"
         log.info("building %s at %d px into %s, if it is not there yet", source, px, shards)
-        build_shards(open_source(source), shards, tile_px=px, tile_um=224.0, progress=True)
+        build_shards(open_source(source), shards, tile_px=px, tile_um=224.0, min_mpp=4.0, progress=True)
     return ShardSet(shards)
 
 

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--link", help="link inside a node: nvlink3, nvlink4, nvlink5, pcie4, pcie5, memory")
     where.add_argument("--fabric", help="network between nodes: ib-hdr, ib-ndr, eth-100")
     data = parser.add_argument_group("properties of the data that are not in the config")
-    data.add_argument("--tile-px", type=int, default=224, metavar="S", help="side of a tile (default 224)")
+    data.add_argument("--tile-px", type=int, metavar="S", help="side of a tile (default: data.tile_px, or 224)")
     data.add_argument("--tile-kb", type=float, default=30.0, metavar="KB", help="size of an encoded tile (default 30)")
     data.add_argument("--trained-genes", type=int, metavar="N", help="trained genes (default: genes.per_cohort)")
     data.add_argument("--panel", type=int, metavar="G", help="genes per step (default: panel.max_genes)")
@@ -72,8 +72,14 @@ def run(args: argparse.Namespace) -> int:
     cluster = make_cluster(
         args.gpu, per_node=args.gpus, nodes=args.nodes, link=args.link, fabric=args.fabric, efficiency=shares
     )
+    stated = config.data.tile_px
+    if None not in (stated, args.tile_px) and stated != args.tile_px:
+        raise ValueError(f"--tile-px {args.tile_px}: the config states data.tile_px={stated}; leave one of them out")
     inputs = Inputs(
-        tile_px=args.tile_px, tile_bytes=args.tile_kb * 1e3, trained_genes=args.trained_genes, panel=args.panel
+        tile_px=args.tile_px or stated or 224,
+        tile_bytes=args.tile_kb * 1e3,
+        trained_genes=args.trained_genes,
+        panel=args.panel,
     )
     if args.sweep:
         return _sweep(args, config, cluster, inputs)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 from comtip_shards.builder.build import build_shards
 from comtip_shards.builder.merge import merge_sets
+from comtip_shards.builder.skipping import OnError
+from comtip_shards.builder.tile_choice import FIELD_UM, choose_tile
 from comtip_shards.names import printable
 from comtip_shards.qc import check_sources
 from comtip_shards.reader.verify import verify
@@ -15,9 +17,11 @@ from comtip_shards.sections.section import SectionId, Split
 from comtip_shards.sources import FORMATS as SOURCE_FORMATS
 from comtip_shards.sources import SectionSource, detect
 from comtip_shards.storage.remote import is_url
+from comtip_shards.study import is_study
+from comtip_shards.study.dry_run import plan_text
 
 from comtip_fast.cli.options import add_facts, add_out, read_facts
-from comtip_fast.shards import open_sections
+from comtip_fast.shards import open_each, open_sections, plan_build
 
 FORMATS = ("auto", *SOURCE_FORMATS)
 
@@ -57,7 +61,8 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     """Add the options that select sections."""
     parser.add_argument(
         "source",
-        help="a folder or file of any known format, or the URL of one (s3://, gs://, https://, hf://datasets/...)",
+        help="a folder or file of any known format, the URL of one (s3://, gs://, https://, hf://datasets/...), or a table of "
+        "these: csv, tsv or YAML with the column path, and id, sample, donor, split, mpp or any other option per row",
     )
     parser.add_argument("--cache", type=Path, help="folder for downloaded files (default: the user's cache folder)")
     parser.add_argument("--samples", help="comma-separated ids of sections to use (default: all)")
@@ -69,16 +74,20 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
         help="use only sections with this species, tissue, platform, donor or dataset; may be repeated, all must hold",
     )
     parser.add_argument("--format", choices=FORMATS, default="auto", help="format of the source (default: detect it)")
-    parser.add_argument("--tile-um", type=float, default=224.0, help="width of a tile in um (default 224)")
+    parser.add_argument("--tile-um", type=float, help="width of a tile in um (default 112)")
     add_facts(parser)
 
 
 def _add_build(build: argparse.ArgumentParser) -> None:
     _add_source(build)
     add_out(build, "folder of the new shard set")
-    build.add_argument("--tile-px", type=int, default=128, help="width of a tile in px (default 128)")
     build.add_argument(
-        "--min-mpp", type=float, default=4.0, help="blur finer images to this resolution in um per px (default 4)"
+        "--tile-px", type=int, help="width of a tile in px (default 224; less, in steps of 32, for coarser images)"
+    )
+    build.add_argument(
+        "--min-mpp",
+        type=float,
+        help="blur finer images to this resolution in um per px (default: that of the tile, or of the coarsest section)",
     )
     build.add_argument(
         "--codec", choices=("jpeg", "png", "webp"), default="jpeg", help="encoding of tiles (default jpeg)"
@@ -92,6 +101,17 @@ def _add_build(build: argparse.ArgumentParser) -> None:
         help="build part I of N into its own --out, e.g. one per machine; combine the parts with merge",
     )
     build.add_argument("--strict", action="store_true", help="refuse sections that fail a check")
+    build.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="read headers only; print for each section what would be built, what is missing, time and size",
+    )
+    build.add_argument(
+        "--on-error",
+        choices=get_args(OnError),
+        default="stop",
+        help="a section that cannot be built ends the build (stop, default), or is left out and reported at the end (skip)",
+    )
     group = build.add_argument_group("splits by donor, and benchmark sections excluded from training")
     group.add_argument(
         "--split",
@@ -152,8 +172,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _build(args: argparse.Namespace) -> int:
+    if args.dry_run:
+        return _dry_run(args)
+    sources, failed = open_each(args.source, **_source_options(args), progress=True, on_error=args.on_error)
     report = build_shards(
-        _open(args),
+        sources,
         args.out,
         tile_px=args.tile_px,
         tile_um=args.tile_um,
@@ -169,9 +192,26 @@ def _build(args: argparse.Namespace) -> int:
         jobs=args.jobs,
         part=args.part,
         progress=True,
+        on_error=args.on_error,
+        failed=failed,
     )
     print(printable(report.text))
-    return 0
+    return int(bool(report.skipped))
+
+
+def _dry_run(args: argparse.Namespace) -> int:
+    """Print what a build would do; the exit code is 1 if a section cannot be built."""
+    plans = plan_build(args.source, **_source_options(args))
+    tile = choose_tile(
+        [p.source.meta for p in plans if p.source is not None and "mpp" not in p.assumed],
+        px=args.tile_px,
+        um=args.tile_um,
+        min_mpp=args.min_mpp,
+        codec=args.codec,
+        quality=args.quality,
+    )
+    print(printable(plan_text(plans, tile, args.out, args.jobs)))
+    return int(any(p.problems for p in plans))
 
 
 def _split(item: str) -> tuple[SectionId, Split]:
@@ -187,7 +227,9 @@ def _merge(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    reports = check_sources(_open(args), args.out, tile_um=args.tile_um, progress=True)
+    reports = check_sources(
+        _open(args), args.out, tile_um=FIELD_UM if args.tile_um is None else args.tile_um, progress=True
+    )
     for report in reports:
         print(printable("\n".join([f"{report.section_id}: {report.status}", *(f"  {line}" for line in report.lines)])))
     print(f"pages: {args.out / 'index.html'}")
@@ -195,25 +237,28 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _open(args: argparse.Namespace) -> list[SectionSource]:
+    return open_sections(args.source, **_source_options(args), progress=True)
+
+
+def _source_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options that select and open sections."""
     facts, pooling, counts = read_facts(args)
     samples = [s.strip() for s in args.samples.split(",") if s.strip()] if args.samples else None
-    return open_sections(
-        args.source,
-        facts=facts,
-        pooling=pooling,
-        counts=counts,
-        fmt=_format(args),
-        samples=samples,
-        where=_where(args.where),
-        cache=args.cache,
-        tile_um=args.tile_um,
-        progress=True,
-    )
+    return {
+        "facts": facts,
+        "pooling": pooling,
+        "counts": counts,
+        "fmt": _format(args),
+        "samples": samples,
+        "where": _where(args.where),
+        "cache": args.cache,
+        "tile_um": args.tile_um,
+    }
 
 
 def _format(args: argparse.Namespace) -> str:
     """Return the format; if it was detected, print the reason."""
-    if args.format != "auto" or is_url(args.source) or not Path(args.source).exists():
+    if args.format != "auto" or is_url(args.source) or not Path(args.source).exists() or is_study(args.source):
         return str(args.format)
     reader, why = detect(Path(args.source))
     print(printable(f"read as {reader.name}: {why}"))

@@ -29,6 +29,10 @@ class DataConfig:
 
     shards: str = "runs/demo/shards"
     """Folder or URL of a shard set (``manifest.json`` and its tar files)."""
+    tile_px: Annotated[int, Field(ge=8, le=4096)] | None = None
+    """Expected width of the set's tiles in px (S); training on another set is refused. ``null`` accepts any width."""
+    tile_um: Positive | None = None
+    """Expected width of the set's tiles in um; training on another set is refused. ``null`` accepts any width."""
     batch_size: Annotated[int, Field(ge=2)] = 128
     """B, spots in the global batch; InfoNCE compares at least two."""
     sections_per_batch: Count | None = 2

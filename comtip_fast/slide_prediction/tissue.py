@@ -8,7 +8,7 @@ could separate; it is compared with the glass of a typical scan, at the lowest t
 from __future__ import annotations
 
 import numpy as np
-from comtip_shards.qc.context import otsu
+from comtip_shards.qc.tissue import otsu
 from scipy import ndimage
 
 BLACK = 1.3

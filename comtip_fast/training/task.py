@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from comtip_fast.collectives import Group, SingleProcessGroup, share_of
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.data.batch import Batch
+from comtip_fast.data.expected_tile import check_expected_tile
 from comtip_fast.data.expression.training_tables import TrainingTables, training_tables
 from comtip_fast.data.loaders.factory import make_loader
 from comtip_fast.data.loaders.torch import TorchLoader
@@ -72,6 +73,7 @@ def build_task(
     """
     torch.manual_seed(config.train.seed)
     shards = ShardSet(config.data.shards)
+    check_expected_tile(config, shards)
     if config.vision.backbone == "small":  # before the tables, which can take minutes
         check_vision(config, patches_per_side(config.vision, config.vision.patch_px, shards.manifest.tile.px) ** 2)
     vectors = load_vectors(config)

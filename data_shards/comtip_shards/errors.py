@@ -14,6 +14,10 @@ class UnforeseenError(SourceError):
     """A library raised an error that no reader expects; the message names the section and the error."""
 
 
+class UnknownSection(SourceError):
+    """A source has no section of the requested id."""
+
+
 class ShardError(ValueError):
     """A shard set on disk is damaged or inconsistent; the message names the shard and, where known, the key.
 

@@ -295,7 +295,7 @@ def test_numbers_are_written_one_way(tiny_source: Path, tmp_path: Path):
 
 
 def test_the_commands(tiny_source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    how = ["--tile-px", "32", "--min-mpp", "5"]
+    how = ["--tile-px", "32", "--tile-um", "224", "--min-mpp", "5"]
     for part in ("1/2", "2/2"):
         out = str(tmp_path / part[0])
         assert main(["shards", "build", str(tiny_source), "--out", out, "--part", part, *how]) == 0

@@ -15,7 +15,7 @@ from testkit.tiny import TinySection, write_tiny_source
 def fuzzer(tmp_path_factory: pytest.TempPathFactory) -> Fuzzer:
     folder = tmp_path_factory.mktemp("fuzz")
     write_tiny_source(folder / "source", [TinySection("a", "d", "train"), TinySection("b", "e", "val")], side=2)
-    build_shards(open_source(folder / "source"), folder / "set", tile_px=16, max_records=3)
+    build_shards(open_source(folder / "source"), folder / "set", tile_px=16, tile_um=224.0, min_mpp=4.0, max_records=3)
     return Fuzzer(folder / "set", folder / "work")
 
 

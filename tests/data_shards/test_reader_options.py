@@ -119,7 +119,7 @@ def test_another_layer_is_another_set(tmp_path: Path):
 
     def build(layer: str, out: str) -> ShardSet:
         sources = open_source(tmp_path / "a.h5ad", overrides=facts | {"layer": layer})
-        build_shards(sources, tmp_path / out, tile_px=16, tile_um=50.0)
+        build_shards(sources, tmp_path / out, tile_px=16, tile_um=50.0, min_mpp=4.0)
         return ShardSet(tmp_path / out)
 
     first = build("X", "set")

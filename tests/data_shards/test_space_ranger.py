@@ -299,7 +299,7 @@ def test_real_version_1_heart(tmp_path: Path):
     assert section.meta.mpp * 0.045004502 == pytest.approx(0.725, abs=1e-3)
     assert not any("does not look like H&E" in n or "whole slide" in n for n in section.notes)
     sources = open_source(folder, overrides={"tissue": "heart", "image": "lowres"})
-    build_shards(sources, tmp_path / "s", tile_px=16, min_mpp=16.0)
+    build_shards(sources, tmp_path / "s", tile_px=16, tile_um=224.0, min_mpp=16.0)
     assert verify(tmp_path / "s").ok
     shards = ShardSet(tmp_path / "s")
     assert len(shards) == 100

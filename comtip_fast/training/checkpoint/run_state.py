@@ -35,6 +35,9 @@ FREE_KEYS = {
     "optim.weight_decay",
     "optim.clip",
     "data.shards",
+    # The tiles themselves are compared with these, and are part of the input's fingerprint.
+    "data.tile_px",
+    "data.tile_um",
     "text.gene_vectors",
     "train.log_every",
     "train.checkpoint_every",

@@ -9,18 +9,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from comtip_shards.builder.jobs import run_jobs
-from comtip_shards.builder.output_dir import built_already, clear_staging, writing
-from comtip_shards.builder.staging import stage_section
+from comtip_shards.builder.output_dir import STAGING, built_already, clear_staging, writing
+from comtip_shards.builder.skipping import (
+    INCOMPLETE,
+    Failure,
+    OnError,
+    attempt,
+    check_policy,
+    incomplete_set,
+    mark_incomplete,
+    text_of,
+)
+from comtip_shards.builder.staging import StagedSection, stage_section
+from comtip_shards.builder.tile_choice import choose_tile, tile_text
 from comtip_shards.builder.writer import SectionRecords, dependency_versions, report, set_fingerprint, write_set
 from comtip_shards.errors import SourceError
-from comtip_shards.format import record
 from comtip_shards.format.manifest import NAME, REPORTS, BuildPart, Manifest, TileSpec, sha256_of
 from comtip_shards.names import same_file
 from comtip_shards.qc import refuse_failed, write_pages
@@ -44,15 +54,17 @@ class BuildReport:
     n_genes: int
     sections: list[str]
     text: str
+    skipped: dict[str, str] = field(default_factory=dict)
+    """Sections that could not be built, with the reason; only with ``on_error="skip"``."""
 
 
 def build_shards(
     sources: Sequence[SectionSource],
     out: Path,
     *,
-    tile_px: int = 128,
-    tile_um: float = 224.0,
-    min_mpp: float = 4.0,
+    tile_px: int | None = None,
+    tile_um: float | None = None,
+    min_mpp: float | None = None,
     codec: str = "jpeg",
     quality: int = 95,
     splits: StatedSplits | None = None,
@@ -65,6 +77,8 @@ def build_shards(
     jobs: int = 1,
     part: tuple[int, int] | None = None,
     progress: bool = False,
+    on_error: OnError = "stop",
+    failed: Mapping[str, str] | None = None,
 ) -> BuildReport:
     """Build a shard set in ``out``.
 
@@ -75,7 +89,9 @@ def build_shards(
     out
         A new folder, or one with an unfinished build of the same set.
     tile_px, tile_um, min_mpp
-        Tile width S in px, tile width in um, and the um per px to which finer images are downsampled.
+        Tile width S in px, tile width in um, and the um per px to which finer images are downsampled. By default 112 um in
+        224 px at 0.5 um per px, or the nearest that all images have
+        (:func:`comtip_shards.builder.tile_choice.choose_tile`); the report states what this costs each section.
     codec, quality
         ``jpeg``, ``png`` (lossless) or ``webp``; 1 to 100, for ``jpeg`` and ``webp``.
     splits
@@ -93,19 +109,30 @@ def build_shards(
         :func:`comtip_shards.builder.merge.merge_sets` merges them.
     progress
         Show a progress bar on a terminal.
+    on_error
+        ``stop`` raises for the first section that cannot be built. ``skip`` leaves it out, builds the others, and reports
+        it in :attr:`BuildReport.skipped`; the staged sections are kept, so that the same call completes the set later.
+    failed
+        With ``skip``: ``{name: reason}`` of sections that could not be opened.
 
     Raises
     ------
     SourceError, ShardError
         Invalid input, a donor on both sides of a split, or an ``out`` that holds other files or cannot be written.
     """
-    tile = _tile_spec(tile_px, tile_um, min_mpp, codec, quality)
+    policy = check_policy(on_error, part)
+    unopened = [Failure(name, reason) for name, reason in (failed or {}).items()]
+    if unopened and not sources:
+        raise SourceError(f"no section can be built{text_of(unopened, len(unopened), Path(out) / STAGING)}")
     stated = _with_splits([s.meta for s in sources], splits or {})
     metas, notes = enforce_split_policy(
         stated, allow=allow_benchmark, benchmark_ids=benchmark_ids, auto_split=auto_split, seed=seed
     )
+    tile = choose_tile(metas, px=tile_px, um=tile_um, min_mpp=min_mpp, codec=codec, quality=quality)
     build = _Build(Path(out), tile, max_records, _part_of(metas, part), notes, strict, jobs, progress)
-    return build.run(sources, metas)
+    report = build.run(sources, metas) if policy == "stop" else build.run_skipping(sources, metas, unopened)
+    costs = tile_text([meta for meta in metas if meta.section_id in report.sections], tile)
+    return replace(report, text="\n".join([*costs, report.text])) if len(costs) > 1 else report
 
 
 @dataclass(frozen=True)
@@ -141,9 +168,66 @@ class _Build:
             manifest = self._write([(*one, f, staging) for one, f in zip(work, fingerprints, strict=True)])
         return report_of(self.out, manifest)
 
+    def run_skipping(
+        self, sources: Sequence[SectionSource], metas: Sequence[SectionMeta], unopened: Sequence[Failure]
+    ) -> BuildReport:
+        """Build what can be built; sections that cannot are reported, and the others stay staged for the next run."""
+        work = [(_fingerprint, m.section_id, s, m, self.tile) for s, m in zip(sources, metas, strict=True)]
+        prints = self._call(attempt, work, label="hashing inputs")
+        failures = [*unopened, *(p for p in prints if isinstance(p, Failure))]
+        good = [(s, m, p) for s, m, p in zip(sources, metas, prints, strict=True) if not isinstance(p, Failure)]
+        total, staging = len(metas) + len(unopened), self.out / STAGING
+        done = built_already(self.out, self._set_print(good), self.part, incomplete_set(staging))
+        if done is not None and not (self.strict and failed_checks(done)):
+            if not failures:
+                clear_staging(self.out)
+            report = report_of(self.out, done, f"(already built)\n{text_of(failures, total, staging)}".rstrip("\n"))
+            return replace(report, skipped={f.section_id: f.reason for f in failures})
+        with writing(self.out) as staging:
+            jobs = [(stage_section, m.section_id, s, m, self.tile, p, staging) for s, m, p in good]
+            results = self._call(attempt, jobs, label="sections")
+            staged = self._accepted(results, failures)
+            if not staged:
+                raise SourceError(f"no section can be built{text_of(failures, total, staging)}")
+            fingerprint = set_fingerprint([s.fingerprint for s in staged], self.max_records)
+            manifest = built_already(self.out, fingerprint, self.part, incomplete_set(staging))
+            if manifest is None:
+                (self.out / NAME).unlink(missing_ok=True)
+                manifest = self._finish(staged)
+            (staging / INCOMPLETE).unlink(missing_ok=True)
+            if failures:
+                mark_incomplete(staging, fingerprint, failures)
+        report = report_of(self.out, manifest, text_of(failures, total, staging))
+        return replace(report, skipped={f.section_id: f.reason for f in failures})
+
+    def _accepted(self, results: Sequence[StagedSection | Failure], failures: list[Failure]) -> list[StagedSection]:
+        """Return the staged sections; failures, and with ``strict`` failed checks, are appended to ``failures``."""
+        staged = []
+        for result in results:
+            found = result if isinstance(result, Failure) else self._checked(result)
+            if isinstance(found, Failure):
+                failures.append(found)
+            else:
+                staged.append(found)
+        return staged
+
+    def _checked(self, section: StagedSection) -> StagedSection | Failure:
+        try:
+            if self.strict:
+                refuse_failed([(section.meta.section_id, section.head().source["checks"])])
+        except SourceError as error:
+            return Failure(section.meta.section_id, str(error))
+        return section
+
+    def _set_print(self, good: Sequence[tuple[SectionSource, SectionMeta, str]]) -> str:
+        return set_fingerprint([fingerprint for _, _, fingerprint in good], self.max_records)
+
     def _write(self, work: Sequence[tuple[SectionSource, SectionMeta, TileSpec, str, Path]]) -> Manifest:
-        """Stage the sections, compare them with each other, and write the set."""
-        staged = self._call(stage_section, work, label="sections")
+        """Stage the sections, and write the set."""
+        return self._finish(self._call(stage_section, work, label="sections"))
+
+    def _finish(self, staged: Sequence[StagedSection]) -> Manifest:
+        """Compare the staged sections with each other, and write the set."""
         duplicates = check_sections(staged, self.out, strict=self.strict)
         run = partial(self._call, label="shards")
         return write_set(staged, self.tile, self.out, self.max_records, run, self.part, self.notes, duplicates)
@@ -172,6 +256,15 @@ def check_sections(sections: Sequence[SectionRecords], out: Path, *, strict: boo
     return check_duplicates([(meta, source["print"]) for meta, source in facts])
 
 
+def failed_checks(manifest: Manifest) -> bool:
+    """Return whether a section of a set failed a check."""
+    try:
+        refuse_failed((s.section_id, s.source["checks"]) for s in manifest.sections)
+    except SourceError:
+        return True
+    return False
+
+
 def report_of(out: Path, manifest: Manifest, more: str = "") -> BuildReport:
     """Return the report of a finished set."""
     ids = [s.section_id for s in manifest.sections]
@@ -196,20 +289,6 @@ def hash_of(metas: Sequence[SectionMeta]) -> str:
 
 
 # -- checks -------------------------------------------------------------------------------------------------
-
-
-def _tile_spec(px: int, um: float, min_mpp: float, codec: str, quality: int) -> TileSpec:
-    tile = TileSpec(px, float(um), float(min_mpp), codec, quality)
-    if tile.codec not in record.CODECS:
-        raise SourceError(f"unknown codec {tile.codec!r}; use {', '.join(record.CODECS)}")
-    if not 1 <= tile.quality <= 100:
-        raise SourceError(f"quality {tile.quality} is out of range; use 1 to 100")
-    if not 8 <= tile.px <= 4096 or not 1 <= tile.um <= 10_000 or not 0 < tile.min_mpp <= 100:
-        raise SourceError(
-            f"tiles of {tile.um:g} um in {tile.px} px at {tile.min_mpp:g} um/px are out of range; use 1 to 10000 um, 8 to "
-            "4096 px and up to 100 um/px"
-        )
-    return tile
 
 
 def _with_splits(metas: list[SectionMeta], splits: StatedSplits) -> list[SectionMeta]:

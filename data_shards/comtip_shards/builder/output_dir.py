@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from comtip_shards.builder.skipping import INCOMPLETE
 from comtip_shards.builder.writer import FOLDERS
 from comtip_shards.errors import ShardError
 from comtip_shards.format import spot_table as spots
@@ -41,11 +42,14 @@ _TEMPORARY = {tmp_path_of(Path(name)).name for name in (NAME, REPORT_FILE, REPOR
 _OURS |= _TEMPORARY | {f"{name}.old" for name in _TEMPORARY}
 
 
-def built_already(out: Path, fingerprint: str, part: BuildPart | None) -> Manifest | None:
+def built_already(
+    out: Path, fingerprint: str, part: BuildPart | None, replaceable: str | None = None
+) -> Manifest | None:
     """Return the manifest if ``out`` already holds this set completely, None if ``out`` may be written.
 
     Call it before :func:`writing`, so that a finished set may be read-only, and again inside, because another process may
-    have finished in between.
+    have finished in between. ``replaceable`` is the fingerprint of a set that was written without some of its sections and
+    may be replaced by the complete one.
 
     Raises
     ------
@@ -59,6 +63,8 @@ def built_already(out: Path, fingerprint: str, part: BuildPart | None) -> Manife
     if (out / NAME).is_file():
         manifest = read_manifest(out)
         if (manifest.fingerprint, manifest.part) != (fingerprint, part):
+            if replaceable is not None and manifest.fingerprint == replaceable:
+                return None
             raise ShardError(f"{out} holds another shard set; give a new folder or delete this one")
         if is_complete(out, manifest):
             return manifest
@@ -88,8 +94,8 @@ def is_complete(out: Path, manifest: Manifest) -> bool:
 def clear_staging(out: Path) -> None:
     """Remove the staging folder of a build that was killed after its last step, unless another process uses it."""
     if (out / STAGING).is_dir() or (out / REMOVING).is_dir():
-        with suppress(ShardError), writing(out):
-            pass
+        with suppress(ShardError), writing(out) as staging:
+            (staging / INCOMPLETE).unlink(missing_ok=True)
 
 
 def refuse_links(out: Path) -> None:
@@ -164,6 +170,8 @@ def lock_or_warn(file: int, folder: Path) -> None:
 def writing(out: Path) -> Iterator[Path]:
     """Lock ``out`` and yield its staging folder, which is removed when the block ends without an error.
 
+    It is kept if the block leaves :data:`comtip_shards.builder.skipping.INCOMPLETE` in it.
+
     Raises
     ------
     ShardError
@@ -175,6 +183,8 @@ def writing(out: Path) -> Iterator[Path]:
             for left in staging.glob(f"*{WRITING}"):
                 shutil.rmtree(left, ignore_errors=True)  # left by a killed process
             yield staging
+            if (staging / INCOMPLETE).is_file():
+                return  # sections were left out: the others stay staged for the run that completes the set
             shutil.rmtree(out / REMOVING, ignore_errors=True)
             staging.rename(out / REMOVING)
             shutil.rmtree(out / REMOVING)

@@ -16,6 +16,7 @@ import numpy as np
 from scipy import ndimage, sparse
 from scipy.spatial import cKDTree
 
+from comtip_shards.qc.tissue import over_channels, tissue_mask
 from comtip_shards.sections.section import Section
 
 PICTURE_MPP, MAX_PICTURE_PX = 4.0, 3000
@@ -26,16 +27,10 @@ CELL = 2
 """Width in px of the cells over which density is averaged; keeps the texture at a quarter of the cost."""
 BLACK = 1.5
 """Maximum mean optical density of tissue; higher is a border, a masked background or a pen."""
-GLASS_RANGE = (0.02, 0.06)
-"""Bounds of the density threshold between glass and tissue; Otsu's threshold is clipped to them, because it is meaningless
-on an image without glass (such as one with a masked background)."""
-MAX_GLASS = 0.1
-"""Maximum optical density of glass in any channel; the brightest fifth of an image full of tissue is denser in green."""
 ON_TISSUE_SHARE, MIN_ON_TISSUE = 0.2, 0.6
 """Minimum share of a spot's area for the spot to be on tissue; minimum share of spots for positions to be plausible."""
-MIN_COLOUR = 0.2
-"""Minimum difference of green and blue density, relative to the distance from glass. Eosin and haematoxylin absorb green
-most; grey frames printed on the slide, dust and pens do not."""
+MAX_FLAT = 3
+"""Maximum difference, in the sum of the channels, between a flat px and its eight neighbours; scanned tissue differs by more."""
 SMOOTH_UM = 25.0
 """Smoothing width of the tissue mask, so that gaps between cells count as tissue."""
 LATTICE_SHARE = 0.4
@@ -104,29 +99,31 @@ class SectionContext:
         density = _DENSITY[self.picture_HW3[:height, :width]]
         corners = [density[i::CELL, j::CELL] for i in range(CELL) for j in range(CELL)]
         cells = sum(corners) / np.float32(len(corners))
-        square = sum(np.square(_over_channels(c)) for c in corners) / np.float32(len(corners))
-        black = ndimage.uniform_filter(_over_channels(cells), 3) > BLACK
+        square = sum(np.square(over_channels(c)) for c in corners) / np.float32(len(corners))
+        black = ndimage.uniform_filter(over_channels(cells), 3) > BLACK
         cells[black], square[black] = 0, 0
         return cells, square
 
     @cached_property
     def tissue(self) -> np.ndarray:
         """Tissue mask, bool per cell of 2 x 2 px."""
-        density = self._cells[0]
-        mean = _over_channels(density)
-        seen = mean > 0
-        if not seen.any():
-            return np.zeros(mean.shape, bool)
-        glass = np.median(density[seen & (mean <= np.quantile(mean[seen], 0.2))], axis=0)
-        if glass.max() > MAX_GLASS:  # no glass in the image: use the density of a blank slide
-            glass = np.full(3, 0.03, np.float32)
-        sigma = SMOOTH_UM / (CELL * self.mpp)
-        above = np.clip(density - glass, -0.3, 0.3)
-        above[~seen] = 0
-        distance = ndimage.gaussian_filter(np.sqrt(_over_channels(np.square(above))), sigma)
-        threshold = np.clip(otsu(np.minimum(distance[seen], 2 * GLASS_RANGE[1])), *GLASS_RANGE)
-        colour = ndimage.gaussian_filter(above[..., 1] - above[..., 2], sigma)
-        return (distance > threshold) & (colour > MIN_COLOUR * distance) & seen
+        return tissue_mask(self._cells[0], SMOOTH_UM / (CELL * self.mpp))
+
+    @cached_property
+    def flat(self) -> np.ndarray:
+        """Which px have the colour of all their neighbours, bool (H, W): background that was masked, or clear glass."""
+        gray = self.picture_HW3.sum(-1, dtype=np.int16)
+        spread = ndimage.maximum_filter(gray, 3) - ndimage.minimum_filter(gray, 3)
+        return np.asarray(spread <= MAX_FLAT)
+
+    def background_share(self, xy: np.ndarray, width_um: float) -> np.ndarray:
+        """Return the share of background in squares of ``width_um`` around positions: off tissue, or flat.
+
+        The tissue mask closes gaps of ``SMOOTH_UM``; gaps between the spots of a dense array may be as narrow.
+        """
+        size = max(1, round(width_um / self.mpp))
+        flat = ndimage.uniform_filter(self.flat.astype(np.float32), size, mode="constant")
+        return np.maximum(1 - self.tissue_share(xy, width_um), _sample(flat[None], xy)[:, 0])
 
     def tissue_share(self, xy: np.ndarray, width_um: float) -> np.ndarray:
         """Return the share of tissue in squares of ``width_um`` around positions; 0 outside the image."""
@@ -239,21 +236,6 @@ def lattice_pitch(xy: np.ndarray) -> float:
     if stop[start] - start < LATTICE_SHARE * len(logs):
         return float("nan")
     return float(np.exp(np.median(logs[start : stop[start]])))
-
-
-def otsu(values: np.ndarray) -> float:
-    """Return Otsu's threshold, which maximises the variance between the two classes."""
-    count, edges = np.histogram(values, 256)
-    middle = (edges[1:] + edges[:-1]) / 2
-    below, mass = np.cumsum(count), np.cumsum(count * middle)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        between = np.square(mass[-1] * below / below[-1] - mass) / (below * (below[-1] - below))
-    return float(middle[np.nanargmax(between)]) if np.isfinite(between).any() else float(middle[0])
-
-
-def _over_channels(values_HW3: np.ndarray) -> np.ndarray:
-    """Return the mean over channels; ten times as fast as numpy's mean over a last axis of 3."""
-    return (values_HW3[..., 0] + values_HW3[..., 1] + values_HW3[..., 2]) / 3
 
 
 def _sample(maps_KHW: np.ndarray, xy: np.ndarray) -> np.ndarray:

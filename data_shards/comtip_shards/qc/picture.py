@@ -50,7 +50,7 @@ def background(context: SectionContext) -> Finding:
     is_tissue = context.on_tissue(context.xy)
     if not is_tissue.any():
         return not_applicable("background", "no spot is on tissue")
-    glass = 1 - context.tissue_share(context.xy, context.tile_um)
+    glass = context.background_share(context.xy, context.tile_um)
     figure = float(glass[is_tissue].mean())
     return graded(
         "background",

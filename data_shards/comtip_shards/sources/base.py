@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 from scipy import sparse
 
-from comtip_shards.errors import ShardError, SourceError, UnforeseenError
+from comtip_shards.errors import ShardError, SourceError, UnforeseenError, UnknownSection
 from comtip_shards.not_data import not_data, refuse_not_data
 from comtip_shards.sections.facts import CountOptions, SectionFacts, SourceOptions
 from comtip_shards.sections.section import Section, SectionMeta, check_unique
@@ -144,7 +144,7 @@ def pick(wanted: Sequence[str] | None, have: Sequence[str], where: Path) -> list
     for name in wanted:
         if name not in have:
             near = difflib.get_close_matches(name, have, n=1, cutoff=0)
-            raise SourceError(
+            raise UnknownSection(
                 f"{where}: no section {name!r}; did you mean {near[0] if near else '?'}? It has: {', '.join(have[:20])}"
                 + (f" and {len(have) - 20} more" if len(have) > 20 else "")
             )

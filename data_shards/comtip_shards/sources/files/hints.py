@@ -64,7 +64,10 @@ def _of_folder(path: Path, readers: Sequence[Reader]) -> str | None:
     runs = {p.name: r.name for p in entries if p.is_dir() for r in readers if r.recognise(p)}
     if runs:
         listed = ", ".join(f"{name} ({fmt})" for name, fmt in list(runs.items())[:8])
-        return f"the folder contains {len(runs)} sources: {listed}; give one of them at a time"
+        return (
+            f"the folder contains {len(runs)} sources: {listed}; give one of them, or a table of them "
+            "(csv with a column path, one row per source)"
+        )
     files = [p for p in entries if p.is_file()]
     for file in files:
         reason = not_data(file)

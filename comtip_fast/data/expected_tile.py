@@ -1,0 +1,51 @@
+"""The tile that a config expects, compared with that of the shard set."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+
+from comtip_shards import ShardSet
+
+from comtip_fast.config.schema import RunConfig
+
+log = logging.getLogger("comtip_fast")
+
+
+def check_expected_tile(config: RunConfig, shards: ShardSet) -> None:
+    """Check the tile of a shard set before training.
+
+    Without ``data.tile_px``, a backbone of another tile size, such as ``vit_base_patch32_224``, gives a warning: the model
+    is built, but sees other patches than it was designed for.
+
+    Raises
+    ------
+    ValueError
+        The set has other tiles than ``data.tile_px`` or ``data.tile_um``; names both and the fix.
+    """
+    tile, data = shards.manifest.tile, config.data
+    px, um = data.tile_px or tile.px, data.tile_um or tile.um
+    if px != tile.px or not math.isclose(um, tile.um, rel_tol=1e-6):
+        keys = [
+            f"data.{key}={value:g}"
+            for key, value in (("tile_px", data.tile_px), ("tile_um", data.tile_um))
+            if value is not None
+        ]
+        raise ValueError(
+            f"{shards.path}: tiles of {tile.um:g} um in {tile.px} px, but the config states {' '.join(keys)}; build the set "
+            f"with comtip shards build SOURCE --tile-um {um:g} --tile-px {px} --out NEW, or train on this one with "
+            f"--set data.tile_px={tile.px} --set data.tile_um={tile.um:g}"
+        )
+    native = re.search(r"_(\d{3})$", config.vision.backbone)
+    if data.tile_px is None and native is not None and int(native[1]) != tile.px:
+        log.warning(
+            "vision.backbone=%s was designed for tiles of %s px, but %s has %d px; build the set with --tile-px %s, or "
+            "state data.tile_px=%d",
+            config.vision.backbone,
+            native[1],
+            shards.path,
+            tile.px,
+            native[1],
+            tile.px,
+        )

@@ -1,0 +1,89 @@
+"""Policy for a section that cannot be built: stop the build, or leave the section out and report it at the end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+from comtip_shards.errors import ShardError, SourceError
+from comtip_shards.storage.disk import disk_trouble, unwritable
+
+OnError = Literal["stop", "skip"]
+INCOMPLETE = "incomplete.json"
+"""File in the staging folder of a set without some of its sections, which the same command may complete."""
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A section that cannot be built, and why."""
+
+    section_id: str
+    reason: str
+
+
+def check_policy(on_error: str, part: tuple[int, int] | None) -> OnError:
+    """Check the policy.
+
+    Raises
+    ------
+    SourceError
+        Unknown, or ``skip`` for a part of a set: the parts would not agree on the sections.
+    """
+    if on_error not in get_args(OnError):
+        raise SourceError(f"on_error {on_error!r}: use {' or '.join(get_args(OnError))}")
+    if on_error == "skip" and part is not None:
+        raise SourceError(
+            "--on-error skip cannot be combined with --part, because all parts must agree on the sections; remove the "
+            "failing rows from the table"
+        )
+    return on_error  # type: ignore[return-value]
+
+
+def attempt(function: Callable[..., _T], section_id: str, *arguments: Any) -> _T | Failure:
+    """Call ``function(*arguments)`` and return an error of the section as a :class:`Failure`.
+
+    Errors of the output folder and of the disk are raised: every other section would meet them too.
+    """
+    try:
+        return function(*arguments)
+    except SourceError as error:
+        return Failure(section_id, str(error))
+    except ShardError:
+        raise
+    except Exception as error:
+        if disk_trouble(error) is not None or unwritable(error) is not None:
+            raise
+        text = " ".join(str(error).split()) or "no message"
+        return Failure(
+            section_id, f"unexpected {type(error).__name__} ({text}); --debug --on-error stop shows the traceback"
+        )
+
+
+def incomplete_set(staging: Path) -> str | None:
+    """Return the fingerprint of the set that was written without some sections, None if there is none."""
+    try:
+        found = json.loads((staging / INCOMPLETE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return str(found["fingerprint"]) if isinstance(found, dict) and "fingerprint" in found else None
+
+
+def mark_incomplete(staging: Path, fingerprint: str, failures: list[Failure]) -> None:
+    """Record that the set lacks sections, so that its staged sections are kept for the next run."""
+    facts = {"fingerprint": fingerprint, "left_out": {f.section_id: f.reason for f in failures}}
+    (staging / INCOMPLETE).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+
+
+def text_of(failures: list[Failure], n_sections: int, staging: Path) -> str:
+    """Return the message about the sections that were left out."""
+    if not failures:
+        return ""
+    lines = [f"\n{len(failures)} of {n_sections} sections could not be built and were left out:"]
+    lines += [f"  {f.section_id}: {f.reason}" for f in failures]
+    kept = f": finished sections are kept in {staging} (delete it if the set is final)" if staging.is_dir() else ""
+    lines.append(f"fix them and run the same command again{kept}")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,129 @@
+"""The tile of a set: the field's where the images have it, else the nearest that they have; and what a common scale costs.
+
+The field's tile is 112 um in 224 px, 0.5 um per px (20x), as in HEST-1k and the encoders trained on it. All tiles of a set
+have one width in um and in px, and no section is finer than ``min_mpp``, so that a model cannot tell sections by their scan.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+from comtip_shards.errors import SourceError
+from comtip_shards.format import record
+from comtip_shards.format.manifest import TileSpec
+
+FIELD_UM, FIELD_PX = 112.0, 224
+"""Width of the default tile in um and in px."""
+PX_STEP = 32
+"""A default width in px is a multiple of this, which the usual patch sizes (8, 16, 32) divide."""
+ALIKE = 1.05
+"""Largest ratio of um per px of sections that count as equally scaled."""
+CHANGE = "--tile-um, --tile-px and --min-mpp change this; a section of another scale can be built into another set"
+
+
+class Scaled(Protocol):
+    """A section with a scale, such as :class:`comtip_shards.sections.section.SectionMeta`."""
+
+    @property
+    def section_id(self) -> str:
+        """Name of the section."""
+
+    @property
+    def mpp(self) -> float:
+        """Scale of its image in um per px."""
+
+
+def choose_tile(
+    sections: Sequence[Scaled],
+    *,
+    px: int | None = None,
+    um: float | None = None,
+    min_mpp: float | None = None,
+    codec: str = "jpeg",
+    quality: int = 95,
+) -> TileSpec:
+    """Return the tile of a set; what is not stated follows from the scales of its images.
+
+    Parameters
+    ----------
+    sections
+        All sections of the set.
+    px, um
+        Width in px and in um. Default: 112 um in 224 px; in fewer px (a multiple of 32) where the coarsest image has less
+        than the resolution of that.
+    min_mpp
+        Finer images are downsampled to this many um per px. Default: the tile's own um per px, at which no detail of the
+        tile is lost; or, if sections differ, the um per px of the coarsest.
+    codec, quality
+        Encoding of the tiles.
+
+    Raises
+    ------
+    SourceError
+        A value is out of range.
+    """
+    um = FIELD_UM if um is None else um
+    check_tile(TileSpec(FIELD_PX if px is None else px, float(um), FIELD_UM / FIELD_PX, codec, quality))
+    scales = [s.mpp for s in sections] or [um / FIELD_PX]
+    if px is None:
+        coarsest = max(scales)
+        px = min(FIELD_PX, PX_STEP * max(1, math.ceil(um / (ALIKE * coarsest) / PX_STEP)))
+    if min_mpp is None:
+        fine, coarse = _seen(scales, um / px)
+        min_mpp = fine if coarse <= ALIKE * fine else coarse
+    return check_tile(TileSpec(px, float(um), round(float(min_mpp), 6), codec, quality))
+
+
+def _seen(scales: Sequence[float], tile_mpp: float) -> tuple[float, float]:
+    """Return the finest and the coarsest um per px that a tile of ``tile_mpp`` um per px shows."""
+    seen = [max(mpp, tile_mpp) for mpp in scales]
+    return min(seen), max(seen)
+
+
+def check_tile(tile: TileSpec) -> TileSpec:
+    """Return the tile, or raise :class:`SourceError` if a value is out of range."""
+    if tile.codec not in record.CODECS:
+        raise SourceError(f"unknown codec {tile.codec!r}; use {', '.join(record.CODECS)}")
+    if not 1 <= tile.quality <= 100:
+        raise SourceError(f"quality {tile.quality} is out of range; use 1 to 100")
+    if not 8 <= tile.px <= 4096 or not 1 <= tile.um <= 10_000 or not 0 < tile.min_mpp <= 100:
+        raise SourceError(
+            f"tiles of {tile.um:g} um in {tile.px} px at {tile.min_mpp:g} um/px are out of range; use 1 to 10000 um, 8 to "
+            "4096 px and up to 100 um/px"
+        )
+    return tile
+
+
+def scale_cost(section: Scaled, tile: TileSpec) -> str | None:
+    """Return what the tile costs a section: resolution that its image has and the set does not, or the reverse.
+
+    ``None`` if the tile shows what the image has, within 5 %, or is at least as fine as the field's.
+    """
+    tile_mpp = tile.um / tile.px
+    kept = max(tile_mpp, tile.min_mpp)
+    if section.mpp > ALIKE * kept:
+        return f"{section.mpp:.3g} um/px, coarser than the set's {kept:.3g}: its tiles are upsampled"
+    blurred = tile.min_mpp / max(section.mpp, tile_mpp)
+    if blurred > ALIKE:
+        return (
+            f"{section.mpp:.3g} um/px, blurred to {tile.min_mpp:.3g}: one resolved px covers {blurred**2:.1f} px of the tile"
+            if section.mpp <= tile_mpp
+            else f"{section.mpp:.3g} um/px, blurred to {tile.min_mpp:.3g}: one px of the set covers {blurred**2:.1f} of the image"
+        )
+    if tile_mpp > ALIKE * max(section.mpp, FIELD_UM / FIELD_PX):
+        return f"{section.mpp:.3g} um/px, resampled to the tile's {tile_mpp:.3g}: finer detail is lost"
+    return None
+
+
+def tile_text(sections: Sequence[Scaled], tile: TileSpec) -> list[str]:
+    """Return lines about the tile and what it costs, section by section."""
+    costs = {s.section_id: scale_cost(s, tile) for s in sections}
+    lines = [
+        f"tiles of {tile.um:g} um in {tile.px} px ({tile.um / tile.px:.3g} um/px), images not finer than {tile.min_mpp:g} um/px"
+    ]
+    lines += [f"  {name}: {cost}" for name, cost in costs.items() if cost is not None]
+    if len(lines) > 1:
+        lines.append(f"  {CHANGE}")
+    return lines

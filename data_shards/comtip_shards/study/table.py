@@ -1,0 +1,199 @@
+"""The table of a study: one row per source, as csv, tsv or YAML.
+
+A row names a source of any format (``path``), and may state the section (``sample``), its id in the set (``id``), the
+split, the format, and any fact or option of :mod:`comtip_shards.sections.facts`. The table is checked completely before
+any source is opened.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from comtip_shards.errors import SourceError
+from comtip_shards.names import check_section_id
+from comtip_shards.not_data import refuse_not_data
+from comtip_shards.sections.facts import META_KEYS, SourceOptions, flag, source_options
+from comtip_shards.sections.section import RENAME, Split
+from comtip_shards.sources import FORMATS
+
+SUFFIXES = (".csv", ".tsv", ".yaml", ".yml")
+MAX_BYTES = 16 << 20
+MAX_ROWS = 100_000
+MAX_CELL = 4096
+_Cell = Annotated[str, Field(max_length=MAX_CELL)]
+
+
+class StudyRow(BaseModel):
+    """One row of the table; ``None`` is not stated."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+    number: Annotated[int, Field(ge=1)]
+    """Line of a csv or tsv file, or number of the entry of a YAML file, for messages."""
+    path: Annotated[_Cell, Field(min_length=1)]
+    """Source: a path relative to the table, an absolute path, or a URL."""
+    id: _Cell | None = None
+    """Section id in the set; also selects the section of this name in a source with several."""
+    sample: _Cell | None = None
+    """Section id in the source."""
+    split: Split | None = None
+    format: Literal[("auto", *FORMATS)] | None = None  # type: ignore[valid-type]
+    options: SourceOptions = Field(default_factory=SourceOptions)
+    """Facts and options of the row."""
+
+
+OWN = tuple(name for name in StudyRow.model_fields if name not in ("number", "options"))
+COLUMNS = (*OWN, *META_KEYS)
+"""Every column that a table may have."""
+
+
+def read_study(path: Path) -> list[StudyRow]:
+    """Read and check a table.
+
+    Parameters
+    ----------
+    path
+        A ``.csv`` (comma or semicolon), ``.tsv`` or ``.yaml`` file. YAML is a list of mappings, or a mapping with such a
+        list under ``sections``. Column names ignore case, and ``-`` equals ``_``; empty cells state nothing.
+
+    Raises
+    ------
+    SourceError
+        The file cannot be read, a column is unknown, or a value is out of range; names the row and the column.
+    """
+    if not path.is_file():
+        raise SourceError(f"{path}: no such file; check the path of the table")
+    refuse_not_data(path)
+    with path.open("rb") as file:
+        raw = file.read(MAX_BYTES + 1)
+    if len(raw) > MAX_BYTES:
+        raise SourceError(f"{path}: larger than {MAX_BYTES >> 20} MiB, not a table of sources; check the path")
+    try:
+        text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{path}: not UTF-8 text ({error}); save the table as UTF-8") from error
+    found = _yaml_rows(path, text) if path.suffix.lower() in (".yaml", ".yml") else _csv_rows(path, text)
+    rows = [_row(path, number, cells) for number, cells in found]
+    if not rows:
+        raise SourceError(f"{path}: the table has no rows; write one per source, with its path")
+    return rows
+
+
+def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield (line, cells) of a csv or tsv file; blank lines are skipped."""
+    first = text.partition("\n")[0]
+    sep = "\t" if path.suffix.lower() == ".tsv" else ";" if ";" in first and "," not in first else ","
+    csv.field_size_limit(MAX_BYTES)
+    reader = csv.reader(io.StringIO(text), delimiter=sep, strict=True)
+    try:
+        names = _columns(path, next(reader, []))
+        for count, values in enumerate(reader, 1):
+            if count > MAX_ROWS:
+                raise SourceError(f"{path}: more than {MAX_ROWS:,} rows; split the table")
+            if not any(v.strip() for v in values):
+                continue
+            if len(values) > len(names):
+                raise SourceError(
+                    f"{path}, line {reader.line_num}: {len(values)} values for {len(names)} columns; quote values that "
+                    f"contain {'a tab' if sep == chr(9) else sep!r}"
+                )
+            yield reader.line_num, dict(zip(names, (v.strip() for v in values), strict=False))
+    except csv.Error as error:
+        raise SourceError(f"{path}, line {reader.line_num}: {error}; correct the quotes in this line") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without aliases, which can expand to any size, and without dates: every scalar is text."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (PyYAML reads this name)
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Compose a node; refuse aliases."""
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.constructor.ConstructorError(None, None, "aliases (*name) are not read; write the values", mark)
+        return super().compose_node(parent, index)
+
+
+def _yaml_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield (number, cells) of the entries of a YAML file."""
+    try:
+        content = yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise SourceError(f"{path}: not YAML ({' '.join(str(error).split())}); correct the line") from error
+    if isinstance(content, dict) and set(content) == {"sections"}:
+        content = content["sections"]
+    if not isinstance(content, list) or not all(isinstance(entry, dict) for entry in content):
+        raise SourceError(f"{path}: not a list of sources; write one entry per source: - path: FOLDER")
+    if len(content) > MAX_ROWS:
+        raise SourceError(f"{path}: more than {MAX_ROWS:,} entries; split the table")
+    for number, entry in enumerate(content, 1):
+        names = _columns(path, [str(name) for name in entry], f", entry {number}")
+        for name, value in zip(names, entry.values(), strict=True):
+            if not isinstance(value, str):
+                raise SourceError(f"{path}, entry {number}: {name} is not a single value; write one value")
+        yield number, dict(zip(names, (value.strip() for value in entry.values()), strict=True))
+
+
+def _columns(path: Path, header: Sequence[str], where: str = "") -> list[str]:
+    """Return the names of the columns; unknown and duplicate ones raise."""
+    names = [name.strip().lower().replace("-", "_") for name in header]
+    for name in names:
+        if name not in COLUMNS:
+            near = difflib.get_close_matches(name, COLUMNS, n=1, cutoff=0.5)
+            meant = f"did you mean {near[0]}? " if near else ""
+            raise SourceError(
+                f"{path}{where}: unknown column {name[:80]!r}; {meant}The columns are {', '.join(COLUMNS)}"
+            )
+        if names.count(name) > 1:
+            raise SourceError(f"{path}{where}: duplicate column {name}; remove one")
+    if "path" not in names:
+        raise SourceError(
+            f"{path}{where}: no column path; add it, with the file, folder or URL of the source in each row"
+        )
+    return names
+
+
+def _row(path: Path, number: int, cells: dict[str, str]) -> StudyRow:
+    """Return a checked row."""
+    where = f"{path}, {'entry' if path.suffix.lower() in ('.yaml', '.yml') else 'line'} {number}"
+    stated = {name: value for name, value in cells.items() if value}
+    facts = {name: value for name, value in stated.items() if name not in OWN}
+    for name, value in facts.items():
+        if len(value) > MAX_CELL:
+            raise SourceError(f"{where}: {name} has more than {MAX_CELL:,} characters; shorten it")
+    try:
+        options = source_options(facts)
+    except SourceError as error:
+        raise SourceError(f"{where}: column {_as_column(str(error))}") from None
+    try:
+        row = StudyRow.model_validate(
+            {"number": number, "options": options, **{k: v for k, v in stated.items() if k in OWN}}
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        value = stated.get(name, "")
+        raise SourceError(
+            f"{where}: column {name} {value[:80]!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+        ) from None
+    for name, given in (("id", row.id), ("sample", row.sample)):
+        if given is not None:
+            check_section_id(given, f"{where}: column {name}", SourceError, RENAME)
+    return row
+
+
+def _as_column(message: str) -> str:
+    """Return a message about an option as one about a column: the names differ only in dashes."""
+    for name in META_KEYS:
+        if message.startswith(f"{flag(name)} "):
+            return name + message.removeprefix(flag(name))
+    return message
