@@ -3,6 +3,8 @@ PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(she
 VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= runs/demo
+# Test processes; each needs about 3 GB.
+WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check lint types layers spelling ledger rehearsal rehearsal-grid bench format clean
@@ -31,7 +33,7 @@ demo: $(VENV)/installed  ## build, train and evaluate: runs/demo/report.html (ab
 	@echo "open $(RUN)/report.html in a browser"
 
 test: $(VENV)/installed-dev  ## all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 check: lint types layers spelling  ## all static checks
 

@@ -41,6 +41,11 @@ TINY = [
 TILES = {"tile_px": 32, "tile_um": 224.0, "min_mpp": 5.0}
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the interpreted kernels first: with two test processes, the longest file must not begin last."""
+    items.sort(key=lambda item: item.path.name != "test_interpreted.py")
+
+
 @pytest.fixture(scope="session")
 def tiny_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_source(tmp_path_factory.mktemp("source")).parent
