@@ -12,6 +12,7 @@ from comtip_fast.config.io import load_config
 from comtip_fast.shards import shards_of_run
 from comtip_fast.training.checkpoint import store as checkpoints
 from comtip_fast.training.checkpoint.resume import CHECKPOINTS
+from comtip_fast.training.checkpoint.run_state import changed_inputs, with_earlier_values
 from comtip_fast.training.checkpoint.store import Checkpoint, CheckpointError
 from comtip_fast.training.task import build_task
 from comtip_fast.training.warm_start import parents_of
@@ -44,12 +45,12 @@ def export_checkpoint(run_dir: Path, which: str, out: Path, shards: str | None =
         The run has no such checkpoint, it is damaged, or the shard set or tokenizer is not that of the run.
     """
     step, loaded = _read(run_dir, which)
-    config = load_config(run_dir / "config.yaml")
+    config = with_earlier_values(loaded.state["config"], load_config(run_dir / "config.yaml"))
     config = replace(config, data=replace(config.data, shards=_shards_of(run_dir, config.data.shards, shards)))
     # The checkpoint holds all weights; no initial weights are loaded.
     parents = parents_of(config, run_dir, required=False)
     task = build_task(config, torch.device("cpu"), initialise=False, parents=parents)
-    if loaded.state["fingerprint"] != task.fingerprint():
+    if changed_inputs(loaded.state["fingerprint"], task.fingerprint()):
         raise CheckpointError(
             f"{config.data.shards}: not the shard set or tokenizer that {run_dir} was trained with; name the right one "
             "with --shards"

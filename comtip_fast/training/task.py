@@ -5,6 +5,7 @@ The losses are in :mod:`comtip_fast.training.losses`.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,6 +33,7 @@ from comtip_fast.lineage import Lineage
 from comtip_fast.models import CoMTIP, ModelSizes
 from comtip_fast.models.image_encoder import check_mask, patches_per_side
 from comtip_fast.runtime.devices import in_bf16
+from comtip_fast.training.checkpoint.run_state import GENES
 from comtip_fast.training.distributed.process_group import on_rank_zero
 from comtip_fast.training.losses import LossInputs, LossPart, Numbers, Parts, StepLosses
 from comtip_fast.training.protocol import ValidationResult
@@ -357,9 +359,11 @@ class CoMTIPTask:
         )
 
     def fingerprint(self) -> dict[str, str]:
-        """Return hashes of the shard set, tokenizer and gene vectors; a resumed run must find the same ones."""
+        """Return hashes of the shard set, tokenizer, gene vectors and trained genes; a resumed run must find the same ones."""
         vectors = {} if self.vectors is None else {"gene vectors": self.vectors.sha256}
-        return {"shards": self.shards.manifest.digest, "tokenizer": self.tokenizer.sha256, **vectors}
+        genes = hashlib.sha256("\n".join(self.shards.genes[r].key for r in self.tables.genes.trained).encode())
+        inputs = {"shards": self.shards.manifest.digest, "tokenizer": self.tokenizer.sha256}
+        return inputs | vectors | {GENES: genes.hexdigest()}
 
     def _vectors_of_trained(self, vectors: GeneVectors) -> np.ndarray:
         """Return the vectors of the trained genes (G, K), and set their scale in the model."""

@@ -87,7 +87,7 @@ class Validation:
         self.config = config
         self.device = next(model.parameters()).device
         self._autocast = autocast_of(config, self.device)
-        self._kept: dict[int, tuple[np.ndarray, Tensor]] = {}
+        self._kept: dict[bytes, tuple[np.ndarray, Tensor]] = {}
         self._kept_bytes = 0
 
     def score(self) -> ValidationResult:
@@ -139,13 +139,19 @@ class Validation:
         return [val[k] for k in balanced_share(spots, rank, size)]
 
     def _score_section(self, section: int, progress: Callable[[], None]) -> SectionScore | None:
-        """Return the scores of a section; None if it measured none of the genes to score."""
+        """Return the scores of a section; None if it has no gene to score or no readable spot."""
         cohort = self.shards.cohort_of_section(section)
         rows = self._rows(section, cohort, max(VALIDATION_GENES, SPACE_GENES))
         if rows.size == 0:
             return None
         spots, values = self._expression(section, rows, progress)
         encoded, image = self._encode(spots, progress)
+        if encoded.size == 0:
+            log.warning(
+                "validation: section %s has no readable spot and is left out",
+                self.shards.manifest.sections[section].section_id,
+            )
+            return None
         values = values[np.isin(spots, encoded)]  # without the spots whose tile is damaged
         pcc = self._pcc(rows[:VALIDATION_GENES], values[:, :VALIDATION_GENES], image)
         chosen = evenly(encoded.size, SPACE_SPOTS)
@@ -206,15 +212,15 @@ class Validation:
 
     def _inputs(self, spots: np.ndarray) -> tuple[np.ndarray, Tensor]:
         """Return the undamaged spots of a chunk, and their tiles or features of the frozen stem, in host memory."""
-        first = int(spots[0])
-        if first in self._kept:
-            return self._kept[first]
+        requested = spots.tobytes()  # not the first spot alone: a record may be readable once and not the next time
+        if requested in self._kept:
+            return self._kept[requested]
         spots, inputs = self.loader.tiles(spots, np.zeros(spots.shape, np.int64))
         if self.model.vision.stem is not None:
             inputs = self.model.vision.stem_features(inputs.to(self.device)).cpu()
         if self._kept_bytes + inputs.nbytes <= KEPT_BYTES:
             self._kept_bytes += inputs.nbytes
-            self._kept[first] = spots, inputs
+            self._kept[requested] = spots, inputs
         return spots, inputs
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 
@@ -143,6 +144,32 @@ def test_leftovers_of_a_killed_process_are_neither_seen_nor_kept(tmp_path: Path)
     assert checkpoints.steps_of(tmp_path) == [5]
     checkpoints.clear_leftovers(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["step_00000005"]
+
+
+def test_a_checkpoint_is_not_lost_between_the_two_renames_of_its_replacement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression test: the old version was moved away, and the restarted run deleted it with the leftovers."""
+    folder = checkpoints.save(tmp_path, 5, some())
+    before = [(folder / name).read_bytes() for name in checkpoints.FILES]
+    rename = Path.rename
+
+    def killed(self: Path, target: Path) -> Path:
+        if target == folder:
+            os._exit(9)
+        return rename(self, target)
+
+    child = os.fork()
+    if not child:
+        monkeypatch.setattr(Path, "rename", killed)
+        checkpoints.replace_state(tmp_path, 5, {"step": 5})
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert checkpoints.steps_of(tmp_path) == []
+    checkpoints.clear_leftovers(tmp_path)
+    checkpoints.verify(folder)
+    assert [(folder / name).read_bytes() for name in checkpoints.FILES] == before
+    assert [p.name for p in tmp_path.iterdir()] == [folder.name]
 
 
 def test_other_format_is_refused_by_name(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from comtip_shards import ShardSet
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -287,6 +288,33 @@ def test_a_run_resumes_and_is_exported_without_the_file_of_initial_weights(
     # A new run needs the file.
     assert main([*arguments[:4], str(tmp_path / "new"), *arguments[5:]]) == 2
     assert "vision.pretrained" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_an_earlier_version_is_exported_with_its_rules(
+    run_dir: Path, tiny_shards: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Regression test: genes were chosen with today's defaults, others than those of the weights."""
+    from comtip_fast.training import export_checkpoint as exporting
+    from comtip_fast.training.checkpoint import store
+
+    run = tmp_path / "run"
+    shutil.copytree(run_dir, run)
+    step, newest = store.newest_good(run / "checkpoints")
+    del newest.state["config"]["genes"]["detected_in"], newest.state["config"]["panel"]["balance"]
+    store.replace_state(run / "checkpoints", step, newest.state)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    del config["genes"]["detected_in"], config["panel"]["balance"]
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    used = []
+
+    def build_task(config: Any, *_: Any, **__: Any) -> None:
+        used.append((config.genes.detected_in, config.panel.balance))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(exporting, "build_task", build_task)
+    with pytest.raises(KeyboardInterrupt):
+        exporting.export_checkpoint(run, "newest", tmp_path / "out", str(tiny_shards.path))
+    assert used == [("every", "none")]
 
 
 def test_urls_in_a_config_of_a_run_are_not_downloaded(

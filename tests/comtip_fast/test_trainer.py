@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ import yaml
 
 from comtip_fast.config.io import load_config
 from comtip_fast.training.checkpoint import store as checkpoints
+from comtip_fast.training.checkpoint.run_state import FREE_KEYS, GENES, changed_inputs
 from comtip_fast.training.checkpoint.saver import CheckpointSaver
 from comtip_fast.training.monitor.monitor import CLOCKED
 from comtip_fast.training.optim import learning_rate
@@ -314,6 +316,28 @@ def test_a_checkpoint_without_newer_keys_keeps_its_rules(tmp_path: Path) -> None
     with pytest.raises(TrainingError, match=r"genes\.detected_in \(every -> any\), panel\.balance \(none -> assay\)"):
         fit(run, resume=True)
     assert fit(run, "genes.detected_in=every", "panel.balance=none", resume=True).stopped == "steps"
+
+
+def test_other_trained_genes_are_refused_where_the_checkpoint_states_them() -> None:
+    """Genes depend on more than the set: on statistics without damaged records, and on the version."""
+    then = {"shards": "a", "gene vectors": "v"}
+    assert changed_inputs(then, then | {GENES: "new"}) == []
+    assert changed_inputs(then | {GENES: "old"}, then | {GENES: "new"}) == [GENES]
+    assert changed_inputs(then, {"shards": "b"}) == ["gene vectors", "shards"]
+
+
+def test_every_key_that_may_change_is_documented() -> None:
+    page = (Path(__file__).parents[2] / "docs/fault_tolerance.md").read_text()
+    table = page.split("## Keys that may change on resume")[1].split("## ")[0]
+    documented: set[str] = set()
+    for line in table.splitlines():
+        group = ""
+        for name in re.findall(r"`([a-z_.*]+)`", line.split("|")[1]) if line.startswith("| `") else ():
+            group = name.partition(".")[0] + "." if "." in name else group
+            documented.add(name if "." in name or name == "name" else group + name)
+    groups = tuple(name.removesuffix("*") for name in documented if name.endswith("*"))
+    assert {key for key in FREE_KEYS if key not in documented and not key.startswith(groups)} == set()
+    assert {name for name in documented if not name.endswith("*")} <= FREE_KEYS
 
 
 def test_resume_on_other_data_is_refused(reference: Path, tmp_path: Path) -> None:

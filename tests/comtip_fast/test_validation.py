@@ -94,6 +94,33 @@ def test_validation_runs_in_the_precision_of_the_run(tiny_shards: ShardSet, tiny
     assert set(dtypes) == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("lost", [5, None], ids=["one", "all"])
+def test_records_that_are_unreadable_the_second_time_are_left_out(
+    tiny_shards: ShardSet, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch, lost: int | None
+):
+    """Regression test: cached tiles of spots without counts were paired with the expression of other spots."""
+    task = task_of(tiny_shards, tiny_overrides, "data.faults=skip")
+    task.validate()
+    plain, paired = task.loader.counts, []
+
+    def counts(spots: np.ndarray):
+        kept, values = plain(spots)
+        keep = np.flatnonzero(np.arange(kept.size) != lost) if lost else np.zeros(0, np.int64)
+        return kept[keep], values[keep]
+
+    def pcc(self: validation.Validation, rows: np.ndarray, measured: np.ndarray, image: Tensor) -> float:
+        paired.append((measured.shape[0], image.shape[0]))
+        return real(self, rows, measured, image)
+
+    real = validation.Validation._pcc
+    monkeypatch.setattr(validation.Validation, "_pcc", pcc)
+    monkeypatch.setattr(task.loader, "counts", counts)
+    score, _, _ = task.validate()
+    assert np.isfinite(score) == bool(lost)
+    assert all(one == other for one, other in paired)
+    assert len(paired) == bool(lost)
+
+
 # -- over ranks -----------------------------------------------------------------------------------------------
 
 

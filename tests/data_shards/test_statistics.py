@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -94,14 +95,66 @@ def test_a_damaged_or_foreign_file_is_replaced(copy: Path, tiny_shards: ShardSet
         decode_statistics(other, tiny_shards.manifest, "x")
 
 
-def test_damaged_counts_are_left_out_and_nothing_is_kept(copy: Path):
+def test_a_link_is_not_followed_and_the_statistics_are_kept_in_the_cache(
+    copy: Path, tiny_shards: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Regression test: the file that a link in the set names was overwritten, and every start computed again."""
+    document = tmp_path / "document.txt"
+    document.write_text("of the user")
+    (copy / FILE).symlink_to(document)
+    first = gene_statistics(ShardSet(copy))
+    assert document.read_text() == "of the user"
+    monkeypatch.setattr(statistics, "section_statistics", lambda *_: pytest.fail("computed again"))
+    assert arrays(gene_statistics(ShardSet(copy))) == arrays(first) == arrays(gene_statistics(tiny_shards))
+
+
+def test_changed_bytes_are_an_error_or_change_nothing(tiny_shards: ShardSet):
+    """Regression test: a changed flag in the header of a zip member raised a RuntimeError."""
+    good = (tiny_shards.path / FILE).read_bytes()
+    kept = arrays(gene_statistics(tiny_shards))
+    entry = good.index(b"PK\x01\x02")
+    for at in range(entry, entry + 30):
+        data = bytearray(good)
+        data[at] ^= 1
+        try:
+            assert arrays(decode_statistics(bytes(data), tiny_shards.manifest, "x")) == kept
+        except ShardError:
+            continue
+
+
+def test_statistics_of_other_spots_are_refused(tiny_shards: ShardSet):
+    sections = gene_statistics(tiny_shards)
+    digest = tiny_shards.manifest.digest
+    for change in ({"n_spots": 1}, {"total": sections[0].total * np.float32("nan")}):
+        data = encode_statistics(digest, [replace(sections[0], **change), *sections[1:]])
+        with pytest.raises(ShardError, match="not the statistics of all spots"):
+            decode_statistics(data, tiny_shards.manifest, "x")
+
+
+def test_a_failing_server_is_an_error_and_not_a_damaged_record(copy: Path, monkeypatch: pytest.MonkeyPatch):
+    """Regression test: genes were selected from the records that had been received."""
+    plain = ShardSet.counts
+
+    def counts(self: ShardSet, spots: np.ndarray):
+        if 3 in spots:
+            raise ShardError("the server does not respond", kind="remote")
+        return plain(self, spots)
+
+    monkeypatch.setattr(ShardSet, "counts", counts)
+    with pytest.raises(ShardError, match="does not respond"):
+        gene_statistics(ShardSet(copy))
+
+
+def test_damaged_counts_are_left_out_and_nothing_is_kept(copy: Path, caplog: pytest.LogCaptureFixture):
     shards = ShardSet(copy)
     entry = shards.manifest.shards[0]
     offsets, _ = shards.member_ranges(entry)
     with (copy / entry.file).open("r+b") as file:
         file.seek(int(offsets[3, 1]) + 6)
         file.write(b"\xff")
-    computed = gene_statistics(ShardSet(copy))
+    with caplog.at_level(logging.WARNING):
+        computed = gene_statistics(ShardSet(copy))
+    assert "damaged records left out of the gene statistics: 1" in caplog.text
     assert computed[0].n_spots == shards.manifest.sections[0].n_spots - 1
     assert not (copy / FILE).exists()
 

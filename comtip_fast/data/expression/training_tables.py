@@ -194,7 +194,8 @@ def _all_levels(
     """Return (readable training spots, their levels), read in chunks."""
     spots, levels = [], []
     for start in range(0, train.size, CHUNK):
-        readable, counts, _ = _read_counts(shards, train[start : start + CHUNK], config)
+        damaged = start - sum(part.size for part in spots)
+        readable, counts, _ = _read_counts(shards, train[start : start + CHUNK], config, damaged)
         values = log1p_cp10k(counts)[:, genes].toarray()
         spots.append(readable)
         levels.append(table.levels(values, np.arange(genes.size)))

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,22 @@ SCHEDULE_KEYS = {
 """Free keys that change the run from the resumed step on; a change is logged."""
 EARLIER_VALUES = {"genes": {"detected_in": "every"}, "panel": {"balance": "none"}}
 """Behaviour of runs whose checkpoints were written before these keys existed."""
+GENES = "trained genes"
+"""Key of the fingerprint that checkpoints of earlier versions do not have."""
+
+
+def with_earlier_values(then: dict[str, Any], config: RunConfig) -> RunConfig:
+    """Return ``config`` with :data:`EARLIER_VALUES` for the keys that the checkpoint's config ``then`` does not have."""
+    for group, values in EARLIER_VALUES.items():
+        missing = {key: value for key, value in values.items() if key not in (then.get(group) or {})}
+        config = replace(config, **{group: replace(getattr(config, group), **missing)})
+    return config
+
+
+def changed_inputs(then: dict[str, str], now: dict[str, str]) -> list[str]:
+    """Return the keys of two fingerprints that differ; a checkpoint without :data:`GENES` cannot be compared by them."""
+    different = [k for k in sorted(then.keys() | now.keys()) if then.get(k) != now.get(k)]
+    return [k for k in different if k != GENES or k in then]
 
 
 @dataclass
@@ -136,8 +152,7 @@ def check_same_run(
         A key outside :data:`FREE_KEYS` or the input data has changed.
     """
     # Parsed as a config: keys that did not exist then get their defaults, and renamed keys their new names.
-    earlier = {group: keys | state["config"].get(group, {}) for group, keys in EARLIER_VALUES.items()}
-    then = config_from_dict(state["config"] | earlier, f"the checkpoint in {run_dir}")
+    then = with_earlier_values(state["config"], config_from_dict(state["config"], f"the checkpoint in {run_dir}"))
     old, new = flatten(config_to_dict(then)), flatten(config_to_dict(config))
     changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and k not in FREE_KEYS]
     if changed:
@@ -153,10 +168,16 @@ def check_same_run(
             f"{run_dir}: cannot resume, train.steps={config.train.steps} is below the step of the checkpoint, {state['step']}; "
             "give at least that many"
         )
-    if state["fingerprint"] != fingerprint:
-        other = [k for k in fingerprint if state["fingerprint"].get(k) != fingerprint[k]]
+    other = changed_inputs(state["fingerprint"], fingerprint)
+    if other:
         raise TrainingError(
             f"{run_dir}: cannot resume, the input data has changed: {', '.join(other)}; restore it or give another --out"
+        )
+    if GENES in fingerprint and GENES not in state["fingerprint"]:
+        log.warning(
+            "the checkpoint is of an earlier version, which chose genes and fitted levels on other spots if the set has more than "
+            "levels.fit_spots=%d training spots; if so, start a new run with --from instead",
+            config.levels.fit_spots,
         )
     now_run = config.engine.kind, size
     then_run = state["config"].get("engine", {}).get("kind", "auto"), state.get("world_size", 1)

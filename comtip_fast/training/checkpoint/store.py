@@ -198,7 +198,14 @@ def quarantine_newer(root: Path, step: int) -> None:
 
 
 def clear_leftovers(root: Path) -> None:
-    """Remove folders that a killed process was writing or deleting."""
+    """Remove folders that a killed process was writing or deleting.
+
+    A checkpoint that was being replaced is moved back if its new version was not in place yet.
+    """
+    for old in root.glob(".writing-*.old"):
+        step = old.name.removeprefix(".writing-").removesuffix(".old")
+        if step.isdigit() and not folder_of(root, int(step)).exists():
+            old.rename(folder_of(root, int(step)))
     for path in (*root.glob(".writing-*"), *root.glob(".deleting-*")):
         shutil.rmtree(path, ignore_errors=True)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -108,7 +109,16 @@ def decode_statistics(data: bytes, manifest: Manifest, where: str) -> list[Secti
                 raise ValueError("larger than the statistics of this set")
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             read = {name: arrays[name] for name in ("version", "digest", "n_spots", "detected", "total", "square")}
-    except (ValueError, KeyError, OSError, zipfile.BadZipFile, EOFError) as error:
+    except (
+        ValueError,
+        KeyError,
+        OSError,
+        EOFError,
+        RuntimeError,
+        MemoryError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         raise ShardError(f"{where}: not readable ({error}); delete the file", kind="statistics") from error
     if read["version"].tolist() != [VERSION] or read["digest"].tobytes() != manifest.digest.encode():
         raise ShardError(f"{where}: the statistics of another shard set or version; delete the file", kind="statistics")
@@ -116,6 +126,11 @@ def decode_statistics(data: bytes, manifest: Manifest, where: str) -> list[Secti
     shapes = {"n_spots": len(sizes), "detected": n, "total": n, "square": n}
     if any(read[k].dtype != t or read[k].shape != (shapes[k],) for k, t in types.items()):
         raise ShardError(f"{where}: not the arrays of this set; delete the file", kind="statistics")
+    n_spots = np.array([s.n_spots for s in manifest.sections])
+    most = np.repeat(n_spots, sizes)
+    finite = np.isfinite(read["total"]).all() and np.isfinite(read["square"]).all()
+    if not finite or (read["n_spots"] != n_spots).any() or (read["detected"] > most).any():
+        raise ShardError(f"{where}: not the statistics of all spots of this set; delete the file", kind="statistics")
     ends = np.cumsum(sizes)[:-1]
     parts = zip(*(np.split(read[k], ends) for k in ("detected", "total", "square")), strict=True)
     return [SectionStatistics(int(k), *part) for k, part in zip(read["n_spots"], parts, strict=True)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,12 @@ def gene_statistics(shards: ShardSet) -> list[SectionStatistics]:
 
     A set without usable statistics (built by an earlier version, or damaged) gets them from its counts once. They are
     kept in its folder, or in the cache folder if the set is remote or read-only; a set with damaged counts keeps none.
-    Damaged records are left out.
+    Damaged records are left out, with a warning.
+
+    Raises
+    ------
+    ShardError
+        Of kind ``remote``: the server fails. Statistics of the records that were received would select other genes.
     """
     for path in _paths(shards):
         try:
@@ -43,11 +49,19 @@ def gene_statistics(shards: ShardSet) -> list[SectionStatistics]:
     if shards.files.remote is not None:
         try:
             return decode_statistics(shards.files.remote.read(FILE), shards.manifest, f"{shards.name}/{FILE}")
-        except ShardError:
-            pass
+        except ShardError as error:
+            if error.kind != "vanished":
+                log.warning("%s; the statistics are computed again", error)
     log.info("%s: computing the gene statistics of %d sections once", shards.name, len(shards.manifest.sections))
     computed = [section_statistics(shards, number) for number in range(len(shards.manifest.sections))]
-    if all(s.n_spots == m.n_spots for s, m in zip(computed, shards.manifest.sections, strict=True)):
+    missing = sum(m.n_spots - s.n_spots for s, m in zip(computed, shards.manifest.sections, strict=True))
+    if missing:
+        log.warning(
+            "%s: damaged records left out of the gene statistics: %d; check the set with `comtip shards verify`",
+            shards.name,
+            missing,
+        )
+    else:
         _keep(shards, encode_statistics(shards.manifest.digest, computed))
     return computed
 
@@ -71,7 +85,9 @@ def _add(
         counts = shards.counts(spots)
         if not measured[counts.indices].all():
             raise ShardError(f"{shards.name}: counts for a gene that the section did not measure", kind="counts")
-    except ShardError:
+    except ShardError as error:
+        if error.kind == "remote":
+            raise
         if spots.size > 1:  # find the damaged records
             for half in np.array_split(spots, 2):
                 _add(shards, half, measured, column_of, total)
@@ -79,11 +95,14 @@ def _add(
     total.add(counts.indptr.astype(np.int64), column_of[counts.indices], counts.data)
 
 
-def _paths(shards: ShardSet) -> list[Path]:
-    """Return where the statistics may be, in the order of preference."""
+def _paths(shards: ShardSet) -> Iterator[Path]:
+    """Yield where the statistics may be, in the order of preference."""
+    own = shards.path / FILE
+    # A link in the set is neither followed nor replaced: it may name any file of the user.
+    if shards.files.remote is None and not own.is_symlink():
+        yield own
     key = hashlib.sha256(shards.manifest.digest.encode()).hexdigest()
-    cached = default_cache() / "statistics" / f"{key}.npz"
-    return [cached] if shards.files.remote is not None else [shards.path / FILE, cached]
+    yield default_cache() / "statistics" / f"{key}.npz"
 
 
 def _keep(shards: ShardSet, data: bytes) -> None:
