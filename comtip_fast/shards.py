@@ -172,6 +172,7 @@ def plan_build(
             raise SourceError(f"{source}: no such file or folder; check the path")
         rows = [StudyRow(number=1, path=location, format=None if fmt == "auto" else fmt)]
         plans = plan_rows(Path(source), rows, _opener(where, cache, tile_um, False), options)
+        plans = [replace(plan, where="") for plan in plans]
     kept = set(pick(samples, [p.name for p in plans], Path(source)))
     plans = [p for p in plans if p.name in kept]
     opened = [(p.name, p.source.meta) for p in plans if p.source is not None]

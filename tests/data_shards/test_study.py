@@ -302,6 +302,10 @@ def test_a_dry_run_of_one_source_needs_no_table(tiny_source: Path, tmp_path: Pat
     assert "2 of 2 sections can be built" in out
     assert "t1: manifest" in out
     assert "t2" not in out
+    assert main([*args, *TILE, "--mpp", "5", "--format", "xenium"]) == 1
+    out = capsys.readouterr().out
+    assert "  cannot be built: " in out  # there is no table, so no line of one
+    assert "line 1" not in out
 
 
 def dry_run(study: Path, out: Path, *options: str) -> int:
