@@ -172,8 +172,12 @@ def plan_build(
             raise SourceError(f"{source}: no such file or folder; check the path")
         rows = [StudyRow(number=1, path=location, format=None if fmt == "auto" else fmt)]
         plans = plan_rows(Path(source), rows, _opener(where, cache, tile_um, False), options)
+        plans = [replace(plan, where="") for plan in plans]
     kept = set(pick(samples, [p.name for p in plans], Path(source)))
-    return [p for p in plans if p.name in kept]
+    plans = [p for p in plans if p.name in kept]
+    opened = [(p.name, p.source.meta) for p in plans if p.source is not None]
+    met = {name for name, _ in choose(opened, check_where(where or {}), Path(source), lambda item: item[1])}
+    return [p for p in plans if p.source is None or p.name in met]
 
 
 def _check_study(source: str | Path, fmt: str) -> None:

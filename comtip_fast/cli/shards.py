@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from comtip_shards.builder.build import build_shards
+from comtip_shards.builder.build import build_shards, part_of
 from comtip_shards.builder.merge import merge_sets
-from comtip_shards.builder.skipping import OnError
+from comtip_shards.builder.skipping import OnError, check_policy
 from comtip_shards.builder.tile_choice import FIELD_UM, choose_tile
 from comtip_shards.names import printable
 from comtip_shards.qc import check_sources
@@ -18,7 +18,7 @@ from comtip_shards.sources import FORMATS as SOURCE_FORMATS
 from comtip_shards.sources import SectionSource, detect
 from comtip_shards.storage.remote import is_url
 from comtip_shards.study import is_study
-from comtip_shards.study.dry_run import plan_text
+from comtip_shards.study.dry_run import plan_splits, plan_text
 
 from comtip_fast.cli.options import add_facts, add_out, read_facts
 from comtip_fast.shards import open_each, open_sections, plan_build
@@ -201,7 +201,15 @@ def _build(args: argparse.Namespace) -> int:
 
 def _dry_run(args: argparse.Namespace) -> int:
     """Print what a build would do; the exit code is 1 if a section cannot be built."""
-    plans = plan_build(args.source, **_source_options(args))
+    check_policy(args.on_error, args.part)
+    plans, refused = plan_splits(
+        plan_build(args.source, **_source_options(args)),
+        dict(map(_split, args.split)),
+        args.auto_split,
+        allow_benchmark=args.allow_benchmark,
+        benchmark_ids=args.benchmark_ids,
+        seed=args.seed,
+    )
     tile = choose_tile(
         [p.source.meta for p in plans if p.source is not None and "mpp" not in p.assumed],
         px=args.tile_px,
@@ -210,8 +218,11 @@ def _dry_run(args: argparse.Namespace) -> int:
         codec=args.codec,
         quality=args.quality,
     )
-    print(printable(plan_text(plans, tile, args.out, args.jobs)))
-    return int(any(p.problems for p in plans))
+    if args.part is not None and all(p.source is not None for p in plans):
+        part = part_of([p.source.meta for p in plans if p.source is not None], args.part)
+        plans = plans if part is None else [plans[i] for i in part.sections]
+    print(printable(plan_text(plans, tile, args.out, args.jobs, refused)))
+    return int(refused is not None or any(p.problems for p in plans))
 
 
 def _split(item: str) -> tuple[SectionId, Split]:

@@ -169,6 +169,10 @@ def test_the_scale_is_checked_against_the_spacing(run: Path, full: str):
     assert open_source(run, overrides={**facts, "mpp": "2.86"})[0].meta.mpp == 2.86
     with pytest.raises(SourceError, match=r"0\.5 um per px is stated, but the spot pitch of 35\.0 px .* 2\.85"):
         open_source(run, overrides={**facts, "mpp": "0.5"})
+    factors = run / "spatial/scalefactors_json.json"
+    factors.write_text(json.dumps({**json.loads(factors.read_text()), "microns_per_pixel": 0.5}))
+    with pytest.raises(SourceError, match=r"0\.5 um per px is stated.*remove microns_per_pixel from scalefactors_json"):
+        open_source(run, overrides=facts)
 
 
 def test_a_whole_slide_of_11_mm(run: Path, full: str):

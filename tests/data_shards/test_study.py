@@ -302,6 +302,44 @@ def test_a_dry_run_of_one_source_needs_no_table(tiny_source: Path, tmp_path: Pat
     assert "2 of 2 sections can be built" in out
     assert "t1: manifest" in out
     assert "t2" not in out
+    assert main([*args, *TILE, "--mpp", "5", "--format", "xenium"]) == 1
+    out = capsys.readouterr().out
+    assert "  cannot be built: " in out  # there is no table, so no line of one
+    assert "line 1" not in out
+
+
+def dry_run(study: Path, out: Path, *options: str) -> int:
+    return main(["shards", "build", str(study), "--out", str(out), *TILE, "--dry-run", *options])
+
+
+def test_a_dry_run_honours_the_options_of_the_build(sources: Path, tmp_path: Path, capsys):
+    study = table(sources, "path\na\nb\nc\n")
+    assert dry_run(study, tmp_path / "set", "--split", "sb=test", "--where", "donor=db,dc") == 0
+    out = capsys.readouterr().out
+    assert re.search(r"sb: .* split test;", out)
+    assert "sa:" not in out
+    assert "2 of 2 sections can be built" in out
+    assert dry_run(study, tmp_path / "set", "--part", "2/3") == 0
+    assert "1 of 1 sections can be built" in capsys.readouterr().out
+    assert dry_run(study, tmp_path / "set", "--part", "4/3") == 2
+    assert dry_run(study, tmp_path / "set", "--part", "1/3", "--on-error", "skip") == 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        ("a,d\nb,d\n", ["--split", "sb=test"], "donor d is in the test section sb and in sa"),
+        ("a,d\nb,e\n", ["--split", "sz=test"], "--split: no section sz; the sections are sa, sb"),
+        ("a,d\nb,e\n", ["--auto-split", "0.5,0.2,0.2"], "invalid shares"),
+    ],
+)
+def test_a_dry_run_refuses_the_splits_that_a_build_refuses(
+    sources: Path, tmp_path: Path, capsys, rows: str, options: list[str], message: str
+):
+    study = table(sources, f"path,donor\n{rows}")
+    assert dry_run(study, tmp_path / "set", *options) == 1
+    assert f"the set cannot be built: {message}" in re.sub(r"--auto-split \S+ ", "", capsys.readouterr().out)
+    assert main(["shards", "build", str(study), "--out", str(tmp_path / "set"), *TILE, *options]) == 2
 
 
 def test_estimated_sizes_are_within_a_factor_of_two(tmp_path: Path):

@@ -1,11 +1,14 @@
 """The tissue mask holds in any exposure and under any lamp, and in a picture without glass."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from comtip_shards.qc.context import CELL, SectionContext
 from comtip_shards.qc.picture import background
 from comtip_shards.qc.result import FAIL, WARN
 from comtip_shards.sections.section import Section, SectionMeta
+from PIL import Image
 from scipy import ndimage, sparse
 
 MPP = 4.0
@@ -75,6 +78,37 @@ def test_a_picture_full_of_tissue_is_tissue(exposure: float):
     pixels, _ = picture(np.random.default_rng(1))
     found = context(pixels[:, : SIDE // 2] * exposure)
     assert found.on_tissue(found.xy).mean() > 0.95
+
+
+SAMPLES = Path(__file__).parents[2] / "data_shards/samples"
+CROPS = {
+    "pale corner, bulb": ("mob_st2k/MOB4_HE.jpg", 1, (590, 638, 1265, 807)),
+    "pale strip, bulb": ("mob_st2k/MOB1_HE.jpg", 1, (606, 834, 1256, 1140)),
+    "smooth stroma": ("her2st/C2_HE.jpg", 2, (506, 922, 1090, 1123)),
+    "smooth stroma, smaller": ("her2st/C2_HE.jpg", 2, (522, 910, 1016, 1210)),
+}
+
+
+@pytest.mark.parametrize("crop", CROPS)
+def test_pale_smooth_tissue_is_not_taken_for_glass(crop: str):
+    """Real sections, cropped to tissue: few px are smooth and pale, and a plane through them is steep or magenta."""
+    name, factor, box = CROPS[crop]
+    with Image.open(SAMPLES / name) as image:
+        pixels = np.asarray(image.convert("RGB").reduce(factor).crop(box), float)
+    found = context(pixels)
+    assert found.tissue.mean() > 0.95
+    assert found.on_tissue(found.xy).mean() > 0.95
+
+
+def test_little_glass_is_glass():
+    """A real gap of 3 % of the picture, at one side, in any exposure and under a lamp with a hue."""
+    pixels, _ = picture(np.random.default_rng(3))
+    tissue = pixels[:, : SIDE // 2]
+    with_gap = np.concatenate([tissue, tissue, pixels[:, SIDE - 12 :]], 1)
+    for lamp in (1.0, 0.45, np.array([1, 0.96, 0.85])):
+        found = context(with_gap * lamp).tissue
+        assert found[:, : SIDE // CELL - 8].mean() > 0.95
+        assert found[:, -2:].mean() < 0.3
 
 
 def test_masked_tissue_of_a_dense_array_is_background():

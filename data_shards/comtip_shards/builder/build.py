@@ -124,12 +124,11 @@ def build_shards(
     unopened = [Failure(name, reason) for name, reason in (failed or {}).items()]
     if unopened and not sources:
         raise SourceError(f"no section can be built{text_of(unopened, len(unopened), Path(out) / STAGING)}")
-    stated = _with_splits([s.meta for s in sources], splits or {})
-    metas, notes = enforce_split_policy(
-        stated, allow=allow_benchmark, benchmark_ids=benchmark_ids, auto_split=auto_split, seed=seed
+    metas, notes = assign_splits(
+        [s.meta for s in sources], splits or {}, allow_benchmark, benchmark_ids, auto_split, seed
     )
     tile = choose_tile(metas, px=tile_px, um=tile_um, min_mpp=min_mpp, codec=codec, quality=quality)
-    build = _Build(Path(out), tile, max_records, _part_of(metas, part), notes, strict, jobs, progress)
+    build = _Build(Path(out), tile, max_records, part_of(metas, part), notes, strict, jobs, progress)
     report = build.run(sources, metas) if policy == "stop" else build.run_skipping(sources, metas, unopened)
     costs = tile_text([meta for meta in metas if meta.section_id in report.sections], tile)
     return replace(report, text="\n".join([*costs, report.text])) if len(costs) > 1 else report
@@ -271,7 +270,28 @@ def report_of(out: Path, manifest: Manifest, more: str = "") -> BuildReport:
     return BuildReport(out, manifest.n_spots, manifest.n_genes, ids, report(manifest) + more)
 
 
-def _part_of(metas: list[SectionMeta], part: tuple[int, int] | None) -> BuildPart | None:
+def assign_splits(
+    metas: Sequence[SectionMeta],
+    splits: StatedSplits,
+    allow_benchmark: Collection[str] = (),
+    benchmark_ids: Path | None = None,
+    auto_split: tuple[float, float, float] | None = None,
+    seed: int = 0,
+) -> tuple[list[SectionMeta], SectionNotes]:
+    """Return the sections with their final donors and splits, and notes; parameters as in :func:`build_shards`.
+
+    Raises
+    ------
+    SourceError
+        A fact is invalid, or there is leakage.
+    """
+    stated = _with_splits(list(metas), splits)
+    return enforce_split_policy(
+        stated, allow=allow_benchmark, benchmark_ids=benchmark_ids, auto_split=auto_split, seed=seed
+    )
+
+
+def part_of(metas: Sequence[SectionMeta], part: tuple[int, int] | None) -> BuildPart | None:
     """Return the sections of a part: every n-th, so that similar neighbours in the source are distributed over parts."""
     if part is None:
         return None

@@ -18,6 +18,9 @@ SPREAD, TEXTURE = 0.09, 0.012
 cool, but glass is smooth. Tissue without visible structure at 4 um per px is rarer than glass and denser."""
 NEAR, MIN_GLASS = 0.06, 0.005
 """Glass is at most this much denser than the brightest smooth areas nearby, and covers at least this share of the picture."""
+MUCH_GLASS = 0.05
+"""Share of the picture from which areas are glass without further evidence. A smaller share may be pale, smooth tissue in a
+picture without glass, and a plane through a few of its px does not hold elsewhere."""
 MAX_MAGENTA = 0.02
 """Maximum density of glass in green above the mean of red and blue: eosin and haematoxylin are magenta, lamps are not."""
 MIN_COLOUR = 0.2
@@ -81,7 +84,14 @@ def glass_density(density_HW3: np.ndarray, seen: np.ndarray) -> np.ndarray | Non
         plane, *_ = np.linalg.lstsq(design[glass][::step], density_HW3[glass][::step], rcond=None)
         level = design @ plane.astype(np.float32)
         glass = flat & (np.abs(mean - over_channels(level)) <= NEAR / 2)
-    return level
+    return level if glass.mean() >= MUCH_GLASS or _is_glass(level, texture[glass]) else None
+
+
+def _is_glass(level_HW3: np.ndarray, texture: np.ndarray) -> bool:
+    """Return whether a small share of the picture is glass: clearly smooth, and colourless and level as far as it extends."""
+    magenta = level_HW3[..., 1] - (level_HW3[..., 0] + level_HW3[..., 2]) / 2
+    smooth = texture.size > 0 and np.median(texture) < TEXTURE / 4
+    return bool(smooth and magenta.max() < MAX_MAGENTA and np.ptp(over_channels(level_HW3)) < NEAR)
 
 
 def _lightest(density_HW3: np.ndarray, seen: np.ndarray) -> np.float32:

@@ -185,9 +185,15 @@ def _scale(
             "these are 100 and 55 (or 65) um; use positions and scale factors of the same run"
         )
     if given is not None and not 0.95 < given / mpp < 1.05:
+        fix = (
+            "if the array is not Visium, give the section as .h5ad or SpatialData; otherwise remove microns_per_pixel from "
+            "scalefactors_json.json"
+            if stated is None
+            else "omit --mpp"
+        )
         raise SourceError(
             f"{path}: {given:g} um per px is stated, but the spot pitch of {pitch:.1f} px (100 um) gives "
-            f"{mpp:.4f} um per full-resolution px; omit --mpp, or use the matching table of positions"
+            f"{mpp:.4f} um per full-resolution px; {fix}, or use the matching table of positions"
         )
     if mpp > COARSE_MPP:
         notes.append(

@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+from comtip_shards.builder.build import StatedSplits, assign_splits
 from comtip_shards.builder.tile_choice import CHANGE, scale_cost, tile_text
+from comtip_shards.errors import SourceError
 from comtip_shards.format.manifest import TileSpec
 from comtip_shards.sections.facts import SectionFacts, SourceOptions
 from comtip_shards.sources import detect, locate
@@ -109,6 +112,37 @@ def _probe(
         assumed[missing] = ASSUMED[missing]  # type: ignore[assignment]
 
 
+def plan_splits(
+    plans: Sequence[SectionPlan], splits: StatedSplits, auto_split: tuple[float, float, float] | None, **policy: Any
+) -> tuple[list[SectionPlan], str | None]:
+    """Return the plans with the donors and splits that a build would assign, or with why it would refuse them.
+
+    Parameters
+    ----------
+    plans
+        From :func:`plan_rows`.
+    splits, auto_split, **policy
+        As for :func:`comtip_shards.builder.build.assign_splits`. Donors of sections that were not opened are unknown, so
+        ``auto_split`` needs all sections.
+    """
+    opened = [p for p in plans if p.source is not None]
+    all_opened = len(opened) == len(plans)
+    if not opened:
+        return list(plans), None
+    known = {i: s for i, s in splits.items() if all_opened or i in {p.name for p in opened}}
+    try:
+        metas, _ = assign_splits(
+            [p.source.meta for p in opened if p.source is not None],
+            known,
+            auto_split=auto_split if all_opened else None,
+            **policy,
+        )
+    except SourceError as error:
+        return list(plans), str(error)
+    final = iter(metas)
+    return [p if p.source is None else replace(p, source=replace(p.source, meta=next(final))) for p in plans], None
+
+
 def _format(path: Path) -> str:
     try:
         return detect(locate(path))[0].name
@@ -133,7 +167,9 @@ def estimate(plan: SectionPlan, tile: TileSpec) -> tuple[float, float] | None:
     return n_bytes, seconds
 
 
-def plan_text(plans: Sequence[SectionPlan], tile: TileSpec, out: Path, jobs: int = 1) -> str:
+def plan_text(
+    plans: Sequence[SectionPlan], tile: TileSpec, out: Path, jobs: int = 1, refused: str | None = None
+) -> str:
     """Return the report of a dry run.
 
     Parameters
@@ -146,6 +182,8 @@ def plan_text(plans: Sequence[SectionPlan], tile: TileSpec, out: Path, jobs: int
         Its folder, for the free space of the disk.
     jobs
         Number of processes.
+    refused
+        Why the set cannot be built, from :func:`plan_splits`.
     """
     good = [p for p in plans if p.source is not None]
     metas = [p.source.meta for p in good if p.source is not None]
@@ -166,7 +204,7 @@ def plan_text(plans: Sequence[SectionPlan], tile: TileSpec, out: Path, jobs: int
         f"estimates: {SPOTS_PER_S:g} spots/s per process in tiles of 224 px and {DECODED_PER_S / 1e6:g} MB/s of input, measured "
         "on two CPU cores; bytes per px as measured on data_shards/samples; the numbers of spots are upper bounds"
     )
-    lines += ["", total, basis]
+    lines += ["", *([] if refused is None else [f"the set cannot be built: {refused}"]), total, basis]
     return "\n".join(lines) + "\n"
 
 
@@ -192,8 +230,13 @@ def _section_lines(plan: SectionPlan, tile: TileSpec) -> list[str]:
         )
     else:
         lines.append(f"{plan.name}: {plan.fmt}")
-    lines += [f"  cannot be built ({plan.where}): {problem}" for problem in plan.problems]
+    lines += [f"  cannot be built{_place(plan)}: {problem}" for problem in plan.problems]
     return lines
+
+
+def _place(plan: SectionPlan) -> str:
+    """Return the row of a table for a message; a source of its own has none."""
+    return f" ({plan.where})" if plan.where else ""
 
 
 def _free(out: Path) -> int:
