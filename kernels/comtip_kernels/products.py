@@ -1,4 +1,4 @@
-"""Library products that the operators use beside their own kernels."""
+"""Library products that the operators use next to their own kernels."""
 
 from __future__ import annotations
 
