@@ -5,7 +5,7 @@
     python bench/gpu_evidence.py --gather wheels        # with a network: the wheels of the optional comparisons
     python bench/gpu_evidence.py --list
 
-Needs PyTorch, Triton, timm and NumPy; this checkout need not be installed. Batches are generated. Each part runs in a process of its
+Needs PyTorch, Triton, timm, tokenizers and NumPy; this checkout need not be installed. Batches are generated. Each part runs in a process of its
 own with a deadline, and its rows are in the table as soon as they are measured: a part that fails or hangs costs its own rows
 only. Parts state what is not installed and skip it. docs/scaling.md describes the columns.
 """
@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / folder) for folder in (".", "kernels", "data_shards")]
 
-from bench.evidence.bare import replace_pydantic  # noqa: E402 (after sys.path)
+from bench.evidence.bare import replace_pydantic, replace_unused  # noqa: E402 (after sys.path)
 from bench.evidence.rows import DRY_RUN, GPU, Rows, Table, today  # noqa: E402
 from bench.evidence.runner import Part, environment, python, run_parts  # noqa: E402
 
@@ -102,6 +102,7 @@ def default_out(dry: bool) -> Path:
 def run_here(name: str, dry: bool) -> int:
     """Run one part in this process."""
     replace_pydantic()
+    replace_unused()
     part = next(p for p in PARTS if p.name == name)
     importlib.import_module(part.target).run(Rows(dry), dry)
     return 0
@@ -117,9 +118,17 @@ def describe(dry: bool, env: dict[str, str]) -> dict[str, str]:
     if done.returncode:
         sys.exit(f"PyTorch and Triton cannot be imported: {done.stderr.strip().splitlines()[-1]}")
     gpu, torch, triton = done.stdout.strip().splitlines()[-3:]
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    names = {"date": today(), "commit": git.stdout.strip() or "unknown", "mode": DRY_RUN if dry else GPU}
+    names = {"date": today(), "commit": commit() or "unknown", "mode": DRY_RUN if dry else GPU}
     return names | {"gpu": "none" if dry else gpu, "torch": torch, "triton": triton}
+
+
+def commit() -> str:
+    """Return the commit of this checkout; an empty string without git or outside a repository."""
+    words = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return ""
 
 
 if __name__ == "__main__":

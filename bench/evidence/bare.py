@@ -1,13 +1,21 @@
-"""What a machine with PyTorch, Triton, timm and NumPy lacks: pydantic, replaced as far as reading a config needs it."""
+"""Replacements on a machine with PyTorch, Triton, timm, tokenizers and NumPy only.
+
+pydantic is replaced as far as reading a config needs it; packages of shards and reports by modules that are imported and not used.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
+import importlib.machinery
 import json
 import sys
 import types
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+
+UNUSED = ("pandas", "pyarrow", "pyarrow.parquet", "scipy", "scipy.sparse", "scipy.spatial")
+"""Imported by modules of this project that the parts load, and not called by the parts."""
 
 
 class ValidationError(ValueError):
@@ -78,3 +86,52 @@ def replacement() -> types.ModuleType:
         setattr(module, name, value)
     module.__path__ = []
     return module
+
+
+class Unused:
+    """What a function of a module that is not installed returns: use of it raises ``ModuleNotFoundError``."""
+
+    def __init__(self, package: str) -> None:
+        self._package = package
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        package = self._package
+        raise ModuleNotFoundError(f"{package} is not installed; install it to run this part", name=package)
+
+
+class UnusedModule(types.ModuleType):
+    """A module that is not installed: its names exist, and calling one returns an :class:`Unused`."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        # PyTorch looks up the specs of some packages, which must not be None.
+        self.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
+        self.__path__: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        package = self.__name__.partition(".")[0]
+
+        def result(*_arguments: Any, **_options: Any) -> Any:
+            return Unused(package)
+
+        return type(name, (), {"__new__": result})  # a class, which type annotations accept
+
+
+def replace_unused() -> list[str]:
+    """Register a replacement of every missing module of :data:`UNUSED`; return their names."""
+    missing = []
+    for name in UNUSED:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+            if not isinstance(sys.modules[name], UnusedModule):
+                continue
+        module = sys.modules[name] = UnusedModule(name)
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(sys.modules[parent], child, module)
+        missing.append(name)
+    return missing

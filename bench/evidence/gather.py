@@ -14,6 +14,7 @@ WHEELS = {
     "pydantic-core": "needed by pydantic",
     "typing-inspection": "needed by pydantic",
     "annotated-types": "needed by pydantic",
+    "tokenizers": "the project's tokenizer, which every part with the model needs",
     "liger-kernel": "Liger's fused linear cross entropy",
     "open-clip-torch": "open_clip's ClipLoss",
     "ftfy": "needed by open_clip",

@@ -83,7 +83,11 @@ def about() -> dict[str, str]:
     """Return the columns that describe the machine."""
     import triton
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    try:
+        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+        commit = git.stdout.strip()
+    except OSError:  # no git on this machine
+        commit = ""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     date = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
     return {
@@ -91,7 +95,7 @@ def about() -> dict[str, str]:
         "gpu": gpu,
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "commit": commit.stdout.strip(),
+        "commit": commit,
     }
 
 

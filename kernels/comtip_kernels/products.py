@@ -1,4 +1,4 @@
-"""Library products that the operators combine with their own kernels."""
+"""Library products that the operators use next to their own kernels."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
     # Autocast leaves operators with ``out`` as they are.
     if a.dtype == torch.float32:
         torch.addmm(out, a, b, beta=beta, out=out)
-    elif a.is_cuda:
+    elif a.is_cuda:  # PyTorch before 2.10 refuses an fp32 addend here
         torch.addmm(out, a, b, torch.float32, beta=beta, out=out)
     else:  # the interpreter: a CPU has no product of bf16 operands with a result in fp32
         torch.addmm(out, a.float(), b.float(), beta=beta, out=out)

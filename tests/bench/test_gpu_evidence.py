@@ -7,11 +7,12 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from bench.evidence import bare, gather, runner
-from bench.evidence.parts import cases_pytest, correct
+from bench.evidence.parts import cases_pytest, correct, step
 from bench.evidence.rows import CHANNEL, COLUMNS, DRY_RUN, GPU, MEASURED, Rows, Table
 from bench.evidence.runner import Outcome, Part, environment, run_parts
 from comtip_fast.config.io import config_to_dict, load_config
@@ -203,6 +204,61 @@ def test_a_dry_run_checks_and_times_every_operation(dry_rows: list[dict[str, str
 def test_configs_are_read_without_pydantic(name: str):
     config = load_config(ROOT / "configs" / f"{name}.yaml")
     assert bare.build(RunConfig, json.loads(json.dumps(config_to_dict(config)))) == config
+
+
+REFUSE = """
+import importlib.abc, importlib.machinery, sys
+class Refused(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def find_spec(self, name, path=None, target=None):
+        packages = "pydantic pandas pyarrow scipy anndata h5py joblib deepspeed tensorboard sklearn matplotlib".split()
+        return importlib.machinery.ModuleSpec(name, self) if name.split(".")[0] in packages else None
+    def create_module(self, spec):
+        raise ModuleNotFoundError(spec.name + " is refused", name=spec.name)
+    def exec_module(self, module): ...
+sys.meta_path.insert(0, Refused())
+import runpy
+space = runpy.run_path("bench/gpu_evidence.py", run_name="walk")
+space["run_here"]("resume", True)
+import importlib
+for part in space["PARTS"]:
+    importlib.import_module(part.target)
+import pandas
+try:
+    pandas.read_csv("x").columns
+except ModuleNotFoundError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+def test_parts_run_without_the_packages_of_shards_and_reports():
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSE], cwd=ROOT, env=environment(True), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    *rows, last = done.stdout.splitlines()
+    assert {json.loads(row)["status"] for row in rows} == {"ok"}
+    assert last == "pandas is not installed; install it to run this part"
+
+
+def test_spans_of_annotations_are_no_kernels():
+    kernel, span = (SimpleNamespace(device_type="DeviceType.CUDA", is_user_annotation=u) for u in (False, True))
+    assert step._is_kernel(kernel, on_gpu=True)
+    assert not step._is_kernel(span, on_gpu=True)
+    assert not step._is_kernel(SimpleNamespace(device_type="DeviceType.CPU"), on_gpu=True)
+
+
+def test_a_machine_without_git_is_described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert command.commit() == ""
+
+
+def test_the_test_cases_are_skipped_without_pytest(monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.delenv(CHANNEL, raising=False)
+    monkeypatch.setattr(cases_pytest, "why_not", lambda module: f"{module} cannot be imported")
+    cases_pytest.run(Rows(dry=True), dry=True)
+    row = json.loads(capsys.readouterr().out)
+    assert (row["status"], row["note"]) == ("skipped", "pytest cannot be imported")
 
 
 def test_gather_states_sizes_and_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):

@@ -183,6 +183,21 @@ def test_a_panel_of_any_size_runs_the_same_kernels(variants: dict[tuple[Any, ...
     assert {key[0]: len(keys) for key, keys in by_class.items() if len(keys) > 1} == {}
 
 
+@pytest.mark.parametrize("configs", [table.kernels.SAMPLED_DOT, table.kernels.LEVEL_GRADIENT])
+@pytest.mark.parametrize(("dtype", "precision"), [("bfloat16", "highest"), ("float32", "high"), ("float32", "highest")])
+def test_a_tile_of_one_gene_with_256_levels_fits(configs: dict[str, dict[str, Any]], dtype: str, precision: str):
+    """With the spots of a narrower tile, tf32 needs 240 of 227 KiB on sm_90, and bf16 spills."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        tiles = table.choose_tiles(configs, torch.empty(1, dtype=getattr(torch, dtype)), 256, 512)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    columns, element = tiles["NG"] * tiles["QP"], getattr(torch, dtype).itemsize
+    assert tiles["BM"] * columns <= 128 * 128
+    assert tiles["num_stages"] * (tiles["BM"] + columns) * tiles["BK"] * element <= 227 * 1024
+
+
 def test_narrow_rows_have_fewer_warps():
     """With the warps of wide rows, ``norm_grads`` spills on sm_90 and ``weighted_sum`` on sm_80 (``bench/ledger.csv``)."""
     assert [embedding.kernels.norm_options(width)["num_warps"] for width in (16, 128, 256, 512)] == [1, 1, 2, 2]

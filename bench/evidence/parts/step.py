@@ -215,4 +215,7 @@ def measure_profile(rows: Rows, steps: Steps, name: str, where: dict[str, str], 
 
 
 def _is_kernel(event: Any, on_gpu: bool) -> bool:
-    return not on_gpu or str(getattr(event, "device_type", "")).endswith("CUDA")
+    """Return whether an event is work of the device; the spans of annotations (``Optimizer.step``) contain kernels."""
+    if not on_gpu:
+        return True
+    return str(event.device_type).endswith("CUDA") and not getattr(event, "is_user_annotation", False)

@@ -25,7 +25,7 @@ MAX_LEVELS = 256
 
 
 def choose_tiles(configs: dict[str, dict[str, Any]], x: Tensor, n_levels: int, width: int) -> dict[str, Any]:
-    """Return the tile sizes for operands like ``x``; many levels reduce the width of the output that a program holds.
+    """Return the tile sizes for operands like ``x``; many levels reduce the width of the output or the spots of a tile.
 
     Raises
     ------
@@ -38,8 +38,11 @@ def choose_tiles(configs: dict[str, dict[str, Any]], x: Tensor, n_levels: int, w
         )
     tiles = fit_tiles(configs[product_mode(x.dtype)], width, SMALL)
     QP = power_of_2(n_levels, 2)
-    genes = max(1, int(tiles.pop("BN")) // QP)
+    columns = int(tiles.pop("BN"))
+    genes = max(1, columns // QP)
     out = tiles | {"QP": QP, "NG": max(genes, 16 // QP)}
+    if columns < QP and "BD" not in out:  # one gene is wider than the tile, which spills or exceeds the shared memory
+        out["BM"] = max(16, int(out["BM"]) * columns // QP)
     if "BD" in out:
         out["BD"] = max(16, min(int(out["BD"]) // max(1, out["NG"] * QP // 64), power_of_2(width)))
     if configs is kernels.WEIGHTED_SUM and x.dtype == torch.bfloat16 and power_of_2(width) <= 128 and QP <= 32:
