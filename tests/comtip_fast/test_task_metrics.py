@@ -1,5 +1,6 @@
 """Metrics of the downstream tasks against direct formulas; intervals cover; controls are at chance."""
 
+import tracemalloc
 from pathlib import Path
 
 import anndata as ad
@@ -10,6 +11,7 @@ from scipy.stats import pearsonr
 from sklearn.metrics import roc_auc_score
 
 from comtip_fast.evaluation.feature_files import FeatureFiles
+from comtip_fast.evaluation.tasks import retrieval
 from comtip_fast.evaluation.tasks.domains import agreement, cluster, is_labelled
 from comtip_fast.evaluation.tasks.gene_sets import families, members, orthologues, read_gmt, set_closeness, set_scores
 from comtip_fast.evaluation.tasks.intervals import (
@@ -99,7 +101,8 @@ def test_intervals_without_draws_or_with_undefined_draws_are_undefined():
 # -- retrieval ----------------------------------------------------------------------------------------------------
 
 
-def test_ranks_equal_a_direct_computation(rng):
+def test_ranks_equal_a_direct_computation(rng, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(retrieval, "MAX_SIMILARITIES", 1100 * 400)  # three chunks of queries
     image, text = rng.normal(size=(1100, 8)), rng.normal(size=(1100, 8))
     text += 0.5 * image
     got = ranks(image, text)
@@ -221,6 +224,23 @@ def test_genes_of_a_set_that_point_one_way_are_found_and_shuffled_ones_are_not(r
     within = [x[i] @ x[j] for i in rows[0] for j in rows[0] if i < j]
     direct = roc_auc_score(np.repeat([1, 0], [len(within), len(across)]), within + across)
     assert found.set_auc_S[0] == pytest.approx(direct, abs=0.02)  # pairs across sets are sampled
+
+
+def test_a_large_gene_set_needs_no_vector_per_pair(rng):
+    """A set of 400 genes has 79,800 pairs, whose vectors would take 327 MB."""
+    vectors = rng.normal(size=(450, 256))
+    tracemalloc.start()
+    found = set_closeness(vectors, [np.arange(400), np.arange(390, 420)], seed=0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found.auc == pytest.approx(0.5, abs=0.05)
+    assert peak < 100e6
+
+
+def test_sets_without_a_pair_apart_have_no_score(rng):
+    found = set_closeness(rng.normal(size=(20, 4)), [np.arange(20)], seed=0)
+    assert np.isnan(found.auc)
+    assert np.isnan(found.shuffled)
 
 
 def test_set_scores_are_means_of_standardised_genes(rng):
