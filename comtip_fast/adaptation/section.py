@@ -22,7 +22,7 @@ from comtip_fast.data.tile_sources import TileGeometry
 from comtip_fast.evaluation.train_reference import spot_inputs
 from comtip_fast.inference import ImageFeatures, Predictor
 from comtip_fast.inference.answers import species_of
-from comtip_fast.inference.section import FeatureColumns
+from comtip_fast.inference.feature_store import FeatureColumns
 from comtip_fast.lineage import LineageSection
 
 log = logging.getLogger("comtip_fast")
