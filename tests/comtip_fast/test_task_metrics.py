@@ -2,6 +2,7 @@
 
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import anndata as ad
 import numpy as np
@@ -10,9 +11,11 @@ import pytest
 from scipy.stats import pearsonr
 from sklearn.metrics import roc_auc_score
 
+from comtip_fast.evaluation.baselines import fit_ridge
 from comtip_fast.evaluation.feature_files import FeatureFiles
 from comtip_fast.evaluation.tasks import retrieval
 from comtip_fast.evaluation.tasks.domains import agreement, cluster, is_labelled
+from comtip_fast.evaluation.tasks.expression import _predicted
 from comtip_fast.evaluation.tasks.gene_sets import families, members, orthologues, read_gmt, set_closeness, set_scores
 from comtip_fast.evaluation.tasks.intervals import (
     block_weights,
@@ -248,6 +251,23 @@ def test_set_scores_are_means_of_standardised_genes(rng):
     got = set_scores(values, [np.array([0, 1, 2]), np.array([3, 4])])
     z = (values - values.mean(0)) / np.where(values.std(0) > 0, values.std(0), 1)
     np.testing.assert_allclose(got, np.column_stack([z[:, :3].mean(1), z[:, 3:].mean(1)]))
+
+
+def test_ridge_fits_a_gene_to_the_sections_that_measured_it(rng):
+    """Counts of a gene that a section did not measure are 0, which is no measurement."""
+    x = rng.normal(size=(80, 3))
+    y = x @ rng.normal(size=(3, 2)) + 0.1 * rng.normal(size=(80, 2))
+    number = np.repeat([0, 1], 40)
+    y[number == 1, 1] = 0
+    train = [SimpleNamespace(features={"e": x[number == s]}) for s in (0, 1)]
+    known = np.array([[True, True], [True, False]])
+    got, control = _predicted(train, "e", y, known, x, seed=0)
+    np.testing.assert_allclose(got[:, 1], fit_ridge(x[:40], y[:40, 1:], number[:40]).predict(x)[:, 0])
+    np.testing.assert_allclose(got[:, 0], fit_ridge(x, y[:, :1], number).predict(x)[:, 0])
+    assert np.abs(np.corrcoef(got[:, 0], y[:, 0])[0, 1]) > 0.9
+    assert control.shape == got.shape
+    none = _predicted(train, "e", y, np.array([[True, False], [True, False]]), x, seed=0)[0]
+    assert (none[:, 1] == 0).all()
 
 
 # -- files --------------------------------------------------------------------------------------------------------
