@@ -22,7 +22,7 @@ from comtip_fast.data.tile_sources import TileGeometry
 from comtip_fast.evaluation.train_reference import spot_inputs
 from comtip_fast.inference import ImageFeatures, Predictor
 from comtip_fast.inference.answers import species_of
-from comtip_fast.inference.section import FeatureColumns
+from comtip_fast.inference.feature_store import FeatureColumns
 from comtip_fast.lineage import LineageSection
 
 log = logging.getLogger("comtip_fast")
@@ -112,11 +112,12 @@ def read_section(predictor: Predictor, spec: str | Path | ad.AnnData, options: S
 def _ridge_inputs(
     predictor: Predictor, opened: SectionTiles, features: ImageFeatures
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Return the candidate inputs of each ridge baseline, float (N, .)."""
+    """Return the candidate inputs of each ridge baseline, float (N, .); ``features`` are without neighbours."""
     readout = predictor.bundle.readout
     frozen = None
     if readout is not None and features.readout_NF is not None and predictor.model.vision.stem is not None:
-        frozen = FeatureColumns(readout.frozen(features.readout_NF))
+        # Not LinearReadout.frozen, which expects means over neighbours in the second half.
+        frozen = FeatureColumns(features.readout_NF, slice(readout.settings.vector_dim, None))
     stores = spot_inputs(predictor, opened.tiles, opened.stain, FeatureColumns(features.pooled_Nd), frozen)
     spots = np.arange(len(features.pooled_Nd))
     return {

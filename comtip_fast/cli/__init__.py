@@ -1,4 +1,4 @@
-"""The command line: ``comtip COMMAND``. Each command is a module that parses options and calls the Python interface."""
+"""The command line: ``comtip COMMAND``. A command's module parses options and calls the Python interface."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ COMMANDS = {
     "bench": "measure loaders on this machine, or score encoders on HEST-Benchmark",
     "doctor": "show which optional features work on this machine",
 }
+# Commands in the module of another one: {command: module}.
+SHARED = {"embed": "predict"}
 USER_ERROR, RESTART, KILLED = 2, 75, 143
 PIPE_CLOSED = 141  # as shells report a program that SIGPIPE terminated
 # Errors of these types are caused by the input and name it; all others are bugs and show a traceback.
@@ -118,7 +120,8 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     for name, text in COMMANDS.items():
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         if name == wanted:
-            module = importlib.import_module(f"comtip_fast.cli.{name}")
-            module.add_arguments(sub)
-            sub.set_defaults(run=getattr(module, "run", None) or sub.get_default("run"))
+            module = importlib.import_module(f"comtip_fast.cli.{SHARED.get(name, name)}")
+            add, run = (f"add_{name}_arguments", f"run_{name}") if name in SHARED else ("add_arguments", "run")
+            getattr(module, add)(sub)
+            sub.set_defaults(run=getattr(module, run, None) or sub.get_default("run"))
     return parser

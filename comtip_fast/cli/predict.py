@@ -1,4 +1,7 @@
-"""``comtip predict RUN SECTION --genes ... --out x.h5ad``; SECTION may be a slide without spots, or a folder of slides."""
+"""``comtip predict`` and ``comtip embed`` ``RUN SECTION --out x.h5ad``.
+
+For ``predict``, SECTION may be a slide without spots, or a folder of slides.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ from comtip_fast.cli.options import (
     gene_list,
     read_facts,
 )
+from comtip_fast.constants import OBSM_EMBEDDING
 
 if TYPE_CHECKING:
     from comtip_fast.api import Model
@@ -179,3 +183,31 @@ def _predict_slide(
         target = out.with_name(f"{out.stem}.geojson")
         chosen = [g for v in args.geojson for g in v.split(",") if g] or None
         print(f"{target}: {write_geojson(Answer(out), chosen, target)} tiles")
+
+
+# -- comtip embed ----------------------------------------------------------------------------------------------
+
+
+def add_embed_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``comtip embed``."""
+    parser.add_argument("run_dir", metavar="RUN", help="folder of a finished run, or an export")
+    parser.add_argument("section", metavar="SECTION", help=SECTION_HELP)
+    add_out(parser, f"the .h5ad to write, with vectors in obsm[{OBSM_EMBEDDING!r}]")
+    add_facts(parser)
+    add_format(parser)
+    add_device(parser)
+
+
+def run_embed(args: argparse.Namespace) -> int:
+    """Embed the section and write the result."""
+    from comtip_fast.api import load
+    from comtip_fast.data.h5ad import write_h5ad
+
+    out = fresh_h5ad(args)
+    facts, pooling, counts = read_facts(args)
+    model = load(args.run_dir, args.device)
+    answer = model.embed(args.section, facts=facts, pooling=pooling, counts=counts, fmt=args.format)
+    write_h5ad(answer, out)
+    rows, dim = answer.obsm[OBSM_EMBEDDING].shape
+    print(f"{out}: obsm[{OBSM_EMBEDDING!r}] {rows} x {dim}")
+    return 0

@@ -18,12 +18,18 @@ from comtip_shards.storage.atomic import write_atomic
 from comtip_fast.data.expression.levels import log1p_cp10k
 from comtip_fast.data.tile_sources import ShardTiles
 from comtip_fast.evaluation.gene_table import ScoredGenes, ScoringInputs, gene_table, resolve_list
-from comtip_fast.evaluation.metrics import Score, partial_pcc_per_gene, score_columns, score_from_genes
+from comtip_fast.evaluation.metrics import (
+    mean_scores,
+    null_scores,
+    partial_pcc_per_gene,
+    score_columns,
+    score_from_genes,
+)
 from comtip_fast.evaluation.nulls import moved_spots, null_partial_pcc, null_pcc
 from comtip_fast.evaluation.seen import choose_sections, lineage_facts, section_facts
 from comtip_fast.evaluation.train_reference import RidgeFit, TrainReference, spot_inputs
 from comtip_fast.inference import GeneQuery, Predictor, SectionFeatures, SectionPrediction
-from comtip_fast.inference.section import FeatureStore
+from comtip_fast.inference.feature_store import FeatureStore
 from comtip_fast.lineage import symbol_of
 from comtip_fast.metrics import finite_or_none, pcc_per_gene
 
@@ -313,7 +319,7 @@ def _score_section(v: ScoringInputs, reference: TrainReference) -> tuple[dict[st
         out["zero_shot_unseen_genes"][norm] = asdict(unseen)
         pcc = v.null[:, scored] if norm == "cp10k" else null_pcc(m, p, v.moved, scored)
         partial_null = null_partial_pcc(m[:, genes.hvg], p[:, genes.hvg], v.covariates, v.moved)
-        out["control_null"][norm], draws = _null_scores(
+        out["control_null"][norm], draws = null_scores(
             [score_from_genes(g, h, top, panel) for g, h in zip(pcc, partial_null, strict=True)],
             zero_shot.mean_pcc_50_hvg,
         )
@@ -348,25 +354,6 @@ def _ridge_score(
     return asdict(score_columns(measured, predict, covariates, scored, top, panel)) | fit.facts()
 
 
-def _null_scores(scores: list[Score], observed: float | None) -> tuple[dict[str, Any], np.ndarray]:
-    """Return the mean score of the null with its 95th percentile and p-value, and the mean PCC of each draw."""
-    draws = np.array([s.mean_pcc_50_hvg for s in scores if s.mean_pcc_50_hvg is not None])
-    summary = _mean_scores([asdict(s) for s in scores]) | {
-        "p95_mean_pcc_50_hvg": float(np.quantile(draws, 0.95)) if draws.size else None,
-        "p_value": None if observed is None else float((1 + (draws >= observed).sum()) / (1 + draws.size)),
-    }
-    return summary, draws
-
-
-def _mean_scores(scores: list[dict[str, Any]]) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key in Score.__dataclass_fields__:
-        values = [s[key] for s in scores if s[key] is not None]
-        mean = float(np.mean(values)) if values else None
-        out[key] = round(mean or 0.0) if key == "undefined_genes" else mean
-    return out
-
-
 def _merge_sections(parts: list[dict[str, Any]]) -> dict[str, Any]:
     """Return a cohort's scores: the mean over its sections; the sum for undefined genes."""
     out: dict[str, Any] = {
@@ -382,7 +369,7 @@ def _merge_sections(parts: list[dict[str, Any]]) -> dict[str, Any]:
         out[name] = {}
         for norm in NORMALISATIONS:
             scores = [p[name][norm] for p in parts if p[name].get(norm) is not None]
-            out[name][norm] = _mean_scores(scores) if scores else None
+            out[name][norm] = mean_scores(scores) if scores else None
             if scores:
                 out[name][norm]["undefined_genes"] = sum(s["undefined_genes"] for s in scores)
     return out

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -123,3 +124,23 @@ def score_from_genes(
         partial_pcc_50_hvg=mean_with_zeros(partial_H),
         undefined_genes=int(np.isnan(pcc_G).sum()),
     )
+
+
+def null_scores(scores: list[Score], observed: float | None) -> tuple[dict[str, Any], np.ndarray]:
+    """Return the mean score of the null with its 95th percentile and p-value, and the mean PCC of each draw."""
+    draws = np.array([s.mean_pcc_50_hvg for s in scores if s.mean_pcc_50_hvg is not None])
+    summary = mean_scores([asdict(s) for s in scores]) | {
+        "p95_mean_pcc_50_hvg": float(np.quantile(draws, 0.95)) if draws.size else None,
+        "p_value": None if observed is None else float((1 + (draws >= observed).sum()) / (1 + draws.size)),
+    }
+    return summary, draws
+
+
+def mean_scores(scores: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the mean of each field of :class:`Score` over those that have it; None if none has."""
+    out: dict[str, Any] = {}
+    for key in Score.__dataclass_fields__:
+        values = [s[key] for s in scores if s[key] is not None]
+        mean = float(np.mean(values)) if values else None
+        out[key] = round(mean or 0.0) if key == "undefined_genes" else mean
+    return out

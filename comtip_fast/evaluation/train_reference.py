@@ -18,7 +18,8 @@ from comtip_fast.data.expression.panel import rank_by_variance
 from comtip_fast.data.tile_sources import ArrayTiles, ShardTiles, TileSource
 from comtip_fast.evaluation.baselines import RidgeModel, fit_ridge
 from comtip_fast.inference import Predictor, SectionFeatures
-from comtip_fast.inference.section import FeatureColumns, FeatureStore, row_blocks
+from comtip_fast.inference.feature_store import FeatureColumns, FeatureStore
+from comtip_fast.inference.section import row_blocks
 from comtip_fast.lineage import LineageSection
 
 log = logging.getLogger("comtip_fast")

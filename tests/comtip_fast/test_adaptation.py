@@ -3,6 +3,7 @@
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import anndata as ad
 import numpy as np
@@ -17,12 +18,12 @@ from comtip_fast.adaptation import correction as closed_form
 from comtip_fast.adaptation import run as adaptation
 from comtip_fast.adaptation.blocks import spatial_folds, split_blocks
 from comtip_fast.adaptation.correction import Correction, base_head, corrected_head, fit_correction, with_head
-from comtip_fast.adaptation.section import read_section
+from comtip_fast.adaptation.section import _ridge_inputs, read_section
 from comtip_fast.cli import main
 from comtip_fast.evaluation.evaluate import choose_sections, evaluate
 from comtip_fast.evaluation.seen import section_facts
 from comtip_fast.export import Bundle
-from comtip_fast.inference import GeneQuery, Predictor
+from comtip_fast.inference import GeneQuery, ImageFeatures, Predictor
 from comtip_fast.models.readout import NORMS, CohortHead, LinearReadout, NormHead, ReadoutSettings
 from comtip_fast.shards import stated_options
 from testkit.tiny import TinySection, write_tiny_source
@@ -252,6 +253,21 @@ def test_features_of_test_spots_do_not_depend_on_tiles_of_fit_spots(tiny_run: Pa
     after = adaptation._features(predictor, section, parts).readout_NF
     np.testing.assert_array_equal(before[split.test], after[split.test])
     assert (before[split.fit] != after[split.fit]).any()
+
+
+@pytest.mark.parametrize("context", [True, False])
+def test_ridge_on_frozen_features_uses_all_of_them(context: bool):
+    """The features of a section to adapt to have no neighbours, so no half of them is left out."""
+    views = np.arange(5 * 12, dtype=np.float32).reshape(5, 12)
+    predictor = SimpleNamespace(
+        bundle=SimpleNamespace(readout=LinearReadout(ReadoutSettings(vector_dim=4, context=context), [])),
+        model=SimpleNamespace(vision=SimpleNamespace(stem="frozen")),
+        normalises_stain=False,
+    )
+    opened = SimpleNamespace(tiles=np.zeros((5, 2, 2, 3), np.uint8), stain=None)
+    features = ImageFeatures(np.zeros((5, 4), np.float32), np.zeros((5, 3), np.float32), views)
+    (frozen,) = _ridge_inputs(predictor, opened, features)["ridge_frozen"].values()
+    np.testing.assert_array_equal(frozen, views[:, 4:])
 
 
 def test_a_section_that_differs_from_the_model_is_learnt(

@@ -20,7 +20,7 @@ from comtip_fast.evaluation.run import evaluate_run
 from comtip_fast.evaluation.train_reference import TrainReference, spot_inputs
 from comtip_fast.genes.vectors import GeneVectors
 from comtip_fast.inference import Predictor, SectionFeatures, section
-from comtip_fast.inference.section import FeatureColumns
+from comtip_fast.inference.feature_store import FeatureColumns
 from comtip_fast.metrics import pcc_per_gene
 from testkit.tiny import TinySection, write_tiny_source
 

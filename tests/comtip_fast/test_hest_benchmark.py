@@ -17,6 +17,7 @@ from sklearn.linear_model import Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from comtip_fast.benchmarks.hest import run as hest_run
 from comtip_fast.benchmarks.hest.folder import H5Patches, read_benchmark
 from comtip_fast.benchmarks.hest.recipe import ALPHAS, FoldData, best_alpha, score_fold
 from comtip_fast.benchmarks.hest.run import HestScores, benchmark_hest, seen_in_training
@@ -280,3 +281,9 @@ def test_unknown_names_are_refused(folder: Path):
         benchmark_hest(folder, ["colour"], variants=["nope"])
     with pytest.raises(FileNotFoundError, match="no such run, export or kind of encoder"):
         benchmark_hest(folder, ["nothing"])
+
+
+def test_encoders_are_opened_before_any_is_scored(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(hest_run, "score_task", lambda *_: pytest.fail("scored before all encoders were opened"))
+    with pytest.raises(FileNotFoundError, match="nothing: no such run"):
+        benchmark_hest(folder, ["colour", "nothing"], device="cpu")

@@ -1,6 +1,8 @@
 """Metrics of the downstream tasks against direct formulas; intervals cover; controls are at chance."""
 
+import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import anndata as ad
 import numpy as np
@@ -9,8 +11,11 @@ import pytest
 from scipy.stats import pearsonr
 from sklearn.metrics import roc_auc_score
 
+from comtip_fast.evaluation.baselines import fit_ridge
 from comtip_fast.evaluation.feature_files import FeatureFiles
+from comtip_fast.evaluation.tasks import retrieval
 from comtip_fast.evaluation.tasks.domains import agreement, cluster, is_labelled
+from comtip_fast.evaluation.tasks.expression import _predicted
 from comtip_fast.evaluation.tasks.gene_sets import families, members, orthologues, read_gmt, set_closeness, set_scores
 from comtip_fast.evaluation.tasks.intervals import (
     block_weights,
@@ -99,7 +104,8 @@ def test_intervals_without_draws_or_with_undefined_draws_are_undefined():
 # -- retrieval ----------------------------------------------------------------------------------------------------
 
 
-def test_ranks_equal_a_direct_computation(rng):
+def test_ranks_equal_a_direct_computation(rng, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(retrieval, "MAX_SIMILARITIES", 1100 * 400)  # three chunks of queries
     image, text = rng.normal(size=(1100, 8)), rng.normal(size=(1100, 8))
     text += 0.5 * image
     got = ranks(image, text)
@@ -223,11 +229,45 @@ def test_genes_of_a_set_that_point_one_way_are_found_and_shuffled_ones_are_not(r
     assert found.set_auc_S[0] == pytest.approx(direct, abs=0.02)  # pairs across sets are sampled
 
 
+def test_a_large_gene_set_needs_no_vector_per_pair(rng):
+    """A set of 400 genes has 79,800 pairs, whose vectors would take 327 MB."""
+    vectors = rng.normal(size=(450, 256))
+    tracemalloc.start()
+    found = set_closeness(vectors, [np.arange(400), np.arange(390, 420)], seed=0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found.auc == pytest.approx(0.5, abs=0.05)
+    assert peak < 100e6
+
+
+def test_sets_without_a_pair_apart_have_no_score(rng):
+    found = set_closeness(rng.normal(size=(20, 4)), [np.arange(20)], seed=0)
+    assert np.isnan(found.auc)
+    assert np.isnan(found.shuffled)
+
+
 def test_set_scores_are_means_of_standardised_genes(rng):
     values = rng.normal(size=(30, 5)) * [1, 10, 100, 1, 0]
     got = set_scores(values, [np.array([0, 1, 2]), np.array([3, 4])])
     z = (values - values.mean(0)) / np.where(values.std(0) > 0, values.std(0), 1)
     np.testing.assert_allclose(got, np.column_stack([z[:, :3].mean(1), z[:, 3:].mean(1)]))
+
+
+def test_ridge_fits_a_gene_to_the_sections_that_measured_it(rng):
+    """Counts of a gene that a section did not measure are 0, which is no measurement."""
+    x = rng.normal(size=(80, 3))
+    y = x @ rng.normal(size=(3, 2)) + 0.1 * rng.normal(size=(80, 2))
+    number = np.repeat([0, 1], 40)
+    y[number == 1, 1] = 0
+    train = [SimpleNamespace(features={"e": x[number == s]}) for s in (0, 1)]
+    known = np.array([[True, True], [True, False]])
+    got, control = _predicted(train, "e", y, known, x, seed=0)
+    np.testing.assert_allclose(got[:, 1], fit_ridge(x[:40], y[:40, 1:], number[:40]).predict(x)[:, 0])
+    np.testing.assert_allclose(got[:, 0], fit_ridge(x, y[:, :1], number).predict(x)[:, 0])
+    assert np.abs(np.corrcoef(got[:, 0], y[:, 0])[0, 1]) > 0.9
+    assert control.shape == got.shape
+    none = _predicted(train, "e", y, np.array([[True, False], [True, False]]), x, seed=0)[0]
+    assert (none[:, 1] == 0).all()
 
 
 # -- files --------------------------------------------------------------------------------------------------------

@@ -147,8 +147,8 @@ def benchmark_hest(
     fold_rows: list[dict[str, Any]] = []
     gene_rows: list[pd.DataFrame] = []
     facts: dict[str, dict[str, Any]] = {}
-    for spec in encoders:
-        encoder = open_encoder(spec, pick_device(device), precision)
+    opened = [open_encoder(s, pick_device(device), precision) for s in encoders]  # before the work, which takes long
+    for encoder in opened:
         label = _unique(
             f"embeddings:{encoder.path.name}" if isinstance(encoder, FeatureFiles) else encoder.label, facts
         )

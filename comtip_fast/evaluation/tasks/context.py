@@ -136,6 +136,12 @@ class TaskContext:
         out[:, known] = section.cp10k[:, [row[keys[j]] for j in known]].toarray()
         return out
 
+    def train_measured(self, sections: Sequence[SectionInputs], keys: Sequence[str]) -> np.ndarray:
+        """Return which genes each training section measured, bool (S, G)."""
+        genes = [g.key for g in self._train_shards.genes]
+        found = (dict(zip(genes, self._train_shards.measured(s.number), strict=True)) for s in sections)
+        return np.array([[bool(measured.get(k, False)) for k in keys] for measured in found], bool)
+
     def queries(self, keys: Sequence[str]) -> list[GeneQuery]:
         """Return the queries that predict genes of the shard set."""
         facts = [self.shards.genes[self.row_of[k]] for k in keys]

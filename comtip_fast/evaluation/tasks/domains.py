@@ -25,7 +25,7 @@ def cluster(features_NF: np.ndarray, n_clusters: int, seed: int) -> np.ndarray:
     x = (x - x.mean(0)) / np.where(std > 1e-12, std, 1.0)
     k = min(COMPONENTS, *x.shape)
     if k < x.shape[1]:
-        x = PCA(k, svd_solver="full").fit_transform(x)
+        x = PCA(k, random_state=seed).fit_transform(x)
     found: np.ndarray = KMeans(n_clusters, n_init=STARTS, random_state=seed).fit_predict(x)
     return found.astype(np.int64)
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from comtip_shards.sampling.rng import generator
 
-from comtip_fast.evaluation.baselines import RidgeModel, fit_ridge
+from comtip_fast.evaluation.baselines import fit_ridge
 from comtip_fast.evaluation.nulls import moved_spots
 from comtip_fast.evaluation.tasks.context import SectionInputs, TaskContext
 from comtip_fast.evaluation.tasks.gene_sets import members, set_scores
@@ -49,22 +49,47 @@ def _probe_section(context: TaskContext, section: SectionInputs, keys: list[str]
     if sum(len(t.spot_ids) for t in train) < MIN_SPOTS:
         return rows
     values = np.concatenate([context.train_values(t, keys) for t in train])
-    mean = np.broadcast_to(values.mean(0), measured.shape)
+    known = context.train_measured(train, keys)
+    known_NG = np.repeat(known, [len(t.spot_ids) for t in train], axis=0)
+    mean = np.broadcast_to((values * known_NG).sum(0) / np.maximum(known_NG.sum(0), 1), measured.shape)
     rows += _expression_rows(section, MEAN, measured, mean, NAN)
     for name, features in section.features.items():
-        model, control = _fitted(train, name, values, context.options.seed)
-        shuffled = mean_pcc(measured, control.predict(features))
-        rows += _expression_rows(section, f"ridge, {name}", measured, model.predict(features), shuffled)
+        found, control = _predicted(train, name, values, known, features, context.options.seed)
+        rows += _expression_rows(section, f"ridge, {name}", measured, found, mean_pcc(measured, control))
     return rows
 
 
-def _fitted(train: list[SectionInputs], name: str, y_NG: np.ndarray, seed: int) -> tuple[RidgeModel, RidgeModel]:
-    """Fit ridge regression on the training sections, and its control on features shuffled within each of them."""
+def _predicted(
+    train: list[SectionInputs], name: str, y_NG: np.ndarray, known_SG: np.ndarray, x_new_MF: np.ndarray, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return predictions (M, G) of ridge regression on the training sections, and of its control.
+
+    A target is fitted to the sections that measured it (``known_SG``). The control is fitted to features shuffled within
+    each section.
+    """
     parts = [np.asarray(t.features[name], np.float64) for t in train]
     number = np.concatenate([np.full(len(p), i) for i, p in enumerate(parts)])
     rng = generator(seed, "shuffled-probe", name)
-    mixed = np.concatenate([p[rng.permutation(len(p))] for p in parts])
-    return fit_ridge(np.concatenate(parts), y_NG, number), fit_ridge(mixed, y_NG, number)
+    mixed = [p[rng.permutation(len(p))] for p in parts]
+    own, control = (
+        _ridge_by_section(np.concatenate(x), y_NG, number, known_SG, np.asarray(x_new_MF, np.float64))
+        for x in (parts, mixed)
+    )
+    return own, control
+
+
+def _ridge_by_section(
+    x_NF: np.ndarray, y_NG: np.ndarray, number_N: np.ndarray, known_SG: np.ndarray, x_new_MF: np.ndarray
+) -> np.ndarray:
+    """Fit one model per group of targets that the same sections measured; 0 for a target with too few spots."""
+    out = np.zeros((len(x_new_MF), y_NG.shape[1]))
+    for sections in np.unique(known_SG, axis=1).T:
+        columns = np.flatnonzero((sections == known_SG.T).all(1))
+        spots = np.isin(number_N, np.flatnonzero(sections))
+        if spots.sum() >= MIN_SPOTS:
+            model = fit_ridge(x_NF[spots], y_NG[spots][:, columns], number_N[spots])
+            out[:, columns] = model.predict(x_new_MF)
+    return out
 
 
 def _null(context: TaskContext, section: SectionInputs, measured: np.ndarray, predicted: np.ndarray) -> float:
@@ -138,8 +163,9 @@ def _pathway_section(
     train = context.train_sections(section.cohort)
     if sum(len(t.spot_ids) for t in train) >= MIN_SPOTS:
         y = np.concatenate([set_scores(context.train_values(t, keys), members_of) for t in train])
+        every = np.ones((len(train), len(names)), bool)
         for name, features in section.features.items():
-            found[f"ridge, {name}"] = _fitted(train, name, y, context.options.seed)[0].predict(features)
+            found[f"ridge, {name}"] = _predicted(train, name, y, every, features, context.options.seed)[0]
     rows = []
     for method, scores in found.items():
         rows += _set_rows(context, section, method, names, measured, scores)

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from scipy import sparse
 
 GeneSets = dict[str, list[str]]
 MAX_BYTES, MIN_GENES = 64 << 20, 3
 MAX_PAIRS = 200_000
-"""Pairs of genes from different sets that are compared; more are sampled."""
+"""Most pairs of genes without a common set that are sampled for comparison."""
 ROOT = re.compile(r"^([A-Z]{2,})-?\d+[A-Z]*\d*$")
 
 
@@ -88,10 +89,11 @@ def members(sets: Mapping[str, Sequence[str]], keys: Sequence[str]) -> dict[str,
 
 @dataclass(frozen=True)
 class SetCloseness:
-    """How much more alike genes of one set are than genes of different sets."""
+    """How much more alike two genes of one set are than two genes without a common set."""
 
     auc: float
-    """Probability that a pair within a set is more alike than a pair across; 0.5 is chance."""
+    """Probability that a pair within a set is more alike than a pair without a common set; 0.5 is chance. NaN if all
+    pairs have one."""
     set_auc_S: np.ndarray
     """The same, for the pairs of each set."""
     shuffled: float
@@ -99,7 +101,9 @@ class SetCloseness:
 
 
 def set_closeness(vectors_GD: np.ndarray, rows: Sequence[np.ndarray], seed: int) -> SetCloseness:
-    """Compare cosine similarities of pairs of genes within sets with pairs across.
+    """Compare cosine similarities of pairs of genes within sets with those of pairs without a common set.
+
+    The latter are pairs of all genes, also of those in no set.
 
     Vectors are centred over the genes. The mean over sets is reported, so that a large set does not decide.
 
@@ -110,7 +114,7 @@ def set_closeness(vectors_GD: np.ndarray, rows: Sequence[np.ndarray], seed: int)
     rows
         Indices of the genes of each set.
     seed
-        Seed of the pairs across sets and of the random assignment.
+        Seed of the sampled pairs and of the random assignment.
     """
     rng = np.random.default_rng(seed)
     x = np.asarray(vectors_GD, np.float64)
@@ -125,17 +129,28 @@ def set_closeness(vectors_GD: np.ndarray, rows: Sequence[np.ndarray], seed: int)
 
 def _set_aucs(x_GD: np.ndarray, rows: Sequence[np.ndarray], rng: np.random.Generator) -> np.ndarray:
     G = len(x_GD)
-    together = {(i, j) for r in rows for i in r.tolist() for j in r.tolist()}
     left, right = rng.integers(0, G, (2, MAX_PAIRS if G > 1000 else 20 * G))
-    apart = np.array([i != j and (i, j) not in together for i, j in zip(left.tolist(), right.tolist(), strict=True)])
+    apart = (left != right) & ~_share_a_set(rows, G, left, right)
     across = np.sort(np.einsum("nd,nd->n", x_GD[left[apart]], x_GD[right[apart]]))
+    if not across.size:
+        return np.full(len(rows), np.nan)
     out = []
     for r in rows:
-        i, j = np.triu_indices(r.size, 1)
-        within = np.einsum("nd,nd->n", x_GD[r[i]], x_GD[r[j]])
+        # From the matrix of similarities: vectors of all pairs of a large set would need gigabytes.
+        within = (x_GD[r] @ x_GD[r].T)[np.triu_indices(r.size, 1)]
         below, at_most = (np.searchsorted(across, within, side=side) for side in ("left", "right"))
-        out.append(float(((below + at_most) / 2).mean() / max(across.size, 1)))
+        out.append(float(((below + at_most) / 2).mean() / across.size))
     return np.array(out)
+
+
+def _share_a_set(rows: Sequence[np.ndarray], n_genes: int, left_P: np.ndarray, right_P: np.ndarray) -> np.ndarray:
+    """Return whether two genes are in a common set, bool (P,)."""
+    number = np.repeat(np.arange(len(rows)), [r.size for r in rows])
+    ones = np.ones(number.size, np.int32)
+    of_gene = sparse.csr_matrix((ones, (np.concatenate(rows), number)), shape=(n_genes, len(rows)))
+    common = np.asarray(of_gene[left_P].multiply(of_gene[right_P]).sum(axis=1)).ravel()
+    shared: np.ndarray = common > 0
+    return shared
 
 
 def set_scores(values_NG: np.ndarray, rows: Sequence[np.ndarray]) -> np.ndarray:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 KS = (1, 5, 10)
-ROWS = 1024
-"""Queries that are ranked at once, which bounds memory."""
+MAX_SIMILARITIES = 1 << 24
+"""Similarities that are computed at once, which bounds memory to 128 MiB also for the spots of many sections."""
 
 
 def ranks(query_ND: np.ndarray, key_ND: np.ndarray) -> np.ndarray:
@@ -17,8 +17,9 @@ def ranks(query_ND: np.ndarray, key_ND: np.ndarray) -> np.ndarray:
     query, key = _unit(query_ND), _unit(key_ND)
     own = np.einsum("nd,nd->n", query, key)
     out = np.empty(len(query), np.int64)
-    for start in range(0, len(query), ROWS):
-        part = slice(start, start + ROWS)
+    step = max(1, MAX_SIMILARITIES // max(1, len(key)))
+    for start in range(0, len(query), step):
+        part = slice(start, start + step)
         similar = query[part] @ key.T
         rows = np.arange(similar.shape[0])
         similar[rows, rows + start] = own[part]  # the same value in both products
