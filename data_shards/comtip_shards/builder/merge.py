@@ -60,7 +60,7 @@ class FinishedSection:
         return stored_pages(shards.path / REPORTS, shards.manifest.sections[self.number].section_id)
 
     def runs(self, size: int) -> Iterator[RecordRun]:
-        """Yield the records in stored order; the layout does not depend on anything outside the section."""
+        """Yield the records in stored order, in runs of at most ``size``."""
         shards = _open(self.path, self.digest)
         section = shards.manifest.sections[self.number]
         measured = shards.measured(self.number)

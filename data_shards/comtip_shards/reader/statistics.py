@@ -16,6 +16,7 @@ from comtip_shards.format.statistics import (
     decode_statistics,
     encode_statistics,
 )
+from comtip_shards.names import FOREIGN
 from comtip_shards.reader.shard_set import ShardSet
 from comtip_shards.storage.atomic import write_atomic
 from comtip_shards.storage.cache import default_cache
@@ -70,7 +71,9 @@ def _add(
     try:
         counts = shards.counts(spots)
         if not measured[counts.indices].all():
-            raise ShardError(f"{shards.name}: counts for a gene that the section did not measure", kind="counts")
+            raise ShardError(
+                f"{shards.name}: counts for a gene that the section did not measure; {FOREIGN}", kind="counts"
+            )
     except ShardError:
         if spots.size > 1:  # find the damaged records
             for half in np.array_split(spots, 2):
