@@ -282,11 +282,11 @@ BAD: dict[str, tuple[Any, str]] = {
     "other weights": (lambda x: x["runs"][-1].update(weights="0" * 64), "differ in weights"),
     "a trained section relabelled": (
         lambda x: x["runs"][-1]["sections"][0].update(split="" if x["runs"][-1]["sections"][0]["split"] else "test"),
-        "other sections",
+        "differ in sections",
     ),
     "a gene removed": (
         lambda x: x["runs"][-1].update(trained_genes=x["runs"][-1]["trained_genes"][1:]),
-        "other trained",
+        "differ in trained",
     ),
     "an unknown split": (lambda x: x["runs"][0]["sections"][0].update(split="tset"), r"runs\.0\.sections\.0\.split"),
     "an unknown field": (lambda x: x["runs"][0].update(more=1), r"runs\.0\.more"),

@@ -153,7 +153,7 @@ def pick(wanted: Sequence[str] | None, have: Sequence[str], where: Path) -> list
 
 @contextmanager
 def named(what: str, inputs: Sequence[Path]) -> Iterator[None]:
-    """Make every refusal name the section, or one of its files.
+    """Context in which every error names the section or one of its files.
 
     Parameters
     ----------
