@@ -130,7 +130,7 @@ def merge_sets(parts: Sequence[Path | str], out: Path, *, jobs: int = 1, progres
         raise ShardError("nothing to merge; give the folders of the sets")
     manifests = {str(p): ShardSet(p).manifest for p in parts}
     if len(manifests) != len(parts):
-        raise ShardError(f"{max(map(str, parts), key=[*map(str, parts)].count)}: is given twice; give each set once")
+        raise ShardError(f"{max(map(str, parts), key=[*map(str, parts)].count)} is given twice; give each set once")
     _check_settings(manifests)
     sections = _in_order(manifests)
     metas = [meta_of(manifests[s.path].sections[s.number]) for s in sections]
