@@ -174,7 +174,7 @@ def read_lineage(
     }
     wrong = [what for what, equal in same.items() if not equal]
     if wrong:
-        raise ExportError(f"{path}: the last run has other {' and '.join(wrong)} than this export; {FIX}")
+        raise ExportError(f"{path}: the last run and this export differ in {' and '.join(wrong)}; {FIX}")
     return found
 
 

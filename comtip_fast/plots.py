@@ -169,7 +169,7 @@ def calibration_table(measured_NG: np.ndarray, predicted_NG: np.ndarray, levels:
     measured, predicted = np.asarray(measured_NG, np.float64), np.asarray(predicted_NG, np.float64)
     if measured.shape != predicted.shape or not measured.size:
         raise ValueError(
-            f"calibration: measured has shape {measured.shape}, predicted {predicted.shape}; give equal shapes with values"
+            f"calibration: measured has shape {measured.shape}, predicted {predicted.shape}; pass two arrays of the same, non-empty shape"
         )
     m, p = measured.ravel(), predicted.ravel()
     edges = np.unique(np.quantile(p, np.linspace(0, 1, levels + 1)[1:-1]))

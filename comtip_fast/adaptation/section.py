@@ -142,8 +142,8 @@ def _facts(
     missing = [flag(name) for name in ("tissue", "donor") if not getattr(facts, name)]
     if missing:
         raise SourceError(
-            f"section {opened.section_id}: {' and '.join(missing)} not stated; the adapted model records the donor it was fitted "
-            "to, so that it is not tested on the same donor unnoticed. State them"
+            f"section {opened.section_id}: {' and '.join(missing)} not stated; state them: the adapted model records "
+            "them, and evaluation reports sections of the same donor as seen"
         )
     return LineageSection(
         section_id=opened.section_id,

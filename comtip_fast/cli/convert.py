@@ -1,4 +1,4 @@
-"""``comtip convert SECTION --out x.zarr``: SpatialData, or a folder of Space Ranger."""
+"""``comtip convert SECTION --out x.zarr``: write a section as a SpatialData store or as a folder of Space Ranger files."""
 
 from __future__ import annotations
 

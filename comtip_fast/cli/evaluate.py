@@ -113,7 +113,7 @@ def _task_options(args: argparse.Namespace, names: list[str]) -> TaskOptions | N
         given = {"--encoder": args.encoder, "--gene-sets": args.gene_sets, "--labels": args.labels}
         unused = [name for name, value in given.items() if value]
         if unused:
-            raise ValueError(f"{', '.join(unused)}: used by downstream tasks only; name some with --tasks")
+            raise ValueError(f"{', '.join(unused)}: used by downstream tasks only; select tasks with --tasks")
         return None
     from comtip_fast.evaluation.tasks.run import check_tasks, task_options
     from comtip_fast.inference import Predictor

@@ -137,8 +137,8 @@ def _read_table(path: Path) -> pd.DataFrame:
         raise ValueError(f"{path}: no column {' and '.join(missing)}; add it, one row per spot")
     rest = table.columns.difference([SECTION, SPOT])
     text = [str(c) for c in rest if not pd.api.types.is_numeric_dtype(table[c])]
-    if text or rest.empty:
-        raise ValueError(
-            f"{path}: {', '.join(text[:3]) or 'no column'} holds numbers; keep section, spot and features only"
-        )
+    if text:
+        raise ValueError(f"{path}: not numbers: {', '.join(text[:3])}; keep section, spot and features only")
+    if rest.empty:
+        raise ValueError(f"{path}: no column of features; add columns of numbers")
     return table.assign(**{SECTION: table[SECTION].astype(str), SPOT: table[SPOT].astype(str)})

@@ -43,7 +43,7 @@ class ModelSizes:
 
 
 class ImageOutput(NamedTuple):
-    """Tiles in the shared space."""
+    """Output of the image encoder for B tiles."""
 
     vector_BD: Tensor
     """Unit vectors z."""

@@ -175,7 +175,7 @@ def check_mask(config: VisionConfig, n_patches: int) -> None:
     if int(config.mask_ratio * n_patches) < 1:
         least = f"{1 / n_patches:.2g} hides one" if n_patches > 1 else "one patch cannot be hidden and seen"
         raise ValueError(
-            f"vision.mask_ratio={config.mask_ratio:g} hides none of the {n_patches} patches of a tile ({least}); give more, "
+            f"vision.mask_ratio={config.mask_ratio:g} hides none of the {n_patches} patches of a tile ({least}); increase it, "
             "make patches smaller (vision.patch_px), or turn masking off with loss.mfm=0"
         )
 

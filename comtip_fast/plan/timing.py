@@ -40,7 +40,7 @@ class ComputeTime:
 
     @property
     def bound(self) -> str:
-        """The limit with the most seconds."""
+        """Name of the roofline limit that takes longest."""
         return max(self.by_bound, key=lambda k: self.by_bound[k]) if self.by_bound else "compute"
 
 

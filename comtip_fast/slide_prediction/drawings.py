@@ -58,7 +58,7 @@ class Answer:
         return [index[g] for g in genes]
 
     def rows(self, columns: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield the first row and the values (n, columns) of consecutive rows."""
+        """Yield (index of the first row, values (n, columns)) of consecutive blocks of rows."""
         order = np.argsort(columns, kind="stable")
         wanted = np.asarray(columns, np.int64)[order]
         with h5py.File(self.path, "r") as file:

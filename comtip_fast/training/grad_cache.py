@@ -45,7 +45,7 @@ class PieceableTask(Protocol):
     def replay(
         self, module: nn.Module, batch: Any, piece: Any, gradients: Tensors, table: bool
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, float]]:
-        """Return a scalar whose gradient is the piece's, the loss parts computed per piece, and numbers to log."""
+        """Return (scalar whose backward pass gives the piece's gradients, loss parts of the piece, numbers to log)."""
         ...
 
     def cut(self, gradients: Tensors, pieces: list[Any]) -> list[Tensors]:

@@ -1,4 +1,4 @@
-"""Library products that the operators use next to their own kernels."""
+"""Matrix products by PyTorch (cuBLAS) that the operators use in addition to their own kernels."""
 
 from __future__ import annotations
 

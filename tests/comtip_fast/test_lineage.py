@@ -278,15 +278,15 @@ def edit(folder: Path, change: Any) -> None:
 
 BAD: dict[str, tuple[Any, str]] = {
     "no run": (lambda x: x.update(runs=[]), "no run"),
-    "the own run removed": (lambda x: x["runs"].pop(), "the last run has other"),
-    "other weights": (lambda x: x["runs"][-1].update(weights="0" * 64), "other weights"),
+    "the own run removed": (lambda x: x["runs"].pop(), "the last run and this export differ"),
+    "other weights": (lambda x: x["runs"][-1].update(weights="0" * 64), "differ in weights"),
     "a trained section relabelled": (
         lambda x: x["runs"][-1]["sections"][0].update(split="" if x["runs"][-1]["sections"][0]["split"] else "test"),
-        "other sections",
+        "differ in sections",
     ),
     "a gene removed": (
         lambda x: x["runs"][-1].update(trained_genes=x["runs"][-1]["trained_genes"][1:]),
-        "other trained",
+        "differ in trained",
     ),
     "an unknown split": (lambda x: x["runs"][0]["sections"][0].update(split="tset"), r"runs\.0\.sections\.0\.split"),
     "an unknown field": (lambda x: x["runs"][0].update(more=1), r"runs\.0\.more"),

@@ -309,3 +309,15 @@ def test_the_table_shows_intervals_and_leaves_undefined_cells_empty():
     first, second = text.splitlines()[1:]
     assert first.split() == ["pairs", "A", "head", "auc", "0.750", "0.700", "to", "0.800", "0.500", "-"]
     assert second.split() == ["probe", "A", "mean", "mse", "1.000", "-", "-"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [("section,spot,f0,note", "not numbers: note; keep"), ("section,spot", "no column of features; add")],
+)
+def test_a_table_of_features_names_the_columns_that_are_not_numbers(columns: str, message: str, tmp_path: Path):
+    values = {"section": "s", "spot": "a", "f0": "1.5", "note": "tumour"}
+    table = tmp_path / "features.csv"
+    table.write_text(f"{columns}\n{','.join(values[c] for c in columns.split(','))}\n")
+    with pytest.raises(ValueError, match=message):
+        FeatureFiles(table)

@@ -77,7 +77,7 @@ def read_benchmark(folder: Path, tasks: Sequence[str] | None = None) -> list[Ben
     FileNotFoundError
         The folder, a task or a file of a task does not exist.
     ValueError
-        A file cannot be read, a split is not paired, or a section is in both halves of a fold.
+        A file cannot be read, a train split has no test split, or a section is in both splits of a fold.
     """
     if not folder.is_dir():
         raise FileNotFoundError(
@@ -87,7 +87,7 @@ def read_benchmark(folder: Path, tasks: Sequence[str] | None = None) -> list[Ben
     missing = [t for t in tasks or [] if t not in found]
     if missing or not found:
         raise FileNotFoundError(
-            f"{folder}: no task {', '.join(missing) or '(a subfolder with splits/)'}; it has: {', '.join(found) or 'none'}"
+            f"{folder}: no task {', '.join(missing) or '(a subfolder with splits/)'}; it has: {', '.join(found) or 'none'}; name one of its tasks"
         )
     return [_read_task(folder / name) for name in (tasks or found)]
 

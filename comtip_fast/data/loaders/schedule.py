@@ -60,7 +60,7 @@ class EpochSchedule:
         return {k: v for k, v in self.__dict__.items() if k != "_lock"} | {"_process": -1}
 
     def section_of(self, spots: np.ndarray) -> np.ndarray:
-        """Return the section of each spot: int64, in the shape of ``spots``."""
+        """Return the section index of each spot, int64 in the shape of ``spots``."""
         return np.searchsorted(self._first_spot, spots, side="right") - 1
 
     def batches(self, epoch: int) -> list[np.ndarray]:

@@ -16,7 +16,7 @@ from comtip_fast.data.loaders.schedule import ScheduledBatch
 
 
 class WdsLoader(BaseLoader):
-    """Each of n = ``data.workers`` processes loads every n-th batch; about ``data.prefetch`` batches are ready.
+    """WebDataset loader: each of n = ``data.workers`` processes loads every n-th batch; ``data.prefetch`` are kept ready.
 
     Batches are passed through shared memory. If ``/dev/shm`` is too small (containers often have 64 MB), enlarge it or
     use another loader.

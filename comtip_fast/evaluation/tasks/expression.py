@@ -121,7 +121,7 @@ def _expression_rows(
 
 
 def mean_rows(rows: list[TaskRow], context: TaskContext) -> list[TaskRow]:
-    """Return the mean over sections of each method and metric that has several, with an interval over sections."""
+    """Return, per method and metric scored in several sections, the mean over sections with an interval over sections."""
     groups: dict[tuple[str, str, str], list[TaskRow]] = {}
     for row in rows:
         groups.setdefault((row.task, row.method, row.metric), []).append(row)

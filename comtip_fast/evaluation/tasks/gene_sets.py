@@ -28,7 +28,7 @@ def read_gmt(path: Path) -> GeneSets:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give gene sets in GMT format")
     if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f"{path}: larger than {MAX_BYTES >> 20} MiB; keep the gene sets to score")
+        raise ValueError(f"{path}: larger than {MAX_BYTES >> 20} MiB; keep only the gene sets to score")
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:

@@ -67,7 +67,7 @@ def weighted_pcc(a_NG: np.ndarray, b_NG: np.ndarray, weights_DN: np.ndarray) -> 
 
 
 def resampled(statistic: Callable[[np.ndarray], float], weights_DN: np.ndarray) -> Interval:
-    """Return the interval of a statistic of resampled spots; it gets the indices of the spots, repeated as drawn."""
+    """Return the bootstrap interval of ``statistic``, which is called with the indices of the drawn spots, with repeats."""
     index = np.arange(weights_DN.shape[1])
     return interval(np.array([statistic(np.repeat(index, w.astype(np.int64))) for w in weights_DN]))
 

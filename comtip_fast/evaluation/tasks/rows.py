@@ -48,7 +48,7 @@ def write_rows(rows: Sequence[TaskRow], facts: dict[str, Any], folder: Path) -> 
 
 
 def table(rows: Sequence[TaskRow]) -> str:
-    """Return the rows as text."""
+    """Format the rows as a table for the terminal."""
     head = ("task", "section", "method", "metric", "score", "95 % interval", "chance", "shuffled")
     cells = [head]
     for r in rows:

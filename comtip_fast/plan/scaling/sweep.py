@@ -149,7 +149,7 @@ def bottleneck(point: Point) -> str:
 
 
 def as_rows(result: Sweep) -> list[dict[str, Any]]:
-    """Return every point as plain data."""
+    """Return one dict per point, for CSV and JSON."""
     return [
         {
             "predicted": True,

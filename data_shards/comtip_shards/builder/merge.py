@@ -60,7 +60,7 @@ class FinishedSection:
         return stored_pages(shards.path / REPORTS, shards.manifest.sections[self.number].section_id)
 
     def runs(self, size: int) -> Iterator[RecordRun]:
-        """Yield the records in stored order; the layout does not depend on anything outside the section."""
+        """Yield the records in stored order, in runs of at most ``size``."""
         shards = _open(self.path, self.digest)
         section = shards.manifest.sections[self.number]
         measured = shards.measured(self.number)
@@ -130,7 +130,7 @@ def merge_sets(parts: Sequence[Path | str], out: Path, *, jobs: int = 1, progres
         raise ShardError("nothing to merge; give the folders of the sets")
     manifests = {str(p): ShardSet(p).manifest for p in parts}
     if len(manifests) != len(parts):
-        raise ShardError(f"{max(map(str, parts), key=[*map(str, parts)].count)}: is given twice; give each set once")
+        raise ShardError(f"{max(map(str, parts), key=[*map(str, parts)].count)} is given twice; give each set once")
     _check_settings(manifests)
     sections = _in_order(manifests)
     metas = [meta_of(manifests[s.path].sections[s.number]) for s in sections]

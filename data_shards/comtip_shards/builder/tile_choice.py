@@ -118,7 +118,7 @@ def scale_cost(section: Scaled, tile: TileSpec) -> str | None:
 
 
 def tile_text(sections: Sequence[Scaled], tile: TileSpec) -> list[str]:
-    """Return lines about the tile and what it costs, section by section."""
+    """Return lines with the tile geometry, and the resolution that each section loses by it."""
     costs = {s.section_id: scale_cost(s, tile) for s in sections}
     lines = [
         f"tiles of {tile.um:g} um in {tile.px} px ({tile.um / tile.px:.3g} um/px), images not finer than {tile.min_mpp:g} um/px"

@@ -17,6 +17,7 @@ from comtip_shards.format.statistics import (
     decode_statistics,
     encode_statistics,
 )
+from comtip_shards.names import FOREIGN
 from comtip_shards.reader.shard_set import ShardSet
 from comtip_shards.storage.atomic import write_atomic
 from comtip_shards.storage.cache import default_cache
@@ -84,7 +85,9 @@ def _add(
     try:
         counts = shards.counts(spots)
         if not measured[counts.indices].all():
-            raise ShardError(f"{shards.name}: counts for a gene that the section did not measure", kind="counts")
+            raise ShardError(
+                f"{shards.name}: counts for a gene that the section did not measure; {FOREIGN}", kind="counts"
+            )
     except ShardError as error:
         if error.kind == "remote":
             raise

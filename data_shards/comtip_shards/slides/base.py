@@ -67,7 +67,7 @@ def check_image_size(size: tuple[int, int], path: Path) -> tuple[int, int]:
 
 
 def check_whole_size(size: tuple[int, int], path: Path, what: str, file_bytes: int | None = None) -> None:
-    """Check an image that can only be decoded whole, before its pixels use memory.
+    """Check the size of an image that can only be decoded whole, before it is decoded.
 
     Parameters
     ----------

@@ -145,7 +145,7 @@ def pick(wanted: Sequence[str] | None, have: Sequence[str], where: Path) -> list
         if name not in have:
             near = difflib.get_close_matches(name, have, n=1, cutoff=0)
             raise UnknownSection(
-                f"{where}: no section {name!r}; did you mean {near[0] if near else '?'}? It has: {', '.join(have[:20])}"
+                f"{where}: no section {name!r}; {f'did you mean {near[0]}? It has' if near else 'it has'}: {', '.join(have[:20]) or 'none'}"
                 + (f" and {len(have) - 20} more" if len(have) > 20 else "")
             )
     return list(wanted)
@@ -153,7 +153,7 @@ def pick(wanted: Sequence[str] | None, have: Sequence[str], where: Path) -> list
 
 @contextmanager
 def named(what: str, inputs: Sequence[Path]) -> Iterator[None]:
-    """Make every refusal name the section, or one of its files.
+    """Context in which every error names the section or one of its files.
 
     Parameters
     ----------

@@ -56,7 +56,7 @@ class SectionPlan:
 def plan_rows(
     path: Path, rows: Sequence[StudyRow], opener: Opener, common: SourceOptions | None = None
 ) -> list[SectionPlan]:
-    """Look at the sections of each row; only headers are read, and nothing is written.
+    """Inspect the sections of each row; only headers are read, and nothing is written.
 
     Parameters
     ----------
@@ -158,7 +158,7 @@ def tile_bytes(mpp: float, tile: TileSpec) -> float:
 
 
 def estimate(plan: SectionPlan, tile: TileSpec) -> tuple[float, float] | None:
-    """Return (bytes, seconds of one process) of a section; None if its number of spots is unknown."""
+    """Return the estimated size in bytes and build time of a section in seconds of one process; None without a number of spots."""
     if plan.source is None or plan.size.spots is None:
         return None
     detected = min(MAX_DETECTED, (plan.size.genes or MAX_DETECTED) // 2)

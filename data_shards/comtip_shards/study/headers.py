@@ -31,7 +31,7 @@ _BLOCK = 1 << 20
 
 @dataclass(frozen=True)
 class SectionSize:
-    """Size of a section as its headers state it; ``None`` is only known when the section is read."""
+    """Size of a section according to its headers; None if only reading the section can tell."""
 
     spots: int | None = None
     genes: int | None = None

@@ -131,7 +131,7 @@ def _stated(source: SectionSource, row: StudyRow) -> SectionSource:
     if listed is not None and benchmark_of(meta, known) != listed:
         raise SourceError(
             f"{row.path}: the section {old.section_id} is in benchmark task {listed.task} and must keep its id, by which it "
-            "is kept out of training; remove the id, or append the old one to it"
+            "is excluded from training; leave the column id empty for it"
         )
     return source if meta == old else with_meta(source, meta)
 

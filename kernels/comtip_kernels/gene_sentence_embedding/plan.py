@@ -69,7 +69,7 @@ def sentence_start(length_N: Tensor) -> Tensor:
 
 
 def first_tokens(length_N: Tensor, tokens: int) -> Tensor:
-    """Return the first token of each token's sentence, int32 (S,), for S = ``tokens`` in all."""
+    """Return, for each of S = ``tokens`` tokens, the index of the first token of its sentence, int32 (S,)."""
     start_N = sentence_start(length_N).to(torch.int32)
     return torch.repeat_interleave(start_N, length_N, output_size=tokens)
 

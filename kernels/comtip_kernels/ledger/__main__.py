@@ -107,7 +107,7 @@ def parsed(row: dict[str, str]) -> LedgerRow:
 
 
 def sized_problems(path: Path) -> list[str]:
-    """Return where a named size moves or multiplies more than in the committed table, or is missing from it."""
+    """Return one message per named size whose bytes or FLOPs exceed those of the table ``path``, or that it lacks."""
     known = {(r["op"], r["part"], r["size"]): r for r in read(path)}
     out = []
     for row in (s.row() for s in sizes()):

@@ -54,7 +54,9 @@ def installed(release: str, folder: Path | None = None) -> Path:
             words = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
             done = subprocess.run([*words, "--target", temporary, wanted], capture_output=True, text=True, check=False)
             if done.returncode or not version_in(Path(temporary)):
-                raise RuntimeError(f"pip could not install {wanted} into {target}: {done.stderr.strip()[-500:]}")
+                raise RuntimeError(
+                    f"pip could not install {wanted} into {target}: {done.stderr.strip()[-500:]}; check the network, or install it there"
+                )
             shutil.rmtree(target, ignore_errors=True)
             Path(temporary).rename(target)
             Path(temporary).mkdir()  # for the context manager to remove

@@ -113,5 +113,5 @@ def packed_attention_cpu(q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor, length_N: 
 
 
 def packed_attention_qkv_cpu(qkv_S3HE: Tensor, length_N: Tensor, longest: int) -> Tensor:
-    """Return (S, H, E) for one projection, whose gradient is assembled batch by batch in the cache."""
+    """Return (S, H, E) for q, k, v stored together; their gradient is written batch by batch, to stay in the CPU cache."""
     return _packed((qkv_S3HE,), length_N)

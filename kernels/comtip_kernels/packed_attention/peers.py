@@ -149,7 +149,7 @@ def packed_attention_flash(q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor, length_N
 
 
 def packed_attention_varlen(q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor, length_N: Tensor, longest: int) -> Tensor:
-    """Return (S, H, E) by torch's varlen attention; raises ValueError if torch does not have it."""
+    """Compute packed attention with PyTorch's varlen attention, (S, H, E); raise ValueError if PyTorch does not have it."""
     function = _varlen()
     _require_16_bits("varlen", q_SHE)
 
@@ -161,5 +161,5 @@ def packed_attention_varlen(q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor, length_
 
 
 def packed_attention_sdpa(q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor, length_N: Tensor, longest: int) -> Tensor:
-    """Return (S, H, E) by padding, on any device."""
+    """Compute packed attention with PyTorch's SDPA on padded sentences, on any device; return (S, H, E)."""
     return _in_chunks(packed_attention_reference, q_SHE, k_SHE, v_SHE, length_N, longest)

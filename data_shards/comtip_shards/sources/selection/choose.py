@@ -16,7 +16,7 @@ _T = TypeVar("_T")
 
 
 def check_where(where: Mapping[str, Collection[str]]) -> dict[str, Collection[str]]:
-    """Resolve aliases of filter keys; unknown keys raise."""
+    """Return the filter with resolved key aliases; refuse unknown keys and empty lists of values."""
     out: dict[str, Collection[str]] = {}
     for key, values in where.items():
         key = ALSO_CALLED.get(key, key)
