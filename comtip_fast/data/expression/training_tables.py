@@ -192,7 +192,8 @@ def _all_levels(
     shards: ShardSet, train: np.ndarray, genes: np.ndarray, table: LevelTable, config: RunConfig
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return (readable training spots, their levels), read in chunks."""
-    spots, levels = [], []
+    spots: list[np.ndarray] = []
+    levels = []
     for start in range(0, train.size, CHUNK):
         damaged = start - sum(part.size for part in spots)
         readable, counts, _ = _read_counts(shards, train[start : start + CHUNK], config, damaged)

@@ -275,7 +275,7 @@ def assign_splits(
     splits: StatedSplits,
     allow_benchmark: Collection[str] = (),
     benchmark_ids: Path | None = None,
-    auto_split: tuple[float, float, float] | None = None,
+    auto_split: Sequence[float] | None = None,
     seed: int = 0,
 ) -> tuple[list[SectionMeta], SectionNotes]:
     """Return the sections with their final donors and splits, and notes; parameters as in :func:`build_shards`.

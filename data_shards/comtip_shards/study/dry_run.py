@@ -9,11 +9,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from comtip_shards.builder.build import StatedSplits, assign_splits
+from comtip_shards.builder.build import assign_splits
 from comtip_shards.builder.tile_choice import CHANGE, scale_cost, tile_text
 from comtip_shards.errors import SourceError
 from comtip_shards.format.manifest import TileSpec
 from comtip_shards.sections.facts import SectionFacts, SourceOptions
+from comtip_shards.sections.section import StatedSplits
 from comtip_shards.sources import detect, locate
 from comtip_shards.sources.base import SectionSource
 from comtip_shards.storage.remote import is_url
@@ -113,7 +114,7 @@ def _probe(
 
 
 def plan_splits(
-    plans: Sequence[SectionPlan], splits: StatedSplits, auto_split: tuple[float, float, float] | None, **policy: Any
+    plans: Sequence[SectionPlan], splits: StatedSplits, auto_split: Sequence[float] | None, **policy: Any
 ) -> tuple[list[SectionPlan], str | None]:
     """Return the plans with the donors and splits that a build would assign, or with why it would refuse them.
 
