@@ -23,7 +23,7 @@ KINDS = {
     "send": "send",
     "recv": "recv",
 }
-"""Kind of a collective by what the name of its operator begins with, underscores aside; others are ``other``."""
+"""Kind of a collective by the beginning of its operator's name without leading underscores; others are ``other``."""
 SENT_KINDS = ("all_reduce", "all_gather", "reduce_scatter", "send", "other")
 """Kinds that the table counts; a receive is the other end of a send."""
 
