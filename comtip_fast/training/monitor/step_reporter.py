@@ -70,6 +70,10 @@ class StepReporter:
         """Read and report all steps so far, before anything that depends on them."""
         self._report(progress, read_steps(self._pending))
 
+    def discard(self) -> None:
+        """Forget the steps that were not reported, unread: for benchmarks, whose host must not wait."""
+        self._pending.clear()
+
     def log(self, row: dict[str, Any]) -> None:
         """Write one row to every logger."""
         for logger in self.loggers:
