@@ -1,4 +1,4 @@
-"""Write a section, a prediction or an embedding as SpatialData, or as a folder of Space Ranger."""
+"""Write a section, a prediction or an embedding as SpatialData, or as a folder in Space Ranger's layout."""
 
 from __future__ import annotations
 

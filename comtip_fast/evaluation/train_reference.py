@@ -108,6 +108,14 @@ def mean_colour(tiles_NSS3: np.ndarray) -> np.ndarray:
     return mean
 
 
+def mean_colours(tiles: TileSource) -> np.ndarray:
+    """Return :func:`mean_colour` of all tiles, read in chunks, float64 (N, 3)."""
+    out = np.empty((len(tiles), 3))
+    for rows, chunk in tiles.chunks():
+        out[rows] = mean_colour(chunk)
+    return out
+
+
 class TrainReference:
     """The training sections of a model; each cohort is read once.
 

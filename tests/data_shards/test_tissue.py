@@ -63,7 +63,7 @@ LAMPS = {
 
 
 @pytest.mark.parametrize("lamp", LAMPS)
-def test_tissue_and_glass_are_told_apart_in_any_exposure(lamp: str):
+def test_tissue_and_glass_are_distinguished_in_any_exposure(lamp: str):
     pixels, tissue = picture(np.random.default_rng(0))
     found = context(pixels * LAMPS[lamp])
     want = tissue[::CELL, ::CELL]

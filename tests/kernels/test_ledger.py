@@ -40,7 +40,7 @@ def as_text(row: LedgerRow) -> dict[str, str]:
         ({"special": 7}, "7 special-function instructions, it was 6"),
     ],
 )
-def test_a_worse_row_is_told(change: dict, message: str):
+def test_a_worse_row_is_reported(change: dict, message: str):
     assert problems(GOOD, as_text(GOOD)) == []
     assert any(message in p for p in problems(dataclasses.replace(GOOD, **change), as_text(GOOD)))
 

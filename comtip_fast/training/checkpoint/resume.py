@@ -76,6 +76,6 @@ def prepare_run_folder(
     check_same_run(run_dir, checkpoint.state, config, fingerprint, size, device)
     checkpoints.quarantine_newer(folder, step)
     best = checkpoint.state["best_step"]
-    checkpoints.prune(folder, config.train.keep_checkpoints, best or None)  # as after a save
+    checkpoints.prune(folder, config.train.keep_checkpoints, best or None)  # as after every save
     keep_rows_up_to(run_dir / NONFINITE, step)
     return found

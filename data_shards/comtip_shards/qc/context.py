@@ -163,7 +163,7 @@ class SectionContext:
     def fit(self, xy: np.ndarray) -> float:
         """Return the fit of expression to the image with all spots at ``xy`` (n, 2), px of the downsampled image.
 
-        It is 0 if most spots are off tissue, because glass and frames explain some of any map by chance.
+        It is 0 if most spots lie off the tissue, where glass and frame would correlate with any map by chance.
         """
         if self.on_tissue(xy[self._expression[0]]).mean() < MIN_ON_TISSUE:
             return 0.0

@@ -77,7 +77,7 @@ def glass_density(density_HW3: np.ndarray, seen: np.ndarray) -> np.ndarray | Non
     height, width = mean.shape
     grid = np.stack(np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij"), -1)
     design = np.concatenate([np.ones((height, width, 1)), grid], -1).astype(np.float32)
-    for _ in range(4):  # towards darker parts of the slide, along the slope of the lit ones
+    for _ in range(4):  # refit the background plane; each time it includes darker areas
         if glass.mean() < MIN_GLASS:
             return None
         step = max(1, int(glass.sum() // 20_000))

@@ -40,7 +40,9 @@ def problems(row: LedgerRow, before: dict[str, str] | None) -> list[str]:
         "special": "special-function instructions",
     }
     for name, text in more_is_worse.items():
-        if getattr(row, name) > int(before.get(name) or getattr(row, name)):  # a table of before the count was added
+        if getattr(row, name) > int(
+            before.get(name) or getattr(row, name)
+        ):  # tables written before this column existed
             out.append(f"{where}: {getattr(row, name)} {text}, it was {before[name]}")
     for name, text in (("loads_128", "128-bit loads"), ("async_copies", "asynchronous copies")):
         if getattr(row, name) < int(before[name]):
