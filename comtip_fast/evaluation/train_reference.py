@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from comtip_shards import ShardSet
 from comtip_shards.sections.section import cohort_of
 from comtip_shards.slides.tiles import StainStats, normalise_stain
+from comtip_shards.storage.remote import is_url
 from scipy import sparse
 
 from comtip_fast.data.expression.levels import log1p_cp10k
@@ -21,6 +23,7 @@ from comtip_fast.inference import Predictor, SectionFeatures
 from comtip_fast.inference.feature_store import FeatureColumns, FeatureStore
 from comtip_fast.inference.section import row_blocks
 from comtip_fast.lineage import LineageSection
+from comtip_fast.shards import shards_of_run
 
 log = logging.getLogger("comtip_fast")
 MIN_DETECTION = 0.1
@@ -100,6 +103,22 @@ def spot_inputs(
     if frozen is not None:
         inputs["ridge_frozen"] = {"mean and standard deviation of the frozen stem's patch features": frozen}
     return inputs
+
+
+def training_shards(run: Path, configured: str, given: Path | str | None) -> ShardSet:
+    """Open the shard set with the training sections; a URL in the run's config is not fetched."""
+    train = str(given) if given else shards_of_run(run, configured)
+    if given is None and is_url(train):
+        raise ValueError(
+            f"{run}: its config names the training sections by the URL {train}, which is not fetched, because a model's config is not trusted; "
+            "if you trust it, give it with --train-shards"
+        )
+    if not is_url(train) and not (Path(train) / "manifest.json").is_file():
+        raise FileNotFoundError(
+            f"{train}: no shard set here, but the ridge baselines train on the model's own training sections; "
+            "give them with --train-shards"
+        )
+    return ShardSet(train)
 
 
 def mean_colour(tiles_NSS3: np.ndarray) -> np.ndarray:

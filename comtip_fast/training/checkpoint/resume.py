@@ -9,10 +9,9 @@ import torch
 
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.training.checkpoint import store as checkpoints
+from comtip_fast.training.checkpoint.rows import NONFINITE, keep_rows_up_to
 from comtip_fast.training.checkpoint.run_state import check_same_run
 from comtip_fast.training.checkpoint.store import Checkpoint
-from comtip_fast.training.monitor.loggers import keep_rows_up_to
-from comtip_fast.training.nonfinite import NONFINITE
 from comtip_fast.training.protocol import TrainingError
 
 log = logging.getLogger("comtip_fast")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.runtime import devices
-from comtip_fast.training.engines import deepspeed_internals as internals
+from comtip_fast.training import deepspeed_internals as internals
 
 
 @dataclass(frozen=True)

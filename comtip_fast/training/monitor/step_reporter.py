@@ -12,13 +12,14 @@ import torch
 from comtip_fast.collectives import Group
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.runtime import devices
+from comtip_fast.training.checkpoint.rows import NONFINITE
 from comtip_fast.training.checkpoint.run_state import RunState
 from comtip_fast.training.distributed.comm_timer import clock_of
 from comtip_fast.training.distributed.rank_numbers import RankNumbers
 from comtip_fast.training.monitor.diagnostics import diagnostic
 from comtip_fast.training.monitor.loggers import Logger
 from comtip_fast.training.monitor.monitor import EVENTS, Events, SpikeDetector, ThroughputMeter
-from comtip_fast.training.nonfinite import NONFINITE, nonfinite_message, report_nonfinite
+from comtip_fast.training.monitor.nonfinite import nonfinite_message, report_nonfinite
 from comtip_fast.training.pending import FinishedStep, PendingStep, as_floats, read_steps
 from comtip_fast.training.protocol import StepCost, TrainingError, TrainingTask
 
