@@ -62,7 +62,9 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
             if key.startswith(name + BASE + "."):
                 weight = key.endswith(f"{BASE}.weight")
                 plain = key.replace(BASE, "", 1)
-                state[plain] = value + sum(module.get_delta_weight(a) for a in module.active_adapters) if weight else value
+                state[plain] = (
+                    value + sum(module.get_delta_weight(a) for a in module.active_adapters) if weight else value
+                )
     return state
 
 

@@ -134,7 +134,10 @@ class VisionEncoder(nn.Module):
         """Return timm's patterns of the layers of a Vision Transformer, by which timm computes layer decay."""
         found: dict[str, Any] = VisionTransformer.group_matcher(self, coarse)
         # Names that follow timm's stem: tokens of distilled models, and norms after the blocks.
-        return found | {"stem": rf"{found['stem']}|dist_token", "blocks": [found["blocks"][0], (r"^(fc_)?norm\.", (99999,))]}
+        return found | {
+            "stem": rf"{found['stem']}|dist_token",
+            "blocks": [found["blocks"][0], (r"^(fc_)?norm\.", (99999,))],
+        }
 
     def positions(self, visible_BV: Tensor | None, batch: int) -> Tensor:
         """Return the position embeddings (B, V, d) of all patches, or of those of ``visible_BV``."""

@@ -70,7 +70,9 @@ def load_weights(vit: VisionTransformer, path: Path) -> LoadReport:
     unexpected = tuple(sorted(state.keys() - used))
     # A tensor of the encoder that this model lacks means another architecture, e.g. more blocks.
     foreign = [k for k in unexpected if k.split(".")[0] in ENCODER and k not in own]
-    other = [f"{k} {_shape(state[k])} instead of {_shape(own[k])}" for k in used & state.keys() if _differs(state, own, k)]
+    other = [
+        f"{k} {_shape(state[k])} instead of {_shape(own[k])}" for k in used & state.keys() if _differs(state, own, k)
+    ]
     if missing or foreign or other:
         found = {"lacks": missing, "also holds": foreign, "has": sorted(other)}
         raise ValueError(_misfit(path, "; ".join(_some(what, names) for what, names in found.items() if names), read))
@@ -159,7 +161,15 @@ def _read(path: Path) -> dict[str, Tensor]:
         )
     try:
         state = load_state_dict(str(path), weights_only=True)
-    except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError) as error:
+    except (
+        SafetensorError,
+        RuntimeError,
+        pickle.UnpicklingError,
+        EOFError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"vision.pretrained={path}: cannot be read as weights ({reason}); save a state dict, as safetensors if you can"
