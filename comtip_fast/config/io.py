@@ -14,6 +14,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from comtip_fast.config.schema import CONFIG_VERSION, RunConfig
+from comtip_fast.config.vision import VitConfig
 
 
 class ConfigError(ValueError):
@@ -286,6 +287,10 @@ def _model_rules(c: RunConfig) -> list[Rule]:
         (genes.held_out_every != 1, "genes.held_out_every: 1 would hold out every gene; use 0 or at least 2"),
         (c.panel.min_genes <= c.panel.max_genes, "panel.max_genes: must not be below panel.min_genes"),
         (v.width % v.heads == 0, "vision.heads: must divide vision.width"),
+        (
+            v.backbone != "small" or v.vit == VitConfig(),
+            "vision.vit: applies to timm backbones; with backbone=small set vision.width, depth, heads and patch_px",
+        ),
         (t.width % t.heads == 0, "text.heads: must divide text.width"),
     ]
 

@@ -110,13 +110,13 @@ def normalisation(config: VisionConfig, vit: VisionTransformer | None = None) ->
     if config.pretrained == "hub" and vit is not None:
         mean, std = _of_facts(vit.pretrained_cfg, "timm", config.backbone)
         origin = "timm"
-    elif config.pretrained:
+    elif config.pretrained and config.backbone != "small":
         facts = Path(config.pretrained).parent / "config.json"
         if facts.is_file():
             mean, std = _of_facts(_read_facts(facts, config), str(facts), config.backbone)
             origin = str(facts)
     mean, std = config.pixel_mean or mean, config.pixel_std or std
-    if config.pretrained:
+    if config.pretrained and config.backbone != "small":
         stated = "" if None in (config.pixel_mean, config.pixel_std) else "the config instead of "
         log.info("tiles are normalised with mean %s and spread %s (from %s%s)", mean, std, stated, origin)
     return mean, std

@@ -6,6 +6,7 @@ and resumed therefore computes the same losses and weights as an uninterrupted o
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import time
@@ -362,6 +363,7 @@ class Trainer:
         state = self.engine.optimizer_state(every_rank=True)
         with self.engine.gathered_for_read(every_rank=True):
             self.engine.close()
+            gc.collect()  # DDP's wrapper and its buckets refer to each other
             self._freezing.apply(self.task.module, step)
             engine = make_engine(self.task.module, self.config, self.group)
         self.engine = engine

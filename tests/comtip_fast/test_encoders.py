@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from comtip_fast.config.io import ConfigError, load_config
 from comtip_fast.config.schema import RunConfig, VisionConfig
 from comtip_fast.config.vision import LoraConfig, VitConfig
 from comtip_fast.models import CoMTIP, ModelSizes, VisionEncoder
@@ -111,6 +112,11 @@ def test_true_shapes_of_pathology_encoders_build_without_memory(name: str, vit: 
         encoder = VisionEncoder(VisionConfig(backbone=name, vit=vit), 224)
     assert sum(p.numel() for p in encoder.parameters()) / 1e6 == pytest.approx(millions, abs=1)
     assert encoder.n_patches == (224 // encoder.patch_px) ** 2
+
+
+def test_an_architecture_of_timm_is_refused_for_the_small_encoder() -> None:
+    with pytest.raises(ConfigError, match=r"vision\.vit: applies to timm backbones"):
+        load_config(None, ["vision.vit.depth=2"])
 
 
 # -- weights from files -----------------------------------------------------------------------------------------
