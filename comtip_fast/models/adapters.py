@@ -7,6 +7,7 @@ names of a model without adapters, so that they need neither the library nor the
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,18 +54,17 @@ def add_adapters(encoder: nn.Module, config: LoraConfig) -> None:
 @torch.no_grad()
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
     """Return the state dict of ``model`` with every adapter added to the weights of its layer; copies only adapted weights."""
-    state = dict(model.state_dict())
+    state: dict[str, Tensor] = dict(model.state_dict())
     for name, module in model.named_modules():
         if not hasattr(module, "base_layer") or not hasattr(module, "get_delta_weight"):
             continue
-        for key in [k for k in state if k.startswith(f"{name}.")]:
-            value = state.pop(key)
-            if key.startswith(name + BASE + "."):
-                weight = key.endswith(f"{BASE}.weight")
-                plain = key.replace(BASE, "", 1)
-                state[plain] = (
-                    value + sum(module.get_delta_weight(a) for a in module.active_adapters) if weight else value
-                )
+        layer: Any = module
+        own = [key for key in state if key.startswith(f"{name}.")]
+        for key, value in [(key, state.pop(key)) for key in own]:
+            if key.startswith(f"{name}{BASE}."):
+                state[plain_name(key)] = value
+        for adapter in layer.active_adapters:
+            state[f"{name}.weight"] = state[f"{name}.weight"] + layer.get_delta_weight(adapter)
     return state
 
 

@@ -245,7 +245,7 @@ def _build_vit(config: VisionConfig, tile_px: int) -> VisionTransformer:
 
 def _timm_arguments(config: VitConfig) -> Mapping[str, Any]:
     """Return the arguments of timm's constructor for the settings that are not ``null``."""
-    named = {
+    named: dict[str, Any] = {
         "patch_size": config.patch_px,
         "embed_dim": config.width,
         "depth": config.depth,

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -122,21 +124,23 @@ def normalisation(config: VisionConfig, vit: VisionTransformer | None = None) ->
     return mean, std
 
 
-def _of_facts(facts: dict[str, object], origin: str, backbone: str) -> tuple[Channels, Channels]:
+def _of_facts(facts: dict[str, Any], origin: str, backbone: str) -> tuple[Channels, Channels]:
     out: list[Channels] = []
     for key, default in (("mean", PIXEL_MEAN), ("std", PIXEL_STD)):
         value = facts.get(key, default)
-        numbers = isinstance(value, list | tuple) and len(value) == 3 and all(isinstance(v, int | float) for v in value)
-        if not numbers or (key == "std" and min(value) <= 0):  # type: ignore[arg-type, type-var]
+        try:
+            r, g, b = (float(v) for v in value)
+        except (TypeError, ValueError):
+            r = g = b = math.nan
+        if not all(map(math.isfinite, (r, g, b))) or (key == "std" and min(r, g, b) <= 0):
             raise ValueError(
-                f"{origin}: {key}={value!r} of {backbone} are not three numbers; set vision.pixel_mean and vision.pixel_std"
+                f"{origin}: {key}={value!r} of {backbone} is not three numbers; set vision.pixel_mean and vision.pixel_std"
             )
-        r, g, b = (float(v) for v in value)  # type: ignore[attr-defined]
         out.append((r, g, b))
     return out[0], out[1]
 
 
-def _read_facts(path: Path, config: VisionConfig) -> dict[str, object]:
+def _read_facts(path: Path, config: VisionConfig) -> dict[str, Any]:
     """Return ``pretrained_cfg`` of a model folder as timm writes it; warn if it describes another architecture."""
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))

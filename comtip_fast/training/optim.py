@@ -47,7 +47,8 @@ def make_optimizer(module: nn.Module, config: OptimConfig, *, fused: bool = Fals
 
 def part_of(name: str, config: OptimConfig) -> PartConfig | VisionPartConfig:
     """Return the settings of the part of the model that a parameter belongs to."""
-    return {"vision": config.vision, "genes": config.text}.get(name.split(".", maxsplit=1)[0], config.heads)
+    parts: dict[str, PartConfig | VisionPartConfig] = {"vision": config.vision, "genes": config.text}
+    return parts.get(name.split(".", maxsplit=1)[0], config.heads)
 
 
 def layer_scales(module: nn.Module, decay: float) -> dict[str, float]:
