@@ -136,7 +136,7 @@ class VisionEncoder(nn.Module):
         # Names that follow timm's stem: tokens of distilled models, and norms after the blocks.
         return found | {
             "stem": rf"{found['stem']}|dist_token",
-            "blocks": [found["blocks"][0], (r"^(fc_)?norm\.", (99999,))],
+            "blocks": [found["blocks"][0], (r"^(?:fc_)?norm\.", (99999,))],
         }
 
     def positions(self, visible_BV: Tensor | None, batch: int) -> Tensor:

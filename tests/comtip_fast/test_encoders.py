@@ -22,7 +22,7 @@ from comtip_fast.models import CoMTIP, ModelSizes, VisionEncoder
 from comtip_fast.models.adapters import merged_state
 from comtip_fast.plan.sizes import build_on_meta
 
-# One of each kind of timm ViT: class and register tokens, none of them, tokens of distillation, norms before, after and beside
+# One of each kind of timm ViT: class and register tokens, none of them, tokens of distillation, norms before, after and around
 # the blocks, parallel blocks, SwiGLU, attention pooling, position embeddings with and without the class token.
 KINDS = [
     "test_vit",
