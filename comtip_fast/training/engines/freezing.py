@@ -1,8 +1,8 @@
 """Parameters that are not trained, for the whole run or up to a step (``optim.freeze``).
 
-A frozen parameter has ``requires_grad=False`` when the engine is built, so that it has no gradient, no optimizer state and no
-A frozen parameter has ``requires_grad=False`` when the engine is built, so that it has no gradient, no optimizer state and is in
-no bucket of DDP and ZeRO. When it thaws, the trainer builds the engine again.
+A frozen parameter has ``requires_grad=False`` when the engine is built, so that it has no gradient, no optimizer state, and is
+in no bucket of DDP and ZeRO. When it thaws, the trainer builds the engine again.
+"""
 
 from __future__ import annotations
 
