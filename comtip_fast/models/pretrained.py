@@ -10,6 +10,7 @@ import logging
 import math
 import pickle
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,8 @@ def normalisation(config: VisionConfig, vit: VisionTransformer | None = None) ->
     std: Channels = PIXEL_STD
     origin = "ImageNet"
     if config.pretrained == "hub" and vit is not None:
-        mean, std = _of_facts(vit.pretrained_cfg, "timm", config.backbone)
+        facts_of_timm: Any = vit.pretrained_cfg
+        mean, std = _of_facts(facts_of_timm, "timm", config.backbone)
         origin = "timm"
     elif config.pretrained and config.backbone != "small":
         facts = Path(config.pretrained).parent / "config.json"
@@ -189,7 +191,7 @@ def _differs(a: dict[str, Tensor], b: dict[str, Tensor], name: str) -> bool:
     return a[name].shape != b[name].shape
 
 
-def _some(what: str, names: tuple[str, ...] | list[str]) -> str:
+def _some(what: str, names: Sequence[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{what} {', '.join(names[:3])}{more}"
 
