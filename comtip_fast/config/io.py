@@ -309,10 +309,15 @@ def _engine_rules(c: RunConfig) -> list[Rule]:
     nvme = "nvme" in (e.offload_optimizer, e.offload_param)
     offloads = e.offload_optimizer != "none" or e.offload_param != "none"
     on_state, on_parameters = e.offload_optimizer, e.offload_param
+    thaws = any(last for _, last in c.optim.freeze)
     return [
         (not offloads or e.kind == "deepspeed", "engine.offload_*: needs engine.kind=deepspeed"),
         (on_state == "none" or e.zero_stage >= 1, "engine.offload_optimizer: needs engine.zero_stage 1 to 3"),
         (on_parameters == "none" or e.zero_stage == 3, "engine.offload_param: needs engine.zero_stage=3"),
         (on_state != "nvme" or e.zero_stage == 3, "engine.offload_optimizer=nvme: needs engine.zero_stage=3"),
+        (
+            not thaws or e.kind != "deepspeed",
+            "optim.freeze: a last frozen step needs engine.kind auto, ddp or single; with deepspeed freeze for all steps (0)",
+        ),
         (not nvme or e.nvme_path != "", "engine.nvme_path: must name a folder on the NVMe drive"),
     ]

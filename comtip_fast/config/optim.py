@@ -59,5 +59,5 @@ class OptimConfig:
     """All other parameters: projections, pooling, pair head, temperatures and mask feature generator."""
     freeze: tuple[tuple[Pattern, CountOrZero], ...] = ()
     """Parameters that are not trained: pairs of a name and the last step for which it is frozen, 0 for all steps, e.g.
-    ``[[vision, 500], [vision.blocks.[0-5], 0]]``. A name is that of a module or parameter and may contain ``*``, ``?``
-    and ``[...]``. Frozen parameters have no optimizer state."""
+    ``[[vision, 500], ["vision.blocks.[0-5]", 0]]``. A name is that of a module or parameter and may contain ``*``, ``?``
+    and ``[...]``. Frozen parameters have no optimizer state. With DeepSpeed, all steps only."""

@@ -111,6 +111,12 @@ def test_rules_that_cannot_be_meant_are_refused(rules: list[list[object]], messa
         Freezing(CoMTIP(run, SIZES), run.optim.freeze)
 
 
+def test_deepspeed_freezes_for_all_steps_only() -> None:
+    with pytest.raises(ConfigError, match=r"optim\.freeze: a last frozen step needs"):
+        config("optim.freeze=[[vision, 5]]", "engine.kind=deepspeed")
+    assert config("optim.freeze=[[vision, 0]]", "engine.kind=deepspeed").optim.freeze
+
+
 @pytest.mark.parametrize("value", ["[[vision, -1]]", "[vision]", "[[vision, 1.5]]", "[['', 1]]"])
 def test_values_out_of_bounds_are_refused(value: str) -> None:
     with pytest.raises(ConfigError, match=r"optim\.freeze"):
@@ -153,7 +159,7 @@ def stop_at(step: int, stop: int) -> None:
 
 @pytest.mark.slow
 def test_two_ranks_thaw_and_resume_as_one_process(tiny_shards: ShardSet, tmp_path: Path) -> None:
-    """DDP over gloo: thaw at steps 5 and 9, stopped and resumed at step 6 (all engines: bench/train/curves.py --runs frozen)."""
+    """DDP over gloo: thaw at steps 5 and 9, stopped and resumed at step 6 (further runs: bench/train/curves.py --runs frozen)."""
     rows = curves.run(str(tiny_shards.path), tmp_path, 12, [2], "frozen-quick")
     assert [row["ok"] for row in rows] == [True], rows
 
