@@ -35,6 +35,7 @@ from comtip_fast.lineage import (
     parse_section,
 )
 from comtip_fast.models import CoMTIP, ModelSizes
+from comtip_fast.models.pretrained import fill_normalisation
 from comtip_fast.models.readout import LinearReadout, feature_width
 
 EXPORT_FORMAT, EXPORT_VERSION, READABLE_VERSIONS = "comtip-export", 3, (1, 2, 3)
@@ -205,6 +206,8 @@ class Bundle:
         arrays = _read_tensors(load_arrays, folder / "levels.safetensors")
         export_checks.check_levels(arrays, folder / "levels.safetensors", sizes.n_identities, sizes.n_levels)
         weights = _read_tensors(load_file, folder / "model.safetensors")
+        for encoder in ("vision.", "teacher."):  # absent in exports of earlier versions
+            fill_normalisation(weights, encoder)
         model = CoMTIP(config, sizes)
         export_checks.check_weights(weights, model.state_dict(), folder / "model.safetensors")
         model.load_state_dict(weights)

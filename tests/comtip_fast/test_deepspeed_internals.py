@@ -20,7 +20,7 @@ SWAP_METHODS = (
     "_optimizer_states_and_gradient_swap_in",
     "_optimizer_states_and_gradient_swap_out",
 )
-ZERO_3 = (*SWAP_METHODS, "fp32_partitioned_groups_flat", "_global_grad_norm")
+ZERO_3 = (*SWAP_METHODS, "fp32_partitioned_groups_flat", "sub_group_to_group_id", "_global_grad_norm")
 ZERO_1_2 = ("_lazy_init_hp_params_optimizer_state", "single_partition_of_fp32_groups", "_global_grad_norm")
 
 

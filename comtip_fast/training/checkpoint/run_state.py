@@ -34,6 +34,9 @@ FREE_KEYS = {
     "optim.warmup_steps",
     "optim.weight_decay",
     "optim.clip",
+    "optim.freeze",
+    *(f"optim.{part}.{key}" for part in ("vision", "text", "heads") for key in ("lr_scale", "weight_decay")),
+    "optim.vision.layer_decay",
     "data.shards",
     # The tiles themselves are compared with these, and are part of the input's fingerprint.
     "data.tile_px",

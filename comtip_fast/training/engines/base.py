@@ -83,12 +83,16 @@ class Engine(Protocol):
         """Return a context in which rank 0, or every rank, can read the task's own module; a collective call."""
         ...
 
-    def optimizer_state(self) -> dict[str, Tensor]:
-        """Return the full optimizer state, ``<parameter>/<entry>``, on rank 0's CPU; a collective call."""
+    def optimizer_state(self, *, every_rank: bool = False) -> dict[str, Tensor]:
+        """Return the full optimizer state, ``<parameter>/<entry>``, on the CPU of rank 0 or of every rank; a collective call."""
         ...
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Load the state that :meth:`optimizer_state` of any engine returned; called on every rank."""
+        ...
+
+    def close(self) -> None:
+        """Release hooks and state, before another engine is built for the module; called within :meth:`gathered_for_read`."""
         ...
 
 
