@@ -61,9 +61,10 @@ rehearsal-grid: $(VENV)/installed-dev  ## nightly: the ledger with the oldest an
 	PYTHONPATH=kernels $(BIN)/python -m comtip_kernels.ledger --check --triton 3.9
 	PYTHONPATH=.:kernels:data_shards $(BIN)/python -m testkit.rehearsal --check --all
 
-bench: $(VENV)/installed-dev  ## microbenchmarks of the CPU kernels and their peers (COMTIP_BENCH=full: the sizes in the docs)
+bench: $(VENV)/installed-dev  ## microbenchmarks of the CPU kernels and their peers; fails if one is slower than bench/cpu_ratios.csv allows
 	PYTHONPATH=bench/kernels $(BIN)/python -m pytest bench/kernels --benchmark-only --benchmark-max-time=0.2 \
 	  --benchmark-min-rounds=3 --benchmark-columns=median,iqr,rounds --benchmark-sort=name
+	PYTHONPATH=bench/kernels $(BIN)/python bench/kernels/cpu_ratios.py --check
 
 format: $(VENV)/installed-dev  ## format the code with ruff
 	$(BIN)/ruff check --fix .

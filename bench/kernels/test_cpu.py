@@ -1,7 +1,7 @@
 """Microbenchmarks of the CPU paths and their peers with pytest-benchmark: ``make bench``.
 
-Sizes are small enough for CI; COMTIP_BENCH=full uses those of kernels/README.md. No time makes a test fail: groups show ratios, and
-the tables of the docs come from the ``bench_*.py`` scripts, which interleave.
+Sizes are small enough for CI; COMTIP_BENCH=full uses those of kernels/README.md. No time makes one of these fail: ``cpu_ratios.py``
+compares with the committed ratios, and the tables of the docs come from the ``bench_*.py`` scripts, which interleave.
 """
 
 import os

@@ -59,6 +59,7 @@ class StandInDDP(nn.Module):
         self._seen += size
         if self._filled >= self._cap or self._seen == self._total:
             self.mode.record.collectives["ddp::all_reduce"] += 1
+            self.mode.record.sent["ddp::all_reduce"] += int(self._filled)
             self._filled = 0.0
         if self._seen == self._total:
             self._seen = 0

@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from testkit.rehearsal.costs import tensor_bytes
 from testkit.rehearsal.record import RehearsalError, code_line
 from testkit.rehearsal.stand_in import StandInMode, is_stand_in
 
@@ -85,6 +86,7 @@ def recorded_launches(mode: StandInMode) -> Iterator[None]:
         shapes = tuple((str(t.dtype).removeprefix("torch."), tuple(t.shape), tuple(t.stride())) for t in tensors)
         if not mode.record.paused:
             mode.record.launches.append(Launch(entry, tuple(grid), shapes, code_line()))
+            mode.record.moved_bytes += tensor_bytes(tensors)
 
     with mock.patch.object(JITFunction, "run", run):
         yield

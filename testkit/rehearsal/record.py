@@ -54,6 +54,14 @@ class Record:
     """(what, code line) of every wait of the host for the device."""
     uploads: list[Upload] = field(default_factory=list)
     collectives: Counter[str] = field(default_factory=Counter)
+    sent: Counter[str] = field(default_factory=Counter)
+    """Bytes that this rank gives to its collectives, by operator."""
+    flops: int = 0
+    """FLOPs of the operators' products, those of the project's own kernels excluded."""
+    moved_bytes: int = 0
+    """Bytes that operators and launches read and write, every operand and result once."""
+    saved_bytes: int = 0
+    """The most bytes held for the backward pass at any time (:func:`testkit.rehearsal.costs.count_saved`)."""
     data_shapes: Counter[tuple[str, str]] = field(default_factory=Counter)
     """(operator, code line) of every operator whose output shape depends on data; each is a wait as well."""
     paused: bool = False

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from testkit.rehearsal.costs import moved_bytes, operator_flops, tensor_bytes
 from testkit.rehearsal.record import Record, RehearsalError
 
 CUDA = torch.device("cuda", 0)
@@ -80,7 +81,7 @@ class StandInMode(TorchDispatchMode):
         if name in _WAITING:
             self.record.wait(name)
         out = self._compute(func, args, kwargs)
-        self._count(func, name)
+        self._count(func, args, kwargs, out)
         self._keep_values(func, args, kwargs, out)
         return out
 
@@ -90,9 +91,12 @@ class StandInMode(TorchDispatchMode):
         with self.fake:
             return func(*args, **kwargs)
 
-    def _count(self, func: Any, name: str) -> None:
+    def _count(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        name = func._schema.name
         if not self.record.paused and not func.is_view and not name.startswith(_NO_KERNEL):
             self.record.operators[name] += 1
+            self.record.flops += operator_flops(func, args, kwargs, out)
+            self.record.moved_bytes += moved_bytes(args, kwargs, out)
 
     def _on_cpu(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func._schema.name == "aten::_pin_memory":
@@ -130,6 +134,7 @@ class StandInMode(TorchDispatchMode):
         """Count a collective; integers arrive as if every rank had sent the same ones."""
         if not self.record.paused:
             self.record.collectives[name] += 1
+            self.record.sent[name] += _sent_bytes(name, args)
         self._refuse_cpu(name, tree_leaves(args))
         with torch._C._DisableTorchDispatch():
             out = func(*args, **kwargs)
@@ -183,7 +188,6 @@ class StandInMode(TorchDispatchMode):
 
     def _data_shape(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         self.record.data_shape(name)
-        self._count(func, name)
         values = [_values(x) for x in tree_leaves((args, kwargs)) if is_stand_in(x)]
         if any(v is None for v in values):
             # Nothing is known: every element of a mask is True, every element is distinct.
@@ -196,6 +200,7 @@ class StandInMode(TorchDispatchMode):
         plain_args, real = tree_map(lambda x: next(left) if is_stand_in(x) else x, (args, kwargs))
         with torch._C._DisableTorchDispatch():
             out = func(*plain_args, **real)
+        self._count(func, args, kwargs, out)
         return tree_map(lambda x: self.stand_in(x) if isinstance(x, Tensor) else x, out)
 
     def _aten_index(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -224,7 +229,7 @@ class StandInMode(TorchDispatchMode):
                     out_indices.append(index)
         args = (x, out_indices, *rest)
         out = self._compute(func, args, kwargs)
-        self._count(func, func._schema.name)
+        self._count(func, args, kwargs, out)
         self._keep_values(func, args, kwargs, out)
         return out
 
@@ -238,7 +243,7 @@ class StandInMode(TorchDispatchMode):
                 )
             kwargs = kwargs | {"output_size": int(values.sum())}
         out = self._compute(func, args, kwargs)
-        self._count(func, "aten::repeat_interleave")
+        self._count(func, args, kwargs, out)
         self._keep_values(func, args, kwargs, out)
         return out
 
@@ -259,7 +264,7 @@ class StandInMode(TorchDispatchMode):
                 return aten.alias(x)
         kwargs = {k: v for k, v in kwargs.items() if k not in ("device", "non_blocking")}
         out = self._compute(func, args, kwargs)
-        self._count(func, "aten::_to_copy")
+        self._count(func, args, kwargs, out)
         self._keep_values(func, args, kwargs, out)
         return out
 
@@ -284,7 +289,7 @@ class StandInMode(TorchDispatchMode):
         if not is_stand_in(source):
             source = self._upload(source, {}, blocking)
         out = self._compute(func, (target, source), {})
-        self._count(func, "aten::copy_")
+        self._count(func, (source,), {}, out)
         self._keep_values(func, (target, source), {}, out)
         return out
 
@@ -295,6 +300,12 @@ class StandInMode(TorchDispatchMode):
         if _keeps_values(x):
             out.values = x.detach().clone()
         return out
+
+
+def _sent_bytes(name: str, args: Any) -> int:
+    """Return the bytes of the tensors that a rank gives to a collective: the second operand where the first is the result."""
+    given = args[1] if name.startswith(("c10d::_allgather_base", "c10d::_reduce_scatter_base")) else args[0]
+    return tensor_bytes(tree_leaves(given))
 
 
 def _values(x: Any) -> Tensor | None:

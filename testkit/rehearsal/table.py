@@ -16,6 +16,7 @@ import torch
 from comtip_kernels.ledger.aot import LedgerEntry, LedgerRow
 from comtip_kernels.ledger.entries import ARCHITECTURES, LAUNCHES, launched
 
+from testkit.rehearsal.costs import SENT_KINDS, by_kind
 from testkit.rehearsal.launches import Launch
 from testkit.rehearsal.record import Record
 from testkit.rehearsal.walk import Walk, train
@@ -34,8 +35,11 @@ COLUMNS = (
     "uploads",
     "uploads_mb",
     "pageable_mb",
-    "collectives",
+    *(column for kind in SENT_KINDS for column in (kind, f"{kind}_mb")),
+    "gflop",
     "gflop_own",
+    "moved_gb",
+    "saved_mb",
     "hgmma_share",
     "spills",
 )
@@ -105,8 +109,11 @@ def summary(walk: Walk, record: Record) -> Walked:
         "uploads": len(record.uploads),
         "uploads_mb": f"{sum(u.bytes for u in record.uploads) / 1e6:.1f}",
         "pageable_mb": f"{sum(u.bytes for u in record.uploads if not u.pinned) / 1e6:.1f}",
-        "collectives": record.collectives.total(),
-        "gflop_own": f"{sum(gflop.values()):.0f}",
+        **by_kind(record.collectives, record.sent),
+        "gflop": f"{record.flops / 1e9 + sum(gflop.values()):.1f}",
+        "gflop_own": f"{sum(gflop.values()):.1f}",
+        "moved_gb": f"{record.moved_bytes / 1e9:.2f}",
+        "saved_mb": f"{record.saved_bytes / 1e6:.1f}",
     }
     return Walked(
         walk,

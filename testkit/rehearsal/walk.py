@@ -21,6 +21,7 @@ from comtip_fast.training.distributed.signals import Signals
 from comtip_fast.training.engines.base import set_product_precision
 from comtip_fast.training.engines.factory import make_engine
 from comtip_fast.training.trainer import Trainer
+from testkit.rehearsal.costs import count_saved
 from testkit.rehearsal.cuda_runtime import stand_in_cuda
 from testkit.rehearsal.engines import stand_in_engines
 from testkit.rehearsal.launches import recorded_launches
@@ -96,7 +97,8 @@ def train(walk: Walk) -> Record:
                 _allocate(trainer)
         # The step after this number is logged or not.
         trainer.progress.step = config.train.log_every - 1 if walk.part == "logged step" else 1
-        trainer._one_step(Signals())
+        with count_saved(record):
+            trainer._one_step(Signals())
     return record
 
 

@@ -25,7 +25,8 @@ from triton.compiler.errors import CompilationError
 from comtip_fast.data.batch import Batch
 from comtip_fast.training.task import CoMTIPTask
 from testkit.rehearsal import autocast
-from testkit.rehearsal.__main__ import NOT_ABOVE, TABLE, walks, worse
+from testkit.rehearsal.__main__ import NOT_ABOVE, TABLE, better, walks, worse
+from testkit.rehearsal.costs import by_kind, count_saved
 from testkit.rehearsal.cuda_runtime import stand_in_cuda
 from testkit.rehearsal.launches import recorded_launches
 from testkit.rehearsal.record import ROOT, Record, RehearsalError
@@ -276,6 +277,54 @@ def test_a_count_that_grew_is_reported():
     assert worse([row | {"waits": "6"}], [row]) == ["1gpu, 1 ranks, step: waits is 6, it was 5"]
     assert "hgmma_share is 0.800" in worse([row | {"hgmma_share": "0.800"}], [row])[0]
     assert "not in rehearsal.csv" in worse([row], [])[0]
+
+
+def test_a_count_that_fell_passes_and_is_told():
+    row = {"config": "1gpu", "ranks": "1", "walk": "step", "hgmma_share": "0.900"} | dict.fromkeys(NOT_ABOVE, "5")
+    lower = row | {"saved_mb": "4.5"}
+    assert worse([lower], [row]) == []
+    assert better([lower], [row]) == ["1gpu, 1 ranks, step: saved_mb is 4.5, it was 5"]
+    assert better([row], [row]) == better([row], []) == []
+
+
+@pytest.mark.parametrize("column", ["gflop", "saved_mb", "moved_gb", "all_reduce", "all_gather_mb", "send_mb"])
+def test_every_cost_is_gated(column: str):
+    row = {"config": "1gpu", "ranks": "1", "walk": "step", "hgmma_share": "-"} | dict.fromkeys(NOT_ABOVE, "5")
+    assert worse([row | {column: "5.1"}], [row]) == [f"1gpu, 1 ranks, step: {column} is 5.1, it was 5"]
+
+
+def test_flops_bytes_and_saved_tensors_of_operators_are_counted(mode: StandInMode):
+    record = mode.record
+    x, w = torch.empty(8, 32, device="cuda"), torch.empty(32, 16, device="cuda", requires_grad=True)
+    with count_saved(record):
+        y = x @ w
+        assert record.flops == 2 * 8 * 32 * 16
+        assert record.moved_bytes == 4 * (8 * 32 + 32 * 16 + 8 * 16)
+        assert record.saved_bytes == 4 * 8 * 32  # x; w is a parameter, whose memory exists anyway
+        z = y.exp()
+        assert record.saved_bytes == 4 * (8 * 32 + 8 * 16)  # and the result of exp
+        again = y.exp()
+        assert record.saved_bytes == 4 * (8 * 32 + 2 * 8 * 16)  # computed twice, kept twice
+        (z + again).sum().backward()
+        assert record.flops == 2 * 2 * 8 * 32 * 16
+        (x @ w).exp()
+        assert record.saved_bytes == 4 * (8 * 32 + 2 * 8 * 16)  # the backward pass has released the first ones
+    one = x.new_empty(1, 32)
+    moved = record.moved_bytes
+    one.expand(1000, 32).clone()
+    assert record.moved_bytes - moved == 4 * (32 + 32000)
+
+
+def test_collectives_are_counted_by_kind():
+    n = Counter(
+        {"c10d::allreduce_": 2, "ddp::all_reduce": 1, "c10d::_allgather_base_": 3, "c10d::send": 1, "c10d::recv_": 1}
+    )
+    sent = Counter({"c10d::allreduce_": 1_000_000, "ddp::all_reduce": 2_000_000, "c10d::send": 500_000})
+    found = by_kind(n, sent)
+    assert (found["all_reduce"], found["all_reduce_mb"]) == ("3", "3.00")
+    assert (found["all_gather"], found["send"], found["send_mb"]) == ("3", "1", "0.50")
+    assert found["other"] == found["reduce_scatter"] == "0"
+    assert by_kind(Counter({"c10d::alltoall_": 1}), Counter())["other"] == "1"
 
 
 def test_every_config_is_walked_and_has_its_rows():
