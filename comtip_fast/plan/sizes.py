@@ -20,7 +20,7 @@ from torch import nn
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.genes import GeneTokenizer
 from comtip_fast.models import CoMTIP, ModelSizes
-from comtip_fast.training.engines.freezing import last_frozen_steps
+from comtip_fast.training.freezing import last_frozen_steps
 
 GENE_STRIDE = 23
 """Sentence lengths are estimated on every ``GENE_STRIDE``-th gene."""

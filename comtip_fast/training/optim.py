@@ -9,7 +9,7 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from comtip_fast.config.optim import OptimConfig, PartConfig, VisionPartConfig
-from comtip_fast.training.engines.freezing import last_frozen_steps
+from comtip_fast.training.freezing import last_frozen_steps
 
 
 def make_optimizer(module: nn.Module, config: OptimConfig, *, fused: bool = False) -> torch.optim.AdamW:

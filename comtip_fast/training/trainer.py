@@ -34,7 +34,7 @@ from comtip_fast.training.distributed.process_group import on_every_rank, on_ran
 from comtip_fast.training.distributed.signals import Signals, catch_signals, hold_run
 from comtip_fast.training.engines.base import Engine
 from comtip_fast.training.engines.factory import make_engine
-from comtip_fast.training.engines.freezing import Freezing
+from comtip_fast.training.freezing import Freezing
 from comtip_fast.training.grad_cache import forward_backward
 from comtip_fast.training.monitor.diagnostics import diagnostic
 from comtip_fast.training.monitor.loggers import BestEffort, make_loggers

@@ -21,7 +21,7 @@ from comtip_fast.models import CoMTIP, ModelSizes
 from comtip_fast.plan.hardware import make_cluster
 from comtip_fast.plan.plan import Plan, make_plan
 from comtip_fast.plan.sizes import Inputs
-from comtip_fast.training.engines.freezing import Freezing
+from comtip_fast.training.freezing import Freezing
 from comtip_fast.training.optim import make_optimizer, set_rate
 from comtip_fast.training.protocol import TrainingError
 
