@@ -206,7 +206,7 @@ def test_bytes_of_a_chunk_are_those_of_its_buffer(element: int):
 
 
 def test_the_plan_has_the_chunks_of_more_than_the_limit(any_sizes: Sizes):
-    """The least chunk is 128 rows or 64 genes; the plan said 256 MiB where those are more."""
+    """The least chunk is 128 rows or 64 genes; the plan counted 256 MiB where those are more."""
     share = RankShare(spots=200_000, images=200_000, columns=3_000_000, table_rows=1000, precision=AUTOCAST, gpu=True)
     rows = {row.name: row.bytes for row in step_rows(any_sizes, EngineSpec(), share, [], 1)}
     assert rows["InfoNCE: derivatives of the logits"] == 128 * 3_000_000 * 2
