@@ -19,7 +19,7 @@ ParameterNames = Sequence[tuple[nn.Module, str]]
 
 def linear_parameters(module: nn.Module) -> list[tuple[nn.Module, str]]:
     """Return the parameters of all linear layers inside a module that are trained in fp32."""
-    out = []
+    out: list[tuple[nn.Module, str]] = []
     for layer in module.modules():
         if type(layer) is nn.Linear:
             found = layer._parameters.items()
