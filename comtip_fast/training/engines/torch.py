@@ -13,7 +13,7 @@ from comtip_fast.collectives import Group
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.runtime import devices
 from comtip_fast.training.distributed.comm_timer import clock_of
-from comtip_fast.training.engines.base import StepModule, Update, autocast_of, clip
+from comtip_fast.training.engines.base import StepModule, Update, autocast_of, cast_groups_of, clip
 from comtip_fast.training.optim import make_optimizer, mask_steps, optimizer_tensors, restore_optimizer, set_rate
 
 
@@ -30,7 +30,7 @@ class TorchEngine:
         self._masked = not devices.reads_are_free(device)
         self.optimizer = make_optimizer(module, config.optim, fused=self._masked)
         self.autocast = autocast_of(config, device)
-        self._step: nn.Module = StepModule(module, self.autocast)
+        self._step: nn.Module = StepModule(module, self.autocast, cast_groups_of(module, config, device))
         if group.size > 1:
             self._step = DistributedDataParallel(
                 self._step, bucket_cap_mb=config.engine.bucket_mb, gradient_as_bucket_view=True
