@@ -56,11 +56,11 @@ def calibrate_variants(sections: list[Section], folder: Path) -> list[str]:
         found, planted, missed = 0, 0, []
         for turn, (fault, (check, corrupt)) in enumerate(SECTION_FAULTS.items() if not expected else ()):
             section = changed[(number + turn) % len(changed)]
-            spoiled = corrupt(section, folder)
-            if check == "on_tissue" and (spoiled.xy == section.xy).all():
+            corrupted = corrupt(section, folder)
+            if check == "on_tissue" and (corrupted.xy == section.xy).all():
                 continue  # tissue fills the frame: there is no background to move spots to
             planted += 1
-            is_found = check in alarms(check_section(spoiled))
+            is_found = check in alarms(check_section(corrupted))
             found += is_found
             missed += [] if is_found else [f"{fault} ({section.meta.section_id})"]
         faults = f"{found} / {planted}" if planted else ""

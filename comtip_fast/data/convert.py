@@ -229,9 +229,7 @@ def array_notes(data: ad.AnnData) -> list[str]:
     """Return what the files of Space Ranger cannot hold of a section's array, for other arrays than Visium's."""
     names = ("array_row", "array_col")
     if not all(name in data.obs for name in names):
-        return [
-            "obs has no array_row and array_col: spots are numbered in their place, so use pixel positions for neighbours"
-        ]
+        return ["obs has no array_row and array_col: spots are numbered instead, so use pixel positions for neighbours"]
     given = data.obs[list(names)].to_numpy(float)
     if not np.isfinite(given).all():
         raise SourceError("array_row or array_col of a spot has no value; remove these columns, or give whole numbers")

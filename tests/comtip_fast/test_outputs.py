@@ -217,6 +217,20 @@ def test_export_looks_at_its_output_before_the_work(tmp_path: Path, capsys: pyte
     assert f"--out {tmp_path / 'out'}: is a file; give a new folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["predict", "embed"])
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [("none/x.h5ad", "does not exist; create it first"), ("x.csv", "give a name that ends in .h5ad")],
+)
+def test_predict_looks_at_its_output_before_the_work(
+    tmp_path: Path, command: str, out: str, message: str, capsys: pytest.CaptureFixture[str]
+):
+    genes = ["--genes", "ERBB2"] if command == "predict" else []
+    arguments = [str(tmp_path / "no_run"), str(tmp_path / "no.h5ad"), *genes, "--out", str(tmp_path / out)]
+    assert main([command, *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
 # -- classes of errors in training ------------------------------------------------------------------------------
 
 
