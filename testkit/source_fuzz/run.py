@@ -247,7 +247,7 @@ class SourceFuzzer:
         signal.signal(signal.SIGALRM, _hang)
         signal.alarm(self.limit_s)
         # Native code that never returns to Python ends the process; a resumed run counts the case as a crash.
-        faulthandler.dump_traceback_later(4 * self.limit_s, exit=True)
+        faulthandler.dump_traceback_later(4 * self.limit_s, exit=True, file=sys.__stderr__)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
