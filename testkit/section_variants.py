@@ -136,9 +136,10 @@ def _dyes(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _ihc(pixels: np.ndarray) -> np.ndarray:
-    """Return haematoxylin and DAB, in place of haematoxylin and eosin."""
+    """Return DAB in place of eosin and of most haematoxylin, as a positive antibody stain with a weak counterstain."""
     haematoxylin, eosin = _dyes(pixels)
-    density = haematoxylin[..., None] * DYES_33[0] + eosin[..., None] * DYES_33[2]
+    brown = eosin + 0.7 * haematoxylin
+    density = 0.3 * haematoxylin[..., None] * DYES_33[0] + brown[..., None] * DYES_33[2]
     return _glass(pixels) * 10**-density
 
 
