@@ -16,7 +16,7 @@ import numpy as np
 from scipy import ndimage, sparse
 from scipy.spatial import cKDTree
 
-from comtip_shards.qc.tissue import glass_density, lightest, over_channels, tissue_mask
+from comtip_shards.qc.tissue import glass_density, over_channels, tissue_mask
 from comtip_shards.sections.section import Section
 
 PICTURE_MPP, MAX_PICTURE_PX = 4.0, 3000
@@ -119,15 +119,12 @@ class SectionContext:
         return tissue_mask(self._cells[0], self.glass, SMOOTH_UM / (CELL * self.mpp))
 
     def balanced_patches(self) -> np.ndarray:
-        """Return the patches with glass as white, or the lightest areas without glass: exposure and lamp have no colour."""
-        density = self._cells[0]
-        if self.glass is not None:
-            last = np.array(self.glass.shape[:2]) - 1
-            rows, columns = np.clip(self.patch_xy[:, ::-1] / CELL, 0, last).astype(int).T
-            level = self.glass[rows, columns][:, None, None]
-        else:
-            seen = over_channels(density) > 0
-            level = lightest(density, seen) if seen.any() else np.float32(0)
+        """Return the patches with glass as white, so that exposure and lamp have no colour; unchanged without glass."""
+        if self.glass is None:
+            return self.patches_NPP3
+        last = np.array(self.glass.shape[:2]) - 1
+        rows, columns = np.clip(self.patch_xy[:, ::-1] / CELL, 0, last).astype(int).T
+        level = self.glass[rows, columns][:, None, None]
         bright = (self.patches_NPP3 + np.float32(1)) * 10 ** np.maximum(level, 0) - 1
         return np.clip(np.rint(bright), 0, 255).astype(np.uint8)
 
