@@ -9,11 +9,12 @@ from typing import Any, cast, get_args
 from comtip_shards.builder.build import part_of
 from comtip_shards.builder.merge import merge_sets
 from comtip_shards.builder.skipping import OnError, check_policy
-from comtip_shards.builder.tile_choice import FIELD_UM, choose_tile
+from comtip_shards.builder.tile_choice import choose_tile
 from comtip_shards.names import printable
 from comtip_shards.qc import check_sources
 from comtip_shards.reader.verify import verify
 from comtip_shards.sections.section import SectionId, Split
+from comtip_shards.slides.tiles import FIELD_UM
 from comtip_shards.sources import FORMATS as SOURCE_FORMATS
 from comtip_shards.sources import SectionSource, detect
 from comtip_shards.storage.remote import is_url

@@ -28,6 +28,7 @@ from comtip_fast.training.checkpoint import store as checkpoints
 from comtip_fast.training.checkpoint.resume import CHECKPOINTS, prepare_run_folder
 from comtip_fast.training.checkpoint.run_state import RunState, deterministic, set_random_state
 from comtip_fast.training.checkpoint.saver import CheckpointSaver
+from comtip_fast.training.checkpoint.schema import load_weights
 from comtip_fast.training.checkpoint.store import Checkpoint
 from comtip_fast.training.distributed.failures import ADVICE, explain_failures, hard_exit
 from comtip_fast.training.distributed.process_group import on_every_rank, on_rank_zero
@@ -176,7 +177,7 @@ class Trainer:
             return False
         loaded = self._found or checkpoints.load(checkpoints.folder_of(self.checkpoint_dir, step))
         self._found = None
-        self._restore(loaded)
+        self._restore(loaded, step)
         log.info("resumed from step %d", step)
         return True
 
@@ -346,8 +347,8 @@ class Trainer:
             self._on_rank_zero(lambda: self._saver.save(self.progress, optim))
         self._saved_step = self.progress.step
 
-    def _restore(self, loaded: Checkpoint) -> None:
-        self.task.module.load_state_dict(loaded.model)
+    def _restore(self, loaded: Checkpoint, step: int) -> None:
+        load_weights(self.task.module, loaded, checkpoints.folder_of(self.checkpoint_dir, step))
         self.progress = RunState.from_plain(loaded.state)
         # The engine is built after the weights are loaded, because ZeRO 3 shards the weights it is given.
         self._freezing.apply(self.task.module, self.progress.step + 1)

@@ -11,6 +11,7 @@ from comtip_fast.config.schema import RunConfig
 from comtip_fast.training.checkpoint import store as checkpoints
 from comtip_fast.training.checkpoint.rows import NONFINITE, keep_rows_up_to
 from comtip_fast.training.checkpoint.run_state import check_same_run
+from comtip_fast.training.checkpoint.schema import check_state
 from comtip_fast.training.checkpoint.store import Checkpoint
 from comtip_fast.training.protocol import TrainingError
 
@@ -58,6 +59,8 @@ def prepare_run_folder(
     TrainingError
         The folder holds a run and ``resume`` is not set, all its checkpoints are damaged, or the config or the input data
         has changed.
+    CheckpointError
+        The state of the checkpoint holds values that no run writes.
     """
     folder = run_dir / CHECKPOINTS
     checkpoints.clear_leftovers(folder)
@@ -72,6 +75,7 @@ def prepare_run_folder(
         (run_dir / NONFINITE).unlink(missing_ok=True)
         return None
     step, checkpoint = found
+    check_state(checkpoint.state, checkpoints.folder_of(folder, step), step)
     check_same_run(run_dir, checkpoint.state, config, fingerprint, size, device)
     checkpoints.quarantine_newer(folder, step)
     best = checkpoint.state["best_step"]
