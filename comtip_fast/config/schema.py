@@ -40,6 +40,10 @@ class DataConfig:
     run: Count = 1
     """Number of consecutive records read together. 1 shuffles single spots; 8 to 64 turns the reads of an epoch into
     sequential runs for storage with slow seeks. Records of a section are stored shuffled, so a run is a random sample."""
+    slots: Count | None = None
+    """Number of virtual slots that the tars are divided into, for many nodes. Each batch has equally many spots of every slot,
+    so a node that reads whole slots fetches its own share of the tars only; batches do not depend on the number of nodes.
+    ``batch_size`` and ``sections_per_batch`` must be multiples of it. ``null`` orders all spots together."""
     stain: Literal["none", "section"] = "section"
     """Stain normalisation. ``section`` shifts and scales the optical density of each section to a fixed mean and
     spread; ``none`` leaves pixels unchanged."""
