@@ -66,6 +66,11 @@ class DataConfig:
     """Decoding threads (``torch``, ``dali``) or processes (``wds``); 0 decodes in the training process."""
     prefetch: Count = 2
     """Batches prepared in advance; bounds the loader's memory."""
+    fetch: Literal["files", "ranges"] = "files"
+    """Reading of a remote set. ``files`` keeps whole tars in a cache that the ranks of a node share; ``ranges`` requests the
+    records of a batch and keeps nothing, for a cache that cannot hold what a node reads in an epoch."""
+    fetch_ahead: CountOrZero = 8
+    """With ``files``: number of batches whose tars are fetched in the background before they are read."""
     expression: Literal["auto", "table", "records"] = "auto"
     """``table`` keeps the levels of all training spots in memory, ``records`` computes them per batch, ``auto`` uses the
     table up to 1 GiB and 200,000 spots."""
