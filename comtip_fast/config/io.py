@@ -259,7 +259,12 @@ def validate(config: RunConfig, where: str = "config") -> None:
         A value is invalid; the message names the key and what it must be.
     """
     _build(config_to_dict(config), where)
-    for holds, message in (*_model_rules(config), *_training_rules(config), *_engine_rules(config)):
+    for holds, message in (
+        *_data_rules(config),
+        *_model_rules(config),
+        *_training_rules(config),
+        *_engine_rules(config),
+    ):
         if not holds:
             raise ConfigError(f"{where}: {message}")
 
@@ -279,6 +284,14 @@ def _build(data: Mapping[str, Any], where: str) -> RunConfig:
 
 
 Rule = tuple[bool, str]
+
+
+def _data_rules(c: RunConfig) -> list[Rule]:
+    d, slots = c.data, c.data.slots or 1
+    return [
+        (d.batch_size % slots == 0, "data.batch_size: must be a multiple of data.slots"),
+        ((d.sections_per_batch or 0) % slots == 0, "data.sections_per_batch: must be null or a multiple of data.slots"),
+    ]
 
 
 def _model_rules(c: RunConfig) -> list[Rule]:

@@ -37,6 +37,10 @@ class DataConfig:
     run: Count = 1
     """Number of consecutive records read together. 1 shuffles single spots; 8 to 64 turns the reads of an epoch into
     sequential runs for storage with slow seeks. Records of a section are stored shuffled, so a run is a random sample."""
+    slots: Count | None = None
+    """Number of virtual slots that the tars are divided into, for many nodes. Each batch has equally many spots of every slot,
+    so a node that reads whole slots fetches its own share of the tars only; batches do not depend on the number of nodes.
+    ``batch_size`` and ``sections_per_batch`` must be multiples of it. ``null`` orders all spots together."""
     stain: Literal["none", "section"] = "section"
     """Stain normalisation. ``section`` shifts and scales the optical density of each section to a fixed mean and
     spread; ``none`` leaves pixels unchanged."""
@@ -59,6 +63,11 @@ class DataConfig:
     """Decoding threads (``torch``, ``dali``) or processes (``wds``); 0 decodes in the training process."""
     prefetch: Count = 2
     """Batches prepared in advance; bounds the loader's memory."""
+    fetch: Literal["files", "ranges"] = "files"
+    """Reading of a remote set. ``files`` keeps whole tars in a cache that the ranks of a node share; ``ranges`` requests the
+    records of a batch and keeps nothing, for a cache that cannot hold what a node reads in an epoch."""
+    fetch_ahead: CountOrZero = 8
+    """With ``files``: number of batches whose tars are fetched in the background before they are read."""
     expression: Literal["auto", "table", "records"] = "auto"
     """``table`` keeps the levels of all training spots in memory, ``records`` computes them per batch, ``auto`` uses the
     table up to 1 GiB and 200,000 spots."""

@@ -76,6 +76,7 @@ def build_task(
     """
     torch.manual_seed(config.train.seed)
     shards = ShardSet(config.data.shards)
+    shards.files.ranges = config.data.fetch == "ranges"
     check_expected_tile(config, shards)
     if config.vision.backbone == "small":  # before the tables, which can take minutes
         check_vision(config, patches_per_side(config.vision, config.vision.patch_px, shards.manifest.tile.px) ** 2)

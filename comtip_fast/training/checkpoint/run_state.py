@@ -54,6 +54,8 @@ FREE_KEYS = {
     "data.loader",
     "data.workers",
     "data.prefetch",
+    "data.fetch",
+    "data.fetch_ahead",
     "data.expression",
     "data.max_faults",
     # Implementations of one operation, equal up to rounding.
