@@ -4,7 +4,7 @@
 
 Two hosts are network namespaces with links of their own (:mod:`testkit.network`); each runs torchrun's agent with one gloo
 rank. Files are shared, as by a file server that both hosts still reach. *Seconds* are from the fault until the rank or agent
-ended. Then the run goes on with the hosts that are left, or the same command starts it again; both are compared with an
+ended. Then the run continues with the hosts that are left, or the same command starts it again; both are compared with an
 undisturbed run.
 """
 

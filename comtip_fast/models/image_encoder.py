@@ -16,8 +16,7 @@ from timm.layers import Mlp, PatchEmbed, SwiGLUPacked
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from comtip_fast.config.schema import VisionConfig
-from comtip_fast.config.vision import VitConfig
+from comtip_fast.config.vision import VisionConfig, VitConfig
 from comtip_fast.models.adapters import add_adapters
 from comtip_fast.models.pretrained import fill_normalisation, load_weights, normalisation
 from comtip_fast.models.recompute import run_block

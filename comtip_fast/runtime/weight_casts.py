@@ -1,4 +1,4 @@
-"""bf16 copies of the weights of linear layers, made a block at a time instead of one by one.
+"""bf16 copies of the weights of linear layers, computed a block at a time instead of one by one.
 
 Autocast casts each weight and bias when it is first used, and each gradient on its way back: two kernels per tensor and step. Here, one
 call casts all tensors of a block, and one casts all their gradients. Values and the order of sums are those of autocast.

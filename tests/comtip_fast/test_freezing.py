@@ -80,9 +80,9 @@ def test_every_part_has_its_own_rate_and_decay() -> None:
 def test_layer_decay_is_that_of_timm() -> None:
     run = config("optim.vision.layer_decay=0.5", "optim.vision.lr_scale=0.2")
     found = groups_by_name(CoMTIP(run, SIZES), run.optim)
-    # Three blocks: the embedding is four layers below the final norm, whose factor is 1.
-    expected = {"patch_embed.proj.weight": 0.5**4, "pos_embed": 0.5**4, "norm.weight": 1.0}
-    expected |= {f"blocks.{i}.norm1.weight": 0.5 ** (3 - i) for i in range(3)}
+    # Three blocks: timm counts the final norm to the last block, whose factor is 1, and the embedding as a layer of its own.
+    expected = {"patch_embed.proj.weight": 0.5**3, "pos_embed": 0.5**3, "norm.weight": 1.0}
+    expected |= {f"blocks.{i}.norm1.weight": 0.5 ** (2 - i) for i in range(3)}
     for name, factor in expected.items():
         assert found[f"vision.{name}"][0] == pytest.approx(0.2 * factor), name
     assert found["project_image.skip.weight"][0] == 1.0
@@ -175,5 +175,5 @@ def test_the_plan_counts_what_stays_frozen_and_not_what_thaws() -> None:
     assert frozen.sizes.trained + frozen.sizes.frozen == whole.sizes.trained + whole.sizes.frozen
     assert frozen.device_bytes < whole.device_bytes
     back = [next(p.sum("back_flops") for p in x.parts if p.name == "vision, full") for x in (frozen, whole)]
-    assert back[0] < back[1] / 10  # the projection alone has a backward pass
+    assert back[0] < back[1] / 5  # pooling and projection alone have a backward pass
     assert thawed.sizes == whole.sizes

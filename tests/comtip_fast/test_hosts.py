@@ -20,7 +20,7 @@ LATE = rf"a rank did not reach a collective within engine\.timeout_s={lost_hosts
 def _hosts() -> None:
     reason = missing()
     if reason is not None:
-        pytest.skip(f"hosts cannot be made here: {reason}")
+        pytest.skip(f"hosts cannot be created here: {reason}")
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from comtip_fast.collectives import share_of
 from comtip_fast.data.loaders.schedule import ScheduledBatch
 
 AT_ONCE = 4
-"""Shards that are fetched at the same time, beside those that a batch waits for."""
+"""Shards that are fetched at the same time as those that a batch waits for."""
 
 
 def fetched_ahead(

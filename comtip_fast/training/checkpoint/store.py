@@ -160,7 +160,8 @@ def load(folder: Path) -> Checkpoint:
         raise CheckpointError(
             f"{folder}: format {found}; this comtip-fast reads {FORMAT!r} {VERSION}; use the release that wrote it"
         )
-    return Checkpoint(*(_tensors(folder / name, advice) for name in FILES[:2]), state)
+    model, optim = (_tensors(folder / name, advice) for name in FILES[:2])
+    return Checkpoint(model, optim, state)
 
 
 def _tensors(path: Path, advice: str) -> dict[str, torch.Tensor]:
