@@ -7,7 +7,7 @@ RUN ?= runs/demo
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint types layers spelling ledger rehearsal rehearsal-grid bench format clean
+.PHONY: help demo test nightly check lint types layers spelling ledger rehearsal rehearsal-grid bench format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -34,6 +34,9 @@ demo: $(VENV)/installed  ## build, train and evaluate: runs/demo/report.html (ab
 
 test: $(VENV)/installed-dev  ## all tests
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+nightly: $(VENV)/installed-dev  ## tests that take minutes or need root: hosts whose links are cut
+	$(BIN)/python -m pytest -m nightly -s
 
 check: lint types layers spelling  ## all static checks
 

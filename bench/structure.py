@@ -19,7 +19,25 @@ PACKAGES = {
     "comtip_kernels": "kernels/comtip_kernels",
     "comtip_shards": "data_shards/comtip_shards",
 }
-SUPPORT = re.compile(r"/(testing|testing\.py|fuzz\.py)(/|$)")
+SUPPORT = re.compile(
+    r"/(testing|testing\.py|fuzz\.py|conftest\.py)(/|$)|^(import|from) (pytest|hypothesis|unittest)\b", re.MULTILINE
+)
+"""Test support by its path, or by an import of a test framework anywhere in the file."""
+NO_FACTS = {
+    "environ": "environment variables",
+    "attributes": "attributes of an XML element",
+    "cells": "cells of a row of a user's table, before they are parsed",
+    "row": "a row of the ledger as stored, before it is parsed",
+    "kept": "rows of the ledger as stored",
+    "before": "a row of the ledger as stored",
+    "known": "hashes by file, or rows of the ledger as stored",
+    "operands": "names of kernel arguments and their types, as Triton takes them",
+    "fingerprint": "hashes by input of a run",
+    "then": "hashes by input of a run",
+    "now": "hashes by input of a run",
+    "failed": "error messages by section",
+}
+"""Parameters of type ``dict[str, str]`` that are no facts about a section, with what they are."""
 FACTS = re.compile(r"(dict|Mapping)\[str, str\]")
 
 
@@ -92,11 +110,17 @@ def functions_of(tree: ast.Module) -> list[int]:
     return [n.end_lineno - n.lineno + 1 for n in ast.walk(tree) if isinstance(n, kinds) and n.end_lineno]
 
 
+def statements_of(tree: ast.Module) -> list[int]:
+    """Return the number of statements of every function and method; unlike lines, it does not depend on the formatter."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    return [sum(isinstance(s, ast.stmt) for s in ast.walk(n)) - 1 for n in ast.walk(tree) if isinstance(n, kinds)]
+
+
 def facts_in_signatures(tree: ast.Module) -> int:
     """Count parameters that carry facts as ``dict[str, str]``."""
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
     return sum(
-        bool(arg.annotation is not None and FACTS.search(ast.unparse(arg.annotation)))
+        bool(arg.annotation is not None and arg.arg not in NO_FACTS and FACTS.search(ast.unparse(arg.annotation)))
         for node in ast.walk(tree)
         if isinstance(node, kinds)
         for arg in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
@@ -138,17 +162,21 @@ def measure(root: Path) -> dict[str, str]:
     trees = {m: ast.parse(t) for m, t in texts.items()}
     lines = sorted(t.count("\n") for t in texts.values())
     functions = sorted(n for tree in trees.values() for n in functions_of(tree))
+    statements = sorted(n for tree in trees.values() for n in statements_of(tree))
     graph = {m: imports_of(m, p, set(files)) for m, p in files.items()}
     folders = Counter(p.parent for p in files.values() if p.name != "__init__.py")
     largest, count = folders.most_common(1)[0]
     loops, outside, twice = cycles(graph), outside_layers(root, files), twice_named_classes(trees)
-    support = sum(t.count("\n") for m, t in texts.items() if SUPPORT.search(str(files[m])))
+    support = sum(t.count("\n") for m, t in texts.items() if SUPPORT.search(f"{files[m]}\n{t}"))
     ours = [root / part for part in ("tests", "bench", "testkit") if (root / part).is_dir()]
     everything = [*files.values(), *(p for part in ours for p in part.rglob("*.py") if p != Path(__file__).resolve())]
     return {
         "files": str(len(files)),
         "lines per file, median / p90 / max": f"{statistics.median(lines):.0f} / {_p90(lines)} / {lines[-1]}",
         "lines per function, mean / p90 / max": f"{statistics.mean(functions):.1f} / {_p90(functions)} / {functions[-1]}",
+        "statements per function, mean / p90 / max": (
+            f"{statistics.mean(statements):.1f} / {_p90(statements)} / {statements[-1]}"
+        ),
         "modules in the fullest folder": f"{count} ({largest.name})",
         "import cycles": str(len(loops)) + "".join(f"; {' <-> '.join(c)}" for c in loops),
         "modules outside any layer": str(len(outside)) + (f" ({', '.join(outside)})" if outside else ""),

@@ -183,7 +183,7 @@ class Model:
         opened = open_section(section, self.tile, replace(options, counts=without_counts) if in_memory else options)
         answer = self._predict(opened, genes)
         species = species_of(self.predictor, opened.species, opened.section_id)
-        joined_with_measured(answer, measured_counts(section, species, options), opened.tiles_NSS3)
+        joined_with_measured(answer, measured_counts(section, species, options), opened.tiles)
         return answer
 
     def _predict(self, opened: SectionTiles, genes: Sequence[str] | None) -> ad.AnnData:
@@ -298,7 +298,9 @@ class Model:
         request = self._slide_request(Path(slide), genes, facts, grid or GridOptions(), progress)
         if out is not None:
             if Path(out).suffix != ".h5ad" or not Path(out).parent.is_dir():
-                raise ValueError(f"out {out}: expected a name that ends in .h5ad in an existing folder")
+                raise ValueError(
+                    f"out {out}: expected a name that ends in .h5ad in an existing folder; create the folder or change the name"
+                )
             predict_slide(self.predictor, Path(slide), Path(out), request)
             return ad.read_h5ad(out, backed="r")
         with tempfile.TemporaryDirectory() as folder:

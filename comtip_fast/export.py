@@ -21,7 +21,7 @@ from comtip_fast._version import __version__
 from comtip_fast.config.io import config_from_dict, config_to_dict
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.data.expression.levels import LevelTable
-from comtip_fast.export_checks import ExportError
+from comtip_fast.export_checks import ExportError, ExportGene
 from comtip_fast.genes import GeneTokenizer
 from comtip_fast.genes.vectors import GeneVectors
 from comtip_fast.lineage import FILE as LINEAGE_FILE
@@ -35,26 +35,13 @@ from comtip_fast.lineage import (
     parse_section,
 )
 from comtip_fast.models import CoMTIP, ModelSizes
+from comtip_fast.models.pretrained import fill_normalisation
 from comtip_fast.models.readout import LinearReadout, feature_width
 
 EXPORT_FORMAT, EXPORT_VERSION, READABLE_VERSIONS = "comtip-export", 3, (1, 2, 3)
 """Version 1 has no linear readout, versions 1 and 2 have no lineage."""
 SECTION_FIELDS = ("section_id", "dataset", "species", "tissue", "donor", "licence", "attribution", "split", "n_spots")
 """Fields of a section in ``config.json`` and ``Bundle.sections``."""
-
-
-@dataclass(frozen=True)
-class ExportGene:
-    """A gene in the model's gene table."""
-
-    key: str
-    """``species:symbol``."""
-    symbol: str
-    ensembl: str
-    name: str
-    trained: bool
-    held_out: bool
-    """Excluded from training to test unseen genes; the opposite of ``trained``."""
 
 
 @dataclass
@@ -215,19 +202,17 @@ class Bundle:
         config = replace(
             config, vision=replace(config.vision, pretrained=""), train=replace(config.train, start_from="")
         )
-        rows = export_checks.read_genes(folder / "genes.tsv", sizes.n_identities)
+        genes = export_checks.read_genes(folder / "genes.tsv", sizes.n_identities)
         arrays = _read_tensors(load_arrays, folder / "levels.safetensors")
         export_checks.check_levels(arrays, folder / "levels.safetensors", sizes.n_identities, sizes.n_levels)
         weights = _read_tensors(load_file, folder / "model.safetensors")
+        for encoder in ("vision.", "teacher."):  # absent in exports of earlier versions
+            fill_normalisation(weights, encoder)
         model = CoMTIP(config, sizes)
         export_checks.check_weights(weights, model.state_dict(), folder / "model.safetensors")
         model.load_state_dict(weights)
-        genes = [
-            ExportGene(r["key"], r["symbol"], r["ensembl"], r["name"], r["trained"] == "1", r["held_out"] == "1")
-            for r in rows
-        ]
-        readout = _read_readout(folder, model, config, rows) if meta.get("readout") else None
-        lineage = _read_lineage(folder, meta, rows, sums.get("model.safetensors", ""))
+        readout = _read_readout(folder, model, config, genes) if meta.get("readout") else None
+        lineage = _read_lineage(folder, meta, genes, sums.get("model.safetensors", ""))
         vectors = export_checks.read_vectors(
             folder / export_checks.VECTORS, meta.get("gene_vectors"), lineage.own, sizes.vector_dim
         )
@@ -256,11 +241,11 @@ def lineage_of(source: str | Path) -> Lineage:
     sizes = meta.get("sizes")
     if not isinstance(sizes, dict) or not isinstance(sizes.get("n_identities"), int):
         raise ExportError(f"{folder / 'config.json'}: sizes.n_identities is missing; {export_checks.FIX}")
-    rows = export_checks.read_genes(folder / "genes.tsv", sizes["n_identities"])
-    return _read_lineage(folder, meta, rows, sums.get("model.safetensors", ""))
+    genes = export_checks.read_genes(folder / "genes.tsv", sizes["n_identities"])
+    return _read_lineage(folder, meta, genes, sums.get("model.safetensors", ""))
 
 
-def _read_lineage(folder: Path, meta: dict[str, Any], rows: list[dict[str, str]], weights: str) -> Lineage:
+def _read_lineage(folder: Path, meta: dict[str, Any], genes: list[ExportGene], weights: str) -> Lineage:
     """Read the lineage of an export; for one without, return its own run with unknown parents."""
     where = folder / "config.json"
     try:
@@ -271,14 +256,14 @@ def _read_lineage(folder: Path, meta: dict[str, Any], rows: list[dict[str, str]]
             f"{where}: a field is missing or has the wrong type ({error}); {export_checks.FIX}"
         ) from error
     if meta["version"] >= export_checks.FIRST_WITH_LINEAGE:
-        return export_checks.read_lineage(folder / LINEAGE_FILE, meta["sections"], rows, weights)
+        return export_checks.read_lineage(folder / LINEAGE_FILE, meta["sections"], genes, weights)
     own = LineageRun(
         name=name,
         comtip_fast=str(meta.get("comtip_fast", "")),
         weights=weights,
         sections=tuple(sections),
-        trained_genes=tuple(r["key"] for r in rows if r["trained"] == "1"),
-        held_out_genes=tuple(r["key"] for r in rows if r["held_out"] == "1"),
+        trained_genes=tuple(g.key for g in genes if g.trained),
+        held_out_genes=tuple(g.key for g in genes if g.held_out),
     )
     return Lineage(runs=(own,), parents_known=False)
 
@@ -300,10 +285,10 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     return dict(meta)
 
 
-def _read_readout(folder: Path, model: CoMTIP, config: RunConfig, genes: list[dict[str, str]]) -> LinearReadout:
+def _read_readout(folder: Path, model: CoMTIP, config: RunConfig, genes: list[ExportGene]) -> LinearReadout:
     path = folder / export_checks.READOUT
     arrays, header = export_checks.read_readout(path)
-    trained = [g["key"] for g in genes if g["trained"] == "1"]
+    trained = [g.key for g in genes if g.trained]
     width = feature_width(model, config.align.dim)
     export_checks.check_readout(arrays, header, path, trained, vector_dim=config.align.dim, width=width)
     return LinearReadout.from_arrays(arrays, header)

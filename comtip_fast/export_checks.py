@@ -11,6 +11,7 @@ import csv
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,20 @@ VECTORS = "gene_vectors.safetensors"
 FILES = (*HASHED, READOUT, VECTORS, "README.md", SUMS)
 GENE_COLUMNS = ("key", "symbol", "ensembl", "name", "trained", "held_out")
 FIX = "copy the export again, or write it again with `comtip export`"
+
+
+@dataclass(frozen=True)
+class ExportGene:
+    """A gene in the model's gene table."""
+
+    key: str
+    """``species:symbol``."""
+    symbol: str
+    ensembl: str
+    name: str
+    trained: bool
+    held_out: bool
+    """Excluded from training to test unseen genes; the opposite of ``trained``."""
 
 
 class ExportError(ValueError):
@@ -104,7 +119,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def read_genes(path: Path, n_trained: int) -> list[dict[str, str]]:
+def read_genes(path: Path, n_trained: int) -> list[ExportGene]:
     """Read ``genes.tsv``: ``n_trained`` trained genes in the order of the model's identities, then held-out genes.
 
     Raises
@@ -136,11 +151,14 @@ def read_genes(path: Path, n_trained: int) -> list[dict[str, str]]:
         seen.add(row["key"])
     if len(rows) < n_trained:
         raise ExportError(f"{path}: {len(rows)} genes, but the model was trained on {n_trained}; {FIX}")
-    return rows
+    return [
+        ExportGene(r["key"], r["symbol"], r["ensembl"], r["name"], r["trained"] == "1", r["held_out"] == "1")
+        for r in rows
+    ]
 
 
 def read_lineage(
-    path: Path, sections: Sequence[Mapping[str, Any]], genes: Sequence[Mapping[str, str]], weights: str
+    path: Path, sections: Sequence[Mapping[str, Any]], genes: Sequence[ExportGene], weights: str
 ) -> lineage.Lineage:
     """Read ``lineage.json`` and check that its last run is the run of this export.
 
@@ -149,7 +167,7 @@ def read_lineage(
     path
         The file.
     sections, genes
-        Sections of ``config.json`` and rows of ``genes.tsv``.
+        Sections of ``config.json`` and genes of ``genes.tsv``.
     weights
         SHA-256 of ``model.safetensors``; empty for an export without hashes.
 
@@ -168,8 +186,8 @@ def read_lineage(
     same = {
         "sections": [(s.section_id, s.split) for s in own.sections]
         == [(s["section_id"], s["split"]) for s in sections],
-        "trained genes": list(own.trained_genes) == [g["key"] for g in genes if g["trained"] == "1"],
-        "held-out genes": list(own.held_out_genes) == [g["key"] for g in genes if g["held_out"] == "1"],
+        "trained genes": list(own.trained_genes) == [g.key for g in genes if g.trained],
+        "held-out genes": list(own.held_out_genes) == [g.key for g in genes if g.held_out],
         "weights": not weights or own.weights == weights,
     }
     wrong = [what for what, equal in same.items() if not equal]

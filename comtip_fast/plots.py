@@ -204,7 +204,8 @@ def residual_map(measured_N: np.ndarray, predicted_N: np.ndarray) -> np.ndarray:
         deviation = float(x.std())
         return x / deviation if deviation > 1e-12 else x * 0
 
-    return z(measured_N) - z(predicted_N)
+    out: np.ndarray = z(measured_N) - z(predicted_N)
+    return out
 
 
 # -- drawing on arrays --------------------------------------------------------------------------------------

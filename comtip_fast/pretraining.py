@@ -34,7 +34,7 @@ def pretrain(
     overrides: Sequence[str] = (),
     start_from: Path | str | None = None,
     resume: bool = False,
-    device: str | None = None,
+    device: str = "auto",
 ) -> FitResult:
     """Train a model and export its best weights.
 
@@ -51,7 +51,8 @@ def pretrain(
     resume
         Continue from the newest valid checkpoint in ``out``, or start if there is none.
     device
-        ``auto``, ``cpu`` or ``cuda``; ``None`` takes ``train.device`` of the config.
+        ``cpu`` or ``cuda``, instead of ``train.device`` of the config; ``auto`` keeps the config's, whose default is a GPU if
+        there is one.
 
     Returns
     -------
@@ -76,7 +77,7 @@ def pretrain(
     settings = list(overrides)
     if start_from is not None:
         settings.append(f"train.start_from={json.dumps(str(start_from))}")
-    if device is not None:
+    if device != "auto":
         settings.append(f"train.device={device}")
     run = load_config(config, settings)
     refuse_second_run(out, resume)

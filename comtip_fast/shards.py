@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 from comtip_shards import builder
 from comtip_shards.builder import BuildReport
 from comtip_shards.builder.skipping import OnError
-from comtip_shards.builder.tile_choice import FIELD_UM
 from comtip_shards.errors import SourceError
 from comtip_shards.sections.facts import (
     CountOptions,
@@ -21,6 +20,7 @@ from comtip_shards.sections.facts import (
     parse_facts,
     source_options,
 )
+from comtip_shards.slides.tiles import FIELD_UM
 from comtip_shards.sources import SectionSource, open_source
 from comtip_shards.sources.base import pick
 from comtip_shards.sources.selection.choose import check_where, choose

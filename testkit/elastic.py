@@ -24,6 +24,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from testkit.distributed import free_port
 from testkit.fault_injection import EventLog, InjectedFailure, arm, on_every_step
+from testkit.network import Host
 
 PRELOAD = [f"comtip_fast.{m}" for m in ("cli.pretrain", "plan.live", "training.task", "training.trainer")]
 
@@ -45,12 +46,16 @@ class Spec:
     max_restarts: int = 3
     port: int = 0
     """Port of the rendezvous when there are several agents; the first agent hosts it."""
+    head: str = "127.0.0.1"
+    """Address of the host of the rendezvous."""
     fresh: bool = False
     """Start ranks as new interpreters instead of forks."""
     step_s: float = 0.0
     """Sleep before every step, so that another agent can join while the run lasts."""
     shutdown_s: int = 3
     """How long the agent waits for ranks after asking them to exit."""
+    join_s: int = 600
+    """How long an agent waits for the minimum number of agents; torchrun's ``join_timeout``."""
 
     @property
     def events(self) -> Path:
@@ -105,10 +110,10 @@ def worker(spec: Spec) -> int:
     return code
 
 
-def agent(spec_path: Path) -> int:
+def agent(spec_path: Path, address: str) -> int:
     """Run as one torchrun agent; return 0, or 1 if ranks failed more than ``max_restarts`` times."""
     spec = Spec.read(spec_path)
-    endpoint = f"127.0.0.1:{spec.port or free_port()}"
+    endpoint = f"{spec.head}:{spec.port or free_port()}"
     config = LaunchConfig(
         min_nodes=spec.nodes[0],
         max_nodes=spec.nodes[1],
@@ -119,10 +124,17 @@ def agent(spec_path: Path) -> int:
         max_restarts=spec.max_restarts,
         monitor_interval=0.05,
         start_method="forkserver",
-        local_addr="127.0.0.1",
+        local_addr=address,
         shutdown_timeout=spec.shutdown_s,
         # A lost agent is detected when its heartbeats stop; torchrun's defaults are 5 s and 3 missed heartbeats.
-        rdzv_configs={"keep_alive_interval": 1, "keep_alive_max_attempt": 3, "last_call_timeout": 2},
+        rdzv_configs={
+            "keep_alive_interval": 1,
+            "keep_alive_max_attempt": 3,
+            "last_call_timeout": 2,
+            "join_timeout": spec.join_s,
+            # torchrun finds out by host name, which addresses of a test do not have.
+            **({} if spec.head == "127.0.0.1" else {"is_host": address == spec.head}),
+        },
         logs_specs=DefaultLogsSpecs(log_dir=str(Path(spec.folder) / f"agent{os.getpid()}"), redirects=Std.ALL),
     )
     try:
@@ -138,17 +150,28 @@ def agent(spec_path: Path) -> int:
     return 0
 
 
-def start_agent(spec_path: Path) -> subprocess.Popen[bytes]:
-    """Start an agent in its own session, so that killing its process group kills the whole node."""
+def start_agent(spec_path: Path, host: Host | None = None) -> subprocess.Popen[bytes]:
+    """Start an agent in its own session, so that killing its process group kills the whole node.
+
+    Parameters
+    ----------
+    spec_path
+        File of :meth:`Spec.write`.
+    host
+        Where it runs; None runs it on this machine.
+    """
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
         "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
         "CUDA_VISIBLE_DEVICES": "",
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        **(host.environment if host else {}),
     }
     log = spec_path.with_suffix(f".agent{len(list(spec_path.parent.glob('*.agent*.log')))}.log").open("wb")
-    command = [sys.executable, "-m", __spec__.name, str(spec_path)]
+    command = [sys.executable, "-m", __spec__.name, str(spec_path), host.address if host else "127.0.0.1"]
+    if host is not None:
+        command = host.command(command)
     with log:
         return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
@@ -163,4 +186,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "--worker":
         worker(Spec.read(Path(sys.argv[2])))
     else:
-        sys.exit(agent(Path(sys.argv[1])))
+        sys.exit(agent(Path(sys.argv[1]), sys.argv[2]))

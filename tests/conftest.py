@@ -41,9 +41,13 @@ TINY = [
 TILES = {"tile_px": 32, "tile_um": 224.0, "min_mpp": 5.0}
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the interpreted kernels first: with two test processes, the longest file must not begin last."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put the interpreted kernels first, because the longest file must not begin last; skip nightly tests unless asked."""
     items.sort(key=lambda item: item.path.name != "test_interpreted.py")
+    if "nightly" not in (config.getoption("markexpr") or ""):
+        for item in items:
+            if item.get_closest_marker("nightly"):
+                item.add_marker(pytest.mark.skip(reason="nightly: make nightly, or pytest -m nightly"))
 
 
 @pytest.fixture(scope="session")

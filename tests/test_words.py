@@ -72,7 +72,7 @@ ALLOWED = {
     ("data_shards/FORMAT.md", r"`said`|source\.beside|`beside`"): "names of fields in files that exist",
     ("tests/data_shards/test_sources_detect.py", r"made up"): "attribution of the synthetic source",
     ("tests/data_shards/test_merge_foreign.py", r"\"said\": "): "field of the manifest and of reports",
-    ("data_shards/comtip_shards/format/manifest.py", r"^    (said|beside): "): "fields of the manifest",
+    ("data_shards/comtip_shards/format/section_source.py", r"^    (said|beside): "): "fields of the manifest",
     ("data_shards/comtip_shards/builder/writer.py", r"\"beside\""): "field of the manifest",
     ("bench/scale/start.py", r"\"beside\""): "field of the manifest",
     ("data_shards/comtip_shards/qc/result.py", r"``said``|[\"']said[\"']"): "field of the manifest and of reports",

@@ -4,6 +4,8 @@
 
 Every section of the source is checked unmodified, then with every fault of :mod:`testkit.section_faults`. A fault
 counts as found when the check designed for it warns or fails; alarms of other checks are listed in the last column.
+With ``--variants``, the same for sections changed by :mod:`testkit.section_variants`: every section is checked in every
+variant, and every fault is planted in one section of each variant, the sections in turn.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from comtip_shards.sources import open_source
 from tqdm import tqdm
 
 from testkit.section_faults import SECTION_FAULTS
+from testkit.section_variants import SECTION_VARIANTS
 
 
 def alarms(report: SectionReport) -> set[str]:
@@ -42,6 +45,29 @@ def calibrate(sections: list[Section], folder: Path) -> list[str]:
     return lines
 
 
+def calibrate_variants(sections: list[Section], folder: Path) -> list[str]:
+    """Return the lines of the table of variants."""
+    lines = ["| variant | false alarms | other stain reported | faults found | not found |", "|---|---|---|---|---|"]
+    for number, (variant, (expected, apply)) in enumerate(tqdm(SECTION_VARIANTS.items(), desc="variants")):
+        changed = [apply(section, folder) for section in sections]
+        raised = [alarms(check_section(section)) for section in changed]
+        wrong = Counter(name for found in raised for name in found - expected)
+        stains = f"{sum(expected <= found for found in raised)} / {len(raised)}" if expected else ""
+        found, planted, missed = 0, 0, []
+        for turn, (fault, (check, corrupt)) in enumerate(SECTION_FAULTS.items() if not expected else ()):
+            section = changed[(number + turn) % len(changed)]
+            corrupted = corrupt(section, folder)
+            if check == "on_tissue" and (corrupted.xy == section.xy).all():
+                continue  # tissue fills the frame: there is no background to move spots to
+            planted += 1
+            is_found = check in alarms(check_section(corrupted))
+            found += is_found
+            missed += [] if is_found else [f"{fault} ({section.meta.section_id})"]
+        faults = f"{found} / {planted}" if planted else ""
+        lines.append(f"| {variant} | {_counted(wrong, len(raised))} | {stains} | {faults} | {', '.join(missed)} |")
+    return lines
+
+
 def _counted(names: Counter[str], n: int) -> str:
     return ", ".join(f"`{name}` {k} / {n}" for name, k in names.most_common()) or f"0 / {n}"
 
@@ -50,12 +76,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path)
     parser.add_argument("--samples", help="section ids, comma-separated")
+    parser.add_argument("--variants", action="store_true", help="table of variants instead of that of faults")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     samples = args.samples.split(",") if args.samples else None
     sections = [s.read() for s in open_source(args.source, samples=samples)]
     with tempfile.TemporaryDirectory() as folder:
-        text = "\n".join(calibrate(sections, Path(folder))) + "\n"
+        measure = calibrate_variants if args.variants else calibrate
+        text = "\n".join(measure(sections, Path(folder))) + "\n"
     print(text)
     if args.out:
         args.out.write_text(text, encoding="utf-8")

@@ -1,7 +1,7 @@
 """Loss curve parity of whole training runs: W ranks, and runs resumed under another engine, against one process.
 
     python bench/train/curves.py                 50 steps, every engine, W = 1, 2, 4, as a Markdown table
-    python bench/train/curves.py --runs offload  the same with CPU offload (nvme: NVMe offload, needs libaio)
+    python bench/train/curves.py --runs offload  the same with CPU offload (nvme: NVMe offload, needs libaio; frozen: encoders that thaw)
     python bench/train/curves.py --golden FILE   write the curve of one process, the content of tests/golden/loss_curve.json
 
 Every run uses the trainer with checkpoints, validation and export. A run that changes its engine is stopped half way by a
@@ -99,9 +99,19 @@ NVME = [
     Run("zero3", "zero3", ("engine.offload_optimizer=nvme", "engine.offload_param=nvme")),
     Run("zero3", "zero3", ("engine.offload_optimizer=cpu", "engine.offload_param=nvme")),
 ]
-RUNS = {"all": ALL, "quick": QUICK, "offload": OFFLOAD, "nvme": NVME}
-# DeepSpeed keeps tensors smaller than 1 MiB per rank in memory.
-WIDE = {"nvme": ["vision.width=512"]}
+# Parameters thaw before and after the step at which a run is stopped.
+FROZEN = [Run("ddp"), Run("ddp", "ddp"), Run("ddp", settings=("engine.micro_batches=3",))]
+FROZEN_QUICK = [Run("ddp", "ddp")]
+RUNS = {"all": ALL, "quick": QUICK, "offload": OFFLOAD, "nvme": NVME, "frozen": FROZEN, "frozen-quick": FROZEN_QUICK}
+THAW = [
+    "optim.freeze=[[vision, 4], [genes.blocks, 8], [project_text.skip, 0]]",
+    "optim.vision.lr_scale=0.5",
+    "optim.vision.layer_decay=0.7",
+    "optim.heads.weight_decay=0.2",
+]
+# Settings of all runs and of the one process that they are compared with. DeepSpeed keeps tensors smaller than 1 MiB per rank
+# in memory.
+COMMON = {"nvme": ["vision.width=512"], "frozen": THAW, "frozen-quick": THAW}
 
 
 def engine(name: str) -> list[str]:
@@ -136,7 +146,7 @@ def rank(shards: str, folder: Path, steps: int, which: str) -> None:
     with init_distributed(120, "cpu") as group:
         for run in RUNS[which]:
             half, out = steps // 2 if run.then else 0, folder / run.name
-            more = [*run.settings, *WIDE.get(which, []), f"engine.nvme_path={folder / 'nvme'}"]
+            more = [*run.settings, *COMMON.get(which, []), f"engine.nvme_path={folder / 'nvme'}"]
             train(shards, out, steps, group, settings=[*engine(run.first), *more], stop=half)
             if run.then:
                 train(shards, out, steps, group, settings=[*engine(run.then), *more], resume=True)
@@ -158,7 +168,7 @@ def deviations(found: list[float], wanted: list[float]) -> dict[int, float]:
 def run(shards: str, folder: Path, steps: int, worlds: list[int], which: str) -> list[dict[str, object]]:
     """Train with one process and with every world size; return one row of deviations per run."""
     torch.set_num_threads(1)  # the same as in the ranks: another summation order changes the last bits
-    train(shards, folder / "one", steps, SingleProcessGroup(), settings=[*engine("single"), *WIDE.get(which, [])])
+    train(shards, folder / "one", steps, SingleProcessGroup(), settings=[*engine("single"), *COMMON.get(which, [])])
     wanted, rows = losses(folder / "one"), []
     for world in worlds:
         below = folder / str(world)

@@ -27,6 +27,7 @@ from comtip_fast.lineage import LineageRun
 from comtip_fast.metrics import finite_or_none
 from comtip_fast.models.readout import NORMS, CohortHead
 from comtip_fast.models.section_statistics import standardise
+from comtip_fast.runtime.csv_text import csv_text
 from comtip_fast.runtime.devices import pick_device
 from comtip_fast.shards import Facts, stated_options
 
@@ -321,11 +322,11 @@ def _record(
 def _write(result: Adaptation, section: AdaptSection, split: BlockSplit, fit: np.ndarray, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     result.predictor.bundle.save(out / "export")
-    write_atomic(out / "adaptation.csv", result.table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+    write_atomic(out / "adaptation.csv", csv_text(result.table))
     use = np.full(len(section.xy_um), "margin", object)
     use[split.fit], use[split.test] = "fit", "test"
     spots = pd.DataFrame(
         {"spot": section.spot_ids, "first_split": use, "adapted_to": np.isin(np.arange(use.size), fit)}
     )
-    write_atomic(out / "spots.csv", spots.to_csv(index=False, lineterminator="\n"))
+    write_atomic(out / "spots.csv", csv_text(spots))
     write_atomic(out / "adaptation.json", json.dumps(finite_or_none(result.facts), indent=1, allow_nan=False) + "\n")

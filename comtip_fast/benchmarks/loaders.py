@@ -161,7 +161,7 @@ def make(kind: Kind, setting: Setting, tables: TrainingTables) -> BaseLoader:
 
 
 def batch_sizes(loader: BaseLoader) -> Generator[int, None, None]:
-    """Iterate over a loader without end and yield the number of spots of each batch."""
+    """Iterate over a loader indefinitely and yield the number of spots of each batch."""
     for batch in loader.iterate():
         assert batch.tiles is not None
         yield len(batch.tiles)

@@ -136,9 +136,9 @@ def _task_options(args: argparse.Namespace, names: list[str]) -> TaskOptions | N
 def _run_tasks(
     args: argparse.Namespace, names: list[str], result: Evaluation, options: TaskOptions, sections: list[str] | None
 ) -> None:
-    from comtip_fast.evaluation.run import training_shards
     from comtip_fast.evaluation.tasks.rows import table
     from comtip_fast.evaluation.tasks.run import run_tasks
+    from comtip_fast.evaluation.train_reference import training_shards
 
     train = training_shards(args.run_dir, result.predictor.config.data.shards, args.train_shards)
     rows = run_tasks(names, result.predictor, result.shards, train, options, sections=sections, out=args.out)

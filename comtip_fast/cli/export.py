@@ -26,6 +26,8 @@ def run(args: argparse.Namespace) -> int:
     """Verify and copy the run's export, or export a checkpoint."""
     from comtip_fast.inference import Predictor
 
+    if args.out.exists() and not args.out.is_dir():
+        raise NotADirectoryError(f"--out {args.out}: is a file; give a new folder")
     if args.out.exists() and any(args.out.iterdir()):
         raise FileExistsError(f"--out {args.out} exists and is not empty; give a new folder")
     if args.checkpoint is None:

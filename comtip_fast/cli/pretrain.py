@@ -30,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="EXPORT",
         help="initial weights: an export or a finished run",
     )
+    parser.add_argument(
+        "--device", default="auto", help="cpu or cuda, instead of train.device; auto keeps the config's (default auto)"
+    )
     parser.add_argument("--resume", action="store_true", help="continue from the newest valid checkpoint in --out")
 
 
@@ -66,7 +69,14 @@ def _train(args: argparse.Namespace) -> int:
     from comtip_fast.pretraining import pretrain
     from comtip_fast.training.distributed.process_group import distributed_env
 
-    result = pretrain(args.config, args.out, overrides=args.set, start_from=args.start_from, resume=args.resume)
+    result = pretrain(
+        args.config,
+        args.out,
+        overrides=args.set,
+        start_from=args.start_from,
+        resume=args.resume,
+        device=args.device,
+    )
     if result.stopped == "sigterm":
         log.info("stopped at step %d by a signal; continue with --resume", result.step)
         return KILLED

@@ -6,14 +6,15 @@ import argparse
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from comtip_shards.builder.build import build_shards, part_of
+from comtip_shards.builder.build import part_of
 from comtip_shards.builder.merge import merge_sets
 from comtip_shards.builder.skipping import OnError, check_policy
-from comtip_shards.builder.tile_choice import FIELD_UM, choose_tile
+from comtip_shards.builder.tile_choice import choose_tile
 from comtip_shards.names import printable
 from comtip_shards.qc import check_sources
 from comtip_shards.reader.verify import verify
 from comtip_shards.sections.section import SectionId, Split
+from comtip_shards.slides.tiles import FIELD_UM
 from comtip_shards.sources import FORMATS as SOURCE_FORMATS
 from comtip_shards.sources import SectionSource, detect
 from comtip_shards.storage.remote import is_url
@@ -21,7 +22,7 @@ from comtip_shards.study import is_study
 from comtip_shards.study.dry_run import plan_splits, plan_text
 
 from comtip_fast.cli.options import add_facts, add_out, read_facts
-from comtip_fast.shards import open_each, open_sections, plan_build
+from comtip_fast.shards import build_shards, open_sections, plan_build
 
 FORMATS = ("auto", *SOURCE_FORMATS)
 
@@ -174,12 +175,11 @@ def run(args: argparse.Namespace) -> int:
 def _build(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _dry_run(args)
-    sources, failed = open_each(args.source, **_source_options(args), progress=True, on_error=args.on_error)
     report = build_shards(
-        sources,
+        args.source,
         args.out,
+        **_source_options(args),
         tile_px=args.tile_px,
-        tile_um=args.tile_um,
         min_mpp=args.min_mpp,
         codec=args.codec,
         quality=args.quality,
@@ -193,7 +193,6 @@ def _build(args: argparse.Namespace) -> int:
         part=args.part,
         progress=True,
         on_error=args.on_error,
-        failed=failed,
     )
     print(printable(report.text))
     return int(bool(report.skipped))

@@ -14,6 +14,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from comtip_fast.config.schema import CONFIG_VERSION, RunConfig
+from comtip_fast.config.vision import VitConfig
 
 
 class ConfigError(ValueError):
@@ -258,7 +259,12 @@ def validate(config: RunConfig, where: str = "config") -> None:
         A value is invalid; the message names the key and what it must be.
     """
     _build(config_to_dict(config), where)
-    for holds, message in (*_model_rules(config), *_training_rules(config), *_engine_rules(config)):
+    for holds, message in (
+        *_data_rules(config),
+        *_model_rules(config),
+        *_training_rules(config),
+        *_engine_rules(config),
+    ):
         if not holds:
             raise ConfigError(f"{where}: {message}")
 
@@ -280,12 +286,24 @@ def _build(data: Mapping[str, Any], where: str) -> RunConfig:
 Rule = tuple[bool, str]
 
 
+def _data_rules(c: RunConfig) -> list[Rule]:
+    d, slots = c.data, c.data.slots or 1
+    return [
+        (d.batch_size % slots == 0, "data.batch_size: must be a multiple of data.slots"),
+        ((d.sections_per_batch or 0) % slots == 0, "data.sections_per_batch: must be null or a multiple of data.slots"),
+    ]
+
+
 def _model_rules(c: RunConfig) -> list[Rule]:
     v, t, genes = c.vision, c.text, c.genes
     return [
         (genes.held_out_every != 1, "genes.held_out_every: 1 would hold out every gene; use 0 or at least 2"),
         (c.panel.min_genes <= c.panel.max_genes, "panel.max_genes: must not be below panel.min_genes"),
         (v.width % v.heads == 0, "vision.heads: must divide vision.width"),
+        (
+            v.backbone != "small" or v.vit == VitConfig(),
+            "vision.vit: applies to timm backbones; with backbone=small set vision.width, depth, heads and patch_px",
+        ),
         (t.width % t.heads == 0, "text.heads: must divide text.width"),
     ]
 
@@ -304,10 +322,15 @@ def _engine_rules(c: RunConfig) -> list[Rule]:
     nvme = "nvme" in (e.offload_optimizer, e.offload_param)
     offloads = e.offload_optimizer != "none" or e.offload_param != "none"
     on_state, on_parameters = e.offload_optimizer, e.offload_param
+    thaws = any(last for _, last in c.optim.freeze)
     return [
         (not offloads or e.kind == "deepspeed", "engine.offload_*: needs engine.kind=deepspeed"),
         (on_state == "none" or e.zero_stage >= 1, "engine.offload_optimizer: needs engine.zero_stage 1 to 3"),
         (on_parameters == "none" or e.zero_stage == 3, "engine.offload_param: needs engine.zero_stage=3"),
         (on_state != "nvme" or e.zero_stage == 3, "engine.offload_optimizer=nvme: needs engine.zero_stage=3"),
+        (
+            not thaws or e.kind != "deepspeed",
+            "optim.freeze: a last frozen step needs engine.kind auto, ddp or single; with deepspeed freeze for all steps (0)",
+        ),
         (not nvme or e.nvme_path != "", "engine.nvme_path: must name a folder on the NVMe drive"),
     ]

@@ -2,7 +2,8 @@
 
 The resolved config is written into every run folder and every export, so that a result can be traced to the settings
 that produced it. Symbols (B, G, Q, r ...) are those of docs/method.md. Where the paper gives no value, the default is
-this project's choice. ``python -m comtip_fast.config.settings_page`` generates docs/settings.md from this file.
+this project's choice. ``python -m comtip_fast.config.settings_page`` generates docs/settings.md from this file
+and from the modules of larger components (``vision``, ``optim``).
 """
 
 from __future__ import annotations
@@ -12,15 +13,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-CONFIG_VERSION = 1
+from comtip_fast.config.bounds import Count, CountOrZero, Positive, PositiveOrZero, Share
+from comtip_fast.config.optim import OptimConfig
+from comtip_fast.config.vision import VisionConfig
 
-Count = Annotated[int, Field(ge=1)]
-CountOrZero = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-PositiveOrZero = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-OpenShare = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
-Beta = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+CONFIG_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +37,10 @@ class DataConfig:
     run: Count = 1
     """Number of consecutive records read together. 1 shuffles single spots; 8 to 64 turns the reads of an epoch into
     sequential runs for storage with slow seeks. Records of a section are stored shuffled, so a run is a random sample."""
+    slots: Count | None = None
+    """Number of virtual slots that the tars are divided into, for many nodes. Each batch has equally many spots of every slot,
+    so a node that reads whole slots fetches its own share of the tars only; batches do not depend on the number of nodes.
+    ``batch_size`` and ``sections_per_batch`` must be multiples of it. ``null`` orders all spots together."""
     stain: Literal["none", "section"] = "section"
     """Stain normalisation. ``section`` shifts and scales the optical density of each section to a fixed mean and
     spread; ``none`` leaves pixels unchanged."""
@@ -62,6 +63,11 @@ class DataConfig:
     """Decoding threads (``torch``, ``dali``) or processes (``wds``); 0 decodes in the training process."""
     prefetch: Count = 2
     """Batches prepared in advance; bounds the loader's memory."""
+    fetch: Literal["files", "ranges"] = "files"
+    """Reading of a remote set. ``files`` keeps whole tars in a cache that the ranks of a node share; ``ranges`` requests the
+    records of a batch and keeps nothing, for a cache that cannot hold what a node reads in an epoch."""
+    fetch_ahead: CountOrZero = 8
+    """With ``files``: number of batches whose tars are fetched in the background before they are read."""
     expression: Literal["auto", "table", "records"] = "auto"
     """``table`` keeps the levels of all training spots in memory, ``records`` computes them per batch, ``auto`` uses the
     table up to 1 GiB and 200,000 spots."""
@@ -119,34 +125,6 @@ class LevelsConfig:
     """A gene with fewer spots with a positive count uses the global edges."""
     fit_spots: Annotated[int, Field(ge=100)] = 50_000
     """Largest number of training spots used to fit levels; the same fraction of every section is used."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class VisionConfig:
-    """The image encoder E and the masked branch."""
-
-    backbone: Annotated[str, Field(min_length=1)] = "small"
-    """``small``, or the name of a timm Vision Transformer (``vit_base_patch32_224``)."""
-    pretrained: str = ""
-    """A timm ``.safetensors`` file, or ``hub`` to download weights through timm; empty for random weights."""
-    stem: Literal["pixels", "efficientnet_lite0"] = "pixels"
-    """Patch embedding of ``small``: a linear map of the pixels, or frozen EfficientNet features."""
-    patch_px: Count = 32
-    """Side of a patch in pixels (``small`` only)."""
-    width: Count = 192
-    """d, embedding width of the image encoder (``small`` only)."""
-    depth: Count = 3
-    """Transformer blocks (``small`` only)."""
-    heads: Count = 4
-    """Attention heads of ``small`` and of the mask feature generator."""
-    mask_ratio: OpenShare = 0.5
-    """r, share of patches hidden from the masked branch; ``loss.mfm=0`` disables masking."""
-    target: Literal["self", "ema"] = "self"
-    """Source of the target features: the encoder itself (detached) or its exponential moving average."""
-    ema_decay: Share = 0.996
-    """Decay of the moving average."""
-    distance: Literal["smooth_l1", "mse", "cosine"] = "smooth_l1"
-    """Distance between predicted and target features."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,24 +229,6 @@ class ReadoutConfig:
     min_donors: Count = 1
     """Smallest number of training donors of a cohort with which the head on the shared-space vector is used; 2 omits
     this head for cohorts with a single training donor (docs/ablations.md)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """AdamW with linear warm-up and cosine decay."""
-
-    lr: Positive = 1e-3
-    """Peak learning rate."""
-    weight_decay: PositiveOrZero = 0.05
-    """Decoupled weight decay; not applied to one-dimensional parameters (biases, norms, temperatures)."""
-    betas: tuple[Beta, Beta] = (0.9, 0.98)
-    """Coefficients of Adam's running averages."""
-    warmup_steps: CountOrZero = 50
-    """Steps of linear warm-up."""
-    final_lr: Share = 0.02
-    """Learning rate at the last step, as a share of the peak."""
-    clip: PositiveOrZero = 1.0
-    """Maximum global gradient norm; 0 disables clipping."""
 
 
 @dataclass(frozen=True, kw_only=True)

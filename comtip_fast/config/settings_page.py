@@ -13,20 +13,19 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import annotated_types
 from pydantic.fields import FieldInfo
 
-from comtip_fast.config import schema
 from comtip_fast.config.schema import RunConfig
 
 HEAD = """# Settings
 
 Every key of a run's config: type, bounds, default and meaning. Set keys in a YAML file (`--config`) or on the command
-line (`--set optim.lr=3e-4`). This page is generated from `comtip_fast/config/schema.py` by
+line (`--set optim.lr=3e-4`). This page is generated from `comtip_fast/config/` by
 `python -m comtip_fast.config.settings_page docs/settings.md`; a test fails if it is out of date.
 """
 
 
 def field_docstrings(cls: type) -> dict[str, str]:
     """Return the docstring below each field of a dataclass, on one line."""
-    tree = ast.parse(inspect.getsource(schema))
+    tree = ast.parse(inspect.getsource(sys.modules[cls.__module__]))
     body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == cls.__name__)
     found = {}
     for node, after in pairwise(body):
@@ -51,7 +50,7 @@ def describe_type(hint: Any) -> tuple[str, str]:
         return ", ".join(f"`{a}`" for a in args), ""
     if origin is tuple:
         inner = [describe_type(a) for a in args if a is not Ellipsis]
-        of_each = f"each {inner[0][1]}" if inner[0][1] else ""
+        of_each = f"each {inner[0][1].removeprefix('each ')}" if inner[0][1] else ""
         return f"list of {inner[0][0]}" if Ellipsis in args else f"[{', '.join(i[0] for i in inner)}]", of_each
     if args:  # a union
         inner = [describe_type(a) for a in args]

@@ -1,8 +1,9 @@
-"""Write a section, a prediction or an embedding as SpatialData, or as a folder of Space Ranger."""
+"""Write a section, a prediction or an embedding as SpatialData, or as a folder in Space Ranger's layout."""
 
 from __future__ import annotations
 
 import json
+import logging
 import warnings
 from collections.abc import Mapping
 from importlib import import_module
@@ -22,6 +23,7 @@ from scipy import sparse
 from comtip_fast.constants import UNS
 from comtip_fast.data.sections import read_h5ad, section_template, split_spec
 
+log = logging.getLogger("comtip_fast")
 REGION, IMAGE, TABLE, MICRONS = "spots", "hires", "table", "micrometre"
 """Names of the elements, and of the coordinate system in um; ``global`` is in px of the full-resolution image."""
 REGION_KEY, INSTANCE_KEY = "region", "spot"
@@ -164,7 +166,7 @@ def write_space_ranger(data: ad.AnnData, target: Path) -> None:
     Raises
     ------
     SourceError
-        There is no expression, no image, or names are not unique.
+        There is no expression, no image, names are not unique, or a spot has no array position.
     OSError
         The folder exists, or cannot be written.
     """
@@ -178,6 +180,8 @@ def write_space_ranger(data: ad.AnnData, target: Path) -> None:
     if not data.obs_names.is_unique:
         raise SourceError("spot names are not unique; make them unique (obs_names_make_unique)")
     name, image, factors = library
+    for note in array_notes(data):
+        log.warning("%s: %s", target, note)
     with atomic_folder(target) as tmp_path:
         (tmp_path / "spatial").mkdir(parents=True)
         _write_matrix(data, name, tmp_path / MATRIX)
@@ -219,6 +223,26 @@ def _positions(data: ad.AnnData) -> pd.DataFrame:
         table[name] = np.rint(values).astype(np.int64)
     table["pxl_row_in_fullres"], table["pxl_col_in_fullres"] = xy[:, 1], xy[:, 0]
     return table
+
+
+def array_notes(data: ad.AnnData) -> list[str]:
+    """Return what the files of Space Ranger cannot hold of a section's array, for other arrays than Visium's."""
+    names = ("array_row", "array_col")
+    if not all(name in data.obs for name in names):
+        return ["obs has no array_row and array_col: spots are numbered instead, so use pixel positions for neighbours"]
+    given = data.obs[list(names)].to_numpy(float)
+    if not np.isfinite(given).all():
+        raise SourceError("array_row or array_col of a spot has no value; remove these columns, or give whole numbers")
+    whole, notes = np.rint(given), []
+    if np.abs(whole - given).max(initial=0) > 1e-6:
+        notes.append("array_row and array_col are fractions and were rounded; pixel positions are exact")
+    if len(np.unique(whole, axis=0)) < len(whole):
+        notes.append("several spots have the same array_row and array_col; use pixel positions for neighbours")
+    elif (whole.sum(1) % 2 != 0).any():  # Visium numbers columns of even rows 0, 2, ... and of odd rows 1, 3, ...
+        notes.append(
+            "the array is not Visium's hexagonal one; set coord_type='generic' in squidpy.gr.spatial_neighbors"
+        )
+    return notes
 
 
 def _uint8(image: np.ndarray) -> np.ndarray:

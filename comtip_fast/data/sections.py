@@ -63,11 +63,6 @@ class SectionTiles:
             return self.stored_stain
         return stain_stats(tile for chunk in self.tiles.chunks() for tile in chunk.tiles_NSS3)
 
-    @property
-    def tiles_NSS3(self) -> np.ndarray:
-        """All tiles in memory, uint8 (n_spots, S, S, 3)."""
-        return self.tiles.all()
-
 
 def open_section(
     spec: str | Path | ad.AnnData,

@@ -8,12 +8,13 @@ import numpy as np
 from comtip_fast.constants import LAYER_CP10K, LAYER_MEASURED_CP10K, LAYER_MEASURED_RAW, LAYER_RAW
 from comtip_fast.data.expression.levels import log1p_cp10k
 from comtip_fast.data.measured import MeasuredCounts
+from comtip_fast.data.tile_sources import TileSource
 from comtip_fast.evaluation.metrics import partial_pcc_per_gene
-from comtip_fast.evaluation.train_reference import mean_colour
+from comtip_fast.evaluation.train_reference import mean_colours
 from comtip_fast.metrics import pcc_per_gene
 
 
-def joined_with_measured(answer: ad.AnnData, measured: MeasuredCounts, tiles_NSS3: np.ndarray) -> None:
+def joined_with_measured(answer: ad.AnnData, measured: MeasuredCounts, tiles: TileSource) -> None:
     """Add measured layers and scores per gene to predicted expression, in place.
 
     Parameters
@@ -22,8 +23,8 @@ def joined_with_measured(answer: ad.AnnData, measured: MeasuredCounts, tiles_NSS
         Result of :meth:`comtip_fast.api.Model.predict`; ``var["key"]`` has gene keys.
     measured
         Counts of the same spots, in the same order.
-    tiles_NSS3
-        uint8 tiles of the spots, whose mean colour is regressed out in ``pcc_partial``.
+    tiles
+        Tiles of the spots, read in chunks; their mean colour is regressed out in ``pcc_partial``.
 
     Raises
     ------
@@ -43,7 +44,7 @@ def joined_with_measured(answer: ad.AnnData, measured: MeasuredCounts, tiles_NSS
     for layer, part in values.items():
         answer.layers[layer] = np.full(answer.shape, np.nan, np.float32)
         answer.layers[layer][:, found] = part
-    covariates = np.column_stack([mean_colour(tiles_NSS3), np.log1p(np.asarray(counts.sum(axis=1)).ravel())])
+    covariates = np.column_stack([mean_colours(tiles), np.log1p(np.asarray(counts.sum(axis=1)).ravel())])
     cp10k, predicted = values[LAYER_MEASURED_CP10K], np.asarray(answer.layers[LAYER_CP10K])[:, found]
     scores = {
         "detection": (cp10k > 0).mean(0),

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from comtip_fast.constants import ENCODER_HELP
 from comtip_fast.data.tile_sources import TileGeometry, TileSource
 from comtip_fast.evaluation.feature_files import FeatureFiles
-from comtip_fast.evaluation.train_reference import mean_colour
+from comtip_fast.evaluation.train_reference import mean_colours
 from comtip_fast.inference import Predictor
 from comtip_fast.models.stems import PIXEL_MEAN, PIXEL_STD, EfficientNetLite0Stem
 from comtip_fast.runtime.devices import autocast
@@ -56,10 +56,7 @@ class ColourEncoder(TileEncoder):
 
     def encode(self, tiles: TileSource, stain: StainStats | None = None) -> np.ndarray:
         """Return mean colours, float32 (N, 3)."""
-        out = np.zeros((len(tiles), 3), np.float32)
-        for rows, chunk in tiles.chunks():
-            out[rows] = mean_colour(chunk)
-        return out
+        return mean_colours(tiles).astype(np.float32)
 
 
 class RunEncoder(TileEncoder):

@@ -17,6 +17,7 @@ from comtip_fast.evaluation.seen import gene_seen
 from comtip_fast.evaluation.train_reference import Inputs
 from comtip_fast.inference import Predictor
 from comtip_fast.metrics import pcc_per_gene
+from comtip_fast.runtime.csv_text import csv_text
 
 COLUMNS = (
     "section",
@@ -135,7 +136,7 @@ def benjamini_hochberg(p_G: np.ndarray) -> np.ndarray:
 
 def write_genes(table: pd.DataFrame, path: Path) -> None:
     """Write ``genes.csv`` with six significant digits; undefined values are left empty."""
-    write_atomic(path, table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+    write_atomic(path, csv_text(table))
 
 
 def resolve_list(genes: Sequence[str], shards: ShardSet, number: int) -> tuple[list[str], list[str]]:

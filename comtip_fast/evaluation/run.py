@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from comtip_shards import ShardSet
-from comtip_shards.storage.remote import is_url
 
 from comtip_fast.evaluation.evaluate import Evaluation, evaluate, write_metrics
 from comtip_fast.evaluation.gene_table import write_genes
 from comtip_fast.evaluation.report import write_report
+from comtip_fast.evaluation.train_reference import training_shards
 from comtip_fast.inference import Predictor
 from comtip_fast.runtime.devices import pick_device
-from comtip_fast.shards import shards_of_run
 
 
 def evaluate_run(
@@ -85,22 +84,6 @@ def evaluate_run(
     if out is not None:
         _write_results(Path(run), result, Path(out))
     return result
-
-
-def training_shards(run: Path, configured: str, given: Path | str | None) -> ShardSet:
-    """Open the shard set with the training sections; a URL in the run's config is not fetched."""
-    train = str(given) if given else shards_of_run(run, configured)
-    if given is None and is_url(train):
-        raise ValueError(
-            f"{run}: its config names the training sections by the URL {train}, which is not fetched, because a model's config is not trusted; "
-            "if you trust it, give it with --train-shards"
-        )
-    if not is_url(train) and not (Path(train) / "manifest.json").is_file():
-        raise FileNotFoundError(
-            f"{train}: no shard set here, but the ridge baselines train on the model's own training sections; "
-            "give them with --train-shards"
-        )
-    return ShardSet(train)
 
 
 def _write_results(run: Path, result: Evaluation, folder: Path) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from comtip_shards import ShardSet
 from comtip_shards.sections.section import cohort_of
 from comtip_shards.slides.tiles import StainStats, normalise_stain
+from comtip_shards.storage.remote import is_url
 from scipy import sparse
 
 from comtip_fast.data.expression.levels import log1p_cp10k
@@ -21,6 +23,7 @@ from comtip_fast.inference import Predictor, SectionFeatures
 from comtip_fast.inference.feature_store import FeatureColumns, FeatureStore
 from comtip_fast.inference.section import row_blocks
 from comtip_fast.lineage import LineageSection
+from comtip_fast.shards import shards_of_run
 
 log = logging.getLogger("comtip_fast")
 MIN_DETECTION = 0.1
@@ -102,10 +105,34 @@ def spot_inputs(
     return inputs
 
 
+def training_shards(run: Path, configured: str, given: Path | str | None) -> ShardSet:
+    """Open the shard set with the training sections; a URL in the run's config is not fetched."""
+    train = str(given) if given else shards_of_run(run, configured)
+    if given is None and is_url(train):
+        raise ValueError(
+            f"{run}: its config names the training sections by the URL {train}, which is not fetched, because a model's config is not trusted; "
+            "if you trust it, give it with --train-shards"
+        )
+    if not is_url(train) and not (Path(train) / "manifest.json").is_file():
+        raise FileNotFoundError(
+            f"{train}: no shard set here, but the ridge baselines train on the model's own training sections; "
+            "give them with --train-shards"
+        )
+    return ShardSet(train)
+
+
 def mean_colour(tiles_NSS3: np.ndarray) -> np.ndarray:
     """Return each tile's mean red, green and blue, 0 to 1, float64 (N, 3)."""
     mean: np.ndarray = tiles_NSS3.reshape(len(tiles_NSS3), -1, 3).mean(1) / 255.0
     return mean
+
+
+def mean_colours(tiles: TileSource) -> np.ndarray:
+    """Return :func:`mean_colour` of all tiles, read in chunks, float64 (N, 3)."""
+    out = np.empty((len(tiles), 3))
+    for rows, chunk in tiles.chunks():
+        out[rows] = mean_colour(chunk)
+    return out
 
 
 class TrainReference:

@@ -211,8 +211,12 @@ class CoMTIP(nn.Module):
 
     def compile_blocks(self) -> None:
         """Compile the blocks of both encoders with ``torch.compile``, in place; a new shape triggers one recompilation."""
-        for block in (*self.vision.blocks, *self.genes.blocks):
+        for block in self.transformer_blocks():
             block.compile()
+
+    def transformer_blocks(self) -> list[nn.Module]:
+        """Return the blocks of both encoders, whose layers run under the autocast of the forward pass."""
+        return [*self.vision.blocks, *self.genes.blocks]
 
     @torch.no_grad()
     def update_teacher(self, decay: float, good: Tensor | None = None) -> None:

@@ -6,20 +6,21 @@ pixels, V = P - floor(r P) visible patches, d the encoder's width, c the width o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from timm.layers import PatchEmbed
+from timm.layers import Mlp, PatchEmbed, SwiGLUPacked
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from comtip_fast.config.schema import VisionConfig
+from comtip_fast.config.vision import VisionConfig, VitConfig
+from comtip_fast.models.adapters import add_adapters
+from comtip_fast.models.pretrained import fill_normalisation, load_weights, normalisation
 from comtip_fast.models.recompute import run_block
-from comtip_fast.models.stems import PIXEL_MEAN, PIXEL_STD, EfficientNetLite0Stem
+from comtip_fast.models.stems import EfficientNetLite0Stem
 
 
 class ImageTokens(NamedTuple):
@@ -28,7 +29,7 @@ class ImageTokens(NamedTuple):
     patches_BVd: Tensor
     """Features of the given patches."""
     pooled_Bd: Tensor
-    """Mean over the given patches."""
+    """Mean over the given patches, with the norm that the backbone applies after pooling, if it has one."""
 
 
 class VisionEncoder(nn.Module):
@@ -62,12 +63,18 @@ class VisionEncoder(nn.Module):
             )
         self.pos_embed = vit.pos_embed
         self.cls_token = vit.cls_token
+        self.dist_token = getattr(vit, "dist_token", None)
         self.reg_token = vit.reg_token
         self.no_embed_class = bool(vit.no_embed_class)
-        self.norm_pre, self.blocks, self.norm = vit.norm_pre, vit.blocks, vit.norm
+        self.norm_pre, self.blocks, self.norm, self.fc_norm = vit.norm_pre, vit.blocks, vit.norm, vit.fc_norm
         self.recompute = False
-        self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(1, 3, 1, 1), persistent=False)
+        # Stored with the weights: a checkpoint or an export must not depend on the files of the initial weights.
+        mean, std = normalisation(config, vit)
+        self.register_buffer("pixel_mean", torch.tensor(mean).view(1, 3, 1, 1))
+        self.register_buffer("pixel_std", torch.tensor(std).view(1, 3, 1, 1))
+        self.register_load_state_dict_pre_hook(_fill)
+        if config.lora.rank:
+            add_adapters(self, config.lora)
 
     def cut(self, tiles_B3SS: Tensor) -> Tensor:
         """Split uint8 tiles into normalised patches (B, P, 3, p, p), in row-major order.
@@ -120,7 +127,16 @@ class VisionEncoder(nn.Module):
             x = run_block(block, x, recompute=self.recompute)
         x = self.norm(x)
         patches_BVd = x[:, self.n_prefix :]
-        return ImageTokens(patches_BVd, patches_BVd.mean(dim=1))
+        return ImageTokens(patches_BVd, self.fc_norm(patches_BVd.mean(dim=1)))
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Return timm's patterns of the layers of a Vision Transformer, by which timm computes layer decay."""
+        found: dict[str, Any] = VisionTransformer.group_matcher(self, coarse)
+        # Names that follow timm's stem: tokens of distilled models, and norms after the blocks.
+        return found | {
+            "stem": rf"{found['stem']}|dist_token",
+            "blocks": [found["blocks"][0], (r"^(?:fc_)?norm\.", (99999,))],
+        }
 
     def positions(self, visible_BV: Tensor | None, batch: int) -> Tensor:
         """Return the position embeddings (B, V, d) of all patches, or of those of ``visible_BV``."""
@@ -130,14 +146,17 @@ class VisionEncoder(nn.Module):
         return nn.functional.embedding(visible_BV, rows_Pd)
 
     def _prefix(self, batch: int) -> list[Tensor]:
-        tokens = []
-        if self.cls_token is not None:
-            own = 0 if self.no_embed_class else self.pos_embed[:, :1]
-            tokens.append((self.cls_token + own).expand(batch, -1, -1))
-        if self.reg_token is not None:
-            own = 0 if self.no_embed_class else self.pos_embed[:, 1 : self.n_prefix]
-            tokens.append((self.reg_token + own).expand(batch, -1, -1))
+        tokens, at = [], 0
+        for token in (self.cls_token, self.dist_token, self.reg_token):
+            if token is not None:
+                own = 0 if self.no_embed_class else self.pos_embed[:, at : at + token.shape[1]]
+                tokens.append((token + own).expand(batch, -1, -1))
+                at += token.shape[1]
         return tokens
+
+
+def _fill(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    fill_normalisation(state, prefix)
 
 
 def patches_per_side(config: VisionConfig, patch_px: int, tile_px: int) -> int:
@@ -196,8 +215,14 @@ def _build_vit(config: VisionConfig, tile_px: int) -> VisionTransformer:
             fc_norm=False,
         )
     try:
-        vit = timm.create_model(config.backbone, pretrained=config.pretrained == "hub", img_size=tile_px, num_classes=0)
-    except (RuntimeError, TypeError) as err:
+        vit = timm.create_model(
+            config.backbone,
+            pretrained=config.pretrained == "hub",
+            img_size=tile_px,
+            num_classes=0,
+            **_timm_arguments(config.vit),
+        )
+    except (RuntimeError, TypeError, AssertionError) as err:
         raise ValueError(
             f"vision.backbone={config.backbone}: timm cannot build it for {tile_px} px ({err}); "
             "choose a name of timm.list_models('vit_*')"
@@ -213,20 +238,29 @@ def _build_vit(config: VisionConfig, tile_px: int) -> VisionTransformer:
             "patches; choose a Vision Transformer with a plain patch embedding"
         )
     if config.pretrained not in ("", "hub"):
-        _load_weights(vit, Path(config.pretrained))
+        load_weights(vit, Path(config.pretrained))
     return vit
 
 
-def _load_weights(vit: VisionTransformer, path: Path) -> None:
-    """Load a timm ``.safetensors`` file; all weights but the classifier's must fit."""
-    if path.suffix != ".safetensors" or not path.is_file():
-        raise ValueError(
-            f"vision.pretrained={path}: not an existing .safetensors file; convert other formats first (pickles are not read)"
-        )
-    try:
-        state = {k: v for k, v in load_file(path).items() if not k.startswith(("head.", "head_dist."))}
-        vit.load_state_dict(state)
-    except (RuntimeError, SafetensorError) as err:
-        raise ValueError(
-            f"vision.pretrained={path}: the weights do not fit vision.backbone; give the weights of that model ({err})"
-        ) from err
+def _timm_arguments(config: VitConfig) -> Mapping[str, Any]:
+    """Return the arguments of timm's constructor for the settings that are not ``null``."""
+    named: dict[str, Any] = {
+        "patch_size": config.patch_px,
+        "embed_dim": config.width,
+        "depth": config.depth,
+        "num_heads": config.heads,
+        "mlp_ratio": config.mlp_ratio,
+        "reg_tokens": config.registers,
+        "class_token": config.class_token,
+        "no_embed_class": config.no_embed_class,
+    }
+    out = {name: value for name, value in named.items() if value is not None}
+    if config.init_values is not None:
+        out["init_values"] = config.init_values or None
+    if config.mlp is not None:
+        out |= {"mlp_layer": Mlp, "act_layer": nn.GELU}
+        if config.mlp == "swiglu":
+            out |= {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU}
+    if config.class_token is False:
+        out["global_pool"], out["fc_norm"] = "avg", False
+    return out

@@ -253,7 +253,7 @@ class LinearReadout:
 
 
 class ReadoutDecoder:
-    """The heads of some genes, from :meth:`LinearReadout.decoder`."""
+    """Linear heads of the requested genes, from :meth:`LinearReadout.decoder`."""
 
     def __init__(self, settings: ReadoutSettings, heads: Sequence[tuple[CohortHead, _Decoders]], n_genes: int) -> None:
         self.settings, self._heads = settings, heads

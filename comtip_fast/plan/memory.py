@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
-from comtip_kernels.flops import CHUNK_BYTES
+from comtip_kernels.flops import infonce_chunk_bytes, level_chunk_bytes
 
 from comtip_fast.plan.cost import INDEX
 from comtip_fast.plan.engine import ELEMENT, EngineSpec
@@ -99,11 +99,11 @@ def step_rows(s: Sizes, e: EngineSpec, w: RankShare, parts: Sequence[StepPart], 
         note = "autocast keeps them for the backward pass"
         rows.append(MemoryRow("bf16 copies of weights", s.matrices * 2, note=note))
     if w.gpu and s.has_nce:
-        whole = w.images * w.columns * w.precision.operand
-        rows.append(MemoryRow("InfoNCE: derivatives of the logits", min(CHUNK_BYTES, whole), note="one chunk"))
+        chunk = infonce_chunk_bytes(w.images, w.columns, w.precision.operand)
+        rows.append(MemoryRow("InfoNCE: derivatives of the logits", chunk, note="one chunk"))
     if w.gpu and s.has_level:
-        whole = w.spots * s.G * s.Q * w.precision.operand
-        rows.append(MemoryRow("L_level: derivatives of the scores", min(CHUNK_BYTES, whole), note="one chunk"))
+        chunk = level_chunk_bytes(w.spots, s.G, s.Q, w.precision.operand)
+        rows.append(MemoryRow("L_level: derivatives of the scores", chunk, note="one chunk"))
     return [*rows, *_loss(s, e, w, ranks), *_pairs(s, ranks), *_batch(s, w, ranks)]
 
 

@@ -115,7 +115,8 @@ def vision(s: Sizes, w: RankShare, patches: int, *, masked: bool) -> list[Cost]:
         vit_block = checkpointed(vit_block, n * d * p.stream, "block input")
     costs += vit_block * s.depth
     index = 2 * b * patches * INDEX if masked else 0
-    return [*costs, norm(n, d, p), Cost("patch indices", saved=index)]
+    costs = [*costs, norm(n, d, p), Cost("patch indices", saved=index)]
+    return costs if s.vision_trained else forward_only(costs)
 
 
 def largest_block(s: Sizes, w: RankShare) -> float:

@@ -6,7 +6,7 @@ Symbols as in docs/method.md and docs/scaling.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -20,6 +20,7 @@ from torch import nn
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.genes import GeneTokenizer
 from comtip_fast.models import CoMTIP, ModelSizes
+from comtip_fast.training.freezing import last_frozen_steps
 
 GENE_STRIDE = 23
 """Sentence lengths are estimated on every ``GENE_STRIDE``-th gene."""
@@ -93,6 +94,8 @@ class Sizes:
     D: int
     candidates: int
     has_mfm: bool
+    vision_trained: bool
+    """Whether any parameter of the image encoder is trained in some step; otherwise it has no backward pass."""
     has_teacher: bool
     has_pair: bool
     has_level: bool
@@ -198,6 +201,7 @@ def sizes_of(config: RunConfig, inputs: Inputs | None = None, model: CoMTIP | No
             f"vision.backbone={config.vision.backbone}: comtip plan has no costs for its blocks; "
             "plan with a backbone of plain pre-norm blocks, e.g. vit_base_patch32_224"
         )
+    frozen = always_frozen(config, model)
     tokens, attended = sentence_lengths(text.max_tokens, text.full_name)
     if inputs.sentence_tokens is not None:
         attended *= inputs.sentence_tokens / tokens
@@ -227,6 +231,7 @@ def sizes_of(config: RunConfig, inputs: Inputs | None = None, model: CoMTIP | No
         D=config.align.dim,
         candidates=paat.candidates if paat.adversary == "hard" else 1,
         has_mfm=loss.mfm > 0,
+        vision_trained=any(p.requires_grad and f"vision.{n}" not in frozen for n, p in E.named_parameters()),
         has_teacher=model.teacher is not None,
         has_pair=loss.pair > 0,
         has_level=loss.level > 0,
@@ -234,7 +239,7 @@ def sizes_of(config: RunConfig, inputs: Inputs | None = None, model: CoMTIP | No
         hard_columns=paat.hard_columns,
         other_spots=paat.mode != "strata",
         text_context=paat.context == "text",
-        groups=parameter_groups(model),
+        groups=parameter_groups(model, frozen),
         tile_bytes=inputs.tile_bytes,
         loader=config.data.loader,
         prefetch=config.data.prefetch,
@@ -258,8 +263,22 @@ PARTS: Sequence[tuple[str, tuple[str, ...]]] = (
 )
 
 
-def parameter_groups(model: nn.Module) -> tuple[ParameterGroup, ...]:
-    """Count all parameters and buffers by part of the model; the two temperatures belong to the text heads."""
+def always_frozen(config: RunConfig, model: nn.Module) -> set[str]:
+    """Return the names of the parameters that ``optim.freeze`` freezes in all steps; later thaws are planned as trained."""
+    names = [name for name, _ in model.named_parameters()]
+    return {name for name, last in last_frozen_steps(names, config.optim.freeze).items() if last == 0}
+
+
+def parameter_groups(model: nn.Module, frozen: Collection[str] = ()) -> tuple[ParameterGroup, ...]:
+    """Count all parameters and buffers by part of the model; the two temperatures belong to the text heads.
+
+    Parameters
+    ----------
+    model
+        The model; parameters without ``requires_grad`` count as frozen.
+    frozen
+        Names of further frozen parameters.
+    """
     part_of = {child: name for name, children in PARTS for child in children}
     counts: dict[str, list[int]] = {name: [0, 0, 0, 0] for name, _ in PARTS}
     operands = {
@@ -270,7 +289,7 @@ def parameter_groups(model: nn.Module) -> tuple[ParameterGroup, ...]:
     }
     for name, p in model.named_parameters():
         row = counts[part_of.get(name.split(".")[0], "text heads")]
-        if p.requires_grad:
+        if p.requires_grad and name not in frozen:
             row[0] += p.numel()
             row[2] += p.numel() if name in operands else 0
             row[3] += 1

@@ -13,6 +13,7 @@ from comtip_fast.shards import shards_of_run
 from comtip_fast.training.checkpoint import store as checkpoints
 from comtip_fast.training.checkpoint.resume import CHECKPOINTS
 from comtip_fast.training.checkpoint.run_state import changed_inputs, with_earlier_values
+from comtip_fast.training.checkpoint.schema import check_state, load_weights
 from comtip_fast.training.checkpoint.store import Checkpoint, CheckpointError
 from comtip_fast.training.task import build_task
 from comtip_fast.training.warm_start import parents_of
@@ -45,6 +46,8 @@ def export_checkpoint(run_dir: Path, which: str, out: Path, shards: str | None =
         The run has no such checkpoint, it is damaged, or the shard set or tokenizer is not that of the run.
     """
     step, loaded = _read(run_dir, which)
+    folder = checkpoints.folder_of(run_dir / CHECKPOINTS, step)
+    check_state(loaded.state, folder, step)
     config = with_earlier_values(loaded.state["config"], load_config(run_dir / "config.yaml"))
     config = replace(config, data=replace(config.data, shards=_shards_of(run_dir, config.data.shards, shards)))
     # The checkpoint holds all weights; no initial weights are loaded.
@@ -55,7 +58,7 @@ def export_checkpoint(run_dir: Path, which: str, out: Path, shards: str | None =
             f"{config.data.shards}: not the shard set or tokenizer that {run_dir} was trained with; name the right one "
             "with --shards"
         )
-    task.module.load_state_dict(loaded.model)
+    load_weights(task.module, loaded, folder)
     task.module.eval()
     task.export(out)
     return step
@@ -80,7 +83,9 @@ def _choose(root: Path, which: str, steps: list[int]) -> tuple[int, Checkpoint]:
     found = checkpoints.newest_good(root) if which in ("newest", "best") else None
     if which == "newest" and found is not None:
         return found
-    step = int(found[1].state["best_step"]) if found is not None else _step(which)
+    if found is not None:
+        check_state(found[1].state, checkpoints.folder_of(root, found[0]), found[0])
+    step = found[1].state["best_step"] if found is not None else _step(which)
     if step not in checkpoints.steps_of(root):
         available = ", ".join(str(s) for s in steps)
         raise CheckpointError(f"{root}: no complete checkpoint {which!r}; available steps: {available}")

@@ -97,7 +97,9 @@ def _in_pieces(engine: Engine, task: PieceableTask, batch: Any, n: int) -> tuple
     for i, (piece, own) in enumerate(zip(pieces, task.cut(gradients, pieces), strict=True)):
         with engine.piece(last=i == final):
             scalar, parts, more = engine.call(task.replay, batch, piece, own, i == table_piece)
-            engine.backward(scalar)
+            # If the image side is frozen, only the piece with the table has gradients.
+            if scalar.requires_grad or i == final:
+                engine.backward(scalar)
         for name, number in more.items():
             per_piece.setdefault(name, []).append(number)
         for name, value in parts.items():

@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 
 import torch
+from timm.optim import param_groups_layer_decay
 from torch import nn
 
-from comtip_fast.config.schema import OptimConfig
+from comtip_fast.config.optim import OptimConfig, PartConfig, VisionPartConfig
+from comtip_fast.training.freezing import last_frozen_steps
 
 
 def make_optimizer(module: nn.Module, config: OptimConfig, *, fused: bool = False) -> torch.optim.AdamW:
     """Return AdamW over the trainable parameters; weight decay applies to tensors of two or more dimensions.
+
+    Parameters of equal decay and rate that thaw together form a group, with its factor on the learning rate in ``lr_scale``.
 
     Parameters
     ----------
@@ -23,12 +27,44 @@ def make_optimizer(module: nn.Module, config: OptimConfig, *, fused: bool = Fals
         Update all parameters in a few kernels, which can also skip the update (:func:`mask_steps`). Results differ from
         the other implementation in the last bits, so runs on a CPU, whose curves are compared bit for bit, do not use it.
     """
-    trained = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    scales = layer_scales(module, config.vision.layer_decay)
+    # Parameters that thaw later are groups of their own: ZeRO counts the steps of a group, not of a parameter.
+    until = last_frozen_steps([name for name, _ in named], config.freeze)
+    groups: dict[tuple[bool, float, float, int], list[nn.Parameter]] = {}
+    for name, parameter in named:
+        part = part_of(name, config)
+        decay = config.weight_decay if part.weight_decay is None else part.weight_decay
+        decayed = parameter.ndim >= 2
+        key = (not decayed, decay if decayed else 0.0, part.lr_scale * scales.get(name, 1.0), until.get(name, 0))
+        groups.setdefault(key, []).append(parameter)
+    settings = [
+        {"params": params, "weight_decay": decay, "lr_scale": scale}
+        for (_, decay, scale, _), params in sorted(groups.items(), key=lambda item: item[0][0])
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True if fused else None)
+    return torch.optim.AdamW(settings, lr=config.lr, betas=config.betas, fused=True if fused else None)
+
+
+def part_of(name: str, config: OptimConfig) -> PartConfig | VisionPartConfig:
+    """Return the settings of the part of the model that a parameter belongs to."""
+    parts: dict[str, PartConfig | VisionPartConfig] = {"vision": config.vision, "genes": config.text}
+    return parts.get(name.split(".", maxsplit=1)[0], config.heads)
+
+
+def layer_scales(module: nn.Module, decay: float) -> dict[str, float]:
+    """Return timm's factor on the learning rate of each trainable parameter of ``module.vision``; empty for a decay of 1."""
+    vision = getattr(module, "vision", None)
+    if decay == 1 or vision is None:
+        return {}
+    groups = param_groups_layer_decay(vision, layer_decay=decay)
+    scale_of = {id(p): float(g["lr_scale"]) for g in groups for p in g["params"]}
+    return {f"vision.{name}": scale_of[id(p)] for name, p in vision.named_parameters() if id(p) in scale_of}
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of every group: the rate of the step times the group's own factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_scale"]
 
 
 def mask_steps(optimizer: torch.optim.Optimizer, good: torch.Tensor) -> None:
@@ -69,6 +105,8 @@ def restore_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, tenso
     for full, value in tensors.items():
         name, key = full.rsplit("/", 1)
         parameter = parameters[name]
+        if not parameter.requires_grad:  # frozen by a change of optim.freeze
+            continue
         # AdamW keeps its step counter on the CPU, unless it is fused, and its moments on the parameter's device.
         on_cpu = key == "step" and not optimizer.defaults.get("fused")
         optimizer.state[parameter][key] = value if on_cpu else value.to(parameter.device)

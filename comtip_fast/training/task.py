@@ -31,6 +31,7 @@ from comtip_fast.genes.vectors import GeneVectors
 from comtip_fast.inference import Predictor
 from comtip_fast.lineage import Lineage
 from comtip_fast.models import CoMTIP, ModelSizes
+from comtip_fast.models.adapters import merged_state
 from comtip_fast.models.image_encoder import check_mask, patches_per_side
 from comtip_fast.runtime.devices import in_bf16
 from comtip_fast.training.checkpoint.run_state import GENES
@@ -75,6 +76,7 @@ def build_task(
     """
     torch.manual_seed(config.train.seed)
     shards = ShardSet(config.data.shards)
+    shards.files.ranges = config.data.fetch == "ranges"
     check_expected_tile(config, shards)
     if config.vision.backbone == "small":  # before the tables, which can take minutes
         check_vision(config, patches_per_side(config.vision, config.vision.patch_px, shards.manifest.tile.px) ** 2)
@@ -327,10 +329,11 @@ class CoMTIPTask:
 
     def export(self, folder: Path) -> None:
         """Write an export of the current weights: a readout fitted on the training split, and scores on split ``val``."""
-        bundle, model = self.bundle(), self._copy_of_model()
+        model = self._copy_of_model()
+        bundle = replace(self.bundle(), model=model, config=self._plain_config())
         if self.config.readout.kind == "linear":
             bundle.readout = fit_readout(model, self.config, self.shards, self.tables, self.loader)
-        predictor = Predictor(replace(bundle, model=model), self.device)
+        predictor = Predictor(bundle, self.device)
         per_cohort, per_gene = validation_scores(
             predictor, self.shards, self.tables, self.loader, self.config.train.seed
         )
@@ -338,12 +341,20 @@ class CoMTIPTask:
         bundle.save(folder)
 
     def _copy_of_model(self) -> CoMTIP:
-        """Return a model without the hooks of the engine: under ZeRO 3 they communicate, but one rank alone exports."""
-        config = replace(self.config, vision=replace(self.config.vision, pretrained=""))
+        """Return a model with merged adapters and without the hooks of the engine.
+
+        Under ZeRO 3 hooks communicate, but one rank alone exports.
+        """
+        plain = self._plain_config()
         with torch.random.fork_rng(devices=[]):  # the initial weights are overwritten
-            model = CoMTIP(config, self.sizes)
-        model.load_state_dict(self.model.state_dict())
+            model = CoMTIP(replace(plain, vision=replace(plain.vision, pretrained="")), self.sizes)
+        model.load_state_dict(merged_state(self.model))
         return model.to(self.device).eval()
+
+    def _plain_config(self) -> RunConfig:
+        """Return the config of a model without adapters, whose weights an export holds."""
+        lora = replace(self.config.vision.lora, rank=0)
+        return replace(self.config, vision=replace(self.config.vision, lora=lora))
 
     def bundle(self) -> Bundle:
         """Return the contents of an export: config, model, levels and genes."""

@@ -6,6 +6,7 @@ and resumed therefore computes the same losses and weights as an uninterrupted o
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import time
@@ -27,12 +28,14 @@ from comtip_fast.training.checkpoint import store as checkpoints
 from comtip_fast.training.checkpoint.resume import CHECKPOINTS, prepare_run_folder
 from comtip_fast.training.checkpoint.run_state import RunState, deterministic, set_random_state
 from comtip_fast.training.checkpoint.saver import CheckpointSaver
+from comtip_fast.training.checkpoint.schema import load_weights
 from comtip_fast.training.checkpoint.store import Checkpoint
 from comtip_fast.training.distributed.failures import ADVICE, explain_failures, hard_exit
 from comtip_fast.training.distributed.process_group import on_every_rank, on_rank_zero
 from comtip_fast.training.distributed.signals import Signals, catch_signals, hold_run
 from comtip_fast.training.engines.base import Engine
 from comtip_fast.training.engines.factory import make_engine
+from comtip_fast.training.freezing import Freezing
 from comtip_fast.training.grad_cache import forward_backward
 from comtip_fast.training.monitor.diagnostics import diagnostic
 from comtip_fast.training.monitor.loggers import BestEffort, make_loggers
@@ -104,6 +107,7 @@ class Trainer:
         self.engine: Engine
         self._found: Checkpoint | None = None
         self._reporter = StepReporter(task, config, self.run_dir, self.group, self.device, cost)
+        self._freezing = Freezing(task.module, config.optim.freeze)
         self._profiler = Profiler(config.watch.trace, self.run_dir / "trace", self.group.rank, self.device)
         self._watchdog = Watchdog(
             config.watch.stall_s,
@@ -168,11 +172,12 @@ class Trainer:
     def _start(self, resume: bool) -> bool:
         step = self._on_rank_zero(lambda: self._find_start(resume))
         if step is None:
+            self._freezing.apply(self.task.module, 1)
             self.engine = make_engine(self.task.module, self.config, self.group)
             return False
         loaded = self._found or checkpoints.load(checkpoints.folder_of(self.checkpoint_dir, step))
         self._found = None
-        self._restore(loaded)
+        self._restore(loaded, step)
         log.info("resumed from step %d", step)
         return True
 
@@ -245,6 +250,8 @@ class Trainer:
         began = time.monotonic()
         spots = self._next_batch()
         step = p.step + 1
+        if self._freezing.changes_at(step):
+            self._thaw(step)
         rate = learning_rate(step, self.config.train.steps, self.config.optim)
         self.engine.module.train()
         diagnostic("the profiler", lambda: self._profiler.before(step), None)
@@ -340,16 +347,30 @@ class Trainer:
             self._on_rank_zero(lambda: self._saver.save(self.progress, optim))
         self._saved_step = self.progress.step
 
-    def _restore(self, loaded: Checkpoint) -> None:
-        self.task.module.load_state_dict(loaded.model)
+    def _restore(self, loaded: Checkpoint, step: int) -> None:
+        load_weights(self.task.module, loaded, checkpoints.folder_of(self.checkpoint_dir, step))
+        self.progress = RunState.from_plain(loaded.state)
         # The engine is built after the weights are loaded, because ZeRO 3 shards the weights it is given.
+        self._freezing.apply(self.task.module, self.progress.step + 1)
         self.engine = make_engine(self.task.module, self.config, self.group)
         self.engine.restore(loaded.optim)
-        self.progress = RunState.from_plain(loaded.state)
         self.progress.reopen(self.config.train)
         set_random_state(loaded.state, self.device)
         self._saved_step = self.progress.step
         self._saver.check_best(self.progress)
+
+    def _thaw(self, step: int) -> None:
+        """Build the engine again, with the parameters that are trained from ``step`` on; as after a resume."""
+        state = self.engine.optimizer_state(every_rank=True)
+        with self.engine.gathered_for_read(every_rank=True):
+            self.engine.close()
+            gc.collect()  # DDP's wrapper and its buckets refer to each other
+            self._freezing.apply(self.task.module, step)
+            engine = make_engine(self.task.module, self.config, self.group)
+        self.engine = engine
+        self.engine.restore(state)
+        frozen = len(self._freezing.frozen_at(step))
+        log.info("step %d: optim.freeze thaws parameters; %d tensors remain frozen", step, frozen)
 
     def _export_best(self) -> None:
         """Export the best weights, or the last ones if there was no validation."""

@@ -18,6 +18,7 @@ from comtip_fast.data.expression.training_tables import TrainingTables
 from comtip_fast.export import Bundle, lineage_of
 from comtip_fast.lineage import FILE, LEARNING, Lineage, LineageSection, names_of_uses, symbol_of
 from comtip_fast.models import CoMTIP
+from comtip_fast.models.adapters import plain_name
 
 log = logging.getLogger("comtip_fast")
 IDENTITY = "genes.identity_Id"
@@ -58,13 +59,14 @@ def start_from(
     bundle = Bundle.load(folder / "export" if (folder / "export").is_dir() else folder)
     old, new = bundle.model.state_dict(), model.state_dict()
     differing = _differing_inputs(bundle, tokenizer_sha256, vectors_sha256)
-    left = [f"{name}: not in this model" for name in old.keys() - new.keys()]
+    left = [f"{name}: not in this model" for name in old.keys() - set(map(plain_name, new))]
     taken = 0
     for name, target in new.items():
         if name == IDENTITY:
             continue
         # If the source has no EMA teacher, the teacher starts as a copy of the encoder.
-        value = old.get(name, old.get(name.replace("teacher.", "vision.", 1)))
+        plain = plain_name(name)  # an export has no adapters
+        value = old.get(plain, old.get(plain.replace("teacher.", "vision.", 1)))
         if value is None:
             left.append(f"{name}: not in {folder}")
         elif value.shape != target.shape:

@@ -16,9 +16,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from comtip_kernels.tl_common import HAS_TRITON, TRITON_DTYPES, can_launch
+from comtip_kernels.tl_common import HAS_TRITON, INTERPRETING, TRITON_DTYPES, can_launch
 
 Impl = Literal["auto", "triton", "cpu", "reference"]
+BLACKWELL_NEEDS = (3, 8)
+"""Oldest Triton that compiles every kernel for sm_100. Triton 3.6 and 3.7 fail inside a pass of their compiler."""
 _PREFERENCE = {"cuda": ("triton", "reference"), "cpu": ("cpu", "reference")}
 _log = logging.getLogger("comtip_kernels")
 _reported: set[tuple[str, str]] = set()
@@ -88,7 +90,8 @@ def choose(
     Raises
     ------
     ValueError
-        If ``impl`` is unknown, not available for this operation, or does not support the operands.
+        If ``impl`` is unknown, not available for this operation, or does not support the operands, or if the installed Triton
+        cannot compile for the GPU.
     """
     device = operands[0].device
     impl = _preferred if impl == "auto" else impl
@@ -98,6 +101,8 @@ def choose(
         triton_runs = can_launch(device) and not unsupported
         ready = [n for n in names if n in implementations and (n != "triton" or triton_runs)]
         name = (ready or ["reference"])[0]
+        if name == "triton":
+            _check_compiler(op, device)
         _log_choice(op, name, device.type)
         return implementations[name]
     if impl not in implementations:
@@ -112,4 +117,29 @@ def choose(
             f"{op}: impl='triton' does not support {unsupported[0]}; cast the operands to torch.bfloat16 or "
             "torch.float32, or use impl='auto'"
         )
+    if impl == "triton":
+        _check_compiler(op, device)
     return implementations[impl]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _check_compiler(op: str, device: torch.device) -> None:
+    """Raise ValueError if the installed Triton is too old for the GPU: Triton 3.6 would abort the process in the first step."""
+    if INTERPRETING or device.type != "cuda":
+        return
+    import triton
+
+    if release_of(triton.__version__) >= BLACKWELL_NEEDS:
+        return
+    major, minor = torch.cuda.get_device_capability(device)
+    if major >= 10:
+        wanted = ".".join(map(str, BLACKWELL_NEEDS))
+        raise ValueError(
+            f"{op}: Triton {triton.__version__} cannot compile the kernels for sm_{major}{minor}; install a PyTorch with Triton "
+            f"{wanted} or newer, or use impl='reference'"
+        )
+
+
+def release_of(version: str) -> tuple[int, ...]:
+    """Return the release of a version of Triton, (3, 8) for 3.8.0."""
+    return tuple(int(part) for part in version.split(".")[:2])

@@ -84,6 +84,22 @@ def level_chunk(spots: int, levels: int, element: int) -> int:
     return max(64, CHUNK_BYTES // (element * max(1, spots * levels)) // 64 * 64)
 
 
+def infonce_chunk_bytes(rows: int, columns: int, element: int) -> int:
+    """Return the bytes of the buffer for derivatives of ``rows`` x ``columns`` logits; parameters as in :func:`infonce_chunk`."""
+    length = padded(columns)
+    return min(rows, infonce_chunk(length, element)) * length * element
+
+
+def level_chunk_bytes(spots: int, genes: int, levels: int, element: int) -> int:
+    """Return the bytes of the buffer for derivatives of the scores of ``genes`` genes; parameters as in :func:`level_chunk`."""
+    return spots * padded(min(genes, level_chunk(spots, levels, element)) * levels) * element
+
+
+def padded(columns: int) -> int:
+    """Return the length of a stored row of derivatives: library products need aligned rows for their fast paths."""
+    return 64 * ceil(columns / 64)
+
+
 def table_product(spots: float, genes: float, levels: float, width: float) -> float:
     """Return the operations of ``spots`` vectors times every row of a (genes, levels, width) table.
 

@@ -10,7 +10,8 @@ import torch
 from scipy import sparse
 
 from comtip_fast.data.expression.levels import LevelTable
-from comtip_fast.export import Bundle, ExportGene
+from comtip_fast.export import Bundle
+from comtip_fast.export_checks import ExportGene
 from comtip_fast.inference import GeneQuery, Predictor
 from comtip_fast.training.validation import Validation
 from testkit.rehearsal.cuda_runtime import stand_in_cuda

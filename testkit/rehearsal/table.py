@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from comtip_kernels.ledger.aot import LedgerEntry, LedgerRow
-from comtip_kernels.ledger.entries import ARCHITECTURES, LAUNCHES, launched
+from comtip_kernels.ledger.entries import LAUNCHES, launched
+from comtip_kernels.ledger.toolchain import architectures
 
 from testkit.rehearsal.costs import SENT_KINDS, by_kind
 from testkit.rehearsal.launches import Launch
@@ -169,7 +171,7 @@ def missing_rows(
             if signature not in names:
                 out.setdefault(signature, f"{where}: not in the ledger: {signature}; run python -m testkit.rehearsal")
                 continue
-            for arch in ARCHITECTURES:
+            for arch in architectures(triton.__version__):
                 row = rows.get((*names[signature], arch))
                 if row is None:
                     out[signature] = (

@@ -33,6 +33,7 @@ from comtip_shards.sections.section import Section
 from comtip_shards.slides.base import Slide
 from comtip_shards.slides.open import open_slide
 from comtip_shards.sources import open_source
+from comtip_shards.sources.files.packaging import temporary_folder
 
 from testkit.source_fuzz.corpus import SOURCES, Source
 from testkit.source_fuzz.mutate import mutate, pick
@@ -79,7 +80,7 @@ class Guard:
     _installed: Guard | None = None
 
     def __init__(self) -> None:
-        self.allowed: Path | None = None
+        self.allowed: tuple[str, ...] | None = None
         self.seen: list[str] = []
 
     @classmethod
@@ -109,12 +110,12 @@ class Guard:
         if isinstance(path, int) or self.allowed is None:
             return True
         real = os.path.realpath(os.fsdecode(path))
-        return real == "/dev/null" or real.startswith(str(self.allowed) + os.sep)
+        return real == "/dev/null" or real.startswith(self.allowed)
 
     @contextmanager
-    def only_in(self, folder: Path) -> Iterator[None]:
-        """Allow changes inside one folder only."""
-        self.seen, self.allowed = [], folder.resolve()
+    def only_in(self, *folders: Path) -> Iterator[None]:
+        """Allow changes inside some folders only."""
+        self.seen, self.allowed = [], tuple(f"{folder.resolve()}{os.sep}" for folder in folders)
         try:
             yield
         finally:
@@ -230,7 +231,7 @@ class SourceFuzzer:
         held = _rss_bytes()
         _reset_peak()
         began = time.monotonic()
-        with self.guard.only_in(out):
+        with self.guard.only_in(out, temporary_folder()):  # packed images and matrices are unpacked there
             outcome, detail = self._attempt(case / self.paths[name], SOURCES[name], out)
         seconds, peak = time.monotonic() - began, _peak_bytes()
         if outcome == "refused" and home not in detail and "section " not in detail:
@@ -246,7 +247,7 @@ class SourceFuzzer:
         signal.signal(signal.SIGALRM, _hang)
         signal.alarm(self.limit_s)
         # Native code that never returns to Python ends the process; a resumed run counts the case as a crash.
-        faulthandler.dump_traceback_later(4 * self.limit_s, exit=True)
+        faulthandler.dump_traceback_later(4 * self.limit_s, exit=True, file=sys.__stderr__)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")

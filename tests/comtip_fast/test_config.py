@@ -191,6 +191,18 @@ def test_invalid_values_are_refused_by_key(item: str) -> None:
         load_config(None, [item])
 
 
+@pytest.mark.parametrize(
+    ("items", "key"),
+    [
+        (["data.batch_size=96", "data.slots=64", "data.sections_per_batch=null"], "data.batch_size"),
+        (["data.batch_size=128", "data.slots=64", "data.sections_per_batch=96"], "data.sections_per_batch"),
+    ],
+)
+def test_slots_must_divide_a_batch(items: list[str], key: str) -> None:
+    with pytest.raises(ConfigError, match=f"{key}: must be.* multiple of data.slots"):
+        load_config(None, items)
+
+
 def test_all_weights_zero_leaves_nothing_to_learn() -> None:
     with pytest.raises(ConfigError, match="nothing to learn"):
         load_config(None, ["loss.nce=0", "loss.mfm=0", "loss.pair=0", "loss.level=0"])

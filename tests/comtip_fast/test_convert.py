@@ -7,6 +7,7 @@ from pathlib import Path
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
 from comtip_shards import ShardSet, SourceError
 from comtip_shards.sources import open_source
@@ -15,7 +16,7 @@ from scipy import sparse
 
 from comtip_fast.cli import main
 from comtip_fast.constants import OBSM_EMBEDDING
-from comtip_fast.data.convert import MATRIX, MICRONS, read_section, to_spatialdata, write_space_ranger
+from comtip_fast.data.convert import MATRIX, MICRONS, array_notes, read_section, to_spatialdata, write_space_ranger
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -127,6 +128,32 @@ def test_an_embedding_becomes_spatialdata_only(prediction: ad.AnnData, tmp_path:
     with pytest.raises(SourceError, match=r"no expression.*write a \.zarr"):
         write_space_ranger(data, tmp_path / "outs")
     assert not (tmp_path / "outs").exists()
+
+
+ARRAYS: dict[str, tuple[dict[str, list[float]], str]] = {
+    "Visium": ({"array_row": [0, 1, 2], "array_col": [0, 1, 4]}, ""),
+    "square": ({"array_row": [0, 0, 1], "array_col": [0, 1, 0]}, "not Visium's hexagonal one"),
+    "fractions": ({"array_row": [0, 1.02, 2], "array_col": [0, 0.98, 4]}, "were rounded"),
+    "cells": ({"array_row": [0, 0, 0], "array_col": [0, 0, 2]}, "the same array_row and array_col"),
+    "no array": ({}, "has no array_row"),
+}
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_what_space_ranger_files_cannot_hold_is_reported(name: str):
+    obs, note = ARRAYS[name]
+    data = ad.AnnData(obs=pd.DataFrame(obs, index=pd.Index(list("abc"))))
+    found = array_notes(data)
+    assert len(found) == bool(note)
+    assert note in "".join(found)
+
+
+def test_a_spot_without_an_array_position_is_refused():
+    data = ad.AnnData(
+        obs=pd.DataFrame({"array_row": [0, float("nan")], "array_col": [0, 1]}, index=pd.Index(["a", "b"]))
+    )
+    with pytest.raises(SourceError, match="array_row or array_col of a spot has no value"):
+        array_notes(data)
 
 
 def test_what_cannot_be_converted_is_refused_and_nothing_is_left(section: ad.AnnData, tmp_path: Path, capsys):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import comtip_fast
-from comtip_fast.training.engines import deepspeed_internals as internals
+from comtip_fast.training import deepspeed_internals as internals
 
 PACKAGE = Path(comtip_fast.__file__).parent
 MODULE = Path(internals.__file__)
@@ -20,7 +20,7 @@ SWAP_METHODS = (
     "_optimizer_states_and_gradient_swap_in",
     "_optimizer_states_and_gradient_swap_out",
 )
-ZERO_3 = (*SWAP_METHODS, "fp32_partitioned_groups_flat", "_global_grad_norm")
+ZERO_3 = (*SWAP_METHODS, "fp32_partitioned_groups_flat", "sub_group_to_group_id", "_global_grad_norm")
 ZERO_1_2 = ("_lazy_init_hp_params_optimizer_state", "single_partition_of_fp32_groups", "_global_grad_norm")
 
 

@@ -105,7 +105,7 @@ def test_moments_and_neighbours_of_parts_are_those_of_the_whole():
     assert neighbour_mean(x[:1], xy[:1]) is not None
 
 
-class MadeTiles(TileSource):
+class GeneratedTiles(TileSource):
     """Random tiles that are drawn when they are read."""
 
     def __init__(self, n: int, tile_px: int) -> None:
@@ -125,7 +125,7 @@ def peak_beyond_the_answer(predictor: Predictor, n: int, *, at_once: bool) -> in
     """Return the peak of allocated bytes, less the answer and the positions."""
     side = int(np.ceil(n**0.5))
     xy = np.stack(np.divmod(np.arange(n), side), axis=1).astype(float)
-    tiles, genes = MadeTiles(n, predictor.tile_px), [GeneQuery("ERBB2", "", "human:ERBB2"), GeneQuery("XYZ1")]
+    tiles, genes = GeneratedTiles(n, predictor.tile_px), [GeneQuery("ERBB2", "", "human:ERBB2"), GeneQuery("XYZ1")]
     tracemalloc.start()
     if at_once:
         out = predictor.predict(predictor.image_features(tiles, None, xy), genes)
@@ -163,7 +163,7 @@ def test_no_tensor_of_scores_grows_with_spots(quick: Path, monkeypatch: pytest.M
     monkeypatch.setattr(levels, "SCORE_BYTES", 20_000)
     predictor = Predictor.load(quick)
     genes = queries(predictor.bundle)
-    predict_section(predictor, MadeTiles(400, predictor.tile_px), None, None, genes)
+    predict_section(predictor, GeneratedTiles(400, predictor.tile_px), None, None, genes)
     assert len(seen) > 5
     assert max(seen) <= 20_000
 
@@ -215,19 +215,19 @@ def test_an_h5ad_is_predicted_without_reading_its_counts(quick: Path, tiny_shard
 
 
 def test_tiles_are_read_ahead_in_order_and_errors_reach_the_caller():
-    class Damaged(MadeTiles):
+    class Damaged(GeneratedTiles):
         def chunks(self, size: int = 128) -> Iterator[TileChunk]:
             yield from super().chunks(size)
             raise SourceError("a window cannot be decoded")
 
-    tiles = MadeTiles(30, 8)
+    tiles = GeneratedTiles(30, 8)
     for one, two in zip(tiles.ahead(7), tiles.chunks(7), strict=True):
         np.testing.assert_array_equal(one.rows, two.rows)
         np.testing.assert_array_equal(one.tiles_NSS3, two.tiles_NSS3)
     with pytest.raises(SourceError, match="cannot be decoded"):
         list(Damaged(30, 8).ahead(7))
     before = threading.active_count()
-    for _ in MadeTiles(3000, 8).ahead(7):
+    for _ in GeneratedTiles(3000, 8).ahead(7):
         break
     gc.collect()
     assert threading.active_count() <= before

@@ -25,6 +25,7 @@ from scipy import sparse
 from comtip_fast.cli import main
 from comtip_fast.config.io import load_config
 from comtip_fast.data.h5ad import write_h5ad
+from comtip_fast.runtime.csv_text import csv_text
 from comtip_fast.training import trainer
 from comtip_fast.training.checkpoint import store as checkpoints
 from comtip_fast.training.distributed.failures import RESTART_CODE, RestartError
@@ -76,6 +77,7 @@ import sys, resource
 from pathlib import Path
 import anndata as ad
 from comtip_fast.data.h5ad import write_h5ad
+from comtip_fast.runtime.csv_text import csv_text
 data, target, size = ad.read_h5ad(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 before = target.read_bytes()
 for limit in range(0, size, max(1, size // 40)):
@@ -197,6 +199,36 @@ def test_evaluate_looks_at_its_options_before_the_work(
     assert main(["evaluate", str(run_dir), "--shards", shards, "--sections", ",", "--out", str(tmp_path / "o")]) == 2
     assert "--sections ',' names no section" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
+
+
+def test_a_table_holds_no_formula():
+    """Names come from a shard set; a spreadsheet runs a cell that starts with = + - or @."""
+    text = csv_text(
+        pd.DataFrame({"gene": ["=cmd|' /C calc'!A0", "@A", "+A", "-A", "ACGT-1", "-1"], "score": [-1.5] * 6})
+    )
+    cells = [line.rsplit(",", 1)[0] for line in text.splitlines()[1:]]
+    assert cells == ["'=cmd|' /C calc'!A0", "'@A", "'+A", "'-A", "ACGT-1", "-1"]
+    assert text.splitlines()[1].endswith(",-1.5")
+
+
+def test_export_looks_at_its_output_before_the_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "out").write_text("x")
+    assert main(["export", str(tmp_path / "no_run"), "--out", str(tmp_path / "out")]) == 2
+    assert f"--out {tmp_path / 'out'}: is a file; give a new folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["predict", "embed"])
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [("none/x.h5ad", "does not exist; create it first"), ("x.csv", "give a name that ends in .h5ad")],
+)
+def test_predict_looks_at_its_output_before_the_work(
+    tmp_path: Path, command: str, out: str, message: str, capsys: pytest.CaptureFixture[str]
+):
+    genes = ["--genes", "ERBB2"] if command == "predict" else []
+    arguments = [str(tmp_path / "no_run"), str(tmp_path / "no.h5ad"), *genes, "--out", str(tmp_path / out)]
+    assert main([command, *arguments]) == 2
+    assert message in capsys.readouterr().err
 
 
 # -- classes of errors in training ------------------------------------------------------------------------------

@@ -11,7 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from comtip_fast.config.io import load_config
 from comtip_fast.models import CoMTIP
-from comtip_fast.plan.cost import FP32, total
+from comtip_fast.plan.cost import AUTOCAST, FP32, total
+from comtip_fast.plan.engine import EngineSpec
+from comtip_fast.plan.memory import step_rows
 from comtip_fast.plan.parts import RankShare, infonce, level, pair, pooling, text_attention
 from comtip_fast.plan.sizes import Inputs, Sizes, build_on_meta, sizes_of
 from tests.comtip_fast.plan_measure import MORE_FORMULAS, Measured, measure, measure_peak
@@ -188,3 +190,28 @@ def test_chunks_of_the_level_loss_are_whole_tiles(levels: int):
         genes = flops.level_chunk(spots, levels, 2)
         assert genes % tiles["NG"] == 0
         assert genes == 64 or genes * spots * levels * 2 <= flops.CHUNK_BYTES
+
+
+@pytest.mark.parametrize("element", [2, 4])
+def test_bytes_of_a_chunk_are_those_of_its_buffer(element: int):
+    limit = flops.CHUNK_BYTES
+    assert flops.infonce_chunk_bytes(100, 130, element) == 100 * 192 * element  # all rows, padded to 64 columns
+    assert flops.infonce_chunk_bytes(10**6, 65_536, element) == limit
+    assert (
+        flops.infonce_chunk_bytes(10**6, 3_000_000, element) == 128 * 3_000_000 * element > limit
+    )  # a tile of rows is more
+    assert flops.level_chunk_bytes(10, 3, 7, element) == 10 * 64 * element
+    assert flops.level_chunk_bytes(1024, 10**5, 32, element) == limit
+    assert flops.level_chunk_bytes(200_000, 10**5, 32, element) == 64 * 200_000 * 32 * element > limit
+
+
+def test_the_plan_has_the_chunks_of_more_than_the_limit(any_sizes: Sizes):
+    """The least chunk is 128 rows or 64 genes; the plan counted 256 MiB where those are more."""
+    share = RankShare(spots=200_000, images=200_000, columns=3_000_000, table_rows=1000, precision=AUTOCAST, gpu=True)
+    rows = {row.name: row.bytes for row in step_rows(any_sizes, EngineSpec(), share, [], 1)}
+    assert rows["InfoNCE: derivatives of the logits"] == 128 * 3_000_000 * 2
+    s = replace(any_sizes, G=1000, Q=32)
+    level = {row.name: row.bytes for row in step_rows(s, EngineSpec(), share, [], 1)}[
+        "L_level: derivatives of the scores"
+    ]
+    assert level == 64 * 200_000 * 32 * 2 > flops.CHUNK_BYTES

@@ -17,6 +17,7 @@ COMMAND, INDENT = "# comtip plan ", "#   "
 # Only sizes are overridden; the parts of the method and of the engine are those of the config.
 SMALL = [
     "data.batch_size=12",
+    "data.slots=2",
     "data.views=2",
     "data.workers=0",
     "genes.per_cohort=30",

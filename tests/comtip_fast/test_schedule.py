@@ -18,8 +18,12 @@ from comtip_fast.data.loaders.schedule import EpochSchedule
 def schedule_of(sizes: list[int], platforms: list[str], **settings: Any) -> EpochSchedule:
     first = np.cumsum([0, *sizes[:-1]])
     sections = [SimpleNamespace(first_spot=int(f), platform=p) for f, p in zip(first, platforms, strict=True)]
-    shards: Any = SimpleNamespace(manifest=SimpleNamespace(sections=sections))
+    tars = [SimpleNamespace(first_spot=int(t)) for f, n in zip(first, sizes, strict=True) for t in range(f, f + n, TAR)]
+    shards: Any = SimpleNamespace(manifest=SimpleNamespace(sections=sections, shards=tars))
     return EpochSchedule(shards, np.arange(sum(sizes)), DataConfig(**{"balance": "platform"} | settings), seed=3)
+
+
+TAR = 100
 
 
 def reads(batches: list[np.ndarray]) -> int:
@@ -52,6 +56,21 @@ def test_balanced_epochs_read_runs(k: int | None):
 def test_without_runs_the_balanced_order_is_as_before():
     batches = schedule_of([40, 30, 9], ["a", "a", "b"], batch_size=16, sections_per_batch=2).batches(0)
     assert batches[0][:8].tolist() == PINNED
+
+
+@pytest.mark.parametrize("run", [1, 8])
+def test_slots_and_balancing_work_together(run: int):
+    """Nodes read their share of the tars, groups have their share of the spots, and no spot of a large group repeats."""
+    sizes, platforms = [4000, 3000, 800, 700], ["a", "a", "b", "b"]
+    schedule = schedule_of(sizes, platforms, batch_size=256, sections_per_batch=32, run=run, slots=16)
+    batches = schedule.batches(0)
+    drawn = np.concatenate(batches)
+    assert drawn.size == sum(sizes)
+    assert abs(int((drawn < 7000).sum()) * 2 - drawn.size) <= 1
+    assert np.bincount(drawn)[:7000].max() == 1
+    of_node = [np.unique(np.concatenate([b.reshape(4, -1)[n] for b in batches[:-1]]) // TAR) for n in range(4)]
+    assert sum(tars.size for tars in of_node) <= sum(-(-n // TAR) for n in sizes) + 3
+    assert [b.tolist() for b in batches] != [b.tolist() for b in schedule.batches(1)]
 
 
 PINNED = [64, 54, 52, 51, 44, 5, 6, 23]

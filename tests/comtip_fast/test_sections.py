@@ -53,16 +53,16 @@ def spec(request: pytest.FixtureRequest, tmp_path: Path):
 def test_an_anndata_is_read_with_its_facts(spec):
     opened = open_section(spec(adata()), TILE, {"mpp": "2.0"})
     assert opened.species == "human"
-    assert opened.tiles_NSS3.shape == (N, 16, 16, 3)
-    np.testing.assert_allclose(opened.tiles_NSS3[0].mean((0, 1))[:2], [XY[0, 0] / 4, XY[0, 1] / 2], atol=1)
+    assert opened.tiles.all().shape == (N, 16, 16, 3)
+    np.testing.assert_allclose(opened.tiles.all()[0].mean((0, 1))[:2], [XY[0, 0] / 4, XY[0, 1] / 2], atol=1)
     visium = open_section(spec(adata()), TILE, {"platform": "Visium"})
-    assert np.abs(visium.tiles_NSS3.astype(int) - opened.tiles_NSS3).mean() < 1
+    assert np.abs(visium.tiles.all().astype(int) - opened.tiles.all()).mean() < 1
 
 
 def test_a_stated_image_is_used(spec, tmp_path: Path):
     Image.fromarray(picture(blue=40)).save(tmp_path / "full.png")
     opened = open_section(spec(adata()), TILE, {"mpp": "2.0", "image": str(tmp_path / "full.png")})
-    assert np.median(opened.tiles_NSS3[..., 2]) == 40
+    assert np.median(opened.tiles.all()[..., 2]) == 40
     with pytest.raises(SourceError, match=r"nowhere\.png: no such file; copy the image \(--image\) there"):
         open_section(spec(adata()), TILE, {"mpp": "2.0", "image": str(tmp_path / "nowhere.png")})
 
@@ -74,7 +74,7 @@ def test_positions_belong_to_the_stated_image(spec, tmp_path: Path):
     Image.fromarray(picture(scale=2)).save(tmp_path / "full.png")
     one = open_section(spec(a), TILE, {"mpp": "1.0"})
     two = open_section(spec(a), TILE, {"mpp": "1.0", "image": str(tmp_path / "full.png")})
-    assert np.abs(one.tiles_NSS3.astype(int) - two.tiles_NSS3).mean() < 1.5
+    assert np.abs(one.tiles.all().astype(int) - two.tiles.all()).mean() < 1.5
 
 
 @pytest.mark.parametrize("option", ["pool_um", "qv", "alignment", "min_cover", "pixels", "layer", "round_counts"])
@@ -167,7 +167,7 @@ def test_normalised_counts_and_no_tissue_do_not_matter(tmp_path: Path):
     a.X = np.log1p(a.X) + 0.123
     a.write_zarr(tmp_path / "a.zarr")
     opened = open_section(tmp_path / "a.zarr", TILE, {"mpp": "2.0"})
-    assert opened.tiles_NSS3.shape == (N, 16, 16, 3)
+    assert opened.tiles.all().shape == (N, 16, 16, 3)
     with pytest.raises(SourceError, match="raw counts are needed"):
         open_source(tmp_path / "a.zarr", overrides={"mpp": "2.0", "tissue": "x"})[0].read()
 

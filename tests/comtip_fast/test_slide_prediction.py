@@ -66,7 +66,7 @@ PICTURES = {
 
 @pytest.mark.parametrize("name", PICTURES)
 @pytest.mark.parametrize("mpp", [4.0, 16.0])
-def test_tissue_is_told_from_glass(name: str, mpp: float):
+def test_tissue_is_distinguished_from_glass(name: str, mpp: float):
     picture, where = tissue_picture(300, 400, **PICTURES[name])
     edge = ndimage.binary_dilation(where, iterations=10) & ~ndimage.binary_erosion(where, iterations=10)
     found, false = agreement(tissue_mask(picture, mpp) | edge, where | edge)

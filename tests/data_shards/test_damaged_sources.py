@@ -96,6 +96,24 @@ def test_lists_of_a_10x_matrix_have_one_length(tmp_path: Path):
         TenxMatrix(path, (path,)).features()
 
 
+@pytest.mark.parametrize("name", ["indptr", "shape", "barcodes"])
+def test_lengths_of_a_10x_matrix_are_compared_before_they_are_read(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+):
+    path = tmp_path / "m.h5"
+    write_h5(path, np.ones((3, 4), int), list("abcd"), ["E1", "E2", "E3"], ["A", "B", "C"])
+    with h5py.File(path, "r+") as file:
+        claimed(file, f"matrix/{name}")
+    matrix = TenxMatrix(path, (path,))
+    features = matrix.features()
+    read: list[int] = []
+    plain = h5py.Dataset.__getitem__
+    monkeypatch.setattr(h5py.Dataset, "__getitem__", lambda s, key: (read.append(s.size), plain(s, key))[1])
+    with pytest.raises(SourceError, match=r"m\.h5: the matrix shape is"):
+        matrix.read(features)
+    assert max(read, default=0) < 100
+
+
 def test_a_matrix_market_header_that_claims_more_than_the_file_holds(tmp_path: Path):
     path = visium_mex(tmp_path / "v") / "filtered_feature_bc_matrix/matrix.mtx.gz"
     lines = gzip.decompress(path.read_bytes()).decode().splitlines()

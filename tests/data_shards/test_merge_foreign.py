@@ -151,7 +151,7 @@ BROKEN = {
     ),
     "a print that is none": (
         source(print={"spots": "AA==", "picture": ""}),
-        r"sections\.0\.source.*print\.spots has 1 bytes",
+        r"sections\.0\.source.*print\.spots .* has 1 bytes",
     ),
     "mpp 0": (first(mpp=0.0), r"sections\.0\.mpp"),
     "mpp 1e-300": (first(mpp=1e-300), r"sections\.0\.mpp"),

@@ -53,7 +53,7 @@ def test_large_sets_are_ordered_by_a_bounded_look_ahead(monkeypatch: pytest.Monk
     # One section has most of the spots, so most batches find a second section only far ahead.
     section = np.repeat(np.arange(6), [20_000, 300, 41, 7, 500, 9])
     spots = np.arange(section.size)
-    pieces = order._pieces(section, spots, 16, 4, 0, 0, 1)
+    pieces = order.pieces_of(section, spots, 16, 4, 0, 0, 1)
     assert len(pieces) > 2 * order.WINDOW
     looked: list[int] = []
 
@@ -68,7 +68,7 @@ def test_large_sets_are_ordered_by_a_bounded_look_ahead(monkeypatch: pytest.Monk
     assert sorted(np.concatenate(bounded).tolist()) == spots.tolist()
     assert all(b.size <= 16 for b in bounded)
     # If the whole queue is within the look-ahead, the bound changes nothing.
-    few = order._pieces(section[-857:], spots[-857:], 16, 4, 0, 0, 1)
+    few = order.pieces_of(section[-857:], spots[-857:], 16, 4, 0, 0, 1)
     short = [b.tolist() for b in order._combine(few, 16)]
     monkeypatch.setattr(order, "WINDOW", 1 << 30)
     assert short == [b.tolist() for b in order._combine(few, 16)]

@@ -98,7 +98,7 @@ def test_cellxgene_slide_seq_has_no_library(tmp_path: Path):
 
 @pytest.mark.parametrize("column", ["library_id", "batch", "slide"])
 @pytest.mark.parametrize("category", [True, False])
-def test_libraries_are_told_apart_by_any_column(tmp_path: Path, column: str, category: bool):
+def test_libraries_are_distinguished_by_any_column(tmp_path: Path, column: str, category: bool):
     a, b = adata(), adata()
     b.X = b.X + 1
     both = ad.concat({"A": a, "B": b}, label=column, index_unique="-")

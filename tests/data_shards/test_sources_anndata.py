@@ -174,7 +174,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_files_are_told_by_name_and_fix(data: ad.AnnData, tmp_path: Path, name: str):
+def test_errors_of_bad_files_name_the_file_and_the_fix(data: ad.AnnData, tmp_path: Path, name: str):
     change, message = BAD[name]
     change(data)
     path = write(data, tmp_path / "a.h5ad")

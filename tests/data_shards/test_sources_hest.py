@@ -261,7 +261,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_files_are_told_by_name_and_fix(folder: Path, name: str):
+def test_errors_of_bad_files_name_the_file_and_the_fix(folder: Path, name: str):
     change, message = BAD[name]
     change(folder)
     with pytest.raises(SourceError, match=message):

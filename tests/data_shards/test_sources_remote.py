@@ -180,7 +180,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("fmt", RUNS)
-def test_a_run_is_told_by_its_listing_and_its_bulk_left_there(fmt: str, tmp_path: Path, fetched: list[str]):
+def test_a_run_is_detected_by_its_listing_without_downloading_the_rest(fmt: str, tmp_path: Path, fetched: list[str]):
     needed, rest = RUNS[fmt]
     fs = fsspec.filesystem("memory")
     for name in needed | rest:

@@ -154,7 +154,9 @@ def test_a_set_is_built_from_it(store_path: Path, tmp_path: Path):
     assert report.n_spots == 11
 
 
-def test_bad_stores_are_told_by_name_and_fix(store_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_errors_of_bad_stores_name_the_file_and_the_fix(
+    store_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     data = store(np.arange(12))
     data.tables["table"].obs["spot"] += 100
     with pytest.raises(SourceError, match=r"a\.zarr: table and spots have no id in common: 100, 101"):

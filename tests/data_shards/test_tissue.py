@@ -46,7 +46,7 @@ def context(pixels: np.ndarray) -> SectionContext:
     counts = sparse.csr_matrix((len(xy), 1), dtype=np.int32)
     ids = [str(i) for i in range(len(xy))]
     section = Section(meta, None, counts, ["g"], [""], ids, xy, xy, [""] * len(xy))  # type: ignore[arg-type]
-    return SectionContext(section, pixels, MPP, 1.0, np.zeros((0, 96, 96, 3), np.uint8), 224.0)
+    return SectionContext(section, pixels, MPP, 1.0, np.zeros((0, 96, 96, 3), np.uint8), np.zeros((0, 2)), 224.0)
 
 
 LAMPS = {
@@ -63,7 +63,7 @@ LAMPS = {
 
 
 @pytest.mark.parametrize("lamp", LAMPS)
-def test_tissue_and_glass_are_told_apart_in_any_exposure(lamp: str):
+def test_tissue_and_glass_are_distinguished_in_any_exposure(lamp: str):
     pixels, tissue = picture(np.random.default_rng(0))
     found = context(pixels * LAMPS[lamp])
     want = tissue[::CELL, ::CELL]

@@ -19,7 +19,7 @@ from testkit.tenx import GENES, NAMES, he_picture, section_digest, write_h5, wri
 
 MPP, ANGLE, CORNER = 4.0, 0.2, np.array([40.0, 12.0])
 TURN = np.array([[np.cos(ANGLE), -np.sin(ANGLE)], [np.sin(ANGLE), np.cos(ANGLE)]])
-PLACE = np.column_stack([TURN / MPP, CORNER])
+AFFINE = np.column_stack([TURN / MPP, CORNER])
 SHAPE = (20, 25)
 """Rows and columns of 16 um bins: 2 x 3 whole pseudo-spots of 128 um, half ones below, an eighth to the right."""
 FACTS = {"tissue": "colon", "donor": "P1"}
@@ -37,9 +37,9 @@ def run(tmp_path: Path) -> Path:
     root = tmp_path / "colon" / "outs"
     rng = np.random.default_rng(0)
     counts = rng.poisson(0.7, (4, tissue().sum()))
-    write_visium_hd(root, 16, counts, tissue(), PLACE)
+    write_visium_hd(root, 16, counts, tissue(), AFFINE)
     fine = tissue().repeat(2, 0).repeat(2, 1)
-    write_visium_hd(root, 8, rng.poisson(0.2, (4, fine.sum())), fine, PLACE)
+    write_visium_hd(root, 8, rng.poisson(0.2, (4, fine.sum())), fine, AFFINE)
     (root / "spatial").mkdir()
     he_picture(80, 65).save(root / "spatial/tissue_hires_image.png")
     he_picture(160, 130).save(tmp_path / "full.png")
@@ -70,7 +70,7 @@ def truth(run: Path, bin_um: int, pool_um: int) -> dict[str, tuple[int, np.ndarr
     for bin_ in table[table["in_tissue"] == 1].itertuples():
         j, i = bin_.array_row * bin_um // pool_um, bin_.array_col * bin_um // pool_um
         n, total, _ = out.get(f"{j:03d}x{i:03d}", (0, np.zeros(4, int), None))
-        centre = PLACE @ [(i + 0.5) * pool_um, (j + 0.5) * pool_um, 1]
+        centre = AFFINE @ [(i + 0.5) * pool_um, (j + 0.5) * pool_um, 1]
         out[f"{j:03d}x{i:03d}"] = (n + 1, total + rows[bin_.barcode], centre)
     return out
 

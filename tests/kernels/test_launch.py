@@ -15,7 +15,8 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the JIT's keys are those of compiled kernels", allow_module_level=True)
 
-from comtip_kernels import SentenceSizes, plan_panel, plan_sentences, tl_common
+import triton
+from comtip_kernels import SentenceSizes, dispatch, plan_panel, plan_sentences, tl_common
 from comtip_kernels.gene_sentence_embedding import triton_op as embedding
 from comtip_kernels.infonce import blocks_triton_op as blocks
 from comtip_kernels.infonce import triton_op as infonce
@@ -181,6 +182,32 @@ def test_a_panel_of_any_size_runs_the_same_kernels(variants: dict[tuple[Any, ...
         by_class[name, tile_class] |= {(dtypes, key) for key in keys}
     assert {name for name, _ in by_class} == {"make_rows", "copy_rows", "sum_pieces", "norm_grads"}
     assert {key[0]: len(keys) for key, keys in by_class.items() if len(keys) > 1} == {}
+
+
+def test_an_old_triton_is_refused_on_a_gpu_that_it_cannot_compile_for(monkeypatch: pytest.MonkeyPatch):
+    """The compiler of Triton 3.6 would abort the process in the first training step."""
+
+    class Operand:
+        device, dtype = torch.device("cuda:0"), torch.bfloat16
+
+    implementations = {"triton": max, "reference": min}
+    for version, capability, runs in (
+        ("3.6.0", (9, 0), True),
+        ("3.7.1", (10, 0), False),
+        ("3.8.0", (10, 0), True),
+        ("3.10.0", (12, 0), True),
+    ):
+        monkeypatch.setattr(triton, "__version__", version)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device, found=capability: found)
+        for impl in ("auto", "triton"):
+            if runs:
+                assert dispatch.choose("infonce", impl, [Operand()], implementations) is max
+            else:
+                with pytest.raises(
+                    ValueError, match=r"Triton 3\.7\.1 cannot compile .* for sm_100; install a PyTorch with Triton 3\.8"
+                ):
+                    dispatch.choose("infonce", impl, [Operand()], implementations)
+        assert dispatch.choose("infonce", "reference", [Operand()], implementations) is min
 
 
 @pytest.mark.parametrize("configs", [table.kernels.SAMPLED_DOT, table.kernels.LEVEL_GRADIENT])

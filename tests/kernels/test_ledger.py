@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,11 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("an interpreted kernel cannot be compiled", allow_module_level=True)
 
-from comtip_kernels.ledger.__main__ import compiled, main, problems, read, write
+from comtip_kernels.ledger import __main__ as ledger
+from comtip_kernels.ledger.__main__ import compiled, main, merged, problems, read, write
 from comtip_kernels.ledger.aot import LedgerRow, compile_entry
-from comtip_kernels.ledger.entries import ARCHITECTURES, entries
-from comtip_kernels.ledger.toolchain import NEWEST, OLDEST
+from comtip_kernels.ledger.entries import entries
+from comtip_kernels.ledger.toolchain import ARCHITECTURES, NEWEST, OLDEST, architectures
 
 GOOD = LedgerRow("infonce", "forward", 90, 120, 0, 0, 96, "HGMMA", 8, 24, 24, 6)
 
@@ -40,7 +43,7 @@ def as_text(row: LedgerRow) -> dict[str, str]:
         ({"special": 7}, "7 special-function instructions, it was 6"),
     ],
 )
-def test_a_worse_row_is_told(change: dict, message: str):
+def test_a_worse_row_is_reported(change: dict, message: str):
     assert problems(GOOD, as_text(GOOD)) == []
     assert any(message in p for p in problems(dataclasses.replace(GOOD, **change), as_text(GOOD)))
 
@@ -99,18 +102,49 @@ def test_no_kernel_adds_atomically():
 
 def test_the_committed_table_covers_every_kernel():
     rows = read(Path(__file__).parents[2] / "bench/ledger.csv")
-    have = {(r["op"], r["name"], int(r["arch"])) for r in rows}
-    assert {(e.op, e.name, a) for e in entries() for a in ARCHITECTURES} <= have
     # The Triton of CI has all of them. Of the oldest and newest, kernels without a row are compiled and checked for spills.
     counts = Counter(r["triton"] for r in rows)
     complete = max(counts, key=counts.__getitem__)
     have = {(r["op"], r["name"], int(r["arch"])) for r in rows if r["triton"] == complete}
-    assert {(e.op, e.name, a) for e in entries() for a in ARCHITECTURES} <= have
+    assert {(e.op, e.name, a) for e in entries() for a in architectures(complete)} <= have
     assert {v.rpartition(".")[0] for v in counts} >= {OLDEST, NEWEST}
     for row in rows:
         if int(row["arch"]) in (80, 90):
             assert row["spills"] == row["stack"] == "0"
     assert any(r["op"] == "infonce" and r["arch"] == "90" and r["mma"] == "HGMMA" for r in rows)
+
+
+def test_old_compilers_are_used_without_blackwell():
+    assert architectures("3.6.0") == architectures("3.7.1") == (80, 90)
+    assert architectures("3.8.0") == architectures("3.10.0") == ARCHITECTURES
+
+
+def test_a_compiler_that_ends_the_process_is_told(monkeypatch: pytest.MonkeyPatch):
+    class Broken:
+        def __enter__(self) -> "Broken":
+            return self
+
+        def __exit__(self, *_error: object) -> None: ...
+
+        def submit(self, *_call: object) -> Future[LedgerRow]:
+            future: Future[LedgerRow] = Future()
+            future.set_exception(BrokenProcessPool("a child process terminated abruptly"))
+            return future
+
+    monkeypatch.setattr(ledger, "ProcessPoolExecutor", lambda _jobs: Broken())
+    with pytest.raises(RuntimeError, match=r"embedding/make_rows_bf16 sm_80: Triton .* ended the process"):
+        list(compiled({}, 1))
+
+
+def test_an_interrupted_run_keeps_its_rows():
+    known = {
+        ("infonce", "old", 80): {"triton": "3.8.0"}
+        | as_text(dataclasses.replace(GOOD, op="infonce", name="old", arch=80))
+    }
+    new = dataclasses.replace(GOOD, op="infonce", name="new", arch=80)
+    assert {r.name for r in merged([new], known)} == {"old", "new"}
+    assert merged([dataclasses.replace(new, name="old", registers=7)], known)[0].registers == 7
+    assert len(merged([dataclasses.replace(new, name="old")], known)) == 1
 
 
 def test_the_interpreter_is_refused():

@@ -126,7 +126,7 @@ def test_launches_on_other_devices_are_refused(mode: StandInMode):
         copy(rows, ids, rows, guard=False)
 
 
-def test_a_variant_that_the_ledger_lacks_is_told(mode: StandInMode):
+def test_a_variant_that_the_ledger_lacks_is_reported(mode: StandInMode):
     with torch.autocast("cuda", dtype=torch.bfloat16):
         lse(mode, torch.empty(64, 512, device="cuda"), torch.empty(96, 512, device="cuda"))
     walked = summary(Walk("test"), mode.record)
@@ -147,7 +147,7 @@ def test_a_variant_that_the_ledger_lacks_is_told(mode: StandInMode):
     assert slow_products([replace(walked, walk=Walk("test", part="predict"))], on_hmma, names) == []
 
 
-def test_losses_in_fp32_are_told(mode: StandInMode):
+def test_losses_in_fp32_are_reported(mode: StandInMode):
     lse(mode, torch.empty(64, 512, device="cuda"), torch.empty(96, 512, device="cuda"))
     walked = summary(Walk("test"), mode.record)
     told = slow_products([walked], {}, {})
@@ -270,7 +270,7 @@ def test_a_planted_wait_in_a_step_is_found(monkeypatch: pytest.MonkeyPatch):
     assert [u.bytes for u in after.uploads if u not in before.uploads] == [20]
 
 
-def test_a_count_that_grew_is_told():
+def test_a_count_that_grew_is_reported():
     row = {"config": "1gpu", "ranks": "1", "walk": "step", "hgmma_share": "0.900"} | dict.fromkeys(NOT_ABOVE, "5")
     assert worse([row], [row]) == []
     assert worse([row | {"waits": "4"}], [row]) == []

@@ -92,7 +92,7 @@ class Steps:
         """Wait for the device, and drop the steps that a logged one would report."""
         if self.on_gpu:
             torch.cuda.synchronize()
-        self.trainer._pending.clear()
+        self.trainer._reporter.discard()
 
     def close(self) -> None:
         """Release the model."""

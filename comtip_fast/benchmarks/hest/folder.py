@@ -203,11 +203,15 @@ class H5Patches(TileSource):
         with self._open() as file:
             key = next((k for k in NAME_KEYS if k in file), None)
             if key is None or "img" not in file:
-                raise ValueError(f"{path}: has {', '.join(sorted(file)) or 'no data'}; expected img and barcode")
+                raise ValueError(
+                    f"{path}: has {', '.join(sorted(file)) or 'no data'}; expected img and barcode; give the patches folder of HEST-Benchmark"
+                )
             self.barcodes = text_of(file[key][:])
             shape = file["img"].shape
         if len(shape) != 4 or shape[0] != len(self.barcodes) or shape[0] == 0:
-            raise ValueError(f"{path}: img of shape {shape} for {len(self.barcodes)} barcodes; expected one patch each")
+            raise ValueError(
+                f"{path}: img of shape {shape} for {len(self.barcodes)} barcodes; expected one patch each; download the file again"
+            )
         self._mpp = PATCH_UM / shape[1]
         self._geometry = geometry
         if geometry is not None and whole:

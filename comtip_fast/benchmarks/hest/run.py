@@ -30,6 +30,7 @@ from comtip_fast.evaluation.encoders import RunEncoder, TileEncoder, open_encode
 from comtip_fast.evaluation.feature_files import FeatureFiles
 from comtip_fast.lineage import LEARNING, Lineage
 from comtip_fast.metrics import finite_or_none
+from comtip_fast.runtime.csv_text import csv_text
 from comtip_fast.runtime.devices import pick_device
 
 log = logging.getLogger("comtip_fast")
@@ -91,7 +92,7 @@ class HestScores:
         }
         write_atomic(folder / "hest.json", json.dumps(finite_or_none(content), indent=1, allow_nan=False) + "\n")
         for name, frame in (("hest_folds.csv", self.folds), ("hest_genes.csv", self.genes)):
-            write_atomic(folder / name, frame.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+            write_atomic(folder / name, csv_text(frame))
 
 
 def _row(encoder: Any, variant: Any, task: Any, pcc: float, std: float, undefined: int) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def species_of(genes: list[str]) -> str | None:
 
 
 class _Table:
-    """A text table, row by row."""
+    """A delimited text table, read row by row."""
 
     @staticmethod
     def genes(path: Path) -> tuple[list[str], list[str]]:

@@ -69,7 +69,8 @@ def training_tables(shards: ShardSet, config: RunConfig) -> TrainingTables:
     genes, variance = _genes(shards, np.unique(shards.sections_of(train)), config)
     if genes.trained.size < 2:
         raise ValueError(f"{shards.path}: fewer than 2 genes are eligible for training; lower genes.min_detection")
-    fit, raw, values, damaged = _fit_values(shards, train, genes.trained, config)
+    with shards.files.by_ranges():  # a few records of every shard
+        fit, raw, values, damaged = _fit_values(shards, train, genes.trained, config)
     train = np.setdiff1d(train, damaged)
     section = shards.sections_of(fit)
     measured_SG = np.stack([shards.measured(s)[genes.trained] for s in range(len(shards.manifest.sections))])

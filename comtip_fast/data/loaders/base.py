@@ -28,6 +28,7 @@ from comtip_fast.data.batch import Batch
 from comtip_fast.data.expression.batch_levels import levels_from_counts, levels_from_table
 from comtip_fast.data.expression.panel import draw_panel
 from comtip_fast.data.expression.training_tables import TrainingTables
+from comtip_fast.data.loaders.fetch_ahead import fetched_ahead
 from comtip_fast.data.loaders.schedule import EpochSchedule, ScheduledBatch
 from comtip_fast.data.records import Csr, DecodedSpots, SpotReader
 from comtip_fast.data.upload import PackedTensors
@@ -181,6 +182,11 @@ class BaseLoader(ABC):
     @abstractmethod
     def _stream(self, batches: Iterator[ScheduledBatch]) -> Generator[PreparedBatch, None, None]:
         """Yield prepared batches in the given order, prefetching some of them."""
+
+    def _ahead(self, batches: Iterator[ScheduledBatch]) -> Iterator[ScheduledBatch]:
+        """Fetch the shards of the next batches of a remote set."""
+        depth = self.config.data.fetch_ahead
+        return fetched_ahead(batches, self.shards, depth, rank=self.rank, world=self.world)
 
     def _next_prepared(self, spots: np.ndarray, step: int, epoch: int) -> PreparedBatch:
         if self._stem is not None:

@@ -51,7 +51,7 @@ class DaliLoader(BaseLoader):
     def _decode(self, batches: Iterator[ScheduledBatch]) -> Iterator[PreparedBatch]:
         decoder = self._make_decoder()
         pending: Pending = deque()
-        for scheduled in batches:
+        for scheduled in self._ahead(batches):
             encoded = self._fetch(scheduled)
             if encoded.faults or not encoded.spots.size:
                 # Damaged records are rare; Pillow decodes this batch, after the batches before it.

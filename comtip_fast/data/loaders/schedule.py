@@ -14,6 +14,7 @@ import numpy as np
 from comtip_shards import ShardSet
 from comtip_shards.sampling.balance import balanced_draw
 from comtip_shards.sampling.order import epoch_batches, runs
+from comtip_shards.sampling.slots import slot_batches
 
 from comtip_fast.config.schema import DataConfig
 
@@ -44,7 +45,7 @@ class EpochSchedule:
     spots
         int64, the training spots, ascending.
     config
-        ``batch_size``, ``sections_per_batch``, ``balance`` and ``run`` are read.
+        ``batch_size``, ``sections_per_batch``, ``balance``, ``run`` and ``slots`` are read.
     seed
         The run's seed.
     """
@@ -52,6 +53,9 @@ class EpochSchedule:
     def __init__(self, shards: ShardSet, spots: np.ndarray, config: DataConfig, seed: int) -> None:
         self.spots, self.config, self.seed = spots, config, seed
         self._first_spot = np.array([s.first_spot for s in shards.manifest.sections], np.int64)
+        self._first_of_tar = np.array(
+            [] if config.slots is None else [s.first_spot for s in shards.manifest.shards], np.int64
+        )
         self._group = np.array(balance_groups(shards, config.balance))
         self._epochs: dict[int, list[np.ndarray]] = {}
         self._lock, self._process = threading.Lock(), os.getpid()
@@ -98,10 +102,9 @@ class EpochSchedule:
         return None
 
     def _compute(self, epoch: int) -> list[np.ndarray]:
-        data, k = self.config, self.config.sections_per_batch
+        data = self.config
         if data.balance == "none":
-            section = self.section_of(self.spots)
-            return epoch_batches(section, self.spots, data.batch_size, k, self.seed, epoch, data.run)
+            return self._batches_of(self.spots, self.spots, epoch, data.run)
         section = self.section_of(self.spots)
         if data.run == 1:
             drawn = balanced_draw(self._group[section], self.spots, self.seed, epoch)
@@ -114,9 +117,18 @@ class EpochSchedule:
             ends = (np.diff(of_drawn) != 0) | (np.diff(drawn) <= 0)
             run = np.concatenate([[0], np.cumsum(ends)])
         # A balanced draw repeats spots, so batches are formed of indices into the draw.
-        at = np.arange(drawn.size)
-        batches = epoch_batches(self.section_of(drawn), at, data.batch_size, k, self.seed, epoch, run)
-        return [drawn[rows] for rows in batches]
+        return [drawn[rows] for rows in self._batches_of(drawn, np.arange(drawn.size), epoch, run)]
+
+    def _batches_of(
+        self, spots: np.ndarray, entries: np.ndarray, epoch: int, run: int | np.ndarray
+    ) -> list[np.ndarray]:
+        """Return batches of ``entries``, whose spots are ``spots``; both (n,)."""
+        data, section = self.config, self.section_of(spots)
+        size, k = data.batch_size, data.sections_per_batch
+        if data.slots is None:
+            return epoch_batches(section, entries, size, k, self.seed, epoch, run)
+        tar = np.searchsorted(self._first_of_tar, spots, side="right") - 1
+        return slot_batches(tar, section, entries, size, data.slots, k, self.seed, epoch, run)
 
 
 def balance_groups(shards: ShardSet, balance: str) -> list[str]:

@@ -16,12 +16,12 @@ class TorchLoader(BaseLoader):
     def _stream(self, batches: Iterator[ScheduledBatch]) -> Generator[PreparedBatch, None, None]:
         data = self.config.data
         if data.workers == 0:
-            yield from map(self._load, batches)
+            yield from map(self._load, self._ahead(batches))
             return
         with ThreadPoolExecutor(data.workers, thread_name_prefix="comtip-loader") as pool:
             pending: deque[Future[PreparedBatch]] = deque()
             try:
-                for scheduled in batches:
+                for scheduled in self._ahead(batches):
                     pending.append(pool.submit(self._load, scheduled))
                     if len(pending) > data.prefetch:
                         yield pending.popleft().result()

@@ -66,7 +66,7 @@ class _WorkerBatches(IterableDataset[Any]):
             torch.set_num_threads(1)
         first = self.first
         batches = self.loader.schedule.iterate(first.epoch, first.position, first.step)
-        for scheduled in islice(batches, start, None, step):
+        for scheduled in self.loader._ahead(islice(batches, start, None, step)):
             try:
                 prepared = self.loader._load(scheduled)
             except ShardError as error:

@@ -8,6 +8,7 @@ import pandas as pd
 from comtip_shards.storage.atomic import write_atomic
 
 from comtip_fast.evaluation.evaluate import NORMALISATIONS, PREDICTORS, Evaluation
+from comtip_fast.runtime.csv_text import csv_text
 
 SCORES, INTERVALS, CALIBRATION, CLUSTERS = "scores.csv", "intervals.csv", "calibration.csv", "clusters.csv"
 
@@ -30,6 +31,6 @@ def write_tables(tables: dict[str, pd.DataFrame], folder: Path) -> list[str]:
     written = []
     for name, table in tables.items():
         if len(table):
-            write_atomic(folder / name, table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+            write_atomic(folder / name, csv_text(table))
             written.append(name)
     return written

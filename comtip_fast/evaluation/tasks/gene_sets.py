@@ -1,4 +1,7 @@
-"""Gene sets: GMT files, families by symbol, orthologues; and how close the genes of a set are. Shapes: G genes, D width."""
+"""Gene sets from GMT files, symbol families and orthologues, and the similarity of genes within a set.
+
+Shapes: G genes, D width.
+"""
 
 from __future__ import annotations
 

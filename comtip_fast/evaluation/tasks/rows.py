@@ -13,6 +13,7 @@ import pandas as pd
 from comtip_shards.storage.atomic import write_atomic
 
 from comtip_fast.metrics import finite_or_none
+from comtip_fast.runtime.csv_text import csv_text
 
 FORMAT, VERSION = "comtip-tasks", 1
 NAN = math.nan
@@ -44,7 +45,7 @@ def write_rows(rows: Sequence[TaskRow], facts: dict[str, Any], folder: Path) -> 
     content = {"format": FORMAT, "version": VERSION, **facts, "rows": [asdict(r) for r in rows]}
     write_atomic(folder / "tasks.json", json.dumps(finite_or_none(content), indent=1, allow_nan=False) + "\n")
     frame = pd.DataFrame([asdict(r) for r in rows], columns=[f.name for f in fields(TaskRow)])
-    write_atomic(folder / "tasks.csv", frame.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+    write_atomic(folder / "tasks.csv", csv_text(frame))
 
 
 def table(rows: Sequence[TaskRow]) -> str:

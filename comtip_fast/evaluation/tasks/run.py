@@ -10,7 +10,6 @@ from comtip_shards import ShardSet
 
 from comtip_fast.evaluation.encoders import open_encoder
 from comtip_fast.evaluation.feature_files import FeatureFiles
-from comtip_fast.evaluation.run import training_shards
 from comtip_fast.evaluation.seen import choose_sections, lineage_facts
 from comtip_fast.evaluation.tasks import TASKS
 from comtip_fast.evaluation.tasks.context import COLOUR, ENCODER, VECTOR, Encoders, TaskContext, TaskOptions
@@ -19,6 +18,7 @@ from comtip_fast.evaluation.tasks.gene_sets import read_gmt
 from comtip_fast.evaluation.tasks.labels import LabelFile
 from comtip_fast.evaluation.tasks.rows import TaskRow, write_rows
 from comtip_fast.evaluation.tasks.space import domain_rows, gene_rows, pair_rows, retrieval_rows
+from comtip_fast.evaluation.train_reference import training_shards
 from comtip_fast.inference import Predictor
 from comtip_fast.runtime.devices import pick_device
 

@@ -9,10 +9,10 @@ import torch
 
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.training.checkpoint import store as checkpoints
+from comtip_fast.training.checkpoint.rows import NONFINITE, keep_rows_up_to
 from comtip_fast.training.checkpoint.run_state import check_same_run
+from comtip_fast.training.checkpoint.schema import check_state
 from comtip_fast.training.checkpoint.store import Checkpoint
-from comtip_fast.training.monitor.loggers import keep_rows_up_to
-from comtip_fast.training.nonfinite import NONFINITE
 from comtip_fast.training.protocol import TrainingError
 
 log = logging.getLogger("comtip_fast")
@@ -59,6 +59,8 @@ def prepare_run_folder(
     TrainingError
         The folder holds a run and ``resume`` is not set, all its checkpoints are damaged, or the config or the input data
         has changed.
+    CheckpointError
+        The state of the checkpoint holds values that no run writes.
     """
     folder = run_dir / CHECKPOINTS
     checkpoints.clear_leftovers(folder)
@@ -73,9 +75,10 @@ def prepare_run_folder(
         (run_dir / NONFINITE).unlink(missing_ok=True)
         return None
     step, checkpoint = found
+    check_state(checkpoint.state, checkpoints.folder_of(folder, step), step)
     check_same_run(run_dir, checkpoint.state, config, fingerprint, size, device)
     checkpoints.quarantine_newer(folder, step)
     best = checkpoint.state["best_step"]
-    checkpoints.prune(folder, config.train.keep_checkpoints, best or None)  # as after a save
+    checkpoints.prune(folder, config.train.keep_checkpoints, best or None)  # as after every save
     keep_rows_up_to(run_dir / NONFINITE, step)
     return found

@@ -34,6 +34,9 @@ FREE_KEYS = {
     "optim.warmup_steps",
     "optim.weight_decay",
     "optim.clip",
+    "optim.freeze",
+    *(f"optim.{part}.{key}" for part in ("vision", "text", "heads") for key in ("lr_scale", "weight_decay")),
+    "optim.vision.layer_decay",
     "data.shards",
     # The tiles themselves are compared with these, and are part of the input's fingerprint.
     "data.tile_px",
@@ -51,6 +54,8 @@ FREE_KEYS = {
     "data.loader",
     "data.workers",
     "data.prefetch",
+    "data.fetch",
+    "data.fetch_ahead",
     "data.expression",
     "data.max_faults",
     # Implementations of one operation, equal up to rounding.

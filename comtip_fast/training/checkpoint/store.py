@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from comtip_shards.storage.atomic import atomic_folder, link_or_copy
 from comtip_shards.storage.disk import disk_trouble
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from comtip_fast.training.distributed.failures import ADVICE, RestartError
@@ -144,16 +145,30 @@ def load(folder: Path) -> Checkpoint:
     Raises
     ------
     CheckpointError
-        A file is missing or does not match its hash, or the checkpoint has another format version.
+        A file is missing, does not match its hash or cannot be parsed, or the checkpoint has another format version.
     """
     verify(folder)
-    state = json.loads((folder / FILES[2]).read_text(encoding="utf-8"))
+    advice = "delete the folder to use an older checkpoint"
+    try:
+        state = json.loads((folder / FILES[2]).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{folder / FILES[2]}: not JSON ({error}); {advice}") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{folder / FILES[2]}: not the state of a run; {advice}")
     if (state.get("format"), state.get("version")) != (FORMAT, VERSION):
         found = f"{state.get('format')!r} {state.get('version')!r}"
         raise CheckpointError(
             f"{folder}: format {found}; this comtip-fast reads {FORMAT!r} {VERSION}; use the release that wrote it"
         )
-    return Checkpoint(load_file(folder / FILES[0]), load_file(folder / FILES[1]), state)
+    model, optim = (_tensors(folder / name, advice) for name in FILES[:2])
+    return Checkpoint(model, optim, state)
+
+
+def _tensors(path: Path, advice: str) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: not safetensors ({error}); {advice}") from error
 
 
 def verify(folder: Path) -> None:

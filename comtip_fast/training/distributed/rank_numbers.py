@@ -104,7 +104,7 @@ class RankNumbers:
         )
 
     def _agree(self, sums: Mapping[str, float], means: Mapping[str, float]) -> None:
-        """Add the names of every rank to the agreed names."""
+        """Merge the names logged by all ranks."""
         own = json.dumps([sorted(sums), sorted(means)]).encode()
         every = [json.loads(text) for text in _gather_bytes(own, self.group, self.device)]
         old_sums, old_means = self._names

@@ -6,7 +6,7 @@ that the hooks of DDP and ZeRO run, and passes this rank's *share* of the loss: 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.runtime import devices
-from comtip_fast.training.engines import deepspeed_internals as internals
+from comtip_fast.runtime.weight_casts import ParameterNames, cast_together, linear_parameters
+from comtip_fast.training import deepspeed_internals as internals
 
 
 @dataclass(frozen=True)
@@ -83,26 +84,46 @@ class Engine(Protocol):
         """Return a context in which rank 0, or every rank, can read the task's own module; a collective call."""
         ...
 
-    def optimizer_state(self) -> dict[str, Tensor]:
-        """Return the full optimizer state, ``<parameter>/<entry>``, on rank 0's CPU; a collective call."""
+    def optimizer_state(self, *, every_rank: bool = False) -> dict[str, Tensor]:
+        """Return the full optimizer state, ``<parameter>/<entry>``, on the CPU of rank 0 or of every rank; a collective call."""
         ...
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Load the state that :meth:`optimizer_state` of any engine returned; called on every rank."""
         ...
 
+    def close(self) -> None:
+        """Release hooks and state, before another engine is built for the module; called within :meth:`gathered_for_read`."""
+        ...
+
 
 class StepModule(nn.Module):
     """Wraps a module so that a function of the task runs inside one forward pass, where DDP and ZeRO hooks apply."""
 
-    def __init__(self, trained: nn.Module, autocast: Callable[[], AbstractContextManager[Any]]) -> None:
+    def __init__(
+        self,
+        trained: nn.Module,
+        autocast: Callable[[], AbstractContextManager[Any]],
+        cast_groups: Sequence[ParameterNames] = (),
+    ) -> None:
         super().__init__()
-        self.trained, self._autocast = trained, autocast
+        self.trained, self._autocast, self._cast_groups = trained, autocast, cast_groups
 
     def forward(self, function: Callable[..., Any], *args: Any) -> Any:
         """Return ``function(trained, *args)``."""
-        with self._autocast():
+        with self._autocast(), cast_together(self._cast_groups):
             return function(self.trained, *args)
+
+
+def cast_groups_of(module: nn.Module, config: RunConfig, device: torch.device) -> list[ParameterNames]:
+    """Return the linear layers of each transformer block, whose weights are cast in one call; none if nothing is cast.
+
+    Compiled blocks cast their weights themselves.
+    """
+    if not devices.in_bf16(config.train.precision, device) or config.engine.compile:
+        return []
+    blocks: Callable[[], Sequence[nn.Module]] | None = getattr(module, "transformer_blocks", None)
+    return [] if blocks is None else [names for names in map(linear_parameters, blocks()) if names]
 
 
 def autocast_of(config: RunConfig, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:

@@ -26,10 +26,10 @@ from torch.utils import cpp_extension
 from comtip_fast.collectives import Group
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.runtime import devices
+from comtip_fast.training import deepspeed_internals as internals
 from comtip_fast.training.distributed.comm_timer import clock_backend, clock_of
-from comtip_fast.training.engines import deepspeed_internals as internals
 from comtip_fast.training.engines.base import StepModule, Update, autocast_of, clip
-from comtip_fast.training.optim import make_optimizer, mask_steps, optimizer_tensors, restore_optimizer
+from comtip_fast.training.optim import make_optimizer, mask_steps, optimizer_tensors, restore_optimizer, set_rate
 from comtip_fast.training.protocol import TrainingError
 
 log = logging.getLogger("comtip_fast")
@@ -99,6 +99,9 @@ class DeepSpeedEngine:
         # Optimizer state that is offloaded is updated on the host.
         self._fused = not devices.reads_are_free(device) and config.engine.offload_optimizer == "none"
         self.optimizer = make_optimizer(self.module, config.optim, fused=self._fused)
+        # Read before ZeRO replaces the parameters of each group by flat buffers.
+        group_of = {id(p): i for i, g in enumerate(self.optimizer.param_groups) for p in g["params"]}
+        self._group_of = {name: group_of[id(p)] for name, p in self._trained()}
         self.autocast = autocast_of(config, device)
         initialized = self._deepspeed.initialize(
             model=StepModule(self.module, self.autocast),
@@ -119,8 +122,7 @@ class DeepSpeedEngine:
 
     def start_step(self, rate: float) -> None:
         """See :meth:`.base.Engine.start_step`; DeepSpeed clears gradients after its step."""
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(self._engine.optimizer, rate)
 
     def piece(self, last: bool) -> AbstractContextManager[Any]:
         """See :meth:`.base.Engine.piece`."""
@@ -181,9 +183,9 @@ class DeepSpeedEngine:
         finally:
             _empty(self._task_module)
 
-    def optimizer_state(self) -> dict[str, Tensor]:
+    def optimizer_state(self, *, every_rank: bool = False) -> dict[str, Tensor]:
         """See :meth:`.base.Engine.optimizer_state`; gathers one tensor at a time."""
-        first = self.group.rank == 0
+        first = every_rank or self.group.rank == 0
         if self.stage == 0:
             return optimizer_tensors(self.module, self.optimizer) if first else {}
         steps = self._steps()
@@ -193,8 +195,8 @@ class DeepSpeedEngine:
                 value = self._deepspeed.utils.safe_get_full_optimizer_state(parameter, key)
                 if first and value is not None:
                     out[f"{name}/{key}"] = value.detach().float().cpu().contiguous().clone()
-            if first and steps is not None:
-                out[f"{name}/step"] = torch.tensor(steps)
+            if first and self._group_of[name] in steps:
+                out[f"{name}/step"] = torch.tensor(steps[self._group_of[name]])
         return out
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
@@ -206,15 +208,22 @@ class DeepSpeedEngine:
             for key in MOMENTS:
                 if f"{name}/{key}" in tensors:
                     self._set_moment(parameter, key, tensors[f"{name}/{key}"].to(self._device()))
-        steps = {float(v) for k, v in tensors.items() if k.endswith("/step")}
-        if len(steps) > 1:
-            raise TrainingError(
-                f"optimizer state: the step counts of the parameters differ ({sorted(steps)[:3]} ...); resume from another "
-                "checkpoint"
-            )
-        for state in self.optimizer.state.values():
+        for index, state in self._states():
+            # A parameter that was frozen so far has no count.
+            names = [name for name, group in self._group_of.items() if group == index]
+            steps = {float(tensors.get(f"{name}/step", 0.0)) for name in names}
+            if len(steps) > 1:
+                raise TrainingError(
+                    f"optimizer state: the step counts of parameters that ZeRO updates together differ ({sorted(steps)[:3]}), e.g. "
+                    f"that of {names[0]}; resume with engine.kind=auto, or with the former optim.freeze"
+                )
             for step in steps:
                 state["step"] = torch.tensor(step, device=state["step"].device)
+
+    def close(self) -> None:
+        """See :meth:`.base.Engine.close`."""
+        self._engine.destroy()
+        self.optimizer.state.clear()
 
     def _set_moment(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
         utils = self._deepspeed.utils
@@ -229,10 +238,14 @@ class DeepSpeedEngine:
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((n, p) for n, p in self.module.named_parameters() if p.requires_grad)
 
-    def _steps(self) -> float | None:
-        """Return the number of optimizer steps; it is the same for all parameters, because all get a gradient."""
-        counts = [float(state["step"]) for state in self.optimizer.state.values() if "step" in state]
-        return counts[0] if counts else None
+    def _states(self) -> list[tuple[int, dict[str, Tensor]]]:
+        """Return the state of every flat buffer, with the index of its parameter group."""
+        shards = internals.shards_of(self._engine.optimizer, self.stage)
+        return [(group, self.optimizer.state[shard]) for group, shard in shards]
+
+    def _steps(self) -> dict[int, float]:
+        """Return the number of optimizer steps by group; all parameters of a group get a gradient in every step."""
+        return {group: float(state["step"]) for group, state in self._states() if "step" in state}
 
     def _device(self) -> torch.device:
         return next(self._task_module.parameters()).device

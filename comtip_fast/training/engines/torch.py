@@ -13,8 +13,8 @@ from comtip_fast.collectives import Group
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.runtime import devices
 from comtip_fast.training.distributed.comm_timer import clock_of
-from comtip_fast.training.engines.base import StepModule, Update, autocast_of, clip
-from comtip_fast.training.optim import make_optimizer, mask_steps, optimizer_tensors, restore_optimizer
+from comtip_fast.training.engines.base import StepModule, Update, autocast_of, cast_groups_of, clip
+from comtip_fast.training.optim import make_optimizer, mask_steps, optimizer_tensors, restore_optimizer, set_rate
 
 
 class TorchEngine:
@@ -30,7 +30,7 @@ class TorchEngine:
         self._masked = not devices.reads_are_free(device)
         self.optimizer = make_optimizer(module, config.optim, fused=self._masked)
         self.autocast = autocast_of(config, device)
-        self._step: nn.Module = StepModule(module, self.autocast)
+        self._step: nn.Module = StepModule(module, self.autocast, cast_groups_of(module, config, device))
         if group.size > 1:
             self._step = DistributedDataParallel(
                 self._step, bucket_cap_mb=config.engine.bucket_mb, gradient_as_bucket_view=True
@@ -44,8 +44,7 @@ class TorchEngine:
 
     def start_step(self, rate: float) -> None:
         """See :meth:`Engine.start_step`."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(self.optimizer, rate)
         self.optimizer.zero_grad(set_to_none=True)
 
     def piece(self, last: bool) -> AbstractContextManager[Any]:
@@ -81,10 +80,15 @@ class TorchEngine:
         """Do nothing: the task's module is the trained module."""
         return nullcontext()
 
-    def optimizer_state(self) -> dict[str, Tensor]:
+    def optimizer_state(self, *, every_rank: bool = False) -> dict[str, Tensor]:
         """See :meth:`Engine.optimizer_state`."""
-        return optimizer_tensors(self.module, self.optimizer) if self.group.rank == 0 else {}
+        return optimizer_tensors(self.module, self.optimizer) if every_rank or self.group.rank == 0 else {}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """See :meth:`Engine.restore`."""
         restore_optimizer(self.module, self.optimizer, tensors)
+
+    def close(self) -> None:
+        """See :meth:`Engine.close`; the hooks of DDP go with its wrapper."""
+        self._step = self.module
+        self.optimizer.zero_grad(set_to_none=True)

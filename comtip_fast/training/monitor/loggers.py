@@ -12,11 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from comtip_shards.storage.atomic import write_atomic
-
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.metrics import finite_or_none
 from comtip_fast.runtime.streams import write_line
+from comtip_fast.training.checkpoint.rows import keep_rows_up_to
 
 log = logging.getLogger("comtip_fast")
 
@@ -213,22 +212,3 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
     """Append one row to a JSONL file; numbers that are not finite become null."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(finite_or_none(row)) + "\n")
-
-
-def keep_rows_up_to(path: Path, step: int, *, validated: bool = True) -> None:
-    """Drop rows after ``step`` from a JSONL file, and an incomplete last line that a killed run left.
-
-    Without ``validated``, the validation of ``step`` is dropped too.
-    """
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        repeated = not validated and row["step"] == step and row.get("kind") == "valid"
-        if row["step"] <= step and not repeated:
-            kept.append(line + "\n")
-    write_atomic(path, "".join(kept))

@@ -12,13 +12,14 @@ import torch
 from comtip_fast.collectives import Group
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.runtime import devices
+from comtip_fast.training.checkpoint.rows import NONFINITE
 from comtip_fast.training.checkpoint.run_state import RunState
 from comtip_fast.training.distributed.comm_timer import clock_of
 from comtip_fast.training.distributed.rank_numbers import RankNumbers
 from comtip_fast.training.monitor.diagnostics import diagnostic
 from comtip_fast.training.monitor.loggers import Logger
 from comtip_fast.training.monitor.monitor import EVENTS, Events, SpikeDetector, ThroughputMeter
-from comtip_fast.training.nonfinite import NONFINITE, nonfinite_message, report_nonfinite
+from comtip_fast.training.monitor.nonfinite import nonfinite_message, report_nonfinite
 from comtip_fast.training.pending import FinishedStep, PendingStep, as_floats, read_steps
 from comtip_fast.training.protocol import StepCost, TrainingError, TrainingTask
 
@@ -69,6 +70,10 @@ class StepReporter:
     def report(self, progress: RunState) -> None:
         """Read and report all steps so far, before anything that depends on them."""
         self._report(progress, read_steps(self._pending))
+
+    def discard(self) -> None:
+        """Forget the steps that were not reported, unread: for benchmarks, whose host must not wait."""
+        self._pending.clear()
 
     def log(self, row: dict[str, Any]) -> None:
         """Write one row to every logger."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -100,7 +101,7 @@ def _check_records(
 def _open(path: str, digest: str) -> ShardSet:
     shards = ShardSet(path)
     if shards.manifest.digest != digest:
-        raise ShardError(f"{path}: changed during the merge; run again")
+        raise ShardError(f"{path}: changed during the merge; run again when no other process writes to it")
     return shards
 
 
@@ -211,8 +212,17 @@ def _in_order(manifests: dict[str, Manifest]) -> list[FinishedSection]:
         for i, position in enumerate(part.sections)
     }
     if sorted(by_position) != list(range(len(by_position))):
+        count = Counter(position for part in parts.values() for position in part.sections)
+        absent = [str(i) for i in range(max(count) + 1) if not count[i]]
+        wrong = [f"missing: {', '.join(absent)}"] if absent else []
+        wrong += (
+            [f"more than once: {', '.join(str(i) for i, n in sorted(count.items()) if n > 1)}"]
+            if max(count.values()) > 1
+            else []
+        )
         raise ShardError(
-            f"the parts {', '.join(parts)} do not hold each section exactly once; build them again from one source"
+            f"the parts {', '.join(parts)} do not hold each section exactly once (section numbers {'; '.join(wrong)}); "
+            "build them again from one source"
         )
     sections = [by_position[i] for i in sorted(by_position)]
     metas = [meta_of(manifests[s.path].sections[s.number]) for s in sections]

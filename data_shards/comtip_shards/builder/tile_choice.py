@@ -13,9 +13,8 @@ from typing import Protocol
 from comtip_shards.errors import SourceError
 from comtip_shards.format import record
 from comtip_shards.format.manifest import TileSpec
+from comtip_shards.slides.tiles import FIELD_PX, FIELD_UM
 
-FIELD_UM, FIELD_PX = 112.0, 224
-"""Width of the default tile in um and in px."""
 PX_STEP = 32
 """A default width in px is a multiple of this, which the usual patch sizes (8, 16, 32) divide."""
 ALIKE = 1.05

@@ -89,7 +89,8 @@ def parse_index(text: bytes, shard: ShardEntry, codec: str, px: int, where: str)
         raise ShardError(f"{where}: members overlap or extend beyond the shard; {FOREIGN}", kind="index")
     if sizes[:, 0].max() > MAX_TILE_BYTES + 8 * px * px or sizes[:, 2].max() > MAX_JSON_BYTES:
         raise ShardError(
-            f"{where}: a tile or .json member is larger than one of a record with {px} px can be; {FOREIGN}",
+            f"{where}: a member has {max(sizes[:, 0].max(), sizes[:, 2].max())} bytes, more than the tile (at most "
+            f"{MAX_TILE_BYTES + 8 * px * px}) or .json (at most {MAX_JSON_BYTES}) of a record can have; {FOREIGN}",
             kind="index",
         )
     if index_text(shard.first_spot, codec, offsets, sizes).encode() != text:

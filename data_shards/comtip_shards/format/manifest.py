@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from comtip_shards.errors import ShardError
 from comtip_shards.format.record import CODECS
+from comtip_shards.format.section_source import Text, check_source, strict
 from comtip_shards.format.spot_table import FILE as SPOTS_FILE
 from comtip_shards.names import FOREIGN, check_section_id, is_sha256, problem_with_file, same_file, shown
 from comtip_shards.slides.tiles import StainStats
@@ -27,16 +28,14 @@ REBUILD = "build the set again: comtip shards build SOURCE --out NEW_DIR"
 TAR_BLOCK = 512
 GENES_FILE = "genes.tsv"
 REPORT_FILE, REPORTS = "report.txt", "report"
-_strict = with_config(ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
-MAX_TEXT, MAX_SPOTS = 1 << 16, 10**9
-"""Maximum length of a text in characters; maximum number of spots, because a record's key has nine digits."""
-Text = Annotated[str, Field(max_length=MAX_TEXT)]
+MAX_SPOTS = 10**9
+"""Maximum number of spots, because a record's key has nine digits."""
 Um = Annotated[float, Field(gt=0, le=1e6)]
 Index = Annotated[int, Field(ge=0, lt=MAX_SPOTS)]
 Count = Annotated[int, Field(ge=1, le=MAX_SPOTS)]
 
 
-@_strict
+@strict
 @dataclass(frozen=True)
 class TileSpec:
     """Settings with which tiles were cut."""
@@ -59,7 +58,7 @@ class GeneRow:
     name: str
 
 
-@_strict
+@strict
 @dataclass(frozen=True)
 class Overview:
     """A thumbnail of the whole section, for reports."""
@@ -71,54 +70,7 @@ class Overview:
     height: Annotated[int, Field(ge=1, le=4096)]
 
 
-@_strict
-@dataclass(frozen=True)
-class _Check:
-    """One check of a section, as returned by :meth:`comtip_shards.qc.result.SectionReport.summary`."""
-
-    name: Annotated[str, Field(max_length=100)]
-    status: Literal["ok", "warn", "fail", "not applicable"]
-    figure: int | float | None
-    said: Text
-    advice: Text
-
-
-@_strict
-@dataclass(frozen=True)
-class _Print:
-    """Return value of :func:`comtip_shards.sections.duplicates.section_fingerprint`."""
-
-    spots: Annotated[str, Field(max_length=1 << 12)]
-    picture: Annotated[str, Field(max_length=1 << 8)]
-
-
-@with_config(ConfigDict(strict=True, extra="ignore", allow_inf_nan=False))
-@dataclass(frozen=True)
-class _Source:
-    """Required keys of ``ManifestSection.source``; further keys are allowed."""
-
-    dropped_spots: dict[Text, int]
-    genes: Text
-    notes: Annotated[list[Text], Field(max_length=1000)]
-    beside: Annotated[list[Text], Field(max_length=1000)]
-    checks: Annotated[list[_Check], Field(max_length=100)]
-    print: _Print
-
-
-_SOURCE = TypeAdapter(_Source)
-
-
-def _check_source(source: dict[str, Any]) -> dict[str, Any]:
-    # Validated as JSON, because strict validation does not accept a dict for a dataclass.
-    found = _SOURCE.validate_json(json.dumps(source)).print
-    for name, text, unit, most in (("spots", found.spots, 8, 1024), ("picture", found.picture, 32, 32)):
-        size = len(base64.b64decode(text, validate=True))
-        if size % unit or not (name == "spots" or size) or size > most:
-            raise ValueError(f"print.{name} has {size} bytes, expected a multiple of {unit} and at most {most}")
-    return source
-
-
-@_strict
+@strict
 @dataclass(frozen=True)
 class ManifestSection:
     """One section: provenance, measured genes and range of spots."""
@@ -144,13 +96,13 @@ class ManifestSection:
     overview: Overview
     fingerprint: str
     """Hash of the section's inputs and build settings."""
-    source: Annotated[dict[str, Any], AfterValidator(_check_source)] = field(default_factory=dict)
+    source: Annotated[dict[str, Any], AfterValidator(check_source)] = field(default_factory=dict)
     """Statistics of the build: spots dropped, genes not mapped, genes summed, notes."""
     pooling: Text = ""
     """How bins, cells or transcripts were pooled to spots; empty if the spots are those of the slide."""
 
 
-@_strict
+@strict
 @dataclass(frozen=True)
 class ShardEntry:
     """One tar file and its DALI index."""
@@ -165,7 +117,7 @@ class ShardEntry:
     section_id: str
 
 
-@_strict
+@strict
 @dataclass(frozen=True)
 class BuildPart:
     """Part of a larger build that this set holds: ``--part index/of``."""
@@ -178,7 +130,7 @@ class BuildPart:
     """Hash of all sections' metadata, shared by all parts of one build."""
 
 
-@_strict
+@strict
 @dataclass(frozen=True)
 class Manifest:
     """Description of a complete shard set."""

@@ -121,7 +121,9 @@ def decode_statistics(data: bytes, manifest: Manifest, where: str) -> list[Secti
     ) as error:
         raise ShardError(f"{where}: not readable ({error}); delete the file", kind="statistics") from error
     if read["version"].tolist() != [VERSION] or read["digest"].tobytes() != manifest.digest.encode():
-        raise ShardError(f"{where}: the statistics of another shard set or version; delete the file", kind="statistics")
+        raise ShardError(
+            f"{where}: belongs to another shard set or version; delete it, it will be computed again", kind="statistics"
+        )
     types = {"n_spots": np.int64, "detected": np.uint32, "total": np.float32, "square": np.float32}
     shapes = {"n_spots": len(sizes), "detected": n, "total": n, "square": n}
     if any(read[k].dtype != t or read[k].shape != (shapes[k],) for k, t in types.items()):

@@ -145,7 +145,9 @@ class GeneResource:
             return set()
         month, day = (match[2] or match[3]).lower(), int(match[1] or match[4])
         found = [row for s in _MONTHS[month] if (row := self._find(f"{s}{day}", species)[0]) is not None]
-        return {*found, -1, -2} if (month, day) in _AMBIGUOUS_DATES else set(found[:1])  # never a single one
+        return (
+            {*found, -1, -2} if (month, day) in _AMBIGUOUS_DATES else set(found[:1])
+        )  # ambiguous: more than one candidate
 
     def _dots(self, text: str, species: str) -> set[int]:
         """Return the symbols whose separators R or Seurat replaced (HLA.A), and those with an X before a digit."""

@@ -16,7 +16,7 @@ import numpy as np
 from scipy import ndimage, sparse
 from scipy.spatial import cKDTree
 
-from comtip_shards.qc.tissue import over_channels, tissue_mask
+from comtip_shards.qc.tissue import glass_density, over_channels, tissue_mask
 from comtip_shards.sections.section import Section
 
 PICTURE_MPP, MAX_PICTURE_PX = 4.0, 3000
@@ -57,6 +57,8 @@ class SectionContext:
     """px of the downsampled image per px of the section's image."""
     patches_NPP3: np.ndarray
     """uint8 RGB patches around some spots, at 2 um per px or the image's resolution if that is coarser."""
+    patch_xy: np.ndarray
+    """Their centres, px of the downsampled image, float (n, 2)."""
     tile_um: float
     hires: dict[str, float] = field(default_factory=dict)
     """Scale factors of a scalefactors_json.json next to the image."""
@@ -105,9 +107,26 @@ class SectionContext:
         return cells, square
 
     @cached_property
+    def glass(self) -> np.ndarray | None:
+        """Optical density of glass, float32 (H // 2, W // 2, 3); None if the picture shows none."""
+        density = self._cells[0]
+        seen = over_channels(density) > 0
+        return glass_density(density, seen) if seen.any() else None
+
+    @cached_property
     def tissue(self) -> np.ndarray:
         """Tissue mask, bool per cell of 2 x 2 px."""
-        return tissue_mask(self._cells[0], SMOOTH_UM / (CELL * self.mpp))
+        return tissue_mask(self._cells[0], self.glass, SMOOTH_UM / (CELL * self.mpp))
+
+    def balanced_patches(self) -> np.ndarray:
+        """Return the patches with glass as white, so that exposure and lamp have no colour; unchanged without glass."""
+        if self.glass is None:
+            return self.patches_NPP3
+        last = np.array(self.glass.shape[:2]) - 1
+        rows, columns = np.clip(self.patch_xy[:, ::-1] / CELL, 0, last).astype(int).T
+        level = self.glass[rows, columns][:, None, None]
+        bright = (self.patches_NPP3 + np.float32(1)) * 10 ** np.maximum(level, 0) - 1
+        return np.clip(np.rint(bright), 0, 255).astype(np.uint8)
 
     @cached_property
     def flat(self) -> np.ndarray:
@@ -163,7 +182,7 @@ class SectionContext:
     def fit(self, xy: np.ndarray) -> float:
         """Return the fit of expression to the image with all spots at ``xy`` (n, 2), px of the downsampled image.
 
-        It is 0 if most spots are off tissue, because glass and frames explain some of any map by chance.
+        It is 0 if most spots lie off the tissue, where glass and frame would correlate with any map by chance.
         """
         if self.on_tissue(xy[self._expression[0]]).mean() < MIN_ON_TISSUE:
             return 0.0

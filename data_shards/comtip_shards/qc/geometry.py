@@ -38,8 +38,8 @@ CORNER_MARGIN = 0.02
 to 0.15."""
 ORIENTATION_MARGIN = 0.05
 """Minimum gain of fit of another orientation; on good sections every other one loses 0.07 or more."""
-HALF_TILES_UM = (56.0,)
-"""Half widths of common tiles (112 um: 224 px at 0.5 um per px), tried in addition to half a tile and half a spot."""
+HALF_TILES_UM = (56.0, 112.0)
+"""Half widths of common tiles (112 um: 224 px at 0.5 um per px; 224 um: 224 px at 1), tried in addition to half a tile and half a spot."""
 
 
 TOO_FEW = "too few spots with counts to decide"

@@ -46,18 +46,24 @@ def sharpness(patches_NPP3: np.ndarray) -> float:
 
 
 def background(context: SectionContext) -> Finding:
-    """Check the share of glass in tiles, over spots on tissue."""
+    """Check the share of background in tiles, over spots on tissue.
+
+    Squares of the array's spacing are measured if they are wider than tiles: tissue that was cut out around each spot fills
+    most of a narrow tile.
+    """
     is_tissue = context.on_tissue(context.xy)
     if not is_tissue.any():
         return not_applicable("background", "no spot is on tissue")
-    glass = context.background_share(context.xy, context.tile_um)
+    pitch = context.section.meta.spot_pitch_um
+    width = max(context.tile_um, pitch) if np.isfinite(pitch) else context.tile_um
+    glass = context.background_share(context.xy, width)
     figure = float(glass[is_tissue].mean())
     return graded(
         "background",
         figure,
         BACKGROUND_WARN,
         BACKGROUND_FAIL,
-        f"tiles of {context.tile_um:g} um are {figure:.0%} glass on average",
+        f"squares of {width:g} um around spots are {figure:.0%} glass on average",
         "cut smaller tiles (--tile-um), or use an image that shows the tissue around the spots",
         spots=tuple(np.flatnonzero(is_tissue & (glass > BACKGROUND_FAIL)).tolist()),
     )
@@ -68,6 +74,9 @@ def stain(context: SectionContext) -> Finding:
     if not len(context.patches_NPP3):
         return not_applicable("stain", "no spot is inside the image")
     is_he, reason = looks_like_he(np.concatenate(list(context.patches_NPP3)))
+    if not is_he:  # exposure and lamp may hide the stain
+        balanced, other = looks_like_he(np.concatenate(list(context.balanced_patches())))
+        is_he, reason = (True, other) if balanced else (False, reason)
     return Finding(
         name="stain",
         status=OK if is_he else FAIL,

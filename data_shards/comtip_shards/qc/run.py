@@ -17,7 +17,7 @@ from comtip_shards.qc.page import overlay, pages, write_pages
 from comtip_shards.qc.result import FAIL, Finding, SectionReport, explain
 from comtip_shards.sections.section import Section
 from comtip_shards.slides.base import Slide
-from comtip_shards.slides.tiles import shrunk_size
+from comtip_shards.slides.tiles import FIELD_UM, shrunk_size
 from comtip_shards.sources.base import SectionSource
 
 CHECKS: tuple[Callable[[SectionContext], Finding], ...] = (
@@ -47,7 +47,7 @@ CAUSES = (
 """(cause, checks it explains): for example, spots are off tissue because positions are mirrored."""
 
 
-def check_section(section: Section, slide: Slide | None = None, *, tile_um: float = 224.0) -> SectionReport:
+def check_section(section: Section, slide: Slide | None = None, *, tile_um: float = FIELD_UM) -> SectionReport:
     """Run all checks on a section.
 
     Parameters
@@ -57,7 +57,7 @@ def check_section(section: Section, slide: Slide | None = None, *, tile_um: floa
     slide
         Its opened image; None opens it.
     tile_um
-        Width in um of the tiles to be cut.
+        Width in um of the tiles to be cut; by default that of a build (112).
     """
     if slide is None:
         with section.open_slide() as opened:
@@ -76,7 +76,14 @@ def build_context(section: Section, slide: Slide, tile_um: float) -> SectionCont
     size, small_mpp, scale = shrunk_size(slide.size, mpp, wanted)
     none = np.zeros((0, PATCH_PX, PATCH_PX, 3), np.uint8)
     context = SectionContext(
-        section, slide.shrunk(size), small_mpp, scale, none, tile_um, _scalefactors(section.image_path)
+        section,
+        slide.shrunk(size),
+        small_mpp,
+        scale,
+        none,
+        np.zeros((0, 2)),
+        tile_um,
+        _scalefactors(section.image_path),
     )
     patch_mpp = max(PATCH_MPP, mpp)
     _, fine_mpp, fine_scale = shrunk_size(slide.size, mpp, patch_mpp)
@@ -84,6 +91,7 @@ def build_context(section: Section, slide: Slide, tile_um: float) -> SectionCont
     side = PATCH_PX
     if np.isfinite(slide.tile_limit_um):  # only precomputed patches at the spots are available
         xy, side = _evenly(section.xy, MAX_PATCHES), max(1, min(side, int(1.004 * slide.tile_limit_um / fine_mpp)))
+    context.patch_xy = xy * scale
     context.patches_NPP3 = slide.tiles(xy, mpp, side * fine_mpp, side, patch_mpp)
     return context
 
@@ -147,7 +155,7 @@ def _facts(context: SectionContext) -> dict[str, Any]:
     }
 
 
-def check_source(source: SectionSource, *, tile_um: float = 224.0) -> SectionReport:
+def check_source(source: SectionSource, *, tile_um: float = FIELD_UM) -> SectionReport:
     """Read and check a section; an error of the reader becomes the only finding of its report."""
     try:
         return check_section(source.read(), tile_um=tile_um)
@@ -157,7 +165,7 @@ def check_source(source: SectionSource, *, tile_um: float = 224.0) -> SectionRep
 
 
 def check_sources(
-    sources: Sequence[SectionSource], out: Path, *, tile_um: float = 224.0, progress: bool = False
+    sources: Sequence[SectionSource], out: Path, *, tile_um: float = FIELD_UM, progress: bool = False
 ) -> list[SectionReport]:
     """Check sections, and write one page for each and ``index.html`` to ``out``.
 
@@ -168,7 +176,7 @@ def check_sources(
     out
         A new folder, or one that contains only files of an earlier check.
     tile_um
-        Width in um of the tiles to be cut.
+        Width in um of the tiles to be cut; by default that of a build (112).
     progress
         Show a progress bar on a terminal.
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from typing import BinaryIO
 
 import numpy as np
 
@@ -20,6 +20,8 @@ _GAP, _SPAN = 1 << 16, 1 << 23
 """Records at most ``_GAP`` bytes apart are read in one request of at most ``_SPAN`` bytes."""
 _GAP_WITHOUT_TILES = 1 << 11
 """The same if no tile is requested: the tile between two records' counts is skipped, not read."""
+_SHARDS_AT_ONCE = 4
+"""Remote shards that are read at the same time."""
 
 
 class MemberReader:
@@ -94,10 +96,29 @@ class MemberReader:
         out: list[list[bytes]] = [[b""] * index.size for _ in columns]
         order = np.argsort(index, kind="stable")
         shard = self.shard_numbers(index[order])
-        for number in np.unique(shard):
+
+        def read_shard(number: int) -> None:
             own = order[shard == number]
-            self._read_shard(int(number), index[own], own, columns, out)
+            self._read_shard(number, index[own], own, columns, out)
+
+        numbers = np.unique(shard).tolist()
+        if self.files.remote is None or len(numbers) < 2:
+            for number in numbers:
+                read_shard(number)
+            return out
+        _ = self._crcs  # read once, before the threads
+        with ThreadPoolExecutor(min(_SHARDS_AT_ONCE, len(numbers)), thread_name_prefix="comtip-shards") as pool:
+            list(pool.map(read_shard, numbers))
         return out
+
+    def fetch(self, number: int) -> None:
+        """Fetch a remote shard into the cache ahead of its use; an error is left to the read that needs it."""
+        shard = self.manifest.shards[number]
+        try:
+            self.files.path(shard.index, shard.index_sha256)
+            self.files.path(shard.file, shard.sha256, shard.bytes)
+        except ShardError:
+            return
 
     def _read_shard(
         self, number: int, index: np.ndarray, into: np.ndarray, columns: list[int], out: list[list[bytes]]
@@ -114,12 +135,11 @@ class MemberReader:
             self._refetched.add(number)
             self._read_file(number, shard, index, into, columns, out)
 
-    def _open(self, number: int, shard: ShardEntry) -> tuple[BinaryIO, np.ndarray, np.ndarray]:
+    def _ranges_of(self, number: int, shard: ShardEntry) -> tuple[np.ndarray, np.ndarray]:
         if number in self._unavailable:
             raise self._unavailable[number]  # do not wait for it again
         try:
-            offsets, sizes = self.member_ranges(shard)
-            return self.files.open(shard.file, shard.sha256, shard.bytes), offsets, sizes
+            return self.member_ranges(shard)
         except ShardError as error:
             self._unavailable[number] = error
             raise
@@ -134,23 +154,32 @@ class MemberReader:
         out: list[list[bytes]],
     ) -> None:
         try:
-            file, offsets, sizes = self._open(number, shard)
+            offsets, sizes = self._ranges_of(number, shard)
             local = (index - shard.first_spot)[:, None]
             start, size = offsets[local, columns], sizes[local, columns]
             low, high = start.min(1), (start + size).max(1)
             gap = _GAP if 0 in columns else _GAP_WITHOUT_TILES
-            with file:
-                for run in _runs(low, high, gap):
-                    self._read_run(file, index[run], start[run], size[run], columns, into[run], out)
+            runs = _runs(low, high, gap)
+            spans = [(int(low[run].min()), int(high[run].max())) for run in runs]
+            for run, span, data in zip(runs, spans, self._spans(number, shard, spans), strict=True):
+                self._split(data, span[0], index[run], start[run], size[run], columns, into[run], out)
         except OSError as error:
             raise ShardError(
                 f"{self.files.name}/{shard.file}: cannot be read ({error}); check the disk, or copy the shard again",
                 kind="unreadable",
             ) from error
 
-    def _read_run(
+    def _spans(self, number: int, shard: ShardEntry, spans: list[tuple[int, int]]) -> Iterator[bytes]:
+        try:
+            yield from self.files.read_spans(shard.file, shard.sha256, shard.bytes, spans)
+        except ShardError as error:
+            self._unavailable[number] = error
+            raise
+
+    def _split(
         self,
-        file: BinaryIO,
+        data: bytes,
+        base: int,
         index: np.ndarray,
         start: np.ndarray,
         size: np.ndarray,
@@ -158,9 +187,7 @@ class MemberReader:
         into: np.ndarray,
         out: list[list[bytes]],
     ) -> None:
-        base = int(start[0].min())
-        file.seek(base)
-        data = file.read(int((start[-1] + size[-1]).max()) - base)
+        """Cut the members of one run out of its bytes, which begin at offset ``base``, and check them."""
         for k, column in enumerate(columns):
             lows, ns, crcs = (start[:, k] - base).tolist(), size[:, k].tolist(), self._crcs[index, column].tolist()
             for row, low, n, crc in zip(into.tolist(), lows, ns, crcs, strict=True):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
@@ -11,7 +14,9 @@ from comtip_shards.errors import ShardError
 from comtip_shards.format.manifest import NAME, Manifest, parse_manifest, read_manifest
 from comtip_shards.names import inside
 from comtip_shards.storage.regular_file import read_regular
-from comtip_shards.storage.remote import Remote, is_url
+from comtip_shards.storage.remote import NoRangesError, Remote, is_url
+
+log = logging.getLogger("comtip_shards")
 
 
 class SetFiles:
@@ -30,10 +35,14 @@ class SetFiles:
         The folder or URL, for error messages.
     folder
         A local folder with at least ``manifest.json``.
+    ranges
+        Whether parts of a remote shard are requested by byte ranges, unless the cache holds it. False fetches whole shards
+        into the cache.
     """
 
     def __init__(self, path: Path | str, remote: Remote | None = None) -> None:
         self.remote: Remote | None = None
+        self.ranges = False
         if not is_url(path):
             self.folder = Path(path)
         elif str(path).lower().startswith("file://"):
@@ -68,6 +77,29 @@ class SetFiles:
         raise ShardError(
             f"{self.name}/{name}: the shard is missing; copy it back or build the set again", kind="vanished"
         )
+
+    @contextmanager
+    def by_ranges(self) -> Iterator[None]:
+        """Read by ranges inside the block: for a few records of many shards."""
+        before, self.ranges = self.ranges, True
+        try:
+            yield
+        finally:
+            self.ranges = self.ranges and before
+
+    def read_spans(self, name: str, sha256: str, size: int, spans: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+        """Yield byte ranges of a shard; one that extends beyond its end is short."""
+        if self.ranges and self.remote is not None and not self.remote.cached(sha256, name, size):
+            try:
+                yield from self.remote.read_ranges(name, [(low, min(high, size)) for low, high in spans])
+                return
+            except NoRangesError as error:
+                log.warning("%s; fetching whole shards instead", error)
+                self.ranges = False
+        with self.open(name, sha256, size) as file:
+            for low, high in spans:
+                file.seek(low)
+                yield file.read(high - low)
 
     def verified(self, name: str, sha256: str, what: str, kind: str) -> bytes:
         """Return the content of a small file after checking its hash.

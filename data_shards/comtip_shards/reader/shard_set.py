@@ -204,6 +204,16 @@ class ShardSet:
         """Return the offsets and sizes of a shard's members from its index, each int64 (records, 3)."""
         return self._reader.member_ranges(shard)
 
+    def shards_of(self, spot_index: Iterable[int]) -> np.ndarray:
+        """Return the numbers of the shards that hold some spots: their indices in the manifest, ascending."""
+        index = np.asarray(spot_index, np.int64)
+        self._check_range(index)
+        return np.unique(self._reader.shard_numbers(index))
+
+    def fetch(self, shard: int) -> None:
+        """Fetch a shard of a remote set into the cache; an error is raised by the read that needs it."""
+        self._reader.fetch(shard)
+
     def _check_range(self, index: np.ndarray) -> None:
         if index.size and not 0 <= index.min() <= index.max() < len(self):
             raise IndexError(

@@ -48,13 +48,13 @@ def epoch_batches(
     """
     section, spot_index = np.asarray(section), np.asarray(spot_index, np.int64)
     if sections_per_batch is None or (section.size and bool((section == section[0]).all())):
-        order = _shuffled(section, spot_index, run, seed, epoch)
-        return _no_single([order[i : i + batch_size] for i in range(0, order.size, batch_size)])
-    pieces = _pieces(section, spot_index, batch_size, sections_per_batch, seed, epoch, run)
-    return _no_single(_combine(pieces, batch_size))
+        order = shuffled(section, spot_index, run, seed, epoch)
+        return merged_tail([order[i : i + batch_size] for i in range(0, order.size, batch_size)])
+    pieces = pieces_of(section, spot_index, batch_size, sections_per_batch, seed, epoch, run)
+    return merged_tail(_combine(pieces, batch_size))
 
 
-def _shuffled(section: np.ndarray, spot_index: np.ndarray, run: int | np.ndarray, seed: int, epoch: int) -> np.ndarray:
+def shuffled(section: np.ndarray, spot_index: np.ndarray, run: int | np.ndarray, seed: int, epoch: int) -> np.ndarray:
     """Return the spots in keyed order, keeping the runs of a section together."""
     leader = runs(section, spot_index, run, seed, epoch) if isinstance(run, int) else run
     # Spots of one run have the same key; the secondary key keeps them in the order of the shard.
@@ -86,7 +86,7 @@ def by_section(section: np.ndarray) -> Iterator[tuple[int, slice | np.ndarray]]:
             yield int(section[at][0]), at
 
 
-def _pieces(
+def pieces_of(
     section: np.ndarray,
     spot_index: np.ndarray,
     batch_size: int,
@@ -94,15 +94,19 @@ def _pieces(
     seed: int,
     epoch: int,
     run: int | np.ndarray,
+    *counters: int,
 ) -> list[tuple[int, np.ndarray]]:
-    """Return (section, spots) pieces in shuffled order; pieces of one section differ by at most one spot."""
+    """Return (section, spots) pieces in shuffled order; pieces of one section differ by at most one spot.
+
+    Parameters are those of :func:`epoch_batches`; ``counters`` give the pieces another permutation.
+    """
     pieces = []
     size = max(1, batch_size // k)
     for s, at in by_section(np.asarray(section)):
         own = spot_index[at]
-        own = _shuffled(np.full(own.size, s), own, run if isinstance(run, int) else run[at], seed, epoch)
+        own = shuffled(np.full(own.size, s), own, run if isinstance(run, int) else run[at], seed, epoch)
         pieces += [(s, part) for part in np.array_split(own, -(-own.size // size))]
-    return [pieces[i] for i in permutation(seed, "pieces", epoch, n=len(pieces))]
+    return [pieces[i] for i in permutation(seed, "pieces", epoch, *counters, n=len(pieces))]
 
 
 def _combine(pieces: list[tuple[int, np.ndarray]], batch_size: int) -> list[np.ndarray]:
@@ -132,7 +136,8 @@ def _combine(pieces: list[tuple[int, np.ndarray]], batch_size: int) -> list[np.n
     return batches
 
 
-def _no_single(batches: list[np.ndarray]) -> list[np.ndarray]:
+def merged_tail(batches: list[np.ndarray]) -> list[np.ndarray]:
+    """Append a last batch of one spot to the batch before it."""
     if len(batches) > 1 and batches[-1].size == 1:
         batches[-2:] = [np.concatenate(batches[-2:])]
     return batches

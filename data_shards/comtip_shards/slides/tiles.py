@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+FIELD_UM, FIELD_PX = 112.0, 224
+"""Width of the default tile in um and in px: 0.5 um per px (20x), as in HEST-1k and the encoders trained on it."""
 REFERENCE_MEAN, REFERENCE_STD = (0.20, 0.33, 0.20), (0.13, 0.17, 0.12)
 """Target optical density of stain normalisation: a typical H&E."""
 TISSUE_DENSITY = (0.05, 1.5)

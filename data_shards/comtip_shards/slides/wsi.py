@@ -149,7 +149,7 @@ class OpenSlideSlide(PyramidSlide):
             rgba = self._slide.read_region((round(x * fx), round(y * fy)), level, (width, height))
         except self._error as error:
             raise SourceError(
-                f"{self.path}: a window cannot be decoded ({error}); check that the file is complete"
+                f"{self.path}: {width} x {height} px at ({x}, {y}) of level {level} cannot be decoded ({error}); check that the file is complete"
             ) from error
         return to_rgb8(np.asarray(rgba), 255.0, alpha=True)
 

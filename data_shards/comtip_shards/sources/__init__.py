@@ -196,7 +196,7 @@ def open_source(
             str(path), fmt=fmt, samples=samples, where=where, options=options, cache=cache, progress=progress
         )
         path, fmt, samples = fetched.path, fetched.fmt, fetched.samples
-        if "pixels" not in _BY_NAME[fmt].options:  # it selected the files to download
+        if "pixels" not in _BY_NAME[fmt].options:  # the option was used to select the downloads
             options = replace(options, facts=replace(options.facts, pixels=None))
     path = Path(path)
     if not path.exists():

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import shutil
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -23,14 +24,52 @@ may therefore exceed ``max_bytes`` by (P - 1) / 64 of it."""
 _unlisted: dict[str, int] = {}
 """Bytes that this process has added to a folder since it was listed last."""
 _DAY = 24 * 3600
+NETWORKED = (
+    *("nfs", "nfs3", "nfs4", "cifs", "smb3", "smbfs", "afs", "fuse.sshfs", "fuse.s3fs"),
+    *("lustre", "gpfs", "beegfs", "ceph", "panfs", "wekafs", "pvfs2", "orangefs"),
+)
+"""File systems behind a network, on which a cache helps nobody."""
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 """Errors of ``flock`` on network file systems mounted without lock support."""
 
 
 def default_cache() -> Path:
-    """Return ``$COMTIP_CACHE``, or ``comtip`` in the user's cache folder if it is not set."""
-    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(os.environ.get(CACHE_VARIABLE) or Path(home) / "comtip")
+    """Return ``$COMTIP_CACHE``; if it is not set, ``comtip`` in the user's cache folder, or on a local disk if that is remote.
+
+    Raises
+    ------
+    ShardError
+        The folder for temporary files has a folder of that name that belongs to another user.
+    """
+    if os.environ.get(CACHE_VARIABLE):
+        return Path(os.environ[CACHE_VARIABLE])
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "comtip"
+    if file_system_of(home) not in NETWORKED:
+        return home
+    # Home folders of clusters are on a file server, which all nodes would fill with what each of them reads.
+    local = Path(tempfile.gettempdir()) / f"comtip-{os.getuid()}"
+    local.mkdir(mode=0o700, exist_ok=True)
+    if local.is_symlink() or local.stat().st_uid != os.getuid():
+        raise ShardError(f"{local}: belongs to another user; set {CACHE_VARIABLE} to a folder of yours", kind="remote")
+    return local
+
+
+def file_system_of(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -> str:
+    """Return the type of the file system that holds a path, such as ``ext4`` or ``nfs4``; empty if it is unknown."""
+    try:
+        lines = mounts.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    target, best, found = str(path.absolute()), "", ""
+    for line in lines:
+        before, _, after = line.partition(" - ")
+        fields = before.split()
+        if len(fields) < 5 or not after:
+            continue
+        point = fields[4].replace("\\040", " ").rstrip("/")
+        if (target == point or target.startswith(f"{point}/")) and len(point) >= len(best):
+            best, found = point, after.split()[0]
+    return found
 
 
 def default_size() -> int:

@@ -14,7 +14,8 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +25,8 @@ from comtip_shards.storage.cache import FileCache, default_cache, default_size
 
 T = TypeVar("T")
 _CHUNK = 1 << 20
+CONCURRENT = 8
+"""Requests that one call of :meth:`Remote.read_ranges` has in flight."""
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 GIB = 2**30
 
@@ -109,6 +112,47 @@ class Remote:
                 self._download(name, where, tmp_path, sha256, size, bound, deadline)
                 files.put(tmp_path, path)
         return path
+
+    def cached(self, sha256: str, name: str, size: int) -> bool:
+        """Return whether a file is in the cache, and mark it as used."""
+        files = self._files
+        return files.has(files.path(sha256, name), size)
+
+    def read_ranges(self, name: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Return byte ranges of a file, several at a time, bypassing the cache; not checked against a hash.
+
+        Parameters
+        ----------
+        name
+            Path below the URL.
+        spans
+            First byte and end of each range.
+
+        Raises
+        ------
+        ShardError
+            As :meth:`fetch`, also for a range beyond the end of the file.
+        NoRangesError
+            The server sends whole files.
+        """
+        deadline, where = time.monotonic() + self.retry.total, self._name(name)
+        fs, path = self._path(name)
+
+        def read(span: tuple[int, int]) -> bytes:
+            def attempt() -> bytes:
+                data: bytes = self._call(lambda: fs.cat_file(path, start=span[0], end=span[1]), deadline)
+                if len(data) > span[1] - span[0]:
+                    raise NoRangesError(f"{where}: the server ignores byte ranges")
+                if len(data) < span[1] - span[0]:
+                    raise _MismatchError(f"received {len(data)} bytes of a range of {span[1] - span[0]}")
+                return data
+
+            return self._retry(where, deadline, attempt)
+
+        if len(spans) < 2:
+            return [read(span) for span in spans]
+        with ThreadPoolExecutor(min(CONCURRENT, len(spans)), thread_name_prefix="comtip-ranges") as pool:
+            return list(pool.map(read, spans))
 
     def read(self, name: str, *, limit: int = GIB) -> bytes:
         """Return the current bytes of a small file, bypassing the cache."""
@@ -287,7 +331,7 @@ class Remote:
         for number in range(1, self.retry.attempts + 1):
             try:
                 return attempt()
-            except ShardError:
+            except (ShardError, NoRangesError):
                 raise
             except ImportError as error:
                 raise ShardError(f"{where}: {error}; pip install 'comtip-fast[remote]'", kind="remote") from error
@@ -313,6 +357,10 @@ class Remote:
             fix = "check the network and the server, then run again: fetched files are kept"
         reason = str(error) or type(error).__name__
         return ShardError(f"{where}: not fetched after {attempts} attempts ({reason}); {fix}", kind="remote")
+
+
+class NoRangesError(Exception):
+    """The server sent a whole file instead of a range."""
 
 
 class _MismatchError(Exception):

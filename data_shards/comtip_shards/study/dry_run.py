@@ -231,11 +231,11 @@ def _section_lines(plan: SectionPlan, tile: TileSpec) -> list[str]:
         )
     else:
         lines.append(f"{plan.name}: {plan.fmt}")
-    lines += [f"  cannot be built{_place(plan)}: {problem}" for problem in plan.problems]
+    lines += [f"  cannot be built{_row_of(plan)}: {problem}" for problem in plan.problems]
     return lines
 
 
-def _place(plan: SectionPlan) -> str:
+def _row_of(plan: SectionPlan) -> str:
     """Return the row of a table for a message; a source of its own has none."""
     return f" ({plan.where})" if plan.where else ""
 

@@ -89,7 +89,7 @@ def gene_sentence_embedding(
         raise ValueError("gene_sentence_embedding: pass both level_hi_N and mix_N, or neither")
     if identity_ID is not None and identity_N is None:
         raise ValueError("gene_sentence_embedding: identity_ID was passed without identity_N; pass both, or omit it")
-    return choose("gene_sentence_embedding", impl, (token_VD, type_3D, position_TD, level_QD), _IMPLEMENTATIONS)(
+    out: Tensor = choose("gene_sentence_embedding", impl, (token_VD, type_3D, position_TD, level_QD), _IMPLEMENTATIONS)(
         ids_NT,
         length_N,
         level_lo_N,
@@ -106,3 +106,4 @@ def gene_sentence_embedding(
         eps=eps,
         plan=plan,
     )
+    return out

@@ -77,7 +77,7 @@ def infonce(
         raise ValueError(f"infonce: negatives={negatives!r} is unknown; choose 'all', 'same_group' or 'other_group'")
     if negatives != "all" and (group_rows is None or group_columns is None):
         raise ValueError(f"infonce: negatives={negatives!r} needs group ids; pass group_rows and group_columns")
-    return choose("infonce", impl, (image_BD, text_MD), _IMPLEMENTATIONS)(
+    out: Tensor = choose("infonce", impl, (image_BD, text_MD), _IMPLEMENTATIONS)(
         image_BD,
         text_MD,
         scale.to(image_BD.device),
@@ -89,3 +89,4 @@ def infonce(
         weight_B=weight_B,
         excluded_further=excluded_further,
     )
+    return out

@@ -1,4 +1,4 @@
-"""Triton kernels of InfoNCE: at most 256 MiB of a B x M matrix, no atomics, results that do not depend on the order of programs.
+"""Triton kernels of InfoNCE: at most 256 MiB (or 128 rows) of a B x M matrix, no atomics, results that do not depend on the order of programs.
 
 Forward, one pass over the logits: each program owns one tile, computes e = exp(s - shift) once, and stores the row sums and
 the column sums of the tile; a sum over tiles in a fixed order completes both directions (u = 2 B M D FLOPs). Rows and columns

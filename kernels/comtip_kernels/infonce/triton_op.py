@@ -154,12 +154,12 @@ def compute_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Compute the backward pass in chunks of rows; return sum_j g_ij y_j (R, D) and sum_i g_ij x_i (C, D), fp32.
 
-    A kernel stores a chunk of g in the dtype of the operands, at most ``flops.CHUNK_BYTES``, and PyTorch's products
+    A kernel stores a chunk of g in the dtype of the operands (``flops.infonce_chunk_bytes``), and PyTorch's products
     multiply it with both sides. Chunks are added in their order, so that results repeat.
     """
     (R, D), C = x.shape, y.shape[0]
     tiles = fit_tiles(kernels.GRADIENT[product_mode(x.dtype)], D, SMALL)
-    row_length = 64 * triton.cdiv(C, 64)  # aligned rows, which library products need for their fast paths
+    row_length = flops.padded(C)
     length = min(R, flops.infonce_chunk(row_length, x.element_size()))
     chunk = torch.empty(length, row_length, device=x.device, dtype=x.dtype)
     floor = LOG_FLOOR + scale - HEADROOM

@@ -8,12 +8,13 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, fields
 from pathlib import Path
 
 from comtip_kernels.ledger.aot import SHARED_LIMIT_KIB, LedgerRow
 from comtip_kernels.ledger.sizes import sizes
-from comtip_kernels.ledger.toolchain import run_ledger
+from comtip_kernels.ledger.toolchain import architectures, run_ledger
 
 COLUMNS = ["triton", *(f.name for f in fields(LedgerRow))]
 SLACK = 8
@@ -40,7 +41,9 @@ def problems(row: LedgerRow, before: dict[str, str] | None) -> list[str]:
         "special": "special-function instructions",
     }
     for name, text in more_is_worse.items():
-        if getattr(row, name) > int(before.get(name) or getattr(row, name)):  # a table of before the count was added
+        if getattr(row, name) > int(
+            before.get(name) or getattr(row, name)
+        ):  # tables written before this column existed
             out.append(f"{where}: {getattr(row, name)} {text}, it was {before[name]}")
     for name, text in (("loads_128", "128-bit loads"), ("async_copies", "asynchronous copies")):
         if getattr(row, name) < int(before[name]):
@@ -68,6 +71,12 @@ def write(path: Path, rows: Iterable[LedgerRow], version: str, kept: list[dict[s
         out.writerows(sorted([*others, *ours], key=lambda r: (r["triton"], r["op"], r["name"], int(r["arch"]))))
 
 
+def merged(rows: Iterable[LedgerRow], known: dict[tuple[str, str, int], dict[str, str]]) -> list[LedgerRow]:
+    """Return rows as far as they are compiled, and the committed ones of other entries: what an interrupted run keeps."""
+    new = {(r.op, r.name, r.arch): r for r in rows}
+    return [*new.values(), *(parsed(row) for key, row in known.items() if key not in new)]
+
+
 def compiled(known: dict[tuple[str, str, int], dict[str, str]], jobs: int) -> Iterator[LedgerRow]:
     """Yield the row of every entry and architecture, compiled in ``jobs`` processes.
 
@@ -78,19 +87,28 @@ def compiled(known: dict[tuple[str, str, int], dict[str, str]], jobs: int) -> It
     jobs
         Number of processes.
     """
-    from comtip_kernels.ledger.entries import ARCHITECTURES, entries
+    import triton
+
+    from comtip_kernels.ledger.entries import entries
 
     with ProcessPoolExecutor(jobs) as pool:
-        waiting: list[Future[LedgerRow] | LedgerRow] = []
+        waiting: list[tuple[str, Future[LedgerRow] | LedgerRow]] = []
         for index, entry in enumerate(entries()):
-            for arch in ARCHITECTURES:
+            for arch in architectures(triton.__version__):
+                where = f"{entry.op}/{entry.name} sm_{arch}"
                 before = known.get((entry.op, entry.name, arch), {})
                 if before.keys() >= set(COLUMNS) and before["source"] == entry.source(arch):
-                    waiting.append(parsed(before))
+                    waiting.append((where, parsed(before)))
                 else:
-                    waiting.append(pool.submit(_compile, index, arch))
-        for item in waiting:
-            yield item.result() if isinstance(item, Future) else item
+                    waiting.append((where, pool.submit(_compile, index, arch)))
+        for where, item in waiting:
+            try:
+                yield item.result() if isinstance(item, Future) else item
+            except BrokenProcessPool as err:
+                raise RuntimeError(
+                    f"{where}: Triton {triton.__version__} ended the process while it compiled this entry or, with --jobs above 1, one of "
+                    "the next; the compiler's own message is above; rewrite the kernel, or exclude the architecture in ledger/toolchain.py"
+                ) from err
 
 
 def _compile(index: int, arch: int) -> LedgerRow:
@@ -151,9 +169,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     kept = read(args.table)
     known = {(r["op"], r["name"], int(r["arch"])): r for r in kept if r["triton"] == triton.__version__}
-    rows, wrong = [], []
+    rows: list[LedgerRow] = []
+    wrong = []
     for row in compiled({} if args.all else known, args.jobs):
         rows.append(row)
+        if not args.check and row.source != known.get((row.op, row.name, row.arch), {}).get("source"):
+            write(args.table, merged(rows, known), triton.__version__, kept)  # hours of compiling survive a stop
         wrong += problems(row, known.get((row.op, row.name, row.arch)))
         resources = f"{row.registers:>3} regs {row.stack:>4} B stack {row.shared_kib:>4} KiB"
         counts = f"{row.mma_count:>3} {row.mma:<7}{row.loads_128:>3} x 128 bit {row.async_copies:>3} async"

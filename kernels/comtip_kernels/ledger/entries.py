@@ -17,7 +17,6 @@ from comtip_kernels.ledger.aot import LedgerEntry
 from comtip_kernels.packed_attention import triton_kernels as attention
 from comtip_kernels.sentence_table import triton_kernels as table
 
-ARCHITECTURES = (80, 90, 100)
 LAUNCHES = Path(__file__).with_name("launches.json")
 """Variants that training and inference launch with the shipped configs, recorded by ``python -m testkit.rehearsal``."""
 PACKAGES = {

@@ -15,10 +15,21 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from comtip_kernels.dispatch import BLACKWELL_NEEDS, release_of
+
 OLDEST, NEWEST = "3.6", "3.9"
 """Supported releases. PyTorch 2.10, the oldest that the packages allow, requires Triton 3.6.0."""
+ARCHITECTURES = (80, 90, 100)
 KERNELS = Path(__file__).parents[2]
 """The folder that contains the package ``comtip_kernels``."""
+
+
+def architectures(version: str) -> tuple[int, ...]:
+    """Return the architectures that a release of Triton compiles every kernel for.
+
+    The compilers of Triton 3.6 and 3.7 end with an error inside one of their passes when they compile the level loss for sm_100.
+    """
+    return ARCHITECTURES if release_of(version) >= BLACKWELL_NEEDS else tuple(a for a in ARCHITECTURES if a < 100)
 
 
 def cache_folder() -> Path:

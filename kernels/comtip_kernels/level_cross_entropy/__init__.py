@@ -70,9 +70,10 @@ def level_cross_entropy(
     ValueError
         If ``impl`` does not support the operands, or there are more than 256 levels for the Triton kernels.
     """
-    return choose("level_cross_entropy", impl, (image_BD, table_GQD), _LEVEL)(
+    out: Tensor = choose("level_cross_entropy", impl, (image_BD, table_GQD), _LEVEL)(
         image_BD, table_GQD, levels_BG, mask_BG, scale.to(image_BD.device), log_prior_GQ
     )
+    return out
 
 
 def pair_scores(
@@ -113,7 +114,7 @@ def pair_scores(
     ValueError
         If ``impl`` does not support the operands, or there are more than 256 levels for the Triton kernels.
     """
-    return choose("pair_scores", impl, (context_BD, table_GQD), _PAIR)(
+    out: Tensor = choose("pair_scores", impl, (context_BD, table_GQD), _PAIR)(
         context_BD,
         table_GQD,
         levels_BG,
@@ -121,3 +122,4 @@ def pair_scores(
         projected_GQD=projected_GQD,
         weight_BG=weight_BG,
     )
+    return out

@@ -97,7 +97,8 @@ def packed_attention(
     """
     longest = _longest(length_N) if longest is None else longest
     run = _choose((q_SHE, k_SHE, v_SHE), longest, impl, _IMPLEMENTATIONS)
-    return run(q_SHE, k_SHE, v_SHE, length_N, longest)
+    out: Tensor = run(q_SHE, k_SHE, v_SHE, length_N, longest)
+    return out
 
 
 def packed_attention_qkv(
@@ -136,7 +137,8 @@ def packed_attention_qkv(
     run = _choose((qkv_S3HE,), longest, impl, _IMPLEMENTATIONS_QKV)
     if first_S is not None and run is _IMPLEMENTATIONS_QKV["triton"]:
         return run(qkv_S3HE, length_N, longest, first_S)
-    return run(qkv_S3HE, length_N, longest)
+    out: Tensor = run(qkv_S3HE, length_N, longest)
+    return out
 
 
 def attention_name(impl: Attention, device: torch.device, dtype: torch.dtype, longest: int) -> str:
@@ -157,6 +159,6 @@ def attention_name(impl: Attention, device: torch.device, dtype: torch.dtype, lo
         The implementation is not installed, or does not support the device, the dtype or the length.
     """
     like = torch.empty(0, device=device, dtype=dtype)
-    name = _choose((like,), longest, impl, {name: name for name in _IMPLEMENTATIONS})
+    name: str = _choose((like,), longest, impl, {name: name for name in _IMPLEMENTATIONS})
     require_peer(name, like)
     return name

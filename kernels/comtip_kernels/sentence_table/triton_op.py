@@ -167,7 +167,7 @@ def level_loss_grads(
     n_m = triton.cdiv(B, tiles["BM"])
     sums = torch.empty(n_m if prior is not None else 0, G, Q, device=image.device, dtype=torch.float32)
     n_genes = min(G, flops.level_chunk(B, Q, image.element_size()))
-    row_length = 64 * triton.cdiv(n_genes * Q, 64)  # aligned rows, which library products need for their fast paths
+    row_length = flops.padded(n_genes * Q)
     chunk = torch.empty(B, row_length, device=image.device, dtype=image.dtype)
     tensors = (image, table, weight.contiguous(), levels.contiguous(), scale if prior is None else prior, scale, factor)
     constants = {"PRIOR": prior is not None} | _precision(image)

@@ -45,6 +45,7 @@ def table_pool(
     ValueError
         If ``impl`` does not support the operands.
     """
-    return choose("table_pool", impl, (table_GQD, scores_GQ), _IMPLEMENTATIONS)(
+    out: Tensor = choose("table_pool", impl, (table_GQD, scores_GQ), _IMPLEMENTATIONS)(
         table_GQD, scores_GQ, levels_BG, mask_BG
     )
+    return out

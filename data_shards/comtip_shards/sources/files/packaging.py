@@ -171,10 +171,15 @@ def _temporary() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="comtip-unpacked-")
 
 
+def temporary_folder() -> Path:
+    """Return the folder of temporary copies, which is deleted when the process ends."""
+    return Path(_temporary().name)
+
+
 def _copy_folder(path: Path) -> Path:
     state = path.stat()
     key = hashlib.sha256(f"{path.resolve()}|{state.st_size}|{state.st_mtime_ns}".encode()).hexdigest()[:16]
-    folder = Path(_temporary().name) / key
+    folder = temporary_folder() / key
     folder.mkdir(exist_ok=True)
     return folder
 

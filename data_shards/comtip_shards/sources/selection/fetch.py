@@ -30,7 +30,7 @@ from comtip_shards.storage.remote import Remote, RetryPolicy
 FETCHERS = 4
 UNBOUNDED = 1 << 62
 """Downloaded sources are never evicted: a build may still read them."""
-PATIENCE = RetryPolicy(stall=300.0, total=24 * 3600.0)
+RETRIES = RetryPolicy(stall=300.0, total=24 * 3600.0)
 """Long timeouts, for listings of thousands of files and slides of many GB."""
 FILE_SUFFIXES = (".h5ad", ".tsv")
 MAX_PART = 200
@@ -125,7 +125,7 @@ def fetch_source(
         The remote failed; completed files stay in the cache.
     """
     folder, only = _split(url)
-    remote = Remote(folder, cache or default_cache() / "sources", UNBOUNDED, PATIENCE)
+    remote = Remote(folder, cache or default_cache() / "sources", UNBOUNDED, RETRIES)
     listing = _Listing(remote)
     layout, why = _recognise(listing, url, fmt, only)
     if progress:

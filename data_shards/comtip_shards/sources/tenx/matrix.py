@@ -170,10 +170,11 @@ def _read_legacy(file: h5py.File, path: Path) -> tuple[list[str], sparse.csr_mat
 def _h5_chunks(
     group: h5py.Group, path: Path, n_features: int, size: int
 ) -> Iterator[tuple[list[str], sparse.csr_matrix]]:
-    indptr = group["indptr"][()].astype(np.int64)
-    shape = tuple(int(v) for v in group["shape"][()])
-    n = len(group["barcodes"])
-    if shape != (n_features, n) or len(indptr) != n + 1 or indptr[0] != 0 or (np.diff(indptr) < 0).any():
+    # Lengths before content: a damaged header may claim more than memory holds.
+    n, n_pointers, n_shape = len(group["barcodes"]), len(group["indptr"]), len(group["shape"])
+    shape = tuple(int(v) for v in group["shape"][()]) if n_shape == 2 else (n_shape,)
+    indptr = group["indptr"][()].astype(np.int64) if n_pointers == n + 1 else np.full(1, -1)
+    if shape != (n_features, n) or indptr[0] != 0 or (np.diff(indptr) < 0).any():
         raise SourceError(
             f"{path}: the matrix shape is {shape}, but there are {n_features} features and {n} barcodes, or indptr is "
             "damaged; copy the file again"

@@ -7,11 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from comtip_fast.training.checkpoint.rows import NONFINITE
 from comtip_fast.training.monitor.diagnostics import diagnostic
 from comtip_fast.training.monitor.loggers import append_row
-
-NONFINITE = "nonfinite.jsonl"
-"""File in the run folder with one row per such step."""
 
 
 def report_nonfinite(

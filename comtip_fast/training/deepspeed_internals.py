@@ -52,6 +52,14 @@ def gradient_norm(zero_optimizer: Any, like: Tensor) -> Tensor:
     return norm.detach() if isinstance(norm, Tensor) else like.new_full((), float(norm), dtype=torch.float32)
 
 
+def shards_of(zero_optimizer: Any, stage: int) -> list[tuple[int, Tensor]]:
+    """Return the flat buffers of a ZeRO optimizer of stage 1, 2 or 3 that are updated, with the index of their parameter group."""
+    if stage < 3:
+        return list(enumerate(zero_optimizer.single_partition_of_fp32_groups))
+    shards = zero_optimizer.fp32_partitioned_groups_flat
+    return [(zero_optimizer.sub_group_to_group_id[i], shard) for i, shard in enumerate(shards)]
+
+
 def create_moments(
     zero_optimizer: Any, stage: int, state: dict[Any, dict[str, Tensor]], names: Sequence[str], *, fused: bool = False
 ) -> None:
@@ -73,10 +81,7 @@ def create_moments(
         Whether the wrapped optimizer is fused.
     """
     partitioned = stage == 3
-    shards = (
-        zero_optimizer.fp32_partitioned_groups_flat if partitioned else zero_optimizer.single_partition_of_fp32_groups
-    )
-    for i, shard in enumerate(shards):
+    for i, (_, shard) in enumerate(shards_of(zero_optimizer, stage)):
         # With NVMe offload a shard is a file and must be swapped in to be changed.
         swapped = partitioned and zero_optimizer._swappable_optimizer_subgroup(i)
         if swapped:

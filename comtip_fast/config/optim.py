@@ -1,0 +1,63 @@
+"""Settings of the optimizer: rates, decay, and which parameters are trained when."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from pydantic import Field
+
+from comtip_fast.config.bounds import Beta, CountOrZero, Positive, PositiveOrZero, Share
+
+LayerDecay = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+Pattern = Annotated[str, Field(min_length=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartConfig:
+    """Learning rate and weight decay of one part of the model."""
+
+    lr_scale: Positive = 1.0
+    """Factor on the learning rate."""
+    weight_decay: PositiveOrZero | None = None
+    """Weight decay; ``null`` is ``optim.weight_decay``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionPartConfig:
+    """Learning rate and weight decay of the image encoder."""
+
+    lr_scale: Positive = 1.0
+    """Factor on the learning rate."""
+    weight_decay: PositiveOrZero | None = None
+    """Weight decay; ``null`` is ``optim.weight_decay``."""
+    layer_decay: LayerDecay = 1.0
+    """Factor on the learning rate per block, from the last to the first (timm's layer decay); 1 disables it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW with linear warm-up and cosine decay."""
+
+    lr: Positive = 1e-3
+    """Peak learning rate."""
+    weight_decay: PositiveOrZero = 0.05
+    """Decoupled weight decay; not applied to one-dimensional parameters (biases, norms, temperatures)."""
+    betas: tuple[Beta, Beta] = (0.9, 0.98)
+    """Coefficients of Adam's running averages."""
+    warmup_steps: CountOrZero = 50
+    """Steps of linear warm-up."""
+    final_lr: Share = 0.02
+    """Learning rate at the last step, as a share of the peak."""
+    clip: PositiveOrZero = 1.0
+    """Maximum global gradient norm; 0 disables clipping."""
+    vision: VisionPartConfig = field(default_factory=VisionPartConfig)
+    """The image encoder (``vision.*``)."""
+    text: PartConfig = field(default_factory=PartConfig)
+    """The gene-sentence encoder (``genes.*``)."""
+    heads: PartConfig = field(default_factory=PartConfig)
+    """All other parameters: projections, pooling, pair head, temperatures and mask feature generator."""
+    freeze: tuple[tuple[Pattern, CountOrZero], ...] = ()
+    """Parameters that are not trained: pairs of a name and the last step for which it is frozen, 0 for all steps, e.g.
+    ``[[vision, 500], ["vision.blocks.[0-5]", 0]]``. A name is that of a module or parameter and may contain ``*``, ``?``
+    and ``[...]``. Frozen parameters have no optimizer state. With DeepSpeed, all steps only."""

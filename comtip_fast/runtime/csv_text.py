@@ -1,0 +1,23 @@
+"""CSV tables for people, who open them in spreadsheets."""
+
+from __future__ import annotations
+
+import re
+
+import pandas as pd
+
+_FORMULA = re.compile(r"[=+@\t\r]|-(?![\d.])")
+"""First characters that spreadsheets take for a formula; ``-`` before a digit is a number or the end of a barcode."""
+
+
+def csv_text(frame: pd.DataFrame) -> str:
+    """Return a table as CSV without its index, numbers with six digits.
+
+    Names in a table are those of a shard set, which anyone may have written. A text that a spreadsheet would run as a formula
+    gets an apostrophe in front.
+    """
+    safe = frame.copy()
+    for column in safe.columns:
+        if not pd.api.types.is_numeric_dtype(safe[column]):
+            safe[column] = [f"'{v}" if isinstance(v, str) and _FORMULA.match(v) else v for v in safe[column]]
+    return safe.to_csv(index=False, float_format="%.6g", lineterminator="\n")

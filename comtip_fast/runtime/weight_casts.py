@@ -1,0 +1,72 @@
+"""bf16 copies of the weights of linear layers, computed a block at a time instead of one by one.
+
+Autocast casts each weight and bias when it is first used, and each gradient on its way back: two kernels per tensor and step. Here, one
+call casts all tensors of a block, and one casts all their gradients. Values and the order of sums are those of autocast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ParameterNames = Sequence[tuple[nn.Module, str]]
+"""Parameters by module and attribute."""
+
+
+def linear_parameters(module: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Return the parameters of all linear layers inside a module that are trained in fp32."""
+    out: list[tuple[nn.Module, str]] = []
+    for layer in module.modules():
+        if type(layer) is nn.Linear:
+            found = layer._parameters.items()
+            out += [(layer, n) for n, p in found if p is not None and p.requires_grad and p.dtype == torch.float32]
+    return out
+
+
+@contextmanager
+def cast_together(groups: Sequence[ParameterNames]) -> Iterator[None]:
+    """Let layers use bf16 copies of their parameters inside the block; gradients reach the parameters in fp32.
+
+    Parameters
+    ----------
+    groups
+        Parameters that are cast in one call, and whose gradients arrive together: DDP can reduce the gradients of a group
+        when its backward pass is complete.
+    """
+    before = [(module, name, module._parameters[name]) for group in groups for module, name in group]
+    try:
+        for group in groups:
+            copies = _CastTogether.apply(*[module._parameters[name] for module, name in group])
+            for (module, name), copy in zip(group, copies, strict=True):
+                module._parameters[name] = copy  # a plain tensor, which the layer reads as its attribute
+        yield
+    finally:
+        for module, name, parameter in before:
+            module._parameters[name] = parameter
+
+
+class _CastTogether(torch.autograd.Function):
+    """fp32 tensors to bf16, and their gradients back, one call each."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Return bf16 copies."""
+        ctx.set_materialize_grads(False)
+        return tuple(_cast(tensors, torch.bfloat16))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return fp32 gradients; None for tensors that were not used."""
+        cast = iter(_cast([g for g in grads if g is not None], torch.float32))
+        return tuple(None if g is None else next(cast) for g in grads)
+
+
+def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    out = [torch.empty_like(x, dtype=dtype) for x in tensors]
+    if out:
+        torch._foreach_copy_(out, list(tensors))
+    return out

@@ -1,0 +1,30 @@
+"""Rows of JSONL files that a resumed run keeps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from comtip_shards.storage.atomic import write_atomic
+
+NONFINITE = "nonfinite.jsonl"
+"""File in the run folder with one row per step whose loss or gradient was not finite."""
+
+
+def keep_rows_up_to(path: Path, step: int, *, validated: bool = True) -> None:
+    """Drop rows after ``step`` from a JSONL file, and an incomplete last line that a killed run left.
+
+    Without ``validated``, the validation of ``step`` is dropped too.
+    """
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        repeated = not validated and row["step"] == step and row.get("kind") == "valid"
+        if row["step"] <= step and not repeated:
+            kept.append(line + "\n")
+    write_atomic(path, "".join(kept))

@@ -1,0 +1,84 @@
+"""Parameters that are not trained, for the whole run or up to a step (``optim.freeze``).
+
+A frozen parameter has ``requires_grad=False`` when the engine is built, so that it has no gradient, no optimizer state, and is
+in no bucket of DDP and ZeRO. When it thaws, the trainer builds the engine again.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from comtip_fast.training.protocol import TrainingError
+
+Rules = Sequence[tuple[str, int]]
+
+
+class Freezing:
+    """The freezing schedule of a module.
+
+    Parameters
+    ----------
+    module
+        Module with its initial ``requires_grad``; what the model itself freezes stays frozen.
+    rules
+        Pairs of a name and the last step for which it is frozen; 0 freezes it for all steps.
+
+    Raises
+    ------
+    TrainingError
+        A name matches no trainable parameter, or nothing is left to train.
+    """
+
+    def __init__(self, module: nn.Module, rules: Rules) -> None:
+        names = [name for name, p in module.named_parameters() if p.requires_grad]
+        _check(names, rules)
+        self._until = last_frozen_steps(names, rules)
+        self._applied: set[str] | None = None
+        first = self.frozen_at(1)
+        if len(first) == len(names):
+            raise TrainingError(
+                f"optim.freeze: all {len(names)} trainable parameters are frozen at step 1; leave at least one to train"
+            )
+
+    def frozen_at(self, step: int) -> set[str]:
+        """Return the names of the parameters that are frozen in a step, counted from 1."""
+        return {name for name, last in self._until.items() if last == 0 or step <= last}
+
+    def changes_at(self, step: int) -> bool:
+        """Return whether other parameters are trained in this step than those of the last :meth:`apply`."""
+        return self._applied is not None and self.frozen_at(step) != self._applied
+
+    def apply(self, module: nn.Module, step: int) -> None:
+        """Freeze and thaw the parameters of a module for a step."""
+        self._applied = self.frozen_at(step)
+        for name, parameter in module.named_parameters():
+            if name in self._until:
+                parameter.requires_grad_(name not in self._applied)
+
+
+def last_frozen_steps(names: Sequence[str], rules: Rules) -> dict[str, int]:
+    """Return the last frozen step of every parameter that a rule names; 0 is all steps, and the later of two steps counts."""
+    until: dict[str, int] = {}
+    for pattern, last in rules:
+        for name in _matches(names, pattern):
+            before = until.get(name, last)
+            until[name] = 0 if 0 in (before, last) else max(before, last)
+    return until
+
+
+def _matches(names: Sequence[str], pattern: str) -> list[str]:
+    return [n for n in names if fnmatchcase(n, pattern) or fnmatchcase(n, f"{pattern}.*")]
+
+
+def _check(names: Sequence[str], rules: Rules) -> None:
+    for pattern, _ in rules:
+        if not _matches(names, pattern):
+            levels = {".".join(n.split(".")[:i]) for n in names for i in range(1, n.count(".") + 2)}
+            near = difflib.get_close_matches(pattern, sorted(levels), n=3, cutoff=0.0)
+            raise TrainingError(
+                f"optim.freeze: {pattern!r} names no trainable parameter of the model; similar names are {', '.join(near)}"
+            )
