@@ -38,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_step(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     step = sub.add_parser(
         "step",
-        help="measure a training step beside plain PyTorch, open_clip and a BLEEP-like step",
-        description="Measure a training step beside others on the same tiles; docs/performance.md explains the table.",
+        help="compare a training step with plain PyTorch, open_clip and a BLEEP-like step",
+        description="Compare a training step with others on the same tiles; docs/performance.md explains the table.",
     )
     step.add_argument("--config", type=Path, required=True, help="a YAML file, e.g. configs/demo_cpu.yaml")
     step.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key")
@@ -136,7 +136,7 @@ def _step(args: argparse.Namespace) -> int:
         f"{args.config.name} {' '.join(args.set)}: batches of {config.data.batch_size}, {config.panel.max_genes} genes, "
         f"{config.levels.n_levels} levels, {shards.manifest.tile.px} px, {args.rounds} rounds of {args.per_round} steps"
     )
-    print(f"wrote {write_results(out, found, setting)} and a profile of each step beside it")
+    print(f"wrote {write_results(out, found, setting)} and a profile of each step in the same folder")
     return 0
 
 

@@ -143,7 +143,7 @@ def test_ratios_are_paired_by_round():
     assert ratio(ours, other) == (4.0, 2.0, 4.0)
 
 
-def test_unknown_steps_and_small_sets_are_told(task: CoMTIPTask, tmp_path: Path):
+def test_unknown_steps_are_refused(task: CoMTIPTask, tmp_path: Path):
     with pytest.raises(ValueError, match="no step named clip"):
         benchmark_step(task.config, ["clip"], rounds=1, per_round=1, out=tmp_path)
 

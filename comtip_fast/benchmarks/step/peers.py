@@ -47,7 +47,7 @@ class _Peer(StepContender):
         self.log_scale = nn.Parameter(torch.tensor([math.log(1 / 0.07)], device=task.device))
         self.module.register_parameter("log_scale", self.log_scale)
         self.update = Updater(self.module, task)
-        self._loader: PilLoader | None = None
+        self._loader = PilLoader(task, self.scheduled())
 
     @abstractmethod
     def _other_side(self) -> nn.Module:
@@ -62,12 +62,10 @@ class _Peer(StepContender):
         """Return the contrastive loss."""
 
     def _prepare(self, batch: Batch) -> Any:
-        """Return what the other side needs beside the batch; counts as loading."""
+        """Return what the other side needs in addition to the batch; counts as loading."""
 
     def load(self) -> tuple[Batch, Any]:
         """See :meth:`StepContender.load`."""
-        if self._loader is None:
-            self._loader = PilLoader(self.task, self.scheduled())
         with self.clock.part("loader"):
             batch = self._loader.batch()
             return batch, self._prepare(batch)
@@ -83,6 +81,10 @@ class _Peer(StepContender):
         with self.clock.part("optimizer"):
             self.update.step()
         return loss.detach()
+
+    def close(self) -> None:
+        """See :meth:`StepContender.close`."""
+        self._loader.close()
 
     def _image(self, batch: Batch) -> Tensor:
         vision: Any = self.module["vision"]

@@ -35,6 +35,9 @@ class PilTiles(Dataset):
 class PilLoader:
     """Batches of :class:`PilTiles` with panel and levels, for the spots of a schedule.
 
+    Worker processes start here and not with the first batch: a fork after another loader has started its threads may inherit a
+    lock that one of them holds.
+
     Parameters
     ----------
     task
@@ -60,6 +63,10 @@ class PilLoader:
         for spots, step, _ in scheduled:
             self._queue.append((spots, step))
             yield spots.tolist()
+
+    def close(self) -> None:
+        """Stop the worker processes."""
+        del self._tiles  # PyTorch stops the workers of an iterator that nothing refers to
 
     def batch(self) -> Batch:
         """Return the next batch on the device."""

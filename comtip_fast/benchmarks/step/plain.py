@@ -26,8 +26,8 @@ from comtip_fast.objectives import choose_hardest, counted_swaps, masked_feature
 from comtip_fast.runtime import devices
 from comtip_fast.training.task import CoMTIPTask
 
-CHUNK = 4096
-"""Sentences whose activations are in memory at a time."""
+CHUNK = 1024
+"""Sentences whose activations are in memory at a time; few enough that malloc reuses their memory (32 MB per tensor)."""
 
 
 class Plain(StepContender):
@@ -48,12 +48,10 @@ class Plain(StepContender):
                 raise ValueError(f"comtip bench step: the plain step does not implement {setting}; use its default")
         self.model: CoMTIP = copy.deepcopy(task.model)
         self.update = Updater(self.model, task)
-        self._loader: PilLoader | None = None
+        self._loader = PilLoader(task, self.scheduled())
 
     def load(self) -> Batch:
         """See :meth:`StepContender.load`."""
-        if self._loader is None:
-            self._loader = PilLoader(self.task, self.scheduled())
         with self.clock.part("loader"):
             return self._loader.batch()
 
@@ -66,6 +64,10 @@ class Plain(StepContender):
         with self.clock.part("optimizer"):
             self.update.step()
         return loss.detach()
+
+    def close(self) -> None:
+        """See :meth:`StepContender.close`."""
+        self._loader.close()
 
     def loss(self, batch: Batch) -> Tensor:
         """Return the loss of a batch; equal to :meth:`CoMTIPTask.losses` up to rounding."""
