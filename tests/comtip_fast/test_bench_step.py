@@ -3,6 +3,7 @@
 import csv
 import time
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,17 @@ def test_a_plain_step_that_does_other_work_is_refused(task: CoMTIPTask, monkeypa
         check_equal_loss(task, Plain(task))
 
 
+@pytest.fixture
+def small_text_tower(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace open_clip's text tower, if it is installed, by one of a layer: its own takes as long as the other tests."""
+    if open_clip_is_installed():
+        from open_clip import transformer
+
+        small = partial(transformer.TextTransformer, width=64, heads=2, layers=1)
+        monkeypatch.setattr(transformer, "TextTransformer", small)
+
+
+@pytest.mark.usefixtures("small_text_tower")
 def test_the_command_measures_every_step(tiny_shards: ShardSet, tiny_overrides: list[str], tmp_path: Path, capsys):
     config = tmp_path / "tiny.yaml"
     config.write_text("name: tiny\n")

@@ -34,7 +34,7 @@ class Measured:
     samples_per_s: list[float] = field(default_factory=list)
     """One value per round."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Seconds per step by part, median over the timed steps."""
+    """Seconds per step by part, mean over the steps timed by part."""
     gflop: float = 0.0
     """Counted GFLOP of products in one step, recomputation included."""
     peak_mb: float = 0.0
