@@ -35,8 +35,10 @@ demo: $(VENV)/installed  ## build, train and evaluate: runs/demo/report.html (ab
 test: $(VENV)/installed-dev  ## all tests
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-nightly: $(VENV)/installed-dev  ## tests that take minutes or need root: hosts whose links are cut
+nightly: $(VENV)/installed-dev  ## tests that take minutes or need root or an S3 server: hosts whose links are cut, storage that fails
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[s3-test]"
 	$(BIN)/python -m pytest -m nightly -s
+	$(BIN)/python -m pytest tests/data_shards/test_s3.py
 
 check: lint types layers spelling  ## all static checks
 
