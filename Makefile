@@ -24,7 +24,7 @@ $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
 	@touch $@
 
-demo: $(VENV)/installed  ## build, train and evaluate: runs/demo/report.html (about 10 minutes on 2 cores)
+demo: $(VENV)/installed  ## build, train and evaluate: runs/demo/report.html (10 to 15 minutes on 2 cores)
 	$(BIN)/comtip shards build data_shards/samples --out $(RUN)/shards --jobs 2 \
 	  --tile-um 224 --tile-px 128 --min-mpp 4
 	$(BIN)/comtip shards verify $(RUN)/shards
@@ -35,8 +35,10 @@ demo: $(VENV)/installed  ## build, train and evaluate: runs/demo/report.html (ab
 test: $(VENV)/installed-dev  ## all tests
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-nightly: $(VENV)/installed-dev  ## tests that take minutes or need root: hosts whose links are cut
+nightly: $(VENV)/installed-dev  ## tests that take minutes or need root or an S3 server: hosts whose links are cut, storage that fails
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[s3-test]"
 	$(BIN)/python -m pytest -m nightly -s
+	$(BIN)/python -m pytest tests/data_shards/test_s3.py
 
 check: lint types layers spelling  ## all static checks
 

@@ -1,7 +1,7 @@
 """CoMTIP: a shared embedding space for histology tiles and the gene expression measured under them.
 
-:func:`build_shards`, :func:`pretrain`, :func:`evaluate`, :func:`adapt` and :func:`load` are the Python interface; ``comtip`` on the
-command line calls the same functions.
+:func:`build_shards`, :func:`pretrain`, :func:`evaluate`, :func:`evaluate_tasks`, :func:`adapt` and :func:`load` are the Python
+interface; ``comtip`` on the command line calls the same functions.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ __all__ = [
     "adapt",
     "build_shards",
     "evaluate",
+    "evaluate_tasks",
     "load",
     "pretrain",
 ]
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
         adapt,
         build_shards,
         evaluate,
+        evaluate_tasks,
         load,
         pretrain,
     )

@@ -26,6 +26,7 @@ from comtip_fast.data.sections import RECORDED_FACTS, SectionTiles, open_section
 from comtip_fast.data.tile_sources import ArrayTiles, TileGeometry
 from comtip_fast.evaluation.compare import joined_with_measured
 from comtip_fast.evaluation.run import evaluate_run as evaluate
+from comtip_fast.evaluation.tasks.run import evaluate_tasks
 from comtip_fast.inference import Predictor, predict_section
 from comtip_fast.inference.answers import gene_queries, provenance, species_of
 from comtip_fast.pretraining import pretrain
@@ -42,6 +43,7 @@ __all__ = [
     "adapt",
     "build_shards",
     "evaluate",
+    "evaluate_tasks",
     "load",
     "open_sections",
     "pretrain",

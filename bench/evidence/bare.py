@@ -38,12 +38,12 @@ class TypeAdapter:
 
 
 def build(target: Any, value: Any) -> Any:
-    """Return ``value`` as ``target``: dataclasses from dicts, tuples from lists, anything else unchanged."""
+    """Return ``value`` as ``target``: dataclasses from dicts without their further keys, tuples from lists, anything else unchanged."""
     while get_origin(target) is Annotated:
         target = get_args(target)[0]
     if dataclasses.is_dataclass(target) and isinstance(value, dict):
         hints = get_type_hints(target, include_extras=True)
-        return target(**{key: build(hints[key], item) for key, item in value.items()})  # type: ignore[operator]
+        return target(**{key: build(hints[key], item) for key, item in value.items() if key in hints})  # type: ignore[operator]
     if isinstance(value, list) and _is_tuple(target):
         return tuple(value)
     return value

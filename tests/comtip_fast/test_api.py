@@ -16,6 +16,7 @@ EXAMPLES = (
     api.build_shards,
     api.pretrain,
     api.evaluate,
+    api.evaluate_tasks,
     api.load,
     api.Model.predict,
     api.Model.compare,

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import comtip_fast
-from comtip_fast.training import deepspeed_internals as internals
+from comtip_fast.training.distributed import deepspeed_internals as internals
 
 PACKAGE = Path(comtip_fast.__file__).parent
 MODULE = Path(internals.__file__)

@@ -79,7 +79,8 @@ def test_a_log_without_a_reader_does_not_end_a_run(tmp_path: Path):
 
 def test_a_hangup_saves_and_stops_and_nohup_is_honoured(tmp_path: Path):
     quiet = {"stderr": subprocess.DEVNULL, "send": int(signal.SIGHUP)}
-    hung_up = train(tmp_path / "hup", **quiet)
+    # The tests themselves may run under nohup.
+    hung_up = train(tmp_path / "hup", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL), **quiet)
     # What nohup does: the signal is ignored before Python starts.
     nohup = train(tmp_path / "nohup", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN), **quiet)
     assert ended(tmp_path / "hup", hung_up) == (3, "sigterm")

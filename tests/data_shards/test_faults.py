@@ -108,7 +108,7 @@ def test_a_section_of_a_remote_set_is_a_section(bucket: object, tiny_shards: Sha
     monkeypatch.setenv("COMTIP_CACHE", str(tmp_path))
     spec = TileGeometry(32, 224.0, 5.0)
     far, near = (open_section(f"{p}:x1", spec) for p in ("memory://bucket/set", tiny_shards.path))
-    np.testing.assert_array_equal(far.tiles_NSS3, near.tiles_NSS3)
+    np.testing.assert_array_equal(far.tiles.all(), near.tiles.all())
     assert far.template.obs_names.tolist() == near.template.obs_names.tolist()
     assert far.template.obs_names[:2].tolist() == ["1x1", "2x1"]  # in the order of the source, not of the shards
     with pytest.raises(SourceError, match="no section is named"):

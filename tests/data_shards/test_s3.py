@@ -17,8 +17,8 @@ from comtip_fast.data.loaders.fetch_ahead import fetched_ahead
 from comtip_fast.data.loaders.schedule import ScheduledBatch
 from testkit.s3 import S3, s3_server
 
-pytest.importorskip("moto.server", reason="moto's S3 server comes with the extra 'test'")
-pytest.importorskip("s3fs", reason="s3fs comes with the extra 'remote'")
+pytest.importorskip("moto.server", reason="nightly: make nightly installs moto's S3 server (extra s3-test)")
+pytest.importorskip("s3fs", reason="nightly: make nightly installs s3fs (extra s3-test)")
 QUICK = RetryPolicy(attempts=4, stall=20, total=200, backoff=0.01)
 
 

@@ -12,7 +12,7 @@ import pytest
 from comtip_shards import ShardError, ShardSet
 from comtip_shards.format.statistics import FILE, StatisticsSum, decode_statistics, encode_statistics
 from comtip_shards.reader import statistics
-from comtip_shards.reader.record_reader import MemberReader
+from comtip_shards.reader.shard_files import SetFiles
 from comtip_shards.reader.statistics import gene_statistics, section_statistics
 
 
@@ -162,20 +162,13 @@ def test_damaged_counts_are_left_out_and_nothing_is_kept(copy: Path, caplog: pyt
 def test_counts_are_read_without_tiles(tiny_shards: ShardSet, monkeypatch: pytest.MonkeyPatch):
     """Records at most 64 KiB apart were read in one request, with every tile between their counts."""
     read: list[int] = []
-    plain = MemberReader._read_run
+    plain = SetFiles.read_spans
 
-    class Counted:
-        def __init__(self, file):
-            self.file = file
+    def counted(self, name, digest, n_bytes, spans):
+        read.extend(end - start for start, end in spans)
+        return plain(self, name, digest, n_bytes, spans)
 
-        def seek(self, offset: int) -> None:
-            self.file.seek(offset)
-
-        def read(self, size: int) -> bytes:
-            read.append(size)
-            return self.file.read(size)
-
-    monkeypatch.setattr(MemberReader, "_read_run", lambda self, file, *rest: plain(self, Counted(file), *rest))
+    monkeypatch.setattr(SetFiles, "read_spans", counted)
     spots = tiny_shards.select(sections=[0])
     _, sizes = tiny_shards.member_ranges(tiny_shards.manifest.shards[0])
     tiny_shards.counts(spots)

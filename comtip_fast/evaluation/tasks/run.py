@@ -171,8 +171,8 @@ def evaluate_tasks(
 
     Examples
     --------
-    >>> from comtip_fast.evaluation.tasks.run import evaluate_tasks
-    >>> rows = evaluate_tasks("run", "set", ["retrieval"], n_bootstrap=10, device="cpu")
+    >>> import comtip_fast
+    >>> rows = comtip_fast.evaluate_tasks("run", "set", ["retrieval"], n_bootstrap=10, device="cpu")
     >>> rows[0].task, rows[0].metric, rows[0].n
     ('retrieval', 'image_to_gene_r1', 49)
     """

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.runtime import devices
 from comtip_fast.runtime.weight_casts import ParameterNames, cast_together, linear_parameters
-from comtip_fast.training import deepspeed_internals as internals
+from comtip_fast.training.distributed import deepspeed_internals as internals
 
 
 @dataclass(frozen=True)

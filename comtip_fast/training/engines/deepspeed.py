@@ -26,7 +26,7 @@ from torch.utils import cpp_extension
 from comtip_fast.collectives import Group
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.runtime import devices
-from comtip_fast.training import deepspeed_internals as internals
+from comtip_fast.training.distributed import deepspeed_internals as internals
 from comtip_fast.training.distributed.comm_timer import clock_backend, clock_of
 from comtip_fast.training.engines.base import StepModule, Update, autocast_of, clip
 from comtip_fast.training.optim import make_optimizer, mask_steps, optimizer_tensors, restore_optimizer, set_rate
