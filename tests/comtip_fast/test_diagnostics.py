@@ -16,8 +16,8 @@ from torch import Tensor
 
 from comtip_fast.config.io import load_config
 from comtip_fast.objectives import feature_health, pair_auc
-from comtip_fast.training import losses, nonfinite, validation
-from comtip_fast.training.monitor import diagnostics
+from comtip_fast.training import losses, validation
+from comtip_fast.training.monitor import diagnostics, nonfinite
 from comtip_fast.training.monitor import monitor as watch
 from comtip_fast.training.protocol import TrainingError
 from comtip_fast.training.task import CoMTIPTask, build_task

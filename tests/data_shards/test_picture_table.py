@@ -516,5 +516,8 @@ def test_a_tiff_that_claims_a_huge_size_is_bounded(tmp_path: Path):
         struct.pack_into("<HHII", data, at, tag, 4, 1, 2**31 - 1)
     path.write_bytes(data)
     for read in (open_slide, image_size):
-        with pytest.raises(SourceError, match=r"a\.tif: .*(is not the size of a section|cannot be read|tiles or strips, but \d+ are listed)"):
+        with pytest.raises(
+            SourceError,
+            match=r"a\.tif: .*(is not the size of a section|cannot be read|tiles or strips, but \d+ are listed)",
+        ):
             read(path)

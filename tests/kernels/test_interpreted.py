@@ -23,12 +23,21 @@ FILES = [*SHARED, *sorted(f"interpreted/{p.name}" for p in (HERE / "interpreted"
 pytest.importorskip("triton")
 
 
+@pytest.mark.nightly
+def test_every_path_of_the_gpu_bench():
+    interpret("interpreted/gpu_paths.py", timeout=1700)
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_kernels_under_the_interpreter(name: str):
+    interpret(name)
+
+
+def interpret(name: str, timeout: float = 580) -> None:
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     # A session of its own: its rootdir, and so its settings, are those of this one.
     words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / name)]
-    done = subprocess.run(words, capture_output=True, text=True, env=env, timeout=580, check=False)
+    done = subprocess.run(words, capture_output=True, text=True, env=env, timeout=timeout, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert "passed" in done.stdout
     # Of the shared files only what Triton does not support may be skipped.

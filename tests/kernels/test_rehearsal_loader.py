@@ -15,9 +15,10 @@ from comtip_fast.training.engines.base import set_product_precision
 from comtip_fast.training.engines.factory import make_engine
 from comtip_fast.training.task import CoMTIPTask, build_task
 from comtip_fast.training.trainer import Trainer
+from testkit.rehearsal.cuda_runtime import stand_in_cuda
 from testkit.rehearsal.launches import recorded_launches
 from testkit.rehearsal.record import Record
-from testkit.rehearsal.stand_in import CUDA, stand_in_cuda
+from testkit.rehearsal.stand_in import CUDA
 
 
 def test_real_batches_with_views_and_changing_panels(
