@@ -168,7 +168,7 @@ def _profile(contender: StepContender, path: Path) -> float:
 
 def _peak_mb(run: torch.profiler.profile) -> float:
     """Return the highest sum of allocations minus frees, as the profiler records them."""
-    events = run.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events: list[Any] = run.profiler.kineto_results.events()  # type: ignore[union-attr]
     live = top = 0
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
         live += event.nbytes()

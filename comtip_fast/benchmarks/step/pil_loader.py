@@ -19,7 +19,7 @@ from comtip_fast.training.task import CoMTIPTask
 Scheduled = Iterator[tuple[np.ndarray, int, int]]
 
 
-class PilTiles(Dataset):
+class PilTiles(Dataset[Tensor]):
     """Tiles of spots, uint8 (3, S, S), randomly flipped; no stain views, which ours computes as well."""
 
     def __init__(self, reader: SpotReader) -> None:

@@ -29,13 +29,13 @@ TOLERANCE = 1e-4
 
 def config_of(path: Path, overrides: Sequence[str], shards: ShardSet, device: str) -> RunConfig:
     """Return the run's config for ``shards``: pixels instead of a frozen stem, panels of one size, and no logged step."""
-    config = load_config(path, list(overrides))
+    config = load_config(path, [*overrides, f"train.device={device}"])
     return replace(
         config,
         data=replace(config.data, shards=str(shards.path), tile_px=None, tile_um=None, expression="table"),
         vision=replace(config.vision, stem="pixels"),
         panel=replace(config.panel, min_genes=config.panel.max_genes),
-        train=replace(config.train, device=device, log_every=10**6),
+        train=replace(config.train, log_every=10**6),
     )
 
 
