@@ -25,7 +25,7 @@ COMMANDS = {
     "export": "write a checkpoint as safetensors and config.json",
     "genes": "show how a gene identifier is resolved, or compute gene vectors",
     "plan": "estimate memory, traffic and time of a run on given hardware",
-    "bench": "measure loaders on this machine, or score encoders on HEST-Benchmark",
+    "bench": "measure loaders or training steps on this machine, or score encoders on HEST-Benchmark",
     "doctor": "show which optional features work on this machine",
 }
 # Commands in the module of another one: {command: module}.

@@ -1,4 +1,4 @@
-"""``comtip bench loader`` measures the loaders on this machine; ``comtip bench hest`` scores encoders on HEST-Benchmark."""
+"""``comtip bench``: ``loader`` measures the loaders, ``step`` whole training steps, ``hest`` scores encoders on HEST-Benchmark."""
 
 from __future__ import annotations
 
@@ -31,7 +31,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     loader.add_argument("--spots", type=int, default=2000, help="spots per round and loader or decoder (default 2000)")
     loader.add_argument("--epochs", type=int, default=20, help="epochs over which memory is recorded (0: none)")
     loader.set_defaults(act=_loader)
+    _add_step(sub)
     _add_hest(sub)
+
+
+def _add_step(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    step = sub.add_parser(
+        "step",
+        help="compare a training step with plain PyTorch, open_clip and a BLEEP-like step",
+        description="Compare a training step with others on the same tiles; docs/performance.md explains the table.",
+    )
+    step.add_argument("--config", type=Path, required=True, help="a YAML file, e.g. configs/demo_cpu.yaml")
+    step.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key")
+    step.add_argument("--shards", type=Path, help="shard set to read (default: build one from --source)")
+    step.add_argument(
+        "--source", type=Path, default=Path("data_shards/samples"), help="sections from which it is built"
+    )
+    step.add_argument("--px", type=int, default=128, help="tile width in px of the built set (default 128)")
+    step.add_argument("--work", type=Path, default=Path("runs/bench_step"), help="folder for the built shard set")
+    step.add_argument("--out", type=Path, help="folder for the table and the profiles (default: the --work folder)")
+    step.add_argument(
+        "--steps",
+        nargs="+",
+        default=["ours", "plain", "open_clip", "bleep"],
+        metavar="STEP",
+        help="steps to measure: ours, plain, open_clip, bleep (default: all; ours is always measured)",
+    )
+    step.add_argument("--rounds", type=int, default=5, help="repetitions (default 5)")
+    step.add_argument("--per-round", type=int, default=2, help="training steps per round and contender (default 2)")
+    add_device(step)
+    step.set_defaults(act=_step)
 
 
 def _add_hest(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -88,6 +117,26 @@ def _loader(args: argparse.Namespace) -> int:
     out = args.out or args.work
     loaders.write_results(out, setting, contenders, resident)
     print(f"wrote {out / 'results.csv'}" + (f" and {out / 'memory.csv'}" if resident else ""))
+    return 0
+
+
+def _step(args: argparse.Namespace) -> int:
+    from comtip_fast.benchmarks.loaders import open_set
+    from comtip_fast.benchmarks.step.measure import table_of, write_results
+    from comtip_fast.benchmarks.step.run import benchmark_step, config_of
+
+    if min(args.rounds, args.per_round) < 1:
+        raise ValueError("--rounds and --per-round must be at least 1")
+    shards = open_set(args.shards, args.source, args.work, args.px)
+    config, out = config_of(args.config, args.set, shards, args.device), args.out or args.work
+    found = benchmark_step(config, args.steps, rounds=args.rounds, per_round=args.per_round, out=out)
+    for line in table_of(found):
+        print(line)
+    setting = (
+        f"{args.config.name} {' '.join(args.set)}: batches of {config.data.batch_size}, {config.panel.max_genes} genes, "
+        f"{config.levels.n_levels} levels, {shards.manifest.tile.px} px, {args.rounds} rounds of {args.per_round} steps"
+    )
+    print(f"wrote {write_results(out, found, setting)} and a profile of each step in the same folder")
     return 0
 
 

@@ -1,0 +1,130 @@
+"""What a contender of ``comtip bench step`` is, and our own step."""
+
+from __future__ import annotations
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from comtip_fast.benchmarks.step.clock import PartClock, wrapped
+from comtip_fast.training import losses
+from comtip_fast.training.engines.base import clip
+from comtip_fast.training.engines.factory import make_engine
+from comtip_fast.training.grad_cache import forward_backward
+from comtip_fast.training.optim import make_optimizer
+from comtip_fast.training.task import CoMTIPTask
+
+
+class StepContender(ABC):
+    """A training step on the batches of one shard set; every contender sees the same spots in the same order."""
+
+    name: str
+
+    def __init__(self, task: CoMTIPTask) -> None:
+        self.task, self.config, self.device = task, task.config, task.device
+        self.clock = PartClock(task.device)
+
+    @abstractmethod
+    def load(self) -> Any:
+        """Return the next batch on the device."""
+
+    @abstractmethod
+    def train(self, batch: Any) -> Tensor:
+        """Run forward, backward and optimizer, and return the loss."""
+
+    def close(self) -> None:  # noqa: B027 - not every contender has worker processes
+        """Stop worker processes."""
+
+    def timed(self) -> AbstractContextManager[Any]:
+        """Return the context of steps whose parts are timed; a contender of this package calls its clock itself."""
+        return nullcontext()
+
+    def scheduled(self) -> Iterator[tuple[np.ndarray, int, int]]:
+        """Yield spots, step and epoch of every batch, without end."""
+        step = 0
+        for epoch in itertools.count():
+            for spots in self.task.batches(epoch):
+                step += 1
+                yield spots, step, epoch
+
+
+class Ours(StepContender):
+    """The step of ``comtip pretrain``: its loader, model, losses, engine and optimizer."""
+
+    name = "comtip"
+
+    def __init__(self, task: CoMTIPTask) -> None:
+        super().__init__(task)
+        self.engine = make_engine(task.module, task.config, task.group)
+        self._batches, self._step = self.scheduled(), 0
+
+    def load(self) -> Any:
+        """See :meth:`StepContender.load`."""
+        spots, self._step, epoch = next(self._batches)
+        with self.clock.part("loader"):
+            return self.task.batch(spots, self._step, epoch)
+
+    def train(self, batch: Any) -> Tensor:
+        """See :meth:`StepContender.train`."""
+        with self.clock.part("optimizer"):
+            self.engine.start_step(self.config.optim.lr)
+        shares, _ = forward_backward(self.engine, self.task, batch, self.config.engine.micro_batches)
+        self.clock.end_backward()
+        loss = shares["loss"]
+        with self.clock.part("optimizer"):
+            update = self.engine.update(loss.isfinite())
+            self.task.after_step(self.engine.module, self._step, update.good)
+        return loss
+
+    def close(self) -> None:
+        """See :meth:`StepContender.close`."""
+        self.task.close()
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Time the functions of the package inside the block."""
+        model, step = self.task.model, self.task.step
+
+        def of_vision(_features: Tensor, visible: Tensor | None = None) -> str:
+            return "vision full" if visible is None else "vision masked"
+
+        functions: list[tuple[Any, str, Any]] = [
+            (model, "encode_image", "vision full"),
+            (model.vision, "forward", of_vision),
+            (model.vision, "stem_features", "vision full"),
+            (model.generator, "forward", "vision masked"),
+            (losses, "masked_feature_loss", "vision masked"),
+            (model, "sentence_table", "table"),
+            (losses, "table_pool", "pooling"),
+            (step, "_mispair", "mispairing"),
+            (losses, "global_infonce", "InfoNCE"),
+            (losses, "level_cross_entropy", "level"),
+            (step, "_pair", "pair"),
+        ]
+        functions += [
+            (self.task.group, name, "communication") for name in ("gather_rows", "scatter_rows", "sum", "max")
+        ]
+        with ExitStack() as stack:
+            for owner, attribute, name in functions:
+                stack.enter_context(wrapped(self.clock, owner, attribute, name))
+            yield
+
+
+class Updater:
+    """AdamW with clipping in the run's settings, for models of other contenders."""
+
+    def __init__(self, module: torch.nn.Module, task: CoMTIPTask) -> None:
+        self.module, self.limit = module, task.config.optim.clip
+        self.optimizer = make_optimizer(module, task.config.optim, fused=task.device.type == "cuda")
+
+    def step(self) -> None:
+        """Clip the gradients, update the weights and clear the gradients."""
+        clip(self.module, self.limit, True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,225 @@
+"""Measure contenders of ``comtip bench step`` in interleaved rounds, and write the table."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from comtip_fast.benchmarks.rounds import describe_machine
+from comtip_fast.benchmarks.step.clock import OTHER, PARTS
+from comtip_fast.benchmarks.step.contender import StepContender
+from comtip_fast.runtime import devices
+
+log = logging.getLogger("comtip_fast")
+RATE_WIDTH = {"cpu": 1024, "cuda": 8192}
+"""Side of the square product whose rate is measured."""
+
+
+@dataclass
+class Measured:
+    """Measurements of one contender."""
+
+    name: str
+    samples_per_s: list[float] = field(default_factory=list)
+    """One value per round."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Seconds per step by part, mean over the steps timed by part."""
+    gflop: float = 0.0
+    """Counted GFLOP of products in one step, recomputation included."""
+    peak_mb: float = 0.0
+    """The most memory that one step adds to what is allocated before it."""
+    share: list[float] = field(default_factory=list)
+    """Counted FLOP/s over the product rate of the same round."""
+
+
+def measure(
+    contenders: Sequence[StepContender], *, rounds: int, steps: int, batch_size: int, out: Path
+) -> list[Measured]:
+    """Measure all contenders; each trains one step before anything is timed.
+
+    Parameters
+    ----------
+    contenders
+        The steps, whose batches have ``batch_size`` samples.
+    rounds, steps
+        Rounds, in which every contender trains ``steps`` steps.
+    batch_size
+        Samples of a step.
+    out
+        Folder for the profile of each contender, ``profile_<name>.txt``.
+    """
+    found = [Measured(c.name) for c in contenders]
+    for contender, result in zip(contenders, found, strict=True):
+        log.info("first step of %s, counted", contender.name)
+        result.gflop = counted_gflop(contender)
+    for number in range(rounds):
+        rate = product_rate(contenders[0].device, contenders[0].config.train.precision)
+        log.info("round %d of %d: products at %.0f GFLOP/s", number + 1, rounds, rate / 1e9)
+        for contender, result in zip(contenders, found, strict=True):
+            elapsed = _seconds(contender, steps)
+            result.samples_per_s.append(steps * batch_size / elapsed)
+            result.share.append(steps * result.gflop * 1e9 / elapsed / rate)
+    for contender, result in zip(contenders, found, strict=True):
+        result.seconds = seconds_by_part(contender, steps)
+        result.peak_mb = _profile(contender, out / f"profile_{contender.name.replace(' ', '_')}.txt")
+    return found
+
+
+def _seconds(contender: StepContender, steps: int) -> float:
+    began = time.perf_counter()
+    for _ in range(steps):
+        contender.train(contender.load())
+    _wait(contender.device)
+    return time.perf_counter() - began
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def product_rate(device: torch.device, precision: str) -> float:
+    """Return the FLOP/s of a large square product in the precision of the run, best of five, on the threads of the run."""
+    n = RATE_WIDTH.get(device.type, 1024)
+    dtype = torch.bfloat16 if devices.in_bf16(precision, device) else torch.float32
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(6):
+        began = time.perf_counter()
+        a @ b
+        _wait(device)
+        best = min(best, time.perf_counter() - began)
+    return 2.0 * n**3 / best
+
+
+def counted_gflop(contender: StepContender) -> float:
+    """Return the GFLOP of one step's products, by the formulas of ``torch.utils.flop_counter``."""
+    with _FlopCount() as counter:
+        contender.train(contender.load())
+    return counter.flops / 1e9
+
+
+class _FlopCount(TorchDispatchMode):
+    """Sums FLOPs without tracking modules; under ``FlopCounterMode`` a step of checkpointed chunks needs a multiple of its memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+        elif func._overloadpacket is _CPU_ATTENTION:
+            self.flops += sdpa_flop_count(*(x.shape for x in args[:3]))
+        elif func._overloadpacket is _CPU_ATTENTION_BACKWARD:
+            self.flops += sdpa_backward_flop_count(*(x.shape for x in args[:4]))
+        return out
+
+
+# The counter of PyTorch has no formula for the fused attention of CPUs.
+_CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def seconds_by_part(contender: StepContender, steps: int) -> dict[str, float]:
+    """Return the seconds per step of every part, forward and backward, over ``steps`` steps of their own."""
+    clock = contender.clock
+    clock.seconds.clear()
+    with contender.timed():
+        clock.start()
+        for _ in range(steps):
+            contender.train(contender.load())
+        clock.stop()
+    return {part: clock.seconds[part] / steps for part in (*PARTS, OTHER)}
+
+
+def _profile(contender: StepContender, path: Path) -> float:
+    """Write the operators of one step, slowest first, and return the peak memory of the step in MB above its start."""
+    batch = contender.load()
+    device = contender.device
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    with torch.profiler.profile(activities=activities, profile_memory=device.type == "cpu", acc_events=True) as run:
+        contender.train(batch)
+        _wait(device)
+    key = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(run.key_averages().table(sort_by=key, row_limit=30), encoding="utf-8")
+    if device.type == "cuda":
+        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+    return _peak_mb(run)
+
+
+def _peak_mb(run: torch.profiler.profile) -> float:
+    """Return the highest sum of allocations minus frees, as the profiler records them."""
+    events: list[Any] = run.profiler.kineto_results.events()  # type: ignore[union-attr]
+    live = top = 0
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        top = max(top, live)
+    return top / 1e6
+
+
+# -- results -----------------------------------------------------------------------------------------------------
+
+
+def ratio(of: Measured, to: Measured) -> tuple[float, float, float]:
+    """Return the median, lowest and highest over rounds of one's samples per second over the other's."""
+    paired = [a / b for a, b in zip(of.samples_per_s, to.samples_per_s, strict=True)]
+    return median(paired), min(paired), max(paired)
+
+
+def rows_of(found: Sequence[Measured]) -> list[dict[str, str]]:
+    """Return one row per contender; the ratio is that of the first contender to each."""
+    rows = []
+    for m in found:
+        middle, low, high = ratio(found[0], m)
+        row = {
+            "step": m.name,
+            "samples_per_s": f"{median(m.samples_per_s):.3g}",
+            "lowest": f"{min(m.samples_per_s):.3g}",
+            "highest": f"{max(m.samples_per_s):.3g}",
+            f"{found[0].name}_is_faster_by": f"{middle:.2f}",
+            "ratio_lowest": f"{low:.2f}",
+            "ratio_highest": f"{high:.2f}",
+            "gflop": f"{m.gflop:.4g}",
+            "share_of_product_rate": f"{median(m.share):.3f}",
+            "peak_mb": f"{m.peak_mb:.4g}",
+        }
+        rows.append(row | {f"{part}_s": f"{seconds:.4f}" for part, seconds in m.seconds.items()})
+    return rows
+
+
+def table_of(found: Sequence[Measured]) -> list[str]:
+    """Return the lines of the printed table: a row per quantity, a column per contender."""
+    rows = rows_of(found)
+    width = max(24, *(len(name) for name in rows[0]))
+    return [f"{name:<{width}}" + "".join(f"{row[name]:>16}" for row in rows) for name in rows[0]]
+
+
+def write_results(folder: Path, found: Sequence[Measured], setting: str) -> Path:
+    """Write ``step.csv``; its first lines name the machine and the setting."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path, rows = folder / "step.csv", rows_of(found)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        file.write(f"# {describe_machine(len(os.sched_getaffinity(0)))}\n# {setting}\n")
+        out = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        out.writeheader()
+        out.writerows(rows)
+    return path

@@ -1,0 +1,100 @@
+"""``comtip bench step``: build the task and its contenders, check that the plain step has our loss, and measure."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from comtip_shards import ShardSet
+
+from comtip_fast.benchmarks.step.contender import Ours, StepContender
+from comtip_fast.benchmarks.step.measure import Measured, measure
+from comtip_fast.benchmarks.step.peers import Bleep, OpenClip, open_clip_is_installed
+from comtip_fast.benchmarks.step.plain import Plain
+from comtip_fast.config.io import load_config
+from comtip_fast.config.schema import RunConfig
+from comtip_fast.runtime.devices import autocast, pick_device
+from comtip_fast.training.engines.base import set_product_precision
+from comtip_fast.training.task import CoMTIPTask, build_task
+
+log = logging.getLogger("comtip_fast")
+STEPS: dict[str, type[StepContender]] = {"ours": Ours, "plain": Plain, "open_clip": OpenClip, "bleep": Bleep}
+TOLERANCE = 1e-4
+"""Relative difference of our loss and the plain step's at one batch in fp32; in bf16 it is 100 times this."""
+
+
+def config_of(path: Path, overrides: Sequence[str], shards: ShardSet, device: str) -> RunConfig:
+    """Return the run's config for ``shards``: pixels instead of a frozen stem, panels of one size, and no logged step."""
+    config = load_config(path, [*overrides, f"train.device={device}"])
+    return replace(
+        config,
+        data=replace(config.data, shards=str(shards.path), tile_px=None, tile_um=None, expression="table"),
+        vision=replace(config.vision, stem="pixels"),
+        panel=replace(config.panel, min_genes=config.panel.max_genes),
+        train=replace(config.train, log_every=10**6),
+    )
+
+
+def benchmark_step(
+    config: RunConfig, steps: Sequence[str], *, rounds: int, per_round: int, out: Path
+) -> list[Measured]:
+    """Measure the steps named in ``steps`` (keys of :data:`STEPS`) on the shard set of ``config``; ours comes first.
+
+    Raises
+    ------
+    ValueError
+        A name is unknown, the shard set has fewer spots than a batch, or the plain step's loss differs from ours.
+    """
+    unknown = [name for name in steps if name not in STEPS]
+    if unknown:
+        raise ValueError(f"comtip bench step: no step named {', '.join(unknown)}; choose of {', '.join(STEPS)}")
+    if "open_clip" in steps and not open_clip_is_installed():
+        log.warning("open_clip is not installed, its step is left out; pip install 'comtip-fast[peers]'")
+        steps = [name for name in steps if name != "open_clip"]
+    device = pick_device(config.train.device)
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    set_product_precision(config, device)
+    task = build_task(config, device)
+    if not task.batches(0):
+        raise ValueError(
+            f"{config.data.shards}: no batch of {config.data.batch_size} spots; give a larger set or set data.batch_size"
+        )
+    log.info("%s", task.describe())
+    with ExitStack() as stack:
+        contenders: list[StepContender] = []
+        for name in ("ours", *(n for n in steps if n != "ours")):
+            contenders.append(STEPS[name](task))
+            stack.callback(contenders[-1].close)
+        for contender in contenders:
+            if isinstance(contender, Plain):
+                check_equal_loss(task, contender)
+        return measure(contenders, rounds=rounds, steps=per_round, batch_size=config.data.batch_size, out=out)
+
+
+def check_equal_loss(task: CoMTIPTask, plain: Plain) -> float:
+    """Check that both steps have the same loss at one batch and equal weights, and return their relative difference.
+
+    Raises
+    ------
+    ValueError
+        They differ by more than rounding: what is compared is not the same work.
+    """
+    batch = task.batch(task.batches(0)[0], 1, 0)
+    task.model.train()
+    with torch.no_grad(), autocast(task.config.train.precision, task.device):
+        own = float(task.losses(task.model, batch)[0]["loss"])
+        other = float(plain.loss(batch))
+        in_bf16 = torch.is_autocast_enabled(task.device.type)
+    difference = abs(own - other) / max(abs(own), 1e-12)
+    log.info("loss of one batch: ours %.6f, plain %.6f, relative difference %.1e", own, other, difference)
+    if not difference <= TOLERANCE * (100 if in_bf16 else 1):
+        raise ValueError(
+            f"comtip bench step: the plain step's loss is {other:.6f}, ours {own:.6f}, on the same batch and weights; the steps "
+            "are not comparable with this config, please report it"
+        )
+    return difference
