@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pickle import PicklingError
@@ -57,6 +58,9 @@ def run_jobs(
 def _in_processes(function: Callable[..., T], arguments: Sequence[tuple[Any, ...]], jobs: int, bar: Any) -> list[T]:
     from joblib import Parallel, delayed
 
+    # loky replaces a worker whose memory has grown by 300 MB, as reading large images does; its warning reads like a failure.
+    # The filter stays: the warning comes from a thread of the pool, at any time.
+    warnings.filterwarnings("ignore", message="A worker stopped while some jobs were given", category=UserWarning)
     results: dict[int, T] = {}
     calls = (delayed(_call)(os.getpid(), number, function, a) for number, a in enumerate(arguments))
     pool = Parallel(n_jobs=min(jobs, len(arguments)), backend="loky", batch_size=1, return_as="generator_unordered")
