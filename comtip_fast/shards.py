@@ -182,7 +182,7 @@ def plan_build(
 
 def _check_study(source: str | Path, fmt: str) -> None:
     if fmt != "auto":
-        raise SourceError(f"--format has no effect for the table {source}; state the format in a column format")
+        raise SourceError(f"`fmt` has no effect for the table {source}; state the format in a column format")
 
 
 def _opener(

@@ -51,7 +51,11 @@ def commands(document: Path) -> set[tuple[str, ...]]:
     found = set()
     for line in code:
         words = line.replace("`", "").partition("comtip ")[2].partition("#")[0].split()
-        names = [words[0], *words[1:2]] if words and words[0] in ("shards", "bench") else words[:1]
+        names = (
+            [words[0], *words[1:2]]
+            if words and (words[0] in ("shards", "bench") or "vectors" in words[1:2])
+            else words[:1]
+        )
         if all(re.fullmatch(r"[a-z]+", name) for name in names):
             found.add((" ".join(names), *sorted(w for w in words if re.fullmatch(r"--[a-z-]+", w))))
     return found

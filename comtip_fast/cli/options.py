@@ -48,7 +48,11 @@ def add_format(parser: argparse.ArgumentParser) -> None:
     from comtip_shards.sources import FORMATS
 
     parser.add_argument(
-        "--format", choices=("auto", *FORMATS), default="auto", help="format of a source folder (default: detect it)"
+        "--format",
+        dest="fmt",
+        choices=("auto", *FORMATS),
+        default="auto",
+        help="format of a source folder (default: detect it)",
     )
 
 

@@ -70,7 +70,7 @@ def tissue_grid(
     hexagonal = options.shape == "hexagonal"
     row_step = step * (math.sqrt(3) / 2 if hexagonal else 1.0)
     if size[0] * size[1] / (step * row_step) > MAX_TILES:
-        raise ValueError(f"--step-um {step * mpp:g} gives more than {MAX_TILES:,} tiles; choose a larger step")
+        raise ValueError(f"`step_um` {step * mpp:g} gives more than {MAX_TILES:,} tiles; choose a larger step")
     height, width = mask_HW.shape
     total = np.zeros((height + 1, width + 1))
     total[1:, 1:] = mask_HW.cumsum(0, dtype=np.float64).cumsum(1)

@@ -186,10 +186,10 @@ def test_an_output_that_is_an_input_is_refused_by_every_name(tmp_path: Path):
     os.link(one, tmp_path / "hard")
     os.link(folder / "counts.h5", tmp_path / "hard_counts")
     for out in ("x.h5ad", "soft", "hard", "source/../x.h5ad"):
-        with pytest.raises(ValueError, match=r"--out .* is the input .*x\.h5ad"):
+        with pytest.raises(ValueError, match=r"`out` .* is the input .*x\.h5ad"):
             refuse_input_as_output(tmp_path / out, [tmp_path / "none", one])
     for out in ("source/counts.h5", "source", "hard_counts"):
-        with pytest.raises(ValueError, match=r"--out .* is the input .*source"):
+        with pytest.raises(ValueError, match=r"`out` .* is the input .*source"):
             refuse_input_as_output(tmp_path / out, [folder])
     refuse_input_as_output(folder / "new.h5ad", [one, folder])
     refuse_input_as_output(one, [folder])

@@ -29,9 +29,7 @@ def test_an_ambiguous_folder_is_refused_with_both_reasons(source: Path):
     (source / "manifest.tsv").unlink()
     (source / "spatial").mkdir()
     (source / "spatial/scalefactors_json.json").write_text("{}")
-    with pytest.raises(
-        SourceError, match=r"space_ranger: spatial/ holds .*legacy_st: count tables.*choose with --format"
-    ):
+    with pytest.raises(SourceError, match=r"space_ranger: spatial/ holds .*legacy_st: count tables.*set `fmt` to"):
         detect(source)
     facts = {"species": "human", "tissue": "breast"}
     assert len(open_source(source, fmt="legacy_st", overrides=facts)) == 3

@@ -95,7 +95,7 @@ def test_patches_in_place_of_the_wsi_give_the_same_tiles(folder: Path):
 def test_patches_are_not_stretched_to_larger_tiles(folder: Path):
     section = read(folder, pixels="patches")
     with pytest.raises(
-        SourceError, match=r"TENX1\.h5: patches are 112 um wide, too small for tiles of 224 um.*--tile-um 112"
+        SourceError, match=r"TENX1\.h5: patches are 112 um wide, too small for tiles of 224 um.*`tile_um` to 112"
     ):
         tiles(section, um=224.0)
     with section.open_slide() as slide, pytest.raises(SourceError, match="no pixels between them"):
@@ -136,7 +136,7 @@ def test_the_table_alone_or_the_metadata_alone_is_enough(folder: Path):
     section = read(folder)
     assert (section.meta.tissue, section.meta.mpp) == ("Breast", 0.7)
     (folder / "metadata/TENX1.json").unlink()
-    with pytest.raises(SourceError, match=r"TENX1\.json: no pixel_size_um_estimated for TENX1.*--mpp"):
+    with pytest.raises(SourceError, match=r"TENX1\.json: no pixel_size_um_estimated for TENX1.*`mpp`"):
         read(folder)
 
 
@@ -279,7 +279,7 @@ def test_normalised_expression_is_refused(folder: Path):
     data.write_h5ad(folder / "st/TENX1.h5ad")
     with pytest.raises(SourceError, match=r"TENX1\.h5ad: .* not integers.*raw counts"):
         read(folder)
-    with pytest.raises(SourceError, match="--pixels svg: must be 'wsi' or 'patches'"):
+    with pytest.raises(SourceError, match="`pixels` svg: must be 'wsi' or 'patches'"):
         read(folder, pixels="svg")
 
 

@@ -212,7 +212,7 @@ def test_what_cannot_be_done_is_said(memory: str, tmp_path: Path, monkeypatch: p
         (
             "memory://hub/other",
             {},
-            r"memory://hub/other: unknown format\. Looked for manifest: manifest\.tsv;.*--format",
+            r"memory://hub/other: unknown format\. Looked for manifest: manifest\.tsv;.*`fmt`",
         ),
         (memory, {"samples": ["TENX9"]}, "no section 'TENX9'; did you mean TENX"),
         (memory, {"where": {"tissue": ["heart"]}}, "no section has tissue heart; choose from: Brain, Breast, Lung"),

@@ -96,13 +96,13 @@ def test_another_image_may_be_asked_for(store_path: Path):
     section = open_source(store_path, overrides={"tissue": "x", "platform": "Visium", "image": "small"})[0].read()
     assert section.meta.mpp == pytest.approx(100 / 20)
     assert section.meta.spot_diameter_um == 55
-    with pytest.raises(SourceError, match="no image 'big'; set --image to one of"):
+    with pytest.raises(SourceError, match="no image 'big'; set `image` to one of"):
         open_source(store_path, overrides=FACTS | {"image": "big"})
     with pytest.raises(SourceError, match="no three-channel image shares a coordinate system with spots"):
         open_source(store_path, overrides=FACTS | {"image": "dapi"})
-    with pytest.raises(SourceError, match="image he: no scale; set --mpp, the um per px of the positions"):
+    with pytest.raises(SourceError, match="image he: no scale; set `mpp`, the um per px of the positions"):
         open_source(store_path, overrides={"tissue": "x"})
-    with pytest.raises(SourceError, match="no tissue column; set --tissue"):
+    with pytest.raises(SourceError, match="no tissue column; set `tissue`"):
         open_source(store_path, overrides={"mpp": "1"})
 
 
