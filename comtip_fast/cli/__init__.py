@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from comtip_shards.names import printable
 
 from comtip_fast._version import __version__
-from comtip_fast.cli.messages import name_options, options_of
 from comtip_fast.runtime.streams import drain, guarded_stderr, reader_is_gone, write_line
 
 # {command: help}. A command's module is imported only if the command is used, which keeps --help fast.
@@ -118,6 +117,8 @@ class _Message(logging.Formatter):
 @functools.cache
 def _build_options() -> Mapping[str, str]:
     """Return the options of ``comtip shards``; imported only for a message that names one."""
+    from comtip_fast.cli.options import options_of
+
     parser = argparse.ArgumentParser(add_help=False)
     importlib.import_module("comtip_fast.cli.shards").add_arguments(parser)
     return options_of(parser)
@@ -134,6 +135,8 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     for name, text in COMMANDS.items():
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         if name == wanted:
+            from comtip_fast.cli.options import name_options, options_of
+
             module = importlib.import_module(f"comtip_fast.cli.{SHARED.get(name, name)}")
             add, run = (f"add_{name}_arguments", f"run_{name}") if name in SHARED else ("add_arguments", "run")
             nested = getattr(module, "SUBCOMMANDS", {}).get(next(iter(arguments[arguments.index(name) + 1 :]), None))

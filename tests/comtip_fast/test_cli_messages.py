@@ -11,7 +11,7 @@ import pytest
 from comtip_shards import SourceError
 
 from comtip_fast.cli import COMMANDS, SHARED, main
-from comtip_fast.cli.messages import name_options, options_of
+from comtip_fast.cli.options import name_options, options_of
 from comtip_fast.shards import build_shards
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,7 +82,7 @@ def subcommands() -> Iterator[list[str]]:
 
 @pytest.fixture(scope="module")
 def options() -> dict[str, str]:
-    found = options_of(parser_of("genes", "vectors"))
+    found = dict(options_of(parser_of("genes", "vectors")))
     for command in COMMANDS:
         found |= options_of(parser_of(command))
     return found
