@@ -112,7 +112,7 @@ def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> RunCo
     for item in overrides:
         _override(data, item)
     if overrides:
-        where = f"{where} with {' '.join(overrides)}"
+        where = f"{where} with overrides {' '.join(overrides)}"
     return config_from_dict(data, where)
 
 

@@ -128,7 +128,7 @@ def test_a_folder_is_replaced_when_it_is_whole(tmp_path: Path):
     assert ((target / "x").read_text(), names(tmp_path)) == ("two", ["f"])
 
 
-def test_a_folder_that_cannot_take_its_place_leaves_the_older_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_folder_that_cannot_be_renamed_leaves_the_older_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     target = tmp_path / "f"
     target.mkdir()
     (target / "x").write_text("old")

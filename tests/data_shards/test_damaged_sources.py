@@ -186,7 +186,7 @@ def test_a_tiff_lists_every_tile_it_claims(tmp_path: Path, monkeypatch: pytest.M
         open_slide(path)
 
 
-def test_an_image_beside_an_h5ad_may_be_missing(tmp_path: Path):
+def test_an_image_next_to_an_h5ad_may_be_missing(tmp_path: Path):
     path = anndata_dense(tmp_path)
     (tmp_path / "slide.png").unlink()
     with pytest.raises(SourceError, match=r"slide\.png: no such"):

@@ -264,12 +264,12 @@ def test_a_folder_of_several_runs_names_them(tmp_path: Path):
 
 @pytest.mark.parametrize("suffix", ["csv.gz", "parquet"])
 def test_one_table_of_positions_in_two_forms(run: Path, suffix: str):
-    twin = run / f"spatial/tissue_positions.{suffix}"
+    second = run / f"spatial/tissue_positions.{suffix}"
     table = positions()
-    table.to_parquet(twin) if suffix == "parquet" else table.to_csv(twin, index=False)
+    table.to_parquet(second) if suffix == "parquet" else table.to_csv(twin, index=False)
     is_the_run(read(run)[0])
     table["pxl_row_in_fullres"] += 40
-    table.to_parquet(twin) if suffix == "parquet" else table.to_csv(twin, index=False)
+    table.to_parquet(second) if suffix == "parquet" else table.to_csv(twin, index=False)
     with pytest.raises(SourceError, match=r"tissue_positions\.\S+ and tissue_positions\.\S+ differ; remove"):
         read(run)
 
@@ -482,7 +482,7 @@ def test_a_missing_xenium_table_is_called_missing(tmp_path: Path):
         open_source(path, overrides=XEN | {"pool_from": "cells"})
 
 
-def test_xenium_twins_of_macos(tmp_path: Path, expected: int):
+def test_appledouble_files_of_a_xenium_run_are_ignored(tmp_path: Path, expected: int):
     path = xenium(tmp_path / "x")
     for p in list(path.iterdir()):
         (path / f"._{p.name}").write_bytes(b"\0\5\x16\7" + bytes(200))

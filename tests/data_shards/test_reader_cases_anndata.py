@@ -420,7 +420,7 @@ def test_an_h5ad_packed_with_gzip(tmp_path: Path):
         assert section.meta.section_id == "GSM1_a"
 
 
-def test_twins_of_macos_beside_h5ad_files(tmp_path: Path):
+def test_appledouble_files_next_to_h5ad_files_are_ignored(tmp_path: Path):
     path = tmp_path / "d"
     path.mkdir()
     shutil.move(write(tmp_path, adata()), path / "S1.h5ad")

@@ -17,7 +17,7 @@ def source(tmp_path: Path) -> Path:
     return tmp_path / "s"
 
 
-def test_a_table_outranks_what_lies_beside_it(source: Path):
+def test_a_table_outranks_other_files_of_its_folder(source: Path):
     # The folder is also one of count tables with images.
     assert next(r for r in READERS if r.name == "legacy_st").recognise(source)
     reader, why = detect(source)

@@ -76,7 +76,7 @@ def test_pooled_sections_keep_their_names_and_counts(folder: Path):
     assert read(folder, "MISC3").meta.species == "mouse"
 
 
-def test_patches_in_place_of_the_wsi_give_the_same_tiles(folder: Path):
+def test_patches_instead_of_the_wsi_give_the_same_tiles(folder: Path):
     from_wsi, from_patches = read(folder), read(folder, pixels="patches")
     assert from_patches.image_path == folder / "patches/TENX1.h5"
     assert from_patches.spot_ids == from_wsi.spot_ids
@@ -146,7 +146,7 @@ def test_the_newest_table_counts(folder: Path):
     assert "New" in read(folder).meta.attribution
 
 
-def test_a_spacing_that_is_not_the_stated_one_is_said(folder: Path):
+def test_a_spacing_that_is_not_the_stated_one_is_reported(folder: Path):
     path = folder / "metadata/TENX1.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"inter_spot_dist": 58.0}))
     section = read(folder)
@@ -268,7 +268,7 @@ def test_errors_of_bad_files_name_the_file_and_the_fix(folder: Path, name: str):
         read(folder)
 
 
-def test_coords_that_are_centres_are_said(folder: Path):
+def test_coords_that_are_centres_are_reported(folder: Path):
     shift(folder, 80)
     assert any("coords are patch centres" in n for n in read(folder).notes)
 

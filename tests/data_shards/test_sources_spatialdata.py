@@ -124,7 +124,7 @@ def test_labels_are_regions_too(tmp_path: Path):
     np.testing.assert_allclose(section.xy[0], [50 + 100 + 10, 60 + 10], atol=0.51)
 
 
-def test_what_is_in_one_place_only_is_counted(tmp_path: Path):
+def test_what_is_only_in_the_table_or_the_shapes_is_counted(tmp_path: Path):
     data = store(np.arange(12))
     data.tables["table"].obs.loc["BC5-1", "spot"] = 99
     section = open_source(write(data, tmp_path / "a.zarr"), overrides=FACTS)[0].read()

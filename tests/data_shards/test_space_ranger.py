@@ -148,7 +148,7 @@ def test_an_image_of_another_size_is_refused(run: Path, tmp_path: Path):
         open_source(run, overrides={**FACTS, "image": str(tmp_path / "mine.png")})
 
 
-def test_the_original_is_found_beside_the_run(run: Path):
+def test_the_original_is_found_next_to_the_run(run: Path):
     he_picture(300, 250).save(run / "run_image.tif")
     section = open_source(run, overrides=FACTS)[0].read()
     assert section.image_path.name == "run_image.tif"
@@ -158,7 +158,7 @@ def test_the_original_is_found_beside_the_run(run: Path):
         open_source(run, overrides=FACTS)
 
 
-def test_an_image_that_is_not_he_is_said(run: Path, tmp_path: Path):
+def test_an_image_that_is_not_he_is_reported(run: Path, tmp_path: Path):
     Image.new("RGB", (300, 250), (230, 20, 130)).save(tmp_path / "pink.png")
     section = open_source(run, overrides={**FACTS, "image": str(tmp_path / "pink.png")})[0].read()
     assert any("pink.png does not look like H&E: pink without haematoxylin" in n for n in section.notes)
