@@ -185,7 +185,7 @@ def _features(predictor: Predictor, section: AdaptSection, parts: list[np.ndarra
 
 
 def _fit(predictor: Predictor, section: AdaptSection, fit: np.ndarray, parts: list[np.ndarray]) -> _Fitted:
-    """Fit a correction to the spots ``fit``; features are those of ``parts``."""
+    """Fit the corrections of the readout on the spots ``fit``; neighbours of a spot are those of its part."""
     readout = predictor.bundle.readout
     assert readout is not None
     features = _features(predictor, section, parts)

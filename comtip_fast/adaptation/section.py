@@ -160,7 +160,7 @@ def _facts(
 
 
 def _fingerprint(opened: SectionTiles, counts: MeasuredCounts) -> dict[str, str]:
-    """Return what identifies the section under another id; empty, with a warning, without an image in ``uns``."""
+    """Return the fingerprint that identifies the section under another id; empty, with a warning, without an image in ``uns``."""
     images = [entry.get("images", {}) for entry in opened.template.uns.get("spatial", {}).values()]
     picture = next((x["hires"] for x in images if "hires" in x), None)
     if picture is None:

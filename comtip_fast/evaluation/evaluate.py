@@ -288,7 +288,7 @@ def _levels_pcc(
 
 
 def _section_facts(predictor: Predictor, shards: ShardSet, number: int, genes: ScoredGenes) -> dict[str, Any]:
-    """Return what ``metrics.json`` records of a section besides its scores."""
+    """Return the record of a section in ``metrics.json`` without its scores."""
     meta = shards.manifest.sections[number]
     return {
         "sections": [meta.section_id],

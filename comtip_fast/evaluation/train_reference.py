@@ -58,7 +58,7 @@ class RidgeFit:
         return out
 
     def facts(self) -> dict[str, Any]:
-        """Return what ``metrics.json`` records of the fit: the chosen input, alphas and cross-validated PCC."""
+        """Return the record of the fit in ``metrics.json``: the chosen input, alphas and cross-validated PCC."""
         return {"input": self.input, "alpha": sorted({m.alpha for _, m in self.groups}), "cv_mean_pcc": self.cv_pcc}
 
 

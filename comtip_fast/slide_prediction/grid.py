@@ -103,7 +103,7 @@ def _inner(value: np.ndarray, scale: float, limit: int) -> np.ndarray:
 
 
 def _at(total: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Interpolate the summed-area table, so that squares smaller than a px of the mask have a share, too."""
+    """Interpolate the summed-area table linearly, so that squares smaller than a pixel of the mask get a share too."""
     x0, y0 = np.minimum(x.astype(int), total.shape[1] - 2), np.minimum(y.astype(int), total.shape[0] - 2)
     fx, fy = x - x0, y - y0
     top = total[y0, x0] * (1 - fx) + total[y0, x0 + 1] * fx

@@ -266,10 +266,10 @@ def test_a_folder_of_several_runs_names_them(tmp_path: Path):
 def test_one_table_of_positions_in_two_forms(run: Path, suffix: str):
     second = run / f"spatial/tissue_positions.{suffix}"
     table = positions()
-    table.to_parquet(second) if suffix == "parquet" else table.to_csv(twin, index=False)
+    table.to_parquet(second) if suffix == "parquet" else table.to_csv(second, index=False)
     is_the_run(read(run)[0])
     table["pxl_row_in_fullres"] += 40
-    table.to_parquet(second) if suffix == "parquet" else table.to_csv(twin, index=False)
+    table.to_parquet(second) if suffix == "parquet" else table.to_csv(second, index=False)
     with pytest.raises(SourceError, match=r"tissue_positions\.\S+ and tissue_positions\.\S+ differ; remove"):
         read(run)
 

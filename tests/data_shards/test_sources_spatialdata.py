@@ -159,7 +159,7 @@ def test_errors_of_bad_stores_name_the_file_and_the_fix(
 ):
     data = store(np.arange(12))
     data.tables["table"].obs["spot"] += 100
-    with pytest.raises(SourceError, match=r"a\.zarr: table and spots have no id in common: 100, 101"):
+    with pytest.raises(SourceError, match=r"a\.zarr: table and spots share no id: 100, 101"):
         open_source(write(data, tmp_path / "a.zarr"), overrides=FACTS)[0].read()
     data = store()
     del data.tables["table"]

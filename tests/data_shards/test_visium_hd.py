@@ -323,7 +323,7 @@ BAD = {
     ),
     "other names": (rename_bins(lambda i, b: f"AAAC{i}-1"), "'AAAC0-1' is not of the form s_016um"),
     "other bins": (rename_bins(lambda i, b: b.replace("016um", "008um")), "contains bins of 8 um instead of 16"),
-    "nothing in tissue": (edit_table(in_tissue=0), "have no bin in tissue in common"),
+    "nothing in tissue": (edit_table(in_tissue=0), "share no bin in tissue"),
     "bin twice": (
         edit_table(
             array_row=lambda t: t["array_row"] * 0,

@@ -168,7 +168,7 @@ def as_rows(result: Sweep) -> list[dict[str, Any]]:
 
 
 def table(result: Sweep) -> str:
-    """Return where each design stops scaling, as a Markdown table."""
+    """Return a Markdown table of the number of devices at which each design stops scaling."""
     c = result.cluster
     lines = [
         (

@@ -96,7 +96,7 @@ def check_tile(tile: TileSpec) -> TileSpec:
 
 
 def scale_cost(section: Scaled, tile: TileSpec) -> str | None:
-    """Return what the tile costs a section: resolution that its image has and the set does not, or the reverse.
+    """Return the cost of the tile for a section: resolution that its image has and the set does not, or the reverse.
 
     ``None`` if the tile shows what the image has, within 5 %, or is at least as fine as the field's.
     """

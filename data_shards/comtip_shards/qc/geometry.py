@@ -89,7 +89,7 @@ def scale(context: SectionContext) -> Finding:
         SCALE_WARN,
         SCALE_FAIL,
         message,
-        # A factor holds for --mpp, too, which is of the positions' px: the image may be hires or lowres.
+        # The factor also holds for `mpp`, which refers to px of the positions: the image may be hires or lowres.
         f"multiply the stated um per px (`mpp`) by {expected / measured:.4g} if the array's spacing is correct, or state the "
         "correct spacing",
     )

@@ -129,7 +129,7 @@ class SourceOptions:
     counts: CountOptions = field(default_factory=CountOptions)
 
     def stated(self) -> dict[str, str]:
-        """Return what is stated, by name, as text."""
+        """Return the stated values as text, by name."""
         return stated(self.facts, self.pooling, self.counts)
 
 
@@ -237,7 +237,7 @@ def refuse(options: SourceOptions, names: Collection[str], why: str) -> None:
 
 
 def stated(*parts: Options | None) -> dict[str, str]:
-    """Return what is stated, as text, for messages and for provenance."""
+    """Return the stated values as text, by name, for messages and provenance."""
     out = {}
     for part in parts:
         for name, value in vars(part).items() if part is not None else ():

@@ -224,7 +224,7 @@ def _load(
     has_shape = np.array([i in index for i in ids], bool)
     if not has_shape.any():
         raise SourceError(
-            f"{path}: {table_name} and {region} have no id in common: {', '.join(ids[:3])} ... and {', '.join(instances[:3])} ...; "
+            f"{path}: {table_name} and {region} share no id: {', '.join(ids[:3])} ... and {', '.join(instances[:3])} ...; "
             f"obs[{attrs['instance_key']!r}] must contain the index of {region}"
         )
     matrix, var, count_notes = raw_counts(MemoryStore(table, path), path, options) if counts else no_counts(table.n_obs)

@@ -31,7 +31,7 @@ _PARTS = (
 
 
 def explain(path: Path, readers: Sequence[Reader]) -> str:
-    """Return what is wrong with a path that no reader accepts, and what to do.
+    """Return the problem with a path that no reader accepts, and the fix.
 
     Parameters
     ----------

@@ -225,7 +225,7 @@ def _pool_bins(
         seen, outside = seen + len(kept), outside + int((state == 1).sum())
         lost += int(matrix[np.flatnonzero(state == 1)].sum(dtype=np.int64))
     if not seen:
-        raise SourceError(f"{counts.path} and {table} have no bin in tissue in common; use files of the same run")
+        raise SourceError(f"{counts.path} and {table} share no bin in tissue; use files of the same run")
     notes = [f"{len(tissue):,} bins of {width:g} um in tissue pooled, {seen:,} with counts"]
     if outside:
         notes.append(f"{outside:,} bins with {lost:,} counts excluded: outside tissue")
