@@ -15,7 +15,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 from comtip_shards import SourceError
-from comtip_shards.sections.facts import CountOptions, PoolingOptions, SectionFacts, flag, parse_facts
+from comtip_shards.sections.facts import CountOptions, PoolingOptions, SectionFacts, parse_facts
 from comtip_shards.slides.tiles import StainStats, stain_stats
 from comtip_shards.sources.anndata_parts.store import SUFFIXES as H5AD_SUFFIXES
 
@@ -377,7 +377,7 @@ class Model:
         self, slide: Path, genes: Sequence[str] | None, facts: Facts, grid: GridOptions, progress: bool
     ) -> SlideRequest:
         options = stated_options(facts, None, None)
-        unused = [flag(k) for k in options.stated() if k not in ("mpp", "species", *RECORDED_FACTS)]
+        unused = [f"`{k}`" for k in options.stated() if k not in ("mpp", "species", *RECORDED_FACTS)]
         if unused:
             raise SourceError(
                 f"{slide}: {', '.join(unused)} has no effect here: a slide has no spots and no counts; leave it out"

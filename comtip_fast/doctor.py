@@ -70,7 +70,9 @@ def _torch() -> DoctorCheck:
     if not torch.backends.mkldnn.is_available() and platform.machine() == "x86_64":
         detail = f"{torch.__version__} without oneDNN: CPU training is slow"
         return DoctorCheck("PyTorch", "broken", detail, "install the build from pytorch.org")
-    return DoctorCheck("PyTorch", "ok", f"{torch.__version__}, {torch.get_num_threads()} threads")
+    from comtip_fast.runtime.torch_internals import untested
+
+    return DoctorCheck("PyTorch", "ok", f"{torch.__version__}, {torch.get_num_threads()} threads", untested() or "")
 
 
 def _gpu() -> DoctorCheck:

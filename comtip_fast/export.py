@@ -22,6 +22,7 @@ from comtip_fast.config.io import config_from_dict, config_to_dict
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.data.expression.levels import LevelTable
 from comtip_fast.export_checks import ExportError, ExportGene
+from comtip_fast.export_checks.readout import check_readout, read_readout
 from comtip_fast.genes import GeneTokenizer
 from comtip_fast.genes.vectors import GeneVectors
 from comtip_fast.lineage import FILE as LINEAGE_FILE
@@ -287,10 +288,10 @@ def _read_meta(folder: Path) -> dict[str, Any]:
 
 def _read_readout(folder: Path, model: CoMTIP, config: RunConfig, genes: list[ExportGene]) -> LinearReadout:
     path = folder / export_checks.READOUT
-    arrays, header = export_checks.read_readout(path)
+    arrays, header = read_readout(path)
     trained = [g.key for g in genes if g.trained]
     width = feature_width(model, config.align.dim)
-    export_checks.check_readout(arrays, header, path, trained, vector_dim=config.align.dim, width=width)
+    check_readout(arrays, header, path, trained, vector_dim=config.align.dim, width=width)
     return LinearReadout.from_arrays(arrays, header)
 
 

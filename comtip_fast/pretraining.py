@@ -14,6 +14,7 @@ from comtip_fast.config.io import load_config
 from comtip_fast.lineage import FILE
 from comtip_fast.plan.live import step_cost
 from comtip_fast.runtime.devices import pick_device
+from comtip_fast.runtime.torch_internals import untested
 from comtip_fast.training.checkpoint.resume import CHECKPOINTS, refuse_second_run
 from comtip_fast.training.checkpoint.store import steps_of
 from comtip_fast.training.distributed.comm_timer import ClockedGroup
@@ -90,6 +91,8 @@ def pretrain(
         group = ClockedGroup(ranks, target)
         if group.rank > 0:
             log.setLevel(logging.WARNING)
+        elif (warning := untested()) is not None:
+            log.warning("%s", warning)
         # A checkpoint holds all weights; the file of initial weights may no longer exist.
         fresh = not (resume and steps_of(out / CHECKPOINTS))
         parents = parents_of(run, None if fresh else out, required=fresh)

@@ -161,7 +161,7 @@ def plan_build(
     cache: Path | None = None,
     tile_um: float | None = None,
 ) -> list[SectionPlan]:
-    """Return what a build would do with each section, from headers; parameters as in :func:`build_shards`."""
+    """Return the plan of a build for each section, from headers; parameters as in :func:`build_shards`."""
     options = stated_options(facts, pooling, counts)
     if is_study(source):
         _check_study(source, fmt)
@@ -182,7 +182,7 @@ def plan_build(
 
 def _check_study(source: str | Path, fmt: str) -> None:
     if fmt != "auto":
-        raise SourceError(f"--format has no effect for the table {source}; state the format in a column format")
+        raise SourceError(f"`fmt` has no effect for the table {source}; state the format in a column format")
 
 
 def _opener(

@@ -1,12 +1,14 @@
 """Documents stay true to the repository: links, paths and commands in Markdown files exist."""
 
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from comtip_fast.cli import main
+from comtip_fast.cli import _parser, main
+from comtip_fast.config.io import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = "comtip_fast|data_shards|kernels|bench|tests|testkit|configs|docs"
@@ -51,7 +53,11 @@ def commands(document: Path) -> set[tuple[str, ...]]:
     found = set()
     for line in code:
         words = line.replace("`", "").partition("comtip ")[2].partition("#")[0].split()
-        names = [words[0], *words[1:2]] if words and words[0] in ("shards", "bench") else words[:1]
+        names = (
+            [words[0], *words[1:2]]
+            if words and (words[0] in ("shards", "bench") or "vectors" in words[1:2])
+            else words[:1]
+        )
         if all(re.fullmatch(r"[a-z]+", name) for name in names):
             found.add((" ".join(names), *sorted(w for w in words if re.fullmatch(r"--[a-z-]+", w))))
     return found
@@ -81,6 +87,39 @@ def test_commands_and_options_in_documents_exist(capsys: pytest.CaptureFixture[s
         helps[name] = capsys.readouterr().out
     wrong = [(name, o) for name, *options in found for o in options if not re.search(rf"{o}(?![\w-])", helps[name])]
     assert wrong == []
+
+
+def command_lines(text: str) -> list[list[str]]:
+    """Return the words after ``comtip`` of every command line in blocks of shell code."""
+    lines = [
+        line.strip()
+        for block in re.findall(r"^```(?:bash)?\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+        for line in block.replace("\\\n", " ").splitlines()
+    ]
+    found = [re.search(r"^(?:.*--no-python +)?comtip (.*)$", line) for line in lines]
+    return [shlex.split(match[1], comments=True) for match in found if match]
+
+
+def test_command_lines_in_documents_parse(capsys: pytest.CaptureFixture[str]):
+    """Not only the names of options, but all arguments and their values; settings are keys of the config."""
+    found = {tuple(words) for d in documents() for words in command_lines(d.read_text(encoding="utf-8"))}
+    assert len(found) > 30
+    for words in found:
+        try:
+            args = _parser(words).parse_args(words)
+        except SystemExit:
+            pytest.fail(f"comtip {' '.join(words)}: {capsys.readouterr().err}")
+        config = getattr(args, "config", None)
+        settings = [value for name in ("set", "overrides") for value in getattr(args, name, None) or []]
+        if config is not None:
+            load_config(ROOT / config if (ROOT / config).is_file() else None, settings)
+
+
+def test_a_command_line_with_a_wrong_value_is_detected():
+    (words,) = command_lines("text\n```bash\ncomtip plan --config c.yaml \\\n  --gpus many  # x\n```\n")
+    assert words == ["plan", "--config", "c.yaml", "--gpus", "many"]
+    with pytest.raises(SystemExit):
+        _parser(words).parse_args(words)
 
 
 def test_a_broken_link_is_detected(tmp_path: Path):

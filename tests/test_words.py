@@ -59,6 +59,7 @@ FORBIDDEN = {
     r"\bto the (bit|byte)\b": "bit-identical, byte-identical",
     r"\bspoil(s|ed|t)?\b": "corrupt",
     r"\bmade-up\b": "synthetic",
+    r"\bdef test_\w*_(said|told|aside|beside|twins|mended|goes_on|in_place_of)(_|\()": "reported, next to, duplicates, fixed",
 }
 """{pattern: what to write instead}; case-sensitive."""
 
@@ -122,6 +123,7 @@ def test_former_names_are_detected():
         "docs/x.md:1: 'aside' (write: tmp_path, temporary)"
     ]
     assert len(violations("a.py", "x = first_does(work)\n\nplace = 3  # goes on where it was")) == 3
+    assert len(violations("test_a.py", "def test_an_error_is_said():")) == 1
     assert not violations("a.py", "x.mul_(2)  # in place, in-place; replaced; said_so; made_with; misplaced")
 
 

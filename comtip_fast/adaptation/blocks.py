@@ -54,7 +54,7 @@ def split_blocks(
     if n_fit < MIN_FIT:
         raise ValueError(
             f"section {section}: {fraction:g} of {len(xy)} spots are {n_fit}, but adaptation needs at least {MIN_FIT}; "
-            "give a larger --fraction or a larger section"
+            "give a larger `fraction` or a larger section"
         )
     rng = generator(seed, "adapt blocks", section, number)
     chosen = np.zeros(len(xy), bool)
@@ -70,7 +70,7 @@ def split_blocks(
     if test.size < MIN_TEST:
         raise ValueError(
             f"section {section}: only {test.size} of {len(xy)} spots are at least {margin_um:g} um from the {fit.size} spots to fit "
-            f"on, but a test needs {MIN_TEST}; give a smaller --fraction or a larger section"
+            f"on, but a test needs {MIN_TEST}; give a smaller `fraction` or a larger section"
         )
     return BlockSplit(fit, test)
 

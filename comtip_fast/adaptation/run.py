@@ -132,11 +132,11 @@ def adapt(
     ['run, adapted to x1']
     """
     if not 0 < fraction <= 1:
-        raise ValueError(f"--fraction {fraction:g}: expected a share of the spots, above 0 and at most 1")
+        raise ValueError(f"`fraction` {fraction:g}: expected a share of the spots, above 0 and at most 1")
     if splits < 1:
-        raise ValueError(f"--splits {splits}: expected at least 1")
+        raise ValueError(f"`splits` {splits}: expected at least 1")
     if out is not None and Path(out).exists() and any(Path(out).iterdir()):
-        raise FileExistsError(f"--out {out} exists and is not empty; give a new folder")
+        raise FileExistsError(f"{out}: exists and is not empty; give a new folder")
     predictor = Predictor.load(run, pick_device(device))
     if predictor.bundle.readout is None:
         raise ValueError(f"{run}: the model has no linear readout to adapt; train with readout.kind=linear")
@@ -185,7 +185,7 @@ def _features(predictor: Predictor, section: AdaptSection, parts: list[np.ndarra
 
 
 def _fit(predictor: Predictor, section: AdaptSection, fit: np.ndarray, parts: list[np.ndarray]) -> _Fitted:
-    """Fit a correction to the spots ``fit``; features are those of ``parts``."""
+    """Fit the corrections of the readout on the spots ``fit``; neighbours of a spot are those of its part."""
     readout = predictor.bundle.readout
     assert readout is not None
     features = _features(predictor, section, parts)

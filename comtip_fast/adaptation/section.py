@@ -10,7 +10,7 @@ import anndata as ad
 import numpy as np
 from comtip_shards import ShardSet, SourceError
 from comtip_shards.sections.duplicates import section_fingerprint
-from comtip_shards.sections.facts import SourceOptions, flag
+from comtip_shards.sections.facts import SourceOptions
 from comtip_shards.sections.section import cohort_of
 from comtip_shards.sources.anndata_parts.store import SUFFIXES as H5AD_SUFFIXES
 from comtip_shards.storage.remote import is_url
@@ -139,7 +139,7 @@ def _facts(
         meta = shards.manifest.sections[shards.section_number(opened.section_id)]
         return replace(LineageSection.of(meta), split="train")
     facts = options.facts
-    missing = [flag(name) for name in ("tissue", "donor") if not getattr(facts, name)]
+    missing = [f"`{name}`" for name in ("tissue", "donor") if not getattr(facts, name)]
     if missing:
         raise SourceError(
             f"section {opened.section_id}: {' and '.join(missing)} not stated; state them: the adapted model records "
@@ -160,7 +160,7 @@ def _facts(
 
 
 def _fingerprint(opened: SectionTiles, counts: MeasuredCounts) -> dict[str, str]:
-    """Return what identifies the section under another id; empty, with a warning, without an image in ``uns``."""
+    """Return the fingerprint that identifies the section under another id; empty, with a warning, without an image in ``uns``."""
     images = [entry.get("images", {}) for entry in opened.template.uns.get("spatial", {}).values()]
     picture = next((x["hires"] for x in images if "hires" in x), None)
     if picture is None:

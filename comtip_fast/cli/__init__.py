@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from comtip_shards.names import printable
 
@@ -57,7 +58,7 @@ def _main(arguments: list[str]) -> int:
     parser = _parser(arguments)
     args = parser.parse_args(arguments)
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Printable("%(message)s"))
+    handler.setFormatter(_Message(args.with_options))
     logging.basicConfig(level=logging.DEBUG if args.debug else logging.INFO, handlers=[handler])
     for noisy in ("h5py", "matplotlib", "PIL", "fsspec", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -77,7 +78,7 @@ def _main(arguments: list[str]) -> int:
     except BAD_INPUT as error:
         if args.debug:
             raise
-        write_line(f"comtip: error: {printable(str(error))}", sys.stderr)
+        write_line(f"comtip: error: {printable(args.with_options(str(error)))}", sys.stderr)
         return USER_ERROR
     except Exception as error:
         disk_error = _disk_error(error)
@@ -101,12 +102,26 @@ def _disk_error(error: Exception) -> tuple[int, str] | None:
     return None if problem is None else (USER_ERROR, f"{problem}; give another path, or make this one writable")
 
 
-class _Printable(logging.Formatter):
-    """Escapes control characters, because messages quote text from files."""
+class _Message(logging.Formatter):
+    """Names options, and escapes control characters, because messages quote text from files."""
+
+    def __init__(self, with_options: Callable[[str], str]) -> None:
+        super().__init__("%(message)s")
+        self._with_options = with_options
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the message with control characters escaped."""
-        return printable(super().format(record))
+        """Return the message as it is shown."""
+        return printable(self._with_options(super().format(record)))
+
+
+@functools.cache
+def _build_options() -> Mapping[str, str]:
+    """Return the options of ``comtip shards``; imported only for a message that names one."""
+    from comtip_fast.cli.options import options_of
+
+    parser = argparse.ArgumentParser(add_help=False)
+    importlib.import_module("comtip_fast.cli.shards").add_arguments(parser)
+    return options_of(parser)
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
@@ -120,8 +135,15 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     for name, text in COMMANDS.items():
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         if name == wanted:
+            from comtip_fast.cli.options import name_options, options_of
+
             module = importlib.import_module(f"comtip_fast.cli.{SHARED.get(name, name)}")
             add, run = (f"add_{name}_arguments", f"run_{name}") if name in SHARED else ("add_arguments", "run")
-            getattr(module, add)(sub)
-            sub.set_defaults(run=getattr(module, run, None) or sub.get_default("run"))
+            nested = getattr(module, "SUBCOMMANDS", {}).get(next(iter(arguments[arguments.index(name) + 1 :]), None))
+            if nested is not None:
+                nested(sub.add_subparsers(dest="action", required=True))
+            else:
+                getattr(module, add)(sub)
+            with_options = functools.partial(name_options, own=options_of(sub), other=_build_options)
+            sub.set_defaults(run=getattr(module, run, None) or sub.get_default("run"), with_options=with_options)
     return parser

@@ -70,7 +70,7 @@ def _add_hest(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         description="Score image encoders on a folder in the layout of HEST-Benchmark; docs/evaluation.md explains the recipe.",
     )
     hest.add_argument("folder", type=Path, metavar="FOLDER", help="folder with one subfolder per task")
-    hest.add_argument("--encoder", nargs="+", required=True, metavar="ENCODER", help=ENCODER_HELP)
+    hest.add_argument("--encoder", dest="encoders", nargs="+", required=True, metavar="ENCODER", help=ENCODER_HELP)
     add_out(hest, "folder for hest.json, hest_folds.csv and hest_genes.csv")
     hest.add_argument("--tasks", nargs="+", metavar="TASK", help="subfolders to score (default: all)")
     hest.add_argument(
@@ -145,7 +145,7 @@ def _hest(args: argparse.Namespace) -> int:
 
     scores = benchmark_hest(
         args.folder,
-        args.encoder,
+        args.encoders,
         tasks=args.tasks,
         variants=args.variants,
         whole_patch=args.whole_patch,

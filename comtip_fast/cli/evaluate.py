@@ -52,7 +52,9 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="; ".join(f"{name}: {text}" for name, text in TASKS.items()) + "; all: every task whose inputs are given",
     )
-    group.add_argument("--encoder", nargs="+", default=[], metavar="ENCODER", help=f"compare with: {ENCODER_HELP}")
+    group.add_argument(
+        "--encoder", dest="encoders", nargs="+", default=[], metavar="ENCODER", help=f"compare with: {ENCODER_HELP}"
+    )
     group.add_argument("--gene-sets", type=Path, metavar="FILE", help="gene sets in GMT format, for pathways and genes")
     group.add_argument(
         "--labels",
@@ -61,7 +63,11 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
         "the labels in the shard set)",
     )
     group.add_argument(
-        "--bootstrap", type=int, default=200, help="draws behind the 95 %% intervals (default 200; 0: none)"
+        "--bootstrap",
+        dest="n_bootstrap",
+        type=int,
+        default=200,
+        help="draws behind the 95 %% intervals (default 200; 0: none)",
     )
 
 
@@ -110,7 +116,7 @@ def _task_options(args: argparse.Namespace, names: list[str]) -> TaskOptions | N
         An option of the tasks is given without ``--tasks``, or cannot be used.
     """
     if not names:
-        given = {"--encoder": args.encoder, "--gene-sets": args.gene_sets, "--labels": args.labels}
+        given = {"--encoder": args.encoders, "--gene-sets": args.gene_sets, "--labels": args.labels}
         unused = [name for name, value in given.items() if value]
         if unused:
             raise ValueError(f"{', '.join(unused)}: used by downstream tasks only; select tasks with --tasks")
@@ -119,14 +125,14 @@ def _task_options(args: argparse.Namespace, names: list[str]) -> TaskOptions | N
     from comtip_fast.inference import Predictor
     from comtip_fast.runtime.devices import pick_device
 
-    if args.bootstrap < 0:
-        raise ValueError(f"--bootstrap {args.bootstrap}: must be at least 0")
+    if args.n_bootstrap < 0:
+        raise ValueError(f"--bootstrap {args.n_bootstrap}: must be at least 0")
     options = task_options(
         Predictor.load(args.run_dir, pick_device(args.device)),
-        encoders=args.encoder,
+        encoders=args.encoders,
         gene_sets=args.gene_sets,
         labels=args.labels,
-        n_bootstrap=args.bootstrap,
+        n_bootstrap=args.n_bootstrap,
         seed=args.seed,
     )
     check_tasks(names, options)

@@ -3,48 +3,55 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from comtip_shards.genes.identifiers import GeneResource
 
+from comtip_fast.cli.options import add_out
 from comtip_fast.genes import GeneTokenizer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options."""
+    """Add the options of ``comtip genes GENE ...``."""
     parser.add_argument(
-        "gene",
-        nargs="+",
-        help="symbols, previous symbols, aliases or Ensembl ids (with or without version); or: vectors COUNTS ...",
+        "gene", nargs="+", help="symbols, previous symbols, aliases or Ensembl ids (with or without version)"
     )
+    parser.add_argument("--species", choices=("human", "mouse"), help="species to search (default: both)")
+    parser.epilog = "comtip genes vectors COUNTS ... --out FILE computes gene vectors; see comtip genes vectors --help."
+
+
+def add_vectors(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the subcommand ``comtip genes vectors``."""
+    text = "compute gene vectors from counts without images"
+    parser = sub.add_parser("vectors", help=text, description=f"{text[0].upper()}{text[1:]}.")
     parser.add_argument(
-        "--species", choices=("human", "mouse"), help="species to search (default: both); species of symbols in COUNTS"
+        "counts", nargs="+", metavar="COUNTS", help="count matrices of cells or spots: .h5ad, 10x .h5 or .tsv(.gz)"
     )
-    group = parser.add_argument_group(
-        "comtip genes vectors COUNTS ... --out FILE: gene vectors from counts without images"
-    )
-    group.add_argument("--out", type=Path, help="the .safetensors file to write")
-    group.add_argument("--components", type=int, default=30, help="number of principal components (default 30)")
-    group.add_argument(
+    parser.add_argument("--species", choices=("human", "mouse"), help="species of symbols in COUNTS (default: detect)")
+    add_out(parser, "the .safetensors file to write")
+    parser.add_argument("--components", type=int, default=30, help="number of principal components (default 30)")
+    parser.add_argument(
         "--weigh",
         choices=("cells", "sources"),
         default="cells",
         help="give equal weight to every cell or to every source (default cells)",
     )
-    group.add_argument(
+    parser.add_argument(
         "--min-detection", type=float, default=0.0, help="omit genes detected in a smaller share of cells (default 0)"
     )
-    group.add_argument("--orthologues", action="store_true", help="join human and mouse genes of the same symbol")
-    group.add_argument("--tissue", default="", help="tissue of the counts, recorded in the file")
-    group.add_argument("--licence", default="", help="licence of the counts, recorded in the file and in predictions")
+    parser.add_argument("--orthologues", action="store_true", help="join human and mouse genes of the same symbol")
+    parser.add_argument("--tissue", default="", help="tissue of the counts, recorded in the file")
+    parser.add_argument("--licence", default="", help="licence of the counts, recorded in the file and in predictions")
+    parser.set_defaults(run=_vectors)
+
+
+SUBCOMMANDS = {"vectors": add_vectors}
+"""Subcommands; any other first word is a gene."""
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print one line per match and return 1 if a gene is unknown. With ``vectors``, compute gene vectors."""
-    return _vectors(args) if args.gene[0] == "vectors" else _resolve(args)
-
-
-def _resolve(args: argparse.Namespace) -> int:
+    """Print one line per match and return 1 if a gene is unknown."""
+    if "vectors" in args.gene:
+        raise ValueError("comtip genes: vectors is a subcommand; write it first: comtip genes vectors COUNTS ...")
     resource, tokenizer = GeneResource.load(), GeneTokenizer.load()
     unknown = 0
     for gene in args.gene:
@@ -63,16 +70,14 @@ def _resolve(args: argparse.Namespace) -> int:
 def _vectors(args: argparse.Namespace) -> int:
     from comtip_fast.data.coexpression.vectors import gene_vectors
 
-    if args.out is None or args.out.suffix != ".safetensors":
+    if args.out.suffix != ".safetensors":
         raise ValueError(
             f"--out {args.out}: gene vectors are one safetensors file; give a name that ends in .safetensors"
         )
-    if len(args.gene) < 2:
-        raise ValueError("comtip genes vectors: no counts given; name at least one .h5ad, 10x .h5 or .tsv(.gz)")
     if not args.out.parent.is_dir():
         raise FileNotFoundError(f"--out {args.out}: the folder {args.out.parent} does not exist; create it first")
     vectors = gene_vectors(
-        args.gene[1:],
+        args.counts,
         components=args.components,
         species=args.species,
         tissue=args.tissue,

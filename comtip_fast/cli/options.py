@@ -1,10 +1,11 @@
-"""Options shared by several commands."""
+"""Options shared by several commands, and their names in messages of the library."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,10 @@ GENE_FILE_BYTES = 4 << 20
 GENE_COLUMNS = {"gene", "genes", "symbol", "symbols", "gene_symbol", "hgnc_symbol", "gene_name", "gene_id", "ensembl"}
 GENE_COLUMNS |= {"ensembl_id", "x"}
 """Headers of a column of genes; R writes ``x`` for a vector."""
+_MARKED = re.compile(r"`([a-z]\w*(?:\.\w+)*)(?:=([^`\s]*))?`")
+"""A Python argument or setting in a message: ```mpp```, ```tile_px=224``` or ```data.tile_px=224```."""
+OptionNames = Mapping[str, str]
+"""Options by the name of the Python argument that they set."""
 TITLES: dict[Any, str] = {
     SectionFacts: "facts about the section, which override those of the source",
     CountOptions: "counts and positions in an AnnData",
@@ -48,7 +53,11 @@ def add_format(parser: argparse.ArgumentParser) -> None:
     from comtip_shards.sources import FORMATS
 
     parser.add_argument(
-        "--format", choices=("auto", *FORMATS), default="auto", help="format of a source folder (default: detect it)"
+        "--format",
+        dest="fmt",
+        choices=("auto", *FORMATS),
+        default="auto",
+        help="format of a source folder (default: detect it)",
     )
 
 
@@ -175,3 +184,51 @@ def read_gene_file(path: Path) -> list[str]:
     if not genes:
         raise ValueError(f"{where}: names no gene; give one gene per line (for all trained genes: --genes all)")
     return genes
+
+
+def options_of(parser: argparse.ArgumentParser) -> OptionNames:
+    """Return ``{name of the Python argument: option}`` of a command and its subcommands.
+
+    The ``dest`` of every option is the name of the Python argument that it sets.
+    """
+    found: dict[str, str] = {}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for sub in action.choices.values():
+                found.update(options_of(sub))
+        elif action.option_strings:
+            found[action.dest] = action.option_strings[-1]
+    return found
+
+
+def name_options(text: str, own: OptionNames, other: Callable[[], OptionNames]) -> str:
+    """Return a message with options instead of the Python arguments that the library marks.
+
+    ```mpp```, ```tile_px=224``` and ```data.tile_px=224``` become ``--mpp``, ``--tile-px 224`` and
+    ``--set data.tile_px=224``.
+
+    Parameters
+    ----------
+    text
+        A message of the library.
+    own
+        :func:`options_of` the command that runs.
+    other
+        Returns the options of the command that builds shards, which messages of other commands name too.
+
+    Returns
+    -------
+    str
+        The message. A name that is no option stays as it is.
+    """
+
+    def option(match: re.Match[str]) -> str:
+        name, value = match.groups()
+        if "." in name:
+            return match[0] if value is None else f"--set {name}={value}"
+        found = own.get(name) or other().get(name)
+        if found is None:
+            return match[0]
+        return found if value is None else f"{found} {value}"
+
+    return _MARKED.sub(option, text)

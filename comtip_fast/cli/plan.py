@@ -22,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--brief", action="store_true", help="print only the summary, as in the headers of configs/*.yaml"
     )
     where = parser.add_argument_group("hardware")
-    where.add_argument("--gpu", default="h100", help="h100 (default), h200, b200, a100-80, a100-40 or cpu")
+    where.add_argument(
+        "--gpu", dest="device", default="h100", help="h100 (default), h200, b200, a100-80, a100-40 or cpu"
+    )
     where.add_argument("--gpus", type=int, default=1, metavar="N", help="devices per node (default 1)")
     where.add_argument("--nodes", type=int, default=1, metavar="M", help="nodes (default 1)")
     where.add_argument("--link", help="link inside a node: nvlink3, nvlink4, nvlink5, pcie4, pcie5, memory")
@@ -70,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         launch_s=args.launch_us * 1e-6,
     )
     cluster = make_cluster(
-        args.gpu, per_node=args.gpus, nodes=args.nodes, link=args.link, fabric=args.fabric, efficiency=shares
+        args.device, per_node=args.gpus, nodes=args.nodes, link=args.link, fabric=args.fabric, efficiency=shares
     )
     stated = config.data.tile_px
     if None not in (stated, args.tile_px) and stated != args.tile_px:

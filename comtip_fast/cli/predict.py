@@ -80,7 +80,7 @@ def _predict_section(args: argparse.Namespace) -> int:
     facts, pooling, counts = read_facts(args)
     model = load(args.run_dir, args.device, args.gene_vectors)
     genes = gene_list(args.genes)
-    answer = model.predict(args.section, genes, facts=facts, pooling=pooling, counts=counts, fmt=args.format)
+    answer = model.predict(args.section, genes, facts=facts, pooling=pooling, counts=counts, fmt=args.fmt)
     write_h5ad(answer, out)
     seen = answer.var["training"].value_counts().to_dict()
     origins = ", ".join(f"{n} {k}" for k, n in seen.items())
@@ -143,7 +143,7 @@ def _predict_slides(args: argparse.Namespace, outputs: dict[Path, Path]) -> int:
     from comtip_fast.api import load
 
     facts, pooling, counts = read_facts(args)
-    refused = [*stated(pooling, counts), *(["format"] if args.format != "auto" else [])]
+    refused = [*stated(pooling, counts), *(["format"] if args.fmt != "auto" else [])]
     if refused:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in refused)
         raise ValueError(
@@ -206,7 +206,7 @@ def run_embed(args: argparse.Namespace) -> int:
     out = fresh_h5ad(args)
     facts, pooling, counts = read_facts(args)
     model = load(args.run_dir, args.device)
-    answer = model.embed(args.section, facts=facts, pooling=pooling, counts=counts, fmt=args.format)
+    answer = model.embed(args.section, facts=facts, pooling=pooling, counts=counts, fmt=args.fmt)
     write_h5ad(answer, out)
     rows, dim = answer.obsm[OBSM_EMBEDDING].shape
     print(f"{out}: obsm[{OBSM_EMBEDDING!r}] {rows} x {dim}")

@@ -21,7 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, required=True, help="a YAML file, e.g. configs/demo_cpu.yaml")
     add_out(parser, "folder of the run")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, e.g. train.seed=1"
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a key, e.g. train.seed=1",
     )
     parser.add_argument(
         "--from",
@@ -40,10 +45,10 @@ def run(args: argparse.Namespace) -> int:
     """Train; failures that a restart can fix exit with 75, and bad input is not retried under torchrun."""
     from comtip_fast.training.distributed.restart_guard import RestartGuard
 
-    guard = RestartGuard([*map(str, (args.config, args.out, args.start_from)), *args.set])
+    guard = RestartGuard([*map(str, (args.config, args.out, args.start_from)), *args.overrides])
     known = guard.known()
     if known is not None:
-        write_line(f"comtip: error: {known}", sys.stderr)
+        write_line(f"comtip: error: {args.with_options(known)}", sys.stderr)
         return USER_ERROR
     try:
         return _train_or_explain(args)
@@ -60,7 +65,7 @@ def _train_or_explain(args: argparse.Namespace) -> int:
     except RestartError as error:
         if args.debug:
             raise
-        write_line(f"comtip: error: {error}", sys.stderr)
+        write_line(f"comtip: error: {args.with_options(str(error))}", sys.stderr)
         return RESTART_CODE
 
 
@@ -72,7 +77,7 @@ def _train(args: argparse.Namespace) -> int:
     result = pretrain(
         args.config,
         args.out,
-        overrides=args.set,
+        overrides=args.overrides,
         start_from=args.start_from,
         resume=args.resume,
         device=args.device,

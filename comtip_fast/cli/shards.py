@@ -74,7 +74,9 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE[,VALUE]",
         help="use only sections with this species, tissue, platform, donor or dataset; may be repeated, all must hold",
     )
-    parser.add_argument("--format", choices=FORMATS, default="auto", help="format of the source (default: detect it)")
+    parser.add_argument(
+        "--format", dest="fmt", choices=FORMATS, default="auto", help="format of the source (default: detect it)"
+    )
     parser.add_argument("--tile-um", type=float, help="width of a tile in um (default 112)")
     add_facts(parser)
 
@@ -116,6 +118,7 @@ def _add_build(build: argparse.ArgumentParser) -> None:
     group = build.add_argument_group("splits by donor, and benchmark sections excluded from training")
     group.add_argument(
         "--split",
+        dest="splits",
         action="append",
         default=[],
         metavar="SECTION=SPLIT",
@@ -183,7 +186,7 @@ def _build(args: argparse.Namespace) -> int:
         min_mpp=args.min_mpp,
         codec=args.codec,
         quality=args.quality,
-        splits=dict(map(_split, args.split)),
+        splits=dict(map(_split, args.splits)),
         strict=args.strict,
         allow_benchmark=args.allow_benchmark,
         benchmark_ids=args.benchmark_ids,
@@ -194,7 +197,7 @@ def _build(args: argparse.Namespace) -> int:
         progress=True,
         on_error=args.on_error,
     )
-    print(printable(report.text))
+    print(printable(args.with_options(report.text)))
     return int(bool(report.skipped))
 
 
@@ -203,7 +206,7 @@ def _dry_run(args: argparse.Namespace) -> int:
     check_policy(args.on_error, args.part)
     plans, refused = plan_splits(
         plan_build(args.source, **_source_options(args)),
-        dict(map(_split, args.split)),
+        dict(map(_split, args.splits)),
         args.auto_split,
         allow_benchmark=args.allow_benchmark,
         benchmark_ids=args.benchmark_ids,
@@ -220,7 +223,7 @@ def _dry_run(args: argparse.Namespace) -> int:
     if args.part is not None and all(p.source is not None for p in plans):
         part = part_of([p.source.meta for p in plans if p.source is not None], args.part)
         plans = plans if part is None else [plans[i] for i in part.sections]
-    print(printable(plan_text(plans, tile, args.out, args.jobs, refused)))
+    print(printable(args.with_options(plan_text(plans, tile, args.out, args.jobs, refused))))
     return int(refused is not None or any(p.problems for p in plans))
 
 
@@ -232,7 +235,8 @@ def _split(item: str) -> tuple[SectionId, Split]:
 
 
 def _merge(args: argparse.Namespace) -> int:
-    print(printable(merge_sets(args.parts, args.out, jobs=args.jobs, progress=True).text))
+    report = merge_sets(args.parts, args.out, jobs=args.jobs, progress=True)
+    print(printable(args.with_options(report.text)))
     return 0
 
 
@@ -241,7 +245,8 @@ def _check(args: argparse.Namespace) -> int:
         _open(args), args.out, tile_um=FIELD_UM if args.tile_um is None else args.tile_um, progress=True
     )
     for report in reports:
-        print(printable("\n".join([f"{report.section_id}: {report.status}", *(f"  {line}" for line in report.lines)])))
+        text = "\n".join([f"{report.section_id}: {report.status}", *(f"  {line}" for line in report.lines)])
+        print(printable(args.with_options(text)))
     print(f"pages: {args.out / 'index.html'}")
     return int(args.strict and any(r.status == "fail" for r in reports))
 
@@ -268,8 +273,8 @@ def _source_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def _format(args: argparse.Namespace) -> str:
     """Return the format; if it was detected, print the reason."""
-    if args.format != "auto" or is_url(args.source) or not Path(args.source).exists() or is_study(args.source):
-        return str(args.format)
+    if args.fmt != "auto" or is_url(args.source) or not Path(args.source).exists() or is_study(args.source):
+        return str(args.fmt)
     reader, why = detect(Path(args.source))
     print(printable(f"read as {reader.name}: {why}"))
     return reader.name
@@ -289,5 +294,5 @@ def _where(items: list[str]) -> dict[str, list[str]]:
 
 def _verify(args: argparse.Namespace) -> int:
     report = verify(args.set, progress=True)
-    print(printable(report.text))
+    print(printable(args.with_options(report.text)))
     return 0 if report.ok else 1

@@ -112,7 +112,7 @@ def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> RunCo
     for item in overrides:
         _override(data, item)
     if overrides:
-        where = f"{where} with --set {' '.join(overrides)}"
+        where = f"{where} with overrides {' '.join(overrides)}"
     return config_from_dict(data, where)
 
 
@@ -168,7 +168,7 @@ def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _override(data: dict[str, Any], item: str) -> None:
     key, equals, text = item.partition("=")
     if not equals or not key.strip():
-        raise ConfigError(f"--set {item!r}: write KEY=VALUE, e.g. train.steps=100")
+        raise ConfigError(f"override {item!r}: write KEY=VALUE, e.g. train.steps=100")
     *path, last = key.strip().split(".")
     for part in path:
         if data.get(part) is None:
@@ -176,7 +176,7 @@ def _override(data: dict[str, Any], item: str) -> None:
         data = data[part]
         if not isinstance(data, dict):
             raise ConfigError(
-                f"--set {item!r}: {part} is a value, not a group of keys; set {part} itself, without further keys"
+                f"override {item!r}: {part} is a value, not a group of keys; set {part} itself, without further keys"
             )
     data[last] = _scalar(text)
 
@@ -185,7 +185,9 @@ def _scalar(text: str) -> Any:
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"--set: {text!r} is not a YAML value: {_yaml_problem(error)}; quote text in YAML") from error
+        raise ConfigError(
+            f"override: {text!r} is not a YAML value: {_yaml_problem(error)}; quote text in YAML"
+        ) from error
 
 
 def _yaml_problem(error: Exception) -> str:

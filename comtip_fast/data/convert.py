@@ -226,7 +226,7 @@ def _positions(data: ad.AnnData) -> pd.DataFrame:
 
 
 def array_notes(data: ad.AnnData) -> list[str]:
-    """Return what the files of Space Ranger cannot hold of a section's array, for other arrays than Visium's."""
+    """Return the properties of an array that is not Visium's which files of Space Ranger cannot hold."""
     names = ("array_row", "array_col")
     if not all(name in data.obs for name in names):
         return ["obs has no array_row and array_col: spots are numbered instead, so use pixel positions for neighbours"]
@@ -255,5 +255,5 @@ def _uint8(image: np.ndarray) -> np.ndarray:
 
 
 def provenance(data: ad.AnnData) -> str:
-    """Return what the AnnData holds, for a message."""
+    """Return the kind of the AnnData: prediction, embedding or section."""
     return "prediction" if UNS in data.uns and data.n_vars else "embedding" if UNS in data.uns else "section"

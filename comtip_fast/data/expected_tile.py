@@ -34,14 +34,14 @@ def check_expected_tile(config: RunConfig, shards: ShardSet) -> None:
         ]
         raise ValueError(
             f"{shards.path}: tiles of {tile.um:g} um in {tile.px} px, but the config states {' '.join(keys)}; build the set "
-            f"with comtip shards build SOURCE --tile-um {um:g} --tile-px {px} --out NEW, or train on this one with "
-            f"--set data.tile_px={tile.px} --set data.tile_um={tile.um:g}"
+            f"again with `tile_um={um:g}` `tile_px={px}`, or train on this one with "
+            f"`data.tile_px={tile.px}` `data.tile_um={tile.um:g}`"
         )
     native = re.search(r"_(\d{3})$", config.vision.backbone)
     if data.tile_px is None and native is not None and int(native[1]) != tile.px:
         log.warning(
-            "vision.backbone=%s was designed for tiles of %s px, but %s has %d px; build the set with --tile-px %s, or "
-            "state data.tile_px=%d",
+            "vision.backbone=%s was designed for tiles of %s px, but %s has %d px; build the set with `tile_px=%s`, or "
+            "state `data.tile_px=%d`",
             config.vision.backbone,
             native[1],
             shards.path,

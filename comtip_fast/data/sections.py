@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 import pandas as pd
 from comtip_shards import ShardSet, SourceError
-from comtip_shards.sections.facts import SectionFacts, SourceOptions, check_options, flag, source_options
+from comtip_shards.sections.facts import SectionFacts, SourceOptions, check_options, source_options
 from comtip_shards.sections.section import Section
 from comtip_shards.slides.base import Slide
 from comtip_shards.slides.open import open_slide
@@ -129,16 +129,16 @@ def recorded_facts(options: SourceOptions) -> SectionFacts:
 
 
 def _refuse_format(fmt: str, what: str, own: str = "") -> None:
-    """Raise SourceError for ``--format`` with an input whose format is known."""
+    """Raise SourceError for a format stated with an input whose format is known."""
     if fmt not in ("auto", own):
-        raise SourceError(f"--format {fmt} has no effect here: {what}, whose format is known; leave it out")
+        raise SourceError(f"`fmt` {fmt} has no effect here: {what}, whose format is known; leave it out")
 
 
 def _refuse_options(options: SourceOptions, where: str) -> None:
     """Raise SourceError for facts about a section of a shard set, whose manifest has them."""
     if options.stated():
         raise SourceError(
-            f"{where}: {', '.join(map(flag, options.stated()))} has no effect here: a shard set states the facts of its "
+            f"{where}: {', '.join(f'`{name}`' for name in options.stated())} has no effect here: a shard set states the facts of its "
             "sections; leave it out"
         )
 
@@ -208,8 +208,8 @@ def _from_shards(shards: ShardSet, section_id: str, tile: TileGeometry) -> Secti
     if (own.px, own.um, own.min_mpp) != (tile.px, tile.um, tile.min_mpp):
         raise SourceError(
             f"{shards.path}: tiles of {own.um:g} um in {own.px} px at {own.min_mpp:g} um/px, but the model reads "
-            f"{tile.um:g} um in {tile.px} px at {tile.min_mpp:g} um/px; build shards with --tile-um {tile.um:g} "
-            f"--tile-px {tile.px} --min-mpp {tile.min_mpp:g}"
+            f"{tile.um:g} um in {tile.px} px at {tile.min_mpp:g} um/px; build shards with `tile_um={tile.um:g}` "
+            f"`tile_px={tile.px}` `min_mpp={tile.min_mpp:g}`"
         )
     template, spots, number = section_template(shards, section_id)
     meta = shards.manifest.sections[number]
@@ -304,13 +304,13 @@ def _check_positions(xy: np.ndarray, mpp: float, slide: Slide, where: str) -> No
         raise SourceError(f"{where}: {lost} of {len(xy)} spots have no position; remove them, or give them one")
     if not MPP_RANGE[0] <= mpp <= MPP_RANGE[1]:
         raise SourceError(
-            f"{where}: {mpp:g} um per px of the image is not plausible ({MPP_RANGE[0]:g} to {MPP_RANGE[1]:g}); set --mpp"
+            f"{where}: {mpp:g} um per px of the image is not plausible ({MPP_RANGE[0]:g} to {MPP_RANGE[1]:g}); set `mpp`"
         )
     outside = (xy < 0).any(1) | (xy[:, 0] > slide.size[0]) | (xy[:, 1] > slide.size[1])
     if outside.any():
         raise SourceError(
             f"{where}: {outside.sum()} of {len(xy)} spots lie outside the image ({slide.size[0]} x {slide.size[1]} px); "
-            "use the image that the positions belong to (--image), or positions in px of this image"
+            "use the image that the positions belong to (`image`), or positions in px of this image"
         )
 
 

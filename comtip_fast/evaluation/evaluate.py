@@ -176,7 +176,7 @@ def _check_tiles(predictor: Predictor, shards: ShardSet) -> None:
         raise ValueError(
             f"{shards.path}: tiles of {tile.um:g} um in {tile.px} px at {tile.min_mpp:g} um/px, but the model reads "
             f"{model[1]:g} um in {model[0]} px at {model[2]:g} um/px; "
-            f"build with --tile-um {model[1]:g} --tile-px {model[0]} --min-mpp {model[2]:g}"
+            f"build with `tile_um={model[1]:g}` `tile_px={model[0]}` `min_mpp={model[2]:g}`"
         )
 
 
@@ -288,7 +288,7 @@ def _levels_pcc(
 
 
 def _section_facts(predictor: Predictor, shards: ShardSet, number: int, genes: ScoredGenes) -> dict[str, Any]:
-    """Return what ``metrics.json`` records of a section besides its scores."""
+    """Return the record of a section in ``metrics.json`` without its scores."""
     meta = shards.manifest.sections[number]
     return {
         "sections": [meta.section_id],

@@ -156,9 +156,9 @@ def resolve_list(genes: Sequence[str], shards: ShardSet, number: int) -> tuple[l
         measured none of the genes.
     """
     section = shards.manifest.sections[number]
-    where = f"--genes, section {section.section_id}"
+    where = f"`genes`, section {section.section_id}"
     if not genes:
-        raise ValueError("--genes: the list is empty; name genes to score, or omit it")
+        raise ValueError("`genes`: the list is empty; name genes to score, or omit it")
     hits = {g: GeneResource.load().resolve(g, section.species) for g in genes}
     if len(hits) < len(genes):
         twice = [g for i, g in enumerate(genes) if g in genes[:i]]
@@ -168,7 +168,7 @@ def resolve_list(genes: Sequence[str], shards: ShardSet, number: int) -> tuple[l
     if unknown:
         raise ValueError(
             f"{where}: {len(unknown)} of {len(genes)} are not {section.species} genes ({', '.join(unknown[:5])}); give "
-            "symbols or Ensembl ids of that species, or name sections of one species with --sections"
+            "symbols or Ensembl ids of that species, or name sections of one species with `sections`"
         )
     first: dict[str, str] = {}
     for gene, hit in hits.items():

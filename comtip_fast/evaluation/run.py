@@ -96,4 +96,4 @@ def _write_results(run: Path, result: Evaluation, folder: Path) -> None:
 def _check_writable(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
-        raise PermissionError(f"--out {folder}: the folder cannot be written; give another one")
+        raise PermissionError(f"{folder}: the folder cannot be written; give another one")

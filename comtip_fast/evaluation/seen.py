@@ -49,11 +49,11 @@ def choose_sections(predictor: Predictor, shards: ShardSet, section_ids: Sequenc
     if not rest:
         raise ValueError(
             f"{shards.path}: no section is left to score, because training used {'; '.join(left_out)}; name sections with "
-            "--sections to score them anyway, labelled as seen in training"
+            "`sections` to score them anyway, labelled as seen in training"
         )
     if left_out:
         log.warning(
-            "not scored, because training used them: %s; name them with --sections to score them, labelled as seen in training",
+            "not scored, because training used them: %s; name them with `sections` to score them, labelled as seen in training",
             "; ".join(left_out),
         )
     return rest

@@ -58,7 +58,7 @@ class RidgeFit:
         return out
 
     def facts(self) -> dict[str, Any]:
-        """Return what ``metrics.json`` records of the fit: the chosen input, alphas and cross-validated PCC."""
+        """Return the record of the fit in ``metrics.json``: the chosen input, alphas and cross-validated PCC."""
         return {"input": self.input, "alpha": sorted({m.alpha for _, m in self.groups}), "cv_mean_pcc": self.cv_pcc}
 
 
@@ -111,12 +111,12 @@ def training_shards(run: Path, configured: str, given: Path | str | None) -> Sha
     if given is None and is_url(train):
         raise ValueError(
             f"{run}: its config names the training sections by the URL {train}, which is not fetched, because a model's config is not trusted; "
-            "if you trust it, give it with --train-shards"
+            "if you trust it, give it with `train_shards`"
         )
     if not is_url(train) and not (Path(train) / "manifest.json").is_file():
         raise FileNotFoundError(
             f"{train}: no shard set here, but the ridge baselines train on the model's own training sections; "
-            "give them with --train-shards"
+            "give them with `train_shards`"
         )
     return ShardSet(train)
 
@@ -185,11 +185,11 @@ class TrainReference:
             if len(missing) == len(set(self.trained[cohort])) and not self._cohort_sections(cohort):
                 raise ValueError(
                     f"{self.shards.path} contains none of the training sections of {cohort} ({', '.join(missing)}), from "
-                    "which the 50 most variable genes and the baselines are computed; give their shard set with --train-shards"
+                    "which the 50 most variable genes and the baselines are computed; give their shard set with `train_shards`"
                 )
             log.warning(
                 "%s lacks training sections of %s (%s): genes and baselines are computed from the others; "
-                "give the complete set with --train-shards",
+                "give the complete set with `train_shards`",
                 self.shards.path,
                 cohort,
                 ", ".join(missing),

@@ -107,9 +107,7 @@ class GeneVectors:
         """
         path = Path(path)
         if not path.is_file():
-            raise FileNotFoundError(
-                f"{path}: no such file; compute gene vectors with `comtip genes vectors COUNTS --out FILE`"
-            )
+            raise FileNotFoundError(f"{path}: no such file; compute gene vectors with `comtip genes vectors`")
         try:
             with safe_open(path, framework="numpy") as file:
                 header = json.loads((file.metadata() or {}).get("header", "{}"))

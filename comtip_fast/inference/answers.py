@@ -35,7 +35,7 @@ def species_of(model: Predictor, known: str, what: str) -> str:
         log.warning("section %s does not state its species; %s is assumed, the only one in training", what, trained[0])
         return trained[0]
     raise SourceError(
-        f"section {what}: the species is unknown, and the model was trained on {' and '.join(trained)}; set --species"
+        f"section {what}: the species is unknown, and the model was trained on {' and '.join(trained)}; set `species`"
     )
 
 
@@ -89,7 +89,7 @@ def gene_queries(model: Predictor, genes: Sequence[str] | None, species: str) ->
         rows = [known[k] for k in model.trained_genes if not species or k.startswith(f"{species}:")]
         asked = [_Asked(g.symbol, g.key, g.symbol, g.ensembl, g.name, "model") for g in rows]
         if not asked:
-            raise ValueError(f"the model has no trained genes of species {species}; name genes to predict (--genes)")
+            raise ValueError(f"the model has no trained genes of species {species}; name genes to predict (`genes`)")
     else:
         asked = [_resolve(g, species) for g in genes]
     if not asked:

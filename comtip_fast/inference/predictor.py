@@ -60,7 +60,7 @@ def _vectors_of(bundle: Bundle, given: GeneVectors | None) -> tuple[GeneVectors 
     if given is not None and further is None and bundle.readout is None:
         raise ValueError(
             "gene vectors were given, but the model has no linear readout to use them with; train with "
-            "readout.kind=linear, or omit --gene-vectors"
+            "readout.kind=linear, or load it without them"
             if own is None
             else "the gene vectors have other axes than those that the model was trained with, and it has no linear readout to "
             "use them with; give vectors that agree with the export's on the genes of both"

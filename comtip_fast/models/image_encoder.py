@@ -178,7 +178,7 @@ def patches_per_side(config: VisionConfig, patch_px: int, tile_px: int) -> int:
         fix = f"give one of {', '.join(map(str, fits))}" if small else "take another backbone"
         raise ValueError(
             f"{cause}: tiles of {tile_px} px, as in data.shards, cannot be cut into whole patches; {fix}, or build shards "
-            f"with --tile-px {max(1, round(tile_px / patch_px)) * patch_px}"
+            f"with `tile_px={max(1, round(tile_px / patch_px)) * patch_px}`"
         )
     return tile_px // patch_px
 

@@ -234,7 +234,7 @@ class LinearReadout:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], header: Mapping[str, Any]) -> LinearReadout:
-        """Build the readout from the result of :meth:`to_arrays`; files are checked before, see ``export_checks``."""
+        """Build the readout from the result of :meth:`to_arrays`; files are checked before, see ``export_checks.readout``."""
         heads = []
         for i, h in enumerate(header["heads"]):
             blocks = {

@@ -178,7 +178,7 @@ def make_cluster(
         A device or link is unknown.
     """
     if device not in DEVICES:
-        raise ValueError(f"--gpu {device!r}: choose one of {', '.join(DEVICES)}")
+        raise ValueError(f"`device` {device!r}: choose one of {', '.join(DEVICES)}")
     spec = DEVICES[device]
     link, fabric = link or spec.link, fabric or spec.fabric
     for name in (link, fabric):

@@ -192,7 +192,7 @@ def as_data(plan: Plan, mean: Plan | None = None) -> dict[str, Any]:
 
 
 def _assumptions(plan: Plan) -> dict[str, Any]:
-    """Return what a plan is computed from: cluster, assumed rates and sizes, engine and model."""
+    """Return the inputs of a plan: cluster, assumed rates and sizes, engine and model."""
     c, e, s = plan.cluster, plan.engine, plan.sizes
     return {
         "cluster": {

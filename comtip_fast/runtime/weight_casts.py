@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from comtip_fast.runtime.torch_internals import copy_all, parameters_of
+
 ParameterNames = Sequence[tuple[nn.Module, str]]
 """Parameters by module and attribute."""
 
@@ -22,7 +24,7 @@ def linear_parameters(module: nn.Module) -> list[tuple[nn.Module, str]]:
     out: list[tuple[nn.Module, str]] = []
     for layer in module.modules():
         if type(layer) is nn.Linear:
-            found = layer._parameters.items()
+            found = parameters_of(layer).items()
             out += [(layer, n) for n, p in found if p is not None and p.requires_grad and p.dtype == torch.float32]
     return out
 
@@ -37,16 +39,16 @@ def cast_together(groups: Sequence[ParameterNames]) -> Iterator[None]:
         Parameters that are cast in one call, and whose gradients arrive together: DDP can reduce the gradients of a group
         when its backward pass is complete.
     """
-    before = [(module, name, module._parameters[name]) for group in groups for module, name in group]
+    before = [(module, name, parameters_of(module)[name]) for group in groups for module, name in group]
     try:
         for group in groups:
-            copies = _CastTogether.apply(*[module._parameters[name] for module, name in group])
+            copies = _CastTogether.apply(*[parameters_of(module)[name] for module, name in group])
             for (module, name), copy in zip(group, copies, strict=True):
-                module._parameters[name] = copy  # a plain tensor, which the layer reads as its attribute
+                parameters_of(module)[name] = copy  # a plain tensor, which the layer reads as its attribute
         yield
     finally:
         for module, name, parameter in before:
-            module._parameters[name] = parameter
+            parameters_of(module)[name] = parameter
 
 
 class _CastTogether(torch.autograd.Function):
@@ -68,5 +70,5 @@ class _CastTogether(torch.autograd.Function):
 def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     out = [torch.empty_like(x, dtype=dtype) for x in tensors]
     if out:
-        torch._foreach_copy_(out, list(tensors))
+        copy_all(out, tensors)
     return out

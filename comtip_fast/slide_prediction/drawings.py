@@ -54,7 +54,7 @@ class Answer:
         index = {gene: i for i, gene in enumerate(self.genes)}
         missing = [g for g in genes if g not in index]
         if missing:
-            raise ValueError(f"{self.path}: not predicted: {', '.join(missing[:5])}; add them to --genes")
+            raise ValueError(f"{self.path}: not predicted: {', '.join(missing[:5])}; add them to `genes`")
         return [index[g] for g in genes]
 
     def rows(self, columns: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
@@ -141,8 +141,8 @@ def write_geojson(answer: Answer, genes: Sequence[str] | None, path: Path) -> in
     """
     if genes is None and len(answer.genes) > MAX_MEASUREMENTS:
         raise ValueError(
-            f"{answer.path}: has {len(answer.genes)} genes, but --geojson without names writes at most {MAX_MEASUREMENTS}; name "
-            f"the genes to write, e.g. --geojson {' '.join(answer.genes[:2])}"
+            f"{answer.path}: has {len(answer.genes)} genes, but a GeoJSON of all genes holds at most {MAX_MEASUREMENTS}; name "
+            f"the genes to write, e.g. {' '.join(answer.genes[:2])}"
         )
     named = list(answer.genes if genes is None else genes)
     columns, half = answer.columns(named), answer.tile_px / 2

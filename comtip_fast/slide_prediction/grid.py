@@ -70,7 +70,7 @@ def tissue_grid(
     hexagonal = options.shape == "hexagonal"
     row_step = step * (math.sqrt(3) / 2 if hexagonal else 1.0)
     if size[0] * size[1] / (step * row_step) > MAX_TILES:
-        raise ValueError(f"--step-um {step * mpp:g} gives more than {MAX_TILES:,} tiles; choose a larger step")
+        raise ValueError(f"`step_um` {step * mpp:g} gives more than {MAX_TILES:,} tiles; choose a larger step")
     height, width = mask_HW.shape
     total = np.zeros((height + 1, width + 1))
     total[1:, 1:] = mask_HW.cumsum(0, dtype=np.float64).cumsum(1)
@@ -103,7 +103,7 @@ def _inner(value: np.ndarray, scale: float, limit: int) -> np.ndarray:
 
 
 def _at(total: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Interpolate the summed-area table, so that squares smaller than a px of the mask have a share, too."""
+    """Interpolate the summed-area table linearly, so that squares smaller than a pixel of the mask get a share too."""
     x0, y0 = np.minimum(x.astype(int), total.shape[1] - 2), np.minimum(y.astype(int), total.shape[0] - 2)
     fx, fy = x - x0, y - y0
     top = total[y0, x0] * (1 - fx) + total[y0, x0 + 1] * fx

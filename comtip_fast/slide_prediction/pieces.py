@@ -56,7 +56,7 @@ class Pieces:
         except BlockingIOError:
             os.close(self._lock)
             raise FileExistsError(
-                f"{self.folder}: in use by another process that predicts this slide; wait for it, or give another --out"
+                f"{self.folder}: in use by another process that predicts this slide; wait for it, or choose another output file"
             ) from None
         except OSError:
             pass  # a file system without locks

@@ -164,13 +164,13 @@ def _plan(predictor: Predictor, path: Path, slide: Slide, request: SlideRequest)
 def _scale(slide: Slide, path: Path, stated: float | None, *, quiet: bool = False) -> float:
     mpp = slide.mpp if stated is None else stated
     if mpp is None:
-        raise SourceError(f"{path}: the file states no resolution; set --mpp to its um per px")
+        raise SourceError(f"{path}: the file states no resolution; set `mpp` to its um per px")
     if not MPP_RANGE[0] <= mpp <= MPP_RANGE[1]:
         raise SourceError(
-            f"{path}: {mpp:g} um per px is not plausible ({MPP_RANGE[0]:g} to {MPP_RANGE[1]:g}); set --mpp"
+            f"{path}: {mpp:g} um per px is not plausible ({MPP_RANGE[0]:g} to {MPP_RANGE[1]:g}); set `mpp`"
         )
     if stated and slide.mpp and not quiet and not 1 / MPP_DISAGREEMENT < stated / slide.mpp < MPP_DISAGREEMENT:
-        log.warning("%s: --mpp %g is used, but the file states %g um per px", path, stated, slide.mpp)
+        log.warning("%s: `mpp` %g is used, but the file states %g um per px", path, stated, slide.mpp)
     return float(mpp)
 
 
@@ -179,7 +179,7 @@ def _layout(slide: Slide, path: Path, predictor: Predictor, request: SlideReques
     tile = TileGeometry(predictor.tile_px, predictor.tile_um, predictor.min_mpp)
     if tile.um / mpp < tile.px / 4 and mpp > tile.min_mpp:
         log.warning(
-            "%s: at %g um per px a tile of %g um has only %.0f px and is enlarged to %d; check --mpp, or use a finer image",
+            "%s: at %g um per px a tile of %g um has only %.0f px and is enlarged to %d; check `mpp`, or use a finer image",
             path,
             mpp,
             tile.um,
@@ -192,7 +192,7 @@ def _layout(slide: Slide, path: Path, predictor: Predictor, request: SlideReques
     if not len(grid.xy_N2):
         raise SourceError(
             f"{path}: no tile has {request.grid.min_tissue:.0%} tissue ({mask.mean():.1%} of the image is tissue); check "
-            "that it is an H&E image and --mpp, or set --min-tissue 0 to predict the complete image"
+            "that it is an H&E image and `mpp`, or set `min_tissue` to 0 to predict the complete image"
         )
     is_he, reason = looks_like_he(picture[mask][:, None])
     if not is_he:

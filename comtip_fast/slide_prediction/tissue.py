@@ -44,7 +44,7 @@ def tissue_mask(rgb_HW3: np.ndarray, mpp: float) -> np.ndarray:
     bool (H, W).
     """
     density = _DENSITY[rgb_HW3]
-    # Averaged over neighbours, because single nuclei in a dark scan are black, too.
+    # Averaged over neighbours, because single nuclei in a dark scan are black as well.
     seen = ndimage.uniform_filter(density.mean(-1), 5) <= BLACK
     if not seen.any():
         return np.zeros(seen.shape, bool)

@@ -56,7 +56,7 @@ def export_checkpoint(run_dir: Path, which: str, out: Path, shards: str | None =
     if changed_inputs(loaded.state["fingerprint"], task.fingerprint()):
         raise CheckpointError(
             f"{config.data.shards}: not the shard set or tokenizer that {run_dir} was trained with; name the right one "
-            "with --shards"
+            "with `shards`"
         )
     load_weights(task.module, loaded, folder)
     task.module.eval()
@@ -96,7 +96,7 @@ def _shards_of(run_dir: Path, stated: str, given: str | None) -> str:
     if given is None and is_url(stated):
         raise ValueError(
             f"{run_dir / 'config.yaml'}: data.shards is the URL {stated}; URLs in a run's config are not downloaded. If you "
-            "trust this one, give it with --shards"
+            "trust this one, give it with `shards`"
         )
     if given is not None:
         return given
@@ -104,7 +104,7 @@ def _shards_of(run_dir: Path, stated: str, given: str | None) -> str:
     if not is_url(found) and not (Path(found) / "manifest.json").is_file():
         raise FileNotFoundError(
             f"{run_dir / 'config.yaml'}: data.shards is {stated}, but no shard set is there, in the run or relative to a "
-            "folder above it; give the run's shard set with --shards"
+            "folder above it; give the run's shard set with `shards`"
         )
     return found
 

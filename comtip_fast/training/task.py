@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from comtip_kernels.packed_attention import attention_name
 from comtip_shards import ShardSet
 from torch import Tensor, nn
 
@@ -32,11 +31,11 @@ from comtip_fast.inference import Predictor
 from comtip_fast.lineage import Lineage
 from comtip_fast.models import CoMTIP, ModelSizes
 from comtip_fast.models.adapters import merged_state
-from comtip_fast.models.image_encoder import check_mask, patches_per_side
-from comtip_fast.runtime.devices import in_bf16
+from comtip_fast.models.image_encoder import patches_per_side
 from comtip_fast.training.checkpoint.run_state import GENES
 from comtip_fast.training.distributed.process_group import on_rank_zero
 from comtip_fast.training.losses import LossInputs, LossPart, Numbers, Parts, StepLosses
+from comtip_fast.training.model_settings import check_attention, check_vision, load_vectors
 from comtip_fast.training.protocol import ValidationResult
 from comtip_fast.training.readout.fit import fit_readout
 from comtip_fast.training.validation import SectionScore, Validation, validation_scores
@@ -118,45 +117,6 @@ def _build_model(config: RunConfig, device: torch.device, sizes: ModelSizes, ini
     if config.engine.compile:
         model.compile_blocks()
     return model
-
-
-def check_vision(config: RunConfig, n_patches: int) -> None:
-    """Raise ValueError if the masking ratio hides no patch."""
-    if config.loss.mfm > 0:
-        check_mask(config.vision, n_patches)
-
-
-def load_vectors(config: RunConfig) -> GeneVectors | None:
-    """Load the gene vectors that the config names; None without.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        The file is missing or damaged, or the drop probabilities sum to more than 1.
-    """
-    text = config.text
-    if not text.gene_vectors:
-        return None
-    if text.vector_drop + text.name_drop > 1:
-        raise ValueError(
-            f"text.vector_drop={text.vector_drop:g} and text.name_drop={text.name_drop:g}: the sum is above 1; lower one"
-        )
-    return GeneVectors.load(text.gene_vectors)
-
-
-def check_attention(config: RunConfig, device: torch.device, longest: int) -> str:
-    """Return which implementation of attention ``text.attention`` runs on this device.
-
-    Raises
-    ------
-    ValueError
-        It cannot run here.
-    """
-    dtype = torch.bfloat16 if in_bf16(config.train.precision, device) else torch.float32
-    try:
-        return attention_name(config.text.attention, device, dtype, longest)
-    except ValueError as error:
-        raise ValueError(f"text.attention={config.text.attention}: {error}; text.attention=auto always runs") from error
 
 
 def _as_model(module: nn.Module) -> CoMTIP:

@@ -49,7 +49,7 @@ def not_data(path: Path) -> str | None:
 
 
 def archive_kind(path: Path) -> str | None:
-    """Return what kind of archive a file is, with the fix, or None; plain gzip counts as an archive."""
+    """Return the kind of archive that a file is, with the fix, or None; plain gzip counts as an archive."""
     if not path.is_file():
         return None
     try:

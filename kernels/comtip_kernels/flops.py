@@ -59,7 +59,7 @@ def infonce(images: float, columns: float, width: float, *, gpu: bool, blocks: b
 
 
 def infonce_chunk(columns: int, element: int) -> int:
-    """Return how many rows of the logits' derivatives are stored at a time: a multiple of 128, the height of a tile.
+    """Return the number of rows of the logits' derivatives that are stored at a time: a multiple of 128, the height of a tile.
 
     Parameters
     ----------

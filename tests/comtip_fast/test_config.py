@@ -247,5 +247,5 @@ def test_missing_and_binary_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("item", ["train.steps", "=3", "train.steps.deep=3", "name={a: 1"])
 def test_bad_overrides_are_shown(item: str) -> None:
-    with pytest.raises(ConfigError, match="--set"):
+    with pytest.raises(ConfigError, match="override"):
         load_config(None, [item])

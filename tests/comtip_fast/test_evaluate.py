@@ -49,9 +49,9 @@ def with_other_cohort(predictor: Predictor) -> Predictor:
 
 
 def test_a_trained_cohort_needs_its_training_sections(predictor: Predictor, other_shards: ShardSet):
-    with pytest.raises(ValueError, match=r"none of the training sections of human_breast \(t1, t2\).*--train-shards"):
+    with pytest.raises(ValueError, match=r"none of the training sections of human_breast \(t1, t2\).*`train_shards`"):
         evaluate(predictor, other_shards, n_null=2)
-    with pytest.raises(ValueError, match="--train-shards"):
+    with pytest.raises(ValueError, match="`train_shards`"):
         evaluate(predictor, other_shards, train_shards=other_shards, n_null=2)
 
 

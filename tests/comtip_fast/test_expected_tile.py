@@ -26,7 +26,7 @@ def test_another_tile_is_refused_with_the_fix(
     assert f"{tiny_shards.path}: tiles of 224 um in 32 px, but the config states {' '.join(stated)}" in error
     px = next((s.split("=")[1] for s in stated if "px" in s), "32")
     um = next((s.split("=")[1] for s in stated if "um" in s), "224")
-    assert f"comtip shards build SOURCE --tile-um {um} --tile-px {px} --out NEW" in error
+    assert f"build the set again with --tile-um {um} --tile-px {px}, or" in error
     assert "--set data.tile_px=32 --set data.tile_um=224" in error
 
 

@@ -152,7 +152,7 @@ def test_orthologues_share_a_vector_and_two_species_are_refused_without_them(tmp
     assert "mouse:Krt14" in alone.row
     ids = ["ENSMUSG00000045545.8", "ENSMUSG00000062312.5"]  # Krt14, Erbb2
     write_h5ad(table, sparse.csr_matrix(make_counts(40, 2)[:, :2].astype(np.float32)), ids)
-    with pytest.raises(ValueError, match="two species; give --orthologues"):
+    with pytest.raises(ValueError, match="two species; set `orthologues`"):
         gene_vectors([human, table], components=2, species="human")
     joined = gene_vectors([human, table], components=2, species="human", orthologues=True)
     a, b = joined.row["human:KRT14"], joined.row["mouse:Krt14"]
@@ -199,7 +199,7 @@ def test_the_file_round_trips_and_damage_is_found(tmp_path: Path) -> None:
 
 def test_what_is_refused(tmp_path: Path) -> None:
     table = write_table(tmp_path / "a.tsv.gz", make_counts(10))
-    with pytest.raises(ValueError, match="give --species"):
+    with pytest.raises(ValueError, match="set `species` to human or mouse"):
         gene_vectors([table])
     with pytest.raises(ValueError, match="no gene identifier is known"):
         gene_vectors([write_table(tmp_path / "b.tsv.gz", make_counts(5, genes=2), ["xx1", "xx2"])], species="human")

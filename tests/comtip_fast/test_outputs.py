@@ -250,7 +250,7 @@ TEMPORARY = [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE]
 
 @pytest.mark.parametrize("number", TEMPORARY)
 @pytest.mark.parametrize("plain", [True, False])
-def test_a_full_disk_at_the_export_is_mended_by_another_start(
+def test_a_full_disk_at_the_export_is_fixed_by_another_start(
     number: int, plain: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     run = tmp_path / "run"

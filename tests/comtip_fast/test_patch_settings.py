@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
         (["vision.mask_ratio=0.2"], r"vision\.mask_ratio=0\.2 hides none of the 4 patches .*0\.25 hides one"),
         (["vision.patch_px=32", "vision.mask_ratio=0.9"], r"vision\.mask_ratio=0\.9 hides none of the 1 patches"),
         (["vision.patch_px=12"], r"vision\.patch_px=12: tiles of 32 px.*give one of 4, 8, 16, 32"),
-        (["vision.patch_px=64"], r"vision\.patch_px=64: tiles of 32 px.*--tile-px 64"),
+        (["vision.patch_px=64"], r"vision\.patch_px=64: tiles of 32 px.*`tile_px=64`"),
         (["vision.patch_px=12", "loss.mfm=0"], r"vision\.patch_px=12: "),
     ],
 )

@@ -47,7 +47,7 @@ def test_links_in_a_run_are_not_followed(tmp_path: Path, name: str, target: str)
     (run / name).parent.mkdir(parents=True)
     (run / name).symlink_to(elsewhere / target)
     with (
-        pytest.raises(TrainingError, match=r"symbolic links are not allowed in a run folder.*give a new --out"),
+        pytest.raises(TrainingError, match=r"symbolic links are not allowed in a run folder.*give a new folder"),
         hold_run(run),
     ):
         pass

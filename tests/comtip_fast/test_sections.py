@@ -63,7 +63,7 @@ def test_a_stated_image_is_used(spec, tmp_path: Path):
     Image.fromarray(picture(blue=40)).save(tmp_path / "full.png")
     opened = open_section(spec(adata()), TILE, {"mpp": "2.0", "image": str(tmp_path / "full.png")})
     assert np.median(opened.tiles.all()[..., 2]) == 40
-    with pytest.raises(SourceError, match=r"nowhere\.png: no such file; copy the image \(--image\) there"):
+    with pytest.raises(SourceError, match=r"nowhere\.png: no such file; copy the image \(`image`\) there"):
         open_section(spec(adata()), TILE, {"mpp": "2.0", "image": str(tmp_path / "nowhere.png")})
 
 
@@ -79,7 +79,7 @@ def test_positions_belong_to_the_stated_image(spec, tmp_path: Path):
 
 @pytest.mark.parametrize("option", ["pool_um", "qv", "alignment", "min_cover", "pixels", "layer", "round_counts"])
 def test_options_without_effect_are_refused(spec, option: str):
-    with pytest.raises(SourceError, match=f"--{option.replace('_', '-')} has no effect here.*leave it out"):
+    with pytest.raises(SourceError, match=f"`{option}` has no effect here.*leave it out"):
         open_section(spec(adata()), TILE, {"mpp": "2.0", option: "wsi" if option == "pixels" else "1"})
 
 
@@ -94,7 +94,7 @@ def test_unknown_facts_are_refused(spec, tiny_shards: ShardSet, key: str):
 def test_a_shard_set_takes_no_facts(tiny_shards: ShardSet, key: str):
     tile = TileGeometry(tiny_shards.manifest.tile.px, tiny_shards.manifest.tile.um, tiny_shards.manifest.tile.min_mpp)
     assert open_section(f"{tiny_shards.path}:x1", tile).species == "human"
-    with pytest.raises(SourceError, match=f"--{key} has no effect here: a shard set states"):
+    with pytest.raises(SourceError, match=f"`{key}` has no effect here: a shard set states"):
         open_section(f"{tiny_shards.path}:x1", tile, {key: "human" if key == "species" else "1"})
 
 
@@ -104,7 +104,7 @@ def test_the_species_is_detected_or_stated(spec):
     assert (
         open_section(spec(adata(["ERBB2", "CD74", "VIM"])), TILE, {"mpp": "2.0", "species": "human"}).species == "human"
     )
-    with pytest.raises(SourceError, match=r"stated as human, but gene ids such as ENSMUSG.*--species mouse"):
+    with pytest.raises(SourceError, match=r"stated as human, but gene ids such as ENSMUSG.*`species` to mouse"):
         open_section(spec(adata(mouse)), TILE, {"mpp": "2.0", "species": "human"})
     assert open_section(spec(adata(["ERBB2", "CD74", "VIM"])), TILE, {"mpp": "2.0"}).species == ""
 
@@ -113,19 +113,21 @@ def test_an_unknown_species_is_never_guessed_between_two():
     one: Any = SimpleNamespace(trained_genes=["human:ERBB2"])
     assert species_of(one, "", "s") == "human"
     two: Any = SimpleNamespace(trained_genes=["human:ERBB2", "mouse:Erbb2"])
-    with pytest.raises(SourceError, match="trained on human and mouse; set --species"):
+    with pytest.raises(SourceError, match="trained on human and mouse; set `species`"):
         species_of(two, "", "s")
 
 
 @pytest.mark.parametrize("mpp", ["20", "0.2"])
 def test_a_tenfold_wrong_scale_is_refused(spec, mpp: str):
-    with pytest.raises(SourceError, match=r"the spot pitch is .* um, but on a Visium slide it is 100 um; set --mpp 2"):
+    with pytest.raises(
+        SourceError, match=r"the spot pitch is .* um, but on a Visium slide it is 100 um; set `mpp` to 2"
+    ):
         open_section(spec(adata()), TILE, {"mpp": mpp})
 
 
 @pytest.mark.parametrize("mpp", ["0", "-1", "nan"])
 def test_a_scale_that_is_none_is_refused(spec, mpp: str):
-    with pytest.raises(SourceError, match=f"--mpp {mpp}: must be (greater than 0|a finite number)"):
+    with pytest.raises(SourceError, match=f"`mpp` {mpp}: must be (greater than 0|a finite number)"):
         open_section(spec(adata()), TILE, {"mpp": mpp})
 
 
@@ -133,7 +135,7 @@ def test_a_scale_that_is_none_is_refused(spec, mpp: str):
 def test_a_scale_in_the_file_that_is_none_is_refused(spec, mpp: float):
     a = adata()
     a.uns["spatial"]["lib"]["scalefactors"]["microns_per_pixel"] = mpp
-    with pytest.raises(SourceError, match="expected a positive number; set --mpp"):
+    with pytest.raises(SourceError, match="expected a positive number; set `mpp`"):
         open_section(spec(a), TILE)
 
 

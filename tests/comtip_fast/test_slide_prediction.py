@@ -322,7 +322,7 @@ def test_a_folder_of_slides_is_predicted_and_a_bad_one_does_not_stop_the_others(
     assert sorted(p.name for p in (tmp_path / "out").iterdir() if not p.name.startswith(".")) == ["a.h5ad", "c.h5ad"]
     assert "2 of 4 slides failed: b.tif, blank.png" in caplog.text
     assert "Git LFS" in caplog.text
-    assert "set --min-tissue 0 to predict the complete image" in caplog.text
+    assert "set `min_tissue` to 0 to predict the complete image" in caplog.text
     assert predict(quick, tmp_path / "out", tmp_path / "none") == 2
     error = capsys.readouterr().err
     assert "not a folder of slides" in error or "no image or whole-slide file" in error
@@ -377,7 +377,7 @@ def test_the_scale_of_the_file_is_used_and_a_stated_one_takes_precedence(
     assert float(own.uns["comtip"]["mpp"]) == pytest.approx(MPP)
     other = model.predict_slide(tmp_path / "a.tif", ["ERBB2"], facts={"mpp": 10.0})
     assert other.n_obs > 2 * own.n_obs
-    assert "--mpp 10 is used, but the file states 5 um per px" in caplog.text
+    assert "`mpp` 10 is used, but the file states 5 um per px" in caplog.text
 
 
 def test_a_slide_of_another_stain_is_predicted_with_a_warning(

@@ -350,7 +350,7 @@ def test_resume_on_other_data_is_refused(reference: Path, tmp_path: Path) -> Non
 
 def test_a_folder_with_a_run_needs_resume(reference: Path, tmp_path: Path) -> None:
     shutil.copytree(reference, tmp_path / "run")
-    with pytest.raises(TrainingError, match=r"already holds a run .*--resume"):
+    with pytest.raises(TrainingError, match=r"already holds a run .*`resume`"):
         fit(tmp_path / "run")
     assert_same_run(reference, tmp_path / "run")
 

@@ -128,7 +128,7 @@ def test_a_folder_is_replaced_when_it_is_whole(tmp_path: Path):
     assert ((target / "x").read_text(), names(tmp_path)) == ("two", ["f"])
 
 
-def test_a_folder_that_cannot_take_its_place_leaves_the_older_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_folder_that_cannot_be_renamed_leaves_the_older_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     target = tmp_path / "f"
     target.mkdir()
     (target / "x").write_text("old")
@@ -186,10 +186,10 @@ def test_an_output_that_is_an_input_is_refused_by_every_name(tmp_path: Path):
     os.link(one, tmp_path / "hard")
     os.link(folder / "counts.h5", tmp_path / "hard_counts")
     for out in ("x.h5ad", "soft", "hard", "source/../x.h5ad"):
-        with pytest.raises(ValueError, match=r"--out .* is the input .*x\.h5ad"):
+        with pytest.raises(ValueError, match=r"`out` .* is the input .*x\.h5ad"):
             refuse_input_as_output(tmp_path / out, [tmp_path / "none", one])
     for out in ("source/counts.h5", "source", "hard_counts"):
-        with pytest.raises(ValueError, match=r"--out .* is the input .*source"):
+        with pytest.raises(ValueError, match=r"`out` .* is the input .*source"):
             refuse_input_as_output(tmp_path / out, [folder])
     refuse_input_as_output(folder / "new.h5ad", [one, folder])
     refuse_input_as_output(one, [folder])

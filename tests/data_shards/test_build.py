@@ -133,7 +133,7 @@ def test_sections_without_a_donor_are_their_own(tmp_path: Path):
 
 
 def test_splits_name_sections_that_exist(tiny_source: Path, tmp_path: Path):
-    with pytest.raises(SourceError, match="--split: no section zz"):
+    with pytest.raises(SourceError, match="`splits`: no section zz"):
         build_shards(open_source(tiny_source), tmp_path / "out", splits={"zz": "val"}, **SIZE)
 
 

@@ -70,7 +70,7 @@ def complain(number: int) -> int:
 
 
 def test_a_worker_that_is_killed_or_complains_is_reported():
-    with pytest.raises(ShardError, match=r"worker process was killed.*fewer --jobs"):
+    with pytest.raises(ShardError, match=r"worker process was killed.*smaller `jobs`"):
         run_jobs(die, [(1,), (2,)], jobs=2, label="x")
     assert run_jobs(complain, [(5,), (4,), (3,)], jobs=2, label="x") == [5, 4, 3]
     with pytest.raises(SourceError, match="section two is bad"):

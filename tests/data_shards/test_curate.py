@@ -98,7 +98,7 @@ def test_scale_names_the_factor_to_the_right_um_per_px(sound: Section):
     wrong = replace(sound, meta=replace(sound.meta, mpp=sound.meta.mpp * 2))
     found = finding(check_section(wrong), "scale")
     assert found.status == FAIL
-    factor = float(re.search(r"\(--mpp\) by ([\d.]+)", found.advice)[1])
+    factor = float(re.search(r"\(`mpp`\) by ([\d.]+)", found.advice)[1])
     assert factor * wrong.meta.mpp == pytest.approx(sound.meta.mpp, rel=0.03)
 
 
@@ -226,7 +226,7 @@ def test_a_build_reports_and_under_strict_refuses(tmp_path: Path):
     Image.fromarray(purple.astype(np.uint8)).save(tmp_path / "s/a.png")
     Image.open(tmp_path / "s/b.png").convert("L").convert("RGB").save(tmp_path / "s/b.png")
     out = tmp_path / "out"
-    with pytest.raises(SourceError, match=r"--strict: 1 sections fail checks.*\n  b: stain: grey.*--image"):
+    with pytest.raises(SourceError, match=r"`strict`: 1 sections fail checks.*\n  b: stain: grey.*`image`"):
         build_shards(open_source(tmp_path / "s"), out, strict=True, **SIZE)
     assert (out / "report/b.html").is_file()
     assert not (out / "manifest.json").exists()
@@ -236,7 +236,7 @@ def test_a_build_reports_and_under_strict_refuses(tmp_path: Path):
     assert {f["name"]: f["status"] for f in source["checks"]}["stain"] == FAIL
     assert any(note.startswith("check stain: fail") for note in source["notes"])
     assert {p.name for p in (out / "report").iterdir()} == {"a.json", "a.html", "b.json", "b.html", "index.html"}
-    with pytest.raises(SourceError, match="--strict"):  # also if the set is already built
+    with pytest.raises(SourceError, match="`strict`"):  # also if the set is already built
         build_shards(open_source(tmp_path / "s"), out, strict=True, **SIZE)
 
 

@@ -17,9 +17,9 @@ from comtip_shards.not_data import not_data
 from comtip_shards.slides import open as images
 from comtip_shards.slides.open import open_slide
 from comtip_shards.sources import open_source
-from comtip_shards.sources.base import read_counts_table, read_table
 from comtip_shards.sources.files import table_size
 from comtip_shards.sources.files.packaging import is_gzip, read_packed, unpacked
+from comtip_shards.sources.files.tables import read_counts_table, read_table
 from comtip_shards.sources.geometry import median_gap
 from comtip_shards.sources.tenx.matrix import TenxMatrix
 
@@ -186,7 +186,7 @@ def test_a_tiff_lists_every_tile_it_claims(tmp_path: Path, monkeypatch: pytest.M
         open_slide(path)
 
 
-def test_an_image_beside_an_h5ad_may_be_missing(tmp_path: Path):
+def test_an_image_next_to_an_h5ad_may_be_missing(tmp_path: Path):
     path = anndata_dense(tmp_path)
     (tmp_path / "slide.png").unlink()
     with pytest.raises(SourceError, match=r"slide\.png: no such"):

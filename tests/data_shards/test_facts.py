@@ -48,7 +48,7 @@ def test_text_is_accepted_at_the_edge_and_becomes_a_number():
     ],
 )
 def test_values_out_of_bounds_name_the_option_the_value_and_the_bound(name, value, reason):
-    with pytest.raises(SourceError, match=f"--{name.replace('_', '-')} .*{reason}"):
+    with pytest.raises(SourceError, match=f"`{name}` .*{reason}"):
         parse_facts({name: value})
 
 
@@ -69,9 +69,9 @@ def test_the_readers_know_every_fact():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (SourceOptions(facts=SectionFacts(mpp=-1.0)), "--mpp -1.0: must be greater than 0"),
-        (SourceOptions(facts=SectionFacts(species="rat")), "--species rat: must be 'human' or 'mouse'"),
-        (SourceOptions(pooling=PoolingOptions(qv=float("nan"))), "--qv nan: must be a finite number"),
+        (SourceOptions(facts=SectionFacts(mpp=-1.0)), "`mpp` -1.0: must be greater than 0"),
+        (SourceOptions(facts=SectionFacts(species="rat")), "`species` rat: must be 'human' or 'mouse'"),
+        (SourceOptions(pooling=PoolingOptions(qv=float("nan"))), "`qv` nan: must be a finite number"),
     ],
 )
 def test_typed_options_are_checked_too(given: SourceOptions, message: str):

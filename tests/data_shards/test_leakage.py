@@ -87,7 +87,7 @@ def test_a_benchmark_section_becomes_test_unless_asked_to_train():
     assert [m.split for m in metas] == ["test", "train"]
     assert "benchmark task IDC" in notes["TENX95"]
     for split in ("train", "val"):
-        with pytest.raises(SourceError, match=rf"TENX95 \(split {split}\).*IDC.*\n.*--allow-benchmark ID"):
+        with pytest.raises(SourceError, match=rf"TENX95 \(split {split}\).*IDC.*\n.*`allow_benchmark`"):
             guard_benchmark([meta("TENX95", split=split)])
     metas, notes = guard_benchmark([meta("TENX95", split="train")], allow=["TENX95"])
     assert metas[0].split == "train"
@@ -135,7 +135,7 @@ def test_a_donor_of_the_list_is_kept_out_by_the_name_that_hest_gives(tmp_path: P
 
 
 def test_allowing_what_is_not_barred_is_an_error():
-    with pytest.raises(SourceError, match=r"--allow-benchmark TENX59: no section of that id.*did you mean TENX95"):
+    with pytest.raises(SourceError, match=r"`allow_benchmark` TENX59: no section of that id.*did you mean TENX95"):
         guard_benchmark([meta("TENX95")], allow=["TENX59"])
 
 
@@ -200,9 +200,9 @@ def test_stated_splits_stay_and_draw_their_donor_along():
 
 
 def test_an_empty_split_is_refused_with_a_seed_that_works():
-    with pytest.raises(SourceError, match=r"leaves .* empty; --seed (\d+) fills all") as error:
+    with pytest.raises(SourceError, match=r"leaves .* empty; `seed=(\d+)` fills all") as error:
         propose_split(donors(3), [0.8, 0.1, 0.1], seed=0)
-    seed = int(str(error.value).split("--seed ")[1].split()[0])
+    seed = int(str(error.value).split("`seed=")[1].split("`")[0])
     assert {m.split for m in propose_split(donors(3), [0.8, 0.1, 0.1], seed=seed)} == {"train", "val", "test"}
     with pytest.raises(SourceError, match="too few donors"):
         propose_split(donors(2), [0.8, 0.1, 0.1], seed=0)

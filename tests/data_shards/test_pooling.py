@@ -103,7 +103,7 @@ def test_a_sum_that_does_not_fit_is_refused():
     for _ in range(2):
         pooler.add_units(square)
         pooler.add_counts(square, sparse.csr_matrix([[2**30]]))
-    with pytest.raises(SourceError, match="smaller --pool-um"):
+    with pytest.raises(SourceError, match="smaller `pool_um`"):
         pooler.result()
 
 

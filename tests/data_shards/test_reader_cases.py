@@ -188,7 +188,7 @@ def test_several_samples_in_one_folder_are_several_sections(tmp_path: Path, run:
         path, samples=["GSM2_B"], overrides={"tissue": "breast", "image": str(tmp_path / "full_{id}.png")}
     )
     assert [s.meta.section_id for s in stated] == ["GSM2_B"]
-    with pytest.raises(SourceError, match=r"--image is one file but there are 2 sections; use \{id\}"):
+    with pytest.raises(SourceError, match=r"`image` is one file but there are 2 sections; use \{id\}"):
         open_source(path, overrides={"tissue": "breast", "image": str(tmp_path / "full_GSM2_B.png")})
 
 
@@ -264,12 +264,12 @@ def test_a_folder_of_several_runs_names_them(tmp_path: Path):
 
 @pytest.mark.parametrize("suffix", ["csv.gz", "parquet"])
 def test_one_table_of_positions_in_two_forms(run: Path, suffix: str):
-    twin = run / f"spatial/tissue_positions.{suffix}"
+    second = run / f"spatial/tissue_positions.{suffix}"
     table = positions()
-    table.to_parquet(twin) if suffix == "parquet" else table.to_csv(twin, index=False)
+    table.to_parquet(second) if suffix == "parquet" else table.to_csv(second, index=False)
     is_the_run(read(run)[0])
     table["pxl_row_in_fullres"] += 40
-    table.to_parquet(twin) if suffix == "parquet" else table.to_csv(twin, index=False)
+    table.to_parquet(second) if suffix == "parquet" else table.to_csv(second, index=False)
     with pytest.raises(SourceError, match=r"tissue_positions\.\S+ and tissue_positions\.\S+ differ; remove"):
         read(run)
 
@@ -286,7 +286,7 @@ def test_files_of_the_operating_system_are_never_data(run: Path):
 def test_vendor_pictures_are_not_taken_for_the_microscope_image(run: Path):
     for name in ("detected_tissue_image.jpg", "aligned_tissue_image.jpg", "cytassist_image.tiff"):
         picture().save(run / name)
-    with pytest.raises(SourceError, match="no full-resolution image; set --image"):
+    with pytest.raises(SourceError, match="no full-resolution image; set `image`"):
         read(run, image="")
 
 
@@ -307,7 +307,7 @@ def test_the_stated_species_is_taken_from_two_genomes(tmp_path: Path):
     (mouse,) = read(path, species="mouse")
     assert (mouse.gene_ids, mouse.gene_symbols) == ([i[7:] for i in TWO_IDS[6:]], ["Stk4", "Ptprc"])
     np.testing.assert_array_equal(mouse.counts.toarray(), COUNTS[:, :2])
-    with pytest.raises(SourceError, match="genes of two species, 6 of human and 2 of mouse; set --species"):
+    with pytest.raises(SourceError, match="genes of two species, 6 of human and 2 of mouse; set `species`"):
         read(path)
 
 
@@ -325,7 +325,7 @@ def test_symbols_of_two_genomes_without_ensembl_ids(tmp_path: Path):
 
 def test_a_stated_species_that_the_ids_contradict_is_refused(run: Path):
     with pytest.raises(
-        SourceError, match="stated as mouse, but gene ids such as ENSG00000141736 are of human; set --spec"
+        SourceError, match="stated as mouse, but gene ids such as ENSG00000141736 are of human; set `species` to"
     ):
         read(run, species="mouse")
 
@@ -372,7 +372,7 @@ def test_antibodies_are_excluded(tmp_path: Path):
 
 def test_a_missing_file_of_scale_factors_is_called_missing(tmp_path: Path, run: Path):
     (run / "spatial/scalefactors_json.json").unlink()
-    with pytest.raises(SourceError, match=r"scalefactors_json\.json: no such file, .*set --image to the microscope"):
+    with pytest.raises(SourceError, match=r"scalefactors_json\.json: no such file, .*set `image` to the microscope"):
         read(run)
     picture().save(tmp_path / "full.png")
     (section,) = read(run, image=str(tmp_path / "full.png"))
@@ -414,7 +414,7 @@ def test_visium_hd_without_scale_factors(tmp_path: Path, mpp: str, table: str):
     np.testing.assert_array_equal(section.counts.toarray(), blocks)
     np.testing.assert_allclose(section.xy[0], [50 + 3.5 * 8] * 2)
     assert any("from the pitch of bins of 16 um" in n for n in section.notes)
-    with pytest.raises(SourceError, match=r"2\.0000 um per full-resolution px, but --mpp is 20; omit --mpp"):
+    with pytest.raises(SourceError, match=r"2\.0000 um per full-resolution px, but `mpp` is 20; omit `mpp`"):
         open_source(path, overrides=facts | {"mpp": "20"})
 
 
@@ -482,7 +482,7 @@ def test_a_missing_xenium_table_is_called_missing(tmp_path: Path):
         open_source(path, overrides=XEN | {"pool_from": "cells"})
 
 
-def test_xenium_twins_of_macos(tmp_path: Path, expected: int):
+def test_appledouble_files_of_a_xenium_run_are_ignored(tmp_path: Path, expected: int):
     path = xenium(tmp_path / "x")
     for p in list(path.iterdir()):
         (path / f"._{p.name}").write_bytes(b"\0\5\x16\7" + bytes(200))

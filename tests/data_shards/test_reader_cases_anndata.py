@@ -89,7 +89,7 @@ def test_cellxgene_slide_seq_has_no_library(tmp_path: Path):
     a = adata()
     a.uns["spatial"] = {"is_single": True}
     path = write(tmp_path, a)
-    with pytest.raises(SourceError, match=r"no image in uns\['spatial'\]; set --image"):
+    with pytest.raises(SourceError, match=r"no image in uns\['spatial'\]; set `image`"):
         read(path)
     Image.fromarray(picture()).save(tmp_path / "full.png")
     section = read(path, image=str(tmp_path / "full.png"))
@@ -149,14 +149,14 @@ def test_symbols_only_with_the_species_stated(tmp_path: Path, how: str):
     is_the_data(section)
     assert section.gene_ids == SYM
     if how == "option":
-        with pytest.raises(SourceError, match=r"species not detected, because gene ids such as ERBB2.*set --species"):
+        with pytest.raises(SourceError, match=r"species not detected, because gene ids such as ERBB2.*set `species`"):
             read(write(tmp_path, a))
 
 
 def test_a_stated_species_that_the_ids_contradict(tmp_path: Path):
     path = write(tmp_path, adata())
     with pytest.raises(
-        SourceError, match=r"stated as mouse, but gene ids such as ENSG.* are of human; set --species human"
+        SourceError, match=r"stated as mouse, but gene ids such as ENSG.* are of human; set `species` to human"
     ):
         read(path, species="mouse")
 
@@ -209,11 +209,11 @@ def test_layers_that_might_be_counts_are_named(tmp_path: Path):
     a.X = np.log1p(a.X)
     path = write(tmp_path, a)
     with pytest.raises(
-        SourceError, match=r"values that are not integers, first \d\.\d+ .*--layer .*\(spliced, unspliced\)"
+        SourceError, match=r"values that are not integers, first \d\.\d+ .*`layer` .*\(spliced, unspliced\)"
     ):
         read(path)
     is_the_data(read(path, layer="unspliced"), COUNTS + 2)
-    with pytest.raises(SourceError, match="no layer 'nuclear'; set --layer to one of spliced, unspliced, X"):
+    with pytest.raises(SourceError, match="no layer 'nuclear'; set `layer` to one of spliced, unspliced, X"):
         read(path, layer="nuclear")
 
 
@@ -233,13 +233,13 @@ def test_fractional_counts_are_rounded_by_option_only(tmp_path: Path):
     a.X = a.X + 0.1387 * (a.X > 0)
     path = write(tmp_path, a)
     with pytest.raises(
-        SourceError, match=r"X has \d+ values that are not integers, first \d\.1387 .*set --round-counts yes"
+        SourceError, match=r"X has \d+ values that are not integers, first \d\.1387 .*set `round_counts` to yes"
     ):
         read(path)
     section = read(path, round_counts="yes")
     is_the_data(section)
-    assert any(n.startswith("X rounded to integers (--round-counts): ") for n in section.notes)
-    with pytest.raises(SourceError, match="--round-counts maybe: must be 'yes' or 'no'"):
+    assert any(n.startswith("X rounded to integers (`round_counts`): ") for n in section.notes)
+    with pytest.raises(SourceError, match="`round_counts` maybe: must be 'yes' or 'no'"):
         read(path, round_counts="maybe")
 
 
@@ -305,10 +305,10 @@ def test_positions_under_an_unknown_key_are_named(tmp_path: Path):
     a.obsm["mine"] = a.obsm.pop("spatial")
     path = write(tmp_path, a)
     assert detect(path)[0].name == "anndata"
-    with pytest.raises(SourceError, match=r"no obsm\['spatial'\].*set --positions to one of X_pca, mine"):
+    with pytest.raises(SourceError, match=r"no obsm\['spatial'\].*set `positions` to one of X_pca, mine"):
         read(path)
     is_the_data(read(path, positions="mine"))
-    with pytest.raises(SourceError, match=r"no obsm\['yours'\]; set --positions to one of"):
+    with pytest.raises(SourceError, match=r"no obsm\['yours'\]; set `positions` to one of"):
         read(path, positions="yours")
 
 
@@ -342,7 +342,7 @@ def test_no_positions_at_all(tmp_path: Path):
 def test_a_scale_that_contradicts_the_slide_is_refused(tmp_path: Path, factor: float):
     path = write(tmp_path, adata())
     with pytest.raises(
-        SourceError, match=rf"spot pitch is {factor * 100:.0f}\.\d um, but on a Visium slide.*set --mpp 2"
+        SourceError, match=rf"spot pitch is {factor * 100:.0f}\.\d um, but on a Visium slide.*set `mpp` to 2"
     ):
         read(path, mpp=str(2.0 * factor))
     is_the_data(read(path, mpp="2.0"))
@@ -420,7 +420,7 @@ def test_an_h5ad_packed_with_gzip(tmp_path: Path):
         assert section.meta.section_id == "GSM1_a"
 
 
-def test_twins_of_macos_beside_h5ad_files(tmp_path: Path):
+def test_appledouble_files_next_to_h5ad_files_are_ignored(tmp_path: Path):
     path = tmp_path / "d"
     path.mkdir()
     shutil.move(write(tmp_path, adata()), path / "S1.h5ad")

@@ -46,13 +46,13 @@ def test_a_near_name_is_proposed():
 
 @pytest.mark.parametrize("key", [*OPTION_KEYS, *POOL_KEYS])
 def test_a_manifest_uses_no_options(key: str):
-    with pytest.raises(SourceError, match=f"--{key.replace('_', '-')} has no effect here"):
+    with pytest.raises(SourceError, match=f"`{key}` has no effect here"):
         open_source(SAMPLES, overrides={key: VALID.get(key, "1")})
 
 
 @pytest.mark.parametrize("key", [k for k in (*OPTION_KEYS, *POOL_KEYS) if k != "image"])
 def test_space_ranger_uses_only_the_image(key: str):
-    with pytest.raises(SourceError, match=f"--{key.replace('_', '-')} has no effect here"):
+    with pytest.raises(SourceError, match=f"`{key}` has no effect here"):
         open_source(VISIUM, overrides={"tissue": "heart", "image": "lowres", key: VALID.get(key, "1")})
 
 
@@ -68,7 +68,7 @@ def test_an_empty_value_states_nothing():
 def test_one_image_for_several_legacy_sections_is_refused(tmp_path: Path):
     facts = {"species": "human", "tissue": "breast"}
     path = legacy(tmp_path / "d", 2)
-    with pytest.raises(SourceError, match=r"--image is one file but there are 2 sections; use \{id\}"):
+    with pytest.raises(SourceError, match=r"`image` is one file but there are 2 sections; use \{id\}"):
         open_source(path, overrides=facts | {"image": str(path / "S0_HE.jpg")})
     for i in range(2):
         shutil.copy(path / f"S{i}_HE.jpg", tmp_path / f"other_S{i}.jpg")
@@ -84,7 +84,7 @@ def test_a_tenfold_wrong_scale_of_a_legacy_array_is_refused(tmp_path: Path, fact
     path = legacy(tmp_path / "d")
     mpp = open_source(path, overrides=facts)[0].meta.mpp
     assert open_source(path, overrides=facts | {"mpp": str(mpp)})[0].meta.mpp == mpp
-    with pytest.raises(SourceError, match=r"the spot pitch is \d+ um, but arrays have 150 or 200 um; set --mpp 10"):
+    with pytest.raises(SourceError, match=r"the spot pitch is \d+ um, but arrays have 150 or 200 um; set `mpp` to 10"):
         open_source(path, overrides=facts | {"mpp": str(mpp * factor)})
 
 

@@ -214,7 +214,7 @@ def test_legacy_st_reads_selection_and_works_out_the_scale(legacy: Path):
 
 
 def test_legacy_st_asks_for_what_it_cannot_know(legacy: Path):
-    with pytest.raises(SourceError, match="set --tissue"):
+    with pytest.raises(SourceError, match="set `tissue`"):
         open_source(legacy, overrides={"species": "human"})
     with pytest.raises(SourceError, match="unknown fact"):
         open_source(legacy, overrides={"colour": "blue"})

@@ -123,7 +123,7 @@ def test_several_libraries_and_several_files(data: ad.AnnData, tmp_path: Path):
     with pytest.raises(SourceError, match=r"section V1 also exists in V1\.h5ad"):
         open_source(tmp_path / "both")
     (tmp_path / "both/V1.h5ad").unlink()
-    with pytest.raises(SourceError, match=r"--image is one file but there are 2 sections; use \{id\}"):
+    with pytest.raises(SourceError, match=r"`image` is one file but there are 2 sections; use \{id\}"):
         open_source(tmp_path / "both", overrides=FACTS | {"image": "a.png"})
     del both.obs["library_id"]
     write(both, tmp_path / "both/all.h5ad")
@@ -161,10 +161,10 @@ def symbols_only(data: ad.AnnData):
 BAD = {
     "normalised": (normalised, "not integers.*raw counts are needed"),
     "no positions": (lambda d: d.obsm.clear(), r"no obsm\['spatial'\]"),
-    "no image": (lambda d: d.uns.clear(), r"no image in uns\['spatial'\].*--image"),
+    "no image": (lambda d: d.uns.clear(), r"no image in uns\['spatial'\].*`image`"),
     "no picture": (lambda d: d.uns["spatial"]["V1"].pop("images"), "has no image"),
     "no scale factor": (lambda d: d.uns["spatial"]["V1"].update(scalefactors={}), "tissue_hires_scalef is missing"),
-    "species unknown": (symbols_only, "species not detected, because gene ids such as ERBB2.*--species"),
+    "species unknown": (symbols_only, "species not detected, because gene ids such as ERBB2.*`species`"),
     "beyond the image": (
         lambda d: d.obsm.update(spatial=d.obsm["spatial"] * 3),
         r"a\.h5ad: the image is 250 x 200 px, but",
@@ -185,9 +185,9 @@ def test_errors_of_bad_files_name_the_file_and_the_fix(data: ad.AnnData, tmp_pat
 
 def test_scale_tissue_and_damage(data: ad.AnnData, tmp_path: Path):
     path = write(data, tmp_path / "a.h5ad")
-    with pytest.raises(SourceError, match=r"no scale; set --mpp.*--platform Visium"):
+    with pytest.raises(SourceError, match=r"no scale; set `mpp`.*`platform=Visium`"):
         open_source(path, overrides=FACTS)
-    with pytest.raises(SourceError, match="obs has no tissue column; set --tissue"):
+    with pytest.raises(SourceError, match="obs has no tissue column; set `tissue`"):
         open_source(path, overrides={"mpp": "1"})
     path.write_bytes(path.read_bytes()[:3000])
     with pytest.raises(SourceError, match=r"a\.h5ad: not an \.h5ad that can be read"):

@@ -17,7 +17,7 @@ def source(tmp_path: Path) -> Path:
     return tmp_path / "s"
 
 
-def test_a_table_outranks_what_lies_beside_it(source: Path):
+def test_a_table_outranks_other_files_of_its_folder(source: Path):
     # The folder is also one of count tables with images.
     assert next(r for r in READERS if r.name == "legacy_st").recognise(source)
     reader, why = detect(source)
@@ -29,9 +29,7 @@ def test_an_ambiguous_folder_is_refused_with_both_reasons(source: Path):
     (source / "manifest.tsv").unlink()
     (source / "spatial").mkdir()
     (source / "spatial/scalefactors_json.json").write_text("{}")
-    with pytest.raises(
-        SourceError, match=r"space_ranger: spatial/ holds .*legacy_st: count tables.*choose with --format"
-    ):
+    with pytest.raises(SourceError, match=r"space_ranger: spatial/ holds .*legacy_st: count tables.*set `fmt` to"):
         detect(source)
     facts = {"species": "human", "tissue": "breast"}
     assert len(open_source(source, fmt="legacy_st", overrides=facts)) == 3

@@ -76,7 +76,7 @@ def test_pooled_sections_keep_their_names_and_counts(folder: Path):
     assert read(folder, "MISC3").meta.species == "mouse"
 
 
-def test_patches_in_place_of_the_wsi_give_the_same_tiles(folder: Path):
+def test_patches_instead_of_the_wsi_give_the_same_tiles(folder: Path):
     from_wsi, from_patches = read(folder), read(folder, pixels="patches")
     assert from_patches.image_path == folder / "patches/TENX1.h5"
     assert from_patches.spot_ids == from_wsi.spot_ids
@@ -95,7 +95,7 @@ def test_patches_in_place_of_the_wsi_give_the_same_tiles(folder: Path):
 def test_patches_are_not_stretched_to_larger_tiles(folder: Path):
     section = read(folder, pixels="patches")
     with pytest.raises(
-        SourceError, match=r"TENX1\.h5: patches are 112 um wide, too small for tiles of 224 um.*--tile-um 112"
+        SourceError, match=r"TENX1\.h5: patches are 112 um wide, too small for tiles of 224 um.*`tile_um` to 112"
     ):
         tiles(section, um=224.0)
     with section.open_slide() as slide, pytest.raises(SourceError, match="no pixels between them"):
@@ -136,7 +136,7 @@ def test_the_table_alone_or_the_metadata_alone_is_enough(folder: Path):
     section = read(folder)
     assert (section.meta.tissue, section.meta.mpp) == ("Breast", 0.7)
     (folder / "metadata/TENX1.json").unlink()
-    with pytest.raises(SourceError, match=r"TENX1\.json: no pixel_size_um_estimated for TENX1.*--mpp"):
+    with pytest.raises(SourceError, match=r"TENX1\.json: no pixel_size_um_estimated for TENX1.*`mpp`"):
         read(folder)
 
 
@@ -146,7 +146,7 @@ def test_the_newest_table_counts(folder: Path):
     assert "New" in read(folder).meta.attribution
 
 
-def test_a_spacing_that_is_not_the_stated_one_is_said(folder: Path):
+def test_a_spacing_that_is_not_the_stated_one_is_reported(folder: Path):
     path = folder / "metadata/TENX1.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"inter_spot_dist": 58.0}))
     section = read(folder)
@@ -268,7 +268,7 @@ def test_errors_of_bad_files_name_the_file_and_the_fix(folder: Path, name: str):
         read(folder)
 
 
-def test_coords_that_are_centres_are_said(folder: Path):
+def test_coords_that_are_centres_are_reported(folder: Path):
     shift(folder, 80)
     assert any("coords are patch centres" in n for n in read(folder).notes)
 
@@ -279,7 +279,7 @@ def test_normalised_expression_is_refused(folder: Path):
     data.write_h5ad(folder / "st/TENX1.h5ad")
     with pytest.raises(SourceError, match=r"TENX1\.h5ad: .* not integers.*raw counts"):
         read(folder)
-    with pytest.raises(SourceError, match="--pixels svg: must be 'wsi' or 'patches'"):
+    with pytest.raises(SourceError, match="`pixels` svg: must be 'wsi' or 'patches'"):
         read(folder, pixels="svg")
 
 

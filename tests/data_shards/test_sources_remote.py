@@ -85,7 +85,7 @@ def test_a_set_from_a_url_is_that_from_the_folder(memory: str, hest: Path, tmp_p
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
 
 
-def test_a_broken_off_fetch_goes_on(memory: str, tmp_path: Path, fetched: list[str], monkeypatch: pytest.MonkeyPatch):
+def test_an_interrupted_fetch_resumes(memory: str, tmp_path: Path, fetched: list[str], monkeypatch: pytest.MonkeyPatch):
     real = Remote.fetch
 
     def failing(self: Remote, name: str, **more: object) -> Path:
@@ -206,13 +206,13 @@ def test_the_command_builds_from_a_url(memory: str, tmp_path: Path, capsys: pyte
     assert "TENX1: human Breast" in message
 
 
-def test_what_cannot_be_done_is_said(memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_what_cannot_be_done_is_reported(memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     fsspec.filesystem("memory").pipe("/hub/other/readme.txt", b"x")
     for url, more, message in (
         (
             "memory://hub/other",
             {},
-            r"memory://hub/other: unknown format\. Looked for manifest: manifest\.tsv;.*--format",
+            r"memory://hub/other: unknown format\. Looked for manifest: manifest\.tsv;.*`fmt`",
         ),
         (memory, {"samples": ["TENX9"]}, "no section 'TENX9'; did you mean TENX"),
         (memory, {"where": {"tissue": ["heart"]}}, "no section has tissue heart; choose from: Brain, Breast, Lung"),

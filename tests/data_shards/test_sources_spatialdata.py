@@ -96,13 +96,13 @@ def test_another_image_may_be_asked_for(store_path: Path):
     section = open_source(store_path, overrides={"tissue": "x", "platform": "Visium", "image": "small"})[0].read()
     assert section.meta.mpp == pytest.approx(100 / 20)
     assert section.meta.spot_diameter_um == 55
-    with pytest.raises(SourceError, match="no image 'big'; set --image to one of"):
+    with pytest.raises(SourceError, match="no image 'big'; set `image` to one of"):
         open_source(store_path, overrides=FACTS | {"image": "big"})
     with pytest.raises(SourceError, match="no three-channel image shares a coordinate system with spots"):
         open_source(store_path, overrides=FACTS | {"image": "dapi"})
-    with pytest.raises(SourceError, match="image he: no scale; set --mpp, the um per px of the positions"):
+    with pytest.raises(SourceError, match="image he: no scale; set `mpp`, the um per px of the positions"):
         open_source(store_path, overrides={"tissue": "x"})
-    with pytest.raises(SourceError, match="no tissue column; set --tissue"):
+    with pytest.raises(SourceError, match="no tissue column; set `tissue`"):
         open_source(store_path, overrides={"mpp": "1"})
 
 
@@ -124,7 +124,7 @@ def test_labels_are_regions_too(tmp_path: Path):
     np.testing.assert_allclose(section.xy[0], [50 + 100 + 10, 60 + 10], atol=0.51)
 
 
-def test_what_is_in_one_place_only_is_counted(tmp_path: Path):
+def test_what_is_only_in_the_table_or_the_shapes_is_counted(tmp_path: Path):
     data = store(np.arange(12))
     data.tables["table"].obs.loc["BC5-1", "spot"] = 99
     section = open_source(write(data, tmp_path / "a.zarr"), overrides=FACTS)[0].read()
@@ -159,7 +159,7 @@ def test_errors_of_bad_stores_name_the_file_and_the_fix(
 ):
     data = store(np.arange(12))
     data.tables["table"].obs["spot"] += 100
-    with pytest.raises(SourceError, match=r"a\.zarr: table and spots have no id in common: 100, 101"):
+    with pytest.raises(SourceError, match=r"a\.zarr: table and spots share no id: 100, 101"):
         open_source(write(data, tmp_path / "a.zarr"), overrides=FACTS)[0].read()
     data = store()
     del data.tables["table"]

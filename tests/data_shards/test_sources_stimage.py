@@ -61,7 +61,7 @@ def test_the_scale_may_be_stated(folder: Path):
 
 def test_a_radius_that_contradicts_the_spacing_is_refused(folder: Path):
     write_slide(folder, replace(ST, drawn_um=30.0))
-    with pytest.raises(SourceError, match=r"A1_coord\.csv: the spot pitch is 50\.0 px and r is 3\.8 px.*set --mpp"):
+    with pytest.raises(SourceError, match=r"A1_coord\.csv: the spot pitch is 50\.0 px and r is 3\.8 px.*set `mpp`"):
         read(folder)
 
 
@@ -69,7 +69,7 @@ def test_bins_of_no_known_width_need_a_scale(folder: Path):
     hd = replace(VISIUM, slide="HD1", tech="VisiumHD")
     write_slide(folder, hd)
     facts = {"species": "human", "tissue": "breast"}
-    with pytest.raises(SourceError, match=r"HD1_coord\.csv: no scale; set --mpp"):
+    with pytest.raises(SourceError, match=r"HD1_coord\.csv: no scale; set `mpp`"):
         read(folder, hd, **facts)
     assert read(folder, hd, mpp="1.0", **facts).meta.spot_pitch_um == pytest.approx(100)
 
@@ -82,7 +82,7 @@ def test_slides_are_chosen_by_species_tissue_and_technology(folder: Path):
     ):
         assert [s.meta.section_id for s in open_source(folder, where=where)] == ids
     shutil.rmtree(folder / "meta")
-    with pytest.raises(SourceError, match=r"no species for .*--species"):
+    with pytest.raises(SourceError, match=r"no species for .*`species`"):
         read(folder)
     assert read(folder, species="human", tissue="skin").meta.tissue == "skin"
 

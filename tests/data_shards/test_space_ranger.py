@@ -124,7 +124,7 @@ def test_round_trip_through_a_shard_set(run: Path, full: str, tmp_path: Path):
 
 
 def test_shrunk_pictures_are_taken_only_when_asked_for(run: Path):
-    with pytest.raises(SourceError, match=r"set --image to the microscope image .*set --image hires"):
+    with pytest.raises(SourceError, match=r"set `image` to the microscope image .*set `image` to hires"):
         open_source(run, overrides=FACTS)
     section = open_source(run, overrides={**FACTS, "image": "hires"})[0].read()
     np.testing.assert_allclose(section.xy[0], [(75 + 2 * PITCH) * 0.5, 75 * 0.5])
@@ -144,21 +144,21 @@ def test_an_image_of_another_size_is_refused(run: Path, tmp_path: Path):
     with pytest.raises(SourceError, match="380 x 250 px, but the positions belong to an image of about 300 x 250"):
         open_source(run, overrides={**FACTS, "image": str(tmp_path / "other.png")})
     shutil.copyfile(run / "spatial/tissue_hires_image.png", tmp_path / "mine.png")
-    with pytest.raises(SourceError, match="this is the hires image: set --image hires"):
+    with pytest.raises(SourceError, match="this is the hires image: set `image` to hires"):
         open_source(run, overrides={**FACTS, "image": str(tmp_path / "mine.png")})
 
 
-def test_the_original_is_found_beside_the_run(run: Path):
+def test_the_original_is_found_next_to_the_run(run: Path):
     he_picture(300, 250).save(run / "run_image.tif")
     section = open_source(run, overrides=FACTS)[0].read()
     assert section.image_path.name == "run_image.tif"
     assert "full-resolution image: run_image.tif" in section.notes
     he_picture(300, 250).save(run / "other_image.tif")
-    with pytest.raises(SourceError, match=r"more than one image .*--image.*other_image\.tif, run_image\.tif"):
+    with pytest.raises(SourceError, match=r"more than one image .*`image`.*other_image\.tif, run_image\.tif"):
         open_source(run, overrides=FACTS)
 
 
-def test_an_image_that_is_not_he_is_said(run: Path, tmp_path: Path):
+def test_an_image_that_is_not_he_is_reported(run: Path, tmp_path: Path):
     Image.new("RGB", (300, 250), (230, 20, 130)).save(tmp_path / "pink.png")
     section = open_source(run, overrides={**FACTS, "image": str(tmp_path / "pink.png")})[0].read()
     assert any("pink.png does not look like H&E: pink without haematoxylin" in n for n in section.notes)
@@ -251,10 +251,10 @@ def test_bad_input_names_the_file_and_the_fix(run: Path, full: str, name: str):
 
 
 def test_what_the_folder_does_not_say_is_asked_for(run: Path, full: str):
-    with pytest.raises(SourceError, match="set --tissue"):
+    with pytest.raises(SourceError, match="set `tissue`"):
         open_source(run)
     write_h5(run / "filtered_feature_bc_matrix.h5", COUNTS, BARCODES[2:], ids=["a", "b", "c", "d"])
-    with pytest.raises(SourceError, match="set --species"):
+    with pytest.raises(SourceError, match="set `species`"):
         open_source(run, overrides={**FACTS, "image": full})
 
 
@@ -290,7 +290,7 @@ def real(name: str, tmp_path: Path) -> Path:
 def test_real_version_1_heart(tmp_path: Path):
     folder = real("visium_sr1_h5", tmp_path)
     assert detect(folder)[0].name == "space_ranger"
-    with pytest.raises(SourceError, match="set --image lowres"):
+    with pytest.raises(SourceError, match="set `image` to lowres"):
         open_source(folder, overrides={"tissue": "heart"})
     with pytest.raises(SourceError, match=r"tissue_hires_image\.png: no such file \(the folder has tissue_lowres"):
         open_source(folder, overrides={"tissue": "heart", "image": "hires"})

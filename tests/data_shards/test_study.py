@@ -238,7 +238,7 @@ def test_errors_of_the_set_and_of_the_disk_are_raised(sources: Path, tmp_path: P
     with pytest.raises(SourceError, match="donor"):
         comtip_fast.build_shards(leak, tmp_path / "leak", on_error="skip", **SIZE)
     study = table(sources, "path\na\nb\n")
-    with pytest.raises(SourceError, match="cannot be combined with --part"):
+    with pytest.raises(SourceError, match="cannot be combined with `part`"):
         comtip_fast.build_shards(study, tmp_path / "p", on_error="skip", part=(1, 2), **SIZE)
 
     def full(*_):

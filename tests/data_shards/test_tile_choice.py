@@ -58,7 +58,7 @@ def test_the_cost_is_stated_section_by_section():
     assert lines[0] == "tiles of 112 um in 128 px (0.875 um/px), images not finer than 1 um/px"
     assert lines[1] == "  s0: 0.25 um/px, blurred to 1: one resolved px covers 1.3 px of the tile"
     assert [line.split(":")[0].strip() for line in lines[1:-1]] == ["s0", "s1"]
-    assert "--min-mpp" in lines[-1]
+    assert "`min_mpp`" in lines[-1]
     alike = scaled(0.25, 0.5)
     assert len(tile_text(alike, choose_tile(alike))) == 1
     old = choose_tile(scaled(0.25), px=128, um=224.0, min_mpp=4.0)

@@ -143,7 +143,7 @@ def test_the_hires_picture_is_taken_only_when_asked_for(run: Path):
     same(section, want)
     assert section.meta.mpp == pytest.approx(2 * MPP)
     assert any("from tissue_hires_image.png, scale 0.5000 of full resolution" in n for n in section.notes)
-    with pytest.raises(SourceError, match="set --image hires"):
+    with pytest.raises(SourceError, match="set `image` to hires"):
         read(run, image="")
     same(read(run), {k: (n, c, xy * 2) for k, (n, c, xy) in want.items()})
 
@@ -323,7 +323,7 @@ BAD = {
     ),
     "other names": (rename_bins(lambda i, b: f"AAAC{i}-1"), "'AAAC0-1' is not of the form s_016um"),
     "other bins": (rename_bins(lambda i, b: b.replace("016um", "008um")), "contains bins of 8 um instead of 16"),
-    "nothing in tissue": (edit_table(in_tissue=0), "have no bin in tissue in common"),
+    "nothing in tissue": (edit_table(in_tissue=0), "share no bin in tissue"),
     "bin twice": (
         edit_table(
             array_row=lambda t: t["array_row"] * 0,
@@ -339,7 +339,7 @@ BAD = {
     "text": (edit_table(pxl_row_in_fullres="here"), "pxl_row_in_fullres has type string, expected numbers"),
     "column gone": (lambda r: edit_table(row=1)(r) or drop_column(r), "missing columns pxl_row_in_fullres"),
     "cut parquet": (cut_parquet, "cannot be read as Parquet"),
-    "no scale": (edit_factors(microns_per_pixel=None), "give --mpp"),
+    "no scale": (edit_factors(microns_per_pixel=None), "give `mpp`"),
     "wrong pixel size": (edit_factors(microns_per_pixel=0.3), "gives 4.0000 um per px instead of 0.3"),
     "wrong spacing": (edit_factors(microns_per_pixel=8.0, spot_diameter_fullres=2.0), "a pitch of 4.000 px"),
     "wrong bin size": (edit_factors(bin_size_um=8.0), "states bins of 8 um"),
@@ -368,15 +368,15 @@ def test_bad_input_names_the_file_and_the_fix(run: Path, name: str):
     ("more", "message"),
     [
         ({"pool_um": "100"}, "not a multiple of the bin width \\(16, 8 um\\); use e.g. 96"),
-        ({"bin_um": "2"}, "no bins of 2 um; set --bin-um to one of 16, 8"),
-        ({"pool_um": "-3"}, "--pool-um -3: must be greater than 0"),
-        ({"min_cover": "50"}, "--min-cover 50: must be less than or equal to 1"),
-        ({"qv": "20"}, "--qv has no effect here"),
+        ({"bin_um": "2"}, "no bins of 2 um; set `bin_um` to one of 16, 8"),
+        ({"pool_um": "-3"}, "`pool_um` -3: must be greater than 0"),
+        ({"min_cover": "50"}, "`min_cover` 50: must be less than or equal to 1"),
+        ({"qv": "20"}, "`qv` has no effect here"),
         ({"pool_from": "transcripts"}, "use bins or cells for Visium HD"),
-        ({"mpp": "2"}, "states 4 um per full-resolution px, but --mpp is 2"),
-        ({"tissue": ""}, "set --tissue"),
-        ({"image": ""}, "set --image to the microscope image"),
-        ({"pool_um": "2048"}, "too few pseudo-spots|reduce --min-cover"),
+        ({"mpp": "2"}, "states 4 um per full-resolution px, but `mpp` is 2"),
+        ({"tissue": ""}, "set `tissue`"),
+        ({"image": ""}, "set `image` to the microscope image"),
+        ({"pool_um": "2048"}, "too few pseudo-spots|reduce `min_cover`"),
     ],
 )
 def test_settings_that_cannot_be(run: Path, more: dict, message: str):

@@ -306,7 +306,7 @@ def one_wrong(root: Path) -> None:
 BAD_ALIGNMENT = {
     "gone": (
         lambda r: (r / "breast_he_imagealignment.csv").unlink(),
-        "no alignment of breast_he_image.ome.tif.*--alignment",
+        "no alignment of breast_he_image.ome.tif.*`alignment`",
     ),
     "one wrong": (one_wrong, r"root mean square error of \d+\.\d um.*at keypoint 5"),
     "two points": (lambda r: write_keypoints(r, n=2), "2 keypoints, too few or collinear"),
@@ -351,7 +351,7 @@ def test_the_scale_of_the_image_is_checked(run: Path):
     same(read(run), truth())
     tag(0.5)
     with pytest.raises(
-        SourceError, match=r"gives 2\.0000 um per H&E px, but .*he_image\.ome\.tif states 0\.5; .*--mpp 2\.0000"
+        SourceError, match=r"gives 2\.0000 um per H&E px, but .*he_image\.ome\.tif states 0\.5; .*`mpp` to 2\.0000"
     ):
         read(run)
     same(read(run, mpp="2.0"), truth())
@@ -387,13 +387,13 @@ def cut(name: str):
 
 
 BAD = {
-    "no image": (lambda r: (r / "breast_he_image.ome.tif").unlink(), "no H&E image .*--image"),
+    "no image": (lambda r: (r / "breast_he_image.ome.tif").unlink(), "no H&E image .*`image`"),
     "two images": (lambda r: he_picture(9, 9).save(r / "b_he_image.ome.tif"), "more than one H&E image"),
     "pixel size gone": (edit_experiment(pixel_size=None), "pixel_size is None, .* 0.2125"),
     "pixel size absurd": (edit_experiment(pixel_size=212.5), "pixel_size is 212.5"),
     "pixel size is text": (edit_experiment(pixel_size="small"), "not a number"),
     "experiment cut": (lambda r: (r / "experiment.xenium").write_text("{"), "not valid JSON"),
-    "low quality": (edit_transcripts(qv=3.0), r"no transcript is left \(.*qv below 20.*reduce --qv"),
+    "low quality": (edit_transcripts(qv=3.0), r"no transcript is left \(.*qv below 20.*reduce `qv`"),
     "only controls": (edit_transcripts(feature_name="BLANK_0001"), r"no transcript is left \(3,000 .*control probes"),
     "other genes": (edit_transcripts(feature_name="TTN", is_gene=True), "not in the panel"),
     "no positions": (edit_transcripts(x_location=np.nan), "no position"),
@@ -429,7 +429,7 @@ BAD_CELLS = {
     "no join": (rename_cells, "only 0 of its .* cells are in"),
     "no counts": (lambda r: (r / "cell_feature_matrix.h5").unlink(), "no cell_feature_matrix.h5"),
     "no cells": (lambda r: (r / "cells.parquet").unlink(), "cells.parquet: no such file"),
-    "qv": (lambda r: None, "--qv has no effect here"),
+    "qv": (lambda r: None, "`qv` has no effect here"),
 }
 
 
@@ -466,10 +466,10 @@ def test_species_and_tissue(run: Path):
     edit_experiment(panel_organism="Zebrafish")(run)
     assert read(run).meta.species == "human"  # by its Ensembl ids
     with pytest.raises(
-        SourceError, match=r"stated as mouse, but gene ids such as ENSG.* are of human; set --species human"
+        SourceError, match=r"stated as mouse, but gene ids such as ENSG.* are of human; set `species` to human"
     ):
         read(run, species="mouse")
-    with pytest.raises(SourceError, match="set --tissue"):
+    with pytest.raises(SourceError, match="set `tissue`"):
         open_source(run)
 
 

@@ -119,7 +119,7 @@ def test_old_compilers_are_used_without_blackwell():
     assert architectures("3.8.0") == architectures("3.10.0") == ARCHITECTURES
 
 
-def test_a_compiler_that_ends_the_process_is_told(monkeypatch: pytest.MonkeyPatch):
+def test_a_compiler_that_ends_the_process_is_reported(monkeypatch: pytest.MonkeyPatch):
     class Broken:
         def __enter__(self) -> "Broken":
             return self

@@ -279,7 +279,7 @@ def test_a_count_that_grew_is_reported():
     assert "not in rehearsal.csv" in worse([row], [])[0]
 
 
-def test_a_count_that_fell_passes_and_is_told():
+def test_a_count_that_fell_passes_and_is_reported():
     row = {"config": "1gpu", "ranks": "1", "walk": "step", "hgmma_share": "0.900"} | dict.fromkeys(NOT_ABOVE, "5")
     lower = row | {"saved_mb": "4.5"}
     assert worse([lower], [row]) == []

@@ -10,8 +10,8 @@ from typing import Any
 
 import h5py
 import numpy as np
-from comtip_shards.sources.base import read_table
 from comtip_shards.sources.files.hdf5 import open_hdf5
+from comtip_shards.sources.files.tables import read_table
 from scipy import sparse
 
 from comtip_fast.data.sections import read_h5ad

@@ -227,7 +227,7 @@ def _joined(parts: Sequence[FoldData]) -> FoldData:
 def encoder_facts(
     encoder: TileEncoder | FeatureFiles, tasks: Sequence[BenchmarkTask], whole_patch: bool
 ) -> dict[str, Any]:
-    """Return what the results record of an encoder, with a warning if it was trained on the benchmark."""
+    """Return the record of an encoder in the results, with a warning if it was trained on the benchmark."""
     if isinstance(encoder, FeatureFiles):
         return {"kind": "embeddings", "trained_on": None}
     if not isinstance(encoder, RunEncoder):

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+
+from comtip_fast.runtime.torch_internals import tree_map
 
 PARTS = (
     "loader",

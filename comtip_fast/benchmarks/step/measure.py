@@ -13,13 +13,13 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from comtip_fast.benchmarks.rounds import describe_machine
 from comtip_fast.benchmarks.step.clock import OTHER, PARTS
 from comtip_fast.benchmarks.step.contender import StepContender
 from comtip_fast.runtime import devices
+from comtip_fast.runtime.torch_internals import CPU_ATTENTION, CPU_ATTENTION_BACKWARD, TorchDispatchMode, packet_of
 
 log = logging.getLogger("comtip_fast")
 RATE_WIDTH = {"cpu": 1024, "cuda": 8192}
@@ -119,19 +119,14 @@ class _FlopCount(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
+        formula = flop_registry.get(packet_of(func))
         if formula is not None:
             self.flops += formula(*args, **(kwargs or {}), out_val=out)
-        elif func._overloadpacket is _CPU_ATTENTION:
+        elif packet_of(func) is CPU_ATTENTION:
             self.flops += sdpa_flop_count(*(x.shape for x in args[:3]))
-        elif func._overloadpacket is _CPU_ATTENTION_BACKWARD:
+        elif packet_of(func) is CPU_ATTENTION_BACKWARD:
             self.flops += sdpa_backward_flop_count(*(x.shape for x in args[:4]))
         return out
-
-
-# The counter of PyTorch has no formula for the fused attention of CPUs.
-_CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def seconds_by_part(contender: StepContender, steps: int) -> dict[str, float]:

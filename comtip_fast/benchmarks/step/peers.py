@@ -62,7 +62,7 @@ class _Peer(StepContender):
         """Return the contrastive loss."""
 
     def _prepare(self, batch: Batch) -> Any:
-        """Return what the other side needs in addition to the batch; counts as loading."""
+        """Return the inputs of the other side that the batch lacks; counts as loading."""
 
     def load(self) -> tuple[Batch, Any]:
         """See :meth:`StepContender.load`."""

@@ -20,7 +20,7 @@ from comtip_shards.genes.identifiers import SPECIES
 from comtip_shards.sources.anndata_parts.counts import COUNTS, is_counts
 from comtip_shards.sources.anndata_parts.spots import gene_names
 from comtip_shards.sources.anndata_parts.store import SUFFIXES, open_h5ad, read_part
-from comtip_shards.sources.base import as_counts
+from comtip_shards.sources.files.tables import as_counts
 from comtip_shards.sources.tenx.features import GENE_KIND
 from comtip_shards.sources.tenx.matrix import TenxMatrix
 from scipy import sparse

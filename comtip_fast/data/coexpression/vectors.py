@@ -84,7 +84,7 @@ def gene_vectors(
             spool.add(open_counts(path), species)
         if len(spool.all_species) > 1 and not orthologues:
             raise ValueError(
-                "the matrices are of two species; give --orthologues to join them, or compute one file per species"
+                "the matrices are of two species; set `orthologues` to join them, or compute one file per species"
             )
         standard = _Standard.fit(spool, weigh, min_detection)
         basis, spectrum, total = _subspace(spool, standard, components, seed)
@@ -134,10 +134,10 @@ class _Spool:
         """Parse one source and keep its blocks."""
         known = species_of(source.genes) or species
         if known is None:
-            raise ValueError(f"{source.path}: symbols do not identify the species; give --species human or mouse")
+            raise ValueError(f"{source.path}: symbols do not identify the species; set `species` to human or mouse")
         genes = map_genes(source.genes, known, symbols=source.symbols if any(source.symbols) else ())
         if not genes.keys:
-            raise ValueError(f"{source.path}: no gene identifier is known for {known}; check --species")
+            raise ValueError(f"{source.path}: no gene identifier is known for {known}; check `species`")
         log.info("%s: %s", source.path.name, genes.report().splitlines()[0])
         names = [k.split(":", 1)[1].upper() if self.orthologues else k for k in genes.keys]
         for name in names:
@@ -228,7 +228,7 @@ class _Standard:
         moments = np.stack([m for n in (0, 1) for m in _moments(total[n].sum(0), square[n].sum(0), cells_G)], axis=1)
         kept = np.flatnonzero(varies.any(0) & (detection >= min_detection))
         if kept.size < 2:
-            raise ValueError("fewer than 2 genes vary; give more cells, or a lower --min-detection")
+            raise ValueError("fewer than 2 genes vary; give more cells, or a lower `min_detection`")
         weight = 1 / cells / S if weigh == "sources" else np.full(S, 1 / cells.sum())
         coverage = ((weight * cells)[:, None] * varies)[:, kept].sum(0)
         return cls(mean_SG[:, kept], inverse_SG[:, kept], weight, coverage, kept, moments, detection)

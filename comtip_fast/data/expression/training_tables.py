@@ -65,7 +65,9 @@ def training_tables(shards: ShardSet, config: RunConfig) -> TrainingTables:
     """
     train = shards.select(split="train")
     if train.size == 0:
-        raise ValueError(f"{shards.path}: no section has split 'train'; rebuild with --split SECTION=train")
+        raise ValueError(
+            f"{shards.path}: no section has split 'train'; build the set again with sections in split train"
+        )
     genes, variance = _genes(shards, np.unique(shards.sections_of(train)), config)
     if genes.trained.size < 2:
         raise ValueError(f"{shards.path}: fewer than 2 genes are eligible for training; lower genes.min_detection")

@@ -96,7 +96,7 @@ def _joined(tables: list[pd.DataFrame]) -> pd.DataFrame:
 
 
 def _training(result: Evaluation) -> dict[str, Any]:
-    """Return what the page states about training: sections, donors, genes and credits."""
+    """Return the page's data about training: sections, donors, genes and credits."""
     predictor = result.predictor
     lineage = predictor.lineage
     sections = [asdict(section) for section in lineage.merged_sections()]

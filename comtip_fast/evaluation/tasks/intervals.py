@@ -29,7 +29,7 @@ def spatial_blocks(xy_N2: np.ndarray, per_side: int = BLOCKS_PER_SIDE) -> np.nda
 
 
 def block_weights(block_N: np.ndarray, n_draws: int, *, seed: int, section: str) -> np.ndarray:
-    """Return how often each draw uses each spot, float64 (D, N); no draws with fewer than :data:`MIN_BLOCKS` blocks."""
+    """Return the number of uses of each spot by each draw, float64 (D, N); no draws with fewer than :data:`MIN_BLOCKS` blocks."""
     n = int(block_N.max()) + 1
     if n < MIN_BLOCKS:
         return np.zeros((0, block_N.size))

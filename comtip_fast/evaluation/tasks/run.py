@@ -54,12 +54,12 @@ def task_options(
         encoder = open_encoder(spec, predictor.device, predictor.config.train.precision, seed)
         label = f"embeddings:{encoder.path.name}" if isinstance(encoder, FeatureFiles) else encoder.label
         if label in opened or label in (ENCODER, VECTOR, COLOUR):
-            raise ValueError(f"--encoder {spec}: {label} is scored already; name each encoder once")
+            raise ValueError(f"`encoders` {spec}: {label} is scored already; name each encoder once")
         geometry = None if isinstance(encoder, FeatureFiles) else encoder.geometry
         own = (predictor.tile_px, predictor.tile_um, predictor.min_mpp)
         if geometry is not None and (geometry.px, geometry.um, geometry.min_mpp) != own:
             raise ValueError(
-                f"--encoder {spec}: reads tiles of {geometry.um:g} um in {geometry.px} px at {geometry.min_mpp:g} um/px, but the "
+                f"`encoders` {spec}: reads tiles of {geometry.um:g} um in {geometry.px} px at {geometry.min_mpp:g} um/px, but the "
                 f"model {own[1]:g} um in {own[0]} px at {own[2]:g} um/px; compare runs with the same tiles"
             )
         opened[label] = encoder
@@ -200,6 +200,6 @@ def check_tasks(tasks: Sequence[str], options: TaskOptions) -> None:
     """
     unknown = [t for t in tasks if t not in TASKS]
     if unknown:
-        raise ValueError(f"--tasks {', '.join(unknown)}: no such task; choose from {', '.join(TASKS)}")
+        raise ValueError(f"`tasks` {', '.join(unknown)}: no such task; choose from {', '.join(TASKS)}")
     if "pathways" in tasks and not options.gene_sets:
-        raise ValueError("--tasks pathways: scores gene sets, but none are given; name a GMT file with --gene-sets")
+        raise ValueError("`tasks` pathways: scores gene sets, but none are given; name a GMT file with `gene_sets`")

@@ -95,7 +95,7 @@ def sweep(config: RunConfig, base: Cluster, inputs: Inputs, *, most: int = 1024)
         ``most`` is below 1, or ``base`` has more devices than the batch has spots.
     """
     if most < 1:
-        raise ValueError(f"--most {most}: must be at least 1")
+        raise ValueError(f"`most` {most}: must be at least 1")
     per_device = config.data.batch_size // base.ranks
     if per_device < 1:
         raise ValueError(
@@ -168,7 +168,7 @@ def as_rows(result: Sweep) -> list[dict[str, Any]]:
 
 
 def table(result: Sweep) -> str:
-    """Return where each design stops scaling, as a Markdown table."""
+    """Return a Markdown table of the number of devices at which each design stops scaling."""
     c = result.cluster
     lines = [
         (

@@ -25,7 +25,7 @@ def refuse_second_run(run_dir: Path, resume: bool) -> None:
     steps = checkpoints.steps_of(run_dir / CHECKPOINTS)
     if steps and not resume:
         raise TrainingError(
-            f"{run_dir}: already holds a run (step {steps[-1]}); continue with --resume, or give another --out"
+            f"{run_dir}: already holds a run (step {steps[-1]}); continue with `resume`, or train into another folder"
         )
 
 

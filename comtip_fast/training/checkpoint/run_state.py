@@ -163,7 +163,7 @@ def check_same_run(
     if changed:
         shown = ", ".join(f"{k} ({old.get(k)} -> {new.get(k)})" for k in changed[:5])
         raise TrainingError(
-            f"{run_dir}: cannot resume, the config has changed: {shown}; restore these values or give another --out"
+            f"{run_dir}: cannot resume, the config has changed: {shown}; restore these values or train into another folder"
         )
     for key in sorted(SCHEDULE_KEYS):
         if old[key] != new[key]:
@@ -176,12 +176,12 @@ def check_same_run(
     other = changed_inputs(state["fingerprint"], fingerprint)
     if other:
         raise TrainingError(
-            f"{run_dir}: cannot resume, the input data has changed: {', '.join(other)}; restore it or give another --out"
+            f"{run_dir}: cannot resume, the input data has changed: {', '.join(other)}; restore it or train into another folder"
         )
     if GENES in fingerprint and GENES not in state["fingerprint"]:
         log.warning(
             "the checkpoint is of an earlier version, which chose genes and fitted levels on other spots if the set has more than "
-            "levels.fit_spots=%d training spots; if so, start a new run with --from instead",
+            "levels.fit_spots=%d training spots; if so, start a new run from its weights (`start_from`) instead",
             config.levels.fit_spots,
         )
     now_run = config.engine.kind, size

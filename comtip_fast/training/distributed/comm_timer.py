@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from comtip_fast.collectives import Group
-from comtip_fast.training.distributed.deepspeed_internals import call_after_backward
+from comtip_fast.runtime.torch_internals import call_after_backward
 
 COLLECTIVES = (
     "broadcast",

@@ -1,36 +1,18 @@
-"""Every use of private names of DeepSpeed and PyTorch, in one module.
+"""Every use of private names of DeepSpeed, in one module.
 
-tests/comtip_fast/test_deepspeed_internals.py names each of them and fails if the installed version lacks one. pyproject.toml
-bounds the DeepSpeed version to the one that was tested.
+``tests/comtip_fast/test_library_internals.py`` names each of them and fails if the installed version lacks one;
+``pyproject.toml`` bounds the version of DeepSpeed to the one that was tested. Those of PyTorch are in
+:mod:`comtip_fast.runtime.torch_internals`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import cpp_extension
-
-
-def call_after_backward(callback: Callable[[], None]) -> None:
-    """Queue a call for the end of the running backward pass, after the callbacks queued so far."""
-    torch.autograd.Variable._execution_engine.queue_callback(callback)
-
-
-def norms(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the 2-norm of each tensor, (n,), in one call; PyTorch's ``get_total_norm`` uses the same numbers."""
-    if not tensors:
-        return torch.zeros(0)
-    return torch.stack(torch._foreach_norm(list(tensors)))
-
-
-def build_folder(name: str) -> Path:
-    """Return the folder in which PyTorch compiles the extension ``name``."""
-    return Path(cpp_extension._get_build_directory(name, verbose=False))
 
 
 def disable_shm_comm(deepspeed: ModuleType) -> None:

@@ -20,7 +20,7 @@ from comtip_fast.training.protocol import TrainingError
 
 RESTART_CODE = 75
 """Exit code of a run that should be restarted with ``--resume`` (``EX_TEMPFAIL`` of sysexits.h)."""
-ADVICE = "the launcher restarts the run from the last valid checkpoint; without one, run the same command with --resume"
+ADVICE = "the launcher restarts the run from the last valid checkpoint; without one, start the run again with `resume`"
 
 
 class RestartError(RuntimeError):

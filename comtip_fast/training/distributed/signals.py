@@ -71,7 +71,7 @@ def refuse_links(run_dir: Path) -> None:
             if path.is_symlink():
                 raise TrainingError(
                     f"{path}: symbolic links are not allowed in a run folder; replace it with the file or folder, or "
-                    "give a new --out"
+                    "give a new folder"
                 )
         if "wandb" in folders and Path(root) == run_dir:
             folders.remove("wandb")

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from comtip_fast.config.schema import RunConfig
-from comtip_fast.runtime import devices
+from comtip_fast.runtime import devices, torch_internals
 from comtip_fast.runtime.weight_casts import ParameterNames, cast_together, linear_parameters
-from comtip_fast.training.distributed import deepspeed_internals as internals
 
 
 @dataclass(frozen=True)
@@ -151,7 +150,7 @@ def clip(module: nn.Module, limit: float, finite: Tensor | bool) -> Update:
     """
     named = [(name, q) for name, q in module.named_parameters() if q.grad is not None]
     trained = [q for _, q in named]
-    norms = internals.norms([q.grad for q in trained if q.grad is not None])
+    norms = torch_internals.norms([q.grad for q in trained if q.grad is not None])
     norm = torch.linalg.vector_norm(norms)
     good = norm.isfinite() & finite
     if limit:

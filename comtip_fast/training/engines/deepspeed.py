@@ -25,7 +25,7 @@ from torch.utils import cpp_extension
 
 from comtip_fast.collectives import Group
 from comtip_fast.config.schema import RunConfig
-from comtip_fast.runtime import devices
+from comtip_fast.runtime import devices, torch_internals
 from comtip_fast.training.distributed import deepspeed_internals as internals
 from comtip_fast.training.distributed.comm_timer import clock_backend, clock_of
 from comtip_fast.training.engines.base import StepModule, Update, autocast_of, clip
@@ -275,7 +275,7 @@ def check_deepspeed(config: RunConfig, device: torch.device) -> None:
             "with headers (package libaio-dev or libaio-devel; for another prefix set CFLAGS and LDFLAGS). Install them, "
             "or use cpu"
         )
-    folder = internals.build_folder(builder.name)
+    folder = torch_internals.build_folder(builder.name)
     if not (folder / f"{builder.name}.so").exists() or (folder / "lock").exists():
         # Older PyTorch waits forever for the lock of a killed build (PyTorch issue 189245).
         log.info("DeepSpeed compiles %s (a few minutes); if it hangs, delete %s", builder.name, folder / "lock")

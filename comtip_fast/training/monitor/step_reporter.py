@@ -123,7 +123,7 @@ class StepReporter:
         text = nonfinite_message(path, bad.step, bad.spots, parts, gradients)
         if cfg.nan_policy == "stop":
             raise TrainingError(
-                f"{text}. Start again with a lower optim.lr, or continue with --resume --set train.nan_policy=skip"
+                f"{text}. Start again with a lower optim.lr, or continue with `resume` and `train.nan_policy=skip`"
             )
         progress.skips += 1
         log.warning("%s; update skipped (%d so far)", text, progress.skips)

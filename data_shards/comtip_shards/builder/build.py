@@ -321,9 +321,9 @@ def _with_splits(metas: list[SectionMeta], splits: StatedSplits) -> list[Section
         raise SourceError(f"section ids must not differ only in case: {alike[0]} and {alike[1]}; rename one")
     unknown = sorted(set(splits) - set(ids))
     if unknown:
-        raise SourceError(f"--split: no section {', '.join(unknown)}; the sections are {', '.join(ids)}")
+        raise SourceError(f"`splits`: no section {', '.join(unknown)}; the sections are {', '.join(ids)}")
     if not metas:
-        raise SourceError("no sections to build from; check the source and --samples")
+        raise SourceError("no sections to build from; check the source and `samples`")
     metas = [_as_written(replace(m, split=splits.get(m.section_id, m.split))) for m in metas]
     for meta in metas:
         check_meta(meta, meta.section_id)

@@ -70,10 +70,10 @@ def _in_processes(function: Callable[..., T], arguments: Sequence[tuple[Any, ...
             bar.update()
     except BrokenProcessPool as error:
         raise ShardError(
-            "a worker process was killed, possibly because memory ran out; run again with fewer --jobs: finished work is kept"
+            "a worker process was killed, possibly because memory ran out; run again with smaller `jobs`: finished work is kept"
         ) from error
     except PicklingError as error:
-        raise ShardError(f"a section cannot be sent to another process ({error}); use --jobs 1") from error
+        raise ShardError(f"a section cannot be sent to another process ({error}); set `jobs` to 1") from error
     return [results[i] for i in range(len(arguments))]
 
 

@@ -205,7 +205,7 @@ def _in_order(manifests: dict[str, Manifest]) -> list[FinishedSection]:
         by_index[part.index] = name
     missing = [f"{i}/{of}" for i in range(1, of + 1) if i not in by_index]
     if missing:
-        raise ShardError(f"part {', '.join(missing)} is missing; build it with --part and add it")
+        raise ShardError(f"part {', '.join(missing)} is missing; build it with `part` and add it")
     by_position = {
         position: FinishedSection(name, manifests[name].digest, i)
         for name, part in parts.items()

@@ -37,7 +37,7 @@ def check_policy(on_error: str, part: tuple[int, int] | None) -> OnError:
         raise SourceError(f"on_error {on_error!r}: use {' or '.join(get_args(OnError))}")
     if on_error == "skip" and part is not None:
         raise SourceError(
-            "--on-error skip cannot be combined with --part, because all parts must agree on the sections; remove the "
+            "`on_error=skip` cannot be combined with `part`, because all parts must agree on the sections; remove the "
             "failing rows from the table"
         )
     return on_error  # type: ignore[return-value]
@@ -58,9 +58,7 @@ def attempt(function: Callable[..., _T], section_id: str, *arguments: Any) -> _T
         if disk_trouble(error) is not None or unwritable(error) is not None:
             raise
         text = " ".join(str(error).split()) or "no message"
-        return Failure(
-            section_id, f"unexpected {type(error).__name__} ({text}); --debug --on-error stop shows the traceback"
-        )
+        return Failure(section_id, f"unexpected {type(error).__name__} ({text}); `on_error=stop` shows the traceback")
 
 
 def incomplete_set(staging: Path) -> str | None:

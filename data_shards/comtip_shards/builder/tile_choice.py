@@ -19,7 +19,7 @@ PX_STEP = 32
 """A default width in px is a multiple of this, which the usual patch sizes (8, 16, 32) divide."""
 ALIKE = 1.05
 """Largest ratio of um per px of sections that count as equally scaled."""
-CHANGE = "--tile-um, --tile-px and --min-mpp change this; a section of another scale can be built into another set"
+CHANGE = "`tile_um`, `tile_px` and `min_mpp` change this; a section of another scale can be built into another set"
 
 
 class Scaled(Protocol):
@@ -96,7 +96,7 @@ def check_tile(tile: TileSpec) -> TileSpec:
 
 
 def scale_cost(section: Scaled, tile: TileSpec) -> str | None:
-    """Return what the tile costs a section: resolution that its image has and the set does not, or the reverse.
+    """Return the cost of the tile for a section: resolution that its image has and the set does not, or the reverse.
 
     ``None`` if the tile shows what the image has, within 5 %, or is at least as fine as the field's.
     """

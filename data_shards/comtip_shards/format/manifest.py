@@ -24,7 +24,7 @@ from comtip_shards.storage.regular_file import read_regular
 
 FORMAT, VERSION = "comtip-shards", 2
 NAME = "manifest.json"
-REBUILD = "build the set again: comtip shards build SOURCE --out NEW_DIR"
+REBUILD = "build the set again from its sources, into a new folder"
 TAR_BLOCK = 512
 GENES_FILE = "genes.tsv"
 REPORT_FILE, REPORTS = "report.txt", "report"
@@ -182,9 +182,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / NAME
     if not path.is_file():
-        raise ShardError(
-            f"{folder}: no {NAME}; give the folder that `comtip shards build --out` wrote", kind="manifest"
-        )
+        raise ShardError(f"{folder}: no {NAME}; give the folder that `comtip shards build` wrote", kind="manifest")
     try:
         return parse_manifest(read_regular(path), str(path))
     except OSError as error:
@@ -199,7 +197,7 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
         raise ShardError(f"{where}: not JSON ({error}); copy it again, or {REBUILD}", kind="manifest") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ShardError(
-            f"{where}: not the manifest of a shard set; give the folder that `comtip shards build --out` wrote",
+            f"{where}: not the manifest of a shard set; give the folder that `comtip shards build` wrote",
             kind="manifest",
         )
     if data.get("version") != VERSION:

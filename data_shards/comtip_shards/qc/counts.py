@@ -58,7 +58,7 @@ def genes(context: SectionContext) -> Finding:
         GENES_WARN,
         GENES_FAIL,
         message,
-        "check --species and that genes are symbols or Ensembl ids",
+        "check `species` and that genes are symbols or Ensembl ids",
     )
 
 

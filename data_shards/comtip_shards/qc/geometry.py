@@ -89,8 +89,8 @@ def scale(context: SectionContext) -> Finding:
         SCALE_WARN,
         SCALE_FAIL,
         message,
-        # A factor holds for --mpp, too, which is of the positions' px: the image may be hires or lowres.
-        f"multiply the stated um per px (--mpp) by {expected / measured:.4g} if the array's spacing is correct, or state the "
+        # The factor also holds for `mpp`, which refers to px of the positions: the image may be hires or lowres.
+        f"multiply the stated um per px (`mpp`) by {expected / measured:.4g} if the array's spacing is correct, or state the "
         "correct spacing",
     )
 
@@ -130,7 +130,7 @@ def full_or_hires(context: SectionContext) -> Finding:
         figure=round(best, 4),
         threshold=RESOLUTION_MIN,
         message=message,
-        advice="positions are px of another resolution of this image: give the image they belong to (--image), or scale them",
+        advice="positions are px of another resolution of this image: give the image they belong to (`image`), or scale them",
     )
 
 

@@ -64,7 +64,7 @@ def background(context: SectionContext) -> Finding:
         BACKGROUND_WARN,
         BACKGROUND_FAIL,
         f"squares of {width:g} um around spots are {figure:.0%} glass on average",
-        "cut smaller tiles (--tile-um), or use an image that shows the tissue around the spots",
+        "cut smaller tiles (`tile_um`), or use an image that shows the tissue around the spots",
         spots=tuple(np.flatnonzero(is_tissue & (glass > BACKGROUND_FAIL)).tolist()),
     )
 
@@ -83,5 +83,5 @@ def stain(context: SectionContext) -> Finding:
         figure=float(is_he),
         threshold=1.0,
         message=reason,
-        advice="" if is_he else "give the H&E image (--image): this image is not H&E, or its colours were changed",
+        advice="" if is_he else "give the H&E image (`image`): this image is not H&E, or its colours were changed",
     )

@@ -153,4 +153,4 @@ def refuse_failed(sections: Iterable[tuple[str, Sequence[Mapping[str, Any]]]]) -
     failed = [(i, f) for i, findings in sections for f in findings if f["status"] == FAIL]
     if failed:
         text = "\n".join(f"  {i}: {f['name']}: {f['said']}; {f['advice']}" for i, f in failed)
-        raise SourceError(f"--strict: {len({i for i, _ in failed})} sections fail checks (see report/):\n{text}")
+        raise SourceError(f"`strict`: {len({i for i, _ in failed})} sections fail checks (see report/):\n{text}")

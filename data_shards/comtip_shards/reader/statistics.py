@@ -99,7 +99,7 @@ def _add(
 
 
 def _paths(shards: ShardSet) -> Iterator[Path]:
-    """Yield where the statistics may be, in the order of preference."""
+    """Yield the possible paths of the statistics, in order of preference."""
     own = shards.path / FILE
     # A link in the set is neither followed nor replaced: it may name any file of the user.
     if shards.files.remote is None and not own.is_symlink():

@@ -131,13 +131,13 @@ def guard_benchmark(
     if unknown:
         near = difflib.get_close_matches(unknown[0], sorted(why), n=1)
         hint = f"; did you mean {near[0]}?" if near else "; leave the option out"
-        raise SourceError(f"--allow-benchmark {unknown[0]}: no section of that id is kept out of training{hint}")
+        raise SourceError(f"`allow_benchmark` {unknown[0]}: no section of that id is kept out of training{hint}")
     barred = [m for m in metas if m.section_id in why and m.section_id not in allow and m.split in LEARNING]
     if barred:
         text = "\n".join(f"  {m.section_id} (split {m.split}): {why[m.section_id]}" for m in barred)
         raise SourceError(
             f"{len(barred)} training sections are scored by a benchmark, or share a donor with one that is:\n{text}\n"
-            "leave them out (--samples), move them to test (--split ID=test), or allow them explicitly (--allow-benchmark ID)"
+            "leave them out (`samples`), move them to split test (`splits`), or allow them explicitly (`allow_benchmark`)"
         )
     out = [replace(m, split="test") if m.section_id in why and m.section_id not in allow else m for m in metas]
     notes = {i: f"{text}; {'allowed by name' if i in allow else 'kept out of training'}" for i, text in why.items()}

@@ -129,7 +129,7 @@ class SourceOptions:
     counts: CountOptions = field(default_factory=CountOptions)
 
     def stated(self) -> dict[str, str]:
-        """Return what is stated, by name, as text."""
+        """Return the stated values as text, by name."""
         return stated(self.facts, self.pooling, self.counts)
 
 
@@ -158,11 +158,6 @@ def option_specs(cls: type[Options]) -> Iterator[OptionSpec]:
 def option_names(cls: type[Options]) -> tuple[str, ...]:
     """Return the names of the fields of a class, in order."""
     return tuple(item.name for item in fields(cls))
-
-
-def flag(name: str) -> str:
-    """Return the command line option of a field: ``--pool-um``."""
-    return f"--{name.replace('_', '-')}"
 
 
 POOL_KEYS = option_names(PoolingOptions)
@@ -231,18 +226,18 @@ def check_options(options: SourceOptions, used: Collection[str], what: str) -> N
     """
     for name in options.stated():
         if name not in FACT_KEYS and name not in used:
-            raise SourceError(f"{flag(name)} has no effect here: {what} does not use it; leave it out")
+            raise SourceError(f"`{name}` has no effect here: {what} does not use it; leave it out")
 
 
 def refuse(options: SourceOptions, names: Collection[str], why: str) -> None:
     """Raise for stated options that have no effect for this format."""
     for name in options.stated():
         if name in names:
-            raise SourceError(f"{flag(name)} has no effect here: {why}; leave it out")
+            raise SourceError(f"`{name}` has no effect here: {why}; leave it out")
 
 
 def stated(*parts: Options | None) -> dict[str, str]:
-    """Return what is stated, as text, for messages and for provenance."""
+    """Return the stated values as text, by name, for messages and provenance."""
     out = {}
     for part in parts:
         for name, value in vars(part).items() if part is not None else ():
@@ -269,4 +264,4 @@ def _validated(cls: Any, values: Mapping[str, Any]) -> Any:
             must = f"must be {', '.join(most)} or {last}"
         else:
             must = re.sub(r"^\w+ should", "must", first["msg"])
-        raise SourceError(f"{flag(name)} {str(values[name]) or repr('')}: {must}") from None
+        raise SourceError(f"`{name}` {str(values[name]) or repr('')}: {must}") from None

@@ -123,7 +123,7 @@ class Pooler:
         self._compact()
         flat, data = self._flat[0], self._data[0]
         if data.size and data.max() > np.iinfo(np.int32).max:
-            raise SourceError("a pseudo-spot has more than 2^31 - 1 counts of one gene; set a smaller --pool-um")
+            raise SourceError("a pseudo-spot has more than 2^31 - 1 counts of one gene; set a smaller `pool_um`")
         shape = (len(self._units), self.n_genes)
         whole = sparse.csr_matrix((data, (flat // self.n_genes, flat % self.n_genes)), shape=shape)
         squares = _decode(np.array(list(self._row_of), np.int64))

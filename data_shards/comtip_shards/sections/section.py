@@ -182,11 +182,11 @@ def check_meta(meta: SectionMeta, where: Path | str) -> None:
     check_section_id(meta.section_id, str(where), SourceError, RENAME)
     if meta.species not in ("human", "mouse"):
         raise SourceError(
-            f"{where}: section {meta.section_id}: unknown species {meta.species!r}; state human or mouse (--species)"
+            f"{where}: section {meta.section_id}: unknown species {meta.species!r}; state human or mouse (`species`)"
         )
     if not (np.isfinite(meta.mpp) and meta.mpp > 0):
         raise SourceError(
-            f"{where}: section {meta.section_id}: no scale; state the um per px of the image (--mpp, or mpp_um_per_px)"
+            f"{where}: section {meta.section_id}: no scale; state the um per px of the image (`mpp`, or mpp_um_per_px)"
         )
     if not 0.05 <= meta.mpp <= 50:
         raise SourceError(

@@ -42,7 +42,7 @@ def check_splits(metas: Sequence[SectionMeta]) -> None:
         if shared:
             raise SourceError(
                 f"donor {meta.donor} is in the test section {meta.section_id} and in {', '.join(shared)}; "
-                "split by donor, with --split SECTION=train|val|test"
+                "split by donor (`splits`)"
             )
 
 
@@ -65,7 +65,7 @@ def propose_split(metas: Sequence[SectionMeta], shares: Sequence[float], seed: i
     """
     if len(shares) != 3 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
         raise SourceError(
-            f"--auto-split {','.join(f'{s:g}' for s in shares)}: invalid shares; give shares of train, val and test that "
+            f"`auto_split` {','.join(f'{s:g}' for s in shares)}: invalid shares; give shares of train, val and test that "
             "sum to 1"
         )
     out = _drawn(metas, shares, seed)
@@ -73,11 +73,11 @@ def propose_split(metas: Sequence[SectionMeta], shares: Sequence[float], seed: i
     if empty:
         works = next((s for s in range(1000) if not _empty(_drawn(metas, shares, s), shares)), None)
         fix = (
-            f"--seed {works} fills all splits"
+            f"`seed={works}` fills all splits"
             if works is not None
-            else "there are too few donors; state --split SECTION=SPLIT"
+            else "there are too few donors; state the split of each section (`splits`)"
         )
-        raise SourceError(f"--auto-split with seed {seed} leaves {' and '.join(empty)} empty; {fix}")
+        raise SourceError(f"`auto_split` with seed {seed} leaves {' and '.join(empty)} empty; {fix}")
     return out
 
 

@@ -75,7 +75,7 @@ def peak_of(values: np.ndarray, where: str = "the image") -> float:
 
 
 def tiff_decoder(page: Any, where: str) -> Decode | None:
-    """Return how the stored values of a TIFF page become grey or RGB values, None if they already are.
+    """Return the conversion of a TIFF page's stored values to grey or RGB, None if none is needed.
 
     Parameters
     ----------

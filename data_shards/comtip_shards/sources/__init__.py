@@ -24,10 +24,10 @@ from comtip_shards.sources import (
     xenium,
 )
 from comtip_shards.sources.base import Reader, SectionSource, named, pick
-from comtip_shards.sources.files.hints import explain
 from comtip_shards.sources.files.packaging import contents
 from comtip_shards.sources.selection.choose import check_where, choose
 from comtip_shards.sources.selection.fetch import fetch_source
+from comtip_shards.sources.selection.hints import explain
 from comtip_shards.storage.remote import is_url
 
 __all__ = ["FORMATS", "READERS", "SectionSource", "detect", "open_source"]
@@ -132,7 +132,7 @@ def detect(path: Path) -> tuple[Reader, str]:
         raise SourceError(f"{path}: {explain(path, READERS)}")
     if len(left) > 1:
         seen = "; ".join(f"{name}: {why}" for name, why in left.items())
-        raise SourceError(f"{path}: could be more than one format ({seen}); choose with --format {'|'.join(left)}")
+        raise SourceError(f"{path}: could be more than one format ({seen}); set `fmt` to {' or '.join(left)}")
     name, why = next(iter(left.items()))
     return _BY_NAME[name], why
 

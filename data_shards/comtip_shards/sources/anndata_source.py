@@ -70,7 +70,7 @@ def open_sections(path: Path, samples: Sequence[str] | None, options: SourceOpti
                 raise SourceError(f"{file}: section {name} also exists in {found[name][0].name}; rename one")
             found[name] = (file, library)
     names = pick(samples, list(found), path)
-    check_one_file("--image", options.facts.image, names, path)
+    check_one_file("image", options.facts.image, names, path)
     return [_source(*found[name], name, options) for name in names]
 
 
@@ -136,7 +136,7 @@ def view_library(
     xy = read_centres(store, options.counts, notes)[rows]
     image = stated_image(options.facts, name)
     if not library and image is None:
-        raise SourceError(f"{path}: no image in uns['spatial']; set --image to the image of obsm['spatial']")
+        raise SourceError(f"{path}: no image in uns['spatial']; set `image` to the image of obsm['spatial']")
     group = store.group(f"uns/spatial/{library}") if library else {}
     picture = library_picture(group, str(path)) if image is None else None
     facts = facts_of(obs.iloc[rows], options.facts, store)
@@ -167,7 +167,7 @@ def _source(path: Path, library: str, name: str, options: SourceOptions) -> Sect
     with open_store(path) as store:
         view = view_library(store, library, name, options)
     if not view.facts.tissue:
-        raise SourceError(f"{path}: obs has no tissue column; set --tissue")
+        raise SourceError(f"{path}: obs has no tissue column; set `tissue`")
     gap = median_gap(view.xy)
     meta = SectionMeta(
         section_id=name,
@@ -209,7 +209,7 @@ def _scale(facts: ObsFacts, image: Path | None, xy: np.ndarray, path: Path, note
     if tagged is not None:
         return tagged
     raise SourceError(
-        f"{path}: no scale; set --mpp, the um per px of obsm['spatial'], or --platform Visium to derive it "
+        f"{path}: no scale; set `mpp`, the um per px of obsm['spatial'], or `platform=Visium` to derive it "
         "from the 100 um spot pitch"
     )
 

@@ -37,7 +37,7 @@ def visium_mpp(xy: np.ndarray, where: str) -> float:
     if not gap > 0:
         raise SourceError(
             f"{where}: the distance between spots is {gap:g} px, so the scale cannot be derived from the pitch of Visium; "
-            "correct the positions, or set --mpp"
+            "correct the positions, or set `mpp`"
         )
     return VISIUM_PITCH_UM / gap
 
@@ -74,11 +74,11 @@ def check_pitch(xy: np.ndarray, mpp: float, limit: float, where: str) -> None:
         The scale is wrong, e.g. by a factor of ten, or belongs to another image.
     """
     if not np.isfinite(mpp) or mpp <= 0:
-        raise SourceError(f"{where}: the scale is {mpp:g} um per px, expected a positive number; set --mpp")
+        raise SourceError(f"{where}: the scale is {mpp:g} um per px, expected a positive number; set `mpp`")
     gap = median_gap(xy)
     if len(xy) < _MIN_SPOTS or not gap > 0 or 1 / limit <= gap * mpp / VISIUM_PITCH_UM <= limit:
         return
     raise SourceError(
         f"{where}: with {mpp:g} um per px the spot pitch is {gap * mpp:.1f} um, but on a Visium slide it is "
-        f"{VISIUM_PITCH_UM:g} um; set --mpp {VISIUM_PITCH_UM / gap:.4g}, or --platform if this is not a Visium slide"
+        f"{VISIUM_PITCH_UM:g} um; set `mpp` to {VISIUM_PITCH_UM / gap:.4g}, or `platform` if this is not a Visium slide"
     )

@@ -26,8 +26,9 @@ from comtip_shards.sources.anndata_parts.picture import library_picture, library
 from comtip_shards.sources.anndata_parts.positions import centres
 from comtip_shards.sources.anndata_parts.spots import read_spots
 from comtip_shards.sources.anndata_parts.store import open_h5ad, read_part
-from comtip_shards.sources.base import CatalogueRow, SectionSource, number, pick, read_table, stated_image
+from comtip_shards.sources.base import CatalogueRow, SectionSource, pick, stated_image
 from comtip_shards.sources.files.packaging import find
+from comtip_shards.sources.files.tables import number, read_table
 from comtip_shards.sources.geometry import MAX_RATIO_INFERRED, check_pitch, median_gap
 from comtip_shards.sources.patches import Patches, PatchSlide, read_patches
 from comtip_shards.storage.regular_file import read_regular
@@ -121,14 +122,14 @@ def _source(path: Path, row: CatalogueRow, metadata: Mapping[str, Any], facts: S
     table, patches = path / "st" / f"{name}.h5ad", path / "patches" / f"{name}.h5"
     wsi = _wsi(path, name, facts)
     if wsi is None and not patches.is_file():
-        raise SourceError(f"{path}: neither wsis/{name}.tif nor patches/{name}.h5 exists; download one or set --image")
+        raise SourceError(f"{path}: neither wsis/{name}.tif nor patches/{name}.h5 exists; download one or set `image`")
     notes: list[str] = []
     if not metadata:
         notes.append(f"no metadata for {name}: metadata/{name}.json and {TABLE} are missing")
     mpp = facts.mpp or _scale(path, name, metadata, wsi, notes)
     pitch, diameter = _geometry(table, mpp, metadata, row.platform, notes)
     if not row.tissue:
-        raise SourceError(f"{path}: no tissue for {name}; download metadata/{name}.json or set --tissue")
+        raise SourceError(f"{path}: no tissue for {name}; download metadata/{name}.json or set `tissue`")
     licence = f"{LICENCE}; the study's own: {metadata['license']}" if metadata.get("license") else LICENCE
     study = "; ".join(str(metadata[k]) for k in ("dataset_title", "study_link") if metadata.get(k))
     meta = SectionMeta(
@@ -156,7 +157,7 @@ def _wsi(path: Path, name: str, facts: SectionFacts) -> Path | None:
         return None
     wsi = next(iter(sorted(find(path / "wsis", f"{name}.tif*"))), None)
     if wsi is None and facts.pixels == "wsi":
-        raise SourceError(f"{path / 'wsis' / name}.tif: no such file, but --pixels wsi requires it; download it")
+        raise SourceError(f"{path / 'wsis' / name}.tif: no such file, but `pixels=wsi` requires it; download it")
     return wsi
 
 
@@ -172,7 +173,7 @@ def _scale(path: Path, name: str, metadata: Mapping[str, Any], wsi: Path | None,
     tagged = mpp_by_tag(wsi, notes) if wsi is not None else None
     if tagged is not None:
         return tagged
-    raise SourceError(f"{where}: no pixel_size_um_estimated for {name}; download it or set --mpp")
+    raise SourceError(f"{where}: no pixel_size_um_estimated for {name}; download it or set `mpp`")
 
 
 def _geometry(

@@ -17,19 +17,10 @@ from comtip_shards.errors import SourceError
 from comtip_shards.sections.facts import SectionFacts, SourceOptions
 from comtip_shards.sections.section import Section, SectionMeta
 from comtip_shards.slides.open import image_size
-from comtip_shards.sources.base import (
-    SectionSource,
-    SpotPositions,
-    check_one_file,
-    join,
-    numbers,
-    pick,
-    read_counts_table,
-    read_spots_table,
-    read_table,
-    stated_image,
-)
+from comtip_shards.sources.base import SectionSource, check_one_file, pick, stated_image
 from comtip_shards.sources.files.packaging import find
+from comtip_shards.sources.files.spots import SpotPositions, join, read_spots_table
+from comtip_shards.sources.files.tables import numbers, read_counts_table, read_table
 
 PITCH_UM, DIAMETER_UM = 200.0, 100.0
 MIN_PITCH_UM, MAX_PITCH_UM = 75.0, 400.0
@@ -74,9 +65,9 @@ def open_sections(path: Path, samples: Sequence[str] | None, options: SourceOpti
     facts = options.facts
     if facts.species is None or facts.tissue is None:
         missing = "species" if facts.species is None else "tissue"
-        raise SourceError(f"{path}: legacy ST files have no {missing}; set --{missing}")
+        raise SourceError(f"{path}: legacy ST files have no {missing}; set `{missing}`")
     names = pick(samples, list(found), path)
-    check_one_file("--image", facts.image, names, path)
+    check_one_file("image", facts.image, names, path)
     return [_source(path, name, *found[name], facts, facts.species, facts.tissue) for name in names]
 
 
@@ -121,7 +112,7 @@ def _scale(path: Path, stated: float | None, pitch_px: float, notes: list[str]) 
     if not MIN_PITCH_UM < pitch < MAX_PITCH_UM:
         raise SourceError(
             f"{path}: with {stated:g} um per px the spot pitch is {pitch:.0f} um, but arrays have 150 or {PITCH_UM:g} um; "
-            f"set --mpp {PITCH_UM * stated / pitch:.4g} or omit it"
+            f"set `mpp` to {PITCH_UM * stated / pitch:.4g} or omit it"
         )
     return stated
 
@@ -160,6 +151,6 @@ def _pitch_px(spots: SpotPositions | None, image: Path, table: Path | None) -> f
         return image_size(image)[0] / 32
     design = np.column_stack([spots.array_xy, np.ones(len(spots.ids))])
     if len(spots.ids) < 3 or not np.isfinite(design).all():
-        raise SourceError(f"{table}: too few array coordinates to estimate the scale; set --mpp")
+        raise SourceError(f"{table}: too few array coordinates to estimate the scale; set `mpp`")
     fit, *_ = np.linalg.lstsq(design, spots.xy, rcond=None)
     return float(np.sqrt(abs(np.linalg.det(fit[:2]))))

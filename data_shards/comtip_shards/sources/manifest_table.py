@@ -13,17 +13,10 @@ from comtip_shards.names import check_section_id
 from comtip_shards.sections.facts import SectionFacts, SourceOptions
 from comtip_shards.sections.section import RENAME, Section, SectionMeta, check_meta
 from comtip_shards.slides.open import mpp_by_tag
-from comtip_shards.sources.base import (
-    CatalogueRow,
-    SectionSource,
-    existing,
-    join,
-    number,
-    pick,
-    read_counts_table,
-    read_spots_table,
-    read_table,
-)
+from comtip_shards.sources.base import CatalogueRow, SectionSource, pick
+from comtip_shards.sources.files.opening import existing
+from comtip_shards.sources.files.spots import join, read_spots_table
+from comtip_shards.sources.files.tables import number, read_counts_table, read_table
 
 NAME = "manifest.tsv"
 FILES = ("image", "counts", "spots")

@@ -16,8 +16,8 @@ from comtip_shards.errors import SourceError
 from comtip_shards.sections.section import check_unique
 from comtip_shards.slides.base import ArraySlide, Box, Slide
 from comtip_shards.slides.tiles import shrunk_size
-from comtip_shards.sources.base import reading
 from comtip_shards.sources.files.hdf5 import open_hdf5
+from comtip_shards.sources.files.opening import reading
 
 HEST_MPP = 0.5
 """um per px of HEST's patches."""
@@ -58,7 +58,7 @@ class Patches:
             return [f"{self.path.name}: coords are patch centres instead of top-left corners"]
         raise SourceError(
             f"{self.path}: the median distance of patches from their spots is {off:.0f} px; use the file of this section, or "
-            "correct the scale (--mpp)"
+            "correct the scale (`mpp`)"
         )
 
 
@@ -92,7 +92,7 @@ def read_patches(path: Path, mpp: float) -> Patches:
     source_mpp = float(attrs.get("pixel_size", mpp))
     if abs(source_mpp / mpp - 1) > 0.02:
         raise SourceError(
-            f"{path}: extracted at {source_mpp:g} um per px, but the section has {mpp:g}; set --mpp {source_mpp:g}"
+            f"{path}: extracted at {source_mpp:g} um per px, but the section has {mpp:g}; set `mpp` to {source_mpp:g}"
         )
     side = int(pixels[1]) if pixels is not None else 224
     width_px = float(attrs.get("patch_size_src", side * HEST_MPP / source_mpp))
@@ -145,7 +145,7 @@ class PatchSlide(Slide):
         if tile_um > width * 1.005:
             raise SourceError(
                 f"{self.path}: patches are {width:g} um wide, too small for tiles of {tile_um:g} um; set "
-                f"--tile-um {math.floor(width)} or download wsis/ID.tif"
+                f"`tile_um` to {math.floor(width)} or download wsis/ID.tif"
             )
         for x, y in np.asarray(xy_N2, np.float64):
             row = self._row_at.get((float(x), float(y)))

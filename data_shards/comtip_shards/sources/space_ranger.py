@@ -17,18 +17,11 @@ import pandas as pd
 from comtip_shards.errors import SourceError
 from comtip_shards.sections.facts import SectionFacts, SourceOptions
 from comtip_shards.sections.section import Section, SectionMeta, check_unique
-from comtip_shards.sources.base import (
-    SectionSource,
-    SpotPositions,
-    check_one_file,
-    existing,
-    flags,
-    join,
-    numbers,
-    pick,
-    reading,
-)
+from comtip_shards.sources.base import SectionSource, check_one_file, pick
+from comtip_shards.sources.files.opening import existing, reading
 from comtip_shards.sources.files.packaging import read_packed, unpacked
+from comtip_shards.sources.files.spots import SpotPositions, join
+from comtip_shards.sources.files.tables import flags, numbers
 from comtip_shards.sources.tenx.features import for_species
 from comtip_shards.sources.tenx.run import PICTURES, appearance_note, choose_image, scale_factors, section_name
 from comtip_shards.sources.tenx.space_ranger_files import RunFiles, find_runs, spatial_files
@@ -65,7 +58,7 @@ def open_sections(path: Path, samples: Sequence[str] | None, options: SourceOpti
     runs = {run.name: run for run in find_runs(path)}
     names = pick(samples, list(runs), path)
     image = options.facts.image
-    check_one_file("--image", None if image in PICTURES else image, names, path)
+    check_one_file("image", None if image in PICTURES else image, names, path)
     return [_source(runs[name], options.facts) for name in names]
 
 
@@ -85,7 +78,7 @@ def _source(run: RunFiles, facts: SectionFacts) -> SectionSource:
     full_mpp = _scale(spots, factors, positions, facts.mpp, notes)
     features, species = for_species(counts.features(), facts.species, counts.path)
     if facts.tissue is None:
-        raise SourceError(f"{path}: Space Ranger does not state the tissue; set --tissue")
+        raise SourceError(f"{path}: Space Ranger does not state the tissue; set `tissue`")
     image, scale, image_notes = choose_image(path, run.pictures, factors, facts.image, run.name, run.prefix)
     notes += image_notes
     meta = SectionMeta(
@@ -189,7 +182,7 @@ def _scale(
             "if the array is not Visium, give the section as .h5ad or SpatialData; otherwise remove microns_per_pixel from "
             "scalefactors_json.json"
             if stated is None
-            else "omit --mpp"
+            else "omit `mpp`"
         )
         raise SourceError(
             f"{path}: {given:g} um per px is stated, but the spot pitch of {pitch:.1f} px (100 um) gives "

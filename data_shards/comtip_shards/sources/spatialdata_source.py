@@ -96,7 +96,7 @@ def _source(path: Path, data: Any, table_name: str, region: str, name: str, opti
     features = Features(ids, symbols, [GENE_KIND] * len(ids))
     species = for_species(features, facts.species, path)[1]
     if not facts.tissue:
-        raise SourceError(f"{path}: obs of {table_name} has no tissue column; set --tissue")
+        raise SourceError(f"{path}: obs of {table_name} has no tissue column; set `tissue`")
     gap, notes = median_gap(xy), [f"tiles are cut from the image {image}, in the coordinate system {system}"]
     units = units_per_px(data, image, system)
     if options.facts.mpp is not None:
@@ -127,7 +127,7 @@ def _stated_scale(mpp: float, units: float, notes: list[str]) -> float:
     """Return um per px of the image; ``--mpp`` is in px of the positions, as for every other format."""
     if abs(units - 1) > 1e-6:
         notes.append(
-            f"scale: {mpp * units:g} um per image px, from --mpp and {units:g} px of the positions per image px"
+            f"scale: {mpp * units:g} um per image px, from `mpp` and {units:g} px of the positions per image px"
         )
     return mpp * units
 
@@ -139,7 +139,7 @@ def _scale(facts: ObsFacts, gap: float, where: str, system: str, notes: list[str
         notes.append(f"scale: {mpp:.4f} um per px, from the {VISIUM_PITCH_UM:g} um pitch of Visium spots")
         return mpp
     raise SourceError(
-        f"{where}: no scale; set --mpp, the um per px of the positions in the coordinate system {system}, or --platform Visium"
+        f"{where}: no scale; set `mpp`, the um per px of the positions in the coordinate system {system}, or `platform=Visium`"
     )
 
 
@@ -158,7 +158,7 @@ def choose_image(data: Any, region: str, wanted: str | None, path: Path) -> tupl
             "element, or correct spatialdata_attrs of the table"
         )
     if wanted and wanted not in data.images:
-        raise SourceError(f"{path}: no image {wanted!r}; set --image to one of {', '.join(data.images) or 'none'}")
+        raise SourceError(f"{path}: no image {wanted!r}; set `image` to one of {', '.join(data.images) or 'none'}")
     found = []
     for name in [wanted] if wanted else list(data.images):
         shared = sorted(set(_systems(data[name])) & set(_systems(data[region])), key=lambda s: (s != "global", s))
@@ -224,7 +224,7 @@ def _load(
     has_shape = np.array([i in index for i in ids], bool)
     if not has_shape.any():
         raise SourceError(
-            f"{path}: {table_name} and {region} have no id in common: {', '.join(ids[:3])} ... and {', '.join(instances[:3])} ...; "
+            f"{path}: {table_name} and {region} share no id: {', '.join(ids[:3])} ... and {', '.join(instances[:3])} ...; "
             f"obs[{attrs['instance_key']!r}] must contain the index of {region}"
         )
     matrix, var, count_notes = raw_counts(MemoryStore(table, path), path, options) if counts else no_counts(table.n_obs)

@@ -18,20 +18,12 @@ from comtip_shards.errors import SourceError
 from comtip_shards.genes.species import species_name
 from comtip_shards.sections.facts import SectionFacts, SourceOptions
 from comtip_shards.sections.section import Section, SectionMeta
-from comtip_shards.sources.base import (
-    CatalogueRow,
-    SectionSource,
-    SpotPositions,
-    existing,
-    join,
-    numbers,
-    pick,
-    read_counts_table,
-    read_table,
-    stated_image,
-)
+from comtip_shards.sources.base import CatalogueRow, SectionSource, pick, stated_image
 from comtip_shards.sources.files.names import safe_id
+from comtip_shards.sources.files.opening import existing
 from comtip_shards.sources.files.packaging import find
+from comtip_shards.sources.files.spots import SpotPositions, join
+from comtip_shards.sources.files.tables import numbers, read_counts_table, read_table
 from comtip_shards.sources.geometry import median_gap
 
 TECHS = ("ST", "Visium", "VisiumHD")
@@ -144,7 +136,7 @@ def _source(coord: Path, row: CatalogueRow, study: str, facts: SectionFacts) -> 
     image = _image(tech, slide, facts)
     for key, value in (("species", row.species), ("tissue", row.tissue)):
         if not value:
-            raise SourceError(f"{coord}: no {key} for {slide} in {TABLE}; download meta/ or set --{key}")
+            raise SourceError(f"{coord}: no {key} for {slide} in {TABLE}; download meta/ or set `{key}`")
     spots, radius = read_coord(coord, slide)
     notes: list[str] = []
     mpp = facts.mpp or _scale(coord, spots, radius, tech.name, notes)
@@ -199,19 +191,19 @@ def bare_ids(ids: Sequence[str], slide: str) -> list[str]:
 def _scale(path: Path, spots: SpotPositions, radius: float, tech: str, notes: list[str]) -> float:
     """Return um per px from the spot pitch, and note the assumption."""
     if tech not in PITCH_UM:
-        raise SourceError(f"{path}: no scale; set --mpp, because the bin width of {tech} varies")
+        raise SourceError(f"{path}: no scale; set `mpp`, because the bin width of {tech} varies")
     gap = median_gap(spots.xy)
     if not gap > 0:
-        raise SourceError(f"{path}: too few spots to estimate the scale; set --mpp")
+        raise SourceError(f"{path}: too few spots to estimate the scale; set `mpp`")
     mpp = PITCH_UM[tech] / gap
     low, high = DRAWN_UM[tech]
     drawn = 2 * radius * mpp
     if not low <= drawn <= high:
         raise SourceError(
             f"{path}: the spot pitch is {gap:.1f} px and r is {radius:.1f} px; with the pitch of {PITCH_UM[tech]:g} um of "
-            f"{tech} slides, the spot diameter is {drawn:.0f} um instead of {DIAMETER_UM[tech]:g}; set --mpp"
+            f"{tech} slides, the spot diameter is {drawn:.0f} um instead of {DIAMETER_UM[tech]:g}; set `mpp`"
         )
-    also = " (1k arrays; for 2k arrays with 150 um set --mpp)" if tech == "ST" else ""
+    also = " (1k arrays; for 2k arrays with 150 um set `mpp`)" if tech == "ST" else ""
     notes.append(
         f"no scale in the source: assumed a spot pitch of {PITCH_UM[tech]:g} um{also}: {mpp:.4f} um per px; r and "
         f"spots of {DIAMETER_UM[tech]:g} um give {DIAMETER_UM[tech] / (2 * radius):.4f}"

@@ -50,11 +50,11 @@ def recognise(path: Path) -> str | None:
 
 def open_sections(path: Path, samples: Sequence[str] | None, options: SourceOptions) -> list[SectionSource]:
     """Return the sections of the folder: one named after it, or one per prefix of the file names."""
-    refuse(options, ("bin_um", "min_cover"), "it is for Visium HD (Xenium has --min-pooled)")
+    refuse(options, ("bin_um", "min_cover"), "it is for Visium HD (Xenium has `min_pooled`)")
     runs = {run.name: run for run in find_runs(path)}
     names = pick(samples, list(runs), path)
-    check_one_file("--image", options.facts.image, names, path)
-    check_one_file("--alignment", options.pooling.alignment, names, path)
+    check_one_file("image", options.facts.image, names, path)
+    check_one_file("alignment", options.pooling.alignment, names, path)
     return [_source(runs[name], options) for name in names]
 
 
@@ -62,13 +62,13 @@ def _source(files: XeniumFiles, options: SourceOptions) -> SectionSource:
     path, pooling = files.root, options.pooling
     what = pooling.pool_from or ("transcripts" if files.transcripts is not None else "cells")
     if what == "bins":
-        raise SourceError(f"unknown --pool-from {what}; use transcripts or cells for Xenium")
+        raise SourceError(f"`pool_from={what}` is unknown; use transcripts or cells for Xenium")
     run = open_run(files, options, pooling.pool_um or POOL_UM)
     if what == "cells":
         refuse(options, ("qv",), "the instrument counted the transcripts of cells with qv of at least 20")
         if files.matrix is None:
             raise SourceError(
-                f"{path}: no cell_feature_matrix.h5 with the counts of the cells; copy it, or set --pool-from transcripts"
+                f"{path}: no cell_feature_matrix.h5 with the counts of the cells; copy it, or set `pool_from` to transcripts"
             )
     table = files.cells if what == "cells" else files.transcripts
     if table is None:
@@ -116,7 +116,7 @@ def _load_transcripts(
 def _section(run: XeniumRun, meta: SectionMeta, pooler: Pooler, least: int, what: str, notes: list[str]) -> Section:
     pooled = pooler.result(min_units=least)
     if not len(pooled.n_units):
-        raise SourceError(f"{run.path}: no square of {run.pool_um:g} um contains {least} {what}; reduce --min-pooled")
+        raise SourceError(f"{run.path}: no square of {run.pool_um:g} um contains {least} {what}; reduce `min_pooled`")
     dropped = {f"pseudo-spots with under {least:,} {what}": pooled.dropped_squares}
     xy = (pooled.square_N2 + 0.5) * (run.pool_um / run.mpp)
     plain = unpacked(run.image)

@@ -176,7 +176,7 @@ def flush_tree(folder: Path) -> None:
     flush(folder)
 
 
-def refuse_input_as_output(out: Path, inputs: Iterable[Path | str], option: str = "--out") -> None:
+def refuse_input_as_output(out: Path, inputs: Iterable[Path | str], option: str = "`out`") -> None:
     """Check that an output is not one of the inputs or a file inside one, also through links.
 
     Raises

@@ -50,7 +50,7 @@ def default_cache() -> Path:
     local = Path(tempfile.gettempdir()) / f"comtip-{os.getuid()}"
     local.mkdir(mode=0o700, exist_ok=True)
     if local.is_symlink() or local.stat().st_uid != os.getuid():
-        raise ShardError(f"{local}: belongs to another user; set {CACHE_VARIABLE} to a folder of yours", kind="remote")
+        raise ShardError(f"{local}: belongs to another user; set {CACHE_VARIABLE} to your own folder", kind="remote")
     return local
 
 

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from comtip_shards.errors import SourceError
 from comtip_shards.names import check_section_id
 from comtip_shards.not_data import refuse_not_data
-from comtip_shards.sections.facts import META_KEYS, SourceOptions, flag, source_options
+from comtip_shards.sections.facts import META_KEYS, SourceOptions, source_options
 from comtip_shards.sections.section import RENAME, Split
 from comtip_shards.sources import FORMATS
 
@@ -192,8 +192,8 @@ def _row(path: Path, number: int, cells: dict[str, str]) -> StudyRow:
 
 
 def _as_column(message: str) -> str:
-    """Return a message about an option as one about a column: the names differ only in dashes."""
+    """Return a message about an option as one about a column: without the marks of a name."""
     for name in META_KEYS:
-        if message.startswith(f"{flag(name)} "):
-            return name + message.removeprefix(flag(name))
+        if message.startswith(f"`{name}` "):
+            return name + message.removeprefix(f"`{name}`")
     return message

@@ -90,7 +90,7 @@ def test_two_runs_with_other_bits_are_found():
     assert not found.ok
 
 
-def test_no_gpu_is_said(monkeypatch: pytest.MonkeyPatch):
+def test_a_missing_gpu_is_reported(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "argv", ["gpu.py"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="no GPU"):

@@ -12,7 +12,7 @@ from scipy import sparse
 from comtip_shards.errors import SourceError
 from comtip_shards.sections.facts import CountOptions
 from comtip_shards.sources.anndata_parts.store import Store
-from comtip_shards.sources.base import as_counts
+from comtip_shards.sources.files.tables import as_counts
 
 COUNTS = ("layers/counts", "X", "raw/X")
 """Elements searched for counts, in order."""
@@ -38,7 +38,7 @@ def raw_counts(store: Store, path: Path, options: CountOptions) -> tuple[sparse.
     """
     key = _stated_key(store, options.layer, path)
     if key is not None:
-        matrix, notes = expression(store, key), [f"counts are those of {key} (--layer)"]
+        matrix, notes = expression(store, key), [f"counts are those of {key} (`layer`)"]
         if is_counts(matrix):
             return matrix, _var_of(store, key), notes
         return _rounded(store, key, matrix, path, options, notes, "")
@@ -56,7 +56,7 @@ def raw_counts(store: Store, path: Path, options: CountOptions) -> tuple[sparse.
         key = f"layers/{named[0]}"
         notes = [f"counts are those of {key}, the only layer of counts by name and content ({path.name})"]
         return expression(store, key), _var_of(store, key), notes
-    hint = f"set --layer to a layer of integers ({', '.join(others)})" if others else ""
+    hint = f"set `layer` to a layer of integers ({', '.join(others)})" if others else ""
     return _rounded(store, found[0], expression(store, found[0]), path, options, [], hint)
 
 
@@ -91,7 +91,7 @@ def _stated_key(store: Store, layer: str | None, path: Path) -> str | None:
     key = {"X": "X", "raw": "raw/X", "raw.X": "raw/X", "raw/X": "raw/X"}.get(layer, f"layers/{layer}")
     if key not in store:
         have = [*store.keys("layers"), *(k.split("/")[0] for k in ("X", "raw/X") if k in store)]
-        raise SourceError(f"{path}: no layer {layer!r}; set --layer to one of {', '.join(have) or 'none'}")
+        raise SourceError(f"{path}: no layer {layer!r}; set `layer` to one of {', '.join(have) or 'none'}")
     return key
 
 
@@ -112,12 +112,14 @@ def _rounded(
     var, data = _var_of(store, key), matrix.data
     if not options.round_counts or not np.isfinite(data).all() or (data.size and data.min() < 0):
         names, genes = [str(v) for v in store["obs"].index], [str(v) for v in var.index]
-        fix = "; ".join(filter(None, [hint, "for fractional counts (ambient RNA correction) set --round-counts yes"]))
+        fix = "; ".join(
+            filter(None, [hint, "for fractional counts (ambient RNA correction) set `round_counts` to yes"])
+        )
         as_counts(matrix, path, names, genes, what=key, fix=fix)
         raise SourceError(f"{path}: {key} holds no counts; {fix}")
     out = matrix.copy()
     out.data = np.rint(data)
     changed, total = int((out.data != data).sum()), float(data.sum())
-    note = f"{key} rounded to integers (--round-counts): {changed} of {data.size} values changed, sum {total:g} to {out.data.sum():g}"
+    note = f"{key} rounded to integers (`round_counts`): {changed} of {data.size} values changed, sum {total:g} to {out.data.sum():g}"
     out.eliminate_zeros()
     return out, var, [*notes, note]

@@ -45,17 +45,17 @@ def library_picture(library: Any, where: str) -> Picture:
     images = library.get("images", {})
     name = next((n for n in PICTURES if n in images), None)
     if name is None:
-        raise SourceError(f"{where}: an entry of uns['spatial'] has no image (hires or lowres); set --image")
+        raise SourceError(f"{where}: an entry of uns['spatial'] has no image (hires or lowres); set `image`")
     scale = scale_factor(library, f"tissue_{name}_scalef")
     if scale is None and name == "fullres":
         scale = 1.0
     if scale is None:
         raise SourceError(
-            f"{where}: tissue_{name}_scalef is missing in the scale factors, so the image has no scale; add it, or set --image"
+            f"{where}: tissue_{name}_scalef is missing in the scale factors, so the image has no scale; add it, or set `image`"
         )
     if not (np.isfinite(scale) and scale > 0):
         raise SourceError(
-            f"{where}: tissue_{name}_scalef is {scale:g}, expected a positive number; correct it, or set --image"
+            f"{where}: tissue_{name}_scalef is {scale:g}, expected a positive number; correct it, or set `image`"
         )
     return Picture(
         name, scale, scale_factor(library, MICRONS_PER_PIXEL), scale_factor(library, "spot_diameter_fullres")
@@ -74,14 +74,14 @@ def library_slide(library: Any, picture: Picture, path: Path) -> ArraySlide:
     shape = tuple(int(n) for n in getattr(stored, "shape", np.shape(stored)))
     if len(shape) != 3 or shape[2] not in (3, 4):
         raise SourceError(
-            f"{path}: the {picture.name} image has the shape {shape}, expected (height, width, 3); set --image to an RGB image"
+            f"{path}: the {picture.name} image has the shape {shape}, expected (height, width, 3); set `image` to an RGB image"
         )
     # uint8 values are kept as they are; wider ones need several times the bytes while they are converted.
     n_bytes, limit = int(np.prod(shape)) * np.dtype(getattr(stored, "dtype", np.uint8)).itemsize, 3 * whole_limit()
     if n_bytes > limit:
         raise SourceError(
             f"{path}: the {picture.name} image has {shape[1]} x {shape[0]} px of {n_bytes:,} bytes, too many for memory (at "
-            f"most {limit:,}); set --image to a tiled TIFF"
+            f"most {limit:,}); set `image` to a tiled TIFF"
         )
     pixels = np.asarray(stored[()] if hasattr(stored, "shape") and not isinstance(stored, np.ndarray) else stored)
     return ArraySlide(

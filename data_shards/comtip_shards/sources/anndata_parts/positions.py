@@ -50,7 +50,7 @@ def read_centres(store: Store, options: CountOptions, notes: list[str]) -> np.nd
     """
     keys, stated = store.keys("obsm"), options.positions
     if stated and stated not in keys:
-        raise SourceError(f"{store.path}: no obsm[{stated!r}]; set --positions to one of {', '.join(keys) or 'none'}")
+        raise SourceError(f"{store.path}: no obsm[{stated!r}]; set `positions` to one of {', '.join(keys) or 'none'}")
     key = stated or next((k for k in KEYS if k in keys), None)
     if key is not None:
         if key != "spatial":
@@ -68,7 +68,7 @@ def read_centres(store: Store, options: CountOptions, notes: list[str]) -> np.nd
             return centres(obs[list(pair)], store.path, "spatial")
     raise SourceError(
         f"{store.path}: no obsm['spatial']; store spot centres there, x and y in image px"
-        + (f", or set --positions to one of {', '.join(keys)}" if keys else "")
+        + (f", or set `positions` to one of {', '.join(keys)}" if keys else "")
     )
 
 

@@ -14,7 +14,8 @@ from comtip_shards.sections.section import Section, SectionMeta, check_unique
 from comtip_shards.sources.anndata_parts.counts import raw_counts
 from comtip_shards.sources.anndata_parts.positions import read_centres
 from comtip_shards.sources.anndata_parts.store import open_store
-from comtip_shards.sources.base import SpotPositions, as_counts, flags, join
+from comtip_shards.sources.files.spots import SpotPositions, join
+from comtip_shards.sources.files.tables import as_counts, flags
 from comtip_shards.sources.tenx.features import GENE_KIND, Features, for_species
 
 _IDS, _SYMBOLS = ("gene_ids", "gene_id", "ensembl_id"), ("feature_name", "gene_name", "gene_symbols", "symbol")

@@ -15,8 +15,8 @@ from anndata.io import read_elem
 
 from comtip_shards.errors import SourceError
 from comtip_shards.not_data import not_data
-from comtip_shards.sources.base import reading
 from comtip_shards.sources.files.hdf5 import open_hdf5
+from comtip_shards.sources.files.opening import reading
 from comtip_shards.sources.files.packaging import find, unpacked
 from comtip_shards.sources.files.zarr_metadata import check_store
 

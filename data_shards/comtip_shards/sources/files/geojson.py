@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from comtip_shards.errors import SourceError
-from comtip_shards.sources.base import existing, reading
+from comtip_shards.sources.files.opening import existing, reading
 
 _CHUNK = 1 << 20
 _LONGEST = 1 << 26

@@ -11,7 +11,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from comtip_shards.errors import SourceError
-from comtip_shards.sources.base import existing, reading
+from comtip_shards.sources.files.opening import existing, reading
 from comtip_shards.sources.files.packaging import is_gzip, unpacked
 
 BATCH = 1 << 17

@@ -165,7 +165,7 @@ def _tail(url: str) -> Path:
 
 def _recognise(listing: _Listing, url: str, fmt: str, only: str) -> tuple[Layout, str]:
     if fmt != "auto":
-        return LAYOUTS[fmt], "set by --format"
+        return LAYOUTS[fmt], "set by `fmt`"
     if only:
         kind = LAYOUTS["anndata" if only.endswith(".h5ad") else "manifest"]
         return kind, f"file name {only}"
@@ -175,7 +175,7 @@ def _recognise(listing: _Listing, url: str, fmt: str, only: str) -> tuple[Layout
             return layout, f"found {', '.join(found)}"
     known = "; ".join(f"{n}: {' and '.join(la.marks)}" for n, la in LAYOUTS.items())
     raise SourceError(
-        f"{url}: unknown format. Looked for {known}. If it is one of these, set it with --format. If the server "
+        f"{url}: unknown format. Looked for {known}. If it is one of these, set `fmt` to it. If the server "
         "cannot list files, download the source first"
     )
 
@@ -192,7 +192,7 @@ def _choose(
     """Return the selected sections as spelled in file names; None if all files are needed."""
     if layout.names is None:
         if where:
-            raise SourceError(f"{url}: {layout.fmt} has no metadata table to filter by; select sections with --samples")
+            raise SourceError(f"{url}: {layout.fmt} has no metadata table to filter by; select sections with `samples`")
         return None
     stems = layout.names(root, listing.match(only or layout.marks[0]))
     stem_of = {layout.section(stem): stem for stem in stems}
@@ -200,7 +200,7 @@ def _choose(
     rows = {row.section_id: row for row in layout.rows(root)} if layout.rows else {}
     if where and not rows:
         raise SourceError(
-            f"{url}: no metadata table, so sections cannot be filtered by {', '.join(where)}; use --samples"
+            f"{url}: no metadata table, so sections cannot be filtered by {', '.join(where)}; use `samples`"
         )
     if where:
         known = [rows[i] for i in ids if i in rows]
@@ -230,7 +230,7 @@ def _check_disk(cache: Path, wanted: int, url: str) -> None:
     if wanted - have > free:
         raise SourceError(
             f"{url}: {wanted / 1e9:.1f} GB are needed, but only {free / 1e9:.1f} GB are free in {cache}; select fewer sections "
-            "(--samples, --where) or another folder (--cache)"
+            "(`samples`, `where`) or another folder (`cache`)"
         )
 
 

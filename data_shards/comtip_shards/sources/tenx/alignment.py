@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from comtip_shards.errors import SourceError
-from comtip_shards.sources.base import existing, reading
+from comtip_shards.sources.files.opening import existing, reading
 from comtip_shards.sources.files.packaging import unpacked
 
 POINTS = ("fixedx", "fixedy", "alignmentx", "alignmenty")

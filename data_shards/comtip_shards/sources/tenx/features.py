@@ -94,7 +94,7 @@ def for_species(features: Features, stated: str | None, where: Path) -> tuple[Fe
         name = max(others, key=lambda k: others[k])
         example = next(features.ids[i] for i in sorted(genes) if species[i] == name)
         raise SourceError(
-            f"{where}: the species is stated as {chosen}, but gene ids such as {example} are of {name}; set --species {name}"
+            f"{where}: the species is stated as {chosen}, but gene ids such as {example} are of {name}; set `species` to {name}"
         )
     kinds = list(features.kinds)
     for row in genes:
@@ -113,12 +113,12 @@ def _detected(seen: Mapping[str, int], n_genes: int, features: Features, where: 
     total = sum(seen.values())
     if not total or total <= 0.5 * n_genes:
         raise SourceError(
-            f"{where}: species not detected, because gene ids such as {', '.join(features.ids[:3])} are not Ensembl ids; set --species"
+            f"{where}: species not detected, because gene ids such as {', '.join(features.ids[:3])} are not Ensembl ids; set `species`"
         )
     first = max(seen, key=lambda k: seen[k])
     if seen[first] < (1 - MIXED_SHARE) * total:
         found = " and ".join(f"{n} of {name}" for name, n in sorted(seen.items()))
-        raise SourceError(f"{where}: genes of two species, {found}; set --species to the one to read")
+        raise SourceError(f"{where}: genes of two species, {found}; set `species` to the one to read")
     return first
 
 

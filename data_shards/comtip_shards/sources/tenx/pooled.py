@@ -29,7 +29,7 @@ def pooled_meta(
 ) -> SectionMeta:
     """Return the metadata of a section of square pseudo-spots."""
     if not facts.tissue:
-        raise SourceError(f"{path}: the folder does not state the tissue; set --tissue")
+        raise SourceError(f"{path}: the folder does not state the tissue; set `tissue`")
     return SectionMeta(
         section_id=name,
         dataset=name,

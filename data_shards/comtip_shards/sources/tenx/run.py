@@ -11,7 +11,8 @@ from typing import Any
 from comtip_shards.errors import SourceError
 from comtip_shards.slides.appearance import looks_like_he
 from comtip_shards.slides.open import image_size, open_slide
-from comtip_shards.sources.base import existing, reading, stated_file
+from comtip_shards.sources.base import stated_file
+from comtip_shards.sources.files.opening import existing, reading
 from comtip_shards.sources.files.packaging import (
     by_prefix,
     contents,
@@ -181,16 +182,16 @@ def choose_image(
     if stated in PICTURES:
         return _picture(root, pictures, factors, stated)
     own = stated_file(stated, section_id)
-    image = _microscope_image(root, prefix) if own is None else existing(own, "full-resolution image (--image)")
+    image = _microscope_image(root, prefix) if own is None else existing(own, "full-resolution image (`image`)")
     if image is None:
         also = (
-            f"To use the downscaled {' or '.join(p.name for p in pictures.values())} instead, set --image "
+            f"To use the downscaled {' or '.join(p.name for p in pictures.values())} instead, set `image` to "
             f"{' or '.join(pictures)}"
             if pictures
             else "There is no tissue_hires_image.png to use instead"
         )
         raise SourceError(
-            f"{root}: no full-resolution image; set --image to the microscope image that "
+            f"{root}: no full-resolution image; set `image` to the microscope image that "
             f"was the input of Space Ranger. {also}"
         )
     check_full_resolution(image, pictures, factors)
@@ -204,21 +205,21 @@ def _picture(
     if picture is None:
         have = ", ".join(p.name for p in pictures.values()) or "no image"
         raise SourceError(
-            f"{root}: tissue_{which}_image.png: no such file (the folder has {have}); set --image to the microscope image"
+            f"{root}: tissue_{which}_image.png: no such file (the folder has {have}); set `image` to the microscope image"
         )
     existing(picture, f"{which} image")
     if not factors:
         raise SourceError(
             f"{root}: scalefactors_json.json: no such file, so {picture.name} has no scale; copy it from the run, or set "
-            "--image to the microscope image"
+            "`image` to the microscope image"
         )
     if not factors.get(key, 0) > 0:
         raise SourceError(
-            f"{root}: {key} is missing in scalefactors_json.json, so {picture.name} has no scale; set --image to the "
+            f"{root}: {key} is missing in scalefactors_json.json, so {picture.name} has no scale; set `image` to the "
             "microscope image"
         )
     scale = factors[key]
-    return picture, scale, [f"tiles from {picture.name}, scale {scale:.4f} of full resolution (--image {which})"]
+    return picture, scale, [f"tiles from {picture.name}, scale {scale:.4f} of full resolution (`image={which}`)"]
 
 
 def _microscope_image(root: Path, prefix: str) -> Path | None:
@@ -231,7 +232,7 @@ def _microscope_image(root: Path, prefix: str) -> Path | None:
             and (p.name.startswith(prefix) or p.parent != root)
         ]
         if found:
-            return only(found, "image (select one with --image)")
+            return only(found, "image (select one with `image`)")
     return None
 
 
@@ -250,7 +251,7 @@ def check_full_resolution(image: Path, pictures: Mapping[str, Path], factors: Ma
         raise SourceError(
             f"{image}: {width} x {height} px, but the positions belong to an image of about {want[0]:.0f} x {want[1]:.0f} "
             f"px (from {picture.name} and its scale factor); "
-            + (f"this is the {which} image: set --image {which}" if same else "set --image to that image")
+            + (f"this is the {which} image: set `image` to {which}" if same else "set `image` to that image")
         )
 
 

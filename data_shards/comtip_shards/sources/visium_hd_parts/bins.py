@@ -86,7 +86,7 @@ def bins_source(root: Path, pool_um: float, bins: Mapping[float, Path], options:
     options
         Stated facts and options.
     """
-    refuse(options, ("min_pooled",), "it is for cells (bins have --min-cover)")
+    refuse(options, ("min_pooled",), "it is for cells (bins have `min_cover`)")
     width = _bin_width(bins, pool_um, options.pooling.bin_um, root)
     folder = bins[width]
     counts = find_matrix(folder, "filtered_feature_bc_matrix") or find_matrix(folder, "raw_feature_bc_matrix")
@@ -130,7 +130,7 @@ def _load(run: _Bins, meta: SectionMeta, notes: list[str]) -> Section:
     if not len(pooled.n_units):
         raise SourceError(
             f"{run.table}: no square of {run.pool_um:g} um has {100 * run.cover:g}% of its bins in tissue; reduce "
-            "--min-cover or --pool-um"
+            "`min_cover` or `pool_um`"
         )
     xy, grid_note = _centres(grid, pooled.square_N2, run.full_mpp, run.width, run.table)
     plain = unpacked(run.image)
@@ -149,13 +149,13 @@ def _load(run: _Bins, meta: SectionMeta, notes: list[str]) -> Section:
 def _bin_width(bins: Mapping[float, Path], pool_um: float, wanted: float | None, root: Path) -> float:
     have = ", ".join(f"{w:g}" for w in bins)
     if wanted is not None and wanted not in bins:
-        raise SourceError(f"{root}: no bins of {wanted:g} um; set --bin-um to one of {have}")
+        raise SourceError(f"{root}: no bins of {wanted:g} um; set `bin_um` to one of {have}")
     for width in list(bins) if wanted is None else [wanted]:
         if abs(pool_um / width - round(pool_um / width)) < 1e-9 and pool_um >= width:
             return width
     width = wanted or min(bins)
     raise SourceError(
-        f"--pool-um {pool_um:g} is not a multiple of the bin width ({wanted or have} um); use e.g. "
+        f"`pool_um` {pool_um:g} is not a multiple of the bin width ({wanted or have} um); use e.g. "
         f"{max(1, round(pool_um / width)) * width:g}"
     )
 
@@ -225,7 +225,7 @@ def _pool_bins(
         seen, outside = seen + len(kept), outside + int((state == 1).sum())
         lost += int(matrix[np.flatnonzero(state == 1)].sum(dtype=np.int64))
     if not seen:
-        raise SourceError(f"{counts.path} and {table} have no bin in tissue in common; use files of the same run")
+        raise SourceError(f"{counts.path} and {table} share no bin in tissue; use files of the same run")
     notes = [f"{len(tissue):,} bins of {width:g} um in tissue pooled, {seen:,} with counts"]
     if outside:
         notes.append(f"{outside:,} bins with {lost:,} counts excluded: outside tissue")
@@ -243,7 +243,7 @@ def _centres(grid: _Grid, square_N2: np.ndarray, mpp: float, width: float, path:
     design = np.column_stack([mean[:, 2:], np.ones(len(mean))])
     if np.linalg.matrix_rank(design) < 3:
         bins = np.flatnonzero(grid.state)
-        raise SourceError(f"{path}: {len(bins)} bins give too few pseudo-spots to fit the grid; reduce --pool-um")
+        raise SourceError(f"{path}: {len(bins)} bins give too few pseudo-spots to fit the grid; reduce `pool_um`")
     fit, *_ = np.linalg.lstsq(design, mean[:, :2], rcond=None)
     step = float(np.sqrt(abs(np.linalg.det(fit[:2]))))
     if not 0.95 < step * mpp / width < 1.05:

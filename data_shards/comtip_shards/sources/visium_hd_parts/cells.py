@@ -15,8 +15,9 @@ from comtip_shards.errors import SourceError
 from comtip_shards.sections.facts import SourceOptions, refuse
 from comtip_shards.sections.pooling import Pooler, squares_of
 from comtip_shards.sections.section import Section, SectionMeta
-from comtip_shards.sources.base import SectionSource, existing
+from comtip_shards.sources.base import SectionSource
 from comtip_shards.sources.files.geojson import centroid, iter_features
+from comtip_shards.sources.files.opening import existing
 from comtip_shards.sources.files.packaging import unpacked
 from comtip_shards.sources.tenx.features import Features, for_species
 from comtip_shards.sources.tenx.matrix import TenxMatrix
@@ -51,7 +52,7 @@ def cells_source(root: Path, pool_um: float, bins: Mapping[float, Path], options
 
     Parameters as for :func:`comtip_shards.sources.visium_hd_parts.bins.bins_source`.
     """
-    refuse(options, ("min_cover", "bin_um"), "it is for bins (cells have --min-pooled)")
+    refuse(options, ("min_cover", "bin_um"), "it is for bins (cells have `min_pooled`)")
     folder = root / "segmented_outputs"
     counts = find_matrix(folder, "filtered_feature_cell_matrix")
     if counts is None:
@@ -65,7 +66,7 @@ def cells_source(root: Path, pool_um: float, bins: Mapping[float, Path], options
     factors_file, facts, name = find_factors(spatial), options.facts, section_name(root)
     factors = scale_factors(factors_file) if factors_file is not None else {}
     if factors_file is None and facts.mpp is None:
-        raise SourceError(f"{spatial / FACTORS}: no such file; copy it from the run, or set --mpp")
+        raise SourceError(f"{spatial / FACTORS}: no such file; copy it from the run, or set `mpp`")
     full_mpp = scale_of(factors, spatial / FACTORS, facts.mpp)
     image, scale, notes = choose_image(root, pictures_of(spatial.parent, root), factors, facts.image, name)
     features, species = for_species(counts.features(), facts.species, counts.path)
@@ -91,7 +92,7 @@ def _load(run: _Cells, meta: SectionMeta, notes: list[str]) -> Section:
     pooled = pooler.result(min_units=run.least)
     if not len(pooled.n_units):
         raise SourceError(
-            f"{run.polygons}: no square of {run.pool_um:g} um contains {run.least} cells; reduce --min-pooled"
+            f"{run.polygons}: no square of {run.pool_um:g} um contains {run.least} cells; reduce `min_pooled`"
         )
     plain = unpacked(run.image)
     return pooled_section(

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from comtip_shards.errors import SourceError
-from comtip_shards.sources.base import reading
+from comtip_shards.sources.files.opening import reading
 from comtip_shards.sources.files.packaging import by_prefix, find
 from comtip_shards.sources.tenx.run import find_pictures
 

@@ -16,7 +16,7 @@ def scale_of(factors: Mapping[str, float], path: Path, stated: float | None) -> 
     """Return um per full-resolution px from the file or --mpp, which must agree."""
     mpp = factors.get("microns_per_pixel", stated)
     if mpp is None or not mpp > 0:
-        raise SourceError(f"{path}: no microns_per_pixel; give --mpp, the um per px of the full-resolution image")
+        raise SourceError(f"{path}: no microns_per_pixel; give `mpp`, the um per px of the full-resolution image")
     width, diameter = factors.get("bin_size_um"), factors.get("spot_diameter_fullres")
     if width and diameter and not 0.95 < diameter * mpp / width < 1.05:
         raise SourceError(
@@ -24,7 +24,7 @@ def scale_of(factors: Mapping[str, float], path: Path, stated: float | None) -> 
             f"{mpp:g}; copy the file from the run again"
         )
     if stated is not None and not 0.95 < stated / mpp < 1.05:
-        raise SourceError(f"{path}: states {mpp:g} um per full-resolution px, but --mpp is {stated:g}; omit --mpp")
+        raise SourceError(f"{path}: states {mpp:g} um per full-resolution px, but `mpp` is {stated:g}; omit `mpp`")
     return mpp
 
 
@@ -37,8 +37,8 @@ def scale_or_pitch(
     mpp = width / _pitch_px(table)
     if stated is not None and not 0.95 < stated / mpp < 1.05:
         raise SourceError(
-            f"{table}: bins of {width:g} um with this pitch have {mpp:.4f} um per full-resolution px, but --mpp is {stated:g}; "
-            "omit --mpp"
+            f"{table}: bins of {width:g} um with this pitch have {mpp:.4f} um per full-resolution px, but `mpp` is {stated:g}; "
+            "omit `mpp`"
         )
     note = f"no {FACTORS}; scale: {mpp:.4f} um per full-resolution px, from the pitch of bins of {width:g} um"
     return stated or mpp, [note]

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from comtip_shards.errors import SourceError
 from comtip_shards.sections.facts import PoolingOptions, SectionFacts
-from comtip_shards.sources.base import existing, stated_file
+from comtip_shards.sources.base import stated_file
 from comtip_shards.sources.files.names import safe_id
+from comtip_shards.sources.files.opening import existing
 from comtip_shards.sources.files.packaging import by_prefix, find
 from comtip_shards.sources.tenx.matrix import TenxMatrix
 from comtip_shards.sources.tenx.run import find_matrices, only, section_name
@@ -73,13 +74,13 @@ def _preferred(files: Sequence[Path], what: str) -> Path | None:
 
 def he_image(files: XeniumFiles, facts: SectionFacts) -> Path:
     """Return the H&E image: the stated one, or the only one in the folder."""
-    image = stated_file(facts.image, files.name) or _find(files, _HE, "H&E image (select one with --image)")
+    image = stated_file(facts.image, files.name) or _find(files, _HE, "H&E image (select one with `image`)")
     if image is None:
         raise SourceError(
             f"{files.root}: no H&E image (*he_image.ome.tif), and the morphology images of a Xenium are fluorescence; set "
-            "--image to the H&E image of the section and --alignment to its alignment"
+            "`image` to the H&E image of the section and `alignment` to its alignment"
         )
-    return existing(image, "H&E image (--image)")
+    return existing(image, "H&E image (`image`)")
 
 
 def alignment_file(files: XeniumFiles, image: Path, pooling: PoolingOptions) -> Path:
@@ -87,11 +88,11 @@ def alignment_file(files: XeniumFiles, image: Path, pooling: PoolingOptions) -> 
     stated = stated_file(pooling.alignment, files.name)
     sibling = image.with_name(re.sub(r"(\.ome)?\.\w+$", "", image.name.removesuffix(".gz")) + "alignment.csv")
     file = stated or (sibling if sibling.is_file() else None)
-    file = file or _find(files, _ALIGNED, "alignment (select one with --alignment)")
+    file = file or _find(files, _ALIGNED, "alignment (select one with `alignment`)")
     if file is None:
         raise SourceError(
             f"{files.root}: no alignment of {image.name} to the DAPI image (*he_imagealignment.csv); align them in Xenium "
-            "Explorer, export the matrix or the keypoints as csv, and set --alignment"
+            "Explorer, export the matrix or the keypoints as csv, and set `alignment`"
         )
     return file
 

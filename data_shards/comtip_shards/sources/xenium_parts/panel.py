@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from comtip_shards.errors import SourceError
-from comtip_shards.sources.base import reading
+from comtip_shards.sources.files.opening import reading
 from comtip_shards.sources.files.table_batches import batches
 from comtip_shards.sources.tenx.features import GENE_KIND, Features
 from comtip_shards.sources.tenx.run import read_json

@@ -47,7 +47,7 @@ def pool_transcripts(run: XeniumRun, path: Path, qv: float) -> tuple[Pooler, lis
     excluded = [f"{n:,} transcripts excluded: {reason}" for reason, n in left.items() if n]
     if not pooler.total_units:
         raise SourceError(
-            f"{path}: no transcript is left ({'; '.join(excluded) or 'the table is empty'}); reduce --qv or check the panel"
+            f"{path}: no transcript is left ({'; '.join(excluded) or 'the table is empty'}); reduce `qv` or check the panel"
         )
     return pooler, [f"{pooler.total_units:,} transcripts with qv of at least {qv:g} pooled", *excluded]
 

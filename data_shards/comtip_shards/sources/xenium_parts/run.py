@@ -13,8 +13,8 @@ from comtip_shards.errors import SourceError
 from comtip_shards.sections.facts import SourceOptions
 from comtip_shards.sections.pooling import squares_of
 from comtip_shards.slides.open import open_slide
-from comtip_shards.sources.base import number
 from comtip_shards.sources.files.packaging import unpacked
+from comtip_shards.sources.files.tables import number
 from comtip_shards.sources.tenx.alignment import Alignment, read_alignment
 from comtip_shards.sources.tenx.features import Features, for_species
 from comtip_shards.sources.tenx.run import read_json
@@ -86,13 +86,13 @@ def check_scale(run: XeniumRun, stated: float | None) -> None:
         expected = slide.mpp if stated is None else stated
     if expected is None or 0.9 < expected / run.mpp < 1.1:
         return
-    origin = run.image.name if stated is None else "--mpp"
+    origin = run.image.name if stated is None else "`mpp`"
     inverted = 0.9 < expected / (run.pixel_size / run.alignment.scale()) < 1.1
     raise SourceError(
         f"{run.alignment.path}: gives {run.mpp:.4f} um per H&E px, but {origin} states {expected:g}; "
         + (
             "the matrix maps DAPI px to H&E px; export or use its inverse"
             if inverted
-            else f"use alignment, image and {EXPERIMENT} of the same run; if {origin} is wrong, set --mpp {run.mpp:.4f}"
+            else f"use alignment, image and {EXPERIMENT} of the same run; if {origin} is wrong, set `mpp` to {run.mpp:.4f}"
         )
     )

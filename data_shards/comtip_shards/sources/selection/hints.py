@@ -31,7 +31,7 @@ _PARTS = (
 
 
 def explain(path: Path, readers: Sequence[Reader]) -> str:
-    """Return what is wrong with a path that no reader accepts, and what to do.
+    """Return the problem with a path that no reader accepts, and the fix.
 
     Parameters
     ----------
@@ -46,7 +46,7 @@ def explain(path: Path, readers: Sequence[Reader]) -> str:
     known = "; ".join(f"{r.name}: {r.looks_for}" for r in readers)
     if path.is_dir() and not contents(path):
         return f"the folder is empty, so it has no known format; give the folder that contains the data. Looked for {known}"
-    return f"no known format. Looked for {known}. If it is one of these, force it with --format"
+    return f"no known format. Looked for {known}. If it is one of these, set `fmt` to it"
 
 
 def _of_file(path: Path) -> str | None:

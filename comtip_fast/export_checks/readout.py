@@ -1,0 +1,128 @@
+"""Reading and validation of the linear readout of an export (``readout.safetensors``)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from comtip_fast.export_checks import FIX, ExportError, few
+from comtip_fast.models import readout
+
+
+def read_readout(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Read the arrays and the header of ``readout.safetensors``.
+
+    Raises
+    ------
+    ExportError
+        The file is not valid, or has another format or version.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            header = json.loads((file.metadata() or {}).get("header", "{}"))
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        found = (header.get("format"), header.get("version"))
+    except (SafetensorError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ExportError(f"{path}: not a valid readout ({error}); {FIX}") from error
+    if found != (readout.FORMAT, readout.VERSION):
+        raise ExportError(
+            f"{path}: format {found[0]!r} version {found[1]!r}, expected {readout.FORMAT!r} version {readout.VERSION}; "
+            "use the release that wrote it"
+        )
+    return arrays, header
+
+
+def check_readout(
+    arrays: Mapping[str, np.ndarray],
+    header: Mapping[str, Any],
+    path: Path,
+    trained: Sequence[str],
+    *,
+    vector_dim: int,
+    width: int,
+) -> None:
+    """Check settings, genes, mixing weights, shapes, dtypes and values of a linear readout.
+
+    Parameters
+    ----------
+    arrays, header
+        From :func:`read_readout`.
+    path
+        File name for messages.
+    trained
+        Keys of the model's trained genes.
+    vector_dim, width
+        Width of the shared space, and number of features per tile without neighbours.
+
+    Raises
+    ------
+    ExportError
+        The readout belongs to another model or is invalid; the message names the part.
+    """
+    settings = _readout_settings(header.get("settings"), path, vector_dim)
+    n_features = 2 * width if settings.context else width
+    heads = header.get("heads")
+    if not isinstance(heads, list) or not heads or not all(isinstance(h, dict) for h in heads):
+        raise ExportError(f"{path}: the header has no list of heads; {FIX}")
+    if len({str(h.get("cohort")) for h in heads}) < len(heads):
+        raise ExportError(f"{path}: a cohort has two heads; {FIX}")
+    shapes: dict[str, tuple[int, ...]] = {}
+    for number, head in enumerate(heads):
+        blocks = settings.block_names(n_features)
+        _check_head(head, f"{path}: head {number}", set(trained), blocks)
+        shapes |= {f"{number}.mean": (n_features,), f"{number}.std": (n_features,)}
+        G = len(head["keys"])
+        for prefix, block in ((f"{number}.{b}.{norm}", b) for b in blocks for norm in readout.NORMS):
+            C = settings.columns(block, n_features).size
+            found = arrays.get(f"{prefix}.weight_FK", np.zeros((0, 0))).shape
+            K = max(1, found[-1]) if found else 1
+            shapes |= {f"{prefix}.weight_FK": (C, K), f"{prefix}.loading_KG": (K, G)}
+            shapes |= {f"{prefix}.mean_G": (G,), f"{prefix}.std_G": (G,)}
+    if arrays.keys() != shapes.keys():
+        odd = few(arrays.keys() ^ shapes.keys())
+        raise ExportError(f"{path}: arrays missing or unknown: {odd}; {FIX}")
+    for name, shape in shapes.items():
+        array = arrays[name]
+        if array.shape != shape or array.dtype != np.float32:
+            raise ExportError(f"{path}: {name} is {array.dtype} {array.shape}, expected float32 {shape}; {FIX}")
+        if not np.isfinite(array).all():
+            raise ExportError(
+                f"{path}: {name} has {int((~np.isfinite(array)).sum())} values that are not finite; {FIX}"
+            )
+        if name.endswith((".std", ".std_G")) and (array < 0).any():
+            raise ExportError(f"{path}: {name} has negative values; {FIX}")
+
+
+def _readout_settings(found: Any, path: Path, vector_dim: int) -> readout.ReadoutSettings:
+    wanted = {"views": int, "context": bool, "vector_dim": int}
+    if not isinstance(found, dict) or {k: type(v) for k, v in found.items()} != wanted:
+        raise ExportError(f"{path}: settings are {found!r}, expected {', '.join(wanted)}; {FIX}")
+    if not 1 <= found["views"] <= readout.N_VIEWS or found["vector_dim"] != vector_dim:
+        raise ExportError(
+            f"{path}: views {found['views']} and vector_dim {found['vector_dim']}, expected 1 to {readout.N_VIEWS} and "
+            f"{vector_dim}; {FIX}"
+        )
+    return readout.ReadoutSettings(**found)
+
+
+def _check_head(head: Mapping[str, Any], where: str, trained: set[str], blocks: Sequence[str]) -> None:
+    keys, mix = head.get("keys"), head.get("mix")
+    if not isinstance(head.get("cohort"), str) or not isinstance(head.get("facts"), dict):
+        raise ExportError(f"{where}: cohort or facts are missing; {FIX}")
+    if not isinstance(keys, list) or not keys or not all(isinstance(k, str) and k in trained for k in keys):
+        raise ExportError(f"{where}: keys are not trained genes of the model; {FIX}")
+    if len(set(keys)) < len(keys):
+        raise ExportError(f"{where}: duplicate gene; {FIX}")
+    if head.get("blocks") != list(blocks):
+        raise ExportError(f"{where}: blocks are {head.get('blocks')!r}, expected {list(blocks)}; {FIX}")
+    if not isinstance(mix, dict) or mix.keys() != {*blocks, "levels"}:
+        raise ExportError(f"{where}: mix is {mix!r}, expected a weight for {', '.join(blocks)} and levels; {FIX}")
+    weights = list(mix.values())
+    valid = all(type(w) in (int, float) and 0 <= w <= 1 for w in weights)
+    if not valid or abs(sum(weights) - 1) > 1e-6 or mix["levels"] == 1:
+        raise ExportError(f"{where}: weights {mix!r} must be 0 to 1 with the sum 1, and not all on levels; {FIX}")

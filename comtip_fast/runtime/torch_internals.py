@@ -1,0 +1,93 @@
+"""Every use of private names of PyTorch, in one module, and the newest release that was tested with them.
+
+``tests/comtip_fast/test_library_internals.py`` names each of them and fails if the installed version lacks one. Those of
+DeepSpeed are in :mod:`comtip_fast.training.distributed.deepspeed_internals`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import cpp_extension
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+__all__ = [
+    "CPU_ATTENTION",
+    "CPU_ATTENTION_BACKWARD",
+    "TESTED",
+    "TorchDispatchMode",
+    "build_folder",
+    "call_after_backward",
+    "copy_all",
+    "norms",
+    "packet_of",
+    "parameters_of",
+    "tree_map",
+    "untested",
+]
+
+TESTED = (2, 14)
+"""Newest release of PyTorch that the tests ran with. ``pyproject.toml`` has the oldest."""
+CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+"""The fused attention of CPUs, for which PyTorch's FLOP counter has no formula."""
+
+
+def untested(version: str | None = None) -> str | None:
+    """Return a warning if PyTorch is newer than :data:`TESTED`, else None.
+
+    Private names can change in any release. A name that is gone raises an error; this warning is for one that behaves
+    differently.
+
+    Parameters
+    ----------
+    version
+        Version of PyTorch; None takes the installed one.
+    """
+    version = version or torch.__version__
+    release = re.match(r"(\d+)\.(\d+)", version)
+    if release is None or (int(release[1]), int(release[2])) <= TESTED:
+        return None
+    newest, first = f"{TESTED[0]}.{TESTED[1]}", f"{TESTED[0]}.{TESTED[1] + 1}"
+    return (
+        f"PyTorch {version} is newer than {newest}, the newest that was tested with the private functions used here; compare "
+        f"results, or install torch<{first}"
+    )
+
+
+def call_after_backward(callback: Callable[[], None]) -> None:
+    """Queue a call for the end of the running backward pass, after the callbacks queued so far."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+def norms(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the 2-norm of each tensor, (n,), in one call; PyTorch's ``get_total_norm`` uses the same numbers."""
+    if not tensors:
+        return torch.zeros(0)
+    return torch.stack(torch._foreach_norm(list(tensors)))
+
+
+def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy tensors into tensors of equal shapes, with a cast if the dtypes differ, in one call."""
+    torch._foreach_copy_(list(targets), list(sources))
+
+
+def parameters_of(module: nn.Module) -> dict[str, Any]:
+    """Return the dict of a module's own parameters by attribute; an entry may be replaced by any tensor."""
+    return module._parameters
+
+
+def build_folder(name: str) -> Path:
+    """Return the folder in which PyTorch compiles the extension ``name``."""
+    return Path(cpp_extension._get_build_directory(name, verbose=False))
+
+
+def packet_of(operator: Any) -> Any:
+    """Return the operator without its overload, e.g. ``aten.mm`` of ``aten.mm.default``."""
+    return operator._overloadpacket

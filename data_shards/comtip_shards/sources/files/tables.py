@@ -1,0 +1,161 @@
+"""Tables as text, and the values in them: raw counts, numbers, yes and no."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+from scipy import sparse
+
+from comtip_shards.errors import SourceError
+from comtip_shards.sections.section import check_unique
+from comtip_shards.sources.files.opening import existing, reading
+from comtip_shards.sources.files.table_size import MAX_COUNTS_BYTES, MAX_TABLE_BYTES, check_table_size
+
+_TRUE = {"1", "1.0", "true", "t", "yes", "y", "in tissue", "in_tissue"}
+_FALSE = {"0", "0.0", "false", "f", "no", "n", "", "nan", "none", "na", "<na>"}
+
+
+def number(value: Any, what: str) -> float:
+    """Parse a float; empty values give NaN, text raises."""
+    text = str(value).strip()
+    if text in ("", "nan", "NaN", "None"):
+        return float("nan")
+    try:
+        return float(text)
+    except ValueError as error:
+        raise SourceError(f"{what}: {text!r} is not a number; correct the value") from error
+
+
+def read_table(path: Path, sep: str = "\t") -> pd.DataFrame:
+    """Read a small table with all columns as text."""
+    check_table_size(existing(path, "table"), MAX_TABLE_BYTES)
+    with reading(path, "a table"):
+        # Spreadsheets and HEST write a byte order mark.
+        table = pd.read_csv(path, sep=sep, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    if table.empty:
+        raise SourceError(f"{path}: the table has no rows; copy or download it again")
+    return table
+
+
+def read_counts_table(path: Path, sep: str = "\t") -> tuple[sparse.csr_matrix, list[str], list[str]]:
+    """Read a spots x genes table with a header and an id column: (int32 counts, spot ids, gene ids)."""
+    check_table_size(existing(path, "count table"), MAX_COUNTS_BYTES)
+    # pyarrow reads tables of 20,000 columns several times faster than pandas and keeps duplicate names.
+    options = pa_csv.ReadOptions(skip_rows=1, autogenerate_column_names=True, block_size=1 << 27)
+    with reading(path, f"spots x genes, separated by {sep!r}"):
+        names = _header(path, sep)
+        body = pa_csv.read_csv(path, read_options=options, parse_options=pa_csv.ParseOptions(delimiter=sep))
+    # R omits the name of the id column; other programs write a name or an empty field.
+    genes = names[1:] if len(names) == body.num_columns else names
+    if body.num_columns - 1 != len(genes) or not genes:
+        raise SourceError(
+            f"{path}: {len(names)} names in the header, but {body.num_columns} columns below it; export the table again"
+        )
+    check_unique(genes, f"{path}: genes in the header")
+    spots = [str(v) for v in body.column(0).to_pylist()]
+    check_unique(spots, f"{path}: spot ids")
+    columns = body.columns[1:]
+    for gene, column in zip(genes, columns, strict=True):
+        if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_null(column.type)):
+            raise SourceError(f"{path}: gene {gene} holds text, not counts; export the table again with raw counts")
+    return as_counts(_sparse(columns), path, spots, genes), spots, genes
+
+
+def _sparse(columns: Sequence[pa.ChunkedArray]) -> sparse.csr_matrix:
+    """Return numeric columns as float64 CSR without a dense matrix between."""
+    values, rows, pointer = [], [], [0]
+    for column in columns:
+        # safe=False: integers beyond 2^53 are rounded, and refused as counts.
+        dense = column.cast(pa.float64(), safe=False).to_numpy()
+        rows.append(np.flatnonzero(dense))
+        values.append(dense[rows[-1]])
+        pointer.append(pointer[-1] + len(rows[-1]))
+    shape = (len(columns[0]), len(columns))
+    return sparse.csc_matrix((np.concatenate(values), np.concatenate(rows), pointer), shape).tocsr()
+
+
+def _header(path: Path, sep: str) -> list[str]:
+    with path.open("rb") as raw, gzip.open(raw) if path.suffix == ".gz" else raw as file:
+        line = file.readline().decode("utf-8").rstrip("\r\n")
+    return [n.strip().strip('"') for n in line.split(sep)]
+
+
+def as_counts(
+    matrix: sparse.csr_matrix, path: Path, spots: Sequence[str], genes: Sequence[str], *, what: str = "", fix: str = ""
+) -> sparse.csr_matrix:
+    """Validate raw counts (floats with integer values are accepted) and return int32 CSR.
+
+    Parameters
+    ----------
+    matrix
+        Spots x genes.
+    path, what
+        File and element for messages.
+    spots, genes
+        Names of rows and columns for messages.
+    fix
+        What to do about values that are no counts.
+    """
+    matrix = sparse.csr_matrix(matrix)
+    data = matrix.data
+    bad = ~np.isfinite(data) | (data < 0) | (data != np.rint(data)) | (data > np.iinfo(np.int32).max)
+    if bad.any():
+        first = int(np.flatnonzero(bad)[0])
+        row = int(np.searchsorted(matrix.indptr, first, side="right") - 1)
+        value, gene = float(data[first]), genes[int(matrix.indices[first])]
+        kind = (
+            "missing values"
+            if not np.isfinite(value)
+            else "negative values"
+            if value < 0
+            else "values that are not integers"
+            if value != np.rint(value)
+            else "values that are too large"
+        )
+        raise SourceError(
+            f"{path}: {f'{what} has ' if what else ''}{int(bad.sum())} {kind}, first {value:g} (spot {spots[row]}, gene {gene}); "
+            f"raw counts are needed, not normalised ones{f'; {fix}' if fix else ''}"
+        )
+    out = sparse.csr_matrix(matrix, dtype=np.int32)
+    out.eliminate_zeros()
+    out.sort_indices()
+    return out
+
+
+def flags(values: Any, where: str) -> np.ndarray:
+    """Return a column of yes and no as bool: numbers, booleans, text as written by R; missing values are no.
+
+    Parameters
+    ----------
+    values
+        A pandas Series, or a sequence.
+    where
+        Name of the column for messages.
+    """
+    column = pd.Series(values)
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        column = column.astype(object)
+    plain = [str(v).strip().lower() for v in column.tolist()]
+    unknown = sorted({v for v in plain if v not in _TRUE | _FALSE})
+    if unknown:
+        raise SourceError(f"{where}: {unknown[0]!r} is not yes or no; use 1 and 0, or TRUE and FALSE")
+    return np.array([v in _TRUE for v in plain], bool)
+
+
+def numbers(table: pd.DataFrame, columns: list[str], path: Path) -> np.ndarray:
+    """Return columns as float64 (n, k); text raises."""
+    out = table[columns].apply(pd.to_numeric, errors="coerce").to_numpy(np.float64)
+    text = np.isnan(out) & (table[columns] != "").to_numpy()
+    if text.any():
+        row, column = np.argwhere(text)[0]
+        raise SourceError(
+            f"{path}: {columns[column]} of row {row + 2} is {table[columns].iat[row, column]!r}, not a number; correct it"
+        )
+    return out
