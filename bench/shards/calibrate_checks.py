@@ -13,7 +13,9 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from comtip_shards.qc import check_section
 from comtip_shards.qc.result import FAIL, WARN, SectionReport
@@ -24,17 +26,24 @@ from tqdm import tqdm
 from testkit.section_faults import SECTION_FAULTS
 from testkit.section_variants import SECTION_VARIANTS
 
+T = TypeVar("T")
+
+
+def chosen(table: Mapping[str, T], only: list[str]) -> dict[str, T]:
+    """Return the entries whose names contain one of the texts; all without texts."""
+    return {name: value for name, value in table.items() if not only or any(text in name for text in only)}
+
 
 def alarms(report: SectionReport) -> set[str]:
     return {f.name for f in report.findings if f.status in (WARN, FAIL)}
 
 
-def calibrate(sections: list[Section], folder: Path) -> list[str]:
+def calibrate(sections: list[Section], folder: Path, only: list[str]) -> list[str]:
     lines = ["| fault | check | found | no other alarm | other alarms |", "|---|---|---|---|---|"]
     sound = Counter(name for s in sections for name in alarms(check_section(s)))
     n = len(sections)
     lines.append(f"| none | | | | {_counted(sound, n)} |")
-    for fault, (check, corrupt) in tqdm(SECTION_FAULTS.items(), desc="faults"):
+    for fault, (check, corrupt) in tqdm(chosen(SECTION_FAULTS, only).items(), desc="faults"):
         found, alone, others = 0, 0, Counter[str]()
         for section in sections:
             raised = alarms(check_section(corrupt(section, folder)))
@@ -45,10 +54,12 @@ def calibrate(sections: list[Section], folder: Path) -> list[str]:
     return lines
 
 
-def calibrate_variants(sections: list[Section], folder: Path) -> list[str]:
+def calibrate_variants(sections: list[Section], folder: Path, only: list[str]) -> list[str]:
     """Return the lines of the table of variants."""
     lines = ["| variant | false alarms | other stain reported | faults found | not found |", "|---|---|---|---|---|"]
-    for number, (variant, (expected, apply)) in enumerate(tqdm(SECTION_VARIANTS.items(), desc="variants")):
+    rows = chosen(SECTION_VARIANTS, only)
+    for variant, (expected, apply) in tqdm(rows.items(), desc="variants"):
+        number = list(SECTION_VARIANTS).index(variant)
         changed = [apply(section, folder) for section in sections]
         raised = [alarms(check_section(section)) for section in changed]
         wrong = Counter(name for found in raised for name in found - expected)
@@ -77,13 +88,14 @@ def main() -> None:
     parser.add_argument("source", type=Path)
     parser.add_argument("--samples", help="section ids, comma-separated")
     parser.add_argument("--variants", action="store_true", help="table of variants instead of that of faults")
+    parser.add_argument("--only", default="", help="rows whose names contain one of these texts, comma-separated")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     samples = args.samples.split(",") if args.samples else None
     sections = [s.read() for s in open_source(args.source, samples=samples)]
     with tempfile.TemporaryDirectory() as folder:
         measure = calibrate_variants if args.variants else calibrate
-        text = "\n".join(measure(sections, Path(folder))) + "\n"
+        text = "\n".join(measure(sections, Path(folder), [text for text in args.only.split(",") if text])) + "\n"
     print(text)
     if args.out:
         args.out.write_text(text, encoding="utf-8")

@@ -96,12 +96,13 @@ def fresh_h5ad(args: argparse.Namespace) -> Path:
 
 
 def _is_answer(path: Path) -> bool:
-    import h5py
+    from comtip_shards.errors import SourceError
+    from comtip_shards.sources.files.hdf5 import open_hdf5
 
     try:
-        with h5py.File(path, "r") as file:
+        with open_hdf5(path, "an .h5ad", "delete it") as file:
             return UNS in file.get("uns", {})
-    except OSError:
+    except (SourceError, OSError):
         return False
 
 

@@ -15,6 +15,7 @@ import h5py
 import numpy as np
 import pandas as pd
 from comtip_shards import ShardSet, SourceError
+from comtip_shards.names import is_formula, shown
 from comtip_shards.sources.anndata_parts.picture import library_names
 from comtip_shards.storage.atomic import atomic_folder
 from PIL import Image
@@ -179,6 +180,12 @@ def write_space_ranger(data: ad.AnnData, target: Path) -> None:
         raise SourceError("the section has no image, which a folder of Space Ranger needs; write a .zarr (SpatialData)")
     if not data.obs_names.is_unique:
         raise SourceError("spot names are not unique; make them unique (obs_names_make_unique)")
+    formulas = [name for name in data.obs_names.astype(str) if is_formula(name)]
+    if formulas:  # an apostrophe in front, as in other tables, would name another spot than the matrix
+        raise SourceError(
+            f"the spot name {shown(formulas[0])} begins as a formula of a spreadsheet, in which tissue_positions.csv may be "
+            "opened; rename the spots, or write a .zarr (SpatialData)"
+        )
     name, image, factors = library
     for note in array_notes(data):
         log.warning("%s: %s", target, note)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from comtip_shards.names import is_formula
 from torch import Tensor
 
 from comtip_fast import lineage
@@ -146,6 +147,8 @@ def read_genes(path: Path, n_trained: int) -> list[ExportGene]:
             )
         if not row["key"] or row["key"] in seen:
             raise ExportError(f"{path}, line {line}: the key {row['key']!r} is empty or duplicate; {FIX}")
+        if any(map(is_formula, row.values())):
+            raise ExportError(f"{path}, line {line}: a spreadsheet would run a cell as a formula; {FIX}")
         seen.add(row["key"])
     if len(rows) < n_trained:
         raise ExportError(f"{path}: {len(rows)} genes, but the model was trained on {n_trained}; {FIX}")

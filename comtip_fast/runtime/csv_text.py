@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import re
-
 import pandas as pd
-
-_FORMULA = re.compile(r"[=+@\t\r]|-(?![\d.])")
-"""First characters that spreadsheets take for a formula; ``-`` before a digit is a number or the end of a barcode."""
+from comtip_shards.names import is_formula
 
 
 def csv_text(frame: pd.DataFrame) -> str:
@@ -19,5 +15,5 @@ def csv_text(frame: pd.DataFrame) -> str:
     safe = frame.copy()
     for column in safe.columns:
         if not pd.api.types.is_numeric_dtype(safe[column]):
-            safe[column] = [f"'{v}" if isinstance(v, str) and _FORMULA.match(v) else v for v in safe[column]]
+            safe[column] = [f"'{v}" if isinstance(v, str) and is_formula(v) else v for v in safe[column]]
     return safe.to_csv(index=False, float_format="%.6g", lineterminator="\n")

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import anndata as ad
-import h5py
 import numpy as np
+from comtip_shards.sources.files.hdf5 import open_hdf5
 from comtip_shards.storage.atomic import atomic_path
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -33,7 +33,7 @@ class Answer:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with h5py.File(path, "r") as file:
+        with open_hdf5(path, "an .h5ad", "predict the slide again") as file:
             self.genes = [str(v) for v in ad.io.read_elem(file["var"]).index]
             self.names = [str(v) for v in ad.io.read_elem(file["obs"]).index]
             self.xy_N2 = np.asarray(file["obsm/spatial"][()], np.float64)
@@ -61,7 +61,7 @@ class Answer:
         """Yield (index of the first row, values (n, columns)) of consecutive blocks of rows."""
         order = np.argsort(columns, kind="stable")
         wanted = np.asarray(columns, np.int64)[order]
-        with h5py.File(self.path, "r") as file:
+        with open_hdf5(self.path, "an .h5ad", "predict the slide again") as file:
             for start in range(0, len(self.names), ROWS):
                 part = np.asarray(file["X"][start : start + ROWS, wanted])
                 values = np.empty_like(part)

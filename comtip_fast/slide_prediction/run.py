@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import anndata as ad
-import h5py
 import numpy as np
 import pandas as pd
 from comtip_shards import SourceError
@@ -22,6 +21,7 @@ from comtip_shards.slides.appearance import looks_like_he
 from comtip_shards.slides.base import Slide
 from comtip_shards.slides.open import open_slide
 from comtip_shards.slides.tiles import StainStats, stain_stats
+from comtip_shards.sources.files.hdf5 import open_hdf5
 from PIL import Image
 from tqdm import tqdm
 
@@ -132,9 +132,9 @@ def predict_slide(predictor: Predictor, path: Path, out: Path, request: SlideReq
 def stored_plan(out: Path) -> str:
     """Return the hash of the plan that ``out`` was computed from; empty if ``out`` is not a complete prediction."""
     try:
-        with h5py.File(out, "r") as file:
+        with open_hdf5(out, "an .h5ad", "delete it") as file:
             value = file[f"uns/{UNS}/plan"][()]
-    except (OSError, KeyError, TypeError):
+    except (SourceError, OSError, KeyError, TypeError):
         return ""
     return value.decode() if isinstance(value, bytes) else str(value)
 

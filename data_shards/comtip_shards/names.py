@@ -18,6 +18,7 @@ systems allow 255 bytes, and suffixes such as ``-0000.tar`` are appended to a se
 FOREIGN = "do not use this set; get it again from where it was published, or build it again"
 """The fix in messages about content that no build writes."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_FORMULA = re.compile(r"[=+@\t\r]|-(?![\d.])")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}
 """Device names reserved by Windows, with any extension."""
@@ -60,6 +61,11 @@ def problem_with_file(name: str) -> str:
 def shown(name: str) -> str:
     """Return a name formatted for an error message: quoted, control characters escaped, truncated to 100 characters."""
     return ascii(name[:100]) + ("..." if len(name) > 100 else "")
+
+
+def is_formula(text: str) -> bool:
+    """Return whether a spreadsheet would run a cell as a formula; ``-`` before a digit is a number or the end of a barcode."""
+    return _FORMULA.match(text) is not None
 
 
 def printable(text: str) -> str:

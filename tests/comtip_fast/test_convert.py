@@ -113,6 +113,32 @@ def test_space_ranger_files_are_read_back(reader: str, section: ad.AnnData, tmp_
     assert shown.shape == section.uns["spatial"]["x1"]["images"]["hires"].shape
 
 
+def test_spatialdata_io_reads_the_files_and_our_reader_its_store(
+    section: ad.AnnData, tmp_path: Path, tiny_source: Path
+):
+    spatialdata_io = pytest.importorskip("spatialdata_io")
+    write_space_ranger(section, tmp_path / "outs")
+    store = spatialdata_io.visium(tmp_path / "outs", dataset_id="x1")
+    table, circles = store.tables["table"], store.shapes["x1"]
+    assert table.obs_names.tolist() == section.obs_names.tolist()
+    assert table.var["gene_ids"].tolist() == section.var["gene_ids"].tolist()
+    np.testing.assert_array_equal(table.X.toarray(), section.X.toarray())
+    xy = np.column_stack([circles.geometry.x, circles.geometry.y])
+    np.testing.assert_allclose(xy, np.rint(section.obsm["spatial"]))
+    assert circles["radius"].iloc[0] == pytest.approx(scale_of(section)["spot_diameter_fullres"] / 2)
+    shown = np.moveaxis(np.asarray(store.images["x1_hires_image"].data), 0, 2)
+    np.testing.assert_array_equal(shown, section.uns["spatial"]["x1"]["images"]["hires"])
+
+    store.write(tmp_path / "x1.zarr")
+    facts = {"tissue": "breast", "species": "human", "platform": "ST 1k array", "mpp": scale_of(section)["microns_per_pixel"]}
+    read = open_source(tmp_path / "x1.zarr", overrides=facts)[0].read()
+    source = open_source(tiny_source, samples=["x1"])[0].read()
+    assert read.spot_ids == source.spot_ids
+    np.testing.assert_allclose(read.xy, np.rint(source.xy))
+    order = [section.var["gene_ids"].tolist().index(g) for g in read.gene_ids]
+    np.testing.assert_array_equal(read.counts.toarray(), section.X.toarray()[:, order])
+
+
 def test_predicted_values_keep_their_fractions(prediction: ad.AnnData, tmp_path: Path):
     scanpy = pytest.importorskip("scanpy")
     write_space_ranger(prediction, tmp_path / "outs")
@@ -146,6 +172,14 @@ def test_what_space_ranger_files_cannot_hold_is_reported(name: str):
     found = array_notes(data)
     assert len(found) == bool(note)
     assert note in "".join(found)
+
+
+def test_a_spot_name_that_is_a_formula_is_refused(section: ad.AnnData, tmp_path: Path):
+    data = section.copy()
+    data.obs_names = ["=cmd()", *data.obs_names[1:]]
+    with pytest.raises(SourceError, match=r"the spot name '=cmd\(\)' begins as a formula"):
+        write_space_ranger(data, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_spot_without_an_array_position_is_refused():

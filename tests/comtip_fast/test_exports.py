@@ -127,6 +127,10 @@ GENES: dict[str, tuple[Callable[[list[str]], list[str]], str]] = {
     "another flag": (lambda x: [x[0], x[1][:-3] + "2\t0", *x[2:]], "must be 1 and 0, or 0 and 1"),
     "another header": (lambda x: [x[0].upper(), *x[1:]], "columns"),
     "no header": (lambda x: x[1:], "columns"),
+    "a formula": (
+        lambda x: [x[0], x[1].replace("\t", "\t=HYPERLINK(1)", 1), *x[2:]],
+        "line 2: a spreadsheet would run",
+    ),
     "one huge cell": (lambda x: [x[0], "x" * 200_000 + x[1], *x[2:]], "not a table of genes"),
 }
 

@@ -130,6 +130,17 @@ BROKEN = {
         genes(lambda r: r.__setitem__(1, ["human:\x1b[2J", "human", "\x1b[2J", "", ""])),
         r"line 2: the key 'human:\\x1b",
     ),
+    **{
+        f"a formula in column {column}": (
+            genes(lambda r, row=row: r.__setitem__(1, row)),
+            "line 2: the key .* a spreadsheet would run",
+        )
+        for column, row in {
+            "symbol": ["human:=1+1", "human", "=1+1", "", ""],
+            "ensembl": ["human:B2M", "human", "B2M", "@SUM(1)", ""],
+            "name": ["human:B2M", "human", "B2M", "", "+cmd|' /C calc'!A0"],
+        }.items()
+    },
     "a long gene": (genes(lambda r: r[1].__setitem__(4, "x" * 5000)), "line 2: the key .* too long"),
     "counts of a gene that was not measured": (unmeasured, "counts for a gene that .* did not measure"),
     "a tile of another size": (large_tile, r"record 000000000: the tile is 2000 x 2000 px"),

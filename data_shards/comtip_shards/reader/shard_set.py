@@ -17,7 +17,7 @@ from comtip_shards.errors import ShardError
 from comtip_shards.format import record
 from comtip_shards.format import spot_table as spots
 from comtip_shards.format.manifest import GeneRow, ManifestSection, ShardEntry, unpack_bits
-from comtip_shards.names import FOREIGN, shown
+from comtip_shards.names import FOREIGN, is_formula, shown
 from comtip_shards.reader.record_reader import MemberReader
 from comtip_shards.reader.shard_files import SetFiles
 from comtip_shards.sections.section import cohort_of
@@ -235,6 +235,8 @@ def _check_genes(genes: Sequence[GeneRow], path: str) -> None:
             or max(len(gene.key), len(gene.ensembl), len(gene.name)) > MAX_GENE_TEXT
         ):
             problem = "is empty, too long, or contains control characters"
+        elif any(map(is_formula, (gene.symbol, gene.ensembl, gene.name))):
+            problem = "has a symbol, id or name that a spreadsheet would run as a formula"
         if problem:
             raise ShardError(f"{path}: line {line}: the key {shown(gene.key)} {problem}; {FOREIGN}", kind="genes")
         seen.add(gene.key)

@@ -22,6 +22,7 @@ from comtip_shards.errors import SourceError
 from comtip_shards.sections.section import SectionMeta
 from comtip_shards.slides.open import IMAGE_SUFFIXES, VENDOR_SUFFIXES, image_size
 from comtip_shards.sources.base import SectionSource
+from comtip_shards.sources.files.hdf5 import open_hdf5
 
 WIDE = 12
 """A table with at least this many columns is a table of counts, whose columns are genes."""
@@ -75,7 +76,7 @@ def _header(path: Path, meta: SectionMeta) -> dict[str, Any]:
         if suffix in IMAGE_SUFFIXES | VENDOR_SUFFIXES:
             return {"image": path.name, "image_px": image_size(path)}
         if suffix in (".h5", ".h5ad", ".hdf5"):
-            with h5py.File(path, "r") as file:
+            with open_hdf5(path, "an HDF5 file", "copy it again") as file:
                 return _hdf5(file, path, meta)
         if suffix == ".parquet":
             return {} if "transcripts" in path.name else {"spots": pq.ParquetFile(path).metadata.num_rows}

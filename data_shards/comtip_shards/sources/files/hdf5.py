@@ -1,7 +1,8 @@
 """Check the structure of an HDF5 file before it is read: all data must be in the file itself.
 
 An HDF5 file can refer to other files, by external links, external storage and virtual datasets. The HDF5 library opens them
-silently, so that the content of any local file could become part of a shard set.
+silently, so that the content of any local file could become part of a shard set. Files on which the library hangs are refused
+before (:mod:`comtip_shards.sources.files.hdf5_probe`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import h5py
 
 from comtip_shards.errors import SourceError
 from comtip_shards.names import shown
+from comtip_shards.sources.files.hdf5_probe import probe_hdf5
 
 MAX_UNPACKED, MAX_RATIO = 2**30, 1100
 """Size in bytes above which a dataset is checked, and its maximum compression ratio. Deflate compresses zeros by 1,032."""
@@ -40,10 +42,14 @@ def open_hdf5(path: Path, what: str, fix: str) -> h5py.File:
     Raises
     ------
     SourceError
-        The file is not HDF5, has more objects or a larger dataset than allowed, or contains a soft or external link, external
-        storage or a virtual dataset. No other file was opened.
+        The file is not HDF5, hangs or crashes the HDF5 library, has more objects or a larger dataset than allowed, or contains
+        a soft or external link, external storage or a virtual dataset. No other file was opened.
     """
+    if path.exists() and not path.is_file():
+        raise SourceError(f"{path}: not {what}, but a folder, a pipe or a device; {fix}")
     try:
+        if h5py.is_hdf5(path):
+            probe_hdf5(path)
         file = h5py.File(path, "r")
     except OSError as error:
         raise SourceError(f"{path}: not {what} that can be read ({error}); {fix}") from error

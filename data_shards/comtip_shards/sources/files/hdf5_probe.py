@@ -1,0 +1,124 @@
+"""Refuse HDF5 files on which the HDF5 library hangs or crashes, before this process reads them.
+
+Some damage makes the library loop or end the process, and neither can be interrupted from Python. A helper process walks each
+file first (:mod:`comtip_shards.sources.files.hdf5_walk`). It is started once and kept, so a file costs milliseconds, and its
+result is kept for as long as the file does not change.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+from comtip_shards.errors import SourceError
+from comtip_shards.names import shown
+
+WALK = Path(__file__).with_name("hdf5_walk.py")
+_MAX_KNOWN = 10_000
+_log = logging.getLogger(__name__)
+
+
+class Hdf5Probe:
+    """The helper process, and the files that it walked."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+        self._known: dict[tuple[int, ...], str] = {}
+
+    def check(self, path: Path) -> None:
+        """Check one file.
+
+        Raises
+        ------
+        SourceError
+            The HDF5 library does not return on this file, or ends the process.
+        """
+        state = path.stat()
+        key = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
+        with self._lock:
+            if key not in self._known:
+                if len(self._known) >= _MAX_KNOWN:
+                    self._known.clear()
+                self._known[key] = self._ask(path)
+            problem = self._known[key]
+        if problem:
+            raise SourceError(f"{path}: damaged, {problem}; copy or download it again")
+
+    def close(self) -> None:
+        """End the helper process."""
+        process, self._process = self._process, None
+        if process is not None:
+            with suppress(OSError):
+                process.stdin.close()  # type: ignore[union-attr]  # its loop ends
+            process.wait()
+            process.stdout.close()  # type: ignore[union-attr]
+
+    def _ask(self, path: Path) -> str:
+        """Return what is wrong with a file, "" if the walk reached its end."""
+        try:
+            process = self._started()
+        except OSError as error:
+            _log.warning(
+                "HDF5 files are read without a check for damage that hangs: no helper process (%s); allow more processes",
+                error,
+            )
+            return ""
+        assert process.stdin is not None
+        assert process.stdout is not None
+        location = "/"
+        with suppress(BrokenPipeError):
+            process.stdin.write(json.dumps(str(path.absolute())) + "\n")
+            process.stdin.flush()
+            for line in process.stdout:
+                if line == "null\n":
+                    return ""
+                with suppress(ValueError):  # the last line may be cut
+                    location = json.loads(line) or location
+        self.close()
+        is_hang = process.returncode == -signal.SIGPROF
+        return f"the HDF5 library {'never returns' if is_hang else 'crashes'} at {shown(location)}"
+
+    def _started(self) -> subprocess.Popen[str]:
+        if self._process is not None and self._process.poll() is None:
+            return self._process
+        self.close()
+        paths = os.pathsep.join(p for p in sys.path if p)
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", str(WALK)],
+            env=os.environ | {"PYTHONPATH": paths, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        return self._process
+
+
+def _renew() -> None:
+    """Give a forked process a helper of its own: two processes cannot share its pipes."""
+    global _probe
+    _probe = Hdf5Probe()
+
+
+def _close() -> None:
+    _probe.close()
+
+
+_probe = Hdf5Probe()
+atexit.register(_close)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew)
+
+
+def probe_hdf5(path: Path) -> None:
+    """Check a file with the helper process of this process, see :meth:`Hdf5Probe.check`."""
+    _probe.check(path)
