@@ -6,7 +6,7 @@ and half decrease. A model that learns predicts above chance, and a model that d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,7 +68,13 @@ DEFAULT = (
 
 
 def write_tiny_source(
-    folder: Path, sections: Sequence[TinySection] = DEFAULT, *, side: int = 7, seed: int = 0, pitch_px: int = 40
+    folder: Path,
+    sections: Sequence[TinySection] = DEFAULT,
+    *,
+    side: int = 7,
+    seed: int = 0,
+    pitch_px: int = 40,
+    response: Callable[[np.ndarray], np.ndarray] = lambda field: field,
 ) -> Path:
     """Write images, counts, spots and ``manifest.tsv`` into ``folder``; return the path of the table.
 
@@ -84,6 +90,8 @@ def write_tiny_source(
         Seed of the random fields and counts.
     pitch_px
         Distance between spots in px; it stands for 200 um.
+    response
+        Maps the field (-1 to 1), which the image shows, to the level that expression follows.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -94,7 +102,7 @@ def write_tiny_source(
         _write_image(folder / f"{section.section_id}.png", field, rng)
         x, y = (a.ravel() for a in np.meshgrid(np.arange(1, side + 1), np.arange(1, side + 1)))
         ids = [f"{a}x{b}" for a, b in zip(x, y, strict=True)]
-        level = field[y * pitch_px, x * pitch_px]
+        level = response(field[y * pitch_px, x * pitch_px])
         sign = np.where(np.arange(len(SYMBOLS)) % 2 == 0, 1.0, -1.0)
         rate = np.exp(1.2 + 1.5 * level[:, None] * sign[None] + 0.1 * rng.normal(size=(1, len(SYMBOLS))))
         counts = pd.DataFrame(rng.poisson(rate), index=ids, columns=list(SYMBOLS))

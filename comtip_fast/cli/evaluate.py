@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from comtip_fast.cli.options import add_device, add_out, gene_list
 from comtip_fast.constants import ENCODER_HELP
 from comtip_fast.evaluation.tasks import TASKS
+from comtip_fast.evaluation.trained import EPOCHS, METHODS
 
 if TYPE_CHECKING:
     from comtip_fast.evaluation.evaluate import Evaluation
@@ -69,6 +71,12 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
         default=200,
         help="draws behind the 95 %% intervals (default 200; 0: none)",
     )
+    group.add_argument(
+        "--epochs",
+        type=int,
+        default=EPOCHS,
+        help=f"largest number of passes over the training spots, per learning rate, for {', '.join(METHODS)} (default {EPOCHS})",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -90,6 +98,8 @@ def run(args: argparse.Namespace) -> int:
         gene_vectors=args.gene_vectors,
         genes=gene_list(args.genes),
         null_draws=args.null_draws,
+        trained=[name for name in names if name in METHODS],
+        epochs=args.epochs,
         seed=args.seed,
         device=args.device,
     )
@@ -133,6 +143,7 @@ def _task_options(args: argparse.Namespace, names: list[str]) -> TaskOptions | N
         gene_sets=args.gene_sets,
         labels=args.labels,
         n_bootstrap=args.n_bootstrap,
+        epochs=args.epochs,
         seed=args.seed,
     )
     check_tasks(names, options)
@@ -147,6 +158,7 @@ def _run_tasks(
     from comtip_fast.evaluation.train_reference import training_shards
 
     train = training_shards(args.run_dir, result.predictor.config.data.shards, args.train_shards)
+    options = replace(options, trained={method.name: method for method in result.trained})
     rows = run_tasks(names, result.predictor, result.shards, train, options, sections=sections, out=args.out)
     print(table(rows))
     print(f"wrote {args.out / 'tasks.json'} and {args.out / 'tasks.csv'}")

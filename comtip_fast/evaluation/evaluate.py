@@ -28,6 +28,8 @@ from comtip_fast.evaluation.metrics import (
 from comtip_fast.evaluation.nulls import moved_spots, null_partial_pcc, null_pcc
 from comtip_fast.evaluation.seen import choose_sections, lineage_facts, section_facts
 from comtip_fast.evaluation.train_reference import RidgeFit, TrainReference, spot_inputs
+from comtip_fast.evaluation.trained import METHODS, TrainOptions
+from comtip_fast.evaluation.trained.fit import TrainedMethod, fit_methods
 from comtip_fast.inference import GeneQuery, Predictor, SectionFeatures, SectionPrediction
 from comtip_fast.inference.feature_store import FeatureStore
 from comtip_fast.lineage import symbol_of
@@ -91,6 +93,8 @@ class Evaluation:
     sections: list[SectionData]
     shards: ShardSet
     predictor: Predictor
+    trained: list[TrainedMethod] = field(default_factory=list)
+    """Methods that were trained to compare the model with."""
 
     def gene_table(self) -> pd.DataFrame:
         """Return the scores of every gene in every section, one row each."""
@@ -106,6 +110,7 @@ def evaluate(
     genes: Sequence[str] | None = None,
     seed: int = 0,
     n_null: int = 200,
+    train: TrainOptions | None = None,
 ) -> Evaluation:
     """Score a model.
 
@@ -127,6 +132,8 @@ def evaluate(
         genes are compared on the same ones.
     seed, n_null
         Seed and number of draws of the spatial null.
+    train
+        Methods to train on the training sections and to score; None trains none.
 
     Raises
     ------
@@ -143,12 +150,16 @@ def evaluate(
     scored = [
         _choose_genes(predictor, shards, n, reference, genes) for n in chosen
     ]  # before the work, which takes long
+    targets = {g.keys[i] for g in scored for i in np.union1d(g.panel, g.hvg).tolist()}
+    trained = fit_methods(train or TrainOptions(), predictor, reference, sorted(targets))
     results: dict[str, dict[str, Any]] = {}
     data: list[SectionData] = []
     for number, scored_genes in zip(chosen, scored, strict=True):
         section_id = shards.manifest.sections[number].section_id
         log.info("evaluating %s (%d of %d)", section_id, len(data) + 1, len(chosen))
-        section_data, metrics = _evaluate_section(predictor, shards, number, scored_genes, reference, seed, n_null)
+        section_data, metrics = _evaluate_section(
+            predictor, shards, number, scored_genes, reference, seed, n_null, trained
+        )
         data.append(section_data)
         results[section_id] = metrics
     cohorts = {
@@ -164,10 +175,11 @@ def evaluate(
         "gene_list": None if genes is None else list(genes),
         "lineage": lineage_facts(predictor),
         "reference_sections": [train_shards.manifest.sections[n].section_id for n in reference.numbers],
+        "trained_methods": {m.name: m.facts for m in trained},
         "cohorts": cohorts,
         "sections": results,
     }
-    return Evaluation(all_metrics, data, shards, predictor)
+    return Evaluation(all_metrics, data, shards, predictor, trained)
 
 
 def _check_tiles(predictor: Predictor, shards: ShardSet) -> None:
@@ -213,6 +225,7 @@ def _evaluate_section(
     reference: TrainReference,
     seed: int,
     n_null: int,
+    trained: Sequence[TrainedMethod],
 ) -> tuple[SectionData, dict[str, Any]]:
     section_id, cohort = shards.manifest.sections[number].section_id, shards.cohort_of_section(number)
     spots = shards.select(sections=[number])
@@ -241,6 +254,7 @@ def _evaluate_section(
             ridge_inputs=ridge_inputs,
             moved=moved,
             null=null_pcc(measured["cp10k"], predicted["cp10k"], moved),
+            trained={m.name: m.predict(tiles, stain, cohort, genes.keys) for m in trained if cohort in m.cohorts},
         )
         scores, null_means, null_genes = _score_section(inputs, reference)
     data = SectionData(
@@ -330,6 +344,10 @@ def _score_section(v: ScoringInputs, reference: TrainReference) -> tuple[dict[st
             out[name][norm] = None if fit is None else _ridge_score(fit, x, m, v.covariates, scored, top, panel)
             if fit is not None and norm == "cp10k":
                 v.baselines[name] = fit.predict(x, len(m), top)
+    for name, values in v.trained.items():
+        found = score_columns(v.measured["cp10k"], partial(_columns, values), v.covariates, scored, top, panel)
+        out[name] = {"cp10k": asdict(found), "raw": None}
+        v.baselines[name] = values[:, genes.hvg]
     return out, *null
 
 
@@ -365,14 +383,19 @@ def _merge_sections(parts: list[dict[str, Any]]) -> dict[str, Any]:
         "donor_seen_by": list(dict.fromkeys(run for p in parts for run in p["donor_seen_by"])),
         "genes_not_measured": sorted({g for p in parts for g in p["genes_not_measured"]}),
     }
-    for name in PREDICTORS:
+    for name in predictors_of(*parts):
         out[name] = {}
         for norm in NORMALISATIONS:
-            scores = [p[name][norm] for p in parts if p[name].get(norm) is not None]
+            scores = [p[name][norm] for p in parts if p.get(name, {}).get(norm) is not None]
             out[name][norm] = mean_scores(scores) if scores else None
             if scores:
                 out[name][norm]["undefined_genes"] = sum(s["undefined_genes"] for s in scores)
     return out
+
+
+def predictors_of(*entries: dict[str, Any]) -> list[str]:
+    """Return the names of the predictors that any of the entries of ``metrics.json`` has."""
+    return [*PREDICTORS, *(name for name in METHODS if any(name in e for e in entries))]
 
 
 def write_metrics(metrics: dict[str, Any], path: Path) -> None:
@@ -384,7 +407,7 @@ def summary_table(metrics: dict[str, Any]) -> str:
     """Return the main scores as a text table."""
     lines = [f"{'cohort':<28}{'predictor':<24}{'50 HVG':>8}{'all':>8}{'partial':>9}   (mean PCC, log1p CP10K)"]
     for cohort, entry in metrics["cohorts"].items():
-        for name in PREDICTORS:
+        for name in predictors_of(entry):
             s = entry[name]["cp10k"]
             if s is not None:
                 cells = [s["mean_pcc_50_hvg"], s["mean_pcc_all"], s["partial_pcc_50_hvg"]]

@@ -35,7 +35,7 @@ COLUMNS = (
     "most_variable",
     "validation_pcc",
 )
-"""Columns of ``genes.csv``, see docs/results.md."""
+"""Columns of ``genes.csv``, see docs/results.md; a trained method adds ``pcc_`` and its name."""
 
 
 @dataclass
@@ -70,6 +70,8 @@ class ScoringInputs:
     """From :func:`comtip_fast.evaluation.nulls.moved_spots`."""
     null: np.ndarray
     """(n_draws, G), PCC of every gene under the null, CP10K; NaN where undefined."""
+    trained: dict[str, np.ndarray] = field(default_factory=dict)
+    """Predictions of the trained methods, CP10K (N, G)."""
     baselines: dict[str, np.ndarray] = field(default_factory=dict)
     """Predictions of the baselines for the most variable genes, CP10K (N, HVG), filled while they are scored."""
 
@@ -99,7 +101,9 @@ def gene_table(predictor: Predictor, shards: ShardSet, number: int, v: ScoringIn
             "validation_pcc": [scores.get(k, np.nan) for k in keys],
         }
     )
-    return table[list(COLUMNS)]
+    for name, values in v.trained.items():
+        table[f"pcc_{name}"] = pcc_per_gene(measured, values)
+    return table[[*COLUMNS, *(f"pcc_{name}" for name in v.trained)]]
 
 
 def null_p_values(pcc_G: np.ndarray, null_DG: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ from comtip_fast.evaluation.evaluate import Evaluation, evaluate, write_metrics
 from comtip_fast.evaluation.gene_table import write_genes
 from comtip_fast.evaluation.report import write_report
 from comtip_fast.evaluation.train_reference import training_shards
+from comtip_fast.evaluation.trained import EPOCHS, TrainOptions
 from comtip_fast.inference import Predictor
 from comtip_fast.runtime.devices import pick_device
 
@@ -26,6 +27,8 @@ def evaluate_run(
     gene_vectors: Path | str | None = None,
     genes: Sequence[str] | None = None,
     null_draws: int = 200,
+    trained: Sequence[str] = (),
+    epochs: int = EPOCHS,
     seed: int = 0,
     device: str = "auto",
 ) -> Evaluation:
@@ -48,8 +51,15 @@ def evaluate_run(
     genes
         Symbols or Ensembl ids to score, so that models with other training genes are compared on the same ones; default:
         the model's genes.
-    null_draws, seed
-        Number of draws of the spatial null, and its seed.
+    null_draws
+        Number of draws of the spatial null.
+    trained
+        Methods to train on the training sections and to score: names in :data:`comtip_fast.evaluation.trained.METHODS`. Their
+        checkpoints are in ``out/trained``, from which an interrupted call continues.
+    epochs
+        Largest number of passes over the training spots, per learning rate of a method.
+    seed
+        Seed of the null and of the trained methods.
     device
         ``auto``, ``cpu`` or ``cuda``.
 
@@ -63,7 +73,7 @@ def evaluate_run(
     FileNotFoundError
         There is no export, no file of gene vectors, or no shard set with the training sections.
     ValueError
-        Unknown sections or genes, tiles of another size, or a trained cohort without its training sections.
+        Unknown sections, genes or methods, tiles of another size, or a trained cohort without its training sections.
     PermissionError
         ``out`` cannot be written.
 
@@ -74,12 +84,21 @@ def evaluate_run(
     >>> sorted(scores.metrics["cohorts"])
     ['human_breast']
     """
+    options = TrainOptions(tuple(trained), epochs, None if out is None else Path(out) / "trained", seed)
+    options.check()
     if out is not None:
         _check_writable(Path(out))  # before the work, which takes long
     predictor = Predictor.load(run, pick_device(device), gene_vectors)
     train = training_shards(Path(run), predictor.config.data.shards, train_shards)
     result = evaluate(
-        predictor, ShardSet(shards), sections=sections, train_shards=train, genes=genes, seed=seed, n_null=null_draws
+        predictor,
+        ShardSet(shards),
+        sections=sections,
+        train_shards=train,
+        genes=genes,
+        seed=seed,
+        n_null=null_draws,
+        train=options,
     )
     if out is not None:
         _write_results(Path(run), result, Path(out))

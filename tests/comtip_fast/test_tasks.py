@@ -58,6 +58,7 @@ def rows(tiny_run: Path, tiny_shards: ShardSet, files: Path) -> list[TaskRow]:
         gene_sets=files / "sets.gmt",
         labels=str(files / "labels.tsv"),
         n_bootstrap=40,
+        epochs=1,
         device="cpu",
     )
 
@@ -88,6 +89,14 @@ def test_the_probe_finds_the_signal_and_its_control_does_not(rows: list[TaskRow]
     assert one(rows, "probe", "mse_50", "ridge, embeddings:field.csv").value < mse.value
     zero_shot = one(rows, "probe", "pcc_50", "comtip zero-shot")
     assert zero_shot.value > zero_shot.shuffled + 0.1
+
+
+def test_unseen_genes_are_scored_next_to_ridge_that_was_trained_on_them(rows: list[TaskRow]):
+    zero_shot, ridge = (one(rows, "probe", "pcc_unseen", m) for m in ("comtip zero-shot", "ridge, colour"))
+    assert ridge.value > 0.3
+    assert zero_shot.value < ridge.value
+    assert zero_shot.low <= zero_shot.value <= zero_shot.high
+    assert {r.task for r in rows if r.metric == "pcc_unseen"} == {"probe"}
 
 
 def test_means_over_sections(rows: list[TaskRow]):

@@ -20,6 +20,8 @@ from torch.nn import functional as F
 from comtip_fast.benchmarks.step.contender import StepContender, Updater
 from comtip_fast.benchmarks.step.pil_loader import PilLoader
 from comtip_fast.data.batch import Batch
+from comtip_fast.models.projection_head import ResidualProjection
+from comtip_fast.objectives import soft_contrastive
 from comtip_fast.runtime import devices
 from comtip_fast.training.task import CoMTIPTask
 
@@ -119,26 +121,13 @@ class OpenClip(_Peer):
         return self._clip_loss(F.normalize(image, dim=-1), F.normalize(other, dim=-1), scale)
 
 
-class _ProjectionHead(nn.Module):
-    """BLEEP's projection head: linear, GELU, linear, dropout, residual, LayerNorm."""
-
-    def __init__(self, width: int, dim: int) -> None:
-        super().__init__()
-        self.projection, self.fc, self.norm = nn.Linear(width, dim), nn.Linear(dim, dim), nn.LayerNorm(dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (B, dim)."""
-        projected = self.projection(x)
-        return self.norm(projected + F.dropout(self.fc(F.gelu(projected)), 0.1, self.training))
-
-
 class Bleep(_Peer):
     """A step like BLEEP's, with this image encoder."""
 
     name = "BLEEP-like"
 
     def _other_side(self) -> nn.Module:
-        return _ProjectionHead(self.task.tables.genes.trained.size, self.config.align.dim)
+        return ResidualProjection(self.task.tables.genes.trained.size, self.config.align.dim)
 
     def _vectors(self, batch: Batch, extra: Any) -> Tensor:
         expression = batch.levels.new_zeros(
@@ -148,7 +137,4 @@ class Bleep(_Peer):
         return self.module["other"](expression)
 
     def _loss(self, image: Tensor, other: Tensor) -> Tensor:
-        logits = other @ image.T
-        targets = ((image @ image.T + other @ other.T) / 2).softmax(-1)
-        spots = F.cross_entropy(logits, targets)
-        return (spots + F.cross_entropy(logits.T, targets.T)) / 2
+        return soft_contrastive(image, other)

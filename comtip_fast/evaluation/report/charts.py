@@ -25,9 +25,21 @@ NAMES = {
     "ridge_features": "ridge, encoder features",
     "ridge_frozen": "ridge, frozen features",
     "ridge_colour": "ridge, mean colour",
+    "finetune": "CoMTIP, fine-tuned",
+    "supervised": "regression",
+    "bleep": "BLEEP-like",
     "control_null": "null: moved maps",
 }
-CLASSES = {"zero_shot": "c1", "ridge_features": "c3", "ridge_frozen": "c4", "ridge_colour": "c2", "control_null": "c0"}
+CLASSES = {
+    "zero_shot": "c1",
+    "ridge_features": "c3",
+    "ridge_frozen": "c4",
+    "ridge_colour": "c2",
+    "finetune": "c1",
+    "supervised": "c3",
+    "bleep": "c4",
+    "control_null": "c0",
+}
 
 
 class Chart:
@@ -110,7 +122,7 @@ def score_bars(entry: dict[str, Any], intervals: pd.DataFrame, title: str) -> Ma
 
     ``intervals`` has one row per predictor, with the columns ``predictor``, ``low`` and ``high``; it may be empty.
     """
-    names = [n for n in NAMES if entry[n].get("cp10k")]
+    names = [n for n in NAMES if entry.get(n, {}).get("cp10k")]
     columns = (intervals[name].tolist() for name in ("predictor", "low", "high"))
     spans = {name: (float(low), float(high)) for name, low, high in zip(*columns, strict=True)}
     values = [entry[n]["cp10k"][k] or 0.0 for n in names for k in ("mean_pcc_50_hvg", "partial_pcc_50_hvg")]

@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 
 from comtip_fast._version import __version__
 from comtip_fast.evaluation import figures
-from comtip_fast.evaluation.evaluate import PREDICTORS, Evaluation, SectionData
+from comtip_fast.evaluation.evaluate import Evaluation, SectionData, predictors_of
 from comtip_fast.evaluation.report import charts
 from comtip_fast.evaluation.report.payload import page_json, section_payload
 from comtip_fast.evaluation.report.summaries import calibration_rows, clusters, intervals
@@ -28,6 +28,9 @@ LABELS = {
     "ridge_colour": "Ridge on mean tile colour (supervised)",
     "ridge_features": "Ridge on the image encoder's features (supervised)",
     "ridge_frozen": "Ridge on the frozen stem's features, mean and standard deviation (supervised)",
+    "finetune": "CoMTIP, fine-tuned on the training sections (supervised)",
+    "supervised": "Regression trained from initial weights (supervised)",
+    "bleep": "BLEEP-like: mean of the nearest training spots (supervised)",
 }
 SHOWN_GENES = "the four best, the median and the worst predicted of the 50 most variable genes"
 SHOWN_UNSEEN = "the two best and the median predicted of the (up to 50) most variable held-out genes"
@@ -71,7 +74,8 @@ def write_report(run_dir: Path | None, result: Evaluation, out: Path) -> None:
         date=datetime.datetime.now().astimezone().date().isoformat(),
         metrics=result.metrics,
         labels=LABELS,
-        predictors=PREDICTORS,
+        predictors=predictors_of(*result.metrics["cohorts"].values()),
+        trained=result.metrics["trained_methods"],
         cohorts=_cohorts(result, sections),
         sections=list(sections.values()),
         data=page_json([s["payload"] for s in sections.values()]),

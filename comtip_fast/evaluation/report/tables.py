@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 from comtip_shards.storage.atomic import write_atomic
 
-from comtip_fast.evaluation.evaluate import NORMALISATIONS, PREDICTORS, Evaluation
+from comtip_fast.evaluation.evaluate import NORMALISATIONS, Evaluation, predictors_of
 from comtip_fast.runtime.csv_text import csv_text
 
 SCORES, INTERVALS, CALIBRATION, CLUSTERS = "scores.csv", "intervals.csv", "calibration.csv", "clusters.csv"
@@ -18,7 +18,7 @@ def score_table(result: Evaluation) -> pd.DataFrame:
     rows = [
         {"cohort": cohort, "predictor": name, "normalisation": norm, **entry[name][norm]}
         for cohort, entry in result.metrics["cohorts"].items()
-        for name in PREDICTORS
+        for name in predictors_of(entry)
         for norm in NORMALISATIONS
         if entry[name].get(norm) is not None
     ]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 from comtip_shards import ShardSet
-from comtip_shards.slides.tiles import normalise_stain
+from comtip_shards.slides.tiles import StainStats, normalise_stain
 from scipy import sparse
 
 from comtip_fast.data.expression.levels import log1p_cp10k
@@ -19,12 +19,17 @@ from comtip_fast.evaluation.feature_files import FeatureFiles
 from comtip_fast.evaluation.tasks.gene_sets import GeneSets
 from comtip_fast.evaluation.tasks.intervals import block_weights, spatial_blocks
 from comtip_fast.evaluation.tasks.labels import LabelFile
+from comtip_fast.evaluation.tasks.rows import TaskRow
 from comtip_fast.evaluation.train_reference import TrainReference, mean_colour
+from comtip_fast.evaluation.trained import TrainOptions
+from comtip_fast.evaluation.trained.fit import TrainedMethod, fit_methods
 from comtip_fast.inference import GeneQuery, ImageFeatures, Predictor
 from comtip_fast.training.readout.fit import neighbouring_spots
 
 log = logging.getLogger("comtip_fast")
 ENCODER, VECTOR, COLOUR = "comtip encoder", "comtip vector", "colour"
+PROBE_GENES = 50
+"""Number of most variable genes that expression is scored on."""
 MAX_SPOTS = 10_000
 """Features and bootstrap weights of a section are kept in memory, and retrieval compares all pairs of spots."""
 Encoders = dict[str, TileEncoder | FeatureFiles]
@@ -43,6 +48,10 @@ class TaskOptions:
     n_null: int = 20
     """Draws of the shuffled controls."""
     seed: int = 0
+    train: TrainOptions = field(default_factory=TrainOptions)
+    """How methods are trained that were not trained before."""
+    trained: dict[str, TrainedMethod] = field(default_factory=dict)
+    """Methods that were trained already, by name."""
     max_spots: int = MAX_SPOTS
     """Largest number of spots of a section; a larger one is represented by as many neighbouring spots."""
 
@@ -94,6 +103,9 @@ class TaskContext:
         self.reference = TrainReference(predictor, train_shards)
         self._train_shards = train_shards
         self._read: dict[tuple[bool, int], SectionInputs] = {}
+        self._trained = dict(options.trained)
+        self.probes: dict[int, list[TaskRow]] = {}
+        """Rows of the task ``probe`` by section number, once computed."""
 
     @cached_property
     def row_of(self) -> dict[str, int]:
@@ -141,6 +153,29 @@ class TaskContext:
         genes = [g.key for g in self._train_shards.genes]
         found = (dict(zip(genes, self._train_shards.measured(s.number), strict=True)) for s in sections)
         return np.array([[bool(measured.get(k, False)) for k in keys] for measured in found], bool)
+
+    def trained(self, name: str) -> TrainedMethod:
+        """Return a method of :data:`comtip_fast.evaluation.trained.METHODS`, trained at the first call."""
+        if name not in self._trained:
+            train = replace(self.options.train, methods=(name,))
+            targets = {k for n in self.numbers for k in self.most_variable(self.shards.cohort_of_section(n), n)}
+            (self._trained[name],) = fit_methods(train, self.predictor, self.reference, sorted(targets))
+        return self._trained[name]
+
+    def most_variable(self, cohort: str, number: int) -> list[str]:
+        """Return the keys of the (up to) 50 most variable genes that a scored section measured."""
+        measured = self.measured(number)
+        return [k for k in self.ranked(cohort, number) if k in measured][:PROBE_GENES]
+
+    def unseen(self, section: SectionInputs) -> list[str]:
+        """Return the keys of the (up to) 50 most variable held-out genes that a scored section measured."""
+        own = set(self.predictor.held_out_genes) & self.measured(section.number)
+        ranked = [k for k in self.ranked(section.cohort, section.number) if k in own]
+        return list(dict.fromkeys([*ranked, *sorted(own)]))[:PROBE_GENES]
+
+    def tiles(self, section: SectionInputs) -> tuple[ShardTiles, StainStats]:
+        """Return the tiles and the stain statistics of a scored section."""
+        return ShardTiles(self.shards, section.spots), self.shards.stain(section.number)
 
     def queries(self, keys: Sequence[str]) -> list[GeneQuery]:
         """Return the queries that predict genes of the shard set."""

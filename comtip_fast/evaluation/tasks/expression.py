@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,14 +11,18 @@ from comtip_shards.sampling.rng import generator
 
 from comtip_fast.evaluation.baselines import fit_ridge
 from comtip_fast.evaluation.nulls import moved_spots
-from comtip_fast.evaluation.tasks.context import SectionInputs, TaskContext
+from comtip_fast.evaluation.tasks.context import COLOUR, ENCODER, SectionInputs, TaskContext
 from comtip_fast.evaluation.tasks.gene_sets import members, set_scores
 from comtip_fast.evaluation.tasks.intervals import NO_INTERVAL, interval, section_interval, weighted_pcc
 from comtip_fast.evaluation.tasks.rows import NAN, TaskRow
+from comtip_fast.evaluation.trained import LABELS
 from comtip_fast.metrics import mean_pcc, pcc_per_gene
 
-PROBE_GENES = 50
 ZERO_SHOT, MEAN = "comtip zero-shot", "mean of training"
+COMPARED = (ZERO_SHOT, MEAN, f"ridge, {ENCODER}", f"ridge, {COLOUR}")
+"""Methods of the task ``probe`` that the rows of a trained method are listed with."""
+VARIABLE, UNSEEN = "50", "unseen"
+"""Ends of the names of metrics: most variable genes, and genes that were held out from training."""
 MIN_SPOTS = 10
 """Fewest training spots of a ridge regression."""
 
@@ -25,26 +31,52 @@ def probe_rows(context: TaskContext) -> list[TaskRow]:
     """Score ridge regression on the features of each encoder, the zero-shot prediction and the mean of training.
 
     Targets are the 50 most variable genes, log1p CP10K. Scores are the mean PCC, with undefined correlations as 0, and the mean
-    squared error. The control of a probe is the same regression on training features that are shuffled within sections; that
+    squared error. Up to 50 genes that the model held out are scored too (``pcc_unseen``), next to ridge regressions that were trained
+    on them. The control of a probe is the same regression on training features that are shuffled within sections; that
     of the zero-shot prediction is the spatial null.
     """
-    rows = []
-    for section in context.sections:
-        keys = _probe_genes(context, section)
-        if keys:
-            rows += _probe_section(context, section, keys)
+    rows = [row for section in context.sections for row in _probe_of(context, section)]
     return [*rows, *mean_rows(rows, context)]
 
 
-def _probe_genes(context: TaskContext, section: SectionInputs) -> list[str]:
-    measured = context.measured(section.number)
-    return [k for k in context.ranked(section.cohort, section.number) if k in measured][:PROBE_GENES]
+def trained_rows(context: TaskContext, name: str) -> list[TaskRow]:
+    """Score a trained method on the same genes as :func:`probe_rows`, with the rows of :data:`COMPARED` from there.
+
+    The control is the spatial null of its predictions. A cohort without training sections has no row.
+    """
+    rows = []
+    for section in context.sections:
+        keys, method = context.most_variable(section.cohort, section.number), context.trained(name)
+        if keys and section.cohort in method.cohorts:
+            measured = context.values(section, keys)
+            found = method.predict(*context.tiles(section), section.cohort, keys)
+            null = _null(context, section, measured, found)
+            rows += _expression_rows(section, LABELS[name], measured, found, null, task=name)
+            compared = [
+                r for r in _probe_of(context, section) if r.method in COMPARED and not r.metric.endswith(UNSEEN)
+            ]
+            rows += [replace(r, task=name) for r in compared]
+    return [*rows, *mean_rows(rows, context)]
 
 
-def _probe_section(context: TaskContext, section: SectionInputs, keys: list[str]) -> list[TaskRow]:
+def _probe_of(context: TaskContext, section: SectionInputs) -> list[TaskRow]:
+    """Return the rows of a section, computed once for all tasks."""
+    if section.number not in context.probes:
+        keys, unseen = context.most_variable(section.cohort, section.number), context.unseen(section)
+        rows = _probe_section(context, section, keys, tuple(section.features)) if keys else []
+        if unseen:
+            rows += _probe_section(context, section, unseen, (ENCODER, COLOUR), UNSEEN)
+        context.probes[section.number] = rows
+    return context.probes[section.number]
+
+
+def _probe_section(
+    context: TaskContext, section: SectionInputs, keys: list[str], encoders: Sequence[str], genes: str = VARIABLE
+) -> list[TaskRow]:
     measured = context.values(section, keys)
     zero_shot = context.predictor.predict(section.image, context.queries(keys), cohort=section.cohort)["cp10k"]
-    rows = _expression_rows(section, ZERO_SHOT, measured, zero_shot, _null(context, section, measured, zero_shot))
+    null = _null(context, section, measured, zero_shot)
+    rows = _expression_rows(section, ZERO_SHOT, measured, zero_shot, null, genes=genes)
     train = context.train_sections(section.cohort)
     if sum(len(t.spot_ids) for t in train) < MIN_SPOTS:
         return rows
@@ -52,10 +84,11 @@ def _probe_section(context: TaskContext, section: SectionInputs, keys: list[str]
     known = context.train_measured(train, keys)
     known_NG = np.repeat(known, [len(t.spot_ids) for t in train], axis=0)
     mean = np.broadcast_to((values * known_NG).sum(0) / np.maximum(known_NG.sum(0), 1), measured.shape)
-    rows += _expression_rows(section, MEAN, measured, mean, NAN)
-    for name, features in section.features.items():
-        found, control = _predicted(train, name, values, known, features, context.options.seed)
-        rows += _expression_rows(section, f"ridge, {name}", measured, found, mean_pcc(measured, control))
+    rows += _expression_rows(section, MEAN, measured, mean, NAN, genes=genes)
+    for name in encoders:
+        found, control = _predicted(train, name, values, known, section.features[name], context.options.seed)
+        wrong = mean_pcc(measured, control)
+        rows += _expression_rows(section, f"ridge, {name}", measured, found, wrong, genes=genes)
     return rows
 
 
@@ -99,16 +132,22 @@ def _null(context: TaskContext, section: SectionInputs, measured: np.ndarray, pr
 
 
 def _expression_rows(
-    section: SectionInputs, method: str, measured: np.ndarray, predicted: np.ndarray, shuffled: float
+    section: SectionInputs,
+    method: str,
+    measured: np.ndarray,
+    predicted: np.ndarray,
+    shuffled: float,
+    task: str = "probe",
+    genes: str = VARIABLE,
 ) -> list[TaskRow]:
     weights = section.weights_DN
     pcc = interval(weighted_pcc(measured, predicted, weights).mean(1)) if len(weights) else NO_INTERVAL
     squared = ((measured - predicted) ** 2).mean(1)
     mse = interval(weights @ squared / weights.sum(1)) if len(weights) else NO_INTERVAL
-    own: dict[str, Any] = {"task": "probe", "section": section.section_id, "method": method, "n": len(measured)}
+    own: dict[str, Any] = {"task": task, "section": section.section_id, "method": method, "n": len(measured)}
     return [
         TaskRow(
-            metric="pcc_50",
+            metric=f"pcc_{genes}",
             value=mean_pcc(measured, predicted),
             low=pcc[0],
             high=pcc[1],
@@ -116,7 +155,7 @@ def _expression_rows(
             shuffled=shuffled,
             **own,
         ),
-        TaskRow(metric="mse_50", value=float(squared.mean()), low=mse[0], high=mse[1], **own),
+        TaskRow(metric=f"mse_{genes}", value=float(squared.mean()), low=mse[0], high=mse[1], **own),
     ]
 
 

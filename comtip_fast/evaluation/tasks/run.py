@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from comtip_shards import ShardSet
@@ -13,12 +14,13 @@ from comtip_fast.evaluation.feature_files import FeatureFiles
 from comtip_fast.evaluation.seen import choose_sections, lineage_facts
 from comtip_fast.evaluation.tasks import TASKS
 from comtip_fast.evaluation.tasks.context import COLOUR, ENCODER, VECTOR, Encoders, TaskContext, TaskOptions
-from comtip_fast.evaluation.tasks.expression import pathway_rows, probe_rows
+from comtip_fast.evaluation.tasks.expression import pathway_rows, probe_rows, trained_rows
 from comtip_fast.evaluation.tasks.gene_sets import read_gmt
 from comtip_fast.evaluation.tasks.labels import LabelFile
 from comtip_fast.evaluation.tasks.rows import TaskRow, write_rows
 from comtip_fast.evaluation.tasks.space import domain_rows, gene_rows, pair_rows, retrieval_rows
 from comtip_fast.evaluation.train_reference import training_shards
+from comtip_fast.evaluation.trained import EPOCHS, METHODS, TrainOptions
 from comtip_fast.inference import Predictor
 from comtip_fast.runtime.devices import pick_device
 
@@ -30,6 +32,7 @@ SCORERS: dict[str, Callable[[TaskContext], list[TaskRow]]] = {
     "pairs": pair_rows,
     "genes": gene_rows,
     "pathways": pathway_rows,
+    **{name: partial(trained_rows, name=name) for name in METHODS},
 }
 
 
@@ -40,6 +43,8 @@ def task_options(
     gene_sets: Path | None = None,
     labels: str | None = None,
     n_bootstrap: int = 200,
+    epochs: int = EPOCHS,
+    folder: Path | None = None,
     seed: int = 0,
 ) -> TaskOptions:
     """Open the files and encoders that options name; done before any work, which takes long.
@@ -68,6 +73,7 @@ def task_options(
         gene_sets={} if gene_sets is None else read_gmt(gene_sets),
         labels=None if labels is None else LabelFile(labels),
         n_bootstrap=n_bootstrap,
+        train=TrainOptions(epochs=epochs, folder=folder, seed=seed),
         seed=seed,
     )
 
@@ -123,6 +129,7 @@ def run_tasks(
                 k: {"kind": "embeddings"} if isinstance(e, FeatureFiles) else e.facts
                 for k, e in options.encoders.items()
             },
+            "trained_methods": {name: context.trained(name).facts for name in tasks if name in METHODS},
             "lineage": lineage_facts(predictor),
         }
         write_rows(rows, facts, out)
@@ -142,6 +149,7 @@ def evaluate_tasks(
     gene_sets: Path | str | None = None,
     labels: str | None = None,
     n_bootstrap: int = 200,
+    epochs: int = EPOCHS,
     seed: int = 0,
     device: str = "auto",
 ) -> list[TaskRow]:
@@ -163,6 +171,8 @@ def evaluate_tasks(
         Labels for ``domains``, see :class:`comtip_fast.evaluation.tasks.labels.LabelFile`; None uses those of the shards.
     n_bootstrap
         Draws of the bootstrap behind the intervals.
+    epochs
+        Largest number of passes over the training spots, per learning rate, of the methods that are trained.
 
     Raises
     ------
@@ -183,6 +193,8 @@ def evaluate_tasks(
         gene_sets=None if gene_sets is None else Path(gene_sets),
         labels=labels,
         n_bootstrap=n_bootstrap,
+        epochs=epochs,
+        folder=None if out is None else Path(out) / "trained",
         seed=seed,
     )
     train = training_shards(Path(run), predictor.config.data.shards, train_shards)
@@ -201,5 +213,6 @@ def check_tasks(tasks: Sequence[str], options: TaskOptions) -> None:
     unknown = [t for t in tasks if t not in TASKS]
     if unknown:
         raise ValueError(f"`tasks` {', '.join(unknown)}: no such task; choose from {', '.join(TASKS)}")
+    options.train.check()
     if "pathways" in tasks and not options.gene_sets:
         raise ValueError("`tasks` pathways: scores gene sets, but none are given; name a GMT file with `gene_sets`")

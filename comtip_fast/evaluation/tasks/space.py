@@ -13,7 +13,7 @@ from comtip_fast.data.expression.strata import strata_from_levels
 from comtip_fast.evaluation.nulls import moved_spots
 from comtip_fast.evaluation.tasks.context import SectionInputs, TaskContext
 from comtip_fast.evaluation.tasks.domains import SCORES, agreement, cluster, is_labelled
-from comtip_fast.evaluation.tasks.expression import PROBE_GENES, ZERO_SHOT, mean_rows
+from comtip_fast.evaluation.tasks.expression import ZERO_SHOT, mean_rows
 from comtip_fast.evaluation.tasks.gene_sets import families, members, orthologues, set_closeness
 from comtip_fast.evaluation.tasks.intervals import NO_INTERVAL, interval, mean_interval, resampled, section_interval
 from comtip_fast.evaluation.tasks.pairs import PairScores, RankedPairs, gain
@@ -124,8 +124,7 @@ def domain_rows(context: TaskContext) -> list[TaskRow]:
 
 
 def _domain_features(context: TaskContext, section: SectionInputs) -> dict[str, np.ndarray]:
-    measured = context.measured(section.number)
-    keys = [k for k in context.ranked(section.cohort, section.number) if k in measured][:PROBE_GENES]
+    keys = context.most_variable(section.cohort, section.number)
     found = {name: np.asarray(x, np.float64) for name, x in section.features.items()}
     predicted = context.predictor.predict(section.image, context.queries(keys), cohort=section.cohort)["cp10k"]
     return found | {ZERO_SHOT: predicted.astype(np.float64), "measured expression": context.values(section, keys)}

@@ -1,0 +1,51 @@
+"""The image encoder that a method starts from: with the model's weights, or with the initial weights of its run."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import torch
+
+from comtip_fast.inference import Predictor
+from comtip_fast.models import VisionEncoder
+
+
+def pretrained_encoder(predictor: Predictor) -> VisionEncoder:
+    """Return a trainable copy of the model's image encoder; a frozen stem stays frozen."""
+    vision = copy.deepcopy(predictor.model.vision)
+    return _trainable(vision)
+
+
+def initial_encoder(predictor: Predictor, seed: int) -> VisionEncoder:
+    """Return the image encoder of the model's config with the weights that its pretraining started from.
+
+    These are the weights of the file ``vision.pretrained``, or random weights of ``seed``. A frozen stem is the model's: its
+    weights are not trained in pretraining either.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError
+        The initial weights are not in a local file, or it cannot be used.
+    """
+    config = predictor.config.vision
+    if config.pretrained == "hub":
+        raise ValueError(
+            "vision.pretrained=hub: the initial weights of the image encoder are on timm's hub, and an evaluation downloads "
+            "nothing; leave out the tasks supervised and bleep, or pretrain from a file of weights"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vision = VisionEncoder(replace(config, lora=replace(config.lora, rank=0)), predictor.tile_px)
+    model = predictor.model.vision
+    vision.stem = copy.deepcopy(model.stem)
+    vision.pixel_mean.copy_(model.pixel_mean)
+    vision.pixel_std.copy_(model.pixel_std)
+    return _trainable(vision)
+
+
+def _trainable(vision: VisionEncoder) -> VisionEncoder:
+    vision.requires_grad_(True)
+    if vision.stem is not None:
+        vision.stem.requires_grad_(False)
+    return vision

@@ -1,0 +1,37 @@
+"""Losses of methods that learn expression directly: regression, and the contrastive loss of BLEEP."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def masked_mse(predicted_BG: Tensor, target_BG: Tensor, known_BG: Tensor) -> Tensor:
+    """Return the mean squared error over the known entries; 0, with a gradient of 0, if there are none.
+
+    Parameters
+    ----------
+    predicted_BG, target_BG
+        Expression of G genes in B spots, in one unit.
+    known_BG
+        bool, whether the spot's section measured the gene.
+    """
+    wide = torch.promote_types(predicted_BG.dtype, torch.float32)
+    known = known_BG.to(wide)
+    squared_BG = (predicted_BG.to(wide) - target_BG.to(wide)) ** 2
+    return (squared_BG * known).sum() / known.sum().clamp_min(1.0)
+
+
+def soft_contrastive(image_BD: Tensor, other_BD: Tensor) -> Tensor:
+    """Return BLEEP's contrastive loss: cross-entropy, in both directions, against the similarities within each modality.
+
+    Parameters
+    ----------
+    image_BD, other_BD
+        Vectors of B pairs, not normalised; the temperature is 1.
+    """
+    logits = other_BD @ image_BD.T
+    targets = ((image_BD @ image_BD.T + other_BD @ other_BD.T) / 2).softmax(-1)
+    of_others = F.cross_entropy(logits, targets)
+    return (of_others + F.cross_entropy(logits.T, targets.T)) / 2
