@@ -40,4 +40,4 @@ class TrainOptions:
         if unknown:
             raise ValueError(f"trained methods {', '.join(unknown)}: unknown; choose from {', '.join(METHODS)}")
         if self.epochs < 1:
-            raise ValueError(f"--epochs {self.epochs}: must be at least 1")
+            raise ValueError(f"`epochs` {self.epochs}: must be at least 1")

@@ -75,7 +75,7 @@ class TrainingData:
         if not self.numbers:
             raise ValueError(
                 f"{self.shards.path}: none of the model's training sections is of split 'train' here, but methods are trained "
-                "on them; give the shard set that the model was trained on with --train-shards"
+                "on them; give the shard set that the model was trained on with `train_shards`"
             )
         self.cohorts = {self.shards.cohort_of_section(n) for n in self.numbers}
         tables = _of_sections(training_tables(self.shards, config), self.shards, self.numbers)
