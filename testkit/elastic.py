@@ -20,8 +20,10 @@ from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import rendezvous_handler_registry
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from comtip_fast.training.distributed import rendezvous
 from testkit.distributed import free_port
 from testkit.fault_injection import EventLog, InjectedFailure, arm, on_every_step
 from testkit.network import Host
@@ -56,6 +58,9 @@ class Spec:
     """How long the agent waits for ranks after asking them to exit."""
     join_s: int = 600
     """How long an agent waits for the minimum number of agents; torchrun's ``join_timeout``."""
+
+    call_s: int = 60
+    """How long an agent waits for an answer of the rendezvous host; ``call_timeout``."""
 
     @property
     def events(self) -> Path:
@@ -114,12 +119,14 @@ def agent(spec_path: Path, address: str) -> int:
     """Run as one torchrun agent; return 0, or 1 if ranks failed more than ``max_restarts`` times."""
     spec = Spec.read(spec_path)
     endpoint = f"{spec.head}:{spec.port or free_port()}"
+    # torchrun registers it by the entry point of the installed package.
+    rendezvous_handler_registry.register(rendezvous.NAME, rendezvous.create_handler)
     config = LaunchConfig(
         min_nodes=spec.nodes[0],
         max_nodes=spec.nodes[1],
         nproc_per_node=spec.ranks,
         run_id="faults",
-        rdzv_backend="c10d",
+        rdzv_backend=rendezvous.NAME,
         rdzv_endpoint=endpoint,
         max_restarts=spec.max_restarts,
         monitor_interval=0.05,
@@ -132,6 +139,7 @@ def agent(spec_path: Path, address: str) -> int:
             "keep_alive_max_attempt": 3,
             "last_call_timeout": 2,
             "join_timeout": spec.join_s,
+            "call_timeout": spec.call_s,
             # torchrun finds out by host name, which addresses of a test do not have.
             **({} if spec.head == "127.0.0.1" else {"is_host": address == spec.head}),
         },

@@ -32,6 +32,7 @@ from testkit.tiny import tiny_shards
 TIMEOUT_S = 15
 SETTINGS = (f"engine.timeout_s={TIMEOUT_S}", "engine.wait_timeout_s=20")
 PORT, LIMIT_S, JOIN_S, AT_STEP = 29400, 400, 100, 10
+START_S, CALL_S = 900, 20
 Agents = list[subprocess.Popen[bytes]]
 
 
@@ -122,11 +123,12 @@ def run(fault: Fault, config: Path, folder: Path) -> Outcome:
             max_restarts=3,
             step_s=0.1,
             join_s=JOIN_S,
+            call_s=CALL_S,
         )
         spec.write()
         agents = [start_agent(spec.path, host) for host in hosts]
         try:
-            faults._wait(lambda: faults._steps(spec, AT_STEP, world=2), agents, LIMIT_S)
+            faults._wait(lambda: faults._steps(spec, AT_STEP, world=2), agents, START_S)
             began = time.time()
             fault.act(hosts, agents)
             ends = _ends(agents, began)
@@ -180,7 +182,7 @@ def print_rows(outcome: Outcome) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help="part of a fault's name")
+    parser.add_argument("--only", action="append", help="part of a fault's name; may be repeated")
     parser.add_argument("--work", type=Path, help="keep the runs in this folder")
     args = parser.parse_args(argv)
     reason = missing()
@@ -193,7 +195,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         whole = faults.run(config, folder / "whole")
         print("| fault | process | seconds until it ended | exit code | message |\n|---|---|---|---|---|")
         bad = 0
-        for number, fault in enumerate(f for f in FAULTS if (args.only or "") in f.name):
+        chosen = [f for f in FAULTS if any(part in f.name for part in args.only or [""])]
+        for number, fault in enumerate(chosen):
             outcome = run(fault, config, folder / f"fault{number}")
             print_rows(outcome)
             off = faults.largest_difference(outcome.folder / "run", whole.folder / "run")

@@ -334,5 +334,9 @@ def _engine_rules(c: RunConfig) -> list[Rule]:
             not thaws or e.kind != "deepspeed",
             "optim.freeze: a last frozen step needs engine.kind auto, ddp or single; with deepspeed freeze for all steps (0)",
         ),
+        (
+            c.optim.ema is None or e.kind != "deepspeed" or e.zero_stage < 3,
+            "optim.ema: no rank holds all weights with ZeRO 3; use engine.zero_stage 0 to 2, or another engine",
+        ),
         (not nvme or e.nvme_path != "", "engine.nvme_path: must name a folder on the NVMe drive"),
     ]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from comtip_fast.config.bounds import Beta, CountOrZero, Positive, PositiveOrZero, Share
+from comtip_fast.config.bounds import Beta, CountOrZero, OpenShare, Positive, PositiveOrZero, Share
 
 LayerDecay = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+SpikeFactor = Annotated[float, Field(gt=1, allow_inf_nan=False)]
 Pattern = Annotated[str, Field(min_length=1)]
 
 
@@ -36,6 +37,17 @@ class VisionPartConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpikeConfig:
+    """Reaction to a spike: a step whose gradient norm exceeds a factor of the median norm of the last 64 steps."""
+
+    policy: Literal["none", "skip", "clip"] = "none"
+    """``skip`` leaves the weights unchanged and counts the step for ``train.max_skips``; ``clip`` clips the gradients to the limit
+    (and to ``clip``, if that is lower). Spikes are counted, logged, and listed with their spots in ``spikes.jsonl``."""
+    factor: SpikeFactor = 5.0
+    """Factor on the median of the norms before clipping; applied once 20 norms are known."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """AdamW with linear warm-up and cosine decay."""
 
@@ -51,6 +63,12 @@ class OptimConfig:
     """Learning rate at the last step, as a share of the peak."""
     clip: PositiveOrZero = 1.0
     """Maximum global gradient norm; 0 disables clipping."""
+    spike: SpikeConfig = field(default_factory=SpikeConfig)
+    """Reaction to spikes of the gradient norm."""
+    ema: OpenShare | None = None
+    """Decay per step of a moving average of the trained weights, e.g. 0.999; ``null`` keeps none. Validation, early stopping and
+    the export then use the average instead of the weights of the last step. It needs as much memory as the trained weights. In
+    step s, the decay is at most (1 + s) / (10 + s). Not with ZeRO 3."""
     vision: VisionPartConfig = field(default_factory=VisionPartConfig)
     """The image encoder (``vision.*``)."""
     text: PartConfig = field(default_factory=PartConfig)

@@ -30,6 +30,8 @@ class EngineSpec:
     offload_optimizer: OffloadTarget = "none"
     offload_param: OffloadTarget = "none"
     bucket_bytes: float = 25 * MEGABYTE
+    ema: bool = False
+    """Whether every rank holds an average of the trained weights (``optim.ema``)."""
 
     @property
     def precision(self) -> Precision:
@@ -79,4 +81,5 @@ def engine_of(config: RunConfig, ranks: int, gpu: bool) -> EngineSpec:
         offload_optimizer=e.offload_optimizer,
         offload_param=e.offload_param,
         bucket_bytes=e.bucket_mb * MEGABYTE,
+        ema=config.optim.ema is not None,
     )

@@ -67,6 +67,8 @@ def _optimizer(s: Sizes, e: EngineSpec, ranks: int) -> list[MemoryRow]:
     rows = [MemoryRow("AdamW moments", 2 * shard, location, lasts=True)]
     if e.has_masters:
         rows.insert(0, MemoryRow("parameters, optimizer shard", shard, location, lasts=True))
+    if e.ema:
+        rows.append(MemoryRow("averaged weights", s.trained * ELEMENT, lasts=True))
     return rows
 
 

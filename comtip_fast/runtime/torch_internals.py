@@ -25,6 +25,7 @@ __all__ = [
     "build_folder",
     "call_after_backward",
     "copy_all",
+    "move_towards",
     "norms",
     "packet_of",
     "parameters_of",
@@ -76,6 +77,16 @@ def norms(tensors: Sequence[Tensor]) -> Tensor:
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copy tensors into tensors of equal shapes, with a cast if the dtypes differ, in one call."""
     torch._foreach_copy_(list(targets), list(sources))
+
+
+def move_towards(values: Sequence[Tensor], targets: Sequence[Tensor], share: float | Tensor) -> None:
+    """Add ``share`` of the difference to its target to every value, in place; ``share`` may be a scalar on the device.
+
+    PyTorch's ``_foreach_lerp_`` would need a number, which the host would have to read.
+    """
+    change = torch._foreach_sub(list(targets), list(values))
+    torch._foreach_mul_(change, share)  # type: ignore[arg-type]  # also takes a tensor of one element
+    torch._foreach_add_(list(values), change)
 
 
 def parameters_of(module: nn.Module) -> dict[str, Any]:

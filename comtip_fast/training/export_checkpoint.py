@@ -16,6 +16,7 @@ from comtip_fast.training.checkpoint.run_state import changed_inputs, with_earli
 from comtip_fast.training.checkpoint.schema import check_state, load_weights
 from comtip_fast.training.checkpoint.store import Checkpoint, CheckpointError
 from comtip_fast.training.task import build_task
+from comtip_fast.training.update.ema import load_averages
 from comtip_fast.training.warm_start import parents_of
 
 ATTEMPTS = 10
@@ -59,6 +60,7 @@ def export_checkpoint(run_dir: Path, which: str, out: Path, shards: str | None =
             "with `shards`"
         )
     load_weights(task.module, loaded, folder)
+    load_averages(task.module, loaded.ema)
     task.module.eval()
     task.export(out)
     return step

@@ -6,6 +6,7 @@ norms and finiteness therefore stay on the device, one record per step, until a 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,17 +46,33 @@ class FinishedStep:
     loss: float
     norm: float
     good: bool
+    spike: bool = False
+    limit: float = math.inf
+    """Limit on the norm above which the step is a spike."""
+
+    @property
+    def finite(self) -> bool:
+        """Whether loss and gradient norm are finite."""
+        return math.isfinite(self.loss) and math.isfinite(self.norm)
 
 
 def read_steps(pending: list[PendingStep]) -> list[FinishedStep]:
     """Read the scalars of all pending steps in one transfer, and empty the list."""
     if not pending:
         return []
-    rows = [torch.stack([p.loss, p.update.norm.to(p.loss), p.update.good.to(p.loss)]) for p in pending]
-    values = torch.stack(rows).tolist()
-    out = [FinishedStep(p, loss, norm, bool(good)) for p, (loss, norm, good) in zip(pending, values, strict=True)]
+    values = torch.stack([torch.stack(_scalars(p)) for p in pending]).tolist()
+    out = [
+        FinishedStep(p, loss, norm, bool(good), *((bool(more[0]), more[1]) if more else ()))
+        for p, (loss, norm, good, *more) in zip(pending, values, strict=True)
+    ]
     pending.clear()
     return out
+
+
+def _scalars(pending: PendingStep) -> list[Tensor]:
+    update, like = pending.update, pending.loss
+    spikes = [] if update.spike is None or update.limit is None else [update.spike, update.limit]
+    return [like, *(value.to(like) for value in (update.norm, update.good, *spikes))]
 
 
 def as_floats(values: dict[str, Any]) -> dict[str, float]:

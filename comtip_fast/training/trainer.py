@@ -44,6 +44,8 @@ from comtip_fast.training.monitor.step_reporter import StepReporter
 from comtip_fast.training.optim import learning_rate
 from comtip_fast.training.pending import PendingStep
 from comtip_fast.training.protocol import StepCost, TrainingError, TrainingTask
+from comtip_fast.training.update.ema import WeightAverage
+from comtip_fast.training.update.spikes import NormHistory
 
 log = logging.getLogger("comtip_fast")
 T = TypeVar("T")
@@ -108,6 +110,8 @@ class Trainer:
         self._found: Checkpoint | None = None
         self._reporter = StepReporter(task, config, self.run_dir, self.group, self.device, cost)
         self._freezing = Freezing(task.module, config.optim.freeze)
+        self._norms = NormHistory(config.optim.spike, self.device)
+        self._average = WeightAverage(config.optim.ema)
         self._profiler = Profiler(config.watch.trace, self.run_dir / "trace", self.group.rank, self.device)
         self._watchdog = Watchdog(
             config.watch.stall_s,
@@ -173,7 +177,7 @@ class Trainer:
         step = self._on_rank_zero(lambda: self._find_start(resume))
         if step is None:
             self._freezing.apply(self.task.module, 1)
-            self.engine = make_engine(self.task.module, self.config, self.group)
+            self._build_engine()
             return False
         loaded = self._found or checkpoints.load(checkpoints.folder_of(self.checkpoint_dir, step))
         self._found = None
@@ -259,7 +263,8 @@ class Trainer:
         self.engine.start_step(rate)
         shares, numbers = forward_backward(self.engine, self.task, batch, self.config.engine.micro_batches)
         loss = self.group.sum(shares["loss"].double())
-        update = self.engine.update(loss.isfinite())
+        update = self.engine.update(loss.isfinite(), self._norms.limit())
+        self._norms.add(update.norm)
         self._after_step(step, update.good)
         self._reporter.add(PendingStep(step, p.epoch, p.position, spots, rate, shares, numbers, loss, update))
         p.step, p.position = step, p.position + 1
@@ -277,6 +282,7 @@ class Trainer:
                 self.task.after_step(self.engine.module, step, good)
             else:
                 self.task.after_step(self.engine.module, step)
+        self._average.update(step, good if masked else None)
 
     def _next_batch(self) -> np.ndarray:
         p = self.progress
@@ -303,7 +309,7 @@ class Trainer:
         p, cfg = self.progress, self.config.train
         what = f"validation after step {p.step}"
         self._watchdog.reset(what)
-        with self.engine.gathered_for_read(every_rank=True):
+        with self.engine.gathered_for_read(every_rank=True), self._average.applied(self.task.module):
             self.task.module.eval()
             score, per_cohort, space = on_every_rank(
                 lambda: self.task.validation_share(lambda part: self._watchdog.reset(f"{what}, {part}")),
@@ -320,7 +326,9 @@ class Trainer:
             # Not counted for train.patience: there is no score to compare.
             log.warning("step %d: validation has no score; check for sections of split val and genes to score", p.step)
         self._reporter.log(
-            {"step": p.step, "kind": "valid", "score": score, "per_cohort": per_cohort, "best": better} | space
+            {"step": p.step, "kind": "valid", "score": score, "per_cohort": per_cohort, "best": better}
+            | space
+            | ({} if self.config.optim.ema is None else {"weights": "ema"})
         )
         p.validated = p.step
         if cfg.patience and p.bad_validations >= cfg.patience:
@@ -342,9 +350,10 @@ class Trainer:
     def _save(self) -> None:
         """Gather sharded tensors and write a full checkpoint, which any engine on any number of ranks can resume."""
         self._reporter.report(self.progress)
+        self.progress.norms = self._norms.values()
         optim = self.engine.optimizer_state()
         with self.engine.gathered_for_read():
-            self._on_rank_zero(lambda: self._saver.save(self.progress, optim))
+            self._on_rank_zero(lambda: self._saver.save(self.progress, optim, self._average.tensors()))
         self._saved_step = self.progress.step
 
     def _restore(self, loaded: Checkpoint, step: int) -> None:
@@ -352,12 +361,18 @@ class Trainer:
         self.progress = RunState.from_plain(loaded.state)
         # The engine is built after the weights are loaded, because ZeRO 3 shards the weights it is given.
         self._freezing.apply(self.task.module, self.progress.step + 1)
-        self.engine = make_engine(self.task.module, self.config, self.group)
+        self._norms = NormHistory(self.config.optim.spike, self.device, self.progress.norms)
+        self._build_engine(loaded.ema)
         self.engine.restore(loaded.optim)
         self.progress.reopen(self.config.train)
         set_random_state(loaded.state, self.device)
         self._saved_step = self.progress.step
         self._saver.check_best(self.progress)
+
+    def _build_engine(self, averages: dict[str, Tensor] | None = None) -> None:
+        """Build the engine for the current weights, and follow the trained ones; ``averages`` are those of a checkpoint."""
+        self.engine = make_engine(self.task.module, self.config, self.group)
+        self._average.attach(self.engine.module, averages)
 
     def _thaw(self, step: int) -> None:
         """Build the engine again, with the parameters that are trained from ``step`` on; as after a resume."""
@@ -366,15 +381,14 @@ class Trainer:
             self.engine.close()
             gc.collect()  # DDP's wrapper and its buckets refer to each other
             self._freezing.apply(self.task.module, step)
-            engine = make_engine(self.task.module, self.config, self.group)
-        self.engine = engine
+            self._build_engine()
         self.engine.restore(state)
         frozen = len(self._freezing.frozen_at(step))
         log.info("step %d: optim.freeze thaws parameters; %d tensors remain frozen", step, frozen)
 
     def _export_best(self) -> None:
         """Export the best weights, or the last ones if there was no validation."""
-        with self.engine.gathered_for_read():
+        with self.engine.gathered_for_read(), self._average.applied(self.task.module):
             self._on_rank_zero(self._write_export)
 
     def _write_export(self) -> None:

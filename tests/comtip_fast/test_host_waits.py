@@ -61,6 +61,8 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
         ("engine.activation_checkpointing=true",),
         ("loss.mfm=0", "loss.paat.adversary=random"),
         ("train.precision=bf16",),
+        ("optim.spike.policy=skip", "optim.ema=0.99"),
+        ("optim.spike.policy=clip",),
     ],
 )
 def test_a_step_that_logs_nothing_reads_nothing(

@@ -23,8 +23,21 @@ SWAP_METHODS = (
     "_optimizer_states_and_gradient_swap_in",
     "_optimizer_states_and_gradient_swap_out",
 )
-ZERO_3 = (*SWAP_METHODS, "fp32_partitioned_groups_flat", "sub_group_to_group_id", "_global_grad_norm")
-ZERO_1_2 = ("_lazy_init_hp_params_optimizer_state", "single_partition_of_fp32_groups", "_global_grad_norm")
+ZERO_3 = (
+    *SWAP_METHODS,
+    "fp32_partitioned_groups_flat",
+    "sub_group_to_group_id",
+    "_global_grad_norm",
+    "_get_norm_groups",
+    "clip_grad",
+)
+ZERO_1_2 = (
+    "_lazy_init_hp_params_optimizer_state",
+    "single_partition_of_fp32_groups",
+    "_global_grad_norm",
+    "scaled_global_norm",
+    "clip_grad",
+)
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +56,7 @@ TORCH = {
 }
 """{object: private name that it must have}; with the names below, all that are used."""
 MORE_OF_TORCH = {"_foreach_copy_": "torch", "_pytree": "torch.utils"}
+MORE_OF_TORCH |= {name: "torch" for name in ("_foreach_sub", "_foreach_mul_", "_foreach_add_")}
 BACKWARD = "_scaled_dot_product_flash_attention_for_cpu_backward"
 STANDARD_LIBRARY = {"_exit": "os._exit is public", "_SubParsersAction": "argparse has no public name for it"}
 STANDARD_LIBRARY |= {"_actions": "the options of an argparse parser"}

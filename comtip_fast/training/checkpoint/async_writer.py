@@ -57,7 +57,7 @@ class Writer:
 
 def copied(checkpoint: Checkpoint) -> Checkpoint:
     """Return a copy of the checkpoint on the CPU, which the next step cannot change."""
-    return Checkpoint(_copied(checkpoint.model), _copied(checkpoint.optim), checkpoint.state)
+    return Checkpoint(_copied(checkpoint.model), _copied(checkpoint.optim), checkpoint.state, _copied(checkpoint.ema))
 
 
 def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

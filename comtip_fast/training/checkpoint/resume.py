@@ -9,7 +9,7 @@ import torch
 
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.training.checkpoint import store as checkpoints
-from comtip_fast.training.checkpoint.rows import NONFINITE, keep_rows_up_to
+from comtip_fast.training.checkpoint.rows import NONFINITE, SPIKES, keep_rows_up_to
 from comtip_fast.training.checkpoint.run_state import check_same_run
 from comtip_fast.training.checkpoint.schema import check_state
 from comtip_fast.training.checkpoint.store import Checkpoint
@@ -72,7 +72,8 @@ def prepare_run_folder(
             raise TrainingError(f"{folder}: all checkpoints are damaged; delete the folder to start from step 0")
         if resume:
             log.info("%s has no checkpoint yet: starting from step 0", run_dir)
-        (run_dir / NONFINITE).unlink(missing_ok=True)
+        for name in (NONFINITE, SPIKES):
+            (run_dir / name).unlink(missing_ok=True)
         return None
     step, checkpoint = found
     check_state(checkpoint.state, checkpoints.folder_of(folder, step), step)
@@ -80,5 +81,6 @@ def prepare_run_folder(
     checkpoints.quarantine_newer(folder, step)
     best = checkpoint.state["best_step"]
     checkpoints.prune(folder, config.train.keep_checkpoints, best or None)  # as after every save
-    keep_rows_up_to(run_dir / NONFINITE, step)
+    for name in (NONFINITE, SPIKES):
+        keep_rows_up_to(run_dir / name, step)
     return found

@@ -9,6 +9,8 @@ from comtip_shards.storage.atomic import write_atomic
 
 NONFINITE = "nonfinite.jsonl"
 """File in the run folder with one row per step whose loss or gradient was not finite."""
+SPIKES = "spikes.jsonl"
+"""File in the run folder with one row per spike of the gradient norm (``optim.spike``)."""
 
 
 def keep_rows_up_to(path: Path, step: int, *, validated: bool = True) -> None:

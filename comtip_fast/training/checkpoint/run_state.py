@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,9 @@ FREE_KEYS = {
     "optim.weight_decay",
     "optim.clip",
     "optim.freeze",
+    "optim.spike.policy",
+    "optim.spike.factor",
+    "optim.ema",
     *(f"optim.{part}.{key}" for part in ("vision", "text", "heads") for key in ("lr_scale", "weight_decay")),
     "optim.vision.layer_decay",
     "data.shards",
@@ -105,7 +108,11 @@ class RunState:
     bad_validations: int = 0
     """Number of validations since the best one."""
     skips: int = 0
-    """Number of updates skipped because a loss or gradient was not finite."""
+    """Number of updates skipped because a loss or gradient was not finite, or for a spike."""
+    spikes: int = 0
+    """Number of spikes of the gradient norm, skipped or clipped."""
+    norms: list[float] = field(default_factory=list)
+    """Gradient norms of the last steps, oldest first, as of the checkpoint; empty without ``optim.spike``."""
     validated: int = 0
     """Last step after which a validation was completed, or none was due."""
     stopped: str = ""
@@ -126,8 +133,8 @@ class RunState:
     @classmethod
     def from_plain(cls, state: dict[str, Any]) -> RunState:
         """Invert :meth:`as_plain`; ignores further keys."""
-        # Checkpoints of earlier versions were written after the validation of their step.
-        state = {"validated": state["step"]} | state
+        # Checkpoints of earlier versions were written after the validation of their step, and know no spikes.
+        state = {"validated": state["step"], "spikes": 0, "norms": []} | state
         own = {f.name: state[f.name] for f in fields(cls)}
         return cls(**own | {"best_score": float("-inf") if own["best_score"] is None else own["best_score"]})
 

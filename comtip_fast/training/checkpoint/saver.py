@@ -18,6 +18,7 @@ from comtip_fast.training.checkpoint.async_writer import Writer, copied
 from comtip_fast.training.checkpoint.run_state import RunState, random_state
 from comtip_fast.training.checkpoint.store import Checkpoint, CheckpointError
 from comtip_fast.training.protocol import TrainingTask
+from comtip_fast.training.update.ema import load_averages
 
 log = logging.getLogger("comtip_fast")
 
@@ -48,9 +49,9 @@ class CheckpointSaver:
         self._engine_name = engine_name
         self.writer = Writer()
 
-    def save(self, progress: RunState, optim: dict[str, Tensor]) -> None:
-        """Write a full checkpoint of the task's module and the given optimizer state, then delete old ones."""
-        checkpoint = Checkpoint(self.task.module.state_dict(), optim, self._state(progress))
+    def save(self, progress: RunState, optim: dict[str, Tensor], ema: dict[str, Tensor]) -> None:
+        """Write a full checkpoint of the task's module, the optimizer state and the averaged weights, then delete old ones."""
+        checkpoint = Checkpoint(self.task.module.state_dict(), optim, self._state(progress), ema)
         step, best, keep = progress.step, progress.best_step or None, self.config.train.keep_checkpoints
 
         def write(state: Checkpoint) -> None:
@@ -89,11 +90,15 @@ class CheckpointSaver:
             progress.best_step, progress.best_score = 0, float("-inf")
 
     def load_best(self, progress: RunState) -> None:
-        """Load the best weights into the task's module, unless they are the current ones or there was no validation."""
+        """Load the best weights into the task's module, unless they are the current ones or there was no validation.
+
+        They are those that were validated: the averaged weights, if the checkpoint has any.
+        """
         self.check_best(progress)
         if progress.best_step and progress.best_step != progress.step:
             best = checkpoints.load(checkpoints.folder_of(self.folder, progress.best_step))
             self.task.module.load_state_dict(best.model)
+            load_averages(self.task.module, best.ema)
 
     def _state(self, progress: RunState) -> dict[str, Any]:
         state = progress.as_plain() | random_state(self.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,6 +35,8 @@ class _State:
     config: dict[str, Any]
     fingerprint: dict[str, str]
     validated: Count = 0
+    spikes: Count = 0
+    norms: Annotated[list[Annotated[float, Field(ge=0)]], Field(max_length=4096)] = field(default_factory=list)
     world_size: Annotated[int, Field(ge=1, lt=1 << 31)] = 1
     cuda_rng: Hex = "00"
     device: str = ""
@@ -89,10 +91,13 @@ def load_weights(module: nn.Module, checkpoint: Checkpoint, where: Path) -> None
     except RuntimeError as error:  # missing, unknown, another shape
         text = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{where}: the weights do not fit the model of the config ({text}); {ADVICE}") from error
-    for name, tensor in (*checkpoint.model.items(), *checkpoint.optim.items()):
+    for name, tensor in (*checkpoint.model.items(), *checkpoint.optim.items(), *checkpoint.ema.items()):
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise CheckpointError(f"{where}: {name} holds values that are not finite; {ADVICE}")
     parameters = dict(module.named_parameters())
+    for name, tensor in checkpoint.ema.items():
+        if name not in parameters or tensor.shape != parameters[name].shape:
+            raise CheckpointError(f"{where}: the average of {name!r} does not fit a parameter of the model; {ADVICE}")
     keys: dict[str, set[str]] = {}
     for full, tensor in checkpoint.optim.items():
         name, _, key = full.rpartition("/")

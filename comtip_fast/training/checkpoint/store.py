@@ -1,6 +1,6 @@
 """Checkpoints on disk: written atomically, hashed, verified on load, without pickle.
 
-    checkpoints/step_00000100/{model.safetensors, optim.safetensors, state.json, SHA256SUMS}
+    checkpoints/step_00000100/{model.safetensors, optim.safetensors, state.json, SHA256SUMS}    with optim.ema also ema.safetensors
 
 Folders whose names start with a dot are being written or deleted; :func:`clear_leftovers` removes those of a killed
 process. Checkpoints that failed their hash are renamed to ``damaged_step_*`` and kept for inspection.
@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ log = logging.getLogger("comtip_fast")
 FORMAT, VERSION = "comtip-checkpoint", 1
 SUMS = "SHA256SUMS"
 FILES = ("model.safetensors", "optim.safetensors", "state.json")
+EMA = "ema.safetensors"
+"""File of the averaged weights; only in checkpoints of runs with ``optim.ema``."""
 
 
 class CheckpointError(ValueError):
@@ -44,6 +46,8 @@ class Checkpoint:
     """Optimizer state as named tensors."""
     state: dict[str, Any]
     """JSON data: step, position in the epoch, best score, random state, config."""
+    ema: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Averages of the trained weights, by parameter; empty without ``optim.ema``."""
 
 
 def folder_of(root: Path, step: int) -> Path:
@@ -95,11 +99,12 @@ def replace_state(root: Path, step: int, state: dict[str, Any]) -> None:
     try:
         with atomic_folder(final, root / f".writing-{step:08d}") as tmp_path:
             tmp_path.mkdir()
-            for name in FILES[:2]:
+            known = _stated_sums(final / SUMS)
+            unchanged = [name for name in (*FILES[:2], EMA) if name in known or name != EMA]
+            for name in unchanged:
                 link_or_copy(final / name, tmp_path / name)
             _write_state(tmp_path, state)
-            known = _stated_sums(final / SUMS)
-            _write_sums(tmp_path, {name: known.get(name, "") for name in FILES[:2]})
+            _write_sums(tmp_path, {name: known.get(name, "") for name in unchanged})
     except Exception as error:
         problem = disk_trouble(error)
         if problem is None:
@@ -115,6 +120,8 @@ def _write(tmp_path: Path, checkpoint: Checkpoint) -> None:
     # Each tensor is copied: safetensors refuses tensors that share memory, as tied weights do.
     save_file({k: v.detach().cpu().clone().contiguous() for k, v in checkpoint.model.items()}, tmp_path / FILES[0])
     save_file(checkpoint.optim, tmp_path / FILES[1])
+    if checkpoint.ema:
+        save_file({k: v.detach().cpu().contiguous() for k, v in checkpoint.ema.items()}, tmp_path / EMA)
     _write_state(tmp_path, checkpoint.state)
     _write_sums(tmp_path, {})
 
@@ -126,7 +133,8 @@ def _write_state(tmp_path: Path, state: dict[str, Any]) -> None:
 
 def _write_sums(tmp_path: Path, known: dict[str, str]) -> None:
     """Write the hashes of all files; ``known`` are those of files that were hashed before."""
-    sums = "".join(f"{known.get(name) or _sha256(tmp_path / name)}  {name}\n" for name in FILES)
+    names = [name for name in (*FILES, EMA) if name != EMA or (tmp_path / EMA).exists()]
+    sums = "".join(f"{known.get(name) or _sha256(tmp_path / name)}  {name}\n" for name in names)
     (tmp_path / SUMS).write_text(sums, encoding="utf-8")
 
 
@@ -136,7 +144,8 @@ def _stated_sums(path: Path) -> dict[str, str]:
 
 
 def _bytes(checkpoint: Checkpoint) -> int:
-    return sum(t.numel() * t.element_size() for t in (*checkpoint.model.values(), *checkpoint.optim.values()))
+    tensors = (*checkpoint.model.values(), *checkpoint.optim.values(), *checkpoint.ema.values())
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def load(folder: Path) -> Checkpoint:
@@ -161,7 +170,8 @@ def load(folder: Path) -> Checkpoint:
             f"{folder}: format {found}; this comtip-fast reads {FORMAT!r} {VERSION}; use the release that wrote it"
         )
     model, optim = (_tensors(folder / name, advice) for name in FILES[:2])
-    return Checkpoint(model, optim, state)
+    averaged = EMA in _stated_sums(folder / SUMS)
+    return Checkpoint(model, optim, state, _tensors(folder / EMA, advice) if averaged else {})
 
 
 def _tensors(path: Path, advice: str) -> dict[str, torch.Tensor]:
@@ -184,7 +194,7 @@ def verify(folder: Path) -> None:
     if not sums.is_file():
         raise CheckpointError(f"{sums}: missing, the checkpoint is incomplete; {advice}")
     stated = _stated_sums(sums)
-    for name in FILES:
+    for name in (*FILES, EMA) if EMA in stated else FILES:
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name}: missing; {advice}")
         if _sha256(folder / name) != stated.get(name):

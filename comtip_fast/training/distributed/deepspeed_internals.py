@@ -34,6 +34,46 @@ def gradient_norm(zero_optimizer: Any, like: Tensor) -> Tensor:
     return norm.detach() if isinstance(norm, Tensor) else like.new_full((), float(norm), dtype=torch.float32)
 
 
+class NormLimit:
+    """Makes a ZeRO optimizer drop updates whose gradient norm exceeds a limit, as it drops those that are not finite.
+
+    ZeRO computes the norm inside its step, so the limit has to be applied there.
+
+    Parameters
+    ----------
+    zero_optimizer
+        ZeRO optimizer of stage 1, 2 or 3; its method that returns the norm is replaced.
+    stage
+        Its stage.
+    """
+
+    def __init__(self, zero_optimizer: Any, stage: int) -> None:
+        self._limit: Tensor | None = None
+        self._norm: Tensor | None = None
+        if stage < 3:
+            norm = zero_optimizer.scaled_global_norm
+            zero_optimizer.scaled_global_norm = lambda *args, **kwargs: self._limited([norm(*args, **kwargs)])[0]
+        else:
+            norms = zero_optimizer._get_norm_groups
+            zero_optimizer._get_norm_groups = lambda: self._limited(norms())
+
+    def set(self, limit: Tensor) -> None:
+        """Set the limit of the next step."""
+        self._limit, self._norm = limit, None
+
+    def norm(self, otherwise: Tensor) -> Tensor:
+        """Return the norm of the last step, or ``otherwise`` if ZeRO found it not finite before it computed one."""
+        return otherwise if self._norm is None else self._norm.to(otherwise)
+
+    def _limited(self, norms: list[Any]) -> list[Any]:
+        assert self._limit is not None
+        known = torch.stack([torch.as_tensor(n, dtype=torch.float32, device=self._limit.device) for n in norms])
+        # DeepSpeed reports a norm that is not finite as -1.
+        total = torch.linalg.vector_norm(known.masked_fill(known < 0, torch.inf))
+        self._norm = total
+        return list(known.masked_fill(total > self._limit, torch.inf).unbind())
+
+
 def shards_of(zero_optimizer: Any, stage: int) -> list[tuple[int, Tensor]]:
     """Return the flat buffers of a ZeRO optimizer of stage 1, 2 or 3 that are updated, with the index of their parameter group."""
     if stage < 3:

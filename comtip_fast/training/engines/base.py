@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.runtime import devices, torch_internals
 from comtip_fast.runtime.weight_casts import ParameterNames, cast_together, linear_parameters
+from comtip_fast.training.update.spikes import SpikeLimit
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,15 @@ class Update:
     norm: Tensor
     """Global gradient norm before clipping, scalar."""
     good: Tensor
-    """bool scalar: the loss and the norm are finite, so the weights were updated."""
+    """bool scalar: the weights were updated, because loss and norm are finite and the step is no spike that is skipped."""
     names: tuple[str, ...] = ()
     """Names of the parameters that have a gradient on this rank."""
     norms: Tensor | None = None
     """Norms of their gradients, (n,); None if the engine does not compute them."""
+    spike: Tensor | None = None
+    """bool scalar: the norm exceeds its limit; None without ``optim.spike``."""
+    limit: Tensor | None = None
+    """Limit on the norm, scalar; None without ``optim.spike``."""
 
     def nonfinite(self) -> list[str]:
         """Return the names of parameters whose gradient is not finite; waits for the device."""
@@ -68,8 +73,8 @@ class Engine(Protocol):
         """Accumulate the gradients of this rank's share of the loss."""
         ...
 
-    def update(self, finite: Tensor | bool) -> Update:
-        """Clip and step, unless the loss (``finite``) or the gradient norm is not finite.
+    def update(self, finite: Tensor | bool, spikes: SpikeLimit | None = None) -> Update:
+        """Clip and step, unless the loss (``finite``) or the gradient norm is not finite, or the step is a spike to skip.
 
         On a GPU, the update is masked on the device, without a synchronization.
         """
@@ -136,7 +141,7 @@ def set_product_precision(config: RunConfig, device: torch.device) -> None:
         torch.set_float32_matmul_precision("high")
 
 
-def clip(module: nn.Module, limit: float, finite: Tensor | bool) -> Update:
+def clip(module: nn.Module, limit: float, finite: Tensor | bool, spikes: SpikeLimit | None = None) -> Update:
     """Clip the global gradient norm to ``limit`` (0: no clipping); a norm that is not finite clips nothing.
 
     Parameters
@@ -147,13 +152,29 @@ def clip(module: nn.Module, limit: float, finite: Tensor | bool) -> Update:
         Maximum norm.
     finite
         Whether the loss is finite.
+    spikes
+        Limit above which a step is skipped or clipped; None for no limit.
     """
     named = [(name, q) for name, q in module.named_parameters() if q.grad is not None]
     trained = [q for _, q in named]
     norms = torch_internals.norms([q.grad for q in trained if q.grad is not None])
     norm = torch.linalg.vector_norm(norms)
     good = norm.isfinite() & finite
+    names = tuple(name for name, _ in named)
+    if spikes is not None:
+        spike = exceeds(norm, spikes)
+        if not spikes.skip:
+            lower = spikes.norm.clamp(max=limit) if limit else spikes.norm
+            # The limit is on the device and PyTorch's function takes a number, so the norm is divided by it.
+            torch.nn.utils.clip_grads_with_norm_(trained, 1.0, (norm / lower).masked_fill(~norm.isfinite(), 0.0))
+            return Update(norm, good, names, norms, spike, spikes.norm)
+        good = good & ~spike
     if limit:
         # The gradients of a step that is not finite keep their values: the factor of a norm of 0 is 1.
         torch.nn.utils.clip_grads_with_norm_(trained, limit, norm.masked_fill(~norm.isfinite(), 0.0))
-    return Update(norm, good, tuple(name for name, _ in named), norms)
+    return Update(norm, good, names, norms) if spikes is None else Update(norm, good, names, norms, spike, spikes.norm)
+
+
+def exceeds(norm: Tensor, spikes: SpikeLimit) -> Tensor:
+    """Return whether a finite norm exceeds the limit, bool scalar on the device."""
+    return (norm > spikes.norm) & norm.isfinite()

@@ -28,9 +28,10 @@ from comtip_fast.config.schema import RunConfig
 from comtip_fast.runtime import devices, torch_internals
 from comtip_fast.training.distributed import deepspeed_internals as internals
 from comtip_fast.training.distributed.comm_timer import clock_backend, clock_of
-from comtip_fast.training.engines.base import StepModule, Update, autocast_of, clip
+from comtip_fast.training.engines.base import StepModule, Update, autocast_of, clip, exceeds
 from comtip_fast.training.optim import make_optimizer, mask_steps, optimizer_tensors, restore_optimizer, set_rate
 from comtip_fast.training.protocol import TrainingError
+from comtip_fast.training.update.spikes import SpikeLimit
 
 log = logging.getLogger("comtip_fast")
 
@@ -115,6 +116,8 @@ class DeepSpeedEngine:
             internals.create_moments(
                 self._engine.optimizer, self.stage, self.optimizer.state, MOMENTS, fused=self._fused
             )
+        skips = bool(self.stage) and config.optim.spike.policy == "skip"
+        self._norm_limit = internals.NormLimit(self._engine.optimizer, self.stage) if skips else None
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """See :meth:`.base.Engine.call`."""
@@ -135,10 +138,10 @@ class DeepSpeedEngine:
         factor = torch.full_like(loss.detach(), self.group.size).masked_fill(~loss.detach().isfinite(), math.nan)
         self._engine.backward(loss * factor)
 
-    def update(self, finite: Tensor | bool) -> Update:
+    def update(self, finite: Tensor | bool, spikes: SpikeLimit | None = None) -> Update:
         """See :meth:`.base.Engine.update`; ZeRO computes the norm, clips and skips updates that are not finite."""
         if self.stage == 0:
-            update = clip(self.module, self.config.optim.clip, finite)
+            update = clip(self.module, self.config.optim.clip, finite, spikes)
             if self._fused:
                 mask_steps(self.optimizer, update.good)
                 self._engine.step()
@@ -147,10 +150,21 @@ class DeepSpeedEngine:
             else:
                 self._engine.zero_grad()
             return update
+        if self._norm_limit is not None and spikes is not None:
+            self._norm_limit.set(spikes.norm)
+        elif spikes is not None:
+            # A read on the host, where ZeRO's step reads the norm anyway.
+            self._engine.optimizer.clip_grad = min(self.config.optim.clip or math.inf, float(spikes.norm))
         self._engine.step()
         like = finite if isinstance(finite, Tensor) else torch.zeros((), device=self._device())
         norm = internals.gradient_norm(self._engine.optimizer, like)
-        return Update(norm, norm.isfinite() & finite)
+        if spikes is None:
+            return Update(norm, norm.isfinite() & finite)
+        if self._norm_limit is not None:
+            norm = self._norm_limit.norm(norm)
+        spike = exceeds(norm, spikes)
+        good = norm.isfinite() & finite
+        return Update(norm, good & ~spike if spikes.skip else good, spike=spike, limit=spikes.norm)
 
     @contextmanager
     def summon_full_params(self) -> Iterator[None]:

@@ -15,6 +15,7 @@ from comtip_fast.runtime import devices
 from comtip_fast.training.distributed.comm_timer import clock_of
 from comtip_fast.training.engines.base import StepModule, Update, autocast_of, cast_groups_of, clip
 from comtip_fast.training.optim import make_optimizer, mask_steps, optimizer_tensors, restore_optimizer, set_rate
+from comtip_fast.training.update.spikes import SpikeLimit
 
 
 class TorchEngine:
@@ -62,9 +63,9 @@ class TorchEngine:
         with self._clock.after_backward(loss):
             loss.backward()
 
-    def update(self, finite: Tensor | bool) -> Update:
+    def update(self, finite: Tensor | bool, spikes: SpikeLimit | None = None) -> Update:
         """See :meth:`Engine.update`."""
-        update = clip(self.module, self.config.optim.clip, finite)
+        update = clip(self.module, self.config.optim.clip, finite, spikes)
         if self._masked:
             mask_steps(self.optimizer, update.good)
             self.optimizer.step()

@@ -1,4 +1,4 @@
-"""Report of a step whose loss or gradient is not finite."""
+"""Reports of steps whose loss or gradient is not finite, or whose gradient norm is a spike."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from comtip_fast.training.checkpoint.rows import NONFINITE
+from comtip_fast.training.checkpoint.rows import NONFINITE, SPIKES
 from comtip_fast.training.monitor.diagnostics import diagnostic
 from comtip_fast.training.monitor.loggers import append_row
+from comtip_fast.training.pending import FinishedStep
 
 
 def report_nonfinite(
@@ -39,6 +40,26 @@ def report_nonfinite(
         "spot_index": spots.tolist(),
     }
     diagnostic(f"writing {NONFINITE}", lambda: append_row(path, record), None)
+
+
+def report_spike(path: Path, done: FinishedStep, parts: dict[str, float], policy: str) -> None:
+    """Append a row on a spike to ``spikes.jsonl``; a failed write is logged as a warning.
+
+    Parameters
+    ----------
+    path
+        The file.
+    done
+        The step.
+    parts
+        Losses over all ranks, by name.
+    policy
+        ``optim.spike.policy``: what was done with the update.
+    """
+    step = done.pending
+    record = {"step": step.step, "epoch": step.epoch, "position": step.position, "policy": policy}
+    record |= {"grad_norm": done.norm, "limit": done.limit, "parts": parts, "spot_index": step.spots.tolist()}
+    diagnostic(f"writing {SPIKES}", lambda: append_row(path, record), None)
 
 
 def nonfinite_message(path: Path, step: int, spots: np.ndarray, parts: dict[str, float], gradients: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""Report finished steps: logged rows, non-finite steps and jumps."""
+"""Report finished steps: logged rows, non-finite steps, spikes and jumps."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 from comtip_fast.collectives import Group
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.runtime import devices
-from comtip_fast.training.checkpoint.rows import NONFINITE
+from comtip_fast.training.checkpoint.rows import NONFINITE, SPIKES
 from comtip_fast.training.checkpoint.run_state import RunState
 from comtip_fast.training.distributed.comm_timer import clock_of
 from comtip_fast.training.distributed.rank_numbers import RankNumbers
 from comtip_fast.training.monitor.diagnostics import diagnostic
 from comtip_fast.training.monitor.loggers import Logger
 from comtip_fast.training.monitor.monitor import EVENTS, Events, SpikeDetector, ThroughputMeter
-from comtip_fast.training.monitor.nonfinite import nonfinite_message, report_nonfinite
+from comtip_fast.training.monitor.nonfinite import nonfinite_message, report_nonfinite, report_spike
 from comtip_fast.training.pending import FinishedStep, PendingStep, as_floats, read_steps
 from comtip_fast.training.protocol import StepCost, TrainingError, TrainingTask
 
@@ -91,15 +91,19 @@ class StepReporter:
         """Handle non-finite steps, detect jumps, and log the rows that are due."""
         for done in finished:
             step, logged = done.pending.step, self._is_logged(done.pending.step)
-            losses, numbers = self._over_ranks(done) if logged or not done.good else ({}, {})
-            if not done.good:
+            losses, numbers = self._over_ranks(done) if logged or not done.good or done.spike else ({}, {})
+            if not done.finite:
                 self._not_finite(progress, done.pending, losses)
+            elif done.spike:
+                self._spiked(progress, done, losses)
             spike = diagnostic("the spike detector", partial(self._spikes.update, done.loss, done.norm), None)
             if spike is not None and self.group.rank == 0:
                 self.flag("jump", step, spike)
             if logged:
                 row = {"step": step, "kind": "train", "epoch": done.pending.epoch} | losses | numbers
                 row |= {"lr": done.pending.rate, "grad_norm": done.norm, "skips": progress.skips}
+                if self.config.optim.spike.policy != "none":
+                    row["spikes"] = progress.spikes
                 data = self.task.metrics()
                 waited = data.pop("loader_wait_s", 0.0)
                 nothing: dict[str, float] = {}
@@ -125,9 +129,29 @@ class StepReporter:
             raise TrainingError(
                 f"{text}. Start again with a lower optim.lr, or continue with `resume` and `train.nan_policy=skip`"
             )
+        self._count_skip(progress, text)
+
+    def _spiked(self, progress: RunState, done: FinishedStep, parts: dict[str, float]) -> None:
+        """Report a spike, and count its update if it was skipped."""
+        policy, step = self.config.optim.spike.policy, done.pending
+        progress.spikes += 1
+        if self.group.rank == 0:
+            report_spike(self.run_dir / SPIKES, done, parts, policy)
+        some = ", ".join(str(i) for i in step.spots[:5].tolist())
+        text = (
+            f"step {step.step}: the gradient norm {done.norm:.4g} exceeds the limit {done.limit:.4g} of optim.spike; spots {some} "
+            f"...; the full batch is in {self.run_dir / SPIKES}"
+        )
+        if policy == "skip":
+            self._count_skip(progress, text)
+        else:
+            log.warning("%s; clipped (%d spikes so far)", text, progress.spikes)
+
+    def _count_skip(self, progress: RunState, text: str) -> None:
+        most = self.config.train.max_skips
         progress.skips += 1
         log.warning("%s; update skipped (%d so far)", text, progress.skips)
-        if progress.skips > cfg.max_skips:
+        if progress.skips > most:
             raise TrainingError(
-                f"{text}; more than train.max_skips={cfg.max_skips} updates were skipped. Start again with a lower optim.lr"
+                f"{text}; more than train.max_skips={most} updates were skipped. Start again with a lower optim.lr"
             )

@@ -1,0 +1,78 @@
+"""Spikes of the gradient norm (``optim.spike``): the limit on the norm of a step, from the norms of the steps before it.
+
+Norms stay on the device: a limit is computed and applied there, and the host learns of a spike when a row is logged. All
+ranks have the same norms, and therefore the same limit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from comtip_fast.config.optim import SpikeConfig
+
+WINDOW = 64
+"""Steps over which the median of the norms is taken. After half of them, a lasting change of the norm is no spike any more."""
+LEAST = 20
+"""Norms that must be known before a step can be a spike."""
+
+
+@dataclass(frozen=True)
+class SpikeLimit:
+    """Limit on the gradient norm of one step."""
+
+    norm: Tensor
+    """Largest norm that is not a spike, fp32 scalar on the device; infinite while fewer than :data:`LEAST` norms are known."""
+    skip: bool
+    """Whether the update of a spike is skipped; otherwise its gradients are clipped to the limit."""
+
+
+class NormHistory:
+    """The gradient norms of the last :data:`WINDOW` steps, on the device.
+
+    The median is used because spikes cannot move it, and is taken over all norms, also those of spikes, so that a lasting
+    change ends the reaction. Norms that are not finite are left out.
+
+    Parameters
+    ----------
+    config
+        Policy and factor; with the policy ``none``, nothing is kept.
+    device
+        Device of the gradients.
+    norms
+        The last norms, oldest first, as :meth:`values` returned them.
+    """
+
+    def __init__(self, config: SpikeConfig, device: torch.device, norms: Sequence[float] = ()) -> None:
+        self.config = config
+        known = list(norms)[-WINDOW:]
+        padded = [math.nan] * (WINDOW - len(known)) + known
+        self._norms = torch.tensor(padded, dtype=torch.float32, device=device)
+
+    def limit(self) -> SpikeLimit | None:
+        """Return the limit of the next step; None with the policy ``none``."""
+        if self.config.policy == "none":
+            return None
+        ordered = self._norms.sort().values  # missing norms are NaN, which sorts last
+        known = (~ordered.isnan()).sum()
+        middle = ordered.index_select(0, ((known - 1) // 2).clamp_min(0).reshape(1)).reshape(())
+        usable = (known >= LEAST) & (middle > 0)
+        return SpikeLimit((self.config.factor * middle).masked_fill(~usable, math.inf), self.config.policy == "skip")
+
+    def add(self, norm: Tensor) -> None:
+        """Add the norm of a step before clipping, a scalar on the device."""
+        if self.config.policy == "none":
+            return
+        norm = norm.to(self._norms.dtype)
+        shifted = torch.cat([self._norms[1:], norm.reshape(1)])
+        self._norms = torch.where(norm.isfinite(), shifted, self._norms)
+
+    def values(self) -> list[float]:
+        """Return the norms, oldest first; waits for the device, except with the policy ``none``, which keeps none."""
+        if self.config.policy == "none":
+            return []
+        return [norm for norm in self._norms.tolist() if not math.isnan(norm)]
