@@ -22,7 +22,7 @@ def check_expected_tile(config: RunConfig, shards: ShardSet) -> None:
     Raises
     ------
     ValueError
-        The set has other tiles than ``data.tile_px`` or ``data.tile_um``; names both and the fix.
+        The set has other tiles than ``data.tile_px`` or ``data.tile_um``; the message names both and the fix.
     """
     tile, data = shards.manifest.tile, config.data
     px, um = data.tile_px or tile.px, data.tile_um or tile.um

@@ -93,7 +93,7 @@ def load_weights(vit: VisionTransformer, path: Path) -> LoadReport:
 
 
 def normalisation(config: VisionConfig, vit: VisionTransformer | None = None) -> tuple[Channels, Channels]:
-    """Return mean and spread of the channels with which an encoder's tiles are normalised.
+    """Return the mean and standard deviation of the channels with which an encoder's tiles are normalised.
 
     Parameters
     ----------

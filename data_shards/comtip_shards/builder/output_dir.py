@@ -104,7 +104,7 @@ def refuse_links(out: Path) -> None:
     Raises
     ------
     ShardError
-        There is a link; names the first.
+        There is a link; the message names the first.
     """
     for path in [p for n in sorted(_OURS) for p in (out / n, *(out / n).rglob("*"))]:
         if path.is_symlink():

@@ -1,7 +1,8 @@
-"""The tile of a set: the field's where the images have it, else the nearest that they have; and what a common scale costs.
+"""Choice of a set's tile, and the cost of a common scale for each section.
 
-The field's tile is 112 um in 224 px, 0.5 um per px (20x), as in HEST-1k and the encoders trained on it. All tiles of a set
-have one width in um and in px, and no section is finer than ``min_mpp``, so that a model cannot tell sections by their scan.
+The default is the usual tile of the field, 112 um in 224 px, 0.5 um per px (20x), as in HEST-1k and the encoders trained on it;
+if the images are coarser, the nearest resolution that they have. All tiles of a set have one width in um and in px, and no
+section is finer than ``min_mpp``, so that a model cannot distinguish sections by their scanner.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def check_tile(tile: TileSpec) -> TileSpec:
 def scale_cost(section: Scaled, tile: TileSpec) -> str | None:
     """Return the cost of the tile for a section: resolution that its image has and the set does not, or the reverse.
 
-    ``None`` if the tile shows what the image has, within 5 %, or is at least as fine as the field's.
+    ``None`` if the tile keeps the image's resolution within 5 %, or is at least as fine as the default tile.
     """
     tile_mpp = tile.um / tile.px
     kept = max(tile_mpp, tile.min_mpp)

@@ -59,7 +59,7 @@ def parse_index(text: bytes, shard: ShardEntry, codec: str, px: int, where: str)
     Raises
     ------
     ShardError
-        The index is damaged or belongs to another shard; names the index.
+        The index is damaged or belongs to another shard; the message names the index.
     """
     head, _, body = text.partition(b"\n")
     if head != f"{INDEX_VERSION} {shard.records}".encode():

@@ -90,7 +90,7 @@ def decode_exprs(
     Raises
     ------
     ShardError
-        A record is one that :func:`encode_expr` would not write; names the first.
+        A record differs from what :func:`encode_expr` writes; the message names the first such record.
     """
     B = len(records)
     sizes = np.fromiter((len(r) for r in records), np.int64, B)

@@ -125,7 +125,7 @@ def check_section_spots(shards: ShardSet, number: int, table: pd.DataFrame) -> N
     Raises
     ------
     ShardError
-        Duplicate ids, wrong source rows or missing positions; names the set and the section.
+        Duplicate ids, wrong source rows or missing positions; the message names the set and the section.
     """
     section = shards.manifest.sections[number]
     own = table.iloc[section.first_spot : section.first_spot + section.n_spots]

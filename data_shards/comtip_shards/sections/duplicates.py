@@ -74,7 +74,7 @@ def check_duplicates(sections: Sequence[tuple[SectionMeta, Mapping[str, Any]]]) 
     Raises
     ------
     SourceError
-        Duplicates are in different splits; names both sections and what they share.
+        Duplicates are in different splits; the message names both sections and what they share.
     """
     notes: dict[str, str] = {}
     for i, j, shared in _alike([p for _, p in sections]) if len(sections) > 1 else ():

@@ -175,7 +175,7 @@ def parse_facts(values: Mapping[str, Any]) -> tuple[SectionFacts, PoolingOptions
     Raises
     ------
     SourceError
-        Unknown name, wrong type or out of bounds; names the fact, the value and what it must be.
+        Unknown name, wrong type or out of bounds; the message names the fact, the value and what it must be.
     """
     known = {cls: option_names(cls) for cls in _ADAPTERS}
     every = [name for names in known.values() for name in names]

@@ -125,7 +125,7 @@ class Section:
         Raises
         ------
         SourceError
-            The section is inconsistent; names the file and the fix.
+            The section is inconsistent; the message names the file and the fix.
         """
         check_meta(self.meta, self.image_path)
         where = f"section {self.meta.section_id}"
@@ -177,7 +177,7 @@ def check_meta(meta: SectionMeta, where: Path | str) -> None:
     Raises
     ------
     SourceError
-        A field is missing or out of range; names the section and the fix.
+        A field is missing or out of range; the message names the section and the fix.
     """
     check_section_id(meta.section_id, str(where), SourceError, RENAME)
     if meta.species not in ("human", "mouse"):

@@ -33,7 +33,7 @@ def check_splits(metas: Sequence[SectionMeta]) -> None:
     Raises
     ------
     SourceError
-        A donor is in both; names the donor and the sections.
+        A donor is in both; the message names the donor and the sections.
     """
     for meta in metas:
         if meta.split != "test":

@@ -48,7 +48,7 @@ def atomic_path(target: Path | str) -> Iterator[Path]:
     ValueError
         ``target`` is not a regular file but a folder, device or pipe.
     OSError
-        The write failed; names the target.
+        The write failed; the message names the target.
     """
     target = Path(os.path.realpath(target))
     mode = _mode_of(target)
@@ -92,7 +92,7 @@ def atomic_folder(target: Path, tmp_path: Path | None = None, *, keep_existing: 
     Raises
     ------
     OSError
-        The write failed; names the target.
+        The write failed; the message names the target.
     """
     tmp_path = tmp_path or tmp_path_of(target)
     shutil.rmtree(tmp_path, ignore_errors=True)
@@ -182,7 +182,7 @@ def refuse_input_as_output(out: Path, inputs: Iterable[Path | str], option: str 
     Raises
     ------
     ValueError
-        The output is an input; names both paths.
+        The output is an input; the message names both paths.
     """
     for item in map(Path, inputs):
         if not item.exists():

@@ -97,7 +97,7 @@ class Remote:
         Raises
         ------
         ShardError
-            Of kind ``vanished`` (no such file), ``checksum`` (mismatch) or ``remote``; names the URL and the fix.
+            Of kind ``vanished`` (no such file), ``checksum`` (mismatch) or ``remote``; the message names the URL and the fix.
         """
         where = self._name(name)
         deadline = time.monotonic() + self.retry.total

@@ -67,7 +67,7 @@ def read_study(path: Path) -> list[StudyRow]:
     Raises
     ------
     SourceError
-        The file cannot be read, a column is unknown, or a value is out of range; names the row and the column.
+        The file cannot be read, a column is unknown, or a value is out of range; the message names the row and the column.
     """
     if not path.is_file():
         raise SourceError(f"{path}: no such file; check the path of the table")

@@ -88,7 +88,7 @@ def gene_sentence_embedding(
     if (level_hi_N is None) != (mix_N is None):
         raise ValueError("gene_sentence_embedding: pass both level_hi_N and mix_N, or neither")
     if identity_ID is not None and identity_N is None:
-        raise ValueError("gene_sentence_embedding: identity_ID was passed without identity_N; pass both, or omit it")
+        raise ValueError("gene_sentence_embedding: identity_ID was passed without identity_N; pass both or neither")
     out: Tensor = choose("gene_sentence_embedding", impl, (token_VD, type_3D, position_TD, level_QD), _IMPLEMENTATIONS)(
         ids_NT,
         length_N,
