@@ -130,7 +130,12 @@ def test_spatialdata_io_reads_the_files_and_our_reader_its_store(
     np.testing.assert_array_equal(shown, section.uns["spatial"]["x1"]["images"]["hires"])
 
     store.write(tmp_path / "x1.zarr")
-    facts = {"tissue": "breast", "species": "human", "platform": "ST 1k array", "mpp": scale_of(section)["microns_per_pixel"]}
+    facts = {
+        "tissue": "breast",
+        "species": "human",
+        "platform": "ST 1k array",
+        "mpp": scale_of(section)["microns_per_pixel"],
+    }
     read = open_source(tmp_path / "x1.zarr", overrides=facts)[0].read()
     source = open_source(tiny_source, samples=["x1"])[0].read()
     assert read.spot_ids == source.spot_ids
