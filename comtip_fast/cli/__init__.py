@@ -60,7 +60,7 @@ def _main(arguments: list[str]) -> int:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Message(args.with_options))
     logging.basicConfig(level=logging.DEBUG if args.debug else logging.INFO, handlers=[handler])
-    for noisy in ("h5py", "matplotlib", "PIL", "fsspec", "asyncio"):
+    for noisy in ("h5py", "matplotlib", "PIL", "fsspec", "asyncio", "ome_zarr"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     if args.command != "pretrain" and not args.debug:
         logging.getLogger("comtip_kernels").setLevel(logging.WARNING)

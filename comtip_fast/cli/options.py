@@ -135,6 +135,16 @@ def gene_list(values: list[str]) -> list[str] | None:
     return genes
 
 
+def _column(rows: list[tuple[int, list[str]]], index: int, width: int) -> list[tuple[int, list[str]]]:
+    """Return one column of a table, or all cells below a single header; R writes row names without a header."""
+    named = all(len(cells) == width + 1 and cells[-1] for _, cells in rows)
+    if named and (width > 1 or all(cells[0].isdigit() for _, cells in rows)):
+        index += 1
+    elif width == 1:
+        return rows
+    return [(number, cells[index : index + 1]) for number, cells in rows]
+
+
 def read_gene_file(path: Path) -> list[str]:
     """Read a list of genes, one per line or comma-separated, in UTF-8; skips comments (``#``) and a header.
 
@@ -172,7 +182,7 @@ def read_gene_file(path: Path) -> list[str]:
     headers = GENE_COLUMNS if len(first) == 1 else GENE_COLUMNS - {"x"}
     header = next((i for i, cell in enumerate(first) if cell.lower() in headers), None)
     if header is not None:
-        rows = [(number, cells[header : header + 1]) for number, cells in rows[1:]]
+        rows = _column(rows[1:], header, len(first))
     genes: list[str] = []
     for number, cells in rows:
         for gene in filter(None, cells):

@@ -95,9 +95,10 @@ class Guard:
     def _hook(self, event: str, args: tuple[Any, ...]) -> None:
         if self.allowed is None or (event == "subprocess.Popen" and str(WALK) in args[1]):
             return
-        paths = [a for a in args[:2] if isinstance(a, (str, bytes, os.PathLike))]
-        if event == "open":
-            paths = paths[:1] if self._is_write(args[1], args[2]) else []
+        named = args[:2]
+        if event == "open":  # args[0] is a descriptor for a pipe to the helper process
+            named = args[:1] if self._is_write(args[1], args[2]) else ()
+        paths = [a for a in named if isinstance(a, (str, bytes, os.PathLike))]
         if event in _SPAWNS or (event in ("open", *_CHANGES) and not all(map(self._is_allowed, paths))):
             self.seen.append(f"{event} {args[:2]}")
 

@@ -30,6 +30,10 @@ GENES = ["ERBB2", "CD74", "KRT17"]
         b'"x"\n"ERBB2"\n"CD74"\n"KRT17"\n',
         b"ERBB2\rCD74\rKRT17\r",
         b"rank,gene,score\n1,ERBB2,0.5\n2,CD74,0.25\n3,KRT17,0.1\n",
+        b"gene\n# mine\nERBB2, CD74\nKRT17 # basal\n",
+        b"gene\nERBB2\tCD74\tKRT17\n",
+        b'"x"\n"1","ERBB2"\n"2","CD74"\n"3","KRT17"\n',
+        b"gene,score\nr1,ERBB2,1\nr2,CD74,1\nr3,KRT17,1\n",
         b"gene_id\tp\nERBB2\t1e-9\nCD74\t1\nKRT17\t1\n",
     ],
 )

@@ -37,6 +37,7 @@ def limited() -> Iterator[None]:
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
     resource.setrlimit(resource.RLIMIT_CPU, (limit, hard))
     yield
+    hdf5_probe._probe.close()  # it inherited the limit
     resource.setrlimit(resource.RLIMIT_CPU, (resource.RLIM_INFINITY, hard))
 
 
@@ -99,6 +100,36 @@ def test_a_file_that_crashes_the_library_is_refused_by_name(tmp_path: Path, monk
         probe.check(intact(tmp_path / "a.h5"))
 
 
+def test_a_helper_that_something_else_ends_blames_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    killed = tmp_path / "walk.py"
+    killed.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    monkeypatch.setattr(hdf5_probe, "WALK", killed)
+    Hdf5Probe().check(intact(tmp_path / "a.h5"))
+    assert (
+        "a.h5: read without a check for damage that hangs: the helper process was ended (exit code -9)" in caplog.text
+    )
+
+
+def test_an_interrupted_question_is_not_answered_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def interrupt(line: str) -> str:
+        raise KeyboardInterrupt
+
+    probe = Hdf5Probe()
+    probe.check(intact(tmp_path / "a.h5"))
+    process = probe._process
+    intact(tmp_path / "b.h5")
+    with monkeypatch.context() as patch:
+        patch.setattr(hdf5_probe.json, "loads", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            probe.check(tmp_path / "b.h5")
+    assert process is not None
+    assert process.returncode == -signal.SIGKILL
+    probe.check(intact(tmp_path / "c.h5"))
+    probe.close()
+
+
 def test_a_forked_process_has_a_helper_of_its_own(tmp_path: Path):
     hdf5_probe.probe_hdf5(intact(tmp_path / "a.h5"))
     before = hdf5_probe._probe
@@ -116,7 +147,7 @@ def test_without_a_helper_process_files_are_read_with_a_warning(
 
     monkeypatch.setattr(hdf5_probe.subprocess, "Popen", refuse)
     Hdf5Probe().check(intact(tmp_path / "a.h5"))
-    assert "no helper process (no more processes)" in caplog.text
+    assert "damage that hangs: no helper process (no more processes); allow more processes" in caplog.text
 
 
 def test_features_and_earlier_outputs_that_hang_are_refused(endless: Path):

@@ -6,6 +6,7 @@ or lowres); ``image=`` states the full-resolution image, where ``{id}`` is repla
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,9 +36,10 @@ from comtip_shards.sources.anndata_parts.store import Store, files_of, open_stor
 from comtip_shards.sources.base import SectionSource, check_one_file, pick, stated_image
 from comtip_shards.sources.files.names import safe_id
 from comtip_shards.sources.files.packaging import unpacked
-from comtip_shards.sources.geometry import VISIUM_PITCH_UM, check_pitch, max_ratio, median_gap, visium_mpp
+from comtip_shards.sources.geometry import MAX_RATIO, VISIUM_PITCH_UM, check_pitch, max_ratio, median_gap, visium_mpp
 from comtip_shards.sources.tenx.features import GENE_KIND, Features, for_species
 
+log = logging.getLogger("comtip_shards")
 _LIBRARY_COLUMNS = ("library_id", "library", "sample_id", "sample")
 """Columns preferred where several tell libraries apart."""
 
@@ -141,9 +143,11 @@ def view_library(
     picture = library_picture(group, str(path)) if image is None else None
     facts = facts_of(obs.iloc[rows], options.facts, store)
     facts = replace(facts, species=_species(store, facts.species, need_species))
-    mpp = options.facts.mpp
-    if mpp is None and library:
-        mpp = scale_factor(group, MICRONS_PER_PIXEL)
+    mpp, own = options.facts.mpp, scale_factor(group, MICRONS_PER_PIXEL) if library else None
+    if mpp is not None and own is not None and not 1 / MAX_RATIO <= mpp / own <= MAX_RATIO:
+        notes.append(f"the stated scale of {mpp:g} um per px is used, but the file states {own:g}")
+        log.warning("%s: %s; check --mpp", path, notes[-1])
+    mpp = own if mpp is None else mpp
     if mpp is None:
         mpp = _scale(facts, image, xy, path, notes)
     check_pitch(xy, mpp, max_ratio(facts.platform, obs.iloc[rows]), str(path))

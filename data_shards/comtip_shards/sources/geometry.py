@@ -11,6 +11,8 @@ from comtip_shards.errors import SourceError
 VISIUM_PITCH_UM, VISIUM_DIAMETER_UM = 100.0, 55.0
 MAX_RATIO, MAX_RATIO_INFERRED = 1.15, 4.0
 """Maximum ratio of the spot pitch to that of Visium if the platform is stated, and if only the array suggests it."""
+PITCH_UM = (0.1, 1000.0)
+"""Range of the distance between spots, bins or cells on any platform: Stereo-seq has 0.5 um, legacy ST 200 um."""
 _MIN_SPOTS = 7
 
 
@@ -55,7 +57,7 @@ def max_ratio(platform: str, obs: pd.DataFrame) -> float:
 
 
 def check_pitch(xy: np.ndarray, mpp: float, limit: float, where: str) -> None:
-    """Raise if the spot pitch at this scale is not that of a Visium slide.
+    """Raise if the spot pitch at this scale is not that of a Visium slide, or of no platform.
 
     Parameters
     ----------
@@ -76,6 +78,11 @@ def check_pitch(xy: np.ndarray, mpp: float, limit: float, where: str) -> None:
     if not np.isfinite(mpp) or mpp <= 0:
         raise SourceError(f"{where}: the scale is {mpp:g} um per px, expected a positive number; set `mpp`")
     gap = median_gap(xy)
+    if len(xy) >= _MIN_SPOTS and gap > 0 and not PITCH_UM[0] <= gap * mpp <= PITCH_UM[1]:
+        raise SourceError(
+            f"{where}: with {mpp:g} um per px the spots are {gap * mpp:g} um apart, but on any platform it is {PITCH_UM[0]:g} to "
+            f"{PITCH_UM[1]:g} um; correct --mpp, the um per px of the positions"
+        )
     if len(xy) < _MIN_SPOTS or not gap > 0 or 1 / limit <= gap * mpp / VISIUM_PITCH_UM <= limit:
         return
     raise SourceError(

@@ -23,6 +23,8 @@ from comtip_shards.names import shown
 
 WALK = Path(__file__).with_name("hdf5_walk.py")
 _MAX_KNOWN = 10_000
+_CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL}
+"""Signals that the file caused; others come from outside, e.g. from a limit of memory."""
 _log = logging.getLogger(__name__)
 
 
@@ -57,35 +59,54 @@ class Hdf5Probe:
         """End the helper process."""
         process, self._process = self._process, None
         if process is not None:
-            with suppress(OSError):
-                process.stdin.close()  # type: ignore[union-attr]  # its loop ends
+            process.kill()  # a forked process may hold its input open, so closing it would not end its loop
             process.wait()
-            process.stdout.close()  # type: ignore[union-attr]
+            _close_pipes(process)
+
+    def abandon(self) -> None:
+        """Close the pipes to the helper of the process that this one was forked from."""
+        if self._process is not None:
+            _close_pipes(self._process)
 
     def _ask(self, path: Path) -> str:
         """Return what is wrong with a file, "" if the walk reached its end."""
-        try:
-            process = self._started()
-        except OSError as error:
-            _log.warning(
-                "HDF5 files are read without a check for damage that hangs: no helper process (%s); allow more processes",
-                error,
-            )
-            return ""
+        for _ in range(2):
+            try:
+                process = self._started()
+            except OSError as error:
+                reason = f"no helper process ({error}); allow more processes"
+                break
+            location = self._walk(process, path)
+            if location is None:
+                return ""
+            process.wait()
+            if process.returncode == -signal.SIGPROF:
+                return f"the HDF5 library never returns at {shown(location)}"
+            if -process.returncode in _CRASHES:
+                return f"the HDF5 library crashes at {shown(location)}"
+            reason = f"the helper process was ended (exit code {process.returncode})"
+        _log.warning("%s: read without a check for damage that hangs: %s", path, reason)
+        return ""
+
+    def _walk(self, process: subprocess.Popen[str], path: Path) -> str | None:
+        """Return None if the helper walked a file, or the object at which it ended."""
         assert process.stdin is not None
         assert process.stdout is not None
         location = "/"
-        with suppress(BrokenPipeError):
+        try:
             process.stdin.write(json.dumps(str(path.absolute())) + "\n")
             process.stdin.flush()
             for line in process.stdout:
                 if line == "null\n":
-                    return ""
+                    return None
                 with suppress(ValueError):  # the last line may be cut
                     location = json.loads(line) or location
-        self.close()
-        is_hang = process.returncode == -signal.SIGPROF
-        return f"the HDF5 library {'never returns' if is_hang else 'crashes'} at {shown(location)}"
+        except BrokenPipeError:
+            pass
+        except BaseException:  # interrupted: the rest of the answer would be taken for that of the next file
+            self.close()
+            raise
+        return location
 
     def _started(self) -> subprocess.Popen[str]:
         if self._process is not None and self._process.poll() is None:
@@ -103,9 +124,17 @@ class Hdf5Probe:
         return self._process
 
 
+def _close_pipes(process: subprocess.Popen[str]) -> None:
+    for pipe in (process.stdin, process.stdout):
+        with suppress(OSError):
+            if pipe is not None:
+                pipe.close()
+
+
 def _renew() -> None:
     """Give a forked process a helper of its own: two processes cannot share its pipes."""
     global _probe
+    _probe.abandon()
     _probe = Hdf5Probe()
 
 
