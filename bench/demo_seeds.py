@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import csv
 import json
 import statistics
 from pathlib import Path
@@ -54,6 +55,34 @@ def table(runs: list[dict[str, Any]], cohort: str, norm: str) -> list[str]:
     return lines
 
 
+def differences(folders: list[Path]) -> list[str]:
+    """Return the lines about paired differences between the zero-shot prediction and each baseline."""
+    tables = [{(r["section"], r["predictor"]): r for r in _rows(folder / "intervals.csv")} for folder in folders]
+    lines = [
+        "",
+        "## Difference to the baselines",
+        "PCC of the zero-shot prediction minus PCC of the baseline over the 50 most variable genes, log1p CP10K, per seed, with its",
+        "95 % bootstrap interval over spatial blocks of the section (paired).",
+        "",
+        "| section | baseline | " + " | ".join(f"seed {_seed(f)}" for f in folders) + " |",
+        "|---|---|" + "---|" * len(folders),
+    ]
+    for section, predictor in tables[0]:
+        if predictor in NAMES and predictor != "zero_shot":
+            cells = [t[section, predictor] for t in tables]
+            texts = [
+                f"{float(c['difference']):+.3f} ({float(c['difference_low']):+.3f} to {float(c['difference_high']):+.3f})"
+                for c in cells
+            ]
+            lines.append(f"| {section} | {NAMES[predictor]} | " + " | ".join(texts) + " |")
+    return lines
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def write_results(folders: list[Path]) -> None:
     """Write docs/results.md."""
     runs = [json.loads((f / "metrics.json").read_text(encoding="utf-8")) for f in folders]
@@ -73,6 +102,7 @@ def write_results(folders: list[Path]) -> None:
     for cohort in runs[0]["cohorts"]:
         for norm, title in (("cp10k", "log1p CP10K"), ("raw", "log1p raw counts")):
             lines += ["", f"## {cohort.replace('_', ' ')}, {title}", *table(runs, cohort, norm)]
+    lines += differences(folders)
     lines += ["", "## Training", "| seed | stopped | best step | validation |", "|---|---|---|---|"]
     for folder, seed in zip(folders, seeds, strict=True):
         rows = [json.loads(x) for x in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -80,7 +110,7 @@ def write_results(folders: list[Path]) -> None:
         best = max(valid, key=lambda r: r["score"])
         lines.append(f"| {seed} | step {valid[-1]['step']} | {best['step']} | {best['score']:.3f} |")
     page = DOCS / "results.md"
-    _, heading, rest = page.read_text(encoding="utf-8").partition("\n## Files of an evaluation")  # written by hand
+    _, heading, rest = page.read_text(encoding="utf-8").partition("\n## The report")  # from here on written by hand
     page.write_text("\n".join(lines) + "\n" + heading + rest, encoding="utf-8")
     print("\n".join(lines))
 
