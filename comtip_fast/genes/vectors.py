@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from comtip_fast._version import __version__
+from comtip_fast.config.schema import TextConfig
 
 FORMAT, VERSION = "comtip-gene-vectors", 1
 AXES_TOLERANCE = 1e-3
@@ -164,3 +165,20 @@ class GeneVectors:
             lines.append(f"share of variance explained: {explained:.3f}")
         lines.append(f"licence: {self.header.get('licence') or 'not stated'}; sha256 {self.sha256[:16]}")
         return "\n".join(lines)
+
+
+def load_vectors(text: TextConfig) -> GeneVectors | None:
+    """Load the gene vectors that the config names; None without.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        The file is missing or damaged, or the drop probabilities sum to more than 1.
+    """
+    if not text.gene_vectors:
+        return None
+    if text.vector_drop + text.name_drop > 1:
+        raise ValueError(
+            f"text.vector_drop={text.vector_drop:g} and text.name_drop={text.name_drop:g}: the sum is above 1; lower one"
+        )
+    return GeneVectors.load(text.gene_vectors)

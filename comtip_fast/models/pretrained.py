@@ -224,7 +224,7 @@ def describe(state: dict[str, Tensor]) -> str:
 
 
 def fill_normalisation(state: dict[str, Tensor], prefix: str) -> None:
-    """Add ImageNet's mean and spread to the weights of an encoder of earlier versions, which did not store them.
+    """Add ImageNet's mean and standard deviation to the weights of an encoder of earlier versions, which did not store them.
 
     Parameters
     ----------

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from comtip_kernels.packed_attention import attention_name
 from comtip_shards import ShardSet
 from torch import Tensor, nn
 
@@ -26,16 +27,16 @@ from comtip_fast.data.loaders.torch import TorchLoader
 from comtip_fast.export import Bundle
 from comtip_fast.genes import GeneTokenizer
 from comtip_fast.genes.tokens import gene_tokens, vector_rows
-from comtip_fast.genes.vectors import GeneVectors
+from comtip_fast.genes.vectors import GeneVectors, load_vectors
 from comtip_fast.inference import Predictor
 from comtip_fast.lineage import Lineage
 from comtip_fast.models import CoMTIP, ModelSizes
 from comtip_fast.models.adapters import merged_state
-from comtip_fast.models.image_encoder import patches_per_side
+from comtip_fast.models.image_encoder import check_mask, patches_per_side
+from comtip_fast.runtime.devices import in_bf16
 from comtip_fast.training.checkpoint.run_state import GENES
 from comtip_fast.training.distributed.process_group import on_rank_zero
 from comtip_fast.training.losses import LossInputs, LossPart, Numbers, Parts, StepLosses
-from comtip_fast.training.model_settings import check_attention, check_vision, load_vectors
 from comtip_fast.training.protocol import ValidationResult
 from comtip_fast.training.readout.fit import fit_readout
 from comtip_fast.training.validation import SectionScore, Validation, validation_scores
@@ -79,7 +80,7 @@ def build_task(
     check_expected_tile(config, shards)
     if config.vision.backbone == "small":  # before the tables, which can take minutes
         check_vision(config, patches_per_side(config.vision, config.vision.patch_px, shards.manifest.tile.px) ** 2)
-    vectors = load_vectors(config)
+    vectors = load_vectors(config.text)
     # Statistics read tens of thousands of spots of all shards: once, not on every rank.
     tables = on_rank_zero(lambda: training_tables(shards, config), group or SingleProcessGroup())
     tokenizer = GeneTokenizer.load()
@@ -117,6 +118,27 @@ def _build_model(config: RunConfig, device: torch.device, sizes: ModelSizes, ini
     if config.engine.compile:
         model.compile_blocks()
     return model
+
+
+def check_vision(config: RunConfig, n_patches: int) -> None:
+    """Raise ValueError if the masking ratio hides no patch."""
+    if config.loss.mfm > 0:
+        check_mask(config.vision, n_patches)
+
+
+def check_attention(config: RunConfig, device: torch.device, longest: int) -> str:
+    """Return which implementation of attention ``text.attention`` runs on this device.
+
+    Raises
+    ------
+    ValueError
+        It cannot run here.
+    """
+    dtype = torch.bfloat16 if in_bf16(config.train.precision, device) else torch.float32
+    try:
+        return attention_name(config.text.attention, device, dtype, longest)
+    except ValueError as error:
+        raise ValueError(f"text.attention={config.text.attention}: {error}; text.attention=auto always runs") from error
 
 
 def _as_model(module: nn.Module) -> CoMTIP:
