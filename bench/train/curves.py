@@ -1,7 +1,8 @@
 """Loss curve parity of whole training runs: W ranks, and runs resumed under another engine, against one process.
 
     python bench/train/curves.py                 50 steps, every engine, W = 1, 2, 4, as a Markdown table
-    python bench/train/curves.py --runs offload  the same with CPU offload (nvme: NVMe offload, needs libaio; frozen: encoders that thaw)
+    python bench/train/curves.py --runs offload  the same with CPU offload (nvme: NVMe offload, needs libaio; frozen: encoders that thaw;
+                                                 spike-skip, spike-clip: spikes of the gradient norm, with --steps 30)
     python bench/train/curves.py --golden FILE   write the curve of one process, the content of tests/golden/loss_curve.json
 
 Every run uses the trainer with checkpoints, validation and export. A run that changes its engine is stopped half way by a
@@ -86,7 +87,7 @@ ALL = [
     Run("ddp", "zero2"),
 ]
 QUICK = [
-    Run("ddp"),
+    Run("ddp", settings=("optim.ema=0.9",)),
     Run("zero1", "zero3", ("engine.loss_form=ring",)),
     Run("zero3", "ddp", ("engine.micro_batches=3",)),
 ]
@@ -102,7 +103,17 @@ NVME = [
 # Parameters thaw before and after the step at which a run is stopped.
 FROZEN = [Run("ddp"), Run("ddp", "ddp"), Run("ddp", settings=("engine.micro_batches=3",))]
 FROZEN_QUICK = [Run("ddp", "ddp")]
-RUNS = {"all": ALL, "quick": QUICK, "offload": OFFLOAD, "nvme": NVME, "frozen": FROZEN, "frozen-quick": FROZEN_QUICK}
+SPIKES = [Run("ddp"), Run("zero1", "zero2"), Run("zero3")]
+RUNS = {
+    "all": ALL,
+    "quick": QUICK,
+    "offload": OFFLOAD,
+    "nvme": NVME,
+    "frozen": FROZEN,
+    "frozen-quick": FROZEN_QUICK,
+    "spike-skip": SPIKES,
+    "spike-clip": SPIKES,
+}
 THAW = [
     "optim.freeze=[[vision, 4], [genes.blocks, 8], [project_text.skip, 0]]",
     "optim.vision.lr_scale=0.5",
@@ -111,7 +122,13 @@ THAW = [
 ]
 # Settings of all runs and of the one process that they are compared with. DeepSpeed keeps tensors smaller than 1 MiB per rank
 # in memory.
-COMMON = {"nvme": ["vision.width=512"], "frozen": THAW, "frozen-quick": THAW}
+COMMON = {
+    "nvme": ["vision.width=512"],
+    "frozen": THAW,
+    "frozen-quick": THAW,
+    # So low a factor that some of the steps after the twentieth are spikes.
+    **{f"spike-{policy}": [f"optim.spike.policy={policy}", "optim.spike.factor=1.05"] for policy in ("skip", "clip")},
+}
 
 
 def engine(name: str) -> list[str]:
@@ -168,7 +185,9 @@ def deviations(found: list[float], wanted: list[float]) -> dict[int, float]:
 def run(shards: str, folder: Path, steps: int, worlds: list[int], which: str) -> list[dict[str, object]]:
     """Train with one process and with every world size; return one row of deviations per run."""
     torch.set_num_threads(1)  # the same as in the ranks: another summation order changes the last bits
-    train(shards, folder / "one", steps, SingleProcessGroup(), settings=[*engine("single"), *COMMON.get(which, [])])
+    # An average of the weights changes no loss.
+    settings = [*engine("single"), *COMMON.get(which, []), "optim.ema=0.9"]
+    train(shards, folder / "one", steps, SingleProcessGroup(), settings=settings)
     wanted, rows = losses(folder / "one"), []
     for world in worlds:
         below = folder / str(world)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from comtip_shards import ShardSet
 
-from bench.train import fault_injection, lost_hosts
+from bench.train import fault_injection, lost_agents, lost_hosts
 from testkit.network import missing
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(3600)]
@@ -56,3 +56,16 @@ def test_a_run_over_two_hosts_ends_as_documented(
         assert re.search(LATE, end.message), end.message
         assert end.seconds < lost_hosts.TIMEOUT_S + 60
     assert all(math.isfinite(end.seconds) for end in outcome.agents if end is not None), "an agent never ended"
+
+
+@pytest.mark.parametrize("name", lost_agents.FAULTS)
+def test_every_agent_ends_when_a_host_is_lost(name: str, tmp_path: Path):
+    """With torchrun's own c10d backend, the agent that cannot reach the rendezvous host hangs."""
+    ends = lost_agents.run(name, "comtip", tmp_path)
+    left = {"link cut": [0, 1], "host vanished": [0], "rendezvous host vanished": [1]}[name]
+    for agent, end in enumerate(ends):
+        assert (end is None) == (agent not in left)
+        if end is not None:
+            assert end[0] < lost_agents.LATE_S + 2 * lost_agents.CALL_S
+            # The host of the rendezvous continues alone; one that cannot reach it fails.
+            assert end[1] == (0 if agent == 0 else 1)

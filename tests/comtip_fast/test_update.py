@@ -20,6 +20,7 @@ from comtip_fast.training.engines.base import clip
 from comtip_fast.training.protocol import TrainingError
 from comtip_fast.training.trainer import Trainer
 from comtip_fast.training.update.spikes import LEAST, WINDOW, NormHistory, SpikeLimit
+from testkit.distributed import run_distributed
 from tests.comtip_fast.test_trainer import assert_same_run, stop_at, trace
 from tests.comtip_fast.trainer_standin import Net, StandIn, config_of
 
@@ -172,6 +173,19 @@ def test_spikes_and_averages_resume_to_the_bit(policy: str, stop: int, tmp_path:
     ]
     assert states[0]["norms"] == states[1]["norms"]
     assert len(states[0]["norms"]) == 40
+
+
+@pytest.mark.slow
+def test_every_engine_reacts_to_a_spike_as_ddp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("deepspeed")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    outputs = run_distributed([str(Path(__file__).with_name("spike_worker.py")), str(tmp_path)], 2)
+    runs = json.loads(outputs[0].splitlines()[-1])
+    for policy, by_engine in runs.items():
+        assert by_engine["ddp"][-1][2:] == [int(policy == "skip"), 1]
+        for engine, rows in by_engine.items():
+            for row, expected in zip(rows, by_engine["ddp"], strict=True):
+                assert row == pytest.approx(expected, rel=1e-4), (policy, engine)
 
 
 # -- moving average -------------------------------------------------------------------------------

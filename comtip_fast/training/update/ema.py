@@ -102,7 +102,7 @@ class WeightAverage:
     def _exchange(self, module: nn.Module) -> None:
         weights = dict(module.named_parameters())
         for name, average in self._averages.items():
-            # The average keeps its storage in `_pairs`, so the tensors trade storage and not places.
+            # `_pairs` refers to the same tensors, so they exchange their storage.
             weight = weights[name]
             weight.data, average.data = average.data, weight.data
 
