@@ -51,7 +51,7 @@ def run(bent: ShardSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a run of two steps, whose encoder has hardly learnt anything."""
     settings = ["train.steps=2", "train.validate_every=0", "train.device=cpu", f"data.shards={bent.path}"]
     # Stain normalisation and jitter move colours, which expression depends on here.
-    settings += ["data.stain=none", "data.jitter=0", "train.log_every=50", "optim.lr=4e-3"]
+    settings += ["data.stain=none", "data.jitter=0", "train.log_every=50", "optim.lr=2e-3"]
     config = load_config(None, [*TINY, *settings])
     folder = tmp_path_factory.mktemp("run") / "run"
     Trainer(build_task(config, torch.device("cpu")), config, folder).fit()
@@ -101,12 +101,12 @@ def test_training_finds_what_the_linear_probe_misses(run: Path, bent: ShardSet, 
     with torch.no_grad():
         narrow.model.vision.norm.weight[1:] = 0
     probe = probe_score(narrow, bent)
-    monkeypatch.setattr(fit, "RATES", (0.1,))
-    for method in fitted(narrow, bent, "finetune", "supervised", "bleep"):
-        found = score(method, bent)
-        print(method.name, found, probe, method.facts)
-        assert found > max(probe, 0.0) + 0.3, method.name
+    for name, factor in (("finetune", 0.1), ("bleep", 1.0)):
+        monkeypatch.setattr(fit, "RATES", (factor,))
+        (method,) = fitted(narrow, bent, name)
+        assert score(method, bent) > max(probe, 0.0) + 0.3, name
         assert method.facts["stopped_on"] == ["v1"]
+        assert 0 < method.facts["best_step"] <= method.facts["steps"]
 
 
 def test_shuffled_pairs_give_a_score_near_zero(predictor: Predictor, bent: ShardSet, monkeypatch: pytest.MonkeyPatch):
@@ -120,8 +120,8 @@ def test_shuffled_pairs_give_a_score_near_zero(predictor: Predictor, bent: Shard
         return real(cls, keys, section_N, sparse.csr_matrix(values), known_SG)
 
     monkeypatch.setattr(Targets, "of", classmethod(shuffled))
-    monkeypatch.setattr(fit, "RATES", (0.1,))
-    for method in fitted(predictor, bent, "finetune", "bleep", epochs=8):
+    monkeypatch.setattr(fit, "RATES", (1.0,))
+    for method in fitted(predictor, bent, "finetune", "bleep", epochs=10):
         assert abs(score(method, bent)) < 0.15, method.name
 
 
@@ -185,22 +185,31 @@ def test_targets_are_centred_within_sections_and_scaled(tmp_path: Path):
     np.testing.assert_allclose(back[:, 0], values[:, 0].mean() + np.concatenate(centred).std())
 
 
-def test_the_fine_tuned_head_starts_as_the_linear_probe(predictor: Predictor, bent: ShardSet):
+def test_first_weights_and_the_choice_of_the_learning_rate(predictor: Predictor, bent: ShardSet):
     (method,) = fitted(predictor, bent, "finetune", epochs=1)
     by_rate = method.facts["validation_pcc_by_lr"]
-    assert set(by_rate) == {"0.004", "0.0004"}
+    assert set(by_rate) == {"0.002", "0.0002"}
     assert method.facts["validation_pcc"] >= max(by_rate.values())  # or that of the probe
     data = method.task.data
     task = RegressionTask(data, method.task.config, pretrained=True)
     start = TrainedMethod("finetune", task, {})
     assert score(start, bent) == pytest.approx(probe_score(predictor, bent), abs=1e-3)
+    # The supervised regressor starts from the weights that pretraining started from.
+    supervised = RegressionTask(data, method.task.config, pretrained=False)
+    weight, initial, trained = (
+        v.blocks[0].mlp.fc1.weight
+        for v in (supervised.module.vision, initial_encoder(predictor, 0), predictor.model.vision)
+    )
+    assert torch.equal(weight, initial)
+    assert not torch.equal(weight, trained)
+    assert weight.requires_grad
 
 
 # -- the command -------------------------------------------------------------------------------------------------
 
 
 def test_the_command_scores_in_every_file_and_continues(
-    run: Path, bent: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
+    run: Path, predictor: Predictor, bent: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(fit, "RATES", (1.0,))
     arguments = ["evaluate", str(run), "--shards", str(bent.path), "--device", "cpu", "--null-draws", "3"]
@@ -231,13 +240,12 @@ def test_the_command_scores_in_every_file_and_continues(
     (row,) = [r for r in tasks["rows"] if (r["method"], r["metric"]) == ("comtip fine-tuned", "pcc_50")]
     assert row["value"] == pytest.approx(entry["mean_pcc_50_hvg"])
     assert row["low"] <= row["value"] <= row["high"]
-    # The same command after it was interrupted: trainings that are complete are not repeated.
-    for file in ("metrics.json", "tasks.json"):
-        (tmp_path / "one" / file).unlink()
+    # After an interruption, a training that is complete is not repeated.
     monkeypatch.setattr(RegressionTask, "loss", None)
-    assert main([*arguments, str(tmp_path / "one")]) == 0
-    again = json.loads((tmp_path / "one" / "metrics.json").read_text())
-    assert again["sections"]["x1"] == metrics["sections"]["x1"]
+    options = TrainOptions(("finetune",), 2, tmp_path / "one" / "trained")
+    hvg = metrics["sections"]["x1"]["genes_50_hvg"]
+    (again,) = fit_methods(options, predictor, TrainReference(predictor, bent), hvg)
+    assert again.facts == metrics["trained_methods"]["finetune"]
 
 
 def test_the_seed_determines_the_result_also_after_an_interruption(

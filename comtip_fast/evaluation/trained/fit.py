@@ -136,54 +136,69 @@ def _config(predictor: Predictor, reference: TrainReference, options: TrainOptio
     )
 
 
+@dataclass
+class _Candidate:
+    """One training, or none."""
+
+    task: ExpressionTask
+    score: float
+    """Validation score; minus infinity without one."""
+    lr: float | None
+    """None for the weights that training starts from."""
+    facts: dict[str, Any]
+
+
 def _fit(name: str, data: TrainingData, config: RunConfig, epochs: int, folder: Path) -> TrainedMethod:
     """Train a method with every learning rate, and return the one with the best validation score."""
     steps = epochs * len(data.loader.batches(0))
-    every = max(1, steps // VALIDATIONS) if data.validation else 0
-    best: tuple[float, ExpressionTask, dict[str, Any]] | None = None
-    tried: dict[str, float | None] = {}
+    rates = [config.optim.lr * factor for factor in (RATES if data.validation else RATES[:1])]
+    candidates = [_train(name, data, _at_rate(config, name, rate, steps, data), epochs, folder) for rate in rates]
     if data.validation and name == "finetune":  # its first weights, the linear probe, may be the best ones
-        first = BUILD[name](data, config)
-        score, _, _ = first.validation_result([first.validation_share(lambda what: None)])
-        if np.isfinite(score):
-            best = (score, first, {"lr": None, "steps": 0, "best_step": 0, "stopped": ""})
-    for factor in RATES if data.validation else RATES[:1]:
-        rate = config.optim.lr * factor
-        own = replace(
-            config,
-            name=LABELS[name],
-            optim=replace(config.optim, lr=rate, warmup_steps=min(config.optim.warmup_steps, steps // 10)),
-            train=replace(
-                config.train, steps=steps, validate_every=every, checkpoint_every=every or max(1, steps // 10)
-            ),
-        )
-        task = BUILD[name](data, own)
-        log.info("%s: training at most %d steps (%d epochs) with learning rate %g", LABELS[name], steps, epochs, rate)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(own.train.seed)  # of dropout; a checkpoint holds its state
-            fitted = Trainer(task, own, folder / f"{name}-{_digest(task, own, epochs)}").fit(resume=True)
-        if fitted.stopped == "sigterm":
-            raise TrainingError(
-                f"{LABELS[name]}: stopped by a signal; its checkpoint is written, run the same command again to continue"
-            )
-        tried[f"{rate:g}"] = fitted.best_score if data.validation else None
-        if best is None or fitted.best_score > best[0]:
-            facts = {"lr": rate, "steps": fitted.step, "best_step": fitted.best_step, "stopped": fitted.stopped}
-            best = (fitted.best_score, task, facts)
-    assert best is not None
-    setting = best[1].choose_by_validation() if data.validation else ""
+        task = BUILD[name](data, config)
+        score, _, _ = task.validation_result([task.validation_share(lambda what: None)])
+        candidates.append(_Candidate(task, score, None, {"steps": 0, "best_step": 0, "stopped": ""}))
+    best = max(candidates, key=lambda c: c.score if np.isfinite(c.score) else -np.inf)
+    setting = best.task.choose_by_validation() if data.validation else ""
     facts = {
         "epochs": epochs,
         "steps_budget": steps,
-        **best[2],
+        "lr": best.lr,
+        **best.facts,
         "setting": setting,
-        "validation_pcc": best[0] if data.validation else None,
-        "validation_pcc_by_lr": tried,
+        "validation_pcc": best.score if data.validation else None,
+        "validation_pcc_by_lr": {f"{c.lr:g}": c.score for c in candidates if c.lr is not None and data.validation},
         "trained_on": data.section_ids,
         "stopped_on": [v.section_id for v in data.validation],
         "seed": config.train.seed,
     }
-    return TrainedMethod(name, best[1], facts)
+    return TrainedMethod(name, best.task, facts)
+
+
+def _at_rate(config: RunConfig, name: str, rate: float, steps: int, data: TrainingData) -> RunConfig:
+    """Return the config of one training."""
+    every = max(1, steps // VALIDATIONS) if data.validation else 0
+    warmup = min(config.optim.warmup_steps, steps // 10)
+    checkpoint_every = every or max(1, steps // 10)
+    return replace(
+        config,
+        name=LABELS[name],
+        optim=replace(config.optim, lr=rate, warmup_steps=warmup),
+        train=replace(config.train, steps=steps, validate_every=every, checkpoint_every=checkpoint_every),
+    )
+
+
+def _train(name: str, data: TrainingData, config: RunConfig, epochs: int, folder: Path) -> _Candidate:
+    """Train a method, or continue from its checkpoints in ``folder``."""
+    task = BUILD[name](data, config)
+    what = LABELS[name]
+    log.info("%s: training at most %d steps with learning rate %g", what, config.train.steps, config.optim.lr)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.train.seed)  # of dropout; a checkpoint holds its state
+        fitted = Trainer(task, config, folder / f"{name}-{_digest(task, config, epochs)}").fit(resume=True)
+    if fitted.stopped == "sigterm":
+        raise TrainingError(f"{what}: stopped by a signal; its checkpoint is written, run the same command to continue")
+    facts = {"steps": fitted.step, "best_step": fitted.best_step, "stopped": fitted.stopped}
+    return _Candidate(task, fitted.best_score, config.optim.lr, facts)
 
 
 def _digest(task: ExpressionTask, config: RunConfig, epochs: int) -> str:
