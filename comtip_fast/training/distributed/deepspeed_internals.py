@@ -33,8 +33,9 @@ def move_towards(values: Sequence[Tensor], targets: Sequence[Tensor], share: flo
 
     PyTorch's ``_foreach_lerp_`` would need a number, which the host would have to read.
     """
+    factor: Any = share  # a number or a tensor, which are two overloads
     change = torch._foreach_sub(list(targets), list(values))
-    torch._foreach_mul_(change, share)  # type: ignore[arg-type]  # also takes a tensor of one element
+    torch._foreach_mul_(change, factor)
     torch._foreach_add_(list(values), change)
 
 
