@@ -61,12 +61,15 @@ def read_steps(pending: list[PendingStep]) -> list[FinishedStep]:
     if not pending:
         return []
     values = torch.stack([torch.stack(_scalars(p)) for p in pending]).tolist()
-    out = [
-        FinishedStep(p, loss, norm, bool(good), *((bool(more[0]), more[1]) if more else ()))
-        for p, (loss, norm, good, *more) in zip(pending, values, strict=True)
-    ]
+    out = [_finished(p, row) for p, row in zip(pending, values, strict=True)]
     pending.clear()
     return out
+
+
+def _finished(pending: PendingStep, values: list[float]) -> FinishedStep:
+    loss, norm, good, *more = values
+    spike, limit = more or (0.0, math.inf)
+    return FinishedStep(pending, loss, norm, bool(good), bool(spike), limit)
 
 
 def _scalars(pending: PendingStep) -> list[Tensor]:

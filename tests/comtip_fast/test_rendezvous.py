@@ -51,11 +51,16 @@ def test_a_call_without_an_answer_ends_and_the_next_ones_do_not_wait() -> None:
     assert found[0] == b"state", "the agent continues if the link is back"
 
 
+class FailingBackend(SilentBackend):
+    """A backend whose connection is closed."""
+
+    def get_state(self) -> tuple[bytes, object] | None:
+        raise RendezvousConnectionError("closed")
+
+
 def test_errors_of_the_backend_are_passed_on() -> None:
-    inner = SilentBackend()
-    inner.get_state = lambda: 1 / 0  # type: ignore[assignment,return-value]
-    with pytest.raises(ZeroDivisionError):
-        rendezvous.LimitedBackend(inner, 5).get_state()
+    with pytest.raises(RendezvousConnectionError, match=r"^closed$"):
+        rendezvous.LimitedBackend(FailingBackend(), 5).get_state()
 
 
 def test_torchrun_gets_a_c10d_rendezvous_with_the_limit() -> None:
