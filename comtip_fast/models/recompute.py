@@ -25,7 +25,7 @@ def run_block(block: nn.Module, *args: Any, recompute: bool) -> Tensor:
 
 
 def is_compiled(block: nn.Module) -> bool:
-    """Return whether calls of the block run what ``torch.compile`` made of it."""
+    """Return whether calls of the block run the code that ``torch.compile`` built for it."""
     return block._compiled_call_impl is not None
 
 

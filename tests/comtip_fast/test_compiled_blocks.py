@@ -24,10 +24,10 @@ PIECES = (5, 3, 4)
 def encoder() -> Iterator[VisionEncoder]:
     torch.compiler.reset()
     counters.clear()
-    made = VisionEncoder(load_config(None, SMALL).vision, 32)
-    for block in made.blocks:
+    built = VisionEncoder(load_config(None, SMALL).vision, 32)
+    for block in built.blocks:
         block.compile(backend="eager")
-    yield made
+    yield built
     torch.compiler.reset()
 
 
@@ -75,7 +75,7 @@ def test_a_block_that_is_evaluated_runs_uncompiled():
 
 
 def test_gpu_configs_compile_unless_they_use_deepspeed():
-    """No run of DeepSpeed with compiled blocks has been made; hooks of ZeRO 3 inside a block would break its graph."""
+    """No run of DeepSpeed with compiled blocks exists; hooks of ZeRO 3 inside a block would break its graph."""
     configs = {p.stem: load_config(p).engine for p in (ROOT / "configs").glob("*.yaml")}
     assert {n for n, e in configs.items() if e.compile} == {"1gpu", "8xa100", "8xh100", "paper_h100"}
     assert not any(e.compile for e in configs.values() if e.kind == "deepspeed")
