@@ -157,8 +157,9 @@ class GeneratedTask(SyntheticTask):
 
 
 def config_of(device: torch.device, *overrides: str) -> RunConfig:
-    """Return configs/1gpu.yaml for a device."""
-    return load_config(ROOT / "configs" / "1gpu.yaml", [f"train.device={device.type}", *overrides])
+    """Return configs/1gpu.yaml for a device; blocks are compiled only if an override asks for it, because that takes a minute."""
+    own = [f"train.device={device.type}", "engine.compile=false"]
+    return load_config(ROOT / "configs" / "1gpu.yaml", [*own, *overrides])
 
 
 def tiny_config(device: torch.device, *overrides: str) -> RunConfig:

@@ -56,6 +56,13 @@ class PackedTensors:
         return out
 
 
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to ``device``; from the host to a GPU from pinned memory, without waiting for it."""
+    if tensor.device.type != "cpu" or not can_pin(device):
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def can_pin(device: torch.device) -> bool:
     """Return whether copies to ``device`` use pinned memory and this process may allocate it."""
     return device.type == "cuda" and torch.cuda.is_available() and get_worker_info() is None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from comtip_fast.data.expression.levels import LevelTable
+from comtip_fast.data.upload import PackedTensors, upload
 from comtip_fast.genes.tokens import GeneTokens
 from comtip_fast.models import CoMTIP
 
@@ -70,14 +71,16 @@ class SentenceLevels:
     @classmethod
     @torch.no_grad()
     def of(cls, model: CoMTIP, genes: GeneTokens, levels: LevelTable, rows: Tensor) -> SentenceLevels:
-        """Encode the sentences of G genes; ``rows`` int64 (G,) are their rows in the level table."""
+        """Encode the sentences of G genes; ``rows`` int64 (G,) on the host are their rows in the level table."""
         unit_GQD = model.sentence_table(genes).unit_GQD.float()
-        pick, device = rows.cpu().numpy(), unit_GQD.device
-        tables = {"cp10k": levels.value_cp10k[pick], "raw": levels.value_raw[pick]}
+        pick, device = rows.numpy(), unit_GQD.device
+        tables = {"prior": levels.log_prior, "cp10k": levels.value_cp10k, "raw": levels.value_raw}
+        host = {name: torch.from_numpy(table[pick]) for name, table in tables.items()}
+        sent = PackedTensors.pack(host, device).to(device)
         return cls(
             unit_GQD,
-            torch.from_numpy(levels.log_prior[pick]).to(device),
-            {k: torch.from_numpy(v).to(device) for k, v in tables.items()},
+            sent.pop("prior"),
+            sent,
             model.log_scale_level.detach().float().clamp(max=model.max_log_scale).exp(),
         )
 
@@ -89,10 +92,11 @@ class SentenceLevels:
         size = max(1, SCORE_BYTES // max(4 * genes * levels, 1))
         with torch.autocast(self.unit_GQD.device.type, enabled=False):
             for start in range(0, len(image_ND), size):
-                part = torch.as_tensor(image_ND[start : start + size]).to(self.unit_GQD.device).float()
-                found = expected_values(part, self.unit_GQD, self.scale, self.log_prior_GQ, self.values)
-                for name, value in found.items():
-                    out[name][start : start + size] = value.cpu().numpy()
+                part = upload(torch.as_tensor(image_ND[start : start + size]), self.unit_GQD.device)
+                found = expected_values(part.float(), self.unit_GQD, self.scale, self.log_prior_GQ, self.values)
+                joined = torch.stack([found[name] for name in NORMS]).cpu().numpy()  # one copy to the host
+                for name, value in zip(NORMS, joined, strict=True):
+                    out[name][start : start + size] = value
         return out
 
 
@@ -106,7 +110,7 @@ def predict_trained(
     model, genes, image_ND, levels
         Model, gene tokens, image vectors and level table.
     rows
-        int64 (G,), row of each gene in the level table.
+        int64 (G,) on the host, row of each gene in the level table.
 
     Returns
     -------

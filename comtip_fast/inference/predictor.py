@@ -16,6 +16,7 @@ from comtip_shards.slides.tiles import StainStats, normalise_stain
 from torch import Tensor
 
 from comtip_fast.data.tile_sources import ArrayTiles, TileSource
+from comtip_fast.data.upload import PackedTensors, upload
 from comtip_fast.export import Bundle
 from comtip_fast.genes import GeneTokenizer
 from comtip_fast.genes.tokens import GeneTokens, gene_tokens, take_genes, vector_rows
@@ -176,14 +177,18 @@ class Predictor:
         """
         if self.normalises_stain and stain is not None:
             tiles_NSS3 = normalise_stain(tiles_NSS3, stain)
-        x = torch.from_numpy(np.ascontiguousarray(tiles_NSS3.transpose(0, 3, 1, 2))).to(self.device)
+        x = upload(torch.from_numpy(np.ascontiguousarray(tiles_NSS3.transpose(0, 3, 1, 2))), self.device)
         linear, views = self.bundle.readout if readout else None, None
         with autocast(self.config.train.precision, self.device):
             if linear is None:
                 out = self.model.encode_image(self.model.vision.stem_features(x))
             else:
                 out, views = tile_features(self.model, x, linear.settings.views)
-        return EncodedTiles(out.vector_BD.float().cpu().numpy(), out.pooled_Bd.float().cpu().numpy(), views)
+        found = [x.float() for x in (out.vector_BD, out.pooled_Bd, views) if x is not None]
+        # One copy to the host, which waits for the device.
+        parts = torch.cat(found, dim=1).cpu().split([x.shape[1] for x in found], dim=1)
+        vector, pooled, *rest = (np.ascontiguousarray(part.numpy()) for part in parts)
+        return EncodedTiles(vector, pooled, rest[0] if rest else None)
 
     def image_features(
         self,
@@ -314,7 +319,7 @@ class Predictor:
         return unit_ND.astype(np.float32)
 
     def tokens(self, genes: Sequence[GeneQuery]) -> tuple[GeneTokens, Tensor]:
-        """Return the tokens of genes, and their rows in the level table, int64 (G,), both on the device."""
+        """Return the tokens of genes on the device, and their rows in the level table, int64 (G,), on the host."""
         return self._tokens(genes)
 
     def _tokens(self, genes: Sequence[GeneQuery]) -> tuple[GeneTokens, Tensor]:
@@ -324,5 +329,12 @@ class Predictor:
         vector_GK = None if vectors is None else vector_rows(vectors, [g.key or "" for g in genes])
         names = [(g.symbol, g.name) for g in genes]
         tokens = gene_tokens(self.tokenizer, names, identity, self.config.text, vector_GK)
-        trimmed = take_genes(tokens, torch.arange(len(genes)))
-        return trimmed.to(self.device), torch.from_numpy(rows).to(self.device)
+        every = np.arange(len(genes))
+        # With a copy in host memory, so that the plan of the sentences is computed without reading from the device.
+        trimmed = take_genes(tokens, torch.from_numpy(every), every)
+        host = {"ids": trimmed.ids_GT, "length": trimmed.length_G, "identity": trimmed.identity_G}
+        if trimmed.vector_GK is not None:
+            host["vector"] = trimmed.vector_GK
+        sent = PackedTensors.pack(host, self.device).to(self.device)
+        packed = GeneTokens(sent["ids"], sent["length"], sent["identity"], sent.get("vector"), trimmed.host)
+        return packed, torch.from_numpy(rows)

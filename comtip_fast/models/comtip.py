@@ -210,7 +210,10 @@ class CoMTIP(nn.Module):
         return self.project_text(h_Nd), self.pool_query(h_Nd).squeeze(-1)
 
     def compile_blocks(self) -> None:
-        """Compile the blocks of both encoders with ``torch.compile``, in place; a new shape triggers one recompilation."""
+        """Compile the blocks of both encoders with ``torch.compile``, in place.
+
+        A block is compiled once for all sizes in each gradient mode, see :func:`comtip_fast.models.recompute.run_block`.
+        """
         for block in self.transformer_blocks():
             block.compile()
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from comtip_fast.config.schema import TextConfig
 from comtip_fast.genes.tokens import GeneTokens
-from comtip_fast.models.recompute import run_block
+from comtip_fast.models.recompute import is_compiled, run_block
 from comtip_fast.runtime import devices
 
 
@@ -74,7 +74,7 @@ class GeneEncoder(nn.Module):
     ) -> None:
         super().__init__()
         d = config.width
-        self.n_levels = n_levels
+        self.n_levels, self.longest = n_levels, longest
         self.token_Vd = nn.Parameter(torch.randn(vocab_size, d) * 0.05)
         self.type_3d = nn.Parameter(torch.randn(3, d) * 0.02)
         self.position_Td = nn.Parameter(torch.randn(longest, d) * 0.02)
@@ -157,6 +157,9 @@ class GeneEncoder(nn.Module):
         if self.project_vector is not None and genes.vector_GK is not None:
             vector_Nd = self.project_vector(genes.vector_GK / self.vector_scale)
             x_Sd = x_Sd.index_add(0, first_N, vector_Nd.to(x_Sd.dtype))
+        if any(is_compiled(block) for block in self.blocks):
+            # A number is a constant of compiled code, so the longest sentence of the panel would be a variant of its own.
+            longest = self.longest
         # Once for all layers.
         first_S = None if devices.reads_are_free(x_Sd.device) else first_tokens(length_N, x_Sd.shape[0])
         for i, block in enumerate(self.blocks):

@@ -52,7 +52,7 @@ def feature_width(model: CoMTIP, dim: int) -> int:
     return dim + (0 if stem is None else 2 * stem.width)
 
 
-def tile_features(model: CoMTIP, tiles_BCHW: Tensor, n_views: int) -> tuple[ImageOutput, np.ndarray]:
+def tile_features(model: CoMTIP, tiles_BCHW: Tensor, n_views: int) -> tuple[ImageOutput, Tensor]:
     """Encode tiles under several views.
 
     Parameters
@@ -67,20 +67,19 @@ def tile_features(model: CoMTIP, tiles_BCHW: Tensor, n_views: int) -> tuple[Imag
     Returns
     -------
     output, features
-        The output for the tiles as they are, and float32 (B, F) features averaged over the views.
+        The output for the tiles as they are, and float32 (B, F) features averaged over the views, on the device.
     """
     output, total = _view_features(model, tiles_BCHW)
     for view in VIEW_ORDER[1:n_views]:
         total = total + _view_features(model, turn_tiles(tiles_BCHW, view).contiguous())[1]
-    return output, (total / n_views).astype(np.float32)
+    return output, total / n_views
 
 
-def _view_features(model: CoMTIP, tiles_BCHW: Tensor) -> tuple[ImageOutput, np.ndarray]:
+def _view_features(model: CoMTIP, tiles_BCHW: Tensor) -> tuple[ImageOutput, Tensor]:
     stem = model.vision.stem_features(tiles_BCHW)
     output = model.encode_image(stem)
     frozen = [] if model.vision.stem is None else [stem.mean(1), stem.std(1)]
-    features: np.ndarray = torch.cat([p.float() for p in (output.vector_BD, *frozen)], dim=1).cpu().numpy()
-    return output, features
+    return output, torch.cat([p.float() for p in (output.vector_BD, *frozen)], dim=1)
 
 
 # -- the closed form ----------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from comtip_fast.config.schema import RunConfig
 from comtip_fast.data.expression.levels import log1p_cp10k
 from comtip_fast.data.expression.training_tables import TrainingTables
 from comtip_fast.data.loaders.base import BaseLoader
+from comtip_fast.data.upload import upload
 from comtip_fast.genes.tokens import GeneTokens, take_genes
 from comtip_fast.inference import GeneQuery, Predictor, predict_trained
 from comtip_fast.metrics import mean_pcc, pcc_per_gene
@@ -167,18 +168,23 @@ class Validation:
         return ranked[self.shards.measured(section)[ranked] & np.isin(ranked, self.tables.genes.trained)][:most]
 
     def _pcc(self, rows: np.ndarray, measured: np.ndarray, image: Tensor) -> float:
-        index = torch.from_numpy(np.searchsorted(self.tables.genes.trained, rows)).to(self.device)
-        predicted = predict_trained(self.model, take_genes(self.genes, index), image, self.tables.table, index)
+        index = np.searchsorted(self.tables.genes.trained, rows)
+        genes = self._genes(index)
+        predicted = predict_trained(self.model, genes, image, self.tables.table, torch.from_numpy(index))
         # A gene without variance counts as 0. A NaN prediction gives no score, so that it cannot become the best one.
         return mean_pcc(measured, predicted["cp10k"]) if np.isfinite(predicted["cp10k"]).all() else float("nan")
 
     def _space(self, rows: np.ndarray, values: np.ndarray, image: Tensor, chosen: np.ndarray) -> dict[str, float]:
         """Compare the image vectors of ``chosen`` spots with text vectors of their true sentences, of values (n, genes)."""
         index = np.searchsorted(self.tables.genes.trained, rows)
-        levels = torch.from_numpy(self.tables.table.levels(values, index)).long().to(self.device)
-        table = self.model.sentence_table(take_genes(self.genes, torch.from_numpy(index).to(self.device)))
+        levels = upload(torch.from_numpy(self.tables.table.levels(values, index)).long(), self.device)
+        table = self.model.sentence_table(self._genes(index))
         text = table_pool(table.rows_GQD, table.scores_GQ, levels, torch.ones_like(levels, dtype=torch.bool))
-        return space_numbers(image[torch.from_numpy(chosen).to(image.device)], text)
+        return space_numbers(image[upload(torch.from_numpy(chosen), image.device)], text)
+
+    def _genes(self, index: np.ndarray) -> GeneTokens:
+        """Return the tokens of some trained genes, with their sizes on the host, so that no size is read from the device."""
+        return take_genes(self.genes, upload(torch.from_numpy(index), self.device), index)
 
     def _expression(
         self, section: int, rows: np.ndarray, progress: Callable[[], None]
@@ -200,7 +206,7 @@ class Validation:
         for start in range(0, spots.size, CHUNK):
             progress()
             chunk, inputs = self._inputs(spots[start : start + CHUNK])
-            features = inputs.to(self.device)
+            features = upload(inputs, self.device)
             if self.model.vision.stem is None:
                 features = self.model.vision.stem_features(features)
             with self._autocast():

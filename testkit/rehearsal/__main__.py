@@ -16,6 +16,7 @@ from comtip_kernels.ledger.__main__ import parsed, read
 from comtip_kernels.ledger.entries import entries
 
 from testkit.rehearsal.costs import SENT_KINDS
+from testkit.rehearsal.evaluation import PARTS
 from testkit.rehearsal.record import ROOT
 from testkit.rehearsal.table import (
     Walked,
@@ -65,13 +66,18 @@ def walks(everything: bool = False) -> list[Walk]:
                         out.append(Walk(config, ranks, options))
     out += [Walk("1gpu", part="logged step"), Walk("8xh100", 2)]
     out += [Walk("8xh100", 8, ("engine.kind=deepspeed", f"engine.zero_stage={stage}")) for stage in (2, 3)]
-    out += [Walk("1gpu", part=part) for part in ("validation", "predict", "embed")]
+    out += [Walk("1gpu", part=part) for part in ("validation", "predict", "embed", *PARTS)]
     return sorted(out, key=lambda w: (MICRO not in w.overrides, RING not in w.overrides, w.config))
 
 
 def keys_of_ci() -> set[tuple[str, str, str]]:
     """Return the keys (config, ranks, walk) of the rows that the table must have."""
     return {(w.config, str(w.ranks), w.name) for w in walks()}
+
+
+def key_of(row: dict[str, str]) -> tuple[str, str, str]:
+    """Return the key of a row of the table."""
+    return row["config"], row["ranks"], row["walk"]
 
 
 def worse(rows: list[dict[str, str]], before: list[dict[str, str]]) -> list[str]:
@@ -133,15 +139,18 @@ def main() -> int:
         "--all", action="store_true", help="every combination of loss form, micro-batches and checkpointing"
     )
     parser.add_argument("--only", default="", help="walks of this config alone; the table is not written")
+    parser.add_argument(
+        "--part", action="append", default=[], help="walks of this part alone (repeatable); other rows stay as they are"
+    )
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
-    chosen = [w for w in walks(args.all) if args.only in ("", w.config)]
+    chosen = [w for w in walks(args.all) if args.only in ("", w.config) and (not args.part or w.part in args.part)]
     walked = []
     for one in walk_all(chosen, args.jobs):
         show(one)
         walked.append(one)
     if not args.check and not args.only:
-        write_launches(walked, keep=False)
+        write_launches(walked, keep=bool(args.part))
         sys.argv = [
             "ledger",
             "--table",
@@ -160,7 +169,9 @@ def main() -> int:
         problems += worse(out, read_table(TABLE))
         lower = better(out, read_table(TABLE))
     elif not args.only:
-        kept = [r for r in out if (r["config"], r["ranks"], r["walk"]) in keys_of_ci()]
+        known = {key_of(r): r for r in read_table(TABLE)} if args.part else {}
+        known |= {key_of(r): r for r in out}
+        kept = [r for key, r in known.items() if key in keys_of_ci()]
         write_table(Path(TABLE), sorted(kept, key=lambda r: (r["config"], int(r["ranks"]), r["walk"])))
     for row in out:
         print(row)

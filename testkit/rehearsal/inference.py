@@ -1,7 +1,8 @@
-"""Walks of inference: validation, and ``predict`` and ``embed`` of the predictor that ``load`` and ``evaluate`` use."""
+"""Walks of inference: validation, ``predict`` and ``embed`` of the predictor that ``load`` returns, and ``evaluate``."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,8 +14,10 @@ from comtip_fast.data.expression.levels import LevelTable
 from comtip_fast.export import Bundle
 from comtip_fast.export_checks import ExportGene
 from comtip_fast.inference import GeneQuery, Predictor
+from comtip_fast.lineage import Lineage
 from comtip_fast.training.validation import Validation
 from testkit.rehearsal.cuda_runtime import stand_in_cuda
+from testkit.rehearsal.evaluation import PARTS, evaluation, linear_readout, section_facts
 from testkit.rehearsal.launches import recorded_launches
 from testkit.rehearsal.record import Record
 from testkit.rehearsal.stand_in import CUDA
@@ -26,7 +29,7 @@ COHORT = "human_breast"
 
 
 def infer(walk: Walk) -> Record:
-    """Walk ``validation``, ``predict`` or ``embed`` of a config."""
+    """Walk ``validation``, ``predict``, ``embed`` or a part of :mod:`.evaluation` of a config."""
     record, config = Record(), walk.load()
     with stand_in_cuda(record) as mode, recorded_launches(mode), group_of(1) as group, torch.no_grad():
         with record.pause():
@@ -46,11 +49,15 @@ def _tiles(n: int) -> np.ndarray:
 
 
 def _predictor(task: SyntheticTask, part: str) -> Any:
-    """Return a call of the predictor, on a section of ``SPOTS`` spots without stain statistics."""
-    names = gene_names(task.sizes.n_identities)
-    genes = [ExportGene(f"human:{i}", symbol, "", name, True, False) for i, (symbol, name) in enumerate(names)]
+    """Return a call of the predictor, on a section of ``SPOTS`` spots without stain statistics, or of evaluation."""
+    names = gene_names(GENES if part in PARTS else task.sizes.n_identities)
+    genes = [ExportGene(f"human:{symbol}", symbol, "", name, True, False) for symbol, name in names]
     levels = _levels(len(genes), task.sizes.n_levels)
     bundle = Bundle(task.config, task.sizes, task.model, levels, genes, [], 112.0, 0.5, task.tokenizer.sha256)
+    if part in PARTS:
+        readout = linear_readout(task, [g.key for g in genes])
+        bundle = replace(bundle, sections=section_facts(), readout=readout, lineage=Lineage(parents_known=True))
+        return evaluation(Predictor(bundle, CUDA), part)
     predictor = Predictor(bundle, CUDA)
     asked = [GeneQuery(g.symbol, g.name, g.key) for g in genes[:GENES]]
 

@@ -44,8 +44,9 @@ class Walk:
     """``step``, ``logged step``, or an entry of :mod:`.inference`."""
 
     def load(self) -> RunConfig:
-        """Return the config, for a GPU."""
-        return load_config(ROOT / "configs" / f"{self.config}.yaml", ["train.device=cuda", *self.overrides])
+        """Return the config, for a GPU, with blocks that are not compiled: Inductor needs tensors with storage."""
+        overrides = ["train.device=cuda", "engine.compile=false", *self.overrides]
+        return load_config(ROOT / "configs" / f"{self.config}.yaml", overrides)
 
     @property
     def name(self) -> str:

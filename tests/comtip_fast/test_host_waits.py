@@ -258,10 +258,10 @@ def test_masked_hard_columns_over_ranks_equal_selected_ones(form: str):
 # -- ranks ----------------------------------------------------------------------------------------------------
 
 
-def on_two_ranks(folder: Path, overrides: list[str], signal_step: int = 0) -> dict[str, Any]:
+def on_two_ranks(folder: Path, overrides: list[str], signal_step: int = 0) -> list[dict[str, Any]]:
     worker = Path(__file__).with_name("masked_worker.py")
     outputs = run_distributed([str(worker), str(folder), ",".join(overrides), str(signal_step)], 2)
-    return json.loads(outputs[0].splitlines()[-1])
+    return [json.loads(text.strip().splitlines()[-1]) for text in outputs]
 
 
 def test_ranks_read_nothing_and_give_the_losses_of_one(
@@ -269,8 +269,12 @@ def test_ranks_read_nothing_and_give_the_losses_of_one(
 ):
     more = ["train.steps=7", "train.log_every=3", "train.validate_every=0", "train.checkpoint_every=100"]
     overrides = [*tiny_overrides, *more]
-    found = on_two_ranks(tmp_path / "two", overrides)
-    assert found["reads"] == {"2": [], "4": [], "5": [], "7": []}
+    ranks = on_two_ranks(tmp_path / "two", overrides)
+    assert ranks[0]["reads"] == {"2": [], "4": [], "5": [], "7": []}
+    for rank in ranks:  # weights cast a block at a time under DDP: losses and gradients of autocast's own casts
+        assert rank["cast_groups"] == [2, 0]  # one block of each encoder
+        assert rank["compared"] > 100
+        assert rank["same_bits"]
     monkeypatch.setattr(devices, "reads_are_free", lambda device: False)
     config = load_config(None, overrides)
     Trainer(build_task(config, CPU), config, tmp_path / "one").fit()
@@ -283,6 +287,6 @@ def test_ranks_read_nothing_and_give_the_losses_of_one(
 
 def test_a_stop_request_of_one_rank_stops_all_after_that_step(tiny_overrides: list[str], tmp_path: Path):
     more = ["train.steps=9", "train.log_every=100", "train.validate_every=0", "train.checkpoint_every=100"]
-    found = on_two_ranks(tmp_path, [*tiny_overrides, *more], signal_step=4)
+    found = on_two_ranks(tmp_path, [*tiny_overrides, *more], signal_step=4)[0]
     assert (found["step"], found["stopped"]) == (4, "sigterm")
     assert (tmp_path / "checkpoints" / "step_00000004").is_dir()

@@ -325,7 +325,7 @@ def test_features_are_the_mean_over_views(bundle: Bundle, tiny_shards: ShardSet)
     with torch.no_grad():
         one, two = (tile_features(bundle.model, tiles, n)[1] for n in (1, 2))
         turned = tile_features(bundle.model, turn_tiles(tiles, 6).contiguous(), 1)[1]
-    np.testing.assert_allclose(two, (one + turned) / 2, atol=1e-5)
+    torch.testing.assert_close(two, (one + turned) / 2, rtol=0, atol=1e-5)
     assert two.shape[1] == bundle.config.align.dim + 2 * bundle.model.vision.stem.width
 
 

@@ -23,6 +23,7 @@ from comtip_kernels.tl_common import launch
 from triton.compiler.errors import CompilationError
 
 from comtip_fast.data.batch import Batch
+from comtip_fast.data.upload import upload
 from comtip_fast.training.task import CoMTIPTask
 from testkit.rehearsal import autocast
 from testkit.rehearsal.__main__ import NOT_ABOVE, TABLE, better, walks, worse
@@ -344,3 +345,21 @@ def test_a_step_that_logs_nothing_waits_for_nothing_and_uploads_the_batch_once()
     walked = train(Walk("1gpu", 1, SMALL))
     assert not walked.waits, walked.waits
     assert [(u.pinned, u.blocking) for u in walked.uploads] == [(True, False)]
+
+
+def test_inference_copies_from_pinned_memory_and_reads_little():
+    """The committed table is compared with the walks by ``make rehearsal``; here, with what it must show."""
+    rows = {r["walk"]: r for r in read_table(TABLE) if r["walk"].split()[0] in ("predict", "embed", "evaluate")}
+    assert rows.keys() == {"predict", "embed", "evaluate", "evaluate tasks"}
+    for row in rows.values():
+        assert (row["data_shapes"], row["pageable_mb"]) == ("0", "0.0"), row
+    # One copy to the host per chunk of tiles (4), and one per chunk of genes (2).
+    assert int(rows["embed"]["waits"]) == 4
+    assert int(rows["predict"]["waits"]) == 6
+
+
+def test_an_upload_comes_from_pinned_memory(mode: StandInMode):
+    upload(torch.zeros(10), CUDA)
+    upload(torch.empty(10, device="cuda"), CUDA)  # there already
+    assert [(u.bytes, u.pinned, u.blocking) for u in mode.record.uploads] == [(40, True, False)]
+    assert not mode.record.waits

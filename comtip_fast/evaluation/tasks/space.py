@@ -10,6 +10,7 @@ import torch
 from comtip_shards.sampling.rng import generator
 
 from comtip_fast.data.expression.strata import strata_from_levels
+from comtip_fast.data.upload import upload
 from comtip_fast.evaluation.nulls import moved_spots
 from comtip_fast.evaluation.tasks.context import SectionInputs, TaskContext
 from comtip_fast.evaluation.tasks.domains import SCORES, agreement, cluster, is_labelled
@@ -225,12 +226,12 @@ def _pair_section(context: TaskContext, section: SectionInputs, sentences: SpotS
 def _mispaired(levels_NG: torch.Tensor, mode: str, n_strata: int, rng: np.random.Generator) -> torch.Tensor:
     """Return wrong levels, int64 (N, G), from other spots or from similar genes of the same spot."""
     shape, device = (1, *levels_NG.shape), levels_NG.device
-    u, v = (torch.from_numpy(rng.random(shape, np.float32)).to(device) for _ in range(2))
+    u, v = (upload(torch.from_numpy(rng.random(shape, np.float32)), device) for _ in range(2))
     n, G = levels_NG.shape
     if mode == "spots":
         return take_from_other_spots(levels_NG, torch.zeros(n, dtype=torch.long, device=device), u)[0]
     strata = strata_from_levels(levels_NG.cpu().numpy(), np.zeros(n, np.int64), np.ones((1, G), bool), n_strata)
-    return permute_within_strata(levels_NG, strata.to(device).expand(n, G), u, v)[0]
+    return permute_within_strata(levels_NG, upload(strata, device).expand(n, G), u, v)[0]
 
 
 def _derangement(n: int, rng: np.random.Generator) -> np.ndarray:

@@ -9,6 +9,7 @@ import torch
 from comtip_kernels import pair_scores, pool_weights, table_pool
 from torch import Tensor
 
+from comtip_fast.data.upload import upload
 from comtip_fast.inference import GeneQuery, Predictor
 from comtip_fast.models import SentenceTable
 from comtip_fast.runtime.devices import autocast
@@ -34,7 +35,7 @@ class SpotSentences:
     def __init__(self, predictor: Predictor, genes: Sequence[GeneQuery], values_NG: np.ndarray) -> None:
         self.table, rows = sentence_table(predictor, genes)
         levels = predictor.bundle.levels.levels(values_NG, rows)
-        self.levels_NG = torch.from_numpy(levels).long().to(self.table.rows_GQD.device)
+        self.levels_NG = upload(torch.from_numpy(levels).long(), self.table.rows_GQD.device)
         self._by_image = predictor.config.loss.paat.context == "image"
 
     def vectors(self) -> np.ndarray:
@@ -54,7 +55,7 @@ class SpotSentences:
         context_N
             int64, the spot whose image (or text, for a model that was trained with it) is the context of each spot.
         """
-        image = torch.from_numpy(image_ND[context_N]).to(self.table.pair_GQD)
+        image = upload(torch.from_numpy(image_ND[context_N]), self.table.pair_GQD.device).to(self.table.pair_GQD.dtype)
         out = []
         for start in range(0, len(levels_NG), SPOTS):
             rows = slice(start, start + SPOTS)
@@ -62,8 +63,8 @@ class SpotSentences:
                 found = pair_scores(image[rows], self.table.pair_GQD, levels_NG[rows])
             else:
                 found = self._in_text(levels_NG[rows], self.levels_NG[torch.from_numpy(context_N[rows])])
-            out.append(found.float().cpu().numpy())
-        return np.concatenate(out)
+            out.append(found.float())
+        return torch.cat(out).cpu().numpy()
 
     def _in_text(self, levels: Tensor, true: Tensor) -> Tensor:
         table, everything = self.table, torch.ones_like(true, dtype=torch.bool)
@@ -88,7 +89,7 @@ def sentence_table(predictor: Predictor, genes: Sequence[GeneQuery]) -> tuple[Se
         tokens, row = predictor.tokens(genes[start : start + GENES_PER_PASS])
         with autocast(predictor.config.train.precision, predictor.device):
             tables.append(predictor.model.sentence_table(tokens))
-        rows.append(row.cpu().numpy())
+        rows.append(row.numpy())
     joined = (torch.cat([part.float() for part in parts]) for parts in zip(*tables, strict=True))
     return SentenceTable(*joined), np.concatenate(rows)
 

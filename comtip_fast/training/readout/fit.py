@@ -110,7 +110,8 @@ class _Reader:
             part = spots[start : start + BATCH]
             found, tiles = self.loader.tiles(part, np.zeros(part.shape, np.int64))
             if found.size:
-                parts.append(tile_features(self.model, tiles.to(device), self.readout.settings.views)[1])
+                features = tile_features(self.model, tiles.to(device), self.readout.settings.views)[1]
+                parts.append(features.cpu().numpy())
                 readable.append(found)
         whole = np.concatenate(readable)
         if not whole.size:
@@ -118,8 +119,8 @@ class _Reader:
         counts = counts[np.isin(spots, whole)]
         y = {"cp10k": log1p_cp10k(counts)[:, rows].toarray(), "raw": np.log1p(counts[:, rows].toarray())}
         xy = self.shards.spots.loc[whole, ["x_px", "y_px"]].to_numpy(float)
-        features = self.readout.head_features(np.concatenate(parts), xy)
-        return features.astype(np.float64), {norm: v.astype(np.float64) for norm, v in y.items()}
+        x = self.readout.head_features(np.concatenate(parts), xy)
+        return x.astype(np.float64), {norm: v.astype(np.float64) for norm, v in y.items()}
 
 
 def neighbouring_spots(shards: ShardSet, spots: np.ndarray, quota: int, seed: int, section: int) -> np.ndarray:

@@ -24,6 +24,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from comtip_fast.models.gene_encoder import SentenceBlock
+from comtip_fast.models.recompute import run_block
 
 
 def randn(*shape: int) -> torch.Tensor:
@@ -105,14 +106,16 @@ def test_blocks_have_no_graph_break(name: str):
     assert (found.graph_count, found.graph_break_count) == (1, GRAPH_BREAKS[name]), found.break_reasons
 
 
-def test_panels_of_other_sizes_compile_a_block_twice_at_most():
-    """The number of sentences and tokens changes every step: the second size is compiled for any size."""
+@pytest.mark.parametrize("name", ["sentence block", "last sentence block"])
+def test_panels_of_all_sizes_compile_a_sentence_block_once_in_each_gradient_mode(name: str):
+    """The number of sentences and tokens changes every step."""
     torch.compiler.reset()
     counter = torch._dynamo.testing.CompileCounter()
-    block, inputs = block_and_inputs("sentence block")
-    compiled = torch.compile(block, backend=counter)
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        for n in (5, 8, 11, 6, 17):
-            _, inputs = block_and_inputs("sentence block", n)
-            torch.testing.assert_close(compiled(*inputs), block(*inputs))
-    assert counter.frame_count <= 2
+    block, inputs = block_and_inputs(name)
+    block.compile(backend=counter)
+    for grad in (False, True):
+        with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(grad):
+            for n in (5, 8, 11):
+                _, inputs = block_and_inputs(name, n)
+                torch.testing.assert_close(run_block(block, *inputs, recompute=False), block._call_impl(*inputs))
+    assert counter.frame_count == 2
