@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from comtip_fast.config.schema import TextConfig
 from comtip_fast.genes.tokens import GeneTokens
-from comtip_fast.models.recompute import is_compiled, run_block
-from comtip_fast.runtime import devices
+from comtip_fast.models.recompute import run_block
+from comtip_fast.runtime import devices, torch_internals
 
 
 class SentenceBlock(nn.Module):
@@ -157,7 +157,7 @@ class GeneEncoder(nn.Module):
         if self.project_vector is not None and genes.vector_GK is not None:
             vector_Nd = self.project_vector(genes.vector_GK / self.vector_scale)
             x_Sd = x_Sd.index_add(0, first_N, vector_Nd.to(x_Sd.dtype))
-        if any(is_compiled(block) for block in self.blocks):
+        if any(torch_internals.is_compiled(block) for block in self.blocks):
             # A number is a constant of compiled code, so the longest sentence of the panel would be a variant of its own.
             longest = self.longest
         # Once for all layers.

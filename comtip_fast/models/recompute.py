@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from comtip_fast.runtime import torch_internals
+
 
 def run_block(block: nn.Module, *args: Any, recompute: bool) -> Tensor:
     """Call ``block(*args)``; with ``recompute``, use activation checkpointing.
@@ -15,18 +17,13 @@ def run_block(block: nn.Module, *args: Any, recompute: bool) -> Tensor:
     A compiled block (:meth:`torch.nn.Module.compile`) is traced once for all sizes of the leading dimensions, in each of
     the two gradient modes. Outside of training it runs uncompiled: modules read ``training``, so it would be traced again.
     """
-    if is_compiled(block):
+    if torch_internals.is_compiled(block):
         if not block.training:
-            return block._call_impl(*args)  # type: ignore[no-any-return]
+            return torch_internals.call_uncompiled(block, *args)
         _mark_sizes(args)
     if recompute and torch.is_grad_enabled():
         return checkpoint(block, *args, use_reentrant=False)
     return block(*args)
-
-
-def is_compiled(block: nn.Module) -> bool:
-    """Return whether calls of the block run the code that ``torch.compile`` built for it."""
-    return block._compiled_call_impl is not None
 
 
 def _mark_sizes(args: tuple[Any, ...]) -> None:
@@ -35,8 +32,6 @@ def _mark_sizes(args: tuple[Any, ...]) -> None:
     PyTorch would compile for the first size it meets, and for any size only after a second: two variants in each gradient
     mode, for the patches of a tile, its visible patches, and pieces of a batch of unequal sizes.
     """
-    from torch._dynamo.decorators import maybe_mark_dynamic  # imported here: it takes seconds, and few runs compile
-
     for x in args:
         if isinstance(x, Tensor):
-            maybe_mark_dynamic(x, list(range(max(1, x.ndim - 1))))
+            torch_internals.mark_dynamic(x, list(range(max(1, x.ndim - 1))))

@@ -24,7 +24,10 @@ __all__ = [
     "TorchDispatchMode",
     "build_folder",
     "call_after_backward",
+    "call_uncompiled",
     "copy_all",
+    "is_compiled",
+    "mark_dynamic",
     "move_towards",
     "norms",
     "packet_of",
@@ -92,6 +95,23 @@ def move_towards(values: Sequence[Tensor], targets: Sequence[Tensor], share: flo
 def parameters_of(module: nn.Module) -> dict[str, Any]:
     """Return the dict of a module's own parameters by attribute; an entry may be replaced by any tensor."""
     return module._parameters
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Return whether calls of the module run the code that :meth:`torch.nn.Module.compile` built for it."""
+    return module._compiled_call_impl is not None
+
+
+def call_uncompiled(module: nn.Module, *args: Any) -> Any:
+    """Call a compiled module as it was before :meth:`torch.nn.Module.compile`, hooks included."""
+    return module._call_impl(*args)
+
+
+def mark_dynamic(tensor: Tensor, dims: list[int]) -> None:
+    """Let compiled code take any size of these dimensions; sizes that it needs as constants stay constants."""
+    from torch._dynamo.decorators import maybe_mark_dynamic  # imported here: it takes seconds, and few runs compile
+
+    maybe_mark_dynamic(tensor, dims)
 
 
 def build_folder(name: str) -> Path:
