@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ def run_block(block: nn.Module, *args: Any, recompute: bool) -> Tensor:
     """
     if is_compiled(block):
         if not block.training:
-            return block._call_impl(*args)  # type: ignore[no-any-return]
+            uncompiled: Callable[..., Tensor] = block._call_impl
+            return uncompiled(*args)
         _mark_sizes(args)
     if recompute and torch.is_grad_enabled():
         return checkpoint(block, *args, use_reentrant=False)
