@@ -21,6 +21,7 @@ MARKED = re.compile(r"`([a-z]\w*)(?:=[^`\s]*)?`")
 OTHER_PROGRAMS = {
     "comtip_fast/benchmarks/rounds.py": "git",
     "comtip_fast/config/settings_page.py": "text of the settings page, which explains both",
+    "comtip_fast/training/distributed/rendezvous.py": "torchrun",
     "data_shards/comtip_shards/genes/make_resource.py": "a program of its own",
     "data_shards/comtip_shards/slides/base.py": "vips",
     "data_shards/comtip_shards/slides/wsi.py": "vips",

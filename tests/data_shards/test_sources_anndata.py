@@ -200,17 +200,17 @@ def test_a_stated_scale_that_the_file_contradicts_is_used_and_reported(
     data.uns["spatial"]["V1"]["scalefactors"]["microns_per_pixel"] = 1.25
     path = write(data, tmp_path / "a.h5ad")
     read(path, platform="Slide-seq")
-    assert "check --mpp" not in caplog.text
+    assert "check the stated" not in caplog.text
     section = read(path, platform="Slide-seq", mpp="0.125")
     assert section.meta.mpp == pytest.approx(0.25)
     assert "the stated scale of 0.125 um per px is used, but the file states 1.25" in section.notes
-    assert "a.h5ad: the stated scale of 0.125 um per px is used, but the file states 1.25; check --mpp" in caplog.text
+    assert "a.h5ad: the stated scale of 0.125 um per px is used, but the file states 1.25; check the stated `mpp`" in caplog.text
 
 
 @pytest.mark.parametrize("mpp", ["25", "0.00001"])
 def test_a_distance_of_spots_that_no_platform_has_is_refused(data: ad.AnnData, tmp_path: Path, mpp: str):
     path = write(data, tmp_path / "a.h5ad")
     with pytest.raises(
-        SourceError, match=r"the spots are \S+ um apart, but on any platform it is 0.1 to 1000 um; correct --mpp"
+        SourceError, match=r"the spots are \S+ um apart, but on any platform it is 0.1 to 1000 um; correct `mpp`"
     ):
         read(path, platform="Slide-seq", mpp=mpp)

@@ -146,7 +146,7 @@ def view_library(
     mpp, own = options.facts.mpp, scale_factor(group, MICRONS_PER_PIXEL) if library else None
     if mpp is not None and own is not None and not 1 / MAX_RATIO <= mpp / own <= MAX_RATIO:
         notes.append(f"the stated scale of {mpp:g} um per px is used, but the file states {own:g}")
-        log.warning("%s: %s; check --mpp", path, notes[-1])
+        log.warning("%s: %s; check the stated `mpp`", path, notes[-1])
     mpp = own if mpp is None else mpp
     if mpp is None:
         mpp = _scale(facts, image, xy, path, notes)
