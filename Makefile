@@ -32,7 +32,7 @@ demo: $(VENV)/installed  ## build, train and evaluate: runs/demo/report.html (10
 	$(BIN)/comtip evaluate $(RUN) --shards $(RUN)/shards --out $(RUN)
 	@echo "open $(RUN)/report.html in a browser"
 
-test: $(VENV)/installed-dev  ## all tests
+test: $(VENV)/installed-dev  ## all tests but those of nightly
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 nightly: $(VENV)/installed-dev  ## tests that take minutes or need root or an S3 server: hosts whose links are cut, storage that fails

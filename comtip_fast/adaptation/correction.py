@@ -151,7 +151,7 @@ def corrected_head(base: CohortHead, columns: np.ndarray, corrections: dict[str,
     columns
         Indices into ``base.keys`` of the corrected genes.
     corrections
-        Correction by normalisation; None leaves it as it is.
+        One correction per normalisation; None leaves the head of that normalisation unchanged.
     """
     blocks = {name: dict(norms) for name, norms in base.blocks.items()}
     for norm, correction in corrections.items():

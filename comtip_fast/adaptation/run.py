@@ -257,7 +257,7 @@ def _compare(predictor: Predictor, section: AdaptSection, split: BlockSplit, num
 def _adapted(
     predictor: Predictor, section: AdaptSection, fit: np.ndarray
 ) -> tuple[Predictor, dict[str, Correction | None]]:
-    """Return the model with the head of the section's cohort corrected, and a lineage that ends with the section."""
+    """Return the adapted model, whose lineage ends with the section, and the correction of each normalisation."""
     parts = [np.arange(len(section.xy_um))]  # at prediction, neighbours are those of the complete section
     fitted = _fit(predictor, section, fit, parts)
     bundle = predictor.bundle

@@ -83,7 +83,7 @@ def read_section(predictor: Predictor, spec: str | Path | ad.AnnData, options: S
     if len(keys) < 2:
         raise ValueError(
             f"section {opened.section_id}: measured {len(keys)} of the model's {len(predictor.trained_genes)} trained genes, but "
-            "adaptation needs at least 2; check the species, or use a model of its genes"
+            "adaptation needs at least 2; check the species, or use a model that was trained on genes of this section"
         )
     columns = counts.select(keys)[0]
     cp10k, raw = log1p_cp10k(counts.counts)[:, columns], counts.counts[:, columns]

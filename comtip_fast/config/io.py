@@ -102,7 +102,11 @@ def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> RunCo
             raise ConfigError(f"{path}: no such file; see configs/ for examples")
         try:
             read = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save the file as UTF-8"
+            ) from error
+        except yaml.YAMLError as error:
             raise ConfigError(f"{path}: not YAML: {_yaml_problem(error)}; correct this line") from error
         if read is not None and not isinstance(read, dict):
             raise ConfigError(

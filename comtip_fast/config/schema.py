@@ -178,7 +178,7 @@ class AlignConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PaatConfig:
-    """Pair-aware adversarial training (PAAT): negatives with the spot's genes and values, but wrongly paired."""
+    """Pair-aware adversarial training (PAAT): negatives that pair the spot's genes with levels of other genes or other spots."""
 
     adversary: Literal["hard", "random"] = "hard"
     """``hard`` uses the candidate that the pair head scores as most likely to be true; ``random`` uses a random one."""

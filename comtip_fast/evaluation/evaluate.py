@@ -373,7 +373,7 @@ def _ridge_score(
 
 
 def _merge_sections(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return a cohort's scores: the mean over its sections; the sum for undefined genes."""
+    """Return a cohort's scores: means over its sections; spots and undefined genes are counted over all of them."""
     out: dict[str, Any] = {
         "sections": [s for p in parts for s in p["sections"]],
         "n_spots": sum(p["n_spots"] for p in parts),

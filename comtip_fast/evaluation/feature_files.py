@@ -37,7 +37,10 @@ class SpotFeatures:
         """
         row = {name: i for i, name in enumerate(self.names)}
         if len(row) < len(self.names):
-            raise ValueError(f"{where}: {len(self.names) - len(row)} spots occur more than once; keep one row per spot")
+            twice = next(name for i, name in enumerate(self.names) if row[name] != i)
+            raise ValueError(
+                f"{where}: {len(self.names) - len(row)} duplicate rows (e.g. of spot {twice}); keep one row per spot"
+            )
         missing = [n for n in names if n not in row]
         if missing:
             raise ValueError(

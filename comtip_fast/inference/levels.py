@@ -121,7 +121,7 @@ def predict_trained(
 
 
 def predict_chunks(tables: Iterable[SentenceLevels], image_ND: np.ndarray) -> dict[str, np.ndarray]:
-    """Predict the genes of several tables, float32 (N, G)."""
+    """Predict ``cp10k`` and ``raw`` for the genes of several tables in their order, each float32 (N, G)."""
     parts = [table.predict(image_ND) for table in tables]
     empty = np.zeros((len(image_ND), 0), np.float32)
     return {k: np.concatenate([p[k] for p in parts], axis=1) if parts else empty for k in NORMS}

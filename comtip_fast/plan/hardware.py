@@ -181,9 +181,9 @@ def make_cluster(
         raise ValueError(f"`device` {device!r}: choose one of {', '.join(DEVICES)}")
     spec = DEVICES[device]
     link, fabric = link or spec.link, fabric or spec.fabric
-    for name in (link, fabric):
+    for argument, name in (("link", link), ("fabric", fabric)):
         if name not in LINKS:
-            raise ValueError(f"link {name!r}: choose one of {', '.join(LINKS)}")
+            raise ValueError(f"`{argument}` {name!r}: choose one of {', '.join(LINKS)}")
     return Cluster(
         device=spec,
         per_node=per_node,

@@ -241,7 +241,7 @@ def test_missing_and_binary_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such file"):
         load_config(tmp_path / "none.yaml")
     (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match="not YAML"):
+    with pytest.raises(ConfigError, match="not UTF-8 text"):
         load_config(tmp_path / "b.yaml")
 
 

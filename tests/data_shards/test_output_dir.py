@@ -163,3 +163,22 @@ def test_another_error_of_the_lock_names_the_folder(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(fcntl, "flock", refuse)
     with pytest.raises(ShardError, match="cannot be written"), writing(tmp_path / "set"):
         pass
+
+
+def test_a_removal_that_meets_that_of_another_process_ends(tmp_path: Path, monkeypatch):
+    remove, calls = shutil.rmtree, []
+
+    def other_process_first(path: Path, **options: bool) -> None:
+        calls.append(path)
+        if not options and len(calls) == 2:  # the other removes the files of this folder, and its own is there now
+            remove(path)
+            Path(path).mkdir()
+            (Path(path) / "lock").touch()
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", "lock")
+        remove(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", other_process_first)
+    with writing(tmp_path / "set") as staging:
+        (staging / "file").touch()
+    assert len(calls) == 3
+    assert not list((tmp_path / "set").iterdir())

@@ -157,7 +157,7 @@ def test_hostile_tars_are_not_touched_and_verify_reports_them(copy: Path, kind: 
     [
         (
             lambda m: m.update(version=1),
-            r"format version 1 is not supported \(expected 2\); build the set again: comtip shards build",
+            r"format version 1 is not supported \(expected 2\); build the set again from its sources, into a new folder",
         ),
         (lambda m: m.update(format="zip"), "not the manifest"),
         (lambda m: m.pop("n_genes"), "n_genes"),

@@ -204,7 +204,10 @@ def test_a_stated_scale_that_the_file_contradicts_is_used_and_reported(
     section = read(path, platform="Slide-seq", mpp="0.125")
     assert section.meta.mpp == pytest.approx(0.25)
     assert "the stated scale of 0.125 um per px is used, but the file states 1.25" in section.notes
-    assert "a.h5ad: the stated scale of 0.125 um per px is used, but the file states 1.25; check the stated `mpp`" in caplog.text
+    assert (
+        "a.h5ad: the stated scale of 0.125 um per px is used, but the file states 1.25; check the stated `mpp`"
+        in caplog.text
+    )
 
 
 @pytest.mark.parametrize("mpp", ["25", "0.00001"])

@@ -319,7 +319,7 @@ def cut_parquet(run: Path) -> None:
 BAD = {
     "out of the grid": (
         rename_bins(lambda i, b: b.replace("00019", "00090") if i % 50 == 0 or "_00019_" in b else b),
-        r"\d+ bins are outside the grid .*00090",
+        r"has bins that \S+ does not list .*00090",
     ),
     "other names": (rename_bins(lambda i, b: f"AAAC{i}-1"), "'AAAC0-1' is not of the form s_016um"),
     "other bins": (rename_bins(lambda i, b: b.replace("016um", "008um")), "contains bins of 8 um instead of 16"),

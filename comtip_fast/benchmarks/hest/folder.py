@@ -128,7 +128,7 @@ def _read_split(folder: Path, name: str) -> tuple[BenchmarkSample, ...]:
 
 
 def _inside(folder: Path, name: str, where: Path) -> Path:
-    """Return a path of a split; it must stay in the task's folder."""
+    """Return the path of a file that a split lists; raise ValueError if it is outside the task's folder."""
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{where}: {name} is not a path inside {folder}; write paths relative to the task's folder")

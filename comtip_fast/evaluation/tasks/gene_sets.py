@@ -35,7 +35,9 @@ def read_gmt(path: Path) -> GeneSets:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason}); save gene sets in GMT format") from None
+        raise ValueError(
+            f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8, in GMT format"
+        ) from None
     sets: GeneSets = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():

@@ -96,7 +96,7 @@ def create_moments(
     stage
         Its stage.
     state
-        State dict of the wrapped optimizer; gains ``step`` and the moments of every shard.
+        ``state`` of the wrapped optimizer, by shard; gains ``step`` and the moments of every shard.
     names
         Names of the moments.
     fused

@@ -20,7 +20,9 @@ from comtip_fast.training.protocol import TrainingError
 
 RESTART_CODE = 75
 """Exit code of a run that should be restarted with ``--resume`` (``EX_TEMPFAIL`` of sysexits.h)."""
-ADVICE = "the launcher restarts the run from the last valid checkpoint; without one, start the run again with `resume`"
+ADVICE = (
+    "a launcher restarts the run from the last valid checkpoint; without a launcher, start the run again with `resume`"
+)
 
 
 class RestartError(RuntimeError):

@@ -37,6 +37,8 @@ WRITING = ".writing"
 """Suffix of folders that are not complete yet."""
 REMOVING = ".building.removing"
 """Name of the staging folder during deletion: it is renamed first, so that a build that starts then gets a new folder."""
+_ATTEMPTS = 100
+"""Attempts to remove a folder that another process removes too."""
 _OURS = {STAGING, REMOVING, REPORTS, GENES_FILE, REPORT_FILE, spots.FILE, STATISTICS_FILE, NAME + WRITING, *FOLDERS}
 _TEMPORARY = {tmp_path_of(Path(name)).name for name in (NAME, REPORT_FILE, REPORTS, STATISTICS_FILE)}
 _OURS |= _TEMPORARY | {f"{name}.old" for name in _TEMPORARY}
@@ -166,6 +168,30 @@ def lock_or_warn(file: int, folder: Path) -> None:
         )
 
 
+def _remove_staging(out: Path) -> None:
+    """Rename the staging folder to :data:`REMOVING` and remove it.
+
+    The next process starts as soon as the folder is renamed, so it may already remove a folder of that name while this one does.
+    """
+    removing, last = out / REMOVING, _ATTEMPTS - 1
+    for attempt in range(_ATTEMPTS):
+        shutil.rmtree(removing, ignore_errors=True)
+        try:
+            (out / STAGING).rename(removing)
+            break
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or attempt == last:
+                raise
+    for attempt in range(_ATTEMPTS):
+        try:
+            shutil.rmtree(removing)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY) or attempt == last:
+                raise
+        if not removing.exists():
+            return
+
+
 @contextmanager
 def writing(out: Path) -> Iterator[Path]:
     """Lock ``out`` and yield its staging folder, which is removed when the block ends without an error.
@@ -185,9 +211,7 @@ def writing(out: Path) -> Iterator[Path]:
             yield staging
             if (staging / INCOMPLETE).is_file():
                 return  # sections were left out: the others stay staged for the run that completes the set
-            shutil.rmtree(out / REMOVING, ignore_errors=True)
-            staging.rename(out / REMOVING)
-            shutil.rmtree(out / REMOVING)
+            _remove_staging(out)
     except OSError as error:
         # Sources raise SourceError for files that they cannot read, so these errors are from writing.
         if error.errno not in (

@@ -85,7 +85,7 @@ class SectionContext:
 
     @cached_property
     def pitch_px(self) -> float:
-        """Distance of neighbouring spots in px of the downsampled image, NaN if they are not on a lattice."""
+        """Distance between neighbouring spots in px of the downsampled image, NaN if they are not on a lattice."""
         return lattice_pitch(self.xy)
 
     @cached_property

@@ -71,7 +71,9 @@ def peak_of(values: np.ndarray, where: str = "the image") -> float:
     for peak in (1.0, 255.0, 4095.0, 65535.0):
         if (high <= peak and peak > 1) or (high <= 1.02 and np.issubdtype(values.dtype, np.floating)):
             return peak
-    raise SourceError(f"{where}: pixel values up to {high:g} have no known depth; convert the image to 8 or 16 bits")
+    raise SourceError(
+        f"{where}: pixel values up to {high:g} have no known bit depth; convert the image to 8 or 16 bits"
+    )
 
 
 def tiff_decoder(page: Any, where: str) -> Decode | None:

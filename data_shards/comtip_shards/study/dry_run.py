@@ -103,7 +103,7 @@ def _probe(
         opened = open_row(path, row, opener, merged(stand_ins, common))
         if opened.error is None:
             return opened, problems, assumed
-        named = [n for n in re.findall(r"--(\w+)", opened.error) if n in ASSUMED]
+        named = [n for n in re.findall(r"`(\w+)`", opened.error) if n in ASSUMED]
         if not any(n in assumed for n in named):  # otherwise the stand-in is the reason
             problems.append(opened.error)
         stated = {n for o in (common.facts, row.options.facts) for n, v in vars(o).items() if v is not None}

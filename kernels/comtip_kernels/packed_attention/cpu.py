@@ -1,8 +1,8 @@
 """Attention within many short sentences on a CPU: sentences of one length form a batch, without padding.
 
-Adjacent sentences of equal length are attended as one batch of views, without copying. If adjacent sentences differ in length,
-tokens are first reordered by length and the result is reordered back; callers that sort their sentences once avoid this
-in every layer.
+Adjacent sentences of equal length are attended as one batch of views, without copying. If such runs are short and
+lengths are unsorted, tokens are first reordered by length and the result is reordered back; callers that sort their sentences
+once avoid this in every layer.
 
 A vector register holds 16 scores, and torch's attention processes shorter rows element by element. Several short sentences
 therefore share a matrix, with a mask between them. NaN and infinity pass the mask (0 times NaN is NaN): if the result

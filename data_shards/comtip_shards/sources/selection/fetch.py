@@ -229,7 +229,7 @@ def _check_disk(cache: Path, wanted: int, url: str) -> None:
     have = sum(f.stat().st_size for f in (cache / "trees").rglob("*") if f.is_file()) if wanted > free else 0
     if wanted - have > free:
         raise SourceError(
-            f"{url}: {wanted / 1e9:.1f} GB are needed, but only {free / 1e9:.1f} GB are free in {cache}; select fewer sections "
+            f"{url}: {(wanted - have) / 1e9:.1f} GB more are needed, but only {free / 1e9:.1f} GB are free in {cache}; select fewer sections "
             "(`samples`, `where`) or another folder (`cache`)"
         )
 

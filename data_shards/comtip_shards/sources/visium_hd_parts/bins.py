@@ -217,8 +217,7 @@ def _pool_bins(
         if (state == 0).any():
             first = barcodes[int(np.flatnonzero(state == 0)[0])]
             raise SourceError(
-                f"{counts.path}: {int((state == 0).sum())} bins are outside the grid of {table} (e.g. {first}); "
-                "use files of the same run"
+                f"{counts.path}: has bins that {table} does not list (e.g. {first}); use files of the same run"
             )
         kept = np.flatnonzero(state == 2)
         pooler.add_counts(np.stack([col, row], axis=1)[kept] // grid.side, matrix[kept])
