@@ -187,7 +187,7 @@ def test_depths_are_distinguished():
         assert peak_of(np.array([0.1, high], np.float32)) == peak
     assert peak_of(np.array([0, 1], np.uint16)) == 255
     assert (to_rgb8(np.full((1, 1, 3), 4095, np.uint16), 4095.0) == 255).all()
-    with pytest.raises(SourceError, match="no known depth"):
+    with pytest.raises(SourceError, match="no known bit depth"):
         peak_of(np.array([1e6]))
 
 
