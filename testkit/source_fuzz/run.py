@@ -327,7 +327,15 @@ def main(argv: list[str] | None = None) -> int:
         "--through", choices=("readers", "predict"), default="readers", help="readers, or build and predict"
     )
     args = parser.parse_args(argv)
+    level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
+    try:
+        return _fuzz(args)
+    finally:
+        logging.disable(level)
+
+
+def _fuzz(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="fuzz") as folder:
         if args.through == "predict":
             from testkit.source_fuzz.through import build_and_predict
