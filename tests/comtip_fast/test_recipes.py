@@ -30,6 +30,7 @@ SMALL = [
     "text.width=32",
     "text.depth=2",
     "text.heads=2",
+    "engine.compile=false",  # a minute of a C++ compiler; test_compiled_blocks counts variants, the nightly test below compiles
     "text.max_tokens=6",
     "align.dim=32",
     "data.tile_px=32",
@@ -94,6 +95,16 @@ def test_a_config_builds_and_takes_a_step(path: Path, tiny_shards: ShardSet, tmp
     metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert '"nce"' in metrics
     assert '"mfm"' in metrics
+
+
+@pytest.mark.nightly
+def test_compiled_blocks_take_a_step(tiny_shards: ShardSet, tmp_path: Path):
+    path = next(p for p in CONFIGS if p.stem == "1gpu")
+    backbone = next(more for name, more in BACKBONE.items() if f"backbone: {name}" in path.read_text(encoding="utf-8"))
+    keys = [*SMALL, *backbone, f"data.shards={tiny_shards.path}", "engine.compile=true"]
+    overrides = [x for key in keys for x in ("--set", key)]
+    assert main(["pretrain", "--config", str(path), "--out", str(tmp_path / "run"), *overrides]) == 0
+    assert (tmp_path / "run" / "export" / "model.safetensors").is_file()
 
 
 def test_an_outdated_header_is_detected(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
