@@ -1,19 +1,16 @@
 """Every path of ``bench/kernels/gpu.py`` once at tiny sizes: minutes, so tests/kernels/test_interpreted.py runs it nightly."""
 
-import importlib.util
 import os
 import sys
 from pathlib import Path
 
 import pytest
 
+from bench.kernels import gpu
+
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs inside tests/kernels/test_interpreted.py", allow_module_level=True)
 
-SPEC = importlib.util.spec_from_file_location("gpu", Path(__file__).parents[3] / "bench/kernels/gpu.py")
-gpu = importlib.util.module_from_spec(SPEC)
-sys.modules["gpu"] = gpu  # where its dataclass looks for its module
-SPEC.loader.exec_module(gpu)
 OPS = (
     "infonce",
     "infonce_block",

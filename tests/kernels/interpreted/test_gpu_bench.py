@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -12,14 +11,10 @@ import torch
 from comtip_kernels.packed_attention import peers
 
 from bench.evidence import cases, check
+from bench.kernels import gpu
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs inside tests/kernels/test_interpreted.py", allow_module_level=True)
-
-SPEC = importlib.util.spec_from_file_location("gpu", Path(__file__).parents[3] / "bench/kernels/gpu.py")
-gpu = importlib.util.module_from_spec(SPEC)
-sys.modules["gpu"] = gpu  # where its dataclass looks for its module
-SPEC.loader.exec_module(gpu)
 
 
 def test_a_wrong_kernel_is_not_timed():
