@@ -93,11 +93,11 @@ def _main(arguments: list[str]) -> int:
 
 def _disk_error(error: Exception) -> tuple[int, str] | None:
     """Return the exit code and message for an error of the disk, or None for any other error."""
-    from comtip_shards.storage.disk import disk_trouble, unwritable
+    from comtip_shards.storage.disk import disk_fix, disk_trouble, unwritable
 
     problem = disk_trouble(error)
     if problem is not None:
-        return RESTART, f"{problem}; free disk space (or repair the device), then run the same command again"
+        return RESTART, f"{problem}; {disk_fix(error)}, then run the same command again"
     problem = unwritable(error)
     return None if problem is None else (USER_ERROR, f"{problem}; give another path, or make this one writable")
 

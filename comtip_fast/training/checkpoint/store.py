@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from comtip_shards.storage.atomic import atomic_folder, link_or_copy
-from comtip_shards.storage.disk import disk_trouble
+from comtip_shards.storage.disk import disk_fix, disk_trouble
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -82,7 +82,7 @@ def save(root: Path, step: int, checkpoint: Checkpoint) -> Path:
         last = f"the checkpoint of step {older[-1]} is unchanged" if older else "there is no earlier checkpoint"
         raise RestartError(
             f"{final}: cannot write this checkpoint: {problem}; it needs {size:.1f} MiB, {free:.1f} MiB are free; "
-            f"{last}; free disk space, then {ADVICE}"
+            f"{last}; {disk_fix(error)}, then {ADVICE}"
         ) from error
     return final
 
@@ -110,8 +110,8 @@ def replace_state(root: Path, step: int, state: dict[str, Any]) -> None:
         if problem is None:
             raise
         raise RestartError(
-            f"{final}: cannot write the state of this checkpoint: {problem}; the checkpoint is unchanged; free disk space, "
-            f"then {ADVICE}"
+            f"{final}: cannot write the state of this checkpoint: {problem}; the checkpoint is unchanged; "
+            f"{disk_fix(error)}, then {ADVICE}"
         ) from error
 
 

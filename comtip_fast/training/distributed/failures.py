@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch.distributed as dist
-from comtip_shards.storage.disk import disk_trouble, unwritable
+from comtip_shards.storage.disk import disk_fix, disk_trouble, unwritable
 
 from comtip_fast.runtime.streams import drain, write_line
 from comtip_fast.training.protocol import TrainingError
@@ -63,7 +63,7 @@ def explain_failures(
     except Exception as error:
         problem = disk_trouble(error)
         if problem is not None:
-            raise RestartError(f"{_who(rank, size)}{where()}: {problem}; free disk space, then {ADVICE}") from error
+            raise RestartError(f"{_who(rank, size)}{where()}: {problem}; {disk_fix(error)}, then {ADVICE}") from error
         problem = unwritable(error)
         if problem is not None:
             raise TrainingError(

@@ -13,6 +13,13 @@ _TEMPORARY = {
     errno.EIO: "the device failed",
     errno.ESTALE: "the file server lost the file",
 }
+_FIXES = {
+    errno.ENOSPC: "free disk space",
+    errno.EDQUOT: "delete files of this user or ask for a larger quota",
+    errno.EFBIG: "raise the limit (`ulimit -f`) or use a file system that allows larger files",
+    errno.EIO: "check the disk or the network mount",
+    errno.ESTALE: "mount the file system again",
+}
 _PERMANENT = {
     errno.EROFS: "the file system is read-only",
     errno.ENAMETOOLONG: "the name is too long",
@@ -36,6 +43,11 @@ def error_number(error: BaseException) -> int | None:
 def disk_trouble(error: BaseException) -> str | None:
     """Describe a temporary disk error, after which the same command can succeed later; None for any other error."""
     return _describe(error, _TEMPORARY)
+
+
+def disk_fix(error: BaseException) -> str:
+    """Return what a user does about an error that :func:`disk_trouble` describes, as the start of a sentence."""
+    return _FIXES[error_number(error) or errno.ENOSPC]
 
 
 def unwritable(error: BaseException) -> str | None:
