@@ -1,18 +1,27 @@
-"""Seconds, CPU seconds, bytes read and peak memory up to the first batch, on a synthetic shard set.
+"""Seconds, CPU seconds, bytes read and peak memory up to the first batch and the first step, on a synthetic shard set.
 
     PYTHONPATH=.:kernels:data_shards python bench/scale/start.py build --out SET --spots 1500000 --sections 1100 --genes 20000
+    PYTHONPATH=.:kernels:data_shards python bench/scale/start.py build --out SMALL --spots 3000 --sections 20 --genes 20000
     PYTHONPATH=.:kernels:data_shards python bench/scale/start.py measure SET [--fit-spots 50000]
+    PYTHONPATH=.:kernels:data_shards python bench/scale/start.py first-step SET SMALL [--ranks 2] [--set KEY=VALUE ...]
 
-``build`` writes real shards whose tiles are drawn from a pool of 64 JPEGs; a spot takes about 6 kB. ``measure`` prints one
-row. Compare two commits by measuring one set in both checkouts on the same machine; on a shared machine compare CPU seconds.
+``build`` writes real shards whose tiles are drawn from a pool of 64 JPEGs and whose counts are drawn for 256 spots of a section
+and repeated; a spot takes about 6 kB. ``measure`` prints one row for the data side alone. ``first-step`` starts
+`comtip pretrain` with the demo's config on several ranks and prints, per rank, the seconds from the start of the command to
+its first step and the peak memory up to there; the row of SMALL is what model, libraries and the start of processes cost without a large
+set. Compare two commits by measuring one set in both checkouts on the same machine; on a shared machine compare CPU seconds.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import os
 import resource
 import shutil
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,13 +38,14 @@ from comtip_shards.format.record import encode_json, encode_tile
 from comtip_shards.sections.section import SectionMeta
 from comtip_shards.slides.tiles import StainStats
 from PIL import Image
+from scipy import sparse
 
 from comtip_fast.config.io import load_config
 from comtip_fast.data.expression.training_tables import training_tables
 from comtip_fast.data.loaders.torch import TorchLoader
 
-TILE = TileSpec(32, 112.0, 3.5, "jpeg", 80)
-POOL, BATCH = 64, 256
+TILE = TileSpec(128, 224.0, 1.75, "jpeg", 80)
+POOL, COUNTS, BATCH = 64, 256, 256
 
 
 @dataclass(frozen=True)
@@ -61,7 +71,7 @@ class SyntheticSection:
             platform="none",
             licence="CC0",
             attribution="synthetic",
-            mpp=3.5,
+            mpp=TILE.min_mpp,
             spot_diameter_um=55.0,
             spot_pitch_um=100.0,
             split=self.split,
@@ -76,7 +86,7 @@ class SyntheticSection:
         }
         keys = [f"human:GENE{i}" for i in range(self.n_genes)]
         stain = StainStats((0.3, 0.5, 0.3), (0.1, 0.1, 0.1))
-        return SectionHead(meta, f"{self.number:064x}", self.n_spots, keys, stain, out.getvalue(), 3.5, source)
+        return SectionHead(meta, f"{self.number:064x}", self.n_spots, keys, stain, out.getvalue(), TILE.min_mpp, source)
 
     def runs(self, size: int) -> Iterator[RecordRun]:
         """Yield the records."""
@@ -84,12 +94,11 @@ class SyntheticSection:
         pool = [encode_tile(_tile(i), "jpeg", TILE.quality) for i in range(POOL)]
         share = np.random.default_rng(0).lognormal(0, 2, self.n_genes)
         share /= share.sum()
+        depth = rng.lognormal(6.8, 0.4, COUNTS)
+        drawn = sparse.csr_matrix(rng.poisson(depth[:, None] * share))
         for start in range(0, self.n_spots, size):
             n = min(size, self.n_spots - start)
-            depth = rng.lognormal(7.5, 0.4, n)
-            counts = rng.poisson(depth[:, None] * share)
-            rows, columns = np.nonzero(counts)
-            indptr = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=n))])
+            own = drawn[rng.integers(COUNTS, size=n)]
             jsons = [
                 encode_json(
                     {
@@ -103,7 +112,7 @@ class SyntheticSection:
                 for i in range(n)
             ]
             tiles = [pool[i] for i in rng.integers(POOL, size=n)]
-            yield RecordRun(tiles, jsons, indptr, columns, counts[rows, columns])
+            yield RecordRun(tiles, jsons, own.indptr.astype(np.int64), own.indices.astype(np.int64), own.data)
 
 
 def _tile(number: int) -> np.ndarray:
@@ -158,6 +167,45 @@ def measure(folder: Path, fit_spots: int, expression: str) -> dict[str, Any]:
     }
 
 
+def first_step(folder: Path, n_ranks: int, settings: list[str]) -> dict[str, Any]:
+    """Return the elapsed seconds to the first step of a run over ranks, and the peak memory of each rank up to there."""
+    with tempfile.TemporaryDirectory() as out:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_ranks}"]
+        comtip = str(Path(sys.executable).with_name("comtip"))
+        command += ["--no-python", comtip, "pretrain", "--config", "configs/demo_cpu.yaml", "--out", f"{out}/run"]
+        fixed = [f"data.shards={folder}", "train.steps=2", "train.validate_every=0", "genes.detected_in=pooled"]
+        command += [word for setting in [*fixed, *settings] for word in ("--set", setting)]
+        began, log = time.perf_counter(), Path(out) / "log"
+        with log.open("w") as file:
+            process = subprocess.Popen(command, stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        peak: dict[int, float] = {}
+        try:
+            while "step 1/" not in (text := log.read_text(encoding="utf-8")):
+                if process.poll() is not None:
+                    raise SystemExit(f"{' '.join(command)}: exit {process.returncode}\n{text}")
+                peak |= {pid: mb for pid in _children(process.pid) if (mb := _peak_mb(pid))}
+                time.sleep(0.05)
+            seconds = time.perf_counter() - began
+        finally:
+            process.terminate()
+            process.wait()
+    return {"first_step_s": seconds} | {f"peak_mb_{i}": mb for i, mb in enumerate(sorted(peak.values(), reverse=True))}
+
+
+def _children(pid: int) -> list[int]:
+    text = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8")
+    return [int(number) for number in text.split()]
+
+
+def _peak_mb(pid: int) -> float | None:
+    """Return the peak resident memory of a process, in MB of 2**20 bytes; None once it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), None)
+
+
 def _read_bytes() -> int:
     """Return the bytes that this process has read so far, from files or the page cache."""
     lines = Path("/proc/self/io").read_text(encoding="utf-8").splitlines()
@@ -179,8 +227,16 @@ if __name__ == "__main__":
     two.add_argument(
         "--expression", default="auto", help="data.expression; records on a small set acts as auto on a large one"
     )
+    three = commands.add_parser("first-step")
+    three.add_argument("sets", type=Path, nargs="+")
+    three.add_argument("--ranks", type=int, default=2)
+    three.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE")
     args = parser.parse_args()
     if args.command == "build":
         build(args.out, args.spots, args.sections, args.genes, args.jobs)
-    else:
+    elif args.command == "measure":
         print("  ".join(f"{k} {v:,.1f}" for k, v in measure(args.set, args.fit_spots, args.expression).items()))
+    else:
+        for folder in args.sets:
+            row = first_step(folder.resolve(), args.ranks, args.settings)
+            print(folder.name, "  ".join(f"{k} {v:,.1f}" for k, v in row.items()), flush=True)

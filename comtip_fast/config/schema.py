@@ -45,7 +45,10 @@ class DataConfig:
     """Stain normalisation. ``section`` shifts and scales the optical density of each section to a fixed mean and
     spread; ``none`` leaves pixels unchanged."""
     views: Count = 8
-    """Number of fixed augmented views per spot; view 0 is the original tile. A frozen stem runs once per view."""
+    """Number of fixed augmented views per spot; view 0 is the original tile."""
+    stem_features: Literal["auto", "memory", "batch"] = "auto"
+    """Features of a frozen stem. ``memory`` computes those of all views of the training spots before the first step and keeps
+    them in the memory of every rank, ``batch`` runs the stem on every batch, ``auto`` uses memory up to 1 GiB."""
     flips: bool = True
     """Rotate views by multiples of 90 degrees and mirror them."""
     jitter: PositiveOrZero = 0.1

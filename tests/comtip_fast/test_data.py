@@ -7,7 +7,8 @@ from scipy import sparse
 
 from comtip_fast.config.io import load_config
 from comtip_fast.config.schema import GenesConfig, LevelsConfig, PanelConfig
-from comtip_fast.data.expression.levels import fit_levels, log1p_cp10k
+from comtip_fast.data.expression.level_fit import CHUNK, CountSample, fit_levels
+from comtip_fast.data.expression.levels import LevelTable, log1p_cp10k
 from comtip_fast.data.expression.panel import choose_genes, draw_panel, rank_by_variance
 from comtip_fast.data.expression.training_tables import training_tables
 from comtip_fast.data.loaders.torch import TorchLoader
@@ -15,6 +16,22 @@ from comtip_fast.data.loaders.torch import TorchLoader
 
 def counts(seed: int = 0, n: int = 60, g: int = 5) -> sparse.csr_matrix:
     return sparse.csr_matrix(np.random.default_rng(seed).poisson([0.2, 1, 3, 8, 0.01], (n, g)).astype(np.int32))
+
+
+class Columns:
+    """Positive values by gene, of any matrix."""
+
+    def __init__(self, values: sparse.csc_matrix, raw: sparse.csc_matrix) -> None:
+        self.values, self.raw = values, raw
+        self.n_genes, self.nnz = values.shape[1], values.nnz
+
+    def column(self, gene: int) -> tuple[np.ndarray, np.ndarray]:
+        own = slice(*self.values.indptr[gene : gene + 2])
+        return self.values.data[own], self.raw.data[own]
+
+
+def fitted(values: sparse.csc_matrix, raw: sparse.csc_matrix, config: LevelsConfig) -> LevelTable:
+    return fit_levels(Columns(values, raw), np.full(values.shape[1], values.shape[0]), config)
 
 
 def test_log1p_cp10k_matches_the_formula():
@@ -29,7 +46,7 @@ def test_levels_are_quantiles_of_the_positive_values():
     c = counts()
     values, raw = log1p_cp10k(c).tocsc(), c.astype(np.float32).tocsc()
     raw.data = np.log1p(raw.data)
-    table = fit_levels(values, raw, np.ones(c.shape, bool), LevelsConfig(n_levels=5, min_positive=10))
+    table = fitted(values, raw, LevelsConfig(n_levels=5, min_positive=10))
     dense = values.toarray()
     got = table.levels(dense, np.arange(5))
     for g in range(4):
@@ -49,9 +66,35 @@ def test_levels_are_quantiles_of_the_positive_values():
     assert table.edges.shape == (6, 3)
 
 
+@pytest.mark.parametrize("kind", ["per_gene", "global"])
+def test_a_sample_of_counts_has_the_levels_of_its_dense_values(kind: str):
+    c, genes = sparse.vstack([counts(seed, CHUNK // 2 + 7) for seed in range(3)], "csr"), np.array([0, 1, 3])
+    c.data[::5] += 300  # more than a byte holds
+    sample = CountSample(genes.size)
+    for start in range(0, c.shape[0], CHUNK):
+        sample.add(c[start : start + CHUNK], genes)
+    values, raw = log1p_cp10k(c)[:, genes].tocsc(), c[:, genes].astype(np.float32).tocsc()
+    raw.data = np.log1p(raw.data)
+    config = LevelsConfig(n_levels=6, kind=kind)
+    table = fit_levels(sample, np.full(3, c.shape[0]), config)
+    for name, want in fitted(values, raw, config).to_arrays().items():
+        np.testing.assert_array_equal(getattr(table, name), want)
+    levels = table.levels(values.toarray(), np.arange(3))
+    np.testing.assert_array_equal(sample.levels(table), levels)
+    section = np.arange(c.shape[0]) * 4 // c.shape[0] + (
+        np.arange(c.shape[0]) * 4 // c.shape[0] > 1
+    )  # section 2 is empty
+    mean, detection = sample.level_means(table, section, 5)
+    for s in (0, 1, 3, 4):
+        np.testing.assert_array_equal(mean[s], levels[section == s].mean(0))
+        np.testing.assert_array_equal(detection[s], (levels[section == s] > 0).mean(0))
+    assert not mean[2].any()
+    assert not detection[2].any()
+
+
 def test_an_edge_value_belongs_to_the_upper_level_and_edges_are_distinct():
     values = sparse.csc_matrix(np.array([[1.0], [1.0], [1.0], [1.0], [2.0], [3.0], [0.0]], np.float32))
-    table = fit_levels(values, values, np.ones((7, 1), bool), LevelsConfig(n_levels=6, min_positive=1))
+    table = fitted(values, values, LevelsConfig(n_levels=6, min_positive=1))
     edges = table.edges[0][np.isfinite(table.edges[0])]
     assert len(set(edges.tolist())) == len(edges)
     assert edges.min() > 1.0
@@ -60,7 +103,7 @@ def test_an_edge_value_belongs_to_the_upper_level_and_edges_are_distinct():
 
 def test_a_value_between_two_levels_is_interpolated():
     values = log1p_cp10k(counts()).tocsc()
-    table = fit_levels(values, values, np.ones((60, 5), bool), LevelsConfig(n_levels=5, min_positive=10))
+    table = fitted(values, values, LevelsConfig(n_levels=5, min_positive=10))
     lo, hi, mix = table.between(float(table.value_cp10k[3, 2:4].mean()), 3)
     assert (lo, hi) == (2, 3)
     assert mix == pytest.approx(0.5, abs=1e-5)

@@ -17,11 +17,13 @@ from comtip_shards import ShardError, ShardSet
 from comtip_shards.format.image_header import check_size
 from comtip_shards.sampling.balance import balanced_draw
 from PIL import Image
+from torch import Tensor
 
 from comtip_fast.collectives import share_of
 from comtip_fast.config.io import load_config
 from comtip_fast.data.batch import Batch
 from comtip_fast.data.expression.training_tables import TrainingTables, training_tables
+from comtip_fast.data.loaders import factory
 from comtip_fast.data.loaders.base import BaseLoader
 from comtip_fast.data.loaders.factory import dali_is_installed, make_loader
 from comtip_fast.data.loaders.prefetch import Prefetcher
@@ -363,6 +365,30 @@ def test_features_of_a_frozen_stem_exclude_damaged_tiles(tiny_shards: ShardSet, 
         assert batch.features is not None
         assert (batch.features > 0).all()
     assert tested.metrics()["faults"] == 1
+
+
+def test_features_that_do_not_fit_into_memory_are_not_kept(tiny_shards, tiny_overrides, monkeypatch):
+    """Regression test: a large set filled the memory of every rank with the features of all tiles before step 1."""
+    ran: list[int] = []
+
+    def stem(tiles: Tensor) -> Tensor:
+        ran.append(tiles.shape[0])
+        return tiles.float().mean((2, 3))[:, None]
+
+    def batch_of(*overrides: str) -> Batch:
+        config = load_config(None, [*tiny_overrides, *overrides])
+        tested = make_loader(config, tiny_shards, training_tables(tiny_shards, config), frozen_stem=stem)
+        return tested.batch(tested.batches(0)[0], 1, 0)
+
+    assert batch_of().features is not None
+    ran.clear()
+    monkeypatch.setattr(factory, "STEM_BYTES", 98 * 2 * 3 * 2 - 1)  # spots, views, values of a tile, bytes of a value
+    large = batch_of()
+    assert large.features is None
+    assert large.tiles is not None
+    assert ran == [1]
+    assert batch_of("data.stem_features=memory").features is not None
+    assert batch_of("data.stem_features=batch").features is None
 
 
 def jpeg(px: int) -> bytes:

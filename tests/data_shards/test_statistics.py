@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import shutil
+import tracemalloc
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from comtip_shards import ShardError, ShardSet
-from comtip_shards.format.statistics import FILE, StatisticsSum, decode_statistics, encode_statistics
+from comtip_shards.format.statistics import (
+    FILE,
+    SectionStatistics,
+    StatisticsSum,
+    check_statistics,
+    encode_statistics,
+    iter_statistics,
+    largest_size,
+)
 from comtip_shards.reader import statistics
 from comtip_shards.reader.shard_files import SetFiles
 from comtip_shards.reader.statistics import gene_statistics, section_statistics
@@ -25,12 +38,12 @@ def copy(tiny_shards: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     return tmp_path / "set"
 
 
-def arrays(sections: list[statistics.SectionStatistics]) -> list[list[object]]:
+def arrays(sections: Iterable[statistics.SectionStatistics]) -> list[list[object]]:
     return [[s.n_spots, s.detected.tolist(), s.total.tolist(), s.square.tolist()] for s in sections]
 
 
 def test_a_build_writes_the_statistics_of_its_counts(tiny_shards: ShardSet):
-    built = gene_statistics(tiny_shards)
+    built = list(gene_statistics(tiny_shards))
     assert arrays(built) == arrays([section_statistics(tiny_shards, i) for i in range(len(built))])
     for number, one in enumerate(built):
         counts = tiny_shards.counts(tiny_shards.select(sections=[number])).toarray()
@@ -83,7 +96,7 @@ def test_the_statistics_of_a_read_only_set_are_kept_in_the_cache(
 
 def test_a_damaged_or_foreign_file_is_replaced(copy: Path, tiny_shards: ShardSet, caplog: pytest.LogCaptureFixture):
     good = (tiny_shards.path / FILE).read_bytes()
-    other = encode_statistics("0" * 64, gene_statistics(tiny_shards))
+    other = encode_statistics("0" * 64, list(gene_statistics(tiny_shards)))
     for data in (b"", good[:-100], other):
         (copy / FILE).write_bytes(data)
         caplog.clear()
@@ -92,7 +105,7 @@ def test_a_damaged_or_foreign_file_is_replaced(copy: Path, tiny_shards: ShardSet
         assert FILE in caplog.text
         assert (copy / FILE).read_bytes() == good
     with pytest.raises(ShardError, match="another shard set"):
-        decode_statistics(other, tiny_shards.manifest, "x")
+        check_statistics(io.BytesIO(other), tiny_shards.manifest, "x")
 
 
 def test_a_link_is_not_followed_and_the_statistics_are_kept_in_the_cache(
@@ -117,18 +130,44 @@ def test_changed_bytes_are_an_error_or_change_nothing(tiny_shards: ShardSet):
         data = bytearray(good)
         data[at] ^= 1
         try:
-            assert arrays(decode_statistics(bytes(data), tiny_shards.manifest, "x")) == kept
+            check_statistics(io.BytesIO(data), tiny_shards.manifest, "x")
+            assert arrays(iter_statistics(io.BytesIO(data), tiny_shards.manifest)) == kept
         except ShardError:
             continue
 
 
 def test_statistics_of_other_spots_are_refused(tiny_shards: ShardSet):
-    sections = gene_statistics(tiny_shards)
+    sections = list(gene_statistics(tiny_shards))
     digest = tiny_shards.manifest.digest
     for change in ({"n_spots": 1}, {"total": sections[0].total * np.float32("nan")}):
         data = encode_statistics(digest, [replace(sections[0], **change), *sections[1:]])
         with pytest.raises(ShardError, match="not the statistics of all spots"):
-            decode_statistics(data, tiny_shards.manifest, "x")
+            check_statistics(io.BytesIO(data), tiny_shards.manifest, "x")
+
+
+def test_memory_does_not_grow_with_the_sections(tmp_path: Path):
+    """Regression test: the file was read as a whole, and above 1 GiB (some 4,500 sections) it was never used."""
+    genes, sections = 2_000, 300
+    section: Any = SimpleNamespace(n_spots=9, n_assay_genes=genes)
+    manifest: Any = SimpleNamespace(sections=[section] * sections, digest="d" * 64)
+    rng = np.random.default_rng(0)
+    values = [
+        SectionStatistics(9, rng.integers(10, size=genes, dtype=np.uint32), *rng.random((2, genes), np.float32))
+        for _ in range(sections)
+    ]
+    path = tmp_path / FILE
+    path.write_bytes(encode_statistics(manifest.digest, values))
+    assert path.stat().st_size <= largest_size(manifest)
+    tracemalloc.start()
+    with path.open("rb") as file:
+        check_statistics(file, manifest, "x")
+        for one, want in zip(iter_statistics(file, manifest), values, strict=True):
+            np.testing.assert_array_equal(
+                [one.detected, one.total, one.square], [want.detected, want.total, want.square]
+            )
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < path.stat().st_size / 5
 
 
 def test_a_failing_server_is_an_error_and_not_a_damaged_record(copy: Path, monkeypatch: pytest.MonkeyPatch):
@@ -153,7 +192,7 @@ def test_damaged_counts_are_left_out_and_nothing_is_kept(copy: Path, caplog: pyt
         file.seek(int(offsets[3, 1]) + 6)
         file.write(b"\xff")
     with caplog.at_level(logging.WARNING):
-        computed = gene_statistics(ShardSet(copy))
+        computed = list(gene_statistics(ShardSet(copy)))
     assert "damaged records left out of the gene statistics: 1" in caplog.text
     assert computed[0].n_spots == shards.manifest.sections[0].n_spots - 1
     assert not (copy / FILE).exists()

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import sparse
 
-from comtip_fast.config.schema import LevelsConfig
-
 FloatArray = np.ndarray
 
 
@@ -65,64 +63,3 @@ class LevelTable:
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Return the arrays to save."""
         return {k: np.ascontiguousarray(v, dtype=np.float32) for k, v in vars(self).items()}
-
-
-def fit_levels(
-    values: sparse.csc_matrix, raw: sparse.csc_matrix, measured_NG: np.ndarray, config: LevelsConfig
-) -> LevelTable:
-    """Fit a level table on training spots.
-
-    Parameters
-    ----------
-    values, raw
-        (N, G) log1p CP10K and log1p raw counts of the training spots, CSC.
-    measured_NG
-        bool (N, G), whether the spot's section measured the gene.
-    config
-        Kind, Q, and the number of positive values below which a gene uses the global edges.
-    """
-    Q, G = config.n_levels, values.shape[1]
-    table = LevelTable(
-        np.full((G + 1, Q - 2), np.inf, np.float32),
-        np.zeros((G + 1, Q), np.float32),
-        np.zeros((G + 1, Q), np.float32),
-        np.zeros((G + 1, Q), np.float32),
-    )
-    n_measured = measured_NG.sum(0)
-    _fit_row(table, G, values.data, raw.data, n_zero=int(n_measured.sum()) - values.nnz, edges=None)
-    for g in range(G):
-        column = slice(values.indptr[g], values.indptr[g + 1])
-        positive = values.data[column]
-        n_zero = int(n_measured[g]) - positive.size
-        own_edges = config.kind == "per_gene" and positive.size >= config.min_positive
-        _fit_row(table, g, positive, raw.data[column], n_zero=n_zero, edges=None if own_edges else table.edges[G])
-    return table
-
-
-def _fit_row(
-    table: LevelTable,
-    row: int,
-    positive: np.ndarray,
-    raw: np.ndarray,
-    *,
-    n_zero: int,
-    edges: np.ndarray | None,
-) -> None:
-    """Fill one row; a level with too few values gets the value of the global row."""
-    Q = table.n_levels
-    if edges is None:
-        cuts = np.quantile(positive, np.arange(1, Q - 1) / (Q - 1)) if positive.size else np.zeros(0)
-        # An edge equal to the smallest value would leave level 1 empty; duplicate edges would leave other levels empty.
-        cuts = np.unique(cuts[cuts > positive.min()]) if positive.size else cuts
-        edges = np.full(Q - 2, np.inf, np.float32)
-        edges[: cuts.size] = cuts
-    table.edges[row] = edges
-    level = (positive[:, None] >= edges[None]).sum(1) + 1
-    count = np.bincount(level, minlength=Q).astype(np.float64)
-    count[0] = n_zero
-    table.log_prior[row] = np.log((count + 0.5) / (count.sum() + 0.5 * Q))
-    for q in range(1, Q):
-        inside = level == q
-        enough = inside.sum() >= (1 if row == table.edges.shape[0] - 1 else 3)
-        table.value_cp10k[row, q] = np.median(positive[inside]) if enough else table.value_cp10k[-1, q]
-        table.value_raw[row, q] = np.median(raw[inside]) if enough else table.value_raw[-1, q]

@@ -97,14 +97,18 @@ class CohortStatistics:
         zeros = np.zeros((4, n_genes))
         out = cls(zeros[0], zeros[1], zeros[2], zeros[3], np.ones(n_genes), np.zeros(n_genes))
         for rows, one in sections:
-            rate = one.detected / max(one.n_spots, 1)
-            out.spots[rows] += one.n_spots
-            out.total[rows] += one.total
-            out.square[rows] += one.square
-            out.detected[rows] += one.detected
-            out.least[rows] = np.minimum(out.least[rows], rate)
-            out.most[rows] = np.maximum(out.most[rows], rate)
+            out.add(rows, one)
         return out
+
+    def add(self, rows: np.ndarray, one: SectionStatistics) -> None:
+        """Add a section that measured the genes ``rows``."""
+        rate = one.detected / max(one.n_spots, 1)
+        self.spots[rows] += one.n_spots
+        self.total[rows] += one.total
+        self.square[rows] += one.square
+        self.detected[rows] += one.detected
+        self.least[rows] = np.minimum(self.least[rows], rate)
+        self.most[rows] = np.maximum(self.most[rows], rate)
 
     def ranked(self, min_detection: float, detected_in: str) -> tuple[np.ndarray, np.ndarray]:
         """Return the eligible gene rows by decreasing variance, and the variance of each.

@@ -11,22 +11,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from comtip_shards import ShardError, ShardSet
 from comtip_shards.reader.statistics import gene_statistics
 from scipy import sparse
 from torch import Tensor
 
 from comtip_fast.config.schema import RunConfig
-from comtip_fast.data.expression.levels import LevelTable, fit_levels, log1p_cp10k
+from comtip_fast.data.expression.level_fit import CHUNK, CountSample, fit_levels
+from comtip_fast.data.expression.levels import LevelTable, log1p_cp10k
 from comtip_fast.data.expression.panel import CohortStatistics, GeneChoice, assay_balance, choose_genes
-from comtip_fast.data.expression.strata import strata_from_levels
+from comtip_fast.data.expression.strata import gene_strata
 from comtip_fast.data.records import SpotReader
 
 log = logging.getLogger("comtip_fast")
 TABLE_BYTES, TABLE_SPOTS = 1 << 30, 200_000
 """Limits up to which ``data.expression: auto`` reads all training counts at the start and keeps their levels in memory."""
-CHUNK = 4096
-"""Spots whose counts are read at a time."""
 
 
 @dataclass
@@ -72,17 +72,20 @@ def training_tables(shards: ShardSet, config: RunConfig) -> TrainingTables:
     if genes.trained.size < 2:
         raise ValueError(f"{shards.path}: fewer than 2 genes are eligible for training; lower genes.min_detection")
     with shards.files.by_ranges():  # a few records of every shard
-        fit, raw, values, damaged = _fit_values(shards, train, genes.trained, config)
+        sample, fit, damaged = _read_sample(shards, train, genes.trained, config)
     train = np.setdiff1d(train, damaged)
-    section = shards.sections_of(fit)
-    measured_SG = np.stack([shards.measured(s)[genes.trained] for s in range(len(shards.manifest.sections))])
-    table = fit_levels(_by_column(values), _by_column(raw), measured_SG[section], config.levels)
-    fit_levels_NG = _levels(table, values)
+    n_sections, section = len(shards.manifest.sections), shards.sections_of(fit)
+    measured_SG = np.stack([shards.measured(s)[genes.trained] for s in range(n_sections)])
+    n_measured_G = np.bincount(section, minlength=n_sections) @ measured_SG
+    table = fit_levels(sample, n_measured_G, config.levels)
+    mean_SG, detection_SG = (torch.from_numpy(a) for a in sample.level_means(table, section, n_sections))
+    strata = gene_strata(mean_SG, detection_SG, torch.from_numpy(measured_SG), config.loss.paat.strata)
     levels: np.ndarray | None = None
     if _keep_in_memory(train, genes.trained.size, config):
-        levels = fit_levels_NG
         if fit.size < train.size:
             train, levels = _all_levels(shards, train, genes.trained, table, config)
+        else:
+            levels = sample.levels(table)
     return TrainingTables(
         genes=genes,
         table=table,
@@ -91,7 +94,7 @@ def training_tables(shards: ShardSet, config: RunConfig) -> TrainingTables:
         measured=measured_SG,
         n_genes=shards.manifest.n_genes,
         variance=variance,
-        strata=strata_from_levels(fit_levels_NG, section, measured_SG, config.loss.paat.strata),
+        strata=strata,
         balance=_balance(shards, train, measured_SG, config),
     )
 
@@ -105,15 +108,17 @@ def _balance(shards: ShardSet, train: np.ndarray, measured_SG: np.ndarray, confi
 
 def _genes(shards: ShardSet, sections: np.ndarray, config: RunConfig) -> tuple[GeneChoice, np.ndarray]:
     """Choose the genes from the statistics of the training sections, and return the panel weights of the trained ones."""
-    statistics, n_genes = gene_statistics(shards), shards.manifest.n_genes
-    cohorts: dict[str, list[int]] = {}
-    for s in sections.tolist():
-        cohorts.setdefault(shards.cohort_of_section(s), []).append(s)
+    n_genes = shards.manifest.n_genes
+    merged: dict[str, CohortStatistics] = {}
+    wanted = set(sections.tolist())
+    for s, one in enumerate(gene_statistics(shards)):
+        if s in wanted:
+            own = merged.setdefault(shards.cohort_of_section(s), CohortStatistics.of([], n_genes))
+            own.add(np.flatnonzero(shards.measured(s)), one)
     scored, eligible = {}, {}
-    for cohort, own in sorted(cohorts.items()):
-        merged = CohortStatistics.of([(np.flatnonzero(shards.measured(s)), statistics[s]) for s in own], n_genes)
-        scored[cohort], _ = merged.ranked(config.genes.min_detection, "every")
-        eligible[cohort] = merged.ranked(config.genes.min_detection, config.genes.detected_in)
+    for cohort, own in sorted(merged.items()):
+        scored[cohort], _ = own.ranked(config.genes.min_detection, "every")
+        eligible[cohort] = own.ranked(config.genes.min_detection, config.genes.detected_in)
     symbols = [g.symbol for g in shards.genes]
     genes = choose_genes(scored, symbols, config.genes, {c: rows for c, (rows, _) in eligible.items()})
     return genes, _variance(genes, eligible)
@@ -138,38 +143,22 @@ def _fit_spots(shards: ShardSet, train: np.ndarray, most: int) -> np.ndarray:
     return np.concatenate([own[: max(1, own.size * most // train.size)] for own in parts])
 
 
-def _fit_values(
+def _read_sample(
     shards: ShardSet, train: np.ndarray, genes: np.ndarray, config: RunConfig
-) -> tuple[np.ndarray, sparse.csr_matrix, sparse.csr_matrix, np.ndarray]:
-    """Return readable spots to fit on, log1p counts and log1p CP10K of the genes (n, G), and damaged spots.
+) -> tuple[CountSample, np.ndarray, np.ndarray]:
+    """Return counts of the genes in the spots to fit on, the readable ones of these spots, and the damaged ones.
 
     Counts are read in chunks and reduced to the genes, so that memory does not depend on the genes of the set.
     """
     chosen = _fit_spots(shards, train, config.levels.fit_spots)
-    fit, raw, values = [], [], []
+    sample, fit = CountSample(genes.size), []
     damaged: list[np.ndarray] = []
     for start in range(0, chosen.size, CHUNK):
         spots, counts, bad = _read_counts(shards, chosen[start : start + CHUNK], config, sum(d.size for d in damaged))
-        own = counts[:, genes].astype(np.float32)
-        own.data = np.log1p(own.data)
+        sample.add(counts, genes)
         fit.append(spots)
-        raw.append(own)
-        values.append(log1p_cp10k(counts)[:, genes])
         damaged.append(bad)
-    return np.concatenate(fit), sparse.vstack(raw, "csr"), sparse.vstack(values, "csr"), np.concatenate(damaged)
-
-
-def _by_column(values: sparse.csr_matrix) -> sparse.csc_matrix:
-    out = values.tocsc()
-    out.sort_indices()
-    return out
-
-
-def _levels(table: LevelTable, values: sparse.csr_matrix) -> np.ndarray:
-    """Return the levels of log1p CP10K (n, G), uint8, without a dense copy of all values."""
-    n, columns = values.shape[0], np.arange(values.shape[1])
-    parts = [table.levels(values[i : i + CHUNK].toarray(), columns) for i in range(0, n, CHUNK)]
-    return np.concatenate(parts)
+    return sample, np.concatenate(fit), np.concatenate(damaged)
 
 
 def _read_counts(

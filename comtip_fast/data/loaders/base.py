@@ -73,8 +73,8 @@ class BaseLoader(ABC):
         Device of the views; on a GPU, decoded tiles are moved there first.
     frozen_stem
         Maps uint8 tiles (N, 3, S, S) to features (N, P, c). If given, it runs once over every view of every training
-        spot, in a fixed order so that a resumed run gets bitwise equal features, and batches contain features. It
-        runs when the first batch is requested, so a finished run does not wait for it.
+        spot, in a fixed order so that a resumed run gets bitwise equal features, and batches contain features, which
+        are kept in memory. It runs when the first batch is requested, so a finished run does not wait for it.
     """
 
     def __init__(

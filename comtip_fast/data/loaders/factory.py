@@ -16,6 +16,8 @@ from comtip_fast.data.loaders.torch import TorchLoader
 from comtip_fast.data.loaders.webdataset import WdsLoader
 
 log = logging.getLogger("comtip_fast")
+STEM_BYTES = 1 << 30
+"""Largest size of a frozen stem's features that ``data.stem_features: auto`` keeps in memory."""
 
 
 def make_loader(
@@ -30,12 +32,16 @@ def make_loader(
 ) -> BaseLoader:
     """Return the loader that ``data.loader`` names; parameters as in :class:`comtip_fast.data.loaders.base.BaseLoader`.
 
+    The loader gets ``frozen_stem`` only if ``data.stem_features`` keeps its features in memory; otherwise batches have tiles.
+
     Raises
     ------
     ValueError
         ``data.loader`` is ``dali`` and DALI is not installed.
     """
     device = torch.device(device)
+    if frozen_stem is not None and not _kept_in_memory(frozen_stem, shards, tables, config):
+        frozen_stem = None
     name = config.data.loader
     if name == "auto":
         name = "dali" if device.type == "cuda" and dali_is_installed() and frozen_stem is None else "torch"
@@ -53,6 +59,22 @@ def make_loader(
     from comtip_fast.data.loaders.dali import DaliLoader
 
     return DaliLoader(shards, tables, config, frozen_stem, **kwargs)
+
+
+def _kept_in_memory(stem: Stem, shards: ShardSet, tables: TrainingTables, config: RunConfig) -> bool:
+    if config.data.stem_features != "auto":
+        return config.data.stem_features == "memory"
+    px = shards.manifest.tile.px
+    values = stem(torch.zeros((1, 3, px, px), dtype=torch.uint8)).numel()
+    n_bytes = torch.half.itemsize * values * config.data.views * tables.spots.size
+    if n_bytes > STEM_BYTES:
+        log.info(
+            "frozen stem: the features of %d tiles in %d views would need %.1f GiB; the stem runs on every batch instead",
+            tables.spots.size,
+            config.data.views,
+            n_bytes / 2**30,
+        )
+    return n_bytes <= STEM_BYTES
 
 
 def dali_is_installed() -> bool:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import io
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import IO, Any, BinaryIO
 
 import numpy as np
+from numpy.lib import format as npy
 
 from comtip_shards.errors import ShardError
 from comtip_shards.format.manifest import Manifest
@@ -21,6 +23,19 @@ from comtip_shards.format.manifest import Manifest
 FILE = "statistics.npz"
 VERSION = 1
 _BYTES_PER_GENE = 12
+_SMALL_BYTES = 1 << 24
+_DTYPES = {"detected": np.dtype(np.uint32), "total": np.dtype(np.float32), "square": np.dtype(np.float32)}
+_UNREADABLE = (
+    ValueError,
+    KeyError,
+    OSError,
+    EOFError,
+    RuntimeError,
+    MemoryError,
+    NotImplementedError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 @dataclass(frozen=True)
@@ -87,52 +102,90 @@ def encode_statistics(digest: str, sections: Sequence[SectionStatistics]) -> byt
         "digest": np.frombuffer(digest.encode(), np.uint8),
         "n_spots": np.array([s.n_spots for s in sections], np.int64),
     }
-    arrays |= {name: np.concatenate([getattr(s, name) for s in sections]) for name in ("detected", "total", "square")}
+    arrays |= {name: np.concatenate([getattr(s, name) for s in sections]) for name in _DTYPES}
     out = io.BytesIO()
     np.savez(out, **arrays)
     return out.getvalue()
 
 
-def decode_statistics(data: bytes, manifest: Manifest, where: str) -> list[SectionStatistics]:
-    """Invert :func:`encode_statistics`.
+def largest_size(manifest: Manifest) -> int:
+    """Return the largest size in bytes of the file of a set; :func:`encode_statistics` writes no larger one."""
+    return _n_values(manifest) * _BYTES_PER_GENE + 8 * len(manifest.sections) + 4096
+
+
+def check_statistics(file: BinaryIO, manifest: Manifest, where: str) -> None:
+    """Check a file that :func:`encode_statistics` wrote, in memory that does not depend on its size.
 
     Raises
     ------
     ShardError
         The file is damaged or belongs to another set; ``where`` names it.
     """
-    sizes = [s.n_assay_genes for s in manifest.sections]
-    n = sum(sizes)
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            if sum(i.file_size for i in archive.infolist()) > n * _BYTES_PER_GENE + 8 * len(sizes) + 4096:
+        with zipfile.ZipFile(file) as archive:
+            if sum(i.file_size for i in archive.infolist()) > largest_size(manifest):
                 raise ValueError("larger than the statistics of this set")
-        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            read = {name: arrays[name] for name in ("version", "digest", "n_spots", "detected", "total", "square")}
-    except (
-        ValueError,
-        KeyError,
-        OSError,
-        EOFError,
-        RuntimeError,
-        MemoryError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
+            head = {name: _read_small(archive, name) for name in ("version", "digest", "n_spots")}
+            expected = [s.n_spots for s in manifest.sections]
+            foreign = head["version"].tolist() != [VERSION] or head["digest"].tobytes() != manifest.digest.encode()
+            if not foreign:
+                all_spots = head["n_spots"].tolist() == expected and _values_are_valid(archive, manifest)
+    except _UNREADABLE as error:
         raise ShardError(f"{where}: not readable ({error}); delete the file", kind="statistics") from error
-    if read["version"].tolist() != [VERSION] or read["digest"].tobytes() != manifest.digest.encode():
+    if foreign:
         raise ShardError(
             f"{where}: belongs to another shard set or version; delete it, it will be computed again", kind="statistics"
         )
-    types = {"n_spots": np.int64, "detected": np.uint32, "total": np.float32, "square": np.float32}
-    shapes = {"n_spots": len(sizes), "detected": n, "total": n, "square": n}
-    if any(read[k].dtype != t or read[k].shape != (shapes[k],) for k, t in types.items()):
-        raise ShardError(f"{where}: not the arrays of this set; delete the file", kind="statistics")
-    n_spots = np.array([s.n_spots for s in manifest.sections])
-    most = np.repeat(n_spots, sizes)
-    finite = np.isfinite(read["total"]).all() and np.isfinite(read["square"]).all()
-    if not finite or (read["n_spots"] != n_spots).any() or (read["detected"] > most).any():
+    if not all_spots:
         raise ShardError(f"{where}: not the statistics of all spots of this set; delete the file", kind="statistics")
-    ends = np.cumsum(sizes)[:-1]
-    parts = zip(*(np.split(read[k], ends) for k in ("detected", "total", "square")), strict=True)
-    return [SectionStatistics(int(k), *part) for k, part in zip(read["n_spots"], parts, strict=True)]
+
+
+def iter_statistics(file: BinaryIO, manifest: Manifest) -> Iterator[SectionStatistics]:
+    """Yield the statistics of each section, in the order of the manifest, of a file that :func:`check_statistics` accepts."""
+    with zipfile.ZipFile(file) as archive, ExitStack() as stack:
+        members = [stack.enter_context(_open_array(archive, name, manifest)) for name in _DTYPES]
+        for section in manifest.sections:
+            parts = [
+                np.frombuffer(member.read(4 * section.n_assay_genes), dtype)
+                for member, dtype in zip(members, _DTYPES.values(), strict=True)
+            ]
+            yield SectionStatistics(section.n_spots, *parts)
+
+
+def _n_values(manifest: Manifest) -> int:
+    return sum(s.n_assay_genes for s in manifest.sections)
+
+
+def _read_small(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    with archive.open(f"{name}.npy") as member:
+        data = member.read(_SMALL_BYTES + 1)
+    if len(data) > _SMALL_BYTES:
+        raise ValueError(f"{name} is too large")
+    out: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False)
+    return out
+
+
+def _open_array(archive: zipfile.ZipFile, name: str, manifest: Manifest) -> IO[bytes]:
+    """Open a member at its first value, after a check of its dtype and shape."""
+    member = archive.open(f"{name}.npy")
+    if npy.read_magic(member) != (1, 0):
+        raise ValueError(f"{name}: another version of the npy format")
+    shape, fortran, dtype = npy.read_array_header_1_0(member)
+    if dtype != _DTYPES[name] or shape != (_n_values(manifest),) or (fortran and len(shape) != 1):
+        raise ValueError(f"{name}: not the array of this set")
+    return member
+
+
+def _values_are_valid(archive: zipfile.ZipFile, manifest: Manifest) -> bool:
+    """Return whether the sums are finite and no gene is detected in more spots than its section has."""
+    valid = True
+    for name, dtype in _DTYPES.items():
+        with _open_array(archive, name, manifest) as member:
+            for section in manifest.sections:
+                values = np.frombuffer(member.read(4 * section.n_assay_genes), dtype)
+                if values.size != section.n_assay_genes:
+                    raise ValueError(f"{name} is truncated")
+                valid &= bool((values <= section.n_spots).all() if name == "detected" else np.isfinite(values).all())
+            if member.read(1):  # reading to the end checks the checksum of the member
+                raise ValueError(f"{name} has more values than the set")
+    return valid

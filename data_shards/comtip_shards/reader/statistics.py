@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -14,22 +16,24 @@ from comtip_shards.format.statistics import (
     FILE,
     SectionStatistics,
     StatisticsSum,
-    decode_statistics,
+    check_statistics,
     encode_statistics,
+    iter_statistics,
+    largest_size,
 )
 from comtip_shards.names import FOREIGN
 from comtip_shards.reader.shard_set import ShardSet
 from comtip_shards.storage.atomic import write_atomic
 from comtip_shards.storage.cache import default_cache
-from comtip_shards.storage.regular_file import read_regular
+from comtip_shards.storage.regular_file import open_regular
 
 log = logging.getLogger("comtip_shards")
 CHUNK = 512
 """Records read at a time."""
 
 
-def gene_statistics(shards: ShardSet) -> list[SectionStatistics]:
-    """Return the statistics of every section, in the order of the manifest.
+def gene_statistics(shards: ShardSet) -> Iterator[SectionStatistics]:
+    """Return the statistics of every section, in the order of the manifest, read one section at a time.
 
     A set without usable statistics (built by an earlier version, or damaged) gets them from its counts once. They are
     kept in its folder, or in the cache folder if the set is remote or read-only; a set with damaged counts keeps none.
@@ -42,17 +46,40 @@ def gene_statistics(shards: ShardSet) -> list[SectionStatistics]:
     """
     for path in _paths(shards):
         try:
-            return decode_statistics(read_regular(path, follow=False), shards.manifest, str(path))
+            return _opened(open_regular(path, largest_size(shards.manifest), follow=False), shards, str(path))
         except FileNotFoundError:
             continue
         except (OSError, ShardError) as error:
             log.warning("%s; the statistics are computed again", error)
     if shards.files.remote is not None:
         try:
-            return decode_statistics(shards.files.remote.read(FILE), shards.manifest, f"{shards.name}/{FILE}")
+            data = shards.files.remote.read(FILE, limit=largest_size(shards.manifest))
+            fetched = _opened(io.BytesIO(data), shards, f"{shards.name}/{FILE}")
+            _keep(shards, data)
+            return fetched
         except ShardError as error:
             if error.kind != "vanished":
                 log.warning("%s; the statistics are computed again", error)
+    return iter(_compute(shards))
+
+
+def _opened(file: BinaryIO, shards: ShardSet, where: str) -> Iterator[SectionStatistics]:
+    """Check the whole file now, and return an iterator that reads it again."""
+    try:
+        check_statistics(file, shards.manifest, where)
+    except ShardError:
+        file.close()
+        raise
+    return _closing(file, shards)
+
+
+def _closing(file: BinaryIO, shards: ShardSet) -> Iterator[SectionStatistics]:
+    with file:
+        yield from iter_statistics(file, shards.manifest)
+
+
+def _compute(shards: ShardSet) -> list[SectionStatistics]:
+    """Compute the statistics from the counts, and keep them if no record is damaged."""
     log.info("%s: computing the gene statistics of %d sections once", shards.name, len(shards.manifest.sections))
     computed = [section_statistics(shards, number) for number in range(len(shards.manifest.sections))]
     missing = sum(m.n_spots - s.n_spots for s, m in zip(computed, shards.manifest.sections, strict=True))

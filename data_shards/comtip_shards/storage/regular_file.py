@@ -6,6 +6,7 @@ import errno
 import os
 import stat
 from pathlib import Path
+from typing import BinaryIO
 
 MAX_BYTES = 2**30
 """Maximum size of a file of a shard set that is read into memory at once."""
@@ -28,13 +29,22 @@ def read_regular(path: Path, limit: int = MAX_BYTES, *, follow: bool = True) -> 
     OSError
         The file does not exist, is not regular, is larger than ``limit``, or cannot be read.
     """
-    # Without O_NONBLOCK, opening a pipe waits for a writer.
-    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
-    with open(os.open(path, flags), "rb") as file:  # noqa: PTH123
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", str(path))
-        data = b"" if status.st_size > limit else file.read(limit + 1)
-        if status.st_size > limit or len(data) > limit:  # files in /proc report a size of 0
+    with open_regular(path, limit, follow=follow) as file:
+        data = file.read(limit + 1)
+        if len(data) > limit:  # files in /proc report a size of 0
             raise OSError(errno.EFBIG, f"more than {limit} bytes", str(path))
     return data
+
+
+def open_regular(path: Path, limit: int, *, follow: bool = True) -> BinaryIO:
+    """Open a regular file of at most ``limit`` bytes for reading; see :func:`read_regular`."""
+    # Without O_NONBLOCK, opening a pipe waits for a writer.
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
+    file = open(os.open(path, flags), "rb")  # noqa: PTH123, SIM115
+    status = os.fstat(file.fileno())
+    if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
+        file.close()
+        if stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EFBIG, f"more than {limit} bytes", str(path))
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return file
