@@ -54,6 +54,8 @@ class Spec:
     """Start ranks as new interpreters instead of forks."""
     step_s: float = 0.0
     """Sleep before every step, so that another agent can join while the run lasts."""
+    alone_from: int | None = None
+    """From this step on, a run of one rank sleeps 5 s before every step: a new agent has time to join on a busy machine."""
     shutdown_s: int = 3
     """How long the agent waits for ranks after asking them to exit."""
     join_s: int = 600
@@ -101,7 +103,8 @@ def worker(spec: Spec) -> int:
 
     def log_step(step: int) -> None:
         events.write("step", step=step, world=world)
-        time.sleep(spec.step_s)
+        hold = world == 1 and spec.alone_from is not None and step >= spec.alone_from
+        time.sleep(5.0 if hold else spec.step_s)
 
     on_every_step(log_step)
     from comtip_fast.cli import main

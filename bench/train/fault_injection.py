@@ -125,7 +125,7 @@ def replace_node(config: Path, folder: Path) -> Outcome:
 
 def shrink_and_grow(config: Path, folder: Path) -> Outcome:
     """Start two agents with one rank each (minimum one), kill one, continue with the other, then add a third."""
-    spec = spec_of(config, folder, ranks=1, nodes=(1, 2), port=free_port(), max_restarts=3, step_s=0.4)
+    spec = spec_of(config, folder, ranks=1, nodes=(1, 2), port=free_port(), max_restarts=3, step_s=0.4, alone_from=14)
     with _two_agents(spec) as agents:
         _wait(lambda: _steps(spec, 8, world=2), agents)
         began = time.time()
