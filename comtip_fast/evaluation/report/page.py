@@ -32,6 +32,8 @@ LABELS = {
     "supervised": "Regression trained from initial weights (supervised)",
     "bleep": "BLEEP-like: mean of the nearest training spots (supervised)",
 }
+BASELINES = ("ridge_colour", "ridge_features", "ridge_frozen", "supervised", "bleep")
+"""Methods of which a card shows the best one: all that are supervised and are not this model's predictions."""
 SHOWN_GENES = "the four best, the median and the worst predicted of the 50 most variable genes"
 SHOWN_UNSEEN = "the two best and the median predicted of the (up to 50) most variable held-out genes"
 RANKED = 8
@@ -145,11 +147,22 @@ def _cohorts(result: Evaluation, sections: dict[str, dict[str, Any]]) -> list[di
                 "title": title,
                 "entry": entry,
                 "sections": own,
+                "baseline": _best_baseline(entry),
                 "ridge_colour": _input_of(own[0]["metrics"]["ridge_colour"]),
                 "bars": charts.score_bars(entry, spans, title),
             }
         )
     return out
+
+
+def _best_baseline(entry: dict[str, Any]) -> tuple[str, float] | None:
+    """Return the label and the mean PCC over the 50 genes of the baseline that predicts a cohort best; None without one."""
+    scores = {name: (entry.get(name) or {}).get("cp10k") for name in BASELINES}
+    found = [(s["mean_pcc_50_hvg"], LABELS[name]) for name, s in scores.items() if s]
+    if not found:
+        return None
+    score, label = max(found)
+    return label, score
 
 
 def _input_of(scores: dict[str, Any]) -> str | None:
