@@ -23,6 +23,7 @@ from comtip_shards.format.statistics import (
     encode_statistics,
     iter_statistics,
     largest_size,
+    write_statistics,
 )
 from comtip_shards.reader import statistics
 from comtip_shards.reader.shard_files import SetFiles
@@ -156,9 +157,9 @@ def test_memory_does_not_grow_with_the_sections(tmp_path: Path):
         for _ in range(sections)
     ]
     path = tmp_path / FILE
-    path.write_bytes(encode_statistics(manifest.digest, values))
-    assert path.stat().st_size <= largest_size(manifest)
     tracemalloc.start()
+    with path.open("wb") as file:
+        write_statistics(file, manifest.digest, [9] * sections, genes * sections, lambda: iter(values))
     with path.open("rb") as file:
         check_statistics(file, manifest, "x")
         for one, want in zip(iter_statistics(file, manifest), values, strict=True):
@@ -168,6 +169,22 @@ def test_memory_does_not_grow_with_the_sections(tmp_path: Path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < path.stat().st_size / 5
+    assert path.stat().st_size <= largest_size(manifest)
+
+
+def test_the_file_has_the_bytes_of_numpys_savez(tiny_shards: ShardSet):
+    sections = list(gene_statistics(tiny_shards))
+    out = io.BytesIO()
+    np.savez(
+        out,
+        version=np.array([1]),
+        digest=np.frombuffer(tiny_shards.manifest.digest.encode(), np.uint8),
+        n_spots=np.array([s.n_spots for s in sections], np.int64),
+        detected=np.concatenate([s.detected for s in sections]),
+        total=np.concatenate([s.total for s in sections]),
+        square=np.concatenate([s.square for s in sections]),
+    )
+    assert out.getvalue() == (tiny_shards.path / FILE).read_bytes()
 
 
 def test_a_failing_server_is_an_error_and_not_a_damaged_record(copy: Path, monkeypatch: pytest.MonkeyPatch):

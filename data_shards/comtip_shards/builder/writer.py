@@ -43,14 +43,20 @@ from comtip_shards.format.manifest import (
     shard_stem,
 )
 from comtip_shards.format.statistics import FILE as STATISTICS_FILE
-from comtip_shards.format.statistics import SectionStatistics, StatisticsSum, encode_statistics
+from comtip_shards.format.statistics import (
+    SectionStatistics,
+    StatisticsSum,
+    load_section,
+    save_section,
+    write_statistics,
+)
 from comtip_shards.genes.identifiers import RESOURCE, GeneResource
 from comtip_shards.names import inside
 from comtip_shards.qc.page import Pages
 from comtip_shards.sampling.rng import permutation
 from comtip_shards.sections.section import SectionMeta, SectionNotes
 from comtip_shards.slides.tiles import StainStats
-from comtip_shards.storage.atomic import flush, flush_tree, write_atomic
+from comtip_shards.storage.atomic import atomic_path, flush, flush_tree, write_atomic
 
 FOLDERS = ("shards", "overview", "spots")
 
@@ -123,11 +129,10 @@ Runner = Callable[[Callable[..., "WrittenSection"], Sequence[tuple[object, ...]]
 
 @dataclass
 class WrittenSection:
-    """Result of :func:`write_section`; the spot rows are in a separate table until all sections are written."""
+    """Result of :func:`write_section`; spot rows and gene statistics are in files of ``spots`` until all sections are written."""
 
     section: ManifestSection
     shards: list[ShardEntry]
-    statistics: SectionStatistics
 
 
 def write_set(
@@ -164,7 +169,6 @@ def write_set(
     work = [(s, keys, tile, out, first[i], records_per_shard, *more) for i, s in enumerate(sections)]
     done = run(write_section, work)
     _concat_spots([inside(out, f"spots/{d.section.section_id}.parquet") for d in done], out / spots.FILE)
-    shutil.rmtree(out / "spots")
     manifest = Manifest(
         tile=tile,
         records_per_shard=records_per_shard,
@@ -180,7 +184,7 @@ def write_set(
         made_with=dependency_versions(),
         part=part,
     )
-    return _finish(out, manifest, [d.statistics for d in done])
+    return _finish(out, manifest)
 
 
 def _survey(sections: Sequence[SectionRecords]) -> tuple[list[str], list[int], list[str]]:
@@ -195,14 +199,27 @@ def _survey(sections: Sequence[SectionRecords]) -> tuple[list[str], list[int], l
     return sorted(union), first, fingerprints
 
 
-def _finish(out: Path, manifest: Manifest, statistics: Sequence[SectionStatistics]) -> Manifest:
+def _finish(out: Path, manifest: Manifest) -> Manifest:
     """Write the manifest last, because a set with a manifest counts as complete, also after a power failure."""
     write_atomic(out / REPORT_FILE, report(manifest))
     text = manifest.to_json()
-    write_atomic(out / STATISTICS_FILE, encode_statistics(json.loads(text)["digest"], statistics))
+    _merge_statistics(out, manifest.sections, json.loads(text)["digest"])
+    shutil.rmtree(out / "spots")
     _flush_files(out)
     write_atomic(out / NAME, text)
     return parse_manifest((out / NAME).read_bytes(), str(out / NAME))
+
+
+def _merge_statistics(out: Path, sections: Sequence[ManifestSection], digest: str) -> None:
+    """Write the statistics of the set from those of its sections, of which one is in memory at a time."""
+
+    def read() -> Iterator[SectionStatistics]:
+        for section in sections:
+            yield load_section(inside(out, f"spots/{section.section_id}.statistics"), section.n_spots)
+
+    n_values = sum(s.n_assay_genes for s in sections)
+    with atomic_path(out / STATISTICS_FILE) as tmp_path, tmp_path.open("wb") as file:
+        write_statistics(file, digest, [s.n_spots for s in sections], n_values, read)
 
 
 def _flush_files(out: Path) -> None:
@@ -256,7 +273,9 @@ def write_section(
             start += entry.records
         table.write_table(spots.table_of(first, metas, np.concatenate(crcs)))
     section = _section_entry(head, rows, len(keys), out, first)
-    return WrittenSection(section, entries, total.result(np.argsort(rows, kind="stable")))
+    statistics = total.result(np.argsort(rows, kind="stable"))
+    save_section(inside(out, f"spots/{meta.section_id}.statistics"), statistics)
+    return WrittenSection(section, entries)
 
 
 def _write_shard(

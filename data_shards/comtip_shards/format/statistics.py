@@ -9,10 +9,11 @@ from __future__ import annotations
 import io
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import IO, Any, BinaryIO
+from pathlib import Path
+from typing import IO, BinaryIO
 
 import numpy as np
 from numpy.lib import format as npy
@@ -97,15 +98,60 @@ class StatisticsSum:
 
 def encode_statistics(digest: str, sections: Sequence[SectionStatistics]) -> bytes:
     """Return the content of the file for the set whose manifest has ``digest``."""
-    arrays: dict[str, Any] = {
+    out = io.BytesIO()
+    n_values = sum(s.detected.size for s in sections)
+    write_statistics(out, digest, [s.n_spots for s in sections], n_values, lambda: iter(sections))
+    return out.getvalue()
+
+
+def write_statistics(
+    file: IO[bytes],
+    digest: str,
+    n_spots: Sequence[int],
+    n_values: int,
+    sections: Callable[[], Iterator[SectionStatistics]],
+) -> None:
+    """Write the file for the set whose manifest has ``digest``, one section at a time; the bytes are those of ``numpy.savez``.
+
+    Parameters
+    ----------
+    file
+        A file that is open for writing in binary mode.
+    digest
+        Digest of the manifest.
+    n_spots, n_values
+        Number of spots of each section, and number of measured genes of all sections together.
+    sections
+        Returns an iterator over the statistics of all sections. Called once per array of the file.
+    """
+    small = {
         "version": np.array([VERSION]),
         "digest": np.frombuffer(digest.encode(), np.uint8),
-        "n_spots": np.array([s.n_spots for s in sections], np.int64),
+        "n_spots": np.array(n_spots, np.int64),
     }
-    arrays |= {name: np.concatenate([getattr(s, name) for s in sections]) for name in _DTYPES}
-    out = io.BytesIO()
-    np.savez(out, **arrays)
-    return out.getvalue()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, values in small.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                npy.write_array(member, values)
+        for name, dtype in _DTYPES.items():
+            head = npy.header_data_from_array_1_0(np.empty(0, dtype)) | {"shape": (n_values,)}
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                npy.write_array_header_1_0(member, head)
+                for one in sections():
+                    member.write(getattr(one, name).astype(dtype, copy=False).tobytes())
+
+
+def save_section(path: Path, one: SectionStatistics) -> None:
+    """Write the arrays of one section to a file that exists during a build only."""
+    np.concatenate(
+        [getattr(one, name).astype(dtype, copy=False).view(np.uint32) for name, dtype in _DTYPES.items()]
+    ).tofile(path)
+
+
+def load_section(path: Path, n_spots: int) -> SectionStatistics:
+    """Invert :func:`save_section`."""
+    arrays = np.fromfile(path, np.uint32).reshape(len(_DTYPES), -1)
+    return SectionStatistics(n_spots, *(a.view(dtype) for a, dtype in zip(arrays, _DTYPES.values(), strict=True)))
 
 
 def largest_size(manifest: Manifest) -> int:
