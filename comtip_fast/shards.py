@@ -1,4 +1,4 @@
-"""Build shard sets from Python with typed section facts. This module does not import torch."""
+"""Functions that open sources and build shard sets with typed section facts. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def build_shards(
     progress
         Show a progress bar on a terminal.
     on_error
-        ``skip`` leaves out a section that cannot be built and reports it; ``stop`` raises.
+        ``skip`` leaves out a section that cannot be built and reports it; ``stop`` (default) raises the error.
     **settings
         Further keywords of :func:`comtip_shards.builder.build_shards`, e.g. ``tile_px``, ``splits``, ``jobs``.
 
@@ -133,7 +133,9 @@ def open_each(
 
     Returns
     -------
-    The sections, and ``{name: reason}`` of rows of a study that cannot be opened; empty with ``on_error="stop"``.
+    sources, failed
+        The sections, and ``{name: reason}`` of the rows of a study that cannot be opened; empty with ``on_error="stop"``
+        and with ``samples``.
     """
     options = stated_options(facts, pooling, counts)
     opener = _opener(where, cache, tile_um, progress)
@@ -161,7 +163,7 @@ def plan_build(
     cache: Path | None = None,
     tile_um: float | None = None,
 ) -> list[SectionPlan]:
-    """Return the plan of a build for each section, from headers; parameters as in :func:`build_shards`."""
+    """Return what a build would do with each section, by reading headers only; parameters as in :func:`build_shards`."""
     options = stated_options(facts, pooling, counts)
     if is_study(source):
         _check_study(source, fmt)
@@ -182,7 +184,9 @@ def plan_build(
 
 def _check_study(source: str | Path, fmt: str) -> None:
     if fmt != "auto":
-        raise SourceError(f"`fmt` has no effect for the table {source}; state the format in a column format")
+        raise SourceError(
+            f"`fmt` {fmt} has no effect on the table {source}; leave it out, and name formats in a column 'format' of the table"
+        )
 
 
 def _opener(
@@ -201,7 +205,7 @@ def _opener(
 
 
 def stated_options(facts: Facts, pooling: PoolingOptions | None, counts: CountOptions | None) -> SourceOptions:
-    """Return checked options for the readers of sources.
+    """Merge facts and options, check them, and return them in the form that readers of sources take.
 
     Raises
     ------
@@ -225,9 +229,9 @@ def _merged(one: _T, other: _T | None) -> _T:
 
 
 def shards_of_run(run: Path, configured: str) -> str:
-    """Find the shard set of a run: at the configured path, in the run folder, or relative to it or a folder above it.
+    """Return the path of a run's shard set: as configured, or in or relative to the run folder or a folder above it.
 
-    A relative path in a config is relative to the folder in which training was started, often a parent of the run
+    A relative path in a config is relative to the folder in which training was started, which is often a parent of the run
     folder.
 
     Parameters
