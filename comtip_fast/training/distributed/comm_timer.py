@@ -92,17 +92,17 @@ class CommClock:
         return counted
 
     def discard(self) -> None:
-        """Discard what was measured since the last :meth:`keep`, such as collectives between steps."""
+        """Discard the time measured since the last :meth:`keep`, such as that of collectives between steps."""
         self._seconds, self._pairs = 0.0, []
 
     def keep(self) -> None:
-        """Count what was measured since the last :meth:`keep` or :meth:`discard`, without a device synchronization."""
+        """Count the time measured since the last :meth:`keep` or :meth:`discard`, without a device synchronization."""
         self._kept_seconds += self._seconds
         self._kept_pairs += self._pairs
         self.discard()
 
     def seconds(self) -> float:
-        """Return the seconds since the last call; on GPUs this waits for the last collective."""
+        """Return the communication time since the last call in seconds; on GPUs this waits for the last collective."""
         self.keep()
         for first, last in self._kept_pairs:
             last.synchronize()
@@ -139,7 +139,7 @@ class _ClockedWork:
 
 
 class ClockedGroup:
-    """A group that counts the time of its collectives; engines add theirs to the same ``clock``."""
+    """A group that counts the time of its collectives; engines count theirs with the same ``clock``."""
 
     def __init__(self, group: Group, device: torch.device) -> None:
         self.inner, self.rank, self.size = group, group.rank, group.size
@@ -186,7 +186,7 @@ def clock_of(group: Group, device: torch.device) -> CommClock:
 
 
 def clock_backend(backend: Any, clock: CommClock) -> None:
-    """Count the collectives of DeepSpeed's communication backend; replaces the clock of an earlier call."""
+    """Count the time of the collectives of DeepSpeed's communication backend; replaces the clock of an earlier call."""
     for name in COLLECTIVES:
         plain = getattr(backend, name, None)
         plain = getattr(plain, "comtip_plain", plain)
