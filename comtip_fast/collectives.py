@@ -101,6 +101,8 @@ def share_of(n: int, rank: int, size: int) -> slice:
 
 
 class _GatherRows(torch.autograd.Function):
+    """All-gather of rows whose backward pass is the reduce-scatter of the gradients."""
+
     @staticmethod
     def forward(ctx: Any, rows: Tensor, group: Group, counts: Sequence[int]) -> Tensor:
         ctx.group, ctx.counts = group, counts

@@ -46,6 +46,7 @@ def examine() -> list[DoctorCheck]:
 
 
 def _version(package: str) -> str | None:
+    """Return the installed version of a package, or None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -58,6 +59,7 @@ def _python() -> DoctorCheck:
 
 
 def _memory() -> DoctorCheck:
+    """Report the memory of the machine and the free disk space of the current folder."""
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     free = shutil.disk_usage(".").free
     state = "ok" if pages > 4e9 and free > 2e9 else "missing"

@@ -282,6 +282,7 @@ def _read_lineage(folder: Path, meta: dict[str, Any], genes: list[ExportGene], w
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
+    """Return the content of ``config.json`` after a check of format and version."""
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no export (config.json is missing); give a finished run or its export")
@@ -299,6 +300,7 @@ def _read_meta(folder: Path) -> dict[str, Any]:
 
 
 def _read_readout(folder: Path, model: CoMTIP, config: RunConfig, genes: list[ExportGene]) -> LinearReadout:
+    """Read the linear readout of an export and check that it fits the model and its genes."""
     path = folder / export_checks.READOUT
     arrays, header = read_readout(path)
     trained = [g.key for g in genes if g.trained]

@@ -37,12 +37,14 @@ Split = Literal["train", "val", "test", ""]
 
 
 def _check_spots(text: str) -> str:
+    """Check that a sketch of spots is base64 of 64-bit hashes."""
     if len(base64.b64decode(text, validate=True)) % 8:
         raise ValueError("not a list of 64-bit hashes")
     return text
 
 
 def _check_picture(text: str) -> str:
+    """Check that a sketch of an image is empty or base64 of 256 bits."""
     if text and len(base64.b64decode(text, validate=True)) != 32:
         raise ValueError("not 256 bits")
     return text
@@ -286,6 +288,7 @@ def names_of_uses(uses: Iterable[SectionUse], splits: Collection[str]) -> list[s
 
 
 def _same_id(a: LineageSection, b: LineageSection) -> bool:
+    """Return whether two sections have the same id and, if both have fingerprints, the same dataset."""
     fingerprints = bool(a.picture and b.picture)
     return a.section_id == b.section_id and (a.dataset == b.dataset or not fingerprints)
 

@@ -36,6 +36,7 @@ def pcc_per_gene(measured_NG: np.ndarray, predicted_NG: np.ndarray) -> np.ndarra
 
 
 def _pcc(measured_NG: np.ndarray, predicted_NG: np.ndarray) -> np.ndarray:
+    """Return the PCC of each column, float64 (G,); NaN where either side is constant."""
     # One memory layout; otherwise the order of the sum, and so the last digit, depends on how columns were selected.
     a, b = np.ascontiguousarray(measured_NG, np.float64), np.ascontiguousarray(predicted_NG, np.float64)
     scale_a, scale_b = np.sqrt((a * a).sum(0)), np.sqrt((b * b).sum(0))

@@ -327,6 +327,7 @@ def colour_table(name: str, n: int = 17) -> list[list[int]]:
 def _draw_spots(
     axis: Axes, spots: np.ndarray, size: float, values: np.ndarray, limits: tuple[float, float], colours: str
 ) -> EllipseCollection:
+    """Draw spots as circles of diameter ``size`` (px of the image), coloured by ``values``."""
     options: dict[str, Any] = {"units": "x", "offsets": spots, "offset_transform": axis.transData, "linewidths": 0}
     marks = EllipseCollection(size, size, 0, array=values, cmap=colours, clim=limits, **options)
     axis.add_collection(marks)
@@ -334,6 +335,7 @@ def _draw_spots(
 
 
 def _scale_bar(axis: Axes, mpp: float, extent: tuple[float, float, float, float]) -> None:
+    """Draw a scale bar with its length in um at the lower left of ``extent`` (left, right, top, bottom)."""
     left, right, top, bottom = extent
     um = scale_length((right - left) * mpp)
     length = um / mpp
@@ -346,6 +348,7 @@ def _scale_bar(axis: Axes, mpp: float, extent: tuple[float, float, float, float]
 
 
 def _measured_genes(adata: ad.AnnData) -> list[str]:
+    """Return the names of the genes that the section measured; raise ValueError if there are none."""
     _check_layers(adata)
     known = np.isfinite(np.asarray(adata.layers[LAYER_MEASURED_CP10K])).all(0)
     if not known.any():
@@ -354,6 +357,7 @@ def _measured_genes(adata: ad.AnnData) -> list[str]:
 
 
 def _check_layers(adata: ad.AnnData) -> None:
+    """Raise ValueError if the layer of predicted or of measured expression is missing."""
     missing = [layer for layer in (LAYER_CP10K, LAYER_MEASURED_CP10K) if layer not in adata.layers]
     if missing:
         raise ValueError(f"the AnnData has no layer {missing[0]!r}; pass the result of Model.compare")

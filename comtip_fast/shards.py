@@ -183,6 +183,7 @@ def plan_build(
 
 
 def _check_study(source: str | Path, fmt: str) -> None:
+    """Raise SourceError if a format is stated for the table of a study, whose rows have formats of their own."""
     if fmt != "auto":
         raise SourceError(
             f"`fmt` {fmt} has no effect on the table {source}; leave it out, and name formats in a column 'format' of the table"
@@ -192,6 +193,8 @@ def _check_study(source: str | Path, fmt: str) -> None:
 def _opener(
     where: Mapping[str, Collection[str]] | None, cache: Path | None, tile_um: float | None, progress: bool
 ) -> Opener:
+    """Return a function that opens one source with the given selection, cache and default of ``pixels``."""
+
     def open_one(path: str, samples: Sequence[str] | None, fmt: str, options: SourceOptions) -> list[SectionSource]:
         if is_url(path) and options.facts.pixels is None:
             # HEST patches are a tenth of the size of whole-slide images, but only HEST_PATCH_UM wide.

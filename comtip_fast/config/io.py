@@ -172,6 +172,7 @@ def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _override(data: dict[str, Any], item: str) -> None:
+    """Set the value of an override ``a.b=value`` in nested dicts."""
     key, equals, text = item.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"override {item!r}: write KEY=VALUE, e.g. train.steps=100")
@@ -188,6 +189,7 @@ def _override(data: dict[str, Any], item: str) -> None:
 
 
 def _scalar(text: str) -> Any:
+    """Return the value of an override, parsed as YAML."""
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
@@ -210,6 +212,7 @@ def _groups(cls: type) -> dict[str, type | None]:
 
 
 def _refuse_unknown(data: Mapping[str, Any], cls: type, prefix: str, where: str) -> None:
+    """Raise ConfigError for a key that the group does not have, and for a group that is given a value."""
     groups = _groups(cls)
     for key, value in data.items():
         if key not in groups:
@@ -253,6 +256,7 @@ def _with_current_names(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tuples_to_lists(value: Any) -> Any:
+    """Return nested dicts in which tuples are lists."""
     if isinstance(value, dict):
         return {k: _tuples_to_lists(v) for k, v in value.items()}
     return list(value) if isinstance(value, tuple) else value

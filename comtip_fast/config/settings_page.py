@@ -59,6 +59,7 @@ def describe_type(hint: Any) -> tuple[str, str]:
 
 
 def _bound(item: Any) -> str:
+    """Return a bound as text; empty for metadata that is not a bound."""
     signs = {annotated_types.Ge: ("ge", "≥"), annotated_types.Gt: ("gt", ">")}
     signs |= {annotated_types.Le: ("le", "≤"), annotated_types.Lt: ("lt", "<")}
     for kind, (name, sign) in signs.items():
@@ -73,6 +74,7 @@ def page() -> str:
 
 
 def _group(cls: type, prefix: str) -> list[str]:
+    """Return the Markdown of a group of keys and of the groups below it."""
     hints, texts = get_type_hints(cls, include_extras=True), field_docstrings(cls)
     rows, below = [], []
     for item in fields(cls):
@@ -88,6 +90,7 @@ def _group(cls: type, prefix: str) -> list[str]:
 
 
 def _value(value: Any) -> str:
+    """Return a default value as Markdown."""
     if value is None:
         return "`null`"
     if isinstance(value, tuple):

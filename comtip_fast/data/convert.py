@@ -59,6 +59,7 @@ def read_section(spec: str | Path) -> ad.AnnData:
 
 
 def _from_shards(shards: ShardSet, section_id: str) -> ad.AnnData:
+    """Return a section of a shard set with the raw counts of its measured genes."""
     template, spots, number = section_template(shards, section_id)
     measured = np.flatnonzero(shards.measured(number))
     genes = [shards.genes[i] for i in measured]
@@ -231,6 +232,7 @@ def _write_matrix(data: ad.AnnData, name: str, path: Path) -> None:
 
 
 def _positions(data: ad.AnnData) -> pd.DataFrame:
+    """Return the table ``tissue_positions.csv`` of Space Ranger."""
     xy = np.asarray(data.obsm["spatial"], np.float64)
     table = pd.DataFrame({"barcode": data.obs_names.astype(str), "in_tissue": 1})
     for name in ("array_row", "array_col"):

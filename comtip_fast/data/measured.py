@@ -80,6 +80,7 @@ def _of_anndata(data: ad.AnnData, where: Path, species: str, options: SourceOpti
 
 
 def _mapped(counts: sparse.csr_matrix, ids: list[str], symbols: list[str], species: str, where: str) -> MeasuredCounts:
+    """Return the counts by gene key, summed over columns of the same gene."""
     genes = map_genes(ids, species, symbols=symbols if any(symbols) else ())
     if not genes.keys:
         raise SourceError(f"{where}: none of {len(ids)} gene columns is a {species} gene; set `species`")

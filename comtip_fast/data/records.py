@@ -128,6 +128,8 @@ class SpotReader:
         return sparse.csr_matrix((counts, rows, indptr), shape=shape, dtype=np.int32), encoded.faults
 
     def _fetch_counts(self, encoded: EncodedSpots) -> None:
+        """Read and decode the counts of the spots, and record a fault for each damaged record."""
+
         def read(spots: np.ndarray) -> list[bytes]:
             exprs = self.shards.members(spots, "expr")
             csr = self._decode_exprs(exprs, spots)

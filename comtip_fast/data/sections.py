@@ -205,6 +205,7 @@ def split_spec(spec: str) -> tuple[Path, str]:
 
 
 def _from_shards(shards: ShardSet, section_id: str, tile: TileGeometry) -> SectionTiles:
+    """Return the tiles of a section of a shard set, whose tiles must have the model's geometry."""
     own = shards.manifest.tile
     if (own.px, own.um, own.min_mpp) != (tile.px, tile.um, tile.min_mpp):
         raise SourceError(
@@ -247,6 +248,7 @@ def section_template(shards: ShardSet, section_id: str) -> tuple[ad.AnnData, np.
 
 
 def _from_section(section: Section, tile: TileGeometry, stated: SectionFacts) -> SectionTiles:
+    """Return the tiles of a section of a source, cut from its slide."""
     meta = section.meta
     template = _template(section.spot_ids, section.xy, section.array_xy, section.labels, meta.section_id)
     with section.open_slide() as slide:
@@ -259,6 +261,7 @@ def _from_section(section: Section, tile: TileGeometry, stated: SectionFacts) ->
 def _from_anndata(
     data: ad.AnnData, where: str, tile: TileGeometry, options: SourceOptions, section_id: str = ""
 ) -> SectionTiles:
+    """Return the tiles of an AnnData, cut from its library's image or from a stated image."""
     check_options(options, ("image", "positions"), "an AnnData whose counts are not read")
     store = MemoryStore(data, Path(where))
     libraries = library_names(data.uns.get("spatial", {}))
@@ -320,6 +323,7 @@ def _check_positions(xy: np.ndarray, mpp: float, slide: Slide, where: str) -> No
 def _template(
     spot_ids: list[str], xy: np.ndarray, array_xy: np.ndarray, labels: list[str], section_id: str
 ) -> ad.AnnData:
+    """Return an AnnData without expression: names, section, array positions and labels, and positions in px."""
     obs = pd.DataFrame(
         {"section_id": pd.Categorical([section_id] * len(spot_ids))}, index=pd.Index(spot_ids, dtype=object)
     )

@@ -66,5 +66,6 @@ class GeneTokenizer:
         return [self._tokenizer.decode([i]) for i in ids]
 
     def _ids(self, text: str) -> list[int]:
+        """Return the token ids of a text."""
         # Special tokens are not parsed from text: a gene named "[PAD]" is encoded as its characters.
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)

@@ -206,6 +206,7 @@ class CoMTIP(nn.Module):
         return SentenceTable(rows_GQD, unit_GQD, scores_N.view(G, Q), self.pair_head(unit_GQD))
 
     def _rows_and_scores(self, genes: GeneTokens, sentences: slice) -> tuple[Tensor, Tensor]:
+        """Return projected rows (N, D) and pooling scores (N,) of a slice of the sentences."""
         h_Nd = self.genes(genes, sentences)
         return self.project_text(h_Nd), self.pool_query(h_Nd).squeeze(-1)
 
@@ -240,9 +241,11 @@ class CoMTIP(nn.Module):
 
     @torch.no_grad()
     def _target(self, features_BP: Tensor, image: ImageOutput, hidden_BK: Tensor) -> Tensor:
+        """Return the features (B, K, d) of the hidden patches from the full branch or the teacher, detached."""
         full_BPd = image.patches_BPd.detach() if self.teacher is None else self.teacher(features_BP).patches_BVd
         rows = torch.arange(full_BPd.shape[0], device=full_BPd.device)[:, None]
         return full_BPd[rows, hidden_BK]
 
     def _scale(self, log_scale: Tensor) -> Tensor:
+        """Return the inverse temperature, clamped to ``align.max_scale``, as a scalar."""
         return log_scale.clamp(max=self.max_log_scale).exp().reshape(())

@@ -159,6 +159,7 @@ class VisionEncoder(nn.Module):
         return nn.functional.embedding(visible_BV, rows_Pd)
 
     def _prefix(self, batch: int) -> list[Tensor]:
+        """Return the class, distillation and register tokens (B, n, d), with their position embeddings."""
         tokens, at = [], 0
         for token in (self.cls_token, self.dist_token, self.reg_token):
             if token is not None:
@@ -169,6 +170,7 @@ class VisionEncoder(nn.Module):
 
 
 def _fill(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Add the pixel normalisation to weights of earlier versions when they are loaded."""
     fill_normalisation(state, prefix)
 
 
@@ -215,6 +217,7 @@ def check_mask(config: VisionConfig, n_patches: int) -> None:
 
 
 def _build_vit(config: VisionConfig, tile_px: int) -> VisionTransformer:
+    """Build the Vision Transformer of the config for a tile size, and load local weights; raise ValueError if that fails."""
     if config.backbone == "small":
         # No class token: the mean over patches represents the tile.
         return VisionTransformer(

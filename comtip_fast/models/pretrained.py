@@ -127,6 +127,7 @@ def normalisation(config: VisionConfig, vit: VisionTransformer | None = None) ->
 
 
 def _of_facts(facts: dict[str, Any], origin: str, backbone: str) -> tuple[Channels, Channels]:
+    """Return mean and standard deviation from a model description; ImageNet's for missing keys."""
     out: list[Channels] = []
     for key, default in (("mean", PIXEL_MEAN), ("std", PIXEL_STD)):
         value = facts.get(key, default)
@@ -195,11 +196,13 @@ def _differs(a: dict[str, Tensor], b: dict[str, Tensor], name: str) -> bool:
 
 
 def _some(what: str, names: Sequence[str]) -> str:
+    """Return ``what``, the first three names, and the number of further names as text."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{what} {', '.join(names[:3])}{more}"
 
 
 def _misfit(path: Path, problem: str, state: dict[str, Tensor]) -> str:
+    """Return the message for weights that do not fit the encoder, with the architecture that the file implies."""
     facts = describe(state)
     return (
         f"vision.pretrained={path}: the weights do not fit vision.backbone: the file {problem.splitlines()[0]}"

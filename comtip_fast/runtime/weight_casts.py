@@ -69,6 +69,7 @@ class _CastTogether(torch.autograd.Function):
 
 
 def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Return copies of the tensors in ``dtype``, in one call."""
     out = [torch.empty_like(x, dtype=dtype) for x in tensors]
     if out:
         copy_all(out, tensors)

@@ -85,6 +85,7 @@ def _read(run_dir: Path, which: str) -> tuple[int, Checkpoint]:
 
 
 def _choose(root: Path, which: str, steps: list[int]) -> tuple[int, Checkpoint]:
+    """Return the step and the content of the checkpoint that ``which`` selects."""
     found = checkpoints.newest_good(root) if which in ("newest", "best") else None
     if which == "newest" and found is not None:
         return found
@@ -98,6 +99,7 @@ def _choose(root: Path, which: str, steps: list[int]) -> tuple[int, Checkpoint]:
 
 
 def _shards_of(run_dir: Path, stated: str, given: str | None) -> str:
+    """Return the shard set to open: ``given``, or the set that the run's config states."""
     if given is None and is_url(stated):
         raise ValueError(
             f"{run_dir / 'config.yaml'}: data.shards is the URL {stated}; URLs in a run's config are not downloaded; if you "
@@ -115,4 +117,5 @@ def _shards_of(run_dir: Path, stated: str, given: str | None) -> str:
 
 
 def _step(which: str) -> int:
+    """Return the step that ``which`` states; -1, which no checkpoint has, for other text."""
     return int(which) if which.isdigit() else -1

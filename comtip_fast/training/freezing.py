@@ -72,10 +72,12 @@ def last_frozen_steps(names: Sequence[str], rules: Rules) -> dict[str, int]:
 
 
 def _matches(names: Sequence[str], pattern: str) -> list[str]:
+    """Return the parameter names that match a pattern, or that belong to a module whose name matches."""
     return [n for n in names if fnmatchcase(n, pattern) or fnmatchcase(n, f"{pattern}.*")]
 
 
 def _check(names: Sequence[str], rules: Rules) -> None:
+    """Raise TrainingError for a rule that matches no trainable parameter."""
     for pattern, _ in rules:
         if not _matches(names, pattern):
             levels = {".".join(n.split(".")[:i]) for n in names for i in range(1, n.count(".") + 2)}

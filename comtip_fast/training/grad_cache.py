@@ -81,6 +81,7 @@ def forward_backward(engine: Engine, task: TrainingTask, batch: Any, n: int) -> 
 
 
 def _in_pieces(engine: Engine, task: PieceableTask, batch: Any, n: int) -> tuple[Tensors, dict[str, float]]:
+    """Run a step with gradient caching in at most ``n`` pieces; see the module docstring."""
     pieces = task.pieces(batch, n)
     final = len(pieces) - 1
     table_piece = 0 if engine.table_first else final
@@ -108,5 +109,6 @@ def _in_pieces(engine: Engine, task: PieceableTask, batch: Any, n: int) -> tuple
 
 
 def _mean_of_finite(values: list[float]) -> float:
+    """Return the mean of the finite values; NaN if there are none."""
     finite = [v for v in values if math.isfinite(v)]
     return sum(finite) / len(finite) if finite else math.nan

@@ -132,12 +132,14 @@ class StepLosses:
         return counts_of(batch.global_size or batch.section.numel(), self.group.size)
 
     def _mask(self, batch: Batch, P: int) -> tuple[Tensor | None, Tensor | None]:
+        """Return the indices of visible and of hidden patches; (None, None) without MFM."""
         if self.config.loss.mfm <= 0:
             return None, None
         ratio = self.config.vision.mask_ratio
         return draws.masked_patches(self.config.train.seed, batch.step, batch.spot_index, P, ratio)
 
     def _panel_genes(self, batch: Batch) -> GeneTokens:
+        """Return the tokens of the panel's genes after the random drops of identities, names and vectors."""
         rows = batch.panel.long()
         genes = take_genes(self.genes, rows, batch.panel_host)
         if self.config.text.identity_drop > 0:
@@ -309,6 +311,7 @@ class StepLosses:
         return global_infonce(heads.vector_bD, text, heads.scale_nce, pairs, self.group, self.counts(batch), form)
 
     def _pair(self, batch: Batch, heads: LossInputs, mispaired: Tensor, counted: Tensor) -> tuple[Tensor, Numbers]:
+        """Return L_pair over this rank's counted swaps and, in logged steps, the numbers of the pair head."""
         levels = batch.levels.long()
         true, false = self._pair_logits(batch, heads, levels), self._pair_logits(batch, heads, mispaired)
         numbers = {}
@@ -324,6 +327,7 @@ class StepLosses:
     def _pair_numbers(
         self, batch: Batch, heads: LossInputs, mispaired: Tensor, counted: Tensor, true: Tensor, false: Tensor
     ) -> Numbers:
+        """Return the AUC of the pair head, and its gain over contexts of other spots."""
         levels = batch.levels.long()
         true_elsewhere = self._pair_logits(batch, heads, levels, roll=1)
         false_elsewhere = self._pair_logits(batch, heads, mispaired, roll=1)

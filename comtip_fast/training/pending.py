@@ -67,12 +67,14 @@ def read_steps(pending: list[PendingStep]) -> list[FinishedStep]:
 
 
 def _finished(pending: PendingStep, values: list[float]) -> FinishedStep:
+    """Return a finished step from the values of :func:`_scalars`, read to the host."""
     loss, norm, good, *more = values
     spike, limit = more or (0.0, math.inf)
     return FinishedStep(pending, loss, norm, bool(good), bool(spike), limit)
 
 
 def _scalars(pending: PendingStep) -> list[Tensor]:
+    """Return loss, norm, finiteness and, with ``optim.spike``, spike and limit of a step as scalars of one dtype."""
     update, like = pending.update, pending.loss
     spikes = [] if update.spike is None or update.limit is None else [update.spike, update.limit]
     return [like, *(value.to(like) for value in (update.norm, update.good, *spikes))]

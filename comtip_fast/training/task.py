@@ -378,6 +378,7 @@ class CoMTIPTask:
 
     @torch.no_grad()
     def _stem(self, tiles: Tensor) -> Tensor:
+        """Return the features of the frozen stem for uint8 tiles (N, 3, S, S), in CPU memory."""
         return self.model.vision.stem_features(tiles.to(self.device)).cpu()
 
     @torch.no_grad()

@@ -170,6 +170,7 @@ class Validation:
         return ranked[self.shards.measured(section)[ranked] & np.isin(ranked, self.tables.genes.trained)][:most]
 
     def _pcc(self, rows: np.ndarray, measured: np.ndarray, image: Tensor) -> float:
+        """Return the mean zero-shot PCC of genes; NaN if a prediction is not finite."""
         index = np.searchsorted(self.tables.genes.trained, rows)
         genes = self._genes(index)
         predicted = predict_trained(self.model, genes, image, self.tables.table, torch.from_numpy(index))
@@ -290,6 +291,7 @@ def validation_scores(
 
 
 def _means(values: dict[str, list[float]]) -> dict[str, float]:
+    """Return the mean of each list, sorted by key."""
     return {k: float(np.mean(v)) for k, v in sorted(values.items())}
 
 
@@ -304,6 +306,7 @@ def _readable(
 
 
 def _mean_of_finite(values: list[float]) -> float:
+    """Return the mean of the finite values; NaN if there are none."""
     finite = [v for v in values if np.isfinite(v)]
     return float(np.mean(finite)) if finite else float("nan")
 

@@ -74,6 +74,7 @@ def _zoom(tiles_N3SS: Tensor, margin_N: np.ndarray, by_margin_N: Tensor) -> Tens
 
 
 def _apply_per_tile(tiles_N3SS: Tensor, plan: ViewPlan, compiled: bool) -> Tensor:
+    """Rotate, mirror and map the tiles one by one on the CPU."""
     N, _, S, _ = tiles_N3SS.shape
     # Allocated by NumPy, which asks for huge pages.
     source, out = tiles_N3SS.numpy(), np.empty((N, 3, S, S), np.uint8)

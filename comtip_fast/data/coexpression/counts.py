@@ -135,6 +135,7 @@ class _Table:
 
 
 def _row(line: str, n_genes: int, path: Path, number: int) -> np.ndarray:
+    """Return the counts of a line of a table, float64 (genes,); raise SourceError for other contents."""
     cells = line.rstrip("\r\n").split("\t")[1:]
     try:
         values = np.array(cells, np.float64)
@@ -150,6 +151,7 @@ def _row(line: str, n_genes: int, path: Path, number: int) -> np.ndarray:
 
 
 def _text(path: Path) -> Any:
+    """Open a text file, which may be compressed with gzip."""
     if path.suffix == ".gz":
         return gzip.open(path, "rt", encoding="utf-8-sig")
     return path.open(encoding="utf-8-sig")
@@ -194,11 +196,13 @@ class _AnnData:
 
     @staticmethod
     def _gene_columns(var: Any) -> np.ndarray:
+        """Return the indices of the columns that are genes, int64."""
         kinds = var["feature_types"].astype(str).tolist() if "feature_types" in var else [""] * len(var)
         return np.flatnonzero([kind in ("", GENE_KIND) for kind in kinds])
 
     @staticmethod
     def _key(file: h5py.File, path: Path) -> str:
+        """Return the key of the first matrix with raw counts; that of the first matrix if none has."""
         found = [key for key in COUNTS if key in file]
         if not found:
             raise SourceError(f"{path}: no layers['counts'], X or raw.X; add raw counts to the file")
@@ -209,6 +213,7 @@ class _AnnData:
 
     @staticmethod
     def _all(element: Any, path: Path) -> Iterator[sparse.csr_matrix]:
+        """Yield the rows of a dense or sparse matrix in CSR blocks."""
         if isinstance(element, h5py.Group):
             matrix: Any = sparse_dataset(element)
             if matrix.format == "csc":
@@ -226,6 +231,7 @@ class _AnnData:
 
 
 def _reader(path: Path) -> Any:
+    """Return the reader for a file by its name; raise SourceError for an unknown format."""
     name = path.name.lower()
     if name.endswith(SUFFIXES):
         return _AnnData

@@ -237,6 +237,7 @@ class _Standard:
 
 
 def _moments(total: np.ndarray, square: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the mean and standard deviation from sums, sums of squares and numbers of values."""
     mean = total / np.maximum(n, 1)
     return mean, np.sqrt(np.maximum(square / np.maximum(n, 1) - mean**2, 0))
 

@@ -100,6 +100,7 @@ def training_tables(shards: ShardSet, config: RunConfig) -> TrainingTables:
 
 
 def _balance(shards: ShardSet, train: np.ndarray, measured_SG: np.ndarray, config: RunConfig) -> np.ndarray | None:
+    """Return the weights of :func:`assay_balance`; None if ``panel.balance`` is ``none``."""
     if config.panel.balance == "none":
         return None
     n_spots = np.bincount(shards.sections_of(train), minlength=measured_SG.shape[0])
@@ -123,6 +124,7 @@ def _genes(shards: ShardSet, sections: np.ndarray, config: RunConfig) -> tuple[G
 
 
 def _keep_in_memory(train: np.ndarray, n_genes: int, config: RunConfig) -> bool:
+    """Return whether the levels of all training spots are kept in memory (``data.expression``)."""
     small = train.size <= TABLE_SPOTS and train.size * n_genes <= TABLE_BYTES
     return config.data.expression == "table" or (config.data.expression == "auto" and small)
 
@@ -163,6 +165,7 @@ def _fit_values(
 
 
 def _by_column(values: sparse.csr_matrix) -> sparse.csc_matrix:
+    """Return the matrix as CSC with sorted indices."""
     out = values.tocsc()
     out.sort_indices()
     return out

@@ -203,6 +203,7 @@ class BaseLoader(ABC):
         return fetched_ahead(batches, self.shards, depth, rank=self.rank, world=self.world)
 
     def _next_prepared(self, spots: np.ndarray, step: int, epoch: int) -> PreparedBatch:
+        """Return a batch from the stem cache, from the running stream, or loaded on demand."""
         if self._stem is not None:
             return self._from_stem_cache(ScheduledBatch(epoch, 0, step, spots))
         if self._running is None or not self._is_expected(spots, step, epoch):
@@ -222,6 +223,7 @@ class BaseLoader(ABC):
         return prepared
 
     def _is_expected(self, spots: np.ndarray, step: int, epoch: int) -> bool:
+        """Return whether the running stream yields this batch next."""
         if self._expected is None or self._expected[:2] != (epoch, step):
             return False
         batches, position = self.schedule.batches(epoch), self._expected[2]
@@ -270,6 +272,7 @@ class BaseLoader(ABC):
         return PreparedBatch(scheduled, batch, faults=decoded.replaced)
 
     def _deliver(self, prepared: PreparedBatch) -> Batch:
+        """Record the batch's damaged records, copy it to the device and compute its views there."""
         self._record_faults(prepared.faults)
         batch = prepared.batch
         if self.device.type == "cpu":
@@ -284,6 +287,7 @@ class BaseLoader(ABC):
         return batch
 
     def _record_faults(self, faults: dict[int, ShardError]) -> None:
+        """Count and log damaged records; raise ShardError above ``data.max_faults``."""
         limit = self.config.data.max_faults
         for spot, error in faults.items():
             if spot not in self.faults and len(self.faults) < MAX_LOGGED_FAULTS:
@@ -337,6 +341,7 @@ class BaseLoader(ABC):
     # -- frozen stem ----------------------------------------------------------------------------------
 
     def _from_stem_cache(self, scheduled: ScheduledBatch) -> PreparedBatch:
+        """Return a batch of cached stem features, in which spots with damaged records are replaced."""
         features = self._stem_features()
         own = share_of(scheduled.spots.size, self.rank, self.world)
         spots = scheduled.spots[own].copy()

@@ -48,6 +48,7 @@ class DaliLoader(BaseLoader):
             prefetcher.stop()
 
     def _decode(self, batches: Iterator[ScheduledBatch]) -> Iterator[PreparedBatch]:
+        """Yield the batches, of which up to ``Decoder.depth`` are decoded by DALI at the same time."""
         decoder = self._make_decoder()
         pending: Pending = deque()
         for scheduled in self._ahead(batches):
@@ -64,6 +65,7 @@ class DaliLoader(BaseLoader):
         yield from self._drain(decoder, pending)
 
     def _make_decoder(self) -> Decoder:
+        """Return a decoder for this rank's largest batch."""
         size = self.config.data.batch_size + 1  # a final batch of one spot is merged into the batch before it
         device_id = None if self.device.type == "cpu" else self.device.index or 0
         return Decoder(-(-size // self.world), max(1, self.config.data.workers), device_id)
@@ -81,10 +83,12 @@ class DaliLoader(BaseLoader):
         return encoded
 
     def _drain(self, decoder: Decoder, pending: Pending) -> Iterator[PreparedBatch]:
+        """Yield the batches that DALI is still decoding."""
         while pending:
             yield self._next_decoded(decoder, pending)
 
     def _next_decoded(self, decoder: Decoder, pending: Pending) -> PreparedBatch:
+        """Return the oldest batch inside DALI; if DALI fails, Pillow decodes the batch."""
         scheduled, encoded = pending.popleft()
         try:
             tiles = decoder.get()
@@ -144,6 +148,7 @@ class Decoder:
             self.start(tiles)
 
     def _build(self) -> Any:
+        """Build a pipeline that is ready for its first batch."""
         dali: Any = import_module("nvidia.dali")
         fn, types = dali.fn, dali.types
         batch_size, threads, device_id = self._settings

@@ -53,6 +53,7 @@ class Prefetcher(Generic[Item]):
         atexit.unregister(self.stop)
 
     def _run(self) -> None:
+        """Put the items of the source, and then its exception or the end, into the queue."""
         last: tuple[Item | None, BaseException | None] = (None, None)
         try:
             for item in self._source:

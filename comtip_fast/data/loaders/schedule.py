@@ -102,6 +102,7 @@ class EpochSchedule:
         return None
 
     def _compute(self, epoch: int) -> list[np.ndarray]:
+        """Return the batches of an epoch, drawn with repetition if ``data.balance`` is set."""
         data = self.config
         if data.balance == "none":
             return self._batches_of(self.spots, self.spots, epoch, data.run)

@@ -101,6 +101,7 @@ class CheckpointSaver:
             load_averages(self.task.module, best.ema)
 
     def _state(self, progress: RunState) -> dict[str, Any]:
+        """Return the content of ``state.json``: progress, random state, config, input hashes and machine."""
         state = progress.as_plain() | random_state(self.device)
         state |= {"config": config_to_dict(self.config), "fingerprint": self.task.fingerprint()}
         state |= {"world_size": self.group.size, "engine": self._engine_name()}

@@ -116,6 +116,7 @@ def replace_state(root: Path, step: int, state: dict[str, Any]) -> None:
 
 
 def _write(tmp_path: Path, checkpoint: Checkpoint) -> None:
+    """Write all files of a checkpoint to a new folder."""
     tmp_path.mkdir()
     # Each tensor is copied: safetensors refuses tensors that share memory, as tied weights do.
     save_file({k: v.detach().cpu().clone().contiguous() for k, v in checkpoint.model.items()}, tmp_path / FILES[0])
@@ -139,11 +140,13 @@ def _write_sums(tmp_path: Path, known: dict[str, str]) -> None:
 
 
 def _stated_sums(path: Path) -> dict[str, str]:
+    """Return ``{file: hash}`` of a file of hashes."""
     lines = path.read_bytes().decode("utf-8", "replace").splitlines()
     return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
 
 
 def _bytes(checkpoint: Checkpoint) -> int:
+    """Return the size of a checkpoint's tensors in bytes."""
     tensors = (*checkpoint.model.values(), *checkpoint.optim.values(), *checkpoint.ema.values())
     return sum(t.numel() * t.element_size() for t in tensors)
 
@@ -175,6 +178,7 @@ def load(folder: Path) -> Checkpoint:
 
 
 def _tensors(path: Path, advice: str) -> dict[str, torch.Tensor]:
+    """Read a safetensors file; raise :class:`CheckpointError` if it is invalid."""
     try:
         return load_file(path)
     except (SafetensorError, ValueError, KeyError) as error:

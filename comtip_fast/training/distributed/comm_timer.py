@@ -111,6 +111,7 @@ class CommClock:
         return out
 
     def _now(self) -> Any:
+        """Return the current time in seconds, or a recorded CUDA event."""
         if not self._cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -118,6 +119,7 @@ class CommClock:
         return event
 
     def _count(self, began: Any) -> None:
+        """Count the time since ``began``, a result of :meth:`_now`."""
         if self._cuda:
             self._pairs.append((began, self._now()))
         else:

@@ -66,6 +66,7 @@ class NormLimit:
         return otherwise if self._norm is None else self._norm.to(otherwise)
 
     def _limited(self, norms: list[Any]) -> list[Any]:
+        """Return the norms, or infinity for all of them if the total norm exceeds the limit; keep the total norm."""
         assert self._limit is not None
         known = torch.stack([torch.as_tensor(n, dtype=torch.float32, device=self._limit.device) for n in norms])
         # DeepSpeed reports a norm that is not finite as -1.

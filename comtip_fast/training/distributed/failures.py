@@ -111,10 +111,12 @@ def hard_exit(code: int = RESTART_CODE) -> None:
 
 
 def _who(rank: int, size: int) -> str:
+    """Return the beginning of a message that names the rank; empty for a single process."""
     return f"rank {rank} of {size}, " if size > 1 else ""
 
 
 def _of_collective(error: RuntimeError) -> bool:
+    """Return whether an error was raised by a collective of ``torch.distributed``."""
     text = str(error).lower()
     return isinstance(error, dist.DistError) or any(
         word in text for word in ("gloo", "nccl", "connection closed by peer")

@@ -162,6 +162,7 @@ class ProcessGroup:
 
 
 def _padded(rows: Tensor, length: int) -> Tensor:
+    """Return ``rows``, padded with zeros to ``length`` rows."""
     missing = length - rows.shape[0]
     return rows if missing == 0 else torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
 
@@ -325,6 +326,7 @@ class _Outcome:
 
     @classmethod
     def of(cls, work: Callable[[], Any]) -> _Outcome:
+        """Call ``work`` and return its result or its error."""
         try:
             return cls(work())
         except Exception as error:
@@ -332,6 +334,7 @@ class _Outcome:
             return cls(message=str(error), restartable=restartable, error=error)
 
     def value_or_raise(self, rank: int) -> Any:
+        """Return the result, or raise the error of ``rank`` with its message."""
         if self.message is not None:
             raise (RestartError if self.restartable else TrainingError)(f"rank {rank}: {self.message}")
         return self.value

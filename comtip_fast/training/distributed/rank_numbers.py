@@ -115,6 +115,7 @@ class RankNumbers:
 
 
 def _order(own: Mapping[str, float], agreed: list[str]) -> list[str]:
+    """Return this rank's names in its order, followed by the other agreed names."""
     return [*own, *(k for k in agreed if k not in own)]
 
 

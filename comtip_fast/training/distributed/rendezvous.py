@@ -57,6 +57,7 @@ class LimitedBackend(RendezvousBackend):
         return self._limited(lambda: self._backend.set_state(state, token))
 
     def _limited(self, call: Callable[[], T]) -> T:
+        """Return ``call()``, run in a thread; raise if it takes longer than the limit, or if an earlier call still blocks."""
         if self._blocked is not None and self._blocked.is_alive():
             # The store answers one call at a time, so another call would only wait behind the blocked one.
             raise self._error()

@@ -72,6 +72,7 @@ class RestartGuard:
         self._forget_with_the_last()
 
     def _read(self) -> tuple[str | None, bool]:
+        """Return the message of the note, and whether it stops restarts; (None, False) without a valid note of this user."""
         try:
             if self._path is None or self._path.lstat().st_uid != os.getuid():
                 return None, False
@@ -81,5 +82,6 @@ class RestartGuard:
         return message, final
 
     def _forget_with_the_last(self) -> None:
+        """Delete the note if torchrun will not start this rank again."""
         if self._path is not None and self._start >= self._last:
             self._path.unlink(missing_ok=True)

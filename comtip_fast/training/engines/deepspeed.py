@@ -240,6 +240,7 @@ class DeepSpeedEngine:
         self.optimizer.state.clear()
 
     def _set_moment(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
+        """Set the moment ``key`` of a parameter to the full tensor ``value``, of which ZeRO keeps this rank's shard."""
         utils = self._deepspeed.utils
         if self.stage < 3:
             utils.safe_set_full_optimizer_state(parameter, value, key)
@@ -250,6 +251,7 @@ class DeepSpeedEngine:
         utils.safe_set_local_optimizer_state(parameter, padded.split(length)[self.group.rank], key)
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Return the names and tensors of the trained parameters."""
         return ((n, p) for n, p in self.module.named_parameters() if p.requires_grad)
 
     def _states(self) -> list[tuple[int, dict[str, Tensor]]]:
@@ -318,6 +320,7 @@ def _empty(module: nn.Module) -> None:
 
 
 def _import(device: torch.device) -> ModuleType:
+    """Import DeepSpeed without its log lines and warnings; raise TrainingError if it is not installed."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

@@ -120,6 +120,7 @@ class BestEffort:
         self._attempt(lambda logger: logger.close())
 
     def _attempt(self, work: Callable[[Logger], None]) -> None:
+        """Call ``work`` with the logger; on an error, log a warning and disable the logger."""
         if self._logger is None:
             return
         try:

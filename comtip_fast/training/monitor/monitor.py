@@ -169,6 +169,7 @@ class Watchdog:
             self._last_reset = time.monotonic()
 
     def _run(self) -> None:
+        """Check the time since the last reset until the watchdog is closed; report and stop a stalled process."""
         while not self._end.wait(min(1.0, self._limit / 4, self._stop_s / 4)):
             elapsed = time.monotonic() - self._last_reset
             if elapsed > min(self._limit, self._stop_s) and not self._reported:

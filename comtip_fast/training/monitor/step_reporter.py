@@ -154,6 +154,7 @@ class StepReporter:
             log.warning("%s; clipped (%d spikes so far)", text, progress.spikes)
 
     def _count_skip(self, progress: RunState, text: str) -> None:
+        """Count and log a skipped update; raise TrainingError above ``train.max_skips``."""
         most = self.config.train.max_skips
         progress.skips += 1
         log.warning("%s; update skipped (%d so far)", text, progress.skips)

@@ -177,6 +177,7 @@ def _choose(folds: Folds, norm: str, genes: np.ndarray, grid: ReadoutGrid) -> tu
 
 
 def _mean_pcc(head: NormHead, section: SectionTable, norm: str, genes: np.ndarray) -> float:
+    """Return the mean PCC of a head's predictions on a section; an undefined PCC counts as 0."""
     genes = genes[section.measured_G[genes]]
     if not genes.size:
         return 0.0

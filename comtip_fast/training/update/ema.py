@@ -100,6 +100,7 @@ class WeightAverage:
             self._exchange(module)
 
     def _exchange(self, module: nn.Module) -> None:
+        """Exchange the storage of the module's weights and of their averages."""
         weights = dict(module.named_parameters())
         for name, average in self._averages.items():
             # `_pairs` refers to the same tensors, so they exchange their storage.
