@@ -175,7 +175,7 @@ def _override(data: dict[str, Any], item: str) -> None:
     """Set the value of an override ``a.b=value`` in nested dicts."""
     key, equals, text = item.partition("=")
     if not equals or not key.strip():
-        raise ConfigError(f"override {item!r}: write KEY=VALUE, e.g. train.steps=100")
+        raise ConfigError(f"override {item!r}: not of the form KEY=VALUE; write it as in train.steps=100")
     *path, last = key.strip().split(".")
     for part in path:
         if data.get(part) is None:

@@ -147,7 +147,9 @@ def parents_of(config: RunConfig, run_dir: Path | None = None, *, required: bool
     except FileNotFoundError:
         if required:
             raise
-        log.warning("%s: not found, the parents of this run are recorded as unknown", config.train.start_from)
+        log.warning(
+            "train.start_from=%s: not found; the parents of this run are recorded as unknown", config.train.start_from
+        )
         return Lineage(parents_known=False)
 
 

@@ -133,7 +133,7 @@ class StepReporter:
         text = nonfinite_message(path, bad.step, bad.spots, parts, gradients)
         if cfg.nan_policy == "stop":
             raise TrainingError(
-                f"{text}. Start again with a lower optim.lr, or continue with `resume` and `train.nan_policy=skip`"
+                f"{text}; start again with a lower optim.lr, or continue with `resume` and `train.nan_policy=skip`"
             )
         self._count_skip(progress, text)
 
@@ -160,5 +160,5 @@ class StepReporter:
         log.warning("%s; update skipped (%d so far)", text, progress.skips)
         if progress.skips > most:
             raise TrainingError(
-                f"{text}; more than train.max_skips={most} updates were skipped. Start again with a lower optim.lr"
+                f"{text}; more than train.max_skips={most} updates were skipped; start again with a lower optim.lr"
             )
