@@ -37,7 +37,7 @@ def pretrain(
     resume: bool = False,
     device: str = "auto",
 ) -> FitResult:
-    """Train a model and export the weights of its best validation step.
+    """Train a model and export the weights with the best validation score, or the last weights without validation.
 
     Parameters
     ----------

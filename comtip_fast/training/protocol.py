@@ -50,7 +50,7 @@ class TrainingTask(Protocol):
         ...
 
     def metrics(self) -> dict[str, float]:
-        """Return loader statistics since the last call, which are logged with the losses; a collective call."""
+        """Return loader statistics, which are logged with the losses; a collective call."""
         ...
 
     def batches(self, epoch: int) -> list[np.ndarray]:

@@ -221,10 +221,10 @@ class CoMTIPTask:
         self.loader.close()
 
     def metrics(self) -> dict[str, float]:
-        """Return loader statistics since the last call, over all ranks; a collective call.
+        """Return loader statistics over all ranks; a collective call.
 
-        ``loader_wait_s`` is the time spent waiting for batches in seconds (maximum over ranks), ``faults`` the number of damaged
-        records (sum over ranks); numbers by kind of damage are included if they are not zero.
+        ``loader_wait_s`` is the time in seconds spent waiting for batches since the last call (maximum over ranks), ``faults`` the
+        number of damaged records so far (sum over ranks). Numbers by kind of damage are included if they are not zero.
         """
         own = self.loader.metrics()
         wait = self.group.max(torch.tensor(own.pop("loader_wait_s"), device=self.device))

@@ -68,7 +68,7 @@ class EpochSchedule:
         return np.searchsorted(self._first_spot, spots, side="right") - 1
 
     def batches(self, epoch: int) -> list[np.ndarray]:
-        """Return the epoch's global batches, int64 arrays of spots; without balancing, each spot is in one batch at most.
+        """Return the epoch's global batches, int64 arrays of spots; without balancing, each spot is in exactly one.
 
         The result is cached; a second thread that asks for it waits for the first.
         """
