@@ -295,7 +295,7 @@ class Trainer:
             batches = self._epoch_batches[1]
             if not batches:
                 raise TrainingError(
-                    "no batches: there are no training spots; build a shard set with sections of split train"
+                    "no batches: there are no training spots; build the set with sections of split train"
                 )
             if p.position < len(batches):
                 return batches[p.position]
