@@ -232,9 +232,10 @@ def _merged(one: _T, other: _T | None) -> _T:
 
 
 def shards_of_run(run: Path, configured: str) -> str:
-    """Return the path of a run's shard set: as configured, or in or relative to the run folder or a folder above it.
+    """Return the path of a run's shard set, searched at the configured path and near the run folder.
 
-    A relative path in a config is relative to the folder in which training was started, which is often a parent of the run
+    The set is searched at ``configured``, under the same name in ``run``, and relative to ``run`` and the folders above it. A
+    relative path in a config is relative to the folder in which training was started, which is often a parent of the run
     folder.
 
     Parameters

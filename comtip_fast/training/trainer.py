@@ -294,15 +294,13 @@ class Trainer:
                 self._epoch_batches = (p.epoch, self.task.batches(p.epoch))
             batches = self._epoch_batches[1]
             if not batches:
-                raise TrainingError(
-                    "no batches: there are no training spots; build the set with sections of split train"
-                )
+                raise TrainingError("no batches: no training spots; build the set with sections of split train")
             if p.position < len(batches):
                 return batches[p.position]
             p.epoch, p.position = p.epoch + 1, 0
 
     def _exchange_flags(self, caught: Signals) -> None:
-        """Exchange with the other ranks whether one has received a stop signal or failed to write a checkpoint."""
+        """Share with all ranks whether a rank has received a stop signal or failed to write a checkpoint."""
         if self.group.size == 1:
             return
         stop, self._write_failed = self.group.any([bool(caught.received), bool(self._saver.writer.failed)])
@@ -330,8 +328,7 @@ class Trainer:
         else:
             # Not counted for train.patience: there is no score to compare.
             log.warning(
-                "step %d: validation has no score; check that split val has sections with trained genes, and that losses are finite",
-                p.step,
+                "step %d: validation has no score; check split val for trained genes, and losses for NaN", p.step
             )
         self._reporter.log(
             {"step": p.step, "kind": "valid", "score": score, "per_cohort": per_cohort, "best": better}
