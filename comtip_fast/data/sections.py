@@ -230,7 +230,7 @@ def section_template(shards: ShardSet, section_id: str) -> tuple[ad.AnnData, np.
     """
     ids = [s.section_id for s in shards.manifest.sections]
     if section_id not in ids:
-        raise SourceError(f"{shards.path} has no section {section_id!r}; it has: {', '.join(ids)}")
+        raise SourceError(f"{shards.path} has no section {section_id!r}; choose one of {', '.join(ids)}")
     number = ids.index(section_id)
     meta = shards.manifest.sections[number]
     spots = shards.source_order(number)
@@ -267,7 +267,8 @@ def _from_anndata(
     libraries = library_names(data.uns.get("spatial", {}))
     if section_id and section_id not in libraries:
         raise SourceError(
-            f"{where}: no section {section_id!r} in uns['spatial']; it has: {', '.join(libraries) or 'none'}"
+            f"{where}: no section {section_id!r} in uns['spatial'], which has {', '.join(libraries) or 'none'}; choose one, or "
+            "leave the section out"
         )
     if len(libraries) > 1:
         raise SourceError(
