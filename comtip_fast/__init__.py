@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """Import the interface on first use, so that ``comtip --help`` does not import torch."""
+    """Return a name of the Python interface, imported on first use so that ``comtip --help`` does not import torch."""
     if name in __all__:
         from comtip_fast import api
 

@@ -1,3 +1,3 @@
-"""The version, in a module that imports nothing."""
+"""The version of comtip-fast; this module has no imports."""
 
 __version__ = "0.1.0"

@@ -1,6 +1,6 @@
-"""The Python interface: build shards, pretrain, evaluate, load, predict and embed. Predictions are AnnData objects.
+"""The Python interface: functions that build shard sets, train and evaluate, and :class:`Model`, which predicts and embeds.
 
-The command line calls these functions.
+The command line calls these functions. Predictions and embeddings are AnnData objects.
 """
 
 from __future__ import annotations
@@ -58,17 +58,16 @@ def load(path: str | Path, device: str = "auto", vectors: str | Path | None = No
     Parameters
     ----------
     path
-        A run folder or an export.
+        Folder of a finished run or of an export.
     device
         ``auto`` (a GPU if there is one), ``cpu`` or ``cuda``.
     vectors
-        File of gene vectors (``comtip genes vectors``) to predict genes that were not trained.
+        File of gene vectors (``comtip genes vectors``), to predict genes that were not trained; None for none.
 
     Raises
     ------
     FileNotFoundError, ValueError
-        There is no export or file of gene vectors, it is damaged or has another format version, or there is no GPU for
-        ``cuda``.
+        The export or the gene vectors are missing, damaged or of another format version, or there is no such device.
 
     Examples
     --------
@@ -81,7 +80,7 @@ def load(path: str | Path, device: str = "auto", vectors: str | Path | None = No
 
 
 class Model:
-    """A trained CoMTIP model. Methods take sections and return AnnData."""
+    """A trained CoMTIP model, as returned by :func:`load`; its methods take sections, slides or tiles and return AnnData."""
 
     def __init__(self, predictor: Predictor, source: str = "") -> None:
         self.predictor, self.source = predictor, source
@@ -122,15 +121,15 @@ class Model:
         -------
         AnnData
             ``X`` and ``layers["log1p_cp10k"]``: float32 log1p of counts per 10,000; ``layers["log1p_raw"]``: log1p of counts
-            at the depth of the training sections. ``var`` has the columns ``found_by`` (how the identifier was resolved),
-            ``ensembl``, ``training`` (``trained``, ``trained by a parent``, ``held out`` or ``never seen``) and
-            ``validation_pcc`` (mean PCC on the validation sections of the run; NaN without). ``obs_names`` are those of the
-            section.
+            at the depth of the training sections. ``var`` has the columns ``key``, ``symbol``, ``ensembl``, ``name``,
+            ``found_by`` (how the identifier was resolved), ``training`` (``trained``, ``trained by a parent``, ``held out``
+            or ``never seen``) and ``validation_pcc`` (mean PCC on the validation sections of the run; NaN if the run did not
+            score the gene). ``obs_names`` are those of the section.
 
         Raises
         ------
         ValueError, FileNotFoundError
-            The section does not exist or cannot be read, a fact is missing or invalid, or a gene is unknown.
+            The section is missing or cannot be read, a fact is missing or invalid, or ``genes`` is empty or has duplicates.
 
         Examples
         --------
@@ -163,8 +162,8 @@ class Model:
         AnnData
             The result of :meth:`predict` with the layers ``measured_log1p_cp10k`` and ``measured_log1p_raw`` (float32; NaN
             for genes that the section did not measure). ``var`` has the further columns ``measured`` (bool), ``detection``
-            (share of spots), ``pcc``, ``pcc_partial`` (mean tile colour and log total counts regressed out) and
-            ``pcc_raw``; NaN where undefined. For nulls and baselines, see :func:`comtip_fast.evaluate`.
+            (share of spots with a positive count), ``pcc``, ``pcc_partial`` (mean tile colour and log total counts regressed
+            out) and ``pcc_raw``; NaN where undefined. For nulls and baselines, see :func:`comtip_fast.evaluate`.
 
         Raises
         ------
@@ -274,9 +273,9 @@ class Model:
             ``mpp`` (default: the scale of the file) and ``species``. Tissue, donor, platform, licence and attribution are
             recorded in ``uns["comtip"]``; other facts raise an error.
         grid
-            Lattice, step and smallest share of tissue (``GridOptions(shape="hexagonal", step_um=100)``).
+            Lattice, step and smallest share of tissue (``GridOptions(shape="hexagonal", step_um=100)``); None is the default.
         progress
-            Whether to show a progress bar on a terminal, or log the progress otherwise.
+            Show a progress bar on a terminal; without a terminal, log the progress.
 
         Returns
         -------
@@ -287,8 +286,8 @@ class Model:
         Raises
         ------
         ValueError, FileNotFoundError
-            The slide cannot be read or has no scale, a gene is unknown, a fact has no effect on a slide, or ``out`` is
-            not an ``.h5ad`` in an existing folder.
+            The slide cannot be read, its scale is neither in the file nor in ``facts``, a fact has no effect on a slide,
+            ``genes`` is empty or has duplicates, or ``out`` is not an ``.h5ad`` in an existing folder.
 
         Examples
         --------
@@ -335,7 +334,7 @@ class Model:
         species
             ``human`` or ``mouse``; None takes that of the model if it was trained on one species.
         xy
-            Centres of the tiles (N, 2) in any unit, which define neighbours; None uses each tile alone.
+            Centres of the tiles (N, 2) in any unit, which determine neighbours; None predicts without neighbours.
         stain
             Stain statistics of the slide; None computes them from the tiles.
 
@@ -359,7 +358,10 @@ class Model:
         """
         fitted = fit_tiles(tiles, mpp, self.tile)
         if xy is not None and (np.shape(xy) != (len(fitted), 2) or not np.isfinite(xy).all()):
-            raise ValueError(f"xy: shape {np.shape(xy)}; expected {len(fitted)} finite positions ({len(fitted)}, 2)")
+            raise ValueError(
+                f"xy has shape {np.shape(xy)} or values that are not finite; pass one finite position per tile, shape "
+                f"({len(fitted)}, 2)"
+            )
         found, _, _ = parse_facts({"species": species})
         kind = species_of(self.predictor, found.species or "", "the tiles")
         var, queries = gene_queries(self.predictor, genes, kind)
@@ -394,5 +396,5 @@ class Model:
         )
 
     def _stain(self, opened: SectionTiles) -> StainStats | None:
-        """Return the section's stain statistics, which may need a pass over the tiles; None if the model does not use them."""
+        """Return the section's stain statistics, which may read all tiles; None if the model does not normalise stain."""
         return opened.stain if self.predictor.normalises_stain else None

@@ -35,7 +35,7 @@ class Group(Protocol):
         ...
 
     def scatter_rows(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        """Reduce-scatter: return this rank's slice of the rows, summed over ranks; the inverse of :meth:`gather_rows`."""
+        """Reduce-scatter: return this rank's slice of the rows, summed over ranks; the transpose of :meth:`gather_rows`."""
         ...
 
     def sum(self, values: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ class Group(Protocol):
         ...
 
     def any(self, flags: Sequence[bool]) -> list[bool]:
-        """Return for each flag whether any rank set it; communicates on the hosts, without a device synchronization."""
+        """Return, for each flag, whether any rank set it; communicates between hosts, without a device synchronization."""
         ...
 
     def ring_shift(self, send: Sequence[Tensor], receive: Sequence[Tensor]) -> Callable[[], None]:
@@ -78,29 +78,31 @@ class SingleProcessGroup:
         return values
 
     def any(self, flags: Sequence[bool]) -> list[bool]:
-        """Return ``flags``."""
+        """Return ``flags`` as a list."""
         return list(flags)
 
     def ring_shift(self, send: Sequence[Tensor], receive: Sequence[Tensor]) -> Callable[[], None]:
-        """Copy ``send`` to ``receive``."""
+        """Copy ``send`` to ``receive``; the returned function does nothing."""
         for source, target in zip(send, receive, strict=True):
             target.copy_(source)
         return lambda: None
 
 
 def counts_of(n: int, size: int) -> list[int]:
-    """Return the number of rows of each of ``size`` ranks, of ``n`` in all; counts differ by at most one, larger ones come first."""
+    """Return how many of ``n`` rows each of ``size`` ranks has; counts differ by at most one, larger ones come first."""
     return [n // size + (rank < n % size) for rank in range(size)]
 
 
 def share_of(n: int, rank: int, size: int) -> slice:
-    """Return the slice of ``n`` rows that belongs to ``rank``."""
+    """Return the slice of ``n`` rows that belongs to ``rank`` of ``size``."""
     counts = counts_of(n, size)
     start = sum(counts[:rank])
     return slice(start, start + counts[rank])
 
 
 class _GatherRows(torch.autograd.Function):
+    """All-gather of rows whose backward pass is the reduce-scatter of the gradients."""
+
     @staticmethod
     def forward(ctx: Any, rows: Tensor, group: Group, counts: Sequence[int]) -> Tensor:
         ctx.group, ctx.counts = group, counts

@@ -1,4 +1,4 @@
-"""Report what this machine can run, and which optional packages are missing or broken."""
+"""Checks of ``comtip doctor``: what this machine can run, and which optional packages are missing or broken."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ class DoctorCheck:
     state: str
     """``ok``, ``missing`` (optional and not installed) or ``broken`` (installed but not working)."""
     detail: str
+    """What was found, e.g. the version."""
     fix: str = ""
     """What to install or change; empty if there is nothing to do."""
 
 
 def examine() -> list[DoctorCheck]:
-    """Run all checks."""
+    """Run all checks and return their results in the order of the report."""
     checks: list[Callable[[], DoctorCheck]] = [
         _python,
         _memory,
@@ -45,6 +46,7 @@ def examine() -> list[DoctorCheck]:
 
 
 def _version(package: str) -> str | None:
+    """Return the installed version of a package, or None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -57,11 +59,17 @@ def _python() -> DoctorCheck:
 
 
 def _memory() -> DoctorCheck:
+    """Report the memory of the machine and the free disk space of the current folder."""
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     free = shutil.disk_usage(".").free
     state = "ok" if pages > 4e9 and free > 2e9 else "missing"
-    fix = "" if state == "ok" else "the demo needs 4 GB of memory and 2 GB of disk"
-    return DoctorCheck("Memory", state, f"{pages / 2**30:.0f} GiB; {free / 2**30:.0f} GiB free here", fix)
+    fix = (
+        ""
+        if state == "ok"
+        else "the demo needs 4 GB of memory and 2 GB of free disk; run it on another machine or disk"
+    )
+    detail = f"{pages / 2**30:.0f} GiB of memory; {free / 2**30:.0f} GiB of disk free in this folder"
+    return DoctorCheck("Memory", state, detail, fix)
 
 
 def _torch() -> DoctorCheck:
@@ -80,7 +88,8 @@ def _gpu() -> DoctorCheck:
 
     if not torch.cuda.is_available():
         built = "built for CUDA " + torch.version.cuda if torch.version.cuda else "a CPU build"
-        return DoctorCheck("GPU", "missing", f"PyTorch finds none ({built})", "everything runs on the CPU, slower")
+        fix = "without a GPU, everything runs on the CPU, slower; with one, install its driver and a CUDA build of PyTorch"
+        return DoctorCheck("GPU", "missing", f"PyTorch finds none ({built})", fix)
     props = torch.cuda.get_device_properties(0)
     detail = f"{torch.cuda.device_count()} x {props.name}, {props.total_memory / 2**30:.0f} GiB, sm_{props.major}{props.minor}"
     bf16 = "" if torch.cuda.is_bf16_supported() else "bf16 is not supported: set train.precision=fp32"
@@ -91,7 +100,10 @@ def _triton() -> DoctorCheck:
     version = _version("triton")
     if version is None:
         return DoctorCheck(
-            "Triton", "missing", "not installed; kernels use PyTorch", "included in PyTorch for Linux and CUDA"
+            "Triton",
+            "missing",
+            "not installed; kernels use PyTorch",
+            "install a CUDA build of PyTorch for Linux, which has it",
         )
     import torch
 
@@ -105,7 +117,8 @@ def _dali() -> DoctorCheck:
         version = _version(package)
         if version is not None:
             works, why = _imports("nvidia.dali")
-            return DoctorCheck("DALI", "ok" if works else "broken", f"{package} {version}{why}")
+            fix = "" if works else "reinstall it for the CUDA version of PyTorch, or uninstall it to decode with Pillow"
+            return DoctorCheck("DALI", "ok" if works else "broken", f"{package} {version}{why}", fix)
     return DoctorCheck(
         "DALI",
         "missing",
@@ -120,7 +133,12 @@ def _flash_attn() -> DoctorCheck:
         fix = "optional; pip install 'comtip-fast[flash]' builds it from source (hours, needs nvcc)"
         return DoctorCheck("flash-attn", "missing", "not installed; comtip_kernels' packed attention is used", fix)
     works, why = _imports("flash_attn")
-    return DoctorCheck("flash-attn", "ok" if works else "broken", version + why)
+    fix = (
+        ""
+        if works
+        else "reinstall it for this version of PyTorch, or uninstall it; text.attention=auto does not use it"
+    )
+    return DoctorCheck("flash-attn", "ok" if works else "broken", version + why, fix)
 
 
 def _attention() -> DoctorCheck:
@@ -184,7 +202,7 @@ def _loggers() -> DoctorCheck:
 
 
 def _imports(module: str) -> tuple[bool, str]:
-    """Return whether a compiled package can be imported, and otherwise why not."""
+    """Return whether a compiled package can be imported, and the reason as text if it cannot."""
     if importlib.util.find_spec(module.split(".", maxsplit=1)[0]) is None:
         return False, " (its module is missing)"
     try:

@@ -53,13 +53,17 @@ class Bundle:
     sizes: ModelSizes
     model: CoMTIP
     levels: LevelTable
+    """Edges, values and frequencies of the levels: one row per trained gene and a global row."""
     genes: list[ExportGene]
+    """Trained genes, in the order of the rows of ``levels``, followed by the held-out genes."""
     sections: list[dict[str, Any]]
+    """Sections of the run's shard set, each with :data:`SECTION_FIELDS`."""
     tile_um: float
     """Width of a tile in um."""
     min_mpp: float
     """um per px to which images of a higher resolution are resampled."""
     tokenizer_sha256: str
+    """SHA-256 of the gene tokenizer that the model was trained with."""
     readout: LinearReadout | None = None
     """Linear readout; None if expression is predicted from level sentences alone."""
     lineage: Lineage = field(default_factory=lambda: Lineage(parents_known=False))
@@ -89,7 +93,7 @@ class Bundle:
         parents: Lineage | None = None,
         vectors: GeneVectors | None = None,
     ) -> Bundle:
-        """Build a bundle from a training task; trained genes come first, in the order of the level table's rows.
+        """Build the bundle of a training task from its open shard set and training tables, without a linear readout.
 
         ``parents`` is the lineage of the model that the run started from; None if it started from random weights.
         ``vectors`` are the gene vectors of the run; None if it has none.
@@ -127,20 +131,21 @@ class Bundle:
         """Write ``config.json``, ``model.safetensors``, ``levels.safetensors``, ``genes.tsv``, ``lineage.json``, ``README.md``.
 
         A linear readout is written to ``readout.safetensors``, and gene vectors to ``gene_vectors.safetensors``.
-        ``SHA256SUMS`` contains the hashes of all files but the README.
-
-        An older export at ``folder`` is replaced once the new one is complete.
+        ``SHA256SUMS`` contains the hashes of all files but the README. An earlier export in ``folder`` is replaced once the
+        new one is complete.
 
         Raises
         ------
         FileExistsError
-            ``folder`` contains other files.
+            ``folder`` contains a file that is not part of an export.
         """
         others = (
             sorted(p.name for p in folder.iterdir() if p.name not in export_checks.FILES) if folder.exists() else []
         )
         if others:
-            raise FileExistsError(f"{folder}: contains other files ({', '.join(others[:3])}); give a new folder")
+            raise FileExistsError(
+                f"{folder}: contains files that are not part of an export ({', '.join(others[:3])}); give a new folder"
+            )
         folder.parent.mkdir(parents=True, exist_ok=True)
         with atomic_folder(folder) as tmp_path:
             self._write(tmp_path)
@@ -183,6 +188,13 @@ class Bundle:
     @classmethod
     def load(cls, folder: Path, device: str | torch.device = "cpu") -> Bundle:
         """Verify and read an export; reads no file outside of ``folder``.
+
+        Parameters
+        ----------
+        folder
+            Folder of the export.
+        device
+            Device of the weights; the model is returned in eval mode.
 
         Raises
         ------
@@ -228,12 +240,12 @@ def _vectors_record(vectors: GeneVectors) -> LineageVectors:
 
 
 def lineage_of(source: str | Path) -> Lineage:
-    """Return the lineage of an export or a finished run, without loading its weights.
+    """Return the lineage of an export or of a finished run, without loading the weights.
 
     Raises
     ------
     FileNotFoundError, ValueError
-        There is no export at ``source``, or it is damaged.
+        There is no export in ``source``, it has another format version, or a file is damaged or edited.
     """
     folder = Path(source)
     folder = folder / "export" if (folder / "export").is_dir() else folder
@@ -247,7 +259,7 @@ def lineage_of(source: str | Path) -> Lineage:
 
 
 def _read_lineage(folder: Path, meta: dict[str, Any], genes: list[ExportGene], weights: str) -> Lineage:
-    """Read the lineage of an export; for one without, return its own run with unknown parents."""
+    """Return the lineage of an export; for an export of version 1 or 2, its own run with unknown parents."""
     where = folder / "config.json"
     try:
         sections = [parse_section(s) for s in meta["sections"]]
@@ -270,6 +282,7 @@ def _read_lineage(folder: Path, meta: dict[str, Any], genes: list[ExportGene], w
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
+    """Return the content of ``config.json`` after a check of format and version."""
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no export (config.json is missing); give a finished run or its export")
@@ -287,6 +300,7 @@ def _read_meta(folder: Path) -> dict[str, Any]:
 
 
 def _read_readout(folder: Path, model: CoMTIP, config: RunConfig, genes: list[ExportGene]) -> LinearReadout:
+    """Read the linear readout of an export and check that it fits the model and its genes."""
     path = folder / export_checks.READOUT
     arrays, header = read_readout(path)
     trained = [g.key for g in genes if g.trained]
@@ -309,7 +323,7 @@ def model_card(bundle: Bundle) -> str:
     return (
         f"# {_markdown(bundle.config.name)}: a CoMTIP model\n\n"
         f"Trained with comtip-fast {lineage.own.comtip_fast or 'unknown'}. Tiles of {bundle.tile_um:g} um in "
-        f"{bundle.sizes.tile_px} px; {trained} genes trained, {held} held out by name.\n\n"
+        f"{bundle.sizes.tile_px} px; {trained} genes trained, {held} held out of training.\n\n"
         f"## Training data\n{_card_runs(lineage)}\n"
         "| run | section | split | species | tissue | donor | spots | licence |\n|---|---|---|---|---|---|---|---|\n"
         f"{_card_sections(lineage)}\n\n{_card_adaptation(bundle)}## Licences\nOf the data that influenced the weights:\n{licences}\n\n"
@@ -319,7 +333,7 @@ def model_card(bundle: Bundle) -> str:
 
 
 def _card_runs(lineage: Lineage) -> str:
-    """Describe the runs, oldest first, and the test sections that an ancestor was trained on."""
+    """Describe the runs, oldest first, and the run's test sections that influenced the weights of an ancestor."""
     lines = []
     if not lineage.parents_known:
         lines.append(
@@ -353,11 +367,11 @@ def _card_runs(lineage: Lineage) -> str:
 
 
 def _card_adaptation(bundle: Bundle) -> str:
-    """Describe the sections that the readout was adapted to; empty for a model that was not adapted."""
+    """Return a section of the model card on the sections that the readout was adapted to; empty if there are none."""
     facts = [] if bundle.readout is None else [head.facts for head in bundle.readout.heads]
     lines = [
         f"- Section {_markdown(f['adapted_to'])} of donor {_markdown(f.get('adapted_donor') or 'not stated')}: the linear readout was "
-        f"adapted to {_markdown(f.get('adapted_spots', 'some'))} of its spots; the encoders are those of the run before. Scores on this "
+        f"adapted to {_markdown(f.get('adapted_spots', 'some'))} of its spots; the encoders were not changed. Scores on this "
         "section and on other sections of this donor are not scores on new data.\n"
         for f in facts
         if "adapted_to" in f

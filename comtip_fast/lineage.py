@@ -27,6 +27,7 @@ _FIX = "copy the file again, or write the export again with `comtip export`"
 LEARNING = ("train", "val")
 """Splits that influence the weights: val selects the step."""
 USE_ORDER = ("train", "val", "test", "")
+"""Splits, from the strongest influence on the weights to the weakest."""
 
 _strict = with_config(ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
 Text = Annotated[str, Field(max_length=1 << 16)]
@@ -36,12 +37,14 @@ Split = Literal["train", "val", "test", ""]
 
 
 def _check_spots(text: str) -> str:
+    """Check that a sketch of spots is base64 of 64-bit hashes."""
     if len(base64.b64decode(text, validate=True)) % 8:
         raise ValueError("not a list of 64-bit hashes")
     return text
 
 
 def _check_picture(text: str) -> str:
+    """Check that a sketch of an image is empty or base64 of 256 bits."""
     if text and len(base64.b64decode(text, validate=True)) != 32:
         raise ValueError("not 256 bits")
     return text
@@ -68,7 +71,7 @@ class LineageSection:
 
     @classmethod
     def of(cls, section: ManifestSection) -> LineageSection:
-        """Return the entry of a section of a manifest."""
+        """Return the lineage entry of a section of a manifest."""
         own = {f: getattr(section, f) for f in cls.__dataclass_fields__ if f not in ("spots", "picture")}
         return cls(**own, **section.source.get("print", {}))
 
@@ -87,7 +90,7 @@ class LineageVectors:
 @_strict
 @dataclass(frozen=True, kw_only=True)
 class LineageRun:
-    """What one run contributed to the weights."""
+    """One run that contributed to the weights: its data, genes, gene vectors and validation scores."""
 
     name: Text
     comtip_fast: Annotated[str, Field(max_length=100)] = ""
@@ -142,15 +145,15 @@ class Lineage:
         return self.runs[:-1]
 
     def followed_by(self, run: LineageRun) -> Lineage:
-        """Return the lineage of a run that started from this model."""
+        """Return the lineage of ``run``, which started from this model: these runs and then ``run``."""
         return replace(self, runs=(*self.runs, run))
 
     def with_own(self, **changes: Any) -> Lineage:
-        """Return the lineage with the given fields of the own run replaced."""
+        """Return a copy in which the given fields of :attr:`own` are replaced."""
         return replace(self, runs=(*self.ancestors, replace(self.own, **changes)))
 
     def labels(self) -> list[str]:
-        """Return a label per run: its name, followed by its position if several runs have this name."""
+        """Return a label per run: its name; if several runs have this name, its position among all runs is added."""
         names = [run.name for run in self.runs]
         return [n if names.count(n) == 1 else f"{n} ({i} of {len(names)})" for i, n in enumerate(names, start=1)]
 
@@ -199,7 +202,7 @@ class Lineage:
     # -- genes ------------------------------------------------------------------------------------------------
 
     def genes_of_ancestors(self) -> set[str]:
-        """Return the upper-case symbols of genes that an ancestor trained on; orthologues share the symbol."""
+        """Return the upper-case symbols of the genes that an ancestor trained on; orthologues share a symbol."""
         return {symbol_of(key) for run in self.ancestors for key in run.trained_genes}
 
     # -- licences ---------------------------------------------------------------------------------------------
@@ -257,12 +260,12 @@ _SECTION = TypeAdapter(LineageSection)
 
 
 def parse_section(found: Mapping[str, Any]) -> LineageSection:
-    """Validate a section of an export's ``config.json``; ignores unknown fields.
+    """Validate and return a section of an export's ``config.json``; ignores unknown fields.
 
     Raises
     ------
     TypeError
-        A field is missing or has the wrong type.
+        ``found`` is not a mapping, or a field is missing, has the wrong type or is out of bounds.
     """
     if not isinstance(found, Mapping):
         raise TypeError(f"sections: expected objects, found {type(found).__name__}")
@@ -280,11 +283,12 @@ def symbol_of(key: str) -> str:
 
 
 def names_of_uses(uses: Iterable[SectionUse], splits: Collection[str]) -> list[str]:
-    """Return the labels of the runs that used a section as one of ``splits``, each once."""
+    """Return the labels of the runs that used a section in one of ``splits``, each once."""
     return list(dict.fromkeys(use.run for use in uses if use.split in splits))
 
 
 def _same_id(a: LineageSection, b: LineageSection) -> bool:
+    """Return whether two sections have the same id and, if both have fingerprints, the same dataset."""
     fingerprints = bool(a.picture and b.picture)
     return a.section_id == b.section_id and (a.dataset == b.dataset or not fingerprints)
 

@@ -28,7 +28,7 @@ def pcc_per_gene(measured_NG: np.ndarray, predicted_NG: np.ndarray) -> np.ndarra
     """
     if measured_NG.shape != predicted_NG.shape:
         raise ValueError(
-            f"pcc_per_gene: measured has shape {measured_NG.shape}, predicted {predicted_NG.shape}; they must be equal"
+            f"pcc_per_gene: measured has shape {measured_NG.shape}, predicted {predicted_NG.shape}; pass equal shapes"
         )
     columns = [slice(i, i + GENES_AT_ONCE) for i in range(0, measured_NG.shape[1], GENES_AT_ONCE)]
     parts = [_pcc(measured_NG[:, part], predicted_NG[:, part]) for part in columns]
@@ -36,6 +36,7 @@ def pcc_per_gene(measured_NG: np.ndarray, predicted_NG: np.ndarray) -> np.ndarra
 
 
 def _pcc(measured_NG: np.ndarray, predicted_NG: np.ndarray) -> np.ndarray:
+    """Return the PCC of each column, float64 (G,); NaN where either side is constant."""
     # One memory layout; otherwise the order of the sum, and so the last digit, depends on how columns were selected.
     a, b = np.ascontiguousarray(measured_NG, np.float64), np.ascontiguousarray(predicted_NG, np.float64)
     scale_a, scale_b = np.sqrt((a * a).sum(0)), np.sqrt((b * b).sum(0))

@@ -1,7 +1,8 @@
 """Figures of measured and predicted expression, from the AnnData of :meth:`comtip_fast.Model.compare`.
 
-Each function returns a ``matplotlib.figure.Figure`` without a window, which notebooks display and ``savefig`` writes.
-The report of ``comtip evaluate`` uses the same functions.
+:func:`maps`, :func:`pcc_distribution`, :func:`calibration` and the ``draw_*`` functions return a
+``matplotlib.figure.Figure`` that is not attached to a window; notebooks display it, and ``savefig`` writes it. The report of
+``comtip evaluate`` uses the same functions.
 
 Shapes: N spots, G genes.
 """
@@ -28,7 +29,7 @@ RESIDUAL_LIMIT = 3.0
 """Residuals are drawn from minus to plus this many standard deviations."""
 MAX_LABEL = 80
 LEVELS = 10
-"""Bins of the calibration."""
+"""Number of groups of predictions in the calibration."""
 
 
 def maps(adata: ad.AnnData, genes: str | Sequence[str]) -> Figure:
@@ -68,7 +69,9 @@ def maps(adata: ad.AnnData, genes: str | Sequence[str]) -> Figure:
 
 
 def pcc_distribution(adata: ad.AnnData) -> Figure:
-    """Draw the distribution of the PCC over the measured genes, with its mean and its best, median and worst gene.
+    """Draw a histogram of the PCC of the measured genes, and mark the mean and the best, median and worst gene.
+
+    An undefined PCC counts as 0.
 
     Parameters
     ----------
@@ -164,7 +167,7 @@ def calibration_table(measured_NG: np.ndarray, predicted_NG: np.ndarray, levels:
     Raises
     ------
     ValueError
-        The shapes differ, or there is no value.
+        The shapes differ, or the arrays are empty.
     """
     measured, predicted = np.asarray(measured_NG, np.float64), np.asarray(predicted_NG, np.float64)
     if measured.shape != predicted.shape or not measured.size:
@@ -185,7 +188,7 @@ def calibration_table(measured_NG: np.ndarray, predicted_NG: np.ndarray, levels:
 def calibration_slope(measured_NG: np.ndarray, predicted_NG: np.ndarray) -> np.ndarray:
     """Return the slope of measured on predicted expression of each gene over N spots, float64 (G,).
 
-    It is 1 if a difference between two predicted spots is as large as the measured one, below 1 if predictions vary too
+    The slope is 1 if differences between predicted spots are as large as measured ones, below 1 if predictions vary too
     much, above 1 if they vary too little, and NaN where the prediction is constant.
     """
     m, p = np.asarray(measured_NG, np.float64), np.asarray(predicted_NG, np.float64)
@@ -225,7 +228,7 @@ def draw_maps(
     image
         RGB (H, W, 3), uint8.
     spots_N2
-        Positions in px of the image.
+        Spot centres (N, 2), x and y in px of the image.
     spot_px, mpp
         Diameter of a spot in px of the image, and um per px of the image.
     genes
@@ -268,7 +271,7 @@ def draw_maps(
 
 
 def draw_histogram(pcc_G: np.ndarray, null_DG: np.ndarray, title: str) -> Figure:
-    """Draw histograms of the PCC per gene, for the model (G,) and for the null (draws, G); undefined counts as 0."""
+    """Draw histograms of the PCC per gene, for the model (G,) and the null (draws, G); an undefined PCC counts as 0."""
     figure = Figure(figsize=(5.4, 2.5), layout="constrained")
     axis = figure.subplots()
     bins = np.linspace(-0.6, 1, 49)
@@ -289,22 +292,23 @@ def draw_histogram(pcc_G: np.ndarray, null_DG: np.ndarray, title: str) -> Figure
 
 
 def plain(text: str) -> str:
-    """Return a text from a file for a figure: at most :data:`MAX_LABEL` characters, all printable.
+    """Return ``text`` for use in a figure: at most :data:`MAX_LABEL` characters, with ``?`` for unprintable ones.
 
-    Use it with ``parse_math=False``: matplotlib reads ``$`` as the start of a formula, and lays out a text of any length.
+    Texts from files can have any length and content. Also pass ``parse_math=False`` to matplotlib, which otherwise reads
+    ``$`` as the start of a formula.
     """
     text = "".join(c if c.isprintable() else "?" for c in text[: MAX_LABEL + 1])
     return text if len(text) <= MAX_LABEL else text[: MAX_LABEL - 1] + "…"
 
 
 def scale_length(width_um: float) -> int:
-    """Return a round length in um, at most a third of the image's width."""
+    """Return a round length in um for a scale bar, at most a third of the image's width and at least 1."""
     steps = [n * 10**k for k in range(5) for n in (1, 2, 5)]
     return max((s for s in steps if s <= width_um / 3), default=1)
 
 
 def style_axis(axis: Axes, title: str, x: str, y: str) -> None:
-    """Set title and labels in the style of the report."""
+    """Set the title and axis labels, and apply the style of the report."""
     axis.set_title(plain(title), fontsize=9, color=INK, loc="left", parse_math=False)
     axis.set_xlabel(x, fontsize=8, color=INK)
     axis.set_ylabel(y, fontsize=8, color=INK)
@@ -323,6 +327,7 @@ def colour_table(name: str, n: int = 17) -> list[list[int]]:
 def _draw_spots(
     axis: Axes, spots: np.ndarray, size: float, values: np.ndarray, limits: tuple[float, float], colours: str
 ) -> EllipseCollection:
+    """Draw spots as circles of diameter ``size`` (px of the image), coloured by ``values``."""
     options: dict[str, Any] = {"units": "x", "offsets": spots, "offset_transform": axis.transData, "linewidths": 0}
     marks = EllipseCollection(size, size, 0, array=values, cmap=colours, clim=limits, **options)
     axis.add_collection(marks)
@@ -330,6 +335,7 @@ def _draw_spots(
 
 
 def _scale_bar(axis: Axes, mpp: float, extent: tuple[float, float, float, float]) -> None:
+    """Draw a scale bar with its length in um at the lower left of ``extent`` (left, right, top, bottom)."""
     left, right, top, bottom = extent
     um = scale_length((right - left) * mpp)
     length = um / mpp
@@ -342,17 +348,19 @@ def _scale_bar(axis: Axes, mpp: float, extent: tuple[float, float, float, float]
 
 
 def _measured_genes(adata: ad.AnnData) -> list[str]:
+    """Return the names of the genes that the section measured; raise ValueError if there are none."""
     _check_layers(adata)
     known = np.isfinite(np.asarray(adata.layers[LAYER_MEASURED_CP10K])).all(0)
     if not known.any():
-        raise ValueError("the AnnData has no measured gene; compare with genes that the section measured")
+        raise ValueError("the AnnData has no measured gene; pass genes that the section measured to Model.compare")
     return [str(g) for g in adata.var_names[known]]
 
 
 def _check_layers(adata: ad.AnnData) -> None:
+    """Raise ValueError if the layer of predicted or of measured expression is missing."""
     missing = [layer for layer in (LAYER_CP10K, LAYER_MEASURED_CP10K) if layer not in adata.layers]
     if missing:
-        raise ValueError(f"the AnnData has no layer {missing[0]!r}; give the result of Model.compare")
+        raise ValueError(f"the AnnData has no layer {missing[0]!r}; pass the result of Model.compare")
 
 
 def _layers(adata: ad.AnnData, genes: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -360,12 +368,14 @@ def _layers(adata: ad.AnnData, genes: Sequence[str]) -> tuple[np.ndarray, np.nda
     _check_layers(adata)
     unknown = [g for g in genes if g not in adata.var_names]
     if unknown:
-        raise ValueError(f"gene {unknown[0]!r} is not in the AnnData; give names of adata.var_names")
+        raise ValueError(f"gene {unknown[0]!r} is not in the AnnData; choose genes from adata.var_names")
     columns = [adata.var_names.get_loc(g) for g in genes]
     measured = np.asarray(adata.layers[LAYER_MEASURED_CP10K], np.float64)[:, columns]
     if not np.isfinite(measured).all():
         bad = genes[int(np.flatnonzero(~np.isfinite(measured).all(0))[0])]
-        raise ValueError(f"gene {bad!r} was not measured in this section; choose genes with var['measured']")
+        raise ValueError(
+            f"gene {bad!r} was not measured in this section; choose genes for which adata.var['measured'] is true"
+        )
     return measured, np.asarray(adata.layers[LAYER_CP10K], np.float64)[:, columns]
 
 
@@ -374,7 +384,7 @@ def _picture(adata: ad.AnnData) -> tuple[np.ndarray, float, float, float]:
     libraries = adata.uns.get("spatial", {})
     if "spatial" not in adata.obsm or not libraries:
         raise ValueError(
-            "the AnnData has no positions or image (obsm['spatial'], uns['spatial']); give a section with both"
+            "the AnnData has no positions or no image (obsm['spatial'], uns['spatial']); pass the result for a section with both"
         )
     library = next(iter(libraries.values()))
     image, factors = library["images"]["hires"], library["scalefactors"]

@@ -1,4 +1,4 @@
-"""Pretraining from a config."""
+"""Pretraining from a config file: :func:`pretrain`, which ``comtip pretrain`` calls on every rank."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def pretrain(
     resume: bool = False,
     device: str = "auto",
 ) -> FitResult:
-    """Train a model and export its best weights.
+    """Train a model and export the weights with the best validation score, or the last weights without validation.
 
     Parameters
     ----------
@@ -50,10 +50,11 @@ def pretrain(
     start_from
         An export or finished run whose weights initialize all tensors with equal names and shapes.
     resume
-        Continue from the newest valid checkpoint in ``out``, or start if there is none.
+        Continue from the newest valid checkpoint in ``out``, or start from step 0 if there is none. By default, a folder that
+        holds a run is refused.
     device
-        ``cpu`` or ``cuda``, instead of ``train.device`` of the config; ``auto`` keeps the config's, whose default is a GPU if
-        there is one.
+        ``cpu`` or ``cuda``, which replaces ``train.device`` of the config; ``auto`` keeps the value of the config, by default
+        a GPU if there is one.
 
     Returns
     -------
@@ -63,9 +64,9 @@ def pretrain(
     Raises
     ------
     ValueError, FileNotFoundError
-        The config, the shard set or the run folder cannot be used.
+        The config, the shard set or the run folder cannot be used, or training stopped at non-finite steps.
     comtip_fast.training.distributed.failures.RestartError
-        A rank was lost or a disk is full; a new process can continue with ``resume``.
+        A rank was lost or a disk is full; once the cause is removed, a new process can continue with ``resume``.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Build shard sets from Python with typed section facts. This module does not import torch."""
+"""Functions that open sources and build shard sets with typed section facts. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def build_shards(
     progress
         Show a progress bar on a terminal.
     on_error
-        ``skip`` leaves out a section that cannot be built and reports it; ``stop`` raises.
+        ``skip`` leaves out a section that cannot be built and reports it; ``stop`` (default) raises the error.
     **settings
         Further keywords of :func:`comtip_shards.builder.build_shards`, e.g. ``tile_px``, ``splits``, ``jobs``.
 
@@ -133,7 +133,9 @@ def open_each(
 
     Returns
     -------
-    The sections, and ``{name: reason}`` of rows of a study that cannot be opened; empty with ``on_error="stop"``.
+    sources, failed
+        The sections, and ``{name: reason}`` of the rows of a study that cannot be opened; empty with ``on_error="stop"``
+        and with ``samples``.
     """
     options = stated_options(facts, pooling, counts)
     opener = _opener(where, cache, tile_um, progress)
@@ -161,7 +163,7 @@ def plan_build(
     cache: Path | None = None,
     tile_um: float | None = None,
 ) -> list[SectionPlan]:
-    """Return the plan of a build for each section, from headers; parameters as in :func:`build_shards`."""
+    """Return what a build would do with each section, by reading headers only; parameters as in :func:`build_shards`."""
     options = stated_options(facts, pooling, counts)
     if is_study(source):
         _check_study(source, fmt)
@@ -181,13 +183,18 @@ def plan_build(
 
 
 def _check_study(source: str | Path, fmt: str) -> None:
+    """Raise SourceError if a format is stated for the table of a study, whose rows have formats of their own."""
     if fmt != "auto":
-        raise SourceError(f"`fmt` has no effect for the table {source}; state the format in a column format")
+        raise SourceError(
+            f"`fmt` {fmt} has no effect on the table {source}; leave it out, and name formats in a column 'format' of the table"
+        )
 
 
 def _opener(
     where: Mapping[str, Collection[str]] | None, cache: Path | None, tile_um: float | None, progress: bool
 ) -> Opener:
+    """Return a function that opens one source with the given selection, cache and default of ``pixels``."""
+
     def open_one(path: str, samples: Sequence[str] | None, fmt: str, options: SourceOptions) -> list[SectionSource]:
         if is_url(path) and options.facts.pixels is None:
             # HEST patches are a tenth of the size of whole-slide images, but only HEST_PATCH_UM wide.
@@ -201,7 +208,7 @@ def _opener(
 
 
 def stated_options(facts: Facts, pooling: PoolingOptions | None, counts: CountOptions | None) -> SourceOptions:
-    """Return checked options for the readers of sources.
+    """Merge facts and options, check them, and return them in the form that readers of sources take.
 
     Raises
     ------
@@ -225,9 +232,10 @@ def _merged(one: _T, other: _T | None) -> _T:
 
 
 def shards_of_run(run: Path, configured: str) -> str:
-    """Find the shard set of a run: at the configured path, in the run folder, or relative to it or a folder above it.
+    """Return the path of a run's shard set, searched at the configured path and near the run folder.
 
-    A relative path in a config is relative to the folder in which training was started, often a parent of the run
+    The set is searched at ``configured``, under the same name in ``run``, and relative to ``run`` and the folders above it. A
+    relative path in a config is relative to the folder in which training was started, which is often a parent of the run
     folder.
 
     Parameters

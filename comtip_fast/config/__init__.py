@@ -1,1 +1,1 @@
-"""Typed settings: dataclasses (``schema``), reading and writing of config files (``io``)."""
+"""Settings of a run: typed dataclasses (``schema``), and reading and writing of config files (``io``)."""

@@ -1,4 +1,4 @@
-"""Types of settings with their bounds, shared by the modules of settings."""
+"""Number types with bounds for the fields of settings, which pydantic checks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read strict YAML config files into dataclasses, and write them; errors for unknown keys suggest a similar key."""
+"""Reading, validation and writing of config files: strict YAML; errors for unknown keys suggest a similar key."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Build a dict; raise for a duplicate key, of which PyYAML would keep the last."""
+        """Return the mapping as a dict; raise for a duplicate key, of which PyYAML would keep the last value."""
         seen: set[str] = set()
         for key, _ in node.value:
             name = str(key.value)
@@ -93,13 +93,14 @@ def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> RunCo
     Raises
     ------
     ConfigError
-        The file cannot be read, or has an unknown key, a wrong type or an invalid combination of values.
+        The file cannot be read, an override is not ``key=value``, or there is an unknown key, a wrong type, a value out of
+        bounds or an invalid combination of values.
     """
     where = "defaults" if path is None else str(path)
     data: dict[str, Any] = {}
     if path is not None:
         if not Path(path).is_file():
-            raise ConfigError(f"{path}: no such file; see configs/ for examples")
+            raise ConfigError(f"{path}: no such file; check the path (configs/ of the repository has examples)")
         try:
             read = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
         except UnicodeDecodeError as error:
@@ -110,7 +111,7 @@ def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> RunCo
             raise ConfigError(f"{path}: not YAML: {_yaml_problem(error)}; correct this line") from error
         if read is not None and not isinstance(read, dict):
             raise ConfigError(
-                f"{path}: expected keys and values, found {type(read).__name__}; see configs/ for examples"
+                f"{path}: expected keys and values, found {type(read).__name__}; write lines such as `train: {{steps: 100}}`"
             )
         data = read or {}
     for item in overrides:
@@ -128,12 +129,13 @@ def config_from_dict(data: Mapping[str, Any], where: str) -> RunConfig:
     data
         Values by key; missing keys take their defaults.
     where
-        Origin of the values, for errors.
+        Origin of the values, for error messages.
 
     Raises
     ------
     ConfigError
-        The version is not supported, or there is an unknown key, a wrong type or an invalid combination of values.
+        The version is not supported, or there is an unknown key, a wrong type, a value out of bounds or an invalid
+        combination of values.
     """
     data = _with_current_names(_without_empty_groups(data))
     version = data.get("version", CONFIG_VERSION)
@@ -154,7 +156,7 @@ def config_to_dict(config: RunConfig) -> dict[str, Any]:
 
 
 def dump_config(config: RunConfig) -> str:
-    """Return the config as YAML with all keys; :func:`load_config` reads back an equal config."""
+    """Return the config as YAML with all keys, from which :func:`load_config` reads an equal config."""
     return yaml.dump(config_to_dict(config), Dumper=_Dumper, sort_keys=False)
 
 
@@ -170,9 +172,10 @@ def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _override(data: dict[str, Any], item: str) -> None:
+    """Set the value of an override ``a.b=value`` in nested dicts."""
     key, equals, text = item.partition("=")
     if not equals or not key.strip():
-        raise ConfigError(f"override {item!r}: write KEY=VALUE, e.g. train.steps=100")
+        raise ConfigError(f"override {item!r}: not of the form KEY=VALUE; write it as in train.steps=100")
     *path, last = key.strip().split(".")
     for part in path:
         if data.get(part) is None:
@@ -186,28 +189,30 @@ def _override(data: dict[str, Any], item: str) -> None:
 
 
 def _scalar(text: str) -> Any:
+    """Return the value of an override, parsed as YAML."""
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(
-            f"override: {text!r} is not a YAML value: {_yaml_problem(error)}; quote text in YAML"
+            f"override: {text!r} is not a YAML value: {_yaml_problem(error)}; put text in YAML quotes, as in name='\"a: b\"'"
         ) from error
 
 
 def _yaml_problem(error: Exception) -> str:
-    """Return the problem and its position in one line."""
+    """Return the problem of a YAML error and its position, on one line."""
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
     position = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
     return f"{problem or str(error).splitlines()[0]}{position}"
 
 
 def _groups(cls: type) -> dict[str, type | None]:
-    """Return ``{key: class of the group, or None for a value}`` of a dataclass."""
+    """Return ``{key: class of its group of keys, or None for a value}`` of a dataclass."""
     hints = get_type_hints(cls)
     return {f.name: hints[f.name] if is_dataclass(hints[f.name]) else None for f in fields(cls)}
 
 
 def _refuse_unknown(data: Mapping[str, Any], cls: type, prefix: str, where: str) -> None:
+    """Raise ConfigError for a key that the group does not have, and for a group that is given a value."""
     groups = _groups(cls)
     for key, value in data.items():
         if key not in groups:
@@ -223,7 +228,7 @@ def _refuse_unknown(data: Mapping[str, Any], cls: type, prefix: str, where: str)
 
 
 def _nearest(key: str, groups: Mapping[str, Any], prefix: str) -> str:
-    """Return the most similar key of this group or, if there is none, of the full config."""
+    """Return the most similar key of the group ``groups`` or, if none is similar, of all groups."""
     here = difflib.get_close_matches(key, list(groups), n=1, cutoff=0.6)
     if here:
         return prefix + here[0]
@@ -233,13 +238,13 @@ def _nearest(key: str, groups: Mapping[str, Any], prefix: str) -> str:
 
 
 def _without_empty_groups(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Drop empty groups: if all lines under ``optim:`` are commented out, YAML reads null."""
+    """Return ``data`` without empty groups, which YAML reads as null, e.g. if all lines under ``optim:`` are comments."""
     groups = _groups(RunConfig)
     return {k: v for k, v in data.items() if v is not None or groups.get(k) is None}
 
 
 def _with_current_names(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Move the values of renamed keys; if both names are given, :func:`_refuse_unknown` rejects the old one."""
+    """Return ``data`` with renamed keys; if both names are given, :func:`_refuse_unknown` rejects the old one."""
     out = {k: dict(v) if isinstance(v, Mapping) else v for k, v in data.items()}
     for old, new in RENAMED.items():
         (group, old_key), (new_group, new_key) = old.split("."), new.split(".")
@@ -251,6 +256,7 @@ def _with_current_names(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tuples_to_lists(value: Any) -> Any:
+    """Return nested dicts in which tuples are lists."""
     if isinstance(value, dict):
         return {k: _tuples_to_lists(v) for k, v in value.items()}
     return list(value) if isinstance(value, tuple) else value
@@ -262,7 +268,7 @@ def validate(config: RunConfig, where: str = "config") -> None:
     Raises
     ------
     ConfigError
-        A value is invalid; the message names the key and what it must be.
+        A value or a combination of values is invalid; the message names the key and what it must be.
     """
     _build(config_to_dict(config), where)
     for holds, message in (
@@ -276,7 +282,7 @@ def validate(config: RunConfig, where: str = "config") -> None:
 
 
 def _build(data: Mapping[str, Any], where: str) -> RunConfig:
-    """Check types and bounds; return the config."""
+    """Return the config after a check of types and bounds."""
     try:
         # Strict: "5" and true are not numbers. Passed as JSON, because strict Python input must be dataclass instances.
         return _ADAPTER.validate_json(json.dumps(data), strict=True)
@@ -290,13 +296,17 @@ def _build(data: Mapping[str, Any], where: str) -> RunConfig:
 
 
 Rule = tuple[bool, str]
+"""Whether the config keeps a rule, and the message if it does not."""
 
 
 def _data_rules(c: RunConfig) -> list[Rule]:
     d, slots = c.data, c.data.slots or 1
     return [
-        (d.batch_size % slots == 0, "data.batch_size: must be a multiple of data.slots"),
-        ((d.sections_per_batch or 0) % slots == 0, "data.sections_per_batch: must be null or a multiple of data.slots"),
+        (d.batch_size % slots == 0, f"data.batch_size: {d.batch_size}; must be a multiple of data.slots ({slots})"),
+        (
+            (d.sections_per_batch or 0) % slots == 0,
+            f"data.sections_per_batch: {d.sections_per_batch}; must be null or a multiple of data.slots ({slots})",
+        ),
     ]
 
 
@@ -304,13 +314,19 @@ def _model_rules(c: RunConfig) -> list[Rule]:
     v, t, genes = c.vision, c.text, c.genes
     return [
         (genes.held_out_every != 1, "genes.held_out_every: 1 would hold out every gene; use 0 or at least 2"),
-        (c.panel.min_genes <= c.panel.max_genes, "panel.max_genes: must not be below panel.min_genes"),
-        (v.width % v.heads == 0, "vision.heads: must divide vision.width"),
+        (
+            c.panel.min_genes <= c.panel.max_genes,
+            f"panel.max_genes: {c.panel.max_genes}; must not be below panel.min_genes ({c.panel.min_genes})",
+        ),
+        (v.width % v.heads == 0, f"vision.heads: {v.heads}; must divide vision.width ({v.width})"),
         (
             v.backbone != "small" or v.vit == VitConfig(),
-            "vision.vit: applies to timm backbones; with backbone=small set vision.width, depth, heads and patch_px",
+            (
+                "vision.vit: applies to timm backbones only; with vision.backbone=small set vision.width, vision.depth, "
+                "vision.heads and vision.patch_px instead"
+            ),
         ),
-        (t.width % t.heads == 0, "text.heads: must divide text.width"),
+        (t.width % t.heads == 0, f"text.heads: {t.heads}; must divide text.width ({t.width})"),
     ]
 
 
@@ -318,8 +334,14 @@ def _training_rules(c: RunConfig) -> list[Rule]:
     weights = (c.loss.nce, c.loss.mfm, c.loss.pair, c.loss.level)
     trace = c.watch.trace
     return [
-        (any(weights), "loss: all weights are 0, so there is nothing to learn; set at least one above 0"),
-        (trace is None or 1 <= trace[0] <= trace[1], "watch.trace: first and last step, from 1, e.g. [20, 25]"),
+        (
+            any(weights),
+            "loss: all weights are 0, so there is nothing to learn; set loss.nce, loss.mfm, loss.pair or loss.level above 0",
+        ),
+        (
+            trace is None or 1 <= trace[0] <= trace[1],
+            f"watch.trace: {trace}; give a first step from 1 and a last step that is not lower, e.g. [20, 25]",
+        ),
     ]
 
 
@@ -330,17 +352,38 @@ def _engine_rules(c: RunConfig) -> list[Rule]:
     on_state, on_parameters = e.offload_optimizer, e.offload_param
     thaws = any(last for _, last in c.optim.freeze)
     return [
-        (not offloads or e.kind == "deepspeed", "engine.offload_*: needs engine.kind=deepspeed"),
-        (on_state == "none" or e.zero_stage >= 1, "engine.offload_optimizer: needs engine.zero_stage 1 to 3"),
-        (on_parameters == "none" or e.zero_stage == 3, "engine.offload_param: needs engine.zero_stage=3"),
-        (on_state != "nvme" or e.zero_stage == 3, "engine.offload_optimizer=nvme: needs engine.zero_stage=3"),
+        (
+            not offloads or e.kind == "deepspeed",
+            (
+                f"engine.offload_optimizer={on_state}, engine.offload_param={on_parameters}: offloading needs "
+                f"engine.kind=deepspeed, not {e.kind}; set both to none or change the engine"
+            ),
+        ),
+        (
+            on_state == "none" or e.zero_stage >= 1,
+            f"engine.offload_optimizer={on_state}: needs engine.zero_stage 1 to 3, not {e.zero_stage}",
+        ),
+        (
+            on_parameters == "none" or e.zero_stage == 3,
+            f"engine.offload_param={on_parameters}: needs engine.zero_stage=3, not {e.zero_stage}",
+        ),
+        (
+            on_state != "nvme" or e.zero_stage == 3,
+            f"engine.offload_optimizer=nvme: needs engine.zero_stage=3, not {e.zero_stage}; or set it to cpu",
+        ),
         (
             not thaws or e.kind != "deepspeed",
-            "optim.freeze: a last frozen step needs engine.kind auto, ddp or single; with deepspeed freeze for all steps (0)",
+            (
+                "optim.freeze: DeepSpeed cannot freeze parameters up to a step; give 0 (all steps) as the last frozen step, or set "
+                "engine.kind to auto, ddp or single"
+            ),
         ),
         (
             c.optim.ema is None or e.kind != "deepspeed" or e.zero_stage < 3,
             "optim.ema: no rank holds all weights with ZeRO 3; use engine.zero_stage 0 to 2, or another engine",
         ),
-        (not nvme or e.nvme_path != "", "engine.nvme_path: must name a folder on the NVMe drive"),
+        (
+            not nvme or e.nvme_path != "",
+            "engine.nvme_path: empty; offloading to nvme needs a folder on a local NVMe drive",
+        ),
     ]

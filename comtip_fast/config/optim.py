@@ -1,4 +1,4 @@
-"""Settings of the optimizer: rates, decay, and which parameters are trained when."""
+"""Settings of the optimizer: learning rates, weight decay, gradient clipping, weight averaging and frozen parameters."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class VisionPartConfig:
     weight_decay: PositiveOrZero | None = None
     """Weight decay; ``null`` is ``optim.weight_decay``."""
     layer_decay: LayerDecay = 1.0
-    """Factor on the learning rate per block, from the last to the first (timm's layer decay); 1 disables it."""
+    """Factor on the learning rate from each block to the one before it (timm's layer decay); 1 disables it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +41,9 @@ class SpikeConfig:
     """Reaction to a spike: a step whose gradient norm exceeds a factor of the median norm of the last 64 steps."""
 
     policy: Literal["none", "skip", "clip"] = "none"
-    """``skip`` leaves the weights unchanged and counts the step for ``train.max_skips``; ``clip`` clips the gradients to the limit
-    (and to ``clip``, if that is lower). Spikes are counted, logged, and listed with their spots in ``spikes.jsonl``."""
+    """``none`` takes the step; ``skip`` leaves the weights unchanged and counts the step towards ``train.max_skips``; ``clip``
+    clips the gradients to the limit (and to ``optim.clip``, if that is lower). With ``skip`` and ``clip``, spikes are counted,
+    logged, and listed with their spots in ``spikes.jsonl``."""
     factor: SpikeFactor = 5.0
     """Factor on the median of the norms before clipping; applied once 20 norms are known."""
 
@@ -60,15 +61,15 @@ class OptimConfig:
     warmup_steps: CountOrZero = 50
     """Steps of linear warm-up."""
     final_lr: Share = 0.02
-    """Learning rate at the last step, as a share of the peak."""
+    """Learning rate at the last step, as a share of ``optim.lr``."""
     clip: PositiveOrZero = 1.0
     """Maximum global gradient norm; 0 disables clipping."""
     spike: SpikeConfig = field(default_factory=SpikeConfig)
     """Reaction to spikes of the gradient norm."""
     ema: OpenShare | None = None
     """Decay per step of a moving average of the trained weights, e.g. 0.999; ``null`` keeps none. Validation, early stopping and
-    the export then use the average instead of the weights of the last step. It needs as much memory as the trained weights. In
-    step s, the decay is at most (1 + s) / (10 + s). Not with ZeRO 3."""
+    the export then use the average instead of the weights of the last step. The average needs as much memory as the trained
+    weights. In step s, the decay is at most (1 + s) / (10 + s). Not available with ZeRO 3."""
     vision: VisionPartConfig = field(default_factory=VisionPartConfig)
     """The image encoder (``vision.*``)."""
     text: PartConfig = field(default_factory=PartConfig)
@@ -76,6 +77,6 @@ class OptimConfig:
     heads: PartConfig = field(default_factory=PartConfig)
     """All other parameters: projections, pooling, pair head, temperatures and mask feature generator."""
     freeze: tuple[tuple[Pattern, CountOrZero], ...] = ()
-    """Parameters that are not trained: pairs of a name and the last step for which it is frozen, 0 for all steps, e.g.
-    ``[[vision, 500], ["vision.blocks.[0-5]", 0]]``. A name is that of a module or parameter and may contain ``*``, ``?``
-    and ``[...]``. Frozen parameters have no optimizer state. With DeepSpeed, all steps only."""
+    """Frozen parameters: pairs of the name of a module or parameter, which may contain ``*``, ``?`` and ``[...]``, and the last
+    step for which it is frozen (0: all steps), e.g. ``[[vision, 500], ["vision.blocks.[0-5]", 0]]``. Frozen parameters have no
+    optimizer state. With DeepSpeed, parameters can be frozen for all steps only."""

@@ -24,7 +24,7 @@ line (`--set optim.lr=3e-4`). This page is generated from `comtip_fast/config/` 
 
 
 def field_docstrings(cls: type) -> dict[str, str]:
-    """Return the docstring below each field of a dataclass, on one line."""
+    """Return ``{field: its docstring on one line}`` of a dataclass, from the source of its module."""
     tree = ast.parse(inspect.getsource(sys.modules[cls.__module__]))
     body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == cls.__name__)
     found = {}
@@ -37,7 +37,7 @@ def field_docstrings(cls: type) -> dict[str, str]:
 
 
 def describe_type(hint: Any) -> tuple[str, str]:
-    """Return the type and the bounds of a field's annotation as text."""
+    """Return the type and the bounds of a field's annotation as two texts; the second is empty without bounds."""
     if hint is type(None):
         return "null", ""
     bounds: list[str] = []
@@ -59,6 +59,7 @@ def describe_type(hint: Any) -> tuple[str, str]:
 
 
 def _bound(item: Any) -> str:
+    """Return a bound as text; empty for metadata that is not a bound."""
     signs = {annotated_types.Ge: ("ge", "≥"), annotated_types.Gt: ("gt", ">")}
     signs |= {annotated_types.Le: ("le", "≤"), annotated_types.Lt: ("lt", "<")}
     for kind, (name, sign) in signs.items():
@@ -68,11 +69,12 @@ def _bound(item: Any) -> str:
 
 
 def page() -> str:
-    """Return the page as Markdown."""
+    """Return the settings page as Markdown."""
     return HEAD + "".join(_group(RunConfig, "")).replace("``", "`")
 
 
 def _group(cls: type, prefix: str) -> list[str]:
+    """Return the Markdown of a group of keys and of the groups below it."""
     hints, texts = get_type_hints(cls, include_extras=True), field_docstrings(cls)
     rows, below = [], []
     for item in fields(cls):
@@ -88,6 +90,7 @@ def _group(cls: type, prefix: str) -> list[str]:
 
 
 def _value(value: Any) -> str:
+    """Return a default value as Markdown."""
     if value is None:
         return "`null`"
     if isinstance(value, tuple):
@@ -98,7 +101,7 @@ def _value(value: Any) -> str:
 
 
 def main() -> None:
-    """Write the page."""
+    """Write the settings page to the path that is the first command-line argument."""
     Path(sys.argv[1]).write_text(page(), encoding="utf-8")
 
 

@@ -12,18 +12,18 @@ from comtip_fast.config.bounds import Count, CountOrZero, OpenShare, Positive, P
 
 @dataclass(frozen=True, kw_only=True)
 class VitConfig:
-    """Differences of a timm backbone from the model that ``vision.backbone`` names; ``null`` keeps the model's own value."""
+    """Changes to the timm model that ``vision.backbone`` names; ``null`` keeps the value of the model."""
 
     patch_px: Count | None = None
-    """Side of a patch in pixels."""
+    """Width and height of a patch in px."""
     width: Count | None = None
     """d, embedding width."""
     depth: Count | None = None
-    """Transformer blocks."""
+    """Number of transformer blocks."""
     heads: Count | None = None
-    """Attention heads."""
+    """Number of attention heads."""
     mlp_ratio: Positive | None = None
-    """Hidden width of the MLP as a multiple of ``width``; for SwiGLU, of gate and value together."""
+    """Hidden width of the MLP as a multiple of ``width``; for SwiGLU, the width of gate and value together."""
     mlp: Literal["mlp", "swiglu"] | None = None
     """``mlp``: two layers with GELU; ``swiglu``: gate and value in one layer, with SiLU (timm's ``SwiGLUPacked``)."""
     init_values: PositiveOrZero | None = None
@@ -38,14 +38,14 @@ class VitConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Low-rank adaptation of the image encoder (extra ``lora``); its own weights are then frozen, and exports are merged."""
+    """Low-rank adaptation of the image encoder (extra ``lora``): its own weights are frozen; exports contain the merged weights."""
 
     rank: CountOrZero = 0
     """Rank of the adapters; 0 trains without adapters."""
     alpha: Positive = 16.0
-    """Scale of an adapter: its product is multiplied by ``alpha / rank``."""
+    """Scale of an adapter: its output is multiplied by ``alpha / rank``."""
     layers: tuple[Literal["qkv", "proj", "fc1", "fc2"], ...] = ("qkv", "proj")
-    """Linear layers of each block that get an adapter: of attention (``qkv``, ``proj``) and of the MLP (``fc1``, ``fc2``)."""
+    """Linear layers of each block with an adapter: ``qkv`` and ``proj`` of attention, ``fc1`` and ``fc2`` of the MLP."""
 
 
 Channels = tuple[float, float, float]
@@ -54,7 +54,7 @@ PositiveChannels = tuple[Positive, Positive, Positive]
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """The image encoder E and the masked branch."""
+    """The image encoder E and its masked branch."""
 
     backbone: Annotated[str, Field(min_length=1)] = "small"
     """``small``, or the name of a timm Vision Transformer (``vit_base_patch32_224``)."""
@@ -64,27 +64,27 @@ class VisionConfig:
     vit: VitConfig = field(default_factory=VitConfig)
     """Architecture of a timm backbone where it differs from the named model."""
     pixel_mean: Channels | None = None
-    """Mean of R, G and B (in 0 to 1) that is subtracted from tiles. ``null``: the ``config.json`` next to the file of
-    ``pretrained``, timm's value for ``hub``, otherwise ImageNet's."""
+    """Mean of R, G and B (in 0 to 1) that is subtracted from tiles. ``null`` takes it from the ``config.json`` next to the file
+    of ``pretrained``, from timm for ``hub``, and otherwise ImageNet's."""
     pixel_std: PositiveChannels | None = None
-    """Spread of R, G and B by which tiles are divided; ``null`` as for ``pixel_mean``."""
+    """Standard deviation of R, G and B (of values in 0 to 1) by which tiles are divided; ``null`` as for ``pixel_mean``."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Low-rank adapters of the encoder."""
     stem: Literal["pixels", "efficientnet_lite0"] = "pixels"
     """Patch embedding of ``small``: a linear map of the pixels, or frozen EfficientNet features."""
     patch_px: Count = 32
-    """Side of a patch in pixels (``small`` only)."""
+    """Width and height of a patch in px (``small`` only)."""
     width: Count = 192
     """d, embedding width of the image encoder (``small`` only)."""
     depth: Count = 3
-    """Transformer blocks (``small`` only)."""
+    """Number of transformer blocks (``small`` only)."""
     heads: Count = 4
-    """Attention heads of ``small`` and of the mask feature generator."""
+    """Number of attention heads of ``small`` and of the mask feature generator."""
     mask_ratio: OpenShare = 0.5
     """r, share of patches hidden from the masked branch; ``loss.mfm=0`` disables masking."""
     target: Literal["self", "ema"] = "self"
     """Source of the target features: the encoder itself (detached) or its exponential moving average."""
     ema_decay: Share = 0.996
-    """Decay of the moving average."""
+    """Decay per step of the moving average (``target=ema``)."""
     distance: Literal["smooth_l1", "mse", "cosine"] = "smooth_l1"
     """Distance between predicted and target features."""

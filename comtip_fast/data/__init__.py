@@ -1,1 +1,1 @@
-"""From shard records to batches: genes, levels, step panel, views, loaders."""
+"""Data of training and prediction: batches from shard records (genes, levels, step panel, views, loaders), and sections."""

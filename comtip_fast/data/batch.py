@@ -1,4 +1,4 @@
-"""The batch of a training step; every loader returns the same batches."""
+"""The batch of a training step, the same from every loader."""
 
 from __future__ import annotations
 
@@ -13,30 +13,28 @@ from torch import Tensor
 
 @dataclass
 class Batch:
-    """B spots and the step panel of G genes; with several ranks, the b spots of this rank.
-
-    ``tiles`` is None if ``features`` holds the output of a frozen stem for them.
-    """
+    """B spots and the step panel of G genes; with several ranks, the spots of this rank."""
 
     tiles: Tensor | None
-    """uint8 (B, 3, S, S)."""
+    """uint8 (B, 3, S, S), views of the tiles; None if ``features`` is given."""
     features: Tensor | None
-    """float (B, P, c), features of the tiles from a frozen stem."""
+    """float (B, P, c), features of the tiles from a frozen stem; None without one."""
     panel: Tensor
-    """int32 (G,), rows of the gene table."""
+    """int32 (G,), indices into the trained genes."""
     levels: Tensor
-    """uint8 (B, G)."""
+    """uint8 (B, G), expression levels."""
     measured: Tensor
     """bool (B, G): whether the spot's section measured the gene."""
     section: Tensor
-    """int32 (B,), section number of each spot."""
+    """int32 (B,), index of each spot's section."""
     spot_index: Tensor
-    """int64 (B,)."""
+    """int64 (B,), index of each spot in the shard set."""
     step: int
+    """Optimizer step, from 1."""
     global_size: int = 0
     """Number of spots in the global batch; 0 if this batch is the global batch."""
     panel_host: np.ndarray | None = None
-    """The panel in host memory, for sizes that depend on it; None if they must be read from the device."""
+    """The panel in host memory, from which sizes are computed; None if sizes must be read from the device."""
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch with every tensor on ``device``."""
@@ -45,16 +43,16 @@ class Batch:
         return Batch(**moved)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors by name."""
+        """Return the tensors by field name."""
         return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Batch:
-        """Return the batch with its tensors replaced, e.g. by copies on a device; fields that are None stay None."""
+        """Return a copy with the tensors replaced, e.g. by copies on a device; fields that are None stay None."""
         changed: dict[str, Any] = {name: tensors[name] for name in self.tensors()}
         return replace(self, **changed)
 
     def select(self, rows: slice) -> Batch:
-        """Return a subset of the spots, with the same panel."""
+        """Return the batch of a subset of the spots, with the same panel."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         for name in ("tiles", "features", "levels", "measured", "section", "spot_index"):
             values[name] = None if values[name] is None else values[name][rows]

@@ -1,4 +1,4 @@
-"""Write a section, a prediction or an embedding as SpatialData, or as a folder in Space Ranger's layout."""
+"""Conversion of a section, a prediction or an embedding to SpatialData, or to a folder in Space Ranger's layout."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from comtip_fast.data.sections import read_h5ad, section_template, split_spec
 
 log = logging.getLogger("comtip_fast")
 REGION, IMAGE, TABLE, MICRONS = "spots", "hires", "table", "micrometre"
-"""Names of the elements, and of the coordinate system in um; ``global`` is in px of the full-resolution image."""
+"""Names of the SpatialData elements, and of the coordinate system in um; ``global`` is in px of the full-resolution image."""
 REGION_KEY, INSTANCE_KEY = "region", "spot"
 MATRIX = "filtered_feature_bc_matrix.h5"
 
@@ -37,13 +37,15 @@ def read_section(spec: str | Path) -> ad.AnnData:
     Parameters
     ----------
     spec
-        An ``.h5ad`` of ``comtip predict`` or ``comtip embed``, or any other with ``obsm["spatial"]``; or ``SET:SECTION`` of a
-        shard set, with raw counts in ``X``.
+        An ``.h5ad`` with ``obsm["spatial"]``, e.g. of ``comtip predict`` or ``comtip embed``, or ``SET:SECTION`` of a shard set,
+        whose raw counts are read into ``X``.
 
     Raises
     ------
     SourceError
-        The section does not exist, or has no positions.
+        The set has no such section, the file cannot be read, or there are no positions.
+    FileNotFoundError
+        The path does not exist.
     """
     path, section_id = split_spec(str(spec))
     if (path / "manifest.json").is_file():
@@ -57,6 +59,7 @@ def read_section(spec: str | Path) -> ad.AnnData:
 
 
 def _from_shards(shards: ShardSet, section_id: str) -> ad.AnnData:
+    """Return a section of a shard set with the raw counts of its measured genes."""
     template, spots, number = section_template(shards, section_id)
     measured = np.flatnonzero(shards.measured(number))
     genes = [shards.genes[i] for i in measured]
@@ -71,11 +74,13 @@ def _from_shards(shards: ShardSet, section_id: str) -> ad.AnnData:
 
 
 def _library(data: ad.AnnData) -> tuple[str, np.ndarray, Mapping[str, float]] | None:
-    """Return (name, image, scale factors) of the only library with a hires image, None without an image."""
+    """Return (name, image, scale factors) of the only library with a hires image, or None if there is no image."""
     spatial = data.uns.get("spatial", {})
     names = [n for n in library_names(spatial) if IMAGE in spatial[n].get("images", {})]
     if len(names) > 1:
-        raise SourceError(f"the AnnData holds {len(names)} sections ({', '.join(names[:3])}); subset it to one")
+        raise SourceError(
+            f"the AnnData holds {len(names)} sections ({', '.join(names[:3])}); keep one section and its library"
+        )
     if not names:
         return None
     return names[0], np.asarray(spatial[names[0]]["images"][IMAGE]), spatial[names[0]].get("scalefactors", {})
@@ -85,12 +90,12 @@ def to_spatialdata(data: ad.AnnData) -> Any:
     """Return a section, prediction or embedding as SpatialData.
 
     Spots are circles in px of the full-resolution image, the image is scaled to these px, and the table annotates the
-    circles. If the scale is known, the coordinate system ``micrometre`` is in um.
+    circles. If the scale is known, there is also a coordinate system ``micrometre`` in um.
 
     Parameters
     ----------
     data
-        With ``obsm["spatial"]`` and, if there is an image, ``uns["spatial"]``, as ``comtip predict`` writes it.
+        AnnData with ``obsm["spatial"]`` and, if there is an image, ``uns["spatial"]``, as ``comtip predict`` writes it.
 
     Returns
     -------
@@ -108,7 +113,9 @@ def to_spatialdata(data: ad.AnnData) -> Any:
     try:
         spatialdata = import_module("spatialdata")
     except ImportError as error:
-        raise SourceError("SpatialData needs an optional dependency: pip install 'comtip-fast[spatialdata]'") from error
+        raise SourceError(
+            "the package spatialdata is not installed; run pip install 'comtip-fast[spatialdata]'"
+        ) from error
     models, transformations = import_module("spatialdata.models"), import_module("spatialdata.transformations")
     library = _library(data)
     factors: Mapping[str, float] = {} if library is None else library[2]
@@ -139,14 +146,14 @@ def to_spatialdata(data: ad.AnnData) -> Any:
 
 
 def write_spatialdata(data: ad.AnnData, target: Path) -> None:
-    """Write :func:`to_spatialdata` to a folder, next to its target, and rename it.
+    """Write the result of :func:`to_spatialdata` to a temporary folder next to ``target`` and rename it.
 
     Raises
     ------
     SourceError
         As :func:`to_spatialdata`.
     OSError
-        The folder exists, or cannot be written.
+        ``target`` exists or cannot be written.
     """
     store = to_spatialdata(data)
     with atomic_folder(target) as tmp_path, warnings.catch_warnings():
@@ -160,31 +167,33 @@ def write_space_ranger(data: ad.AnnData, target: Path) -> None:
     Parameters
     ----------
     data
-        A section with expression and an image. Predicted values are written as they are, float32; spot names must be unique.
+        A section with expression and an image, and unique spot names. Predicted values are written unchanged, as float32.
     target
-        The folder: ``filtered_feature_bc_matrix.h5`` and ``spatial/``.
+        Folder to write, with ``filtered_feature_bc_matrix.h5`` and ``spatial/``.
 
     Raises
     ------
     SourceError
-        There is no expression, no image, names are not unique, or a spot has no array position.
+        There is no expression or no image, spot names are not unique or begin as a formula, or a spot has no array position.
     OSError
-        The folder exists, or cannot be written.
+        ``target`` exists or cannot be written.
     """
     library = _library(data)
     if not data.n_vars or data.X is None:
         raise SourceError(
-            "the section has no expression, which a folder of Space Ranger needs; write a .zarr (SpatialData)"
+            "the section has no expression, which a Space Ranger folder needs; write a .zarr (SpatialData) instead"
         )
     if library is None:
-        raise SourceError("the section has no image, which a folder of Space Ranger needs; write a .zarr (SpatialData)")
+        raise SourceError(
+            "the section has no image, which a Space Ranger folder needs; write a .zarr (SpatialData) instead"
+        )
     if not data.obs_names.is_unique:
         raise SourceError("spot names are not unique; make them unique (obs_names_make_unique)")
     formulas = [name for name in data.obs_names.astype(str) if is_formula(name)]
-    if formulas:  # an apostrophe in front, as in other tables, would name another spot than the matrix
+    if formulas:  # with an apostrophe in front, as in other tables, the name would differ from that in the matrix
         raise SourceError(
-            f"the spot name {shown(formulas[0])} begins as a formula of a spreadsheet, in which tissue_positions.csv may be "
-            "opened; rename the spots, or write a .zarr (SpatialData)"
+            f"the spot name {shown(formulas[0])} would be evaluated as a formula if tissue_positions.csv is opened in a "
+            "spreadsheet; rename the spots, or write a .zarr (SpatialData)"
         )
     name, image, factors = library
     for note in array_notes(data):
@@ -202,7 +211,7 @@ def write_space_ranger(data: ad.AnnData, target: Path) -> None:
 
 
 def _write_matrix(data: ad.AnnData, name: str, path: Path) -> None:
-    """Write expression in the layout of Cell Ranger 3: features x barcodes, compressed by barcode."""
+    """Write expression in the h5 layout of Cell Ranger 3: features x barcodes, compressed by barcode."""
     matrix = sparse.csr_matrix(data.X)
     matrix.eliminate_zeros()
     counts = np.issubdtype(matrix.dtype, np.integer) or bool((matrix.data == np.rint(matrix.data)).all())
@@ -223,6 +232,7 @@ def _write_matrix(data: ad.AnnData, name: str, path: Path) -> None:
 
 
 def _positions(data: ad.AnnData) -> pd.DataFrame:
+    """Return the table ``tissue_positions.csv`` of Space Ranger."""
     xy = np.asarray(data.obsm["spatial"], np.float64)
     table = pd.DataFrame({"barcode": data.obs_names.astype(str), "in_tissue": 1})
     for name in ("array_row", "array_col"):
@@ -233,13 +243,21 @@ def _positions(data: ad.AnnData) -> pd.DataFrame:
 
 
 def array_notes(data: ad.AnnData) -> list[str]:
-    """Return the properties of an array that is not Visium's which files of Space Ranger cannot hold."""
+    """Return a warning for each property of the array positions that a Space Ranger folder cannot represent.
+
+    Raises
+    ------
+    SourceError
+        ``array_row`` or ``array_col`` of a spot has no value.
+    """
     names = ("array_row", "array_col")
     if not all(name in data.obs for name in names):
         return ["obs has no array_row and array_col: spots are numbered instead, so use pixel positions for neighbours"]
     given = data.obs[list(names)].to_numpy(float)
     if not np.isfinite(given).all():
-        raise SourceError("array_row or array_col of a spot has no value; remove these columns, or give whole numbers")
+        raise SourceError(
+            "array_row or array_col of a spot has no value; remove these columns of obs, or set whole numbers"
+        )
     whole, notes = np.rint(given), []
     if np.abs(whole - given).max(initial=0) > 1e-6:
         notes.append("array_row and array_col are fractions and were rounded; pixel positions are exact")
@@ -247,13 +265,13 @@ def array_notes(data: ad.AnnData) -> list[str]:
         notes.append("several spots have the same array_row and array_col; use pixel positions for neighbours")
     elif (whole.sum(1) % 2 != 0).any():  # Visium numbers columns of even rows 0, 2, ... and of odd rows 1, 3, ...
         notes.append(
-            "the array is not Visium's hexagonal one; set coord_type='generic' in squidpy.gr.spatial_neighbors"
+            "the array is not hexagonal as on Visium slides; set coord_type='generic' in squidpy.gr.spatial_neighbors"
         )
     return notes
 
 
 def _uint8(image: np.ndarray) -> np.ndarray:
-    """Return an image as uint8 RGB; floating-point values are in [0, 1]."""
+    """Return an image as uint8 RGB; floating-point values are expected in [0, 1]."""
     values = image[..., :3]
     if values.dtype == np.uint8:
         return values
@@ -262,5 +280,5 @@ def _uint8(image: np.ndarray) -> np.ndarray:
 
 
 def provenance(data: ad.AnnData) -> str:
-    """Return the kind of the AnnData: prediction, embedding or section."""
+    """Return the kind of an AnnData: ``prediction``, ``embedding`` or ``section``."""
     return "prediction" if UNS in data.uns and data.n_vars else "embedding" if UNS in data.uns else "section"

@@ -1,4 +1,4 @@
-"""The tile that a config expects, compared with that of the shard set."""
+"""Check that the tiles of a shard set are those that a config expects."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ log = logging.getLogger("comtip_fast")
 
 
 def check_expected_tile(config: RunConfig, shards: ShardSet) -> None:
-    """Check the tile of a shard set before training.
+    """Compare the tiles of a shard set with ``data.tile_px`` and ``data.tile_um`` before training.
 
-    Without ``data.tile_px``, a backbone of another tile size, such as ``vit_base_patch32_224``, gives a warning: the model
-    is built, but sees other patches than it was designed for.
+    Without ``data.tile_px``, a warning is logged if the name of the backbone states another tile size, as
+    ``vit_base_patch32_224`` does: the model can be built, but patches have another scale than it was designed for.
 
     Raises
     ------
     ValueError
-        The set has other tiles than ``data.tile_px`` or ``data.tile_um``; the message names both and the fix.
+        The tiles differ from ``data.tile_px`` or ``data.tile_um``; the message states both tiles and the fix.
     """
     tile, data = shards.manifest.tile, config.data
     px, um = data.tile_px or tile.px, data.tile_um or tile.um
@@ -34,7 +34,7 @@ def check_expected_tile(config: RunConfig, shards: ShardSet) -> None:
         ]
         raise ValueError(
             f"{shards.path}: tiles of {tile.um:g} um in {tile.px} px, but the config states {' '.join(keys)}; build the set "
-            f"again with `tile_um={um:g}` `tile_px={px}`, or train on this one with "
+            f"again with `tile_um={um:g}` `tile_px={px}`, or train on this set with "
             f"`data.tile_px={tile.px}` `data.tile_um={tile.um:g}`"
         )
     native = re.search(r"_(\d{3})$", config.vision.backbone)

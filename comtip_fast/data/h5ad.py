@@ -1,4 +1,4 @@
-"""Write AnnData files atomically: an earlier file is kept until the new one is complete, also if the disk is full."""
+"""Atomic writing of AnnData files: an earlier file is kept until the new one is complete, also if the disk is full."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from comtip_shards.storage.atomic import atomic_path
 
 @dataclass(frozen=True)
 class MatrixRows:
-    """A dense float32 matrix that is written in blocks of rows, so that it is never in memory as a whole."""
+    """A dense float32 matrix that is written in blocks of rows, so that memory never holds all of it."""
 
     shape: tuple[int, int]
     blocks: Callable[[], Iterator[tuple[slice, np.ndarray]]]
-    """Returns an iterator over consecutive rows and their values."""
+    """Returns an iterator over (slice of consecutive rows, values)."""
 
     def write(self, file: h5py.File, key: str) -> None:
-        """Write the matrix as AnnData stores an array."""
+        """Write the matrix to ``key`` in AnnData's encoding of an array."""
         stored = file.create_dataset(key, self.shape, np.float32)
         stored.attrs["encoding-type"], stored.attrs["encoding-version"] = "array", "0.2.0"
         for rows, values in self.blocks():
@@ -32,14 +32,14 @@ class MatrixRows:
 
 
 def write_h5ad(data: ad.AnnData, target: Path, matrices: Mapping[str, MatrixRows] | None = None) -> None:
-    """Write an .h5ad next to its target and rename it.
+    """Write an ``.h5ad`` file to a temporary path next to ``target`` and rename it.
 
     Parameters
     ----------
     data
-        The AnnData.
+        The AnnData to write.
     target
-        The file.
+        Path of the file; an existing file is replaced.
     matrices
         Matrices to write in blocks, by their key in the file, e.g. ``X`` or ``layers/log1p_raw``; they replace those of
         ``data``.
@@ -47,7 +47,7 @@ def write_h5ad(data: ad.AnnData, target: Path, matrices: Mapping[str, MatrixRows
     Raises
     ------
     OSError
-        The disk is full or fails. The message names the target, which is unchanged.
+        The disk is full or fails. The message names ``target``, which is unchanged.
     """
     with atomic_path(target) as tmp_path, tmp_path.open("r+b", buffering=0) as raw:
         file = _DiskFile(raw)
@@ -64,10 +64,10 @@ def write_h5ad(data: ad.AnnData, target: Path, matrices: Mapping[str, MatrixRows
 
 
 class _DiskFile:
-    """File for h5py that keeps the first error of a write instead of raising it.
+    """File for h5py that stores the first error of a write in :attr:`error` instead of raising it.
 
     The HDF5 library can crash the process if a write fails while it closes a file. Failed writes are therefore reported
-    to it as successful, and the caller checks :attr:`error` afterwards.
+    to the library as successful, and the caller checks :attr:`error` afterwards.
     """
 
     def __init__(self, raw: io.FileIO) -> None:
@@ -75,7 +75,7 @@ class _DiskFile:
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
-        """Write all of the data."""
+        """Write all data, or skip them after an error; return their size in bytes."""
         view = memoryview(data).cast("B")
         if self.error is not None:
             self._raw.seek(len(view), os.SEEK_CUR)
@@ -90,7 +90,7 @@ class _DiskFile:
         return len(view)
 
     def readinto(self, buffer: Any) -> int:
-        """Read; zeros where nothing could be written."""
+        """Fill the buffer, with zeros where nothing could be written."""
         view = memoryview(buffer).cast("B")
         done = 0
         while done < len(view):
@@ -102,13 +102,13 @@ class _DiskFile:
         return len(view)
 
     def read(self, size: int) -> bytes:
-        """Read as :meth:`readinto` does."""
+        """Read ``size`` bytes as :meth:`readinto` does."""
         buffer = bytearray(size)
         self.readinto(buffer)
         return bytes(buffer)
 
     def truncate(self, size: int | None = None) -> int:
-        """Set the size."""
+        """Set the size of the file."""
         try:
             return self._raw.truncate(size)
         except OSError as error:

@@ -1,4 +1,4 @@
-"""Measured counts of a SECTION by gene key, in the spot order of :func:`comtip_fast.data.sections.open_section`."""
+"""Measured counts of a SECTION by gene key; spots are in the order of :func:`comtip_fast.data.sections.open_section`."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ class MeasuredCounts:
     counts: sparse.csr_matrix
     """int32 (N, G)."""
     keys: list[str]
+    """Keys of the G genes."""
 
     def select(self, keys: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Return the columns of those ``keys`` that are measured, and their indices in ``keys``: int64 (n,) each."""
+        """Return, for the n ``keys`` that are measured, their columns and their indices in ``keys``: int64 (n,) each."""
         row = {key: i for i, key in enumerate(self.keys)}
         found = np.array([i for i, key in enumerate(keys) if key in row], np.int64)
         return np.array([row[keys[i]] for i in found], np.int64), found
@@ -50,7 +51,7 @@ def measured_counts(spec: str | Path | ad.AnnData, species: str, options: Source
     Raises
     ------
     SourceError
-        There are no raw counts, or no gene identifier belongs to the species.
+        The section does not exist or has no raw counts, or no gene identifier belongs to the species.
     """
     if isinstance(spec, ad.AnnData):
         return _of_anndata(spec, Path("the AnnData"), species, options)
@@ -79,6 +80,7 @@ def _of_anndata(data: ad.AnnData, where: Path, species: str, options: SourceOpti
 
 
 def _mapped(counts: sparse.csr_matrix, ids: list[str], symbols: list[str], species: str, where: str) -> MeasuredCounts:
+    """Return the counts by gene key, summed over columns of the same gene."""
     genes = map_genes(ids, species, symbols=symbols if any(symbols) else ())
     if not genes.keys:
         raise SourceError(f"{where}: none of {len(ids)} gene columns is a {species} gene; set `species`")

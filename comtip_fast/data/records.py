@@ -1,4 +1,4 @@
-"""Read and decode the records of a batch; damaged records are reported by their index in the batch."""
+"""Reading and decoding of the records of a batch; damaged records are reported by their index in the batch."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class EncodedSpots:
     """Records of b spots as stored in their shards."""
 
     spots: np.ndarray
-    """int64 (b,)."""
+    """int64 (b,), indices of the spots."""
     tiles: list[bytes]
-    """Encoded tiles; empty bytes for a damaged record."""
+    """Encoded tiles; empty for a damaged record."""
     exprs: list[bytes]
-    """``.expr`` members; an empty list if counts are not read."""
+    """``.expr`` members, the encoded counts; an empty list if counts are not read."""
     csr: Csr | None
-    """Decoded counts; None until every record has been decoded."""
+    """Decoded counts; None until all records have been decoded."""
     faults: dict[int, ShardError]
     """Errors of the damaged records, by index in the batch."""
 
@@ -42,7 +42,7 @@ class DecodedSpots:
 
     @property
     def spots(self) -> np.ndarray:
-        """int64 (b,)."""
+        """int64 (b,), indices of the spots."""
         return self.encoded.spots
 
     @property
@@ -56,7 +56,7 @@ class DecodedSpots:
             raise self.faults[min(self.faults)]
 
     def replace(self, index: int, spare: DecodedSpots) -> bool:
-        """Replace a damaged record by the only record of ``spare``; return False if that one is damaged too."""
+        """Replace the damaged record ``index`` by the only record of ``spare``; return False if the spare is damaged too."""
         if spare.faults:
             return False
         self.replaced[int(self.spots[index])] = self.faults.pop(index)
@@ -74,14 +74,14 @@ class SpotReader:
     shards
         The shard set.
     with_counts
-        Also read the counts.
+        Whether counts are read too.
     """
 
     def __init__(self, shards: ShardSet, *, with_counts: bool) -> None:
         self.shards, self.with_counts = shards, with_counts
 
     def fetch(self, spots: np.ndarray) -> EncodedSpots:
-        """Read records without decoding their tiles; counts are decoded, which also validates them."""
+        """Read records without decoding their tiles; counts are decoded and thereby validated."""
         encoded = EncodedSpots(np.array(spots, np.int64), [], [], None, {})
         if self.with_counts:
             try:
@@ -100,7 +100,7 @@ class SpotReader:
         return self.decode(self.fetch(spots))
 
     def decode(self, encoded: EncodedSpots) -> DecodedSpots:
-        """Decode tiles; a tile of the wrong size becomes a fault before its pixels are decoded."""
+        """Decode tiles; a tile that cannot be decoded or has a wrong size becomes a fault."""
         tile = self.shards.manifest.tile
         out = np.empty((encoded.spots.size, tile.px, tile.px, 3), np.uint8)
         for i, data in enumerate(encoded.tiles):
@@ -113,13 +113,13 @@ class SpotReader:
         return DecodedSpots(encoded, out)
 
     def csr(self, encoded: EncodedSpots) -> Csr:
-        """Return the counts; every record must be readable."""
+        """Return the counts of all records, which must be readable."""
         if encoded.csr is None:
             encoded.csr = self._decode_exprs(encoded.exprs, encoded.spots)
         return encoded.csr
 
     def counts(self, spots: np.ndarray) -> tuple[sparse.csr_matrix, dict[int, ShardError]]:
-        """Return the raw counts of the readable records, int32 CSR, and the faults by index in ``spots``."""
+        """Return the raw counts of the readable records, int32 CSR (n, genes), and the faults by index in ``spots``."""
         encoded = EncodedSpots(np.array(spots, np.int64), [], [], None, {})
         self._fetch_counts(encoded)
         encoded.exprs = [e for i, e in enumerate(encoded.exprs) if i not in encoded.faults]
@@ -128,6 +128,8 @@ class SpotReader:
         return sparse.csr_matrix((counts, rows, indptr), shape=shape, dtype=np.int32), encoded.faults
 
     def _fetch_counts(self, encoded: EncodedSpots) -> None:
+        """Read and decode the counts of the spots, and record a fault for each damaged record."""
+
         def read(spots: np.ndarray) -> list[bytes]:
             exprs = self.shards.members(spots, "expr")
             csr = self._decode_exprs(exprs, spots)
@@ -142,7 +144,7 @@ class SpotReader:
 
 
 def _read_members(encoded: EncodedSpots, read: Callable[[np.ndarray], list[bytes]]) -> list[bytes]:
-    """Read all members in one call; if that fails, read them one by one and record a fault for each damaged one."""
+    """Read all members in one call; if it fails, read them one by one and record a fault for each damaged member."""
     try:
         return read(encoded.spots)
     except ShardError:

@@ -1,8 +1,8 @@
-"""Open a SECTION as tiles: a section of a shard set, a source folder, or an AnnData with an image.
+"""Opening of a SECTION as tiles: a section of a shard set, a source, or an AnnData with an image.
 
 A SECTION is ``SHARDS_DIR:section_id``, ``SOURCE`` or ``SOURCE:section_id`` (anything that ``comtip shards build``
 reads), or a path to an ``.h5ad``. Tiles always have the model's physical size and resolution, so that a model cannot
-distinguish sections by either.
+distinguish sections by size or resolution.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from comtip_fast.data.tile_sources import ShardTiles, SlideTiles, TileGeometry, 
 
 OVERVIEW_PX = 1024
 MPP_RANGE = (0.05, 50.0)
-"""um per px of an image that tiles are cut from."""
+"""Plausible um per px of an image that tiles are cut from."""
 RECORDED_FACTS = ("tissue", "donor", "platform", "licence", "attribution")
-"""Facts that change no tile, recorded in ``uns["comtip"]`` of the result."""
+"""Facts that do not affect tiles and are recorded in ``uns["comtip"]`` of the result."""
 
 
 @dataclass
@@ -48,17 +48,17 @@ class SectionTiles:
     species: str
     tiles: TileSource
     template: ad.AnnData
-    """The AnnData to add results to: obs (names, positions, labels), ``obsm["spatial"]`` and the image."""
+    """AnnData to which results are added: obs (names, array positions, labels), ``obsm["spatial"]`` and the image."""
     stored_stain: StainStats | None = None
-    """Stain statistics that the source states."""
+    """Stain statistics that a shard set states; None otherwise."""
     stated: SectionFacts = field(default_factory=SectionFacts)
-    """Facts that the caller stated and that describe the section without changing its tiles."""
+    """Facts of :data:`RECORDED_FACTS` that the caller stated."""
     mpp: float = float("nan")
     """um per px of the positions in ``template.obsm["spatial"]``."""
 
     @cached_property
     def stain(self) -> StainStats:
-        """Stain statistics of the section; computed in one pass over its tiles if the source does not state them."""
+        """Stain statistics of the section: those of the shard set, or computed in one pass over the tiles."""
         if self.stored_stain is not None:
             return self.stored_stain
         return stain_stats(tile for chunk in self.tiles.chunks() for tile in chunk.tiles_NSS3)
@@ -70,12 +70,12 @@ def open_section(
     overrides: SourceOptions | Mapping[str, Any] | None = None,
     fmt: str = "auto",
 ) -> SectionTiles:
-    """Open a SECTION.
+    """Open a SECTION as tiles.
 
     Parameters
     ----------
     spec
-        A SECTION as in the module docstring, or an AnnData.
+        A SECTION (see the module docstring), or an AnnData with positions and an image.
     tile
         Tile geometry of the model.
     overrides
@@ -88,7 +88,8 @@ def open_section(
     FileNotFoundError
         The path does not exist.
     SourceError
-        The source cannot be read, lacks metadata, or has tiles of another geometry.
+        The source cannot be read, lacks metadata, has several sections, or has tiles of another geometry, or a stated fact or
+        format has no effect.
     ShardError
         A record of the shard set is damaged.
     """
@@ -124,18 +125,18 @@ def open_section(
 
 
 def recorded_facts(options: SourceOptions) -> SectionFacts:
-    """Return the stated facts that change no tile, to record in the result."""
+    """Return those of the stated facts that are recorded in the result (:data:`RECORDED_FACTS`)."""
     return SectionFacts(**{name: getattr(options.facts, name) for name in RECORDED_FACTS})
 
 
 def _refuse_format(fmt: str, what: str, own: str = "") -> None:
-    """Raise SourceError for a format stated with an input whose format is known."""
+    """Raise SourceError if a format other than ``own`` is stated for an input whose format is known."""
     if fmt not in ("auto", own):
         raise SourceError(f"`fmt` {fmt} has no effect here: {what}, whose format is known; leave it out")
 
 
 def _refuse_options(options: SourceOptions, where: str) -> None:
-    """Raise SourceError for facts about a section of a shard set, whose manifest has them."""
+    """Raise SourceError if facts are stated for a section of a shard set, because its manifest states them."""
     if options.stated():
         raise SourceError(
             f"{where}: {', '.join(f'`{name}`' for name in options.stated())} has no effect here: a shard set states the facts of its "
@@ -161,7 +162,7 @@ def read_h5ad(path: Path | str) -> ad.AnnData:
 
 
 def read_annotation(path: Path) -> ad.AnnData:
-    """Read an AnnData file without its matrices (X, layers, raw, obsp, varp), which prediction does not need.
+    """Read an AnnData file without its matrices (X, layers, raw, varm, obsp, varp), which prediction does not need.
 
     Raises
     ------
@@ -186,7 +187,7 @@ def read_annotation(path: Path) -> ad.AnnData:
 
 
 def split_spec(spec: str) -> tuple[Path, str]:
-    """Return (path, section id) of ``PATH:section_id``; the id is empty if the string is a path.
+    """Split ``PATH:section_id`` into path and section id; the id is empty if ``spec`` is a path.
 
     Raises
     ------
@@ -204,11 +205,12 @@ def split_spec(spec: str) -> tuple[Path, str]:
 
 
 def _from_shards(shards: ShardSet, section_id: str, tile: TileGeometry) -> SectionTiles:
+    """Return the tiles of a section of a shard set, whose tiles must have the model's geometry."""
     own = shards.manifest.tile
     if (own.px, own.um, own.min_mpp) != (tile.px, tile.um, tile.min_mpp):
         raise SourceError(
             f"{shards.path}: tiles of {own.um:g} um in {own.px} px at {own.min_mpp:g} um/px, but the model reads "
-            f"{tile.um:g} um in {tile.px} px at {tile.min_mpp:g} um/px; build shards with `tile_um={tile.um:g}` "
+            f"{tile.um:g} um in {tile.px} px at {tile.min_mpp:g} um/px; build the set with `tile_um={tile.um:g}` "
             f"`tile_px={tile.px}` `min_mpp={tile.min_mpp:g}`"
         )
     template, spots, number = section_template(shards, section_id)
@@ -219,7 +221,7 @@ def _from_shards(shards: ShardSet, section_id: str, tile: TileGeometry) -> Secti
 
 
 def section_template(shards: ShardSet, section_id: str) -> tuple[ad.AnnData, np.ndarray, int]:
-    """Return a section of a shard set without expression: positions and overview; its spots, int64 (N,), and its number.
+    """Return a section of a shard set as an AnnData without expression, its spots, int64 (N,), and its index in the set.
 
     Raises
     ------
@@ -228,7 +230,7 @@ def section_template(shards: ShardSet, section_id: str) -> tuple[ad.AnnData, np.
     """
     ids = [s.section_id for s in shards.manifest.sections]
     if section_id not in ids:
-        raise SourceError(f"{shards.path} has no section {section_id!r}; it has: {', '.join(ids)}")
+        raise SourceError(f"{shards.path} has no section {section_id!r}; choose one of {', '.join(ids)}")
     number = ids.index(section_id)
     meta = shards.manifest.sections[number]
     spots = shards.source_order(number)
@@ -246,6 +248,7 @@ def section_template(shards: ShardSet, section_id: str) -> tuple[ad.AnnData, np.
 
 
 def _from_section(section: Section, tile: TileGeometry, stated: SectionFacts) -> SectionTiles:
+    """Return the tiles of a section of a source, cut from its slide."""
     meta = section.meta
     template = _template(section.spot_ids, section.xy, section.array_xy, section.labels, meta.section_id)
     with section.open_slide() as slide:
@@ -258,16 +261,18 @@ def _from_section(section: Section, tile: TileGeometry, stated: SectionFacts) ->
 def _from_anndata(
     data: ad.AnnData, where: str, tile: TileGeometry, options: SourceOptions, section_id: str = ""
 ) -> SectionTiles:
+    """Return the tiles of an AnnData, cut from its library's image or from a stated image."""
     check_options(options, ("image", "positions"), "an AnnData whose counts are not read")
     store = MemoryStore(data, Path(where))
     libraries = library_names(data.uns.get("spatial", {}))
     if section_id and section_id not in libraries:
         raise SourceError(
-            f"{where}: no section {section_id!r} in uns['spatial']; it has: {', '.join(libraries) or 'none'}"
+            f"{where}: no section {section_id!r} in uns['spatial'], which has {', '.join(libraries) or 'none'}; choose one, or "
+            "leave the section out"
         )
     if len(libraries) > 1:
         raise SourceError(
-            f"{where}: uns['spatial'] holds {len(libraries)} libraries ({', '.join(libraries)}); subset to one section first"
+            f"{where}: uns['spatial'] holds {len(libraries)} libraries ({', '.join(libraries)}); keep one section and its library"
         )
     own = data.uns.get("comtip", {})
     if own.get("species") and options.facts.species is None:
@@ -298,10 +303,12 @@ def _from_anndata(
 
 
 def _check_positions(xy: np.ndarray, mpp: float, slide: Slide, where: str) -> None:
-    """Raise for positions or a scale from which no tile can be cut."""
+    """Raise SourceError if positions are missing or outside of the image, or if the scale is not plausible."""
     lost = int((~np.isfinite(xy)).any(1).sum())
     if lost:
-        raise SourceError(f"{where}: {lost} of {len(xy)} spots have no position; remove them, or give them one")
+        raise SourceError(
+            f"{where}: {lost} of {len(xy)} spots have no position; remove these spots or set their positions"
+        )
     if not MPP_RANGE[0] <= mpp <= MPP_RANGE[1]:
         raise SourceError(
             f"{where}: {mpp:g} um per px of the image is not plausible ({MPP_RANGE[0]:g} to {MPP_RANGE[1]:g}); set `mpp`"
@@ -317,6 +324,7 @@ def _check_positions(xy: np.ndarray, mpp: float, slide: Slide, where: str) -> No
 def _template(
     spot_ids: list[str], xy: np.ndarray, array_xy: np.ndarray, labels: list[str], section_id: str
 ) -> ad.AnnData:
+    """Return an AnnData without expression: names, section, array positions and labels, and positions in px."""
     obs = pd.DataFrame(
         {"section_id": pd.Categorical([section_id] * len(spot_ids))}, index=pd.Index(spot_ids, dtype=object)
     )
@@ -335,7 +343,21 @@ def attach_image(
     small_mpp: float,
     spot_diameter_um: float,
 ) -> None:
-    """Store the overview image in ``uns["spatial"]``, where scanpy and squidpy read it."""
+    """Store an image and its scale factors in ``uns["spatial"]``, where scanpy and squidpy read them.
+
+    Parameters
+    ----------
+    template
+        AnnData of the section; changed in place.
+    section_id
+        Name of the library.
+    small, small_mpp
+        RGB image (H, W, 3), and its um per px.
+    mpp
+        um per px of the positions.
+    spot_diameter_um
+        Diameter of a spot in um.
+    """
     factors: dict[str, Any] = {
         "tissue_hires_scalef": mpp / small_mpp,
         "spot_diameter_fullres": spot_diameter_um / mpp,

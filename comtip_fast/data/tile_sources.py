@@ -16,7 +16,7 @@ from comtip_fast.data.loaders.prefetch import Prefetcher
 
 TILES_PER_CHUNK = 128
 CHUNKS_AHEAD = 2
-"""Maximum number of chunks that are read before the caller asks for them."""
+"""Largest number of chunks that are read ahead."""
 
 
 @dataclass(frozen=True)
@@ -24,15 +24,15 @@ class TileGeometry:
     """Size and resolution of a model's tiles."""
 
     px: int
-    """Side of a tile in pixels, S."""
+    """Width of a tile in px, S."""
     um: float
     """Width of a tile in um."""
     min_mpp: float
-    """Images with a higher resolution are first resampled to this many um per px."""
+    """um per px to which images of a higher resolution are resampled first."""
 
 
 class TileChunk(NamedTuple):
-    """Some tiles of a section."""
+    """A chunk of n tiles of a section."""
 
     rows: np.ndarray
     """int64 (n,), indices of the spots."""
@@ -41,10 +41,10 @@ class TileChunk(NamedTuple):
 
 
 class TileSource(ABC):
-    """Tiles of N spots; every call of :meth:`chunks` reads them again."""
+    """Tiles of N spots, which every call of :meth:`chunks` reads again."""
 
     tile_px: int
-    """Side of a tile in pixels, S."""
+    """Width of a tile in px, S."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -116,9 +116,9 @@ class SlideTiles(TileSource):
     Parameters
     ----------
     open_slide
-        Opens the slide; ``lambda: nullcontext(slide)`` uses a slide that is already open.
+        Returns a context that opens the slide; ``lambda: nullcontext(slide)`` uses a slide that is already open.
     xy_N2
-        Centres of the tiles, px of the slide.
+        Centres of the tiles (N, 2), x and y in px of the slide.
     mpp
         um per px of the slide.
     tile

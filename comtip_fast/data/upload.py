@@ -1,6 +1,6 @@
-"""One host-to-device copy per batch: its tensors are packed into one buffer of pinned host memory.
+"""Copies from host to device: the tensors of a batch are packed into one buffer of pinned memory and copied in one call.
 
-A copy from pageable memory blocks the host, and without packing there would be one copy per tensor.
+A copy from pageable memory would block the host, and without packing there would be one copy per tensor.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ALIGNMENT = 256
 
 @dataclass(frozen=True)
 class PackedTensors:
-    """Tensors in one buffer of host memory."""
+    """Tensors that are packed into one buffer of host memory."""
 
     buffer: Tensor
     """uint8 (bytes,)."""
@@ -48,7 +48,7 @@ class PackedTensors:
         return self.split(buffer.to(device, non_blocking=True))
 
     def split(self, buffer: Tensor) -> dict[str, Tensor]:
-        """Return views of a buffer of this layout, by name."""
+        """Return the tensors of a buffer with this layout, by name, as views."""
         out = {}
         for name, (offset, dtype, shape) in self.layout.items():
             n = torch.Size(shape).numel() * dtype.itemsize
@@ -57,12 +57,12 @@ class PackedTensors:
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor to ``device``; from the host to a GPU from pinned memory, without waiting for it."""
+    """Return a copy of a tensor on ``device``; a copy from the host to a GPU is asynchronous, from pinned memory."""
     if tensor.device.type != "cpu" or not can_pin(device):
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def can_pin(device: torch.device) -> bool:
-    """Return whether copies to ``device`` use pinned memory and this process may allocate it."""
+    """Return whether copies to ``device`` can use pinned memory, which worker processes must not allocate."""
     return device.type == "cuda" and torch.cuda.is_available() and get_worker_info() is None

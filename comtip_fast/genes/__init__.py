@@ -1,4 +1,4 @@
-"""Genes as text, tokens and vectors."""
+"""Representations of genes: text, tokens and vectors."""
 
 from comtip_fast.genes.text import gene_text
 from comtip_fast.genes.tokenizer import GENE_ID, PAD_ID, VALUE_ID, GeneTokenizer

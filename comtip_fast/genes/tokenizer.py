@@ -1,4 +1,4 @@
-"""Sub-word tokenizer of gene names: byte-level BPE from one versioned file that ships with the package.
+"""Sub-word tokenizer of gene names: byte-level BPE from a versioned file that is part of the package.
 
 Symbol and full name are encoded separately, so that truncation shortens the name before the symbol.
 """
@@ -19,17 +19,25 @@ FILE = "tokenizer_v1.json"
 
 
 class GeneTokenizer:
-    """Encodes symbols and names as token ids. Ids 0 to 2 are ``[PAD]``, ``[GENE]``, ``[VALUE]``; no name contains them."""
+    """Encodes symbols and names as token ids.
+
+    Ids 0 to 2 are ``[PAD]``, ``[GENE]`` and ``[VALUE]``; no text is encoded to them.
+
+    Parameters
+    ----------
+    text
+        Content of a tokenizer file of the library tokenizers (JSON).
+    """
 
     def __init__(self, text: str) -> None:
         self._tokenizer = Tokenizer.from_str(text)
         self.sha256 = hashlib.sha256(text.encode()).hexdigest()
-        """Hash of the tokenizer file; saved with every model."""
+        """SHA-256 of the tokenizer file; saved with every model."""
 
     @staticmethod
     @cache
     def load() -> GeneTokenizer:
-        """Load the file that ships with the package; cached per process."""
+        """Return the tokenizer of the package; loaded once per process."""
         return GeneTokenizer(files("comtip_fast.genes").joinpath(FILE).read_text(encoding="utf-8"))
 
     @property
@@ -38,10 +46,9 @@ class GeneTokenizer:
         return int(self._tokenizer.get_vocab_size())
 
     def encode(self, symbol: str, name: str, max_tokens: int) -> list[int]:
-        """Return at least one and at most ``max_tokens`` ids.
+        """Return the ids of the symbol followed by those of the full name, truncated at the end.
 
-        The ids are those of the symbol, followed by those of the name, truncated at the end. An empty symbol is
-        encoded as ``?``.
+        There are at least one and at most ``max_tokens`` ids. An empty symbol is encoded as ``?``.
 
         Raises
         ------
@@ -55,9 +62,10 @@ class GeneTokenizer:
         return (symbol_ids + name_ids)[:max_tokens]
 
     def tokens(self, ids: list[int]) -> list[str]:
-        """Return the text of each id."""
+        """Return the text of each token id."""
         return [self._tokenizer.decode([i]) for i in ids]
 
     def _ids(self, text: str) -> list[int]:
+        """Return the token ids of a text."""
         # Special tokens are not parsed from text: a gene named "[PAD]" is encoded as its characters.
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)

@@ -15,7 +15,7 @@ from comtip_fast.genes.tokenizer import GENE_ID, VALUE_ID, GeneTokenizer
 from comtip_fast.genes.vectors import GeneVectors
 
 _NAMES = 64
-"""Multiple to which the number of distinct name tokens is rounded up."""
+"""Multiple to which the number of distinct (token, position) pairs of names is rounded up."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,12 @@ class HostTokens:
     length_G: np.ndarray
 
     def take(self, rows: np.ndarray) -> HostTokens:
-        """Return the genes in ``rows``, padded to the longest of them."""
+        """Return the genes in ``rows``, padded to the longest of these genes."""
         length = self.length_G[rows]
         return HostTokens(self.ids_GT[rows, : int(length.max(initial=2))], length)
 
     def sizes(self, n_levels: int, vocabulary: int, sentences: slice) -> SentenceSizes:
-        """Return the sizes of a slice of the table's sentences, which are in gene-major order.
+        """Return the sizes that a slice of the sentence table, in gene-major order, has on the device.
 
         Parameters
         ----------
@@ -50,23 +50,23 @@ class HostTokens:
         name_GT = (slot_T > 0) & (slot_T < length[:, None] - 1)
         found = np.zeros((vocabulary, ids.shape[1]), bool)
         found[ids[name_GT], np.broadcast_to(slot_T, ids.shape)[name_GT]] = True
-        # Rounded up to limit the number of distinct sizes.
+        # Rounded up, so that few distinct sizes occur.
         names = -(-int(found.sum()) // _NAMES) * _NAMES
         return SentenceSizes(int((own * length).sum()), last - first, names, n_levels, vocabulary)
 
 
 @dataclass
 class GeneTokens:
-    """Tokens and identity rows of G genes."""
+    """Tokens, identity rows and vectors of G genes."""
 
     ids_GT: Tensor
-    """int64; ``[GENE]``, the tokens of the name, ``[VALUE]``, then padding."""
+    """int64 token ids: ``[GENE]``, the tokens of the name, ``[VALUE]``, then padding."""
     length_G: Tensor
-    """int64, number of tokens with ``[GENE]`` and ``[VALUE]``."""
+    """int64, number of tokens including ``[GENE]`` and ``[VALUE]``."""
     identity_G: Tensor
-    """int64, row of the identity table; 0 means no identity embedding is added."""
+    """int64, row of the identity table; 0 adds no identity embedding."""
     vector_GK: Tensor | None = None
-    """float32, gene vectors; a row of zeros means that the gene has none. None for a model without vectors."""
+    """float32 gene vectors; zeros for a gene without a vector. None for a model without gene vectors."""
     host: HostTokens | None = None
     """Ids and lengths in host memory; None if they have to be read from the device."""
 
@@ -78,7 +78,7 @@ class GeneTokens:
         )
 
     def rows(self, index: Tensor) -> GeneTokens:
-        """Return the genes in ``index``, int64, without a copy in host memory."""
+        """Return the genes in ``index``, int64, without :attr:`host`."""
         vector = None if self.vector_GK is None else self.vector_GK[index]
         return GeneTokens(self.ids_GT[index], self.length_G[index], self.identity_G[index], vector)
 
@@ -103,7 +103,8 @@ def gene_tokens(
     config
         ``max_tokens`` and ``full_name`` are read.
     vector_GK
-        Gene vectors, from :func:`vector_rows`. A gene with a vector and neither symbol nor name has no name tokens.
+        Gene vectors, from :func:`vector_rows`; None for none. A gene with a vector and neither symbol nor name has no name
+        tokens.
     """
     T = config.max_tokens + 2
     ids = np.zeros((len(names), T), np.int64)
@@ -125,7 +126,7 @@ def gene_tokens(
 
 
 def vector_rows(vectors: GeneVectors, keys: Sequence[str]) -> np.ndarray:
-    """Return the vectors of genes, float32 (G, K); a row of zeros for a gene without one."""
+    """Return the vectors of genes by key, float32 (G, K); a row of zeros for a gene without a vector."""
     index = np.array([vectors.row.get(k, -1) for k in keys], np.int64)
     out = np.zeros((len(keys), vectors.vector_GK.shape[1]), np.float32)
     out[index >= 0] = vectors.vector_GK[index[index >= 0]]
@@ -133,10 +134,10 @@ def vector_rows(vectors: GeneVectors, keys: Sequence[str]) -> np.ndarray:
 
 
 def drop_names_or_vectors(genes: GeneTokens, u_G: Tensor, config: TextConfig) -> GeneTokens:
-    """Drop the vector of some genes, the name of others, and the identity of both, to train the case of unseen genes.
+    """Drop the vectors of some genes, the names of others, and the identities of both, as unseen genes lack them.
 
-    A gene without a vector keeps its name and its identity. The result has no copy in host memory: which genes lose their
-    name is drawn on the device, and their sentences are shorter.
+    A gene without a vector keeps its name and identity. The result has no :attr:`GeneTokens.host`, because which names are
+    dropped, and therefore the lengths of sentences, is determined on the device.
 
     Parameters
     ----------
@@ -145,7 +146,8 @@ def drop_names_or_vectors(genes: GeneTokens, u_G: Tensor, config: TextConfig) ->
     u_G
         Uniform numbers in [0, 1).
     config
-        A gene loses its vector below ``vector_drop``, and its name from there to ``vector_drop + name_drop``.
+        The vector of a gene is dropped if its number is below ``vector_drop``, and its name if the number is from
+        ``vector_drop`` to ``vector_drop + name_drop``.
     """
     assert genes.vector_GK is not None
     has = (genes.vector_GK != 0).any(dim=1)
@@ -162,7 +164,7 @@ def drop_names_or_vectors(genes: GeneTokens, u_G: Tensor, config: TextConfig) ->
 
 
 def take_genes(genes: GeneTokens, rows: Tensor, host_rows: np.ndarray | None = None) -> GeneTokens:
-    """Return the genes in ``rows``, padded to the longest of them.
+    """Return the genes in ``rows``, padded to the longest of these genes.
 
     Parameters
     ----------
@@ -171,7 +173,7 @@ def take_genes(genes: GeneTokens, rows: Tensor, host_rows: np.ndarray | None = N
     rows
         int64 (G,), on the device of the tokens.
     host_rows
-        The same rows in host memory; without them the longest length is read from the device.
+        The same rows in host memory; None reads the longest length from the device.
     """
     length = genes.length_G[rows]
     vector = None if genes.vector_GK is None else genes.vector_GK[rows]

@@ -15,13 +15,13 @@ VOCABULARY = 4096
 
 
 def main() -> None:
-    """Train on symbols and names of all genes except pseudogenes, whose names repeat those of their parent genes."""
+    """Train the tokenizer on all genes except pseudogenes, whose names repeat those of their parent genes, and save it."""
     texts = []
     for row in GeneResource.load().rows:
         if row.kind != "pseudo":
             texts += [gene_text(row.symbol, ""), " " + gene_text("", row.name)]
     tokenizer = Tokenizer(models.BPE())
-    # Every digit is a token: KRT14 and KRT17 share "KRT", and numbers do not become tokens.
+    # Every digit is a token, so that KRT14 and KRT17 share "KRT", and the vocabulary is not used up by numbers.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def _reserve(tokenizer: Tokenizer) -> None:
-    """Shift all ids to reserve the first ones for the special tokens, which no text is encoded to."""
+    """Shift all ids and assign the first ids to the special tokens, to which no text is encoded."""
     data = json.loads(tokenizer.to_str())
     vocabulary = {name: i for i, name in enumerate(SPECIALS)}
     for token, i in sorted(data["model"]["vocab"].items(), key=lambda item: item[1]):

@@ -1,7 +1,7 @@
-"""Gene vectors and their file format. ``comtip_fast.data.coexpression`` computes them from counts without images.
+"""Gene vectors and their file format. :mod:`comtip_fast.data.coexpression` computes them from counts without images.
 
-Co-expressed genes have similar vectors. A model that is trained with gene vectors can therefore predict genes that no
-training section measured.
+Co-expressed genes have similar vectors. A model with gene vectors can therefore predict genes that no training section
+measured.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from comtip_fast.config.schema import TextConfig
 
 FORMAT, VERSION = "comtip-gene-vectors", 1
 AXES_TOLERANCE = 1e-3
-"""Largest difference between shared vectors for two files to have equal axes, relative to the largest component."""
+"""Largest difference between vectors of common genes at which two files have the same axes, relative to the largest component."""
 
 
 @dataclass(frozen=True)
 class GeneVectors:
-    """Vectors of genes and what they were computed from.
+    """Vectors of genes, statistics of their expression, and a description of their sources.
 
     Attributes
     ----------
@@ -39,7 +39,7 @@ class GeneVectors:
     moments_G4
         float32 (G, 4): mean and standard deviation of log1p CP10K, then of log1p raw counts, over the source cells.
     detection_G
-        float32 (G,), share of cells with a positive count.
+        float32 (G,), share of the source cells with a positive count.
     header
         JSON-serialisable description: sources with their hashes, licence, species, settings.
     """
@@ -52,7 +52,7 @@ class GeneVectors:
 
     @cached_property
     def row(self) -> dict[str, int]:
-        """Maps a key to its row."""
+        """Row of each gene key in the arrays."""
         return {key: i for i, key in enumerate(self.keys)}
 
     @cached_property
@@ -64,9 +64,9 @@ class GeneVectors:
         return digest.hexdigest()
 
     def extended_by(self, other: GeneVectors) -> GeneVectors | None:
-        """Return these vectors with the further genes of ``other``; None if the axes of the two differ.
+        """Return these vectors with the additional genes of ``other``, or None if the axes of the two differ.
 
-        Axes agree if both have at least 2 genes in common, and the vectors of all common genes are equal up to
+        Axes are the same if there are at least 2 common genes, and the vectors of all common genes are equal up to
         :data:`AXES_TOLERANCE`.
         """
         shared = [k for k in self.keys if k in other.row]
@@ -87,7 +87,7 @@ class GeneVectors:
         )
 
     def save(self, path: Path) -> None:
-        """Write one safetensors file; the header is JSON in its metadata."""
+        """Write a safetensors file atomically; the header is stored as JSON in its metadata."""
         header = self.header | {"format": FORMAT, "version": VERSION, "sha256": self.sha256}
         arrays = {"vectors": self.vector_GK, "moments": self.moments_G4, "detection": self.detection_G}
         packed = {name: np.ascontiguousarray(a, np.float32) for name, a in arrays.items()}
@@ -104,7 +104,7 @@ class GeneVectors:
         FileNotFoundError
             There is no such file.
         ValueError
-            The file has another format or version, or its contents do not match its hash.
+            The file is not one of gene vectors, has another version or invalid arrays, or does not match its hash.
         """
         path = Path(path)
         if not path.is_file():
@@ -135,14 +135,14 @@ class GeneVectors:
         return vectors
 
     def check(self, path: Path) -> None:
-        """Raise ValueError if shapes or values are invalid, or if the header states another hash."""
+        """Raise ValueError if shapes or values are invalid, or if the contents do not match the hash; ``path`` is for messages."""
         G, vector = len(self.keys), self.vector_GK
         shapes = {"vectors": vector.shape[:1] == (G,) and vector.ndim == 2, "moments": self.moments_G4.shape == (G, 4)}
         shapes["detection"] = self.detection_G.shape == (G,)
         for name, array in zip(shapes, (vector, self.moments_G4, self.detection_G), strict=True):
             if not shapes[name] or array.dtype != np.float32:
                 raise ValueError(
-                    f"{path}: {name} is {array.dtype} {array.shape} for {G} genes; copy or compute it again"
+                    f"{path}: {name} is {array.dtype} {array.shape} for {G} genes; copy or compute the file again"
                 )
             if not np.isfinite(array).all():
                 raise ValueError(f"{path}: {name} has values that are not finite; copy or compute the file again")
@@ -152,7 +152,7 @@ class GeneVectors:
             )
 
     def describe(self) -> str:
-        """Return a summary of size, species, sources, licence and hash."""
+        """Return a summary of size, species, sources, explained variance, licence and hash for the terminal."""
         by_species = {
             s: sum(k.startswith(s + ":") for k in self.keys) for s in sorted({k.split(":")[0] for k in self.keys})
         }
@@ -168,12 +168,12 @@ class GeneVectors:
 
 
 def load_vectors(text: TextConfig) -> GeneVectors | None:
-    """Load the gene vectors that the config names; None without.
+    """Load the gene vectors that ``text.gene_vectors`` names; return None if it is empty.
 
     Raises
     ------
     FileNotFoundError, ValueError
-        The file is missing or damaged, or the drop probabilities sum to more than 1.
+        The file is missing or damaged, or the sum of ``text.vector_drop`` and ``text.name_drop`` exceeds 1.
     """
     if not text.gene_vectors:
         return None

@@ -1,4 +1,4 @@
-"""Single-device modules: image encoder, mask feature generator, gene encoder, and the CoMTIP model."""
+"""Modules: image encoder, mask feature generator, gene encoder, and the CoMTIP model."""
 
 from comtip_fast.models.comtip import CoMTIP, ImageOutput, ModelSizes, SentenceTable, StepOutput
 from comtip_fast.models.gene_encoder import GeneEncoder

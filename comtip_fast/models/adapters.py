@@ -1,7 +1,7 @@
-"""Low-rank adapters (LoRA) of the image encoder, through the library peft.
+"""Low-rank adapters (LoRA) of the image encoder, with the library peft.
 
-The library replaces the chosen linear layers. Checkpoints hold base weights and adapters; exports hold their sum under the
-names of a model without adapters, so that they need neither the library nor the settings.
+peft replaces the selected linear layers. Checkpoints contain base weights and adapters. Exports contain their sum under the
+names of a model without adapters, so that they need neither peft nor the settings.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from torch import Tensor, nn
 from comtip_fast.config.vision import LoraConfig
 
 BASE = ".base_layer"
-"""Part of the name of an adapted layer's own weights."""
+"""Part of the name of the base weights of an adapted layer."""
 
 
 def add_adapters(encoder: nn.Module, config: LoraConfig) -> None:
-    """Add adapters to the blocks of an encoder; all its other parameters are frozen.
+    """Add adapters to the blocks of an encoder, and freeze all its other parameters.
 
     Parameters
     ----------
     encoder
-        Has ``blocks``; changed in place.
+        Module with ``blocks``; changed in place.
     config
         Rank, scale and layers.
 
     Raises
     ------
     ValueError
-        The library is not installed, or the blocks have none of the layers.
+        peft is not installed, or the blocks have none of the layers.
     """
     peft = _import()
     layers = "|".join(config.layers)
@@ -46,14 +46,14 @@ def add_adapters(encoder: nn.Module, config: LoraConfig) -> None:
         peft.inject_adapter_in_model(settings, encoder)
     except ValueError as error:
         raise ValueError(
-            f"vision.lora.layers={list(config.layers)}: the blocks of this encoder have none of them; choose others, or set "
-            "vision.lora.rank=0"
+            f"vision.lora.layers={list(config.layers)}: the blocks of this encoder have none of these layers; choose others, or "
+            "set vision.lora.rank=0"
         ) from error
 
 
 @torch.no_grad()
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the state dict of ``model`` with every adapter added to the weights of its layer; copies only adapted weights."""
+    """Return the state dict of ``model`` with every adapter added to the weights of its layer; only adapted weights are copied."""
     state: dict[str, Tensor] = dict(model.state_dict())
     for name, module in model.named_modules():
         if not hasattr(module, "base_layer") or not hasattr(module, "get_delta_weight"):
@@ -69,7 +69,7 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def plain_name(name: str) -> str:
-    """Return the name of a weight in a model without adapters; an adapter's own weights keep theirs."""
+    """Return the name that a base weight has in a model without adapters; other names are returned unchanged."""
     return name.replace(BASE, "")
 
 
@@ -78,8 +78,8 @@ def _import() -> ModuleType:
         import peft
     except ImportError as error:
         raise ValueError(
-            "vision.lora.rank: adapters need the library peft, which is not installed; pip install 'comtip-fast[lora]', or set "
-            "vision.lora.rank=0"
+            "vision.lora.rank: adapters need the library peft, which is not installed; run pip install 'comtip-fast[lora]', or "
+            "set vision.lora.rank=0"
         ) from error
     module: ModuleType = peft
     return module

@@ -1,8 +1,8 @@
-"""The CoMTIP model on a single device: maps tiles and gene sentences to vectors in the shared space.
+"""The CoMTIP model, which maps tiles and gene sentences to vectors in the shared space.
 
 Shapes: B spots, P patches, V visible patches, K hidden patches, G genes of the step panel, Q levels, D the shared width.
-Losses are in :mod:`comtip_fast.objectives`. Modules return named tuples because ZeRO 3 finds the tensors of a module's
-output in tuples, lists and dicts only.
+Losses are in :mod:`comtip_fast.objectives`. Modules return named tuples, because ZeRO 3 finds the tensors of a module's
+output only in tuples, lists and dicts.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from comtip_fast.models.mask_generator import MaskFeatureGenerator
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSizes:
-    """Sizes of the model that follow from the data; saved with the weights."""
+    """Sizes of the model that depend on the data; saved with the weights."""
 
     tile_px: int
-    """Side of a tile in pixels, S."""
+    """Width of a tile in px, S."""
     n_levels: int
     """Number of expression levels, Q."""
     vocab_size: int
-    """Number of token ids."""
+    """Number of token ids of the tokenizer."""
     n_identities: int
     """Number of trained genes, each with a row of the identity table."""
     longest: int
-    """Tokens of the longest gene sentence, with ``[GENE]`` and ``[VALUE]``."""
+    """Largest number of tokens of a gene sentence, including ``[GENE]`` and ``[VALUE]``."""
     vector_dim: int = 0
-    """Components of a gene vector; 0 for a model without gene vectors."""
+    """Number of components of a gene vector; 0 for a model without gene vectors."""
 
 
 class ImageOutput(NamedTuple):
@@ -54,20 +54,20 @@ class ImageOutput(NamedTuple):
 
 
 class SentenceTable(NamedTuple):
-    """The distinct sentences of a step in the shared space."""
+    """Vectors of all (gene, level) sentences of a panel in the shared space."""
 
     rows_GQD: Tensor
-    """Projected h(g, q), not normalised; pooling sums these."""
+    """Projected h(g, q), not normalised, which pooling sums."""
     unit_GQD: Tensor
-    """The same rows at unit length; L_level and prediction compare them with images."""
+    """``rows_GQD`` at unit length, with which L_level and prediction compare images."""
     scores_GQ: Tensor
-    """Pooling scores."""
+    """Pooling scores: the softmax over a spot's measured genes gives their weights."""
     pair_GQD: Tensor
-    """Rows times the pair head's bilinear form and scale; the dot product with a context vector is a logit."""
+    """``unit_GQD`` times the bilinear form and scale of the pair head; the dot product with a context vector is a logit."""
 
 
 class StepOutput(NamedTuple):
-    """Output of a training step, input of the losses."""
+    """Output of the model in a training step, the input of the losses."""
 
     image: ImageOutput
     table: SentenceTable | None
@@ -75,7 +75,7 @@ class StepOutput(NamedTuple):
     predicted_BKd: Tensor | None
     """Predicted features of the hidden patches; None without MFM."""
     target_BKd: Tensor | None
-    """Features of the hidden patches from the full branch or the teacher, detached."""
+    """Features of the hidden patches from the full branch or the teacher, detached; None without MFM."""
     scale_nce: Tensor
     """Inverse temperature of InfoNCE, clamped."""
     scale_level: Tensor
@@ -88,14 +88,14 @@ def _scalar_parameter(value: float) -> nn.Parameter:
 
 
 def _reshape_scalars(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """Load weights of version 0.1, in which temperatures have shape ()."""
+    """Reshape the scalars of version 0.1, which have shape (), when weights are loaded."""
     for name in ("log_scale_nce", "log_scale_level", "pair_head.log_scale"):
         if prefix + name in state:
             state[prefix + name] = state[prefix + name].reshape(1)
 
 
 class Projection(nn.Module):
-    """Projection head from an encoder's width to the shared space: a linear layer plus a two-layer MLP."""
+    """Projection from an encoder's width to the shared space: the sum of a linear layer and a two-layer MLP."""
 
     def __init__(self, width: int, dim: int) -> None:
         super().__init__()
@@ -103,12 +103,12 @@ class Projection(nn.Module):
         self.deep = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (..., dim)."""
+        """Return the projection of ``x``, (..., dim)."""
         return self.skip(x) + self.deep(x)
 
 
 class PairHead(nn.Module):
-    """Bilinear score c^T W h of a sentence h in a context c, with a learnable scale."""
+    """Pair head: bilinear score c^T W h of a sentence h in a context c, with a learnable scale."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -118,12 +118,12 @@ class PairHead(nn.Module):
 
     def forward(self, unit_GQD: Tensor) -> Tensor:
         """Return scale * W h for every row of the table, (G, Q, D)."""
-        # The scale gets shape (), so that it does not promote a bf16 table to fp32.
+        # A scale of shape (1,) would promote a bf16 table to fp32.
         return self.form(unit_GQD) * self.log_scale.clamp(max=math.log(50.0)).exp().squeeze(0)
 
 
 class CoMTIP(nn.Module):
-    """Image encoder, mask feature generator, gene-sentence encoder and the heads into the shared space."""
+    """The CoMTIP model: image encoder, mask feature generator, gene-sentence encoder, projections and pair head."""
 
     def __init__(self, config: RunConfig, sizes: ModelSizes) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ class CoMTIP(nn.Module):
         self.register_load_state_dict_pre_hook(_reshape_scalars)
         self.vision.recompute = self.genes.recompute = config.engine.activation_checkpointing
         if config.loss.mfm <= 0:
-            # Without MFM no loss reaches the generator; it is frozen so that weight decay does not change it.
+            # Without MFM, no loss depends on the generator; it is frozen so that weight decay does not change it.
             self.generator.requires_grad_(False)
         self.teacher: VisionEncoder | None = None
         if config.vision.target == "ema":
@@ -156,18 +156,18 @@ class CoMTIP(nn.Module):
         genes: GeneTokens | None,
         group: Group | None = None,
     ) -> StepOutput:
-        """Encode B tiles and the panel's sentence table.
+        """Encode B tiles and, with ``genes``, the sentence table of a panel.
 
         Parameters
         ----------
         features_BP
-            ``vision.stem_features(tiles)``.
+            Result of ``vision.stem_features(tiles)``.
         visible_BV, hidden_BK
             int64 patch indices of the masked branch; None skips it.
         genes
             Tokens of the panel's G genes; None skips the table.
         group
-            Ranks that share the encoding of the table; None encodes all of it on this rank.
+            Ranks that share the encoding of the table; None encodes the full table on this rank.
         """
         image = self.encode_image(features_BP)
         predicted = target = None
@@ -185,15 +185,15 @@ class CoMTIP(nn.Module):
         )
 
     def encode_image(self, features_BP: Tensor) -> ImageOutput:
-        """Encode all P patches (full branch), pool and project."""
+        """Encode all P patches (full branch), pool their features and project them to the shared space."""
         tokens = self.vision(features_BP)
         vector_BD = F.normalize(self.project_image(tokens.pooled_Bd), dim=-1)
         return ImageOutput(vector_BD, tokens.pooled_Bd, tokens.patches_BVd)
 
     def sentence_table(self, genes: GeneTokens, group: Group | None = None) -> SentenceTable:
-        """Encode and project each distinct (gene, level) of the panel once; with a group, each rank encodes its share."""
+        """Encode and project each (gene, level) of the panel once; with a group, each rank encodes a share of them."""
         G, Q = genes.length_G.shape[0], self.genes.n_levels
-        # With fewer sentences than ranks every rank encodes all: it is cheap, and no rank's share may be empty.
+        # With fewer sentences than ranks, every rank encodes all of them, because no rank's share may be empty.
         if group is None or group.size == 1 or group.size > G * Q:
             rows_ND, scores_N = self._rows_and_scores(genes, slice(0, G * Q))
         else:
@@ -206,6 +206,7 @@ class CoMTIP(nn.Module):
         return SentenceTable(rows_GQD, unit_GQD, scores_N.view(G, Q), self.pair_head(unit_GQD))
 
     def _rows_and_scores(self, genes: GeneTokens, sentences: slice) -> tuple[Tensor, Tensor]:
+        """Return projected rows (N, D) and pooling scores (N,) of a slice of the sentences."""
         h_Nd = self.genes(genes, sentences)
         return self.project_text(h_Nd), self.pool_query(h_Nd).squeeze(-1)
 
@@ -218,7 +219,7 @@ class CoMTIP(nn.Module):
             block.compile()
 
     def transformer_blocks(self) -> list[nn.Module]:
-        """Return the blocks of both encoders, whose layers run under the autocast of the forward pass."""
+        """Return the transformer blocks of both encoders."""
         return [*self.vision.blocks, *self.genes.blocks]
 
     @torch.no_grad()
@@ -228,7 +229,7 @@ class CoMTIP(nn.Module):
         Parameters
         ----------
         decay
-            Decay of the moving average, the weight of the old teacher.
+            Weight of the previous teacher in the moving average.
         good
             bool scalar on the device of the weights; if False, the teacher does not change. None always updates it.
         """
@@ -240,9 +241,11 @@ class CoMTIP(nn.Module):
 
     @torch.no_grad()
     def _target(self, features_BP: Tensor, image: ImageOutput, hidden_BK: Tensor) -> Tensor:
+        """Return the features (B, K, d) of the hidden patches from the full branch or the teacher, detached."""
         full_BPd = image.patches_BPd.detach() if self.teacher is None else self.teacher(features_BP).patches_BVd
         rows = torch.arange(full_BPd.shape[0], device=full_BPd.device)[:, None]
         return full_BPd[rows, hidden_BK]
 
     def _scale(self, log_scale: Tensor) -> Tensor:
+        """Return the inverse temperature, clamped to ``align.max_scale``, as a scalar."""
         return log_scale.clamp(max=self.max_log_scale).exp().reshape(())

@@ -1,7 +1,7 @@
 """Gene-sentence encoder and sentence table.
 
 The sentence "gene g at level q" is ``[GENE] name tokens ... [VALUE]``; its vector h(g, q) is the output at ``[GENE]``.
-Attention is restricted to a sentence, so all sentences are encoded in parallel. Sentences are packed without padding.
+Tokens attend to tokens of their own sentence only. All sentences are encoded in parallel, packed without padding.
 
 Shapes: N sentences of at most T tokens, S tokens in total, G genes of the step panel, Q levels, d the encoder's width.
 """
@@ -27,7 +27,7 @@ from comtip_fast.runtime import devices, torch_internals
 
 
 class SentenceBlock(nn.Module):
-    """Pre-norm transformer block over N packed sentences; no dropout."""
+    """Pre-norm transformer block over N packed sentences, without dropout."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -45,9 +45,18 @@ class SentenceBlock(nn.Module):
         first_N: Tensor | None = None,
         first_S: Tensor | None = None,
     ) -> Tensor:
-        """Return (S, d); with ``first_N``, the indices of the ``[GENE]`` tokens, return only their rows (N, d).
+        """Return the output of the block, (S, d), or only its rows at the ``[GENE]`` tokens, (N, d).
 
-        ``first_S`` is the ``[GENE]`` token of each token, which attention on a GPU reads.
+        Parameters
+        ----------
+        x_Sd
+            Input of the S tokens.
+        length_N, longest
+            Number of tokens of each sentence, and an upper bound of it.
+        first_N
+            Indices of the ``[GENE]`` tokens, to compute only their rows; None computes all rows.
+        first_S
+            For each token, the index of the ``[GENE]`` token of its sentence, which attention on a GPU needs.
         """
         S, d = x_Sd.shape
         qkv_S3HE = self.qkv(self.norm_attention(x_Sd)).view(S, 3, self.heads, d // self.heads)
@@ -61,7 +70,15 @@ class SentenceBlock(nn.Module):
 
 
 class GeneEncoder(nn.Module):
-    """Encodes gene sentences; ``forward`` computes the table of all (gene, level) pairs of a panel."""
+    """Encodes gene sentences; :meth:`forward` encodes all (gene, level) pairs of a panel.
+
+    Parameters
+    ----------
+    config
+        Settings of the encoder (``text``).
+    n_levels, vocab_size, n_identities, longest, vector_dim
+        Sizes, see :class:`comtip_fast.models.comtip.ModelSizes`.
+    """
 
     def __init__(
         self,
@@ -78,7 +95,7 @@ class GeneEncoder(nn.Module):
         self.token_Vd = nn.Parameter(torch.randn(vocab_size, d) * 0.05)
         self.type_3d = nn.Parameter(torch.randn(3, d) * 0.02)
         self.position_Td = nn.Parameter(torch.randn(longest, d) * 0.02)
-        # Levels are ordered, so neighbouring levels are initialised to similar vectors (a line plus noise).
+        # Levels are ordered, so adjacent levels are initialised to similar vectors (a line plus noise).
         ramp = torch.linspace(-1, 1, n_levels)[:, None] * torch.randn(1, d) * 0.5
         self.level_Qd = nn.Parameter(ramp + torch.randn(n_levels, d) * 0.1)
         self.identity_Id = nn.Parameter(torch.randn(n_identities + 1, d) * 0.05) if config.identity else None
@@ -87,19 +104,22 @@ class GeneEncoder(nn.Module):
         self.recompute = False
         self.project_vector: nn.Linear | None = None
         if vector_dim:
-            # Without a bias, a row of zeros adds nothing: the gene then has a name only.
+            # Without a bias, a vector of zeros adds nothing, as for a gene that has a name only.
             self.project_vector = nn.Linear(vector_dim, d, bias=False)
             self.vector_scale: Tensor
             self.register_buffer("vector_scale", torch.ones(1))
 
     def set_attention(self, name: Attention) -> None:
-        """Select the implementation of attention in every block; a new encoder has ``auto``."""
+        """Select the implementation of attention in every block; the initial value is ``auto``."""
         for block in self.blocks:
             assert isinstance(block, SentenceBlock)
             block.attention = name
 
     def forward(self, genes: GeneTokens, sentences: slice | None = None) -> Tensor:
-        """Return rows (N, d) of the sentence table h(g, q), in gene-major order; by default all G * Q rows."""
+        """Return rows (N, d) of the sentence table h(g, q), in gene-major order.
+
+        ``sentences`` is a slice of the G * Q rows; None returns all rows.
+        """
         G, Q, device = genes.length_G.shape[0], self.n_levels, genes.ids_GT.device
         first, stop, _ = (sentences or slice(None)).indices(G * Q)
         index_N = torch.arange(first, stop, device=device)
@@ -118,16 +138,17 @@ class GeneEncoder(nn.Module):
         *,
         panel: tuple[Tensor, SentenceSizes] | None = None,
     ) -> Tensor:
-        """Encode N sentences to (N, d).
+        """Encode N sentences to vectors (N, d).
 
         Parameters
         ----------
         genes
             Tokens of each sentence.
         level_lo_N, level_hi_N, mix_N
-            Level of each sentence; with the last two, levels are interpolated linearly by ``mix_N`` in [0, 1].
+            Level of each sentence, int64. With the last two, the embeddings of the levels ``level_lo_N`` and ``level_hi_N`` are
+            interpolated linearly, with the weight ``mix_N`` in [0, 1] of the latter.
         panel
-            Gene of each sentence, int64 (N,), and sizes that the host knows, for a plan without reading from the device.
+            Gene of each sentence, int64 (N,), and sizes in host memory, with which no size is read from the device.
         """
         # Sentences are sorted by length once, so that attention processes equal lengths together in every layer without
         # moving data.
@@ -158,9 +179,8 @@ class GeneEncoder(nn.Module):
             vector_Nd = self.project_vector(genes.vector_GK / self.vector_scale)
             x_Sd = x_Sd.index_add(0, first_N, vector_Nd.to(x_Sd.dtype))
         if any(torch_internals.is_compiled(block) for block in self.blocks):
-            # A number is a constant of compiled code, so the longest sentence of the panel would be a variant of its own.
+            # A number is a constant of compiled code, so each length of the longest sentence would compile another variant.
             longest = self.longest
-        # Once for all layers.
         first_S = None if devices.reads_are_free(x_Sd.device) else first_tokens(length_N, x_Sd.shape[0])
         for i, block in enumerate(self.blocks):
             rows = first_N if i == len(self.blocks) - 1 else None  # after the last block only [GENE] is used

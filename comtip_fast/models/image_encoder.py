@@ -1,7 +1,7 @@
-"""Image encoder: one Vision Transformer shared by the full branch and the masked branch.
+"""Image encoder: one Vision Transformer for both the full branch and the masked branch.
 
-It is any timm Vision Transformer by name, or a small one for CPUs. Shapes: B tiles of S x S pixels, P patches of p x p
-pixels, V = P - floor(r P) visible patches, d the encoder's width, c the width of a stem's features.
+The encoder is a timm Vision Transformer, selected by name, or a small one for CPUs. Shapes: B tiles of S x S pixels, P patches
+of p x p pixels, V = P - floor(r P) visible patches, d the encoder's width, c the width of a stem's features.
 """
 
 from __future__ import annotations
@@ -33,7 +33,20 @@ class ImageTokens(NamedTuple):
 
 
 class VisionEncoder(nn.Module):
-    """timm's Vision Transformer with a forward pass over a subset of the patches."""
+    """timm's Vision Transformer with a forward pass over a subset of the patches.
+
+    Parameters
+    ----------
+    config
+        Settings of the encoder (``vision``).
+    tile_px
+        Width of a tile in px, S.
+
+    Raises
+    ------
+    ValueError
+        The backbone, its weights, the patches or the adapters cannot be used; the message names the setting.
+    """
 
     pixel_mean: Tensor
     pixel_std: Tensor
@@ -82,7 +95,7 @@ class VisionEncoder(nn.Module):
         Raises
         ------
         ValueError
-            The tiles have another size than the encoder was built for.
+            The width of the tiles is not the one that the encoder was built for.
         """
         B, _, S, _ = tiles_B3SS.shape
         if self.grid * self.patch_px != S:
@@ -107,9 +120,9 @@ class VisionEncoder(nn.Module):
         Parameters
         ----------
         features_BP
-            From :meth:`stem_features`.
+            Result of :meth:`stem_features`.
         visible_BV
-            int64 patch indices; the other patches are neither embedded nor attended to.
+            int64 indices of the patches to encode; None encodes all.
         """
         if visible_BV is not None:
             rows = torch.arange(features_BP.shape[0], device=features_BP.device)[:, None]
@@ -130,9 +143,9 @@ class VisionEncoder(nn.Module):
         return ImageTokens(patches_BVd, self.fc_norm(patches_BVd.mean(dim=1)))
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return timm's patterns of the layers of a Vision Transformer, by which timm computes layer decay."""
+        """Return the patterns of parameter names by which timm assigns parameters to layers for layer decay."""
         found: dict[str, Any] = VisionTransformer.group_matcher(self, coarse)
-        # Names that follow timm's stem: tokens of distilled models, and norms after the blocks.
+        # timm's patterns do not include the tokens of distilled models and the norms after the blocks.
         return found | {
             "stem": rf"{found['stem']}|dist_token",
             "blocks": [found["blocks"][0], (r"^(?:fc_)?norm\.", (99999,))],
@@ -146,6 +159,7 @@ class VisionEncoder(nn.Module):
         return nn.functional.embedding(visible_BV, rows_Pd)
 
     def _prefix(self, batch: int) -> list[Tensor]:
+        """Return the class, distillation and register tokens (B, n, d), with their position embeddings."""
         tokens, at = [], 0
         for token in (self.cls_token, self.dist_token, self.reg_token):
             if token is not None:
@@ -156,6 +170,7 @@ class VisionEncoder(nn.Module):
 
 
 def _fill(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Add the pixel normalisation to weights of earlier versions when they are loaded."""
     fill_normalisation(state, prefix)
 
 
@@ -165,7 +180,7 @@ def patches_per_side(config: VisionConfig, patch_px: int, tile_px: int) -> int:
     Raises
     ------
     ValueError
-        The tile's side is not a multiple of the patch's side.
+        The width of the tile is not a multiple of the width of a patch.
     """
     if tile_px % patch_px:
         small = config.backbone == "small"
@@ -175,9 +190,9 @@ def patches_per_side(config: VisionConfig, patch_px: int, tile_px: int) -> int:
             else f"vision.backbone {config.backbone!r} has patches of {patch_px} px"
         )
         fits = [n for n in range(4, tile_px + 1) if tile_px % n == 0]
-        fix = f"give one of {', '.join(map(str, fits))}" if small else "take another backbone"
+        fix = f"give one of {', '.join(map(str, fits))}" if small else "choose another backbone"
         raise ValueError(
-            f"{cause}: tiles of {tile_px} px, as in data.shards, cannot be cut into whole patches; {fix}, or build shards "
+            f"{cause}: tiles of {tile_px} px, as in data.shards, cannot be cut into whole patches; {fix}, or build the set "
             f"with `tile_px={max(1, round(tile_px / patch_px)) * patch_px}`"
         )
     return tile_px // patch_px
@@ -189,17 +204,20 @@ def check_mask(config: VisionConfig, n_patches: int) -> None:
     Raises
     ------
     ValueError
-        It hides no patch, so the masked loss would be a mean over nothing.
+        The ratio hides no patch, so the masked loss would be undefined.
     """
     if int(config.mask_ratio * n_patches) < 1:
-        least = f"{1 / n_patches:.2g} hides one" if n_patches > 1 else "one patch cannot be hidden and seen"
+        least = (
+            f"{1 / n_patches:.2g} hides one" if n_patches > 1 else "a single patch cannot be both hidden and visible"
+        )
         raise ValueError(
             f"vision.mask_ratio={config.mask_ratio:g} hides none of the {n_patches} patches of a tile ({least}); increase it, "
-            "make patches smaller (vision.patch_px), or turn masking off with loss.mfm=0"
+            "make patches smaller (vision.patch_px), or disable masking with loss.mfm=0"
         )
 
 
 def _build_vit(config: VisionConfig, tile_px: int) -> VisionTransformer:
+    """Build the Vision Transformer of the config for a tile size, and load local weights; raise ValueError if that fails."""
     if config.backbone == "small":
         # No class token: the mean over patches represents the tile.
         return VisionTransformer(

@@ -1,4 +1,4 @@
-"""Mask feature generator: predicts the features of hidden patches from the visible ones.
+"""Mask feature generator, which predicts the features of hidden patches from those of visible patches.
 
 Shapes: B tiles, P patches, V visible patches, K hidden patches, d the encoder's width.
 """
@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 
 class MaskFeatureGenerator(nn.Module):
-    """One cross-attention block: a learnable query plus each hidden patch's position attends to the visible features.
+    """One cross-attention block, in which the queries of hidden patches attend to the features of visible patches.
 
-    Position embeddings are not shared with the encoder, so that the module works with sharded parameters (ZeRO 3).
+    A query is a learnable vector plus the position embedding of the patch. Position embeddings are not shared with the encoder,
+    so that the module works with sharded parameters (ZeRO 3).
     """
 
     def __init__(self, width: int, heads: int, n_patches: int) -> None:
@@ -26,7 +27,7 @@ class MaskFeatureGenerator(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, visible_BVd: Tensor, hidden_BK: Tensor) -> Tensor:
-        """Return predicted features (B, K, d) of the patches with indices ``hidden_BK``."""
+        """Return the predicted features (B, K, d) of the patches with the int64 indices ``hidden_BK``."""
         query_BKd = nn.functional.embedding(hidden_BK, self.position_Pd) + self.query_1d
         keys_BVd = self.norm_visible(visible_BVd)
         attended_BKd, _ = self.attention(self.norm_query(query_BKd), keys_BVd, keys_BVd, need_weights=False)

@@ -1,6 +1,6 @@
-"""Weights of timm Vision Transformers from local files, fitted to the size of the tiles as timm does, and their normalisation.
+"""Weights of timm Vision Transformers from local files, resampled to the size of the tiles, and their pixel normalisation.
 
-Files are safetensors, or PyTorch state dicts that are read as weights only, so that no code of a file is run.
+Files are safetensors, or PyTorch state dicts that are read as weights only, so that no code in a file is run.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ from comtip_fast.models.stems import PIXEL_MEAN, PIXEL_STD
 log = logging.getLogger("comtip_fast")
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 UNUSED = ("head.", "head_dist.", "attn_pool.")
-"""Prefixes of timm's weights that the encoder does not have: classifiers, and pooling by attention."""
+"""Prefixes of timm's weights that the encoder does not use: classifiers, and pooling by attention."""
 ENCODER = ("cls_token", "reg_token", "dist_token", "pos_embed", "patch_embed", "norm_pre", "blocks", "norm", "fc_norm")
-"""Names on the top level of a Vision Transformer whose weights the encoder uses."""
+"""Top-level names of the modules and parameters of a Vision Transformer whose weights the encoder uses."""
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """Which weights of a file were loaded into an encoder."""
+    """Result of loading a file of weights into an encoder."""
 
     matched: int
     """Number of tensors that were copied."""
     resampled: tuple[str, ...]
-    """Those whose shape was changed to that of the tiles or patches, with both shapes."""
+    """Names of the tensors that were resampled to the size of the tiles or patches, each with both shapes."""
     missing: tuple[str, ...]
-    """Weights of the encoder that the file lacks; a file is refused if there are any."""
+    """Weights of the encoder that the file lacks; always empty, because such a file is refused."""
     unexpected: tuple[str, ...]
     """Tensors of the file that the encoder does not have: classifiers, decoders, mask tokens."""
 
 
 def load_weights(vit: VisionTransformer, path: Path) -> LoadReport:
-    """Load a file of weights; position embeddings and patch embedding are resampled to the model's size.
+    """Load a file of weights; position embeddings and the patch embedding are resampled to the model's size.
 
     Parameters
     ----------
@@ -122,11 +122,12 @@ def normalisation(config: VisionConfig, vit: VisionTransformer | None = None) ->
     mean, std = config.pixel_mean or mean, config.pixel_std or std
     if config.pretrained and config.backbone != "small":
         stated = "" if None in (config.pixel_mean, config.pixel_std) else "the config instead of "
-        log.info("tiles are normalised with mean %s and spread %s (from %s%s)", mean, std, stated, origin)
+        log.info("tiles are normalised with mean %s and standard deviation %s (from %s%s)", mean, std, stated, origin)
     return mean, std
 
 
 def _of_facts(facts: dict[str, Any], origin: str, backbone: str) -> tuple[Channels, Channels]:
+    """Return mean and standard deviation from a model description; ImageNet's for missing keys."""
     out: list[Channels] = []
     for key, default in (("mean", PIXEL_MEAN), ("std", PIXEL_STD)):
         value = facts.get(key, default)
@@ -136,7 +137,8 @@ def _of_facts(facts: dict[str, Any], origin: str, backbone: str) -> tuple[Channe
             r = g = b = math.nan
         if not all(map(math.isfinite, (r, g, b))) or (key == "std" and min(r, g, b) <= 0):
             raise ValueError(
-                f"{origin}: {key}={value!r} of {backbone} is not three numbers; set vision.pixel_mean and vision.pixel_std"
+                f"{origin}: {key}={value!r} of {backbone} is not a list of three usable numbers; set vision.pixel_mean and "
+                "vision.pixel_std"
             )
         out.append((r, g, b))
     return out[0], out[1]
@@ -151,19 +153,21 @@ def _read_facts(path: Path, config: VisionConfig) -> dict[str, Any]:
             raise TypeError("pretrained_cfg is not an object")
     except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(
-            f"{path}: not a model description of timm ({error}); repair it, or move the weights to a folder of their own"
+            f"{path}: not a model description of timm ({error}); repair it, or move the weights to another folder"
         ) from error
     named = facts.get("architecture")
     if isinstance(named, str) and named != config.backbone:
-        log.warning("%s describes %s, but vision.backbone=%s", path, named, config.backbone)
+        log.warning(
+            "%s describes %s, but vision.backbone=%s; check that the weights belong to it", path, named, config.backbone
+        )
     return inner
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    """Return the state dict of a file; timm removes the wrapping of training checkpoints and compiled modules."""
+    """Return the state dict of a file, without the prefixes of training checkpoints and compiled modules."""
     if path.suffix not in SUFFIXES or not path.is_file():
         raise ValueError(
-            f"vision.pretrained={path}: not an existing {', '.join(SUFFIXES)} file; give the file of the weights"
+            f"vision.pretrained={path}: not an existing file that ends in {', '.join(SUFFIXES)}; give the file of the weights"
         )
     try:
         state = load_state_dict(str(path), weights_only=True)
@@ -192,11 +196,13 @@ def _differs(a: dict[str, Tensor], b: dict[str, Tensor], name: str) -> bool:
 
 
 def _some(what: str, names: Sequence[str]) -> str:
+    """Return ``what``, the first three names, and the number of further names as text."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{what} {', '.join(names[:3])}{more}"
 
 
 def _misfit(path: Path, problem: str, state: dict[str, Tensor]) -> str:
+    """Return the message for weights that do not fit the encoder, with the architecture that the file implies."""
     facts = describe(state)
     return (
         f"vision.pretrained={path}: the weights do not fit vision.backbone: the file {problem.splitlines()[0]}"
@@ -206,7 +212,7 @@ def _misfit(path: Path, problem: str, state: dict[str, Tensor]) -> str:
 
 
 def describe(state: dict[str, Tensor]) -> str:
-    """Return the architecture that a timm state dict implies, with the settings that select it; empty if it is no ViT."""
+    """Return the architecture of a timm state dict as ``vision.vit`` settings; empty if it is not a Vision Transformer."""
     blocks = {int(m[1]) for k in state if (m := re.match(r"blocks\.(\d+)\.", k))}
     patch = state.get("patch_embed.proj.weight")
     if not blocks or patch is None or patch.ndim != 4:
@@ -224,12 +230,12 @@ def describe(state: dict[str, Tensor]) -> str:
 
 
 def fill_normalisation(state: dict[str, Tensor], prefix: str) -> None:
-    """Add ImageNet's mean and standard deviation to the weights of an encoder of earlier versions, which did not store them.
+    """Add ImageNet's mean and standard deviation to the weights of an encoder of an earlier version, which lack them.
 
     Parameters
     ----------
     state
-        State dict; changed in place. States without an encoder are left alone.
+        State dict; changed in place if it has an encoder.
     prefix
         Prefix of the encoder's names, e.g. ``vision.``.
     """

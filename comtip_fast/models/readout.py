@@ -1,4 +1,4 @@
-"""Linear readout: closed-form heads from image features to expression, of low rank over the genes.
+"""Linear readout: low-rank linear heads from image features to expression, fitted in closed form.
 
 The training spots of one cohort (species and organ) give standardised expression Y (N, G) per gene. Its leading right
 singular vectors are K programmes. Ridge regression maps image features X (N, F) to the programme scores T (N, K), and a
@@ -34,7 +34,7 @@ NORMS, BLOCKS = ("cp10k", "raw"), ("vector", "frozen")
 N_VIEWS = 8
 VECTOR_RIDGE = 1.0
 VIEW_ORDER = (0, 6, 2, 4, 1, 3, 5, 7)
-"""Order in which views are used: the tile, its mirrored half turn, its half turn, its mirror image, then the others."""
+"""Order in which orientations are used: the tile, mirrored and turned by 180 degrees, turned, mirrored, then the others."""
 
 
 # -- features -----------------------------------------------------------------------------------------------
@@ -67,7 +67,7 @@ def tile_features(model: CoMTIP, tiles_BCHW: Tensor, n_views: int) -> tuple[Imag
     Returns
     -------
     output, features
-        The output for the tiles as they are, and float32 (B, F) features averaged over the views, on the device.
+        The output for the unchanged tiles, and float32 (B, F) features averaged over the views, on the device of the model.
     """
     output, total = _view_features(model, tiles_BCHW)
     for view in VIEW_ORDER[1:n_views]:
@@ -76,6 +76,7 @@ def tile_features(model: CoMTIP, tiles_BCHW: Tensor, n_views: int) -> tuple[Imag
 
 
 def _view_features(model: CoMTIP, tiles_BCHW: Tensor) -> tuple[ImageOutput, Tensor]:
+    """Return the encoder's output and float32 features (B, F): z, and mean and standard deviation of the frozen stem."""
     stem = model.vision.stem_features(tiles_BCHW)
     output = model.encode_image(stem)
     frozen = [] if model.vision.stem is None else [stem.mean(1), stem.std(1)]
@@ -87,7 +88,7 @@ def _view_features(model: CoMTIP, tiles_BCHW: Tensor) -> tuple[ImageOutput, Tens
 
 @dataclass
 class NormHead:
-    """The head of one cohort, block of features and normalisation."""
+    """The head of one cohort, for one block of features and one normalisation of counts."""
 
     weight_FK: np.ndarray
     """Ridge weights W from features to programme scores."""
@@ -112,14 +113,15 @@ class CohortHead:
     keys: list[str]
     """Keys of the G genes."""
     mean_F: np.ndarray
+    """Mean of the training features, which standardises sections with few spots."""
     std_F: np.ndarray
-    """Mean and standard deviation of the training features, used for sections with few spots."""
+    """Standard deviation of the training features, for the same purpose."""
     blocks: dict[str, dict[str, NormHead]]
-    """Maps a block and a normalisation to its head."""
+    """Head of each block of features and, within it, of each normalisation of counts."""
     mix: dict[str, float]
-    """Weight of each block and of ``levels``; the sum is 1."""
+    """Weight of each block, and of the prediction from level sentences (``levels``); the sum is 1."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """Ridge penalty and number of programmes of each block, and the scores they were chosen by."""
+    """Ridge penalty and number of programmes of each block with their scores, and facts about an adaptation."""
 
     def linear_mix(self) -> dict[str, float]:
         """Return the weights of the blocks, rescaled to a sum of 1."""
@@ -129,7 +131,7 @@ class CohortHead:
 
 @dataclass(frozen=True)
 class ReadoutSettings:
-    """How features are computed; stored in the export with the weights."""
+    """Settings of the computation of features, which an export stores with the weights."""
 
     views: int = 2
     """Number of flips and rotations to average over, 1 to 8."""
@@ -151,13 +153,16 @@ class ReadoutSettings:
 
 @dataclass
 class LinearReadout:
-    """The heads of all cohorts of a model."""
+    """The linear readout of a model: settings of the features, and one head per cohort."""
 
     settings: ReadoutSettings
     heads: list[CohortHead]
 
     def head_features(self, x_NF: np.ndarray, xy_N2: np.ndarray | None) -> np.ndarray:
-        """Concatenate tile features (N, F') with their mean over neighbours; without positions, with themselves."""
+        """Return tile features (N, F') concatenated with their mean over neighbours, or with themselves without positions.
+
+        If ``settings.context`` is False, ``x_NF`` is returned unchanged.
+        """
         if not self.settings.context:
             return x_NF
         around = x_NF if xy_N2 is None else neighbour_mean(x_NF, xy_N2)
@@ -169,7 +174,7 @@ class LinearReadout:
         return features_NF[:, self.settings.vector_dim : width]
 
     def levels_weight(self, keys: Sequence[str], cohort: str | None = None) -> np.ndarray:
-        """Return the mixture weight of the level-sentence prediction, float64 (G,); 0 for a gene that no head has."""
+        """Return the weight of the level-sentence prediction in the mixture, float64 (G,); 0 for genes that no head has."""
         heads = [(set(h.keys), h.mix.get("levels", 0.0)) for h in self._of(cohort)]
         own = ([weight for known, weight in heads if key in known] for key in keys)
         return np.array([float(np.mean(weights)) if weights else 0.0 for weights in own])
@@ -177,14 +182,14 @@ class LinearReadout:
     def predict(
         self, x_NF: np.ndarray, keys: Sequence[str], cohort: str | None = None, vectors: GeneVectors | None = None
     ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Predict genes.
+        """Predict the expression of genes in one section.
 
         Parameters
         ----------
         x_NF
-            Features of one section, from :meth:`head_features`.
+            Features of the section, from :meth:`head_features`.
         keys
-            Gene keys.
+            Keys of the G genes.
         cohort
             ``species_organ``. For a cohort without a head, or None, the mean over all heads that decode the gene is used.
         vectors
@@ -193,12 +198,12 @@ class LinearReadout:
         Returns
         -------
         values, known
-            ``cp10k`` and ``raw``, float32 (N, G), and bool (G,); columns of genes that no head decodes are 0.
+            ``cp10k`` and ``raw``, float32 (N, G), and whether a head decodes each gene, bool (G,); other columns are 0.
 
         Raises
         ------
         ValueError
-            The gene vectors hold fewer than 2 of the trained genes.
+            ``vectors`` has fewer than 2 of the trained genes.
         """
         decoder = self.decoder(keys, cohort, vectors)
         return decoder.predict(x_NF), decoder.known
@@ -206,18 +211,19 @@ class LinearReadout:
     def decoder(
         self, keys: Sequence[str], cohort: str | None = None, vectors: GeneVectors | None = None
     ) -> ReadoutDecoder:
-        """Return a decoder for these genes, also for a section in parts; parameters as in :meth:`predict`."""
+        """Return a decoder for these genes, which can predict a section in parts; parameters as in :meth:`predict`."""
         heads = [(head, _Decoders.of(head, keys, vectors)) for head in self._of(cohort)]
         return ReadoutDecoder(self.settings, heads, len(keys))
 
     def _of(self, cohort: str | None) -> list[CohortHead]:
+        """Return the head of a cohort; all heads if it has none."""
         own = [h for h in self.heads if h.cohort == cohort]
         return own or self.heads
 
     # -- for an export ----------------------------------------------------------------------------------------
 
     def to_arrays(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Return float32 arrays by name, and a header that JSON can represent."""
+        """Return float32 arrays by name, and a JSON-serialisable header."""
         arrays: dict[str, np.ndarray] = {}
         for i, head in enumerate(self.heads):
             arrays |= {f"{i}.mean": head.mean_F, f"{i}.std": head.std_F}
@@ -233,7 +239,7 @@ class LinearReadout:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], header: Mapping[str, Any]) -> LinearReadout:
-        """Build the readout from the result of :meth:`to_arrays`; files are checked before, see ``export_checks.readout``."""
+        """Build the readout from the result of :meth:`to_arrays`; the caller checks it, see ``export_checks.readout``."""
         heads = []
         for i, h in enumerate(header["heads"]):
             blocks = {
@@ -252,7 +258,7 @@ class LinearReadout:
 
 
 class ReadoutDecoder:
-    """Linear heads of the requested genes, from :meth:`LinearReadout.decoder`."""
+    """Predicts the requested genes with the linear heads; built by :meth:`LinearReadout.decoder`."""
 
     def __init__(self, settings: ReadoutSettings, heads: Sequence[tuple[CohortHead, _Decoders]], n_genes: int) -> None:
         self.settings, self._heads = settings, heads
@@ -290,20 +296,22 @@ class ReadoutDecoder:
 
 @dataclass
 class _Decoders:
-    """Which of the queried genes one head decodes: genes of the head, and others through gene vectors."""
+    """The requested genes that one head decodes: genes of the head, and others through gene vectors."""
 
     trained: np.ndarray
-    """Indices into the query of the head's own genes."""
+    """Indices, in the request, of genes of the head."""
     rows: np.ndarray
-    """Their indices in the head."""
+    """Indices of these genes in the head."""
     unseen: np.ndarray
-    """Indices into the query of genes that are decoded with gene vectors."""
+    """Indices, in the request, of genes that are decoded with gene vectors."""
     moments_G4: np.ndarray
+    """Moments of the unseen genes, see :class:`GeneVectors`."""
     mixing: np.ndarray | None
-    """(G, unseen), see :func:`_vector_map`."""
+    """Result of :func:`_vector_map` (genes of the head, unseen genes); None without unseen genes."""
 
     @classmethod
     def of(cls, head: CohortHead, keys: Sequence[str], vectors: GeneVectors | None) -> _Decoders:
+        """Find the genes that ``head`` decodes: its own and, with gene vectors, those of its species that have a vector."""
         index = {k: i for i, k in enumerate(head.keys)}
         rows = np.array([index.get(k, -1) for k in keys], np.int64)
         trained, unseen = np.flatnonzero(rows >= 0), np.zeros(0, np.int64)
@@ -319,11 +327,11 @@ class _Decoders:
 
     @property
     def columns(self) -> np.ndarray:
-        """Indices into the query of all genes that are decoded."""
+        """Indices, in the request, of all genes that the head decodes."""
         return np.concatenate([self.trained, self.unseen])
 
     def of_norm(self, part: NormHead, norm: str) -> list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-        """Return (columns, mean, std, loadings (K, g)) of the head's own genes and, with gene vectors, of the unseen genes."""
+        """Return (columns, mean, std, loadings (K, g)) of the head's genes and, with gene vectors, of the unseen genes."""
         rows = self.rows
         out = [(self.trained, part.mean_G[rows], part.std_G[rows], part.loading_KG[:, rows])]
         if self.mixing is not None:
@@ -336,14 +344,15 @@ class _Decoders:
 def _vector_map(keys: Sequence[str], vectors: GeneVectors, rows: Sequence[int]) -> np.ndarray:
     """Return weights (G, new) that give the loadings of new genes as a combination of the trained genes' loadings.
 
-    Ridge regression of the loadings L^T (G, K) on gene vectors V (G, D) maps a new vector v to v (V^T V + r I)^-1 V^T L^T,
-    which is linear in L. Genes without a vector have weight 0.
+    Ridge regression of the loadings L^T (G, K) on gene vectors V (G, D), scaled to a mean squared length of 1, maps a new vector v
+    to v (V^T V + r I)^-1 V^T L^T, which is linear in L. Genes without a vector have weight 0.
     """
     index = np.array([vectors.row.get(k, -1) for k in keys], np.int64)
     known = np.flatnonzero(index >= 0)
     if known.size < 2:
         raise ValueError(
-            f"the gene vectors hold {known.size} of the {len(keys)} trained genes; give vectors of the same species"
+            f"the gene vectors contain {known.size} of the {len(keys)} trained genes, but at least 2 are needed; give vectors of "
+            "the same species"
         )
     v = vectors.vector_GK[index[known]].astype(np.float64)
     scale = np.sqrt((v**2).sum(1).mean())

@@ -1,4 +1,4 @@
-"""Calls of transformer blocks: compiled for any size of batch and panel, and with activation checkpointing."""
+"""Calls of transformer blocks: compiled code for any size of batch and panel, and activation checkpointing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def run_block(block: nn.Module, *args: Any, recompute: bool) -> Tensor:
     """Call ``block(*args)``; with ``recompute``, use activation checkpointing.
 
     A compiled block (:meth:`torch.nn.Module.compile`) is traced once for all sizes of the leading dimensions, in each of
-    the two gradient modes. Outside of training it runs uncompiled: modules read ``training``, so it would be traced again.
+    the two gradient modes. Outside of training it runs uncompiled, because it reads ``training`` and would be traced again.
     """
     if torch_internals.is_compiled(block):
         if not block.training:
@@ -29,8 +29,8 @@ def run_block(block: nn.Module, *args: Any, recompute: bool) -> Tensor:
 def _mark_sizes(args: tuple[Any, ...]) -> None:
     """Declare every dimension but the width of each tensor as dynamic.
 
-    PyTorch would compile for the first size it meets, and for any size only after a second: two variants in each gradient
-    mode, for the patches of a tile, its visible patches, and pieces of a batch of unequal sizes.
+    Otherwise PyTorch compiles a variant for the first size, and one for any size when it meets a second size, in each gradient
+    mode. Sizes differ between all patches, visible patches and pieces of a batch.
     """
     for x in args:
         if isinstance(x, Tensor):

@@ -11,15 +11,15 @@ import numpy as np
 from scipy.spatial import cKDTree
 
 NEIGHBOURS, MAX_DISTANCE = 6, 1.3
-"""Neighbours: at most this many spots, within this multiple of the median distance to the nearest spot."""
+"""A spot's neighbours are at most this many nearest spots, within this multiple of the median distance to the nearest spot."""
 MIN_SECTION_SPOTS = 20
 """Sections with fewer spots are standardised with the mean and standard deviation of training."""
 QUERY_ROWS = 16_384
-"""Spots whose neighbours are searched at once."""
+"""Number of spots whose neighbours are searched at once."""
 
 
 class Neighbours:
-    """Neighbours of N >= 2 spots, found for some rows at a time.
+    """Neighbour search among N >= 2 spots, for some rows at a time.
 
     Parameters
     ----------
@@ -39,13 +39,13 @@ class Neighbours:
         """Median distance to the nearest spot."""
 
     def of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return candidates int64 (n, k) of the spots ``rows``, and which of them are neighbours, bool (n, k)."""
+        """Return, for the n spots ``rows``, candidates int64 (n, k) and bool (n, k): which candidates are neighbours."""
         distance, index = self._tree.query(self._xy[rows], k=self._k)
         return index, (distance <= MAX_DISTANCE * self.spacing) & (index != rows[:, None])
 
 
 def mean_over(own_nF: np.ndarray, all_MF: np.ndarray, index_nk: np.ndarray, near_nk: np.ndarray) -> np.ndarray:
-    """Return the mean of ``all_MF[index_nk]`` over the neighbours; a spot without neighbours keeps its own row."""
+    """Return the mean of ``all_MF[index_nk]`` over the neighbours (``near_nk``); a spot without any keeps its row of ``own_nF``."""
     count = near_nk.sum(1, keepdims=True)
     mean = np.zeros(own_nF.shape, np.float64)
     for j in range(near_nk.shape[1]):
@@ -54,7 +54,7 @@ def mean_over(own_nF: np.ndarray, all_MF: np.ndarray, index_nk: np.ndarray, near
 
 
 def neighbour_mean(x_NF: np.ndarray, xy_N2: np.ndarray) -> np.ndarray:
-    """Return the mean over each spot's neighbours; a spot without neighbours keeps its own row."""
+    """Return the mean of ``x_NF`` over each spot's neighbours, (N, F); a spot without neighbours keeps its own row."""
     if len(x_NF) < 2:
         return x_NF
     return mean_over(x_NF, x_NF, *Neighbours(xy_N2).of(np.arange(len(x_NF))))
@@ -70,7 +70,7 @@ class Moments:
     """Sum of squared deviations from the mean."""
 
     def add(self, x_NF: np.ndarray) -> None:
-        """Add spots (the pairwise update of Chan, Golub and LeVeque)."""
+        """Add the features of some spots (the pairwise update of Chan, Golub and LeVeque)."""
         x = np.asarray(x_NF, np.float64)
         if not len(x):
             return
@@ -81,15 +81,22 @@ class Moments:
 
     @property
     def std_F(self) -> np.ndarray:
-        """Standard deviation."""
+        """Standard deviation of the spots added so far, float64 (F,)."""
         std: np.ndarray = np.sqrt(self.square_F / max(self.n, 1))
         return std
 
 
 def standardise(x_NF: np.ndarray, mean_F: np.ndarray, std_F: np.ndarray, section: Moments | None = None) -> np.ndarray:
-    """Standardise within the section, or with the given mean and standard deviation if it has few spots.
+    """Standardise features within their section; a section with few spots (:data:`MIN_SECTION_SPOTS`) uses given statistics.
 
-    ``section`` holds the moments of the section if ``x_NF`` is a part of it.
+    Parameters
+    ----------
+    x_NF
+        Features of a section, or of a part of it.
+    mean_F, std_F
+        Mean and standard deviation for a section with few spots.
+    section
+        Moments of the section if ``x_NF`` is a part of it; None if ``x_NF`` is the complete section.
     """
     x = np.asarray(x_NF, np.float64)
     if section is None and len(x) >= MIN_SECTION_SPOTS:

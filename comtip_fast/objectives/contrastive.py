@@ -2,15 +2,15 @@
 
 Image vectors are communicated, text vectors are not: rank w has b_w images and m_w >= b_w text columns (the first b_w
 are true, the others mispaired) and computes the block [all B images, its m_w columns]. Communication is therefore
-independent of the number of mispaired columns. There are two forms, equal up to rounding; volumes are elements sent per
+independent of the number of mispaired columns. There are two forms, equal up to rounding. Volumes are elements sent per
 rank, for vectors of width D:
 
-``gather``  all-gather the images (B D), reduce-scatter their gradients (B D), and exchange a few numbers per image;
-``ring``    pass blocks of images round a ring of W ranks, overlapped with the computation on the previous block, and in
-            the backward pass their gradients too: 3 B D instead of 2 B D, but only B / W images in memory.
+``gather``  All-gather the images (B D), reduce-scatter their gradients (B D), and exchange a few numbers per image.
+``ring``    Pass blocks of images round a ring of W ranks, overlapped with the computation on the previous block; the backward
+            pass also passes their gradients. It sends 3 B D instead of 2 B D, but holds only B / W images in memory.
 
 Each rank returns its share of the loss and the gradient of the sum of shares, see :mod:`comtip_fast.collectives`. The
-backward pass assumes that all ranks scale their share equally.
+backward pass assumes that all ranks scale their share by the same factor.
 """
 
 from __future__ import annotations
@@ -34,10 +34,15 @@ _SPLITMIX64 = (-7046029254386353131, -4658895280553007687, -7723592293110705685)
 
 
 def same_text_hash(levels_XG: Tensor, measured_XG: Tensor) -> Tensor:
-    """Hash each spot's text; rows with equal levels of equal measured genes get equal hashes, int64 (X,).
+    """Return a hash of each spot's text, int64 (X,): spots with the same measured genes at the same levels have equal hashes.
 
     Two spots with the same text are not negatives of each other. The hash of a row does not depend on other rows, so
     ranks compute it without communication. Among 10^10 pairs of different texts, the probability of a collision is 10^-9.
+
+    Parameters
+    ----------
+    levels_XG, measured_XG
+        Level of each gene of the panel in X spots, integers, and whether the gene is measured, bool.
     """
     # The sum over genes of SplitMix64(gene index, level); arithmetic wraps modulo 2^64.
     index_G = torch.arange(1, levels_XG.shape[1] + 1, device=levels_XG.device)
@@ -46,6 +51,7 @@ def same_text_hash(levels_XG: Tensor, measured_XG: Tensor) -> Tensor:
 
 
 def _splitmix64(word: Tensor) -> Tensor:
+    """Return the SplitMix64 hash of each integer, int64."""
     z = word * _SPLITMIX64[0]
     z = (z ^ _logical_shift(z, 30)) * _SPLITMIX64[1]
     z = (z ^ _logical_shift(z, 27)) * _SPLITMIX64[2]
@@ -59,18 +65,18 @@ def _logical_shift(z: Tensor, n: int) -> Tensor:
 
 @dataclass
 class PairMetadata:
-    """Defines which pairs are negatives. Columns are the texts of the rank's b images, then its mispaired texts."""
+    """Metadata that define which pairs are negatives. The m columns are the texts of the rank's b images, then mispaired texts."""
 
     text_class_m: Tensor
-    """int64; equal classes have the same text and are not negatives of each other."""
+    """int64 (m,); columns of equal class have the same text and are not negatives of each other."""
     section_m: Tensor
     """Integer section of each column, which ``negatives`` compares."""
     weight_b: Tensor
-    """Weight of each spot; 0 excludes it, also as a negative. Sent as fp32."""
+    """Weight of each spot; 0 excludes the spot, also as a negative. Sent to other ranks in fp32."""
     negatives: str = "all"
     """``align.negatives`` of the config."""
     excluded_m: Tensor | None = None
-    """bool (m,), mispaired texts that are not used as negatives; False for the first b. None excludes no text."""
+    """bool (m,): whether a mispaired text is not used as a negative; False for the first b. None excludes no text."""
 
 
 def global_infonce(
@@ -87,22 +93,22 @@ def global_infonce(
     Parameters
     ----------
     image_bD, text_mD
-        Vectors of this rank's images and texts; they are normalised here.
+        Vectors of this rank's images (b, D) and texts (m, D), not normalised.
     scale
         Inverse temperature, a scalar.
     pairs
         Text classes, sections and weights of this rank.
     group
-        The process group.
+        Ranks of the run.
     counts
-        Number of images of every rank.
+        Number of images of each rank.
     form
-        ``gather`` or ``ring``.
+        ``gather`` or ``ring``, see the module docstring.
 
     Raises
     ------
     ValueError
-        The form is unknown, there are fewer texts than images, or ``counts`` disagrees with the number of images.
+        ``form`` is neither, there are fewer texts than images, or ``counts`` differs from the number of images.
     """
     b = image_bD.shape[0]
     if form not in _FORMS:
@@ -159,7 +165,7 @@ class _RowMetadata:
 
 @dataclass
 class _LossContext:
-    """Everything that one evaluation of the loss needs besides the vectors."""
+    """Inputs of one evaluation of the loss other than the vectors."""
 
     group: Group
     counts: list[int]
@@ -168,7 +174,7 @@ class _LossContext:
     total: Tensor
     """Sum of the weights over the global batch."""
     dtype: torch.dtype
-    """What the kernels multiply; the vectors are rounded to it."""
+    """Dtype of the operands that the kernels multiply; vectors are rounded to it."""
 
     def rows(self, owner: int) -> slice:
         """Return the slice of the B images that belongs to rank ``owner``."""
@@ -176,7 +182,7 @@ class _LossContext:
         return slice(start, start + self.counts[owner])
 
     def ids(self, rows: slice) -> BlockIds:
-        """Return which pairs of the block [rows, own columns] are negatives."""
+        """Return the ids that define which pairs of the block [rows, own columns] are negatives."""
         r, p = self.row_metadata, self.pairs
         excluded = p.weight_b == 0
         b, m = excluded.shape[0], p.text_class_m.shape[0]
@@ -201,11 +207,11 @@ class _GlobalInfoNCE(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor, context: _LossContext, form: str) -> Tensor:
-        # Nothing is read on the host, the scale included: that would synchronise with the GPU.
+        # Nothing is read on the host, not even the scale, because that would synchronise with the GPU.
         s, own, b = scale.detach(), context.rows(context.group.rank), x.shape[0]
         all_x, row_lse, column_lse = _FORMS[form][0](x, y, s, context)
         positive = s * torch.linalg.vecdot(x, y[:b])
-        # The log-sum-exps cover all negatives; each rank adds its own positives, whose vectors it has.
+        # The log-sum-exps cover all negatives; each rank adds its own positives.
         row_lse = torch.logaddexp(row_lse, positive)
         column_lse = torch.logaddexp(column_lse[:b], positive)
         ctx.save_for_backward(x if all_x is None else all_x, y, s, row_lse, column_lse)
@@ -257,7 +263,7 @@ def _gather_backward(
 
 
 def _ring_forward(x: Tensor, y: Tensor, s: Tensor, context: _LossContext) -> tuple[Tensor | None, Tensor, Tensor]:
-    """As :func:`_gather_forward`, but image blocks circulate; their log-sum-exps follow one step later."""
+    """Return the results of :func:`_gather_forward` (None for all images); image blocks are passed round the ring."""
     column = y.new_full((y.shape[0],), -torch.inf)
 
     def block_forward(block: Tensor, owner: int) -> Tensor:
@@ -273,7 +279,7 @@ def _ring_forward(x: Tensor, y: Tensor, s: Tensor, context: _LossContext) -> tup
 def _ring_backward(
     x: Tensor, y: Tensor, s: Tensor, context: _LossContext, row_lse: Tensor, columns: Columns
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`_gather_backward`, but image blocks circulate again; their gradients follow one step later."""
+    """Return the results of :func:`_gather_backward`; image blocks and their gradients are passed round the ring."""
     dy, weight = torch.zeros_like(y), context.row_weight(x)
 
     def block_backward(block: Tensor, owner: int) -> Tensor:
@@ -295,9 +301,9 @@ def _ring_reduce(
 ) -> Tensor:
     """Apply ``compute`` to this rank's block on every rank and return the reduced result.
 
-    Blocks travel round the ring. At step k a rank computes on the block of rank - k while it receives the next one. The
-    partial result of a block travels one step behind it, is reduced on every rank it passes, and arrives at the block's
-    owner in the last step, which adds its own result. Each rank sends W - 1 blocks and W - 1 partial results.
+    Blocks are passed round the ring. At step k, a rank computes on the block of rank - k while it receives the next block. The
+    partial result of a block follows one step later and is reduced on every rank. It reaches the block's owner in the last step,
+    which adds its own result. Each rank sends W - 1 blocks and W - 1 partial results.
     """
     group, W = context.group, context.group.size
     block, own_result, partial, wait_partial = own, own, own, _no_wait

@@ -1,4 +1,4 @@
-"""Losses of methods that learn expression directly: regression, and the contrastive loss of BLEEP."""
+"""Losses of the baselines that learn expression directly: regression, and the contrastive loss of BLEEP."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ def masked_mse(predicted_BG: Tensor, target_BG: Tensor, known_BG: Tensor) -> Ten
     Parameters
     ----------
     predicted_BG, target_BG
-        Expression of G genes in B spots, in one unit.
+        Expression (B, G) of G genes in B spots, in the same unit.
     known_BG
-        bool, whether the spot's section measured the gene.
+        bool (B, G): whether the spot's section measured the gene.
     """
     wide = torch.promote_types(predicted_BG.dtype, torch.float32)
     known = known_BG.to(wide)
@@ -24,12 +24,14 @@ def masked_mse(predicted_BG: Tensor, target_BG: Tensor, known_BG: Tensor) -> Ten
 
 
 def soft_contrastive(image_BD: Tensor, other_BD: Tensor) -> Tensor:
-    """Return BLEEP's contrastive loss: cross-entropy, in both directions, against the similarities within each modality.
+    """Return BLEEP's contrastive loss, a scalar: cross-entropy in both directions against soft targets.
+
+    The targets are the softmax of the mean of the similarities within each modality. The temperature is 1.
 
     Parameters
     ----------
     image_BD, other_BD
-        Vectors of B pairs, not normalised; the temperature is 1.
+        Vectors (B, D) of B pairs, not normalised.
     """
     logits = other_BD @ image_BD.T
     targets = ((image_BD @ image_BD.T + other_BD @ other_BD.T) / 2).softmax(-1)

@@ -1,4 +1,4 @@
-"""L_mfm: distance between predicted and target features of the hidden patches, and metrics that detect collapse."""
+"""L_mfm, the distance between predicted and target features of hidden patches, and metrics that detect feature collapse."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ HEALTH = ("patch_variance", "patch_rank")
 
 
 def masked_feature_loss(predicted_BKd: Tensor, target_BKd: Tensor, distance: str = "smooth_l1") -> Tensor:
-    """Return the mean distance to the layer-normalised, detached target.
+    """Return the mean distance between predicted features and layer-normalised, detached target features, a scalar in fp32.
 
     Parameters
     ----------
     predicted_BKd, target_BKd
-        Features of the K hidden patches of B tiles.
+        Features (B, K, d) of the K hidden patches of B tiles.
     distance
         ``"smooth_l1"`` or ``"mse"`` (mean over elements), or ``"cosine"`` (1 - cos, mean over patches).
 
     Raises
     ------
     ValueError
-        The distance is unknown.
+        ``distance`` is none of these.
     """
     wide = torch.promote_types(predicted_BKd.dtype, torch.float32)
     target = F.layer_norm(target_BKd.detach().to(wide), target_BKd.shape[-1:])
@@ -45,9 +45,9 @@ def feature_health(patches_BPd: Tensor) -> dict[str, float]:
     -------
     dict
         ``patch_variance``: variance of the layer-normalised features over the patches of a tile, mean over tiles and
-        channels; 0 if all patches are equal. ``patch_rank``: effective rank of the patch features, the exponential of
-        the entropy of their normalised singular values; 1 means collapse. Both are NaN without tiles and for features
-        that are not finite, where the singular value decomposition would raise.
+        channels; 0 if all patches are equal. ``patch_rank``: effective rank of the features of up to 1024 patches, the
+        exponential of the entropy of their normalised singular values; 1 means collapse. Both are NaN without tiles, and for
+        features that are not finite, for which the singular value decomposition would raise.
     """
     x = F.layer_norm(patches_BPd.float(), patches_BPd.shape[-1:])
     if x.numel() == 0 or not bool(x.isfinite().all()):

@@ -1,6 +1,7 @@
-"""Mispaired spots for PAAT: the spot's genes and values, wrongly paired. Pure functions of given uniform numbers.
+"""Mispairing for PAAT: genes of a spot are paired with wrong levels. Functions of given uniform numbers, without random draws.
 
-Shapes: C candidates, B spots, G genes of the panel. Levels are integers; masks are True for measured genes.
+Shapes: C candidates, B spots, b of them on this rank, G genes of the panel. Levels are integers; masks are True for measured
+genes.
 """
 
 from __future__ import annotations
@@ -10,10 +11,17 @@ from torch import Tensor
 
 
 def permute_within_strata(levels_BG: Tensor, stratum_BG: Tensor, u_CBG: Tensor, v_CBG: Tensor) -> Tensor:
-    """Permute each spot's levels among the genes of the same stratum; return (C, B, G).
+    """Permute each spot's levels among the genes of the same stratum, and return the levels (C, B, G).
 
-    Two independent random orders, both sorted by stratum, are matched element by element. Within each stratum this is a
-    uniform permutation, so a spot keeps exactly its own values.
+    Two independent random orders of the genes, both sorted by stratum, are matched element by element. This gives a uniform
+    permutation within each stratum, so the set of a spot's levels does not change.
+
+    Parameters
+    ----------
+    levels_BG, stratum_BG
+        Level and stratum of each gene, integers.
+    u_CBG, v_CBG
+        Independent uniform numbers in [0, 1), which define the two orders.
     """
     target_CBG = (stratum_BG + u_CBG).argsort(dim=-1, stable=True)
     source_CBG = (stratum_BG + v_CBG).argsort(dim=-1, stable=True)
@@ -22,19 +30,19 @@ def permute_within_strata(levels_BG: Tensor, stratum_BG: Tensor, u_CBG: Tensor, 
 
 
 def take_from_other_spots(levels_BG: Tensor, section_B: Tensor, u_CbG: Tensor, rows: slice = slice(None)) -> Tensor:
-    """Replace each level by the level of the same gene in another spot of the section; return (C, b, G).
+    """Replace each level by the level of the same gene in another spot of the section, and return the levels (C, b, G).
 
-    If a section has only one spot, it keeps its levels. Each gene's marginal distribution in the section is preserved,
-    so that only the image or the other genes can reveal the replacement.
+    The only spot of a section keeps its levels. Each gene's marginal distribution in the section is preserved, so that only
+    the image or the other genes can reveal the replacement.
 
     Parameters
     ----------
     levels_BG, section_B
-        All spots.
+        Levels and section of all B spots.
     u_CbG
-        Uniform numbers for the b spots in ``rows``.
+        Uniform numbers in [0, 1) for the b spots in ``rows``.
     rows
-        The spots whose levels are replaced.
+        The spots whose levels are replaced; by default all.
     """
     order_B = section_B.argsort(stable=True)
     rank_b = order_B.argsort(stable=True)[rows]
@@ -51,16 +59,23 @@ def take_from_other_spots(levels_BG: Tensor, section_B: Tensor, u_CbG: Tensor, r
 
 
 def counted_swaps(levels_BG: Tensor, mispaired_BG: Tensor, measured_BG: Tensor, min_level_shift: int) -> Tensor:
-    """Return the mask of counted swaps: the gene is measured and its level changed by at least ``min_level_shift``."""
+    """Return a bool mask of the counted swaps: measured genes whose level changed by at least ``min_level_shift``."""
     shifted = (levels_BG.long() - mispaired_BG.long()).abs() >= min_level_shift
     return shifted & measured_BG
 
 
 def choose_hardest(logits_CBG: Tensor, counted_CBG: Tensor) -> Tensor:
-    """Return the candidate (B,) whose counted swaps have the largest mean logit of the pair head.
+    """Return, for each spot, the index of the candidate whose counted swaps have the largest mean logit, int64 (B,).
 
-    Candidates are compared as a whole, so that the result is still a permutation. A candidate without counted swaps is
-    chosen only if no candidate has any.
+    Candidates are selected as a whole, not gene by gene, so that a permutation remains one. A candidate without counted swaps is
+    selected only if no candidate has any.
+
+    Parameters
+    ----------
+    logits_CBG
+        Logits of the pair head for the mispaired sentences.
+    counted_CBG
+        bool masks from :func:`counted_swaps`.
     """
     number_CB = counted_CBG.sum(-1)
     mean_CB = torch.where(counted_CBG, logits_CBG, torch.zeros_like(logits_CBG)).sum(-1) / number_CB.clamp_min(1)

@@ -1,4 +1,4 @@
-"""L_pair: classification of true against mispaired sentences by the pair head."""
+"""L_pair, the loss of the pair head, which classifies sentences as true or mispaired, and its AUC."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def pair_loss(true_BG: Tensor, false_BG: Tensor, counted_BG: Tensor) -> Tensor:
 
 @torch.no_grad()
 def pair_auc(true_BG: Tensor, false_BG: Tensor, counted_BG: Tensor) -> float:
-    """Return the area under the ROC curve of true against mispaired sentences.
+    """Return the area under the ROC curve of true against mispaired sentences, over the counted swaps.
 
-    0.5 is chance; NaN if no swap is counted or a logit is NaN.
+    Chance level is 0.5. The value is NaN if no swap is counted or a logit is NaN. Parameters are those of :func:`pair_loss`.
     """
     true, false = true_BG[counted_BG], false_BG[counted_BG]
     if true.numel() == 0 or bool(true.isnan().any() | false.isnan().any()):

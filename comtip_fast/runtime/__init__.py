@@ -1,1 +1,1 @@
-"""Device choice, random numbers on a device, and output streams."""
+"""Device selection, random numbers on a device, casts of weights, private names of PyTorch, output streams and CSV."""

@@ -1,4 +1,4 @@
-"""CSV tables for people, who open them in spreadsheets."""
+"""CSV tables that can be opened in spreadsheets."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from comtip_shards.names import is_formula
 
 
 def csv_text(frame: pd.DataFrame) -> str:
-    """Return a table as CSV without its index, numbers with six digits.
+    """Return a table as CSV without its index; floating-point numbers have six significant digits.
 
-    Names in a table are those of a shard set, which anyone may have written. A text that a spreadsheet would run as a formula
-    gets an apostrophe in front.
+    A text that a spreadsheet would evaluate as a formula gets an apostrophe in front, because names of a shard set are not
+    trusted.
     """
     safe = frame.copy()
     for column in safe.columns:

@@ -31,7 +31,7 @@ def uniform(seed: SupportsIndex, purpose: str, *counters: SupportsIndex | str, i
     Raises
     ------
     TypeError
-        ``index`` does not hold integers.
+        The dtype of ``index`` is not an integer type.
     """
     return _mixed(_scaled(index) + _offset(key(seed, purpose, *counters)))
 
@@ -44,7 +44,7 @@ def uniforms(seed: SupportsIndex, purpose: str, *counters: SupportsIndex | str, 
     Parameters
     ----------
     seed, purpose, counters
-        The key, as in :func:`comtip_shards.sampling.rng.key`; the number of the row follows as the last counter.
+        The key, as in :func:`comtip_shards.sampling.rng.key`; the index of the row is added as the last counter.
     n
         Number of rows.
     index
@@ -58,25 +58,26 @@ def uniforms(seed: SupportsIndex, purpose: str, *counters: SupportsIndex | str, 
     Raises
     ------
     TypeError
-        ``index`` does not hold integers.
+        The dtype of ``index`` is not an integer type.
     """
     scaled = _scaled(index)
     return _mixed(torch.stack([scaled + _offset(key(seed, purpose, *counters, i)) for i in range(n)]))
 
 
 def _scaled(index: Tensor) -> Tensor:
+    """Return the indices times SplitMix64's increment; raise TypeError unless they are integers."""
     if index.dtype.is_floating_point or index.dtype.is_complex or index.dtype == torch.bool:
         raise TypeError(f"index must be integers, not {index.dtype}; pass an integer tensor")
     return index.long() * _GOLDEN
 
 
 def _offset(value: int) -> int:
-    """Return the key plus the state's first increment, which SplitMix64 adds to an index of 0."""
+    """Return the key plus SplitMix64's increment, as a signed integer: the state of the index 0."""
     return _signed((value + _GOLDEN) % 2**64)
 
 
 def _mixed(z: Tensor) -> Tensor:
-    """Return the output function of SplitMix64 as uniform numbers, float64."""
+    """Return the uniform numbers in [0, 1) of SplitMix64 for the states ``z``, float64."""
     z = (z ^ _shift(z, 30)) * _MIX_1
     z = (z ^ _shift(z, 27)) * _MIX_2
     z = z ^ _shift(z, 31)
@@ -84,9 +85,10 @@ def _mixed(z: Tensor) -> Tensor:
 
 
 def _shift(z: Tensor, n: int) -> Tensor:
-    """Return the logical (unsigned) right shift."""
+    """Return ``z`` shifted right by ``n`` bits without sign extension."""
     return (z >> n) & ((1 << (64 - n)) - 1)
 
 
 def _signed(value: int) -> int:
+    """Return an unsigned 64-bit value as a signed one."""
     return value - 2**64 if value >= 2**63 else value

@@ -9,9 +9,9 @@ import torch
 
 
 def reads_are_free(device: torch.device) -> bool:
-    """Return whether the host can read tensors of ``device`` without a synchronization, which is true for the CPU only.
+    """Return whether the host can read tensors of ``device`` without a synchronization; True for the CPU only.
 
-    On other devices a training step reads no tensor on the host: shapes do not depend on data, and losses stay on the
+    On other devices, a training step reads no tensor on the host: shapes do not depend on data, and losses stay on the
     device until a row is logged.
     """
     return device.type == "cpu"
@@ -23,22 +23,25 @@ def pick_device(requested: str | torch.device) -> torch.device:
     Raises
     ------
     ValueError
-        CUDA was requested, but PyTorch finds no GPU.
+        PyTorch has no device of this name, or CUDA is requested and PyTorch finds no GPU.
     """
     name = str(requested)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device {name!r}: not a device of PyTorch; use auto, cpu, cuda or cuda:NUMBER") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {name}: PyTorch finds no GPU; use auto or cpu, and see `comtip doctor`")
     return device
 
 
 def in_bf16(precision: str, device: torch.device) -> bool:
-    """Return whether forward passes run in bf16 under ``train.precision``."""
+    """Return whether forward passes run in bf16 on ``device`` with ``precision`` (``train.precision``)."""
     return precision == "bf16" or (precision == "auto" and device.type == "cuda")
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    """Return the autocast context of a forward pass under ``train.precision``; parameters stay fp32."""
+    """Return the autocast context of a forward pass with ``precision`` (``train.precision``); parameters stay fp32."""
     return torch.autocast(device.type, dtype=torch.bfloat16) if in_bf16(precision, device) else nullcontext()

@@ -1,4 +1,4 @@
-"""Standard output and standard error that keep working after their reader has closed them."""
+"""Writing to standard output and standard error without errors after their reader has closed them."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
-# The reader of the pipe, terminal or connection has closed it; later writes would fail too.
 _GONE = (errno.EPIPE, errno.EIO, errno.ECONNRESET, errno.ENOTCONN, errno.ESHUTDOWN)
+"""Errors of a pipe, terminal or connection whose reader has closed it; later writes would fail too."""
 
 
 def write_line(text: str, stream: TextIO | None) -> bool:
-    """Write a line and flush it; return False instead of raising if that fails.
+    """Write a line and flush it; return whether it was written, instead of raising an error.
 
-    If the reader is closed, the stream is redirected to the null device, so that later writes and Python's flush at exit
-    do not fail either. A full disk drops only this line.
+    If the reader has closed the stream, the stream is redirected to the null device, so that later writes and Python's flush at
+    exit do not fail either. If the disk is full, only this line is lost.
     """
     if stream is None:
         return False
@@ -44,7 +44,7 @@ class Guarded:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write the text, or drop it on an error."""
+        """Write the text, or drop it on an error; return its length."""
         self._attempt(lambda: self._stream.write(text))
         return len(text)
 
@@ -53,6 +53,7 @@ class Guarded:
         self._attempt(self._stream.flush)
 
     def _attempt(self, work: Callable[[], object]) -> None:
+        """Call ``work`` and ignore its errors; silence the stream if its reader has closed it."""
         try:
             work()
         except OSError as error:
@@ -105,7 +106,7 @@ def reader_is_gone(stream: TextIO | None) -> bool:
 
 
 def drain(stream: TextIO | None) -> OSError | None:
-    """Flush the stream at the end of a command; return the error, if any, and silence the stream after it."""
+    """Flush the stream at the end of a command; if that fails, silence the stream and return the error."""
     try:
         if stream is not None:
             stream.flush()

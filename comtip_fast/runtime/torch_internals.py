@@ -1,7 +1,7 @@
-"""Every use of private names of PyTorch, in one module, and the newest release that was tested with them.
+"""All uses of private names of PyTorch, and the newest release that was tested with them.
 
-``tests/comtip_fast/test_library_internals.py`` names each of them and fails if the installed version lacks one. Those of
-DeepSpeed are in :mod:`comtip_fast.training.distributed.deepspeed_internals`.
+``tests/comtip_fast/test_library_internals.py`` lists the names and fails if the installed version lacks one. Private names of
+DeepSpeed are used in :mod:`comtip_fast.training.distributed.deepspeed_internals`.
 """
 
 from __future__ import annotations
@@ -40,14 +40,13 @@ TESTED = (2, 14)
 """Newest release of PyTorch that the tests ran with. ``pyproject.toml`` has the oldest."""
 CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-"""The fused attention of CPUs, for which PyTorch's FLOP counter has no formula."""
+"""Operators of the fused attention on CPUs, for which PyTorch's FLOP counter has no formula."""
 
 
 def untested(version: str | None = None) -> str | None:
     """Return a warning if PyTorch is newer than :data:`TESTED`, else None.
 
-    Private names can change in any release. A name that is gone raises an error; this warning is for one that behaves
-    differently.
+    Private names can change in any release. A missing name raises an error; the warning is for a name that behaves differently.
 
     Parameters
     ----------
@@ -60,32 +59,32 @@ def untested(version: str | None = None) -> str | None:
         return None
     newest, first = f"{TESTED[0]}.{TESTED[1]}", f"{TESTED[0]}.{TESTED[1] + 1}"
     return (
-        f"PyTorch {version} is newer than {newest}, the newest that was tested with the private functions used here; compare "
-        f"results, or install torch<{first}"
+        f"PyTorch {version} is newer than {newest}, the newest release tested with the private functions that this package uses; "
+        f"compare results, or install torch<{first}"
     )
 
 
 def call_after_backward(callback: Callable[[], None]) -> None:
-    """Queue a call for the end of the running backward pass, after the callbacks queued so far."""
+    """Queue ``callback`` for the end of the running backward pass, after the callbacks that are already queued."""
     torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
 def norms(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the 2-norm of each tensor, (n,), in one call; PyTorch's ``get_total_norm`` uses the same numbers."""
+    """Return the 2-norm of each tensor, (n,), in one call, as PyTorch's ``get_total_norm`` computes them."""
     if not tensors:
         return torch.zeros(0)
     return torch.stack(torch._foreach_norm(list(tensors)))
 
 
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copy tensors into tensors of equal shapes, with a cast if the dtypes differ, in one call."""
+    """Copy each source into the target of the same shape, with a cast if the dtypes differ, in one call."""
     torch._foreach_copy_(list(targets), list(sources))
 
 
 def move_towards(values: Sequence[Tensor], targets: Sequence[Tensor], share: float | Tensor) -> None:
-    """Add ``share`` of the difference to its target to every value, in place; ``share`` may be a scalar on the device.
+    """Add ``share * (target - value)`` to every value, in place; ``share`` may be a scalar on the device.
 
-    PyTorch's ``_foreach_lerp_`` would need a number, which the host would have to read.
+    PyTorch's ``_foreach_lerp_`` needs a number, which the host would have to read from the device.
     """
     change = torch._foreach_sub(list(targets), list(values))
     torch._foreach_mul_(change, share)
@@ -93,7 +92,7 @@ def move_towards(values: Sequence[Tensor], targets: Sequence[Tensor], share: flo
 
 
 def parameters_of(module: nn.Module) -> dict[str, Any]:
-    """Return the dict of a module's own parameters by attribute; an entry may be replaced by any tensor."""
+    """Return the dict of a module's own parameters by attribute name, in which an entry may be replaced by any tensor."""
     return module._parameters
 
 
@@ -103,12 +102,12 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def call_uncompiled(module: nn.Module, *args: Any) -> Any:
-    """Call a compiled module as it was before :meth:`torch.nn.Module.compile`, hooks included."""
+    """Call a compiled module without its compiled code, but with its hooks."""
     return module._call_impl(*args)
 
 
 def mark_dynamic(tensor: Tensor, dims: list[int]) -> None:
-    """Let compiled code take any size of these dimensions; sizes that it needs as constants stay constants."""
+    """Let compiled code accept any size of these dimensions; a size that the code needs as a constant remains one."""
     from torch._dynamo.decorators import maybe_mark_dynamic  # imported here: it takes seconds, and few runs compile
 
     maybe_mark_dynamic(tensor, dims)

@@ -1,7 +1,8 @@
-"""bf16 copies of the weights of linear layers, computed a block at a time instead of one by one.
+"""bf16 copies of the weights of linear layers, computed in one call per block instead of one by one.
 
-Autocast casts each weight and bias when it is first used, and each gradient on its way back: two kernels per tensor and step. Here, one
-call casts all tensors of a block, and one casts all their gradients. Values and the order of sums are those of autocast.
+Autocast casts each weight and bias when it is first used, and each gradient in the backward pass: two kernels per tensor and
+step. Here, one call casts all tensors of a block, and one call casts all their gradients. Values and the order of sums are those
+of autocast.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from torch import Tensor, nn
 from comtip_fast.runtime.torch_internals import copy_all, parameters_of
 
 ParameterNames = Sequence[tuple[nn.Module, str]]
-"""Parameters by module and attribute."""
+"""Pairs (module, attribute name) of parameters."""
 
 
 def linear_parameters(module: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Return the parameters of all linear layers inside a module that are trained in fp32."""
+    """Return the fp32 parameters that are trained of all linear layers inside a module."""
     out: list[tuple[nn.Module, str]] = []
     for layer in module.modules():
         if type(layer) is nn.Linear:
@@ -36,8 +37,8 @@ def cast_together(groups: Sequence[ParameterNames]) -> Iterator[None]:
     Parameters
     ----------
     groups
-        Parameters that are cast in one call, and whose gradients arrive together: DDP can reduce the gradients of a group
-        when its backward pass is complete.
+        Parameters that are cast in one call. The gradients of a group are available, e.g. to DDP, when the backward pass
+        through all its layers is complete.
     """
     before = [(module, name, parameters_of(module)[name]) for group in groups for module, name in group]
     try:
@@ -52,7 +53,7 @@ def cast_together(groups: Sequence[ParameterNames]) -> Iterator[None]:
 
 
 class _CastTogether(torch.autograd.Function):
-    """fp32 tensors to bf16, and their gradients back, one call each."""
+    """Cast of fp32 tensors to bf16, and of their gradients to fp32, in one call each."""
 
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -68,6 +69,7 @@ class _CastTogether(torch.autograd.Function):
 
 
 def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Return copies of the tensors in ``dtype``, in one call."""
     out = [torch.empty_like(x, dtype=dtype) for x in tensors]
     if out:
         copy_all(out, tensors)

@@ -1,1 +1,1 @@
-"""The task (model, data, losses) and the loop that runs any task."""
+"""Training: the CoMTIP task (model, data, losses), and a loop that runs any task."""

@@ -42,7 +42,7 @@ def masked_patches(seed: int, step: int, spot_index: Tensor, n_patches: int, rat
 
 
 def kept_identities(seed: int, step: int, genes: Tensor, drop: float) -> Tensor:
-    """Return bool (G,): whether each gene keeps its identity embedding in this step."""
+    """Return bool (G,): whether each gene keeps its identity embedding in the step, with probability 1 - ``drop``."""
     return uniform(seed, "identity", step, index=genes) >= drop
 
 
@@ -52,11 +52,11 @@ def vector_uniforms(seed: int, step: int, genes: Tensor) -> Tensor:
 
 
 def mispair_uniforms(seed: int, purpose: str, step: int, n: int, spot_index: Tensor, genes: Tensor) -> Tensor:
-    """Return float64 (n, B, G) uniforms in [0, 1), one per candidate, spot and gene."""
+    """Return float64 (n, B, G) uniforms in [0, 1), one per candidate, spot and gene; ``purpose`` separates uses of a step."""
     index = spot_index[:, None] * (1 << GENE_BITS) + genes
     return uniforms(seed, purpose, step, n=n, index=index)
 
 
 def mispair_within_stratum(seed: int, step: int, spot_index: Tensor) -> Tensor:
-    """Return bool (B,): which spots swap levels within strata; the others use the levels of other spots."""
+    """Return bool (B,): whether a spot permutes levels within strata (probability 0.5) instead of taking those of other spots."""
     return uniform(seed, "mispair-mode", step, index=spot_index) < 0.5

@@ -1,4 +1,4 @@
-"""Export from a checkpoint, also of a run that has not finished; works for every engine and number of ranks."""
+"""Export from a checkpoint of any engine and number of ranks, also while the run is in progress."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from comtip_fast.training.update.ema import load_averages
 from comtip_fast.training.warm_start import parents_of
 
 ATTEMPTS = 10
+"""Number of attempts to read a checkpoint that a run in progress may replace."""
 
 
 def export_checkpoint(run_dir: Path, which: str, out: Path, shards: str | None = None) -> int:
@@ -32,15 +33,16 @@ def export_checkpoint(run_dir: Path, which: str, out: Path, shards: str | None =
     which
         ``newest``, ``best`` (best validation score so far) or a step.
     out
-        Folder to write.
+        Folder of the export.
     shards
-        Shard set that the run was trained on; None searches for that of the run's config with
+        Shard set that the run was trained on; None searches for the set of the run's config with
         :func:`comtip_fast.shards.shards_of_run`.
 
     Raises
     ------
     ValueError
-        ``shards`` is None and the run's config names a URL. A file in the run folder must not trigger a download.
+        ``shards`` is None and the run's config names a URL, which is not opened because a file in a run folder must not start
+        a download.
     FileNotFoundError
         The shard set is not found.
     CheckpointError
@@ -54,10 +56,11 @@ def export_checkpoint(run_dir: Path, which: str, out: Path, shards: str | None =
     # The checkpoint holds all weights; no initial weights are loaded.
     parents = parents_of(config, run_dir, required=False)
     task = build_task(config, torch.device("cpu"), initialise=False, parents=parents)
-    if changed_inputs(loaded.state["fingerprint"], task.fingerprint()):
+    changed = changed_inputs(loaded.state["fingerprint"], task.fingerprint())
+    if changed:
         raise CheckpointError(
-            f"{config.data.shards}: not the shard set or tokenizer that {run_dir} was trained with; name the right one "
-            "with `shards`"
+            f"{config.data.shards}: the inputs differ from those that {run_dir} was trained with ({', '.join(changed)}); give the "
+            "shard set of the run with `shards`"
         )
     load_weights(task.module, loaded, folder)
     load_averages(task.module, loaded.ema)
@@ -67,7 +70,7 @@ def export_checkpoint(run_dir: Path, which: str, out: Path, shards: str | None =
 
 
 def _read(run_dir: Path, which: str) -> tuple[int, Checkpoint]:
-    """Read a checkpoint; retry if a run in progress has replaced it with a newer one."""
+    """Read a checkpoint and return its step; retry if a run in progress has replaced the checkpoint with a newer one."""
     root = run_dir / CHECKPOINTS
     for attempt in range(ATTEMPTS):
         steps = checkpoints.steps_of(root)
@@ -82,6 +85,7 @@ def _read(run_dir: Path, which: str) -> tuple[int, Checkpoint]:
 
 
 def _choose(root: Path, which: str, steps: list[int]) -> tuple[int, Checkpoint]:
+    """Return the step and the content of the checkpoint that ``which`` selects."""
     found = checkpoints.newest_good(root) if which in ("newest", "best") else None
     if which == "newest" and found is not None:
         return found
@@ -90,26 +94,28 @@ def _choose(root: Path, which: str, steps: list[int]) -> tuple[int, Checkpoint]:
     step = found[1].state["best_step"] if found is not None else _step(which)
     if step not in checkpoints.steps_of(root):
         available = ", ".join(str(s) for s in steps)
-        raise CheckpointError(f"{root}: no complete checkpoint {which!r}; available steps: {available}")
+        raise CheckpointError(f"{root}: no complete checkpoint {which!r}; choose one of the steps {available}")
     return step, checkpoints.load(checkpoints.folder_of(root, step))
 
 
 def _shards_of(run_dir: Path, stated: str, given: str | None) -> str:
+    """Return the shard set to open: ``given``, or the set that the run's config states."""
     if given is None and is_url(stated):
         raise ValueError(
-            f"{run_dir / 'config.yaml'}: data.shards is the URL {stated}; URLs in a run's config are not downloaded. If you "
-            "trust this one, give it with `shards`"
+            f"{run_dir / 'config.yaml'}: data.shards is the URL {stated}; URLs in a run's config are not downloaded; if you "
+            "trust this URL, give it with `shards`"
         )
     if given is not None:
         return given
     found = shards_of_run(run_dir, stated)
     if not is_url(found) and not (Path(found) / "manifest.json").is_file():
         raise FileNotFoundError(
-            f"{run_dir / 'config.yaml'}: data.shards is {stated}, but no shard set is there, in the run or relative to a "
-            "folder above it; give the run's shard set with `shards`"
+            f"{run_dir / 'config.yaml'}: data.shards is {stated}, but there is no shard set at this path, in the run folder or "
+            "relative to a folder above it; give the shard set of the run with `shards`"
         )
     return found
 
 
 def _step(which: str) -> int:
+    """Return the step that ``which`` states; -1, which no checkpoint has, for other text."""
     return int(which) if which.isdigit() else -1

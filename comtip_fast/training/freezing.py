@@ -1,7 +1,7 @@
-"""Parameters that are not trained, for the whole run or up to a step (``optim.freeze``).
+"""Parameters that are frozen for the whole run or up to a step (``optim.freeze``).
 
-A frozen parameter has ``requires_grad=False`` when the engine is built, so that it has no gradient, no optimizer state, and is
-in no bucket of DDP and ZeRO. When it thaws, the trainer builds the engine again.
+A frozen parameter has ``requires_grad=False`` when the engine is built. It therefore has no gradient and no optimizer state, and
+is in no bucket of DDP or ZeRO. When a parameter thaws, the trainer builds the engine again.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ class Freezing:
     Parameters
     ----------
     module
-        Module with its initial ``requires_grad``; what the model itself freezes stays frozen.
+        Module with its initial ``requires_grad``; parameters that the model freezes stay frozen.
     rules
         Pairs of a name and the last step for which it is frozen; 0 freezes it for all steps.
 
     Raises
     ------
     TrainingError
-        A name matches no trainable parameter, or nothing is left to train.
+        A name matches no trainable parameter, or all parameters are frozen in the first step.
     """
 
     def __init__(self, module: nn.Module, rules: Rules) -> None:
@@ -41,19 +41,20 @@ class Freezing:
         first = self.frozen_at(1)
         if len(first) == len(names):
             raise TrainingError(
-                f"optim.freeze: all {len(names)} trainable parameters are frozen at step 1; leave at least one to train"
+                f"optim.freeze: all {len(names)} trainable parameters are frozen at step 1; remove a pattern, so that at least one "
+                "parameter is trained"
             )
 
     def frozen_at(self, step: int) -> set[str]:
-        """Return the names of the parameters that are frozen in a step, counted from 1."""
+        """Return the names of the parameters that the rules freeze in ``step`` (from 1)."""
         return {name for name, last in self._until.items() if last == 0 or step <= last}
 
     def changes_at(self, step: int) -> bool:
-        """Return whether other parameters are trained in this step than those of the last :meth:`apply`."""
+        """Return whether the frozen parameters of ``step`` differ from those of the last :meth:`apply`."""
         return self._applied is not None and self.frozen_at(step) != self._applied
 
     def apply(self, module: nn.Module, step: int) -> None:
-        """Freeze and thaw the parameters of a module for a step."""
+        """Set ``requires_grad`` of the parameters that the rules name to its value in ``step``."""
         self._applied = self.frozen_at(step)
         for name, parameter in module.named_parameters():
             if name in self._until:
@@ -61,7 +62,7 @@ class Freezing:
 
 
 def last_frozen_steps(names: Sequence[str], rules: Rules) -> dict[str, int]:
-    """Return the last frozen step of every parameter that a rule names; 0 is all steps, and the later of two steps counts."""
+    """Return the last frozen step of every parameter that a rule names; 0 means all steps. Of several rules, the latest step counts."""
     until: dict[str, int] = {}
     for pattern, last in rules:
         for name in _matches(names, pattern):
@@ -71,14 +72,17 @@ def last_frozen_steps(names: Sequence[str], rules: Rules) -> dict[str, int]:
 
 
 def _matches(names: Sequence[str], pattern: str) -> list[str]:
+    """Return the parameter names that match a pattern, or that belong to a module whose name matches."""
     return [n for n in names if fnmatchcase(n, pattern) or fnmatchcase(n, f"{pattern}.*")]
 
 
 def _check(names: Sequence[str], rules: Rules) -> None:
+    """Raise TrainingError for a rule that matches no trainable parameter."""
     for pattern, _ in rules:
         if not _matches(names, pattern):
             levels = {".".join(n.split(".")[:i]) for n in names for i in range(1, n.count(".") + 2)}
             near = difflib.get_close_matches(pattern, sorted(levels), n=3, cutoff=0.0)
             raise TrainingError(
-                f"optim.freeze: {pattern!r} names no trainable parameter of the model; similar names are {', '.join(near)}"
+                f"optim.freeze: {pattern!r} names no trainable parameter of the model; correct the name: similar names are "
+                f"{', '.join(near)}"
             )

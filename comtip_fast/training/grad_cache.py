@@ -1,7 +1,7 @@
 """Forward and backward pass of a step, in one piece or with gradient caching.
 
-Gradient caching (GradCache, Gao et al. 2021) keeps the negatives of the global batch while only one piece's activations are
-in memory, at the cost of one more forward pass:
+Gradient caching (GradCache, Gao et al. 2021) keeps the negatives of the global batch, but only the activations of one piece in
+memory, at the cost of one more forward pass:
 
 1. Embed every piece without storing activations.
 2. Compute the losses over spots and sentences on all vectors, and the gradient of each vector.
@@ -24,10 +24,10 @@ Tensors = dict[str, Tensor]
 
 @runtime_checkable
 class PieceableTask(Protocol):
-    """Methods beyond :class:`TrainingTask` that gradient caching needs."""
+    """A task with the methods that gradient caching needs in addition to :class:`TrainingTask`."""
 
     def pieces(self, batch: Any, n: int) -> list[Any]:
-        """Split this rank's share into at most ``n`` pieces."""
+        """Split this rank's share into at most ``n`` pieces; the same number on every rank."""
         ...
 
     def embed(self, module: nn.Module, piece: Any, table: bool) -> Tensors:
@@ -35,7 +35,7 @@ class PieceableTask(Protocol):
         ...
 
     def join(self, embedded: list[Tensors]) -> Tensors:
-        """Concatenate the pieces' vectors."""
+        """Concatenate the vectors of all pieces, and add the tensors shared by the batch."""
         ...
 
     def losses_of(self, batch: Any, tensors: Tensors) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -49,7 +49,7 @@ class PieceableTask(Protocol):
         ...
 
     def cut(self, gradients: Tensors, pieces: list[Any]) -> list[Tensors]:
-        """Split joined gradients into those of each piece; the inverse of :meth:`join`."""
+        """Split the gradients of joined tensors into those of each piece."""
         ...
 
 
@@ -65,7 +65,7 @@ def forward_backward(engine: Engine, task: TrainingTask, batch: Any, n: int) -> 
     batch
         This rank's share of the global batch.
     n
-        Number of pieces; 1, or a task that is not a :class:`PieceableTask`, does without gradient caching.
+        Number of pieces. Gradient caching is not used for 1, or if the task is not a :class:`PieceableTask`.
 
     Returns
     -------
@@ -81,6 +81,7 @@ def forward_backward(engine: Engine, task: TrainingTask, batch: Any, n: int) -> 
 
 
 def _in_pieces(engine: Engine, task: PieceableTask, batch: Any, n: int) -> tuple[Tensors, dict[str, float]]:
+    """Run a step with gradient caching in at most ``n`` pieces; see the module docstring."""
     pieces = task.pieces(batch, n)
     final = len(pieces) - 1
     table_piece = 0 if engine.table_first else final
@@ -108,5 +109,6 @@ def _in_pieces(engine: Engine, task: PieceableTask, batch: Any, n: int) -> tuple
 
 
 def _mean_of_finite(values: list[float]) -> float:
+    """Return the mean of the finite values; NaN if there are none."""
     finite = [v for v in values if math.isfinite(v)]
     return sum(finite) / len(finite) if finite else math.nan

@@ -1,8 +1,10 @@
-"""CoMTIP's losses on one rank: shares of the global losses; the sum over ranks is the loss of the global batch.
+"""CoMTIP's losses. Each rank computes its share; the sum of the shares over ranks is the loss of the global batch.
 
-L = w_nce L_nce + w_mfm L_mfm + w_pair L_pair + w_level L_level (docs/method.md). Random draws depend on the seed, step and
-spot only (:mod:`comtip_fast.training.draws`), and every mean divides by a count over the global batch. The loss therefore
+L = w_nce L_nce + w_mfm L_mfm + w_pair L_pair + w_level L_level (docs/method.md). Random draws depend on the seed, step, spot and
+gene only (:mod:`comtip_fast.training.draws`), and every mean divides by a count over the global batch. The loss therefore
 does not depend on how spots are assigned to ranks.
+
+Shapes: B spots of the global batch, b of this rank, G genes of the panel, Q levels, D width of the shared space.
 """
 
 from __future__ import annotations
@@ -46,13 +48,15 @@ PAIR_NUMBERS = ("pair_auc", "pair_auc_gain")
 
 @dataclass
 class LossInputs:
-    """Inputs of the losses over spots and sentences: vectors of the shared space."""
+    """Inputs of all losses but L_mfm: vectors of the shared space, and the scales of logits."""
 
     vector_bD: Tensor
-    """Image vectors of this rank."""
+    """Image vectors of this rank's spots."""
     table: SentenceTable
     scale_nce: Tensor
+    """Inverse temperature of InfoNCE, a scalar."""
     scale_level: Tensor
+    """Inverse temperature of the level logits, a scalar."""
 
     @classmethod
     def of(cls, out: StepOutput) -> LossInputs:
@@ -75,23 +79,23 @@ class LossInputs:
 
     @classmethod
     def from_tensors(cls, t: dict[str, Tensor]) -> LossInputs:
-        """Invert :meth:`tensors`."""
+        """Return the inputs from the dict of :meth:`tensors`."""
         table = SentenceTable(t["rows"], t["unit"], t["scores"], t["pair"])
         return cls(t["vector"], table, t["scale_nce"], t["scale_level"])
 
 
 @dataclass(frozen=True)
 class LossPart:
-    """One loss part and the inputs that its gradient reaches."""
+    """A part of the loss, and the inputs that have a gradient from it."""
 
     value: Tensor
     """This rank's share, a scalar."""
     reads: frozenset[str] = frozenset()
-    """Names in :meth:`LossInputs.tensors` without ``unit``; ``unit`` and ``pair`` are functions of ``rows``."""
+    """Names of :meth:`LossInputs.tensors`; instead of ``unit``, which is a function of ``rows``, ``rows`` is listed."""
 
 
 class StepLosses:
-    """The losses of a training step.
+    """Computes the losses of a training step.
 
     Parameters
     ----------
@@ -128,12 +132,14 @@ class StepLosses:
         return counts_of(batch.global_size or batch.section.numel(), self.group.size)
 
     def _mask(self, batch: Batch, P: int) -> tuple[Tensor | None, Tensor | None]:
+        """Return the indices of visible and of hidden patches; (None, None) without MFM."""
         if self.config.loss.mfm <= 0:
             return None, None
         ratio = self.config.vision.mask_ratio
         return draws.masked_patches(self.config.train.seed, batch.step, batch.spot_index, P, ratio)
 
     def _panel_genes(self, batch: Batch) -> GeneTokens:
+        """Return the tokens of the panel's genes after the random drops of identities, names and vectors."""
         rows = batch.panel.long()
         genes = take_genes(self.genes, rows, batch.panel_host)
         if self.config.text.identity_drop > 0:
@@ -147,7 +153,7 @@ class StepLosses:
     # -- losses -----------------------------------------------------------------------------------------
 
     def embedding_losses(self, batch: Batch, heads: LossInputs) -> tuple[dict[str, LossPart], Numbers]:
-        """Return this rank's shares of L_nce, L_pair and L_level, and numbers to log."""
+        """Return this rank's shares of L_nce, L_pair and L_level (those with a weight above 0), and numbers to log."""
         weights, parts = self.config.loss, {}
         numbers: Numbers = {"genes": float(batch.panel.numel()), "scale": heads.scale_nce.detach()}
         numbers["tokens"] = self._tokens(batch) * self.config.levels.n_levels
@@ -174,13 +180,13 @@ class StepLosses:
         return parts, numbers
 
     def _tokens(self, batch: Batch) -> float:
-        """Return the number of tokens of the panel's genes, from host memory if the batch has the panel there."""
+        """Return the number of tokens of the panel's genes, read from host memory if the panel is there too."""
         if batch.panel_host is not None and self.genes.host is not None:
             return float(self.genes.host.length_G[batch.panel_host].sum())
         return float(self.genes.length_G[batch.panel.long()].sum())
 
     def masked(self, out: StepOutput, n_all: int) -> Tensor | None:
-        """Return these tiles' share of L_mfm over the ``n_all`` tiles of the global batch; None without MFM."""
+        """Return the share of L_mfm of the tiles in ``out``, of ``n_all`` tiles of the global batch; None without MFM."""
         if self.config.loss.mfm <= 0 or out.predicted_BKd is None or out.target_BKd is None:
             return None
         n = out.predicted_BKd.shape[0]
@@ -191,8 +197,8 @@ class StepLosses:
     def weighted_total(self, parts: dict[str, LossPart], heads: LossInputs) -> Parts:
         """Return ``{"loss": weighted sum of the parts, part: ...}``.
 
-        Inputs that no part of this step reads (the pair head, for a panel of one gene) get a gradient of 0 instead of
-        None. Optimizers that flatten parameters into one buffer treat None as 0; this makes all engines agree.
+        Inputs that no part of the step reads (e.g. those of the pair head, for a panel of one gene) get a gradient of 0 instead
+        of None. Optimizers that flatten parameters into one buffer treat None as 0, so this makes all engines agree.
         """
         read = frozenset[str]().union(*(part.reads for part in parts.values()))
         values = {name: parts[name].value for name in PARTS if name in parts}
@@ -201,11 +207,11 @@ class StepLosses:
         return {"loss": sum(unread, total), **values}
 
     def logs(self, step: int) -> bool:
-        """Return whether this step computes the slower diagnostics."""
+        """Return whether ``step`` computes the slower diagnostics, which are logged every ``train.log_every`` steps."""
         return step % self.config.train.log_every == 0
 
     def health(self, batch: Batch, out: StepOutput) -> Numbers:
-        """Return statistics of patch-feature collapse in logged steps; NaN on a rank without spots."""
+        """Return statistics of patch-feature collapse, NaN on a rank without spots; empty in steps that are not logged."""
         if not self.logs(batch.step):
             return {}
         return diagnostic("feature health", lambda: feature_health(out.image.patches_BPd), undefined(HEALTH))
@@ -221,7 +227,7 @@ class StepLosses:
 
     @torch.no_grad()
     def _mispair(self, batch: Batch, heads: LossInputs) -> tuple[Tensor | None, Tensor | None]:
-        """Return the adversary's levels (b, G) and a mask of the swaps that count; None for a panel of one gene."""
+        """Return the levels (b, G) chosen by the adversary and a bool mask of the counted swaps; None if there are none to draw."""
         paat = self.config.loss.paat
         wanted = self.config.loss.pair > 0 or paat.hard_columns
         if batch.panel.numel() < 2 or not wanted:
@@ -237,7 +243,7 @@ class StepLosses:
         return candidates[best, rows], counted[best, rows]
 
     def _candidates(self, batch: Batch, levels: Tensor) -> Tensor:
-        """Draw C mispairings (C, b, G): within strata, from other spots, or either with equal probability per spot."""
+        """Draw C mispairings, levels (C, b, G): within strata, from other spots, or per spot either with equal probability."""
         paat, seed, spots = self.config.loss.paat, self.config.train.seed, batch.spot_index
         panel = batch.panel.long()
 
@@ -256,7 +262,7 @@ class StepLosses:
         return torch.where(use_stratum[None, :, None], within, others)
 
     def _from_other_spots(self, batch: Batch, levels: Tensor, u: Tensor) -> Tensor:
-        """Draw levels from spots of the same section on any rank."""
+        """Draw levels (C, b, G) from other spots of the same section, on any rank."""
         counts, group = self.counts(batch), self.group
         if group.size == 1:
             return take_from_other_spots(levels, batch.section.long(), u)
@@ -268,7 +274,10 @@ class StepLosses:
         return take_from_other_spots(every_level, every_section, u, own).long()
 
     def _pair_logits(self, batch: Batch, heads: LossInputs, levels: Tensor, roll: int = 0) -> Tensor:
-        """Return pair-head logits of the sentences (gene, level) in each spot's context."""
+        """Return the pair-head logits (b, G) of the sentences (gene, level) in the context of each spot.
+
+        ``roll`` shifts the contexts by this number of spots, so that sentences meet the context of another spot.
+        """
         table = heads.table
         if self.config.loss.paat.context == "image":
             return pair_scores(heads.vector_bD.roll(roll, 0), table.pair_GQD, levels)
@@ -302,6 +311,7 @@ class StepLosses:
         return global_infonce(heads.vector_bD, text, heads.scale_nce, pairs, self.group, self.counts(batch), form)
 
     def _pair(self, batch: Batch, heads: LossInputs, mispaired: Tensor, counted: Tensor) -> tuple[Tensor, Numbers]:
+        """Return L_pair over this rank's counted swaps and, in logged steps, the numbers of the pair head."""
         levels = batch.levels.long()
         true, false = self._pair_logits(batch, heads, levels), self._pair_logits(batch, heads, mispaired)
         numbers = {}
@@ -317,17 +327,18 @@ class StepLosses:
     def _pair_numbers(
         self, batch: Batch, heads: LossInputs, mispaired: Tensor, counted: Tensor, true: Tensor, false: Tensor
     ) -> Numbers:
+        """Return the AUC of the pair head, and its gain over contexts of other spots."""
         levels = batch.levels.long()
         true_elsewhere = self._pair_logits(batch, heads, levels, roll=1)
         false_elsewhere = self._pair_logits(batch, heads, mispaired, roll=1)
         auc = pair_auc(true, false, counted)
-        # The gain over contexts of other spots: the AUC that gene marginals cannot explain.
+        # The gain over contexts of other spots is the part of the AUC that frequencies of levels do not explain.
         gain = auc - pair_auc(true_elsewhere, false_elsewhere, counted)
         return dict(zip(PAIR_NUMBERS, (auc, gain), strict=True))
 
 
 def hard_columns(use: Tensor) -> tuple[Tensor | slice, Tensor | None]:
-    """Choose the mispaired texts that become further columns of InfoNCE.
+    """Choose the mispaired texts that become additional columns (negatives) of InfoNCE.
 
     Parameters
     ----------
@@ -337,10 +348,9 @@ def hard_columns(use: Tensor) -> tuple[Tensor | slice, Tensor | None]:
     Returns
     -------
     tuple
-        Index of the spots whose mispaired texts become columns, and a bool mask (2b,) of the columns to exclude, which
-        is False for the b true texts. On a CPU, only texts with a counted swap become columns, and the mask is None. On
-        other devices, shapes must not depend on data, so all texts become columns and those without a counted swap are
-        excluded.
+        Index of the spots whose mispaired texts become columns, and a bool mask (2b,) of the columns to exclude, False for the
+        b true texts. On a CPU, only texts with a counted swap become columns, and the mask is None. On other devices, where
+        shapes must not depend on data, all texts become columns and those without a counted swap are excluded.
     """
     if devices.reads_are_free(use.device):
         return use, None

@@ -1,4 +1,4 @@
-"""AdamW with linear warm-up and cosine decay; the learning rate is a pure function of the step."""
+"""Optimizer (AdamW) and learning-rate schedule: linear warm-up and cosine decay, a pure function of the step."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ from comtip_fast.training.freezing import last_frozen_steps
 def make_optimizer(module: nn.Module, config: OptimConfig, *, fused: bool = False) -> torch.optim.AdamW:
     """Return AdamW over the trainable parameters; weight decay applies to tensors of two or more dimensions.
 
-    Parameters of equal decay and rate that thaw together form a group, with its factor on the learning rate in ``lr_scale``.
+    Parameters with equal weight decay, factor on the learning rate and last frozen step form a group. The group holds the factor
+    as ``lr_scale``.
 
     Parameters
     ----------
     module
         The trained module.
     config
-        Rate, decay and betas.
+        Settings of the optimizer (``optim``).
     fused
-        Update all parameters in a few kernels, which can also skip the update (:func:`mask_steps`). Results differ from
-        the other implementation in the last bits, so runs on a CPU, whose curves are compared bit for bit, do not use it.
+        Whether a few kernels update all parameters; they can also skip the update (:func:`mask_steps`). Results differ from
+        the other implementation in the last bits. Runs on a CPU do not use it, because their loss curves must be
+        bit-identical.
     """
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     scales = layer_scales(module, config.vision.layer_decay)
@@ -46,7 +48,7 @@ def make_optimizer(module: nn.Module, config: OptimConfig, *, fused: bool = Fals
 
 
 def part_of(name: str, config: OptimConfig) -> PartConfig | VisionPartConfig:
-    """Return the settings of the part of the model that a parameter belongs to."""
+    """Return the optimizer settings of the part of the model that the parameter ``name`` belongs to."""
     parts: dict[str, PartConfig | VisionPartConfig] = {"vision": config.vision, "genes": config.text}
     return parts.get(name.split(".", maxsplit=1)[0], config.heads)
 
@@ -68,7 +70,7 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def mask_steps(optimizer: torch.optim.Optimizer, good: torch.Tensor) -> None:
-    """Make later steps of a fused optimizer skip the update if ``good`` is False, without a read on the host.
+    """Make the next step of a fused optimizer skip the update if ``good`` is False, without a read on the host.
 
     Parameters
     ----------
@@ -82,7 +84,7 @@ def mask_steps(optimizer: torch.optim.Optimizer, good: torch.Tensor) -> None:
 
 
 def learning_rate(step: int, total: int, config: OptimConfig) -> float:
-    """Return the learning rate of optimizer step ``step`` (counted from 1) of ``total``; the last is ``lr * final_lr``."""
+    """Return the learning rate of step ``step`` (from 1) of ``total``; that of the last step is ``lr * final_lr``."""
     if step <= config.warmup_steps:
         return config.lr * step / max(1, config.warmup_steps)
     share = (step - config.warmup_steps) / max(1, total - config.warmup_steps)

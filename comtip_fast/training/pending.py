@@ -1,7 +1,7 @@
 """Steps whose losses are still on the device.
 
-Reading a loss makes the host wait for the GPU, and the GPU is then idle until the host launches the next step. Losses, gradient
-norms and finiteness therefore stay on the device, one record per step, until a row is logged.
+If the host reads a loss, it waits for the GPU, and the GPU is then idle until the host launches the next step. Losses, gradient
+norms and their finiteness therefore stay on the device, one record per step, until a row is logged.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class PendingStep:
 
 @dataclass(frozen=True)
 class FinishedStep:
-    """A pending step and its scalars in host memory."""
+    """A pending step and its scalars, read into host memory."""
 
     pending: PendingStep
     loss: float
@@ -57,7 +57,7 @@ class FinishedStep:
 
 
 def read_steps(pending: list[PendingStep]) -> list[FinishedStep]:
-    """Read the scalars of all pending steps in one transfer, and empty the list."""
+    """Read the scalars of all pending steps in one transfer, empty the list, and return the finished steps."""
     if not pending:
         return []
     values = torch.stack([torch.stack(_scalars(p)) for p in pending]).tolist()
@@ -67,12 +67,14 @@ def read_steps(pending: list[PendingStep]) -> list[FinishedStep]:
 
 
 def _finished(pending: PendingStep, values: list[float]) -> FinishedStep:
+    """Return a finished step from the values of :func:`_scalars`, read to the host."""
     loss, norm, good, *more = values
     spike, limit = more or (0.0, math.inf)
     return FinishedStep(pending, loss, norm, bool(good), bool(spike), limit)
 
 
 def _scalars(pending: PendingStep) -> list[Tensor]:
+    """Return loss, norm, finiteness and, with ``optim.spike``, spike and limit of a step as scalars of one dtype."""
     update, like = pending.update, pending.loss
     spikes = [] if update.spike is None or update.limit is None else [update.spike, update.limit]
     return [like, *(value.to(like) for value in (update.norm, update.good, *spikes))]

@@ -1,4 +1,4 @@
-"""Interface between the training loop and a task. The loop has no CoMTIP code; a task has no checkpoint code."""
+"""Interface between the training loop, which knows nothing of CoMTIP, and a task, which knows nothing of checkpoints."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ValidationResult = tuple[float, dict[str, float], dict[str, float]]
 
 
 class TrainingTask(Protocol):
-    """Data, model and losses, as the training loop uses them."""
+    """Data, model and losses: everything that the training loop needs of a task."""
 
     @property
     def module(self) -> nn.Module:
@@ -38,11 +38,11 @@ class TrainingTask(Protocol):
         ...
 
     def fingerprint(self) -> dict[str, str]:
-        """Return hashes of the input data; a resumed run must find the same ones."""
+        """Return hashes of the input data by name; a run may resume only if they have not changed."""
         ...
 
     def prepare(self) -> None:
-        """Prepare for the first batch; called once, unless training is already complete."""
+        """Do slow work that batches need; called once before the first batch, unless training is already complete."""
         ...
 
     def close(self) -> None:
@@ -50,11 +50,11 @@ class TrainingTask(Protocol):
         ...
 
     def metrics(self) -> dict[str, float]:
-        """Return loader statistics since the last call, to log with the losses; a collective call."""
+        """Return loader statistics, which are logged with the losses; a collective call."""
         ...
 
     def batches(self, epoch: int) -> list[np.ndarray]:
-        """Return the epoch's global batches as spot indices: a pure function of (seed, epoch)."""
+        """Return the epoch's global batches, int64 arrays of spot indices: a pure function of (seed, epoch)."""
         ...
 
     def batch(self, spot_index: np.ndarray, step: int, epoch: int) -> Any:
@@ -62,25 +62,25 @@ class TrainingTask(Protocol):
         ...
 
     def losses(self, module: nn.Module, batch: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return ``{"loss": total, part: ...}`` and numbers to log: floats, or scalar tensors, which are read when logged.
+        """Return ``{"loss": total, part: ...}`` and numbers to log.
 
         ``module`` is the trained module: :attr:`module`, or the engine's copy of it. The losses are this rank's shares;
-        their sum over ranks is the loss of the global batch.
+        their sum over ranks is the loss of the global batch. Numbers are floats, or scalar tensors that are read when logged.
         """
         ...
 
     def after_step(self, module: nn.Module, step: int, good: Tensor | None = None) -> None:
-        """Run after an optimizer step, for example to update moving averages.
+        """Update the task after an optimizer step, for example a moving average.
 
-        ``good`` is a bool scalar on the device; if it is False, the step was not finite and nothing may change. On a CPU,
-        the method is called without it, after finite steps only.
+        ``good`` is a bool scalar on the device; if it is False, the weights were not updated and the task must not change. On a
+        CPU, the method is called without ``good``, and only after steps that updated the weights.
         """
         ...
 
     def validation_share(self, progress: Callable[[str], None]) -> Any:
         """Return this rank's share of a validation, small and picklable; called on every rank, not a collective call.
 
-        ``progress`` is called with a description while the work advances.
+        The task calls ``progress`` with a description of its current work, which resets the watchdog.
         """
         ...
 
@@ -89,5 +89,5 @@ class TrainingTask(Protocol):
         ...
 
     def export(self, folder: Path) -> None:
-        """Write the current weights in the format that users load."""
+        """Write an export of the current weights to ``folder``; called on rank 0."""
         ...

@@ -53,7 +53,7 @@ def build_task(
     initialise: bool = True,
     parents: Lineage | None = None,
 ) -> CoMTIPTask:
-    """Open the shard set, compute the training tables and build the model from the config; identical on all ranks.
+    """Open the shard set, compute the training tables and build the model from the config; the same on all ranks.
 
     Parameters
     ----------
@@ -64,8 +64,8 @@ def build_task(
     group
         Ranks of the run; None is a single process.
     initialise
-        Load the initial weights that the config names (``vision.pretrained``, ``train.start_from``). False if a
-        checkpoint will be loaded: the files of the initial weights may no longer exist.
+        Whether to load the initial weights that the config names (``vision.pretrained``, ``train.start_from``). False if a
+        checkpoint will be loaded, because the files of the initial weights may no longer exist.
     parents
         Lineage of the model that the run starts from; None reads it from ``train.start_from``.
 
@@ -81,7 +81,7 @@ def build_task(
     if config.vision.backbone == "small":  # before the tables, which can take minutes
         check_vision(config, patches_per_side(config.vision, config.vision.patch_px, shards.manifest.tile.px) ** 2)
     vectors = load_vectors(config.text)
-    # Statistics read tens of thousands of spots of all shards: once, not on every rank.
+    # On one rank, because the statistics read tens of thousands of spots of all shards.
     tables = on_rank_zero(lambda: training_tables(shards, config), group or SingleProcessGroup())
     tokenizer = GeneTokenizer.load()
     sizes = ModelSizes(
@@ -121,24 +121,26 @@ def _build_model(config: RunConfig, device: torch.device, sizes: ModelSizes, ini
 
 
 def check_vision(config: RunConfig, n_patches: int) -> None:
-    """Raise ValueError if the masking ratio hides no patch."""
+    """Raise ValueError if masked feature modelling is on and ``vision.mask_ratio`` hides none of a tile's patches."""
     if config.loss.mfm > 0:
         check_mask(config.vision, n_patches)
 
 
 def check_attention(config: RunConfig, device: torch.device, longest: int) -> str:
-    """Return which implementation of attention ``text.attention`` runs on this device.
+    """Return the name of the implementation that ``text.attention`` selects for ``device`` and sentences of ``longest`` tokens.
 
     Raises
     ------
     ValueError
-        It cannot run here.
+        The implementation is not installed, or does not support the device, the precision or the length.
     """
     dtype = torch.bfloat16 if in_bf16(config.train.precision, device) else torch.float32
     try:
         return attention_name(config.text.attention, device, dtype, longest)
     except ValueError as error:
-        raise ValueError(f"text.attention={config.text.attention}: {error}; text.attention=auto always runs") from error
+        raise ValueError(
+            f"text.attention={config.text.attention}: {error}; or set text.attention=auto, which runs on every machine"
+        ) from error
 
 
 def _as_model(module: nn.Module) -> CoMTIP:
@@ -191,12 +193,12 @@ class CoMTIPTask:
         return self.model
 
     def describe(self) -> str:
-        """Return a summary of parameters, spots and genes."""
+        """Return a summary of parameters, spots and genes for the log."""
         genes, count = self.tables.genes, sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         lines = [
             (
                 f"{count / 1e6:.2f} M trainable parameters, {self.tables.spots.size} spots; "
-                f"{genes.trained.size} genes trained, {genes.held_out.size} held out by name"
+                f"{genes.trained.size} genes trained, {genes.held_out.size} held out"
             )
         ]
         if self.genes.vector_GK is not None:
@@ -207,7 +209,7 @@ class CoMTIPTask:
         return "\n".join(lines)
 
     def leaks(self) -> list[str]:
-        """Return warnings of leakage: data or genes held out by this run that its parents were trained on."""
+        """Return warnings of leakage: sections, donors or genes that this run holds out, but that its parents trained on."""
         return parent_leaks(self.parents, self.shards, self.tables)
 
     def prepare(self) -> None:
@@ -219,9 +221,10 @@ class CoMTIPTask:
         self.loader.close()
 
     def metrics(self) -> dict[str, float]:
-        """Return the seconds spent waiting for batches (maximum over ranks) and the damaged records (sum over ranks).
+        """Return loader statistics over all ranks; a collective call.
 
-        ``faults`` is the total of damaged records; counts by kind are included if not zero.
+        ``loader_wait_s`` is the time in seconds spent waiting for batches since the last call (maximum over ranks), ``faults`` the
+        number of damaged records so far (sum over ranks). Numbers by kind of damage are included if they are not zero.
         """
         own = self.loader.metrics()
         wait = self.group.max(torch.tensor(own.pop("loader_wait_s"), device=self.device))
@@ -234,13 +237,13 @@ class CoMTIPTask:
         return self.loader.batches(epoch)
 
     def batch(self, spot_index: np.ndarray, step: int, epoch: int) -> Batch:
-        """Load this rank's share of one global batch to this task's device."""
+        """Load this rank's share of a global batch to the task's device; ``spot_index`` lists all its spots."""
         batch = self.loader.batch(spot_index, step, epoch).to(self.device)
         batch.global_size = len(spot_index)
         return batch
 
     def losses(self, module: nn.Module, batch: Batch) -> tuple[Parts, Numbers]:
-        """Return this rank's shares ``{"loss": total, part: ...}`` as scalars with gradients, and numbers to log."""
+        """Return this rank's shares of the losses, ``{"loss": total, part: ...}``, scalars with gradients, and numbers to log."""
         out = self.step.encode(_as_model(module), batch)
         heads = LossInputs.of(out)
         parts, numbers = self.step.embedding_losses(batch, heads)
@@ -262,7 +265,7 @@ class CoMTIPTask:
         return LossInputs.of(out).tensors() if table else {"vector": out.image.vector_BD}
 
     def join(self, embedded: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Concatenate the image vectors of all pieces; the other tensors are those of the one piece with the table."""
+        """Concatenate the image vectors of all pieces; the other tensors come from the piece that has the table."""
         joined: dict[str, Tensor] = {}
         for tensors in embedded:
             joined |= tensors
@@ -270,7 +273,7 @@ class CoMTIPTask:
         return joined
 
     def losses_of(self, batch: Batch, tensors: dict[str, Tensor]) -> tuple[Parts, Numbers]:
-        """Return the losses over spots and sentences from joined tensors."""
+        """Return this rank's shares of all losses but L_mfm from the tensors of :meth:`join`, and numbers to log."""
         heads = LossInputs.from_tensors(tensors)
         parts, numbers = self.step.embedding_losses(batch, heads)
         return self.step.weighted_total(parts, heads), numbers
@@ -278,7 +281,7 @@ class CoMTIPTask:
     def replay(
         self, module: nn.Module, batch: Batch, piece: Batch, gradients: dict[str, Tensor], table: bool
     ) -> tuple[Tensor, Parts, Numbers]:
-        """Return the scalar <gradients, recomputed tensors> + w_mfm L_mfm, and this piece's share of L_mfm."""
+        """Return the scalar <gradients, recomputed tensors> + w_mfm L_mfm, this piece's shares of the losses, and numbers to log."""
         out = self.step.encode(_as_model(module), piece, table=table)
         again = LossInputs.of(out).tensors() if table else {"vector": out.image.vector_BD}
         scalar = torch.stack([(again[name] * gradients[name]).sum() for name in again]).sum()
@@ -289,7 +292,7 @@ class CoMTIPTask:
         return scalar + weighted, {"mfm": mfm, "loss": weighted}, self.step.health(piece, out)
 
     def cut(self, gradients: dict[str, Tensor], pieces: list[Batch]) -> list[dict[str, Tensor]]:
-        """Split the gradients of the joined vectors by piece."""
+        """Return the gradients of each piece: its rows of those of the vectors, and all others."""
         vectors = gradients["vector"].split([p.section.numel() for p in pieces])
         return [gradients | {"vector": v} for v in vectors]
 
@@ -306,11 +309,11 @@ class CoMTIPTask:
         return self.validation.share(self.group.rank, self.group.size, progress)
 
     def validation_result(self, shares: list[list[SectionScore]]) -> ValidationResult:
-        """Return the mean zero-shot PCC, the mean per cohort, and statistics of the shared space."""
+        """Return the mean zero-shot PCC over cohorts, the mean of each cohort, and statistics of the shared space."""
         return self.validation.result(shares)
 
     def export(self, folder: Path) -> None:
-        """Write an export of the current weights: a readout fitted on the training split, and scores on split ``val``."""
+        """Write an export of the current weights, with a readout fitted on the training split and scores on split ``val``."""
         model = self._copy_of_model()
         bundle = replace(self.bundle(), model=model, config=self._plain_config())
         if self.config.readout.kind == "linear":
@@ -323,9 +326,9 @@ class CoMTIPTask:
         bundle.save(folder)
 
     def _copy_of_model(self) -> CoMTIP:
-        """Return a model with merged adapters and without the hooks of the engine.
+        """Return a copy of the model in eval mode, with merged adapters and without the hooks of the engine.
 
-        Under ZeRO 3 hooks communicate, but one rank alone exports.
+        Under ZeRO 3, these hooks call collectives, but only one rank exports.
         """
         plain = self._plain_config()
         with torch.random.fork_rng(devices=[]):  # the initial weights are overwritten
@@ -334,12 +337,12 @@ class CoMTIPTask:
         return model.to(self.device).eval()
 
     def _plain_config(self) -> RunConfig:
-        """Return the config of a model without adapters, whose weights an export holds."""
+        """Return the config without adapters, because an export contains merged weights."""
         lora = replace(self.config.vision.lora, rank=0)
         return replace(self.config, vision=replace(self.config.vision, lora=lora))
 
     def bundle(self) -> Bundle:
-        """Return the contents of an export: config, model, levels and genes."""
+        """Return the contents of an export: config, model, levels, genes, sections and lineage; without a readout."""
         return Bundle.from_training(
             self.config,
             self.sizes,
@@ -359,14 +362,14 @@ class CoMTIPTask:
         return inputs | vectors | {GENES: genes.hexdigest()}
 
     def _vectors_of_trained(self, vectors: GeneVectors) -> np.ndarray:
-        """Return the vectors of the trained genes (G, K), and set their scale in the model."""
+        """Return the vectors of the trained genes (G, K), 0 for genes without one, and set their scale in the model."""
         keys = [self.shards.genes[r].key for r in self.tables.genes.trained]
         vector_GK = vector_rows(vectors, keys)
         known = (vector_GK != 0).any(1)
         if known.sum() < 2:
             raise ValueError(
-                f"{self.config.text.gene_vectors}: the gene vectors hold {int(known.sum())} of the {len(keys)} trained genes; "
-                "give vectors of the same species"
+                f"text.gene_vectors={self.config.text.gene_vectors}: the file has vectors of {int(known.sum())} of the {len(keys)} "
+                "trained genes; give vectors of the same species"
             )
         self.model.genes.vector_scale.fill_(float(np.sqrt((vector_GK[known] ** 2).mean())))
         return vector_GK
@@ -375,11 +378,12 @@ class CoMTIPTask:
 
     @torch.no_grad()
     def _stem(self, tiles: Tensor) -> Tensor:
+        """Return the features of the frozen stem for uint8 tiles (N, 3, S, S), in CPU memory."""
         return self.model.vision.stem_features(tiles.to(self.device)).cpu()
 
     @torch.no_grad()
     def _standardise_stem(self) -> None:
-        """Set the mean and standard deviation of the stem's output from training tiles, to give channels equal scale."""
+        """Set the mean and standard deviation of the stem's output from about 256 training tiles, so that channels have equal scale."""
         stem = self.model.vision.stem
         assert stem is not None
         spots = self.tables.spots[:: max(1, self.tables.spots.size // 256)]

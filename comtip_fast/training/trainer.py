@@ -1,7 +1,7 @@
 """The training loop: steps, validation, checkpoints and resume.
 
-A run is a function of its config, its data and a few integers (step, epoch, position in the epoch). A run that is killed
-and resumed therefore computes the same losses and weights as an uninterrupted one.
+A step depends only on the config, the data, a few integers (step, epoch, position in the epoch) and the state in the checkpoint.
+A run that is killed and resumed therefore computes the same losses and weights as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -122,12 +122,15 @@ class Trainer:
         )
 
     def fit(self, resume: bool = False) -> FitResult:
-        """Train; with ``resume``, continue from the newest valid checkpoint, or start if there is none.
+        """Train until the run is finished, and write its export, or until a stop signal is received.
+
+        With ``resume``, training continues from the newest valid checkpoint, or starts from step 0 if there is none.
 
         Raises
         ------
         TrainingError
-            The folder is in use or holds another run, the config or data has changed, or a loss is not finite.
+            The folder is in use or has a checkpoint without ``resume``, the config or data has changed, a loss or gradient is
+            not finite (``train.nan_policy=stop``), or too many updates were skipped.
         RestartError
             A rank was lost or late, or the disk is full; a new process can continue with ``resume``.
         """
@@ -291,20 +294,20 @@ class Trainer:
                 self._epoch_batches = (p.epoch, self.task.batches(p.epoch))
             batches = self._epoch_batches[1]
             if not batches:
-                raise TrainingError("no batches: the shard set has no training spots; check its splits and data.*")
+                raise TrainingError("no batches: no training spots; build the set with sections of split train")
             if p.position < len(batches):
                 return batches[p.position]
             p.epoch, p.position = p.epoch + 1, 0
 
     def _exchange_flags(self, caught: Signals) -> None:
-        """Agree with the other ranks on a stop request and on a failed write."""
+        """Share with all ranks whether a rank has received a stop signal or failed to write a checkpoint."""
         if self.group.size == 1:
             return
         stop, self._write_failed = self.group.any([bool(caught.received), bool(self._saver.writer.failed)])
         self._asked_to_stop = self._asked_to_stop or stop
 
     def _validate(self) -> None:
-        """Validate on all ranks and keep the best step; every rank waits outside of the step's process group."""
+        """Validate on all ranks, log the scores, update the best step, and set ``stopped`` if patience is exhausted."""
         self._reporter.report(self.progress)
         p, cfg = self.progress, self.config.train
         what = f"validation after step {p.step}"
@@ -324,7 +327,9 @@ class Trainer:
             p.bad_validations += 1
         else:
             # Not counted for train.patience: there is no score to compare.
-            log.warning("step %d: validation has no score; check for sections of split val and genes to score", p.step)
+            log.warning(
+                "step %d: validation has no score; check split val for trained genes, and losses for NaN", p.step
+            )
         self._reporter.log(
             {"step": p.step, "kind": "valid", "score": score, "per_cohort": per_cohort, "best": better}
             | space
@@ -348,7 +353,7 @@ class Trainer:
     # -- state ------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
-        """Gather sharded tensors and write a full checkpoint, which any engine on any number of ranks can resume."""
+        """Gather sharded tensors and write a full checkpoint, from which any engine on any number of ranks can resume."""
         self._reporter.report(self.progress)
         self.progress.norms = self._norms.values()
         optim = self.engine.optimizer_state()
@@ -370,12 +375,12 @@ class Trainer:
         self._saver.check_best(self.progress)
 
     def _build_engine(self, averages: dict[str, Tensor] | None = None) -> None:
-        """Build the engine for the current weights, and follow the trained ones; ``averages`` are those of a checkpoint."""
+        """Build the engine for the current weights, and start their moving average, with ``averages`` of a checkpoint if given."""
         self.engine = make_engine(self.task.module, self.config, self.group)
         self._average.attach(self.engine.module, averages)
 
     def _thaw(self, step: int) -> None:
-        """Build the engine again, with the parameters that are trained from ``step`` on; as after a resume."""
+        """Build the engine again with the parameters that are trained in ``step``, and restore its optimizer state."""
         state = self.engine.optimizer_state(every_rank=True)
         with self.engine.gathered_for_read(every_rank=True):
             self.engine.close()
@@ -387,7 +392,7 @@ class Trainer:
         log.info("step %d: optim.freeze thaws parameters; %d tensors remain frozen", step, frozen)
 
     def _export_best(self) -> None:
-        """Export the best weights, or the last ones if there was no validation."""
+        """Write the export of the best weights, or of the last weights if there was no validation."""
         with self.engine.gathered_for_read(), self._average.applied(self.task.module):
             self._on_rank_zero(self._write_export)
 

@@ -1,4 +1,4 @@
-"""Validation: the zero-shot score used for early stopping, and statistics of the shared space."""
+"""Validation: the zero-shot score for early stopping, statistics of the shared space, and the scores of an export."""
 
 from __future__ import annotations
 
@@ -34,17 +34,18 @@ log = logging.getLogger("comtip_fast")
 LOG_S = 30.0
 """Seconds between progress messages."""
 VALIDATION_GENES = 50
+"""Number of most variable trained genes that are scored per section."""
 SCORED_SPOTS, MIN_SCORED_SPOTS, MAX_SCORED_SPOTS = 20_000, 200, 2000
-"""Spots on which an export is scored by gene: over all validation sections, and bounds per section."""
+"""Number of spots on which an export is scored: over all validation sections, and smallest and largest number per section."""
 SPACE = ("alignment", "uniformity_image", "uniformity_text", "r1", "r5", "t1", "t5")
 """Keys returned by :func:`space_numbers`."""
 CHUNK = 512
-"""Tiles that are encoded at once."""
+"""Number of tiles that are encoded at once."""
 KEPT_BYTES = 1 << 30
-"""Maximum bytes of tiles or stem features cached in host memory between validations; the rest is read again each
-time."""
+"""Largest size in bytes of tiles or stem features that are cached in host memory between validations; other tiles are read in
+every validation."""
 SPACE_SPOTS, SPACE_GENES = 256, 256
-"""Spots per section among which retrieval is measured, and genes per sentence; fixed, to compare runs and sections."""
+"""Largest numbers of spots and genes per section for the statistics of the shared space; fixed, so that runs can be compared."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,10 @@ class Validation:
 
     @torch.no_grad()
     def share(self, rank: int, size: int, progress: Callable[[str], None] = lambda what: None) -> list[SectionScore]:
-        """Score the sections of one of ``size`` ranks; not a collective call.
+        """Score the sections that belong to ``rank`` of ``size`` ranks; not a collective call.
 
-        A section's score does not depend on the rank that computes it. ``progress`` is called before every chunk of tiles.
+        A section's score does not depend on the rank that computes it. ``progress`` is called with the name of the section
+        before every chunk of tiles.
         """
         own = self._sections_of(rank, size)
         out, logged = [], time.monotonic()
@@ -133,7 +135,7 @@ class Validation:
         return mean, per_cohort, space
 
     def _sections_of(self, rank: int, size: int) -> list[int]:
-        """Return the validation sections of a rank, ascending; ranks have nearly equal numbers of scored spots."""
+        """Return the indices of a rank's validation sections, ascending; ranks have nearly equal numbers of scored spots."""
         sections = self.shards.manifest.sections
         val = [i for i, s in enumerate(sections) if s.split == "val"]
         spots = [min(sections[i].n_spots, self.config.train.validate_spots) for i in val]
@@ -149,7 +151,7 @@ class Validation:
         encoded, image = self._encode(spots, progress)
         if encoded.size == 0:
             log.warning(
-                "validation: section %s has no readable spot and is left out",
+                "validation: section %s has no readable spot and is left out; check it with `comtip shards verify`",
                 self.shards.manifest.sections[section].section_id,
             )
             return None
@@ -168,6 +170,7 @@ class Validation:
         return ranked[self.shards.measured(section)[ranked] & np.isin(ranked, self.tables.genes.trained)][:most]
 
     def _pcc(self, rows: np.ndarray, measured: np.ndarray, image: Tensor) -> float:
+        """Return the mean zero-shot PCC of genes; NaN if a prediction is not finite."""
         index = np.searchsorted(self.tables.genes.trained, rows)
         genes = self._genes(index)
         predicted = predict_trained(self.model, genes, image, self.tables.table, torch.from_numpy(index))
@@ -175,7 +178,7 @@ class Validation:
         return mean_pcc(measured, predicted["cp10k"]) if np.isfinite(predicted["cp10k"]).all() else float("nan")
 
     def _space(self, rows: np.ndarray, values: np.ndarray, image: Tensor, chosen: np.ndarray) -> dict[str, float]:
-        """Compare the image vectors of ``chosen`` spots with text vectors of their true sentences, of values (n, genes)."""
+        """Return :func:`space_numbers` of the ``chosen`` spots' image vectors and the text vectors of their values (n, genes)."""
         index = np.searchsorted(self.tables.genes.trained, rows)
         levels = upload(torch.from_numpy(self.tables.table.levels(values, index)).long(), self.device)
         table = self.model.sentence_table(self._genes(index))
@@ -183,13 +186,13 @@ class Validation:
         return space_numbers(image[upload(torch.from_numpy(chosen), image.device)], text)
 
     def _genes(self, index: np.ndarray) -> GeneTokens:
-        """Return the tokens of some trained genes, with their sizes on the host, so that no size is read from the device."""
+        """Return the tokens of some trained genes, with their lengths in host memory, so that no size is read from the device."""
         return take_genes(self.genes, upload(torch.from_numpy(index), self.device), index)
 
     def _expression(
         self, section: int, rows: np.ndarray, progress: Callable[[], None]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the section's undamaged spots, at most ``train.validate_spots``, and log1p CP10K, float32 (N, genes)."""
+        """Return at most ``train.validate_spots`` undamaged spots of a section, and their log1p CP10K, float32 (N, genes)."""
         meta = self.shards.manifest.sections[section]
         all_spots = meta.first_spot + evenly(meta.n_spots, self.config.train.validate_spots)
         spots, values = [], []
@@ -217,7 +220,7 @@ class Validation:
         return np.concatenate(encoded), torch.cat(vectors)
 
     def _inputs(self, spots: np.ndarray) -> tuple[np.ndarray, Tensor]:
-        """Return the undamaged spots of a chunk, and their tiles or features of the frozen stem, in host memory."""
+        """Return the undamaged spots of a chunk, and their tiles or frozen-stem features in host memory."""
         requested = spots.tobytes()  # not the first spot alone: a record may be readable once and not the next time
         if requested in self._kept:
             return self._kept[requested]
@@ -231,7 +234,7 @@ class Validation:
 
 
 def balanced_share(sizes: Sequence[int], rank: int, world: int) -> list[int]:
-    """Return the items of one rank, ascending, when items are given, largest first, to the rank with the least work."""
+    """Return the indices of the items of one rank, ascending; items go, largest first, to the rank with the least work."""
     work = [0] * world
     own = []
     for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
@@ -243,23 +246,23 @@ def balanced_share(sizes: Sequence[int], rank: int, world: int) -> list[int]:
 
 
 def evenly(n: int, most: int) -> np.ndarray:
-    """Return at most ``most`` indices below ``n``, evenly spaced and distinct: int64."""
+    """Return at most ``most`` distinct, evenly spaced indices below ``n``, int64."""
     return np.linspace(0, n - 1, min(n, most)).round().astype(np.int64)
 
 
 def validation_scores(
     predictor: Predictor, shards: ShardSet, tables: TrainingTables, loader: BaseLoader, seed: int
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Score an exported model on the sections of split ``val``, with the prediction that users get.
+    """Score a model on the sections of split ``val``, with the same prediction as :meth:`comtip_fast.Model.predict`.
 
-    Sections contribute an equal share of :data:`SCORED_SPOTS` neighbouring spots, at least :data:`MIN_SCORED_SPOTS` and at
-    most :data:`MAX_SCORED_SPOTS`. An undefined correlation counts as 0.
+    Each section contributes an equal share of :data:`SCORED_SPOTS`, at least :data:`MIN_SCORED_SPOTS` and at most
+    :data:`MAX_SCORED_SPOTS` neighbouring spots. An undefined correlation counts as 0.
 
     Returns
     -------
     per_cohort, per_gene
-        Mean PCC of the (up to 50) most variable trained genes by cohort, and mean PCC over sections by gene key, of trained
-        and held-out genes; log1p CP10K.
+        Mean PCC of log1p CP10K: of the (up to 50) most variable trained genes, by cohort, and over sections, by key of the
+        trained and held-out genes.
     """
     pcc: dict[str, list[float]] = {}
     cohorts: dict[str, list[float]] = {}
@@ -288,6 +291,7 @@ def validation_scores(
 
 
 def _means(values: dict[str, list[float]]) -> dict[str, float]:
+    """Return the mean of each list, sorted by key."""
     return {k: float(np.mean(v)) for k, v in sorted(values.items())}
 
 
@@ -302,6 +306,7 @@ def _readable(
 
 
 def _mean_of_finite(values: list[float]) -> float:
+    """Return the mean of the finite values; NaN if there are none."""
     finite = [v for v in values if np.isfinite(v)]
     return float(np.mean(finite)) if finite else float("nan")
 

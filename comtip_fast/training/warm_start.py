@@ -1,7 +1,7 @@
-"""Initialize a model from the weights of another one, which may have other genes and other data.
+"""Initialization from the weights of another model (``train.start_from``), which may have other genes and other data.
 
-A tensor is copied if its name and shape agree. Rows of the identity embedding belong to genes and are copied by gene key.
-Levels, their frequencies and values are not copied: they are fitted to the new data.
+A tensor is copied if its name and shape agree. Rows of the identity embedding belong to genes and are copied by gene key. Level
+edges, frequencies and expected values are not copied, because they are fitted to the new data.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from comtip_fast.models.adapters import plain_name
 
 log = logging.getLogger("comtip_fast")
 IDENTITY = "genes.identity_Id"
+"""Tensor with one row per trained gene, from row 1."""
 VECTOR_TENSORS = ("genes.project_vector.weight", "genes.vector_scale")
 """Tensors that depend on the axes of the gene vectors; copied only if both models use the same vectors."""
 
@@ -30,7 +31,7 @@ VECTOR_TENSORS = ("genes.project_vector.weight", "genes.vector_scale")
 def start_from(
     model: CoMTIP, source: str | Path, keys: Sequence[str], tokenizer_sha256: str, vectors_sha256: str = ""
 ) -> list[str]:
-    """Copy weights of an export into ``model``.
+    """Copy the weights of an export into ``model``, where names and shapes agree.
 
     Parameters
     ----------
@@ -39,7 +40,7 @@ def start_from(
     source
         An export folder, or the folder of a finished run.
     keys
-        Keys of the trained genes, in the order of identity rows from 1 on.
+        Keys of the trained genes, in the order of the identity rows from 1.
     tokenizer_sha256
         Hash of the current tokenizer.
     vectors_sha256
@@ -53,7 +54,7 @@ def start_from(
     Raises
     ------
     FileNotFoundError, ValueError
-        There is no export at ``source``, it has another format version, or none of its tensors fits.
+        There is no export in ``source``, it is damaged or has another format version, or none of its tensors fits.
     """
     folder = Path(source)
     bundle = Bundle.load(folder / "export" if (folder / "export").is_dir() else folder)
@@ -78,7 +79,8 @@ def start_from(
             taken += 1
     if not taken:
         raise ValueError(
-            f"{folder}: no tensor has a name and shape of this model; use the vision, text and align settings of that run"
+            f"{folder}: no tensor has the name and shape of a tensor of this model; use the vision, text and align settings of "
+            "that run"
         )
     genes = _take_identities(old.get(IDENTITY), new.get(IDENTITY), [g.key for g in bundle.genes if g.trained], keys)
     log.info(
@@ -95,7 +97,7 @@ def start_from(
 
 
 def _differing_inputs(bundle: Bundle, tokenizer_sha256: str, vectors_sha256: str) -> dict[str, str]:
-    """Return {tensor: reason} for tensors that belong to another tokenizer or to other gene vectors."""
+    """Return ``{tensor: reason}`` for tensors of an export that depend on another tokenizer or on other gene vectors."""
     out = {} if bundle.tokenizer_sha256 == tokenizer_sha256 else {"genes.token_Vd": "the tokenizers differ"}
     if bundle.vectors is None or bundle.vectors.sha256 != vectors_sha256:
         out |= dict.fromkeys(VECTOR_TENSORS, "the gene vectors differ")
@@ -105,7 +107,7 @@ def _differing_inputs(bundle: Bundle, tokenizer_sha256: str, vectors_sha256: str
 def _take_identities(
     old: torch.Tensor | None, new: torch.Tensor | None, old_keys: Sequence[str], keys: Sequence[str]
 ) -> int:
-    """Copy the identity rows of genes that both models have; return their number."""
+    """Copy the identity rows of the genes that both models have, and return their number."""
     if old is None or new is None or old.shape[1:] != new.shape[1:]:
         return 0
     old_rows = {key: row for row, key in enumerate(old_keys, start=1)}
@@ -124,14 +126,15 @@ def parents_of(config: RunConfig, run_dir: Path | None = None, *, required: bool
     config
         Config of the run; without ``train.start_from`` there are no parents.
     run_dir
-        Folder of a run that has started. Its ``lineage.json`` is used, because the parent may have been moved or replaced.
+        Folder of a run that has already started; its ``lineage.json`` is used, because the parent may have been moved or replaced.
+        None reads the parent.
     required
-        Whether a missing parent is an error; otherwise the parents are unknown.
+        Whether a missing parent is an error; otherwise the parents are recorded as unknown.
 
     Raises
     ------
     FileNotFoundError
-        The parent does not exist, and is required.
+        The parent does not exist and ``required`` is set.
     ValueError
         The parent's export or the run's ``lineage.json`` is damaged.
     """
@@ -144,12 +147,14 @@ def parents_of(config: RunConfig, run_dir: Path | None = None, *, required: bool
     except FileNotFoundError:
         if required:
             raise
-        log.warning("%s: not found, the parents of this run are recorded as unknown", config.train.start_from)
+        log.warning(
+            "train.start_from=%s: not found; the parents of this run are recorded as unknown", config.train.start_from
+        )
         return Lineage(parents_known=False)
 
 
 def parent_leaks(parents: Lineage, shards: ShardSet, tables: TrainingTables) -> list[str]:
-    """Return messages on val and test sections, donors and held-out genes of a run that its parents were trained on.
+    """Return a message for each validation or test section, donor and set of held-out genes that the parents were trained on.
 
     Parameters
     ----------

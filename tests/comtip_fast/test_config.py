@@ -199,7 +199,7 @@ def test_invalid_values_are_refused_by_key(item: str) -> None:
     ],
 )
 def test_slots_must_divide_a_batch(items: list[str], key: str) -> None:
-    with pytest.raises(ConfigError, match=f"{key}: must be.* multiple of data.slots"):
+    with pytest.raises(ConfigError, match=f"{key}: [0-9]+; must be.* multiple of data.slots"):
         load_config(None, items)
 
 

@@ -163,7 +163,7 @@ def test_an_embedding_becomes_spatialdata_only(prediction: ad.AnnData, tmp_path:
 
 ARRAYS: dict[str, tuple[dict[str, list[float]], str]] = {
     "Visium": ({"array_row": [0, 1, 2], "array_col": [0, 1, 4]}, ""),
-    "square": ({"array_row": [0, 0, 1], "array_col": [0, 1, 0]}, "not Visium's hexagonal one"),
+    "square": ({"array_row": [0, 0, 1], "array_col": [0, 1, 0]}, "not hexagonal as on Visium slides"),
     "fractions": ({"array_row": [0, 1.02, 2], "array_col": [0, 0.98, 4]}, "were rounded"),
     "cells": ({"array_row": [0, 0, 0], "array_col": [0, 0, 2]}, "the same array_row and array_col"),
     "no array": ({}, "has no array_row"),
@@ -182,7 +182,7 @@ def test_what_space_ranger_files_cannot_hold_is_reported(name: str):
 def test_a_spot_name_that_is_a_formula_is_refused(section: ad.AnnData, tmp_path: Path):
     data = section.copy()
     data.obs_names = ["=cmd()", *data.obs_names[1:]]
-    with pytest.raises(SourceError, match=r"the spot name '=cmd\(\)' begins as a formula"):
+    with pytest.raises(SourceError, match=r"the spot name '=cmd\(\)' would be evaluated as a formula"):
         write_space_ranger(data, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

@@ -102,7 +102,7 @@ def test_frozen_names_are_modules_parameters_or_patterns() -> None:
     ("rules", "message"),
     [
         ([["vison", 0]], r"'vison' names no trainable parameter .* similar names are .*vision"),
-        ([["*", 3]], "leave at least one"),
+        ([["*", 3]], "remove a pattern"),
     ],
 )
 def test_rules_that_cannot_be_meant_are_refused(rules: list[list[object]], message: str) -> None:
@@ -112,7 +112,7 @@ def test_rules_that_cannot_be_meant_are_refused(rules: list[list[object]], messa
 
 
 def test_deepspeed_freezes_for_all_steps_only() -> None:
-    with pytest.raises(ConfigError, match=r"optim\.freeze: a last frozen step needs"):
+    with pytest.raises(ConfigError, match=r"optim\.freeze: DeepSpeed cannot freeze"):
         config("optim.freeze=[[vision, 5]]", "engine.kind=deepspeed")
     assert config("optim.freeze=[[vision, 0]]", "engine.kind=deepspeed").optim.freeze
 

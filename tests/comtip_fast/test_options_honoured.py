@@ -55,7 +55,7 @@ def test_the_shards_of_a_run_are_found_and_a_missing_set_is_named(
     moved = tmp_path / "moved"
     shutil.copytree(run, moved)
     assert main(["export", str(moved), "--checkpoint", "newest", "--out", "x"]) == 2
-    assert "data.shards is data/shards, but no shard set is there" in capsys.readouterr().err
+    assert "data.shards is data/shards, but there is no shard set at this path" in capsys.readouterr().err
     shutil.copytree(home / "data" / "shards", moved / "shards")
     assert main(["export", str(moved), "--checkpoint", "newest", "--out", "x"]) == 0
 

@@ -159,7 +159,7 @@ def test_cellxgene_has_one_library(spec):
     assert open_section(spec(a), TILE, {"mpp": "2.0"}).section_id == "lib"
     a.uns["spatial"]["second"] = a.uns["spatial"]["lib"]
     with pytest.raises(
-        SourceError, match=r"holds 2 libraries \((lib, second|second, lib)\); subset to one section first"
+        SourceError, match=r"holds 2 libraries \((lib, second|second, lib)\); keep one section and its library"
     ):
         open_section(spec(a), TILE, {"mpp": "2.0"})
 

@@ -164,6 +164,8 @@ def test_validation_reads_validation_sections_only(
 
 def test_devices_are_refused_by_name():
     assert pick_device("cpu").type == "cpu"
+    with pytest.raises(ValueError, match="device 'gpu': not a device of PyTorch; use auto, cpu"):
+        pick_device("gpu")
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="finds no GPU"):
             pick_device("cuda")

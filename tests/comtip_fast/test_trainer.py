@@ -281,7 +281,7 @@ def test_a_finished_run_continues_with_more_steps_and_another_rate(
     longer = ["train.steps=20", "optim.lr=0.01", "train.validate_every=4", "train.threads=1"]
     result = fit(run, *longer, resume=True, at_step=seen.append)
     assert (result.stopped, result.step, seen) == ("steps", 20, [18, 19, 20])
-    assert "optim.lr changed from 0.05 to 0.01, from step 18 on" in caplog.text
+    assert "optim.lr changed from 0.05 to 0.01; it applies from step 18" in caplog.text
     rows = trace(run)
     assert [r["step"] for r in rows if r["kind"] == "valid"] == [3, 6, 9, 12, 15, 17, 20]
     rates = {r["step"]: r["lr"] for r in rows if r["kind"] == "train"}
@@ -301,7 +301,7 @@ def test_fewer_steps_end_a_run_at_its_checkpoint(tmp_path: Path) -> None:
     run = tmp_path / "run"
     fit(run, at_step=stop_at(8))
     assert fit(run, "train.steps=8", "train.validate_every=0", resume=True).step == 8
-    with pytest.raises(TrainingError, match=r"train\.steps=7 is below the step of the checkpoint, 8"):
+    with pytest.raises(TrainingError, match=r"train\.steps=7 is below the step of the checkpoint \(8\)"):
         fit(run, "train.steps=7", resume=True)
 
 

@@ -1,1 +1,1 @@
-"""Random views of tiles: zoom, rotation, mirroring, stain normalisation and jitter."""
+"""Augmented views of tiles: zoom, rotation, mirroring, stain normalisation and jitter."""

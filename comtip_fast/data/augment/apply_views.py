@@ -1,7 +1,7 @@
-"""Apply views to a batch of decoded tiles: batched tensor operations on a GPU, a loop over tiles on a CPU.
+"""Application of views to decoded tiles: batched tensor operations on a GPU, a loop over tiles on a CPU.
 
-On a CPU, numba compiles the loop where it is installed. Every path returns the same values as the reference
-implementation, :func:`comtip_fast.data.augment.views.make_views`.
+On a CPU, numba compiles the loop if it is installed. All implementations return the same values as the reference,
+:func:`comtip_fast.data.augment.views.make_views`.
 """
 
 from __future__ import annotations
@@ -28,15 +28,16 @@ def apply_views(
     Parameters
     ----------
     tiles_NSS3
-        uint8, in the layout of the decoders, on any device.
+        uint8 (N, S, S, 3), as decoders return them, on any device.
     plan
-        From :func:`comtip_fast.data.augment.views.plan_views`.
+        Result of :func:`comtip_fast.data.augment.views.plan_views`.
     batched
-        Use batched tensor operations. Default: on every device but the CPU, where they use far more memory bandwidth.
+        Whether to use batched tensor operations. By default they are used on all devices but the CPU, where they need much
+        more memory bandwidth.
     compiled
-        On a CPU, use numba. Default: if it is installed.
+        Whether to use numba on a CPU; by default if it is installed.
     tensors
-        :meth:`.views.ViewPlan.tensors` on the device of the tiles, if they are there already.
+        :meth:`.views.ViewPlan.tensors` on the device of the tiles; None copies them.
 
     Returns
     -------
@@ -57,7 +58,7 @@ def apply_views(
 
 
 def _zoom(tiles_N3SS: Tensor, margin_N: np.ndarray, by_margin_N: Tensor) -> Tensor:
-    """Crop and resize; tiles with the same margin are resized in one call."""
+    """Crop the margins and resize to S; tiles with the same margin are resized in one call."""
     if not margin_N.any():
         return tiles_N3SS
     S = tiles_N3SS.shape[-1]
@@ -73,6 +74,7 @@ def _zoom(tiles_N3SS: Tensor, margin_N: np.ndarray, by_margin_N: Tensor) -> Tens
 
 
 def _apply_per_tile(tiles_N3SS: Tensor, plan: ViewPlan, compiled: bool) -> Tensor:
+    """Rotate, mirror and map the tiles one by one on the CPU."""
     N, _, S, _ = tiles_N3SS.shape
     # Allocated by NumPy, which asks for huge pages.
     source, out = tiles_N3SS.numpy(), np.empty((N, 3, S, S), np.uint8)
@@ -91,7 +93,7 @@ def _apply_per_tile(tiles_N3SS: Tensor, plan: ViewPlan, compiled: bool) -> Tenso
 
 
 def _apply_batched(tiles_N3SS: Tensor, orientation_N: Tensor, lut_N3V: Tensor | None) -> Tensor:
-    """Rotate, mirror and map all tiles at once, without a shape that depends on the orientations."""
+    """Rotate, mirror and map all tiles at once; no shape depends on the orientations."""
     N, _, S, _ = tiles_N3SS.shape
     turns_N, mirrored_N = orientation_N % 4, orientation_N >= 4
     # One quarter turn is a transposition and a flip of the rows; three are a transposition and a flip of the columns.

@@ -1,4 +1,4 @@
-"""Augmented views of a tile, each a deterministic function of (seed, spot, view).
+"""Augmented views of a tile; a view is a deterministic function of (seed, spot, view).
 
 View 0 is the original tile. The other views are zoomed, rotated by multiples of 90 degrees, mirrored, and jittered in
 optical-density space. With ``data.stain=section``, the section's stain is normalised in all views. The number of views
@@ -49,7 +49,7 @@ class ViewPlan:
 
 
 def view_indices(n_views: int, spot_index: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
-    """Return the view of each spot in this epoch, int64 (B,); ``n_views`` epochs show every view once."""
+    """Return the view of each spot in ``epoch``, int64 (B,); over ``n_views`` epochs, each view is used once."""
     start = np.floor(uniform(seed, "view", index=spot_index) * n_views).astype(np.int64)
     return (start + epoch) % n_views
 
@@ -69,7 +69,7 @@ def plan_views(
     Parameters
     ----------
     spot_index, view, section
-        (N,) integers.
+        Spot, view and section of each tile, integers (N,).
     stain_of
         Returns a section's stain statistics.
     config
@@ -94,7 +94,7 @@ def plan_views(
 
 
 def make_views(tiles_NSS3: np.ndarray, plan: ViewPlan) -> np.ndarray:
-    """Return the views, uint8 (N, S, S, 3): the reference implementation, one tile at a time."""
+    """Return the views of tiles, uint8 (N, S, S, 3), one tile at a time; the reference implementation."""
     out = np.empty_like(tiles_NSS3)
     for i, tile in enumerate(tiles_NSS3):
         view = rotate_flip(_zoom(tile, int(plan.margin_N[i])), int(plan.orientation_N[i]))
@@ -105,7 +105,10 @@ def make_views(tiles_NSS3: np.ndarray, plan: ViewPlan) -> np.ndarray:
 
 
 def rotate_flip(tile: np.ndarray, orientation: int, axes: tuple[int, int] = (0, 1)) -> np.ndarray:
-    """Rotate by ``orientation % 4`` quarter turns, then mirror left to right if it is 4 or more; does not copy."""
+    """Return a tile rotated by ``orientation % 4`` quarter turns, and mirrored left to right if ``orientation >= 4``.
+
+    ``axes`` are the rows and columns of the array. The result is a view of the array.
+    """
     rotated = np.rot90(tile, orientation % 4, axes)
     return np.flip(rotated, axes[1]) if orientation >= 4 else rotated
 
@@ -133,9 +136,9 @@ def _lookup_tables(
     config: DataConfig,
     seed: int,
 ) -> np.ndarray:
-    """Return uint8 (N, 3, 256): stain normalisation of the section, followed by jitter.
+    """Return look-up tables, uint8 (N, 3, 256): stain normalisation of the section, followed by jitter.
 
-    Pixel values have 8 bits, so a table of 256 entries is exact, rounding between the two operations included.
+    Pixel values have 8 bits, so a table of 256 entries is exact, including the rounding between the two operations.
     """
     lut = np.empty((len(view), 3, 256), np.uint8)
     for s in np.unique(section):

@@ -1,7 +1,7 @@
-"""Rotate tiles and map their pixel values on a CPU in one pass, compiled by numba without the GIL.
+"""Rotation of tiles and mapping of their pixel values on a CPU in one pass, compiled by numba to run without the GIL.
 
-:func:`comtip_fast.data.augment.apply_views.apply_views` uses this path where numba is installed (the ``dali-*`` extras
-include it). Without numba, NumPy does the same in several passes.
+:func:`comtip_fast.data.augment.apply_views.apply_views` uses this module if numba is installed (the ``dali-*`` extras
+include it). Without numba, NumPy computes the same values in several passes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def rotate_and_map(
     Parameters
     ----------
     tiles_N3SS
-        uint8; a permuted (N, S, S, 3) array, which is what decoders return, is read without a copy.
+        uint8; a permuted view of an (N, S, S, 3) array, as decoders return it, is read without a copy.
     orientation_N
         int64, as in :func:`comtip_fast.data.augment.views.rotate_flip`.
     lut_N3V
@@ -46,7 +46,7 @@ def rotate_and_map(
 
 @cache
 def _compiled() -> Any:
-    """Compile once per process, which takes about a second; an on-disk cache would need a writable directory."""
+    """Return the compiled loop; compiled once per process in about a second, as a cache on disk needs a writable folder."""
     njit: Any = import_module("numba").njit
     return njit(nogil=True)(_rotate_and_map)
 

@@ -1,1 +1,1 @@
-"""Co-expression of genes in count matrices without images."""
+"""Gene vectors from co-expression in count matrices without images."""

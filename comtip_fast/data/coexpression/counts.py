@@ -1,7 +1,7 @@
 """Streaming readers of count matrices without images: AnnData, 10x h5 and legacy Spatial Transcriptomics tables.
 
-Each reader yields blocks of cells (or spots) by genes, so memory is bounded by the block size and not by the number of
-cells. Features that are not genes (antibodies, controls) are dropped.
+Each reader yields blocks of cells (or spots) x genes, so that memory is bounded by the size of a block and does not grow with
+the number of cells. Features of other types (antibodies, controls) are dropped.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from scipy import sparse
 
 BLOCK_ROWS = 4096
 TABLE_ROWS = 256
-"""Rows of a text table that are parsed at once; they are dense, with 8 bytes per gene."""
+"""Number of rows of a text table that are parsed at once; they are dense, with 8 bytes per gene."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class CountSource:
     genes
         Identifiers of the columns.
     symbols
-        Second identifiers of the columns, used if the first is unknown; may be empty strings.
+        Second identifiers of the columns, used where the first is unknown; empty strings if there are none.
     """
 
     path: Path
@@ -49,12 +49,12 @@ class CountSource:
     symbols: list[str]
 
     def blocks(self) -> Iterator[sparse.csr_matrix]:
-        """Yield int32 CSR blocks (at most ``BLOCK_ROWS`` rows, ``len(genes)`` columns).
+        """Yield the counts as int32 CSR blocks (at most :data:`BLOCK_ROWS` rows, ``len(genes)`` columns).
 
         Raises
         ------
         SourceError
-            The file is truncated, or holds values that are not raw counts.
+            The file is truncated or damaged, or has values that are not raw counts.
         """
         start = 0
         for block in _reader(self.path).blocks(self.path):
@@ -77,7 +77,7 @@ def open_counts(path: str | Path) -> CountSource:
     FileNotFoundError
         There is no such file.
     SourceError
-        The format is not one of these, or the file cannot be read.
+        The format is none of these, the file cannot be read, or it has no genes.
     """
     path = Path(path)
     if not path.is_file():
@@ -89,7 +89,7 @@ def open_counts(path: str | Path) -> CountSource:
 
 
 def species_of(genes: list[str]) -> str | None:
-    """Return the species of most of the Ensembl identifiers, or None if there are no Ensembl identifiers."""
+    """Return the species of most Ensembl identifiers among ``genes``, or None if there are no Ensembl identifiers."""
     votes = {
         "mouse": sum(g.upper().startswith("ENSMUSG") for g in genes),
         "human": sum(g.upper().startswith("ENSG0") for g in genes),
@@ -99,7 +99,7 @@ def species_of(genes: list[str]) -> str | None:
 
 
 class _Table:
-    """A delimited text table, read row by row."""
+    """A tab-separated text table, read row by row."""
 
     @staticmethod
     def genes(path: Path) -> tuple[list[str], list[str]]:
@@ -110,7 +110,8 @@ class _Table:
         genes = names[1:] if len(names) == columns + 1 else names
         if columns < 1 or len(genes) != columns:
             raise SourceError(
-                f"{path}: {len(names)} names in the header, {columns + 1} columns below; give spots x genes, tab-separated"
+                f"{path}: {len(names)} names in the header, but {columns + 1} columns in the first row; give a tab-separated table "
+                "of spots x genes"
             )
         return genes, [""] * len(genes)
 
@@ -128,17 +129,20 @@ class _Table:
                         yield sparse.csr_matrix(np.stack(rows))
                         rows = []
         except (OSError, EOFError, UnicodeDecodeError) as error:
-            raise SourceError(f"{path}: truncated ({error}); copy or download it again") from error
+            raise SourceError(f"{path}: truncated or damaged ({error}); copy or download the file again") from error
         if rows:
             yield sparse.csr_matrix(np.stack(rows))
 
 
 def _row(line: str, n_genes: int, path: Path, number: int) -> np.ndarray:
+    """Return the counts of a line of a table, float64 (genes,); raise SourceError for other contents."""
     cells = line.rstrip("\r\n").split("\t")[1:]
     try:
         values = np.array(cells, np.float64)
     except ValueError as error:
-        raise SourceError(f"{path}, line {number}: a value is not a number ({error}); give raw counts") from error
+        raise SourceError(
+            f"{path}, line {number}: a value is not a number ({error}); correct it, or give a table of raw counts"
+        ) from error
     if values.size != n_genes:
         raise SourceError(
             f"{path}, line {number}: {values.size} values for {n_genes} genes; copy or download the file again"
@@ -147,13 +151,14 @@ def _row(line: str, n_genes: int, path: Path, number: int) -> np.ndarray:
 
 
 def _text(path: Path) -> Any:
+    """Open a text file, which may be compressed with gzip."""
     if path.suffix == ".gz":
         return gzip.open(path, "rt", encoding="utf-8-sig")
     return path.open(encoding="utf-8-sig")
 
 
 class _Tenx:
-    """The h5 file of Cell Ranger and Space Ranger."""
+    """A matrix in the h5 format of Cell Ranger and Space Ranger."""
 
     @staticmethod
     def genes(path: Path) -> tuple[list[str], list[str]]:
@@ -168,7 +173,7 @@ class _Tenx:
 
 
 class _AnnData:
-    """``layers["counts"]``, ``X`` or ``raw.X`` of an AnnData file: the first that holds raw counts."""
+    """An AnnData file; reads the first of ``layers["counts"]``, ``X`` and ``raw.X`` that has raw counts."""
 
     @staticmethod
     def genes(path: Path) -> tuple[list[str], list[str]]:
@@ -191,11 +196,13 @@ class _AnnData:
 
     @staticmethod
     def _gene_columns(var: Any) -> np.ndarray:
+        """Return the indices of the columns that are genes, int64."""
         kinds = var["feature_types"].astype(str).tolist() if "feature_types" in var else [""] * len(var)
         return np.flatnonzero([kind in ("", GENE_KIND) for kind in kinds])
 
     @staticmethod
     def _key(file: h5py.File, path: Path) -> str:
+        """Return the key of the first matrix with raw counts; that of the first matrix if none has."""
         found = [key for key in COUNTS if key in file]
         if not found:
             raise SourceError(f"{path}: no layers['counts'], X or raw.X; add raw counts to the file")
@@ -206,10 +213,11 @@ class _AnnData:
 
     @staticmethod
     def _all(element: Any, path: Path) -> Iterator[sparse.csr_matrix]:
+        """Yield the rows of a dense or sparse matrix in CSR blocks."""
         if isinstance(element, h5py.Group):
             matrix: Any = sparse_dataset(element)
             if matrix.format == "csc":
-                # Rows of a column-compressed matrix cannot be read separately: the whole matrix is read.
+                # Rows of a column-compressed matrix cannot be read separately, so all of it is read.
                 matrix = sparse.csr_matrix(matrix.to_memory())
         else:
             matrix = element
@@ -223,6 +231,7 @@ class _AnnData:
 
 
 def _reader(path: Path) -> Any:
+    """Return the reader for a file by its name; raise SourceError for an unknown format."""
     name = path.name.lower()
     if name.endswith(SUFFIXES):
         return _AnnData

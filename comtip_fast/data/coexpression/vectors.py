@@ -1,10 +1,10 @@
 """Gene vectors from counts without images: principal components of co-expression.
 
-The vector of a gene holds its loadings on the first K principal components of log1p CP10K, standardised per gene within
-each source.
+The vector of a gene contains its loadings on the first K principal components of log1p CP10K, which is standardised per gene
+within each source.
 
 The decomposition is a truncated SVD by block subspace iteration over blocks of cells. Memory is bounded by one block and a
-few matrices of genes x (K + oversampling); parsed blocks are kept in a temporary directory between passes.
+few matrices of genes x (K + oversampling); parsed blocks are kept in a temporary folder between passes.
 """
 
 from __future__ import annotations
@@ -49,20 +49,20 @@ def gene_vectors(
     paths
         Count matrices, see :func:`comtip_fast.data.coexpression.counts.open_counts`.
     components
-        K; reduced if there are fewer genes or cells.
+        Number of components, K; reduced if there are fewer genes or cells.
     species
-        ``human`` or ``mouse``; required if the identifiers are symbols, otherwise Ensembl identifiers take precedence.
+        ``human`` or ``mouse``; required if the identifiers are symbols. Ensembl identifiers take precedence.
     tissue, licence
-        Recorded in the header; they do not affect the vectors.
+        Facts that are recorded in the header and do not affect the vectors.
     weigh
         ``cells``: equal weight for every cell; ``sources``: equal weight for every source.
     min_detection
-        Genes that are detected in a smaller share of cells are dropped.
+        Smallest share of cells in which a gene is detected; other genes are dropped.
     orthologues
-        Treat genes of both species with the same upper-case symbol as one gene; the file then contains the keys of
-        both.
+        Whether genes of both species with the same upper-case symbol are one gene; the file then contains the keys of
+        both species.
     seed
-        Seed of the random start of the subspace iteration; the result changes within its tolerance only.
+        Seed of the random start of the subspace iteration, which changes the result within its tolerance only.
 
     Returns
     -------
@@ -72,8 +72,8 @@ def gene_vectors(
     Raises
     ------
     ValueError
-        A parameter is out of bounds, there is no source, an unknown species, too few cells, fewer than 2 genes that
-        vary, or sources of two species without ``orthologues``.
+        A parameter is out of bounds, there is no source, the species of a source is unknown, a source has fewer than 2 cells,
+        fewer than 2 genes vary, or there are sources of two species without ``orthologues``.
     FileNotFoundError, SourceError
         A source does not exist or cannot be read.
     """
@@ -97,7 +97,7 @@ def gene_vectors(
         "licence": licence,
     }
     results = {"sources": spool.sources, "explained": float(spectrum.sum() / max(total, 1e-12))}
-    # A loading is a sum over the cells that measured the gene. The division turns it into a mean, comparable over genes.
+    # A loading is a sum over the cells that measured the gene; divided by their weight, it is a mean, comparable over genes.
     vectors = basis * np.sqrt(spectrum) / np.maximum(standard.coverage_G, 1e-12)[:, None]
     keys, rows = spool.keys_of(standard.kept)
     kept = standard.kept[rows]
@@ -115,11 +115,11 @@ def _check_settings(paths: Sequence[str | Path], components: int, weigh: str, mi
     if not 0 <= min_detection <= 1:
         raise ValueError(f"min_detection={min_detection}: give a share of cells, 0 to 1")
     if not paths:
-        raise ValueError("no count matrix given; name at least one")
+        raise ValueError("no count matrix given; give at least one")
 
 
 class _Spool:
-    """Parsed blocks of all sources in a temporary directory, over one growing list of genes."""
+    """Parsed blocks of all sources in a temporary folder, with one list of genes that grows with every source."""
 
     def __init__(self, folder: Path, orthologues: bool) -> None:
         self.folder, self.orthologues = folder, orthologues
@@ -131,7 +131,7 @@ class _Spool:
         self._columns: list[np.ndarray] = []
 
     def add(self, source: CountSource, species: str | None) -> None:
-        """Parse one source and keep its blocks."""
+        """Parse a source and write its blocks to the temporary folder."""
         known = species_of(source.genes) or species
         if known is None:
             raise ValueError(f"{source.path}: symbols do not identify the species; set `species` to human or mouse")
@@ -173,7 +173,7 @@ class _Spool:
         return out
 
     def blocks(self) -> Iterator[tuple[int, sparse.csr_matrix]]:
-        """Yield (source, int32 counts over all genes)."""
+        """Yield (index of the source, int32 CSR counts over all genes) for every block."""
         for number, (files, columns) in enumerate(zip(self._files, self._columns, strict=True)):
             n_own = columns.size
             spread = sparse.csr_matrix(
@@ -183,7 +183,7 @@ class _Spool:
                 yield number, sparse.csr_matrix(sparse.load_npz(file) @ spread)
 
     def keys_of(self, kept: np.ndarray) -> tuple[list[str], np.ndarray]:
-        """Return the keys of the file, and the index of each in ``kept``."""
+        """Return the gene keys of the result, and the index in ``kept`` of the gene of each key."""
         if not self.orthologues:
             return [self.names[i] for i in kept], np.arange(kept.size)
         index = {self.names[i]: row for row, i in enumerate(kept)}
@@ -194,15 +194,17 @@ class _Spool:
 
 @dataclass
 class _Standard:
-    """Per-source centring and scaling, held as vectors so that blocks stay sparse."""
+    """Mean and scale of each gene per source, applied to products with blocks, so that the blocks stay sparse."""
 
     mean_SG: np.ndarray
     inverse_std_SG: np.ndarray
+    """Inverse standard deviation of each kept gene; 0 where the gene does not vary in the source."""
     weight_S: np.ndarray
     """Weight of one cell of each source; the weights of all cells sum to 1."""
     coverage_G: np.ndarray
-    """Total weight of the cells that measured each kept gene, 0 to 1."""
+    """Total weight of the cells of the sources in which each kept gene varies, 0 to 1."""
     kept: np.ndarray
+    """Indices of the genes that vary and are detected often enough."""
     moments_G4: np.ndarray
     detection_G: np.ndarray
 
@@ -235,6 +237,7 @@ class _Standard:
 
 
 def _moments(total: np.ndarray, square: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the mean and standard deviation from sums, sums of squares and numbers of values."""
     mean = total / np.maximum(n, 1)
     return mean, np.sqrt(np.maximum(square / np.maximum(n, 1) - mean**2, 0))
 
@@ -246,7 +249,7 @@ def _log1p(counts: sparse.csr_matrix) -> sparse.csr_matrix:
 
 
 def _gram(spool: _Spool, standard: _Standard, basis_GP: np.ndarray) -> np.ndarray:
-    """Return A^T A Q for the standardised cells A, one pass; A itself is never dense."""
+    """Return A^T A Q for the weighted, standardised cells A and the basis Q, in one pass without a dense A."""
     out = np.zeros_like(basis_GP)
     for source, counts in spool.blocks():
         values = log1p_cp10k(counts)[:, standard.kept].astype(np.float64)
@@ -259,7 +262,7 @@ def _gram(spool: _Spool, standard: _Standard, basis_GP: np.ndarray) -> np.ndarra
 
 
 def _subspace(spool: _Spool, standard: _Standard, components: int, seed: int) -> tuple[np.ndarray, np.ndarray, float]:
-    """Return leading eigenvectors (G, K) of A^T A, their eigenvalues, and the trace of A^T A."""
+    """Return the leading eigenvectors (G, K) of A^T A (:func:`_gram`), their eigenvalues, and the trace of A^T A."""
     genes = standard.kept.size
     cells = sum(s["cells"] for s in spool.sources)
     K = min(components, genes, cells - 1)
@@ -274,7 +277,7 @@ def _subspace(spool: _Spool, standard: _Standard, components: int, seed: int) ->
         if np.abs(spectrum - last).max() <= TOLERANCE * max(spectrum[0], 1e-12):
             break
         last, basis = spectrum, np.linalg.qr(image)[0]
-    # The sign of a component is free; fixing it makes files comparable.
+    # The sign of a component is arbitrary; it is fixed so that files can be compared.
     strongest = vectors[np.abs(vectors).argmax(0), np.arange(K)]
     return vectors * np.where(strongest < 0, -1.0, 1.0), spectrum, float(standard.coverage_G.sum())
 

@@ -1,4 +1,4 @@
-"""Expression levels of a batch, from the in-memory table if there is one, otherwise from the batch's records."""
+"""Expression levels of a batch, from the in-memory table if there is one, and otherwise from the batch's records."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from comtip_fast.data.records import Csr
 
 
 def levels_from_table(tables: TrainingTables, spots: np.ndarray, panel: np.ndarray) -> np.ndarray:
-    """Return uint8 (b, G) from the in-memory table; ``panel`` (G,) holds indices into the trained genes."""
+    """Return the levels of b spots, uint8 (b, G), from the in-memory table; ``panel`` (G,) has indices into the trained genes."""
     assert tables.levels is not None
     return tables.levels[np.searchsorted(tables.spots, spots)][:, panel]
 
 
 def levels_from_counts(tables: TrainingTables, csr: Csr, panel: np.ndarray) -> np.ndarray:
-    """Return uint8 (b, G) from all counts of b spots; ``panel`` (G,) holds indices into the trained genes."""
+    """Return the levels of b spots, uint8 (b, G), from all their counts; ``panel`` (G,) has indices into the trained genes."""
     values = dense_values(csr, tables.genes.trained[panel], tables.n_genes)
     return tables.table.levels(values, panel)
 
 
 def dense_values(csr: Csr, genes: np.ndarray, n_genes: int) -> np.ndarray:
-    """Return log1p CP10K of the given genes: float32 (b, G), bitwise equal to ``log1p_cp10k``.
+    """Return log1p CP10K of the given genes, float32 (b, G), bit-identical to :func:`.levels.log1p_cp10k`.
 
     Parameters
     ----------

@@ -1,8 +1,8 @@
-"""Discretise expression values into levels; edges and level values are fitted on the training split only.
+"""Discretisation of expression into levels; edges and level values are fitted on the training split only.
 
-A value is log1p of counts scaled to 10,000 per spot. Level 0 is count 0; positive values fall into levels 1 to Q-1,
-separated by Q-2 edges (quantiles of the training split's positive values, without duplicates). The table belongs to
-the model: it is saved with the checkpoint, not with the shards.
+A value is log1p of counts scaled to 10,000 per spot. Level 0 is count 0. Positive values have levels 1 to Q - 1, separated by
+Q - 2 edges: quantiles of the training split's positive values, without duplicates. The table belongs to the model and is saved
+with the export, not with the shards.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ FloatArray = np.ndarray
 
 
 def log1p_cp10k(counts: sparse.csr_matrix, totals: np.ndarray | None = None) -> sparse.csr_matrix:
-    """Return log1p of counts per 10,000 as CSR float32; ``totals`` (n_spots,) defaults to the row sums."""
+    """Return log1p of counts per 10,000 as float32 CSR; ``totals`` (n_spots,) are total counts, by default the row sums."""
     total = np.asarray(counts.sum(axis=1)).ravel() if totals is None else totals
     scaled = sparse.diags(1e4 / np.maximum(total, 1.0)) @ counts.astype(np.float64)
     out = sparse.csr_matrix(scaled, dtype=np.float32)
@@ -26,17 +26,16 @@ def log1p_cp10k(counts: sparse.csr_matrix, totals: np.ndarray | None = None) -> 
 
 @dataclass
 class LevelTable:
-    """Edges and values of Q levels, one row per trained gene and one global row.
-
-    ``edges`` (R, Q-2) float32, unused edges are +inf; ``value_cp10k`` and ``value_raw`` (R, Q) float32 are each
-    level's value in log1p CP10K and in log1p raw counts; ``log_prior`` (R, Q) float32 is each level's log frequency.
-    Row i belongs to gene i; the last row is global and is used for genes that were not trained.
-    """
+    """Edges and values of Q levels in R rows: one row per trained gene, and a last, global row for all other genes."""
 
     edges: FloatArray
+    """float32 (R, Q - 2), lower edges of levels 2 to Q - 1 in log1p CP10K; unused edges are +inf."""
     value_cp10k: FloatArray
+    """float32 (R, Q), value of each level in log1p CP10K: the median of its training values, 0 for level 0."""
     value_raw: FloatArray
+    """float32 (R, Q), value of each level in log1p raw counts."""
     log_prior: FloatArray
+    """float32 (R, Q), log frequency of each level."""
 
     @property
     def n_levels(self) -> int:
@@ -52,7 +51,7 @@ class LevelTable:
         return out
 
     def between(self, value: float, row: int) -> tuple[int, int, float]:
-        """Return (lower level, upper level, weight of the upper level) to interpolate at a log1p CP10K value."""
+        """Return (lower level, upper level, weight of the upper level), which interpolate to a log1p CP10K value in ``row``."""
         values = self.value_cp10k[row]
         hi = int(np.clip(np.searchsorted(values, value), 1, self.n_levels - 1))
         lo = hi - 1
@@ -61,5 +60,5 @@ class LevelTable:
         return lo, hi, mix
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        """Return the arrays to save."""
+        """Return the arrays to save, contiguous float32, by field name."""
         return {k: np.ascontiguousarray(v, dtype=np.float32) for k, v in vars(self).items()}

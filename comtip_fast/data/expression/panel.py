@@ -1,7 +1,7 @@
-"""Select the genes of a run and the gene panel of a step.
+"""Selection of the genes of a run, and of the gene panel of a step.
 
-There are three lists of gene-table rows: *trained* genes, *held-out* genes (excluded from training by name, to
-evaluate on unseen genes), and the step panel, drawn from the trained genes that the step's sections measured.
+There are three lists of genes: *trained* genes, *held-out* genes (excluded from training, to evaluate unseen genes), and the
+step panel, which is drawn from the trained genes that the step's sections measured.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from scipy import sparse
 from comtip_fast.config.schema import GenesConfig, PanelConfig
 
 _SIMULATED, _ITERATIONS = 512, 50
-"""Batches and iterations with which :func:`assay_balance` fits its weights."""
+"""Numbers of simulated batches and of iterations with which :func:`assay_balance` fits its weights."""
 
 
 @dataclass
@@ -25,11 +25,11 @@ class GeneChoice:
     """Trained and held-out genes, as rows of the shard set's gene table (int64)."""
 
     trained: np.ndarray
-    """Ascending."""
+    """Trained genes, ascending."""
     held_out: np.ndarray
-    """Ascending."""
+    """Held-out genes, ascending."""
     ranked: dict[str, np.ndarray]
-    """Genes of each cohort on which it is scored, by decreasing variance: those detected in every training section."""
+    """Genes on which each cohort is scored, by decreasing variance: those detected in every training section."""
     eligible: dict[str, np.ndarray] = field(default_factory=dict)
     """Genes of each cohort that may be trained, by decreasing variance (``genes.detected_in``)."""
 
@@ -45,7 +45,7 @@ def rank_by_variance(
     Parameters
     ----------
     values, measured
-        Per training section: (n, genes) log1p CP10K, and bool (genes,).
+        Per training section: log1p CP10K (n, genes), and whether each gene was measured, bool (genes,).
     min_detection
         Smallest detection rate, 0 to 1.
 
@@ -68,24 +68,24 @@ def _statistics_of(values: sparse.csr_matrix) -> SectionStatistics:
 
 @dataclass
 class CohortStatistics:
-    """Statistics of the genes over the sections of one cohort, each array over all genes of the set."""
+    """Statistics of each gene of the set over the sections of one cohort, arrays (genes,)."""
 
     spots: np.ndarray
-    """Spots of the sections that measured the gene."""
+    """Number of spots of the sections that measured the gene."""
     total: np.ndarray
-    """Sum of log1p CP10K over those spots."""
+    """Sum of log1p CP10K over these spots."""
     square: np.ndarray
-    """Sum of its square."""
+    """Sum of squared log1p CP10K over these spots."""
     detected: np.ndarray
-    """Spots in which the gene was detected."""
+    """Number of spots in which the gene was detected."""
     least: np.ndarray
     """Smallest detection rate over the sections that measured the gene."""
     most: np.ndarray
-    """Largest detection rate."""
+    """Largest detection rate over these sections."""
 
     @classmethod
     def of(cls, sections: Sequence[tuple[np.ndarray, SectionStatistics]], n_genes: int) -> CohortStatistics:
-        """Sum over sections.
+        """Combine the statistics of sections.
 
         Parameters
         ----------
@@ -129,14 +129,22 @@ def choose_genes(
     config: GenesConfig,
     eligible: dict[str, np.ndarray] | None = None,
 ) -> GeneChoice:
-    """Choose trained and held-out genes from each cohort's ranking.
+    """Select trained and held-out genes from the rankings of all cohorts.
 
-    ``ranked`` are the genes that a cohort is scored on, by decreasing variance; ``eligible`` those that may be trained,
-    by default the same.
+    A gene that is held out for one cohort is held out for all. Its orthologues (same upper-case symbol) are held out too,
+    because they have the same text. The first ``held_out_from`` genes of a cohort are held out only if ``config.held_out``
+    names them.
 
-    A gene that is held out for one cohort is held out for all. So are its orthologues (same upper-case symbol), because
-    they share its text. The first ``held_out_from`` genes of a cohort are held out only if ``config.held_out`` names
-    them.
+    Parameters
+    ----------
+    ranked
+        Rows of the genes on which each cohort is scored, by decreasing variance.
+    symbols
+        Symbol of each row of the gene table.
+    config
+        Settings of the selection (``genes``).
+    eligible
+        Rows of the genes that may be trained for each cohort, by decreasing variance; None for ``ranked``.
     """
     names = np.array([s.upper() for s in symbols])
     out = {s.upper() for s in config.held_out}
@@ -145,7 +153,7 @@ def choose_genes(
         top = rows[: config.per_cohort] if config.per_cohort else rows
         if config.held_out_every:
             out.update(names[top[config.held_out_from :: config.held_out_every]])
-    # The most variable genes of a cohort are the ones it is scored on: they are never held out by rank.
+    # A cohort is scored on its most variable genes, so these are never held out by rank.
     kept = {n for rows in ranked.values() for n in names[rows[: config.held_out_from]]}
     out = {s.upper() for s in config.held_out} | (out - kept)
     selected = [r[: config.per_cohort] if config.per_cohort else r for r in eligible.values()]
@@ -157,27 +165,28 @@ def choose_genes(
 
 
 def assay_balance(measured_SG: np.ndarray, n_spots_S: np.ndarray, sections_per_batch: int | None) -> np.ndarray:
-    """Return weights with which genes are drawn equally often over sections with gene lists of different size.
+    """Return weights with which all genes are drawn equally often if sections have gene lists of different sizes.
 
-    Genes with the same sections have the same weight. The weights are fitted to the draws of 512 simulated batches; where
-    equal frequencies are impossible, because a batch has sections with small lists only, they are as close as possible.
+    Genes that were measured in the same sections have the same weight. Weights are fitted to the draws of 512 simulated batches.
+    Equal frequencies can be impossible, if a batch has only sections with small lists; they are then as similar as possible.
 
     Parameters
     ----------
     measured_SG
-        bool (S, G), whether the section measured the gene.
+        bool (S, G): whether the section measured the gene.
     n_spots_S
-        (S,), training spots of the section; 0 for others.
+        Number of training spots of each section (S,); 0 for sections of other splits.
     sections_per_batch
-        Sections that a batch is drawn from; None for all.
+        Number of sections that a batch is drawn from; None for all.
 
     Returns
     -------
     ndarray
-        float64 (G,), 0.001 to 1; all 1 if the training sections measured the same genes.
+        float64 (G,), from 0.001 to 1; all 1 if the training sections measured the same genes, or without
+        ``sections_per_batch``.
     """
     train = np.flatnonzero(n_spots_S)
-    # Genes with the same sections, by the bytes of their column: np.unique over an axis takes seconds for many sections.
+    # Genes are grouped by the bytes of their column, because np.unique over an axis takes seconds for many sections.
     columns = np.ascontiguousarray(measured_SG[train].T)
     number: dict[bytes, int] = {}
     list_of_gene = np.array([number.setdefault(column.tobytes(), len(number)) for column in columns])
@@ -212,24 +221,25 @@ def draw_panel(
     """Draw the step panel and return ascending indices into ``trained``.
 
     The panel's size is log-uniform. A share ``config.variable_share`` of the genes is drawn with probability
-    proportional to variance, the rest uniformly; with ``balance``, both are multiplied by it.
+    proportional to variance, and the rest uniformly; ``balance`` multiplies both probabilities.
 
     Parameters
     ----------
     trained
-        Gene-table rows of the trained genes.
+        Gene-table rows of the G trained genes.
     weight
-        Variance of each, the weight of the first draw.
+        Variance of each gene (G,), the weight of the first draw.
     available
-        bool, whether at least one section of the global batch measured the gene.
+        bool (G,): whether at least one section of the global batch measured the gene.
     config
         Smallest and largest panel, and the share drawn by variance.
     seed, step
-        The panel is a function of these and of the batch's sections only.
+        Seed and step, which determine the panel together with the batch's sections.
     balance
-        (G,), from :func:`assay_balance`; None for equal weights.
+        Result of :func:`assay_balance` (G,); None for equal weights.
     measured
-        bool (sections of the batch, G). If given, every section has at least one gene in a panel that is large enough.
+        bool (sections of the batch, G): whether the section measured the gene. If given, every section has at least one
+        gene in the panel, if the panel is large enough.
     """
     rng = generator(seed, "panel", step)
     candidates = np.flatnonzero(available)
@@ -257,9 +267,9 @@ def draw_panel(
 
 
 def _with_every_section(panel: np.ndarray, measured: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Replace genes of the panel so that every section has one, if the panel is large enough.
+    """Replace genes of the panel so that every section measured one of them, if the panel is large enough.
 
-    A gene is replaced only if the sections that have it in the panel have others too.
+    A gene is replaced only if each section that measured it also measured another gene of the panel.
     """
     panel = panel.copy()
     for genes in measured:

@@ -10,14 +10,23 @@ from torch import Tensor
 def gene_strata(mean_level_SG: Tensor, detection_SG: Tensor, measured_SG: Tensor, n_strata: int) -> Tensor:
     """Assign each section's measured genes to strata of similar detection rate and mean level.
 
-    Genes are ranked by detection rate plus mean level, the latter divided by its maximum over the section's genes, and
-    the ranks are cut into ``n_strata`` equal parts. Unmeasured genes form one further stratum, so that no value moves
-    between measured and unmeasured genes.
+    Genes are ranked by detection rate plus relative mean level (mean level divided by its maximum over the section's genes), and
+    the ranks are divided into ``n_strata`` equal parts. Unmeasured genes form one more stratum, so that no level moves between
+    measured and unmeasured genes.
+
+    Parameters
+    ----------
+    mean_level_SG, detection_SG
+        Mean level and detection rate of G genes in S sections, float.
+    measured_SG
+        bool: whether the section measured the gene.
+    n_strata
+        Number of strata of measured genes.
 
     Returns
     -------
     Tensor
-        (S, G) int64 for S sections; ``n_strata`` marks unmeasured genes.
+        int64 (S, G); unmeasured genes have the value ``n_strata``.
     """
     score = mean_level_SG / mean_level_SG.amax(1, keepdim=True).clamp_min(1e-9) + detection_SG
     score = score.masked_fill(~measured_SG, float("inf"))
@@ -28,7 +37,7 @@ def gene_strata(mean_level_SG: Tensor, detection_SG: Tensor, measured_SG: Tensor
 
 
 def strata_from_levels(levels_NG: np.ndarray, section_N: np.ndarray, measured_SG: np.ndarray, n_strata: int) -> Tensor:
-    """Return the strata (S, G) of all sections, from the levels of N training spots."""
+    """Return the strata of all sections, int64 (S, G), from the levels of N training spots; see :func:`gene_strata`."""
     S, G = measured_SG.shape
     mean, detection = np.zeros((S, G)), np.zeros((S, G))
     for s in np.unique(section_N):

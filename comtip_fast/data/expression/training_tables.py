@@ -1,7 +1,7 @@
-"""Tables computed from the training split before the first step: genes, levels, strata.
+"""Tables that are computed from the training split before the first step: genes, levels and strata.
 
-They are a pure function of the shard set and the config. Genes and levels are saved with the export, so that
-evaluation and prediction do not need the training data.
+The tables depend only on the shard set and the config. Genes and levels are saved with the export, so that evaluation and
+prediction do not need the training data.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from comtip_fast.data.records import SpotReader
 
 log = logging.getLogger("comtip_fast")
 TABLE_BYTES, TABLE_SPOTS = 1 << 30, 200_000
-"""Limits up to which ``data.expression: auto`` reads all training counts at the start and keeps their levels in memory."""
+"""Bytes and spots up to which ``data.expression=auto`` reads all training counts at the start and keeps their levels in memory."""
 
 
 @dataclass
 class TrainingTables:
-    """Tables over the G trained genes, in the order of ``genes.trained``, and the S sections of the shard set."""
+    """Tables of the G trained genes, in the order of ``genes.trained``, and of the S sections of the shard set."""
 
     genes: GeneChoice
     table: LevelTable
@@ -40,21 +40,21 @@ class TrainingTables:
     levels: np.ndarray | None
     """uint8 (n_spots, G), levels of all training spots; None if levels are computed per batch (``data.expression``)."""
     measured: np.ndarray
-    """bool (S, G), whether the section measured the gene."""
+    """bool (S, G): whether the section measured the gene."""
     n_genes: int
     """Number of genes in the shard set."""
     variance: np.ndarray
-    """(G,), weights of the panel draw."""
+    """(G,), variance of each gene relative to its cohort: weights of the panel draw (``panel.variable_share``)."""
     strata: Tensor
-    """int64 (S, G), strata of the mispairing."""
+    """int64 (S, G), strata within which levels are permuted for PAAT."""
     balance: np.ndarray | None = None
-    """float64 (G,), weights of the panel draw by gene lists (``panel.balance``); None for equal weights."""
+    """float64 (G,), weights of the panel draw from gene lists (``panel.balance``); None for equal weights."""
 
 
 def training_tables(shards: ShardSet, config: RunConfig) -> TrainingTables:
-    """Choose genes, fit levels and compute strata from the spots whose split is ``train``.
+    """Select genes, fit levels and compute strata from the spots of split ``train``.
 
-    Under ``data.faults: skip``, spots with damaged counts are removed from training and logged.
+    With ``data.faults=skip``, spots with damaged counts are logged and excluded from training.
 
     Raises
     ------
@@ -70,7 +70,10 @@ def training_tables(shards: ShardSet, config: RunConfig) -> TrainingTables:
         )
     genes, variance = _genes(shards, np.unique(shards.sections_of(train)), config)
     if genes.trained.size < 2:
-        raise ValueError(f"{shards.path}: fewer than 2 genes are eligible for training; lower genes.min_detection")
+        raise ValueError(
+            f"{shards.path}: {genes.trained.size} genes can be trained, but at least 2 are needed; lower genes.min_detection "
+            f"({config.genes.min_detection:g}) or hold out fewer genes"
+        )
     with shards.files.by_ranges():  # a few records of every shard
         sample, fit, damaged = _read_sample(shards, train, genes.trained, config)
     train = np.setdiff1d(train, damaged)
@@ -100,6 +103,7 @@ def training_tables(shards: ShardSet, config: RunConfig) -> TrainingTables:
 
 
 def _balance(shards: ShardSet, train: np.ndarray, measured_SG: np.ndarray, config: RunConfig) -> np.ndarray | None:
+    """Return the weights of :func:`assay_balance`; None if ``panel.balance`` is ``none``."""
     if config.panel.balance == "none":
         return None
     n_spots = np.bincount(shards.sections_of(train), minlength=measured_SG.shape[0])
@@ -107,7 +111,7 @@ def _balance(shards: ShardSet, train: np.ndarray, measured_SG: np.ndarray, confi
 
 
 def _genes(shards: ShardSet, sections: np.ndarray, config: RunConfig) -> tuple[GeneChoice, np.ndarray]:
-    """Choose the genes from the statistics of the training sections, and return the panel weights of the trained ones."""
+    """Return the genes selected by statistics of the training sections, and the variance weights of the trained genes."""
     n_genes = shards.manifest.n_genes
     merged: dict[str, CohortStatistics] = {}
     wanted = set(sections.tolist())
@@ -125,6 +129,7 @@ def _genes(shards: ShardSet, sections: np.ndarray, config: RunConfig) -> tuple[G
 
 
 def _keep_in_memory(train: np.ndarray, n_genes: int, config: RunConfig) -> bool:
+    """Return whether the levels of all training spots are kept in memory (``data.expression``)."""
     small = train.size <= TABLE_SPOTS and train.size * n_genes <= TABLE_BYTES
     return config.data.expression == "table" or (config.data.expression == "auto" and small)
 
@@ -132,8 +137,8 @@ def _keep_in_memory(train: np.ndarray, n_genes: int, config: RunConfig) -> bool:
 def _fit_spots(shards: ShardSet, train: np.ndarray, most: int) -> np.ndarray:
     """Return the spots to fit on, ascending: all, or the same fraction of every section.
 
-    They are the first records of a section, which are a random sample of it because sections are stored shuffled, and are
-    in one shard file or few.
+    The first records of each section are used. They are a random sample of the section, because sections are stored shuffled,
+    and they are in few shard files.
     """
     if train.size <= most:
         return train
@@ -148,7 +153,7 @@ def _read_sample(
 ) -> tuple[CountSample, np.ndarray, np.ndarray]:
     """Return counts of the genes in the spots to fit on, the readable ones of these spots, and the damaged ones.
 
-    Counts are read in chunks and reduced to the genes, so that memory does not depend on the genes of the set.
+    Counts are read in chunks and reduced to ``genes``, so that memory does not depend on the number of genes in the set.
     """
     chosen = _fit_spots(shards, train, config.levels.fit_spots)
     sample, fit = CountSample(genes.size), []
@@ -164,7 +169,7 @@ def _read_sample(
 def _read_counts(
     shards: ShardSet, spots: np.ndarray, config: RunConfig, damaged_before: int = 0
 ) -> tuple[np.ndarray, sparse.csr_matrix, np.ndarray]:
-    """Return (readable spots, their counts, damaged spots)."""
+    """Return the readable spots, their counts and the damaged spots; raise or log a damaged record (``data.faults``)."""
     counts, faults = SpotReader(shards, with_counts=True).counts(spots)
     for i, error in sorted(faults.items()):
         if config.data.faults == "stop":
@@ -174,8 +179,8 @@ def _read_counts(
     n_damaged = damaged_before + damaged.size
     if n_damaged > config.data.max_faults:
         raise ShardError(
-            f"{shards.path}: {n_damaged} records are damaged, data.max_faults={config.data.max_faults}; "
-            "run `comtip shards verify`, then rebuild or raise the limit"
+            f"{shards.path}: {n_damaged} records are damaged, more than data.max_faults={config.data.max_faults}; "
+            "check the set with `comtip shards verify`, then build it again or raise data.max_faults"
         )
     return np.setdiff1d(spots, damaged), counts, damaged
 
@@ -183,7 +188,7 @@ def _read_counts(
 def _all_levels(
     shards: ShardSet, train: np.ndarray, genes: np.ndarray, table: LevelTable, config: RunConfig
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return (readable training spots, their levels), read in chunks."""
+    """Return the readable training spots and their levels, uint8 (n, G), read in chunks."""
     spots: list[np.ndarray] = []
     levels = []
     for start in range(0, train.size, CHUNK):
@@ -196,7 +201,7 @@ def _all_levels(
 
 
 def _variance(genes: GeneChoice, ranked: dict[str, Any]) -> np.ndarray:
-    """Return each trained gene's variance divided by its cohort's mean; the maximum over the cohorts of the gene."""
+    """Return each trained gene's variance divided by the mean variance of its cohort; the maximum over cohorts."""
     out = np.zeros(genes.trained.size)
     for rows, variance in ranked.values():
         index = np.searchsorted(genes.trained, rows)

@@ -1,1 +1,1 @@
-"""Loaders: DALI, WebDataset and PyTorch threads return the same batches in the same order."""
+"""Loaders (PyTorch threads, WebDataset workers, DALI), which all return the same batches in the same order."""

@@ -1,7 +1,7 @@
 """Base class of the loaders: batch order, gene panel, levels, views, damaged records and prefetching.
 
-A batch is a function of its spots, step and epoch only. The loader knows the batch order and prepares the next batches
-in the background. A batch requested out of order is still correct; it is only slower.
+A batch depends on its spots, step and epoch only. The loader knows the batch order and prepares the next batches in the
+background. A batch that is requested out of order is the same, but takes longer.
 """
 
 from __future__ import annotations
@@ -36,11 +36,12 @@ from comtip_fast.data.upload import PackedTensors
 log = logging.getLogger("comtip_fast")
 Stem = Callable[[Tensor], Tensor]
 MAX_LOGGED_FAULTS = 20
+"""Number of damaged records that are logged; further ones are only counted."""
 
 
 @dataclass
 class PreparedBatch:
-    """A batch as prepared in the background; its views may still have to be computed on the GPU."""
+    """A batch that was prepared in the background, whose views may still have to be computed on the GPU."""
 
     scheduled: ScheduledBatch
     batch: Batch
@@ -48,8 +49,7 @@ class PreparedBatch:
     """Decoded tiles; set if ``batch.tiles`` has to be computed from them."""
     view_plan: ViewPlan | None = None
     packed: PackedTensors | None = None
-    """For a device other than the CPU: tensors of the batch and of the view plan, and tiles decoded on the host, in one
-    buffer."""
+    """Tensors of the batch and of the view plan, and tiles that were decoded on the host, in one buffer; None on a CPU."""
     faults: dict[int, ShardError] = field(default_factory=dict)
     """Errors of the damaged records that were replaced, by spot index."""
 
@@ -62,19 +62,19 @@ class BaseLoader(ABC):
     shards
         The shard set.
     tables
-        From :func:`comtip_fast.data.expression.training_tables.training_tables`.
+        Result of :func:`comtip_fast.data.expression.training_tables.training_tables`.
     config
         Config of the run.
     rank, world
         This rank and the number of ranks, which share each global batch; the panel is drawn for the global batch.
-        Only the rank that read a damaged record knows which spot replaced it, so ranks exchange levels and sections
-        from their batches and do not derive them from spot indices.
+        Only the rank that read a damaged record knows which spot replaced it. Ranks must therefore exchange levels and
+        sections of their batches, and not derive them from spot indices.
     device
-        Device of the views; on a GPU, decoded tiles are moved there first.
+        Device of the batches; on a GPU, decoded tiles are moved there before views are computed.
     frozen_stem
-        Maps uint8 tiles (N, 3, S, S) to features (N, P, c). If given, it runs once over every view of every training
-        spot, in a fixed order so that a resumed run gets bitwise equal features, and batches contain features, which
-        are kept in memory. It runs when the first batch is requested, so a finished run does not wait for it.
+        Maps uint8 tiles (N, 3, S, S) to features (N, P, c). If given, batches contain features instead of tiles. The stem
+        runs once on every view of every training spot when :meth:`prepare` is called or the first batch is requested, in a
+        fixed order, so that a resumed run has bit-identical features. They are kept in memory.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class BaseLoader(ABC):
         self.schedule = EpochSchedule(shards, tables.spots, config.data, self.seed)
         self.records = SpotReader(shards, with_counts=tables.levels is None)
         self.faults: dict[int, ShardError] = {}
-        """Errors of the damaged records found so far, by spot index."""
+        """Errors of all damaged records so far, by spot index."""
         self._stem = frozen_stem
         self._stem_cache: Tensor | None = None
         self._running: Generator[PreparedBatch, None, None] | None = None
@@ -112,18 +112,19 @@ class BaseLoader(ABC):
             self._stem_features()
 
     def batches(self, epoch: int) -> list[np.ndarray]:
-        """Return the epoch's global batches as arrays of spot indices."""
+        """Return the epoch's global batches as int64 arrays of spot indices."""
         return self.schedule.batches(epoch)
 
     def batch(self, spot_index: np.ndarray, step: int, epoch: int) -> Batch:
         """Return this rank's share of the global batch ``spot_index``.
 
-        Batches requested in the order of :meth:`batches` come from the background; any other is loaded on demand.
+        Batches in the order of :meth:`batches` are prepared in the background; any other batch is loaded on demand.
 
         Raises
         ------
         ShardError
-            A record is damaged and ``data.faults`` is ``stop``, or more than ``data.max_faults`` are damaged.
+            A record is damaged and ``data.faults`` is ``stop``, more than ``data.max_faults`` records are damaged, or all
+            records of the batch are.
         """
         start = time.perf_counter()
         prepared = self._next_prepared(np.asarray(spot_index, np.int64), step, epoch)
@@ -141,7 +142,10 @@ class BaseLoader(ABC):
             stream.close()
 
     def metrics(self) -> dict[str, float]:
-        """Return values to log: seconds waited since the last call, and damaged records so far, in total and by kind."""
+        """Return values to log: ``loader_wait_s``, the seconds waited since the last call, and numbers of damaged records.
+
+        ``faults`` counts all damaged records so far, ``faults_KIND`` those of a kind.
+        """
         kinds = Counter(error.kind for error in self.faults.values())
         out = {"loader_wait_s": self._wait_s, "faults": float(len(self.faults))}
         self._wait_s = 0.0
@@ -154,12 +158,22 @@ class BaseLoader(ABC):
         self._running = self._expected = None
 
     def tiles(self, spot_index: np.ndarray, view: np.ndarray) -> tuple[np.ndarray, Tensor]:
-        """Return the given views of any spots' tiles, in CPU memory.
+        """Read the tiles of any spots and return their given views in CPU memory.
+
+        Parameters
+        ----------
+        spot_index, view
+            Spots of the set, and the view of each, int64 (N,).
 
         Returns
         -------
         spots, tiles
-            int64 (n,) and uint8 (n, 3, S, S); damaged spots are missing under ``data.faults: skip``.
+            int64 (n,) and uint8 (n, 3, S, S), without damaged spots if ``data.faults`` is ``skip``.
+
+        Raises
+        ------
+        ShardError
+            A record is damaged and ``data.faults`` is ``stop``, or more than ``data.max_faults`` records are damaged.
         """
         decoded = self.records.read(spot_index)
         if self.config.data.faults == "stop":
@@ -170,7 +184,7 @@ class BaseLoader(ABC):
         return decoded.spots[readable], apply_views(torch.from_numpy(decoded.tiles_NSS3[readable]), plan)
 
     def counts(self, spot_index: np.ndarray) -> tuple[np.ndarray, sparse.csr_matrix]:
-        """Return any spots' raw counts, int64 (n,) and int32 CSR (n, n_genes); damaged spots as in :meth:`tiles`."""
+        """Return spots, int64 (n,), and their raw counts, int32 CSR (n, genes); damaged spots as in :meth:`tiles`."""
         counts, faults = self.records.counts(spot_index)
         if faults and self.config.data.faults == "stop":
             raise faults[min(faults)]
@@ -184,11 +198,12 @@ class BaseLoader(ABC):
         """Yield prepared batches in the given order, prefetching some of them."""
 
     def _ahead(self, batches: Iterator[ScheduledBatch]) -> Iterator[ScheduledBatch]:
-        """Fetch the shards of the next batches of a remote set."""
+        """Yield the batches, and fetch the shards of the next ones in the background if the set is remote."""
         depth = self.config.data.fetch_ahead
         return fetched_ahead(batches, self.shards, depth, rank=self.rank, world=self.world)
 
     def _next_prepared(self, spots: np.ndarray, step: int, epoch: int) -> PreparedBatch:
+        """Return a batch from the stem cache, from the running stream, or loaded on demand."""
         if self._stem is not None:
             return self._from_stem_cache(ScheduledBatch(epoch, 0, step, spots))
         if self._running is None or not self._is_expected(spots, step, epoch):
@@ -208,6 +223,7 @@ class BaseLoader(ABC):
         return prepared
 
     def _is_expected(self, spots: np.ndarray, step: int, epoch: int) -> bool:
+        """Return whether the running stream yields this batch next."""
         if self._expected is None or self._expected[:2] != (epoch, step):
             return False
         batches, position = self.schedule.batches(epoch), self._expected[2]
@@ -228,8 +244,8 @@ class BaseLoader(ABC):
             spares = self._replacements(scheduled.spots, own.start + i)
             if not any(decoded.replace(i, self.records.read(spare)) for spare in spares):
                 raise ShardError(
-                    f"all {scheduled.spots.size} records of a batch are damaged; check the set with `comtip shards verify`. The "
-                    f"first error: {error}"
+                    f"{self.shards.path}: all {scheduled.spots.size} records of a batch are damaged (first error: {error}); check "
+                    "the set with `comtip shards verify`"
                 )
         return decoded
 
@@ -241,7 +257,7 @@ class BaseLoader(ABC):
         yield from spots[following][:, None]
 
     def _assemble(self, scheduled: ScheduledBatch, decoded: DecodedSpots) -> PreparedBatch:
-        """Combine tiles with panel, levels and sections; on a CPU, also compute the views."""
+        """Combine tiles with panel, levels and sections; on a CPU, also compute the views of the tiles."""
         csr = self.records.csr(decoded.encoded) if self.records.with_counts else None
         batch = self._without_tiles(scheduled, decoded.spots, csr)
         tiles = torch.as_tensor(decoded.tiles_NSS3)
@@ -256,6 +272,7 @@ class BaseLoader(ABC):
         return PreparedBatch(scheduled, batch, faults=decoded.replaced)
 
     def _deliver(self, prepared: PreparedBatch) -> Batch:
+        """Record the batch's damaged records, copy it to the device and compute its views there."""
         self._record_faults(prepared.faults)
         batch = prepared.batch
         if self.device.type == "cpu":
@@ -270,6 +287,7 @@ class BaseLoader(ABC):
         return batch
 
     def _record_faults(self, faults: dict[int, ShardError]) -> None:
+        """Count and log damaged records; raise ShardError above ``data.max_faults``."""
         limit = self.config.data.max_faults
         for spot, error in faults.items():
             if spot not in self.faults and len(self.faults) < MAX_LOGGED_FAULTS:
@@ -277,12 +295,12 @@ class BaseLoader(ABC):
             self.faults[spot] = error
             if len(self.faults) > limit:
                 raise ShardError(
-                    f"more than data.max_faults={limit} records are damaged; check the set with `comtip shards verify`. The "
-                    f"last error: {error}"
+                    f"{self.shards.path}: more than data.max_faults={limit} records are damaged (last error: {error}); check the "
+                    "set with `comtip shards verify`, then build it again or raise data.max_faults"
                 )
 
     def _without_tiles(self, scheduled: ScheduledBatch, spots: np.ndarray, csr: Csr | None) -> Batch:
-        """Return the batch with everything but tiles or features."""
+        """Return the batch without tiles and features."""
         panel = self.panel(self.schedule.section_of(scheduled.spots), scheduled.step)
         section = self.schedule.section_of(spots)
         if csr is None:
@@ -302,7 +320,7 @@ class BaseLoader(ABC):
         )
 
     def panel(self, section: np.ndarray, step: int) -> np.ndarray:
-        """Draw the step panel from the genes that the given sections measured; indices into the trained genes."""
+        """Draw the step panel from the genes that the given sections measured; return indices into the trained genes."""
         measured = self.tables.measured[np.unique(section)]
         return draw_panel(
             self.tables.genes.trained,
@@ -323,6 +341,7 @@ class BaseLoader(ABC):
     # -- frozen stem ----------------------------------------------------------------------------------
 
     def _from_stem_cache(self, scheduled: ScheduledBatch) -> PreparedBatch:
+        """Return a batch of cached stem features, in which spots with damaged records are replaced."""
         features = self._stem_features()
         own = share_of(scheduled.spots.size, self.rank, self.world)
         spots = scheduled.spots[own].copy()

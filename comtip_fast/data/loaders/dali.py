@@ -1,7 +1,7 @@
-"""Tiles decoded by NVIDIA DALI, on CPU threads or on the GPU's JPEG units, in this project's batch order.
+"""Loader that decodes tiles with NVIDIA DALI, on CPU threads or the GPU's JPEG units, in this project's batch order.
 
-DALI's own WebDataset reader shuffles in a buffer and does not accept an order. So records are read here, in large
-contiguous reads, and DALI decodes their bytes; reading costs a few per cent of decoding.
+DALI's own WebDataset reader shuffles in a buffer and does not accept an order. Records are therefore read here, in large
+contiguous reads, and DALI decodes their bytes; reading takes a few per cent of the time of decoding.
 """
 
 from __future__ import annotations
@@ -25,17 +25,16 @@ from comtip_fast.data.loaders.schedule import ScheduledBatch
 from comtip_fast.data.records import DecodedSpots, EncodedSpots
 
 DEPTH_CPU, DEPTH_GPU = 4, 2
-"""Batches inside DALI. On a CPU, DALI's threads compete for cores with the thread that assembles batches; with more
-batches in flight they wait less for each other (measured: 10 % more spots/s with four than with two). On a GPU memory is
-scarcer."""
+"""Number of batches inside DALI. On a CPU, DALI's threads compete for cores with the thread that assembles batches, and wait
+less with more batches in flight (measured: 10 % more spots/s with four than with two). On a GPU, memory is scarcer."""
 
 Pending = deque[tuple[ScheduledBatch, EncodedSpots]]
 
 
 class DaliLoader(BaseLoader):
-    """One thread reads and assembles batches, ``data.workers`` DALI threads decode them.
+    """Loader in which one thread reads and assembles batches, and ``data.workers`` DALI threads decode them.
 
-    At most ``data.prefetch`` batches are ready, one is being assembled and :attr:`Decoder.depth` are inside DALI.
+    At most ``data.prefetch`` batches are ready, one is being assembled, and ``Decoder.depth`` are inside DALI.
     """
 
     def _stream(self, batches: Iterator[ScheduledBatch]) -> Generator[PreparedBatch, None, None]:
@@ -49,12 +48,13 @@ class DaliLoader(BaseLoader):
             prefetcher.stop()
 
     def _decode(self, batches: Iterator[ScheduledBatch]) -> Iterator[PreparedBatch]:
+        """Yield the batches, of which up to ``Decoder.depth`` are decoded by DALI at the same time."""
         decoder = self._make_decoder()
         pending: Pending = deque()
         for scheduled in self._ahead(batches):
             encoded = self._fetch(scheduled)
             if encoded.faults or not encoded.spots.size:
-                # Damaged records are rare; Pillow decodes this batch, after the batches before it.
+                # Pillow decodes a batch with damaged records, which are rare, after the batches before it.
                 yield from self._drain(decoder, pending)
                 yield self._load(scheduled)
                 continue
@@ -65,12 +65,13 @@ class DaliLoader(BaseLoader):
         yield from self._drain(decoder, pending)
 
     def _make_decoder(self) -> Decoder:
+        """Return a decoder for this rank's largest batch."""
         size = self.config.data.batch_size + 1  # a final batch of one spot is merged into the batch before it
         device_id = None if self.device.type == "cpu" else self.device.index or 0
         return Decoder(-(-size // self.world), max(1, self.config.data.workers), device_id)
 
     def _fetch(self, scheduled: ScheduledBatch) -> EncodedSpots:
-        """Read this rank's records; a tile that DALI must not decode becomes a fault."""
+        """Read this rank's records; a tile whose header is invalid becomes a fault, so that DALI does not decode it."""
         encoded = self.records.fetch(scheduled.spots[share_of(scheduled.spots.size, self.rank, self.world)])
         tile = self.shards.manifest.tile
         for i, data in enumerate(encoded.tiles):
@@ -82,10 +83,12 @@ class DaliLoader(BaseLoader):
         return encoded
 
     def _drain(self, decoder: Decoder, pending: Pending) -> Iterator[PreparedBatch]:
+        """Yield the batches that DALI is still decoding."""
         while pending:
             yield self._next_decoded(decoder, pending)
 
     def _next_decoded(self, decoder: Decoder, pending: Pending) -> PreparedBatch:
+        """Return the oldest batch inside DALI; if DALI fails, Pillow decodes the batch."""
         scheduled, encoded = pending.popleft()
         try:
             tiles = decoder.get()
@@ -99,7 +102,7 @@ class DaliLoader(BaseLoader):
 
 
 class Decoder:
-    """DALI's image decoder with externally supplied input.
+    """DALI pipeline that decodes images from memory.
 
     Parameters
     ----------
@@ -117,7 +120,7 @@ class Decoder:
         self._pipe = self._build()
 
     def start(self, tiles: list[bytes]) -> None:
-        """Start decoding a batch."""
+        """Start decoding a batch of encoded tiles."""
         self._pipe.feed_input("tiles", [np.frombuffer(data, np.uint8) for data in tiles])
         self._pipe.schedule_run()
 
@@ -145,6 +148,7 @@ class Decoder:
             self.start(tiles)
 
     def _build(self) -> Any:
+        """Build a pipeline that is ready for its first batch."""
         dali: Any = import_module("nvidia.dali")
         fn, types = dali.fn, dali.types
         batch_size, threads, device_id = self._settings
@@ -158,7 +162,7 @@ class Decoder:
 
         pipe = decode()
         pipe.build()
-        # The first run of a pipeline fills its whole queue; feed it images of one pixel and discard them.
+        # The first run of a pipeline needs inputs for its full queue; these are images of one pixel, which are discarded.
         dot = np.frombuffer(encode_tile(np.zeros((1, 1, 3), np.uint8), "png", 0), np.uint8)
         for _ in range(self.depth):
             pipe.feed_input("tiles", [dot])

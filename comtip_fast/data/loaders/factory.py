@@ -1,4 +1,4 @@
-"""Create the loader that the config names."""
+"""Selection of the loader by ``data.loader``."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def make_loader(
         return WdsLoader(shards, tables, config, frozen_stem, **kwargs)
     if not dali_is_installed():
         raise ValueError(
-            "data.loader=dali: NVIDIA DALI is not installed; pip install 'comtip-fast[dali-cu13]' "
+            "data.loader=dali: NVIDIA DALI is not installed; run pip install 'comtip-fast[dali-cu13]' "
             "(dali-cu12 for CUDA 12; both also decode on CPUs), or set data.loader=torch"
         )
     from comtip_fast.data.loaders.dali import DaliLoader
@@ -78,5 +78,5 @@ def _kept_in_memory(stem: Stem, shards: ShardSet, tables: TrainingTables, config
 
 
 def dali_is_installed() -> bool:
-    """Return whether DALI can be imported."""
+    """Return whether DALI is installed, without importing it."""
     return find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None

@@ -1,4 +1,4 @@
-"""Fetch the shards of the next batches of a remote set in the background, several at a time."""
+"""Background fetching of the shards that the next batches of a remote set need, several at a time."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from comtip_fast.collectives import share_of
 from comtip_fast.data.loaders.schedule import ScheduledBatch
 
 AT_ONCE = 4
-"""Shards that are fetched at the same time as those that a batch waits for."""
+"""Number of shards that are fetched in the background at the same time."""
 
 
 def fetched_ahead(
     batches: Iterator[ScheduledBatch], shards: ShardSet, depth: int, *, rank: int, world: int
 ) -> Iterator[ScheduledBatch]:
-    """Yield the batches, and fetch what this rank reads of the ``depth`` ones after them.
+    """Yield the batches, and fetch the shards that this rank reads for the ``depth`` batches after each.
 
-    Does nothing for a set in a folder, or one that is read by ranges. Ranks of a node share a cache: one fetches a shard, the
-    others wait for it.
+    For a set in a folder, or one that is read by ranges, nothing is fetched. Ranks of a node share a cache: one rank fetches a
+    shard, and the others wait for it.
 
     Parameters
     ----------
@@ -30,7 +30,7 @@ def fetched_ahead(
     shards
         The shard set.
     depth
-        Number of batches; bounds what is fetched before it is needed.
+        Number of batches (``data.fetch_ahead``); 0 fetches nothing.
     rank, world
         This rank and the number of ranks.
     """

@@ -1,4 +1,4 @@
-"""Run an iterator in a background thread, a bounded number of items ahead."""
+"""Prefetching: an iterator that runs in a background thread, a bounded number of items ahead."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _POLL_S = 0.1
 
 
 class Prefetcher(Generic[Item]):
-    """Iterates over ``source`` in a background thread.
+    """Iterator over the items of ``source``, which runs in a background thread; its exception is raised by the iteration.
 
     Parameters
     ----------
     source
         An iterator; a generator is closed in the background thread.
     depth
-        Maximum number of finished items in the queue; one more may be in progress.
+        Largest number of finished items in the queue; one more may be in progress.
     """
 
     def __init__(self, source: Iterator[Item], depth: int) -> None:
@@ -29,7 +29,7 @@ class Prefetcher(Generic[Item]):
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="comtip-loader", daemon=True)
         self._thread.start()
-        # The interpreter must not shut down while the thread is inside a decoder.
+        # The interpreter must not exit while the thread is inside a decoder.
         atexit.register(self.stop)
 
     def __iter__(self) -> Iterator[Item]:
@@ -53,6 +53,7 @@ class Prefetcher(Generic[Item]):
         atexit.unregister(self.stop)
 
     def _run(self) -> None:
+        """Put the items of the source, and then its exception or the end, into the queue."""
         last: tuple[Item | None, BaseException | None] = (None, None)
         try:
             for item in self._source:
@@ -67,7 +68,7 @@ class Prefetcher(Generic[Item]):
             self._put(last)
 
     def _put(self, entry: tuple[Item | None, BaseException | None]) -> bool:
-        """Add an entry to the queue; return False if the thread was told to stop while the queue was full."""
+        """Add an entry to the queue; return False if :meth:`stop` was called first."""
         while not self._stop.is_set():
             try:
                 self._ready.put(entry, timeout=_POLL_S)

@@ -1,6 +1,6 @@
-"""The batch schedule: which spots form which global batch, a pure function of (seed, epoch, balance).
+"""The batch schedule: the spots of each global batch, a pure function of the training spots, ``data``, seed and epoch.
 
-The world size only slices the global batch, so a run can resume at the same batch on a different number of ranks.
+Ranks take slices of the global batch, so a run can resume at the same batch with a different number of ranks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from comtip_shards.sampling.slots import slot_batches
 from comtip_fast.config.schema import DataConfig
 
 COMPUTED_AHEAD = 100_000
-"""Spots from which on the order of the next epoch is computed in the background; below, it takes less than 0.1 s."""
+"""Number of spots from which the order of the next epoch is computed in the background; for fewer it takes less than 0.1 s."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class EpochSchedule:
     Parameters
     ----------
     shards
-        Gives the section of each spot, and so its organ and platform.
+        The shard set, which gives the section, organ and platform of each spot.
     spots
         int64, the training spots, ascending.
     config
@@ -70,7 +70,7 @@ class EpochSchedule:
     def batches(self, epoch: int) -> list[np.ndarray]:
         """Return the epoch's global batches, int64 arrays of spots; without balancing, each spot is in exactly one.
 
-        Threads share the result: the second one to ask waits for the first.
+        The result is cached; a second thread that asks for it waits for the first.
         """
         if self._process != os.getpid():  # a forked worker may have inherited a lock that nobody releases
             self._lock, self._process = threading.Lock(), os.getpid()
@@ -82,7 +82,7 @@ class EpochSchedule:
             return self._epochs[epoch]
 
     def iterate(self, epoch: int, position: int, step: int) -> Iterator[ScheduledBatch]:
-        """Yield the batches from a position on, epoch after epoch, without end."""
+        """Yield batches without end, starting at ``position`` of ``epoch`` with the number ``step``."""
         while True:
             batches = self.batches(epoch)
             if not batches:
@@ -95,13 +95,14 @@ class EpochSchedule:
             epoch, position = epoch + 1, 0
 
     def find(self, spots: np.ndarray, epoch: int) -> int | None:
-        """Return the position of a batch in its epoch, or None if the epoch does not contain it."""
+        """Return the position of the batch ``spots`` in ``epoch``, or None if the epoch does not contain it."""
         for i, batch in enumerate(self.batches(epoch)):
             if np.array_equal(batch, spots):
                 return i
         return None
 
     def _compute(self, epoch: int) -> list[np.ndarray]:
+        """Return the batches of an epoch, drawn with repetition if ``data.balance`` is set."""
         data = self.config
         if data.balance == "none":
             return self._batches_of(self.spots, self.spots, epoch, data.run)
@@ -112,7 +113,7 @@ class EpochSchedule:
         else:
             run_of = runs(section, self.spots, data.run, self.seed, epoch)
             drawn = balanced_draw(self._group[section], self.spots, self.seed, epoch, run_of)
-            # A run of the draw ends where the run of its spots does, or where the next pass over a group begins.
+            # A run of the draw ends at the end of the run of its spots, or at the beginning of the next pass over a group.
             of_drawn = run_of[np.searchsorted(self.spots, drawn)]
             ends = (np.diff(of_drawn) != 0) | (np.diff(drawn) <= 0)
             run = np.concatenate([[0], np.cumsum(ends)])

@@ -1,4 +1,4 @@
-"""The reference loader: Pillow in this process, on a few threads. The other loaders are tested against it."""
+"""The reference loader, which decodes with Pillow on threads of this process; the other loaders are tested against it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from comtip_fast.data.loaders.schedule import ScheduledBatch
 
 
 class TorchLoader(BaseLoader):
-    """Each of ``data.workers`` threads loads one batch at a time; ``data.prefetch`` batches are in progress or ready."""
+    """Loader on ``data.workers`` threads, each of which loads a batch; ``data.prefetch`` batches are in progress or ready."""
 
     def _stream(self, batches: Iterator[ScheduledBatch]) -> Generator[PreparedBatch, None, None]:
         data = self.config.data

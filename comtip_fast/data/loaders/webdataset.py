@@ -1,4 +1,4 @@
-"""Worker processes read the WebDataset tars: a PyTorch ``DataLoader`` with this project's batch order."""
+"""Loader with worker processes: a PyTorch ``DataLoader`` over the WebDataset tars, in this project's batch order."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from comtip_fast.data.loaders.schedule import ScheduledBatch
 
 
 class WdsLoader(BaseLoader):
-    """WebDataset loader: each of n = ``data.workers`` processes loads every n-th batch; ``data.prefetch`` are kept ready.
+    """Loader on n = ``data.workers`` processes, each of which loads every n-th batch; ``data.prefetch`` batches are prepared.
 
     Batches are passed through shared memory. If ``/dev/shm`` is too small (containers often have 64 MB), enlarge it or
     use another loader.
@@ -24,7 +24,7 @@ class WdsLoader(BaseLoader):
 
     def _stream(self, batches: Iterator[ScheduledBatch]) -> Generator[PreparedBatch, None, None]:
         data = self.config.data
-        # Only the first batch is read here: each worker iterates over the schedule itself.
+        # Only the first batch is taken here, because each worker iterates over the schedule.
         first = next(batches, None)
         if first is None:
             return
@@ -39,12 +39,12 @@ class WdsLoader(BaseLoader):
 
 
 def start_workers(loader: DataLoader[Any]) -> Iterator[Any]:
-    """Start a ``DataLoader``'s worker processes so that they never garbage-collect inherited objects.
+    """Start the worker processes of a ``DataLoader`` so that they never garbage-collect inherited objects.
 
-    The destructor of a DALI pipeline waits for its threads, which do not exist after a fork: the worker would hang.
+    The destructor of a DALI pipeline waits for threads that do not exist after a fork, so the worker would hang.
     """
     frozen = gc.get_freeze_count()
-    gc.collect()  # otherwise freezing keeps garbage alive: unfreeze moves it to the oldest generation
+    gc.collect()  # otherwise garbage would be frozen, and unfreeze would move it to the oldest generation
     gc.freeze()
     try:
         return iter(loader)
@@ -54,7 +54,7 @@ def start_workers(loader: DataLoader[Any]) -> Iterator[Any]:
 
 
 class _WorkerBatches(IterableDataset[Any]):
-    """Worker w of n loads batches w, w + n, ...; the ``DataLoader`` reads the workers in turn, which keeps the order."""
+    """Batches of a worker: worker w of n loads batches w, w + n, ...; the ``DataLoader`` reads workers in turn, in order."""
 
     def __init__(self, loader: WdsLoader, first: ScheduledBatch) -> None:
         self.loader, self.first = loader, first

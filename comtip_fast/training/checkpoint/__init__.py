@@ -1,1 +1,1 @@
-"""Checkpoints: the store on disk, the asynchronous writer and the state of a run."""
+"""Checkpoints: the store on disk, the asynchronous writer, the state of a run, and the choice of a checkpoint to resume from."""

@@ -1,4 +1,4 @@
-"""Asynchronous checkpoints: the caller copies the tensors, a thread writes, hashes and renames; at most one at a time."""
+"""Asynchronous checkpoints: the caller copies the tensors, and a thread writes, hashes and renames the files, one job at a time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from comtip_fast.training.checkpoint.store import Checkpoint
 
 
 class Writer:
-    """Runs one job at a time in a thread; an exception of the job is raised by the next call."""
+    """Runs one job at a time in a thread; the next :meth:`submit`, :meth:`check` or :meth:`drain` raises its exception."""
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
@@ -43,7 +43,7 @@ class Writer:
             raise error
 
     def drain(self) -> None:
-        """Wait for the running job, then :meth:`check`."""
+        """Wait for the running job, and raise its exception if it failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None

@@ -21,11 +21,11 @@ CHECKPOINTS = "checkpoints"
 
 
 def refuse_second_run(run_dir: Path, resume: bool) -> None:
-    """Raise :class:`TrainingError` if the folder holds a run and ``resume`` is not set; called before any slow work."""
+    """Raise :class:`TrainingError` if the folder has a checkpoint and ``resume`` is not set; called before any slow work."""
     steps = checkpoints.steps_of(run_dir / CHECKPOINTS)
     if steps and not resume:
         raise TrainingError(
-            f"{run_dir}: already holds a run (step {steps[-1]}); continue with `resume`, or train into another folder"
+            f"{run_dir}: already holds a run (step {steps[-1]}); continue it with `resume`, or train into another folder"
         )
 
 
@@ -38,7 +38,7 @@ def prepare_run_folder(
     *,
     resume: bool,
 ) -> tuple[int, Checkpoint] | None:
-    """Load the newest valid checkpoint and remove what later steps and killed processes left; called on rank 0.
+    """Load the newest valid checkpoint, and remove files and rows of later steps and of killed processes; called on rank 0.
 
     Parameters
     ----------
@@ -57,10 +57,10 @@ def prepare_run_folder(
     Raises
     ------
     TrainingError
-        The folder holds a run and ``resume`` is not set, all its checkpoints are damaged, or the config or the input data
-        has changed.
+        The folder has a checkpoint and ``resume`` is not set, all its checkpoints are damaged, or the config or the input
+        data has changed.
     CheckpointError
-        The state of the checkpoint holds values that no run writes.
+        The state of the checkpoint has values that no run writes.
     """
     folder = run_dir / CHECKPOINTS
     checkpoints.clear_leftovers(folder)

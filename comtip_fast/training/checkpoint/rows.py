@@ -1,4 +1,4 @@
-"""Rows of JSONL files that a resumed run keeps."""
+"""JSONL files of a run folder, and removal of the rows that a resumed run will repeat."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SPIKES = "spikes.jsonl"
 def keep_rows_up_to(path: Path, step: int, *, validated: bool = True) -> None:
     """Drop rows after ``step`` from a JSONL file, and an incomplete last line that a killed run left.
 
-    Without ``validated``, the validation of ``step`` is dropped too.
+    Unless ``validated``, the row of the validation of ``step`` is dropped too.
     """
     if not path.exists():
         return

@@ -1,4 +1,4 @@
-"""State of a run besides weights and optimizer moments, and the check that a run may resume from a checkpoint."""
+"""State of a run other than weights and optimizer state, and the check that a run may resume from a checkpoint."""
 
 from __future__ import annotations
 
@@ -19,13 +19,12 @@ from comtip_fast.config.schema import EngineConfig, RunConfig, TrainConfig, Watc
 from comtip_fast.training.protocol import TrainingError
 
 log = logging.getLogger("comtip_fast")
-# Keys that may change on resume. Those after the schedule affect weights and losses by rounding at most. The paths of the shard set
-# and of the gene vectors may change because their hashes are compared, and the NaN policy because a NaN may have
-# stopped the run. The engine and the number of ranks change a step by rounding only.
+# The keys after the schedule change weights and losses by rounding at most. The paths of the shard set and of the gene vectors
+# may change because their hashes are compared, and the NaN policy because a NaN may have stopped the run.
 FREE_KEYS = {
     "name",
-    # Schedule: keys that change the steps to come, and none before. A longer run, another rate or interval is a decision
-    # that the user takes while a run is under way; docs/fault_tolerance.md says what each of them changes.
+    # Schedule: keys that change later steps only, for example a longer run or another learning rate;
+    # docs/fault_tolerance.md describes what each of them changes.
     "train.steps",
     "train.validate_every",
     "train.patience",
@@ -41,7 +40,7 @@ FREE_KEYS = {
     *(f"optim.{part}.{key}" for part in ("vision", "text", "heads") for key in ("lr_scale", "weight_decay")),
     "optim.vision.layer_decay",
     "data.shards",
-    # The tiles themselves are compared with these, and are part of the input's fingerprint.
+    # These are compared with the tiles of the shard set, which are part of the fingerprint.
     "data.tile_px",
     "data.tile_um",
     "text.gene_vectors",
@@ -53,7 +52,7 @@ FREE_KEYS = {
     "train.nan_policy",
     "train.max_skips",
     "train.async_checkpoint",
-    # Loaders differ by the rounding of their JPEG decoders; the other keys do not change batches.
+    # Loaders differ by the rounding of their JPEG decoders; the others of these keys do not change batches.
     "data.loader",
     "data.workers",
     "data.prefetch",
@@ -61,12 +60,13 @@ FREE_KEYS = {
     "data.fetch_ahead",
     "data.expression",
     "data.max_faults",
-    # Implementations of one operation, equal up to rounding.
+    # Keys that select an implementation; results are equal up to rounding.
     "text.attention",
     "train.threads",
     *(f"engine.{f.name}" for f in fields(EngineConfig)),
     *(f"watch.{f.name}" for f in fields(WatchConfig)),
 }
+"""Keys of the config that may change when a run resumes."""
 
 
 SCHEDULE_KEYS = {
@@ -74,11 +74,11 @@ SCHEDULE_KEYS = {
     for key in FREE_KEYS
     if key.startswith("optim.") or key in ("train.steps", "train.validate_every", "train.patience")
 }
-"""Free keys that change the run from the resumed step on; a change is logged."""
+"""Those of :data:`FREE_KEYS` that change the run after the resumed step; a change is logged."""
 EARLIER_VALUES = {"genes": {"detected_in": "every"}, "panel": {"balance": "none"}}
-"""Behaviour of runs whose checkpoints were written before these keys existed."""
+"""Values, by group and key, of runs whose checkpoints were written before these keys existed."""
 GENES = "trained genes"
-"""Key of the fingerprint that checkpoints of earlier versions do not have."""
+"""Key of the fingerprint that checkpoints of earlier versions lack."""
 
 
 def with_earlier_values(then: dict[str, Any], config: RunConfig) -> RunConfig:
@@ -90,25 +90,27 @@ def with_earlier_values(then: dict[str, Any], config: RunConfig) -> RunConfig:
 
 
 def changed_inputs(then: dict[str, str], now: dict[str, str]) -> list[str]:
-    """Return the keys of two fingerprints that differ; a checkpoint without :data:`GENES` cannot be compared by them."""
+    """Return the keys whose values differ between two fingerprints; :data:`GENES` is compared only if ``then`` has it."""
     different = [k for k in sorted(then.keys() | now.keys()) if then.get(k) != now.get(k)]
     return [k for k in different if k != GENES or k in then]
 
 
 @dataclass
 class RunState:
-    """Progress of a run: its state besides weights, optimizer moments and random state."""
+    """Progress of a run: its state other than weights, optimizer state and random state."""
 
     step: int = 0
+    """Last completed optimizer step."""
     epoch: int = 0
     position: int = 0
-    """Number of batches of this epoch already used."""
+    """Number of batches of the epoch that have been used."""
     best_step: int = 0
+    """Step with the best validation score; 0 before the first score."""
     best_score: float = float("-inf")
     bad_validations: int = 0
-    """Number of validations since the best one."""
+    """Number of validations with a score since the best one."""
     skips: int = 0
-    """Number of updates skipped because a loss or gradient was not finite, or for a spike."""
+    """Number of skipped updates: of steps whose loss or gradient was not finite, and of spikes."""
     spikes: int = 0
     """Number of spikes of the gradient norm, skipped or clipped."""
     norms: list[float] = field(default_factory=list)
@@ -119,7 +121,7 @@ class RunState:
     """``steps`` or ``patience`` once training has finished, empty before."""
 
     def reopen(self, train: TrainConfig) -> None:
-        """Continue a finished run whose ``train.steps`` or ``train.patience`` was raised."""
+        """Clear ``stopped`` if ``train.steps`` or ``train.patience`` now allow a finished run to continue."""
         longer = self.stopped == "steps" and self.step < train.steps
         patient = self.stopped == "patience" and not (train.patience and self.bad_validations >= train.patience)
         if longer or (patient and self.step < train.steps):
@@ -127,13 +129,13 @@ class RunState:
             self.stopped = ""
 
     def as_plain(self) -> dict[str, Any]:
-        """Return the state as a dict for JSON; a score of minus infinity becomes None."""
+        """Return the state as a dict for JSON; a best score that is not finite becomes None."""
         return asdict(self) | {"best_score": self.best_score if math.isfinite(self.best_score) else None}
 
     @classmethod
     def from_plain(cls, state: dict[str, Any]) -> RunState:
-        """Invert :meth:`as_plain`; ignores further keys."""
-        # Checkpoints of earlier versions were written after the validation of their step, and know no spikes.
+        """Return the state from the dict of :meth:`as_plain`; ignores further keys."""
+        # Checkpoints of earlier versions were written after the validation of their step, and have no entries for spikes.
         state = {"validated": state["step"], "spikes": 0, "norms": []} | state
         own = {f.name: state[f.name] for f in fields(cls)}
         return cls(**own | {"best_score": float("-inf") if own["best_score"] is None else own["best_score"]})
@@ -161,7 +163,7 @@ def check_same_run(
     Raises
     ------
     TrainingError
-        A key outside :data:`FREE_KEYS` or the input data has changed.
+        A key outside :data:`FREE_KEYS` or the input data has changed, or ``train.steps`` is below the step of the checkpoint.
     """
     # Parsed as a config: keys that did not exist then get their defaults, and renamed keys their new names.
     then = with_earlier_values(state["config"], config_from_dict(state["config"], f"the checkpoint in {run_dir}"))
@@ -174,11 +176,11 @@ def check_same_run(
         )
     for key in sorted(SCHEDULE_KEYS):
         if old[key] != new[key]:
-            log.warning("%s changed from %s to %s, from step %d on", key, old[key], new[key], state["step"] + 1)
+            log.warning("%s changed from %s to %s; it applies from step %d", key, old[key], new[key], state["step"] + 1)
     if config.train.steps < state["step"]:
         raise TrainingError(
-            f"{run_dir}: cannot resume, train.steps={config.train.steps} is below the step of the checkpoint, {state['step']}; "
-            "give at least that many"
+            f"{run_dir}: cannot resume, train.steps={config.train.steps} is below the step of the checkpoint ({state['step']}); "
+            "set train.steps to at least this step"
         )
     other = changed_inputs(state["fingerprint"], fingerprint)
     if other:
@@ -187,8 +189,8 @@ def check_same_run(
         )
     if GENES in fingerprint and GENES not in state["fingerprint"]:
         log.warning(
-            "the checkpoint is of an earlier version, which chose genes and fitted levels on other spots if the set has more than "
-            "levels.fit_spots=%d training spots; if so, start a new run from its weights (`start_from`) instead",
+            "the checkpoint was written by an earlier version, which selected genes and fitted levels on other spots if the set has "
+            "more than levels.fit_spots=%d training spots; if it has, start a new run from these weights (`start_from`) instead",
             config.levels.fit_spots,
         )
     now_run = config.engine.kind, size
@@ -219,7 +221,7 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
 
 @contextmanager
 def deterministic(device: torch.device) -> Iterator[None]:
-    """Use deterministic algorithms on CPUs; on GPUs, where they are slower, keep the user's setting."""
+    """Use deterministic algorithms inside the block on CPUs; on GPUs, where they are slower, keep the user's setting."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(device.type == "cpu" or before)
     try:

@@ -1,4 +1,4 @@
-"""Checkpoints of a running trainer: what is written, when it is in flight, and which one holds the best weights."""
+"""Writing of checkpoints during training, and loading of the checkpoint with the best weights."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class CheckpointSaver:
     ----------
     folder
         Folder of the checkpoints.
-    task, config, group
-        Those of the run.
+    task, config, group, device
+        Task, config, ranks and device of the run.
     engine_name
         Returns the name of the engine, which is created after this object.
     """
@@ -65,7 +65,7 @@ class CheckpointSaver:
             write(checkpoint)
 
     def save_state(self, progress: RunState) -> None:
-        """Rewrite the state of the checkpoint of this step, whose tensors have not changed."""
+        """Rewrite the state of the current step's checkpoint after a validation, which does not change its tensors."""
         step, state, best = progress.step, self._state(progress), progress.best_step or None
         keep = self.config.train.keep_checkpoints
 
@@ -86,13 +86,13 @@ class CheckpointSaver:
             checkpoints.verify(checkpoints.folder_of(self.folder, progress.best_step))
         except CheckpointError as error:
             best = f"step {progress.best_step}, score {progress.best_score:.4f}"
-            log.warning("cannot use the best checkpoint (%s): %s", best, error)
+            log.warning("cannot use the best checkpoint (%s), so it no longer counts as the best: %s", best, error)
             progress.best_step, progress.best_score = 0, float("-inf")
 
     def load_best(self, progress: RunState) -> None:
-        """Load the best weights into the task's module, unless they are the current ones or there was no validation.
+        """Load the best weights into the task's module, unless they are the current weights or there was no validation.
 
-        They are those that were validated: the averaged weights, if the checkpoint has any.
+        The best weights are those that were validated: the averaged weights, if the checkpoint has any.
         """
         self.check_best(progress)
         if progress.best_step and progress.best_step != progress.step:
@@ -101,6 +101,7 @@ class CheckpointSaver:
             load_averages(self.task.module, best.ema)
 
     def _state(self, progress: RunState) -> dict[str, Any]:
+        """Return the content of ``state.json``: progress, random state, config, input hashes and machine."""
         state = progress.as_plain() | random_state(self.device)
         state |= {"config": config_to_dict(self.config), "fingerprint": self.task.fingerprint()}
         state |= {"world_size": self.group.size, "engine": self._engine_name()}

@@ -1,4 +1,4 @@
-"""Checks of a checkpoint's content before it is used: hashes prove that a file is whole, not that a run wrote it."""
+"""Checks of a checkpoint's content before it is used: hashes show that a file is complete, but not that a run wrote it."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def check_state(state: dict[str, Any], folder: Path, step: int) -> None:
     Raises
     ------
     CheckpointError
-        A key is missing, has a value that no run writes, or is of another step.
+        A key is missing or has a value that no run writes, or the state belongs to another step.
     """
     where = folder / "state.json"
     try:
@@ -79,7 +79,9 @@ def check_state(state: dict[str, Any], folder: Path, step: int) -> None:
 
 
 def load_weights(module: nn.Module, checkpoint: Checkpoint, where: Path) -> None:
-    """Load the weights of a checkpoint into a module, and check its optimizer state against the module's parameters.
+    """Load the weights of a checkpoint into a module; check its optimizer state and averages against the module's parameters.
+
+    ``where`` is the folder of the checkpoint, for messages.
 
     Raises
     ------

@@ -3,7 +3,7 @@
     checkpoints/step_00000100/{model.safetensors, optim.safetensors, state.json, SHA256SUMS}    with optim.ema also ema.safetensors
 
 Folders whose names start with a dot are being written or deleted; :func:`clear_leftovers` removes those of a killed
-process. Checkpoints that failed their hash are renamed to ``damaged_step_*`` and kept for inspection.
+process. Checkpoints that fail verification are renamed to ``damaged_step_*`` and kept for inspection.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ EMA = "ema.safetensors"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is damaged or has another format version. The message names the folder and the fix."""
+    """A checkpoint is missing, damaged or of another format version. The message names the folder and the fix."""
 
 
 @dataclass
@@ -43,15 +43,15 @@ class Checkpoint:
     model: dict[str, torch.Tensor]
     """State dict of the module."""
     optim: dict[str, torch.Tensor]
-    """Optimizer state as named tensors."""
+    """Optimizer state as tensors named ``<parameter>/<entry>``."""
     state: dict[str, Any]
     """JSON data: step, position in the epoch, best score, random state, config."""
     ema: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Averages of the trained weights, by parameter; empty without ``optim.ema``."""
+    """Averages of the trained weights, by parameter name; empty without ``optim.ema``."""
 
 
 def folder_of(root: Path, step: int) -> Path:
-    """Return the folder of one step's checkpoint."""
+    """Return the folder of the checkpoint of ``step``."""
     return root / f"step_{step:08d}"
 
 
@@ -116,6 +116,7 @@ def replace_state(root: Path, step: int, state: dict[str, Any]) -> None:
 
 
 def _write(tmp_path: Path, checkpoint: Checkpoint) -> None:
+    """Write all files of a checkpoint to a new folder."""
     tmp_path.mkdir()
     # Each tensor is copied: safetensors refuses tensors that share memory, as tied weights do.
     save_file({k: v.detach().cpu().clone().contiguous() for k, v in checkpoint.model.items()}, tmp_path / FILES[0])
@@ -132,18 +133,20 @@ def _write_state(tmp_path: Path, state: dict[str, Any]) -> None:
 
 
 def _write_sums(tmp_path: Path, known: dict[str, str]) -> None:
-    """Write the hashes of all files; ``known`` are those of files that were hashed before."""
+    """Write the hashes of all files; ``known`` has the hashes of files that need not be hashed again."""
     names = [name for name in (*FILES, EMA) if name != EMA or (tmp_path / EMA).exists()]
     sums = "".join(f"{known.get(name) or _sha256(tmp_path / name)}  {name}\n" for name in names)
     (tmp_path / SUMS).write_text(sums, encoding="utf-8")
 
 
 def _stated_sums(path: Path) -> dict[str, str]:
+    """Return ``{file: hash}`` of a file of hashes."""
     lines = path.read_bytes().decode("utf-8", "replace").splitlines()
     return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
 
 
 def _bytes(checkpoint: Checkpoint) -> int:
+    """Return the size of a checkpoint's tensors in bytes."""
     tensors = (*checkpoint.model.values(), *checkpoint.optim.values(), *checkpoint.ema.values())
     return sum(t.numel() * t.element_size() for t in tensors)
 
@@ -175,6 +178,7 @@ def load(folder: Path) -> Checkpoint:
 
 
 def _tensors(path: Path, advice: str) -> dict[str, torch.Tensor]:
+    """Read a safetensors file; raise :class:`CheckpointError` if it is invalid."""
     try:
         return load_file(path)
     except (SafetensorError, ValueError, KeyError) as error:
@@ -213,19 +217,19 @@ def newest_good(root: Path) -> tuple[int, Checkpoint] | None:
 
 
 def quarantine_newer(root: Path, step: int) -> None:
-    """Rename checkpoints newer than ``step``, which failed verification, to ``damaged_step_*``."""
+    """Rename checkpoints newer than ``step`` to ``damaged_step_*``; they failed verification, as ``step`` is the newest valid one."""
     for newer in steps_of(root):
         if newer > step:
             folder = folder_of(root, newer)
             shutil.rmtree(root / f"damaged_{folder.name}", ignore_errors=True)
             folder.rename(root / f"damaged_{folder.name}")
-            log.warning("%s was renamed to damaged_%s; you can delete it", folder, folder.name)
+            log.warning("%s is damaged and was renamed to damaged_%s; you can delete it", folder, folder.name)
 
 
 def clear_leftovers(root: Path) -> None:
     """Remove folders that a killed process was writing or deleting.
 
-    A checkpoint that was being replaced is moved back if its new version was not in place yet.
+    A checkpoint that was being replaced is moved back if its new version was not complete.
     """
     for old in root.glob(".writing-*.old"):
         step = old.name.removeprefix(".writing-").removesuffix(".old")
@@ -236,7 +240,7 @@ def clear_leftovers(root: Path) -> None:
 
 
 def prune(root: Path, keep: int, best: int | None) -> None:
-    """Delete all but the ``keep`` newest checkpoints and the best one."""
+    """Delete all checkpoints except the ``keep`` newest ones (at least one) and that of step ``best``."""
     steps = steps_of(root)
     kept = set(steps[-max(1, keep) :]) | {best}
     for step in steps:

@@ -1,1 +1,1 @@
-"""Process groups, communication timing, failures and signals."""
+"""Distributed training: process groups, timing of collectives, failures, restarts and signals."""

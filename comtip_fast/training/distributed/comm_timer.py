@@ -92,17 +92,17 @@ class CommClock:
         return counted
 
     def discard(self) -> None:
-        """Discard what was measured since the last :meth:`keep`, such as collectives between steps."""
+        """Discard the time measured since the last :meth:`keep`, such as that of collectives between steps."""
         self._seconds, self._pairs = 0.0, []
 
     def keep(self) -> None:
-        """Count what was measured since the last :meth:`keep` or :meth:`discard`, without a device synchronization."""
+        """Count the time measured since the last :meth:`keep` or :meth:`discard`, without a device synchronization."""
         self._kept_seconds += self._seconds
         self._kept_pairs += self._pairs
         self.discard()
 
     def seconds(self) -> float:
-        """Return the seconds since the last call; on GPUs this waits for the last collective."""
+        """Return the communication time since the last call in seconds; on GPUs this waits for the last collective."""
         self.keep()
         for first, last in self._kept_pairs:
             last.synchronize()
@@ -111,6 +111,7 @@ class CommClock:
         return out
 
     def _now(self) -> Any:
+        """Return the current time in seconds, or a recorded CUDA event."""
         if not self._cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -118,6 +119,7 @@ class CommClock:
         return event
 
     def _count(self, began: Any) -> None:
+        """Count the time since ``began``, a result of :meth:`_now`."""
         if self._cuda:
             self._pairs.append((began, self._now()))
         else:
@@ -139,7 +141,7 @@ class _ClockedWork:
 
 
 class ClockedGroup:
-    """A group that counts the time of its collectives; engines add theirs to the same ``clock``."""
+    """A group that counts the time of its collectives; engines count theirs with the same ``clock``."""
 
     def __init__(self, group: Group, device: torch.device) -> None:
         self.inner, self.rank, self.size = group, group.rank, group.size
@@ -186,7 +188,7 @@ def clock_of(group: Group, device: torch.device) -> CommClock:
 
 
 def clock_backend(backend: Any, clock: CommClock) -> None:
-    """Count the collectives of DeepSpeed's communication backend; replaces the clock of an earlier call."""
+    """Count the time of the collectives of DeepSpeed's communication backend; replaces the clock of an earlier call."""
     for name in COLLECTIVES:
         plain = getattr(backend, name, None)
         plain = getattr(plain, "comtip_plain", plain)

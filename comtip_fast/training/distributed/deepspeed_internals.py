@@ -1,7 +1,7 @@
-"""Every use of private names of DeepSpeed, in one module.
+"""All uses of private names of DeepSpeed.
 
-``tests/comtip_fast/test_library_internals.py`` names each of them and fails if the installed version lacks one;
-``pyproject.toml`` bounds the version of DeepSpeed to the one that was tested. Those of PyTorch are in
+``tests/comtip_fast/test_library_internals.py`` lists the names and fails if the installed version lacks one;
+``pyproject.toml`` bounds the version of DeepSpeed to the tested one. Private names of PyTorch are used in
 :mod:`comtip_fast.runtime.torch_internals`.
 """
 
@@ -28,14 +28,14 @@ def comm_backend(deepspeed: ModuleType) -> Any:
 def gradient_norm(zero_optimizer: Any, like: Tensor) -> Tensor:
     """Return the global gradient norm of the last step of a ZeRO optimizer, before clipping, on the device of ``like``.
 
-    DeepSpeed keeps a number or a tensor; a number is not copied to the device but passed to a kernel that fills the result.
+    DeepSpeed stores a number or a tensor. A number is not copied to the device, but passed to a kernel that fills the result.
     """
     norm = zero_optimizer._global_grad_norm
     return norm.detach() if isinstance(norm, Tensor) else like.new_full((), float(norm), dtype=torch.float32)
 
 
 class NormLimit:
-    """Makes a ZeRO optimizer drop updates whose gradient norm exceeds a limit, as it drops those that are not finite.
+    """Makes a ZeRO optimizer skip updates whose gradient norm exceeds a limit, as it skips those that are not finite.
 
     ZeRO computes the norm inside its step, so the limit has to be applied there.
 
@@ -58,7 +58,7 @@ class NormLimit:
             zero_optimizer._get_norm_groups = lambda: self._limited(norms())
 
     def set(self, limit: Tensor) -> None:
-        """Set the limit of the next step."""
+        """Set the limit on the norm of the next step, a scalar on the device."""
         self._limit, self._norm = limit, None
 
     def norm(self, otherwise: Tensor) -> Tensor:
@@ -66,6 +66,7 @@ class NormLimit:
         return otherwise if self._norm is None else self._norm.to(otherwise)
 
     def _limited(self, norms: list[Any]) -> list[Any]:
+        """Return the norms, or infinity for all of them if the total norm exceeds the limit; keep the total norm."""
         assert self._limit is not None
         known = torch.stack([torch.as_tensor(n, dtype=torch.float32, device=self._limit.device) for n in norms])
         # DeepSpeed reports a norm that is not finite as -1.
@@ -75,7 +76,7 @@ class NormLimit:
 
 
 def shards_of(zero_optimizer: Any, stage: int) -> list[tuple[int, Tensor]]:
-    """Return the flat buffers of a ZeRO optimizer of stage 1, 2 or 3 that are updated, with the index of their parameter group."""
+    """Return (index of the parameter group, flat buffer) for every buffer that a ZeRO optimizer of stage 1, 2 or 3 updates."""
     if stage < 3:
         return list(enumerate(zero_optimizer.single_partition_of_fp32_groups))
     shards = zero_optimizer.fp32_partitioned_groups_flat
@@ -96,7 +97,7 @@ def create_moments(
     stage
         Its stage.
     state
-        ``state`` of the wrapped optimizer, by shard; gains ``step`` and the moments of every shard.
+        ``state`` of the wrapped optimizer, by shard; ``step`` and the moments of every shard are added.
     names
         Names of the moments.
     fused

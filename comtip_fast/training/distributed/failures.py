@@ -1,6 +1,6 @@
-"""Failures that a restart can fix: one clear message per rank, a bounded time, and a separate exit code.
+"""Failures that a restart can fix: they end within a bounded time, with one message per rank and a separate exit code.
 
-When a rank dies its connections close, so the other ranks fail in their next collective with an error of the transport.
+If a rank dies, its connections close, and the next collective of the other ranks fails with an error of the transport.
 :func:`explain_failures` turns that error into a message with the cause, the location and the fix.
 """
 
@@ -35,8 +35,8 @@ def explain_failures(
 ) -> Iterator[None]:
     """Turn errors of a lost rank, a late rank or a full disk into a :class:`RestartError`.
 
-    Other errors are not changed, except that a path that cannot be written (a read-only file system), which a restart
-    does not fix, becomes a :class:`TrainingError`.
+    An error of a path that cannot be written (a read-only file system), which a restart does not fix, becomes a
+    :class:`TrainingError`. Other errors are not changed.
 
     Parameters
     ----------
@@ -45,7 +45,7 @@ def explain_failures(
     where
         Returns a description of the current activity, for the message.
     timeout_s
-        Timeout of collectives.
+        Timeout of collectives in seconds.
     key
         Setting that holds the timeout.
 
@@ -82,10 +82,16 @@ def explain_failures(
 
 @contextmanager
 def no_longer_than(seconds: float, what: str) -> Iterator[None]:
-    """Exit the process if the block takes longer than ``seconds``: waiting for a dead rank may never return."""
+    """Exit the process if the block takes longer than ``seconds``, because a wait for a dead rank may never return.
+
+    ``what`` names the work in the message.
+    """
 
     def end() -> None:
-        write_line(f"comtip: error: {what} took more than {seconds:g} s; process ended", sys.stderr)
+        write_line(
+            f"comtip: error: {what} took more than {seconds:g} s; process ended, so that the launcher can restart the run",
+            sys.stderr,
+        )
         hard_exit()
 
     timer = threading.Timer(seconds, end)
@@ -105,10 +111,12 @@ def hard_exit(code: int = RESTART_CODE) -> None:
 
 
 def _who(rank: int, size: int) -> str:
+    """Return the beginning of a message that names the rank; empty for a single process."""
     return f"rank {rank} of {size}, " if size > 1 else ""
 
 
 def _of_collective(error: RuntimeError) -> bool:
+    """Return whether an error was raised by a collective of ``torch.distributed``."""
     text = str(error).lower()
     return isinstance(error, dist.DistError) or any(
         word in text for word in ("gloo", "nccl", "connection closed by peer")

@@ -1,4 +1,4 @@
-"""Process group setup from the launcher's environment, and collectives on it.
+"""Setup of the process group from the launcher's environment, and its collectives.
 
 ``torchrun`` and ``deepspeed`` set RANK, WORLD_SIZE and LOCAL_RANK; ``srun`` sets SLURM_PROCID, SLURM_STEP_NUM_TASKS and
 SLURM_LOCALID. Without these variables the run is a single process.
@@ -28,6 +28,7 @@ R = TypeVar("R")
 Pause = Callable[[], AbstractContextManager[Any]]
 """Returns the context in which a rank waits for others."""
 DESTROY_TIMEOUT_S = 30.0
+"""Seconds after which a process that cannot destroy its process group exits."""
 _FIRST_PORT, _PORTS = 20000, 10000
 # Newer releases of PyTorch rename these functions and deprecate the old names.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -49,12 +50,12 @@ class DistributedEnv:
 
 
 def distributed_env(environ: Mapping[str, str] = os.environ) -> DistributedEnv:
-    """Read the launcher's environment.
+    """Return rank and address from the launcher's environment; without a launcher, those of a single process.
 
     Raises
     ------
     TrainingError
-        Some of the variables are missing, or the host of rank 0 cannot be determined.
+        A variable of the launcher is missing, or the host of rank 0 cannot be determined.
     """
     if int(environ.get("WORLD_SIZE", "1")) > 1 or "RANK" in environ:
         missing = [k for k in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if k not in environ]
@@ -91,12 +92,12 @@ def first_host(nodes: str) -> str:
 
 
 class ProcessGroup:
-    """:class:`comtip_fast.collectives.Group` on the default group of ``torch.distributed``.
+    """Implementation of :class:`comtip_fast.collectives.Group` on the default group of ``torch.distributed``.
 
     Parameters
     ----------
     hosts
-        A group of the same ranks on gloo, for values in host memory; None if the default group is one.
+        A gloo group of the same ranks, for values in host memory; None if the default group uses gloo.
     waits
         A gloo group of the same ranks for :func:`broadcast` and :func:`on_every_rank`; None uses the default group.
     wait_s
@@ -110,7 +111,7 @@ class ProcessGroup:
         self.waits, self.wait_s = waits, wait_s
 
     def gather_rows(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        """All-gather; shares of different length are padded to the longest one."""
+        """All-gather; shares of different lengths are padded to the longest one."""
         most = max(counts)
         mine = _padded(rows.contiguous(), most)
         out = mine.new_empty(self.size * most, *rows.shape[1:])
@@ -120,7 +121,7 @@ class ProcessGroup:
         return torch.cat([part[:n] for part, n in zip(out.split(most), counts, strict=True)])
 
     def scatter_rows(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        """Reduce-scatter; shares of different length are padded to the longest one."""
+        """Reduce-scatter; shares of different lengths are padded to the longest one."""
         most = max(counts)
         parts = rows.split(list(counts))
         full = rows if min(counts) == most else torch.cat([_padded(part, most) for part in parts])
@@ -129,19 +130,19 @@ class ProcessGroup:
         return out[: counts[self.rank]]
 
     def sum(self, values: Tensor) -> Tensor:
-        """All-reduce a copy with the sum."""
+        """Return the sum over ranks; ``values`` is not changed."""
         out = values.clone()
         dist.all_reduce(out, dist.ReduceOp.SUM)
         return out
 
     def max(self, values: Tensor) -> Tensor:
-        """All-reduce a copy with the maximum."""
+        """Return the maximum over ranks; ``values`` is not changed."""
         out = values.clone()
         dist.all_reduce(out, dist.ReduceOp.MAX)
         return out
 
     def any(self, flags: Sequence[bool]) -> list[bool]:
-        """All-reduce with the maximum, in host memory."""
+        """Return, for each flag, whether any rank set it; communicates in host memory."""
         raised = torch.tensor(list(map(bool, flags)), dtype=torch.uint8)
         dist.all_reduce(raised, dist.ReduceOp.MAX, group=self._hosts)
         return [bool(value) for value in raised.tolist()]
@@ -161,6 +162,7 @@ class ProcessGroup:
 
 
 def _padded(rows: Tensor, length: int) -> Tensor:
+    """Return ``rows``, padded with zeros to ``length`` rows."""
     missing = length - rows.shape[0]
     return rows if missing == 0 else torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
 
@@ -178,13 +180,13 @@ def init_distributed(
     Parameters
     ----------
     timeout_s
-        Timeout of collectives; if a rank does not reach a collective in time, the run ends on every rank.
+        Timeout of collectives in seconds; if a rank does not reach a collective in time, the run ends on every rank.
     device
-        ``cpu`` selects gloo even if there are GPUs.
+        ``cpu`` selects gloo even if there are GPUs; otherwise NCCL is used if PyTorch finds a GPU.
     env
-        Rank of this process; None reads the environment.
+        Rank of this process and address of rank 0; None reads the environment.
     wait_timeout_s
-        Timeout of waits for work that is not a collective, such as a validation (``engine.wait_timeout_s``).
+        Timeout in seconds of waits for work that is not a collective, such as a validation (``engine.wait_timeout_s``).
 
     Yields
     ------
@@ -217,9 +219,9 @@ def init_distributed(
             world_size=env.size,
             timeout=timeout,
         )
-        # Stop requests are exchanged between hosts, so that no host waits for its GPU to learn of them.
+        # Stop requests are exchanged in host memory, so that no host waits for its GPU to read them.
         hosts: Any = dist.new_group(backend="gloo", timeout=timeout) if gpu else None
-        # A validation or an export may last longer than any collective of a step may.
+        # A validation or an export may take longer than the timeout of a step's collectives.
         waits: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=wait_timeout_s))
     try:
         with explain_failures(env.rank, env.size, lambda: "before or after the training steps", timeout_s):
@@ -243,7 +245,7 @@ def _store(env: DistributedEnv, timeout: timedelta) -> dist.Store:
 
 
 def broadcast(value: T, group: Group) -> T:
-    """Return rank 0's ``value`` on every rank; the value must be picklable."""
+    """Return rank 0's ``value``, which must be picklable, on every rank; a collective call."""
     if group.size == 1:
         return value
     box: list[Any] = [value]
@@ -314,7 +316,7 @@ def on_every_rank(
 
 @dataclass
 class _Outcome:
-    """What a rank's work returned or raised; the exception itself is not sent, because it may not be picklable."""
+    """Result or error of a rank's work; only the message of an exception is sent, because exceptions may not be picklable."""
 
     value: Any = None
     message: str | None = None
@@ -324,6 +326,7 @@ class _Outcome:
 
     @classmethod
     def of(cls, work: Callable[[], Any]) -> _Outcome:
+        """Call ``work`` and return its result or its error."""
         try:
             return cls(work())
         except Exception as error:
@@ -331,6 +334,7 @@ class _Outcome:
             return cls(message=str(error), restartable=restartable, error=error)
 
     def value_or_raise(self, rank: int) -> Any:
+        """Return the result, or raise the error of ``rank`` with its message."""
         if self.message is not None:
             raise (RestartError if self.restartable else TrainingError)(f"rank {rank}: {self.message}")
         return self.value
@@ -341,7 +345,7 @@ class _Outcome:
 
 @contextmanager
 def _waiting(group: Group) -> Iterator[dist.ProcessGroup | None]:
-    """Yield the process group for waits; a timeout names ``engine.wait_timeout_s``."""
+    """Yield the process group for waits; the error of a timeout names ``engine.wait_timeout_s``."""
     inner = getattr(group, "inner", group)  # of a ClockedGroup
     if not isinstance(inner, ProcessGroup) or inner.waits is None:
         yield None

@@ -1,9 +1,9 @@
 """Reduction of a step's losses and logged numbers over ranks, by name.
 
 Ranks may hold different names: a rank without spots has no patch features, a rank without counted swaps has no AUC. A
-collective over vectors of different lengths aborts or hangs, so the length never depends on one rank. The ranks agree on a
-sorted list of names and always send all of them. A rank that holds a further name sets a flag inside the same collective,
-and all ranks then extend the list together.
+collective over vectors of different lengths aborts or hangs, so the length must not depend on one rank. The ranks agree on a
+sorted list of names and always send a value for each of them. A rank that holds a further name sets a flag inside the same
+collective, and all ranks then extend the list together.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Reduced:
     """The numbers of all ranks; the same on every rank."""
 
     sums: dict[str, float]
-    """Sum over the ranks that hold the name. NaN and infinity of one rank stay visible."""
+    """Sum over the ranks that hold the name; not finite if the value of one rank is not."""
     means: dict[str, float]
     """Mean over the ranks where the number is finite; NaN where it is finite on none."""
     flags: list[bool]
@@ -104,7 +104,7 @@ class RankNumbers:
         )
 
     def _agree(self, sums: Mapping[str, float], means: Mapping[str, float]) -> None:
-        """Merge the names logged by all ranks."""
+        """Extend the agreed names by those of all ranks."""
         own = json.dumps([sorted(sums), sorted(means)]).encode()
         every = [json.loads(text) for text in _gather_bytes(own, self.group, self.device)]
         old_sums, old_means = self._names
@@ -115,11 +115,12 @@ class RankNumbers:
 
 
 def _order(own: Mapping[str, float], agreed: list[str]) -> list[str]:
+    """Return this rank's names in its order, followed by the other agreed names."""
     return [*own, *(k for k in agreed if k not in own)]
 
 
 def _gather_bytes(own: bytes, group: Group, device: torch.device) -> list[bytes]:
-    """Return the bytes of every rank; shorter ones are padded with spaces."""
+    """Return the bytes of every rank, padded with spaces to the longest."""
     most = int(group.max(torch.tensor(len(own), device=device)))
     row = torch.from_numpy(np.frombuffer(own.ljust(most), dtype=np.uint8).copy()).to(device)
     rows: Tensor = group.gather_rows(row[None], [1] * group.size)

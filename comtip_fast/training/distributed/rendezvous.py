@@ -1,8 +1,9 @@
 """torchrun's c10d rendezvous with a time limit on every call to its store: ``torchrun --rdzv-backend comtip``.
 
-PyTorch's store waits for an answer without a limit. On a host whose link was cut, the agent then hangs until the kernel gives the
-connection up, which takes Linux about 15 minutes. With the limit, the agent ends with ``RendezvousConnectionError``, as it does
-if the connection is closed. The limit is ``--rdzv-conf call_timeout=SECONDS``; all other settings are those of ``c10d``.
+PyTorch's store waits for an answer without a limit. On a host whose link was cut, the agent then hangs until the kernel drops
+the connection, which takes about 15 minutes on Linux. With the limit, the agent ends with ``RendezvousConnectionError``, as it
+does if the connection is closed. The limit is ``--rdzv-conf call_timeout=SECONDS`` (60 by default); all other settings are those
+of ``c10d``.
 
 torchrun finds the backend by the entry point ``torchrun.handlers`` of the package. This module is therefore imported by every
 torchrun, and imports nothing but PyTorch.
@@ -28,12 +29,12 @@ T = TypeVar("T")
 
 
 class LimitedBackend(RendezvousBackend):
-    """A rendezvous backend whose calls end after a limit.
+    """A rendezvous backend whose calls raise an error after a time limit.
 
     Parameters
     ----------
     backend
-        The backend that is called.
+        The backend to call.
     limit_s
         Seconds until a call raises ``RendezvousConnectionError``.
     """
@@ -56,6 +57,7 @@ class LimitedBackend(RendezvousBackend):
         return self._limited(lambda: self._backend.set_state(state, token))
 
     def _limited(self, call: Callable[[], T]) -> T:
+        """Return ``call()``, run in a thread; raise if it takes longer than the limit, or if an earlier call still blocks."""
         if self._blocked is not None and self._blocked.is_alive():
             # The store answers one call at a time, so another call would only wait behind the blocked one.
             raise self._error()
@@ -80,18 +82,18 @@ class LimitedBackend(RendezvousBackend):
 
     def _error(self) -> RendezvousConnectionError:
         return RendezvousConnectionError(
-            f"the rendezvous host did not answer within call_timeout={self._limit_s:g} s: it or its link is lost; start this "
+            f"the rendezvous host did not answer within call_timeout={self._limit_s:g} s: the host or its link is down; start this "
             "agent again once the host answers"
         )
 
 
 def create_handler(params: RendezvousParameters) -> RendezvousHandler:
-    """Return torchrun's dynamic rendezvous over a c10d store whose calls have a limit.
+    """Return torchrun's dynamic rendezvous over a c10d store whose calls have a time limit.
 
     Raises
     ------
     ValueError
-        ``call_timeout`` is not positive.
+        ``call_timeout`` is below 1 second.
     """
     # Imported on use: torchrun imports this module while it imports its own.
     from torch.distributed.elastic.rendezvous import c10d_rendezvous_backend, dynamic_rendezvous

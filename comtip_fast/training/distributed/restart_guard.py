@@ -1,7 +1,7 @@
-"""Prevent useless restarts: torchrun restarts a rank after any error, including bad input.
+"""Prevention of useless restarts: torchrun restarts a rank after any error, including bad input.
 
-A rank that fails because of bad input writes a note, and the next start of the same command under the same agent exits at
-once. The note is in the node's temporary folder, because the run folder may be the cause of the error. This module is
+A rank that fails because of bad input writes a note, and the next start of the same command under the same agent exits
+immediately. The note is in the node's temporary folder, because the run folder may be the cause of the error. This module is
 imported first and imports nothing slow.
 """
 
@@ -21,7 +21,7 @@ class RestartGuard:
     Parameters
     ----------
     arguments
-        Arguments of the command; other arguments have a separate note.
+        Arguments of the command; each list of arguments has its own note.
     environ
         Environment variables of the launcher.
     """
@@ -45,7 +45,7 @@ class RestartGuard:
                 self._path.unlink(missing_ok=True)
 
     def known(self) -> str | None:
-        """Return the error of an earlier start if a restart cannot fix it, else None."""
+        """Return the error message of an earlier start if a restart cannot fix the error, else None."""
         message, final = self._read()
         if not final:
             return None
@@ -72,6 +72,7 @@ class RestartGuard:
         self._forget_with_the_last()
 
     def _read(self) -> tuple[str | None, bool]:
+        """Return the message of the note, and whether it stops restarts; (None, False) without a valid note of this user."""
         try:
             if self._path is None or self._path.lstat().st_uid != os.getuid():
                 return None, False
@@ -81,5 +82,6 @@ class RestartGuard:
         return message, final
 
     def _forget_with_the_last(self) -> None:
+        """Delete the note if torchrun will not start this rank again."""
         if self._path is not None and self._start >= self._last:
             self._path.unlink(missing_ok=True)

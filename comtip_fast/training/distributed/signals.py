@@ -1,4 +1,4 @@
-"""Stop signals, and the lock that keeps a second process out of the run folder."""
+"""Stop signals, and the lock that prevents two processes from writing to one run folder."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from comtip_fast.training.protocol import TrainingError
 
 log = logging.getLogger("comtip_fast")
 LOCK_FILE = "run.lock"
+"""Name of the lock file in a run folder."""
 
 
 class Signals:
@@ -56,14 +57,14 @@ def catch_signals() -> Iterator[Signals]:
 
 
 def refuse_links(run_dir: Path) -> None:
-    """Refuse symbolic links in a run folder, because a resumed run truncates, appends to and deletes its files.
+    """Refuse symbolic links in a run folder, because a resumed run truncates, extends and deletes its files.
 
-    The ``wandb`` folder is not checked: wandb creates links there.
+    The ``wandb`` folder is not checked, because wandb creates links there.
 
     Raises
     ------
     TrainingError
-        There is a symbolic link; the message names the first one.
+        The folder contains a symbolic link; the message names the first link.
     """
     for root, folders, files in os.walk(run_dir, followlinks=False):
         for name in sorted([*folders, *files]):
@@ -79,17 +80,17 @@ def refuse_links(run_dir: Path) -> None:
 
 @contextmanager
 def hold_run(run_dir: Path, patience_s: float = 0.0) -> Iterator[None]:
-    """Lock a run folder inside the block.
+    """Hold an exclusive lock on a run folder inside the block.
 
-    The kernel releases the lock when its process ends, so the lock file of a dead process does not block a new one. The
-    file contains the process id for information only.
+    The kernel releases the lock when the process ends, so the lock file of a dead process does not block a new one. The
+    file contains the process id for messages only.
 
     Parameters
     ----------
     run_dir
         An existing folder.
     patience_s
-        Seconds to wait for the lock. After a node failure, other ranks or a file server's lease can outlive the process.
+        Seconds to wait for the lock: after a node failure, it can be released later than its process ended.
 
     Raises
     ------
@@ -112,7 +113,9 @@ def hold_run(run_dir: Path, patience_s: float = 0.0) -> Iterator[None]:
                     continue
                 file.seek(0)
                 holder = file.read().strip() or "?"
-                raise TrainingError(f"{run_dir}: in use by process {holder}; wait for it to end or stop it") from error
+                raise TrainingError(
+                    f"{run_dir}: in use by process {holder}; wait for this process to end, or stop it"
+                ) from error
             except OSError as error:
                 if error.errno not in NO_LOCKS:
                     raise

@@ -1,1 +1,1 @@
-"""Ways to run a step: one process, DDP or DeepSpeed ZeRO."""
+"""Engines, which run a training step: in one process, with DDP or with DeepSpeed ZeRO."""

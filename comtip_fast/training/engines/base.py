@@ -27,33 +27,33 @@ class Update:
     norm: Tensor
     """Global gradient norm before clipping, scalar."""
     good: Tensor
-    """bool scalar: the weights were updated, because loss and norm are finite and the step is no spike that is skipped."""
+    """bool scalar: whether the weights were updated. False if loss or norm is not finite, or if the step is a skipped spike."""
     names: tuple[str, ...] = ()
-    """Names of the parameters that have a gradient on this rank."""
+    """Names of the n parameters that have a gradient on this rank."""
     norms: Tensor | None = None
-    """Norms of their gradients, (n,); None if the engine does not compute them."""
+    """Norm of the gradient of each of ``names``, (n,); None if the engine does not compute them."""
     spike: Tensor | None = None
-    """bool scalar: the norm exceeds its limit; None without ``optim.spike``."""
+    """bool scalar: whether the norm exceeds its limit; None if ``optim.spike.policy`` is ``none``."""
     limit: Tensor | None = None
-    """Limit on the norm, scalar; None without ``optim.spike``."""
+    """Limit on the norm, scalar; None if ``optim.spike.policy`` is ``none``."""
 
     def nonfinite(self) -> list[str]:
-        """Return the names of parameters whose gradient is not finite; waits for the device."""
+        """Return the names of the parameters whose gradient is not finite, empty without ``norms``; waits for the device."""
         if self.norms is None:
             return []
         return [name for name, ok in zip(self.names, self.norms.isfinite().tolist(), strict=True) if not ok]
 
 
 class Engine(Protocol):
-    """Runs training steps on a module."""
+    """Runs training steps of a module; owns its optimizer."""
 
     name: str
     """Name in logs and checkpoints: ``single``, ``ddp``, ``zero1`` ..."""
     module: nn.Module
     """The trained module."""
     table_first: bool
-    """With gradient caching, whether the first piece computes the sentence table and so uses every parameter; otherwise
-    the last one does."""
+    """Which piece computes the sentence table with gradient caching, and therefore uses every parameter: the first (True) or the
+    last (False)."""
     autocast: Callable[[], AbstractContextManager[Any]]
     """Returns the context that sets the run's precision, for losses that are computed outside of :meth:`call`."""
 
@@ -62,11 +62,11 @@ class Engine(Protocol):
         ...
 
     def start_step(self, rate: float) -> None:
-        """Set the learning rate and clear gradients."""
+        """Set the learning rate of the step and clear the gradients."""
         ...
 
     def piece(self, last: bool) -> AbstractContextManager[Any]:
-        """Return a context for one forward and backward pass; gradients are summed over ranks in the ``last`` one."""
+        """Return a context for the forward and backward pass of a piece; the ``last`` piece sums gradients over ranks."""
         ...
 
     def backward(self, loss: Tensor) -> None:
@@ -74,8 +74,9 @@ class Engine(Protocol):
         ...
 
     def update(self, finite: Tensor | bool, spikes: SpikeLimit | None = None) -> Update:
-        """Clip and step, unless the loss (``finite``) or the gradient norm is not finite, or the step is a spike to skip.
+        """Clip the gradients and update the weights.
 
+        The weights do not change if the loss (``finite``) or the gradient norm is not finite, or if the step is a spike to skip.
         On a GPU, the update is masked on the device, without a synchronization.
         """
         ...
@@ -85,7 +86,7 @@ class Engine(Protocol):
         ...
 
     def gathered_for_read(self, *, every_rank: bool = False) -> AbstractContextManager[Any]:
-        """Return a context in which rank 0, or every rank, can read the task's own module; a collective call."""
+        """Return a context in which rank 0, or every rank, can read all weights in the task's module; a collective call."""
         ...
 
     def optimizer_state(self, *, every_rank: bool = False) -> dict[str, Tensor]:
@@ -97,7 +98,7 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None:
-        """Release hooks and state, before another engine is built for the module; called within :meth:`gathered_for_read`."""
+        """Release hooks and optimizer state before another engine is built; called within :meth:`gathered_for_read`."""
         ...
 
 
@@ -114,15 +115,15 @@ class StepModule(nn.Module):
         self.trained, self._autocast, self._cast_groups = trained, autocast, cast_groups
 
     def forward(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Return ``function(trained, *args)``."""
+        """Return ``function(trained, *args)``, computed under autocast."""
         with self._autocast(), cast_together(self._cast_groups):
             return function(self.trained, *args)
 
 
 def cast_groups_of(module: nn.Module, config: RunConfig, device: torch.device) -> list[ParameterNames]:
-    """Return the linear layers of each transformer block, whose weights are cast in one call; none if nothing is cast.
+    """Return the linear layers of each transformer block, whose weights are cast to bf16 in one call.
 
-    Compiled blocks cast their weights themselves.
+    The list is empty in fp32, and for compiled blocks, which cast their weights themselves.
     """
     if not devices.in_bf16(config.train.precision, device) or config.engine.compile:
         return []
@@ -136,24 +137,29 @@ def autocast_of(config: RunConfig, device: torch.device) -> Callable[[], Abstrac
 
 
 def set_product_precision(config: RunConfig, device: torch.device) -> None:
-    """With bf16 training on a GPU, run the fp32 matrix products that autocast leaves (in the losses) as TF32."""
+    """Use TF32 for the matrix products that remain in fp32 (those of the losses) if the run trains in bf16 on a GPU."""
     if device.type == "cuda" and devices.in_bf16(config.train.precision, device):
         torch.set_float32_matmul_precision("high")
 
 
 def clip(module: nn.Module, limit: float, finite: Tensor | bool, spikes: SpikeLimit | None = None) -> Update:
-    """Clip the global gradient norm to ``limit`` (0: no clipping); a norm that is not finite clips nothing.
+    """Clip the global gradient norm in place; a norm that is not finite clips nothing.
 
     Parameters
     ----------
     module
         Module with gradients.
     limit
-        Maximum norm.
+        Maximum norm; 0 disables clipping.
     finite
-        Whether the loss is finite.
+        Whether the loss is finite, a bool or a bool scalar on the device.
     spikes
         Limit above which a step is skipped or clipped; None for no limit.
+
+    Returns
+    -------
+    Update
+        ``good`` says whether the caller is to update the weights.
     """
     named = [(name, q) for name, q in module.named_parameters() if q.grad is not None]
     trained = [q for _, q in named]
@@ -176,5 +182,5 @@ def clip(module: nn.Module, limit: float, finite: Tensor | bool, spikes: SpikeLi
 
 
 def exceeds(norm: Tensor, spikes: SpikeLimit) -> Tensor:
-    """Return whether a finite norm exceeds the limit, bool scalar on the device."""
+    """Return whether ``norm`` is finite and exceeds the limit, a bool scalar on the device."""
     return (norm > spikes.norm) & norm.isfinite()

@@ -68,7 +68,7 @@ def deepspeed_config(config: RunConfig, world_size: int, gpu: bool) -> dict[str,
             if where == "nvme":
                 zero[key]["nvme_path"] = e.nvme_path
     return {
-        # Batches are split outside of DeepSpeed, possibly unevenly; it only requires consistent numbers.
+        # Batches are split outside of DeepSpeed, possibly unevenly; DeepSpeed only checks that these numbers are consistent.
         "train_micro_batch_size_per_gpu": max(1, config.data.batch_size // world_size),
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.optim.clip if e.zero_stage else 0.0,
@@ -177,9 +177,9 @@ class DeepSpeedEngine:
 
     @contextmanager
     def gathered_for_read(self, *, every_rank: bool = False) -> Iterator[None]:
-        """See :meth:`.base.Engine.gathered_for_read`; gathers one tensor at a time to the task's module.
+        """See :meth:`.base.Engine.gathered_for_read`; ZeRO 3 gathers one tensor at a time into the task's module.
 
-        Outside of this context the trained weights of the task's module are empty.
+        With ZeRO 3, the trained weights of the task's module are empty outside of this context.
         """
         if self.stage < 3:
             yield
@@ -228,8 +228,8 @@ class DeepSpeedEngine:
             steps = {float(tensors.get(f"{name}/step", 0.0)) for name in names}
             if len(steps) > 1:
                 raise TrainingError(
-                    f"optimizer state: the step counts of parameters that ZeRO updates together differ ({sorted(steps)[:3]}), e.g. "
-                    f"that of {names[0]}; resume with engine.kind=auto, or with the former optim.freeze"
+                    f"optimizer state of the checkpoint: step counts differ ({sorted(steps)[:3]}) among parameters that ZeRO updates "
+                    f"together, e.g. {names[0]}; resume with engine.kind=auto, or with the earlier value of optim.freeze"
                 )
             for step in steps:
                 state["step"] = torch.tensor(step, device=state["step"].device)
@@ -240,6 +240,7 @@ class DeepSpeedEngine:
         self.optimizer.state.clear()
 
     def _set_moment(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
+        """Set the moment ``key`` of a parameter to the full tensor ``value``, of which ZeRO keeps this rank's shard."""
         utils = self._deepspeed.utils
         if self.stage < 3:
             utils.safe_set_full_optimizer_state(parameter, value, key)
@@ -250,6 +251,7 @@ class DeepSpeedEngine:
         utils.safe_set_local_optimizer_state(parameter, padded.split(length)[self.group.rank], key)
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Return the names and tensors of the trained parameters."""
         return ((n, p) for n, p in self.module.named_parameters() if p.requires_grad)
 
     def _states(self) -> list[tuple[int, dict[str, Tensor]]]:
@@ -258,7 +260,7 @@ class DeepSpeedEngine:
         return [(group, self.optimizer.state[shard]) for group, shard in shards]
 
     def _steps(self) -> dict[int, float]:
-        """Return the number of optimizer steps by group; all parameters of a group get a gradient in every step."""
+        """Return the number of optimizer steps of each parameter group; its parameters all have a gradient in every step."""
         return {group: float(state["step"]) for group, state in self._states() if "step" in state}
 
     def _device(self) -> torch.device:
@@ -266,7 +268,7 @@ class DeepSpeedEngine:
 
 
 def check_deepspeed(config: RunConfig, device: torch.device) -> None:
-    """Check the requirements of DeepSpeed before data are read; compile the extension for NVMe offload.
+    """Check the requirements of DeepSpeed before any data is read, and compile its extension for NVMe offload.
 
     Raises
     ------
@@ -280,14 +282,14 @@ def check_deepspeed(config: RunConfig, device: torch.device) -> None:
         Path(e.nvme_path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TrainingError(
-            f"engine.nvme_path={e.nvme_path}: {error.strerror}; name a folder that can be written"
+            f"engine.nvme_path={e.nvme_path}: cannot create this folder ({error.strerror}); give a path that can be written"
         ) from error
     builder = deepspeed.accelerator.get_accelerator().create_op_builder("AsyncIOBuilder")
     if not builder.is_compatible() or not cpp_extension.is_ninja_available():
         raise TrainingError(
-            "engine.offload_*=nvme: DeepSpeed compiles its async_io extension, which needs a C++ compiler, ninja, and libaio "
-            "with headers (package libaio-dev or libaio-devel; for another prefix set CFLAGS and LDFLAGS). Install them, "
-            "or use cpu"
+            "offloading to nvme: DeepSpeed must compile its async_io extension, but the C++ compiler, ninja, or libaio with "
+            "headers is missing; install them (libaio: package libaio-dev or libaio-devel; for another prefix set CFLAGS and "
+            "LDFLAGS), or set engine.offload_optimizer and engine.offload_param to cpu"
         )
     folder = torch_internals.build_folder(builder.name)
     if not (folder / f"{builder.name}.so").exists() or (folder / "lock").exists():
@@ -297,7 +299,8 @@ def check_deepspeed(config: RunConfig, device: torch.device) -> None:
         builder.load(verbose=False)
     except (RuntimeError, ImportError) as error:
         raise TrainingError(
-            f"engine.offload_*=nvme: cannot build DeepSpeed's {builder.name}: {error}; fix the build, or use cpu"
+            f"offloading to nvme: cannot build DeepSpeed's {builder.name}: {error}; fix the build, or set "
+            "engine.offload_optimizer and engine.offload_param to cpu"
         ) from error
 
 
@@ -310,20 +313,24 @@ def _moved(module: nn.Module) -> nn.Module:
 
 
 def _empty(module: nn.Module) -> None:
-    """Free the trained weights; frozen ones stay, because the loader uses a frozen stem between steps."""
+    """Free the trained weights of a module; frozen weights stay, because the loader uses a frozen stem between steps."""
     for parameter in module.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.new_empty(0)
 
 
 def _import(device: torch.device) -> ModuleType:
+    """Import DeepSpeed without its log lines and warnings; raise TrainingError if it is not installed."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     try:
         import deepspeed
     except ImportError as error:
-        raise TrainingError("engine.kind=deepspeed needs DeepSpeed: pip install 'comtip-fast[deepspeed]'") from error
+        raise TrainingError(
+            "engine.kind=deepspeed: DeepSpeed is not installed or cannot be imported; run pip install "
+            "'comtip-fast[deepspeed]', or set engine.kind=auto"
+        ) from error
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed uses deprecated names of PyTorch, which would warn at every call.
     warnings.filterwarnings("ignore", r"`torch.distributed.\w+` is deprecated", FutureWarning)

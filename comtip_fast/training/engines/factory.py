@@ -1,4 +1,4 @@
-"""Selection of the engine."""
+"""Selection of the engine by ``engine.kind``, and the check of its requirements."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def check_engine(config: RunConfig, device: torch.device) -> None:
     Raises
     ------
     TrainingError
-        A requirement is missing; the message names it.
+        A requirement is missing; the message names the requirement.
     """
     if config.engine.kind == "deepspeed":
         from comtip_fast.training.engines.deepspeed import check_deepspeed
@@ -36,7 +36,9 @@ def make_engine(module: nn.Module, config: RunConfig, group: Group) -> Engine:
     """
     kind = config.engine.kind
     if kind == "single" and group.size > 1:
-        raise TrainingError(f"engine.kind=single, but {group.size} processes were launched; use auto, ddp or deepspeed")
+        raise TrainingError(
+            f"engine.kind=single, but {group.size} processes were launched; set engine.kind to auto, ddp or deepspeed"
+        )
     if kind == "deepspeed":
         from comtip_fast.training.engines.deepspeed import DeepSpeedEngine
 

@@ -1,4 +1,4 @@
-"""One process, or PyTorch's DistributedDataParallel."""
+"""Engine for one process, and for several with PyTorch's DistributedDataParallel (DDP)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from comtip_fast.training.update.spikes import SpikeLimit
 
 
 class TorchEngine:
-    """One process, or PyTorch's DistributedDataParallel over several."""
+    """Runs steps in one process, or with PyTorch's DistributedDataParallel if the group has several ranks."""
 
     def __init__(self, module: nn.Module, config: RunConfig, group: Group) -> None:
         self.module, self.config, self.group = module, config, group
@@ -90,6 +90,6 @@ class TorchEngine:
         restore_optimizer(self.module, self.optimizer, tensors)
 
     def close(self) -> None:
-        """See :meth:`Engine.close`; the hooks of DDP go with its wrapper."""
+        """See :meth:`Engine.close`; releases the wrapper of DDP, which holds its hooks."""
         self._step = self.module
         self.optimizer.zero_grad(set_to_none=True)

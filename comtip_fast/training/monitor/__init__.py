@@ -1,1 +1,1 @@
-"""Metrics, loggers, profiler and watchdog."""
+"""Monitoring of a run: loggers, reports of steps, profiler and watchdog."""

@@ -1,4 +1,4 @@
-"""Diagnostics that cannot end a run: an error becomes a warning and a missing value."""
+"""Diagnostics that cannot end a run: an error is logged as a warning and replaced by a default value."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def diagnostic(what: str, compute: Callable[[], T], otherwise: T) -> T:
     compute
         Computes or writes the diagnostic.
     otherwise
-        Result after an error.
+        Value to return after an error.
     """
     try:
         return compute()
@@ -35,5 +35,5 @@ def diagnostic(what: str, compute: Callable[[], T], otherwise: T) -> T:
 
 
 def undefined(names: Iterable[str]) -> dict[str, float]:
-    """Return NaN for every name, as logged for a failed diagnostic."""
+    """Return ``{name: NaN}`` for every name, the value of a failed diagnostic."""
     return dict.fromkeys(names, float("nan"))

@@ -36,9 +36,9 @@ class JsonlLogger:
     """Writes one JSON object per line; numbers that are not finite become null."""
 
     def __init__(self, path: Path, up_to_step: int | None, *, validated: bool = True) -> None:
-        """Open ``path`` and drop rows that the run will repeat.
+        """Open ``path`` and drop the rows that the run will repeat.
 
-        These are the rows after ``up_to_step`` (None: all), and its validation if the checkpoint is not ``validated``.
+        These are the rows after ``up_to_step`` (None: all rows) and, unless ``validated``, the validation of ``up_to_step``.
         """
         if up_to_step is None:
             path.unlink(missing_ok=True)
@@ -47,7 +47,7 @@ class JsonlLogger:
         self._file: TextIO = path.open("a", encoding="utf-8")
 
     def log(self, row: dict[str, Any]) -> None:
-        """Append and flush."""
+        """Append the row and flush the file."""
         self._file.write(json.dumps(finite_or_none(row)) + "\n")
         self._file.flush()
 
@@ -63,7 +63,9 @@ class TensorBoardLogger:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ValueError("train.tensorboard=true needs TensorBoard: pip install 'comtip-fast[log]'") from error
+            raise ValueError(
+                "train.tensorboard=true: TensorBoard is not installed; run pip install 'comtip-fast[log]', or set it to false"
+            ) from error
         # A resumed run repeats the steps after its checkpoint; purge_step hides their earlier events.
         self._writer = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
 
@@ -74,29 +76,31 @@ class TensorBoardLogger:
                 self._writer.add_scalar(f"{row['kind']}/{key}", value, row["step"])
 
     def close(self) -> None:
-        """Flush and close."""
+        """Flush and close the event file."""
         self._writer.close()
 
 
 class WandbLogger:
-    """Writes to a Weights & Biases run (extra ``log``)."""
+    """Writes rows to a Weights & Biases run (extra ``log``), which a resumed run continues."""
 
     def __init__(self, project: str, folder: Path, config: dict[str, Any]) -> None:
         try:
             import wandb
         except ImportError as error:
-            raise ValueError("train.wandb needs Weights & Biases: pip install 'comtip-fast[log]'") from error
+            raise ValueError(
+                f"train.wandb={project}: Weights & Biases is not installed; run pip install 'comtip-fast[log]', or leave it empty"
+            ) from error
         known = folder / "wandb_id"
         if not known.exists():
             known.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
         self._run = wandb.init(project=project, dir=str(folder), config=config, id=known.read_text(), resume="allow")
 
     def log(self, row: dict[str, Any]) -> None:
-        """Send the row."""
+        """Send every number of the row."""
         self._run.log({f"{row['kind']}/{key}": value for key, value in _numbers(row).items()}, step=row["step"])
 
     def close(self) -> None:
-        """Finish the run."""
+        """Finish the Weights & Biases run."""
         self._run.finish()
 
 
@@ -108,7 +112,7 @@ class BestEffort:
         self._name = type(logger).__name__
 
     def log(self, row: dict[str, Any]) -> None:
-        """Forward the row."""
+        """Forward the row, unless the logger has failed."""
         self._attempt(lambda logger: logger.log(row))
 
     def close(self) -> None:
@@ -116,13 +120,16 @@ class BestEffort:
         self._attempt(lambda logger: logger.close())
 
     def _attempt(self, work: Callable[[Logger], None]) -> None:
+        """Call ``work`` with the logger; on an error, log a warning and disable the logger."""
         if self._logger is None:
             return
         try:
             work(self._logger)
         except Exception as error:  # any error: metrics.jsonl remains the record of the run
             self._logger = None
-            log.warning("%s stops, training continues: %s: %s", self._name, type(error).__name__, error)
+            log.warning(
+                "%s failed and is disabled, training continues: %s: %s", self._name, type(error).__name__, error
+            )
 
 
 class Progress:
@@ -133,7 +140,7 @@ class Progress:
         self.stream = stream or sys.stderr
 
     def log(self, row: dict[str, Any]) -> None:
-        """Print the row."""
+        """Print one line for the row."""
         step = row["step"]
         if row["kind"] == "valid":
             parts = "  ".join(f"{cohort} {score:.4f}" for cohort, score in row["per_cohort"].items())
@@ -150,7 +157,7 @@ class Progress:
         speed = f"{row['spots_per_s']:.0f} spots/s" if "spots_per_s" in row else ""
         if "mfu" in row:
             speed += f"  {row['mfu']:.0%} MFU"
-        # Waiting time is printed if it is noticeable.
+        # Waiting times are printed from 5 % on.
         for key, text in (("loader_wait_share", "waiting for tiles"), ("comm_share", "in collectives")):
             if row.get(key, 0.0) >= 0.05:
                 speed += f"  {row[key]:.0%} {text}"
@@ -171,20 +178,20 @@ def make_loggers(
     Parameters
     ----------
     config, resolved
-        Config of the run, and the same as a dict, for Weights & Biases.
+        Config of the run, and the config as a dict for Weights & Biases.
     run_dir
         Folder of the run.
     start
         Step after which training starts.
     resumed
-        Whether rows up to ``start`` are kept.
+        Whether the run resumes, so that rows up to ``start`` are kept.
     validated
         Whether the validation of step ``start``, if one is due, was completed before the checkpoint was written.
 
     Raises
     ------
     ValueError
-        TensorBoard or Weights & Biases is not installed.
+        TensorBoard or Weights & Biases is requested but not installed.
     """
     loggers: list[Logger] = [
         JsonlLogger(run_dir / "metrics.jsonl", start if resumed else None, validated=validated),

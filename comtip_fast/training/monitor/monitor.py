@@ -1,4 +1,4 @@
-"""Monitoring of a run: throughput, loss spikes, stalls and profiler traces. Nothing here changes a training step."""
+"""Monitoring of a run: throughput, jumps of the loss, stalls and profiler traces. Nothing here changes a training step."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ from comtip_fast.training.protocol import StepCost
 
 log = logging.getLogger("comtip_fast")
 EVENTS = "events.jsonl"
+"""File in the run folder with one row per jump and stall."""
 CLOCKED = ("spots_per_s", "tokens_per_s", "tflops_per_s", "mfu", "loader_wait_share", "comm_share", "memory_gib")
-"""Fields of a row that depend on timing or on the machine; omit them when comparing two runs."""
+"""Fields of a logged row that depend on timing or on the machine, and must be omitted when two runs are compared."""
 
 
 @dataclass
@@ -36,20 +37,21 @@ class ThroughputMeter:
 
     device: torch.device
     comm: CommClock | None = None
-    """Clock of the collectives; None counts none."""
+    """Clock of the collectives; None measures none."""
     cost: StepCost | None = None
+    """Estimated cost of a step; None gives no FLOP rate."""
     _seconds: float = 0.0
     _spots: int = 0
     _tokens: float = 0.0
     _flops: float = 0.0
 
     def begin(self) -> None:
-        """Discard the time of collectives between steps, such as those of validation and checkpoints."""
+        """Start a step: discard the time of collectives since the last step, such as those of validation and checkpoints."""
         if self.comm is not None:
             self.comm.discard()
 
     def add(self, seconds: float, spots: int, numbers: dict[str, Any]) -> None:
-        """Add one step; ``numbers`` may include ``genes`` and ``tokens``, as floats."""
+        """Add a step that took ``seconds`` for ``spots`` spots; ``numbers`` may include ``genes`` and ``tokens`` as floats."""
         self._seconds += seconds
         if self.comm is not None:
             self.comm.keep()
@@ -59,7 +61,10 @@ class ThroughputMeter:
             self._flops += self.cost.flops(spots, int(numbers["genes"]))
 
     def row(self, loader_wait_s: float) -> dict[str, float]:
-        """Return rates and shares since the last call: spots and tokens of all ranks, the rest of this rank."""
+        """Return rates and shares of time since the last call: spots and tokens of all ranks, other values of this rank.
+
+        ``loader_wait_s`` is the time for which the steps waited for batches, in seconds.
+        """
         seconds = max(self._seconds, 1e-9)
         comm = 0.0 if self.comm is None else self.comm.seconds()
         out = {"spots_per_s": self._spots / seconds}
@@ -76,7 +81,7 @@ class ThroughputMeter:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return peak memory in bytes: of tensors on a GPU, of the process on a CPU."""
+    """Return the peak memory in bytes: of tensors on a GPU, or of the process on a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -85,14 +90,14 @@ def peak_memory(device: torch.device) -> int:
 
 @dataclass
 class SpikeDetector:
-    """Detects jumps of the loss or the gradient norm over the median of recent steps."""
+    """Detects steps whose loss or gradient norm is a multiple of the median of recent steps (``watch``)."""
 
     config: WatchConfig
     _losses: deque[float] = field(default_factory=lambda: deque(maxlen=50))
     _norms: deque[float] = field(default_factory=lambda: deque(maxlen=50))
 
     def update(self, loss: float, norm: float) -> str | None:
-        """Add a step and return a message if it is a jump, else None."""
+        """Add a step; return a message if its loss or norm is a jump, else None."""
         message = None
         for value, before, limit, what in (
             (loss, self._losses, self.config.loss_jump, "loss"),
@@ -120,7 +125,7 @@ class Watchdog:
     stop_s
         Seconds without :meth:`reset` until ``stop`` is called; 0 disables it.
     stop
-        Called with a message.
+        Called with a message; the thread then ends.
     """
 
     def __init__(
@@ -164,6 +169,7 @@ class Watchdog:
             self._last_reset = time.monotonic()
 
     def _run(self) -> None:
+        """Check the time since the last reset until the watchdog is closed; report and stop a stalled process."""
         while not self._end.wait(min(1.0, self._limit / 4, self._stop_s / 4)):
             elapsed = time.monotonic() - self._last_reset
             if elapsed > min(self._limit, self._stop_s) and not self._reported:
@@ -184,21 +190,31 @@ class Events:
         self.path, self._lock = path, threading.Lock()
 
     def flag(self, kind: str, step: int, text: str) -> None:
-        """Log a warning and append one row."""
+        """Log ``text`` as a warning and append a row of the given ``kind``."""
         log.warning("step %d: %s", step, text)
         with self._lock, self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "kind": kind, "text": text}) + "\n")
 
 
 class Profiler:
-    """Profiles a range of steps with ``torch.profiler`` and writes one Chrome trace per rank."""
+    """Profiles a range of steps with ``torch.profiler`` and writes one Chrome trace per rank.
+
+    Parameters
+    ----------
+    steps
+        First and last step; None profiles none.
+    folder
+        Folder of the traces.
+    rank, device
+        Rank and device of this process.
+    """
 
     def __init__(self, steps: tuple[int, int] | None, folder: Path, rank: int, device: torch.device) -> None:
         self._steps, self._folder, self._rank, self._device = steps, folder, rank, device
         self._profile: Any = None
 
     def before(self, step: int) -> None:
-        """Start the profiler if ``step`` is in the range and it is not running."""
+        """Start the profiler if ``step`` is in the range and the profiler is not running."""
         if self._steps is None or self._profile is not None or not self._steps[0] <= step <= self._steps[1]:
             return
         kinds = [torch.profiler.ProfilerActivity.CPU]

@@ -16,12 +16,12 @@ from comtip_fast.training.pending import FinishedStep
 def report_nonfinite(
     path: Path, step: int, epoch: int, position: int, spots: np.ndarray, parts: dict[str, float], gradients: list[str]
 ) -> None:
-    """Append a row to ``nonfinite.jsonl``. A failed write is logged as a warning, so that it does not hide the non-finite loss.
+    """Append a row on a non-finite step to ``nonfinite.jsonl``; a failed write is logged as a warning.
 
     Parameters
     ----------
     path
-        The file.
+        Path of the file.
     step, epoch, position
         Optimizer step, epoch, and position of the batch in the epoch.
     spots
@@ -48,13 +48,13 @@ def report_spike(path: Path, done: FinishedStep, parts: dict[str, float], policy
     Parameters
     ----------
     path
-        The file.
+        Path of the file.
     done
         The step.
     parts
         Losses over all ranks, by name.
     policy
-        ``optim.spike.policy``: what was done with the update.
+        ``optim.spike.policy``, which says whether the update was skipped or clipped.
     """
     step = done.pending
     record = {"step": step.step, "epoch": step.epoch, "position": step.position, "policy": policy}
@@ -63,7 +63,7 @@ def report_spike(path: Path, done: FinishedStep, parts: dict[str, float], policy
 
 
 def nonfinite_message(path: Path, step: int, spots: np.ndarray, parts: dict[str, float], gradients: list[str]) -> str:
-    """Return an error message that names the non-finite loss part, the parameters and the spots."""
+    """Return an error message that names the non-finite loss parts and gradients, the first spots, and the file at ``path``."""
     bad = [k for k, v in parts.items() if not math.isfinite(v)]
     what = f"loss part {', '.join(k for k in bad if k != 'loss') or 'loss'}" if bad else "the gradient"
     first = f" (gradients of {len(gradients)} parameters, first {gradients[0]})" if gradients else ""

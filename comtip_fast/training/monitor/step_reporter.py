@@ -1,4 +1,4 @@
-"""Report finished steps: logged rows, non-finite steps, spikes and jumps."""
+"""Reports of finished steps: logged rows, non-finite steps, spikes and jumps."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ log = logging.getLogger("comtip_fast")
 
 
 class StepReporter:
-    """Reads the numbers of steps when they are due, and logs them.
+    """Reads the numbers of steps from the device when a row is due, and logs and checks them.
 
     Parameters
     ----------
     task, config, run_dir, group, device
-        Those of the run.
+        Task, config, folder, ranks and device of the run.
     cost
         Estimated cost of a step; None logs no FLOP rate.
     """
@@ -56,11 +56,17 @@ class StepReporter:
         self._events = Events(run_dir / EVENTS)
 
     def add(self, step: PendingStep) -> None:
-        """Add a step that was started; its numbers may still be computed."""
+        """Add a step that was launched; the device may still compute its numbers."""
         self._pending.append(step)
 
     def after_step(self, progress: RunState, seconds: float, spots: int, numbers: dict[str, Any]) -> None:
-        """Add the duration of a step and report all steps if a row is due."""
+        """Add the duration of a step in seconds, and report all pending steps if a row is due.
+
+        Raises
+        ------
+        TrainingError
+            A step was not finite and ``train.nan_policy`` is ``stop``, or more than ``train.max_skips`` updates were skipped.
+        """
         # Reading waits for the device, so that the time of a row includes all work of its steps.
         due = self._is_logged(progress.step) or devices.reads_are_free(self.device)
         finished = read_steps(self._pending) if due else []
@@ -68,11 +74,11 @@ class StepReporter:
         self._report(progress, finished)
 
     def report(self, progress: RunState) -> None:
-        """Read and report all steps so far, before anything that depends on them."""
+        """Read and report all pending steps; called before a checkpoint or a validation. Raises as :meth:`after_step`."""
         self._report(progress, read_steps(self._pending))
 
     def discard(self) -> None:
-        """Forget the steps that were not reported, unread: for benchmarks, whose host must not wait."""
+        """Drop the pending steps without reading them, for benchmarks, whose host must not wait for the device."""
         self._pending.clear()
 
     def log(self, row: dict[str, Any]) -> None:
@@ -81,7 +87,7 @@ class StepReporter:
             logger.log(row)
 
     def flag(self, kind: str, step: int, text: str) -> None:
-        """Write an event to the log and to the event file."""
+        """Write an event to the log and to ``events.jsonl``."""
         diagnostic("writing the event log", lambda: self._events.flag(kind, step, text), None)
 
     def _is_logged(self, step: int) -> bool:
@@ -119,7 +125,7 @@ class StepReporter:
         return reduced.sums, reduced.means
 
     def _not_finite(self, progress: RunState, bad: PendingStep, parts: dict[str, float]) -> None:
-        """Report the step, then stop or count a skipped update, according to ``train.nan_policy``."""
+        """Report a non-finite step, then raise or count a skipped update, according to ``train.nan_policy``."""
         cfg, path = self.config.train, self.run_dir / NONFINITE
         gradients = bad.update.nonfinite()
         if self.group.rank == 0:
@@ -127,7 +133,7 @@ class StepReporter:
         text = nonfinite_message(path, bad.step, bad.spots, parts, gradients)
         if cfg.nan_policy == "stop":
             raise TrainingError(
-                f"{text}. Start again with a lower optim.lr, or continue with `resume` and `train.nan_policy=skip`"
+                f"{text}; start again with a lower optim.lr, or continue with `resume` and `train.nan_policy=skip`"
             )
         self._count_skip(progress, text)
 
@@ -148,10 +154,11 @@ class StepReporter:
             log.warning("%s; clipped (%d spikes so far)", text, progress.spikes)
 
     def _count_skip(self, progress: RunState, text: str) -> None:
+        """Count and log a skipped update; raise TrainingError above ``train.max_skips``."""
         most = self.config.train.max_skips
         progress.skips += 1
         log.warning("%s; update skipped (%d so far)", text, progress.skips)
         if progress.skips > most:
             raise TrainingError(
-                f"{text}; more than train.max_skips={most} updates were skipped. Start again with a lower optim.lr"
+                f"{text}; more than train.max_skips={most} updates were skipped; start again with a lower optim.lr"
             )

@@ -1,4 +1,4 @@
-"""Fit the linear readout of a trained model: features and expression of the training split."""
+"""Fit of the linear readout of a trained model: reading of features and expression, and one fit per cohort."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ BATCH = 128
 def fit_readout(
     model: CoMTIP, config: RunConfig, shards: ShardSet, tables: TrainingTables, loader: BaseLoader
 ) -> LinearReadout | None:
-    """Fit one head per cohort on the sections of split ``train``; split ``val`` selects rank and penalty.
+    """Fit one linear readout per cohort on the sections of split ``train``.
 
-    Held-out genes and split ``test`` are not used. Called on one rank, with a model that holds all parameters.
+    Split ``val`` selects the number of programmes and the ridge penalty; without it, see :func:`.solve.fit_cohort`. Held-out
+    genes and split ``test`` are not used. Called on one rank, with a model that holds all parameters.
 
     Returns
     -------
@@ -58,7 +59,7 @@ def fit_readout(
 
 
 def _cohort_data(reader: _Reader, tables: TrainingTables, cohort: str, train: list[int]) -> CohortData | None:
-    """Read the training and validation sections of a cohort; None if there are too few spots or genes."""
+    """Read the training and validation sections of a cohort; return None if there are too few spots or genes."""
     shards = reader.shards
     sections = shards.manifest.sections
     rows = tables.genes.trained[tables.measured[train].any(0)]
@@ -67,7 +68,13 @@ def _cohort_data(reader: _Reader, tables: TrainingTables, cohort: str, train: li
     fitted = [i for i in train if i in raw]
     n = sum(len(raw[i][0]) for i in fitted)
     if n < MIN_SPOTS or rows.size < 2:
-        log.warning("no linear readout for %s: %d readable training spots, %d genes", cohort, n, rows.size)
+        log.warning(
+            "no linear readout for %s: %d readable training spots and %d genes; it needs %d spots and 2 genes",
+            cohort,
+            n,
+            rows.size,
+            MIN_SPOTS,
+        )
         return None
     x = np.concatenate([raw[i][0] for i in fitted])
     mean, std = x.mean(0), x.std(0)
@@ -124,7 +131,7 @@ class _Reader:
 
 
 def neighbouring_spots(shards: ShardSet, spots: np.ndarray, quota: int, seed: int, section: int) -> np.ndarray:
-    """Return at most ``quota`` of ``spots``, ascending: those nearest to a random one, so that most keep neighbours."""
+    """Return at most ``quota`` of ``spots``, ascending: those nearest to a random spot, so that most keep their neighbours."""
     if spots.size <= quota:
         return spots
     xy = shards.spots.loc[spots, ["x_px", "y_px"]].to_numpy(float)

@@ -19,15 +19,15 @@ class SectionTable:
     """Features and expression of one section, for fitting."""
 
     x_NF: np.ndarray
-    """Standardised features."""
+    """Standardised features, float64."""
     y: dict[str, np.ndarray]
-    """Expression (N, G), log1p, per normalisation."""
+    """Expression (N, G), log1p, for each normalisation of counts (:data:`NORMS`)."""
     measured_G: np.ndarray
-    """bool, whether the section measured the gene."""
+    """bool: whether the section measured each gene."""
 
 
 class RidgePath:
-    """Ridge regression of programme scores on features, for any penalty and any number of programmes."""
+    """Ridge regression of programme scores on features, decomposed once for any penalty and number of programmes."""
 
     def __init__(self, sections: Sequence[SectionTable], norm: str) -> None:
         measured = np.stack([s.measured_G for s in sections])
@@ -38,7 +38,8 @@ class RidgePath:
         self.std_G = np.sqrt((y**2).sum(0) / n_G)
         self.y_NG = y / np.where(self.std_G > 1e-9, self.std_G, 1.0)
         self.row_measured = np.concatenate([np.tile(s.measured_G, (len(s.x_NF), 1)) for s in sections])
-        # Programmes are computed from genes that every section measured; loadings of the others are regressed on scores.
+        # Programmes are computed from the genes that every section measured; the loadings of other genes are regressed on
+        # the programme scores.
         common = np.flatnonzero(measured.all(0))
         self.common = common if common.size >= 2 else np.arange(measured.shape[1])
         own = self.y_NG[:, self.common]
@@ -65,7 +66,7 @@ class RidgePath:
 
 
 def _spectral(x_NF: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return right singular vectors (F, R) and squared singular values, from the smaller Gram matrix."""
+    """Return the right singular vectors (F, R) and squared singular values of ``x_NF``, from the smaller Gram matrix."""
     if x_NF.shape[0] < x_NF.shape[1]:
         power, left = np.linalg.eigh(x_NF @ x_NF.T)
         keep = power > 1e-9 * max(power[-1], 1e-30)
@@ -83,10 +84,10 @@ class ReadoutGrid:
 
 
 def mixture(blocks: Sequence[str], n_donors: int, min_donors: int) -> dict[str, float]:
-    """Return the weights of the heads, by block of features, and of the prediction from level sentences (``levels``).
+    """Return the weight of the head on each block of features, and of the prediction from level sentences (``levels``).
 
-    All weights are equal, except that the head on z (``vector``) has weight 0 with fewer than ``min_donors`` training donors: z
-    was trained on the expression of the same spots, so this head overfits. If z is the only block, it always has a weight.
+    Weights are equal and sum to 1, except that the head on z (``vector``) has weight 0 with fewer than ``min_donors`` training
+    donors, unless z is the only block: z was trained on the expression of the same spots, so this head overfits.
     """
     used = [b for b in blocks if b != "vector" or n_donors >= min_donors or len(blocks) == 1]
     weight = 1 / (len(used) + 1)
@@ -103,8 +104,9 @@ class CohortData:
     train: list[SectionTable]
     valid: list[SectionTable]
     mean_F: np.ndarray
+    """Mean of the training features, which standardises sections with few spots."""
     std_F: np.ndarray
-    """Mean and standard deviation of the training features, for sections with few spots."""
+    """Standard deviation of the training features, for the same purpose."""
     score_genes: np.ndarray
     """Indices of the genes by which candidates are compared."""
     n_donors: int = 1
@@ -117,8 +119,8 @@ def fit_cohort(
     """Fit the heads of one cohort on its training sections.
 
     The ridge penalty and the number of programmes are those with the highest mean PCC on the validation sections. Without
-    validation sections, they are chosen by leave-one-section-out on the training sections; with a single training section,
-    the middle candidates are used.
+    validation sections, they are selected by leave-one-section-out on the training sections; with a single training section,
+    candidates from the middle of the grid are used.
 
     Parameters
     ----------
@@ -129,7 +131,7 @@ def fit_cohort(
     min_donors
         Number of training donors that the head on z requires, see :func:`mixture`.
     grid
-        The candidates.
+        The candidates; None is the default grid.
     """
     grid = grid or ReadoutGrid()
     n_features = data.train[0].x_NF.shape[1]
@@ -153,14 +155,14 @@ Folds = list[tuple[list[SectionTable], list[SectionTable]]]
 
 
 def _folds(train: list[SectionTable], valid: list[SectionTable]) -> Folds:
-    """Return (sections to fit, sections to score): the validation sections, otherwise one training section left out."""
+    """Return pairs (sections to fit, sections to score): the splits ``train`` and ``val``, or leave-one-out without ``val``."""
     if valid:
         return [(train, valid)]
     return [([s for s in train if s is not t], [t]) for t in train] if len(train) > 1 else []
 
 
 def _choose(folds: Folds, norm: str, genes: np.ndarray, grid: ReadoutGrid) -> tuple[int, float, float | None]:
-    """Return the number of programmes, the ridge penalty, and their mean PCC."""
+    """Return the best number of programmes and ridge penalty, and their mean PCC (None without folds)."""
     pairs = [(K, a) for K in grid.programmes for a in grid.alphas]
     total = np.zeros(len(pairs))
     for fit, held_out in folds:
@@ -175,6 +177,7 @@ def _choose(folds: Folds, norm: str, genes: np.ndarray, grid: ReadoutGrid) -> tu
 
 
 def _mean_pcc(head: NormHead, section: SectionTable, norm: str, genes: np.ndarray) -> float:
+    """Return the mean PCC of a head's predictions on a section; an undefined PCC counts as 0."""
     genes = genes[section.measured_G[genes]]
     if not genes.size:
         return 0.0

@@ -1,1 +1,1 @@
-"""What happens around an optimizer update: spikes of the gradient norm, and the moving average of the weights."""
+"""Additions to an optimizer update: reaction to spikes of the gradient norm, and the moving average of the weights."""

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from comtip_fast.runtime import torch_internals
 
 CHUNK_BYTES = 64 << 20
-"""Weights whose differences are held at once during an update."""
+"""Size in bytes of the weights whose differences are in memory at once during an update."""
 
 
 class WeightAverage:
-    """Exponential moving average of the parameters that are trained, in their own precision (fp32) on their device.
+    """Exponential moving average of the trained parameters, in their own precision (fp32) and on their device.
 
-    Every rank holds all of it, computed from weights that are equal on all ranks. A parameter that is frozen equals its average,
-    so only trained ones are held; one that thaws starts with its value.
+    Every rank holds the full average, computed from weights that are equal on all ranks. Frozen parameters equal their average
+    and are not stored; the average of a parameter that thaws starts with its value.
 
     Parameters
     ----------
@@ -37,14 +37,14 @@ class WeightAverage:
 
     @torch.no_grad()
     def attach(self, module: nn.Module, stored: dict[str, Tensor] | None = None) -> None:
-        """Follow the trained parameters of a module; called whenever an engine is built.
+        """Start to average the trained parameters of a module; called whenever an engine is built.
 
         Parameters
         ----------
         module
             The trained module, with its current weights.
         stored
-            Averages of a checkpoint, by parameter; others start with the current weights.
+            Averages of a checkpoint, by parameter name; other averages start with the current weights.
         """
         if self.decay is None:
             return
@@ -69,8 +69,8 @@ class WeightAverage:
     def update(self, step: int, good: Tensor | None = None) -> None:
         """Move the averages towards the weights after a step; without ``optim.ema``, do nothing.
 
-        The decay rises with the step, as ``(1 + step) / (10 + step)``, up to ``optim.ema``, so that the initial weights are soon
-        forgotten.
+        The decay rises with the step as ``(1 + step) / (10 + step)``, up to ``optim.ema``, so that the initial weights soon have
+        no influence.
 
         Parameters
         ----------
@@ -87,12 +87,12 @@ class WeightAverage:
             torch_internals.move_towards(averages, weights, share)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the averages by parameter; empty without ``optim.ema``."""
+        """Return the averages by parameter name; empty without ``optim.ema``."""
         return self._averages
 
     @contextmanager
     def applied(self, module: nn.Module) -> Iterator[None]:
-        """Exchange the weights of the module for their averages inside the block, without a copy."""
+        """Exchange the weights of the module and their averages inside the block, without a copy."""
         self._exchange(module)
         try:
             yield
@@ -100,6 +100,7 @@ class WeightAverage:
             self._exchange(module)
 
     def _exchange(self, module: nn.Module) -> None:
+        """Exchange the storage of the module's weights and of their averages."""
         weights = dict(module.named_parameters())
         for name, average in self._averages.items():
             # `_pairs` refers to the same tensors, so they exchange their storage.

@@ -1,7 +1,7 @@
-"""Spikes of the gradient norm (``optim.spike``): the limit on the norm of a step, from the norms of the steps before it.
+"""Spikes of the gradient norm (``optim.spike``): the limit on the norm of a step, from the norms of earlier steps.
 
-Norms stay on the device: a limit is computed and applied there, and the host learns of a spike when a row is logged. All
-ranks have the same norms, and therefore the same limit.
+Norms stay on the device: the limit is computed and applied there, and the host reads whether a step was a spike when a row is
+logged. All ranks have the same norms, and therefore the same limit.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from torch import Tensor
 from comtip_fast.config.optim import SpikeConfig
 
 WINDOW = 64
-"""Steps over which the median of the norms is taken. After half of them, a lasting change of the norm is no spike any more."""
+"""Number of steps over which the median of the norms is taken. A lasting change of the norm stops being a spike after half of
+them."""
 LEAST = 20
-"""Norms that must be known before a step can be a spike."""
+"""Number of norms that must be known before a step can be a spike."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class SpikeLimit:
 class NormHistory:
     """The gradient norms of the last :data:`WINDOW` steps, on the device.
 
-    The median is used because spikes cannot move it, and is taken over all norms, also those of spikes, so that a lasting
-    change ends the reaction. Norms that are not finite are left out.
+    Single spikes hardly change the median. It is taken over all norms, including those of spikes, so that after a lasting change
+    steps are no longer spikes. Norms that are not finite are left out.
 
     Parameters
     ----------
@@ -44,7 +45,7 @@ class NormHistory:
     device
         Device of the gradients.
     norms
-        The last norms, oldest first, as :meth:`values` returned them.
+        Norms of earlier steps, oldest first, as returned by :meth:`values`.
     """
 
     def __init__(self, config: SpikeConfig, device: torch.device, norms: Sequence[float] = ()) -> None:
@@ -54,7 +55,7 @@ class NormHistory:
         self._norms = torch.tensor(padded, dtype=torch.float32, device=device)
 
     def limit(self) -> SpikeLimit | None:
-        """Return the limit of the next step; None with the policy ``none``."""
+        """Return the limit on the norm of the next step; None with the policy ``none``."""
         if self.config.policy == "none":
             return None
         ordered = self._norms.sort().values  # missing norms are NaN, which sorts last
@@ -64,7 +65,7 @@ class NormHistory:
         return SpikeLimit((self.config.factor * middle).masked_fill(~usable, math.inf), self.config.policy == "skip")
 
     def add(self, norm: Tensor) -> None:
-        """Add the norm of a step before clipping, a scalar on the device."""
+        """Add the gradient norm of a step before clipping, a scalar on the device."""
         if self.config.policy == "none":
             return
         norm = norm.to(self._norms.dtype)
