@@ -1,4 +1,4 @@
-"""Open a page in a headless browser: run a script in it, read results and console messages, take screenshots, print."""
+"""Open a page in a headless browser to run a script in it, read console messages, take screenshots, or print it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome", "chrome-head
 DARK = "--blink-settings=preferredColorScheme=0"
 TIMEOUT_S = 120
 MIN_WINDOW = 500
-"""Narrowest window of a headless browser; narrower pages are opened in a frame."""
+"""Minimum width in px of the window of a headless browser; narrower pages are opened in a frame."""
 PROBE = """<script>(async () => {
   const done = value => {
     const out = parent.document.createElement('pre'), text = unescape(encodeURIComponent(JSON.stringify(value)));
@@ -30,13 +30,13 @@ PROBE = """<script>(async () => {
 
 
 def find_browser() -> str | None:
-    """Return the path of a Chromium browser; None if there is none."""
+    """Return the path of an installed Chromium browser, None if there is none."""
     return next((path for name in NAMES if (path := shutil.which(name))), None)
 
 
 @dataclass
 class Opened:
-    """What a script found in a page."""
+    """Result of a script in a page."""
 
     result: Any
     """Value that the script passed to ``done``."""
@@ -45,7 +45,7 @@ class Opened:
 
 
 def run_script(browser: str, page: Path, script: str, *, dark: bool = False, width: int = 1100) -> Opened:
-    """Open a page at a width in px and run a script in it once the page is ready.
+    """Open a page and run a script in it when the page is ready.
 
     Parameters
     ----------
@@ -59,6 +59,11 @@ def run_script(browser: str, page: Path, script: str, *, dark: bool = False, wid
         Whether the system prefers a dark theme.
     width
         Width of the viewport in px.
+
+    Raises
+    ------
+    AssertionError
+        The script did not call ``done``.
     """
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "page.html"
@@ -79,13 +84,13 @@ def run_script(browser: str, page: Path, script: str, *, dark: bool = False, wid
 def screenshot(
     browser: str, page: Path, out: Path, *, dark: bool = False, size: tuple[int, int] = (1100, 1400)
 ) -> None:
-    """Write a PNG of the page."""
+    """Write a PNG of the page, ``size`` (width, height) px, to ``out``."""
     window = f"--window-size={size[0]},{size[1]}"
     _run(browser, [window, f"--screenshot={out}", *([DARK] if dark else []), page.as_uri()])
 
 
 def print_pdf(browser: str, page: Path, out: Path, *, dark: bool = False) -> None:
-    """Print the page to a PDF."""
+    """Print the page to the PDF ``out``."""
     _run(browser, ["--no-pdf-header-footer", f"--print-to-pdf={out}", *([DARK] if dark else []), page.as_uri()])
 
 

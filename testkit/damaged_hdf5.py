@@ -1,4 +1,4 @@
-"""Damage HDF5 files as failing disks do, so that the HDF5 library never returns."""
+"""Damage HDF5 files as a failing disk may, so that the HDF5 library loops forever."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import h5py
 import numpy as np
 
 _HEAP, _HEADER = b"GCOL", 16
-"""Signature of a global heap, which holds text of variable length, and the size of its header and of that of an object."""
+"""Signature of a global heap, which holds text of variable length, and the size in bytes of its header and of an object's."""
 
 
 def zero_heaps(path: Path, *, from_heap: int = 0, objects: int = 1) -> None:
-    """Zero global heaps of a file after their first objects: the library's loop over a heap does not advance.
+    """Zero object headers in the global heaps of a file, so that the library's loop over a heap never advances.
 
     Parameters
     ----------
@@ -34,7 +34,7 @@ def zero_heaps(path: Path, *, from_heap: int = 0, objects: int = 1) -> None:
         starts.append(at)
         at = data.find(_HEAP, at + 1)
     if len(starts) <= from_heap:
-        raise ValueError(f"{path}: {len(starts)} heaps, none after the first {from_heap}")
+        raise ValueError(f"{path}: {len(starts)} global heaps, so none is left to damage; reduce from_heap={from_heap}")
     for start in starts[from_heap:]:
         size, at = int.from_bytes(data[start + 8 : start + 16], "little"), start + _HEADER
         for _ in range(objects):
@@ -46,7 +46,7 @@ def zero_heaps(path: Path, *, from_heap: int = 0, objects: int = 1) -> None:
 
 
 def endless_attribute(path: Path) -> Path:
-    """Write a file with an attribute that cannot be read in finite time, and return its path."""
+    """Write a file with an attribute on which the HDF5 library loops forever, and return its path."""
     with h5py.File(path, "w") as file:
         file["X"] = np.zeros(3)
         file["X"].attrs["encoding-type"] = "array"
@@ -55,7 +55,7 @@ def endless_attribute(path: Path) -> Path:
 
 
 def endless_text(path: Path) -> Path:
-    """Write a file with text values that cannot be read in finite time, and return its path."""
+    """Write a file with text values on which the HDF5 library loops forever, and return its path."""
     with h5py.File(path, "w") as file:
         file["group/names"] = np.array(["a" * 40] * 5, h5py.string_dtype())
     zero_heaps(path)

@@ -14,7 +14,7 @@ from typing import IO
 
 
 class RankError(RuntimeError):
-    """A rank failed or timed out; the message holds the end of its output."""
+    """A rank failed or timed out; the message contains the end of its output."""
 
 
 def free_port() -> int:
@@ -25,7 +25,7 @@ def free_port() -> int:
 
 
 def rank_environment(rank: int, world_size: int, port: int, more: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return the environment a launcher sets for one rank, with one thread and on the CPU."""
+    """Return the environment that a launcher sets for one rank, for one thread on the CPU; ``more`` takes precedence."""
     own = {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -43,18 +43,18 @@ def rank_environment(rank: int, world_size: int, port: int, more: Mapping[str, s
 def run_distributed(
     arguments: Sequence[str], world_size: int, *, timeout_s: float = 300.0, environment: Mapping[str, str] | None = None
 ) -> list[str]:
-    """Run ``python ARGUMENTS`` as ``world_size`` ranks and return the output of each.
+    """Run ``python ARGUMENTS`` as ``world_size`` ranks and return the output (stdout and stderr) of each rank.
 
     Parameters
     ----------
     arguments
         Arguments of ``python``: a script or ``-m module``, then its arguments.
     world_size
-        W; every rank runs with one thread.
+        Number of ranks; each runs with one thread.
     timeout_s
-        Limit for the whole run.
+        Time limit for the whole run in s.
     environment
-        Additional variables.
+        Additional environment variables.
 
     Raises
     ------

@@ -1,8 +1,8 @@
 """Run ``comtip pretrain`` under torchrun's elastic agent with failures injected into its ranks.
 
-``python -m testkit.elastic SPEC.json`` runs one agent, which stands for one node. By default ranks are forked from a
-server process that has already imported everything, so that a test can afford many restarts; ``fresh`` starts new
-interpreters as torchrun does.
+``python -m testkit.elastic SPEC.json ADDRESS`` runs one agent, which represents one node. By default, ranks are forked from a
+server process that has already imported everything, so that a restart is cheap; with ``fresh``, they are started as new
+interpreters, as by torchrun.
 """
 
 from __future__ import annotations
@@ -33,16 +33,18 @@ PRELOAD = [f"comtip_fast.{m}" for m in ("cli.pretrain", "plan.live", "training.t
 
 @dataclass(frozen=True)
 class Spec:
-    """Configuration of one agent, stored as JSON."""
+    """Configuration of the agents of one run, stored as JSON."""
 
     arguments: list[str]
     """Arguments of ``comtip``: ``["pretrain", ...]``."""
     run_dir: str
+    """Folder of the training run."""
     folder: str
     """Folder for the ranks' logs and the event log."""
     failures: dict[int, InjectedFailure] = field(default_factory=dict)
     """{attempt: failure}; every restart is a new attempt."""
     ranks: int = 2
+    """Ranks per agent."""
     nodes: tuple[int, int] = (1, 1)
     """Minimum and maximum number of agents."""
     max_restarts: int = 3
@@ -53,16 +55,16 @@ class Spec:
     fresh: bool = False
     """Start ranks as new interpreters instead of forks."""
     step_s: float = 0.0
-    """Sleep before every step, so that another agent can join while the run lasts."""
+    """Pause in s before every step, so that another agent can join during the run."""
     alone_from: int | None = None
-    """From this step on, a run of one rank sleeps 5 s before every step: a new agent has time to join on a busy machine."""
+    """From this step on, a run of one rank pauses 5 s before every step: a new agent has time to join on a busy machine."""
     shutdown_s: int = 3
-    """How long the agent waits for ranks after asking them to exit."""
+    """Time in s that the agent waits for ranks after asking them to exit."""
     join_s: int = 600
-    """How long an agent waits for the minimum number of agents; torchrun's ``join_timeout``."""
+    """Time in s that an agent waits for the minimum number of agents; torchrun's ``join_timeout``."""
 
     call_s: int = 60
-    """How long an agent waits for an answer of the rendezvous host; ``call_timeout``."""
+    """Time in s that an agent waits for a response of the rendezvous host; torchrun's ``call_timeout``."""
 
     @property
     def events(self) -> Path:
@@ -75,7 +77,7 @@ class Spec:
         return Path(self.folder) / "spec.json"
 
     def write(self) -> Path:
-        """Write as JSON to :attr:`path` and return it."""
+        """Write the configuration as JSON to :attr:`path` and return this path."""
         self.path.write_text(json.dumps(asdict(self)), encoding="utf-8")
         return self.path
 
@@ -90,7 +92,7 @@ class Spec:
 
 
 def worker(spec: Spec) -> int:
-    """Run as one rank: arm its failure, run the command, and exit with its code if that is not 0."""
+    """Run as one rank: arm its failure, run the command and return 0; if the command fails, exit with its code."""
     for number in (signal.SIGTERM, signal.SIGINT):  # undo the handlers inherited from the agent
         signal.signal(number, signal.SIG_DFL)
     rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
@@ -119,10 +121,10 @@ def worker(spec: Spec) -> int:
 
 
 def agent(spec_path: Path, address: str) -> int:
-    """Run as one torchrun agent; return 0, or 1 if ranks failed more than ``max_restarts`` times."""
+    """Run as one torchrun agent on the host with ``address``; return 0, or 1 if ranks failed more than ``max_restarts`` times."""
     spec = Spec.read(spec_path)
     endpoint = f"{spec.head}:{spec.port or free_port()}"
-    # torchrun registers it by the entry point of the installed package.
+    # torchrun registers this handler by the entry point of the installed package.
     rendezvous_handler_registry.register(rendezvous.NAME, rendezvous.create_handler)
     config = LaunchConfig(
         min_nodes=spec.nodes[0],
@@ -143,7 +145,7 @@ def agent(spec_path: Path, address: str) -> int:
             "last_call_timeout": 2,
             "join_timeout": spec.join_s,
             "call_timeout": spec.call_s,
-            # torchrun finds out by host name, which addresses of a test do not have.
+            # torchrun determines the host by its name, which the addresses of a test do not have.
             **({} if spec.head == "127.0.0.1" else {"is_host": address == spec.head}),
         },
         logs_specs=DefaultLogsSpecs(log_dir=str(Path(spec.folder) / f"agent{os.getpid()}"), redirects=Std.ALL),
@@ -169,7 +171,7 @@ def start_agent(spec_path: Path, host: Host | None = None) -> subprocess.Popen[b
     spec_path
         File of :meth:`Spec.write`.
     host
-        Where it runs; None runs it on this machine.
+        The simulated host on which it runs; None for this machine.
     """
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
@@ -188,7 +190,7 @@ def start_agent(spec_path: Path, host: Host | None = None) -> subprocess.Popen[b
 
 
 def stderr_of(folder: Path, attempt: int, rank: int) -> str:
-    """Return the stderr of one rank in one attempt of a run with one agent."""
+    """Return the stderr of one rank in one attempt, concatenated over all agents."""
     found = sorted(folder.glob(f"agent*/*/attempt_{attempt}/{rank}/stderr.log"))
     return "".join(p.read_text(encoding="utf-8", errors="replace") for p in found)
 

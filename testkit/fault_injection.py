@@ -1,7 +1,7 @@
 """Fault injection for one rank of a training run.
 
 A failure is armed in the process before the run starts and triggers at a step, a file operation, a collective or a
-point in time. The trigger is logged first, so that the recovery time can be computed from the event log.
+point in time. It is logged just before it takes effect, so that the recovery time can be computed from the event log.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ class InjectedFailure:
     """A key of :data:`KINDS`."""
     rank: int
     at: float
-    """When it triggers: a step, the number of the file operation or collective, or seconds after the first step,
-    depending on the kind."""
+    """Time of the failure, depending on the kind: a step, the number of a file operation, collective or checkpoint file, or
+    seconds after the first step."""
     settings: tuple[str, ...] = ()
     """Additional ``KEY=VALUE`` overrides for all ranks of this attempt."""
 
 
 class EventLog:
-    """JSON lines ``{"event", "rank", "attempt", "time", ...}`` that survive the process."""
+    """Writer of JSON lines ``{"event", "rank", "attempt", "time", ...}`` that are complete even if the process is killed."""
 
     def __init__(self, path: Path, rank: int, attempt: int) -> None:
         self.path, self.rank, self.attempt = path, rank, attempt
 
     def write(self, event: str, **more: Any) -> None:
-        """Append one line with a single ``write`` call."""
+        """Append one event with a single ``write`` call; ``more`` are additional fields."""
         line = {"event": event, "rank": self.rank, "attempt": self.attempt, "time": time.time()} | more
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         os.write(descriptor, (json.dumps(line) + "\n").encode())
@@ -54,7 +54,7 @@ class EventLog:
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """Return all events logged so far."""
+    """Return the events logged so far by all ranks and attempts, in the order of the file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
@@ -91,7 +91,7 @@ def _at_step(step: float, act: Callable[[], None]) -> None:
 
 
 def _kill_in_step(at: float, run_dir: Path, trigger: Trigger) -> None:
-    """Count the steps of this attempt, so that the kill does not depend on the step the run resumed from."""
+    """Kill in the n-th step of this attempt, counted from the step at which the run resumed."""
     remaining = [int(at)]
 
     def act(step: int) -> None:
@@ -103,7 +103,7 @@ def _kill_in_step(at: float, run_dir: Path, trigger: Trigger) -> None:
 
 
 def _kill_after_seconds(at: float, run_dir: Path, trigger: Trigger) -> None:
-    """Set a timer whose signal has no handler: like SIGKILL, it ends the process at an arbitrary instruction."""
+    """Set a timer whose signal has no handler and, like SIGKILL, ends the process at an arbitrary instruction."""
     started: list[int] = []
 
     def start(step: int) -> None:
@@ -151,12 +151,12 @@ def _stall(at: float, run_dir: Path, trigger: Trigger) -> None:
 
 
 def _freeze(at: float, run_dir: Path, trigger: Trigger) -> None:
-    """Stop the whole process, its watchdog thread included: only the other ranks can detect it."""
+    """Stop the whole process with its watchdog thread, so that only the other ranks can detect it."""
     _at_step(at, lambda: trigger(lambda: os.kill(os.getpid(), signal.SIGSTOP)))
 
 
 def _disk_full(at: float, run_dir: Path, trigger: Trigger) -> None:
-    """From the n-th checkpoint file on, every write fails half way with ENOSPC."""
+    """Let every write fail halfway with ENOSPC, starting with the n-th checkpoint file."""
     remaining, original = [int(at)], checkpoints.save_file
 
     def save_file(tensors: Any, path: Path) -> None:
@@ -204,7 +204,7 @@ KINDS: dict[str, Callable[[float, Path, Trigger], None]] = {
 
 
 def recoveries(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return per failure: kind, rank, attempt, and the seconds until the first step of a later attempt."""
+    """Return per failure its kind, rank and attempt, and the seconds to the first step of a later attempt (NaN: none)."""
     rows = list(events)
     out = []
     for failure in (r for r in rows if r["event"] == "failure"):

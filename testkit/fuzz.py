@@ -1,11 +1,10 @@
-"""Mutate a shard set at random and check what the reader and ``verify`` do with it.
+"""Random mutations of a shard set, to test the reader and ``verify``.
 
 There are two kinds of mutation. *Damage* changes files only: ``verify`` must detect every changed data byte, and the
-reader must return the original data or raise. A *forgery* also updates every hash to match: different data may then be
-returned, but nothing may crash, hang or use unbounded memory.
+reader must return the original data or raise ShardError. A *forgery* also updates every hash to match: different data may then
+be returned, but nothing may crash, hang or use unbounded memory.
 
-``python -m testkit.fuzz --seed N --count 10000`` mutates sources (not sets) and runs their readers, see
-:mod:`testkit.source_fuzz.run`.
+``python -m testkit.fuzz --seed N --count 10000`` mutates sources instead of sets, see :mod:`testkit.source_fuzz.run`.
 """
 
 from __future__ import annotations
@@ -39,24 +38,24 @@ class Outcome:
     what: str
     """File and operation."""
     found: bool
-    """``verify``, or opening the set, reported damage."""
+    """Whether ``verify`` reported damage, or the set could not be opened."""
     harmless: bool
-    """No data changed: the bytes are the same, or the manifest parses to the same JSON."""
+    """Whether no data changed: the bytes are the same, or the manifest parses to the same JSON."""
     refused: int
     """Number of reads that raised ShardError."""
     wrong: tuple[str, ...]
-    """Reads that returned different data without an error; empty for a forgery."""
+    """Names of reads that returned different data without an error; empty for a forgery."""
 
 
 class Fuzzer:
-    """Mutate copies of one small shard set.
+    """Mutates a copy of one small shard set.
 
     Parameters
     ----------
     source
         An intact set; it is not modified.
     work
-        Folder for the copy that is mutated.
+        Folder for the copy; it must not exist.
     """
 
     def __init__(self, source: Path, work: Path) -> None:
@@ -70,12 +69,12 @@ class Fuzzer:
         self.truth = _read_all(ShardSet(source))
 
     def run(self, rng: Generator, *, forge: bool) -> Outcome:
-        """Apply one mutation, evaluate it, and restore the set.
+        """Apply one random mutation, a forgery or damage, evaluate it, and restore the set.
 
         Raises
         ------
         Exception
-            Anything other than ShardError raised by the reader or ``verify``: a bug.
+            The reader or ``verify`` raised something other than ShardError, which is a bug.
         """
         what = self._forge(rng) if forge else self._damage(rng)
         try:
@@ -180,7 +179,7 @@ class Fuzzer:
         return f"{path.name}: {operation}"
 
     def _forge_manifest(self, rng: Generator) -> str:
-        """Replace one random value in the manifest and update the digest."""
+        """Replace one random value in the manifest, update the digest, and return the name of the value."""
         what = ""
 
         def change(data: dict[str, Any]) -> None:
@@ -226,7 +225,7 @@ def _same_json(now: bytes | None, before: bytes) -> bool:
 
 
 def _read_all(shards: ShardSet) -> dict[str, bytes | None]:
-    """Read every item of the set: {name: bytes}, with None where the reader raises."""
+    """Return {name: bytes} of everything that the reader returns, None for reads that raise ShardError."""
     reads: dict[str, Callable[[], bytes]] = {
         "genes": lambda: repr(shards.genes).encode(),
         "spots": lambda: shards.spots.to_csv().encode(),
@@ -304,7 +303,7 @@ def _append(rng: Generator, data: bytes) -> bytes:
 
 
 def _change_digit(rng: Generator, data: bytes) -> bytes:
-    """Change one digit, so that numbers in text tables stay numbers."""
+    """Replace one digit by a random one, so that numbers in text tables remain numbers."""
     digits = [i for i, b in enumerate(data) if 48 <= b <= 57]
     if not digits:
         return _flip_bit(rng, data)

@@ -1,4 +1,4 @@
-"""Synthetic HEST-1k folder for tests of the reader."""
+"""Synthetic HEST-1k folder, for tests of the reader."""
 
 from __future__ import annotations
 
@@ -30,11 +30,12 @@ class HestSection:
     patient: str = ""
     mpp: float = 0.7
     side: int = 5
+    """Number of spots in a row and in a column."""
     pitch_um: float = 100.0
     title: str = "A study, with a comma"
 
     def pooled(self) -> bool:
-        """Return whether spots are pooled squares."""
+        """Return whether the spots are pooled squares."""
         return self.technology in ("Xenium", "Visium HD")
 
 
@@ -48,7 +49,7 @@ DEFAULT = (
 
 
 def picture(section: HestSection) -> np.ndarray:
-    """Return the WSI, uint8 RGB: red encodes the column, green the row, blue adds detail."""
+    """Return the WSI, uint8 (H, W, 3) RGB: red encodes the column, green the row, and blue adds texture."""
     width = round((section.side + 1) * section.pitch_um / section.mpp)
     y, x = np.mgrid[0:width, 0:width]
     blue = 150 + 60 * np.sin(x / 9) * np.cos(y / 13)
@@ -56,7 +57,7 @@ def picture(section: HestSection) -> np.ndarray:
 
 
 def spots(section: HestSection) -> tuple[list[str], np.ndarray]:
-    """Return barcodes and spot centres in px of the WSI."""
+    """Return barcodes, and spot centres in px of the WSI, float (n, 2)."""
     row, column = np.divmod(np.arange(section.side**2), section.side)
     ids = [f"{r:03d}x{c:03d}" if section.pooled() else f"BC{r}{c}-1" for r, c in zip(row, column, strict=True)]
     return ids, (np.stack([column, row], axis=1) + 1) * section.pitch_um / section.mpp
@@ -77,7 +78,21 @@ def write_hest(
     img: bool = True,
     without_patch: int = 3,
 ) -> Path:
-    """Write the folder; patches are in a different order than spots, and the first ``without_patch`` spots have none."""
+    """Write the folder and return it.
+
+    Parameters
+    ----------
+    folder
+        Folder to write.
+    sections
+        Its sections.
+    wsis, patches
+        Whether to write WSIs and patches. Patches are in another order than spots.
+    img
+        Whether patch files contain pixels.
+    without_patch
+        Number of spots, from the first one, that have no patch.
+    """
     for section in sections:
         write_st(folder / "st" / f"{section.id}.h5ad", section)
         write_metadata(folder / "metadata" / f"{section.id}.json", section)
@@ -129,7 +144,7 @@ def write_metadata(path: Path, section: HestSection) -> None:
 
 
 def write_st(path: Path, section: HestSection) -> None:
-    """Write the h5ad: counts (uint16 for pooled sections), positions and a downscaled image."""
+    """Write the h5ad with counts (uint16 for pooled sections), positions and a downscaled image."""
     path.parent.mkdir(parents=True, exist_ok=True)
     ids, xy = spots(section)
     row, column = np.divmod(np.arange(len(ids)), section.side)
@@ -153,7 +168,7 @@ def write_st(path: Path, section: HestSection) -> None:
 
 
 def write_wsi(path: Path, section: HestSection) -> None:
-    """Write a pyramidal, tiled BigTIFF."""
+    """Write the WSI as a tiled BigTIFF with three levels."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(picture(section))
     with tifffile.TiffWriter(path, bigtiff=True) as out:
@@ -164,7 +179,10 @@ def write_wsi(path: Path, section: HestSection) -> None:
 
 
 def write_patches(path: Path, section: HestSection, without_patch: int, *, img: bool = True) -> None:
-    """Write patches of 224 px at 0.5 um per px, uncompressed, one per chunk; ``coords`` are top-left corners."""
+    """Write patches of 224 px at 0.5 um per px, uncompressed and one per chunk; ``coords`` are top-left corners.
+
+    The first ``without_patch`` spots have none; without ``img``, the file has no pixels.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     ids, xy = spots(section)
     width = round(PATCH_UM / section.mpp)

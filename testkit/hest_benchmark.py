@@ -1,4 +1,4 @@
-"""Synthetic folder in the layout of HEST-Benchmark; expression depends on the colour of the patch."""
+"""Synthetic folder in the layout of HEST-Benchmark, with expression that depends on the colour of the patch."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import pandas as pd
 from scipy import sparse
 
 GENES = tuple(f"G{i}" for i in range(8))
-"""Genes of the task lists; the files also hold ``REST``."""
+"""Genes in the gene lists of the tasks; the h5ad files also contain the gene ``REST``."""
 TASKS = {"IDC": ("S1", "S2", "S3"), "READ": ("R1", "R2"), "HCC": ("H1", "H2")}
 
 
 def write_hest_benchmark(
     folder: Path, tasks: Mapping[str, tuple[str, ...]] = TASKS, *, spots: int = 40, px: int = 32, silent: str = ""
 ) -> Path:
-    """Write the folder, with one fold per section, which is the test section of its fold.
+    """Write the folder, with one fold per section, in which this section is the test section, and return it.
 
     Parameters
     ----------
@@ -29,9 +29,9 @@ def write_hest_benchmark(
     tasks
         Sections of each task.
     spots, px
-        Spots per section, of which the first two have no patch; side of a patch.
+        Number of spots per section, of which the first two have no patch; width of a patch in px.
     silent
-        A section in which gene ``G0`` has no counts, so that its correlation is undefined.
+        Name of a section in which gene ``G0`` has no counts, so that its correlation is undefined.
     """
     for task, names in tasks.items():
         for part in ("adata", "patches", "splits"):
@@ -71,7 +71,10 @@ def _write_section(folder: Path, name: str, spots: int, px: int, silent: str) ->
 
 
 def write_embeddings(folder: Path, benchmark: Path, width: int) -> Path:
-    """Write random embeddings of ``width`` features, one file per section in a subfolder per task, in the benchmark's format."""
+    """Write embeddings of ``width`` features to ``folder/TASK/SECTION.h5`` in the benchmark's format, and return ``folder``.
+
+    They are a random projection of the mean colour of a patch, plus noise.
+    """
     for path in sorted(benchmark.glob("*/patches/*.h5")):
         task, name = path.parts[-3], path.stem
         with h5py.File(path, "r") as file:

@@ -1,7 +1,7 @@
-"""Records where a program makes the host wait for a device, on CPU tensors that stand in for those of a GPU.
+"""Record the calls with which a program would make the host wait for a GPU, while it runs on CPU tensors.
 
-Reading a value and shapes that depend on data make the host wait. On a CPU they cost nothing, so their calls are recorded by name and
-position in the code.
+The host waits when it reads a value, and for operators whose output shape depends on data. On a CPU neither takes time, so the
+calls are recorded with their name and their position in the code.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ WAITING_OPERATORS = (
     "aten::equal",
     "aten::bincount",
 )
-# PyTorch copies a number that is an operand of torch.where to the device, and waits for the copy.
+# PyTorch copies a Python number among the operands of torch.where to the device, and waits for the copy.
 NUMBERS_COPIED = ("where",)
 READING_METHODS = ("tolist", "numpy", "cpu", "item", "__array__")
 CPU_PATHS = ("/cpu.py", "/reference.py", "/peers.py")
@@ -35,13 +35,12 @@ PACKAGES = ("comtip_fast", "comtip_kernels", "comtip_shards")
 class HostReads:
     """Context manager that records host reads and data-dependent shapes.
 
-    Reads inside implementations for CPUs (``cpu.py``, functions named ``*_cpu``) are left out, and so are those inside the
-    functions named by ``allowed``.
+    Reads inside CPU implementations (:data:`CPU_PATHS`, functions named ``*_cpu``) are not recorded.
 
     Parameters
     ----------
     allowed
-        Names of functions inside which reads do not count.
+        Names of functions inside which reads are not recorded.
     """
 
     def __init__(self, *allowed: str) -> None:
@@ -60,7 +59,7 @@ class HostReads:
             mode.__exit__(*error)
 
     def record(self, name: str) -> None:
-        """Record a read by the innermost frame of this project."""
+        """Record a read with the position of the innermost frame in this project, unless the read is excluded."""
         frame, where = sys._getframe(1), None
         while frame is not None:
             code = frame.f_code

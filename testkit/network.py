@@ -1,8 +1,8 @@
-"""Hosts with links of their own: network namespaces whose frames pass through this process, which can harm them.
+"""Simulated hosts with links that can be slowed down or cut: network namespaces whose frames pass through this process.
 
-Every host is a network namespace with one TAP device. A thread of the test forwards its frames as a switch would and, per
-link, delays them, loses a share of them, limits their rate, or drops all of them, which is a pulled cable: neither side is
-told. ``tc netem`` would do the same, but many kernels are built without it; TAP devices need ``/dev/net/tun`` and root only.
+Every host is a network namespace with one TAP device. A thread of the test forwards frames as a switch does. Per link, it can
+delay them, lose a share of them, limit their rate, or drop all of them, as with an unplugged cable, of which neither side is
+notified. ``tc netem`` offers the same, but many kernels are built without it; TAP devices need only ``/dev/net/tun`` and root.
 """
 
 from __future__ import annotations
@@ -29,19 +29,20 @@ _TICK_S = 0.05
 
 @dataclass
 class Link:
-    """State of one host's link, applied to frames in both directions; may be changed while the hosts run."""
+    """State of one host's link, applied to frames in both directions; it may be changed while the hosts run."""
 
     up: bool = True
+    """Whether the link forwards frames."""
     delay_s: float = 0.0
-    """Added to every frame, each way."""
+    """Delay of every frame in s, in each direction."""
     loss: float = 0.0
-    """Share of the frames that are lost, each way."""
+    """Share of the frames that are lost, in each direction."""
     bytes_per_s: float = 0.0
-    """Rate limit; 0 for none. At most half a second of frames waits, the rest is lost."""
+    """Rate limit, 0 for none. At most half a second of frames is queued; further frames are lost."""
     _free_at: float = field(default=0.0, repr=False)
 
     def arrival(self, size: int, now: float, draw: random.Random) -> float | None:
-        """Return when a frame of ``size`` bytes has passed this link, or None if it is lost."""
+        """Return the time at which a frame of ``size`` bytes, sent at ``now``, leaves this link; None if it is lost."""
         if not self.up or (self.loss and draw.random() < self.loss):
             return None
         if not self.bytes_per_s:
@@ -55,11 +56,14 @@ class Link:
 
 @dataclass(frozen=True)
 class Host:
-    """One network namespace."""
+    """One simulated host."""
 
     name: str
+    """Name of its network namespace."""
     address: str
+    """Its IPv4 address."""
     link: Link
+    """State of its link."""
 
     def command(self, arguments: Sequence[str]) -> list[str]:
         """Return the command line that runs ``arguments`` on this host."""
@@ -67,21 +71,21 @@ class Host:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Return the variables that a process on this host needs: gloo's device, because host names do not resolve."""
+        """Environment variables for a process on this host: the network device, because host names do not resolve."""
         return {"GLOO_SOCKET_IFNAME": DEVICE, "NCCL_SOCKET_IFNAME": DEVICE}
 
 
 def missing() -> str | None:
-    """Return why this machine cannot make such hosts, or None if it can."""
+    """Return why this machine cannot create such hosts, or None if it can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     if not os.path.exists("/dev/net/tun"):  # noqa: PTH110
-        return "/dev/net/tun is absent"
+        return "/dev/net/tun does not exist"
     name = f"ct{os.getpid()}-try"
     try:
         done = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, check=False)
     except FileNotFoundError:
-        return "the command ip (iproute2) is absent"
+        return "the command ip (iproute2) is not installed"
     if done.returncode:
         return f"ip netns add: {done.stderr.strip()}"
     subprocess.run(["ip", "netns", "del", name], check=True)
@@ -90,14 +94,14 @@ def missing() -> str | None:
 
 @contextmanager
 def network(n: int, seed: int = 0) -> Iterator[list[Host]]:
-    """Yield ``n`` hosts that reach one another; remove them, and every process on them, afterwards.
+    """Yield ``n`` connected hosts; at the end, remove them and kill all their processes.
 
     Parameters
     ----------
     n
         Number of hosts, at most 200.
     seed
-        Of the frames that are lost.
+        Seed of the choice of lost frames.
     """
     hosts = [Host(f"ct{os.getpid()}-{i}", f"10.77.0.{i + 1}", Link()) for i in range(n)]
     taps: list[int] = []
@@ -124,7 +128,7 @@ def network(n: int, seed: int = 0) -> Iterator[list[Host]]:
 
 
 def _attach(host: Host) -> int:
-    """Create a host's namespace and device, and return the descriptor that carries its frames."""
+    """Create a host's namespace and device, and return the descriptor for its frames."""
     tap = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     device = host.name.replace("ct", "tap", 1)[:15]
     fcntl.ioctl(tap, _TUNSETIFF, struct.pack("16sH22s", device.encode(), _IFF_TAP | _IFF_NO_PI, b""))
@@ -141,7 +145,7 @@ def _attach(host: Host) -> int:
 
 
 def _switch(hosts: Sequence[Host], taps: Sequence[int], stop: threading.Event, draw: random.Random) -> None:
-    """Forward frames until ``stop`` is set; a frame passes the link of its sender, then that of each receiver."""
+    """Forward frames until ``stop`` is set; each passes the link of its sender, then that of its receiver."""
     where: dict[bytes, int] = {}
     waiting: list[tuple[float, int, int, bytes]] = []
     number = 0
@@ -162,12 +166,12 @@ def _switch(hosts: Sequence[Host], taps: Sequence[int], stop: threading.Event, d
             _, _, target, frame = heapq.heappop(waiting)
             try:
                 os.write(taps[target], frame)
-            except OSError:  # a full device loses frames, as real ones do
+            except OSError:  # a full device loses frames, as a real one does
                 continue
 
 
 def _frames(tap: int) -> Iterator[bytes]:
-    """Yield the frames that a device holds now."""
+    """Yield the frames that a device holds now, at most 64."""
     for _ in range(64):
         try:
             yield os.read(tap, 65536)

@@ -1,4 +1,4 @@
-"""Record which fields of the options a reader reads, to compare them with those that it declares."""
+"""Record the option fields that a reader reads, to compare them with those that it declares."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from comtip_shards.sources import detect
 
 
 def fields_read(path: Path, **given: Any) -> set[str]:
-    """Open a source, load its first section, and return the names of the fields that were read.
+    """Open a source, load its first section, and return the names of the option fields that were read.
 
     Parameters
     ----------
     path
         A source of any format.
     **given
-        Facts and options. A section that cannot be loaded with them is recorded up to there.
+        Facts and options. If the section cannot be loaded with them, the fields read until then are returned.
     """
     options, read = source_options(given), set[str]()
     spied = SourceOptions(
@@ -45,7 +45,7 @@ def fields_read(path: Path, **given: Any) -> set[str]:
 
 
 def declared(path: Path) -> set[str]:
-    """Return the fields that the reader of a source declares."""
+    """Return the option fields that the reader of a source declares."""
     return {*FACT_KEYS, *detect(path)[0].options}
 
 

@@ -1,4 +1,4 @@
-"""A process group whose ranks are threads of this process, for tests of losses over ranks."""
+"""Process group whose ranks are threads of this process, for tests of losses over several ranks."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 
 
 class Ranks:
-    """Runs a function on every rank, one thread per rank.
+    """Run a function on every rank, one thread per rank.
 
-    Only one thread runs at a time: a rank that waits for another one lets it run. Kernels can then be interpreted.
+    Only one thread runs at a time, until it waits for another rank, so that kernels can be interpreted.
 
     Parameters
     ----------
@@ -24,7 +24,7 @@ class Ranks:
         self.size, self.turn, self.posted = size, threading.Condition(), dict[tuple[int, int], Any]()
 
     def run(self, work: Callable[[Rank], Any]) -> list[Any]:
-        """Return what ``work`` returns on every rank."""
+        """Call ``work`` on every rank and return the results in the order of the ranks."""
         out: dict[int, Any] = {}
 
         def one(rank: int) -> None:
@@ -61,27 +61,27 @@ class Rank:
         return [self._fetch(call, rank) for rank in range(self.size)]
 
     def gather_rows(self, rows: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
-        """All-gather."""
+        """Return the rows of all ranks, concatenated (all-gather)."""
         return torch.cat(self._all(rows))
 
     def scatter_rows(self, rows: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
-        """Reduce-scatter."""
+        """Return this rank's part of the sum of ``rows`` over ranks (reduce-scatter); rank i gets ``counts[i]`` rows."""
         return torch.stack([part.split(list(counts))[self.rank] for part in self._all(rows)]).sum(0)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """All-reduce with the sum."""
+        """Return the sum over ranks (all-reduce)."""
         return torch.stack(self._all(values)).sum(0)
 
     def max(self, values: torch.Tensor) -> torch.Tensor:
-        """All-reduce with the maximum."""
+        """Return the element-wise maximum over ranks (all-reduce)."""
         return torch.stack(self._all(values)).amax(0)
 
     def any(self, flags: Sequence[bool]) -> list[bool]:
-        """All-reduce with a logical or."""
+        """Return per flag whether it is set on any rank (all-reduce)."""
         return self.max(torch.tensor(list(flags), dtype=torch.uint8)).bool().tolist()
 
     def ring_shift(self, send: Sequence[torch.Tensor], receive: Sequence[torch.Tensor]) -> Callable[[], None]:
-        """Send to the next rank; the returned function receives from the previous one."""
+        """Send tensors to the next rank; the returned function waits for those of the previous one and fills ``receive``."""
         call = self._post([t.clone() for t in send])
 
         def wait() -> None:

@@ -1,4 +1,4 @@
-"""An S3 server in this process (moto's), with faults of a loaded server in front of it."""
+"""S3 server in this process (moto), which can simulate an overloaded or failing server."""
 
 from __future__ import annotations
 
@@ -20,25 +20,26 @@ _BUSY = (
 
 @dataclass
 class S3:
-    """The server and its faults; may be changed between requests."""
+    """State of the server; ``fault`` may be changed between requests."""
 
     endpoint: str = ""
+    """URL of the server."""
     fault: str = ""
-    """``slow``, ``busy`` (503 every other time), ``down`` (503 always), ``cut`` (half of a body every other time)."""
+    """"" for none, ``slow``, ``busy`` (503 for every other GET), ``down`` (always 503) or ``cut`` (half of every other body)."""
     gets: dict[str, list[int]] = field(default_factory=dict)
-    """Bytes of the bodies that were asked for with GET, by path."""
+    """{path: size in bytes of each body requested with GET}."""
     _number: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @property
     def options(self) -> dict[str, Any]:
         """Options of fsspec's file system."""
-        # No retries below ours, so that a test sees those of the package.
+        # The client does not retry, so that a test sees the retries of comtip_shards.
         config = {"retries": {"max_attempts": 1}, "connect_timeout": 5, "read_timeout": 5}
         return {"key": "k", "secret": "s", "endpoint_url": self.endpoint, "config_kwargs": config}
 
     def upload(self, folder: Path, name: str) -> str:
-        """Upload a folder and return its URL."""
+        """Upload a folder under ``name`` and return its URL."""
         from fsspec.core import url_to_fs
 
         fs, root = url_to_fs(f"s3://{BUCKET}/{name}", **self.options)
@@ -50,11 +51,11 @@ class S3:
         return f"s3://{BUCKET}/{name}"
 
     def bytes_of(self, ending: str) -> int:
-        """Return the bytes that were asked for, of paths with an ending."""
+        """Return the total bytes requested from paths that end with ``ending``."""
         return sum(sum(sizes) for path, sizes in self.gets.items() if path.endswith(ending))
 
     def around(self, app: Callable[..., Iterable[bytes]]) -> Callable[..., Iterable[bytes]]:
-        """Return the WSGI application with the faults in front of it."""
+        """Return a WSGI application that applies the fault to the responses of ``app``."""
 
         def respond(environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
             if environ["REQUEST_METHOD"] != "GET":
@@ -70,7 +71,7 @@ class S3:
             body = b"".join(app(environ, start))
             with self._lock:
                 self.gets.setdefault(environ["PATH_INFO"], []).append(len(body))
-            # The header promises the whole body, and the connection ends before it.
+            # The header states the length of the whole body, but the connection ends earlier.
             return [body[: len(body) // 2]] if self.fault == "cut" and odd else [body]
 
         return respond

@@ -1,6 +1,6 @@
-"""Section faults: corrupt a valid section the way real data is corrupted, to test the section checks.
+"""Section faults: typical errors of real data, applied to a valid section to test the section checks.
 
-A fault takes a section and a folder for a modified image, and returns the corrupted section.
+A fault takes a section and a folder for a modified image, and returns the faulty section.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SectionFault = Callable[[Section, Path], Section]
 
 
 def _moved(change: Callable[[np.ndarray, np.ndarray, float], np.ndarray]) -> SectionFault:
-    """Return a fault that moves spots: ``change(xy, (width, height), um_per_px)``."""
+    """Return a fault that moves spots to ``change(xy, (width, height), um_per_px)``."""
 
     def corrupt(section: Section, folder: Path) -> Section:
         height, width = section.load_image().shape[:2]
@@ -30,7 +30,7 @@ def _moved(change: Callable[[np.ndarray, np.ndarray, float], np.ndarray]) -> Sec
 
 
 def _repainted(change: Callable[[Image.Image, Section], Image.Image]) -> SectionFault:
-    """Return a fault that changes the image."""
+    """Return a fault that replaces the image by ``change(image, section)``."""
 
     def corrupt(section: Section, folder: Path) -> Section:
         path = folder / f"{section.meta.section_id}.png"
@@ -41,7 +41,7 @@ def _repainted(change: Callable[[Image.Image, Section], Image.Image]) -> Section
 
 
 def _recounted(change: Callable[[sparse.lil_matrix, np.ndarray], None], share: float) -> SectionFault:
-    """Return a fault that changes the counts of a fraction of the spots."""
+    """Return a fault that calls ``change(counts, rows)`` for a random ``share`` of the spots."""
 
     def corrupt(section: Section, folder: Path) -> Section:
         counts, n = section.counts.tolil(), len(section.spot_ids)
@@ -69,7 +69,7 @@ def _flipped_in_box(xy: np.ndarray, size: np.ndarray, mpp: float) -> np.ndarray:
 
 
 def _strayed(xy: np.ndarray, size: np.ndarray, mpp: float) -> np.ndarray:
-    """Move 30 % of the spots to lattice positions of the frame that are far from every spot."""
+    """Move 30 % of the spots to lattice positions in the image that are far from every spot."""
     pitch = lattice_pitch(xy)
     grid = np.stack(np.meshgrid(*(np.arange(0.12 * n, 0.88 * n, pitch) for n in size)), -1).reshape(-1, 2)
     free = grid[cKDTree(xy).query(grid)[0] > 3 * pitch]
@@ -92,7 +92,7 @@ def _cut_out(image: Image.Image, section: Section) -> Image.Image:
 
 
 def _fluorescent(image: Image.Image, section: Section) -> Image.Image:
-    """Return blue nuclei on a black background."""
+    """Return an image of blue nuclei on a black background."""
     dark = 255 - np.asarray(image.convert("L")).astype(np.float32)
     out = np.zeros((*dark.shape, 3), np.uint8)
     out[..., 2] = np.clip(1.3 * (dark - 30), 0, 255)

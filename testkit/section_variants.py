@@ -1,7 +1,7 @@
-"""Section variants: change a valid section as scanners, laboratories and stains do, without making it wrong.
+"""Section variants: differences between scanners, laboratories and stains, applied to a valid section that remains valid.
 
-The checks must raise no alarm on a variant, and must find the faults of :mod:`testkit.section_faults` in it as in the
-original. Variants in another stain are what the check ``stain`` is for, and no other check may raise an alarm on them.
+The checks must not warn about a variant, and must find the faults of :mod:`testkit.section_faults` in it as in the original.
+The exception are variants in another stain, which the check ``stain`` must report, and no other check.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ SectionVariant = Callable[[Section, Path], Section]
 DYES_33 = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
 """Optical density of haematoxylin, eosin and DAB in red, green and blue (Ruifrok and Johnston 2001)."""
 COVERED = 0.97
-"""Minimum share of tissue of a crop that tissue fills."""
+"""Minimum share of tissue in a crop that counts as filled with tissue."""
 
 
 def repainted(change: Callable[[np.ndarray], np.ndarray]) -> SectionVariant:
-    """Return a variant whose image is ``change(pixels)``, float (H, W, 3) from 0 to 255."""
+    """Return a variant whose image is ``change(pixels)``; pixels are float (H, W, 3) from 0 to 255."""
 
     def apply(section: Section, folder: Path) -> Section:
         pixels = np.clip(np.rint(change(section.load_image().astype(np.float32))), 0, 255).astype(np.uint8)
@@ -39,12 +39,12 @@ def _with_image(section: Section, pixels_HW3: np.ndarray, folder: Path) -> Secti
 
 
 def _glass(pixels_HW3: np.ndarray) -> np.ndarray:
-    """Return the colour of the brightest areas, float (3,)."""
+    """Return the colour of glass, taken as the 95th percentile of each channel, float (3,)."""
     return np.percentile(pixels_HW3[::4, ::4].reshape(-1, 3), 95, axis=0)
 
 
 def stained(factor: float) -> SectionVariant:
-    """Return a variant with every dye at ``factor`` of its density."""
+    """Return a variant with the optical density of all stains multiplied by ``factor``."""
 
     def change(pixels: np.ndarray) -> np.ndarray:
         glass = _glass(pixels)
@@ -54,12 +54,12 @@ def stained(factor: float) -> SectionVariant:
 
 
 def lit(lamp: Callable[[tuple[int, int]], np.ndarray | float]) -> SectionVariant:
-    """Return a variant under another lamp, ``lamp((height, width))`` times the pixels."""
+    """Return a variant with other illumination: pixels are multiplied by ``lamp((height, width))``."""
     return repainted(lambda pixels: pixels * lamp(pixels.shape[:2]))
 
 
 def scanned_at(factor: float) -> SectionVariant:
-    """Return a variant at ``factor`` times the um per px."""
+    """Return a variant with ``factor`` times the um per px."""
 
     def apply(section: Section, folder: Path) -> Section:
         image = Image.fromarray(section.load_image())
@@ -72,7 +72,7 @@ def scanned_at(factor: float) -> SectionVariant:
 
 
 def filled(then: SectionVariant | None = None) -> SectionVariant:
-    """Return a variant cropped to the largest rectangle of tissue, with the spots in it; ``then`` changes it further."""
+    """Return a variant cropped to the largest rectangle of tissue and its spots, to which ``then`` is applied."""
 
     def apply(section: Section, folder: Path) -> Section:
         with section.open_slide() as slide:
@@ -96,7 +96,7 @@ def filled(then: SectionVariant | None = None) -> SectionVariant:
 
 
 def _largest_rectangle(mask_HW: np.ndarray) -> tuple[int, int, int, int]:
-    """Return (x0, y0, x1, y1) of the largest rectangle, on a coarse grid, of which ``COVERED`` is set."""
+    """Return (x0, y0, x1, y1) of the largest rectangle on a coarse grid in which at least ``COVERED`` of the mask is set."""
     total = np.pad(mask_HW.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
     ys, xs = (np.unique(np.linspace(0, n, 41).astype(int)) for n in mask_HW.shape)
     corner = total[np.ix_(ys, xs)]
@@ -115,7 +115,7 @@ def _largest_rectangle(mask_HW: np.ndarray) -> tuple[int, int, int, int]:
 
 
 def background(colour: int) -> SectionVariant:
-    """Return a variant whose background is masked with one grey value, as by segmentation or in fluorescence."""
+    """Return a variant whose background is replaced by one grey value, as by a segmentation or in fluorescence."""
 
     def apply(section: Section, folder: Path) -> Section:
         with section.open_slide() as slide:
@@ -129,14 +129,14 @@ def background(colour: int) -> SectionVariant:
 
 
 def _dyes(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return haematoxylin and eosin, float (H, W) each, by Ruifrok and Johnston's separation."""
+    """Return the amounts of haematoxylin and eosin, float (H, W) each, by Ruifrok and Johnston's colour deconvolution."""
     density = -np.log10((pixels + 1) / (_glass(pixels) + 1))
     amount = np.maximum(density @ np.linalg.inv(DYES_33).astype(np.float32), 0)
     return amount[..., 0], amount[..., 1]
 
 
 def _ihc(pixels: np.ndarray) -> np.ndarray:
-    """Return DAB in place of eosin and of most haematoxylin, as a positive antibody stain with a weak counterstain."""
+    """Return pixels with DAB instead of eosin and most haematoxylin, as in an antibody stain with a weak counterstain."""
     haematoxylin, eosin = _dyes(pixels)
     brown = eosin + 0.7 * haematoxylin
     density = 0.3 * haematoxylin[..., None] * DYES_33[0] + brown[..., None] * DYES_33[2]
@@ -144,7 +144,7 @@ def _ihc(pixels: np.ndarray) -> np.ndarray:
 
 
 def _fluorescence(pixels: np.ndarray) -> np.ndarray:
-    """Return nuclei in blue and autofluorescence in green, on black."""
+    """Return pixels with nuclei in blue and autofluorescence in green on a black background."""
     haematoxylin, eosin = _dyes(pixels)
     blue, green = 255 * (1 - np.exp(-2.5 * haematoxylin)), 120 * (1 - np.exp(-2.5 * eosin))
     return np.stack([0.3 * green, green, blue], -1)
@@ -174,4 +174,4 @@ SECTION_VARIANTS: dict[str, tuple[frozenset[str], SectionVariant]] = {
     "antibody stain (DAB and haematoxylin)": (frozenset({"stain"}), repainted(_ihc)),
     "fluorescence (nuclei and autofluorescence)": (frozenset({"stain"}), repainted(_fluorescence)),
 }
-"""{variant: (the checks that must raise an alarm, the function that makes it)}."""
+"""{variant: (the checks that must report it, the function that applies it)}."""

@@ -1,4 +1,4 @@
-"""Corrupt a shard set, with or without updating the hashes, CRCs and indexes to match."""
+"""Modify a shard set, with or without updating its hashes, CRCs and indexes to match."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from comtip_shards.format.record import members_of
 
 
 def read_tar(path: Path) -> dict[str, bytes]:
-    """Return the members of a shard."""
+    """Return {member name: bytes} of a shard."""
     data = path.read_bytes()
     with tarfile.open(path) as tar:
         return {m.name: data[m.offset_data : m.offset_data + m.size] for m in tar}
 
 
 def rewrite(path: Path, change: Callable[[dict[str, bytes]], object]) -> None:
-    """Rewrite the members of a tar without updating anything else in the set."""
+    """Rewrite a tar with the members that ``change`` leaves in its argument, without updating anything else in the set."""
     members = read_tar(path)
     change(members)
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
@@ -49,7 +49,7 @@ def change_manifest(folder: Path, change: Callable[[dict[str, Any]], object], *,
 
 
 def reseal(folder: Path, manifest: Manifest) -> None:
-    """Recompute indexes, CRCs, hashes and the digest from the current tars and tables."""
+    """Recompute indexes, CRCs, hashes and the digest from the current tars and tables, so that the set is consistent."""
     table = pq.read_table(folder / manifest.spots_file).to_pydict()
     entries = []
     for shard in manifest.shards:
@@ -73,7 +73,7 @@ def reseal(folder: Path, manifest: Manifest) -> None:
 
 
 def seal_files(folder: Path, more: dict[str, Any] | None = None) -> None:
-    """Update the manifest to the hashes of the current tables."""
+    """Update the hashes of the tables in the manifest, further fields in ``more``, and the digest."""
 
     def change(data: dict[str, Any]) -> None:
         data.update(more or {})

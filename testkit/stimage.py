@@ -1,4 +1,4 @@
-"""Synthetic STimage-1K4M folder for tests of the reader."""
+"""Synthetic STimage-1K4M folder, for tests of the reader."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class StSlide:
     tissue: str = "breast"
     mpp: float = 4.0
     drawn_um: float = 100.0
-    """Spot diameter that ``r`` encodes, in um."""
+    """Spot diameter in um that the radius ``r`` states."""
     picture: str = "TIFF"
     """Actual format of the ``.png`` file."""
 
@@ -41,7 +41,7 @@ DEFAULT = (
 
 
 def counts(one: StSlide, side: int = 4) -> pd.DataFrame:
-    """Return raw counts, (spots, genes); spots are named by slide and array position."""
+    """Return raw counts of ``side ** 2`` spots, (spots, genes); spots are named by slide and array position."""
     names = [f"{one.slide}_{x}x{y}" for x in range(1, side + 1) for y in range(1, side + 1)]
     seed = sum(one.slide.encode())
     return pd.DataFrame(
@@ -50,7 +50,7 @@ def counts(one: StSlide, side: int = 4) -> pd.DataFrame:
 
 
 def coord(one: StSlide, side: int = 4) -> pd.DataFrame:
-    """Return positions: y before x, with the radius in every row."""
+    """Return the table of positions in px, with y before x and the radius in every row."""
     step = one.pitch_um / one.mpp
     rows = [
         (f"{one.slide}_{x}x{y}", y * step + 3.25, x * step, one.drawn_um / 2 / one.mpp)
@@ -61,7 +61,7 @@ def coord(one: StSlide, side: int = 4) -> pd.DataFrame:
 
 
 def write_slide(folder: Path, one: StSlide, side: int = 4) -> None:
-    """Write the three files of a slide; the rows of counts and positions are ordered differently."""
+    """Write the three files of a slide; counts have the reverse row order of positions."""
     tech = folder / one.tech
     for name in ("coord", "gene_exp", "image"):
         (tech / name).mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ def write_slide(folder: Path, one: StSlide, side: int = 4) -> None:
 
 
 def write_stimage(folder: Path, slides: Sequence[StSlide] = DEFAULT) -> Path:
-    """Write the folder with the newest table format: comma-separated, quoted, and a title that contains both."""
+    """Write the folder and return it; the table has the newest format, and titles with commas and quotes."""
     for one in slides:
         write_slide(folder, one)
     write_meta(folder / "meta" / "meta_all_gene02122025.csv", slides)
@@ -83,7 +83,7 @@ def write_stimage(folder: Path, slides: Sequence[StSlide] = DEFAULT) -> Path:
 
 
 def write_meta(path: Path, slides: Sequence[StSlide], *, sep: str = ",", title: str = 'Title 1: "A", and B.') -> None:
-    """Write the metadata table of slides."""
+    """Write the metadata table of slides, separated by ``sep``, with the same title for all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [
         {

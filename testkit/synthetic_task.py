@@ -1,4 +1,4 @@
-"""The real training task on synthetic batches: no shard set is read."""
+"""The real training task on synthetic batches, without a shard set."""
 
 from __future__ import annotations
 
@@ -24,13 +24,27 @@ SECTIONS = 64
 
 @cache
 def gene_names(n: int) -> list[tuple[str, str]]:
-    """Return symbol and name of n protein-coding genes of the shipped table."""
+    """Return (symbol, name) of n protein-coding genes from the package's gene table, repeated if it has fewer."""
     rows = [r for r in GeneResource.load().rows if r.kind == "protein"]
     return [(r.symbol, r.name) for r in (rows * (n // len(rows) + 1))[:n]]
 
 
 class SyntheticLoader:
-    """Synthetic batches at the config's sizes; the values are arbitrary."""
+    """Loader of synthetic batches with the sizes of the config and arbitrary values.
+
+    Parameters
+    ----------
+    config, group
+        The run and its ranks.
+    n_genes
+        Number of genes, of which a panel takes evenly spaced ones.
+    tile_px
+        Width of a tile in px.
+    features
+        (patches, width) if batches hold features instead of tiles, else None.
+    device
+        Device of the batches.
+    """
 
     def __init__(
         self,
@@ -45,7 +59,7 @@ class SyntheticLoader:
         self.device = device
 
     def metrics(self) -> dict[str, float]:
-        """Return the loader's counts."""
+        """Return constant metrics of a loader."""
         return {"loader_wait_s": 0.0, "faults": 0}
 
     def batches(self, epoch: int) -> list[np.ndarray]:
@@ -53,7 +67,7 @@ class SyntheticLoader:
         return [np.arange(self.config.data.batch_size)] * 8
 
     def batch(self, spots: np.ndarray, step: int, epoch: int) -> Batch:
-        """Return this rank's share of a batch after its upload, as the loaders do (:meth:`BaseLoader._deliver`)."""
+        """Return this rank's share of a batch on the device, uploaded as in :meth:`BaseLoader._deliver`."""
         own = share_of(len(spots), self.group.rank, self.group.size)
         b, G = own.stop - own.start, min(self.config.panel.max_genes, self.n_genes)
         index = torch.arange(own.start, own.stop)
@@ -76,7 +90,7 @@ class SyntheticTask(CoMTIPTask):
     config, group
         The run and its ranks.
     tile_px
-        Side of a tile in pixels.
+        Width of a tile in px.
     device
         Device on which the model is built.
     """
@@ -103,5 +117,5 @@ class SyntheticTask(CoMTIPTask):
         self.step = StepLosses(config, self.genes, prior.to(device), strata.to(device), group)
 
     def fingerprint(self) -> dict[str, str]:
-        """Return no hashes."""
+        """Return an empty fingerprint."""
         return {}

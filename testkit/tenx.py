@@ -1,4 +1,4 @@
-"""Synthetic outputs of the 10x Genomics pipelines for tests of the readers."""
+"""Synthetic outputs of 10x Genomics pipelines, for tests of the readers."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def write_mex(
     kinds: Sequence[str] | None = None,
     prefix: str = "",
 ) -> None:
-    """Write the three gzipped files of the Market Exchange format."""
+    """Write the three gzipped files of the Market Exchange format; ``prefix`` is that of their names."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = ["\t".join(row) for row in zip(ids, names, kinds or [GENE_KIND] * len(ids), strict=True)]
     for name, rows in (("barcodes.tsv", barcodes), ("features.tsv", lines)):
@@ -65,7 +65,7 @@ def write_mex(
 
 
 def he_picture(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Return random noise in the colours of haematoxylin and eosin."""
+    """Return an image of random noise, width x height px, in the colours of haematoxylin and eosin."""
     rng = np.random.default_rng(seed)
     dyes = np.array([(0.56, 0.72, 0.41), (0.22, 0.80, 0.56)])
     density = rng.uniform(0.1, 0.5, (height, width, 2)) @ dyes
@@ -75,10 +75,14 @@ def he_picture(width: int, height: int, seed: int = 0) -> Image.Image:
 def write_visium_hd(
     root: Path, bin_um: int, counts_FN: np.ndarray, in_tissue_RC: np.ndarray, affine: np.ndarray
 ) -> Path:
-    """Write ``binned_outputs/square_XXXum`` of Visium HD; the matrix holds only bins in tissue.
+    """Write ``binned_outputs/square_XXXum`` of Visium HD, with a matrix of the bins in tissue, and return this folder.
 
     Parameters
     ----------
+    root
+        Folder of the run.
+    bin_um
+        Width of a bin in um.
     counts_FN
         (features, bins in tissue), bins in row-major order of the grid.
     in_tissue_RC
@@ -119,7 +123,19 @@ def write_visium_hd(
 
 
 def write_segmentation(root: Path, counts_FN: np.ndarray, centres_N2: np.ndarray, mpp: float, radius: float) -> Path:
-    """Write ``segmented_outputs`` of Space Ranger 4: one octagon per cell centre, in full-resolution px."""
+    """Write ``segmented_outputs`` of Space Ranger 4, with an octagon per cell, and return this folder.
+
+    Parameters
+    ----------
+    root
+        Folder of the run.
+    counts_FN
+        (features, cells).
+    centres_N2, radius
+        Centres and radius of the cells in full-resolution px.
+    mpp
+        um per full-resolution px.
+    """
     folder = root / "segmented_outputs"
     (folder / "spatial").mkdir(parents=True)
     (folder / "spatial/scalefactors_json.json").write_text(
@@ -149,13 +165,19 @@ def write_xenium(
     names: Sequence[str] = NAMES,
     pixel_size: float = 0.2125,
 ) -> Path:
-    """Write a Xenium output folder (software 3): experiment file, transcripts, cells and the cell-feature matrix.
+    """Write a Xenium output folder (software 3) with experiment file, transcripts, cells and matrix, and return it.
 
     Parameters
     ----------
+    root
+        The folder.
     transcripts
         Columns ``feature_name``, ``x_location``, ``y_location`` (um), ``qv`` and ``cell_id``; the centre of a cell is
         the mean of its transcripts.
+    ids, names
+        Ensembl ids and names of the genes.
+    pixel_size
+        um per px of the DAPI image.
     """
     root.mkdir(parents=True, exist_ok=True)
     (root / "experiment.xenium").write_text(
@@ -197,7 +219,7 @@ def write_xenium(
 
 
 def section_digest(section: Section) -> str:
-    """Return the SHA-256 of a section's spots, counts, positions (to 0.001 px), reasons and notes."""
+    """Return the SHA-256 of a pooled section's spots, genes, counts, positions (to 0.001 px), dropped spots and notes."""
     counts = section.counts
     parts = [counts.indptr, counts.indices, counts.data, section.n_pooled, np.round(section.xy * 1000)]
     digest = hashlib.sha256(b"".join(np.asarray(part, np.int64).tobytes() for part in parts))

@@ -1,7 +1,7 @@
 """Tiny synthetic sources in which gene expression depends on the image.
 
-Each section has a smooth random field. The image is bluer where the field is high; half of the genes increase with it
-and half decrease. A model that learns predicts above chance, and a model that does not learn cannot.
+Each section has a smooth random field. The image is bluer where the field is high; half of the genes increase with it, the
+others decrease. Therefore only a model that learns predicts better than chance.
 """
 
 from __future__ import annotations
@@ -76,22 +76,22 @@ def write_tiny_source(
     pitch_px: int = 40,
     response: Callable[[np.ndarray], np.ndarray] = lambda field: field,
 ) -> Path:
-    """Write images, counts, spots and ``manifest.tsv`` into ``folder``; return the path of the table.
+    """Write images, counts, spots and ``manifest.tsv`` to ``folder``, and return the path of the table.
 
     Parameters
     ----------
     folder
-        Created if it does not exist.
+        Folder to write; it is created if it does not exist.
     sections
         Sections to write.
     side
-        Spots per side; ``side ** 2`` spots in all.
+        Number of spots in a row and in a column.
     seed
         Seed of the random fields and counts.
     pitch_px
-        Distance between spots in px; it stands for 200 um.
+        Distance between spots in px, which represents 200 um.
     response
-        Maps the field (-1 to 1), which the image shows, to the level that expression follows.
+        Maps the field (-1 to 1) at the spots to the level on which expression depends; the image shows the field itself.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows = []

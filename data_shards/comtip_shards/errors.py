@@ -11,17 +11,17 @@ class SourceError(ValueError):
 
 
 class UnforeseenError(SourceError):
-    """A library raised an error that no reader expects; the message names the section and the error."""
+    """A library raised an error that no reader handles; the message names the section and the error."""
 
 
 class UnknownSection(SourceError):
-    """A source has no section of the requested id."""
+    """A source has no section with the requested id."""
 
 
 class ShardError(ValueError):
-    """A shard set on disk is damaged or inconsistent; the message names the shard and, where known, the key.
+    """A shard set cannot be read or written; the message names the file, for a record also its key.
 
-    ``kind`` is the category under which the error is counted; FORMAT.md lists them.
+    ``kind`` is the category under which the error is counted; FORMAT.md lists all of them.
     """
 
     def __init__(self, message: str, *, kind: str = "set") -> None:

@@ -52,7 +52,7 @@ def problem_with(name: str, limit: int = MAX_NAME) -> str:
 
 
 def problem_with_file(name: str) -> str:
-    """Return why a relative file name such as ``shards/A1-0000.tar`` must not be joined to a folder, or ""."""
+    """Return why a relative file name such as ``shards/A1-0000.tar`` must not be joined to a folder, or "" if it may be."""
     if name.startswith("/"):
         return "leaves the folder"
     return next((problem for part in name.split("/") if (problem := problem_with(part))), "")
@@ -93,7 +93,7 @@ def check_section_id(section_id: str, where: str, error: Callable[[str], Excepti
     Raises
     ------
     error
-        The id is not allowed; names ``where``, the id, the problem and ``fix``.
+        The id is not allowed; the message states ``where``, the id, the problem and ``fix``.
     """
     problem = problem_with(section_id, MAX_SECTION_ID)
     if problem:
@@ -132,5 +132,5 @@ def inside(folder: Path, name: str) -> Path:
     """
     problem = problem_with_file(name)
     if problem:
-        raise ShardError(f"{folder}: the file name {shown(name)} {problem}", kind="manifest")
+        raise ShardError(f"{folder}: the file name {shown(name)} {problem}; {FOREIGN}", kind="manifest")
     return folder.joinpath(*name.split("/"))

@@ -1,4 +1,4 @@
-"""Recognition of files that are not data: Git LFS pointers, web pages, empty and interrupted downloads."""
+"""Detection of files that are not data: Git LFS pointers, web pages, empty files and interrupted downloads."""
 
 from __future__ import annotations
 
@@ -19,12 +19,7 @@ _ERROR_PAGES = (b"<error", b"accessdenied", b"nosuchkey", b"<message>")
 
 
 def not_data(path: Path) -> str | None:
-    """Explain by its first bytes why a file holds no data.
-
-    Returns
-    -------
-    What the file is and what to do, or None if its first bytes give no reason.
-    """
+    """Return what a file is and what to do, if its first bytes show that it holds no data; otherwise None."""
     if path.exists() and not path.is_file():  # opening a pipe waits for a writer
         return None if path.is_dir() else "this is a pipe or a device, not a file; put a copy of the file there"
     try:
@@ -49,7 +44,7 @@ def not_data(path: Path) -> str | None:
 
 
 def archive_kind(path: Path) -> str | None:
-    """Return the kind of archive that a file is, with the fix, or None; plain gzip counts as an archive."""
+    """Return what a file is and what to do, if it is an archive, a gzip file, a PDF or an R file; otherwise None."""
     if not path.is_file():
         return None
     try:
@@ -63,12 +58,12 @@ def archive_kind(path: Path) -> str | None:
 
 
 def refuse_not_data(path: Path) -> Path:
-    """Return the path, or raise if the file holds no data.
+    """Return ``path`` after checking with :func:`not_data` that the file holds data.
 
     Raises
     ------
     SourceError
-        Naming the file, what it is, and the fix.
+        The file holds no data; the message states the file, what it is, and the fix.
     """
     reason = not_data(path)
     if reason is not None:

@@ -2,9 +2,9 @@
 
     python data_shards/samples/make_samples.py SOURCE
 
-``SOURCE`` is a folder with a ``manifest.tsv`` and the files it names. Counts are copied unchanged. Images finer than
-2 um/px are resampled to it, PNG is converted to JPEG; sizes and scale in the manifest, and spot positions, are those of
-the written images.
+``SOURCE`` is a folder with a ``manifest.tsv`` and the files that it names. Counts are copied unchanged. Images finer than
+2 um per px are resampled to this scale, and PNG is converted to JPEG; sizes and scale in the manifest, and spot positions,
+refer to the written images.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ ATTRIBUTION = {
     "counts from github SpatialTranscriptomicsResearch/st_pipeline (MIT)",
     "mob_st2k": "Bergenstrahle, STUtility example data, github jbergenstrahle/STUtility (MIT)",
 }
-# The four 2k-array sections do not name their animal: one donor, and no other section may share it.
+# The source does not state the animals of the four 2k-array sections, so they count as one donor.
 DONOR_OF_UNKNOWN = {"mob_st2k": "mob_st2k_unstated"}
 
 
 def make_section(row: pd.Series, source: Path, out: Path) -> pd.Series:
-    """Copy one section and return its manifest row."""
+    """Write the files of one section to ``out`` and return its manifest row."""
     row = row.copy()
     folder = Path(str(row["dataset"]))
     (out / folder).mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""``python -m testkit.rehearsal``: walk every config, compile new kernel variants, and write the table.
+"""``python -m testkit.rehearsal``: run the walks of every config, compile new kernel variants, and write the table.
 
-``--check`` compiles nothing and fails if a count is above the committed one, a variant is not in the ledger, or a row spills. A
-count below the committed one passes, with the command that writes the better table, so that the next change is held to it.
+``--check`` compiles nothing and fails if a count is above the committed one, a kernel variant is not in the ledger, or a
+variant spills registers. A count below the committed one passes, with a message how to commit it as the new limit.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ NOT_ABOVE = (
     "moved_gb",
     "saved_mb",
 )
-"""Columns that must not grow: what a GPU launches, computes, moves and keeps, and what ranks send."""
+"""Columns that must not increase: what a GPU launches, computes, moves and stores, and what ranks send."""
 MICRO, CHECKPOINTING, RING = "engine.micro_batches=4", "engine.activation_checkpointing=true", "engine.loss_form=ring"
 RANKS = {"1gpu": 1, "8xa100": 8, "8xh100": 8, "multinode_h100": 64, "demo_cpu": 1, "paper_h100": 8}
 
 
 def walks(everything: bool = False) -> list[Walk]:
-    """Return the walks of CI, or all combinations: the longest first."""
+    """Return the walks of CI or, with ``everything``, all combinations of options; the longest walks come first."""
     out = []
     for config, ranks in RANKS.items():
         forms = ("", RING) if ranks > 1 else ("",)
@@ -81,7 +81,7 @@ def key_of(row: dict[str, str]) -> tuple[str, str, str]:
 
 
 def worse(rows: list[dict[str, str]], before: list[dict[str, str]]) -> list[str]:
-    """Return where a count is above the committed one, or a walk of CI has no row."""
+    """Return a message for each count that is above the committed one, and for each walk of CI without a committed row."""
     required = keys_of_ci()
     known = {(r["config"], r["ranks"], r["walk"]): r for r in before}
     out = []
@@ -90,7 +90,7 @@ def worse(rows: list[dict[str, str]], before: list[dict[str, str]]) -> list[str]
         key = (row["config"], row["ranks"], row["walk"])
         old = known.get(key)
         if old is None:
-            # Walks of --all alone have no row: their variants and spills are checked, not their counts.
+            # Walks that only --all runs have no row; their variants and spills are checked, but not their counts.
             out += [f"{where}: not in {TABLE.name}; run python -m testkit.rehearsal"] if key in required else []
             continue
         out += [f"{where}: {n} is {row[n]}, it was {old[n]}" for n in NOT_ABOVE if float(row[n]) > float(old[n])]
@@ -100,7 +100,7 @@ def worse(rows: list[dict[str, str]], before: list[dict[str, str]]) -> list[str]
 
 
 def better(rows: list[dict[str, str]], before: list[dict[str, str]]) -> list[str]:
-    """Return where a count is below the committed one."""
+    """Return a message for each count that is below the committed one."""
     known = {(r["config"], r["ranks"], r["walk"]): r for r in before}
     out = []
     for row in rows:
@@ -113,14 +113,14 @@ def better(rows: list[dict[str, str]], before: list[dict[str, str]]) -> list[str
 
 
 def ledger_rows() -> tuple[dict, dict]:
-    """Return the ledger's rows of the installed Triton, and the name of every entry by signature."""
+    """Return the ledger's rows for the installed Triton, and {signature: (operation, name)} of all entries."""
     rows = [r for r in read(LEDGER) if r["triton"] == triton.__version__]
     by_name = {(r["op"], r["name"], int(r["arch"])): parsed(r) for r in rows}
     return by_name, {e.signature: (e.op, e.name) for e in entries()}
 
 
 def show(one: Walked) -> None:
-    """Print every wait and upload of a walk by code line."""
+    """Print the counts of a walk, and its waits and uploads with their code lines."""
     print(f"\n{one.walk.config}, {one.walk.ranks} ranks, {one.walk.name}, {one.seconds:.0f} s: {one.counts}")
     for what, where, n in one.waits:
         print(f"  wait   {n:>4} x {what}: {where}")
@@ -130,19 +130,19 @@ def show(one: Walked) -> None:
 
 
 def main() -> int:
-    """Walk, print, and write or check."""
+    """Run the chosen walks, print them, and write or check the tables; return 1 if there is a problem."""
     parser = argparse.ArgumentParser(prog="python -m testkit.rehearsal", description=__doc__)
     parser.add_argument(
         "--check", action="store_true", help="compare with the committed table and ledger; write nothing"
     )
     parser.add_argument(
-        "--all", action="store_true", help="every combination of loss form, micro-batches and checkpointing"
+        "--all", action="store_true", help="run every combination of loss form, micro-batches and checkpointing"
     )
-    parser.add_argument("--only", default="", help="walks of this config alone; the table is not written")
+    parser.add_argument("--only", default="", help="run only the walks of this config; the table is not written")
     parser.add_argument(
-        "--part", action="append", default=[], help="walks of this part alone (repeatable); other rows stay as they are"
+        "--part", action="append", default=[], help="run only the walks of this part (repeatable); other rows are kept"
     )
-    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--jobs", type=int, default=2, help="number of processes (default 2)")
     args = parser.parse_args()
     chosen = [w for w in walks(args.all) if args.only in ("", w.config) and (not args.part or w.part in args.part)]
     walked = []
@@ -160,7 +160,7 @@ def main() -> int:
             "--jobs",
             str(args.jobs),
         ]
-        ledger_main()  # prints its own problems; spills are problems of a walk as well
+        ledger_main()  # it prints its own problems; spills are also reported as problems of a walk
     rows, names = ledger_rows()
     out = table(walked, rows, names)
     problems = [*missing_rows(walked, rows, names), *slow_products(walked, rows, names)]
@@ -178,7 +178,7 @@ def main() -> int:
     for line in lower:
         print(f"BETTER {line}")
     if lower and not problems:
-        print(f"commit the better counts: python -m testkit.rehearsal writes {TABLE.relative_to(ROOT)}")
+        print(f"run python -m testkit.rehearsal to write the better counts to {TABLE.relative_to(ROOT)}, and commit it")
     for problem in problems:
         print(f"WRONG  {problem}", file=sys.stderr)
     return 1 if problems else 0

@@ -1,8 +1,7 @@
-"""CUDA autocast for stand-ins, whose C++ device is not CUDA, so that PyTorch's own casts would skip them.
+"""CUDA autocast for stand-ins, which PyTorch's own casts would skip, because the C++ device of stand-ins is not CUDA.
 
-The dispatcher still enters the autocast key for stand-ins. The kernels there are replaced by ones in Python that follow the
-same rules (ATen/autocast_mode.h): products in the lower precision, some operators in fp32, and some in the widest dtype of
-their operands.
+The dispatcher still enters the autocast key for stand-ins. Its kernels are replaced by Python functions with the rules of
+ATen/autocast_mode.h: products in the lower precision, some operators in fp32, and some in the widest dtype of their operands.
 """
 
 from __future__ import annotations
@@ -121,7 +120,7 @@ def _eligible(x: Any) -> bool:
 
 
 def _cast(x: Any, dtype: torch.dtype) -> Any:
-    """Cast as autocast does: weights once per region."""
+    """Cast a tensor as autocast does; a weight is cast once per region and cached."""
     if not _eligible(x) or x.dtype == dtype:
         return x
     weight = x.requires_grad and x.is_leaf and x.dtype == torch.float32 and dtype != torch.float32
@@ -183,5 +182,5 @@ def replaced() -> Iterator[None]:
 
 
 def clear_cache() -> None:
-    """Forget the cast weights, as leaving the outermost autocast region does."""
+    """Clear the cache of cast weights, as at the end of the outermost autocast region."""
     _cache.clear()

@@ -1,4 +1,4 @@
-"""Deterministic costs of a walk: FLOPs and bytes of operators, tensors saved for the backward pass, and what collectives send."""
+"""Deterministic costs of a walk: FLOPs and bytes of operators, bytes saved for the backward pass, and bytes that collectives send."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ KINDS = {
     "send": "send",
     "recv": "recv",
 }
-"""Kind of a collective by the beginning of its operator's name without leading underscores; others are ``other``."""
+"""{prefix of an operator's name without underscores: kind of the collective}; all others are ``other``."""
 SENT_KINDS = ("all_reduce", "all_gather", "reduce_scatter", "send", "other")
-"""Kinds that the table counts; a receive is the other end of a send."""
+"""Kinds with columns in the table; a receive is not counted, because it is the counterpart of a send."""
 
 
 def tensor_bytes(tensors: Iterable[Any]) -> int:
-    """Return the bytes of distinct elements of tensors; an expanded tensor counts the elements that it repeats once."""
+    """Return the bytes of the distinct elements of the tensors among ``tensors``; expanded dimensions count once."""
     total = 0
     for x in tensors:
         if isinstance(x, Tensor):
@@ -41,7 +41,7 @@ def tensor_bytes(tensors: Iterable[Any]) -> int:
 
 
 def moved_bytes(args: Any, kwargs: Any, out: Any) -> int:
-    """Return the bytes that an operator reads and writes: every operand and every result once, as if no cache held any."""
+    """Return the bytes that an operator reads and writes without any cache: every operand and every result once."""
     return tensor_bytes(tree_leaves((args, kwargs))) + tensor_bytes(tree_leaves(out))
 
 
@@ -58,7 +58,7 @@ def kind_of(operator: str) -> str:
 
 
 def by_kind(collectives: Counter[str], sent: Counter[str]) -> dict[str, str]:
-    """Return the columns of the table: number and MB of every kind, of what this rank gives to its collectives."""
+    """Return the table's columns of collectives: per kind, their number, and the MB that this rank passes to them."""
     number, size = Counter[str](), Counter[str]()
     for operator, n in collectives.items():
         number[kind_of(operator)] += n
@@ -70,7 +70,7 @@ def by_kind(collectives: Counter[str], sent: Counter[str]) -> dict[str, str]:
 
 
 class _Saved:
-    """A tensor that autograd saved; the bytes of its storage are counted until the last one of them is released."""
+    """A tensor saved by autograd; its storage is counted as live until the last saved tensor of the storage is released."""
 
     def __init__(self, tensor: Tensor, ledger: _Live) -> None:
         self.tensor, self.ledger, self.key = tensor, ledger, ledger.take(tensor)
@@ -80,7 +80,7 @@ class _Saved:
 
 
 class _Live:
-    """Storages that are saved now, and the most bytes at any time."""
+    """Storages that are currently saved; updates the maximum of their bytes in the record."""
 
     def __init__(self, record: Record) -> None:
         self.record, self.now = record, 0
@@ -111,10 +111,10 @@ def _is_parameter(x: Tensor) -> bool:
 
 @contextmanager
 def count_saved(record: Record) -> Iterator[None]:
-    """Record in ``record.saved_bytes`` the most bytes that autograd holds for the backward pass inside the block.
+    """Record the maximum number of bytes that autograd saves for the backward pass inside the block.
 
-    A storage counts once however many views of it are saved, and parameters not at all, since they exist anyway. Blocks that
-    recompute (``engine.activation_checkpointing``) save their inputs; what they compute again is not counted.
+    A storage counts once, whatever the number of its saved views; parameters do not count. Blocks that are recomputed
+    (``engine.activation_checkpointing``) count with their inputs; the recomputed tensors are not counted.
     """
     live = _Live(record)
 

@@ -1,4 +1,4 @@
-"""Replacements for ``torch.cuda`` and for calls that would ask the driver, so that code on stand-ins runs without a GPU."""
+"""Replacements for ``torch.cuda`` and for calls that would query the driver, so that code on stand-ins runs without a GPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FROM_DATA = (torch.tensor, torch.as_tensor, torch.asarray)
 
 
 class PythonCalls(TorchFunctionMode):
-    """Python-level calls that C++ would answer by asking the driver."""
+    """Replaces Python-level calls for which C++ would query the driver."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = tree_map(_with_index, (args, dict(kwargs or {})))
@@ -41,7 +41,7 @@ class PythonCalls(TorchFunctionMode):
 
 
 def _with_index(x: Any) -> Any:
-    """Return the device with its index: without one, C++ asks the driver for the current device."""
+    """Return a CUDA device with its index, because C++ queries the driver for the current device if it has none."""
     if isinstance(x, torch.device):
         return CUDA if x.type == "cuda" and x.index is None else x
     return CUDA if isinstance(x, str) and x == "cuda" else x
@@ -57,7 +57,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Choose as PyTorch does on an H100: flash attention for bf16 without a mask, else the memory-efficient kernel."""
+    """Run the attention that PyTorch selects on an H100: flash for fp16 and bf16 without a mask, otherwise memory-efficient."""
     if torch.is_autocast_enabled("cuda"):
         q, k, v = (x.to(torch.get_autocast_dtype("cuda")) for x in (q, k, v))
     if q.dtype in (torch.bfloat16, torch.float16) and attn_mask is None:
@@ -117,7 +117,7 @@ _module_apply = torch.nn.Module._apply
 
 
 def _apply(module: torch.nn.Module, fn: Any, recurse: bool = True) -> torch.nn.Module:
-    """Replace parameters and buffers by converted ones: PyTorch would swap storages, which stand-ins do not allow."""
+    """Replace parameters and buffers by converted ones; PyTorch would swap storages, which stand-ins do not support."""
     if not any(is_stand_in(x) for x in (*module.parameters(), *module.buffers())):
         return _module_apply(module, fn, recurse)
     for child in module.children() if recurse else ():
@@ -137,11 +137,11 @@ class CurrentDevice:
     def __init__(self) -> None:
         self.index = 0
         self.entered = 0
-        """Nested ``torch.cuda.device`` blocks."""
+        """Number of ``torch.cuda.device`` blocks that are entered now."""
 
     @contextmanager
     def guard(self, device: Any) -> Iterator[None]:
-        """Stand in for ``torch.cuda.device``."""
+        """Act as ``torch.cuda.device``."""
         index = 0 if device is None else device if isinstance(device, int) else torch.device(device).index or 0
         before, self.index = self.index, index
         self.entered += 1
@@ -152,7 +152,7 @@ class CurrentDevice:
 
 
 def _runtime(mode: StandInMode, current: CurrentDevice) -> dict[str, Any]:
-    """Return the replacements for attributes of ``torch.cuda``, by name: one H100, whose waits are recorded."""
+    """Return {attribute of ``torch.cuda``: replacement} that simulate one H100 and record waits."""
     event, stream = type("Event", (_Event,), {"mode": mode}), type("Stream", (_Stream,), {"mode": mode})
     state = torch.zeros(16, dtype=torch.uint8)
     return {
@@ -184,7 +184,7 @@ def _runtime(mode: StandInMode, current: CurrentDevice) -> dict[str, Any]:
 
 
 def _grouped(lists: Any, with_indices: bool = False) -> Any:
-    """Stand in for ``_group_tensors_by_device_and_dtype``, which C++ answers from the meta device."""
+    """Act as ``_group_tensors_by_device_and_dtype``, which would group by the meta device."""
     out: dict[Any, Any] = {}
     for i, first in enumerate(lists[0]):
         columns, indices = out.setdefault((first.device, first.dtype), ([[] for _ in lists], []))
@@ -197,7 +197,7 @@ def _grouped(lists: Any, with_indices: bool = False) -> Any:
 
 
 def _enter_tensor_patches(stack: ExitStack) -> None:
-    """Replace methods of tensors and modules that would show or move the C++ device, until ``stack`` closes."""
+    """Replace methods of tensors and modules that depend on the C++ device, until ``stack`` closes."""
     make = torch.Tensor._make_subclass
 
     def make_subclass(cls: Any, data: Tensor, *args: Any, dispatch_device: bool = False, **kwargs: Any) -> Tensor:
@@ -212,8 +212,8 @@ def _enter_tensor_patches(stack: ExitStack) -> None:
 
 
 def _enter_attention_and_autocast(stack: ExitStack) -> None:
-    """Choose attention as a GPU does and replace autocast, until ``stack`` closes."""
-    # Not by the mode: it is off inside its own calls, such as ``backward``, and checkpointing runs forward passes there.
+    """Select attention as on a GPU and replace autocast, until ``stack`` closes."""
+    # The mode cannot do this: it is off inside its own calls, such as ``backward``, where checkpointing runs forward passes.
     sdpa, clear = torch.nn.functional.scaled_dot_product_attention, torch.clear_autocast_cache
 
     def attention(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -229,7 +229,7 @@ def _enter_attention_and_autocast(stack: ExitStack) -> None:
 
 
 def _enter_optimizer_patches(stack: ExitStack) -> None:
-    """Let optimizers take their foreach path on stand-ins, until ``stack`` closes."""
+    """Let optimizers use their foreach implementation on stand-ins, until ``stack`` closes."""
     import torch.optim.optimizer as optim
     import torch.utils._foreach_utils as foreach
 
@@ -243,7 +243,7 @@ def _enter_optimizer_patches(stack: ExitStack) -> None:
 
 @contextmanager
 def stand_in_cuda(record: Record) -> Iterator[StandInMode]:
-    """Make ``torch.cuda`` look like one H100 inside the block, and tensors on it stand-ins."""
+    """Simulate one H100 inside the block: ``torch.cuda`` is replaced, and tensors on the GPU are stand-ins."""
     mode, current = StandInMode(record), CurrentDevice()
     precision = torch.get_float32_matmul_precision()
     with ExitStack() as stack:

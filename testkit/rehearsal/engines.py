@@ -1,7 +1,7 @@
-"""Stand-ins for DDP and DeepSpeed: the same order of calls, without the operators of the engines.
+"""Stand-ins for DDP and DeepSpeed with the same order of calls, but without the operators of these engines.
 
 DDP's reducer and DeepSpeed's partitioned optimizers need tensors with storage. Their buckets, copies and fused updates are not
-code of this project; the rehearsal covers the model and the losses under these engines.
+code of this project; the rehearsal covers the model and the losses with these engines.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LEFT_OUT = ("DistributedDataParallel.Reducer", "deepspeed.DeepSpeedZeroOptimizer
 
 
 class StandInDDP(nn.Module):
-    """DDP without its reducer: one all-reduce is counted for every full bucket in the last backward pass of a step."""
+    """DDP without its reducer; one all-reduce per full bucket is counted in the last backward pass of a step."""
 
     mode: StandInMode
 
@@ -66,7 +66,7 @@ class StandInDDP(nn.Module):
 
 
 class StandInDeepSpeed:
-    """DeepSpeed's engine without its optimizer: forward, backward and the norm that the host reads."""
+    """DeepSpeed's engine without its optimizer: forward and backward passes, and the gradient norm that the host reads."""
 
     def __init__(self, model: nn.Module, optimizer: Any, **_options: Any) -> None:
         self.module = model
@@ -96,7 +96,7 @@ class StandInDeepSpeed:
 
 @contextmanager
 def stand_in_engines(mode: StandInMode) -> Iterator[None]:
-    """Use the stand-ins inside the block."""
+    """Replace DDP and DeepSpeed by the stand-ins inside the block."""
     ddp = type("StandInDDP", (StandInDDP,), {"mode": mode})
     module = SimpleNamespace(
         initialize=lambda model, optimizer, **options: (StandInDeepSpeed(model, optimizer, **options),),

@@ -1,7 +1,7 @@
 """Walks of ``comtip evaluate``: scores with their baselines, and the downstream tasks, on a synthetic shard set.
 
-Tiles, counts and positions are arbitrary arrays on the host; the code from the predictor on is the real one. Features that are
-copied from the device are ones, so scores mean nothing.
+Tiles, counts and positions are synthetic arrays on the host; the code that uses them is the real one. All features copied from
+the device are ones, so the scores are meaningless.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from comtip_fast.models.readout import CohortHead, LinearReadout, NormHead, Read
 from testkit.synthetic_task import SyntheticTask, gene_names
 
 SPOTS = 128
-"""Spots of a section: one chunk of tiles."""
+"""Number of spots of a section, one chunk of tiles."""
 SECTIONS = (("t1", "donor_a", "train"), ("x1", "donor_b", "test"))
 COHORT, PROGRAMMES = "human_breast", 8
 PARTS = ("evaluate", "evaluate tasks")
 
 
 class SyntheticShards:
-    """What evaluation reads of a shard set: one section of split ``train`` and one of ``test``, with ``SPOTS`` spots each."""
+    """The part of a shard set that evaluation reads: one section of split ``train`` and one of ``test``, of ``SPOTS`` spots each."""
 
     path = "synthetic"
 
@@ -66,7 +66,7 @@ class SyntheticShards:
         return COHORT
 
     def select(self, *, sections: list[int]) -> np.ndarray:
-        """Return the spots of some sections."""
+        """Return the spot indices of some sections."""
         return np.flatnonzero(np.isin(self.spots["section"].to_numpy(), sections))
 
     def tiles(self, spots: np.ndarray) -> np.ndarray:
@@ -74,11 +74,11 @@ class SyntheticShards:
         return np.broadcast_to(self._tiles, (len(spots), *self._tiles.shape)).copy()
 
     def counts(self, spots: np.ndarray) -> sparse.csr_matrix:
-        """Return random counts."""
+        """Return the counts of some spots, which are random."""
         return self._counts[spots]
 
     def measured(self, _section: int) -> np.ndarray:
-        """Return that every gene was measured."""
+        """Return the mask of measured genes: all."""
         return np.ones(len(self.genes), bool)
 
     def stain(self, _section: int) -> StainStats:
@@ -87,13 +87,13 @@ class SyntheticShards:
 
 
 def section_facts() -> list[dict[str, Any]]:
-    """Return the sections for an export, which record that the run trained on the first."""
+    """Return the sections as recorded in an export; the first one was trained on."""
     names = {"dataset": "synthetic", "species": "human", "tissue": "breast", "licence": "CC0", "attribution": ""}
     return [{"section_id": s, "donor": donor, "split": split, "n_spots": SPOTS} | names for s, donor, split in SECTIONS]
 
 
 def linear_readout(task: SyntheticTask, keys: list[str]) -> LinearReadout:
-    """Return a readout with the settings of the config whose head covers half of the genes; its weights are arbitrary."""
+    """Return a readout with the config's settings and arbitrary weights, whose head covers every second gene."""
     config, known = task.config, keys[::2]
     settings = ReadoutSettings(config.readout.views, config.readout.context, config.align.dim)
     width = feature_width(task.model, config.align.dim) * (2 if settings.context else 1)
@@ -110,7 +110,7 @@ def linear_readout(task: SyntheticTask, keys: list[str]) -> LinearReadout:
 
 
 def evaluation(predictor: Predictor, part: str) -> Callable[[], Any]:
-    """Return a call of ``evaluate``, or of the downstream tasks that train nothing, with few draws of nulls and intervals."""
+    """Return a call of ``evaluate``, or of the downstream tasks without training, with one draw of each null and interval."""
     geometry = predictor.tile_px, predictor.tile_um, predictor.min_mpp
     shards: Any = SyntheticShards(predictor.bundle.genes, *geometry)
     if part == "evaluate":
@@ -119,5 +119,5 @@ def evaluation(predictor: Predictor, part: str) -> Callable[[], Any]:
     options = TaskOptions(gene_sets={"first": names[:20], "second": names[20:40]}, n_bootstrap=1, n_null=1)
     scored = tuple(
         task for task in TASKS if task not in METHODS
-    )  # the others train, in steps of their own that are not walked
+    )  # the others train models in their own steps, which no walk covers
     return lambda: run_tasks(scored, predictor, shards, shards, options)

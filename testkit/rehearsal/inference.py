@@ -1,4 +1,4 @@
-"""Walks of inference: validation, ``predict`` and ``embed`` of the predictor that ``load`` returns, and ``evaluate``."""
+"""Walks of inference: validation, ``predict``, ``embed`` and ``evaluate``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ COHORT = "human_breast"
 
 
 def infer(walk: Walk) -> Record:
-    """Walk ``validation``, ``predict``, ``embed`` or a part of :mod:`.evaluation` of a config."""
+    """Run a walk of ``validation``, ``predict``, ``embed`` or a part of :mod:`.evaluation`, and return its record."""
     record, config = Record(), walk.load()
     with stand_in_cuda(record) as mode, recorded_launches(mode), group_of(1) as group, torch.no_grad():
         with record.pause():
@@ -49,7 +49,7 @@ def _tiles(n: int) -> np.ndarray:
 
 
 def _predictor(task: SyntheticTask, part: str) -> Any:
-    """Return a call of the predictor, on a section of ``SPOTS`` spots without stain statistics, or of evaluation."""
+    """Return a call of the predictor for ``SPOTS`` spots without stain statistics, or of evaluation."""
     names = gene_names(GENES if part in PARTS else task.sizes.n_identities)
     genes = [ExportGene(f"human:{symbol}", symbol, "", name, True, False) for symbol, name in names]
     levels = _levels(len(genes), task.sizes.n_levels)
@@ -70,7 +70,7 @@ def _predictor(task: SyntheticTask, part: str) -> Any:
 
 
 def _validation(task: SyntheticTask) -> Any:
-    """Return the validation of one section of ``SPOTS`` spots."""
+    """Return a call of the validation on one section of ``SPOTS`` spots."""
     n = task.sizes.n_identities
     every = np.arange(n)
     shards: Any = SimpleNamespace(

@@ -1,4 +1,4 @@
-"""Launches of the project's Triton kernels, recorded where the JIT would compile and run them."""
+"""Recording of Triton kernel launches at the point where the JIT would compile and run them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _binders: dict[Any, Any] = {}
 
 
 class _Pointer:
-    """Stand-in for a tensor in the JIT's binder, which reads dtype and address."""
+    """Replacement for a tensor in the JIT's binder, which reads only its dtype and address."""
 
     def __init__(self, x: Tensor) -> None:
         self.dtype, self._ptr = x.dtype, 4096 + x.storage_offset() * x.element_size()
@@ -38,18 +38,19 @@ class _Pointer:
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch."""
+    """One kernel launch."""
 
     entry: LedgerEntry = field(compare=False, repr=False)
-    """What the JIT compiles for it."""
+    """The kernel variant that the JIT would compile for it."""
     grid: tuple[int, ...]
     tensors: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
     """Dtype, shape and strides of every tensor."""
     where: str
+    """Code line, see :func:`testkit.rehearsal.record.code_line`."""
 
     @property
     def signature(self) -> str:
-        """The variant; equal for launches that run the same machine code."""
+        """Signature of the variant, equal for launches that run the same machine code."""
         return self.entry.signature
 
 
@@ -60,7 +61,7 @@ def op_of(kernel: Any) -> str:
 
 
 def entry_of(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> LedgerEntry:
-    """Return what the JIT would compile for this call, as a ledger entry."""
+    """Return the variant that the JIT would compile for this call, as a ledger entry."""
     if kernel not in _binders:
         _binders[kernel] = create_function_from_signature(kernel.signature, kernel.params, BACKEND)
     plain = tuple(_Pointer(a) if isinstance(a, Tensor) else a for a in args)
@@ -77,7 +78,7 @@ def entry_of(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Led
 
 @contextmanager
 def recorded_launches(mode: StandInMode) -> Iterator[None]:
-    """Record launches of Triton kernels inside the block and run none."""
+    """Record launches of Triton kernels inside the block, without compiling or running them."""
 
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         tensors = [a for a in (*args, *options.values()) if isinstance(a, Tensor)]
@@ -93,7 +94,7 @@ def recorded_launches(mode: StandInMode) -> Iterator[None]:
 
 
 def _refuse(kernel: Any, tensors: list[Tensor], mode: StandInMode) -> None:
-    """Raise for a launch that would fail on a GPU: tensors on another device, no device guard, or a dtype without a kernel."""
+    """Raise RehearsalError for a launch that would fail on a GPU: a tensor on another device, no device guard, or fp16 or fp64."""
     current = mode.current
     for x in tensors:
         if not is_stand_in(x) or x.device.type != "cuda":
@@ -101,7 +102,10 @@ def _refuse(kernel: Any, tensors: list[Tensor], mode: StandInMode) -> None:
                 f"{kernel.__name__}: a tensor of shape {tuple(x.shape)} is on the {x.device.type}, not on the GPU; move it"
             )
         if x.device.index != current.index:
-            raise RehearsalError(f"{kernel.__name__}: a tensor is on {x.device}, the current device is {current.index}")
+            raise RehearsalError(
+                f"{kernel.__name__}: a tensor is on {x.device}, but the current device is cuda:{current.index}; launch it "
+                "inside torch.cuda.device of the tensor's device"
+            )
     if not current.entered:
         raise RehearsalError(f"{kernel.__name__}: launched without a device guard; use tl_common.launch")
     if any(x.dtype in (torch.float16, torch.float64) for x in tensors):

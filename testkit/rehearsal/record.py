@@ -1,4 +1,4 @@
-"""Records of a rehearsal: operators, launches, host waits and uploads."""
+"""Record of a walk: operators, launches, host waits and uploads."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ OURS = tuple(str(ROOT / part) for part in ("comtip_fast", "kernels", "data_shard
 
 
 class RehearsalError(RuntimeError):
-    """The code would fail on a GPU, or does something that the rehearsal cannot simulate."""
+    """The code would fail on a GPU, or needs something that the rehearsal cannot simulate."""
 
 
 def code_line() -> str:
-    """Return ``file:line function`` of the innermost frame in the project's own packages, or of the caller's caller."""
+    """Return ``file:line function`` of the innermost frame in :data:`OURS`, or else outside the rehearsal and PyTorch."""
     frame: Any = sys._getframe(1)
     outside = None
     while frame is not None:
@@ -37,9 +37,12 @@ class Upload:
     """One copy from the host to the device."""
 
     where: str
+    """Code line, see :func:`code_line`."""
     bytes: int
     pinned: bool
+    """Whether the host memory is pinned."""
     blocking: bool
+    """Whether the host waits for the copy."""
 
 
 @dataclass
@@ -54,31 +57,33 @@ class Record:
     """(what, code line) of every wait of the host for the device."""
     uploads: list[Upload] = field(default_factory=list)
     collectives: Counter[str] = field(default_factory=Counter)
+    """Number of collectives, by operator."""
     sent: Counter[str] = field(default_factory=Counter)
-    """Bytes that this rank gives to its collectives, by operator."""
+    """Bytes that this rank passes to its collectives, by operator."""
     flops: int = 0
-    """FLOPs of the operators' products, those of the project's own kernels excluded."""
+    """FLOPs of the operators, without those of the project's own kernels."""
     moved_bytes: int = 0
     """Bytes that operators and launches read and write, every operand and result once."""
     saved_bytes: int = 0
-    """The most bytes held for the backward pass at any time (:func:`testkit.rehearsal.costs.count_saved`)."""
+    """Maximum bytes saved for the backward pass at any time (:func:`testkit.rehearsal.costs.count_saved`)."""
     data_shapes: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """(operator, code line) of every operator whose output shape depends on data; each is a wait as well."""
+    """(operator, code line) of every operator whose output shape depends on data; each is also counted as a wait."""
     paused: bool = False
+    """Whether recording is paused, see :meth:`pause`."""
 
     def wait(self, what: str) -> None:
-        """Count a wait of the host at the current code line."""
+        """Count a wait of the host, described by ``what``, at the current code line."""
         if not self.paused:
             self.waits[what, code_line()] += 1
 
     def data_shape(self, operator: str) -> None:
-        """Count an operator whose output shape depends on data: the host waits for the shape."""
+        """Count an operator whose output shape depends on data, and the wait of the host for the shape."""
         if not self.paused:
             self.data_shapes[operator, code_line()] += 1
             self.wait(f"shape of {operator}")
 
     def upload(self, size: int, *, pinned: bool, blocking: bool) -> None:
-        """Count a copy from the host; a blocking one is a wait as well."""
+        """Count a copy of ``size`` bytes from the host to the device; a blocking one is also counted as a wait."""
         if self.paused:
             return
         self.uploads.append(Upload(code_line(), size, pinned, blocking))
@@ -87,7 +92,7 @@ class Record:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Record nothing inside the block: the set-up of a walk."""
+        """Pause the recording inside the block, for the set-up of a walk."""
         before, self.paused = self.paused, True
         try:
             yield

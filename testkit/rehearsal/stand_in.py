@@ -1,12 +1,12 @@
-"""Stand-ins for CUDA tensors that carry forward, backward and optimizer without a GPU or a driver.
+"""Stand-ins for CUDA tensors, with which forward and backward passes and optimizers run without a GPU or a driver.
 
-A stand-in is a :class:`FakeTensor`: it has a shape, a dtype and a device, and no data. PyTorch's own fake CUDA tensors carry
-a forward pass only, because autograd's engine asks a tensor's C++ device for its CUDA stream. Here the C++ device is
-``meta``, which the engine runs on the calling thread, while Python code and the dispatcher's keys (autocast, autograd) see
+A stand-in is a :class:`FakeTensor`: it has a shape, a dtype and a device, but no data. PyTorch's own fake CUDA tensors support
+only the forward pass, because autograd's engine queries the CUDA stream of a tensor's C++ device. Here the C++ device is
+``meta``, for which the engine uses the calling thread, while Python code and the dispatcher's keys (autocast, autograd) see
 ``cuda``.
 
-Tensors on the CPU are real. A stand-in built from one keeps its values while they are integers, so that sizes which depend
-on data (the number of tokens of a panel) are those of a real step.
+Tensors on the CPU are real. A stand-in built from an integer tensor keeps its values, so that sizes that depend on data (the
+number of tokens of a panel) are those of a real step.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from testkit.rehearsal.record import Record, RehearsalError
 
 CUDA = torch.device("cuda", 0)
 VALUES_LIMIT = 1 << 22
-"""Elements up to which integers on the device keep their values."""
+"""Maximum number of elements of an integer tensor on the device that keeps its values."""
 _MOST = {torch.float64: 1 << 16} | dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), -1)
-"""The same of other dtypes: draws of a panel's genes are float64."""
+"""The same for other dtypes; float64 keeps its values because the random draws of a panel's genes have this dtype."""
 aten = torch.ops.aten
 _NO_KERNEL = ("aten::empty", "aten::new_empty", "aten::detach", "aten::alias", "aten::lift_fresh", "aten::_unsafe_view")
 _DATA_SHAPES = {
@@ -44,12 +44,12 @@ _PINNED: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def is_stand_in(x: Any) -> bool:
-    """Return whether ``x`` stands for a tensor on the GPU."""
+    """Return whether ``x`` is a stand-in for a tensor on the GPU."""
     return isinstance(x, FakeTensor)
 
 
 class StandInMode(TorchDispatchMode):
-    """Runs operators on stand-ins and records them; operators on CPU tensors alone run as usual."""
+    """Runs and records operators on stand-ins; operators with only CPU tensors run as usual."""
 
     def __init__(self, record: Record) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class StandInMode(TorchDispatchMode):
                 )
 
     def _own(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Run the implementation of an own operator, which launches kernels, and compare it with its fake."""
+        """Run the implementation of one of the project's operators, and compare the result with that of its fake."""
         with self:
             out = _implementation(func)(*args, **kwargs)
         declared = self._compute(func, args, kwargs)
@@ -131,7 +131,7 @@ class StandInMode(TorchDispatchMode):
         return out
 
     def _collective(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-        """Count a collective; integers arrive as if every rank had sent the same ones."""
+        """Count and run a collective; gathered integers have the values as if every rank had sent the same ones."""
         if not self.record.paused:
             self.record.collectives[name] += 1
             self.record.sent[name] += _sent_bytes(name, args)
@@ -150,7 +150,7 @@ class StandInMode(TorchDispatchMode):
     # -- values of integers ---------------------------------------------------------------------------------
 
     def _keep_values(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        """Give integer results their values if all operands have theirs."""
+        """Compute the values of integer results if the values of all operands are known; otherwise discard them."""
         results = [x for x in tree_leaves(out) if is_stand_in(x)]
         mutated = bool(func._schema.is_mutable)
         leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
@@ -190,7 +190,7 @@ class StandInMode(TorchDispatchMode):
         self.record.data_shape(name)
         values = [_values(x) for x in tree_leaves((args, kwargs)) if is_stand_in(x)]
         if any(v is None for v in values):
-            # Nothing is known: every element of a mask is True, every element is distinct.
+            # The values are unknown: assume that all elements of a mask are True, and all elements are distinct.
             plain = [torch.ones(x.shape, dtype=x.dtype) for x in tree_leaves((args, kwargs)) if is_stand_in(x)]
             if name.startswith("aten::uni"):
                 plain = [torch.arange(x.numel()).view(x.shape).to(x.dtype) for x in plain]
@@ -216,7 +216,7 @@ class StandInMode(TorchDispatchMode):
         return self._indexed(func, args, kwargs)
 
     def _indexed(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Index: a mask is turned into indices, which waits for their number; indices on the CPU are uploaded."""
+        """Run an indexing operator: masks are converted to indices, which is a wait; indices on the CPU are uploaded."""
         x, indices, *rest = args
         out_indices: list[Any] = []
         with self:
@@ -259,7 +259,7 @@ class StandInMode(TorchDispatchMode):
         if target is not None and target.type == "cpu":
             return self._download(x, dtype, blocking)
         if dtype == x.dtype and kwargs.get("memory_format") is None:
-            # ``x.to(device)``, which returns x on a GPU; C++ compared with the meta device.
+            # ``x.to(device)`` returns x on a GPU; C++ arrives here because it compares with the meta device.
             with self:
                 return aten.alias(x)
         kwargs = {k: v for k, v in kwargs.items() if k not in ("device", "non_blocking")}
@@ -294,7 +294,7 @@ class StandInMode(TorchDispatchMode):
         return out
 
     def stand_in(self, x: Tensor) -> FakeTensor:
-        """Return a stand-in on the GPU for a CPU tensor, with the values of integers."""
+        """Return a stand-in on the GPU for a CPU tensor; it keeps the values of integers."""
         with self.fake:
             out = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=CUDA)
         if _keeps_values(x):
@@ -303,7 +303,7 @@ class StandInMode(TorchDispatchMode):
 
 
 def _sent_bytes(name: str, args: Any) -> int:
-    """Return the bytes of the tensors that a rank gives to a collective: the second operand where the first is the result."""
+    """Return the bytes that a rank passes to a collective: those of the first operand, or of the second if the first is the result."""
     given = args[1] if name.startswith(("c10d::_allgather_base", "c10d::_reduce_scatter_base")) else args[0]
     return tensor_bytes(tree_leaves(given))
 
@@ -313,7 +313,7 @@ def _values(x: Any) -> Tensor | None:
 
 
 def _keeps_values(x: Tensor) -> bool:
-    """Return whether a result keeps its values: integers, except large tables of spots by genes."""
+    """Return whether a tensor keeps its values: small ones of the right dtype, except tables of spots by genes."""
     wide = x.ndim > 1 and x.shape[-1] > 64 and x.numel() > 1 << 16
     return not wide and x.numel() <= _MOST.get(x.dtype, VALUES_LIMIT)
 

@@ -1,4 +1,4 @@
-"""The table of a rehearsal: one row per walk, and the kernel variants that the ledger must hold."""
+"""Table of the rehearsal with one row per walk, and checks of the walks' kernel variants against the ledger."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from testkit.rehearsal.record import Record
 from testkit.rehearsal.walk import Walk, train
 
 WGMMA_OPERATIONS = ("infonce", "table")
-"""Operations of the ledger whose products must run in bf16 on WGMMA in a training step: the losses and the sentence table."""
+"""Operations (the losses and the sentence table) whose products must run in bf16 on WGMMA in a training step."""
 COLUMNS = (
     "config",
     "ranks",
@@ -49,16 +49,19 @@ COLUMNS = (
 
 @dataclass
 class Walked:
-    """A walk's counts, small enough to pass between processes."""
+    """Summary of a walk, small enough to be sent between processes."""
 
     walk: Walk
     counts: dict[str, str]
+    """{column of the table: value}."""
     variants: list[dict[str, Any]]
-    """Every distinct variant, as in ``launches.json``."""
+    """Every distinct kernel variant, as in ``launches.json``."""
     gflop: dict[str, float]
-    """GFLOP of tensor-core products by variant."""
+    """{signature of a variant: GFLOP of its tensor-core products}."""
     waits: list[tuple[str, str, int]]
+    """(what, code line, number), the most frequent first."""
     uploads: list[tuple[str, int, bool, bool]]
+    """(code line, bytes, pinned, blocking)."""
     seconds: float = 0.0
     """CPU seconds of the walk."""
 
@@ -97,7 +100,7 @@ def as_row(entry: LedgerEntry) -> dict[str, Any]:
 
 
 def summary(walk: Walk, record: Record) -> Walked:
-    """Count a record."""
+    """Return the summary of a walk's record."""
     entries = {launch.signature: launch.entry for launch in record.launches}
     gflop: dict[str, float] = {}
     for launch in record.launches:
@@ -128,12 +131,12 @@ def summary(walk: Walk, record: Record) -> Walked:
 
 
 def walk_one(walk: Walk) -> Walked:
-    """Walk in this process."""
+    """Run a walk in this process and return its summary."""
     from testkit.rehearsal.inference import infer
 
     warnings.filterwarnings(
         "ignore", "Accessing the data pointer of FakeTensor", UserWarning
-    )  # the copy of the EMA teacher
+    )  # raised by the copy of the EMA teacher
     began = time.process_time()
     out = summary(walk, train(walk) if walk.part.endswith("step") else infer(walk))
     out.seconds = time.process_time() - began
@@ -141,7 +144,7 @@ def walk_one(walk: Walk) -> Walked:
 
 
 def walk_all(walks: Sequence[Walk], jobs: int) -> Iterator[Walked]:
-    """Walk all, in ``jobs`` processes, and yield each as it is complete."""
+    """Run walks in ``jobs`` processes and yield the summary of each when it is complete."""
     if jobs == 1:
         yield from map(walk_one, walks)
         return
@@ -152,16 +155,16 @@ def walk_all(walks: Sequence[Walk], jobs: int) -> Iterator[Walked]:
 def missing_rows(
     walked: Iterable[Walked], rows: dict[tuple[str, str, int], LedgerRow], names: dict[str, Any]
 ) -> list[str]:
-    """Return the problems of variants that the ledger lacks, or whose row spills on sm_80 or sm_90.
+    """Return a message for each kernel variant that the ledger lacks, or that spills on sm_80 or sm_90.
 
     Parameters
     ----------
     walked
         The walks.
     rows
-        Ledger rows of the installed Triton by operation, name and architecture.
+        {(operation, name, architecture): ledger row} for the installed Triton.
     names
-        (operation, name) of every ledger entry by signature.
+        {signature: (operation, name)} of every ledger entry.
     """
     out: dict[str, str] = {}
     for one in walked:
@@ -185,10 +188,10 @@ def missing_rows(
 def slow_products(
     walked: Iterable[Walked], rows: dict[tuple[str, str, int], LedgerRow], names: dict[str, Any]
 ) -> list[str]:
-    """Return the variants of training steps that multiply fp32, or do not run on WGMMA on sm_90.
+    """Return a message for each variant of a training step with products in fp32, or without WGMMA on sm_90.
 
-    Packed attention is not included: its tiles of 32 tokens are too small for WGMMA, and memory bounds it (kernels/README.md).
-    Parameters are those of :func:`missing_rows`.
+    Packed attention is not included: its tiles of 32 tokens are too small for WGMMA, and it is memory-bound
+    (kernels/README.md). Parameters are those of :func:`missing_rows`.
     """
     out: dict[str, str] = {}
     for one in walked:
@@ -210,7 +213,7 @@ def slow_products(
 def table(
     walked: Iterable[Walked], rows: dict[tuple[str, str, int], LedgerRow], names: dict[str, Any]
 ) -> list[dict[str, str]]:
-    """Return the rows of the table, with what the ledger says of each walk's variants."""
+    """Return the rows of the table: the counts of each walk, and the WGMMA share and spills of its variants from the ledger."""
     out = []
     for one in walked:
         on_hgmma, spills = 0.0, 0
@@ -228,7 +231,7 @@ def table(
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
-    """Return the committed rows."""
+    """Return the rows of a table file, empty if it does not exist."""
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8") as file:
@@ -236,7 +239,7 @@ def read_table(path: Path) -> list[dict[str, str]]:
 
 
 def write_table(path: Path, rows: Iterable[dict[str, str]]) -> None:
-    """Write the rows."""
+    """Write the rows of the table to a csv file."""
     with path.open("w", newline="", encoding="utf-8") as file:
         out = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         out.writeheader()
@@ -244,7 +247,7 @@ def write_table(path: Path, rows: Iterable[dict[str, str]]) -> None:
 
 
 def write_launches(walked: Iterable[Walked], *, keep: bool) -> None:
-    """Write the variants for the ledger; with ``keep``, those of walks that were not repeated stay."""
+    """Write the kernel variants for the ledger; with ``keep``, the variants already in the file are kept."""
     known = (
         {row["signature"]: row for row in json.loads(LAUNCHES.read_text(encoding="utf-8"))}
         if keep and LAUNCHES.is_file()

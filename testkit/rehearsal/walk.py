@@ -1,4 +1,4 @@
-"""Walks training steps of a config: the real trainer, engine, task, losses and model on stand-ins."""
+"""Walks of training steps of a config: the real trainer, engine, task, losses and model run on stand-ins."""
 
 from __future__ import annotations
 
@@ -34,30 +34,32 @@ TILE_PX = 224
 
 @dataclass(frozen=True)
 class Walk:
-    """One walk: a config with overrides, on some ranks."""
+    """Description of one walk: a config with overrides, on rank 0 of some ranks."""
 
     config: str
-    """Name of a file in ``configs/``."""
+    """Name of a file in ``configs/``, without its suffix."""
     ranks: int = 1
+    """Number of ranks."""
     overrides: tuple[str, ...] = ()
+    """``KEY=VALUE`` overrides of the config."""
     part: str = "step"
     """``step``, ``logged step``, or an entry of :mod:`.inference`."""
 
     def load(self) -> RunConfig:
-        """Return the config, for a GPU, with blocks that are not compiled: Inductor needs tensors with storage."""
+        """Return the config for a GPU, without compilation, because Inductor needs tensors with storage."""
         overrides = ["train.device=cuda", "engine.compile=false", *self.overrides]
         return load_config(ROOT / "configs" / f"{self.config}.yaml", overrides)
 
     @property
     def name(self) -> str:
-        """The walk's key in the table."""
+        """Name of the walk in the table."""
         words = [w.removeprefix("engine.") for w in self.overrides]
         return " ".join([self.part, *words])
 
 
 @contextmanager
 def group_of(ranks: int) -> Iterator[Group]:
-    """Yield the group of rank 0 of ``ranks``: the real one, on a backend whose collectives transfer nothing."""
+    """Yield the process group of rank 0 of ``ranks`` ranks, on a backend whose collectives transfer nothing."""
     if ranks == 1:
         yield SingleProcessGroup()
         return
@@ -70,7 +72,7 @@ def group_of(ranks: int) -> Iterator[Group]:
 
 @contextmanager
 def trainer_of(config: RunConfig, ranks: int, record: Record, folder: Path) -> Iterator[Trainer]:
-    """Yield a trainer before its first step, inside the stand-in CUDA."""
+    """Yield a trainer before its first step, with CUDA, kernel launches and engines replaced by stand-ins."""
     with (
         stand_in_cuda(record) as mode,
         recorded_launches(mode),
@@ -87,7 +89,7 @@ def trainer_of(config: RunConfig, ranks: int, record: Record, folder: Path) -> I
 
 
 def train(walk: Walk) -> Record:
-    """Walk one training step after the first, and return its record; a ``logged step`` also makes a row of the log."""
+    """Run a walk of one training step after the first, and return its record; a ``logged step`` also writes a row of the log."""
     config, record = walk.load(), Record()
     with tempfile.TemporaryDirectory() as folder, trainer_of(config, walk.ranks, record, Path(folder)) as trainer:
         with record.pause():

@@ -1,1 +1,1 @@
-"""Mutate small sources of every format and check what the readers do with them; see :mod:`testkit.source_fuzz.run`."""
+"""Random mutations of small sources of every format, to test the readers; see :mod:`testkit.source_fuzz.run`."""

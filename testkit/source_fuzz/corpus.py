@@ -1,4 +1,4 @@
-"""Intact sources, one small folder per format, from which mutations start."""
+"""Small valid sources of every format, which are the starting point of mutations."""
 
 from __future__ import annotations
 
@@ -31,12 +31,14 @@ COUNTS = np.random.default_rng(3).poisson(3, (N_SPOTS, len(IDS)))
 
 @dataclass(frozen=True)
 class Source:
-    """How to write and open one source."""
+    """Description of how one source is written and opened."""
 
     write: Callable[[Path], Path]
-    """Writes into an empty folder and returns the path to open."""
+    """Writes the source into an empty folder and returns the path to open."""
     fmt: str = "auto"
+    """Format, or ``slide`` for an image without spots."""
     facts: dict[str, str] = field(default_factory=dict)
+    """Facts and options with which it is opened."""
 
 
 def _visium_folder(folder: Path) -> Path:

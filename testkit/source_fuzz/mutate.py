@@ -1,4 +1,4 @@
-"""Mutations of one file: any bytes, or the structure of HDF5, JSON, tables, parquet and TIFF."""
+"""Random mutations of one file: of its bytes, or of the structure of HDF5, JSON, tables, Parquet and TIFF."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ NOT_DATA = [
 
 
 def pick(rng: Generator, values: list[Any]) -> Any:
-    """Return one of the values."""
+    """Return a random one of the values."""
     return values[int(rng.integers(len(values)))]
 
 
 def mutate(path: Path, others: list[Path], rng: Generator) -> str:
-    """Change one file in place and return what was done."""
+    """Apply one random mutation to a file in place and return its description; ``others`` may replace it."""
     chance = rng.random()
     if chance < 0.06:
         return _replace(path, others, rng)
@@ -46,7 +46,7 @@ def mutate(path: Path, others: list[Path], rng: Generator) -> str:
     if structured is not None and chance < 0.6:
         try:
             return structured(path, rng)
-        except Exception as error:  # the library refused to write this mutation
+        except Exception as error:  # the library cannot write this mutation: mutate bytes instead
             note = type(error).__name__
         else:
             note = ""
@@ -72,7 +72,7 @@ def _structured(path: Path) -> Callable[[Path, Generator], str] | None:
 
 
 def _replace(path: Path, others: list[Path], rng: Generator) -> str:
-    """Replace the whole file."""
+    """Replace the whole file by other content, a folder, a pipe or a link, or delete it; return the kind."""
     kind = pick(rng, ["deleted", "not data", "other file", "folder", "pipe", "endless", "sparse", "link to nothing"])
     data = path.read_bytes() if kind != "other file" else pick(rng, others).read_bytes()
     path.unlink()
@@ -99,8 +99,8 @@ def _replace(path: Path, others: list[Path], rng: Generator) -> str:
 
 
 def hdf5(path: Path, rng: Generator) -> str:
-    """Change one object or attribute of an HDF5 file."""
-    # On a copy: a damaged file may keep the library from closing it, and it would be written to later.
+    """Change one object or attribute of an HDF5 file; return the change."""
+    # In a copy: the library may fail to close a damaged file and write to it later.
     scratch = path.parents[1] / "mutated.h5"
     scratch.write_bytes(path.read_bytes())
     with h5py.File(scratch, "r+") as file:
@@ -143,7 +143,7 @@ def _h5_write(file: h5py.File, name: str, values: Any) -> None:
 
 
 def _h5_values(file: h5py.File, name: str, rng: Generator) -> str:
-    """Change values of a dataset, or its type."""
+    """Change values of a dataset, or its type; return the change."""
     node = file[name]
     if not isinstance(node, h5py.Dataset):
         return _h5_attribute(file, name, rng)
@@ -200,7 +200,7 @@ def _h5_shape(file: h5py.File, name: str, rng: Generator) -> str:
 
 
 def _h5_kind(file: h5py.File, name: str, rng: Generator) -> str:
-    """Put a group in place of a dataset, or the other way round; or one object in place of another."""
+    """Replace a dataset by a group, a group by a dataset, or an object by a copy of another; return the change."""
     if rng.random() < 0.5:
         names: list[str] = []
         file.visit(names.append)
@@ -221,7 +221,7 @@ def _h5_kind(file: h5py.File, name: str, rng: Generator) -> str:
 
 
 def _h5_claim(file: h5py.File, name: str, rng: Generator) -> str:
-    """Claim a size that is not stored."""
+    """Replace a dataset by an empty one that claims many times its rows; return the change."""
     node = file[name]
     if not isinstance(node, h5py.Dataset) or not node.ndim or node.dtype.kind == "O":
         return _h5_values(file, name, rng)
@@ -243,7 +243,7 @@ def _unpacked(path: Path) -> tuple[bytes, Callable[[bytes], bytes]]:
 
 
 def json_value(path: Path, rng: Generator) -> str:
-    """Change, delete or wrap one value of a JSON file."""
+    """Change, delete or wrap one value of a JSON file, or its top level; return the change."""
     raw, pack = _unpacked(path)
     data = json.loads(raw)
     what, node = "", data
@@ -272,7 +272,7 @@ def json_value(path: Path, rng: Generator) -> str:
 
 
 def table(path: Path, rng: Generator) -> str:
-    """Change one cell, row, column or the dialect of a table."""
+    """Change one cell, row or column of a table, or its dialect or encoding; return the change."""
     raw, pack = _unpacked(path)
     lines = raw.decode().split("\n")
     sep = "," if path.name.removesuffix(".gz").endswith(".csv") else "\t" if "\t" in lines[0] else " "
@@ -328,7 +328,7 @@ def table(path: Path, rng: Generator) -> str:
 
 
 def parquet(path: Path, rng: Generator) -> str:
-    """Replace, drop or rename one column of a parquet file."""
+    """Replace, drop or rename one column of a Parquet file, or change its rows; return the change."""
     data = pq.read_table(path)
     column, n = int(rng.integers(data.num_columns)), data.num_rows
     name = data.column_names[column]
@@ -364,7 +364,7 @@ def parquet(path: Path, rng: Generator) -> str:
 
 
 def tiff(path: Path, rng: Generator) -> str:
-    """Change code, type, count or value of one tag in a random directory of a TIFF."""
+    """Change the code, type, count or value of one tag in a random directory of a TIFF; return the change."""
     data = bytearray(path.read_bytes())
     order = "<" if data[:2] == b"II" else ">"
     big = data[2 if order == "<" else 3] == 43

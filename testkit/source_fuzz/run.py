@@ -1,8 +1,8 @@
-"""Judge mutated sources: each is read, refused by name, or counted as escaped.
+"""Fuzzing of the source readers: each mutated source must be read, or refused with an error that names it.
 
-A case is reproduced by its seed and number alone. Escaped means: any other exception, a read that takes longer than the
-limit, more than 2 GiB of memory, a file written or a process or connection started outside the output folder, values that
-no section can have, or a refusal that does not name the source.
+Everything else counts as escaped: any other exception, a read that exceeds the time limit, more than 2 GiB of memory, a file
+written outside the output folder, a started process or connection, values that no section can have, or an error that does not
+name the source. Seed and number reproduce a case.
 """
 
 from __future__ import annotations
@@ -56,27 +56,30 @@ WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 class HangError(BaseException):
-    """The time limit was reached; not an Exception, so that no reader handles it."""
+    """The time limit was reached; a BaseException, so that no reader handles it."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one case."""
+    """Outcome of one case."""
 
     number: int
+    """Number of the case, -1 for an intact source."""
     source: str
+    """A key of :data:`testkit.source_fuzz.corpus.SOURCES`."""
     what: str
     """File and mutation."""
     outcome: str
     """``reads``, ``refused`` or ``escaped``."""
     detail: str
-    """The message, or the last lines of the traceback."""
+    """The message, or the end of the traceback."""
     seconds: float
     peak_mb: int
+    """Peak memory of the process in MiB."""
 
 
 class Guard:
-    """Record changes outside a folder, by an audit hook that stays installed; a process has one."""
+    """Recorder of changes outside some folders, by an audit hook; a process has one, because hooks cannot be removed."""
 
     _installed: Guard | None = None
 
@@ -86,7 +89,7 @@ class Guard:
 
     @classmethod
     def install(cls) -> Guard:
-        """Return the guard of this process."""
+        """Return the guard of this process; the first call installs it."""
         if cls._installed is None:
             cls._installed = cls()
             sys.addaudithook(cls._installed._hook)
@@ -116,7 +119,7 @@ class Guard:
 
     @contextmanager
     def only_in(self, *folders: Path) -> Iterator[None]:
-        """Allow changes inside some folders only."""
+        """Record in ``seen`` the changes outside ``folders``, and started processes and connections, inside the block."""
         self.seen, self.allowed = [], tuple(f"{folder.resolve()}{os.sep}" for folder in folders)
         try:
             yield
@@ -129,12 +132,12 @@ Through = Callable[[Path, Source, Path], None]
 
 
 def check_section(section: Section) -> None:
-    """Check values that every section has, and cut tiles.
+    """Check the values of a section, and cut tiles.
 
     Raises
     ------
     AssertionError
-        A value that no section can have.
+        A value is not possible for a section.
     """
     n = len(section.spot_ids)
     assert section.counts.shape == (n, len(section.gene_ids)), "shape of the counts"
@@ -149,7 +152,7 @@ def check_section(section: Section) -> None:
 
 
 def check_slide(slide: Slide, xy_N2: np.ndarray, mpp: float) -> None:
-    """Read an overview and tiles."""
+    """Check an overview and tiles at ``xy_N2`` (px) of a slide; raises AssertionError for a wrong shape or dtype."""
     picture, _ = slide.overview(256)
     assert picture.dtype == np.uint8, "dtype of the overview"
     assert picture.ndim == 3, "shape of the overview"
@@ -158,7 +161,7 @@ def check_slide(slide: Slide, xy_N2: np.ndarray, mpp: float) -> None:
 
 
 def read_source(path: Path, source: Source, out: Path) -> None:
-    """Read every section of a source, and tiles of its image."""
+    """Read and check every section of a source, or a slide without spots; nothing is written to ``out``."""
     if source.fmt == "slide":
         with open_slide(path) as slide:
             check_slide(slide, np.array([[50.0, 50.0], [0.0, 0.0]]), slide.mpp or 0.5)
@@ -168,7 +171,7 @@ def read_source(path: Path, source: Source, out: Path) -> None:
 
 
 def facts_of(path: Path, source: Source) -> dict[str, str]:
-    """Return the stated facts; an image next to the source becomes a path."""
+    """Return the facts of a source; the name of an image next to it is replaced by its path."""
     facts = dict(source.facts)
     if "." in facts.get("image", ""):
         facts["image"] = str(path.parent / facts["image"])
@@ -176,7 +179,7 @@ def facts_of(path: Path, source: Source) -> dict[str, str]:
 
 
 class SourceFuzzer:
-    """Write the intact sources once, and judge mutated copies.
+    """Writes the intact sources once, and evaluates mutated copies.
 
     Parameters
     ----------
@@ -185,9 +188,9 @@ class SourceFuzzer:
     seed
         Seed of all cases.
     limit_s
-        Time limit of a case.
+        Time limit of a case in s.
     through
-        What is run on each source.
+        Function that is run on each source.
     """
 
     def __init__(self, folder: Path, seed: int, *, limit_s: int = 60, through: Through = read_source) -> None:
@@ -200,11 +203,11 @@ class SourceFuzzer:
         self.guard = Guard.install()
 
     def intact_outcome(self, name: str) -> Outcome:
-        """Return what becomes of an intact source: ``reads`` unless this fuzzer is broken."""
+        """Return the outcome of an intact source, which must be ``reads``."""
         return self._judge(name, self.folder / "case", lambda root: "nothing", -1)
 
     def run(self, number: int) -> Outcome:
-        """Mutate and judge one case."""
+        """Return the outcome of case ``number``; its source is chosen by the number."""
         rng = np.random.default_rng([self.seed, number])
         name = list(SOURCES)[number % len(SOURCES)]
 
@@ -233,11 +236,11 @@ class SourceFuzzer:
         held = _rss_bytes()
         _reset_peak()
         began = time.monotonic()
-        with self.guard.only_in(out, temporary_folder()):  # packed images and matrices are unpacked there
+        with self.guard.only_in(out, temporary_folder()):  # compressed files are unpacked to the temporary folder
             outcome, detail = self._attempt(case / self.paths[name], SOURCES[name], out)
         seconds, peak = time.monotonic() - began, _peak_bytes()
         if outcome == "refused" and home not in detail and "section " not in detail:
-            outcome, detail = "escaped", f"names neither file nor section: {detail}"
+            outcome, detail = "escaped", f"the error names neither file nor section: {detail}"
         changed = self.guard.seen or ([] if _listing(case / home) == before else ["the source was changed"])
         if changed:
             outcome, detail = "escaped", f"changes outside the output folder: {changed[:3]}"
@@ -248,19 +251,19 @@ class SourceFuzzer:
     def _attempt(self, path: Path, source: Source, out: Path) -> tuple[str, str]:
         signal.signal(signal.SIGALRM, _hang)
         signal.alarm(self.limit_s)
-        # Native code that never returns to Python ends the process; a resumed run counts the case as a crash.
+        # Ends the process if native code never returns to Python; a resumed run counts the case as escaped.
         faulthandler.dump_traceback_later(4 * self.limit_s, exit=True, file=sys.__stderr__)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 self.through(path, source, out)
-        except UnforeseenError as error:  # named, but by the last resort
+        except UnforeseenError as error:  # the error names the source, but no reader handles its cause
             return "escaped", "".join(traceback.format_exception(error.__cause__ or error))[-3000:]
         except (SourceError, ShardError) as error:
             return "refused", str(error)
         except HangError as error:
             text = traceback.format_exc()[-1500:]
-            traceback.clear_frames(error.__traceback__)  # frees what the reader held
+            traceback.clear_frames(error.__traceback__)  # frees the reader's memory
             return "escaped", f"hang: {text}"
         except Exception:
             return "escaped", traceback.format_exc()[-3000:]
@@ -298,7 +301,7 @@ def _rss_bytes() -> int:
 
 
 def kind_of(outcome: Outcome) -> str:
-    """Return one line that groups escapes of the same cause."""
+    """Return one line with the error and its last frames, which is equal for escapes with the same cause."""
     lines = [line for line in outcome.detail.strip().splitlines() if line.strip()]
     frames = [
         line.split('"')[1].rsplit("/", 1)[-1] + ":" + line.split("line ")[1].split(",")[0]
@@ -314,17 +317,20 @@ def kind_of(outcome: Outcome) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run cases from the command line; see the module's docstring."""
+    """Run cases from the command line; return 1 if a case escaped, 2 if an intact source is not read."""
     parser = argparse.ArgumentParser(prog="python -m testkit.fuzz", description=__doc__)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--count", type=int, default=10_000)
-    parser.add_argument("--first", type=int, default=0, help="number of the first case")
-    parser.add_argument("--limit-s", type=int, default=60, help="time limit of a case in seconds")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all cases (default 0)")
+    parser.add_argument("--count", type=int, default=10_000, help="number of cases (default 10000)")
+    parser.add_argument("--first", type=int, default=0, help="number of the first case (default 0)")
+    parser.add_argument("--limit-s", type=int, default=60, help="time limit of a case in seconds (default 60)")
     parser.add_argument(
-        "--log", type=Path, help="file of outcomes, one JSON object per line; a run with the same file resumes"
+        "--log", type=Path, help="file for the outcomes, one JSON object per line; a run with the same file resumes"
     )
     parser.add_argument(
-        "--through", choices=("readers", "predict"), default="readers", help="readers, or build and predict"
+        "--through",
+        choices=("readers", "predict"),
+        default="readers",
+        help="run the readers only, or shards build and predict (default readers)",
     )
     args = parser.parse_args(argv)
     level = logging.root.manager.disable
@@ -352,7 +358,9 @@ def _run(fuzzer: SourceFuzzer, args: argparse.Namespace, log: Path) -> int:
     done, started = _read_log(log, args)
     broken = [o for o in map(fuzzer.intact_outcome, SOURCES) if o.outcome != "reads"]
     if broken:
-        print("\n".join(f"{o.source}: the intact source is not read: {o.detail}" for o in broken))
+        print(
+            "\n".join(f"{o.source}: the intact source cannot be read: {o.detail}; fix the reader first" for o in broken)
+        )
         return 2
     with log.open("a") as file:
         for number in sorted(started - set(done)):
@@ -373,7 +381,7 @@ def _run(fuzzer: SourceFuzzer, args: argparse.Namespace, log: Path) -> int:
 
 
 def _read_log(log: Path, args: argparse.Namespace) -> tuple[dict[int, Outcome], set[int]]:
-    """Return the finished cases of this seed, and the numbers of all that were started."""
+    """Return {number: outcome} of the finished cases of this seed and mode, and the numbers of all started cases."""
     done: dict[int, Outcome] = {}
     started: set[int] = set()
     for line in log.read_text().splitlines() if log.is_file() else []:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import shutil
 import signal
@@ -139,6 +140,24 @@ def test_one_writer_at_a_time(tiny_source: Path, tmp_path: Path):
         build_shards(open_source(tiny_source), tmp_path / "set", **SIZE)
 
 
+@pytest.mark.parametrize(
+    ("number", "fix"),
+    [
+        (errno.ENOSPC, "free disk space"),
+        (errno.EDQUOT, "delete files of this user or ask for a larger quota"),
+        (errno.EACCES, "make the folder writable"),
+        (errno.EISDIR, "delete this folder"),
+    ],
+)
+def test_an_error_of_writing_names_the_fix_for_its_cause(tmp_path: Path, number: int, fix: str):
+    out = tmp_path / "set"
+    with (
+        pytest.raises(ShardError, match=f"{out}: cannot be written .*; {fix}, then run the same command"),
+        writing(out),
+    ):
+        raise OSError(number, os.strerror(number))
+
+
 def test_a_full_disk_ends_cleanly_and_the_build_continues_after(
     tiny_source: Path, tmp_path: Path, whole: dict[str, bytes]
 ):
@@ -224,7 +243,7 @@ def test_parts_are_of_one_build(tiny_source: Path, parts: list[Path], tmp_path: 
     build_shards(open_source(tiny_source), tmp_path / "px", part=(1, 3), **{**SIZE, "tile_px": 48})
     with pytest.raises(ShardError, match=r"differ in tile: .*px=48.*px=32"):
         merge_sets([tmp_path / "px", *parts[1:]], tmp_path / "set")
-    with pytest.raises(SourceError, match="part 5/5 of 4 sections is out of range"):
+    with pytest.raises(SourceError, match="`part` 5/5 is out of range for 4 sections"):
         build_shards(open_source(tiny_source), tmp_path / "five", part=(5, 5), **SIZE)
 
 

@@ -108,7 +108,8 @@ def test_a_helper_that_something_else_ends_blames_no_file(
     monkeypatch.setattr(hdf5_probe, "WALK", killed)
     Hdf5Probe().check(intact(tmp_path / "a.h5"))
     assert (
-        "a.h5: read without a check for damage that hangs: the helper process was ended (exit code -9)" in caplog.text
+        "a.h5: read without the check for damage that makes the HDF5 library hang: the helper process was ended (exit code -9)"
+        in caplog.text
     )
 
 
@@ -147,7 +148,10 @@ def test_without_a_helper_process_files_are_read_with_a_warning(
 
     monkeypatch.setattr(hdf5_probe.subprocess, "Popen", refuse)
     Hdf5Probe().check(intact(tmp_path / "a.h5"))
-    assert "damage that hangs: no helper process (no more processes); allow more processes" in caplog.text
+    assert (
+        "damage that makes the HDF5 library hang: no helper process (no more processes); allow more processes"
+        in caplog.text
+    )
 
 
 def test_features_and_earlier_outputs_that_hang_are_refused(endless: Path):

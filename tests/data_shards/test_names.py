@@ -197,7 +197,7 @@ def test_an_unfinished_output_folder_with_a_link_in_it_is_not_written(copy: Path
     (out / link).parent.mkdir(parents=True, exist_ok=True)
     (out / link).symlink_to(elsewhere if is_folder else elsewhere / "file")
     before = tree(tmp_path)
-    with pytest.raises(ShardError, match=r"is a link, which no build writes; delete it, or give a new folder"):
+    with pytest.raises(ShardError, match=r"is a symbolic link, which no build writes; delete it, or give a new folder"):
         merge_sets([copy], out)
     assert tree(tmp_path) == before
 
@@ -208,7 +208,7 @@ def test_verify_tells_links_among_pages(copy: Path, tmp_path: Path, link: str):
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     path.symlink_to(tmp_path)
     report = verify(copy)
-    assert f"{path}: is a link" in report.text
+    assert f"{path}: is a symbolic link" in report.text
     assert not report.ok
 
 

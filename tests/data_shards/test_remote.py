@@ -174,7 +174,7 @@ def test_many_threads_fetch_one_file_once(server: ThreadingHTTPServer, tmp_path:
 
 def test_a_cache_that_cannot_be_written_is_reported(memory: fsspec.AbstractFileSystem, tmp_path: Path):
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(ShardError, match=r"cannot write to the cache.*COMTIP_CACHE"):
+    with pytest.raises(ShardError, match=r"cannot write to the cache.*; make the folder writable, or set COMTIP_CACHE"):
         Remote("memory://box", tmp_path / "file", retry=QUICK).fetch("a.txt", sha256="0" * 64)
 
 

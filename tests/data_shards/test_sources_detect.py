@@ -39,7 +39,7 @@ def test_an_unknown_folder_lists_every_format(tmp_path: Path):
     with pytest.raises(SourceError) as error:
         open_source(tmp_path)
     assert all(f"{r.name}: {r.looks_for}" in str(error.value) for r in READERS)
-    with pytest.raises(SourceError, match="unknown format 'cram'"):
+    with pytest.raises(SourceError, match="`fmt` 'cram' is unknown"):
         open_source(tmp_path, fmt="cram")
 
 
@@ -48,7 +48,7 @@ def test_sections_are_chosen_by_what_they_are(source: Path):
     assert [s.meta.section_id for s in chosen] == ["t2", "t3"]
     with pytest.raises(SourceError, match="no section has tissue lung; choose from: breast, made up"):
         open_source(source, where={"tissue": ["lung"]})
-    with pytest.raises(SourceError, match="unknown filter key 'colour'"):
+    with pytest.raises(SourceError, match="`where` key 'colour' is unknown"):
         open_source(source, where={"colour": ["blue"]})
     with pytest.raises(SourceError, match="give a list"):
         check_where({"tissue": "breast"})

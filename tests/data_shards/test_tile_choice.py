@@ -48,7 +48,7 @@ def test_stated_values_are_used():
     demo = choose_tile(scaled(2.0, 4.73), px=128, um=224.0, min_mpp=4.0)
     assert (demo.px, demo.um, demo.min_mpp) == (128, 224.0, 4.0)
     for bad in ({"px": 0}, {"px": 5000}, {"um": 0.0}, {"um": float("nan")}, {"min_mpp": 0.0}, {"codec": "gif"}):
-        with pytest.raises(SourceError, match=r"out of range|unknown codec"):
+        with pytest.raises(SourceError, match=r"out of range|`codec` .gif. is unknown"):
             choose_tile(scaled(0.5), **bad)
 
 

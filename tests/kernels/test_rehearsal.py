@@ -123,7 +123,7 @@ def test_launches_on_other_devices_are_refused(mode: StandInMode):
     with pytest.raises(RehearsalError, match="without a device guard"):
         copy(rows, ids, rows, guard=False)
     mode.current.index = 1
-    with pytest.raises(RehearsalError, match="cuda:0, the current device is 1"):
+    with pytest.raises(RehearsalError, match="cuda:0, but the current device is cuda:1"):
         copy(rows, ids, rows, guard=False)
 
 

@@ -41,8 +41,10 @@ from comtip_shards.sections.section import SectionMeta, SectionNotes, StatedSpli
 from comtip_shards.sources.base import SectionSource
 
 STAGE_VERSION = 5
+"""Version of the staged files. Increase it when their content changes, so that sections staged by older code are not reused."""
 _T = TypeVar("_T")
 MAX_UM = 1e6
+"""Largest spot diameter and distance in um that a manifest accepts."""
 
 
 @dataclass
@@ -53,7 +55,9 @@ class BuildReport:
     n_spots: int
     n_genes: int
     sections: list[str]
+    """Ids of the sections in the set."""
     text: str
+    """Summary for the terminal: tile, statistics of the sections and, if any, the sections left out."""
     skipped: dict[str, str] = field(default_factory=dict)
     """Sections that could not be built, with the reason; only with ``on_error="skip"``."""
 
@@ -103,7 +107,7 @@ def build_shards(
     allow_benchmark, benchmark_ids, auto_split, seed
         See :func:`comtip_shards.sections.leakage.enforce_split_policy`.
     jobs
-        Number of worker processes; the bytes do not depend on it.
+        Number of worker processes; the bytes of the set do not depend on it.
     part
         (i, n), 1 <= i <= n: build the i-th of n parts of the set from the same sources, for example on several machines;
         :func:`comtip_shards.builder.merge.merge_sets` merges them.
@@ -118,7 +122,8 @@ def build_shards(
     Raises
     ------
     SourceError, ShardError
-        Invalid input, a donor on both sides of a split, or an ``out`` that holds other files or cannot be written.
+        An argument or a source is invalid, a donor in ``test`` is also in ``train`` or ``val``, ``out`` holds other files
+        or cannot be written, or a worker process was killed.
     """
     policy = check_policy(on_error, part)
     unopened = [Failure(name, reason) for name, reason in (failed or {}).items()]
@@ -148,7 +153,7 @@ class _Build:
     progress: bool
 
     def run(self, sources: Sequence[SectionSource], metas: Sequence[SectionMeta]) -> BuildReport:
-        """Build what is not built yet, and report."""
+        """Build the set; if ``out`` already holds it, only return its report."""
         chosen = range(len(metas)) if self.part is None else self.part.sections
         work = [(sources[i], metas[i], self.tile) for i in chosen]
         fingerprints = self._call(_fingerprint, work, label="hashing inputs")
@@ -170,7 +175,7 @@ class _Build:
     def run_skipping(
         self, sources: Sequence[SectionSource], metas: Sequence[SectionMeta], unopened: Sequence[Failure]
     ) -> BuildReport:
-        """Build what can be built; sections that cannot are reported, and the others stay staged for the next run."""
+        """Build the set without the sections that fail, and report these; the others stay staged for the next run."""
         work = [(_fingerprint, m.section_id, s, m, self.tile) for s, m in zip(sources, metas, strict=True)]
         prints = self._call(attempt, work, label="hashing inputs")
         failures = [*unopened, *(p for p in prints if isinstance(p, Failure))]
@@ -283,7 +288,7 @@ def assign_splits(
     Raises
     ------
     SourceError
-        A fact is invalid, or there is leakage.
+        Ids are not unique, ``splits`` names an unknown section, a fact is invalid, or there is leakage.
     """
     stated = _with_splits(list(metas), splits)
     return enforce_split_policy(
@@ -292,19 +297,27 @@ def assign_splits(
 
 
 def part_of(metas: Sequence[SectionMeta], part: tuple[int, int] | None) -> BuildPart | None:
-    """Return the sections of a part: every n-th, so that similar neighbours in the source are distributed over parts."""
+    """Return the sections of part (i, n), or None if ``part`` is None.
+
+    A part holds every n-th section, so that similar neighbours in the source are distributed over the parts.
+
+    Raises
+    ------
+    SourceError
+        The part is out of range.
+    """
     if part is None:
         return None
     index, of = part
     if not 1 <= index <= of <= len(metas):
         raise SourceError(
-            f"part {index}/{of} of {len(metas)} sections is out of range; use i/n with 1 <= i <= n <= {len(metas)}"
+            f"`part` {index}/{of} is out of range for {len(metas)} sections; use i/n with 1 <= i <= n <= {len(metas)}"
         )
     return BuildPart(index, of, list(range(index - 1, len(metas), of)), hash_of(metas))
 
 
 def hash_of(metas: Sequence[SectionMeta]) -> str:
-    """Return the hash of all sections' metadata, shared by the parts of one build."""
+    """Return the SHA-256 (hex) of all sections' metadata, which is the same in all parts of one build."""
     return hashlib.sha256(json.dumps([asdict(m) for m in metas], sort_keys=True).encode()).hexdigest()
 
 
@@ -332,7 +345,7 @@ def _with_splits(metas: list[SectionMeta], splits: StatedSplits) -> list[Section
 
 
 def _check_sizes(meta: SectionMeta) -> None:
-    """Check, before any work, the sizes that a manifest limits."""
+    """Check the spot diameter and distance before any section is read; a manifest limits both."""
     for what, value in (("spot diameter", meta.spot_diameter_um), ("distance between spots", meta.spot_pitch_um)):
         if not 0 < value <= MAX_UM:
             raise SourceError(
@@ -360,6 +373,6 @@ def _fingerprint(source: SectionSource, meta: SectionMeta, tile: TileSpec) -> st
         "made_with": dependency_versions(),
         "files": [(f.name, sha256_of(f)) for f in files],
     }
-    if options := stated(source.counts):  # the layer of the counts shows in nothing else
+    if options := stated(source.counts):  # nothing else in the fingerprint depends on the layer of the counts
         facts["counts"] = options
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

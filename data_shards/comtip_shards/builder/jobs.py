@@ -42,7 +42,8 @@ def run_jobs(
     Raises
     ------
     ShardError
-        A process was killed, possibly because memory ran out. Exceptions of ``function`` are raised unchanged.
+        A worker process was killed, possibly because memory ran out, or an argument cannot be pickled. Exceptions of
+        ``function`` are raised unchanged.
     """
     bar = tqdm(total=len(arguments), desc=label, unit=unit, disable=None if progress else True)
     with bar:
@@ -58,8 +59,8 @@ def run_jobs(
 def _in_processes(function: Callable[..., T], arguments: Sequence[tuple[Any, ...]], jobs: int, bar: Any) -> list[T]:
     from joblib import Parallel, delayed
 
-    # loky replaces a worker whose memory has grown by 300 MB, as reading large images does; its warning reads like a failure.
-    # The filter stays: the warning comes from a thread of the pool, at any time.
+    # loky replaces a worker whose memory has grown by 300 MB, as it does when reading large images, and warns as if it failed.
+    # The filter is never removed, because a thread of the pool may warn at any time.
     warnings.filterwarnings("ignore", message="A worker stopped while some jobs were given", category=UserWarning)
     results: dict[int, T] = {}
     calls = (delayed(_call)(os.getpid(), number, function, a) for number, a in enumerate(arguments))
@@ -70,7 +71,7 @@ def _in_processes(function: Callable[..., T], arguments: Sequence[tuple[Any, ...
             bar.update()
     except BrokenProcessPool as error:
         raise ShardError(
-            "a worker process was killed, possibly because memory ran out; run again with smaller `jobs`: finished work is kept"
+            "a worker process was killed, possibly because memory ran out; run again with a smaller `jobs`: finished work is kept"
         ) from error
     except PicklingError as error:
         raise ShardError(f"a section cannot be sent to another process ({error}); set `jobs` to 1") from error

@@ -34,6 +34,7 @@ class FinishedSection:
     digest: str
     """Digest of the set's manifest, so that a process with several sets open never confuses two."""
     number: int
+    """Index of the section in the set's manifest."""
 
     def head(self) -> SectionHead:
         """Return everything except the records."""
@@ -123,8 +124,8 @@ def merge_sets(parts: Sequence[Path | str], out: Path, *, jobs: int = 1, progres
     Raises
     ------
     ShardError, SourceError
-        Settings differ, a part is missing or given twice, a section is in two sets, a donor would be in training and
-        test, or a record of a part is damaged.
+        Settings differ, a part is missing or given twice, a section is in two sets, a donor in ``test`` would also be in
+        ``train`` or ``val``, or a record is damaged.
     """
     out = Path(out)
     if not parts:

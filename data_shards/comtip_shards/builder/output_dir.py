@@ -30,6 +30,7 @@ from comtip_shards.format.statistics import FILE as STATISTICS_FILE
 from comtip_shards.names import inside
 from comtip_shards.storage.atomic import tmp_path_of
 from comtip_shards.storage.cache import NO_LOCKS
+from comtip_shards.storage.disk import disk_fix, disk_trouble
 from comtip_shards.storage.regular_file import read_regular
 
 STAGING = ".building"
@@ -101,16 +102,16 @@ def clear_staging(out: Path) -> None:
 
 
 def refuse_links(out: Path) -> None:
-    """Check that an unfinished build has no links, through which files elsewhere would be written.
+    """Check that an unfinished build has no symbolic links, through which files elsewhere would be written.
 
     Raises
     ------
     ShardError
-        There is a link; the message names the first.
+        There is a symbolic link; the message names the first one.
     """
     for path in [p for n in sorted(_OURS) for p in (out / n, *(out / n).rglob("*"))]:
         if path.is_symlink():
-            raise ShardError(f"{path}: is a link, which no build writes; delete it, or give a new folder")
+            raise ShardError(f"{path}: is a symbolic link, which no build writes; delete it, or give a new folder")
 
 
 @contextmanager
@@ -152,7 +153,7 @@ def lock_or_warn(file: int, folder: Path) -> None:
     Raises
     ------
     BlockingIOError
-        Another process holds it.
+        Another process holds the lock.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -171,7 +172,7 @@ def lock_or_warn(file: int, folder: Path) -> None:
 def _remove_staging(out: Path) -> None:
     """Rename the staging folder to :data:`REMOVING` and remove it.
 
-    The next process starts as soon as the folder is renamed, so it may already remove a folder of that name while this one does.
+    The next process may start as soon as the folder is renamed, so both may remove :data:`REMOVING` at the same time.
     """
     removing, last = out / REMOVING, _ATTEMPTS - 1
     for attempt in range(_ATTEMPTS):
@@ -196,7 +197,7 @@ def _remove_staging(out: Path) -> None:
 def writing(out: Path) -> Iterator[Path]:
     """Lock ``out`` and yield its staging folder, which is removed when the block ends without an error.
 
-    It is kept if the block leaves :data:`comtip_shards.builder.skipping.INCOMPLETE` in it.
+    The staging folder is kept if the block leaves :data:`comtip_shards.builder.skipping.INCOMPLETE` in it.
 
     Raises
     ------
@@ -225,6 +226,13 @@ def writing(out: Path) -> Iterator[Path]:
         ):
             raise
         raise ShardError(
-            f"{error.filename or out}: cannot be written ({error.strerror or error}); free space or fix the permissions, then "
-            "run the same command again: finished work is kept"
+            f"{error.filename or out}: cannot be written ({error.strerror or error}); {_fix_of(error)}, then run the same "
+            "command again: finished work is kept"
         ) from error
+
+
+def _fix_of(error: OSError) -> str:
+    """Return what a user does about an error of writing, as the start of a sentence."""
+    if disk_trouble(error) is not None:
+        return disk_fix(error)
+    return "delete this folder" if error.errno == errno.EISDIR else "make the folder writable"

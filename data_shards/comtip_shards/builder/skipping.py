@@ -26,15 +26,15 @@ class Failure:
 
 
 def check_policy(on_error: str, part: tuple[int, int] | None) -> OnError:
-    """Check the policy.
+    """Return ``on_error`` after checking it.
 
     Raises
     ------
     SourceError
-        Unknown, or ``skip`` for a part of a set: the parts would not agree on the sections.
+        ``on_error`` is unknown, or is ``skip`` for a part of a set: the parts would not agree on the sections.
     """
     if on_error not in get_args(OnError):
-        raise SourceError(f"on_error {on_error!r}: use {' or '.join(get_args(OnError))}")
+        raise SourceError(f"`on_error` {on_error!r} is unknown; use {' or '.join(get_args(OnError))}")
     if on_error == "skip" and part is not None:
         raise SourceError(
             "`on_error=skip` cannot be combined with `part`, because all parts must agree on the sections; remove the "
@@ -44,9 +44,9 @@ def check_policy(on_error: str, part: tuple[int, int] | None) -> OnError:
 
 
 def attempt(function: Callable[..., _T], section_id: str, *arguments: Any) -> _T | Failure:
-    """Call ``function(*arguments)`` and return an error of the section as a :class:`Failure`.
+    """Call ``function(*arguments)``; if it raises because of the section, return a :class:`Failure`.
 
-    Errors of the output folder and of the disk are raised: every other section would meet them too.
+    Errors of the output folder and of the disk are raised, because all other sections would fail with them too.
     """
     try:
         return function(*arguments)
@@ -77,7 +77,7 @@ def mark_incomplete(staging: Path, fingerprint: str, failures: list[Failure]) ->
 
 
 def text_of(failures: list[Failure], n_sections: int, staging: Path) -> str:
-    """Return the message about the sections that were left out."""
+    """Return the message about the sections that were left out, empty if there are none."""
     if not failures:
         return ""
     lines = [f"\n{len(failures)} of {n_sections} sections could not be built and were left out:"]

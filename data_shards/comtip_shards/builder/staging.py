@@ -30,6 +30,7 @@ from comtip_shards.sources.base import SectionSource
 from comtip_shards.storage.atomic import atomic_folder
 
 OVERVIEW_PX = 1024
+"""Maximum width and height of an overview."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def stage_section(
     source
         The section to read.
     meta
-        Its metadata, with donor and split as built.
+        Its metadata, with the donor and the split that the set will state.
     tile
         Settings of the tiles.
     fingerprint
@@ -105,7 +106,7 @@ def stage_section(
 
 
 def _write_section(section: Section, meta: SectionMeta, tile: TileSpec, folder: Path) -> None:
-    """Cut, check and encode a section into the files of a staged one."""
+    """Cut, check and encode a section, and write the files that :class:`StagedSection` reads."""
     with section.open_slide() as slide, (folder / "tiles.bin").open("wb") as file:
         stain, starts, sizes = _write_tiles(section, slide, tile, file)
         overview, overview_mpp = _overview(slide, meta.mpp)
@@ -188,7 +189,7 @@ def _notes(meta: SectionMeta, tile: TileSpec) -> list[str]:
             f"the image has {meta.mpp:.2f} um per px, coarser than the {tile.min_mpp:g} of the set: its tiles may be blurred"
         )
     if meta.donor.startswith("unstated:"):
-        notes.append("the donor is not stated: the section is treated as a donor of its own")
+        notes.append("the donor is not stated: the section counts as a donor of its own")
     return notes
 
 

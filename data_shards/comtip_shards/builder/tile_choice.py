@@ -44,15 +44,15 @@ def choose_tile(
     codec: str = "jpeg",
     quality: int = 95,
 ) -> TileSpec:
-    """Return the tile of a set; what is not stated follows from the scales of its images.
+    """Return the tile of a set; arguments that are None are derived from the scales of its images.
 
     Parameters
     ----------
     sections
         All sections of the set.
     px, um
-        Width in px and in um. Default: 112 um in 224 px; in fewer px (a multiple of 32) where the coarsest image has less
-        than the resolution of that.
+        Width in px and in um. Default: 112 um in 224 px, or in fewer px (a multiple of 32) if the coarsest image is coarser
+        than 0.5 um per px.
     min_mpp
         Finer images are downsampled to this many um per px. Default: the tile's own um per px, at which no detail of the
         tile is lost; or, if sections differ, the um per px of the coarsest.
@@ -85,13 +85,13 @@ def _seen(scales: Sequence[float], tile_mpp: float) -> tuple[float, float]:
 def check_tile(tile: TileSpec) -> TileSpec:
     """Return the tile, or raise :class:`SourceError` if a value is out of range."""
     if tile.codec not in record.CODECS:
-        raise SourceError(f"unknown codec {tile.codec!r}; use {', '.join(record.CODECS)}")
+        raise SourceError(f"`codec` {tile.codec!r} is unknown; use {', '.join(record.CODECS)}")
     if not 1 <= tile.quality <= 100:
-        raise SourceError(f"quality {tile.quality} is out of range; use 1 to 100")
+        raise SourceError(f"`quality` {tile.quality} is out of range; use 1 to 100")
     if not 8 <= tile.px <= 4096 or not 1 <= tile.um <= 10_000 or not 0 < tile.min_mpp <= 100:
         raise SourceError(
-            f"tiles of {tile.um:g} um in {tile.px} px at {tile.min_mpp:g} um/px are out of range; use 1 to 10000 um, 8 to "
-            "4096 px and up to 100 um/px"
+            f"tiles of {tile.um:g} um in {tile.px} px at {tile.min_mpp:g} um/px are out of range; set `tile_um` to 1 to 10000, "
+            "`tile_px` to 8 to 4096 and `min_mpp` to at most 100"
         )
     return tile
 
@@ -118,7 +118,7 @@ def scale_cost(section: Scaled, tile: TileSpec) -> str | None:
 
 
 def tile_text(sections: Sequence[Scaled], tile: TileSpec) -> list[str]:
-    """Return lines with the tile geometry, and the resolution that each section loses by it."""
+    """Return lines that state the tile geometry and the sections that lose resolution or are upsampled."""
     costs = {s.section_id: scale_cost(s, tile) for s in sections}
     lines = [
         f"tiles of {tile.um:g} um in {tile.px} px ({tile.um / tile.px:.3g} um/px), images not finer than {tile.min_mpp:g} um/px"

@@ -63,7 +63,7 @@ FOLDERS = ("shards", "overview", "spots")
 
 @dataclass
 class SectionHead:
-    """Everything about a section except its records."""
+    """Everything about a section except its records: the content of its manifest entry."""
 
     meta: SectionMeta
     fingerprint: str
@@ -72,21 +72,29 @@ class SectionHead:
     """Keys of the measured genes; ``RecordRun.columns`` are indices into this list."""
     stain: StainStats
     overview: bytes
+    """JPEG of the whole section."""
     overview_mpp: float
+    """um per px of the overview."""
     source: dict[str, Any]
+    """:attr:`comtip_shards.format.manifest.ManifestSection.source`."""
     pages: Pages = field(default_factory=dict)
     """Report pages of its checks: ``{"json": text, "html": text}``."""
 
 
 @dataclass
 class RecordRun:
-    """Consecutive records, in the order of the layout; counts are a CSR matrix."""
+    """n consecutive records, in the order of :func:`layout`; ``indptr``, ``columns`` and ``counts`` are a CSR matrix."""
 
     tiles: list[bytes]
+    """Encoded tiles."""
     jsons: list[bytes]
+    """``.json`` members."""
     indptr: np.ndarray
+    """Integers (n + 1,)."""
     columns: np.ndarray
+    """Integers (nnz,), indices into :attr:`SectionHead.keys`."""
     counts: np.ndarray
+    """Integers (nnz,), raw counts."""
 
 
 class SectionRecords(Protocol):
@@ -96,7 +104,7 @@ class SectionRecords(Protocol):
         """Return everything except the records."""
 
     def runs(self, size: int) -> Iterator[RecordRun]:
-        """Yield the records, ``size`` at a time."""
+        """Yield the records in the order of :func:`layout`, ``size`` at a time."""
 
 
 def layout(section_id: str, n_spots: int) -> np.ndarray:
@@ -120,7 +128,7 @@ def _version(package: str) -> str:
 
 
 def set_fingerprint(fingerprints: Sequence[str], records_per_shard: int) -> str:
-    """Return the fingerprint of a set from those of its sections."""
+    """Return the fingerprint of a set (SHA-256, hex) from those of its sections."""
     return hashlib.sha256(json.dumps([list(fingerprints), records_per_shard]).encode()).hexdigest()
 
 
@@ -200,7 +208,7 @@ def _survey(sections: Sequence[SectionRecords]) -> tuple[list[str], list[int], l
 
 
 def _finish(out: Path, manifest: Manifest) -> Manifest:
-    """Write the manifest last, because a set with a manifest counts as complete, also after a power failure."""
+    """Write report, statistics and manifest; the manifest last, because a set with one counts as complete after a power failure."""
     write_atomic(out / REPORT_FILE, report(manifest))
     text = manifest.to_json()
     _merge_statistics(out, manifest.sections, json.loads(text)["digest"])
@@ -281,6 +289,7 @@ def write_section(
 def _write_shard(
     run: RecordRun, rows: np.ndarray, codec: str, out: Path, stem: str, first: int, section_id: str
 ) -> tuple[ShardEntry, np.ndarray]:
+    """Write one tar and its index; return the manifest entry and the CRC-32 of the members, uint32 (n, 3)."""
     n = len(run.tiles)
     offsets, sizes, crcs = (np.zeros((n, 3), t) for t in (np.int64, np.int64, np.uint32))
     path, index = inside(out, f"{stem}.tar"), inside(out, f"{stem}.idx")

@@ -34,7 +34,7 @@ def check_size(data: bytes, px: int, codec: str, where: Callable[[], str]) -> No
     Raises
     ------
     ShardError
-        The header is damaged or states another size.
+        Of kind ``tile``: the header is damaged or states another size, or a JPEG is incomplete.
     """
     try:
         size = _jpeg_size(data) if codec == "jpeg" else _other_size(data, codec)
@@ -50,7 +50,7 @@ def check_size(data: bytes, px: int, codec: str, where: Callable[[], str]) -> No
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int]:
-    """Walk the segments up to the scan; exactly one of them must be a frame header."""
+    """Return (width, height) from the only frame header before the scan; raises ValueError if the JPEG is invalid."""
     if data[:2] != b"\xff\xd8" or data[-2:] != _END:
         raise ValueError("not a complete JPEG")
     offset, size = 2, None
@@ -64,12 +64,12 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
         (length,) = struct.unpack_from(">H", data, offset + 2)
         if marker in _FRAMES:
             if size is not None:
-                raise ValueError("two frames")
+                raise ValueError("two frame headers")
             height, width = struct.unpack_from(">HH", data, offset + 5)
             size = (width, height)
         if marker == _SCAN:
             if size is None:
-                raise ValueError("a scan before its frame")
+                raise ValueError("no frame header before the scan")
             return size
         offset += 2 + length
 

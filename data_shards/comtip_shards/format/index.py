@@ -16,7 +16,8 @@ INDEX_VERSION = "v1.2"
 
 
 MAX_TILE_BYTES, MAX_JSON_BYTES = 4 * 2**20, 2**20
-"""Maximum size in bytes of a tile, plus 8 per pixel (raw pixels take 3), and of a ``.json``: a batch holds many of each."""
+"""Maximum size in bytes of an encoded tile, to which 8 per pixel are added (raw pixels take 3), and of a ``.json`` member.
+Both are below ``MAX_MEMBER_BYTES``, because a batch holds many of them."""
 
 
 def index_text(first_spot: int, codec: str, offsets: np.ndarray, sizes: np.ndarray) -> str:

@@ -41,10 +41,15 @@ class TileSpec:
     """Settings with which tiles were cut."""
 
     px: Annotated[int, Field(ge=1, le=4096)]
+    """Width and height in px."""
     um: Annotated[float, Field(gt=0, le=10_000)]
+    """Width and height in um."""
     min_mpp: Annotated[float, Field(gt=0, le=100)]
+    """um per px to which finer images were blurred."""
     codec: str
+    """A key of :data:`comtip_shards.format.record.CODECS`."""
     quality: Annotated[int, Field(ge=1, le=100)]
+    """Quality of ``jpeg`` and ``webp``."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ class Overview:
 @strict
 @dataclass(frozen=True)
 class ManifestSection:
-    """One section: provenance, measured genes and range of spots."""
+    """One section: provenance, measured genes and range of spots; FORMAT.md defines the fields."""
 
     section_id: str
     dataset: Text
@@ -186,11 +191,19 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         return parse_manifest(read_regular(path), str(path))
     except OSError as error:
-        raise ShardError(f"{path}: cannot be read ({error.strerror}); {FOREIGN}", kind="manifest") from error
+        raise ShardError(
+            f"{path}: cannot be read ({error.strerror}); fix its permissions, or copy it again", kind="manifest"
+        ) from error
 
 
 def parse_manifest(text: bytes, where: str) -> Manifest:
-    """Parse and validate the bytes of a manifest; ``where`` is its name in error messages."""
+    """Parse and validate the bytes of a manifest; ``where`` is its name in error messages.
+
+    Raises
+    ------
+    ShardError
+        Of kind ``manifest``: not a manifest, another version, or damaged.
+    """
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -210,7 +223,9 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         field_name = ".".join(str(p) for p in first["loc"])
-        raise ShardError(f"{where}: {field_name}: {first['msg']}; copy it again", kind="manifest") from error
+        raise ShardError(
+            f"{where}: {field_name}: {first['msg']}; copy the manifest again, or {REBUILD}", kind="manifest"
+        ) from error
     _check(manifest, where)
     if digest_of(data) != manifest.digest:
         raise ShardError(
@@ -245,7 +260,8 @@ def _check(manifest: Manifest, where: str) -> None:
         raise ShardError(f"{where}: a shard states more records than fit in its file; {FOREIGN}", kind="manifest")
     ids = [s.section_id for s in manifest.sections]
     if len(set(ids)) != len(ids):
-        raise ShardError(f"{where}: duplicate section id; {FOREIGN}", kind="manifest")
+        twice = next(i for i in ids if ids.count(i) > 1)
+        raise ShardError(f"{where}: duplicate section id {twice}; {FOREIGN}", kind="manifest")
     ends = {s.section_id: (s.first_spot, s.first_spot + s.n_spots) for s in manifest.sections}
     for shard in manifest.shards:
         low, high = ends.get(shard.section_id, (0, -1))
@@ -332,7 +348,7 @@ def files_of(manifest: Manifest) -> dict[str, str]:
 
 
 def pack_bits(measured: np.ndarray) -> str:
-    """Encode a boolean mask over the gene table."""
+    """Encode a boolean mask over the gene table, bool (n_genes,), as base64."""
     return base64.b64encode(np.packbits(measured).tobytes()).decode("ascii")
 
 

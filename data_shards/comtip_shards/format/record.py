@@ -19,10 +19,11 @@ _HEAD = 16
 _PNG_RGB8 = b"\x08\x02"
 """Bit depth and colour type in the header of a PNG."""
 CODECS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
-"""Codec -> extension of the tar member."""
+"""{codec: extension of the tar member}."""
 PARTS = ("tile", "expr", "json")
 """The members of a record, in the order of the tar."""
 MAX_MEMBER_BYTES = 64 * 2**20
+"""Maximum size of any member."""
 MAX_TEXT, MAX_PX = 4096, 1e12
 """Maximum length of a spot id or label, in characters; largest position, in px."""
 _REQUIRED = {"section_id": str, "spot_id": str, "source_row": int, "x_px": float, "y_px": float}
@@ -41,7 +42,7 @@ def key_of(spot_index: int) -> str:
 
 
 def encode_expr(rows: np.ndarray, counts: np.ndarray) -> bytes:
-    """Encode one spot's non-zero counts, about two bytes per gene; FORMAT.md, ``.expr``.
+    """Encode one spot's non-zero counts, in about two bytes per gene, as FORMAT.md defines for ``.expr``.
 
     Parameters
     ----------
@@ -63,7 +64,7 @@ def encode_expr(rows: np.ndarray, counts: np.ndarray) -> bytes:
 
 
 def decode_expr(data: bytes, n_genes: int, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return (gene rows, counts) as int32; anything that :func:`encode_expr` would not write is refused."""
+    """Decode the counts of one spot: (gene rows, counts), each int32 (n,); raises like :func:`decode_exprs`."""
     _, rows, counts = decode_exprs([data], n_genes, lambda _: where)
     return rows, counts
 
@@ -90,7 +91,7 @@ def decode_exprs(
     Raises
     ------
     ShardError
-        A record differs from what :func:`encode_expr` writes; the message names the first such record.
+        Of kind ``counts``: a record differs from what :func:`encode_expr` writes; the message names the first such record.
     """
     B = len(records)
     sizes = np.fromiter((len(r) for r in records), np.int64, B)
@@ -129,7 +130,7 @@ def _cut(records: Sequence[bytes], start: np.ndarray, stop: np.ndarray) -> np.nd
 
 
 def _per_record(positions: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """Return the number of ``positions`` within each record, where record i has ``size[i]`` entries."""
+    """Return how many ``positions`` (indices into the concatenated records) are in each record; record i has ``size[i]`` entries."""
     return np.bincount(np.searchsorted(np.cumsum(size), positions, side="right"), minlength=size.size)
 
 
@@ -180,10 +181,10 @@ def _decode_counts(
 
 
 def encode_tile(tile_SS3: np.ndarray, codec: str, quality: int) -> bytes:
-    """Encode one tile, uint8 (S, S, 3)."""
+    """Encode one tile, uint8 (S, S, 3); ``quality`` (1 to 100) is ignored for ``png``."""
     out = io.BytesIO()
     by_codec: dict[str, dict[str, Any]] = {
-        "jpeg": {"quality": quality, "subsampling": 0, "optimize": True},  # same pixels, fewer bytes
+        "jpeg": {"quality": quality, "subsampling": 0, "optimize": True},  # optimize: same pixels, fewer bytes
         "png": {"optimize": True},
         "webp": {"quality": quality, "method": 4},
     }
@@ -192,7 +193,13 @@ def encode_tile(tile_SS3: np.ndarray, codec: str, quality: int) -> bytes:
 
 
 def decode_tile(data: bytes, px: int, codec: str, where: str) -> np.ndarray:
-    """Decode one tile to uint8 (S, S, 3); its size is checked before its pixels are decoded."""
+    """Decode one tile to uint8 (S, S, 3); its size is checked before its pixels are decoded.
+
+    Raises
+    ------
+    ShardError
+        Of kind ``tile``: the tile cannot be decoded, or is not one RGB image of 8 bits and px x px.
+    """
     try:
         with Image.open(io.BytesIO(data), formats=[codec.upper()]) as image:
             if image.size != (px, px):

@@ -1,4 +1,4 @@
-"""Schema of what a manifest states of a section's build: spots dropped, notes, checks and fingerprint."""
+"""Schema of ``ManifestSection.source``: spots dropped, notes, results of the checks, and fingerprint of the content."""
 
 from __future__ import annotations
 
@@ -53,7 +53,13 @@ _SOURCE = TypeAdapter(_Source)
 
 
 def check_source(source: dict[str, Any]) -> dict[str, Any]:
-    """Return ``ManifestSection.source``, or raise ValueError (as pydantic's validators do) if it is not what a build writes."""
+    """Return ``ManifestSection.source`` after validating it.
+
+    Raises
+    ------
+    ValueError
+        It is not what a build writes; pydantic, which calls this validator, reports it as a ValidationError.
+    """
     # Validated as JSON, because strict validation does not accept a dict for a dataclass.
     found = _SOURCE.validate_json(json.dumps(source)).print
     for name, text, unit, most in (("spots", found.spots, 8, 1024), ("picture", found.picture, 32, 32)):

@@ -1,4 +1,4 @@
-"""``spots.parquet``: one row per spot, so that opening a set decodes no JSON and every read is checked."""
+"""``spots.parquet``: one row per spot with its metadata, so that opening a set decodes no JSON, and the CRC-32 of its members."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CRC_COLUMNS = ["crc_tile", "crc_expr", "crc_json"]
 
 
 def table_of(first_spot: int, metas: Sequence[dict[str, Any]], crcs: np.ndarray) -> pa.Table:
-    """Return the rows of one section.
+    """Return the rows of one section, with the columns of :data:`SCHEMA`.
 
     Parameters
     ----------
@@ -120,7 +120,22 @@ def _is_sound(column: pa.ChunkedArray, name: str) -> bool:
 
 
 def read_spots(data: bytes, n_spots: int, where: str) -> pd.DataFrame:
-    """Return the table without checksums, indexed by ``spot_index``; ``section_id`` and ``label`` are categorical."""
+    """Return the table without checksums, indexed by ``spot_index``; ``section_id`` and ``label`` are categorical.
+
+    Parameters
+    ----------
+    data
+        Content of the file, already checked against its hash.
+    n_spots
+        Number of spots of the set.
+    where
+        Name of the table for error messages.
+
+    Raises
+    ------
+    ShardError
+        Of kind ``spots``: the table is damaged, or is not that of this set.
+    """
     names = [n for n in SCHEMA.names if n not in CRC_COLUMNS]
     table = _read(data, n_spots, where, names)
     frame = pd.DataFrame({n: table.column(n).to_pandas() for n in names if n not in ("spot_index", "spot_id")})
@@ -131,6 +146,6 @@ def read_spots(data: bytes, n_spots: int, where: str) -> pd.DataFrame:
 
 
 def read_crcs(data: bytes, n_spots: int, where: str) -> np.ndarray:
-    """Return the CRC-32 of every member, uint32 (n_spots, 3)."""
+    """Return the CRC-32 of every member, uint32 (n_spots, 3); parameters and errors as for :func:`read_spots`."""
     table = _read(data, n_spots, where, CRC_COLUMNS)
     return np.stack([table.column(c).to_numpy() for c in CRC_COLUMNS], axis=1)

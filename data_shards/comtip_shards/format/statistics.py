@@ -1,7 +1,7 @@
 """Statistics of the counts: per section and measured gene, stored next to a shard set in ``statistics.npz``.
 
-Training selects genes from them without reading records. A section's values are sums over its records in stored order, so
-that they do not depend on how a set was built or merged: building at once and merging parts give the same bytes.
+Training selects genes by these statistics, without reading records. A section's values are sums over its records in stored
+order, so they do not depend on how a set was built: a single build and merged parts give the same bytes.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ FILE = "statistics.npz"
 VERSION = 1
 _BYTES_PER_GENE = 12
 _SMALL_BYTES = 1 << 24
+_RECOMPUTE = "delete the file; it is computed again when it is needed"
 _DTYPES = {"detected": np.dtype(np.uint32), "total": np.dtype(np.float32), "square": np.dtype(np.float32)}
 _UNREADABLE = (
     ValueError,
@@ -46,16 +47,16 @@ class SectionStatistics:
     n_spots: int
     """Number of spots that were counted."""
     detected: np.ndarray
-    """uint32 (g,), spots in which the gene has a count."""
+    """uint32 (g,), number of spots in which the gene was detected."""
     total: np.ndarray
     """float32 (g,), sum of log1p CP10K over the spots."""
     square: np.ndarray
-    """float32 (g,), sum of its square."""
+    """float32 (g,), sum of the square of log1p CP10K over the spots."""
 
 
 @dataclass
 class StatisticsSum:
-    """Accumulates the statistics of one section, record by record.
+    """Running sums for the statistics of one section.
 
     Parameters
     ----------
@@ -74,7 +75,7 @@ class StatisticsSum:
         self._total, self._square = np.zeros(self.n_columns), np.zeros(self.n_columns)
 
     def add(self, indptr: np.ndarray, columns: np.ndarray, counts: np.ndarray) -> None:
-        """Add records: a CSR matrix (n, measured genes) of raw counts; CP10K divides by the sum of a record's counts."""
+        """Add n records: a CSR matrix (n, n_columns) of raw counts. CP10K divides by the record's sum over all measured genes."""
         n = indptr.size - 1
         total = np.add.reduceat(np.append(counts, 0), indptr[:-1], dtype=np.int64)
         total[indptr[1:] == indptr[:-1]] = 0  # for an empty row, reduceat returns the next element
@@ -87,7 +88,7 @@ class StatisticsSum:
         np.add.at(self._square, columns, values * values)
 
     def result(self, order: np.ndarray) -> SectionStatistics:
-        """Return the statistics; ``order`` sorts the columns by row of the gene table."""
+        """Return the statistics with columns in ``order``, int64 (n_columns,), which sorts them by row of the gene table."""
         return SectionStatistics(
             self.n_spots,
             self._detected[order].astype(np.uint32),
@@ -165,7 +166,7 @@ def check_statistics(file: BinaryIO, manifest: Manifest, where: str) -> None:
     Raises
     ------
     ShardError
-        The file is damaged or belongs to another set; ``where`` names it.
+        Of kind ``statistics``: the file is damaged or belongs to another set; ``where`` names it.
     """
     try:
         with zipfile.ZipFile(file) as archive:
@@ -177,13 +178,11 @@ def check_statistics(file: BinaryIO, manifest: Manifest, where: str) -> None:
             if not foreign:
                 all_spots = head["n_spots"].tolist() == expected and _values_are_valid(archive, manifest)
     except _UNREADABLE as error:
-        raise ShardError(f"{where}: not readable ({error}); delete the file", kind="statistics") from error
+        raise ShardError(f"{where}: not readable ({error}); {_RECOMPUTE}", kind="statistics") from error
     if foreign:
-        raise ShardError(
-            f"{where}: belongs to another shard set or version; delete it, it will be computed again", kind="statistics"
-        )
+        raise ShardError(f"{where}: belongs to another shard set or version; {_RECOMPUTE}", kind="statistics")
     if not all_spots:
-        raise ShardError(f"{where}: not the statistics of all spots of this set; delete the file", kind="statistics")
+        raise ShardError(f"{where}: not the statistics of all spots of this set; {_RECOMPUTE}", kind="statistics")
 
 
 def iter_statistics(file: BinaryIO, manifest: Manifest) -> Iterator[SectionStatistics]:

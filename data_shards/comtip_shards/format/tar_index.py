@@ -1,4 +1,4 @@
-"""Offsets of a shard's members, from its tar headers; anything but small regular files is refused."""
+"""Offsets of a shard's members, read from its tar headers; members that no build writes are refused."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def index_tar(path: Path, where: str = "") -> dict[str, tuple[int, int]]:
     Raises
     ------
     ShardError
-        The file is missing or truncated, or a member is a link, a folder, too large, or named like a path.
+        The file is missing or truncated, or a member is a link, a folder, too large, a duplicate, or named like a path.
     """
     where = where or str(path)
     members: dict[str, tuple[int, int]] = {}
@@ -35,7 +35,8 @@ def index_tar(path: Path, where: str = "") -> dict[str, tuple[int, int]]:
                     raise ShardError(f"{where}: member {info.name!r} is not a regular file of a record; {FOREIGN}")
                 if info.size > MAX_MEMBER_BYTES or info.offset_data + info.size > size:
                     raise ShardError(
-                        f"{where}: member {info.name} has {info.size} bytes by its header, more than the shard or the format allows; copy it again"
+                        f"{where}: member {info.name} has {info.size} bytes by its header, more than the shard or the format "
+                        "allows; copy the shard again"
                     )
                 if info.name in members:
                     raise ShardError(f"{where}: duplicate member {info.name}; copy the shard again")
@@ -45,5 +46,5 @@ def index_tar(path: Path, where: str = "") -> dict[str, tuple[int, int]]:
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         if isinstance(error, ShardError):
             raise
-        raise ShardError(f"{where}: not a readable tar file ({error}); copy it again") from error
+        raise ShardError(f"{where}: not a readable tar file ({error}); copy the shard again") from error
     return members

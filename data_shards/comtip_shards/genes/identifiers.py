@@ -49,7 +49,7 @@ REPAIRED = ("date", "dots", "tail")
 
 @dataclass(frozen=True)
 class GeneHit:
-    """Resolution of one identifier."""
+    """Result of resolving one gene identifier."""
 
     key: str
     """``human:KRT14``; for unknown identifiers, the species and the identifier."""
@@ -69,8 +69,9 @@ class GeneEntry(NamedTuple):
     ensembl: str
     name: str
     previous: str
-    """Previous symbols, separated by ``|``; as ``aliases``."""
+    """Previous symbols, separated by ``|``."""
     aliases: str
+    """Alias symbols and older Ensembl ids, separated by ``|``."""
     kind: str
     """``protein``, ``pseudo`` or another kind of gene."""
 
@@ -110,7 +111,9 @@ class GeneResource:
         return GeneResource([GeneEntry(*row) for row in rows])
 
     def resolve(self, identifier: str, species: str) -> GeneHit:
-        """Resolve one identifier of one species.
+        """Resolve one identifier, a symbol or an Ensembl id, of one species (``human`` or ``mouse``).
+
+        An identifier that is unknown or fits several genes gives a hit with ``how="unmapped"``.
 
         Raises
         ------
@@ -129,7 +132,7 @@ class GeneResource:
         return GeneHit(f"{species}:{row.symbol}", species, row.symbol, row.ensembl, row.name, how)
 
     def candidates(self, identifier: str, species: str) -> list[str]:
-        """Return the symbols that a name changed by a spreadsheet or by R may have been, sorted."""
+        """Return the original symbols, sorted, that a spreadsheet or R may have changed to this identifier."""
         rows = self._dates(identifier.strip(), species) | self._dots(identifier.strip(), species)
         return sorted({self.rows[i].symbol for i in rows if i >= 0})
 
@@ -192,12 +195,13 @@ class GeneMap:
     column_to_key: np.ndarray
     """int64 (n_columns,), index into ``keys``; -1 for unmapped columns."""
     collisions: dict[str, list[str]]
-    """Keys of several columns, whose counts are summed."""
+    """{key: its columns} for keys of more than one column; the counts of these are summed."""
     unmapped: list[str]
+    """Identifiers of unmapped columns."""
     identifiers: list[str] = field(default_factory=list)
-    """The columns as in the source."""
+    """Identifiers of all columns, as in the source."""
     ambiguous: dict[str, list[str]] = field(default_factory=dict)
-    """Unmapped names that may have been several symbols before a spreadsheet or R changed them."""
+    """{unmapped identifier: the symbols from which a spreadsheet or R may have produced it}, if there are several."""
 
     @property
     def counts_by_how(self) -> dict[str, int]:
@@ -208,7 +212,13 @@ class GeneMap:
         return out
 
     def sum_columns(self, counts: sparse.csr_matrix) -> sparse.csr_matrix:
-        """Return counts per key, int32 (n, len(keys)); columns of one key are summed, unmapped ones dropped."""
+        """Return counts per key, int32 (n, len(keys)): the columns of a key are summed, unmapped columns are dropped.
+
+        Raises
+        ------
+        OverflowError
+            A summed count exceeds int32.
+        """
         known = np.flatnonzero(self.column_to_key >= 0)
         shape = (counts.shape[1], len(self.keys))
         ones = np.ones(known.size, np.int64)
@@ -220,7 +230,7 @@ class GeneMap:
         return out.astype(np.int32)
 
     def report(self) -> str:
-        """Summarise mapped, summed and unmapped columns."""
+        """Return a summary of the mapped, summed, repaired and unmapped columns, one per line."""
         parts = ", ".join(f"{n} by {how}" for how, n in sorted(self.counts_by_how.items()) if how != "unmapped")
         lines = [f"{len(self.hits)} gene columns: {parts or 'none mapped'}; {len(self.unmapped)} not mapped"]
         if self.collisions:
@@ -260,6 +270,11 @@ def map_genes(
         Gene-name table; by default the one in the package.
     symbols
         Symbols from the source, used for identifiers that are not resolved; empty, or one per column.
+
+    Raises
+    ------
+    ValueError
+        The species is not in the table.
     """
     resource = resource or GeneResource.load()
     hits = [resource.resolve(text, species) for text in identifiers]
@@ -283,7 +298,7 @@ def map_genes(
 
 
 def _with_tails(identifiers: Sequence[str], hits: list[GeneHit]) -> list[GeneHit]:
-    """Resolve names with a tail of make.unique (TBCE-1, TBCE.1) as the name without it, if that is a column too."""
+    """Resolve names with a suffix of R's make.unique (TBCE-1, TBCE.1) as the name without it, if that is also a column."""
     known = {text: hit for text, hit in zip(identifiers, hits, strict=True) if hit.how != "unmapped"}
     out = []
     for text, hit in zip(identifiers, hits, strict=True):

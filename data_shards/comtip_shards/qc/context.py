@@ -61,7 +61,7 @@ class SectionContext:
     """Their centres, px of the downsampled image, float (n, 2)."""
     tile_um: float
     hires: dict[str, float] = field(default_factory=dict)
-    """Scale factors of a scalefactors_json.json next to the image."""
+    """Scale factors from a scalefactors_json.json next to the image, such as ``tissue_hires_scalef``."""
     memo: dict[Hashable, Any] = field(default_factory=dict)
     """Cache of values shared by several checks."""
 
@@ -90,7 +90,7 @@ class SectionContext:
 
     @cached_property
     def _cells(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean optical density, and mean square of the mean over channels, of cells of 2 x 2 px; 0 if all is black.
+        """Mean optical density, and mean square of the mean over channels, of cells of 2 x 2 px; 0 in black areas.
 
         Returns
         -------
@@ -108,7 +108,7 @@ class SectionContext:
 
     @cached_property
     def glass(self) -> np.ndarray | None:
-        """Optical density of glass, float32 (H // 2, W // 2, 3); None if the picture shows none."""
+        """Optical density of glass, float32 (H // 2, W // 2, 3); None if the image shows none."""
         density = self._cells[0]
         seen = over_channels(density) > 0
         return glass_density(density, seen) if seen.any() else None
@@ -119,7 +119,7 @@ class SectionContext:
         return tissue_mask(self._cells[0], self.glass, SMOOTH_UM / (CELL * self.mpp))
 
     def balanced_patches(self) -> np.ndarray:
-        """Return the patches with glass as white, so that exposure and lamp have no colour; unchanged without glass."""
+        """Return the patches scaled so that glass is white, to remove exposure and illumination; unchanged without glass."""
         if self.glass is None:
             return self.patches_NPP3
         last = np.array(self.glass.shape[:2]) - 1
@@ -130,22 +130,23 @@ class SectionContext:
 
     @cached_property
     def flat(self) -> np.ndarray:
-        """Which px have the colour of all their neighbours, bool (H, W): background that was masked, or clear glass."""
+        """Mask of px that have the colour of all their neighbours, bool (H, W): masked background, or clear glass."""
         gray = self.picture_HW3.sum(-1, dtype=np.int16)
         spread = ndimage.maximum_filter(gray, 3) - ndimage.minimum_filter(gray, 3)
         return np.asarray(spread <= MAX_FLAT)
 
     def background_share(self, xy: np.ndarray, width_um: float) -> np.ndarray:
-        """Return the share of background in squares of ``width_um`` around positions: off tissue, or flat.
+        """Return the share of background, float (n,), in squares of ``width_um`` around positions.
 
-        The tissue mask closes gaps of ``SMOOTH_UM``; gaps between the spots of a dense array may be as narrow.
+        It is the larger of the share off tissue and the share of flat px, because the tissue mask closes gaps of
+        ``SMOOTH_UM``, and the gaps between the spots of a dense array may be as narrow.
         """
         size = max(1, round(width_um / self.mpp))
         flat = ndimage.uniform_filter(self.flat.astype(np.float32), size, mode="constant")
         return np.maximum(1 - self.tissue_share(xy, width_um), _sample(flat[None], xy)[:, 0])
 
     def tissue_share(self, xy: np.ndarray, width_um: float) -> np.ndarray:
-        """Return the share of tissue in squares of ``width_um`` around positions; 0 outside the image."""
+        """Return the share of tissue, float (n,), in squares of ``width_um`` around positions; 0 outside the image."""
         size = max(1, round(width_um / (CELL * self.mpp)))
         if ("share", size) not in self.memo:
             self.memo["share", size] = ndimage.uniform_filter(self.tissue.astype(np.float32), size, mode="constant")
@@ -182,7 +183,8 @@ class SectionContext:
     def fit(self, xy: np.ndarray) -> float:
         """Return the fit of expression to the image with all spots at ``xy`` (n, 2), px of the downsampled image.
 
-        It is 0 if most spots lie off the tissue, where glass and frame would correlate with any map by chance.
+        It is 0 if fewer than ``MIN_ON_TISSUE`` of the spots are on tissue, because glass and frames correlate with any map by
+        chance.
         """
         if self.on_tissue(xy[self._expression[0]]).mean() < MIN_ON_TISSUE:
             return 0.0
@@ -199,7 +201,7 @@ class SectionContext:
         return self.fit(self.xy)
 
     def chance(self, xy: np.ndarray) -> float:
-        """Return the fit above which positions are better than chance.
+        """Return the fit above which positions fit significantly better than chance.
 
         It is the mean fit of maps shifted within the bounding box of the spots, plus ``SEEN_SD`` standard deviations.
         """

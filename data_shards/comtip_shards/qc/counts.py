@@ -19,9 +19,9 @@ GENES_WARN, GENES_FAIL = 0.05, 0.5
 """Share of counts of genes without a known identifier: clones and control probes are 1 to 3 %; half or more indicates
 another species or another kind of identifier."""
 EMPTY_COUNTS, EMPTY_WARN, EMPTY_FAIL = 10, 0.05, 0.5
-"""A spot with fewer counts is uninformative; up to 1 in 20 such spots is common at the rim of fresh tissue."""
+"""A spot with fewer than ``EMPTY_COUNTS`` counts is uninformative; up to 1 in 20 of them is common at the rim of fresh tissue."""
 REPEATED_COUNTS, REPEATED_WARN, REPEATED_FAIL = 20, 0.001, 0.05
-"""Two spots with this many counts that are equal in every gene are duplicates, not a coincidence."""
+"""Two spots with at least ``REPEATED_COUNTS`` counts that are equal in every gene are duplicates, not a coincidence."""
 
 
 def join(context: SectionContext) -> Finding:
@@ -63,7 +63,7 @@ def genes(context: SectionContext) -> Finding:
 
 
 def empty_spots(context: SectionContext) -> Finding:
-    """Check for spots with hardly any counts."""
+    """Check for spots with fewer than ``EMPTY_COUNTS`` counts."""
     rows = np.flatnonzero(context.totals < EMPTY_COUNTS)
     share = len(rows) / len(context.totals)
     message = f"{len(rows)} of {len(context.totals)} spots have fewer than {EMPTY_COUNTS} counts (median {np.median(context.totals):.0f})"

@@ -28,7 +28,7 @@ PITCH_OF_PLATFORM = (
     ("st", 200.0),
     ("spatial transcriptomics", 200.0),
 )
-"""Distance of spots in um by a text in the platform's name, first match; inf if the distance is configurable."""
+"""(text, distance of spots in um): the first text that the platform's name contains applies; inf if the distance varies."""
 RESOLUTION_MARGIN = 0.1
 """Minimum gain of fit (share of variance) of another scale; of 700 scales tried, some fit better by chance."""
 RESOLUTION_RANGE, RESOLUTION_MIN = 32.0, 1.15
@@ -46,7 +46,7 @@ TOO_FEW = "too few spots with counts to decide"
 
 
 def on_tissue(context: SectionContext) -> Finding:
-    """Check the share of spots on tissue, which optical density separates from glass."""
+    """Check the share of spots on tissue, as optical density shows it."""
     off = np.flatnonzero(~context.on_tissue(context.xy))
     figure = 1 - len(off) / len(context.xy)
     return graded(
@@ -70,7 +70,7 @@ def platform_pitch(platform: str) -> float:
 
 
 def scale(context: SectionContext) -> Finding:
-    """Compare the spot spacing in um, from the stated um per px, with that of the platform."""
+    """Compare the measured spot spacing, in um by the stated um per px, with the stated spacing and the platform's."""
     stated, known = context.section.meta.spot_pitch_um, platform_pitch(context.section.meta.platform)
     expected = stated if isfinite(stated) and stated > 0 else known
     if not isfinite(expected) or not isfinite(context.pitch_px):
@@ -135,7 +135,7 @@ def full_or_hires(context: SectionContext) -> Finding:
 
 
 def _suspicious(context: SectionContext) -> bool:
-    """Return whether to search for another scale; the search takes a second and may find a chance fit."""
+    """Return whether another scale must be searched for; the search takes a second and may find a chance fit."""
     height, width = context.picture_HW3.shape[:2]
     right, low = context.xy.max(0)
     corner = right < 0.6 * width and low < 0.6 * height
@@ -144,7 +144,7 @@ def _suspicious(context: SectionContext) -> bool:
 
 
 def _best_scale(context: SectionContext) -> tuple[float, float]:
-    """Return (factor on positions, its fit) from a grid search in 1 % steps, refined around the best."""
+    """Return (factor on positions, its fit) of the best scale, from a grid search in 1 % steps that is then refined."""
     steps = int(np.log(RESOLUTION_RANGE) / 0.01)
     limits = np.array([context.picture_HW3.shape[1], context.picture_HW3.shape[0]]) * 1.05
     # Exclude factors for which all positions are within a few px, or outside the image.
@@ -181,7 +181,7 @@ def best_shift(context: SectionContext) -> tuple[tuple[float, float], float]:
 
 
 def corner(context: SectionContext) -> Finding:
-    """Check whether positions are corners of tiles or spots rather than centres, or are shifted off their tissue."""
+    """Check whether positions are corners of tiles or spots instead of centres, or are shifted relative to the tissue."""
     name = "corner"
     if not context.can_fit:
         return not_applicable(name, TOO_FEW)
@@ -248,7 +248,7 @@ def orientation(context: SectionContext) -> Finding:
 
 
 def turned(context: SectionContext) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield positions under the other seven symmetries, of the image and of the bounding box of the spots."""
+    """Yield (description, positions) for the seven other orientations, within the image and within the spots' bounding box."""
     height, width = context.picture_HW3.shape[:2]
     middle = np.array([width, height]) / 2
     box = (context.xy.min(0) + context.xy.max(0)) / 2

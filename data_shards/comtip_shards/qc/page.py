@@ -1,4 +1,4 @@
-"""Report pages: one per section with its overlay image, and a table of all sections. Files are self-contained."""
+"""Self-contained report pages: one per section, with an image of its spots, and a table of all sections."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def overlay(context: SectionContext, findings: Sequence[Finding]) -> bytes:
 
 
 def ramp(values: np.ndarray) -> np.ndarray:
-    """Map values to colours, uint8 (n, 3): 2nd to 98th percentile over :data:`RAMP`."""
+    """Map values, (n,), to colours, uint8 (n, 3): :data:`RAMP` spans their 2nd to 98th percentile."""
     low, high = np.quantile(values, [0.02, 0.98])
     level = np.clip((values - low) / max(high - low, 1e-9), 0, 1) * (len(RAMP) - 1)
     anchors = np.array(RAMP, np.float64)
@@ -113,11 +113,11 @@ def write_pages(sections: Iterable[tuple[str, Pages, Sequence[Mapping[str, Any]]
     Raises
     ------
     SourceError
-        The folder is a link.
+        The folder is a symbolic link.
     """
     if folder.is_symlink():
         raise SourceError(
-            f"{folder}: is a link, but the folder of reports is replaced; delete the link, or give a new folder"
+            f"{folder}: is a symbolic link, but the folder of reports is replaced; delete the link, or give a new folder"
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
     summaries, without_page = [], set()

@@ -48,8 +48,8 @@ def sharpness(patches_NPP3: np.ndarray) -> float:
 def background(context: SectionContext) -> Finding:
     """Check the share of background in tiles, over spots on tissue.
 
-    Squares of the array's spacing are measured if they are wider than tiles: tissue that was cut out around each spot fills
-    most of a narrow tile.
+    If the spots are further apart than a tile is wide, squares of that distance are measured instead: if the image shows only
+    a disc of tissue around each spot, that disc fills most of a narrow tile.
     """
     is_tissue = context.on_tissue(context.xy)
     if not is_tissue.any():
@@ -74,7 +74,7 @@ def stain(context: SectionContext) -> Finding:
     if not len(context.patches_NPP3):
         return not_applicable("stain", "no spot is inside the image")
     is_he, reason = looks_like_he(np.concatenate(list(context.patches_NPP3)))
-    if not is_he:  # exposure and lamp may hide the stain
+    if not is_he:  # exposure and illumination may hide the stain
         balanced, other = looks_like_he(np.concatenate(list(context.balanced_patches())))
         is_he, reason = (True, other) if balanced else (False, reason)
     return Finding(

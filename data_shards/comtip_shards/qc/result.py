@@ -56,7 +56,7 @@ def graded(name: str, figure: float, warn: float, fail: float, message: str, adv
 
 
 def not_applicable(name: str, why: str) -> Finding:
-    """Return the finding of a check that cannot be performed."""
+    """Return the finding of a check that cannot be performed, with the reason ``why``."""
     return Finding(name=name, status=NOT_APPLICABLE, message=why)
 
 
@@ -113,7 +113,7 @@ def worst(statuses: Iterable[str]) -> str:
 
 
 def explain(findings: Sequence[Finding], causes: Sequence[tuple[str, Sequence[str]]]) -> list[Finding]:
-    """Suppress findings that follow from another one, so that a report names the cause and not its consequences.
+    """Set findings that follow from another one to ``not applicable``, so that a report names the cause only.
 
     Parameters
     ----------
@@ -148,7 +148,7 @@ def refuse_failed(sections: Iterable[tuple[str, Sequence[Mapping[str, Any]]]]) -
     Raises
     ------
     SourceError
-        A check failed; names every section, check and fix.
+        A check failed; the message names every section, check and fix.
     """
     failed = [(i, f) for i, findings in sections for f in findings if f["status"] == FAIL]
     if failed:

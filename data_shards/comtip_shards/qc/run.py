@@ -44,7 +44,7 @@ CAUSES = (
     ("corner", ("on_tissue",)),
     ("on_tissue", ("background",)),
 )
-"""(cause, checks it explains): for example, spots are off tissue because positions are mirrored."""
+"""(check, checks that fail because of it), for :func:`explain`: mirrored positions, for example, put spots off tissue."""
 
 
 def check_section(section: Section, slide: Slide | None = None, *, tile_um: float = FIELD_UM) -> SectionReport:
@@ -115,7 +115,7 @@ def _evenly(rows: np.ndarray, n: int) -> np.ndarray:
 
 
 def _scalefactors(image: Path) -> dict[str, float]:
-    """Return the scale factors that Space Ranger wrote next to an image, so that a finding can name one."""
+    """Return the scale factors that Space Ranger wrote next to an image, empty if there are none."""
     for folder in (image.parent, image.parent / "spatial"):
         path = folder / "scalefactors_json.json"
         if path.is_file():
@@ -156,7 +156,7 @@ def _facts(context: SectionContext) -> dict[str, Any]:
 
 
 def check_source(source: SectionSource, *, tile_um: float = FIELD_UM) -> SectionReport:
-    """Read and check a section; an error of the reader becomes the only finding of its report."""
+    """Read and check a section; if it cannot be read, the error is the only finding of the report."""
     try:
         return check_section(source.read(), tile_um=tile_um)
     except SourceError as error:
@@ -198,7 +198,7 @@ def check_sources(
 
 
 def _foreign(folder: Path) -> list[str]:
-    """Return the files of a folder that are not from a check, which writes pairs of .json and .html, and an index."""
+    """Return the names in a folder that no check writes; a check writes pairs of .json and .html, and ``index.html``."""
     names = {p.name for p in folder.iterdir()}
     stems = {Path(n).stem for n in names if n.endswith(".json")} & {Path(n).stem for n in names if n.endswith(".html")}
     return sorted(

@@ -1,7 +1,7 @@
-"""Read report pages from a shard set: parsed and rendered again, never copied.
+"""Read report pages from a shard set; pages are parsed and rendered again, never copied.
 
-The pages are not covered by a hash, and are opened in browsers. Therefore the JSON is validated, the image is decoded, and
-the HTML is rendered from this package's template. For pages written by this version, the result has the same bytes.
+The pages are not covered by a hash and are opened in browsers. Therefore the JSON is validated, the image is decoded, and
+the HTML is rendered from this package's template. Pages written by this version are reproduced byte-identically.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from comtip_shards.qc.result import FORMAT, MAX_LISTED_SPOTS, STATUSES, VERSION,
 from comtip_shards.storage.regular_file import read_regular
 
 MAX_BYTES = 16 * 2**20
-"""Maximum size of a page; those of a section with 50,000 spots have about 2 MB."""
+"""Maximum size of a page in bytes; the pages of a section with 50,000 spots have about 2 MB."""
 MAX_FINDINGS = 100
 _PICTURE = re.compile(r'src="data:image/jpeg;base64,([A-Za-z0-9+/=]+)"')
 
@@ -77,7 +77,7 @@ def stored_pages(folder: Path, section_id: str) -> tuple[Pages, str]:
         return {}, ""
     try:
         if folder.is_symlink():
-            raise ValueError(f"{folder} is a link")
+            raise ValueError(f"{folder} is a symbolic link")
         texts = {e: read_regular(p, MAX_BYTES, follow=False).decode("utf-8") for e, p in paths.items()}
         read = _parse(texts["json"], section_id)
         report = _report(read, _picture(texts["html"]))

@@ -1,8 +1,8 @@
-"""Tissue mask of a section: what differs from glass, in any exposure, and in a picture without glass.
+"""Tissue mask of a section: the areas that differ from glass.
 
-Glass is measured in the picture, as bright, smooth and nearly colourless areas, which an underexposed or unevenly lit scan has,
-too. A picture without such areas has no second class that a threshold could separate: everything is tissue but grey frames,
-ink and black borders.
+The colour of glass is measured in the image itself, from bright, smooth and nearly colourless areas, so that exposure and
+illumination do not matter. An image without such areas has no background: everything except grey frames, ink and black
+borders is tissue.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ GLASS_RANGE = (0.02, 0.03)
 between glass and the mean of tissue, and pale tissue is nearer to glass. Noise of glass is below 0.03 in every section of
 ``samples/``."""
 NO_GLASS = 0.06
-"""Maximum distance from the lightest areas, in a picture without glass, of tissue that shows no hue."""
+"""Maximum density above the lightest areas of tissue without hue, in an image without glass."""
 SPREAD, TEXTURE = 0.09, 0.012
-"""Maximum difference between channels, and local standard deviation, of the optical density of glass: a lamp may be warm or
-cool, but glass is smooth. Tissue without visible structure at 4 um per px is rarer than glass and denser."""
+"""Maximum difference between channels, and local standard deviation, of the optical density of glass: illumination may be warm
+or cool, but glass is smooth. Tissue without visible structure at 4 um per px is rarer than glass and denser."""
 NEAR, MIN_GLASS = 0.06, 0.005
-"""Glass is at most this much denser than the brightest smooth areas nearby, and covers at least this share of the picture."""
+"""Glass is at most this much denser than the brightest smooth areas nearby, and covers at least this share of the image."""
 MUCH_GLASS = 0.05
-"""Share of the picture from which areas are glass without further evidence. A smaller share may be pale, smooth tissue in a
-picture without glass, and a plane through a few of its px does not hold elsewhere."""
+"""Minimum share of the image that such areas must cover to be accepted as glass without further evidence. A smaller share may be
+pale, smooth tissue in an image without glass, and a plane fitted to it does not hold elsewhere."""
 MAX_MAGENTA = 0.02
-"""Maximum density of glass in green above the mean of red and blue: eosin and haematoxylin are magenta, lamps are not."""
+"""Maximum density of glass in green above the mean of red and blue: eosin and haematoxylin are magenta, illumination is not."""
 MIN_COLOUR = 0.2
 """Minimum difference of green and blue density, relative to the distance from glass. Eosin and haematoxylin absorb green
 most; grey frames printed on the slide, dust and pens do not."""
 MAX_ABOVE = 0.3
-"""Density above glass at which a cell counts as fully stained; denser ones are scaled down, which keeps their hue."""
+"""Maximum density above glass that is used; denser cells are scaled down to it, which keeps their hue."""
 
 
 def tissue_mask(density_HW3: np.ndarray, glass_HW3: np.ndarray | None, sigma: float) -> np.ndarray:
@@ -39,9 +39,9 @@ def tissue_mask(density_HW3: np.ndarray, glass_HW3: np.ndarray | None, sigma: fl
     Parameters
     ----------
     density_HW3
-        Optical density per channel, float32; 0 where the picture is black.
+        Optical density per channel, float32; 0 where the image is black.
     glass_HW3
-        Optical density of glass, from :func:`glass_density`.
+        Optical density of glass, from :func:`glass_density`; None if the image shows none.
     sigma
         Smoothing width in cells, so that gaps between nuclei count as tissue.
 
@@ -64,9 +64,9 @@ def tissue_mask(density_HW3: np.ndarray, glass_HW3: np.ndarray | None, sigma: fl
 
 
 def glass_density(density_HW3: np.ndarray, seen: np.ndarray) -> np.ndarray | None:
-    """Return the optical density of glass per cell and channel, float32 (H, W, 3); None if the picture shows no glass.
+    """Return the optical density of glass per cell and channel, float32 (H, W, 3); None if the image shows no glass.
 
-    It is a plane per channel, because lamps do not light a slide evenly.
+    A plane is fitted to each channel, because illumination is uneven. ``seen``, bool (H, W), excludes black areas.
     """
     mean = over_channels(density_HW3)
     smooth = ndimage.uniform_filter(mean, 5)
@@ -92,14 +92,14 @@ def glass_density(density_HW3: np.ndarray, seen: np.ndarray) -> np.ndarray | Non
 
 
 def _is_glass(level_HW3: np.ndarray, texture: np.ndarray) -> bool:
-    """Return whether a small share of the picture is glass: clearly smooth, and colourless and level as far as it extends."""
+    """Return whether areas that cover a small share of the image are glass: very smooth, colourless and of even density."""
     magenta = level_HW3[..., 1] - (level_HW3[..., 0] + level_HW3[..., 2]) / 2
     smooth = texture.size > 0 and np.median(texture) < TEXTURE / 4
     return bool(smooth and magenta.max() < MAX_MAGENTA and np.ptp(over_channels(level_HW3)) < NEAR)
 
 
 def lightest(density_HW3: np.ndarray, seen: np.ndarray) -> np.float32:
-    """Return the density common to all channels of the lightest hundredth: that of the exposure, not of a stain."""
+    """Return the lowest density over the channels, median over the lightest 1 % of cells: due to exposure, not to stain."""
     mean = over_channels(density_HW3)
     light = density_HW3[seen & (mean <= np.quantile(mean[seen], 0.01))]
     return np.float32(np.median(light.min(-1)))

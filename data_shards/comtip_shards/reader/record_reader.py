@@ -19,7 +19,7 @@ from comtip_shards.reader.shard_files import SetFiles
 _GAP, _SPAN = 1 << 16, 1 << 23
 """Records at most ``_GAP`` bytes apart are read in one request of at most ``_SPAN`` bytes."""
 _GAP_WITHOUT_TILES = 1 << 11
-"""The same if no tile is requested: the tile between two records' counts is skipped, not read."""
+"""``_GAP`` if no tile is requested, so that the tile between the counts of two records is skipped."""
 _SHARDS_AT_ONCE = 4
 """Remote shards that are read at the same time."""
 
@@ -90,7 +90,7 @@ class MemberReader:
         Raises
         ------
         ShardError
-            A shard is missing or truncated, or a checksum does not match.
+            A shard is missing, truncated or unreadable, a checksum does not match, or a server fails.
         """
         columns = [record.PARTS.index(part) for part in parts]
         out: list[list[bytes]] = [[b""] * index.size for _ in columns]
@@ -112,7 +112,7 @@ class MemberReader:
         return out
 
     def fetch(self, number: int) -> None:
-        """Fetch a remote shard into the cache ahead of its use; an error is left to the read that needs it."""
+        """Fetch a remote shard into the cache ahead of its use; errors are ignored, and raised by the read that needs it."""
         shard = self.manifest.shards[number]
         try:
             self.files.path(shard.index, shard.index_sha256)
@@ -137,7 +137,7 @@ class MemberReader:
 
     def _ranges_of(self, number: int, shard: ShardEntry) -> tuple[np.ndarray, np.ndarray]:
         if number in self._unavailable:
-            raise self._unavailable[number]  # do not wait for it again
+            raise self._unavailable[number]  # do not wait for the server again
         try:
             return self.member_ranges(shard)
         except ShardError as error:
@@ -205,7 +205,7 @@ class MemberReader:
 
 
 def _runs(low: np.ndarray, high: np.ndarray, gap: int) -> list[slice]:
-    """Split ascending records with byte ranges ``low`` to ``high`` into runs that are each read in one request."""
+    """Split records in ascending order, with byte ranges ``low`` to ``high``, into runs that are each read in one request."""
     runs, first = [], 0
     starts, ends = low.tolist(), high.tolist()
     for i in range(1, len(starts) + 1):

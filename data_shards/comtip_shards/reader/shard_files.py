@@ -1,4 +1,4 @@
-"""Files of a shard set in a folder or behind a URL, each checked against the manifest before use."""
+"""Access to the files of a shard set in a folder or at a URL."""
 
 from __future__ import annotations
 
@@ -66,7 +66,13 @@ class SetFiles:
         return inside(self.folder, name) if self.remote is None else self.remote.fetch(name, sha256=sha256, size=size)
 
     def open(self, name: str, sha256: str, size: int) -> BinaryIO:
-        """Open a shard for random access."""
+        """Open a shard for random access; a remote shard is fetched first.
+
+        Raises
+        ------
+        ShardError
+            The shard is missing.
+        """
         for _ in range(3):
             try:
                 return self.path(name, sha256, size).open("rb")
@@ -80,7 +86,7 @@ class SetFiles:
 
     @contextmanager
     def by_ranges(self) -> Iterator[None]:
-        """Read by ranges inside the block: for a few records of many shards."""
+        """Read remote shards by byte ranges inside the block, which suits a few records of many shards."""
         before, self.ranges = self.ranges, True
         try:
             yield
@@ -88,7 +94,7 @@ class SetFiles:
             self.ranges = self.ranges and before
 
     def read_spans(self, name: str, sha256: str, size: int, spans: Sequence[tuple[int, int]]) -> Iterator[bytes]:
-        """Yield byte ranges of a shard; one that extends beyond its end is short."""
+        """Yield the bytes of each span (start, stop) of a shard; a span that extends beyond the end gives fewer bytes."""
         if self.ranges and self.remote is not None and not self.remote.cached(sha256, name, size):
             try:
                 yield from self.remote.read_ranges(name, [(low, min(high, size)) for low, high in spans])

@@ -104,7 +104,7 @@ class ShardSet:
         return frame
 
     def sections_of(self, spot_index: Iterable[int]) -> np.ndarray:
-        """Return the section number of each spot, int32, without reading files."""
+        """Return the section number of each spot, int32 (n,), without reading files; raises IndexError out of range."""
         index = np.asarray(spot_index, np.int64)
         self._check_range(index)
         return (np.searchsorted(self._section_starts, index, side="right") - 1).astype(np.int32)
@@ -117,7 +117,9 @@ class ShardSet:
         Raises
         ------
         ShardError
-            A shard is missing or truncated, or a checksum does not match.
+            A shard is missing, truncated or unreadable, a checksum does not match, or a server fails.
+        IndexError
+            A spot index is out of range.
         """
         return self.members_of(spot_index, (part,))[0]
 
@@ -128,7 +130,7 @@ class ShardSet:
         return self._reader.read(index, parts)
 
     def tiles(self, spot_index: Iterable[int]) -> np.ndarray:
-        """Return tiles, uint8 (n, S, S, 3)."""
+        """Return decoded tiles, uint8 (n, S, S, 3); raises like :meth:`members`, and ShardError for an invalid tile."""
         spec = self.manifest.tile
         index = np.asarray(spot_index, np.int64)
         out = np.empty((index.size, spec.px, spec.px, 3), np.uint8)
@@ -137,7 +139,7 @@ class ShardSet:
         return out
 
     def counts(self, spot_index: Iterable[int]) -> sparse.csr_matrix:
-        """Return raw counts, int32 CSR (n, n_genes)."""
+        """Return raw counts, int32 CSR (n, n_genes); raises like :meth:`members`, and ShardError for invalid counts."""
         index = np.asarray(spot_index, np.int64)
         n_genes = self.manifest.n_genes
         indptr, rows, data = record.decode_exprs(
@@ -151,7 +153,7 @@ class ShardSet:
         return unpack_bits(meta.assay_genes, self.manifest.n_genes, f"{self.name}: assay_genes of {meta.section_id}")
 
     def select(self, split: str | None = None, sections: Sequence[int] | None = None) -> np.ndarray:
-        """Return the spot indices of a split and/or of some sections (by number), ascending int64."""
+        """Return the ascending spot indices, int64, of the sections in ``split`` and among ``sections`` (numbers); None: all."""
         parts = [
             np.arange(s.first_spot, s.first_spot + s.n_spots, dtype=np.int64)
             for i, s in enumerate(self.manifest.sections)
@@ -160,7 +162,7 @@ class ShardSet:
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
     def source_order(self, section: int) -> np.ndarray:
-        """Return a section's spot indices in the order of the source, int64; shards store them shuffled."""
+        """Return a section's spot indices, int64, in the order of the source; shards store spots shuffled."""
         own = self.select(sections=[section])
         return own[np.argsort(self.spots["source_row"].to_numpy()[own], kind="stable")]
 
@@ -169,14 +171,14 @@ class ShardSet:
         return self.manifest.sections[section].stain
 
     def section_number(self, section_id: str) -> int:
-        """Return the number of a section: its index in the manifest."""
+        """Return the number of a section (its index in the manifest); raises ShardError if the set does not have it."""
         ids = [s.section_id for s in self.manifest.sections]
         if section_id not in ids:
             raise ShardError(f"{self.name}: no section {section_id!r}; choose one of: {', '.join(ids)}")
         return ids.index(section_id)
 
     def cohort_of_section(self, section: int) -> str:
-        """Return the cohort of a section: species and organ as one word."""
+        """Return the cohort of a section: species and organ, such as ``human_breast``."""
         meta: ManifestSection = self.manifest.sections[section]
         return cohort_of(meta.species, meta.tissue)
 
@@ -189,7 +191,8 @@ class ShardSet:
             with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
                 if image.size != (entry.width, entry.height) or entry.width * entry.height > 1 << 24:
                     raise ShardError(
-                        f"{path}: {image.width} x {image.height} px, but the manifest states another size; copy it again",
+                        f"{path}: {image.width} x {image.height} px, but the manifest states {entry.width} x {entry.height} px; "
+                        "copy it again",
                         kind="overview",
                     )
                 return np.asarray(image.convert("RGB")), entry.um_per_px
@@ -222,7 +225,7 @@ class ShardSet:
 
 
 def _check_genes(genes: Sequence[GeneRow], path: str) -> None:
-    """Check that each key of a gene table denotes one gene, because counts are summed and predicted by key."""
+    """Check that each key of a gene table is valid and unique, because counts are summed and predicted by key."""
     seen: set[str] = set()
     for line, gene in enumerate(genes, 2):
         problem = ""

@@ -35,14 +35,14 @@ CHUNK = 512
 def gene_statistics(shards: ShardSet) -> Iterator[SectionStatistics]:
     """Return the statistics of every section, in the order of the manifest, read one section at a time.
 
-    A set without usable statistics (built by an earlier version, or damaged) gets them from its counts once. They are
-    kept in its folder, or in the cache folder if the set is remote or read-only; a set with damaged counts keeps none.
-    Damaged records are left out, with a warning.
+    If the set has no usable ``statistics.npz`` (built by an earlier version, or damaged), the statistics are computed from
+    its counts and stored in its folder, or in the cache folder if the set is remote or read-only. Damaged records are left
+    out with a warning, and the result is then not stored.
 
     Raises
     ------
     ShardError
-        Of kind ``remote``: the server fails. Statistics of the records that were received would select other genes.
+        Of kind ``remote``: the server failed. Statistics without the missing records would select other genes.
     """
     for path in _paths(shards):
         try:
@@ -128,7 +128,7 @@ def _add(
 def _paths(shards: ShardSet) -> Iterator[Path]:
     """Yield the possible paths of the statistics, in order of preference."""
     own = shards.path / FILE
-    # A link in the set is neither followed nor replaced: it may name any file of the user.
+    # A symbolic link in the set is neither followed nor replaced: it may point to any file of the user.
     if shards.files.remote is None and not own.is_symlink():
         yield own
     key = hashlib.sha256(shards.manifest.digest.encode()).hexdigest()

@@ -30,9 +30,11 @@ class VerifyReport:
     name: str
     """Folder or URL."""
     records: int = 0
+    """Number of valid records."""
     counts: int = 0
     """Sum of all raw counts."""
     problems: list[str] = field(default_factory=list)
+    """One message per problem."""
 
     @property
     def ok(self) -> bool:
@@ -63,7 +65,7 @@ def verify(path: Path | str, *, progress: bool = False, remote: Remote | None = 
 
     Returns
     -------
-    The problems found; the list ends at about 100, with a line that says so.
+    The problems found. Verification stops after about 100 of them, which the last entry then states.
 
     Raises
     ------
@@ -101,15 +103,15 @@ def verify(path: Path | str, *, progress: bool = False, remote: Remote | None = 
 
 
 def _check_links(shards: ShardSet) -> list[str]:
-    """Report links among the report pages, which are not hashed: a link could expose a file of another folder."""
+    """Report symbolic links among the report pages, which are not hashed: a link could expose a file of another folder."""
     if shards.files.remote is not None:
         return []
     pages = [shards.path / REPORT_FILE, shards.path / REPORTS, *sorted((shards.path / REPORTS).rglob("*"))]
-    return [f"{p}: is a link, which no build writes; delete it" for p in pages if p.is_symlink()]
+    return [f"{p}: is a symbolic link, which no build writes; delete it" for p in pages if p.is_symlink()]
 
 
 def _check_spots(shards: ShardSet, table: pd.DataFrame) -> list[str]:
-    """Report sections whose spots are not unique by id and by row of the source."""
+    """Return the problems of the spot table, for each section that :func:`check_section_spots` refuses."""
     problems = []
     for number in range(len(shards.manifest.sections)):
         try:
@@ -125,7 +127,7 @@ def check_section_spots(shards: ShardSet, number: int, table: pd.DataFrame) -> N
     Raises
     ------
     ShardError
-        Duplicate ids, wrong source rows or missing positions; the message names the set and the section.
+        Of kind ``spots``: duplicate ids, wrong source rows or missing positions; the message names the set and the section.
     """
     section = shards.manifest.sections[number]
     own = table.iloc[section.first_spot : section.first_spot + section.n_spots]
@@ -149,7 +151,7 @@ def _verify_shard(shards: ShardSet, shard: ShardEntry, table: pd.DataFrame | Non
         if not path.is_file():
             raise ShardError(f"{name}: the shard is missing; copy it back or build the set again", kind="vanished")
         if path.stat().st_size != shard.bytes or sha256_of(path) != shard.sha256:
-            report.problems.append(f"{name}: size or SHA-256 do not match the manifest; copy it again")
+            report.problems.append(f"{name}: size or SHA-256 does not match the manifest; copy it again")
         members = index_tar(path, name)
         offsets, sizes = shards.member_ranges(shard)
     except ShardError as error:
@@ -203,7 +205,7 @@ def check_spot(data: bytes, section_id: str, row: Any, where: str) -> None:
     Raises
     ------
     ShardError
-        Of kind ``spot``.
+        Of kind ``spot``: the member is invalid or contradicts the manifest or the table.
     """
     meta = record.decode_json(data, where)
     if meta["section_id"] != section_id:

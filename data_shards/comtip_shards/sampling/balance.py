@@ -1,4 +1,4 @@
-"""Epochs with equally weighted groups of spots (organs, platforms): a pure function of (seed, epoch)."""
+"""Epochs in which all groups of spots (organs, platforms) have equal weight; a pure function of (seed, epoch)."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ def balanced_draw(
     Parameters
     ----------
     group, spot_index
-        (n,): group of each spot (any values), and the spots.
+        (n,): group of each spot (any values that NumPy can sort), and the spots.
     seed, epoch
         The draw depends only on these.
     run_of
-        (n,): run of each spot (:func:`comtip_shards.sampling.order.runs`). A group then contributes whole runs, and each
-        pass over its spots is in the order of the shards.
+        (n,): run of each spot (:func:`comtip_shards.sampling.order.runs`). Spots are then drawn run by run instead of one
+        by one, and each pass over a group's spots is in the order of the shards.
 
     Returns
     -------
     int64 (n,)
-        Each group repeats its spots in keyed order until its share is filled: spots of a small group occur several
-        times, and a large group contributes a different subset in every epoch.
+        Spots of the groups, one group after the other. A group repeats its spots in keyed order until its share is filled:
+        spots of a small group occur several times, and a large group contributes a different subset in every epoch.
     """
     spot_index = np.asarray(spot_index, np.int64)
     groups = np.unique(group)

@@ -31,8 +31,8 @@ def epoch_batches(
     batch_size
         B; the last batch may be smaller.
     sections_per_batch
-        k: spots are shuffled within their section and cut into pieces of about B / k; pieces are shuffled, and k of
-        them, from different sections if available, form a batch. None shuffles all spots globally.
+        k: spots are shuffled within their section and cut into pieces of about B / k; the pieces are shuffled, and a batch
+        is filled with about k of them, from different sections if available. None shuffles all spots globally.
     seed, epoch
         The order depends only on these.
     run
@@ -44,7 +44,8 @@ def epoch_batches(
     Returns
     -------
     list of int64 arrays
-        A last batch of a single spot is appended to the previous batch, because it would have no negatives.
+        The spots of each batch. A last batch of a single spot is appended to the previous one, because it would have no
+        negatives.
     """
     section, spot_index = np.asarray(section), np.asarray(spot_index, np.int64)
     if sections_per_batch is None or (section.size and bool((section == section[0]).all())):
@@ -76,7 +77,7 @@ def runs(section: np.ndarray, spot_index: np.ndarray, run: int, seed: int, epoch
 
 
 def by_section(section: np.ndarray) -> Iterator[tuple[int, slice | np.ndarray]]:
-    """Yield each section, ascending, with the positions of its spots; the time does not grow with the number of sections."""
+    """Yield (section, indices of its entries in ``section``), sections in ascending order, after one sort of the array."""
     ascending = bool((section[1:] >= section[:-1]).all())
     order = slice(0, section.size) if ascending else np.argsort(section, kind="stable")
     starts = [0, *(np.flatnonzero(np.diff(section[order])) + 1).tolist(), section.size]
@@ -98,7 +99,8 @@ def pieces_of(
 ) -> list[tuple[int, np.ndarray]]:
     """Return (section, spots) pieces in shuffled order; pieces of one section differ by at most one spot.
 
-    Parameters are those of :func:`epoch_batches`; ``counters`` give the pieces another permutation.
+    Parameters are those of :func:`epoch_batches`, with ``k`` for ``sections_per_batch``; different ``counters`` give different
+    orders of the pieces.
     """
     pieces = []
     size = max(1, batch_size // k)
@@ -112,7 +114,7 @@ def pieces_of(
 def _combine(pieces: list[tuple[int, np.ndarray]], batch_size: int) -> list[np.ndarray]:
     """Fill batches from the front of the queue, skipping sections that are already in the batch.
 
-    Only the first pieces of the queue are considered, so that the time is linear in the number of pieces.
+    Only the first ``WINDOW`` pieces of the queue are considered, so that the time is linear in the number of pieces.
     """
     batches = []
     later = iter(pieces)

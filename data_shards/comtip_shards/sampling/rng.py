@@ -1,4 +1,4 @@
-"""The random numbers of data and training: stateless, hash(seed, purpose, counters, index).
+"""Stateless random numbers for data and training: hash(seed, purpose, counters, index).
 
 No state is kept between calls, so any worker, on any number of ranks, in any order and after any restart, gets the
 same number for the same arguments. The definition below is part of the data contract: changing it changes the order of
@@ -60,7 +60,7 @@ def key(seed: SupportsIndex, purpose: str, *counters: SupportsIndex | str) -> in
 
 
 def bits(seed: SupportsIndex, purpose: str, *counters: SupportsIndex | str, index: ArrayLike) -> np.ndarray:
-    """Return 64 random bits for each index: uint64, the shape of ``index``."""
+    """Return 64 random bits for each index: uint64, the shape of ``index``; raises TypeError if ``index`` is not of integers."""
     index = np.asarray(index)
     if index.dtype.kind not in "iu":
         raise TypeError(f"index must be integers, not {index.dtype}; pass an integer array")
@@ -99,5 +99,5 @@ def permutation(seed: SupportsIndex, purpose: str, *counters: SupportsIndex | st
 
 
 def generator(seed: SupportsIndex, purpose: str, *counters: SupportsIndex | str) -> np.random.Generator:
-    """Return a NumPy generator (Philox) seeded with the key, for draws from other distributions."""
+    """Return a new NumPy generator (Philox) seeded with :func:`key`, for draws from other distributions."""
     return np.random.Generator(np.random.Philox(key=key(seed, purpose, *counters)))

@@ -1,6 +1,6 @@
-"""Epochs for sets that no node should fetch as a whole: every part of a batch comes from its own tars.
+"""Epochs for sets that are too large for one node to fetch: each part of a batch comes from a fixed subset of the tars.
 
-The tars are put in one keyed order for the whole run and cut into S virtual slots with equally many spots. Every batch is S
+The tars are put in one keyed order for the whole run and cut into S virtual slots with equally many spots. Every batch has S
 parts of equal size, part s from slot s. Ranks read contiguous slices of a batch, so a node whose ranks hold whole parts reads
 the same share of the tars in every epoch. A batch depends on S but not on the number of nodes.
 """
@@ -38,14 +38,14 @@ def slot_batches(
         k, a multiple of S: each part of a batch is filled from pieces of about B / k spots of one section. None shuffles
         all spots of a slot.
     seed, epoch
-        The slots depend on the seed, the order within a slot on both.
+        The slots depend on the seed only, the order within a slot on both.
     run
         As in :func:`comtip_shards.sampling.order.epoch_batches`.
 
     Returns
     -------
     list of int64 arrays
-        Parts follow one another in the order of their slots.
+        The spots of each batch, its parts in the order of their slots; the last batch holds what remains of all slots.
 
     Raises
     ------
@@ -55,7 +55,7 @@ def slot_batches(
     k = sections_per_batch
     if batch_size % n_slots or (k is not None and k % n_slots):
         raise ValueError(
-            f"{n_slots} slots: batch_size={batch_size} and sections_per_batch={k} must be multiples of it; change one of them"
+            f"batch_size={batch_size} and sections_per_batch={k} must be multiples of n_slots={n_slots}; change one of them"
         )
     section, spot_index = np.asarray(section), np.asarray(spot_index, np.int64)
     size, streams = batch_size // n_slots, []
@@ -81,7 +81,7 @@ def slots(shard: np.ndarray, n_slots: int, seed: int) -> list[np.ndarray]:
     shard
         (n,) integers, tar of each entry.
     n_slots, seed
-        The cut depends only on these and on ``shard``. A tar at a cut belongs to two slots.
+        Number of slots, and seed of the order of the tars. A tar at the boundary of two slots belongs to both.
     """
     tars, inverse = np.unique(np.asarray(shard), return_inverse=True)
     rank = np.empty(tars.size, np.int64)

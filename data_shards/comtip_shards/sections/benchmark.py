@@ -1,4 +1,4 @@
-"""Sections of public benchmarks, and of their donors, kept out of training."""
+"""Keep sections of public benchmarks, and other sections of their donors, out of training."""
 
 from __future__ import annotations
 
@@ -22,12 +22,15 @@ class BenchmarkSection:
     """A section scored by a public benchmark, or one of the same donor."""
 
     task: str
+    """Name of the benchmark task."""
     id: str
+    """Section id in the benchmark."""
     role: str
     """``scored`` or ``same donor``."""
     donor: str
     """Donor as named by the HEST reader: the truncated title of the study and the patient."""
     known_from: str
+    """Origin of this entry, for messages."""
 
 
 class NamedSection(Protocol):
@@ -35,7 +38,7 @@ class NamedSection(Protocol):
 
     @property
     def section_id(self) -> str:
-        """Id."""
+        """Id of the section."""
 
     @property
     def dataset(self) -> str:
@@ -53,7 +56,7 @@ def load_benchmark(extra: Path | None = None) -> dict[str, BenchmarkSection]:
     Raises
     ------
     SourceError
-        The file cannot be read.
+        The file cannot be read, is empty, or is a table without the column ``id``.
     """
     sections = {s.id.lower(): s for s in _read_list(BENCHMARK_FILE)}
     return sections | ({s.id.lower(): s for s in _read_list(extra)} if extra else {})
@@ -88,8 +91,8 @@ def _read_list(path: Path) -> list[BenchmarkSection]:
 def benchmark_of(meta: NamedSection, benchmark: Mapping[str, BenchmarkSection]) -> BenchmarkSection | None:
     """Return the benchmark section with the id of ``meta``, if any.
 
-    A benchmark id matches the complete section id, or a word of it if section id or dataset mention HEST
-    (``hest_TENX95``); without HEST, ``patient-INT1`` may belong to another study.
+    A benchmark id matches the complete section id without case. If the section id or the dataset mentions HEST, it also
+    matches a word of the section id (``hest_TENX95``); otherwise ``patient-INT1`` may belong to another study.
     """
     whole = benchmark.get(meta.section_id.lower())
     if whole is not None or "hest" not in f"{meta.section_id} {meta.dataset}".lower():

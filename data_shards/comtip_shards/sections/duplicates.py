@@ -27,7 +27,9 @@ or more; a downsampled and compressed copy differs in at most 5 from its origina
 
 
 def section_fingerprint(counts: sparse.csr_matrix, keys: Sequence[str], picture_HW3: np.ndarray) -> dict[str, str]:
-    """Return a fingerprint that identifies a section under another id, as text for the manifest.
+    """Return the fingerprint of a section's content, by which duplicates under another id are found.
+
+    It has the keys ``spots`` (the smallest spot hashes) and ``picture`` (256 bits of the image), both in base64.
 
     Parameters
     ----------
@@ -69,7 +71,7 @@ def check_duplicates(sections: Sequence[tuple[SectionMeta, Mapping[str, Any]]]) 
 
     Returns
     -------
-    ``{section_id: note}``.
+    ``{section_id: note}`` for the second section of each pair of duplicates.
 
     Raises
     ------
@@ -89,7 +91,7 @@ def check_duplicates(sections: Sequence[tuple[SectionMeta, Mapping[str, Any]]]) 
 
 
 def duplicate_pairs(prints: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
-    """Return the pairs i < j of :func:`section_fingerprint` results that are duplicates of one section."""
+    """Return the pairs (i, j), i < j, of :func:`section_fingerprint` results that belong to one section."""
     return [(i, j) for i, j, _ in _alike(prints)] if len(prints) > 1 else []
 
 
@@ -118,7 +120,7 @@ def _alike(prints: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, int, str]
 
 
 def _shared_spots(a: np.ndarray, b: np.ndarray) -> str:
-    """Describe how many spots two sketches share, "" if they are few."""
+    """Return a description of the spots that two sketches share, "" if there are too few for duplicates."""
     # Only hashes up to the largest one of a full sketch are comparable: above it, the sketch is cut off.
     limit = min((s[-1] for s in (a, b) if len(s) == SKETCH), default=np.uint64(2**64 - 1))
     a, b = a[a <= limit], b[b <= limit]

@@ -1,4 +1,4 @@
-"""Facts that a user states about a section, and options for reading it; typed, bounded, and described once.
+"""Facts that a user states about a section, and options for reading it, as typed and validated dataclasses.
 
 The command line, the Python functions and the readers all derive their options from the dataclasses here. Text is parsed
 in this module only; readers take :class:`SourceOptions`.
@@ -39,15 +39,15 @@ _Location = Annotated[str, BeforeValidator(_as_text), Field(min_length=1)]
 
 @dataclass(frozen=True, kw_only=True)
 class SectionFacts:
-    """Facts about a section. A stated fact takes precedence over anything a reader infers; ``None`` is not stated."""
+    """Facts about a section; ``None`` means not stated. A stated fact takes precedence over what a reader finds."""
 
     mpp: Annotated[_Positive | None, Field(description="um per px of the image that the positions belong to")] = None
     species: Annotated[Species | None, BeforeValidator(_as_species), Field(description="species of the section")] = None
     tissue: Annotated[_Text | None, Field(description="organ, e.g. breast")] = None
-    donor: Annotated[_Text | None, Field(description="patient or animal; splits keep donors apart")] = None
+    donor: Annotated[_Text | None, Field(description="patient or animal; no donor is in training and in test")] = None
     platform: Annotated[_Text | None, Field(description="assay, e.g. Visium")] = None
     licence: Annotated[_Text | None, Field(description="licence of the data, e.g. CC-BY-4.0")] = None
-    attribution: Annotated[_Text | None, Field(description="how the data's authors are to be credited")] = None
+    attribution: Annotated[_Text | None, Field(description="credit to the authors of the data")] = None
     pixels: Annotated[
         PixelSource | None,
         Field(
@@ -65,7 +65,7 @@ class SectionFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class PoolingOptions:
-    """Options for pooling bins, cells and transcripts to pseudo-spots; ``None`` takes the reader's default."""
+    """Options for pooling bins, cells and transcripts to pseudo-spots; ``None`` selects the reader's default."""
 
     pool_um: Annotated[
         _Positive | None,
@@ -102,7 +102,7 @@ class PoolingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class CountOptions:
-    """Where an AnnData or a SpatialData table keeps counts and positions; ``None`` lets the reader find them."""
+    """Location of counts and positions in an AnnData or a SpatialData table; ``None`` lets the reader find them."""
 
     layer: Annotated[
         _Text | None,
@@ -113,7 +113,9 @@ class CountOptions:
     ] = None
     round_counts: Annotated[
         bool | None,
-        Field(description="AnnData, SpatialData: yes rounds fractional counts of ambient RNA correction (default: no)"),
+        Field(
+            description="AnnData, SpatialData: round the fractional counts of an ambient RNA correction (default: no)"
+        ),
     ] = None
 
 
@@ -122,7 +124,7 @@ Options = SectionFacts | PoolingOptions | CountOptions
 
 @dataclass(frozen=True, kw_only=True)
 class SourceOptions:
-    """Everything that a caller states about a source; :func:`source_options` checks the values."""
+    """All facts and options that a caller states about a source; :func:`source_options` validates the values."""
 
     facts: SectionFacts = field(default_factory=SectionFacts)
     pooling: PoolingOptions = field(default_factory=PoolingOptions)
@@ -135,7 +137,7 @@ class SourceOptions:
 
 @dataclass(frozen=True)
 class OptionSpec:
-    """One field as an option: its name, description, and the values it may take (empty: any)."""
+    """Name, description and allowed values (empty: any) of one field, for an option on a command line."""
 
     name: str
     description: str
@@ -146,7 +148,7 @@ _ADAPTERS: dict[Any, TypeAdapter[Any]] = {cls: TypeAdapter(cls) for cls in (Sect
 
 
 def option_specs(cls: type[Options]) -> Iterator[OptionSpec]:
-    """Yield the fields of a class, in order, for a command line or a table of documentation."""
+    """Yield one option per field of a class, in order, for a command line or a documentation table."""
     hints = get_type_hints(cls, include_extras=True)
     for item in fields(cls):
         inner, info = get_args(hints[item.name])[0], hints[item.name].__metadata__[-1]
@@ -162,20 +164,21 @@ def option_names(cls: type[Options]) -> tuple[str, ...]:
 
 POOL_KEYS = option_names(PoolingOptions)
 OPTION_KEYS = ("image", "pixels", *option_names(CountOptions))
-"""Options of some readers."""
+"""Fields that only some readers use."""
 FACT_KEYS = tuple(name for name in option_names(SectionFacts) if name not in OPTION_KEYS)
 """Facts about a section, which every reader accepts."""
 META_KEYS = (*FACT_KEYS, *OPTION_KEYS, *POOL_KEYS)
-"""Everything that can be stated."""
+"""All fields of the three classes."""
 
 
 def parse_facts(values: Mapping[str, Any]) -> tuple[SectionFacts, PoolingOptions, CountOptions]:
-    """Check stated values, which may be text (``{"mpp": "0.5"}``); ``None`` is not stated.
+    """Return validated facts and options from values, which may be text (``{"mpp": "0.5"}``); ``None`` means not stated.
 
     Raises
     ------
     SourceError
-        Unknown name, wrong type or out of bounds; the message names the fact, the value and what it must be.
+        A name is unknown, or a value has a wrong type or is out of bounds; the message states the fact, the value and what
+        it must be.
     """
     known = {cls: option_names(cls) for cls in _ADAPTERS}
     every = [name for names in known.values() for name in names]
@@ -192,17 +195,18 @@ def parse_facts(values: Mapping[str, Any]) -> tuple[SectionFacts, PoolingOptions
 
 
 def source_options(given: SourceOptions | Mapping[str, Any] | None) -> SourceOptions:
-    """Return checked options from typed ones, or from a mapping of names to values or text.
+    """Return validated options.
 
     Parameters
     ----------
     given
-        Typed values are checked too, because a dataclass takes anything. Empty text in a mapping states nothing.
+        Options, which are validated again because a dataclass accepts any value; or {name: value or text}, in which empty
+        text means not stated; or None.
 
     Raises
     ------
     SourceError
-        As :func:`parse_facts`.
+        As for :func:`parse_facts`.
     """
     if isinstance(given, SourceOptions):
         values = {k: v for part in (given.facts, given.pooling, given.counts) for k, v in vars(part).items()}
@@ -223,6 +227,11 @@ def check_options(options: SourceOptions, used: Collection[str], what: str) -> N
         Fields that the reader uses besides :data:`FACT_KEYS`.
     what
         What is read, for messages.
+
+    Raises
+    ------
+    SourceError
+        A stated option is in neither; the message names it.
     """
     for name in options.stated():
         if name not in FACT_KEYS and name not in used:
@@ -230,7 +239,7 @@ def check_options(options: SourceOptions, used: Collection[str], what: str) -> N
 
 
 def refuse(options: SourceOptions, names: Collection[str], why: str) -> None:
-    """Raise for stated options that have no effect for this format."""
+    """Raise :class:`SourceError` if one of the options ``names`` is stated; ``why`` completes the message."""
     for name in options.stated():
         if name in names:
             raise SourceError(f"`{name}` has no effect here: {why}; leave it out")

@@ -27,7 +27,7 @@ def enforce_split_policy(
     auto_split: Sequence[float] | None = None,
     seed: int = 0,
 ) -> tuple[list[SectionMeta], dict[str, str]]:
-    """Determine donors and splits of a set before it is built.
+    """Return the final donors and splits of a set, and check them for leakage, before it is built.
 
     Parameters
     ----------
@@ -48,7 +48,8 @@ def enforce_split_policy(
     Raises
     ------
     SourceError
-        There is leakage, or ``auto_split`` cannot be satisfied.
+        A donor or a benchmark section would leak, ``allow`` names an unprotected section, the file ``benchmark_ids`` cannot
+        be read, or ``auto_split`` is invalid or leaves a split empty.
     """
     guarded, notes = guard_benchmark(own_donors(metas), allow=allow, benchmark=load_benchmark(benchmark_ids))
     if auto_split is not None:

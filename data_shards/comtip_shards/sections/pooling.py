@@ -1,7 +1,7 @@
 """Pool bins, cells and transcripts to square pseudo-spots of a chosen width.
 
-Measurements finer than a spot (*units*) are summed in the squares of a grid. The contents of squares that are left out
-are counted, and the result does not depend on the order of the units.
+Measurements finer than a spot (*units*) are summed in the squares of a grid. The result does not depend on the order of the
+units; what squares that are left out contain is counted.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from comtip_shards.errors import SourceError
 _COMPACT = 1 << 23
 """Maximum number of buffered entries before they are summed: about 128 MiB."""
 _LIMIT = 1 << 30
+"""Bound on the column and row of a square, so that both fit into one int64."""
 
 
 @dataclass(frozen=True)
 class Pooled:
-    """Squares with enough units, ordered by row and then by column, and totals of the others."""
+    """Squares with enough units, ordered by row and then by column, and totals of the dropped ones."""
 
     square_N2: np.ndarray
     """int64 (N, 2), column (x) and row (y) in the grid: square (i, j) covers x from i to i + 1 widths."""
@@ -29,11 +30,14 @@ class Pooled:
     n_units: np.ndarray
     """int64 (N,), units in each square."""
     dropped_squares: int
+    """Number of squares with too few units."""
     dropped_units: int
+    """Number of units in these."""
     dropped_counts: int
+    """Sum of the counts in these."""
 
     def ids(self) -> list[str]:
-        """Return a name for each square, row then column: ``003x012``."""
+        """Return the name of each square, row and column in at least three digits: ``003x012``."""
         return [f"{j:03d}x{i:03d}" for i, j in self.square_N2]
 
 
@@ -50,6 +54,11 @@ def squares_of(xy_N2: np.ndarray, width: float) -> np.ndarray:
     Returns
     -------
     int64 (N, 2), such that ``square * width <= xy < (square + 1) * width`` in float64.
+
+    Raises
+    ------
+    SourceError
+        A position is more than 2^30 squares away from the origin.
     """
     xy = np.asarray(xy_N2, np.float64)
     index = np.floor(xy / width)
@@ -89,13 +98,13 @@ class Pooler:
         self._count(self._rows(square_N2))
 
     def add_counts(self, square_N2: np.ndarray, counts: sparse.csr_matrix) -> None:
-        """Add the rows of ``counts``, int (N, genes), to their squares."""
+        """Add row i of ``counts``, integers (N, genes), to square i of ``square_N2``, int64 (N, 2); counts no units."""
         rows = self._rows(square_N2)
         coo = counts.tocoo()
         self._add(rows[coo.row], coo.col.astype(np.int64), coo.data.astype(np.int64))
 
     def add_transcripts(self, square_N2: np.ndarray, gene_N: np.ndarray) -> None:
-        """Count units that are single molecules of the genes ``gene_N``, int (N,)."""
+        """Add one unit with one count of gene ``gene_N[i]`` (index) to each square i of ``square_N2``, int64 (N, 2)."""
         rows = self._rows(square_N2)
         self._count(rows)
         self._add(rows, np.asarray(gene_N, np.int64), np.ones(len(gene_N), np.int64))
@@ -118,7 +127,7 @@ class Pooler:
         Raises
         ------
         SourceError
-            A sum exceeds 31 bits.
+            A sum exceeds 2^31 - 1.
         """
         self._compact()
         flat, data = self._flat[0], self._data[0]

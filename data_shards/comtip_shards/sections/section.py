@@ -18,10 +18,10 @@ from comtip_shards.slides.open import image_size, open_slide
 
 SectionId = str
 SectionNotes = Mapping[SectionId, str]
-"""A note on each of some sections."""
+"""Notes by section id; sections without a note are absent."""
 Split = Literal["train", "val", "test"]
 StatedSplits = Mapping[SectionId, Split]
-"""The split that the user states for each of some sections."""
+"""Splits stated by the user, by section id; other sections are absent."""
 SPLITS = (*get_args(Split), "")
 RENAME = "use ASCII letters, digits, '.', '_' and '-', at most 100, and begin with a letter or digit"
 
@@ -47,7 +47,9 @@ class SectionMeta:
     mpp: float
     """um per px of the image that the positions belong to."""
     spot_diameter_um: float
+    """Diameter of a spot, or width of a pseudo-spot."""
     spot_pitch_um: float
+    """Distance between the centres of neighbouring spots."""
     split: str = ""
     """``train``, ``val``, ``test`` or empty."""
     pooling: str = ""
@@ -69,19 +71,21 @@ class Section:
 
     meta: SectionMeta
     image_path: Path
+    """File of the image, or the file that contains it (see ``slide_opener``)."""
     counts: sparse.csr_matrix
     """int32 (n_spots, n_genes)."""
     gene_ids: list[str]
     gene_symbols: list[str]
-    """The source's own symbols, "" if it has none."""
+    """Gene symbols stated by the source, "" or an empty list if it states none."""
     spot_ids: list[str]
     xy: np.ndarray
     """float64 (n_spots, 2), x (column) and y (row) of the spot's centre in px of the image."""
     array_xy: np.ndarray
     """float64 (n_spots, 2), position on the array; NaN if unknown."""
     labels: list[str]
+    """Annotation of each spot, "" if it has none."""
     dropped: dict[str, int] = field(default_factory=dict)
-    """Spots left out, by reason."""
+    """Number of spots left out, by reason."""
     notes: list[str] = field(default_factory=list)
     n_pooled: np.ndarray | None = None
     """int64 (n_spots,), number of bins, cells or transcripts in each pseudo-spot; None if spots are not pooled."""
@@ -89,11 +93,11 @@ class Section:
     """Opens an image that is not the file ``image_path``: pixels inside an h5ad, precomputed patches."""
 
     def open_slide(self) -> Slide:
-        """Open the image; the caller closes it, or uses it as a context manager."""
+        """Open the image; the caller must close it, or use it as a context manager."""
         return self.slide_opener() if self.slide_opener is not None else open_slide(self.image_path)
 
     def load_image(self) -> np.ndarray:
-        """Return the complete image, uint8 (H, W, 3) RGB; for a whole-slide image use :meth:`open_slide`."""
+        """Return the complete image, uint8 (H, W, 3) RGB; use :meth:`open_slide` for images too large for memory."""
         with self.open_slide() as slide:
             return slide.whole()
 
@@ -105,7 +109,7 @@ class Section:
             return slide.size
 
     def keep(self, mask: np.ndarray, otherwise: str) -> Section:
-        """Return the section with only the spots of ``mask``; the others are counted in ``dropped[otherwise]``."""
+        """Return a section with only the spots in ``mask``, bool (n_spots,); the others are counted in ``dropped[otherwise]``."""
         rows = np.flatnonzero(mask)
         lost = len(self.spot_ids) - rows.size
         return replace(
@@ -125,7 +129,8 @@ class Section:
         Raises
         ------
         SourceError
-            The section is inconsistent; the message names the file and the fix.
+            The section is inconsistent, has no spots, or has spots outside the image; the message names the section or the
+            file, and the fix.
         """
         check_meta(self.meta, self.image_path)
         where = f"section {self.meta.section_id}"
@@ -204,7 +209,7 @@ def check_unique(names: list[str], what: str) -> None:
     Raises
     ------
     SourceError
-        There are duplicates; names ``what`` and up to three of them.
+        There are duplicates; the message states ``what`` and up to three of them.
     """
     if len(set(names)) == len(names):
         return
@@ -216,6 +221,6 @@ def check_unique(names: list[str], what: str) -> None:
 
 
 def cohort_of(species: str, tissue: str) -> str:
-    """Return species and organ as one word: ``human_breast``."""
+    """Return species and organ (the tissue up to the first comma) as one word: ``human_breast``."""
     organ = tissue.split(",", maxsplit=1)[0].strip().lower()
     return f"{species}_{re.sub(r'[^a-z0-9]+', '_', organ).strip('_') or 'unknown'}"

@@ -1,4 +1,4 @@
-"""Donors and splits: no donor is in training and in test."""
+"""Assignment and checks of splits by donor."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ UNSTATED = "unstated:"
 
 
 def is_stated(donor: str) -> bool:
-    """Return whether a donor is known, rather than a placeholder for one section."""
+    """Return whether a donor is known; placeholders of :func:`own_donors` and names such as "unknown" are not."""
     return donor.strip().lower() not in UNKNOWN_DONORS and not donor.startswith(UNSTATED)
 
 
 def own_donors(metas: Sequence[SectionMeta]) -> list[SectionMeta]:
-    """Give each section without a donor a placeholder donor of its own, instead of a shared "unknown"."""
+    """Return the sections with a placeholder donor per section that states none, so that they do not share "unknown"."""
     return [m if is_stated(m.donor) else replace(m, donor=f"{UNSTATED}{m.section_id}") for m in metas]
 
 
 def check_splits(metas: Sequence[SectionMeta]) -> None:
-    """Check that no donor is in train (or val) and in test. Train and val may share donors, which is reported.
+    """Check that no donor is both in test and in train or val; train and val may share donors, which a build reports.
 
     Raises
     ------
@@ -42,12 +42,12 @@ def check_splits(metas: Sequence[SectionMeta]) -> None:
         if shared:
             raise SourceError(
                 f"donor {meta.donor} is in the test section {meta.section_id} and in {', '.join(shared)}; "
-                "split by donor (`splits`)"
+                "give all sections of a donor the same split (`splits`)"
             )
 
 
 def propose_split(metas: Sequence[SectionMeta], shares: Sequence[float], seed: int) -> list[SectionMeta]:
-    """Assign splits by donor from hash(seed, donor), independently of which other donors there are.
+    """Return the sections with splits assigned by hash(seed, donor), so that other donors have no influence.
 
     Parameters
     ----------
@@ -73,7 +73,7 @@ def propose_split(metas: Sequence[SectionMeta], shares: Sequence[float], seed: i
     if empty:
         works = next((s for s in range(1000) if not _empty(_drawn(metas, shares, s), shares)), None)
         fix = (
-            f"`seed={works}` fills all splits"
+            f"use `seed={works}`, which fills all splits"
             if works is not None
             else "there are too few donors; state the split of each section (`splits`)"
         )

@@ -1,4 +1,4 @@
-"""Slide interface: windowed reading of a section image at any scale; in-memory slides; pixel depth and scale.
+"""Interface for windowed reading of a section image at any scale, its implementation in memory, and limits on image sizes.
 
 Pixel (0, 0) covers [0, 1) x [0, 1): positions are px from the image's edge, and a downsampled image covers the same area.
 """
@@ -23,11 +23,11 @@ MAX_IMAGE_PX = 100_000_000_000
 MAX_WHOLE_PX = 1_000_000_000
 """Maximum size of an image that must be decoded completely (JPEG, PNG)."""
 MAX_WHOLE_ENV = "COMTIP_MAX_IMAGE_PX"
-"""Environment variable that replaces :data:`MAX_WHOLE_PX`, for files whose origin is known."""
+"""Environment variable that replaces :data:`MAX_WHOLE_PX` and turns off :data:`MAX_EXPANSION`, for files of known origin."""
 MAX_EXPANSION = 200
 """Maximum ratio of decoded bytes to bytes of the file; tissue compresses to about 1/30, a decompression bomb to 1/1000."""
 BOMB_PX = 100_000_000
-"""Images of at most this size are decoded whatever their ratio."""
+"""Images of at most this many pixels are decoded at any ratio."""
 BAND_PX = 16_000_000
 """Source pixels decoded at once when a large image is downsampled."""
 EXTRA = "pip install 'comtip-fast[wsi]'"
@@ -51,12 +51,12 @@ def whole_limit() -> int:
 
 
 def check_image_size(size: tuple[int, int], path: Path) -> tuple[int, int]:
-    """Return a size that can be that of a section.
+    """Return ``size``, (width, height) in px, after checking that a section image can have it.
 
     Raises
     ------
     SourceError
-        Zero, or more than :data:`MAX_IMAGE_PX` pixels.
+        A side is 0, or there are more than :data:`MAX_IMAGE_PX` pixels.
     """
     if size[0] * size[1] > MAX_IMAGE_PX or min(size) < 1:
         raise SourceError(
@@ -73,15 +73,17 @@ def check_whole_size(size: tuple[int, int], path: Path, what: str, file_bytes: i
     ----------
     size
         (width, height) that the header states.
+    path
+        The file, for messages.
     what
-        What holds the pixels, such as ``in PNG``, for messages.
+        Where the pixels are, such as ``in PNG``, for messages.
     file_bytes
         Size of the file, None to skip the check of the compression ratio.
 
     Raises
     ------
     SourceError
-        Too many pixels, or the header claims far more than the file can hold.
+        There are more pixels than :func:`whole_limit`, or more than :data:`MAX_EXPANSION` times the bytes of the file.
     """
     width, height = size
     limit, fix = (
@@ -102,14 +104,15 @@ def check_whole_size(size: tuple[int, int], path: Path, what: str, file_bytes: i
 
 
 def reading_order(xy_N2: np.ndarray, tile_px: float) -> np.ndarray:
-    """Return a row-by-row order in which to cut tiles, so that neighbouring tiles share decoded blocks of the file."""
+    """Return an order, int64 (N,), that cuts tiles row by row, so that neighbouring tiles share decoded blocks of the file."""
     return np.lexsort((xy_N2[:, 0], np.round(xy_N2[:, 1] / max(tile_px, 1.0))))
 
 
 class Slide(ABC):
-    """An image of known size that is read in windows; a context manager."""
+    """An image that is read in windows; use it as a context manager, or close it."""
 
     path: Path
+    """The file, for messages."""
     size: tuple[int, int]
     """(width, height) in px."""
     mpp: float | None = None
@@ -119,6 +122,7 @@ class Slide(ABC):
     reader: str = ""
     """Library that decodes the image, with its version if that may change pixels."""
     notes: list[str]
+    """Remarks on how the image is read, for the manifest."""
 
     @property
     def whole_size(self) -> tuple[int, int]:
@@ -147,7 +151,7 @@ class Slide(ABC):
         Parameters
         ----------
         xy_N2
-            Centres, px of the image.
+            Centres, float (N, 2), x and y in px of the image.
         mpp
             um per px of the image.
         tile_um, tile_px
@@ -175,12 +179,12 @@ class Slide(ABC):
         )
 
     def overview(self, max_px: int) -> tuple[np.ndarray, float]:
-        """Return the image with its longer side at most ``max_px``, and the downsampling factor."""
+        """Return the image, uint8 (H, W, 3), with its longer side at most ``max_px``, and the downsampling factor (>= 1)."""
         size, factor, _ = shrunk_size(self.size, 1.0, max(1.0, max(self.size) / max_px))
         return self.shrunk(size), factor
 
     def shrunk(self, size: tuple[int, int]) -> np.ndarray:
-        """Return the image downsampled to ``size``, uint8 RGB, decoded in bands."""
+        """Return the image downsampled to ``size``, (width, height), as uint8 (H, W, 3); decoded in bands to bound memory."""
         width, height = size
         pixels_per_row = self.size[0] * self.size[1] / height
         rows = max(1, int(BAND_PX / pixels_per_row))
@@ -196,7 +200,7 @@ class Slide(ABC):
         Raises
         ------
         SourceError
-            The image is too large for memory.
+            The image has more than :data:`MAX_WHOLE_PX` pixels.
         """
         if self.size[0] * self.size[1] > MAX_WHOLE_PX:
             raise SourceError(

@@ -12,7 +12,7 @@ from PIL import Image
 from comtip_shards.errors import SourceError
 
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, SEPARATED, YCBCR, CIELAB = 0, 1, 2, 3, 5, 6, 8
-"""Values of the TIFF tag PhotometricInterpretation that are images of a section."""
+"""Supported values of the TIFF tag PhotometricInterpretation."""
 _PILLOW_MODES = {SEPARATED: ("CMYK", 4), YCBCR: ("YCbCr", 3), CIELAB: ("LAB", 3)}
 STRAIGHT_ALPHA, PREMULTIPLIED_ALPHA = 2, 1
 """Values of the TIFF tag ExtraSamples."""
@@ -24,7 +24,7 @@ Decode = Callable[[np.ndarray], np.ndarray]
 
 
 def to_rgb8(values_HWC: np.ndarray, peak: float, *, alpha: bool = False, premultiplied: bool = False) -> np.ndarray:
-    """Convert grey (C = 1 or 2) or colour (C = 3 or 4) values to uint8 RGB.
+    """Convert grey (C = 1 or 2) or colour (C = 3 or 4) values to RGB, uint8 (H, W, 3).
 
     Parameters
     ----------
@@ -33,7 +33,7 @@ def to_rgb8(values_HWC: np.ndarray, peak: float, *, alpha: bool = False, premult
     peak
         The value of white, see :func:`peak_of`.
     alpha
-        Whether the last channel is opacity, with transparent pixels shown white. Otherwise a fourth channel is dropped.
+        Whether the last of 2 or 4 channels is opacity; transparent pixels then become white. Otherwise it is dropped.
     premultiplied
         Whether the colour is already multiplied by the opacity (TIFF: associated alpha).
     """
@@ -53,8 +53,8 @@ def to_rgb8(values_HWC: np.ndarray, peak: float, *, alpha: bool = False, premult
 def peak_of(values: np.ndarray, where: str = "the image") -> float:
     """Return the value of white: the smallest of 1, 255, 4095 (12 bits) and 65535 that no pixel exceeds.
 
-    1 is used for floating point only, and may be slightly exceeded because filters overshoot. Cameras store 12 bits in 16;
-    scaled as 16 bits, such an image would be black.
+    1 applies to floating point and bool; floating-point values may exceed it by 2 %, because filters overshoot. Cameras store
+    12 bits in 16; scaled as 16 bits, such an image would be black.
 
     Raises
     ------
@@ -89,7 +89,7 @@ def tiff_decoder(page: Any, where: str) -> Decode | None:
     Raises
     ------
     SourceError
-        The page stores no grey or colour image.
+        The colour space of the page is not supported.
     """
     photometric = int(page.photometric)
     bits = page.bitspersample if isinstance(page.bitspersample, int) else max(page.bitspersample)
@@ -156,7 +156,7 @@ def flattened(image: Image.Image) -> np.ndarray:
     Raises
     ------
     SourceError
-        Pixel values of unknown depth.
+        The bit depth of the pixel values is unknown.
     """
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image)

@@ -28,7 +28,7 @@ X_RESOLUTION, Y_RESOLUTION, RESOLUTION_UNIT = 282, 283, 296
 PILLOW_COMPRESSIONS = {1, 2, 3, 4, 5, 6, 7, 8, 32773, 32946}
 """TIFF compressions that every build of Pillow decodes; others depend on how its libtiff was built."""
 IMAGE_SUFFIXES = {".tif", ".tiff", ".btf", ".png", ".jpg", ".jpeg", ".jp2", ".webp", ".bmp"}
-"""Suffixes of images, by which slides in a folder are found."""
+"""Suffixes by which images in a folder are found."""
 VENDOR_SUFFIXES = {".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".czi", ".dcm"}
 
 
@@ -41,7 +41,7 @@ def open_slide(path: Path) -> Slide:
     Raises
     ------
     SourceError
-        Not an image, damaged, too large, or a required package is not installed.
+        The file is missing, not an image, damaged or too large, or a required package is not installed.
     """
     if not path.is_file():
         raise SourceError(f"{path}: no such image; check the path")
@@ -49,7 +49,7 @@ def open_slide(path: Path) -> Slide:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Return (width, height), if possible without decoding pixels.
+    """Return (width, height) of an image in px from its header.
 
     Raises
     ------
@@ -66,7 +66,7 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def mpp_by_tag(path: Path, notes: list[str]) -> float | None:
-    """Return um per px from an image's metadata and append a note to ``notes``; None without a plausible scale."""
+    """Return um per px from an image's metadata, None without a plausible scale; if found, a note is appended to ``notes``."""
     if _is_windowed(path):
         with open_windowed(path) as slide:
             mpp = slide.mpp
@@ -79,7 +79,7 @@ def mpp_by_tag(path: Path, notes: list[str]) -> float | None:
 
 
 def load_rgb(path: Path) -> np.ndarray:
-    """Return an image as uint8 (H, W, 3) RGB."""
+    """Return a complete image as uint8 (H, W, 3) RGB; raises like :func:`open_slide` and :meth:`Slide.whole`."""
     with open_slide(path) as slide:
         return slide.whole()
 
@@ -90,7 +90,7 @@ def _is_windowed(path: Path) -> bool:
 
 @contextmanager
 def _pillow(path: Path) -> Iterator[Image.Image]:
-    """Open an image with Pillow; any error of Pillow, inside the block too, becomes a SourceError."""
+    """Open an image with Pillow; errors of Pillow, also inside the block, are raised as SourceError."""
     # Pillow's default limit is too small for sections; check_image_size and check_whole_size apply instead.
     Image.MAX_IMAGE_PIXELS = None
     try:
@@ -132,7 +132,7 @@ def _is_plain_tiff(image: Image.Image) -> bool:
 
 
 def _first_page_is_largest(image: Image.Image) -> bool:
-    """Return whether no later page of a TIFF is as large as the first, which may be a thumbnail or one plane of many."""
+    """Return whether all later pages of a TIFF are smaller; otherwise the first may be a thumbnail or one plane of many."""
     first = image.width * image.height
     for page in range(1, getattr(image, "n_frames", 1)):
         image.seek(page)
@@ -163,7 +163,7 @@ def _open_plain(path: Path) -> Slide:
 
 
 def _refuse_frames(image: Image.Image, path: Path) -> None:
-    """Refuse animations; the later pages of a TIFF are smaller, and those of an MPO are previews."""
+    """Refuse animations; further pages are accepted in TIFF (checked before to be smaller) and MPO (previews)."""
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format not in ("TIFF", "MPO"):
         raise SourceError(
@@ -172,7 +172,7 @@ def _refuse_frames(image: Image.Image, path: Path) -> None:
 
 
 def _is_reduced_from_16_bits(image: Image.Image) -> bool:
-    """Return whether Pillow keeps only the upper half of 16-bit values, as of colour PNGs; call it before decoding."""
+    """Return whether Pillow keeps only the upper byte of 16-bit values, as in colour PNGs; valid before decoding only."""
     parts = getattr(image, "tile", [])
     return image.format == "PNG" and any("16" in str(part[3]) for part in parts) and not image.mode.startswith("I")
 

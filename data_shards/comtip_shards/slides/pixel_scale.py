@@ -7,12 +7,12 @@ import re
 from typing import Any
 
 UNITS_UM = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "Å": 1e-4}
-"""Units of OME-XML in um; others, such as ``pixel``, state no scale."""
+"""{unit of OME-XML: um}; other units, such as ``pixel``, state no scale."""
 IMAGEJ_UNITS_UM = UNITS_UM | {"micron": 1.0, "microns": 1.0, "micrometer": 1.0, "\\u00B5m": 1.0}
 PLAUSIBLE_MPP = (0.05, 20.0)
-"""um per px for which a file's resolution tag is trusted; 72 and 96 dpi are defaults of programs, not scales."""
+"""Range of um per px in which a scale is accepted. It excludes 72 and 96 dpi, which are defaults of programs."""
 SQUARE = 1.05
-"""Maximum ratio of the scales along x and y; pixels of an image are square."""
+"""Maximum ratio of the scales along x and y for pixels that count as square."""
 INCH, CENTIMETER = 2, 3
 """Values of the TIFF tag ResolutionUnit; INCH is the default."""
 _UM_PER_UNIT = {INCH: 25_400.0, CENTIMETER: 10_000.0}
@@ -26,17 +26,19 @@ def plausible_mpp(mpp: float | None) -> float | None:
 
 
 def square_mpp(x: float | None, y: float | None) -> float | None:
-    """Return a plausible um per px; None if the scale along y is stated and differs from that along x."""
+    """Return um per px from those along x and y (None: not stated); None if they differ or are not plausible."""
     if x and y and not 1 / SQUARE < x / y < SQUARE:
         return None
     return plausible_mpp(x)
 
 
 def ome_mpp(xml: str, size: tuple[int, int] | None = None) -> float | None:
-    """Return um per px from OME-XML; None if it is absent or in an unknown unit.
+    """Return um per px from OME-XML; None if it is absent, implausible or in an unknown unit.
 
     Parameters
     ----------
+    xml
+        The OME-XML.
     size
         (width, height) of the image, which selects one of several ``Pixels`` elements.
     """
@@ -63,7 +65,7 @@ def _ome_length(attributes: dict[str, str], name: str) -> float | None:
 
 
 def tiff_mpp(description: str, size: tuple[int, int], resolution: tuple[Any, Any], unit: Any) -> float | None:
-    """Return um per px of a TIFF; every reader uses this function.
+    """Return um per px of a TIFF by OME-XML, ImageJ or Aperio metadata, or else by its resolution tags; None if unknown.
 
     Parameters
     ----------

@@ -1,8 +1,8 @@
 """Tile extraction at a common physical size and resolution, and stain normalisation.
 
-A model must not distinguish sections by how they were scanned. Tiles therefore have a fixed width in um, images finer
-than a common um per px are downsampled to it first, and (optionally) each section's optical density is normalised to a
-fixed mean and standard deviation. Optical density is -log10((value + 1) / 256) per channel.
+A model must not be able to distinguish sections by their scanner. Tiles therefore have a fixed width in um, images finer than
+a common um per px are downsampled to it first, and optionally each section's optical density is normalised to a fixed mean
+and standard deviation. Optical density is -log10((value + 1) / 256) per channel.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from PIL import Image
 FIELD_UM, FIELD_PX = 112.0, 224
 """Width of the default tile in um and in px: 0.5 um per px (20x), as in HEST-1k and the encoders trained on it."""
 REFERENCE_MEAN, REFERENCE_STD = (0.20, 0.33, 0.20), (0.13, 0.17, 0.12)
-"""Target optical density of stain normalisation: a typical H&E."""
+"""Target mean and standard deviation of the optical density in stain normalisation, as in a typical H&E image."""
 TISSUE_DENSITY = (0.05, 1.5)
 """Range of the mean optical density of a tissue pixel; lower is glass, higher is ink or a black border."""
 _DENSITY = -np.log10((np.arange(256, dtype=np.float64) + 1) / 256)
@@ -117,7 +117,7 @@ class StainStats:
 
 
 def stain_stats(tiles_NSS3: Iterable[np.ndarray]) -> StainStats:
-    """Compute a section's stain statistics from its tiles; without tissue, return the reference."""
+    """Return a section's stain statistics from its tiles, uint8 (S, S, 3) each; without tissue, the reference values."""
     # A histogram of the 256 values of tissue pixels per channel is sufficient for the mean and standard deviation.
     table = _DENSITY.astype(np.float32)
     counts = np.zeros((3, 256))
@@ -136,10 +136,7 @@ def stain_stats(tiles_NSS3: Iterable[np.ndarray]) -> StainStats:
 
 
 def normalise_stain(tiles_NSS3: np.ndarray, stats: StainStats) -> np.ndarray:
-    """Normalise a section's optical density to the reference; uint8, same shape.
-
-    Implemented as a look-up table of 256 values per channel.
-    """
+    """Return tiles, uint8 (..., 3), of a section with statistics ``stats``, normalised to the reference; uint8, same shape."""
     density = (_DENSITY[None] - np.array(stats.od_mean)[:, None]) / np.array(stats.od_std)[:, None]
     density = density * np.array(REFERENCE_STD)[:, None] + np.array(REFERENCE_MEAN)[:, None]
     table = np.clip(np.rint(256 * 10.0**-density - 1), 0, 255).astype(np.uint8)
@@ -150,6 +147,6 @@ def normalise_stain(tiles_NSS3: np.ndarray, stats: StainStats) -> np.ndarray:
 
 
 def _rounded(values: np.ndarray) -> tuple[float, float, float]:
-    """Round, so that the manifest stores exactly the values in use."""
+    """Round to 6 digits, so that the manifest stores exactly the values in use."""
     a, b, c = (round(float(v), 6) for v in values)
     return a, b, c

@@ -1,7 +1,7 @@
 """Windowed reading of whole-slide images: TIFF (BigTIFF, OME, pyramids) with tifffile, scanner formats with openslide.
 
-Both packages are optional (extra ``wsi``). A window is read from the coarsest pyramid level that is fine enough, and
-downsampled from there with an anti-aliasing filter.
+Both packages are optional (extra ``wsi``). A window is read from the coarsest pyramid level that is fine enough and then
+downsampled with an anti-aliasing filter.
 """
 
 from __future__ import annotations
@@ -30,13 +30,15 @@ from comtip_shards.slides.colour import (
 from comtip_shards.slides.pixel_scale import plausible_mpp, tiff_mpp
 
 CACHE_BYTES = 192 << 20
-"""Size of the cache of decoded blocks, per open slide."""
+"""Size in bytes of the cache of decoded blocks, per open slide."""
 MAX_BLOCK_BYTES = 512 << 20
-"""Maximum size of a block of a file; with larger blocks it could not be read in windows."""
+"""Maximum decoded size in bytes of a block; a file with larger blocks is refused."""
 MAPPED_BLOCK = 1024
+"""Width in px of the blocks in which a memory-mapped level is read."""
 PEAK_WINDOWS = 400
 """Maximum number of windows of 1024 px, evenly spaced, in which the depth of 16-bit values is determined."""
 LANCZOS_SUPPORT = 3
+"""Support of the resampling filter, in px of the downsampled image."""
 RETILE = "convert it, e.g. vips tiffsave IN OUT.tif --tile --pyramid --compression jpeg --bigtiff"
 
 
@@ -46,7 +48,7 @@ def open_windowed(path: Path) -> Slide:
     Raises
     ------
     SourceError
-        Neither package reads it, or the required package is not installed.
+        Neither package can read the image, or the required package is not installed.
     """
     openslide = _optional("openslide")
     vendor = openslide.OpenSlide.detect_format(str(path)) if openslide else None
@@ -74,14 +76,14 @@ def open_windowed(path: Path) -> Slide:
 
 
 def scanner_format(path: Path) -> str | None:
-    """Return the scanner format that openslide recognises, None for other images and without openslide."""
+    """Return the scanner format that openslide detects; None for other images, or if openslide is not installed."""
     openslide = _optional("openslide")
     vendor = openslide.OpenSlide.detect_format(str(path)) if openslide else None
     return None if vendor == "generic-tiff" else vendor
 
 
 def orientation_note(orientation: object, path: Path) -> list[str]:
-    """Return a note on an orientation tag, which is not applied: positions are px of the stored image."""
+    """Return a note if an image has an orientation tag, which is not applied: positions are px of the stored image."""
     if orientation in (0, 1, None):
         return []
     return [f"{path.name}: orientation tag {orientation} is ignored; positions are px of the image as stored"]
@@ -159,24 +161,33 @@ class OpenSlideSlide(PyramidSlide):
 
 
 class BlockedSlide(PyramidSlide):
-    """Levels that are zarr, dask or memory-mapped arrays of any axis order: (y, x, 3), (3 or 4, y, x), (1, y, x, 3), grey.
+    """An image whose levels are zarr, dask or memory-mapped arrays, such as (y, x, 3), (3 or 4, y, x), (1, y, x, 3) or (y, x).
 
-    Values have 8 or 16 bits, or are floats or booleans, which are scaled to 8 bits.
+    Values of any depth that :func:`comtip_shards.slides.colour.peak_of` accepts are scaled to 8 bits.
     """
 
     def __init__(
         self, path: Path, arrays: list[Any], axes: str, *, alpha: int = 0, decode: Decode | None = None
     ) -> None:
-        """Take the levels, finest first.
+        """Check the levels and determine the value of white.
 
         Parameters
         ----------
+        path
+            The file, for messages.
+        arrays
+            The levels, finest first.
         axes
             Names of the axes: ``y`` for rows, ``x`` for columns, ``c`` or ``s`` for channels, ``z`` and ``t``.
         alpha
             Whether the last channel is opacity: :data:`STRAIGHT_ALPHA`, :data:`PREMULTIPLIED_ALPHA` or 0.
         decode
-            Converts stored values to grey or RGB, None if they are.
+            Converts stored values to grey or RGB; None if they are already.
+
+        Raises
+        ------
+        SourceError
+            The axes are not those of one grey or colour image, the size is out of range, or the blocks are too large.
         """
         self.path, self.notes, self.reader, self._arrays, self._alpha = path, [], "zarr", arrays, alpha
         self._decode = decode
@@ -205,8 +216,8 @@ class BlockedSlide(PyramidSlide):
     def _find_peak(self) -> float:
         if self._arrays[0].dtype == np.uint8 and self._decode is None:
             return 255.0
-        # All windows need the same depth. The coarsest level may have averaged the brightest pixel away, but the order of
-        # magnitude still identifies the depth.
+        # All windows must use one peak. The brightest pixel may be averaged away in the coarsest level, but the order of
+        # magnitude still shows the bit depth.
         last = len(self._arrays) - 1
         width, height = self.levels[last]
         peak = 0.0
@@ -271,7 +282,7 @@ class BlockedSlide(PyramidSlide):
         return np.ascontiguousarray(values.transpose([kept.index(a) for a in (self._y, self._x, self._c)]))
 
     def close(self) -> None:
-        """Free the decoded blocks."""
+        """Release the decoded blocks."""
         self._cache.clear()
 
 

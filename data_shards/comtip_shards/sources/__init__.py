@@ -103,6 +103,7 @@ READERS = (
     ),
 )
 MAX_DEPTH = 4
+"""Number of nested folders that :func:`locate` enters."""
 _BY_NAME = {reader.name: reader for reader in READERS}
 FORMATS = tuple(_BY_NAME)
 
@@ -138,7 +139,7 @@ def detect(path: Path) -> tuple[Reader, str]:
 
 
 def locate(path: Path) -> Path:
-    """Return the folder that contains the data: ``path``, its ``outs``, or its only subfolder (an unpacked archive)."""
+    """Return the path of the data: ``path``, or the nearest ``outs`` or only subfolder (of an unpacked archive) in it."""
     for _ in range(MAX_DEPTH):
         if not path.is_dir() or any(r.recognise(path) for r in READERS):
             return path
@@ -167,7 +168,7 @@ def open_source(
     Parameters
     ----------
     path
-        A table, a file, a folder, or the URL of one; required files behind a URL are downloaded first.
+        A table, a file or a folder, or the URL of one, from which the required files are downloaded first.
     samples
         Section ids to read; None reads all.
     fmt
@@ -176,12 +177,17 @@ def open_source(
         Facts and options that the caller states; facts take precedence over the source. A mapping such as
         ``{"mpp": "0.5"}`` is parsed by :func:`comtip_shards.sections.facts.source_options`.
     where
-        Filter sections, e.g. ``{"tissue": ["breast", "lung"], "species": ["human"]}``. Keys: ``species``,
-        ``tissue`` (or ``organ``), ``platform`` (or ``technology``), ``donor`` and ``dataset``.
+        Allowed values by field; only sections that match all of them are opened, e.g. ``{"tissue": ["breast", "lung"],
+        "species": ["human"]}``. Fields: ``species``, ``tissue`` (or ``organ``), ``platform`` (or ``technology``),
+        ``donor`` and ``dataset``.
     cache
         Cache directory for downloads, see :func:`comtip_shards.sources.selection.fetch.fetch_source`.
     progress
         Show a progress bar for downloads.
+
+    Returns
+    -------
+    The selected sections, each of which is read by ``read()``.
 
     Raises
     ------
@@ -190,7 +196,7 @@ def open_source(
     """
     options, where = source_options(overrides), check_where(where or {})
     if fmt != "auto" and fmt not in _BY_NAME:
-        raise SourceError(f"unknown format {fmt!r}; use auto or one of {', '.join(FORMATS)}")
+        raise SourceError(f"`fmt` {fmt!r} is unknown; use auto or one of {', '.join(FORMATS)}")
     if is_url(path):
         fetched = fetch_source(
             str(path), fmt=fmt, samples=samples, where=where, options=options, cache=cache, progress=progress
@@ -213,7 +219,7 @@ def _read_by(
     where: Mapping[str, Collection[str]],
     options: SourceOptions,
 ) -> list[SectionSource]:
-    """Open the selected sections of a local source, after a check that the reader uses every option."""
+    """Check that the reader uses every stated option, and open the selected sections of a local source."""
     if not reader.pools:
         refuse(options, POOL_KEYS, f"{reader.name} has one row per spot and is not pooled")
     check_options(options, reader.options, f"the format {reader.name}")

@@ -1,7 +1,7 @@
 """AnnData: ``.h5ad`` or ``.zarr`` with spot centres in ``obsm`` and an image in ``uns["spatial"]`` or a file.
 
-This is the layout of scanpy's and squidpy's Visium readers and of CELLxGENE. The image in the file is downscaled (hires
-or lowres); ``image=`` states the full-resolution image, where ``{id}`` is replaced by the section.
+This is the layout that scanpy's and squidpy's Visium readers and CELLxGENE use. The image in the file is downscaled (hires or
+lowres); the option ``image`` states the full-resolution image, and ``{id}`` in it is replaced by the section id.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ from comtip_shards.sources.tenx.features import GENE_KIND, Features, for_species
 
 log = logging.getLogger("comtip_shards")
 _LIBRARY_COLUMNS = ("library_id", "library", "sample_id", "sample")
-"""Columns preferred where several tell libraries apart."""
+"""Columns of ``obs`` to prefer if several contain the names of the libraries."""
 
 
 def recognise(path: Path) -> str | None:
-    """Return a reason if ``path`` is such a file or a folder of them, else None."""
+    """Return a reason if ``path`` is an AnnData or a folder of AnnData files, else None."""
     for file in files_of(path):
         try:
             with open_store(file) as store:
@@ -61,7 +61,13 @@ def recognise(path: Path) -> str | None:
 
 
 def open_sections(path: Path, samples: Sequence[str] | None, options: SourceOptions) -> list[SectionSource]:
-    """Return the sections: one per library of ``uns["spatial"]``, or one per file."""
+    """Return the sections: one per library of ``uns["spatial"]``, or one per file if it has at most one library.
+
+    Raises
+    ------
+    SourceError
+        There is no AnnData, one cannot be read, or two sections have the same id.
+    """
     files = files_of(path)
     if not files:
         raise SourceError(f"{path}: no .h5ad file; write one with AnnData.write_h5ad")
@@ -87,12 +93,12 @@ def _libraries(path: Path) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class LibraryView:
-    """Positions, image and facts of one library of an AnnData; the same for building, predicting and embedding."""
+    """Positions, image and facts of one library of an AnnData; building, predicting and embedding all use this view."""
 
     rows: np.ndarray
     """int64, rows of ``obs``."""
     xy: np.ndarray
-    """float64 (n, 2), px of the positions."""
+    """float64 (n, 2), spot centres, in px of the image that they refer to."""
     mpp: float
     """um per px of the positions."""
     image: Path | None
@@ -100,6 +106,7 @@ class LibraryView:
     picture: Picture | None
     """The image in the file, if none is stated."""
     spot_diameter_px: float | None
+    """In px of the positions, None where not stated."""
     facts: ObsFacts
     notes: list[str]
 
@@ -125,12 +132,12 @@ def view_library(
     options
         Stated facts and options.
     need_species
-        Whether an unknown species raises; otherwise it is empty in the facts.
+        Whether an unknown species is an error; if False, it is empty in the facts.
 
     Raises
     ------
     SourceError
-        Something is missing or contradictory; the message names the option that helps.
+        Positions, image, scale or species are missing or contradictory; the message names the option that states them.
     """
     path, notes = store.path, list[str]()
     obs, keys = store["obs"], library_names(store.group("uns/spatial"))
@@ -204,7 +211,7 @@ def _inner_slide(path: Path, library: str, picture: Picture) -> Slide:
 
 
 def _scale(facts: ObsFacts, image: Path | None, xy: np.ndarray, path: Path, notes: list[str]) -> float:
-    """Return um per px of the positions where it is not stated: from the pitch of Visium, or from the image's tag."""
+    """Return um per px of the positions if it is not stated: from the pitch of Visium, or from the image's resolution tag."""
     if facts.is_visium:
         mpp = visium_mpp(xy, str(path))
         notes.append(f"scale: {mpp:.4f} um per px, from the {VISIUM_PITCH_UM:g} um pitch of Visium spots")
@@ -219,12 +226,12 @@ def _scale(facts: ObsFacts, image: Path | None, xy: np.ndarray, path: Path, note
 
 
 def rows_of(obs: pd.DataFrame, library: str, path: Path, libraries: Sequence[str]) -> np.ndarray:
-    """Return the rows of one library, by the column of ``obs`` whose values are the libraries.
+    """Return the rows of one library, int64, by the column of ``obs`` that contains the names of all libraries.
 
     Raises
     ------
     SourceError
-        No column, or several columns that differ, tell the libraries apart.
+        No column contains them, or several columns assign spots differently.
     """
     fits = [str(c) for c in obs if set(libraries) <= set(obs[c].astype(str).unique()) and obs[c].nunique() < len(obs)]
     fits = [c for c in _LIBRARY_COLUMNS if c in fits] or fits

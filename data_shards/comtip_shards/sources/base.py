@@ -1,4 +1,4 @@
-"""Interfaces of the readers: sections that are read on demand, the registry entry, and the options that name files."""
+"""Interface of the readers: a section that is read on demand, the registry entry of a format, and options that name files."""
 
 from __future__ import annotations
 
@@ -26,17 +26,23 @@ class SectionSource:
     """Input files of the section."""
     load: Callable[[], Section]
     load_spots: Callable[[], Section] | None = None
-    """Loads the section without its counts; None if counts are cheap to read and always present."""
+    """Loads the section without its counts; None if ``load`` is used, because counts are cheap to read."""
     counts: CountOptions = field(default_factory=CountOptions)
-    """How counts and positions are read, where this shows neither in the metadata nor in the names of the inputs."""
+    """Options for counts and positions that change the content, but neither the metadata nor the input files."""
 
     def read(self) -> Section:
-        """Read the section and validate it."""
+        """Read the section and validate it.
+
+        Raises
+        ------
+        SourceError
+            The section cannot be read or is invalid; the message names it or one of its files.
+        """
         with named(f"section {self.meta.section_id}", self.inputs):
             return self.load().check()
 
     def read_spots(self) -> Section:
-        """Read positions and image, and validate them; counts may be missing, or not be raw."""
+        """Read and validate the section for its positions and image; its counts may be absent. Raises like :meth:`read`."""
         with named(f"section {self.meta.section_id}", self.inputs):
             return (self.load_spots or self.load)().check()
 
@@ -46,14 +52,15 @@ class Reader:
     """Registry entry for one source format."""
 
     name: str
+    """Name of the format, as in ``fmt``."""
     looks_for: str
     """Short description of the layout, used in error messages."""
     recognise: Callable[[Path], str | None]
-    """Return a reason if a path has this format, else None. Must be fast and must not raise on other formats."""
+    """Returns a reason if a path has this format, else None. It must be fast and must not raise on other formats."""
     open: Callable[[Path, Sequence[str] | None, SourceOptions], list[SectionSource]]
-    """``open(path, section ids or None for all, options)``; must not read the data."""
+    """``open(path, section ids or None for all, options)``; it must not read the data."""
     catalogue: Callable[[Path, SectionFacts], list[CatalogueRow]] | None = None
-    """List sections from the source's metadata table without opening them; None if opening is cheap."""
+    """Lists sections from the source's metadata table without opening them; None if opening is cheap."""
     outranks: tuple[str, ...] = ()
     """Formats over which this one takes precedence if both are detected; ``*`` means all."""
     pools: bool = False
@@ -74,7 +81,7 @@ class CatalogueRow:
     dataset: str = ""
 
     def with_facts(self, facts: SectionFacts) -> CatalogueRow:
-        """Return the row with stated facts in place of the source's."""
+        """Return the row with the source's values replaced by stated facts."""
         return replace(
             self,
             species=facts.species or self.species,
@@ -90,13 +97,13 @@ def stated_file(template: str | None, section_id: str) -> Path | None:
 
 
 def stated_image(facts: SectionFacts, section_id: str) -> Path | None:
-    """Return the image that the caller states for a section; it must exist."""
+    """Return the image that the caller states for a section, None if none is stated; raises SourceError if it does not exist."""
     image = stated_file(facts.image, section_id)
     return None if image is None else existing(image, "image (`image`)")
 
 
 def check_one_file(option: str, template: str | None, names: Sequence[str], where: Path) -> None:
-    """Raise if one file is stated for several sections.
+    """Raise :class:`SourceError` if one file is stated for several sections.
 
     Parameters
     ----------
@@ -116,7 +123,13 @@ def check_one_file(option: str, template: str | None, names: Sequence[str], wher
 
 
 def pick(wanted: Sequence[str] | None, have: Sequence[str], where: Path) -> list[str]:
-    """Return the requested sections, or all; an unknown id raises with the closest match."""
+    """Return the requested section ids, or all in ``have`` if ``wanted`` is None.
+
+    Raises
+    ------
+    UnknownSection
+        An id is not in ``have``; the message names the closest one and ``where``.
+    """
     if wanted is None:
         return list(have)
     for name in wanted:
@@ -143,9 +156,9 @@ def named(what: str, inputs: Sequence[Path]) -> Iterator[None]:
     Raises
     ------
     SourceError
-        With ``what`` before a message that names no file.
+        As raised inside; if its message names no file, ``what`` is prepended.
     UnforeseenError
-        Instead of any other error but OSError, which names its file.
+        Replaces any other error except OSError and ShardError, which name their file.
     """
     try:
         yield

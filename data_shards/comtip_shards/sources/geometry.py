@@ -1,4 +1,4 @@
-"""Spot pitch and its use as a check of the scale."""
+"""Spot pitch, and checks of the scale that use it."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from comtip_shards.errors import SourceError
 
 VISIUM_PITCH_UM, VISIUM_DIAMETER_UM = 100.0, 55.0
 MAX_RATIO, MAX_RATIO_INFERRED = 1.15, 4.0
-"""Maximum ratio of the spot pitch to that of Visium if the platform is stated, and if only the array suggests it."""
+"""Maximum ratio between the spot pitch and that of Visium: if the platform is stated, and if it is inferred from the array."""
 PITCH_UM = (0.1, 1000.0)
 """Range of the distance between spots, bins or cells on any platform: Stereo-seq has 0.5 um, legacy ST 200 um."""
 _MIN_SPOTS = 7
 
 
 def median_gap(xy: np.ndarray) -> float:
-    """Return the median nearest-neighbour distance, NaN for fewer than two positions."""
+    """Return the median nearest-neighbour distance of positions, (n, 2), in their unit; NaN for fewer than two positions."""
     xy = xy[np.isfinite(xy).all(1)]
     if len(xy) < 2:
         return float("nan")
-    # Of equal positions a tree makes one leaf, in which every query costs as many steps as there are positions.
+    # Equal positions share one leaf of the tree, in which each query takes as many steps as there are positions.
     distinct, counts = np.unique(xy, axis=0, return_counts=True)
     gaps = cKDTree(distinct).query(distinct, k=2)[0][:, 1] if len(distinct) > 1 else np.zeros(1)
     return float(np.median(np.repeat(np.where(counts > 1, 0.0, gaps), counts)))
@@ -33,7 +33,7 @@ def visium_mpp(xy: np.ndarray, where: str) -> float:
     Raises
     ------
     SourceError
-        Fewer than two positions, or positions that coincide.
+        There are fewer than two positions, or most of them coincide.
     """
     gap = median_gap(xy)
     if not gap > 0:
@@ -45,7 +45,7 @@ def visium_mpp(xy: np.ndarray, where: str) -> float:
 
 
 def max_ratio(platform: str, obs: pd.DataFrame) -> float:
-    """Return the maximum ratio of the spot pitch to 100 um, infinite if the spots are not known to be those of Visium."""
+    """Return the limit for :func:`check_pitch`; infinite unless platform or array (``obs``) identify the spots as Visium."""
     if platform:
         return MAX_RATIO if platform.lower() == "visium" else float("inf")
     if not {"array_row", "array_col"} <= set(obs) or len(obs) < _MIN_SPOTS:
@@ -57,7 +57,7 @@ def max_ratio(platform: str, obs: pd.DataFrame) -> float:
 
 
 def check_pitch(xy: np.ndarray, mpp: float, limit: float, where: str) -> None:
-    """Raise if the spot pitch at this scale is not that of a Visium slide, or of no platform.
+    """Check that the spot pitch at this scale is possible, and on a Visium slide that it is 100 um.
 
     Parameters
     ----------
@@ -66,14 +66,14 @@ def check_pitch(xy: np.ndarray, mpp: float, limit: float, where: str) -> None:
     mpp
         um per px of the positions.
     limit
-        See :func:`max_ratio`.
+        Maximum ratio between the pitch and 100 um, see :func:`max_ratio`.
     where
         File name for messages.
 
     Raises
     ------
     SourceError
-        The scale is wrong, e.g. by a factor of ten, or belongs to another image.
+        The scale is not positive, is wrong (e.g. by a factor of ten), or belongs to another image.
     """
     if not np.isfinite(mpp) or mpp <= 0:
         raise SourceError(f"{where}: the scale is {mpp:g} um per px, expected a positive number; set `mpp`")

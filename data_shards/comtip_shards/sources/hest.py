@@ -1,8 +1,7 @@
 """HEST-1k folders, complete or partial: ``st/ID.h5ad``, ``wsis/ID.tif`` or ``patches/ID.h5``, ``metadata/ID.json``.
 
-``obsm["spatial"]`` holds spot centres and ``coords`` the top-left corners of patches, both in WSI px. There are fewer
-patches than spots, so they are joined by barcode. Tiles are cut from the WSI if present, else from the patches
-(112 um wide).
+In WSI px, ``obsm["spatial"]`` holds the centres of spots and ``coords`` the top-left corners of patches. Some spots have no
+patch, so both are joined by barcode. Tiles are cut from the WSI if present, else from the patches (112 um wide).
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ def recognise(path: Path) -> str | None:
 
 
 def catalogue(path: Path, facts: SectionFacts) -> list[CatalogueRow]:
-    """List the sections of the folder with their metadata."""
+    """List the sections in ``st/`` with their metadata, in which ``facts`` take precedence."""
     ids = [p.stem for p in sorted(find(path / "st", "*.h5ad"))]
     rows = read_metadata(path, ids)
     return [_row(name, rows.get(name, {})).with_facts(facts) for name in ids]
@@ -62,7 +61,7 @@ def table_rows(path: Path) -> list[CatalogueRow]:
 
 
 def read_metadata(path: Path, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return {id: metadata} from the newest table, updated by ``metadata/ID.json``."""
+    """Return {id: metadata} of the newest table, in which ``metadata/ID.json`` takes precedence for the sections ``ids``."""
     rows = _read_csv(path)
     for name in ids:
         file = path / "metadata" / f"{name}.json"
@@ -108,7 +107,7 @@ def _row(name: str, row: Mapping[str, Any]) -> CatalogueRow:
 
 
 def open_sections(path: Path, samples: Sequence[str] | None, options: SourceOptions) -> list[SectionSource]:
-    """Return the sections named in ``samples``, or all."""
+    """Return the sections named in ``samples``, or all; raises SourceError if files or facts are missing."""
     rows = {row.section_id: row for row in catalogue(path, options.facts)}
     if not rows:
         raise SourceError(f"{path}: no st/ID.h5ad; give the folder that contains st/, wsis/ or patches/, and metadata/")
@@ -162,7 +161,7 @@ def _wsi(path: Path, name: str, facts: SectionFacts) -> Path | None:
 
 
 def _scale(path: Path, name: str, metadata: Mapping[str, Any], wsi: Path | None, notes: list[str]) -> float:
-    """Return um per px of the WSI: HEST's estimate from spots, HEST's embedded value, or the file's own tag."""
+    """Return um per px of the WSI: HEST's estimate from spots, else HEST's embedded value, else the WSI's resolution tag."""
     where = path / "metadata" / f"{name}.json"
     for key in ("pixel_size_um_estimated", "pixel_size_um_embedded"):
         value = number(metadata.get(key, ""), f"{where}: {key}")
@@ -179,7 +178,7 @@ def _scale(path: Path, name: str, metadata: Mapping[str, Any], wsi: Path | None,
 def _geometry(
     table: Path, mpp: float, metadata: Mapping[str, Any], platform: str, notes: list[str]
 ) -> tuple[float, float]:
-    """Return (spot pitch, spot diameter) in um; measured values have precedence, and differences are noted."""
+    """Return (spot pitch, spot diameter) in um; the measured pitch takes precedence, and a difference is noted."""
     with open_h5ad(table) as file:
         if "obsm/spatial" not in file:
             raise SourceError(f"{table}: missing obsm['spatial']; download it again")

@@ -24,7 +24,7 @@ from comtip_shards.sources.files.tables import numbers, read_counts_table, read_
 
 PITCH_UM, DIAMETER_UM = 200.0, 100.0
 MIN_PITCH_UM, MAX_PITCH_UM = 75.0, 400.0
-"""Range of spot pitches that a stated scale may give."""
+"""Range in um of the spot pitch that a stated scale must give."""
 _COUNTS = re.compile(r"(?P<id>.+?)(?:_stdata|_counts)?\.tsv(?:\.gz)?$")
 _NOT_COUNTS = re.compile(r"(_spots|_selection|_alignment|_annotation|_labeled_coordinates|_onehot|genes|manifest)\b")
 _SPOT_ID = re.compile(r"(-?\d+(?:\.\d+)?)x(-?\d+(?:\.\d+)?)$")
@@ -56,7 +56,7 @@ def _sections(path: Path) -> dict[str, tuple[Path, Path]]:
 
 
 def open_sections(path: Path, samples: Sequence[str] | None, options: SourceOptions) -> list[SectionSource]:
-    """Return the sections of the folder; species and tissue must be stated."""
+    """Return the sections of the folder; raises SourceError if there are none, or species or tissue are not stated."""
     found = _sections(path)
     if not found:
         raise SourceError(
@@ -104,7 +104,7 @@ def _source(
 
 
 def _scale(path: Path, stated: float | None, pitch_px: float, notes: list[str]) -> float:
-    """Return um per px: the stated scale, if it is plausible for an array, else that of the array's pitch."""
+    """Return um per px: the stated scale, which must give a plausible pitch, or else that of the array's pitch."""
     if stated is None:
         notes.append(f"scale from the array's {PITCH_UM:g} um pitch: {PITCH_UM / pitch_px:.4f} um per px")
         return PITCH_UM / pitch_px
@@ -146,7 +146,7 @@ def _from_array(ids: list[str], image: Path, counts: Path) -> SpotPositions:
 
 
 def _pitch_px(spots: SpotPositions | None, image: Path, table: Path | None) -> float:
-    """Return px per array step by a least-squares fit of positions to array coordinates."""
+    """Return px per array step from a least-squares fit of positions to array coordinates."""
     if spots is None:
         return image_size(image)[0] / 32
     design = np.column_stack([spots.array_xy, np.ones(len(spots.ids))])

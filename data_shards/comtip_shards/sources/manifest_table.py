@@ -34,7 +34,7 @@ def recognise(path: Path) -> str | None:
 
 
 def open_sections(path: Path, samples: Sequence[str] | None, options: SourceOptions) -> list[SectionSource]:
-    """Return the sections named in ``samples``, or all."""
+    """Return the sections named in ``samples``, or all; raises SourceError if the table or a listed file is invalid."""
     where = path / NAME if path.is_dir() else path
     rows = _rows(where)
     return [_source(rows[name], where, options.facts) for name in pick(samples, list(rows), where)]
@@ -49,7 +49,7 @@ def catalogue(folder: Path) -> list[CatalogueRow]:
 
 
 def files_of(folder: Path, section: str) -> tuple[str, ...]:
-    """Return the file names of a section."""
+    """Return the file names of a section, in the order of :data:`FILES`, relative to the table."""
     row = _rows(folder / NAME)[section]
     return tuple(str(row[c]) for c in FILES)
 

@@ -1,4 +1,4 @@
-"""Pre-extracted patches in an h5 file (HEST and compatible tools): ``img``, ``coords``, ``barcode``."""
+"""Precomputed patches in an h5 file of HEST or a compatible tool, with ``img``, ``coords`` and ``barcode``."""
 
 from __future__ import annotations
 
@@ -25,25 +25,27 @@ HEST_MPP = 0.5
 
 @dataclass(frozen=True)
 class Patches:
-    """Contents of a patch file without the pixels."""
+    """Content of a patch file, except the pixels."""
 
     path: Path
     row_of: dict[str, int]
-    """Barcode to row."""
+    """{barcode: row}."""
     coords_N2: np.ndarray
     """float64 (N, 2), top-left corners in WSI px."""
     width_px: float
     """Patch width in WSI px."""
     width_um: float
+    """Patch width in um."""
     has_pixels: bool
+    """Whether the file has ``img``."""
 
     def check(self, spot_ids: Sequence[str], xy_N2: np.ndarray) -> list[str]:
-        """Compare patch centres with spot centres by barcode; returns notes.
+        """Compare the centres of patches with those of their spots, float (N, 2) in WSI px; returns notes.
 
         Raises
         ------
         SourceError
-            The centres differ: the files belong to different sections or scales.
+            There are no spots, or the centres differ: the files belong to different sections or scales.
         """
         if not len(spot_ids):
             raise SourceError(f"{self.path}: no patch has the barcode of a spot; use files of the same section")
@@ -70,7 +72,12 @@ def read_patches(path: Path, mpp: float) -> Patches:
     path
         The h5 file.
     mpp
-        um per px of the WSI, used if the file does not state it.
+        um per px of the WSI; it is compared with that of the file, if the file states one.
+
+    Raises
+    ------
+    SourceError
+        The file cannot be read, its arrays do not match, or it was extracted at another scale.
     """
     with reading(path, "patches"), _open(path) as file:
         for name in ("coords", "barcode"):
@@ -105,7 +112,19 @@ def _open(path: Path) -> h5py.File:
 
 
 class PatchSlide(Slide):
-    """Slide backed by patches: tiles at spot centres only, and a small image as overview."""
+    """Slide backed by patches: tiles only at spot centres, and a small image for everything else.
+
+    Parameters
+    ----------
+    patches
+        The patch file.
+    spot_ids, xy_N2
+        Spots with a patch, and their centres in WSI px.
+    small
+        Image of the complete section.
+    size
+        (width, height) of the WSI in px.
+    """
 
     def __init__(
         self, patches: Patches, spot_ids: Sequence[str], xy_N2: np.ndarray, small: ArraySlide, size: tuple[int, int]
@@ -124,7 +143,7 @@ class PatchSlide(Slide):
         return self._small.size
 
     def scaled(self, box: Box, size: tuple[int, int]) -> np.ndarray:
-        """Read a window of the overview image; patches have no pixels between them."""
+        """Read a window of the overview image; raises SourceError for a finer scale, because patches do not cover the section."""
         if size[0] > self._small.size[0] + 1 or size[1] > self._small.size[1] + 1:
             raise SourceError(
                 f"{self.path}: patches have no pixels between them, and the overview image has only {self._small.size[0]} x "
@@ -133,14 +152,20 @@ class PatchSlide(Slide):
         return self._small.scaled(box, size)
 
     def overview(self, max_px: int) -> tuple[np.ndarray, float]:
-        """Return the overview image with its longer side at most ``max_px``, and its WSI px per px."""
+        """Return the overview image with its longer side at most ``max_px``, and the number of WSI px per px."""
         small, _ = self._small.overview(max_px)
         return small, self.size[0] / small.shape[1]
 
     def iter_tiles(
         self, xy_N2: np.ndarray, mpp: float, tile_um: float, tile_px: int, min_mpp: float
     ) -> Iterator[np.ndarray]:
-        """Yield the central part of the patch at each spot centre, uint8 (S, S, 3)."""
+        """Yield the central part of the patch at each spot centre, uint8 (S, S, 3).
+
+        Raises
+        ------
+        SourceError
+            A tile is wider than a patch, there is no patch at a position, or a patch cannot be read.
+        """
         width = self.tile_limit_um
         if tile_um > width * 1.005:
             raise SourceError(
@@ -166,7 +191,7 @@ class PatchSlide(Slide):
 
     @staticmethod
     def _cut(pixels_HW3: np.ndarray, part: float, width_um: float, tile_px: int, min_mpp: float) -> np.ndarray:
-        """Downsample a patch as a WSI is, to ``min_mpp``, and resample its centre."""
+        """Return the central share ``part`` of a patch as a tile, downsampled to ``min_mpp`` first, as a WSI is."""
         side = pixels_HW3.shape[1]
         size, _, _ = shrunk_size((side, pixels_HW3.shape[0]), width_um / side, min_mpp)
         image = Image.fromarray(pixels_HW3)

@@ -1,7 +1,7 @@
 """Space Ranger ``outs`` folders of Visium slides, versions 1 to 4: h5 or MEX, positions with or without a header.
 
-Positions are px of the microscope image that was given to the pipeline. That image is not part of the output, so the
-caller states it (``image=``). The downscaled images in ``spatial/`` are used only for ``image=hires`` or ``lowres``.
+Positions are px of the microscope image that Space Ranger was given. That image is not part of the output, so the caller
+states it with the option ``image``. The values ``hires`` and ``lowres`` select the downscaled images in ``spatial/``.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from comtip_shards.sources.tenx.space_ranger_files import RunFiles, find_runs, s
 
 PITCH_UM, DIAMETER_UM = 100.0, 55.0
 SLIDES = {4_992: "6.5 mm", 14_336: "11 mm"}
-"""Number of spots to width of the capture area."""
+"""{number of spots: width of the capture area}."""
 COARSE_MPP = 2.0
-"""um per px above which a "full-resolution" image is not a microscope scan."""
+"""um per px above which the image of the positions is probably not a microscope scan."""
 POSITIONS = ("tissue_positions.parquet", "tissue_positions.csv", "tissue_positions_list.csv")
 COLUMNS = ["barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres"]
 FACTORS = "scalefactors_json.json"
 
 
 def _head(path: Path) -> bytes:
-    """Return the first 64 KiB of a file, which may be far larger than it should be."""
+    """Return the first 64 KiB of a file, because a wrong or hostile file may be very large."""
     with path.open("rb") as file:
         return file.read(1 << 16)
 
@@ -54,7 +54,13 @@ def recognise(path: Path) -> str | None:
 
 
 def open_sections(path: Path, samples: Sequence[str] | None, options: SourceOptions) -> list[SectionSource]:
-    """Return the sections of the folder: one named after it, or one per prefix of the file names."""
+    """Return the sections of the folder: one named after it, or one per prefix of the file names.
+
+    Raises
+    ------
+    SourceError
+        Files or facts are missing, or contradict each other.
+    """
     runs = {run.name: run for run in find_runs(path)}
     names = pick(samples, list(runs), path)
     image = options.facts.image
@@ -109,7 +115,7 @@ def _source(run: RunFiles, facts: SectionFacts) -> SectionSource:
 
 
 def _positions(tables: Sequence[Path]) -> tuple[Path, SpotPositions]:
-    """Return the table of positions; several tables (csv and parquet, packed and not) must be equal."""
+    """Return the first table of positions and its spots; further tables (other formats) must agree with it."""
     first = read_positions(tables[0])
     for other in tables[1:]:
         spots = read_positions(other)
@@ -122,13 +128,19 @@ def _positions(tables: Sequence[Path]) -> tuple[Path, SpotPositions]:
 
 
 def read_positions(path: Path) -> SpotPositions:
-    """Read positions from csv, csv.gz or parquet, with or without a header."""
+    """Read positions, in px of the full-resolution image, from csv, csv.gz or parquet, with or without a header.
+
+    Raises
+    ------
+    SourceError
+        The table cannot be read, has other columns or no rows, or has the barcodes of Visium HD bins.
+    """
     existing(path, "table of positions")
     with reading(path, "tissue positions"):
         if ".parquet" in path.name:
             table = pd.read_parquet(unpacked(path)).astype(str)
         else:
-            # The name does not determine the header: some "list" files have one.
+            # The file name does not tell whether there is a header: some tissue_positions_list.csv have one.
             text = read_packed(path).decode("utf-8-sig")
             header = text.lower().lstrip('"').startswith("barcode")
             table = pd.read_csv(io.StringIO(text), header=0 if header else None, dtype=str, keep_default_na=False)
@@ -162,7 +174,7 @@ def read_positions(path: Path) -> SpotPositions:
 def _scale(
     spots: SpotPositions, factors: Mapping[str, float], path: Path, stated: float | None, notes: list[str]
 ) -> float:
-    """Return um per full-resolution px from the spot pitch of 100 um, checked against the stated scale."""
+    """Return um per full-resolution px: the stated scale, which must agree with the 100 um spot pitch, or that of the pitch."""
     if len(spots.ids) not in SLIDES:
         notes.append(
             f"{path.name} has {len(spots.ids):,} spots; a complete slide has {' or '.join(f'{n:,}' for n in SLIDES)}"
@@ -217,7 +229,7 @@ def _pitch_px(spots: SpotPositions, path: Path) -> float:
 
 
 def _align_suffix(spots: SpotPositions, barcodes: list[str]) -> SpotPositions:
-    """Match barcodes if only one of the two files has the suffix "-1"."""
+    """Return the spots with barcodes as in the counts, if only one of the two has a suffix such as "-1"."""
     if not barcodes or set(spots.ids) & set(barcodes):
         return spots
     full_name = {re.sub(r"-\d+$", "", b): b for b in barcodes}

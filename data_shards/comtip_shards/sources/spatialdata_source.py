@@ -1,6 +1,6 @@
-"""SpatialData stores (``.zarr``): tables that annotate shapes or labels, and an image in the same coordinate system.
+"""SpatialData stores (``.zarr``) with a table that annotates shapes or labels, and an image in the same coordinate system.
 
-Each annotated region is one section. Its centroids are mapped to image px by the transformations of both elements.
+Each annotated region is one section. Its centroids are mapped to image px by the transformations of region and image.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def recognise(path: Path) -> str | None:
 
 
 def open_sections(path: Path, samples: Sequence[str] | None, options: SourceOptions) -> list[SectionSource]:
-    """Return one section per annotated region."""
+    """Return one section per annotated region; raises SourceError if the store or a required element is invalid or missing."""
     data = read_store(path)
     regions = _regions(data, path)
     ids = {safe_id(region): region for region in regions}
@@ -49,7 +49,14 @@ def open_sections(path: Path, samples: Sequence[str] | None, options: SourceOpti
 
 
 def read_store(path: Path) -> Any:
-    """Open a store whose metadata passes :func:`comtip_shards.sources.files.zarr_metadata.check_store`; images are read lazily."""
+    """Open a store with lazily read images.
+
+    Raises
+    ------
+    SourceError
+        The store is refused by :func:`comtip_shards.sources.files.zarr_metadata.check_store`, cannot be read, or the package
+        spatialdata is not installed.
+    """
     check_store(path, "a SpatialData store")
     try:
         spatialdata = import_module("spatialdata")
@@ -68,7 +75,7 @@ def read_store(path: Path) -> Any:
 
 
 def _regions(data: Any, path: Path) -> dict[str, str]:
-    """Return {region: table}."""
+    """Return {region: name of the table that annotates it}; raises SourceError if there is none, or more than one table."""
     out: dict[str, str] = {}
     for name, table in data.tables.items():
         regions = table.uns.get("spatialdata_attrs", {}).get("region")
@@ -124,7 +131,7 @@ def _source(path: Path, data: Any, table_name: str, region: str, name: str, opti
 
 
 def _stated_scale(mpp: float, units: float, notes: list[str]) -> float:
-    """Return um per px of the image; ``--mpp`` is in px of the positions, as for every other format."""
+    """Return um per image px from a stated ``mpp``, which refers to px of the positions, as in every other format."""
     if abs(units - 1) > 1e-6:
         notes.append(
             f"scale: {mpp * units:g} um per image px, from `mpp` and {units:g} px of the positions per image px"
@@ -133,7 +140,7 @@ def _stated_scale(mpp: float, units: float, notes: list[str]) -> float:
 
 
 def _scale(facts: ObsFacts, gap: float, where: str, system: str, notes: list[str]) -> float:
-    """Return um per px of the image from the pitch of Visium, the only one that is known."""
+    """Return um per image px from the pitch of Visium; raises SourceError for other platforms, whose pitch is not known."""
     if facts.is_visium:
         mpp = VISIUM_PITCH_UM / gap
         notes.append(f"scale: {mpp:.4f} um per px, from the {VISIUM_PITCH_UM:g} um pitch of Visium spots")
@@ -144,21 +151,28 @@ def _scale(facts: ObsFacts, gap: float, where: str, system: str, notes: list[str
 
 
 def units_per_px(data: Any, image: str, system: str) -> float:
-    """Return the units of the coordinate system per px of the image."""
+    """Return the number of units of the coordinate system per px of the image."""
     transformation = import_module("spatialdata.transformations").get_transformation(data[image], system)
     matrix = np.asarray(transformation.to_affine_matrix(("x", "y"), ("x", "y")), np.float64)
     return float(np.sqrt(abs(np.linalg.det(matrix[:2, :2]))))
 
 
 def choose_image(data: Any, region: str, wanted: str | None, path: Path) -> tuple[str, str]:
-    """Return (image, coordinate system): the requested image, else the largest RGB image that shares a system."""
+    """Return (image, coordinate system): the image ``wanted``, or the largest RGB image that shares a system with ``region``.
+
+    Raises
+    ------
+    SourceError
+        The region or the image does not exist, or no RGB image shares a coordinate system.
+    """
     if region not in data:
         raise SourceError(
             f"{path}: the table annotates {region}, which does not exist (elements: {', '.join(_names(data))}); add the "
             "element, or correct spatialdata_attrs of the table"
         )
     if wanted and wanted not in data.images:
-        raise SourceError(f"{path}: no image {wanted!r}; set `image` to one of {', '.join(data.images) or 'none'}")
+        fix = f"set `image` to one of {', '.join(data.images)}" if data.images else "add the H&E image to the store"
+        raise SourceError(f"{path}: no image {wanted!r}; {fix}")
     found = []
     for name in [wanted] if wanted else list(data.images):
         shared = sorted(set(_systems(data[name])) & set(_systems(data[region])), key=lambda s: (s != "global", s))
@@ -190,7 +204,13 @@ def levels_of(image: Any) -> list[Any]:
 
 
 def centres_in(data: Any, region: str, image: str, system: str, path: Path) -> tuple[np.ndarray, list[str]]:
-    """Return (centroids in image px, float64 (n, 2); instance ids) of a region."""
+    """Return the centroids of a region in image px, float64 (n, 2), and their instance ids.
+
+    Raises
+    ------
+    SourceError
+        The transformation of the image is not invertible.
+    """
     spatialdata = import_module("spatialdata")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,7 +1,7 @@
 """STimage-1K4M folders, complete or partial: ``TECH/coord``, ``TECH/gene_exp``, ``TECH/image``, and ``meta/``.
 
-The data set states no um per px. The scale is derived from the spot pitch (Visium 100 um, legacy ST 200 um) and
-checked against the radius ``r``, whose definition varies between slides.
+The dataset does not state um per px. The scale is derived from the spot pitch (Visium 100 um, legacy ST 200 um) and checked
+against the radius ``r``, whose definition varies between slides.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ LICENCE = "MIT (STimage-1K4M); each study's data under its own terms"
 PITCH_UM = {"ST": 200.0, "Visium": 100.0}
 DIAMETER_UM = {"ST": 100.0, "Visium": 55.0}
 DRAWN_UM = {"ST": (80.0, 130.0), "Visium": (45.0, 75.0)}
-"""Valid ranges of 2 ``r`` in um; Space Ranger draws Visium spots of 55 um with 65 um."""
+"""Valid range of 2 ``r`` in um; Space Ranger draws the 55 um spots of Visium 65 um wide."""
 _ARRAY = re.compile(r"(\d+(?:\.\d+)?)x(\d+(?:\.\d+)?)$")
 
 
 @dataclass(frozen=True)
 class _SlideRow:
-    """A slide in the metadata table."""
+    """Row of a slide in the metadata table."""
 
     species: str
     tissue: str
     tech: str
     study: str
-    """PubMed id and title, as far as the table has them."""
+    """PubMed id and title, if the table states them."""
 
 
 def recognise(path: Path) -> str | None:
@@ -54,7 +54,7 @@ def recognise(path: Path) -> str | None:
 
 
 def catalogue(path: Path, facts: SectionFacts) -> list[CatalogueRow]:
-    """List the slides of the folder with their metadata."""
+    """List the slides of the folder with their metadata, in which ``facts`` take precedence."""
     rows = {row.section_id: row for row in table_rows(path)}
     out = []
     for name, coord in _slides(path).items():
@@ -116,7 +116,7 @@ def _date(stem: str) -> str:
 
 
 def open_sections(path: Path, samples: Sequence[str] | None, options: SourceOptions) -> list[SectionSource]:
-    """Return the slides named in ``samples``, or all."""
+    """Return the slides named in ``samples``, or all; raises SourceError if files or facts are missing."""
     slides = _slides(path)
     if not slides:
         raise SourceError(
@@ -166,7 +166,18 @@ def _image(tech: Path, slide: str, facts: SectionFacts) -> Path:
 
 
 def read_coord(path: Path, slide: str) -> tuple[SpotPositions, float]:
-    """Read ``spot, yaxis, xaxis, r``: (spots, radius) in image px; the slide prefix of spot ids is removed."""
+    """Read a coord table, with the columns spot id, ``yaxis``, ``xaxis`` and ``r``.
+
+    Returns
+    -------
+    spots, radius
+        In image px; ids have no slide prefix, and the radius is the median of ``r``.
+
+    Raises
+    ------
+    SourceError
+        A column is missing, or a value is not a number.
+    """
     table = read_table(path, sep=",")
     missing = [c for c in ("yaxis", "xaxis", "r") if c not in table]
     if missing:
@@ -184,12 +195,12 @@ def read_coord(path: Path, slide: str) -> tuple[SpotPositions, float]:
 
 
 def bare_ids(ids: Sequence[str], slide: str) -> list[str]:
-    """Remove the slide prefix from spot ids."""
+    """Return spot ids without the prefix ``SLIDE_``."""
     return [i.removeprefix(slide).lstrip("_") if i.startswith(f"{slide}_") else i for i in ids]
 
 
 def _scale(path: Path, spots: SpotPositions, radius: float, tech: str, notes: list[str]) -> float:
-    """Return um per px from the spot pitch, and note the assumption."""
+    """Return um per px from the spot pitch of ``tech``, and append a note on this assumption."""
     if tech not in PITCH_UM:
         raise SourceError(f"{path}: no scale; set `mpp`, because the bin width of {tech} varies")
     gap = median_gap(spots.xy)

@@ -1,8 +1,8 @@
 """Visium HD: bins of 2, 8 or 16 um, or segmented cells, pooled to square pseudo-spots.
 
-Bins form a grid, which may be rotated against the image. A pseudo-spot is a block of bins, and its centre follows the
-grid. Cells are pooled in squares parallel to the image. Only bins in tissue are counted; blocks with too few of them
-are excluded and reported.
+Bins form a grid, which may be rotated relative to the image. A pseudo-spot is a square block of bins of this grid. Cells are
+pooled in squares parallel to the image. Only bins in tissue are counted; blocks with too few of them are excluded and
+reported.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from comtip_shards.sources.visium_hd_parts.cells import cells_source
 from comtip_shards.sources.visium_hd_parts.files import BIN_FOLDER, find_bins
 
 POOL_UM = 128.0
+"""Default width of a pseudo-spot in um."""
 
 
 def recognise(path: Path) -> str | None:
@@ -32,7 +33,7 @@ def recognise(path: Path) -> str | None:
 
 
 def open_sections(path: Path, samples: Sequence[str] | None, options: SourceOptions) -> list[SectionSource]:
-    """Return the section of the folder, named after it."""
+    """Return the only section of the folder, named after it; raises SourceError if files, facts or options do not fit."""
     path = path.resolve()
     root = path.parents[1] if BIN_FOLDER.fullmatch(path.name) and path.parent.name == "binned_outputs" else path
     pick(samples, [section_name(root)], path)

@@ -30,8 +30,10 @@ from comtip_shards.sources.xenium_parts.pool import pool_cells, pool_transcripts
 from comtip_shards.sources.xenium_parts.run import XeniumRun, check_scale, open_run
 
 POOL_UM, MIN_QV = 100.0, 20.0
+"""Default width of a pseudo-spot in um, and default minimum quality of a transcript."""
 DENSE, MIN_OF_DENSE = 0.9, 0.05
-"""Transcripts also occur outside tissue: a pseudo-spot needs this share of the transcripts of a dense one (quantile)."""
+"""Quantile that defines a dense pseudo-spot, and minimum share of its transcripts for a pseudo-spot to be kept: a few
+transcripts are also found outside tissue."""
 MAX_OUTSIDE = 0.5
 """Maximum share of pseudo-spots outside the H&E image; above it the alignment is refused."""
 
@@ -49,7 +51,13 @@ def recognise(path: Path) -> str | None:
 
 
 def open_sections(path: Path, samples: Sequence[str] | None, options: SourceOptions) -> list[SectionSource]:
-    """Return the sections of the folder: one named after it, or one per prefix of the file names."""
+    """Return the sections of the folder: one named after it, or one per prefix of the file names.
+
+    Raises
+    ------
+    SourceError
+        Files, facts or options are missing or contradict each other.
+    """
     refuse(options, ("bin_um", "min_cover"), "it is for Visium HD (Xenium has `min_pooled`)")
     runs = {run.name: run for run in find_runs(path)}
     names = pick(samples, list(runs), path)
@@ -143,7 +151,7 @@ def _section(run: XeniumRun, meta: SectionMeta, pooler: Pooler, least: int, what
 
 
 def _keep(pooled: Pooled, mask: np.ndarray) -> Pooled:
-    """Exclude squares and count their contents."""
+    """Return the squares in ``mask``, bool (N,); the content of the others is added to the dropped totals."""
     kept = np.flatnonzero(mask)
     counts, units = pooled.counts[kept], pooled.n_units[kept]
     return replace(

@@ -1,8 +1,8 @@
-"""Atomic writes: after a crash, a file or folder is either complete or absent.
+"""Atomic writes: after a crash, a file or folder has its former or its new content, never a part of it.
 
 Data is written to a temporary path next to the target, flushed to the device and renamed. The temporary path of a target
-is always the same, so that leftovers of a killed process are overwritten and do not accumulate. :func:`publish`
-flushes and renames for all of them; writers that need another temporary path, such as the cache, call it directly.
+is always the same, so that leftovers of a killed process are overwritten and do not accumulate. Writers that need another
+temporary path, such as the cache, call :func:`publish` directly.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def atomic_path(target: Path | str) -> Iterator[Path]:
 
 
 def write_atomic(target: Path | str, content: str | bytes) -> None:
-    """Write a small file; see :func:`atomic_path`."""
+    """Write a file from memory; raises like :func:`atomic_path`."""
     with atomic_path(target) as tmp_path:
         tmp_path.write_bytes(content.encode() if isinstance(content, str) else content)
 
@@ -125,7 +125,7 @@ def _rename(tmp_path: Path, target: Path) -> None:
 
 
 def publish_link(source: Path, target: Path) -> None:
-    """Make ``target`` a hard link to a complete file, or a copy of it on a file system without hard links."""
+    """Replace ``target`` atomically by a hard link to a complete file, or by a copy if hard links are not supported."""
     tmp_path = target.with_name(f"{target.name}.{os.getpid()}{_SUFFIX}")
     tmp_path.unlink(missing_ok=True)
     link_or_copy(source, tmp_path)
@@ -133,7 +133,7 @@ def publish_link(source: Path, target: Path) -> None:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Make ``target`` a hard link to ``source``, or a copy of it on a file system without hard links."""
+    """Create ``target`` as a hard link to ``source``, or as a copy if hard links are not supported."""
     try:
         os.link(source, target)
     except OSError:
@@ -150,7 +150,7 @@ def _publish_or_keep(tmp_path: Path, target: Path) -> None:
 
 
 def _publish_over(tmp_path: Path, target: Path, old: Path) -> None:
-    flush_tree(tmp_path)  # before the target is moved away, so that it is missing for the time of a rename only
+    flush_tree(tmp_path)  # before the target is moved, so that it is missing only between two renames
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)
@@ -177,7 +177,16 @@ def flush_tree(folder: Path) -> None:
 
 
 def refuse_input_as_output(out: Path, inputs: Iterable[Path | str], option: str = "`out`") -> None:
-    """Check that an output is not one of the inputs or a file inside one, also through links.
+    """Check that an existing output is not one of the inputs or a file inside one, also through links.
+
+    Parameters
+    ----------
+    out
+        The path that will be written.
+    inputs
+        Paths that are read; missing ones are ignored.
+    option
+        Name of the argument for ``out``, for the message.
 
     Raises
     ------
@@ -193,7 +202,7 @@ def refuse_input_as_output(out: Path, inputs: Iterable[Path | str], option: str 
 
 
 def _holds(folder: Path, out: Path) -> bool:
-    """Return whether an existing file is inside a folder of inputs, also through a hard link."""
+    """Return whether an existing path is inside a folder, also through a symbolic or hard link."""
     if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder)):
         return True
     stat = out.stat()
@@ -234,7 +243,7 @@ def _locked(tmp_path: Path, target: Path) -> int:
 
 
 def _open_up(folder: Path) -> None:
-    """Give every file the permissions of a new file; safetensors creates files with mode 0600."""
+    """Give every file in a folder the permissions of a new file, because safetensors creates files with mode 0600."""
     probe = folder / ".mode"
     probe.touch()
     mode = probe.stat().st_mode & 0o777
@@ -246,7 +255,7 @@ def _open_up(folder: Path) -> None:
 
 @contextmanager
 def _named(target: Path) -> Iterator[None]:
-    """Turn library errors that do not name the target into an OSError that does, with the system's error number."""
+    """Convert library errors with an error number but no file name into an OSError that names the target."""
     try:
         yield
     except (SourceError, ShardError):

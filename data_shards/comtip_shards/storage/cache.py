@@ -16,11 +16,12 @@ from pathlib import Path
 from comtip_shards.errors import ShardError
 from comtip_shards.names import FOREIGN, is_sha256, problem_with, shown
 from comtip_shards.storage.atomic import publish
+from comtip_shards.storage.disk import disk_fix, disk_trouble
 
 CACHE_VARIABLE, SIZE_VARIABLE = "COMTIP_CACHE", "COMTIP_CACHE_GB"
 SLACK = 64
-"""A process lists the folder whenever it has added ``max_bytes / SLACK``, and eviction frees as much beyond the limit. P processes
-may therefore exceed ``max_bytes`` by (P - 1) / 64 of it."""
+"""A process lists the folder after it has added ``max_bytes / SLACK`` bytes, and eviction frees this much more than necessary. P
+processes may therefore exceed ``max_bytes`` by (P - 1) / 64 of it."""
 _unlisted: dict[str, int] = {}
 """Bytes that this process has added to a folder since it was listed last."""
 _DAY = 24 * 3600
@@ -28,25 +29,27 @@ NETWORKED = (
     *("nfs", "nfs3", "nfs4", "cifs", "smb3", "smbfs", "afs", "fuse.sshfs", "fuse.s3fs"),
     *("lustre", "gpfs", "beegfs", "ceph", "panfs", "wekafs", "pvfs2", "orangefs"),
 )
-"""File systems behind a network, on which a cache helps nobody."""
+"""File systems accessed over a network, on which a cache has no benefit."""
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 """Errors of ``flock`` on network file systems mounted without lock support."""
 
 
 def default_cache() -> Path:
-    """Return ``$COMTIP_CACHE``; if it is not set, ``comtip`` in the user's cache folder, or on a local disk if that is remote.
+    """Return the cache folder: ``$COMTIP_CACHE`` if it is set, otherwise ``comtip`` in the user's cache folder.
+
+    If that is on a network file system, it is ``comtip-UID`` in the folder for temporary files, which is created.
 
     Raises
     ------
     ShardError
-        The folder for temporary files has a folder of that name that belongs to another user.
+        That folder belongs to another user.
     """
     if os.environ.get(CACHE_VARIABLE):
         return Path(os.environ[CACHE_VARIABLE])
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "comtip"
     if file_system_of(home) not in NETWORKED:
         return home
-    # Home folders of clusters are on a file server, which all nodes would fill with what each of them reads.
+    # Home folders of clusters are on a file server, which would store what every node reads.
     local = Path(tempfile.gettempdir()) / f"comtip-{os.getuid()}"
     local.mkdir(mode=0o700, exist_ok=True)
     if local.is_symlink() or local.stat().st_uid != os.getuid():
@@ -55,7 +58,7 @@ def default_cache() -> Path:
 
 
 def file_system_of(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -> str:
-    """Return the type of the file system that holds a path, such as ``ext4`` or ``nfs4``; empty if it is unknown."""
+    """Return the type of the file system of a path, such as ``ext4`` or ``nfs4``, from the table ``mounts``; "" if unknown."""
     try:
         lines = mounts.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -73,7 +76,7 @@ def file_system_of(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -> s
 
 
 def default_size() -> int:
-    """Return ``$COMTIP_CACHE_GB`` in bytes; 50 GB if it is not set."""
+    """Return ``$COMTIP_CACHE_GB`` in bytes, 50 GB if it is not set; raises ShardError if it is not a number."""
     text = os.environ.get(SIZE_VARIABLE, "50")
     try:
         return int(float(text) * 1e9)
@@ -82,12 +85,12 @@ def default_size() -> int:
 
 
 class FileCache:
-    """Files by key, with least-recently-used eviction.
+    """Cache of files by SHA-256 key with least-recently-used eviction, shared by processes.
 
     Parameters
     ----------
     folder
-        Created on first use.
+        The folder; it is created on first use.
     max_bytes
         Maximum total size of the files.
     """
@@ -96,18 +99,18 @@ class FileCache:
         self.folder, self.max_bytes = folder, max_bytes
 
     def path(self, key: str, name: str) -> Path:
-        """Return the path of a cached file; only the last component of ``name`` is used, if it is a valid file name."""
+        """Return the path for a key; the file is named after the last component of ``name`` if that is a valid file name."""
         last = name.rsplit("/", 1)[-1].split("?", 1)[0]
         return self._of(key) / (last if not problem_with(last) else "file")
 
     def _of(self, key: str) -> Path:
-        """Return the folder of a key, which may be a hash from a manifest."""
+        """Return the folder of a key; raises ShardError if it is not a SHA-256, because it may come from a manifest."""
         if not is_sha256(key):
             raise ShardError(f"{shown(key)} is not a SHA-256 and cannot be a cache key; {FOREIGN}", kind="manifest")
         return self.folder / key[:2] / key
 
     def has(self, path: Path, size: int | None) -> bool:
-        """Return whether a file is cached (with this size, if known), and mark it as used now."""
+        """Return whether a file is cached, with ``size`` bytes unless that is None; if so, mark it as used now."""
         try:
             if size is not None and path.stat().st_size != size:
                 return False
@@ -118,9 +121,9 @@ class FileCache:
 
     @contextmanager
     def tmp_path(self) -> Iterator[Path]:
-        """Yield a temporary path; the file is removed unless :meth:`put` moved it into the cache.
+        """Yield a temporary path, which is removed at the end unless :meth:`put` has moved it into the cache.
 
-        The name is random, not that of :mod:`comtip_shards.storage.atomic`: several processes may fetch one file.
+        Its name is random, unlike in :mod:`comtip_shards.storage.atomic`, because several processes may fetch one file.
         """
         path = self.folder / "fetching" / uuid.uuid4().hex
         try:
@@ -147,14 +150,21 @@ class FileCache:
 
     def unwritable(self, error: OSError) -> ShardError:
         """Return the exception for a cache folder that cannot be written."""
+        fix = disk_fix(error) if disk_trouble(error) is not None else "make the folder writable"
         return ShardError(
-            f"{self.folder}: cannot write to the cache ({error.strerror}); free space, or set {CACHE_VARIABLE} to another folder",
+            f"{self.folder}: cannot write to the cache ({error.strerror}); {fix}, or set {CACHE_VARIABLE} to another folder",
             kind="remote",
         )
 
     @contextmanager
     def locked(self, key: str, where: str, deadline: float) -> Iterator[None]:
-        """Hold the lock of a key while fetching; other processes wait until ``deadline`` (monotonic seconds)."""
+        """Hold the lock of a key during a fetch, waiting for other processes until ``deadline`` (monotonic seconds).
+
+        Raises
+        ------
+        ShardError
+            Another process still holds it at ``deadline``, or the cache cannot be written; ``where`` names the file.
+        """
         folder = self.folder / "locks"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -168,7 +178,7 @@ class FileCache:
                     break
                 except OSError as error:
                     if error.errno in NO_LOCKS:
-                        break  # two processes may fetch the same file; each moves a complete copy
+                        break  # without locks, two processes may fetch the same file; each moves a complete copy
                     if not isinstance(error, BlockingIOError):
                         raise self.unwritable(error) from error
                     if time.monotonic() > deadline:
@@ -180,7 +190,7 @@ class FileCache:
             yield
 
     def _make_room(self, added: int, keep: Path) -> None:
-        """Evict once this process has added a share of the cache's size, so that the cost per file is constant."""
+        """Evict files whenever this process has added ``max_bytes / SLACK``, so that the cost per file is constant."""
         folder = str(self.folder)
         unlisted = _unlisted.get(folder, self.max_bytes) + added
         _unlisted[folder] = 0 if unlisted > self.max_bytes // SLACK else unlisted
@@ -188,7 +198,7 @@ class FileCache:
             self._evict(keep)
 
     def _evict(self, keep: Path) -> None:
-        """Remove least recently used files until the cache has room for a share of its size; open files stay readable."""
+        """Remove least recently used files, except ``keep``, until the limit is met; open files stay readable."""
         files = []
         for path in self.folder.glob("??/*/*"):
             try:

@@ -1,4 +1,4 @@
-"""Classification of disk errors: temporary ones (no space, device gone), and those that require another path."""
+"""Classification of disk errors: temporary ones (no space, failed device), and those that require another path."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _NUMBER = re.compile(r"(?:os error |errno = )(\d+)")
 
 
 def error_number(error: BaseException) -> int | None:
-    """Return the errno of an error, also if a library (safetensors, HDF5) reports it only in the text."""
+    """Return the errno of an error, also if a library (safetensors, HDF5) states it only in the text; None if there is none."""
     number = getattr(error, "errno", None)
     if isinstance(number, int):
         return number
@@ -41,17 +41,17 @@ def error_number(error: BaseException) -> int | None:
 
 
 def disk_trouble(error: BaseException) -> str | None:
-    """Describe a temporary disk error, after which the same command can succeed later; None for any other error."""
+    """Return a description of a temporary disk error, after which the same command can succeed; None for other errors."""
     return _describe(error, _TEMPORARY)
 
 
 def disk_fix(error: BaseException) -> str:
-    """Return what a user does about an error that :func:`disk_trouble` describes, as the start of a sentence."""
+    """Return the fix for an error that :func:`disk_trouble` describes, to be continued with ", then ..." or ", or ..."."""
     return _FIXES[error_number(error) or errno.ENOSPC]
 
 
 def unwritable(error: BaseException) -> str | None:
-    """Describe why a path can never be written; None for any other error."""
+    """Return a description of an error because of which a path can never be written; None for other errors."""
     wrapped = {} if isinstance(error, OSError) and error.errno is not None else _WRAPPED
     return _describe(error, _PERMANENT | wrapped)
 

@@ -18,7 +18,7 @@ def read_regular(path: Path, limit: int = MAX_BYTES, *, follow: bool = True) -> 
     Parameters
     ----------
     path
-        The file. Pipes and devices are refused, because reading them may never end.
+        The file. Pipes and devices are refused, because reading them may block forever.
     limit
         Maximum size in bytes.
     follow

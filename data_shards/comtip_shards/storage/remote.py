@@ -1,4 +1,4 @@
-"""Access to files behind a URL: fetched once into a bounded cache, checked, with timeouts and retries.
+"""Access to files at a URL, with a bounded cache, checks of hash and size, timeouts and retries.
 
 Any protocol of fsspec is supported: ``s3://``, ``gs://``, ``https://``, ``hf://datasets/OWNER/NAME``, ``memory://``.
 Credentials and other options of a protocol (a key, ``anon``) come from its environment variables, from fsspec's
@@ -38,25 +38,26 @@ def is_url(path: str | Path) -> bool:
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """Number of retries and timeouts of a remote; times in seconds."""
+    """Number of attempts and timeouts for a remote; times in seconds."""
 
     attempts: int = 5
+    """Maximum number of attempts for one request."""
     stall: float = 30.0
     """Time without a new byte after which an attempt fails."""
     total: float = 3600.0
     """Time limit for one file over all attempts."""
     backoff: float = 0.5
-    """Pause after the first failure; doubled after each further one, up to 30."""
+    """Pause after the first failure; it doubles after each further one, up to 30 s."""
 
 
 @dataclass
 class Remote:
-    """A folder behind a URL.
+    """A remote folder.
 
     Parameters
     ----------
     url
-        The folder.
+        URL of the folder.
     cache
         Cache folder, by default :func:`default_cache`. Processes may share it.
     max_bytes
@@ -89,8 +90,8 @@ class Remote:
         name
             Path below the URL; "" for the URL itself.
         sha256, size
-            Expected hash and size, if known; after a mismatch the file is fetched again, as often as
-            ``retry.attempts`` allows.
+            Expected hash and size in bytes, if known; after a mismatch the file is fetched again, in at most
+            ``retry.attempts`` attempts.
         limit
             Maximum size in bytes (default: the size of the cache).
 
@@ -114,7 +115,7 @@ class Remote:
         return path
 
     def cached(self, sha256: str, name: str, size: int) -> bool:
-        """Return whether a file is in the cache, and mark it as used."""
+        """Return whether a file is in the cache with this size in bytes; if so, mark it as used."""
         files = self._files
         return files.has(files.path(sha256, name), size)
 
@@ -126,14 +127,14 @@ class Remote:
         name
             Path below the URL.
         spans
-            First byte and end of each range.
+            Offset of the first byte, and of the byte after the last one, of each range.
 
         Raises
         ------
         ShardError
-            As :meth:`fetch`, also for a range beyond the end of the file.
+            As for :meth:`fetch`, and of kind ``checksum`` for a range beyond the end of the file.
         NoRangesError
-            The server sends whole files.
+            The server ignores ranges and sends whole files.
         """
         deadline, where = time.monotonic() + self.retry.total, self._name(name)
         fs, path = self._path(name)
@@ -155,18 +156,18 @@ class Remote:
             return list(pool.map(read, spans))
 
     def read(self, name: str, *, limit: int = GIB) -> bytes:
-        """Return the current bytes of a small file, bypassing the cache."""
+        """Return the current content of a file of at most ``limit`` bytes, bypassing the cache; raises like :meth:`fetch`."""
         deadline = time.monotonic() + self.retry.total
         with self._files.tmp_path() as tmp_path:
             self._download(name, self._name(name), tmp_path, "", None, limit, deadline)
             return tmp_path.read_bytes()
 
     def names(self, pattern: str = "**") -> list[str]:
-        """Return the sorted files below the URL that match a glob pattern; not every https server supports listing."""
+        """Return the sorted names of the files below the URL that match a glob pattern; some https servers cannot list files."""
         return sorted(self.sizes(pattern))
 
     def sizes(self, pattern: str = "**") -> dict[str, int | None]:
-        """Return the files of :meth:`names` with their sizes in bytes, None if the server does not report it."""
+        """Return {name: size in bytes} of the files of :meth:`names`; None if the server does not report a size."""
         fs, root = self._filesystem()
         deadline = time.monotonic() + self.retry.total
         where = self._name(pattern)
@@ -180,7 +181,7 @@ class Remote:
         }
 
     def keep(self, key: str, name: str, data: bytes) -> Path:
-        """Store bytes in the cache and return their path."""
+        """Store bytes in the cache under ``key`` (a SHA-256) and return the path of the file."""
         files = self._files
         path = files.path(key, name)
         with files.tmp_path() as tmp_path:
@@ -264,10 +265,10 @@ class Remote:
         self._retry(where, deadline, attempt)
 
     def _chunks(self, name: str, deadline: float) -> Iterator[bytes]:
-        """Yield a file's bytes; a thread reads, so that a server that stops responding does not block."""
+        """Yield the content of a file; it is read in a thread, so that this process does not block on a hanging server."""
         fs, path = self._path(name)
-        # block_size 0 streams, which works without range requests. A stream does not use the size, but without one fsspec
-        # would request it first, which some servers do not support.
+        # block_size 0 streams, which needs no range requests. A stream does not use the size, but if none is given, fsspec
+        # requests it first, which some servers do not support.
         options = {"block_size": 0, "size": 1} if _is_http(self.url) else {}
         chunks: queue.Queue[bytes | BaseException] = queue.Queue(maxsize=4)
         abandoned = threading.Event()
@@ -309,7 +310,7 @@ class Remote:
     # -- waiting ------------------------------------------------------------------------------------------
 
     def _call(self, function: Callable[[], T], deadline: float) -> T:
-        """Call a function in a thread, so that a server that does not respond does not block."""
+        """Return the result of a function called in a thread, or raise TimeoutError if the server does not respond."""
         answer: queue.Queue[tuple[bool, Any]] = queue.Queue()
 
         def call() -> None:
@@ -375,7 +376,7 @@ def _is_http(url: str) -> bool:
 
 
 def _is_absent(error: FileNotFoundError) -> bool:
-    """Return whether a file does not exist; fsspec raises FileNotFoundError also for a server that did not respond."""
+    """Return whether the file does not exist; fsspec also raises FileNotFoundError for a server that does not respond."""
     cause = error.__cause__
     return cause is None or getattr(cause, "status", None) == 404 or isinstance(cause, FileNotFoundError)
 

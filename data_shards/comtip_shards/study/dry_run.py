@@ -1,4 +1,4 @@
-"""Dry run: what a build would do with each section, what is missing, and about how long and how large it would be."""
+"""Dry run of a build: the sections it would contain, the facts that are missing, and estimates of its size and time."""
 
 from __future__ import annotations
 
@@ -23,19 +23,20 @@ from comtip_shards.study.sections import OpenedRow, Opener, merged, open_row
 from comtip_shards.study.table import StudyRow
 
 ASSUMED = {"species": "human", "tissue": "unknown", "mpp": 0.5}
-"""Stand-ins for facts that a row lacks, with which the dry run looks for what else is missing. A build never uses them."""
+"""Placeholders for missing facts, with which the dry run searches for further problems. A build never uses them."""
 SPOTS_PER_S = 78.0
 """Spots per second of one process: 732 spots of four sections in tiles of 224 px (data_shards/README.md), checks included."""
 DECODED_PER_S = 30e6
-"""Bytes per second at which an image is decoded; matters for a large image with few spots."""
+"""Bytes of input decoded per second; this dominates for a large image with few spots."""
 JPEG_95, FIXED_BYTES, DETAIL = 0.75, 620, -0.45
 """Bytes per px of a tile without upsampling at quality 95, its constant part, and the exponent for upsampled tiles; fitted to
 four sections of ``data_shards/samples`` in seven settings."""
 CODEC_SIZE = {"jpeg": 1.0, "webp": 1.0, "png": 3.5}
+"""Size of a tile relative to JPEG."""
 ENTRY_BYTES = 2560
 """Tar headers, padding and JSON of one spot."""
 MAX_DETECTED = 4000
-"""Genes with counts per spot, at most: the median of the breast and olfactory bulb sections of ``data_shards/samples``."""
+"""Maximum assumed number of genes with counts per spot: the median in the sections of ``data_shards/samples``."""
 
 
 @dataclass(frozen=True)
@@ -43,21 +44,26 @@ class SectionPlan:
     """What a build would do with one section."""
 
     name: str
+    """Section id, or the path of a source that could not be opened."""
     where: str
+    """Table and row, for messages; empty for a source without a table."""
     fmt: str
+    """Name of the format, ``?`` if it is unknown."""
     source: SectionSource | None = None
+    """The opened section, None if it could not be opened."""
     size: SectionSize = field(default_factory=SectionSize)
     problems: tuple[str, ...] = ()
-    """What is missing or wrong; each names the option that helps."""
+    """Messages on what is missing or wrong, each with the fix."""
     assumed: frozenset[str] = frozenset()
-    """Facts for which a stand-in was used."""
+    """Facts for which a placeholder of :data:`ASSUMED` was used."""
     remote: bool = False
+    """Whether the source is a URL, which is not examined."""
 
 
 def plan_rows(
     path: Path, rows: Sequence[StudyRow], opener: Opener, common: SourceOptions | None = None
 ) -> list[SectionPlan]:
-    """Inspect the sections of each row; only headers are read, and nothing is written.
+    """Return the plans of the sections of all rows; only headers are read, and nothing is written.
 
     Parameters
     ----------
@@ -95,7 +101,10 @@ def _plan_row(path: Path, row: StudyRow, opener: Opener, common: SourceOptions) 
 def _probe(
     path: Path, row: StudyRow, opener: Opener, common: SourceOptions
 ) -> tuple[OpenedRow, list[str], dict[str, str | float]]:
-    """Open a row; readers name one missing fact at a time, so each is replaced by a stand-in to find the next."""
+    """Open a row: (opened row, problems, placeholders used).
+
+    A reader reports one missing fact at a time, so each one is replaced by its placeholder until no further one is missing.
+    """
     problems: list[str] = []
     assumed: dict[str, str | float] = {}
     while True:
@@ -104,7 +113,7 @@ def _probe(
         if opened.error is None:
             return opened, problems, assumed
         named = [n for n in re.findall(r"`(\w+)`", opened.error) if n in ASSUMED]
-        if not any(n in assumed for n in named):  # otherwise the stand-in is the reason
+        if not any(n in assumed for n in named):  # otherwise the placeholder is the cause
             problems.append(opened.error)
         stated = {n for o in (common.facts, row.options.facts) for n, v in vars(o).items() if v is not None}
         missing = next((n for n in named if n not in assumed and n not in stated), None)
@@ -116,15 +125,15 @@ def _probe(
 def plan_splits(
     plans: Sequence[SectionPlan], splits: StatedSplits, auto_split: Sequence[float] | None, **policy: Any
 ) -> tuple[list[SectionPlan], str | None]:
-    """Return the plans with the donors and splits that a build would assign, or with why it would refuse them.
+    """Return (plans with the donors and splits that a build would assign, None), or (plans, error) if it would refuse them.
 
     Parameters
     ----------
     plans
         From :func:`plan_rows`.
     splits, auto_split, **policy
-        As for :func:`comtip_shards.builder.build.assign_splits`. Donors of sections that were not opened are unknown, so
-        ``auto_split`` needs all sections.
+        As for :func:`comtip_shards.builder.build.assign_splits`. ``auto_split`` is ignored unless all sections could be
+        opened, because the donors of the others are unknown.
     """
     opened = [p for p in plans if p.source is not None]
     all_opened = len(opened) == len(plans)
@@ -152,14 +161,14 @@ def _format(path: Path) -> str:
 
 
 def tile_bytes(mpp: float, tile: TileSpec) -> float:
-    """Return about how many bytes an encoded tile has, from the um per px of its image."""
+    """Return the estimated size in bytes of an encoded tile from an image with ``mpp`` um per px."""
     upsampled = max(1.0, max(mpp, tile.min_mpp) / (tile.um / tile.px))
     quality = 1.0 if tile.codec == "png" else max(0.2, 1 - 0.04 * (95 - tile.quality))
     return FIXED_BYTES + JPEG_95 * tile.px**2 * upsampled**DETAIL * CODEC_SIZE[tile.codec] * quality
 
 
 def estimate(plan: SectionPlan, tile: TileSpec) -> tuple[float, float] | None:
-    """Return the estimated size in bytes and build time of a section in seconds of one process; None without a number of spots."""
+    """Return the estimated (bytes, build time in seconds of one process) of a section, None if its number of spots is unknown."""
     if plan.source is None or plan.size.spots is None:
         return None
     detected = min(MAX_DETECTED, (plan.size.genes or MAX_DETECTED) // 2)
@@ -180,7 +189,7 @@ def plan_text(
     tile
         The tile of the set.
     out
-        Its folder, for the free space of the disk.
+        Folder of the set, for the free space of its disk.
     jobs
         Number of processes.
     refused
@@ -236,7 +245,7 @@ def _section_lines(plan: SectionPlan, tile: TileSpec) -> list[str]:
 
 
 def _row_of(plan: SectionPlan) -> str:
-    """Return the row of a table for a message; a source of its own has none."""
+    """Return the row of the plan in parentheses for a message, "" for a source without a table."""
     return f" ({plan.where})" if plan.where else ""
 
 

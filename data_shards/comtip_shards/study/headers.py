@@ -1,7 +1,7 @@
-"""The size of a section from the headers of its files: numbers of spots and genes, and the size of the image.
+"""Numbers of spots and genes, and the image size, of a section from the headers of its files.
 
-Nothing is decoded: HDF5 shapes, parquet footers, the first lines of tables and matrices, image headers. Spots outside
-tissue, and squares with little content, are only known when the section is read, so the number of spots is an upper bound.
+Only HDF5 shapes, Parquet footers, lines of spot tables, headers of matrices and image headers are read. Spots outside tissue
+and squares with little content are known only when the section is read, so the number of spots is an upper bound.
 """
 
 from __future__ import annotations
@@ -25,25 +25,29 @@ from comtip_shards.sources.base import SectionSource
 from comtip_shards.sources.files.hdf5 import open_hdf5
 
 WIDE = 12
-"""A table with at least this many columns is a table of counts, whose columns are genes."""
+"""Minimum number of columns of a table that is read as counts, with a gene per column."""
 MAX_LINES = 20_000_000
+"""Maximum number of rows that are counted; the size of a longer table is unknown."""
 _BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
 class SectionSize:
-    """Size of a section according to its headers; None if only reading the section can tell."""
+    """Size of a section according to its headers; None if the headers do not state it."""
 
     spots: int | None = None
+    """Upper bound on the number of spots."""
     genes: int | None = None
+    """Number of genes or other features."""
     image: str = ""
+    """Name of the image, "" if it is unknown."""
     image_px: tuple[int, int] | None = None
     """(width, height) of the image."""
     n_bytes: int = 0
-    """Size of all inputs."""
+    """Total size of the input files."""
 
     def update(self, **found: Any) -> SectionSize:
-        """Return the size with what was found; a smaller number of spots replaces a larger one."""
+        """Return the size completed with what was found in a file; of two numbers of spots, the smaller is kept."""
         spots = [n for n in (self.spots, found.get("spots")) if n is not None]
         return SectionSize(
             min(spots, default=None),
@@ -55,13 +59,7 @@ class SectionSize:
 
 
 def section_size(source: SectionSource) -> SectionSize:
-    """Read the headers of a section's inputs; a file that cannot be read contributes nothing.
-
-    Parameters
-    ----------
-    source
-        An opened section.
-    """
+    """Return the size of a section from the headers of its inputs; files that cannot be read are ignored."""
     size = SectionSize(n_bytes=sum(p.stat().st_size for p in source.inputs if p.is_file()))
     for path in sorted(source.inputs, key=lambda p: _suffix(p) not in IMAGE_SUFFIXES):
         size = size.update(**_header(path, source.meta))
@@ -87,7 +85,7 @@ def _header(path: Path, meta: SectionMeta) -> dict[str, Any]:
         if path.name in ("zarr.json", ".zarray") and "tables" in path.parts:
             return _zarr_table(path)
     except (SourceError, OSError, ValueError, KeyError, EOFError, RuntimeError):
-        return {}  # the build reports the error with its fix
+        return {}  # a build reports the error with its fix
     return {}
 
 
@@ -96,7 +94,7 @@ def _suffix(path: Path) -> str:
 
 
 def _hdf5(file: h5py.File, path: Path, meta: SectionMeta) -> dict[str, Any]:
-    """Return the size in a 10x matrix, an AnnData, or a file of HEST patches."""
+    """Return the size stated in a 10x matrix, an AnnData, or a file of HEST patches."""
     if "matrix/shape" in file:
         genes, barcodes = (int(n) for n in file["matrix/shape"][:2])
         return {"spots": barcodes, "genes": genes}
@@ -122,7 +120,7 @@ def _hdf5(file: h5py.File, path: Path, meta: SectionMeta) -> dict[str, Any]:
 
 
 def _matrix_market(path: Path) -> dict[str, Any]:
-    """Return the size of a 10x matrix (features x barcodes) by its line of sizes."""
+    """Return the size of a MEX matrix (features x barcodes) from the line with its shape."""
     with _opened(path) as file:
         for _ in range(1000):
             line = file.readline(_BLOCK).decode("ascii", "replace")
@@ -133,7 +131,7 @@ def _matrix_market(path: Path) -> dict[str, Any]:
 
 
 def _table(path: Path) -> dict[str, Any]:
-    """Return the rows of a table of spots, or the columns of a table of counts, whose rows are not read."""
+    """Return the number of rows (in tissue) of a table of spots, or the number of columns of a table of counts."""
     with _opened(path) as file:
         header = file.readline(1 << 26)
         sep = b"\t" if b"\t" in header else b","
@@ -153,7 +151,7 @@ def _table(path: Path) -> dict[str, Any]:
 
 
 def _zarr_table(path: Path) -> dict[str, Any]:
-    """Return the size of a table of a SpatialData store, from the attributes of its sparse X or the shape of a dense one."""
+    """Return the size of a SpatialData table from the metadata of its ``X``, sparse or dense."""
     where = path.parts[path.parts.index("tables") + 2 :]
     if where[:1] != ("X",) or len(where) != 2:
         return {}
@@ -163,7 +161,7 @@ def _zarr_table(path: Path) -> dict[str, Any]:
 
 
 def _pooled(source: SectionSource, n: int) -> int:
-    """Return about how many pseudo-spots ``n`` bins or cells give."""
+    """Return the estimated number of pseudo-spots from ``n`` bins or cells."""
     meta, words = source.meta, source.meta.pooling.split()
     if words[:2] == ["bins", "of"]:
         return max(1, round(n * (float(words[2]) / meta.spot_pitch_um) ** 2))
@@ -173,7 +171,7 @@ def _pooled(source: SectionSource, n: int) -> int:
 
 
 def _area_um2(path: Path, columns: Sequence[str]) -> float | None:
-    """Return the area of the bounding box of two columns, from the statistics in a parquet footer."""
+    """Return the area of the bounding box of two columns from the statistics in a Parquet footer, None without statistics."""
     footer = pq.ParquetFile(path).metadata
     sides = []
     for name in columns:

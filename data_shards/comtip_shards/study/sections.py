@@ -1,4 +1,4 @@
-"""Open the sources of a study's rows; the error of one row does not affect the others."""
+"""Open the sources in the rows of a study; an error in one row does not affect the others."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _T = TypeVar("_T", SectionFacts, PoolingOptions, CountOptions)
 
 @dataclass(frozen=True)
 class OpenedRow:
-    """A row with its sections, or the reason why they cannot be opened."""
+    """A row of a study with its sections, or the error with which they could not be opened."""
 
     row: StudyRow
     where: str
@@ -34,12 +34,12 @@ class OpenedRow:
 
     @property
     def name(self) -> str:
-        """The section id of the row, or its path."""
+        """The section id that the row states, or its path."""
         return self.row.id or self.row.sample or self.row.path
 
 
 def is_study(path: str | Path) -> bool:
-    """Return whether a path is the table of a study: csv, tsv or YAML, and no source of a known format."""
+    """Return whether a path is the table of a study: a csv, tsv or YAML file that no reader recognises as a source."""
     if is_url(path) or Path(path).suffix.lower() not in SUFFIXES or not Path(path).is_file():
         return False
     return not any(reader.recognise(Path(path)) for reader in READERS)
@@ -57,9 +57,9 @@ def open_study(
     opener
         Opens a source, for example :func:`comtip_shards.sources.open_source` with a cache.
     common
-        Facts and options for rows that state none; a cell takes precedence.
+        Facts and options for all rows; a cell of the table takes precedence.
     stop
-        Raise for the first row that cannot be opened, instead of returning its error.
+        Whether the first row that cannot be opened raises; otherwise its error is returned.
 
     Raises
     ------
@@ -89,7 +89,17 @@ def sections_of(rows: Sequence[OpenedRow]) -> tuple[list[SectionSource], dict[st
 
 
 def open_row(path: Path, row: StudyRow, opener: Opener, common: SourceOptions) -> OpenedRow:
-    """Open the source of one row; errors are returned."""
+    """Open the source of one row; a SourceError is returned in :attr:`OpenedRow.error`.
+
+    Parameters
+    ----------
+    path
+        The table.
+    row
+        The row.
+    opener, common
+        As for :func:`open_study`.
+    """
     where = f"{path}, {'entry' if path.suffix.lower() in ('.yaml', '.yml') else 'line'} {row.number}"
     options = merged(common, _located(row.options, path.parent))
     try:
@@ -107,7 +117,7 @@ def _open(
 
 
 def _selected(row: StudyRow, opened: Callable[[Sequence[str] | None], list[SectionSource]]) -> list[SectionSource]:
-    """Return the sections that a row selects: by ``sample``, by ``id`` if the source has a section of this name, or all."""
+    """Return the sections of a row: by ``sample``, or by ``id`` if the source has a section of this id, or all."""
     if row.sample is not None or row.id is None:
         return opened(None if row.sample is None else [row.sample])
     try:
@@ -123,7 +133,7 @@ def _selected(row: StudyRow, opened: Callable[[Sequence[str] | None], list[Secti
 
 
 def _stated(source: SectionSource, row: StudyRow) -> SectionSource:
-    """Return the section with the id and the split of its row."""
+    """Return the section with the id and the split that its row states; a benchmark section must keep its id."""
     old = source.meta
     meta = replace(old, section_id=row.id or old.section_id, split=row.split or old.split)
     known = load_benchmark()
@@ -137,7 +147,7 @@ def _stated(source: SectionSource, row: StudyRow) -> SectionSource:
 
 
 def with_meta(source: SectionSource, meta: SectionMeta) -> SectionSource:
-    """Return a section with other metadata, which also replaces that of the section when it is read."""
+    """Return a section with other metadata, which it also has when it is read."""
     spots = source.load_spots
     return replace(
         source,
@@ -165,7 +175,7 @@ def _merged(common: _T, own: _T) -> _T:
 
 
 def _located(options: SourceOptions, folder: Path) -> SourceOptions:
-    """Return options whose files are found from the table's folder; words such as ``hires`` are not files."""
+    """Return options with the paths of existing files relative to the table's folder; words such as ``hires`` are unchanged."""
     image, alignment = (_file(value, folder) for value in (options.facts.image, options.pooling.alignment))
     return replace(
         options,

@@ -1,4 +1,4 @@
-"""The table of a study: one row per source, as csv, tsv or YAML.
+"""Reading of the table of a study: csv, tsv or YAML, with one row per source.
 
 A row names a source of any format (``path``), and may state the section (``sample``), its id in the set (``id``), the
 split, the format, and any fact or option of :mod:`comtip_shards.sections.facts`. The table is checked completely before
@@ -26,13 +26,15 @@ from comtip_shards.sources import FORMATS
 
 SUFFIXES = (".csv", ".tsv", ".yaml", ".yml")
 MAX_BYTES = 16 << 20
+"""Maximum size of a table in bytes."""
 MAX_ROWS = 100_000
 MAX_CELL = 4096
+"""Maximum length of a cell in characters."""
 _Cell = Annotated[str, Field(max_length=MAX_CELL)]
 
 
 class StudyRow(BaseModel):
-    """One row of the table; ``None`` is not stated."""
+    """One row of the table; ``None`` means not stated."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
@@ -41,7 +43,7 @@ class StudyRow(BaseModel):
     path: Annotated[_Cell, Field(min_length=1)]
     """Source: a path relative to the table, an absolute path, or a URL."""
     id: _Cell | None = None
-    """Section id in the set; also selects the section of this name in a source with several."""
+    """Section id in the set; without ``sample``, it also selects the section of this id in a source with several."""
     sample: _Cell | None = None
     """Section id in the source."""
     split: Split | None = None
@@ -52,7 +54,7 @@ class StudyRow(BaseModel):
 
 OWN = tuple(name for name in StudyRow.model_fields if name not in ("number", "options"))
 COLUMNS = (*OWN, *META_KEYS)
-"""Every column that a table may have."""
+"""Columns that a table may have."""
 
 
 def read_study(path: Path) -> list[StudyRow]:
@@ -62,7 +64,7 @@ def read_study(path: Path) -> list[StudyRow]:
     ----------
     path
         A ``.csv`` (comma or semicolon), ``.tsv`` or ``.yaml`` file. YAML is a list of mappings, or a mapping with such a
-        list under ``sections``. Column names ignore case, and ``-`` equals ``_``; empty cells state nothing.
+        list under ``sections``. In column names, case is ignored and ``-`` equals ``_``; empty cells mean not stated.
 
     Raises
     ------
@@ -111,7 +113,7 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without aliases, which can expand to any size, and without dates: every scalar is text."""
+    """YAML loader that refuses aliases, because they can expand to any size, and reads every scalar as text."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (PyYAML reads this name)
 
@@ -144,7 +146,7 @@ def _yaml_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
 
 
 def _columns(path: Path, header: Sequence[str], where: str = "") -> list[str]:
-    """Return the names of the columns; unknown and duplicate ones raise."""
+    """Return the normalised names of the columns; raises SourceError if one is unknown or duplicate, or ``path`` is missing."""
     names = [name.strip().lower().replace("-", "_") for name in header]
     for name in names:
         if name not in COLUMNS:
@@ -163,7 +165,7 @@ def _columns(path: Path, header: Sequence[str], where: str = "") -> list[str]:
 
 
 def _row(path: Path, number: int, cells: dict[str, str]) -> StudyRow:
-    """Return a checked row."""
+    """Return a row after validating its cells; raises SourceError that names the row and the column."""
     where = f"{path}, {'entry' if path.suffix.lower() in ('.yaml', '.yml') else 'line'} {number}"
     stated = {name: value for name, value in cells.items() if value}
     facts = {name: value for name, value in stated.items() if name not in OWN}
@@ -192,7 +194,7 @@ def _row(path: Path, number: int, cells: dict[str, str]) -> StudyRow:
 
 
 def _as_column(message: str) -> str:
-    """Return a message about an option as one about a column: without the marks of a name."""
+    """Return a message about an option for use after "column": without the backticks around the option's name."""
     for name in META_KEYS:
         if message.startswith(f"`{name}` "):
             return name + message.removeprefix(f"`{name}`")

@@ -20,7 +20,7 @@ _LIKE_COUNTS = re.compile(r"count|raw|umi", re.IGNORECASE)
 
 
 def raw_counts(store: Store, path: Path, options: CountOptions) -> tuple[sparse.csr_matrix, pd.DataFrame, list[str]]:
-    """Return (spots x genes with integer values, var, notes).
+    """Find the raw counts: returns a matrix of integer values (n_obs, n_genes), the ``var`` table of its columns, and notes.
 
     Parameters
     ----------
@@ -34,7 +34,8 @@ def raw_counts(store: Store, path: Path, options: CountOptions) -> tuple[sparse.
     Raises
     ------
     SourceError
-        No element holds counts; the message names layers that do, and the options.
+        The stated layer does not exist, or the element holds no counts; the message names other layers with counts, and
+        the options.
     """
     key = _stated_key(store, options.layer, path)
     if key is not None:
@@ -61,12 +62,12 @@ def raw_counts(store: Store, path: Path, options: CountOptions) -> tuple[sparse.
 
 
 def expression(store: Store, key: str) -> sparse.csr_matrix:
-    """Return an element as spots x genes.
+    """Return an expression matrix, (n_obs, n_genes), by its key in the store.
 
     Raises
     ------
     SourceError
-        Its indices exceed its shape, with which sparse matrices would read memory that is not theirs.
+        Stored indices exceed the shape, with which SciPy would read outside its arrays.
     """
     value = store[key]
     if sparse.issparse(value):
@@ -78,7 +79,7 @@ def expression(store: Store, key: str) -> sparse.csr_matrix:
 
 
 def is_counts(matrix: sparse.csr_matrix) -> bool:
-    """Return whether all values are finite, non-negative integers."""
+    """Return whether all stored values are finite, non-negative integers."""
     data = matrix.data
     if data.size == 0 or not np.isfinite(data).all():
         return bool(data.size == 0)
@@ -91,7 +92,8 @@ def _stated_key(store: Store, layer: str | None, path: Path) -> str | None:
     key = {"X": "X", "raw": "raw/X", "raw.X": "raw/X", "raw/X": "raw/X"}.get(layer, f"layers/{layer}")
     if key not in store:
         have = [*store.keys("layers"), *(k.split("/")[0] for k in ("X", "raw/X") if k in store)]
-        raise SourceError(f"{path}: no layer {layer!r}; set `layer` to one of {', '.join(have) or 'none'}")
+        fix = f"set `layer` to one of {', '.join(have)}" if have else "add the counts to the file"
+        raise SourceError(f"{path}: no layer {layer!r}; {fix}")
     return key
 
 
@@ -108,7 +110,7 @@ def _rounded(
     notes: list[str],
     hint: str,
 ) -> tuple[sparse.csr_matrix, pd.DataFrame, list[str]]:
-    """Round fractional counts if the caller asks for it; otherwise raise."""
+    """Return rounded counts if ``round_counts`` is set and the values allow it; otherwise raise SourceError."""
     var, data = _var_of(store, key), matrix.data
     if not options.round_counts or not np.isfinite(data).all() or (data.size and data.min() < 0):
         names, genes = [str(v) for v in store["obs"].index], [str(v) for v in var.index]

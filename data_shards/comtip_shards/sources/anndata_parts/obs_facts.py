@@ -21,7 +21,7 @@ _UNKNOWN = ("", "nan", "unknown")
 
 @dataclass(frozen=True)
 class ObsFacts:
-    """Facts that are stated by the caller or found in the AnnData; empty if unknown."""
+    """Facts that the caller stated or that were found in the AnnData; empty if unknown."""
 
     species: str = ""
     """As found in the file, so not necessarily human or mouse."""
@@ -31,12 +31,12 @@ class ObsFacts:
 
     @property
     def is_visium(self) -> bool:
-        """Whether the spots are those of a Visium slide."""
+        """Whether the platform is Visium (not Visium HD)."""
         return self.platform.lower() == "visium"
 
 
 def facts_of(obs: pd.DataFrame, facts: SectionFacts, store: Store | None = None) -> ObsFacts:
-    """Return stated facts, or facts from columns of ``obs`` (or entries of ``uns``) with a single value."""
+    """Return the stated facts, completed from columns of ``obs`` with a single value and from entries of ``uns``."""
     return ObsFacts(
         facts.species or species_name(_found("species", obs, store)),
         facts.tissue or _found("tissue", obs, store),
@@ -54,6 +54,6 @@ def _found(name: str, obs: pd.DataFrame, store: Store | None) -> str:
 
 
 def _platform(assay: str) -> str:
-    """Return the usual name of an assay, e.g. of ``Visium Spatial Gene Expression V1``."""
+    """Return the short name of an assay: ``Visium`` for ``Visium Spatial Gene Expression V1``."""
     plain = assay.lower()
     return "Visium HD" if "visium hd" in plain else "Visium" if "visium" in plain else assay

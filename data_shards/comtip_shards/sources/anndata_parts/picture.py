@@ -1,4 +1,4 @@
-"""Images in ``uns["spatial"]`` of an AnnData: libraries, the best image of each, and its scale."""
+"""Images in ``uns["spatial"]`` of an AnnData: the libraries, the finest image of each, and its scale."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ class Picture:
     """The selected image of a library and its scale."""
 
     name: str
+    """Its name in ``images``, one of :data:`PICTURES`."""
     factor: float
-    """px per px of ``obsm["spatial"]``."""
+    """px of the image per px of ``obsm["spatial"]``."""
     mpp: float | None
     """um per px of ``obsm["spatial"]``, None where not stated."""
     spot_diameter_px: float | None
-    """In px of ``obsm["spatial"]``."""
+    """In px of ``obsm["spatial"]``, None where not stated."""
 
 
 def library_names(spatial: Any) -> list[str]:
@@ -41,7 +42,13 @@ def library_names(spatial: Any) -> list[str]:
 
 
 def library_picture(library: Any, where: str) -> Picture:
-    """Select the best image of one entry of ``uns["spatial"]`` (a mapping or an open group)."""
+    """Select the first of :data:`PICTURES` in one entry of ``uns["spatial"]`` (a mapping or an open group).
+
+    Raises
+    ------
+    SourceError
+        The entry has no image, or no valid scale factor for it; the message starts with ``where``.
+    """
     images = library.get("images", {})
     name = next((n for n in PICTURES if n in images), None)
     if name is None:
@@ -69,14 +76,20 @@ def scale_factor(library: Any, key: str) -> float | None:
 
 
 def library_slide(library: Any, picture: Picture, path: Path) -> ArraySlide:
-    """Return the pixels of a library's image; floating-point values are in [0, 1]."""
+    """Read the image that :func:`library_picture` selected into memory; floating-point values must be in [0, 1].
+
+    Raises
+    ------
+    SourceError
+        The image is not RGB, or is too large for memory.
+    """
     stored = library["images"][picture.name]
     shape = tuple(int(n) for n in getattr(stored, "shape", np.shape(stored)))
     if len(shape) != 3 or shape[2] not in (3, 4):
         raise SourceError(
             f"{path}: the {picture.name} image has the shape {shape}, expected (height, width, 3); set `image` to an RGB image"
         )
-    # uint8 values are kept as they are; wider ones need several times the bytes while they are converted.
+    # uint8 values are not copied; wider types need several times their bytes during conversion.
     n_bytes, limit = int(np.prod(shape)) * np.dtype(getattr(stored, "dtype", np.uint8)).itemsize, 3 * whole_limit()
     if n_bytes > limit:
         raise SourceError(

@@ -50,7 +50,8 @@ def read_centres(store: Store, options: CountOptions, notes: list[str]) -> np.nd
     """
     keys, stated = store.keys("obsm"), options.positions
     if stated and stated not in keys:
-        raise SourceError(f"{store.path}: no obsm[{stated!r}]; set `positions` to one of {', '.join(keys) or 'none'}")
+        fix = f"set `positions` to one of {', '.join(keys)}" if keys else "store x and y in image px there"
+        raise SourceError(f"{store.path}: no obsm[{stated!r}]; {fix}")
     key = stated or next((k for k in KEYS if k in keys), None)
     if key is not None:
         if key != "spatial":
@@ -75,7 +76,13 @@ def read_centres(store: Store, options: CountOptions, notes: list[str]) -> np.nd
 def centres(spatial: Any, path: Path, key: str = "spatial") -> np.ndarray:
     """Return positions as float64 (n, 2), x and y.
 
-    An array is read as (x, y). A table is read by the names of its columns, in any order, e.g. (y, x) or (row, col).
+    The columns of an array are x and y. The columns of a table may have any order, if names such as x, y, row or col identify
+    them.
+
+    Raises
+    ------
+    SourceError
+        The values are not numbers, or have fewer than two columns.
     """
     if isinstance(spatial, pd.DataFrame):
         names = [str(c).lower() for c in spatial.columns]

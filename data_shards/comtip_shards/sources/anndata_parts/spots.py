@@ -22,7 +22,7 @@ _IDS, _SYMBOLS = ("gene_ids", "gene_id", "ensembl_id"), ("feature_name", "gene_n
 
 
 def gene_names(var: pd.DataFrame) -> tuple[list[str], list[str]]:
-    """Return (ids, symbols); 10x keeps ids in a column and (possibly duplicate) symbols in the index."""
+    """Return (ids, symbols) of the genes; 10x stores ids in a column and symbols, with duplicates, in the index."""
     index = [str(v) for v in var.index]
     for column in _IDS:
         if column in var and var[column].astype(str).str.len().min() > 0:
@@ -57,7 +57,12 @@ def read_spots(
     options
         Where counts and positions are.
     counts
-        Whether to read counts; a section without genes is returned otherwise.
+        Whether to read counts; if False, the section has no genes.
+
+    Raises
+    ------
+    SourceError
+        Positions or counts are missing or invalid.
     """
     with open_store(path) as store:
         table = store["obs"]
@@ -73,7 +78,7 @@ def read_spots(
 
 
 def no_counts(n_spots: int) -> tuple[sparse.csr_matrix, pd.DataFrame, list[str]]:
-    """Return the counts of no gene, for readers that need images and positions only."""
+    """Return an empty result in the form of :func:`raw_counts`, for callers that need images and positions only."""
     return sparse.csr_matrix((n_spots, 0), dtype=np.float32), pd.DataFrame(index=pd.Index([], dtype=object)), []
 
 
@@ -87,7 +92,26 @@ def annotated(
     path: Path,
     notes: list[str],
 ) -> Section:
-    """Return a section from aligned parts of an AnnData; ``in_tissue``, array positions and labels are in ``obs``."""
+    """Return a section from parts of an AnnData with the same row order.
+
+    Parameters
+    ----------
+    obs
+        Table of the spots; ``in_tissue``, ``array_col``, ``array_row`` and ``label`` are used if present.
+    xy
+        float64 (n, 2), spot centres in px of the image.
+    matrix, var
+        Raw counts, (n, n_genes), and the table of the genes.
+    meta, image, notes
+        Metadata, image path and notes of the section.
+    path
+        File name for messages.
+
+    Raises
+    ------
+    SourceError
+        Names are not unique, values are not counts, or the section is invalid.
+    """
     names = [str(v) for v in obs.index]
     check_unique(names, f"{path}: obs names")
     ids, symbols = gene_names(var)
@@ -105,7 +129,7 @@ def annotated(
 
 
 def _merged(counts: sparse.csr_matrix, genes: Features) -> tuple[sparse.csr_matrix, Features, list[str]]:
-    """Sum columns of one gene identifier."""
+    """Sum columns with the same gene identifier; returns the counts, their genes, and a note if there were any."""
     first = {name: i for i, name in reversed(list(enumerate(genes.ids)))}
     if len(first) == len(genes.ids):
         return counts, genes, []

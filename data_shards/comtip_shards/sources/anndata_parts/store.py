@@ -107,7 +107,7 @@ class MemoryStore:
 
 
 def is_zarr(path: Path) -> bool:
-    """Return whether a folder is an AnnData in zarr (version 2 or 3)."""
+    """Return whether a folder is an AnnData in zarr (version 2 or 3), and not a SpatialData store."""
     for name in (".zattrs", "zarr.json"):
         file = path / name
         if file.is_file():
@@ -117,7 +117,7 @@ def is_zarr(path: Path) -> bool:
 
 
 def files_of(path: Path) -> list[Path]:
-    """Return the AnnData files and zarr folders of a path."""
+    """Return the AnnData files and zarr folders that a path is or contains, sorted; empty if there are none."""
     if path.is_dir():
         if is_zarr(path):
             return [path]
@@ -169,13 +169,13 @@ def read_part(root: Any, key: str, path: Path) -> Any:
     Raises
     ------
     SourceError
-        It cannot be read, or is not what an AnnData keeps under this name.
+        The element cannot be read, or has another type than an AnnData stores under this name.
     """
     return _checked(_read_part(root, key, path), key, path)
 
 
 def _checked(value: Any, key: str, path: Path) -> Any:
-    """Return an element: tables are data frames, and expression has two axes of numbers."""
+    """Return an element after checking its type: tables are data frames, expression is a numeric matrix."""
     if key in ("obs", "var", "raw/var") and not isinstance(value, pd.DataFrame):
         raise SourceError(
             f"{path}: {key} is {type(value).__name__}, expected a table; write the file again with anndata"
@@ -246,7 +246,7 @@ def _read_part(root: Any, key: str, path: Path) -> Any:
 
 
 def _has_plugins() -> bool:
-    """Register the compression plugins of hdf5plugin if it is installed."""
+    """Register the compression plugins of hdf5plugin, and return whether it is installed."""
     try:
         import_module("hdf5plugin")
     except ImportError:

@@ -25,7 +25,7 @@ def iter_features(path: Path) -> Iterator[dict[str, Any]]:
     Raises
     ------
     SourceError
-        Not GeoJSON, or truncated.
+        The file is missing, not a FeatureCollection, or truncated.
     """
     decoder = json.JSONDecoder()
     with reading(path, "GeoJSON"), existing(path, "file of polygons").open(encoding="utf-8") as file:
@@ -65,7 +65,7 @@ def iter_features(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def centroid(feature: dict[str, Any], path: Path) -> tuple[float, float]:
-    """Return the centroid (x, y) of a polygon, or of the largest polygon of a MultiPolygon."""
+    """Return the centroid (x, y) of a feature's polygon, or of its largest polygon; raises SourceError for other geometries."""
     geometry: dict[str, Any] = feature.get("geometry") or {}
     kind, coordinates = geometry.get("type"), geometry.get("coordinates") or []
     try:
@@ -84,7 +84,7 @@ def centroid(feature: dict[str, Any], path: Path) -> tuple[float, float]:
 
 
 def _ring(ring: np.ndarray) -> tuple[float, tuple[float, float]]:
-    """Return (area, centroid) of a closed ring, float (n, 2)."""
+    """Return (area, centroid) of a closed ring, float (n, 2); raises ValueError if it is not finite."""
     if ring.ndim != 2 or ring.shape[1] < 2 or not np.isfinite(ring).all():
         raise ValueError("coordinates are not finite x, y pairs")
     # Relative to the first vertex, to avoid cancellation for large coordinates.

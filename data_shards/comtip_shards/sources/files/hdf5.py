@@ -1,8 +1,8 @@
-"""Check the structure of an HDF5 file before it is read: all data must be in the file itself.
+"""Open HDF5 files after a check that all data are in the file itself.
 
-An HDF5 file can refer to other files, by external links, external storage and virtual datasets. The HDF5 library opens them
-silently, so that the content of any local file could become part of a shard set. Files on which the library hangs are refused
-before (:mod:`comtip_shards.sources.files.hdf5_probe`).
+An HDF5 file can refer to other files by external links, external storage and virtual datasets. The HDF5 library opens them
+silently, so the content of any local file could become part of a shard set. Files on which the library hangs or crashes are
+refused first (:mod:`comtip_shards.sources.files.hdf5_probe`).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def open_hdf5(path: Path, what: str, fix: str) -> h5py.File:
     ------
     SourceError
         The file is not HDF5, hangs or crashes the HDF5 library, has more objects or a larger dataset than allowed, or contains
-        a soft or external link, external storage or a virtual dataset. No other file was opened.
+        a soft or external link, external storage or a virtual dataset. Files that it refers to are never opened.
     """
     if path.exists() and not path.is_file():
         raise SourceError(f"{path}: not {what}, but a folder, a pipe or a device; {fix}")

@@ -1,8 +1,8 @@
 """Refuse HDF5 files on which the HDF5 library hangs or crashes, before this process reads them.
 
-Some damage makes the library loop or end the process, and neither can be interrupted from Python. A helper process walks each
-file first (:mod:`comtip_shards.sources.files.hdf5_walk`). It is started once and kept, so a file costs milliseconds, and its
-result is kept for as long as the file does not change.
+Some damage makes the library loop forever or crash, and Python can neither interrupt nor catch this. A helper process therefore
+walks each file first (:mod:`comtip_shards.sources.files.hdf5_walk`). It is started once, so that a file costs milliseconds, and
+a result is cached for as long as the file does not change.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from comtip_shards.names import shown
 
 WALK = Path(__file__).with_name("hdf5_walk.py")
 _MAX_KNOWN = 10_000
+"""Number of cached results after which the cache is emptied."""
 _CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL}
-"""Signals that the file caused; others come from outside, e.g. from a limit of memory."""
+"""Signals that a crash of the library causes; others come from outside, e.g. from the out-of-memory killer."""
 _log = logging.getLogger(__name__)
 
 
 class Hdf5Probe:
-    """The helper process, and the files that it walked."""
+    """Owner of the helper process, and cache of its results."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -37,12 +38,12 @@ class Hdf5Probe:
         self._known: dict[tuple[int, ...], str] = {}
 
     def check(self, path: Path) -> None:
-        """Check one file.
+        """Check one file; if the helper process cannot run, a warning is logged and the file is accepted.
 
         Raises
         ------
         SourceError
-            The HDF5 library does not return on this file, or ends the process.
+            The HDF5 library hangs or crashes on this file.
         """
         state = path.stat()
         key = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
@@ -64,12 +65,12 @@ class Hdf5Probe:
             _close_pipes(process)
 
     def abandon(self) -> None:
-        """Close the pipes to the helper of the process that this one was forked from."""
+        """Close the inherited pipes to the helper of the parent process; call it after a fork."""
         if self._process is not None:
             _close_pipes(self._process)
 
     def _ask(self, path: Path) -> str:
-        """Return what is wrong with a file, "" if the walk reached its end."""
+        """Return what is wrong with a file, "" if the walk completed or could not be run."""
         for _ in range(2):
             try:
                 process = self._started()
@@ -85,11 +86,11 @@ class Hdf5Probe:
             if -process.returncode in _CRASHES:
                 return f"the HDF5 library crashes at {shown(location)}"
             reason = f"the helper process was ended (exit code {process.returncode})"
-        _log.warning("%s: read without a check for damage that hangs: %s", path, reason)
+        _log.warning("%s: read without the check for damage that makes the HDF5 library hang: %s", path, reason)
         return ""
 
     def _walk(self, process: subprocess.Popen[str], path: Path) -> str | None:
-        """Return None if the helper walked a file, or the object at which it ended."""
+        """Return None if the helper completed the walk, otherwise the object at which it ended."""
         assert process.stdin is not None
         assert process.stdout is not None
         location = "/"
@@ -103,7 +104,7 @@ class Hdf5Probe:
                     location = json.loads(line) or location
         except BrokenPipeError:
             pass
-        except BaseException:  # interrupted: the rest of the answer would be taken for that of the next file
+        except BaseException:  # interrupted: the rest of this answer must not be read as that of the next file
             self.close()
             raise
         return location
@@ -132,7 +133,7 @@ def _close_pipes(process: subprocess.Popen[str]) -> None:
 
 
 def _renew() -> None:
-    """Give a forked process a helper of its own: two processes cannot share its pipes."""
+    """Give a forked process its own helper, because two processes cannot share the pipes."""
     global _probe
     _probe.abandon()
     _probe = Hdf5Probe()
@@ -149,5 +150,5 @@ if hasattr(os, "register_at_fork"):
 
 
 def probe_hdf5(path: Path) -> None:
-    """Check a file with the helper process of this process, see :meth:`Hdf5Probe.check`."""
+    """Check a file with this process's helper, see :meth:`Hdf5Probe.check`."""
     _probe.check(path)

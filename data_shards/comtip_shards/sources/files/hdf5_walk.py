@@ -1,7 +1,8 @@
-"""Walk an HDF5 file in a process of its own, which ends if the HDF5 library does not return.
+"""Walk HDF5 files in a separate process, which a timer ends if the HDF5 library does not return.
 
-Run as a script by :mod:`comtip_shards.sources.files.hdf5_probe`; it imports only h5py, so that it starts fast. Each line of
-standard input is a path as JSON. Before each object its name is written to standard output as JSON, and ``null`` after the last.
+:mod:`comtip_shards.sources.files.hdf5_probe` runs this script; it imports only h5py, so that it starts fast. Each line of
+standard input is a path as JSON. The name of each object is written to standard output as JSON before the object is read, and
+``null`` after the last one.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from typing import Any
 import h5py
 
 STEP_S, FILE_S = 2.0, 300.0
-"""Maximum CPU time for one object and for one file. A damaged structure loops forever; an object takes milliseconds. Waiting
-for a disk or for a busy machine does not count."""
+"""Maximum CPU time in s for one object and for one file. A valid object takes milliseconds, a damaged one may loop forever. CPU
+time excludes waiting for a disk or for a busy machine."""
 MAX_OBJECTS = 1_000_000
 """Objects after which the walk ends. The reader refuses files with more."""
 _MEMORY = 4 << 30
@@ -30,7 +31,7 @@ class _Walk:
         self.left_s = FILE_S
 
     def step(self, name: str) -> None:
-        """Report the object that is read next, and restart its clock."""
+        """Report the object that is read next, and restart the timer."""
         self.left_s -= max(0.0, STEP_S - signal.getitimer(signal.ITIMER_PROF)[0])
         print(json.dumps(name), flush=True)
         signal.setitimer(signal.ITIMER_PROF, min(STEP_S, max(self.left_s, 0.01)))
@@ -69,7 +70,7 @@ class _Walk:
                         yield item.file[value]
 
     def children(self, group: h5py.Group) -> Iterator[Any]:
-        """Iterate over the objects in a group; other links are not followed."""
+        """Iterate over the objects in a group; soft and external links are not followed."""
         with suppress(Exception):
             for number, name in enumerate(group):
                 if number % _MANY == 0:
@@ -79,7 +80,7 @@ class _Walk:
                         yield group[name]
 
     def dataset(self, data: h5py.Dataset) -> None:
-        """Walk the index of the chunks, and read values of variable length, which lie apart from the dataset."""
+        """Walk the chunk index, and read values of variable length, which are stored separately from the dataset."""
         self.step(data.name or "")
         data.id.get_storage_size()
         if data.is_virtual or data.external or data.shape is None or not data.dtype.hasobject:

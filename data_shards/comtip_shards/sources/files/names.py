@@ -1,4 +1,4 @@
-"""Section ids."""
+"""Conversion of names to section ids."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import re
 
 
 def safe_id(text: str) -> str:
-    """Convert a text to a valid section id."""
+    """Return a text with characters that a section id must not contain replaced by ``_``; ``section`` if nothing is left."""
     return re.sub(r"[^A-Za-z0-9._-]+", "_", text).strip("._-") or "section"

@@ -1,4 +1,4 @@
-"""Checks before and during the reading of a file: errors name the file."""
+"""Checks before and during the reading of a file, with errors that name the file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ def reading(path: Path, what: str) -> Iterator[None]:
 
 
 def existing(path: Path, what: str) -> Path:
-    """Return the path, or raise if the file does not exist or its first bytes are not data."""
+    """Return ``path``; raises SourceError if the file does not exist or its first bytes are not data.
+
+    ``what`` names the expected content, for the message.
+    """
     if not path.is_file():
         raise SourceError(f"{path}: no such file; copy the {what} there, or correct the path")
     return refuse_not_data(path)

@@ -22,6 +22,7 @@ SYSTEM_FILES = {"__macosx", "thumbs.db", "desktop.ini", "$recycle.bin", "lost+fo
 MAX_GROWTH = 256
 """Maximum ratio of unpacked to packed bytes for files that unpack to more than :data:`ALWAYS_UNPACKED`."""
 ALWAYS_UNPACKED = 1 << 28
+"""Unpacked size in bytes up to which any ratio is accepted."""
 _GZIP = b"\x1f\x8b"
 _BLOCK = 1 << 20
 
@@ -49,7 +50,7 @@ def regular_file(path: Path) -> Path:
     Raises
     ------
     SourceError
-        It does not exist, or is a folder, a pipe or a device, reading of which may never end.
+        It does not exist, or is a folder, a pipe or a device, which may block forever when read.
     """
     if path.is_file():
         return path
@@ -60,7 +61,7 @@ def regular_file(path: Path) -> Path:
 
 
 def is_gzip(path: Path) -> bool:
-    """Return whether the first bytes of a file are those of gzip."""
+    """Return whether a file is gzip by its first bytes; raises SourceError if it is not a regular file."""
     with regular_file(path).open("rb") as file:
         return file.read(2) == _GZIP
 
@@ -119,9 +120,14 @@ def unpacked(path: Path) -> Path:
 
 
 def unpacked_tar(path: Path) -> Path:
-    """Return a temporary folder with the regular files of a tar archive.
+    """Return a temporary folder with the regular files of a tar archive; it is deleted when the process ends.
 
-    Links, devices and members with absolute or parent paths are skipped.
+    Links, devices, hidden files, and members with absolute paths or ``..`` are skipped.
+
+    Raises
+    ------
+    SourceError
+        The archive is damaged, or unpacks to implausibly many bytes.
     """
     target = _copy_folder(path) / "members"
     if target.is_dir():
@@ -185,7 +191,7 @@ def _copy_folder(path: Path) -> Path:
 
 
 def prefix_of(name: str, role: str) -> str | None:
-    """Return the prefix of a file name before its role, or None if the name has another role.
+    """Return the part of a file name before its role ("" if there is none), or None if the name has another role.
 
     Parameters
     ----------

@@ -19,13 +19,26 @@ class SpotPositions:
 
     ids: list[str]
     xy: np.ndarray
+    """float64 (n, 2), centres, x and y in px of the image."""
     array_xy: np.ndarray
+    """float64 (n, 2), positions on the array, NaN if unknown."""
     labels: list[str]
+    """Annotations, "" if there is none."""
     in_tissue: np.ndarray
+    """bool (n,)."""
 
 
 def read_spots_table(path: Path) -> SpotPositions:
-    """Read ``spot_id, array_x, array_y, pixel_x, pixel_y, in_tissue[, label]``."""
+    """Read a tab-separated table of spots.
+
+    The columns ``spot_id``, ``pixel_x`` and ``pixel_y`` are required; ``array_x``, ``array_y``, ``in_tissue`` (default: yes)
+    and ``label`` are optional.
+
+    Raises
+    ------
+    SourceError
+        The table cannot be read, lacks a required column, or has duplicate ids or invalid values.
+    """
     table = read_table(path)
     missing = [c for c in ("spot_id", "pixel_x", "pixel_y") if c not in table]
     if missing:
@@ -57,7 +70,26 @@ def join(
     spots_path: Path,
     notes: list[str] | None = None,
 ) -> Section:
-    """Join spots in tissue with their counts by id, in the order of the spot table; dropped spots are counted."""
+    """Join spots in tissue with their counts by id, in the order of the spot table; dropped spots are counted.
+
+    Parameters
+    ----------
+    meta, image, notes
+        Metadata, image path and notes of the section.
+    counts, count_ids
+        Raw counts, int32 (m, n_genes), and the spot id of each row.
+    genes, symbols
+        Identifier and symbol of each column.
+    spots
+        Positions of the spots.
+    counts_path, spots_path
+        Files of counts and positions, for messages.
+
+    Raises
+    ------
+    SourceError
+        The ids have nothing in common, or fewer than half of the smaller list match.
+    """
     row_of = {spot: i for i, spot in enumerate(count_ids)}
     both = np.array([s in row_of for s in spots.ids], bool)
     if not both.any():

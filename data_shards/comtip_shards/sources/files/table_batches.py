@@ -15,6 +15,7 @@ from comtip_shards.sources.files.opening import existing, reading
 from comtip_shards.sources.files.packaging import is_gzip, unpacked
 
 BATCH = 1 << 17
+"""Rows of a batch of Parquet."""
 TEXT_COLUMNS = {"barcode": pa.string(), "cell_id": pa.string(), "feature_name": pa.string(), "is_gene": pa.bool_()}
 """Types of csv columns; all others are numbers."""
 _CSV_BLOCK = 1 << 24
@@ -26,12 +27,12 @@ def has_column(path: Path, name: str) -> bool:
 
 
 def batches(path: Path, names: Sequence[str], *, dictionary: Sequence[str] = ()) -> Iterator[pa.RecordBatch]:
-    """Iterate over batches of rows; columns in ``dictionary`` are dictionary-encoded where the format allows.
+    """Iterate over batches of rows with the columns ``names``; in Parquet, columns in ``dictionary`` are dictionary-encoded.
 
     Raises
     ------
     SourceError
-        Unreadable file or missing columns.
+        The file cannot be read, or a column is missing.
     """
     have = _columns(path)
     missing = [c for c in names if c not in have]
@@ -48,7 +49,7 @@ def batches(path: Path, names: Sequence[str], *, dictionary: Sequence[str] = ())
 
 
 def numbers_of(batch: pa.RecordBatch, names: Sequence[str], path: Path) -> np.ndarray:
-    """Return columns as float64 (n, k), NaN for missing values; text raises."""
+    """Return k columns as float64 (n, k), with NaN for missing values; raises SourceError if a column is not numeric."""
     out: list[np.ndarray] = []
     for name in names:
         try:
@@ -61,7 +62,7 @@ def numbers_of(batch: pa.RecordBatch, names: Sequence[str], path: Path) -> np.nd
 
 
 def all_numbers(batch: pa.RecordBatch, names: Sequence[str], path: Path) -> np.ndarray:
-    """Return columns as float64 (n, k); missing values raise."""
+    """Return k columns as float64 (n, k); raises SourceError if a column is not numeric or a value is missing."""
     values = numbers_of(batch, names, path)
     gaps = ~np.isfinite(values)
     if gaps.any():
@@ -73,7 +74,7 @@ def all_numbers(batch: pa.RecordBatch, names: Sequence[str], path: Path) -> np.n
 
 
 def is_csv(path: Path) -> bool:
-    """Return whether a table is csv by its name; a suffix ``.gz`` is ignored."""
+    """Return whether a file is csv by its suffix; ``.gz`` at the end is ignored."""
     return path.name.removesuffix(".gz").endswith(".csv")
 
 

@@ -1,4 +1,4 @@
-"""Size of a text table, checked before it is read into memory."""
+"""Check of the size of a text table before it is read into memory."""
 
 from __future__ import annotations
 

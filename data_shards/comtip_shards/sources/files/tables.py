@@ -1,4 +1,4 @@
-"""Tables as text, and the values in them: raw counts, numbers, yes and no."""
+"""Readers for text tables, and parsers for their values: raw counts, numbers, yes and no."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _FALSE = {"0", "0.0", "false", "f", "no", "n", "", "nan", "none", "na", "<na>"}
 
 
 def number(value: Any, what: str) -> float:
-    """Parse a float; empty values give NaN, text raises."""
+    """Return a value as float, NaN if it is empty; raises SourceError, with ``what`` as its name, if it is not a number."""
     text = str(value).strip()
     if text in ("", "nan", "NaN", "None"):
         return float("nan")
@@ -34,7 +34,13 @@ def number(value: Any, what: str) -> float:
 
 
 def read_table(path: Path, sep: str = "\t") -> pd.DataFrame:
-    """Read a small table with all columns as text."""
+    """Read a table with all columns as text, empty cells as "".
+
+    Raises
+    ------
+    SourceError
+        The file is missing, too large, not a table, or has no rows.
+    """
     check_table_size(existing(path, "table"), MAX_TABLE_BYTES)
     with reading(path, "a table"):
         # Spreadsheets and HEST write a byte order mark.
@@ -45,7 +51,18 @@ def read_table(path: Path, sep: str = "\t") -> pd.DataFrame:
 
 
 def read_counts_table(path: Path, sep: str = "\t") -> tuple[sparse.csr_matrix, list[str], list[str]]:
-    """Read a spots x genes table with a header and an id column: (int32 counts, spot ids, gene ids)."""
+    """Read a table of raw counts, spots x genes, with a header and an id column.
+
+    Returns
+    -------
+    counts, spot ids, gene ids
+        int32 CSR (n_spots, n_genes), and the names of its rows and columns.
+
+    Raises
+    ------
+    SourceError
+        The table cannot be read, has duplicate ids, or holds values that are not raw counts.
+    """
     check_table_size(existing(path, "count table"), MAX_COUNTS_BYTES)
     # pyarrow reads tables of 20,000 columns several times faster than pandas and keeps duplicate names.
     options = pa_csv.ReadOptions(skip_rows=1, autogenerate_column_names=True, block_size=1 << 27)
@@ -72,7 +89,7 @@ def _sparse(columns: Sequence[pa.ChunkedArray]) -> sparse.csr_matrix:
     """Return numeric columns as float64 CSR without a dense matrix between."""
     values, rows, pointer = [], [], [0]
     for column in columns:
-        # safe=False: integers beyond 2^53 are rounded, and refused as counts.
+        # safe=False: integers above 2^53 are rounded here and refused as counts later.
         dense = column.cast(pa.float64(), safe=False).to_numpy()
         rows.append(np.flatnonzero(dense))
         values.append(dense[rows[-1]])
@@ -90,7 +107,7 @@ def _header(path: Path, sep: str) -> list[str]:
 def as_counts(
     matrix: sparse.csr_matrix, path: Path, spots: Sequence[str], genes: Sequence[str], *, what: str = "", fix: str = ""
 ) -> sparse.csr_matrix:
-    """Validate raw counts (floats with integer values are accepted) and return int32 CSR.
+    """Return raw counts as int32 CSR after validating them; floats with integer values are accepted.
 
     Parameters
     ----------
@@ -101,7 +118,12 @@ def as_counts(
     spots, genes
         Names of rows and columns for messages.
     fix
-        What to do about values that are no counts.
+        What to do about values that are not counts, for messages.
+
+    Raises
+    ------
+    SourceError
+        A value is missing, negative, fractional or above 2^31 - 1.
     """
     matrix = sparse.csr_matrix(matrix)
     data = matrix.data
@@ -130,7 +152,7 @@ def as_counts(
 
 
 def flags(values: Any, where: str) -> np.ndarray:
-    """Return a column of yes and no as bool: numbers, booleans, text as written by R; missing values are no.
+    """Parse a column of yes and no, written as numbers, booleans or text, to bool (n,); missing values are no.
 
     Parameters
     ----------
@@ -138,6 +160,11 @@ def flags(values: Any, where: str) -> np.ndarray:
         A pandas Series, or a sequence.
     where
         Name of the column for messages.
+
+    Raises
+    ------
+    SourceError
+        A value is neither yes nor no.
     """
     column = pd.Series(values)
     if isinstance(column.dtype, pd.CategoricalDtype):
@@ -150,7 +177,7 @@ def flags(values: Any, where: str) -> np.ndarray:
 
 
 def numbers(table: pd.DataFrame, columns: list[str], path: Path) -> np.ndarray:
-    """Return columns as float64 (n, k); text raises."""
+    """Return k columns of text as float64 (n, k), with NaN for empty cells; raises SourceError for other text."""
     out = table[columns].apply(pd.to_numeric, errors="coerce").to_numpy(np.float64)
     text = np.isnan(out) & (table[columns] != "").to_numpy()
     if text.any():

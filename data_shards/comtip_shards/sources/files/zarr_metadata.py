@@ -1,7 +1,7 @@
-"""Check a Zarr store before it is opened: its codecs must be on a list, and it must not contain links.
+"""Check a Zarr store before it is opened: its codecs must be in an allow list, and it must not contain symbolic links.
 
-The metadata of a Zarr array name the codecs that decode it, and the Zarr library runs any installed codec of that name. One
-of them, ``pickle``, executes code from the store. The names are therefore compared with a list before the store is opened,
+The metadata of a Zarr array name the codecs that decode it, and the Zarr library runs any installed codec of that name. The
+codec ``pickle`` executes code from the store. The names are therefore compared with a fixed list before the store is opened,
 independently of the installed versions of ``zarr`` and ``numcodecs``.
 """
 
@@ -40,7 +40,7 @@ CODECS = frozenset(
         "vlen-utf8",  # layout
     }
 )
-"""Codecs that only convert bytes to numbers and text."""
+"""Allowed codecs; they only convert bytes to numbers and text."""
 _KEYS = ("codecs", "compressor", "filters", "index_codecs", "serializer", "storage_transformers")
 _FREE = ("attributes", "fill_value")
 """Keys with user data, which do not name codecs."""
@@ -92,7 +92,7 @@ def _check_file(file: Path, store: Path, what: str) -> None:
             f"{_shown(file)}: {size} bytes of metadata are more than the maximum of {MAX_BYTES}; copy the store again"
         )
     try:
-        # The parser of zarr: another one might read other codecs from the same bytes.
+        # The parser that zarr uses: another one might read other codecs from the same bytes.
         data = json.loads(file.read_bytes())
         for codec in _codecs(data):
             if not isinstance(codec, str) or codec.removeprefix("numcodecs.") not in CODECS:
@@ -110,7 +110,7 @@ def _check_file(file: Path, store: Path, what: str) -> None:
 
 
 def _codecs(value: Any) -> Iterator[Any]:
-    """Yield the name of every codec in metadata, also nested and consolidated; None for a codec without a name."""
+    """Yield the name of every codec in (nested or consolidated) metadata; None for a codec without a name."""
     if isinstance(value, list):
         for item in value:
             yield from _codecs(item)

@@ -1,1 +1,1 @@
-"""Which sections of a source are read, and which files of a URL are fetched for them."""
+"""Selection of the sections of a source, and download of their files from a URL."""

@@ -16,14 +16,20 @@ _T = TypeVar("_T")
 
 
 def check_where(where: Mapping[str, Collection[str]]) -> dict[str, Collection[str]]:
-    """Return the filter with resolved key aliases; refuse unknown keys and empty lists of values."""
+    """Return the filter with aliases of keys replaced (``organ``, ``technology``).
+
+    Raises
+    ------
+    SourceError
+        A key is unknown, or its values are not a list of at least one.
+    """
     out: dict[str, Collection[str]] = {}
     for key, values in where.items():
         key = ALSO_CALLED.get(key, key)
         if key not in WHERE_KEYS:
-            raise SourceError(f"unknown filter key {key!r}; use {', '.join(WHERE_KEYS)}")
+            raise SourceError(f"`where` key {key!r} is unknown; use one of {', '.join(WHERE_KEYS)}")
         if not values or isinstance(values, str):
-            raise SourceError(f"filter {key}: {values!r} is not a list of values; give a list of at least one")
+            raise SourceError(f"`where` key {key}: {values!r} is not a list of values; give a list of at least one")
         out[key] = values
     return out
 
@@ -34,9 +40,9 @@ def choose(
     path: Path,
     facts: Callable[[_T], SectionMeta | CatalogueRow],
 ) -> list[_T]:
-    """Return the items that match every filter, in order.
+    """Return the items that match every key of a filter, in order.
 
-    Values match whole words and ignore case: ``breast`` matches "Breast" and "breast, HER2+". An exact match has
+    Values match whole words without case: ``breast`` matches "Breast" and "breast, HER2+". An exact match takes
     precedence: if the value "Visium" exists, ``visium`` does not match "Visium HD".
 
     Raises
@@ -56,7 +62,7 @@ def choose(
 
 
 def matches(text: str, value: str, have: Collection[str]) -> bool:
-    """Return whether ``text`` equals ``value``, or contains it as a word and no text of ``have`` equals it."""
+    """Return whether ``text`` equals ``value`` (without case) or, if none of ``have`` does, contains it as a word."""
     text, value = _plain(text), _plain(value)
     if any(_plain(other) == value for other in have):
         return text == value

@@ -1,8 +1,7 @@
-"""Download of remote sources: required files are copied to a local folder of the same layout.
+"""Download of the required files of a remote source to a local folder with the same layout.
 
-Metadata tables are downloaded first; sections are filtered by them, and only the files of the selected sections are
-downloaded. Files are checked by size and cached; an interrupted download continues with the first file that is not
-complete.
+Metadata tables are downloaded first and used to select sections; then the files of these sections are downloaded. Files are
+checked by size and cached; after an interruption, the download resumes with the first file that is not complete.
 """
 
 from __future__ import annotations
@@ -28,8 +27,9 @@ from comtip_shards.storage.cache import default_cache
 from comtip_shards.storage.remote import Remote, RetryPolicy
 
 FETCHERS = 4
+"""Number of files that are downloaded at the same time."""
 UNBOUNDED = 1 << 62
-"""Downloaded sources are never evicted: a build may still read them."""
+"""Size of the cache in bytes: downloaded sources are never evicted, because a build may still read them."""
 RETRIES = RetryPolicy(stall=300.0, total=24 * 3600.0)
 """Long timeouts, for listings of thousands of files and slides of many GB."""
 FILE_SUFFIXES = (".h5ad", ".tsv")
@@ -44,16 +44,19 @@ class Fetched:
     path: Path
     """Local path for the reader."""
     fmt: str
+    """Name of the format."""
     why: str
+    """How the format was determined."""
     samples: list[str] | None
-    """Selected sections; None if the format has no per-section file names."""
+    """Ids of the selected sections; None if file names of the format do not identify sections."""
     n_files: int
     n_bytes: int
+    """Number and total size of the files that the sections need, including those that were cached."""
 
 
 @dataclass
 class _Listing:
-    """Names and sizes of remote files, listed per pattern."""
+    """Names and sizes of remote files, listed per pattern and cached."""
 
     remote: Remote
     _known: dict[str, dict[str, int | None]] = field(default_factory=dict)
@@ -67,7 +70,7 @@ class _Listing:
         """Return the files of one section; ``{id}`` in a pattern is replaced by the section."""
         out: dict[str, int | None] = {}
         for pattern in patterns:
-            if not _is_inside(pattern):  # it may come from the source's own table
+            if not _is_inside(pattern):  # patterns may come from a table of the source
                 raise SourceError(
                     f"{self.remote.url}: the table entry of section {section} names the file {shown(pattern)}, which leaves the "
                     "folder or is not a valid file name; correct the table, or download the source and give the local folder"
@@ -107,7 +110,7 @@ def fetch_source(
         A folder (or one ``.h5ad`` or ``manifest.tsv``) that fsspec reads: ``s3://``, ``gs://``, ``https://``,
         ``hf://datasets/OWNER/NAME``.
     fmt
-        ``auto`` detects the format by file names.
+        Name of the format; ``auto`` detects it by file names.
     samples, where
         As for :func:`comtip_shards.sources.open_source`.
     options
@@ -120,9 +123,9 @@ def fetch_source(
     Raises
     ------
     SourceError
-        Unknown format, no section matches, or not enough disk space.
+        The format is not detected, no section matches, or there is not enough disk space.
     ShardError
-        The remote failed; completed files stay in the cache.
+        The server failed; completed files stay in the cache.
     """
     folder, only = _split(url)
     remote = Remote(folder, cache or default_cache() / "sources", UNBOUNDED, RETRIES)
@@ -152,13 +155,13 @@ def fetch_source(
 
 
 def _split(url: str) -> tuple[str, str]:
-    """Return (folder, file in it or "")."""
+    """Split the URL of a file into (folder, file name); for a folder, the name is ""."""
     head, _, last = url.rstrip("/").rpartition("/")
     return (head, last) if last.endswith(FILE_SUFFIXES) else (url, "")
 
 
 def _tail(url: str) -> Path:
-    """Return the last two path components of a URL; a run is named after its folder or the parent of ``outs``."""
+    """Return the last two path components of a URL, because a run is named after its folder or the parent of ``outs``."""
     parts = [p for p in url.split("://", 1)[1].split("?", maxsplit=1)[0].split("/") if p and p.strip(".")]
     return Path(*parts[-2:]) if parts else Path("source")
 
@@ -216,7 +219,7 @@ def _needed(
     chosen: Sequence[str] | None,
     options: SourceOptions,
 ) -> dict[str, int | None]:
-    """Return the sizes of the files that the chosen sections need, with the metadata tables."""
+    """Return {file: size} of the metadata tables and of the files that the chosen sections need."""
     needed = dict(tables)
     for section in chosen if chosen is not None else [""]:
         needed |= listing.needs(layout.files(root, section, options), section)
@@ -235,7 +238,7 @@ def _check_disk(cache: Path, wanted: int, url: str) -> None:
 
 
 def _fetch(remote: Remote, files: Mapping[str, int | None], root: Path, bar: tqdm | None) -> int:
-    """Download files into a tree of the source's layout; returns the number of bytes."""
+    """Download files to the cache and link them into ``root``; returns their total size in bytes."""
 
     def one(item: tuple[str, int | None]) -> int:
         name, size = item

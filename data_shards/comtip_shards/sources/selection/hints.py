@@ -1,4 +1,4 @@
-"""Explanations for paths that no reader accepts: archives, files that are not data, missing parts of a known layout."""
+"""Error messages for paths that no reader accepts: archives, files that are not data, and incomplete known layouts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _PARTS = (
 
 
 def explain(path: Path, readers: Sequence[Reader]) -> str:
-    """Return the problem with a path that no reader accepts, and the fix.
+    """Return a message with the problem of a path that no reader accepts, and the fix.
 
     Parameters
     ----------

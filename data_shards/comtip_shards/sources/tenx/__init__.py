@@ -1,1 +1,1 @@
-"""Parts of 10x Genomics formats: runs, matrices, features, alignments, pooled sections."""
+"""Shared parts of the readers for 10x Genomics formats: runs, matrices, features, alignments and pooled sections."""

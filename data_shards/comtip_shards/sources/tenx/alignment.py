@@ -29,14 +29,16 @@ class Alignment:
 
     path: Path
     matrix_33: np.ndarray
+    """float64 (3, 3), applied to columns (x, y, 1)."""
     notes: list[str]
+    """Remarks on the file or the fit, for the manifest."""
 
     def scale(self) -> float:
         """Return DAPI px per H&E px."""
         return float(np.sqrt(abs(np.linalg.det(self.matrix_33[:2, :2]))))
 
     def to_image(self, dapi_xy_N2: np.ndarray) -> np.ndarray:
-        """Map positions from DAPI px to H&E px."""
+        """Map positions, float (N, 2), from DAPI px to H&E px."""
         inverse = np.linalg.inv(self.matrix_33)
         return dapi_xy_N2 @ inverse[:2, :2].T + inverse[:2, 2]
 
@@ -54,7 +56,7 @@ def read_alignment(path: Path, pixel_size: float) -> Alignment:
     Raises
     ------
     SourceError
-        Unknown file layout, a matrix that is not affine, or a fit with a large error.
+        The file has another layout, the matrix is not affine or distorts the image, or the fit has a large error.
     """
     with reading(existing(path, "alignment of the H&E image"), "a matrix of 3 x 3 numbers or keypoints with a header"):
         plain = unpacked(path)

@@ -1,4 +1,4 @@
-"""Row names of count matrices: genes and other features, genomes of mixed references, and species."""
+"""Features (rows) of 10x Genomics matrices: genes and other kinds, genomes of mixed references, and species detection."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from comtip_shards.genes.species import species_name
 
 GENE_KIND = "Gene Expression"
 OTHER_GENOME = "genome "
-"""Prefix of the kind that is assigned to rows of another genome."""
+"""Prefix of the kind that is assigned to features of another genome."""
 MIXED_SHARE = 0.05
-"""If a second species has more than this share of the genes, the species must be stated."""
+"""Maximum share of genes of a second species; above it, the species must be stated."""
 _GENOME = re.compile(r"(?P<genome>(?:GRCh3\d|GRCm3\d|hg\d\d|mm\d\d?)[A-Za-z0-9.\-]*)_+(?=[^_])", re.IGNORECASE)
 _ENSEMBL = {"ENSG": "human", "ENSMUSG": "mouse"}
 
 
 @dataclass(frozen=True)
 class Features:
-    """Row names of a feature-barcode matrix."""
+    """Identifiers, symbols and kinds of the features of a matrix."""
 
     ids: list[str]
     symbols: list[str]
     kinds: list[str]
-    """``Gene Expression`` or empty for genes."""
+    """``Gene Expression`` or "" for genes; another text, such as ``Antibody Capture``, for other features."""
 
     def genes(self) -> np.ndarray:
         """Return the indices of gene rows, int64; antibodies, controls and other genomes are excluded."""
@@ -41,16 +41,16 @@ class Features:
         return Features([self.ids[i] for i in rows], [self.symbols[i] for i in rows], [GENE_KIND] * len(rows))
 
     def others(self) -> dict[str, int]:
-        """Return the number of rows per other kind."""
+        """Return {kind: number of features} of features that are not genes."""
         return dict(sorted(Counter(k for k in self.kinds if k not in ("", GENE_KIND)).items()))
 
     def others_note(self, tally: Mapping[str, int] | None = None) -> list[str]:
-        """Return notes with the number of excluded rows per kind.
+        """Return a note per excluded kind, with its number of features.
 
         Parameters
         ----------
         tally
-            Sum of counts per kind, and of genes under ``Gene Expression``; adds the share of other genomes.
+            Sum of counts per kind, with genes under ``Gene Expression``. If given, notes on other genomes state their share.
         """
         notes = []
         for kind, n in self.others().items():
@@ -64,25 +64,25 @@ class Features:
 
 
 def for_species(features: Features, stated: str | None, where: Path) -> tuple[Features, str]:
-    """Select the rows of one species and strip genome prefixes (``GRCh38_ENSG...``, ``mm10___Stk4``).
+    """Mark the features of other species, and strip genome prefixes (``GRCh38_ENSG...``, ``mm10___Stk4``).
 
     Parameters
     ----------
     features
         Row names as in the file.
     stated
-        The species stated by the caller or the source; None or "" detects it from Ensembl ids and genome names.
+        The species stated by the caller or the source; if None or "", it is detected from Ensembl ids and genome names.
     where
         File name for messages.
 
     Returns
     -------
-    Features of the same length, in which rows of the other species have the kind ``genome NAME (SPECIES)``; the species.
+    The features, those of another species with the kind ``genome NAME (SPECIES)``, and the species.
 
     Raises
     ------
     SourceError
-        The species is needed and unknown, or the stated species contradicts the ids.
+        The species is not stated and cannot be detected, or the stated species contradicts the ids.
     """
     split = [_split(i, s) for i, s in zip(features.ids, features.symbols, strict=True)]
     species = [_row_species(genome, i) for genome, i, _ in split]
@@ -105,7 +105,7 @@ def for_species(features: Features, stated: str | None, where: Path) -> tuple[Fe
 
 
 def species_of(ids: Sequence[str], where: Path) -> str:
-    """Detect the species from Ensembl ids."""
+    """Detect the species from gene ids; raises SourceError, starting with ``where``, if it cannot be detected."""
     return for_species(Features(list(ids), [""] * len(ids), [GENE_KIND] * len(ids)), "", where)[1]
 
 

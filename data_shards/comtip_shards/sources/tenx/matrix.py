@@ -23,7 +23,7 @@ from comtip_shards.sources.tenx.features import GENE_KIND, Features
 
 MATRIX = "a 10x Genomics feature-barcode matrix"
 _MEX_ENTRY_BYTES = 6
-"""Minimum length of a line of a Matrix Market file: three numbers."""
+"""Minimum length in bytes of an entry of a Matrix Market file: three numbers."""
 MAX_TEXT_BYTES = 2**30
 """Maximum size of an unpacked list of barcodes or features; 10 million barcodes have 200 MB."""
 _LEGACY = ("barcodes", "genes", "data", "indices", "indptr", "shape")
@@ -34,7 +34,9 @@ class TenxMatrix:
     """A feature-barcode matrix: one h5 file, or the three MEX files; each may be compressed with gzip."""
 
     path: Path
+    """The h5 file or the MEX matrix, for messages."""
     files: tuple[Path, ...]
+    """The h5 file, or matrix, features and barcodes."""
 
     @property
     def is_h5(self) -> bool:
@@ -42,7 +44,7 @@ class TenxMatrix:
         return len(self.files) == 1
 
     def features(self) -> Features:
-        """Read the row names."""
+        """Read the features; raises SourceError if the file is not a feature-barcode matrix."""
         if not self.is_h5:
             return _mex_features(self.files[1])
         with reading(self.path, MATRIX), _open_h5(self.path) as file:
@@ -51,14 +53,24 @@ class TenxMatrix:
     def read(
         self, features: Features, tally: dict[str, int] | None = None
     ) -> tuple[sparse.csr_matrix, list[str], Features]:
-        """Return (int32 barcodes x genes, barcodes, genes); other features are excluded.
+        """Read the counts of genes.
 
         Parameters
         ----------
         features
-            Row names, as returned by :meth:`features` or restricted to one species.
+            As returned by :meth:`features`, or by :func:`comtip_shards.sources.tenx.features.for_species` for one species.
         tally
-            Filled with the sum of counts per kind of feature.
+            A dict to which the sum of counts per kind of feature is added.
+
+        Returns
+        -------
+        counts, barcodes, genes
+            int32 CSR (n_barcodes, n_genes), and the names of its rows and columns.
+
+        Raises
+        ------
+        SourceError
+            The matrix is damaged or holds values that are not raw counts.
         """
         genes = features.only_genes()
         parts = list(self.chunks(features, tally=tally))
@@ -68,7 +80,10 @@ class TenxMatrix:
     def chunks(
         self, features: Features, size: int = 1 << 17, tally: dict[str, int] | None = None
     ) -> Iterator[tuple[list[str], sparse.csr_matrix]]:
-        """Iterate over (barcodes, int32 barcodes x genes) in chunks of ``size`` barcodes, to bound memory."""
+        """Iterate over (barcodes, counts of genes), int32 CSR (n, n_genes), for at most ``size`` barcodes of an h5 file at a time.
+
+        MEX and matrices of Cell Ranger 1 and 2 are read as one chunk. Parameters and errors are those of :meth:`read`.
+        """
         rows = features.genes()
         ids = [features.ids[i] for i in rows]
         for barcodes, counts in self._raw_chunks(len(features.ids), size):
@@ -116,7 +131,7 @@ def _open_h5(path: Path) -> h5py.File:
 
 
 def _legacy_groups(file: h5py.File) -> list[str]:
-    """Return the genomes of a file of Cell Ranger 1 or 2, which has one group per genome."""
+    """Return the names of the groups of a Cell Ranger 1 or 2 file, one per genome; empty for later versions."""
     return [g for g in file if isinstance(file[g], h5py.Group) and all(n in file[g] for n in _LEGACY)]
 
 
@@ -152,7 +167,7 @@ def _legacy_features(file: h5py.File) -> Features:
 
 
 def _read_legacy(file: h5py.File, path: Path) -> tuple[list[str], sparse.csr_matrix]:
-    """Read all genomes of a file of Cell Ranger 1 or 2; a barcode may occur in some of them only."""
+    """Read a Cell Ranger 1 or 2 file: the union of the barcodes of all genomes, and their counts side by side."""
     parts = []
     for genome in _legacy_groups(file):
         n = len(file[genome]["genes"])
@@ -171,7 +186,7 @@ def _read_legacy(file: h5py.File, path: Path) -> tuple[list[str], sparse.csr_mat
 def _h5_chunks(
     group: h5py.Group, path: Path, n_features: int, size: int
 ) -> Iterator[tuple[list[str], sparse.csr_matrix]]:
-    # Lengths before content: a damaged header may claim more than memory holds.
+    # Lengths are checked before the content is read, because a damaged header may claim more than memory holds.
     n, n_pointers, n_shape = len(group["barcodes"]), len(group["indptr"]), len(group["shape"])
     shape = tuple(int(v) for v in group["shape"][()]) if n_shape == 2 else (n_shape,)
     indptr = group["indptr"][()].astype(np.int64) if n_pointers == n + 1 else np.full(1, -1)

@@ -27,7 +27,13 @@ def pooled_meta(
     pool_um: float,
     pooling: str,
 ) -> SectionMeta:
-    """Return the metadata of a section of square pseudo-spots."""
+    """Return the metadata of a section of square pseudo-spots, ``pool_um`` wide; stated ``facts`` take precedence.
+
+    Raises
+    ------
+    SourceError
+        The tissue is not stated.
+    """
     if not facts.tissue:
         raise SourceError(f"{path}: the folder does not state the tissue; set `tissue`")
     return SectionMeta(
@@ -61,6 +67,10 @@ def pooled_section(
 
     Parameters
     ----------
+    meta, image, notes
+        Metadata, image path and notes of the section.
+    pooled
+        The N pseudo-spots that are kept.
     xy
         float64 (N, 2), centres in image px.
     genes
@@ -112,16 +122,16 @@ def pool_cells(
         What cells with and without a position have, for the error (``have a polygon in FILE``) and for the note
         (``no polygon``).
     tally
-        Filled with the sum of counts per kind of feature.
+        A dict to which the sum of counts per kind of feature is added.
 
     Returns
     -------
-    sums, notes
+    The pooler with the sums, and notes on the cells.
 
     Raises
     ------
     SourceError
-        Under half of the cells have a position: the files belong to different runs.
+        Fewer than half of the cells have a position, so the files belong to different runs.
     """
     pooler, lost, lost_counts = Pooler(len(features.genes())), 0, 0
     for barcodes, matrix in counts.chunks(features, BATCH, tally):

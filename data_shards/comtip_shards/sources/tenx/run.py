@@ -1,4 +1,4 @@
-"""Helpers for 10x Genomics folders: search for matrices, scale factors, image selection."""
+"""Helpers for 10x Genomics folders: search for matrices, scale factors, and selection of the image."""
 
 from __future__ import annotations
 
@@ -25,9 +25,11 @@ from comtip_shards.sources.files.packaging import (
 from comtip_shards.sources.tenx.matrix import TenxMatrix
 
 JUDGED_PX = 30_000_000
-"""Maximum size of an image for the H&E appearance check; larger images are checked in the section report."""
+"""Maximum number of pixels of an image that :func:`appearance_note` checks; larger images are checked in the section report."""
 OVERVIEW_PX = 600
+"""Longer side in px of the overview on which the appearance is checked."""
 PICTURES = ("hires", "lowres")
+"""Downscaled images that Space Ranger writes."""
 TAR = r"\.(?:tar|tgz)"
 """Suffix of an archive; ``.gz`` may follow."""
 _PICTURE_SUFFIX = r"\.(?:png|jpe?g|tiff?)"
@@ -41,7 +43,7 @@ _MEX = {"features": r"(?:features|genes)\.tsv", "barcodes": r"barcodes\.tsv"}
 
 
 def only(found: Sequence[Path], what: str) -> Path | None:
-    """Return the single match, or None; several matches raise."""
+    """Return the only match, or None if there is none; raises SourceError, with ``what`` as its name, if there are several."""
     if len(found) > 1:
         raise SourceError(
             f"{found[0].parent}: more than one {what}: {', '.join(p.name for p in found[:4])}; keep one, or use "
@@ -51,9 +53,14 @@ def only(found: Sequence[Path], what: str) -> Path | None:
 
 
 def find_matrices(folder: Path, stem: str) -> dict[str, TenxMatrix]:
-    """Return the matrices ``STEM.h5``, ``STEM/`` (MEX) and ``STEM.tar.gz`` of a folder by the prefix of their names.
+    """Return {prefix: matrix} of the matrices ``STEM.h5``, ``STEM/`` (MEX) and ``STEM.tar.gz`` in a folder.
 
-    For a prefix with several forms the h5 file has precedence.
+    If a prefix has several forms, the h5 file takes precedence, then the folder.
+
+    Raises
+    ------
+    SourceError
+        A MEX folder or archive is incomplete, or holds several matrices.
     """
     out: dict[str, TenxMatrix] = {}
     for prefix, files in by_prefix(folder, re.escape(stem) + r"\.h5").items():
@@ -76,12 +83,12 @@ def find_matrices(folder: Path, stem: str) -> dict[str, TenxMatrix]:
 
 
 def find_flat_mex(folder: Path) -> dict[str, TenxMatrix]:
-    """Return MEX matrices whose three files lie in the folder itself, by prefix (``GSM1_A_matrix.mtx.gz``)."""
+    """Return {prefix: matrix} of MEX matrices whose three files are in the folder itself (``GSM1_A_matrix.mtx.gz``)."""
     return {prefix: _mex(files[0]) for prefix, files in by_prefix(folder, r"matrix\.mtx").items()}
 
 
 def find_matrix(folder: Path, stem: str) -> TenxMatrix | None:
-    """Return the only matrix of a folder; a name without prefix has precedence, and several matrices raise."""
+    """Return the matrix of a folder that has no prefix, or else the only one; raises SourceError if there are several."""
     found = find_matrices(folder, stem)
     if "" in found:
         return found[""]
@@ -104,7 +111,7 @@ def _mex(matrix: Path) -> TenxMatrix:
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
-    """Read a JSON object, compressed or not."""
+    """Read a JSON object from a file, which may be gzip; raises SourceError if it is missing or invalid."""
     existing(path, what)
     try:
         with reading(path, "text"):
@@ -120,7 +127,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 
 def scale_factors(path: Path) -> dict[str, float]:
-    """Read ``scalefactors_json.json``."""
+    """Return the numbers in ``scalefactors_json.json``, by name; raises SourceError if the file is missing or invalid."""
     data = read_json(path, "scale factors of the images")
     return {str(k): float(v) for k, v in data.items() if isinstance(v, int | float)}
 
@@ -136,7 +143,7 @@ def find_pictures(folder: Path, prefix: str | None = None) -> dict[str, Path]:
     folder
         Usually ``spatial/``.
     prefix
-        Prefix of the file names; None accepts any, and a name without prefix has precedence.
+        Prefix of the file names; None accepts any, and a name without prefix takes precedence.
     """
     out = {}
     for which in PICTURES:
@@ -161,7 +168,7 @@ def choose_image(
 ) -> tuple[Path, float, list[str]]:
     """Return (image, its px per full-resolution px, notes).
 
-    Positions are px of the image given to the pipeline. The downscaled images in ``spatial/`` are used only if
+    Positions are px of the image that Space Ranger was given. The downscaled images in ``spatial/`` are used only if
     ``stated`` is ``hires`` or ``lowres``; otherwise ``stated`` is a path or None.
 
     Parameters
@@ -173,11 +180,16 @@ def choose_image(
     factors
         Scale factors; empty if the file is missing.
     stated
-        The value of ``--image``.
+        The value of the option ``image``.
     section_id
         The section, which replaces ``{id}`` in ``stated``.
     prefix
         Prefix of file names if the folder contains several sections.
+
+    Raises
+    ------
+    SourceError
+        There is no image or no scale factor, there are several images, or the size contradicts the scale factors.
     """
     if stated in PICTURES:
         return _picture(root, pictures, factors, stated)
@@ -237,7 +249,7 @@ def _microscope_image(root: Path, prefix: str) -> Path | None:
 
 
 def check_full_resolution(image: Path, pictures: Mapping[str, Path], factors: Mapping[str, float]) -> None:
-    """Raise if the image size contradicts the downscaled images and their scale factors."""
+    """Raise :class:`SourceError` if the size of ``image`` contradicts the downscaled images and their scale factors."""
     width, height = image_size(unpacked(image))
     for which, picture in pictures.items():
         scale = factors.get(f"tissue_{which}_scalef", 0.0)
@@ -256,7 +268,7 @@ def check_full_resolution(image: Path, pictures: Mapping[str, Path], factors: Ma
 
 
 def appearance_note(image: Path) -> list[str]:
-    """Return a note if an image does not look like H&E; large images are skipped."""
+    """Return a note if an image does not look like H&E; images with more than ``JUDGED_PX`` pixels are skipped."""
     width, height = image_size(image)
     if width * height > JUDGED_PX:
         return []

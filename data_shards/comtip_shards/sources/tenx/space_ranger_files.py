@@ -1,4 +1,4 @@
-"""File search in Space Ranger folders: plain, prefixed, flat, packed, and with several sections per folder."""
+"""File search in Space Ranger folders, including prefixed names, flat folders, archives, and several sections per folder."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ class RunFiles:
     """Files of one section."""
 
     name: str
+    """Section id."""
     root: Path
+    """The searched folder."""
     prefix: str = ""
     """Prefix of the file names if the folder contains several sections."""
     positions: list[Path] = field(default_factory=list)
-    """Tables of positions, in order of preference; they should be equal."""
+    """Tables of positions, in order of preference; the reader checks that they agree."""
     factors: Path | None = None
     pictures: dict[str, Path] = field(default_factory=dict)
     matrix: TenxMatrix | None = None
@@ -35,7 +37,7 @@ class RunFiles:
 
 @dataclass
 class _Spatial:
-    """Files of one prefix in one folder."""
+    """Files in ``spatial/`` of one prefix; ``flat`` if they are in the searched folder itself."""
 
     positions: list[Path]
     factors: list[Path]
@@ -44,7 +46,7 @@ class _Spatial:
 
 
 def spatial_files(path: Path) -> list[str]:
-    """Return the names of position tables, scale factors and spatial archives; reads no file."""
+    """Return the names of tables of positions, scale factors and archives of ``spatial/``, without reading any file."""
     names = []
     for folder, _ in _spatial_folders(path):
         for role in (POSITIONS, FACTORS):
@@ -53,7 +55,7 @@ def spatial_files(path: Path) -> list[str]:
 
 
 def find_runs(path: Path) -> list[RunFiles]:
-    """Return the sections of a folder, in order of their names."""
+    """Return the sections of a folder, in order of their prefixes; raises SourceError if files cannot be assigned to them."""
     groups = _groups(path)
     matrices = _matrices(path)
     with_positions = {k: g for k, g in groups.items() if g.positions}
@@ -91,7 +93,7 @@ def _groups(path: Path) -> dict[str, _Spatial]:
 
 
 def _matrices(path: Path) -> dict[str, TenxMatrix]:
-    """Return the matrices by prefix; filtered ones have precedence over raw ones."""
+    """Return {prefix: matrix}; filtered matrices take precedence over raw ones."""
     out: dict[str, TenxMatrix] = {}
     for stem in (*_FILTERED, _RAW):
         for prefix, matrix in find_matrices(path, stem).items():
@@ -145,7 +147,7 @@ def _one_of_many(path: Path, prefix: str, group: _Spatial, matrices: dict[str, T
 
 
 def _noted(run: RunFiles, prefixed: bool) -> RunFiles:
-    """Add notes on which files were combined."""
+    """Return the run with notes on the files that were combined, and on a raw matrix."""
     if prefixed and run.matrix is not None and run.positions:
         used = [run.matrix.path, run.positions[0], *([run.factors] if run.factors else []), *run.pictures.values()]
         run.notes.append(f"files: {', '.join(p.name for p in used)}")

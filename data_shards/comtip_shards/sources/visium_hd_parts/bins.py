@@ -1,4 +1,4 @@
-"""Bins of Visium HD pooled to blocks of their grid, which may be rotated against the image."""
+"""Pooling of Visium HD bins to blocks of their grid, which may be rotated relative to the image."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from comtip_shards.sources.visium_hd_parts.files import FACTORS, find_factors, f
 from comtip_shards.sources.visium_hd_parts.scale import scale_or_pitch
 
 MIN_COVER = 0.5
+"""Default minimum share of a pseudo-spot's bins in tissue."""
 COLUMNS = ["barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres"]
 _BIN = r"^s_(?P<um>\d{3})um_(?P<row>\d+)_(?P<col>\d+)(?:-\d+)?$"
 
@@ -64,7 +65,7 @@ class _Bins:
     """Width of a bin in um."""
     pool_um: float
     cover: float
-    """Smallest share of a pseudo-spot's bins in tissue."""
+    """Minimum share of a pseudo-spot's bins in tissue."""
 
     @property
     def side(self) -> int:
@@ -85,6 +86,11 @@ def bins_source(root: Path, pool_um: float, bins: Mapping[float, Path], options:
         Folder of each bin width in um, largest first.
     options
         Stated facts and options.
+
+    Raises
+    ------
+    SourceError
+        Files, facts or options are missing or contradict each other.
     """
     refuse(options, ("min_pooled",), "it is for cells (bins have `min_cover`)")
     width = _bin_width(bins, pool_um, options.pooling.bin_um, root)
@@ -161,7 +167,7 @@ def _bin_width(bins: Mapping[float, Path], pool_um: float, wanted: float | None,
 
 
 def _read_grid(path: Path, side: int) -> _Grid:
-    """Read the bin grid in batches; there are eleven million bins of 2 um."""
+    """Read the bin grid in batches, because a slide has eleven million bins of 2 um."""
     high = np.array([-1, -1])
     for batch in batches(path, ["array_row", "array_col"]):
         rc = all_numbers(batch, ["array_row", "array_col"], path).astype(np.int64)
@@ -198,7 +204,7 @@ def _read_grid(path: Path, side: int) -> _Grid:
 def _pool_bins(
     grid: _Grid, counts: TenxMatrix, features: Features, table: Path, width: float, tally: dict[str, int]
 ) -> tuple[Pooler, list[str]]:
-    """Sum the bins in tissue; returns (sums, notes)."""
+    """Sum the bins in tissue per pseudo-spot; returns the pooler and notes on the bins."""
     pooler = Pooler(len(features.genes()))
     tissue = np.flatnonzero(grid.state == 2)
     for part in np.array_split(tissue, max(1, len(tissue) // BATCH)):

@@ -1,4 +1,4 @@
-"""Segmented cells of Visium HD pooled in squares parallel to the image."""
+"""Pooling of segmented Visium HD cells in squares parallel to the image."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ class _Cells:
     """um per full-resolution px."""
     pool_um: float
     least: int
-    """Smallest number of cells of a pseudo-spot."""
+    """Minimum number of cells of a pseudo-spot."""
 
 
 def cells_source(root: Path, pool_um: float, bins: Mapping[float, Path], options: SourceOptions) -> SectionSource:
     """Return the section of a folder with segmented cells.
 
-    Parameters as for :func:`comtip_shards.sources.visium_hd_parts.bins.bins_source`.
+    Parameters and errors as for :func:`comtip_shards.sources.visium_hd_parts.bins.bins_source`.
     """
     refuse(options, ("min_cover", "bin_um"), "it is for bins (cells have `min_pooled`)")
     folder = root / "segmented_outputs"
@@ -110,7 +110,7 @@ def _load(run: _Cells, meta: SectionMeta, notes: list[str]) -> Section:
 def _pool_cells(
     counts: TenxMatrix, features: Features, polygons: Path, width_px: float, tally: dict[str, int]
 ) -> tuple[Pooler, list[str]]:
-    """Assign cells to squares by the centroids of their polygons and sum the counts; return (sums, notes)."""
+    """Sum the counts of cells per square, by the centroids of their polygons; returns the pooler and notes on the cells."""
     centroids = _read_centroids(polygons)
 
     def locate(barcodes: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -131,7 +131,7 @@ def _pool_cells(
 
 
 def _read_centroids(polygons: Path) -> dict[int, tuple[float, float]]:
-    """Return {cell number: centroid of its polygon, full-resolution px}."""
+    """Return {cell number: centroid of its polygon in full-resolution px}."""
     out: dict[int, tuple[float, float]] = {}
     for feature in iter_features(polygons):
         cell = (feature.get("properties") or {}).get("cell_id")

@@ -1,4 +1,4 @@
-"""Files of a Visium HD folder, and the numbers in its barcodes."""
+"""File search in a Visium HD folder, and parsing of its barcodes."""
 
 from __future__ import annotations
 
@@ -32,24 +32,39 @@ def find_bins(path: Path) -> dict[float, Path]:
 
 
 def find_table(folder: Path) -> Path | None:
-    """Return the table of positions of one bin width; Parquet has precedence over csv."""
+    """Return the table of positions in the folder of one bin width, None if there is none; Parquet takes precedence."""
     found = [p for files in by_prefix(folder / "spatial", TABLE).values() for p in files]
     return next((p for p in found if ".parquet" in p.name), found[0] if found else None)
 
 
 def find_factors(spatial: Path) -> Path | None:
-    """Return the file of scale factors, which early Visium HD data sets lack."""
+    """Return the file of scale factors, None if there is none, as in early Visium HD datasets."""
     found = [p for files in by_prefix(spatial, re.escape(FACTORS)).values() for p in files]
     return found[0] if found else None
 
 
 def pictures_of(folder: Path, root: Path) -> dict[str, Path]:
-    """Return the downscaled images: next to the positions, or shared by all bins."""
+    """Return the downscaled images in ``spatial/`` of ``folder``, or else those in ``spatial/`` of the run."""
     return find_pictures(folder / "spatial") or find_pictures(root / "spatial")
 
 
 def numbers_in(names: pa.Array, pattern: str, path: Path, like: str) -> dict[str, np.ndarray]:
-    """Parse the numbers in barcodes, int64 per group of ``pattern``."""
+    """Return {group of ``pattern``: its number in each barcode, int64 (n,)}.
+
+    Parameters
+    ----------
+    names
+        Barcodes, text (n,).
+    pattern
+        Regular expression with named groups of digits.
+    path, like
+        File and an example of a valid barcode, for messages.
+
+    Raises
+    ------
+    SourceError
+        A barcode does not match the pattern.
+    """
     with reading(path, "names of bins or cells"):
         found = pc.extract_regex(pc.cast(names, pa.string()), pattern)
     if found.null_count:

@@ -1,4 +1,4 @@
-"""Scale of a Visium HD section: from the scale factors, or from the pitch of bins."""
+"""Scale of a Visium HD section, from the scale factors or from the pitch of the bins."""
 
 from __future__ import annotations
 
@@ -13,10 +13,16 @@ from comtip_shards.sources.visium_hd_parts.files import FACTORS
 
 
 def scale_of(factors: Mapping[str, float], path: Path, stated: float | None) -> float:
-    """Return um per full-resolution px from the file or --mpp, which must agree."""
+    """Return um per full-resolution px from the scale factors or the stated scale, which must agree if both are given.
+
+    Raises
+    ------
+    SourceError
+        There is no scale, or it contradicts the stated one or the width of the bins; the message names ``path``.
+    """
     mpp = factors.get("microns_per_pixel", stated)
     if mpp is None or not mpp > 0:
-        raise SourceError(f"{path}: no microns_per_pixel; give `mpp`, the um per px of the full-resolution image")
+        raise SourceError(f"{path}: no microns_per_pixel; set `mpp`, the um per px of the full-resolution image")
     width, diameter = factors.get("bin_size_um"), factors.get("spot_diameter_fullres")
     if width and diameter and not 0.95 < diameter * mpp / width < 1.05:
         raise SourceError(
@@ -31,7 +37,24 @@ def scale_of(factors: Mapping[str, float], path: Path, stated: float | None) -> 
 def scale_or_pitch(
     factors: Mapping[str, float], table: Path, width: float, stated: float | None
 ) -> tuple[float, list[str]]:
-    """Return um per full-resolution px and notes; without scale factors it is the bin width over the pitch of bins."""
+    """Return (um per full-resolution px, notes); without scale factors, the scale is derived from the pitch of the bins.
+
+    Parameters
+    ----------
+    factors
+        Scale factors, empty if the file is missing.
+    table
+        Table of positions.
+    width
+        Width of a bin in um.
+    stated
+        The stated scale, or None.
+
+    Raises
+    ------
+    SourceError
+        There is no scale, or it contradicts the stated one or the bins.
+    """
     if factors:
         return scale_of(factors, table.parent / FACTORS, stated), []
     mpp = width / _pitch_px(table)
@@ -45,7 +68,7 @@ def scale_or_pitch(
 
 
 def _pitch_px(table: Path) -> float:
-    """Return px between neighbouring bins by a least-squares fit of positions to rows and columns."""
+    """Return the distance of neighbouring bins in px, from a least-squares fit of positions to rows and columns."""
     gram, moment, n = np.zeros((3, 3)), np.zeros((3, 2)), 0
     for batch in batches(table, ["array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres"]):
         rc = all_numbers(batch, ["array_col", "array_row"], table)

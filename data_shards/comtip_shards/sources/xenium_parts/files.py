@@ -1,4 +1,4 @@
-"""Files of a Xenium output folder: one run, or several with prefixes, the H&E image and its alignment."""
+"""File search in a Xenium output folder with one run, or several with prefixes; the H&E image and its alignment."""
 
 from __future__ import annotations
 
@@ -29,10 +29,12 @@ _ALIGNED = ("*he_imagealignment.csv*", "*he_image_alignment.csv*", "*alignment.c
 
 @dataclass
 class XeniumFiles:
-    """Files of one run; names may have a prefix (``Xenium_V1_Breast_experiment.xenium``)."""
+    """Files of one run, None if missing; names may have a prefix (``Xenium_V1_Breast_experiment.xenium``)."""
 
     name: str
+    """Section id."""
     root: Path
+    """The searched folder."""
     prefix: str = ""
     """Prefix of the file names if the folder contains several runs."""
     experiment: Path | None = None
@@ -43,7 +45,7 @@ class XeniumFiles:
 
 
 def find_runs(path: Path) -> list[XeniumFiles]:
-    """Return the runs of a folder: one, or one per prefix of the file names."""
+    """Return the runs of a folder: one, or one per prefix of the file names; raises SourceError if a file is ambiguous."""
     found = {role: by_prefix(path, like) for role, like in ROLES.items()}
     matrices = find_matrices(path, "cell_feature_matrix")
     prefixes = sorted(found["experiment"] or found["transcripts"] or found["cells"])
@@ -66,14 +68,14 @@ def find_runs(path: Path) -> list[XeniumFiles]:
 
 
 def _preferred(files: Sequence[Path], what: str) -> Path | None:
-    """Return the Parquet file of several forms of one table; several files of one form raise."""
+    """Return the preferred form of one file: Parquet, else uncompressed; raises SourceError if several files have this form."""
     parquet = [p for p in files if ".parquet" in p.name]
     plain = [p for p in files if not p.name.endswith(".gz")]
     return only(parquet or plain or files, f"file of {what}")
 
 
 def he_image(files: XeniumFiles, facts: SectionFacts) -> Path:
-    """Return the H&E image: the stated one, or the only one in the folder."""
+    """Return the H&E image: the stated one, or the only one in the folder; raises SourceError otherwise."""
     image = stated_file(facts.image, files.name) or _find(files, _HE, "H&E image (select one with `image`)")
     if image is None:
         raise SourceError(
@@ -84,7 +86,13 @@ def he_image(files: XeniumFiles, facts: SectionFacts) -> Path:
 
 
 def alignment_file(files: XeniumFiles, image: Path, pooling: PoolingOptions) -> Path:
-    """Return the alignment: the stated one, the one named after the image, or the only one in the folder."""
+    """Return the alignment: the stated one, else the one named after the image, else the only one in the folder.
+
+    Raises
+    ------
+    SourceError
+        There is none, or more than one.
+    """
     stated = stated_file(pooling.alignment, files.name)
     sibling = image.with_name(re.sub(r"(\.ome)?\.\w+$", "", image.name.removesuffix(".gz")) + "alignment.csv")
     file = stated or (sibling if sibling.is_file() else None)

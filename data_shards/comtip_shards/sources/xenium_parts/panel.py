@@ -19,7 +19,15 @@ CONTROL = re.compile(r"(NegControl|BLANK|antisense|Unassigned|Deprecated|Interge
 
 
 def panel_of(files: XeniumFiles) -> tuple[Features, list[str]]:
-    """Return all genes of the panel, including undetected ones, whose zeros are measurements."""
+    """Return the features of the panel and notes; undetected genes are included, because their zeros are measurements.
+
+    Without a matrix or ``gene_panel.json``, the genes are those of the transcripts, and a note states it.
+
+    Raises
+    ------
+    SourceError
+        None of these files exists, or one is invalid.
+    """
     if files.matrix is not None:
         return files.matrix.features(), []
     if files.panel is not None:
@@ -50,7 +58,7 @@ def _gene_panel(path: Path) -> Features:
 
 
 def feature_words(batch: pa.RecordBatch, path: Path) -> tuple[list[str], np.ndarray]:
-    """Return the distinct feature names of a batch, and their index per row (-1 for missing)."""
+    """Return the distinct feature names of a batch, and the index of each row's name, int64 (n,), -1 if it is missing."""
     column = batch.column("feature_name")
     if not pa.types.is_dictionary(column.type):
         column = column.dictionary_encode()
@@ -59,6 +67,6 @@ def feature_words(batch: pa.RecordBatch, path: Path) -> tuple[list[str], np.ndar
 
 
 def texts_of(column: pa.Array, path: Path) -> list[str]:
-    """Return values as text; version 1 wrote bytes or numbers."""
+    """Return values as text; Xenium version 1 wrote bytes or numbers."""
     with reading(path, "Parquet"):
         return [v.decode() if isinstance(v, bytes) else str(v) for v in column.to_pylist()]

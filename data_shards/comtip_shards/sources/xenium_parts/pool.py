@@ -1,4 +1,4 @@
-"""Transcripts or cells of a Xenium run summed in squares of the H&E grid."""
+"""Pooling of the transcripts or cells of a Xenium run in squares parallel to the H&E image."""
 
 from __future__ import annotations
 
@@ -19,7 +19,22 @@ from comtip_shards.sources.xenium_parts.run import XeniumRun
 
 
 def pool_transcripts(run: XeniumRun, path: Path, qv: float) -> tuple[Pooler, list[str]]:
-    """Sum the transcripts of genes with a quality of at least ``qv`` in squares; return (sums, notes)."""
+    """Sum the transcripts of genes per square; returns the pooler and notes on the transcripts.
+
+    Parameters
+    ----------
+    run
+        Inputs of the run.
+    path
+        Table of transcripts.
+    qv
+        Minimum quality of a transcript.
+
+    Raises
+    ------
+    SourceError
+        The table cannot be read, or no transcript is left.
+    """
     genes = run.features.only_genes()
     check_unique(genes.symbols, f"{run.path}: gene names of the panel")
     row_of = {name: i for i, name in enumerate(genes.symbols)}
@@ -57,7 +72,13 @@ def _kind(word: str, row_of: Mapping[str, int]) -> int:
 
 
 def pool_cells(run: XeniumRun, path: Path, counts: TenxMatrix) -> tuple[Pooler, list[str]]:
-    """Assign cells to squares by their centroids and sum the counts; return (sums, notes)."""
+    """Sum the counts of cells per square, by the centroids in the table ``path``; returns the pooler and notes on the cells.
+
+    Raises
+    ------
+    SourceError
+        The table cannot be read, has duplicate ids, or lacks more than half of the cells.
+    """
     centroids = _read_centroids(path)
 
     def locate(barcodes: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -71,7 +92,7 @@ def pool_cells(run: XeniumRun, path: Path, counts: TenxMatrix) -> tuple[Pooler, 
 
 
 def _read_centroids(path: Path) -> dict[str, tuple[float, float]]:
-    """Return {cell id: centroid, um}."""
+    """Return {cell id: centroid (x, y) in um}."""
     out: dict[str, tuple[float, float]] = {}
     n = 0
     for batch in batches(path, ["cell_id", "x_centroid", "y_centroid"]):

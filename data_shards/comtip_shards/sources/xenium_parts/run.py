@@ -1,4 +1,4 @@
-"""One Xenium run: pixel size, alignment to the H&E image, panel and species."""
+"""Inputs of one Xenium run: pixel size, alignment to the H&E image, panel and species."""
 
 from __future__ import annotations
 
@@ -27,13 +27,17 @@ PIXEL_SIZE_UM = 0.2125
 
 @dataclass(frozen=True)
 class XeniumRun:
-    """Inputs shared by transcript and cell pooling."""
+    """Inputs shared by the pooling of transcripts and of cells."""
 
     path: Path
+    """Folder of the run, for messages."""
     pixel_size: float
+    """um per px of the DAPI image."""
     alignment: Alignment
     image: Path
+    """The H&E image."""
     pool_um: float
+    """Width of a square in um."""
     features: Features
     species: str
     notes: list[str] = field(default_factory=list)
@@ -44,12 +48,12 @@ class XeniumRun:
         return self.pixel_size * self.alignment.scale()
 
     def squares(self, um_N2: np.ndarray) -> np.ndarray:
-        """Map positions in um to squares of the H&E grid."""
+        """Return the square of each position, int64 (N, 2), from positions of the run in um, float (N, 2)."""
         return squares_of(self.alignment.to_image(um_N2 / self.pixel_size), self.pool_um / self.mpp)
 
 
 def open_run(files: XeniumFiles, options: SourceOptions, pool_um: float) -> XeniumRun:
-    """Return the inputs of a run."""
+    """Read the inputs of a run; raises SourceError if one is missing or invalid, or the species is unknown."""
     experiment = read_json(files.experiment, "description of the run") if files.experiment is not None else {}
     path, notes = files.root, []
     where = files.experiment or path / EXPERIMENT
@@ -81,7 +85,13 @@ def _organism(experiment: Mapping[str, Any]) -> str:
 
 
 def check_scale(run: XeniumRun, stated: float | None) -> None:
-    """Raise if the alignment contradicts the scale of the image or the caller."""
+    """Check the scale that the alignment gives against the stated one, or else that of the image.
+
+    Raises
+    ------
+    SourceError
+        They differ by more than 10 %.
+    """
     with open_slide(unpacked(run.image)) as slide:
         expected = slide.mpp if stated is None else stated
     if expected is None or 0.9 < expected / run.mpp < 1.1:
