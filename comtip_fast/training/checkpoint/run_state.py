@@ -52,13 +52,15 @@ FREE_KEYS = {
     "train.nan_policy",
     "train.max_skips",
     "train.async_checkpoint",
-    # Loaders differ by the rounding of their JPEG decoders; the others of these keys do not change batches.
+    # Loaders differ by the rounding of their JPEG decoders, and a stem's features in memory are rounded to half precision; the
+    # others of these keys do not change batches.
     "data.loader",
     "data.workers",
     "data.prefetch",
     "data.fetch",
     "data.fetch_ahead",
     "data.expression",
+    "data.stem_features",
     "data.max_faults",
     # Keys that select an implementation; results are equal up to rounding.
     "text.attention",
@@ -75,7 +77,11 @@ SCHEDULE_KEYS = {
     if key.startswith("optim.") or key in ("train.steps", "train.validate_every", "train.patience")
 }
 """Those of :data:`FREE_KEYS` that change the run after the resumed step; a change is logged."""
-EARLIER_VALUES = {"genes": {"detected_in": "every"}, "panel": {"balance": "none"}}
+EARLIER_VALUES = {
+    "data": {"stem_features": "memory"},
+    "genes": {"detected_in": "every"},
+    "panel": {"balance": "none"},
+}
 """Values, by group and key, of runs whose checkpoints were written before these keys existed."""
 GENES = "trained genes"
 """Key of the fingerprint that checkpoints of earlier versions lack."""
