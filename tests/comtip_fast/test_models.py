@@ -158,7 +158,7 @@ def test_invalid_backbones_and_weights_are_reported(tmp_path: Path):
         VisionEncoder(VisionConfig(backbone="vit_enormous"), 224)
     with pytest.raises(ValueError, match="not a Vision Transformer"):
         VisionEncoder(VisionConfig(backbone="swin_tiny_patch4_window7_224"), 224)
-    with pytest.raises(ValueError, match=r"existing \.safetensors"):
+    with pytest.raises(ValueError, match=r"existing file that ends in \.safetensors"):
         VisionEncoder(VisionConfig(backbone="vit_tiny_patch16_224", pretrained="weights.pth"), 224)
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match=r"do not fit vision\.backbone"):

@@ -113,7 +113,7 @@ def test_a_logger_that_fails_is_left_out(caplog: pytest.LogCaptureFixture):
         logger.log({"step": step})
     logger.close()
     assert inner.rows == [{"step": 1}]
-    assert [m for m in caplog.messages if m.startswith("Failing stops")] == [
+    assert [m for m in caplog.messages if m.startswith("Failing failed")] == [
         "Failing failed and is disabled, training continues: ConnectionError: the service is away"
     ]
 
