@@ -16,7 +16,7 @@ from comtip_fast.runtime.streams import drain, guarded_stderr, reader_is_gone, w
 
 # {command: help}. A command's module is imported only if the command is used, which keeps --help fast.
 COMMANDS = {
-    "shards": "build and verify shard sets from tissue sections",
+    "shards": "check tissue sections, and build, merge and verify shard sets of them",
     "pretrain": "train a model on a shard set",
     "evaluate": "score a model on held-out sections, with nulls and baselines",
     "adapt": "adapt a model to a section, compared on spatial blocks",
@@ -103,7 +103,7 @@ def _disk_error(error: Exception) -> tuple[int, str] | None:
 
 
 class _Message(logging.Formatter):
-    """Names options, and escapes control characters, because messages quote text from files."""
+    """Formats log messages: names options instead of Python arguments, and escapes control characters of quoted text."""
 
     def __init__(self, with_options: Callable[[str], str]) -> None:
         super().__init__("%(message)s")
@@ -116,7 +116,7 @@ class _Message(logging.Formatter):
 
 @functools.cache
 def _build_options() -> Mapping[str, str]:
-    """Return the options of ``comtip shards``; imported only for a message that names one."""
+    """Return the options of ``comtip shards``, whose module is imported only for a message that names one of them."""
     from comtip_fast.cli.options import options_of
 
     parser = argparse.ArgumentParser(add_help=False)

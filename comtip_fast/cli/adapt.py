@@ -9,14 +9,16 @@ from comtip_fast.cli.options import SECTION_HELP, add_device, add_facts, add_out
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options."""
+    """Add the options of ``comtip adapt``."""
     parser.add_argument("run_dir", metavar="RUN", type=Path, help="folder of a finished run, or an export")
     parser.add_argument("section", metavar="SECTION", help=f"{SECTION_HELP}; with counts")
     add_out(parser, "folder to write: export/, adaptation.json, adaptation.csv and spots.csv")
     parser.add_argument(
         "--fraction", type=float, default=1.0, help="share of the spots to adapt to, in blocks (default 1: all)"
     )
-    parser.add_argument("--splits", type=int, default=5, help="choices of blocks for the comparison (default 5)")
+    parser.add_argument(
+        "--splits", type=int, default=5, help="number of random choices of blocks for the comparison (default 5)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the blocks (default 0)")
     add_facts(parser)
     add_device(parser)

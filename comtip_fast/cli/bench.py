@@ -9,6 +9,8 @@ from comtip_fast.benchmarks.hest.variants import VARIANTS
 from comtip_fast.cli.options import add_device, add_out
 from comtip_fast.constants import ENCODER_HELP
 
+SOURCE_HELP = "sections to build the shard set from (default data_shards/samples)"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the subcommands and their options."""
@@ -19,17 +21,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         description="Measure each loader and decoder on a shard set; docs/data_loading.md explains the table.",
     )
     loader.add_argument("--shards", type=Path, help="shard set to read (default: build one from --source)")
+    loader.add_argument("--source", type=Path, default=Path("data_shards/samples"), help=SOURCE_HELP)
+    loader.add_argument("--px", type=int, default=224, help="tile width in px of the built set (default 224)")
     loader.add_argument(
-        "--source", type=Path, default=Path("data_shards/samples"), help="sections from which it is built"
+        "--work",
+        type=Path,
+        default=Path("runs/bench_loader"),
+        help="folder for the built shard set (default runs/bench_loader)",
     )
-    loader.add_argument("--px", type=int, default=224, help="tile width in px (default 224)")
-    loader.add_argument("--work", type=Path, default=Path("runs/bench_loader"), help="folder for the built shard set")
     loader.add_argument("--out", type=Path, help="folder for the result files (default: the --work folder)")
     loader.add_argument("--workers", type=int, default=2, help="threads or processes per loader or decoder (default 2)")
     loader.add_argument("--batch-size", type=int, default=64, help="spots per batch (default 64)")
     loader.add_argument("--rounds", type=int, default=5, help="repetitions (default 5)")
     loader.add_argument("--spots", type=int, default=2000, help="spots per round and loader or decoder (default 2000)")
-    loader.add_argument("--epochs", type=int, default=20, help="epochs over which memory is recorded (0: none)")
+    loader.add_argument(
+        "--epochs", type=int, default=20, help="epochs after which memory is recorded (default 20; 0: none)"
+    )
     loader.set_defaults(act=_loader)
     _add_step(sub)
     _add_hest(sub)
@@ -44,11 +51,14 @@ def _add_step(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     step.add_argument("--config", type=Path, required=True, help="a YAML file, e.g. configs/demo_cpu.yaml")
     step.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key")
     step.add_argument("--shards", type=Path, help="shard set to read (default: build one from --source)")
-    step.add_argument(
-        "--source", type=Path, default=Path("data_shards/samples"), help="sections from which it is built"
-    )
+    step.add_argument("--source", type=Path, default=Path("data_shards/samples"), help=SOURCE_HELP)
     step.add_argument("--px", type=int, default=128, help="tile width in px of the built set (default 128)")
-    step.add_argument("--work", type=Path, default=Path("runs/bench_step"), help="folder for the built shard set")
+    step.add_argument(
+        "--work",
+        type=Path,
+        default=Path("runs/bench_step"),
+        help="folder for the built shard set (default runs/bench_step)",
+    )
     step.add_argument("--out", type=Path, help="folder for the table and the profiles (default: the --work folder)")
     step.add_argument(
         "--steps",
@@ -95,8 +105,15 @@ def _add_hest(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the subcommand."""
+    """Run ``loader``, ``step`` or ``hest``, and return the exit code."""
     return int(args.act(args))
+
+
+def _check_positive(args: argparse.Namespace, *names: str) -> None:
+    """Raise ValueError for the first of the named options that is below 1."""
+    for name in names:
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
 
 
 def _loader(args: argparse.Namespace) -> int:
@@ -104,8 +121,7 @@ def _loader(args: argparse.Namespace) -> int:
 
     from comtip_fast.benchmarks import loaders
 
-    if min(args.workers, args.batch_size, args.rounds, args.spots) < 1:
-        raise ValueError("--workers, --batch-size, --rounds and --spots must be at least 1")
+    _check_positive(args, "workers", "batch_size", "rounds", "spots")
     torch.set_num_threads(1)
     shards = loaders.open_set(args.shards, args.source, args.work, args.px)
     setting = loaders.Setting(shards, args.workers, args.batch_size, args.rounds, args.spots)
@@ -125,8 +141,7 @@ def _step(args: argparse.Namespace) -> int:
     from comtip_fast.benchmarks.step.measure import table_of, write_results
     from comtip_fast.benchmarks.step.run import benchmark_step, config_of
 
-    if min(args.rounds, args.per_round) < 1:
-        raise ValueError("--rounds and --per-round must be at least 1")
+    _check_positive(args, "rounds", "per_round")
     shards = open_set(args.shards, args.source, args.work, args.px)
     config, out = config_of(args.config, args.set, shards, args.device), args.out or args.work
     found = benchmark_step(config, args.steps, rounds=args.rounds, per_round=args.per_round, out=out)

@@ -10,11 +10,11 @@ from comtip_fast.cli.options import add_out
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options."""
+    """Add the options of ``comtip convert``."""
     parser.add_argument(
         "section",
         metavar="SECTION",
-        help="an .h5ad of predict or embed, any other with obsm['spatial'], or SET:SECTION",
+        help="an .h5ad written by predict or embed, another .h5ad with obsm['spatial'], or SHARDS:section_id",
     )
     add_out(parser, "NAME.zarr for SpatialData, or a new folder for the files of Space Ranger (h5 matrix and spatial/)")
 

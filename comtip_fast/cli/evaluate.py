@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options."""
+    """Add the options of ``comtip evaluate``."""
     parser.add_argument("run_dir", type=Path, metavar="RUN", help="folder of a finished run, or an export")
     parser.add_argument("--shards", required=True, help="shard set (folder or URL) with the sections to score")
     add_out(parser, "folder for metrics.json, genes.csv and report.html")
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--genes",
         nargs="+",
         default=["all"],
-        help="score only these genes: symbols or Ensembl ids, or @FILE (default: the model's genes)",
+        help="score only these genes: symbols, Ensembl ids or @FILE; all (default) scores the model's genes",
     )
     parser.add_argument(
         "--train-shards",
@@ -118,12 +118,14 @@ def tasks_of(given: list[str], gene_sets: Path | None) -> list[str]:
 
 
 def _task_options(args: argparse.Namespace, names: list[str]) -> TaskOptions | None:
-    """Open the files and encoders of the tasks; None without tasks.
+    """Open the files and encoders of the tasks, and return the options of the tasks; None without tasks.
 
     Raises
     ------
     ValueError
-        An option of the tasks is given without ``--tasks``, or cannot be used.
+        An option of the tasks is given without ``--tasks``, or its value cannot be used.
+    FileNotFoundError
+        A file of the tasks does not exist.
     """
     if not names:
         given = {"--encoder": args.encoders, "--gene-sets": args.gene_sets, "--labels": args.labels}
@@ -136,7 +138,7 @@ def _task_options(args: argparse.Namespace, names: list[str]) -> TaskOptions | N
     from comtip_fast.runtime.devices import pick_device
 
     if args.n_bootstrap < 0:
-        raise ValueError(f"--bootstrap {args.n_bootstrap}: must be at least 0")
+        raise ValueError(f"--bootstrap {args.n_bootstrap}: must be at least 0 (0: no intervals)")
     options = task_options(
         Predictor.load(args.run_dir, pick_device(args.device)),
         encoders=args.encoders,

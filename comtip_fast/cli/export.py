@@ -9,7 +9,7 @@ from comtip_fast.cli.options import add_out
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options."""
+    """Add the options of ``comtip export``."""
     parser.add_argument("run_dir", type=Path, metavar="RUN", help="folder of the run")
     parser.add_argument(
         "--checkpoint",

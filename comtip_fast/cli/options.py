@@ -43,7 +43,7 @@ def add_facts(parser: argparse.ArgumentParser) -> None:
 
 
 def read_facts(args: argparse.Namespace) -> tuple[SectionFacts, PoolingOptions, CountOptions]:
-    """Parse and validate the facts and options."""
+    """Return the facts and options of :func:`add_facts` from the command line, with their types and bounds checked."""
     names = [spec.name for cls in TITLES for spec in option_specs(cls)]
     return parse_facts({name: getattr(args, name) for name in names})
 
@@ -72,7 +72,7 @@ def add_out(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def fresh_h5ad(args: argparse.Namespace) -> Path:
-    """Check ``--out`` before any work: its name, its folder, and that it does not overwrite an input.
+    """Return ``--out`` after checks of its name and its folder, and that it does not overwrite an input.
 
     Raises
     ------
@@ -96,6 +96,7 @@ def fresh_h5ad(args: argparse.Namespace) -> Path:
 
 
 def _is_answer(path: Path) -> bool:
+    """Return whether the file is an AnnData that ``comtip predict`` or ``comtip embed`` wrote."""
     from comtip_shards.errors import SourceError
     from comtip_shards.sources.files.hdf5 import open_hdf5
 
@@ -136,7 +137,10 @@ def gene_list(values: list[str]) -> list[str] | None:
 
 
 def _column(rows: list[tuple[int, list[str]]], index: int, width: int) -> list[tuple[int, list[str]]]:
-    """Return one column of a table, or all cells below a single header; R writes row names without a header."""
+    """Return column ``index`` of a table of ``width`` headers, or all cells of its rows if there is one header.
+
+    R writes row names without a header: if every row has one cell more than there are headers, the column is shifted by one.
+    """
     named = all(len(cells) == width + 1 and cells[-1] for _, cells in rows)
     if named and (width > 1 or all(cells[0].isdigit() for _, cells in rows)):
         index += 1
@@ -146,9 +150,9 @@ def _column(rows: list[tuple[int, list[str]]], index: int, width: int) -> list[t
 
 
 def read_gene_file(path: Path) -> list[str]:
-    """Read a list of genes, one per line or comma-separated, in UTF-8; skips comments (``#``) and a header.
+    """Read a list of genes, one per line or comma-separated, in UTF-8 or UTF-16; comments (``#``) are skipped.
 
-    A table with a header has its genes in the column of that name (:data:`GENE_COLUMNS`).
+    If the first line has a header of :data:`GENE_COLUMNS`, the genes are those of its column.
 
     Raises
     ------

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options."""
+    """Add the options of ``comtip plan``."""
     parser.add_argument("--config", type=Path, required=True, help="a YAML file, e.g. configs/8xh100.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the config")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
@@ -23,15 +23,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     where = parser.add_argument_group("hardware")
     where.add_argument(
-        "--gpu", dest="device", default="h100", help="h100 (default), h200, b200, a100-80, a100-40 or cpu"
+        "--gpu", dest="device", default="h100", help="device: h100 (default), h200, b200, a100-80, a100-40 or cpu"
     )
     where.add_argument("--gpus", type=int, default=1, metavar="N", help="devices per node (default 1)")
     where.add_argument("--nodes", type=int, default=1, metavar="M", help="nodes (default 1)")
-    where.add_argument("--link", help="link inside a node: nvlink3, nvlink4, nvlink5, pcie4, pcie5, memory")
-    where.add_argument("--fabric", help="network between nodes: ib-hdr, ib-ndr, eth-100")
+    where.add_argument(
+        "--link", help="link inside a node: nvlink3, nvlink4, nvlink5, pcie4, pcie5 or memory (default: the device's)"
+    )
+    where.add_argument("--fabric", help="network between nodes: ib-hdr, ib-ndr or eth-100 (default: the device's)")
     data = parser.add_argument_group("properties of the data that are not in the config")
-    data.add_argument("--tile-px", type=int, metavar="S", help="side of a tile (default: data.tile_px, or 224)")
-    data.add_argument("--tile-kb", type=float, default=30.0, metavar="KB", help="size of an encoded tile (default 30)")
+    data.add_argument("--tile-px", type=int, metavar="S", help="side of a tile in px (default: data.tile_px, or 224)")
+    data.add_argument(
+        "--tile-kb", type=float, default=30.0, metavar="KB", help="size of an encoded tile in kB (default 30)"
+    )
     data.add_argument("--trained-genes", type=int, metavar="N", help="trained genes (default: genes.per_cohort)")
     data.add_argument("--panel", type=int, metavar="G", help="genes per step (default: panel.max_genes)")
     data.add_argument(
@@ -77,8 +81,10 @@ def run(args: argparse.Namespace) -> int:
     stated = config.data.tile_px
     if None not in (stated, args.tile_px) and stated != args.tile_px:
         raise ValueError(f"--tile-px {args.tile_px}: the config states data.tile_px={stated}; leave one of them out")
+    if not args.tile_kb > 0:
+        raise ValueError(f"--tile-kb {args.tile_kb:g}: must be above 0; leave it out for the default")
     inputs = Inputs(
-        tile_px=args.tile_px or stated or 224,
+        tile_px=args.tile_px if args.tile_px is not None else stated or 224,
         tile_bytes=args.tile_kb * 1e3,
         trained_genes=args.trained_genes,
         panel=args.panel,

@@ -33,7 +33,7 @@ log = logging.getLogger("comtip_fast")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options."""
+    """Add the options of ``comtip predict``."""
     parser.add_argument("run_dir", metavar="RUN", help="folder of a finished run, or an export")
     parser.add_argument("section", metavar="SECTION", help=f"{SECTION_HELP}; {SLIDES_HELP}")
     parser.add_argument(
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Predict expression and write the result."""
+    """Predict a section, a slide or a folder of slides, and write the result; return 1 if a slide of a folder failed."""
     path = Path(args.section)
     if path.is_dir() and args.out.suffix != ".h5ad":
         return _predict_folder(args, path)

@@ -17,7 +17,7 @@ log = logging.getLogger("comtip_fast")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options."""
+    """Add the options of ``comtip pretrain``."""
     parser.add_argument("--config", type=Path, required=True, help="a YAML file, e.g. configs/demo_cpu.yaml")
     add_out(parser, "folder of the run")
     parser.add_argument(
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train; failures that a restart can fix exit with 75, and bad input is not retried under torchrun."""
+    """Train, and return the exit code: 75 for a failure that a restart can fix, 2 for bad input, which torchrun does not retry."""
     from comtip_fast.training.distributed.restart_guard import RestartGuard
 
     guard = RestartGuard([*map(str, (args.config, args.out, args.start_from)), *args.overrides])

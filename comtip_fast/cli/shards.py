@@ -171,7 +171,7 @@ def _part(text: str) -> tuple[int, int]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the subcommand."""
+    """Run ``build``, ``check``, ``merge`` or ``verify``, and return the exit code."""
     return int(args.act(args))
 
 
@@ -202,7 +202,7 @@ def _build(args: argparse.Namespace) -> int:
 
 
 def _dry_run(args: argparse.Namespace) -> int:
-    """Print what a build would do; the exit code is 1 if a section cannot be built."""
+    """Print what a build would do; the exit code is 1 if a section or the set cannot be built."""
     check_policy(args.on_error, args.part)
     plans, refused = plan_splits(
         plan_build(args.source, **_source_options(args)),
@@ -281,7 +281,10 @@ def _format(args: argparse.Namespace) -> str:
 
 
 def _shares(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: write TRAIN,VAL,TEST as numbers, e.g. 0.8,0.1,0.1") from None
 
 
 def _where(items: list[str]) -> dict[str, list[str]]:

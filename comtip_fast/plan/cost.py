@@ -22,7 +22,9 @@ class Cost:
 
     name: str
     flops: float = 0.0
+    """FLOPs of the forward pass."""
     back_flops: float = 0.0
+    """FLOPs of the backward pass."""
     moved: float = 0.0
     """Bytes read and written in the forward pass."""
     back_moved: float = 0.0
@@ -53,7 +55,7 @@ AUTOCAST = Precision(stream=4, operand=2, weight_copies=True)
 
 
 def total(costs: Iterable[Cost], field: str) -> float:
-    """Return the sum of one field."""
+    """Return the sum of one field of :class:`Cost` over the operations."""
     return sum(getattr(c, field) for c in costs)
 
 

@@ -1,7 +1,7 @@
 """Hardware of a plan: peak rates from datasheets, and the assumed efficiencies.
 
 Peaks are the vendors' figures for dense matrix products and for bytes per second. The efficiencies
-(:class:`Efficiency`) are assumptions; every plan prints them and each is a command-line option.
+(:class:`Efficiency`) are assumptions: every plan prints them, and ``comtip plan`` has an option for each.
 """
 
 from __future__ import annotations
@@ -142,18 +142,18 @@ class Cluster:
         Raises
         ------
         ValueError
-            There is no device or node, or an efficiency is outside (0, 1].
+            There is no device or node, an efficiency is outside (0, 1], or the launch time is negative.
         """
         if self.per_node < 1 or self.nodes < 1:
             raise ValueError(
-                f"{self.per_node} devices per node, {self.nodes} nodes: a cluster needs at least one device and one node"
+                f"{self.per_node} devices per node, {self.nodes} nodes: not a cluster; give at least one device per node and one node"
             )
         for name in ("compute", "memory", "link"):
             share = getattr(self.efficiency, name)
             if not 0 < share <= 1:
-                raise ValueError(f"efficiency {name}={share}: must be a share above 0 and at most 1")
+                raise ValueError(f"efficiency {name}={share}: give a share of the peak rate, above 0 and at most 1")
         if self.efficiency.launch_s < 0:
-            raise ValueError(f"efficiency launch_s={self.efficiency.launch_s}: must not be negative")
+            raise ValueError(f"efficiency launch_s={self.efficiency.launch_s}: give a number of seconds of at least 0")
 
     @property
     def ranks(self) -> int:
@@ -178,12 +178,12 @@ def make_cluster(
         A device or link is unknown.
     """
     if device not in DEVICES:
-        raise ValueError(f"`device` {device!r}: choose one of {', '.join(DEVICES)}")
+        raise ValueError(f"`device` {device!r}: unknown; choose one of {', '.join(DEVICES)}")
     spec = DEVICES[device]
     link, fabric = link or spec.link, fabric or spec.fabric
     for argument, name in (("link", link), ("fabric", fabric)):
         if name not in LINKS:
-            raise ValueError(f"`{argument}` {name!r}: choose one of {', '.join(LINKS)}")
+            raise ValueError(f"`{argument}` {name!r}: unknown; choose one of {', '.join(LINKS)}")
     return Cluster(
         device=spec,
         per_node=per_node,

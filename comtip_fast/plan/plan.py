@@ -104,14 +104,18 @@ def make_plan(
     sizes
         The sizes, if known; otherwise the model is built on the meta device.
     loader_tiles_per_s
-        Measured rate of the loader per node.
+        Measured rate of the loader per node; None plans without waits for the loader.
 
     Raises
     ------
     ValueError
-        The batch has fewer spots than there are ranks, the engine runs on one device only, or no costs are known for the
-        blocks of the image encoder.
+        The batch has fewer spots than there are ranks, the engine runs on one device only, no costs are known for the
+        blocks of the image encoder, or the rate of the loader is not positive.
     """
+    if loader_tiles_per_s is not None and not loader_tiles_per_s > 0:
+        raise ValueError(
+            f"`loader_tiles_per_s` {loader_tiles_per_s:g}: must be above 0; leave it out to plan without the loader"
+        )
     inputs, W = inputs or Inputs(), cluster.ranks
     s = sizes or sizes_of(config, inputs)
     if s.B < W:
@@ -160,7 +164,7 @@ def at_mean_panel(plan: Plan, config: RunConfig) -> Plan:
 
 
 def rank_share(s: Sizes, e: EngineSpec, c: Cluster) -> RankShare:
-    """Return the largest share of a step that a rank has."""
+    """Return the share of a step of the rank with the most spots."""
     own = ceil(s.B / c.ranks)
     rows = s.G * s.Q
     if e.shares_table(rows, c.ranks):

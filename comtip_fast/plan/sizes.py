@@ -47,6 +47,19 @@ class Inputs:
     sentence_tokens: float | None = None
     """Mean tokens per sentence; None estimates it on the gene names that ship with the package."""
 
+    def __post_init__(self) -> None:
+        """Validate the fields.
+
+        Raises
+        ------
+        ValueError
+            A field is given and not positive.
+        """
+        for name in ("tile_px", "tile_bytes", "trained_genes", "panel", "sentence_tokens"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"`{name}` {value:g}: must be above 0; leave it out for the default")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterGroup:
@@ -150,7 +163,7 @@ class Sizes:
 
 @cache
 def sentence_lengths(max_tokens: int, full_name: bool) -> tuple[float, float]:
-    """Return E[T] and E[T^2] / E[T] of sentence lengths over the protein-coding genes that ship with ``comtip_shards``."""
+    """Return E[T] and E[T^2] / E[T] of sentence lengths, estimated on the protein-coding genes that ship with ``comtip_shards``."""
     tokenizer = GeneTokenizer.load()
     proteins = [r for r in GeneResource.load().rows if r.kind == "protein"]
     lengths = [

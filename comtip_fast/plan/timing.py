@@ -18,7 +18,7 @@ class PartTime:
     name: str
     seconds: float
     bound: str
-    """``compute``, ``memory``, ``launches``, ``link`` or ``loader``."""
+    """What limits the part: ``compute``, ``memory``, ``launches``, ``link`` or ``loader``."""
     hidden: float = 0.0
     """Further seconds that overlap with computation."""
 
@@ -40,7 +40,7 @@ class ComputeTime:
 
     @property
     def bound(self) -> str:
-        """Name of the roofline limit that takes longest."""
+        """The roofline limit of the operations that take most of the time."""
         return max(self.by_bound, key=lambda k: self.by_bound[k]) if self.by_bound else "compute"
 
 

@@ -42,7 +42,8 @@ class Collective:
         """Return the bytes per device and step on the link inside a node and on the fabric between nodes.
 
         Collectives use the adapters of all devices of a node. A ring of blocks does not: the last device of a node sends
-        every block over its adapter, the others send over the link. The larger value is returned for each.
+        every block over its adapter, the others send over the link. For each kind of link, the bytes of the device that
+        sends most over it are returned.
         """
         sent = self.sent(c.ranks)
         if c.nodes == 1:

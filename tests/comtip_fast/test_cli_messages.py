@@ -138,6 +138,28 @@ def test_an_error_names_the_argument_in_python_and_the_option_on_the_command_lin
     assert capsys.readouterr().err == "comtip: error: --pool-um 0: must be greater than 0\n"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["shards", "build", "x", "--out", "y", "--auto-split", "80,a,10"],
+            "'80,a,10': write TRAIN,VAL,TEST as numbers",
+        ),
+        (["bench", "loader", "--spots", "0"], "--spots 0: must be at least 1"),
+        (["bench", "step", "--config", "x.yaml", "--per-round", "0"], "--per-round 0: must be at least 1"),
+    ],
+)
+def test_a_wrong_number_is_named_with_its_option_before_any_work(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+):
+    try:
+        code = main(arguments)
+    except SystemExit as end:  # argparse
+        code = end.code
+    assert code == 2
+    assert message in capsys.readouterr().err
+
+
 def test_every_subcommand_prints_its_own_help(capsys: pytest.CaptureFixture[str]):
     found: dict[str, str] = {}
     for words in subcommands():

@@ -45,6 +45,23 @@ def test_the_text_marks_predictions_and_lists_assumptions(capsys: pytest.Capture
         assert part in text
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--loader-tiles-per-s", "0"], "--loader-tiles-per-s 0: must be above 0; leave it out"),
+        (["--panel", "0"], "--panel 0: must be above 0; leave it out for the default"),
+        (["--trained-genes", "-5"], "--trained-genes -5: must be above 0"),
+        (["--tile-px", "0"], "--tile-px 0: must be above 0"),
+        (["--tile-kb", "0"], "--tile-kb 0: must be above 0"),
+        (["--gpu", "v100"], "--gpu 'v100': unknown; choose one of"),
+        (["--gpus", "0"], "0 devices per node, 1 nodes: not a cluster; give at least one device per node"),
+    ],
+)
+def test_impossible_inputs_are_refused(options: list[str], message: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["plan", "--config", str(LARGE[1]), "--set", "data.tile_px=null", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_parts_sum_to_the_totals(capsys: pytest.CaptureFixture[str]):
     data = plan(capsys, "--gpus", "4")
     assert data["device_bytes"] == pytest.approx(sum(r["bytes"] for r in data["memory"] if r["where"] == "device"))

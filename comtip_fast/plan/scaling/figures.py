@@ -46,7 +46,7 @@ def _max_devices(result: Sweep) -> int:
 
 
 def draw_speed(result: Sweep, path: Path) -> None:
-    """Plot spots per second under strong scaling, and per device under weak scaling; a dot marks where scaling stops."""
+    """Plot spots per second under strong scaling, and per device under weak scaling; a circle marks where scaling stops."""
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(1, 2, figsize=(9.2, 4.0), layout="constrained")
         titles = (

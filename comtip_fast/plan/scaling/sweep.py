@@ -67,7 +67,9 @@ class Sweep:
     name: str
     cluster: Cluster
     per_device: int
+    """Spots per device under weak scaling."""
     batch: int
+    """Spots of the global batch under strong scaling."""
     points: tuple[Point, ...]
 
     def line(self, growth: Growth, design: Design) -> list[Point]:
@@ -95,7 +97,7 @@ def sweep(config: RunConfig, base: Cluster, inputs: Inputs, *, most: int = 1024)
         ``most`` is below 1, or ``base`` has more devices than the batch has spots.
     """
     if most < 1:
-        raise ValueError(f"`most` {most}: must be at least 1")
+        raise ValueError(f"`most` {most}: give a number of devices of at least 1")
     per_device = config.data.batch_size // base.ranks
     if per_device < 1:
         raise ValueError(
@@ -149,7 +151,7 @@ def bottleneck(point: Point) -> str:
 
 
 def as_rows(result: Sweep) -> list[dict[str, Any]]:
-    """Return one dict per point, for CSV and JSON."""
+    """Return one dict per point, in bytes and seconds, for JSON."""
     return [
         {
             "predicted": True,
