@@ -1,4 +1,4 @@
-"""Aggregate the demo's scores over several seeds into docs/results.md, and draw docs/demo.jpg.
+"""Write the demo's scores over several seeds to docs/results.md, and a figure to docs/demo.jpg.
 
 make demo  # builds the shards and trains seed 0
 for s in 1 2; do
@@ -35,7 +35,7 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 
 def cell(values: list[float | None]) -> str:
-    """Return the mean and range as text."""
+    """Return the mean of the values that are not None, with their range if there are several, as text."""
     known = [v for v in values if v is not None]
     if not known:
         return "-"
@@ -44,7 +44,7 @@ def cell(values: list[float | None]) -> str:
 
 
 def table(runs: list[dict[str, Any]], cohort: str, norm: str) -> list[str]:
-    """Return the Markdown table of one cohort."""
+    """Return the lines of the Markdown table for one cohort and one normalisation (``cp10k`` or ``raw``)."""
     lines = ["| method | " + " | ".join(HEADS) + " | undefined |", "|---|---|---|---|---|"]
     for key, name in NAMES.items():
         scores = [r["cohorts"][cohort][key][norm] for r in runs]
@@ -56,7 +56,7 @@ def table(runs: list[dict[str, Any]], cohort: str, norm: str) -> list[str]:
 
 
 def differences(folders: list[Path]) -> list[str]:
-    """Return the lines about paired differences between the zero-shot prediction and each baseline."""
+    """Return the lines of the table of paired differences between the zero-shot prediction and each baseline."""
     tables = [{(r["section"], r["predictor"]): r for r in _rows(folder / "intervals.csv")} for folder in folders]
     lines = [
         "",
@@ -84,7 +84,7 @@ def _rows(path: Path) -> list[dict[str, str]]:
 
 
 def write_results(folders: list[Path]) -> None:
-    """Write docs/results.md."""
+    """Write docs/results.md from the run folders, one per seed; the page's section "The report" is kept."""
     runs = [json.loads((f / "metrics.json").read_text(encoding="utf-8")) for f in folders]
     seeds = [json.loads(json.dumps(_seed(f))) for f in folders]
     lines = [
@@ -110,7 +110,7 @@ def write_results(folders: list[Path]) -> None:
         best = max(valid, key=lambda r: r["score"])
         lines.append(f"| {seed} | step {valid[-1]['step']} | {best['step']} | {best['score']:.3f} |")
     page = DOCS / "results.md"
-    _, heading, rest = page.read_text(encoding="utf-8").partition("\n## The report")  # from here on written by hand
+    _, heading, rest = page.read_text(encoding="utf-8").partition("\n## The report")  # written by hand from here on
     page.write_text("\n".join(lines) + "\n" + heading + rest, encoding="utf-8")
     print("\n".join(lines))
 
@@ -122,7 +122,7 @@ def _seed(folder: Path) -> int:
 
 
 def write_picture(folder: Path) -> None:
-    """Write docs/demo.jpg: the two best predicted genes of the olfactory bulb test section."""
+    """Write docs/demo.jpg with the two best predicted genes of the olfactory bulb test section."""
     from comtip_shards import ShardSet
 
     from comtip_fast.evaluation.figures import maps
@@ -155,7 +155,9 @@ def write_picture(folder: Path) -> None:
 def main() -> None:
     """Write the results page and the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument(
+        "runs", nargs="+", type=Path, help="run folders, one per seed; the figure is drawn from the first"
+    )
     folders = parser.parse_args().runs
     write_results(folders)
     write_picture(folders[0])

@@ -1,13 +1,14 @@
-"""All evidence that one run on one GPU can give, in under 9 minutes.
+"""Measurements and checks on one GPU, in less than 9 minutes.
 
     python bench/gpu_evidence.py [--minutes 9] [--only step,resume] [--out bench/gpu_evidence.csv]
-    python bench/gpu_evidence.py --dry-run              # no GPU: every branch once, at tiny sizes; no measured number is kept
-    python bench/gpu_evidence.py --gather wheels        # with a network: the wheels of the optional comparisons
+    python bench/gpu_evidence.py --dry-run              # without a GPU: every branch once at tiny sizes, without measured values
+    python bench/gpu_evidence.py --gather wheels        # with network: download the wheels for the optional comparisons
     python bench/gpu_evidence.py --list
 
-Needs PyTorch, Triton, timm, tokenizers and NumPy; this checkout need not be installed. Batches are generated. Each part runs in a process of its
-own with a deadline, and its rows are in the table as soon as they are measured: a part that fails or hangs costs its own rows
-only. Parts state what is not installed and skip it. docs/scaling.md describes the columns.
+The script needs PyTorch, Triton, timm, tokenizers and NumPy; this checkout need not be installed. Batches are generated. Each part
+runs in its own process with a deadline, and its rows are written as soon as they are measured, so a part that fails or hangs
+affects only its own rows. Comparisons with packages that are not installed are skipped, and a row states it. docs/scaling.md
+describes the columns.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ PARTS = (
     Part("cases", 150, "the kernels' test cases (pytest -m gpu tests/kernels)", "bench.evidence.parts.cases_pytest"),
     Part("compiled", 100, "the step with engine.compile", "bench.evidence.parts.step_compiled"),
 )
-"""The core comes first: what is late is left out if time runs short."""
+"""The parts in the order in which they run; if time runs out, the last ones are left out."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the parts, or one part in this process."""
+    """Run the chosen parts and return 0 if all succeeded; or list them, gather wheels, or run one part in this process."""
     args = options(arguments)
     if args.list:
         print("\n".join(f"{p.name:<12}{p.seconds:>4} s  {p.shows}" for p in PARTS))
@@ -56,12 +57,12 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = [p for p in PARTS if not args.only or p.name in args.only.split(",")]
     unknown = set(filter(None, args.only.split(","))) - {p.name for p in PARTS}
     if unknown or not chosen:
-        print(f"--only {args.only}: choose from {', '.join(p.name for p in PARTS)}", file=sys.stderr)
+        print(f"--only {args.only}: unknown part; choose from {', '.join(p.name for p in PARTS)}", file=sys.stderr)
         return 2
     env = environment(args.dry_run)
     about = describe(args.dry_run, env)
     if not args.dry_run and about["gpu"] == "none":
-        print("no GPU: PyTorch finds no CUDA device; --dry-run runs every branch without one", file=sys.stderr)
+        print("no GPU: PyTorch finds no CUDA device; use --dry-run to run every branch without one", file=sys.stderr)
         return 2
     out = args.out or default_out(args.dry_run)
     try:
@@ -82,18 +83,18 @@ def main(arguments: list[str] | None = None) -> int:
 def options(arguments: list[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=9.0, help="deadline of all parts together")
-    parser.add_argument("--only", default="", help="parts, separated by commas")
-    parser.add_argument("--out", type=Path, help="table to append to; default: bench/gpu_evidence.csv")
-    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU; rows have mode dry_run")
-    parser.add_argument("--gather", type=Path, metavar="DIR", help="download the wheels of the optional comparisons")
+    parser.add_argument("--minutes", type=float, default=9.0, help="deadline of all parts together (default 9)")
+    parser.add_argument("--only", default="", help="names of parts to run, separated by commas (default: all)")
+    parser.add_argument("--out", type=Path, help="table to append to (default bench/gpu_evidence.csv)")
+    parser.add_argument("--dry-run", action="store_true", help="run tiny sizes on the CPU; rows have the mode dry_run")
+    parser.add_argument("--gather", type=Path, metavar="DIR", help="download the wheels for the optional comparisons")
     parser.add_argument("--list", action="store_true", help="list the parts and their deadlines")
     parser.add_argument("--part", choices=[p.name for p in PARTS], help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
 def default_out(dry: bool) -> Path:
-    """Return the table: next to the other results, or in a temporary folder for a dry run."""
+    """Return the path of the table: in ``bench/``, or in a temporary folder for a dry run."""
     if dry:
         return Path(tempfile.mkdtemp(prefix="comtip-evidence-")) / "dry_run.csv"
     return ROOT / "bench" / "gpu_evidence.csv"
@@ -109,21 +110,21 @@ def run_here(name: str, dry: bool) -> int:
 
 
 def describe(dry: bool, env: dict[str, str]) -> dict[str, str]:
-    """Return the columns of the machine; PyTorch is imported in another process, so that this one holds no context."""
+    """Return the columns that describe the machine; PyTorch is imported in another process, so that this one has no CUDA context."""
     code = (
         "import torch, triton; print(torch.cuda.get_device_name() if torch.cuda.is_available() else 'none',"
         "torch.__version__, triton.__version__, sep='\\n')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
     if done.returncode:
-        sys.exit(f"PyTorch and Triton cannot be imported: {done.stderr.strip().splitlines()[-1]}")
+        sys.exit(f"PyTorch and Triton cannot be imported: {done.stderr.strip().splitlines()[-1]}; install both")
     gpu, torch, triton = done.stdout.strip().splitlines()[-3:]
     names = {"date": today(), "commit": commit() or "unknown", "mode": DRY_RUN if dry else GPU}
     return names | {"gpu": "none" if dry else gpu, "torch": torch, "triton": triton}
 
 
 def commit() -> str:
-    """Return the commit of this checkout; an empty string without git or outside a repository."""
+    """Return the commit of this checkout, "" without git or outside a repository."""
     words = ["git", "rev-parse", "--short", "HEAD"]
     try:
         return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()

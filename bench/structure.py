@@ -1,4 +1,4 @@
-"""Measure the code's structure: sizes, folders, import cycles, layers, and habits that the project has given up.
+"""Measure the code's structure: sizes, folders, import cycles, layers, and constructs that the project avoids.
 
 ``python bench/structure.py`` prints one table for this checkout; with further folders, one column for each, so that two
 commits can be compared: ``git worktree add ../before COMMIT && python bench/structure.py ../before .``
@@ -37,7 +37,7 @@ NO_FACTS = {
     "now": "hashes by input of a run",
     "failed": "error messages by section",
 }
-"""Parameters of type ``dict[str, str]`` that are no facts about a section, with what they are."""
+"""What a parameter of type ``dict[str, str]`` holds, by its name, where that is no facts about a section."""
 FACTS = re.compile(r"(dict|Mapping)\[str, str\]")
 
 
@@ -117,7 +117,7 @@ def statements_of(tree: ast.Module) -> list[int]:
 
 
 def facts_in_signatures(tree: ast.Module) -> int:
-    """Count parameters that carry facts as ``dict[str, str]``."""
+    """Return the number of parameters that carry facts as ``dict[str, str]``."""
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
     return sum(
         bool(arg.annotation is not None and arg.arg not in NO_FACTS and FACTS.search(ast.unparse(arg.annotation)))
@@ -151,7 +151,7 @@ def twice_named_classes(trees: dict[str, ast.Module]) -> list[str]:
 
 
 def count_skips(paths: list[Path]) -> int:
-    """Count ``fmt: skip`` and ``fmt: off``."""
+    """Return how often ``fmt: skip`` and ``fmt: off`` occur in files."""
     return sum(len(re.findall(r"fmt: (?:skip|off)", p.read_text(encoding="utf-8"))) for p in paths)
 
 
@@ -194,7 +194,8 @@ def _p90(values: list[int]) -> int:
 def main() -> None:
     """Print one row per figure, one column per checkout."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("roots", nargs="*", type=Path, default=[Path(__file__).resolve().parents[1]])
+    here = Path(__file__).resolve().parents[1]
+    parser.add_argument("roots", nargs="*", type=Path, default=[here], help="checkouts (default: this one)")
     roots = parser.parse_args().roots
     columns = [measure(root.resolve()) for root in roots]
     print("| | " + " | ".join(root.resolve().name for root in roots) + " |")

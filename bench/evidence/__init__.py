@@ -1,1 +1,1 @@
-"""Evidence from one GPU: the parts of ``bench/gpu_evidence.py``, each run in a process of its own."""
+"""Evidence from one GPU: the parts of ``bench/gpu_evidence.py``, each run in its own process."""

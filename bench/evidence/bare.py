@@ -1,6 +1,7 @@
-"""Replacements on a machine with PyTorch, Triton, timm, tokenizers and NumPy only.
+"""Replacements for missing packages, for a machine with only PyTorch, Triton, timm, tokenizers and NumPy.
 
-pydantic is replaced as far as reading a config needs it; packages of shards and reports by modules that are imported and not used.
+pydantic is replaced by the subset that reading a config needs. Packages for shards and reports are replaced by modules that can
+be imported but not used.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ import types
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 UNUSED = ("pandas", "pyarrow", "pyarrow.parquet", "scipy", "scipy.sparse", "scipy.spatial")
-"""Imported by modules of this project that the parts load, and not called by the parts."""
+"""Modules that this project imports, but that the parts do not use."""
 
 
 class ValidationError(ValueError):
-    """A value cannot be read."""
+    """Stand-in for pydantic's exception; the replacement never raises it."""
 
 
 class TypeAdapter:
@@ -29,16 +30,16 @@ class TypeAdapter:
         self.target = target
 
     def validate_json(self, text: str | bytes, **_options: Any) -> Any:
-        """Return ``target`` built from JSON."""
+        """Return an instance of ``target`` built from JSON."""
         return build(self.target, json.loads(text))
 
     def validate_python(self, value: Any, **_options: Any) -> Any:
-        """Return ``target`` built from plain values."""
+        """Return an instance of ``target`` built from plain values."""
         return build(self.target, value)
 
 
 def build(target: Any, value: Any) -> Any:
-    """Return ``value`` as ``target``: dataclasses from dicts without their further keys, tuples from lists, anything else unchanged."""
+    """Convert ``value`` to ``target``: dicts to dataclasses, without unknown keys, and lists to tuples; others are unchanged."""
     while get_origin(target) is Annotated:
         target = get_args(target)[0]
     if dataclasses.is_dataclass(target) and isinstance(value, dict):
@@ -60,7 +61,7 @@ def _marker(*_arguments: Any, **_options: Any) -> Any:
 
 
 def replace_pydantic() -> bool:
-    """Register the replacement if pydantic cannot be imported; return whether the replacement is in use."""
+    """Register the replacement if pydantic cannot be imported; return whether it is in use."""
     try:
         module = importlib.import_module("pydantic")
     except ImportError:
@@ -89,7 +90,7 @@ def replacement() -> types.ModuleType:
 
 
 class Unused:
-    """What a function of a module that is not installed returns: use of it raises ``ModuleNotFoundError``."""
+    """Result of any call to a module that is not installed; using it raises ``ModuleNotFoundError``."""
 
     def __init__(self, package: str) -> None:
         self._package = package
@@ -102,7 +103,7 @@ class Unused:
 
 
 class UnusedModule(types.ModuleType):
-    """A module that is not installed: its names exist, and calling one returns an :class:`Unused`."""
+    """Replacement for a module that is not installed: any name exists, and calling it returns an :class:`Unused`."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -122,7 +123,7 @@ class UnusedModule(types.ModuleType):
 
 
 def replace_unused() -> list[str]:
-    """Register a replacement of every missing module of :data:`UNUSED`; return their names."""
+    """Register a replacement for every missing module of :data:`UNUSED`, and return their names."""
     missing = []
     for name in UNUSED:
         with contextlib.suppress(ImportError):

@@ -1,4 +1,4 @@
-"""The real training task on generated batches, in pinned memory and uploaded as the loaders do."""
+"""The real training task on generated batches, which are pinned and uploaded as by the real loaders."""
 
 from __future__ import annotations
 
@@ -39,23 +39,24 @@ TINY = (
     "train.log_every=1",
     "train.patience=0",
 )
-"""Overrides of configs/1gpu.yaml for runs that a CPU can repeat."""
+"""Overrides of configs/1gpu.yaml for runs that are small enough to be repeated on a CPU."""
 TINY_PX = 32
+"""Width of a tile in px in these runs."""
 
 
 class GeneratedBatches:
-    """A loader of a few generated batches: tiles are brighter where the first half of the genes is high.
+    """Loader of a few generated batches, in which tiles are brighter where the first half of the genes is high.
 
-    Batches are packed in host memory when they are first asked for; after that, a step costs one upload.
+    A batch is packed in host memory when it is first requested; after that, it costs only one upload.
 
     Parameters
     ----------
     config
         Config of the run.
     n_genes
-        Rows of the gene table.
+        Number of rows of the gene table.
     tile_px
-        Side of a tile.
+        Width of a tile in px.
     device
         Device of the batches.
     panels
@@ -77,19 +78,19 @@ class GeneratedBatches:
             self._get(i)
 
     def close(self) -> None:
-        """Keep nothing running."""
+        """Do nothing: there are no workers."""
 
     def metrics(self) -> dict[str, float]:
-        """Return the loader's counts."""
+        """Return constant metrics of a loader."""
         return {"loader_wait_s": 0.0, "faults": 0}
 
     def batches(self, epoch: int) -> list[np.ndarray]:
-        """Return the epoch's global batches as spot indices."""
+        """Return the global batches of any epoch as spot indices."""
         B = self.config.data.batch_size
         return [np.arange(B) + B * i for i in range(self.pool)]
 
     def batch(self, spots: np.ndarray, step: int, epoch: int) -> Batch:
-        """Return a batch after its upload."""
+        """Return a batch on the device."""
         batch, packed = self._get(int(spots[0]) // self.config.data.batch_size % self.pool)
         out = batch.with_tensors(packed.to(self.device))
         out.step = step
@@ -120,7 +121,15 @@ class GeneratedBatches:
 
 
 class GeneratedTask(SyntheticTask):
-    """The real task on generated batches; its initial weights are the same on every device."""
+    """The real task on generated batches, with initial weights that are the same on every device.
+
+    Parameters
+    ----------
+    config, device, group
+        Config, device and ranks of the run; by default one process.
+    tile_px, panels, pool
+        As for :class:`GeneratedBatches`.
+    """
 
     def __init__(
         self,
@@ -152,23 +161,23 @@ class GeneratedTask(SyntheticTask):
         return parts, numbers
 
     def export(self, folder: Path) -> None:
-        """Write nothing: an export describes a shard set."""
+        """Create only the folder: there is no shard set that an export could describe."""
         folder.mkdir(exist_ok=True)
 
 
 def config_of(device: torch.device, *overrides: str) -> RunConfig:
-    """Return configs/1gpu.yaml for a device; blocks are compiled only if an override asks for it, because that takes a minute."""
+    """Return configs/1gpu.yaml for a device; unless an override sets it, nothing is compiled, because that takes a minute."""
     own = [f"train.device={device.type}", "engine.compile=false"]
     return load_config(ROOT / "configs" / "1gpu.yaml", [*own, *overrides])
 
 
 def tiny_config(device: torch.device, *overrides: str) -> RunConfig:
-    """Return a small config, in fp32 unless an override says otherwise."""
+    """Return a small config, in fp32 unless an override sets another precision."""
     return config_of(device, *TINY, "train.precision=fp32", *overrides)
 
 
 def clocked(group: Group, config: RunConfig, device: torch.device) -> Group:
-    """Return the group with the clock that the trainer reads, after setting the precision of products."""
+    """Set the precision of matrix products, and return the group with the communication timer that the trainer reads."""
     torch.set_float32_matmul_precision("highest")  # the default, which an earlier run of this process may have changed
     set_product_precision(config, device)
     return ClockedGroup(group, device)

@@ -1,4 +1,4 @@
-"""Every Triton operation at a few sizes, with its reference and what it is compared with."""
+"""Cases of every Triton operation: inputs, the reference, and other implementations to compare with."""
 
 from __future__ import annotations
 
@@ -41,25 +41,27 @@ class Case:
     ours: Loss
     reference: Loss
     flops: float
-    """Of the definition, forward and backward; recomputed logits are no work."""
+    """FLOPs of the definition, forward and backward; recomputed logits are not counted."""
     bytes: float
+    """Bytes that forward and backward pass must at least move."""
     peers: dict[str, Loss] = field(default_factory=dict)
+    """{name: other implementation}."""
     missing: dict[str, str] = field(default_factory=dict)
-    """Peers that cannot be timed here, with the reason."""
+    """{name: reason} of other implementations that cannot be timed here."""
     rounded: tuple[int, ...] = ()
-    """Inputs that the operation normalises and rounds: the reference in fp64 reads them as the kernels round them."""
+    """Indices of inputs that the operation normalises and rounds; the fp64 reference uses the vectors as the kernels round them."""
     operands: tuple[int, ...] = ()
-    """Inputs that the kernels multiply as they are."""
+    """Indices of inputs that the kernels multiply without normalising them."""
     exact: Loss | None = None
-    """Definition for the check where ``reference`` would normalise the rounded vectors again."""
+    """Definition for the check, if ``reference`` would normalise the rounded vectors again."""
     products: tuple[tuple[Product, ...], tuple[Product, ...]] = ((), ())
-    """Matrix products of the definition, of the forward and of the backward pass."""
+    """Matrix products of the definition, in the forward and in the backward pass."""
     fp32_inputs: bool = False
-    """Training passes every input in fp32, under bf16 autocast; otherwise in bf16."""
+    """Whether training passes every input in fp32 under bf16 autocast; otherwise in bf16."""
 
 
 def dense_infonce(x: Tensor, y: Tensor, scale: Tensor, *, weight_B: Tensor | None = None, **masks: Any) -> Tensor:
-    """Return InfoNCE of vectors that are not normalised again; the B x M logits are stored."""
+    """Return InfoNCE of normalised vectors, (B, D) and (M, D), from stored B x M logits."""
     B, M = x.shape[0], y.shape[0]
     weight = x.new_ones(B) if weight_B is None else weight_B.to(x.dtype)
     excluded = weight == 0
@@ -72,11 +74,11 @@ def dense_infonce(x: Tensor, y: Tensor, scale: Tensor, *, weight_B: Tensor | Non
 
 
 def infonce_case(device: str, B: int, M: int, D: int) -> Case:
-    """Return the loss between B images and M texts; peers without further columns are added only if M = B."""
+    """Return the loss between B images and M texts; implementations that need M = B are added only then."""
     x, y = randn(device, B, D), randn(device, M, D, seed=1)
     scale = torch.tensor(20.0, device=device, requires_grad=True)
     peers, missing = {}, {}
-    if M == B:  # the same columns as ours, so that FLOPs and times compare
+    if M == B:  # the same columns as ours, so that FLOPs and times are comparable
         clip = find("open_clip.loss", "ClipLoss")
         if isinstance(clip, str):
             missing["open_clip ClipLoss"] = clip
@@ -95,7 +97,7 @@ def infonce_case(device: str, B: int, M: int, D: int) -> Case:
         [x, y, scale],
         lambda *t: infonce(*t, impl="triton"),
         lambda *t: infonce(*t, impl="reference"),
-        6.0 * B * M * D,  # logits, and one product per side
+        6.0 * B * M * D,  # the logits, and one gradient product per side
         20.0 * (B + M) * D,
         peers,
         missing,
@@ -106,7 +108,7 @@ def infonce_case(device: str, B: int, M: int, D: int) -> Case:
 
 
 def clip_loss(x: Tensor, y: Tensor, s: Tensor) -> Tensor:
-    """Return the loss of CLIP as open_clip computes it: both cross entropies of stored logits."""
+    """Return the loss of CLIP as open_clip computes it, from both cross entropies of stored logits."""
     logits = s * F.normalize(x, dim=-1) @ F.normalize(y, dim=-1).T
     own = torch.arange(x.shape[0], device=x.device)
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
@@ -119,7 +121,7 @@ def liger_loss(linear: Callable[..., Any], x: Tensor, y: Tensor, s: Tensor) -> T
 
 
 class _Block(torch.autograd.Function):
-    """Mean log-sum-exp over negatives of a block's rows and columns, on the two functions that a rank calls."""
+    """Mean log-sum-exp over the negatives of a block's rows and columns, computed by the two functions that a rank calls."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor, ids: BlockIds, dtype: torch.dtype) -> Tensor:
@@ -139,7 +141,7 @@ class _Block(torch.autograd.Function):
 
 
 def block_case(device: str, R: int, C: int, D: int) -> Case:
-    """Return one rank's block of the loss over many ranks: all images against its own texts."""
+    """Return one rank's block of the loss over many ranks: R images against its own C texts."""
     x, y, scale = randn(device, R, D), randn(device, C, D), torch.tensor(20.0, device=device, requires_grad=True)
     rows, columns = (torch.arange(n, device=device) // 2 << 32 for n in (R, C))
     ids = BlockIds("all", None, None, rows, columns, None)
@@ -166,7 +168,7 @@ def block_case(device: str, R: int, C: int, D: int) -> Case:
 
 
 def embedding_case(device: str, G: int, Q: int, D: int, T: int, V: int) -> Case:
-    """Return the sentences of a panel of G genes at Q levels, of at most T tokens of a vocabulary of V."""
+    """Return the embedding of the sentences of G genes at Q levels, of at most T tokens from a vocabulary of V, D wide."""
     g = torch.Generator().manual_seed(0)
     ids, length = torch.randint(1, V, (G, T), generator=g), torch.randint(3, T + 1, (G,), generator=g)
     ids[:, 0] = 0
@@ -192,9 +194,9 @@ def embedding_case(device: str, G: int, Q: int, D: int, T: int, V: int) -> Case:
 
 
 def probe(name: str, device: str, n_heads: int, head_dim: int) -> str:
-    """Return why an implementation cannot attend to two sentences on this device; an empty string if it can.
+    """Return why an implementation cannot run on two sentences on this device, "" if it can.
 
-    The inputs are as long as the lengths state: kernels would read beyond shorter ones.
+    The inputs are as long as the lengths state, because kernels would read beyond shorter ones.
     """
     length = torch.tensor([3, 5], device=device)
     q = randn(device, 8, n_heads, head_dim)
@@ -206,7 +208,7 @@ def probe(name: str, device: str, n_heads: int, head_dim: int) -> str:
 
 
 def attention_case(device: str, N: int, H: int, E: int, longest: int, peers: tuple[str, ...] = ()) -> Case:
-    """Return N sentences of 3 to ``longest`` tokens."""
+    """Return attention over N sentences of 3 to ``longest`` tokens, with H heads of width E; ``peers`` are further implementations."""
     length = torch.randint(3, longest + 1, (N,), generator=torch.Generator().manual_seed(0)).to(device)
     S = int(length.sum())
     inputs = [randn(device, S, H, E) for _ in range(3)]
@@ -230,7 +232,7 @@ def attention_case(device: str, N: int, H: int, E: int, longest: int, peers: tup
 
 
 def table_cases(device: str, B: int, G: int, Q: int, D: int) -> list[Case]:
-    """Return pooling, L_level and pair scores over one sentence table; FLOPs are those of its products."""
+    """Return pooling, L_level and pair scores over one sentence table (G, Q, D) for B spots."""
     g = torch.Generator().manual_seed(0)
     levels = torch.randint(Q, (B, G), generator=g).to(torch.uint8).to(device)
     mask = (torch.rand(B, G, generator=g) < 0.8).to(device)
@@ -272,7 +274,7 @@ def table_cases(device: str, B: int, G: int, Q: int, D: int) -> list[Case]:
 
 
 def masked_cases(device: str) -> list[Case]:
-    """Return small cases that are checked and not timed: odd sizes, masks, groups, classes, weights and underflow."""
+    """Return small cases that are checked but not timed: odd sizes, masks, groups, classes, weights and underflow."""
     B, M, D = 137, 201, 300
     g = torch.Generator().manual_seed(0)
     group, classes = (torch.randint(n, (M,), generator=g).to(device) for n in (3, 100))
@@ -294,10 +296,10 @@ def masked_cases(device: str) -> list[Case]:
         out.append(
             _checked(size, [x, y, scale], partial(infonce, **masks, impl="triton"), partial(dense_infonce, **masks))
         )
-    # Nearly opposite, so that every sum underflows and no gradient vanishes.
+    # Nearly opposite vectors, for which every sum underflows, but no gradient vanishes.
     common = randn(device, 1, D).detach()
     x, away = (common + 0.5 * randn(device, B, D, seed=seed).detach() for seed in (1, 2))
-    # The gradient of the scale is a sum of terms that cancel here, and is not compared.
+    # The gradient of the scale is not compared, because its terms cancel here.
     ours, exact = (lambda x, y, f=f: f(x, y, scale) for f in (partial(infonce, impl="triton"), dense_infonce))
     out.append(_checked(f"B={B} D={D} underflow", [x, -away], ours, exact))
     return out
@@ -308,21 +310,21 @@ def _checked(size: str, inputs: list[Tensor], ours: Loss, exact: Loss) -> Case:
 
 
 def randn(device: str, *shape: int, seed: int = 0) -> Tensor:
-    """Return bf16 normal numbers, the same on every device."""
+    """Return normal random numbers in bf16, which are the same on every device and require gradients."""
     x = torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape) + seed))
     return x.to(device, torch.bfloat16).requires_grad_()
 
 
 def find(module: str, name: str) -> Callable[..., Callable[..., Tensor]] | str:
-    """Return an attribute of another project's module, or why it cannot be imported."""
+    """Return an attribute of another project's module, or the reason (text) why it cannot be imported."""
     reason = why_not(module)
     return reason or getattr(sys.modules[module], name, f"{module} has no {name}")
 
 
 def why_not(module: str) -> str:
-    """Return why a module cannot be imported; an empty string if it can."""
+    """Return why a module cannot be imported, "" if it can."""
     try:
         importlib.import_module(module)
-    except Exception as error:  # other projects raise more than ImportError where something is missing
+    except Exception as error:  # other projects also raise other exceptions if something is missing
         return f"{module.split('.', maxsplit=1)[0]} cannot be imported: {error}"
     return ""

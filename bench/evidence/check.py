@@ -1,7 +1,7 @@
-"""Comparison of an operation with fp64 on operands that are rounded in the same way, on the operation's own device.
+"""Comparison of an operation with its reference in fp64 on the same device, on operands that are rounded in the same way.
 
-Every row of every output and gradient is compared. New memory is full of NaN, so that rows which a kernel leaves unwritten are
-found, and a second run must give the same bits.
+Every row of every output and gradient is compared. New memory is filled with NaN, to detect rows that a kernel does not write,
+and a second run must give the same bits.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ from bench.evidence.cases import Case, Loss, dense_infonce
 
 @dataclass(frozen=True)
 class Precision:
-    """Dtype of the inputs, and how products of them run."""
+    """Dtype of the inputs, and precision of their products."""
 
     name: str
     inputs: torch.dtype
+    """Dtype of all inputs that are not scalars."""
     matmul: str = "highest"
     """Argument of ``torch.set_float32_matmul_precision``."""
     autocast: bool = False
-    """Under bf16 autocast, as in training."""
+    """Whether the operation runs under bf16 autocast, as in training."""
     tolerance: float = 2e-2
-    """Largest error of a row: the rounding of computed operands and of outputs in bf16, of products in fp32 and tf32."""
+    """Maximum error of a row, due to rounding: of computed operands and outputs in bf16, of products in fp32 and tf32."""
 
     @property
     def products(self) -> torch.dtype:
@@ -63,12 +64,13 @@ class Checked:
     """Outcome of one comparison."""
 
     output: int
-    """The output or gradient with the largest error of a row: 0 is the value, 1 the gradient of the first input."""
+    """Index of the output with the largest error of a row: 0 is the value, i the gradient of input i."""
     error: float
-    """That error; infinity if a value is not finite."""
+    """The largest error of a row (:func:`worst_row`); infinity if a value is not finite."""
     changed: int | None
-    """First output that differs between two runs; None if all have the same bits."""
+    """Index of the first output that differs between two runs; None if all have the same bits."""
     tolerance: float
+    """Maximum error that is accepted."""
 
     @property
     def ok(self) -> bool:
@@ -76,7 +78,7 @@ class Checked:
         return self.error <= self.tolerance and self.changed is None
 
     def problem(self) -> str:
-        """Return what is wrong; an empty string if nothing is."""
+        """Return what is wrong, "" if nothing is."""
         if self.error > self.tolerance:
             return f"a row of output {self.output} is off by {self.error:.3g}"
         return "" if self.changed is None else f"output {self.changed} differs between two runs"
@@ -86,7 +88,7 @@ class Checked:
 def nan_memory() -> Iterator[None]:
     """Fill tensors of ``torch.empty``, ``empty_like`` and ``new_empty`` with NaN inside the block, on any device.
 
-    Not by ``torch.use_deterministic_algorithms``, which would also select other algorithms than training does.
+    ``torch.use_deterministic_algorithms`` is not used, because it also selects other algorithms than those of training.
     """
 
     def filled(real: Any) -> Any:
@@ -103,7 +105,7 @@ def nan_memory() -> Iterator[None]:
 
 
 def gradients(loss: Loss, inputs: list[Tensor]) -> list[Tensor]:
-    """Return the value and every gradient; an output that is no scalar has a fixed gradient."""
+    """Return the value of ``loss`` and the gradients of all inputs; the gradient of the value is fixed."""
     leaves = [t.detach().requires_grad_() for t in inputs]
     out = loss(*leaves)
     out.backward(torch.linspace(0.5, 1, out.numel(), device=out.device).view(out.shape).to(out.dtype))
@@ -130,7 +132,7 @@ def truth(case: Case, inputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
 def worst_row(got: Tensor, want: Tensor) -> float:
     """Return the largest error of a row, relative to the larger of its norm and the mean norm of all rows.
 
-    A norm over the whole tensor would hide rows that are wrong: 15 of 8,192 zeroed change it by 0.1 %.
+    A norm over the whole tensor would hide wrong rows: zeroing 15 of 8,192 rows changes it by only 0.1 %.
     """
     got, want = (t.double().reshape(t.shape[0] if t.ndim > 1 else 1, -1) for t in (got, want))
     if not torch.isfinite(got).all():
@@ -140,7 +142,7 @@ def worst_row(got: Tensor, want: Tensor) -> float:
 
 
 def compare(case: Case, precision: Precision) -> Checked:
-    """Compare every row of ours with the reference in fp64, and two runs with each other."""
+    """Compare every row of our outputs with the reference in fp64, and two runs with each other."""
     device = case.inputs[0].device.type
     inputs = [t.detach().to(t.dtype if t.ndim == 0 else precision.inputs) for t in case.inputs]
     with precision.active(device):
@@ -156,12 +158,12 @@ def compare(case: Case, precision: Precision) -> Checked:
 
 
 def check(case: Case, precisions: tuple[Precision, ...] = PRECISIONS) -> None:
-    """Compare a case in every precision, and print that it is correct.
+    """Compare a case in every precision, and print a line if it is correct.
 
     Raises
     ------
     SystemExit
-        If a row is off by more than the tolerance, or two runs differ.
+        The error of a row exceeds the tolerance, or two runs differ.
     """
     for precision in precisions:
         problem = compare(case, precision).problem()
@@ -171,7 +173,7 @@ def check(case: Case, precisions: tuple[Precision, ...] = PRECISIONS) -> None:
 
 
 def loss_bias(device: str, B: int, D: int, cosine: float, ours: Any) -> float:
-    """Return InfoNCE at scale 100 minus the fp64 loss of the same bf16 vectors; positives have the given mean cosine."""
+    """Return our InfoNCE at scale 100 minus the fp64 loss of the same bf16 vectors; positives have the given mean cosine."""
     g = torch.Generator().manual_seed(B)
     x = F.normalize(torch.randn(B, D, generator=g), dim=-1)
     away = F.normalize(torch.randn(B, D, generator=g), dim=-1)

@@ -1,4 +1,4 @@
-"""``--gather DIR``: download the wheels of the optional comparisons, for a machine that has no network."""
+"""``--gather DIR``: download the wheels for the optional comparisons, for a GPU machine without network."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WHEELS = {
     "einops": "needed by DeepSpeed",
 }
 BUILT = {"deepspeed>=0.19,<0.20": "ZeRO; published as source, built here without extensions"}
-"""Sources that become wheels for any platform."""
+"""{source package from which a wheel for any platform is built: its use}."""
 TOO_LARGE = {
     "nvidia-dali-cuda130": "DALI's decoder",
     "flash-attn": "flash-attn 2 has no wheel on PyPI",
@@ -32,9 +32,9 @@ TOO_LARGE = {
 
 
 def gather(folder: Path) -> int:
-    """Download every wheel into ``folder``, print the sizes, and return the exit status.
+    """Download all wheels to ``folder``, print their sizes, and return the exit status.
 
-    A wheel that cannot be had is reported, and its comparison will be skipped. The status is 1 if the wheels together
+    A wheel that cannot be downloaded is reported; its comparison will be skipped. The status is 1 if the wheels together
     exceed :data:`LIMIT` bytes.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -50,26 +50,26 @@ def gather(folder: Path) -> int:
     for name, what in TOO_LARGE.items():
         print(f"not included: {name} ({what})")
     print(
-        f"there: python -m pip install --no-index --no-deps --target site {folder}/*.whl && "
+        f"on the machine with the GPU, run: python -m pip install --no-index --no-deps --target site {folder}/*.whl && "
         "PYTHONPATH=site python bench/gpu_evidence.py"
     )
     return int(total > LIMIT)
 
 
 def download_command(requirement: str, folder: Path) -> list[str]:
-    """Return the arguments of pip that download one wheel for the machine with the GPU."""
+    """Return the arguments for pip to download one wheel for the machine with the GPU."""
     platforms = [word for name in PLATFORMS for word in ("--platform", name)]
     target = ["--only-binary=:all:", "--python-version", PYTHON, "--implementation", "cp", *platforms]
     return ["download", "--no-deps", *target, "-d", str(folder), requirement]
 
 
 def build_command(requirement: str, folder: Path) -> list[str]:
-    """Return the arguments of pip that build a wheel from source with the packages of this environment."""
+    """Return the arguments for pip to build a wheel from source with the packages of this environment."""
     return ["wheel", "--no-deps", "--no-build-isolation", "-w", str(folder), requirement]
 
 
 def pinned(name: str, folder: Path) -> str:
-    """Return the requirement of a package; pydantic-core must be the release that the downloaded pydantic names."""
+    """Return the requirement for a package; pydantic-core must have the version that the downloaded pydantic requires."""
     if name != "pydantic-core":
         return name
     for wheel in folder.glob("pydantic-[0-9]*.whl"):
@@ -80,7 +80,7 @@ def pinned(name: str, folder: Path) -> str:
 
 
 def core_requirement(wheel: Path) -> str:
-    """Return the requirement ``pydantic-core==...`` of a wheel of pydantic; an empty string if it has none."""
+    """Return the requirement ``pydantic-core==...`` in the metadata of a pydantic wheel, "" if there is none."""
     import zipfile
 
     with zipfile.ZipFile(wheel) as archive:

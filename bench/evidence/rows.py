@@ -1,4 +1,4 @@
-"""Rows of evidence: a part sends them one by one to the runner, which writes each to the CSV at once."""
+"""Rows of evidence: a part sends them one by one to the runner, which writes each to the CSV immediately."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ COLUMNS = (
 )
 GPU, DRY_RUN = "gpu", "dry_run"
 CHANNEL = "COMTIP_EVIDENCE_FD"
-"""Environment variable with the file descriptor that a part writes its rows to."""
+"""Environment variable with the file descriptor to which a part writes its rows."""
 MEASURED = ("ms", "s", "TFLOP/s", "TB/s", "spots/s", "tiles/s", "MiB", "GB", "%")
-"""Units whose numbers are left out of a dry run: on a CPU at tiny sizes they mean nothing."""
+"""Units whose values a dry run omits, because they are meaningless on a CPU at tiny sizes."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement, check or reason why there is none."""
+    """One measurement or check, or the reason why there is none; the fields are columns of the CSV."""
 
     name: str
     metric: str
@@ -55,12 +55,12 @@ class Row:
 
 
 class Rows:
-    """Sends rows to the runner; without one it prints them.
+    """Sends rows to the runner, or prints them if the process was not started by one.
 
     Parameters
     ----------
     dry
-        Leave out measured numbers.
+        Whether to omit measured values.
     """
 
     def __init__(self, dry: bool) -> None:
@@ -82,29 +82,29 @@ class Rows:
             data = data[os.write(self._channel, data) :]
 
     def skip(self, name: str, reason: str, **where: str) -> None:
-        """Send a row for something that cannot run here."""
+        """Send a row for something that cannot run here, with the reason."""
         self.add(Row(name, "ran", "no", status="skipped", note=reason, **where))
 
     def fail(self, name: str, error: BaseException | str, **where: str) -> None:
-        """Send a row for something that failed."""
+        """Send a row for something that failed, with the error."""
         text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
         self.add(Row(name, "ran", "no", status="failed", note=text, **where))
 
 
 class Table:
-    """The CSV; every row is flushed when it is written.
+    """Writer of the CSV, which flushes every row.
 
     Parameters
     ----------
     path
-        Rows are appended; the header is written to a new file.
+        File to which rows are appended; a new file gets a header.
     columns
         Values of the columns that are the same in every row of this run.
 
     Raises
     ------
     ValueError
-        The file has rows of the other mode, or other columns.
+        The file has rows of another mode, or other columns.
     """
 
     def __init__(self, path: Path, columns: dict[str, str]) -> None:

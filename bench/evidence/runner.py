@@ -1,6 +1,6 @@
-"""Runs parts one after the other, each in a process of its own with a deadline.
+"""Run parts one after the other, each in its own process with a deadline.
 
-A part that fails, hangs or is killed costs its own rows only: those it has sent are in the table already.
+If a part fails, hangs or is killed, only its remaining rows are lost.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from pathlib import Path
 from bench.evidence.rows import CHANNEL, Row, Table
 
 LEAST_S = 10.0
-"""A part is not started with less time than this."""
+"""Minimum remaining time in s with which a part is started."""
 POLL_S = 0.5
 GRACE_S = 5.0
-"""Time for the kernel to end a killed process; on a hung GPU that can fail."""
+"""Time in s in which a killed process must end; on a hung GPU it may not."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Part:
 
     name: str
     seconds: float
-    """Deadline."""
+    """Deadline in s."""
     shows: str
-    """For ``--list``."""
+    """Description for ``--list``."""
     module: str = ""
     """Module with ``run(rows: Rows, dry: bool) -> None``; by default ``bench.evidence.parts.<name>``."""
 
@@ -46,11 +46,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a part ended."""
+    """Outcome of a part."""
 
     status: str
     """``ok``, ``failed`` or ``deadline``."""
     rows: int
+    """Number of rows that it sent."""
     seconds: float
     note: str = ""
 
@@ -69,22 +70,22 @@ def run_parts(
     Parameters
     ----------
     parts
-        In the order in which they run.
+        The parts, in the order in which they run.
     command
         Returns the command line that runs a part.
     table
-        Receives every row when it is sent.
+        Table to which every row is written when it is sent.
     seconds
-        Deadline of all parts together.
+        Deadline of all parts together, in s.
     log
-        Receives what the parts print.
+        File for the output of the parts.
     env
-        Environment of the parts.
+        Environment of the parts; by default that of this process.
 
     Returns
     -------
     dict
-        Outcome of each part, by name; a part for which no time was left has the status ``deadline``.
+        {name of the part: outcome}; the status is ``deadline`` if no time was left for a part.
     """
     ends, outcomes = time.monotonic() + seconds, {}
     for part in parts:
@@ -106,7 +107,7 @@ def run_parts(
 def run_part(
     part: Part, command: list[str], table: Table, seconds: float, log: Path, env: dict[str, str] | None
 ) -> Outcome:
-    """Run one part, and kill its process group at the deadline."""
+    """Run one part, kill its process group at the deadline, and return the outcome."""
     began = time.monotonic()
     reading, writing = os.pipe()
     with log.open("ab") as out:
@@ -140,7 +141,7 @@ def run_part(
 
 
 def _receive(reading: int, process: subprocess.Popen[bytes], table: Table, part: str, ends: float) -> tuple[int, bool]:
-    """Write rows as they come; return their number, and whether the deadline came before the part ended."""
+    """Write rows as they arrive; return their number, and whether the deadline was reached before the part ended."""
     n, pending = 0, b""
     with selectors.DefaultSelector() as selector:
         selector.register(reading, selectors.EVENT_READ)
@@ -148,9 +149,9 @@ def _receive(reading: int, process: subprocess.Popen[bytes], table: Table, part:
             left = ends - time.monotonic()
             if left <= 0:
                 return n, True
-            ended = process.poll() is not None  # asked first: what it sent before its end is then in the pipe
+            ended = process.poll() is not None  # polled first, so that everything it sent is in the pipe
             if not selector.select(min(left, POLL_S)):
-                if ended:  # a process that the part started holds the pipe open
+                if ended:  # a process started by the part holds the pipe open
                     return n, False
                 continue
             data = os.read(reading, 65536)
@@ -171,7 +172,7 @@ def _ended(process: subprocess.Popen[bytes], seconds: float) -> bool:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> bool:
-    """Kill what is left of the part's process group, which this runner created; return whether the part has ended."""
+    """Kill the remaining processes of the part's process group, and return whether the part has ended."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     return _ended(process, GRACE_S)
@@ -185,7 +186,7 @@ def _last_line(log: Path, start: int) -> str:
 
 
 def environment(dry: bool) -> dict[str, str]:
-    """Return the environment of the parts: a dry run interprets the kernels and sees no GPU."""
+    """Return the environment of the parts; in a dry run, kernels are interpreted and GPUs are hidden."""
     env = dict(os.environ) | {"PYTHONUNBUFFERED": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     if dry:
         env |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

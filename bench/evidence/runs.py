@@ -21,10 +21,10 @@ from comtip_fast.training.trainer import Trainer
 
 @dataclass(frozen=True)
 class Result:
-    """What a run left."""
+    """Losses and final state of a run."""
 
     engine: str
-    """Name of the engine that ran it."""
+    """Name of the engine."""
     losses: dict[int, float]
     """Loss of each step, from metrics.jsonl."""
     weights: dict[str, Tensor]
@@ -34,12 +34,12 @@ class Result:
 
 
 class StoppedTask(GeneratedTask):
-    """Sends this process the signal with which a cluster stops a job, while a given step loads its batch."""
+    """Task that sends this process SIGTERM, with which a cluster stops a job, when step ``stop_at`` loads its batch."""
 
     stop_at = 0
 
     def batch(self, spot_index: np.ndarray, step: int, epoch: int) -> Batch:
-        """Load a batch."""
+        """Return a batch, after sending the signal in step ``stop_at``."""
         if step == self.stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
         return super().batch(spot_index, step, epoch)
@@ -54,7 +54,7 @@ def train(
     resume: bool = False,
     stop_at: int = 0,
 ) -> Result:
-    """Run training in ``folder``.
+    """Run training in ``folder``, and return its losses and final state.
 
     Parameters
     ----------
@@ -67,9 +67,9 @@ def train(
     group
         Ranks of the run; None is a single process.
     resume
-        Continue from the newest checkpoint.
+        Whether to resume from the newest checkpoint.
     stop_at
-        Step in which a stop signal arrives; 0 for none.
+        Step in which a stop signal is sent; 0 for none.
     """
     group = clocked(group or SingleProcessGroup(), config, device)
     task = StoppedTask(config, device, group)
@@ -84,5 +84,5 @@ def train(
 
 
 def different(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
-    """Return the names of tensors that do not have the same bits."""
+    """Return the sorted names of tensors that are missing in one of the dicts or not bit-identical."""
     return sorted(n for n in a.keys() | b.keys() if n not in a or n not in b or not torch.equal(a[n], b[n]))

@@ -1,4 +1,4 @@
-"""Times of the forward and the backward pass, with CUDA events and a cold L2."""
+"""Timing of forward and backward passes with CUDA events and a cold L2 cache."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 from bench.evidence.cases import Loss
 
 WARM_UP = 3
-"""Calls before the timed ones: compilation, autotuning and the allocator."""
+"""Number of calls before the timed ones, for compilation, autotuning and the allocator."""
 
 
 @dataclass(frozen=True)
 class Time:
-    """Milliseconds of one call."""
+    """Time of one call in ms, over several calls."""
 
     median: float
     low: float
@@ -25,6 +25,7 @@ class Time:
     high: float
     """80 % quantile."""
     calls: int = 1
+    """Number of timed calls."""
 
     @property
     def seconds(self) -> float:
@@ -34,16 +35,16 @@ class Time:
 
 @dataclass(frozen=True)
 class Passes:
-    """Both passes of an operation."""
+    """Times and memory of the forward and backward pass of an operation."""
 
     forward: Time
     backward: Time
     peak_mib: float
-    """Largest memory during one forward and backward pass, beyond that of the inputs."""
+    """Peak memory during one forward and backward pass in MiB, without the inputs; 0 on a CPU."""
 
 
 def time_call(call: Callable[[], object], device: str, *, budget_ms: float = 300.0, cold: bool = True) -> Time:
-    """Time a call on a GPU; on a CPU it is called once, which only shows that it runs.
+    """Time a call on a GPU. On a CPU, it is called once, only to show that it runs.
 
     Parameters
     ----------
@@ -52,9 +53,9 @@ def time_call(call: Callable[[], object], device: str, *, budget_ms: float = 300
     device
         ``cuda`` or ``cpu``.
     budget_ms
-        Time of all timed calls together, roughly.
+        Approximate time of all timed calls together, in ms.
     cold
-        Write a buffer larger than the L2 cache before each call, so that the call reads its inputs from memory.
+        Whether to write a buffer larger than the L2 cache before each call, so that the call reads its inputs from memory.
     """
     if device == "cpu":
         began = time.perf_counter()
@@ -95,7 +96,7 @@ def _estimate_ms(call: Callable[[], object]) -> float:
 
 
 def time_passes(loss: Loss, inputs: list[Tensor], device: str, *, budget_ms: float = 300.0) -> Passes:
-    """Time a forward pass that records the graph, and the backward pass of one such graph."""
+    """Time the forward pass, with recording of the graph, and the backward pass; parameters as for :func:`time_call`."""
     leaves = [t.detach().requires_grad_() for t in inputs]
     forward = time_call(lambda: loss(*leaves), device, budget_ms=budget_ms)
     return Passes(forward, _time_backward(loss, leaves, device, budget_ms), _peak_mib(loss, leaves, device))
@@ -124,7 +125,7 @@ def _peak_mib(loss: Loss, leaves: list[Tensor], device: str) -> float:
 
 
 def time_products(products: tuple[tuple[int, int, int], ...], device: str, *, budget_ms: float = 200.0) -> Time:
-    """Time bf16 matrix products of cuBLAS, one after the other; each is (m, k) times (k, n)."""
+    """Time bf16 matrix products of cuBLAS, one after the other; each product (m, k, n) is (m, k) times (k, n)."""
     g = torch.Generator(device).manual_seed(0)
 
     def matrix(n: int, m: int) -> Tensor:

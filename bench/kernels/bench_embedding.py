@@ -1,9 +1,10 @@
-"""The gene-sentence embedding on the CPU, compared with embedding_bag and LayerNorm in one run.
+"""Compare the gene-sentence embedding on the CPU with embedding_bag and LayerNorm, in one run.
 
     python bench/kernels/bench_embedding.py [--genes 256] [--levels 32] [--dim 256] [--rounds 7] [--busy]
 
-Forward and backward with LayerNorm, medians of the ratio within a round (see ``rounds.py``). The plan (which tokens are equal) is
-computed in every call. The peer is one ``F.embedding_bag`` over the concatenated tables with its ids ready, and LayerNorm.
+Measures forward and backward with LayerNorm; ratios are medians over rounds (see ``rounds.py``). The plan (which tokens are
+equal) is computed in every call. The peer is one ``F.embedding_bag`` over the concatenated tables, with precomputed ids, and
+LayerNorm.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ VOCABULARY, LONGEST = 4099, 17
 
 
 def calls(genes: int, levels: int, dim: int) -> tuple[dict[str, Callable[[], None]], int]:
-    """Return the timed calls by name, and the number of embedded tokens: 3 to 16 per gene, for each level."""
+    """Return {name: timed call} and the number of embedded tokens, 3 to 16 per gene and level."""
     g = torch.Generator().manual_seed(0)
     length = torch.randint(3, LONGEST, (genes,), generator=g).repeat_interleave(levels)
     ids = torch.randint(VOCABULARY, (genes, LONGEST), generator=g)
@@ -56,10 +57,10 @@ def calls(genes: int, levels: int, dim: int) -> tuple[dict[str, Callable[[], Non
 
 
 def main() -> None:
-    """Print the table."""
+    """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, value in (("genes", 256), ("levels", 32), ("dim", 256)):
-        parser.add_argument(f"--{name}", type=int, default=value)
+        parser.add_argument(f"--{name}", type=int, default=value, help=f"default {value}")
     rounds.add_options(parser, 7)
     args = parser.parse_args()
     forms, tokens = calls(args.genes, args.levels, args.dim)

@@ -1,9 +1,9 @@
-"""InfoNCE on the CPU, compared with open_clip's loss and with the matrix products that it cannot avoid, in one run.
+"""Compare InfoNCE on the CPU with open_clip's loss and with the unavoidable matrix products, in one run.
 
     python bench/kernels/bench_infonce.py [--rows 8192] [--dim 512] [--rounds 5] [--busy]
 
-Medians of the ratios within a round (see ``rounds.py``). Peak memory is the growth of the resident set in a process of its own.
-open_clip's ClipLoss for one process is reimplemented here: one matrix of logits, its transpose, two cross-entropies.
+Ratios are medians over rounds (see ``rounds.py``). Peak memory is the growth of the resident set in a separate process.
+open_clip's ClipLoss for one process is reimplemented here: one matrix of logits, its transpose, and two cross-entropies.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from torch.nn import functional as F
 
 
 def clip_loss(x: torch.Tensor, y: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """open_clip's ClipLoss at world size 1."""
+    """Return open_clip's ClipLoss at world size 1."""
     logits = scale * F.normalize(x, dim=-1) @ F.normalize(y, dim=-1).T
     labels = torch.arange(len(x))
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
 def ours(x: torch.Tensor, y: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Run our CPU path."""
+    """Return the loss of our CPU path."""
     return infonce(x, y, scale, impl="cpu")
 
 
 def inputs(rows: int, dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return x, y, scale with gradients."""
+    """Return random x and y, (rows, dim), and the scale; all require gradients."""
     g = torch.Generator().manual_seed(0)
     x, y = (torch.randn(rows, dim, generator=g).requires_grad_() for _ in range(2))
     return x, y, torch.tensor(14.3, requires_grad=True)
 
 
 def both_ways(loss: Callable[..., torch.Tensor], rows: int, dim: int) -> Callable[[], None]:
-    """Return a function that runs forward and backward."""
+    """Return a function that runs the forward and backward pass of a loss."""
     x, y, scale = inputs(rows, dim)
 
     def run() -> None:
@@ -53,11 +53,11 @@ def both_ways(loss: Callable[..., torch.Tensor], rows: int, dim: int) -> Callabl
 
 
 def products(rows: int, dim: int, n: int, exponentials: bool = False) -> Callable[[], None]:
-    """Return a lower bound: the matrix products alone, in tiles that share the memory of one tile.
+    """Return a function with the time of a lower bound: ``n`` (3 or 4) matrix products alone, computed in tiles.
 
-    No exact method can avoid three (``n``), even one that stores every logit: logits and two gradients. A method that
-    stores none computes the logits twice. The tiles are those of the CPU path, the fastest of those tried.
-    ``exponentials`` adds one exponential of each logit and pass, in place, which a softmax needs too.
+    An exact method needs at least three, the logits and two gradients, even if it stores every logit; one that stores none
+    computes the logits twice. The tiles are those of the CPU path, the fastest of those tried. ``exponentials`` adds one
+    in-place exponential per logit and pass, which a softmax also needs.
     """
     x, y, _ = (t.detach() for t in inputs(rows, dim))
     x, y = F.normalize(x, dim=-1), F.normalize(y, dim=-1)
@@ -81,7 +81,7 @@ def products(rows: int, dim: int, n: int, exponentials: bool = False) -> Callabl
 
 
 def extra_peak_mib(name: str, rows: int, dim: int) -> float:
-    """Return the peak memory in MiB that a forward and backward pass adds in a new process: the median of three."""
+    """Return the peak memory in MiB that a forward and backward pass adds, median of three new processes."""
     code = f"from bench_infonce import *; print(peak({name}, {rows}, {dim}))"
     command, here = [sys.executable, "-c", code], Path(__file__).parent
     reported = [subprocess.run(command, capture_output=True, text=True, check=True, cwd=here).stdout for _ in range(3)]
@@ -89,10 +89,10 @@ def extra_peak_mib(name: str, rows: int, dim: int) -> float:
 
 
 def peak(loss: Callable[..., torch.Tensor], rows: int, dim: int) -> float:
-    """Measure in this process, after a small call with which libraries allocate their buffers."""
+    """Return the added peak memory in MiB in this process, after a small call with which libraries allocate their buffers."""
     both_ways(loss, 256, dim)()
     run = both_ways(loss, rows, dim)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from what is resident now
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark to the current resident set
     before = _high_water_kib()
     run()
     return (_high_water_kib() - before) / 1024
@@ -104,12 +104,12 @@ def _high_water_kib() -> int:
 
 
 def main() -> None:
-    """Print the table."""
+    """Measure and print times, ratios and memory."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=8192)
-    parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument("--rows", type=int, default=8192, help="batch size B (default 8192)")
+    parser.add_argument("--dim", type=int, default=512, help="width of the vectors (default 512)")
     rounds.add_options(parser, 5)
-    parser.add_argument("--large", action="store_true", help="also B = 65,536, memory only")
+    parser.add_argument("--large", action="store_true", help="also measure the memory at B = 65,536")
     args = parser.parse_args()
     size = (args.rows, args.dim)
     runs = {

@@ -1,14 +1,15 @@
-"""Attention over many short sentences on the CPU, compared with padding to the longest in one run.
+"""Compare attention over many short sentences on the CPU with padding to the longest one, in one run.
 
     python bench/kernels/bench_packed_attention.py [--sentences 4000] [--rounds 15] [--busy]
 
-Lengths follow the three cases that gene sentences make: symbols, symbols with full names, and those cut at 16 tokens. Forward and
-backward, medians of the ratio within a round (see ``rounds.py``).
+Lengths are those of the three kinds of gene sentences: symbols, symbols with full names, and the latter cut at 16 tokens. Measures
+forward and backward; ratios are medians over rounds (see ``rounds.py``).
 
-attention   called as the encoder calls it: one projection, sentences sorted by length. "padded" receives padded
-            tensors, as in a padded model; the cost of padding in other layers is not counted.
-unsorted    the same, with sentences in any order.
-block       a whole block of the encoder (norms, projections, attention, MLP, width 128), packed and padded: what a model gains.
+attention   called as by the encoder: one projection, sentences sorted by length. "padded" receives padded tensors, as in a
+            padded model; the cost of padding in other layers is not counted.
+unsorted    the same with sentences in random order.
+block       a complete block of the encoder (norms, projections, attention, MLP, width 128), packed and padded, which shows the
+            gain for a model.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ HEADS, WIDTH = 4, 32
 
 
 def draw(sentences: int, mean: float, longest: int) -> torch.Tensor:
-    """Return sentence lengths in random order."""
+    """Return random sentence lengths, int64 (sentences,), from 3 to ``longest``; the longest occurs."""
     g = torch.Generator().manual_seed(0)
     length = (torch.randn(sentences, generator=g) * mean * 0.35 + mean).round().clamp(3, longest).long()
     length[0] = longest
@@ -35,7 +36,7 @@ def draw(sentences: int, mean: float, longest: int) -> torch.Tensor:
 
 
 def packed(length: torch.Tensor) -> Callable[[], None]:
-    """Return a call of our implementation: q, k and v from one projection, heads concatenated afterwards."""
+    """Return a function that runs our implementation, forward and backward, with q, k and v from one projection."""
     x = torch.randn(int(length.sum()), 3, HEADS, WIDTH).requires_grad_()
     upstream = torch.randn(x.shape[0], HEADS * WIDTH)
 
@@ -47,7 +48,7 @@ def packed(length: torch.Tensor) -> Callable[[], None]:
 
 
 def padded(length: torch.Tensor) -> Callable[[], None]:
-    """Return a call of scaled-dot-product attention on (N, T) with a mask."""
+    """Return a function that runs scaled-dot-product attention on padded sentences (N, T) with a mask."""
     T = int(length.max())
     x = torch.randn(length.shape[0], T, 3, HEADS, WIDTH).requires_grad_()
     keep = (torch.arange(T) < length[:, None])[:, None, None, :]
@@ -66,7 +67,7 @@ def _padded_attention(qkv: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
 
 
 class Block(nn.Module):
-    """The encoder's block, for tokens of any leading shape."""
+    """Block of the encoder, for tokens of any leading shape and a given attention."""
 
     def __init__(self, attend: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
@@ -84,7 +85,7 @@ class Block(nn.Module):
 
 
 def block(length: torch.Tensor, pad: bool) -> Callable[[], None]:
-    """Return a call of a whole block."""
+    """Return a function that runs a complete block, forward and backward, on padded or packed sentences."""
     T = int(length.max())
     if pad:
         keep = (torch.arange(T) < length[:, None])[:, None, None, :]
@@ -103,9 +104,9 @@ def block(length: torch.Tensor, pad: bool) -> Callable[[], None]:
 
 
 def main() -> None:
-    """Print the table."""
+    """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sentences", type=int, default=4000)
+    parser.add_argument("--sentences", type=int, default=4000, help="number of sentences (default 4000)")
     rounds.add_options(parser, 15)
     args = parser.parse_args()
     for name, mean, longest in CASES:

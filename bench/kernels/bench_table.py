@@ -1,9 +1,9 @@
-"""The operations over the sentence table on the CPU, compared with their dense forms and peers in one run.
+"""Compare the operations over the sentence table on the CPU with their dense forms and peers, in one run.
 
     python bench/kernels/bench_table.py [--spots 512] [--genes 512] [--levels 32] [--dim 256] [--rounds 7] [--busy]
 
-Forward and backward, medians (see ``rounds.py``). Memory is the peak of live tensor bytes above the inputs, as the profiler
-counts allocations: it does not depend on what the machine is doing.
+Measures forward and backward, medians over rounds (see ``rounds.py``). Memory is the peak of live tensor bytes beyond the inputs,
+from the allocations that the profiler records, which does not depend on the load of the machine.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 
 def make(spots: int, genes: int, levels: int, dim: int) -> dict[str, torch.Tensor]:
-    """Return the inputs; those that are trained require gradients."""
+    """Return {name: input}; trained inputs require gradients."""
     g = torch.Generator().manual_seed(0)
     return {
         "image": F.normalize(torch.randn(spots, dim, generator=g), dim=-1).requires_grad_(),
@@ -32,7 +32,7 @@ def make(spots: int, genes: int, levels: int, dim: int) -> dict[str, torch.Tenso
 
 
 def embedding_bag(x: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Pool with F.embedding_bag and a masked softmax: the peer."""
+    """Return the sum of pooling by F.embedding_bag and a masked softmax, the peer."""
     G, Q, D = x["table"].shape
     rows = torch.arange(G) * Q + x["levels"].long()
     weight = F.embedding(rows, x["scores"].reshape(-1, 1)).squeeze(-1).masked_fill(~x["mask"], float("-inf")).softmax(1)
@@ -40,7 +40,7 @@ def embedding_bag(x: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def gathered(x: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Pool by gathering B x G x D rows."""
+    """Return the sum of pooling by gathering B x G x D rows."""
     rows = x["table"][torch.arange(x["table"].shape[0]), x["levels"].long()]
     return (pool_weights(x["scores"], x["levels"], x["mask"])[..., None] * rows).sum(1).sum()
 
@@ -64,14 +64,14 @@ CASES: dict[str, dict[str, Callable[[dict[str, torch.Tensor]], torch.Tensor]]] =
 
 
 def once(loss: Callable[[dict[str, torch.Tensor]], torch.Tensor], x: dict[str, torch.Tensor]) -> None:
-    """Run one forward and backward."""
+    """Run one forward and backward pass."""
     for t in x.values():
         t.grad = None
     loss(x).backward()
 
 
 def peak_mib(loss: Callable[[dict[str, torch.Tensor]], torch.Tensor], x: dict[str, torch.Tensor]) -> float:
-    """Return the highest number of bytes allocated and not yet freed, gradients of the inputs among them."""
+    """Return the peak of allocated tensor memory in MiB, including the gradients of the inputs."""
     for t in x.values():
         t.grad = None
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as run:
@@ -86,10 +86,10 @@ def peak_mib(loss: Callable[[dict[str, torch.Tensor]], torch.Tensor], x: dict[st
 
 
 def main() -> None:
-    """Print the table."""
+    """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, value in (("spots", 512), ("genes", 512), ("levels", 32), ("dim", 256)):
-        parser.add_argument(f"--{name}", type=int, default=value)
+        parser.add_argument(f"--{name}", type=int, default=value, help=f"default {value}")
     rounds.add_options(parser, 7)
     args = parser.parse_args()
     x = make(args.spots, args.genes, args.levels, args.dim)

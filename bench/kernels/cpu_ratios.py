@@ -1,11 +1,12 @@
-"""Gate of the CPU paths: the time of each over that of a peer in the same run, compared with ``bench/cpu_ratios.csv``.
+"""Regression check of the CPU paths: the time of each relative to a peer, compared with ``bench/cpu_ratios.csv``.
 
     PYTHONPATH=bench/kernels python bench/kernels/cpu_ratios.py [--check]
 
 Both are timed alternately on one thread, forward and backward, at the small sizes of ``make bench``. The ratio is that of their
-fastest rounds: another process can make a round slower, never faster. It is taken by the wall clock, which sees a path that waits,
-and by CPU time, which a busy machine hardly changes; the larger one counts. ``--check`` fails if it is above ``MARGIN`` times the
-committed one after ``MOST`` rounds; a ratio within the margin passes as soon as it is seen, so that noise costs time and no failure.
+fastest rounds, because another process can only make a round slower. It is measured by the wall clock, which includes waiting,
+and by CPU time, which depends little on the load of the machine; the larger ratio counts. ``--check`` fails if it is above
+``MARGIN`` times the committed one after ``MOST`` rounds. A ratio within the margin passes immediately, so noise costs time but
+causes no failure.
 """
 
 from __future__ import annotations
@@ -26,18 +27,21 @@ PEERS = {
     "table_pool": ("cpu", "embedding_bag"),
     "level_cross_entropy": ("cpu", "dense"),
 }
-"""Names of our path and of its peer in ``test_cpu.GROUPS``, by operation."""
+"""{operation: names of our path and of its peer in ``test_cpu.GROUPS``}."""
 MARGIN = 2.0
-"""Factor above the committed ratio that fails: far from noise of fastest rounds, and below a path that takes three times as long."""
+"""Maximum factor above the committed ratio: far above the noise of fastest rounds, and below a slowdown by 3."""
 CLOCKS = (time.perf_counter, time.thread_time)
 LEAST, MOST = 5, 60
-"""Rounds before a ratio may pass, and before one fails."""
+"""Number of rounds after which a ratio may pass, and after which it fails."""
 
 
 def fastest_ratio(
     ours: Callable[[], object], peer: Callable[[], object], limit: float, *, least: int = LEAST, most: int = MOST
 ) -> float:
-    """Return the fastest round of ``ours`` over that of ``peer``, by the worse clock; stops after ``least`` rounds once it is at most ``limit``."""
+    """Return the time of the fastest round of ``ours`` relative to that of ``peer``, the larger over both clocks.
+
+    Runs at most ``most`` rounds, and stops after ``least`` or more when the ratio is at most ``limit``.
+    """
     best = {clock: [float("inf"), float("inf")] for clock in CLOCKS}
     for call in (ours, peer):
         call()  # fills memory and caches
@@ -57,7 +61,7 @@ def fastest_ratio(
 def measure(
     groups: Mapping[str, Callable[[], Mapping[str, Callable[[], object]]]], limits: Mapping[str, float]
 ) -> dict[str, float]:
-    """Return the ratio of every operation; one with a limit stops when it is reached."""
+    """Return {operation: ratio}; an operation in ``limits`` is measured only until its limit is met."""
     out = {}
     for op, (own, peer) in PEERS.items():
         calls = groups[op]()
@@ -67,13 +71,13 @@ def measure(
 
 
 def read(path: Path = TABLE) -> dict[str, float]:
-    """Return the committed ratios by operation."""
+    """Return {operation: committed ratio}."""
     with path.open(newline="", encoding="utf-8") as file:
         return {row["op"]: float(row["ratio"]) for row in csv.DictReader(file)}
 
 
 def problems(ratios: Mapping[str, float], committed: Mapping[str, float]) -> list[str]:
-    """Return the operations that the table lacks, or whose ratio is above ``MARGIN`` times the committed one."""
+    """Return a message for each operation that the table lacks, or whose ratio is above ``MARGIN`` times the committed one."""
     out = [f"{op}: not in {TABLE.name}; run python bench/kernels/cpu_ratios.py" for op in ratios if op not in committed]
     for op, ratio in ratios.items():
         if op in committed and ratio > MARGIN * committed[op]:
@@ -86,7 +90,7 @@ def problems(ratios: Mapping[str, float], committed: Mapping[str, float]) -> lis
 
 
 def main() -> int:
-    """Measure, and write or check."""
+    """Measure, and write the table or, with ``--check``, compare with it; return 1 if a ratio is too large."""
     import torch
     from test_cpu import GROUPS  # builds inputs when it is imported
 

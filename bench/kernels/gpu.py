@@ -1,13 +1,13 @@
-"""Every Triton operation on this machine's GPU: checked first, then timed next to other implementations.
+"""Check every Triton operation on this machine's GPU, then time it and other implementations.
 
     python bench/kernels/gpu.py [--only infonce,packed_attention] [--out bench/gpu_results.csv]
-    TRITON_INTERPRET=1 python bench/kernels/gpu.py --dry-run      # no GPU: every path once, small, no times kept
+    TRITON_INTERPRET=1 python bench/kernels/gpu.py --dry-run      # without a GPU: every path once at small sizes, without times
 
-For work on one kernel: sizes are large, and the first error ends the run. ``bench/gpu_evidence.py`` runs the same cases
-(``bench/evidence``) at more sizes, and keeps what it has when a case fails. Times: forward and backward with CUDA events and a cold
-L2, median with 20 % and 80 % quantiles. Percent of roofline: the longer of FLOPs / peak and bytes / bandwidth over both medians,
-with the peak (a large bf16 product) and the bandwidth (a large copy) of this GPU measured in the same run. FLOPs are those of the
-definition: logits that a kernel recomputes are not counted as work. Rows are appended with GPU, versions and commit.
+This is for work on one kernel: sizes are large, and the first error ends the run. ``bench/gpu_evidence.py`` runs the same cases
+(``bench/evidence``) at more sizes and continues after an error. Times are those of forward and backward with CUDA events and a cold
+L2 cache, as median with 20 % and 80 % quantiles. Percent of roofline is the larger of FLOPs / peak and bytes / bandwidth, relative
+to the sum of both medians; the peak (a large bf16 product) and the bandwidth (a large copy) of this GPU are measured in the same
+run. FLOPs are those of the definition, without logits that a kernel recomputes. Rows are appended with GPU, versions and commit.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ COLUMNS = (
 
 
 def all_cases(device: str, small: bool) -> list[Case]:
-    """Return every operation at the sizes of the README, or at small ones."""
+    """Return the cases of every operation at the sizes of kernels/README.md, or at small ones."""
     B, M, D = (40, 60, 32) if small else (8192, 16384, 512)
     lengths = {16: 12} if small else {n: 2_432_000 // (3 + n) for n in (10, 16, 24, 32, 48)}
     heads, peers = ((2, 16), ()) if small else ((8, 64), ("flash", "varlen"))
@@ -110,7 +110,7 @@ def append(path: Path, rows: list[dict[str, str]]) -> None:
 
 
 def rows_of(case: Case, name: str, passes: Passes, share: float) -> list[dict[str, str]]:
-    """Return one row per pass."""
+    """Return the rows of one implementation, one per pass; ``share`` is the percentage of the roofline."""
     return [
         about()
         | {
@@ -129,7 +129,7 @@ def rows_of(case: Case, name: str, passes: Passes, share: float) -> list[dict[st
 
 
 def time_case(case: Case, device: str, peaks: tuple[float, float], dry: bool) -> list[dict[str, str]]:
-    """Time ours and the peers, print them, and return rows; none from a dry run."""
+    """Time our implementation and the others, print the times, and return their rows; a dry run returns none."""
     providers: dict[str, Loss] = {"ours": case.ours, "torch eager": case.reference, **case.peers}
     if not dry:
         providers["torch.compile"] = torch.compile(case.reference)
@@ -139,7 +139,7 @@ def time_case(case: Case, device: str, peaks: tuple[float, float], dry: bool) ->
     for name, loss in providers.items():
         try:
             passes = time_passes(loss, case.inputs, device)
-        except RuntimeError as error:  # out of memory, or a size that a peer does not support
+        except RuntimeError as error:  # out of memory, or a size that the implementation does not support
             if name == "ours":
                 raise
             print(f"{case.op:<26}{name:<24}failed: {str(error).splitlines()[0]}")
@@ -156,17 +156,23 @@ def time_case(case: Case, device: str, peaks: tuple[float, float], dry: bool) ->
 
 
 def main() -> None:
-    """Check, time, print and append."""
+    """Check and time the chosen operations, and append the rows to the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="operations, separated by commas")
-    parser.add_argument("--out", type=Path, default=Path("bench/gpu_results.csv"))
-    parser.add_argument("--dry-run", action="store_true", help="small sizes on any machine; nothing is written")
+    parser.add_argument("--only", default="", help="operations, separated by commas (default: all)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("bench/gpu_results.csv"),
+        help="table to append to (default bench/gpu_results.csv)",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="run small sizes on any machine, and write nothing")
     args = parser.parse_args()
     if not args.dry_run and not torch.cuda.is_available():
         sys.exit(
-            "no GPU: PyTorch finds no CUDA device; TRITON_INTERPRET=1 python bench/kernels/gpu.py --dry-run runs every path without one"
+            "no GPU: PyTorch finds no CUDA device; use TRITON_INTERPRET=1 python bench/kernels/gpu.py --dry-run to run every path "
+            "without one"
         )
-    # torch.compile's backward pass may otherwise free what a second call of it needs.
+    # Otherwise torch.compile's backward pass may free buffers that a second call needs.
     functorch_config.donated_buffer = False
     device = "cpu" if args.dry_run else "cuda"
     only = args.only.split(",") if args.only else []

@@ -1,10 +1,10 @@
-"""Mutation test of the Triton kernels: break a kernel on purpose, and require that a test fails.
+"""Mutation test of the Triton kernels: a test must fail for each fault that is put into a kernel.
 
     python bench/kernels/mutate.py [--only lse_tiles,grad_tiles] [--sample 6] [--list]
 
-Each mutant replaces one expression of one kernel in a temporary copy of ``kernels/`` and ``tests/kernels/``, and runs the tests of
-that kernel in Triton's interpreter until the first failure. The exit status is 1 if a mutant survives. All of them take about
-an hour of CPU time, for a nightly run; ``tests/kernels/test_mutants.py`` checks that every mutant still applies.
+For each mutant, one expression of one kernel is replaced in a temporary copy of ``kernels/`` and ``tests/kernels/``, and the tests
+of that kernel run in Triton's interpreter until the first failure. The exit status is 1 if a mutant survives. All mutants take
+about an hour of CPU time, so they run nightly; ``tests/kernels/test_mutants.py`` checks that every mutant can still be applied.
 """
 
 from __future__ import annotations
@@ -38,17 +38,21 @@ QUICK = {
     ATTENTION: "(equals_the_reference and size1) or beyond_the_end or only_its_sentence",
     EMBEDDING: "two_rounds or (equals_the_reference and size1) or beyond_the_end",
 }
-"""Tests that kill most mutants of a file; all others run only if these pass."""
+"""{file: expression for ``pytest -k`` that selects tests which kill most mutants}; the other tests run only if these pass."""
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """One expression of one kernel, and what replaces it."""
+    """One fault: an expression of a kernel and its replacement."""
 
     file: str
+    """File below ``kernels/comtip_kernels``."""
     kernel: str
+    """Name of the function."""
     kind: str
+    """Kind of the fault, for reports."""
     old: str
+    """Expression that occurs once in the function."""
     new: str
 
     @property
@@ -57,7 +61,7 @@ class Mutant:
         return f"{self.kernel}: {self.kind}"
 
     def tests(self) -> tuple[str, ...]:
-        """Return the test files that must kill it."""
+        """Return the test files of which one test must fail."""
         return (ROUNDING,) if self.kind == "dtype" else TESTS[self.file]
 
     def apply(self, source: str) -> str:
@@ -66,7 +70,7 @@ class Mutant:
         Raises
         ------
         ValueError
-            If the expression does not occur exactly once in the kernel.
+            The expression does not occur exactly once in the kernel.
         """
         found = re.search(rf"^def {self.kernel}\(.*?(?=\n\n\n|\Z)", source, flags=re.DOTALL | re.MULTILINE)
         if found is None or found[0].count(self.old) != 1:
@@ -267,7 +271,7 @@ MUTANTS = [
 
 
 def run(mutant: Mutant) -> tuple[bool, str]:
-    """Return whether a test killed the mutant, and the test that did."""
+    """Return whether a test failed for the mutant, and the name of this test, "" if it is not known."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         ignore = shutil.ignore_patterns("__pycache__")
@@ -285,18 +289,18 @@ def run(mutant: Mutant) -> tuple[bool, str]:
             if done.returncode != 0:
                 break
     failed = re.search(r"^(?:FAILED|ERROR) \S*?(\w+\.py\S*)", done.stdout, flags=re.MULTILINE)
-    # 1: a test failed. A crash of the interpreter (a negative status) kills too; anything else is no result.
+    # Status 1: a test failed. A crash of the interpreter (negative status) also kills; any other status is no result.
     if done.returncode not in (0, 1) and done.returncode > 0:
         raise RuntimeError(f"{mutant.name}: pytest could not run: {done.stdout[-500:]}{done.stderr[-500:]}")
     return done.returncode != 0, failed[1] if failed else ""
 
 
 def main() -> int:
-    """Run the mutants and report."""
+    """Run or list the chosen mutants; return 1 if one survives."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="names of kernels, separated by commas")
-    parser.add_argument("--sample", type=int, default=0, help="run every n-th mutant, so many in all")
-    parser.add_argument("--list", action="store_true", help="list the mutants")
+    parser.add_argument("--only", default="", help="names of kernels, separated by commas (default: all)")
+    parser.add_argument("--sample", type=int, default=0, help="number of evenly spaced mutants to run (default 0: all)")
+    parser.add_argument("--list", action="store_true", help="list the mutants without running them")
     args = parser.parse_args()
     chosen = [m for m in MUTANTS if not args.only or m.kernel in args.only.split(",")]
     if args.sample:

@@ -2,7 +2,7 @@
 
     python bench/kernels/plot.py [--sizes bench/traffic.csv] [--out kernels/floors.png]
 
-Nothing is timed: bytes and FLOPs are counted, times are predicted from a roofline.
+Nothing is measured: bytes and FLOPs are counted, and times are predicted by a roofline model.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ HEAD = ("operation", "size", "MB moved", "x floor", "GFLOP", "x floor", "A100 µ
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """Return the rows of the table of sizes."""
+    """Return the rows of a csv table."""
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
 def flop_ratio(row: dict[str, str]) -> float | None:
-    """Return FLOPs relative to the lower bound; None if no product is needed."""
+    """Return FLOPs relative to the lower bound, None for operations without products."""
     floor = float(row["floor_gflop"])
     return float(row["gflop"]) / floor if floor else None
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """Return the rows as Markdown; times are predicted."""
+    """Return the table of operations, with predicted times, as Markdown."""
     lines = ["| " + " | ".join(HEAD) + " |", "|---|---|" + "---:|" * 9]
     for r in rows:
         ratio = flop_ratio(r)
@@ -54,13 +54,13 @@ def table(rows: list[dict[str, str]]) -> str:
 
 
 def _share(row: dict[str, str], roof: str) -> str:
-    """Return the share of the predicted H100 time that one roof alone needs; the lowest roof, which bounds, is bold."""
+    """Return the share of the predicted H100 time that one roof alone would take; that of the limiting roof is bold."""
     text = f"{float(row[f'{roof}_us_h100']) / float(row['predicted_us_h100']):.0%}".replace("%", " %")
     return f"**{text}**" if row["bound_h100"] == roof else text
 
 
 def kernels_table(rows: list[dict[str, str]], triton: str = "3.8.0") -> str:
-    """Return the bf16 kernels as Markdown, with sm_80, sm_90 and sm_100 in one row."""
+    """Return the table of bf16 kernels as Markdown, with the values of sm_80, sm_90 and sm_100 in one row."""
     by_kernel: dict[str, dict[str, dict[str, str]]] = {}
     for r in rows:
         if r["triton"] == triton and r["name"].endswith("_bf16"):
@@ -75,7 +75,7 @@ def kernels_table(rows: list[dict[str, str]], triton: str = "3.8.0") -> str:
 
 
 def draw(rows: list[dict[str, str]], out: Path) -> None:
-    """Draw ratios to the floors on the left and predicted times on the right."""
+    """Draw ratios to the lower bounds on the left and predicted times on the right, and write the figure to ``out``."""
     bottom_up = rows[::-1]
     names = [f"{r['op']}  {r['part']}\n{r['size']}" for r in bottom_up]
     y = range(len(bottom_up))
@@ -109,10 +109,17 @@ def draw(rows: list[dict[str, str]], out: Path) -> None:
 
 
 def main() -> None:
-    """Draw and print."""
+    """Draw the figure and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", type=Path, default=ROOT / "bench/traffic.csv")
-    parser.add_argument("--out", type=Path, default=ROOT / "kernels/floors.png")
+    parser.add_argument(
+        "--sizes",
+        type=Path,
+        default=ROOT / "bench/traffic.csv",
+        help="table of sizes, with ledger.csv next to it (default bench/traffic.csv)",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "kernels/floors.png", help="figure to write (default kernels/floors.png)"
+    )
     args = parser.parse_args()
     rows = read(args.sizes)
     draw(rows, args.out)

@@ -1,7 +1,8 @@
-"""Microbenchmarks of the CPU paths and their peers with pytest-benchmark: ``make bench``.
+"""Microbenchmarks of the CPU paths and their peers with pytest-benchmark (``make bench``).
 
-Sizes are small enough for CI; COMTIP_BENCH=full uses those of kernels/README.md. No time makes one of these fail: ``cpu_ratios.py``
-compares with the committed ratios, and the tables of the docs come from the ``bench_*.py`` scripts, which interleave.
+Sizes are small enough for CI; COMTIP_BENCH=full uses those of kernels/README.md. They do not fail because of a time:
+``cpu_ratios.py`` compares with the committed ratios, and the tables of the docs come from the ``bench_*.py`` scripts, which time
+alternately.
 """
 
 import os

@@ -3,8 +3,8 @@
     python bench/loader/compare.py --work runs/bench_loader --out bench/loader
     python bench/loader/plot.py
 
-The first command builds a 224 px set from data_shards/samples unless ``--shards`` names one; the second draws
-docs/loader.png and fills the table in docs/data_loading.md. ``comtip bench loader`` measures our loaders alone.
+The first command builds a set with tiles of 224 px from data_shards/samples, unless ``--shards`` names one; the second draws
+docs/loader.png and updates the table in docs/data_loading.md. ``comtip bench loader`` measures only our loaders.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ MB = 1e6
 
 
 def contenders_of(setting: Setting, inputs: LoaderInputs, work: Path, rate_mb: float) -> list[Contender]:
-    """Return the peers, our loaders and the decoders, those with worker processes first.
+    """Return the loaders of other projects, our loaders and the decoders, those with worker processes first.
 
-    ``rate_mb`` adds rows for a storage of that many MB/s; 0 leaves them out.
+    ``rate_mb`` adds contenders with a storage limited to this many MB/s; 0 adds none.
     """
     shards, config, size = setting.shards, setting.config.data, inputs.bytes_per_spot
     panel = np.sort(np.random.default_rng(0).permutation(inputs.streamed.genes.trained.size)[:256])
@@ -72,13 +72,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=Path("runs/bench_loader"), help="folder for built files")
     parser.add_argument("--out", type=Path, help="folder for the result files (default: the --work folder)")
     parser.add_argument("--workers", type=int, default=2, help="threads or processes per contender (default 2)")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--batch-size", type=int, default=64, help="spots per batch (default 64)")
+    parser.add_argument("--rounds", type=int, default=7, help="number of rounds (default 7)")
     parser.add_argument("--spots", type=int, default=2000, help="spots per round and contender (default 2000)")
     parser.add_argument(
-        "--rate", type=float, default=100.0, help="MB/s of the rate-limited rows (default 100; 0: none)"
+        "--rate", type=float, default=100.0, help="storage rate of the rate-limited rows in MB/s (default 100; 0: none)"
     )
-    parser.add_argument("--epochs", type=int, default=20, help="epochs over which memory is recorded (0: none)")
+    parser.add_argument(
+        "--epochs", type=int, default=20, help="epochs over which memory is recorded (default 20; 0: none)"
+    )
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)

@@ -1,8 +1,8 @@
 """Loaders of other projects: webdataset with Pillow, HEST-style h5 files with a ``DataLoader``, and DALI's reader.
 
-The first two return what the loaders of comtip_fast return: uint8 tiles with the same kinds of views (stain tables,
-rotations, jitter) and the levels of a gene panel. Their views are drawn from one generator per worker, which is cheaper
-than keyed random numbers. DALI's reader only decodes.
+The first two return the same as the loaders of comtip_fast: uint8 tiles with the same kinds of views (stain tables, rotations,
+jitter) and the levels of a gene panel. Their views are drawn from one generator per worker, which is cheaper than keyed random
+numbers. DALI's reader only decodes.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ _TURNS = (
     Image.Transpose.FLIP_TOP_BOTTOM,
     Image.Transpose.TRANSPOSE,
 )
-"""Pillow methods for the eight turns of :func:`comtip_fast.data.augment.views.rotate_flip`."""
+"""Pillow methods for the eight orientations of :func:`comtip_fast.data.augment.views.rotate_flip`."""
 
 
 class TileViews:
-    """Views of one tile at a time.
+    """Random views of tiles, one tile at a time.
 
     Parameters
     ----------
     shards, config
-        Stain of each section, and the strength of the jitter.
+        Shard set with the stain of each section, and config with the strength of the jitter.
     how
         ``numpy`` (:func:`comtip_fast.data.augment.views.make_views`) or ``pillow`` (``transpose`` and ``point``), which is
         faster.
@@ -64,7 +64,7 @@ class TileViews:
         return self.view(image, int(self._rng.integers(8)), table)
 
     def view(self, image: Image.Image | np.ndarray, turn: int, table_3V: np.ndarray) -> np.ndarray:
-        """Turn the tile and map its values: uint8 (3, S, S)."""
+        """Return the tile in orientation ``turn`` with its values mapped by ``table_3V``: uint8 (3, S, S)."""
         if self.how == "numpy":
             plan = ViewPlan(np.zeros(1, np.int64), np.array([turn]), table_3V[None])
             return np.ascontiguousarray(make_views(np.asarray(image)[None], plan)[0].transpose(2, 0, 1))
@@ -77,7 +77,7 @@ class TileViews:
 def webdataset_batches(
     shards: ShardSet, tables: TrainingTables, panel: np.ndarray, config: DataConfig, views: str
 ) -> Generator[int, None, None]:
-    """Read shuffled tars with ``webdataset``, decode with Pillow in worker processes, and yield batch sizes without end."""
+    """Read shuffled tars with ``webdataset``, decode with Pillow in worker processes, and yield batch sizes endlessly."""
     import webdataset
 
     train = {s.section_id for s in shards.manifest.sections if s.split == "train"}
@@ -96,7 +96,7 @@ def webdataset_batches(
 
 
 class _DecodeRecord:
-    """Convert a WebDataset sample to (tile, levels, section)."""
+    """Converts a WebDataset sample to (tile, levels, section)."""
 
     def __init__(self, shards: ShardSet, tables: TrainingTables, panel: np.ndarray, views: TileViews) -> None:
         self.shards, self.tables, self.panel, self.views = shards, tables, panel, views
@@ -119,7 +119,7 @@ def _collate(samples: list[tuple[np.ndarray, np.ndarray, int]]) -> tuple[Tensor,
 
 
 def write_h5(shards: ShardSet, folder: Path) -> None:
-    """Write the tiles of each training section as HEST does: an h5 file with raw ``img`` (N, S, S, 3), one tile per chunk."""
+    """Write an h5 file per training section in the layout of HEST: uncompressed ``img`` (N, S, S, 3), one tile per chunk."""
     import h5py
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -138,9 +138,9 @@ def write_h5(shards: ShardSet, folder: Path) -> None:
 
 
 class H5Tiles(Dataset):
-    """Dataset of spots: tiles from h5 files, levels from memory, where trainers of this kind keep expression.
+    """Dataset of spots with tiles from h5 files and levels from memory, where such trainers usually keep expression.
 
-    ``bytes_per_s`` limits the read rate of each worker; 0 is no limit.
+    ``bytes_per_s`` limits the read rate of each worker; 0 means no limit.
     """
 
     def __init__(
@@ -176,7 +176,7 @@ def h5_batches(
     views: str,
     bytes_per_s: float = 0.0,
 ) -> Generator[int, None, None]:
-    """Read h5 tiles in random order with a ``DataLoader`` and yield batch sizes without end."""
+    """Read h5 tiles in random order with a ``DataLoader`` and yield batch sizes endlessly."""
     assert tables.levels is not None
     rate = bytes_per_s / config.workers
     data = H5Tiles(folder, shards, tables.levels[:, panel], TileViews(shards, config, views), rate)
@@ -194,7 +194,10 @@ def h5_batches(
 
 
 def dali_reader_batches(shards: ShardSet, config: DataConfig) -> Generator[int, None, None]:
-    """Read with ``fn.readers.webdataset`` and the set's index files: DALI's order; no views, levels or exact resume."""
+    """Read and decode with ``fn.readers.webdataset`` and the set's indexes, and yield batch sizes endlessly.
+
+    The order is that of DALI; there are no views, levels or exact resumption.
+    """
     from importlib import import_module
 
     dali: Any = import_module("nvidia.dali")
@@ -221,7 +224,7 @@ def dali_reader_batches(shards: ShardSet, config: DataConfig) -> Generator[int, 
 
 
 def limit_rate(records: SpotReader, bytes_per_s: float) -> None:
-    """Limit a reader to the rate of a slow storage."""
+    """Limit a reader in place to a storage rate in bytes/s."""
     fetch: Callable[[np.ndarray], EncodedSpots] = records.fetch
 
     def slow(spots: np.ndarray) -> EncodedSpots:

@@ -21,6 +21,7 @@ def read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
 
 
 def colour(name: str) -> str:
+    """Return the colour of a contender's bar."""
     return OURS if name.startswith("comtip") else LIMITS if "decod" in name else PEERS
 
 
@@ -56,8 +57,9 @@ def fill(page: Path, text: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=HERE, help="folder of the result files")
-    parser.add_argument("--out", type=Path, default=HERE.parents[1] / "docs" / "loader.png")
-    parser.add_argument("--page", type=Path, default=HERE.parents[1] / "docs" / "data_loading.md")
+    parser.add_argument("--out", type=Path, default=HERE.parents[1] / "docs" / "loader.png", help="file of the figure")
+    page = HERE.parents[1] / "docs" / "data_loading.md"
+    parser.add_argument("--page", type=Path, default=page, help="Markdown page whose table is replaced")
     args = parser.parse_args()
     notes, rows = read(args.results / "results.csv")
     _, memory = read(args.results / "memory.csv")

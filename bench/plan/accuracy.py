@@ -18,6 +18,7 @@ from tests.comtip_fast.test_plan_ranks import CASES, W, measure_all, plan_of, to
 
 
 def row(case: str, found: dict[str, Any]) -> str:
+    """Return the table row of one engine."""
     plan = plan_of(case, found)
     rows = state_rows(plan.sizes, plan.engine, W)
     zero = case.startswith("ZeRO")

@@ -53,13 +53,13 @@ class Lab:
         self.row = {k: i for i, k in enumerate(self.keys)}
 
     def sections(self, cohort: str, split: str) -> list[int]:
-        """Return section numbers."""
+        """Return the numbers of a cohort's sections in one split."""
         entries = enumerate(self.shards.manifest.sections)
         return [i for i, s in entries if s.split == split and self.shards.cohort_of_section(i) == cohort]
 
     @cache  # noqa: B019
     def features(self, section: int) -> ImageFeatures:
-        """Return all features of a section."""
+        """Return the model's features of all spots of a section."""
         spots = self.shards.select(sections=[section])
         xy = self.shards.spots.loc[spots, ["x_px", "y_px"]].to_numpy(float)
         tiles = self.shards.tiles(spots)
@@ -67,19 +67,19 @@ class Lab:
 
     @cache  # noqa: B019
     def counts(self, section: int) -> tuple[Any, np.ndarray]:
-        """Return counts and the covariates: mean colour, log total."""
+        """Return the counts of a section and its covariates: mean colour and log total count."""
         spots = self.shards.select(sections=[section])
         counts = self.shards.counts(spots)
         colour = mean_colour(self.shards.tiles(spots))
         return counts, np.column_stack([colour, np.log1p(np.asarray(counts.sum(axis=1)).ravel())])
 
     def values(self, section: int, keys: list[str]) -> Values:
-        """Return measured expression."""
+        """Return the measured expression of genes in both normalisations."""
         counts, rows = self.counts(section)[0], [self.row[k] for k in keys]
         return {"cp10k": log1p_cp10k(counts)[:, rows].toarray(), "raw": np.log1p(counts[:, rows].toarray())}
 
     def ranked(self, sections: list[int]) -> list[str]:
-        """Return gene keys by decreasing variance over training sections."""
+        """Return gene keys by decreasing variance over sections."""
         values = [log1p_cp10k(self.counts(s)[0]) for s in sections]
         rows, _ = rank_by_variance(values, [self.shards.measured(s) for s in sections], 0.1)
         return [self.keys[r] for r in rows]
@@ -90,7 +90,7 @@ class Lab:
         return [k for k in keys if ok[self.row[k]]]
 
     def show(self, name: str, section: int, keys: list[str], predicted: Values) -> None:
-        """Print one line."""
+        """Print the scores of one prediction of a section."""
         cells = []
         for norm in NORMS:
             measured = self.values(section, keys)[norm].astype(np.float64)
@@ -111,7 +111,7 @@ class Lab:
         context: bool = True,
         grid: ReadoutGrid | None = None,
     ) -> LinearReadout:
-        """Fit heads and keep the blocks named, each with the same share."""
+        """Fit the heads of a cohort; keep only the blocks in ``blocks``, each with the same share."""
         settings = replace(self.readout.settings, context=context)
         tables = {s: self._table(s, keys, context) for s in [*train, *valid]}
         x = np.concatenate([self._x(s, context) for s in train])
@@ -138,11 +138,11 @@ class Lab:
     def linear(
         self, readout: LinearReadout, section: int, keys: list[str], vectors: GeneVectors | None = None
     ) -> Values:
-        """Predict by heads alone."""
+        """Predict with the heads alone."""
         return readout.predict(self._x(section, readout.settings.context), keys, None, vectors)[0]
 
     def levels(self, section: int, keys: list[str], *, viewed: bool) -> Values:
-        """Predict from level sentences: of one view, or of mean vectors and averaged with the neighbours."""
+        """Predict from level sentences: from one view, or from the mean vectors of all views, averaged with neighbours."""
         f = self.features(section)
         genes = {g.key: g for g in self.predictor.bundle.genes}
         queries = [GeneQuery(genes[k].symbol, genes[k].name, k) for k in keys]
@@ -241,11 +241,11 @@ def unseen(lab: Lab, cohort: str, split: str, vectors: GeneVectors, only: list[s
 def main() -> None:
     """Print one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--split", choices=("val", "test"), default="val")
-    parser.add_argument("--cohort", help="default: all of the model")
-    parser.add_argument("--vectors", type=Path)
-    parser.add_argument("--only", default="")
+    parser.add_argument("run", type=Path, help="folder of a training run whose model has a linear readout")
+    parser.add_argument("--split", choices=("val", "test"), default="val", help="split to predict (default val)")
+    parser.add_argument("--cohort", help="cohort to predict (default: every cohort of the model)")
+    parser.add_argument("--vectors", type=Path, help="gene vectors: print the table of unseen genes")
+    parser.add_argument("--only", default="", help="with --vectors: training sections to use, comma-separated ids")
     args = parser.parse_args()
     lab = Lab(args.run)
     for cohort in [args.cohort] if args.cohort else [h.cohort for h in lab.readout.heads]:

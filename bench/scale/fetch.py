@@ -1,8 +1,8 @@
 """Tars that a rank touches in a step, and bytes that a node fetches in an epoch, without and with slots, on synthetic sets.
 
-``PYTHONPATH=.:kernels:data_shards python bench/scale/fetch.py [NAME ...]`` needs no tiles: it takes the order of an epoch and
-counts. *Whole tars* is what a node fetches if its cache holds its tars for an epoch; *ranges* what it fetches by byte ranges,
-with no cache.
+``PYTHONPATH=.:kernels:data_shards python bench/scale/fetch.py [NAME ...]`` counts in the order of an epoch and needs no tiles.
+*Whole tars* is what a node fetches if its cache holds its tars for an epoch; *ranges* is what it fetches by byte ranges
+without a cache.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def synthetic(n_spots: int, n_sections: int, **settings: Any) -> tuple[EpochSche
 
 
 def measure(name: str, nodes: int, **settings: Any) -> str:
-    """Return the row of one set."""
+    """Return the table row of one set."""
     n_spots, n_sections = SETS[name]
     schedule, first = synthetic(n_spots, n_sections, **settings)
     sizes = np.diff(np.append(first, n_spots)) * RECORD_BYTES
@@ -60,10 +60,10 @@ def _of_node(size: int, node: int, world: int) -> slice:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(SETS))
-    parser.add_argument("--batch", type=int, default=65_536)
-    parser.add_argument("--run", type=int, default=16)
-    parser.add_argument("--nodes", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"sets, of {', '.join(SETS)} (default: all)")
+    parser.add_argument("--batch", type=int, default=65_536, help="spots per batch")
+    parser.add_argument("--run", type=int, default=16, help="data.run: consecutive records read together")
+    parser.add_argument("--nodes", type=int, nargs="+", default=[1, 8, 64], help="numbers of nodes")
     args = parser.parse_args()
     print(
         "| set | nodes | slots | balance | tars per rank-step | GB per node, whole tars | largest | GB per node, ranges |"

@@ -41,7 +41,7 @@ def reads_per_rank_step(batches: list[np.ndarray]) -> float:
 
 
 def measure(name: str) -> str:
-    """Return the row of one set."""
+    """Return the table row of one set."""
     n_spots, n_sections = SETS[name]
     schedule = synthetic(n_spots, n_sections, run=64)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -61,7 +61,7 @@ def measure(name: str) -> str:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(SETS))
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"sets, of {', '.join(SETS)} (default: all)")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:

@@ -1,4 +1,4 @@
-"""Predict synthetic whole-slide images, killed at half and resumed: seconds, peak memory, and the same bytes.
+"""Predict synthetic whole-slide images, killed at half and resumed: seconds, peak memory, and whether the files are equal.
 
 ``python bench/scale/slide.py --px 20000 100000`` writes pyramid TIFFs from a few encoded tiles, of which 5 % show tissue,
 trains a tiny model for two steps, and runs ``comtip predict`` three times: killed when half of the tiles are encoded,
@@ -60,13 +60,14 @@ def main() -> None:
 
 
 def measure(folder: Path, run: Path, px: int, *, once: bool) -> str:
+    """Return the table row of one slide."""
     slide = folder / f"made_{px}.tif"
     write_slide(slide, px)
     answers = [folder / f"{name}_{px}.h5ad" for name in ("killed", "whole")]
     first = predict(run, slide, answers[0], kill_at_half=True)
-    assert first.code == -signal.SIGKILL, "the slide was predicted before it could be killed"
+    assert first.code == -signal.SIGKILL, "the slide was predicted before it could be killed; choose a larger --px"
     resumed = predict(run, slide, answers[0])
-    assert resumed.code == 0
+    assert resumed.code == 0, f"the resumed run exited with code {resumed.code}"
     tiles, comparison = n_tiles(answers[0]), "- | - | - |"
     if not once:
         whole = predict(run, slide, answers[1])
@@ -114,12 +115,14 @@ def predict(run: Path, slide: Path, out: Path, *, kill_at_half: bool = False) ->
 
 
 def expected_tiles(slide: Path) -> float:
+    """Return about how many tiles are on tissue."""
     with tifffile.TiffFile(slide) as file:
         side = file.pages.first.shape[0]
     return TISSUE_SHARE * (side * MPP / 112.0) ** 2
 
 
 def n_tiles(answer: Path) -> int:
+    """Return the number of predicted tiles."""
     import h5py
 
     with h5py.File(answer, "r") as file:
@@ -151,7 +154,7 @@ def write_slide(path: Path, px: int) -> None:
 
 
 def disc(tiles: list[np.ndarray], encoded: list[bytes], side: int) -> Iterator[bytes]:
-    """Yield the tiles of a level row by row: tissue inside of the disc, glass elsewhere."""
+    """Yield the tiles of a level row by row: tissue inside the disc, glass elsewhere."""
     count, radius = math.ceil(side / TILE), math.sqrt(TISSUE_SHARE / math.pi) * side
     for row in range(count):
         for column in range(count):
@@ -166,6 +169,7 @@ def disc(tiles: list[np.ndarray], encoded: list[bytes], side: int) -> Iterator[b
 
 
 def drawn_tiles() -> Iterator[np.ndarray]:
+    """Yield a tile of glass, then the variants of tissue."""
     rng = np.random.default_rng(0)
     yield np.full((TILE, TILE, 3), 242, np.uint8)
     for _ in range(VARIANTS):
@@ -175,6 +179,7 @@ def drawn_tiles() -> Iterator[np.ndarray]:
 
 
 def encode(tile: np.ndarray) -> bytes:
+    """Return a tile as JPEG."""
     buffer = io.BytesIO()
     Image.fromarray(tile).save(buffer, "JPEG", quality=85, subsampling=2)
     return buffer.getvalue()

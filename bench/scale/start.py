@@ -89,7 +89,7 @@ class SyntheticSection:
         return SectionHead(meta, f"{self.number:064x}", self.n_spots, keys, stain, out.getvalue(), TILE.min_mpp, source)
 
     def runs(self, size: int) -> Iterator[RecordRun]:
-        """Yield the records."""
+        """Yield the records, ``size`` spots at a time."""
         rng = np.random.default_rng([1, self.number])
         pool = [encode_tile(_tile(i), "jpeg", TILE.quality) for i in range(POOL)]
         share = np.random.default_rng(0).lognormal(0, 2, self.n_genes)
@@ -126,7 +126,7 @@ def build(out: Path, n_spots: int, n_sections: int, n_genes: int, jobs: int) -> 
     free = shutil.disk_usage(out.parent).free
     if free < 8_000 * n_spots:
         raise SystemExit(
-            f"{out}: about {6e-6 * n_spots:.1f} GB are needed, {free / 1e9:.1f} GB are free; choose fewer --spots"
+            f"{out}: {8e-6 * n_spots:.1f} GB must be free, but {free / 1e9:.1f} GB are; free space or choose fewer --spots"
         )
     out.mkdir()
     share = np.random.default_rng(0).lognormal(0, 0.5, n_sections)
@@ -137,7 +137,7 @@ def build(out: Path, n_spots: int, n_sections: int, n_genes: int, jobs: int) -> 
 
 
 def measure(folder: Path, fit_spots: int, expression: str) -> dict[str, Any]:
-    """Return what a start costs up to the first batch, without the model."""
+    """Return times, bytes read and peak memory up to the first batch; the model is not built."""
     at_import = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     before, began, cpu = _read_bytes(), time.perf_counter(), time.process_time()
     shards = ShardSet(folder)
@@ -215,15 +215,15 @@ def _read_bytes() -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("build")
-    one.add_argument("--out", type=Path, required=True)
-    one.add_argument("--spots", type=int, default=1_500_000)
-    one.add_argument("--sections", type=int, default=1_100)
-    one.add_argument("--genes", type=int, default=20_000)
-    one.add_argument("--jobs", type=int, default=2)
-    two = commands.add_parser("measure")
-    two.add_argument("set", type=Path)
-    two.add_argument("--fit-spots", type=int, default=50_000)
+    one = commands.add_parser("build", help="write a synthetic shard set")
+    one.add_argument("--out", type=Path, required=True, help="new folder of the set")
+    one.add_argument("--spots", type=int, default=1_500_000, help="number of spots")
+    one.add_argument("--sections", type=int, default=1_100, help="number of sections")
+    one.add_argument("--genes", type=int, default=20_000, help="number of genes")
+    one.add_argument("--jobs", type=int, default=2, help="processes that write")
+    two = commands.add_parser("measure", help="measure a start with a set")
+    two.add_argument("set", type=Path, help="folder of the set")
+    two.add_argument("--fit-spots", type=int, default=50_000, help="levels.fit_spots")
     two.add_argument(
         "--expression", default="auto", help="data.expression; records on a small set acts as auto on a large one"
     )

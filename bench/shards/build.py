@@ -4,7 +4,7 @@
 
 HEST's layout (hestcore, v1.3) is a patches h5 with ``img`` uint8 (N, px, px, 3), uncompressed with one patch per chunk,
 ``coords`` and ``barcode``, and an h5ad of raw counts. It is written here with h5py and anndata from the same sections,
-with the same readers and the same tile code, but without checks, hashes or overviews: less work than a build.
+with the same readers and the same tile code, but without checks, hashes or overviews, which is less work than a build.
 Tiles are cut in three ways: blurred (224 um at 4 um/px, quality 95), and at the resolution of the image,
 which keeps all detail, at quality 95 and 85.
 """
@@ -67,6 +67,7 @@ def timed(work: Callable[[Path], object], out: Path, rounds: int) -> float:
 
 
 def size_of(folder: Path, pattern: str = "**/*") -> int:
+    """Return the total bytes of the files that match a pattern."""
     return sum(p.stat().st_size for p in folder.glob(pattern) if p.is_file())
 
 
@@ -82,6 +83,7 @@ def parts(folder: Path) -> dict[str, float]:
 
 
 def run(samples: list[str], tile_um: float, min_mpp: float, quality: int, rounds: int, jobs: int, folder: Path) -> None:
+    """Print speed and size of both layouts for one way to cut the tiles."""
     sources = open_source(SAMPLES, samples=samples)
     how = {"tile_px": PX, "tile_um": tile_um, "min_mpp": min_mpp, "quality": quality}
     hest = timed(lambda out: write_hest(sources, out, tile_um, min_mpp), folder / "hest", rounds)
@@ -102,9 +104,10 @@ def run(samples: list[str], tile_um: float, min_mpp: float, quality: int, rounds
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", default="her2st_C2,her2st_C3,her2st_C4,her2st_C5")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=2)
+    samples = "her2st_C2,her2st_C3,her2st_C4,her2st_C5"
+    parser.add_argument("--samples", default=samples, help="section ids, comma-separated")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each way; the median is printed")
+    parser.add_argument("--jobs", type=int, default=2, help="processes of the parallel build")
     args = parser.parse_args()
     samples = args.samples.split(",")
     finest = min(s.meta.mpp for s in open_source(SAMPLES, samples=samples))

@@ -5,7 +5,7 @@
 Every section of the source is checked unmodified, then with every fault of :mod:`testkit.section_faults`. A fault
 counts as found when the check designed for it warns or fails; alarms of other checks are listed in the last column.
 With ``--variants``, the same for sections changed by :mod:`testkit.section_variants`: every section is checked in every
-variant, and every fault is planted in one section of each variant, the sections in turn.
+variant, and every fault is put into one section of each variant, the sections in turn.
 """
 
 from __future__ import annotations
@@ -35,10 +35,12 @@ def chosen(table: Mapping[str, T], only: list[str]) -> dict[str, T]:
 
 
 def alarms(report: SectionReport) -> set[str]:
+    """Return the names of the checks that warn or fail."""
     return {f.name for f in report.findings if f.status in (WARN, FAIL)}
 
 
 def calibrate(sections: list[Section], folder: Path, only: list[str]) -> list[str]:
+    """Return the lines of the table of faults."""
     lines = ["| fault | check | found | no other alarm | other alarms |", "|---|---|---|---|---|"]
     sound = Counter(name for s in sections for name in alarms(check_section(s)))
     n = len(sections)
@@ -64,17 +66,17 @@ def calibrate_variants(sections: list[Section], folder: Path, only: list[str]) -
         raised = [alarms(check_section(section)) for section in changed]
         wrong = Counter(name for found in raised for name in found - expected)
         stains = f"{sum(expected <= found for found in raised)} / {len(raised)}" if expected else ""
-        found, planted, missed = 0, 0, []
+        found, tried, missed = 0, 0, []
         for turn, (fault, (check, corrupt)) in enumerate(SECTION_FAULTS.items() if not expected else ()):
             section = changed[(number + turn) % len(changed)]
             corrupted = corrupt(section, folder)
             if check == "on_tissue" and (corrupted.xy == section.xy).all():
                 continue  # tissue fills the frame: there is no background to move spots to
-            planted += 1
+            tried += 1
             is_found = check in alarms(check_section(corrupted))
             found += is_found
             missed += [] if is_found else [f"{fault} ({section.meta.section_id})"]
-        faults = f"{found} / {planted}" if planted else ""
+        faults = f"{found} / {tried}" if tried else ""
         lines.append(f"| {variant} | {_counted(wrong, len(raised))} | {stains} | {faults} | {', '.join(missed)} |")
     return lines
 
@@ -85,11 +87,11 @@ def _counted(names: Counter[str], n: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("source", type=Path)
-    parser.add_argument("--samples", help="section ids, comma-separated")
-    parser.add_argument("--variants", action="store_true", help="table of variants instead of that of faults")
-    parser.add_argument("--only", default="", help="rows whose names contain one of these texts, comma-separated")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("source", type=Path, help="folder of the sections")
+    parser.add_argument("--samples", help="section ids, comma-separated (default: all)")
+    parser.add_argument("--variants", action="store_true", help="print the table of variants instead of that of faults")
+    parser.add_argument("--only", default="", help="only rows whose names contain one of these texts, comma-separated")
+    parser.add_argument("--out", type=Path, help="also write the table to this file")
     args = parser.parse_args()
     samples = args.samples.split(",") if args.samples else None
     sections = [s.read() for s in open_source(args.source, samples=samples)]

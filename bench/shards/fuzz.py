@@ -1,7 +1,7 @@
 """Fuzz the shard reader: ``PYTHONPATH=.:data_shards python bench/shards/fuzz.py --n 10000 --seed 0``.
 
-Half of the mutations are damage (files change, hashes do not), half are forgeries (every hash is updated to match). The
-run stops at the first crash (any exception but ShardError), hang (a mutation that takes longer than --limit seconds),
+Half of the mutations are damage (files change, hashes do not), half are forgeries (every hash is updated to match). Fuzzing
+stops at the first crash (any exception but ShardError), hang (a mutation that takes longer than --limit seconds),
 wrong data without an error, or damage that ``verify`` misses, and prints the seed and number that reproduce it. Memory is
 limited to --memory-gb.
 """
@@ -28,15 +28,16 @@ from testkit.tiny import TinySection, write_tiny_source
 
 
 def hang(*_: object) -> None:
+    """Raise the error of a mutation that takes too long."""
     raise TimeoutError("a read or verify did not return within --limit seconds")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--n", type=int, default=10_000)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--n", type=int, default=10_000, help="number of mutations")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the mutations")
     parser.add_argument("--limit", type=int, default=60, help="time limit of one mutation in seconds")
-    parser.add_argument("--memory-gb", type=float, default=8.0)
+    parser.add_argument("--memory-gb", type=float, default=8.0, help="limit of the address space in GiB")
     args = parser.parse_args()
     size = int(args.memory_gb * 2**30)
     resource.setrlimit(resource.RLIMIT_AS, (size, size))

@@ -1,4 +1,4 @@
-"""Time a step is blocked by a checkpoint: synchronous write against copy plus asynchronous write.
+"""Measure how long a checkpoint blocks a step if it is written synchronously, or copied and then written asynchronously.
 
     python bench/train/checkpoint_stall.py --mib 256 --rounds 5
 
@@ -56,8 +56,8 @@ def _seconds(act: Callable[[], None]) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mib", type=float, default=256)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--mib", type=float, default=256, help="size of the checkpoint in MiB")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds; the median is printed")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as name:
         blocking, asynchronous = measure(args.mib, args.rounds, Path(name))

@@ -1,4 +1,4 @@
-"""Loss curve parity of whole training runs: W ranks, and runs resumed under another engine, against one process.
+"""Loss curves of whole training runs with W ranks, and of runs resumed under another engine, compared with one process.
 
     python bench/train/curves.py                 50 steps, every engine, W = 1, 2, 4, as a Markdown table
     python bench/train/curves.py --runs offload  the same with CPU offload (nvme: NVMe offload, needs libaio; frozen: encoders that thaw;
@@ -177,7 +177,7 @@ def losses(folder: Path) -> list[float]:
 
 def deviations(found: list[float], wanted: list[float]) -> dict[int, float]:
     """Return the largest relative deviation over the first 10 and the first 50 steps."""
-    assert len(found) == len(wanted), (len(found), len(wanted))
+    assert len(found) == len(wanted), f"the run has {len(found)} steps, not {len(wanted)}"
     off = [abs(a - b) / abs(b) for a, b in zip(found, wanted, strict=True)]
     return {n: max(off[:n]) for n in LIMITS if n <= len(off)}
 
@@ -201,9 +201,9 @@ def run(shards: str, folder: Path, steps: int, worlds: list[int], which: str) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", choices=RUNS, default="all")
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--worlds", default="1,2,4")
+    parser.add_argument("--runs", choices=RUNS, default="all", help="which runs to compare (default all)")
+    parser.add_argument("--steps", type=int, default=50, help="steps of each run")
+    parser.add_argument("--worlds", default="1,2,4", help="numbers of ranks, comma-separated")
     parser.add_argument("--golden", type=Path, help="write the curve of one process to this file and exit")
     parser.add_argument("--rank", nargs=2, metavar=("SHARDS", "FOLDER"), help="run as one rank (used internally)")
     args = parser.parse_args()

@@ -1,12 +1,12 @@
-"""Inject failures into the ranks of a run, let torchrun restart them, and compare with an undisturbed run.
+"""Inject failures into the ranks of a run, which torchrun restarts, and compare the run with an undisturbed one.
 
     python bench/train/fault_injection.py --kills 50            table: kind, rank, when, recovery time, same run or not
     python bench/train/fault_injection.py --kills 10 --fresh    new interpreters, as torchrun starts them (imports count)
 
 Two gloo ranks train a tiny model on synthetic sections. *Same run* means that every row of metrics.jsonl (timings
 excluded) and every byte of the exported weights are equal. Every kind of failure is injected once, then ``--kills``
-seeded kills, five per run. Then a whole agent is killed with its ranks and replaced by another; and once more without a
-replacement until later, so that the run continues with fewer ranks: the losses then agree up to rounding.
+seeded kills, five per run. Then a whole agent is killed with its ranks and replaced by another. Last, an agent is killed
+and replaced only later, so that the run continues with fewer ranks: the losses then agree up to rounding.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def _two_agents(spec: Spec) -> Iterator[list[subprocess.Popen[bytes]]]:
     spec.write()
     agents = [start_agent(spec.path)]
     try:
-        # The first agent hosts the rendezvous, which is lost with it: the tests must kill the other one.
+        # The first agent hosts the rendezvous, which is lost with it: callers must kill the other one.
         _wait(lambda: _is_served(spec.port), agents)
         agents.append(start_agent(spec.path))
         yield agents
@@ -199,7 +199,7 @@ def _is_served(port: int) -> bool:
 
 def _wait(ready: Callable[[], bool], agents: Sequence[subprocess.Popen[bytes]], limit_s: float = 120) -> None:
     if not _wait_until(lambda: ready() or any(a.poll() is not None for a in agents), limit_s) or not ready():
-        raise RuntimeError("the run ended or stalled before the step at which the node is killed")
+        raise RuntimeError("the run ended or stalled before the fault; see the logs of the agents in its folder")
 
 
 def _wait_until(ready: Callable[[], bool], limit_s: float) -> bool:
@@ -262,7 +262,9 @@ def table(config: Path, folder: Path, kills: int, seed: int, fresh: bool) -> lis
     """Run all experiments and return one row per failure."""
     whole = run(config, folder / "whole")
     if whole.code:
-        raise RuntimeError(f"the undisturbed run exited with code {whole.code}; see the logs in {folder / 'whole'}")
+        raise RuntimeError(
+            f"the undisturbed run exited with code {whole.code}; see the logs in {folder / 'whole'} (--work keeps them)"
+        )
     drawn = random_kills(kills, seed)
     rounds = [list(NAMED), *(drawn[i : i + PER_RUN] for i in range(0, kills, PER_RUN))]
     outcomes = []
@@ -285,12 +287,14 @@ def table(config: Path, folder: Path, kills: int, seed: int, fresh: bool) -> lis
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kills", type=int, default=50, help="number of seeded kills")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the kills")
     parser.add_argument("--fresh", action="store_true", help="start ranks as new interpreters")
+    parser.add_argument("--work", type=Path, help="keep the runs and their logs in this folder")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder = args.work or Path(name)
+        folder.mkdir(exist_ok=True)
         config = write_config(tiny_shards(folder / "tiny"), folder)
         rows = table(config, folder, args.kills, args.seed, args.fresh)
     print("| kind | rank | at | recovery, s | same run |\n|---|---|---|---|---|")

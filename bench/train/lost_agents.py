@@ -1,9 +1,9 @@
-"""Lose hosts of torchrun's agents whose workers do no work, and report when each agent ends: the launcher's part of lost_hosts.py.
+"""Cut off or kill hosts whose agents of torchrun have idle workers, and report when each agent ends: lost_hosts.py, no training.
 
     sudo python bench/train/lost_agents.py [--backend c10d] [--only PART]
 
-The workers stand for ranks: some seconds after the fault they exit with 75, as ranks whose collective is late; a restarted worker
-exits with 0. Needs two processes that import PyTorch, and less than a minute per fault.
+The workers act as ranks: some seconds after the fault they exit with 75, as ranks whose collective is late; a restarted worker
+exits with 0. Two processes import PyTorch, and a fault takes less than a minute.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ def run(name: str, backend: str, folder: Path) -> list[tuple[float, int] | None]
             until = time.monotonic() + START_S
             while len(list(folder.glob("started*"))) < len(hosts):
                 if time.monotonic() > until or any(agent.poll() is not None for agent in agents):
-                    raise RuntimeError(f"{name}: the agents did not start; see {folder}")
+                    raise RuntimeError(
+                        f"{name}: the agents did not start; see their logs in {folder} (--work keeps them)"
+                    )
                 time.sleep(0.1)
             (folder / "fault").touch()
             began = time.monotonic()
@@ -86,16 +88,19 @@ def run(name: str, backend: str, folder: Path) -> list[tuple[float, int] | None]
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backend", default="comtip")
-    parser.add_argument("--only", default="", help="part of a fault's name")
+    parser.add_argument("--backend", default="comtip", help="rendezvous of torchrun: comtip (default) or c10d")
+    parser.add_argument("--only", default="", help="only faults whose names contain this text")
+    parser.add_argument("--work", type=Path, help="keep the logs of the agents in this folder")
     args = parser.parse_args(argv)
     reason = missing()
     if reason is not None:
         parser.error(f"cannot make hosts on this machine: {reason}")
     print("| fault | backend | agent | seconds until it ended | exit code |\n|---|---|---|---|---|")
     for name in (n for n in FAULTS if args.only in n):
-        with tempfile.TemporaryDirectory() as folder:
-            for i, end in enumerate(run(name, args.backend, Path(folder))):
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = args.work / name.replace(" ", "_") if args.work else Path(temporary)
+            folder.mkdir(parents=True, exist_ok=not args.work)
+            for i, end in enumerate(run(name, args.backend, folder)):
                 text = "killed | " if end is None else f"{end[0]:.1f} | {end[1]}"
                 print(f"| {name} | {args.backend} | {i} | {text} |", flush=True)
     return 0

@@ -1,11 +1,11 @@
-"""Cut, slow down and lose the links of hosts, or the hosts, while a run lasts, and report how every rank ends.
+"""Cut or slow down the link of a host, or kill the host, during a run, and report how every rank ends.
 
     sudo python bench/train/lost_hosts.py            table: what happened, rank, seconds, exit code, message
 
 Two hosts are network namespaces with links of their own (:mod:`testkit.network`); each runs torchrun's agent with one gloo
 rank. Files are shared, as by a file server that both hosts still reach. *Seconds* are from the fault until the rank or agent
-ended. Then the run continues with the hosts that are left, or the same command starts it again; both are compared with an
-undisturbed run.
+ended. The run then continues with the hosts that are left, or is started again by the same command; its losses are compared
+with those of an undisturbed run.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Outcome:
 
 
 def cut(hosts: Sequence[Host], agents: Agents) -> None:
-    """Pull the cable of host 1; both hosts stay up."""
+    """Cut the link of host 1; both hosts stay up."""
     hosts[1].link.up = False
 
 
@@ -90,13 +90,13 @@ def lossy(hosts: Sequence[Host], agents: Agents) -> None:
 
 
 def vanish(hosts: Sequence[Host], agents: Agents, number: int = 1) -> None:
-    """End a host without a word: no connection is closed, no signal is handled."""
+    """Kill a host: no connection is closed, no signal is handled."""
     hosts[number].link.up = False
     os.killpg(agents[number].pid, signal.SIGKILL)
 
 
 def head_vanishes(hosts: Sequence[Host], agents: Agents) -> None:
-    """End the host of the rendezvous."""
+    """Kill the host of the rendezvous."""
     vanish(hosts, agents, 0)
 
 
@@ -182,7 +182,7 @@ def print_rows(outcome: Outcome) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", help="part of a fault's name; may be repeated")
+    parser.add_argument("--only", action="append", help="only faults whose names contain this text; may be repeated")
     parser.add_argument("--work", type=Path, help="keep the runs in this folder")
     args = parser.parse_args(argv)
     reason = missing()

@@ -1,4 +1,4 @@
-"""Parity of one step: losses and gradients over W ranks against one process, for every engine and loss form.
+"""Losses and gradients of one step over W ranks, compared with one process, for every engine and loss form.
 
     python bench/train/parity.py                 all cases, W = 1, 2, 4, as a Markdown table
     python bench/train/parity.py --quick         the subset that `make test` runs
@@ -125,6 +125,7 @@ def cases(quick: bool, world: int = 2) -> list[Case]:
 
 
 def make_task(shards: str, case: Case, group: Group) -> CoMTIPTask:
+    """Return the task of a case, with perturbed weights."""
     task = build_task(
         load_config(None, [*TINY, f"data.shards={shards}", *case.overrides()]), torch.device("cpu"), group
     )
@@ -151,6 +152,7 @@ def one_step(task: CoMTIPTask, group: Group, engine: Engine) -> tuple[dict[str, 
 
 
 def gradients(engine: Engine) -> dict[str, Tensor]:
+    """Return the whole gradient of every parameter."""
     named = [(n, p) for n, p in engine.module.named_parameters() if p.requires_grad]
     if engine.name in ("zero1", "zero2", "zero3"):
         from deepspeed.utils import safe_get_full_grad
@@ -223,8 +225,8 @@ def run(shards: str, worlds: list[int], quick: bool, engine: str = "") -> list[d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--worlds", default="1,2,4")
+    parser.add_argument("--quick", action="store_true", help="run the subset of `make test`")
+    parser.add_argument("--worlds", default="1,2,4", help="numbers of ranks, comma-separated")
     parser.add_argument("--engine", default="", help="run only this engine: ddp, zero0, zero1, zero2 or zero3")
     parser.add_argument("--rank", nargs=2, metavar=("SHARDS", "OUT"), help="run as one rank (used internally)")
     args = parser.parse_args()

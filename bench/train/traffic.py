@@ -73,7 +73,7 @@ def open_clip_loss(image: Tensor, text: Tensor, scale: Tensor, group: Group, cou
 
 
 def formula(form: str, b: int, D: int, W: int) -> float:
-    """Return the bytes one rank sends for b spots of D fp32 values."""
+    """Return the bytes that one rank of W sends for its b spots, whose vectors have D fp32 values."""
     vectors, per_image = 4 * b * D * (W - 1), 4 * b * (W - 1)
     weights = 2 * (W - 1) / W * 4  # all-reduce of the summed weights
     if form == "gather":
@@ -84,7 +84,7 @@ def formula(form: str, b: int, D: int, W: int) -> float:
 
 
 def rank(out: str, spots: int, width: int) -> None:
-    """Count the bytes as one rank."""
+    """Count the bytes of every case as one rank; rank 0 writes the rows."""
     torch.set_num_threads(1)
     rows = []
     with init_distributed(120, "cpu") as group:
@@ -120,7 +120,7 @@ def rank(out: str, spots: int, width: int) -> None:
 
 
 def run(worlds: list[int], spots: int, width: int) -> list[dict[str, Any]]:
-    """Count the bytes for every world size."""
+    """Return the rows of every world size."""
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for world in worlds:
@@ -132,9 +132,9 @@ def run(worlds: list[int], spots: int, width: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--worlds", default="2,4")
-    parser.add_argument("--spots", type=int, default=64, help="per rank")
-    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--worlds", default="2,4", help="numbers of ranks, comma-separated")
+    parser.add_argument("--spots", type=int, default=64, help="spots per rank")
+    parser.add_argument("--width", type=int, default=512, help="values of a vector (D)")
     parser.add_argument("--rank", help="run as one rank (used internally)")
     args = parser.parse_args()
     if args.rank:

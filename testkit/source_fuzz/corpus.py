@@ -123,7 +123,7 @@ def anndata_dense(folder: Path) -> Path:
 
 
 def manifest(folder: Path) -> Path:
-    """Write a table of sections with tsv.gz counts, and a tiled TIFF in place of one image."""
+    """Write a table of sections with tsv.gz counts, and a tiled TIFF instead of one image."""
     write_tiny_source(folder, [TinySection("a", "d", "train"), TinySection("b", "e", "val")], side=3)
     pixels = np.asarray(Image.open(folder / "a.png").convert("RGB"))
     tifffile.imwrite(folder / "a.png", pixels, tile=(64, 64), photometric="rgb", resolution=(72, 72))

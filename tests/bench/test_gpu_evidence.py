@@ -111,7 +111,7 @@ def test_no_row_of_a_dry_run_is_committed():
 def test_without_a_gpu_nothing_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.setattr(command, "describe", lambda dry, env: {"gpu": "none", "mode": GPU})
     assert command.main(["--out", str(tmp_path / "x.csv")]) == 2
-    assert "--dry-run runs every branch" in capsys.readouterr().err
+    assert "use --dry-run to run every branch" in capsys.readouterr().err
     assert not (tmp_path / "x.csv").exists()
     assert command.main(["--only", "step,stpe"]) == 2
     assert "choose from ceilings, " in capsys.readouterr().err

@@ -1,1 +1,1 @@
-"""One module per part: ``run(rows, dry)`` measures it, and sends rows."""
+"""One module per part; its ``run(rows, dry)`` measures and sends the rows, on a GPU or, with ``dry``, on the CPU."""

@@ -1,7 +1,7 @@
-"""Part ``cases``: the kernels' test cases on the GPU, one row per test as soon as it has run.
+"""Part ``cases``: the kernels' test cases on the GPU, with one row per test as soon as it has run.
 
 The tests that ``tests/kernels/test_interpreted.py`` runs in Triton's interpreter take the device from a fixture; with the mark
-``gpu`` the same cases run on the compiled kernels. This module is the pytest plugin as well.
+``gpu``, the same cases run on the compiled kernels. This module is also the pytest plugin.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ FILES = (
     "test_gene_sentence_embedding.py",
     "test_fixed_shapes.py",
 )
-"""The files that ``tests/kernels/test_interpreted.py`` shares."""
+"""Test files that ``tests/kernels/test_interpreted.py`` also runs."""
 WORKERS = 6
-"""Processes of pytest-xdist: most of the time goes into compiling kernels, on the host."""
+"""Processes of pytest-xdist; most of the time is spent compiling kernels on the host."""
 
-replace_pydantic()  # before the project's conftest.py, in every process that loads this plugin
+replace_pydantic()  # before the project's conftest.py is imported, in every process that loads this plugin
 
 
 class _Sender:
-    """Sends a row for every test; under pytest-xdist only the process that collects the reports does."""
+    """Sends a row for every test; under pytest-xdist, only in the process that collects the reports."""
 
     def __init__(self, rows: Rows) -> None:
         self.rows = rows
@@ -49,7 +49,7 @@ class _Sender:
 
 
 def run(rows: Rows, dry: bool) -> None:
-    """Run the tests in this process."""
+    """Run the tests from this process, on a GPU with pytest-xdist if it is installed; exit if pytest itself fails."""
     if missing := why_not("pytest"):
         rows.skip("tests/kernels", missing)
         return
@@ -61,7 +61,7 @@ def run(rows: Rows, dry: bool) -> None:
     words = [*(f"tests/kernels/{name}" for name in FILES), "-m", "gpu"]
     if dry:  # the interpreter runs the same tests without the mark
         words = ["tests/kernels/test_table.py", "-k", "test_too_many or no_gene or empty"]
-    # Without addopts: a machine may lack the plugins whose options the project sets; nor tests/conftest.py, which needs anndata.
+    # Without addopts, because their plugins may be missing, and without tests/conftest.py, which needs anndata.
     words += [
         "--confcutdir=tests/kernels",
         "-p",

@@ -1,4 +1,4 @@
-"""Part ``ceilings``: versions, and the rates of this GPU that the other parts are compared with."""
+"""Part ``ceilings``: versions, and maximum rates of this GPU, with which the other parts are compared."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def copy(rows: Rows, size: int, device: str) -> None:
 
 
 def matrix_products(dry: bool) -> tuple[float, Time, int]:
-    """Return the TFLOP of one large bf16 matrix product, its time, and its side."""
+    """Return the TFLOP, the time and the side of one large square matrix product in bf16."""
     n = 64 if dry else 8192
     return 2.0 * n**3 * 1e-12, time_products(((n, n, n),), "cpu" if dry else "cuda", budget_ms=300), n
 
@@ -89,7 +89,7 @@ def read_l2(rows: Rows, device: str) -> None:
     out = torch.empty(programs * block, device=device)
     time = time_call(lambda: read_again[(programs,)](x, out, n_blocks, reads, BLOCK=block), device, cold=False)
     moved = 4.0 * programs * reads * block
-    if device == "cpu":  # the interpreter ran it: it must have read what it counts
+    if device == "cpu":  # in the interpreter, check that it has read the counted bytes
         first = torch.stack([x[((i) % n_blocks) * block :][:block] for i in range(reads)]).sum(0)
         torch.testing.assert_close(out[:block], first)
     rows.add(_rate("L2 read", moved * 1e-12, time, "TB/s", size=f"{4 * n_blocks * block >> 10} KiB, {reads} times"))
@@ -101,7 +101,7 @@ def _rate(name: str, amount: float, time: Time, unit: str, **where: str) -> Row:
 
 
 def versions(rows: Rows, dry: bool) -> None:
-    """Send the versions of what is installed, and the properties of the GPU."""
+    """Send the versions of installed packages, and the properties of the GPU."""
     rows.add(Row("python", "version", platform.python_version()))
     if replace_pydantic():
         rows.add(Row("pydantic", "replaced", "yes", note="configs are read without checks"))

@@ -1,4 +1,4 @@
-"""Part ``correct``: every operation against fp64 on the GPU, in every precision (:mod:`bench.evidence.check`)."""
+"""Part ``correct``: comparison of every operation with fp64 on the GPU, in every precision (:mod:`bench.evidence.check`)."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from bench.evidence.check import PRECISIONS, Precision, compare, loss_bias
 from bench.evidence.rows import CHANNEL, Row, Rows
 
 LARGEST_BIAS = 2e-5
+"""Maximum difference between the loss and the fp64 loss of the same vectors."""
 PROCESSES = 6
 SHARE = "COMTIP_EVIDENCE_SHARE"
-"""Environment variable ``i/n``: compare the cases i, i + n, ..."""
+"""Environment variable with the value ``i/n``: compare only the cases i, i + n, ..."""
 
 
 def run(rows: Rows, dry: bool) -> None:
-    """Compare every case in every precision; on a GPU in several processes, because most of the time is compilation."""
+    """Compare every case in every precision; on a GPU in several processes, because most of the time is spent compiling."""
     if SHARE in os.environ or dry:
         run_share(rows, dry, *map(int, os.environ.get(SHARE, "0/1").split("/")))
         return
@@ -34,11 +35,11 @@ def run(rows: Rows, dry: bool) -> None:
     ]
     failed = [i for i, process in enumerate(processes) if process.wait()]
     if failed:
-        raise RuntimeError(f"processes {failed} of {PROCESSES} failed")
+        raise RuntimeError(f"processes {failed} of {PROCESSES} failed; see their output above")
 
 
 def run_share(rows: Rows, dry: bool, index: int, of: int) -> None:
-    """Compare every ``of``-th case; one that fails does not end the part."""
+    """Compare every ``of``-th case from ``index`` on; an error in one becomes a row and does not end the part."""
     device = "cpu" if dry else "cuda"
     for build in list(builders(device, dry))[index::of]:
         try:
@@ -55,7 +56,7 @@ def run_share(rows: Rows, dry: bool, index: int, of: int) -> None:
 
 
 def builders(device: str, dry: bool) -> Iterator[partial[Case | list[Case]]]:
-    """Yield functions that return the cases: widths of several slices, and sizes that no tile divides."""
+    """Yield functions that return the cases, with widths of several slices, and sizes that are no multiple of a tile."""
     if dry:
         yield partial(cases.infonce_case, device, 12, 20, 16)
         yield partial(cases.block_case, device, 12, 10, 16)
@@ -76,7 +77,7 @@ def builders(device: str, dry: bool) -> Iterator[partial[Case | list[Case]]]:
 
 
 def check_case(rows: Rows, case: Case, precisions: tuple[Precision, ...] = PRECISIONS) -> None:
-    """Send one row per precision."""
+    """Compare a case, and send one row per precision."""
     for precision in precisions:
         where = {"size": case.size, "dtype": precision.name, "provider": "ours"}
         try:

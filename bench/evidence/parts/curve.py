@@ -1,4 +1,4 @@
-"""Part ``curve``: the losses of a tiny config on the GPU next to those on the CPU."""
+"""Part ``curve``: comparison of the losses of a tiny config on the GPU with those on the CPU."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from bench.evidence.rows import Row, Rows
 from bench.evidence.runs import train
 
 TOLERANCE = {"fp32": 2e-2, "bf16": 1e-1}
-"""Largest relative difference of a loss from the CPU's in fp32: differences of rounding grow with every step."""
+"""Maximum relative difference of a loss from that on the CPU in fp32; rounding differences grow with every step."""
 FIRST = {"fp32": 1e-4, "bf16": 2e-2}
-"""The same for the first step, which has the same weights."""
+"""The same for the first step, in which the weights are equal."""
 
 
 def run(rows: Rows, dry: bool) -> None:
@@ -48,7 +48,7 @@ def compare(rows: Rows, want: dict[int, float], got: dict[int, float], precision
         status = "ok" if value <= bound else "failed"
         metric = f"relative difference from the CPU, {name}"
         rows.add(Row("tiny run", metric, value, dtype=precision, status=status, note=f"bound {bound:g}"))
-    # Every batch returns after 8 steps.
+    # Batches repeat every 8 steps, so sums over 8 steps are comparable.
     falls = n >= 16 and sum(got[n - i] for i in range(8)) < sum(got[1 + i] for i in range(8))
     rows.add(
         Row("tiny run", "the loss falls", str(falls), dtype=precision, status="ok" if falls or n < 16 else "failed")

@@ -1,4 +1,4 @@
-"""Part ``jpeg``: tiles decoded by nvJPEG (torchvision) and DALI, next to libjpeg on the CPU."""
+"""Part ``jpeg``: comparison of nvJPEG (torchvision) and DALI with libjpeg on the CPU, in decoding tiles."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from bench.evidence.rows import Row, Rows
 from comtip_fast.data.loaders.dali import Decoder
 
 LARGEST_MEAN = 2.0
-"""Largest mean difference from libjpeg in grey levels: decoders round differently, and shards must look the same to a model."""
+"""Maximum mean difference from libjpeg in grey levels. Decoders round differently, but tiles must look the same to a model."""
 Decode = Callable[[list[bytes]], Tensor]
 
 
 def run(rows: Rows, dry: bool) -> None:
-    """Decode the same tiles with every decoder that is installed."""
+    """Decode the same tiles with every installed decoder, and send the rates and differences."""
     n, side = (4, 32) if dry else (512, 224)
     tiles = [encode_tile(tile, "jpeg", 95) for tile in pictures(n, side)]
     want = libjpeg(tiles)
@@ -40,7 +40,7 @@ def run(rows: Rows, dry: bool) -> None:
 
 
 def pictures(n: int, side: int) -> list[np.ndarray]:
-    """Return smooth coloured pictures, uint8 (side, side, 3)."""
+    """Return n smooth coloured images with noise, uint8 (side, side, 3)."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[0:side, 0:side] / side
     out = []
@@ -52,7 +52,7 @@ def pictures(n: int, side: int) -> list[np.ndarray]:
 
 
 def libjpeg(tiles: list[bytes]) -> Tensor:
-    """Return uint8 (n, S, S, 3), decoded by Pillow."""
+    """Return the tiles decoded by Pillow, uint8 (n, S, S, 3)."""
     import io
 
     from PIL import Image
@@ -61,7 +61,7 @@ def libjpeg(tiles: list[bytes]) -> Tensor:
 
 
 def torchvision_decoder(n: int, dry: bool) -> Decode | str:
-    """Return a decoder on the device, or why there is none."""
+    """Return a decoder by torchvision, on the GPU unless ``dry``, or the reason why it is not available."""
     if missing := why_not("torchvision.io"):
         return missing
     from torchvision.io import ImageReadMode, decode_jpeg
@@ -76,7 +76,7 @@ def torchvision_decoder(n: int, dry: bool) -> Decode | str:
 
 
 def dali_decoder(n: int, dry: bool) -> Decode | str:
-    """Return the decoder of the DALI loader, or why there is none."""
+    """Return the decoder of the DALI loader for n tiles, or the reason why it is not available."""
     if missing := why_not("nvidia.dali"):
         return missing
     decoder = Decoder(n, 2 if dry else 8, None if dry else 0)

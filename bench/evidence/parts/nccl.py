@@ -1,4 +1,4 @@
-"""Part ``nccl``: what several GPUs would run, as far as one can: one NCCL rank, DDP, ZeRO, and the loss over emulated ranks."""
+"""Part ``nccl``: multi-GPU code on one GPU: NCCL with one rank, DDP, ZeRO, and the loss over emulated ranks."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from testkit.ranks import Rank, Ranks
 
 ENGINES = ("ddp", "zero1", "zero2", "zero3")
 TOLERANCE = 1e-4
-"""Largest relative difference of a loss from a run without a wrapper, in fp32."""
+"""Maximum relative difference of a loss from that of a run without DDP or ZeRO, in fp32."""
 
 
 class DDPOfOne(TorchEngine):
-    """The engine of one process, with its step wrapped in DDP as for several."""
+    """The engine for one process, with its step wrapped in DDP as for several."""
 
     def __init__(self, module: nn.Module, config: RunConfig, group: Group) -> None:
         super().__init__(module, config, group)
@@ -65,7 +65,7 @@ def run(rows: Rows, dry: bool) -> None:
 
 
 def collectives(rows: Rows, group: ProcessGroup, device: torch.device, backend: str) -> None:
-    """Send whether each collective of the training loop returns what one rank must get."""
+    """Send whether each collective of the training loop returns the right values for one rank."""
     x = torch.arange(12.0, device=device).view(3, 4)
     calls = {
         "gather_rows": lambda: group.gather_rows(x, [3]),
@@ -79,7 +79,7 @@ def collectives(rows: Rows, group: ProcessGroup, device: torch.device, backend: 
 
 
 def ring(rows: Rows, group: ProcessGroup, device: torch.device, backend: str) -> None:
-    """Send whether a rank can pass a block to itself; called last, because a transport that cannot may hang."""
+    """Send whether a rank can send a block to itself; called last, because a backend that cannot may hang."""
     if backend == "gloo":
         rows.skip("ring_shift", "gloo does not send to its own rank", provider=backend)
         return
@@ -103,7 +103,7 @@ def _collective(rows: Rows, name: str, backend: str, call: Callable[[], Tensor],
 
 
 def engines(rows: Rows, group: ProcessGroup, device: torch.device, backend: str, dry: bool) -> None:
-    """Send how far each engine's losses are from those of one process without a wrapper."""
+    """Send the difference of each engine's losses from those of one process without DDP or ZeRO."""
     n, missing = (3 if dry else 8), why_not("deepspeed")
     with tempfile.TemporaryDirectory() as folder:
         want = train(tiny_config(device, f"train.steps={n}"), device, Path(folder) / "single")
@@ -150,7 +150,7 @@ def over_ranks(rows: Rows, form: str, device: torch.device, dry: bool) -> None:
         scale = torch.tensor(20.0, device=device)
         leaves = [t.clone().requires_grad_() for t in (x[own], texts[mine], scale)]
         pairs = PairMetadata(text[mine], section[mine], weight[own], "same_group")
-        # In this thread: the one of the device would be shared by the ranks, which wait for each other.
+        # In this thread, because the ranks would share autograd's thread of the device and wait for each other.
         with torch.autograd.set_multithreading_enabled(False):
             loss = global_infonce(leaves[0], leaves[1], leaves[2], pairs, rank, counts, form)
             loss.backward()

@@ -1,4 +1,4 @@
-"""Part ``resume``: a run that a signal stops and that a new trainer resumes gives the bits of an uninterrupted run."""
+"""Part ``resume``: a run that is stopped by a signal and resumed must be bit-identical to an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bench.evidence.runs import Result, different, train
 
 
 def run(rows: Rows, dry: bool) -> None:
-    """Compare runs in the precisions of training."""
+    """Compare a repeated and a resumed run with an uninterrupted one, in the precisions of training."""
     device = torch.device("cpu" if dry else "cuda")
     n, stop = (4, 2) if dry else (24, 11)
     for precision in ("bf16",) if dry else ("bf16", "fp32"):
@@ -34,7 +34,7 @@ def run(rows: Rows, dry: bool) -> None:
 
 
 def report(rows: Rows, name: str, want: Result, got: Result, where: dict[str, str]) -> None:
-    """Send how many tensors and losses differ."""
+    """Send the numbers of weights, moments and losses that differ between two runs."""
     for metric, found, of in (
         ("weights with other bits", different(want.weights, got.weights), len(want.weights)),
         ("moments with other bits", different(want.moments, got.moments), len(want.moments)),

@@ -1,4 +1,4 @@
-"""Part ``step``: whole steps of configs/1gpu.yaml, and proof that the host does not wait for the GPU inside them."""
+"""Part ``step``: complete steps of configs/1gpu.yaml, and a check that the host does not wait for the GPU in them."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from comtip_fast.training.engines.factory import make_engine
 from comtip_fast.training.trainer import Trainer
 
 WAIT = "synchronizing CUDA operation"
-"""Words of the warning that ``torch.cuda.set_sync_debug_mode`` gives."""
+"""Text in the warnings of ``torch.cuda.set_sync_debug_mode``."""
 UNLOGGED = "train.log_every=1000000"
-"""No step after the first is logged, and a logged step waits by design."""
+"""Override with which no step after the first is logged; a logged step waits by design."""
 
 
 def run(rows: Rows, dry: bool, *overrides: str, name: str = "step of 1gpu.yaml", panels: int = 2) -> None:
-    """Measure steps with the largest panel, then with the mean panel; ``panels=1`` leaves out the second."""
+    """Measure steps with the largest panel and then with the mean panel, unless ``panels`` is 1."""
     device = torch.device("cpu" if dry else "cuda")
     config = config_of(device, *(TINY if dry else ()), UNLOGGED, *overrides)
     tile_px = TINY_PX if dry else 224
@@ -55,7 +55,7 @@ def run(rows: Rows, dry: bool, *overrides: str, name: str = "step of 1gpu.yaml",
 
 
 class Steps:
-    """A trainer whose steps are taken one by one.
+    """Trainer that is advanced step by step.
 
     Parameters
     ----------
@@ -64,11 +64,11 @@ class Steps:
     device
         Device of the model.
     tile_px
-        Side of a tile.
+        Width of a tile in px.
     genes
-        Genes of every panel.
+        Number of genes of every panel.
     folder
-        Folder of the run, which stays empty.
+        Folder of the run; nothing is written to it.
     """
 
     def __init__(self, config: RunConfig, device: torch.device, tile_px: int, genes: int, folder: Path) -> None:
@@ -84,18 +84,18 @@ class Steps:
         self._signals = Signals()
 
     def take(self, n: int = 1) -> None:
-        """Take ``n`` steps; the host does not wait."""
+        """Take ``n`` steps without waiting for the device."""
         for _ in range(n):
             self.trainer._one_step(self._signals)
 
     def wait(self) -> None:
-        """Wait for the device, and drop the steps that a logged one would report."""
+        """Wait for the device, and discard the metrics that a logged step would report."""
         if self.on_gpu:
             torch.cuda.synchronize()
         self.trainer._reporter.discard()
 
     def close(self) -> None:
-        """Release the model."""
+        """Release the model and its memory."""
         del self.trainer, self.task
         gc.collect()
 
@@ -116,7 +116,7 @@ def measure_first(rows: Rows, steps: Steps, name: str, where: dict[str, str], _c
 
 
 def measure_waits(rows: Rows, steps: Steps, name: str, where: dict[str, str], _ceiling: float) -> None:
-    """Send how often the host waits for the GPU in an unlogged step, and that a wait would have been seen."""
+    """Send the number of waits of the host for the GPU in two unlogged steps, and a check that waits are detected."""
     if not steps.on_gpu:
         steps.take()
         rows.skip(name, "torch.cuda.set_sync_debug_mode needs a GPU", **where)
@@ -134,7 +134,7 @@ def measure_waits(rows: Rows, steps: Steps, name: str, where: dict[str, str], _c
 
 
 def waits_in(work: Callable[[], Any]) -> list[str]:
-    """Return the code line of every wait of the host for the GPU."""
+    """Return the code line of every wait of the host for the GPU in ``work``."""
     torch.cuda.synchronize()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -147,7 +147,7 @@ def waits_in(work: Callable[[], Any]) -> list[str]:
 
 
 def measure_speed(rows: Rows, steps: Steps, name: str, where: dict[str, str], ceiling: float) -> None:
-    """Send the time of a step, spots/s, and the share of the rate of a large matrix product of this GPU."""
+    """Send the time of a step, spots/s, and the FLOP rate relative to ``ceiling`` (TFLOP/s of a large matrix product)."""
     n, rounds = (1, 1) if not steps.on_gpu else (4, 5)
     seconds = []
     for _ in range(rounds):
@@ -179,7 +179,7 @@ def measure_speed(rows: Rows, steps: Steps, name: str, where: dict[str, str], ce
 
 
 def measure_memory(rows: Rows, steps: Steps, name: str, where: dict[str, str], _ceiling: float) -> None:
-    """Send the peak memory of tensors since the model was built, and what ``comtip plan`` predicts."""
+    """Send the peak memory of tensors since the model was built, and the predictions of ``comtip plan``."""
     device = device_of(torch.cuda.get_device_name()) if steps.on_gpu else None
     inputs = Inputs(tile_px=steps.tile_px, trained_genes=steps.task.sizes.n_identities)
     plan = make_plan(steps.config, make_cluster(device.name if device else "h100"), inputs)
@@ -193,7 +193,7 @@ def measure_memory(rows: Rows, steps: Steps, name: str, where: dict[str, str], _
 
 
 def measure_profile(rows: Rows, steps: Steps, name: str, where: dict[str, str], _ceiling: float) -> None:
-    """Send the kernels with the largest share of two steps."""
+    """Send the time per step of the 20 kernels with the largest share, and of all kernels, profiled over two steps."""
     from torch.profiler import ProfilerActivity, profile
 
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if steps.on_gpu else [])]
@@ -215,7 +215,7 @@ def measure_profile(rows: Rows, steps: Steps, name: str, where: dict[str, str], 
 
 
 def _is_kernel(event: Any, on_gpu: bool) -> bool:
-    """Return whether an event is work of the device; the spans of annotations (``Optimizer.step``) contain kernels."""
+    """Return whether an event is a kernel, and not an annotation (``Optimizer.step``) that spans several kernels."""
     if not on_gpu:
         return True
     return str(event.device_type).endswith("CUDA") and not getattr(event, "is_user_annotation", False)

@@ -1,4 +1,4 @@
-"""Part ``compiled``: the same steps with ``engine.compile``; a part of its own because compilation takes a minute."""
+"""Part ``compiled``: the steps of part ``step`` with ``engine.compile``; a separate part, because compilation takes a minute."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Part ``timings``: forward and backward of every operation in the dtypes of training, next to other implementations."""
+"""Part ``timings``: times of forward and backward of every operation and of other implementations, in the dtypes of training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bench.evidence.timing import time_passes, time_products
 
 
 def run(rows: Rows, dry: bool) -> None:
-    """Time every case; a provider that fails costs its own rows."""
+    """Time every case; an error in one implementation affects only its own rows."""
     device = "cpu" if dry else "cuda"
     tflop, time, _ = matrix_products(dry)
     ceiling = tflop / time.seconds
@@ -32,7 +32,7 @@ def run(rows: Rows, dry: bool) -> None:
 
 
 def builders(device: str, dry: bool) -> Iterator[partial[Case | list[Case]]]:
-    """Yield functions that return the cases: the sizes of a step of configs/1gpu.yaml first, then large ones."""
+    """Yield functions that return the cases, first with the sizes of a step of configs/1gpu.yaml, then with large ones."""
     if dry:
         yield partial(cases.infonce_case, device, 20, 40, 16)
         yield partial(cases.infonce_case, device, 20, 20, 16)
@@ -55,7 +55,7 @@ def builders(device: str, dry: bool) -> Iterator[partial[Case | list[Case]]]:
 
 
 def time_case(rows: Rows, case: Case, device: str, ceiling: float) -> None:
-    """Send the times of ours, of eager PyTorch, of the peers and of the products alone."""
+    """Send the times of our implementation, of eager PyTorch, of other implementations, and of the matrix products alone."""
     providers: dict[str, Loss] = {"ours": case.ours}
     providers |= {"sdpa, padded" if case.op == "packed_attention" else "eager": case.reference, **case.peers}
     dtype = torch.float32 if case.fp32_inputs else torch.bfloat16
@@ -72,10 +72,10 @@ def time_case(rows: Rows, case: Case, device: str, ceiling: float) -> None:
 
 
 def _guarded(rows: Rows, case: Case, where: dict[str, str], work: Callable[[], None]) -> None:
-    """Do the work; an error becomes a row, and memory is released for the next provider."""
+    """Run ``work``, send an error as a row, and release memory for the next implementation."""
     try:
         work()
-    except Exception as error:  # out of memory, or a size that a peer does not support
+    except Exception as error:  # out of memory, or a size that the implementation does not support
         rows.fail(case.op, error, **where)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

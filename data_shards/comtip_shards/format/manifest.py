@@ -6,6 +6,7 @@ import base64
 import binascii
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -260,8 +261,8 @@ def _check(manifest: Manifest, where: str) -> None:
         raise ShardError(f"{where}: a shard states more records than fit in its file; {FOREIGN}", kind="manifest")
     ids = [s.section_id for s in manifest.sections]
     if len(set(ids)) != len(ids):
-        twice = next(i for i in ids if ids.count(i) > 1)
-        raise ShardError(f"{where}: duplicate section id {twice}; {FOREIGN}", kind="manifest")
+        [(twice, _)] = Counter(ids).most_common(1)
+        raise ShardError(f"{where}: duplicate section id {shown(twice)}; {FOREIGN}", kind="manifest")
     ends = {s.section_id: (s.first_spot, s.first_spot + s.n_spots) for s in manifest.sections}
     for shard in manifest.shards:
         low, high = ends.get(shard.section_id, (0, -1))
