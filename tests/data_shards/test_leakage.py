@@ -200,7 +200,7 @@ def test_stated_splits_stay_and_draw_their_donor_along():
 
 
 def test_an_empty_split_is_refused_with_a_seed_that_works():
-    with pytest.raises(SourceError, match=r"leaves .* empty; `seed=(\d+)`, which fills all") as error:
+    with pytest.raises(SourceError, match=r"leaves .* empty; use `seed=(\d+)`, which fills all") as error:
         propose_split(donors(3), [0.8, 0.1, 0.1], seed=0)
     seed = int(str(error.value).split("`seed=")[1].split("`")[0])
     assert {m.split for m in propose_split(donors(3), [0.8, 0.1, 0.1], seed=seed)} == {"train", "val", "test"}
