@@ -30,6 +30,7 @@ class Correction:
     """A correction of one normalisation, and how it was chosen."""
 
     block: str
+    """Name of the readout's block of features."""
     head: NormHead
     facts: dict[str, Any]
 
@@ -72,7 +73,7 @@ def fit_correction(
         for block, features in x.items():
             path = _path(features[fit], residual[fit])
             for K, alpha in product(PROGRAMMES, ALPHAS):
-                # Within a fold: the offset of a correction differs between folds, but no prediction has several offsets.
+                # Scored within a fold, because the offset of a correction differs between folds.
                 added = Correction(block, path.fit(K, alpha), {}).predict(features[held])[:, genes]
                 gain = mean_pcc(measured, predicted_NG[held][:, genes] + added) - before
                 gains.setdefault((block, K, alpha), []).append(gain)
@@ -94,12 +95,13 @@ def fit_correction(
 
 
 def _path(x_NF: np.ndarray, residual_NG: np.ndarray) -> RidgePath:
+    """Return the ridge regression of the residuals on the features, for any penalty and number of programmes."""
     table = SectionTable(x_NF, {"correction": residual_NG}, np.ones(residual_NG.shape[1], bool))
     return RidgePath([table], "correction")
 
 
 def base_head(readout: LinearReadout, cohort: str, species: str) -> CohortHead:
-    """Return one head that predicts as the readout does for a cohort: the cohort's own, or the mean over all heads of the species.
+    """Return one head with the predictions of the readout for a cohort: the cohort's own, or the mean of the species' heads.
 
     Every block has a positive weight, so that it can be corrected; a block without weight before has loadings of 0.
 

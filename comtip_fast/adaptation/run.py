@@ -57,7 +57,7 @@ class Adaptation:
     """The adapted model."""
 
     def summary(self) -> pd.DataFrame:
-        """Return the mean over splits per method, CP10K, and in how many splits the method exceeds the unadapted model."""
+        """Return one row per method, CP10K, over splits: lowest and highest mean PCC, mean scores, and splits above unadapted."""
         rows = self.table[self.table["normalisation"] == "cp10k"]
         base = rows[rows["method"] == "unadapted"].set_index("split")["mean_pcc_50_hvg"]
         out = []
@@ -102,7 +102,8 @@ def adapt(
     fraction
         Share of the spots to adapt to, in blocks; 1 uses all. The comparison fits to the same share, or to half if it is 1.
     splits
-        Number of random choices of blocks for the comparison. The model is adapted to the blocks of the first.
+        Number of random choices of blocks for the comparison. With ``fraction`` below 1, the model is adapted to the blocks of
+        the first.
     facts, pooling, counts
         As for :meth:`Model.predict`. Outside of a shard set, tissue and donor must be stated.
     seed
@@ -120,7 +121,7 @@ def adapt(
     ValueError, FileNotFoundError
         The model has no linear readout, the section cannot be used, or it has too few spots for blocks and margin.
     FileExistsError
-        ``out`` is not empty.
+        ``out`` exists and is not an empty folder.
 
     Examples
     --------
@@ -132,11 +133,11 @@ def adapt(
     ['run, adapted to x1']
     """
     if not 0 < fraction <= 1:
-        raise ValueError(f"`fraction` {fraction:g}: expected a share of the spots, above 0 and at most 1")
+        raise ValueError(f"`fraction` {fraction:g}: give a share of the spots, above 0 and at most 1")
     if splits < 1:
-        raise ValueError(f"`splits` {splits}: expected at least 1")
-    if out is not None and Path(out).exists() and any(Path(out).iterdir()):
-        raise FileExistsError(f"{out}: exists and is not empty; give a new folder")
+        raise ValueError(f"`splits` {splits}: give a number of at least 1")
+    if out is not None and Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
+        raise FileExistsError(f"`out` {out}: exists and is not an empty folder; give a new folder")
     predictor = Predictor.load(run, pick_device(device))
     if predictor.bundle.readout is None:
         raise ValueError(f"{run}: the model has no linear readout to adapt; train with readout.kind=linear")
@@ -153,6 +154,7 @@ def adapt(
 
 
 def _splits(section: AdaptSection, tile_um: float, fraction: float, splits: int, seed: int) -> list[BlockSplit]:
+    """Return the blocks of every split, with the margin of one tile width."""
     share = fraction if fraction < 1 else COMPARED_FRACTION
     name = section.facts.section_id
     return [split_blocks(section.xy_um, share, tile_um, seed=seed, number=i, section=name) for i in range(splits)]
@@ -213,6 +215,7 @@ def _fit(predictor: Predictor, section: AdaptSection, fit: np.ndarray, parts: li
 
 
 def _predict(predictor: Predictor, features: ImageFeatures, keys: list[str], cohort: str) -> dict[str, np.ndarray]:
+    """Predict the genes ``keys`` of a section: ``cp10k`` and ``raw``, float32 (N, G)."""
     known = {g.key: g for g in predictor.bundle.genes}
     queries = [GeneQuery(known[k].symbol, known[k].name, k) for k in keys]
     return predictor.predict(features, queries, cohort=cohort)
@@ -302,6 +305,7 @@ def _record(
     fit: np.ndarray,
     corrections: Mapping[str, Correction | None],
 ) -> dict[str, Any]:
+    """Return the content of ``adaptation.json``."""
     facts = section.facts
     return {
         "format": FORMAT,
@@ -320,6 +324,7 @@ def _record(
 
 
 def _write(result: Adaptation, section: AdaptSection, split: BlockSplit, fit: np.ndarray, out: Path) -> None:
+    """Write the export, the comparison, the use of each spot and the record to the folder ``out``."""
     out.mkdir(parents=True, exist_ok=True)
     result.predictor.bundle.save(out / "export")
     write_atomic(out / "adaptation.csv", csv_text(result.table))

@@ -1,4 +1,4 @@
-"""Measurements of ``comtip bench loader``: spots per second of each loader on a shard set, and the decoders' limits.
+"""Measurements of ``comtip bench loader``: spots per second of each loader on a shard set, and of each decoder alone.
 
 ``bench/loader/compare.py`` adds the loaders of other projects to the same rounds.
 """
@@ -55,7 +55,7 @@ class Setting:
 
     @property
     def config(self) -> RunConfig:
-        """Return the run config for the loaders; levels are decoded from the records, as other loaders have to."""
+        """Run config of the loaders; levels are decoded from the records, as in the loaders of other projects."""
         data = DataConfig(
             shards=str(self.shards.path), batch_size=self.batch_size, workers=self.workers, expression="records"
         )
@@ -155,7 +155,7 @@ def memory(setting: Setting, epochs: int) -> dict[str, list[float]]:
 
 
 def make(kind: Kind, setting: Setting, tables: TrainingTables) -> BaseLoader:
-    """Return one of this project's loaders."""
+    """Return the loader ``kind`` of this project, on the shard set of ``setting`` with the given tables."""
     config = setting.config
     return make_loader(replace(config, data=replace(config.data, loader=kind)), setting.shards, tables)
 
@@ -183,6 +183,7 @@ def _pil_alone(tiles: list[bytes], setting: Setting) -> Generator[int, None, Non
 
 
 def _decode_all(tiles: list[bytes]) -> int:
+    """Decode tiles with PIL and return their number."""
     for data in tiles:
         np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     return len(tiles)
@@ -217,7 +218,7 @@ COLUMNS = ("contender", "spots_per_s", "lowest", "highest", "cpu_ms_per_spot", "
 
 
 def rows_of(contenders: Sequence[Contender]) -> list[dict[str, Any]]:
-    """Return one row per contender."""
+    """Return one row per contender, with the columns :data:`COLUMNS`."""
     return [
         {
             "contender": c.name,

@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: list[str]) -> int:
+    """Parse the arguments, set up the log, run the command, and turn known errors into messages and exit codes."""
     parser = _parser(arguments)
     args = parser.parse_args(arguments)
     handler = logging.StreamHandler(sys.stderr)
@@ -125,6 +126,7 @@ def _build_options() -> Mapping[str, str]:
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """Return the parser, with the options of the command that ``arguments`` names and of no other."""
     parser = argparse.ArgumentParser(prog="comtip", description="CoMTIP: predict gene expression from histology.")
     parser.add_argument("--version", action="version", version=f"comtip {__version__}")
     parser.add_argument("--debug", action="store_true", help="show debug messages and full tracebacks")

@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_step(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the subcommand ``comtip bench step``."""
     step = sub.add_parser(
         "step",
         help="compare a training step with plain PyTorch, open_clip and a BLEEP-like step",
@@ -74,6 +75,7 @@ def _add_step(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def _add_hest(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the subcommand ``comtip bench hest``."""
     hest = sub.add_parser(
         "hest",
         help="score image encoders on a folder in the layout of HEST-Benchmark",
@@ -117,6 +119,7 @@ def _check_positive(args: argparse.Namespace, *names: str) -> None:
 
 
 def _loader(args: argparse.Namespace) -> int:
+    """Measure the loaders, print the table and write the results."""
     import torch
 
     from comtip_fast.benchmarks import loaders
@@ -137,6 +140,7 @@ def _loader(args: argparse.Namespace) -> int:
 
 
 def _step(args: argparse.Namespace) -> int:
+    """Measure the training steps, print the table and write the results."""
     from comtip_fast.benchmarks.loaders import open_set
     from comtip_fast.benchmarks.step.measure import table_of, write_results
     from comtip_fast.benchmarks.step.run import benchmark_step, config_of
@@ -156,6 +160,7 @@ def _step(args: argparse.Namespace) -> int:
 
 
 def _hest(args: argparse.Namespace) -> int:
+    """Score the encoders, print the table and write the results."""
     from comtip_fast.benchmarks.hest.run import benchmark_hest
 
     scores = benchmark_hest(

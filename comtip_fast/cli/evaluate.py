@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_tasks(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the downstream tasks."""
     group = parser.add_argument_group("downstream tasks, written to tasks.json and tasks.csv")
     group.add_argument(
         "--tasks",
@@ -155,6 +156,7 @@ def _task_options(args: argparse.Namespace, names: list[str]) -> TaskOptions | N
 def _run_tasks(
     args: argparse.Namespace, names: list[str], result: Evaluation, options: TaskOptions, sections: list[str] | None
 ) -> None:
+    """Run the downstream tasks, write their rows to ``--out`` and print them."""
     from comtip_fast.evaluation.tasks.rows import table
     from comtip_fast.evaluation.tasks.run import run_tasks
     from comtip_fast.evaluation.train_reference import training_shards

@@ -68,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _vectors(args: argparse.Namespace) -> int:
+    """Compute gene vectors and write them to ``--out``."""
     from comtip_fast.data.coexpression.vectors import gene_vectors
 
     if args.out.suffix != ".safetensors":

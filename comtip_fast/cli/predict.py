@@ -73,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _predict_section(args: argparse.Namespace) -> int:
+    """Predict a section and write the result to ``--out``."""
     from comtip_fast.api import load
     from comtip_fast.data.h5ad import write_h5ad
 
@@ -89,6 +90,7 @@ def _predict_section(args: argparse.Namespace) -> int:
 
 
 def _is_slide(path: Path) -> bool:
+    """Return whether the path is an image or whole-slide file."""
     from comtip_shards.slides.open import IMAGE_SUFFIXES, VENDOR_SUFFIXES
 
     return path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES | VENDOR_SUFFIXES
@@ -108,6 +110,7 @@ def _source_format(folder: Path) -> str:
 
 
 def _refuse_slide_options(args: argparse.Namespace) -> None:
+    """Raise ValueError if an option for slides without spots is given for a section."""
     given = [
         name for name in ("grid", "step_um", "min_tissue", "overlays", "geojson") if getattr(args, name) is not None
     ]
@@ -117,6 +120,7 @@ def _refuse_slide_options(args: argparse.Namespace) -> None:
 
 
 def _predict_folder(args: argparse.Namespace, folder: Path) -> int:
+    """Predict every slide of a folder, to one file each in ``--out``."""
     kind = _source_format(folder)
     if kind:
         raise ValueError(
@@ -167,6 +171,7 @@ def _predict_slides(args: argparse.Namespace, outputs: dict[Path, Path]) -> int:
 def _predict_slide(
     args: argparse.Namespace, model: Model, genes: list[str] | None, facts: SectionFacts, path: Path, out: Path
 ) -> None:
+    """Predict one slide, write the result to ``out``, and draw the requested overlays and GeoJSON next to it."""
     from comtip_fast.slide_prediction import GridOptions
     from comtip_fast.slide_prediction.drawings import Answer, write_geojson, write_overlays
 

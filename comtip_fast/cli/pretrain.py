@@ -58,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _train_or_explain(args: argparse.Namespace) -> int:
+    """Train, and return the exit code; print the message of an error that a restart can fix."""
     from comtip_fast.training.distributed.failures import RESTART_CODE, RestartError
 
     try:
@@ -70,6 +71,7 @@ def _train_or_explain(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
+    """Train, print the result as JSON on rank 0, and return the exit code."""
     from comtip_fast.metrics import finite_or_none
     from comtip_fast.pretraining import pretrain
     from comtip_fast.training.distributed.process_group import distributed_env

@@ -82,6 +82,7 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_build(build: argparse.ArgumentParser) -> None:
+    """Add the options of ``comtip shards build``."""
     _add_source(build)
     add_out(build, "folder of the new shard set")
     build.add_argument(
@@ -148,6 +149,7 @@ def _add_build(build: argparse.ArgumentParser) -> None:
 
 
 def _add_jobs(parser: argparse.ArgumentParser) -> None:
+    """Add ``--jobs``."""
     parser.add_argument(
         "--jobs",
         type=_positive,
@@ -158,12 +160,14 @@ def _add_jobs(parser: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
+    """Parse an integer of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: give an integer of at least 1")
     return int(text)
 
 
 def _part(text: str) -> tuple[int, int]:
+    """Parse ``I/N``."""
     index, _, count = text.partition("/")
     if not (index.isdecimal() and count.isdecimal()):
         raise argparse.ArgumentTypeError(f"{text!r}: write I/N, e.g. 2/4")
@@ -176,6 +180,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _build(args: argparse.Namespace) -> int:
+    """Build a shard set and print its report; return 1 if a section was skipped."""
     if args.dry_run:
         return _dry_run(args)
     report = build_shards(
@@ -228,6 +233,7 @@ def _dry_run(args: argparse.Namespace) -> int:
 
 
 def _split(item: str) -> tuple[SectionId, Split]:
+    """Parse ``SECTION=SPLIT``; raise ValueError for an unknown split."""
     section, _, split = item.partition("=")
     if split not in get_args(Split):
         raise ValueError(f"--split {item}: write SECTION=train, SECTION=val or SECTION=test")
@@ -235,12 +241,14 @@ def _split(item: str) -> tuple[SectionId, Split]:
 
 
 def _merge(args: argparse.Namespace) -> int:
+    """Merge shard sets and print the report."""
     report = merge_sets(args.parts, args.out, jobs=args.jobs, progress=True)
     print(printable(args.with_options(report.text)))
     return 0
 
 
 def _check(args: argparse.Namespace) -> int:
+    """Check sections, write their pages and print the findings; with ``--strict``, return 1 if a check failed."""
     reports = check_sources(
         _open(args), args.out, tile_um=FIELD_UM if args.tile_um is None else args.tile_um, progress=True
     )
@@ -252,6 +260,7 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _open(args: argparse.Namespace) -> list[SectionSource]:
+    """Open the sections that the options select."""
     return open_sections(args.source, **_source_options(args), progress=True)
 
 
@@ -281,6 +290,7 @@ def _format(args: argparse.Namespace) -> str:
 
 
 def _shares(text: str) -> list[float]:
+    """Parse ``TRAIN,VAL,TEST``."""
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
@@ -288,6 +298,7 @@ def _shares(text: str) -> list[float]:
 
 
 def _where(items: list[str]) -> dict[str, list[str]]:
+    """Parse ``KEY=VALUE[,VALUE]`` into lists of values by key."""
     out: dict[str, list[str]] = {}
     for item in items:
         key, _, values = item.partition("=")
@@ -296,6 +307,7 @@ def _where(items: list[str]) -> dict[str, list[str]]:
 
 
 def _verify(args: argparse.Namespace) -> int:
+    """Verify a shard set and print the report; return 1 if it is damaged."""
     report = verify(args.set, progress=True)
     print(printable(args.with_options(report.text)))
     return 0 if report.ok else 1

@@ -1,1 +1,1 @@
-"""Evaluation: correlations, spatial null, supervised baselines, and the report."""
+"""Evaluation of a trained model: correlations, spatial null, supervised baselines, downstream tasks, and the report."""

@@ -34,9 +34,17 @@ def fit_ridge(
 ) -> RidgeModel:
     """Fit ridge regression on training spots, with alpha chosen by cross-validation.
 
-    A fold is one section; with a single section, its spots form five folds. ``fold_N`` states other folds. Inputs are standardised over all training
-    spots. Targets are centred within each section, because sections differ in level for technical reasons and PCC does
-    not depend on the level.
+    Inputs are standardised over all training spots. Targets are centred within each section, because sections differ in
+    level for technical reasons and PCC does not depend on the level.
+
+    Parameters
+    ----------
+    x_NF, y_NG
+        Inputs and targets of the N training spots.
+    section_N
+        Section of each spot.
+    fold_N
+        Fold of each spot; default: one fold per section, or five folds of the spots if there is one section.
 
     Raises
     ------

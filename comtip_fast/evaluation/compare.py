@@ -17,6 +17,9 @@ from comtip_fast.metrics import pcc_per_gene
 def joined_with_measured(answer: ad.AnnData, measured: MeasuredCounts, tiles: TileSource) -> None:
     """Add measured layers and scores per gene to predicted expression, in place.
 
+    The layers are ``measured_log1p_cp10k`` and ``measured_log1p_raw``; the columns of ``var`` are ``measured``,
+    ``detection``, ``pcc``, ``pcc_partial`` and ``pcc_raw``. Genes that the section did not measure are NaN.
+
     Parameters
     ----------
     answer

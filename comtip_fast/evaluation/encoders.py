@@ -7,6 +7,8 @@ specification that the command line takes. Nothing is downloaded.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ class TileEncoder(ABC):
     label: str
     """Name in tables of results."""
     facts: dict[str, Any]
-    """What the results record of the encoder."""
+    """Entries of the encoder in the results, e.g. its kind and precision."""
     geometry: TileGeometry | None = None
     """Tiles that the encoder needs; None if it resizes tiles of any size."""
 
@@ -116,7 +118,7 @@ class NetworkEncoder(TileEncoder):
 
 
 class _Lite0(nn.Module):
-    """Adapts the stem, which reads patches, to whole tiles."""
+    """The EfficientNet-Lite0 stem, which the model applies to patches, applied to whole tiles."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,7 +135,7 @@ def timm_encoder(spec: str, device: torch.device, precision: str, seed: int = 0)
     Raises
     ------
     ValueError
-        timm has no such model, it has no pooled features, or the weights do not fit.
+        timm has no such model, or the weights cannot be read or do not fit.
     FileNotFoundError
         There is no such file of weights.
     """
@@ -162,18 +164,24 @@ def _load_weights(network: nn.Module, file: Path, name: str) -> None:
     """Load weights without unpickling code; a classifier in the file is ignored."""
     if not file.is_file():
         raise FileNotFoundError(f"timm:{name}@{file}: no such file; give a .safetensors or .pth file of weights")
+    load: Callable[[Path], Any] = partial(torch.load, map_location="cpu", weights_only=True)
     if file.suffix == ".safetensors":
         from safetensors.torch import load_file
 
-        state: Any = load_file(file)
-    else:
-        try:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # pickle raises many kinds of errors
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{file}: cannot be read as weights ({reason}); save a state dict") from error
+        load = load_file
+    try:
+        state: Any = load(file)
+    except Exception as error:  # pickle and safetensors raise many kinds of errors
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{file}: cannot be read as weights ({reason}); save a state dict") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{file}: holds a {type(state).__name__} and no weights; save a state dict")
     state = next((state[k] for k in ("state_dict", "model") if isinstance(state.get(k), dict)), state)
-    missing, _ = network.load_state_dict(state, strict=False)
+    try:
+        missing, _ = network.load_state_dict(state, strict=False)
+    except RuntimeError as error:  # tensors of other shapes
+        reason = str(error).splitlines()[-1].strip()
+        raise ValueError(f"{file}: does not fit {name} ({reason}); give weights of this model") from error
     if missing:
         raise ValueError(
             f"{file}: lacks {len(missing)} weights of {name} ({', '.join(missing[:3])}); give weights of this model"
@@ -206,6 +214,8 @@ def open_encoder(spec: str, device: torch.device, precision: str = "auto", seed:
     if features not in RUN_FEATURES or not path:
         path, features = spec, "pooled"
     if not Path(path).exists():
-        raise FileNotFoundError(f"{spec}: no such run, export or kind of encoder; give {ENCODER_HELP}")
+        raise FileNotFoundError(
+            f"`encoders` {spec}: not an existing run or export, nor a kind of encoder; give {ENCODER_HELP}"
+        )
     label = Path(path).name + ("" if features == "pooled" else f"@{features}")
     return RunEncoder(Predictor.load(path, device), features, label)

@@ -183,6 +183,7 @@ def evaluate(
 
 
 def _check_tiles(predictor: Predictor, shards: ShardSet) -> None:
+    """Raise ValueError if the tiles of the shard set have another geometry than the model's."""
     tile, model = shards.manifest.tile, (predictor.tile_px, predictor.tile_um, predictor.min_mpp)
     if (tile.px, tile.um, tile.min_mpp) != model:
         raise ValueError(
@@ -227,6 +228,7 @@ def _evaluate_section(
     n_null: int,
     trained: Sequence[TrainedMethod],
 ) -> tuple[SectionData, dict[str, Any]]:
+    """Predict and score one section; return its data and its entry of ``metrics.json``."""
     section_id, cohort = shards.manifest.sections[number].section_id, shards.cohort_of_section(number)
     spots = shards.select(sections=[number])
     tiles, stain, counts = ShardTiles(shards, spots), shards.stain(number), shards.counts(spots)

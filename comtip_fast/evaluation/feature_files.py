@@ -73,27 +73,35 @@ class FeatureFiles:
         self._table = None if self.path.is_dir() else _read_table(self.path)
 
     def of(self, section: str, task: str = "") -> SpotFeatures:
-        """Return the embeddings of a section; ``task`` names a subfolder, which may be missing.
+        """Return the embeddings of a section.
+
+        In a folder, ``TASK/SECTION.h5`` takes precedence over ``SECTION.h5``; a table ignores ``task``.
 
         Raises
         ------
         FileNotFoundError, ValueError
-            There are none, or they cannot be used.
+            The section has no embeddings, or its file cannot be used.
         """
         return self._from_folder(section, task) if self._table is None else self._from_table(section)
 
     def _from_table(self, section: str) -> SpotFeatures:
+        """Return the rows of a section; raise ValueError if there are none."""
         assert self._table is not None
         own = self._table[self._table[SECTION] == section]
         if own.empty:
-            raise ValueError(f"{self.path}: no rows of section {section}; its ids must be those of the sections")
+            raise ValueError(
+                f"{self.path}: no rows of section {section}; write the ids of the sections in the column section"
+            )
         values = own.drop(columns=[SECTION, SPOT]).to_numpy(np.float32)
         return SpotFeatures(own[SPOT].tolist(), _finite(values, f"{self.path}, section {section}"))
 
     def _from_folder(self, section: str, task: str) -> SpotFeatures:
+        """Read the file of a section; raise FileNotFoundError if there is none."""
         found = [p for p in (self.path / task / f"{section}.h5", self.path / f"{section}.h5") if p.is_file()]
         if not found:
-            raise FileNotFoundError(f"{self.path}: no {section}.h5 here; name the files by section id")
+            raise FileNotFoundError(
+                f"{self.path}: no embeddings of section {section}; add {section}.h5, named by the id of the section"
+            )
         return read_embeddings(found[0])
 
 
@@ -108,7 +116,9 @@ def read_embeddings(path: Path) -> SpotFeatures:
     with open_hdf5(path, "an HDF5 file of embeddings", "write it with h5py") as file:
         key = next((k for k in NAME_KEYS if k in file), None)
         if key is None or "embeddings" not in file:
-            raise ValueError(f"{path}: has {', '.join(sorted(file)) or 'no data'}; expected embeddings and barcodes")
+            raise ValueError(
+                f"{path}: has {', '.join(sorted(file)) or 'no data'}; expected the datasets embeddings and barcodes"
+            )
         names = text_of(file[key][:])
         values = np.asarray(file["embeddings"][:], np.float32)
     if values.ndim != 2 or len(values) != len(names):
@@ -122,6 +132,7 @@ def text_of(values: np.ndarray) -> list[str]:
 
 
 def _finite(values_NF: np.ndarray, where: str) -> np.ndarray:
+    """Return the values; raise ValueError if one of them is not finite."""
     if not np.isfinite(values_NF).all():
         lost = int((~np.isfinite(values_NF)).any(axis=1).sum())
         raise ValueError(f"{where}: {lost} rows have embeddings that are not finite; compute them again")
@@ -129,6 +140,7 @@ def _finite(values_NF: np.ndarray, where: str) -> np.ndarray:
 
 
 def _read_table(path: Path) -> pd.DataFrame:
+    """Read a table of embeddings; raise ValueError if its format or columns cannot be used."""
     if path.suffix == ".parquet":
         table = pd.read_parquet(path)
     elif path.suffix in (".csv", ".tsv"):
@@ -137,11 +149,13 @@ def _read_table(path: Path) -> pd.DataFrame:
         raise ValueError(f"{path}: unknown kind of file; give a folder of .h5 files, or a .csv, .tsv or .parquet table")
     missing = [c for c in (SECTION, SPOT) if c not in table]
     if missing:
-        raise ValueError(f"{path}: no column {' and '.join(missing)}; add it, one row per spot")
+        raise ValueError(f"{path}: no column {' and '.join(missing)}; add it, with one row per spot")
     rest = table.columns.difference([SECTION, SPOT])
     text = [str(c) for c in rest if not pd.api.types.is_numeric_dtype(table[c])]
     if text:
-        raise ValueError(f"{path}: not numbers: {', '.join(text[:3])}; keep section, spot and features only")
+        raise ValueError(
+            f"{path}: columns that are not numbers: {', '.join(text[:3])}; keep section, spot and features only"
+        )
     if rest.empty:
         raise ValueError(f"{path}: no column of features; add columns of numbers")
     return table.assign(**{SECTION: table[SECTION].astype(str), SPOT: table[SPOT].astype(str)})

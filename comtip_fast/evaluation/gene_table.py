@@ -40,7 +40,7 @@ COLUMNS = (
 
 @dataclass
 class ScoredGenes:
-    """Genes to score in a section; ``hvg``, ``panel`` and ``unseen`` are indices into ``keys``."""
+    """Genes to score in a section; ``hvg`` (most variable), ``panel`` (trained, or all of a list) and ``unseen`` are indices into ``keys``."""
 
     keys: list[str]
     hvg: np.ndarray
@@ -55,7 +55,7 @@ class ScoredGenes:
 
 @dataclass
 class ScoringInputs:
-    """Measured and predicted expression of one section, and what its scores are computed from."""
+    """Measured and predicted expression of one section (N, G), covariates, and inputs of baselines and null."""
 
     cohort: str
     genes: ScoredGenes

@@ -113,6 +113,7 @@ def _write_results(run: Path, result: Evaluation, folder: Path) -> None:
 
 
 def _check_writable(folder: Path) -> None:
+    """Create the folder; raise PermissionError if it cannot be written."""
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
-        raise PermissionError(f"{folder}: the folder cannot be written; give another one")
+        raise PermissionError(f"{folder}: no permission to write to this folder; give another one as `out`")

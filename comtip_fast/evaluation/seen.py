@@ -26,9 +26,9 @@ VECTOR_SEEN = "name and gene vector"
 def choose_sections(predictor: Predictor, shards: ShardSet, section_ids: Sequence[str] | None) -> list[int]:
     """Return the numbers of the sections to score.
 
-    These are the sections ``section_ids``. Without them: the sections of split ``test``, or all sections of a set without
-    that split. Sections that influenced the weights of the model or of a parent are then left out; if they are of split
-    ``test``, with a warning.
+    These are the sections ``section_ids``. If it is None, they are the sections of split ``test``, or all sections of a set
+    without that split, except those that influenced the weights of the model or of a parent. A warning names the sections of
+    split ``test`` that are left out.
 
     Raises
     ------

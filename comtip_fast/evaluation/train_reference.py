@@ -1,4 +1,4 @@
-"""What evaluation derives from the training sections: the most variable genes and the ridge baselines."""
+"""Most variable genes and ridge baselines, computed on the training sections of a model."""
 
 from __future__ import annotations
 
@@ -106,7 +106,15 @@ def spot_inputs(
 
 
 def training_shards(run: Path, configured: str, given: Path | str | None) -> ShardSet:
-    """Open the shard set with the training sections; a URL in the run's config is not fetched."""
+    """Open the shard set with the training sections: ``given``, or else the one that the run's config names.
+
+    Raises
+    ------
+    ValueError
+        The config names a URL, which is not fetched unless it is ``given``.
+    FileNotFoundError
+        There is no shard set.
+    """
     train = str(given) if given else shards_of_run(run, configured)
     if given is None and is_url(train):
         raise ValueError(
@@ -245,9 +253,11 @@ class TrainReference:
         return RidgeFit(name, groups, float(total / max(1, sum(columns.size for columns, _ in groups))))
 
     def _cohort_sections(self, cohort: str) -> list[int]:
+        """Return the numbers of the cohort's training sections."""
         return [n for n in self.numbers if self.shards.cohort_of_section(n) == cohort]
 
     def _ranking(self, cohort: str) -> list[str]:
+        """Return the cohort's genes by decreasing variance over its training sections; computed once."""
         if cohort not in self._ranked:
             own = self._cohort_sections(cohort)
             values = [log1p_cp10k(self.shards.counts(self.shards.select(sections=[n]))) for n in own]
@@ -263,6 +273,7 @@ class TrainReference:
         return self._data[cohort]
 
     def _read(self, numbers: list[int]) -> _TrainData:
+        """Read expression and baseline inputs of the spots of some sections."""
         spots = self.shards.select(sections=numbers)
         section = self.shards.spots.loc[spots, "section"].to_numpy()
         counts = self.shards.counts(spots)

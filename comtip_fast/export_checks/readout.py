@@ -99,6 +99,7 @@ def check_readout(
 
 
 def _readout_settings(found: Any, path: Path, vector_dim: int) -> readout.ReadoutSettings:
+    """Return the settings of the readout; raise ExportError if they are invalid or belong to another model."""
     wanted = {"views": int, "context": bool, "vector_dim": int}
     if not isinstance(found, dict) or {k: type(v) for k, v in found.items()} != wanted:
         raise ExportError(f"{path}: settings are {found!r}, expected {', '.join(wanted)}; {FIX}")
@@ -111,6 +112,7 @@ def _readout_settings(found: Any, path: Path, vector_dim: int) -> readout.Readou
 
 
 def _check_head(head: Mapping[str, Any], where: str, trained: set[str], blocks: Sequence[str]) -> None:
+    """Raise ExportError if the header of one head is invalid."""
     keys, mix = head.get("keys"), head.get("mix")
     if not isinstance(head.get("cohort"), str) or not isinstance(head.get("facts"), dict):
         raise ExportError(f"{where}: cohort or facts are missing; {FIX}")

@@ -32,7 +32,11 @@ def species_of(model: Predictor, known: str, what: str) -> str:
         return known
     trained = sorted({key.split(":")[0] for key in model.trained_genes})
     if len(trained) == 1:
-        log.warning("section %s does not state its species; %s is assumed, the only one in training", what, trained[0])
+        log.warning(
+            "section %s does not state its species; %s is assumed, the only one in training; set `species` if it is wrong",
+            what,
+            trained[0],
+        )
         return trained[0]
     raise SourceError(
         f"section {what}: the species is unknown, and the model was trained on {' and '.join(trained)}; set `species`"
@@ -89,11 +93,11 @@ def gene_queries(model: Predictor, genes: Sequence[str] | None, species: str) ->
         rows = [known[k] for k in model.trained_genes if not species or k.startswith(f"{species}:")]
         asked = [_Asked(g.symbol, g.key, g.symbol, g.ensembl, g.name, "model") for g in rows]
         if not asked:
-            raise ValueError(f"the model has no trained genes of species {species}; name genes to predict (`genes`)")
+            raise ValueError(f"the model has no trained genes of species {species}; name genes to predict with `genes`")
     else:
         asked = [_resolve(g, species) for g in genes]
     if not asked:
-        raise ValueError("genes: the list is empty; name genes to predict")
+        raise ValueError("`genes`: the list is empty; name genes to predict, or omit it to predict all trained genes")
     scores = model.lineage.own.gene_scores
     var = pd.DataFrame(
         {
@@ -111,6 +115,7 @@ def gene_queries(model: Predictor, genes: Sequence[str] | None, species: str) ->
 
 
 def _resolve(gene: str, species: str) -> _Asked:
+    """Resolve one identifier; a gene that is not in the table keeps its symbol, with a warning."""
     species = species or ("mouse" if gene.upper().startswith("ENSMUSG") else "human")
     hit = GeneResource.load().resolve(gene, species)
     if hit.how == "unmapped":
@@ -123,6 +128,7 @@ def _resolve(gene: str, species: str) -> _Asked:
 
 
 def _distinct(names: list[str]) -> list[str]:
+    """Return the names; raise ValueError if one occurs twice."""
     duplicates = sorted(name for name, n in Counter(names).items() if n > 1)
     if duplicates:
         raise ValueError(f"duplicate genes: {', '.join(duplicates[:5])}; name each gene once")

@@ -33,7 +33,7 @@ class SpooledFeatures:
         self._file = tempfile.SpooledTemporaryFile(max_size=in_memory)  # noqa: SIM115  closed by __exit__
 
     def write(self, rows: np.ndarray, values_nW: np.ndarray) -> None:
-        """Store the features of some tiles."""
+        """Store features (n, W) of the tiles ``rows``, int64 in any order, as float32."""
         values = np.ascontiguousarray(values_nW, np.float32)
         order = np.argsort(rows, kind="stable")
         for run in _runs(rows[order]):

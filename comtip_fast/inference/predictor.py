@@ -55,7 +55,7 @@ class EncodedTiles:
 
 
 def _vectors_of(bundle: Bundle, given: GeneVectors | None) -> tuple[GeneVectors | None, GeneVectors | None]:
-    """Return (vectors for the gene encoder, vectors with which the linear readout predicts unseen genes)."""
+    """Return the vectors for the gene encoder, and those with which the linear readout predicts genes that were not trained."""
     own = bundle.vectors
     further = None if own is None or given is None else own.extended_by(given)
     if given is not None and further is None and bundle.readout is None:
@@ -323,6 +323,7 @@ class Predictor:
         return self._tokens(genes)
 
     def _tokens(self, genes: Sequence[GeneQuery]) -> tuple[GeneTokens, Tensor]:
+        """Return tokens on the device and rows of the level table on the host; genes that were not trained use the global row."""
         rows = np.array([self._row.get(g.key or "", len(self.trained_genes)) for g in genes], np.int64)
         identity = np.where(rows < len(self.trained_genes), rows + 1, 0)
         vectors = self.sentence_vectors

@@ -119,7 +119,7 @@ class PredictedBlock(NamedTuple):
 
 @dataclass
 class _GeneChunk:
-    """Consecutive genes of a query, and what predicts them."""
+    """Consecutive genes of a query, with the readout and the level sentences that predict them."""
 
     columns: slice
     decoder: ReadoutDecoder | None
@@ -236,6 +236,7 @@ class SectionPrediction:
             yield PredictedBlock(rows, chunk.columns, self._predict(chunk, around, head, whole.moments))
 
     def _chunk(self, genes: Sequence[GeneQuery], columns: slice, cohort: str | None) -> _GeneChunk:
+        """Encode the sentences of some genes, and choose what predicts each of them."""
         part = list(genes[columns])
         keys = [g.key or "" for g in part]
         if self.readout is None:
@@ -257,6 +258,7 @@ class SectionPrediction:
             yield np.sort(order[start : start + self.block_spots])
 
     def _around(self, whole: _Whole, rows: np.ndarray) -> _Around:
+        """Read the features of a block of spots and of their neighbours."""
         if whole.neighbours is None:
             return _Around(whole.store.read(rows), np.arange(rows.size), None, None)
         index, near = whole.neighbours.of(rows)
@@ -266,6 +268,7 @@ class SectionPrediction:
         return _Around(whole.store.read(need), own, local, near)
 
     def _head_features(self, around: _Around) -> np.ndarray:
+        """Return the features of the readout's heads for the block's spots, without standardisation."""
         views = around.features[:, self._dim :]
         own: np.ndarray = views[around.own]
         return np.concatenate([own, around.mean(views)], axis=1).astype(np.float32) if self.context else own
@@ -273,6 +276,7 @@ class SectionPrediction:
     def _predict(
         self, chunk: _GeneChunk, around: _Around, head: np.ndarray | None, moments: Moments | None
     ) -> dict[str, np.ndarray]:
+        """Predict the genes of one chunk for the block's spots."""
         vectors = around.features[:, : self._dim]
         if chunk.decoder is None or head is None:
             return predict_chunks(chunk.rest_levels, vectors[around.own])

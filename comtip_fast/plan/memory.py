@@ -36,6 +36,7 @@ def state_rows(s: Sizes, e: EngineSpec, ranks: int) -> list[MemoryRow]:
 
 
 def _parameters(s: Sizes, e: EngineSpec, ranks: int) -> list[MemoryRow]:
+    """Return the rows of trained and frozen weights."""
     full = s.trained * ELEMENT
     frozen = [MemoryRow("frozen weights and buffers", s.frozen * ELEMENT, lasts=True)] if s.frozen else []
     if e.zero_stage < 3:
@@ -55,6 +56,7 @@ def _parameters(s: Sizes, e: EngineSpec, ranks: int) -> list[MemoryRow]:
 
 
 def _gradients(s: Sizes, e: EngineSpec, ranks: int) -> MemoryRow:
+    """Return the row of gradients."""
     if e.zero_stage < 1:
         return MemoryRow("gradients", s.trained * ELEMENT)
     where = "device" if e.offload_optimizer == "none" else "host"
@@ -62,6 +64,7 @@ def _gradients(s: Sizes, e: EngineSpec, ranks: int) -> MemoryRow:
 
 
 def _optimizer(s: Sizes, e: EngineSpec, ranks: int) -> list[MemoryRow]:
+    """Return the rows of moments, of the optimizer's copy of the weights and of averaged weights."""
     shards = ranks if e.zero_stage >= 1 else 1
     location, shard = _location(e.offload_optimizer), s.trained * ELEMENT / shards
     rows = [MemoryRow("AdamW moments", 2 * shard, location, lasts=True)]
@@ -85,6 +88,7 @@ def _buckets(s: Sizes, e: EngineSpec) -> list[MemoryRow]:
 
 
 def _location(offload: str) -> str:
+    """Return where state with this offload setting is stored."""
     return {"none": "device", "cpu": "host", "nvme": "nvme"}[offload]
 
 
@@ -110,6 +114,7 @@ def step_rows(s: Sizes, e: EngineSpec, w: RankShare, parts: Sequence[StepPart], 
 
 
 def _loss(s: Sizes, e: EngineSpec, w: RankShare, ranks: int) -> list[MemoryRow]:
+    """Return the row of vectors that InfoNCE exchanges; none for one rank."""
     if not s.has_nce or ranks == 1:
         return []
     own = ceil(s.B / ranks)
@@ -131,6 +136,7 @@ def _pairs(s: Sizes, ranks: int) -> list[MemoryRow]:
 
 
 def _batch(s: Sizes, w: RankShare, ranks: int) -> list[MemoryRow]:
+    """Return the rows of the current batch and of prefetched ones."""
     own = ceil(s.B / ranks)
     tiles = 0 if s.has_stem else own * 3 * s.S**2
     features = w.micro_batch_spots * s.P * s.patch_inputs * 4

@@ -183,6 +183,7 @@ def rank_share(s: Sizes, e: EngineSpec, c: Cluster) -> RankShare:
 
 
 def _optimizer_time(s: Sizes, e: EngineSpec, c: Cluster) -> PartTime:
+    """Return the time of an optimizer step on the parameters that a rank owns."""
     elements = s.trained / (c.ranks if e.zero_stage else 1)
     time = compute_time([optimizer_cost(elements)], c, e.precision)
     return PartTime("optimizer", time.forward + time.backward, time.bound)

@@ -68,6 +68,7 @@ def summary(plan: Plan, mean: Plan | None = None) -> list[str]:
 
 
 def _head(plan: Plan) -> list[str]:
+    """Return the lines on cluster, engine and sizes."""
     c, e, s, w = plan.cluster, plan.engine, plan.sizes, plan.share
     return [
         f"{plan.name}: all figures are PREDICTED from the config, nothing was run (formulas: docs/scaling.md)",
@@ -86,6 +87,7 @@ def _head(plan: Plan) -> list[str]:
 
 
 def _memory(plan: Plan) -> list[str]:
+    """Return the memory table."""
     lines = ["memory per rank (predicted)"]
     for row in plan.memory:
         where = "" if row.where == "device" else f"  in {row.where} memory" if row.where == "host" else "  on NVMe"
@@ -98,6 +100,7 @@ def _memory(plan: Plan) -> list[str]:
 
 
 def _compute(plan: Plan) -> list[str]:
+    """Return the table of FLOPs and bytes moved."""
     lines = ["computation per rank and step (predicted)", f"  {'':<28}{'forward':>14}{'backward':>14}{'moved':>12}"]
     for p in plan.parts:
         moved = p.sum("moved") + p.sum("back_moved")
@@ -106,6 +109,7 @@ def _compute(plan: Plan) -> list[str]:
 
 
 def _traffic(plan: Plan) -> list[str]:
+    """Return the table of collectives; empty for one rank."""
     if not plan.traffic:
         return []
     c = plan.cluster
@@ -123,6 +127,7 @@ def _traffic(plan: Plan) -> list[str]:
 
 
 def _times(plan: Plan, mean: Plan | None) -> list[str]:
+    """Return the time table, and the rate that is required of the loader."""
     lines = ["time per step (predicted)"]
     for t in plan.times:
         hidden = f"  (and {seconds(t.hidden)} overlapped with computation)" if t.hidden > 0 else ""
@@ -142,6 +147,7 @@ def _times(plan: Plan, mean: Plan | None) -> list[str]:
 
 
 def _assumed(plan: Plan) -> list[str]:
+    """Return the lines on assumed efficiencies and vendor rates."""
     f, c, i = plan.cluster.efficiency, plan.cluster, plan.inputs
     device, link, fabric = c.device, c.link, c.fabric
     return [

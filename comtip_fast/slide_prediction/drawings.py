@@ -101,6 +101,7 @@ def _owner(answer: Answer) -> np.ndarray:
 
 
 def _draw(image_HW3: np.ndarray, owner_HW: np.ndarray, values_N: np.ndarray, gene: str, path: Path) -> None:
+    """Write the overview with the tiles coloured by the values of one gene, and a colour bar."""
     low, high = (float(v) for v in np.quantile(values_N, QUANTILES))
     norm, colours = Normalize(low, high if high > low else low + 1e-6, clip=True), colormaps["viridis"]
     picture = np.asarray(image_HW3, np.float32) / 255
@@ -157,6 +158,7 @@ def write_geojson(answer: Answer, genes: Sequence[str] | None, path: Path) -> in
 
 
 def _feature(xy: np.ndarray, half: float, name: str, measurements: dict[str, float]) -> dict[str, object]:
+    """Return the GeoJSON feature of one tile."""
     x0, y0, x1, y1 = (round(float(v), 2) for v in (*(xy - half), *(xy + half)))
     return {
         "type": "Feature",

@@ -24,11 +24,11 @@ class GridOptions:
 
     def __post_init__(self) -> None:
         if self.shape not in ("square", "hexagonal"):
-            raise ValueError(f"shape {self.shape!r}: expected square or hexagonal")
+            raise ValueError(f"shape {self.shape!r}: no such lattice; give square or hexagonal")
         if self.step_um is not None and not (self.step_um > 0 and math.isfinite(self.step_um)):
-            raise ValueError(f"step_um {self.step_um!r}: expected a positive number of um")
+            raise ValueError(f"`step_um` {self.step_um!r}: not a positive number; give the distance of tiles in um")
         if not 0 <= self.min_tissue <= 1:
-            raise ValueError(f"min_tissue {self.min_tissue!r}: expected a share from 0 to 1")
+            raise ValueError(f"`min_tissue` {self.min_tissue!r}: not a share of tissue; give a number from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def tissue_grid(
     hexagonal = options.shape == "hexagonal"
     row_step = step * (math.sqrt(3) / 2 if hexagonal else 1.0)
     if size[0] * size[1] / (step * row_step) > MAX_TILES:
-        raise ValueError(f"`step_um` {step * mpp:g} gives more than {MAX_TILES:,} tiles; choose a larger step")
+        raise ValueError(f"`step_um` {step * mpp:g}: gives more than {MAX_TILES:,} tiles; choose a larger step")
     height, width = mask_HW.shape
     total = np.zeros((height + 1, width + 1))
     total[1:, 1:] = mask_HW.cumsum(0, dtype=np.float64).cumsum(1)

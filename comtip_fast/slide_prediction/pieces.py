@@ -23,7 +23,7 @@ CACHED_BYTES = 64 << 20
 
 
 def digest(plan: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of a JSON-serialisable plan."""
+    """Return the SHA-256 of a JSON-serialisable plan, in hexadecimal."""
     return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
 
 
@@ -72,6 +72,7 @@ class Pieces:
         os.close(self._lock)
 
     def _clear(self, *, known: bool) -> None:
+        """Delete the pieces of another plan; raise FileExistsError if the folder is not known to hold pieces."""
         others = [p for p in self.folder.iterdir() if p.name != PLAN and not p.name.startswith(".")]
         if others and not known:
             raise FileExistsError(
@@ -119,6 +120,7 @@ class PieceFeatures:
         return out
 
     def _piece(self, piece: int) -> np.ndarray:
+        """Return one piece of features, from the cache if it is there."""
         if piece not in self._cache:
             self._cache[piece] = self._pieces.read(feature_name(piece))
             while len(self._cache) > self._keep:

@@ -162,6 +162,7 @@ def _plan(predictor: Predictor, path: Path, slide: Slide, request: SlideRequest)
 
 
 def _scale(slide: Slide, path: Path, stated: float | None, *, quiet: bool = False) -> float:
+    """Return um per px, stated or from the file; raise SourceError if it is missing or not plausible."""
     mpp = slide.mpp if stated is None else stated
     if mpp is None:
         raise SourceError(f"{path}: the file states no resolution; set `mpp` to its um per px")
@@ -170,16 +171,17 @@ def _scale(slide: Slide, path: Path, stated: float | None, *, quiet: bool = Fals
             f"{path}: {mpp:g} um per px is not plausible ({MPP_RANGE[0]:g} to {MPP_RANGE[1]:g}); set `mpp`"
         )
     if stated and slide.mpp and not quiet and not 1 / MPP_DISAGREEMENT < stated / slide.mpp < MPP_DISAGREEMENT:
-        log.warning("%s: `mpp` %g is used, but the file states %g um per px", path, stated, slide.mpp)
+        log.warning("%s: `mpp` %g is used, but the file states %g um per px; check `mpp`", path, stated, slide.mpp)
     return float(mpp)
 
 
 def _layout(slide: Slide, path: Path, predictor: Predictor, request: SlideRequest) -> _Layout:
+    """Find the tissue and lay out the tiles; raise SourceError if no tile has enough tissue."""
     mpp = _scale(slide, path, request.mpp)
     tile = TileGeometry(predictor.tile_px, predictor.tile_um, predictor.min_mpp)
     if tile.um / mpp < tile.px / 4 and mpp > tile.min_mpp:
         log.warning(
-            "%s: at %g um per px a tile of %g um has only %.0f px and is enlarged to %d; check `mpp`, or use a finer image",
+            "%s: at %g um per px a tile of %g um has only %.0f px and is enlarged to %d px; check `mpp`, or use a finer image",
             path,
             mpp,
             tile.um,
@@ -192,7 +194,7 @@ def _layout(slide: Slide, path: Path, predictor: Predictor, request: SlideReques
     if not len(grid.xy_N2):
         raise SourceError(
             f"{path}: no tile has {request.grid.min_tissue:.0%} tissue ({mask.mean():.1%} of the image is tissue); check "
-            "that it is an H&E image and `mpp`, or set `min_tissue` to 0 to predict the complete image"
+            "that it is an H&E image and that `mpp` is correct, or set `min_tissue` to 0 to predict the complete image"
         )
     is_he, reason = looks_like_he(picture[mask][:, None])
     if not is_he:
@@ -206,6 +208,7 @@ def _layout(slide: Slide, path: Path, predictor: Predictor, request: SlideReques
 
 
 def _shrunk(picture_HW3: np.ndarray) -> np.ndarray:
+    """Return the overview at the size that is stored in the output."""
     height, width = picture_HW3.shape[:2]
     part = min(1.0, OVERVIEW_PX / max(height, width))
     size = (max(1, round(width * part)), max(1, round(height * part)))
@@ -232,6 +235,7 @@ def _encode(layout: _Layout, prediction: SectionPrediction, pieces: Pieces, show
 
 
 def _stain(layout: _Layout) -> StainStats:
+    """Return the stain statistics of evenly spaced tiles."""
     n = len(layout.grid.xy_N2)
     rows = np.unique(np.linspace(0, n - 1, min(n, STAIN_TILES)).round().astype(np.int64))
     return stain_stats(tile for chunk in layout.tiles(rows).chunks() for tile in chunk.tiles_NSS3)

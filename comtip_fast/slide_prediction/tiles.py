@@ -30,7 +30,7 @@ def check_tiles(tiles: np.ndarray, mpp: float, tile: TileGeometry) -> np.ndarray
         hint = "; transpose channels to the end" if found.ndim == 4 and found.shape[1] == 3 else ""
         raise ValueError(f"tiles: shape {found.shape}; expected square RGB tiles (N, H, H, 3){hint}")
     if not isinstance(mpp, (int, float, np.floating, np.integer)) or not MPP_RANGE[0] <= mpp <= MPP_RANGE[1]:
-        raise ValueError(f"mpp: {mpp!r} um per px; expected a number from {MPP_RANGE[0]:g} to {MPP_RANGE[1]:g}")
+        raise ValueError(f"`mpp`: {mpp!r} um per px; give a number from {MPP_RANGE[0]:g} to {MPP_RANGE[1]:g}")
     width = found.shape[1] * mpp
     if width < tile.um * (1 - TOLERANCE):
         raise ValueError(

@@ -141,5 +141,5 @@ def _check_compiler(op: str, device: torch.device) -> None:
 
 
 def release_of(version: str) -> tuple[int, ...]:
-    """Return the release of a version of Triton, (3, 8) for 3.8.0."""
+    """Return the major and minor number of a Triton version, e.g. (3, 8) for 3.8.0."""
     return tuple(int(part) for part in version.split(".")[:2])

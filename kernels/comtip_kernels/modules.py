@@ -1,4 +1,4 @@
-"""The two operations with parameters, as modules."""
+"""Modules of the two operations with parameters: InfoNCE, and the embedding of gene sentences."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class InfoNCE(nn.Module):
     ) -> None:
         super().__init__()
         if not temperature > 0:
-            raise ValueError(f"InfoNCE: temperature={temperature}; it must be positive")
+            raise ValueError(f"InfoNCE: temperature={temperature}; give a positive number, e.g. 0.07")
         self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
         self.max_log_scale, self.negatives, self.impl = math.log(max_scale), negatives, impl
 

@@ -349,7 +349,7 @@ def test_an_anndata_states_its_donor(tiny_run: Path, large: ShardSet, tmp_path: 
         "microns_per_pixel": meta.mpp,
     }
     data.uns["spatial"] = {"lib": {"images": {"hires": overview}, "scalefactors": factors}}
-    with pytest.raises(SourceError, match=r"section lib: `donor` not stated; state"):
+    with pytest.raises(SourceError, match=r"section lib: `donor` unknown; set them"):
         comtip_fast.adapt(tiny_run, data, facts={"species": "human", "tissue": "breast", "mpp": meta.mpp}, device="cpu")
     facts = {"species": "human", "tissue": "breast", "donor": "me", "mpp": meta.mpp}
     with caplog.at_level(logging.WARNING, "comtip_fast"):
@@ -363,8 +363,8 @@ def test_an_anndata_states_its_donor(tiny_run: Path, large: ShardSet, tmp_path: 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--fraction", "1.5"], "--fraction 1.5: expected a share of the spots, above 0 and at most 1"),
-        (["--splits", "0"], "--splits 0: expected at least 1"),
+        (["--fraction", "1.5"], "--fraction 1.5: give a share of the spots, above 0 and at most 1"),
+        (["--splits", "0"], "--splits 0: give a number of at least 1"),
         (["--fraction", "0.01"], "adaptation needs at least 10; give a larger --fraction"),
     ],
 )
@@ -382,6 +382,11 @@ def test_bad_options_are_refused(
     assert not out.exists()
 
 
-def test_an_output_that_is_not_empty_is_refused(tiny_run: Path, large: ShardSet, adapted: Path):
-    with pytest.raises(FileExistsError, match="is not empty; give a new folder"):
+def test_an_output_that_is_not_an_empty_folder_is_refused(
+    tiny_run: Path, large: ShardSet, adapted: Path, tmp_path: Path
+):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(FileExistsError, match="file: exists and is not an empty folder"):
+        comtip_fast.adapt(tiny_run, f"{large.path}:n1", tmp_path / "file", device="cpu")
+    with pytest.raises(FileExistsError, match="is not an empty folder; give a new folder"):
         comtip_fast.adapt(tiny_run, f"{large.path}:n1", adapted, device="cpu")

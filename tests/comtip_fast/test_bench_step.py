@@ -145,7 +145,7 @@ def test_ratios_are_paired_by_round():
 
 
 def test_unknown_steps_are_refused(task: CoMTIPTask, tmp_path: Path):
-    with pytest.raises(ValueError, match="no step named clip"):
+    with pytest.raises(ValueError, match="`steps` clip: no such step"):
         benchmark_step(task.config, ["clip"], rounds=1, per_round=1, out=tmp_path)
 
 

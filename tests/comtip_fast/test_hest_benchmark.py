@@ -202,6 +202,15 @@ def test_a_timm_model_with_random_weights_or_a_file(folder: Path, tmp_path: Path
     save_file(other.state_dict(), tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"lacks \d+ weights of test_vit"):
         benchmark_hest(folder, [f"timm:{name}@{tmp_path / 'other.safetensors'}"], device="cpu")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "other.safetensors").read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"cut\.safetensors: cannot be read as weights"):
+        benchmark_hest(folder, [f"timm:{name}@{tmp_path / 'cut.safetensors'}"], device="cpu")
+    torch.save(torch.zeros(3), tmp_path / "tensor.pth")
+    with pytest.raises(ValueError, match="holds a Tensor and no weights; save a state dict"):
+        benchmark_hest(folder, [f"timm:{name}@{tmp_path / 'tensor.pth'}"], device="cpu")
+    torch.save({k: v[..., :1] for k, v in network.state_dict().items()}, tmp_path / "shapes.pth")
+    with pytest.raises(ValueError, match=r"shapes\.pth: does not fit test_vit \(size mismatch"):
+        benchmark_hest(folder, [f"timm:{name}@{tmp_path / 'shapes.pth'}"], device="cpu")
     with pytest.raises(ValueError, match="no model of this name"):
         benchmark_hest(folder, ["timm:hf-hub:a/b"], device="cpu")
 
@@ -277,13 +286,13 @@ def test_errors_name_the_file_and_the_fix(tmp_path: Path, damage, message: str):
 def test_unknown_names_are_refused(folder: Path):
     with pytest.raises(FileNotFoundError, match="no task NONE; it has: HCC, IDC, READ"):
         benchmark_hest(folder, ["colour"], tasks=["NONE"])
-    with pytest.raises(ValueError, match="unknown variant nope"):
+    with pytest.raises(ValueError, match="`variants` nope: no such variant"):
         benchmark_hest(folder, ["colour"], variants=["nope"])
-    with pytest.raises(FileNotFoundError, match="no such run, export or kind of encoder"):
+    with pytest.raises(FileNotFoundError, match="not an existing run or export, nor a kind of encoder"):
         benchmark_hest(folder, ["nothing"])
 
 
 def test_encoders_are_opened_before_any_is_scored(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(hest_run, "score_task", lambda *_: pytest.fail("scored before all encoders were opened"))
-    with pytest.raises(FileNotFoundError, match="nothing: no such run"):
+    with pytest.raises(FileNotFoundError, match="nothing: not an existing run"):
         benchmark_hest(folder, ["colour", "nothing"], device="cpu")

@@ -426,7 +426,7 @@ def test_larger_and_finer_tiles_are_brought_to_the_size_of_the_model():
         (np.zeros((2, 3, 64, 64), np.uint8), 3.5, ValueError, "transpose channels to the end"),
         (np.zeros((2, 64, 60, 3), np.uint8), 3.5, ValueError, "expected square RGB tiles"),
         (np.zeros((2, 64, 64, 4), np.uint8), 3.5, ValueError, "expected square RGB tiles"),
-        (np.zeros((2, 64, 64, 3), np.uint8), 0.0, ValueError, "mpp: 0.0 um per px; expected a number from 0.05 to 50"),
+        (np.zeros((2, 64, 64, 3), np.uint8), 0.0, ValueError, "`mpp`: 0.0 um per px; give a number from 0.05 to 50"),
         (np.zeros((2, 64, 64, 3), np.uint8), "0.5", ValueError, "mpp: '0.5' um per px"),
         (np.zeros((2, 64, 64, 3), np.uint8), float("nan"), ValueError, "mpp: nan"),
         (

@@ -283,6 +283,8 @@ def test_labels_from_a_table_and_from_an_anndata(tmp_path: Path):
     obs = pd.DataFrame({"layer": pd.Categorical(["gl", None])}, index=["s1", "s2"])
     ad.AnnData(np.zeros((2, 1), np.float32), obs).write_h5ad(tmp_path / "x.h5ad")
     assert LabelFile(f"{tmp_path / 'x.h5ad'}:layer").of("any", ["s2", "s1"]).tolist() == ["", "gl"]
+    with pytest.raises(ValueError, match=r"names no column of the AnnData; give FILE\.h5ad:COLUMN"):
+        LabelFile(str(tmp_path / "x.h5ad"))
     with pytest.raises(ValueError, match="no column 'nope'"):
         LabelFile(f"{tmp_path / 'x.h5ad'}:nope")
     (tmp_path / "two.csv").write_text("spot,label\na,x\na,y\n")

@@ -182,7 +182,7 @@ def test_the_command_writes_rows_next_to_the_scores(quick: Path, tiny_shards: Sh
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--tasks", "pathways"], "name a GMT file with --gene-sets"),
+        (["--tasks", "pathways"], "give a GMT file with --gene-sets"),
         (["--encoder", "colour"], "used by downstream tasks only"),
         (["--tasks", "probe", "--encoder", "colour"], "colour is scored already"),
         (["--tasks", "domains", "--labels", "none.tsv"], "none.tsv: no such file"),

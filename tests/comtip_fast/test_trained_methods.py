@@ -283,7 +283,7 @@ def test_bad_input_is_named(
     arguments = ["evaluate", str(run), "--shards", str(bent.path), "--out", str(tmp_path), "--device", "cpu"]
     assert main([*arguments, "--tasks", "finetune", "--epochs", "0"]) == 2
     assert "--epochs 0: must be at least 1" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="unknown; choose from finetune, supervised, bleep"):
+    with pytest.raises(ValueError, match="no such method; choose from finetune, supervised, bleep"):
         fitted(predictor, bent, "resnet")
     reference = TrainReference(predictor, bent)
     reference.numbers = []

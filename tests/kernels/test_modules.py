@@ -28,7 +28,7 @@ def test_the_clamp_is_where_it_is_read():
     x, y = randn(5, 4), randn(5, 4)
     torch.testing.assert_close(loss(x, y), infonce(x, y, torch.tensor(100.0)))
     assert float(loss.log_scale.detach()) == pytest.approx(6.9078, abs=1e-4)
-    with pytest.raises(ValueError, match="must be positive"):
+    with pytest.raises(ValueError, match="give a positive number"):
         InfoNCE(temperature=0.0)
 
 

@@ -29,7 +29,7 @@ COLUMNS = ("sample_id", "patches_path", "expr_path")
 
 @dataclass(frozen=True)
 class BenchmarkSample:
-    """One section of a task, as a row of a split names it."""
+    """One section of a task: id and files, from a row of a split."""
 
     task: str
     id: str
@@ -93,6 +93,7 @@ def read_benchmark(folder: Path, tasks: Sequence[str] | None = None) -> list[Ben
 
 
 def _read_task(folder: Path) -> BenchmarkTask:
+    """Read the genes and folds of one task; raise ValueError for incomplete splits or sections in both halves of a fold."""
     files = sorted(p.name for p in (folder / "splits").glob("*.csv"))
     n = len(files) // 2
     expected = sorted(f"{half}_{i}.csv" for half in ("train", "test") for i in range(n))
@@ -106,11 +107,15 @@ def _read_task(folder: Path) -> BenchmarkTask:
     for fold in folds:
         both = {s.id for s in fold.train} & {s.id for s in fold.test}
         if both:
-            raise ValueError(f"{folder / 'splits'}: fold {fold.number} trains and tests on {', '.join(sorted(both))}")
+            raise ValueError(
+                f"{folder / 'splits'}: fold {fold.number} trains and tests on {', '.join(sorted(both))}; list "
+                "each section in one of the two files"
+            )
     return BenchmarkTask(folder.name, _read_genes(folder / GENE_FILE), folds)
 
 
 def _read_split(folder: Path, name: str) -> tuple[BenchmarkSample, ...]:
+    """Read the samples of one split file; raise ValueError if a column is missing."""
     path = folder / "splits" / name
     table = read_table(path, sep=",")
     missing = [c for c in COLUMNS if c not in table]
@@ -136,6 +141,7 @@ def _inside(folder: Path, name: str, where: Path) -> Path:
 
 
 def _read_genes(path: Path) -> tuple[str, ...]:
+    """Read the gene list of a task; raise ValueError if it is not a list of distinct names."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; copy the task's gene list there")
     try:
@@ -143,7 +149,9 @@ def _read_genes(path: Path) -> tuple[str, ...]:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f'{path}: not a gene list ({error}); expected {{"genes": ["A", "B", ...]}}') from error
     if not genes or not all(isinstance(g, str) for g in genes) or len(set(genes)) < len(genes):
-        raise ValueError(f"{path}: expected distinct gene names, at least one")
+        raise ValueError(
+            f"{path}: the gene list is empty, or holds duplicates or values that are not text; list each gene once"
+        )
     return tuple(genes)
 
 
@@ -166,6 +174,7 @@ def read_expression(sample: BenchmarkSample, barcodes: Sequence[str], genes: Seq
 
 
 def _index(have: list[str], want: Sequence[str], sample: BenchmarkSample, what: str) -> np.ndarray:
+    """Return the positions of the names ``want`` in ``have``, int64; raise ValueError for duplicate or missing names."""
     index = {name: i for i, name in enumerate(have)}
     if len(index) < len(have):
         raise ValueError(f"{sample.expression}: {len(have) - len(index)} duplicate {what}; rename or remove them")

@@ -45,14 +45,14 @@ class FoldScore:
     mean: float
     """NaN if a correlation is undefined and the variant does not count it as 0."""
     n_undefined: int
-    """Undefined correlations, over genes and (for ``per_section``) sections."""
+    """Number of undefined correlations, over genes and (for ``per_section``) sections."""
     alpha: float
     n_components: int
     """Features of the regression; less than 256 where the encoder or the fold has fewer."""
 
 
 def score_fold(train: FoldData, test: FoldData, variant: Variant = RECIPE) -> FoldScore:
-    """Fit on the training spots and score the test spots."""
+    """Fit the regression of ``variant`` on the training spots and score its predictions of the test spots."""
     x_train, x_test = (
         reduce(train.features_NF, test.features_NF) if variant.pca else (train.features_NF, test.features_NF)
     )

@@ -96,6 +96,7 @@ class HestScores:
 
 
 def _row(encoder: Any, variant: Any, task: Any, pcc: float, std: float, undefined: int) -> dict[str, Any]:
+    """Return one row of the summary table."""
     return {
         "encoder": encoder,
         "variant": variant,
@@ -142,7 +143,7 @@ def benchmark_hest(
     """
     unknown = [v for v in variants or [] if v not in VARIANTS]
     if unknown:
-        raise ValueError(f"unknown variant {', '.join(unknown)}; choose from {', '.join(VARIANTS)}")
+        raise ValueError(f"`variants` {', '.join(unknown)}: no such variant; choose from {', '.join(VARIANTS)}")
     chosen = [VARIANTS[v] for v in (variants or VARIANTS)]
     found = read_benchmark(Path(folder), tasks)
     fold_rows: list[dict[str, Any]] = []
@@ -164,11 +165,13 @@ def benchmark_hest(
 
 
 def _unique(label: str, used: dict[str, Any]) -> str:
+    """Return the label, with a number if it is used already."""
     names = (label if n == 1 else f"{label} ({n})" for n in itertools.count(1))
     return next(name for name in names if name not in used)
 
 
 def _fold_facts(score: FoldScore) -> dict[str, Any]:
+    """Return the columns of a fold's score in ``hest_folds.csv``."""
     return {
         "pcc": score.mean,
         "n_undefined": score.n_undefined,
@@ -199,7 +202,7 @@ def score_task(
 def read_sample(
     sample: BenchmarkSample, encoder: TileEncoder | FeatureFiles, genes: Sequence[str], whole_patch: bool = False
 ) -> FoldData:
-    """Return features and targets of one section; spots without a patch or embedding are not used."""
+    """Return features and targets of the spots of one section that have a patch or embedding; ``section_N`` is 0."""
     if isinstance(encoder, FeatureFiles):
         found = encoder.of(sample.id, sample.task)
         barcodes, features = found.names, found.values_NF
@@ -217,6 +220,7 @@ def read_sample(
 
 
 def _joined(parts: Sequence[FoldData]) -> FoldData:
+    """Concatenate sections; ``section_N`` becomes the index of the section."""
     section = np.concatenate([np.full(len(p.features_NF), i, np.int64) for i, p in enumerate(parts)])
     features, raw, cp10k = (
         np.concatenate([getattr(p, k) for p in parts]) for k in ("features_NF", "raw_NG", "cp10k_NG")
@@ -227,7 +231,7 @@ def _joined(parts: Sequence[FoldData]) -> FoldData:
 def encoder_facts(
     encoder: TileEncoder | FeatureFiles, tasks: Sequence[BenchmarkTask], whole_patch: bool
 ) -> dict[str, Any]:
-    """Return the record of an encoder in the results, with a warning if it was trained on the benchmark."""
+    """Return the record of an encoder in the results; log a warning if it was trained on the benchmark."""
     if isinstance(encoder, FeatureFiles):
         return {"kind": "embeddings", "trained_on": None}
     if not isinstance(encoder, RunEncoder):
@@ -243,7 +247,7 @@ def encoder_facts(
 
 
 def seen_in_training(lineage: Lineage, tasks: Sequence[BenchmarkTask]) -> list[str]:
-    """Return the ids of benchmark sections that a run of the lineage trained or stopped on, or whose donor it did."""
+    """Return the ids of benchmark sections that a run of the lineage trained or stopped on, or on other sections of their donor."""
     ids = {i.lower(): BenchmarkSection(t.name, i, "scored", "", "the folder") for t in tasks for i in t.samples()}
     donors = {_folded(s.donor): s.id for k, s in load_benchmark().items() if s.donor and k in ids}
     found = set()
@@ -257,4 +261,5 @@ def seen_in_training(lineage: Lineage, tasks: Sequence[BenchmarkTask]) -> list[s
 
 
 def _folded(donor: str) -> str:
+    """Return a donor's name in lower case without white space, for comparison."""
     return "".join(donor.split()).lower()

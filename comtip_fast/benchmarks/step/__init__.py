@@ -1,1 +1,1 @@
-"""``comtip bench step``: a whole training step compared with the steps that a user would run instead, in one process."""
+"""``comtip bench step``: a whole training step compared with plain PyTorch and with steps of other methods, in one process."""

@@ -42,11 +42,11 @@ class PartClock:
         self._part, self._began = OTHER, 0.0
 
     def start(self) -> None:
-        """Begin a step."""
+        """Start timing a step."""
         self.running, self._part, self._began = True, OTHER, self._now()
 
     def stop(self) -> None:
-        """End a step."""
+        """Stop timing a step."""
         self.switch(OTHER)
         self.running = False
 

@@ -1,4 +1,4 @@
-"""What a contender of ``comtip bench step`` is, and our own step."""
+"""Interface of the contenders of ``comtip bench step``, and the contender that is this project's step."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ class StepContender(ABC):
         """Stop worker processes."""
 
     def timed(self) -> AbstractContextManager[Any]:
-        """Return the context of steps whose parts are timed; a contender of this package calls its clock itself."""
+        """Return the context in which parts are timed; empty for contenders that enter the parts of their clock in their own code."""
         return nullcontext()
 
     def scheduled(self) -> Iterator[tuple[np.ndarray, int, int]]:
-        """Yield spots, step and epoch of every batch, without end."""
+        """Yield the spots, step and epoch of every batch, indefinitely."""
         step = 0
         for epoch in itertools.count():
             for spots in self.task.batches(epoch):

@@ -53,7 +53,7 @@ def measure(
     contenders
         The steps, whose batches have ``batch_size`` samples.
     rounds, steps
-        Rounds, in which every contender trains ``steps`` steps.
+        Number of rounds, and of the steps that every contender trains in a round.
     batch_size
         Samples of a step.
     out
@@ -77,6 +77,7 @@ def measure(
 
 
 def _seconds(contender: StepContender, steps: int) -> float:
+    """Return the seconds of ``steps`` steps, loading included."""
     began = time.perf_counter()
     for _ in range(steps):
         contender.train(contender.load())
@@ -175,7 +176,7 @@ def _peak_mb(run: torch.profiler.profile) -> float:
 
 
 def ratio(of: Measured, to: Measured) -> tuple[float, float, float]:
-    """Return the median, lowest and highest over rounds of one's samples per second over the other's."""
+    """Return median, lowest and highest over rounds of the samples per second of ``of``, divided by those of ``to``."""
     paired = [a / b for a, b in zip(of.samples_per_s, to.samples_per_s, strict=True)]
     return median(paired), min(paired), max(paired)
 

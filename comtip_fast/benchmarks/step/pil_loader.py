@@ -1,4 +1,4 @@
-"""The loader that one writes first: a dataset of spots, one PIL decode per item, PyTorch's ``DataLoader`` with workers."""
+"""A straightforward loader for comparison: a dataset of spots, one PIL decode per item, PyTorch's ``DataLoader`` with workers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Scheduled = Iterator[tuple[np.ndarray, int, int]]
 
 
 class PilTiles(Dataset[Tensor]):
-    """Tiles of spots, uint8 (3, S, S), randomly flipped; no stain views, which ours computes as well."""
+    """Tiles of spots, uint8 (3, S, S), randomly flipped; without the stain views that this project's loaders compute."""
 
     def __init__(self, reader: SpotReader) -> None:
         self.reader = reader

@@ -1,9 +1,9 @@
-"""CoMTIP's step as one writes it first in plain PyTorch, with the same weights, draws and losses.
+"""CoMTIP's step in straightforward PyTorch, with the same weights, draws and losses.
 
 Every spot's sentences are encoded, true and mispaired ones, padded to the longest; the table of all (gene, level) sentences is
 encoded for L_level, and the adversary's candidates are scored from it. Logits and scores are stored. The masked branch runs over
-all patches with the hidden ones masked in attention. Where it is better than a first draft: attention is PyTorch's fused kernel,
-chunks of sentences are checkpointed so that they fit into memory, lookups use ``F.embedding``, and candidates are not encoded.
+all patches with the hidden ones masked in attention. Four optimisations are included: attention is PyTorch's fused
+kernel, chunks of sentences are checkpointed so that they fit into memory, lookups use ``F.embedding``, and candidates are not encoded.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ class Plain(StepContender):
         }
         for setting, used in unsupported.items():
             if used:
-                raise ValueError(f"comtip bench step: the plain step does not implement {setting}; use its default")
+                raise ValueError(
+                    f"comtip bench step: the plain step does not implement {setting}; use its default, or leave plain out of `steps`"
+                )
         self.model: CoMTIP = copy.deepcopy(task.model)
         self.update = Updater(self.model, task)
         self._loader = PilLoader(task, self.scheduled())
@@ -100,6 +102,7 @@ class Plain(StepContender):
         return v.norm_pre(torch.cat([*v._prefix(B), x + v.positions(None, B)], dim=1))
 
     def _full_branch(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the patch features (B, P, d) and the unit image vectors (B, D)."""
         v = self.model.vision
         x = self._embedded(batch)
         for block in v.blocks:
@@ -108,6 +111,7 @@ class Plain(StepContender):
         return patches, F.normalize(self.model.project_image(patches.mean(1)), dim=-1)
 
     def _masked_branch(self, batch: Batch, full: Tensor, visible: Tensor, hidden: Tensor) -> Tensor:
+        """Return L_mfm from a pass over all patches whose attention masks the hidden ones."""
         v = self.model.vision
         x = self._embedded(batch)
         keep = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
@@ -133,6 +137,7 @@ class Plain(StepContender):
         return torch.cat(rows).view(X, G, -1), torch.cat(scores).view(X, G)
 
     def _encode(self, genes: GeneTokens, gene_N: Tensor, level_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the projected sentences (N, D) of genes and levels, and their pooling scores (N,)."""
         enc = self.model.genes
         ids, length = genes.ids_GT[gene_N], genes.length_G[gene_N]
         slot = torch.arange(ids.shape[1], device=ids.device)
@@ -160,6 +165,7 @@ class Plain(StepContender):
 
     @torch.no_grad()
     def _mispaired(self, batch: Batch, vector: Tensor, unit_GQD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mispaired levels (B, G) that the adversary chooses, and which of them count as swaps."""
         step, paat = self.task.step, self.config.loss.paat
         candidates = step._candidates(batch, batch.levels.long())
         counted = counted_swaps(batch.levels.long(), candidates, batch.measured, paat.min_level_shift)
@@ -171,6 +177,7 @@ class Plain(StepContender):
         return candidates[best, rows], counted[best, rows]
 
     def _pool(self, sentences: tuple[Tensor, Tensor], measured: Tensor) -> Tensor:
+        """Return the text vector of each spot, (B, D)."""
         rows, scores = sentences
         # A spot without a measured gene has the zero vector.
         weight = scores.masked_fill(~measured, -torch.inf).softmax(1).nan_to_num(0.0)
@@ -185,6 +192,7 @@ class Plain(StepContender):
         mispaired: Tensor,
         counted: Tensor,
     ) -> Tensor:
+        """Return InfoNCE of images against true and, with ``hard_columns``, mispaired texts."""
         pool = self.clock.wrap(self._pool, "pooling")
         measured, section, levels = batch.measured, batch.section.long(), batch.levels.long()
         text = pool(true, measured)
@@ -209,6 +217,7 @@ class Plain(StepContender):
         )
 
     def _pair(self, vector: Tensor, true_BGD: Tensor, false_BGD: Tensor, counted: Tensor) -> Tensor:
+        """Return L_pair of true and mispaired sentences in the context of the images."""
         scores = [
             torch.einsum("bd,bgd->bg", vector, self.model.pair_head(F.normalize(rows, dim=-1)))
             for rows in (true_BGD, false_BGD)
@@ -216,6 +225,7 @@ class Plain(StepContender):
         return pair_loss(scores[0], scores[1], counted)
 
     def _level(self, batch: Batch, vector: Tensor, unit_GQD: Tensor) -> Tensor:
+        """Return L_level of the images against the table."""
         prior = self.task.step.log_prior[batch.panel.long()]
         scale = self.model._scale(self.model.log_scale_level)
         return level_cross_entropy(

@@ -1,4 +1,4 @@
-"""``comtip bench step``: build the task and its contenders, check that the plain step has our loss, and measure."""
+"""``comtip bench step``: build the task and its contenders, check that the plain step has the same loss, and measure."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from comtip_fast.training.task import CoMTIPTask, build_task
 log = logging.getLogger("comtip_fast")
 STEPS: dict[str, type[StepContender]] = {"ours": Ours, "plain": Plain, "open_clip": OpenClip, "bleep": Bleep}
 TOLERANCE = 1e-4
-"""Relative difference of our loss and the plain step's at one batch in fp32; in bf16 it is 100 times this."""
+"""Largest relative difference of the loss of ``ours`` and ``plain`` at one batch in fp32; 100 times as much in bf16."""
 
 
 def config_of(path: Path, overrides: Sequence[str], shards: ShardSet, device: str) -> RunConfig:
@@ -51,7 +51,7 @@ def benchmark_step(
     """
     unknown = [name for name in steps if name not in STEPS]
     if unknown:
-        raise ValueError(f"comtip bench step: no step named {', '.join(unknown)}; choose of {', '.join(STEPS)}")
+        raise ValueError(f"`steps` {', '.join(unknown)}: no such step; choose from {', '.join(STEPS)}")
     if "open_clip" in steps and not open_clip_is_installed():
         log.warning("open_clip is not installed, its step is left out; pip install 'comtip-fast[peers]'")
         steps = [name for name in steps if name != "open_clip"]
@@ -62,7 +62,7 @@ def benchmark_step(
     task = build_task(config, device)
     if not task.batches(0):
         raise ValueError(
-            f"{config.data.shards}: no batch of {config.data.batch_size} spots; give a larger set or set data.batch_size"
+            f"{config.data.shards}: no batch of {config.data.batch_size} spots; give a larger set or a smaller data.batch_size"
         )
     log.info("%s", task.describe())
     with ExitStack() as stack:
@@ -82,7 +82,7 @@ def check_equal_loss(task: CoMTIPTask, plain: Plain) -> float:
     Raises
     ------
     ValueError
-        They differ by more than rounding: what is compared is not the same work.
+        The losses differ by more than rounding, so the steps do not compute the same.
     """
     batch = task.batch(task.batches(0)[0], 1, 0)
     task.model.train()

@@ -43,7 +43,7 @@ CLASSES = {
 
 
 class Chart:
-    """A chart with linear axes; sizes are in px of the viewBox."""
+    """A chart with linear axes; sizes and ``margins`` (top, right, bottom, left) are in px of the viewBox."""
 
     def __init__(
         self,
@@ -58,12 +58,12 @@ class Chart:
         self.parts: list[str] = []
 
     def x(self, value: float) -> float:
-        """Return the horizontal position of a value."""
+        """Return the horizontal position of a value, in px from the left."""
         low, high = self.x_limits
         return self.left + (value - low) / (high - low) * (self.width - self.left - self.right)
 
     def y(self, value: float) -> float:
-        """Return the vertical position of a value."""
+        """Return the vertical position of a value, in px from the top."""
         low, high = self.y_limits
         return self.height - self.bottom - (value - low) / (high - low) * (self.height - self.top - self.bottom)
 
@@ -73,14 +73,14 @@ class Chart:
         self.parts.append(f'<polyline class="{style}" points="{points}"/>')
 
     def rect(self, x0: float, x1: float, y0: float, y1: float, style: str, title: str = "") -> None:
-        """Add a rectangle between values."""
+        """Add a rectangle from (x0, y0) to (x1, y1), in values of the axes; ``title`` is its tooltip."""
         left, top = self.x(min(x0, x1)), self.y(max(y0, y1))
         size = f'width="{abs(self.x(x1) - self.x(x0)):.1f}" height="{abs(self.y(y1) - self.y(y0)):.1f}"'
         hint = f"<title>{escape(title)}</title>" if title else ""
         self.parts.append(f'<rect class="{style}" x="{left:.1f}" y="{top:.1f}" {size}>{hint}</rect>')
 
     def dot(self, x: float, y: float, style: str, title: str = "") -> None:
-        """Add a point."""
+        """Add a point at values of the axes; ``title`` is its tooltip."""
         hint = f"<title>{escape(title)}</title>" if title else ""
         self.parts.append(f'<circle class="{style}" cx="{self.x(x):.1f}" cy="{self.y(y):.1f}" r="3.2">{hint}</circle>')
 
@@ -204,6 +204,7 @@ def loss_curves(path: Path) -> list[tuple[str, Markup]]:
 
 
 def _validation(rows: list[dict[str, Any]]) -> Markup:
+    """Draw the validation score of every cohort against the step; the dashed line is the best step."""
     scores = [(r["step"], r.get("per_cohort", r.get("per_task", {}))) for r in rows]  # per_task: up to version 0.1
     cohorts = sorted({name for _, found in scores for name in found})
     every = [v for _, found in scores for v in found.values() if v is not None] or [0.0]
@@ -221,6 +222,7 @@ def _validation(rows: list[dict[str, Any]]) -> Markup:
 
 
 def _steps_chart(x: np.ndarray, y: np.ndarray, label: str = "loss") -> Chart:
+    """Return an empty chart over training steps that fits the values ``y``."""
     low, high = float(y.min()), float(y.max())
     pad = 0.06 * (high - low) or 0.1
     chart = Chart((330, 190), (0.0, float(max(x.max(), 1))), (low - pad, high + pad))

@@ -136,6 +136,7 @@ def _training(result: Evaluation) -> dict[str, Any]:
 
 
 def _cohorts(result: Evaluation, sections: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the page's data of every cohort: scores, sections and bars."""
     out = []
     for cohort, entry in result.metrics["cohorts"].items():
         own = [sections[d.section_id] for d in result.sections if d.cohort == cohort]
@@ -177,7 +178,7 @@ class _StaticImages:
         self.left = budget
 
     def draw(self, result: Evaluation, data: SectionData, indices: list[int]) -> list[tuple[str, str]]:
-        """Return (symbol, data URI) of genes."""
+        """Return (symbol, data URI) of the genes ``indices``, as long as the budget lasts."""
         number = result.shards.section_number(data.section_id)
         meta = result.shards.manifest.sections[number]
         overview, mpp = result.shards.overview(number)
@@ -192,6 +193,7 @@ class _StaticImages:
 
 
 def _section(result: Evaluation, data: SectionData, static: _StaticImages) -> dict[str, Any]:
+    """Return the page's data of one section: scores, maps, charts and tables."""
     number = result.shards.section_number(data.section_id)
     found = clusters(result, data)
     calibration, slopes = calibration_rows(data)

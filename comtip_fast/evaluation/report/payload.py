@@ -33,7 +33,7 @@ SUB_PX = 32
 
 @dataclass
 class SectionPayload:
-    """What the page needs to draw one section."""
+    """Image and data from which the page draws one section."""
 
     image: str
     """The H&E image, cropped to the spots, as a data URI."""
@@ -140,6 +140,7 @@ def _rounded(value: float) -> float | None:
 
 
 def _labels(labels: pd.DataFrame, rows: np.ndarray, n: int) -> dict[str, Any]:
+    """Return names and encoded codes of labels and matched clusters of the drawn spots; 255 for spots without a label."""
     names, code = np.unique(labels["label"].to_numpy(str), return_inverse=True)
     out: dict[str, Any] = {"names": [plain(name) for name in names.tolist()]}
     columns = (("label", code), ("measured", labels["measured"] - 1), ("predicted", labels["predicted"] - 1))

@@ -1,4 +1,4 @@
-"""What the report adds to the scores: intervals over spatial blocks, calibration and clusters.
+"""Intervals over spatial blocks, calibration and clusters, which the report shows next to the scores.
 
 Shapes: N spots, G genes, D draws.
 """
@@ -17,7 +17,7 @@ from comtip_fast.plots import calibration_slope, calibration_table
 DRAWS, BLOCKS_PER_SIDE = 500, 6
 """Draws of the bootstrap, and blocks along the longer side of a section."""
 MIN_LABELLED, MAX_CLUSTERS = 30, 20
-"""Fewer labelled spots are not compared; most labels that are compared."""
+"""Smallest number of labelled spots, and largest number of labels, of a section whose clusters are compared with labels."""
 
 
 def intervals(data: SectionData, seed: int = 0) -> pd.DataFrame:
@@ -75,8 +75,8 @@ def clusters(
     -------
     tuple or None
         A table of the labelled spots (``section``, ``spot``, ``row``, ``label``, ``measured``, ``predicted``), and the
-        adjusted Rand index and normalised mutual information (``ari``, ``nmi``) of ``measured`` and ``predicted``. None if
-        the section has fewer than two labels or few labelled spots.
+        adjusted Rand index and normalised mutual information (``ari``, ``nmi``) of ``measured`` and ``predicted``. None
+        if the section has fewer than 30 labelled spots, fewer than 2 labels or more than 20.
     """
     spots = result.shards.spots.loc[data.spots]
     label = spots["label"].astype(str).to_numpy()

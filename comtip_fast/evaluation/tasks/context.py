@@ -31,7 +31,7 @@ ENCODER, VECTOR, COLOUR = "comtip encoder", "comtip vector", "colour"
 PROBE_GENES = 50
 """Number of most variable genes that expression is scored on."""
 MAX_SPOTS = 10_000
-"""Features and bootstrap weights of a section are kept in memory, and retrieval compares all pairs of spots."""
+"""Default of ``max_spots``: features and bootstrap weights of a section are kept in memory, and retrieval compares all pairs."""
 Encoders = dict[str, TileEncoder | FeatureFiles]
 
 
@@ -45,11 +45,12 @@ class TaskOptions:
     labels: LabelFile | None = None
     """None uses the labels that the shard set stores."""
     n_bootstrap: int = 200
+    """Draws of the bootstrap; 0 gives no intervals."""
     n_null: int = 20
     """Draws of the shuffled controls."""
     seed: int = 0
     train: TrainOptions = field(default_factory=TrainOptions)
-    """How methods are trained that were not trained before."""
+    """Training of the methods that are not in ``trained``."""
     trained: dict[str, TrainedMethod] = field(default_factory=dict)
     """Methods that were trained already, by name."""
     max_spots: int = MAX_SPOTS
@@ -194,6 +195,7 @@ class TaskContext:
         return self._read[train, number]
 
     def _spots(self, shards: ShardSet, number: int) -> np.ndarray:
+        """Return the spots of a section, or ``max_spots`` neighbouring ones of a larger section."""
         spots, most = shards.select(sections=[number]), self.options.max_spots
         if spots.size > most:
             name = shards.manifest.sections[number].section_id
@@ -201,6 +203,7 @@ class TaskContext:
         return neighbouring_spots(shards, spots, most, self.options.seed, number)
 
     def _open(self, shards: ShardSet, number: int, *, train: bool) -> SectionInputs:
+        """Read one section: features of all encoders, expression, and bootstrap weights if it is scored."""
         section_id, spots = shards.manifest.sections[number].section_id, self._spots(shards, number)
         tiles, stain = ShardTiles(shards, spots), shards.stain(number)
         frame = shards.spots.loc[spots]

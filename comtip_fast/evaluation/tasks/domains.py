@@ -31,5 +31,5 @@ def cluster(features_NF: np.ndarray, n_clusters: int, seed: int) -> np.ndarray:
 
 
 def agreement(labels: np.ndarray, clusters_N: np.ndarray) -> dict[str, float]:
-    """Return adjusted Rand index and normalised mutual information."""
+    """Return the adjusted Rand index (``ari``) and the normalised mutual information (``nmi``) of labels and clusters."""
     return {name: float(score(labels, clusters_N)) for name, score in SCORES.items()}

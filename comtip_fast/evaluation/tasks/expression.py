@@ -73,6 +73,7 @@ def _probe_of(context: TaskContext, section: SectionInputs) -> list[TaskRow]:
 def _probe_section(
     context: TaskContext, section: SectionInputs, keys: list[str], encoders: Sequence[str], genes: str = VARIABLE
 ) -> list[TaskRow]:
+    """Return the rows of zero-shot prediction, training mean and ridge on each encoder, for the genes ``keys``."""
     measured = context.values(section, keys)
     zero_shot = context.predictor.predict(section.image, context.queries(keys), cohort=section.cohort)["cp10k"]
     null = _null(context, section, measured, zero_shot)
@@ -140,6 +141,7 @@ def _expression_rows(
     task: str = "probe",
     genes: str = VARIABLE,
 ) -> list[TaskRow]:
+    """Return the rows of PCC and mean squared error of one method, with intervals over spatial blocks."""
     weights = section.weights_DN
     pcc = interval(weighted_pcc(measured, predicted, weights).mean(1)) if len(weights) else NO_INTERVAL
     squared = ((measured - predicted) ** 2).mean(1)
@@ -195,6 +197,7 @@ def pathway_rows(context: TaskContext) -> list[TaskRow]:
 def _pathway_section(
     context: TaskContext, section: SectionInputs, keys: list[str], sets: dict[str, np.ndarray]
 ) -> list[TaskRow]:
+    """Return the rows of zero-shot prediction and ridge baselines for the gene sets of one section."""
     names, members_of = list(sets), list(sets.values())
     measured = set_scores(context.values(section, keys), members_of)
     predicted = context.predictor.predict(section.image, context.queries(keys), cohort=section.cohort)["cp10k"]
@@ -219,6 +222,7 @@ def _set_rows(
     measured: np.ndarray,
     scores: np.ndarray,
 ) -> list[TaskRow]:
+    """Return the row of the mean PCC over gene sets, and one row per set."""
     pcc = np.nan_to_num(pcc_per_gene(measured, scores))
     weights, draws = (
         section.weights_DN,

@@ -16,7 +16,7 @@ from scipy import sparse
 GeneSets = dict[str, list[str]]
 MAX_BYTES, MIN_GENES = 64 << 20, 3
 MAX_PAIRS = 200_000
-"""Most pairs of genes without a common set that are sampled for comparison."""
+"""Largest number of pairs of genes that are sampled for comparison."""
 ROOT = re.compile(r"^([A-Z]{2,})-?\d+[A-Z]*\d*$")
 
 
@@ -94,7 +94,7 @@ def members(sets: Mapping[str, Sequence[str]], keys: Sequence[str]) -> dict[str,
 
 @dataclass(frozen=True)
 class SetCloseness:
-    """How much more alike two genes of one set are than two genes without a common set."""
+    """Similarity of two genes of one set, compared with that of two genes without a common set."""
 
     auc: float
     """Probability that a pair within a set is more alike than a pair without a common set; 0.5 is chance. NaN if all
@@ -108,9 +108,8 @@ class SetCloseness:
 def set_closeness(vectors_GD: np.ndarray, rows: Sequence[np.ndarray], seed: int) -> SetCloseness:
     """Compare cosine similarities of pairs of genes within sets with those of pairs without a common set.
 
-    The latter are pairs of all genes, also of those in no set.
-
-    Vectors are centred over the genes. The mean over sets is reported, so that a large set does not decide.
+    Pairs without a common set are sampled from all genes, including those in no set. Vectors are centred over the genes. The
+    result is the mean over sets, so that every set has the same weight.
 
     Parameters
     ----------
@@ -133,6 +132,7 @@ def set_closeness(vectors_GD: np.ndarray, rows: Sequence[np.ndarray], seed: int)
 
 
 def _set_aucs(x_GD: np.ndarray, rows: Sequence[np.ndarray], rng: np.random.Generator) -> np.ndarray:
+    """Return the AUC of each set's pairs against sampled pairs without a common set, float64 (S,)."""
     G = len(x_GD)
     left, right = rng.integers(0, G, (2, MAX_PAIRS if G > 1000 else 20 * G))
     apart = (left != right) & ~_share_a_set(rows, G, left, right)
@@ -149,7 +149,7 @@ def _set_aucs(x_GD: np.ndarray, rows: Sequence[np.ndarray], rng: np.random.Gener
 
 
 def _share_a_set(rows: Sequence[np.ndarray], n_genes: int, left_P: np.ndarray, right_P: np.ndarray) -> np.ndarray:
-    """Return whether two genes are in a common set, bool (P,)."""
+    """Return whether the two genes of each pair are in a common set, bool (P,)."""
     number = np.repeat(np.arange(len(rows)), [r.size for r in rows])
     ones = np.ones(number.size, np.int32)
     of_gene = sparse.csr_matrix((ones, (np.concatenate(rows), number)), shape=(n_genes, len(rows)))
@@ -159,7 +159,7 @@ def _share_a_set(rows: Sequence[np.ndarray], n_genes: int, left_P: np.ndarray, r
 
 
 def set_scores(values_NG: np.ndarray, rows: Sequence[np.ndarray]) -> np.ndarray:
-    """Return the mean of a set's genes, each standardised over the spots: float64 (N, S)."""
+    """Return the mean over the genes of each set, each gene standardised over the spots: float64 (N, S)."""
     x = np.asarray(values_NG, np.float64)
     std = x.std(0)
     z = (x - x.mean(0)) / np.where(std > 1e-12, std, 1.0)

@@ -14,7 +14,7 @@ from comtip_shards.sampling.rng import generator
 LEVEL = 0.95
 BLOCKS_PER_SIDE = 5
 MIN_BLOCKS = 5
-"""Fewer blocks or sections give no interval."""
+"""A section with fewer blocks has no interval."""
 Interval = tuple[float, float]
 NO_INTERVAL: Interval = (float("nan"), float("nan"))
 
@@ -39,7 +39,7 @@ def block_weights(block_N: np.ndarray, n_draws: int, *, seed: int, section: str)
 
 
 def interval(draws_D: np.ndarray) -> Interval:
-    """Return the percentile interval; NaN without draws, or if a draw is undefined."""
+    """Return the 95 % percentile interval of the draws; NaN without draws, or if a draw is not finite."""
     if draws_D.size == 0 or not np.isfinite(draws_D).all():
         return NO_INTERVAL
     low, high = np.quantile(draws_D, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
@@ -47,7 +47,7 @@ def interval(draws_D: np.ndarray) -> Interval:
 
 
 def mean_interval(values_N: np.ndarray, weights_DN: np.ndarray) -> Interval:
-    """Return the interval of a mean over spots."""
+    """Return the interval of the mean over spots under the draws of :func:`block_weights`; NaN without draws."""
     if not len(weights_DN):
         return NO_INTERVAL
     return interval(weights_DN @ np.asarray(values_N, np.float64) / weights_DN.sum(1))
@@ -75,7 +75,7 @@ def resampled(statistic: Callable[[np.ndarray], float], weights_DN: np.ndarray) 
 def section_interval(values_S: np.ndarray, n_draws: int, *, seed: int) -> Interval:
     """Return the interval of a mean over sections, drawn with replacement; NaN with fewer than two sections.
 
-    With few sections this is a lower bound of the uncertainty.
+    With few sections the interval is too narrow.
     """
     values = np.asarray(values_S, np.float64)
     if values.size < 2:

@@ -31,6 +31,8 @@ class LabelFile:
     def __init__(self, spec: str) -> None:
         self._where = spec
         file, _, column = spec.rpartition(":")
+        if spec.endswith(".h5ad"):
+            raise ValueError(f"`labels` {spec}: names no column of the AnnData; give FILE.h5ad:COLUMN")
         if file.endswith(".h5ad"):
             self._table = _from_h5ad(Path(file), column)
         else:
@@ -57,17 +59,19 @@ class LabelFile:
 
 
 def _from_h5ad(path: Path, column: str) -> pd.DataFrame:
+    """Read section, spot and label from an ``obs`` column of an AnnData."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give FILE.h5ad:COLUMN or a table of labels")
     obs = read_annotation(path).obs
     if column not in obs:
-        raise ValueError(f"{path}: obs has no column {column!r}; it has: {', '.join(map(str, obs.columns))}")
+        raise ValueError(f"{path}: obs has no column {column!r}; name one of {', '.join(map(str, obs.columns))}")
     section = next((obs[c].astype(str) for c in SECTION_COLUMNS if c in obs), pd.Series("", index=obs.index))
     label = obs[column].astype(object).where(obs[column].notna(), "").astype(str)
     return pd.DataFrame({"section": section.to_numpy(), "spot": obs.index.astype(str), "label": label.to_numpy()})
 
 
 def _from_table(path: Path) -> pd.DataFrame:
+    """Read section, spot and label from a table."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give a table of labels or FILE.h5ad:COLUMN")
     sep = "\t" if path.name.removesuffix(".gz").endswith(".tsv") else ","
@@ -77,7 +81,9 @@ def _from_table(path: Path) -> pd.DataFrame:
         raise ValueError(f"{path}: cannot be read as a table ({error}); save it as UTF-8 .csv or .tsv") from error
     spot = next((c for c in SPOT_COLUMNS if c in table), None)
     if spot is None or "label" not in table:
-        raise ValueError(f"{path}: has the columns {', '.join(table.columns)}; expected section, spot and label")
+        raise ValueError(
+            f"{path}: has the columns {', '.join(table.columns)}; expected the columns section, spot and label"
+        )
     section = next((c for c in SECTION_COLUMNS if c in table), None)
     return pd.DataFrame(
         {

@@ -41,5 +41,5 @@ class RankedPairs:
 
 
 def gain(own: RankedPairs, elsewhere: RankedPairs, weight_N: np.ndarray) -> float:
-    """Return the AUC in the true context less that in the context of other spots."""
+    """Return the AUC in the true context minus that in the context of other spots."""
     return own.auc(weight_N) - elsewhere.auc(weight_N)

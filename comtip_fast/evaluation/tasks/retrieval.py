@@ -33,7 +33,7 @@ def recall_at(rank_N: np.ndarray, k: int) -> np.ndarray:
 
 
 def chance(n: int, k: int) -> float:
-    """Return the recall at k of a random ranking of n keys."""
+    """Return the recall at k of a random ranking of n keys; NaN without keys."""
     return min(1.0, k / n) if n else float("nan")
 
 

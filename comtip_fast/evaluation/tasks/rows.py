@@ -33,9 +33,9 @@ class TaskRow:
     """Lower end of the 95 % interval; NaN if there is none."""
     high: float = NAN
     chance: float = NAN
-    """Expected score of a guess."""
+    """Expected score of a random guess; NaN if it is unknown."""
     shuffled: float = NAN
-    """Score of the control: the same computation with shuffled pairing."""
+    """Score of the task's control, e.g. shuffled pairs or a rotated map (docs/evaluation.md); NaN without one."""
     n: int = 0
     """Spots, genes or sets behind the score."""
 

@@ -47,7 +47,7 @@ def task_options(
     folder: Path | None = None,
     seed: int = 0,
 ) -> TaskOptions:
-    """Open the files and encoders that options name; done before any work, which takes long.
+    """Open encoders, gene sets and labels, so that errors in them are raised before the evaluation; see :func:`evaluate_tasks`.
 
     Raises
     ------
@@ -65,7 +65,7 @@ def task_options(
         if geometry is not None and (geometry.px, geometry.um, geometry.min_mpp) != own:
             raise ValueError(
                 f"`encoders` {spec}: reads tiles of {geometry.um:g} um in {geometry.px} px at {geometry.min_mpp:g} um/px, but the "
-                f"model {own[1]:g} um in {own[0]} px at {own[2]:g} um/px; compare runs with the same tiles"
+                f"model reads {own[1]:g} um in {own[0]} px at {own[2]:g} um/px; compare runs with the same tiles"
             )
         opened[label] = encoder
     return TaskOptions(
@@ -215,4 +215,4 @@ def check_tasks(tasks: Sequence[str], options: TaskOptions) -> None:
         raise ValueError(f"`tasks` {', '.join(unknown)}: no such task; choose from {', '.join(TASKS)}")
     options.train.check()
     if "pathways" in tasks and not options.gene_sets:
-        raise ValueError("`tasks` pathways: scores gene sets, but none are given; name a GMT file with `gene_sets`")
+        raise ValueError("`tasks` pathways: needs gene sets, but none are given; give a GMT file with `gene_sets`")

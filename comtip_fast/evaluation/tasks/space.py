@@ -60,6 +60,7 @@ def retrieval_rows(context: TaskContext) -> list[TaskRow]:
 def _recall_rows(
     context: TaskContext, section: str, method: str, image: np.ndarray, text: np.ndarray, weights: np.ndarray
 ) -> list[TaskRow]:
+    """Return the rows of recall at 1, 5 and 10 in both directions, with intervals and a random pairing as control."""
     n, rows = len(image), []
     mixed = generator(context.options.seed, "retrieval", section).permutation(n)
     for direction, query, key in (("image_to_gene", image, text), ("gene_to_image", text, image)):
@@ -102,8 +103,8 @@ def _across_rows(
 def domain_rows(context: TaskContext) -> list[TaskRow]:
     """Score clusters of features against labels, by adjusted Rand index and normalised mutual information.
 
-    There are as many clusters as labels; spots without a label are left out. Features are used as they are, and averaged with
-    the mean over neighbouring spots. Measured expression (50 most variable genes) is a reference. The control is the cluster map
+    There are as many clusters as labels; spots without a label are left out. Each kind of features is clustered unchanged, and once more
+    averaged with the mean over neighbouring spots. Measured expression (50 most variable genes) is a reference. The control is the cluster map
     after a rotation and a shift.
     """
     rows = []
@@ -125,6 +126,7 @@ def domain_rows(context: TaskContext) -> list[TaskRow]:
 
 
 def _domain_features(context: TaskContext, section: SectionInputs) -> dict[str, np.ndarray]:
+    """Return features (N, F) by name: those of all encoders, the zero-shot prediction and measured expression."""
     keys = context.most_variable(section.cohort, section.number)
     found = {name: np.asarray(x, np.float64) for name, x in section.features.items()}
     predicted = context.predictor.predict(section.image, context.queries(keys), cohort=section.cohort)["cp10k"]
@@ -134,6 +136,7 @@ def _domain_features(context: TaskContext, section: SectionInputs) -> dict[str, 
 def _agreement_rows(
     context: TaskContext, section: SectionInputs, method: str, labels: np.ndarray, x: np.ndarray, known: np.ndarray
 ) -> list[TaskRow]:
+    """Return the rows of both agreement scores of one kind of features with the labels."""
     options, found = context.options, cluster(x, np.unique(labels).size, context.options.seed)
     moved = moved_spots(section.xy_N2[known], options.n_null, seed=options.seed, section=section.section_id)
     null = [agreement(labels, found[d]) for d in moved]
@@ -166,7 +169,7 @@ def _score_of(metric: str, labels: np.ndarray, clusters_N: np.ndarray, index: np
 
 
 def pair_rows(context: TaskContext) -> list[TaskRow]:
-    """Score the pair head: the AUC in the true context, and that less the AUC in the context of another spot.
+    """Score the pair head: the AUC in the true context, and that AUC minus the AUC in the context of another spot.
 
     Wrong levels come from another spot of the section (``spots``), or from genes of similar detection in the same spot
     (``strata``), as in training.
@@ -186,6 +189,7 @@ def pair_rows(context: TaskContext) -> list[TaskRow]:
 
 
 def _pair_section(context: TaskContext, section: SectionInputs, sentences: SpotSentences, mode: str) -> list[TaskRow]:
+    """Return the AUC and its gain for one section and one way of mispairing; none if no swap counts."""
     rng = generator(context.options.seed, "pairs", mode, section.section_id)
     levels, paat = sentences.levels_NG, context.predictor.config.loss.paat
     wrong = _mispaired(levels, mode, paat.strata, rng)
@@ -235,7 +239,7 @@ def _mispaired(levels_NG: torch.Tensor, mode: str, n_strata: int, rng: np.random
 
 
 def _derangement(n: int, rng: np.random.Generator) -> np.ndarray:
-    """Return a random permutation of n >= 2 without fixed points: one cycle over all."""
+    """Return a random permutation of n >= 2 elements without fixed points: a single cycle."""
     order = rng.permutation(n)
     out = np.empty(n, np.int64)
     out[order] = np.roll(order, 1)
@@ -269,6 +273,7 @@ def gene_rows(context: TaskContext) -> list[TaskRow]:
 
 
 def _closeness_rows(context: TaskContext, method: str, vectors: np.ndarray, keys: list[str]) -> list[TaskRow]:
+    """Return the rows of closeness within symbol families and within the given gene sets."""
     rows, options = [], context.options
     for metric, sets in (("auc_families", families(keys)), ("auc_gene_sets", options.gene_sets)):
         found = list(members(sets, keys).values())
@@ -280,6 +285,7 @@ def _closeness_rows(context: TaskContext, method: str, vectors: np.ndarray, keys
 
 
 def _orthologue_rows(context: TaskContext, method: str, vectors: np.ndarray, keys: list[str]) -> list[TaskRow]:
+    """Return the row of orthologues found as nearest neighbours; none with fewer than three pairs."""
     index = {k: i for i, k in enumerate(keys)}
     pairs = orthologues(keys)
     if len(pairs) < MIN_PER_LABEL:

@@ -67,6 +67,7 @@ class SpotSentences:
         return torch.cat(out).cpu().numpy()
 
     def _in_text(self, levels: Tensor, true: Tensor) -> Tensor:
+        """Return logits in the context of texts, from which the scored gene is removed."""
         table, everything = self.table, torch.ones_like(true, dtype=torch.bool)
         return pair_scores(
             self._pooled(table.unit_GQD, true),
@@ -78,6 +79,7 @@ class SpotSentences:
         )
 
     def _pooled(self, rows_GQD: Tensor, levels: Tensor) -> Tensor:
+        """Return the text vectors of spots from their levels."""
         return table_pool(rows_GQD, self.table.scores_GQ, levels, torch.ones_like(levels, dtype=torch.bool))
 
 

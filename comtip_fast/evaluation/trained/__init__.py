@@ -18,7 +18,7 @@ EPOCHS = 40
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """What to train, and for how long."""
+    """Methods to train, and their budget, checkpoints and seed."""
 
     methods: tuple[str, ...] = ()
     """Names in :data:`METHODS`."""
@@ -38,6 +38,6 @@ class TrainOptions:
         """
         unknown = [m for m in self.methods if m not in METHODS]
         if unknown:
-            raise ValueError(f"trained methods {', '.join(unknown)}: unknown; choose from {', '.join(METHODS)}")
+            raise ValueError(f"trained methods {', '.join(unknown)}: no such method; choose from {', '.join(METHODS)}")
         if self.epochs < 1:
             raise ValueError(f"`epochs` {self.epochs}: must be at least 1")

@@ -74,7 +74,7 @@ def nearest_average(
 
 
 class JointSpace(nn.Module):
-    """Image encoder and expression, each with a projection to the joint space."""
+    """Projections of the image encoder's features and of the expression of ``n_genes`` genes to ``dim`` shared dimensions."""
 
     def __init__(self, vision: VisionEncoder, n_genes: int, dim: int, seed: int) -> None:
         super().__init__()

@@ -48,7 +48,7 @@ class ValidationSection:
 
 
 class TrainingData:
-    """Spots that all methods train on and are stopped by; read once.
+    """Training and validation spots of all methods, read once.
 
     Parameters
     ----------
@@ -146,6 +146,7 @@ class TrainingData:
             yield self.predictor.model.vision.stem_features(tiles.to(self.device))
 
     def _targets(self, keys: list[str]) -> Targets:
+        """Read the targets of the training spots."""
         section = self.shards.sections_of(self.spots)
         row = {n: i for i, n in enumerate(self.numbers)}
         return Targets.of(
@@ -173,6 +174,7 @@ class TrainingData:
         return [ValidationSection(section_id, cohort, spots, columns, values)]
 
     def _known(self, numbers: Sequence[int]) -> np.ndarray:
+        """Return which target genes each section measured, bool (S, G)."""
         rows = np.array(self._row_of)
         return np.stack([self.shards.measured(n)[rows] & (rows >= 0) for n in numbers])
 
@@ -191,6 +193,7 @@ class TrainingData:
 
     @torch.no_grad()
     def _stem(self, tiles: Tensor) -> Tensor:
+        """Return stem features of tiles, on the CPU, for the loader's table."""
         return self.predictor.model.vision.stem_features(tiles.to(self.device)).cpu()
 
 

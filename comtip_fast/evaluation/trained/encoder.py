@@ -45,6 +45,7 @@ def initial_encoder(predictor: Predictor, seed: int) -> VisionEncoder:
 
 
 def _trainable(vision: VisionEncoder) -> VisionEncoder:
+    """Return the encoder with gradients for all parameters but those of a frozen stem."""
     vision.requires_grad_(True)
     if vision.stem is not None:
         vision.stem.requires_grad_(False)

@@ -41,12 +41,12 @@ BUILD: dict[str, Callable[[TrainingData, RunConfig], ExpressionTask]] = {
 
 @dataclass
 class TrainedMethod:
-    """A trained method."""
+    """A method that was trained on the model's training sections, and predicts expression."""
 
     name: str
     task: ExpressionTask
     facts: dict[str, Any]
-    """What the results record: budget, chosen settings and validation score."""
+    """Entries in the results: budget, chosen settings and validation score."""
 
     @property
     def cohorts(self) -> set[str]:
@@ -138,7 +138,7 @@ def _config(predictor: Predictor, reference: TrainReference, options: TrainOptio
 
 @dataclass
 class _Candidate:
-    """One training, or none."""
+    """Result of one training, or the weights that training starts from."""
 
     task: ExpressionTask
     score: float
@@ -175,7 +175,7 @@ def _fit(name: str, data: TrainingData, config: RunConfig, epochs: int, folder: 
 
 
 def _at_rate(config: RunConfig, name: str, rate: float, steps: int, data: TrainingData) -> RunConfig:
-    """Return the config of one training."""
+    """Return the config of one training: the learning rate ``rate``, ``steps`` steps, and its validations."""
     every = max(1, steps // VALIDATIONS) if data.validation else 0
     warmup = min(config.optim.warmup_steps, steps // 10)
     checkpoint_every = every or max(1, steps // 10)
@@ -202,6 +202,6 @@ def _train(name: str, data: TrainingData, config: RunConfig, epochs: int, folder
 
 
 def _digest(task: ExpressionTask, config: RunConfig, epochs: int) -> str:
-    """Return a name of the training, so that another one never continues from its checkpoints."""
+    """Return a hash of everything that defines a training, so that no other training resumes from its checkpoints."""
     parts = task.fingerprint() | {"epochs": epochs, "lr": config.optim.lr, "seed": config.train.seed}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:10]

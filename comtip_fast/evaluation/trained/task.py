@@ -95,7 +95,7 @@ class ExpressionTask(ABC):
         return self.data.loader.batches(epoch)
 
     def batch(self, spot_index: np.ndarray, step: int, epoch: int) -> TargetBatch:
-        """Load one batch."""
+        """Load the batch of the spots ``spot_index`` and its targets, on the device."""
         batch: Batch = self.data.loader.batch(spot_index, step, epoch).to(self.data.device)
         features = batch.features
         if features is None:
@@ -121,7 +121,7 @@ class ExpressionTask(ABC):
         return out
 
     def validation_result(self, shares: list[Share]) -> ValidationResult:
-        """Return the score of the best setting, its parts by cohort, and the scores of all settings."""
+        """Return the score of the best setting, its scores by cohort, and the score of each setting; NaN without sections."""
         means = self._means([one for share in shares for one in share])
         if not means:
             return float("nan"), {}, {}
@@ -130,7 +130,7 @@ class ExpressionTask(ABC):
         return scores[best], means[best], {k: v for k, v in scores.items() if len(scores) > 1}
 
     def export(self, folder: Path) -> None:
-        """Write the weights."""
+        """Write the weights to ``model.safetensors`` in ``folder``."""
         folder.mkdir(exist_ok=True)
         save_file({k: v.contiguous() for k, v in self.module.state_dict().items()}, folder / "model.safetensors")
 

@@ -32,6 +32,7 @@ STYLE: Any = {
 
 
 def _set_device_axis(axes: Any, max_devices: int) -> None:
+    """Set a logarithmic axis of devices, with ticks at powers of 2."""
     axes.set_xscale("log", base=2)
     ticks = [n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096) if n <= max_devices]
     axes.set_xticks(ticks)
@@ -69,6 +70,7 @@ def draw_speed(result: Sweep, path: Path) -> None:
 
 
 def _speed_panel(result: Sweep, axes: Any, growth: Growth) -> None:
+    """Plot the speed of the DDP designs, and mark where each stops scaling."""
     chosen = DESIGNS[:4]
 
     def height(p: Point) -> float:
@@ -124,6 +126,7 @@ def draw_memory(result: Sweep, path: Path) -> None:
 
 
 def _plot(axes: Any, line: list[Point], values: list[float], index: int, label: str) -> None:
+    """Plot bytes in GB against devices, in the style of design ``index``."""
     axes.plot(
         [p.devices for p in line],
         [v / 1e9 for v in values],
@@ -135,6 +138,7 @@ def _plot(axes: Any, line: list[Point], values: list[float], index: int, label: 
 
 
 def _state_panel(result: Sweep, axes: Any) -> None:
+    """Plot the state between steps by ZeRO stage."""
     axes.set_title("State between steps", loc="left")
     for index, label in ((2, "DDP"), (4, "ZeRO 1 and 2"), (6, "ZeRO 3")):
         line = result.line("weak", DESIGNS[index])
@@ -143,10 +147,12 @@ def _state_panel(result: Sweep, axes: Any) -> None:
 
 
 def _is_state(name: str) -> bool:
+    """Return whether a row of the memory table is state between steps."""
     return name.startswith(("parameters", "gradients", "AdamW")) and "gathered" not in name
 
 
 def _loss_panel(result: Sweep, axes: Any) -> None:
+    """Plot the buffers of InfoNCE by loss form."""
     axes.set_title("Buffers of the contrastive loss", loc="left")
     for index, label in ((2, "gather: all images"), (3, "ring: blocks in transfer")):
         line = [p for p in result.line("weak", DESIGNS[index]) if p.devices > 1]
@@ -160,6 +166,7 @@ def _loss_panel(result: Sweep, axes: Any) -> None:
 
 
 def _total_panel(result: Sweep, axes: Any) -> None:
+    """Plot the total memory of the DDP designs and the capacity of the device."""
     axes.set_title("Total, largest panel", loc="left")
     for index, label in ((0, "whole table"), (2, "sharded, gather"), (3, "sharded, ring")):
         line = result.line("weak", DESIGNS[index])

@@ -116,6 +116,7 @@ def sweep(config: RunConfig, base: Cluster, inputs: Inputs, *, most: int = 1024)
 
 
 def _cases(batch: int, per_device: int, most: int) -> Iterator[tuple[Growth, Design, int, int]]:
+    """Yield growth, design, devices and batch of every point; strong scaling ends at one spot per device."""
     for design in DESIGNS:
         devices = 1
         while devices <= most:
@@ -126,6 +127,7 @@ def _cases(batch: int, per_device: int, most: int) -> Iterator[tuple[Growth, Des
 
 
 def _engine(config: RunConfig, d: Design, c: Cluster) -> EngineSpec:
+    """Return the config's engine with the settings of a design."""
     configured = engine_of(config, c.ranks, c.device.name != "cpu")
     return replace(configured, kind=d.kind, zero_stage=d.zero_stage, loss_form=d.loss_form, shard_table=d.shard_table)
 

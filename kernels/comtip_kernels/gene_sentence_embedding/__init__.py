@@ -52,9 +52,10 @@ def gene_sentence_embedding(
     plan: SentencePlan | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
-    """Sum of token, type and position rows; the last slot of each sentence reads its level instead of a token.
+    """Embed the tokens of gene sentences as sums of token, type and position rows, with LayerNorm if a gain is given.
 
-    The formula is in :mod:`comtip_kernels.gene_sentence_embedding.reference`.
+    The last slot of each sentence reads the row of its level instead of a token. The formula is in
+    :mod:`comtip_kernels.gene_sentence_embedding.reference`.
 
     Parameters
     ----------

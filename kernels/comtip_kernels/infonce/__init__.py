@@ -31,9 +31,9 @@ def infonce(
     excluded_further: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
-    """Symmetric InfoNCE (van den Oord et al. 2018; CLIP, Radford et al. 2021); columns B..M-1 are further negatives.
+    """Return the symmetric InfoNCE loss (van den Oord et al. 2018; CLIP, Radford et al. 2021) of B images and M texts.
 
-    The formula is in :mod:`comtip_kernels.infonce.reference`.
+    The first B texts belong to the images; the others are further negatives. The formula is in :mod:`comtip_kernels.infonce.reference`.
 
     Parameters
     ----------

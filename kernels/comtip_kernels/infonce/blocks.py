@@ -63,7 +63,7 @@ def block_lse(
     ids
         Which pairs are negatives.
     dtype
-        In what the Triton kernels multiply; None follows :func:`comtip_kernels.operand_dtype`.
+        Dtype in which the Triton kernels multiply; None follows :func:`comtip_kernels.operand_dtype`.
     impl
         Implementation; see :mod:`comtip_kernels.dispatch`. ``cpu`` runs on any device.
 
@@ -115,6 +115,7 @@ def block_gradients(
 def _select(
     op: str, impl: str, vectors: tuple[Tensor, Tensor], ids: BlockIds, implementations: Mapping[str, Callable[..., Any]]
 ) -> Callable[..., Any]:
+    """Return the implementation; raise ValueError if rows or columns have no classes."""
     if ids.class_rows is None or ids.class_columns is None:
         raise ValueError(
             f"{op}: rows and columns have no classes, which separate positives from negatives; pass class_rows and class_columns"
@@ -164,6 +165,7 @@ def _gradients_cpu(
     column_lse: Tensor,
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
+    """Return the sums of :func:`block_gradients`, tile by tile."""
     (x, y), s = wide(x, y), float(scale)
     dx, dy = torch.zeros_like(x), torch.zeros_like(y)
     exponentials = Exponentials(x, y, s, ids)

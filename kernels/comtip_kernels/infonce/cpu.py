@@ -80,6 +80,8 @@ class Masks:
 
 
 def _same(rows: Index, columns: Index, like: Tensor) -> Tensor:
+    """Return the bool mask of pairs with the same index in the complete matrix, in the shape of ``like``."""
+
     def numbers(index: Index, n: int) -> Tensor:
         if isinstance(index, Tensor):
             return index

@@ -21,7 +21,7 @@ def unit_vectors(*vectors: Tensor, dtype: torch.dtype | None = None) -> tuple[Te
     *vectors
         (n, D) each, any length and dtype.
     dtype
-        What the kernels multiply (:func:`comtip_kernels.operand_dtype`); None rounds nothing. Vectors on a device without
+        Dtype in which the kernels multiply (:func:`comtip_kernels.operand_dtype`); None rounds nothing. Vectors on a device without
         Triton kernels are not rounded either.
 
     Returns

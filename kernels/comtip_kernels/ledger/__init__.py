@@ -1,1 +1,1 @@
-"""Evidence without a GPU: ahead-of-time compilation of every kernel, compared with a committed table."""
+"""Ahead-of-time compilation of every kernel without a GPU, compared with a committed table."""

@@ -22,7 +22,7 @@ SLACK = 8
 
 
 def problems(row: LedgerRow, before: dict[str, str] | None) -> list[str]:
-    """Return the problems of a row, alone and compared with the committed row."""
+    """Return messages on limits that a row exceeds, and on counts that are worse than those of the committed row ``before``."""
     where = f"{row.op}/{row.name} sm_{row.arch}"
     out = []
     if row.arch in (80, 90) and (row.stack or row.spills):
@@ -62,7 +62,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def write(path: Path, rows: Iterable[LedgerRow], version: str, kept: list[dict[str, str]]) -> None:
-    """Write the rows of this Triton version and keep those of others."""
+    """Write the rows of the Triton release ``version``, and keep those of other releases among ``kept``."""
     others = [r for r in kept if r["triton"] != version]
     ours = [{"triton": version} | {k: str(v) for k, v in asdict(r).items()} for r in rows]
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -72,7 +72,7 @@ def write(path: Path, rows: Iterable[LedgerRow], version: str, kept: list[dict[s
 
 
 def merged(rows: Iterable[LedgerRow], known: dict[tuple[str, str, int], dict[str, str]]) -> list[LedgerRow]:
-    """Return rows as far as they are compiled, and the committed ones of other entries: what an interrupted run keeps."""
+    """Return the rows compiled so far and the committed rows of all other entries, so that an interrupted run keeps both."""
     new = {(r.op, r.name, r.arch): r for r in rows}
     return [*new.values(), *(parsed(row) for key, row in known.items() if key not in new)]
 
@@ -150,12 +150,16 @@ def write_sizes(path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compile, print, and write or check."""
+    """Compile and print the ledger, then write the tables, or check them; return 1 if a check fails."""
     other = argparse.ArgumentParser(add_help=False)
     other.add_argument("--triton", help="compile with this release, e.g. 3.6, which pip installs in a cache folder")
     parser = argparse.ArgumentParser(prog="python -m comtip_kernels.ledger", description=__doc__, parents=[other])
-    parser.add_argument("--table", type=Path, default=Path("bench/ledger.csv"))
-    parser.add_argument("--sizes", type=Path, default=Path("bench/traffic.csv"))
+    parser.add_argument(
+        "--table", type=Path, default=Path("bench/ledger.csv"), help="ledger (default bench/ledger.csv)"
+    )
+    parser.add_argument(
+        "--sizes", type=Path, default=Path("bench/traffic.csv"), help="traffic table (default bench/traffic.csv)"
+    )
     parser.add_argument("--check", action="store_true", help="compare with the table and do not write it")
     parser.add_argument("--all", action="store_true", help="also compile entries whose source hash is unchanged")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")

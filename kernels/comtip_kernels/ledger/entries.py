@@ -169,6 +169,7 @@ def launched(path: Path = LAUNCHES) -> list[LedgerEntry]:
 
 
 def _largest() -> list[LedgerEntry]:
+    """Return the entries of all kernels at their largest tiles, with every option."""
     out = []
     for dtype in ("bf16", "fp32"):
         out += [

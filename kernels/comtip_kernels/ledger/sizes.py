@@ -37,10 +37,14 @@ class Sized:
 
     op: str
     part: str
+    """``forward`` or ``backward``."""
     size: str
+    """Name of the size."""
     moved: Traffic
     floor_bytes: int
+    """Lower bound of the bytes from and to memory."""
     floor_flops: int
+    """Lower bound of the FLOPs."""
 
     def row(self) -> dict[str, str]:
         """Return the row of the table; times are predicted, in microseconds."""
@@ -76,6 +80,7 @@ def _with_width(config: dict[str, Any], D: int) -> dict[str, Any]:
 
 
 def _infonce(B: int, M: int, D: int, name: str) -> Iterator[Sized]:
+    """Yield forward and backward pass of InfoNCE on one device."""
     forward = traffic.infonce_forward(B, M, D, BF16, infonce.FORWARD["bf16"])
     yield Sized("infonce", "forward", name, forward, (B + M) * D * BF16 + 8 * B, 2 * B * M * D)
     chunk = infonce_chunk(M, BF16)
@@ -86,6 +91,7 @@ def _infonce(B: int, M: int, D: int, name: str) -> Iterator[Sized]:
 
 
 def _infonce_block(R: int, C: int, D: int, name: str) -> Iterator[Sized]:
+    """Yield forward and backward pass of one block of InfoNCE."""
     ids, stats = traffic.BLOCK_IDS, 8 * (R + C)
     vectors = (R + C) * (D * BF16 + ids)
     forward = traffic.infonce_forward(R, C, D, BF16, infonce.FORWARD["bf16"], ids, diagonal=False)
@@ -96,6 +102,7 @@ def _infonce_block(R: int, C: int, D: int, name: str) -> Iterator[Sized]:
 
 
 def _embedding(S: int, kinds: tuple[int, int, int], D: int, name: str) -> Iterator[Sized]:
+    """Yield forward and backward pass of the embedding of S tokens; ``kinds`` counts distinct gene, name and value rows."""
     U, V = sum(kinds), 4099
     tables = (V + kinds[0]) * D * BF16
     forward = traffic.sentence_rows(*kinds, D, BF16, tables) + traffic.copy_rows(S, U, D, BF16)
@@ -116,6 +123,7 @@ def _embedding(S: int, kinds: tuple[int, int, int], D: int, name: str) -> Iterat
 
 
 def _attention(S: int, H: int, E: int, longest: int, useful: int, name: str) -> Iterator[Sized]:
+    """Yield forward and backward pass of packed attention; ``useful`` counts the pairs of tokens within sentences."""
     tile = packed.best_tile("bf16", longest)
     for backward, tensors, products in ((False, 4, 2), (True, 7, 5)):
         moved = traffic.attention(S, H, E, BF16, longest, tile, backward=backward)
@@ -124,6 +132,8 @@ def _attention(S: int, H: int, E: int, longest: int, useful: int, name: str) -> 
 
 
 def _table(B: int, G: int, Q: int, D: int, name: str) -> Iterator[Sized]:
+    """Yield forward and backward pass of pooling, pair scores and L_level."""
+
     def tiles(config: dict[str, Any]) -> dict[str, Any]:
         QP = 1 << (Q - 1).bit_length()
         return _with_width(config, D) | {"QP": QP, "NG": max(1, config["BN"] // QP)}

@@ -20,7 +20,9 @@ class Traffic:
     """Bytes and FLOPs of one launch, or of several one after another."""
 
     loaded: int
+    """Bytes of all load requests."""
     distinct: int
+    """Bytes of distinct addresses loaded."""
     stored: int
     flops: int = 0
 

@@ -1,4 +1,4 @@
-"""L_level and the scores of the pair head over the sentence table."""
+"""Cross-entropy over expression levels (L_level), and scores of the pair head, from the sentence table."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def level_cross_entropy(
     *,
     impl: Impl = "auto",
 ) -> Tensor:
-    """Cross-entropy of each measured (spot, gene) over the Q levels of that gene.
+    """Return the mean cross-entropy of the measured (spot, gene) pairs over the Q levels of each gene.
 
     The formula is in :mod:`comtip_kernels.level_cross_entropy.reference`.
 
@@ -63,7 +63,7 @@ def level_cross_entropy(
     Returns
     -------
     Tensor
-        Mean over the measured (spot, gene), in nats, fp32 on Triton kernels; 0 if nothing is measured.
+        Scalar, in nats, fp32 on Triton kernels; 0 if nothing is measured.
 
     Raises
     ------
@@ -86,7 +86,7 @@ def pair_scores(
     weight_BG: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
-    """Logits of the pair head for the sentences (g, levels[b, g]).
+    """Return the logits of the pair head for the sentences (g, levels[b, g]) in the context of each spot.
 
     The formula is in :mod:`comtip_kernels.level_cross_entropy.reference`.
 

@@ -69,7 +69,7 @@ def packed_attention(
     longest: int | None = None,
     impl: Attention = "auto",
 ) -> Tensor:
-    """Attention softmax(q k^T / sqrt(E)) v within each of N concatenated sentences (Vaswani et al. 2017).
+    """Return the attention softmax(q k^T / sqrt(E)) v within each of N concatenated sentences (Vaswani et al. 2017).
 
     Parameters
     ----------
@@ -109,9 +109,9 @@ def packed_attention_qkv(
     first_S: Tensor | None = None,
     impl: Attention = "auto",
 ) -> Tensor:
-    """Attention as in :func:`packed_attention` on the output of one projection.
+    """Return the attention of :func:`packed_attention` for q, k and v in one tensor, the output of one projection.
 
-    On a CPU this saves a pass over the gradient. Sort sentences by length if possible: then no tensor is reordered.
+    On a CPU, this saves a pass over the gradient. Tensors of sentences that are sorted by length are not reordered there.
 
     Parameters
     ----------
@@ -126,7 +126,7 @@ def packed_attention_qkv(
     Returns
     -------
     Tensor
-        (S, H, E).
+        (S, H, E), in the dtype of the products.
 
     Raises
     ------

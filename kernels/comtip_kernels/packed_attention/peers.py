@@ -19,7 +19,7 @@ from comtip_kernels.packed_attention.reference import packed_attention_reference
 FLASH_MODULES = ("flash_attn.cute", "flash_attn_interface", "flash_attn")
 """Modules of flash-attn 4, 3 and 2 that define ``flash_attn_varlen_func``, newest first."""
 MAX_SENTENCES = 65_535
-"""Their kernels launch sentences on a grid axis of this size (flash-attention issue 1786, pytorch issue 146704)."""
+"""Size of the grid axis on which their kernels launch sentences (flash-attention issue 1786, pytorch issue 146704)."""
 
 
 @cache
@@ -55,6 +55,7 @@ def ready_peers(like: Tensor) -> tuple[str, ...]:
 
 
 def _offsets(length_N: Tensor) -> Tensor:
+    """Return the offsets of the sentences and the total, int32 (N + 1,)."""
     return torch.nn.functional.pad(length_N.cumsum(0), (1, 0)).to(torch.int32)
 
 
@@ -71,6 +72,7 @@ def _in_chunks(
 
 
 def _require_16_bits(impl: str, like: Tensor) -> None:
+    """Raise ValueError unless the tensor is fp16 or bf16 on a CUDA device."""
     if not can_peer(like):
         raise ValueError(
             f"packed_attention: impl={impl!r} needs fp16 or bf16 on a CUDA device, not {like.dtype} on {like.device.type}; "
@@ -101,6 +103,7 @@ def _deterministic_backward(out: Tensor) -> Tensor:
 
 
 def _flash() -> Callable[..., Any]:
+    """Return flash-attn's function; raise ValueError if it is missing or has no deterministic backward pass."""
     function = flash_varlen()
     if function is None:
         raise ValueError(
@@ -115,6 +118,7 @@ def _flash() -> Callable[..., Any]:
 
 
 def _varlen() -> Callable[..., Any]:
+    """Return PyTorch's varlen attention; raise ValueError if this PyTorch has none."""
     function = torch_varlen()
     if function is None:
         raise ValueError("packed_attention: impl='varlen' needs a torch with torch.nn.attention.varlen; upgrade torch")

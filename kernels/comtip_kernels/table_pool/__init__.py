@@ -19,7 +19,7 @@ _IMPLEMENTATIONS = {
 def table_pool(
     table_GQD: Tensor, scores_GQ: Tensor, levels_BG: Tensor, mask_BG: Tensor, *, impl: Impl = "auto"
 ) -> Tensor:
-    """Softmax-weighted sum of G table rows per spot; the formula is in :mod:`comtip_kernels.table_pool.reference`.
+    """Return the softmax-weighted sum of G table rows per spot; see :mod:`comtip_kernels.table_pool.reference` for the formula.
 
     Parameters
     ----------
