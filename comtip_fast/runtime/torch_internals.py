@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import cpp_extension
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
@@ -115,6 +114,9 @@ def mark_dynamic(tensor: Tensor, dims: list[int]) -> None:
 
 def build_folder(name: str) -> Path:
     """Return the folder in which PyTorch compiles the extension ``name``."""
+    # The import warns on a machine with the CUDA toolkit and no GPU, and is needed for DeepSpeed alone.
+    from torch.utils import cpp_extension
+
     return Path(cpp_extension._get_build_directory(name, verbose=False))
 
 

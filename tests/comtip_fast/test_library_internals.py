@@ -124,6 +124,8 @@ def test_no_other_module_uses_private_names_of_libraries():
 
 
 def test_names_of_pytorch():
+    import torch.utils.cpp_extension  # PyTorch does not import it
+
     for owner, name in [*TORCH.items(), *((owner, name) for name, owner in MORE_OF_TORCH.items())]:
         assert hasattr(eval(owner, {"torch": torch}), name), f"PyTorch {torch.__version__}: {owner} has no {name}"
     assert torch_internals.packet_of(torch.ops.aten.mm.default) is torch.ops.aten.mm
@@ -191,3 +193,10 @@ def test_the_build_folder_of_an_extension(tmp_path: Path, monkeypatch: pytest.Mo
 def test_the_version_is_bounded():
     (line,) = re.findall(r"^deepspeed = \[\"(.*)\"\]$", (PACKAGE.parent / "pyproject.toml").read_text(), re.MULTILINE)
     assert re.fullmatch(r"deepspeed>=0\.19,<0\.20", line)
+
+
+def test_no_module_imports_the_extension_compiler_at_import():
+    """Regression test: every command warned of a missing CUDA runtime on machines with the CUDA toolkit and no GPU."""
+    for path in Path(comtip_fast.__file__).parent.rglob("*.py"):
+        imports = [n for n in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(n, ast.ImportFrom)]
+        assert "cpp_extension" not in [a.name for n in imports for a in n.names], path

@@ -440,9 +440,9 @@ def test_both_readers_agree_with_the_table(tmp_path: Path, name: str, monkeypatc
 
 
 def table_rows() -> list[str]:
-    """Return the first cells of the table of pictures."""
+    """Return the first cells of the table of images."""
     text = README.read_text()
-    table = text[text.index("| picture |") :].split("\n\n")[0].splitlines()[2:]
+    table = text[text.index("| image | what is read |") :].split("\n\n")[0].splitlines()[2:]
     return [re.split(r"\s*\|\s*", line)[1] for line in table]
 
 

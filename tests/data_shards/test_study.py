@@ -245,7 +245,7 @@ def test_errors_of_the_set_and_of_the_disk_are_raised(sources: Path, tmp_path: P
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(staging, "_write_section", full)
-    with pytest.raises(ShardError, match="free space"):
+    with pytest.raises(ShardError, match="free disk space"):
         comtip_fast.build_shards(study, tmp_path / "full", on_error="skip", **SIZE)
 
 

@@ -339,7 +339,7 @@ BAD = {
     "text": (edit_table(pxl_row_in_fullres="here"), "pxl_row_in_fullres has type string, expected numbers"),
     "column gone": (lambda r: edit_table(row=1)(r) or drop_column(r), "missing columns pxl_row_in_fullres"),
     "cut parquet": (cut_parquet, "cannot be read as Parquet"),
-    "no scale": (edit_factors(microns_per_pixel=None), "give `mpp`"),
+    "no scale": (edit_factors(microns_per_pixel=None), "set `mpp`"),
     "wrong pixel size": (edit_factors(microns_per_pixel=0.3), "gives 4.0000 um per px instead of 0.3"),
     "wrong spacing": (edit_factors(microns_per_pixel=8.0, spot_diameter_fullres=2.0), "a pitch of 4.000 px"),
     "wrong bin size": (edit_factors(bin_size_um=8.0), "states bins of 8 um"),

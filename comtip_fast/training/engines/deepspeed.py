@@ -21,7 +21,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils import cpp_extension
 
 from comtip_fast.collectives import Group
 from comtip_fast.config.schema import RunConfig
@@ -284,6 +283,8 @@ def check_deepspeed(config: RunConfig, device: torch.device) -> None:
         raise TrainingError(
             f"engine.nvme_path={e.nvme_path}: cannot create this folder ({error.strerror}); give a path that can be written"
         ) from error
+    from torch.utils import cpp_extension  # the import warns on a machine with the CUDA toolkit and no GPU
+
     builder = deepspeed.accelerator.get_accelerator().create_op_builder("AsyncIOBuilder")
     if not builder.is_compatible() or not cpp_extension.is_ninja_available():
         raise TrainingError(
