@@ -88,12 +88,12 @@ def mouse(info: Path, ensembl: Path) -> pd.DataFrame:
 def main() -> None:
     """Write the table to ``resources`` next to this file."""
     parser = argparse.ArgumentParser(description=__doc__)
-    for option, text in (
+    for option, meaning in (
         ("--hgnc", "complete set of HGNC, tab-separated"),
         ("--mouse", "gene_info of the mouse from NCBI, tab-separated"),
         ("--mouse-ensembl", "tab-separated table with gene_id (Ensembl), gene_name and gene_type of mouse genes"),
     ):
-        parser.add_argument(option, type=Path, required=True, help=text)
+        parser.add_argument(option, type=Path, required=True, help=meaning)
     args = parser.parse_args()
     table = pd.concat([human(args.hgnc), mouse(args.mouse, args.mouse_ensembl)])
     table = table.apply(lambda c: c.map(lambda v: re.sub(r"\s+", " ", v).strip()))
