@@ -65,6 +65,10 @@ class Record:
     data_shapes: Counter[tuple[str, str]] = field(default_factory=Counter)
     """(operator, code line) of every operator whose output shape depends on data; each is a wait as well."""
     paused: bool = False
+    observer: Any = None
+    """Sees every launch and upload with its operands (:class:`testkit.rehearsal.graphs.Tape`), also in a pause; None sees none."""
+    graph_rules: list[Any] = field(default_factory=list)
+    """What the rules of CUDA graphs found (:class:`testkit.rehearsal.graphs.Finding`), for walks that ask for it."""
 
     def wait(self, what: str) -> None:
         """Count a wait of the host at the current code line."""

@@ -7,7 +7,7 @@ import json
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from comtip_kernels.ledger.entries import LAUNCHES, launched
 from comtip_kernels.ledger.toolchain import architectures
 
 from testkit.rehearsal.costs import SENT_KINDS, by_kind
+from testkit.rehearsal.graphs import Rows
 from testkit.rehearsal.launches import Launch
 from testkit.rehearsal.record import Record
 from testkit.rehearsal.walk import Walk, train
@@ -59,6 +60,8 @@ class Walked:
     """GFLOP of tensor-core products by variant."""
     waits: list[tuple[str, str, int]]
     uploads: list[tuple[str, int, bool, bool]]
+    graph_rules: Rows = field(default_factory=dict)
+    """What the rules of CUDA graphs found, as rows of ``bench/graph_rules.csv``; only of walks that they judge."""
     seconds: float = 0.0
     """CPU seconds of the walk."""
 
@@ -124,6 +127,7 @@ def summary(walk: Walk, record: Record) -> Walked:
         gflop,
         [(what, where, n) for (what, where), n in record.waits.most_common()],
         [(u.where, u.bytes, u.pinned, u.blocking) for u in record.uploads],
+        {(walk.config, str(walk.ranks), walk.name, *one.key): one.count for one in record.graph_rules},
     )
 
 
@@ -135,7 +139,7 @@ def walk_one(walk: Walk) -> Walked:
         "ignore", "Accessing the data pointer of FakeTensor", UserWarning
     )  # the copy of the EMA teacher
     began = time.process_time()
-    out = summary(walk, train(walk) if walk.part.endswith("step") else infer(walk))
+    out = summary(walk, train(walk, graph_rules=walk.judged) if walk.part.endswith("step") else infer(walk))
     out.seconds = time.process_time() - began
     return out
 
