@@ -34,6 +34,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
@@ -46,6 +47,7 @@ from testkit.synthetic_panels import DRAWS, same_sizes, shapes_of, shapes_over_s
 RULES = ("wait", "data shape", "operators", "shape", "number", "upload", "storage", "output", "graphs")
 _SHARED = tuple(str(ROOT / part) for part in ("comtip_fast/runtime", "kernels/comtip_kernels/tl_common.py"))
 """Code that many others call: the draw is named, not its generator, and the operation, not the function that launches."""
+_PLAIN = (str, torch.dtype, torch.device, torch.layout, torch.memory_format)
 _SETUP = 0
 """Number of the step that made what existed before the first recorded one."""
 
@@ -202,8 +204,11 @@ def place() -> str:
 def _plain(args: Any) -> Iterator[Any]:
     """Yield tensors on the device as they are, and other operands as ``(kind, value)``; scalars on the CPU are numbers."""
     for x in tree_leaves(args):
-        if not isinstance(x, Tensor):
-            yield ("number" if isinstance(x, (bool, int, float, complex)) else "option", repr(x))
+        if isinstance(x, (bool, int, float, complex)):
+            yield "number", repr(x)
+        elif not isinstance(x, Tensor):
+            # Process groups and reductions are objects whose text has an address.
+            yield "option", repr(x) if isinstance(x, _PLAIN) else type(x).__name__
         elif x.device.type == "cpu":
             yield ("number", repr(x.item())) if x.ndim == 0 else ("host tensor", tuple(x.shape))
         else:
@@ -264,7 +269,6 @@ class GraphRules:
     def __init__(self, record: Record) -> None:
         self.record, self.tape = record, Tape()
         self._steps: list[list[Event]] = []
-        self._uploads: Counter[tuple[bool, str]] = Counter()
 
     @contextmanager
     def step(self) -> Iterator[None]:

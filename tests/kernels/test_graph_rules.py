@@ -15,11 +15,14 @@ from comtip_kernels.gene_sentence_embedding import triton_kernels as embedding
 from comtip_kernels.tl_common import launch
 
 from comtip_fast.config.io import load_config
+from comtip_fast.config.optim import SpikeConfig
+from comtip_fast.training.update.spikes import NormHistory
 from testkit.rehearsal.__main__ import GRAPH_RULES, walks
 from testkit.rehearsal.cuda_runtime import stand_in_cuda
 from testkit.rehearsal.graphs import RULES, GraphRules, changed_rules, read_rules, write_rules
 from testkit.rehearsal.launches import recorded_launches
 from testkit.rehearsal.record import ROOT, Record
+from testkit.rehearsal.stand_in import CUDA
 from testkit.synthetic_panels import same_sizes, shapes_of, tokens_of
 
 Step = Callable[[int, torch.Tensor], object]
@@ -102,7 +105,7 @@ def test_a_buffer_that_is_made_anew_is_found(rules: GraphRules):
         toy.buffer = toy.buffer * 0.5
 
     found = judge(rules, toy, replace)
-    assert {rule for rule, _ in found} == {"storage", "output"}  # the last buffer is read by the step after it
+    assert {rule for rule, _ in found} == {"storage"}
     assert ("storage", "aten::add") in found
 
 
@@ -139,6 +142,19 @@ def test_what_is_read_later_is_counted(rules: GraphRules):
     assert judge(rules, toy, lambda _step, batch: toy.rows.append(batch.sum())) == [
         ("output", "kept after the next step")
     ]
+
+
+def test_the_limit_on_the_gradient_norm_keeps_the_rules(rules: GraphRules):
+    """No shipped config sets ``optim.spike``, so no walk covers it."""
+    with rules.record.pause():
+        norms = NormHistory(SpikeConfig(policy="skip"), CUDA)
+
+    def step(_step: int, batch: torch.Tensor) -> None:
+        limit = norms.limit()
+        assert limit is not None
+        norms.add(batch.sum().minimum(limit.norm))
+
+    assert judge(rules, Toy(), step) == []
 
 
 def test_panels_of_the_same_sizes_differ():
