@@ -19,14 +19,18 @@ DRAWS = 2000
 Shapes = Callable[[np.ndarray], tuple[int, ...]]
 
 
-def shapes_of(config: RunConfig, host: HostTokens, ranks: int) -> Shapes:
-    """Return a function from a panel (G,) to everything of it that shapes of a step depend on, on rank 0."""
-    Q, vocabulary = config.levels.n_levels, _vocabulary()
+def table_shards(config: RunConfig, ranks: int) -> int:
+    """Return over how many ranks the sentences of a panel are divided."""
+    return ranks if config.engine.shard_table else 1
+
+
+def shapes_of(host: HostTokens, n_levels: int, shards: int) -> Shapes:
+    """Return a function from a panel (G,) to everything of it that shapes of a step depend on, on rank 0 of ``shards``."""
+    vocabulary = _vocabulary()
 
     def shapes(panel: np.ndarray) -> tuple[int, ...]:
-        taken, n = host.take(panel), panel.size * Q
-        shared = config.engine.shard_table and 1 < ranks <= n
-        sizes = taken.sizes(Q, vocabulary, share_of(n, 0, ranks) if shared else slice(0, n))
+        taken, n = host.take(panel), panel.size * n_levels
+        sizes = taken.sizes(n_levels, vocabulary, share_of(n, 0, shards) if 1 < shards <= n else slice(0, n))
         return panel.size, taken.ids_GT.shape[1], sizes.tokens, sizes.genes, sizes.names
 
     return shapes
@@ -59,8 +63,14 @@ def same_sizes(host: HostTokens, panel: np.ndarray, shapes: Shapes) -> np.ndarra
 def shapes_over_steps(config: RunConfig, ranks: int) -> int:
     """Return the number of distinct sets of shapes over :data:`DRAWS` steps of panels, on rank 0."""
     n = max(config.genes.per_cohort, config.panel.max_genes)
-    shapes = shapes_of(config, tokens_of(n, config.text), ranks)
-    return len({shapes(panel) for panel in _panels(n, config.panel, config.train.seed)})
+    shards = table_shards(config, ranks)
+    return _distinct_shapes(n, config.panel, config.train.seed, config.text, config.levels.n_levels, shards)
+
+
+@cache
+def _distinct_shapes(n: int, panel: PanelConfig, seed: int, text: TextConfig, n_levels: int, shards: int) -> int:
+    shapes = shapes_of(tokens_of(n, text), n_levels, shards)
+    return len({shapes(drawn) for drawn in _panels(n, panel, seed)})
 
 
 @cache

@@ -42,7 +42,7 @@ from torch.utils._pytree import tree_leaves
 from comtip_fast.training.distributed.signals import Signals
 from comtip_fast.training.trainer import Trainer
 from testkit.rehearsal.record import OURS, ROOT, Record, code_line
-from testkit.synthetic_panels import DRAWS, same_sizes, shapes_of, shapes_over_steps
+from testkit.synthetic_panels import DRAWS, same_sizes, shapes_of, shapes_over_steps, table_shards
 
 RULES = ("wait", "data shape", "operators", "shape", "number", "upload", "storage", "output", "graphs")
 _SHARED = tuple(str(ROOT / part) for part in ("comtip_fast/runtime", "kernels/comtip_kernels/tl_common.py"))
@@ -329,7 +329,8 @@ def next_step(trainer: Trainer, rules: GraphRules) -> list[Finding]:
         The rules, which have recorded the step before.
     """
     task: Any = trainer.task
-    shapes = shapes_of(trainer.config, task.genes.host, trainer.group.size)
+    shards = table_shards(trainer.config, trainer.group.size)
+    shapes = shapes_of(task.genes.host, trainer.config.levels.n_levels, shards)
     task.loader.panel, task.loader.first_spot = same_sizes(task.genes.host, task.loader.panel, shapes), 1
     with rules.record.pause(), of_trainer(trainer, rules):
         trainer._one_step(Signals())
