@@ -58,7 +58,7 @@ spelling: $(VENV)/installed-dev  ## codespell
 ledger: $(VENV)/installed-dev  ## compile changed GPU kernels ahead of time and compare with bench/ledger.csv
 	PYTHONPATH=kernels $(BIN)/python -m comtip_kernels.ledger --check $(LEDGER)
 
-rehearsal: $(VENV)/installed-dev  ## walk GPU steps of every config on stand-in tensors and compare with bench/rehearsal.csv
+rehearsal: $(VENV)/installed-dev  ## walk GPU steps of every config on stand-in tensors and compare with bench/rehearsal.csv and graph_rules.csv
 	PYTHONPATH=.:kernels:data_shards $(BIN)/python -m testkit.rehearsal --check $(REHEARSAL)
 
 rehearsal-grid: $(VENV)/installed-dev  ## nightly: the ledger with the oldest and newest Triton, and every combination of walks

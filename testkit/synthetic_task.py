@@ -57,6 +57,11 @@ class SyntheticLoader:
     ) -> None:
         self.config, self.n_genes, self.tile_px, self.group, self.features = config, n_genes, tile_px, group, features
         self.device = device
+        G = min(config.panel.max_genes, n_genes)
+        self.panel = np.arange(G, dtype=np.int32) * (n_genes // G)
+        """Panel of the next batch; every batch has the same one unless this is set."""
+        self.first_spot = 0
+        """Index of the first spot of the next batch."""
 
     def metrics(self) -> dict[str, float]:
         """Return constant metrics of a loader."""
@@ -69,16 +74,16 @@ class SyntheticLoader:
     def batch(self, spots: np.ndarray, step: int, epoch: int) -> Batch:
         """Return this rank's share of a batch on the device, uploaded as in :meth:`BaseLoader._deliver`."""
         own = share_of(len(spots), self.group.rank, self.group.size)
-        b, G = own.stop - own.start, min(self.config.panel.max_genes, self.n_genes)
-        index = torch.arange(own.start, own.stop)
+        b, G = own.stop - own.start, len(self.panel)
+        index = torch.arange(own.start, own.stop) + self.first_spot
         Q, S = self.config.levels.n_levels, self.tile_px
         tiles = torch.empty(b, 3, S, S, dtype=torch.uint8) if self.features is None else None
         features = None if self.features is None else torch.empty(b, *self.features)
         levels = ((index[:, None] * 7 + torch.arange(G) * 3) % Q).to(torch.uint8)
-        panel = torch.arange(G, dtype=torch.int32) * (self.n_genes // G)
+        panel = torch.from_numpy(self.panel)
         section = (index % self.config.data.sections_per_batch).to(torch.int32)
         measured = torch.ones(b, G, dtype=torch.bool)
-        batch = Batch(tiles, features, panel, levels, measured, section, index, step, panel_host=panel.numpy())
+        batch = Batch(tiles, features, panel, levels, measured, section, index, step, panel_host=self.panel)
         return batch.with_tensors(PackedTensors.pack(batch.tensors(), self.device).to(self.device))
 
 

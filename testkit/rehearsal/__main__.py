@@ -17,6 +17,7 @@ from comtip_kernels.ledger.entries import entries
 
 from testkit.rehearsal.costs import SENT_KINDS
 from testkit.rehearsal.evaluation import PARTS
+from testkit.rehearsal.graphs import Rows, changed_rules, read_rules, write_rules
 from testkit.rehearsal.record import ROOT
 from testkit.rehearsal.table import (
     Walked,
@@ -30,7 +31,7 @@ from testkit.rehearsal.table import (
 )
 from testkit.rehearsal.walk import Walk
 
-TABLE, LEDGER = ROOT / "bench/rehearsal.csv", ROOT / "bench/ledger.csv"
+TABLE, LEDGER, GRAPH_RULES = (ROOT / "bench" / name for name in ("rehearsal.csv", "ledger.csv", "graph_rules.csv"))
 NOT_ABOVE = (
     "operators",
     "launches",
@@ -112,6 +113,14 @@ def better(rows: list[dict[str, str]], before: list[dict[str, str]]) -> list[str
     return out
 
 
+def graph_rules(walked: list[Walked]) -> tuple[Rows, Rows]:
+    """Return what the rules of CUDA graphs found in walks of CI, and the committed rows of these walks."""
+    required = keys_of_ci()
+    walks_of = {(w.walk.config, str(w.walk.ranks), w.walk.name) for w in walked} & required
+    found = {key: n for w in walked for key, n in w.graph_rules.items() if key[:3] in walks_of}
+    return found, {key: n for key, n in read_rules(GRAPH_RULES).items() if key[:3] in walks_of}
+
+
 def ledger_rows() -> tuple[dict, dict]:
     """Return the ledger's rows for the installed Triton, and {signature: (operation, name)} of all entries."""
     rows = [r for r in read(LEDGER) if r["triton"] == triton.__version__]
@@ -122,6 +131,8 @@ def ledger_rows() -> tuple[dict, dict]:
 def show(one: Walked) -> None:
     """Print the counts of a walk, and its waits and uploads with their code lines."""
     print(f"\n{one.walk.config}, {one.walk.ranks} ranks, {one.walk.name}, {one.seconds:.0f} s: {one.counts}")
+    for key, n in one.graph_rules.items():
+        print(f"  graphs {n:>4} x {key[3]}: {key[5]}: {key[4]}")
     for what, where, n in one.waits:
         print(f"  wait   {n:>4} x {what}: {where}")
     for where, size, pinned, blocking in one.uploads:
@@ -168,7 +179,12 @@ def main() -> int:
     if args.check:
         problems += worse(out, read_table(TABLE))
         lower = better(out, read_table(TABLE))
+        above, below = changed_rules(*graph_rules(walked))
+        problems, lower = problems + above, lower + below
     elif not args.only:
+        found, known_rules = graph_rules(walked)
+        others = {key: n for key, n in read_rules(GRAPH_RULES).items() if args.part and key not in known_rules}
+        write_rules(GRAPH_RULES, others | found)
         known = {key_of(r): r for r in read_table(TABLE)} if args.part else {}
         known |= {key_of(r): r for r in out}
         kept = [r for key, r in known.items() if key in keys_of_ci()]

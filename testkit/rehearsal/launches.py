@@ -88,6 +88,8 @@ def recorded_launches(mode: StandInMode) -> Iterator[None]:
         if not mode.record.paused:
             mode.record.launches.append(Launch(entry, tuple(grid), shapes, code_line()))
             mode.record.moved_bytes += tensor_bytes(tensors)
+        if mode.record.observer is not None:
+            mode.record.observer.launch(kernel.__name__, (args, options), tuple(grid))
 
     with mock.patch.object(JITFunction, "run", run):
         yield

@@ -70,6 +70,10 @@ class Record:
     """(operator, code line) of every operator whose output shape depends on data; each is also counted as a wait."""
     paused: bool = False
     """Whether recording is paused, see :meth:`pause`."""
+    observer: Any = None
+    """Sees every launch and upload with its operands (:class:`testkit.rehearsal.graphs.Tape`), also in a pause; None sees none."""
+    graph_rules: list[Any] = field(default_factory=list)
+    """What the rules of CUDA graphs found (:class:`testkit.rehearsal.graphs.Finding`), for walks that ask for it."""
 
     def wait(self, what: str) -> None:
         """Count a wait of the host, described by ``what``, at the current code line."""

@@ -93,7 +93,10 @@ class StandInMode(TorchDispatchMode):
 
     def _count(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         name = func._schema.name
-        if not self.record.paused and not func.is_view and not name.startswith(_NO_KERNEL):
+        launches = not func.is_view and not name.startswith(_NO_KERNEL)
+        if self.record.observer is not None:
+            self.record.observer.operator(name, (args, kwargs), out, launches=launches)
+        if not self.record.paused and launches:
             self.record.operators[name] += 1
             self.record.flops += operator_flops(func, args, kwargs, out)
             self.record.moved_bytes += moved_bytes(args, kwargs, out)
@@ -138,6 +141,8 @@ class StandInMode(TorchDispatchMode):
         self._refuse_cpu(name, tree_leaves(args))
         with torch._C._DisableTorchDispatch():
             out = func(*args, **kwargs)
+        if self.record.observer is not None:
+            self.record.observer.operator(name, (args, kwargs), out)
         if name == "c10d::_allgather_base_":
             target, source = args[:2]
             values = _values(source)
@@ -272,7 +277,10 @@ class StandInMode(TorchDispatchMode):
         pinned = x.untyped_storage() in _PINNED
         self.record.upload(x.numel() * x.element_size(), pinned=pinned, blocking=blocking)
         dtype = kwargs.get("dtype")
-        return self.stand_in(x if dtype is None else x.to(dtype))
+        out = self.stand_in(x if dtype is None else x.to(dtype))
+        if self.record.observer is not None:
+            self.record.observer.upload(out)
+        return out
 
     def _download(self, x: Tensor, dtype: torch.dtype, blocking: bool) -> Tensor:
         self.record.wait("copy to the host" + ("" if blocking else ", not blocking"))

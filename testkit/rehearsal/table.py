@@ -7,7 +7,7 @@ import json
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from comtip_kernels.ledger.entries import LAUNCHES, launched
 from comtip_kernels.ledger.toolchain import architectures
 
 from testkit.rehearsal.costs import SENT_KINDS, by_kind
+from testkit.rehearsal.graphs import Rows
 from testkit.rehearsal.launches import Launch
 from testkit.rehearsal.record import Record
 from testkit.rehearsal.walk import Walk, train
@@ -62,6 +63,8 @@ class Walked:
     """(what, code line, number), the most frequent first."""
     uploads: list[tuple[str, int, bool, bool]]
     """(code line, bytes, pinned, blocking)."""
+    graph_rules: Rows = field(default_factory=dict)
+    """What the rules of CUDA graphs found, as rows of ``bench/graph_rules.csv``; only of walks that they judge."""
     seconds: float = 0.0
     """CPU seconds of the walk."""
 
@@ -127,6 +130,7 @@ def summary(walk: Walk, record: Record) -> Walked:
         gflop,
         [(what, where, n) for (what, where), n in record.waits.most_common()],
         [(u.where, u.bytes, u.pinned, u.blocking) for u in record.uploads],
+        {(walk.config, str(walk.ranks), walk.name, *one.key): one.count for one in record.graph_rules},
     )
 
 
@@ -138,7 +142,7 @@ def walk_one(walk: Walk) -> Walked:
         "ignore", "Accessing the data pointer of FakeTensor", UserWarning
     )  # raised by the copy of the EMA teacher
     began = time.process_time()
-    out = summary(walk, train(walk) if walk.part.endswith("step") else infer(walk))
+    out = summary(walk, train(walk, graph_rules=walk.judged) if walk.part.endswith("step") else infer(walk))
     out.seconds = time.process_time() - began
     return out
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from comtip_fast.training.trainer import Trainer
 from testkit.rehearsal.costs import count_saved
 from testkit.rehearsal.cuda_runtime import stand_in_cuda
 from testkit.rehearsal.engines import stand_in_engines
+from testkit.rehearsal.graphs import GraphRules, next_step, of_trainer
 from testkit.rehearsal.launches import recorded_launches
 from testkit.rehearsal.record import ROOT, Record
 from testkit.rehearsal.stand_in import CUDA
@@ -49,6 +50,11 @@ class Walk:
         """Return the config for a GPU, without compilation, because Inductor needs tensors with storage."""
         overrides = ["train.device=cuda", "engine.compile=false", *self.overrides]
         return load_config(ROOT / "configs" / f"{self.config}.yaml", overrides)
+
+    @property
+    def judged(self) -> bool:
+        """Whether the rules of CUDA graphs are applied: to a step in one piece of each config and engine."""
+        return self.part == "step" and all(o.startswith(("engine.kind", "engine.zero_stage")) for o in self.overrides)
 
     @property
     def name(self) -> str:
@@ -88,8 +94,11 @@ def trainer_of(config: RunConfig, ranks: int, record: Record, folder: Path) -> I
         yield trainer
 
 
-def train(walk: Walk) -> Record:
-    """Run a walk of one training step after the first, and return its record; a ``logged step`` also writes a row of the log."""
+def train(walk: Walk, *, graph_rules: bool = False) -> Record:
+    """Run a walk of one training step after the first, and return its record; a ``logged step`` also writes a row of the log.
+
+    With ``graph_rules``, the step is compared with the next one by the rules of CUDA graphs (:mod:`.graphs`).
+    """
     config, record = walk.load(), Record()
     with tempfile.TemporaryDirectory() as folder, trainer_of(config, walk.ranks, record, Path(folder)) as trainer:
         with record.pause():
@@ -100,8 +109,11 @@ def train(walk: Walk) -> Record:
                 _allocate(trainer)
         # The step after this number is logged or not.
         trainer.progress.step = config.train.log_every - 1 if walk.part == "logged step" else 1
-        with count_saved(record):
+        rules = GraphRules(record)
+        with count_saved(record), of_trainer(trainer, rules) if graph_rules else nullcontext():
             trainer._one_step(Signals())
+        if graph_rules:
+            record.graph_rules = next_step(trainer, rules)
     return record
 
 

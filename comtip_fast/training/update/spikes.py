@@ -70,7 +70,8 @@ class NormHistory:
             return
         norm = norm.to(self._norms.dtype)
         shifted = torch.cat([self._norms[1:], norm.reshape(1)])
-        self._norms = torch.where(norm.isfinite(), shifted, self._norms)
+        # In place: a CUDA graph of the step would read the norms at the address of its capture.
+        torch.where(norm.isfinite(), shifted, self._norms, out=self._norms)
 
     def values(self) -> list[float]:
         """Return the norms, oldest first; waits for the device, except with the policy ``none``, which keeps none."""
