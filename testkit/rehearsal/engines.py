@@ -58,8 +58,9 @@ class StandInDDP(nn.Module):
         self._filled += size
         self._seen += size
         if self._filled >= self._cap or self._seen == self._total:
-            self.mode.record.collectives["ddp::all_reduce"] += 1
-            self.mode.record.sent["ddp::all_reduce"] += int(self._filled)
+            if not self.mode.record.paused:
+                self.mode.record.collectives["ddp::all_reduce"] += 1
+                self.mode.record.sent["ddp::all_reduce"] += int(self._filled)
             self._filled = 0.0
         if self._seen == self._total:
             self._seen = 0
