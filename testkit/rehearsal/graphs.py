@@ -11,9 +11,9 @@ A CUDA graph stores the kernels of a step with their arguments and addresses, an
 - ``upload``: inputs have fixed addresses: a batch is copied into the buffers of the capture. One copy of one buffer is allowed per
   step, before the replay; copies inside the step would read the host memory of the capture again.
 - ``storage``: what a step reads and did not make has the same address in every step. Parameters, moments, averages and the tables
-  of the genes are changed in place. A tensor that the last step made and this one reads violates this.
+  of the genes are changed in place. A tensor that the last step created and this one reads violates this.
 - ``output``: tensors that a step makes are in the private memory pool of its graph, which gives them the same addresses in every
-  replay, so gradients may be made anew in every step (``zero_grad(set_to_none=True)``). The next replay overwrites them: whatever is
+  replay, so gradients may be created anew in every step (``zero_grad(set_to_none=True)``). The next replay overwrites them: whatever is
   read later has to be copied out first. These are counted, not forbidden.
 - ``graphs``: one graph per distinct set of shapes; the number over 2,000 steps of draws.
 
@@ -49,7 +49,7 @@ _SHARED = tuple(str(ROOT / part) for part in ("comtip_fast/runtime", "kernels/co
 """Code that many others call: the draw is named, not its generator, and the operation, not the function that launches."""
 _PLAIN = (str, torch.dtype, torch.device, torch.layout, torch.memory_format)
 _SETUP = 0
-"""Number of the step that made what existed before the first recorded one."""
+"""Number of the step that created what existed before the first recorded one."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class _Storage:
     reference: StorageWeakRef
     step: int
     origin: tuple[Any, ...]
-    """``made`` and its number in the step, ``input`` and its number in the batch, or ``outside`` and its address."""
+    """``created`` and its number in the step, ``input`` and its number in the batch, or ``outside`` and its address."""
     where: str
 
 
@@ -121,7 +121,7 @@ class Tape:
 
     @contextmanager
     def batch(self) -> Iterator[None]:
-        """Tensors made inside the block are inputs of the step."""
+        """Tensors created inside the block are inputs of the step."""
         self.loading = True
         try:
             yield
@@ -137,9 +137,9 @@ class Tape:
         # Operands first: the result of a view has the storage of its operand. ``aten::to`` is called a view and can make one.
         for x in _plain(args):
             if isinstance(x, Tensor):
-                self._origin(x, made=False)
+                self._origin(x, created=False)
         for x in results:
-            self._origin(x, made=True)
+            self._origin(x, created=True)
 
     def launch(self, kernel: str, args: Any, grid: tuple[int, ...]) -> None:
         """Record a launch of an own kernel, with its grid."""
@@ -147,8 +147,8 @@ class Tape:
 
     def upload(self, out: Tensor) -> None:
         """Note a copy from the host."""
-        self.uploads[self.loading, place()] += 1
-        self._origin(out, made=True)
+        self.uploads[self.loading, source_line()] += 1
+        self._origin(out, created=True)
 
     def kept(self, step: int) -> Counter[str]:
         """Return the number of tensors of an earlier step that still exist, by code; those that this step read are left out."""
@@ -156,38 +156,38 @@ class Tape:
         found = (
             s
             for key, s in self._storages.items()
-            if s.step == step and s.origin[0] == "made" and key not in self.read_later and not s.reference.expired()
+            if s.step == step and s.origin[0] == "created" and key not in self.read_later and not s.reference.expired()
         )
         return Counter(s.where for s in found)
 
     def _add(self, what: str, operands: list[Any], results: list[Tensor]) -> None:
         if self.step == _SETUP:
             return
-        forms = [self._form(x, made=False) if isinstance(x, Tensor) else x for x in operands]
-        forms += [self._form(x, made=True) for x in results]
+        forms = [self._form(x, created=False) if isinstance(x, Tensor) else x for x in operands]
+        forms += [self._form(x, created=True) for x in results]
         if not self.loading:
-            self.events.append(Event(what, place(), tuple(forms)))
+            self.events.append(Event(what, source_line(), tuple(forms)))
 
-    def _form(self, x: Tensor, *, made: bool) -> tuple[Any, ...]:
+    def _form(self, x: Tensor, *, created: bool) -> tuple[Any, ...]:
         form = (str(x.dtype).removeprefix("torch."), tuple(x.shape), tuple(x.stride()), x.storage_offset())
-        return ("tensor", self._origin(x, made=made), *form)
+        return ("tensor", self._origin(x, created=created), *form)
 
-    def _origin(self, x: Tensor, *, made: bool) -> tuple[Any, ...]:
+    def _origin(self, x: Tensor, *, created: bool) -> tuple[Any, ...]:
         reference = StorageWeakRef(x.untyped_storage())
         known = self._storages.get(reference.cdata)
         if known is None:
-            kind = "outside" if not made or self.step == _SETUP else "input" if self.loading else "made"
+            kind = "outside" if not created or self.step == _SETUP else "input" if self.loading else "created"
             number = reference.cdata if kind == "outside" else self._serial[kind]
             self._serial[kind] += 1
             step = _SETUP if kind == "outside" else self.step
-            known = self._storages[reference.cdata] = _Storage(reference, step, (kind, number), place())
+            known = self._storages[reference.cdata] = _Storage(reference, step, (kind, number), source_line())
         if known.step not in (_SETUP, self.step):
             self.read_later.add(reference.cdata)
             return "earlier", known.where
         return known.origin
 
 
-def place() -> str:
+def source_line() -> str:
     """Return the file and function that a launch belongs to, without its line and outside of :data:`_SHARED`."""
     frame, inner = sys._getframe(1), ""
     while frame is not None:

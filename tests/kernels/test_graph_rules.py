@@ -29,7 +29,7 @@ Step = Callable[[int, torch.Tensor], object]
 
 
 class Toy:
-    """A step that keeps the rules: a batch, a weight that changes in place, and its gradient, which is made anew."""
+    """A step that keeps the rules: a batch, a weight that changes in place, and its gradient, which is created anew."""
 
     def __init__(self) -> None:
         self.weight = torch.empty(4, 4, device="cuda", requires_grad=True)

@@ -70,7 +70,7 @@ class NormHistory:
             return
         norm = norm.to(self._norms.dtype)
         shifted = torch.cat([self._norms[1:], norm.reshape(1)])
-        # In place: a CUDA graph of the step would read the norms at the address of its capture.
+        # Written into the same tensor: a CUDA graph of the step would read the norms at the address of its capture.
         torch.where(norm.isfinite(), shifted, self._norms, out=self._norms)
 
     def values(self) -> list[float]:
