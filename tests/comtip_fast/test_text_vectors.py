@@ -296,7 +296,7 @@ def test_settings_that_cannot_work_are_refused(tiny_overrides: list[str], vector
     own = GeneVectors.load(vectors)
     mouse = replace(own, keys=[k.replace("human", "mouse") for k in own.keys])
     mouse.save(tmp_path / "mouse.safetensors")
-    with pytest.raises(ValueError, match=r"hold 0 of the \d+ trained genes"):
+    with pytest.raises(ValueError, match=r"vectors of 0 of the \d+ trained genes"):
         make(tiny_overrides, tmp_path / "mouse.safetensors")
 
 
