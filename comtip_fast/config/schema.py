@@ -61,7 +61,8 @@ class DataConfig:
     of spots to an epoch: small groups are repeated, large groups are subsampled."""
     loader: Literal["auto", "torch", "wds", "dali"] = "auto"
     """Reader and decoder (docs/data_loading.md). All return the same batches; tiles are equal within JPEG tolerance. ``auto``
-    selects DALI if training runs on a GPU, DALI is installed and there is no frozen stem, and ``torch`` otherwise."""
+    selects DALI if training runs on a GPU, DALI is installed and no features of a frozen stem are in memory (``stem_features``), and
+    ``torch`` otherwise."""
     workers: CountOrZero = 2
     """Number of decoding threads (``torch``, ``dali``) or processes (``wds``); 0 decodes in the training process."""
     prefetch: Count = 2

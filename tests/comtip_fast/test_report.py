@@ -9,6 +9,7 @@ from comtip_shards import ShardSet
 from comtip_fast.evaluation.evaluate import evaluate
 from comtip_fast.evaluation.figures import gene_histogram, scale_length
 from comtip_fast.evaluation.report import write_report
+from comtip_fast.evaluation.report.page import LABELS, best_baseline
 from comtip_fast.inference import Predictor
 
 
@@ -27,6 +28,7 @@ def test_sections_that_training_used_are_reported(tiny_run: Path, tiny_shards: S
     assert "v1 determined when training stopped" in page
     assert "--sections t1,v1 --null-draws 3 --seed 0" in page
     assert "t1 against chance" in page
+    assert "best baseline: <strong>" in page
     assert page.count('src="data:image') >= 2 * 3
 
 
@@ -34,6 +36,16 @@ def test_an_untrained_cohort_is_reported(tiny_run: Path, tiny_shards: ShardSet, 
     page = page_of(tiny_run, tiny_shards, tmp_path, ["x1"], tissue="heart")
     assert "The training set has no human breast" in page
     assert "Ridge on mean tile colour" not in page
+
+
+def test_a_card_shows_the_best_baseline_and_none_of_the_models_own_scores():
+    def scored(pcc: float) -> dict[str, dict[str, float]]:
+        return {"cp10k": {"mean_pcc_50_hvg": pcc}}
+
+    own = {"zero_shot": scored(0.4), "finetune": scored(0.5), "control_null": scored(0.6)}
+    baselines = {"ridge_colour": scored(0.1), "ridge_frozen": scored(0.3), "ridge_features": scored(0.2), "bleep": {}}
+    assert best_baseline(own | baselines) == (LABELS["ridge_frozen"], 0.3)
+    assert best_baseline(own | {"ridge_colour": {"cp10k": None}}) is None
 
 
 @pytest.mark.parametrize(("width", "length"), [(6500.0, 2000), (2900, 500), (100, 20), (2, 1), (0.5, 1)])

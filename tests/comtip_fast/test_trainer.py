@@ -267,6 +267,7 @@ def test_logging_and_keeping_may_change(reference: Path, tmp_path: Path) -> None
     run = tmp_path / "run"
     fit(run, at_step=stop_at(8))
     free = ["train.log_every=2", "train.keep_checkpoints=9", "train.checkpoint_every=1", "name=other", "data.shards=x"]
+    free += ["data.stem_features=memory"]
     fit(run, *free, resume=True)
     assert (run / "export/model.safetensors").read_bytes() == (reference / "export/model.safetensors").read_bytes()
     assert yaml.safe_load((run / "config.yaml").read_text())["name"] == "other"

@@ -148,7 +148,7 @@ def _cohorts(result: Evaluation, sections: dict[str, dict[str, Any]]) -> list[di
                 "title": title,
                 "entry": entry,
                 "sections": own,
-                "baseline": _best_baseline(entry),
+                "baseline": best_baseline(entry),
                 "ridge_colour": _input_of(own[0]["metrics"]["ridge_colour"]),
                 "bars": charts.score_bars(entry, spans, title),
             }
@@ -156,7 +156,7 @@ def _cohorts(result: Evaluation, sections: dict[str, dict[str, Any]]) -> list[di
     return out
 
 
-def _best_baseline(entry: dict[str, Any]) -> tuple[str, float] | None:
+def best_baseline(entry: dict[str, Any]) -> tuple[str, float] | None:
     """Return the label and the mean PCC over the 50 genes of the baseline that predicts a cohort best; None without one."""
     scores = {name: (entry.get(name) or {}).get("cp10k") for name in BASELINES}
     found = [(s["mean_pcc_50_hvg"], LABELS[name]) for name, s in scores.items() if s]

@@ -77,11 +77,7 @@ SCHEDULE_KEYS = {
     if key.startswith("optim.") or key in ("train.steps", "train.validate_every", "train.patience")
 }
 """Those of :data:`FREE_KEYS` that change the run after the resumed step; a change is logged."""
-EARLIER_VALUES = {
-    "data": {"stem_features": "memory"},
-    "genes": {"detected_in": "every"},
-    "panel": {"balance": "none"},
-}
+EARLIER_VALUES = {"genes": {"detected_in": "every"}, "panel": {"balance": "none"}}
 """Values, by group and key, of runs whose checkpoints were written before these keys existed."""
 GENES = "trained genes"
 """Key of the fingerprint that checkpoints of earlier versions lack."""

@@ -215,8 +215,8 @@ def _open_array(archive: zipfile.ZipFile, name: str, manifest: Manifest) -> IO[b
     member = archive.open(f"{name}.npy")
     if npy.read_magic(member) != (1, 0):
         raise ValueError(f"{name}: another version of the npy format")
-    shape, fortran, dtype = npy.read_array_header_1_0(member)
-    if dtype != _DTYPES[name] or shape != (_n_values(manifest),) or (fortran and len(shape) != 1):
+    shape, _, dtype = npy.read_array_header_1_0(member)
+    if dtype != _DTYPES[name] or shape != (_n_values(manifest),):
         raise ValueError(f"{name}: not the array of this set")
     return member
 
