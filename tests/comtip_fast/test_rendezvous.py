@@ -31,18 +31,18 @@ class SilentBackend(C10dRendezvousBackend):
 
 def test_a_call_without_an_answer_ends_and_the_next_ones_do_not_wait() -> None:
     inner = SilentBackend()
-    backend = rendezvous.LimitedBackend(inner, 0.3)
+    backend = rendezvous.LimitedBackend(inner, 2.0)
     assert backend.get_state() is None
     assert backend.set_state(b"state") is not None
     inner.link.clear()
     began = time.monotonic()
-    with pytest.raises(RendezvousConnectionError, match=r"did not answer within call_timeout=0.3 s"):
+    with pytest.raises(RendezvousConnectionError, match=r"did not answer within call_timeout=2 s"):
         backend.get_state()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
     began = time.monotonic()
     with pytest.raises(RendezvousConnectionError):
         backend.set_state(b"other")
-    assert time.monotonic() - began < 0.25, "a call behind a blocked one must fail without a wait"
+    assert time.monotonic() - began < 1.5, "a call behind a blocked one must fail without a wait"
     inner.link.set()
     assert backend._blocked is not None
     backend._blocked.join(5)

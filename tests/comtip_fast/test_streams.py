@@ -150,12 +150,12 @@ def test_the_watchdog_ends_a_process_whose_streams_are_broken():
         "sys.stdout = sys.stderr = Broken()\n"
         "from comtip_fast.training.distributed.failures import no_longer_than\n"
         "import time\n"
-        "with no_longer_than(0.1, 'this'): time.sleep(30)\n"
+        "with no_longer_than(0.1, 'this'): time.sleep(120)\n"
     )
     began = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=ENVIRONMENT, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=ENVIRONMENT, timeout=150, check=False)
     assert done.returncode == failures.RESTART_CODE
-    assert time.monotonic() - began < 29
+    assert time.monotonic() - began < 100
 
 
 def comtip(*arguments: str, **kinds: object) -> subprocess.CompletedProcess[str]:

@@ -102,7 +102,7 @@ def test_failures_are_reported_and_leave_nothing(
     with pytest.raises(ShardError, match=rf"http://127.*/{behaviour}/a/x\.bin.*{message}") as error:
         remote(server, behaviour, tmp_path).fetch("a/x.bin", sha256=SHA, size=len(DATA))
     assert error.value.kind == kind
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 30
     assert not [p for p in tmp_path.rglob("*") if p.is_file() and p.parent.name != "locks"]
 
 
@@ -111,7 +111,7 @@ def test_the_total_time_is_a_limit(server: ThreadingHTTPServer, tmp_path: Path):
     start = time.monotonic()
     with pytest.raises(ShardError, match="check the network"):
         remote(server, "silent", tmp_path, retry=retry).fetch("x", sha256=SHA)
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 15
 
 
 def test_no_server_at_all(tmp_path: Path):
