@@ -22,18 +22,21 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 INFONCE = "infonce/triton_kernels.py"
+LOGITS = "infonce/logit_tiles.py"
 TABLE = "sentence_table/triton_kernels.py"
 ATTENTION = "packed_attention/triton_kernels.py"
 EMBEDDING = "gene_sentence_embedding/triton_kernels.py"
 ROUNDING = "interpreted/test_rounding.py"
 TESTS = {
     INFONCE: ("test_infonce.py", "interpreted/test_blocks.py"),
+    LOGITS: ("test_infonce.py", "interpreted/test_blocks.py"),
     TABLE: ("test_table.py", "interpreted/test_table.py"),
     ATTENTION: ("test_packed_attention.py",),
     EMBEDDING: ("interpreted/test_gene_sentence_embedding.py", "test_gene_sentence_embedding.py"),
 }
 QUICK = {
     INFONCE: "(equals_the_reference and 40-71-48) or (hostile and fp32) or beyond_the_end or (wide and 600 and all)",
+    LOGITS: "(equals_the_reference and 40-71-48) or (hostile and fp32) or beyond_the_end or (wide and 600 and all)",
     TABLE: "(equals_the_reference and size2) or (wide and 600) or beyond_the_end",
     ATTENTION: "(equals_the_reference and size1) or beyond_the_end or only_its_sentence",
     EMBEDDING: "two_rounds or (equals_the_reference and size1) or beyond_the_end",
@@ -88,24 +91,30 @@ def _of(file: str, kernel: str, *faults: tuple[str, str, str]) -> list[Mutant]:
 _TAIL = ("range(0, n_cols, BN)", "range(0, n_cols - n_cols % BN, BN)")
 MUTANTS = [
     *_of(
-        INFONCE,
-        "_logits",
+        LOGITS,
+        "logits",
         ("slice", "dim = start + tl.arange(0, BK)", "dim = tl.arange(0, BK)"),
         ("mask", "(rows[:, None] < n_rows) & (dim[None, :] < width)", "(rows[:, None] < n_rows)"),
     ),
     *_of(
-        INFONCE,
-        "_allowed",
+        LOGITS,
+        "allowed",
         ("mask of classes", "ok = ok & (class_q[:, None] != class_k[None, :])", "ok = ok"),
         ("mask of excluded rows", "(excluded_q[:, None] == 0) & ", ""),
         ("swapped rule", "group_q[:, None] != group_k[None, :]", "group_q[:, None] == group_k[None, :]"),
+    ),
+    *_of(
+        LOGITS,
+        "grouped",
+        ("tail", "rows = tl.minimum(n_row_tiles - first, ROW_GROUP)", "rows = ROW_GROUP"),
+        ("wrong group", "return first + local % rows", "return local % rows"),
     ),
     *_of(
         INFONCE,
         "lse_tiles",
         ("mask", "e = tl.where(ok, e, 0.0)", "e = e * 1.0"),
         ("tail", "mask=cols < n_cols)", "mask=cols < n_cols - 1)"),
-        ("missing scale", "s = scale * _logits(", "s = _logits("),
+        ("missing scale", "s = scale * logits(", "s = logits("),
         (
             "wrong positive",
             "tl.where(rows[:, None] == cols[None, :], s, 0.0)",
@@ -188,7 +197,8 @@ MUTANTS = [
         TABLE,
         "weighted_sum",
         ("slice", "row_ptr + dim[None, :] * t_stride_dim", "row_ptr + (dim % BD)[None, :] * t_stride_dim"),
-        ("tail", "range(0, n_genes, NG)", "range(0, n_genes - n_genes % NG, NG)"),
+        ("tail", "range(first, end, NG)", "range(first, end - end % NG, NG)"),
+        ("wrong part", "first = tl.program_id(2) * part_genes", "first = 0 * part_genes"),
         ("dtype", ".to(table_ptr.dtype.element_ty)", ".to(tl.float32)"),
         ("mask", "(gene[:, None] < n_genes) & (level[:, None] < n_levels) & ", "(gene[:, None] < n_genes) & "),
     ),

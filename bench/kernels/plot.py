@@ -18,7 +18,8 @@ from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).parents[2]
 BLUE, ORANGE, GREEN, PINK = "#0072b2", "#e69f00", "#009e73", "#cc79a7"
-HEAD = ("operation", "size", "MB moved", "x floor", "GFLOP", "x floor", "A100 µs", "H100 µs", "compute", "L2", "memory")
+HEAD = ("operation", "size", "MB moved", "x floor", "GFLOP", "x floor", "programs", "A100 µs", "H100 µs")
+HEAD += ("compute", "L2", "memory")
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -35,7 +36,7 @@ def flop_ratio(row: dict[str, str]) -> float | None:
 
 def table(rows: list[dict[str, str]]) -> str:
     """Return the table of operations, with predicted times, as Markdown."""
-    lines = ["| " + " | ".join(HEAD) + " |", "|---|---|" + "---:|" * 9]
+    lines = ["| " + " | ".join(HEAD) + " |", "|---|---|" + "---:|" * 10]
     for r in rows:
         ratio = flop_ratio(r)
         flops = ("", "") if ratio is None else (f"{float(r['gflop']):,.0f}", f"{ratio:.2f}")
@@ -45,6 +46,7 @@ def table(rows: list[dict[str, str]]) -> str:
             f"{float(r['memory_mb']):,.0f}",
             f"{float(r['memory_ratio']):.2f}",
             *flops,
+            f"{int(r['programs']):,}",
             f"{int(r['predicted_us_a100']):,}",
             f"{int(r['predicted_us_h100']):,}",
             *(_share(r, roof) for roof in ("compute", "l2", "memory")),
@@ -101,7 +103,8 @@ def draw(rows: list[dict[str, str]], out: Path) -> None:
         right.barh([v + offset for v in y], ms, 0.38, color=color, label=gpu.upper())
         for v, value in zip(y, ms, strict=True):
             right.text(value * 1.06, v + offset, f"{value:.2g}", va="center", fontsize=7)
-    right.set(xscale="log", xlim=(0.08, 60), xlabel="predicted ms under the lowest roof (not measured)")
+    right.set(xscale="log", xlim=(0.003, 60), xlabel="predicted ms under the lowest roof (not measured)")
+    left.set_ylim(-1.5, len(bottom_up) - 0.4)
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(loc="lower right", fontsize=8, frameon=False)

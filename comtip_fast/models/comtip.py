@@ -200,7 +200,8 @@ class CoMTIP(nn.Module):
             rows, scores = self._rows_and_scores(genes, share_of(G * Q, group.rank, group.size))
             packed = torch.cat([rows, scores[:, None].to(rows.dtype)], dim=-1)
             packed = gather_rows(packed, group, counts_of(G * Q, group.size))
-            rows_ND, scores_N = packed[:, :-1], packed[:, -1]
+            # A row of D + 1 elements begins at an odd address: kernels would load it element by element.
+            rows_ND, scores_N = packed[:, :-1].contiguous(), packed[:, -1]
         rows_GQD = rows_ND.view(G, Q, -1)
         unit_GQD = F.normalize(rows_GQD, dim=-1)
         return SentenceTable(rows_GQD, unit_GQD, scores_N.view(G, Q), self.pair_head(unit_GQD))

@@ -20,6 +20,16 @@ CHUNK_BYTES = 256 << 20
 least 128 rows or 64 genes, which are more for M > 1 M columns or B Q > 2 M scores per gene in bf16, and half of that in fp32. A
 constant: the order of a sum must not depend on the GPU."""
 
+ROW_GROUP = 8
+"""Rows of tiles that the forward pass of InfoNCE works through together, so that each column is read from memory once for all."""
+
+FULL_GPU = 512
+"""Programs that occupy a GPU well: the last of four waves is nearly full on an H100 (132 multiprocessors) and on an A100 (108).
+A constant: the order of a sum must not depend on the GPU."""
+
+PART_GENES, MAX_PARTS = 64, 16
+"""Fewest genes of a part of the panel, and most parts (:func:`panel_parts`)."""
+
 ATTENTION_TILES = (32, 64)
 """Tokens of a tile of the packed attention kernel in bf16."""
 
@@ -82,6 +92,26 @@ def level_chunk(spots: int, levels: int, element: int) -> int:
         Bytes of a number.
     """
     return max(64, CHUNK_BYTES // (element * max(1, spots * levels)) // 64 * 64)
+
+
+def panel_parts(blocks: int, genes: int, tile_genes: int) -> tuple[int, int]:
+    """Return the number of parts into which ``weighted_sum`` divides a panel, and the genes of a part.
+
+    A small batch has few blocks of output: 32 for 1,024 spots of width 512. Each part of the panel is a program of its own, and
+    the sums of the parts are added afterwards.
+
+    Parameters
+    ----------
+    blocks
+        Blocks of the output.
+    genes
+        Genes of the panel.
+    tile_genes
+        Genes of a tile; a part has whole tiles.
+    """
+    parts = max(1, min(MAX_PARTS, FULL_GPU // max(1, blocks), genes // PART_GENES))
+    length = max(1, ceil(ceil(genes / parts) / tile_genes)) * tile_genes
+    return max(1, ceil(genes / length)), length
 
 
 def infonce_chunk_bytes(rows: int, columns: int, element: int) -> int:

@@ -192,8 +192,9 @@ def missing_rows(
 def slow_products(
     walked: Iterable[Walked], rows: dict[tuple[str, str, int], LedgerRow], names: dict[str, Any]
 ) -> list[str]:
-    """Return a message for each variant of a training step with products in fp32, or without WGMMA on sm_90.
+    """Return a message for each variant of a training step with products in fp32, without WGMMA on sm_90, or with unaligned rows.
 
+    Rows whose stride is no multiple of 16 elements are loaded element by element.
     Packed attention is not included: its tiles of 32 tokens are too small for WGMMA, and it is memory-bound
     (kernels/README.md). Parameters are those of :func:`missing_rows`.
     """
@@ -207,6 +208,12 @@ def slow_products(
             operands = {types[name] for name in ("q_ptr", "k_ptr", "vector_ptr", "table_ptr") if name in types}
             if operands != {"*bf16"}:
                 out[signature] = f"{where} multiplies {', '.join(sorted(operands))}, not bf16: {signature}"
+                continue
+            strides = {name for name in types if "_stride_" in name and not name.endswith("_dim")}
+            if unaligned := sorted(strides - set(variant["aligned"])):
+                out[signature] = (
+                    f"{where}: {', '.join(unaligned)} is no multiple of 16, make the operand contiguous: {signature}"
+                )
                 continue
             row = rows.get((*names[signature], 90)) if signature in names else None
             if row is not None and row.mma != "HGMMA":

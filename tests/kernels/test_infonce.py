@@ -110,6 +110,14 @@ def test_equals_the_reference(fast, kind: str, B: int, M: int, D: int):
         torch.testing.assert_close(a.to(F64), b, rtol=fast.rtol, atol=fast.atol)
 
 
+def test_more_rows_of_tiles_than_a_group(fast):
+    """Ten rows of tiles in the interpreter: a group of eight, and one of two."""
+    x, y = vectors(300, 310, 16)
+    got = run(fast.impl, x.to(fast.dtype), y.to(fast.dtype), 9.0, fast.device)
+    for a, b in zip(got, run("reference", x, y, 9.0), strict=True):
+        torch.testing.assert_close(a.to(F64), b, rtol=fast.rtol, atol=fast.atol)
+
+
 @pytest.mark.parametrize("kind", ["plain", "all"])
 @pytest.mark.parametrize("D", [300, 600, 1024])
 def test_every_slice_of_wide_vectors(fast, kind: str, D: int):

@@ -221,18 +221,28 @@ def test_a_tile_of_one_gene_with_256_levels_fits(configs: dict[str, dict[str, An
     finally:
         torch.set_float32_matmul_precision(before)
     columns, element = tiles["NG"] * tiles["QP"], getattr(torch, dtype).itemsize
-    assert tiles["BM"] * columns <= 128 * 128
+    assert tiles["BM"] * columns <= configs["bf16"]["BM"] * configs["bf16"]["BN"]
     assert tiles["num_stages"] * (tiles["BM"] + columns) * tiles["BK"] * element <= 227 * 1024
 
 
 def test_narrow_rows_have_fewer_warps():
-    """With the warps of wide rows, ``norm_grads`` spills on sm_90 and ``weighted_sum`` on sm_80 (``bench/ledger.csv``)."""
+    """With the warps of wide rows, ``norm_grads`` spills on sm_90 (``bench/ledger.csv``)."""
     assert [embedding.kernels.norm_options(width)["num_warps"] for width in (16, 128, 256, 512)] == [1, 1, 2, 2]
-    warps = {}
-    for width, levels in ((100, 10), (128, 32), (128, 33), (256, 10)):
-        tiles = table.choose_tiles(table.kernels.WEIGHTED_SUM, torch.empty(1, dtype=torch.bfloat16), levels, width)
-        warps[width, levels] = tiles["num_warps"]
-    assert warps == {(100, 10): 4, (128, 32): 4, (128, 33): 8, (256, 10): 8}
-    wide = table.choose_tiles(table.kernels.WEIGHTED_SUM, torch.empty(1), 10, 128)
-    transposed = table.choose_tiles(table.kernels.WEIGHTED_SUM_TRANSPOSE, torch.empty(1, dtype=torch.bfloat16), 10, 128)
-    assert wide["num_warps"] == transposed["num_warps"] == 8
+
+
+@pytest.mark.parametrize("levels", [2, 10, 32, 256])
+@pytest.mark.parametrize("config", [table.kernels.WEIGHTED_SUM, table.kernels.WEIGHTED_SUM_TRANSPOSE])
+def test_the_weights_of_a_tile_stay_small(config: dict[str, dict[str, Any]], levels: int):
+    """One gene of 256 levels, with all spots or the whole width of a tile, spills on sm_80."""
+    tiles = table.choose_tiles(config, torch.empty(1, dtype=torch.bfloat16), levels, 512)
+    assert tiles["BM"] == config["bf16"]["BM"] // (2 if levels == 256 else 1)
+    assert tiles["NG"] * tiles["QP"] * tiles["BD"] <= config["bf16"]["BN"] * config["bf16"]["BD"]
+
+
+def test_a_small_batch_has_programs_for_every_multiprocessor():
+    """By parts of the panel, whose number depends on sizes alone."""
+    tiles = table.choose_tiles(table.kernels.WEIGHTED_SUM, torch.empty(1, dtype=torch.bfloat16), 32, 512)
+    parts = {spots: table.gene_parts(tiles, spots, 2048, 512) for spots in (1024, 4096, 16384)}
+    assert parts == {1024: (16, 128), 4096: (4, 512), 16384: (1, 2048)}
+    assert table.gene_parts(tiles, 1024, 0, 512) == (1, 2)  # an empty panel has one part, whose sum is 0
+    assert table.gene_parts(tiles, 1024, 130, 512) == (2, 66)

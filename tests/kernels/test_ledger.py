@@ -8,18 +8,26 @@ from collections import Counter
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("an interpreted kernel cannot be compiled", allow_module_level=True)
 
+from comtip_kernels.infonce import triton_kernels as infonce
 from comtip_kernels.ledger import __main__ as ledger
+from comtip_kernels.ledger import entries as ledger_entries
+from comtip_kernels.ledger import traffic
 from comtip_kernels.ledger.__main__ import compiled, main, merged, problems, read, write
 from comtip_kernels.ledger.aot import LedgerRow, compile_entry
 from comtip_kernels.ledger.entries import entries
+from comtip_kernels.ledger.sizes import ROOFS, sizes
 from comtip_kernels.ledger.toolchain import ARCHITECTURES, NEWEST, OLDEST, architectures
+from comtip_kernels.sentence_table import triton_kernels as table
+from comtip_kernels.sentence_table.triton_op import choose_tiles
 
 GOOD = LedgerRow("infonce", "forward", 90, 120, 0, 0, 96, "HGMMA", 8, 24, 24, 6)
 
@@ -112,6 +120,52 @@ def test_the_committed_table_covers_every_kernel():
         if int(row["arch"]) in (80, 90):
             assert row["spills"] == row["stack"] == "0"
     assert any(r["op"] == "infonce" and r["arch"] == "90" and r["mma"] == "HGMMA" for r in rows)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("levels", [2, 4, 8, 10, 32, 64, 128, 256])
+@pytest.mark.parametrize(
+    ("name", "config", "mode"),
+    [
+        ("sampled_dot", table.SAMPLED_DOT, table.PICK),
+        ("sampled_dot", table.LEVEL_LOSS, table.CROSS_ENTROPY),
+        ("level_gradient", table.LEVEL_GRADIENT, table.CROSS_ENTROPY),
+        ("weighted_sum", table.WEIGHTED_SUM, table.PICK),
+        ("weighted_sum_transpose", table.WEIGHTED_SUM_TRANSPOSE, table.PICK),
+    ],
+)
+def test_no_number_of_levels_spills(name: str, config: dict[str, dict[str, Any]], mode: int, levels: int):
+    """The ledger has 32 levels only."""
+    kernel = getattr(table, name)
+    tiles = choose_tiles(config, torch.empty(1, dtype=torch.bfloat16), levels, 512)
+    entry = ledger_entries._table(name, kernel, config["bf16"], "bf16", mode)
+    constants = {k: v for k, v in ({**entry.constants} | tiles).items() if k in kernel.arg_names}
+    for arch in (80, 90):
+        row = compile_entry(dataclasses.replace(entry, constants=constants), arch)
+        assert (row.stack, row.spills) == (0, 0), (arch, tiles)
+
+
+def test_every_product_occupies_the_gpu():
+    """At B = 1,024, the smallest named batch, one wave of an A100 is full; the sums over rows of LayerNorm are short."""
+    few = {(s.op, s.size): s.programs for s in sizes() if s.programs < 128 and s.op != "gene_sentence_embedding"}
+    assert not few
+
+
+def test_idle_multiprocessors_cost_time():
+    sized = next(s for s in sizes() if s.op == "infonce" and s.size.startswith("B = 1k"))
+    busy, half = (dataclasses.replace(sized, programs=n).seconds(ROOFS["h100"]) for n in (132, 66))
+    assert half["l2"] == pytest.approx(2 * busy["l2"])
+    assert half["memory"] == busy["memory"]
+    assert dataclasses.replace(sized, programs=133).seconds(ROOFS["h100"])["compute"] == pytest.approx(
+        busy["compute"] * 264 / 133
+    )
+
+
+def test_columns_that_exceed_the_cache_are_read_once_per_group_of_tiles():
+    tiles = infonce.FORWARD["bf16"]
+    small, large = (traffic.infonce_forward(n, n, 512, 2, tiles) for n in (32768, 131072))
+    assert small.distinct == 2 * 32768 * 1024 + 4
+    assert large.distinct == (131072 + 1024 // 8 * 131072) * 1024 + 4
 
 
 def test_old_compilers_are_used_without_blackwell():

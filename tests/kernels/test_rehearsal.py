@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("an interpreted kernel is not launched through the JIT", allow_module_level=True)
 
-from comtip_kernels import infonce, plan_sentences
+from comtip_kernels import infonce, pair_scores, plan_sentences
 from comtip_kernels.infonce import triton_kernels as kernels
 from comtip_kernels.ledger.aot import LedgerRow, compile_entry
 from comtip_kernels.ledger.entries import entries
@@ -154,6 +154,18 @@ def test_losses_in_fp32_are_reported(mode: StandInMode):
     told = slow_products([walked], {}, {})
     assert told
     assert all("multiplies *fp32, not bf16" in p for p in told)
+
+
+def test_rows_at_odd_addresses_are_reported(mode: StandInMode):
+    """As those of a table gathered together with a column of scores."""
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        context = torch.empty(64, 512, device="cuda", dtype=torch.bfloat16)
+        rows = torch.empty(128, 32, 513, device="cuda", dtype=torch.bfloat16)
+        levels = torch.zeros(64, 128, device="cuda", dtype=torch.int64)
+        pair_scores(context, rows[..., :512], levels)
+    told = slow_products([summary(Walk("test"), mode.record)], {}, {})
+    assert len(told) == 1
+    assert "table/sampled_dot: t_stride_level is no multiple of 16, make the operand contiguous" in told[0]
 
 
 def test_every_config_is_in_the_ledger_and_none_spills():

@@ -61,6 +61,15 @@ def test_equals_the_reference(fast, op: str, size: tuple[int, ...]):
         torch.testing.assert_close(a.to(F64), b, rtol=fast.rtol, atol=atol)
 
 
+@pytest.mark.parametrize("op", ["pool", "pair"])
+def test_a_panel_in_parts(fast, op: str):
+    """Three parts of 72, 72 and 56 genes in the interpreter, because few spots make few programs."""
+    size = (5, 200, 3, 16)
+    got, want = run(op, fast.impl, case(*size, fast.dtype), fast.device), run(op, "reference", case(*size))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.to(F64), b, rtol=fast.rtol, atol=fast.atol)
+
+
 @pytest.mark.parametrize("op", ["pool", "level", "pair"])
 @pytest.mark.parametrize("D", [300, 600, 1024])
 def test_every_slice_of_wide_vectors(fast, op: str, D: int):

@@ -18,6 +18,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from comtip_kernels.infonce.logit_tiles import allowed, grouped, logits
+
 ALL, SAME_GROUP, OTHER_GROUP = 0, 1, 2
 LOG2E = tl.constexpr(1.4426950408889634)
 # The batch and the number of texts change from step to step. Values of 1 and multiples of 16 would each be compiled anew.
@@ -25,87 +27,6 @@ _SIZES = ["n_rows", "n_cols", "n_col_tiles", "n_row_tiles"]
 _VECTORS = ["group_q_ptr", "group_k_ptr", "class_q_ptr", "class_k_ptr", "excluded_q_ptr", "excluded_k_ptr"]
 _VECTORS += ["lse_ptr", "low_ptr", "lse_q_ptr", "lse_k_ptr", "weight_q_ptr", "weight_k_ptr", "low_q_ptr", "low_k_ptr"]
 _VECTORS += ["row_sums_ptr", "col_sums_ptr", "positive_ptr", "scale_ptr"]
-
-
-@triton.jit
-def _logits(  # type: ignore[no-untyped-def]
-    q_ptr,
-    k_ptr,
-    rows,
-    cols,
-    n_rows,
-    n_cols,
-    width,
-    q_stride_row,
-    q_stride_dim,
-    k_stride_row,
-    k_stride_dim,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Return <q_i, k_j>, fp32 (BM, BN); 0 beyond the last row and column."""
-    acc = tl.zeros((BM, BN), dtype=tl.float32)
-    for start in range(0, width, BK):
-        dim = start + tl.arange(0, BK)
-        q = tl.load(
-            q_ptr + rows[:, None] * q_stride_row + dim[None, :] * q_stride_dim,
-            mask=(rows[:, None] < n_rows) & (dim[None, :] < width),
-            other=0.0,
-        )
-        k = tl.load(
-            k_ptr + cols[:, None] * k_stride_row + dim[None, :] * k_stride_dim,
-            mask=(cols[:, None] < n_cols) & (dim[None, :] < width),
-            other=0.0,
-        )
-        if UPCAST:
-            # The interpreter would multiply the bit patterns of bf16; a GPU never takes this branch.
-            q = q.to(tl.float32)
-            k = k.to(tl.float32)
-        acc = tl.dot(q, tl.trans(k), acc, input_precision=PRECISION)
-    return acc
-
-
-@triton.jit
-def _allowed(  # type: ignore[no-untyped-def]
-    rows,
-    cols,
-    n_rows,
-    n_cols,
-    group_q_ptr,
-    group_k_ptr,
-    class_q_ptr,
-    class_k_ptr,
-    excluded_q_ptr,
-    excluded_k_ptr,
-    RULE: tl.constexpr,
-    CLASSES: tl.constexpr,
-    EXCLUDED: tl.constexpr,
-    DIAGONAL: tl.constexpr,
-):
-    """Return which pairs enter the softmax, bool (BM, BN); with DIAGONAL the positives (i, i) always do."""
-    inside = (rows[:, None] < n_rows) & (cols[None, :] < n_cols)
-    ok = inside
-    if CLASSES:
-        class_q = tl.load(class_q_ptr + rows, mask=rows < n_rows, other=0)
-        class_k = tl.load(class_k_ptr + cols, mask=cols < n_cols, other=0)
-        ok = ok & (class_q[:, None] != class_k[None, :])
-    if EXCLUDED:
-        excluded_q = tl.load(excluded_q_ptr + rows, mask=rows < n_rows, other=0)
-        excluded_k = tl.load(excluded_k_ptr + cols, mask=cols < n_cols, other=0)
-        ok = ok & (excluded_q[:, None] == 0) & (excluded_k[None, :] == 0)
-    if RULE != 0:
-        group_q = tl.load(group_q_ptr + rows, mask=rows < n_rows, other=0)
-        group_k = tl.load(group_k_ptr + cols, mask=cols < n_cols, other=0)
-        if RULE == 1:
-            ok = ok & (group_q[:, None] == group_k[None, :])
-        else:
-            ok = ok & (group_q[:, None] != group_k[None, :])
-    if DIAGONAL:
-        ok = ok | (inside & (rows[:, None] == cols[None, :]))
-    return ok
 
 
 @triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_VECTORS)
@@ -145,11 +66,10 @@ def lse_tiles(  # type: ignore[no-untyped-def]
 
     With DIAGONAL also the positives' logits s_ii (n_rows,).
     """
-    pid = tl.program_id(0)
-    tile_m, tile_n = pid // n_col_tiles, pid % n_col_tiles
+    tile_m, tile_n = grouped(tl.program_id(0), tl.cdiv(n_rows, BM), n_col_tiles)
     rows, cols = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN)
     scale = tl.load(scale_ptr)
-    s = scale * _logits(
+    s = scale * logits(
         q_ptr,
         k_ptr,
         rows,
@@ -173,7 +93,7 @@ def lse_tiles(  # type: ignore[no-untyped-def]
             in_tile = (rows >= tile_n * BN) & (rows < tile_n * BN + BN) & (rows < n_rows)
             tl.store(positive_ptr + rows, positive, mask=in_tile)
     e = tl.exp2((s - (scale - HEADROOM)) * LOG2E)
-    ok = _allowed(
+    ok = allowed(
         rows,
         cols,
         n_rows,
@@ -233,7 +153,7 @@ def exact_lse(  # type: ignore[no-untyped-def]
         total = tl.zeros((BM,), tl.float32)
         for start in range(0, n_cols, BN):
             cols = start + tl.arange(0, BN)
-            ok = _allowed(
+            ok = allowed(
                 rows,
                 cols,
                 n_rows,
@@ -249,7 +169,7 @@ def exact_lse(  # type: ignore[no-untyped-def]
                 EXCLUDED,
                 DIAGONAL,
             )
-            s = scale * _logits(
+            s = scale * logits(
                 q_ptr,
                 k_ptr,
                 rows,
@@ -327,7 +247,7 @@ def grad_tiles(  # type: ignore[no-untyped-def]
     rows, cols = first + local, tile_n * BN + tl.arange(0, BN)
     scale = tl.load(scale_ptr)
     shift = scale - HEADROOM
-    s = scale * _logits(
+    s = scale * logits(
         q_ptr,
         k_ptr,
         rows,
@@ -360,7 +280,7 @@ def grad_tiles(  # type: ignore[no-untyped-def]
         a = weight_q * tl.exp2(tl.minimum(shift - lse_q, 80.0) * LOG2E)
         b = weight_k * tl.exp2(tl.minimum(shift - lse_k, 80.0) * LOG2E)
         g = tl.exp2((s - shift) * LOG2E) * (a[:, None] + b[None, :])
-    ok = _allowed(
+    ok = allowed(
         rows,
         cols,
         n_rows,

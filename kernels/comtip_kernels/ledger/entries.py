@@ -183,7 +183,7 @@ def _largest() -> list[LedgerEntry]:
     for mode in MODES:
         out += [
             _table("sampled_dot", table.sampled_dot, table.SAMPLED_DOT[mode], mode, table.PICK),
-            _table("sampled_dot", table.sampled_dot, table.SAMPLED_DOT[mode], mode, table.CROSS_ENTROPY),
+            _table("sampled_dot", table.sampled_dot, table.LEVEL_LOSS[mode], mode, table.CROSS_ENTROPY),
             _table("gradient", table.level_gradient, table.LEVEL_GRADIENT[mode], mode, table.CROSS_ENTROPY),
             _table("weighted_sum", table.weighted_sum, table.WEIGHTED_SUM[mode], mode, table.PICK),
             _table("transpose", table.weighted_sum_transpose, table.WEIGHTED_SUM_TRANSPOSE[mode], mode, table.PICK),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import ceil
 from typing import Any, NamedTuple
 
-from comtip_kernels.flops import infonce_chunk, level_chunk
+from comtip_kernels.flops import infonce_chunk, level_chunk, panel_parts
 from comtip_kernels.gene_sentence_embedding import triton_kernels as embedding
 from comtip_kernels.infonce import triton_kernels as infonce
 from comtip_kernels.ledger import traffic
@@ -25,9 +26,10 @@ class Roofs(NamedTuple):
     microbenchmarks of the H100 reach (5.5 of 9 TB/s)."""
     memory: float
     """90 % of the datasheet's bytes/s, which memory-bound kernels are reported to reach."""
+    multiprocessors: int
 
 
-ROOFS = {"a100": Roofs(312e12, 4.4e12, 0.9 * 2.0e12), "h100": Roofs(989e12, 5.5e12, 0.9 * 3.35e12)}
+ROOFS = {"a100": Roofs(312e12, 4.4e12, 0.9 * 2.0e12, 108), "h100": Roofs(989e12, 5.5e12, 0.9 * 3.35e12, 132)}
 BF16 = 2
 
 
@@ -45,6 +47,8 @@ class Sized:
     """Lower bound of the bytes from and to memory."""
     floor_flops: int
     """Lower bound of the FLOPs."""
+    programs: int
+    """Programs of the kernel of this package that has the fewest."""
 
     def row(self) -> dict[str, str]:
         """Return the row of the table; times are predicted, in microseconds."""
@@ -58,6 +62,7 @@ class Sized:
             "memory_ratio": f"{self.moved.memory / self.floor_bytes:.3f}",
             "gflop": f"{self.moved.flops / 1e9:.1f}",
             "floor_gflop": f"{self.floor_flops / 1e9:.1f}",
+            "programs": str(self.programs),
         }
         for gpu, roofs in ROOFS.items():
             seconds = self.seconds(roofs)
@@ -67,12 +72,22 @@ class Sized:
         return out
 
     def seconds(self, roofs: Roofs) -> dict[str, float]:
-        """Return the time under each roof: every load request is served by L2, none by a multiprocessor's own cache."""
+        """Return the time under each roof: every load request is served by L2, none by a multiprocessor's own cache.
+
+        Multiprocessors without a program in the last wave neither compute nor load. All kernels of the operation are assumed to have
+        the waves of the one with the fewest programs, and a multiprocessor one program at a time.
+        """
+        busy = self.programs / (ceil(self.programs / roofs.multiprocessors) * roofs.multiprocessors)
         return {
-            "compute": self.moved.flops / roofs.compute,
-            "l2": self.moved.loaded / roofs.l2,
+            "compute": self.moved.flops / roofs.compute / busy,
+            "l2": self.moved.loaded / roofs.l2 / busy,
             "memory": self.moved.memory / roofs.memory,
         }
+
+
+def _blocks(rows: int, columns: int, t: dict[str, Any], height: str = "BM", width: str = "BN") -> int:
+    """Return the number of tiles of a (rows, columns) matrix."""
+    return ceil(rows / t[height]) * ceil(columns / t[width])
 
 
 def _with_width(config: dict[str, Any], D: int) -> dict[str, Any]:
@@ -82,12 +97,14 @@ def _with_width(config: dict[str, Any], D: int) -> dict[str, Any]:
 def _infonce(B: int, M: int, D: int, name: str) -> Iterator[Sized]:
     """Yield forward and backward pass of InfoNCE on one device."""
     forward = traffic.infonce_forward(B, M, D, BF16, infonce.FORWARD["bf16"])
-    yield Sized("infonce", "forward", name, forward, (B + M) * D * BF16 + 8 * B, 2 * B * M * D)
+    blocks = _blocks(B, M, infonce.FORWARD["bf16"])
+    yield Sized("infonce", "forward", name, forward, (B + M) * D * BF16 + 8 * B, 2 * B * M * D, blocks)
     chunk = infonce_chunk(M, BF16)
     backward = traffic.infonce_backward(B, M, D, BF16, infonce.GRADIENT["bf16"], chunk)
     # The logits again and one product per side, for which their derivatives are written once and read twice.
     floor = (B + M) * D * (BF16 + 4) + 3 * B * M * BF16
-    yield Sized("infonce", "backward", name, backward, floor, 6 * B * M * D)
+    blocks = _blocks(min(B, chunk), M, infonce.GRADIENT["bf16"])
+    yield Sized("infonce", "backward", name, backward, floor, 6 * B * M * D, blocks)
 
 
 def _infonce_block(R: int, C: int, D: int, name: str) -> Iterator[Sized]:
@@ -95,10 +112,13 @@ def _infonce_block(R: int, C: int, D: int, name: str) -> Iterator[Sized]:
     ids, stats = traffic.BLOCK_IDS, 8 * (R + C)
     vectors = (R + C) * (D * BF16 + ids)
     forward = traffic.infonce_forward(R, C, D, BF16, infonce.FORWARD["bf16"], ids, diagonal=False)
-    yield Sized("infonce_block", "forward", name, forward, vectors + stats // 2, 2 * R * C * D)
-    moved = traffic.infonce_backward(R, C, D, BF16, infonce.GRADIENT["bf16"], infonce_chunk(C, BF16), ids)
+    blocks = _blocks(R, C, infonce.FORWARD["bf16"])
+    yield Sized("infonce_block", "forward", name, forward, vectors + stats // 2, 2 * R * C * D, blocks)
+    chunk = infonce_chunk(C, BF16)
+    moved = traffic.infonce_backward(R, C, D, BF16, infonce.GRADIENT["bf16"], chunk, ids)
     floor = vectors + stats + (R + C) * D * 4 + 3 * R * C * BF16
-    yield Sized("infonce_block", "backward", name, moved, floor, 6 * R * C * D)
+    blocks = _blocks(min(R, chunk), C, infonce.GRADIENT["bf16"])
+    yield Sized("infonce_block", "backward", name, moved, floor, 6 * R * C * D, blocks)
 
 
 def _embedding(S: int, kinds: tuple[int, int, int], D: int, name: str) -> Iterator[Sized]:
@@ -106,7 +126,7 @@ def _embedding(S: int, kinds: tuple[int, int, int], D: int, name: str) -> Iterat
     U, V = sum(kinds), 4099
     tables = (V + kinds[0]) * D * BF16
     forward = traffic.sentence_rows(*kinds, D, BF16, tables) + traffic.copy_rows(S, U, D, BF16)
-    yield Sized("gene_sentence_embedding", "forward", name, forward, S * (D * BF16 + 4), 0)
+    yield Sized("gene_sentence_embedding", "forward", name, forward, S * (D * BF16 + 4), 0, U)
     sums = traffic.sum_tokens(S, U, D, BF16)
     through = traffic.norm_grads(*kinds, D, BF16, embedding.NORM_ROWS, tables)
     # Added by torch: the gradients of the tables read their rows of the U and are written.
@@ -119,6 +139,7 @@ def _embedding(S: int, kinds: tuple[int, int, int], D: int, name: str) -> Iterat
         sums + through + Traffic(read, read, written),
         S * D * BF16 + written,
         0,
+        ceil(U / embedding.NORM_ROWS),
     )
 
 
@@ -128,7 +149,9 @@ def _attention(S: int, H: int, E: int, longest: int, useful: int, name: str) -> 
     for backward, tensors, products in ((False, 4, 2), (True, 7, 5)):
         moved = traffic.attention(S, H, E, BF16, longest, tile, backward=backward)
         part = "backward" if backward else "forward"
-        yield Sized("packed_attention", part, name, moved, tensors * S * H * E * BF16, products * 2 * useful * H * E)
+        blocks = ceil(S / (tile - longest + 1)) * H
+        floors = (tensors * S * H * E * BF16, products * 2 * useful * H * E)
+        yield Sized("packed_attention", part, name, moved, *floors, blocks)
 
 
 def _table(B: int, G: int, Q: int, D: int, name: str) -> Iterator[Sized]:
@@ -140,24 +163,37 @@ def _table(B: int, G: int, Q: int, D: int, name: str) -> Iterator[Sized]:
 
     vectors, rows, each = B * D, G * Q * D, B * G
     selected = 2 * B * G * D
-    sampled = traffic.sampled_dot(B, G, Q, D, BF16, tiles(table.SAMPLED_DOT["bf16"]))
-    summed = traffic.weighted_sum(B, G, Q, D, BF16, tiles(table.WEIGHTED_SUM["bf16"]))
-    transposed = traffic.weighted_sum_transpose(B, G, Q, D, BF16, tiles(table.WEIGHTED_SUM_TRANSPOSE["bf16"]))
-    loss = traffic.sampled_dot(B, G, Q, D, BF16, tiles(table.SAMPLED_DOT["bf16"]), loss=True)
-    gradient = tiles(table.LEVEL_GRADIENT["bf16"])
+    pick, pool, transpose = (
+        tiles(c["bf16"]) for c in (table.SAMPLED_DOT, table.WEIGHTED_SUM, table.WEIGHTED_SUM_TRANSPOSE)
+    )
+    level, gradient = tiles(table.LEVEL_LOSS["bf16"]), tiles(table.LEVEL_GRADIENT["bf16"])
+    blocks = _blocks(B, D, pool, width="BD")
+    parts, _ = panel_parts(blocks, G, pool["NG"])
+    sampled = traffic.sampled_dot(B, G, Q, D, BF16, pick)
+    summed = traffic.weighted_sum(B, G, Q, D, BF16, pool, parts)
+    if parts > 1:  # torch adds the sums of the parts
+        summed += Traffic(4 * parts * vectors, 4 * parts * vectors, 4 * vectors)
+    transposed = traffic.weighted_sum_transpose(B, G, Q, D, BF16, transpose)
+    loss = traffic.sampled_dot(B, G, Q, D, BF16, level, loss=True)
     dloss = traffic.level_backward(B, G, Q, D, BF16, gradient, level_chunk(B, Q, BF16))
+    of_pick, of_pool = _blocks(B, G, pick, width="NG"), blocks * parts
+    of_transpose = _blocks(G, D, transpose, "NG", "BD")
     # Lower bounds: every operand and every result once; for pooling and pairs only the products that a level selects.
     inputs = (vectors + rows) * BF16
-    yield Sized("table_pool", "forward", name, summed, rows * BF16 + 5 * each + 4 * vectors, selected)
-    yield Sized("table_pool", "backward", name, sampled + transposed, inputs + 9 * each + 4 * rows, 2 * selected)
-    yield Sized("pair_scores", "forward", name, sampled, inputs + 5 * each, selected)
+    fewest = min(of_pick, of_transpose)
+    yield Sized("table_pool", "forward", name, summed, rows * BF16 + 5 * each + 4 * vectors, selected, of_pool)
     yield Sized(
-        "pair_scores", "backward", name, summed + transposed, inputs + 5 * each + 4 * (vectors + rows), 2 * selected
+        "table_pool", "backward", name, sampled + transposed, inputs + 9 * each + 4 * rows, 2 * selected, fewest
     )
-    yield Sized("level_cross_entropy", "forward", name, loss, inputs + 2 * each, selected * Q)
+    yield Sized("pair_scores", "forward", name, sampled, inputs + 5 * each, selected, of_pick)
+    floor = inputs + 5 * each + 4 * (vectors + rows)
+    yield Sized("pair_scores", "backward", name, summed + transposed, floor, 2 * selected, min(of_pool, of_transpose))
+    of_level = _blocks(B, G, level, width="NG")
+    yield Sized("level_cross_entropy", "forward", name, loss, inputs + 2 * each, selected * Q, of_level)
     # The scores again and one product per side, for which their derivatives are written once and read twice.
     floor = inputs + 2 * each + 4 * (vectors + rows) + 3 * each * Q * BF16
-    yield Sized("level_cross_entropy", "backward", name, dloss, floor, 3 * selected * Q)
+    of_level = _blocks(B, min(G, level_chunk(B, Q, BF16)), gradient, width="NG")
+    yield Sized("level_cross_entropy", "backward", name, dloss, floor, 3 * selected * Q, of_level)
 
 
 def sizes() -> list[Sized]:
@@ -169,6 +205,7 @@ def sizes() -> list[Sized]:
     out = [
         *_infonce(32768, 32768, 512, "B = M = 32k, D = 512"),
         *_infonce(8192, 16384, 512, "B = 8k, M = 16k, D = 512"),
+        *_infonce(1024, 2048, 512, "B = 1k, M = 2k, D = 512"),
         # One of 64 ranks with 1,024 images and 1,024 mispaired texts each, all images gathered.
         *_infonce_block(65536, 2048, 512, "R = 64k, C = 2k, D = 512"),
     ]
@@ -179,4 +216,5 @@ def sizes() -> list[Sized]:
         n * sum(lengths), 8, 64, 16, n * sum(x * x for x in lengths), "256k sentences of 3 to 16, 8 heads x 64"
     )
     out += _table(4096, 2048, 32, 512, "B = 4k, G = 2k, Q = 32, D = 512")
+    out += _table(1024, 2048, 32, 512, "B = 1k, G = 2k, Q = 32, D = 512")
     return out

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
+from comtip_kernels.flops import ROW_GROUP
+
 Tiles = Mapping[str, Any]
 
 
@@ -45,6 +47,8 @@ def _padded(D: int, t: Tiles) -> int:
     return ceil(D / t["BK"]) * int(t["BK"])
 
 
+L2_BYTES = 40 << 20
+"""L2 cache of an A100; an H100 has 50 MiB. Columns that do not fit are read once per group of row tiles."""
 BLOCK_IDS = 12
 """Bytes per row and column of a block of InfoNCE: class and excluded flag."""
 
@@ -52,9 +56,11 @@ BLOCK_IDS = 12
 def infonce_forward(B: int, M: int, D: int, size: int, t: Tiles, ids: int = 0, *, diagonal: bool = True) -> Traffic:
     """Return the traffic of the forward pass, for elements of ``size`` bytes and masks of ``ids`` bytes per row and column."""
     rows, cols = ceil(B / t["BM"]), ceil(M / t["BN"])
+    vector = D * size + ids
+    reads = ceil(rows / ROW_GROUP) if M * vector > L2_BYTES else 1
     return Traffic(
-        loaded=(cols * B + rows * M) * (D * size + ids) + 4 * rows * cols,
-        distinct=(B + M) * (D * size + ids) + 4,
+        loaded=(cols * B + rows * M) * vector + 4 * rows * cols,
+        distinct=(B + reads * M) * vector + 4,
         stored=4 * (cols * B + rows * M + (B if diagonal else 0)),
         flops=rows * cols * 2 * t["BM"] * t["BN"] * _padded(D, t),
     )
@@ -172,13 +178,13 @@ def level_backward(B: int, G: int, Q: int, D: int, size: int, t: Tiles, chunk: i
     return moved + Traffic(sums, sums, 4 * G * Q)
 
 
-def weighted_sum(B: int, G: int, Q: int, D: int, size: int, t: Tiles) -> Traffic:
-    """Return the traffic of the weighted sums of rows per spot."""
+def weighted_sum(B: int, G: int, Q: int, D: int, size: int, t: Tiles, parts: int = 1) -> Traffic:
+    """Return the traffic of the weighted sums of rows per spot, over each of ``parts`` parts of the panel."""
     rows, cols, slices = ceil(B / t["BM"]), ceil(G / t["NG"]), ceil(D / t["BD"])
     return Traffic(
         loaded=slices * 5 * B * G + rows * G * Q * D * size,
         distinct=5 * B * G + G * Q * D * size,
-        stored=4 * B * D,
+        stored=4 * B * D * parts,
         flops=rows * cols * slices * 2 * t["BM"] * t["NG"] * t["QP"] * t["BD"],
     )
 

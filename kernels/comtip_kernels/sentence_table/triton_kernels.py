@@ -14,11 +14,9 @@ import triton
 import triton.language as tl
 
 PICK, CROSS_ENTROPY = 0, 1
-OUTPUT_WIDTH = 256
-"""Output columns that one program of ``weighted_sum`` or its transpose holds in registers."""
 LOG2E = tl.constexpr(1.4426950408889634)
 # The batch and the panel change from step to step. Values of 1 and multiples of 16 would each be compiled anew.
-_SIZES = ["n_spots", "n_genes", "n_gene_tiles", "panel_genes"]
+_SIZES = ["n_spots", "n_genes", "n_gene_tiles", "panel_genes", "part_genes"]
 _UNALIGNED = ["weight_ptr", "levels_ptr", "prior_ptr", "scale_ptr", "factor_ptr", "out_ptr", "sums_ptr"]
 
 
@@ -191,6 +189,7 @@ def weighted_sum(  # type: ignore[no-untyped-def]
     t_stride_gene,
     t_stride_level,
     t_stride_dim,
+    part_genes,
     BM: tl.constexpr,
     NG: tl.constexpr,
     QP: tl.constexpr,
@@ -198,12 +197,17 @@ def weighted_sum(  # type: ignore[no-untyped-def]
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Store sum_gq weight[b, g, q] table[g, q], fp32 (n_spots, width): one block of spots and one slice of BD per program."""
+    """Store sum_gq weight[b, g, q] table[g, q] over each part of ``part_genes`` genes, fp32 (parts, n_spots, width).
+
+    A program has one block of spots, one slice of BD columns and one part of the genes.
+    """
     spots = tl.program_id(0) * BM + tl.arange(0, BM)
     dim = tl.program_id(1) * BD + tl.arange(0, BD)
     column = tl.arange(0, NG * QP)
     acc = tl.zeros((BM, BD), dtype=tl.float32)
-    for start in range(0, n_genes, NG):
+    first = tl.program_id(2) * part_genes
+    end = tl.minimum(first + part_genes, n_genes)
+    for start in range(first, end, NG):
         genes, gene, level = start + tl.arange(0, NG), start + column // QP, column % QP
         w = _weights(weight_ptr, levels_ptr, spots, genes, n_spots, n_genes, BM, NG, QP).to(table_ptr.dtype.element_ty)
         inside = (gene[:, None] < n_genes) & (level[:, None] < n_levels) & (dim[None, :] < width)
@@ -213,6 +217,7 @@ def weighted_sum(  # type: ignore[no-untyped-def]
             w = w.to(tl.float32)
             t = t.to(tl.float32)
         acc = tl.dot(w, t, acc, input_precision=PRECISION)
+    out_ptr += tl.program_id(2).to(tl.int64) * n_spots * width
     offset = spots.to(tl.int64)[:, None] * width + dim[None, :]
     tl.store(out_ptr + offset, acc, mask=(spots[:, None] < n_spots) & (dim[None, :] < width))
 
@@ -346,6 +351,11 @@ def level_gradient(  # type: ignore[no-untyped-def]
 # Tile sizes by mode (``tl_common.product_mode``) that compile without spills on sm_80 and sm_90. BN is the number of genes of a
 # tile times padded levels; BD is the width of the output that one program holds in registers.
 SAMPLED_DOT: dict[str, dict[str, Any]] = {
+    "bf16": {"BM": 256, "BN": 128, "BK": 32, "num_warps": 8, "num_stages": 3},
+    "tf32": {"BM": 64, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
+    "tf32x3": {"BM": 32, "BN": 64, "BK": 32, "num_warps": 8, "num_stages": 2},
+}
+LEVEL_LOSS: dict[str, dict[str, Any]] = {
     "bf16": {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
     "tf32": {"BM": 64, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
     "tf32x3": {"BM": 32, "BN": 64, "BK": 32, "num_warps": 8, "num_stages": 2},
@@ -356,14 +366,31 @@ LEVEL_GRADIENT: dict[str, dict[str, Any]] = {
     "tf32x3": {"BM": 32, "BN": 64, "BK": 32, "num_warps": 8, "num_stages": 2},
 }
 WEIGHTED_SUM: dict[str, dict[str, Any]] = {
-    "bf16": {"BM": 64, "BN": 32, "BK": 64, "BD": OUTPUT_WIDTH, "num_warps": 8, "num_stages": 2},
-    "tf32": {"BM": 32, "BN": 32, "BK": 32, "BD": OUTPUT_WIDTH, "num_warps": 8, "num_stages": 2},
-    "tf32x3": {"BM": 32, "BN": 32, "BK": 16, "BD": OUTPUT_WIDTH, "num_warps": 8, "num_stages": 2},
+    "bf16": {"BM": 128, "BN": 64, "BK": 64, "BD": 128, "num_warps": 8, "num_stages": 2},
+    "tf32": {"BM": 32, "BN": 32, "BK": 32, "BD": 256, "num_warps": 8, "num_stages": 2},
+    "tf32x3": {"BM": 32, "BN": 32, "BK": 16, "BD": 256, "num_warps": 8, "num_stages": 2},
 }
-NARROW_WEIGHTED_SUM: dict[str, Any] = {"num_warps": 4}
-"""Replaces the warps of ``weighted_sum`` in bf16 for up to 128 columns and 32 levels: eight warps spill there on sm_80."""
 WEIGHTED_SUM_TRANSPOSE: dict[str, dict[str, Any]] = {
-    "bf16": {"BM": 64, "BN": 64, "BK": 64, "BD": OUTPUT_WIDTH, "num_warps": 8, "num_stages": 2},
-    "tf32": {"BM": 32, "BN": 32, "BK": 32, "BD": OUTPUT_WIDTH, "num_warps": 8, "num_stages": 2},
-    "tf32x3": {"BM": 32, "BN": 32, "BK": 16, "BD": OUTPUT_WIDTH, "num_warps": 8, "num_stages": 2},
+    "bf16": {"BM": 64, "BN": 128, "BK": 64, "BD": 128, "num_warps": 8, "num_stages": 2},
+    "tf32": {"BM": 32, "BN": 32, "BK": 32, "BD": 256, "num_warps": 8, "num_stages": 2},
+    "tf32x3": {"BM": 32, "BN": 32, "BK": 16, "BD": 256, "num_warps": 8, "num_stages": 2},
 }
+
+
+def spills(configs: dict[str, dict[str, Any]], padded_levels: int, columns: int) -> bool:
+    """Return whether a tile in bf16 with all its spots spills on sm_80 or sm_90 for this number of levels.
+
+    Parameters
+    ----------
+    configs
+        One of the tables above.
+    padded_levels
+        QP, the next power of 2 of the number of levels.
+    columns
+        BN of the configuration.
+    """
+    if configs is WEIGHTED_SUM:
+        return padded_levels >= columns
+    if configs is WEIGHTED_SUM_TRANSPOSE:
+        return padded_levels > columns
+    return configs is SAMPLED_DOT and padded_levels < 4

@@ -43,11 +43,17 @@ def choose_tiles(configs: dict[str, dict[str, Any]], x: Tensor, n_levels: int, w
     out = tiles | {"QP": QP, "NG": max(genes, 16 // QP)}
     if columns < QP and "BD" not in out:  # one gene is wider than the tile, which spills or exceeds the shared memory
         out["BM"] = max(16, int(out["BM"]) * columns // QP)
+    if x.dtype == torch.bfloat16 and kernels.spills(configs, QP, columns):
+        out["BM"] = max(16, int(out["BM"]) // 2)
     if "BD" in out:
-        out["BD"] = max(16, min(int(out["BD"]) // max(1, out["NG"] * QP // 64), power_of_2(width)))
-    if configs is kernels.WEIGHTED_SUM and x.dtype == torch.bfloat16 and power_of_2(width) <= 128 and QP <= 32:
-        out |= kernels.NARROW_WEIGHTED_SUM
+        out["BD"] = max(16, min(int(out["BD"]) // max(1, out["NG"] * QP // columns), power_of_2(width)))
     return out
+
+
+def gene_parts(tiles: dict[str, Any], n_spots: int, n_genes: int, width: int) -> tuple[int, int]:
+    """Return the number of parts into which ``weighted_sum`` divides the panel, and the genes of a part."""
+    blocks = triton.cdiv(n_spots, tiles["BM"]) * triton.cdiv(width, tiles["BD"])
+    return flops.panel_parts(blocks, n_genes, tiles["NG"])
 
 
 def as_bytes(levels: Tensor) -> Tensor:
@@ -93,14 +99,16 @@ def weighted_sum(weight: Tensor, table: Tensor, levels: Tensor, bf16: bool) -> T
     """Return sum_g weight[b, g] table[g, levels[b, g]], fp32 (B, D)."""
     B, (G, Q, D) = weight.shape[0], table.shape
     table = _operand(table, bf16)
-    out = torch.empty(B, D, device=weight.device, dtype=torch.float32)
-    if out.numel():
-        tiles = choose_tiles(kernels.WEIGHTED_SUM, table, Q, D)
-        grid = (triton.cdiv(B, tiles["BM"]), triton.cdiv(D, tiles["BD"]))
-        tensors = (table, weight.float().contiguous(), levels.contiguous(), out)
-        sizes = (B, G, Q, D, *table.stride())
-        launch(kernels.weighted_sum, grid, *tensors, *sizes, **_precision(table), **_without_inner(tiles))
-    return out
+    if not B * D:
+        return torch.empty(B, D, device=weight.device, dtype=torch.float32)
+    tiles = choose_tiles(kernels.WEIGHTED_SUM, table, Q, D)
+    parts, part_genes = gene_parts(tiles, B, G, D)
+    out = torch.empty(parts, B, D, device=weight.device, dtype=torch.float32)
+    grid = (triton.cdiv(B, tiles["BM"]), triton.cdiv(D, tiles["BD"]), parts)
+    tensors = (table, weight.float().contiguous(), levels.contiguous(), out)
+    sizes = (B, G, Q, D, *table.stride(), part_genes)
+    launch(kernels.weighted_sum, grid, *tensors, *sizes, **_precision(table), **_without_inner(tiles))
+    return out.sum(0) if parts > 1 else out.view(B, D)
 
 
 @torch.library.custom_op("comtip::weighted_sum_transpose", mutates_args=())
@@ -125,7 +133,7 @@ def level_loss(
     """Return sum_bg weight[b, g] (logsumexp_q s[b, g, q] - s[b, g, level]), fp32 scalar."""
     (B, D), (G, Q, _) = image.shape, table.shape
     image, table = _operand(image, bf16), _operand(table, bf16)
-    tiles = choose_tiles(kernels.SAMPLED_DOT, image, Q, D)
+    tiles = choose_tiles(kernels.LEVEL_LOSS, image, Q, D)
     n_m, n_g = triton.cdiv(B, tiles["BM"]), triton.cdiv(G, tiles["NG"])
     parts = torch.empty(n_m * n_g, device=image.device, dtype=torch.float32)
     if parts.numel():

@@ -126,7 +126,7 @@ def test_attention(lengths: list[int], H: int, E: int):
     same(counted, traffic.attention(S, H, E, 4, longest, tile, backward=True))
 
 
-@pytest.mark.parametrize(("B", "G", "Q", "D"), [(9, 4, 3, 8), (33, 19, 10, 40)])
+@pytest.mark.parametrize(("B", "G", "Q", "D"), [(9, 4, 3, 8), (33, 19, 10, 40), (9, 130, 3, 8)])
 def test_table(B: int, G: int, Q: int, D: int):
     image, rows = vectors(B, D), vectors(G, Q, D)
     levels = torch.randint(Q, (B, G)).to(torch.uint8)
@@ -138,10 +138,12 @@ def test_table(B: int, G: int, Q: int, D: int):
         table.level_loss(
             image, rows, levels, torch.ones(B, G, dtype=torch.uint8), torch.tensor(5.0), torch.zeros(G, Q), False
         )
+    tiles = table.choose_tiles(table_kernels.LEVEL_LOSS, image, Q, D)
     same(counted, traffic.sampled_dot(B, G, Q, D, 4, tiles, loss=True))
     with counting() as counted:
         table.weighted_sum(taken, rows, levels, False)
-    same(counted, traffic.weighted_sum(B, G, Q, D, 4, table.choose_tiles(table_kernels.WEIGHTED_SUM, image, Q, D)))
+    summed = table.choose_tiles(table_kernels.WEIGHTED_SUM, image, Q, D)
+    same(counted, traffic.weighted_sum(B, G, Q, D, 4, summed, table.gene_parts(summed, B, G, D)[0]))
     with counting() as counted:
         table.weighted_sum_transpose(image, taken, levels, Q, False)
     same(
