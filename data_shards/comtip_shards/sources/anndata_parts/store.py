@@ -41,7 +41,7 @@ class Store(Protocol):
         """Return the names in a group, empty if it does not exist."""
 
     def group(self, key: str) -> Any:
-        """Return a group or mapping without reading its arrays."""
+        """Return a group or mapping without reading its arrays; an empty mapping if it does not exist."""
 
 
 class FileStore:
@@ -66,7 +66,7 @@ class FileStore:
         return list(self._root[group]) if group in self and hasattr(self._root[group], "keys") else []
 
     def group(self, key: str) -> Any:
-        """Return a group without reading its arrays."""
+        """Return a group without reading its arrays, {} if it does not exist."""
         return self._root[key] if key in self else {}
 
 
