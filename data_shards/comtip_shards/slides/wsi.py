@@ -61,7 +61,7 @@ def open_windowed(path: Path) -> Slide:
             return TiffSlide(path, tifffile)
         except SourceError:
             raise
-        except Exception as error:  # tifffile raises many types on damaged headers, also ZeroDivisionError
+        except Exception as error:  # tifffile raises many kinds of errors on damaged headers
             tried.append(f"tifffile: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
     else:
         tried.append("tifffile and zarr are not installed")
@@ -260,7 +260,7 @@ class BlockedSlide(PyramidSlide):
         where[self._x] = slice(column * bw, (column + 1) * bw)
         try:
             values = np.asarray(array[tuple(where)])
-        except Exception as error:  # codecs raise many types on damaged bytes
+        except Exception as error:  # codecs raise many kinds of errors on damaged bytes
             raise SourceError(
                 f"{self.path}: the block at row {row}, column {column} of level {level} cannot be decoded "
                 f"({type(error).__name__}: {error}); check that the file is complete"
