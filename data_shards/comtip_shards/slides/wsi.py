@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from comtip_shards.errors import SourceError
+from comtip_shards.errors import SourceError, install_extra
 from comtip_shards.not_data import not_data
-from comtip_shards.slides.base import EXTRA, Box, Slide, check_image_size
+from comtip_shards.slides.base import Box, Slide, check_image_size
 from comtip_shards.slides.colour import (
     PREMULTIPLIED_ALPHA,
     STRAIGHT_ALPHA,
@@ -71,7 +71,7 @@ def open_windowed(path: Path) -> Slide:
     if reason is not None:
         raise SourceError(f"{path}: {reason}")
     missing = any("not installed" in t for t in tried)
-    fix = EXTRA if missing else f"check that it is a complete image; if so, {RETILE}"
+    fix = install_extra("wsi") if missing else f"check that it is a complete image; if so, {RETILE}"
     raise SourceError(f"{path}: cannot be read as a slide ({'; '.join(tried)}); {fix}")
 
 

@@ -13,7 +13,7 @@ import h5py
 import pandas as pd
 from anndata.io import read_elem
 
-from comtip_shards.errors import SourceError
+from comtip_shards.errors import SourceError, install_extra
 from comtip_shards.not_data import not_data
 from comtip_shards.sources.files.hdf5 import open_hdf5
 from comtip_shards.sources.files.opening import reading
@@ -290,7 +290,7 @@ def _open_zarr(path: Path) -> Any:
     try:
         zarr = import_module("zarr")
     except ImportError as error:
-        raise SourceError(f"{path}: .zarr needs an optional dependency: pip install 'comtip-fast[wsi]'") from error
+        raise SourceError(f"{path}: .zarr needs an optional dependency: {install_extra('wsi')}") from error
     try:
         return zarr.open_group(str(path), mode="r")
     except Exception as error:  # zarr raises many kinds of errors
