@@ -108,7 +108,7 @@ class Model:
         section
             ``SHARDS_DIR:section_id``, a source folder, an ``.h5ad``, or an AnnData with an image.
         genes
-            Symbols, Ensembl ids or previous symbols, also of genes that were not trained; ``None`` selects the trained
+            Symbols, Ensembl ids or previous symbols, including those of genes that were not trained; ``None`` selects the trained
             genes of the section's species.
         facts, pooling, counts
             Facts about the section (``SectionFacts(mpp=0.5)`` or ``{"mpp": 0.5}``), and options for pooling and for
@@ -300,7 +300,7 @@ class Model:
         if out is not None:
             if Path(out).suffix != ".h5ad" or not Path(out).parent.is_dir():
                 raise ValueError(
-                    f"out {out}: expected a name that ends in .h5ad in an existing folder; create the folder or change the name"
+                    f"`out` {out}: expected a name that ends in .h5ad in an existing folder; create the folder or change the name"
                 )
             predict_slide(self.predictor, Path(slide), Path(out), request)
             return ad.read_h5ad(out, backed="r")
@@ -359,8 +359,7 @@ class Model:
         fitted = fit_tiles(tiles, mpp, self.tile)
         if xy is not None and (np.shape(xy) != (len(fitted), 2) or not np.isfinite(xy).all()):
             raise ValueError(
-                f"xy has shape {np.shape(xy)} or values that are not finite; pass one finite position per tile, shape "
-                f"({len(fitted)}, 2)"
+                f"xy of shape {np.shape(xy)}: expected finite values of shape ({len(fitted)}, 2); pass the centre of every tile"
             )
         found, _, _ = parse_facts({"species": species})
         kind = species_of(self.predictor, found.species or "", "the tiles")

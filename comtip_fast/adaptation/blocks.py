@@ -40,9 +40,9 @@ def split_blocks(
     fraction
         Share of the spots to fit on.
     margin_um
-        Smallest distance of fit and test spots along x or y: with at least the width of a tile, no two tiles overlap.
+        Smallest distance between fit and test spots along x or y; if it is at least the width of a tile, no two tiles overlap.
     seed, number, section
-        Seed, number of the split and id of the section, which define the centres.
+        Seed, index of the split and id of the section, which define the centres.
 
     Raises
     ------

@@ -11,7 +11,7 @@ from comtip_fast.cli.options import SECTION_HELP, add_device, add_facts, add_out
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``comtip adapt``."""
     parser.add_argument("run_dir", metavar="RUN", type=Path, help="folder of a finished run, or an export")
-    parser.add_argument("section", metavar="SECTION", help=f"{SECTION_HELP}; with counts")
+    parser.add_argument("section", metavar="SECTION", help=f"section with counts: {SECTION_HELP}")
     add_out(parser, "folder to write: export/, adaptation.json, adaptation.csv and spots.csv")
     parser.add_argument(
         "--fraction", type=float, default=1.0, help="share of the spots to adapt to, in blocks (default 1: all)"

@@ -32,9 +32,14 @@ def run(args: argparse.Namespace) -> int:
         raise PermissionError(f"--out {out}: no permission to write to {out.parent}; give another folder")
     if out.exists():
         raise FileExistsError(f"--out {out}: exists; remove it, or give another name")
+    from comtip_shards.errors import SourceError
+
     from comtip_fast.data.convert import provenance, read_section, write_space_ranger, write_spatialdata
 
     data = read_section(args.section)
-    (write_spatialdata if out.suffix == ".zarr" else write_space_ranger)(data, out)
+    try:
+        (write_spatialdata if out.suffix == ".zarr" else write_space_ranger)(data, out)
+    except SourceError as error:
+        raise SourceError(f"{args.section}: {error}") from error
     print(f"{out}: {provenance(data)}, {data.n_obs} spots x {data.n_vars} genes")
     return 0

@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     if sections == []:
         raise ValueError(f"--sections {args.sections!r} names no section; give section ids such as A1,B1")
     names = tasks_of(args.tasks, args.gene_sets)
-    options = _task_options(args, names)  # before the work, which takes long
+    options = _task_options(args, names)  # before the slow work
     result = evaluate_run(
         args.run_dir,
         args.shards,

@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint",
         metavar="WHICH",
-        help="export a checkpoint, also of a run that has not finished: newest, best or a step",
+        help="checkpoint to export: newest, best or a step; the run may still be in progress (default: the finished run's export)",
     )
     parser.add_argument(
         "--shards", help="with --checkpoint: the run's shard set (default: the folder its config names)"

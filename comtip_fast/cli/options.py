@@ -234,7 +234,7 @@ def name_options(text: str, own: OptionNames, other: Callable[[], OptionNames]) 
     Returns
     -------
     str
-        The message. A name that is no option stays as it is.
+        The message. A name that is not an option is not changed.
     """
 
     def option(match: re.Match[str]) -> str:

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_out(parser, "the .h5ad to write; for a folder of slides, the folder to write one .h5ad per slide")
     slide = parser.add_argument_group("slides without spots")
     slide.add_argument("--grid", choices=("square", "hexagonal"), help="lattice of the tiles (default square)")
-    slide.add_argument("--step-um", type=float, help="distance of tiles in um (default: width of a tile)")
+    slide.add_argument("--step-um", type=float, help="distance between tile centres in um (default: width of a tile)")
     slide.add_argument(
         "--min-tissue",
         type=float,

@@ -254,9 +254,10 @@ def array_notes(data: ad.AnnData) -> list[str]:
     if not all(name in data.obs for name in names):
         return ["obs has no array_row and array_col: spots are numbered instead, so use pixel positions for neighbours"]
     given = data.obs[list(names)].to_numpy(float)
-    if not np.isfinite(given).all():
+    lost = int((~np.isfinite(given)).any(1).sum())
+    if lost:
         raise SourceError(
-            "array_row or array_col of a spot has no value; remove these columns of obs, or set whole numbers"
+            f"array_row or array_col has no value for {lost} of {len(given)} spots; remove these columns of obs, or set whole numbers"
         )
     whole, notes = np.rint(given), []
     if np.abs(whole - given).max(initial=0) > 1e-6:

@@ -1,4 +1,4 @@
-"""Atomic writing of AnnData files: an earlier file is kept until the new one is complete, also if the disk is full."""
+"""Atomic writing of AnnData files: an earlier file is kept until the new one is complete, even if the disk is full."""
 
 from __future__ import annotations
 

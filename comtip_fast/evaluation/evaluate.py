@@ -147,9 +147,7 @@ def evaluate(
     chosen = choose_sections(predictor, shards, sections)
     reference = TrainReference(predictor, train_shards)
     reference.check(shards.cohort_of_section(n) for n in chosen)
-    scored = [
-        _choose_genes(predictor, shards, n, reference, genes) for n in chosen
-    ]  # before the work, which takes long
+    scored = [_choose_genes(predictor, shards, n, reference, genes) for n in chosen]  # before the slow work
     targets = {g.keys[i] for g in scored for i in np.union1d(g.panel, g.hvg).tolist()}
     trained = fit_methods(train or TrainOptions(), predictor, reference, sorted(targets))
     results: dict[str, dict[str, Any]] = {}

@@ -87,7 +87,7 @@ def evaluate_run(
     options = TrainOptions(tuple(trained), epochs, None if out is None else Path(out) / "trained", seed)
     options.check()
     if out is not None:
-        _check_writable(Path(out))  # before the work, which takes long
+        _check_writable(Path(out))  # before the slow work
     predictor = Predictor.load(run, pick_device(device), gene_vectors)
     train = training_shards(Path(run), predictor.config.data.shards, train_shards)
     result = evaluate(

@@ -86,7 +86,7 @@ class SentenceLevels:
 
     @torch.no_grad()
     def predict(self, image_ND: np.ndarray | Tensor) -> dict[str, np.ndarray]:
-        """Predict ``cp10k`` and ``raw``, float32 (N, G), some spots at a time; fp32 also under autocast."""
+        """Predict ``cp10k`` and ``raw``, float32 (N, G), some spots at a time; in fp32 even under autocast."""
         genes, levels, _ = self.unit_GQD.shape
         out = {k: np.empty((len(image_ND), genes), np.float32) for k in NORMS}
         size = max(1, SCORE_BYTES // max(4 * genes * levels, 1))

@@ -73,9 +73,9 @@ class StepOutput(NamedTuple):
     table: SentenceTable | None
     """None if no genes were given."""
     predicted_BKd: Tensor | None
-    """Predicted features of the hidden patches; None without MFM."""
+    """Predicted features of the hidden patches; None without masked feature modelling."""
     target_BKd: Tensor | None
-    """Features of the hidden patches from the full branch or the teacher, detached; None without MFM."""
+    """Features of the hidden patches from the full branch or the teacher, detached; None without masked feature modelling."""
     scale_nce: Tensor
     """Inverse temperature of InfoNCE, clamped."""
     scale_level: Tensor

@@ -72,7 +72,7 @@ class PairMetadata:
     section_m: Tensor
     """Integer section of each column, which ``negatives`` compares."""
     weight_b: Tensor
-    """Weight of each spot; 0 excludes the spot, also as a negative. Sent to other ranks in fp32."""
+    """Weight of each spot; 0 excludes the spot, including as a negative. Sent to other ranks in fp32."""
     negatives: str = "all"
     """``align.negatives`` of the config."""
     excluded_m: Tensor | None = None

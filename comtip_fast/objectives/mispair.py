@@ -1,4 +1,6 @@
-"""Mispairing for PAAT: genes of a spot are paired with wrong levels. Functions of given uniform numbers, without random draws.
+"""Mispairing: genes of a spot are paired with wrong levels, the negatives of pair-aware adversarial training (PAAT).
+
+The functions draw no random numbers: callers pass uniform numbers.
 
 Shapes: C candidates, B spots, b of them on this rank, G genes of the panel. Levels are integers; masks are True for measured
 genes.

@@ -26,7 +26,9 @@ class GridOptions:
         if self.shape not in ("square", "hexagonal"):
             raise ValueError(f"shape {self.shape!r}: no such lattice; give square or hexagonal")
         if self.step_um is not None and not (self.step_um > 0 and math.isfinite(self.step_um)):
-            raise ValueError(f"`step_um` {self.step_um!r}: not a positive number; give the distance of tiles in um")
+            raise ValueError(
+                f"`step_um` {self.step_um!r}: not a positive number; give the distance between tile centres in um"
+            )
         if not 0 <= self.min_tissue <= 1:
             raise ValueError(f"`min_tissue` {self.min_tissue!r}: not a share of tissue; give a number from 0 to 1")
 

@@ -1,4 +1,4 @@
-"""Export from a checkpoint of any engine and number of ranks, also while the run is in progress."""
+"""Export from a checkpoint of any engine and number of ranks, even while the run is in progress."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def export_checkpoint(run_dir: Path, which: str, out: Path, shards: str | None =
     changed = changed_inputs(loaded.state["fingerprint"], task.fingerprint())
     if changed:
         raise CheckpointError(
-            f"{config.data.shards}: the inputs differ from those that {run_dir} was trained with ({', '.join(changed)}); give the "
-            "shard set of the run with `shards`"
+            f"{run_dir}: the inputs differ from those of training ({', '.join(changed)}; the shard set is {config.data.shards}); "
+            f"{_fix_of(changed)}"
         )
     load_weights(task.module, loaded, folder)
     load_averages(task.module, loaded.ema)
@@ -69,13 +69,24 @@ def export_checkpoint(run_dir: Path, which: str, out: Path, shards: str | None =
     return step
 
 
+def _fix_of(changed: list[str]) -> str:
+    """Return what restores the inputs ``changed`` of :func:`changed_inputs`."""
+    if "tokenizer" in changed:
+        return "use the release that trained the run"
+    if "shards" not in changed and "gene vectors" in changed:
+        return "restore the file that text.gene_vectors names"
+    return "give the shard set of the run with `shards`"
+
+
 def _read(run_dir: Path, which: str) -> tuple[int, Checkpoint]:
     """Read a checkpoint and return its step; retry if a run in progress has replaced the checkpoint with a newer one."""
     root = run_dir / CHECKPOINTS
     for attempt in range(ATTEMPTS):
         steps = checkpoints.steps_of(root)
         if not steps:
-            raise CheckpointError(f"{run_dir}: no checkpoint in this folder; give the folder of a run")
+            raise CheckpointError(
+                f"{run_dir}: no checkpoint in this folder; give the folder of a run that has written one"
+            )
         try:
             return _choose(root, which, steps)
         except (CheckpointError, OSError):

@@ -106,7 +106,7 @@ class StepLosses:
     log_prior
         Log frequency of each level of each trained gene, float (genes, Q).
     strata
-        Stratum of each gene per section for PAAT, int64 (sections, genes).
+        Stratum of each gene per section, within which mispairing permutes levels, int64 (sections, genes).
     group
         Ranks that share a global batch.
     """
@@ -132,7 +132,7 @@ class StepLosses:
         return counts_of(batch.global_size or batch.section.numel(), self.group.size)
 
     def _mask(self, batch: Batch, P: int) -> tuple[Tensor | None, Tensor | None]:
-        """Return the indices of visible and of hidden patches; (None, None) without MFM."""
+        """Return the indices of visible and of hidden patches; (None, None) without masked feature modelling."""
         if self.config.loss.mfm <= 0:
             return None, None
         ratio = self.config.vision.mask_ratio
@@ -186,7 +186,7 @@ class StepLosses:
         return float(self.genes.length_G[batch.panel.long()].sum())
 
     def masked(self, out: StepOutput, n_all: int) -> Tensor | None:
-        """Return the share of L_mfm of the tiles in ``out``, of ``n_all`` tiles of the global batch; None without MFM."""
+        """Return the share of L_mfm of the tiles in ``out``, of ``n_all`` tiles of the global batch; None without the masked branch."""
         if self.config.loss.mfm <= 0 or out.predicted_BKd is None or out.target_BKd is None:
             return None
         n = out.predicted_BKd.shape[0]

@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+from importlib.metadata import PackageNotFoundError, version
+
 RECORD_FAULTS = ("vanished", "truncated", "checksum", "unreadable", "remote", "index", "tile", "counts")
 """Kinds of :class:`ShardError` for which a single record may be skipped; FORMAT.md defines each."""
+
+
+def install_extra(name: str) -> str:
+    """Return the command that installs an extra of the distribution which provides this package, for messages."""
+    try:
+        version("comtip-shards")  # this package alone; comtip-fast contains it too
+    except PackageNotFoundError:
+        return f"pip install 'comtip-fast[{name}]'"
+    return f"pip install 'comtip-shards[{name}]'"
 
 
 class SourceError(ValueError):

@@ -16,9 +16,9 @@ KEPT_BYTES = 16 << 20
 """Bytes of exponentials that the CPU path of InfoNCE keeps from its forward pass instead of computing them again."""
 
 CHUNK_BYTES = 256 << 20
-"""Most bytes of derivatives that the backward passes of InfoNCE and L_level store at a time on a GPU, except that a chunk has at
-least 128 rows or 64 genes, which are more for M > 1 M columns or B Q > 2 M scores per gene in bf16, and half of that in fp32. A
-constant: the order of a sum must not depend on the GPU."""
+"""Most bytes of derivatives that the backward passes of InfoNCE and L_level store at a time on a GPU. A chunk has at
+least 128 rows or 64 genes; these take more bytes if there are more than 1 M columns (M) or 2 M scores per gene (B Q) in bf16, or half as
+many in fp32. A constant: the order of a sum must not depend on the GPU."""
 
 ROW_GROUP = 8
 """Rows of tiles that the forward pass of InfoNCE works through together, so that each column is read from memory once for all."""

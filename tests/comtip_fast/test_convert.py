@@ -191,7 +191,7 @@ def test_a_spot_without_an_array_position_is_refused():
     data = ad.AnnData(
         obs=pd.DataFrame({"array_row": [0, float("nan")], "array_col": [0, 1]}, index=pd.Index(["a", "b"]))
     )
-    with pytest.raises(SourceError, match="array_row or array_col of a spot has no value"):
+    with pytest.raises(SourceError, match="array_row or array_col has no value for 1 of "):
         array_notes(data)
 
 
@@ -205,6 +205,9 @@ def test_what_cannot_be_converted_is_refused_and_nothing_is_left(section: ad.Ann
     ):
         assert main(["convert", str(tmp_path / "a.h5ad"), "--out", str(tmp_path / out)]) == 2
         assert message in capsys.readouterr().err
+    section[:, :0].write_h5ad(tmp_path / "empty.h5ad")
+    assert main(["convert", str(tmp_path / "empty.h5ad"), "--out", str(tmp_path / "outs")]) == 2
+    assert "empty.h5ad: the section has no expression" in capsys.readouterr().err
     bare = section.copy()
     del bare.uns["spatial"]
     with pytest.raises(SourceError, match=r"no image.*write a \.zarr"):
@@ -217,4 +220,4 @@ def test_what_cannot_be_converted_is_refused_and_nothing_is_left(section: ad.Ann
     twice.obs_names = ["same"] * twice.n_obs
     with pytest.raises(SourceError, match="spot names are not unique"):
         write_space_ranger(twice, tmp_path / "outs")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.h5ad", "there"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.h5ad", "empty.h5ad", "there"]

@@ -294,6 +294,20 @@ def test_a_run_resumes_and_is_exported_without_the_file_of_initial_weights(
     assert "vision.pretrained" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("changed", "fix"),
+    [
+        (["shards", "trained genes"], "give the shard set of the run with `shards`"),
+        (["tokenizer"], "use the release that trained the run"),
+        (["gene vectors"], "restore the file that text.gene_vectors names"),
+    ],
+)
+def test_an_error_of_changed_inputs_states_the_fix_for_the_input_that_changed(changed: list[str], fix: str):
+    from comtip_fast.training.export_checkpoint import _fix_of
+
+    assert _fix_of(changed) == fix
+
+
 def test_a_checkpoint_of_an_earlier_version_is_exported_with_its_rules(
     run_dir: Path, tiny_shards: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
-from comtip_shards import SourceError
+from comtip_shards import SourceError, errors
 from comtip_shards.slides import base, wsi
 from comtip_shards.slides import open as image_module
 from comtip_shards.slides.base import ArraySlide
@@ -261,6 +261,9 @@ def test_without_the_extra_its_name_is_reported(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(wsi, "_optional", lambda name: None)
     path = write_pyramid(tmp_path / "a.tif", PICTURE)
     with pytest.raises(SourceError, match=r"not installed.*pip install 'comtip-fast\[wsi\]'"):
+        open_slide(path)
+    monkeypatch.setattr(errors, "version", lambda name: {"comtip-shards": "0.1.0"}[name])  # comtip_shards alone
+    with pytest.raises(SourceError, match=r"not installed.*pip install 'comtip-shards\[wsi\]'"):
         open_slide(path)
 
 

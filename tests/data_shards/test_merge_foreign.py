@@ -155,7 +155,7 @@ BROKEN = {
     "a long label": (spot(label="x" * 5000), r"'label' is .*which no build writes"),
     "a field less": (spot(x_px=...), "missing x_px"),
     "an empty source": (manifest(lambda m: m["sections"][0].update(source={})), r"sections\.0\.source"),
-    "notes that are no list": (source(notes="x"), r"sections\.0\.source"),
+    "notes that are not a list": (source(notes="x"), r"sections\.0\.source"),
     "a status that is none": (
         source(checks=[{"name": "x", "status": "<b>", "figure": 1.0, "said": "", "advice": ""}]),
         r"sections\.0\.source",

@@ -71,7 +71,7 @@ def test_sentences_without_tokens_and_no_sentences(fast, dtype: torch.dtype):
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
 def test_every_token_is_written_and_only_its_sentence_read(fast, dtype: torch.dtype, nan_outputs: None):
-    """Outputs start as NaN, and the inputs lie in memory full of NaN: heads and widths that are no power of 2."""
+    """Outputs start as NaN, and the inputs lie in memory full of NaN: heads and widths that are not powers of 2."""
     qkv, length = case(draw(11, 9), 3, 12, dtype)
     want = run(fast.impl, qkv, length, fast.device)
     views = []

@@ -56,7 +56,7 @@ def run_share(rows: Rows, dry: bool, index: int, of: int) -> None:
 
 
 def builders(device: str, dry: bool) -> Iterator[partial[Case | list[Case]]]:
-    """Yield functions that return the cases, with widths of several slices, and sizes that are no multiple of a tile."""
+    """Yield functions that return the cases, with widths of several slices, and sizes that are not multiples of a tile."""
     if dry:
         yield partial(cases.infonce_case, device, 12, 20, 16)
         yield partial(cases.block_case, device, 12, 10, 16)

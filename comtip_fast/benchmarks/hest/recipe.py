@@ -33,7 +33,7 @@ class FoldData:
     cp10k_NG: np.ndarray
     """log1p of counts per 10,000."""
     section_N: np.ndarray
-    """int64, number of the section."""
+    """int64, index of the section."""
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,7 @@ def benchmark_hest(
     fold_rows: list[dict[str, Any]] = []
     gene_rows: list[pd.DataFrame] = []
     facts: dict[str, dict[str, Any]] = {}
-    opened = [open_encoder(s, pick_device(device), precision) for s in encoders]  # before the work, which takes long
+    opened = [open_encoder(s, pick_device(device), precision) for s in encoders]  # before the slow work
     for encoder in opened:
         label = _unique(
             f"embeddings:{encoder.path.name}" if isinstance(encoder, FeatureFiles) else encoder.label, facts

@@ -109,11 +109,11 @@ def gene_vectors(
 def _check_settings(paths: Sequence[str | Path], components: int, weigh: str, min_detection: float) -> None:
     """Raise ValueError for parameters of :func:`gene_vectors` that are out of bounds."""
     if weigh not in ("cells", "sources"):
-        raise ValueError(f"weigh={weigh!r}: choose 'cells' or 'sources'")
+        raise ValueError(f"`weigh` {weigh!r}: choose 'cells' or 'sources'")
     if components < 1:
-        raise ValueError(f"components={components}: give at least 1")
+        raise ValueError(f"`components` {components}: give at least 1")
     if not 0 <= min_detection <= 1:
-        raise ValueError(f"min_detection={min_detection}: give a share of cells, 0 to 1")
+        raise ValueError(f"`min_detection` {min_detection}: give a share of cells, 0 to 1")
     if not paths:
         raise ValueError("no count matrix given; give at least one")
 

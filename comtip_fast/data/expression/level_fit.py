@@ -73,7 +73,7 @@ class CountSample:
         self._scale.append(1e4 / np.maximum(total, 1.0))
 
     def entries(self, gene: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return a gene's positive log1p CP10K, log1p raw counts (float32), and numbers of their spots in the sample."""
+        """Return a gene's positive log1p CP10K, log1p raw counts (float32), and the indices of their spots in the sample."""
         values, raw, spots, first = [], [], [], 0
         for chunk, scale in zip(self._chunks, self._scale, strict=True):
             own = slice(chunk.indptr[gene], chunk.indptr[gene + 1])

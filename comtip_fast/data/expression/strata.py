@@ -1,4 +1,4 @@
-"""Strata of genes with similar detection rate and mean level, within which PAAT permutes levels."""
+"""Strata of genes with similar detection rate and mean level, within which mispairing permutes levels (``loss.paat``)."""
 
 from __future__ import annotations
 

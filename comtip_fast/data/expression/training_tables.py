@@ -46,7 +46,7 @@ class TrainingTables:
     variance: np.ndarray
     """(G,), variance of each gene relative to its cohort: weights of the panel draw (``panel.variable_share``)."""
     strata: Tensor
-    """int64 (S, G), strata within which levels are permuted for PAAT."""
+    """int64 (S, G), strata within which mispairing permutes levels."""
     balance: np.ndarray | None = None
     """float64 (G,), weights of the panel draw from gene lists (``panel.balance``); None for equal weights."""
 

@@ -18,7 +18,7 @@ class PairScores:
     true_M: np.ndarray
     false_M: np.ndarray
     spot_M: np.ndarray
-    """int64, number of the spot."""
+    """int64, index of the spot."""
 
 
 class RankedPairs:

@@ -6,7 +6,7 @@ import numpy as np
 
 KS = (1, 5, 10)
 MAX_SIMILARITIES = 1 << 24
-"""Similarities that are computed at once, which bounds memory to 128 MiB also for the spots of many sections."""
+"""Similarities that are computed at once, which bounds memory to 128 MiB, however many sections there are."""
 
 
 def ranks(query_ND: np.ndarray, key_ND: np.ndarray) -> np.ndarray:

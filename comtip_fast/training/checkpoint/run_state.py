@@ -191,8 +191,8 @@ def check_same_run(
         )
     if GENES in fingerprint and GENES not in state["fingerprint"]:
         log.warning(
-            "the checkpoint was written by an earlier version, which selected genes and fitted levels on other spots if the set has "
-            "more than levels.fit_spots=%d training spots; if it has, start a new run from these weights (`start_from`) instead",
+            "the checkpoint was written by an earlier version. If the set has more than levels.fit_spots=%d training spots, that version "
+            "selected genes and fitted levels on other spots; then start a new run from these weights (`start_from`) instead",
             config.levels.fit_spots,
         )
     now_run = config.engine.kind, size

@@ -22,7 +22,7 @@ LOCK_FILE = "run.lock"
 
 
 class Signals:
-    """Records SIGTERM, SIGHUP or SIGINT; a second SIGINT raises KeyboardInterrupt."""
+    """Records SIGTERM, SIGHUP or SIGINT; a SIGINT after a recorded signal raises KeyboardInterrupt."""
 
     def __init__(self) -> None:
         self.received = 0

@@ -145,7 +145,7 @@ class Progress:
         if row["kind"] == "valid":
             parts = "  ".join(f"{cohort} {score:.4f}" for cohort, score in row["per_cohort"].items())
             if "r1" in row:
-                parts += f"  R@1 {row['r1']:.3f} {row['t1']:.3f}"
+                parts += f"  recall@1 {row['r1']:.3f} image to text, {row['t1']:.3f} text to image"
             self._print(
                 f"step {step}/{self.total}  validation {row['score']:.4f}  ({parts}){'  best' if row['best'] else ''}"
             )

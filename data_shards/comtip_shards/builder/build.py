@@ -328,10 +328,15 @@ def _with_splits(metas: list[SectionMeta], splits: StatedSplits) -> list[Section
     ids = [m.section_id for m in metas]
     twice = sorted({i for i in ids if ids.count(i) > 1})
     if twice:
-        raise SourceError(f"duplicate section ids: {', '.join(twice)}; rename them")
+        raise SourceError(
+            f"duplicate section ids: {', '.join(twice)}; rename their files or folders, or state ids in a table of sources"
+        )
     alike = same_file(ids)
     if alike:
-        raise SourceError(f"section ids must not differ only in case: {alike[0]} and {alike[1]}; rename one")
+        raise SourceError(
+            f"section ids must not differ only in case: {alike[0]} and {alike[1]}; rename one of their files or folders, or state "
+            "ids in a table of sources"
+        )
     unknown = sorted(set(splits) - set(ids))
     if unknown:
         raise SourceError(f"`splits`: no section {', '.join(unknown)}; the sections are {', '.join(ids)}")

@@ -232,7 +232,7 @@ def writing(out: Path) -> Iterator[Path]:
 
 
 def _fix_of(error: OSError) -> str:
-    """Return what a user does about an error of writing, as the start of a sentence."""
+    """Return the fix for a write error, as the start of a sentence."""
     if disk_trouble(error) is not None:
         return disk_fix(error)
     return "delete this folder" if error.errno == errno.EISDIR else "make the folder writable"

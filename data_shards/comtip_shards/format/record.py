@@ -214,7 +214,7 @@ def decode_tile(data: bytes, px: int, codec: str, where: str) -> np.ndarray:
             return np.asarray(image)
     except ShardError:
         raise
-    except Exception as error:  # Pillow's decoders raise many types on damaged bytes
+    except Exception as error:  # Pillow's decoders raise many kinds of errors on damaged bytes
         raise ShardError(
             f"{where}: the tile cannot be decoded ({type(error).__name__}: {error}); {FOREIGN}", kind="tile"
         ) from error

@@ -1,7 +1,6 @@
 """Build ``genes_v1.tsv.gz`` from public tables; the output is byte-deterministic.
 
-python make_resource.py --hgnc hgnc_complete_set.txt.gz --mouse Mus_musculus.gene_info.gz \
-        --mouse-ensembl mouse_genes.tsv.gz
+python make_resource.py --hgnc hgnc_complete_set.txt.gz --mouse Mus_musculus.gene_info.gz --mouse-ensembl mouse_genes.tsv.gz
 """
 
 from __future__ import annotations

@@ -240,7 +240,7 @@ def explained(features: np.ndarray, values: np.ndarray) -> float:
 
 
 def lattice_pitch(xy: np.ndarray) -> float:
-    """Return the distance of neighbours on a square or hexagonal lattice, px; NaN if spots are not on one.
+    """Return the distance between neighbours on a square or hexagonal lattice, px; NaN if spots are not on one.
 
     It is the median of the most common distance (within 25 %) among the six nearest neighbours of all spots: on a square
     lattice four of them have one distance, on a hexagonal one six, for scattered spots hardly two. The mean distance of

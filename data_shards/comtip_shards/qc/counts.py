@@ -19,7 +19,7 @@ GENES_WARN, GENES_FAIL = 0.05, 0.5
 """Share of counts of genes without a known identifier: clones and control probes are 1 to 3 %; half or more indicates
 another species or another kind of identifier."""
 EMPTY_COUNTS, EMPTY_WARN, EMPTY_FAIL = 10, 0.05, 0.5
-"""A spot with fewer than ``EMPTY_COUNTS`` counts is uninformative; up to 1 in 20 of them is common at the rim of fresh tissue."""
+"""A spot with fewer than ``EMPTY_COUNTS`` counts is uninformative; up to 1 spot in 20 is common, at the rim of fresh tissue."""
 REPEATED_COUNTS, REPEATED_WARN, REPEATED_FAIL = 20, 0.001, 0.05
 """Two spots with at least ``REPEATED_COUNTS`` counts that are equal in every gene are duplicates, not a coincidence."""
 

@@ -28,7 +28,7 @@ PITCH_OF_PLATFORM = (
     ("st", 200.0),
     ("spatial transcriptomics", 200.0),
 )
-"""(text, distance of spots in um): the first text that the platform's name contains applies; inf if the distance varies."""
+"""(text, distance between spots in um): the first text that the platform's name contains applies; inf if the distance varies."""
 RESOLUTION_MARGIN = 0.1
 """Minimum gain of fit (share of variance) of another scale; of 700 scales tried, some fit better by chance."""
 RESOLUTION_RANGE, RESOLUTION_MIN = 32.0, 1.15

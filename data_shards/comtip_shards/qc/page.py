@@ -117,7 +117,7 @@ def write_pages(sections: Iterable[tuple[str, Pages, Sequence[Mapping[str, Any]]
     """
     if folder.is_symlink():
         raise SourceError(
-            f"{folder}: is a symbolic link, but the folder of reports is replaced; delete the link, or give a new folder"
+            f"{folder}: is a symbolic link, which is not replaced by a folder of reports; delete the link, or give a new folder"
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
     summaries, without_page = [], set()

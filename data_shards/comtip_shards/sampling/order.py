@@ -56,7 +56,7 @@ def epoch_batches(
 
 
 def shuffled(section: np.ndarray, spot_index: np.ndarray, run: int | np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """Return the spots in keyed order, keeping the runs of a section together."""
+    """Return the spots in keyed order, keeping runs of a section together; parameters as in :func:`epoch_batches`."""
     leader = runs(section, spot_index, run, seed, epoch) if isinstance(run, int) else run
     # Spots of one run have the same key; the secondary key keeps them in the order of the shard.
     return spot_index[np.lexsort((spot_index, bits(seed, "order", epoch, index=leader)))]

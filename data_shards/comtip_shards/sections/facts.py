@@ -77,7 +77,7 @@ class PoolingOptions:
     ] = None
     bin_um: Annotated[
         _Positive | None,
-        Field(description="bin size to pool, Visium HD (default: the largest that divides pool-um)"),
+        Field(description="bin size to pool, Visium HD (default: the largest that divides the pseudo-spot's width)"),
     ] = None
     min_cover: Annotated[
         float | None,
@@ -87,7 +87,7 @@ class PoolingOptions:
         int | None,
         Field(
             ge=1,
-            description="smallest content of a pseudo-spot (default: 1 cell, or 5 % of a dense spot's transcripts)",
+            description="smallest number of cells or transcripts in a pseudo-spot (default: 1 cell, or 5 % of a dense spot's transcripts)",
         ),
     ] = None
     qv: Annotated[

@@ -30,7 +30,6 @@ BOMB_PX = 100_000_000
 """Images of at most this many pixels are decoded at any ratio."""
 BAND_PX = 16_000_000
 """Source pixels decoded at once when a large image is downsampled."""
-EXTRA = "pip install 'comtip-fast[wsi]'"
 Box = tuple[int, int, int, int]
 
 

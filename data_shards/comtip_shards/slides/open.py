@@ -54,7 +54,7 @@ def image_size(path: Path) -> tuple[int, int]:
     Raises
     ------
     SourceError
-        The file is missing or not an image.
+        The file is missing, is not an image, or has too many pixels for one (:func:`.base.check_image_size`).
     """
     if not path.is_file():
         raise SourceError(f"{path}: no such image; check the path")

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from comtip_shards.errors import SourceError
+from comtip_shards.errors import SourceError, install_extra
 from comtip_shards.not_data import not_data
-from comtip_shards.slides.base import EXTRA, Box, Slide, check_image_size
+from comtip_shards.slides.base import Box, Slide, check_image_size
 from comtip_shards.slides.colour import (
     PREMULTIPLIED_ALPHA,
     STRAIGHT_ALPHA,
@@ -61,7 +61,7 @@ def open_windowed(path: Path) -> Slide:
             return TiffSlide(path, tifffile)
         except SourceError:
             raise
-        except Exception as error:  # tifffile raises many types on damaged headers, also ZeroDivisionError
+        except Exception as error:  # tifffile raises many kinds of errors on damaged headers
             tried.append(f"tifffile: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
     else:
         tried.append("tifffile and zarr are not installed")
@@ -71,7 +71,7 @@ def open_windowed(path: Path) -> Slide:
     if reason is not None:
         raise SourceError(f"{path}: {reason}")
     missing = any("not installed" in t for t in tried)
-    fix = EXTRA if missing else f"check that it is a complete image; if so, {RETILE}"
+    fix = install_extra("wsi") if missing else f"check that it is a complete image; if so, {RETILE}"
     raise SourceError(f"{path}: cannot be read as a slide ({'; '.join(tried)}); {fix}")
 
 
@@ -260,7 +260,7 @@ class BlockedSlide(PyramidSlide):
         where[self._x] = slice(column * bw, (column + 1) * bw)
         try:
             values = np.asarray(array[tuple(where)])
-        except Exception as error:  # codecs raise many types on damaged bytes
+        except Exception as error:  # codecs raise many kinds of errors on damaged bytes
             raise SourceError(
                 f"{self.path}: the block at row {row}, column {column} of level {level} cannot be decoded "
                 f"({type(error).__name__}: {error}); check that the file is complete"

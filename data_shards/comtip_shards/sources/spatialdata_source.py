@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from comtip_shards.errors import SourceError
+from comtip_shards.errors import SourceError, install_extra
 from comtip_shards.sections.facts import CountOptions, SourceOptions
 from comtip_shards.sections.section import Section, SectionMeta
 from comtip_shards.slides.wsi import BlockedSlide
@@ -62,7 +62,7 @@ def read_store(path: Path) -> Any:
         spatialdata = import_module("spatialdata")
     except ImportError as error:
         raise SourceError(
-            f"{path}: SpatialData stores need an optional dependency: pip install 'comtip-fast[spatialdata]'"
+            f"{path}: SpatialData stores need an optional dependency: {install_extra('spatialdata')}"
         ) from error
     try:
         with warnings.catch_warnings():

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from comtip_shards.errors import ShardError
+from comtip_shards.errors import ShardError, install_extra
 from comtip_shards.storage.cache import FileCache, default_cache, default_size
 
 T = TypeVar("T")
@@ -214,7 +214,7 @@ class Remote:
                 fs, root = url_to_fs(self.url, **{**self._http_options(), **self.storage_options})
             except (ImportError, ValueError) as error:
                 raise ShardError(
-                    f"{self.url}: cannot open ({error}); pip install 'comtip-fast[remote]', or download it first",
+                    f"{self.url}: cannot open ({error}); {install_extra('remote')}, or download it first",
                     kind="remote",
                 ) from error
             self._fs = (os.getpid(), fs, root.rstrip("/"))
@@ -335,7 +335,7 @@ class Remote:
             except (ShardError, NoRangesError):
                 raise
             except ImportError as error:
-                raise ShardError(f"{where}: {error}; pip install 'comtip-fast[remote]'", kind="remote") from error
+                raise ShardError(f"{where}: {error}; {install_extra('remote')}", kind="remote") from error
             except Exception as error:  # every protocol raises its own types
                 if isinstance(error, FileNotFoundError) and _is_absent(error):
                     raise ShardError(

@@ -56,7 +56,7 @@ class SentenceSizes:
     genes: int
     """Number of genes; every sentence belongs to one of them."""
     names: int
-    """Number of distinct (token, slot) pairs of the names, or more."""
+    """Upper bound of the number of distinct (token, slot) pairs of the names."""
     levels: int
     """Number of levels, Q."""
     vocabulary: int

@@ -51,7 +51,7 @@ def infonce(
         (B,) and (M,) integers of up to 64 bits, for example hashes: rows and columns of one class are the same text
         and never negatives of each other.
     weight_B
-        Weight of each spot (B,); 0 excludes it, also as a negative.
+        Weight of each spot (B,); 0 excludes it, including as a negative.
     excluded_further
         bool (M - B,): columns after the first B that are not negatives. Masking keeps the number of columns fixed; selecting
         columns would make it depend on data that the host has to read.

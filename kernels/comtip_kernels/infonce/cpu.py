@@ -51,7 +51,7 @@ class Masks:
     class_rows: Tensor | None
     class_columns: Tensor | None
     excluded_rows: Tensor | None = None
-    """bool (B,): spots of weight 0, which are no negatives; None if there are none."""
+    """bool (B,): spots of weight 0, which are not negatives; None if there are none."""
     excluded_columns: Tensor | None = None
     """bool (M,): the texts of these spots."""
     own_pairs: ClassVar[bool] = True

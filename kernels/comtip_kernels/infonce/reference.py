@@ -93,7 +93,7 @@ def infonce_reference(
         class_columns=class_columns,
         device=image_BD.device,
     )
-    # A spot of weight 0 has no text (no measured gene of the panel), so it is no negative either.
+    # A spot of weight 0 has no text (no measured gene of the panel), so it is not a negative either.
     excluded = weight == 0
     eye = torch.eye(B, M, dtype=torch.bool, device=image_BD.device)
     further = excluded.new_zeros(M - B) if excluded_further is None else excluded_further

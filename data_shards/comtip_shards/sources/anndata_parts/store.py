@@ -13,7 +13,7 @@ import h5py
 import pandas as pd
 from anndata.io import read_elem
 
-from comtip_shards.errors import SourceError
+from comtip_shards.errors import SourceError, install_extra
 from comtip_shards.not_data import not_data
 from comtip_shards.sources.files.hdf5 import open_hdf5
 from comtip_shards.sources.files.opening import reading
@@ -41,7 +41,7 @@ class Store(Protocol):
         """Return the names in a group, empty if it does not exist."""
 
     def group(self, key: str) -> Any:
-        """Return a group or mapping without reading its arrays."""
+        """Return a group or mapping without reading its arrays; an empty mapping if it does not exist."""
 
 
 class FileStore:
@@ -66,7 +66,7 @@ class FileStore:
         return list(self._root[group]) if group in self and hasattr(self._root[group], "keys") else []
 
     def group(self, key: str) -> Any:
-        """Return a group without reading its arrays."""
+        """Return a group without reading its arrays, {} if it does not exist."""
         return self._root[key] if key in self else {}
 
 
@@ -290,7 +290,7 @@ def _open_zarr(path: Path) -> Any:
     try:
         zarr = import_module("zarr")
     except ImportError as error:
-        raise SourceError(f"{path}: .zarr needs an optional dependency: pip install 'comtip-fast[wsi]'") from error
+        raise SourceError(f"{path}: .zarr needs an optional dependency: {install_extra('wsi')}") from error
     try:
         return zarr.open_group(str(path), mode="r")
     except Exception as error:  # zarr raises many kinds of errors

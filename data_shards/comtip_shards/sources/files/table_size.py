@@ -41,8 +41,8 @@ def check_table_size(path: Path, limit: int) -> int:
                 total += len(block)
                 if total > allowed:
                     raise SourceError(
-                        f"{path}: {size:,} bytes become more than {allowed:,} when decompressed, as those of a decompression "
-                        "bomb do; check the file, or decompress it (gunzip) if its origin is known"
+                        f"{path}: {size:,} bytes decompress to more than {allowed:,}, so this may be a decompression bomb; check the "
+                        "file, or decompress it (gunzip) if its origin is known"
                     )
     except (OSError, EOFError, zlib.error) as error:
         raise SourceError(f"{path}: cannot be read as gzip ({error}); copy or download it again") from error

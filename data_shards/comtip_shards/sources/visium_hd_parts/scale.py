@@ -68,7 +68,7 @@ def scale_or_pitch(
 
 
 def _pitch_px(table: Path) -> float:
-    """Return the distance of neighbouring bins in px, from a least-squares fit of positions to rows and columns."""
+    """Return the distance between neighbouring bins in px, from a least-squares fit of positions to rows and columns."""
     gram, moment, n = np.zeros((3, 3)), np.zeros((3, 2)), 0
     for batch in batches(table, ["array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres"]):
         rc = all_numbers(batch, ["array_col", "array_row"], table)
