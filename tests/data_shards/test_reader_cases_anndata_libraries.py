@@ -1,4 +1,4 @@
-"""AnnData files as they occur: place holders for counts, scale factors of R, ids in any column, sections named in obs."""
+"""AnnData files as they occur: placeholders for counts, scale factors of R, ids in any column, sections named in obs."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "empty", [sp.csr_matrix((N, 6), dtype=np.float32), np.zeros((N, 6), np.float32), None, COUNTS > 2]
 )
-def test_a_matrix_without_counts_is_only_a_place_holder(tmp_path: Path, empty):
+def test_a_matrix_without_counts_is_only_a_placeholder(tmp_path: Path, empty):
     a = adata()
     a.layers["raw_counts"], a.X = a.X.copy(), empty
     section = read(write(tmp_path, a))

@@ -56,7 +56,7 @@ def raw_counts(store: Store, path: Path, options: CountOptions) -> tuple[sparse.
         notes = [f"counts are those of {key}, the only layer of counts by name and content ({path.name})"]
         return expression(store, key), _var_of(store, key), notes
     hint = f"set `layer` to a layer of integers ({', '.join(others)})" if others else ""
-    # An empty X is only a place holder, so fractional values elsewhere are those to report or to round.
+    # An empty X is only a placeholder, so fractional values elsewhere are those to report or to round.
     filled = next((k for k in found if expression(store, k).count_nonzero()), None)
     if filled is None:
         what = "every value of " + ", ".join(found) + " is 0" if found else "neither layers['counts'] nor X exists"
@@ -82,7 +82,7 @@ def expression(store: Store, key: str) -> sparse.csr_matrix:
 
 
 def has_counts(matrix: sparse.csr_matrix) -> bool:
-    """Return whether a matrix holds counts, some of them above zero: an empty one is only a place holder."""
+    """Return whether a matrix holds counts, some of them above zero: an empty one is only a placeholder."""
     return is_counts(matrix) and bool(matrix.count_nonzero())
 
 
