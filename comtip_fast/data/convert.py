@@ -99,7 +99,7 @@ def _library(data: ad.AnnData) -> tuple[str, np.ndarray, dict[str, float]] | Non
         return None
     name, entry = names[0], spatial[names[0]]
     picture = Picture(IMAGE, scale_factor(entry, f"tissue_{IMAGE}_scalef", name) or 1.0)
-    factors = {}
+    factors: dict[str, float] = {}
     for key in entry.get("scalefactors", {}):
         try:
             value = scale_factor(entry, key, name)

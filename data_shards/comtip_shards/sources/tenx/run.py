@@ -129,7 +129,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 def scale_factors(path: Path) -> dict[str, float]:
     """Return the numbers in ``scalefactors_json.json``, by name; raises SourceError if the file is missing or invalid."""
-    out = {}
+    out: dict[str, float] = {}
     for key, value in read_json(path, "scale factors of the images").items():
         single = value[0] if isinstance(value, list) and len(value) == 1 else value  # R's jsonlite writes [0.17]
         with suppress(TypeError, ValueError, OverflowError):
