@@ -17,12 +17,12 @@ import pandas as pd
 from comtip_shards import SourceError
 from comtip_shards.sections.facts import CountOptions, PoolingOptions, SectionFacts, parse_facts
 from comtip_shards.slides.tiles import StainStats, stain_stats
-from comtip_shards.sources.anndata_parts.store import SUFFIXES as H5AD_SUFFIXES
 
 from comtip_fast.adaptation import adapt
 from comtip_fast.constants import LAYER_CP10K, LAYER_RAW, OBSM_EMBEDDING, UNS
+from comtip_fast.data.anndata_file import rows_copy
 from comtip_fast.data.measured import measured_counts
-from comtip_fast.data.sections import RECORDED_FACTS, SectionTiles, open_section, read_h5ad, recorded_facts
+from comtip_fast.data.sections import RECORDED_FACTS, SectionTiles, is_anndata, open_section, recorded_facts
 from comtip_fast.data.tile_sources import ArrayTiles, TileGeometry
 from comtip_fast.evaluation.compare import joined_with_measured
 from comtip_fast.evaluation.run import evaluate_run as evaluate
@@ -149,12 +149,13 @@ class Model:
         facts: Facts = None,
         pooling: PoolingOptions | None = None,
         counts: CountOptions | None = None,
+        fmt: str = "auto",
     ) -> ad.AnnData:
         """Join predicted and measured expression of a section that has counts, and score each gene.
 
         Parameters
         ----------
-        section, genes, facts, pooling, counts
+        section, genes, facts, pooling, counts, fmt
             As in :meth:`predict`; the section has raw counts.
 
         Returns
@@ -179,12 +180,14 @@ class Model:
         """
         options = stated_options(facts, pooling, counts)
         # Tiles are cut without reading counts, so the options that select counts would raise an error here.
-        in_memory = isinstance(section, ad.AnnData) or str(section).endswith(H5AD_SUFFIXES)
+        in_memory = is_anndata(section)
         without_counts = replace(options.counts, layer=None, round_counts=None)
-        opened = open_section(section, self.tile, replace(options, counts=without_counts) if in_memory else options)
+        opened = open_section(
+            section, self.tile, replace(options, counts=without_counts) if in_memory else options, fmt
+        )
         answer = self._predict(opened, genes)
         species = species_of(self.predictor, opened.species, opened.section_id)
-        joined_with_measured(answer, measured_counts(section, species, options), opened.tiles)
+        joined_with_measured(answer, measured_counts(section, species, options, fmt), opened.tiles)
         return answer
 
     def _predict(self, opened: SectionTiles, genes: Sequence[str] | None) -> ad.AnnData:
@@ -232,12 +235,9 @@ class Model:
         (49, 32)
         """
         opened = open_section(section, self.tile, stated_options(facts, pooling, counts), fmt)
-        if isinstance(section, ad.AnnData):
-            data = section.copy()
-        elif str(section).endswith(H5AD_SUFFIXES):
-            data = read_h5ad(Path(section))
-        else:
-            data = opened.template.copy()
+        data = opened.template.copy()
+        if opened.rows is not None:
+            data = rows_copy(section, opened.rows, data.uns["spatial"])
         stain = self._stain(opened)
         vectors = np.empty((len(opened.tiles), self.predictor.config.align.dim), np.float32)
         for rows, tiles in opened.tiles.ahead():

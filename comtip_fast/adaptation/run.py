@@ -81,6 +81,7 @@ def adapt(
     facts: Facts = None,
     pooling: PoolingOptions | None = None,
     counts: CountOptions | None = None,
+    fmt: str = "auto",
     seed: int = 0,
     device: str = "auto",
 ) -> Adaptation:
@@ -104,7 +105,7 @@ def adapt(
     splits
         Number of random choices of blocks for the comparison. With ``fraction`` below 1, the model is adapted to the blocks of
         the first.
-    facts, pooling, counts
+    facts, pooling, counts, fmt
         As for :meth:`Model.predict`. Outside of a shard set, tissue and donor must be stated.
     seed
         Seed of the blocks.
@@ -141,7 +142,7 @@ def adapt(
     predictor = Predictor.load(run, pick_device(device))
     if predictor.bundle.readout is None:
         raise ValueError(f"{run}: the model has no linear readout to adapt; train with readout.kind=linear")
-    found = read_section(predictor, section, stated_options(facts, pooling, counts))
+    found = read_section(predictor, section, stated_options(facts, pooling, counts), fmt)
     chosen = _splits(found, predictor.tile_um, fraction, splits, seed)
     table = pd.concat([_compare(predictor, found, s, i) for i, s in enumerate(chosen)], ignore_index=True)
     fit = chosen[0].fit if fraction < 1 else np.arange(len(found.xy_um))

@@ -12,12 +12,12 @@ from comtip_shards import ShardSet, SourceError
 from comtip_shards.sections.duplicates import section_fingerprint
 from comtip_shards.sections.facts import SourceOptions
 from comtip_shards.sections.section import cohort_of
-from comtip_shards.sources.anndata_parts.store import SUFFIXES as H5AD_SUFFIXES
+from comtip_shards.sources.anndata_parts.picture import library_names
 from comtip_shards.storage.remote import is_url
 
 from comtip_fast.data.expression.levels import log1p_cp10k
 from comtip_fast.data.measured import MeasuredCounts, measured_counts
-from comtip_fast.data.sections import SectionTiles, open_section, split_spec
+from comtip_fast.data.sections import SectionTiles, is_anndata, open_section, split_spec
 from comtip_fast.data.tile_sources import TileGeometry
 from comtip_fast.evaluation.train_reference import spot_inputs
 from comtip_fast.inference import ImageFeatures, Predictor
@@ -55,7 +55,9 @@ class AdaptSection:
         return self.features.readout_NF
 
 
-def read_section(predictor: Predictor, spec: str | Path | ad.AnnData, options: SourceOptions) -> AdaptSection:
+def read_section(
+    predictor: Predictor, spec: str | Path | ad.AnnData, options: SourceOptions, fmt: str = "auto"
+) -> AdaptSection:
     """Read tiles and counts of a SECTION, and encode the tiles.
 
     Parameters
@@ -66,6 +68,8 @@ def read_section(predictor: Predictor, spec: str | Path | ad.AnnData, options: S
         A SECTION as for :func:`comtip_fast.data.sections.open_section`, with raw counts.
     options
         Stated facts and options. Outside of a shard set, tissue and donor must be stated.
+    fmt
+        Format of a source; ``auto`` detects it.
 
     Raises
     ------
@@ -75,9 +79,9 @@ def read_section(predictor: Predictor, spec: str | Path | ad.AnnData, options: S
     readout = predictor.bundle.readout
     assert readout is not None
     geometry = TileGeometry(predictor.tile_px, predictor.tile_um, predictor.min_mpp)
-    opened = open_section(spec, geometry, _tile_options(spec, options))
+    opened = open_section(spec, geometry, _tile_options(spec, options), fmt)
     species = species_of(predictor, opened.species, opened.section_id)
-    counts = measured_counts(spec, species, options)
+    counts = measured_counts(spec, species, options, fmt)
     facts = _facts(spec, opened, species, options, counts)
     keys = [k for k in predictor.trained_genes if k in set(counts.keys)]
     if len(keys) < 2:
@@ -161,7 +165,8 @@ def _facts(
 
 def _fingerprint(opened: SectionTiles, counts: MeasuredCounts) -> dict[str, str]:
     """Return the fingerprint that identifies the section under another id; empty, with a warning, without an image in ``uns``."""
-    images = [entry.get("images", {}) for entry in opened.template.uns.get("spatial", {}).values()]
+    spatial = opened.template.uns.get("spatial", {})
+    images = [spatial[name].get("images", {}) for name in library_names(spatial)]
     picture = next((x["hires"] for x in images if "hires" in x), None)
     if picture is None:
         log.warning(
@@ -177,7 +182,7 @@ def _fingerprint(opened: SectionTiles, counts: MeasuredCounts) -> dict[str, str]
 
 def _tile_options(spec: str | Path | ad.AnnData, options: SourceOptions) -> SourceOptions:
     """Return the options for reading tiles: those of counts are errors where counts are not read."""
-    if isinstance(spec, ad.AnnData) or str(spec).endswith(H5AD_SUFFIXES):
+    if is_anndata(spec):
         return replace(options, counts=replace(options.counts, layer=None, round_counts=None))
     return options
 

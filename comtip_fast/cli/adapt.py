@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from comtip_fast.cli.options import SECTION_HELP, add_device, add_facts, add_out, read_facts
+from comtip_fast.cli.options import SECTION_HELP, add_device, add_facts, add_format, add_out, read_facts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the blocks (default 0)")
     add_facts(parser)
+    add_format(parser)
     add_device(parser)
 
 
@@ -38,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
         facts=facts,
         pooling=pooling,
         counts=counts,
+        fmt=args.fmt,
         seed=args.seed,
         device=args.device,
     )

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from comtip_fast.benchmarks.hest.variants import VARIANTS
-from comtip_fast.cli.options import add_device, add_out
+from comtip_fast.cli.options import add_device, add_out, refuse_unused
 from comtip_fast.constants import ENCODER_HELP
+
+if TYPE_CHECKING:
+    from comtip_shards import ShardSet
 
 SOURCE_HELP = "sections to build the shard set from (default data_shards/samples)"
 
@@ -21,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         description="Measure each loader and decoder on a shard set; docs/data_loading.md explains the table.",
     )
     loader.add_argument("--shards", type=Path, help="shard set to read (default: build one from --source)")
-    loader.add_argument("--source", type=Path, default=Path("data_shards/samples"), help=SOURCE_HELP)
-    loader.add_argument("--px", type=int, default=224, help="tile width in px of the built set (default 224)")
+    loader.add_argument("--source", type=Path, help=SOURCE_HELP)
+    loader.add_argument("--px", type=int, help="tile width in px of the built set (default 224)")
     loader.add_argument(
         "--work",
         type=Path,
@@ -52,8 +56,8 @@ def _add_step(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     step.add_argument("--config", type=Path, required=True, help="a YAML file, e.g. configs/demo_cpu.yaml")
     step.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key")
     step.add_argument("--shards", type=Path, help="shard set to read (default: build one from --source)")
-    step.add_argument("--source", type=Path, default=Path("data_shards/samples"), help=SOURCE_HELP)
-    step.add_argument("--px", type=int, default=128, help="tile width in px of the built set (default 128)")
+    step.add_argument("--source", type=Path, help=SOURCE_HELP)
+    step.add_argument("--px", type=int, help="tile width in px of the built set (default 128)")
     step.add_argument(
         "--work",
         type=Path,
@@ -118,6 +122,16 @@ def _check_positive(args: argparse.Namespace, *names: str) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
 
 
+def _open_set(args: argparse.Namespace, px: int) -> ShardSet:
+    """Open ``--shards``, or build a set with tiles of ``px`` px (or ``--px``) from ``--source``."""
+    from comtip_fast.benchmarks.loaders import open_set
+
+    if args.shards is not None:
+        refuse_unused({"--source": args.source, "--px": args.px}, "the set of --shards is built already")
+    source = Path("data_shards/samples") if args.source is None else args.source
+    return open_set(args.shards, source, args.work, px if args.px is None else args.px)
+
+
 def _loader(args: argparse.Namespace) -> int:
     """Measure the loaders, print the table and write the results."""
     import torch
@@ -126,7 +140,7 @@ def _loader(args: argparse.Namespace) -> int:
 
     _check_positive(args, "workers", "batch_size", "rounds", "spots")
     torch.set_num_threads(1)
-    shards = loaders.open_set(args.shards, args.source, args.work, args.px)
+    shards = _open_set(args, 224)
     setting = loaders.Setting(shards, args.workers, args.batch_size, args.rounds, args.spots)
     resident = loaders.memory(setting, args.epochs) if args.epochs else {}
     contenders = loaders.contenders_of(setting, loaders.load_inputs(setting))
@@ -141,12 +155,11 @@ def _loader(args: argparse.Namespace) -> int:
 
 def _step(args: argparse.Namespace) -> int:
     """Measure the training steps, print the table and write the results."""
-    from comtip_fast.benchmarks.loaders import open_set
     from comtip_fast.benchmarks.step.measure import table_of, write_results
     from comtip_fast.benchmarks.step.run import benchmark_step, config_of
 
     _check_positive(args, "rounds", "per_round")
-    shards = open_set(args.shards, args.source, args.work, args.px)
+    shards = _open_set(args, 128)
     config, out = config_of(args.config, args.set, shards, args.device), args.out or args.work
     found = benchmark_step(config, args.steps, rounds=args.rounds, per_round=args.per_round, out=out)
     for line in table_of(found):

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from comtip_fast.cli.options import add_device, add_out, gene_list
+from comtip_fast.cli.options import add_device, add_out, gene_list, refuse_unused
 from comtip_fast.constants import ENCODER_HELP
 from comtip_fast.evaluation.tasks import TASKS
 from comtip_fast.evaluation.trained import EPOCHS, METHODS
@@ -15,6 +15,14 @@ from comtip_fast.evaluation.trained import EPOCHS, METHODS
 if TYPE_CHECKING:
     from comtip_fast.evaluation.evaluate import Evaluation
     from comtip_fast.evaluation.tasks.context import TaskOptions
+
+OPTION_USERS = {
+    "--encoder": ("probe", "domains", "pathways"),
+    "--gene-sets": ("pathways", "genes"),
+    "--labels": ("domains",),
+    "--epochs": tuple(METHODS),
+}
+"""Tasks that use an option."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,13 +77,11 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
         "--bootstrap",
         dest="n_bootstrap",
         type=int,
-        default=200,
         help="draws behind the 95 %% intervals (default 200; 0: none)",
     )
     group.add_argument(
         "--epochs",
         type=int,
-        default=EPOCHS,
         help=f"largest number of passes over the training spots, per learning rate, for {', '.join(METHODS)} (default {EPOCHS})",
     )
 
@@ -100,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
         genes=gene_list(args.genes),
         null_draws=args.null_draws,
         trained=[name for name in names if name in METHODS],
-        epochs=args.epochs,
+        epochs=EPOCHS if args.epochs is None else args.epochs,
         seed=args.seed,
         device=args.device,
     )
@@ -124,29 +130,37 @@ def _task_options(args: argparse.Namespace, names: list[str]) -> TaskOptions | N
     Raises
     ------
     ValueError
-        An option of the tasks is given without ``--tasks``, or its value cannot be used.
+        An option is given without a task that uses it, or its value cannot be used.
     FileNotFoundError
         A file of the tasks does not exist.
     """
+    given = {
+        "--encoder": args.encoders,
+        "--gene-sets": args.gene_sets,
+        "--labels": args.labels,
+        "--bootstrap": args.n_bootstrap,
+        "--epochs": args.epochs,
+    }
     if not names:
-        given = {"--encoder": args.encoders, "--gene-sets": args.gene_sets, "--labels": args.labels}
-        unused = [name for name, value in given.items() if value]
-        if unused:
-            raise ValueError(f"{', '.join(unused)}: used by downstream tasks only; select tasks with --tasks")
+        refuse_unused(given, "used by downstream tasks only, which are selected with --tasks")
         return None
+    for option, users in OPTION_USERS.items():
+        if not set(users) & set(names):
+            refuse_unused({option: given[option]}, f"used by --tasks {', '.join(users)}")
     from comtip_fast.evaluation.tasks.run import check_tasks, task_options
     from comtip_fast.inference import Predictor
     from comtip_fast.runtime.devices import pick_device
 
-    if args.n_bootstrap < 0:
-        raise ValueError(f"--bootstrap {args.n_bootstrap}: must be at least 0 (0: no intervals)")
+    n_bootstrap = 200 if args.n_bootstrap is None else args.n_bootstrap
+    if n_bootstrap < 0:
+        raise ValueError(f"--bootstrap {n_bootstrap}: must be at least 0 (0: no intervals)")
     options = task_options(
         Predictor.load(args.run_dir, pick_device(args.device)),
         encoders=args.encoders,
         gene_sets=args.gene_sets,
         labels=args.labels,
-        n_bootstrap=args.n_bootstrap,
-        epochs=args.epochs,
+        n_bootstrap=n_bootstrap,
+        epochs=EPOCHS if args.epochs is None else args.epochs,
         seed=args.seed,
     )
     check_tasks(names, options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from comtip_fast.cli.options import add_out
+from comtip_fast.cli.options import add_out, refuse_unused
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +31,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out.exists() and any(args.out.iterdir()):
         raise FileExistsError(f"--out {args.out} exists and is not empty; give a new folder")
     if args.checkpoint is None:
+        refuse_unused({"--shards": args.shards}, "used with --checkpoint only")
         Predictor.load(args.run_dir).bundle.save(args.out)
     else:
         from comtip_fast.training.export_checkpoint import export_checkpoint

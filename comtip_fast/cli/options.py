@@ -15,9 +15,7 @@ from comtip_shards.storage.atomic import refuse_input_as_output
 from comtip_fast.constants import UNS
 
 SLIDES_HELP = "or an image or whole-slide file without spots, or (with a folder as --out) a folder of these"
-SECTION_HELP = (
-    "SHARDS:section_id (SHARDS is a folder or URL), a source folder, SOURCE:section_id, or an .h5ad with image"
-)
+SECTION_HELP = "SHARDS:section_id (SHARDS is a folder or URL), a source folder, SOURCE:section_id, an .h5ad with image, or FILE.h5ad:section_id"
 GENE_FILE_BYTES = 4 << 20
 GENE_COLUMNS = {"gene", "genes", "symbol", "symbols", "gene_symbol", "hgnc_symbol", "gene_name", "gene_id", "ensembl"}
 GENE_COLUMNS |= {"ensembl_id", "x"}
@@ -71,6 +69,21 @@ def add_out(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--out", type=Path, required=True, help=what)
 
 
+def refuse_unused(given: Mapping[str, object], why: str) -> None:
+    """Raise ValueError if an option that would be ignored is given.
+
+    Parameters
+    ----------
+    given
+        Values by option, e.g. ``--epochs``; None, False and an empty list mean that it is not given.
+    why
+        When the option has an effect, for the message.
+    """
+    unused = [name for name, value in given.items() if value is not None and value is not False and value != []]
+    if unused:
+        raise ValueError(f"{', '.join(unused)} has no effect here: {why}; leave it out")
+
+
 def fresh_h5ad(args: argparse.Namespace) -> Path:
     """Return ``--out`` after checks of its name and its folder, and that it does not overwrite an input.
 
@@ -90,12 +103,12 @@ def fresh_h5ad(args: argparse.Namespace) -> Path:
     given += [g[1:] for value in getattr(args, "genes", None) or [] for g in value.split(",") if g.startswith("@")]
     inputs = [Path(p) for p in given if p]
     # In a folder of sources only an earlier output may be replaced; other files may be sources.
-    answer = path.is_file() and _is_answer(path)
+    answer = path.is_file() and is_answer(path)
     refuse_input_as_output(path, [p for p in inputs if not (answer and p.is_dir())])
     return path
 
 
-def _is_answer(path: Path) -> bool:
+def is_answer(path: Path) -> bool:
     """Return whether the file is an AnnData that ``comtip predict`` or ``comtip embed`` wrote."""
     from comtip_shards.errors import SourceError
     from comtip_shards.sources.files.hdf5 import open_hdf5

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from comtip_fast.cli.options import refuse_unused
+
 if TYPE_CHECKING:
     from comtip_fast.config.schema import RunConfig
     from comtip_fast.plan.hardware import Cluster
@@ -56,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     sweep = parser.add_argument_group("sweep over the number of devices")
     sweep.add_argument("--sweep", action="store_true", help="compare designs from 1 to --most devices")
-    sweep.add_argument("--most", type=int, default=1024, metavar="N", help="maximum number of devices (default 1024)")
+    sweep.add_argument("--most", type=int, metavar="N", help="maximum number of devices (default 1024)")
     sweep.add_argument("--out", type=Path, help="folder for the sweep's figures and table")
 
 
@@ -68,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
     from comtip_fast.plan.report import as_data, render, summary
     from comtip_fast.plan.sizes import Inputs
 
+    _refuse_unused(args)
     config = load_config(args.config, args.set)
     shares = Efficiency(
         compute=args.compute_efficiency,
@@ -100,12 +103,25 @@ def run(args: argparse.Namespace) -> int:
     return 0 if plan.fits else 1
 
 
+def _refuse_unused(args: argparse.Namespace) -> None:
+    """Raise ValueError for options that the chosen output does not use."""
+    if args.sweep:
+        alone = {"--brief": args.brief, "--loader-tiles-per-s": args.loader_tiles_per_s}
+        refuse_unused(alone, "a sweep compares designs instead of printing one plan (--sweep)")
+        if args.out is not None:
+            refuse_unused({"--json": args.json}, "a sweep writes its table to --out")
+        return
+    refuse_unused({"--most": args.most, "--out": args.out}, "used with --sweep only")
+    if args.brief:
+        refuse_unused({"--json": args.json}, "--brief prints text")
+
+
 def _sweep(args: argparse.Namespace, config: RunConfig, cluster: Cluster, inputs: Inputs) -> int:
     """Compare designs over the number of devices; print a table or JSON, or write figures and a table to a folder."""
     from comtip_fast.plan.scaling.figures import write
     from comtip_fast.plan.scaling.sweep import as_rows, sweep, table
 
-    found = sweep(config, cluster, inputs, most=args.most)
+    found = sweep(config, cluster, inputs, most=1024 if args.most is None else args.most)
     if args.out is not None:
         for path in write(found, args.out):
             print(path)

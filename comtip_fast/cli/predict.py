@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from comtip_shards.sections.facts import SectionFacts, stated
+from comtip_shards.sources.anndata_parts.store import files_of
+from comtip_shards.sources.files.packaging import contents
 from comtip_shards.storage.disk import disk_trouble, unwritable
 
 from comtip_fast.cli.options import (
@@ -22,6 +24,7 @@ from comtip_fast.cli.options import (
     add_out,
     fresh_h5ad,
     gene_list,
+    is_answer,
     read_facts,
 )
 from comtip_fast.constants import OBSM_EMBEDDING
@@ -122,12 +125,14 @@ def _refuse_slide_options(args: argparse.Namespace) -> None:
 def _predict_folder(args: argparse.Namespace, folder: Path) -> int:
     """Predict every slide of a folder, to one file each in ``--out``."""
     kind = _source_format(folder)
+    if kind == "anndata" and all(is_answer(p) for p in files_of(folder)):
+        kind = ""  # predictions of an earlier run with the slides' folder as --out
     if kind:
         raise ValueError(
             f"{folder}: sections of format {kind}, not a folder of slides; give an --out that ends in .h5ad, or move the "
             "slides to a folder of their own"
         )
-    slides = sorted(p for p in folder.iterdir() if _is_slide(p) and not p.name.startswith("."))
+    slides = [p for p in contents(folder) if _is_slide(p)]
     if not slides:
         raise FileNotFoundError(
             f"{folder}: no image or whole-slide file; for a section, give an --out that ends in .h5ad"
@@ -154,6 +159,7 @@ def _predict_slides(args: argparse.Namespace, outputs: dict[Path, Path]) -> int:
             f"{args.section}: {options} has no effect here: a slide has no spots and no counts; leave it out"
         )
     model, genes = load(args.run_dir, args.device, args.gene_vectors), gene_list(args.genes)
+    _check_drawings(args, model, genes, facts)
     failed = []
     for path, out in outputs.items():
         try:
@@ -166,6 +172,25 @@ def _predict_slides(args: argparse.Namespace, outputs: dict[Path, Path]) -> int:
     if failed:
         log.error("%d of %d slides failed: %s", len(failed), len(outputs), ", ".join(failed))
     return 1 if failed else 0
+
+
+def _names(values: list[str]) -> list[str]:
+    """Return gene names from an option, which may be comma-separated."""
+    return [g.strip() for value in values for g in value.split(",") if g.strip()]
+
+
+def _check_drawings(args: argparse.Namespace, model: Model, genes: list[str] | None, facts: SectionFacts) -> None:
+    """Check before the prediction, which takes long, that the genes to draw will be predicted."""
+    from comtip_fast.slide_prediction.drawings import check_genes, check_measurements
+
+    predicted = genes
+    if predicted is None:
+        own = {g.key: g.symbol for g in model.predictor.bundle.genes}
+        predicted = [own[key] for key in model.trained_genes if key.startswith(facts.species or "")]
+    if args.overlays:
+        check_genes(predicted, _names(args.overlays), "--overlays")
+    if args.geojson is not None:
+        check_measurements(predicted, _names(args.geojson) or None, "--geojson")
 
 
 def _predict_slide(
@@ -182,12 +207,12 @@ def _predict_slide(
     answer.file.close()
     if args.overlays:
         folder = out.with_name(f"{out.stem}.overlays")
-        written = write_overlays(Answer(out), [g for v in args.overlays for g in v.split(",") if g], folder)
+        written = write_overlays(Answer(out), _names(args.overlays), folder)
         print(f"{folder}: {', '.join(p.name for p in written)}")
     if args.geojson is not None:
         target = out.with_name(f"{out.stem}.geojson")
-        chosen = [g for v in args.geojson for g in v.split(",") if g] or None
-        print(f"{target}: {write_geojson(Answer(out), chosen, target)} tiles")
+        written_tiles = write_geojson(Answer(out), _names(args.geojson) or None, target)
+        print(f"{target}: {written_tiles} tiles")
 
 
 # -- comtip embed ----------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from comtip_shards.storage.remote import is_url
 from comtip_shards.study import is_study
 from comtip_shards.study.dry_run import plan_splits, plan_text
 
-from comtip_fast.cli.options import add_facts, add_out, read_facts
+from comtip_fast.cli.options import add_facts, add_out, read_facts, refuse_unused
 from comtip_fast.shards import build_shards, open_sections, plan_build
 
 FORMATS = ("auto", *SOURCE_FORMATS)
@@ -96,7 +96,7 @@ def _add_build(build: argparse.ArgumentParser) -> None:
     build.add_argument(
         "--codec", choices=("jpeg", "png", "webp"), default="jpeg", help="encoding of tiles (default jpeg)"
     )
-    build.add_argument("--quality", type=int, default=95, help="quality of jpeg and webp, 1 to 100 (default 95)")
+    build.add_argument("--quality", type=int, help="quality of jpeg and webp, 1 to 100 (default 95)")
     _add_jobs(build)
     build.add_argument(
         "--part",
@@ -131,7 +131,7 @@ def _add_build(build: argparse.ArgumentParser) -> None:
         metavar="TRAIN,VAL,TEST",
         help="assign donors without a split at random, e.g. 0.8,0.1,0.1",
     )
-    group.add_argument("--seed", type=int, default=0, help="seed of --auto-split (default 0)")
+    group.add_argument("--seed", type=int, help="seed of --auto-split (default 0)")
     group.add_argument(
         "--allow-benchmark",
         action="append",
@@ -181,6 +181,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _build(args: argparse.Namespace) -> int:
     """Build a shard set and print its report; return 1 if a section was skipped."""
+    if args.auto_split is None:
+        refuse_unused({"--seed": args.seed}, "used with --auto-split only")
+    if args.codec == "png":
+        refuse_unused({"--quality": args.quality}, "PNG is lossless")
+    args.seed = 0 if args.seed is None else args.seed
+    args.quality = 95 if args.quality is None else args.quality
     if args.dry_run:
         return _dry_run(args)
     report = build_shards(

@@ -16,13 +16,17 @@ import numpy as np
 import pandas as pd
 from comtip_shards import ShardSet, SourceError
 from comtip_shards.names import is_formula, shown
-from comtip_shards.sources.anndata_parts.picture import library_names
+from comtip_shards.sections.facts import CountOptions
+from comtip_shards.sources.anndata_parts.picture import Picture, library_names, library_slide, scale_factor
+from comtip_shards.sources.anndata_parts.positions import read_centres
+from comtip_shards.sources.anndata_parts.store import MemoryStore
 from comtip_shards.storage.atomic import atomic_folder
 from PIL import Image
 from scipy import sparse
 
 from comtip_fast.constants import UNS
-from comtip_fast.data.sections import read_h5ad, section_template, split_spec
+from comtip_fast.data.anndata_file import chosen_library, own_entries, read_h5ad
+from comtip_fast.data.sections import section_template, split_spec
 
 log = logging.getLogger("comtip_fast")
 REGION, IMAGE, TABLE, MICRONS = "spots", "hires", "table", "micrometre"
@@ -51,10 +55,20 @@ def read_section(spec: str | Path) -> ad.AnnData:
     if (path / "manifest.json").is_file():
         return _from_shards(ShardSet(path), section_id)
     data = read_h5ad(path)
-    if "spatial" not in data.obsm or np.asarray(data.obsm["spatial"]).shape != (data.n_obs, 2):
+    store = MemoryStore(data, path)
+    library = chosen_library(store, section_id)[1]
+    xy = read_centres(store, CountOptions(), [])
+    rows = library.rows(data.obs)
+    if len(rows) < data.n_obs:
+        data = data[rows].copy()
+    lost = int((~np.isfinite(xy[rows])).any(axis=1).sum())
+    if lost:
         raise SourceError(
-            f"{path}: no obsm['spatial'] of the shape ({data.n_obs}, 2); store spot centres there, x and y"
+            f"{path}: {lost} of {len(rows)} spots have no position; remove these spots or set their positions"
         )
+    data.obsm["spatial"] = xy[rows]
+    if "spatial" in data.uns:
+        data.uns["spatial"] = own_entries(data, library)
     return data
 
 
@@ -73,8 +87,8 @@ def _from_shards(shards: ShardSet, section_id: str) -> ad.AnnData:
     return data
 
 
-def _library(data: ad.AnnData) -> tuple[str, np.ndarray, Mapping[str, float]] | None:
-    """Return (name, image, scale factors) of the only library with a hires image, or None if there is no image."""
+def _library(data: ad.AnnData) -> tuple[str, np.ndarray, dict[str, float]] | None:
+    """Return (name, RGB image, scale factors) of the only library with a hires image, or None if there is no image."""
     spatial = data.uns.get("spatial", {})
     names = [n for n in library_names(spatial) if IMAGE in spatial[n].get("images", {})]
     if len(names) > 1:
@@ -83,7 +97,17 @@ def _library(data: ad.AnnData) -> tuple[str, np.ndarray, Mapping[str, float]] | 
         )
     if not names:
         return None
-    return names[0], np.asarray(spatial[names[0]]["images"][IMAGE]), spatial[names[0]].get("scalefactors", {})
+    name, entry = names[0], spatial[names[0]]
+    picture = Picture(IMAGE, scale_factor(entry, f"tissue_{IMAGE}_scalef", name) or 1.0)
+    factors: dict[str, float] = {}
+    for key in entry.get("scalefactors", {}):
+        try:
+            value = scale_factor(entry, key, name)
+        except SourceError as error:
+            log.warning("%s; it is left out", error)
+            continue
+        factors[str(key)] = float(value or 0)
+    return name, library_slide(entry, picture, Path(name)).pixels, factors
 
 
 def to_spatialdata(data: ad.AnnData) -> Any:
@@ -138,7 +162,7 @@ def to_spatialdata(data: ad.AnnData) -> Any:
         images = {}
         if library is not None:
             px = 1 / float(factors.get(f"tissue_{IMAGE}_scalef", 1.0))
-            pixels = np.moveaxis(_uint8(library[1]), 2, 0)
+            pixels = np.moveaxis(library[1], 2, 0)
             images[IMAGE] = models.Image2DModel.parse(
                 pixels, dims=("c", "y", "x"), c_coords=["r", "g", "b"], transformations=systems(px)
             )
@@ -202,12 +226,12 @@ def write_space_ranger(data: ad.AnnData, target: Path) -> None:
         (tmp_path / "spatial").mkdir(parents=True)
         _write_matrix(data, name, tmp_path / MATRIX)
         _positions(data).to_csv(tmp_path / "spatial/tissue_positions.csv", index=False)
-        scale = {str(k): float(v) for k, v in factors.items()}
+        scale = dict(factors)
         scale.setdefault("tissue_lowres_scalef", scale.get(f"tissue_{IMAGE}_scalef", 1.0))
         scale.setdefault("fiducial_diameter_fullres", scale.get("spot_diameter_fullres", 1.0))
         (tmp_path / "spatial/scalefactors_json.json").write_text(json.dumps(scale))
         for size in (IMAGE, "lowres"):
-            Image.fromarray(_uint8(image)).save(tmp_path / f"spatial/tissue_{size}_image.png")
+            Image.fromarray(image).save(tmp_path / f"spatial/tissue_{size}_image.png")
 
 
 def _write_matrix(data: ad.AnnData, name: str, path: Path) -> None:
@@ -236,10 +260,15 @@ def _positions(data: ad.AnnData) -> pd.DataFrame:
     xy = np.asarray(data.obsm["spatial"], np.float64)
     table = pd.DataFrame({"barcode": data.obs_names.astype(str), "in_tissue": 1})
     for name in ("array_row", "array_col"):
-        values = data.obs[name].to_numpy(float) if name in data.obs else np.arange(data.n_obs, dtype=float)
+        values = _array(data, name) if name in data.obs else np.arange(data.n_obs, dtype=float)
         table[name] = np.rint(values).astype(np.int64)
     table["pxl_row_in_fullres"], table["pxl_col_in_fullres"] = xy[:, 1], xy[:, 0]
     return table
+
+
+def _array(data: ad.AnnData, name: str) -> np.ndarray:
+    """Return a column of array positions, float64 (n,), NaN where it is no number; it may be text or a category."""
+    return np.asarray(pd.to_numeric(data.obs[name].astype(str), errors="coerce"), np.float64)
 
 
 def array_notes(data: ad.AnnData) -> list[str]:
@@ -253,7 +282,7 @@ def array_notes(data: ad.AnnData) -> list[str]:
     names = ("array_row", "array_col")
     if not all(name in data.obs for name in names):
         return ["obs has no array_row and array_col: spots are numbered instead, so use pixel positions for neighbours"]
-    given = data.obs[list(names)].to_numpy(float)
+    given = np.column_stack([_array(data, name) for name in names])
     lost = int((~np.isfinite(given)).any(1).sum())
     if lost:
         raise SourceError(
@@ -269,15 +298,6 @@ def array_notes(data: ad.AnnData) -> list[str]:
             "the array is not hexagonal as on Visium slides; set coord_type='generic' in squidpy.gr.spatial_neighbors"
         )
     return notes
-
-
-def _uint8(image: np.ndarray) -> np.ndarray:
-    """Return an image as uint8 RGB; floating-point values are expected in [0, 1]."""
-    values = image[..., :3]
-    if values.dtype == np.uint8:
-        return values
-    scale = 255.0 if np.issubdtype(values.dtype, np.floating) else 1.0
-    return np.clip(np.rint(values * scale), 0, 255).astype(np.uint8)
 
 
 def provenance(data: ad.AnnData) -> str:

@@ -17,7 +17,8 @@ from comtip_shards.sources.anndata_parts.store import SUFFIXES, MemoryStore
 from comtip_shards.storage.remote import is_url
 from scipy import sparse
 
-from comtip_fast.data.sections import read_h5ad, split_spec
+from comtip_fast.data.anndata_file import chosen_library, read_h5ad
+from comtip_fast.data.sections import split_spec
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,9 @@ class MeasuredCounts:
         return np.array([row[keys[i]] for i in found], np.int64), found
 
 
-def measured_counts(spec: str | Path | ad.AnnData, species: str, options: SourceOptions) -> MeasuredCounts:
+def measured_counts(
+    spec: str | Path | ad.AnnData, species: str, options: SourceOptions, fmt: str = "auto"
+) -> MeasuredCounts:
     """Read the raw counts of a SECTION.
 
     Parameters
@@ -47,6 +50,8 @@ def measured_counts(spec: str | Path | ad.AnnData, species: str, options: Source
         ``human`` or ``mouse``; not used for a shard set, whose genes have keys.
     options
         Stated facts and options.
+    fmt
+        Format of a source; ``auto`` detects it.
 
     Raises
     ------
@@ -54,15 +59,17 @@ def measured_counts(spec: str | Path | ad.AnnData, species: str, options: Source
         The section does not exist or has no raw counts, or no gene identifier belongs to the species.
     """
     if isinstance(spec, ad.AnnData):
-        return _of_anndata(spec, Path("the AnnData"), species, options)
+        return _of_anndata(spec, Path("the AnnData"), species, options, "")
     path, section_id = (Path(), "") if is_url(str(spec)) else split_spec(str(spec))
     if path.name.endswith(SUFFIXES):
-        return _of_anndata(read_h5ad(path), path, species, options)
+        return _of_anndata(read_h5ad(path), path, species, options, section_id)
     if is_url(str(spec)) or (path / "manifest.json").is_file():
         url, _, own = str(spec).rpartition(":")
         return _of_shards(ShardSet(url if is_url(str(spec)) else path), own if is_url(str(spec)) else section_id)
     options = replace(options, facts=replace(options.facts, tissue=options.facts.tissue or "unstated"))
-    section = open_source(path, samples=[section_id] if section_id else None, overrides=options)[0].read_spots()
+    # Not read_spots(), with which AnnData and SpatialData read positions only.
+    wanted = [section_id] if section_id else None
+    section = open_source(path, samples=wanted, fmt=fmt, overrides=options)[0].read()
     return _mapped(section.counts, section.gene_ids, section.gene_symbols, species, str(path))
 
 
@@ -73,10 +80,12 @@ def _of_shards(shards: ShardSet, section_id: str) -> MeasuredCounts:
     return MeasuredCounts(sparse.csr_matrix(counts), [shards.genes[i].key for i in measured])
 
 
-def _of_anndata(data: ad.AnnData, where: Path, species: str, options: SourceOptions) -> MeasuredCounts:
-    matrix, var, _ = raw_counts(MemoryStore(data, where), where, options.counts)
+def _of_anndata(data: ad.AnnData, where: Path, species: str, options: SourceOptions, section_id: str) -> MeasuredCounts:
+    store = MemoryStore(data, where)
+    rows = chosen_library(store, section_id)[1].rows(data.obs)
+    matrix, var, _ = raw_counts(store, where, options.counts)
     ids, symbols = gene_names(var)
-    return _mapped(matrix, ids, symbols, species, str(where))
+    return _mapped(matrix[rows], ids, symbols, species, str(where))
 
 
 def _mapped(counts: sparse.csr_matrix, ids: list[str], symbols: list[str], species: str, where: str) -> MeasuredCounts:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import anndata as ad
-import h5py
 import numpy as np
 import pandas as pd
 from comtip_shards import ShardSet, SourceError
@@ -24,13 +23,14 @@ from comtip_shards.slides.base import Slide
 from comtip_shards.slides.open import open_slide
 from comtip_shards.slides.tiles import StainStats, stain_stats
 from comtip_shards.sources import open_source
-from comtip_shards.sources.anndata_parts.picture import MICRONS_PER_PIXEL, library_names, library_slide
+from comtip_shards.sources.anndata_parts.picture import MICRONS_PER_PIXEL, library_slide
 from comtip_shards.sources.anndata_parts.store import SUFFIXES as H5AD_SUFFIXES
-from comtip_shards.sources.anndata_parts.store import MemoryStore, open_h5ad
+from comtip_shards.sources.anndata_parts.store import MemoryStore
 from comtip_shards.sources.anndata_source import view_library
 from comtip_shards.sources.files.packaging import unpacked
 from comtip_shards.storage.remote import is_url
 
+from comtip_fast.data.anndata_file import chosen_library, own_entries, read_annotation
 from comtip_fast.data.tile_sources import ShardTiles, SlideTiles, TileGeometry, TileSource
 
 OVERVIEW_PX = 1024
@@ -55,6 +55,8 @@ class SectionTiles:
     """Facts of :data:`RECORDED_FACTS` that the caller stated."""
     mpp: float = float("nan")
     """um per px of the positions in ``template.obsm["spatial"]``."""
+    rows: np.ndarray | None = None
+    """int64, rows of the AnnData that belong to the section; None if the section is no part of an AnnData."""
 
     @cached_property
     def stain(self) -> StainStats:
@@ -144,48 +146,6 @@ def _refuse_options(options: SourceOptions, where: str) -> None:
         )
 
 
-def read_h5ad(path: Path | str) -> ad.AnnData:
-    """Read an AnnData file.
-
-    Raises
-    ------
-    SourceError
-        The file is not a readable ``.h5ad``, or links to another file.
-    """
-    open_h5ad(Path(path)).close()  # raises for files that are not HDF5, and for links to other files
-    try:
-        return ad.read_h5ad(unpacked(Path(path)))
-    except Exception as error:  # anndata raises many kinds of errors
-        raise SourceError(
-            f"{path}: not a readable .h5ad file ({type(error).__name__}: {error}); write it with AnnData.write_h5ad"
-        ) from error
-
-
-def read_annotation(path: Path) -> ad.AnnData:
-    """Read an AnnData file without its matrices (X, layers, raw, varm, obsp, varp), which prediction does not need.
-
-    Raises
-    ------
-    SourceError
-        The file is not a readable ``.h5ad``, or links to another file.
-    """
-    open_h5ad(path).close()
-    try:
-        with h5py.File(unpacked(path), "r") as file:
-            if not all(
-                isinstance(file.get(key), h5py.Group) and "encoding-type" in file[key].attrs for key in ("obs", "var")
-            ):
-                return read_h5ad(path)  # compound tables of anndata 0.6, which only anndata's full reader supports
-            parts = {key: ad.io.read_elem(file[key]) for key in ("obs", "var", "obsm", "uns") if key in file}
-            return ad.AnnData(**parts)
-    except SourceError:
-        raise
-    except Exception as error:  # anndata raises many kinds of errors
-        raise SourceError(
-            f"{path}: not a readable .h5ad file ({type(error).__name__}: {error}); write it with AnnData.write_h5ad"
-        ) from error
-
-
 def split_spec(spec: str) -> tuple[Path, str]:
     """Split ``PATH:section_id`` into path and section id; the id is empty if ``spec`` is a path.
 
@@ -264,42 +224,42 @@ def _from_anndata(
     """Return the tiles of an AnnData, cut from its library's image or from a stated image."""
     check_options(options, ("image", "positions"), "an AnnData whose counts are not read")
     store = MemoryStore(data, Path(where))
-    libraries = library_names(data.uns.get("spatial", {}))
-    if section_id and section_id not in libraries:
-        raise SourceError(
-            f"{where}: no section {section_id!r} in uns['spatial'], which has {', '.join(libraries) or 'none'}; choose one, or "
-            "leave the section out"
-        )
-    if len(libraries) > 1:
-        raise SourceError(
-            f"{where}: uns['spatial'] holds {len(libraries)} libraries ({', '.join(libraries)}); keep one section and its library"
-        )
+    name, library = chosen_library(store, section_id)
     own = data.uns.get("comtip", {})
     if own.get("species") and options.facts.species is None:
         known = source_options({"species": str(own["species"])}).facts.species
         options = replace(options, facts=replace(options.facts, species=known))
-    library = libraries[0] if libraries else ""
-    view = view_library(store, library, Path(where).stem, options, need_species=False)
+    view = view_library(store, library, name, options, need_species=False)
     xy, mpp = view.xy * view.factor, view.mpp / view.factor
 
     def opener() -> Slide:
         if view.picture is not None:
-            return library_slide(data.uns["spatial"][library], view.picture, Path(where))
+            return library_slide(data.uns["spatial"][library.key], view.picture, Path(where))
         return open_slide(unpacked(view.image or Path(where)))
 
     with opener() as slide:
         _check_positions(xy, mpp, slide, where)
     template = ad.AnnData(
-        obs=data.obs.copy(), obsm={"spatial": view.xy.copy()}, uns={"spatial": data.uns.get("spatial", {})}
+        obs=data.obs.iloc[view.rows].copy(),
+        obsm={"spatial": view.xy.copy()},
+        uns={"spatial": own_entries(data, library)},
     )
     return SectionTiles(
-        library or Path(where).stem,
+        library.value or library.key or name,
         view.facts.species,
         SlideTiles(opener, xy, mpp, tile),
         template,
         stated=recorded_facts(options),
         mpp=view.mpp,
+        rows=view.rows,
     )
+
+
+def is_anndata(section: str | Path | ad.AnnData) -> bool:
+    """Return whether a SECTION is an AnnData in memory or in an ``.h5ad``, with or without the name of a section."""
+    if isinstance(section, ad.AnnData):
+        return True
+    return not is_url(str(section)) and split_spec(str(section))[0].name.endswith(H5AD_SUFFIXES)
 
 
 def _check_positions(xy: np.ndarray, mpp: float, slide: Slide, where: str) -> None:

@@ -51,10 +51,8 @@ class Answer:
         ValueError
             A gene was not predicted.
         """
+        check_genes(self.genes, genes, str(self.path))
         index = {gene: i for i, gene in enumerate(self.genes)}
-        missing = [g for g in genes if g not in index]
-        if missing:
-            raise ValueError(f"{self.path}: not predicted: {', '.join(missing[:5])}; add them to `genes`")
         return [index[g] for g in genes]
 
     def rows(self, columns: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
@@ -67,6 +65,24 @@ class Answer:
                 values = np.empty_like(part)
                 values[:, order] = part
                 yield start, values
+
+
+def check_genes(predicted: Sequence[str], genes: Sequence[str], where: str) -> None:
+    """Raise ValueError if one of ``genes`` is not among the predicted ones; the message starts with ``where``."""
+    known = set(predicted)
+    missing = [g for g in genes if g not in known]
+    if missing:
+        raise ValueError(f"{where}: not predicted: {', '.join(missing[:5])}; add them to `genes`")
+
+
+def check_measurements(predicted: Sequence[str], genes: Sequence[str] | None, where: str) -> None:
+    """Raise ValueError if a GeoJSON cannot hold these genes (None: all predicted ones); the message starts with ``where``."""
+    if genes is None and len(predicted) > MAX_MEASUREMENTS:
+        raise ValueError(
+            f"{where}: has {len(predicted)} genes, but a GeoJSON of all genes holds at most {MAX_MEASUREMENTS}; name "
+            f"the genes to write, e.g. {' '.join(predicted[:2])}"
+        )
+    check_genes(predicted, genes or (), where)
 
 
 def write_overlays(answer: Answer, genes: Sequence[str], folder: Path) -> list[Path]:
@@ -140,11 +156,7 @@ def write_geojson(answer: Answer, genes: Sequence[str] | None, path: Path) -> in
     ValueError
         A gene was not predicted, or there are too many genes.
     """
-    if genes is None and len(answer.genes) > MAX_MEASUREMENTS:
-        raise ValueError(
-            f"{answer.path}: has {len(answer.genes)} genes, but a GeoJSON of all genes holds at most {MAX_MEASUREMENTS}; name "
-            f"the genes to write, e.g. {' '.join(answer.genes[:2])}"
-        )
+    check_measurements(answer.genes, genes, str(answer.path))
     named = list(answer.genes if genes is None else genes)
     columns, half = answer.columns(named), answer.tile_px / 2
     with atomic_path(path) as tmp_path, tmp_path.open("w", encoding="utf-8") as file:

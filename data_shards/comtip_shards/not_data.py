@@ -15,6 +15,27 @@ _SIGNATURES = (
     (b"RDX", "an R file; write the object as .h5ad (zellkonverter::writeH5AD)"),
     (b"%PDF", "a PDF document; use the data file of the same name"),
 )
+_ERROR_TEXTS = (
+    b"404: not found",
+    b"404 not found",
+    b"not found",
+    b"entry not found",
+    b"repository not found",
+    b"429: too many requests",
+    b"invalid username or password",
+    b"invalid credentials",
+    b"access denied",
+    b"unauthorized",
+    b"forbidden",
+    b"access to dataset ",
+    b"access to model ",
+    b'{"error"',
+    b'{"message"',
+    b'{"detail"',
+)
+"""First words of short answers that servers send instead of a file (GitHub, Hugging Face, S3), in lower case."""
+SHORT_BYTES = 1024
+"""Maximum size of such an answer."""
 _ERROR_PAGES = (b"<error", b"accessdenied", b"nosuchkey", b"<message>")
 
 
@@ -38,6 +59,11 @@ def not_data(path: Path) -> str | None:
         return "this is a web page, not the file itself; the download failed or needs a login, so download it again"
     if text.startswith((b"<?xml", b"<error")) and any(word in text for word in _ERROR_PAGES):
         return "this is an error message of a server, not the file itself; download it again"
+    if len(head) <= SHORT_BYTES and text.startswith(_ERROR_TEXTS):
+        return (
+            f"this is an error message of a server ({' '.join(text[:60].decode('ascii', 'replace').split())}), not the file itself; check the "
+            "address and the access rights, and download it again"
+        )
     if head.count(0) == len(head):
         return "the file begins with zero bytes only; the download was interrupted, so download it again"
     return None

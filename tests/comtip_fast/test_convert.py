@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from comtip_shards import ShardSet, SourceError
 from comtip_shards.sources import open_source
 from comtip_shards.sources.tenx.matrix import TenxMatrix
+from PIL import Image
 from scipy import sparse
 
 from comtip_fast.cli import main
@@ -221,3 +223,49 @@ def test_what_cannot_be_converted_is_refused_and_nothing_is_left(section: ad.Ann
     with pytest.raises(SourceError, match="spot names are not unique"):
         write_space_ranger(twice, tmp_path / "outs")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.h5ad", "empty.h5ad", "there"]
+
+
+@pytest.mark.parametrize("kind", ["16 bits", "floats to 255", "alpha", "grey values of 8 bits in 64"])
+def test_the_picture_is_the_one_that_our_readers_see(kind: str, section: ad.AnnData, tmp_path: Path):
+    data = section.copy()
+    images = data.uns["spatial"]["x1"]["images"]
+    rgb = images["hires"].copy()
+    opaque = np.full((*rgb.shape[:2], 1), 255, np.uint8)
+    images["hires"] = {
+        "16 bits": rgb.astype(np.uint16) * 257,
+        "floats to 255": rgb.astype(np.float32),
+        "alpha": np.concatenate([rgb, opaque], axis=2),
+        "grey values of 8 bits in 64": rgb.astype(np.int64),
+    }[kind]
+    write_space_ranger(data, tmp_path / "outs")
+    with Image.open(tmp_path / "outs/spatial/tissue_hires_image.png") as image:
+        np.testing.assert_array_equal(np.asarray(image), rgb)
+
+
+def test_positions_and_scale_factors_as_other_tools_write_them(section: ad.AnnData, tmp_path: Path):
+    data = section.copy()
+    xy = pd.DataFrame(np.asarray(section.obsm["spatial"])[:, ::-1], index=data.obs_names, columns=["row", "col"])
+    data.obsm["spatial"] = xy
+    data.obs["array_row"] = pd.Categorical(data.obs["array_row"].astype(int).astype(str))
+    factors = data.uns["spatial"]["x1"]["scalefactors"]
+    factors |= {"tissue_hires_scalef": np.array([factors["tissue_hires_scalef"]]), "fiducial_diameter_fullres": "NA"}
+    data.write_h5ad(tmp_path / "a.h5ad")
+    assert main(["convert", str(tmp_path / "a.h5ad"), "--out", str(tmp_path / "outs")]) == 0
+    table = pd.read_csv(tmp_path / "outs/spatial/tissue_positions.csv")
+    np.testing.assert_allclose(table[["pxl_col_in_fullres", "pxl_row_in_fullres"]], section.obsm["spatial"])
+    np.testing.assert_array_equal(table["array_row"], section.obs["array_row"])
+    written = json.loads((tmp_path / "outs/spatial/scalefactors_json.json").read_text())
+    assert written["tissue_hires_scalef"] == pytest.approx(scale_of(section)["tissue_hires_scalef"])
+    assert written["fiducial_diameter_fullres"] == written["spot_diameter_fullres"]
+
+
+def test_one_section_of_several_is_converted_by_its_name(section: ad.AnnData, tmp_path: Path, capsys):
+    both = ad.concat({"A": section, "B": section}, label="library_id", index_unique="-")
+    both.uns["spatial"] = dict.fromkeys("AB", section.uns["spatial"]["x1"])
+    both.write_h5ad(tmp_path / "both.h5ad")
+    assert main(["convert", f"{tmp_path / 'both.h5ad'}:B", "--out", str(tmp_path / "outs")]) == 0
+    table = pd.read_csv(tmp_path / "outs/spatial/tissue_positions.csv")
+    assert table["barcode"].tolist() == [f"{name}-B" for name in section.obs_names]
+    capsys.readouterr()
+    assert main(["convert", str(tmp_path / "both.h5ad"), "--out", str(tmp_path / "x")]) == 2
+    assert "2 sections (A, B); name one of them, e.g. " in capsys.readouterr().err

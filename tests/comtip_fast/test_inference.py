@@ -17,7 +17,7 @@ from comtip_shards import ShardSet, SourceError
 from comtip_shards.slides.base import ArraySlide
 
 from comtip_fast.api import Model
-from comtip_fast.data.sections import read_annotation, read_h5ad
+from comtip_fast.data.anndata_file import read_annotation, read_h5ad
 from comtip_fast.data.tile_sources import ArrayTiles, ShardTiles, SlideTiles, TileChunk, TileGeometry, TileSource
 from comtip_fast.export import Bundle
 from comtip_fast.inference import GeneQuery, Predictor, levels, predict_section, section

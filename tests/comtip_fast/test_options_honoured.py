@@ -115,3 +115,45 @@ def test_the_advice_of_the_scale_check_holds_for_mpp_whatever_image_is_used(imag
     assert finding.status == FAIL
     factor = float(finding.advice.split(" by ")[1].split()[0])
     assert factor * stated == pytest.approx(0.5)
+
+
+PLAN, EVALUATE = ["plan", "--config", "x.yaml"], ["evaluate", "run", "--shards", "set", "--out", "out"]
+UNUSED = {
+    "sweep's maximum": ([*PLAN, "--most", "4"], "--most", "used with --sweep only"),
+    "sweep's folder": ([*PLAN, "--out", "x"], "--out", "used with --sweep only"),
+    "brief as JSON": ([*PLAN, "--brief", "--json"], "--json", "--brief prints text"),
+    "brief sweep": ([*PLAN, "--sweep", "--brief"], "--brief", "a sweep compares designs"),
+    "sweep's JSON": ([*PLAN, "--sweep", "--out", "x", "--json"], "--json", "a sweep writes its table"),
+    "epochs": ([*EVALUATE, "--epochs", "3"], "--epochs", "used by downstream tasks only"),
+    "intervals": ([*EVALUATE, "--bootstrap", "0"], "--bootstrap", "used by downstream tasks only"),
+    "epochs of no method": ([*EVALUATE, "--tasks", "pairs", "--epochs", "3"], "--epochs", "used by --tasks finetune"),
+    "labels of no task": ([*EVALUATE, "--tasks", "pairs", "--labels", "x"], "--labels", "used by --tasks domains"),
+    "gene sets": (
+        [*EVALUATE, "--tasks", "pairs", "--gene-sets", "x"],
+        "--gene-sets",
+        "used by --tasks pathways, genes",
+    ),
+    "encoder": ([*EVALUATE, "--tasks", "pairs", "--encoder", "x"], "--encoder", "used by --tasks probe"),
+    "shards": (["export", "run", "--shards", "x", "--out", "out"], "--shards", "used with --checkpoint only"),
+    "loader's source": (["bench", "loader", "--shards", "x", "--px", "8"], "--px", "the set of --shards is built"),
+    "step's source": (
+        ["bench", "step", "--config", "x", "--shards", "x", "--source", "y"],
+        "--source",
+        "the set of --shards is built",
+    ),
+    "seed": (["shards", "build", "x", "--out", "y", "--seed", "1"], "--seed", "used with --auto-split only"),
+    "quality": (
+        ["shards", "build", "x", "--out", "y", "--codec", "png", "--quality", "9"],
+        "--quality",
+        "PNG is lossless",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNUSED)
+def test_an_option_without_effect_is_refused_before_any_work(name: str, capsys: pytest.CaptureFixture[str]):
+    arguments, option, why = UNUSED[name]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert f"{option} has no effect here: " in error
+    assert why in error

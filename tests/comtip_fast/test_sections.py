@@ -9,9 +9,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from comtip_shards import ShardSet, SourceError
+from comtip_shards.sections.facts import source_options
 from comtip_shards.sources import open_source
 from PIL import Image
 
+from comtip_fast.data.anndata_file import rows_copy
+from comtip_fast.data.measured import measured_counts
 from comtip_fast.data.sections import TileGeometry, open_section
 from comtip_fast.inference.answers import species_of
 
@@ -158,10 +161,59 @@ def test_cellxgene_has_one_library(spec):
     a.uns["spatial"]["is_single"] = True
     assert open_section(spec(a), TILE, {"mpp": "2.0"}).section_id == "lib"
     a.uns["spatial"]["second"] = a.uns["spatial"]["lib"]
+    a.obs["library_id"] = ["lib", "second"] * (N // 2)
     with pytest.raises(
-        SourceError, match=r"holds 2 libraries \((lib, second|second, lib)\); keep one section and its library"
+        SourceError, match=r"2 sections \((lib, second|second, lib)\); (name one of them, e.g.|keep the)"
     ):
         open_section(spec(a), TILE, {"mpp": "2.0"})
+
+
+def two_sections() -> ad.AnnData:
+    """Return two sections in one AnnData, whose spots are at the same positions and whose pictures differ in blue."""
+    a, b = adata(), adata()
+    both = ad.concat({"A": a, "B": b}, label="library_id", index_unique="-")
+    both.uns["spatial"] = {"A": a.uns["spatial"]["lib"], "B": b.uns["spatial"]["lib"], "is_single": False}
+    both.uns["spatial"]["B"]["images"]["hires"] = picture(blue=90)
+    both.X[:, 0] = 2 + np.arange(2 * N)
+    return both
+
+
+def test_one_section_of_several_is_read_by_its_name(tmp_path: Path):
+    path, options = tmp_path / "both.h5ad", source_options({"mpp": "2.0"})
+    two_sections().write_h5ad(path)
+    for number, name in enumerate("AB"):
+        opened = open_section(f"{path}:{name}", TILE, options)
+        assert opened.section_id == name
+        assert opened.template.obs_names.tolist() == [f"s{i}-{name}" for i in range(N)]
+        assert [k for k in opened.template.uns["spatial"] if k != "is_single"] == [name]
+        assert opened.tiles.all()[..., 2].mean() == pytest.approx([170, 90][number], abs=2)
+        counts = measured_counts(f"{path}:{name}", "human", options)
+        np.testing.assert_array_equal(counts.counts[:, 0].toarray().ravel(), 2 + number * N + np.arange(N))
+        copied = rows_copy(f"{path}:{name}", opened.rows, opened.template.uns["spatial"])
+        np.testing.assert_array_equal(copied.X[:, 0], 2 + number * N + np.arange(N))
+    with pytest.raises(SourceError, match="no section 'C'; it has A, B"):
+        open_section(f"{path}:C", TILE, options)
+
+
+@pytest.mark.parametrize("name", ["one", "lib"])
+def test_the_only_section_has_the_name_of_the_file_and_of_its_library(tmp_path: Path, name: str):
+    adata().write_h5ad(tmp_path / "one.h5ad")
+    assert open_section(f"{tmp_path / 'one.h5ad'}:{name}", TILE, {"mpp": "2.0"}).section_id == "lib"
+
+
+@pytest.mark.parametrize("kind", ["folder", "zarr"])
+def test_the_counts_of_a_section_of_a_source_are_read(tmp_path: Path, kind: str):
+    folder = tmp_path / ("data" if kind == "folder" else "S1.zarr")
+    if kind == "folder":
+        folder.mkdir()
+        adata().write_h5ad(folder / "S1.h5ad")
+    else:
+        adata().write_zarr(folder)
+    counts = measured_counts(f"{folder}:S1", "human", source_options({"mpp": "2.0"}), "anndata")
+    assert counts.counts.shape == (N, len(IDS))
+    assert counts.counts.sum() == N * len(IDS)
+    with pytest.raises(SourceError):
+        measured_counts(f"{folder}:S1", "human", source_options({"mpp": "2.0"}), "hest")
 
 
 def test_normalised_counts_and_no_tissue_do_not_matter(tmp_path: Path):

@@ -306,6 +306,28 @@ def test_overlays_and_geojson(quick: Path, slide: Path, tmp_path: Path, capsys: 
     assert "not predicted: CD74; add them to --genes" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("drawing", ["--overlays", "--geojson"])
+def test_genes_to_draw_are_checked_before_the_prediction(
+    drawing: str, quick: Path, slide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert predict(quick, slide, tmp_path / "x.h5ad", drawing, "ERBB2,CD74") == 2
+    assert f"{drawing}: not predicted: CD74; add them to --genes" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.h5ad")) + list(tmp_path.glob(".*.parts"))
+
+
+def test_predictions_next_to_the_slides_are_no_source(quick: Path, slide: Path, tmp_path: Path):
+    """A folder of slides as --out: the command resumes, although the folder now also holds AnnData files."""
+    slides = tmp_path / "slides"
+    slides.mkdir()
+    (slides / slide.name).write_bytes(slide.read_bytes())
+    assert predict(quick, slides, slides) == 0
+    assert predict(quick, slides, slides) == 0
+    answer = ad.read_h5ad(slides / f"{slide.stem}.h5ad")
+    del answer.uns["comtip"]
+    answer.write_h5ad(slides / "section.h5ad")
+    assert predict(quick, slides, slides) == 2
+
+
 def test_a_folder_of_slides_is_predicted_and_a_bad_one_does_not_stop_the_others(
     quick: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ):

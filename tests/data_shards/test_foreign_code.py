@@ -22,7 +22,7 @@ from comtip_shards.sources.patches import read_patches
 from comtip_shards.sources.tenx.matrix import TenxMatrix
 
 from comtip_fast.cli import main
-from comtip_fast.data.sections import read_h5ad
+from comtip_fast.data.anndata_file import read_h5ad
 from testkit.tenx import write_h5
 
 FACTS = {"tissue": "breast", "mpp": "1.25", "species": "human"}

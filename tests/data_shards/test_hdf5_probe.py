@@ -20,7 +20,7 @@ from comtip_shards.sources.files.hdf5 import open_hdf5
 from comtip_shards.sources.files.hdf5_probe import Hdf5Probe
 
 from comtip_fast.cli import main
-from comtip_fast.cli.options import _is_answer
+from comtip_fast.cli.options import is_answer
 from comtip_fast.evaluation.feature_files import read_embeddings
 from comtip_fast.slide_prediction.run import stored_plan
 from testkit.damaged_hdf5 import endless_attribute, endless_text, zero_heaps
@@ -157,7 +157,7 @@ def test_without_a_helper_process_files_are_read_with_a_warning(
 def test_features_and_earlier_outputs_that_hang_are_refused(endless: Path):
     with pytest.raises(SourceError, match="never returns"):
         read_embeddings(endless)
-    assert not _is_answer(endless)
+    assert not is_answer(endless)
     assert stored_plan(endless) == ""
 
 

@@ -278,8 +278,19 @@ def test_files_of_the_operating_system_are_never_data(run: Path):
     for p in list(run.rglob("*")):
         if p.is_file():
             (p.parent / f"._{p.name}").write_bytes(b"\0\5\x16\7" + bytes(200))
-    (run / "__MACOSX/spatial").mkdir(parents=True)
+    for server in ("__MACOSX", "@eaDir", "#recycle"):
+        (run / server / "spatial").mkdir(parents=True)
+        (run / server / "GSM1_filtered_feature_bc_matrix.h5").write_bytes(b"x")
+    (run / "~$tissue_positions.csv").write_bytes(b"x")
     (run / ".DS_Store").write_bytes(b"x")
+    is_the_run(read(run)[0])
+
+
+def test_scale_factors_that_r_wrote(run: Path):
+    """R's jsonlite writes numbers as lists of one."""
+    path = run / "spatial/scalefactors_json.json"
+    factors = json.loads(path.read_text())
+    path.write_text(json.dumps({k: [v] if k != "tissue_lowres_scalef" else str(v) for k, v in factors.items()}))
     is_the_run(read(run)[0])
 
 
@@ -492,6 +503,9 @@ def test_appledouble_files_of_a_xenium_run_are_ignored(tmp_path: Path, expected:
 # -- files that are not data --------------------------------------------------------------------------------
 
 NOT_DATA = {
+    "github": (b"404: Not Found", r"an error message of a server \(404: not found\)"),
+    "gated": (b"Access to dataset x/y is restricted. You must log in", r"an error message of a server \(access to"),
+    "json": (b'{"error":"Repository not found"}', "an error message of a server"),
     "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 9\n", "Git LFS pointer.*git lfs pull"),
     "html": (b"<!DOCTYPE html><html><body>Login</body></html>", "web page.*download it again"),
     "html with BOM": (b"\xef\xbb\xbf\n <html><head></head></html>", "web page"),

@@ -111,6 +111,7 @@ def test_a_bad_table_is_refused_before_any_source_is_opened(tmp_path: Path, case
 
 BAD_YAML = {
     "alias": ("- &a {path: x}\n- *a\n", r"aliases \(\*name\) are not read; write the values"),
+    "twice": ("- path: a\n  path: b\n", "duplicate key 'path'; remove one"),
     "text": ("hello", r"not a list of sources; write one entry per source: - path: FOLDER"),
     "nested": ("- path: [a, b]\n", r"entry 1: path is not a single value"),
     "object": ("- !!python/object/apply:os.system [touch x]\n", "not YAML"),

@@ -14,7 +14,7 @@ from comtip_shards.sources.files.hdf5 import open_hdf5
 from comtip_shards.sources.files.tables import read_table
 from scipy import sparse
 
-from comtip_fast.data.sections import read_h5ad
+from comtip_fast.data.anndata_file import read_h5ad
 from comtip_fast.data.tile_sources import TileChunk, TileGeometry, TileSource
 from comtip_fast.evaluation.feature_files import NAME_KEYS, text_of
 from comtip_fast.slide_prediction.tiles import check_tiles, fit_tiles

@@ -17,7 +17,7 @@ import numpy as np
 from anndata.io import sparse_dataset
 from comtip_shards.errors import SourceError
 from comtip_shards.genes.identifiers import SPECIES
-from comtip_shards.sources.anndata_parts.counts import COUNTS, is_counts
+from comtip_shards.sources.anndata_parts.counts import COUNTS, has_counts
 from comtip_shards.sources.anndata_parts.spots import gene_names
 from comtip_shards.sources.anndata_parts.store import SUFFIXES, open_h5ad, read_part
 from comtip_shards.sources.files.tables import as_counts
@@ -207,7 +207,7 @@ class _AnnData:
         if not found:
             raise SourceError(f"{path}: no layers['counts'], X or raw.X; add raw counts to the file")
         for key in found:
-            if is_counts(next(_AnnData._all(file[key], path), sparse.csr_matrix((0, 0)))):
+            if has_counts(next(_AnnData._all(file[key], path), sparse.csr_matrix((0, 0)))):
                 return key
         return found[0]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from comtip_fast.data.sections import read_annotation
+from comtip_fast.data.anndata_file import read_annotation
 
 SECTION_COLUMNS, SPOT_COLUMNS = ("section", "section_id"), ("spot", "spot_id", "barcode")
 

@@ -40,7 +40,15 @@ _MONTHS = {
 """Month to the starts of symbols that spreadsheets turn into its dates (SEPT2 becomes 2-Sep), in order of preference."""
 _AMBIGUOUS_DATES = {("mar", 1), ("mar", 2)}
 """Dates of two gene families: MARCH1 and MARC1 both become 1-Mar."""
-_DATE = re.compile(rf"(?:(\d{{1,2}})-({'|'.join(_MONTHS)})t?|({'|'.join(_MONTHS)})t?-(\d{{1,2}}))$", re.IGNORECASE)
+_MONTH = f"(?P<month>{'|'.join(_MONTHS)})t?"
+_DATE = re.compile(
+    rf"X?(?P<day>\d{{1,2}})[-. ]\s?{_MONTH}$"
+    rf"|{_MONTH.replace('month', 'month2')}[-. ](?P<day2>\d{{1,2}})$"
+    r"|X?\d{4}[-.](?P<number>\d\d)[-.](?P<day3>\d\d)(?:[ T.]00[:.]00(?:[:.]00)?)?$",
+    re.IGNORECASE,
+)
+"""Dates as spreadsheets show them (2-Sep, Sep-02), as pandas and databases read them from spreadsheets (2024-09-02 00:00:00),
+and both after R's make.names (X2.Sep)."""
 _TAIL = re.compile(r"(?P<stem>.+)[-.]\d{1,2}$")
 _SEPARATOR = re.compile(r"[^A-Za-z0-9]")
 REPAIRED = ("date", "dots", "tail")
@@ -146,7 +154,13 @@ class GeneResource:
         match = _DATE.match(text)
         if match is None:
             return set()
-        month, day = (match[2] or match[3]).lower(), int(match[1] or match[4])
+        month = (match["month"] or match["month2"] or "").lower()
+        if not month:
+            number = int(match["number"])
+            if not 1 <= number <= len(_MONTHS):
+                return set()
+            month = list(_MONTHS)[number - 1]
+        day = int(match["day"] or match["day2"] or match["day3"])
         found = [row for s in _MONTHS[month] if (row := self._find(f"{s}{day}", species)[0]) is not None]
         return (
             {*found, -1, -2} if (month, day) in _AMBIGUOUS_DATES else set(found[:1])

@@ -27,7 +27,7 @@ from comtip_shards.slides.colour import (
     tiff_decoder,
     to_rgb8,
 )
-from comtip_shards.slides.pixel_scale import plausible_mpp, tiff_mpp
+from comtip_shards.slides.pixel_scale import square_mpp, tiff_mpp
 
 CACHE_BYTES = 192 << 20
 """Size in bytes of the cache of decoded blocks, per open slide."""
@@ -141,8 +141,8 @@ class OpenSlideSlide(PyramidSlide):
         self.size = self.levels[0]
         self.reader = f"openslide {openslide.__library_version__}"
         self.notes.append(f"{path.name}: read in windows by {self.reader}")
-        tag = self._slide.properties.get(openslide.PROPERTY_NAME_MPP_X)
-        self.mpp = plausible_mpp(_number(tag))
+        tags = (openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y)
+        self.mpp = square_mpp(*(_number(self._slide.properties.get(tag)) for tag in tags))
         check_image_size(self.size, path)
 
     def _read(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:

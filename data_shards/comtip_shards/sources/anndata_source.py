@@ -11,21 +11,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
-import pandas as pd
 
 from comtip_shards.errors import SourceError
 from comtip_shards.sections.facts import SourceOptions
 from comtip_shards.sections.section import Section, SectionMeta
 from comtip_shards.slides.base import Slide
 from comtip_shards.slides.open import mpp_by_tag
+from comtip_shards.sources.anndata_parts.libraries import Library, libraries_of
 from comtip_shards.sources.anndata_parts.obs_facts import ObsFacts, facts_of
 from comtip_shards.sources.anndata_parts.picture import (
+    DIAMETER,
     MICRONS_PER_PIXEL,
     Picture,
-    library_names,
     library_picture,
     library_slide,
     scale_factor,
@@ -34,14 +35,11 @@ from comtip_shards.sources.anndata_parts.positions import read_centres
 from comtip_shards.sources.anndata_parts.spots import gene_names, read_spots
 from comtip_shards.sources.anndata_parts.store import Store, files_of, open_store, stem_of
 from comtip_shards.sources.base import SectionSource, check_one_file, pick, stated_image
-from comtip_shards.sources.files.names import safe_id
 from comtip_shards.sources.files.packaging import unpacked
 from comtip_shards.sources.geometry import MAX_RATIO, VISIUM_PITCH_UM, check_pitch, max_ratio, median_gap, visium_mpp
 from comtip_shards.sources.tenx.features import GENE_KIND, Features, for_species
 
 log = logging.getLogger("comtip_shards")
-_LIBRARY_COLUMNS = ("library_id", "library", "sample_id", "sample")
-"""Columns of ``obs`` to prefer if several contain the names of the libraries."""
 
 
 def recognise(path: Path) -> str | None:
@@ -61,7 +59,7 @@ def recognise(path: Path) -> str | None:
 
 
 def open_sections(path: Path, samples: Sequence[str] | None, options: SourceOptions) -> list[SectionSource]:
-    """Return the sections: one per library of ``uns["spatial"]``, or one per file if it has at most one library.
+    """Return the sections: one per library (:func:`libraries_of`), or one per file if it has at most one.
 
     Raises
     ------
@@ -71,24 +69,17 @@ def open_sections(path: Path, samples: Sequence[str] | None, options: SourceOpti
     files = files_of(path)
     if not files:
         raise SourceError(f"{path}: no .h5ad file; write one with AnnData.write_h5ad")
-    found: dict[str, tuple[Path, str]] = {}
+    found: dict[str, tuple[Path, Library]] = {}
     for file in files:
-        for name, library in _libraries(file).items():
+        with open_store(file) as store:
+            libraries = libraries_of(store)
+        for name, library in libraries.items():
             if name in found:
                 raise SourceError(f"{file}: section {name} also exists in {found[name][0].name}; rename one")
             found[name] = (file, library)
     names = pick(samples, list(found), path)
     check_one_file("image", options.facts.image, names, path)
     return [_source(*found[name], name, options) for name in names]
-
-
-def _libraries(path: Path) -> dict[str, str]:
-    """Return {section id: key in uns["spatial"], "" where there is none}."""
-    with open_store(path) as store:
-        keys = library_names(store.group("uns/spatial"))
-    if len(keys) <= 1:
-        return {safe_id(stem_of(path)): keys[0] if keys else ""}
-    return {safe_id(key): key for key in keys}
 
 
 @dataclass(frozen=True)
@@ -117,7 +108,7 @@ class LibraryView:
 
 
 def view_library(
-    store: Store, library: str, name: str, options: SourceOptions, *, need_species: bool = True
+    store: Store, library: Library, name: str, options: SourceOptions, *, need_species: bool = True
 ) -> LibraryView:
     """Read positions, scale, image and facts of one library.
 
@@ -126,7 +117,7 @@ def view_library(
     store
         Elements of the AnnData.
     library
-        Key of ``uns["spatial"]``, or "".
+        One of :func:`libraries_of`.
     name
         Section id, which replaces ``{id}`` in ``image``.
     options
@@ -140,17 +131,20 @@ def view_library(
         Positions, image, scale or species are missing or contradictory; the message names the option that states them.
     """
     path, notes = store.path, list[str]()
-    obs, keys = store["obs"], library_names(store.group("uns/spatial"))
-    rows = rows_of(obs, library, path, keys) if library and len(keys) > 1 else np.arange(len(obs))
+    obs, key = store["obs"], library.key
+    rows = library.rows(obs)
     xy = read_centres(store, options.counts, notes)[rows]
     image = stated_image(options.facts, name)
-    if not library and image is None:
-        raise SourceError(f"{path}: no image in uns['spatial']; set `image` to the image of obsm['spatial']")
-    group = store.group(f"uns/spatial/{library}") if library else {}
+    if not key and image is None:
+        which = (
+            f" for section {name} (obs['{library.column}']), or select others with `samples`" if library.column else ""
+        )
+        raise SourceError(f"{path}: no image in uns['spatial']; set `image` to the image of obsm['spatial']{which}")
+    group = store.group(f"uns/spatial/{key}") if key else {}
     picture = library_picture(group, str(path)) if image is None else None
     facts = facts_of(obs.iloc[rows], options.facts, store)
     facts = replace(facts, species=_species(store, facts.species, need_species))
-    mpp, own = options.facts.mpp, scale_factor(group, MICRONS_PER_PIXEL) if library else None
+    mpp, own = options.facts.mpp, _own_scale(group, options, path) if key else None
     if mpp is not None and own is not None and not 1 / MAX_RATIO <= mpp / own <= MAX_RATIO:
         notes.append(f"the stated scale of {mpp:g} um per px is used, but the file states {own:g}")
         log.warning("%s: %s; check the stated `mpp`", path, notes[-1])
@@ -160,8 +154,22 @@ def view_library(
     check_pitch(xy, mpp, max_ratio(facts.platform, obs.iloc[rows]), str(path))
     if picture is not None:
         notes.append(f"tiles from the {picture.name} image in the file, scale {picture.factor:g} of the positions")
-    diameter = scale_factor(group, "spot_diameter_fullres") if library else None
+    try:
+        diameter = scale_factor(group, DIAMETER, str(path)) if key else None
+    except SourceError as error:  # the width of a spot changes no tile; R writes NA where it is unknown
+        diameter = None
+        notes.append(f"the diameter of spots is unknown ({str(error).removeprefix(f'{path}: ')})")
     return LibraryView(rows, xy, mpp, image, picture, diameter, facts, notes)
+
+
+def _own_scale(group: Any, options: SourceOptions, path: Path) -> float | None:
+    """Return um per px that the file states; what is no number is refused unless the caller states the scale."""
+    try:
+        return scale_factor(group, MICRONS_PER_PIXEL, str(path))
+    except SourceError:
+        if options.facts.mpp is None:
+            raise
+        return None
 
 
 def _species(store: Store, stated: str, needed: bool) -> str:
@@ -174,7 +182,7 @@ def _species(store: Store, stated: str, needed: bool) -> str:
         return ""
 
 
-def _source(path: Path, library: str, name: str, options: SourceOptions) -> SectionSource:
+def _source(path: Path, library: Library, name: str, options: SourceOptions) -> SectionSource:
     with open_store(path) as store:
         view = view_library(store, library, name, options)
     if not view.facts.tissue:
@@ -198,7 +206,7 @@ def _source(path: Path, library: str, name: str, options: SourceOptions) -> Sect
         image = unpacked(view.image) if view.image is not None else path
         section = read_spots(path, view.rows, meta, image, view.factor, view.notes, options.counts, counts=counts)
         if view.picture is not None:
-            section.slide_opener = partial(_inner_slide, path, library, view.picture)
+            section.slide_opener = partial(_inner_slide, path, library.key, view.picture)
         return section
 
     inputs = (path, view.image) if view.image is not None else (path,)
@@ -223,27 +231,3 @@ def _scale(facts: ObsFacts, image: Path | None, xy: np.ndarray, path: Path, note
         f"{path}: no scale; set `mpp`, the um per px of obsm['spatial'], or `platform=Visium` to derive it "
         "from the 100 um spot pitch"
     )
-
-
-def rows_of(obs: pd.DataFrame, library: str, path: Path, libraries: Sequence[str]) -> np.ndarray:
-    """Return the rows of one library, int64, by the column of ``obs`` that contains the names of all libraries.
-
-    Raises
-    ------
-    SourceError
-        No column contains them, or several columns assign spots differently.
-    """
-    fits = [str(c) for c in obs if set(libraries) <= set(obs[c].astype(str).unique()) and obs[c].nunique() < len(obs)]
-    fits = [c for c in _LIBRARY_COLUMNS if c in fits] or fits
-    if not fits:
-        raise SourceError(
-            f"{path}: several libraries in uns['spatial'], but no obs['library_id'] or other column with the values "
-            f"{', '.join(libraries)}; add it, or write one file per section"
-        )
-    values = obs[fits[0]].astype(str).to_numpy()
-    differing = next((c for c in fits[1:] if (obs[c].astype(str).to_numpy() != values).any()), None)
-    if differing is not None and fits[0] not in _LIBRARY_COLUMNS:
-        raise SourceError(
-            f"{path}: obs['{fits[0]}'] and obs['{differing}'] assign spots to libraries differently; add obs['library_id']"
-        )
-    return np.flatnonzero(values == library)

@@ -19,6 +19,8 @@ from comtip_shards.sources.files.spots import join, read_spots_table
 from comtip_shards.sources.files.tables import number, read_counts_table, read_table
 
 NAME = "manifest.tsv"
+MAX_HEADER = 1 << 16
+"""Number of characters of the first line that are read to recognise the table: a hostile file may have no end of line."""
 FILES = ("image", "counts", "spots")
 REQUIRED = ("sample_id", "species", "tissue", "donor", "image", "counts", "spots", "mpp_um_per_px")
 
@@ -29,7 +31,7 @@ def recognise(path: Path) -> str | None:
     if not table.is_file() or table.suffix != ".tsv":
         return None
     with table.open(encoding="utf-8", errors="replace") as file:
-        header = file.readline().rstrip("\n").split("\t")
+        header = file.readline(MAX_HEADER).rstrip("\n").split("\t")
     return f"{table.name} has the column sample_id" if "sample_id" in header else None
 
 

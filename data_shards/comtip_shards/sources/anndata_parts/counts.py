@@ -44,21 +44,24 @@ def raw_counts(store: Store, path: Path, options: CountOptions) -> tuple[sparse.
             return matrix, _var_of(store, key), notes
         return _rounded(store, key, matrix, path, options, notes, "")
     found = [k for k in COUNTS if k in store]
-    if not found:
-        raise SourceError(f"{path}: neither layers['counts'] nor X exists; add raw counts to the file")
     for key in found:
         matrix = expression(store, key)
-        if is_counts(matrix):
+        if has_counts(matrix):
             notes = [] if key == "X" == found[0] else [f"counts are those of {key} ({path.name})"]
             return matrix, _var_of(store, key), notes
-    others = [n for n in store.keys("layers") if n != "counts" and is_counts(expression(store, f"layers/{n}"))]
+    others = [n for n in store.keys("layers") if n != "counts" and has_counts(expression(store, f"layers/{n}"))]
     named = [n for n in others if _LIKE_COUNTS.search(n)]
     if len(named) == 1:
         key = f"layers/{named[0]}"
         notes = [f"counts are those of {key}, the only layer of counts by name and content ({path.name})"]
         return expression(store, key), _var_of(store, key), notes
     hint = f"set `layer` to a layer of integers ({', '.join(others)})" if others else ""
-    return _rounded(store, found[0], expression(store, found[0]), path, options, [], hint)
+    # An empty X is only a placeholder, so fractional values elsewhere are those to report or to round.
+    filled = next((k for k in found if expression(store, k).count_nonzero()), None)
+    if filled is None:
+        what = "every value of " + ", ".join(found) + " is 0" if found else "neither layers['counts'] nor X exists"
+        raise SourceError(f"{path}: {what}; {hint or 'add raw counts to the file'}")
+    return _rounded(store, filled, expression(store, filled), path, options, [], hint)
 
 
 def expression(store: Store, key: str) -> sparse.csr_matrix:
@@ -78,9 +81,16 @@ def expression(store: Store, key: str) -> sparse.csr_matrix:
     return sparse.csr_matrix(value)
 
 
+def has_counts(matrix: sparse.csr_matrix) -> bool:
+    """Return whether a matrix holds counts, some of them above zero: an empty one is only a placeholder."""
+    return is_counts(matrix) and bool(matrix.count_nonzero())
+
+
 def is_counts(matrix: sparse.csr_matrix) -> bool:
-    """Return whether all stored values are finite, non-negative integers."""
+    """Return whether all stored values are finite, non-negative integers; bool is a mask of detected genes, not counts."""
     data = matrix.data
+    if data.dtype.kind == "b":
+        return False
     if data.size == 0 or not np.isfinite(data).all():
         return bool(data.size == 0)
     return bool(data.min() >= 0 and (data == np.rint(data)).all())
@@ -112,13 +122,14 @@ def _rounded(
 ) -> tuple[sparse.csr_matrix, pd.DataFrame, list[str]]:
     """Return rounded counts if ``round_counts`` is set and the values allow it; otherwise raise SourceError."""
     var, data = _var_of(store, key), matrix.data
-    if not options.round_counts or not np.isfinite(data).all() or (data.size and data.min() < 0):
+    usable = data.dtype.kind != "b" and np.isfinite(data).all() and (data >= 0).all()
+    if not options.round_counts or not usable:
         names, genes = [str(v) for v in store["obs"].index], [str(v) for v in var.index]
-        fix = "; ".join(
-            filter(None, [hint, "for fractional counts (ambient RNA correction) set `round_counts` to yes"])
-        )
+        rounding = "for fractional counts (ambient RNA correction) set `round_counts` to yes" if usable else ""
+        fix = "; ".join(filter(None, [hint, rounding]))
         as_counts(matrix, path, names, genes, what=key, fix=fix)
-        raise SourceError(f"{path}: {key} holds no counts; {fix}")
+        what = "true and false" if data.dtype.kind == "b" else "no counts"
+        raise SourceError(f"{path}: {key} holds {what}; {fix or 'add raw counts to the file'}")
     out = matrix.copy()
     out.data = np.rint(data)
     changed, total = int((out.data != data).sum()), float(data.sum())

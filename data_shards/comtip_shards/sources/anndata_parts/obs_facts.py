@@ -16,7 +16,9 @@ _COLUMNS = {
     "species": ("species", "organism", "organism_ontology_term_id"),
     "platform": ("platform", "assay", "technology"),
 }
-_UNKNOWN = ("", "nan", "unknown")
+_UNKNOWN = {"", "na", "n/a", "nan", "<na>", "none", "null", "unknown"}
+"""Texts, in lower case, of a missing value; R writes NA. As a donor, they would join sections of different donors."""
+_FLAGS = {"true", "false"}
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,10 @@ def _found(name: str, obs: pd.DataFrame, store: Store | None) -> str:
     found = [str(obs[c].iloc[0]) for c in columns if c in obs and len(obs) and obs[c].astype(str).nunique() == 1]
     if store is not None:
         found += [str(store[f"uns/{c}"]) for c in columns if f"uns/{c}" in store and not store.keys(f"uns/{c}")]
-    return next((v for v in found if v not in _UNKNOWN), "")
+    found = [v.strip() for v in found if v.strip().lower() not in _UNKNOWN]
+    if name == "tissue":  # obs["tissue"] may also be the flag or the share of tissue under a spot
+        found = [v for v in found if any(c.isalpha() for c in v) and v.lower() not in _FLAGS]
+    return next(iter(found), "")
 
 
 def _platform(assay: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from comtip_shards.slides.colour import peak_of, to_rgb8
 
 MICRONS_PER_PIXEL = "microns_per_pixel"
 """Key of the scale in ``uns["spatial"][...]["scalefactors"]``, as in Visium HD."""
+DIAMETER = "spot_diameter_fullres"
+"""Key of the diameter of spots, in px of the positions."""
 PICTURES = ("fullres", "hires", "lowres", "downscaled_fullres")
 """Images of ``uns["spatial"][...]["images"]`` in order of preference; the last is used by HEST."""
 
@@ -26,14 +29,12 @@ class Picture:
     """Its name in ``images``, one of :data:`PICTURES`."""
     factor: float
     """px of the image per px of ``obsm["spatial"]``."""
-    mpp: float | None
-    """um per px of ``obsm["spatial"]``, None where not stated."""
-    spot_diameter_px: float | None
-    """In px of ``obsm["spatial"]``, None where not stated."""
 
 
 def library_names(spatial: Any) -> list[str]:
     """Return the libraries of ``uns["spatial"]``: entries with images or scale factors (CELLxGENE adds ``is_single``)."""
+    if not hasattr(spatial, "keys"):
+        return []
     return [
         str(name)
         for name in spatial
@@ -49,30 +50,51 @@ def library_picture(library: Any, where: str) -> Picture:
     SourceError
         The entry has no image, or no valid scale factor for it; the message starts with ``where``.
     """
-    images = library.get("images", {})
+    stored = library.get("images", {})
+    images = stored if hasattr(stored, "keys") else {}
     name = next((n for n in PICTURES if n in images), None)
     if name is None:
         raise SourceError(f"{where}: an entry of uns['spatial'] has no image (hires or lowres); set `image`")
-    scale = scale_factor(library, f"tissue_{name}_scalef")
+    scale = scale_factor(library, f"tissue_{name}_scalef", where)
     if scale is None and name == "fullres":
         scale = 1.0
     if scale is None:
         raise SourceError(
             f"{where}: tissue_{name}_scalef is missing in the scale factors, so the image has no scale; add it, or set `image`"
         )
-    if not (np.isfinite(scale) and scale > 0):
-        raise SourceError(
-            f"{where}: tissue_{name}_scalef is {scale:g}, expected a positive number; correct it, or set `image`"
-        )
-    return Picture(
-        name, scale, scale_factor(library, MICRONS_PER_PIXEL), scale_factor(library, "spot_diameter_fullres")
-    )
+    return Picture(name, scale)
 
 
-def scale_factor(library: Any, key: str) -> float | None:
-    """Return a scale factor of one entry of ``uns["spatial"]``, None if it does not exist."""
+def scale_factor(library: Any, key: str, where: str) -> float | None:
+    """Return a scale factor of one entry of ``uns["spatial"]``, None if it does not exist.
+
+    R writes scalars as lists with one value, and some tools write text.
+
+    Raises
+    ------
+    SourceError
+        It is not one positive number; the message starts with ``where``.
+    """
     factors = library.get("scalefactors", {})
-    return float(np.asarray(factors[key])) if key in factors else None
+    if not hasattr(factors, "keys") or key not in factors:
+        return None
+    stored, number = factors[key], float("nan")
+    shape = getattr(stored, "shape", None if hasattr(stored, "keys") else np.shape(stored))  # None: empty in HDF5
+    single = shape is not None and int(np.prod(shape)) == 1
+    value = stored[()] if single and hasattr(stored, "shape") else stored
+    shown = "not a single value"
+    if single:
+        value = np.asarray(value).reshape(-1)[0]
+        shown = " ".join(str(value.decode("utf-8", "replace") if isinstance(value, bytes) else value).split())[:80]
+        with suppress(TypeError, ValueError):
+            number = float(value)
+            shown = f"{number:g}"
+    if not (np.isfinite(number) and number > 0):
+        fixes = {MICRONS_PER_PIXEL: "set `mpp`", DIAMETER: "correct or remove it"}
+        raise SourceError(
+            f"{where}: {key} is {shown}, expected a positive number; {fixes.get(key, 'correct it, or set `image`')}"
+        )
+    return number
 
 
 def library_slide(library: Any, picture: Picture, path: Path) -> ArraySlide:
@@ -84,7 +106,7 @@ def library_slide(library: Any, picture: Picture, path: Path) -> ArraySlide:
         The image is not RGB, or is too large for memory.
     """
     stored = library["images"][picture.name]
-    shape = tuple(int(n) for n in getattr(stored, "shape", np.shape(stored)))
+    shape = tuple(int(n) for n in getattr(stored, "shape", None) or ())
     if len(shape) != 3 or shape[2] not in (3, 4):
         raise SourceError(
             f"{path}: the {picture.name} image has the shape {shape}, expected (height, width, 3); set `image` to an RGB image"

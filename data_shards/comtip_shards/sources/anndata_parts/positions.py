@@ -73,6 +73,14 @@ def read_centres(store: Store, options: CountOptions, notes: list[str]) -> np.nd
     )
 
 
+def centres_of(store: Store) -> np.ndarray | None:
+    """Return the positions that :func:`read_centres` finds, None where it finds none."""
+    try:
+        return read_centres(store, CountOptions(), [])
+    except SourceError:
+        return None
+
+
 def centres(spatial: Any, path: Path, key: str = "spatial") -> np.ndarray:
     """Return positions as float64 (n, 2), x and y.
 

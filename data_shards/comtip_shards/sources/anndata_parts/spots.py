@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,17 +20,52 @@ from comtip_shards.sources.files.spots import SpotPositions, join
 from comtip_shards.sources.files.tables import as_counts, flags
 from comtip_shards.sources.tenx.features import GENE_KIND, Features, for_species
 
-_IDS, _SYMBOLS = ("gene_ids", "gene_id", "ensembl_id"), ("feature_name", "gene_name", "gene_symbols", "symbol")
+_IDS = ("gene_ids", "gene_id", "ensembl_id")
+_SYMBOLS = (
+    "feature_name",
+    "gene_name",
+    "gene_symbols",
+    "symbol",
+    "gene_symbol",
+    "gene_short_name",
+    "hgnc_symbol",
+    "gene",
+)
+"""Columns of ``var``, in lower case and in order of preference."""
+_ENSEMBL = re.compile(r"(?:\S+_)?ENS(?:MUS)?G\d{11}(?:\.\d+)?", re.IGNORECASE)
+_SAMPLE = 1000
+"""Number of genes by which a column of Ensembl ids is recognised."""
+_MISSING = {"", "nan", "none", "<na>", "na"}
 
 
 def gene_names(var: pd.DataFrame) -> tuple[list[str], list[str]]:
-    """Return (ids, symbols) of the genes; 10x stores ids in a column and symbols, with duplicates, in the index."""
+    """Return (ids, symbols) of the genes; 10x stores ids in a column and symbols, with duplicates, in the index.
+
+    Ids are those of a column named so, or of any column of Ensembl ids if the index has none. Where a column has no id, the
+    name in the index is used.
+    """
     index = [str(v) for v in var.index]
-    for column in _IDS:
-        if column in var and var[column].astype(str).str.len().min() > 0:
-            return var[column].astype(str).tolist(), index
-    symbols = next((var[c].astype(str).tolist() for c in _SYMBOLS if c in var), [""] * len(index))
+    by_name = {str(c).lower(): c for c in reversed(var.columns)}
+    for name in _IDS:
+        if name in by_name and var[by_name[name]].astype(str).str.len().min() > 0:
+            return _filled(var[by_name[name]], index), index
+    if not _are_ensembl(index):
+        for column in var:
+            if var[column].dtype.kind not in "iufb" and _are_ensembl(var[column].iloc[:_SAMPLE].astype(str)):
+                return _filled(var[column], index), index
+    symbols = next((var[by_name[c]].astype(str).tolist() for c in _SYMBOLS if c in by_name), [""] * len(index))
     return index, symbols
+
+
+def _are_ensembl(names: Sequence[str] | pd.Series) -> bool:
+    """Return whether most of the first names are Ensembl ids."""
+    first = list(names)[:_SAMPLE]
+    return sum(bool(_ENSEMBL.match(name)) for name in first) > 0.5 * len(first)
+
+
+def _filled(column: pd.Series, index: Sequence[str]) -> list[str]:
+    """Return a column as text, with the name in the index where it has no value: equal ids would be summed."""
+    return [i if v.lower() in _MISSING else v for v, i in zip(column.astype(str), index, strict=True)]
 
 
 def read_spots(
@@ -150,7 +187,9 @@ def _array(obs: pd.DataFrame) -> np.ndarray:
 
 
 def _labels(obs: pd.DataFrame) -> list[str]:
-    return obs["label"].astype(str).tolist() if "label" in obs else [""] * len(obs)
+    if "label" not in obs:
+        return [""] * len(obs)
+    return ["" if missing else str(v) for v, missing in zip(obs["label"], obs["label"].isna(), strict=True)]
 
 
 def _in_tissue(obs: pd.DataFrame, path: Path) -> np.ndarray:

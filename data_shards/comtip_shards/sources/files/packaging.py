@@ -18,7 +18,19 @@ from typing import BinaryIO
 
 from comtip_shards.errors import SourceError
 
-SYSTEM_FILES = {"__macosx", "thumbs.db", "desktop.ini", "$recycle.bin", "lost+found"}
+SYSTEM_FILES = {
+    "__macosx",
+    "icon\r",
+    "thumbs.db",
+    "ehthumbs.db",
+    "desktop.ini",
+    "$recycle.bin",
+    "system volume information",
+    "lost+found",
+    "@eadir",
+    "#recycle",
+}
+"""Names, in lower case, of files and folders of macOS, Windows, Linux and file servers."""
 MAX_GROWTH = 256
 """Maximum ratio of unpacked to packed bytes for files that unpack to more than :data:`ALWAYS_UNPACKED`."""
 ALWAYS_UNPACKED = 1 << 28
@@ -28,8 +40,8 @@ _BLOCK = 1 << 20
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a file name belongs to the operating system: dot files, macOS resource forks, Windows caches."""
-    return name.startswith(".") or name.lower() in SYSTEM_FILES
+    """Return whether a file name belongs to the operating system: dot files, macOS resource forks, Windows caches, locks."""
+    return name.startswith((".", "~$")) or name.lower() in SYSTEM_FILES
 
 
 def find(folder: Path, pattern: str) -> list[Path]:

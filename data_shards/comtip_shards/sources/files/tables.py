@@ -142,7 +142,7 @@ def as_counts(
             else "values that are too large"
         )
         raise SourceError(
-            f"{path}: {f'{what} has ' if what else ''}{int(bad.sum())} {kind}, first {value:g} (spot {spots[row]}, gene {gene}); "
+            f"{path}: {f'{what} has ' if what else ''}{int(bad.sum())} {kind}, first {value:.12g} (spot {spots[row]}, gene {gene}); "
             f"raw counts are needed, not normalised ones{f'; {fix}' if fix else ''}"
         )
     out = sparse.csr_matrix(matrix, dtype=np.int32)

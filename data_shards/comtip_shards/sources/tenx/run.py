@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +129,12 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 def scale_factors(path: Path) -> dict[str, float]:
     """Return the numbers in ``scalefactors_json.json``, by name; raises SourceError if the file is missing or invalid."""
-    data = read_json(path, "scale factors of the images")
-    return {str(k): float(v) for k, v in data.items() if isinstance(v, int | float)}
+    out: dict[str, float] = {}
+    for key, value in read_json(path, "scale factors of the images").items():
+        single = value[0] if isinstance(value, list) and len(value) == 1 else value  # R's jsonlite writes [0.17]
+        with suppress(TypeError, ValueError, OverflowError):
+            out[str(key)] = float(single)
+    return out
 
 
 # -- images -------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from comtip_shards.errors import SourceError
+from comtip_shards.genes.species import species_name
 from comtip_shards.sections.facts import SourceOptions
 from comtip_shards.sections.pooling import squares_of
 from comtip_shards.slides.open import open_slide
@@ -80,7 +81,7 @@ def open_run(files: XeniumFiles, options: SourceOptions, pool_um: float) -> Xeni
 
 
 def _organism(experiment: Mapping[str, Any]) -> str:
-    organism = str(experiment.get("panel_organism", "")).lower()
+    organism = species_name(str(experiment.get("panel_organism", "")))
     return organism if organism in ("human", "mouse") else ""
 
 

@@ -1,0 +1,130 @@
+"""Sections of an AnnData: the libraries of ``uns["spatial"]``, or those that a column of ``obs`` distinguishes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from comtip_shards.errors import SourceError
+from comtip_shards.sources.anndata_parts.picture import library_names
+from comtip_shards.sources.anndata_parts.positions import centres_of
+from comtip_shards.sources.anndata_parts.store import Store, stem_of
+from comtip_shards.sources.files.names import safe_id
+from comtip_shards.sources.geometry import median_gap
+
+LIBRARY_COLUMNS = ("library_id", "library", "sample_id", "sample")
+"""Columns of ``obs`` to prefer if several contain the names of the libraries."""
+OWN_COLUMNS = LIBRARY_COLUMNS[:2]
+"""Columns that name the library of a spot by convention (scanpy, squidpy). The others may also name a part of a section."""
+INTERLEAVED = 0.75
+"""Sections lie on top of each other if the distance between spots is smaller than this share of that within each of them."""
+_UNNAMED = {"", "nan", "none", "<na>", "na"}
+
+
+@dataclass(frozen=True)
+class Library:
+    """One section of an AnnData."""
+
+    key: str
+    """Its key in ``uns["spatial"]``, "" if it has no entry there."""
+    value: str = ""
+    """Its value in :attr:`column`."""
+    column: str = ""
+    """Column of ``obs`` that names the section of a spot; "" if all rows belong to this section."""
+
+    def rows(self, obs: pd.DataFrame) -> np.ndarray:
+        """Return its rows of ``obs``, int64."""
+        if not self.column:
+            return np.arange(len(obs))
+        return np.flatnonzero(obs[self.column].astype(str).to_numpy() == self.value)
+
+
+def libraries_of(store: Store) -> dict[str, Library]:
+    """Return the sections of an AnnData by section id.
+
+    Several entries of ``uns["spatial"]`` are one section each. With at most one entry, ``obs["library_id"]`` may name
+    several sections, as in files that were concatenated without ``uns``; otherwise all spots are one section, which is named
+    after the file.
+
+    Raises
+    ------
+    SourceError
+        No column of ``obs`` distinguishes the libraries, columns contradict each other, two libraries have the same section
+        id, or sections lie on top of each other and only one of them has an entry.
+    """
+    keys = library_names(store.group("uns/spatial"))
+    if len(keys) > 1:
+        column = column_of(store["obs"], store, keys)
+        found = [Library(key, key, column) for key in keys]
+    else:
+        key = keys[0] if keys else ""
+        column, values = _named_in_obs(store)
+        if key and column and key not in values:
+            if _interleaved(store, column, values):
+                raise SourceError(
+                    f"{store.path}: obs['{column}'] names {len(values)} libraries ({', '.join(values[:3])}) whose spots lie on "
+                    f"top of each other, but uns['spatial'] has only {key!r}; rename it to one of them and select it with "
+                    "`samples`, or write one file per section"
+                )
+            column = ""
+        if not column:
+            return {safe_id(stem_of(store.path)): Library(key)}
+        found = [Library(value if value == key else "", value, column) for value in values]
+    out = {safe_id(library.value): library for library in found}
+    if len(out) < len(found):
+        raise SourceError(
+            f"{store.path}: two of the libraries {', '.join(lib.value for lib in found[:8])} have the same section id, in which other "
+            "characters than letters, digits, ., _ and - become _; rename one"
+        )
+    return out
+
+
+def column_of(obs: pd.DataFrame, store: Store, libraries: Sequence[str]) -> str:
+    """Return the column of ``obs`` that contains the names of all libraries of ``uns["spatial"]``.
+
+    Raises
+    ------
+    SourceError
+        No column contains them, or several columns assign spots differently.
+    """
+    fits = [str(c) for c in obs if set(libraries) <= set(obs[c].astype(str).unique()) and obs[c].nunique() < len(obs)]
+    fits = [c for c in LIBRARY_COLUMNS if c in fits] or fits
+    if not fits:
+        raise SourceError(
+            f"{store.path}: several libraries in uns['spatial'], but no obs['library_id'] or other column with the values "
+            f"{', '.join(libraries)}; add it, or write one file per section"
+        )
+    values = obs[fits[0]].astype(str).to_numpy()
+    differing = next((c for c in fits[1:] if (obs[c].astype(str).to_numpy() != values).any()), None)
+    if differing is not None and fits[0] not in LIBRARY_COLUMNS:
+        raise SourceError(
+            f"{store.path}: obs['{fits[0]}'] and obs['{differing}'] assign spots to libraries differently; add obs['library_id']"
+        )
+    return fits[0]
+
+
+def _named_in_obs(store: Store) -> tuple[str, list[str]]:
+    """Return the column of ``obs`` that names several sections, and their names in order of appearance; "" if there is none."""
+    obs = store["obs"]
+    for column in LIBRARY_COLUMNS:
+        if column not in obs:
+            continue
+        values = [str(v) for v in obs[column].astype(str).unique() if str(v).lower() not in _UNNAMED]
+        if not 1 < len(values) <= len(obs) // 2:
+            continue
+        if column in OWN_COLUMNS or _interleaved(store, column, values):
+            return column, values
+    return "", []
+
+
+def _interleaved(store: Store, column: str, values: Sequence[str]) -> bool:
+    """Return whether the spots of the named sections lie between each other, so that they are not parts of one section."""
+    xy = centres_of(store)
+    if xy is None:
+        return False
+    names = store["obs"][column].astype(str).to_numpy()
+    own = [gap for value in values if (gap := median_gap(xy[names == value])) > 0]
+    return bool(own) and median_gap(xy) < INTERLEAVED * float(np.median(own))
