@@ -110,11 +110,11 @@ def rows_copy(section: str | Path | ad.AnnData, rows: np.ndarray, spatial: Any) 
         ``uns["spatial"]`` of the section.
     """
     if isinstance(section, ad.AnnData):
-        data = section
+        data, own = section, False
     else:
-        data = read_h5ad(section if Path(section).exists() else str(section).rpartition(":")[0])
+        data, own = read_h5ad(section if Path(section).exists() else str(section).rpartition(":")[0]), True
     if len(rows) == data.n_obs:
-        return data.copy() if data is section else data
+        return data if own else data.copy()
     data = data[rows].copy()
     data.uns["spatial"] = spatial
     return data
