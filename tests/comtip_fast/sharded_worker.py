@@ -62,6 +62,7 @@ class Sharded(StandIn):
         loss = loss / int(os.environ["WORLD_SIZE"])
         return {"loss": loss, "nce": loss}, {}
 
+    @torch.no_grad()
     def after_step(self, module: Net, step: int, good: Tensor | None = None) -> None:
         module.frozen.weight.lerp_(module.body[0].weight, 0.1)
         module.teacher.add_(step)
@@ -118,7 +119,7 @@ def main(folder: Path, what: str, arguments: list[str]) -> None:
 
     faulthandler.dump_traceback_later(30)
     logging.getLogger("comtip_fast").setLevel(logging.ERROR)
-    with init_distributed(120.0, "cpu") as group:
+    with init_distributed(600.0, "cpu") as group:
         if what == "load":
             load(folder, arguments[0], group)
             return
