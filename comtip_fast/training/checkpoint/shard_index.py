@@ -92,6 +92,11 @@ class ShardIndex:
     parameters: Annotated[list[IndexedParameter], Field(max_length=1 << 20)]
     buffers: Annotated[list[IndexedBuffer], Field(max_length=1 << 20)]
 
+    @property
+    def items(self) -> list[IndexedParameter | IndexedBuffer]:
+        """Return parameters and buffers."""
+        return [*self.parameters, *self.buffers]
+
     def to_json(self) -> str:
         """Return the content of the file."""
         return json.dumps(asdict(self)) + "\n"
@@ -129,7 +134,7 @@ def _problem(index: ShardIndex) -> str:
     """Return what contradicts what within an index; empty if nothing does."""
     if [f.name for f in index.files] != [part_name(rank) for rank in range(index.world_size)]:
         return f"files are not those of {index.world_size} ranks"
-    names = [item.name for item in (*index.parameters, *index.buffers)]
+    names = [item.name for item in index.items]
     if len(set(names)) != len(names):
         return "a parameter or buffer is listed twice"
     needed = [0] * index.world_size

@@ -90,7 +90,7 @@ class ShardReader:
         """Check that the checkpoint has every parameter and buffer of a module, in its shape, and no other."""
         wanted = {name: list(p.shape) for name, p in module.named_parameters()}
         wanted |= {name: list(module.get_buffer(name).shape) for name in buffer_names(module)}
-        found = {item.name: item.shape for item in (*self.index.parameters, *self.index.buffers)}
+        found = {item.name: item.shape for item in self.index.items}
         different = sorted(k for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k))
         if different:
             k = different[0]

@@ -51,7 +51,7 @@ class Zero3Shards:
     def parts(self) -> Iterator[ParameterPart]:
         """See :meth:`.base.Shards.parts`."""
         steps = self._steps()
-        for name, parameter in self._module.named_parameters():
+        for name, parameter in self._named():
             start, length = self._range(parameter)
             tensors = {
                 key: value.detach().flatten()[:length]
@@ -63,7 +63,7 @@ class Zero3Shards:
     @torch.no_grad()
     def restore(self, source: PartSource) -> None:
         """See :meth:`.base.Shards.restore`; weights and moments that ``source`` lacks are not changed."""
-        trained = [(name, p) for name, p in self._module.named_parameters() if p.requires_grad]
+        trained = [(name, p) for name, p in self._named() if p.requires_grad]
         for name, parameter in trained:
             if parameter.ds_status.name == "AVAILABLE":  # gathered: the copy would hide the new weights
                 parameter.partition()
@@ -73,6 +73,10 @@ class Zero3Shards:
                 if value is not None:
                     self._set(parameter, key, value)
         self._set_steps({name: source.step_of(name) for name, _ in trained})
+
+    def _named(self) -> Iterator[tuple[str, Any]]:
+        """Return names and parameters, to which DeepSpeed has added attributes."""
+        yield from self._module.named_parameters()
 
     def _range(self, parameter: Any) -> tuple[int, int]:
         """Return the first own element of a flattened parameter and the number of own elements."""
