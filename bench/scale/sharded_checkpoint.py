@@ -2,7 +2,7 @@
 
     PYTHONPATH=.:kernels:data_shards python bench/scale/sharded_checkpoint.py --millions 200
 
-A made model of linear layers in fp32 is trained for one step on two ranks and saved, then loaded on 1, 2 and 3 ranks. The shard of a
+A synthetic model of linear layers in fp32 is trained for one step on two ranks and saved, then loaded on 1, 2 and 3 ranks. The shard of a
 rank is its part of weights and moments, 12 bytes per parameter and rank. *Added* is the highest resident memory during the operation
 minus that before it, from ``VmHWM``, which includes the pages of files that are read; *anonymous* leaves these out, and is sampled.
 With two ranks and 200 million parameters, the machine needs 9 GB of memory and 5 GB of disk.

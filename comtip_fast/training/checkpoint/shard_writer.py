@@ -40,7 +40,7 @@ TYPES = {
 
 @dataclass
 class RankPart:
-    """What one rank writes, in host memory: its tensors by their name in the file, and their places."""
+    """What one rank writes, in host memory: its tensors by their name in the file, and their offsets."""
 
     rank: int
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -81,9 +81,9 @@ def part_of_rank(rank: int, parts: Iterable[ParameterPart], buffers: dict[str, T
     for part in parts:
         weight = part.tensors["weight"]
         keys: Any = list(part.tensors)
-        place = Slice(part.start, weight.numel())
+        own = Slice(part.start, weight.numel())
         dtype: Any = TYPES[weight.dtype]
-        out.parameters.append(IndexedParameter(part.name, list(part.shape), dtype, keys, part.step, [place]))
+        out.parameters.append(IndexedParameter(part.name, list(part.shape), dtype, keys, part.step, [own]))
         if weight.numel():
             out.tensors |= {f"{key}/{part.name}": _on_host(t, copy) for key, t in part.tensors.items()}
     if rank == 0:
