@@ -383,6 +383,13 @@ def _engine_rules(c: RunConfig) -> list[Rule]:
             "optim.ema: no rank holds all weights with ZeRO 3; use engine.zero_stage 0 to 2, or another engine",
         ),
         (
+            c.train.checkpoint != "sharded" or (e.kind == "deepspeed" and e.zero_stage == 3 and not nvme),
+            (
+                "train.checkpoint=sharded: needs engine.kind=deepspeed with engine.zero_stage=3, without offloading to nvme; "
+                "otherwise ranks hold no parts of the weights in memory; set it to auto"
+            ),
+        ),
+        (
             not nvme or e.nvme_path != "",
             "engine.nvme_path: empty; offloading to nvme needs a folder on a local NVMe drive",
         ),

@@ -260,8 +260,13 @@ class TrainConfig:
     """Number of steps between rows of ``metrics.jsonl``."""
     checkpoint_every: Count = 100
     """Number of steps between checkpoints; one is also written before every validation."""
+    checkpoint: Literal["auto", "whole", "sharded"] = "auto"
+    """Files of a checkpoint. ``whole``: rank 0 gathers and writes whole tensors. ``sharded``: every rank writes its part (ZeRO 3
+    without NVMe), on a file system that all ranks share. ``auto``: ``sharded`` under ZeRO 3 on several ranks, where the whole
+    model may not fit into one of them; otherwise ``whole``. Either can be resumed with any engine and number of ranks."""
     async_checkpoint: bool = True
-    """Whether a background thread writes checkpoints, which needs a copy of weights and optimizer state in host memory."""
+    """Whether a background thread writes checkpoints, which needs a copy of weights and optimizer state in host memory; of the
+    rank's part of them, if checkpoints are sharded."""
     keep_checkpoints: Count = 2
     """Number of newest checkpoints to keep, in addition to the best one."""
     validate_every: CountOrZero = 50

@@ -46,8 +46,8 @@ def _parameters(s: Sizes, e: EngineSpec, ranks: int) -> list[MemoryRow]:
     live = min(s.trained, MAX_LIVE) * ELEMENT
     rows = [shard, MemoryRow("parameters, gathered", live, note="at most, during the step"), *frozen]
     if full > live:
-        # Validation and checkpoints gather all parameters between steps; this is what exceeds the step's own gathering.
-        note = "beyond the step's; validation, checkpoints"
+        # Validation and the export gather all parameters between steps; this is what exceeds the step's own gathering.
+        note = "beyond the step's; validation, export"
         rows.append(MemoryRow("parameters, full on rank 0", full - live, note=note))
     if s.frozen:
         # The loader uses a frozen stem of the unsharded module, which therefore stays in memory.

@@ -97,7 +97,7 @@ def _read(run_dir: Path, which: str) -> tuple[int, Checkpoint]:
 
 def _choose(root: Path, which: str, steps: list[int]) -> tuple[int, Checkpoint]:
     """Return the step and the content of the checkpoint that ``which`` selects."""
-    found = checkpoints.newest_good(root) if which in ("newest", "best") else None
+    found = checkpoints.newest_good(root, moments=False) if which in ("newest", "best") else None
     if which == "newest" and found is not None:
         return found
     if found is not None:
@@ -106,7 +106,7 @@ def _choose(root: Path, which: str, steps: list[int]) -> tuple[int, Checkpoint]:
     if step not in checkpoints.steps_of(root):
         available = ", ".join(str(s) for s in steps)
         raise CheckpointError(f"{root}: no complete checkpoint {which!r}; choose one of the steps {available}")
-    return step, checkpoints.load(checkpoints.folder_of(root, step))
+    return step, checkpoints.load(checkpoints.folder_of(root, step), moments=False)
 
 
 def _shards_of(run_dir: Path, stated: str, given: str | None) -> str:

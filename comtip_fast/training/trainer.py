@@ -17,18 +17,19 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from comtip_shards.storage.atomic import atomic_folder, write_atomic
+from comtip_shards.storage.atomic import atomic_folder
 from torch import Tensor
 
 from comtip_fast.collectives import Group, SingleProcessGroup
-from comtip_fast.config.io import config_to_dict, dump_config
+from comtip_fast.config.io import config_to_dict
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.runtime import devices
 from comtip_fast.training.checkpoint import store as checkpoints
-from comtip_fast.training.checkpoint.resume import CHECKPOINTS, prepare_run_folder
+from comtip_fast.training.checkpoint.resume import CHECKPOINTS, find_checkpoint
 from comtip_fast.training.checkpoint.run_state import RunState, deterministic, set_random_state
 from comtip_fast.training.checkpoint.saver import CheckpointSaver
 from comtip_fast.training.checkpoint.schema import load_weights
+from comtip_fast.training.checkpoint.shard_reader import ShardReader
 from comtip_fast.training.checkpoint.store import Checkpoint
 from comtip_fast.training.distributed.failures import ADVICE, explain_failures, hard_exit
 from comtip_fast.training.distributed.process_group import on_every_rank, on_rank_zero
@@ -101,13 +102,9 @@ class Trainer:
         self._asked_to_stop = False
         self._write_failed = False
         self.device = next(task.module.parameters()).device
-        self._saver = CheckpointSaver(
-            self.checkpoint_dir, task, config, self.group, self.device, lambda: self.engine.name
-        )
         self._epoch_batches: tuple[int, list[np.ndarray]] = (-1, [])
         self._saved_step = -1
         self.engine: Engine
-        self._found: Checkpoint | None = None
         self._reporter = StepReporter(task, config, self.run_dir, self.group, self.device, cost)
         self._freezing = Freezing(task.module, config.optim.freeze)
         self._norms = NormHistory(config.optim.spike, self.device)
@@ -120,6 +117,8 @@ class Trainer:
             stop_s=config.watch.stall_stop_s,
             stop=self._stop_stalled,
         )
+        pause = self._watchdog.paused
+        self._saver = CheckpointSaver(self.checkpoint_dir, task, config, self.group, self.device, pause)
 
     def fit(self, resume: bool = False) -> FitResult:
         """Train until the run is finished, and write its export, or until a stop signal is received.
@@ -177,27 +176,23 @@ class Trainer:
         stack.enter_context(hold_run(self.run_dir, TAKEOVER_S if self.group.size > 1 else 0.0))
 
     def _start(self, resume: bool) -> bool:
-        step = self._on_rank_zero(lambda: self._find_start(resume))
-        if step is None:
+        found = find_checkpoint(
+            self.run_dir,
+            self.config,
+            self.task.fingerprint(),
+            self.group,
+            self.device,
+            resume=resume,
+            in_parts=self._saver.in_parts,
+            pause=self._watchdog.paused,
+        )
+        if found is None:
             self._freezing.apply(self.task.module, 1)
             self._build_engine()
             return False
-        loaded = self._found or checkpoints.load(checkpoints.folder_of(self.checkpoint_dir, step))
-        self._found = None
-        self._restore(loaded, step)
-        log.info("resumed from step %d", step)
+        self._restore(*found)
+        log.info("resumed from step %d", found[0])
         return True
-
-    def _find_start(self, resume: bool) -> int | None:
-        """Return the step to resume from (None: step 0) and prepare the folder; keeps the loaded checkpoint on rank 0."""
-        found = prepare_run_folder(
-            self.run_dir, self.config, self.task.fingerprint(), self.group.size, self.device, resume=resume
-        )
-        write_atomic(self.run_dir / "config.yaml", dump_config(self.config))
-        if found is None:
-            return None
-        step, self._found = found
-        return step
 
     # -- loop -------------------------------------------------------------------------------------------
 
@@ -211,17 +206,17 @@ class Trainer:
             if self._stopping(caught):
                 if self._saved_step != p.step:
                     self._save()
-                self._on_rank_zero(self._saver.writer.drain)
+                self._saver.drain()
                 return
             if self._write_failed or (self._saver.writer.failed and self.group.size == 1):
-                self._on_rank_zero(self._saver.writer.check)
+                self._saver.check()
             self._watchdog.reset(f"step {p.step + 1}")
             self._one_step(caught)
             # A stop request does not wait for a validation: the resumed run starts with it.
             if p.step >= self.config.train.steps or not (self._stopping(caught) and self._validation_is_due()):
                 self._finish_step()
         self._watchdog.reset("the last checkpoint")
-        self._on_rank_zero(self._saver.writer.drain)
+        self._saver.drain()
         self._watchdog.reset("the export")
         self._export_best()
 
@@ -247,7 +242,7 @@ class Trainer:
             p.stopped = "steps"
         self._watchdog.reset(f"the checkpoint of step {p.step}")
         if due:
-            self._on_rank_zero(lambda: self._saver.save_state(p))
+            self._saver.save_state(p, self.engine)
         elif p.step % cfg.checkpoint_every == 0 or p.stopped:
             self._save()
 
@@ -300,11 +295,12 @@ class Trainer:
             p.epoch, p.position = p.epoch + 1, 0
 
     def _exchange_flags(self, caught: Signals) -> None:
-        """Share with all ranks whether a rank has received a stop signal or failed to write a checkpoint."""
-        if self.group.size == 1:
-            return
-        stop, self._write_failed = self.group.any([bool(caught.received), bool(self._saver.writer.failed)])
+        """Share with all ranks whether a rank was asked to stop, failed to write a checkpoint, or still writes its part of one."""
+        flags = [bool(caught.received), self._saver.writer.failed, self._saver.writing]
+        stop, self._write_failed, writing = self.group.any(flags)
         self._asked_to_stop = self._asked_to_stop or stop
+        if not (writing or self._write_failed):
+            self._saver.complete()
 
     def _validate(self) -> None:
         """Validate on all ranks, log the scores, update the best step, and set ``stopped`` if patience is exhausted."""
@@ -353,26 +349,36 @@ class Trainer:
     # -- state ------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
-        """Gather sharded tensors and write a full checkpoint, from which any engine on any number of ranks can resume."""
+        """Write a full checkpoint, from which any engine on any number of ranks can resume."""
         self._reporter.report(self.progress)
         self.progress.norms = self._norms.values()
-        optim = self.engine.optimizer_state()
-        with self.engine.gathered_for_read():
-            self._on_rank_zero(lambda: self._saver.save(self.progress, optim, self._average.tensors()))
+        self._saver.save(self.progress, self.engine, self._average.tensors())
         self._saved_step = self.progress.step
 
-    def _restore(self, loaded: Checkpoint, step: int) -> None:
-        load_weights(self.task.module, loaded, checkpoints.folder_of(self.checkpoint_dir, step))
+    def _restore(self, step: int, loaded: Checkpoint) -> None:
         self.progress = RunState.from_plain(loaded.state)
         # The engine is built after the weights are loaded, because ZeRO 3 shards the weights it is given.
         self._freezing.apply(self.task.module, self.progress.step + 1)
         self._norms = NormHistory(self.config.optim.spike, self.device, self.progress.norms)
-        self._build_engine(loaded.ema)
-        self.engine.restore(loaded.optim)
+        if loaded.parts is None:
+            load_weights(self.task.module, loaded, checkpoints.folder_of(self.checkpoint_dir, step))
+            self._build_engine(loaded.ema)
+            self.engine.restore(loaded.optim)
+        else:
+            self._restore_parts(loaded.parts)
         self.progress.reopen(self.config.train)
         set_random_state(loaded.state, self.device)
         self._saved_step = self.progress.step
         self._saver.check_best(self.progress)
+
+    def _restore_parts(self, folder: Path) -> None:
+        """Restore weights and optimizer state from a checkpoint in parts; every rank reads the elements that it owns."""
+        with ShardReader(folder) as reader:
+            reader.check_fits(self.task.module)
+            reader.load_untrained(self.task.module)
+            self._build_engine()
+            assert self.engine.shards is not None
+            self.engine.shards.restore(reader)
 
     def _build_engine(self, averages: dict[str, Tensor] | None = None) -> None:
         """Build the engine for the current weights, and start their moving average, with ``averages`` of a checkpoint if given."""

@@ -16,6 +16,7 @@ from comtip_fast.collectives import SingleProcessGroup, counts_of, share_of
 from comtip_fast.config.io import ConfigError, load_config
 from comtip_fast.training.checkpoint import store as checkpoint
 from comtip_fast.training.distributed.process_group import TrainingError, distributed_env, first_host
+from comtip_fast.training.export_checkpoint import export_checkpoint
 from testkit import tiny
 from testkit.distributed import RankError, run_distributed
 
@@ -147,6 +148,12 @@ def test_runs_give_the_curve_of_one_process_and_resume_with_another_engine(tiny_
         assert (folder / "export" / "model.safetensors").is_file()
         written = json.loads((checkpoint.folder_of(folder / "checkpoints", 12) / "state.json").read_text())
         assert written["world_size"] == 2
+    # A checkpoint of ZeRO 3 has one file per rank, and is exported as any other.
+    parts = tmp_path / "2" / curves.QUICK[1].name
+    assert checkpoint.is_in_parts(checkpoint.folder_of(parts / "checkpoints", 12))
+    assert export_checkpoint(parts, "newest", tmp_path / "newest", str(tiny_shards.path)) == 12
+    exports = [(folder / "model.safetensors").read_bytes() for folder in (parts / "export", tmp_path / "newest")]
+    assert exports[0] == exports[1]
     # The average of two ranks is that of one process.
     averages = [
         checkpoint.load(checkpoint.folder_of(folder / "checkpoints", 12)).ema

@@ -373,6 +373,7 @@ def test_a_checkpoint_that_a_live_run_deletes_is_read_again(
 ):
     from comtip_fast.training import export_checkpoint as exporting
     from comtip_fast.training.checkpoint import store as checkpoints
+    from comtip_fast.training.checkpoint.content import sha256_of
 
     run = tmp_path / "run"
     shutil.copytree(run_dir, run)
@@ -381,7 +382,7 @@ def test_a_checkpoint_that_a_live_run_deletes_is_read_again(
     state = json.loads((checkpoints.folder_of(root, last) / "state.json").read_text())
     plain, moves = checkpoints.load, [0]
 
-    def load(folder: Path) -> Any:
+    def load(folder: Path, **more: bool) -> Any:
         """Three times, the run replaces the checkpoint that is being read by a newer one."""
         if moves[0] < 3:
             moves[0] += 1
@@ -389,9 +390,9 @@ def test_a_checkpoint_that_a_live_run_deletes_is_read_again(
             folder.rename(newer)
             text = json.dumps(state | {"best_step": last + moves[0], "step": last + moves[0]})
             (newer / "state.json").write_text(text)
-            sums = "".join(f"{checkpoints._sha256(newer / n)}  {n}\n" for n in checkpoints.FILES)
+            sums = "".join(f"{sha256_of(newer / n)}  {n}\n" for n in checkpoints.FILES)
             (newer / checkpoints.SUMS).write_text(sums)
-        return plain(folder)
+        return plain(folder, **more)
 
     monkeypatch.setattr(checkpoints, "load", load)
     assert exporting.export_checkpoint(run, which, tmp_path / "out") == last + 3

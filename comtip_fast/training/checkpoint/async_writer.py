@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from comtip_fast.training.checkpoint.store import Checkpoint
+from comtip_fast.training.checkpoint.content import Checkpoint
 
 
 class Writer:
@@ -21,6 +21,11 @@ class Writer:
     def failed(self) -> bool:
         """Whether a job failed with an exception that has not been raised yet."""
         return self._error is not None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a job is running."""
+        return self._thread is not None and self._thread.is_alive()
 
     def submit(self, work: Callable[[], None]) -> None:
         """Wait for the previous job, raise its exception if there is one, and start ``work``."""

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from comtip_shards.storage.atomic import write_atomic
 
+from comtip_fast.collectives import Group
+from comtip_fast.config.io import dump_config
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.training.checkpoint import store as checkpoints
 from comtip_fast.training.checkpoint.rows import NONFINITE, SPIKES, keep_rows_up_to
 from comtip_fast.training.checkpoint.run_state import check_same_run
 from comtip_fast.training.checkpoint.schema import check_state
+from comtip_fast.training.checkpoint.shard_verify import damage_of_parts
 from comtip_fast.training.checkpoint.store import Checkpoint
+from comtip_fast.training.distributed.process_group import Pause, on_rank_zero
 from comtip_fast.training.protocol import TrainingError
 
 log = logging.getLogger("comtip_fast")
@@ -29,6 +35,40 @@ def refuse_second_run(run_dir: Path, resume: bool) -> None:
         )
 
 
+def find_checkpoint(
+    run_dir: Path,
+    config: RunConfig,
+    fingerprint: dict[str, str],
+    group: Group,
+    device: torch.device,
+    *,
+    resume: bool,
+    in_parts: bool,
+    pause: Pause,
+) -> tuple[int, Checkpoint] | None:
+    """Return the checkpoint to resume from on every rank, and write the config to the run folder; a collective call.
+
+    Parameters and errors are those of :func:`prepare_run_folder`; ``pause`` is that of :func:`.process_group.on_rank_zero`.
+    """
+    damage = damage_of_parts(run_dir / CHECKPOINTS, group, pause) if resume and in_parts else {}
+    own: list[tuple[int, Checkpoint]] = []
+
+    def choose() -> int | None:
+        found = prepare_run_folder(
+            run_dir, config, fingerprint, group.size, device, resume=resume, in_parts=in_parts, damage=damage
+        )
+        write_atomic(run_dir / "config.yaml", dump_config(config))
+        own.extend([] if found is None else [found])
+        return None if found is None else found[0]
+
+    step = on_rank_zero(choose, group, pause)
+    if step is None or own:
+        return own[0] if own else None
+    folder = checkpoints.folder_of(run_dir / CHECKPOINTS, step)
+    only_state = in_parts and checkpoints.is_in_parts(folder)
+    return step, checkpoints.load_state_of_parts(folder) if only_state else checkpoints.load(folder)
+
+
 def prepare_run_folder(
     run_dir: Path,
     config: RunConfig,
@@ -37,6 +77,8 @@ def prepare_run_folder(
     device: torch.device,
     *,
     resume: bool,
+    in_parts: bool = False,
+    damage: Mapping[int, str] | None = None,
 ) -> tuple[int, Checkpoint] | None:
     """Load the newest valid checkpoint, and remove files and rows of later steps and of killed processes; called on rank 0.
 
@@ -48,6 +90,8 @@ def prepare_run_folder(
         Config, input hashes, number of ranks and device of the run.
     resume
         Whether the folder may already hold a run.
+    in_parts, damage
+        See :func:`.store.newest_good`.
 
     Returns
     -------
@@ -66,7 +110,7 @@ def prepare_run_folder(
     checkpoints.clear_leftovers(folder)
     steps = checkpoints.steps_of(folder)
     refuse_second_run(run_dir, resume)
-    found = checkpoints.newest_good(folder)
+    found = checkpoints.newest_good(folder, damage, in_parts=in_parts)
     if found is None:
         if steps:
             raise TrainingError(f"{folder}: all checkpoints are damaged; delete the folder to start from step 0")

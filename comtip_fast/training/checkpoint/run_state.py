@@ -52,6 +52,7 @@ FREE_KEYS = {
     "train.nan_policy",
     "train.max_skips",
     "train.async_checkpoint",
+    "train.checkpoint",
     # Loaders differ by the rounding of their JPEG decoders, and a stem's features in memory are rounded to half precision; the
     # others of these keys do not change batches.
     "data.loader",

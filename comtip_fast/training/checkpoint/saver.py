@@ -16,15 +16,32 @@ from comtip_fast.config.schema import RunConfig
 from comtip_fast.training.checkpoint import store as checkpoints
 from comtip_fast.training.checkpoint.async_writer import Writer, copied
 from comtip_fast.training.checkpoint.run_state import RunState, random_state
+from comtip_fast.training.checkpoint.shard_saver import ShardSaver
 from comtip_fast.training.checkpoint.store import Checkpoint, CheckpointError
+from comtip_fast.training.distributed.process_group import Pause, broadcast, on_every_rank, on_rank_zero
+from comtip_fast.training.engines.base import Engine
 from comtip_fast.training.protocol import TrainingTask
 from comtip_fast.training.update.ema import load_averages
 
 log = logging.getLogger("comtip_fast")
 
 
+def in_parts(config: RunConfig, size: int) -> bool:
+    """Return whether checkpoints have one file per rank (``train.checkpoint``): by default under ZeRO 3 on several ranks.
+
+    No rank then needs memory for the whole model. Everywhere else rank 0 holds all weights anyway, and files of whole tensors are
+    simpler to read. Parts on NVMe are gathered one by one, as before.
+    """
+    engine = config.engine
+    nvme = "nvme" in (engine.offload_optimizer, engine.offload_param)
+    sharded = engine.kind == "deepspeed" and engine.zero_stage == 3 and size > 1 and not nvme
+    return config.train.checkpoint == "sharded" or (config.train.checkpoint == "auto" and sharded)
+
+
 class CheckpointSaver:
-    """Writes checkpoints on rank 0, in a thread if ``train.async_checkpoint`` is set.
+    """Writes checkpoints on rank 0, or on every rank its part, in a thread if ``train.async_checkpoint`` is set.
+
+    Methods are collective calls.
 
     Parameters
     ----------
@@ -32,8 +49,8 @@ class CheckpointSaver:
         Folder of the checkpoints.
     task, config, group, device
         Task, config, ranks and device of the run.
-    engine_name
-        Returns the name of the engine, which is created after this object.
+    pause
+        See :func:`.process_group.on_rank_zero`.
     """
 
     def __init__(
@@ -43,20 +60,59 @@ class CheckpointSaver:
         config: RunConfig,
         group: Group,
         device: torch.device,
-        engine_name: Callable[[], str],
+        pause: Pause,
     ) -> None:
         self.folder, self.task, self.config, self.group, self.device = folder, task, config, group, device
-        self._engine_name = engine_name
+        self._pause, background = pause, config.train.async_checkpoint
         self.writer = Writer()
+        self.in_parts = in_parts(config, group.size)
+        self._parts = ShardSaver(folder, group, self.writer, background=background, pause=pause)
 
-    def save(self, progress: RunState, optim: dict[str, Tensor], ema: dict[str, Tensor]) -> None:
-        """Write a full checkpoint of the task's module, the optimizer state and the averaged weights, then delete old ones."""
-        checkpoint = Checkpoint(self.task.module.state_dict(), optim, self._state(progress), ema)
-        step, best, keep = progress.step, progress.best_step or None, self.config.train.keep_checkpoints
+    @property
+    def writing(self) -> bool:
+        """Whether this rank writes its part of a checkpoint."""
+        return self._parts.writing
+
+    def save(self, progress: RunState, engine: Engine, ema: dict[str, Tensor]) -> None:
+        """Write a full checkpoint of weights, optimizer state and averaged weights, then delete old ones.
+
+        Raises
+        ------
+        RestartError
+            The disk of a rank is full or fails, now or in the previous checkpoint.
+        """
+        if self.in_parts:
+            self._parts.start(progress.step, engine, self._state(progress, engine), self._prune(progress))
+            return
+        optim = engine.optimizer_state()
+        with engine.gathered_for_read():
+            on_rank_zero(lambda: self._save_whole(progress, engine, optim, ema), self.group, self._pause)
+
+    def complete(self) -> None:
+        """Publish a checkpoint in parts whose parts are written; wait for those that are not."""
+        self._parts.complete()
+
+    def check(self) -> None:
+        """Raise the exception of the last write of any rank, once."""
+        on_every_rank(self.writer.check, lambda _: None, self.group, self._pause)
+
+    def drain(self) -> None:
+        """Wait until the checkpoint in flight is complete, and raise the exception of a failed one."""
+        self._parts.complete()
+        on_rank_zero(self.writer.drain, self.group, self._pause)
+
+    def _prune(self, progress: RunState) -> Callable[[], None]:
+        """Return a function that deletes the checkpoints that are not kept after this one."""
+        best, keep = progress.best_step or None, self.config.train.keep_checkpoints
+        return lambda: checkpoints.prune(self.folder, keep, best)
+
+    def _save_whole(self, progress: RunState, engine: Engine, optim: dict[str, Tensor], ema: dict[str, Tensor]) -> None:
+        checkpoint = Checkpoint(self.task.module.state_dict(), optim, self._state(progress, engine), ema)
+        step, prune = progress.step, self._prune(progress)
 
         def write(state: Checkpoint) -> None:
             checkpoints.save(self.folder, step, state)
-            checkpoints.prune(self.folder, keep, best)
+            prune()
 
         if self.config.train.async_checkpoint:
             snapshot = copied(checkpoint)
@@ -64,22 +120,24 @@ class CheckpointSaver:
         else:
             write(checkpoint)
 
-    def save_state(self, progress: RunState) -> None:
+    def save_state(self, progress: RunState, engine: Engine) -> None:
         """Rewrite the state of the current step's checkpoint after a validation, which does not change its tensors."""
-        step, state, best = progress.step, self._state(progress), progress.best_step or None
-        keep = self.config.train.keep_checkpoints
+        self._parts.complete()
+        step, state, prune = progress.step, self._state(progress, engine), self._prune(progress)
 
         def write() -> None:
             checkpoints.replace_state(self.folder, step, state)
-            checkpoints.prune(self.folder, keep, best)
+            prune()
 
-        if self.config.train.async_checkpoint:
-            self.writer.submit(write)
-        else:
-            write()
+        background = self.config.train.async_checkpoint
+        on_rank_zero(lambda: self.writer.submit(write) if background else write(), self.group, self._pause)
 
     def check_best(self, progress: RunState) -> None:
-        """Reset the best step, with a warning, if its checkpoint is damaged or missing."""
+        """Reset the best step, with a warning, if its checkpoint is damaged or missing; rank 0 reads it for all ranks."""
+        on_rank_zero(lambda: self._check_best(progress), self.group, self._pause)
+        progress.best_step, progress.best_score = broadcast((progress.best_step, progress.best_score), self.group)
+
+    def _check_best(self, progress: RunState) -> None:
         if progress.best_step in (0, progress.step):
             return
         try:
@@ -92,17 +150,19 @@ class CheckpointSaver:
     def load_best(self, progress: RunState) -> None:
         """Load the best weights into the task's module, unless they are the current weights or there was no validation.
 
+        Called on rank 0 only.
+
         The best weights are those that were validated: the averaged weights, if the checkpoint has any.
         """
-        self.check_best(progress)
+        self._check_best(progress)
         if progress.best_step and progress.best_step != progress.step:
-            best = checkpoints.load(checkpoints.folder_of(self.folder, progress.best_step))
+            best = checkpoints.load(checkpoints.folder_of(self.folder, progress.best_step), moments=False)
             self.task.module.load_state_dict(best.model)
             load_averages(self.task.module, best.ema)
 
-    def _state(self, progress: RunState) -> dict[str, Any]:
+    def _state(self, progress: RunState, engine: Engine) -> dict[str, Any]:
         """Return the content of ``state.json``: progress, random state, config, input hashes and machine."""
         state = progress.as_plain() | random_state(self.device)
         state |= {"config": config_to_dict(self.config), "fingerprint": self.task.fingerprint()}
-        state |= {"world_size": self.group.size, "engine": self._engine_name()}
+        state |= {"world_size": self.group.size, "engine": engine.name}
         return state | {"device": self.device.type, "torch": torch.__version__}

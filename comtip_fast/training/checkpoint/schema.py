@@ -11,9 +11,8 @@ import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from torch import nn
 
-from comtip_fast.training.checkpoint.store import Checkpoint, CheckpointError
+from comtip_fast.training.checkpoint.content import DELETE, Checkpoint, CheckpointError
 
-ADVICE = "delete the folder to use an older checkpoint"
 Count = Annotated[int, Field(ge=0, lt=1 << 62)]
 Hex = Annotated[str, Field(pattern=r"^([0-9a-f]{2})+$", max_length=1 << 20)]
 
@@ -68,14 +67,14 @@ def check_state(state: dict[str, Any], folder: Path, step: int) -> None:
         found = _STATE.validate_json(json.dumps(state))
     except ValidationError as error:
         first = error.errors()[0]
-        raise CheckpointError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}; {ADVICE}") from error
+        raise CheckpointError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}; {DELETE}") from error
     if found.step != step or max(found.best_step, found.validated) > step:
         raise CheckpointError(
             f"{where}: step {found.step}, best_step {found.best_step} and validated {found.validated} do not fit the "
-            f"folder of step {step}; {ADVICE}"
+            f"folder of step {step}; {DELETE}"
         )
     if len(found.torch_rng) != 2 * torch.get_rng_state().numel():
-        raise CheckpointError(f"{where}: torch_rng is not a random state of PyTorch; {ADVICE}")
+        raise CheckpointError(f"{where}: torch_rng is not a random state of PyTorch; {DELETE}")
 
 
 def load_weights(module: nn.Module, checkpoint: Checkpoint, where: Path) -> None:
@@ -92,20 +91,20 @@ def load_weights(module: nn.Module, checkpoint: Checkpoint, where: Path) -> None
         module.load_state_dict(checkpoint.model)
     except RuntimeError as error:  # missing, unknown, another shape
         text = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{where}: the weights do not fit the model of the config ({text}); {ADVICE}") from error
+        raise CheckpointError(f"{where}: the weights do not fit the model of the config ({text}); {DELETE}") from error
     for name, tensor in (*checkpoint.model.items(), *checkpoint.optim.items(), *checkpoint.ema.items()):
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{where}: {name} holds values that are not finite; {ADVICE}")
+            raise CheckpointError(f"{where}: {name} holds values that are not finite; {DELETE}")
     parameters = dict(module.named_parameters())
     for name, tensor in checkpoint.ema.items():
         if name not in parameters or tensor.shape != parameters[name].shape:
-            raise CheckpointError(f"{where}: the average of {name!r} does not fit a parameter of the model; {ADVICE}")
+            raise CheckpointError(f"{where}: the average of {name!r} does not fit a parameter of the model; {DELETE}")
     keys: dict[str, set[str]] = {}
     for full, tensor in checkpoint.optim.items():
         name, _, key = full.rpartition("/")
         if name not in parameters or tuple(tensor.shape) not in ((), (1,), tuple(parameters[name].shape)):
-            raise CheckpointError(f"{where}: optimizer state {full!r} does not fit a parameter of the model; {ADVICE}")
+            raise CheckpointError(f"{where}: optimizer state {full!r} does not fit a parameter of the model; {DELETE}")
         keys.setdefault(name, set()).add(key)
     for name, found in keys.items():
         if found != set.union(*keys.values()):
-            raise CheckpointError(f"{where}: the optimizer state of {name} is incomplete; {ADVICE}")
+            raise CheckpointError(f"{where}: the optimizer state of {name} is incomplete; {DELETE}")

@@ -2,17 +2,20 @@
 
     checkpoints/step_00000100/{model.safetensors, optim.safetensors, state.json, SHA256SUMS}    with optim.ema also ema.safetensors
 
+A checkpoint of a sharded model can have one file per rank instead of the first two, and an index: :mod:`.shard_index`.
+
 Folders whose names start with a dot are being written or deleted; :func:`clear_leftovers` removes those of a killed
 process. Checkpoints that fail verification are renamed to ``damaged_step_*`` and kept for inspection.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
+import secrets
 import shutil
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,32 +25,26 @@ from comtip_shards.storage.disk import disk_fix, disk_trouble
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from comtip_fast.training.checkpoint.content import (
+    DELETE,
+    STATE,
+    SUMS,
+    Checkpoint,
+    CheckpointError,
+    check_hashes,
+    sha256_of,
+    stated_sums,
+)
+from comtip_fast.training.checkpoint.shard_index import INDEX, ShardIndex, part_name, read_index
+from comtip_fast.training.checkpoint.shard_reader import ShardReader
 from comtip_fast.training.distributed.failures import ADVICE, RestartError
 
 log = logging.getLogger("comtip_fast")
 FORMAT, VERSION = "comtip-checkpoint", 1
-SUMS = "SHA256SUMS"
-FILES = ("model.safetensors", "optim.safetensors", "state.json")
+FILES = ("model.safetensors", "optim.safetensors", STATE)
 EMA = "ema.safetensors"
 """File of the averaged weights; only in checkpoints of runs with ``optim.ema``."""
-
-
-class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged or of another format version. The message names the folder and the fix."""
-
-
-@dataclass
-class Checkpoint:
-    """Everything that is needed to resume a run."""
-
-    model: dict[str, torch.Tensor]
-    """State dict of the module."""
-    optim: dict[str, torch.Tensor]
-    """Optimizer state as tensors named ``<parameter>/<entry>``."""
-    state: dict[str, Any]
-    """JSON data: step, position in the epoch, best score, random state, config."""
-    ema: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Averages of the trained weights, by parameter name; empty without ``optim.ema``."""
+__all__ = ["Checkpoint", "CheckpointError"]
 
 
 def folder_of(root: Path, step: int) -> Path:
@@ -60,6 +57,11 @@ def steps_of(root: Path) -> list[int]:
     return sorted(int(p.name[5:]) for p in root.glob("step_*") if p.name[5:].isdigit() and p.is_dir())
 
 
+def is_in_parts(folder: Path) -> bool:
+    """Return whether a checkpoint has one file per rank."""
+    return (folder / INDEX).exists() or ((folder / SUMS).is_file() and INDEX in stated_sums(folder / SUMS))
+
+
 def save(root: Path, step: int, checkpoint: Checkpoint) -> Path:
     """Write one checkpoint atomically and return its folder.
 
@@ -70,20 +72,37 @@ def save(root: Path, step: int, checkpoint: Checkpoint) -> Path:
     """
     root.mkdir(parents=True, exist_ok=True)
     final = folder_of(root, step)
-    try:
-        with atomic_folder(final, root / f".writing-{step:08d}") as tmp_path:
-            _write(tmp_path, checkpoint)
-    except Exception as error:
-        problem = disk_trouble(error)
-        if problem is None:
-            raise
-        size, free = _bytes(checkpoint) / 2**20, shutil.disk_usage(root).free / 2**20
-        older = [s for s in steps_of(root) if s != step]
-        last = f"the checkpoint of step {older[-1]} is unchanged" if older else "there is no earlier checkpoint"
-        raise RestartError(
-            f"{final}: cannot write this checkpoint: {problem}; it needs {size:.1f} MiB, {free:.1f} MiB are free; "
-            f"{last}; {disk_fix(error)}, then {ADVICE}"
-        ) from error
+    with cannot_write(root, step, _bytes(checkpoint)), atomic_folder(final, _writing(root, step)) as tmp_path:
+        _write(tmp_path, checkpoint)
+    return final
+
+
+def new_parts_folder(root: Path, step: int) -> str:
+    """Create an empty folder for the parts of a checkpoint and return its name.
+
+    The name has a random suffix, so that a process of an earlier attempt, which may still run on a lost node, cannot write to it.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    folder = root / f".parts-{step:08d}-{secrets.token_hex(4)}"
+    with cannot_write(root, step, 0):
+        folder.mkdir()
+    return folder.name
+
+
+def publish_parts(root: Path, step: int, parts: Path, index: ShardIndex, state: dict[str, Any]) -> Path:
+    """Make a checkpoint of a folder with the complete files of all ranks, and return its folder.
+
+    Raises
+    ------
+    RestartError
+        The disk is full or fails. The parts are removed; older checkpoints are unchanged.
+    """
+    final = folder_of(root, step)
+    with cannot_write(root, step, 0), atomic_folder(final, _writing(root, step)) as tmp_path:
+        parts.rename(tmp_path)
+        (tmp_path / INDEX).write_text(index.to_json(), encoding="utf-8")
+        _write_state(tmp_path, state)
+        _write_sums(tmp_path, {file.name: file.sha256 for file in index.files})
     return final
 
 
@@ -97,10 +116,10 @@ def replace_state(root: Path, step: int, state: dict[str, Any]) -> None:
     """
     final = folder_of(root, step)
     try:
-        with atomic_folder(final, root / f".writing-{step:08d}") as tmp_path:
+        with atomic_folder(final, _writing(root, step)) as tmp_path:
             tmp_path.mkdir()
-            known = _stated_sums(final / SUMS)
-            unchanged = [name for name in (*FILES[:2], EMA) if name in known or name != EMA]
+            known = stated_sums(final / SUMS)
+            unchanged = [name for name in _names(final) if name != STATE]
             for name in unchanged:
                 link_or_copy(final / name, tmp_path / name)
             _write_state(tmp_path, state)
@@ -113,6 +132,28 @@ def replace_state(root: Path, step: int, state: dict[str, Any]) -> None:
             f"{final}: cannot write the state of this checkpoint: {problem}; the checkpoint is unchanged; "
             f"{disk_fix(error)}, then {ADVICE}"
         ) from error
+
+
+@contextmanager
+def cannot_write(root: Path, step: int, size: int) -> Iterator[None]:
+    """Turn errors of the disk while a checkpoint of ``size`` bytes is written into a :class:`RestartError`."""
+    try:
+        yield
+    except Exception as error:
+        problem = disk_trouble(error)
+        if problem is None:
+            raise
+        free = shutil.disk_usage(root).free / 2**20
+        older = [s for s in steps_of(root) if s != step]
+        last = f"the checkpoint of step {older[-1]} is unchanged" if older else "there is no earlier checkpoint"
+        raise RestartError(
+            f"{folder_of(root, step)}: cannot write this checkpoint: {problem}; it needs {size / 2**20:.1f} MiB, "
+            f"{free:.1f} MiB are free; {last}; {disk_fix(error)}, then {ADVICE}"
+        ) from error
+
+
+def _writing(root: Path, step: int) -> Path:
+    return root / f".writing-{step:08d}"
 
 
 def _write(tmp_path: Path, checkpoint: Checkpoint) -> None:
@@ -129,20 +170,21 @@ def _write(tmp_path: Path, checkpoint: Checkpoint) -> None:
 
 def _write_state(tmp_path: Path, state: dict[str, Any]) -> None:
     text = json.dumps({"format": FORMAT, "version": VERSION} | state, indent=1)
-    (tmp_path / FILES[2]).write_text(text + "\n", encoding="utf-8")
+    (tmp_path / STATE).write_text(text + "\n", encoding="utf-8")
 
 
-def _write_sums(tmp_path: Path, known: dict[str, str]) -> None:
+def _write_sums(tmp_path: Path, known: Mapping[str, str]) -> None:
     """Write the hashes of all files; ``known`` has the hashes of files that need not be hashed again."""
-    names = [name for name in (*FILES, EMA) if name != EMA or (tmp_path / EMA).exists()]
-    sums = "".join(f"{known.get(name) or _sha256(tmp_path / name)}  {name}\n" for name in names)
+    sums = "".join(f"{known.get(name) or sha256_of(tmp_path / name)}  {name}\n" for name in _names(tmp_path))
     (tmp_path / SUMS).write_text(sums, encoding="utf-8")
 
 
-def _stated_sums(path: Path) -> dict[str, str]:
-    """Return ``{file: hash}`` of a file of hashes."""
-    lines = path.read_bytes().decode("utf-8", "replace").splitlines()
-    return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+def _names(folder: Path) -> list[str]:
+    """Return the names of the files of a checkpoint, without the file of hashes."""
+    if is_in_parts(folder):
+        return [*(part_name(rank) for rank in range(read_index(folder).world_size)), INDEX, STATE]
+    stated = stated_sums(folder / SUMS) if (folder / SUMS).is_file() else {}
+    return [name for name in (*FILES, EMA) if name != EMA or name in stated or (folder / EMA).exists()]
 
 
 def _bytes(checkpoint: Checkpoint) -> int:
@@ -151,8 +193,15 @@ def _bytes(checkpoint: Checkpoint) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def load(folder: Path) -> Checkpoint:
-    """Verify and read one checkpoint.
+def load(folder: Path, *, moments: bool = True) -> Checkpoint:
+    """Verify and read one checkpoint; of a checkpoint in parts, whole tensors are assembled.
+
+    Parameters
+    ----------
+    folder
+        Folder of the checkpoint.
+    moments
+        Whether the optimizer state of a checkpoint in parts is read.
 
     Raises
     ------
@@ -160,29 +209,42 @@ def load(folder: Path) -> Checkpoint:
         A file is missing, does not match its hash or cannot be parsed, or the checkpoint has another format version.
     """
     verify(folder)
-    advice = "delete the folder to use an older checkpoint"
+    state = _state_of(folder)
+    if is_in_parts(folder):
+        with ShardReader(folder) as reader:
+            return Checkpoint(reader.model(), reader.optim() if moments else {}, state)
+    model, optim = (_tensors(folder / name) for name in FILES[:2])
+    averaged = EMA in stated_sums(folder / SUMS)
+    return Checkpoint(model, optim, state, _tensors(folder / EMA) if averaged else {})
+
+
+def load_state_of_parts(folder: Path) -> Checkpoint:
+    """Return a checkpoint in parts with its state only; its hashes must have been checked."""
+    return Checkpoint({}, {}, _state_of(folder), parts=folder)
+
+
+def _state_of(folder: Path) -> dict[str, Any]:
+    """Return the content of the state of a checkpoint."""
     try:
-        state = json.loads((folder / FILES[2]).read_text(encoding="utf-8"))
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{folder / FILES[2]}: not JSON ({error}); {advice}") from error
+        raise CheckpointError(f"{folder / STATE}: not JSON ({error}); {DELETE}") from error
     if not isinstance(state, dict):
-        raise CheckpointError(f"{folder / FILES[2]}: not the state of a run; {advice}")
+        raise CheckpointError(f"{folder / STATE}: not the state of a run; {DELETE}")
     if (state.get("format"), state.get("version")) != (FORMAT, VERSION):
         found = f"{state.get('format')!r} {state.get('version')!r}"
         raise CheckpointError(
             f"{folder}: format {found}; this comtip-fast reads {FORMAT!r} {VERSION}; use the release that wrote it"
         )
-    model, optim = (_tensors(folder / name, advice) for name in FILES[:2])
-    averaged = EMA in _stated_sums(folder / SUMS)
-    return Checkpoint(model, optim, state, _tensors(folder / EMA, advice) if averaged else {})
+    return state
 
 
-def _tensors(path: Path, advice: str) -> dict[str, torch.Tensor]:
+def _tensors(path: Path) -> dict[str, torch.Tensor]:
     """Read a safetensors file; raise :class:`CheckpointError` if it is invalid."""
     try:
         return load_file(path)
     except (SafetensorError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: not safetensors ({error}); {advice}") from error
+        raise CheckpointError(f"{path}: not safetensors ({error}); {DELETE}") from error
 
 
 def verify(folder: Path) -> None:
@@ -191,27 +253,56 @@ def verify(folder: Path) -> None:
     Raises
     ------
     CheckpointError
-        A file is missing or does not match its hash.
+        A file is missing or does not match its hash, or the index of a checkpoint in parts is invalid.
     """
-    advice = "delete the folder to use an older checkpoint"
-    sums = folder / SUMS
-    if not sums.is_file():
-        raise CheckpointError(f"{sums}: missing, the checkpoint is incomplete; {advice}")
-    stated = _stated_sums(sums)
-    for name in (*FILES, EMA) if EMA in stated else FILES:
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder / name}: missing; {advice}")
-        if _sha256(folder / name) != stated.get(name):
-            raise CheckpointError(f"{folder / name}: the SHA-256 differs from {SUMS}; {advice}")
+    if is_in_parts(folder):
+        check_hashes(folder, verify_head(folder))
+        return
+    stated = stated_sums(folder / SUMS) if (folder / SUMS).is_file() else {}
+    check_hashes(folder, (*FILES, EMA) if EMA in stated else FILES)
 
 
-def newest_good(root: Path) -> tuple[int, Checkpoint] | None:
-    """Return the newest valid checkpoint and its step, or None; log a warning for each damaged one."""
+def verify_head(folder: Path) -> list[str]:
+    """Check index and state of a checkpoint in parts, and return the names of its parts, whose hashes are not checked.
+
+    Raises
+    ------
+    CheckpointError
+        See :func:`verify`.
+    """
+    check_hashes(folder, (INDEX, STATE))
+    return [file.name for file in read_index(folder).files]
+
+
+def newest_good(
+    root: Path, damage: Mapping[int, str] | None = None, *, in_parts: bool = False, moments: bool = True
+) -> tuple[int, Checkpoint] | None:
+    """Return the newest valid checkpoint and its step, or None; log a warning for each damaged one.
+
+    Parameters
+    ----------
+    root
+        Folder of the checkpoints.
+    damage
+        What is known of checkpoints in parts, by step: what is damaged, or an empty text if nothing is. Others are verified here.
+    in_parts
+        Whether the tensors of a checkpoint in parts are left on disk.
+    moments
+        See :func:`load`.
+    """
+    known = damage or {}
     for step in reversed(steps_of(root)):
+        folder = folder_of(root, step)
         try:
-            return step, load(folder_of(root, step))
+            if known.get(step):
+                raise CheckpointError(known[step])
+            if not (in_parts and is_in_parts(folder)):
+                return step, load(folder, moments=moments)
+            if step not in known:
+                verify(folder)
+            return step, load_state_of_parts(folder)
         except (CheckpointError, FileNotFoundError) as error:
-            if folder_of(root, step).is_dir():  # otherwise a running process has just deleted it
+            if folder.is_dir():  # otherwise a running process has just deleted it
                 log.warning("skipped a damaged checkpoint: %s", error)
     return None
 
@@ -235,7 +326,7 @@ def clear_leftovers(root: Path) -> None:
         step = old.name.removeprefix(".writing-").removesuffix(".old")
         if step.isdigit() and not folder_of(root, int(step)).exists():
             old.rename(folder_of(root, int(step)))
-    for path in (*root.glob(".writing-*"), *root.glob(".deleting-*")):
+    for path in (*root.glob(".writing-*"), *root.glob(".deleting-*"), *root.glob(".parts-*")):
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -254,8 +345,3 @@ def delete(folder: Path) -> None:
     shutil.rmtree(tmp_path, ignore_errors=True)
     folder.rename(tmp_path)
     shutil.rmtree(tmp_path)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

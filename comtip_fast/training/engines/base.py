@@ -6,7 +6,7 @@ that the hooks of DDP and ZeRO run, and passes this rank's *share* of the loss: 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -44,6 +44,45 @@ class Update:
         return [name for name, ok in zip(self.names, self.norms.isfinite().tolist(), strict=True) if not ok]
 
 
+@dataclass(frozen=True)
+class ParameterPart:
+    """The elements of one parameter that this rank owns, and their optimizer state."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Shape of the full parameter."""
+    start: int
+    """Index of the first own element in the flattened parameter."""
+    tensors: dict[str, Tensor]
+    """``weight`` and, of a trained parameter, the moments; 1-D, of equal length, without padding. They may be the live state."""
+    step: float | None = None
+    """Number of optimizer steps; None for a frozen parameter."""
+
+
+class PartSource(Protocol):
+    """Reads elements of parameters and of their optimizer state, for example from a checkpoint."""
+
+    def read(self, name: str, key: str, start: int, stop: int) -> Tensor | None:
+        """Return elements ``start`` to ``stop`` of the flattened ``key`` of a parameter, 1-D; None if there is no such state."""
+        ...
+
+    def step_of(self, name: str) -> float:
+        """Return the number of optimizer steps of a parameter; 0 if it was frozen."""
+        ...
+
+
+class Shards(Protocol):
+    """Access to the parameters of an engine of which every rank holds a part."""
+
+    def parts(self) -> Iterator[ParameterPart]:
+        """Yield this rank's part of every parameter; not a collective call."""
+        ...
+
+    def restore(self, source: PartSource) -> None:
+        """Replace trained weights and optimizer state by those of ``source``; called on every rank before the first step."""
+        ...
+
+
 class Engine(Protocol):
     """Runs training steps of a module; owns its optimizer."""
 
@@ -56,6 +95,8 @@ class Engine(Protocol):
     last (False)."""
     autocast: Callable[[], AbstractContextManager[Any]]
     """Returns the context that sets the run's precision, for losses that are computed outside of :meth:`call`."""
+    shards: Shards | None
+    """Access to this rank's part of the parameters; None if every rank holds all of them."""
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """Return ``function(module, *args)``, called inside the wrapped module's forward under the run's precision."""

@@ -27,7 +27,8 @@ from comtip_fast.config.schema import RunConfig
 from comtip_fast.runtime import devices, torch_internals
 from comtip_fast.training.distributed import deepspeed_internals as internals
 from comtip_fast.training.distributed.comm_timer import clock_backend, clock_of
-from comtip_fast.training.engines.base import StepModule, Update, autocast_of, clip, exceeds
+from comtip_fast.training.engines.base import Shards, StepModule, Update, autocast_of, clip, exceeds
+from comtip_fast.training.engines.zero3_shards import Zero3Shards
 from comtip_fast.training.optim import make_optimizer, mask_steps, optimizer_tensors, restore_optimizer, set_rate
 from comtip_fast.training.protocol import TrainingError
 from comtip_fast.training.update.spikes import SpikeLimit
@@ -114,6 +115,11 @@ class DeepSpeedEngine:
         if self.stage:
             internals.create_moments(
                 self._engine.optimizer, self.stage, self.optimizer.state, MOMENTS, fused=self._fused
+            )
+        self.shards: Shards | None = None
+        if self.stage == 3:
+            self.shards = Zero3Shards(
+                self.module, self._deepspeed.utils, group.rank, MOMENTS, self._steps_by_name, self._set_steps
             )
         skips = bool(self.stage) and config.optim.spike.policy == "skip"
         self._norm_limit = internals.NormLimit(self._engine.optimizer, self.stage) if skips else None
@@ -221,17 +227,7 @@ class DeepSpeedEngine:
             for key in MOMENTS:
                 if f"{name}/{key}" in tensors:
                     self._set_moment(parameter, key, tensors[f"{name}/{key}"].to(self._device()))
-        for index, state in self._states():
-            # A parameter that was frozen so far has no count.
-            names = [name for name, group in self._group_of.items() if group == index]
-            steps = {float(tensors.get(f"{name}/step", 0.0)) for name in names}
-            if len(steps) > 1:
-                raise TrainingError(
-                    f"optimizer state of the checkpoint: step counts differ ({sorted(steps)[:3]}) among parameters that ZeRO updates "
-                    f"together, e.g. {names[0]}; resume with engine.kind=auto, or with the earlier value of optim.freeze"
-                )
-            for step in steps:
-                state["step"] = torch.tensor(step, device=state["step"].device)
+        self._set_steps({name: float(tensors.get(f"{name}/step", 0.0)) for name in self._group_of})
 
     def close(self) -> None:
         """See :meth:`.base.Engine.close`."""
@@ -261,6 +257,24 @@ class DeepSpeedEngine:
     def _steps(self) -> dict[int, float]:
         """Return the number of optimizer steps of each parameter group; its parameters all have a gradient in every step."""
         return {group: float(state["step"]) for group, state in self._states() if "step" in state}
+
+    def _steps_by_name(self) -> dict[str, float]:
+        """Return the number of optimizer steps of each trained parameter."""
+        steps = self._steps()
+        return {name: steps[group] for name, group in self._group_of.items() if group in steps}
+
+    def _set_steps(self, by_name: dict[str, float]) -> None:
+        """Set the number of optimizer steps of each parameter; a parameter that was frozen so far has 0."""
+        for index, state in self._states():
+            names = [name for name, group in self._group_of.items() if group == index]
+            steps = {by_name[name] for name in names}
+            if len(steps) > 1:
+                raise TrainingError(
+                    f"optimizer state of the checkpoint: step counts differ ({sorted(steps)[:3]}) among parameters that ZeRO updates "
+                    f"together, e.g. {names[0]}; resume with engine.kind=auto, or with the earlier value of optim.freeze"
+                )
+            for step in steps:
+                state["step"] = torch.tensor(step, device=state["step"].device)
 
     def _device(self) -> torch.device:
         return next(self._task_module.parameters()).device

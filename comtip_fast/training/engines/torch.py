@@ -24,6 +24,7 @@ class TorchEngine:
     def __init__(self, module: nn.Module, config: RunConfig, group: Group) -> None:
         self.module, self.config, self.group = module, config, group
         self.name = "single" if group.size == 1 else "ddp"
+        self.shards = None
         # DDP waits for every parameter in the pass that reduces gradients, which is the last one.
         self.table_first = False
         device = next(module.parameters()).device

@@ -1,0 +1,192 @@
+"""Memory and seconds of a rank while a checkpoint is saved and loaded under ZeRO 3, in parts and whole, on CPU ranks.
+
+    PYTHONPATH=.:kernels:data_shards python bench/scale/sharded_checkpoint.py --millions 200
+
+A synthetic model of linear layers in fp32 is trained for one step on two ranks and saved, then loaded on 1, 2 and 3 ranks. The shard of a
+rank is its part of weights and moments, 12 bytes per parameter and rank. *Added* is the highest resident memory during the operation
+minus that before it, from ``VmHWM``, which includes the pages of files that are read; *anonymous* leaves these out, and is sampled.
+With two ranks and 200 million parameters, the machine needs 9 GB of memory and 5 GB of disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import hashlib
+import json
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from comtip_fast.collectives import Group
+from comtip_fast.config.io import load_config
+from comtip_fast.config.schema import RunConfig
+from comtip_fast.training.checkpoint import store as checkpoints
+from comtip_fast.training.checkpoint.async_writer import Writer, copied
+from comtip_fast.training.checkpoint.content import Checkpoint
+from comtip_fast.training.checkpoint.shard_reader import ShardReader
+from comtip_fast.training.checkpoint.shard_saver import ShardSaver
+from comtip_fast.training.checkpoint.shard_verify import damage_of_parts
+from comtip_fast.training.distributed.process_group import init_distributed
+from comtip_fast.training.engines.base import Engine
+from comtip_fast.training.engines.factory import make_engine
+from testkit.distributed import run_distributed
+
+WIDTH, STATE = 4096, {"step": 1}
+MB = 1e6
+
+
+def status(key: str) -> float:
+    """Return a row of this process's memory in MB."""
+    text = Path("/proc/self/status").read_text(encoding="ascii")
+    return next(int(line.split()[1]) for line in text.splitlines() if line.startswith(f"{key}:")) * 1024 / MB
+
+
+@contextmanager
+def measured(row: dict[str, float]) -> Iterator[None]:
+    """Add the highest added memory in MB and the seconds of the block to ``row``."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM starts again
+    before, anonymous, ended = status("VmRSS"), status("RssAnon"), threading.Event()
+    highest = [anonymous]
+
+    def sample() -> None:
+        while not ended.wait(0.005):
+            highest[0] = max(highest[0], status("RssAnon"))
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        row["seconds"] = time.perf_counter() - began
+        ended.set()
+        thread.join()
+        row["added"], row["anonymous"] = status("VmHWM") - before, highest[0] - anonymous
+
+
+def model_of(millions: float, seed: int) -> nn.Module:
+    """Return linear layers of about this number of parameters."""
+    torch.manual_seed(seed)
+    return nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(max(1, round(millions * 1e6 / WIDTH**2)))))
+
+
+def trained(module: nn.Module, config: RunConfig, group: Group) -> Engine:
+    """Return an engine after one step, so that the memory of training is in use."""
+    engine = make_engine(module, config, group)
+    engine.module.train()
+    engine.start_step(1e-3)
+    with engine.piece(last=True):
+        loss = engine.call(lambda m, x: m(x).square().mean(), torch.ones(2, WIDTH)) / group.size
+        engine.backward(loss)
+    engine.update(True)
+    return engine
+
+
+def digest(engine: Engine) -> str:
+    """Return a hash of this rank's part of weights and moments."""
+    assert engine.shards is not None
+    out = hashlib.sha256()
+    for part in engine.shards.parts():
+        for tensor in part.tensors.values():
+            out.update(tensor.numpy().tobytes())
+    return out.hexdigest()
+
+
+def save(engine: Engine, group: Group, folder: Path, row: dict[str, float]) -> None:
+    """Save in parts, in the background; ``blocked`` are the seconds until training could continue."""
+    saver = ShardSaver(folder, group, Writer(), background=True, pause=no_pause)
+    began = time.perf_counter()
+    with measured(row):
+        saver.start(1, engine, STATE, lambda: None)
+        row["blocked"] = time.perf_counter() - began
+        saver.complete()
+        saver.writer.drain()
+
+
+def save_whole(engine: Engine, module: nn.Module, group: Group, folder: Path, row: dict[str, float]) -> None:
+    """Save whole tensors, in the background, as ``train.checkpoint=whole`` does."""
+    writer = Writer()
+    began = time.perf_counter()
+    with measured(row):
+        optim: dict[str, Tensor] = engine.optimizer_state()
+        with engine.gathered_for_read():
+            if group.rank == 0:
+                snapshot = copied(Checkpoint(module.state_dict(), optim, STATE))
+                writer.submit(lambda: checkpoints.save(folder, 2, snapshot) and None)
+        row["blocked"] = time.perf_counter() - began
+        writer.drain()
+
+
+@contextmanager
+def no_pause() -> Iterator[None]:
+    """Do nothing while other ranks are waited for."""
+    yield
+
+
+def rank(what: str, folder: Path, millions: float) -> None:
+    """Measure as one rank and write the row to a file."""
+    torch.set_num_threads(1)
+    config = load_config(None, ["engine.kind=deepspeed", "engine.zero_stage=3", "optim.clip=1.0", "train.device=cpu"])
+    row: dict[str, float] = {}
+    with init_distributed(600.0, "cpu") as group:
+        module = model_of(millions, seed=what == "load")
+        row["shard"] = sum(p.numel() for p in module.parameters()) * 12 / group.size / MB
+        engine = trained(module, config, group)
+        row["training"] = status("VmRSS")
+        if what == "save":
+            save(engine, group, folder, row)
+            (folder / f"digest{group.rank}").write_text(digest(engine), encoding="ascii")
+        elif what == "whole":
+            save_whole(engine, module, group, folder, row)
+        else:
+            with measured(row):
+                assert damage_of_parts(folder, group, no_pause) == {1: ""}
+                with ShardReader(checkpoints.folder_of(folder, 1)) as reader:
+                    assert engine.shards is not None
+                    engine.shards.restore(reader)
+            if group.size == 2:
+                row["equal"] = digest(engine) == (folder / f"digest{group.rank}").read_text(encoding="ascii")
+    print("ROW " + json.dumps(row), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--millions", type=float, default=200, help="parameters in millions (default 200)")
+    parser.add_argument("--work", type=Path, help="folder for the checkpoints (default: a temporary one)")
+    parser.add_argument("--rank", nargs=2, metavar=("WHAT", "FOLDER"), help="measure as one rank (used internally)")
+    args = parser.parse_args()
+    if args.rank:
+        rank(args.rank[0], Path(args.rank[1]), args.millions)
+        return
+    print(
+        "| operation | ranks | rank | training MB | shard MB | added MB | anonymous MB | added / shard | s | blocked s |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory(dir=args.work) as folder:
+        for what, world in (("save", 2), ("load", 1), ("load", 2), ("load", 3), ("whole", 2)):
+            arguments = [__file__, "--rank", what, folder, "--millions", str(args.millions)]
+            outputs = run_distributed(arguments, world, timeout_s=1800, environment={"MALLOC_ARENA_MAX": "2"})
+            for i, text in enumerate(outputs):
+                row = json.loads(next(line[4:] for line in text.splitlines() if line.startswith("ROW ")))
+                if not row.get("equal", True):
+                    sys.exit(f"rank {i}: the loaded part differs from the saved one")
+                numbers = [f"{row[k]:,.0f}" for k in ("training", "shard", "added", "anonymous")]
+                ratio, blocked = (
+                    f"{row['added'] / row['shard']:.2f}",
+                    f"{row['blocked']:.2f}" if "blocked" in row else "",
+                )
+                cells = [what, world, i, *numbers, ratio, f"{row['seconds']:.1f}", blocked]
+                print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Content of a checkpoint in memory, and the hashes of its files."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SUMS = "SHA256SUMS"
+"""File with one line per file of the checkpoint, in the format of ``sha256sum -c``."""
+STATE = "state.json"
+DELETE = "delete the folder to use an older checkpoint"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, damaged or of another format version. The message names the folder and the fix."""
+
+
+@dataclass
+class Checkpoint:
+    """Everything that is needed to resume a run."""
+
+    model: dict[str, torch.Tensor]
+    """State dict of the module."""
+    optim: dict[str, torch.Tensor]
+    """Optimizer state as tensors named ``<parameter>/<entry>``."""
+    state: dict[str, Any]
+    """JSON data: step, position in the epoch, best score, random state, config."""
+    ema: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Averages of the trained weights, by parameter name; empty without ``optim.ema``."""
+    parts: Path | None = None
+    """Folder of a checkpoint in parts whose tensors have not been read."""
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file, which is read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def stated_sums(path: Path) -> dict[str, str]:
+    """Return ``{file: hash}`` of a file of hashes."""
+    lines = path.read_bytes().decode("utf-8", "replace").splitlines()
+    return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+
+
+def check_hashes(folder: Path, names: Iterable[str]) -> None:
+    """Check files of a checkpoint against its file of hashes.
+
+    Raises
+    ------
+    CheckpointError
+        A file is missing or does not match its hash.
+    """
+    sums = folder / SUMS
+    if not sums.is_file():
+        raise CheckpointError(f"{sums}: missing, the checkpoint is incomplete; {DELETE}")
+    stated = stated_sums(sums)
+    for name in names:
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name}: missing; {DELETE}")
+        if sha256_of(folder / name) != stated.get(name):
+            raise CheckpointError(f"{folder / name}: the SHA-256 differs from {SUMS}; {DELETE}")

@@ -1,0 +1,102 @@
+"""A rank's part of parameters and optimizer state under ZeRO 3, read and written without gathering a parameter.
+
+ZeRO 3 divides the n elements of a flattened parameter over W ranks: rank r owns the elements from r ceil(n/W), and the shard of
+the last ranks is padded to this length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from comtip_fast.training.engines.base import ParameterPart, PartSource
+
+WEIGHT = "weight"
+
+
+class Zero3Shards:
+    """Implementation of :class:`.base.Shards` on DeepSpeed's functions for local partitions.
+
+    Parameters
+    ----------
+    module
+        The partitioned module.
+    utils
+        ``deepspeed.utils``.
+    rank
+        Rank of this process.
+    moments
+        Names of the optimizer state of a parameter.
+    steps
+        Returns the number of optimizer steps by name of a trained parameter.
+    set_steps
+        Sets these numbers.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        utils: Any,
+        rank: int,
+        moments: Sequence[str],
+        steps: Callable[[], dict[str, float]],
+        set_steps: Callable[[dict[str, float]], None],
+    ) -> None:
+        self._module, self._utils, self._rank, self._moments = module, utils, rank, moments
+        self._steps, self._set_steps = steps, set_steps
+
+    def parts(self) -> Iterator[ParameterPart]:
+        """See :meth:`.base.Shards.parts`."""
+        steps = self._steps()
+        for name, parameter in self._named():
+            start, length = self._range(parameter)
+            tensors = {
+                key: value.detach().flatten()[:length]
+                for key, value in self._own(parameter).items()
+                if value is not None
+            }
+            yield ParameterPart(name, tuple(parameter.ds_shape), start, tensors, steps.get(name))
+
+    @torch.no_grad()
+    def restore(self, source: PartSource) -> None:
+        """See :meth:`.base.Shards.restore`; weights and moments that ``source`` lacks are not changed."""
+        trained = [(name, p) for name, p in self._named() if p.requires_grad]
+        for name, parameter in trained:
+            if parameter.ds_status.name == "AVAILABLE":  # gathered: the copy would hide the new weights
+                parameter.partition()
+            start, length = self._range(parameter)
+            for key in (WEIGHT, *self._moments):
+                value = source.read(name, key, start, start + length)
+                if value is not None:
+                    self._set(parameter, key, value)
+        self._set_steps({name: source.step_of(name) for name, _ in trained})
+
+    def _named(self) -> Iterator[tuple[str, Any]]:
+        """Return names and parameters, to which DeepSpeed has added attributes."""
+        yield from self._module.named_parameters()
+
+    def _range(self, parameter: Any) -> tuple[int, int]:
+        """Return the first own element of a flattened parameter and the number of own elements."""
+        size = int(parameter.ds_tensor.ds_numel)
+        start = min(self._rank * size, int(parameter.ds_numel))
+        return start, min(size, int(parameter.ds_numel) - start)
+
+    def _own(self, parameter: Any) -> dict[str, Tensor | None]:
+        """Return the padded shard of the weights and moments of a parameter; of a frozen one, the weights only."""
+        if not parameter.requires_grad:
+            return {WEIGHT: parameter.ds_tensor}
+        moments = {key: self._utils.safe_get_local_optimizer_state(parameter, key) for key in self._moments}
+        return {WEIGHT: self._utils.safe_get_local_fp32_param(parameter), **moments}
+
+    def _set(self, parameter: Any, key: str, value: Tensor) -> None:
+        """Set the shard of the weights or of a moment to ``value``, which has no padding."""
+        padded = nn.functional.pad(value, (0, int(parameter.ds_tensor.ds_numel) - value.numel()))
+        if key == WEIGHT:
+            # The optimizer's copy and the copy that forward passes gather; without offloading they are one tensor.
+            self._utils.safe_set_local_fp32_param(parameter, padded)
+            parameter.ds_tensor.copy_(padded)
+        else:
+            self._utils.safe_set_local_optimizer_state(parameter, padded, key)
