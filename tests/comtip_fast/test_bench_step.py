@@ -65,7 +65,7 @@ def test_the_command_measures_every_step(tiny_shards: ShardSet, tiny_overrides: 
     config = tmp_path / "tiny.yaml"
     config.write_text("name: tiny\n")
     args = Namespace(
-        config=config, set=[*tiny_overrides, *SIZES], shards=tiny_shards.path, source=None, work=tmp_path, px=0
+        config=config, set=[*tiny_overrides, *SIZES], shards=tiny_shards.path, source=None, work=tmp_path, px=None
     )
     args = Namespace(**vars(args), out=None, steps=["plain", "bleep", "open_clip"], rounds=1, per_round=1, device="cpu")
     assert command._step(args) == 0

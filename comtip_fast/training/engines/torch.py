@@ -13,7 +13,7 @@ from comtip_fast.collectives import Group
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.runtime import devices
 from comtip_fast.training.distributed.comm_timer import clock_of
-from comtip_fast.training.engines.base import StepModule, Update, autocast_of, cast_groups_of, clip
+from comtip_fast.training.engines.base import Shards, StepModule, Update, autocast_of, cast_groups_of, clip
 from comtip_fast.training.optim import make_optimizer, mask_steps, optimizer_tensors, restore_optimizer, set_rate
 from comtip_fast.training.update.spikes import SpikeLimit
 
@@ -24,7 +24,7 @@ class TorchEngine:
     def __init__(self, module: nn.Module, config: RunConfig, group: Group) -> None:
         self.module, self.config, self.group = module, config, group
         self.name = "single" if group.size == 1 else "ddp"
-        self.shards = None
+        self.shards: Shards | None = None
         # DDP waits for every parameter in the pass that reduces gradients, which is the last one.
         self.table_first = False
         device = next(module.parameters()).device
