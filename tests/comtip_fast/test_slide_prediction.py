@@ -467,7 +467,7 @@ def test_tiles_that_cannot_be_used_are_refused(quick: Path, tiles: np.ndarray, m
 def test_positions_of_tiles_are_checked(quick: Path):
     model, tiles = Model(Predictor.load(quick)), np.zeros((2, 64, 64, 3), np.uint8)
     for xy in (np.zeros((3, 2)), np.full((2, 2), np.nan)):
-        with pytest.raises(ValueError, match="expected finite values of shape .2, 2.; pass the centre of every tile"):
+        with pytest.raises(ValueError, match=r"expected finite values of shape .2, 2.; pass the centre of every tile"):
             model.predict_tiles(tiles, 3.5, GENES, xy=xy)
     with pytest.raises(SourceError, match="species"):
         model.predict_tiles(tiles, 3.5, GENES, species="rat")
