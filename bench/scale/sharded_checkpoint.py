@@ -31,7 +31,7 @@ from comtip_fast.config.schema import RunConfig
 from comtip_fast.training.checkpoint import store as checkpoints
 from comtip_fast.training.checkpoint.async_writer import Writer, copied
 from comtip_fast.training.checkpoint.content import Checkpoint
-from comtip_fast.training.checkpoint.shard_reader import ShardReader
+from comtip_fast.training.checkpoint.parts.reader import ShardReader
 from comtip_fast.training.checkpoint.shard_saver import ShardSaver
 from comtip_fast.training.checkpoint.shard_verify import damage_of_parts
 from comtip_fast.training.distributed.process_group import init_distributed

@@ -25,11 +25,11 @@ from comtip_fast.config.io import config_to_dict
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.runtime import devices
 from comtip_fast.training.checkpoint import store as checkpoints
+from comtip_fast.training.checkpoint.parts.reader import ShardReader
 from comtip_fast.training.checkpoint.resume import CHECKPOINTS, find_checkpoint
 from comtip_fast.training.checkpoint.run_state import RunState, deterministic, set_random_state
 from comtip_fast.training.checkpoint.saver import CheckpointSaver
 from comtip_fast.training.checkpoint.schema import load_weights
-from comtip_fast.training.checkpoint.shard_reader import ShardReader
 from comtip_fast.training.checkpoint.store import Checkpoint
 from comtip_fast.training.distributed.failures import ADVICE, explain_failures, hard_exit
 from comtip_fast.training.distributed.process_group import on_every_rank, on_rank_zero

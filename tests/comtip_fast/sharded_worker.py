@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from comtip_fast.collectives import Group
 from comtip_fast.training.checkpoint import shard_saver
-from comtip_fast.training.checkpoint.shard_writer import RankPart, Written
+from comtip_fast.training.checkpoint.parts.writer import RankPart, Written
 from comtip_fast.training.distributed.failures import RestartError
 from comtip_fast.training.distributed.process_group import init_distributed
 from comtip_fast.training.trainer import Trainer

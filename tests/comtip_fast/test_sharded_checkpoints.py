@@ -21,10 +21,10 @@ from comtip_fast.training.checkpoint import shard_saver
 from comtip_fast.training.checkpoint import store as checkpoints
 from comtip_fast.training.checkpoint.async_writer import Writer
 from comtip_fast.training.checkpoint.content import CheckpointError
-from comtip_fast.training.checkpoint.shard_reader import ShardReader
+from comtip_fast.training.checkpoint.parts.reader import ShardReader
+from comtip_fast.training.checkpoint.parts.writer import index_of, part_of_rank, write_part
 from comtip_fast.training.checkpoint.shard_saver import ShardSaver
 from comtip_fast.training.checkpoint.shard_verify import damage_of_parts
-from comtip_fast.training.checkpoint.shard_writer import index_of, part_of_rank, write_part
 from comtip_fast.training.distributed.failures import RestartError
 from comtip_fast.training.engines.base import ParameterPart
 from testkit.distributed import run_distributed

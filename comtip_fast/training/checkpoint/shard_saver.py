@@ -17,8 +17,8 @@ from comtip_fast.collectives import Group
 from comtip_fast.training.checkpoint import store as checkpoints
 from comtip_fast.training.checkpoint.async_writer import Writer
 from comtip_fast.training.checkpoint.content import CheckpointError
-from comtip_fast.training.checkpoint.shard_reader import buffer_names
-from comtip_fast.training.checkpoint.shard_writer import RankPart, Written, index_of, part_of_rank, write_part
+from comtip_fast.training.checkpoint.parts.reader import buffer_names
+from comtip_fast.training.checkpoint.parts.writer import RankPart, Written, index_of, part_of_rank, write_part
 from comtip_fast.training.distributed.process_group import Pause, on_every_rank, on_rank_zero
 from comtip_fast.training.engines.base import Engine
 

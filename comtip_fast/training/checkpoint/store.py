@@ -2,7 +2,7 @@
 
     checkpoints/step_00000100/{model.safetensors, optim.safetensors, state.json, SHA256SUMS}    with optim.ema also ema.safetensors
 
-A checkpoint of a sharded model can have one file per rank instead of the first two, and an index: :mod:`.shard_index`.
+A checkpoint of a sharded model can have one file per rank instead of the first two, and an index: :mod:`.parts.index`.
 
 Folders whose names start with a dot are being written or deleted; :func:`clear_leftovers` removes those of a killed
 process. Checkpoints that fail verification are renamed to ``damaged_step_*`` and kept for inspection.
@@ -35,8 +35,8 @@ from comtip_fast.training.checkpoint.content import (
     sha256_of,
     stated_sums,
 )
-from comtip_fast.training.checkpoint.shard_index import INDEX, ShardIndex, part_name, read_index
-from comtip_fast.training.checkpoint.shard_reader import ShardReader
+from comtip_fast.training.checkpoint.parts.index import INDEX, ShardIndex, part_name, read_index
+from comtip_fast.training.checkpoint.parts.reader import ShardReader
 from comtip_fast.training.distributed.failures import ADVICE, RestartError
 
 log = logging.getLogger("comtip_fast")

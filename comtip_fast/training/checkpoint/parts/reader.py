@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from comtip_fast.training.checkpoint.content import DELETE, CheckpointError
-from comtip_fast.training.checkpoint.shard_index import BUFFER, IndexedParameter, ShardIndex, part_name, read_index
-from comtip_fast.training.checkpoint.shard_writer import TYPES
+from comtip_fast.training.checkpoint.parts.index import BUFFER, IndexedParameter, ShardIndex, part_name, read_index
+from comtip_fast.training.checkpoint.parts.writer import TYPES
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _OF_NAME = {name: dtype for dtype, name in TYPES.items()}

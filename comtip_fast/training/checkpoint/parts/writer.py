@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from comtip_fast.training.checkpoint.content import sha256_of
-from comtip_fast.training.checkpoint.shard_index import (
+from comtip_fast.training.checkpoint.parts.index import (
     BUFFER,
     IndexedBuffer,
     IndexedParameter,
