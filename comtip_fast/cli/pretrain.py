@@ -42,7 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, and return the exit code: 75 for a failure that a restart can fix, 2 for bad input, which torchrun does not retry."""
+    """Train, and return the exit code: 0, 75 for a failure that a restart can fix, or 143 if a signal stopped the run.
+
+    Bad input raises one of :data:`BAD_INPUT`, for which ``main`` returns 2. torchrun restarts a rank after any error; if a
+    restart cannot fix the input, the next start prints the message again and returns 2 at once, see :class:`RestartGuard`.
+    """
     from comtip_fast.training.distributed.restart_guard import RestartGuard
 
     guard = RestartGuard([*map(str, (args.config, args.out, args.start_from)), *args.overrides])

@@ -37,11 +37,8 @@ class _Loader(yaml.SafeLoader):
         """Compose the document; refuse aliases that expand to more than :data:`MAX_NODES` nodes."""
         node = super().get_single_node()
         if node is not None and _expanded_nodes(node, {}) > MAX_NODES:
-            raise yaml.constructor.ConstructorError(
-                None,
-                None,
-                f"aliases (*name) expand to more than {MAX_NODES:,} values; write the values without aliases",
-                node.start_mark,
+            raise ConfigError(
+                f"aliases (*name) expand to more than {MAX_NODES:,} values; write the values without aliases"
             )
         return node
 
@@ -107,6 +104,8 @@ def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> RunCo
             raise ConfigError(
                 f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save the file as UTF-8"
             ) from error
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
         except yaml.YAMLError as error:
             raise ConfigError(f"{path}: not YAML: {_yaml_problem(error)}; correct this line") from error
         if read is not None and not isinstance(read, dict):
@@ -192,6 +191,8 @@ def _scalar(text: str) -> Any:
     """Return the value of an override, parsed as YAML."""
     try:
         return yaml.load(text, _Loader)
+    except ConfigError as error:
+        raise ConfigError(f"override {text[:80]!r}: {error}") from None
     except yaml.YAMLError as error:
         raise ConfigError(
             f"override: {text!r} is not a YAML value: {_yaml_problem(error)}; put text in YAML quotes, as in name='\"a: b\"'"

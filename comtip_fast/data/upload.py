@@ -57,7 +57,10 @@ class PackedTensors:
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a copy of a tensor on ``device``; a copy from the host to a GPU is asynchronous, from pinned memory."""
+    """Return a tensor on ``device``: the same tensor if it is there already, else a copy.
+
+    A copy from the host to a GPU is asynchronous, from pinned memory; in a worker process of a loader it is neither.
+    """
     if tensor.device.type != "cpu" or not can_pin(device):
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)

@@ -180,7 +180,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         TypeError,
         AttributeError,
     ) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or "the file ends too early").splitlines()[0]
         raise ValueError(
             f"vision.pretrained={path}: cannot be read as weights ({reason}); save a state dict, as safetensors if you can"
         ) from error

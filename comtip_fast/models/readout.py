@@ -182,7 +182,7 @@ class LinearReadout:
     def predict(
         self, x_NF: np.ndarray, keys: Sequence[str], cohort: str | None = None, vectors: GeneVectors | None = None
     ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Predict the expression of genes in one section.
+        """Predict the expression of genes in one section with the linear heads alone, without the level sentences.
 
         Parameters
         ----------
@@ -198,7 +198,8 @@ class LinearReadout:
         Returns
         -------
         values, known
-            ``cp10k`` and ``raw``, float32 (N, G), and whether a head decodes each gene, bool (G,); other columns are 0.
+            ``cp10k`` and ``raw``: log1p of CP10K and of raw counts, float32 (N, G); and whether a head decodes each gene, bool
+            (G,). Columns of other genes are 0.
 
         Raises
         ------
@@ -272,7 +273,9 @@ class ReadoutDecoder:
         return self._count > 0
 
     def predict(self, x_NF: np.ndarray, section: Moments | None = None) -> dict[str, np.ndarray]:
-        """Predict ``cp10k`` and ``raw``, float32 (N, G); columns of genes that no head decodes are 0.
+        """Predict ``cp10k`` and ``raw`` with the linear heads: log1p of CP10K and of raw counts, float32 (N, G).
+
+        Columns of genes that no head decodes are 0.
 
         Parameters
         ----------

@@ -207,6 +207,9 @@ def test_files_that_do_not_fit_are_refused_with_the_settings_that_would(
     (tmp_path / "cut.safetensors").write_bytes(deep.read_bytes()[:200])
     with pytest.raises(ValueError, match="cannot be read as weights"):
         load(tmp_path / "cut.safetensors")
+    (tmp_path / "empty.pt").touch()
+    with pytest.raises(ValueError, match=r"empty\.pt: cannot be read as weights \(the file ends too early\)"):
+        load(tmp_path / "empty.pt")
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ValueError, match=r"config\.json: not a model description"):
         load(deep, depth=3, init_values=1e-5)

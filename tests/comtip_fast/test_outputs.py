@@ -27,7 +27,7 @@ from comtip_fast.cli import main
 from comtip_fast.config.io import load_config
 from comtip_fast.data.h5ad import write_h5ad
 from comtip_fast.runtime.csv_text import csv_text
-from comtip_fast.training import trainer
+from comtip_fast.training.checkpoint import resume
 from comtip_fast.training.checkpoint import store as checkpoints
 from comtip_fast.training.distributed.failures import RESTART_CODE, RestartError
 from comtip_fast.training.protocol import TrainingError
@@ -280,7 +280,7 @@ def test_a_read_only_folder_is_bad_input_because_a_restart_does_not_help(
 ):
     error = OSError(errno.EROFS, os.strerror(errno.EROFS), "x") if plain else wrapped(errno.EROFS)
     owner, name = {
-        "config": (trainer, "write_atomic"),
+        "config": (resume, "write_atomic"),
         "checkpoint": (checkpoints, "save_file"),
         "export": (StandIn, "export"),
     }[target]

@@ -165,7 +165,8 @@ def test_aliases_of_a_config_are_bounded(tmp_path: Path):
     (tmp_path / "circle.yaml").write_text("data: &d {views: *d}")
     for name in ("bomb", "circle"):
         with pytest.raises(
-            ConfigError, match=rf"{name}\.yaml: .*aliases \(\*name\) expand to more than 100,000 values"
+            ConfigError,
+            match=rf"{name}\.yaml: aliases \(\*name\) expand to more than 100,000 values; write .* without aliases$",
         ):
             load_config(tmp_path / f"{name}.yaml")
     (tmp_path / "good.yaml").write_text("optim: {lr: &rate 1.0e-3}\ntrain: {seed: 3}\n")
