@@ -103,6 +103,7 @@ def stand_in_engines(mode: StandInMode) -> Iterator[None]:
         initialize=lambda model, optimizer, **options: (StandInDeepSpeed(model, optimizer, **options),),
         zero=SimpleNamespace(GatheredParameters=lambda *_a, **_k: nullcontext()),
         comm=SimpleNamespace(comm=SimpleNamespace(cdb=SimpleNamespace())),
+        utils=SimpleNamespace(),  # its functions read parts of checkpoints, which are not walked
     )
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(torch_engine, "DistributedDataParallel", ddp))

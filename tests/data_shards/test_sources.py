@@ -213,6 +213,17 @@ def test_legacy_st_reads_selection_and_works_out_the_scale(legacy: Path):
     assert section.meta.mpp == pytest.approx(200 / np.sqrt(25 * 20), rel=1e-3)
 
 
+@pytest.mark.parametrize("facts", [FACTS, FACTS | {"mpp": 8.0}], ids=["derived scale", "stated scale"])
+@pytest.mark.parametrize("column", ["x", "pixel_x"])
+def test_legacy_st_without_a_pitch_is_refused(legacy: Path, column: str, facts: dict[str, object]):
+    x, y = np.array([2, 10, 20] * 3), np.repeat([3, 15, 30], 3)
+    table = pd.DataFrame({"x": x, "y": y, "pixel_x": x * 25.0, "pixel_y": y * 20.0})
+    table[column] = table[column].astype(float).where(table.index != 4, 1e300) if column == "x" else 7.0
+    table.to_csv(legacy / "A1_selection.tsv", sep="\t", index=False)
+    with pytest.raises(SourceError, match=r"give a pitch of \S+ px; correct positions and array coordinates"):
+        open_source(legacy, overrides=facts)
+
+
 def test_legacy_st_asks_for_what_it_cannot_know(legacy: Path):
     with pytest.raises(SourceError, match="set `tissue`"):
         open_source(legacy, overrides={"species": "human"})

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import h5py
@@ -324,6 +325,10 @@ BAD_ALIGNMENT = {
     "flat": (lambda r: write_matrix(r, matrix() * [[0, 0, 1], [0, 0, 1], [1, 1, 1]]), "scales of the two axes"),
     "elsewhere": (lambda r: write_matrix(r, matrix() + [[0, 0, 9e4], [0, 0, 0], [0, 0, 0]]), "outside the H&E"),
     "inverted": (lambda r: write_matrix(r, np.linalg.inv(matrix())), "a matrix from H&E px to DAPI px"),
+    "endless": (
+        lambda r: os.truncate(write_matrix(r), 1 << 30),
+        r"alignment\.csv: 1,073,741,824 bytes, but .* 9 numbers",
+    ),
 }
 
 
@@ -398,6 +403,7 @@ BAD = {
     "other genes": (edit_transcripts(feature_name="TTN", is_gene=True), "not in the panel"),
     "no positions": (edit_transcripts(x_location=np.nan), "no position"),
     "position is text": (edit_transcripts(x_location="here"), "x_location has type string"),
+    "flag is binary": (edit_transcripts(is_gene=b"yes"), "column is_gene is binary, not true and false"),
     "not um": (edit_transcripts(x_location=1e15), "check that positions are in um"),
     "column gone": (
         lambda r: pd.read_parquet(r / "transcripts.parquet").drop(columns="qv").to_parquet(r / "transcripts.parquet"),

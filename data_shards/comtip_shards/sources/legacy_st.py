@@ -105,6 +105,10 @@ def _source(
 
 def _scale(path: Path, stated: float | None, pitch_px: float, notes: list[str]) -> float:
     """Return um per px: the stated scale, which must give a plausible pitch, or else that of the array's pitch."""
+    if not 1 <= pitch_px < np.inf:
+        raise SourceError(
+            f"{path}: the positions of the spots give a pitch of {pitch_px:g} px; correct positions and array coordinates in the spot file"
+        )
     if stated is None:
         notes.append(f"scale from the array's {PITCH_UM:g} um pitch: {PITCH_UM / pitch_px:.4f} um per px")
         return PITCH_UM / pitch_px

@@ -43,6 +43,10 @@ class Alignment:
         return dapi_xy_N2 @ inverse[:2, :2].T + inverse[:2, 2]
 
 
+MAX_BYTES = 1 << 20
+"""Largest size of an alignment file."""
+
+
 def read_alignment(path: Path, pixel_size: float) -> Alignment:
     """Read an alignment matrix or keypoints.
 
@@ -60,6 +64,11 @@ def read_alignment(path: Path, pixel_size: float) -> Alignment:
     """
     with reading(existing(path, "alignment of the H&E image"), "a matrix of 3 x 3 numbers or keypoints with a header"):
         plain = unpacked(path)
+        if plain.stat().st_size > MAX_BYTES:
+            raise SourceError(
+                f"{path}: {plain.stat().st_size:,} bytes, but an alignment of the H&E image has 9 numbers or a few keypoints; export it "
+                "again from Xenium Explorer"
+            )
         with plain.open(encoding="utf-8-sig") as file:
             header = [n.strip().strip('"').lower() for n in file.readline().split(",")]
         named = any(n.isalpha() for n in header)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from comtip_shards.errors import SourceError
 from comtip_shards.sections.pooling import Pooler
@@ -46,7 +47,7 @@ def pool_transcripts(run: XeniumRun, path: Path, qv: float) -> tuple[Pooler, lis
         kinds = np.array([*(_kind(w, row_of) for w in words), -2], np.int64)
         gene = kinds[code]  # -1: control, -2: not in the panel; code -1 selects the last entry, -2
         if flagged:
-            gene[(gene >= 0) & ~np.asarray(batch.column("is_gene").fill_null(True), bool)] = -1
+            gene[(gene >= 0) & ~_is_gene(batch, path)] = -1
         xyq = numbers_of(batch, ["x_location", "y_location", "qv"], path)
         bad = {
             "control probes": gene == -1,
@@ -65,6 +66,23 @@ def pool_transcripts(run: XeniumRun, path: Path, qv: float) -> tuple[Pooler, lis
             f"{path}: no transcript is left ({'; '.join(excluded) or 'the table is empty'}); reduce `qv` or check the panel"
         )
     return pooler, [f"{pooler.total_units:,} transcripts with qv of at least {qv:g} pooled", *excluded]
+
+
+def _is_gene(batch: pa.RecordBatch, path: Path) -> np.ndarray:
+    """Return the column ``is_gene``, bool; a missing value counts as true.
+
+    Raises
+    ------
+    SourceError
+        The column has values that are not true and false.
+    """
+    column = batch.column("is_gene")
+    try:
+        return np.asarray(column.cast(pa.bool_()).fill_null(True), bool)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise SourceError(
+            f"{path}: column is_gene is {column.type}, not true and false; convert it, or remove the column"
+        ) from error
 
 
 def _kind(word: str, row_of: Mapping[str, int]) -> int:
