@@ -96,15 +96,27 @@ def read_patches(path: Path, mpp: float) -> Patches:
         raise SourceError(
             f"{path}: {len(barcodes)} barcodes, but coords of shape {coords.shape} and img of shape {pixels}; download it again"
         )
-    source_mpp = float(attrs.get("pixel_size", mpp))
+    source_mpp = _positive(attrs, "pixel_size", mpp, path)
     if abs(source_mpp / mpp - 1) > 0.02:
         raise SourceError(
             f"{path}: extracted at {source_mpp:g} um per px, but the section has {mpp:g}; set `mpp` to {source_mpp:g}"
         )
     side = int(pixels[1]) if pixels is not None else 224
-    width_px = float(attrs.get("patch_size_src", side * HEST_MPP / source_mpp))
+    width_px = _positive(attrs, "patch_size_src", side * HEST_MPP / source_mpp, path)
     width_um = round(width_px * source_mpp, 2)
     return Patches(path, {b: i for i, b in enumerate(barcodes)}, coords, width_px, width_um, pixels is not None)
+
+
+def _positive(attrs: dict[str, Any], name: str, default: float, path: Path) -> float:
+    """Return an attribute, or ``default`` without it; raises SourceError if it is not one positive number."""
+    value = attrs.get(name, default)
+    try:
+        number = float(np.asarray(value).item())
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise SourceError(f"{path}: attribute {name} is {str(value)[:40]}, not one positive number; download it again")
+    return number
 
 
 def _open(path: Path) -> h5py.File:

@@ -204,6 +204,8 @@ def _h5_chunks(
         if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < n_features:
             raise SourceError(f"{path}: an index exceeds the {n_features} features; copy or download the file again")
         pointer = indptr[start : stop + 1] - indptr[start]
+        if data.dtype == np.float16:  # which sparse matrices of SciPy cannot select columns of
+            data = data.astype(np.float32)
         yield (
             _strings(group["barcodes"][start:stop]),
             sparse.csr_matrix((data, indices, pointer), (stop - start, n_features)),
