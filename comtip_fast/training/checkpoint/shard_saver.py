@@ -56,11 +56,6 @@ class ShardSaver:
         self._prune: Callable[[], None] = lambda: None
 
     @property
-    def in_flight(self) -> bool:
-        """Whether a checkpoint is not complete; equal on all ranks."""
-        return self._in_flight is not None
-
-    @property
     def writing(self) -> bool:
         """Whether this rank's part is being written."""
         return self._in_flight is not None and self.writer.busy

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from comtip_fast.training.checkpoint.content import DELETE, CheckpointError
-from comtip_fast.training.checkpoint.parts.index import BUFFER, IndexedParameter, ShardIndex, part_name, read_index
+from comtip_fast.training.checkpoint.parts.index import BUFFER, ShardIndex, part_name, read_index
 from comtip_fast.training.checkpoint.parts.writer import TYPES
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -124,10 +124,6 @@ class ShardReader:
             out |= {f"{p.name}/{key}": t for key in MOMENTS if (t := self.whole(p.name, key)) is not None}
             out[f"{p.name}/step"] = torch.tensor(p.step)
         return out
-
-    def parameter(self, name: str) -> IndexedParameter:
-        """Return the entry of a parameter in the index."""
-        return self._parameters[name]
 
     def _open(self, rank: int) -> Any:
         path = self.folder / part_name(rank)
