@@ -393,4 +393,6 @@ def spills(configs: dict[str, dict[str, Any]], padded_levels: int, columns: int)
         return padded_levels >= columns
     if configs is WEIGHTED_SUM_TRANSPOSE:
         return padded_levels > columns
+    if configs is LEVEL_GRADIENT:
+        return padded_levels < 8
     return configs is SAMPLED_DOT and padded_levels < 4
