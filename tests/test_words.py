@@ -17,7 +17,7 @@ FORBIDDEN = {
     r"\bend_now\b": "hard_exit",
     r"\bRefusals\b": "RestartGuard",
     r"\bat_home\b": "gathered_for_read",
-    r"\bwritable\(": "summon_full_params",
+    r"\bwritable\(": "elementwise",
     r"\bover_heads\b": "embedding_losses",
     r"\b_?half_row\b": "row_weight",
     r"\b_Everyone\b": "gather_row_metadata",

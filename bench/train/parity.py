@@ -26,6 +26,7 @@ from comtip_fast.config.io import load_config
 from comtip_fast.training.distributed.process_group import broadcast, distributed_env, init_distributed
 from comtip_fast.training.engines.base import Engine
 from comtip_fast.training.engines.factory import make_engine
+from comtip_fast.training.engines.paged_weights import paging
 from comtip_fast.training.grad_cache import forward_backward
 from comtip_fast.training.task import CoMTIPTask, build_task
 from testkit.distributed import run_distributed
@@ -132,7 +133,7 @@ def make_task(shards: str, case: Case, group: Group) -> CoMTIPTask:
     # At initialisation all image vectors are nearly equal and gradients are small differences of large numbers: in fp32 one
     # process alone deviates by 5e-6 from its own fp64 result. With perturbed weights it is 2e-6.
     noise = torch.Generator().manual_seed(1)
-    with torch.no_grad():
+    with torch.no_grad(), paging(task.model):
         for p in task.model.parameters():
             p.add_(0.1 * torch.randn(p.shape, generator=noise))
     if case.dtype == "fp64":

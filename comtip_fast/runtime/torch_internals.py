@@ -31,6 +31,7 @@ __all__ = [
     "norms",
     "packet_of",
     "parameters_of",
+    "storage_key",
     "tree_map",
     "untested",
 ]
@@ -93,6 +94,11 @@ def move_towards(values: Sequence[Tensor], targets: Sequence[Tensor], share: flo
 def parameters_of(module: nn.Module) -> dict[str, Any]:
     """Return the dict of a module's own parameters by attribute name, in which an entry may be replaced by any tensor."""
     return module._parameters
+
+
+def storage_key(tensor: Tensor) -> int:
+    """Return a number that two tensors share if they share their storage, also if it is empty; valid while the storage exists."""
+    return tensor.untyped_storage()._cdata
 
 
 def is_compiled(module: nn.Module) -> bool:

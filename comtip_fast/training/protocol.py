@@ -72,9 +72,14 @@ class TrainingTask(Protocol):
     def after_step(self, module: nn.Module, step: int, good: Tensor | None = None) -> None:
         """Update the task after an optimizer step, for example a moving average.
 
+        Buffers may change as needed, frozen parameters only elementwise (:meth:`.engines.base.Engine.elementwise`).
         ``good`` is a bool scalar on the device; if it is False, the weights were not updated and the task must not change. On a
         CPU, the method is called without ``good``, and only after steps that updated the weights.
         """
+        ...
+
+    def is_validated(self, name: str) -> bool:
+        """Return whether a validation reads the parameter ``name`` of :attr:`module`."""
         ...
 
     def validation_share(self, progress: Callable[[str], None]) -> Any:

@@ -36,6 +36,7 @@ from comtip_fast.training.distributed.process_group import on_every_rank, on_ran
 from comtip_fast.training.distributed.signals import Signals, catch_signals, hold_run
 from comtip_fast.training.engines.base import Engine
 from comtip_fast.training.engines.factory import make_engine
+from comtip_fast.training.engines.paged_weights import paging
 from comtip_fast.training.freezing import Freezing
 from comtip_fast.training.grad_cache import forward_backward
 from comtip_fast.training.monitor.diagnostics import diagnostic
@@ -275,7 +276,7 @@ class Trainer:
         masked = not devices.reads_are_free(self.device)
         if not masked and not bool(good):
             return
-        with self.engine.summon_full_params():
+        with self.engine.elementwise():
             if masked:
                 self.task.after_step(self.engine.module, step, good)
             else:
@@ -308,7 +309,8 @@ class Trainer:
         p, cfg = self.progress, self.config.train
         what = f"validation after step {p.step}"
         self._watchdog.reset(what)
-        with self.engine.gathered_for_read(every_rank=True), self._average.applied(self.task.module):
+        weights = self.engine.gathered_for_read(every_rank=True, wanted=self.task.is_validated)
+        with weights, self._average.applied(self.task.module):
             self.task.module.eval()
             score, per_cohort, space = on_every_rank(
                 lambda: self.task.validation_share(lambda part: self._watchdog.reset(f"{what}, {part}")),
@@ -361,7 +363,8 @@ class Trainer:
         self._freezing.apply(self.task.module, self.progress.step + 1)
         self._norms = NormHistory(self.config.optim.spike, self.device, self.progress.norms)
         if loaded.parts is None:
-            load_weights(self.task.module, loaded, checkpoints.folder_of(self.checkpoint_dir, step))
+            with paging(self.task.module):
+                load_weights(self.task.module, loaded, checkpoints.folder_of(self.checkpoint_dir, step))
             self._build_engine(loaded.ema)
             self.engine.restore(loaded.optim)
         else:
@@ -375,7 +378,8 @@ class Trainer:
         """Restore weights and optimizer state from a checkpoint in parts; every rank reads the elements that it owns."""
         with ShardReader(folder) as reader:
             reader.check_fits(self.task.module)
-            reader.load_untrained(self.task.module)
+            with paging(self.task.module):
+                reader.load_untrained(self.task.module)
             self._build_engine()
             assert self.engine.shards is not None
             self.engine.shards.restore(reader)

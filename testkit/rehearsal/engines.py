@@ -101,7 +101,6 @@ def stand_in_engines(mode: StandInMode) -> Iterator[None]:
     ddp = type("StandInDDP", (StandInDDP,), {"mode": mode})
     module = SimpleNamespace(
         initialize=lambda model, optimizer, **options: (StandInDeepSpeed(model, optimizer, **options),),
-        zero=SimpleNamespace(GatheredParameters=lambda *_a, **_k: nullcontext()),
         comm=SimpleNamespace(comm=SimpleNamespace(cdb=SimpleNamespace())),
         utils=SimpleNamespace(),  # its functions read parts of checkpoints, which are not walked
     )
@@ -109,4 +108,6 @@ def stand_in_engines(mode: StandInMode) -> Iterator[None]:
         stack.enter_context(mock.patch.object(torch_engine, "DistributedDataParallel", ddp))
         stack.enter_context(mock.patch.object(deepspeed_engine, "_import", return_value=module))
         stack.enter_context(mock.patch.object(deepspeed_engine.internals, "create_moments"))
+        # The stand-in does not divide parameters; ZeRO 3's update of its parts sends nothing either.
+        stack.enter_context(mock.patch.object(deepspeed_engine.Zero3Shards, "elementwise", return_value=nullcontext()))
         yield

@@ -81,6 +81,9 @@ class StandIn:
     def after_step(self, module: Net, step: int) -> None:
         self.module.teacher.mul_(0.9).add_(self.module.body[0].weight.detach(), alpha=0.1)
 
+    def is_validated(self, name: str) -> bool:
+        return True
+
     @torch.no_grad()
     def validation_share(self, progress: Callable[[str], None]) -> float:
         assert not self.module.training

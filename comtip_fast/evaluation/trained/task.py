@@ -110,6 +110,10 @@ class ExpressionTask(ABC):
     def after_step(self, module: nn.Module, step: int, good: Tensor | None = None) -> None:  # noqa: B027 - nothing to do
         """Do nothing."""
 
+    def is_validated(self, name: str) -> bool:
+        """Return True: a validation reads all parameters."""
+        return True
+
     @torch.no_grad()
     def validation_share(self, progress: Callable[[str], None]) -> Share:
         """Return the mean PCC of each validation section, per setting."""

@@ -122,12 +122,20 @@ class Engine(Protocol):
         """
         ...
 
-    def summon_full_params(self) -> AbstractContextManager[Any]:
-        """Return a context in which all parameters can be read and written in place."""
+    def elementwise(self) -> AbstractContextManager[Any]:
+        """Return a context in which frozen parameters can be updated in place from parameters of the same shape.
+
+        The update must treat every element alike, because the data of a parameter may be the elements that this rank owns.
+        """
         ...
 
-    def gathered_for_read(self, *, every_rank: bool = False) -> AbstractContextManager[Any]:
-        """Return a context in which rank 0, or every rank, can read all weights in the task's module; a collective call."""
+    def gathered_for_read(
+        self, *, every_rank: bool = False, wanted: Callable[[str], bool] = lambda name: True
+    ) -> AbstractContextManager[Any]:
+        """Return a context in which rank 0, or every rank, can read the weights in the task's module; a collective call.
+
+        Of an engine that divides parameters over ranks, only those whose name is ``wanted`` can be read.
+        """
         ...
 
     def optimizer_state(self, *, every_rank: bool = False) -> dict[str, Tensor]:

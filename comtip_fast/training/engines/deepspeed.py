@@ -28,6 +28,7 @@ from comtip_fast.runtime import devices, torch_internals
 from comtip_fast.training.distributed import deepspeed_internals as internals
 from comtip_fast.training.distributed.comm_timer import clock_backend, clock_of
 from comtip_fast.training.engines.base import Shards, StepModule, Update, autocast_of, clip, exceeds
+from comtip_fast.training.engines.paged_weights import paged_weights, release
 from comtip_fast.training.engines.zero3_shards import Zero3Shards
 from comtip_fast.training.optim import make_optimizer, mask_steps, optimizer_tensors, restore_optimizer, set_rate
 from comtip_fast.training.protocol import TrainingError
@@ -96,7 +97,11 @@ class DeepSpeedEngine:
         os.environ.setdefault("LOCAL_RANK", "0")  # required by DeepSpeed, also without a launcher
         # ZeRO 3 partitions the parameters of its module, so it gets a copy; see :meth:`gathered_for_read`.
         self._task_module = module
-        self.module = _moved(module) if self.stage == 3 else module
+        paged = paged_weights(module) if self.stage == 3 else None
+        self._taken = (
+            _taken_names(module, set() if paged is None else paged.names(module)) if self.stage == 3 else set()
+        )
+        self.module = _moved(module, self._taken) if self.stage == 3 else module
         # Optimizer state that is offloaded is updated on the host.
         self._fused = not devices.reads_are_free(device) and config.engine.offload_optimizer == "none"
         self.optimizer = make_optimizer(self.module, config.optim, fused=self._fused)
@@ -104,10 +109,14 @@ class DeepSpeedEngine:
         group_of = {id(p): i for i, g in enumerate(self.optimizer.param_groups) for p in g["params"]}
         self._group_of = {name: group_of[id(p)] for name, p in self._trained()}
         self.autocast = autocast_of(config, device)
+        settings = deepspeed_config(config, group.size, device.type == "cuda")
+        if paged is not None:
+            paged.hand_over(self.module, internals.Partition(self._deepspeed, settings))
+            release(module)
         initialized = self._deepspeed.initialize(
             model=StepModule(self.module, self.autocast),
             optimizer=self.optimizer,
-            config=deepspeed_config(config, group.size, device.type == "cuda"),
+            config=settings,
             dist_init_required=False,
         )
         self._engine = initialized[0]
@@ -171,26 +180,34 @@ class DeepSpeedEngine:
         good = norm.isfinite() & finite
         return Update(norm, good & ~spike if spikes.skip else good, spike=spike, limit=spikes.norm)
 
-    @contextmanager
-    def summon_full_params(self) -> Iterator[None]:
-        """See :meth:`.base.Engine.summon_full_params`; all ranks write the same values, and rank 0's are kept."""
+    def elementwise(self) -> AbstractContextManager[Any]:
+        """See :meth:`.base.Engine.elementwise`."""
         if self.stage < 3:
-            yield
-            return
-        with self._deepspeed.zero.GatheredParameters(list(self.module.parameters()), modifier_rank=0):
-            yield
+            return nullcontext()
+        if self.config.engine.offload_param != "none":
+            # Parts are in host memory or in files: all ranks write the same values to whole weights, and rank 0's are kept.
+            whole: AbstractContextManager[Any] = self._deepspeed.zero.GatheredParameters(
+                list(self.module.parameters()), modifier_rank=0
+            )
+            return whole
+        assert isinstance(self.shards, Zero3Shards)
+        return self.shards.elementwise()
 
     @contextmanager
-    def gathered_for_read(self, *, every_rank: bool = False) -> Iterator[None]:
+    def gathered_for_read(
+        self, *, every_rank: bool = False, wanted: Callable[[str], bool] = lambda name: True
+    ) -> Iterator[None]:
         """See :meth:`.base.Engine.gathered_for_read`; ZeRO 3 gathers one tensor at a time into the task's module.
 
-        With ZeRO 3, the trained weights of the task's module are empty outside of this context.
+        With ZeRO 3, the weights that the engine has taken over are empty in the task's module outside of this context.
         """
         if self.stage < 3:
             yield
             return
         reads, targets = every_rank or self.group.rank == 0, dict(self._task_module.named_parameters())
         for name, parameter in self.module.named_parameters():
+            if not wanted(name):
+                continue
             with self._deepspeed.zero.GatheredParameters([parameter]):
                 if reads:
                     targets[name].data = parameter.detach().clone()
@@ -200,7 +217,7 @@ class DeepSpeedEngine:
         try:
             yield
         finally:
-            _empty(self._task_module)
+            _empty(self._task_module, self._taken)
 
     def optimizer_state(self, *, every_rank: bool = False) -> dict[str, Tensor]:
         """See :meth:`.base.Engine.optimizer_state`; gathers one tensor at a time."""
@@ -319,18 +336,26 @@ def check_deepspeed(config: RunConfig, device: torch.device) -> None:
         ) from error
 
 
-def _moved(module: nn.Module) -> nn.Module:
-    """Return a copy of ``module`` that takes over its trained weights; the weights of ``module`` become empty."""
-    taken: dict[int, Any] = {id(q): nn.Parameter(q.data) for q in module.parameters() if q.requires_grad}
-    moved = copy.deepcopy(module, taken)
-    _empty(module)
+def _taken_names(module: nn.Module, divided: set[str]) -> set[str]:
+    """Return the names of the parameters that ZeRO 3 takes over: trained ones, and those that are divided over ranks.
+
+    Other frozen weights stay in the task's module too, because the loader uses a frozen stem between steps.
+    """
+    return divided | {name for name, p in module.named_parameters() if p.requires_grad}
+
+
+def _moved(module: nn.Module, taken: set[str]) -> nn.Module:
+    """Return a copy of ``module`` that takes over the named weights; these weights of ``module`` become empty."""
+    named = [(name, q) for name, q in module.named_parameters() if name in taken]
+    moved = copy.deepcopy(module, {id(q): nn.Parameter(q.data, requires_grad=q.requires_grad) for _, q in named})
+    _empty(module, taken)
     return moved
 
 
-def _empty(module: nn.Module) -> None:
-    """Free the trained weights of a module; frozen weights stay, because the loader uses a frozen stem between steps."""
-    for parameter in module.parameters():
-        if parameter.requires_grad:
+def _empty(module: nn.Module, names: set[str]) -> None:
+    """Free the named weights of a module."""
+    for name, parameter in module.named_parameters():
+        if name in names:
             parameter.data = parameter.data.new_empty(0)
 
 

@@ -74,11 +74,13 @@ class TorchEngine:
             self.optimizer.step()
         return update
 
-    def summon_full_params(self) -> AbstractContextManager[Any]:
+    def elementwise(self) -> AbstractContextManager[Any]:
         """Do nothing: every rank holds every parameter."""
         return nullcontext()
 
-    def gathered_for_read(self, *, every_rank: bool = False) -> AbstractContextManager[Any]:
+    def gathered_for_read(
+        self, *, every_rank: bool = False, wanted: Callable[[str], bool] = lambda name: True
+    ) -> AbstractContextManager[Any]:
         """Do nothing: the task's module is the trained module."""
         return nullcontext()
 

@@ -7,6 +7,7 @@ the last ranks is padded to this length.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -73,6 +74,30 @@ class Zero3Shards:
                 if value is not None:
                     self._set(parameter, key, value)
         self._set_steps({name: source.step_of(name) for name, _ in trained})
+
+    @contextmanager
+    def elementwise(self) -> Iterator[None]:
+        """See :meth:`.base.Engine.elementwise`; a parameter's data is this rank's part of it, and nothing is gathered.
+
+        Small parameters, which ZeRO 3 keeps gathered between steps, are whole on every rank.
+        """
+        before = [(p, p.data) for _, p in self._named()]
+        for parameter, _ in before:
+            if not parameter.ds_persist:
+                parameter.data = parameter.ds_tensor.data
+            elif parameter.ds_status.name != "AVAILABLE":
+                parameter.all_gather()
+        try:
+            yield
+        finally:
+            for parameter, data in before:
+                start, length = self._range(parameter)
+                if not parameter.ds_persist:
+                    parameter.data = data
+                    if parameter.ds_status.name == "AVAILABLE":  # a copy of the earlier values
+                        parameter.partition()
+                elif not parameter.requires_grad and length:
+                    parameter.ds_tensor[:length].copy_(parameter.data.view(-1)[start : start + length])
 
     def _named(self) -> Iterator[tuple[str, Any]]:
         """Return names and parameters, to which DeepSpeed has added attributes."""
