@@ -68,10 +68,18 @@ def most_whole() -> Iterator[list[int]]:
         whole = sum(p.tensor.untyped_storage().nbytes() for p in self._pages.values() if id(p) not in in_use)
         most[0] = max(most[0], whole)
 
+    def adopted(self: Any, module: nn.Module, keep: Any = ()) -> None:
+        # Every large parameter was divided from the beginning, also those of the teacher, which is a copy.
+        large = {paging.storage_key(p) for p in module.parameters() if p.nbytes >= paging.SMALLEST_BYTES}
+        assert large <= self._pages.keys(), len(large - self._pages.keys())
+        adopt(self, module, keep)
+
+    adopt, paging.PagedWeights.adopt = paging.PagedWeights.adopt, adopted  # type: ignore[method-assign]
     paging.PagedWeights._make_space = recorded  # type: ignore[method-assign]
     try:
         yield most
     finally:
+        paging.PagedWeights.adopt = adopt  # type: ignore[method-assign]
         paging.PagedWeights._make_space = make_space  # type: ignore[method-assign]
 
 

@@ -66,6 +66,8 @@ class PagedWeights(TorchDispatchMode):
         self._pages: dict[int, _Page] = {}
         self._resident: dict[int, _Page] = {}
         """Whole parameters, the one that was used last at the end."""
+        self._adopted: set[int] | None = None
+        """Keys of the parameters of the complete module, once there is one."""
         self._hook: Any = None
 
     def __enter__(self) -> PagedWeights:
@@ -76,6 +78,8 @@ class PagedWeights(TorchDispatchMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         self._hook.remove()
+        if self._adopted is not None:  # forget the parameters of other modules, such as the parent of train.start_from
+            self._keep(self._adopted)
         self._make_space(0)
 
     def __torch_dispatch__(
@@ -97,7 +101,11 @@ class PagedWeights(TorchDispatchMode):
             tree_map(use, (args, kwargs))
             if used:
                 self._make_space(RESIDENT_BYTES, set(used))
-        return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        copies = func is _aten.clone.default and kwargs.get("memory_format") is torch.preserve_format
+        if copies and storage_key(args[0]) in self._pages:  # a deep copy of a parameter, as for an EMA teacher
+            self._track(out)
+        return out
 
     def adopt(self, module: nn.Module, keep: Iterable[nn.Parameter] = ()) -> None:
         """Divide all large parameters of a complete module except those of ``keep``, and forget parameters it does not have."""
@@ -111,7 +119,8 @@ class PagedWeights(TorchDispatchMode):
             elif key in self._pages or _is_large(parameter):
                 wanted[key] = self._pages.get(key) or self._new_page(parameter)
         self._pages = wanted
-        self._resident = {k: page for k, page in wanted.items() if page.shard is None}
+        self._adopted = set(wanted)
+        self._keep(self._adopted)
         self._make_space(0)
         _OF_MODULE[module] = self
 
@@ -123,11 +132,14 @@ class PagedWeights(TorchDispatchMode):
             if page is None:
                 continue
             assert page.shard is not None
+            if parameter.device == device:
+                moved[storage_key(parameter)] = page
+                continue
             parameter.data = torch.empty_like(parameter, device=device)
             moved[storage_key(parameter)] = new = self._new_page(parameter)
             new.shard = page.shard.to(device)
             parameter.untyped_storage().resize_(0)
-        self._pages = moved
+        self._pages, self._adopted = moved, set(moved)
 
     @property
     def bytes(self) -> int:
@@ -152,11 +164,21 @@ class PagedWeights(TorchDispatchMode):
 
     def _registered(self, module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         """Track a parameter when it is assigned to a module."""
-        if parameter is not None and storage_key(parameter) not in self._pages and _is_large(parameter):
-            key = storage_key(parameter)
+        if parameter is not None:
+            self._track(parameter)
+
+    def _track(self, parameter: Tensor) -> None:
+        """Divide a parameter when its space is needed, if it is large."""
+        key = storage_key(parameter)
+        if key not in self._pages and _is_large(parameter):
             self._pages[key] = self._resident[key] = self._new_page(parameter)
 
-    def _new_page(self, parameter: nn.Parameter) -> _Page:
+    def _keep(self, keys: set[int]) -> None:
+        """Forget all parameters but these."""
+        self._pages = {k: page for k, page in self._pages.items() if k in keys}
+        self._resident = {k: page for k, page in self._pages.items() if page.shard is None}
+
+    def _new_page(self, parameter: Tensor) -> _Page:
         return _Page(parameter.detach().view(-1))
 
     def _range(self, n: int) -> tuple[int, int]:
@@ -200,7 +222,7 @@ def _fills(func: Any, args: tuple[Any, ...], whole: Tensor) -> bool:
     return func in _FILLS and args[0].numel() == whole.numel() and not reads
 
 
-def _is_large(parameter: nn.Parameter) -> bool:
+def _is_large(parameter: Tensor) -> bool:
     """Return whether a parameter can and should be divided."""
     bytes_ = parameter.numel() * parameter.element_size()
     storage = parameter.untyped_storage()
