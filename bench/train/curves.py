@@ -192,7 +192,7 @@ def run(shards: str, folder: Path, steps: int, worlds: list[int], which: str) ->
     for world in worlds:
         below = folder / str(world)
         arguments = [__file__, "--rank", shards, str(below), "--steps", str(steps), "--runs", which]
-        run_distributed(arguments, world, timeout_s=1800)
+        run_distributed(arguments, world, timeout_s=1800, fork=True)
         for one in RUNS[which]:
             off = deviations(losses(below / one.name), wanted)
             rows.append({"W": world, "run": one, "off": off, "ok": all(off[n] <= LIMITS[n] for n in off)})

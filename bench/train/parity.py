@@ -218,7 +218,7 @@ def run(shards: str, worlds: list[int], quick: bool, engine: str = "") -> list[d
         for world in worlds:
             out = Path(folder) / f"{world}.json"
             arguments = [__file__, "--rank", shards, str(out), "--engine", engine, *(["--quick"] if quick else [])]
-            run_distributed(arguments, world, timeout_s=1800)
+            run_distributed(arguments, world, timeout_s=1800, fork=True)
             rows += json.loads(out.read_text())
     return rows
 

@@ -260,7 +260,7 @@ def test_masked_hard_columns_over_ranks_equal_selected_ones(form: str):
 
 def on_two_ranks(folder: Path, overrides: list[str], signal_step: int = 0) -> list[dict[str, Any]]:
     worker = Path(__file__).with_name("masked_worker.py")
-    outputs = run_distributed([str(worker), str(folder), ",".join(overrides), str(signal_step)], 2)
+    outputs = run_distributed([str(worker), str(folder), ",".join(overrides), str(signal_step)], 2, fork=True)
     return [json.loads(text.strip().splitlines()[-1]) for text in outputs]
 
 

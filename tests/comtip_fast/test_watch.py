@@ -68,7 +68,7 @@ def test_waiting_for_a_slow_rank_is_counted_for_every_engine(tiny_shards, tiny_o
     pytest.importorskip("deepspeed")
     worker = Path(__file__).with_name("comm_worker.py")
     overrides = ",".join([*tiny_overrides, f"data.shards={tiny_shards.path}"])
-    outputs = run_distributed([str(worker), overrides], 2)
+    outputs = run_distributed([str(worker), overrides], 2, fork=True)
     ranks = [json.loads(text.strip().splitlines()[-1]) for text in outputs]
     assert ranks[0].keys() == {"ddp", "zero0", "zero1", "zero2", "zero3"}
     for name, waited in ranks[0].items():
