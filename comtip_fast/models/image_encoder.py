@@ -218,9 +218,9 @@ def check_mask(config: VisionConfig, n_patches: int) -> None:
 
 
 class _PatchProjection(nn.Conv2d):
-    """Projection of single patches: the convolution whose kernel covers its whole input, computed as one matrix product.
+    """Projection of patches: the convolution of timm, computed as one matrix product where every input is one patch.
 
-    On a CPU, the gradient of such a convolution takes ten times as long as the product (see :file:`docs/performance.md`).
+    On a CPU, the gradient of that convolution takes twenty times as long as the product.
     """
 
     @classmethod
@@ -233,7 +233,9 @@ class _PatchProjection(nn.Conv2d):
         return new
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the projections (N, d, 1, 1) of patches (N, 3, p, p)."""
+        """Return the projections (N, d, 1, 1) of patches (N, 3, p, p), or (N, d, k, k) of images with k x k patches."""
+        if x.shape[-2:] != self.kernel_size:
+            return super().forward(x)
         return F.linear(x.flatten(1), self.weight.flatten(1), self.bias)[:, :, None, None]
 
 
