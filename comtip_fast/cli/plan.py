@@ -43,7 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--loader-tiles-per-s", type=float, metavar="N", help="measured throughput of the loader per node, if known"
     )
-    assumed = parser.add_argument_group("assumptions: achieved shares of peak rates (0 to 1), and launch time")
+    data.add_argument(
+        "--validation-spots",
+        type=int,
+        metavar="N",
+        help="spots that a validation scores (default: train.validate_spots)",
+    )
+    assumed = parser.add_argument_group("assumptions: achieved shares of peak rates (0 to 1), launch time, loading")
     assumed.add_argument(
         "--compute-efficiency", type=float, default=0.5, metavar="X", help="share of peak FLOP/s (default 0.5)"
     )
@@ -55,6 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     assumed.add_argument(
         "--launch-us", type=float, default=10.0, metavar="US", help="launch time of an operation in us (default 10)"
+    )
+    assumed.add_argument(
+        "--loader-cores", type=int, default=12, metavar="N", help="CPU cores per device that load tiles (default 12)"
+    )
+    assumed.add_argument(
+        "--tile-ms", type=float, default=1.0, metavar="MS", help="CPU time to load a tile of 224 px in ms (default 1)"
     )
     sweep = parser.add_argument_group("sweep over the number of devices")
     sweep.add_argument("--sweep", action="store_true", help="compare designs from 1 to --most devices")
@@ -77,6 +89,8 @@ def run(args: argparse.Namespace) -> int:
         memory=args.memory_efficiency,
         link=args.link_efficiency,
         launch_s=args.launch_us * 1e-6,
+        cores=args.loader_cores,
+        tile_ms=args.tile_ms,
     )
     cluster = make_cluster(
         args.device, per_node=args.gpus, nodes=args.nodes, link=args.link, fabric=args.fabric, efficiency=shares
@@ -94,7 +108,17 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.sweep:
         return _sweep(args, config, cluster, inputs)
-    plan = make_plan(config, cluster, inputs, loader_tiles_per_s=args.loader_tiles_per_s)
+    if args.validation_spots is not None and args.validation_spots < 1:
+        raise ValueError(
+            f"--validation-spots {args.validation_spots}: must be at least 1; leave it out for the default"
+        )
+    plan = make_plan(
+        config,
+        cluster,
+        inputs,
+        loader_tiles_per_s=args.loader_tiles_per_s,
+        validation_spots=args.validation_spots,
+    )
     mean = at_mean_panel(plan, config) if args.panel is None else None
     if args.brief:
         print("\n".join(summary(plan, mean)))
@@ -106,7 +130,11 @@ def run(args: argparse.Namespace) -> int:
 def _refuse_unused(args: argparse.Namespace) -> None:
     """Raise ValueError for options that the chosen output does not use."""
     if args.sweep:
-        alone = {"--brief": args.brief, "--loader-tiles-per-s": args.loader_tiles_per_s}
+        alone = {
+            "--brief": args.brief,
+            "--loader-tiles-per-s": args.loader_tiles_per_s,
+            "--validation-spots": args.validation_spots,
+        }
         refuse_unused(alone, "a sweep compares designs instead of printing one plan (--sweep)")
         if args.out is not None:
             refuse_unused({"--json": args.json}, "a sweep writes its table to --out")

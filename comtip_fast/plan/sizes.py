@@ -92,6 +92,8 @@ class Sizes:
     mlp: int
     layer_scale: bool
     generator_heads: int
+    genes: int
+    """Number of trained genes, all of which a validation encodes."""
     G: int
     Q: int
     tokens: float
@@ -233,6 +235,7 @@ def sizes_of(config: RunConfig, inputs: Inputs | None = None, model: CoMTIP | No
         mlp=block.mlp.fc1.out_features,
         layer_scale=not isinstance(block.ls1, nn.Identity),
         generator_heads=config.vision.heads,
+        genes=genes,
         G=inputs.panel or min(config.panel.max_genes, genes),
         Q=config.levels.n_levels,
         tokens=tokens,
