@@ -112,7 +112,8 @@ def test_a_validation_takes_the_time_of_its_forward_pass_or_of_the_loader(capsys
     encoder, table = (p["flops"] for p in plan(capsys)["parts"] if p["name"] in ("vision, full", "sentence table"))
     # 300 trained genes instead of the panel's 256.
     per_second = 0.5 * 989e12
-    assert ten["seconds"] == pytest.approx((encoder / 4096 * 1e6 + table * 300 / 256) / per_second, rel=0.1)
+    products = (encoder / 4096 * 1e6 + table * 300 / 256) / per_second
+    assert products < ten["seconds"] < 2 * products
     assert 8 < ten["seconds"] / one["seconds"] < 10
     slow = plan(capsys, "--validation-spots", "100000", "--tile-ms", "1000")["validation"]
     assert slow["seconds"] == pytest.approx(100_000 / (12 * (224 / 128) ** 2))
