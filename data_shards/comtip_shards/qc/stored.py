@@ -128,7 +128,9 @@ def _picture(html: str) -> bytes:
         overlay = base64.b64decode(found[1], validate=True)
         with Image.open(io.BytesIO(overlay), formats=["JPEG"]) as image:
             if max(image.size) > OVERLAY_PX:
-                raise ValueError(f"its image has {image.width} x {image.height} px")
+                raise ValueError(
+                    f"its image has {image.width} x {image.height} px, more than {OVERLAY_PX} px on a side"
+                )
             image.load()
     except (binascii.Error, OSError, Image.DecompressionBombError) as error:
         raise ValueError(f"its image cannot be decoded ({error})") from error
