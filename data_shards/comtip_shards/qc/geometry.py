@@ -34,7 +34,8 @@ varies."""
 RESOLUTION_MARGIN = 0.1
 """Minimum gain of fit (share of variance) of another scale; of 700 scales tried, some fit better by chance."""
 RESOLUTION_RANGE, RESOLUTION_MIN = 32.0, 1.15
-"""Largest factor searched, and smallest factor reported (or their reciprocals); hires images are 2 to 20 times smaller than full resolution."""
+"""Largest factor searched, and smallest factor reported (or their reciprocals); hires images are 2 to 20 times smaller than full
+resolution."""
 CORNER_MARGIN = 0.02
 """Minimum gain of fit of a shift. On good sections the best shift gains at most 0.005, and half a spot's width loses 0.03
 to 0.15."""
