@@ -258,7 +258,7 @@ def test_the_folder_above_the_data_is_enough(tmp_path: Path, where: str):
 def test_a_folder_of_several_runs_names_them(tmp_path: Path):
     for name in ("A", "B"):
         visium(tmp_path / "study" / name)
-    with pytest.raises(SourceError, match=r"contains 2 sources: A \(space_ranger\), B \(space_ranger\)"):
+    with pytest.raises(SourceError, match=r"contains sources: A \(space_ranger\), B \(space_ranger\)"):
         detect(tmp_path / "study")
 
 

@@ -214,6 +214,7 @@ def test_a_stated_scale_that_the_file_contradicts_is_used_and_reported(
 def test_a_distance_of_spots_that_no_platform_has_is_refused(data: ad.AnnData, tmp_path: Path, mpp: str):
     path = write(data, tmp_path / "a.h5ad")
     with pytest.raises(
-        SourceError, match=r"the spots are \S+ um apart, but on any platform it is 0.1 to 1000 um; correct `mpp`"
+        SourceError,
+        match=r"the spots are \S+ um apart, but those of every platform are 0.1 to 1000 um apart; correct `mpp`",
     ):
         read(path, platform="Slide-seq", mpp=mpp)

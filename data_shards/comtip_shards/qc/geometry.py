@@ -7,6 +7,7 @@ than that of shifted maps by chance.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from math import inf, isfinite
 
@@ -28,11 +29,13 @@ PITCH_OF_PLATFORM = (
     ("st", 200.0),
     ("spatial transcriptomics", 200.0),
 )
-"""(text, distance between spots in um): the first text that the platform's name contains applies; inf if the distance varies."""
+"""(words, distance between spots in um): the first that the platform's name contains as whole words applies; inf if the distance
+varies."""
 RESOLUTION_MARGIN = 0.1
 """Minimum gain of fit (share of variance) of another scale; of 700 scales tried, some fit better by chance."""
 RESOLUTION_RANGE, RESOLUTION_MIN = 32.0, 1.15
-"""Largest scale searched, and smallest scale reported; hires images are 2 to 20 times smaller than full resolution."""
+"""Largest factor searched, and smallest factor reported (or their reciprocals); hires images are 2 to 20 times smaller than full
+resolution."""
 CORNER_MARGIN = 0.02
 """Minimum gain of fit of a shift. On good sections the best shift gains at most 0.005, and half a spot's width loses 0.03
 to 0.15."""
@@ -62,9 +65,9 @@ def on_tissue(context: SectionContext) -> Finding:
 
 def platform_pitch(platform: str) -> float:
     """Return the spot distance of a platform in um, NaN if it is not known."""
-    name = f" {platform.lower()} "
-    for text, pitch in PITCH_OF_PLATFORM:
-        if text in name:
+    name = f" {re.sub(r'[^a-z0-9]+', ' ', platform.lower())} "
+    for words, pitch in PITCH_OF_PLATFORM:
+        if f" {words} " in name:
             return pitch if isfinite(pitch) else float("nan")
     return float("nan")
 
@@ -147,7 +150,7 @@ def _best_scale(context: SectionContext) -> tuple[float, float]:
     """Return (factor on positions, its fit) of the best scale, from a grid search in 1 % steps that is then refined."""
     steps = int(np.log(RESOLUTION_RANGE) / 0.01)
     limits = np.array([context.picture_HW3.shape[1], context.picture_HW3.shape[0]]) * 1.05
-    # Exclude factors for which all positions are within a few px, or outside the image.
+    # Exclude factors that move a position outside the image, or all positions into a twentieth of its longer side.
     low, high = context.xy.min(0), context.xy.max(0)
     factors = [
         f
@@ -193,7 +196,7 @@ def corner(context: SectionContext) -> Finding:
         return Finding(name=name, status=OK, figure=round(gain, 4), threshold=CORNER_MARGIN, message=message)
     advice = "positions are shifted from their tissue: check the alignment of image and array"
     if dx == dy > 0:
-        advice = f"positions are top-left corners: add half a tile's width ({dx:g} um) to x and y"
+        advice = f"positions are top-left corners: add half the width of a tile or spot ({dx:g} um) to x and y"
     return Finding(
         name=name, status=WARN, figure=round(gain, 4), threshold=CORNER_MARGIN, message=message, advice=advice
     )

@@ -183,7 +183,7 @@ def check_sources(
     Raises
     ------
     SourceError
-        ``out`` holds other files.
+        ``out`` is a file, or holds other files.
     """
     out = Path(out).resolve()  # the folder itself may be a link; files below it must not be
     if out.exists() and not out.is_dir():

@@ -139,7 +139,8 @@ def guard_benchmark(
     if barred:
         text = "\n".join(f"  {m.section_id} (split {m.split}): {why[m.section_id]}" for m in barred)
         raise SourceError(
-            f"{len(barred)} training sections are scored by a benchmark, or share a donor with one that is:\n{text}\n"
+            "sections with split train or val that a benchmark scores, or whose donor has a section that it scores "
+            f"({len(barred)}):\n{text}\n"
             "leave them out (`samples`), move them to split test (`splits`), or allow them explicitly (`allow_benchmark`)"
         )
     out = [replace(m, split="test") if m.section_id in why and m.section_id not in allow else m for m in metas]
@@ -163,7 +164,9 @@ def _protected(metas: Sequence[SectionMeta], benchmark: Mapping[str, BenchmarkSe
         if meta.section_id in why:
             continue
         if meta.donor in donors:
-            why[meta.section_id] = f"its donor {meta.donor} is that of {donors[meta.donor]}, which a benchmark scores"
+            why[meta.section_id] = (
+                f"its donor {meta.donor} is also that of {donors[meta.donor]}, which is on the list of benchmark sections"
+            )
         elif _folded(meta.donor) in names:
             why[meta.section_id] = f"its donor {meta.donor} is that of benchmark section {names[_folded(meta.donor)]}"
     return why

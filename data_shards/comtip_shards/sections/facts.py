@@ -109,7 +109,8 @@ class CountOptions:
         Field(description="AnnData, SpatialData: the layer with raw counts, or X or raw (default: found by content)"),
     ] = None
     positions: Annotated[
-        _Text | None, Field(description="AnnData: the key of obsm with spot centres (default: spatial)")
+        _Text | None,
+        Field(description="AnnData: the key of obsm with spot centres (default: spatial, else another usual name)"),
     ] = None
     round_counts: Annotated[
         bool | None,

@@ -35,8 +35,8 @@ VENDOR_SUFFIXES = {".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".s
 def open_slide(path: Path) -> Slide:
     """Open the image of a section.
 
-    Large TIFFs and scanner formats are read in windows, which requires the extra ``wsi`` (tifffile and zarr, or
-    openslide); Pillow decodes other images completely.
+    Scanner formats, and TIFFs that are large or that Pillow would decode differently, are read in windows, which requires the
+    extra ``wsi`` (tifffile and zarr, or openslide); Pillow decodes other images completely.
 
     Raises
     ------

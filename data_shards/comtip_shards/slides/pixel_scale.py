@@ -19,7 +19,7 @@ _UM_PER_UNIT = {INCH: 25_400.0, CENTIMETER: 10_000.0}
 
 
 def plausible_mpp(mpp: float | None) -> float | None:
-    """Return um per px rounded to 6 digits, None if it is outside :data:`PLAUSIBLE_MPP`."""
+    """Return um per px rounded to 6 decimals, None if it is outside :data:`PLAUSIBLE_MPP`."""
     if mpp is None or not math.isfinite(mpp) or not PLAUSIBLE_MPP[0] <= mpp <= PLAUSIBLE_MPP[1]:
         return None
     return round(mpp, 6)

@@ -147,6 +147,6 @@ def normalise_stain(tiles_NSS3: np.ndarray, stats: StainStats) -> np.ndarray:
 
 
 def _rounded(values: np.ndarray) -> tuple[float, float, float]:
-    """Round to 6 digits, so that the manifest stores exactly the values in use."""
+    """Round to 6 decimals, so that the manifest stores exactly the values in use."""
     a, b, c = (round(float(v), 6) for v in values)
     return a, b, c

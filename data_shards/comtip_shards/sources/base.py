@@ -136,7 +136,8 @@ def pick(wanted: Sequence[str] | None, have: Sequence[str], where: Path) -> list
         if name not in have:
             near = difflib.get_close_matches(name, have, n=1, cutoff=0)
             raise UnknownSection(
-                f"{where}: no section {name!r}; {f'did you mean {near[0]}? It has' if near else 'it has'}: {', '.join(have[:20]) or 'none'}"
+                f"{where}: no section {name!r}; {f'did you mean {near[0]}? The sections are' if near else 'the sections are'}: "
+                + (", ".join(have[:20]) or "none")
                 + (f" and {len(have) - 20} more" if len(have) > 20 else "")
             )
     return list(wanted)

@@ -80,8 +80,8 @@ def check_pitch(xy: np.ndarray, mpp: float, limit: float, where: str) -> None:
     gap = median_gap(xy)
     if len(xy) >= _MIN_SPOTS and gap > 0 and not PITCH_UM[0] <= gap * mpp <= PITCH_UM[1]:
         raise SourceError(
-            f"{where}: with {mpp:g} um per px the spots are {gap * mpp:g} um apart, but on any platform it is {PITCH_UM[0]:g} to "
-            f"{PITCH_UM[1]:g} um; correct `mpp`, the um per px of the positions"
+            f"{where}: with {mpp:g} um per px the spots are {gap * mpp:g} um apart, but those of every platform are {PITCH_UM[0]:g} to "
+            f"{PITCH_UM[1]:g} um apart; correct `mpp`, the um per px of the positions"
         )
     if len(xy) < _MIN_SPOTS or not gap > 0 or 1 / limit <= gap * mpp / VISIUM_PITCH_UM <= limit:
         return

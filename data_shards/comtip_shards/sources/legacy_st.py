@@ -80,7 +80,7 @@ def _source(
     )
     spots = _read_spots(table, image) if table is not None else None
     notes = [] if table is not None else [f"no spot file: assumed that the 33 x 35 array frame fills {image.name}"]
-    mpp = _scale(path, facts.mpp, _pitch_px(spots, image, table), notes)
+    mpp = _scale(path, facts.mpp, _pitch_px(spots, image), notes)
     meta = SectionMeta(
         section_id=name,
         dataset=path.name,
@@ -103,8 +103,16 @@ def _source(
     return SectionSource(meta, tuple(p for p in (image, counts, table) if p is not None), load)
 
 
-def _scale(path: Path, stated: float | None, pitch_px: float, notes: list[str]) -> float:
-    """Return um per px: the stated scale, which must give a plausible pitch, or else that of the array's pitch."""
+def _scale(path: Path, stated: float | None, pitch_px: float | None, notes: list[str]) -> float:
+    """Return um per px: the stated scale, which must give a plausible pitch if that is known, or else that of the array's pitch."""
+    if pitch_px is None:
+        if stated is None:
+            raise SourceError(
+                f"{path}: the spot file has fewer than three spots, or spots without array coordinates, so the scale cannot be "
+                "derived; set `mpp`"
+            )
+        notes.append("the stated scale was not compared with the array: array coordinates of spots are missing")
+        return stated
     if not 1 <= pitch_px < np.inf:
         raise SourceError(
             f"{path}: the positions of the spots give a pitch of {pitch_px:g} px; correct positions and array coordinates in the spot file"
@@ -149,12 +157,12 @@ def _from_array(ids: list[str], image: Path, counts: Path) -> SpotPositions:
     return SpotPositions(ids, xy, array, [""] * len(ids), np.ones(len(ids), bool))
 
 
-def _pitch_px(spots: SpotPositions | None, image: Path, table: Path | None) -> float:
-    """Return px per array step from a least-squares fit of positions to array coordinates."""
+def _pitch_px(spots: SpotPositions | None, image: Path) -> float | None:
+    """Return px per array step from a least-squares fit of positions to array coordinates, None if there are too few of these."""
     if spots is None:
         return image_size(image)[0] / 32
     design = np.column_stack([spots.array_xy, np.ones(len(spots.ids))])
     if len(spots.ids) < 3 or not np.isfinite(design).all():
-        raise SourceError(f"{table}: too few array coordinates to estimate the scale; set `mpp`")
+        return None
     fit, *_ = np.linalg.lstsq(design, spots.xy, rcond=None)
     return float(np.sqrt(abs(np.linalg.det(fit[:2]))))

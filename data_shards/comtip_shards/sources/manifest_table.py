@@ -105,7 +105,9 @@ def _source(row: Mapping[Hashable, Any], where: Path, facts: SectionFacts) -> Se
     )
     check_meta(meta, where)
     if "genes x spots" in cell("counts_layout"):
-        raise SourceError(f"{where}: {name}: counts_layout is genes x spots; transpose {counts.name} to spots x genes")
+        raise SourceError(
+            f"{where}: {name}: counts_layout is genes x spots; transpose {counts.name} and correct the cell"
+        )
 
     def load() -> Section:
         matrix, ids, genes = read_counts_table(counts)

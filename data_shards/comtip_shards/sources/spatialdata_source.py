@@ -70,7 +70,7 @@ def read_store(path: Path) -> Any:
             return spatialdata.read_zarr(path)
     except Exception as error:  # zarr, anndata and pyarrow raise errors of their own
         raise SourceError(
-            f"{path}: cannot be read as SpatialData ({type(error).__name__}: {error}); write it again with write()"
+            f"{path}: cannot be read as SpatialData ({type(error).__name__}: {error}); write it again with SpatialData.write"
         ) from error
 
 

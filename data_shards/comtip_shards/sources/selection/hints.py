@@ -65,7 +65,7 @@ def _of_folder(path: Path, readers: Sequence[Reader]) -> str | None:
     if runs:
         listed = ", ".join(f"{name} ({fmt})" for name, fmt in list(runs.items())[:8])
         return (
-            f"the folder contains {len(runs)} sources: {listed}; give one of them, or a table of them "
+            f"the folder is not a source, but contains sources: {listed}; give one of them, or a table of them "
             "(csv with a column path, one row per source)"
         )
     files = [p for p in entries if p.is_file()]
