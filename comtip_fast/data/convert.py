@@ -104,7 +104,7 @@ def _library(data: ad.AnnData) -> tuple[str, np.ndarray, dict[str, float]] | Non
         try:
             value = scale_factor(entry, key, name)
         except SourceError as error:
-            log.warning("%s; it is left out", error)
+            log.warning("%s; the output is written without this scale factor", error)
             continue
         factors[str(key)] = float(value or 0)
     return name, library_slide(entry, picture, Path(name)).pixels, factors

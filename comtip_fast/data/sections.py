@@ -139,10 +139,11 @@ def _refuse_format(fmt: str, what: str, own: str = "") -> None:
 
 def _refuse_options(options: SourceOptions, where: str) -> None:
     """Raise SourceError if facts are stated for a section of a shard set, because its manifest states them."""
-    if options.stated():
+    stated = [f"`{name}`" for name in options.stated()]
+    if stated:
+        has, it = ("has", "it") if len(stated) == 1 else ("have", "them")
         raise SourceError(
-            f"{where}: {', '.join(f'`{name}`' for name in options.stated())} has no effect here: a shard set states the facts of its "
-            "sections; leave it out"
+            f"{where}: {', '.join(stated)} {has} no effect here: a shard set states the facts of its sections; leave {it} out"
         )
 
 
