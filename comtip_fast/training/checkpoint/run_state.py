@@ -128,7 +128,8 @@ class RunState:
         longer = self.stopped == "steps" and self.step < train.steps
         patient = self.stopped == "patience" and not (train.patience and self.bad_validations >= train.patience)
         if longer or (patient and self.step < train.steps):
-            log.info("the run had finished (%s after %d steps) and continues", self.stopped, self.step)
+            reason = "train.steps" if self.stopped == "steps" else "train.patience"
+            log.info("the run had ended after %d steps (by %s) and continues", self.step, reason)
             self.stopped = ""
 
     def as_plain(self) -> dict[str, Any]:
@@ -193,7 +194,7 @@ def check_same_run(
     if GENES in fingerprint and GENES not in state["fingerprint"]:
         log.warning(
             "the checkpoint was written by an earlier version. If the set has more than levels.fit_spots=%d training spots, that version "
-            "selected genes and fitted levels on other spots; then start a new run from these weights (`start_from`) instead",
+            "selected genes and fitted levels on other spots; in that case, start a new run from these weights with `start_from`",
             config.levels.fit_spots,
         )
     now_run = config.engine.kind, size

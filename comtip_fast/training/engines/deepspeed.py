@@ -1,8 +1,8 @@
 """Engine for DeepSpeed ZeRO 0 to 3; DeepSpeed's config is derived from the run's config (:func:`deepspeed_config`).
 
 Precision, gradient accumulation and checkpoints do not use DeepSpeed's own implementation: autocast runs inside the forward
-pass, accumulation is gradient caching with the negatives of the global batch, and checkpoints hold full tensors, so that a
-run can resume with another engine, ZeRO stage or number of ranks.
+pass, accumulation is gradient caching with the negatives of the global batch, and checkpoints hold full tensors or indexed
+parts of them, so that a run can resume with another engine, ZeRO stage or number of ranks.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def fit_readout(
     Returns
     -------
     LinearReadout or None
-        None if no cohort has enough training spots.
+        None if no cohort has at least :data:`MIN_SPOTS` readable training spots and 2 genes.
     """
     readout = LinearReadout(ReadoutSettings(config.readout.views, config.readout.context, config.align.dim), [])
     cohorts: dict[str, list[int]] = {}
@@ -69,7 +69,7 @@ def _cohort_data(reader: _Reader, tables: TrainingTables, cohort: str, train: li
     n = sum(len(raw[i][0]) for i in fitted)
     if n < MIN_SPOTS or rows.size < 2:
         log.warning(
-            "no linear readout for %s: %d readable training spots and %d genes; it needs %d spots and 2 genes",
+            "no linear readout for %s: %d readable training spots and %d genes, but at least %d spots and 2 genes are needed",
             cohort,
             n,
             rows.size,
