@@ -106,7 +106,8 @@ class Model:
         Parameters
         ----------
         section
-            ``SHARDS_DIR:section_id``, a source folder, an ``.h5ad``, or an AnnData with an image.
+            ``SHARDS:section_id`` (``SHARDS`` is a folder or URL), a source folder, an ``.h5ad`` or ``FILE.h5ad:section_id``, or an
+            AnnData with an image.
         genes
             Symbols, Ensembl ids or previous symbols, including those of genes that were not trained; ``None`` selects the trained
             genes of the section's species.

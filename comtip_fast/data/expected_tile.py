@@ -33,7 +33,7 @@ def check_expected_tile(config: RunConfig, shards: ShardSet) -> None:
             if value is not None
         ]
         raise ValueError(
-            f"{shards.path}: tiles of {tile.um:g} um in {tile.px} px, but the config states {' '.join(keys)}; build the set "
+            f"{shards.name}: tiles of {tile.um:g} um in {tile.px} px, but the config states {' '.join(keys)}; build the set "
             f"again with `tile_um={um:g}` `tile_px={px}`, or train on this set with "
             f"`data.tile_px={tile.px}` `data.tile_um={tile.um:g}`"
         )
@@ -44,7 +44,7 @@ def check_expected_tile(config: RunConfig, shards: ShardSet) -> None:
             "state `data.tile_px=%d`",
             config.vision.backbone,
             native[1],
-            shards.path,
+            shards.name,
             tile.px,
             native[1],
             tile.px,

@@ -107,7 +107,9 @@ def gene_queries(model: Predictor, genes: Sequence[str] | None, species: str) ->
     else:
         asked = [_resolve(g, species) for g in genes]
     if not asked:
-        raise ValueError("`genes`: the list is empty; name genes to predict, or omit it to predict all trained genes")
+        raise ValueError(
+            "`genes`: the list is empty; name genes to predict, or leave out `genes` to predict all trained genes"
+        )
     scores = model.lineage.own.gene_scores
     var = pd.DataFrame(
         {

@@ -244,7 +244,7 @@ class BaseLoader(ABC):
             spares = self._replacements(scheduled.spots, own.start + i)
             if not any(decoded.replace(i, self.records.read(spare)) for spare in spares):
                 raise ShardError(
-                    f"{self.shards.path}: all {scheduled.spots.size} records of a batch are damaged (first error: {error}); check "
+                    f"{self.shards.name}: all {scheduled.spots.size} records of a batch are damaged (first error: {error}); check "
                     "the set with `comtip shards verify`"
                 )
         return decoded
@@ -295,7 +295,7 @@ class BaseLoader(ABC):
             self.faults[spot] = error
             if len(self.faults) > limit:
                 raise ShardError(
-                    f"{self.shards.path}: more than data.max_faults={limit} records are damaged (last error: {error}); check the "
+                    f"{self.shards.name}: more than data.max_faults={limit} records are damaged (last error: {error}); check the "
                     "set with `comtip shards verify`, then build it again or raise data.max_faults"
                 )
 

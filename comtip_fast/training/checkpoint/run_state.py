@@ -201,7 +201,9 @@ def check_same_run(
     then_run = state["config"].get("engine", {}).get("kind", "auto"), state.get("world_size", 1)
     if now_run != then_run:
         log.warning(
-            "engine changed from %s on %d ranks to %s on %d; results may differ by rounding", *then_run, *now_run
+            "engine.kind and the number of ranks changed from %s and %d to %s and %d; results may differ by rounding",
+            *then_run,
+            *now_run,
         )
     for what, now in (("device", device.type), ("torch", torch.__version__)):
         if state.get(what, now) != now:
