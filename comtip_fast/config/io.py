@@ -319,7 +319,10 @@ def _model_rules(c: RunConfig) -> list[Rule]:
             c.panel.min_genes <= c.panel.max_genes,
             f"panel.max_genes: {c.panel.max_genes}; must not be below panel.min_genes ({c.panel.min_genes})",
         ),
-        (v.width % v.heads == 0, f"vision.heads: {v.heads}; must divide vision.width ({v.width})"),
+        (
+            v.backbone != "small" or v.width % v.heads == 0,
+            f"vision.heads: {v.heads}; must divide vision.width ({v.width})",
+        ),
         (
             v.backbone != "small" or v.vit == VitConfig(),
             (
