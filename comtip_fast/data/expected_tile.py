@@ -41,7 +41,7 @@ def check_expected_tile(config: RunConfig, shards: ShardSet) -> None:
     if data.tile_px is None and native is not None and int(native[1]) != tile.px:
         log.warning(
             "vision.backbone=%s was designed for tiles of %s px, but %s has %d px; build the set with `tile_px=%s`, or "
-            "state `data.tile_px=%d`",
+            "set `data.tile_px=%d` to keep this set",
             config.vision.backbone,
             native[1],
             shards.name,

@@ -132,7 +132,7 @@ def _resolve(gene: str, species: str) -> _Asked:
     hit = GeneResource.load().resolve(gene, species)
     if hit.how == "unmapped":
         log.warning(
-            "gene %r: not in the table of %s genes, so its sentence is the symbol alone; check the spelling",
+            "gene %r: not in the table of %s genes, so the prediction uses the symbol alone; check the spelling",
             gene,
             species,
         )

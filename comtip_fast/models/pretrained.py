@@ -159,7 +159,10 @@ def _read_facts(path: Path, config: VisionConfig) -> dict[str, Any]:
     named = facts.get("architecture")
     if isinstance(named, str) and named != config.backbone:
         log.warning(
-            "%s describes %s, but vision.backbone=%s; check that the weights belong to it", path, named, config.backbone
+            "%s describes %s, but vision.backbone=%s; check that the weights are those of this backbone",
+            path,
+            named,
+            config.backbone,
         )
     return inner
 

@@ -151,7 +151,7 @@ class Validation:
         encoded, image = self._encode(spots, progress)
         if encoded.size == 0:
             log.warning(
-                "validation: section %s has no readable spot and is left out; check it with `comtip shards verify`",
+                "validation: section %s has no readable spot and is left out; check the set with `comtip shards verify`",
                 self.shards.manifest.sections[section].section_id,
             )
             return None

@@ -366,7 +366,7 @@ class BaseLoader(ABC):
     def _run_stem(self, stem: Stem, view: int, size: int = 128) -> Tensor:
         """Return one view's features (n_spots, P, c); the rows of damaged spots are zero."""
         views, spots = self.config.data.views, self.tables.spots
-        log.info("frozen stem: view %d of %d, %d tiles", view + 1, views, spots.size)
+        log.info("computing the features of the frozen stem: view %d of %d, %d tiles", view + 1, views, spots.size)
         out: Tensor | None = None
         label = f"frozen stem, view {view + 1} of {views}"
         for start in tqdm(range(0, spots.size, size), desc=label, leave=False, disable=None):

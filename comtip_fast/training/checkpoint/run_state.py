@@ -180,7 +180,13 @@ def check_same_run(
         )
     for key in sorted(SCHEDULE_KEYS):
         if old[key] != new[key]:
-            log.warning("%s changed from %s to %s; it applies from step %d", key, old[key], new[key], state["step"] + 1)
+            log.warning(
+                "%s changed from %s to %s; the new value applies from step %d",
+                key,
+                old[key],
+                new[key],
+                state["step"] + 1,
+            )
     if config.train.steps < state["step"]:
         raise TrainingError(
             f"{run_dir}: cannot resume, train.steps={config.train.steps} is below the step of the checkpoint ({state['step']}); "

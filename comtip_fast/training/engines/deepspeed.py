@@ -309,7 +309,11 @@ def check_deepspeed(config: RunConfig, device: torch.device) -> None:
     folder = torch_internals.build_folder(builder.name)
     if not (folder / f"{builder.name}.so").exists() or (folder / "lock").exists():
         # Older PyTorch waits forever for the lock of a killed build (PyTorch issue 189245).
-        log.info("DeepSpeed compiles %s (a few minutes); if it hangs, delete %s", builder.name, folder / "lock")
+        log.info(
+            "DeepSpeed compiles %s (a few minutes); if this hangs, stop the run and delete %s",
+            builder.name,
+            folder / "lock",
+        )
     try:
         builder.load(verbose=False)
     except (RuntimeError, ImportError) as error:
