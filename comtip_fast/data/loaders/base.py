@@ -245,7 +245,7 @@ class BaseLoader(ABC):
             if not any(decoded.replace(i, self.records.read(spare)) for spare in spares):
                 raise ShardError(
                     f"{self.shards.name}: all {scheduled.spots.size} records of a batch are damaged (first error: {error}); check "
-                    "the set with `comtip shards verify`"
+                    "the set with `comtip shards verify`, then build it again"
                 )
         return decoded
 

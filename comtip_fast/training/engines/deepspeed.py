@@ -310,7 +310,7 @@ def check_deepspeed(config: RunConfig, device: torch.device) -> None:
     if not (folder / f"{builder.name}.so").exists() or (folder / "lock").exists():
         # Older PyTorch waits forever for the lock of a killed build (PyTorch issue 189245).
         log.info(
-            "DeepSpeed compiles %s (a few minutes); if this hangs, stop the run and delete %s",
+            "DeepSpeed compiles %s (a few minutes); if this hangs, delete %s",
             builder.name,
             folder / "lock",
         )
