@@ -80,7 +80,7 @@ def read_section(
     assert readout is not None
     geometry = TileGeometry(predictor.tile_px, predictor.tile_um, predictor.min_mpp)
     opened = open_section(spec, geometry, _tile_options(spec, options), fmt)
-    species = species_of(predictor, opened.species, opened.section_id)
+    species = species_of(predictor, opened.species, f"section {opened.section_id}")
     counts = measured_counts(spec, species, options, fmt)
     facts = _facts(spec, opened, species, options, counts)
     keys = [k for k in predictor.trained_genes if k in set(counts.keys)]

@@ -38,8 +38,9 @@ class DataConfig:
     """Number of consecutive records read together. 1 shuffles single spots; 8 to 64 turns the reads of an epoch into
     sequential runs for storage with slow seeks. Records of a section are stored shuffled, so a run is a random sample."""
     slots: Count | None = None
-    """Number of virtual slots that the tars are divided into, for many nodes. Each batch has equally many spots of every slot,
-    so a node that reads whole slots fetches its own share of the tars only; batches do not depend on the number of nodes.
+    """Number of virtual slots that the tars are divided into, for many nodes. Each batch but the last of an epoch has equally many
+    spots of every slot, so a node that reads whole slots fetches its own share of the tars only; batches do not depend on the
+    number of nodes.
     ``batch_size`` and ``sections_per_batch`` must be multiples of ``slots``. ``null`` orders all spots together."""
     stain: Literal["none", "section"] = "section"
     """Stain normalisation. ``section`` shifts and scales the optical density of each section to a fixed mean and standard
@@ -71,7 +72,7 @@ class DataConfig:
     """Reading of a remote set. ``files`` keeps whole tars in a cache that the ranks of a node share; ``ranges`` requests the
     records of a batch and keeps nothing, for a cache that cannot hold what a node reads in an epoch."""
     fetch_ahead: CountOrZero = 8
-    """With ``files``: number of batches whose tars are fetched in the background before they are read."""
+    """With ``fetch=files``: number of batches whose tars are fetched in the background before they are read."""
     expression: Literal["auto", "table", "records"] = "auto"
     """``table`` keeps the levels of all training spots in memory, ``records`` computes them per batch, ``auto`` uses the
     table up to 1 GiB and 200,000 spots."""
@@ -177,7 +178,7 @@ class AlignConfig:
     temperature: Positive = 0.07
     """Initial temperature of InfoNCE; its inverse is learnt, up to ``max_scale``."""
     max_scale: Positive = 100.0
-    """Upper bound of the inverse temperature."""
+    """Upper bound of the inverse temperatures of InfoNCE and of the level logits."""
     negatives: Literal["all", "same_group", "other_group"] = "same_group"
     """Which other spots are negatives of a spot: ``all``, those of the same section (``same_group``), or those of other
     sections (``other_group``)."""
@@ -234,7 +235,8 @@ class ReadoutConfig:
     context: bool = True
     """Whether features are concatenated with their mean over neighbouring spots."""
     max_spots: Annotated[int, Field(ge=10)] = 20_000
-    """Largest number of training spots of the fit, an equal number per section."""
+    """Largest number of training spots of the fit, divided equally over the training sections; each section provides at least 10,
+    or all that it has."""
     min_donors: Count = 1
     """Smallest number of training donors of a cohort for a head on the shared-space vector; 2 omits this head for cohorts with
     a single training donor (docs/ablations.md)."""

@@ -1,8 +1,8 @@
 """Opening of a SECTION as tiles: a section of a shard set, a source, or an AnnData with an image.
 
-A SECTION is ``SHARDS_DIR:section_id``, ``SOURCE`` or ``SOURCE:section_id`` (anything that ``comtip shards build``
-reads), or a path to an ``.h5ad``. Tiles always have the model's physical size and resolution, so that a model cannot
-distinguish sections by size or resolution.
+A SECTION is ``SHARDS:section_id`` (``SHARDS`` is the folder or URL of a shard set), ``SOURCE`` or ``SOURCE:section_id``
+(anything that ``comtip shards build`` reads from a path), or ``FILE.h5ad`` or ``FILE.h5ad:section_id``. Tiles always have the
+model's physical size and resolution, so that a model cannot distinguish sections by size or resolution.
 """
 
 from __future__ import annotations
@@ -139,10 +139,11 @@ def _refuse_format(fmt: str, what: str, own: str = "") -> None:
 
 def _refuse_options(options: SourceOptions, where: str) -> None:
     """Raise SourceError if facts are stated for a section of a shard set, because its manifest states them."""
-    if options.stated():
+    stated = [f"`{name}`" for name in options.stated()]
+    if stated:
+        has, it = ("has", "it") if len(stated) == 1 else ("have", "them")
         raise SourceError(
-            f"{where}: {', '.join(f'`{name}`' for name in options.stated())} has no effect here: a shard set states the facts of its "
-            "sections; leave it out"
+            f"{where}: {', '.join(stated)} {has} no effect here: a shard set states the facts of its sections; leave {it} out"
         )
 
 
@@ -169,7 +170,7 @@ def _from_shards(shards: ShardSet, section_id: str, tile: TileGeometry) -> Secti
     own = shards.manifest.tile
     if (own.px, own.um, own.min_mpp) != (tile.px, tile.um, tile.min_mpp):
         raise SourceError(
-            f"{shards.path}: tiles of {own.um:g} um in {own.px} px at {own.min_mpp:g} um/px, but the model reads "
+            f"{shards.name}: tiles of {own.um:g} um in {own.px} px at {own.min_mpp:g} um/px, but the model reads "
             f"{tile.um:g} um in {tile.px} px at {tile.min_mpp:g} um/px; build the set with `tile_um={tile.um:g}` "
             f"`tile_px={tile.px}` `min_mpp={tile.min_mpp:g}`"
         )
@@ -190,7 +191,7 @@ def section_template(shards: ShardSet, section_id: str) -> tuple[ad.AnnData, np.
     """
     ids = [s.section_id for s in shards.manifest.sections]
     if section_id not in ids:
-        raise SourceError(f"{shards.path} has no section {section_id!r}; choose one of {', '.join(ids)}")
+        raise SourceError(f"{shards.name} has no section {section_id!r}; choose one of {', '.join(ids)}")
     number = ids.index(section_id)
     meta = shards.manifest.sections[number]
     spots = shards.source_order(number)

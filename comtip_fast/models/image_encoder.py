@@ -212,7 +212,7 @@ def check_mask(config: VisionConfig, n_patches: int) -> None:
             f"{1 / n_patches:.2g} hides one" if n_patches > 1 else "a single patch cannot be both hidden and visible"
         )
         raise ValueError(
-            f"vision.mask_ratio={config.mask_ratio:g} hides none of the {n_patches} patches of a tile ({least}); increase it, "
+            f"vision.mask_ratio={config.mask_ratio:g} hides none of the {n_patches} patches of a tile ({least}); increase the ratio, "
             "make patches smaller (vision.patch_px), or disable masking with loss.mfm=0"
         )
 

@@ -59,7 +59,7 @@ def untested(version: str | None = None) -> str | None:
     newest, first = f"{TESTED[0]}.{TESTED[1]}", f"{TESTED[0]}.{TESTED[1] + 1}"
     return (
         f"PyTorch {version} is newer than {newest}, the newest release tested with the private functions that this package uses; "
-        f"compare results, or install torch<{first}"
+        f"check that results agree with those of PyTorch {newest}, or install torch<{first}"
     )
 
 

@@ -369,7 +369,7 @@ class CoMTIPTask:
         if known.sum() < 2:
             raise ValueError(
                 f"text.gene_vectors={self.config.text.gene_vectors}: the file has vectors of {int(known.sum())} of the {len(keys)} "
-                "trained genes; give vectors of the same species"
+                "trained genes, but at least 2 are needed; give vectors of the same species"
             )
         self.model.genes.vector_scale.fill_(float(np.sqrt((vector_GK[known] ** 2).mean())))
         return vector_GK

@@ -199,7 +199,7 @@ class Trainer:
     def _loop(self, caught: Signals) -> None:
         p = self.progress
         if p.stopped:
-            log.info("training has already finished (%s); writing the export again", p.stopped)
+            log.info("training has already finished after %d steps; writing the export again", p.step)
         elif self._validation_is_due() or p.step >= self.config.train.steps:
             self._finish_step()
         while not p.stopped:
@@ -324,7 +324,9 @@ class Trainer:
         else:
             # Not counted for train.patience: there is no score to compare.
             log.warning(
-                "step %d: validation has no score; check split val for trained genes, and losses for NaN", p.step
+                "step %d: validation has no score; check that sections of split val measured trained genes, and that losses are "
+                "finite",
+                p.step,
             )
         self._reporter.log(
             {"step": p.step, "kind": "valid", "score": score, "per_cohort": per_cohort, "best": better}

@@ -21,6 +21,7 @@ from comtip_fast.config.schema import RunConfig, VisionConfig
 from comtip_fast.config.vision import LoraConfig, VitConfig
 from comtip_fast.models import CoMTIP, ModelSizes, VisionEncoder
 from comtip_fast.models.adapters import merged_state
+from comtip_fast.models.pretrained import normalisation
 from comtip_fast.plan.sizes import build_on_meta
 
 # One of each kind of timm ViT: class and register tokens, none of them, tokens of distillation, norms before, after and around
@@ -240,6 +241,14 @@ def test_files_that_do_not_fit_are_refused_with_the_settings_that_would(
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ValueError, match=r"config\.json: not a model description"):
         load(deep, depth=3, init_values=1e-5)
+
+
+def test_a_normalisation_in_the_config_replaces_an_unusable_one_of_the_model_folder(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"pretrained_cfg": {"std": [0, 1]}}')
+    config = VisionConfig(backbone="vit_tiny_patch16_224", pretrained=str(tmp_path / "w.safetensors"))
+    with pytest.raises(ValueError, match=r"std=\[0, 1\] of vit_tiny.* set vision\.pixel_std"):
+        normalisation(config)
+    assert normalisation(replace(config, pixel_std=(0.1, 0.2, 0.3)))[1] == (0.1, 0.2, 0.3)
 
 
 # -- adapters ---------------------------------------------------------------------------------------------------

@@ -103,6 +103,9 @@ def test_the_spike_detector_needs_a_history_and_names_what_jumped():
     assert message is not None
     assert message.startswith("gradient norm")
     assert SpikeDetector(WatchConfig(loss_jump=0, norm_jump=0)).update(math.inf, math.inf) is None
+    alarm = SpikeDetector(WatchConfig())
+    assert all(alarm.update(1.0, 0.0) is None for _ in range(20))
+    assert alarm.update(1.0, 1e-3) is None, "there is no multiple of a median of 0"
 
 
 def test_the_watchdog_reports_a_stall_once_with_stacks(tmp_path: Path):

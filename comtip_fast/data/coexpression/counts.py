@@ -7,7 +7,9 @@ the number of cells. Features of other types (antibodies, controls) are dropped.
 from __future__ import annotations
 
 import gzip
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,7 +105,7 @@ class _Table:
 
     @staticmethod
     def genes(path: Path) -> tuple[list[str], list[str]]:
-        with _text(path) as file:
+        with _explained(path), _text(path) as file:
             names = [n.strip().strip('"') for n in file.readline().rstrip("\r\n").split("\t")]
             columns = file.readline().rstrip("\r\n").count("\t")
         # R omits the name of the id column, other writers include it.
@@ -119,17 +121,14 @@ class _Table:
     def blocks(path: Path) -> Iterator[sparse.csr_matrix]:
         n_genes = len(_Table.genes(path)[0])
         rows: list[np.ndarray] = []
-        try:
-            with _text(path) as file:
-                file.readline()
-                for number, line in enumerate(file, start=2):
-                    if line.strip():
-                        rows.append(_row(line, n_genes, path, number))
-                    if len(rows) == TABLE_ROWS:
-                        yield sparse.csr_matrix(np.stack(rows))
-                        rows = []
-        except (OSError, EOFError, UnicodeDecodeError) as error:
-            raise SourceError(f"{path}: truncated or damaged ({error}); copy or download the file again") from error
+        with _explained(path), _text(path) as file:
+            file.readline()
+            for number, line in enumerate(file, start=2):
+                if line.strip():
+                    rows.append(_row(line, n_genes, path, number))
+                if len(rows) == TABLE_ROWS:
+                    yield sparse.csr_matrix(np.stack(rows))
+                    rows = []
         if rows:
             yield sparse.csr_matrix(np.stack(rows))
 
@@ -148,6 +147,15 @@ def _row(line: str, n_genes: int, path: Path, number: int) -> np.ndarray:
             f"{path}, line {number}: {values.size} values for {n_genes} genes; copy or download the file again"
         )
     return values
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn errors of reading a text file, also one that is compressed, into SourceError."""
+    try:
+        yield
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise SourceError(f"{path}: truncated or damaged ({error}); copy or download the file again") from error
 
 
 def _text(path: Path) -> Any:

@@ -244,8 +244,8 @@ class BaseLoader(ABC):
             spares = self._replacements(scheduled.spots, own.start + i)
             if not any(decoded.replace(i, self.records.read(spare)) for spare in spares):
                 raise ShardError(
-                    f"{self.shards.path}: all {scheduled.spots.size} records of a batch are damaged (first error: {error}); check "
-                    "the set with `comtip shards verify`"
+                    f"{self.shards.name}: all {scheduled.spots.size} records of a batch are damaged (first error: {error}); check "
+                    "the set with `comtip shards verify`, then build it again"
                 )
         return decoded
 
@@ -295,7 +295,7 @@ class BaseLoader(ABC):
             self.faults[spot] = error
             if len(self.faults) > limit:
                 raise ShardError(
-                    f"{self.shards.path}: more than data.max_faults={limit} records are damaged (last error: {error}); check the "
+                    f"{self.shards.name}: more than data.max_faults={limit} records are damaged (last error: {error}); check the "
                     "set with `comtip shards verify`, then build it again or raise data.max_faults"
                 )
 
@@ -366,7 +366,7 @@ class BaseLoader(ABC):
     def _run_stem(self, stem: Stem, view: int, size: int = 128) -> Tensor:
         """Return one view's features (n_spots, P, c); the rows of damaged spots are zero."""
         views, spots = self.config.data.views, self.tables.spots
-        log.info("frozen stem: view %d of %d, %d tiles", view + 1, views, spots.size)
+        log.info("computing the features of the frozen stem: view %d of %d, %d tiles", view + 1, views, spots.size)
         out: Tensor | None = None
         label = f"frozen stem, view {view + 1} of {views}"
         for start in tqdm(range(0, spots.size, size), desc=label, leave=False, disable=None):

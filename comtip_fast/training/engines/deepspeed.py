@@ -1,8 +1,8 @@
 """Engine for DeepSpeed ZeRO 0 to 3; DeepSpeed's config is derived from the run's config (:func:`deepspeed_config`).
 
 Precision, gradient accumulation and checkpoints do not use DeepSpeed's own implementation: autocast runs inside the forward
-pass, accumulation is gradient caching with the negatives of the global batch, and checkpoints hold full tensors, so that a
-run can resume with another engine, ZeRO stage or number of ranks.
+pass, accumulation is gradient caching with the negatives of the global batch, and checkpoints hold full tensors or indexed
+parts of them, so that a run can resume with another engine, ZeRO stage or number of ranks.
 """
 
 from __future__ import annotations
@@ -309,7 +309,11 @@ def check_deepspeed(config: RunConfig, device: torch.device) -> None:
     folder = torch_internals.build_folder(builder.name)
     if not (folder / f"{builder.name}.so").exists() or (folder / "lock").exists():
         # Older PyTorch waits forever for the lock of a killed build (PyTorch issue 189245).
-        log.info("DeepSpeed compiles %s (a few minutes); if it hangs, delete %s", builder.name, folder / "lock")
+        log.info(
+            "DeepSpeed compiles %s (a few minutes); if this hangs, delete %s",
+            builder.name,
+            folder / "lock",
+        )
     try:
         builder.load(verbose=False)
     except (RuntimeError, ImportError) as error:
