@@ -200,7 +200,7 @@ def test_a_timm_model_with_random_weights_or_a_file(folder: Path, tmp_path: Path
     assert pcc.iloc[0] != pytest.approx(pcc.iloc[1])
     other = timm.create_model("test_resnet", num_classes=0)
     save_file(other.state_dict(), tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match=r"lacks \d+ weights of test_vit"):
+    with pytest.raises(ValueError, match=r"lacks \d+ of the weights of test_vit"):
         benchmark_hest(folder, [f"timm:{name}@{tmp_path / 'other.safetensors'}"], device="cpu")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "other.safetensors").read_bytes()[:200])
     with pytest.raises(ValueError, match=r"cut\.safetensors: cannot be read as weights"):

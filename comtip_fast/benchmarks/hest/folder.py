@@ -84,10 +84,14 @@ def read_benchmark(folder: Path, tasks: Sequence[str] | None = None) -> list[Ben
             f"{folder}: no such folder; give the folder of HEST-Benchmark, with a subfolder per task"
         )
     found = sorted(p.name for p in folder.iterdir() if (p / "splits").is_dir())
-    missing = [t for t in tasks or [] if t not in found]
-    if missing or not found:
+    if not found:
         raise FileNotFoundError(
-            f"{folder}: no task {', '.join(missing) or '(a subfolder with splits/)'}; it has: {', '.join(found) or 'none'}; name one of its tasks"
+            f"{folder}: no subfolder with splits/, so no task; give the folder of HEST-Benchmark, with a subfolder per task"
+        )
+    missing = [t for t in tasks or [] if t not in found]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder}: no task {', '.join(missing)}; it has: {', '.join(found)}; name tasks that it has with `tasks`"
         )
     return [_read_task(folder / name) for name in (tasks or found)]
 
@@ -177,7 +181,9 @@ def _index(have: list[str], want: Sequence[str], sample: BenchmarkSample, what: 
     """Return the positions of the names ``want`` in ``have``, int64; raise ValueError for duplicate or missing names."""
     index = {name: i for i, name in enumerate(have)}
     if len(index) < len(have):
-        raise ValueError(f"{sample.expression}: {len(have) - len(index)} duplicate {what}; rename or remove them")
+        raise ValueError(
+            f"{sample.expression}: duplicate names of {what} ({len(have) - len(index)}); rename or remove the duplicates"
+        )
     missing = [n for n in want if n not in index]
     if missing:
         raise ValueError(

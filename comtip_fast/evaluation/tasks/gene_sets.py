@@ -97,8 +97,8 @@ class SetCloseness:
     """Similarity of two genes of one set, compared with that of two genes without a common set."""
 
     auc: float
-    """Probability that a pair within a set is more alike than a pair without a common set; 0.5 is chance. NaN if all
-    pairs have one."""
+    """Probability that a pair within a set is more alike than a pair without a common set, mean over sets; 0.5 is
+    chance. NaN if every sampled pair has a common set."""
     set_auc_S: np.ndarray
     """The same, for the pairs of each set."""
     shuffled: float
