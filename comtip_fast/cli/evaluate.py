@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_out(parser, "folder for metrics.json, genes.csv and report.html")
     parser.add_argument(
         "--sections",
-        help="comma-separated section ids (default: split test; if it is empty, all sections not used for training)",
+        help="comma-separated section ids (default: those of split test; without such sections, all not used for training)",
     )
     parser.add_argument(
         "--genes",
