@@ -208,7 +208,7 @@ class H5Patches(TileSource):
     Raises
     ------
     FileNotFoundError, ValueError
-        The file is missing, cannot be read, or its patches are too narrow for the encoder.
+        The file is missing or cannot be read, or its patches are not square uint8 RGB or too narrow for the encoder.
     """
 
     def __init__(self, path: Path, geometry: TileGeometry | None = None, *, whole: bool = False) -> None:
@@ -223,7 +223,7 @@ class H5Patches(TileSource):
                 )
             self.barcodes = text_of(file[key][:])
             shape = file["img"].shape
-        if len(shape) != 4 or shape[0] != len(self.barcodes) or shape[0] == 0:
+        if len(shape) != 4 or shape[0] != len(self.barcodes) or 0 in shape:
             raise ValueError(
                 f"{path}: img of shape {shape} for {len(self.barcodes)} barcodes; expected one patch each; download the file again"
             )
@@ -233,7 +233,11 @@ class H5Patches(TileSource):
             self._geometry = TileGeometry(geometry.px, PATCH_UM, min_mpp=0.0)
         if self._geometry is not None:
             with self._open() as file:
-                check_tiles(file["img"][:1], self._mpp, self._geometry)
+                first = file["img"][:1]
+            try:
+                check_tiles(first, self._mpp, self._geometry)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{path}: {error}") from error
         self.tile_px = shape[1] if self._geometry is None else self._geometry.px
 
     def _open(self) -> h5py.File:

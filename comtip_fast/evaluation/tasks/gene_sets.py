@@ -26,7 +26,7 @@ def read_gmt(path: Path) -> GeneSets:
     Raises
     ------
     FileNotFoundError, ValueError
-        There is no such file, it is too large or not UTF-8, or a line has no genes or a name occurs twice.
+        There is no such file, it is too large or not UTF-8 or has no gene set, a line has no genes, or a name occurs twice.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give gene sets in GMT format")
