@@ -171,7 +171,7 @@ def attention_tile(longest: int, tiles: tuple[int, ...] = ATTENTION_TILES) -> in
     fitting = [t for t in tiles if t >= longest]
     if not fitting:
         raise ValueError(
-            f"packed_attention: a sentence has {longest} tokens and the largest Triton tile has {max(tiles)}; use another impl"
+            f"packed_attention: a sentence has {longest} tokens and the largest Triton tile has {max(tiles)}; use impl='auto'"
         )
     return min(fitting, key=lambda t: t * t // (t - longest + 1))
 
