@@ -46,6 +46,11 @@ def same_sizes(host: HostTokens, panel: np.ndarray, shapes: Shapes) -> np.ndarra
 
     Genes are exchanged with the next one whose name has as many tokens. The number of distinct tokens can differ then, so
     fewer lengths are exchanged until it agrees.
+
+    Raises
+    ------
+    ValueError
+        No such panel is found.
     """
     following = np.arange(host.length_G.size)
     lengths = np.unique(host.length_G)
@@ -57,7 +62,9 @@ def same_sizes(host: HostTokens, panel: np.ndarray, shapes: Shapes) -> np.ndarra
         if (other != panel).any() and shapes(other) == shapes(panel):
             return other
         lengths, following = lengths[1:], np.arange(host.length_G.size)
-    raise ValueError("no other panel has these sizes; choose a larger panel")
+    raise ValueError(
+        f"no other panel of {panel.size} genes with the sizes {shapes(panel)} is found; choose a larger panel"
+    )
 
 
 def shapes_over_steps(config: RunConfig, ranks: int) -> int:
@@ -75,7 +82,7 @@ def _distinct_shapes(n: int, panel: PanelConfig, seed: int, text: TextConfig, n_
 
 @cache
 def tokens_of(n: int, text: TextConfig) -> HostTokens:
-    """Return the tokens of the first n genes of the shipped table."""
+    """Return the tokens of the first n protein-coding genes of the shipped table."""
     host = gene_tokens(GeneTokenizer.load(), gene_names(n), np.arange(1, n + 1), text).host
     assert host is not None
     return host

@@ -226,7 +226,7 @@ def run(shards: str, worlds: list[int], quick: bool, engine: str = "") -> list[d
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="run the subset of `make test`")
-    parser.add_argument("--worlds", default="1,2,4", help="numbers of ranks, comma-separated")
+    parser.add_argument("--worlds", default="1,2,4", help="numbers of ranks, comma-separated (default 1,2,4)")
     parser.add_argument("--engine", default="", help="run only this engine: ddp, zero0, zero1, zero2 or zero3")
     parser.add_argument("--rank", nargs=2, metavar=("SHARDS", "OUT"), help="run as one rank (used internally)")
     args = parser.parse_args()

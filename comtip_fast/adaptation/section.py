@@ -146,8 +146,8 @@ def _facts(
     missing = [f"`{name}`" for name in ("tissue", "donor") if not getattr(facts, name)]
     if missing:
         raise SourceError(
-            f"section {opened.section_id}: {' and '.join(missing)} unknown; set them, because the adapted model records "
-            "them and evaluation reports sections of the same donor as seen"
+            f"section {opened.section_id}: unknown {' and '.join(missing)}; set {'both' if len(missing) == 2 else 'it'}, "
+            "because the adapted model records tissue and donor, and evaluation reports sections of the same donor as seen"
         )
     return LineageSection(
         section_id=opened.section_id,

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_out(parser, "folder for metrics.json, genes.csv and report.html")
     parser.add_argument(
         "--sections",
-        help="comma-separated section ids (default: split test; if it is empty, all sections not used for training)",
+        help="comma-separated section ids (default: those of split test; without such sections, all not used for training)",
     )
     parser.add_argument(
         "--genes",
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gene-vectors", type=Path, help="file of `comtip genes vectors`, to predict genes that were not trained"
     )
-    parser.add_argument("--null-draws", type=int, default=200, help="draws of the spatial null (default 200)")
+    parser.add_argument("--null-draws", type=int, default=200, help="draws of the spatial null (default 200; 0: none)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the nulls and baselines (default 0)")
     _add_tasks(parser)
     add_device(parser)

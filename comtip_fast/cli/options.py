@@ -81,7 +81,8 @@ def refuse_unused(given: Mapping[str, object], why: str) -> None:
     """
     unused = [name for name, value in given.items() if value is not None and value is not False and value != []]
     if unused:
-        raise ValueError(f"{', '.join(unused)} has no effect here: {why}; leave it out")
+        verb, them = ("has", "it") if len(unused) == 1 else ("have", "them")
+        raise ValueError(f"{', '.join(unused)} {verb} no effect here: {why}; leave {them} out")
 
 
 def fresh_h5ad(args: argparse.Namespace) -> Path:

@@ -26,6 +26,7 @@ from comtip_fast.cli.options import (
     gene_list,
     is_answer,
     read_facts,
+    refuse_unused,
 )
 from comtip_fast.constants import OBSM_EMBEDDING
 
@@ -117,9 +118,8 @@ def _refuse_slide_options(args: argparse.Namespace) -> None:
     given = [
         name for name in ("grid", "step_um", "min_tissue", "overlays", "geojson") if getattr(args, name) is not None
     ]
-    if given:
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise ValueError(f"{args.section}: {options} has no effect here: it is for slides without spots; leave it out")
+    why = f"used for slides without spots only, and {args.section} has spots"
+    refuse_unused({f"--{name.replace('_', '-')}": True for name in given}, why)
 
 
 def _predict_folder(args: argparse.Namespace, folder: Path) -> int:
@@ -153,11 +153,8 @@ def _predict_slides(args: argparse.Namespace, outputs: dict[Path, Path]) -> int:
 
     facts, pooling, counts = read_facts(args)
     refused = [*stated(pooling, counts), *(["format"] if args.fmt != "auto" else [])]
-    if refused:
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in refused)
-        raise ValueError(
-            f"{args.section}: {options} has no effect here: a slide has no spots and no counts; leave it out"
-        )
+    why = f"used for sections with counts only, and {args.section} is a slide without spots"
+    refuse_unused({f"--{name.replace('_', '-')}": True for name in refused}, why)
     model, genes = load(args.run_dir, args.device, args.gene_vectors), gene_list(args.genes)
     _check_drawings(args, model, genes, facts)
     failed = []

@@ -145,7 +145,7 @@ class TextConfig:
     heads: Count = 4
     """Number of attention heads."""
     max_tokens: Count = 16
-    """T, largest number of tokens of symbol and full name; longer names are truncated at the end."""
+    """Largest number of tokens of symbol and full name, T - 2; longer names are truncated at the end."""
     full_name: bool = True
     """Whether the full name of a gene follows its symbol in the sentence."""
     identity: bool = True

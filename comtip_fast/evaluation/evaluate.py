@@ -209,7 +209,9 @@ def _choose_genes(
     keys = list(dict.fromkeys([*hvg, *panel, *unseen]))
     if not keys:
         section_id = shards.manifest.sections[number].section_id
-        raise ValueError(f"{shards.path}: section {section_id} measured none of the model's genes; choose another")
+        raise ValueError(
+            f"{shards.path}: section {section_id} measured none of the model's genes; leave it out of `sections`, or pass `genes`"
+        )
     index, rank = {k: i for i, k in enumerate(keys)}, {k: i for i, k in enumerate(ranked)}
     unseen.sort(key=lambda k: (rank.get(k, len(ranked)), index[k]))
     hvg_i, panel_i, unseen_i = (np.array([index[k] for k in group], np.int64) for group in (hvg, panel, unseen))

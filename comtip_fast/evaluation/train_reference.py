@@ -47,7 +47,7 @@ class RidgeFit:
     def predict(self, x: dict[str, FeatureStore], n_spots: int, columns: np.ndarray) -> np.ndarray:
         """Return the prediction of some of the fitted genes, float64 (N, g); the inputs are read in blocks of spots.
 
-        A gene that no training section measured is predicted as constant, so that its PCC is undefined.
+        A gene that fewer than 10 training spots measured is predicted as 0 everywhere, so that its PCC is undefined.
         """
         out = np.zeros((n_spots, columns.size))
         for rows in row_blocks(n_spots):

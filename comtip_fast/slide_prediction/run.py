@@ -108,8 +108,10 @@ def predict_slide(predictor: Predictor, path: Path, out: Path, request: SlideReq
     ------
     SourceError
         The slide cannot be read, has no scale, or shows no tissue.
+    ValueError
+        The grid has too many tiles.
     FileExistsError
-        Another process predicts the same output.
+        Another process predicts the same output, or the folder of the pieces contains other files.
     """
     with open_slide(path) as slide:
         plan = _plan(predictor, path, slide, request)

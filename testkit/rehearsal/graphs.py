@@ -381,6 +381,7 @@ def changed_rules(rows: Rows, before: Rows) -> tuple[list[str], list[str]]:
     for key in sorted(rows.keys() | before.keys()):
         config, ranks, walk, rule, where, what = key
         new, old = rows.get(key, 0), before.get(key, 0)
-        text = f"{config}, {ranks} ranks, {walk}: CUDA graphs, {rule}, {where or 'panels'}: {what}, {new} times, it was {old}"
+        prefix = f"{config}, ranks {ranks}, {walk}: CUDA graphs, {rule}, {where or 'panels'}"
+        text = f"{prefix}: {what}, {new} times, the table has {old}"
         (worse if new > old else better if new < old else []).append(text)
     return worse, better

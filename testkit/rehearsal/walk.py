@@ -44,7 +44,7 @@ class Walk:
     overrides: tuple[str, ...] = ()
     """``KEY=VALUE`` overrides of the config."""
     part: str = "step"
-    """``step``, ``logged step``, or an entry of :mod:`.inference`."""
+    """``step``, ``logged step``, or a part that :func:`.inference.infer` runs."""
 
     def load(self) -> RunConfig:
         """Return the config for a GPU, without compilation, because Inductor needs tensors with storage."""

@@ -377,7 +377,7 @@ def test_options_are_honoured_or_refused(quick: Path, slide: Path, tiny_shards: 
     section = f"{tiny_shards.path}:x1"
     for option in (["--grid", "square"], ["--step-um", "9"], ["--min-tissue", "0"], ["--overlays", "A"], ["--geojson"]):
         assert main(["predict", str(quick), section, "--out", str(tmp_path / "x.h5ad"), *option]) == 2
-        assert f"{option[0]} has no effect here: it is for slides without spots" in capsys.readouterr().err
+        assert f"{option[0]} has no effect here: used for slides without spots only" in capsys.readouterr().err
     arguments = ["predict", str(quick), str(slide), "--out", str(tmp_path / "x.h5ad")]
     assert main(arguments) == 2
     assert "the file states no resolution; set --mpp" in capsys.readouterr().err

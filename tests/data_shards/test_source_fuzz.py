@@ -97,7 +97,7 @@ def unforeseen(path: Path, source: object, out: Path) -> None:
         (hang, "hang"),
         (write_outside, "changes outside the output folder.*outside"),
         (write_into_the_source, "the source was changed"),
-        (use_memory, "MB of memory"),
+        (use_memory, "MiB of memory"),
         (start_a_process, "os.system"),
         (refuse_without_a_name, "names neither file nor section"),
         (crash, "KeyError"),
