@@ -20,8 +20,8 @@ from pathlib import Path
 from unittest.mock import patch
 
 from testkit.rehearsal import walk as walking
-from testkit.rehearsal.table import walk_one
-from testkit.rehearsal.walk import Walk
+from testkit.rehearsal.table import summary
+from testkit.rehearsal.walk import Walk, train
 
 TABLE = Path(__file__).parents[1] / "cost_curves.csv"
 COLUMNS = ("gflop", "gflop_own", "moved_gb", "saved_mb", "uploads_mb", "sent_mb", "operators", "launches")
@@ -57,7 +57,8 @@ EXPECTED = {
     ("B", "gflop"): (0.9, 1.1),
     ("B", "saved_mb"): (0.9, 1.0),
     ("B", "uploads_mb"): (0.99, 1.01),
-    ("B", "operators"): (0.0, 0.0),
+    # Large losses are computed in more chunks.
+    ("B", "operators"): (0.0, 0.02),
     # The table has G Q sentences, pooling and levels B G.
     ("G", "gflop"): (0.4, 1.0),
     ("G", "saved_mb"): (0.4, 1.0),
@@ -65,9 +66,9 @@ EXPECTED = {
     ("Q", "gflop"): (0.4, 1.0),
     ("Q", "saved_mb"): (0.4, 1.0),
     ("Q", "operators"): (0.0, 0.0),
-    # A step reads the panel, not the vocabulary.
-    ("genes", "gflop"): (0.0, 0.001),
-    ("genes", "saved_mb"): (0.0, 0.001),
+    # A step reads the panel, not all genes; the names of another panel have other lengths.
+    ("genes", "gflop"): (-0.02, 0.02),
+    ("genes", "saved_mb"): (-0.02, 0.02),
     # Patches grow with the square of the width, attention with its fourth power.
     ("tile px", "gflop"): (1.5, 2.5),
     ("tile px", "saved_mb"): (1.3, 2.1),
@@ -84,7 +85,7 @@ def points(curve: Curve) -> Iterator[dict[str, str]]:
     for value in curve.values:
         px = value if curve.name == "tile px" else walking.TILE_PX
         with patch.object(walking, "TILE_PX", px):
-            counts = walk_one(curve.walk(value)).counts
+            counts = summary(curve.walk(value), train(curve.walk(value))).counts
         sent = sum(float(counts[c]) for c in SENT)
         row = {"curve": curve.name, "value": str(value), **counts, "sent_mb": f"{sent:.2f}"}
         print(", ".join(f"{k} {row[k]}" for k in ("curve", "value", *COLUMNS)), file=sys.stderr, flush=True)
@@ -118,6 +119,14 @@ def read_table() -> dict[str, list[dict[str, str]]]:
     return out
 
 
+def write_table(tables: dict[str, list[dict[str, str]]]) -> None:
+    """Write the rows of all curves, in the order of :data:`CURVES`."""
+    with TABLE.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ("curve", "value", *COLUMNS), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(row for curve in CURVES for row in tables.get(curve.name, ()))
+
+
 def markdown(tables: dict[str, list[dict[str, str]]]) -> str:
     """Return first and last value, their costs and the growth of every curve as a Markdown table."""
     shown = ("gflop", "moved_gb", "saved_mb", "sent_mb", "operators")
@@ -140,10 +149,7 @@ def main() -> int:
     for curve in CURVES:
         if args.only is None or curve.name in args.only:
             tables[curve.name] = list(points(curve))
-    with TABLE.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, ("curve", "value", *COLUMNS), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(row for curve in CURVES for row in tables.get(curve.name, ()))
+            write_table(tables)
     print(markdown(tables))
     wrong = [line for name, rows in tables.items() for line in unexpected(name, rows)]
     print("\n".join(wrong), file=sys.stderr)

@@ -67,7 +67,12 @@ def test_collectives_send_the_bytes_counted(pair: tuple[dict[str, str], Plan]):
     W = int(row["ranks"])
     # Operand of a rank, as a fraction of the complete tensor.
     operand = {"all_reduce": 1.0, "all_gather": 1 / W, "reduce_scatter": 1.0, "ring": (W - 1) / W}
-    counted = {"all_reduce": "all_reduce_mb", "all_gather": "all_gather_mb", "reduce_scatter": "reduce_scatter_mb", "ring": "send_mb"}
+    counted = {
+        "all_reduce": "all_reduce_mb",
+        "all_gather": "all_gather_mb",
+        "reduce_scatter": "reduce_scatter_mb",
+        "ring": "send_mb",
+    }
     sent = dict.fromkeys(operand, 0.0)
     for item in plan.traffic:
         if not (plan.engine.kind == "deepspeed" and item.part in ("gradients", "parameters")):
