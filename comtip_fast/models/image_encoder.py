@@ -226,9 +226,10 @@ class _PatchProjection(nn.Conv2d):
     @classmethod
     def of(cls, conv: nn.Conv2d) -> _PatchProjection:
         """Return a module with the parameters of ``conv``, whose stride is its kernel size."""
-        p = conv.kernel_size
+        height, width = conv.kernel_size
+        size = (height, width)
         # On the meta device the initialisation draws no random numbers.
-        new = cls(conv.in_channels, conv.out_channels, p, p, bias=conv.bias is not None, device="meta")
+        new = cls(conv.in_channels, conv.out_channels, size, size, bias=conv.bias is not None, device="meta")
         new.weight, new.bias = conv.weight, conv.bias
         return new
 
