@@ -72,7 +72,7 @@ EXPECTED = {
     # Patches grow with the square of the width, attention with its fourth power.
     ("tile px", "gflop"): (1.5, 2.5),
     ("tile px", "saved_mb"): (1.3, 2.1),
-    # Spots and sentences are shared out; every rank reduces the gradients of the whole model.
+    # Spots and sentences are split over ranks; every rank reduces the gradients of the whole model.
     ("ranks", "gflop"): (-1.05, -0.9),
     ("ranks", "saved_mb"): (-1.05, -0.9),
     ("ranks", "sent_mb"): (-0.5, 0.1),

@@ -192,13 +192,13 @@ class TrainReference:
             # A model that was adapted or fine-tuned elsewhere may still have its parents' sections here.
             if len(missing) == len(set(self.trained[cohort])) and not self._cohort_sections(cohort):
                 raise ValueError(
-                    f"{self.shards.path} contains none of the training sections of {cohort} ({', '.join(missing)}), from "
+                    f"{self.shards.name} contains none of the training sections of {cohort} ({', '.join(missing)}), from "
                     "which the 50 most variable genes and the baselines are computed; give their shard set with `train_shards`"
                 )
             log.warning(
                 "%s lacks training sections of %s (%s): genes and baselines are computed from the others; "
                 "give the complete set with `train_shards`",
-                self.shards.path,
+                self.shards.name,
                 cohort,
                 ", ".join(missing),
             )

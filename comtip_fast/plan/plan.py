@@ -34,7 +34,7 @@ class LoaderRate:
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationTime:
-    """Time of one validation, shared out over the ranks."""
+    """Time of one validation, whose spots are split over the ranks."""
 
     spots: int
     seconds: float

@@ -140,10 +140,10 @@ def test_a_failing_rank_ends_the_others_and_is_named(tmp_path: Path, fork: bool)
 def test_a_forked_rank_runs_a_script_as_python_does(tmp_path: Path):
     script = tmp_path / "s.py"
     script.write_text(
-        "import atexit, os, sys\nimport beside\natexit.register(print, 'at exit', os.environ['RANK'])\n"
-        "print(__name__, sys.argv[1:], beside.VALUE, os.environ['OMP_NUM_THREADS'], 'deepspeed' in sys.modules)\n"
+        "import atexit, os, sys\nimport nearby\natexit.register(print, 'at exit', os.environ['RANK'])\n"
+        "print(__name__, sys.argv[1:], nearby.VALUE, os.environ['OMP_NUM_THREADS'], 'deepspeed' in sys.modules)\n"
     )
-    (tmp_path / "beside.py").write_text("VALUE = 7\n")
+    (tmp_path / "nearby.py").write_text("VALUE = 7\n")
     outputs = run_distributed([str(script), "a"], 2, timeout_s=50, fork=True)
     assert outputs == [f"__main__ ['a'] 7 1 True\nat exit {rank}\n" for rank in range(2)]
     script.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
