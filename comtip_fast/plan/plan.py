@@ -10,6 +10,7 @@ from comtip_fast.config.schema import RunConfig
 from comtip_fast.plan.cost import forward_only
 from comtip_fast.plan.engine import EngineSpec, engine_of
 from comtip_fast.plan.hardware import Cluster
+from comtip_fast.plan.host import operators
 from comtip_fast.plan.memory import MemoryRow, on_device, state_rows, step_rows
 from comtip_fast.plan.parts import RankShare, StepPart, image_head, sentence_table, step_parts, vision
 from comtip_fast.plan.sizes import Inputs, Sizes, mean_panel, sizes_of
@@ -57,6 +58,8 @@ class Plan:
     traffic: tuple[Collective, ...]
     times: tuple[PartTime, ...]
     loader: LoaderRate
+    operators: int
+    """Operators that the host issues in a step without compilation."""
     validation: ValidationTime | None
     """None if ``train.validate_every`` is 0."""
 
@@ -64,6 +67,11 @@ class Plan:
     def step_seconds(self) -> float:
         """Seconds of one step."""
         return sum(t.seconds for t in self.times)
+
+    @property
+    def host_seconds(self) -> float:
+        """Seconds in which the host issues the operators of a step, without compilation."""
+        return self.operators * self.cluster.efficiency.launch_s
 
     @property
     def spots_per_s(self) -> float:
@@ -151,6 +159,11 @@ def make_plan(
         *time_collectives(traffic, cluster, _overlap(parts, cluster, e)),
     ]
     tiles = s.B / cluster.nodes / sum(t.seconds for t in times)
+    issued = operators(s, e, W)
+    if cluster.device.name != "cpu" and not e.compiled:
+        ahead = issued * cluster.efficiency.launch_s - sum(t.seconds for t in times)
+        if ahead > 0:
+            times.append(PartTime("wait: host", ahead, "host"))
     available = loader_tiles_per_s if loader_tiles_per_s is not None else assumed_loader_rate(cluster, inputs.tile_px)
     if available is not None:
         wait = s.B / cluster.nodes / available - sum(t.seconds for t in times)
@@ -173,6 +186,7 @@ def make_plan(
             available_tiles_per_s=available,
             measured=loader_tiles_per_s is not None,
         ),
+        operators=issued,
         validation=_validation(config, s, e, cluster, available, validation_spots),
     )
 

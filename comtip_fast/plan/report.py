@@ -143,7 +143,17 @@ def _times(plan: Plan, mean: Plan | None) -> list[str]:
     lines.append(
         f"  required of the loader: {typical.loader.tiles_per_s:,.0f} tiles/s per node, {size(typical.loader.bytes_per_s)}/s of encoded tiles"
     )
-    return [*lines, *_loader(typical), *_validation(plan)]
+    return [*lines, *_host(plan), *_loader(typical), *_validation(plan)]
+
+
+def _host(plan: Plan) -> list[str]:
+    """Return the line on the host's time; none for a CPU, where it is part of each operation's."""
+    if plan.cluster.device.name == "cpu":
+        return []
+    issued = f"  host: {plan.operators:,} operators in {seconds(plan.host_seconds)}"
+    if plan.engine.compiled:
+        return [f"{issued} without engine.compile, which issues fewer"]
+    return [f"{issued}: it {'limits' if plan.host_seconds >= plan.step_seconds else 'does not limit'} the step"]
 
 
 def _loader(plan: Plan) -> list[str]:
@@ -215,6 +225,7 @@ def as_data(plan: Plan, mean: Plan | None = None) -> dict[str, Any]:
             "bytes_per_s": plan.loader.bytes_per_s,
             "available_tiles_per_s": plan.loader.available_tiles_per_s,
         },
+        "host": {"operators": plan.operators, "seconds": plan.host_seconds},
         "validation": None
         if plan.validation is None
         else {"spots": plan.validation.spots, "seconds": plan.validation.seconds, "every": plan.validation.every},

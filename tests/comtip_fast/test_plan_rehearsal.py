@@ -85,3 +85,8 @@ def test_saved_bytes_are_those_counted(pair: tuple[dict[str, str], Plan]):
     row, plan = pair
     saved = sum(part.saved for part in plan.parts) / 1e6
     assert saved == pytest.approx(float(row["saved_mb"]), rel=0.1 if plan.engine.activation_checkpointing else 0.02)
+
+
+def test_the_host_issues_the_operators_counted(pair: tuple[dict[str, str], Plan]):
+    row, plan = pair
+    assert plan.operators == pytest.approx(float(row["operators"]), rel=0.02)
