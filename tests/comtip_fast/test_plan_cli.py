@@ -48,11 +48,11 @@ def test_the_text_marks_predictions_and_lists_assumptions(capsys: pytest.Capture
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--loader-tiles-per-s", "0"], "--loader-tiles-per-s 0: must be above 0; leave it out"),
-        (["--panel", "0"], "--panel 0: must be above 0; leave it out for the default"),
-        (["--trained-genes", "-5"], "--trained-genes -5: must be above 0"),
-        (["--tile-px", "0"], "--tile-px 0: must be above 0"),
-        (["--tile-kb", "0"], "--tile-kb 0: must be above 0"),
+        (["--loader-tiles-per-s", "0"], "--loader-tiles-per-s 0: must be a finite number above 0; leave it out"),
+        (["--panel", "0"], "--panel 0: must be a finite number above 0; leave it out for the default"),
+        (["--trained-genes", "-5"], "--trained-genes -5: must be a finite number above 0"),
+        (["--tile-px", "0"], "--tile-px 0: must be a finite number above 0"),
+        (["--tile-kb", "0"], "--tile-kb 0: must be a finite number above 0"),
         (["--gpu", "v100"], "--gpu 'v100': unknown; choose one of"),
         (["--gpus", "0"], "0 devices per node, 1 nodes: not a cluster; give at least one device per node"),
     ],
