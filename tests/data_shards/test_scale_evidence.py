@@ -43,7 +43,7 @@ def test_every_sample_section_is_refused_at_a_tenth_and_ten_times_its_scale(samp
         with pytest.raises(SourceError, match=r"the spots are [\d.e+]+ um apart, but .*`trust_mpp=yes`") as error:
             ScaleCheck(wrong.meta.mpp, trusted=False)(wrong)
         stated = float(str(error.value).split("which gives ")[1].split()[0])
-        assert stated == pytest.approx(section.meta.mpp, rel=0.05)
+        assert stated == pytest.approx(section.meta.mpp, rel=0.1)  # neighbours are nearer than the pitch by up to 7 %
         ScaleCheck(wrong.meta.mpp, trusted=True)(wrong)
 
 

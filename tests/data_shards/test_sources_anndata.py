@@ -215,7 +215,7 @@ def test_a_tenfold_wrong_scale_is_refused_and_used_where_it_is_trusted(data: ad.
         read(path, platform="Slide-seq", mpp=mpp)
     assert read(path, platform="Slide-seq", mpp=mpp, trust_mpp="yes").meta.mpp == pytest.approx(2 * float(mpp))
     with pytest.raises(SourceError, match="`trust_mpp` has no effect here: no `mpp` is stated"):
-        read(path, platform="Slide-seq", trust_mpp="yes")
+        open_source(path, overrides=FACTS | {"trust_mpp": "yes"})
 
 
 @pytest.mark.parametrize("mpp", ["25", "0.00001"])
