@@ -182,7 +182,7 @@ def _build(args: argparse.Namespace) -> int:
     args.seed = 0 if args.seed is None else args.seed
     args.quality = 95 if args.quality is None else args.quality
     if args.dry_run:
-        refuse_unused({"--strict": args.strict}, "a dry run reads headers only, so no check is made")
+        refuse_unused({"--strict": args.strict}, "a dry run reads headers only, so it runs no check")
         return _dry_run(args)
     report = build_shards(
         args.source,

@@ -84,8 +84,8 @@ REFUSED = {
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("places")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("paths")
     (folder / "file").write_text("x")
     (folder / "a.h5ad").mkdir()
     source = write_tiny_source(folder / "source").parent
@@ -100,38 +100,38 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_value_out_of_bounds_is_refused_by_the_name_of_its_option(
-    name: str, places: dict[str, str], capsys: pytest.CaptureFixture[str]
+    name: str, paths: dict[str, str], capsys: pytest.CaptureFixture[str]
 ):
     arguments, message = REFUSED[name]
     try:
-        code = main([a.format(**places) for a in arguments])
+        code = main([a.format(**paths) for a in arguments])
     except SystemExit as end:  # argparse
         code = end.code
     told = capsys.readouterr().err
-    assert message.format(**places) in told
+    assert message.format(**paths) in told
     assert code == 2
     assert "Traceback" not in told
-    assert not Path(places["out"]).exists()
+    assert not Path(paths["out"]).exists()
 
 
 @pytest.mark.parametrize("um", [0.0, -1.0, float("nan"), float("inf"), 1e6])
 def test_a_width_of_a_tile_out_of_bounds_is_refused_by_build_check_and_dry_run(
-    um: float, places: dict[str, str], capsys: pytest.CaptureFixture[str]
+    um: float, paths: dict[str, str], capsys: pytest.CaptureFixture[str]
 ):
     for arguments in (BUILD, CHECK, [*BUILD, "--dry-run"]):
-        assert main([a.format(**places) for a in [*arguments, "--tile-um", str(um)]]) == 2
+        assert main([a.format(**paths) for a in [*arguments, "--tile-um", str(um)]]) == 2
         assert f"--tile-um {um:g}: out of range; give the width of a tile in um, 1 to 10000" in capsys.readouterr().err
-    assert not Path(places["out"]).exists()
+    assert not Path(paths["out"]).exists()
 
 
-def test_the_python_functions_refuse_the_same(places: dict[str, str], tmp_path: Path):
+def test_the_python_functions_refuse_the_same(paths: dict[str, str], tmp_path: Path):
     for function in (open_sections, plan_build, lambda source, **kw: build_shards(source, tmp_path / "x", **kw)):
         with pytest.raises(SourceError, match="`samples` names no section; give ids such as "):
-            function(places["source"], samples=[])
+            function(paths["source"], samples=[])
         with pytest.raises(SourceError, match=r"`cache` has no effect here: .* names no URL"):
-            function(places["source"], cache=tmp_path)
+            function(paths["source"], cache=tmp_path)
     table = tmp_path / "study.csv"
-    table.write_text(f"path\n{places['source']}\n")
+    table.write_text(f"path\n{paths['source']}\n")
     with pytest.raises(SourceError, match=r"`cache` has no effect here: .*study\.csv names no URL"):
         open_sections(table, cache=tmp_path)
     with pytest.raises(SourceError, match="invalid shares"):
@@ -139,10 +139,10 @@ def test_the_python_functions_refuse_the_same(places: dict[str, str], tmp_path: 
 
 
 def test_the_dry_run_tells_what_the_policy_does(
-    places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    paths: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     table = tmp_path / "study.csv"
-    table.write_text(f"path,id\n{places['source']},\n{tmp_path / 'nowhere.h5ad'},x\n")
+    table.write_text(f"path,id\n{paths['source']},\n{tmp_path / 'nowhere.h5ad'},x\n")
     told = {}
     for policy in ("stop", "skip"):
         assert (
