@@ -55,7 +55,7 @@ def _check_page(file: BinaryIO, offset: int, order: str, big: bool, path: Path) 
     if n > 4096:  # the libraries refuse such a page
         return []
     data = file.read(n * width + tail)
-    further = []
+    further: list[int] = []
     for i in range(min(n, len(data) // width)):
         tag, kind, count, value = struct.unpack_from(entry_of, data, i * width)
         size = count * _SIZES.get(kind, 1)
