@@ -25,7 +25,7 @@ from comtip_fast.cli.options import add_facts, add_out, at_least, names_in, read
 from comtip_fast.shards import build_shards, open_sections, plan_build
 
 FORMATS = ("auto", *SOURCE_FORMATS)
-_POLICY = {"stop": "ends with the first section that cannot be built", "skip": "leaves these sections out"}
+_POLICY = {"stop": "ends with the first of these sections", "skip": "leaves these sections out"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -149,7 +149,7 @@ def test_the_dry_run_tells_what_the_policy_does(
             main(["shards", "build", str(table), "--out", str(tmp_path / "s"), "--dry-run", "--on-error", policy]) == 1
         )
         told[policy] = capsys.readouterr().out
-    assert "with --on-error stop a build ends with the first section that cannot be built" in told["stop"]
+    assert "with --on-error stop a build ends with the first of these sections" in told["stop"]
     assert "with --on-error skip a build leaves these sections out" in told["skip"]
 
 
