@@ -15,7 +15,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 from comtip_shards import SourceError
-from comtip_shards.sections.facts import CountOptions, PoolingOptions, SectionFacts, parse_facts
+from comtip_shards.sections.facts import CountOptions, PoolingOptions, SectionFacts, check_trust, parse_facts
 from comtip_shards.slides.tiles import StainStats, stain_stats
 
 from comtip_fast.adaptation import adapt
@@ -379,7 +379,8 @@ class Model:
         self, slide: Path, genes: Sequence[str] | None, facts: Facts, grid: GridOptions, progress: bool
     ) -> SlideRequest:
         options = stated_options(facts, None, None)
-        unused = [f"`{k}`" for k in options.stated() if k not in ("mpp", "species", *RECORDED_FACTS)]
+        check_trust(options.facts)
+        unused = [f"`{k}`" for k in options.stated() if k not in ("mpp", "trust_mpp", "species", *RECORDED_FACTS)]
         if unused:
             has, it = ("has", "it") if len(unused) == 1 else ("have", "them")
             raise SourceError(
@@ -392,6 +393,7 @@ class Model:
             var=var,
             provenance=provenance(self.predictor, kind, recorded_facts(options)),
             mpp=options.facts.mpp,
+            trust_mpp=bool(options.facts.trust_mpp),
             grid=grid,
             progress=progress,
         )

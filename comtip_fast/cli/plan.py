@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from comtip_fast.cli.options import refuse_unused
+from comtip_fast.cli.options import out_folder, refuse_unused
 
 if TYPE_CHECKING:
     from comtip_fast.config.schema import RunConfig
@@ -98,8 +99,8 @@ def run(args: argparse.Namespace) -> int:
     stated = config.data.tile_px
     if None not in (stated, args.tile_px) and stated != args.tile_px:
         raise ValueError(f"--tile-px {args.tile_px}: the config states data.tile_px={stated}; leave one of them out")
-    if not args.tile_kb > 0:
-        raise ValueError(f"--tile-kb {args.tile_kb:g}: must be above 0; leave it out for the default")
+    if not 0 < args.tile_kb < math.inf:
+        raise ValueError(f"--tile-kb {args.tile_kb:g}: must be a finite number above 0; leave it out for the default")
     inputs = Inputs(
         tile_px=args.tile_px if args.tile_px is not None else stated or 224,
         tile_bytes=args.tile_kb * 1e3,
@@ -149,6 +150,8 @@ def _sweep(args: argparse.Namespace, config: RunConfig, cluster: Cluster, inputs
     from comtip_fast.plan.scaling.figures import write
     from comtip_fast.plan.scaling.sweep import as_rows, sweep, table
 
+    if args.out is not None:
+        out_folder(args)
     found = sweep(config, cluster, inputs, most=1024 if args.most is None else args.most)
     if args.out is not None:
         for path in write(found, args.out):

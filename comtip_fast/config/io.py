@@ -21,6 +21,8 @@ class ConfigError(ValueError):
     """A config cannot be used. The message names the file, the key and the fix."""
 
 
+MAX_BYTES = 1 << 20
+"""Largest size of a config file."""
 MAX_NODES = 100_000
 """Largest number of YAML nodes after expansion of aliases."""
 
@@ -98,6 +100,8 @@ def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> RunCo
     if path is not None:
         if not Path(path).is_file():
             raise ConfigError(f"{path}: no such file; check the path (configs/ of the repository has examples)")
+        if Path(path).stat().st_size > MAX_BYTES:
+            raise ConfigError(f"{path}: larger than {MAX_BYTES >> 20} MiB, not a config; check the path")
         try:
             read = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
         except UnicodeDecodeError as error:

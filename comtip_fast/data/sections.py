@@ -17,10 +17,11 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 from comtip_shards import ShardSet, SourceError
-from comtip_shards.sections.facts import SectionFacts, SourceOptions, check_options, source_options
+from comtip_shards.sections.facts import SectionFacts, SourceOptions, check_options, check_trust, source_options
 from comtip_shards.sections.section import Section
 from comtip_shards.slides.base import Slide
 from comtip_shards.slides.open import open_slide
+from comtip_shards.slides.pixel_scale import check_side, check_stated_mpp
 from comtip_shards.slides.tiles import StainStats, stain_stats
 from comtip_shards.sources import open_source
 from comtip_shards.sources.anndata_parts.picture import MICRONS_PER_PIXEL, library_slide
@@ -223,7 +224,8 @@ def _from_anndata(
     data: ad.AnnData, where: str, tile: TileGeometry, options: SourceOptions, section_id: str = ""
 ) -> SectionTiles:
     """Return the tiles of an AnnData, cut from its library's image or from a stated image."""
-    check_options(options, ("image", "positions"), "an AnnData whose counts are not read")
+    check_trust(options.facts)
+    check_options(options, ("image", "positions", "trust_mpp"), "an AnnData whose counts are not read")
     store = MemoryStore(data, Path(where))
     name, library = chosen_library(store, section_id)
     own = data.uns.get("comtip", {})
@@ -240,6 +242,10 @@ def _from_anndata(
 
     with opener() as slide:
         _check_positions(xy, mpp, slide, where)
+        if options.facts.mpp is not None:
+            trusted = bool(options.facts.trust_mpp)
+            check_side(slide.size, mpp, where, trusted=trusted)
+            check_stated_mpp(mpp, slide.mpp, slide.path.name, where, trusted=trusted)
     template = ad.AnnData(
         obs=data.obs.iloc[view.rows].copy(),
         obsm={"spatial": view.xy.copy()},

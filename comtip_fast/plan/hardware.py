@@ -6,6 +6,7 @@ Peaks are the vendors' figures for dense matrix products and for bytes per secon
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -157,12 +158,12 @@ class Cluster:
             share = getattr(self.efficiency, name)
             if not 0 < share <= 1:
                 raise ValueError(f"efficiency {name}={share}: give a share of the peak rate, above 0 and at most 1")
-        if self.efficiency.cores < 1 or not self.efficiency.tile_ms > 0:
+        if self.efficiency.cores < 1 or not 0 < self.efficiency.tile_ms < math.inf:
             raise ValueError(
                 f"efficiency cores={self.efficiency.cores}, tile_ms={self.efficiency.tile_ms:g}: give at least one core and a "
                 "time above 0"
             )
-        if self.efficiency.launch_s < 0:
+        if not 0 <= self.efficiency.launch_s < math.inf:
             raise ValueError(f"efficiency launch_s={self.efficiency.launch_s}: give a number of seconds of at least 0")
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil
@@ -139,9 +140,9 @@ def make_plan(
         The batch has fewer spots than there are ranks, the engine runs on one device only, no costs are known for the
         blocks of the image encoder, or the rate of the loader is not positive.
     """
-    if loader_tiles_per_s is not None and not loader_tiles_per_s > 0:
+    if loader_tiles_per_s is not None and not 0 < loader_tiles_per_s < math.inf:
         raise ValueError(
-            f"`loader_tiles_per_s` {loader_tiles_per_s:g}: must be above 0; leave it out to plan without the loader"
+            f"`loader_tiles_per_s` {loader_tiles_per_s:g}: must be a finite number above 0; leave it out to plan without the loader"
         )
     inputs, W = inputs or Inputs(), cluster.ranks
     s = sizes or sizes_of(config, inputs)

@@ -57,8 +57,8 @@ class Inputs:
         """
         for name in ("tile_px", "tile_bytes", "trained_genes", "panel", "sentence_tokens"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"`{name}` {value:g}: must be above 0; leave it out for the default")
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"`{name}` {value:g}: must be a finite number above 0; leave it out for the default")
 
 
 @dataclass(frozen=True, kw_only=True)

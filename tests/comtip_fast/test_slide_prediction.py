@@ -400,6 +400,11 @@ def test_the_scale_of_the_file_is_used_and_a_stated_one_takes_precedence(
     other = model.predict_slide(tmp_path / "a.tif", ["ERBB2"], facts={"mpp": 10.0})
     assert other.n_obs > 2 * own.n_obs
     assert "`mpp` 10 is used, but the file states 5 um per px" in caplog.text
+    for wrong in (MPP / 10, MPP * 10):
+        with pytest.raises(SourceError, match=r"a\.tif: `mpp` .* times the 5 um per px that the file states"):
+            model.predict_slide(tmp_path / "a.tif", ["ERBB2"], facts={"mpp": wrong})
+    trusted = model.predict_slide(tmp_path / "a.tif", ["ERBB2"], facts={"mpp": MPP * 10, "trust_mpp": True})
+    assert float(trusted.uns["comtip"]["mpp"]) == pytest.approx(MPP * 10)
 
 
 def test_a_slide_of_another_stain_is_predicted_with_a_warning(

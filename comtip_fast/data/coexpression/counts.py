@@ -22,6 +22,7 @@ from comtip_shards.genes.identifiers import SPECIES
 from comtip_shards.sources.anndata_parts.counts import COUNTS, has_counts
 from comtip_shards.sources.anndata_parts.spots import gene_names
 from comtip_shards.sources.anndata_parts.store import SUFFIXES, open_h5ad, read_part
+from comtip_shards.sources.files.table_size import MAX_LINE
 from comtip_shards.sources.files.tables import as_counts
 from comtip_shards.sources.tenx.features import GENE_KIND
 from comtip_shards.sources.tenx.matrix import TenxMatrix
@@ -106,8 +107,8 @@ class _Table:
     @staticmethod
     def genes(path: Path) -> tuple[list[str], list[str]]:
         with _explained(path), _text(path) as file:
-            names = [n.strip().strip('"') for n in file.readline().rstrip("\r\n").split("\t")]
-            columns = file.readline().rstrip("\r\n").count("\t")
+            names = [n.strip().strip('"') for n in file.readline(MAX_LINE).rstrip("\r\n").split("\t")]
+            columns = file.readline(MAX_LINE).rstrip("\r\n").count("\t")
         # R omits the name of the id column, other writers include it.
         genes = names[1:] if len(names) == columns + 1 else names
         if columns < 1 or len(genes) != columns:
@@ -122,8 +123,8 @@ class _Table:
         n_genes = len(_Table.genes(path)[0])
         rows: list[np.ndarray] = []
         with _explained(path), _text(path) as file:
-            file.readline()
-            for number, line in enumerate(file, start=2):
+            file.readline(MAX_LINE)
+            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE), ""), start=2):
                 if line.strip():
                     rows.append(_row(line, n_genes, path, number))
                 if len(rows) == TABLE_ROWS:

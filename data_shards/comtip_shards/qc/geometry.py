@@ -7,14 +7,14 @@ than that of shifted maps by chance.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
-from math import inf, isfinite
+from math import isfinite
 
 import numpy as np
 
 from comtip_shards.qc.context import SectionContext
 from comtip_shards.qc.result import FAIL, OK, WARN, Finding, graded, not_applicable
+from comtip_shards.sources.geometry import platform_pitch
 
 ON_TISSUE_WARN, ON_TISSUE_FAIL = 0.9, 0.6
 """Share of spots on tissue. A careful in-tissue list has at most a tenth of its spots on torn or empty areas; with four in
@@ -22,15 +22,6 @@ ten on glass, the list or the positions are wrong."""
 SCALE_WARN, SCALE_FAIL = 0.05, 0.2
 """Relative error of the spacing. Arrays are printed to within 2 % and positions detected to within 1 %; the common errors
 (um per px of another scanner, 20x for 40x, pixels of a downsampled image) exceed 25 %."""
-PITCH_OF_PLATFORM = (
-    ("visium hd", inf),
-    ("visium", 100.0),
-    ("2k", 150.0),
-    ("st", 200.0),
-    ("spatial transcriptomics", 200.0),
-)
-"""(words, distance between spots in um): the first that the platform's name contains as whole words applies; inf if the distance
-varies."""
 RESOLUTION_MARGIN = 0.1
 """Minimum gain of fit (share of variance) of another scale; of 700 scales tried, some fit better by chance."""
 RESOLUTION_RANGE, RESOLUTION_MIN = 32.0, 1.15
@@ -61,15 +52,6 @@ def on_tissue(context: SectionContext) -> Finding:
         "check the overlay: leave out spots off tissue (in_tissue = 0), or give positions in px of this image",
         spots=tuple(off.tolist()),
     )
-
-
-def platform_pitch(platform: str) -> float:
-    """Return the spot distance of a platform in um, NaN if it is not known."""
-    name = f" {re.sub(r'[^a-z0-9]+', ' ', platform.lower())} "
-    for words, pitch in PITCH_OF_PLATFORM:
-        if f" {words} " in name:
-            return pitch if isfinite(pitch) else float("nan")
-    return float("nan")
 
 
 def scale(context: SectionContext) -> Finding:

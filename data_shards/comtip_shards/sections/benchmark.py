@@ -13,8 +13,11 @@ from typing import Protocol
 from comtip_shards.errors import SourceError
 from comtip_shards.sections.section import SectionMeta
 from comtip_shards.sections.splits import LEARNING, is_stated
+from comtip_shards.storage.regular_file import read_regular
 
 BENCHMARK_FILE = Path(__file__).parent / "benchmark_ids.tsv"
+MAX_BYTES = 64 << 20
+"""Largest size of a list of benchmark ids."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,8 @@ def load_benchmark(extra: Path | None = None) -> dict[str, BenchmarkSection]:
 
 def _read_list(path: Path) -> list[BenchmarkSection]:
     try:
-        lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        text = read_regular(path, MAX_BYTES).decode("utf-8-sig")
+        lines = [line for line in text.splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"{path}: cannot be read as a list of benchmark ids ({error}); write UTF-8 text") from error
     if not lines:
