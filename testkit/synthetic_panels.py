@@ -43,7 +43,10 @@ def shapes_of(host: HostTokens, config: RunConfig, shards: int, rank: int = 0) -
         if host.padded is not None:
             size = padded_genes(panel.size, config.engine.panel_sizes, config.panel.max_genes)
             # A panel of one gene has no pair loss.
-            single, panel = panel.size < 2, np.pad(panel, (0, size - panel.size), constant_values=host.length_G.size - 1)
+            single, panel = (
+                panel.size < 2,
+                np.pad(panel, (0, size - panel.size), constant_values=host.length_G.size - 1),
+            )
         taken, n = host.take(panel), panel.size * n_levels
         counts = counts_of(n, shards if 1 < shards <= n else 1)
         own = share_of(n, rank if len(counts) > 1 else 0, len(counts))
@@ -85,7 +88,13 @@ def shapes_over_steps(config: RunConfig, ranks: int) -> int:
     """Return the number of distinct sets of shapes over :data:`DRAWS` steps of panels, on rank 0."""
     n = max(config.genes.per_cohort, config.panel.max_genes)
     shapes = shapes_of(tokens_of(n, config.text, config.engine.panel_sizes > 0), config, table_shards(config, ranks))
-    return len({shapes(drawn) for drawn in _panels(n, config.panel, config.train.seed)})
+    return len({shapes(drawn) for drawn in panels_of(config)})
+
+
+def panels_of(config: RunConfig) -> list[np.ndarray]:
+    """Return the panels of the first :data:`DRAWS` steps of a run in which every section measured all genes."""
+    n = max(config.genes.per_cohort, config.panel.max_genes)
+    return _panels(n, config.panel, config.train.seed)
 
 
 @cache
@@ -99,6 +108,5 @@ def tokens_of(n: int, text: TextConfig, padded: bool = False) -> HostTokens:
 
 @cache
 def _panels(n: int, panel: PanelConfig, seed: int) -> list[np.ndarray]:
-    """Return the panels of the first steps of a run in which every section measured all of its n genes."""
     all_genes, weight = np.arange(n), np.ones(n)
     return [draw_panel(all_genes, weight, weight > 0, panel, seed=seed, step=step) for step in range(1, DRAWS + 1)]

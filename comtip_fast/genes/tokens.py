@@ -58,6 +58,13 @@ class HostTokens:
         names = -(-int(found.sum()) // _NAMES) * _NAMES
         return SentenceSizes(int((own * length).sum()), last - first, names, n_levels, vocabulary)
 
+    def tokens_of_ranks(self, n_levels: int, counts: Sequence[int]) -> np.ndarray:
+        """Return the number of tokens of every rank, whose numbers of sentences, in gene-major order, are ``counts``."""
+        bound = np.concatenate([[0], np.cumsum(counts)])
+        gene, rest = bound // n_levels, bound % n_levels
+        start = np.concatenate([[0], np.cumsum(self.length_G)]) * n_levels
+        return np.diff(start[gene] + rest * np.append(self.length_G, 0)[gene])
+
     def padded_sizes(
         self, n_levels: int, vocabulary: int, sentences: slice, counts: Sequence[int]
     ) -> tuple[SentenceSizes, int]:
@@ -71,11 +78,8 @@ class HostTokens:
             Number of sentences of every rank; the padded number of tokens is the same on all of them.
         """
         assert self.padded is not None
-        bound = np.concatenate([[0], np.cumsum(counts)])
-        gene, rest = bound // n_levels, bound % n_levels
-        start = np.concatenate([[0], np.cumsum(self.length_G)]) * n_levels
-        tokens = np.diff(start[gene] + rest * np.append(self.length_G, 0)[gene])
-        T, S = self.ids_GT.shape[1], self.padded.padded(max(counts), n_levels, int(tokens.max()))
+        most = int(self.tokens_of_ranks(n_levels, counts).max())
+        T, S = self.ids_GT.shape[1], self.padded.padded(max(counts), n_levels, most)
         first, last = sentences.start // n_levels, -(-sentences.stop // n_levels)
         # An upper bound of the distinct pairs: each token of a gene is one, and the added sentences may be longer than theirs.
         names = min(S // n_levels + 3 * T, vocabulary * T)

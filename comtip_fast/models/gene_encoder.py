@@ -117,9 +117,7 @@ class GeneEncoder(nn.Module):
             assert isinstance(block, SentenceBlock)
             block.attention = name
 
-    def forward(
-        self, genes: GeneTokens, sentences: slice | None = None, counts: Sequence[int] | None = None
-    ) -> Tensor:
+    def forward(self, genes: GeneTokens, sentences: slice | None = None, counts: Sequence[int] | None = None) -> Tensor:
         """Return rows (N, d) of the sentence table h(g, q), in gene-major order.
 
         Parameters
@@ -209,9 +207,7 @@ class GeneEncoder(nn.Module):
         return self.norm_out(x_Sd).index_select(0, back_N)
 
 
-def _with_padding(
-    length_N: Tensor, order_N: Tensor, tokens: int, added: int, longest: int
-) -> tuple[Tensor, Tensor]:
+def _with_padding(length_N: Tensor, order_N: Tensor, tokens: int, added: int, longest: int) -> tuple[Tensor, Tensor]:
     """Append copies of the last sentence, of other lengths, so that there are ``tokens`` tokens.
 
     Parameters
