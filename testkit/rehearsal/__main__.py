@@ -68,7 +68,7 @@ def walks(everything: bool = False) -> list[Walk]:
                         out.append(Walk(config, ranks, options))
     out += [Walk("1gpu", part="logged step"), Walk("8xh100", 2)]
     out += [Walk("8xh100", 8, ("engine.kind=deepspeed", f"engine.zero_stage={stage}")) for stage in (2, 3)]
-    out += [Walk(config, RANKS[config], (PADDED,)) for config in ("1gpu", "8xh100", "multinode_h100")]
+    out.append(Walk("1gpu", overrides=(PADDED,)))
     out += [Walk("1gpu", part=part) for part in ("validation", "predict", "embed", *PARTS)]
     return sorted(out, key=lambda w: (MICRO not in w.overrides, RING not in w.overrides, w.config))
 
