@@ -13,10 +13,9 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -65,17 +64,6 @@ class _Count(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@contextmanager
-def path_of_a_gpu() -> Iterator[None]:
-    """Let a step on the CPU take the path of a device whose values the host must not read."""
-    before = devices.reads_are_free
-    devices.reads_are_free = lambda device: False
-    try:
-        yield
-    finally:
-        devices.reads_are_free = before
-
-
 def main() -> None:
     """Measure and print one line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -87,7 +75,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     config = load_config(ROOT / "configs" / "1gpu.yaml", [*NEAR_EMPTY, *args.set])
-    with path_of_a_gpu(), tempfile.TemporaryDirectory() as folder:
+    # A step on the CPU takes the path of a device whose values the host must not read.
+    as_gpu = patch.object(devices, "reads_are_free", lambda device: False)
+    with as_gpu, tempfile.TemporaryDirectory() as folder:
         group = SingleProcessGroup()
         trainer = Trainer(SyntheticTask(config, group, TILE_PX, CPU), config, Path(folder), group)
         trainer.engine = make_engine(trainer.task.module, config, group)
