@@ -50,6 +50,7 @@ NOT_ABOVE = (
 )
 """Columns that must not increase: what a GPU launches, computes, moves and stores, and what ranks send."""
 MICRO, CHECKPOINTING, RING = "engine.micro_batches=4", "engine.activation_checkpointing=true", "engine.loss_form=ring"
+PADDED = "engine.panel_sizes=4"
 RANKS = {"1gpu": 1, "8xa100": 8, "8xh100": 8, "multinode_h100": 64, "demo_cpu": 1, "paper_h100": 8}
 
 
@@ -67,6 +68,7 @@ def walks(everything: bool = False) -> list[Walk]:
                         out.append(Walk(config, ranks, options))
     out += [Walk("1gpu", part="logged step"), Walk("8xh100", 2)]
     out += [Walk("8xh100", 8, ("engine.kind=deepspeed", f"engine.zero_stage={stage}")) for stage in (2, 3)]
+    out.append(Walk("1gpu", overrides=(PADDED,)))
     out += [Walk("1gpu", part=part) for part in ("validation", "predict", "embed", *PARTS)]
     return sorted(out, key=lambda w: (MICRO not in w.overrides, RING not in w.overrides, w.config))
 

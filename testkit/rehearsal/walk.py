@@ -53,8 +53,9 @@ class Walk:
 
     @property
     def judged(self) -> bool:
-        """Whether the rules of CUDA graphs are applied: to a step in one piece of each config and engine."""
-        return self.part == "step" and all(o.startswith(("engine.kind", "engine.zero_stage")) for o in self.overrides)
+        """Whether the rules of CUDA graphs are applied: to a step in one piece of each config and engine, padded or not."""
+        in_one_piece = ("engine.kind", "engine.zero_stage", "engine.panel_sizes")
+        return self.part == "step" and all(o.startswith(in_one_piece) for o in self.overrides)
 
     @property
     def name(self) -> str:

@@ -63,6 +63,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
         ("train.precision=bf16",),
         ("optim.spike.policy=skip", "optim.ema=0.99"),
         ("optim.spike.policy=clip",),
+        ("engine.panel_sizes=4",),
     ],
 )
 def test_a_step_that_logs_nothing_reads_nothing(

@@ -160,7 +160,7 @@ def test_the_limit_on_the_gradient_norm_keeps_the_rules(rules: GraphRules):
 def test_panels_of_the_same_sizes_differ():
     config = load_config(ROOT / "configs/demo_cpu.yaml", [])
     host = tokens_of(60, config.text)
-    shapes = shapes_of(host, config.levels.n_levels, 1)
+    shapes = shapes_of(host, config, 1)
     panel = torch.arange(0, 60, 2).numpy()
     other = same_sizes(host, panel, shapes)
     assert shapes(other) == shapes(panel)

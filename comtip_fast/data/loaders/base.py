@@ -24,7 +24,7 @@ from comtip_fast.collectives import share_of
 from comtip_fast.config.schema import RunConfig
 from comtip_fast.data.augment.apply_views import apply_views
 from comtip_fast.data.augment.views import ViewPlan, plan_views, view_indices
-from comtip_fast.data.batch import Batch
+from comtip_fast.data.batch import Batch, pads_panels
 from comtip_fast.data.expression.batch_levels import levels_from_counts, levels_from_table
 from comtip_fast.data.expression.panel import draw_panel
 from comtip_fast.data.expression.training_tables import TrainingTables
@@ -32,6 +32,7 @@ from comtip_fast.data.loaders.fetch_ahead import fetched_ahead
 from comtip_fast.data.loaders.schedule import EpochSchedule, ScheduledBatch
 from comtip_fast.data.records import Csr, DecodedSpots, SpotReader
 from comtip_fast.data.upload import PackedTensors
+from comtip_fast.genes.panel_sizes import padded_genes
 
 log = logging.getLogger("comtip_fast")
 Stem = Callable[[Tensor], Tensor]
@@ -307,7 +308,7 @@ class BaseLoader(ABC):
             levels = levels_from_table(self.tables, spots, panel)
         else:
             levels = levels_from_counts(self.tables, csr, panel)
-        return Batch(
+        batch = Batch(
             tiles=None,
             features=None,
             panel=torch.from_numpy(panel.astype(np.int32)),
@@ -318,6 +319,10 @@ class BaseLoader(ABC):
             step=scheduled.step,
             panel_host=panel,
         )
+        if not pads_panels(self.config, self.device):
+            return batch
+        size = padded_genes(panel.size, self.config.engine.panel_sizes, self.config.panel.max_genes)
+        return batch.padded(size, self.tables.genes.trained.size)
 
     def panel(self, section: np.ndarray, step: int) -> np.ndarray:
         """Draw the step panel from the genes that the given sections measured; return indices into the trained genes."""
